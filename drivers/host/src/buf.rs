@@ -1,0 +1,323 @@
+//! Owned, page-aligned I/O buffers from a bounded pool.
+//!
+//! A request takes all buffers it will ever need before it starts and then holds them, so a full pool delays new
+//! requests and never deadlocks old ones. Buffers of one size are reused without being cleared; [`BufPool::alloc`]
+//! callers overwrite what they read from, or ask for [`BufPool::alloc_zeroed`].
+
+use crate::Errno;
+use smallvec::SmallVec;
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::fmt;
+use std::future::poll_fn;
+use std::ops::{Deref, DerefMut};
+use std::rc::Rc;
+use std::task::{Poll, Waker};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
+
+/// Alignment and granularity of buffers: enough for O_DIRECT on any sector size, and one guest page.
+pub const PAGE_BYTES: usize = 4096;
+
+/// Largest single buffer; a guest request of 256 indirect segments is 1 MiB.
+const MAX_BUF_BYTES: usize = 4 << 20;
+/// Size classes are powers of two of pages: 4 KiB .. 4 MiB.
+const CLASSES: usize = 11;
+
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C, align(4096))]
+struct Page([u8; PAGE_BYTES]);
+
+/// A list of buffers that one vectored operation moves; one buffer needs no heap.
+pub type IoVec = SmallVec<[IoBuf; 1]>;
+
+/// An owned buffer, aligned to 4096 bytes at its start; dereferences to its bytes. Returns to its pool when dropped.
+pub struct IoBuf {
+    pages: Box<[Page]>,
+    len: usize,
+    home: Option<Rc<PoolInner>>,
+}
+
+impl IoBuf {
+    /// A zeroed buffer outside any pool, for set-up work such as opening and creating images.
+    ///
+    /// # Errors
+    /// `EINVAL` above 4 MiB.
+    pub fn unpooled(len_bytes: usize) -> Result<Self, Errno> {
+        if len_bytes > MAX_BUF_BYTES {
+            return Err(Errno::EINVAL);
+        }
+        Ok(Self { pages: new_pages(len_bytes.div_ceil(PAGE_BYTES)), len: len_bytes, home: None })
+    }
+
+    /// A buffer outside any pool that holds a copy of `bytes` (at most 4 MiB, as for [`IoBuf::unpooled`]).
+    ///
+    /// # Errors
+    /// `EINVAL` above 4 MiB.
+    pub fn copy_of(bytes: &[u8]) -> Result<Self, Errno> {
+        let mut buf = Self::unpooled(bytes.len())?;
+        buf.copy_from_slice(bytes);
+        Ok(buf)
+    }
+
+    /// Shortens the buffer to `len_bytes`; longer values leave it as it is.
+    pub fn truncate(&mut self, len_bytes: usize) {
+        self.len = self.len.min(len_bytes);
+    }
+}
+
+impl Deref for IoBuf {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        &self.pages.as_bytes()[..self.len]
+    }
+}
+
+impl DerefMut for IoBuf {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.pages.as_mut_bytes()[..self.len]
+    }
+}
+
+impl fmt::Debug for IoBuf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "IoBuf({} bytes)", self.len)
+    }
+}
+
+impl Drop for IoBuf {
+    fn drop(&mut self) {
+        if let Some(home) = self.home.take() {
+            home.give_back(std::mem::take(&mut self.pages));
+        }
+    }
+}
+
+fn new_pages(count: usize) -> Box<[Page]> {
+    // Fails only when the allocator does, which is not survivable anyway.
+    <[Page]>::new_box_zeroed_with_elems(count).unwrap_or_else(|_| panic!("out of memory for {count} pages"))
+}
+
+/// Total length in bytes of the buffers of `bufs`.
+pub fn bytes_of(bufs: &[IoBuf]) -> usize {
+    bufs.iter().map(|b| b.len()).sum()
+}
+
+/// Copies `src` into `bufs` from byte `at` of their concatenation on. `src` must fit.
+pub fn copy_from_slice(bufs: &mut [IoBuf], mut at: usize, mut src: &[u8]) {
+    for buf in bufs {
+        if at >= buf.len() {
+            at -= buf.len();
+            continue;
+        }
+        let n = src.len().min(buf.len() - at);
+        buf[at..at + n].copy_from_slice(&src[..n]);
+        src = &src[n..];
+        at = 0;
+        if src.is_empty() {
+            return;
+        }
+    }
+    assert!(src.is_empty(), "copy of {} bytes past the end of the buffers", src.len());
+}
+
+/// Fills `dst` from byte `at` of the concatenation of `bufs` on. `dst` must not reach past their end.
+pub fn copy_to_slice(bufs: &[IoBuf], mut at: usize, mut dst: &mut [u8]) {
+    for buf in bufs {
+        if at >= buf.len() {
+            at -= buf.len();
+            continue;
+        }
+        let n = dst.len().min(buf.len() - at);
+        dst[..n].copy_from_slice(&buf[at..at + n]);
+        dst = &mut dst[n..];
+        at = 0;
+        if dst.is_empty() {
+            return;
+        }
+    }
+    assert!(dst.is_empty(), "copy of {} bytes past the end of the buffers", dst.len());
+}
+
+/// A bounded source of [`IoBuf`]s; clones share the bound.
+#[derive(Clone)]
+pub struct BufPool(Rc<PoolInner>);
+
+struct PoolInner {
+    limit_pages: usize,
+    state: RefCell<PoolState>,
+}
+
+#[derive(Default)]
+struct PoolState {
+    used_pages: usize,
+    free: [Vec<Box<[Page]>>; CLASSES],
+    /// First come, first served: a large request is not starved by small ones behind it.
+    waiting: VecDeque<(u64, Waker)>,
+    next_ticket: u64,
+}
+
+impl BufPool {
+    /// A pool that never has more than `limit_bytes` (rounded down to pages, at least one page) handed out.
+    pub fn new(limit_bytes: usize) -> Self {
+        let limit_pages = (limit_bytes / PAGE_BYTES).max(1);
+        Self(Rc::new(PoolInner { limit_pages, state: RefCell::default() }))
+    }
+
+    /// Bytes handed out now, counted in whole size classes.
+    pub fn used_bytes(&self) -> usize {
+        self.0.state.borrow().used_pages * PAGE_BYTES
+    }
+
+    /// A buffer of `len_bytes` with unspecified content, as soon as the pool has room. A request above the pool's
+    /// limit is served when the pool is otherwise empty, so that no size waits for ever.
+    ///
+    /// # Errors
+    /// `EINVAL` above 4 MiB.
+    pub async fn alloc(&self, len_bytes: usize) -> Result<IoBuf, Errno> {
+        if len_bytes > MAX_BUF_BYTES {
+            return Err(Errno::EINVAL);
+        }
+        if self.0.state.borrow().waiting.is_empty()
+            && let Some(buf) = self.0.try_take(len_bytes, &self.0)
+        {
+            return Ok(buf);
+        }
+        let mut turn = Turn { pool: &self.0, ticket: None };
+        poll_fn(|cx| turn.poll(len_bytes, cx.waker())).await
+    }
+
+    /// As [`BufPool::alloc`], with zeros in it.
+    ///
+    /// # Errors
+    /// `EINVAL` above 4 MiB.
+    pub async fn alloc_zeroed(&self, len_bytes: usize) -> Result<IoBuf, Errno> {
+        let mut buf = self.alloc(len_bytes).await?;
+        buf.fill(0);
+        Ok(buf)
+    }
+}
+
+impl PoolInner {
+    fn try_take(&self, len: usize, home: &Rc<PoolInner>) -> Option<IoBuf> {
+        let class = class_of(len);
+        let pages = 1 << class;
+        let mut state = self.state.borrow_mut();
+        if state.used_pages > 0 && state.used_pages + pages > self.limit_pages {
+            return None;
+        }
+        state.used_pages += pages;
+        let reused = state.free[class].pop();
+        drop(state);
+        Some(IoBuf { pages: reused.unwrap_or_else(|| new_pages(pages)), len, home: Some(Rc::clone(home)) })
+    }
+
+    fn give_back(&self, pages: Box<[Page]>) {
+        let mut state = self.state.borrow_mut();
+        state.used_pages -= pages.len();
+        let class = pages.len().trailing_zeros() as usize;
+        // What is kept for reuse never exceeds what may be handed out.
+        if state.free[class].len() < self.limit_pages {
+            state.free[class].push(pages);
+        }
+        if let Some((_, waker)) = state.waiting.front() {
+            waker.wake_by_ref();
+        }
+    }
+}
+
+fn class_of(len: usize) -> usize {
+    len.div_ceil(PAGE_BYTES).max(1).next_power_of_two().trailing_zeros() as usize
+}
+
+struct Turn<'a> {
+    pool: &'a Rc<PoolInner>,
+    ticket: Option<u64>,
+}
+
+impl Turn<'_> {
+    fn poll(&mut self, len: usize, waker: &Waker) -> Poll<Result<IoBuf, Errno>> {
+        let ticket = match self.ticket {
+            Some(ticket) => ticket,
+            None => {
+                let mut state = self.pool.state.borrow_mut();
+                let ticket = state.next_ticket;
+                state.next_ticket += 1;
+                state.waiting.push_back((ticket, waker.clone()));
+                self.ticket = Some(ticket);
+                ticket
+            }
+        };
+        let first = self.pool.state.borrow().waiting.front().is_some_and(|w| w.0 == ticket);
+        if first && let Some(buf) = self.pool.try_take(len, self.pool) {
+            return Poll::Ready(Ok(buf));
+        }
+        let mut state = self.pool.state.borrow_mut();
+        if let Some(entry) = state.waiting.iter_mut().find(|w| w.0 == ticket) {
+            entry.1.clone_from(waker);
+        }
+        Poll::Pending
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        let Some(ticket) = self.ticket else { return };
+        let mut state = self.pool.state.borrow_mut();
+        state.waiting.retain(|w| w.0 != ticket);
+        // Room may be left for the next in line, or the turn was given to this one and not used.
+        if let Some((_, waker)) = state.waiting.front() {
+            waker.wake_by_ref();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_are_aligned_and_sized() {
+        let buf = IoBuf::unpooled(5000).unwrap();
+        assert_eq!(buf.len(), 5000);
+        assert_eq!(buf.as_ptr().addr() % PAGE_BYTES, 0);
+        assert!(IoBuf::unpooled(MAX_BUF_BYTES + 1).is_err());
+    }
+
+    #[test]
+    fn copies_cross_buffers() {
+        let mut bufs: IoVec = [IoBuf::unpooled(3).unwrap(), IoBuf::unpooled(4).unwrap()].into_iter().collect();
+        copy_from_slice(&mut bufs, 2, &[1, 2, 3]);
+        let mut out = [9; 4];
+        copy_to_slice(&bufs, 1, &mut out);
+        assert_eq!(out, [0, 1, 2, 3]);
+    }
+
+    #[test]
+    fn pool_is_bounded_and_first_come_first_served() {
+        let pool = BufPool::new(2 * PAGE_BYTES);
+        let waker = Waker::noop();
+        let mut cx = std::task::Context::from_waker(waker);
+        let mut take = |len| {
+            let mut alloc = Box::pin(pool.alloc(len));
+            match alloc.as_mut().poll(&mut cx) {
+                Poll::Ready(buf) => Ok(buf.unwrap()),
+                Poll::Pending => Err(()),
+            }
+        };
+        let (a, b) = (take(1).unwrap(), take(4096).unwrap());
+        assert!(take(1).is_err(), "the pool is used up");
+        drop(a);
+        let mut large = Box::pin(pool.alloc(8192));
+        assert!(large.as_mut().poll(&mut cx).is_pending());
+        let mut small = Box::pin(pool.alloc(1));
+        assert!(small.as_mut().poll(&mut cx).is_pending(), "the large one is first in line");
+        drop(b);
+        let Poll::Ready(Ok(got)) = large.as_mut().poll(&mut cx) else { panic!("room for the large one") };
+        drop(large);
+        assert!(small.as_mut().poll(&mut cx).is_pending());
+        drop(got);
+        assert!(small.as_mut().poll(&mut cx).is_ready());
+        drop(small);
+        assert_eq!(pool.used_bytes(), 0);
+    }
+}

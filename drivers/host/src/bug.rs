@@ -1,0 +1,105 @@
+//! Seeded bugs and marks: how the testbed proves that it looks where it should.
+
+macro_rules! list {
+    ($(#[$doc:meta])* $name:ident { $($(#[$item_doc:meta])* $item:ident = $text:literal,)* }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+        #[repr(u8)]
+        pub enum $name { $($(#[$item_doc])* #[doc = $text] $item,)* }
+        impl $name {
+            /// All of them, in order of declaration.
+            pub const ALL: &'static [$name] = &[$($name::$item,)*];
+            /// Its name in kebab case, as command lines have it.
+            pub fn name(self) -> String {
+                let mut out = String::new();
+                for c in format!("{self:?}").chars() {
+                    if c.is_ascii_uppercase() && !out.is_empty() { out.push('-'); }
+                    out.push(c.to_ascii_lowercase());
+                }
+                out
+            }
+            /// One sentence.
+            pub fn sentence(self) -> &'static str {
+                match self { $($name::$item => $text,)* }
+            }
+        }
+    };
+}
+
+list! {
+    /// A mistake that a simulated host can switch on. A site is at most three lines that omit or move a step; it is
+    /// there to be found, and proves that the invariant it breaks is checked.
+    Bug {
+        L1BeforeL2 = "the L1 entry is written before the new L2 table is durable",
+        FailedL2Cached = "an L2 entry whose write failed stays in the cache",
+        FrontierFromLastL1 = "the allocator frontier at open is taken from the last L1 entry",
+        MappingInMemory = "a new mapping is kept in memory until the next flush",
+        OverlayDropsRest = "a partial write to a new overlay cluster drops the rest of the cluster",
+        DataAfterMapping = "a cluster is mapped before its data is durable although losing the data exposes old bytes",
+        FailedClusterReused = "a cluster whose L2 write failed is handed to another owner",
+        DoubleAllocation = "two writes to one unallocated cluster both allocate it",
+        CompressedInPlace = "a write to a compressed cluster goes into the compressed bytes",
+        MergedErrorLost = "the error of a merged request reaches only its head",
+        ShortTransfer = "a short transfer is taken as complete",
+        ResponseTwice = "a request that ended while the ring was reconnecting is answered twice",
+        FlushEarly = "a flush is acknowledged before the file was synchronised",
+        FlushForgets = "a flush succeeds after an earlier one failed",
+        EdgeDropped = "a write does not wait for an overlapping request in flight",
+        RingReadTwice = "a ring entry is read again after it was checked",
+        GrantLeaked = "a mapped grant is not unmapped when connecting fails",
+        LostAtReconnect = "requests in the in-flight record are not taken up after a restart",
+        RecordLate = "the in-flight record is written after the request was taken",
+    }
+}
+
+list! {
+    /// A rare branch that a sweep must reach; one that is never hit fails the sweep.
+    Mark {
+        ClusterAllocated = "a data cluster was allocated",
+        L2TableAllocated = "an L2 table was allocated",
+        CopyUp = "a partial write filled the rest of its cluster from below",
+        CompressedRead = "a compressed cluster was read",
+        CompressedRewritten = "a compressed cluster was replaced by a normal one",
+        AllocationRetried = "an allocation was repeated after its mapping write had failed",
+        SyncShared = "one synchronisation served several allocations",
+        CommitShared = "one L2 write carried several entries",
+        RequestsMerged = "contiguous requests were merged",
+        MergedSplit = "a merged request failed and its parts were repeated alone",
+        ShortResumed = "a short transfer was continued",
+        RequestRetried = "a request was repeated after a transient error",
+        OverlapWaited = "a request waited for an overlapping one",
+        DepthReached = "the scheduler's depth held a request back",
+        FlushLatched = "a flush was refused because an earlier one had failed",
+        RecordResumed = "a request was taken up from the in-flight record",
+        ResponseResumed = "a response that a dead process had begun was completed",
+        RingRefused = "a ring was closed because of what it held",
+        RequestRefused = "a malformed request was answered with an error",
+        Reconnected = "a front end connected again",
+    }
+}
+
+/// Hooks of the testbed in code that ships. A real host keeps the provided methods, which cost nothing.
+pub trait Probe: Clone + 'static {
+    /// Whether `bug` is switched on.
+    fn bug(&self, bug: Bug) -> bool {
+        let _ = bug;
+        false
+    }
+    /// Counts that `mark` was reached.
+    fn mark(&self, mark: Mark) {
+        let _ = mark;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_kebab_case_and_unique() {
+        assert_eq!(Bug::L1BeforeL2.name(), "l1-before-l2");
+        let names: std::collections::BTreeSet<_> = Bug::ALL.iter().map(|b| b.name()).collect();
+        assert_eq!(names.len(), Bug::ALL.len());
+        assert!(Bug::ALL.iter().all(|b| !b.sentence().ends_with('.')));
+    }
+}

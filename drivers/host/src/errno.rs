@@ -1,0 +1,64 @@
+//! Error numbers, with Linux's values, printed for people.
+
+use std::fmt;
+
+/// A Linux error number.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Errno(pub i32);
+
+macro_rules! errnos {
+    ($($name:ident = $value:literal, $text:literal;)*) => {
+        impl Errno {
+            $(#[doc = $text] pub const $name: Errno = Errno($value);)*
+            fn known(self) -> Option<(&'static str, &'static str)> {
+                match self.0 { $($value => Some((stringify!($name), $text)),)* _ => None }
+            }
+        }
+    };
+}
+
+errnos! {
+    EPERM = 1, "operation not permitted";
+    ENOENT = 2, "no such file or directory";
+    EINTR = 4, "interrupted";
+    EIO = 5, "input/output error";
+    EBADF = 9, "bad file descriptor";
+    EAGAIN = 11, "resource temporarily unavailable";
+    ENOMEM = 12, "out of memory";
+    EACCES = 13, "permission denied";
+    EBUSY = 16, "device or resource busy";
+    EEXIST = 17, "file exists";
+    ENODEV = 19, "no such device";
+    EINVAL = 22, "invalid argument";
+    EFBIG = 27, "file too large";
+    ENOSPC = 28, "no space left on device";
+    EROFS = 30, "read-only file system";
+    ERANGE = 34, "result out of range";
+    EDEADLK = 35, "resource deadlock avoided";
+    ENOTEMPTY = 39, "directory not empty";
+    EPROTO = 71, "protocol error";
+    EOPNOTSUPP = 95, "operation not supported";
+    ESHUTDOWN = 108, "endpoint is shut down";
+    ETIMEDOUT = 110, "timed out";
+    EUCLEAN = 117, "structure needs cleaning";
+}
+
+impl fmt::Display for Errno {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.known() {
+            Some((name, text)) => write!(f, "{text} ({name})"),
+            None => write!(f, "error {}", self.0),
+        }
+    }
+}
+
+impl fmt::Debug for Errno {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.known() {
+            Some((name, _)) => f.write_str(name),
+            None => write!(f, "Errno({})", self.0),
+        }
+    }
+}
+
+impl std::error::Error for Errno {}

@@ -1,0 +1,105 @@
+//! Files and block devices that hold images.
+
+use crate::{Errno, IoVec};
+use std::future::Future;
+
+/// How to open a file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct OpenMode {
+    /// For writing as well as reading.
+    pub write: bool,
+    /// Create it; fail with `EEXIST` if it is there.
+    pub create_new: bool,
+    /// Bypass the page cache (O_DIRECT). Offsets, lengths and buffers must then be multiples of
+    /// [`FileInfo::align_bytes`].
+    pub direct: bool,
+}
+
+impl OpenMode {
+    /// Read only, buffered.
+    pub const READ: Self = Self { write: false, create_new: false, direct: false };
+    /// Read and write, buffered.
+    pub const WRITE: Self = Self { write: true, create_new: false, direct: false };
+    /// A new file, buffered.
+    pub const CREATE: Self = Self { write: true, create_new: true, direct: false };
+}
+
+/// Whole-file advisory locks, as QEMU and we take them on images.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LockKind {
+    /// Many readers (a backing file).
+    Shared,
+    /// One writer.
+    Exclusive,
+}
+
+/// What holds for an open file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct FileInfo {
+    /// Size in bytes at the time of the call.
+    pub size_bytes: u64,
+    /// Alignment in bytes that offset, length and memory must have; 1 for buffered files.
+    pub align_bytes: u32,
+    /// Opened with [`OpenMode::direct`].
+    pub direct: bool,
+    /// A block device: its size is fixed, and unwritten space holds old bytes rather than zeros.
+    pub block_device: bool,
+}
+
+/// Names to files.
+pub trait Files: Clone + 'static {
+    /// An open file; clones share the descriptor.
+    type File: File;
+    /// Opens `path`.
+    ///
+    /// # Errors
+    /// As open(2): `ENOENT`, `EEXIST`, `EACCES`, `EROFS`, `EINVAL` where O_DIRECT is refused.
+    fn open(&self, path: &str, mode: OpenMode) -> impl Future<Output = Result<Self::File, Errno>>;
+    /// Makes the directory entry of `path` durable (fsync of the directory that holds it).
+    ///
+    /// # Errors
+    /// As fsync(2).
+    fn sync_parent(&self, path: &str) -> impl Future<Output = Result<(), Errno>>;
+    /// Removes the name; open descriptors keep the file.
+    ///
+    /// # Errors
+    /// As unlink(2).
+    fn remove(&self, path: &str) -> impl Future<Output = Result<(), Errno>>;
+}
+
+/// An open file. Closed when the last clone is dropped and its operations have ended; only then do its locks go.
+pub trait File: Clone + 'static {
+    /// Reads into `bufs` from `offset` (bytes). Gives the count of bytes read, which may be short for no reason; 0 at
+    /// or past the end of the file.
+    ///
+    /// # Errors
+    /// As preadv(2). What the buffers hold after an error is unspecified.
+    fn read_at(&self, offset: u64, bufs: IoVec) -> impl Future<Output = (Result<usize, Errno>, IoVec)> + 'static;
+    /// Writes `bufs` at `offset` (bytes), growing the file; a gap reads as zeros. Gives the count of bytes written,
+    /// which may be short for no reason.
+    ///
+    /// # Errors
+    /// As pwritev(2). After an error any part of the range may hold the new bytes.
+    fn write_at(&self, offset: u64, bufs: IoVec) -> impl Future<Output = (Result<usize, Errno>, IoVec)> + 'static;
+    /// Makes every write that had completed before the call durable, with the size and extents needed to read it.
+    ///
+    /// # Errors
+    /// As fdatasync(2). On buffered files an error may be reported once and then forgotten, although the data is lost:
+    /// who cares must remember it.
+    fn sync_data(&self) -> impl Future<Output = Result<(), Errno>> + 'static;
+    /// Sets the size in bytes; growth reads as zeros.
+    ///
+    /// # Errors
+    /// As ftruncate(2).
+    fn set_size(&self, size_bytes: u64) -> impl Future<Output = Result<(), Errno>> + 'static;
+    /// Size, alignment and kind.
+    ///
+    /// # Errors
+    /// As fstat(2).
+    fn info(&self) -> Result<FileInfo, Errno>;
+    /// Takes or changes this open file's lock without waiting.
+    ///
+    /// # Errors
+    /// `EAGAIN` while another open file holds a conflicting lock.
+    fn lock(&self, kind: LockKind) -> Result<(), Errno>;
+}

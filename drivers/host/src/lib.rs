@@ -1,0 +1,91 @@
+//! The seam: what a tapdisk may ask of the machine it runs on, and nothing else.
+//!
+//! ```text
+//!      images   core   ring   xenbus            (drivers: one source)
+//!         \       |      |      /
+//!          +------+------+-----+
+//!          |      tap-host     |   one small trait per resource
+//!          +---------+---------+
+//!             /             \
+//!     simulated host      real host             (two types, chosen by the program)
+//! ```
+//!
+//! A crate bounds on the traits it uses (`images` on [`Files`] and [`Time`]); [`Host`] is their sum and is named only by
+//! programs. Dispatch is static, futures are `!Send` and run on one thread.
+//!
+//! # Contract
+//!
+//! * **Buffers are owned.** An operation takes [`IoVec`]s and gives them back with its result. Dropping the future of
+//!   an operation neither frees the buffers early nor takes the effect back: a write may still land.
+//! * **Shared memory is a type.** [`SharedPage`] has ordered loads, stores and copies; no reference to memory that
+//!   another domain can write ever exists. Entries are copied out once and parsed from the copy.
+//! * **Errors are [`Errno`]s** at this level; the crates above turn them into sentences.
+//! * **Seeded bugs** are asked for through [`Probe::bug`], which answers `false` everywhere but in a simulated host.
+//!
+//! # Implementers
+//!
+//! | trait | simulated by |
+//! |---|---|
+//! | [`Files`], [`File`] | `kernel-model` (page cache or direct, above a drive with a volatile cache) |
+//! | [`Time`], [`Tasks`], [`Log`], [`Entropy`] | `kernel-model` (a process) |
+//! | [`Grants`], [`Events`], [`SharedPages`], [`Xenstore`] | `xen-model` |
+
+mod bug;
+mod buf;
+mod errno;
+mod event;
+mod files;
+mod types;
+mod xen;
+
+pub use buf::{BufPool, IoBuf, IoVec, PAGE_BYTES, bytes_of, copy_from_slice, copy_to_slice};
+pub use bug::{Bug, Mark, Probe};
+pub use errno::Errno;
+pub use event::{Event, IoKind};
+pub use files::{File, FileInfo, Files, LockKind, OpenMode};
+pub use types::{ByteRange, DomId, GrantRef, Port, SECTOR_BYTES, Sector, SectorRange, VbdId};
+pub use xen::{
+    EventChannel, Events, GrantSegment, Grants, SharedPage, SharedPages, StorePath, Transaction, WatchEvent, Watcher,
+    Xenstore,
+};
+
+use std::future::Future;
+
+/// Monotonic time and sleeping.
+pub trait Time: Clone + 'static {
+    /// Nanoseconds since an arbitrary start; never goes back.
+    fn now_ns(&self) -> u64;
+    /// Completes once at least `ns` nanoseconds have passed.
+    fn sleep_ns(&self, ns: u64) -> impl Future<Output = ()> + 'static;
+}
+
+/// Tasks on the one thread of the process.
+pub trait Tasks: Clone + 'static {
+    /// Starts `task`. `role` names its kind in traces ("request"); `key` tells tasks of one role apart and should be a
+    /// property of the work (a sector, a domain), not a running number, so that it stays the same when other work goes.
+    fn spawn(&self, role: &'static str, key: u64, task: impl Future<Output = ()> + 'static);
+    /// Completes after every task that is ready now had its turn.
+    fn yield_now(&self) -> impl Future<Output = ()> + 'static;
+}
+
+/// Typed events: a simulator's trace and a host's journal print the same lines.
+pub trait Log: Clone + 'static {
+    /// Records `event`. Implementations on a real host limit the rate of those that a guest can cause at will.
+    fn log(&self, event: Event);
+}
+
+/// Random bytes for identifiers; never for decisions.
+pub trait Entropy: Clone + 'static {
+    /// Fills `buf` with bytes that differ from run to run on a real host, and from seed to seed in a world.
+    fn fill(&self, buf: &mut [u8]);
+}
+
+/// Everything at once; only programs name it.
+pub trait Host:
+    Time + Tasks + Log + Entropy + Probe + Files + Grants + Events + SharedPages + Xenstore
+{
+}
+impl<T> Host for T where
+    T: Time + Tasks + Log + Entropy + Probe + Files + Grants + Events + SharedPages + Xenstore
+{
+}
