@@ -207,6 +207,10 @@ impl Decisions {
         }
     }
 
+    pub(crate) fn is_replaying(&self) -> bool {
+        !self.given.is_empty()
+    }
+
     pub(crate) fn recording(&self) -> bool {
         self.record.is_some()
     }

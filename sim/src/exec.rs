@@ -241,6 +241,12 @@ impl Sim {
         decisions.decide(entity, label, 0, self.0.now.get(), |d| if d.ppm(rate_ppm) { draw(d) } else { 0 })
     }
 
+    /// Whether decisions come from a map, so that one must be asked for even where none would be drawn.
+    #[inline]
+    pub fn is_replaying(&self) -> bool {
+        self.0.decisions.borrow().is_replaying()
+    }
+
     /// Ends the time of faults: what is in flight must drain now.
     pub fn stop_faults(&self) {
         self.0.decisions.borrow_mut().faults_stopped = true;

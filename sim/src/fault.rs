@@ -27,6 +27,11 @@ impl Swarm {
         Self { seed, on }
     }
 
+    /// The seed, to derive shapes of distributions from (never decisions).
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
     /// The rate of `kind` in parts per million; 0 when it is off in this seed.
     pub fn rate_ppm(&self, kind: &FaultKind) -> u32 {
         if !self.on {
