@@ -1,1 +1,4 @@
-//! scenarios
+//! The testbed.
+
+pub mod check;
+pub mod tag;
