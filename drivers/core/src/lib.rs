@@ -17,7 +17,9 @@
 
 mod node;
 mod request;
+mod scheduler;
 mod tracker;
+mod vbd;
 pub mod wait;
 
 #[cfg(test)]
@@ -25,4 +27,6 @@ mod testing;
 
 pub use node::{LocalBoxFuture, Node, NodeInfo};
 pub use request::{Op, Request, Response};
+pub use scheduler::{Scheduler, SchedulerLimits, SchedulerStats};
 pub use tracker::{Access, Cycle, Space, Ticket, TicketName, Tracker, WaitReport};
+pub use vbd::Vbd;

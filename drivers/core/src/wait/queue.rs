@@ -67,22 +67,27 @@ impl<T> Queue<T> {
     /// The first item, or `None` once the queue is closed and empty. One task pops.
     pub async fn pop(&self) -> Option<T> {
         loop {
-            let mut state = self.0.state.borrow_mut();
-            if let Some(item) = state.items.pop_front() {
-                let next = state.pushers.first();
-                drop(state);
-                if let Some(waker) = next {
-                    waker.wake();
-                }
+            if let Some(item) = self.try_pop() {
                 return Some(item);
             }
-            if state.closed {
+            if self.0.state.borrow().closed {
                 return None;
             }
-            drop(state);
             self.0.filled.clear();
             self.0.filled.wait().await;
         }
+    }
+
+    /// The first item, if there is one.
+    pub fn try_pop(&self) -> Option<T> {
+        let mut state = self.0.state.borrow_mut();
+        let item = state.items.pop_front()?;
+        let next = state.pushers.first();
+        drop(state);
+        if let Some(waker) = next {
+            waker.wake();
+        }
+        Some(item)
     }
 
     /// Refuses further items; what is queued can still be popped.
