@@ -3,6 +3,7 @@
 //! Blocks of eight sectors are kept as one as long as every request treats them alike, so that 4 KiB requests cost one
 //! step; the first request that does not splits them.
 
+use super::Invariant;
 use super::frontier::{Block, Clock};
 use crate::tag::{Found, Tag};
 use kernel_model::PageMap;
@@ -33,6 +34,33 @@ enum Cell {
 impl Default for Cell {
     fn default() -> Self {
         Cell::Whole(Block::default())
+    }
+}
+
+/// What is wrong with a sector.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Wrong {
+    /// A version that it may not hold (any more).
+    Version(String),
+    /// Bytes that nobody wrote to it.
+    Foreign(String),
+}
+
+impl Wrong {
+    /// The invariant that this breaks, if a wrong version breaks `version`.
+    pub fn invariant(&self, version: Invariant) -> Invariant {
+        match self {
+            Wrong::Version(_) => version,
+            Wrong::Foreign(_) => Invariant::G10,
+        }
+    }
+}
+
+impl std::fmt::Display for Wrong {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Wrong::Version(text) | Wrong::Foreign(text) => f.write_str(text),
+        }
     }
 }
 
@@ -153,7 +181,7 @@ impl BlockHistory {
     ///
     /// # Errors
     /// What is wrong with the first wrong sector.
-    pub fn check_read(&mut self, inv: Clock, range: SectorRange, bytes: &[u8]) -> Result<(), String> {
+    pub fn check_read(&mut self, inv: Clock, range: SectorRange, bytes: &[u8]) -> Result<(), Wrong> {
         self.reads.remove(&inv);
         let res = self.tick();
         let mut at = 0;
@@ -191,7 +219,7 @@ impl BlockHistory {
         Ok(())
     }
 
-    fn see(&mut self, range: SectorRange, write: WriteId, inv: Clock, res: Clock) -> Result<(), String> {
+    fn see(&mut self, range: SectorRange, write: WriteId, inv: Clock, res: Clock) -> Result<(), Wrong> {
         let mut bad = None;
         self.each(range, |b| {
             if bad.is_none() && !b.read(write, inv, res) {
@@ -201,7 +229,8 @@ impl BlockHistory {
         match bad {
             None => Ok(()),
             Some(versions) => {
-                Err(format!("sector {} holds {}, but may hold {versions}", range.start.0, name(write)))
+                let text = format!("sector {} holds {}, but may hold {versions}", range.start.0, name(write));
+                Err(Wrong::Version(text))
             }
         }
     }
@@ -210,7 +239,7 @@ impl BlockHistory {
     ///
     /// # Errors
     /// If none did.
-    pub fn version_of(&self, sector: u64, bytes: &[u8]) -> Result<WriteId, String> {
+    pub fn version_of(&self, sector: u64, bytes: &[u8]) -> Result<WriteId, Wrong> {
         match Tag::find(bytes, self.full) {
             Found::Tag(t) if t.writer == self.writer && t.sector == sector && t.op < self.next_write => {
                 return Ok(t.op);
@@ -225,7 +254,9 @@ impl BlockHistory {
                 return Ok(0);
             }
         }
-        Err(format!("sector {sector} holds {}", Tag::find(bytes, self.full)))
+        let found = Tag::find(bytes, self.full);
+        let text = format!("sector {sector} holds {found}");
+        Err(if found == Found::Zero { Wrong::Version(text) } else { Wrong::Foreign(text) })
     }
 
     /// A flush is submitted.
@@ -254,17 +285,14 @@ impl BlockHistory {
     ///
     /// # Errors
     /// What is wrong.
-    pub fn check_survivor(&self, sector: u64, bytes: &[u8]) -> Result<(), String> {
+    pub fn check_survivor(&self, sector: u64, bytes: &[u8]) -> Result<(), Wrong> {
         let write = self.version_of(sector, bytes)?;
         let block = self.block(sector);
         if block.may_survive(write) {
             return Ok(());
         }
-        Err(format!(
-            "sector {sector} holds {} after the power cut, but may hold {}",
-            name(write),
-            block.describe()
-        ))
+        let text = format!("sector {sector} holds {}, but may hold {}", name(write), block.describe());
+        Err(Wrong::Version(text))
     }
 
     fn block(&self, sector: u64) -> &Block {
@@ -328,10 +356,11 @@ mod tests {
         h.check_read(inv, SectorRange::new(0, 32), &bytes).unwrap();
         let inv = h.begin_read();
         let old = h.check_read(inv, SectorRange::new(8, 1), &[0; 512]).unwrap_err();
-        assert!(old.contains("what was there in the beginning"), "{old}");
+        assert!(old.to_string().contains("what was there in the beginning"), "{old}");
         let inv = h.begin_read();
         let misplaced = sector_of(&h, w, 9);
-        assert!(h.check_read(inv, SectorRange::new(8, 1), &misplaced).unwrap_err().contains("to sector 9"));
+        let wrong = h.check_read(inv, SectorRange::new(8, 1), &misplaced).unwrap_err();
+        assert!(wrong.to_string().contains("to sector 9") && wrong.invariant(Invariant::G1) == Invariant::G10);
     }
 
     #[test]
