@@ -1,1 +1,25 @@
-//! kernel-model
+//! Simulated Linux, as far as a tapdisk in dom0 and a block front end in a guest see it.
+//!
+//! ```text
+//!   Process (Time, Tasks, Files, Log, Probe)     dies as a whole; its I/O in flight lands all the same
+//!        │ read, write, fdatasync
+//!   Storage ── Inode: live / pending / base      page cache and volatile drive cache in one: what is not
+//!        │                                       synchronised may be lost, sector by sector
+//!   power cut: keeps the base and any part of what is pending
+//! ```
+//!
+//! The fault model is written where faults are made: see [`faults`]. The model takes the seam's vocabulary from
+//! `tap-host` and nothing from the stack: both sides are written apart, or the simulator would agree with its own bugs.
+
+mod blkfront;
+pub mod faults;
+mod inode;
+mod pages;
+mod process;
+mod storage;
+
+pub use blkfront::{BLKFRONT_MAX_SECTORS, Blkfront, Complaint};
+pub use inode::{Content, Inode, Pending, PendingSize, apply};
+pub use pages::{PAGE, Page, PageMap};
+pub use process::{DIRECT_ALIGN_BYTES, Kernel, Process, ProcessFile};
+pub use storage::{Hook, IoCounts, NthFailure, Storage, StorageConfig, to_bufs};

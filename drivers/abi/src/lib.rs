@@ -1,1 +1,22 @@
-//! tap-abi
+//! Bytes and numbers that others defined: what a guest, xenstore or a control tool puts on the wire.
+//!
+//! ```text
+//!   shared memory ──copy──► [u8; 112] ──parse──► BlkifRequest ──► back end
+//!                           [u8; 16]  ◄─encode── RawResponse  ◄──
+//! ```
+//!
+//! # Contract
+//!
+//! Bytes only: no I/O, no policy, no allocation. Every layout has const size and offset asserts and a golden test
+//! that spells its bytes out. Parsers take a private copy, accept any bytes and never panic; whatever they return was
+//! checked, so that code behind them need not look again.
+//!
+//! | module | follows |
+//! |---|---|
+//! | [`ring`] | Xen's `io/ring.h`: the header of a shared ring and its free-running indices |
+//! | [`blkif`] | Xen's `io/blkif.h`: block requests and responses, x86_64 layout |
+//! | [`xenbus`] | Xen's `io/xenbus.h`: the states of a device's two ends |
+
+pub mod blkif;
+pub mod ring;
+pub mod xenbus;

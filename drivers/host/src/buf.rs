@@ -285,7 +285,8 @@ mod tests {
 
     #[test]
     fn copies_cross_buffers() {
-        let mut bufs: IoVec = [IoBuf::unpooled(3).unwrap(), IoBuf::unpooled(4).unwrap()].into_iter().collect();
+        let mut bufs: IoVec =
+            [IoBuf::unpooled(3).unwrap(), IoBuf::unpooled(4).unwrap()].into_iter().collect();
         copy_from_slice(&mut bufs, 2, &[1, 2, 3]);
         let mut out = [9; 4];
         copy_to_slice(&bufs, 1, &mut out);

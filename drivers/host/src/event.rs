@@ -142,7 +142,9 @@ impl Event {
             s.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3))
         }
         match *self {
-            Event::RequestTaken { vbd, id, kind, range: r } => [1 | u64::from(vbd.0) << 8, id, kind as u64, range(r)],
+            Event::RequestTaken { vbd, id, kind, range: r } => {
+                [1 | u64::from(vbd.0) << 8, id, kind as u64, range(r)]
+            }
             Event::RequestDone { vbd, id, result } => [2 | u64::from(vbd.0) << 8, id, ok(result) as u64, 0],
             Event::RequestRefused { vbd, id, why } => [3 | u64::from(vbd.0) << 8, id, text(why), 0],
             Event::RequestResumed { vbd, id, range: r } => [4 | u64::from(vbd.0) << 8, id, range(r), 0],
@@ -152,7 +154,9 @@ impl Event {
             Event::Retried { range: r, error } => [8, range(r), error.0 as u64, 0],
             Event::ClusterMapped { cluster, host_offset } => [9, cluster, host_offset, 0],
             Event::L2Mapped { l1_index, host_offset } => [10, l1_index, host_offset, 0],
-            Event::BackendState { dom, vbd, state } => [11, u64::from(dom.0), u64::from(vbd.0), u64::from(state)],
+            Event::BackendState { dom, vbd, state } => {
+                [11, u64::from(dom.0), u64::from(vbd.0), u64::from(state)]
+            }
             Event::VbdState { vbd, state } => [12, u64::from(vbd.0), text(state), 0],
         }
     }
@@ -165,13 +169,19 @@ impl fmt::Display for Event {
             Event::RequestDone { vbd, id, result: Ok(()) } => write!(f, "{vbd} answers #{id} ok"),
             Event::RequestDone { vbd, id, result: Err(e) } => write!(f, "{vbd} answers #{id} with {e:?}"),
             Event::RequestRefused { vbd, id, why } => write!(f, "{vbd} refuses #{id}: {why}"),
-            Event::RequestResumed { vbd, id, range } => write!(f, "{vbd} takes up #{id} {range} from the record"),
+            Event::RequestResumed { vbd, id, range } => {
+                write!(f, "{vbd} takes up #{id} {range} from the record")
+            }
             Event::RingConnected { dom, vbd } => write!(f, "{vbd} of {dom} connected"),
             Event::RingClosed { dom, vbd, why } => write!(f, "{vbd} of {dom} closed: {why}"),
             Event::Merged { parts, range } => write!(f, "{parts} requests merged into {range}"),
             Event::Retried { range, error } => write!(f, "{range} repeated after {error:?}"),
-            Event::ClusterMapped { cluster, host_offset } => write!(f, "cluster {cluster} mapped at {host_offset:#x}"),
-            Event::L2Mapped { l1_index, host_offset } => write!(f, "L2 table {l1_index} mapped at {host_offset:#x}"),
+            Event::ClusterMapped { cluster, host_offset } => {
+                write!(f, "cluster {cluster} mapped at {host_offset:#x}")
+            }
+            Event::L2Mapped { l1_index, host_offset } => {
+                write!(f, "L2 table {l1_index} mapped at {host_offset:#x}")
+            }
             Event::BackendState { dom, vbd, state } => write!(f, "{vbd} of {dom}: back end in state {state}"),
             Event::VbdState { vbd, state } => write!(f, "{vbd} is {state}"),
         }

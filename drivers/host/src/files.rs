@@ -74,13 +74,21 @@ pub trait File: Clone + 'static {
     ///
     /// # Errors
     /// As preadv(2). What the buffers hold after an error is unspecified.
-    fn read_at(&self, offset: u64, bufs: IoVec) -> impl Future<Output = (Result<usize, Errno>, IoVec)> + 'static;
+    fn read_at(
+        &self,
+        offset: u64,
+        bufs: IoVec,
+    ) -> impl Future<Output = (Result<usize, Errno>, IoVec)> + 'static;
     /// Writes `bufs` at `offset` (bytes), growing the file; a gap reads as zeros. Gives the count of bytes written,
     /// which may be short for no reason.
     ///
     /// # Errors
     /// As pwritev(2). After an error any part of the range may hold the new bytes.
-    fn write_at(&self, offset: u64, bufs: IoVec) -> impl Future<Output = (Result<usize, Errno>, IoVec)> + 'static;
+    fn write_at(
+        &self,
+        offset: u64,
+        bufs: IoVec,
+    ) -> impl Future<Output = (Result<usize, Errno>, IoVec)> + 'static;
     /// Makes every write that had completed before the call durable, with the size and extents needed to read it.
     ///
     /// # Errors

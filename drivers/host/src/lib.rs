@@ -30,8 +30,8 @@
 //! | [`Time`], [`Tasks`], [`Log`], [`Entropy`] | `kernel-model` (a process) |
 //! | [`Grants`], [`Events`], [`SharedPages`], [`Xenstore`] | `xen-model` |
 
-mod bug;
 mod buf;
+mod bug;
 mod errno;
 mod event;
 mod files;
@@ -45,8 +45,8 @@ pub use event::{Event, IoKind};
 pub use files::{File, FileInfo, Files, LockKind, OpenMode};
 pub use types::{ByteRange, DomId, GrantRef, Port, SECTOR_BYTES, Sector, SectorRange, VbdId};
 pub use xen::{
-    EventChannel, Events, GrantSegment, Grants, SharedPage, SharedPages, StorePath, Transaction, WatchEvent, Watcher,
-    Xenstore,
+    EventChannel, Events, GrantSegment, Grants, SharedPage, SharedPages, StorePath, Transaction, WatchEvent,
+    Watcher, Xenstore,
 };
 
 use std::future::Future;

@@ -71,7 +71,8 @@ impl ByteRange {
     }
     /// Whether both ranges share a byte.
     pub fn overlaps(self, other: Self) -> bool {
-        self.offset < other.offset.saturating_add(other.len) && other.offset < self.offset.saturating_add(self.len)
+        self.offset < other.offset.saturating_add(other.len)
+            && other.offset < self.offset.saturating_add(self.len)
     }
 }
 

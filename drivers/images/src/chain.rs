@@ -28,6 +28,9 @@ pub enum ImageFormat {
     Probe,
 }
 
+/// Gives the format of the file at a path, or `None` to refuse it.
+pub type BackingGate = Rc<dyn Fn(&str) -> Option<ImageFormat>>;
+
 /// Which backing files may be opened.
 #[derive(Clone, Default)]
 pub enum BackingPolicy {
@@ -35,8 +38,8 @@ pub enum BackingPolicy {
     #[default]
     Refuse,
     /// Asked with the path of every backing file (relative names are resolved against the directory of the image that
-    /// names them); gives its format, or `None` to refuse it.
-    Ask(Rc<dyn Fn(&str) -> Option<ImageFormat>>),
+    /// names them).
+    Ask(BackingGate),
 }
 
 impl BackingPolicy {

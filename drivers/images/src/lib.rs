@@ -33,7 +33,7 @@ mod sync;
 #[cfg(test)]
 mod testing;
 
-pub use chain::{BackingPolicy, ImageFormat, ImageSpec, OpenOptions, open_image};
+pub use chain::{BackingGate, BackingPolicy, ImageFormat, ImageSpec, OpenOptions, open_image};
 pub use error::ImageError;
 pub use qcow::QcowLimits;
 

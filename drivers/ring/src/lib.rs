@@ -1,1 +1,33 @@
-//! tap-ring
+//! The back end of a blkif ring: takes a guest's block requests out of shared memory and answers them from a
+//! [`tap_core::Node`].
+//!
+//! ```text
+//!   guest's page          run() takes, in order            one task per request
+//!   +-----------+  copy   +--------------------+  submit   +-------------------+
+//!   | requests  |────────►| parse, check, note |──────────►| node, grant copy  |
+//!   | responses |◄────────| publish in batches |◄──────────| result            |
+//!   +-----------+         +---------+----------+   done    +-------------------+
+//!                                   │ every step
+//!                           in-flight record (outside the process)
+//! ```
+//!
+//! # Contract
+//!
+//! * The guest may write anything anywhere at any time. Each entry is copied out once and only the copy is looked at;
+//!   a request that breaks the protocol is answered with an error; indices that cannot be close the ring.
+//! * Each request that was taken is answered once, also across deaths of the process: see [`record`].
+//! * No more requests are held than the ring has entries and no more memory than [`Limits`] says. Lack of buffers
+//!   delays taking, never answering.
+//! * Responses are published together, and the guest is notified only when it asked to be.
+//!
+//! Follows Xen's `io/ring.h` and `io/blkif.h`: one page, x86_64 layout, READ, WRITE and FLUSH_DISKCACHE. A flush with
+//! data flushes, writes and flushes again, the strongest of the readings in use.
+
+mod connect;
+pub mod record;
+mod resume;
+mod ring;
+mod serve;
+
+pub use connect::{ConnectError, Limits, RingConfig};
+pub use ring::{BlkifRing, RingCloser, RingEnd};

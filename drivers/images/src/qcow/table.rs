@@ -135,7 +135,7 @@ impl<H: ImageHost> Image<H> {
         let offset = self.l1.borrow()[index];
         let end = offset.checked_add(self.geometry.table_bytes());
         // Opening for writing has looked at all of them; reading finds out here.
-        if !end.is_some_and(|end| end <= self.reach) {
+        if end.is_none_or(|end| end > self.reach) {
             return Err(Errno::EIO);
         }
         let buf = self.file.buffer(self.geometry.table_bytes() as usize).await?;

@@ -1,0 +1,183 @@
+//! Connecting: mapping, binding, and taking up what a dead process left.
+
+use crate::record::{EPOCH_AT, Identity, Record};
+use crate::resume::{Plan, plan};
+use crate::ring::{BlkifRing, Parts};
+use std::rc::Rc;
+use tap_abi::blkif::RING_ENTRIES;
+use tap_abi::ring;
+use tap_core::Node;
+use tap_host::{
+    Bug, DomId, Errno, Event, Events, GrantRef, Grants, Log, Mark, Port, Probe, SharedPage, SharedPages,
+    Tasks, Time, VbdId,
+};
+
+/// What a ring may use.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Limits {
+    /// Bytes of data buffers at a time. A request larger than this is served alone.
+    pub buffer_bytes: usize,
+    /// Most requests taken before responses are published and other tasks have their turn; at least 1.
+    pub batch: u32,
+}
+
+impl Default for Limits {
+    /// Enough for a ring full of requests of eleven pages.
+    fn default() -> Self {
+        Self { buffer_bytes: RING_ENTRIES as usize * (64 << 10), batch: RING_ENTRIES }
+    }
+}
+
+/// Which ring to connect, and how.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct RingConfig {
+    /// The guest.
+    pub dom: DomId,
+    /// The disk.
+    pub vbd: VbdId,
+    /// The ring's page.
+    pub ring_ref: GrantRef,
+    /// The guest's port.
+    pub port: Port,
+    /// Name of the in-flight record ([`SharedPages`]); without one a ring cannot be taken up after a restart.
+    pub record: Option<String>,
+    /// Memory and fairness.
+    pub limits: Limits,
+    /// Writes are refused, also when the node would take them.
+    pub read_only: bool,
+}
+
+/// Why a ring could not be connected.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// The ring's page.
+    #[error("map ring page {gref} of {dom}: {error}")]
+    Map {
+        /// The guest.
+        dom: DomId,
+        /// The grant.
+        gref: GrantRef,
+        /// Why.
+        error: Errno,
+    },
+    /// The event channel.
+    #[error("bind event channel {port} of {dom}: {error}")]
+    Bind {
+        /// The guest.
+        dom: DomId,
+        /// The guest's port.
+        port: Port,
+        /// Why.
+        error: Errno,
+    },
+    /// The record's page.
+    #[error("open in-flight record {name}: {error}")]
+    Region {
+        /// The page's name.
+        name: String,
+        /// Why.
+        error: Errno,
+    },
+    /// The ring was served before by somebody who left no record of it.
+    #[error("connect a ring that is in use and has no in-flight record: the front end has to make a new one")]
+    InUse,
+    /// The record contradicts the ring.
+    #[error("take up the ring: {0}; the front end has to make a new one")]
+    Record(&'static str),
+}
+
+impl<H> BlkifRing<H>
+where
+    H: Time + Tasks + Log + Probe + Grants + Events + SharedPages,
+{
+    /// Maps the ring and binds its channel. A ring with a matching record is taken up where the dead process stopped;
+    /// any other has to be fresh. Nothing is served before [`BlkifRing::run`].
+    ///
+    /// # Errors
+    /// See [`ConnectError`]; nothing stays mapped or bound then.
+    pub fn connect(host: H, config: RingConfig, node: Rc<dyn Node>) -> Result<Self, ConnectError> {
+        let RingConfig { dom, ring_ref: gref, port, .. } = config;
+        let page = host.map(dom, gref, true).map_err(|error| ConnectError::Map { dom, gref, error })?;
+        let channel = match host.bind_interdomain(dom, port) {
+            Ok(channel) => channel,
+            Err(error) => {
+                if host.bug(Bug::GrantLeaked) {
+                    std::mem::forget(page);
+                }
+                return Err(ConnectError::Bind { dom, port, error });
+            }
+        };
+        let (record, plan) = match &config.record {
+            None => (None, fresh(&page).map(|()| None)?),
+            Some(name) => {
+                let region =
+                    host.region(name).map_err(|error| ConnectError::Region { name: name.clone(), error })?;
+                let record = Record::new(region);
+                let plan =
+                    open_record(&host, &config, &page, &record).inspect_err(|_| host.remove_region(name))?;
+                (Some(record), plan)
+            }
+        };
+        host.log(Event::RingConnected { dom, vbd: config.vbd });
+        let parts = Parts { host, config, node, page, channel, record };
+        Ok(match plan {
+            None => Self::start(parts, 0, 0),
+            Some((plan, rsp_prod)) => Self::resume(parts, plan, rsp_prod),
+        })
+    }
+
+    fn resume(parts: Parts<H>, plan: Plan, rsp_prod: u32) -> Self {
+        let host = parts.host.clone();
+        if let Some(record) = &parts.record {
+            // The last request may be noted and not counted; once it is answered nothing else would tell.
+            record.set_req_cons(plan.req_cons);
+        }
+        let ring = Self::start(parts, plan.req_cons, rsp_prod);
+        for slot in plan.given {
+            if host.bug(Bug::ResponseTwice) {
+                ring.answer_again(&slot, 0);
+            } else {
+                ring.slot_is_free(&slot);
+            }
+        }
+        for begun in plan.begun {
+            host.mark(Mark::ResponseResumed);
+            ring.answer_again(&begun.slot, begun.status);
+        }
+        for slot in plan.taken {
+            if !host.bug(Bug::LostAtReconnect) {
+                host.mark(Mark::RecordResumed);
+                ring.take_up(slot);
+            }
+        }
+        ring
+    }
+}
+
+/// Finds out how to go on, or starts a record for a fresh ring.
+fn open_record<H: Time, P: SharedPage, R: SharedPage>(
+    host: &H,
+    config: &RingConfig,
+    page: &P,
+    record: &Record<R>,
+) -> Result<Option<(Plan, u32)>, ConnectError> {
+    let RingConfig { dom, vbd, ring_ref, port, .. } = *config;
+    let identity = |epoch| Identity { dom, vbd, ring_ref, port, epoch };
+    let epoch = page.load_u32(EPOCH_AT);
+    if epoch != 0 && record.is_of(identity(epoch)) {
+        let rsp_prod = page.load_u32(ring::RSP_PROD);
+        let content = record.load().map_err(ConnectError::Record)?;
+        return Ok(Some((plan(content, rsp_prod).map_err(ConnectError::Record)?, rsp_prod)));
+    }
+    fresh(page)?;
+    // Any number that a ring before is unlikely to have had.
+    let epoch = (host.now_ns() >> 10) as u32 ^ epoch.wrapping_add(1) | 1;
+    record.reset(identity(epoch));
+    page.store_u32(EPOCH_AT, epoch);
+    Ok(None)
+}
+
+/// A ring on which nothing was ever answered.
+fn fresh<P: SharedPage>(page: &P) -> Result<(), ConnectError> {
+    if page.load_u32(ring::RSP_PROD) == 0 { Ok(()) } else { Err(ConnectError::InUse) }
+}

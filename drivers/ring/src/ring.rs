@@ -1,0 +1,436 @@
+//! The ring at work: taking requests, publishing responses, sleeping, draining.
+
+use crate::connect::RingConfig;
+use crate::record::{Record, Slot};
+use crate::serve::{Job, check};
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::future::{Future, poll_fn};
+use std::pin::{Pin, pin};
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
+use tap_abi::blkif::{
+    BlkifRequest, ENTRY_BYTES, Malformed, RING_ENTRIES, RawResponse, STATUS_EOPNOTSUPP, STATUS_ERROR,
+    STATUS_OKAY, entry_offset,
+};
+use tap_abi::ring::{REQ_EVENT, REQ_PROD, RSP_EVENT, RSP_PROD, needs_notify, unconsumed};
+use tap_core::Node;
+use tap_host::{
+    BufPool, Bug, Errno, Event, EventChannel, Events, Grants, IoBuf, Log, Mark, Probe, SECTOR_BYTES,
+    SharedPage, SharedPages, Tasks, Time,
+};
+use zerocopy::IntoBytes;
+
+/// What a ring is made of.
+pub(crate) struct Parts<H: Grants + Events + SharedPages> {
+    pub(crate) host: H,
+    pub(crate) config: RingConfig,
+    pub(crate) node: Rc<dyn Node>,
+    pub(crate) page: H::Page,
+    pub(crate) channel: H::Channel,
+    pub(crate) record: Option<Record<H::Region>>,
+}
+
+/// A request whose fate is known.
+pub(crate) struct Done {
+    pub(crate) slot: u8,
+    pub(crate) id: u64,
+    pub(crate) op: u8,
+    pub(crate) status: i16,
+}
+
+/// What wakes the ring's own task, and who may tell it to end.
+#[derive(Default)]
+struct Signal {
+    closing: Cell<bool>,
+    waker: Cell<Option<Waker>>,
+}
+
+impl Signal {
+    fn wake(&self) {
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+    }
+    fn register(&self, cx: &Context<'_>) {
+        self.waker.set(Some(cx.waker().clone()));
+    }
+}
+
+pub(crate) struct Inner<H: Grants + Events + SharedPages> {
+    pub(crate) parts: Parts<H>,
+    size_sectors: u64,
+    read_only: bool,
+    pool: BufPool,
+    req_cons: Cell<u32>,
+    /// Published responses.
+    rsp_prod: Cell<u32>,
+    /// Requests taken and not answered.
+    in_flight: Cell<u32>,
+    /// The request index at which the guest will raise an event.
+    armed: Cell<u32>,
+    done: RefCell<VecDeque<Done>>,
+    free_slots: RefCell<Vec<u8>>,
+    /// Requests of a dead process, to be executed before any other.
+    resumed: RefCell<VecDeque<Slot>>,
+    signal: Rc<Signal>,
+}
+
+/// A connected ring. Dropping it, or the end of [`BlkifRing::run`], unmaps the page and closes the channel.
+pub struct BlkifRing<H: Grants + Events + SharedPages>(Rc<Inner<H>>);
+
+/// Ends a ring from outside.
+#[derive(Clone)]
+pub struct RingCloser(Rc<Signal>);
+
+impl RingCloser {
+    /// Lets the ring take no further request. [`BlkifRing::run`] ends once those in flight are answered.
+    pub fn close(&self) {
+        self.0.closing.set(true);
+        self.0.wake();
+    }
+}
+
+/// Why a ring is not served any more.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum RingEnd {
+    /// [`RingCloser::close`] was called; every request that was taken is answered.
+    Closed,
+    /// The guest's indices cannot be; nothing was answered since.
+    Refused(&'static str),
+    /// The event channel cannot be used any more.
+    ChannelGone,
+}
+
+impl<H> BlkifRing<H>
+where
+    H: Time + Tasks + Log + Probe + Grants + Events + SharedPages,
+{
+    pub(crate) fn start(parts: Parts<H>, req_cons: u32, rsp_prod: u32) -> Self {
+        let info = parts.node.info();
+        let limits = parts.config.limits;
+        assert!(limits.batch > 0, "a batch of no requests");
+        Self(Rc::new(Inner {
+            size_sectors: info.size_sectors,
+            read_only: info.read_only || parts.config.read_only,
+            pool: BufPool::new(limits.buffer_bytes),
+            req_cons: Cell::new(req_cons),
+            rsp_prod: Cell::new(rsp_prod),
+            in_flight: Cell::new(0),
+            // No index that will be asked for soon: the event index is written at the first sleep.
+            armed: Cell::new(req_cons.wrapping_sub(1)),
+            done: RefCell::new(VecDeque::with_capacity(RING_ENTRIES as usize)),
+            free_slots: RefCell::new((0..RING_ENTRIES as u8).rev().collect()),
+            resumed: RefCell::default(),
+            signal: Rc::default(),
+            parts,
+        }))
+    }
+
+    /// The guest got the response of `slot` before the process died.
+    pub(crate) fn slot_is_free(&self, slot: &Slot) {
+        if let Some(record) = &self.0.parts.record {
+            record.free(slot.number);
+        }
+    }
+
+    fn occupy(&self, slot: &Slot) {
+        self.0.free_slots.borrow_mut().retain(|free| *free != slot.number);
+        self.0.in_flight.set(self.0.in_flight.get() + 1);
+    }
+
+    /// Answers the request in `slot` with `status`, which a dead process had begun.
+    pub(crate) fn answer_again(&self, slot: &Slot, status: i16) {
+        self.occupy(slot);
+        let (id, op) = match BlkifRequest::parse(&slot.entry) {
+            Ok(request) => (request.id, request.op as u8),
+            Err(Malformed { id, op, .. }) => (id, op),
+        };
+        self.0.done.borrow_mut().push_back(Done { slot: slot.number, id, op, status });
+    }
+
+    /// Executes the request in `slot` again.
+    pub(crate) fn take_up(&self, slot: Slot) {
+        self.occupy(&slot);
+        self.0.resumed.borrow_mut().push_back(slot);
+    }
+
+    /// A handle that ends this ring.
+    pub fn closer(&self) -> RingCloser {
+        RingCloser(Rc::clone(&self.0.signal))
+    }
+
+    /// Serves the ring until it is closed, or refused because of what the guest wrote. Then waits for the requests in
+    /// flight, removes the in-flight record, unmaps the ring and closes its channel.
+    pub async fn run(self) -> RingEnd {
+        let ring = &self.0;
+        let end = ring.serve().await;
+        ring.drain(end).await;
+        let Parts { host, config, record, .. } = &ring.parts;
+        if let (Some(_), Some(name)) = (record, &config.record) {
+            host.remove_region(name);
+        }
+        let why = match end {
+            RingEnd::Closed => "closed",
+            RingEnd::ChannelGone => "event channel gone",
+            RingEnd::Refused(why) => {
+                host.mark(Mark::RingRefused);
+                why
+            }
+        };
+        host.log(Event::RingClosed { dom: config.dom, vbd: config.vbd, why });
+        assert_eq!(Rc::strong_count(&self.0), 1, "a request outlived its ring");
+        end
+    }
+}
+
+impl<H> Inner<H>
+where
+    H: Time + Tasks + Log + Probe + Grants + Events + SharedPages,
+{
+    async fn serve(self: &Rc<Self>) -> RingEnd {
+        let Parts { channel, .. } = &self.parts;
+        // A guest that was told nothing by a dying process must not wait for ever; one event too many does no harm.
+        channel.notify();
+        self.serve_resumed().await;
+        let mut event = pin!(channel.wait());
+        loop {
+            if let Err(why) = self.take_all().await {
+                return RingEnd::Refused(why);
+            }
+            if self.signal.closing.get() {
+                return RingEnd::Closed;
+            }
+            if self.arm() {
+                match self.sleep(event.as_mut()).await {
+                    Woken::Work => {}
+                    Woken::Event(Ok(())) => event.set(channel.wait()),
+                    Woken::Event(Err(_)) => return RingEnd::ChannelGone,
+                }
+            }
+            self.publish();
+        }
+    }
+
+    async fn serve_resumed(self: &Rc<Self>) {
+        self.publish();
+        loop {
+            let Some(slot) = self.resumed.borrow_mut().pop_front() else { return };
+            let job = self.look_at(&slot.entry);
+            if let Ok(request) = &job {
+                let (id, range) = (request.id, request.range());
+                self.parts.host.log(Event::RequestResumed { vbd: self.parts.config.vbd, id, range });
+            }
+            let buf = self.buffer(&job).await;
+            self.go(slot.number, job, buf);
+        }
+    }
+
+    /// Takes every request that is on the ring.
+    async fn take_all(self: &Rc<Self>) -> Result<(), &'static str> {
+        loop {
+            let prod = self.parts.page.load_u32(REQ_PROD);
+            let cons = self.req_cons.get();
+            let waiting = unconsumed(prod, cons);
+            if waiting > RING_ENTRIES || unconsumed(prod, self.rsp_prod.get()) > RING_ENTRIES {
+                return Err("more requests than the ring has entries");
+            }
+            if waiting == 0 {
+                return Ok(());
+            }
+            let batch = self.parts.config.limits.batch;
+            for _ in 0..waiting.min(batch) {
+                if self.signal.closing.get() {
+                    return Ok(());
+                }
+                self.take_one().await;
+            }
+            if waiting > batch {
+                self.publish();
+                self.parts.host.yield_now().await;
+            }
+        }
+    }
+
+    fn read_entry(&self, index: u32) -> [u8; ENTRY_BYTES] {
+        let mut entry = [0; ENTRY_BYTES];
+        self.parts.page.copy_in(entry_offset(index), &mut entry);
+        entry
+    }
+
+    /// Parses and checks a private copy of an entry.
+    fn look_at(&self, entry: &[u8; ENTRY_BYTES]) -> Result<Job, Malformed> {
+        let request = BlkifRequest::parse(entry)?;
+        check(&request, self.size_sectors, self.read_only)?;
+        Ok(Job(request))
+    }
+
+    async fn take_one(self: &Rc<Self>) {
+        let Parts { host, record, .. } = &self.parts;
+        let index = self.req_cons.get();
+        let entry = self.read_entry(index);
+        let mut job = self.look_at(&entry);
+        if host.bug(Bug::RingReadTwice) && job.is_ok() {
+            job = BlkifRequest::parse(&self.read_entry(index)).map(Job);
+        }
+        let buf = self.buffer(&job).await;
+        if self.signal.closing.get() {
+            return;
+        }
+        let slot = self.free_slots.borrow_mut().pop().expect("a slot per entry of the ring");
+        let late = host.bug(Bug::RecordLate);
+        if let Some(record) = record {
+            if !late {
+                record.take(slot, index, &entry);
+            }
+            record.set_req_cons(index.wrapping_add(1));
+        }
+        self.req_cons.set(index.wrapping_add(1));
+        self.in_flight.set(self.in_flight.get() + 1);
+        if let Ok(job) = &job {
+            host.log(job.taken_event(self.parts.config.vbd));
+        }
+        self.go(slot, job, buf);
+        if let (Some(record), true) = (record, late) {
+            record.take(slot, index, &entry);
+        }
+    }
+
+    /// The buffer that a request needs. While there is none, responses still go out.
+    async fn buffer(self: &Rc<Self>, job: &Result<Job, Malformed>) -> Option<IoBuf> {
+        let bytes = u64::from(job.as_ref().map_or(0, |job| job.0.count())) * SECTOR_BYTES;
+        if bytes == 0 {
+            return None;
+        }
+        let mut alloc = pin!(self.pool.alloc(bytes as usize));
+        let buf = poll_fn(|cx| {
+            if let Poll::Ready(buf) = alloc.as_mut().poll(cx) {
+                return Poll::Ready(buf);
+            }
+            self.publish();
+            self.signal.register(cx);
+            Poll::Pending
+        });
+        Some(buf.await.expect("88 sectors are far below the largest buffer"))
+    }
+
+    /// Starts a request that was taken, or answers it if it is malformed.
+    fn go(self: &Rc<Self>, slot: u8, job: Result<Job, Malformed>, buf: Option<IoBuf>) {
+        match job {
+            Ok(job) => job.start(self, slot, buf),
+            Err(bad) => {
+                self.refused(bad.id, bad.why);
+                self.done(Done { slot, id: bad.id, op: bad.op, status: bad.status });
+            }
+        }
+    }
+
+    pub(crate) fn refused(&self, id: u64, why: &'static str) {
+        self.parts.host.mark(Mark::RequestRefused);
+        self.parts.host.log(Event::RequestRefused { vbd: self.parts.config.vbd, id, why });
+    }
+
+    /// A request ended; its response goes out with the next batch.
+    pub(crate) fn done(&self, done: Done) {
+        self.done.borrow_mut().push_back(done);
+        self.signal.wake();
+    }
+
+    /// Puts all responses on the ring and publishes them together.
+    fn publish(&self) {
+        let mut done = self.done.borrow_mut();
+        if done.is_empty() {
+            return;
+        }
+        let Parts { host, config, page, channel, record, .. } = &self.parts;
+        let old = self.rsp_prod.get();
+        let mut new = old;
+        for Done { slot, id, op, status } in &*done {
+            if let Some(record) = record {
+                record.answer(*slot, new, *status);
+            }
+            page.copy_out(entry_offset(new), RawResponse::new(*id, *op, *status).as_bytes());
+            new = new.wrapping_add(1);
+        }
+        page.store_u32(RSP_PROD, new);
+        page.full_barrier();
+        let event = page.load_u32(RSP_EVENT);
+        self.rsp_prod.set(new);
+        self.in_flight.set(self.in_flight.get() - done.len() as u32);
+        for Done { slot, id, status, .. } in done.drain(..) {
+            if let Some(record) = record {
+                record.free(slot);
+            }
+            self.free_slots.borrow_mut().push(slot);
+            host.log(Event::RequestDone { vbd: config.vbd, id, result: result_of(status) });
+        }
+        if needs_notify(old, new, event) {
+            channel.notify();
+        }
+    }
+
+    /// Asks for an event at the next request. `false` when that is already there.
+    fn arm(&self) -> bool {
+        let page = &self.parts.page;
+        let cons = self.req_cons.get();
+        if self.armed.replace(cons.wrapping_add(1)) != cons.wrapping_add(1) {
+            page.store_u32(REQ_EVENT, cons.wrapping_add(1));
+            page.full_barrier();
+        }
+        page.load_u32(REQ_PROD) == cons
+    }
+
+    async fn sleep(&self, mut event: Pin<&mut impl Future<Output = Result<(), Errno>>>) -> Woken {
+        poll_fn(|cx| {
+            if self.signal.closing.get() || !self.done.borrow().is_empty() {
+                return Poll::Ready(Woken::Work);
+            }
+            self.signal.register(cx);
+            event.as_mut().poll(cx).map(Woken::Event)
+        })
+        .await
+    }
+
+    /// Waits for the requests in flight. A ring that was refused gets no more responses.
+    async fn drain(&self, end: RingEnd) {
+        poll_fn(|cx| {
+            match end {
+                RingEnd::Refused(_) => {
+                    let dropped = self.done.borrow_mut().drain(..).count() as u32;
+                    self.in_flight.set(self.in_flight.get() - dropped);
+                }
+                RingEnd::Closed | RingEnd::ChannelGone => self.publish(),
+            }
+            if self.in_flight.get() == 0 {
+                return Poll::Ready(());
+            }
+            self.signal.register(cx);
+            Poll::Pending
+        })
+        .await;
+    }
+}
+
+enum Woken {
+    /// Responses wait, or the ring is to be closed.
+    Work,
+    /// The guest's event, or the end of the channel.
+    Event(Result<(), Errno>),
+}
+
+fn result_of(status: i16) -> Result<(), Errno> {
+    match status {
+        STATUS_OKAY => Ok(()),
+        STATUS_EOPNOTSUPP => Err(Errno::EOPNOTSUPP),
+        _ => Err(Errno::EIO),
+    }
+}
+
+/// The status that a guest is told for the result of a request.
+pub(crate) fn status_of(result: Result<(), Errno>) -> i16 {
+    match result {
+        Ok(()) => STATUS_OKAY,
+        Err(Errno::EOPNOTSUPP) => STATUS_EOPNOTSUPP,
+        Err(_) => STATUS_ERROR,
+    }
+}

@@ -1,0 +1,126 @@
+//! One request: from the copy of its entry to its result.
+
+use crate::ring::{Done, Inner, status_of};
+use smallvec::SmallVec;
+use std::rc::Rc;
+use tap_abi::blkif::{BlkifOp, BlkifRequest, MAX_SEGMENTS, Malformed, STATUS_ERROR};
+use tap_core::{LocalBoxFuture, Request, Response};
+use tap_host::{
+    Errno, Event, Events, GrantRef, GrantSegment, Grants, IoBuf, IoKind, IoVec, Log, Probe, SECTOR_BYTES,
+    SectorRange, SharedPages, Tasks, Time, VbdId,
+};
+
+/// Whether the disk can serve `request`.
+pub(crate) fn check(request: &BlkifRequest, size_sectors: u64, read_only: bool) -> Result<(), Malformed> {
+    let count = request.count();
+    let why = if count > 0 && !SectorRange::new(request.sector, count).fits(size_sectors) {
+        "outside the disk"
+    } else if read_only && count > 0 && request.op != BlkifOp::Read {
+        "write to a read-only disk"
+    } else {
+        return Ok(());
+    };
+    Err(Malformed { id: request.id, op: request.op as u8, status: STATUS_ERROR, why })
+}
+
+/// A request that was checked.
+#[derive(Clone, Copy)]
+pub(crate) struct Job(pub(crate) BlkifRequest);
+
+impl std::ops::Deref for Job {
+    type Target = BlkifRequest;
+    fn deref(&self) -> &BlkifRequest {
+        &self.0
+    }
+}
+
+impl Job {
+    /// The sectors it covers; none for a flush without data.
+    pub(crate) fn range(&self) -> SectorRange {
+        match self.count() {
+            0 => SectorRange::default(),
+            count => SectorRange::new(self.sector, count),
+        }
+    }
+
+    pub(crate) fn taken_event(&self, vbd: VbdId) -> Event {
+        let kind = match self.op {
+            BlkifOp::Read => IoKind::Read,
+            BlkifOp::Write => IoKind::Write,
+            BlkifOp::Flush => IoKind::Flush,
+        };
+        Event::RequestTaken { vbd, id: self.id, kind, range: self.range() }
+    }
+
+    fn segments(&self) -> SmallVec<[GrantSegment; MAX_SEGMENTS]> {
+        let segments = self.0.segments().iter();
+        segments
+            .map(|s| GrantSegment {
+                gref: GrantRef(s.gref),
+                offset: u16::from(s.first) * SECTOR_BYTES as u16,
+                len: u16::from(s.count()) * SECTOR_BYTES as u16,
+            })
+            .collect()
+    }
+
+    /// Hands the request to the node, in the order of the calls, and spawns what is left. Data of writes is copied
+    /// from the guest here, once.
+    pub(crate) fn start<H>(self, ring: &Rc<Inner<H>>, slot: u8, buf: Option<IoBuf>)
+    where
+        H: Time + Tasks + Log + Probe + Grants + Events + SharedPages,
+    {
+        let mut bufs: IoVec = buf.into_iter().collect();
+        if self.op != BlkifOp::Read
+            && let Some(buf) = bufs.first_mut()
+            && let Err(error) = ring.parts.host.copy_in(ring.parts.config.dom, &self.segments(), buf)
+        {
+            ring.refused(self.id, "its data cannot be copied from the guest");
+            return self.finish(ring, slot, Err(error));
+        }
+        let node = &ring.parts.node;
+        // A flush with data goes first and keeps the data for later.
+        let (first, data) = match self.op {
+            BlkifOp::Read => (node.submit(Request::read(self.range(), bufs)), IoVec::new()),
+            BlkifOp::Write => (node.submit(Request::write(self.range(), bufs)), IoVec::new()),
+            BlkifOp::Flush => (node.submit(Request::flush()), bufs),
+        };
+        let key = (self.op as u64) << 60 ^ self.sector;
+        let task = {
+            let ring = Rc::clone(ring);
+            async move {
+                let result = self.answer(&ring, first, data).await;
+                self.finish(&ring, slot, result);
+            }
+        };
+        ring.parts.host.spawn("request", key, task);
+    }
+
+    async fn answer<H>(
+        &self,
+        ring: &Inner<H>,
+        first: LocalBoxFuture<Response>,
+        data: IoVec,
+    ) -> Result<(), Errno>
+    where
+        H: Time + Tasks + Log + Probe + Grants + Events + SharedPages,
+    {
+        let Response { result, bufs } = first.await;
+        result?;
+        if let (BlkifOp::Read, Some(buf)) = (self.op, bufs.first()) {
+            let copied = ring.parts.host.copy_out(ring.parts.config.dom, &self.segments(), buf);
+            return copied.inspect_err(|_| ring.refused(self.id, "its data cannot be copied to the guest"));
+        }
+        if !data.is_empty() {
+            ring.parts.node.submit(Request::write(self.range(), data)).await.result?;
+            ring.parts.node.submit(Request::flush()).await.result?;
+        }
+        Ok(())
+    }
+
+    fn finish<H>(&self, ring: &Inner<H>, slot: u8, result: Result<(), Errno>)
+    where
+        H: Time + Tasks + Log + Probe + Grants + Events + SharedPages,
+    {
+        ring.done(Done { slot, id: self.id, op: self.op as u8, status: status_of(result) });
+    }
+}

@@ -1,0 +1,211 @@
+//! A host and a disk for tests: the models' processes, joined, and a node in memory.
+
+#![allow(dead_code, unreachable_pub, reason = "each test program uses a part")]
+
+use kernel_model::{Kernel, Process, Storage, StorageConfig};
+use sim::{Label, Sim};
+use std::cell::RefCell;
+use std::future::Future;
+use std::rc::Rc;
+use tap_core::{LocalBoxFuture, Node, NodeInfo, Op, Request, Response};
+use tap_host::{
+    Bug, DomId, Errno, Event, Events, GrantRef, GrantSegment, Grants, Log, Mark, Port, Probe, SharedPages,
+    Tasks, Time, Xenstore, bytes_of, copy_from_slice, copy_to_slice,
+};
+use xen_model::{Channel, Mapping, Options, StoreTransaction, StoreWatcher, Xen, XenPort};
+
+/// The machine of a test.
+#[derive(Clone)]
+pub struct World {
+    pub sim: Sim,
+    pub xen: Xen,
+    pub kernel: Kernel,
+}
+
+impl World {
+    pub fn new(config: &sim::Config) -> Self {
+        let sim = Sim::new(config);
+        let storage = Storage::new(&sim, StorageConfig::default());
+        Self { xen: Xen::new(&sim, Options::default()), kernel: Kernel::new(&sim, &storage), sim }
+    }
+
+    /// A new process of dom0.
+    pub fn process(&self, name: &str, key: u64) -> TestHost {
+        let process = self.kernel.process(name, key);
+        TestHost { xen: self.xen.attach(DomId(0), process.node()), process }
+    }
+
+    /// A new domain with a process in it.
+    pub fn guest(&self) -> XenPort {
+        let dom = self.xen.create_domain();
+        self.xen.attach(dom, &self.sim.node("guest", u64::from(dom.0)))
+    }
+
+    pub fn marked(&self, mark: Mark) -> u64 {
+        self.kernel.marks()[mark as usize]
+    }
+}
+
+/// A process as the stack sees it.
+#[derive(Clone)]
+pub struct TestHost {
+    pub process: Process,
+    pub xen: XenPort,
+}
+
+impl Time for TestHost {
+    fn now_ns(&self) -> u64 {
+        self.process.now_ns()
+    }
+    fn sleep_ns(&self, ns: u64) -> impl Future<Output = ()> + 'static {
+        self.process.sleep_ns(ns)
+    }
+}
+impl Tasks for TestHost {
+    fn spawn(&self, role: &'static str, key: u64, task: impl Future<Output = ()> + 'static) {
+        self.process.spawn(role, key, task);
+    }
+    fn yield_now(&self) -> impl Future<Output = ()> + 'static {
+        self.process.yield_now()
+    }
+}
+impl Log for TestHost {
+    fn log(&self, event: Event) {
+        self.process.log(event);
+    }
+}
+impl Probe for TestHost {
+    fn bug(&self, bug: Bug) -> bool {
+        self.process.bug(bug)
+    }
+    fn mark(&self, mark: Mark) {
+        self.process.mark(mark);
+    }
+}
+impl Grants for TestHost {
+    type Page = Mapping;
+    fn map(&self, dom: DomId, gref: GrantRef, write: bool) -> Result<Mapping, Errno> {
+        self.xen.map(dom, gref, write)
+    }
+    fn copy_in(&self, dom: DomId, segments: &[GrantSegment], private: &mut [u8]) -> Result<(), Errno> {
+        self.xen.copy_in(dom, segments, private)
+    }
+    fn copy_out(&self, dom: DomId, segments: &[GrantSegment], private: &[u8]) -> Result<(), Errno> {
+        self.xen.copy_out(dom, segments, private)
+    }
+}
+impl Events for TestHost {
+    type Channel = Channel;
+    fn bind_interdomain(&self, dom: DomId, remote: Port) -> Result<Channel, Errno> {
+        self.xen.bind_interdomain(dom, remote)
+    }
+}
+impl SharedPages for TestHost {
+    type Region = Mapping;
+    fn region(&self, name: &str) -> Result<Mapping, Errno> {
+        self.xen.region(name)
+    }
+    fn remove_region(&self, name: &str) {
+        self.xen.remove_region(name);
+    }
+}
+impl Xenstore for TestHost {
+    type Transaction = StoreTransaction;
+    type Watcher = StoreWatcher;
+    async fn read(&self, path: &str) -> Result<Vec<u8>, Errno> {
+        self.xen.read(path).await
+    }
+    async fn write(&self, path: &str, value: &[u8]) -> Result<(), Errno> {
+        self.xen.write(path, value).await
+    }
+    async fn remove(&self, path: &str) -> Result<(), Errno> {
+        self.xen.remove(path).await
+    }
+    async fn directory(&self, path: &str) -> Result<Vec<String>, Errno> {
+        self.xen.directory(path).await
+    }
+    async fn watch(&self, path: &str) -> Result<StoreWatcher, Errno> {
+        self.xen.watch(path).await
+    }
+    async fn transaction(&self) -> Result<StoreTransaction, Errno> {
+        self.xen.transaction().await
+    }
+}
+
+static DISK_LATE: Label = Label::new("test-disk-late", "the disk takes {} ns more");
+
+struct DiskState {
+    bytes: Vec<u8>,
+    /// Everything that was asked for, in order.
+    log: Vec<(Op, u64, u32)>,
+    fail: Option<Errno>,
+    submitted: u32,
+}
+
+/// A disk in memory that outlives its processes. Requests take effect when they start and take a decided time.
+#[derive(Clone)]
+pub struct Disk {
+    sim: Sim,
+    state: Rc<RefCell<DiskState>>,
+    pub read_only: bool,
+}
+
+impl Disk {
+    pub fn new(sim: &Sim, size_sectors: usize) -> Self {
+        let state = DiskState { bytes: vec![0; size_sectors * 512], log: vec![], fail: None, submitted: 0 };
+        Self { sim: sim.clone(), state: Rc::new(RefCell::new(state)), read_only: false }
+    }
+    pub fn log(&self) -> Vec<(Op, u64, u32)> {
+        self.state.borrow().log.clone()
+    }
+    pub fn fail_with(&self, error: Option<Errno>) {
+        self.state.borrow_mut().fail = error;
+    }
+    pub fn sectors(&self, start: u64, count: u64) -> Vec<u8> {
+        self.state.borrow().bytes[start as usize * 512..(start + count) as usize * 512].to_vec()
+    }
+    pub fn node(&self) -> Rc<dyn Node> {
+        Rc::new(self.clone())
+    }
+}
+
+impl Node for Disk {
+    fn submit(&self, request: Request) -> LocalBoxFuture<Response> {
+        let disk = self.clone();
+        Box::pin(async move {
+            let Request { op, range, mut bufs } = request;
+            let (nth, fail) = {
+                let mut state = disk.state.borrow_mut();
+                state.submitted += 1;
+                state.log.push((op, range.start.0, range.count));
+                assert!(
+                    op == Op::Flush || range.fits(state.bytes.len() as u64 / 512),
+                    "outside the disk: {range}"
+                );
+                assert!(op != Op::Write || !disk.read_only, "write to a read-only disk");
+                let at = range.start.0 as usize * 512;
+                if op == Op::Write && state.fail.is_none() {
+                    let end = at + bytes_of(&bufs);
+                    copy_to_slice(&bufs, 0, &mut state.bytes[at..end]);
+                }
+                (state.submitted, state.fail)
+            };
+            let late = disk.sim.decide(disk.sim.current(), &DISK_LATE, nth, |d| d.magnitude(16));
+            disk.sim.sleep_ns(10_000 + late).await;
+            if op == Op::Read {
+                let state = disk.state.borrow();
+                let at = range.start.0 as usize * 512;
+                copy_from_slice(&mut bufs, 0, &state.bytes[at..at + range.len_bytes() as usize]);
+            }
+            Response { result: fail.map_or(Ok(()), Err), bufs }
+        })
+    }
+    fn info(&self) -> NodeInfo {
+        NodeInfo { size_sectors: self.state.borrow().bytes.len() as u64 / 512, read_only: self.read_only }
+    }
+    fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
+        Box::pin(async { Ok(()) })
+    }
+}
+
+pub mod front;

@@ -1,0 +1,229 @@
+//! The faults of the host's storage: which there are, and what may not be injected.
+//!
+//! | fault | what the caller sees | what happens to the bytes |
+//! |---|---|---|
+//! | error | EIO | of a write: nothing, everything, or a part landed |
+//! | no space | ENOSPC | nothing landed |
+//! | short | fewer bytes than asked for, no error | a prefix of whole sectors landed |
+//! | transient | EAGAIN | nothing landed |
+//! | slow, stuck | nothing for milliseconds, or for ten seconds | as usual |
+//! | sync error | EIO from fdatasync | see [`SyncErrors`] |
+//! | power cut | everything ends | any subset of the sectors that were not synchronised; a prefix of the size changes |
+//!
+//! Never injected here: a medium that returns other bytes than were written, and a synchronisation that lies. (The lying
+//! drive exists as a canary, [`crate::StorageConfig::flush_lies`]: with it on, the checkers must report a loss.)
+
+use sim::{Draw, FaultKind, Label, Sim};
+use tap_host::Errno;
+
+/// Which fault an I/O meets: kind in the low 3 bits, detail in the next 8.
+pub static IO_FAULT: Label = Label::packed("io-fault", "the I/O meets fault {}", &[3, 8]);
+/// How long an I/O takes beyond the least.
+pub static IO_LATE: Label = Label::new("io-late", "the I/O takes {} ns longer");
+/// Which sectors of a pending write a power cut takes.
+pub static LOST: Label = Label::new("lost", "the power cut takes sectors {} of the write (mask)");
+/// How many of the pending size changes a power cut takes.
+pub static SIZES_LOST: Label = Label::new("sizes-lost", "the power cut takes the last {} size changes");
+/// Which sectors of a write a failed synchronisation loses.
+pub static SYNC_LOST: Label =
+    Label::new("sync-lost", "the failed synchronisation loses sectors {} of the write (mask)");
+/// Whether a new name is lost in a power cut.
+pub static NAME_LOST: Label = Label::new("name-lost", "the power cut takes the file's name");
+
+/// The labels of this crate's storage, to be registered.
+pub static LABELS: &[&Label] = &[&IO_FAULT, &IO_LATE, &LOST, &SIZES_LOST, &SYNC_LOST, &NAME_LOST];
+
+static EIO: FaultKind = FaultKind { name: "io-error", max_ppm: 60_000 };
+static ENOSPC: FaultKind = FaultKind { name: "no-space", max_ppm: 60_000 };
+static SHORT: FaultKind = FaultKind { name: "short-transfer", max_ppm: 200_000 };
+static TRANSIENT: FaultKind = FaultKind { name: "transient-error", max_ppm: 100_000 };
+static SLOW: FaultKind = FaultKind { name: "slow-io", max_ppm: 100_000 };
+static STUCK: FaultKind = FaultKind { name: "stuck-io", max_ppm: 4_000 };
+static SYNC: FaultKind = FaultKind { name: "sync-error", max_ppm: 100_000 };
+static JITTER: FaultKind = FaultKind { name: "io-jitter", max_ppm: 500_000 };
+
+/// What a failed fdatasync of a buffered file leaves behind.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum SyncErrors {
+    /// Everything stays pending; a later one may succeed. (Direct I/O always behaves so.)
+    #[default]
+    Retryable,
+    /// As ext4 and XFS: pages are marked clean, reads still show them, the next one says ok; what had not reached the
+    /// medium is lost at the next power cut.
+    Linux,
+    /// As btrfs: reads show the old bytes again.
+    Reverts,
+    /// It fails for ever.
+    Latched,
+}
+
+/// Which kinds of fault a world has at all.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct FaultPlan {
+    /// EIO on reads and writes.
+    pub errors: bool,
+    /// ENOSPC on writes.
+    pub no_space: bool,
+    /// Short transfers.
+    pub short: bool,
+    /// EAGAIN.
+    pub transient: bool,
+    /// Slow and stuck I/O, and jitter that lets I/Os overtake each other.
+    pub latency: bool,
+    /// fdatasync errors.
+    pub sync_errors: bool,
+}
+
+impl FaultPlan {
+    /// Latency only.
+    pub const LATENCY: Self = Self {
+        errors: false,
+        no_space: false,
+        short: false,
+        transient: false,
+        latency: true,
+        sync_errors: false,
+    };
+    /// Everything.
+    pub const ALL: Self =
+        Self { errors: true, no_space: true, short: true, transient: true, latency: true, sync_errors: true };
+}
+
+/// What an I/O does.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum IoOp {
+    Read,
+    Write,
+    Sync,
+}
+
+/// The fault that an I/O meets.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Fault {
+    None,
+    /// The error, and how much of a write lands: 0 nothing, 255 everything.
+    Error(Errno, u8),
+    /// How much of the transfer happens: 1..=254 of 255.
+    Short(u8),
+    /// It takes ten seconds.
+    Stuck,
+}
+
+const KIND_EIO: u64 = 1;
+const KIND_ENOSPC: u64 = 2;
+const KIND_SHORT: u64 = 3;
+const KIND_TRANSIENT: u64 = 4;
+const KIND_STUCK: u64 = 5;
+
+/// The rates of one seed, looked up once.
+pub(crate) struct Rates {
+    eio: u32,
+    enospc: u32,
+    short: u32,
+    transient: u32,
+    stuck: u32,
+    sync: u32,
+    slow: u32,
+    jitter: u32,
+}
+
+impl Rates {
+    pub(crate) fn new(sim: &Sim, plan: FaultPlan) -> Self {
+        let swarm = sim.swarm();
+        let rate = |on: bool, kind| if on { swarm.rate_ppm(kind) } else { 0 };
+        Self {
+            eio: rate(plan.errors, &EIO),
+            enospc: rate(plan.no_space, &ENOSPC),
+            short: rate(plan.short, &SHORT),
+            transient: rate(plan.transient, &TRANSIENT),
+            stuck: rate(plan.latency, &STUCK),
+            sync: rate(plan.sync_errors, &SYNC),
+            slow: rate(plan.latency, &SLOW),
+            jitter: rate(plan.latency, &JITTER),
+        }
+    }
+
+    /// The value of the [`IO_FAULT`] decision.
+    pub(crate) fn draw_fault(&self, op: IoOp, d: &mut Draw) -> u64 {
+        let table: [(u64, u32); 5] = match op {
+            IoOp::Read => [
+                (KIND_EIO, self.eio),
+                (KIND_SHORT, self.short),
+                (KIND_TRANSIENT, self.transient),
+                (KIND_STUCK, self.stuck),
+                (0, 0),
+            ],
+            IoOp::Write => [
+                (KIND_EIO, self.eio),
+                (KIND_SHORT, self.short),
+                (KIND_TRANSIENT, self.transient),
+                (KIND_STUCK, self.stuck),
+                (KIND_ENOSPC, self.enospc),
+            ],
+            IoOp::Sync => [(KIND_EIO, self.sync), (KIND_STUCK, self.stuck), (0, 0), (0, 0), (0, 0)],
+        };
+        let mut at = d.below(1_000_000);
+        for (kind, ppm) in table {
+            if at < u64::from(ppm) {
+                // Nothing and everything are as likely as all that lies between.
+                let detail = match d.below(3) {
+                    0 => 0,
+                    1 => 255,
+                    _ => d.below(256),
+                };
+                return kind | detail << 3;
+            }
+            at -= u64::from(ppm);
+        }
+        0
+    }
+
+    /// The rate at which any fault of `op` comes.
+    pub(crate) fn any(&self, op: IoOp) -> bool {
+        match op {
+            IoOp::Read => self.eio | self.short | self.transient | self.stuck != 0,
+            IoOp::Write => self.eio | self.short | self.transient | self.stuck | self.enospc != 0,
+            IoOp::Sync => self.sync | self.stuck != 0,
+        }
+    }
+
+    /// The value of the [`IO_LATE`] decision.
+    pub(crate) fn draw_late(&self, d: &mut Draw) -> u64 {
+        if d.ppm(self.slow) {
+            1_000_000 + d.below(20_000_000)
+        } else if d.ppm(self.jitter) {
+            d.magnitude(15)
+        } else {
+            0
+        }
+    }
+
+    pub(crate) fn any_late(&self) -> bool {
+        self.slow | self.jitter != 0
+    }
+}
+
+pub(crate) fn decode(value: u64) -> Fault {
+    let detail = (value >> 3) as u8;
+    match value & 7 {
+        KIND_EIO => Fault::Error(Errno::EIO, detail),
+        KIND_ENOSPC => Fault::Error(Errno::ENOSPC, 0),
+        KIND_SHORT => Fault::Short(detail.clamp(1, 254)),
+        KIND_TRANSIENT => Fault::Error(Errno::EAGAIN, 0),
+        KIND_STUCK => Fault::Stuck,
+        _ => Fault::None,
+    }
+}
+
+/// An [`IO_FAULT`] value in words.
+pub fn describe_fault(value: u64) -> String {
+    match decode(value) {
+        Fault::None => "meets no fault".into(),
+        Fault::Error(Errno::EIO, 0) => "fails with EIO and has no effect".into(),
+        Fault::Error(Errno::EIO, 255) => "fails with EIO although all of it took effect".into(),
+        Fault::Error(Errno::EIO, part) => format!("fails with EIO after {part}/255 of it took effect"),
+        Fault::Error(e, _) => format!("fails with {e:?}"),
+        Fault::Short(part) => format!("transfers only {part}/255 of its bytes"),
+        Fault::Stuck => "is stuck for ten seconds".into(),
+    }
+}

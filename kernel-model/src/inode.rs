@@ -1,0 +1,251 @@
+//! One file: what reads see, what is durable, and what lies between.
+//!
+//! ```text
+//!   live     base + every write so far           (page cache, or the drive's view)
+//!   pending  the writes since, page by page       each may reach the medium or not, sector by sector
+//!   base     what a power cut cannot take
+//! ```
+//!
+//! Size changes are entries of their own, ordered among themselves but not against data: after a power cut the file
+//! may be long without its data, or have lost data because it is short.
+
+use crate::pages::{PAGE, Page, PageMap};
+use sim::Entity;
+use std::rc::Rc;
+use tap_host::SECTOR_BYTES;
+
+const SECTORS: usize = PAGE / SECTOR_BYTES as usize;
+
+/// A write to one page that is not known to be durable.
+#[derive(Clone)]
+pub struct Pending {
+    /// Order of writes to this file.
+    pub seq: u64,
+    /// The I/O that made it.
+    pub io: Entity,
+    /// Page within the file.
+    pub page: u64,
+    /// Sectors of the page, as a mask.
+    pub sectors: u8,
+    /// The page right after the write; only `sectors` count.
+    pub bytes: Rc<Page>,
+}
+
+/// A change of size that is not known to be durable.
+#[derive(Clone, Copy)]
+pub struct PendingSize {
+    /// Order, shared with writes.
+    pub seq: u64,
+    /// New size in bytes.
+    pub size: u64,
+}
+
+/// The content of a file.
+#[derive(Clone, Default)]
+pub struct Content {
+    /// Bytes below the size.
+    pub pages: PageMap,
+    /// Size in bytes.
+    pub size: u64,
+}
+
+/// A file's bytes in all three tenses.
+#[derive(Clone, Default)]
+pub struct Inode {
+    /// What reads see.
+    pub live: Content,
+    /// What a power cut leaves at least.
+    pub base: Content,
+    /// Writes in order.
+    pub pending: Vec<Pending>,
+    /// Size changes in order.
+    pub pending_sizes: Vec<PendingSize>,
+    next_seq: u64,
+}
+
+impl Inode {
+    /// A durable file with this content.
+    pub fn durable(content: Content) -> Self {
+        Self { live: content.clone(), base: content, ..Self::default() }
+    }
+
+    /// The number that the next write gets; writes below it have happened.
+    pub fn seq(&self) -> u64 {
+        self.next_seq
+    }
+
+    /// Bytes of pending pages.
+    pub fn pending_bytes(&self) -> usize {
+        self.pending.len() * PAGE
+    }
+
+    /// Writes a run of bytes, growing the file.
+    pub fn write(&mut self, io: Entity, mut offset: u64, mut bytes: &[u8]) {
+        let end = offset + bytes.len() as u64;
+        if end > self.live.size {
+            self.resize(end);
+        }
+        while !bytes.is_empty() {
+            let within = (offset % PAGE as u64) as usize;
+            let n = bytes.len().min(PAGE - within);
+            let page = offset / PAGE as u64;
+            let after = Rc::clone(self.live.pages.write_in_page(page, within, &bytes[..n]));
+            let first = within / SECTOR_BYTES as usize;
+            let last = (within + n - 1) / SECTOR_BYTES as usize;
+            let sectors = (0xff_u8 << first) & (0xff_u8 >> (SECTORS - 1 - last));
+            self.pending.push(Pending { seq: self.next_seq, io, page, sectors, bytes: after });
+            bytes = &bytes[n..];
+            offset += n as u64;
+        }
+        self.next_seq += 1;
+    }
+
+    /// Changes the size.
+    pub fn resize(&mut self, size: u64) {
+        if size < self.live.size {
+            self.live.pages.truncate(size);
+        }
+        self.live.size = size;
+        self.pending_sizes.push(PendingSize { seq: self.next_seq, size });
+        self.next_seq += 1;
+    }
+
+    /// Makes writes and sizes with a number below `seq` durable.
+    pub fn harden(&mut self, seq: u64) {
+        let split = self.pending.partition_point(|p| p.seq < seq);
+        for p in self.pending.drain(..split) {
+            apply(&mut self.base.pages, &p, p.sectors);
+        }
+        let split = self.pending_sizes.partition_point(|p| p.seq < seq);
+        for s in self.pending_sizes.drain(..split) {
+            set_size(&mut self.base, s.size);
+        }
+    }
+
+    /// Takes the oldest half of what is pending to the medium, as a kernel does when much is dirty.
+    pub fn write_back_half(&mut self) {
+        if let Some(p) = self.pending.get(self.pending.len() / 2) {
+            let seq = p.seq;
+            self.harden(seq);
+        }
+    }
+
+    /// Forgets pending writes below `seq` after a failed synchronisation, keeping for each sector what `keep` says
+    /// reached the medium. What reads see stays, unless `revert`.
+    pub fn forget(&mut self, seq: u64, revert: bool, mut keep: impl FnMut(&Pending) -> u8) {
+        let split = self.pending.partition_point(|p| p.seq < seq);
+        let gone: Vec<Pending> = self.pending.drain(..split).collect();
+        for p in &gone {
+            let kept = keep(p) & p.sectors;
+            apply(&mut self.base.pages, p, kept);
+        }
+        let split = self.pending_sizes.partition_point(|p| p.seq < seq);
+        for s in self.pending_sizes.drain(..split) {
+            set_size(&mut self.base, s.size);
+        }
+        if revert {
+            for p in &gone {
+                let page = self.base.pages.get(p.page).cloned();
+                self.live.pages.set(p.page, page);
+            }
+            for p in &self.pending {
+                apply(&mut self.live.pages, p, p.sectors);
+            }
+        }
+    }
+
+    /// What the medium holds after a power cut: the base, of each pending write the sectors that `keep` says, and the
+    /// first `sizes_kept` size changes.
+    pub fn after_power_cut(&self, sizes_kept: usize, mut keep: impl FnMut(&Pending) -> u8) -> Content {
+        let mut content = self.base.clone();
+        for p in &self.pending {
+            let kept = keep(p) & p.sectors;
+            if kept != 0 {
+                apply(&mut content.pages, p, kept);
+            }
+        }
+        let size = self.pending_sizes[..sizes_kept.min(self.pending_sizes.len())].iter().fold(
+            content.size,
+            |size, s| {
+                if s.size < size {
+                    content.pages.truncate(s.size);
+                }
+                s.size
+            },
+        );
+        content.size = size;
+        // Data beyond the size belongs to nobody.
+        content.pages.truncate(size);
+        content
+    }
+}
+
+fn set_size(content: &mut Content, size: u64) {
+    if size < content.size {
+        content.pages.truncate(size);
+    }
+    content.size = size;
+}
+
+/// Copies the sectors of `mask` out of a pending write.
+pub fn apply(pages: &mut PageMap, p: &Pending, mask: u8) {
+    if mask == 0xff {
+        pages.set(p.page, Some(Rc::clone(&p.bytes)));
+        return;
+    }
+    let mut bit = 0;
+    while bit < SECTORS {
+        if mask & 1 << bit == 0 {
+            bit += 1;
+            continue;
+        }
+        let first = bit;
+        while bit < SECTORS && mask & 1 << bit != 0 {
+            bit += 1;
+        }
+        let (from, to) = (first * SECTOR_BYTES as usize, bit * SECTOR_BYTES as usize);
+        pages.write_in_page(p.page, from, &p.bytes[from..to]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bytes(content: &Content) -> Vec<u8> {
+        let mut out = vec![0; content.size as usize];
+        content.pages.read(0, &mut out);
+        out
+    }
+
+    #[test]
+    fn a_power_cut_takes_what_was_not_hardened() {
+        let mut file = Inode::default();
+        file.write(Entity(1), 0, &[1; 1024]);
+        file.harden(file.seq());
+        file.write(Entity(2), 512, &[2; 1024]);
+        assert_eq!(bytes(&file.live), [vec![1; 512], vec![2; 1024]].concat());
+        let nothing = file.after_power_cut(0, |_| 0);
+        assert_eq!(bytes(&nothing), vec![1; 1024]);
+        let torn = file.after_power_cut(1, |_| 0b100);
+        assert_eq!(bytes(&torn), [vec![1; 1024], vec![2; 512]].concat());
+        let long_without_data = file.after_power_cut(1, |_| 0);
+        assert_eq!(bytes(&long_without_data), [vec![1; 1024], vec![0; 512]].concat());
+        let short_with_data = file.after_power_cut(0, |_| 0xff);
+        assert_eq!(bytes(&short_with_data), [vec![1; 512], vec![2; 512]].concat());
+    }
+
+    #[test]
+    fn a_failed_sync_forgets_and_may_revert() {
+        let mut file = Inode::default();
+        file.write(Entity(1), 0, &[1; 512]);
+        file.harden(file.seq());
+        let mut linux = file.clone();
+        linux.write(Entity(2), 0, &[2; 512]);
+        let mut btrfs = linux.clone();
+        linux.forget(linux.seq(), false, |_| 0);
+        assert_eq!((bytes(&linux.live)[0], bytes(&linux.base)[0], linux.pending.len()), (2, 1, 0));
+        btrfs.forget(btrfs.seq(), true, |_| 0);
+        assert_eq!((bytes(&btrfs.live)[0], bytes(&btrfs.base)[0]), (1, 1));
+    }
+}

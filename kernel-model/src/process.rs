@@ -1,0 +1,311 @@
+//! Processes: the seam as a program of dom0 sees it. Whatever a dead process's code still does has no effect.
+
+use crate::faults::IoOp;
+use crate::storage::{OpenFile, Storage};
+use sim::{Node, Sim, Sleep, TraceEvent};
+use std::cell::{Cell, RefCell};
+use std::future::{Future, pending, poll_fn};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+use tap_host::{
+    Bug, Entropy, Errno, Event, File, FileInfo, Files, IoVec, LockKind, Log, Mark, OpenMode, Probe, Tasks,
+    Time, bytes_of,
+};
+
+/// Alignment in bytes that O_DIRECT asks for.
+pub const DIRECT_ALIGN_BYTES: u32 = 512;
+
+/// The kernel of one simulated host; clones share it.
+#[derive(Clone)]
+pub struct Kernel(Rc<KernelInner>);
+
+struct KernelInner {
+    sim: Sim,
+    storage: Storage,
+    bugs: RefCell<Vec<Bug>>,
+    marks: [Cell<u64>; Mark::ALL.len()],
+    entropy: Cell<u64>,
+}
+
+impl Kernel {
+    /// A kernel above `storage`.
+    pub fn new(sim: &Sim, storage: &Storage) -> Self {
+        Self(Rc::new(KernelInner {
+            sim: sim.clone(),
+            storage: storage.clone(),
+            bugs: RefCell::default(),
+            marks: [const { Cell::new(0) }; Mark::ALL.len()],
+            entropy: Cell::new(sim.swarm().seed()),
+        }))
+    }
+
+    /// Switches a seeded bug on in every process.
+    pub fn plant(&self, bug: Bug) {
+        self.0.bugs.borrow_mut().push(bug);
+    }
+
+    /// How often each mark was reached, in the order of [`Mark::ALL`].
+    pub fn marks(&self) -> Vec<u64> {
+        self.0.marks.iter().map(Cell::get).collect()
+    }
+
+    /// Starts a process that does nothing yet.
+    pub fn process(&self, name: impl Into<String>, key: u64) -> Process {
+        Process { kernel: self.clone(), node: self.0.sim.node(name, key) }
+    }
+
+    /// The storage.
+    pub fn storage(&self) -> &Storage {
+        &self.0.storage
+    }
+}
+
+/// A process of dom0.
+#[derive(Clone)]
+pub struct Process {
+    kernel: Kernel,
+    node: Node,
+}
+
+impl Process {
+    /// The node that dies when the process is killed.
+    pub fn node(&self) -> &Node {
+        &self.node
+    }
+
+    fn sim(&self) -> &Sim {
+        &self.kernel.0.sim
+    }
+}
+
+impl Time for Process {
+    fn now_ns(&self) -> u64 {
+        self.sim().now_ns()
+    }
+    fn sleep_ns(&self, ns: u64) -> impl Future<Output = ()> + 'static {
+        let sleep: Sleep = self.sim().sleep_ns(ns);
+        sleep
+    }
+}
+
+impl Tasks for Process {
+    fn spawn(&self, role: &'static str, key: u64, task: impl Future<Output = ()> + 'static) {
+        self.node.spawn(role, key, task);
+    }
+    fn yield_now(&self) -> impl Future<Output = ()> + 'static {
+        self.sim().yield_now()
+    }
+}
+
+/// An event of the stack, as the trace has it.
+struct Traced(Event);
+impl std::fmt::Display for Traced {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+impl TraceEvent for Traced {
+    fn words(&self) -> [u64; 4] {
+        self.0.words()
+    }
+}
+
+impl Log for Process {
+    fn log(&self, event: Event) {
+        if self.node.is_alive() {
+            self.sim().trace(self.node.name(), &Traced(event));
+        }
+    }
+}
+
+impl Entropy for Process {
+    fn fill(&self, buf: &mut [u8]) {
+        for chunk in buf.chunks_mut(8) {
+            let state = self.kernel.0.entropy.get().wrapping_add(1);
+            self.kernel.0.entropy.set(state);
+            let bits = sim::mix(state).to_le_bytes();
+            chunk.copy_from_slice(&bits[..chunk.len()]);
+        }
+    }
+}
+
+impl Probe for Process {
+    fn bug(&self, bug: Bug) -> bool {
+        let bugs = self.kernel.0.bugs.borrow();
+        !bugs.is_empty() && bugs.contains(&bug)
+    }
+    fn mark(&self, mark: Mark) {
+        let count = &self.kernel.0.marks[mark as usize];
+        count.set(count.get() + 1);
+    }
+}
+
+impl Files for Process {
+    type File = ProcessFile;
+
+    async fn open(&self, path: &str, mode: OpenMode) -> Result<ProcessFile, Errno> {
+        self.alive().await;
+        let open = self.kernel.0.storage.0.open(path, mode.create_new, mode.write, mode.direct)?;
+        Ok(ProcessFile { process: self.clone(), open })
+    }
+
+    async fn sync_parent(&self, path: &str) -> Result<(), Errno> {
+        self.alive().await;
+        self.kernel.0.storage.0.sync_name(path)
+    }
+
+    async fn remove(&self, path: &str) -> Result<(), Errno> {
+        self.alive().await;
+        self.kernel.0.storage.0.remove(path)
+    }
+}
+
+impl Process {
+    /// One effect of the process; never completes once it is dead.
+    async fn alive(&self) {
+        if !self.node.step() {
+            pending::<()>().await;
+        }
+    }
+}
+
+/// A file that a process has open.
+#[derive(Clone)]
+pub struct ProcessFile {
+    process: Process,
+    open: Rc<OpenFile>,
+}
+
+enum IoState {
+    Start(IoOp, u64, IoVec),
+    Running(u32),
+    /// The process died before it could start: nothing ever comes back.
+    Never,
+    Done,
+}
+
+/// An operation: starts when first polled, goes on when dropped.
+struct Io {
+    file: ProcessFile,
+    state: IoState,
+}
+
+impl Future for Io {
+    type Output = (Result<usize, Errno>, IoVec);
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = &mut *self;
+        if let IoState::Start(op, offset, ref mut bufs) = this.state {
+            let bufs = std::mem::take(bufs);
+            this.state = IoState::Done;
+            if !this.file.process.node.step() {
+                this.state = IoState::Never;
+                return Poll::Pending;
+            }
+            if let Err(error) = this.file.check(op, offset, &bufs) {
+                return Poll::Ready((Err(error), bufs));
+            }
+            let storage = &this.file.process.kernel.0.storage.0;
+            this.state = IoState::Running(storage.start(op, &this.file.open, offset, bufs));
+        }
+        match this.state {
+            IoState::Running(index) => {
+                let result = this.file.process.kernel.0.storage.0.poll(index, cx.waker());
+                if result.is_ready() {
+                    this.state = IoState::Done;
+                }
+                result
+            }
+            _ => Poll::Pending,
+        }
+    }
+}
+
+impl Drop for Io {
+    fn drop(&mut self) {
+        if let IoState::Running(index) = self.state {
+            self.file.process.kernel.0.storage.0.abandon(index);
+        }
+    }
+}
+
+impl ProcessFile {
+    fn io(&self, op: IoOp, offset: u64, bufs: IoVec) -> Io {
+        Io { file: self.clone(), state: IoState::Start(op, offset, bufs) }
+    }
+
+    fn check(&self, op: IoOp, offset: u64, bufs: &IoVec) -> Result<(), Errno> {
+        if op == IoOp::Write && !self.open.write {
+            return Err(Errno::EBADF);
+        }
+        let align = u64::from(self.align());
+        let unaligned = |n: u64| !n.is_multiple_of(align);
+        if op != IoOp::Sync && (unaligned(offset) || bufs.iter().any(|b| unaligned(b.len() as u64))) {
+            return Err(Errno::EINVAL);
+        }
+        // As Linux's loff_t.
+        if offset.checked_add(bytes_of(bufs) as u64).is_none_or(|end| end > i64::MAX as u64) {
+            return Err(Errno::EFBIG);
+        }
+        Ok(())
+    }
+
+    fn align(&self) -> u32 {
+        if self.open.direct { DIRECT_ALIGN_BYTES } else { 1 }
+    }
+}
+
+impl File for ProcessFile {
+    fn read_at(
+        &self,
+        offset: u64,
+        bufs: IoVec,
+    ) -> impl Future<Output = (Result<usize, Errno>, IoVec)> + 'static {
+        self.io(IoOp::Read, offset, bufs)
+    }
+
+    fn write_at(
+        &self,
+        offset: u64,
+        bufs: IoVec,
+    ) -> impl Future<Output = (Result<usize, Errno>, IoVec)> + 'static {
+        self.io(IoOp::Write, offset, bufs)
+    }
+
+    fn sync_data(&self) -> impl Future<Output = Result<(), Errno>> + 'static {
+        let io = self.io(IoOp::Sync, 0, IoVec::new());
+        async move { io.await.0.map(|_| ()) }
+    }
+
+    fn set_size(&self, size_bytes: u64) -> impl Future<Output = Result<(), Errno>> + 'static {
+        let file = self.clone();
+        let mut done = false;
+        poll_fn(move |_| {
+            if done || !file.process.node.step() {
+                return Poll::Pending;
+            }
+            done = true;
+            if !file.open.write {
+                return Poll::Ready(Err(Errno::EBADF));
+            }
+            file.open.file.inode.borrow_mut().resize(size_bytes);
+            Poll::Ready(Ok(()))
+        })
+    }
+
+    fn info(&self) -> Result<FileInfo, Errno> {
+        Ok(FileInfo {
+            size_bytes: self.open.file.inode.borrow().live.size,
+            align_bytes: self.align(),
+            direct: self.open.direct,
+            block_device: false,
+        })
+    }
+
+    fn lock(&self, kind: LockKind) -> Result<(), Errno> {
+        if !self.process.node.step() {
+            return Err(Errno::EBADF);
+        }
+        self.process.kernel.0.storage.0.lock(&self.open, kind)
+    }
+}

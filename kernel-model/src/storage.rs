@@ -1,0 +1,569 @@
+//! Host storage: named files, their I/O in virtual time, power cuts.
+//!
+//! Operations are the device's, not the process's: a process that dies leaves them to land. Its descriptors, and with
+//! them its locks, go only when its last operation has ended, as on Linux; so who has the lock has no stray writes.
+
+use crate::faults::{
+    Fault, FaultPlan, IO_FAULT, IO_LATE, IoOp, LOST, NAME_LOST, Rates, SIZES_LOST, SYNC_LOST, SyncErrors,
+    decode,
+};
+use crate::inode::{Content, Inode, Pending};
+use sim::{Entity, Sim, Timed, mix2, text_hash};
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::task::{Poll, Waker};
+use tap_host::{Errno, IoVec, LockKind, SECTOR_BYTES, bytes_of, copy_from_slice};
+
+/// What the storage is like.
+#[derive(Clone, Copy, Debug)]
+pub struct StorageConfig {
+    /// Faults that may be drawn.
+    pub faults: FaultPlan,
+    /// What a failed fdatasync of a buffered file leaves.
+    pub sync_errors: SyncErrors,
+    /// fdatasync says ok and does nothing: a canary.
+    pub flush_lies: bool,
+    /// Fails the n-th operation (from 1) of the kind that [`NthFailure`] names.
+    pub nth_failure: Option<NthFailure>,
+    /// Pending bytes per file above which the kernel writes back by itself.
+    pub write_back_bytes: usize,
+}
+
+impl Default for StorageConfig {
+    fn default() -> Self {
+        Self {
+            faults: FaultPlan::LATENCY,
+            sync_errors: SyncErrors::Retryable,
+            flush_lies: false,
+            nth_failure: None,
+            write_back_bytes: 16 << 20,
+        }
+    }
+}
+
+/// The n-th operation fails, for an exhaustive sweep.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct NthFailure {
+    /// Which, counted from 1 over all reads, writes and synchronisations.
+    pub n: u64,
+    /// Whether all after it fail too, until faults stop.
+    pub sticky: bool,
+    /// How much of a write lands: 0 nothing, 255 everything.
+    pub effect: u8,
+    /// The error.
+    pub error: Errno,
+}
+
+/// Counts of what went to the host's files.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct IoCounts {
+    /// Reads.
+    pub reads: u64,
+    /// Writes.
+    pub writes: u64,
+    /// Synchronisations.
+    pub syncs: u64,
+    /// Bytes read and written.
+    pub bytes: u64,
+}
+
+const READ_NS: u64 = 8_000;
+const WRITE_NS: u64 = 12_000;
+const SYNC_NS: u64 = 80_000;
+const STUCK_NS: u64 = 10_000_000_000;
+
+pub(crate) struct FileState {
+    pub(crate) inode: RefCell<Inode>,
+    entity: Entity,
+    name_durable: Cell<bool>,
+    /// (open file, kind).
+    locks: RefCell<Vec<(u64, LockKind)>>,
+    sync_latched: Cell<bool>,
+}
+
+/// A descriptor's open file: what locks belong to.
+pub(crate) struct OpenFile {
+    pub(crate) id: u64,
+    pub(crate) file: Rc<FileState>,
+    pub(crate) direct: bool,
+    pub(crate) write: bool,
+}
+
+impl Drop for OpenFile {
+    fn drop(&mut self) {
+        self.file.locks.borrow_mut().retain(|l| l.0 != self.id);
+    }
+}
+
+struct Running {
+    op: IoOp,
+    open: Rc<OpenFile>,
+    io: Entity,
+    offset: u64,
+    bufs: IoVec,
+    fault: Fault,
+    /// A synchronisation covers writes numbered below this.
+    covers: u64,
+    waker: Option<Waker>,
+    orphan: bool,
+}
+
+enum Slot {
+    Free,
+    Running(Box<Running>),
+    Done(Result<usize, Errno>, IoVec),
+}
+
+pub(crate) struct Inner {
+    sim: Sim,
+    config: RefCell<StorageConfig>,
+    rates: Rates,
+    files: RefCell<BTreeMap<String, Rc<FileState>>>,
+    slots: RefCell<Vec<Slot>>,
+    free: RefCell<Vec<u32>>,
+    next_open: Cell<u64>,
+    counts: Cell<IoCounts>,
+    ops: Cell<u64>,
+    stopped: Cell<bool>,
+    hook: RefCell<Option<Hook>>,
+}
+
+/// Called after each operation took effect, with its number; crash exploration looks at the files then.
+pub type Hook = Rc<dyn Fn(u64)>;
+
+/// The host's storage; clones share it.
+#[derive(Clone)]
+pub struct Storage(pub(crate) Rc<Inner>);
+
+impl Storage {
+    /// Empty storage.
+    pub fn new(sim: &Sim, config: StorageConfig) -> Self {
+        Self(Rc::new(Inner {
+            sim: sim.clone(),
+            rates: Rates::new(sim, config.faults),
+            config: RefCell::new(config),
+            files: RefCell::default(),
+            slots: RefCell::default(),
+            free: RefCell::default(),
+            next_open: Cell::new(1),
+            counts: Cell::default(),
+            ops: Cell::new(0),
+            stopped: Cell::new(false),
+            hook: RefCell::default(),
+        }))
+    }
+
+    /// Puts a durable file in place, as if it had always been there.
+    pub fn put(&self, name: &str, content: Content) {
+        self.0.files.borrow_mut().insert(name.into(), self.0.file(name, Inode::durable(content), true));
+    }
+
+    /// As [`Storage::put`], from bytes.
+    pub fn put_bytes(&self, name: &str, bytes: &[u8]) {
+        let mut content = Content { size: bytes.len() as u64, ..Content::default() };
+        content.pages.write(0, bytes);
+        self.put(name, content);
+    }
+
+    /// What reads of the file see now.
+    pub fn content(&self, name: &str) -> Option<Content> {
+        self.0.files.borrow().get(name).map(|f| f.inode.borrow().live.clone())
+    }
+
+    /// The file in all tenses.
+    pub fn inode(&self, name: &str) -> Option<Inode> {
+        self.0.files.borrow().get(name).map(|f| f.inode.borrow().clone())
+    }
+
+    /// The file's bytes as reads see them now.
+    pub fn bytes(&self, name: &str) -> Option<Vec<u8>> {
+        let content = self.content(name)?;
+        let mut out = vec![0; content.size as usize];
+        content.pages.read(0, &mut out);
+        Some(out)
+    }
+
+    /// Operations so far.
+    pub fn counts(&self) -> IoCounts {
+        self.0.counts.get()
+    }
+
+    /// Operations that took effect so far.
+    pub fn ops(&self) -> u64 {
+        self.0.ops.get()
+    }
+
+    /// Calls `hook` after each effect.
+    pub fn set_hook(&self, hook: Option<Hook>) {
+        *self.0.hook.borrow_mut() = hook;
+    }
+
+    /// From now on no operation fails by plan; drawn faults are stopped by the engine.
+    pub fn stop_failures(&self) {
+        self.0.stopped.set(true);
+    }
+
+    /// Cuts the power: per file a decision for every pending write and size change. Writes in flight count as pending.
+    /// What was open stays open on files that nobody will find again; call it when every process is dead.
+    pub fn power_cut(&self) {
+        let inner = &self.0;
+        inner.land_in_flight();
+        let old = std::mem::take(&mut *inner.files.borrow_mut());
+        for (name, file) in old {
+            let sim = &inner.sim;
+            if !file.name_durable.get() && sim.decide(file.entity, &NAME_LOST, 0, |d| d.below(2)) != 0 {
+                continue;
+            }
+            let inode = file.inode.borrow();
+            let sizes = inode.pending_sizes.len() as u64;
+            let lost = sim.decide(file.entity, &SIZES_LOST, 0, |d| match d.below(3) {
+                0 => 0,
+                1 => sizes,
+                _ => d.below(sizes + 1),
+            });
+            let mood = PowerCutMood::draw(sim, file.entity);
+            let content = inode.after_power_cut((sizes - lost.min(sizes)) as usize, |p| {
+                let entity = pending_entity(p);
+                !(sim.decide(entity, &LOST, 0, |d| mood.lost(p, d)) as u8)
+            });
+            drop(inode);
+            inner.files.borrow_mut().insert(name.clone(), inner.file(&name, Inode::durable(content), true));
+        }
+    }
+}
+
+/// The entity of one page of one write.
+fn pending_entity(p: &Pending) -> Entity {
+    p.io.child("page", p.page)
+}
+
+/// How a seed likes its power cuts: everything kept, everything lost, or a mix; single sectors torn or not.
+struct PowerCutMood {
+    lose_of_8: u64,
+    torn: bool,
+}
+
+impl PowerCutMood {
+    fn draw(sim: &Sim, file: Entity) -> Self {
+        // Not a decision: it only shapes how decisions are drawn.
+        let mut draw = sim::Draw::new(mix2(file.0, sim.swarm().seed()));
+        Self { lose_of_8: draw.below(9), torn: draw.below(2) == 0 }
+    }
+
+    fn lost(&self, p: &Pending, d: &mut sim::Draw) -> u64 {
+        if d.below(8) >= self.lose_of_8 {
+            return 0;
+        }
+        let all = u64::from(p.sectors);
+        if self.torn && p.sectors.count_ones() > 1 { d.bits() & all } else { all }
+    }
+}
+
+impl Inner {
+    fn file(&self, name: &str, inode: Inode, name_durable: bool) -> Rc<FileState> {
+        Rc::new(FileState {
+            inode: RefCell::new(inode),
+            entity: Entity::WORLD.child("file", text_hash(name)),
+            name_durable: Cell::new(name_durable),
+            locks: RefCell::default(),
+            sync_latched: Cell::new(false),
+        })
+    }
+
+    pub(crate) fn open(
+        &self,
+        name: &str,
+        create_new: bool,
+        write: bool,
+        direct: bool,
+    ) -> Result<Rc<OpenFile>, Errno> {
+        let found = self.files.borrow().get(name).cloned();
+        let file = match (found, create_new) {
+            (Some(_), true) => return Err(Errno::EEXIST),
+            (Some(file), false) => file,
+            (None, false) => return Err(Errno::ENOENT),
+            (None, true) => {
+                let file = self.file(name, Inode::default(), false);
+                self.files.borrow_mut().insert(name.into(), Rc::clone(&file));
+                file
+            }
+        };
+        let id = self.next_open.replace(self.next_open.get() + 1);
+        Ok(Rc::new(OpenFile { id, file, direct, write }))
+    }
+
+    pub(crate) fn remove(&self, name: &str) -> Result<(), Errno> {
+        self.files.borrow_mut().remove(name).map(|_| ()).ok_or(Errno::ENOENT)
+    }
+
+    pub(crate) fn sync_name(&self, name: &str) -> Result<(), Errno> {
+        // A directory is synchronised as a whole.
+        let dir = name.rsplit_once('/').map_or("", |(dir, _)| dir);
+        for (other, file) in self.files.borrow().iter() {
+            if other.rsplit_once('/').map_or("", |(d, _)| d) == dir {
+                file.name_durable.set(true);
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn lock(&self, open: &OpenFile, kind: LockKind) -> Result<(), Errno> {
+        let mut locks = open.file.locks.borrow_mut();
+        let conflict = |l: &(u64, LockKind)| {
+            l.0 != open.id && (kind == LockKind::Exclusive || l.1 == LockKind::Exclusive)
+        };
+        if locks.iter().any(conflict) {
+            return Err(Errno::EAGAIN);
+        }
+        locks.retain(|l| l.0 != open.id);
+        locks.push((open.id, kind));
+        Ok(())
+    }
+
+    /// Starts an operation; it ends whatever happens to the one who asked.
+    pub(crate) fn start(self: &Rc<Self>, op: IoOp, open: &Rc<OpenFile>, offset: u64, bufs: IoVec) -> u32 {
+        let role = match op {
+            IoOp::Read => "read",
+            IoOp::Write => "write",
+            IoOp::Sync => "sync",
+        };
+        let io = self.sim.derive(role, offset ^ open.file.entity.0 << 40);
+        let fault = self.draw_fault(op, io);
+        let base = match op {
+            IoOp::Read => READ_NS,
+            IoOp::Write => WRITE_NS,
+            IoOp::Sync => SYNC_NS,
+        };
+        let late = if self.rates.any_late() || self.sim.has_given_decisions() {
+            self.sim.fault(io, &IO_LATE, 1_000_000, |d| self.rates.draw_late(d))
+        } else {
+            0
+        };
+        let stuck = if fault == Fault::Stuck { STUCK_NS } else { 0 };
+        let covers = open.file.inode.borrow().seq();
+        let running = Running {
+            op,
+            open: Rc::clone(open),
+            io,
+            offset,
+            bufs,
+            fault,
+            covers,
+            waker: None,
+            orphan: false,
+        };
+        let slot = Slot::Running(Box::new(running));
+        let index = match self.free.borrow_mut().pop() {
+            Some(index) => {
+                self.slots.borrow_mut()[index as usize] = slot;
+                index
+            }
+            None => {
+                let mut slots = self.slots.borrow_mut();
+                slots.push(slot);
+                (slots.len() - 1) as u32
+            }
+        };
+        let timed: Rc<dyn Timed> = self.clone();
+        self.sim.call_at(self.sim.now_ns() + base + late + stuck, timed, u64::from(index));
+        index
+    }
+
+
+    fn draw_fault(&self, op: IoOp, io: Entity) -> Fault {
+        let mut counts = self.counts.get();
+        match op {
+            IoOp::Read => counts.reads += 1,
+            IoOp::Write => counts.writes += 1,
+            IoOp::Sync => counts.syncs += 1,
+        }
+        self.counts.set(counts);
+        if let Some(nth) = self.config.borrow().nth_failure
+            && !self.stopped.get()
+        {
+            let n = counts.reads + counts.writes + counts.syncs;
+            if n == nth.n || nth.sticky && n > nth.n {
+                return Fault::Error(nth.error, nth.effect);
+            }
+        }
+        if !self.rates.any(op) && !self.sim.has_given_decisions() {
+            return Fault::None;
+        }
+        decode(self.sim.fault(io, &IO_FAULT, 1_000_000, |d| self.rates.draw_fault(op, d)))
+    }
+
+    pub(crate) fn poll(&self, index: u32, waker: &Waker) -> Poll<(Result<usize, Errno>, IoVec)> {
+        let mut slots = self.slots.borrow_mut();
+        let slot = &mut slots[index as usize];
+        match slot {
+            Slot::Running(running) => {
+                match &mut running.waker {
+                    Some(old) => old.clone_from(waker),
+                    none => *none = Some(waker.clone()),
+                }
+                Poll::Pending
+            }
+            Slot::Done(..) => {
+                let Slot::Done(result, bufs) = std::mem::replace(slot, Slot::Free) else { unreachable!() };
+                drop(slots);
+                self.free.borrow_mut().push(index);
+                Poll::Ready((result, bufs))
+            }
+            Slot::Free => unreachable!("an operation is polled after its end"),
+        }
+    }
+
+    /// Nobody waits for the result any more; the effect still happens.
+    pub(crate) fn abandon(&self, index: u32) {
+        let mut slots = self.slots.borrow_mut();
+        let slot = &mut slots[index as usize];
+        match slot {
+            Slot::Running(running) => {
+                running.orphan = true;
+                running.waker = None;
+            }
+            _ => {
+                let old = std::mem::replace(slot, Slot::Free);
+                self.free.borrow_mut().push(index);
+                drop(slots);
+                drop(old);
+            }
+        }
+    }
+
+    fn effect(&self, running: &mut Running) -> Result<usize, Errno> {
+        let len = bytes_of(&running.bufs);
+        let mut counts = self.counts.get();
+        counts.bytes += len as u64;
+        self.counts.set(counts);
+        let landed = match running.fault {
+            Fault::None | Fault::Stuck => len,
+            Fault::Error(_, part) | Fault::Short(part) => part_of(len, part),
+        };
+        let done = match running.op {
+            IoOp::Read => self.effect_read(running, landed),
+            IoOp::Write => self.effect_write(running, landed),
+            IoOp::Sync => return self.effect_sync(running),
+        };
+        match running.fault {
+            Fault::Error(error, _) => Err(error),
+            _ => Ok(done),
+        }
+    }
+
+    fn effect_read(&self, running: &mut Running, landed: usize) -> usize {
+        let inode = running.open.file.inode.borrow();
+        let there = inode.live.size.saturating_sub(running.offset).min(landed as u64) as usize;
+        let mut at = running.offset;
+        let mut left = there;
+        for buf in &mut running.bufs {
+            let n = left.min(buf.len());
+            inode.live.pages.read(at, &mut buf[..n]);
+            at += n as u64;
+            left -= n;
+        }
+        there
+    }
+
+    fn effect_write(&self, running: &Running, landed: usize) -> usize {
+        let mut inode = running.open.file.inode.borrow_mut();
+        let mut at = running.offset;
+        let mut left = landed;
+        for buf in &running.bufs {
+            let n = left.min(buf.len());
+            if n > 0 {
+                inode.write(running.io, at, &buf[..n]);
+            }
+            at += n as u64;
+            left -= n;
+        }
+        if inode.pending_bytes() > self.config.borrow().write_back_bytes {
+            inode.write_back_half();
+        }
+        landed
+    }
+
+    fn effect_sync(&self, running: &Running) -> Result<usize, Errno> {
+        let file = &running.open.file;
+        let (mode, lies) = {
+            let config = self.config.borrow();
+            let mode = if running.open.direct { SyncErrors::Retryable } else { config.sync_errors };
+            (mode, config.flush_lies)
+        };
+        if file.sync_latched.get() {
+            return Err(Errno::EIO);
+        }
+        let Fault::Error(error, _) = running.fault else {
+            if !lies {
+                file.inode.borrow_mut().harden(running.covers);
+            }
+            return Ok(0);
+        };
+        let lost =
+            |p: &Pending| !(self.sim.decide(pending_entity(p), &SYNC_LOST, 0, |d| d.bits() & 0xff) as u8);
+        match mode {
+            SyncErrors::Retryable => {}
+            SyncErrors::Linux => file.inode.borrow_mut().forget(running.covers, false, lost),
+            SyncErrors::Reverts => file.inode.borrow_mut().forget(running.covers, true, |_| 0),
+            SyncErrors::Latched => file.sync_latched.set(true),
+        }
+        Err(error)
+    }
+
+    /// The power goes while operations run: writes count as written and not synchronised.
+    fn land_in_flight(&self) {
+        let mut slots = self.slots.borrow_mut();
+        for slot in slots.iter_mut() {
+            let Slot::Running(running) = slot else { continue };
+            if running.op == IoOp::Write {
+                self.effect_write(running, bytes_of(&running.bufs));
+            }
+            // Its timer finds nothing more to do.
+            running.op = IoOp::Read;
+            running.bufs = IoVec::new();
+        }
+    }
+}
+
+/// `part`/255 of `len` bytes, in whole sectors; 255 is everything.
+fn part_of(len: usize, part: u8) -> usize {
+    if part == 255 {
+        return len;
+    }
+    let sector = SECTOR_BYTES as usize;
+    (len * usize::from(part) / 255) / sector * sector
+}
+
+impl Timed for Inner {
+    fn fire(self: Rc<Self>, token: u64) {
+        let index = token as usize;
+        let taken = std::mem::replace(&mut self.slots.borrow_mut()[index], Slot::Free);
+        let Slot::Running(mut running) = taken else { unreachable!("an operation ends once") };
+        let result = self.effect(&mut running);
+        self.ops.set(self.ops.get() + 1);
+        let Running { bufs, waker, orphan, open, .. } = *running;
+        if orphan {
+            self.free.borrow_mut().push(token as u32);
+            drop(bufs);
+        } else {
+            self.slots.borrow_mut()[index] = Slot::Done(result, bufs);
+            if let Some(waker) = waker {
+                waker.wake();
+            }
+        }
+        drop(open);
+        let hook = self.hook.borrow().clone();
+        if let Some(hook) = hook {
+            hook(self.ops.get());
+        }
+    }
+}
+
+/// Puts `bytes` into buffers; used by tests of models.
+pub fn to_bufs(bytes: &[u8]) -> Result<IoVec, Errno> {
+    let mut bufs: IoVec = IoVec::new();
+    bufs.push(tap_host::IoBuf::unpooled(bytes.len())?);
+    copy_from_slice(&mut bufs, 0, bytes);
+    Ok(bufs)
+}

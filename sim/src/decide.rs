@@ -1,0 +1,235 @@
+//! Decisions: every choice a world makes, keyed by what it is about.
+
+use crate::mix::{Entity, FixedMap, mix, mix2, text_hash};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{LazyLock, Mutex};
+
+/// A kind of decision. Declared as a `static`; its name is part of every stored run and is never changed or reused.
+pub struct Label {
+    /// Unique name, kebab case.
+    pub name: &'static str,
+    /// What a value means, for people; `{}` stands for the value.
+    pub words: &'static str,
+    /// Widths in bits of the fields of a packed value, lowest first; empty for a plain number. Shrinking works on
+    /// fields one by one.
+    pub fields: &'static [u32],
+    id: u64,
+}
+
+impl Label {
+    /// A label of a plain number.
+    pub const fn new(name: &'static str, words: &'static str) -> Self {
+        Self { name, words, fields: &[], id: text_hash(name) }
+    }
+    /// A label whose values are packed from fields of the given widths in bits.
+    pub const fn packed(name: &'static str, words: &'static str, fields: &'static [u32]) -> Self {
+        Self { name, words, fields, id: text_hash(name) }
+    }
+}
+
+impl fmt::Debug for Label {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name)
+    }
+}
+
+static LABELS: LazyLock<Mutex<BTreeMap<&'static str, &'static Label>>> = LazyLock::new(Mutex::default);
+
+/// Makes labels known to the reader of decision files. Models and scenarios call it once per process.
+///
+/// # Panics
+/// If two labels share a name.
+pub fn register_labels(labels: &[&'static Label]) {
+    let mut known = LABELS.lock().expect("no panic while the table of labels is held");
+    for label in labels {
+        let old = known.insert(label.name, label);
+        assert!(old.is_none_or(|old| std::ptr::eq(old, *label)), "two labels called {}", label.name);
+    }
+}
+
+/// The label called `name`, if registered.
+pub fn label_by_name(name: &str) -> Option<&'static Label> {
+    LABELS.lock().expect("no panic while the table of labels is held").get(name).copied()
+}
+
+/// What a decision is about.
+#[derive(Clone, Copy)]
+pub struct Key {
+    /// Whom.
+    pub entity: Entity,
+    /// Which kind.
+    pub label: &'static Label,
+    /// The how-manieth of this kind for this entity, from 0.
+    pub attempt: u32,
+}
+
+impl Key {
+    fn sort_key(&self) -> (u64, &'static str, u32) {
+        (self.entity.0, self.label.name, self.attempt)
+    }
+}
+impl PartialEq for Key {
+    fn eq(&self, other: &Self) -> bool {
+        self.sort_key() == other.sort_key()
+    }
+}
+impl Eq for Key {}
+impl PartialOrd for Key {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl Ord for Key {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.sort_key().cmp(&other.sort_key())
+    }
+}
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x} {} {}", self.entity.0, self.label.name, self.attempt)
+    }
+}
+
+/// A decision that was taken: value and, when recorded, where in the run.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Decision {
+    /// The value; never 0.
+    pub value: u64,
+    /// Virtual time in nanoseconds at which it was drawn.
+    pub at_ns: u64,
+    /// The entity in words.
+    pub entity_name: String,
+}
+
+/// The non-zero decisions of a run.
+pub type DecisionMap = BTreeMap<Key, Decision>;
+
+/// Where decisions come from.
+#[derive(Clone, Debug)]
+pub enum Source {
+    /// Drawn from the seed.
+    Seed,
+    /// Taken from a map; what is not in it is 0.
+    Replay(DecisionMap),
+    /// Taken from a map where it has the key, else drawn from the seed: replay that goes on, or forces single choices.
+    Force(DecisionMap),
+}
+
+/// Hash bits for one decision; as many as asked for.
+pub struct Draw(u64);
+
+impl Draw {
+    /// A draw from `state`.
+    pub fn new(state: u64) -> Self {
+        Self(state)
+    }
+    /// 64 fresh bits.
+    #[inline]
+    pub fn bits(&mut self) -> u64 {
+        let out = mix(self.0);
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        out
+    }
+    /// A number below `n` (0 if `n` is 0).
+    #[inline]
+    pub fn below(&mut self, n: u64) -> u64 {
+        ((u128::from(self.bits()) * u128::from(n)) >> 64) as u64
+    }
+    /// True with `ppm` in a million.
+    #[inline]
+    pub fn ppm(&mut self, ppm: u32) -> bool {
+        ppm > 0 && self.below(1_000_000) < u64::from(ppm)
+    }
+    /// A number in `1..=2^bits`, small ones as likely as large ones: the magnitude is drawn first.
+    pub fn magnitude(&mut self, bits: u32) -> u64 {
+        let b = self.below(u64::from(bits) + 1) as u32;
+        1 + self.below(1 << b)
+    }
+}
+
+pub(crate) struct Decisions {
+    seed: u64,
+    given: FixedMap<(u64, u64, u32), u64>,
+    draw_missing: bool,
+    record: Option<DecisionMap>,
+    names: FixedMap<u64, String>,
+    pub(crate) faults_stopped: bool,
+}
+
+impl Decisions {
+    pub(crate) fn new(seed: u64, source: &Source, record: bool) -> Self {
+        let (map, draw_missing) = match source {
+            Source::Seed => (None, true),
+            Source::Replay(map) => (Some(map), false),
+            Source::Force(map) => (Some(map), true),
+        };
+        let given =
+            map.into_iter().flatten().map(|(k, d)| ((k.entity.0, k.label.id, k.attempt), d.value)).collect();
+        Self {
+            seed: mix(seed ^ 0x7461_7073_696d),
+            given,
+            draw_missing,
+            record: record.then(DecisionMap::new),
+            names: FixedMap::default(),
+            faults_stopped: false,
+        }
+    }
+
+    #[inline]
+    pub(crate) fn decide(
+        &mut self,
+        entity: Entity,
+        label: &'static Label,
+        attempt: u32,
+        now_ns: u64,
+        draw: impl FnOnce(&mut Draw) -> u64,
+    ) -> u64 {
+        let given = if self.given.is_empty() { None } else { self.given.get(&(entity.0, label.id, attempt)) };
+        let value = match given {
+            Some(value) => *value,
+            None if self.draw_missing => {
+                draw(&mut Draw(mix2(self.seed ^ entity.0, label.id.wrapping_add(u64::from(attempt)))))
+            }
+            None => 0,
+        };
+        if value != 0 && self.record.is_some() {
+            self.note(Key { entity, label, attempt }, value, now_ns);
+        }
+        value
+    }
+
+    #[cold]
+    fn note(&mut self, key: Key, value: u64, at_ns: u64) {
+        let entity_name = self.names.get(&key.entity.0).cloned().unwrap_or_default();
+        if let Some(record) = &mut self.record {
+            record.insert(key, Decision { value, at_ns, entity_name });
+        }
+    }
+
+    pub(crate) fn is_replaying(&self) -> bool {
+        !self.draw_missing
+    }
+
+    pub(crate) fn has_given(&self) -> bool {
+        !self.given.is_empty()
+    }
+
+    pub(crate) fn recording(&self) -> bool {
+        self.record.is_some()
+    }
+
+    pub(crate) fn name(&mut self, entity: Entity, name: impl FnOnce() -> String) {
+        if self.record.is_some() {
+            self.names.entry(entity.0).or_insert_with(name);
+        }
+    }
+
+    pub(crate) fn name_of(&self, entity: Entity) -> Option<&str> {
+        self.names.get(&entity.0).map(String::as_str)
+    }
+
+    pub(crate) fn take_record(&mut self) -> DecisionMap {
+        self.record.take().unwrap_or_default()
+    }
+}

@@ -1,0 +1,499 @@
+//! The executor: one thread, virtual nanoseconds, every turn decided.
+
+use crate::decide::{DecisionMap, Decisions, Draw, Label, Source};
+use crate::fault::Swarm;
+use crate::guard;
+use crate::mix::{Entity, mix2, text_hash};
+use crate::node::{Node, NodeInner};
+use crate::task::{Task, pop_woken, push_cleared, push_woken, swap_woken, task_id};
+use crate::time::{Action, Sleep, Timed, Timers};
+use crate::trace::{Trace, TraceEvent, TraceLevel, TraceReport};
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::fmt::Write as _;
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+
+/// How far the turn of a woken task is put back.
+pub static WAKE: Label = Label::new("wake", "the task's turn comes {} ns late");
+
+/// Which order ready tasks run in.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Scheduling {
+    /// In the order in which they were woken.
+    #[default]
+    Fifo,
+    /// As [`Scheduling::Fifo`], but each turn may be put back by a while of virtual time, one in `one_in` turns, up to
+    /// 2^`bits` ns. (A decision per turn: 0 is in order.)
+    Random {
+        /// How rare.
+        one_in: u32,
+        /// How far.
+        bits: u32,
+    },
+}
+
+/// When a run is given up.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Limits {
+    /// Turns of tasks.
+    pub turns: u64,
+    /// Virtual nanoseconds.
+    pub time_ns: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { turns: 50_000_000, time_ns: 3_600_000_000_000 }
+    }
+}
+
+/// What a world is built from.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The seed of decisions that are drawn.
+    pub seed: u64,
+    /// Where decisions come from.
+    pub source: Source,
+    /// Whether non-zero decisions are recorded.
+    pub record: bool,
+    /// How much of the trace is kept.
+    pub trace: TraceLevel,
+    /// The order of turns.
+    pub scheduling: Scheduling,
+    /// Whether faults are drawn at all.
+    pub faults: bool,
+    /// Watchdog.
+    pub limits: Limits,
+}
+
+impl Config {
+    /// Decisions from `seed`, nothing recorded, FIFO, faults on.
+    pub fn new(seed: u64) -> Self {
+        Self {
+            seed,
+            source: Source::Seed,
+            record: false,
+            trace: TraceLevel::Hash,
+            scheduling: Scheduling::Fifo,
+            faults: true,
+            limits: Limits::default(),
+        }
+    }
+}
+
+/// Why a run did not end.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum StallKind {
+    /// No task is ready and no timer is set.
+    Deadlock,
+    /// [`Limits::turns`] was reached.
+    TurnLimit,
+    /// [`Limits::time_ns`] was reached.
+    TimeLimit,
+}
+
+/// A run that did not end, with who waits.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Stall {
+    /// Why.
+    pub kind: StallKind,
+    /// One line per living task and what reporters added.
+    pub report: String,
+}
+
+type Reporter = Box<dyn Fn() -> Vec<String>>;
+
+pub(crate) struct Core {
+    pub(crate) now: Cell<u64>,
+    pub(crate) timers: RefCell<Timers>,
+    pub(crate) doomed: RefCell<Vec<Rc<NodeInner>>>,
+    tasks: RefCell<Vec<Option<Rc<Task>>>>,
+    free: RefCell<Vec<u32>>,
+    generation: Cell<u32>,
+    nodes: RefCell<Vec<Rc<NodeInner>>>,
+    current: RefCell<Option<Rc<Task>>>,
+    decisions: RefCell<Decisions>,
+    trace: RefCell<Trace>,
+    scheduling: Cell<Scheduling>,
+    swarm: Swarm,
+    limits: Limits,
+    turns: Cell<u64>,
+    reporters: RefCell<Vec<Reporter>>,
+}
+
+/// A world's engine; clones share it.
+#[derive(Clone)]
+pub struct Sim(Rc<Core>);
+
+impl Sim {
+    /// An engine with no tasks at time 0.
+    pub fn new(config: &Config) -> Self {
+        let world = Rc::new(NodeInner::new(0, "world".into(), Entity::WORLD));
+        Self(Rc::new(Core {
+            now: Cell::new(0),
+            timers: RefCell::default(),
+            doomed: RefCell::default(),
+            tasks: RefCell::default(),
+            free: RefCell::default(),
+            generation: Cell::new(0),
+            nodes: RefCell::new(vec![world]),
+            current: RefCell::default(),
+            decisions: RefCell::new(Decisions::new(config.seed, &config.source, config.record)),
+            trace: RefCell::new(Trace::new(config.trace)),
+            scheduling: Cell::new(config.scheduling),
+            swarm: Swarm::new(config.seed, config.faults),
+            limits: config.limits,
+            turns: Cell::new(0),
+            reporters: RefCell::default(),
+        }))
+    }
+
+    /// Virtual time in nanoseconds since the start.
+    #[inline]
+    pub fn now_ns(&self) -> u64 {
+        self.0.now.get()
+    }
+
+    /// Completes `ns` nanoseconds from now.
+    pub fn sleep_ns(&self, ns: u64) -> Sleep {
+        Sleep::new(Rc::clone(&self.0), self.now_ns().saturating_add(ns))
+    }
+
+    /// Lets every task that is ready now have its turn.
+    pub fn yield_now(&self) -> impl Future<Output = ()> + 'static {
+        let mut yielded = false;
+        poll_fn(move |cx| {
+            if std::mem::replace(&mut yielded, true) {
+                return Poll::Ready(());
+            }
+            cx.waker().wake_by_ref();
+            Poll::Pending
+        })
+    }
+
+    /// Calls `timed` with `token` at `at_ns` (now, if that has passed), whatever is killed until then.
+    pub fn call_at(&self, at_ns: u64, timed: Rc<dyn Timed>, token: u64) {
+        self.0.timers.borrow_mut().add(at_ns.max(self.now_ns()), Action::Call(timed, token));
+    }
+
+    /// A new node. Its entity is derived from `name` and `key`.
+    pub fn node(&self, name: impl Into<String>, key: u64) -> Node {
+        let name = name.into();
+        let entity = Entity::WORLD.child(&name, key);
+        self.name_entity(entity, || name.clone());
+        let mut nodes = self.0.nodes.borrow_mut();
+        let inner = Rc::new(NodeInner::new(nodes.len() as u32, name, entity));
+        nodes.push(Rc::clone(&inner));
+        Node::new(Rc::clone(&self.0), inner)
+    }
+
+    /// Starts a task of the node whose task is running now.
+    pub fn spawn(&self, role: &'static str, key: u64, task: impl Future<Output = ()> + 'static) {
+        let node = self.0.current.borrow().as_ref().map_or(0, |t| t.node);
+        self.0.spawn(node, role, key, Box::pin(task));
+    }
+
+    /// The entity of the running task; the world's outside of tasks.
+    pub fn current(&self) -> Entity {
+        self.0.current.borrow().as_ref().map_or(Entity::WORLD, |t| t.entity)
+    }
+
+    /// An entity for a piece of work of the running task: (task, role, key, how often it had this pair).
+    #[inline]
+    pub fn derive(&self, role: &'static str, key: u64) -> Entity {
+        let current = self.0.current.borrow();
+        let Some(task) = current.as_ref() else { return Entity::WORLD.child(role, key) };
+        let entity = self.0.ordinal_child(task, role, key);
+        drop(current);
+        self.name_entity(entity, || format!("{} {role} {key:#x}", self.name_of(self.current())));
+        entity
+    }
+
+    /// Takes the decision about (`entity`, `label`, `attempt`); `draw` makes it from hash bits where no stored one
+    /// applies. 0 is the boring answer.
+    #[inline]
+    pub fn decide(
+        &self,
+        entity: Entity,
+        label: &'static Label,
+        attempt: u32,
+        draw: impl FnOnce(&mut Draw) -> u64,
+    ) -> u64 {
+        self.0.decisions.borrow_mut().decide(entity, label, attempt, self.0.now.get(), draw)
+    }
+
+    /// As [`Sim::decide`] for a fault with the given rate: once faults are stopped, none is drawn any more.
+    #[inline]
+    pub fn fault(
+        &self,
+        entity: Entity,
+        label: &'static Label,
+        rate_ppm: u32,
+        draw: impl FnOnce(&mut Draw) -> u64,
+    ) -> u64 {
+        let mut decisions = self.0.decisions.borrow_mut();
+        if decisions.faults_stopped {
+            return 0;
+        }
+        decisions.decide(entity, label, 0, self.0.now.get(), |d| if d.ppm(rate_ppm) { draw(d) } else { 0 })
+    }
+
+    /// Whether decisions come from a map only: nothing is drawn.
+    pub fn is_replaying(&self) -> bool {
+        self.0.decisions.borrow().is_replaying()
+    }
+
+    /// Whether some decisions are given, so that one must be asked for even where none would be drawn.
+    #[inline]
+    pub fn has_given_decisions(&self) -> bool {
+        self.0.decisions.borrow().has_given()
+    }
+
+    /// Ends the time of faults: what is in flight must drain now.
+    pub fn stop_faults(&self) {
+        self.0.decisions.borrow_mut().faults_stopped = true;
+        self.0.scheduling.set(Scheduling::Fifo);
+    }
+
+    /// The fault rates of this seed.
+    pub fn swarm(&self) -> Swarm {
+        self.0.swarm
+    }
+
+    /// Gives an entity a name for people; evaluated only while decisions are recorded.
+    pub fn name_entity(&self, entity: Entity, name: impl FnOnce() -> String) {
+        let mut decisions = self.0.decisions.borrow_mut();
+        if decisions.recording() {
+            drop(decisions);
+            let name = name();
+            decisions = self.0.decisions.borrow_mut();
+            decisions.name(entity, || name);
+        }
+    }
+
+    fn name_of(&self, entity: Entity) -> String {
+        self.0.decisions.borrow().name_of(entity).unwrap_or("?").to_string()
+    }
+
+    /// Adds `event` to the trace.
+    #[inline]
+    pub fn trace(&self, who: &str, event: &impl TraceEvent) {
+        self.0.trace.borrow_mut().event(self.0.now.get(), who, event);
+    }
+
+    /// The trace hash so far.
+    pub fn trace_hash(&self) -> u64 {
+        self.0.trace.borrow().hash()
+    }
+
+    /// Adds a source of lines to the report of a stalled run.
+    pub fn on_stall(&self, reporter: impl Fn() -> Vec<String> + 'static) {
+        self.0.reporters.borrow_mut().push(Box::new(reporter));
+    }
+
+    /// Runs `root` to its end.
+    ///
+    /// # Errors
+    /// A [`Stall`] when nothing can go on, or a limit is reached.
+    pub fn run<T: 'static>(&self, root: impl Future<Output = T> + 'static) -> Result<T, Stall> {
+        let _own = WokenScope(swap_woken(VecDeque::new()));
+        let out = Rc::new(RefCell::new(None));
+        let slot = Rc::clone(&out);
+        self.0.spawn(0, "root", 0, Box::pin(async move { *slot.borrow_mut() = Some(root.await) }));
+        let result = loop {
+            if let Some(value) = out.borrow_mut().take() {
+                break Ok(value);
+            }
+            if let Some(kind) = self.0.turn() {
+                break Err(Stall { kind, report: self.0.stall_report(kind) });
+            }
+        };
+        self.0.clear();
+        result
+    }
+
+    /// Ends the world: the trace, and the recorded decisions.
+    pub fn finish(&self) -> (TraceReport, DecisionMap) {
+        (self.0.trace.borrow_mut().take(), self.0.decisions.borrow_mut().take_record())
+    }
+
+    /// Turns of tasks so far.
+    pub fn turns(&self) -> u64 {
+        self.0.turns.get()
+    }
+}
+
+/// Gives the outer run its list of woken tasks back, also when a panic passes.
+struct WokenScope(VecDeque<u64>);
+impl Drop for WokenScope {
+    fn drop(&mut self) {
+        swap_woken(std::mem::take(&mut self.0));
+    }
+}
+
+impl Core {
+    fn ordinal_child(&self, task: &Task, role: &'static str, key: u64) -> Entity {
+        let base = task.entity.child_hashed(text_hash(role), key);
+        match task.ordinals.borrow_mut().next(base.0) {
+            0 => base,
+            n => Entity(mix2(base.0, u64::from(n))),
+        }
+    }
+
+    pub(crate) fn spawn(
+        &self,
+        node: u32,
+        role: &'static str,
+        key: u64,
+        future: Pin<Box<dyn Future<Output = ()>>>,
+    ) {
+        // Spawned from within: the running task is the parent. From outside: the node is.
+        let current = self.current.borrow().clone();
+        let entity = match current.filter(|t| t.node == node) {
+            Some(parent) => self.ordinal_child(&parent, role, key),
+            None => self.nodes.borrow()[node as usize].entity.child(role, key),
+        };
+        let mut decisions = self.decisions.borrow_mut();
+        decisions.name(entity, || format!("{} {role} {key:#x}", self.nodes.borrow()[node as usize].name));
+        drop(decisions);
+        let slot = self.free.borrow_mut().pop();
+        let mut tasks = self.tasks.borrow_mut();
+        let slot = slot.unwrap_or_else(|| {
+            tasks.push(None);
+            (tasks.len() - 1) as u32
+        });
+        self.generation.set(self.generation.get().wrapping_add(1));
+        let id = task_id(slot, self.generation.get());
+        tasks[slot as usize] = Some(Rc::new(Task::new(id, entity, role, key, node, future)));
+        push_woken(id);
+    }
+
+    /// Runs one task or timer. `Some` when the run cannot go on.
+    fn turn(&self) -> Option<StallKind> {
+        let Some((id, cleared)) = pop_woken() else { return self.advance() };
+        let slot = (id & 0xffff_ffff) as usize;
+        let task = match self.tasks.borrow().get(slot) {
+            Some(Some(task)) if task.id == id => Rc::clone(task),
+            _ => return None,
+        };
+        if cleared {
+            task.put_back.set(false);
+        } else if self.put_back(&task) {
+            return None;
+        }
+        if self.turns.replace(self.turns.get() + 1) >= self.limits.turns {
+            return Some(StallKind::TurnLimit);
+        }
+        self.trace
+            .borrow_mut()
+            .turn(task.entity.0, self.now.get(), || format!("{} {:#x} runs", task.role, task.key));
+        // A task that wakes itself while it runs is polled again later, never within itself.
+        let mut future = task.future.borrow_mut().take()?;
+        let outer = self.current.replace(Some(Rc::clone(&task)));
+        let poll = future.as_mut().poll(&mut Context::from_waker(&task.waker));
+        match poll {
+            Poll::Ready(()) => {
+                drop(future);
+                self.tasks.borrow_mut()[slot] = None;
+                self.free.borrow_mut().push(slot as u32);
+            }
+            Poll::Pending => *task.future.borrow_mut() = Some(future),
+        }
+        self.current.replace(outer);
+        if !self.doomed.borrow().is_empty() {
+            self.reap();
+        }
+        None
+    }
+
+    fn put_back(&self, task: &Task) -> bool {
+        let Scheduling::Random { one_in, bits } = self.scheduling.get() else { return false };
+        if task.put_back.get() {
+            return true;
+        }
+        let attempt = task.wakes.replace(task.wakes.get() + 1);
+        let late_ns = self.decisions.borrow_mut().decide(task.entity, &WAKE, attempt, self.now.get(), |d| {
+            if d.below(u64::from(one_in)) == 0 { d.magnitude(bits) } else { 0 }
+        });
+        if late_ns > 0 {
+            task.put_back.set(true);
+            self.timers.borrow_mut().add(self.now.get().saturating_add(late_ns), Action::Run(task.id));
+        }
+        late_ns > 0
+    }
+
+    fn advance(&self) -> Option<StallKind> {
+        let Some((at_ns, action)) = self.timers.borrow_mut().pop() else { return Some(StallKind::Deadlock) };
+        let now = self.now.get();
+        if at_ns > now {
+            if at_ns > self.limits.time_ns {
+                return Some(StallKind::TimeLimit);
+            }
+            self.now.set(at_ns);
+            guard::advance(at_ns - now);
+        }
+        match action {
+            Action::Wake(waker) => waker.wake(),
+            Action::Run(id) => push_cleared(id),
+            Action::Call(timed, token) => timed.fire(token),
+        }
+        if !self.doomed.borrow().is_empty() {
+            self.reap();
+        }
+        None
+    }
+
+    /// Drops the tasks of dead nodes, then lets the models clean up after them.
+    fn reap(&self) {
+        while let Some(node) = { self.doomed.borrow_mut().pop() } {
+            let victims: Vec<Rc<Task>> =
+                self.tasks.borrow().iter().flatten().filter(|t| t.node == node.id).cloned().collect();
+            for task in victims {
+                let slot = (task.id & 0xffff_ffff) as usize;
+                self.tasks.borrow_mut()[slot] = None;
+                self.free.borrow_mut().push(slot as u32);
+                let future = task.future.borrow_mut().take();
+                drop(future);
+            }
+            node.finish();
+        }
+    }
+
+    /// Drops everything that is left: tasks hold the engine and the engine holds the tasks.
+    fn clear(&self) {
+        for node in self.nodes.borrow().iter() {
+            node.alive.set(false);
+        }
+        let tasks = std::mem::take(&mut *self.tasks.borrow_mut());
+        for task in tasks.into_iter().flatten() {
+            let future = task.future.borrow_mut().take();
+            drop(future);
+        }
+        self.free.borrow_mut().clear();
+        let timers = std::mem::take(&mut *self.timers.borrow_mut());
+        drop(timers);
+        let reporters = std::mem::take(&mut *self.reporters.borrow_mut());
+        drop(reporters);
+        let nodes = std::mem::take(&mut *self.nodes.borrow_mut());
+        for node in &nodes {
+            node.finish_quietly();
+        }
+    }
+
+    fn stall_report(&self, kind: StallKind) -> String {
+        let mut out = format!("{kind:?} at {} ns after {} turns\n", self.now.get(), self.turns.get());
+        for task in self.tasks.borrow().iter().flatten() {
+            let node = self.nodes.borrow()[task.node as usize].name.clone();
+            let _ = writeln!(out, "  waiting: {node} {} {:#x}", task.role, task.key);
+        }
+        for reporter in self.reporters.borrow().iter() {
+            for line in reporter() {
+                let _ = writeln!(out, "  {line}");
+            }
+        }
+        out
+    }
+}

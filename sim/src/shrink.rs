@@ -1,0 +1,210 @@
+//! Shrinking: the smallest set of decisions that still fails in the same way.
+//!
+//! Decisions are sparse and keyed, so any subset of a failing run's decisions is a run: passes leave out halves, then
+//! quarters, down to single ones, then lower values (whole, or field by field where a label packs several), until a
+//! whole round changes nothing.
+
+use crate::decide::{DecisionMap, Key};
+
+/// When shrinking gives up and returns the best so far.
+#[derive(Clone, Copy, Debug)]
+pub struct ShrinkLimits {
+    /// Runs tried.
+    pub runs: u64,
+}
+
+impl Default for ShrinkLimits {
+    fn default() -> Self {
+        Self { runs: 20_000 }
+    }
+}
+
+/// A shrunk run.
+#[derive(Clone, Debug)]
+pub struct Shrunk {
+    /// What is left.
+    pub decisions: DecisionMap,
+    /// Runs tried.
+    pub runs: u64,
+    /// Whether nothing more can be left out (as opposed to: the limit was reached).
+    pub complete: bool,
+}
+
+/// Shrinks `start`. `fails` runs a candidate and, if it fails in the wanted way, gives the decisions that it used.
+pub fn shrink(
+    start: &DecisionMap,
+    limits: ShrinkLimits,
+    fails: impl FnMut(&DecisionMap) -> Option<DecisionMap>,
+) -> Shrunk {
+    let mut s = Shrinker { best: start.clone(), runs: 0, limit: limits.runs, fails };
+    loop {
+        let before = s.best.clone();
+        s.drop_by_label();
+        s.drop_chunks();
+        s.lower_values();
+        if s.best == before || s.exhausted() {
+            break;
+        }
+    }
+    let complete = !s.exhausted();
+    Shrunk { decisions: s.best, runs: s.runs, complete }
+}
+
+struct Shrinker<F> {
+    best: DecisionMap,
+    runs: u64,
+    limit: u64,
+    fails: F,
+}
+
+impl<F: FnMut(&DecisionMap) -> Option<DecisionMap>> Shrinker<F> {
+    fn exhausted(&self) -> bool {
+        self.runs >= self.limit
+    }
+
+    fn try_candidate(&mut self, candidate: &DecisionMap) -> bool {
+        if self.exhausted() {
+            return false;
+        }
+        self.runs += 1;
+        match (self.fails)(candidate) {
+            // A run may use fewer decisions than it was given, never more.
+            Some(used) => {
+                self.best = if used.len() <= candidate.len() { used } else { candidate.clone() };
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Whole kinds at once: all late turns, all latencies. Usually most of a run goes here.
+    fn drop_by_label(&mut self) {
+        let mut labels: Vec<&'static str> = self.best.keys().map(|k| k.label.name).collect();
+        labels.sort_unstable();
+        labels.dedup();
+        for label in labels {
+            let mut candidate = self.best.clone();
+            candidate.retain(|k, _| k.label.name != label);
+            self.try_candidate(&candidate);
+        }
+    }
+
+    fn drop_chunks(&mut self) {
+        let mut size = self.best.len().div_ceil(2).max(1);
+        loop {
+            // From the end: what comes late matters least, and its going changes nothing before it.
+            let mut end = self.best.len();
+            while end > 0 && !self.exhausted() {
+                let start = end.saturating_sub(size);
+                let mut keys = self.in_time_order();
+                let gone: Vec<Key> = keys.drain(start..end).collect();
+                let mut candidate = self.best.clone();
+                for key in &gone {
+                    candidate.remove(key);
+                }
+                self.try_candidate(&candidate);
+                end = start.min(self.best.len());
+            }
+            if size == 1 || self.exhausted() {
+                return;
+            }
+            size = size.div_ceil(2);
+        }
+    }
+
+    fn in_time_order(&self) -> Vec<Key> {
+        let mut keys: Vec<(u64, Key)> = self.best.iter().map(|(k, d)| (d.at_ns, *k)).collect();
+        keys.sort_unstable();
+        keys.into_iter().map(|(_, k)| k).collect()
+    }
+
+    fn lower_values(&mut self) {
+        for key in self.in_time_order() {
+            if key.label.fields.is_empty() {
+                self.lower_field(&key, 0, 64);
+            } else {
+                let mut shift = 0;
+                for width in key.label.fields {
+                    self.lower_field(&key, shift, *width);
+                    shift += width;
+                }
+            }
+        }
+    }
+
+    /// Lowers one field of a value: to 0, to 1, by halves, by one.
+    fn lower_field(&mut self, key: &Key, shift: u32, width: u32) {
+        let mask = if width == 64 { u64::MAX } else { ((1 << width) - 1) << shift };
+        loop {
+            let Some(decision) = self.best.get(key).cloned() else { return };
+            let field = (decision.value & mask) >> shift;
+            let mut lower: Vec<u64> = [0, 1, field / 2, field.saturating_sub(1)].into();
+            lower.retain(|v| *v < field);
+            lower.dedup();
+            let lowered = lower.into_iter().any(|v| {
+                let value = decision.value & !mask | v << shift;
+                let mut candidate = self.best.clone();
+                if value == 0 {
+                    candidate.remove(key);
+                } else if let Some(d) = candidate.get_mut(key) {
+                    d.value = value;
+                }
+                self.try_candidate(&candidate)
+            });
+            if !lowered || self.exhausted() {
+                return;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::decide::{Decision, Label};
+    use crate::mix::Entity;
+
+    static A: Label = Label::new("shrink-test-a", "{}");
+    static PACKED: Label = Label::packed("shrink-test-packed", "{}", &[8, 8]);
+
+    fn map(entries: &[(u64, &'static Label, u64)]) -> DecisionMap {
+        entries
+            .iter()
+            .enumerate()
+            .map(|(i, (entity, label, value))| {
+                let key = Key { entity: Entity(*entity), label, attempt: 0 };
+                (key, Decision { value: *value, at_ns: i as u64, entity_name: String::new() })
+            })
+            .collect()
+    }
+
+    #[test]
+    fn finds_the_two_that_matter() {
+        let many: Vec<_> = (0..500).map(|i| (i, &A, 1 + i)).collect();
+        let need = |m: &DecisionMap| {
+            let has = |e, least| m.iter().any(|(k, d)| k.entity == Entity(e) && d.value >= least);
+            (has(77, 10) && has(300, 1)).then(|| m.clone())
+        };
+        let out = shrink(&map(&many), ShrinkLimits::default(), need);
+        let left: Vec<_> = out.decisions.iter().map(|(k, d)| (k.entity.0, d.value)).collect();
+        assert_eq!(left, [(77, 10), (300, 1)]);
+        assert!(out.complete);
+        assert!(out.runs < 200, "{} runs", out.runs);
+    }
+
+    #[test]
+    fn fields_shrink_apart() {
+        let start = map(&[(1, &PACKED, 0x5533)]);
+        let out = shrink(&start, ShrinkLimits::default(), |m| {
+            m.values().any(|d| d.value & 0xff >= 3 && d.value >> 8 >= 2).then(|| m.clone())
+        });
+        assert_eq!(out.decisions.values().next().unwrap().value, 0x0203);
+    }
+
+    #[test]
+    fn the_limit_holds() {
+        let many: Vec<_> = (0..100).map(|i| (i, &A, 1 + i)).collect();
+        let out = shrink(&map(&many), ShrinkLimits { runs: 5 }, |_| None);
+        assert_eq!((out.runs, out.complete, out.decisions.len()), (5, false, 100));
+    }
+}

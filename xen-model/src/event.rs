@@ -1,0 +1,135 @@
+//! What the model does, for traces.
+
+use sim::{TraceEvent, text_hash};
+use std::fmt;
+use tap_host::{DomId, GrantRef, Port};
+
+/// One thing that happened in Xen.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum XenEvent<'a> {
+    /// A domain was made.
+    DomainCreated {
+        /// It.
+        dom: DomId,
+    },
+    /// A domain ended.
+    DomainDestroyed {
+        /// It.
+        dom: DomId,
+    },
+    /// A granted page was mapped.
+    Mapped {
+        /// Who mapped it.
+        by: DomId,
+        /// Whose page.
+        dom: DomId,
+        /// Which.
+        gref: GrantRef,
+    },
+    /// A mapping ended.
+    Unmapped {
+        /// Who had mapped it.
+        by: DomId,
+        /// Whose page.
+        dom: DomId,
+        /// Which.
+        gref: GrantRef,
+    },
+    /// An event channel was bound.
+    Bound {
+        /// Who bound it.
+        dom: DomId,
+        /// At which port.
+        port: Port,
+        /// To whom.
+        remote: DomId,
+        /// At which port.
+        remote_port: Port,
+    },
+    /// An event channel was closed.
+    Closed {
+        /// Who closed it.
+        dom: DomId,
+        /// Which port.
+        port: Port,
+    },
+    /// An event was raised.
+    Notified {
+        /// By whom.
+        dom: DomId,
+        /// Through which port.
+        port: Port,
+        /// How much later it arrives.
+        late_ns: u64,
+    },
+    /// A value was written in xenstore.
+    Written {
+        /// By whom.
+        dom: DomId,
+        /// Where.
+        path: &'a str,
+        /// What.
+        value: &'a [u8],
+    },
+    /// A node was removed from xenstore.
+    Removed {
+        /// By whom.
+        dom: DomId,
+        /// Which.
+        path: &'a str,
+    },
+    /// A transaction ended.
+    Committed {
+        /// Whose.
+        dom: DomId,
+        /// With effect.
+        done: bool,
+    },
+}
+
+impl TraceEvent for XenEvent<'_> {
+    fn words(&self) -> [u64; 4] {
+        // Numbers apart from those of the stack's own events.
+        let n = |tag: u64, dom: DomId| tag << 32 | u64::from(dom.0);
+        match *self {
+            Self::DomainCreated { dom } => [n(101, dom), 0, 0, 0],
+            Self::DomainDestroyed { dom } => [n(102, dom), 0, 0, 0],
+            Self::Mapped { by, dom, gref } => [n(103, by), u64::from(dom.0), u64::from(gref.0), 0],
+            Self::Unmapped { by, dom, gref } => [n(104, by), u64::from(dom.0), u64::from(gref.0), 0],
+            Self::Bound { dom, port, remote, remote_port } => {
+                [n(105, dom), u64::from(port.0), u64::from(remote.0), u64::from(remote_port.0)]
+            }
+            Self::Closed { dom, port } => [n(106, dom), u64::from(port.0), 0, 0],
+            Self::Notified { dom, port, late_ns } => [n(107, dom), u64::from(port.0), late_ns, 0],
+            Self::Written { dom, path, value } => {
+                let hash = value.iter().fold(0_u64, |h, b| sim::mix2(h, u64::from(*b)));
+                [n(108, dom), text_hash(path), hash, 0]
+            }
+            Self::Removed { dom, path } => [n(109, dom), text_hash(path), 0, 0],
+            Self::Committed { dom, done } => [n(110, dom), u64::from(done), 0, 0],
+        }
+    }
+}
+
+impl fmt::Display for XenEvent<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::DomainCreated { dom } => write!(f, "{dom} created"),
+            Self::DomainDestroyed { dom } => write!(f, "{dom} destroyed"),
+            Self::Mapped { by, dom, gref } => write!(f, "{by} maps {gref} of {dom}"),
+            Self::Unmapped { by, dom, gref } => write!(f, "{by} unmaps {gref} of {dom}"),
+            Self::Bound { dom, port, remote, remote_port } => {
+                write!(f, "{dom} binds {port} to {remote_port} of {remote}")
+            }
+            Self::Closed { dom, port } => write!(f, "{dom} closes {port}"),
+            Self::Notified { dom, port, late_ns: 0 } => write!(f, "{dom} raises {port}"),
+            Self::Notified { dom, port, late_ns } => write!(f, "{dom} raises {port}, {late_ns} ns late"),
+            Self::Written { dom, path, value } => {
+                write!(f, "{dom} writes {path} = {:?}", String::from_utf8_lossy(value))
+            }
+            Self::Removed { dom, path } => write!(f, "{dom} removes {path}"),
+            Self::Committed { dom, done: true } => write!(f, "{dom} commits"),
+            Self::Committed { dom, done: false } => write!(f, "{dom} has to repeat a transaction"),
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! Grant tables, version 1: what a domain lets others map or copy.
+//!
+//! An entry names a page, one other domain and whether it may write. Taking the permission back does not undo a
+//! mapping that exists: the page stays reachable through it, and the entry cannot be reused before it is unmapped.
+
+use crate::Page;
+use tap_host::{DomId, Errno, GrantRef};
+
+/// The first references belong to the toolstack (console, xenstore), as in Linux.
+const RESERVED: u32 = 8;
+/// A table of 32 frames of 512 entries, Xen's default limit.
+const MAX_ENTRIES: usize = 32 * 512;
+
+/// What an entry permits.
+#[derive(Clone, Debug)]
+pub struct Grant {
+    /// The page.
+    pub page: Page,
+    /// Who may use it.
+    pub to: DomId,
+    /// The other side may not write.
+    pub read_only: bool,
+}
+
+#[derive(Default)]
+struct Entry {
+    grant: Option<Grant>,
+    maps: u32,
+    in_use: bool,
+}
+
+#[derive(Default)]
+pub(crate) struct GrantTable {
+    entries: Vec<Entry>,
+    free: Vec<u32>,
+}
+
+impl GrantTable {
+    pub(crate) fn allocate(&mut self, grant: Grant) -> Result<GrantRef, Errno> {
+        let index = match self.free.pop() {
+            Some(index) => index,
+            None if self.entries.len() >= MAX_ENTRIES => return Err(Errno::ENOSPC),
+            None => {
+                self.entries.push(Entry::default());
+                (self.entries.len() - 1) as u32
+            }
+        };
+        self.entries[index as usize] = Entry { grant: Some(grant), maps: 0, in_use: true };
+        Ok(GrantRef(index + RESERVED))
+    }
+
+    fn entry(&mut self, gref: GrantRef) -> Option<&mut Entry> {
+        let index = gref.0.checked_sub(RESERVED)?;
+        self.entries.get_mut(index as usize).filter(|e| e.in_use)
+    }
+
+    /// Replaces what an entry permits, as a guest that writes its table does; mappings stay.
+    pub(crate) fn set(&mut self, gref: GrantRef, grant: Option<Grant>) -> Result<(), Errno> {
+        self.entry(gref).ok_or(Errno::EINVAL)?.grant = grant;
+        Ok(())
+    }
+
+    /// Frees the entry.
+    pub(crate) fn end_access(&mut self, gref: GrantRef) -> Result<(), Errno> {
+        let entry = self.entry(gref).ok_or(Errno::EINVAL)?;
+        if entry.maps > 0 {
+            return Err(Errno::EBUSY);
+        }
+        *entry = Entry::default();
+        self.free.push(gref.0 - RESERVED);
+        Ok(())
+    }
+
+    /// The page behind `gref` if `who` may use it so.
+    pub(crate) fn page(&self, gref: GrantRef, who: DomId, write: bool) -> Result<&Page, Errno> {
+        gref.0
+            .checked_sub(RESERVED)
+            .and_then(|index| self.entries.get(index as usize))
+            .and_then(|entry| entry.grant.as_ref())
+            .filter(|grant| grant.to == who && !(write && grant.read_only))
+            .map(|grant| &grant.page)
+            .ok_or(Errno::EINVAL)
+    }
+
+    pub(crate) fn map(&mut self, gref: GrantRef, who: DomId, write: bool) -> Result<Page, Errno> {
+        let page = self.page(gref, who, write)?.clone();
+        self.entry(gref).ok_or(Errno::EINVAL)?.maps += 1;
+        Ok(page)
+    }
+
+    pub(crate) fn unmap(&mut self, gref: GrantRef) {
+        let entry = self.entry(gref).expect("a mapped entry is in use");
+        entry.maps = entry.maps.checked_sub(1).expect("unmapped more often than mapped");
+    }
+
+    /// How often `gref` is mapped now.
+    pub(crate) fn maps(&self, gref: GrantRef) -> u32 {
+        let index = gref.0.checked_sub(RESERVED);
+        index.and_then(|i| self.entries.get(i as usize)).map_or(0, |e| e.maps)
+    }
+
+    /// Mappings of all entries.
+    pub(crate) fn mapped(&self) -> u32 {
+        self.entries.iter().map(|e| e.maps).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BACK: DomId = DomId(0);
+
+    fn grant(read_only: bool) -> Grant {
+        Grant { page: Page::new(), to: BACK, read_only }
+    }
+
+    #[test]
+    fn only_the_named_domain_and_mode_get_through() {
+        let mut table = GrantTable::default();
+        let gref = table.allocate(grant(true)).unwrap();
+        assert!(table.page(gref, BACK, false).is_ok());
+        assert_eq!(table.page(gref, BACK, true).unwrap_err(), Errno::EINVAL);
+        assert_eq!(table.page(gref, DomId(3), false).unwrap_err(), Errno::EINVAL);
+        for absent in [0, 7, gref.0 + 1, u32::MAX] {
+            assert_eq!(table.map(GrantRef(absent), BACK, false).unwrap_err(), Errno::EINVAL);
+        }
+    }
+
+    #[test]
+    fn a_mapped_entry_is_not_given_back() {
+        let mut table = GrantTable::default();
+        let gref = table.allocate(grant(false)).unwrap();
+        let page = table.map(gref, BACK, true).unwrap();
+        assert_eq!(table.end_access(gref), Err(Errno::EBUSY));
+        table.set(gref, None).unwrap();
+        assert!(table.map(gref, BACK, true).is_err(), "revoked");
+        page.store_u32(0, 7); // the mapping that exists still works
+        table.unmap(gref);
+        assert_eq!(table.end_access(gref), Ok(()));
+        assert_eq!(table.end_access(gref), Err(Errno::EINVAL));
+        assert_eq!(table.allocate(grant(false)).unwrap(), gref, "reused");
+    }
+}

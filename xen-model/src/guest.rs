@@ -1,0 +1,201 @@
+//! The raw side of a guest: a ring it owns, pages it grants, and nothing that keeps it from lying.
+
+use crate::grants::Grant;
+use crate::page::Page;
+use crate::port::{Channel, XenPort};
+use std::cell::Cell;
+use tap_abi::blkif::{BlkifRequest, ENTRY_BYTES, RESPONSE_BYTES, RawResponse};
+use tap_host::{DomId, Errno, EventChannel, GrantRef, Port, Transaction, Xenstore};
+use zerocopy::FromBytes;
+
+/// Offsets and sizes as a front end knows them from Xen's headers.
+const REQ_PROD: usize = 0;
+const RSP_PROD: usize = 8;
+const RSP_EVENT: usize = 12;
+const REQ_EVENT: usize = 4;
+const SLOTS: u32 = 32;
+const FIRST_SLOT: usize = 64;
+
+/// A page that the back end may use.
+#[derive(Debug)]
+pub struct GrantedPage {
+    /// The page.
+    pub page: Page,
+    /// Its grant.
+    pub gref: GrantRef,
+}
+
+impl GrantedPage {
+    /// A new page of the port's domain for `back` to use.
+    ///
+    /// # Errors
+    /// `ENOSPC` when the grant table is full.
+    pub fn new(port: &XenPort, back: DomId, read_only: bool) -> Result<Self, Errno> {
+        let page = Page::new();
+        let grant = Grant { page: page.clone(), to: back, read_only };
+        Ok(Self { page, gref: port.xen().grant(port.dom(), grant)? })
+    }
+
+    /// Takes it back.
+    ///
+    /// # Errors
+    /// `EBUSY` while it is mapped.
+    pub fn end(self, port: &XenPort) -> Result<(), Errno> {
+        port.xen().end_access(port.dom(), self.gref)
+    }
+}
+
+/// A guest's block ring of one page. What it does is what a well-behaved front end does; everything else can be done
+/// to [`GuestRing::page`].
+pub struct GuestRing {
+    port: XenPort,
+    shared: GrantedPage,
+    channel: Channel,
+    produced: Cell<u32>,
+    published: Cell<u32>,
+    consumed: Cell<u32>,
+}
+
+impl GuestRing {
+    /// A fresh ring for `back`.
+    ///
+    /// # Errors
+    /// `ENOSPC` when grants or ports are used up.
+    pub fn new(port: &XenPort, back: DomId) -> Result<Self, Errno> {
+        let shared = GrantedPage::new(port, back, false)?;
+        shared.page.store_u32(REQ_EVENT, 1);
+        shared.page.store_u32(RSP_EVENT, 1);
+        let channel = port.alloc_unbound(back)?;
+        let zero = || Cell::new(0);
+        Ok(Self {
+            port: port.clone(),
+            shared,
+            channel,
+            produced: zero(),
+            published: zero(),
+            consumed: zero(),
+        })
+    }
+
+    /// The ring's page.
+    pub fn page(&self) -> &Page {
+        &self.shared.page
+    }
+    /// The ring page's grant.
+    pub fn ring_ref(&self) -> GrantRef {
+        self.shared.gref
+    }
+    /// The guest's event channel port.
+    pub fn event_port(&self) -> Port {
+        self.channel.local_port()
+    }
+    /// The guest's end of the event channel.
+    pub fn channel(&self) -> &Channel {
+        &self.channel
+    }
+    /// Requests that were put on the ring and whose responses were not taken.
+    pub fn outstanding(&self) -> u32 {
+        self.produced.get().wrapping_sub(self.consumed.get())
+    }
+
+    /// Tells xenstore where the ring is and that the front end in `frontend` is ready (state 3), all at once.
+    ///
+    /// # Errors
+    /// As xenstore's, except `EAGAIN`, after which it starts again.
+    pub async fn publish_in_store(&self, frontend: &str) -> Result<(), Errno> {
+        loop {
+            let tx = self.port.transaction().await?;
+            let write = async |key: &str, value: String| {
+                tx.write(&format!("{frontend}/{key}"), value.as_bytes()).await
+            };
+            write("ring-ref", self.ring_ref().0.to_string()).await?;
+            write("event-channel", self.event_port().0.to_string()).await?;
+            write("protocol", "x86_64-abi".into()).await?;
+            write("state", "3".into()).await?;
+            match tx.commit().await {
+                Err(Errno::EAGAIN) => {}
+                other => return other,
+            }
+        }
+    }
+
+    /// Puts a request on the ring without publishing it; `false` when the ring is full.
+    pub fn put(&self, request: &BlkifRequest) -> bool {
+        if self.outstanding() >= SLOTS {
+            return false;
+        }
+        self.put_raw(&request.encode());
+        true
+    }
+
+    /// Puts any bytes into the next slot, full or not.
+    pub fn put_raw(&self, entry: &[u8; ENTRY_BYTES]) {
+        let index = self.produced.get();
+        self.shared.page.write(slot(index), entry);
+        self.produced.set(index.wrapping_add(1));
+    }
+
+    /// Publishes what was put, and raises the event if the back end asked for it. Tells whether it did.
+    pub fn publish(&self) -> bool {
+        let (old, new) = (self.published.get(), self.produced.get());
+        self.published.set(new);
+        self.shared.page.store_u32(REQ_PROD, new);
+        let wanted = self.shared.page.load_u32(REQ_EVENT);
+        // The event index was passed by this very step.
+        let passed = (1..=new.wrapping_sub(old)).any(|step| old.wrapping_add(step) == wanted);
+        if passed {
+            self.channel.notify();
+        }
+        passed
+    }
+
+    /// The next response, if there is one.
+    ///
+    /// # Errors
+    /// `EPROTO` when the back end claims to have answered more than it was asked.
+    pub fn take(&self) -> Result<Option<RawResponse>, Errno> {
+        let index = self.consumed.get();
+        let ready = self.shared.page.load_u32(RSP_PROD).wrapping_sub(index);
+        if ready == 0 {
+            return Ok(None);
+        }
+        if ready > self.published.get().wrapping_sub(index) {
+            return Err(Errno::EPROTO);
+        }
+        let mut bytes = [0; RESPONSE_BYTES];
+        self.shared.page.read(slot(index), &mut bytes);
+        self.consumed.set(index.wrapping_add(1));
+        Ok(RawResponse::read_from_bytes(&bytes).ok())
+    }
+
+    /// The next response, once there is one.
+    ///
+    /// # Errors
+    /// As [`GuestRing::take`]; `ESHUTDOWN` when the event channel is closed.
+    pub async fn next(&self) -> Result<RawResponse, Errno> {
+        loop {
+            if let Some(response) = self.take()? {
+                return Ok(response);
+            }
+            self.shared.page.store_u32(RSP_EVENT, self.consumed.get().wrapping_add(1));
+            if let Some(response) = self.take()? {
+                return Ok(response);
+            }
+            self.channel.wait().await?;
+        }
+    }
+
+    /// Lets go of the ring: the port is closed and the page taken back.
+    ///
+    /// # Errors
+    /// `EBUSY` while the back end has it mapped; it then stays granted for good.
+    pub fn end(self) -> Result<(), Errno> {
+        let Self { port, shared, channel, .. } = self;
+        drop(channel);
+        shared.end(&port)
+    }
+}
+
+fn slot(index: u32) -> usize {
+    FIRST_SLOT + (index & (SLOTS - 1)) as usize * ENTRY_BYTES
+}

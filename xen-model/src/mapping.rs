@@ -1,0 +1,85 @@
+//! A page that a process has mapped: what the seam calls a shared page.
+
+use crate::page::Page;
+use crate::port::XenPort;
+use std::rc::Rc;
+use tap_host::{DomId, GrantRef, PAGE_BYTES, SharedPage};
+
+/// What has to be undone when a mapping ends.
+pub(crate) enum Origin {
+    /// A page that another domain granted. The key is the mapping's among those of its process.
+    Grant { key: u64, write: bool },
+    /// A named page: nothing, it stays.
+    Region,
+}
+
+struct Inner {
+    port: XenPort,
+    page: Page,
+    origin: Origin,
+}
+
+/// A mapped page; unmapped when the last clone is dropped by a living process. Every store is one step of the process
+/// and does not happen once it is dead.
+#[derive(Clone)]
+pub struct Mapping(Rc<Inner>);
+
+impl Mapping {
+    pub(crate) fn new(port: XenPort, page: Page, origin: Origin) -> Self {
+        Self(Rc::new(Inner { port, page, origin }))
+    }
+
+    fn before_load(&self, offset: usize, len: usize) {
+        if self.0.port.node().is_alive() {
+            self.0.page.before_foreign_load(offset, len);
+        }
+    }
+
+    fn store(&self, offset: usize, bytes: &[u8]) {
+        // The real thing would be a fault in the middle of nowhere.
+        assert!(
+            !matches!(self.0.origin, Origin::Grant { write: false, .. }),
+            "store into a read-only mapping"
+        );
+        if self.0.port.node().step() {
+            self.0.page.write(offset, bytes);
+        }
+    }
+}
+
+impl SharedPage for Mapping {
+    fn load_u32(&self, offset: usize) -> u32 {
+        assert!(offset.is_multiple_of(4) && offset < PAGE_BYTES, "load of a number at {offset}");
+        self.before_load(offset, 4);
+        self.0.page.load_u32(offset)
+    }
+    fn store_u32(&self, offset: usize, value: u32) {
+        assert!(offset.is_multiple_of(4) && offset < PAGE_BYTES, "store of a number at {offset}");
+        self.store(offset, &value.to_le_bytes());
+    }
+    fn copy_in(&self, offset: usize, private: &mut [u8]) {
+        self.before_load(offset, private.len());
+        self.0.page.read(offset, private);
+    }
+    fn copy_out(&self, offset: usize, private: &[u8]) {
+        self.store(offset, private);
+    }
+    fn full_barrier(&self) {}
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        if let Origin::Grant { key, .. } = self.origin
+            && self.port.node().is_alive()
+        {
+            self.port.unmap(key);
+        }
+    }
+}
+
+/// A mapped grant among those of a process.
+#[derive(Clone, Copy)]
+pub(crate) struct MappedGrant {
+    pub(crate) dom: DomId,
+    pub(crate) gref: GrantRef,
+}

@@ -1,0 +1,234 @@
+//! One process's access to Xen: the seam.
+
+use crate::channels::PortId;
+use crate::mapping::{MappedGrant, Mapping, Origin};
+use crate::page::Page;
+use crate::store::Client;
+use crate::xen::Xen;
+use sim::{Entity, Node};
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::future::{Future, poll_fn};
+use std::rc::Rc;
+use std::task::Poll;
+use tap_host::{
+    DomId, Errno, EventChannel, Events, GrantRef, GrantSegment, Grants, PAGE_BYTES, Port, SharedPages,
+};
+
+struct Inner {
+    xen: Xen,
+    node: Node,
+    client: Client,
+    entity: Entity,
+    store_ops: Cell<u32>,
+    next_map: Cell<u64>,
+    maps: RefCell<BTreeMap<u64, MappedGrant>>,
+    channels: RefCell<Vec<PortId>>,
+}
+
+/// What one process of a domain has open in Xen; clones are the same. Dies with its node: handles first, then the
+/// model unmaps, closes and disconnects what it had.
+#[derive(Clone)]
+pub struct XenPort(Rc<Inner>);
+
+impl Xen {
+    /// Opens Xen for a process of `dom` that lives on `node`.
+    pub fn attach(&self, dom: DomId, node: &Node) -> XenPort {
+        let client = Client { dom, conn: self.next_conn() };
+        let port = XenPort(Rc::new(Inner {
+            xen: self.clone(),
+            node: node.clone(),
+            client,
+            entity: node.entity().child("xen", u64::from(dom.0)),
+            store_ops: Cell::new(0),
+            next_map: Cell::new(0),
+            maps: RefCell::default(),
+            channels: RefCell::default(),
+        }));
+        let dead = port.clone();
+        node.on_death(move || dead.release());
+        port
+    }
+}
+
+impl XenPort {
+    /// The machine.
+    pub fn xen(&self) -> &Xen {
+        &self.0.xen
+    }
+
+    /// The domain.
+    pub fn dom(&self) -> DomId {
+        self.0.client.dom
+    }
+
+    pub(crate) fn node(&self) -> &Node {
+        &self.0.node
+    }
+
+    pub(crate) fn client(&self) -> Client {
+        self.0.client
+    }
+
+    pub(crate) fn entity(&self) -> Entity {
+        self.0.entity
+    }
+
+    pub(crate) fn next_store_op(&self) -> u32 {
+        self.0.store_ops.set(self.0.store_ops.get() + 1);
+        self.0.store_ops.get()
+    }
+
+    /// What the kernel does for a dead process.
+    fn release(&self) {
+        for map in std::mem::take(&mut *self.0.maps.borrow_mut()).into_values() {
+            self.0.xen.unmap(self.dom(), map.dom, map.gref);
+        }
+        for id in std::mem::take(&mut *self.0.channels.borrow_mut()) {
+            self.0.xen.close_port(id);
+        }
+        let wakers = self.0.xen.0.store.borrow_mut().disconnect(self.0.client.conn);
+        wakers.into_iter().for_each(std::task::Waker::wake);
+    }
+
+    pub(crate) fn unmap(&self, key: u64) {
+        // Already gone when the process died in between.
+        if let Some(map) = self.0.maps.borrow_mut().remove(&key) {
+            self.0.xen.unmap(self.dom(), map.dom, map.gref);
+        }
+    }
+
+    /// A new port that waits for `remote` to bind it.
+    ///
+    /// # Errors
+    /// `ENOSPC` when the domain has no port left.
+    pub fn alloc_unbound(&self, remote: DomId) -> Result<Channel, Errno> {
+        let id = self.0.xen.0.channels.borrow_mut().alloc_unbound(self.dom(), remote)?;
+        Ok(self.channel(id))
+    }
+
+    fn channel(&self, id: PortId) -> Channel {
+        self.0.channels.borrow_mut().push(id);
+        Channel { port: self.clone(), id }
+    }
+
+    /// The part of a page that a segment names.
+    fn segment(&self, dom: DomId, segment: GrantSegment, write: bool) -> Result<Page, Errno> {
+        if usize::from(segment.offset) + usize::from(segment.len) > PAGE_BYTES {
+            return Err(Errno::EINVAL);
+        }
+        let grants = self.0.xen.0.grants.borrow();
+        let table = grants.get(usize::from(dom.0)).and_then(Option::as_ref).ok_or(Errno::EINVAL)?;
+        table.page(segment.gref, self.dom(), write).cloned()
+    }
+}
+
+impl Grants for XenPort {
+    type Page = Mapping;
+
+    fn map(&self, dom: DomId, gref: GrantRef, write: bool) -> Result<Mapping, Errno> {
+        if !self.0.node.step() {
+            return Err(Errno::ESHUTDOWN);
+        }
+        let page = self.0.xen.map(self.dom(), dom, gref, write)?;
+        let key = self.0.next_map.get();
+        self.0.next_map.set(key + 1);
+        self.0.maps.borrow_mut().insert(key, MappedGrant { dom, gref });
+        Ok(Mapping::new(self.clone(), page, Origin::Grant { key, write }))
+    }
+
+    fn copy_in(&self, dom: DomId, segments: &[GrantSegment], private: &mut [u8]) -> Result<(), Errno> {
+        if !self.0.node.step() {
+            return Err(Errno::ESHUTDOWN);
+        }
+        let mut rest = private;
+        for &segment in segments {
+            let page = self.segment(dom, segment, false)?;
+            let (now, later) = rest.split_at_mut_checked(usize::from(segment.len)).ok_or(Errno::EINVAL)?;
+            page.before_foreign_load(usize::from(segment.offset), now.len());
+            page.read(usize::from(segment.offset), now);
+            rest = later;
+        }
+        if rest.is_empty() { Ok(()) } else { Err(Errno::EINVAL) }
+    }
+
+    fn copy_out(&self, dom: DomId, segments: &[GrantSegment], private: &[u8]) -> Result<(), Errno> {
+        let mut rest = private;
+        for &segment in segments {
+            // Each page is a step: a process can die with half of a copy done.
+            if !self.0.node.step() {
+                return Err(Errno::ESHUTDOWN);
+            }
+            let page = self.segment(dom, segment, true)?;
+            let (now, later) = rest.split_at_checked(usize::from(segment.len)).ok_or(Errno::EINVAL)?;
+            page.write(usize::from(segment.offset), now);
+            rest = later;
+        }
+        if rest.is_empty() { Ok(()) } else { Err(Errno::EINVAL) }
+    }
+}
+
+impl Events for XenPort {
+    type Channel = Channel;
+
+    fn bind_interdomain(&self, dom: DomId, remote: Port) -> Result<Channel, Errno> {
+        if !self.0.node.step() {
+            return Err(Errno::ESHUTDOWN);
+        }
+        let id = self.0.xen.bind(self.dom(), dom, remote)?;
+        Ok(self.channel(id))
+    }
+}
+
+impl SharedPages for XenPort {
+    type Region = Mapping;
+
+    fn region(&self, name: &str) -> Result<Mapping, Errno> {
+        if !self.0.node.step() {
+            return Err(Errno::ESHUTDOWN);
+        }
+        let page = self.0.xen.0.regions.borrow_mut().entry(name.into()).or_default().clone();
+        Ok(Mapping::new(self.clone(), page, Origin::Region))
+    }
+
+    fn remove_region(&self, name: &str) {
+        if self.0.node.step() {
+            self.0.xen.0.regions.borrow_mut().remove(name);
+        }
+    }
+}
+
+/// One end of an event channel; closed when dropped by a living process.
+pub struct Channel {
+    port: XenPort,
+    id: PortId,
+}
+
+impl EventChannel for Channel {
+    fn notify(&self) {
+        if self.port.node().step() {
+            self.port.xen().notify(self.id);
+        }
+    }
+
+    fn wait(&self) -> impl Future<Output = Result<(), Errno>> {
+        poll_fn(|cx| match self.port.0.xen.0.channels.borrow_mut().poll(self.id, cx.waker()) {
+            Ok(true) => Poll::Ready(Ok(())),
+            Ok(false) => Poll::Pending,
+            Err(e) => Poll::Ready(Err(e)),
+        })
+    }
+
+    fn local_port(&self) -> Port {
+        self.id.port
+    }
+}
+
+impl Drop for Channel {
+    fn drop(&mut self) {
+        if self.port.node().is_alive() {
+            self.port.0.channels.borrow_mut().retain(|id| *id != self.id);
+            self.port.xen().close_port(self.id);
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! The seam's xenstore: immediate operations with time around them.
+
+use crate::event::XenEvent;
+use crate::port::XenPort;
+use crate::store::{Perms, Store, Wakers};
+use crate::xen::{STORE_CONFLICT, STORE_LATE, WATCH_LATE};
+use std::future::{pending, poll_fn};
+use std::task::{Poll, Waker};
+use tap_host::{Errno, Transaction, WatchEvent, Watcher, Xenstore};
+
+impl XenPort {
+    /// Waits for xenstored's turn. A process that died meanwhile never gets there.
+    async fn turn(&self) {
+        let xen = &self.xen().0;
+        let late_ns = xen.sim.decide(self.entity(), &STORE_LATE, self.next_store_op(), |draw| {
+            if draw.ppm(xen.rates.store_late) { draw.magnitude(xen.options.store_late_bits) } else { 0 }
+        });
+        xen.sim.sleep_ns(xen.options.store_ns + late_ns).await;
+        if !self.node().step() {
+            pending::<()>().await;
+        }
+    }
+
+    fn apply<T>(&self, op: impl FnOnce(&mut Store) -> Result<T, Errno>) -> Result<T, Errno> {
+        op(&mut self.xen().0.store.borrow_mut())
+    }
+
+    async fn change(&self, op: impl FnOnce(&mut Store) -> Result<Wakers, Errno>) -> Result<(), Errno> {
+        self.turn().await;
+        let wakers = self.apply(op)?;
+        wakers.into_iter().for_each(Waker::wake);
+        Ok(())
+    }
+
+    async fn do_write(&self, tx: Option<u64>, path: &str, value: &[u8]) -> Result<(), Errno> {
+        self.change(|store| store.write(self.client(), tx, path, value)).await?;
+        self.xen().trace(XenEvent::Written { dom: self.dom(), path, value });
+        Ok(())
+    }
+
+    async fn do_remove(&self, tx: Option<u64>, path: &str) -> Result<(), Errno> {
+        self.change(|store| store.remove(self.client(), tx, path)).await?;
+        self.xen().trace(XenEvent::Removed { dom: self.dom(), path });
+        Ok(())
+    }
+
+    /// The permissions of a node.
+    ///
+    /// # Errors
+    /// `ENOENT`, `EACCES`.
+    pub async fn perms(&self, path: &str) -> Result<Perms, Errno> {
+        self.turn().await;
+        self.apply(|store| store.perms(self.client(), None, path))
+    }
+
+    /// Changes the permissions of a node that the caller owns.
+    ///
+    /// # Errors
+    /// `ENOENT`, `EACCES`.
+    pub async fn set_perms(&self, path: &str, perms: Perms) -> Result<(), Errno> {
+        self.change(|store| store.set_perms(self.client(), None, path, perms)).await
+    }
+}
+
+impl Xenstore for XenPort {
+    type Transaction = StoreTransaction;
+    type Watcher = StoreWatcher;
+
+    async fn read(&self, path: &str) -> Result<Vec<u8>, Errno> {
+        self.turn().await;
+        self.apply(|store| store.read(self.client(), None, path))
+    }
+
+    async fn write(&self, path: &str, value: &[u8]) -> Result<(), Errno> {
+        self.do_write(None, path, value).await
+    }
+
+    async fn remove(&self, path: &str) -> Result<(), Errno> {
+        self.do_remove(None, path).await
+    }
+
+    async fn directory(&self, path: &str) -> Result<Vec<String>, Errno> {
+        self.turn().await;
+        self.apply(|store| store.directory(self.client(), None, path))
+    }
+
+    async fn watch(&self, path: &str) -> Result<StoreWatcher, Errno> {
+        self.turn().await;
+        let id = self.apply(|store| store.watch(self.client(), path))?;
+        Ok(StoreWatcher { port: self.clone(), id })
+    }
+
+    async fn transaction(&self) -> Result<StoreTransaction, Errno> {
+        self.turn().await;
+        let id = self.apply(|store| store.start(self.client()))?;
+        Ok(StoreTransaction { port: self.clone(), id })
+    }
+}
+
+/// A running transaction; aborted when dropped by a living process.
+pub struct StoreTransaction {
+    port: XenPort,
+    id: u64,
+}
+
+impl Transaction for StoreTransaction {
+    async fn read(&self, path: &str) -> Result<Vec<u8>, Errno> {
+        self.port.turn().await;
+        self.port.apply(|store| store.read(self.port.client(), Some(self.id), path))
+    }
+
+    async fn write(&self, path: &str, value: &[u8]) -> Result<(), Errno> {
+        self.port.do_write(Some(self.id), path, value).await
+    }
+
+    async fn remove(&self, path: &str) -> Result<(), Errno> {
+        self.port.do_remove(Some(self.id), path).await
+    }
+
+    async fn commit(self) -> Result<(), Errno> {
+        self.port.turn().await;
+        let xen = &self.port.xen().0;
+        let entity = xen.sim.derive("commit", u64::from(self.port.dom().0));
+        let conflict = xen.sim.fault(entity, &STORE_CONFLICT, xen.rates.conflict, |_| 1) != 0;
+        let result =
+            if conflict { Err(Errno::EAGAIN) } else { self.port.apply(|store| store.commit(self.id)) };
+        self.port.xen().trace(XenEvent::Committed { dom: self.port.dom(), done: result.is_ok() });
+        result.map(|wakers| wakers.into_iter().for_each(Waker::wake))
+    }
+}
+
+impl Drop for StoreTransaction {
+    fn drop(&mut self) {
+        if self.port.node().is_alive() {
+            self.port.xen().0.store.borrow_mut().abort(self.id);
+        }
+    }
+}
+
+/// A registered watch; gone when dropped by a living process.
+pub struct StoreWatcher {
+    port: XenPort,
+    id: u64,
+}
+
+impl StoreWatcher {
+    async fn ready(&self) -> Result<(), Errno> {
+        poll_fn(|cx| match self.port.xen().0.store.borrow_mut().poll_watch(self.id, cx.waker()) {
+            Ok(true) => Poll::Ready(Ok(())),
+            Ok(false) => Poll::Pending,
+            Err(e) => Poll::Ready(Err(e)),
+        })
+        .await
+    }
+}
+
+impl Watcher for StoreWatcher {
+    async fn next(&self) -> Result<WatchEvent, Errno> {
+        self.ready().await?;
+        let xen = &self.port.xen().0;
+        let late_ns = xen.sim.decide(self.port.entity(), &WATCH_LATE, self.port.next_store_op(), |draw| {
+            if draw.ppm(xen.rates.store_late) { draw.magnitude(xen.options.store_late_bits) } else { 0 }
+        });
+        if late_ns > 0 {
+            // The event stays queued meanwhile, so that it is not lost with a dropped future.
+            xen.sim.sleep_ns(late_ns).await;
+        }
+        let path = xen.store.borrow_mut().take_watch(self.id)?;
+        Ok(WatchEvent { path })
+    }
+}
+
+impl Drop for StoreWatcher {
+    fn drop(&mut self) {
+        if self.port.node().is_alive() {
+            self.port.xen().0.store.borrow_mut().unwatch(self.id);
+        }
+    }
+}

@@ -1,0 +1,271 @@
+//! The machine: domains and everything that outlives a process.
+
+use crate::channels::{Channels, PortId};
+use crate::event::XenEvent;
+use crate::grants::{Grant, GrantTable};
+use crate::page::Page;
+use crate::store::{Quota, Store};
+use sim::{Entity, FaultKind, Label, Sim, Timed};
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use tap_host::{DomId, Errno, GrantRef, Port};
+
+pub(crate) static EVENT_LATE: Label = Label::new("event-late", "the event arrives {} ns late");
+pub(crate) static STORE_LATE: Label = Label::new("store-late", "xenstored takes {} ns more");
+pub(crate) static WATCH_LATE: Label = Label::new("watch-late", "the watch fires {} ns late");
+pub(crate) static STORE_CONFLICT: Label = Label::new("store-conflict", "the transaction has to be repeated");
+
+/// The labels of this model's decisions.
+pub static LABELS: [&Label; 4] = [&EVENT_LATE, &STORE_LATE, &WATCH_LATE, &STORE_CONFLICT];
+
+static EVENT_LATE_KIND: FaultKind = FaultKind { name: "event-late", max_ppm: 500_000 };
+static STORE_LATE_KIND: FaultKind = FaultKind { name: "store-late", max_ppm: 500_000 };
+static STORE_CONFLICT_KIND: FaultKind = FaultKind { name: "store-conflict", max_ppm: 300_000 };
+
+/// Whose children the ports of all domains are, in decisions.
+const PORTS: Entity = Entity::WORLD.child("event-channel", 0);
+
+/// What a machine is like.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// xenstored's limits for guests.
+    pub quota: Quota,
+    /// Least nanoseconds of a xenstore operation.
+    pub store_ns: u64,
+    /// Latest arrival of an event, as a power of two of nanoseconds.
+    pub event_late_bits: u32,
+    /// Longest delay of xenstored, as a power of two of nanoseconds.
+    pub store_late_bits: u32,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { quota: Quota::default(), store_ns: 5_000, event_late_bits: 18, store_late_bits: 22 }
+    }
+}
+
+/// What a domain holds of others, for a checker of leaks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Counts {
+    /// Mapped grants.
+    pub maps: u32,
+    /// Event channel ports.
+    pub channels: u32,
+    /// Watches.
+    pub watches: u32,
+    /// Transactions.
+    pub transactions: u32,
+}
+
+pub(crate) struct Rates {
+    pub(crate) event_late: u32,
+    pub(crate) store_late: u32,
+    pub(crate) conflict: u32,
+}
+
+pub(crate) struct Inner {
+    pub(crate) sim: Sim,
+    pub(crate) options: Options,
+    pub(crate) rates: Rates,
+    /// By domain number; `None` once destroyed.
+    pub(crate) grants: RefCell<Vec<Option<GrantTable>>>,
+    pub(crate) channels: RefCell<Channels>,
+    pub(crate) store: RefCell<Store>,
+    pub(crate) regions: RefCell<BTreeMap<String, Page>>,
+    pub(crate) maps_held: RefCell<BTreeMap<DomId, u32>>,
+    next_conn: Cell<u64>,
+    notified: Cell<u32>,
+}
+
+/// The machine; clones share it.
+#[derive(Clone)]
+pub struct Xen(pub(crate) Rc<Inner>);
+
+impl Xen {
+    /// A machine with the control domain only.
+    pub fn new(sim: &Sim, options: Options) -> Self {
+        let swarm = sim.swarm();
+        let rates = Rates {
+            event_late: swarm.rate_ppm(&EVENT_LATE_KIND),
+            store_late: swarm.rate_ppm(&STORE_LATE_KIND),
+            conflict: swarm.rate_ppm(&STORE_CONFLICT_KIND),
+        };
+        Self(Rc::new(Inner {
+            sim: sim.clone(),
+            options,
+            rates,
+            grants: RefCell::new(vec![Some(GrantTable::default())]),
+            channels: RefCell::default(),
+            store: RefCell::new(Store::new(options.quota)),
+            regions: RefCell::default(),
+            maps_held: RefCell::default(),
+            next_conn: Cell::new(0),
+            notified: Cell::new(0),
+        }))
+    }
+
+    /// Makes a domain; numbers are never used twice.
+    pub fn create_domain(&self) -> DomId {
+        let mut grants = self.0.grants.borrow_mut();
+        let dom = DomId(u16::try_from(grants.len()).expect("fewer than 65536 domains per world"));
+        grants.push(Some(GrantTable::default()));
+        drop(grants);
+        self.trace(XenEvent::DomainCreated { dom });
+        self.fire_special("@introduceDomain");
+        dom
+    }
+
+    /// Ends a domain: its grants and ports are gone. Pages that others have mapped stay as long as the mappings.
+    /// The caller kills the guest's node first; xenstore's directories are the toolstack's to remove.
+    pub fn destroy_domain(&self, dom: DomId) {
+        self.0.grants.borrow_mut()[usize::from(dom.0)] = None;
+        let ports = self.0.channels.borrow().of(dom);
+        ports.into_iter().for_each(|id| self.close_port(id));
+        self.trace(XenEvent::DomainDestroyed { dom });
+        self.fire_special("@releaseDomain");
+    }
+
+    fn fire_special(&self, name: &str) {
+        let wakers = self.0.store.borrow_mut().fire_special(name);
+        wakers.into_iter().for_each(std::task::Waker::wake);
+    }
+
+    /// Forgets named pages: the host went down.
+    pub fn clear_regions(&self) {
+        self.0.regions.borrow_mut().clear();
+    }
+
+    /// Names of the named pages.
+    pub fn regions(&self) -> Vec<String> {
+        self.0.regions.borrow().keys().cloned().collect()
+    }
+
+    /// The named page, to look at or to damage.
+    pub fn region_page(&self, name: &str) -> Option<Page> {
+        self.0.regions.borrow().get(name).cloned()
+    }
+
+    /// What `dom` holds now.
+    pub fn counts(&self, dom: DomId) -> Counts {
+        let store = self.0.store.borrow();
+        Counts {
+            maps: self.0.maps_held.borrow().get(&dom).copied().unwrap_or(0),
+            channels: self.0.channels.borrow().of(dom).len() as u32,
+            watches: store.watch_count(dom) as u32,
+            transactions: store.transaction_count(dom) as u32,
+        }
+    }
+
+    /// How many mappings of `dom`'s pages exist.
+    pub fn mapped_from(&self, dom: DomId) -> u32 {
+        self.0.grants.borrow().get(usize::from(dom.0)).and_then(Option::as_ref).map_or(0, GrantTable::mapped)
+    }
+
+    /// Events raised since the start, to compare with requests.
+    pub fn notified(&self) -> u32 {
+        self.0.notified.get()
+    }
+
+    fn table<T>(&self, dom: DomId, op: impl FnOnce(&mut GrantTable) -> Result<T, Errno>) -> Result<T, Errno> {
+        let mut grants = self.0.grants.borrow_mut();
+        grants.get_mut(usize::from(dom.0)).and_then(Option::as_mut).ok_or(Errno::EINVAL).and_then(op)
+    }
+
+    /// Lets a domain use a page of `dom`.
+    ///
+    /// # Errors
+    /// `ENOSPC` when the table is full, `EINVAL` without such a domain.
+    pub fn grant(&self, dom: DomId, grant: Grant) -> Result<GrantRef, Errno> {
+        self.table(dom, |table| table.allocate(grant))
+    }
+
+    /// Changes what an entry permits, or takes it back (`None`), whoever has it mapped; mappings stay.
+    ///
+    /// # Errors
+    /// `EINVAL` without such an entry.
+    pub fn set_grant(&self, dom: DomId, gref: GrantRef, grant: Option<Grant>) -> Result<(), Errno> {
+        self.table(dom, |table| table.set(gref, grant))
+    }
+
+    /// Frees an entry.
+    ///
+    /// # Errors
+    /// `EBUSY` while it is mapped, `EINVAL` without such an entry.
+    pub fn end_access(&self, dom: DomId, gref: GrantRef) -> Result<(), Errno> {
+        self.table(dom, |table| table.end_access(gref))
+    }
+
+    /// How often an entry is mapped.
+    pub fn maps(&self, dom: DomId, gref: GrantRef) -> u32 {
+        self.table(dom, |table| Ok(table.maps(gref))).unwrap_or(0)
+    }
+
+    pub(crate) fn map(&self, by: DomId, dom: DomId, gref: GrantRef, write: bool) -> Result<Page, Errno> {
+        let page = self.table(dom, |table| table.map(gref, by, write))?;
+        *self.0.maps_held.borrow_mut().entry(by).or_default() += 1;
+        self.trace(XenEvent::Mapped { by, dom, gref });
+        Ok(page)
+    }
+
+    pub(crate) fn unmap(&self, by: DomId, dom: DomId, gref: GrantRef) {
+        if let Some(Some(table)) = self.0.grants.borrow_mut().get_mut(usize::from(dom.0)) {
+            table.unmap(gref);
+        }
+        *self.0.maps_held.borrow_mut().get_mut(&by).expect("it holds this one") -= 1;
+        self.trace(XenEvent::Unmapped { by, dom, gref });
+    }
+
+    /// Raises the event at the other end of `id`, now or later.
+    pub(crate) fn notify(&self, id: PortId) {
+        self.0.notified.set(self.0.notified.get().wrapping_add(1));
+        let Some((nth, peer)) = self.0.channels.borrow_mut().count_raised(id) else { return };
+        let entity = Entity(sim::mix2(PORTS.0, u64::from(id.dom.0) << 32 | u64::from(id.port.0)));
+        let late_ns = self.0.sim.decide(entity, &EVENT_LATE, nth, |draw| {
+            if draw.ppm(self.0.rates.event_late) { draw.magnitude(self.0.options.event_late_bits) } else { 0 }
+        });
+        self.trace(XenEvent::Notified { dom: id.dom, port: id.port, late_ns });
+        if late_ns == 0 {
+            self.raise(peer);
+        } else {
+            let at_ns = self.0.sim.now_ns() + late_ns;
+            self.0.sim.call_at(at_ns, Rc::clone(&self.0) as Rc<dyn Timed>, peer.token());
+        }
+    }
+
+    fn raise(&self, id: PortId) {
+        let waker = self.0.channels.borrow_mut().raise(id);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    pub(crate) fn bind(&self, dom: DomId, remote: DomId, remote_port: Port) -> Result<PortId, Errno> {
+        let id = self.0.channels.borrow_mut().bind(dom, remote, remote_port)?;
+        self.trace(XenEvent::Bound { dom, port: id.port, remote, remote_port });
+        Ok(id)
+    }
+
+    pub(crate) fn close_port(&self, id: PortId) {
+        let waker = self.0.channels.borrow_mut().close(id);
+        self.trace(XenEvent::Closed { dom: id.dom, port: id.port });
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    pub(crate) fn trace(&self, event: XenEvent<'_>) {
+        self.0.sim.trace("xen", &event);
+    }
+
+    pub(crate) fn next_conn(&self) -> u64 {
+        self.0.next_conn.set(self.0.next_conn.get() + 1);
+        self.0.next_conn.get()
+    }
+}
+
+impl Timed for Inner {
+    fn fire(self: Rc<Self>, token: u64) {
+        Xen(self).raise(PortId::from_token(token));
+    }
+}
