@@ -11,12 +11,14 @@
 //! The fault model is written where faults are made: see [`faults`]. The model takes the seam's vocabulary from
 //! `tap-host` and nothing from the stack: both sides are written apart, or the simulator would agree with its own bugs.
 
+mod blkfront;
 pub mod faults;
 mod inode;
 mod pages;
 mod process;
 mod storage;
 
+pub use blkfront::{BLKFRONT_MAX_SECTORS, Blkfront, Complaint};
 pub use inode::{Content, Inode, Pending, PendingSize, apply};
 pub use pages::{PAGE, Page, PageMap};
 pub use process::{DIRECT_ALIGN_BYTES, Kernel, Process, ProcessFile};

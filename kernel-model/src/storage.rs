@@ -335,7 +335,7 @@ impl Inner {
             IoOp::Write => WRITE_NS,
             IoOp::Sync => SYNC_NS,
         };
-        let late = if self.rates.any_late() || self.replaying() {
+        let late = if self.rates.any_late() || self.sim.has_given_decisions() {
             self.sim.fault(io, &IO_LATE, 1_000_000, |d| self.rates.draw_late(d))
         } else {
             0
@@ -370,9 +370,6 @@ impl Inner {
         index
     }
 
-    fn replaying(&self) -> bool {
-        self.sim.is_replaying()
-    }
 
     fn draw_fault(&self, op: IoOp, io: Entity) -> Fault {
         let mut counts = self.counts.get();
@@ -390,7 +387,7 @@ impl Inner {
                 return Fault::Error(nth.error, nth.effect);
             }
         }
-        if !self.rates.any(op) && !self.replaying() {
+        if !self.rates.any(op) && !self.sim.has_given_decisions() {
             return Fault::None;
         }
         decode(self.sim.fault(io, &IO_FAULT, 1_000_000, |d| self.rates.draw_fault(op, d)))

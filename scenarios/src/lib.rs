@@ -1,1 +1,16 @@
-//! scenarios
+//! The testbed: worlds made of the stack and the models, guests, checkers, the catalogue, and the program `tapsim`.
+
+pub mod catalog;
+pub mod cli;
+pub mod check;
+pub mod explain;
+pub mod guest;
+pub mod host;
+pub mod hunt;
+pub mod image;
+pub mod run;
+pub mod stack;
+pub mod sweep;
+pub mod tag;
+pub mod workload;
+pub mod world;

@@ -1,1 +1,40 @@
-fn main() {}
+//! House scripts, as one program: `cargo xtask TASK`.
+//!
+//! It depends on no other crate of the workspace, so that it builds in seconds and works while they do not.
+
+mod ci;
+
+use std::process::ExitCode;
+
+const HELP: &str = "\
+House scripts.
+
+Usage: cargo xtask TASK
+
+Tasks:
+  ci      everything that must hold before a change lands: format, lints, tests, the build without the guard's cfg,
+          and a release sweep whose seeds come from the commit
+  help    this text
+";
+
+fn main() -> ExitCode {
+    let task = std::env::args().nth(1).unwrap_or_else(|| "help".into());
+    let result = match task.as_str() {
+        "ci" => ci::run(),
+        "help" | "--help" | "-h" => {
+            print!("{HELP}");
+            Ok(())
+        }
+        other => {
+            eprintln!("xtask: unknown task {other:?}: `cargo xtask help` shows those there are");
+            return ExitCode::from(2);
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -208,6 +208,10 @@ impl Decisions {
     }
 
     pub(crate) fn is_replaying(&self) -> bool {
+        !self.draw_missing
+    }
+
+    pub(crate) fn has_given(&self) -> bool {
         !self.given.is_empty()
     }
 

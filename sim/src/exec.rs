@@ -241,10 +241,15 @@ impl Sim {
         decisions.decide(entity, label, 0, self.0.now.get(), |d| if d.ppm(rate_ppm) { draw(d) } else { 0 })
     }
 
-    /// Whether decisions come from a map, so that one must be asked for even where none would be drawn.
-    #[inline]
+    /// Whether decisions come from a map only: nothing is drawn.
     pub fn is_replaying(&self) -> bool {
         self.0.decisions.borrow().is_replaying()
+    }
+
+    /// Whether some decisions are given, so that one must be asked for even where none would be drawn.
+    #[inline]
+    pub fn has_given_decisions(&self) -> bool {
+        self.0.decisions.borrow().has_given()
     }
 
     /// Ends the time of faults: what is in flight must drain now.

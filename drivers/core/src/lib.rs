@@ -11,9 +11,22 @@
 //! A [`Node`] takes a [`Request`] and answers it exactly once. Whoever submits may drop the future: the effect may
 //! then still happen. Nodes hold no thread, no clock and no file; they are generic over the seam inside and
 //! `Rc<dyn Node>` outside.
+//!
+//! Who has to wait for whom is asked of one [`Tracker`] per disk or image; everything else that waits uses the
+//! primitives in [`wait`].
 
 mod node;
 mod request;
+mod scheduler;
+mod tracker;
+mod vbd;
+pub mod wait;
+
+#[cfg(test)]
+mod testing;
 
 pub use node::{LocalBoxFuture, Node, NodeInfo};
 pub use request::{Op, Request, Response};
+pub use scheduler::{Scheduler, SchedulerLimits, SchedulerStats};
+pub use tracker::{Access, Cycle, Space, Ticket, TicketName, Tracker, WaitReport};
+pub use vbd::Vbd;

@@ -1,0 +1,133 @@
+//! What goes down: single requests with retry, and merged ones with their parts.
+
+use super::Inner;
+use super::line::Depth;
+use crate::{Request, Response};
+use smallvec::SmallVec;
+use std::rc::Rc;
+use std::task::Waker;
+use tap_host::{Bug, Errno, Event, IoVec, Log, Mark, Probe, SectorRange, Tasks, Time};
+
+/// One request of a merged one.
+pub(super) struct Part {
+    slot: u32,
+    range: SectorRange,
+    bufs: IoVec,
+    /// How many buffers of the merged request are this part's.
+    count: usize,
+    op: crate::Op,
+}
+
+impl Part {
+    pub(super) fn new(slot: u32, request: Request) -> Self {
+        Self { slot, range: request.range, count: request.bufs.len(), bufs: request.bufs, op: request.op }
+    }
+}
+
+pub(super) type Parts = SmallVec<[Part; 4]>;
+
+/// A merged request: its parts by sector. Those that were not answered when it is dropped are given up.
+pub(super) struct Batch<H: Time + Tasks + Log + Probe> {
+    inner: Rc<Inner<H>>,
+    parts: Parts,
+    answered: usize,
+    _depth: Depth<H>,
+}
+
+impl<H: Time + Tasks + Log + Probe> Inner<H> {
+    /// Sends `request` down, again after transient errors.
+    pub(super) async fn attempt(&self, mut request: Request) -> Response {
+        let (op, range) = (request.op, request.range);
+        let (mut pause_ns, mut paused_ns) = (self.limits.backoff_ns, 0_u64);
+        for left in (0..=self.limits.retries).rev() {
+            self.count(|s| s.lower_requests += 1);
+            let response = self.lower.submit(request).await;
+            let Err(error) = response.result else { return response };
+            paused_ns = paused_ns.saturating_add(pause_ns);
+            if left == 0 || !is_transient(error) || paused_ns > self.limits.backoff_total_ns {
+                return response;
+            }
+            self.host.mark(Mark::RequestRetried);
+            self.host.log(Event::Retried { range, error });
+            self.count(|s| s.retries += 1);
+            self.host.sleep_ns(pause_ns).await;
+            pause_ns = pause_ns.saturating_mul(2);
+            request = Request { op, range, bufs: response.bufs };
+        }
+        unreachable!("the last attempt is answered")
+    }
+}
+
+fn is_transient(error: Errno) -> bool {
+    matches!(error, Errno::EAGAIN | Errno::EINTR | Errno::EBUSY | Errno::ENOMEM)
+}
+
+impl<H: Time + Tasks + Log + Probe> Batch<H> {
+    pub(super) fn new(inner: &Rc<Inner<H>>, parts: Parts, depth: Depth<H>) -> Self {
+        Self { inner: Rc::clone(inner), parts, answered: 0, _depth: depth }
+    }
+
+    pub(super) async fn run(mut self) {
+        let merged = self.merge();
+        self.inner.host.mark(Mark::RequestsMerged);
+        self.inner.host.log(Event::Merged { parts: self.parts.len() as u32, range: merged.range });
+        self.inner.count(|s| s.merged += self.parts.len() as u64 - 1);
+        let response = self.inner.attempt(merged).await;
+        self.hand_back(response.bufs);
+        let forget = self.inner.host.bug(Bug::MergedErrorLost);
+        match response.result {
+            Ok(()) => self.answer_all(|_| Ok(())),
+            Err(e) if forget => self.answer_all(|part| if part == 0 { Err(e) } else { Ok(()) }),
+            Err(_) => self.repeat_alone().await,
+        }
+    }
+
+    fn merge(&mut self) -> Request {
+        let first = &self.parts[0];
+        let (op, start) = (first.op, first.range.start.0);
+        let count = self.parts.iter().map(|p| p.range.count).sum();
+        let bufs = self.parts.iter_mut().flat_map(|p| p.bufs.drain(..)).collect();
+        Request { op, range: SectorRange::new(start, count), bufs }
+    }
+
+    fn hand_back(&mut self, bufs: IoVec) {
+        let mut bufs = bufs.into_iter();
+        for part in &mut self.parts {
+            part.bufs.extend(bufs.by_ref().take(part.count));
+            assert_eq!(part.bufs.len(), part.count, "a node answers with the buffers of the request");
+        }
+    }
+
+    async fn repeat_alone(&mut self) {
+        self.inner.host.mark(Mark::MergedSplit);
+        while let Some(part) = self.parts.get_mut(self.answered) {
+            let request = Request { op: part.op, range: part.range, bufs: std::mem::take(&mut part.bufs) };
+            let response = self.inner.attempt(request).await;
+            self.answer_next(response);
+        }
+    }
+
+    fn answer_all(&mut self, result: impl Fn(usize) -> Result<(), Errno>) {
+        while let Some(part) = self.parts.get_mut(self.answered) {
+            let bufs = std::mem::take(&mut part.bufs);
+            self.answer_next(Response { result: result(self.answered), bufs });
+        }
+    }
+
+    fn answer_next(&mut self, response: Response) {
+        let slot = self.parts[self.answered].slot;
+        self.answered += 1;
+        let (woken, ticket, unwanted) = self.inner.line.borrow_mut().deliver(slot, response);
+        woken.into_iter().for_each(Waker::wake);
+        drop((ticket, unwanted));
+    }
+}
+
+impl<H: Time + Tasks + Log + Probe> Drop for Batch<H> {
+    fn drop(&mut self) {
+        for part in &self.parts[self.answered..] {
+            let ticket = self.inner.line.borrow_mut().give_up(part.slot);
+            drop(ticket);
+        }
+    }
+}

@@ -1,0 +1,219 @@
+//! Order, depth, merging and retry of the requests of one disk.
+//!
+//! ```text
+//!   submit ──► overlaps something earlier? wait for it      (tracker)
+//!          ──► line up, let the others of this turn line up
+//!          ──► first of the line and a depth slot free: lead
+//!                take the contiguous neighbours out of the line, send one request down,
+//!                hand results and buffers back to their owners
+//! ```
+//!
+//! # Contract
+//!
+//! * **Overlap.** Of two overlapping requests, one of them a write, the one that was submitted first ends before the
+//!   other goes down. Submitted means that [`Node::submit`] was called; whoever calls it then polls or drops the
+//!   future. Reads share.
+//! * **Depth.** At most `depth` reads and writes are below at once; the others wait in a line, first come, first
+//!   served, but for those that are taken along as neighbours of an earlier one.
+//! * **Merging.** Contiguous requests of one kind that stand in the line together go down as one, without copying.
+//!   An error of the whole is found out part by part: each part is sent again alone, so that an error reaches those
+//!   requests whose sectors fail, and no other.
+//! * **Flush** overtakes everything and is never merged: it covers what was answered before it was submitted.
+//! * **Retry.** Errors that go away by themselves (`EAGAIN`, `EINTR`, `EBUSY`, `ENOMEM`) are retried after a pause that
+//!   doubles, a bounded number of times; all others are answered at once.
+//! * There is no task of its own: the owners of requests do the work. A merged request whose leader is dropped is
+//!   carried on by the owner of another part.
+
+mod line;
+mod lower;
+
+use crate::{
+    Access, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, Space, Ticket, Tracker, WaitReport,
+};
+use line::{Line, Place};
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use tap_host::{Bug, Errno, Log, Mark, Probe, SECTOR_BYTES, Tasks, Time, bytes_of};
+
+/// Bounds of a [`Scheduler`]; every one may be drawn down to its least value.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SchedulerLimits {
+    /// Reads and writes below at once, at least 1.
+    pub depth: usize,
+    /// Largest merged request in sectors; 0 turns merging off.
+    pub merge_sectors: u32,
+    /// How often one request is repeated after transient errors.
+    pub retries: u32,
+    /// Pause before the first repetition, in nanoseconds; it doubles with each.
+    pub backoff_ns: u64,
+    /// Sum of all pauses of one request, in nanoseconds, above which it is not repeated again.
+    pub backoff_total_ns: u64,
+}
+
+impl Default for SchedulerLimits {
+    fn default() -> Self {
+        Self {
+            depth: 128,
+            merge_sectors: 1024,
+            retries: 12,
+            backoff_ns: 1_000_000,
+            backoff_total_ns: 10_000_000_000,
+        }
+    }
+}
+
+/// What a scheduler has done since it was made.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct SchedulerStats {
+    /// Reads answered.
+    pub reads: u64,
+    /// Writes answered.
+    pub writes: u64,
+    /// Flushes answered.
+    pub flushes: u64,
+    /// Sectors of successful reads.
+    pub sectors_read: u64,
+    /// Sectors of successful writes.
+    pub sectors_written: u64,
+    /// Requests that went down as a part of another one.
+    pub merged: u64,
+    /// Requests sent down, repetitions included.
+    pub lower_requests: u64,
+    /// Repetitions after transient errors.
+    pub retries: u64,
+    /// Requests answered with an error.
+    pub errors: u64,
+}
+
+/// A [`Node`] that puts the requests of one disk in order. See the [module documentation](self).
+pub struct Scheduler<H>(Rc<Inner<H>>);
+
+struct Inner<H> {
+    host: H,
+    lower: Rc<dyn Node>,
+    limits: SchedulerLimits,
+    tracker: Tracker,
+    line: RefCell<Line>,
+    stats: Cell<SchedulerStats>,
+}
+
+impl<H: Time + Tasks + Log + Probe> Scheduler<H> {
+    /// A scheduler above `lower`. A depth of 0 is taken as 1.
+    pub fn new(host: H, lower: Rc<dyn Node>, limits: SchedulerLimits) -> Self {
+        let limits = SchedulerLimits { depth: limits.depth.max(1), ..limits };
+        Self(Rc::new(Inner {
+            host,
+            lower,
+            limits,
+            tracker: Tracker::new(),
+            line: RefCell::new(Line::new(limits.depth)),
+            stats: Cell::default(),
+        }))
+    }
+
+    /// Counters.
+    pub fn stats(&self) -> SchedulerStats {
+        self.0.stats.get()
+    }
+
+    /// Requests that wait for overlapping ones, and for which.
+    pub fn wait_report(&self) -> Vec<WaitReport> {
+        self.0.tracker.report()
+    }
+}
+
+impl<H: Time + Tasks + Log + Probe> Node for Scheduler<H> {
+    fn submit(&self, request: Request) -> LocalBoxFuture<Response> {
+        let inner = Rc::clone(&self.0);
+        if let Err(error) = check(&request, inner.lower.info()) {
+            inner.count(|s| s.errors += 1);
+            return Box::pin(std::future::ready(Response { result: Err(error), bufs: request.bufs }));
+        }
+        if request.op == Op::Flush {
+            return Box::pin(async move {
+                let response = inner.attempt(request).await;
+                inner.count_answer(Op::Flush, 0, &response);
+                response
+            });
+        }
+        let ticket = inner.ticket(&request);
+        Box::pin(async move {
+            let (op, sectors) = (request.op, request.range.count);
+            let response = inner.run(request, ticket).await;
+            inner.count_answer(op, sectors, &response);
+            response
+        })
+    }
+
+    fn info(&self) -> NodeInfo {
+        self.0.lower.info()
+    }
+
+    fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
+        self.0.lower.close()
+    }
+}
+
+fn check(request: &Request, info: NodeInfo) -> Result<(), Errno> {
+    let empty = request.range.count == 0;
+    if empty != (request.op == Op::Flush) || bytes_of(&request.bufs) as u64 != request.range.len_bytes() {
+        return Err(Errno::EINVAL);
+    }
+    if !empty && !request.range.fits(info.size_sectors.min(u64::MAX / SECTOR_BYTES)) {
+        return Err(Errno::EINVAL);
+    }
+    if request.op == Op::Write && info.read_only {
+        return Err(Errno::EROFS);
+    }
+    Ok(())
+}
+
+impl<H: Time + Tasks + Log + Probe> Inner<H> {
+    fn ticket(&self, request: &Request) -> Ticket {
+        let (name, access) = match request.op {
+            Op::Write => ("write", Access::Exclusive),
+            Op::Read | Op::Flush => ("read", Access::Shared),
+        };
+        let start = request.range.start.0;
+        let ticket = self.tracker.ticket(name, start);
+        ticket
+            .claim(Space::Sectors, start..start + u64::from(request.range.count), access)
+            .expect("nobody waits for a ticket that is new");
+        ticket
+    }
+
+    async fn run(self: &Rc<Self>, request: Request, ticket: Ticket) -> Response {
+        if !ticket.is_ready() {
+            self.host.mark(Mark::OverlapWaited);
+            if !(request.op == Op::Write && self.host.bug(Bug::EdgeDropped)) {
+                ticket.ready().await;
+            }
+        }
+        let mut place = Place::take(self, request, ticket);
+        if self.limits.merge_sectors > 0 {
+            self.host.yield_now().await;
+        }
+        place.answer().await
+    }
+
+    fn count(&self, change: impl FnOnce(&mut SchedulerStats)) {
+        let mut stats = self.stats.get();
+        change(&mut stats);
+        self.stats.set(stats);
+    }
+
+    fn count_answer(&self, op: Op, sectors: u32, response: &Response) {
+        let moved = if response.result.is_ok() { u64::from(sectors) } else { 0 };
+        self.count(|s| {
+            s.errors += u64::from(response.result.is_err());
+            match op {
+                Op::Read => (s.reads, s.sectors_read) = (s.reads + 1, s.sectors_read + moved),
+                Op::Write => (s.writes, s.sectors_written) = (s.writes + 1, s.sectors_written + moved),
+                Op::Flush => s.flushes += 1,
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,250 @@
+use super::*;
+use crate::testing::{Outcome, Pool, Script, Step, read, write};
+use tap_host::{Event, SectorRange, copy_to_slice};
+
+struct Bench {
+    pool: Pool,
+    script: Script,
+    scheduler: Scheduler<Pool>,
+}
+
+impl Bench {
+    fn new(script: Script, limits: SchedulerLimits) -> Self {
+        let pool = Pool::new();
+        let scheduler = Scheduler::new(pool.clone(), Rc::new(script.clone()), limits);
+        Self { pool, script, scheduler }
+    }
+
+    /// Submits all in one turn.
+    fn batch(&self, requests: Vec<Request>) -> Vec<Outcome<Response>> {
+        let gate = Rc::new(crate::wait::Event::new());
+        let started = requests.into_iter().map(|request| {
+            let (future, gate) = (self.scheduler.submit(request), Rc::clone(&gate));
+            self.pool.start(async move {
+                gate.wait().await;
+                future.await
+            })
+        });
+        let started = started.collect();
+        gate.set();
+        self.pool.run();
+        started
+    }
+
+    fn lower(&self) -> Vec<(Op, u64, u32)> {
+        self.script.seen().iter().map(|(op, r)| (*op, r.start.0, r.count)).collect()
+    }
+
+    fn assert_idle(&self) {
+        assert!(self.scheduler.0.line.borrow().is_idle(self.scheduler.0.limits.depth));
+        assert!(self.scheduler.0.tracker.is_empty());
+    }
+}
+
+fn results(outcomes: &[Outcome<Response>]) -> Vec<Option<Result<(), Errno>>> {
+    outcomes.iter().map(|o| o.get().as_ref().map(|r| r.result)).collect()
+}
+
+const FEW: SchedulerLimits =
+    SchedulerLimits { depth: 4, merge_sectors: 64, retries: 3, backoff_ns: 10, backoff_total_ns: 1000 };
+
+#[test]
+fn contiguous_requests_merge_both_ways_and_get_their_own_bytes() {
+    let bench = Bench::new(Script::default(), FEW);
+    let got = bench.batch(vec![read(16, 8), read(24, 8), read(8, 8), write(32, 8), read(100, 1)]);
+    assert_eq!(bench.lower(), [(Op::Read, 8, 24), (Op::Write, 32, 8), (Op::Read, 100, 1)]);
+    for (outcome, first) in got.iter().zip([16_u8, 24, 8]) {
+        let response = outcome.take().unwrap();
+        assert_eq!((response.result, response.bufs.len()), (Ok(()), 1));
+        let mut bytes = [0; 8 * 512];
+        copy_to_slice(&response.bufs, 0, &mut bytes);
+        assert!(bytes.chunks(512).zip(first..).all(|(s, n)| s.iter().all(|b| *b == n)));
+    }
+    assert_eq!(bench.pool.marked(Mark::RequestsMerged), 1);
+    assert!(bench.pool.logged().contains(&Event::Merged { parts: 3, range: SectorRange::new(8, 24) }));
+    let stats = bench.scheduler.stats();
+    assert_eq!((stats.reads, stats.writes, stats.merged, stats.lower_requests), (4, 1, 2, 3));
+    assert_eq!((stats.sectors_read, stats.sectors_written), (25, 8));
+    bench.assert_idle();
+}
+
+#[test]
+fn merging_stops_at_its_limit_and_can_be_off() {
+    let bench = Bench::new(Script::default(), SchedulerLimits { merge_sectors: 16, ..FEW });
+    bench.batch(vec![write(0, 8), write(8, 8), write(16, 8)]);
+    assert_eq!(bench.lower(), [(Op::Write, 0, 16), (Op::Write, 16, 8)]);
+    let bench = Bench::new(Script::default(), SchedulerLimits { merge_sectors: 0, ..FEW });
+    bench.batch(vec![write(0, 8), write(8, 8)]);
+    assert_eq!(bench.lower().len(), 2);
+}
+
+#[test]
+fn an_error_of_a_merged_request_reaches_only_those_it_belongs_to() {
+    let bench = Bench::new(Script::default(), FEW);
+    bench.script.break_sector(9);
+    let got = bench.batch(vec![write(0, 8), write(8, 8), write(16, 8)]);
+    assert_eq!(results(&got), [Some(Ok(())), Some(Err(Errno::EIO)), Some(Ok(()))]);
+    assert_eq!(bench.pool.marked(Mark::MergedSplit), 1);
+    assert_eq!(bench.lower().len(), 4);
+    bench.assert_idle();
+}
+
+#[test]
+fn the_seeded_bug_loses_the_error_of_the_tail() {
+    let bench = Bench::new(Script::default(), FEW);
+    bench.pool.switch_on(Bug::MergedErrorLost);
+    bench.script.break_sector(9);
+    let got = bench.batch(vec![write(0, 8), write(8, 8)]);
+    assert_eq!(results(&got), [Some(Err(Errno::EIO)), Some(Ok(()))]);
+}
+
+#[test]
+fn overlapping_requests_run_in_submission_order_and_reads_share() {
+    let bench = Bench::new(Script::held(), SchedulerLimits { merge_sectors: 0, ..FEW });
+    let got = bench.batch(vec![write(0, 8), read(4, 2), read(4, 4), write(6, 8)]);
+    assert_eq!(bench.lower(), [(Op::Write, 0, 8)]);
+    assert_eq!(bench.scheduler.wait_report().len(), 3);
+    bench.script.release_now();
+    bench.pool.run();
+    assert_eq!(bench.lower()[1..], [(Op::Read, 4, 2), (Op::Read, 4, 4)]);
+    bench.script.release();
+    bench.pool.run();
+    assert_eq!(bench.lower()[3], (Op::Write, 6, 8));
+    assert!(results(&got).iter().all(|r| *r == Some(Ok(()))));
+    assert_eq!(bench.pool.marked(Mark::OverlapWaited), 3);
+    bench.assert_idle();
+}
+
+#[test]
+fn the_seeded_bug_lets_a_write_pass_another() {
+    let bench = Bench::new(Script::held(), FEW);
+    bench.pool.switch_on(Bug::EdgeDropped);
+    bench.batch(vec![write(0, 8), write(4, 8)]);
+    assert_eq!(bench.lower().len(), 2);
+}
+
+#[test]
+fn depth_is_kept_and_waiters_go_in_order() {
+    let bench = Bench::new(Script::held(), SchedulerLimits { depth: 1, ..FEW });
+    let got = bench.batch((0..4).map(|i| write(i * 20, 1)).collect());
+    for done in 1..=4 {
+        assert_eq!(bench.lower().len(), done);
+        bench.script.release_now();
+        bench.pool.run();
+        assert!(got[..done].iter().all(|g| g.get().is_some()));
+    }
+    assert_eq!(bench.lower().iter().map(|l| l.1).collect::<Vec<_>>(), [0, 20, 40, 60]);
+    assert_eq!(bench.script.most_in_flight(), 1);
+    assert_eq!(bench.pool.marked(Mark::DepthReached), 3);
+    bench.assert_idle();
+}
+
+#[test]
+fn transient_errors_are_retried_and_lasting_ones_are_not() {
+    let bench = Bench::new(Script::default(), FEW);
+    bench.script.answer((0, 1), &[Step::Fail(Errno::EAGAIN), Step::Fail(Errno::ENOMEM), Step::Ok]);
+    bench.script.answer((50, 1), &[Step::Fail(Errno::ENOSPC), Step::Ok]);
+    bench.script.answer((90, 1), &[Step::Fail(Errno::EBUSY); 9]);
+    let got = bench.batch(vec![write(0, 1), write(50, 1), write(90, 1)]);
+    assert_eq!(results(&got), [None, Some(Err(Errno::ENOSPC)), None]);
+    bench.pool.run_through_time();
+    assert_eq!(results(&got)[0], Some(Ok(())));
+    assert_eq!(results(&got)[2], Some(Err(Errno::EBUSY)));
+    assert_eq!(bench.pool.now_ns(), 10 + 20 + 40);
+    assert_eq!(bench.pool.marked(Mark::RequestRetried), 2 + 3);
+    bench.assert_idle();
+}
+
+#[test]
+fn pauses_of_one_request_are_bounded_in_sum() {
+    let bench = Bench::new(Script::default(), SchedulerLimits { retries: 50, backoff_total_ns: 70, ..FEW });
+    bench.script.answer((0, 1), &[Step::Fail(Errno::EINTR); 60]);
+    let got = bench.batch(vec![read(0, 1)]);
+    bench.pool.run_through_time();
+    assert_eq!(results(&got), [Some(Err(Errno::EINTR))]);
+    assert_eq!(bench.pool.now_ns(), 70);
+}
+
+#[test]
+fn a_flush_overtakes_what_is_in_flight() {
+    let bench = Bench::new(Script::held(), SchedulerLimits { depth: 1, ..FEW });
+    bench.batch(vec![write(0, 8), write(20, 8), Request::flush()]);
+    assert_eq!(bench.lower().iter().map(|l| l.0).collect::<Vec<_>>(), [Op::Flush, Op::Write]);
+}
+
+#[test]
+fn bad_requests_are_refused() {
+    let bench = Bench::new(Script::default(), FEW);
+    let empty = Request::read(SectorRange::new(0, 0), Default::default());
+    let short = Request { op: Op::Read, range: SectorRange::new(0, 2), bufs: crate::testing::sectors(1) };
+    let refused = bench.batch(vec![read(1000, 1), read(999, 2), read(u64::MAX, 1), empty, short]);
+    assert!(results(&refused).iter().all(|r| *r == Some(Err(Errno::EINVAL))));
+    bench.script.make_read_only();
+    assert_eq!(results(&bench.batch(vec![write(0, 1)])), [Some(Err(Errno::EROFS))]);
+    assert!(bench.lower().is_empty());
+    assert_eq!(bench.scheduler.stats().errors, 6);
+}
+
+#[test]
+fn a_dropped_leader_leaves_the_merged_request_to_another_part() {
+    let bench = Bench::new(Script::held(), FEW);
+    let got = bench.batch(vec![write(0, 8), write(8, 8), write(16, 8)]);
+    assert_eq!(bench.lower(), [(Op::Write, 0, 24)]);
+    bench.pool.cancel(got[0].task);
+    // What the dropped part may still write is waited for.
+    let over = bench.batch(vec![write(4, 1)]);
+    assert_eq!(bench.lower().len(), 1);
+    bench.pool.cancel(got[1].task);
+    bench.script.release();
+    bench.pool.run();
+    assert_eq!(results(&got), [None, None, Some(Ok(()))]);
+    assert_eq!(results(&over), [Some(Ok(()))]);
+    bench.assert_idle();
+}
+
+#[test]
+fn dropping_every_part_frees_depth_and_order() {
+    let bench = Bench::new(Script::held(), SchedulerLimits { depth: 1, ..FEW });
+    let got = bench.batch(vec![write(0, 8), write(8, 8), write(100, 8), write(200, 8)]);
+    assert_eq!(bench.lower(), [(Op::Write, 0, 16)]);
+    for victim in [1, 2, 0] {
+        bench.pool.cancel(got[victim].task);
+        bench.pool.run();
+    }
+    assert_eq!(bench.lower()[1..], [(Op::Write, 200, 8)]);
+    bench.script.release();
+    bench.pool.run();
+    assert_eq!(results(&got)[3], Some(Ok(())));
+    bench.assert_idle();
+}
+
+#[test]
+fn a_leader_dropped_after_its_own_answer_still_hands_the_rest_over() {
+    let bench = Bench::new(Script::held(), FEW);
+    bench.script.break_sector(8);
+    let got = bench.batch(vec![write(0, 8), write(8, 8), write(16, 8)]);
+    // The whole fails; the parts go down one by one.
+    bench.script.release_now();
+    bench.pool.run();
+    bench.script.release_now();
+    bench.pool.run();
+    assert_eq!(bench.lower().len(), 3);
+    bench.pool.cancel(got[0].task);
+    bench.script.release();
+    bench.pool.run();
+    assert_eq!(results(&got)[1..], [Some(Err(Errno::EIO)), Some(Ok(()))]);
+    bench.assert_idle();
+}
+
+#[test]
+fn a_held_back_head_that_is_dropped_passes_the_free_depth_on() {
+    let bench = Bench::new(Script::held(), SchedulerLimits { depth: 1, merge_sectors: 0, ..FEW });
+    let got = bench.batch((0..3).map(|i| write(i * 20, 1)).collect());
+    bench.pool.cancel(got[0].task);
+    // The wake-up of the second is on its way when it is dropped.
+    bench.pool.cancel(got[1].task);
+    bench.script.release();
+    bench.pool.run();
+    assert_eq!(results(&got)[2], Some(Ok(())));
+    bench.assert_idle();
+}

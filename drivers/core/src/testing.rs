@@ -1,0 +1,298 @@
+//! A small executor with a clock that is moved by hand, and a host for tests.
+
+use crate::{LocalBoxFuture, Node, NodeInfo, Op, Request, Response};
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Wake, Waker};
+use tap_host::{
+    Bug, Errno, Event, IoBuf, IoVec, Log, Mark, Probe, SECTOR_BYTES, SectorRange, Tasks, Time,
+    copy_from_slice,
+};
+
+type Task = Pin<Box<dyn Future<Output = ()>>>;
+
+/// Runs tasks in the order of their wake-ups.
+#[derive(Clone, Default)]
+pub(crate) struct Pool(Rc<Inner>);
+
+#[derive(Default)]
+struct Inner {
+    tasks: RefCell<BTreeMap<usize, Task>>,
+    next: Cell<usize>,
+    ready: Arc<Mutex<VecDeque<usize>>>,
+    now_ns: Cell<u64>,
+    sleepers: RefCell<BTreeMap<(u64, usize), Waker>>,
+    events: RefCell<Vec<Event>>,
+    marks: RefCell<Vec<Mark>>,
+    bugs: RefCell<BTreeSet<Bug>>,
+}
+
+struct TaskWaker(usize, Arc<Mutex<VecDeque<usize>>>);
+
+impl Wake for TaskWaker {
+    fn wake(self: Arc<Self>) {
+        let mut ready = self.1.lock().unwrap();
+        if !ready.contains(&self.0) {
+            ready.push_back(self.0);
+        }
+    }
+}
+
+/// What a started future came to; shared with the one who started it.
+pub(crate) struct Outcome<T> {
+    value: Rc<RefCell<Option<T>>>,
+    pub(crate) task: usize,
+}
+
+impl<T> Outcome<T> {
+    pub(crate) fn get(&self) -> std::cell::Ref<'_, Option<T>> {
+        self.value.borrow()
+    }
+    pub(crate) fn take(&self) -> Option<T> {
+        self.value.borrow_mut().take()
+    }
+}
+
+impl Pool {
+    pub(crate) fn new() -> Self {
+        Self::default()
+    }
+
+    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + 'static) -> usize {
+        let id = self.0.next.get();
+        self.0.next.set(id + 1);
+        self.0.tasks.borrow_mut().insert(id, Box::pin(task));
+        self.0.ready.lock().unwrap().push_back(id);
+        id
+    }
+
+    /// Starts `future` and runs what is ready.
+    pub(crate) fn start<T: 'static>(&self, future: impl Future<Output = T> + 'static) -> Outcome<T> {
+        let value = Rc::new(RefCell::new(None));
+        let out = Rc::clone(&value);
+        let task = self.spawn(async move {
+            let result = future.await;
+            *out.borrow_mut() = Some(result);
+        });
+        self.run();
+        Outcome { value, task }
+    }
+
+    /// Drops a task.
+    pub(crate) fn cancel(&self, id: usize) {
+        let task = self.0.tasks.borrow_mut().remove(&id);
+        drop(task);
+    }
+
+    /// Runs until nothing is ready.
+    pub(crate) fn run(&self) {
+        loop {
+            let next = self.0.ready.lock().unwrap().pop_front();
+            let Some(id) = next else { return };
+            let Some(mut task) = self.0.tasks.borrow_mut().remove(&id) else { continue };
+            let waker = Waker::from(Arc::new(TaskWaker(id, Arc::clone(&self.0.ready))));
+            if task.as_mut().poll(&mut Context::from_waker(&waker)).is_pending() {
+                self.0.tasks.borrow_mut().insert(id, task);
+            }
+        }
+    }
+
+    /// Runs until nothing is ready, moving the clock to the next sleeper as long as there is one.
+    pub(crate) fn run_through_time(&self) {
+        loop {
+            self.run();
+            let first = self.0.sleepers.borrow_mut().pop_first();
+            let Some(((at, _), waker)) = first else { return };
+            self.0.now_ns.set(at);
+            waker.wake();
+        }
+    }
+
+    /// Polls a future with a waker that does nothing.
+    pub(crate) fn poll_once<F: Future + ?Sized>(&self, future: Pin<&mut F>) -> Poll<F::Output> {
+        future.poll(&mut Context::from_waker(Waker::noop()))
+    }
+
+    pub(crate) fn switch_on(&self, bug: Bug) {
+        self.0.bugs.borrow_mut().insert(bug);
+    }
+    pub(crate) fn marked(&self, mark: Mark) -> usize {
+        self.0.marks.borrow().iter().filter(|m| **m == mark).count()
+    }
+    pub(crate) fn logged(&self) -> Vec<Event> {
+        self.0.events.borrow().clone()
+    }
+}
+
+impl Time for Pool {
+    fn now_ns(&self) -> u64 {
+        self.0.now_ns.get()
+    }
+    fn sleep_ns(&self, ns: u64) -> impl Future<Output = ()> + 'static {
+        let (inner, until) = (Rc::clone(&self.0), self.0.now_ns.get() + ns);
+        poll_fn(move |cx| {
+            if inner.now_ns.get() >= until {
+                return Poll::Ready(());
+            }
+            let key = inner.next.get();
+            inner.next.set(key + 1);
+            inner.sleepers.borrow_mut().insert((until, key), cx.waker().clone());
+            Poll::Pending
+        })
+    }
+}
+
+impl Tasks for Pool {
+    fn spawn(&self, _: &'static str, _: u64, task: impl Future<Output = ()> + 'static) {
+        Pool::spawn(self, task);
+    }
+    fn yield_now(&self) -> impl Future<Output = ()> + 'static {
+        let mut yielded = false;
+        poll_fn(move |cx| {
+            if std::mem::replace(&mut yielded, true) {
+                return Poll::Ready(());
+            }
+            cx.waker().wake_by_ref();
+            Poll::Pending
+        })
+    }
+}
+
+impl Log for Pool {
+    fn log(&self, event: Event) {
+        self.0.events.borrow_mut().push(event);
+    }
+}
+
+impl Probe for Pool {
+    fn bug(&self, bug: Bug) -> bool {
+        self.0.bugs.borrow().contains(&bug)
+    }
+    fn mark(&self, mark: Mark) {
+        self.0.marks.borrow_mut().push(mark);
+    }
+}
+
+/// What a [`Script`] does with a request.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Step {
+    Ok,
+    Fail(Errno),
+}
+
+/// A lower node that records what it gets. Requests stay in flight until they are let go.
+#[derive(Clone, Default)]
+pub(crate) struct Script(Rc<ScriptInner>);
+
+#[derive(Default)]
+struct ScriptInner {
+    seen: RefCell<Vec<(Op, SectorRange)>>,
+    /// Answers to requests by (first sector, count); all others succeed.
+    answers: RefCell<BTreeMap<(u64, u32), VecDeque<Step>>>,
+    bad_sector: Cell<Option<u64>>,
+    hold: Cell<bool>,
+    go: crate::wait::Event,
+    in_flight: Cell<usize>,
+    most_in_flight: Cell<usize>,
+    closed: Cell<usize>,
+    read_only: Cell<bool>,
+}
+
+impl Script {
+    pub(crate) fn held() -> Self {
+        let script = Self::default();
+        script.0.hold.set(true);
+        script
+    }
+    /// Lets everything go that is in flight, and all that comes.
+    pub(crate) fn release(&self) {
+        self.0.hold.set(false);
+        self.0.go.set();
+    }
+    /// Lets only that go which is in flight.
+    pub(crate) fn release_now(&self) {
+        self.0.go.set();
+        self.0.go.clear();
+    }
+    pub(crate) fn answer(&self, range: (u64, u32), steps: &[Step]) {
+        self.0.answers.borrow_mut().entry(range).or_default().extend(steps);
+    }
+    /// Every request that covers `sector` fails with `EIO`.
+    pub(crate) fn break_sector(&self, sector: u64) {
+        self.0.bad_sector.set(Some(sector));
+    }
+    pub(crate) fn make_read_only(&self) {
+        self.0.read_only.set(true);
+    }
+    pub(crate) fn seen(&self) -> Vec<(Op, SectorRange)> {
+        self.0.seen.borrow().clone()
+    }
+    pub(crate) fn most_in_flight(&self) -> usize {
+        self.0.most_in_flight.get()
+    }
+    pub(crate) fn times_closed(&self) -> usize {
+        self.0.closed.get()
+    }
+
+    fn result(&self, range: SectorRange) -> Result<(), Errno> {
+        let key = (range.start.0, range.count);
+        if let Some(Step::Fail(e)) = self.0.answers.borrow_mut().get_mut(&key).and_then(VecDeque::pop_front) {
+            return Err(e);
+        }
+        let bad = |s: u64| s >= range.start.0 && s < range.start.0 + u64::from(range.count);
+        if self.0.bad_sector.get().is_some_and(bad) { Err(Errno::EIO) } else { Ok(()) }
+    }
+}
+
+impl Node for Script {
+    fn submit(&self, mut request: Request) -> LocalBoxFuture<Response> {
+        let script = self.clone();
+        Box::pin(async move {
+            let inner = &script.0;
+            inner.seen.borrow_mut().push((request.op, request.range));
+            inner.in_flight.set(inner.in_flight.get() + 1);
+            inner.most_in_flight.set(inner.most_in_flight.get().max(inner.in_flight.get()));
+            if inner.hold.get() {
+                inner.go.wait().await;
+            }
+            inner.in_flight.set(inner.in_flight.get() - 1);
+            if request.op == Op::Read {
+                fill_with_sector_numbers(request.range, &mut request.bufs);
+            }
+            Response { result: script.result(request.range), bufs: request.bufs }
+        })
+    }
+    fn info(&self) -> NodeInfo {
+        NodeInfo { size_sectors: 1000, read_only: self.0.read_only.get() }
+    }
+    fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
+        self.0.closed.set(self.0.closed.get() + 1);
+        Box::pin(std::future::ready(Ok(())))
+    }
+}
+
+fn fill_with_sector_numbers(range: SectorRange, bufs: &mut [IoBuf]) {
+    for i in 0..u64::from(range.count) {
+        let sector = [(range.start.0 + i) as u8; SECTOR_BYTES as usize];
+        copy_from_slice(bufs, (i * SECTOR_BYTES) as usize, &sector);
+    }
+}
+
+/// A buffer of `sectors` sectors.
+pub(crate) fn sectors(count: u32) -> IoVec {
+    std::iter::once(IoBuf::unpooled(count as usize * SECTOR_BYTES as usize).unwrap()).collect()
+}
+
+/// A read of `count` sectors from `start`.
+pub(crate) fn read(start: u64, count: u32) -> Request {
+    Request::read(SectorRange::new(start, count), sectors(count))
+}
+
+/// A write of `count` sectors from `start`.
+pub(crate) fn write(start: u64, count: u32) -> Request {
+    Request::write(SectorRange::new(start, count), sectors(count))
+}

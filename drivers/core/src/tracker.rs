@@ -1,0 +1,342 @@
+//! Who has to wait for whom.
+//!
+//! ```text
+//!   write 8+8   ──claims sectors 8..16 exclusive──┐
+//!   read 12+1   ──claims sectors 12..13 shared────┴─► waits for write 8+8
+//!   table 3     ──claims tables 3..4 exclusive
+//!   commit 7    ──after table 3
+//! ```
+//!
+//! # Contract
+//!
+//! * A [`Ticket`] claims ranges of numbered spaces and may be put `after` other tickets. It depends on every ticket
+//!   whose earlier claim overlaps one of its own unless both are shared.
+//! * [`Ticket::ready`] completes when everything it depends on is gone; it is woken once for that, and never before.
+//!   A ticket is gone when it is dropped, whether it was ever ready or not.
+//! * Nothing is refused for being busy, and nothing polls. A dependency that would close a cycle is refused with the
+//!   names of the tickets in it; only a ticket that others wait for already can cause one.
+//!
+//! Active claims of a space are kept in a plain list: there are as many as requests in flight, and a look through a
+//! hundred of them costs less than any tree. Without a conflict nothing is allocated.
+
+use smallvec::SmallVec;
+use std::cell::RefCell;
+use std::fmt;
+use std::future::{Future, poll_fn};
+use std::ops::Range;
+use std::rc::Rc;
+use std::task::{Poll, Waker};
+
+/// What a claimed range counts.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[repr(u8)]
+pub enum Space {
+    /// Sectors of the virtual disk.
+    Sectors,
+    /// Allocation units of the virtual disk.
+    Clusters,
+    /// Second-level tables.
+    Tables,
+    /// Blocks of the host file that are read, changed and written.
+    HostBlocks,
+}
+
+const SPACES: usize = 4;
+
+/// Whether others may claim the same.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Access {
+    /// Together with other shared claims.
+    Shared,
+    /// Alone.
+    Exclusive,
+}
+
+/// What a report calls a ticket.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct TicketName {
+    /// Kind of work ("write").
+    pub name: &'static str,
+    /// Which one (a sector, a cluster).
+    pub number: u64,
+}
+
+impl fmt::Display for TicketName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.name, self.number)
+    }
+}
+
+/// A dependency that would never end.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("wait for each other for ever: {}", arrows(.tickets))]
+pub struct Cycle {
+    /// Each waits for the one before it, and the first for the last.
+    pub tickets: Vec<TicketName>,
+}
+
+fn arrows(tickets: &[TicketName]) -> String {
+    let names: Vec<String> = tickets.iter().chain(tickets.first()).map(TicketName::to_string).collect();
+    names.join(" <- ")
+}
+
+/// A waiting ticket and those it waits for.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct WaitReport {
+    /// Who waits.
+    pub ticket: TicketName,
+    /// For whom.
+    pub waits_for: Vec<TicketName>,
+}
+
+impl fmt::Display for WaitReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} waits for ", self.ticket)?;
+        for (i, other) in self.waits_for.iter().enumerate() {
+            write!(f, "{}{other}", if i == 0 { "" } else { ", " })?;
+        }
+        Ok(())
+    }
+}
+
+/// The tickets of one disk or image; clones share them.
+#[derive(Clone, Default)]
+pub struct Tracker(Rc<RefCell<State>>);
+
+/// A place in the order of work; gone when dropped.
+pub struct Ticket {
+    tracker: Tracker,
+    index: u32,
+}
+
+#[derive(Default)]
+struct State {
+    claims: [Vec<Claim>; SPACES],
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+}
+
+#[derive(Clone, Copy)]
+struct Claim {
+    start: u64,
+    end: u64,
+    owner: u32,
+    access: Access,
+}
+
+struct Slot {
+    live: bool,
+    /// Tells tickets apart that had the same slot.
+    generation: u32,
+    label: TicketName,
+    claims: [u16; SPACES],
+    /// How many tickets it waits for.
+    waits_for: u32,
+    /// Those who wait for it: slot and generation, as a waiter may be dropped first.
+    successors: SmallVec<[(u32, u32); 2]>,
+    waker: Option<Waker>,
+}
+
+impl Tracker {
+    /// A tracker without tickets.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A ticket without claims, called `name` and `number` in reports.
+    pub fn ticket(&self, name: &'static str, number: u64) -> Ticket {
+        let label = TicketName { name, number };
+        let mut state = self.0.borrow_mut();
+        let index = match state.free.pop() {
+            Some(index) => {
+                let slot = &mut state.slots[index as usize];
+                (slot.live, slot.label) = (true, label);
+                index
+            }
+            None => {
+                state.slots.push(Slot {
+                    live: true,
+                    generation: 0,
+                    label,
+                    claims: [0; SPACES],
+                    waits_for: 0,
+                    successors: SmallVec::new(),
+                    waker: None,
+                });
+                (state.slots.len() - 1) as u32
+            }
+        };
+        Ticket { tracker: self.clone(), index }
+    }
+
+    /// Every waiting ticket with those it waits for, ordered by name: what to print when nothing moves any more.
+    pub fn report(&self) -> Vec<WaitReport> {
+        let state = self.0.borrow();
+        let mut out: Vec<WaitReport> = Vec::new();
+        for (index, slot) in state.slots.iter().enumerate().filter(|(_, s)| s.live && s.waits_for > 0) {
+            let key = (index as u32, slot.generation);
+            let before = state.slots.iter().filter(|s| s.live && s.successors.contains(&key));
+            let mut waits_for: Vec<TicketName> = before.map(|s| s.label).collect();
+            waits_for.sort_unstable();
+            out.push(WaitReport { ticket: slot.label, waits_for });
+        }
+        out.sort_unstable_by_key(|w| w.ticket);
+        out
+    }
+
+    /// Number of tickets.
+    pub fn len(&self) -> usize {
+        let state = self.0.borrow();
+        state.slots.len() - state.free.len()
+    }
+
+    /// Whether there is no ticket.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl Ticket {
+    /// Claims `range` of `space`. An empty range claims nothing.
+    ///
+    /// # Errors
+    /// [`Cycle`] when one of those it would have to wait for waits for it; the claim is then not made.
+    pub fn claim(&self, space: Space, range: Range<u64>, access: Access) -> Result<(), Cycle> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        let state = &mut *self.tracker.0.borrow_mut();
+        let claim = Claim { start: range.start, end: range.end, owner: self.index, access };
+        let mut before: SmallVec<[u32; 8]> = SmallVec::new();
+        for other in &state.claims[space as usize] {
+            if other.conflicts(&claim) && !before.contains(&other.owner) {
+                before.push(other.owner);
+            }
+        }
+        state.add_edges(&before, self.index)?;
+        state.claims[space as usize].push(claim);
+        state.slots[self.index as usize].claims[space as usize] += 1;
+        Ok(())
+    }
+
+    /// Makes this ticket wait for `other`, which must be of the same tracker.
+    ///
+    /// # Errors
+    /// [`Cycle`] when `other` waits for this one, or is this one.
+    pub fn after(&self, other: &Ticket) -> Result<(), Cycle> {
+        assert!(Rc::ptr_eq(&self.tracker.0, &other.tracker.0), "tickets of different trackers");
+        self.tracker.0.borrow_mut().add_edges(&[other.index], self.index)
+    }
+
+    /// Whether everything it depends on is gone.
+    pub fn is_ready(&self) -> bool {
+        self.tracker.0.borrow().slots[self.index as usize].waits_for == 0
+    }
+
+    /// Completes when everything it depends on is gone.
+    pub fn ready(&self) -> impl Future<Output = ()> {
+        poll_fn(|cx| {
+            let slot = &mut self.tracker.0.borrow_mut().slots[self.index as usize];
+            if slot.waits_for == 0 {
+                return Poll::Ready(());
+            }
+            match &mut slot.waker {
+                Some(waker) => waker.clone_from(cx.waker()),
+                none => *none = Some(cx.waker().clone()),
+            }
+            Poll::Pending
+        })
+    }
+}
+
+impl Claim {
+    fn conflicts(&self, later: &Claim) -> bool {
+        self.start < later.end
+            && later.start < self.end
+            && self.owner != later.owner
+            && (self.access == Access::Exclusive || later.access == Access::Exclusive)
+    }
+}
+
+impl State {
+    fn add_edges(&mut self, before: &[u32], index: u32) -> Result<(), Cycle> {
+        let waited_for = !self.slots[index as usize].successors.is_empty() || before.contains(&index);
+        if waited_for && let Some(cycle) = before.iter().find_map(|b| self.path(index, *b)) {
+            return Err(cycle);
+        }
+        let key = (index, self.slots[index as usize].generation);
+        for b in before {
+            let successors = &mut self.slots[*b as usize].successors;
+            if !successors.contains(&key) {
+                successors.push(key);
+                self.slots[index as usize].waits_for += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// The chain of waiters from `from` to `to`, if `to` waits for `from`, however indirectly.
+    fn path(&self, from: u32, to: u32) -> Option<Cycle> {
+        let mut came_from: Vec<Option<u32>> = vec![None; self.slots.len()];
+        let mut open = vec![from];
+        while let Some(at) = open.pop() {
+            if at == to {
+                let mut tickets = vec![self.slots[at as usize].label];
+                let mut step = at;
+                while step != from {
+                    step =
+                        came_from[step as usize].expect("every visited slot but the first has a predecessor");
+                    tickets.push(self.slots[step as usize].label);
+                }
+                tickets.reverse();
+                return Some(Cycle { tickets });
+            }
+            for (next, generation) in &self.slots[at as usize].successors {
+                let alive = self.slots[*next as usize].generation == *generation;
+                if alive && *next != from && came_from[*next as usize].is_none() {
+                    came_from[*next as usize] = Some(at);
+                    open.push(*next);
+                }
+            }
+        }
+        None
+    }
+
+    fn release(&mut self, index: u32) -> SmallVec<[Waker; 4]> {
+        for (space, claims) in self.claims.iter_mut().enumerate() {
+            for _ in 0..std::mem::take(&mut self.slots[index as usize].claims[space]) {
+                let at =
+                    claims.iter().position(|c| c.owner == index).expect("a counted claim is in its list");
+                claims.swap_remove(at);
+            }
+        }
+        let slot = &mut self.slots[index as usize];
+        slot.live = false;
+        slot.generation = slot.generation.wrapping_add(1);
+        slot.waits_for = 0;
+        slot.waker = None;
+        let mut woken = SmallVec::new();
+        for (next, generation) in std::mem::take(&mut slot.successors) {
+            let next = &mut self.slots[next as usize];
+            if next.generation != generation {
+                continue;
+            }
+            next.waits_for -= 1;
+            if next.waits_for == 0 {
+                woken.extend(next.waker.take());
+            }
+        }
+        self.free.push(index);
+        woken
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        let woken = self.tracker.0.borrow_mut().release(self.index);
+        woken.into_iter().for_each(Waker::wake);
+    }
+}
+
+#[cfg(test)]
+mod tests;

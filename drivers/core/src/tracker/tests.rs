@@ -1,0 +1,151 @@
+use super::*;
+use crate::testing::Pool;
+use proptest::prelude::*;
+use std::cell::Cell;
+
+fn claimed(tracker: &Tracker, number: u64, range: Range<u64>, access: Access) -> Ticket {
+    let ticket = tracker.ticket("test", number);
+    ticket.claim(Space::Sectors, range, access).unwrap();
+    ticket
+}
+
+#[test]
+fn readers_share_and_a_writer_waits_for_all_of_them() {
+    let tracker = Tracker::new();
+    let first = claimed(&tracker, 1, 0..8, Access::Shared);
+    let second = claimed(&tracker, 2, 4..12, Access::Shared);
+    let writer = claimed(&tracker, 3, 7..9, Access::Exclusive);
+    let other = claimed(&tracker, 4, 12..13, Access::Exclusive);
+    assert!(first.is_ready() && second.is_ready() && other.is_ready() && !writer.is_ready());
+    let report = tracker.report();
+    assert_eq!(report.len(), 1);
+    assert_eq!(report[0].to_string(), "test 3 waits for test 1, test 2");
+    drop(second);
+    assert!(!writer.is_ready());
+    drop(first);
+    assert!(writer.is_ready());
+    assert!(tracker.report().is_empty());
+}
+
+#[test]
+fn spaces_do_not_meet_and_a_ticket_does_not_meet_itself() {
+    let tracker = Tracker::new();
+    let a = claimed(&tracker, 1, 0..8, Access::Exclusive);
+    a.claim(Space::Sectors, 2..4, Access::Exclusive).unwrap();
+    let b = tracker.ticket("cluster", 0);
+    b.claim(Space::Clusters, 0..8, Access::Exclusive).unwrap();
+    b.claim(Space::Sectors, 3..3, Access::Exclusive).unwrap();
+    assert!(a.is_ready() && b.is_ready());
+}
+
+#[test]
+fn a_waiter_is_woken_once_for_the_last_one_it_waits_for() {
+    let (pool, tracker) = (Pool::new(), Tracker::new());
+    let before =
+        [claimed(&tracker, 1, 0..1, Access::Exclusive), claimed(&tracker, 2, 1..2, Access::Exclusive)];
+    let ticket = claimed(&tracker, 3, 0..2, Access::Exclusive);
+    let polls = Rc::new(Cell::new(0));
+    let counted = Rc::clone(&polls);
+    let done = pool.start(async move {
+        let mut ready = std::pin::pin!(ticket.ready());
+        poll_fn(|cx| {
+            counted.set(counted.get() + 1);
+            ready.as_mut().poll(cx)
+        })
+        .await;
+    });
+    assert_eq!(polls.get(), 1);
+    for ticket in before {
+        assert!(done.get().is_none());
+        drop(ticket);
+        pool.run();
+    }
+    assert_eq!((done.take(), polls.get()), (Some(()), 2));
+    assert!(tracker.is_empty());
+}
+
+#[test]
+fn a_ticket_dropped_while_it_waits_lets_its_successors_go() {
+    let tracker = Tracker::new();
+    let first = claimed(&tracker, 1, 0..4, Access::Exclusive);
+    let middle = claimed(&tracker, 2, 0..8, Access::Exclusive);
+    let last = claimed(&tracker, 3, 4..8, Access::Exclusive);
+    assert!(!last.is_ready());
+    drop(middle);
+    assert!(last.is_ready());
+    // The slot of the dropped waiter is used again; the first one must not wake or count for it.
+    let reused = claimed(&tracker, 4, 100..101, Access::Exclusive);
+    let waits = claimed(&tracker, 5, 100..101, Access::Exclusive);
+    drop(first);
+    assert!(reused.is_ready() && !waits.is_ready());
+}
+
+#[test]
+fn cycles_are_refused_by_name_and_leave_nothing_behind() {
+    let tracker = Tracker::new();
+    let a = claimed(&tracker, 1, 0..1, Access::Exclusive);
+    let b = claimed(&tracker, 2, 0..2, Access::Exclusive);
+    let c = claimed(&tracker, 3, 1..3, Access::Exclusive);
+    let cycle = a.claim(Space::Sectors, 2..3, Access::Exclusive).unwrap_err();
+    assert_eq!(cycle.to_string(), "wait for each other for ever: test 1 <- test 2 <- test 3 <- test 1");
+    assert!(a.is_ready());
+    assert_eq!(a.after(&c).unwrap_err(), cycle);
+    assert!(a.after(&a).is_err(), "a ticket never waits for itself");
+    drop(b);
+    assert!(a.after(&c).is_ok() && !a.is_ready(), "without the one between there is no cycle");
+}
+
+/// The rule of the contract, applied to a list of everything that is alive.
+#[derive(Default)]
+struct Model {
+    alive: Vec<(usize, Vec<usize>)>,
+    claims: Vec<(usize, u64, u64, bool)>,
+}
+
+impl Model {
+    fn claim(&mut self, id: usize, start: u64, end: u64, exclusive: bool) {
+        let before =
+            self.claims.iter().filter(|c| c.0 != id && c.1 < end && start < c.2 && (c.3 || exclusive));
+        let before: Vec<usize> = before.map(|c| c.0).collect();
+        let entry = self.alive.iter_mut().find(|a| a.0 == id).expect("claims are made by the living");
+        entry.1.extend(before);
+        self.claims.push((id, start, end, exclusive));
+    }
+    fn remove(&mut self, id: usize) {
+        self.alive.retain(|a| a.0 != id);
+        self.claims.retain(|c| c.0 != id);
+        self.alive.iter_mut().for_each(|a| a.1.retain(|b| *b != id));
+    }
+}
+
+proptest! {
+    /// Each ticket makes one or two claims when it is taken, as requests do, so that no cycle can arise.
+    #[test]
+    fn readiness_is_that_of_the_naive_model(
+        steps in prop::collection::vec((0u8..3, 0usize..8, 0u64..20, 1u64..6, any::<bool>()), 1..120)
+    ) {
+        let tracker = Tracker::new();
+        let mut model = Model::default();
+        let mut tickets: Vec<(usize, Ticket)> = Vec::new();
+        for (serial, (kind, pick, start, len, exclusive)) in steps.into_iter().enumerate() {
+            if kind == 0 && !tickets.is_empty() {
+                let (id, ticket) = tickets.remove(pick % tickets.len());
+                drop(ticket);
+                model.remove(id);
+            } else {
+                let access = if exclusive { Access::Exclusive } else { Access::Shared };
+                let ticket = tracker.ticket("model", serial as u64);
+                model.alive.push((serial, Vec::new()));
+                for at in (start..start + u64::from(kind) * 7).step_by(7) {
+                    ticket.claim(Space::Sectors, at..at + len, access).unwrap();
+                    model.claim(serial, at, at + len, exclusive);
+                }
+                tickets.push((serial, ticket));
+            }
+            for ((id, ticket), (model_id, before)) in tickets.iter().zip(&model.alive) {
+                prop_assert_eq!(id, model_id);
+                prop_assert_eq!(ticket.is_ready(), before.is_empty());
+            }
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! Waiting on one thread: an event, a semaphore, a oneshot and a queue.
+//!
+//! ```text
+//!   Event       set ──► everybody who waits, until it is cleared
+//!   Semaphore   release ──► the first in line, who owns the permit from then on
+//!   oneshot     send ──► the one receiver
+//!   Queue       push ──► pop, with a bound
+//! ```
+//!
+//! # Contract
+//!
+//! * First come, first served: nobody overtakes a waiter.
+//! * A wake-up is exact: it goes to somebody who can go on, once; nothing polls and no timer is involved.
+//! * Every future may be dropped at any point. What was handed to it and not taken goes to the next in line.
+//! * `!Send`: one thread, no locks. No waker is called while internal state is borrowed.
+
+mod event;
+mod oneshot;
+mod queue;
+mod semaphore;
+
+pub use event::Event;
+pub use oneshot::{Receiver, Sender, oneshot};
+pub use queue::Queue;
+pub use semaphore::{Permit, Semaphore};
+
+use std::collections::VecDeque;
+use std::task::Waker;
+
+/// A line of waiters, by number of arrival.
+#[derive(Default)]
+pub(crate) struct Line {
+    next: u64,
+    waiting: VecDeque<(u64, Waker)>,
+}
+
+impl Line {
+    /// Puts a waiter at the end, or refreshes the waker of one that has a place.
+    pub(crate) fn wait(&mut self, place: &mut Option<u64>, waker: &Waker) {
+        if let Some(entry) = place.and_then(|id| self.index(id)).map(|at| &mut self.waiting[at]) {
+            entry.1.clone_from(waker);
+            return;
+        }
+        *place = Some(self.next);
+        self.waiting.push_back((self.next, waker.clone()));
+        self.next += 1;
+    }
+
+    /// Gives up a place; whether it was there.
+    pub(crate) fn leave(&mut self, place: &mut Option<u64>) -> bool {
+        match place.take().and_then(|id| self.index(id)) {
+            Some(at) => self.waiting.remove(at).is_some(),
+            None => false,
+        }
+    }
+
+    /// Takes the first waiter out of the line.
+    pub(crate) fn pop(&mut self) -> Option<(u64, Waker)> {
+        self.waiting.pop_front()
+    }
+
+    /// The waker of the first waiter, who keeps the place.
+    pub(crate) fn first(&self) -> Option<Waker> {
+        self.waiting.front().map(|(_, waker)| waker.clone())
+    }
+
+    /// Whether `place` is in the line.
+    pub(crate) fn has(&self, place: Option<u64>) -> bool {
+        place.is_some_and(|id| self.index(id).is_some())
+    }
+
+    /// Whether `place` is the first of the line.
+    pub(crate) fn is_first(&self, place: Option<u64>) -> bool {
+        place.is_some() && self.waiting.front().map(|w| w.0) == place
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    /// Empties the line.
+    pub(crate) fn take_all(&mut self) -> VecDeque<(u64, Waker)> {
+        std::mem::take(&mut self.waiting)
+    }
+
+    fn index(&self, id: u64) -> Option<usize> {
+        self.waiting.binary_search_by_key(&id, |w| w.0).ok()
+    }
+}

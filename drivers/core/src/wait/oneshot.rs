@@ -1,0 +1,109 @@
+//! One value, once, from one side to the other.
+
+use std::cell::RefCell;
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
+
+struct State<T> {
+    value: Option<T>,
+    sender_gone: bool,
+    receiver_gone: bool,
+    waker: Option<Waker>,
+}
+
+/// The side that answers.
+pub struct Sender<T>(Rc<RefCell<State<T>>>);
+
+/// The side that waits: a future of `Some` value, or of `None` when the sender was dropped without one.
+pub struct Receiver<T>(Rc<RefCell<State<T>>>);
+
+/// A pair that carries one value.
+pub fn oneshot<T>() -> (Sender<T>, Receiver<T>) {
+    let state = State { value: None, sender_gone: false, receiver_gone: false, waker: None };
+    let state = Rc::new(RefCell::new(state));
+    (Sender(Rc::clone(&state)), Receiver(state))
+}
+
+impl<T> Sender<T> {
+    /// Hands `value` over.
+    ///
+    /// # Errors
+    /// The value itself when nobody waits for it any more.
+    pub fn send(self, value: T) -> Result<(), T> {
+        let mut state = self.0.borrow_mut();
+        if state.receiver_gone {
+            return Err(value);
+        }
+        state.value = Some(value);
+        Ok(())
+    }
+}
+
+impl<T> Drop for Sender<T> {
+    fn drop(&mut self) {
+        let mut state = self.0.borrow_mut();
+        state.sender_gone = true;
+        let waker = state.waker.take();
+        drop(state);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
+impl<T> Future for Receiver<T> {
+    type Output = Option<T>;
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<T>> {
+        let mut state = self.0.borrow_mut();
+        if let Some(value) = state.value.take() {
+            return Poll::Ready(Some(value));
+        }
+        if state.sender_gone {
+            return Poll::Ready(None);
+        }
+        state.waker = Some(cx.waker().clone());
+        Poll::Pending
+    }
+}
+
+impl<T> Drop for Receiver<T> {
+    fn drop(&mut self) {
+        let mut state = self.0.borrow_mut();
+        state.receiver_gone = true;
+        let left = (state.value.take(), state.waker.take());
+        drop(state);
+        drop(left);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Pool;
+
+    #[test]
+    fn a_value_arrives_and_a_lost_sender_is_told() {
+        let pool = Pool::new();
+        let (sender, receiver) = oneshot();
+        let got = pool.start(receiver);
+        assert!(got.get().is_none());
+        sender.send(7).unwrap();
+        pool.run();
+        assert_eq!(got.take(), Some(Some(7)));
+
+        let (sender, receiver) = oneshot::<u8>();
+        let got = pool.start(receiver);
+        drop(sender);
+        pool.run();
+        assert_eq!(got.take(), Some(None));
+    }
+
+    #[test]
+    fn a_value_nobody_waits_for_comes_back() {
+        let (sender, receiver) = oneshot();
+        drop(receiver);
+        assert_eq!(sender.send(7), Err(7));
+    }
+}

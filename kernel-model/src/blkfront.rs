@@ -1,0 +1,417 @@
+//! Linux's block front end, as far as a back end can tell: a ring, a shadow of every request on it, and the xenbus
+//! states.
+//!
+//! ```text
+//!   1 Initialising ─► (back end 2) ring, event channel ─► 3 Initialised ─► (back end 4) ─► 4 Connected
+//!        ▲                                                                                     │
+//!        └──────── 6 Closed ◄─ (back end 5 or 6) ◄─ 5 Closing ◄── reconnect(), close() ────────┘
+//! ```
+//!
+//! The shadow keeps each request until its response has come. A new ring (after a driver reload, or a resume) gets
+//! every request of the shadow again, the same ones, as Linux does; so a back end may see a request that its
+//! predecessor had already carried out.
+//!
+//! A response that nobody waits for is reported as a broken promise of the back end, and so is a ring whose indices
+//! cannot be.
+
+use sim::Node;
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::future::{Future, poll_fn};
+use std::pin::pin;
+use std::rc::Rc;
+use std::task::{Poll, Waker};
+use tap_abi::blkif::{
+    BlkifOp, BlkifRequest, MAX_SEGMENTS, RawResponse, STATUS_EOPNOTSUPP, STATUS_OKAY, Segment,
+};
+use tap_host::{DomId, Errno, IoKind, SECTOR_BYTES, SectorRange, Watcher, Xenstore};
+use xen_model::{GrantedPage, GuestRing, VbdPaths, XenPort};
+
+const SLOTS: usize = 32;
+const PAGE_SECTORS: u32 = 8;
+/// Sectors of the largest request: eleven pages.
+pub const BLKFRONT_MAX_SECTORS: u32 = MAX_SEGMENTS as u32 * PAGE_SECTORS;
+
+/// What a back end did that it must not do.
+pub type Complaint = Rc<dyn Fn(String)>;
+
+#[derive(Default)]
+struct Shadow {
+    /// Grows with every use, so that an answer to an earlier use is told apart.
+    turn: u64,
+    pages: Vec<GrantedPage>,
+    request: Option<BlkifRequest>,
+    status: Option<i16>,
+    waker: Option<Waker>,
+}
+
+struct Inner {
+    port: XenPort,
+    node: Node,
+    back: DomId,
+    paths: VbdPaths,
+    complain: Complaint,
+    ring: RefCell<Option<Rc<GuestRing>>>,
+    /// Requests may go on the ring.
+    open: Cell<bool>,
+    shadow: RefCell<Vec<Shadow>>,
+    free: RefCell<Vec<usize>>,
+    waiting: RefCell<VecDeque<Waker>>,
+    connects: Cell<u32>,
+    /// The ring is being given up: who takes responses stops.
+    closing: Cell<bool>,
+    /// Somebody takes responses.
+    serving: Cell<bool>,
+    server: RefCell<Option<Waker>>,
+    /// Who waits for that to end.
+    closer: RefCell<Option<Waker>>,
+}
+
+/// A block front end; clones are the same.
+#[derive(Clone)]
+pub struct Blkfront(Rc<Inner>);
+
+impl Blkfront {
+    /// A front end that is not connected yet. `complain` is told what the back end does wrong.
+    pub fn new(port: &XenPort, node: &Node, back: DomId, paths: VbdPaths, complain: Complaint) -> Self {
+        Self(Rc::new(Inner {
+            port: port.clone(),
+            node: node.clone(),
+            back,
+            paths,
+            complain,
+            ring: RefCell::default(),
+            open: Cell::new(false),
+            shadow: RefCell::new((0..SLOTS).map(|_| Shadow::default()).collect()),
+            free: RefCell::new((0..SLOTS).rev().collect()),
+            waiting: RefCell::default(),
+            connects: Cell::new(0),
+            closing: Cell::new(false),
+            serving: Cell::new(false),
+            server: RefCell::default(),
+            closer: RefCell::default(),
+        }))
+    }
+
+    /// How often it was connected.
+    pub fn connects(&self) -> u32 {
+        self.0.connects.get()
+    }
+
+    /// Requests without an answer.
+    pub fn outstanding(&self) -> usize {
+        self.0.shadow.borrow().iter().filter(|s| s.request.is_some() && s.status.is_none()).count()
+    }
+
+    /// Goes through the states to Connected, with a new ring, and puts every request of the shadow on it.
+    ///
+    /// # Errors
+    /// As xenstore's; `ESHUTDOWN` when the back end closes instead.
+    pub async fn connect(&self) -> Result<(), Errno> {
+        let this = &self.0;
+        this.wait_back(|s| s == 2).await?;
+        let ring = Rc::new(GuestRing::new(&this.port, this.back)?);
+        ring.publish_in_store(&this.paths.frontend).await?;
+        *this.ring.borrow_mut() = Some(Rc::clone(&ring));
+        if this.wait_back(|s| s == 4 || s >= 5).await? != 4 {
+            return Err(Errno::ESHUTDOWN);
+        }
+        this.set_state(4).await?;
+        this.connects.set(this.connects.get() + 1);
+        this.open.set(true);
+        for shadow in this.shadow.borrow().iter() {
+            if let (Some(request), None) = (&shadow.request, shadow.status)
+                && !ring.put(request)
+            {
+                (this.complain)("the ring has no room for the shadow".into());
+            }
+        }
+        ring.publish();
+        let (me, responses) = (self.clone(), Rc::clone(&ring));
+        this.closing.set(false);
+        this.serving.set(true);
+        this.node.spawn("responses", u64::from(this.connects.get()), async move { me.serve(responses).await });
+        Ok(())
+    }
+
+    /// Takes responses until the ring is given up.
+    async fn serve(&self, ring: Rc<GuestRing>) {
+        while let Some(next) = self.next_response(&ring).await {
+            match next {
+                Ok(response) => self.answer(response.id.get(), response.status.get()),
+                Err(Errno::EPROTO) => {
+                    (self.0.complain)("the back end answered more requests than it was given".into());
+                    break;
+                }
+                Err(_) => break,
+            }
+        }
+        // What was answered before the ring was given up counts.
+        while let Ok(Some(response)) = ring.take() {
+            self.answer(response.id.get(), response.status.get());
+        }
+        drop(ring);
+        self.0.serving.set(false);
+        wake(&self.0.closer);
+    }
+
+    async fn next_response(&self, ring: &GuestRing) -> Option<Result<RawResponse, Errno>> {
+        let mut next = pin!(ring.next());
+        poll_fn(|cx| {
+            if self.0.closing.get() {
+                return Poll::Ready(None);
+            }
+            let poll = next.as_mut().poll(cx).map(Some);
+            if poll.is_pending() {
+                *self.0.server.borrow_mut() = Some(cx.waker().clone());
+            }
+            poll
+        })
+        .await
+    }
+
+    fn answer(&self, id: u64, status: i16) {
+        let (slot, turn) = ((id & 0xff) as usize, id >> 8);
+        let mut shadows = self.0.shadow.borrow_mut();
+        let known = shadows.get_mut(slot).filter(|s| s.turn == turn && s.request.is_some() && s.status.is_none());
+        match known {
+            Some(shadow) => {
+                shadow.status = Some(status);
+                if let Some(waker) = shadow.waker.take() {
+                    waker.wake();
+                }
+            }
+            None => {
+                drop(shadows);
+                (self.0.complain)(format!("a response came for request {id:#x}, which has no request outstanding"));
+            }
+        }
+    }
+
+    /// Closes the ring in order and connects a new one, as a driver that is loaded anew: requests that have no answer
+    /// by then are put on the new ring again.
+    ///
+    /// # Errors
+    /// As [`Blkfront::connect`].
+    pub async fn reconnect(&self) -> Result<(), Errno> {
+        self.close().await?;
+        self.0.set_state(1).await?;
+        self.connect().await
+    }
+
+    /// Closes the ring in order: no request goes on it any more, the back end gives up what it has mapped.
+    ///
+    /// # Errors
+    /// As xenstore's.
+    pub async fn close(&self) -> Result<(), Errno> {
+        self.0.open.set(false);
+        self.0.set_state(5).await?;
+        self.0.wait_back(|s| s == 5 || s == 6).await?;
+        self.0.set_state(6).await?;
+        self.0.wait_back(|s| s == 6 || s == 2).await?;
+        self.drop_ring().await;
+        Ok(())
+    }
+
+    /// Lets go of the ring. What the back end still has mapped of it is a leak of the back end's.
+    async fn drop_ring(&self) {
+        self.0.closing.set(true);
+        wake(&self.0.server);
+        poll_fn(|cx| {
+            if !self.0.serving.get() {
+                return Poll::Ready(());
+            }
+            *self.0.closer.borrow_mut() = Some(cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
+        let ring = self.0.ring.borrow_mut().take().and_then(Rc::into_inner);
+        if ring.is_some_and(|ring| ring.end().is_err()) {
+            (self.0.complain)("the back end keeps the ring's page mapped after it closed".into());
+        }
+    }
+
+    /// Takes every granted page back, once nothing is outstanding.
+    ///
+    /// # Errors
+    /// What is still mapped.
+    pub fn release(&self) -> Result<(), String> {
+        for shadow in self.0.shadow.borrow_mut().iter_mut() {
+            for page in std::mem::take(&mut shadow.pages) {
+                let gref = page.gref;
+                page.end(&self.0.port).map_err(|e| format!("{gref} cannot be taken back: {e:?}"))?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn slot(&self) -> usize {
+        let mut waited = false;
+        let slot = poll_fn(|cx| {
+            if self.0.open.get()
+                && let Some(slot) = self.0.free.borrow_mut().pop()
+            {
+                return Poll::Ready(slot);
+            }
+            // The one that was woken and found nothing goes first again.
+            let mut waiting = self.0.waiting.borrow_mut();
+            if waited {
+                waiting.push_front(cx.waker().clone());
+            } else {
+                waiting.push_back(cx.waker().clone());
+            }
+            waited = true;
+            Poll::Pending
+        })
+        .await;
+        slot
+    }
+
+    fn wake_one(&self) {
+        let next = self.0.waiting.borrow_mut().pop_front();
+        if let Some(waker) = next {
+            waker.wake();
+        }
+    }
+
+    /// One request. `fill` gets the bytes of a write page by page, with the page's first sector; `look` sees those of a
+    /// read in the same way.
+    ///
+    /// # Errors
+    /// `EIO` when the back end answers with an error, `EOPNOTSUPP` when it does not know the operation.
+    pub async fn io(
+        &self,
+        kind: IoKind,
+        range: SectorRange,
+        fill: impl FnOnce(&mut dyn FnMut(usize, &[u8])),
+        look: impl FnOnce(&dyn Fn(usize, &mut [u8])),
+    ) -> Result<(), Errno> {
+        let slot = self.slot().await;
+        let result = self.io_in(slot, kind, range, fill, look).await;
+        self.0.free.borrow_mut().push(slot);
+        self.wake_one();
+        result
+    }
+
+    async fn io_in(
+        &self,
+        slot: usize,
+        kind: IoKind,
+        range: SectorRange,
+        fill: impl FnOnce(&mut dyn FnMut(usize, &[u8])),
+        look: impl FnOnce(&dyn Fn(usize, &mut [u8])),
+    ) -> Result<(), Errno> {
+        let pages = range.count.div_ceil(PAGE_SECTORS) as usize;
+        let mut segments = [Segment { gref: 0, first: 0, last: 0 }; MAX_SEGMENTS];
+        let request = {
+            let mut shadows = self.0.shadow.borrow_mut();
+            let shadow = &mut shadows[slot];
+            while shadow.pages.len() < pages {
+                shadow.pages.push(GrantedPage::new(&self.0.port, self.0.back, false)?);
+            }
+            for (i, page) in shadow.pages[..pages].iter().enumerate() {
+                let left = range.count - i as u32 * PAGE_SECTORS;
+                segments[i] = Segment { gref: page.gref.0, first: 0, last: (left.min(PAGE_SECTORS) - 1) as u8 };
+            }
+            if kind == IoKind::Write {
+                fill(&mut |at, bytes| scatter(&shadow.pages, at, bytes));
+            }
+            shadow.turn += 1;
+            let op = match kind {
+                IoKind::Read => BlkifOp::Read,
+                IoKind::Write => BlkifOp::Write,
+                IoKind::Flush => BlkifOp::Flush,
+            };
+            let id = slot as u64 | shadow.turn << 8;
+            let request = BlkifRequest::new(id, op, range.start.0, &segments[..pages]).map_err(|_| Errno::EINVAL)?;
+            shadow.status = None;
+            shadow.request = Some(request.clone());
+            request
+        };
+        if self.0.open.get() {
+            let ring = self.0.ring.borrow().clone();
+            if let Some(ring) = ring {
+                if !ring.put(&request) {
+                    (self.0.complain)("the ring is full although a slot is free".into());
+                }
+                ring.publish();
+            }
+        }
+        let status = poll_fn(|cx| {
+            let mut shadows = self.0.shadow.borrow_mut();
+            match shadows[slot].status {
+                Some(status) => Poll::Ready(status),
+                None => {
+                    shadows[slot].waker = Some(cx.waker().clone());
+                    Poll::Pending
+                }
+            }
+        })
+        .await;
+        let mut shadows = self.0.shadow.borrow_mut();
+        shadows[slot].request = None;
+        match status {
+            STATUS_OKAY => {
+                if kind == IoKind::Read {
+                    let pages = &shadows[slot].pages;
+                    look(&|at, into| gather(pages, at, into));
+                }
+                Ok(())
+            }
+            STATUS_EOPNOTSUPP => Err(Errno::EOPNOTSUPP),
+            _ => Err(Errno::EIO),
+        }
+    }
+}
+
+impl Inner {
+    async fn set_state(&self, state: u8) -> Result<(), Errno> {
+        self.port.write(&format!("{}/state", self.paths.frontend), state.to_string().as_bytes()).await
+    }
+
+    /// Waits until the back end's state is one that `wanted` likes.
+    async fn wait_back(&self, wanted: impl Fn(u8) -> bool) -> Result<u8, Errno> {
+        let path = format!("{}/state", self.paths.backend);
+        let watch = self.port.watch(&path).await?;
+        loop {
+            watch.next().await?;
+            let value = match self.port.read(&path).await {
+                Ok(value) => value,
+                Err(Errno::ENOENT) => continue,
+                Err(e) => return Err(e),
+            };
+            let state = std::str::from_utf8(&value).ok().and_then(|s| s.parse().ok()).unwrap_or(0);
+            if wanted(state) {
+                return Ok(state);
+            }
+        }
+    }
+}
+
+fn wake(waker: &RefCell<Option<Waker>>) {
+    let waker = waker.borrow_mut().take();
+    if let Some(waker) = waker {
+        waker.wake();
+    }
+}
+
+fn scatter(pages: &[GrantedPage], mut at: usize, mut bytes: &[u8]) {
+    let page_bytes = PAGE_SECTORS as usize * SECTOR_BYTES as usize;
+    while !bytes.is_empty() {
+        let n = bytes.len().min(page_bytes - at % page_bytes);
+        pages[at / page_bytes].page.write(at % page_bytes, &bytes[..n]);
+        bytes = &bytes[n..];
+        at += n;
+    }
+}
+
+fn gather(pages: &[GrantedPage], mut at: usize, mut into: &mut [u8]) {
+    let page_bytes = PAGE_SECTORS as usize * SECTOR_BYTES as usize;
+    while !into.is_empty() {
+        let n = into.len().min(page_bytes - at % page_bytes);
+        let (now, rest) = into.split_at_mut(n);
+        pages[at / page_bytes].page.read(at % page_bytes, now);
+        into = rest;
+        at += n;
+    }
+}

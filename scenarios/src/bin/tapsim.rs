@@ -1,0 +1,5 @@
+//! The testbed's program; everything is in the library.
+
+fn main() -> std::process::ExitCode {
+    scenarios::cli::main()
+}

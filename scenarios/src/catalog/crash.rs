@@ -1,0 +1,262 @@
+//! Power cuts: at a moment of the seed's choice the machine stops; what it left must open and hold what it may hold.
+//!
+//! ```text
+//!   epoch 1            epoch 2 ...             last epoch
+//!   open, operations   open, operations        open, read all, write, flush, read all, close
+//!        ╳ power cut        ╳ power cut         no faults any more
+//! ```
+
+use super::setup::{IMAGE, Setup, workload};
+use crate::check::Invariant;
+use crate::guest::{DirectDisk, Guest, Manners};
+use crate::host::SimHost;
+use crate::run::Scenario;
+use crate::stack::{Stack, StackLimits};
+use crate::workload::{Op, operations};
+use crate::world::World;
+use kernel_model::faults::{FaultPlan, SyncErrors};
+use kernel_model::{NthFailure, StorageConfig};
+use sim::{Entity, Label, Sim};
+use std::cell::Cell;
+use std::future::{Future, poll_fn};
+use std::pin::pin;
+use std::rc::Rc;
+use std::task::Poll;
+use tap_core::Node;
+use tap_core::wait::oneshot;
+use tap_host::{Errno, IoKind, SectorRange};
+
+/// After how many operations on the host's files the power is cut; 0 is when everything has come to rest.
+pub static CRASH_AT: Label = Label::new("crash-at", "the power is cut after {} host operations");
+
+/// qcow without backing file.
+pub static QCOW_POWER_CUT: Scenario = Scenario {
+    name: "qcow-power-cut",
+    about: "qcow under load, power cut at any host operation, recovery checked sector by sector",
+    storage: |_| StorageConfig { faults: FaultPlan { short: true, transient: true, ..FaultPlan::LATENCY }, ..StorageConfig::default() },
+    body: |w| Box::pin(power_cuts(w, Plan { overlay: false, cuts: 1, ops: 40, recovery_only: false })),
+};
+
+/// qcow over a raw backing file, some clusters compressed.
+pub static OVERLAY_POWER_CUT: Scenario = Scenario {
+    name: "qcow-overlay-power-cut",
+    about: "qcow over a backing file, with compressed clusters: partial writes copy up, power cut, recovery checked",
+    storage: |_| StorageConfig { faults: FaultPlan { short: true, ..FaultPlan::LATENCY }, ..StorageConfig::default() },
+    body: |w| Box::pin(power_cuts(w, Plan { overlay: true, cuts: 1, ops: 30, recovery_only: false })),
+};
+
+/// Crashes while recovering from a crash.
+pub static RECOVERY_CRASH: Scenario = Scenario {
+    name: "qcow-recovery-crash",
+    about: "power cut, then again and again within the first host operations of each recovery",
+    storage: |_| StorageConfig::default(),
+    body: |w| {
+        let overlay = w.setting("overlay", &[false, true]);
+        Box::pin(power_cuts(w, Plan { overlay, cuts: 4, ops: 24, recovery_only: true }))
+    },
+};
+
+/// Errors of every kind, with a guest that repeats what failed.
+pub static QCOW_ERRORS: Scenario = Scenario {
+    name: "qcow-errors",
+    about: "every host operation may fail, once or for good, with any part of its effect; the guest repeats; then a power cut",
+    storage: error_storage,
+    body: |w| {
+        let overlay = w.setting("overlay", &[false, true]);
+        Box::pin(power_cuts(w, Plan { overlay, cuts: 2, ops: 40, recovery_only: false }))
+    },
+};
+
+fn error_storage(sim: &Sim) -> StorageConfig {
+    let mut draw = sim::Draw::new(sim::mix2(sim.swarm().seed(), 0x6572_726f));
+    let mut config = StorageConfig { faults: FaultPlan::ALL, ..StorageConfig::default() };
+    let modes = [SyncErrors::Retryable, SyncErrors::Linux, SyncErrors::Reverts, SyncErrors::Latched];
+    let mode = sim.decide(Entity::WORLD.child("sync-errors", 0), &crate::world::SETTING, 0, |d| d.below(4));
+    config.sync_errors = modes[mode.min(3) as usize];
+    let nth = sim.decide(Entity::WORLD.child("nth-failure", 0), &crate::world::SETTING, 0, |d| {
+        if draw.below(2) == 0 { 0 } else { 1 + d.below(120) }
+    });
+    if nth > 0 {
+        let detail = sim.decide(Entity::WORLD.child("nth-failure", 1), &crate::world::SETTING, 0, |d| d.below(24));
+        let effect = [0, 255, 128][(detail % 3) as usize];
+        let error = [Errno::EIO, Errno::ENOSPC][(detail / 3 % 2) as usize];
+        config.nth_failure = Some(NthFailure { n: nth, sticky: detail / 6 % 4 == 3, effect, error });
+    }
+    config
+}
+
+/// The shape of a scenario.
+#[derive(Clone, Copy)]
+struct Plan {
+    overlay: bool,
+    cuts: u32,
+    ops: u32,
+    /// After the first, power is cut within the first operations of the recovery.
+    recovery_only: bool,
+}
+
+const DISK_BYTES: u64 = 1 << 20;
+
+async fn power_cuts(world: World, plan: Plan) {
+    let limits = StackLimits::draw(&world);
+    let setup = Setup::qcow(&world, DISK_BYTES, plan.overlay);
+    let flush_failed = Rc::new(Cell::new(false));
+    for cut in 0..plan.cuts {
+        epoch(&world, &setup, &limits, plan, cut, &flush_failed).await;
+        if world.verdict.is_broken() {
+            return;
+        }
+    }
+    world.sim.stop_faults();
+    world.storage.stop_failures();
+    last_epoch(&world, &setup, &limits, plan.cuts, flush_failed.get()).await;
+}
+
+async fn epoch(world: &World, setup: &Setup, limits: &StackLimits, plan: Plan, cut: u32, flush_failed: &Rc<Cell<bool>>) {
+    let recovering = cut > 0 && plan.recovery_only;
+    let host = SimHost::start(&world.kernel, &world.xen, "tapdisk", u64::from(cut));
+    let node = host.process.node().clone();
+    let count = if recovering { 6 } else { plan.ops };
+    let guest = Entity::WORLD.child("guest", u64::from(cut));
+    world.sim.name_entity(guest, || format!("guest, epoch {cut}"));
+    let ops = operations(&world.sim, guest, u64::from(cut), &workload(world, setup.size_sectors, count, 88));
+    arm_power_cut(world, cut, if recovering { 24 } else { u64::from(plan.ops) * 4 }, {
+        let node = node.clone();
+        move || node.kill()
+    });
+    let (done, finished) = oneshot();
+    let (w, s, l, f) = (world.clone(), setup.clone(), *limits, Rc::clone(flush_failed));
+    let h = host.clone();
+    node.spawn("main", 0, async move {
+        work(&w, &s, &l, &h, &ops, &f, cut > 0).await;
+        done.send(());
+    });
+    either(node.dead(), finished).await;
+    world.storage.set_hook(None);
+    node.kill();
+    node.dead().await;
+    world.storage.power_cut();
+    world.count(|s| s.crashes += 1);
+    setup.history.borrow_mut().power_cut();
+    setup.check_bytes(world, &format!("after power cut {}", cut + 1));
+}
+
+/// Calls `cut` once the storage has done as many more operations as the seed says, if it says so.
+fn arm_power_cut(world: &World, epoch: u32, most: u64, cut: impl Fn() + 'static) {
+    let entity = Entity::WORLD.child("power", u64::from(epoch));
+    world.sim.name_entity(entity, || format!("power, epoch {epoch}"));
+    let after = world.sim.decide(entity, &CRASH_AT, 0, |d| if d.below(8) == 0 { 0 } else { 1 + d.below(most) });
+    if after > 0 {
+        let at = world.storage.ops() + after;
+        world.storage.set_hook(Some(Rc::new(move |op| {
+            if op == at {
+                cut();
+            }
+        })));
+    }
+}
+
+/// What happens between switching on and the power cut.
+async fn work(
+    world: &World,
+    setup: &Setup,
+    limits: &StackLimits,
+    host: &SimHost,
+    ops: &[Option<Op>],
+    flush_failed: &Cell<bool>,
+    recovered: bool,
+) {
+    let stack = match Stack::open(host, world, &setup.spec, limits).await {
+        Ok(stack) => stack,
+        // With errors about, opening may fail; it is tried again after the next power cut.
+        Err(_) if world.errors_allowed() => return,
+        Err(error) => {
+            world.fail(Invariant::G11, format!("failed to open the image after a crash: {error}"));
+            return;
+        }
+    };
+    let manners = Manners {
+        retries: if world.errors_allowed() { 3 } else { 0 },
+        errors_allowed: world.errors_allowed(),
+        reads: if recovered { after_cut(flush_failed.get()) } else { Invariant::G1 },
+    };
+    let disk = DirectDisk::new(stack.node(), limits.pool_bytes);
+    let guest = Guest::new(world, disk, Rc::clone(&setup.history), manners);
+    if recovered {
+        // Some of it is looked at, the rest stays open to what comes.
+        let some = u64::from(guest_window(world));
+        for at in (0..some).map(|i| i * 16 % setup.size_sectors) {
+            let _ = guest.read(SectorRange::new(at, 16)).await;
+        }
+    }
+    guest.set_manners(Manners { reads: if recovered { manners.reads } else { Invariant::G1 }, ..manners });
+    guest.run(ops, limits.guest_depth).await;
+    flush_failed.set(flush_failed.get() || guest.flush_failed());
+}
+
+fn guest_window(world: &World) -> u32 {
+    world.setting("recovery-reads", &[0, 4, 64])
+}
+
+/// A wrong version after a power cut breaks G7; if a flush had failed before, the later ones did not cover it (E2).
+fn after_cut(flush_failed: bool) -> Invariant {
+    if flush_failed { Invariant::E2 } else { Invariant::G7 }
+}
+
+async fn last_epoch(world: &World, setup: &Setup, limits: &StackLimits, crashes: u32, flush_failed: bool) {
+    let host = SimHost::start(&world.kernel, &world.xen, "tapdisk", 1000);
+    let stack = match Stack::open(&host, world, &setup.spec, limits).await {
+        Ok(stack) => stack,
+        Err(error) => {
+            world.fail(Invariant::G11, format!("failed to open the image after the last crash: {error}"));
+            return;
+        }
+    };
+    let manners = Manners { retries: 0, errors_allowed: false, reads: after_cut(flush_failed) };
+    let disk = DirectDisk::new(stack.node(), limits.pool_bytes.max(256 << 10));
+    let guest = Guest::new(world, disk, Rc::clone(&setup.history), manners);
+    if let Err(error) = guest.read_all().await {
+        world.fail(Invariant::G11, format!("reading the disk after recovery failed with {error:?}"));
+        return;
+    }
+    guest.set_manners(Manners { reads: Invariant::G1, ..manners });
+    probe(&guest, setup.size_sectors).await;
+    if let Err(error) = stack.vbd.close().await {
+        world.fail(Invariant::G11, format!("closing after recovery failed with {error:?}"));
+    }
+    if guest.disk().buffers_out() > 0 {
+        world.fail(Invariant::K1, format!("{} bytes of buffers were not given back", guest.disk().buffers_out()));
+    }
+    setup.check_bytes(world, "after recovery");
+    check_leaks(world, setup, crashes);
+}
+
+/// Writes all over the disk: what recovery got wrong about free space shows now.
+async fn probe(guest: &Guest<DirectDisk>, size_sectors: u64) {
+    let step = size_sectors / 61;
+    let write = |i: u64| Op { kind: IoKind::Write, range: SectorRange::new(i * step, 1 + (i % 9) as u32) };
+    let ops: Vec<Option<Op>> = (0..60).map(|i| Some(write(i))).collect();
+    guest.run(&ops, 8).await;
+    guest.one(Op { kind: IoKind::Flush, range: SectorRange::default() }).await;
+    let _ = guest.read_all().await;
+}
+
+/// A crash or an error may leave a few clusters that nobody refers to, not more than were being allocated.
+fn check_leaks(world: &World, setup: &Setup, crashes: u32) {
+    let leaked = setup.leaked(world);
+    let stats = world.stats();
+    let l2_clusters = 2 + (8 << 13 >> 9);
+    let bound = (u64::from(crashes) * 64 + stats.errors * 24) + u64::from(crashes) * l2_clusters;
+    if leaked > bound {
+        world.fail(Invariant::G13, format!("{leaked} clusters of {IMAGE} are lost after {crashes} crashes and {} errors", stats.errors));
+    }
+}
+
+/// Completes when either does.
+pub async fn either(a: impl Future, b: impl Future) {
+    let (mut a, mut b) = (pin!(a), pin!(b));
+    poll_fn(|cx| {
+        if a.as_mut().poll(cx).is_ready() || b.as_mut().poll(cx).is_ready() { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await;
+}

@@ -1,0 +1,123 @@
+//! What crash scenarios start from: an image, its backing file, the history of its disk.
+
+use crate::check::{BlockHistory, Initial, Invariant, walker};
+use crate::image::{QcowShape, Stored, layer_cluster, make_qcow};
+use crate::workload::{Shape, Workload};
+use crate::world::World;
+use kernel_model::PageMap;
+use std::cell::RefCell;
+use std::rc::Rc;
+use tap_host::SECTOR_BYTES;
+use tap_images::{ImageFormat, ImageSpec};
+
+/// The image under test.
+pub const IMAGE: &str = "/images/top.qcow";
+/// What it is based on.
+pub const BASE: &str = "/images/base.raw";
+
+/// A disk to be tested.
+#[derive(Clone)]
+pub struct Setup {
+    /// What to open.
+    pub spec: ImageSpec,
+    /// What happened to it.
+    pub history: Rc<RefCell<BlockHistory>>,
+    /// Size in sectors.
+    pub size_sectors: u64,
+    /// The backing file's bytes, which must stay.
+    base: Option<Rc<Vec<u8>>>,
+}
+
+impl Setup {
+    /// Makes a qcow image of `size_bytes`, with a backing file and compressed clusters if `overlay`.
+    pub fn qcow(world: &World, size_bytes: u64, overlay: bool) -> Self {
+        let cluster_bits = world.setting("cluster-bits", &[12, 16, 9, 14]);
+        let l2_bits = world.setting("l2-bits", &[9, 6, 13]);
+        let mut view = PageMap::default();
+        let base = overlay.then(|| Rc::new(base_bytes(size_bytes, &mut view)));
+        let mut clusters = Vec::new();
+        if overlay && world.setting("compressed", &[true, false]) {
+            let last = (size_bytes >> cluster_bits) - 1;
+            clusters = vec![(0, Stored::Compressed), (last / 2, Stored::Plain), (last, Stored::Compressed)];
+        }
+        let backing = base.as_ref().map(|_| "base.raw".to_string());
+        let shape = QcowShape { cluster_bits, l2_bits, size: size_bytes, backing, clusters, writer: 1001 };
+        let file = make_qcow(&shape, &mut view);
+        if let Some(bytes) = &base {
+            world.storage.put_bytes(BASE, bytes);
+        }
+        world.storage.put_bytes(IMAGE, &file);
+        let initial = if overlay { Initial::Bytes(view) } else { Initial::Zero };
+        Self::with_history(world, ImageFormat::Qcow, size_bytes, initial, base)
+    }
+
+    /// Makes a raw image of zeros.
+    pub fn raw(world: &World, size_bytes: u64) -> Self {
+        world.storage.put_bytes(IMAGE, &vec![0; size_bytes as usize]);
+        Self::with_history(world, ImageFormat::Raw, size_bytes, Initial::Zero, None)
+    }
+
+    fn with_history(
+        world: &World,
+        format: ImageFormat,
+        size_bytes: u64,
+        initial: Initial,
+        base: Option<Rc<Vec<u8>>>,
+    ) -> Self {
+        let size_sectors = size_bytes / SECTOR_BYTES;
+        let full = world.setting("bodies", &[false, false, false, false, false, false, false, true]);
+        let history = BlockHistory::new(size_sectors, 1, initial, full);
+        Self {
+            spec: ImageSpec { format, path: IMAGE.into() },
+            history: Rc::new(RefCell::new(history)),
+            size_sectors,
+            base,
+        }
+    }
+
+    /// Looks at the bytes of the image and of what it is based on.
+    pub fn check_bytes(&self, world: &World, when: &str) {
+        if let Some(base) = &self.base
+            && world.storage.bytes(BASE).as_deref() != Some(base)
+        {
+            world.fail(Invariant::C1, format!("{when} the backing file has other bytes than before"));
+        }
+        if self.spec.format != ImageFormat::Qcow {
+            return;
+        }
+        let Some(content) = world.storage.content(IMAGE) else {
+            world.fail(Invariant::G11, format!("{when} the image is gone"));
+            return;
+        };
+        if let Err((invariant, text)) = walker::walk(&content) {
+            world.fail(invariant, format!("{when} {text}"));
+        }
+    }
+
+    /// Clusters of the image that nothing refers to.
+    pub fn leaked(&self, world: &World) -> u64 {
+        let content = world.storage.content(IMAGE).unwrap_or_default();
+        walker::walk(&content).map_or(0, |map| map.leaked)
+    }
+}
+
+/// A base that is shorter than the disk by a few sectors, with holes of zeros.
+fn base_bytes(size_bytes: u64, view: &mut PageMap) -> Vec<u8> {
+    const PIECE: usize = 4096;
+    let len = size_bytes as usize - 3 * SECTOR_BYTES as usize;
+    let mut bytes = vec![0; size_bytes as usize];
+    for (i, piece) in bytes.chunks_exact_mut(PIECE).enumerate() {
+        if i % 5 != 4 {
+            piece.copy_from_slice(&layer_cluster(1000, i as u64, PIECE));
+        }
+    }
+    bytes.truncate(len);
+    view.write(0, &bytes);
+    bytes
+}
+
+/// The operations of one epoch: their character is the seed's.
+pub fn workload(world: &World, size_sectors: u64, count: u32, max_sectors: u32) -> Workload {
+    let shape = Shape::ALL[world.mood("shape", Shape::ALL.len() as u64) as usize];
+    Workload { shape, count, size_sectors, max_sectors }
+}

@@ -1,0 +1,264 @@
+//! The versions that one block of sectors may hold.
+//!
+//! A *version* is a write as seen by one sector. Two clocks decide whether a version may still be seen: the living disk
+//! (a read sees nothing older than what was answered before it began) and the medium (a power cut leaves nothing
+//! older than what was flushed). A version is dropped once both have left it behind.
+
+use smallvec::SmallVec;
+
+/// Logical time: a counter that every event of a history advances.
+pub type Clock = u64;
+
+/// Not yet.
+pub const NEVER: Clock = Clock::MAX;
+
+/// One write as seen by a sector. Write 0 is what was there in the beginning.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Version {
+    /// The write.
+    pub write: u64,
+    /// When it was submitted.
+    pub inv: Clock,
+    /// When it was answered; [`NEVER`] while it runs.
+    pub res: Clock,
+    /// It was answered with an error: it may have happened or not.
+    pub failed: bool,
+    /// When a living disk left it behind: reads submitted later may not see it.
+    pub stale_at: Clock,
+    /// When the first read that saw it was answered.
+    pub seen_at: Clock,
+    /// A power cut cannot bring it back: a later write is durable.
+    pub superseded: bool,
+    /// Left over from before a crash, one of several that the medium may hold until somebody looks.
+    pub unresolved: bool,
+}
+
+impl Version {
+    fn before(&self, other: &Version) -> bool {
+        self.res < other.inv
+    }
+}
+
+/// The state of a run of equal sectors.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Block {
+    versions: SmallVec<[Version; 2]>,
+}
+
+impl Default for Block {
+    fn default() -> Self {
+        let initial = Version {
+            write: 0,
+            inv: 0,
+            res: 0,
+            failed: false,
+            stale_at: NEVER,
+            seen_at: NEVER,
+            superseded: false,
+            unresolved: false,
+        };
+        Self { versions: [initial].into_iter().collect() }
+    }
+}
+
+impl Block {
+    /// A write was submitted.
+    pub fn begin(&mut self, write: u64, inv: Clock) {
+        self.versions.push(Version {
+            write,
+            inv,
+            res: NEVER,
+            failed: false,
+            stale_at: NEVER,
+            seen_at: NEVER,
+            superseded: false,
+            unresolved: false,
+        });
+    }
+
+    /// A write was answered. `oldest_read` is the submission of the oldest read that still runs.
+    pub fn end(&mut self, write: u64, res: Clock, ok: bool, oldest_read: Clock) {
+        let Some(at) = self.versions.iter().position(|v| v.write == write) else { return };
+        self.versions[at].res = res;
+        self.versions[at].failed = !ok;
+        if ok {
+            let done = self.versions[at];
+            for v in &mut self.versions {
+                if v.before(&done) {
+                    v.stale_at = v.stale_at.min(res);
+                }
+            }
+            self.prune(oldest_read);
+        }
+    }
+
+    /// Drops what neither a read nor a power cut can show any more.
+    fn prune(&mut self, oldest_read: Clock) {
+        self.versions.retain(|v| !(v.superseded && v.stale_at < oldest_read));
+    }
+
+    /// Whether a read from `inv` to `res` may have seen `write`; if so, learns from it.
+    pub fn read(&mut self, write: u64, inv: Clock, res: Clock) -> bool {
+        let Some(seen) = self.versions.iter().find(|v| v.write == write).copied() else { return false };
+        if seen.inv >= res || seen.stale_at < inv {
+            return false;
+        }
+        if self.versions.len() == 1 {
+            self.versions[0].seen_at = seen.seen_at.min(res);
+            return true;
+        }
+        if seen.unresolved {
+            // The medium held several; now it is known which, and it stays.
+            self.versions.retain(|v| !v.unresolved || v.write == write);
+            if let Some(v) = self.versions.iter_mut().find(|v| v.write == write) {
+                v.unresolved = false;
+            }
+        }
+        for v in &mut self.versions {
+            let overtaken = v.before(&seen) && v.write != write;
+            // A failed write that would have hidden what was seen never happened.
+            let never = v.failed && v.res < inv && seen.before(v);
+            // Seen before, and now something else is there: it cannot come back.
+            let replaced = v.write != write && v.seen_at < inv;
+            if overtaken || never || replaced {
+                v.stale_at = v.stale_at.min(res);
+            }
+            if v.write == write {
+                v.seen_at = v.seen_at.min(res);
+            }
+        }
+        true
+    }
+
+    /// A flush that was submitted at `flush_inv` succeeded: writes answered before are durable.
+    /// Gives whether something is still not durable.
+    pub fn flushed(&mut self, flush_inv: Clock, oldest_read: Clock) -> bool {
+        let versions = self.versions.clone();
+        for v in &mut self.versions {
+            let hidden = |w: &Version| !w.failed && w.res < flush_inv && v.before(w);
+            v.superseded |= versions.iter().any(hidden);
+        }
+        self.prune(oldest_read);
+        self.versions.len() > 1
+    }
+
+    /// Whether the medium may hold `write` after a power cut now.
+    pub fn may_survive(&self, write: u64) -> bool {
+        self.versions.iter().any(|v| v.write == write && !v.superseded)
+    }
+
+    /// The writes that the medium may hold after a power cut now.
+    pub fn survivors(&self) -> impl Iterator<Item = u64> + '_ {
+        self.versions.iter().filter(|v| !v.superseded).map(|v| v.write)
+    }
+
+    /// The writes that a read may see now or may have seen lately, for reports.
+    pub fn describe(&self) -> String {
+        let mut out = String::new();
+        for v in &self.versions {
+            let state = match (v.res, v.failed, v.stale_at) {
+                (NEVER, _, _) => "running",
+                (_, true, _) => "failed",
+                (_, _, NEVER) => "answered",
+                _ => "overwritten",
+            };
+            out += &format!(
+                "{}write {} ({state}{})",
+                if out.is_empty() { "" } else { ", " },
+                v.write,
+                if v.superseded { ", a later one is flushed" } else { "" }
+            );
+        }
+        out
+    }
+
+    /// The power was cut at `now`: what may survive is left, each as good as the other until somebody looks.
+    pub fn power_cut(&mut self, now: Clock) {
+        self.versions.retain(|v| !v.superseded);
+        let several = self.versions.len() > 1;
+        for v in &mut self.versions {
+            *v = Version {
+                write: v.write,
+                inv: now,
+                res: now,
+                failed: false,
+                stale_at: NEVER,
+                seen_at: NEVER,
+                superseded: false,
+                unresolved: several,
+            };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_read_may_see_old_or_new_while_the_write_runs_but_not_go_back() {
+        let mut b = Block::default();
+        b.begin(1, 10);
+        assert!(b.read(0, 11, 12));
+        assert!(b.read(1, 13, 14), "the write runs: it may have happened");
+        assert!(!b.read(0, 15, 16), "then it has happened");
+        b.end(1, 20, true, NEVER);
+        assert!(!b.read(0, 21, 22));
+        assert!(b.read(1, 21, 22));
+    }
+
+    #[test]
+    fn two_writes_beside_each_other_settle() {
+        let mut b = Block::default();
+        b.begin(1, 1);
+        b.begin(2, 2);
+        b.end(1, 3, true, NEVER);
+        b.end(2, 4, true, NEVER);
+        assert!(b.read(1, 5, 6));
+        assert!(b.read(2, 5, 6), "reads beside each other may differ");
+        assert!(b.read(2, 7, 8));
+        assert!(!b.read(1, 9, 10), "both orders cannot be");
+    }
+
+    #[test]
+    fn a_failed_write_is_old_or_new_and_then_stays() {
+        let mut b = Block::default();
+        b.begin(1, 1);
+        b.end(1, 2, false, NEVER);
+        let mut other = b.clone();
+        assert!(b.read(0, 3, 4));
+        assert!(!b.read(1, 5, 6), "no effect comes after the answer");
+        assert!(other.read(1, 3, 4));
+        assert!(!other.read(0, 5, 6));
+        assert!(b.may_survive(1), "but the medium may hold it");
+    }
+
+    #[test]
+    fn flushed_writes_survive_and_running_ones_may() {
+        let mut b = Block::default();
+        b.begin(1, 1);
+        b.end(1, 2, true, NEVER);
+        assert!(b.may_survive(0) && b.may_survive(1));
+        b.begin(2, 3);
+        assert!(b.flushed(4, NEVER));
+        assert!(!b.may_survive(0));
+        assert_eq!(b.survivors().collect::<Vec<_>>(), [1, 2]);
+        b.power_cut(9);
+        let mut seen = b.clone();
+        assert!(seen.read(2, 10, 11) && !seen.read(1, 12, 13));
+        seen.power_cut(20);
+        assert_eq!(seen.survivors().collect::<Vec<_>>(), [2]);
+        assert_eq!(b.survivors().count(), 2);
+    }
+
+    #[test]
+    fn an_older_read_may_see_what_a_flush_left_behind() {
+        let mut b = Block::default();
+        b.begin(1, 5);
+        // A read that began at 3 still runs.
+        b.end(1, 6, true, 3);
+        b.flushed(7, 3);
+        assert!(b.clone().read(0, 3, 9), "it began before the write");
+        assert!(!b.read(0, 8, 9));
+    }
+}

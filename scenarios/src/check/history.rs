@@ -1,0 +1,388 @@
+//! The history of one disk: what was asked, what was answered, what may be seen.
+//!
+//! Blocks of eight sectors are kept as one as long as every request treats them alike, so that 4 KiB requests cost one
+//! step; the first request that does not splits them.
+
+use super::Invariant;
+use super::frontier::{Block, Clock};
+use crate::tag::{Found, Tag};
+use kernel_model::PageMap;
+use std::collections::{BTreeMap, BTreeSet};
+use tap_host::{SECTOR_BYTES, SectorRange};
+
+const BLOCK: u64 = 8;
+
+/// A write's number, from 1; unique within a history.
+pub type WriteId = u64;
+
+/// What the disk held in the beginning.
+#[derive(Clone, Default)]
+pub enum Initial {
+    /// Zeros.
+    #[default]
+    Zero,
+    /// Any bytes, by byte offset.
+    Bytes(PageMap),
+}
+
+#[derive(Clone)]
+enum Cell {
+    Whole(Block),
+    Split(Box<[Block; BLOCK as usize]>),
+}
+
+impl Default for Cell {
+    fn default() -> Self {
+        Cell::Whole(Block::default())
+    }
+}
+
+/// What is wrong with a sector.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Wrong {
+    /// A version that it may not hold (any more).
+    Version(String),
+    /// Bytes that nobody wrote to it.
+    Foreign(String),
+}
+
+impl Wrong {
+    /// The invariant that this breaks, if a wrong version breaks `version`.
+    pub fn invariant(&self, version: Invariant) -> Invariant {
+        match self {
+            Wrong::Version(_) => version,
+            Wrong::Foreign(_) => Invariant::G10,
+        }
+    }
+}
+
+impl std::fmt::Display for Wrong {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Wrong::Version(text) | Wrong::Foreign(text) => f.write_str(text),
+        }
+    }
+}
+
+/// The history of one disk.
+#[derive(Clone)]
+pub struct BlockHistory {
+    cells: Vec<Cell>,
+    initial: Initial,
+    clock: Clock,
+    writer: u32,
+    next_write: WriteId,
+    /// Reads that run, by submission.
+    reads: BTreeSet<Clock>,
+    /// Flushes and other requests that run: submission by number.
+    running: BTreeMap<WriteId, SectorRange>,
+    /// Cells with versions that are not durable.
+    dirty: BTreeSet<u64>,
+    /// Whether bodies are filled and looked at.
+    full: bool,
+    size_sectors: u64,
+}
+
+impl BlockHistory {
+    /// A disk of `size_sectors` that `writer` writes to. `full` fills and checks whole sectors, not only tags.
+    pub fn new(size_sectors: u64, writer: u32, initial: Initial, full: bool) -> Self {
+        Self {
+            cells: vec![Cell::default(); size_sectors.div_ceil(BLOCK) as usize],
+            initial,
+            clock: 1,
+            writer,
+            next_write: 1,
+            reads: BTreeSet::new(),
+            running: BTreeMap::new(),
+            dirty: BTreeSet::new(),
+            full,
+            size_sectors,
+        }
+    }
+
+    /// Size of the disk in sectors.
+    pub fn size_sectors(&self) -> u64 {
+        self.size_sectors
+    }
+
+    fn tick(&mut self) -> Clock {
+        self.clock += 1;
+        self.clock
+    }
+
+    fn oldest_read(&self) -> Clock {
+        self.reads.first().copied().unwrap_or(Clock::MAX)
+    }
+
+    fn each(&mut self, range: SectorRange, mut f: impl FnMut(&mut Block)) {
+        let end = range.start.0 + u64::from(range.count);
+        let mut sector = range.start.0;
+        while sector < end {
+            let cell = &mut self.cells[(sector / BLOCK) as usize];
+            let stop = (sector - sector % BLOCK + BLOCK).min(end);
+            match cell {
+                Cell::Whole(block) if stop - sector == BLOCK => f(block),
+                Cell::Whole(block) => {
+                    let mut blocks = Box::new(std::array::from_fn(|_| block.clone()));
+                    for s in sector..stop {
+                        let block: &mut Block = &mut blocks[(s % BLOCK) as usize];
+                        f(block);
+                    }
+                    *cell = Cell::Split(blocks);
+                }
+                Cell::Split(blocks) => {
+                    for s in sector..stop {
+                        f(&mut blocks[(s % BLOCK) as usize]);
+                    }
+                }
+            }
+            sector = stop;
+        }
+    }
+
+    /// A write is submitted; its payload is made by [`BlockHistory::payload`].
+    pub fn begin_write(&mut self, range: SectorRange) -> WriteId {
+        let write = self.next_write;
+        self.next_write += 1;
+        let inv = self.tick();
+        self.each(range, |b| b.begin(write, inv));
+        self.running.insert(write, range);
+        let last = (range.start.0 + u64::from(range.count) - 1) / BLOCK;
+        self.dirty.extend(range.start.0 / BLOCK..=last);
+        write
+    }
+
+    /// Fills the sector that `write` puts at `sector`.
+    pub fn payload(&self, write: WriteId, sector: u64, bytes: &mut [u8]) {
+        Tag { writer: self.writer, op: write, sector }.fill(bytes, self.full);
+    }
+
+    /// A write was answered.
+    pub fn end_write(&mut self, write: WriteId, ok: bool) {
+        let Some(range) = self.running.remove(&write) else { return };
+        let res = self.tick();
+        let oldest = self.oldest_read();
+        self.each(range, |b| b.end(write, res, ok, oldest));
+    }
+
+    /// A read is submitted; gives its time for [`BlockHistory::check_read`].
+    pub fn begin_read(&mut self) -> Clock {
+        let inv = self.tick();
+        self.reads.insert(inv);
+        inv
+    }
+
+    /// A read that was submitted at `inv` was answered without data.
+    pub fn end_read(&mut self, inv: Clock) {
+        self.reads.remove(&inv);
+    }
+
+    /// A read that was submitted at `inv` returned `bytes` from `range.start` on.
+    ///
+    /// # Errors
+    /// What is wrong with the first wrong sector.
+    pub fn check_read(&mut self, inv: Clock, range: SectorRange, bytes: &[u8]) -> Result<(), Wrong> {
+        self.reads.remove(&inv);
+        let res = self.tick();
+        let mut at = 0;
+        while at < u64::from(range.count) {
+            let sector = range.start.0 + at;
+            let whole = sector.is_multiple_of(BLOCK)
+                && u64::from(range.count) - at >= BLOCK
+                && matches!(self.cells[(sector / BLOCK) as usize], Cell::Whole(_));
+            let n = if whole { BLOCK } else { 1 };
+            let slice = |i: u64| {
+                let from = ((at + i) * SECTOR_BYTES) as usize;
+                &bytes[from..from + SECTOR_BYTES as usize]
+            };
+            let mut seen = None;
+            for i in 0..n {
+                let write = self.version_of(sector + i, slice(i))?;
+                if seen.is_some_and(|s| s != write) {
+                    // Equal until now, different from here on.
+                    seen = None;
+                    break;
+                }
+                seen = Some(write);
+            }
+            match seen {
+                Some(write) => self.see(SectorRange::new(sector, n as u32), write, inv, res)?,
+                None => {
+                    for i in 0..n {
+                        let write = self.version_of(sector + i, slice(i))?;
+                        self.see(SectorRange::new(sector + i, 1), write, inv, res)?;
+                    }
+                }
+            }
+            at += n;
+        }
+        Ok(())
+    }
+
+    fn see(&mut self, range: SectorRange, write: WriteId, inv: Clock, res: Clock) -> Result<(), Wrong> {
+        let mut bad = None;
+        self.each(range, |b| {
+            if bad.is_none() && !b.read(write, inv, res) {
+                bad = Some(b.describe());
+            }
+        });
+        match bad {
+            None => Ok(()),
+            Some(versions) => {
+                let text = format!("sector {} holds {}, but may hold {versions}", range.start.0, name(write));
+                Err(Wrong::Version(text))
+            }
+        }
+    }
+
+    /// Which write put these bytes at `sector`.
+    ///
+    /// # Errors
+    /// If none did.
+    pub fn version_of(&self, sector: u64, bytes: &[u8]) -> Result<WriteId, Wrong> {
+        match Tag::find(bytes, self.full) {
+            Found::Tag(t) if t.writer == self.writer && t.sector == sector && t.op < self.next_write => {
+                return Ok(t.op);
+            }
+            Found::Zero if matches!(self.initial, Initial::Zero) => return Ok(0),
+            _ => {}
+        }
+        if let Initial::Bytes(pages) = &self.initial {
+            let mut was = [0; SECTOR_BYTES as usize];
+            pages.read(sector * SECTOR_BYTES, &mut was);
+            if was == *bytes {
+                return Ok(0);
+            }
+        }
+        let found = Tag::find(bytes, self.full);
+        let text = format!("sector {sector} holds {found}");
+        Err(if found == Found::Zero { Wrong::Version(text) } else { Wrong::Foreign(text) })
+    }
+
+    /// A flush is submitted.
+    pub fn begin_flush(&mut self) -> Clock {
+        self.tick()
+    }
+
+    /// A flush that was submitted at `inv` succeeded.
+    pub fn end_flush(&mut self, inv: Clock) {
+        self.tick();
+        let oldest = self.oldest_read();
+        let cells = &mut self.cells;
+        self.dirty.retain(|cell| match &mut cells[*cell as usize] {
+            Cell::Whole(block) => block.flushed(inv, oldest),
+            Cell::Split(blocks) => {
+                let mut left = false;
+                for block in blocks.iter_mut() {
+                    left |= block.flushed(inv, oldest);
+                }
+                left
+            }
+        });
+    }
+
+    /// Checks what a sector holds after a power cut, without learning from it.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn check_survivor(&self, sector: u64, bytes: &[u8]) -> Result<(), Wrong> {
+        let write = self.version_of(sector, bytes)?;
+        let block = self.block(sector);
+        if block.may_survive(write) {
+            return Ok(());
+        }
+        let text = format!("sector {sector} holds {}, but may hold {}", name(write), block.describe());
+        Err(Wrong::Version(text))
+    }
+
+    fn block(&self, sector: u64) -> &Block {
+        match &self.cells[(sector / BLOCK) as usize] {
+            Cell::Whole(block) => block,
+            Cell::Split(blocks) => &blocks[(sector % BLOCK) as usize],
+        }
+    }
+
+    /// Sectors that may hold more than one version after a power cut, or did until lately: whole cells.
+    pub fn unsettled(&self) -> impl Iterator<Item = SectorRange> + '_ {
+        self.dirty.iter().map(|cell| {
+            let start = cell * BLOCK;
+            SectorRange::new(start, (self.size_sectors - start).min(BLOCK) as u32)
+        })
+    }
+
+    /// The power was cut, and with it everything that ran.
+    pub fn power_cut(&mut self) {
+        let now = self.tick();
+        self.running.clear();
+        self.reads.clear();
+        for cell in &self.dirty {
+            match &mut self.cells[*cell as usize] {
+                Cell::Whole(block) => block.power_cut(now),
+                Cell::Split(blocks) => blocks.iter_mut().for_each(|b| b.power_cut(now)),
+            }
+        }
+    }
+
+    /// Logical time: changes whenever anything happened.
+    pub fn clock(&self) -> Clock {
+        self.clock
+    }
+}
+
+fn name(write: WriteId) -> String {
+    if write == 0 { "what was there in the beginning".into() } else { format!("write {write}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sector_of(history: &BlockHistory, write: WriteId, sector: u64) -> [u8; 512] {
+        let mut bytes = [0; 512];
+        if write > 0 {
+            history.payload(write, sector, &mut bytes);
+        }
+        bytes
+    }
+
+    #[test]
+    fn requests_of_any_shape_are_followed() {
+        let mut h = BlockHistory::new(100, 1, Initial::Zero, true);
+        let w = h.begin_write(SectorRange::new(5, 20));
+        h.end_write(w, true);
+        let inv = h.begin_read();
+        let bytes: Vec<u8> =
+            (0..32).flat_map(|s| sector_of(&h, if (5..25).contains(&s) { w } else { 0 }, s)).collect();
+        h.check_read(inv, SectorRange::new(0, 32), &bytes).unwrap();
+        let inv = h.begin_read();
+        let old = h.check_read(inv, SectorRange::new(8, 1), &[0; 512]).unwrap_err();
+        assert!(old.to_string().contains("what was there in the beginning"), "{old}");
+        let inv = h.begin_read();
+        let misplaced = sector_of(&h, w, 9);
+        let wrong = h.check_read(inv, SectorRange::new(8, 1), &misplaced).unwrap_err();
+        assert!(wrong.to_string().contains("to sector 9") && wrong.invariant(Invariant::G1) == Invariant::G10);
+    }
+
+    #[test]
+    fn a_power_cut_may_take_what_was_not_flushed_only() {
+        let mut h = BlockHistory::new(64, 1, Initial::Zero, false);
+        let a = h.begin_write(SectorRange::new(0, 8));
+        h.end_write(a, true);
+        let flush = h.begin_flush();
+        h.end_flush(flush);
+        let b = h.begin_write(SectorRange::new(4, 8));
+        for (sector, write, ok) in
+            [(0, a, true), (0, 0, false), (4, a, true), (4, b, true), (4, 0, false), (9, 0, true)]
+        {
+            let bytes = sector_of(&h, write, sector);
+            assert_eq!(h.check_survivor(sector, &bytes).is_ok(), ok, "{sector} {write}");
+        }
+        h.power_cut();
+        let inv = h.begin_read();
+        let bytes = sector_of(&h, b, 4);
+        h.check_read(inv, SectorRange::new(4, 1), &bytes).unwrap();
+        let inv = h.begin_read();
+        let bytes = sector_of(&h, a, 4);
+        assert!(h.check_read(inv, SectorRange::new(4, 1), &bytes).is_err(), "it was seen otherwise");
+    }
+}

@@ -1,0 +1,108 @@
+//! The invariants by name.
+
+/// Something that must hold. Failures of one invariant are one class for shrinking.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Invariant {
+    /// Reads of a living disk.
+    G1,
+    /// After a power cut.
+    G7,
+    /// Stability after recovery.
+    G9,
+    /// Reads and writes stay within their range.
+    G10,
+    /// The image opens and reads after a crash.
+    G11,
+    /// Leaks of clusters.
+    G13,
+    /// A failed flush is not forgotten.
+    E2,
+    /// Errors only where something failed.
+    E4,
+    /// Death of tapdisk alone.
+    P1,
+    /// Exactly one response.
+    X1,
+    /// Everything ends.
+    L1,
+    /// Grants, channels, pages, requests are given back.
+    K1,
+    /// Metadata of qcow.
+    Q2,
+    /// Compressed clusters of qcow.
+    Q3,
+    /// Order of qcow's metadata.
+    Q5,
+    /// A parent never changes.
+    C1,
+    /// The back end refuses what it must refuse.
+    H1,
+    /// A guest may not hang or break another.
+    H2,
+    /// The shipped check agrees with the walker.
+    V1,
+    /// No panic.
+    A1,
+}
+
+impl Invariant {
+    /// All of them.
+    pub const ALL: [Invariant; 20] = [
+        Self::G1,
+        Self::G7,
+        Self::G9,
+        Self::G10,
+        Self::G11,
+        Self::G13,
+        Self::E2,
+        Self::E4,
+        Self::P1,
+        Self::X1,
+        Self::L1,
+        Self::K1,
+        Self::Q2,
+        Self::Q3,
+        Self::Q5,
+        Self::C1,
+        Self::H1,
+        Self::H2,
+        Self::V1,
+        Self::A1,
+    ];
+
+    /// The invariant as a sentence.
+    pub fn sentence(self) -> &'static str {
+        match self {
+            Self::G1 => {
+                "a read returns, for every sector, the newest answered write or one that ran beside it"
+            }
+            Self::G7 => {
+                "after a power cut every sector holds one version that is not older than a flushed one"
+            }
+            Self::G9 => "what was once read after recovery stays, also through another crash",
+            Self::G10 => "a sector holds only what was written to that sector",
+            Self::G11 => "after a crash the image opens, and every sector can be read and written",
+            Self::G13 => "errors and crashes leak no more than a few clusters each",
+            Self::E2 => "a flush that succeeds covers everything that an earlier failed one did not",
+            Self::E4 => "a request fails only where the storage below it failed",
+            Self::P1 => "every answered write is readable after tapdisk died and was restarted",
+            Self::X1 => "every request is answered exactly once",
+            Self::L1 => "every request ends once faults have ended",
+            Self::K1 => "every grant, event channel, buffer and request is given back",
+            Self::Q2 => "every qcow table and cluster lies in the file, aligned, and belongs to one owner",
+            Self::Q3 => "every compressed cluster lies in the file and inflates to a whole cluster",
+            Self::Q5 => "an L2 table is on the medium before the L1 entry that names it",
+            Self::C1 => "a backing file never changes",
+            Self::H1 => "malformed requests are refused, and the ring is closed where it cannot be trusted",
+            Self::H2 => "a guest that misbehaves does not disturb another",
+            Self::V1 => "the shipped check and the independent walker agree on every image",
+            Self::A1 => "no input makes the stack panic",
+        }
+    }
+}
+
+impl std::fmt::Display for Invariant {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Debug::fmt(self, f)
+    }
+}

@@ -1,0 +1,12 @@
+//! What must hold, and how it is told when it does not.
+
+mod frontier;
+mod history;
+mod invariant;
+mod verdict;
+pub mod walker;
+
+pub use frontier::{Block, Clock, NEVER, Version};
+pub use history::{BlockHistory, Initial, WriteId, Wrong};
+pub use invariant::Invariant;
+pub use verdict::{Failure, Verdict};

@@ -1,0 +1,340 @@
+//! An independent reader of qcow (version 1) metadata.
+//!
+//! It shares no code with the driver: what the driver believes of its image is checked against what the bytes say. It
+//! looks at bytes only, so it runs on any crash state, and it is fast enough to run on every one.
+//!
+//! Layout (big endian): header of 48 bytes, L1 table of u64 file offsets, L2 tables of 2^l2_bits entries; bit 63 of an
+//! entry marks a compressed cluster whose size in bytes stands in the bits above (63 - cluster_bits).
+
+use super::Invariant;
+use kernel_model::Content;
+use std::fmt::Write as _;
+
+const MAGIC: u32 = 0x5146_49fb;
+const COMPRESSED: u64 = 1 << 63;
+/// Larger tables are not made by anything that runs here.
+const L1_ENTRIES_MAX: u64 = 1 << 22;
+
+/// What the bytes say.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct QcowMap {
+    /// Bytes in a cluster, as a power of two.
+    pub cluster_bits: u32,
+    /// Entries in an L2 table, as a power of two.
+    pub l2_bits: u32,
+    /// Size of the disk in bytes.
+    pub size: u64,
+    /// L2 entry of each cluster; 0 is unmapped. Entries of absent tables are 0.
+    pub entries: Vec<u64>,
+    /// Offsets of L2 tables; 0 is absent.
+    pub l1: Vec<u64>,
+    /// Where the L1 table begins.
+    pub l1_offset: u64,
+    /// Name of the backing file.
+    pub backing: Option<String>,
+    /// Host clusters of the file that nothing refers to.
+    pub leaked: u64,
+    /// Data clusters that are mapped (compressed ones too).
+    pub mapped: u64,
+}
+
+/// What is wrong with the metadata.
+pub type Broken = (Invariant, String);
+
+impl QcowMap {
+    /// The host byte offset of a cluster that is stored plainly.
+    pub fn host_offset(&self, cluster: u64) -> Option<u64> {
+        let entry = *self.entries.get(cluster as usize)?;
+        (entry != 0 && entry & COMPRESSED == 0).then_some(entry)
+    }
+
+    /// Offset and length in bytes of a compressed cluster's extent.
+    pub fn compressed(&self, cluster: u64) -> Option<(u64, u64)> {
+        let entry = *self.entries.get(cluster as usize)?;
+        (entry & COMPRESSED != 0).then(|| extent(entry, self.cluster_bits))
+    }
+}
+
+fn extent(entry: u64, cluster_bits: u32) -> (u64, u64) {
+    let shift = 63 - cluster_bits;
+    ((entry & ((1 << shift) - 1)), (entry & !COMPRESSED) >> shift)
+}
+
+fn broken<T>(invariant: Invariant, text: String) -> Result<T, Broken> {
+    Err((invariant, text))
+}
+
+/// Host space by owner: whole clusters as bits, compressed extents as ranges.
+struct Owners {
+    cluster_bits: u32,
+    bits: Vec<u64>,
+    extents: Vec<(u64, u64)>,
+    owned: u64,
+}
+
+impl Owners {
+    fn take(&mut self, offset: u64, len: u64, what: impl Fn() -> String) -> Result<(), Broken> {
+        let first = offset >> self.cluster_bits;
+        let last = (offset + len - 1) >> self.cluster_bits;
+        if (last / 64 + 1) as usize > self.bits.len() {
+            self.bits.resize((last / 64 + 1) as usize, 0);
+        }
+        for cluster in first..=last {
+            let (word, bit) = ((cluster / 64) as usize, 1 << (cluster % 64));
+            if self.bits[word] & bit != 0 {
+                return broken(
+                    Invariant::Q2,
+                    format!("{} lies on host cluster {cluster}, which has another owner", what()),
+                );
+            }
+            self.bits[word] |= bit;
+            self.owned += 1;
+        }
+        Ok(())
+    }
+
+    /// Compressed extents share clusters with each other, never bytes, and never a cluster with anything else.
+    fn finish(mut self) -> Result<u64, Broken> {
+        self.extents.sort_unstable();
+        for pair in self.extents.windows(2) {
+            if pair[0].0 + pair[0].1 > pair[1].0 {
+                return broken(
+                    Invariant::Q2,
+                    format!("compressed extents at {:#x} and {:#x} overlap", pair[0].0, pair[1].0),
+                );
+            }
+        }
+        let mut last_cluster = None;
+        for (offset, len) in std::mem::take(&mut self.extents) {
+            let first = offset >> self.cluster_bits;
+            let end = (offset + len.max(1) - 1) >> self.cluster_bits;
+            for cluster in first..=end {
+                if last_cluster == Some(cluster) {
+                    continue;
+                }
+                last_cluster = Some(cluster);
+                self.take(cluster << self.cluster_bits, 1, || {
+                    format!("the compressed extent at {offset:#x}")
+                })?;
+            }
+        }
+        Ok(self.owned)
+    }
+}
+
+fn header(content: &Content) -> Result<QcowMap, Broken> {
+    let mut raw = [0; 48];
+    content.pages.read(0, &mut raw);
+    let u32_at = |at: usize| u32::from_be_bytes(raw[at..at + 4].try_into().expect("four bytes"));
+    let u64_at = |at: usize| u64::from_be_bytes(raw[at..at + 8].try_into().expect("eight bytes"));
+    if content.size < 48 || u32_at(0) != MAGIC || u32_at(4) != 1 {
+        return broken(Invariant::Q2, "the header is not that of a qcow image".into());
+    }
+    let (cluster_bits, l2_bits) = (u32::from(raw[32]), u32::from(raw[33]));
+    if !(9..=16).contains(&cluster_bits) || !(6..=13).contains(&l2_bits) {
+        return broken(
+            Invariant::Q2,
+            format!("cluster_bits {cluster_bits} or l2_bits {l2_bits} is out of range"),
+        );
+    }
+    let (backing_offset, backing_len) = (u64_at(8), u64::from(u32_at(16)));
+    let backing = if backing_offset == 0 {
+        None
+    } else if backing_len > 1023 || backing_offset + backing_len > content.size {
+        return broken(Invariant::Q2, "the name of the backing file lies outside the file".into());
+    } else {
+        let mut name = vec![0; backing_len as usize];
+        content.pages.read(backing_offset, &mut name);
+        Some(String::from_utf8_lossy(&name).into_owned())
+    };
+    Ok(QcowMap {
+        cluster_bits,
+        l2_bits,
+        size: u64_at(24),
+        l1_offset: u64_at(40),
+        backing,
+        ..QcowMap::default()
+    })
+}
+
+/// Reads all metadata of `content`.
+///
+/// # Errors
+/// The first broken invariant.
+pub fn walk(content: &Content) -> Result<QcowMap, Broken> {
+    let mut map = header(content)?;
+    let (cluster_bits, l2_bits) = (map.cluster_bits, map.l2_bits);
+    let clusters = map.size.div_ceil(1 << cluster_bits);
+    let l1_entries = clusters.div_ceil(1 << l2_bits);
+    if l1_entries > L1_ENTRIES_MAX || map.l1_offset + l1_entries * 8 > content.size {
+        return broken(
+            Invariant::Q2,
+            format!("the L1 table of {l1_entries} entries does not lie in the file"),
+        );
+    }
+    let mut owners = Owners { cluster_bits, bits: Vec::new(), extents: Vec::new(), owned: 0 };
+    // Header, backing name and L1 lie together at the front.
+    owners.take(0, map.l1_offset + (l1_entries * 8).max(1), || "the header".into())?;
+    let mut table = vec![0; (l1_entries * 8) as usize];
+    content.pages.read(map.l1_offset, &mut table);
+    map.l1 = be_words(&table).collect();
+    map.entries = vec![0; clusters as usize];
+    let mut table = vec![0; 8 << l2_bits];
+    for (index, l2_offset) in map.l1.clone().into_iter().enumerate() {
+        if l2_offset != 0 {
+            walk_l2(content, &mut map, &mut owners, index as u64, l2_offset, &mut table)?;
+        }
+    }
+    let owned = owners.finish()?;
+    map.leaked = content.size.div_ceil(1 << cluster_bits).saturating_sub(owned);
+    Ok(map)
+}
+
+fn walk_l2(
+    content: &Content,
+    map: &mut QcowMap,
+    owners: &mut Owners,
+    index: u64,
+    l2_offset: u64,
+    table: &mut [u8],
+) -> Result<(), Broken> {
+    let cluster_size = 1_u64 << map.cluster_bits;
+    if l2_offset % 8 != 0 || l2_offset >= 1 << 56 {
+        return broken(
+            Invariant::Q2,
+            format!("L1 entry {index} is {l2_offset:#x}, which is not an offset of a table"),
+        );
+    }
+    if l2_offset + table.len() as u64 > content.size {
+        return broken(
+            Invariant::Q5,
+            format!(
+                "L1 entry {index} names an L2 table at {l2_offset:#x}, beyond the file's end at {:#x}",
+                content.size
+            ),
+        );
+    }
+    owners.take(l2_offset, table.len() as u64, || format!("L2 table {index}"))?;
+    content.pages.read(l2_offset, table);
+    for (i, entry) in be_words(table).enumerate() {
+        let cluster = (index << map.l2_bits) + i as u64;
+        if entry == 0 {
+            continue;
+        }
+        let Some(slot) = map.entries.get_mut(cluster as usize) else {
+            return broken(
+                Invariant::Q2,
+                format!("L2 table {index} maps cluster {cluster}, beyond the disk's end"),
+            );
+        };
+        *slot = entry;
+        map.mapped += 1;
+        if entry & COMPRESSED != 0 {
+            let (offset, len) = extent(entry, map.cluster_bits);
+            if len == 0 || offset + len > content.size {
+                return broken(
+                    Invariant::Q3,
+                    format!("the compressed extent of cluster {cluster} leaves the file"),
+                );
+            }
+            owners.extents.push((offset, len));
+        } else if entry % cluster_size != 0 || entry >= 1 << 56 {
+            return broken(
+                Invariant::Q2,
+                format!("the L2 entry of cluster {cluster} is {entry:#x}, which is not a cluster's offset"),
+            );
+        } else {
+            owners.take(entry, cluster_size, || format!("cluster {cluster}"))?;
+        }
+    }
+    Ok(())
+}
+
+fn be_words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
+    bytes.chunks_exact(8).map(|w| u64::from_be_bytes(w.try_into().expect("eight bytes")))
+}
+
+/// Reads the guest's view of a cluster that the image itself holds; `None` where the backing file shows.
+///
+/// # Errors
+/// A compressed cluster that does not inflate to a whole cluster.
+pub fn read_cluster(
+    content: &Content,
+    map: &QcowMap,
+    cluster: u64,
+    out: &mut [u8],
+) -> Result<Option<()>, Broken> {
+    if let Some(offset) = map.host_offset(cluster) {
+        content.pages.read(offset, out);
+        return Ok(Some(()));
+    }
+    let Some((offset, len)) = map.compressed(cluster) else { return Ok(None) };
+    let mut packed = vec![0; len as usize];
+    content.pages.read(offset, &mut packed);
+    let mut inflate = flate2::Decompress::new(false);
+    let done = inflate.decompress(&packed, out, flate2::FlushDecompress::Finish);
+    if done.is_err() || inflate.total_out() != out.len() as u64 {
+        let mut text = String::new();
+        let _ = write!(
+            text,
+            "compressed cluster {cluster} at {offset:#x} inflates to {} bytes",
+            inflate.total_out()
+        );
+        return broken(Invariant::Q3, text);
+    }
+    Ok(Some(()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A disk of 1 MiB: header and L1 in cluster 0, L2 tables from 0x1000 on as given.
+    fn image(l1: &[u64], l2: &[(usize, u64)], size: u64) -> Content {
+        let mut raw = vec![0; size as usize];
+        raw[0..4].copy_from_slice(&MAGIC.to_be_bytes());
+        raw[7] = 1;
+        raw[24..32].copy_from_slice(&(1_u64 << 20).to_be_bytes());
+        raw[32] = 12;
+        raw[33] = 9;
+        raw[40..48].copy_from_slice(&64_u64.to_be_bytes());
+        for (i, entry) in l1.iter().enumerate() {
+            raw[64 + i * 8..72 + i * 8].copy_from_slice(&entry.to_be_bytes());
+        }
+        for (i, entry) in l2 {
+            raw[0x1000 + i * 8..0x1008 + i * 8].copy_from_slice(&entry.to_be_bytes());
+        }
+        let mut content = Content { size, ..Content::default() };
+        content.pages.write(0, &raw);
+        content
+    }
+
+    #[test]
+    fn a_sane_image_passes_and_leaks_are_counted() {
+        let map = walk(&image(&[0x1000], &[(0, 0x2000), (5, 0x4000)], 0x5000)).unwrap();
+        assert_eq!((map.mapped, map.leaked), (2, 1));
+        assert_eq!((map.host_offset(5), map.host_offset(1)), (Some(0x4000), None));
+    }
+
+    #[test]
+    fn each_rule_bites() {
+        let class = |l1: &[u64], l2: &[(usize, u64)], size| walk(&image(l1, l2, size)).unwrap_err().0;
+        assert_eq!(class(&[0x1000], &[(0, 0x2000), (1, 0x2000)], 0x5000), Invariant::Q2, "shared cluster");
+        assert_eq!(class(&[0x1000], &[(0, 0x1000)], 0x5000), Invariant::Q2, "data on a table");
+        assert_eq!(class(&[0x1000], &[(0, 0)], 0x1800), Invariant::Q5, "table beyond the end");
+        assert_eq!(class(&[0x1000], &[(0, 0x2200)], 0x5000), Invariant::Q2, "unaligned cluster");
+        assert_eq!(class(&[0x1000], &[(300, 0x2000)], 0x5000), Invariant::Q2, "beyond the disk");
+        let packed = COMPRESSED | 100 << 51 | 0x4fff;
+        assert_eq!(class(&[0x1000], &[(0, packed)], 0x5000), Invariant::Q3, "extent leaves the file");
+        let data = COMPRESSED | 100 << 51 | 0x2100;
+        assert_eq!(
+            class(&[0x1000], &[(0, data), (1, 0x2000)], 0x5000),
+            Invariant::Q2,
+            "extent in a data cluster"
+        );
+        assert!(walk(&image(&[0x1000], &[(0, data), (1, COMPRESSED | 16 << 51 | 0x2164)], 0x5000)).is_ok());
+        let mut torn = image(&[], &[], 0x5000);
+        torn.pages.write(0, &[0]);
+        assert_eq!(walk(&torn).unwrap_err().0, Invariant::Q2);
+    }
+}

@@ -1,0 +1,205 @@
+//! What can be asked on the command line.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::ops::Range;
+use std::path::PathBuf;
+use std::time::Duration;
+
+const EXAMPLES: &str = "\
+Examples:
+  tapsim                              everything, for about a minute
+  tapsim demo                         switch a bug on, find it, shrink it, tell its story
+  tapsim list                         the scenarios
+  tapsim sweep --seeds 0..2000        these seeds of every scenario
+  tapsim sweep qcow-power-cut --for 60s
+  tapsim run qcow-power-cut 145       one seed
+  tapsim replay FILE --log full       a saved failure, with every line of its trace
+  tapsim explain FILE                 a saved failure as a story
+  tapsim bugs                         every seeded bug must be found
+
+Exit status: 0 ok, 1 an invariant is broken, 2 wrong usage, 3 two runs of one seed differ, 4 nothing ran,
+5 the testbed itself failed.";
+
+/// A tapdisk stack under a deterministic simulator of Linux and Xen, with faults and crashes.
+#[derive(Parser, Debug)]
+#[command(name = "tapsim", version, after_help = EXAMPLES)]
+pub struct Cli {
+    #[command(flatten)]
+    pub common: Common,
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// On or off.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Switch {
+    /// Yes.
+    On,
+    /// No.
+    Off,
+}
+
+/// How much of the trace is printed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum LogLevel {
+    /// The last events of a failure.
+    Tail,
+    /// Every event and every turn of a task.
+    Full,
+}
+
+/// What every command takes.
+#[derive(Args, Debug, Clone)]
+pub struct Common {
+    /// Threads [default: all cores]
+    #[arg(long, global = true, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub jobs: Option<u16>,
+    /// Whether worlds run inside madsim, which takes real clocks, randomness and threads away
+    #[arg(long, global = true, value_enum, default_value = "on")]
+    pub guard: Switch,
+    /// Writes the result as JSON to this file, too
+    #[arg(long, global = true, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// How much of the trace is printed
+    #[arg(long, global = true, value_enum, default_value = "tail")]
+    pub log: LogLevel,
+    /// Where failures are saved
+    #[arg(long, global = true, value_name = "DIR", default_value = "tapsim-failures")]
+    pub out: PathBuf,
+}
+
+impl Common {
+    /// Threads to use.
+    pub fn threads(&self) -> usize {
+        self.jobs.map_or_else(|| std::thread::available_parallelism().map_or(1, Into::into), usize::from)
+    }
+    /// Whether worlds run guarded: asked for and built in.
+    pub fn guarded(&self) -> bool {
+        self.guard == Switch::On && sim::guard::AVAILABLE
+    }
+}
+
+/// The commands.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Runs many seeds of scenarios
+    Sweep(SweepArgs),
+    /// Runs one seed of one scenario
+    Run(RunArgs),
+    /// Runs a saved failure again
+    Replay(FileArgs),
+    /// Shrinks a saved failure further
+    Shrink(FileArgs),
+    /// Tells the story of a saved failure
+    Explain(FileArgs),
+    /// Lists scenarios, seeded bugs and invariants
+    List,
+    /// Finds and shrinks every seeded bug
+    Bugs(BugsArgs),
+    /// Switches a seeded bug on, finds it, shrinks it and tells its story
+    Demo,
+}
+
+/// `sweep`
+#[derive(Args, Debug, Clone)]
+pub struct SweepArgs {
+    /// Scenarios [default: all]
+    pub scenarios: Vec<String>,
+    /// Seeds A up to, not including, B
+    #[arg(long, value_name = "A..B", value_parser = parse_seeds, conflicts_with = "time")]
+    pub seeds: Option<Range<u64>>,
+    /// Goes on with new seeds for this long, such as 60s or 5m
+    #[arg(long = "for", value_name = "TIME", value_parser = parse_time, id = "time")]
+    pub time: Option<Duration>,
+    /// First seed when --for is used
+    #[arg(long, default_value_t = 0, value_name = "SEED")]
+    pub from: u64,
+    /// Switches a seeded bug on
+    #[arg(long, value_name = "NAME")]
+    pub bug: Option<String>,
+    /// Uses a drive whose flush lies: must fail
+    #[arg(long)]
+    pub canary: bool,
+    /// Runs every seed twice and compares, with the guard on and off
+    #[arg(long)]
+    pub check_determinism: bool,
+}
+
+/// `run`
+#[derive(Args, Debug, Clone)]
+pub struct RunArgs {
+    /// The scenario
+    pub scenario: String,
+    /// The seed
+    pub seed: u64,
+    /// Switches a seeded bug on
+    #[arg(long, value_name = "NAME")]
+    pub bug: Option<String>,
+    /// Uses a drive whose flush lies
+    #[arg(long)]
+    pub canary: bool,
+}
+
+/// `replay`, `shrink`, `explain`
+#[derive(Args, Debug, Clone)]
+pub struct FileArgs {
+    /// A decision file
+    pub file: PathBuf,
+}
+
+/// `bugs`
+#[derive(Args, Debug, Clone)]
+pub struct BugsArgs {
+    /// Seeded bugs [default: all, and the canary]
+    pub bugs: Vec<String>,
+    /// Seeds that are tried at most, per bug
+    #[arg(long, default_value_t = 2000, value_name = "N")]
+    pub within: u64,
+}
+
+fn parse_seeds(text: &str) -> Result<Range<u64>, String> {
+    let bad = || format!("{text:?} is not a range of seeds such as 0..2000");
+    let (a, b) = text.split_once("..").ok_or_else(bad)?;
+    let (a, b) = (a.trim().parse().map_err(|_| bad())?, b.trim().parse().map_err(|_| bad())?);
+    if a >= b {
+        return Err(format!("the range {text} is empty: the second number is not part of it"));
+    }
+    Ok(a..b)
+}
+
+fn parse_time(text: &str) -> Result<Duration, String> {
+    let bad = || format!("{text:?} is not a time such as 60s, 5m or 1h");
+    let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+    let n: u64 = number.parse().map_err(|_| bad())?;
+    let seconds = match unit {
+        "" | "s" => Some(n),
+        "m" => n.checked_mul(60),
+        "h" => n.checked_mul(3600),
+        _ => None,
+    };
+    seconds.filter(|s| *s > 0).map(Duration::from_secs).ok_or_else(bad)
+}
+
+/// Reads a range of seeds, as `--seeds` does, or a single seed.
+pub fn seeds_or_one(text: &str) -> Result<Range<u64>, String> {
+    match text.trim().parse::<u64>() {
+        Ok(seed) if seed < u64::MAX => Ok(seed..seed + 1),
+        _ => parse_seeds(text),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+        assert_eq!(parse_seeds("3..7"), Ok(3..7));
+        assert!(parse_seeds("7..3").is_err() && parse_seeds("7").is_err() && parse_seeds("a..b").is_err());
+        assert_eq!(parse_time("5m"), Ok(Duration::from_secs(300)));
+        assert!(parse_time("5x").is_err() && parse_time("0s").is_err() && parse_time("99999999999999999999s").is_err());
+        assert_eq!(seeds_or_one("9"), Ok(9..10));
+    }
+}

@@ -1,0 +1,128 @@
+//! `bugs` and `demo`: the testbed proves itself.
+
+use super::args::{BugsArgs, Common};
+use super::output::{Progress, SHRINK_RUNS, revision, save_json, save_run};
+use super::replay::bug;
+use super::{Exit, Stop};
+use crate::catalog;
+use crate::explain;
+use crate::hunt::{Hunted, Quarry, hunt};
+use serde::Serialize;
+use tap_host::Bug;
+
+#[derive(Serialize)]
+struct JsonBug {
+    bug: String,
+    found: bool,
+    scenario: Option<&'static str>,
+    invariant: Option<String>,
+    seeds: u64,
+    find_cpu_ns: u64,
+    decisions_before: usize,
+    decisions_after: usize,
+    shrink_runs: u64,
+    shrink_cpu_ns: u64,
+}
+
+/// A shrunk run of a seeded bug must not have more decisions than this.
+const DECISIONS_MAX: usize = 20;
+
+/// `tapsim bugs`
+pub fn bugs_command(common: &Common, args: &BugsArgs) -> Result<Exit, Stop> {
+    let mut quarries: Vec<Quarry> = if args.bugs.is_empty() {
+        Bug::ALL.iter().map(|b| Quarry::Bug(*b)).chain([Quarry::Canary]).collect()
+    } else {
+        Vec::new()
+    };
+    for name in &args.bugs {
+        quarries.push(if name == "canary" { Quarry::Canary } else { Quarry::Bug(bug(name)?) });
+    }
+    println!(
+        "{:<24} {:<26} {:>4} {:>6} {:>10} {:>16} {:>7} {:>10}",
+        "seeded bug", "found by", "rule", "seeds", "find ms", "decisions", "runs", "shrink ms"
+    );
+    let mut progress = Progress::new(Some(quarries.len() as u64));
+    let mut missed = 0;
+    let mut json = Vec::new();
+    for (i, quarry) in quarries.iter().enumerate() {
+        let hunted = hunt(*quarry, args.within, common.guarded(), SHRINK_RUNS);
+        let good = hunted.as_ref().is_some_and(|h| h.outcome.decisions.len() <= DECISIONS_MAX);
+        missed += u64::from(!good);
+        print_row(common, *quarry, hunted.as_ref(), args.within)?;
+        json.push(row(*quarry, hunted.as_ref(), args.within));
+        progress.at(i as u64 + 1, missed);
+    }
+    progress.finish();
+    if let Some(path) = &common.json {
+        save_json(path, &json)?;
+    }
+    println!("{} passed, {missed} failed", quarries.len() as u64 - missed);
+    Ok(if missed > 0 { Exit::Broken } else { Exit::Ok })
+}
+
+fn print_row(common: &Common, quarry: Quarry, hunted: Option<&Hunted>, within: u64) -> Result<(), Stop> {
+    let Some(h) = hunted else {
+        println!("{:<24} not found within {within} seeds of any scenario", quarry.name());
+        return Ok(());
+    };
+    save_run(common, &h.spec, &h.outcome)?;
+    let rule = h.outcome.failure.as_ref().map_or(String::new(), |f| f.invariant.to_string());
+    println!(
+        "{:<24} {:<26} {:>4} {:>6} {:>10.1} {:>16} {:>7} {:>10.1}{}",
+        quarry.name(),
+        h.spec.scenario.name,
+        rule,
+        h.seeds,
+        h.find_cpu_ns as f64 / 1e6,
+        format!("{} -> {}", h.decisions_before, h.outcome.decisions.len()),
+        h.shrink_runs,
+        h.shrink_cpu_ns as f64 / 1e6,
+        if h.outcome.decisions.len() > DECISIONS_MAX { "  too many decisions" } else { "" }
+    );
+    Ok(())
+}
+
+fn row(quarry: Quarry, hunted: Option<&Hunted>, within: u64) -> JsonBug {
+    JsonBug {
+        bug: quarry.name(),
+        found: hunted.is_some(),
+        scenario: hunted.map(|h| h.spec.scenario.name),
+        invariant: hunted.and_then(|h| h.outcome.failure.as_ref()).map(|f| f.invariant.to_string()),
+        seeds: hunted.map_or(within, |h| h.seeds),
+        find_cpu_ns: hunted.map_or(0, |h| h.find_cpu_ns),
+        decisions_before: hunted.map_or(0, |h| h.decisions_before),
+        decisions_after: hunted.map_or(0, |h| h.outcome.decisions.len()),
+        shrink_runs: hunted.map_or(0, |h| h.shrink_runs),
+        shrink_cpu_ns: hunted.map_or(0, |h| h.shrink_cpu_ns),
+    }
+}
+
+/// `tapsim demo`
+pub fn demo_command(common: &Common) -> Result<Exit, Stop> {
+    let bug = Bug::DataAfterMapping;
+    println!("1. A bug is switched on in the qcow driver: {}.", bug.sentence());
+    println!("2. Seeds are tried in {} scenarios ...", catalog::ALL.len());
+    let hunted = hunt(Quarry::Bug(bug), 2000, common.guarded(), SHRINK_RUNS);
+    let Some(h) = hunted else {
+        return Err(Stop::harness("the seeded bug was not found, so the testbed is broken"));
+    };
+    println!(
+        "   found by {} with seed {} after {} seeds and {:.0} ms of CPU.",
+        h.spec.scenario.name,
+        h.spec.seed,
+        h.seeds,
+        h.find_cpu_ns as f64 / 1e6
+    );
+    println!(
+        "3. Shrunk from {} decisions to {} in {} runs and {:.0} ms of CPU. What is left:\n",
+        h.decisions_before,
+        h.outcome.decisions.len(),
+        h.shrink_runs,
+        h.shrink_cpu_ns as f64 / 1e6
+    );
+    print!("{}", explain::story(&h.spec, &h.outcome));
+    let path = save_run(common, &h.spec, &h.outcome)?;
+    println!("\n4. Saved. Replay it with:  cargo tapsim replay {}", path.display());
+    println!("   (revision {}; without --bug the same seeds are clean: cargo tapsim sweep --seeds 0..2000)", revision());
+    Ok(Exit::Ok)
+}

@@ -1,0 +1,71 @@
+//! The command line of `tapsim`.
+
+mod args;
+mod bugs;
+mod output;
+mod replay;
+mod sweeping;
+
+pub use output::revision;
+pub use sweeping::minute;
+
+use args::{Cli, Command};
+use clap::Parser;
+use std::process::ExitCode;
+
+/// How the program ends; the numbers are part of its interface.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum Exit {
+    /// Nothing is broken.
+    Ok = 0,
+    /// An invariant is broken.
+    Broken = 1,
+    /// The command line, or a file it names, makes no sense.
+    Usage = 2,
+    /// Two runs of one seed differ.
+    Nondeterminism = 3,
+    /// There was nothing to run.
+    NothingRan = 4,
+    /// The testbed itself failed.
+    Harness = 5,
+}
+
+/// Something that ends the program with one line.
+#[derive(Debug)]
+pub struct Stop(pub Exit, pub String);
+
+impl Stop {
+    /// Wrong usage.
+    pub fn usage(text: impl Into<String>) -> Self {
+        Self(Exit::Usage, text.into())
+    }
+    /// A failure of the testbed.
+    pub fn harness(text: impl Into<String>) -> Self {
+        Self(Exit::Harness, text.into())
+    }
+}
+
+/// Runs the program.
+pub fn main() -> ExitCode {
+    crate::run::prepare();
+    let cli = Cli::parse();
+    let result = match cli.command {
+        None => sweeping::minute(&cli.common),
+        Some(Command::Sweep(ref args)) => sweeping::sweep_command(&cli.common, args),
+        Some(Command::Run(ref args)) => replay::run_command(&cli.common, args),
+        Some(Command::Replay(ref args)) => replay::replay_command(&cli.common, args),
+        Some(Command::Shrink(ref args)) => replay::shrink_command(&cli.common, args),
+        Some(Command::Explain(ref args)) => replay::explain_command(&cli.common, args),
+        Some(Command::List) => replay::list_command(&cli.common),
+        Some(Command::Bugs(ref args)) => bugs::bugs_command(&cli.common, args),
+        Some(Command::Demo) => bugs::demo_command(&cli.common),
+    };
+    match result {
+        Ok(exit) => ExitCode::from(exit as u8),
+        Err(Stop(exit, text)) => {
+            eprintln!("tapsim: {text}");
+            ExitCode::from(exit as u8)
+        }
+    }
+}

@@ -1,0 +1,235 @@
+//! What people see: progress, tables, failures; and the JSON beside it.
+
+use super::args::{Common, LogLevel};
+use super::{Exit, Stop};
+use crate::run::{Outcome, RunSpec, run_recorded, shrink_run};
+use crate::sweep::SweepReport;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+use sim::{RunFile, TraceLevel};
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// Replays that shrinking a failure of a sweep may take.
+pub const SHRINK_RUNS: u64 = 20_000;
+/// Events that a failure shows.
+const TAIL: usize = 12;
+
+/// The revision of the code, for decision files.
+pub fn revision() -> String {
+    let out = Command::new("git").args(["rev-parse", "--short=12", "HEAD"]).output();
+    let text = out.ok().filter(|o| o.status.success()).map(|o| String::from_utf8_lossy(&o.stdout).trim().to_string());
+    text.unwrap_or_else(|| concat!("v", env!("CARGO_PKG_VERSION")).into())
+}
+
+/// Progress of long work: a bar on a terminal, a line every few seconds elsewhere.
+pub struct Progress {
+    bar: Option<ProgressBar>,
+    total: Option<u64>,
+    started: Instant,
+    said: Instant,
+}
+
+/// Between two lines of progress where there is no terminal.
+const SAY_EVERY: Duration = Duration::from_secs(5);
+
+impl Progress {
+    /// Progress towards `total` runs, or of unknown length.
+    pub fn new(total: Option<u64>) -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = total.map_or_else(ProgressBar::new_spinner, ProgressBar::new);
+            let shape = if total.is_some() {
+                "{bar:40} {pos}/{len} runs, {msg} [{elapsed}]"
+            } else {
+                "{spinner} {pos} runs, {msg} [{elapsed}]"
+            };
+            bar.set_style(ProgressStyle::with_template(shape).unwrap_or_else(|_| ProgressStyle::default_bar()));
+            bar
+        });
+        Self { bar, total, started: Instant::now(), said: Instant::now() }
+    }
+
+    /// How it stands.
+    pub fn at(&mut self, done: u64, failed: u64) {
+        match &self.bar {
+            Some(bar) => {
+                bar.set_position(done);
+                bar.set_message(format!("{failed} failed"));
+            }
+            None if self.said.elapsed() >= SAY_EVERY => {
+                self.said = Instant::now();
+                let of = self.total.map_or(String::new(), |n| format!(" of {n}"));
+                eprintln!("  {done}{of} runs, {failed} failed, {} s", self.started.elapsed().as_secs());
+            }
+            None => {}
+        }
+    }
+
+    /// Since it began.
+    pub fn elapsed(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// Takes the bar away.
+    pub fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct JsonScenario<'a> {
+    scenario: &'a str,
+    passed: u64,
+    failed: u64,
+    guest_requests: u64,
+    guest_errors: u64,
+    crashes: u64,
+    host_ios: u64,
+    crash_states: u64,
+    cpu_ns: u64,
+    virtual_ns: u64,
+    trace_hash: String,
+    failures: Vec<JsonFailure>,
+}
+
+#[derive(Serialize)]
+struct JsonFailure {
+    seed: u64,
+    invariant: String,
+    detail: String,
+}
+
+#[derive(Serialize)]
+struct JsonSweep<'a> {
+    revision: String,
+    guarded: bool,
+    passed: u64,
+    failed: u64,
+    scenarios: Vec<JsonScenario<'a>>,
+    marks: Vec<(String, u64)>,
+}
+
+/// Writes the report of a sweep as JSON.
+pub fn write_json(common: &Common, report: &SweepReport) -> Result<(), Stop> {
+    let Some(path) = &common.json else { return Ok(()) };
+    let scenarios = report.scenarios.iter().map(|(s, r)| JsonScenario {
+        scenario: s.name,
+        passed: r.passed,
+        failed: r.failed,
+        guest_requests: r.stats.requests,
+        guest_errors: r.stats.errors,
+        crashes: r.stats.crashes,
+        host_ios: r.stats.host_ios,
+        crash_states: r.stats.states,
+        cpu_ns: r.cpu_ns,
+        virtual_ns: r.virtual_ns,
+        trace_hash: format!("{:#018x}", r.hash),
+        failures: r
+            .failures
+            .iter()
+            .map(|(seed, f)| JsonFailure { seed: *seed, invariant: f.invariant.to_string(), detail: f.detail.clone() })
+            .collect(),
+    });
+    let sweep = JsonSweep {
+        revision: revision(),
+        guarded: common.guarded(),
+        passed: report.passed(),
+        failed: report.failed(),
+        scenarios: scenarios.collect(),
+        marks: tap_host::Mark::ALL.iter().map(|m| m.name()).zip(report.marks.iter().copied()).collect(),
+    };
+    save_json(path, &sweep)
+}
+
+/// Writes anything as JSON.
+pub fn save_json(path: &Path, value: &impl Serialize) -> Result<(), Stop> {
+    let text = serde_json::to_string_pretty(value).map_err(|e| Stop::harness(format!("failed to make JSON: {e}")))?;
+    std::fs::write(path, text + "\n").map_err(|e| Stop::usage(format!("failed to write {}: {e}", path.display())))
+}
+
+/// Prints the table of a sweep.
+pub fn print_table(report: &SweepReport) {
+    println!(
+        "{:<26} {:>7} {:>7} {:>10} {:>8} {:>10} {:>9} {:>12}  trace hash",
+        "scenario", "passed", "failed", "requests", "crashes", "host I/O", "CPU ms", "requests/s"
+    );
+    for (scenario, r) in &report.scenarios {
+        let rate = if r.cpu_ns > 0 { r.stats.requests as u128 * 1_000_000_000 / u128::from(r.cpu_ns) } else { 0 };
+        println!(
+            "{:<26} {:>7} {:>7} {:>10} {:>8} {:>10} {:>9} {:>12}  {:#018x}",
+            scenario.name,
+            r.passed,
+            r.failed,
+            r.stats.requests,
+            r.stats.crashes,
+            r.stats.host_ios,
+            r.cpu_ns / 1_000_000,
+            rate,
+            r.hash
+        );
+    }
+}
+
+/// Runs the failing `spec` again, shrinks and saves it, and says how to replay it.
+pub fn report_failure(common: &Common, spec: &RunSpec) -> Result<PathBuf, Stop> {
+    let (guarded, seed, mine) = (common.guarded(), spec.seed, spec.clone());
+    let (best, outcome, before, runs) = sim::guard::run(guarded, seed, move || {
+        let recorded = run_recorded(&mine, TraceLevel::Hash);
+        let (best, outcome, shrunk) = shrink_run(&mine, &recorded, SHRINK_RUNS);
+        (best, outcome, recorded.decisions.len(), shrunk.runs)
+    });
+    let path = save_run(common, &best, &outcome)?;
+    print_failure(common, &best, &outcome);
+    println!("  shrunk from {before} to {} decisions in {runs} runs", outcome.decisions.len());
+    println!("  replay:  cargo tapsim replay {}", path.display());
+    println!("  story:   cargo tapsim explain {}\n", path.display());
+    Ok(path)
+}
+
+/// Saves a run below the folder of failures.
+pub fn save_run(common: &Common, spec: &RunSpec, outcome: &Outcome) -> Result<PathBuf, Stop> {
+    let bug = spec.options.bug.map_or(String::new(), |b| format!("-{}", b.name()));
+    let path = common.out.join(format!("{}{bug}-{}.run", spec.scenario.name, spec.seed));
+    std::fs::create_dir_all(&common.out)
+        .and_then(|()| std::fs::write(&path, spec.to_file(outcome, &revision()).print()))
+        .map_err(|e| Stop::usage(format!("failed to save {}: {e}", path.display())))?;
+    Ok(path)
+}
+
+/// Says what is broken, with the last events.
+pub fn print_failure(common: &Common, spec: &RunSpec, outcome: &Outcome) {
+    let Some(f) = &outcome.failure else { return };
+    println!("\n{} seed {}: broken {}: {}", spec.scenario.name, spec.seed, f.invariant, f.invariant.sentence());
+    println!("  {}", f.detail.trim_end().replace('\n', "\n  "));
+    let lines = &outcome.trace.lines;
+    let shown = if common.log == LogLevel::Full { lines.len() } else { TAIL };
+    if !lines.is_empty() {
+        println!("  last events:");
+    }
+    for line in &lines[lines.len().saturating_sub(shown)..] {
+        println!("    {line}");
+    }
+}
+
+/// Reads a decision file.
+pub fn load_run(path: &Path) -> Result<(RunFile, RunSpec), Stop> {
+    let shown = path.display();
+    let size = std::fs::metadata(path).map_err(|e| Stop::usage(format!("failed to open {shown}: {e}")))?.len();
+    if size > 64 << 20 {
+        return Err(Stop::usage(format!("{shown} is {size} bytes long: decision files are much smaller")));
+    }
+    let text = std::fs::read(path).map_err(|e| Stop::usage(format!("failed to read {shown}: {e}")))?;
+    let text = String::from_utf8_lossy(&text);
+    let file = RunFile::parse(&text).map_err(|e| Stop::usage(format!("failed to read {shown}: {e}")))?;
+    let spec = RunSpec::from_file(&file).map_err(|e| Stop::usage(format!("failed to use {shown}: {e}")))?;
+    Ok((file, spec))
+}
+
+/// Broken or not, as an exit status.
+pub fn exit_of(outcome: &Outcome) -> Exit {
+    if outcome.failure.is_some() { Exit::Broken } else { Exit::Ok }
+}

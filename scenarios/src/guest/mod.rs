@@ -1,0 +1,225 @@
+//! Guests: what they do to a disk, and the history they keep of it.
+
+mod direct;
+mod ring;
+
+pub use direct::DirectDisk;
+pub use ring::RingDisk;
+
+use crate::check::{BlockHistory, Invariant};
+use crate::workload::Op;
+use crate::world::World;
+use std::cell::{Cell, RefCell};
+use std::future::{Future, poll_fn};
+use std::rc::Rc;
+use std::task::{Poll, Waker};
+use tap_host::{Errno, IoKind, SECTOR_BYTES, SectorRange};
+
+/// A disk as a guest sees it, whatever lies between.
+pub trait GuestDisk: Clone + 'static {
+    /// Reads `range` and shows the bytes to `look`.
+    fn read<R>(&self, range: SectorRange, look: impl FnOnce(&[u8]) -> R) -> impl Future<Output = Result<R, Errno>>;
+    /// Writes what `fill` puts into the bytes of `range`.
+    fn write(&self, range: SectorRange, fill: impl FnOnce(&mut [u8])) -> impl Future<Output = Result<(), Errno>>;
+    /// Flushes.
+    fn flush(&self) -> impl Future<Output = Result<(), Errno>>;
+    /// Sectors that one request may have at most.
+    fn max_sectors(&self) -> u32;
+}
+
+/// How a guest takes errors.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Manners {
+    /// How often it repeats a failed request.
+    pub retries: u32,
+    /// Whether anything may fail at all; if not, an error breaks E4.
+    pub errors_allowed: bool,
+    /// The invariant that a wrong read breaks now.
+    pub reads: Invariant,
+}
+
+/// A guest with its memory of what it did.
+pub struct Guest<D> {
+    world: World,
+    disk: D,
+    /// The history of the disk.
+    pub history: Rc<RefCell<BlockHistory>>,
+    manners: Rc<Cell<Manners>>,
+    flush_failed: Rc<Cell<bool>>,
+}
+
+impl<D: Clone> Clone for Guest<D> {
+    fn clone(&self) -> Self {
+        Self {
+            world: self.world.clone(),
+            disk: self.disk.clone(),
+            history: Rc::clone(&self.history),
+            manners: Rc::clone(&self.manners),
+            flush_failed: Rc::clone(&self.flush_failed),
+        }
+    }
+}
+
+impl<D: GuestDisk> Guest<D> {
+    /// A guest on `disk` that goes on with `history`.
+    pub fn new(world: &World, disk: D, history: Rc<RefCell<BlockHistory>>, manners: Manners) -> Self {
+        Self {
+            world: world.clone(),
+            disk,
+            history,
+            manners: Rc::new(Cell::new(manners)),
+            flush_failed: Rc::default(),
+        }
+    }
+
+    /// The disk.
+    pub fn disk(&self) -> &D {
+        &self.disk
+    }
+
+    /// Changes how errors are taken.
+    pub fn set_manners(&self, manners: Manners) {
+        self.manners.set(manners);
+    }
+
+    /// Whether a flush has failed.
+    pub fn flush_failed(&self) -> bool {
+        self.flush_failed.get()
+    }
+
+    /// Runs all operations, `depth` at a time, each as a task of its own, so that one left out changes no other.
+    pub async fn run(&self, ops: &[Option<Op>], depth: usize) {
+        let gate = Gate::default();
+        for (i, op) in ops.iter().enumerate() {
+            let Some(op) = *op else { continue };
+            gate.below(depth.max(1)).await;
+            gate.enter();
+            let (guest, gate) = (self.clone(), gate.clone());
+            self.world.sim.spawn("op", i as u64, async move {
+                guest.one(op).await;
+                gate.leave();
+            });
+        }
+        gate.below(1).await;
+    }
+
+    /// Runs one operation to its answer, with repetitions.
+    pub async fn one(&self, op: Op) {
+        let mut left = self.manners.get().retries;
+        loop {
+            let result = match op.kind {
+                IoKind::Read => self.read(op.range).await,
+                IoKind::Write => self.write(op.range).await,
+                IoKind::Flush => self.flush().await,
+            };
+            self.world.count(|s| s.requests += 1);
+            let Err(error) = result else { return };
+            self.world.count(|s| s.errors += 1);
+            if !self.manners.get().errors_allowed {
+                self.world.fail(Invariant::E4, format!("{op} failed with {error:?} although nothing below it did"));
+                return;
+            }
+            if left == 0 {
+                return;
+            }
+            left -= 1;
+            self.world.sim.sleep_ns(50_000).await;
+        }
+    }
+
+    /// One read, checked.
+    pub async fn read(&self, range: SectorRange) -> Result<(), Errno> {
+        let inv = self.history.borrow_mut().begin_read();
+        let checked =
+            self.disk.read(range, |bytes| self.history.borrow_mut().check_read(inv, range, bytes)).await;
+        match checked {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(wrong)) => {
+                self.world.fail(wrong.invariant(self.manners.get().reads), format!("read {range}: {wrong}"));
+                Ok(())
+            }
+            Err(error) => {
+                self.history.borrow_mut().end_read(inv);
+                Err(error)
+            }
+        }
+    }
+
+    /// One write.
+    pub async fn write(&self, range: SectorRange) -> Result<(), Errno> {
+        let write = self.history.borrow_mut().begin_write(range);
+        let fill = |bytes: &mut [u8]| {
+            let history = self.history.borrow();
+            for (i, sector) in bytes.chunks_exact_mut(SECTOR_BYTES as usize).enumerate() {
+                history.payload(write, range.start.0 + i as u64, sector);
+            }
+        };
+        let result = self.disk.write(range, fill).await;
+        self.history.borrow_mut().end_write(write, result.is_ok());
+        result
+    }
+
+    /// One flush.
+    pub async fn flush(&self) -> Result<(), Errno> {
+        let inv = self.history.borrow_mut().begin_flush();
+        let result = self.disk.flush().await;
+        match result {
+            Ok(()) => self.history.borrow_mut().end_flush(inv),
+            Err(_) => self.flush_failed.set(true),
+        }
+        result
+    }
+
+    /// Reads the whole disk in large pieces.
+    pub async fn read_all(&self) -> Result<(), Errno> {
+        let size = self.history.borrow().size_sectors();
+        let step = u64::from(self.disk.max_sectors());
+        let mut at = 0;
+        while at < size && !self.world.verdict.is_broken() {
+            let n = step.min(size - at);
+            self.read(SectorRange::new(at, n as u32)).await?;
+            self.world.count(|s| s.requests += 1);
+            at += n;
+        }
+        Ok(())
+    }
+}
+
+/// Counts who is inside, and lets one wait until few are.
+#[derive(Clone, Default)]
+pub struct Gate(Rc<GateState>);
+
+#[derive(Default)]
+struct GateState {
+    inside: Cell<usize>,
+    limit: Cell<usize>,
+    waker: RefCell<Option<Waker>>,
+}
+
+impl Gate {
+    /// One enters.
+    pub fn enter(&self) {
+        self.0.inside.set(self.0.inside.get() + 1);
+    }
+    /// One leaves.
+    pub fn leave(&self) {
+        self.0.inside.set(self.0.inside.get() - 1);
+        if self.0.inside.get() < self.0.limit.get()
+            && let Some(waker) = self.0.waker.borrow_mut().take()
+        {
+            waker.wake();
+        }
+    }
+    /// Completes when fewer than `n` are inside. One at a time may wait.
+    pub async fn below(&self, n: usize) {
+        poll_fn(|cx| {
+            if self.0.inside.get() < n {
+                return Poll::Ready(());
+            }
+            self.0.limit.set(n);
+            *self.0.waker.borrow_mut() = Some(cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
+    }
+}

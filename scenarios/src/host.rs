@@ -1,0 +1,132 @@
+//! The simulated host: a process of the kernel model with its access to the Xen model, as one type of the seam.
+
+use kernel_model::{Kernel, Process, ProcessFile};
+use std::future::Future;
+use tap_host::{
+    Bug, DomId, Entropy, Errno, Event, Events, Files, GrantRef, GrantSegment, Grants, Log, Mark, OpenMode, Port, Probe,
+    SharedPages, Tasks, Time, Xenstore,
+};
+use xen_model::{Channel, Mapping, StoreTransaction, StoreWatcher, Xen, XenPort};
+
+/// A process of the control domain.
+#[derive(Clone)]
+pub struct SimHost {
+    /// Its Linux side.
+    pub process: Process,
+    /// Its Xen side.
+    pub port: XenPort,
+}
+
+impl SimHost {
+    /// Starts a process called `name` in the control domain.
+    pub fn start(kernel: &Kernel, xen: &Xen, name: &str, key: u64) -> Self {
+        let process = kernel.process(name, key);
+        let port = xen.attach(DomId(0), process.node());
+        Self { process, port }
+    }
+}
+
+impl Time for SimHost {
+    fn now_ns(&self) -> u64 {
+        self.process.now_ns()
+    }
+    fn sleep_ns(&self, ns: u64) -> impl Future<Output = ()> + 'static {
+        self.process.sleep_ns(ns)
+    }
+}
+
+impl Tasks for SimHost {
+    fn spawn(&self, role: &'static str, key: u64, task: impl Future<Output = ()> + 'static) {
+        self.process.spawn(role, key, task);
+    }
+    fn yield_now(&self) -> impl Future<Output = ()> + 'static {
+        self.process.yield_now()
+    }
+}
+
+impl Log for SimHost {
+    fn log(&self, event: Event) {
+        self.process.log(event);
+    }
+}
+
+impl Entropy for SimHost {
+    fn fill(&self, buf: &mut [u8]) {
+        self.process.fill(buf);
+    }
+}
+
+impl Probe for SimHost {
+    fn bug(&self, bug: Bug) -> bool {
+        self.process.bug(bug)
+    }
+    fn mark(&self, mark: Mark) {
+        self.process.mark(mark);
+    }
+}
+
+impl Files for SimHost {
+    type File = ProcessFile;
+    fn open(&self, path: &str, mode: OpenMode) -> impl Future<Output = Result<ProcessFile, Errno>> {
+        self.process.open(path, mode)
+    }
+    fn sync_parent(&self, path: &str) -> impl Future<Output = Result<(), Errno>> {
+        self.process.sync_parent(path)
+    }
+    fn remove(&self, path: &str) -> impl Future<Output = Result<(), Errno>> {
+        Files::remove(&self.process, path)
+    }
+}
+
+impl Grants for SimHost {
+    type Page = Mapping;
+    fn map(&self, dom: DomId, gref: GrantRef, write: bool) -> Result<Mapping, Errno> {
+        self.port.map(dom, gref, write)
+    }
+    fn copy_in(&self, dom: DomId, segments: &[GrantSegment], private: &mut [u8]) -> Result<(), Errno> {
+        self.port.copy_in(dom, segments, private)
+    }
+    fn copy_out(&self, dom: DomId, segments: &[GrantSegment], private: &[u8]) -> Result<(), Errno> {
+        self.port.copy_out(dom, segments, private)
+    }
+}
+
+impl Events for SimHost {
+    type Channel = Channel;
+    fn bind_interdomain(&self, dom: DomId, remote: Port) -> Result<Channel, Errno> {
+        self.port.bind_interdomain(dom, remote)
+    }
+}
+
+impl SharedPages for SimHost {
+    type Region = Mapping;
+    fn region(&self, name: &str) -> Result<Mapping, Errno> {
+        self.port.region(name)
+    }
+    fn remove_region(&self, name: &str) {
+        self.port.remove_region(name);
+    }
+}
+
+impl Xenstore for SimHost {
+    type Transaction = StoreTransaction;
+    type Watcher = StoreWatcher;
+    fn read(&self, path: &str) -> impl Future<Output = Result<Vec<u8>, Errno>> {
+        self.port.read(path)
+    }
+    fn write(&self, path: &str, value: &[u8]) -> impl Future<Output = Result<(), Errno>> {
+        self.port.write(path, value)
+    }
+    fn remove(&self, path: &str) -> impl Future<Output = Result<(), Errno>> {
+        self.port.remove(path)
+    }
+    fn directory(&self, path: &str) -> impl Future<Output = Result<Vec<String>, Errno>> {
+        self.port.directory(path)
+    }
+    fn watch(&self, path: &str) -> impl Future<Output = Result<StoreWatcher, Errno>> {
+        self.port.watch(path)
+    }
+    fn transaction(&self) -> impl Future<Output = Result<StoreTransaction, Errno>> {
+        self.port.transaction()
+    }
+}

@@ -1,0 +1,241 @@
+//! One run: a scenario, decisions, a verdict.
+
+use crate::check::{Failure, Invariant};
+use crate::world::{RunOptions, Stats, World};
+use crate::{catalog, workload, world};
+use kernel_model::StorageConfig;
+use sim::{
+    Config, DecisionMap, Limits, RunFile, Scheduling, Sim, Source, StallKind, TraceLevel, TraceReport, register_labels,
+};
+use std::cell::RefCell;
+use std::future::Future;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
+use std::sync::Once;
+use tap_host::Bug;
+
+/// A catalogued scenario.
+pub struct Scenario {
+    /// Its name, kebab case.
+    pub name: &'static str,
+    /// One line: what happens and what is looked at.
+    pub about: &'static str,
+    /// What the host's storage is like in a seed.
+    pub storage: fn(&Sim) -> StorageConfig,
+    /// The world's life.
+    pub body: fn(World) -> Pin<Box<dyn Future<Output = ()>>>,
+}
+
+impl std::fmt::Debug for Scenario {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name)
+    }
+}
+
+/// What to run.
+#[derive(Clone, Debug)]
+pub struct RunSpec {
+    /// Which scenario.
+    pub scenario: &'static Scenario,
+    /// The seed.
+    pub seed: u64,
+    /// Where decisions come from.
+    pub source: Source,
+    /// Settings beside decisions.
+    pub options: RunOptions,
+    /// How much of the trace is kept.
+    pub trace: TraceLevel,
+    /// Whether decisions are recorded.
+    pub record: bool,
+}
+
+impl RunSpec {
+    /// A plain run of `seed`.
+    pub fn new(scenario: &'static Scenario, seed: u64) -> Self {
+        Self {
+            scenario,
+            seed,
+            source: Source::Seed,
+            options: RunOptions::default(),
+            trace: TraceLevel::Hash,
+            record: false,
+        }
+    }
+
+    /// With a seeded bug.
+    pub fn with_bug(mut self, bug: Option<Bug>) -> Self {
+        self.options.bug = bug;
+        self
+    }
+
+    /// As a decision file says.
+    ///
+    /// # Errors
+    /// What the file asks for that is not there.
+    pub fn from_file(file: &RunFile) -> Result<Self, String> {
+        let scenario = catalog::find(&file.scenario)
+            .ok_or_else(|| format!("unknown scenario {:?}: `tapsim list` shows those there are", file.scenario))?;
+        let mut spec = Self::new(scenario, file.seed);
+        if let Some(name) = file.option("bug") {
+            let bug = Bug::ALL.iter().find(|b| b.name() == name);
+            spec.options.bug = Some(*bug.ok_or_else(|| format!("unknown seeded bug {name:?}"))?);
+        }
+        spec.options.canary = file.option("canary") == Some("on");
+        spec.source = Source::Replay(file.decisions.clone());
+        Ok(spec)
+    }
+
+    /// The decision file of a run.
+    pub fn to_file(&self, outcome: &Outcome, revision: &str) -> RunFile {
+        let mut options = Vec::new();
+        if let Some(bug) = self.options.bug {
+            options.push(("bug".into(), bug.name()));
+        }
+        if self.options.canary {
+            options.push(("canary".into(), "on".into()));
+        }
+        let story = outcome.failure.iter().map(|f| format!("{}: {}", f.invariant, f.detail));
+        RunFile {
+            scenario: self.scenario.name.into(),
+            seed: self.seed,
+            revision: revision.into(),
+            invariant: outcome.failure.as_ref().map_or(String::new(), |f| f.invariant.to_string()),
+            trace_hash: outcome.trace.hash,
+            options,
+            story: story.collect(),
+            decisions: outcome.decisions.clone(),
+        }
+    }
+}
+
+/// What came of a run.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// The first broken invariant.
+    pub failure: Option<Failure>,
+    /// The trace.
+    pub trace: TraceReport,
+    /// The non-zero decisions, if recorded.
+    pub decisions: DecisionMap,
+    /// How often each mark was reached.
+    pub marks: Vec<u64>,
+    /// Counts.
+    pub stats: Stats,
+    /// Virtual nanoseconds.
+    pub virtual_ns: u64,
+}
+
+/// Turns and virtual time after which a run counts as stuck: far above what any scenario needs.
+const LIMITS: Limits = Limits { turns: 20_000_000, time_ns: 4_000_000_000_000 };
+
+static LABELS: Once = Once::new();
+
+/// Makes all labels known to the reader of decision files.
+pub fn prepare() {
+    LABELS.call_once(|| {
+        register_labels(&[&sim::WAKE, &workload::OP, &world::SETTING]);
+        register_labels(kernel_model::faults::LABELS);
+        register_labels(&xen_model::LABELS);
+        register_labels(catalog::LABELS);
+        catch_panic_places();
+    });
+}
+
+thread_local! {
+    /// Where the last panic of this thread came from.
+    static PANIC_PLACE: RefCell<Option<String>> = const { RefCell::new(None) };
+    static INSIDE: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
+/// Panics inside a run are findings, reported with their place; others print as usual.
+fn catch_panic_places() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        if !INSIDE.get() {
+            return usual(info);
+        }
+        let text = info.payload_as_str().unwrap_or("panic");
+        let place = info.location().map_or(String::new(), |l| format!(" at {}:{}", l.file(), l.line()));
+        PANIC_PLACE.with_borrow_mut(|p| *p = Some(format!("{text}{place}")));
+    }));
+}
+
+fn scheduling(seed: u64) -> Scheduling {
+    let mut draw = sim::Draw::new(sim::mix2(seed, 0x7363_6865_6475_6c65));
+    match draw.below(3) {
+        0 => Scheduling::Fifo,
+        _ => Scheduling::Random { one_in: 2 << draw.below(6), bits: 4 + draw.below(14) as u32 },
+    }
+}
+
+/// Runs `spec` to its end on this thread.
+pub fn run(spec: &RunSpec) -> Outcome {
+    prepare();
+    let scheduling = match spec.source {
+        Source::Seed => scheduling(spec.seed),
+        // Whether a turn is put back is in the map.
+        _ => Scheduling::Random { one_in: u32::MAX, bits: 0 },
+    };
+    let sim = Sim::new(&Config {
+        source: spec.source.clone(),
+        record: spec.record,
+        trace: spec.trace,
+        scheduling,
+        limits: LIMITS,
+        ..Config::new(spec.seed)
+    });
+    let storage = (spec.scenario.storage)(&sim);
+    let world = World::new(&sim, storage, spec.options.clone());
+    let body = (spec.scenario.body)(world.clone());
+    let verdict = world.verdict.clone();
+    INSIDE.set(true);
+    let result = catch_unwind(AssertUnwindSafe(|| sim.run(async move { verdict.guard(body).await })));
+    INSIDE.set(false);
+    match result {
+        Ok(Ok(())) => {}
+        Ok(Err(stall)) => {
+            let why = match stall.kind {
+                StallKind::Deadlock => "nothing can go on",
+                StallKind::TurnLimit => "the run turns in circles",
+                StallKind::TimeLimit => "something waits for ever",
+            };
+            world.fail(Invariant::L1, format!("{why}: {}", stall.report));
+        }
+        Err(_) => {
+            let place = PANIC_PLACE.with_borrow_mut(Option::take).unwrap_or_else(|| "panic".into());
+            world.fail(Invariant::A1, place);
+        }
+    }
+    let (trace, decisions) = sim.finish();
+    Outcome {
+        failure: world.verdict.failure(),
+        trace,
+        decisions,
+        marks: world.kernel.marks(),
+        stats: world.stats(),
+        virtual_ns: sim.now_ns(),
+    }
+}
+
+/// Shrinks a failing run; gives the decisions that are left and how many runs it took.
+pub fn shrink_run(spec: &RunSpec, outcome: &Outcome, runs: u64) -> (RunSpec, Outcome, sim::Shrunk) {
+    let class = outcome.failure.as_ref().map(|f| f.invariant);
+    let candidate = |map: &DecisionMap| RunSpec {
+        source: Source::Replay(map.clone()),
+        record: true,
+        trace: TraceLevel::Hash,
+        ..spec.clone()
+    };
+    let shrunk = sim::shrink(&outcome.decisions, sim::ShrinkLimits { runs }, |map| {
+        let outcome = run(&candidate(map));
+        (outcome.failure.map(|f| f.invariant) == class).then_some(outcome.decisions)
+    });
+    let best = RunSpec { trace: TraceLevel::Events, ..candidate(&shrunk.decisions) };
+    let outcome = run(&best);
+    (best, outcome, shrunk)
+}
+
+/// Runs `spec` again with everything recorded.
+pub fn run_recorded(spec: &RunSpec, trace: TraceLevel) -> Outcome {
+    run(&RunSpec { record: true, trace, ..spec.clone() })
+}

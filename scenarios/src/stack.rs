@@ -1,0 +1,84 @@
+//! The stack as a tapdisk builds it: image, scheduler, disk.
+
+use crate::host::SimHost;
+use crate::world::World;
+use std::rc::Rc;
+use tap_core::{Node, Scheduler, SchedulerLimits, SchedulerStats, Vbd};
+use tap_host::VbdId;
+use tap_images::{BackingPolicy, ImageError, ImageFormat, ImageSpec, OpenOptions, QcowLimits, open_image};
+
+/// Limits that a seed draws; each may be as low as it goes.
+#[derive(Clone, Copy, Debug)]
+pub struct StackLimits {
+    /// Of the scheduler.
+    pub scheduler: SchedulerLimits,
+    /// Of qcow images.
+    pub qcow: QcowLimits,
+    /// Buffers in bytes.
+    pub pool_bytes: usize,
+    /// Requests that the guest has running at once.
+    pub guest_depth: usize,
+    /// O_DIRECT.
+    pub direct: bool,
+}
+
+impl StackLimits {
+    /// Draws them.
+    pub fn draw(world: &World) -> Self {
+        let scheduler = SchedulerLimits {
+            depth: world.setting("depth", &[32, 128, 4, 1]),
+            merge_sectors: world.setting("merge", &[1024, 0, 16]),
+            ..SchedulerLimits::default()
+        };
+        let qcow = QcowLimits { l2_tables: world.setting("l2-tables", &[64, 2, 1]), ..QcowLimits::default() };
+        Self {
+            scheduler,
+            qcow,
+            pool_bytes: world.setting("pool", &[4 << 20, 256 << 10, 64 << 10]),
+            guest_depth: world.setting("guest-depth", &[8, 32, 2, 1]),
+            direct: world.setting("direct", &[false, true]),
+        }
+    }
+}
+
+/// A disk of a tapdisk: what requests are submitted to.
+pub struct Stack {
+    /// The top.
+    pub vbd: Rc<Vbd<SimHost>>,
+    /// Below it.
+    pub scheduler: Rc<Scheduler<SimHost>>,
+}
+
+impl Stack {
+    /// Opens the image `spec` for writing, with its backing files, and builds the disk over it.
+    ///
+    /// # Errors
+    /// As the image's.
+    pub async fn open(host: &SimHost, world: &World, spec: &ImageSpec, limits: &StackLimits) -> Result<Self, ImageError> {
+        let options = OpenOptions {
+            write: true,
+            direct: limits.direct,
+            qcow: limits.qcow,
+            backing: BackingPolicy::any(ImageFormat::Probe),
+        };
+        let image = open_image(host, spec, &options).await?;
+        let scheduler = Rc::new(Scheduler::new(host.clone(), image, limits.scheduler));
+        let report = Rc::downgrade(&scheduler);
+        world.sim.on_stall(move || {
+            let lines = report.upgrade().map(|s| s.wait_report()).unwrap_or_default();
+            lines.iter().map(|line| line.to_string()).collect()
+        });
+        let vbd = Rc::new(Vbd::new(host.clone(), VbdId(51712), Rc::clone(&scheduler) as Rc<dyn Node>));
+        Ok(Self { vbd, scheduler })
+    }
+
+    /// The top as a node.
+    pub fn node(&self) -> Rc<dyn Node> {
+        Rc::clone(&self.vbd) as Rc<dyn Node>
+    }
+
+    /// What the scheduler counted.
+    pub fn stats(&self) -> SchedulerStats {
+        self.scheduler.stats()
+    }
+}

@@ -1,0 +1,207 @@
+//! Sweeps: many seeds of many scenarios on all cores.
+
+use crate::check::Failure;
+use crate::run::{RunSpec, Scenario, run};
+use crate::world::{RunOptions, Stats};
+use sim::{guard, mix2};
+use std::ops::Range;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc;
+use tap_host::Mark;
+
+/// Seeds that one thread takes at a time: entering the guard costs as much as a small run.
+const CHUNK: u64 = 16;
+
+/// What to sweep.
+#[derive(Clone, Debug)]
+pub struct SweepSpec {
+    /// Scenarios.
+    pub scenarios: Vec<&'static Scenario>,
+    /// Seeds of each.
+    pub seeds: Range<u64>,
+    /// Settings of every run.
+    pub options: RunOptions,
+    /// Threads.
+    pub jobs: usize,
+    /// Whether worlds run inside the guard.
+    pub guarded: bool,
+    /// Stop at the first failure of a scenario.
+    pub first_only: bool,
+}
+
+/// What one scenario came to.
+#[derive(Clone, Debug, Default)]
+pub struct ScenarioReport {
+    /// Runs without a failure.
+    pub passed: u64,
+    /// Runs with one.
+    pub failed: u64,
+    /// Sum of counts.
+    pub stats: Stats,
+    /// CPU nanoseconds of the runs.
+    pub cpu_ns: u64,
+    /// Virtual nanoseconds of the runs.
+    pub virtual_ns: u64,
+    /// The first failures, by seed.
+    pub failures: Vec<(u64, Failure)>,
+    /// A sum over all trace hashes, the same in whatever order runs end.
+    pub hash: u64,
+}
+
+/// What a sweep came to.
+#[derive(Clone, Debug)]
+pub struct SweepReport {
+    /// By scenario, in the order asked for.
+    pub scenarios: Vec<(&'static Scenario, ScenarioReport)>,
+    /// How often each mark was reached.
+    pub marks: Vec<u64>,
+}
+
+impl SweepReport {
+    /// Runs without a failure.
+    pub fn passed(&self) -> u64 {
+        self.scenarios.iter().map(|s| s.1.passed).sum()
+    }
+    /// Runs with one.
+    pub fn failed(&self) -> u64 {
+        self.scenarios.iter().map(|s| s.1.failed).sum()
+    }
+    /// Marks that no run reached.
+    pub fn missed(&self) -> Vec<Mark> {
+        Mark::ALL.iter().zip(&self.marks).filter(|(_, n)| **n == 0).map(|(m, _)| *m).collect()
+    }
+}
+
+/// Failures of one scenario that are kept; the rest is counted.
+const FAILURES_KEPT: usize = 8;
+
+struct ChunkResult {
+    scenario: usize,
+    report: ScenarioReport,
+    marks: Vec<u64>,
+}
+
+/// Runs the sweep. `progress` is told of every chunk: runs done, runs failed; it may stop the sweep with `false`.
+pub fn sweep(spec: &SweepSpec, mut progress: impl FnMut(u64, u64) -> bool) -> SweepReport {
+    let chunks = plan(spec);
+    let next = AtomicUsize::new(0);
+    let stop = AtomicBool::new(false);
+    let broken: Vec<AtomicBool> = spec.scenarios.iter().map(|_| AtomicBool::new(false)).collect();
+    let results = Mutex::new(Vec::new());
+    let (tell, told) = mpsc::channel();
+    std::thread::scope(|scope| {
+        for _ in 0..spec.jobs.max(1) {
+            let tell = tell.clone();
+            let (chunks, next, stop, broken, results) = (&chunks, &next, &stop, &broken, &results);
+            scope.spawn(move || {
+                while let Some((scenario, seeds)) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    if stop.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    if spec.first_only && broken[*scenario].load(Ordering::Relaxed) {
+                        continue;
+                    }
+                    let result = run_chunk(spec, *scenario, seeds.clone());
+                    if result.report.failed > 0 {
+                        broken[*scenario].store(true, Ordering::Relaxed);
+                    }
+                    let counts = (result.report.passed + result.report.failed, result.report.failed);
+                    results.lock().expect("no panic while results are held").push(result);
+                    if tell.send(counts).is_err() {
+                        break;
+                    }
+                }
+            });
+        }
+        drop(tell);
+        let (mut done, mut failed) = (0, 0);
+        for (n, f) in told {
+            done += n;
+            failed += f;
+            if !progress(done, failed) {
+                stop.store(true, Ordering::Relaxed);
+            }
+        }
+    });
+    collect(spec, results.into_inner().expect("no panic while results are held"))
+}
+
+/// Chunks in the order of seeds, scenarios taking turns, so that a sweep that is stopped has seen all of them.
+fn plan(spec: &SweepSpec) -> Vec<(usize, Range<u64>)> {
+    let mut chunks = Vec::new();
+    let mut start = spec.seeds.start;
+    while start < spec.seeds.end {
+        let end = (start + CHUNK).min(spec.seeds.end);
+        chunks.extend((0..spec.scenarios.len()).map(|s| (s, start..end)));
+        start = end;
+    }
+    chunks
+}
+
+fn run_chunk(spec: &SweepSpec, scenario: usize, seeds: Range<u64>) -> ChunkResult {
+    let (of, options) = (spec.scenarios[scenario], spec.options.clone());
+    let seed = seeds.start;
+    let (report, marks) = guard::run(spec.guarded, seed, move || {
+        let mut report = ScenarioReport::default();
+        let mut marks = vec![0; Mark::ALL.len()];
+        let before = cpu_ns();
+        for seed in seeds {
+            let outcome = run(&RunSpec { options: options.clone(), ..RunSpec::new(of, seed) });
+            marks.iter_mut().zip(&outcome.marks).for_each(|(sum, n)| *sum += n);
+            add(&mut report.stats, &outcome.stats);
+            report.virtual_ns += outcome.virtual_ns;
+            report.hash = report.hash.wrapping_add(mix2(outcome.trace.hash, seed));
+            match outcome.failure {
+                None => report.passed += 1,
+                Some(failure) => {
+                    report.failed += 1;
+                    if report.failures.len() < FAILURES_KEPT {
+                        report.failures.push((seed, failure));
+                    }
+                }
+            }
+        }
+        report.cpu_ns = cpu_ns().saturating_sub(before);
+        (report, marks)
+    });
+    ChunkResult { scenario, report, marks }
+}
+
+fn add(sum: &mut Stats, one: &Stats) {
+    sum.requests += one.requests;
+    sum.errors += one.errors;
+    sum.crashes += one.crashes;
+    sum.host_ios += one.host_ios;
+    sum.states += one.states;
+}
+
+fn collect(spec: &SweepSpec, mut results: Vec<ChunkResult>) -> SweepReport {
+    let mut marks = vec![0; Mark::ALL.len()];
+    let mut scenarios: Vec<_> = spec.scenarios.iter().map(|s| (*s, ScenarioReport::default())).collect();
+    results.sort_by_key(|r| r.scenario);
+    for result in results {
+        let sum = &mut scenarios[result.scenario].1;
+        let one = result.report;
+        sum.passed += one.passed;
+        sum.failed += one.failed;
+        add(&mut sum.stats, &one.stats);
+        sum.cpu_ns += one.cpu_ns;
+        sum.virtual_ns += one.virtual_ns;
+        sum.hash = sum.hash.wrapping_add(one.hash);
+        sum.failures.extend(one.failures);
+        marks.iter_mut().zip(&result.marks).for_each(|(sum, n)| *sum += n);
+    }
+    for (_, report) in &mut scenarios {
+        report.failures.sort_by_key(|f| f.0);
+        report.failures.truncate(FAILURES_KEPT);
+    }
+    SweepReport { scenarios, marks }
+}
+
+/// CPU nanoseconds of this thread so far, from the kernel's accounting; 0 where there is none. (The clock calls of libc
+/// belong to the guard.)
+pub fn cpu_ns() -> u64 {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    text.split_whitespace().next().and_then(|n| n.parse().ok()).unwrap_or(0)
+}

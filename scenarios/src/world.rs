@@ -1,0 +1,120 @@
+//! A world: one engine, one host, what is asked of it and what comes out.
+
+use crate::check::{Invariant, Verdict};
+use kernel_model::{Kernel, Storage, StorageConfig};
+use sim::{Entity, Label, Sim, text_hash};
+use std::cell::Cell;
+use std::rc::Rc;
+use tap_host::Bug;
+use xen_model::{Options, Xen};
+
+/// Which of a list of settings holds; 0 is the first.
+pub static SETTING: Label = Label::new("setting", "setting number {}");
+
+/// What a run is made of, besides decisions.
+#[derive(Clone, Debug, Default)]
+pub struct RunOptions {
+    /// A seeded bug that is switched on.
+    pub bug: Option<Bug>,
+    /// The drive's flush lies.
+    pub canary: bool,
+    /// A real image to start from instead of a made one: files by name.
+    pub files: Vec<(String, Rc<Vec<u8>>)>,
+}
+
+/// Counts of one run.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Stats {
+    /// Guest requests answered.
+    pub requests: u64,
+    /// Guest requests answered with an error.
+    pub errors: u64,
+    /// Power cuts and kills.
+    pub crashes: u64,
+    /// Operations on the host's files.
+    pub host_ios: u64,
+    /// Crash states looked at beside the run.
+    pub states: u64,
+}
+
+/// One world; clones share it.
+#[derive(Clone)]
+pub struct World {
+    /// The engine.
+    pub sim: Sim,
+    /// Where checkers report.
+    pub verdict: Verdict,
+    /// Linux of the host.
+    pub kernel: Kernel,
+    /// Its storage.
+    pub storage: Storage,
+    /// Xen below it.
+    pub xen: Xen,
+    /// What was asked for.
+    pub options: Rc<RunOptions>,
+    stats: Rc<Cell<Stats>>,
+    errors_allowed: bool,
+}
+
+impl World {
+    /// A world on `sim`.
+    pub fn new(sim: &Sim, mut storage: StorageConfig, options: RunOptions) -> Self {
+        storage.flush_lies |= options.canary;
+        let errors_allowed = storage.faults.errors || storage.faults.no_space || storage.nth_failure.is_some();
+        let storage = Storage::new(sim, storage);
+        let kernel = Kernel::new(sim, &storage);
+        if let Some(bug) = options.bug {
+            kernel.plant(bug);
+        }
+        Self {
+            xen: Xen::new(sim, Options::default()),
+            sim: sim.clone(),
+            verdict: Verdict::default(),
+            kernel,
+            storage,
+            options: Rc::new(options),
+            stats: Rc::default(),
+            errors_allowed,
+        }
+    }
+
+    /// Whether host operations may fail in this world for longer than a retry hides.
+    pub fn errors_allowed(&self) -> bool {
+        self.errors_allowed
+    }
+
+    /// Reports a broken invariant.
+    pub fn fail(&self, invariant: Invariant, detail: impl Into<String>) {
+        self.verdict.fail(invariant, self.sim.now_ns(), detail);
+    }
+
+    /// One of `choices`, a decision: the first is the boring one.
+    pub fn setting<T: Copy>(&self, name: &'static str, choices: &[T]) -> T {
+        let entity = Entity::WORLD.child(name, 0);
+        self.sim.name_entity(entity, || name.to_string());
+        let n = choices.len() as u64;
+        let value = self.sim.decide(entity, &SETTING, 0, |d| d.below(n));
+        choices[value.min(n - 1) as usize]
+    }
+
+    /// A property of the seed that shapes how decisions are drawn and is none itself; 0 in a replay.
+    pub fn mood(&self, name: &str, n: u64) -> u64 {
+        if self.sim.is_replaying() {
+            return 0;
+        }
+        sim::Draw::new(sim::mix2(self.sim.swarm().seed(), text_hash(name))).below(n)
+    }
+
+    /// Changes the counts.
+    pub fn count(&self, change: impl FnOnce(&mut Stats)) {
+        let mut stats = self.stats.get();
+        change(&mut stats);
+        self.stats.set(stats);
+    }
+
+    /// The counts so far.
+    pub fn stats(&self) -> Stats {
+        let counts = self.storage.counts();
+        Stats { host_ios: counts.reads + counts.writes + counts.syncs, ..self.stats.get() }
+    }
+}

@@ -1,0 +1,71 @@
+//! The checks before a change lands, in the order of their cost.
+
+use std::time::Instant;
+use xshell::{Shell, cmd};
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+/// Seeds of each scenario in the sweep.
+const SWEEP_SEEDS: u64 = 1500;
+
+pub(crate) fn run() -> Result<()> {
+    let sh = Shell::new()?;
+    refuse_hidden_cfg()?;
+    install_qemu(&sh);
+    step("format", || Ok(cmd!(sh, "cargo fmt --all --check").run()?))?;
+    step("lints", || {
+        Ok(cmd!(sh, "cargo clippy --workspace --all-targets --locked -- --deny warnings").run()?)
+    })?;
+    step("tests", || Ok(cmd!(sh, "cargo test").run()?))?;
+    step("build without the guard", || {
+        // An environment RUSTFLAGS, even an empty one, hides the cfg of .cargo/config.toml.
+        let check = cmd!(sh, "cargo check --workspace --locked --target-dir target/unguarded");
+        Ok(check.env("RUSTFLAGS", "").run()?)
+    })?;
+    step("sweep", || sweep(&sh))
+}
+
+fn step(name: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    let start = Instant::now();
+    eprintln!("== {name}");
+    work().map_err(|e| format!("{name}: {e}"))?;
+    eprintln!("== {name}: {} s", start.elapsed().as_secs());
+    Ok(())
+}
+
+/// With RUSTFLAGS set, worlds would run unguarded and nobody would notice.
+fn refuse_hidden_cfg() -> Result<()> {
+    for name in ["RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS"] {
+        if std::env::var_os(name).is_some() {
+            return Err(format!("{name} is set, which hides the guard: unset it").into());
+        }
+    }
+    Ok(())
+}
+
+/// The tests against qemu-img and qemu-io report themselves ignored where these are missing; here they should run.
+fn install_qemu(sh: &Shell) {
+    let there = |tool: &str| cmd!(sh, "which {tool}").quiet().ignore_stdout().ignore_stderr().run().is_ok();
+    if there("qemu-img") && there("qemu-io") {
+        return;
+    }
+    let update = cmd!(sh, "apt-get update").run();
+    if let Err(error) = update.and_then(|()| cmd!(sh, "apt-get install -y qemu-utils").run()) {
+        eprintln!("xtask: qemu-utils cannot be installed, its tests will be ignored: {error}");
+    }
+}
+
+/// New seeds with every commit, the same for everybody who runs that commit.
+fn sweep(sh: &Shell) -> Result<()> {
+    let commit = cmd!(sh, "git rev-parse HEAD").read()?;
+    let first = u64::from_str_radix(&commit[..8], 16)? * 10_000;
+    let seeds = format!("{first}..{}", first + SWEEP_SEEDS);
+    let json = "target/sweep.json";
+    cmd!(sh, "cargo run --release --bin tapsim -- sweep --seeds {seeds} --check-determinism --json {json}")
+        .run()?;
+    let report: serde_json::Value = serde_json::from_str(&sh.read_file(json)?)?;
+    if report["guarded"] != true {
+        return Err("the sweep ran without the guard".into());
+    }
+    Ok(())
+}
