@@ -143,6 +143,11 @@ impl<H: ImageHost> ImageFile<H> {
         self.sync.sync(&self.host, &self.file, self.info.direct).await
     }
 
+    /// The size in bytes as it is now.
+    pub(crate) fn size(&self) -> Result<u64, Errno> {
+        Ok(self.file.info()?.size_bytes)
+    }
+
     /// Sets the size in bytes.
     pub(crate) async fn set_size(&self, size_bytes: u64) -> Result<(), Errno> {
         self.file.set_size(size_bytes).await

@@ -142,6 +142,10 @@ impl World {
         self.0.fault.set(fault);
     }
 
+    pub(crate) fn fault(&self) -> Option<Fault> {
+        self.0.fault.get()
+    }
+
     /// Puts a file in place.
     pub(crate) fn put(&self, path: &str, bytes: Vec<u8>) {
         let store =
@@ -181,6 +185,16 @@ impl World {
                 }
             }
             next.put(path, bytes);
+            next.store(path).device.set(store.device.get());
+        }
+        next
+    }
+
+    /// A world in which everything that was written is there: only the process is gone.
+    pub(crate) fn as_seen(&self) -> World {
+        let next = World::new(self.random(u64::MAX));
+        for (path, store) in self.0.files.borrow().iter() {
+            next.put(path, store.now.borrow().clone());
             next.store(path).device.set(store.device.get());
         }
         next
@@ -388,7 +402,8 @@ impl File for MemFile {
             let fault = handle.world.operation().await;
             let len = match fault.map(|f| f.effect) {
                 Some(Effect::None) => 0,
-                Some(Effect::Half) => bytes.len() / 2,
+                // Sectors are not torn.
+                Some(Effect::Half) => bytes.len() / 2 / 512 * 512,
                 Some(Effect::All) => bytes.len(),
                 None => handle.world.moved(bytes.len(), handle.align()),
             };

@@ -9,6 +9,9 @@ use crate::{ImageError, ImageHost};
 /// Most problems that are told in words; the others are counted.
 const MAX_TOLD: usize = 100;
 
+/// Header and L1 table are usually followed by unused bytes up to here or a multiple.
+const FRONT_ALIGN: u64 = 4096;
+
 /// What a check found.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct CheckReport {
@@ -78,9 +81,10 @@ pub async fn check<H: ImageHost>(host: &H, path: &str) -> Result<CheckReport, Im
     report.compressed_clusters = walk.compressed_clusters;
     (report.file_bytes, report.end_bytes) = (file_bytes, walk.end);
     let bytes = geometry.cluster_bytes();
-    let used =
-        walk.table_bytes() + walk.plain_clusters * bytes + walk.compressed_bytes.next_multiple_of(bytes);
-    report.leaked_clusters = file_bytes.max(walk.end).next_multiple_of(bytes).saturating_sub(used) / bytes;
+    let used = walk.plain_clusters * bytes + walk.compressed_bytes.next_multiple_of(bytes);
+    let used = used + report.tables * geometry.table_bytes().next_multiple_of(bytes);
+    let front = geometry.l1_end().next_multiple_of(FRONT_ALIGN.max(bytes));
+    report.leaked_clusters = file_bytes.max(walk.end).saturating_sub(front + used).div_ceil(bytes);
     Ok(report)
 }
 

@@ -145,7 +145,7 @@ impl<H: ImageHost> Node for Qcow<H> {
         let (open, read_only) = (self.image.take(), self.info.read_only);
         Box::pin(async move {
             let Some(image) = open else { return Ok(()) };
-            let flushed = if read_only { Ok(()) } else { image.flush().await };
+            let flushed = if read_only { Ok(()) } else { image.finish().await };
             let closed = match &image.backing {
                 Some(backing) => backing.close().await,
                 None => Ok(()),
@@ -185,6 +185,15 @@ impl<H: ImageHost> Image<H> {
         }
         // Every mapping was written before its request was answered.
         self.file.sync().await
+    }
+
+    /// Leaves a file that ends where its last cluster does: others put new clusters, or compressed bytes, at its end.
+    async fn finish(&self) -> Result<(), Errno> {
+        let frontier = self.allocator.borrow().frontier;
+        if !self.file.info.block_device && self.file.size()? < frontier {
+            self.file.set_size(frontier).await?;
+        }
+        self.flush().await
     }
 
     /// The cluster that holds byte `at` of the disk.

@@ -247,17 +247,4 @@ impl Walk {
         }
         Some(())
     }
-
-    /// Bytes of the header and of all tables, in whole clusters.
-    pub(super) fn table_bytes(&self) -> u64 {
-        let bytes = self.geometry.cluster_bytes();
-        let mut covered = 0;
-        let mut last = 0;
-        for (range, _) in &self.tables {
-            let (start, end) = ((range.start / bytes).max(last), range.end.div_ceil(bytes));
-            covered += end.saturating_sub(start);
-            last = last.max(end);
-        }
-        covered * bytes
-    }
 }
