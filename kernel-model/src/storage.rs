@@ -370,7 +370,6 @@ impl Inner {
         index
     }
 
-
     fn draw_fault(&self, op: IoOp, io: Entity) -> Fault {
         let mut counts = self.counts.get();
         match op {
@@ -390,7 +389,11 @@ impl Inner {
         if !self.rates.any(op) && !self.sim.has_given_decisions() {
             return Fault::None;
         }
-        decode(self.sim.fault(io, &IO_FAULT, 1_000_000, |d| self.rates.draw_fault(op, d)), self.config.borrow().faults, op)
+        decode(
+            self.sim.fault(io, &IO_FAULT, 1_000_000, |d| self.rates.draw_fault(op, d)),
+            self.config.borrow().faults,
+            op,
+        )
     }
 
     pub(crate) fn poll(&self, index: u32, waker: &Waker) -> Poll<(Result<usize, Errno>, IoVec)> {

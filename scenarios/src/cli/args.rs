@@ -199,7 +199,11 @@ mod tests {
         assert_eq!(parse_seeds("3..7"), Ok(3..7));
         assert!(parse_seeds("7..3").is_err() && parse_seeds("7").is_err() && parse_seeds("a..b").is_err());
         assert_eq!(parse_time("5m"), Ok(Duration::from_secs(300)));
-        assert!(parse_time("5x").is_err() && parse_time("0s").is_err() && parse_time("99999999999999999999s").is_err());
+        assert!(
+            parse_time("5x").is_err()
+                && parse_time("0s").is_err()
+                && parse_time("99999999999999999999s").is_err()
+        );
         assert_eq!(seeds_or_one("9"), Ok(9..10));
     }
 }
