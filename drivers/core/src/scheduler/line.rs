@@ -104,10 +104,7 @@ impl Line {
         let first = self.queue.pop_front().expect("the leader is the first in line");
         let mut parts: SmallVec<[(u32, Request); 1]> = smallvec![(first.slot, self.take_request(first.slot))];
         let (mut start, mut end, mut bufs) = (first.start, first.end, parts[0].1.bufs.len());
-        let fits = |start: u64, end: u64| end - start <= u64::from(merge_sectors);
-        while let Some(at) = self.queue.iter().position(|q| {
-            q.op == first.op && (q.start == end && fits(start, q.end) || q.end == start && fits(q.start, end))
-        }) {
+        while let Some(at) = self.neighbour(first.op, start, end, merge_sectors) {
             let Stage::Queued(next) = &self.slots[self.queue[at].slot as usize].stage else { break };
             bufs += next.bufs.len();
             if bufs > MERGE_BUFS {
@@ -124,6 +121,25 @@ impl Line {
             }
         }
         parts
+    }
+
+    /// Where in the queue a request stands that goes on where `start..end` begins or ends.
+    fn neighbour(&self, op: Op, start: u64, end: u64, merge_sectors: u32) -> Option<usize> {
+        let fits = |q: &Queued| q.op == op && q.end.max(end) - q.start.min(start) <= u64::from(merge_sectors);
+        let touches = |q: &Queued| (q.start == end || q.end == start) && fits(q);
+        let (front, back) = self.queue.as_slices();
+        // Every request looks at all that wait: two plain loops, not one over both halves.
+        for (at, q) in front.iter().enumerate() {
+            if touches(q) {
+                return Some(at);
+            }
+        }
+        for (at, q) in back.iter().enumerate() {
+            if touches(q) {
+                return Some(front.len() + at);
+            }
+        }
+        None
     }
 
     /// Stores the answer of a part; what is left over is for the caller to drop or wake without holding the line.

@@ -31,7 +31,7 @@ use crate::{
     Access, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, Space, Ticket, Tracker, WaitReport,
 };
 use line::{Line, Place};
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::rc::Rc;
 use tap_host::{Bug, Errno, Log, Mark, Probe, SECTOR_BYTES, Tasks, Time, bytes_of};
 
@@ -94,7 +94,7 @@ struct Inner<H> {
     limits: SchedulerLimits,
     tracker: Tracker,
     line: RefCell<Line>,
-    stats: Cell<SchedulerStats>,
+    stats: RefCell<SchedulerStats>,
 }
 
 impl<H: Time + Tasks + Log + Probe> Scheduler<H> {
@@ -107,13 +107,13 @@ impl<H: Time + Tasks + Log + Probe> Scheduler<H> {
             limits,
             tracker: Tracker::new(),
             line: RefCell::new(Line::new(limits.depth)),
-            stats: Cell::default(),
+            stats: RefCell::default(),
         }))
     }
 
     /// Counters.
     pub fn stats(&self) -> SchedulerStats {
-        self.0.stats.get()
+        *self.0.stats.borrow()
     }
 
     /// Requests that wait for overlapping ones, and for which.
@@ -197,9 +197,7 @@ impl<H: Time + Tasks + Log + Probe> Inner<H> {
     }
 
     fn count(&self, change: impl FnOnce(&mut SchedulerStats)) {
-        let mut stats = self.stats.get();
-        change(&mut stats);
-        self.stats.set(stats);
+        change(&mut self.stats.borrow_mut());
     }
 
     fn count_answer(&self, op: Op, sectors: u32, response: &Response) {
