@@ -4,7 +4,7 @@ mod common;
 
 use common::front::{Front, ring_config, workload};
 use common::{Disk, TestHost, World};
-use sim::{Config, DecisionMap, Scheduling, Source};
+use sim::{Config, Scheduling};
 use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::rc::Rc;
@@ -95,14 +95,21 @@ fn few_buffers_delay_and_never_stop() {
 }
 
 #[test]
-fn a_full_ring_needs_few_events() {
-    // A disk that always takes the same time: what went down together comes back together.
-    let config = Config { source: Source::Replay(DecisionMap::default()), ..quiet() };
-    world(&config, async |b| {
+fn what_is_asked_and_answered_together_needs_one_event_each_way() {
+    world(&quiet(), async |mut b| {
+        b.disk.instant = true;
         b.serve(ring_config(&b.front, None));
-        workload(b.world.sim.clone(), Rc::clone(&b.front), 2000, 32, 5).await.unwrap();
-        let events = b.world.xen.notified();
-        assert!(events < 1000, "{events} events for 2000 requests and as many responses");
+        b.settle().await;
+        let before = b.world.xen.notified();
+        for _ in 0..10 {
+            let request = |id| BlkifRequest::new(id, BlkifOp::Write, 0, &[b.front.segment(0, 0, 0)]).unwrap();
+            (0..32).for_each(|id| assert!(b.front.ring.put(&request(id))));
+            b.front.ring.publish();
+            for _ in 0..32 {
+                b.front.ring.next().await.unwrap();
+            }
+        }
+        assert_eq!(b.world.xen.notified() - before, 20);
     });
 }
 
