@@ -1,1 +1,56 @@
-//! tap-images
+//! Image formats: files of the host as disks of a guest.
+//!
+//! ```text
+//!   Request ──► Raw, Qcow ──► ImageFile ──► tap_host::File
+//!               where bytes    whole transfers, alignment,
+//!               live           shared and remembered synchronisation
+//! ```
+//!
+//! # Contract
+//!
+//! * Every image is a [`Node`](tap_core::Node). A write that was answered with success has been accepted by the host's
+//!   file, data and mapping both; after a flush that was answered with success it survives a crash.
+//! * After a crash at any moment an image opens, and every sector reads as one of the versions that were written to it
+//!   (or as it was before), never as anything else. Space that a crash or an error left over is lost, not reused.
+//! * After an error the same request can be repeated; an error touches no sector outside its request.
+//! * What a file says is checked before it is used: a hostile image gives errors, never a panic, and never makes
+//!   the process allocate more than the limits say.
+//! * An image opened for writing is locked against every other process, one opened for reading against writers.
+//!
+//! | module | format |
+//! |---|---|
+//! | [`raw`] | the file is the disk |
+//! | [`qcow`] | QEMU copy-on-write, version 1, with Xen's extended header |
+
+mod carve;
+mod chain;
+mod error;
+mod io;
+pub mod qcow;
+pub mod raw;
+mod sync;
+
+#[cfg(test)]
+mod testing;
+
+pub use chain::{BackingGate, BackingPolicy, ImageFormat, ImageSpec, OpenOptions, open_image};
+pub use error::ImageError;
+pub use qcow::QcowLimits;
+
+use tap_core::{NodeInfo, Op, Request};
+use tap_host::{Errno, Files, Log, Probe, Tasks, Time, bytes_of};
+
+/// What images ask of a host.
+pub trait ImageHost: Files + Time + Tasks + Log + Probe {}
+impl<T: Files + Time + Tasks + Log + Probe> ImageHost for T {}
+
+/// What every format asks of a request before it looks at it.
+fn check_request(request: &Request, info: NodeInfo) -> Result<(), Errno> {
+    let fits =
+        request.range.fits(info.size_sectors) && bytes_of(&request.bufs) as u64 == request.range.len_bytes();
+    match request.op {
+        _ if !fits => Err(Errno::EINVAL),
+        Op::Write if info.read_only => Err(Errno::EROFS),
+        Op::Read | Op::Write | Op::Flush => Ok(()),
+    }
+}

@@ -1,7 +1,7 @@
 //! The catalogue of scenarios.
 
-mod crash;
-mod setup;
+pub mod crash;
+pub mod setup;
 
 use crate::run::Scenario;
 use sim::Label;

@@ -24,6 +24,8 @@ pub struct Setup {
     pub history: Rc<RefCell<BlockHistory>>,
     /// Size in sectors.
     pub size_sectors: u64,
+    /// Bytes in a cluster as a power of two; 9 for a raw image.
+    pub cluster_bits: u32,
     /// The backing file's bytes, which must stay.
     base: Option<Rc<Vec<u8>>>,
 }
@@ -48,7 +50,8 @@ impl Setup {
         }
         world.storage.put_bytes(IMAGE, &file);
         let initial = if overlay { Initial::Bytes(view) } else { Initial::Zero };
-        Self::with_history(world, ImageFormat::Qcow, size_bytes, initial, base)
+        let setup = Self::with_history(world, ImageFormat::Qcow, size_bytes, initial, base);
+        Self { cluster_bits, ..setup }
     }
 
     /// Makes a raw image of zeros.
@@ -71,6 +74,7 @@ impl Setup {
             spec: ImageSpec { format, path: IMAGE.into() },
             history: Rc::new(RefCell::new(history)),
             size_sectors,
+            cluster_bits: 9,
             base,
         }
     }

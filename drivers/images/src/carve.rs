@@ -1,0 +1,98 @@
+//! Parts of a request's buffers.
+//!
+//! An [`IoBuf`] moves as a whole. A part that begins and ends with buffers takes them; any other part gets a buffer of
+//! its own, and its bytes are copied.
+
+use crate::ImageHost;
+use crate::io::ImageFile;
+use smallvec::SmallVec;
+use tap_core::Op;
+use tap_host::{Errno, IoBuf, IoVec};
+
+/// The buffers of a request while parts of them are away.
+pub(crate) struct Carver {
+    op: Op,
+    slots: SmallVec<[Option<IoBuf>; 4]>,
+    /// Where each buffer starts, in bytes of the request, and where the last one ends.
+    starts: SmallVec<[usize; 5]>,
+}
+
+/// A part that was taken out.
+pub(crate) struct Part {
+    at: usize,
+    /// The first slot, if the buffers themselves were taken.
+    moved_from: Option<usize>,
+    /// The buffers to work with.
+    pub(crate) bufs: IoVec,
+}
+
+impl Carver {
+    pub(crate) fn new(op: Op, bufs: IoVec) -> Self {
+        let mut starts: SmallVec<[usize; 5]> = SmallVec::new();
+        let mut at = 0;
+        for buf in &bufs {
+            starts.push(at);
+            at += buf.len();
+        }
+        starts.push(at);
+        Self { op, slots: bufs.into_iter().map(Some).collect(), starts }
+    }
+
+    /// Takes `len` bytes from byte `at` on. Parts that are away together do not overlap.
+    pub(crate) async fn take<H: ImageHost>(
+        &mut self,
+        file: &ImageFile<H>,
+        at: usize,
+        len: usize,
+    ) -> Result<Part, Errno> {
+        if let (Ok(first), Ok(end)) = (self.starts.binary_search(&at), self.starts.binary_search(&(at + len)))
+        {
+            let taken = self.slots[first..end].iter_mut().map(|s| s.take().expect("a part is taken once"));
+            return Ok(Part { at, moved_from: Some(first), bufs: taken.collect() });
+        }
+        let mut bufs = file.buffers(len).await?;
+        if self.op == Op::Write {
+            let mut from = at;
+            for buf in &mut bufs {
+                self.overlaps(from, buf.len(), |own, other| buf[other].copy_from_slice(own));
+                from += buf.len();
+            }
+        }
+        Ok(Part { at, moved_from: None, bufs })
+    }
+
+    /// Puts a part back, with the bytes that a read brought.
+    pub(crate) fn put(&mut self, part: Part) {
+        match part.moved_from {
+            Some(first) => {
+                for (slot, buf) in self.slots[first..].iter_mut().zip(part.bufs) {
+                    *slot = Some(buf);
+                }
+            }
+            None if self.op == Op::Read => {
+                let mut from = part.at;
+                for buf in &part.bufs {
+                    self.overlaps(from, buf.len(), |own, other| own.copy_from_slice(&buf[other]));
+                    from += buf.len();
+                }
+            }
+            None => {}
+        }
+    }
+
+    /// All buffers, once every part is back.
+    pub(crate) fn finish(self) -> IoVec {
+        self.slots.into_iter().map(|s| s.expect("every part was put back")).collect()
+    }
+
+    /// Calls `copy` with every piece of a buffer within `len` bytes from `at`, and where it is relative to `at`.
+    fn overlaps(&mut self, at: usize, len: usize, mut copy: impl FnMut(&mut [u8], std::ops::Range<usize>)) {
+        for (slot, start) in self.slots.iter_mut().zip(&self.starts) {
+            let Some(buf) = slot else { continue };
+            let (from, to) = ((*start).max(at), (start + buf.len()).min(at + len));
+            if from < to {
+                copy(&mut buf[from - start..to - start], from - at..to - at);
+            }
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! Opening an image together with those it is based on.
+//!
+//! ```text
+//!   top.qcow ──names──► base.qcow ──names──► base.raw
+//!    written             read only            read only
+//! ```
+//!
+//! The name of a backing file stands in the image, and a guest that once wrote a whole raw disk could have put it there.
+//! So an image by itself opens nothing: a [`BackingPolicy`] of the caller decides about every file, and about the format
+//! it is read as. Formats are recognised by content only where the caller says so.
+
+use crate::qcow::{Qcow, QcowLimits};
+use crate::raw::Raw;
+use crate::{ImageError, ImageHost};
+use std::fmt;
+use std::rc::Rc;
+use tap_core::{LocalBoxFuture, Node};
+
+/// How to read a file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ImageFormat {
+    /// The file is the disk.
+    Raw,
+    /// qcow version 1.
+    Qcow,
+    /// qcow if it begins like one, raw otherwise. Not for files whose first sector a guest could write while they
+    /// were raw: it would choose the format.
+    Probe,
+}
+
+/// Gives the format of the file at a path, or `None` to refuse it.
+pub type BackingGate = Rc<dyn Fn(&str) -> Option<ImageFormat>>;
+
+/// Which backing files may be opened.
+#[derive(Clone, Default)]
+pub enum BackingPolicy {
+    /// None: an image that names one is refused.
+    #[default]
+    Refuse,
+    /// Asked with the path of every backing file (relative names are resolved against the directory of the image that
+    /// names them).
+    Ask(BackingGate),
+}
+
+impl BackingPolicy {
+    /// Any file, as `format`. For images that come from a trusted place.
+    pub fn any(format: ImageFormat) -> Self {
+        Self::Ask(Rc::new(move |_| Some(format)))
+    }
+}
+
+impl fmt::Debug for BackingPolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            BackingPolicy::Refuse => "Refuse",
+            BackingPolicy::Ask(_) => "Ask",
+        })
+    }
+}
+
+/// A file and its format.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ImageSpec {
+    /// How to read it.
+    pub format: ImageFormat,
+    /// Where it is.
+    pub path: String,
+}
+
+/// How to open an image.
+#[derive(Clone, Debug, Default)]
+pub struct OpenOptions {
+    /// For writing as well; takes the exclusive lock.
+    pub write: bool,
+    /// Without the host's page cache.
+    pub direct: bool,
+    /// Bounds of qcow images.
+    pub qcow: QcowLimits,
+    /// What may be opened below the image.
+    pub backing: BackingPolicy,
+}
+
+/// Most images in one chain.
+const MAX_CHAIN: usize = 64;
+
+/// Opens the image `spec` and everything below it.
+///
+/// # Errors
+/// [`ImageError`] with the path of the file that is to blame.
+pub async fn open_image<H: ImageHost>(
+    host: &H,
+    spec: &ImageSpec,
+    options: &OpenOptions,
+) -> Result<Rc<dyn Node>, ImageError> {
+    open_level(host.clone(), spec.clone(), options.clone(), 1).await
+}
+
+fn open_level<H: ImageHost>(
+    host: H,
+    spec: ImageSpec,
+    options: OpenOptions,
+    level: usize,
+) -> LocalBoxFuture<Result<Rc<dyn Node>, ImageError>> {
+    Box::pin(async move {
+        let is_qcow = match spec.format {
+            ImageFormat::Raw => false,
+            ImageFormat::Qcow => true,
+            ImageFormat::Probe => Qcow::probe(&host, &spec.path).await?,
+        };
+        let node: Rc<dyn Node> = if is_qcow {
+            Rc::new(Qcow::open_at_level(&host, &spec.path, &options, level).await?)
+        } else {
+            Rc::new(Raw::open(&host, &spec.path, options.write, options.direct).await?)
+        };
+        Ok(node)
+    })
+}
+
+/// Opens the file that the image at `path` is based on, if `options` allow it.
+pub(crate) async fn open_backing<H: ImageHost>(
+    host: &H,
+    path: &str,
+    name: &[u8],
+    options: &OpenOptions,
+    level: usize,
+) -> Result<Rc<dyn Node>, ImageError> {
+    let refused = |what: String, advice| {
+        Err(ImageError::Refused { path: path.to_owned(), format: "qcow", what, advice })
+    };
+    let Some(name) = std::str::from_utf8(name).ok().filter(|n| !n.is_empty() && !n.contains('\0')) else {
+        return refused(
+            "the name of its backing file is not text".to_owned(),
+            "restore the image from a backup",
+        );
+    };
+    let backing = resolve(path, name);
+    if level >= MAX_CHAIN {
+        let what = format!("there are more than {MAX_CHAIN} images above {backing}");
+        return refused(what, "merge some of them");
+    }
+    let format = match &options.backing {
+        BackingPolicy::Refuse => None,
+        BackingPolicy::Ask(allowed) => allowed(&backing),
+    };
+    let Some(format) = format else {
+        return refused(
+            format!("it is based on {backing}, which may not be opened"),
+            "allow that file, or flatten the image",
+        );
+    };
+    let spec = ImageSpec { format, path: backing.clone() };
+    let below = OpenOptions { write: false, ..options.clone() };
+    open_level(host.clone(), spec, below, level + 1).await.map_err(|error| ImageError::Backing {
+        path: path.to_owned(),
+        backing,
+        error: Box::new(error),
+    })
+}
+
+fn resolve(image: &str, name: &str) -> String {
+    match image.rfind('/') {
+        Some(slash) if !name.starts_with('/') => format!("{}{name}", &image[..=slash]),
+        _ => name.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn relative_names_are_relative_to_the_image() {
+        assert_eq!(resolve("/disks/top.qcow", "base"), "/disks/base");
+        assert_eq!(resolve("/disks/top.qcow", "/other/base"), "/other/base");
+        assert_eq!(resolve("top.qcow", "base"), "base");
+        assert_eq!(resolve("/top.qcow", "d/base"), "/d/base");
+    }
+}

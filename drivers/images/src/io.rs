@@ -1,0 +1,314 @@
+//! Whole transfers on files that make short ones, and on files that want alignment.
+//!
+//! ```text
+//!   request ──► aligned? ──yes──► one operation ──short?──► the rest, until done
+//!                  └─no──► a bounce buffer around it; a write reads the edges first,
+//!                          with its blocks claimed, so that neighbours do not undo each other
+//! ```
+//!
+//! A read past the end of the file gives zeros: after a crash a mapping may be there before the size is.
+
+use crate::sync::GroupSync;
+use crate::{ImageError, ImageHost};
+use smallvec::smallvec;
+use tap_core::{Access, Space, Tracker};
+use tap_host::{
+    BufPool, Bug, Errno, File, FileInfo, IoBuf, IoVec, LockKind, Mark, OpenMode, bytes_of, copy_from_slice,
+    copy_to_slice,
+};
+
+/// Largest buffer that is allocated here at once.
+const CHUNK_BYTES: usize = 1 << 20;
+
+/// An open, locked file.
+pub(crate) struct ImageFile<H: ImageHost> {
+    host: H,
+    file: H::File,
+    /// Size as it was when the file was opened; the rest does not change.
+    pub(crate) info: FileInfo,
+    tracker: Tracker,
+    sync: GroupSync,
+    /// Without a limit of its own: what is bounced is bounded by the requests in flight.
+    pool: BufPool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Read,
+    Write,
+}
+
+impl<H: ImageHost> ImageFile<H> {
+    /// Opens and locks `path`: alone for writing, together with other readers otherwise.
+    pub(crate) async fn open(host: &H, path: &str, write: bool, direct: bool) -> Result<Self, ImageError> {
+        let mode = OpenMode { write, create_new: false, direct };
+        let file = host.open(path, mode).await.map_err(ImageError::io("open", path))?;
+        Self::locked(host, path, file, write)
+    }
+
+    /// Creates and locks `path`.
+    pub(crate) async fn create(host: &H, path: &str, on_device: bool) -> Result<Self, ImageError> {
+        let mode = if on_device { OpenMode::WRITE } else { OpenMode::CREATE };
+        let file = host.open(path, mode).await.map_err(ImageError::io("create", path))?;
+        Self::locked(host, path, file, true)
+    }
+
+    fn locked(host: &H, path: &str, file: H::File, write: bool) -> Result<Self, ImageError> {
+        let kind = if write { LockKind::Exclusive } else { LockKind::Shared };
+        file.lock(kind).map_err(|error| match error {
+            Errno::EAGAIN => ImageError::InUse { path: path.to_owned() },
+            error => ImageError::io("lock", path)(error),
+        })?;
+        let info = file.info().map_err(ImageError::io("look at", path))?;
+        let info = FileInfo { align_bytes: info.align_bytes.max(1), ..info };
+        let pool = BufPool::new(usize::MAX);
+        Ok(Self { host: host.clone(), file, info, tracker: Tracker::new(), sync: GroupSync::new(), pool })
+    }
+
+    /// The tracker that orders work on this file.
+    pub(crate) fn tracker(&self) -> &Tracker {
+        &self.tracker
+    }
+
+    /// A buffer of unspecified content.
+    pub(crate) async fn buffer(&self, len: usize) -> Result<IoBuf, Errno> {
+        self.pool.alloc(len).await
+    }
+
+    /// Buffers of unspecified content, `len` bytes together.
+    pub(crate) async fn buffers(&self, mut len: usize) -> Result<IoVec, Errno> {
+        let mut bufs = IoVec::new();
+        while len > 0 {
+            let part = len.min(CHUNK_BYTES);
+            bufs.push(self.pool.alloc(part).await?);
+            len -= part;
+        }
+        Ok(bufs)
+    }
+
+    /// Fills `bufs` from byte `offset` on; with zeros from the end of the file on.
+    pub(crate) async fn read(&self, offset: u64, bufs: IoVec) -> (Result<(), Errno>, IoVec) {
+        if !self.is_aligned(offset, &bufs) {
+            return Box::pin(self.read_around(offset, bufs)).await;
+        }
+        let want = bytes_of(&bufs);
+        let (got, bufs) = self.file.read_at(offset, bufs).await;
+        match got {
+            Ok(n) if n == want => (Ok(()), bufs),
+            Ok(n) => Box::pin(self.resume(Way::Read, offset, n, bufs)).await,
+            Err(e) => (Err(e), bufs),
+        }
+    }
+
+    /// Stores `bufs` from byte `offset` on.
+    pub(crate) async fn write(&self, offset: u64, bufs: IoVec) -> (Result<(), Errno>, IoVec) {
+        if !self.is_aligned(offset, &bufs) {
+            return Box::pin(self.write_around(offset, bufs)).await;
+        }
+        let want = bytes_of(&bufs);
+        let (got, bufs) = self.file.write_at(offset, bufs).await;
+        match got {
+            Ok(n) if n == want => (Ok(()), bufs),
+            Ok(n) => Box::pin(self.resume(Way::Write, offset, n, bufs)).await,
+            Err(e) => (Err(e), bufs),
+        }
+    }
+
+    /// Reads `dst.len()` bytes into ordinary memory.
+    pub(crate) async fn read_bytes(&self, offset: u64, dst: &mut [u8]) -> Result<(), Errno> {
+        let mut at = offset;
+        for part in dst.chunks_mut(CHUNK_BYTES) {
+            let (result, bufs) = self.read(at, smallvec![self.buffer(part.len()).await?]).await;
+            result?;
+            part.copy_from_slice(&bufs[0]);
+            at += part.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Writes bytes from ordinary memory.
+    pub(crate) async fn write_bytes(&self, offset: u64, src: &[u8]) -> Result<(), Errno> {
+        let mut at = offset;
+        for part in src.chunks(CHUNK_BYTES) {
+            let mut buf = self.buffer(part.len()).await?;
+            buf.copy_from_slice(part);
+            self.write(at, smallvec![buf]).await.0?;
+            at += part.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Makes durable what was written before; shared by all who wait for it.
+    pub(crate) async fn sync(&self) -> Result<(), Errno> {
+        self.sync.sync(&self.host, &self.file, self.info.direct).await
+    }
+
+    /// The size in bytes as it is now.
+    pub(crate) fn size(&self) -> Result<u64, Errno> {
+        Ok(self.file.info()?.size_bytes)
+    }
+
+    /// Sets the size in bytes.
+    pub(crate) async fn set_size(&self, size_bytes: u64) -> Result<(), Errno> {
+        self.file.set_size(size_bytes).await
+    }
+
+    fn is_aligned(&self, offset: u64, bufs: &[IoBuf]) -> bool {
+        let align = self.info.align_bytes;
+        align == 1
+            || (offset.is_multiple_of(u64::from(align))
+                && bufs.iter().all(|b| b.len().is_multiple_of(align as usize)))
+    }
+
+    /// The rest of a transfer of which `done` bytes were made.
+    async fn resume(
+        &self,
+        way: Way,
+        offset: u64,
+        mut done: usize,
+        mut bufs: IoVec,
+    ) -> (Result<(), Errno>, IoVec) {
+        let total = bytes_of(&bufs);
+        if self.host.bug(Bug::ShortTransfer) && done > 0 {
+            return (Ok(()), bufs);
+        }
+        loop {
+            match self.settle(way, offset, &mut done) {
+                Ok(true) => {}
+                Ok(false) => {
+                    zero_from(&mut bufs, done);
+                    return (Ok(()), bufs);
+                }
+                Err(e) => return (Err(e), bufs),
+            }
+            if done == total {
+                return (Ok(()), bufs);
+            }
+            match self.step(way, offset, done, &mut bufs).await {
+                Err(e) => return (Err(e), bufs),
+                Ok(0) if way == Way::Read => {
+                    zero_from(&mut bufs, done);
+                    return (Ok(()), bufs);
+                }
+                // A file that takes nothing and gives no reason would be asked for ever.
+                Ok(0) => return (Err(Errno::EIO), bufs),
+                Ok(n) => {
+                    self.host.mark(Mark::ShortResumed);
+                    done += n;
+                }
+            }
+        }
+    }
+
+    /// Rounds `done` to where a direct file can go on; `false` if a read ended there because the file does.
+    fn settle(&self, way: Way, offset: u64, done: &mut usize) -> Result<bool, Errno> {
+        let rest = *done % self.info.align_bytes as usize;
+        if rest == 0 {
+            return Ok(true);
+        }
+        if way == Way::Read && offset + *done as u64 >= self.file.info()?.size_bytes {
+            return Ok(false);
+        }
+        *done -= rest;
+        // Less than one block was moved: it would be no more the next time.
+        if *done == 0 { Err(Errno::EIO) } else { Ok(true) }
+    }
+
+    /// One operation from byte `done` of the transfer on; gives how far it came.
+    async fn step(&self, way: Way, offset: u64, done: usize, bufs: &mut IoVec) -> Result<usize, Errno> {
+        let (mut index, mut inner) = (0, done);
+        while inner >= bufs[index].len() {
+            inner -= bufs[index].len();
+            index += 1;
+        }
+        let at = offset + done as u64;
+        if inner == 0 {
+            let rest: IoVec = bufs.drain(index..).collect();
+            let (result, rest) = self.operate(way, at, rest).await;
+            bufs.extend(rest);
+            return result;
+        }
+        // Buffers move whole, so the rest of this one goes through another.
+        let mut bounce = self.buffer(bufs[index].len() - inner).await?;
+        bounce.copy_from_slice(&bufs[index][inner..]);
+        let (result, bounce) = self.operate(way, at, smallvec![bounce]).await;
+        let n = result?;
+        if way == Way::Read {
+            bufs[index][inner..inner + n].copy_from_slice(&bounce[0][..n]);
+        }
+        Ok(n)
+    }
+
+    async fn operate(&self, way: Way, at: u64, bufs: IoVec) -> (Result<usize, Errno>, IoVec) {
+        match way {
+            Way::Read => self.file.read_at(at, bufs).await,
+            Way::Write => self.file.write_at(at, bufs).await,
+        }
+    }
+
+    /// The blocks around a range: first byte, and length in bytes.
+    fn around(&self, offset: u64, len: usize) -> (u64, usize) {
+        let align = u64::from(self.info.align_bytes);
+        let start = offset - offset % align;
+        let end = (offset + len as u64).next_multiple_of(align);
+        (start, (end - start) as usize)
+    }
+
+    async fn read_around(&self, offset: u64, mut bufs: IoVec) -> (Result<(), Errno>, IoVec) {
+        let (start, len) = self.around(offset, bytes_of(&bufs));
+        let bounce = match self.buffers(len).await {
+            Ok(bounce) => bounce,
+            Err(e) => return (Err(e), bufs),
+        };
+        let (result, bounce) = Box::pin(self.read(start, bounce)).await;
+        copy_between(&bounce, (offset - start) as usize, &mut bufs);
+        (result, bufs)
+    }
+
+    async fn write_around(&self, offset: u64, bufs: IoVec) -> (Result<(), Errno>, IoVec) {
+        let result = self.rewrite_blocks(offset, &bufs).await;
+        (result, bufs)
+    }
+
+    async fn rewrite_blocks(&self, offset: u64, bufs: &[IoBuf]) -> Result<(), Errno> {
+        let align = u64::from(self.info.align_bytes);
+        let (start, len) = self.around(offset, bytes_of(bufs));
+        let end = start + len as u64;
+        let edges = start != offset || end != offset + bytes_of(bufs) as u64;
+        let ticket = self.tracker.ticket("rewrite of block", start / align);
+        if edges {
+            let claimed = ticket.claim(Space::HostBlocks, start / align..end / align, Access::Exclusive);
+            claimed.expect("nobody waits for a ticket that is new");
+            ticket.ready().await;
+        }
+        let mut bounce = self.buffers(len).await?;
+        if edges {
+            let (result, read) = Box::pin(self.read(start, bounce)).await;
+            result?;
+            bounce = read;
+        }
+        let mut at = (offset - start) as usize;
+        for buf in bufs {
+            copy_from_slice(&mut bounce, at, buf);
+            at += buf.len();
+        }
+        Box::pin(self.write(start, bounce)).await.0
+    }
+}
+
+/// Zeroes everything from byte `at` on.
+fn zero_from(bufs: &mut [IoBuf], mut at: usize) {
+    for buf in bufs {
+        let skip = at.min(buf.len());
+        buf[skip..].fill(0);
+        at -= skip;
+    }
+}
+
+/// Fills `to` from byte `at` of `from` on.
+fn copy_between(from: &[IoBuf], mut at: usize, to: &mut [IoBuf]) {
+    for buf in to {
+        copy_to_slice(from, at, buf);
+        at += buf.len();
+    }
+}

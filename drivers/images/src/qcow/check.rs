@@ -1,0 +1,100 @@
+//! Checking an image without changing it.
+
+use super::Image;
+use super::format::{Compressed, Mapping};
+use super::open::{Front, TableReader, Walked};
+use super::walk::{Report, Walk};
+use crate::{ImageError, ImageHost};
+
+/// Most problems that are told in words; the others are counted.
+const MAX_TOLD: usize = 100;
+
+/// Header and L1 table are usually followed by unused bytes up to here or a multiple.
+const FRONT_ALIGN: u64 = 4096;
+
+/// What a check found.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct CheckReport {
+    /// Problems, the first hundred in words.
+    pub problems: Vec<String>,
+    /// Number of problems.
+    pub problem_count: u64,
+    /// L2 tables.
+    pub tables: u64,
+    /// Plain clusters that are mapped.
+    pub plain_clusters: u64,
+    /// Compressed clusters that are mapped.
+    pub compressed_clusters: u64,
+    /// Clusters of the file that nothing refers to: lost by a crash or an error, and harmless. An estimate when there
+    /// are problems or compressed clusters.
+    pub leaked_clusters: u64,
+    /// Size of the file in bytes.
+    pub file_bytes: u64,
+    /// The end in bytes of the last thing that is referred to; above `file_bytes` only after a crash.
+    pub end_bytes: u64,
+}
+
+impl Report for CheckReport {
+    fn problem(&mut self, what: String) -> bool {
+        self.problem_count += 1;
+        if self.problems.len() < MAX_TOLD {
+            self.problems.push(what);
+        }
+        true
+    }
+}
+
+/// Walks the image at `path`, which is opened read-only, and decompresses every compressed cluster. Memory is bounded by
+/// what is mapped: a bit for each cluster.
+///
+/// # Errors
+/// [`ImageError`] when it cannot be read, or is not a qcow image at all.
+pub async fn check<H: ImageHost>(host: &H, path: &str) -> Result<CheckReport, ImageError> {
+    let mut report = CheckReport::default();
+    let front = Front::read(host, path, false, false).await?;
+    let geometry = front.header.geometry;
+    let file_bytes = front.file.info.size_bytes;
+    let mut walk = Walk::new(&front.header, file_bytes);
+    let io = |error| ImageError::io("read the tables of", path)(error);
+    let tables = walk.take_l1(&front.l1, &mut report).unwrap_or_default();
+    report.tables = tables.len() as u64;
+    // Without what is below: only this file is checked.
+    let image = front.into_image(host, Walked::not_at_all(0, 0), None);
+    let mut reader = TableReader::new(&image.file, &geometry).await.map_err(io)?;
+    for (index, offset) in tables {
+        let entries: Vec<u64> = match reader.read(offset).await {
+            Ok(entries) => entries.collect(),
+            Err(e) => {
+                report.problem(format!("L2 table {index} cannot be read: {e}"));
+                continue;
+            }
+        };
+        walk.take_l2(index, &entries, &mut report);
+        for (at, entry) in entries.iter().enumerate() {
+            if let Mapping::Compressed(run) = Mapping::of(*entry, geometry.cluster_bits) {
+                check_compressed(&image, index * entries.len() + at, run, &mut report).await;
+            }
+        }
+    }
+    walk.finish(&mut report);
+    report.plain_clusters = walk.plain_clusters;
+    report.compressed_clusters = walk.compressed_clusters;
+    (report.file_bytes, report.end_bytes) = (file_bytes, walk.end);
+    let bytes = geometry.cluster_bytes();
+    let used = walk.plain_clusters * bytes + walk.compressed_bytes.next_multiple_of(bytes);
+    let used = used + report.tables * geometry.table_bytes().next_multiple_of(bytes);
+    let front = geometry.l1_end().next_multiple_of(FRONT_ALIGN.max(bytes));
+    report.leaked_clusters = file_bytes.max(walk.end).saturating_sub(front + used).div_ceil(bytes);
+    Ok(report)
+}
+
+async fn check_compressed<H: ImageHost>(
+    image: &Image<H>,
+    cluster: usize,
+    run: Compressed,
+    report: &mut CheckReport,
+) {
+    if let Err(e) = image.inflate(run).await {
+        report.problem(format!("cluster {cluster} cannot be decompressed: {e}"));
+    }
+}

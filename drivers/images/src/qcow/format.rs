@@ -1,0 +1,309 @@
+//! The bytes of qcow version 1, big endian, with Xen's extended header.
+//!
+//! ```text
+//!   header │ [extended header] │ [backing file name] │ L1 table │ L2 tables and clusters in any order …
+//!
+//!   guest byte ─► L1 index (above cluster_bits + l2_bits) ─► L2 index (above cluster_bits) ─► byte in cluster
+//!   L1 entry: byte offset of an L2 table, or 0
+//!   L2 entry: byte offset of a cluster, or 0; with bit 63: compressed,
+//!             length in bytes from bit 63 - cluster_bits on, byte offset below
+//! ```
+
+use zerocopy::byteorder::big_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// "QFI\xfb".
+pub(super) const MAGIC: u32 = 0x5146_49fb;
+/// "XEN\xfb", in the extended header.
+pub(super) const XEN_MAGIC: u32 = 0x5845_4efb;
+/// Where the checksum of the extended header is.
+pub(super) const XEN_CHECKSUM_AT: u64 = 52;
+/// An L1 table of images without this flag is in the byte order of the machine that wrote it.
+const XEN_L1_BIG_ENDIAN: u32 = 2;
+/// The extended header is looked for only in front of an L1 table with this alignment.
+const XEN_L1_ALIGN: u64 = 4096;
+/// Largest L1 table, in bytes.
+pub(super) const MAX_L1_BYTES: u64 = 32 << 20;
+/// Longest name of a backing file, in bytes.
+pub(super) const MAX_NAME_BYTES: u32 = 1023;
+/// Set in L2 entries of compressed clusters.
+pub(super) const COMPRESSED: u64 = 1 << 63;
+
+/// The header, as it stands at byte 0.
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub(super) struct RawHeader {
+    pub(super) magic: U32,
+    pub(super) version: U32,
+    pub(super) backing_offset: U64,
+    pub(super) backing_len: U32,
+    pub(super) backing_mtime: U32,
+    pub(super) size_bytes: U64,
+    pub(super) cluster_bits: u8,
+    pub(super) l2_bits: u8,
+    pub(super) padding: [u8; 2],
+    pub(super) crypt_method: U32,
+    pub(super) l1_offset: U64,
+}
+
+const _: () = assert!(size_of::<RawHeader>() == 48);
+
+/// Xen's extended header, at byte 48.
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Debug)]
+#[repr(C)]
+struct RawXenHeader {
+    magic: U32,
+    checksum: U32,
+    min_cluster_alloc: U32,
+    flags: U32,
+}
+
+/// Where things are in an image.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Geometry {
+    pub(super) size_bytes: u64,
+    pub(super) cluster_bits: u32,
+    pub(super) l2_bits: u32,
+    pub(super) l1_offset: u64,
+}
+
+impl Geometry {
+    pub(super) fn cluster_bytes(&self) -> u64 {
+        1 << self.cluster_bits
+    }
+    /// Entries of an L2 table.
+    pub(super) fn l2_entries(&self) -> usize {
+        1 << self.l2_bits
+    }
+    pub(super) fn table_bytes(&self) -> u64 {
+        8 << self.l2_bits
+    }
+    /// Bytes of the disk that one L2 table maps.
+    pub(super) fn table_span(&self) -> u64 {
+        1 << (self.cluster_bits + self.l2_bits)
+    }
+    pub(super) fn l1_entries(&self) -> u64 {
+        self.size_bytes.div_ceil(self.table_span())
+    }
+    pub(super) fn l1_end(&self) -> u64 {
+        self.l1_offset + self.l1_entries() * 8
+    }
+    /// Clusters of the disk.
+    pub(super) fn clusters(&self) -> u64 {
+        self.size_bytes.div_ceil(self.cluster_bytes())
+    }
+    /// Above every byte that an image of this geometry can use, when `file_bytes` of its file are used or lost: no
+    /// crash leaves a reference further out.
+    pub(super) fn reach(&self, file_bytes: u64) -> u64 {
+        let tables = self.l1_entries() * self.table_bytes().next_multiple_of(self.cluster_bytes());
+        let all = self.clusters() * self.cluster_bytes() + tables + (1 << 20);
+        file_bytes.max(self.l1_end()).saturating_add(all)
+    }
+}
+
+/// What an L2 entry says.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Mapping {
+    Unmapped,
+    /// Byte offset of the cluster.
+    Plain(u64),
+    Compressed(Compressed),
+}
+
+/// A run of compressed bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Compressed {
+    pub(super) offset: u64,
+    pub(super) len: u64,
+}
+
+impl Mapping {
+    pub(super) fn of(entry: u64, cluster_bits: u32) -> Self {
+        if entry & COMPRESSED != 0 {
+            let shift = 63 - cluster_bits;
+            let len = (entry & !COMPRESSED) >> shift;
+            Mapping::Compressed(Compressed { offset: entry & ((1 << shift) - 1), len })
+        } else if entry == 0 {
+            Mapping::Unmapped
+        } else {
+            Mapping::Plain(entry)
+        }
+    }
+}
+
+/// A header that was found good.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Header {
+    pub(super) geometry: Geometry,
+    /// Offset and length of the backing file's name.
+    pub(super) backing: Option<(u64, u32)>,
+    pub(super) xen: Option<Xen>,
+}
+
+/// What matters of Xen's extended header.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Xen {
+    pub(super) checksum: u32,
+    pub(super) l1_big_endian: bool,
+}
+
+/// Whether a file that begins with `head` claims to be this format.
+pub(super) fn is_qcow(head: &[u8]) -> bool {
+    RawHeader::read_from_prefix(head).is_ok_and(|(raw, _)| raw.magic == MAGIC && raw.version == 1)
+}
+
+/// Parses the first bytes of a file of `file_bytes`. The error says what is wrong.
+pub(super) fn parse(head: &[u8], file_bytes: u64) -> Result<Header, String> {
+    let Ok((raw, rest)) = RawHeader::read_from_prefix(head) else {
+        return Err(format!("it has only {} bytes", head.len()));
+    };
+    if raw.magic != MAGIC {
+        return Err("it does not begin with the magic bytes of a qcow image".to_owned());
+    }
+    if raw.version != 1 {
+        return Err(format!("it is of version {}, not 1", raw.version));
+    }
+    let geometry = geometry(&raw, file_bytes)?;
+    match raw.crypt_method.get() {
+        0 => {}
+        1 => return Err("it is encrypted with AES".to_owned()),
+        n => return Err(format!("it is encrypted with the unknown method {n}")),
+    }
+    let backing = backing(&raw, file_bytes)?;
+    let xen = RawXenHeader::read_from_prefix(rest).ok().map(|(xen, _)| xen);
+    let xen = xen.filter(|x| x.magic == XEN_MAGIC && geometry.l1_offset.is_multiple_of(XEN_L1_ALIGN));
+    let xen = xen
+        .map(|x| Xen { checksum: x.checksum.get(), l1_big_endian: x.flags.get() & XEN_L1_BIG_ENDIAN != 0 });
+    Ok(Header { geometry, backing, xen })
+}
+
+fn geometry(raw: &RawHeader, file_bytes: u64) -> Result<Geometry, String> {
+    let (cluster_bits, l2_bits) = (u32::from(raw.cluster_bits), u32::from(raw.l2_bits));
+    if !(9..=16).contains(&cluster_bits) {
+        return Err(format!("clusters of 2^{cluster_bits} bytes are outside 2^9 to 2^16"));
+    }
+    if !(6..=13).contains(&l2_bits) {
+        return Err(format!("L2 tables of 2^{l2_bits} entries are outside 2^6 to 2^13"));
+    }
+    let geometry =
+        Geometry { size_bytes: raw.size_bytes.get(), cluster_bits, l2_bits, l1_offset: raw.l1_offset.get() };
+    let (size, l1_offset) = (geometry.size_bytes, geometry.l1_offset);
+    if !(512..=i64::MAX as u64).contains(&size) {
+        return Err(format!("a disk of {size} bytes is smaller than a sector or larger than a file can be"));
+    }
+    if geometry.l1_entries() * 8 > MAX_L1_BYTES {
+        return Err(format!("a disk of {size} bytes would need an L1 table above {MAX_L1_BYTES} bytes"));
+    }
+    let inside = l1_offset <= file_bytes && geometry.l1_end() <= file_bytes;
+    if l1_offset < size_of::<RawHeader>() as u64 || !l1_offset.is_multiple_of(8) || !inside {
+        return Err(format!("its L1 table at byte {l1_offset} is not inside the file of {file_bytes} bytes"));
+    }
+    Ok(geometry)
+}
+
+fn backing(raw: &RawHeader, file_bytes: u64) -> Result<Option<(u64, u32)>, String> {
+    let (offset, len) = (raw.backing_offset.get(), raw.backing_len.get());
+    if offset == 0 {
+        return Ok(None);
+    }
+    if len > MAX_NAME_BYTES {
+        return Err(format!("the name of its backing file has {len} bytes, more than {MAX_NAME_BYTES}"));
+    }
+    let inside = offset.checked_add(u64::from(len)).is_some_and(|end| end <= file_bytes);
+    if offset < size_of::<RawHeader>() as u64 || !inside {
+        return Err(format!("the name of its backing file at byte {offset} is not inside the file"));
+    }
+    Ok(Some((offset, len)))
+}
+
+/// The header of a new image.
+pub(super) fn encode(geometry: &Geometry, backing_len: u32) -> RawHeader {
+    RawHeader {
+        magic: MAGIC.into(),
+        version: 1.into(),
+        backing_offset: if backing_len == 0 { 0 } else { size_of::<RawHeader>() as u64 }.into(),
+        backing_len: backing_len.into(),
+        backing_mtime: 0.into(),
+        size_bytes: geometry.size_bytes.into(),
+        cluster_bits: geometry.cluster_bits as u8,
+        l2_bits: geometry.l2_bits as u8,
+        padding: [0; 2],
+        crypt_method: 0.into(),
+        l1_offset: geometry.l1_offset.into(),
+    }
+}
+
+/// Big-endian entries as numbers.
+pub(super) fn decode_entries(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
+    bytes.as_chunks::<8>().0.iter().map(|b| u64::from_be_bytes(*b))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn sample() -> (Geometry, Vec<u8>) {
+        let geometry = Geometry { size_bytes: 8 << 20, cluster_bits: 12, l2_bits: 9, l1_offset: 4096 };
+        (geometry, encode(&geometry, 0).as_bytes().to_vec())
+    }
+
+    #[test]
+    fn limits_are_checked_and_named() {
+        let (geometry, good) = sample();
+        assert_eq!(parse(&good, 8192).unwrap().geometry, geometry);
+        for (at, value, word) in [
+            (0, 0, "magic"),
+            (7, 2, "version 2"),
+            (32, 8, "clusters"),
+            (32, 17, "clusters"),
+            (33, 5, "L2"),
+            (33, 14, "L2"),
+            (39, 1, "AES"),
+            (39, 7, "unknown method 7"),
+            (24, 0x80, "larger"),
+            (25, 1, "L1 table above"),
+            (47, 4, "L1 table at"),
+            (40, 1, "L1 table at"),
+            (15, 47, "backing"),
+        ] {
+            let mut bad = good.clone();
+            bad[at] = value;
+            let what = parse(&bad, 8192).unwrap_err();
+            assert!(what.contains(word), "{what} at {at}");
+        }
+        assert!(parse(&good, 4096).is_err(), "the L1 table is behind the end");
+        assert!(parse(&good[..47], 8192).is_err());
+    }
+
+    #[test]
+    fn compressed_entries_keep_the_length_above_the_offset() {
+        let entry = COMPRESSED | 1234 << (63 - 12) | 0x5678;
+        assert_eq!(Mapping::of(entry, 12), Mapping::Compressed(Compressed { offset: 0x5678, len: 1234 }));
+    }
+
+    proptest! {
+        #[test]
+        fn headers_come_back(
+            size in 512_u64..1 << 40, cluster_bits in 12_u32..=16, l2_bits in 9_u32..=13,
+            l1 in 6_u64..1 << 20, name in 0_u32..=1023,
+        ) {
+            let geometry = Geometry { size_bytes: size, cluster_bits, l2_bits, l1_offset: l1 * 8 };
+            let raw = encode(&geometry, name);
+            let header = parse(raw.as_bytes(), u64::MAX / 2).unwrap();
+            prop_assert_eq!(header.geometry, geometry);
+            prop_assert_eq!(header.backing, (name > 0).then_some((48, name)));
+        }
+
+        #[test]
+        fn any_bytes_give_an_answer(mut head in prop::collection::vec(any::<u8>(), 0..128), file in any::<u64>()) {
+            let _: Result<Header, String> = parse(&head, file);
+            let good = sample().1;
+            let n = head.len().min(9);
+            head[..n].copy_from_slice(&good[..n]);
+            if let Ok(header) = parse(&head, file) {
+                prop_assert!(header.geometry.l1_end() <= file && header.geometry.l1_entries() * 8 <= MAX_L1_BYTES);
+            }
+        }
+    }
+}

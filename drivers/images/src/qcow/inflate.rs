@@ -1,0 +1,49 @@
+//! Compressed clusters: raw deflate that gives one whole cluster.
+
+use super::Image;
+use super::format::Compressed;
+use crate::ImageHost;
+use flate2::{Decompress, FlushDecompress};
+use smallvec::smallvec;
+use std::rc::Rc;
+use tap_host::{Errno, Mark};
+
+/// Keeps the last cluster, as guests read one cluster in several requests, and the state of the decoder, which is large.
+#[derive(Default)]
+pub(super) struct Inflater {
+    last: Option<(Compressed, Rc<[u8]>)>,
+    state: Option<Decompress>,
+}
+
+impl Inflater {
+    fn inflate(&mut self, bytes: &[u8], cluster_bytes: usize) -> Result<Rc<[u8]>, Errno> {
+        let state = self.state.get_or_insert_with(|| Decompress::new(false));
+        state.reset(false);
+        let mut out = vec![0; cluster_bytes];
+        state.decompress(bytes, &mut out, FlushDecompress::Finish).map_err(|_| Errno::EIO)?;
+        if state.total_out() == cluster_bytes as u64 { Ok(out.into()) } else { Err(Errno::EIO) }
+    }
+}
+
+impl<H: ImageHost> Image<H> {
+    /// The content of a compressed cluster.
+    pub(super) async fn inflate(&self, run: Compressed) -> Result<Rc<[u8]>, Errno> {
+        self.host.mark(Mark::CompressedRead);
+        if let Some((last, bytes)) = &self.inflater.borrow().last
+            && *last == run
+        {
+            return Ok(Rc::clone(bytes));
+        }
+        // The length has fewer bits than a cluster has bytes.
+        if run.len == 0 || run.offset > self.reach {
+            return Err(Errno::EIO);
+        }
+        let buf = self.file.buffer(run.len as usize).await?;
+        let (result, bufs) = self.file.read(run.offset, smallvec![buf]).await;
+        result?;
+        let mut inflater = self.inflater.borrow_mut();
+        let bytes = inflater.inflate(&bufs[0], self.geometry.cluster_bytes() as usize)?;
+        inflater.last = Some((run, Rc::clone(&bytes)));
+        Ok(bytes)
+    }
+}

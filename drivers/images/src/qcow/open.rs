@@ -1,0 +1,209 @@
+//! Opening.
+
+use super::alloc::Allocator;
+use super::format::{self, Geometry, Header, XEN_CHECKSUM_AT, decode_entries};
+use super::inflate::Inflater;
+use super::table::{Cache, Table};
+use super::walk::{FirstProblem, Walk};
+use super::{Image, Qcow};
+use crate::chain::open_backing;
+use crate::io::ImageFile;
+use crate::{ImageError, ImageHost, OpenOptions};
+use smallvec::smallvec;
+use std::cell::RefCell;
+use std::rc::Rc;
+use tap_core::wait::Semaphore;
+use tap_core::{Node, NodeInfo};
+use tap_host::{Bug, Errno, IoBuf, SECTOR_BYTES};
+
+/// Read at once: the header, the backing file's name and the L1 table of most images.
+const HEAD_BYTES: u64 = 8192;
+
+/// What an image says of itself, before its L2 tables are looked at.
+pub(super) struct Front<H: ImageHost> {
+    pub(super) file: ImageFile<H>,
+    pub(super) header: Header,
+    pub(super) l1: Vec<u64>,
+    pub(super) backing_name: Option<Vec<u8>>,
+}
+
+/// An image that was walked: its cache is filled as far as it goes.
+pub(super) struct Walked {
+    cache: Cache,
+    frontier: u64,
+}
+
+impl Walked {
+    /// For reading nothing needs to be known.
+    pub(super) fn not_at_all(l1_entries: usize, limit: usize) -> Self {
+        Self { cache: Cache::new(l1_entries, limit), frontier: 0 }
+    }
+}
+
+pub(super) fn refused(path: &str, what: String, advice: &'static str) -> ImageError {
+    ImageError::Refused { path: path.to_owned(), format: "qcow", what, advice }
+}
+
+impl<H: ImageHost> Front<H> {
+    /// Opens the file and reads its header, L1 table and backing file's name.
+    pub(super) async fn read(host: &H, path: &str, write: bool, direct: bool) -> Result<Self, ImageError> {
+        let file = ImageFile::open(host, path, write, direct).await?;
+        let io = |error| ImageError::io("read", path)(error);
+        let head = read_head(&file).await.map_err(io)?;
+        let header = format::parse(&head, file.info.size_bytes)
+            .map_err(|what| refused(path, what, "check that this is the right file"))?;
+        let l1_bytes = header.geometry.l1_entries() * 8;
+        let l1 = bytes_at(&file, &head, header.geometry.l1_offset, l1_bytes).await.map_err(io)?;
+        let mut l1: Vec<u64> = decode_entries(&l1).collect();
+        if header.xen.is_some_and(|xen| !xen.l1_big_endian) {
+            if write {
+                let what = "its L1 table is in the byte order of the machine that wrote it".to_owned();
+                return Err(refused(path, what, "open it read-only, and convert it to write to it"));
+            }
+            l1.iter_mut().for_each(|entry| *entry = entry.swap_bytes());
+        }
+        let backing_name = match header.backing {
+            Some((offset, len)) => Some(bytes_at(&file, &head, offset, u64::from(len)).await.map_err(io)?),
+            None => None,
+        };
+        Ok(Self { file, header, l1, backing_name })
+    }
+
+    pub(super) fn into_image(self, host: &H, walked: Walked, backing: Option<Rc<dyn Node>>) -> Image<H> {
+        let info = self.file.info;
+        let device_bytes = info.block_device.then_some(info.size_bytes);
+        Image {
+            host: host.clone(),
+            reach: self.header.geometry.reach(info.size_bytes),
+            file: self.file,
+            geometry: self.header.geometry,
+            l1: RefCell::new(self.l1),
+            l1_turn: Semaphore::new(1),
+            cache: RefCell::new(walked.cache),
+            allocator: RefCell::new(Allocator::new(walked.frontier, device_bytes)),
+            backing_bytes: backing.as_ref().map_or(0, |b| b.info().size_sectors * SECTOR_BYTES),
+            backing,
+            inflater: RefCell::new(Inflater::default()),
+            unwritten: RefCell::default(),
+        }
+    }
+}
+
+async fn read_head<H: ImageHost>(file: &ImageFile<H>) -> Result<IoBuf, Errno> {
+    let len = file.info.size_bytes.min(HEAD_BYTES) as usize;
+    let (result, mut bufs) = file.read(0, smallvec![file.buffer(len).await?]).await;
+    result?;
+    bufs.pop().ok_or(Errno::EIO)
+}
+
+/// Bytes that may have come with the head.
+async fn bytes_at<H: ImageHost>(
+    file: &ImageFile<H>,
+    head: &[u8],
+    offset: u64,
+    len: u64,
+) -> Result<Vec<u8>, Errno> {
+    let within =
+        usize::try_from(offset).ok().and_then(|from| head.get(from..from.checked_add(len as usize)?));
+    if let Some(bytes) = within {
+        return Ok(bytes.to_vec());
+    }
+    let mut bytes = vec![0; len as usize];
+    file.read_bytes(offset, &mut bytes).await?;
+    Ok(bytes)
+}
+
+/// Reads table after table in the order of the file; each is a buffer that is used again.
+pub(super) struct TableReader<'a, H: ImageHost> {
+    file: &'a ImageFile<H>,
+    buf: Option<IoBuf>,
+}
+
+impl<'a, H: ImageHost> TableReader<'a, H> {
+    pub(super) async fn new(file: &'a ImageFile<H>, geometry: &Geometry) -> Result<Self, Errno> {
+        Ok(Self { file, buf: Some(file.buffer(geometry.table_bytes() as usize).await?) })
+    }
+
+    pub(super) async fn read(&mut self, offset: u64) -> Result<impl Iterator<Item = u64> + '_, Errno> {
+        let buf = self.buf.take().ok_or(Errno::EIO)?;
+        let (result, mut bufs) = self.file.read(offset, smallvec![buf]).await;
+        self.buf = bufs.pop();
+        result?;
+        Ok(decode_entries(self.buf.as_deref().unwrap_or_default()))
+    }
+}
+
+impl<H: ImageHost> Qcow<H> {
+    pub(crate) async fn open_at_level(
+        host: &H,
+        path: &str,
+        options: &OpenOptions,
+        level: usize,
+    ) -> Result<Self, ImageError> {
+        let front = Front::read(host, path, options.write, options.direct).await?;
+        let backing = match &front.backing_name {
+            Some(name) => Some(open_backing(host, path, name, options, level).await?),
+            None => None,
+        };
+        let walked = if options.write {
+            let walked = walk(host, path, &front, options.qcow.l2_tables).await?;
+            clear_checksum(&front).await.map_err(ImageError::io("clear the checksum of", path))?;
+            walked
+        } else {
+            Walked::not_at_all(front.l1.len(), options.qcow.l2_tables)
+        };
+        let geometry = front.header.geometry;
+        let info = NodeInfo { size_sectors: geometry.size_bytes / SECTOR_BYTES, read_only: !options.write };
+        let image = front.into_image(host, walked, backing);
+        Ok(Self { image: RefCell::new(Some(Rc::new(image))), info })
+    }
+}
+
+/// Looks at every reference, to know where new clusters may go.
+async fn walk<H: ImageHost>(
+    host: &H,
+    path: &str,
+    front: &Front<H>,
+    limit: usize,
+) -> Result<Walked, ImageError> {
+    let geometry = front.header.geometry;
+    let mut walk = Walk::new(&front.header, front.file.info.size_bytes);
+    let mut cache = Cache::new(front.l1.len(), limit);
+    let mut problem = FirstProblem::default();
+    let io = |error| ImageError::io("read the tables of", path)(error);
+    if let Some(tables) = walk.take_l1(&front.l1, &mut problem) {
+        let mut reader = TableReader::new(&front.file, &geometry).await.map_err(io)?;
+        for (index, offset) in tables {
+            if host.bug(Bug::FrontierFromLastL1) && front.l1[index + 1..].iter().any(|entry| *entry != 0) {
+                continue;
+            }
+            let entries: Box<[u64]> = reader.read(offset).await.map_err(io)?.collect();
+            if walk.take_l2(index, &entries, &mut problem).is_none() {
+                break;
+            }
+            if cache.has_room() {
+                cache.insert(Table::new(index, offset, entries));
+            }
+        }
+    }
+    if problem.0.is_none() {
+        walk.finish(&mut problem);
+    }
+    if let Some(what) = problem.0 {
+        return Err(refused(path, what, "open it read-only and copy what can be read to a new image"));
+    }
+    let mut end = walk.end;
+    // A device has no end of its own: what is behind the last reference is free, and holds anything.
+    if !front.file.info.block_device && !host.bug(Bug::FrontierFromLastL1) {
+        end = end.max(front.file.info.size_bytes);
+    }
+    Ok(Walked { cache, frontier: end.next_multiple_of(geometry.cluster_bytes()) })
+}
+
+/// The checksum of Xen's extended header covers the L1 table and is not kept up.
+async fn clear_checksum<H: ImageHost>(front: &Front<H>) -> Result<(), Errno> {
+    match front.header.xen {
+        Some(xen) if xen.checksum != 0 => front.file.write_bytes(XEN_CHECKSUM_AT, &[0; 4]).await,
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,260 @@
+//! Without errors and crashes: an image is a disk.
+
+use super::*;
+use proptest::prelude::*;
+use tap_host::{Mark, copy_to_slice};
+
+#[test]
+fn an_empty_image_reads_zeros_and_allocates_on_write() {
+    let world = World::new(1);
+    SMALL.create(&world);
+    let qcow = SMALL.open(&world);
+    assert_eq!(qcow.info(), NodeInfo { size_sectors: 256, read_only: false });
+    assert!(all(&world, &qcow).iter().all(|s| *s == Some(0)));
+    // Spans three clusters, unaligned, then again in place.
+    for fill in [1, 2] {
+        let got = world.block_on(write(&qcow, 3, 4, fill));
+        assert_eq!((got.result, got.bufs.len()), (Ok(()), 1));
+    }
+    assert_eq!(world.marked(Mark::ClusterAllocated), 1, "three clusters in one go");
+    flush(&world, &qcow).unwrap();
+    world.block_on(qcow.close()).unwrap();
+    assert_eq!(world.block_on(write(&qcow, 0, 1, 1)).result, Err(Errno::ESHUTDOWN));
+    let qcow = SMALL.open(&world);
+    let want: Vec<_> = (0..256).map(|s| Some(if (3..7).contains(&s) { 2 } else { 0 })).collect();
+    assert_eq!(all(&world, &qcow), want);
+    drop(qcow);
+    let report = checked(&world);
+    assert_eq!((report.problem_count, report.tables, report.plain_clusters), (0, 1, 3));
+    assert_eq!(report.leaked_clusters, 0);
+}
+
+#[test]
+fn a_backing_file_shows_through_and_is_copied_up() {
+    for cluster_bits in [9, 12, 16] {
+        let world = World::new(1);
+        let setup = Setup { base_sectors: Some(101), cluster_bits, ..SMALL };
+        setup.create(&world);
+        let base = world.bytes(BASE);
+        let qcow = setup.open(&world);
+        world.block_on(write(&qcow, 98, 2, 7)).result.unwrap();
+        let want = |s: u64| Some(if (98..100).contains(&s) { 7 } else { setup.initial(s) });
+        assert_eq!(all(&world, &qcow), (0..256).map(want).collect::<Vec<_>>());
+        assert_eq!(world.marked(Mark::CopyUp) > 0, cluster_bits > 10);
+        assert_eq!(world.bytes(BASE), base);
+    }
+}
+
+#[test]
+fn backing_files_are_opened_only_if_allowed() {
+    let world = World::new(1);
+    let setup = Setup { base_sectors: Some(10), ..SMALL };
+    setup.create(&world);
+    let (host, options) = (world.clone(), OpenOptions::default());
+    let refused = world.block_on(async move { Qcow::open(&host, PATH, &options).await.err() }).unwrap();
+    let text = "open /image as qcow: it is based on /base, which may not be opened; \
+                allow that file, or flatten the image";
+    assert_eq!(refused.to_string(), text);
+    // An image that is its own backing file ends at the limit, or at the lock.
+    let (host, mut options) = (world.clone(), setup.options(false));
+    options.backing = BackingPolicy::Ask(Rc::new(|_| Some(ImageFormat::Qcow)));
+    world.put(BASE, world.bytes(PATH));
+    let refused = world.block_on(async move { Qcow::open(&host, PATH, &options).await.err() }).unwrap();
+    assert!(refused.to_string().contains("more than 64 images"), "{refused}");
+}
+
+#[test]
+fn probing_finds_qcow_and_takes_all_else_as_raw() {
+    let world = World::new(1);
+    SMALL.create(&world);
+    world.put(BASE, vec![1; 2048]);
+    for (path, sectors) in [(PATH, 256), (BASE, 4)] {
+        let (host, spec) =
+            (world.clone(), crate::ImageSpec { format: ImageFormat::Probe, path: path.to_owned() });
+        let node =
+            world.block_on(async move { crate::open_image(&host, &spec, &OpenOptions::default()).await });
+        assert_eq!(node.unwrap().info().size_sectors, sectors);
+    }
+}
+
+#[test]
+fn compressed_clusters_are_read_and_replaced() {
+    let world = World::new(1);
+    let setup = Setup { cluster_bits: 12, base_sectors: Some(256), ..SMALL };
+    setup.create(&world);
+    (0..3).for_each(|cluster| put_compressed(&world, &setup, cluster * 2, 50 + cluster as u8));
+    let report = checked(&world);
+    assert_eq!((report.problem_count, report.compressed_clusters), (0, 3));
+    let qcow = setup.open(&world);
+    let mut want: Vec<_> = (0..256).map(|s| Some(setup.initial(s))).collect();
+    (0..3).for_each(|c| want[c * 16..c * 16 + 8].fill(Some(50 + c as u8)));
+    assert_eq!(all(&world, &qcow), want);
+    // The end of one compressed cluster, a cluster of the backing file, the beginning of the next compressed one.
+    world.block_on(write(&qcow, 6, 11, 9)).result.unwrap();
+    want[6..17].fill(Some(9));
+    assert_eq!(all(&world, &qcow), want);
+    drop(qcow);
+    assert_eq!(all(&world, &setup.open(&world)), want);
+    assert_eq!(checked(&world).compressed_clusters, 1);
+    assert!(world.marked(Mark::CompressedRewritten) == 1 && world.marked(Mark::CompressedRead) > 0);
+}
+
+#[test]
+fn allocations_in_flight_share_syncs_and_mapping_writes() {
+    let world = World::new(1);
+    let setup = Setup { cluster_bits: 12, base_sectors: Some(256), ..SMALL };
+    setup.create(&world);
+    let qcow = setup.open(&world);
+    let before = world.ops();
+    let writes: Vec<_> = (0..16).map(|i| write(&qcow, i * 16, 8, 1)).collect();
+    assert!(world.block_on(futures_util::future::join_all(writes)).iter().all(|r| r.result.is_ok()));
+    assert!(world.marked(Mark::SyncShared) > 0 && world.marked(Mark::CommitShared) > 0);
+    // Zeros, sync, L1; sixteen times data; and a few syncs and L2 writes for all of them, not sixteen each.
+    assert!(world.ops() - before < 3 + 16 + 16, "{} operations", world.ops() - before);
+}
+
+#[test]
+fn only_a_new_cluster_of_zeros_goes_without_a_sync() {
+    for (setup, syncs) in [(SMALL, 1), (Setup { base_sectors: Some(256), ..SMALL }, 2)] {
+        let world = World::new(1);
+        setup.create(&world);
+        let qcow = setup.open(&world);
+        world.block_on(write(&qcow, 0, 2, 1)).result.unwrap();
+        let before = world.ops();
+        world.block_on(write(&qcow, 2, 2, 1)).result.unwrap();
+        assert_eq!(world.ops() - before, 1 + syncs, "data, mapping, and a sync where old bytes would show");
+    }
+}
+
+#[test]
+fn a_dropped_request_still_takes_effect_as_a_whole() {
+    let world = World::new(1);
+    SMALL.create(&world);
+    let qcow = SMALL.open(&world);
+    let host = world.clone();
+    let request = write(&qcow, 1, 3, 5);
+    world.block_on(async move {
+        use tap_host::Tasks;
+        let dropped = futures_util::future::select(request, Box::pin(host.yield_now())).await;
+        drop(dropped);
+    });
+    let rest = world.block_on(fills(&qcow, 0, 6)).unwrap();
+    assert_eq!(rest, [0, 5, 5, 5, 0, 0].map(Some));
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    /// Disjoint writes at the same time: first sector, sectors of each buffer.
+    Write(Vec<(u64, Vec<u32>)>),
+    Read(u64, Vec<u32>),
+    Flush,
+    Reopen,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let parts = || prop::collection::vec(1_u32..9, 1..4);
+    let step = prop_oneof![
+        6 => prop::collection::vec((0_u64..700, parts()), 1..5).prop_map(Step::Write),
+        3 => (0_u64..700, parts()).prop_map(|(at, parts)| Step::Read(at, parts)),
+        1 => Just(Step::Flush),
+        1 => Just(Step::Reopen),
+    ];
+    prop::collection::vec(step, 1..25)
+}
+
+fn setups() -> impl Strategy<Value = Setup> {
+    (
+        9_u32..=16,
+        6_u32..=8,
+        prop::option::of(1_u64..700),
+        1_usize..4,
+        any::<bool>(),
+        prop::bool::weighted(0.2),
+    )
+        .prop_map(|(cluster_bits, l2_bits, base_sectors, tables, direct, device)| Setup {
+            sectors: 650,
+            cluster_bits,
+            l2_bits,
+            base_sectors,
+            tables,
+            direct,
+            device: device.then_some(4 << 20),
+        })
+}
+
+fn run_steps(setup: Setup, steps: Vec<Step>, compressed: Vec<u64>, seed: u64, align: u32) {
+    let world = World::new(seed);
+    setup.create(&world);
+    let mut model: Vec<u8> = (0..setup.sectors).map(|s| setup.initial(s)).collect();
+    let cluster_sectors = 1_u64 << (setup.cluster_bits - 9);
+    if setup.device.is_none() {
+        for at in compressed {
+            let cluster = at / cluster_sectors;
+            put_compressed(&world, &setup, cluster, 99);
+            let from = (cluster * cluster_sectors).min(setup.sectors);
+            let to = (from + cluster_sectors).min(setup.sectors);
+            model[from as usize..to as usize].fill(99);
+        }
+    }
+    world.make_short();
+    world.make_shuffled();
+    world.set_align(align);
+    let mut qcow = setup.open(&world);
+    for (number, step) in steps.into_iter().enumerate() {
+        match step {
+            Step::Write(writes) => {
+                let mut taken: Vec<std::ops::Range<u64>> = Vec::new();
+                let mut running = Vec::new();
+                for (i, (start, parts)) in writes.into_iter().enumerate() {
+                    let range = start..start + u64::from(parts.iter().sum::<u32>());
+                    let meets = taken.iter().any(|t| t.start < range.end && range.start < t.end);
+                    if range.end > setup.sectors || meets {
+                        continue;
+                    }
+                    let fill = (number * 5 + i + 1) as u8;
+                    running.push(qcow.submit(request(Op::Write, start, &parts, fill)));
+                    model[range.start as usize..range.end as usize].fill(fill);
+                    taken.push(range);
+                }
+                let answers = world.block_on(futures_util::future::join_all(running));
+                assert!(answers.iter().all(|a| a.result.is_ok()));
+            }
+            Step::Read(start, parts) => {
+                let count: u32 = parts.iter().sum();
+                if start + u64::from(count) <= setup.sectors {
+                    let answer = world.block_on(qcow.submit(request(Op::Read, start, &parts, 0xee)));
+                    let mut bytes = vec![0; count as usize * 512];
+                    copy_to_slice(&answer.bufs, 0, &mut bytes);
+                    let want = &model[start as usize..start as usize + count as usize];
+                    assert!(bytes.chunks(512).zip(want).all(|(s, w)| s.iter().all(|b| b == w)));
+                    assert_eq!(
+                        answer.bufs.iter().map(|b| b.len() / 512).collect::<Vec<_>>(),
+                        parts.iter().map(|p| *p as usize).collect::<Vec<_>>()
+                    );
+                }
+            }
+            Step::Flush => flush(&world, &qcow).unwrap(),
+            Step::Reopen => {
+                world.block_on(qcow.close()).unwrap();
+                qcow = setup.open(&world);
+            }
+        }
+    }
+    let want: Vec<_> = model.iter().map(|b| Some(*b)).collect();
+    assert_eq!(all(&world, &qcow), want);
+    world.block_on(qcow.close()).unwrap();
+    assert_eq!(checked(&world).problems, Vec::<String>::new());
+    // What was flushed at close is there after a power cut.
+    assert_eq!(all(&world.after_crash(0), &setup.open(&world.after_crash(0))), want);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 150, ..ProptestConfig::default() })]
+    #[test]
+    fn an_image_is_a_disk(
+        setup in setups(), steps in steps(), compressed in prop::collection::vec(0_u64..650, 0..3),
+        seed in any::<u64>(), align in prop::sample::select(vec![512_u32, 4096]),
+    ) {
+        run_steps(setup, steps, compressed, seed, align);
+    }
+}

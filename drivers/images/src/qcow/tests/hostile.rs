@@ -1,0 +1,144 @@
+//! Images that somebody made to do harm, or that were damaged.
+
+use super::*;
+use proptest::prelude::*;
+
+/// An image with some tables and clusters, as bytes.
+fn sample() -> Vec<u8> {
+    let world = World::new(1);
+    SMALL.create(&world);
+    let qcow = SMALL.open(&world);
+    for start in (0..250).step_by(30) {
+        world.block_on(write(&qcow, start, 3, 7)).result.unwrap();
+    }
+    world.block_on(qcow.close()).unwrap();
+    put_compressed(&world, &SMALL, 127, 3);
+    world.bytes(PATH)
+}
+
+fn opened(bytes: Vec<u8>, write: bool) -> (World, Result<Rc<Qcow<World>>, ImageError>) {
+    let world = World::new(1);
+    world.put(PATH, bytes);
+    let qcow = SMALL.try_open(&world, write);
+    (world, qcow)
+}
+
+/// Where the entry of L1, or of the first table, is in the file.
+fn entry_at(bytes: &[u8], table: bool, index: usize) -> usize {
+    let number = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
+    let l1 = number(40);
+    if table { number(l1) + index * 8 } else { l1 + index * 8 }
+}
+
+fn with(bytes: &[u8], at: usize, number: u64) -> Vec<u8> {
+    let mut bytes = bytes.to_vec();
+    bytes[at..at + 8].copy_from_slice(&number.to_be_bytes());
+    bytes
+}
+
+#[test]
+fn bad_references_are_refused_for_writing_and_named() {
+    let good = sample();
+    let (l1, l2) = (entry_at(&good, false, 0), entry_at(&good, true, 5));
+    let cluster = u64::from_be_bytes(good[entry_at(&good, true, 0)..][..8].try_into().unwrap());
+    let table = u64::from_be_bytes(good[l1..l1 + 8].try_into().unwrap());
+    for (at, number, words) in [
+        (l1, 1 << 60, "L2 table 0 at byte 1152921504606846976 is misplaced"),
+        (l1, table + 8, "L2 table 0 at byte"),
+        (l1 + 8, table, "L2 table 0 and L2 table 1 overlap"),
+        (l1, 0, "no problem: everything else is only lost"),
+        (l1, 4096, "overlap"),
+        (l2, cluster, "cluster 5 (0x2400) lies where another cluster lies"),
+        (l2, cluster + 512, "cluster 5 (0x2600) is misplaced"),
+        (l2, 1 << 61, "far behind"),
+        (l2, table, "L2 table 0 and the cluster at byte 8192 overlap"),
+        (l2, format::COMPRESSED | 5, "is compressed and not inside"),
+        (l2, format::COMPRESSED | 5 << 53 | 4096, "is compressed and overlaps a table"),
+        (l2, format::COMPRESSED | 5 << 53 | cluster, "compressed bytes lie in the cluster"),
+    ] {
+        let (_, qcow) = opened(with(&good, at, number), true);
+        match qcow {
+            Ok(_) => assert!(number == 0, "{words}"),
+            Err(e) => assert!(e.to_string().contains(words), "{e} should say {words:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_damaged_image_can_be_read_where_it_is_whole() {
+    let good = sample();
+    let bad = with(&good, entry_at(&good, true, 15), 1 << 61);
+    let (world, qcow) = opened(bad, false);
+    let qcow = qcow.unwrap();
+    assert_eq!(world.block_on(fills(&qcow, 30, 1)), Err(Errno::EIO));
+    assert_eq!(world.block_on(fills(&qcow, 60, 1)), Ok(vec![Some(7)]));
+    drop(qcow);
+    assert_eq!(checked(&world).problem_count, 1);
+    // A compressed cluster that is not one.
+    let mut bad = good.clone();
+    let end = bad.len();
+    bad[end - 4..].fill(0xff);
+    let (world, qcow) = opened(bad, true);
+    let qcow = qcow.unwrap();
+    assert_eq!(world.block_on(fills(&qcow, 254, 2)), Err(Errno::EIO));
+    assert_eq!(world.block_on(write(&qcow, 254, 1, 1)).result, Err(Errno::EIO), "the rest would be lost");
+    assert_eq!(world.block_on(write(&qcow, 254, 2, 1)).result, Ok(()));
+    assert_eq!(world.block_on(fills(&qcow, 254, 2)), Ok(vec![Some(1); 2]));
+}
+
+#[test]
+fn images_of_old_tapdisk_are_recognised() {
+    let mut bytes = sample();
+    let xen = |flags: u32, checksum: u32| [0x5845_4efb, checksum, 1, flags].map(u32::to_be_bytes).concat();
+    bytes[48..64].copy_from_slice(&xen(2, 0x1234_5678));
+    let (world, qcow) = opened(bytes.clone(), true);
+    assert_eq!(world.block_on(fills(&qcow.unwrap(), 0, 1)), Ok(vec![Some(7)]));
+    assert_eq!(world.bytes(PATH)[48..64], xen(2, 0), "the checksum is cleared, and nothing else");
+
+    bytes[48..64].copy_from_slice(&xen(0, 0));
+    let (l1, end) = (entry_at(&bytes, false, 0), entry_at(&bytes, false, 2));
+    bytes[l1..end].as_chunks_mut::<8>().0.iter_mut().for_each(|e| e.reverse());
+    let refused = opened(bytes.clone(), true).1.err().unwrap().to_string();
+    assert!(refused.contains("byte order"), "{refused}");
+    let (world, qcow) = opened(bytes, false);
+    assert_eq!(world.block_on(fills(&qcow.unwrap(), 0, 1)), Ok(vec![Some(7)]));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+    /// Nothing that stands in a file makes the driver panic, and what opens for writing can be written.
+    #[test]
+    fn damage_never_panics(
+        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u64>(), any::<bool>()), 1..8),
+        cut in prop::option::of(any::<prop::sample::Index>()),
+    ) {
+        let mut bytes = sample();
+        // Where references stand: the header, L1, and the first table.
+        let places: Vec<usize> = (0..48).chain(4096..4096 + 16).chain(8192..8192 + 512).collect();
+        for (index, value, small) in changes {
+            let at = places[index.index(places.len())] / 8 * 8;
+            let value = if small { value % 0x8000 / 512 * 512 } else { value };
+            bytes[at..at + 8].copy_from_slice(&value.to_be_bytes());
+        }
+        if let Some(cut) = cut {
+            bytes.truncate(cut.index(bytes.len()));
+        }
+        for write in [false, true] {
+            let (world, qcow) = opened(bytes.clone(), write);
+            let Ok(qcow) = qcow else { continue };
+            let sectors = qcow.info().size_sectors;
+            for start in (0..sectors.min(512)).step_by(16) {
+                let parts = (sectors - start).min(16) as u32;
+                let read = world.block_on(qcow.submit(request(Op::Read, start, &[parts], 0)));
+                prop_assert!(read.result.is_ok() || read.result == Err(Errno::EIO));
+            }
+            if write {
+                let answer = world.block_on(qcow.submit(request(Op::Write, 0, &[1], 9))).result;
+                prop_assert!(answer.is_ok() || answer == Err(Errno::EIO));
+            }
+            let host = world.clone();
+            world.block_on(qcow.close()).unwrap();
+            world.block_on(async move { check(&host, PATH).await }).unwrap();
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! Raw images: the file, or block device, is the disk.
+//!
+//! Bytes behind the last whole sector are not part of the disk; a file with such a tail opens read-only.
+
+use crate::io::ImageFile;
+use crate::{ImageError, ImageHost};
+use std::cell::RefCell;
+use std::rc::Rc;
+use tap_core::{LocalBoxFuture, Node, NodeInfo, Op, Request, Response};
+use tap_host::{Bug, Errno, Files, IoVec, SECTOR_BYTES};
+
+/// An open raw image.
+pub struct Raw<H: ImageHost> {
+    /// `None` once closed.
+    open: RefCell<Option<Rc<Inner<H>>>>,
+    info: NodeInfo,
+}
+
+struct Inner<H: ImageHost> {
+    host: H,
+    file: ImageFile<H>,
+}
+
+/// Creates a raw image of `size_bytes` that reads as zeros, durable together with its name.
+///
+/// # Errors
+/// [`ImageError`]; what was created by then stays.
+pub async fn create<H: ImageHost>(host: &H, path: &str, size_bytes: u64) -> Result<(), ImageError> {
+    if !size_bytes.is_multiple_of(SECTOR_BYTES) || size_bytes > i64::MAX as u64 {
+        let what = format!("a size of {size_bytes} bytes is not a multiple of {SECTOR_BYTES}, or too large");
+        return Err(ImageError::Options { path: path.to_owned(), format: "raw", what });
+    }
+    let file = ImageFile::create(host, path, false).await?;
+    file.set_size(size_bytes).await.map_err(ImageError::io("size", path))?;
+    file.sync().await.map_err(ImageError::io("synchronise", path))?;
+    Files::sync_parent(host, path).await.map_err(ImageError::io("synchronise the directory of", path))
+}
+
+impl<H: ImageHost> Raw<H> {
+    /// Opens the image at `path`.
+    ///
+    /// # Errors
+    /// [`ImageError`].
+    pub async fn open(host: &H, path: &str, write: bool, direct: bool) -> Result<Self, ImageError> {
+        let file = ImageFile::open(host, path, write, direct).await?;
+        let (size, align) = (file.info.size_bytes, u64::from(file.info.align_bytes));
+        let refused = |what: String, advice: &'static str| {
+            Err(ImageError::Refused { path: path.to_owned(), format: "raw", what, advice })
+        };
+        if write && !size.is_multiple_of(SECTOR_BYTES) {
+            let what = format!("its size of {size} bytes is not a multiple of {SECTOR_BYTES}");
+            return refused(what, "extend it to a whole sector, or open it read-only");
+        }
+        if write && !size.is_multiple_of(align) {
+            // Rewriting the last block as a whole would make the file, and the disk, longer.
+            let what =
+                format!("its size of {size} bytes is not a multiple of the {align} bytes direct I/O wants");
+            return refused(what, "extend it, or open it without direct I/O");
+        }
+        let info = NodeInfo { size_sectors: size / SECTOR_BYTES, read_only: !write };
+        Ok(Self { open: RefCell::new(Some(Rc::new(Inner { host: host.clone(), file }))), info })
+    }
+}
+
+impl<H: ImageHost> Node for Raw<H> {
+    fn submit(&self, request: Request) -> LocalBoxFuture<Response> {
+        let open = self.open.borrow().clone().ok_or(Errno::ESHUTDOWN);
+        let inner = match crate::check_request(&request, self.info).and(open) {
+            Ok(inner) => inner,
+            Err(e) => return Box::pin(std::future::ready(Response { result: Err(e), bufs: request.bufs })),
+        };
+        let offset = request.range.start.0 * SECTOR_BYTES;
+        match request.op {
+            Op::Read => Box::pin(async move {
+                let (result, bufs) = inner.file.read(offset, request.bufs).await;
+                Response { result, bufs }
+            }),
+            Op::Write => Box::pin(async move {
+                let (result, bufs) = inner.file.write(offset, request.bufs).await;
+                Response { result, bufs }
+            }),
+            Op::Flush => Box::pin(async move {
+                if inner.host.bug(Bug::FlushEarly) {
+                    return Response { result: Ok(()), bufs: IoVec::new() };
+                }
+                Response { result: inner.file.sync().await, bufs: request.bufs }
+            }),
+        }
+    }
+
+    fn info(&self) -> NodeInfo {
+        self.info
+    }
+
+    fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
+        let (open, read_only) = (self.open.take(), self.info.read_only);
+        Box::pin(async move {
+            match open {
+                Some(inner) if !read_only => inner.file.sync().await,
+                _ => Ok(()),
+            }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,158 @@
+use super::*;
+use crate::testing::{Effect, Fault, World};
+use smallvec::smallvec;
+use std::future::Future;
+use tap_host::{IoBuf, Mark, SectorRange};
+
+fn open(world: &World, write: bool, direct: bool) -> Result<Rc<Raw<World>>, ImageError> {
+    let host = world.clone();
+    world.block_on(async move { Raw::open(&host, "/disk", write, direct).await.map(Rc::new) })
+}
+
+fn submit(raw: &Raw<World>, op: Op, start: u64, bytes: &[u8]) -> impl Future<Output = Response> + use<> {
+    let bufs: IoVec = if op == Op::Flush { IoVec::new() } else { smallvec![IoBuf::copy_of(bytes).unwrap()] };
+    let range = SectorRange::new(start, (bytes.len() as u64 / SECTOR_BYTES) as u32);
+    raw.submit(Request { op, range, bufs })
+}
+
+#[test]
+fn a_created_image_reads_zeros_and_keeps_what_is_written() {
+    let world = World::new(1);
+    world.make_short();
+    let host = world.clone();
+    world.block_on(async move { create(&host, "/disk", 64 * 512).await }).unwrap();
+    let host = world.clone();
+    let again = world.block_on(async move { create(&host, "/disk", 64 * 512).await }).unwrap_err();
+    assert_eq!(again.to_string(), "create /disk: file exists (EEXIST)");
+    let raw = open(&world, true, false).unwrap();
+    assert_eq!(raw.info(), NodeInfo { size_sectors: 64, read_only: false });
+    let got = world.block_on(submit(&raw, Op::Read, 0, &[1; 64 * 512]));
+    assert!(got.result.is_ok() && got.bufs[0].iter().all(|b| *b == 0));
+    for (start, fill) in (0..16).zip(1..) {
+        assert_eq!(world.block_on(submit(&raw, Op::Write, start * 4, &[fill; 2048])).result, Ok(()));
+    }
+    world.block_on(submit(&raw, Op::Flush, 0, &[])).result.unwrap();
+    assert!(
+        world.after_crash(0).bytes("/disk").chunks(2048).zip(1..).all(|(c, f)| c.iter().all(|b| *b == f))
+    );
+    let got = world.block_on(submit(&raw, Op::Read, 0, &[0; 64 * 512]));
+    assert_eq!(&got.bufs[0][..], world.bytes("/disk"));
+    assert!(world.marked(Mark::ShortResumed) > 0);
+    assert_eq!(world.block_on(submit(&raw, Op::Read, 64, &[0; 512])).result, Err(Errno::EINVAL));
+}
+
+#[test]
+fn the_seeded_bug_takes_a_short_transfer_as_complete() {
+    let world = World::new(3);
+    world.put("/disk", vec![7; 256 * 512]);
+    world.make_short();
+    world.switch_on(Bug::ShortTransfer);
+    let raw = open(&world, true, false).unwrap();
+    let reads = (0..20).map(|_| world.block_on(submit(&raw, Op::Read, 0, &[0; 256 * 512])));
+    assert!(reads.filter(|r| r.bufs[0].iter().any(|b| *b != 7)).count() > 0);
+}
+
+#[test]
+fn locks_keep_writers_apart_until_close() {
+    let world = World::new(1);
+    world.put("/disk", vec![0; 8192]);
+    let writer = open(&world, true, false).unwrap();
+    let refused = open(&world, false, false).err().unwrap();
+    assert_eq!(refused.to_string(), "lock /disk: it is in use by another process; close it there first");
+    world.block_on(writer.close()).unwrap();
+    let readers = [open(&world, false, false).unwrap(), open(&world, false, false).unwrap()];
+    assert_eq!(world.block_on(submit(&readers[0], Op::Write, 0, &[0; 512])).result, Err(Errno::EROFS));
+    assert_eq!(world.block_on(submit(&writer, Op::Read, 0, &[0; 512])).result, Err(Errno::ESHUTDOWN));
+}
+
+#[test]
+fn sizes_that_cannot_be_written_are_refused() {
+    let world = World::new(1);
+    world.put("/disk", vec![0; 1000]);
+    assert!(open(&world, true, false).err().unwrap().to_string().contains("not a multiple of 512"));
+    assert_eq!(open(&world, false, false).unwrap().info().size_sectors, 1);
+    world.put("/disk", vec![0; 512 * 9]);
+    world.set_align(4096);
+    assert!(open(&world, true, true).err().unwrap().to_string().contains("direct I/O"));
+    let host = world.clone();
+    let bad = world.block_on(async move { create(&host, "/new", 513).await }).unwrap_err();
+    assert!(matches!(bad, ImageError::Options { .. }) && !world.has("/new"));
+}
+
+#[test]
+fn direct_writes_below_the_alignment_keep_their_neighbours() {
+    for seed in 0..20 {
+        let world = World::new(seed);
+        world.put("/disk", (0..32 * 512).map(|i| (i / 512) as u8).collect());
+        world.set_align(4096);
+        world.make_shuffled();
+        world.make_short();
+        let raw = open(&world, true, true).unwrap();
+        // All at once: two of them share a block, and one spans two.
+        let writes = [(1, 1_usize), (3, 2), (7, 3), (16, 8), (25, 1)];
+        let all = writes
+            .map(|(start, count)| submit(&raw, Op::Write, start, &vec![100 + start as u8; count * 512]));
+        let results = world.block_on(futures_util::future::join_all(all));
+        assert!(results.iter().all(|r| r.result.is_ok()));
+        let bytes = world.bytes("/disk");
+        for (sector, got) in bytes.chunks(512).enumerate() {
+            let written = writes.iter().find(|(s, n)| (*s as usize..*s as usize + n).contains(&sector));
+            let want = written.map_or(sector as u8, |w| 100 + w.0 as u8);
+            assert!(got.iter().all(|b| *b == want), "sector {sector} with seed {seed}");
+        }
+        let got = world.block_on(submit(&raw, Op::Read, 3, &[0; 7 * 512]));
+        assert_eq!(got.bufs[0][..], bytes[3 * 512..10 * 512]);
+    }
+}
+
+#[test]
+fn a_failed_flush_of_a_buffered_file_is_never_forgotten() {
+    let world = World::new(1);
+    world.put("/disk", vec![0; 8192]);
+    let raw = open(&world, true, false).unwrap();
+    let flush = |world: &World| world.block_on(submit(&raw, Op::Flush, 0, &[])).result;
+    world.block_on(submit(&raw, Op::Write, 0, &[9; 512])).result.unwrap();
+    world.fail(Some(Fault { nth: world.ops(), error: Errno::EIO, effect: Effect::None, sticky: false }));
+    assert_eq!(flush(&world), Err(Errno::EIO));
+    assert_eq!(flush(&world), Err(Errno::EIO));
+    assert_eq!(world.marked(Mark::FlushLatched), 1);
+    world.switch_on(Bug::FlushForgets);
+    assert_eq!(flush(&world), Ok(()));
+    assert_eq!(world.after_crash(0).bytes("/disk")[0], 0, "what the bug promises is not there");
+}
+
+#[test]
+fn a_failed_flush_of_a_direct_file_may_be_repeated() {
+    let world = World::new(1);
+    world.put("/disk", vec![0; 8192]);
+    let raw = open(&world, true, true).unwrap();
+    world.block_on(submit(&raw, Op::Write, 0, &[9; 512])).result.unwrap();
+    world.fail(Some(Fault { nth: world.ops(), error: Errno::EIO, effect: Effect::None, sticky: false }));
+    assert_eq!(world.block_on(submit(&raw, Op::Flush, 0, &[])).result, Err(Errno::EIO));
+    assert_eq!(world.block_on(submit(&raw, Op::Flush, 0, &[])).result, Ok(()));
+    assert_eq!(world.after_crash(0).bytes("/disk")[0], 9);
+}
+
+#[test]
+fn flushes_share_but_never_one_that_began_before_them() {
+    let world = World::new(1);
+    world.put("/disk", vec![0; 8192]);
+    let raw = open(&world, true, false).unwrap();
+    let first = submit(&raw, Op::Flush, 0, &[]);
+    let late = (0..3).map(|_| submit(&raw, Op::Flush, 0, &[]));
+    let write = submit(&raw, Op::Write, 0, &[9; 512]);
+    let host = world.clone();
+    let late: Vec<_> = late.collect();
+    let before = world.ops();
+    world.block_on(async move {
+        use tap_host::Tasks;
+        // The first runs while the write completes.
+        let first = futures_util::future::join(first, async {
+            write.await.result.unwrap();
+            host.yield_now().await;
+        });
+        futures_util::future::join(first, futures_util::future::join_all(late)).await
+    });
+    assert_eq!(world.ops() - before, 3, "one write, and two synchronisations for four flushes");
+    assert_eq!(world.marked(Mark::SyncShared), 2);
+}

@@ -1,0 +1,63 @@
+//! Making a file durable, once for all who ask at the same time.
+//!
+//! ```text
+//!   A: sync ──────────running──────────┐
+//!   B:      sync ─ waits for the next ─┴──running──┐  (what B wrote may have come too late for A's)
+//!   C:           sync ─ waits with B ──────────────┘
+//! ```
+
+use crate::ImageHost;
+use std::cell::Cell;
+use tap_core::wait::Semaphore;
+use tap_host::{Bug, Errno, File, Mark};
+
+/// Shares synchronisations of one file, and remembers failed ones.
+pub(crate) struct GroupSync {
+    turn: Semaphore,
+    /// Number of the last one that was started.
+    started: Cell<u64>,
+    /// Number and result of the last one that ended.
+    ended: Cell<(u64, Result<(), Errno>)>,
+    /// A page cache may report a failure once, mark the pages clean and succeed from then on, although the data is
+    /// lost. So the first failure on a buffered file is the answer to every later synchronisation as well. Without a
+    /// page cache a later success covers everything before.
+    lost: Cell<bool>,
+}
+
+impl GroupSync {
+    pub(crate) fn new() -> Self {
+        Self {
+            turn: Semaphore::new(1),
+            started: Cell::new(0),
+            ended: Cell::new((0, Ok(()))),
+            lost: Cell::new(false),
+        }
+    }
+
+    /// Makes all that was written before this call durable.
+    pub(crate) async fn sync<H: ImageHost>(
+        &self,
+        host: &H,
+        file: &H::File,
+        direct: bool,
+    ) -> Result<(), Errno> {
+        // One that runs already may have missed what the caller wrote.
+        let enough = self.started.get() + 1;
+        let _turn = self.turn.acquire().await;
+        if self.lost.get() && !host.bug(Bug::FlushForgets) {
+            host.mark(Mark::FlushLatched);
+            return Err(Errno::EIO);
+        }
+        let (last, result) = self.ended.get();
+        if last >= enough {
+            host.mark(Mark::SyncShared);
+            return result;
+        }
+        let number = self.started.get() + 1;
+        self.started.set(number);
+        let result = file.sync_data().await;
+        self.ended.set((number, result));
+        self.lost.set(self.lost.get() || (result.is_err() && !direct));
+        result
+    }
+}

@@ -1,0 +1,472 @@
+//! A host in memory: an executor, and files with a page cache that can be lost, short transfers and errors.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Wake, Waker};
+use tap_host::{
+    Bug, Errno, Event, File, FileInfo, Files, IoVec, LockKind, Log, Mark, OpenMode, Probe, Tasks, Time,
+    bytes_of, copy_from_slice, copy_to_slice,
+};
+
+type Task = Pin<Box<dyn Future<Output = ()>>>;
+
+/// How much of a failing operation happens.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Effect {
+    None,
+    Half,
+    All,
+}
+
+/// Operation `nth` (from 0, as the world counts) fails, and all that follow if `sticky`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Fault {
+    pub(crate) nth: u64,
+    pub(crate) error: Errno,
+    pub(crate) effect: Effect,
+    pub(crate) sticky: bool,
+}
+
+#[derive(Clone, Default)]
+pub(crate) struct World(Rc<Inner>);
+
+#[derive(Default)]
+struct Inner {
+    tasks: RefCell<BTreeMap<usize, Task>>,
+    next: Cell<usize>,
+    ready: Arc<Mutex<VecDeque<usize>>>,
+    files: RefCell<BTreeMap<String, Rc<Store>>>,
+    random: Cell<u64>,
+    ops: Cell<u64>,
+    stop_at: Cell<Option<u64>>,
+    fault: Cell<Option<Fault>>,
+    short: Cell<bool>,
+    shuffle: Cell<bool>,
+    align: Cell<u32>,
+    bugs: RefCell<BTreeSet<Bug>>,
+    marks: RefCell<Vec<Mark>>,
+}
+
+/// A change of a file that is not durable.
+#[derive(Clone)]
+enum Change {
+    Bytes(u64, Vec<u8>),
+    Size(u64),
+}
+
+/// A file: what everybody sees, what a crash leaves for sure, and what it may leave.
+#[derive(Default)]
+struct Store {
+    now: RefCell<Vec<u8>>,
+    durable: RefCell<Vec<u8>>,
+    open: RefCell<Vec<Change>>,
+    locks: RefCell<Vec<(usize, LockKind)>>,
+    device: Cell<bool>,
+}
+
+struct TaskWaker(usize, Arc<Mutex<VecDeque<usize>>>);
+
+impl Wake for TaskWaker {
+    fn wake(self: Arc<Self>) {
+        let mut ready = self.1.lock().unwrap();
+        if !ready.contains(&self.0) {
+            ready.push_back(self.0);
+        }
+    }
+}
+
+fn apply(bytes: &mut Vec<u8>, change: &Change, sector: impl Fn(u64) -> bool) {
+    match change {
+        Change::Size(size) => bytes.resize(*size as usize, 0),
+        Change::Bytes(offset, data) => {
+            for (i, byte) in data.iter().enumerate() {
+                let at = *offset + i as u64;
+                if sector(at / 512) {
+                    if bytes.len() <= at as usize {
+                        bytes.resize(at as usize + 1, 0);
+                    }
+                    bytes[at as usize] = *byte;
+                }
+            }
+        }
+    }
+}
+
+impl World {
+    pub(crate) fn new(seed: u64) -> Self {
+        let world = Self::default();
+        world.0.random.set(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+        world.0.align.set(512);
+        world
+    }
+
+    pub(crate) fn random(&self, below: u64) -> u64 {
+        let mut x = self.0.random.get();
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        self.0.random.set(x);
+        (x >> 11) % below
+    }
+
+    /// Transfers come in pieces.
+    pub(crate) fn make_short(&self) {
+        self.0.short.set(true);
+    }
+    /// Operations take turns of random length.
+    pub(crate) fn make_shuffled(&self) {
+        self.0.shuffle.set(true);
+    }
+    /// What direct files want.
+    pub(crate) fn set_align(&self, align: u32) {
+        self.0.align.set(align);
+    }
+    pub(crate) fn switch_on(&self, bug: Bug) {
+        self.0.bugs.borrow_mut().insert(bug);
+    }
+    pub(crate) fn marked(&self, mark: Mark) -> usize {
+        self.0.marks.borrow().iter().filter(|m| **m == mark).count()
+    }
+    pub(crate) fn ops(&self) -> u64 {
+        self.0.ops.get()
+    }
+    /// No operation from `nth` on has an effect or ends.
+    pub(crate) fn stop_at(&self, nth: u64) {
+        self.0.stop_at.set(Some(nth));
+    }
+    pub(crate) fn fail(&self, fault: Option<Fault>) {
+        self.0.fault.set(fault);
+    }
+
+    pub(crate) fn fault(&self) -> Option<Fault> {
+        self.0.fault.get()
+    }
+
+    /// Puts a file in place.
+    pub(crate) fn put(&self, path: &str, bytes: Vec<u8>) {
+        let store =
+            Store { now: RefCell::new(bytes.clone()), durable: RefCell::new(bytes), ..Store::default() };
+        self.0.files.borrow_mut().insert(path.to_owned(), Rc::new(store));
+    }
+    /// Puts a block device in place.
+    pub(crate) fn put_device(&self, path: &str, bytes: Vec<u8>) {
+        self.put(path, bytes);
+        self.store(path).device.set(true);
+    }
+    pub(crate) fn bytes(&self, path: &str) -> Vec<u8> {
+        self.store(path).now.borrow().clone()
+    }
+    pub(crate) fn has(&self, path: &str) -> bool {
+        self.0.files.borrow().contains_key(path)
+    }
+    fn store(&self, path: &str) -> Rc<Store> {
+        Rc::clone(&self.0.files.borrow()[path])
+    }
+
+    /// A world after a power cut: of every file what is durable, and each sector of each later change with
+    /// probability `keep` in 256.
+    pub(crate) fn after_crash(&self, keep: u64) -> World {
+        let next = World::new(self.random(u64::MAX));
+        for (path, store) in self.0.files.borrow().iter() {
+            let mut bytes = store.durable.borrow().clone();
+            for change in store.open.borrow().iter() {
+                let dice = self.random(u64::MAX);
+                let kept = |sector: u64| {
+                    let mixed = (sector ^ dice).wrapping_mul(0xd6e8_feb8_6659_fd93);
+                    (mixed >> 32) % 256 < keep
+                };
+                match change {
+                    Change::Size(_) if !kept(0) => {}
+                    change => apply(&mut bytes, change, kept),
+                }
+            }
+            next.put(path, bytes);
+            next.store(path).device.set(store.device.get());
+        }
+        next
+    }
+
+    /// A world in which everything that was written is there: only the process is gone.
+    pub(crate) fn as_seen(&self) -> World {
+        let next = World::new(self.random(u64::MAX));
+        for (path, store) in self.0.files.borrow().iter() {
+            next.put(path, store.now.borrow().clone());
+            next.store(path).device.set(store.device.get());
+        }
+        next
+    }
+
+    /// Runs `future` to its end; `None` when the world stops first.
+    pub(crate) fn run<T: 'static>(&self, future: impl Future<Output = T> + 'static) -> Option<T> {
+        let result = Rc::new(RefCell::new(None));
+        let out = Rc::clone(&result);
+        self.start(async move {
+            let value = future.await;
+            *out.borrow_mut() = Some(value);
+        });
+        loop {
+            let next = {
+                let mut ready = self.0.ready.lock().unwrap();
+                let pick = if self.0.shuffle.get() && ready.len() > 1 {
+                    self.random(ready.len() as u64) as usize
+                } else {
+                    0
+                };
+                ready.remove(pick)
+            };
+            let Some(id) = next else { break };
+            let Some(mut task) = self.0.tasks.borrow_mut().remove(&id) else { continue };
+            let waker = Waker::from(Arc::new(TaskWaker(id, Arc::clone(&self.0.ready))));
+            if task.as_mut().poll(&mut Context::from_waker(&waker)).is_pending() {
+                self.0.tasks.borrow_mut().insert(id, task);
+            }
+        }
+        let value = result.borrow_mut().take();
+        assert!(value.is_some() || self.is_stopped(), "nothing is ready, and nothing is done");
+        value
+    }
+
+    /// Runs a future that ends.
+    pub(crate) fn block_on<T: 'static>(&self, future: impl Future<Output = T> + 'static) -> T {
+        self.run(future).expect("the world does not stop")
+    }
+
+    /// Drops every task, as the death of a process does.
+    pub(crate) fn kill_tasks(&self) {
+        let tasks = self.0.tasks.take();
+        drop(tasks);
+    }
+
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.0.stop_at.get().is_some_and(|at| self.0.ops.get() >= at)
+    }
+
+    fn start(&self, task: impl Future<Output = ()> + 'static) {
+        let id = self.0.next.get();
+        self.0.next.set(id + 1);
+        self.0.tasks.borrow_mut().insert(id, Box::pin(task));
+        self.0.ready.lock().unwrap().push_back(id);
+    }
+
+    /// Counts an operation and says how it goes: not at all, or with a fault.
+    async fn operation(&self) -> Option<Fault> {
+        let turns = if self.0.shuffle.get() { self.random(4) } else { 1 };
+        for _ in 0..turns {
+            self.yield_now().await;
+        }
+        if self.is_stopped() {
+            std::future::pending::<()>().await;
+        }
+        let number = self.0.ops.get();
+        self.0.ops.set(number + 1);
+        self.0.fault.get().filter(|f| f.nth == number || (f.sticky && f.nth < number))
+    }
+
+    /// How much of a transfer of `len` bytes is made.
+    fn moved(&self, len: usize, align: u32) -> usize {
+        if !self.0.short.get() || len <= align as usize || self.random(3) > 0 {
+            return len;
+        }
+        let part = 1 + self.random(len as u64 - 1) as usize;
+        (part - part % align as usize).max(align as usize)
+    }
+}
+
+impl Time for World {
+    fn now_ns(&self) -> u64 {
+        0
+    }
+    fn sleep_ns(&self, _: u64) -> impl Future<Output = ()> + 'static {
+        self.yield_now()
+    }
+}
+
+impl Tasks for World {
+    fn spawn(&self, _: &'static str, _: u64, task: impl Future<Output = ()> + 'static) {
+        self.start(task);
+    }
+    fn yield_now(&self) -> impl Future<Output = ()> + 'static {
+        let mut yielded = false;
+        poll_fn(move |cx| {
+            if std::mem::replace(&mut yielded, true) {
+                return Poll::Ready(());
+            }
+            cx.waker().wake_by_ref();
+            Poll::Pending
+        })
+    }
+}
+
+impl Log for World {
+    fn log(&self, _: Event) {}
+}
+
+impl Probe for World {
+    fn bug(&self, bug: Bug) -> bool {
+        self.0.bugs.borrow().contains(&bug)
+    }
+    fn mark(&self, mark: Mark) {
+        self.0.marks.borrow_mut().push(mark);
+    }
+}
+
+impl Files for World {
+    type File = MemFile;
+    async fn open(&self, path: &str, mode: OpenMode) -> Result<MemFile, Errno> {
+        if mode.create_new {
+            if self.has(path) {
+                return Err(Errno::EEXIST);
+            }
+            self.put(path, Vec::new());
+        }
+        let store = self.0.files.borrow().get(path).cloned().ok_or(Errno::ENOENT)?;
+        let id = self.0.next.get();
+        self.0.next.set(id + 1);
+        Ok(MemFile(Rc::new(Handle { world: self.clone(), store, id, mode })))
+    }
+    async fn sync_parent(&self, _: &str) -> Result<(), Errno> {
+        self.operation().await.map_or(Ok(()), |f| Err(f.error))
+    }
+    async fn remove(&self, path: &str) -> Result<(), Errno> {
+        self.0.files.borrow_mut().remove(path).map(drop).ok_or(Errno::ENOENT)
+    }
+}
+
+#[derive(Clone)]
+pub(crate) struct MemFile(Rc<Handle>);
+
+struct Handle {
+    world: World,
+    store: Rc<Store>,
+    id: usize,
+    mode: OpenMode,
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.store.locks.borrow_mut().retain(|l| l.0 != self.id);
+    }
+}
+
+impl Handle {
+    fn align(&self) -> u32 {
+        if self.mode.direct { self.world.0.align.get() } else { 1 }
+    }
+    fn assert_aligned(&self, offset: u64, bufs: &IoVec) {
+        let align = self.align() as usize;
+        let aligned = |n: usize| n.is_multiple_of(align);
+        assert!(aligned(offset as usize) && bufs.iter().all(|b| aligned(b.len())), "misaligned direct I/O");
+    }
+    fn change(&self, change: Change) {
+        apply(&mut self.store.now.borrow_mut(), &change, |_| true);
+        self.store.open.borrow_mut().push(change);
+    }
+}
+
+impl File for MemFile {
+    fn read_at(
+        &self,
+        offset: u64,
+        mut bufs: IoVec,
+    ) -> impl Future<Output = (Result<usize, Errno>, IoVec)> + 'static {
+        let handle = Rc::clone(&self.0);
+        async move {
+            handle.assert_aligned(offset, &bufs);
+            if let Some(fault) = handle.world.operation().await {
+                return (Err(fault.error), bufs);
+            }
+            let now = handle.store.now.borrow();
+            let start = now.len().min(usize::try_from(offset).unwrap_or(usize::MAX));
+            let len = bytes_of(&bufs).min(now.len() - start);
+            let len = handle.world.moved(len, handle.align());
+            copy_from_slice(&mut bufs, 0, &now[start..start + len]);
+            (Ok(len), bufs)
+        }
+    }
+
+    fn write_at(
+        &self,
+        offset: u64,
+        bufs: IoVec,
+    ) -> impl Future<Output = (Result<usize, Errno>, IoVec)> + 'static {
+        let handle = Rc::clone(&self.0);
+        async move {
+            assert!(handle.mode.write, "write to a file opened for reading");
+            handle.assert_aligned(offset, &bufs);
+            let mut bytes = vec![0; bytes_of(&bufs)];
+            copy_to_slice(&bufs, 0, &mut bytes);
+            let fault = handle.world.operation().await;
+            let len = match fault.map(|f| f.effect) {
+                Some(Effect::None) => 0,
+                // Sectors are not torn.
+                Some(Effect::Half) => bytes.len() / 2 / 512 * 512,
+                Some(Effect::All) => bytes.len(),
+                None => handle.world.moved(bytes.len(), handle.align()),
+            };
+            if handle.store.device.get() && offset + len as u64 > handle.store.now.borrow().len() as u64 {
+                return (Err(Errno::ENOSPC), bufs);
+            }
+            bytes.truncate(len);
+            handle.change(Change::Bytes(offset, bytes));
+            (fault.map_or(Ok(len), |f| Err(f.error)), bufs)
+        }
+    }
+
+    fn sync_data(&self) -> impl Future<Output = Result<(), Errno>> + 'static {
+        let handle = Rc::clone(&self.0);
+        async move {
+            // What completes while the synchronisation runs is not covered.
+            let covered = handle.store.open.borrow().len();
+            let fault = handle.world.operation().await;
+            let mut open = handle.store.open.borrow_mut();
+            let covered = covered.min(open.len());
+            let done: Vec<Change> = open.drain(..covered).collect();
+            if let Some(fault) = fault {
+                // A page cache forgets what it could not write.
+                if handle.mode.direct {
+                    open.splice(0..0, done);
+                }
+                return Err(fault.error);
+            }
+            done.iter().for_each(|change| apply(&mut handle.store.durable.borrow_mut(), change, |_| true));
+            Ok(())
+        }
+    }
+
+    fn set_size(&self, size_bytes: u64) -> impl Future<Output = Result<(), Errno>> + 'static {
+        let handle = Rc::clone(&self.0);
+        async move {
+            if let Some(fault) = handle.world.operation().await {
+                return Err(fault.error);
+            }
+            handle.change(Change::Size(size_bytes));
+            Ok(())
+        }
+    }
+
+    fn info(&self) -> Result<FileInfo, Errno> {
+        Ok(FileInfo {
+            size_bytes: self.0.store.now.borrow().len() as u64,
+            align_bytes: self.0.align(),
+            direct: self.0.mode.direct,
+            block_device: self.0.store.device.get(),
+        })
+    }
+
+    fn lock(&self, kind: LockKind) -> Result<(), Errno> {
+        let mut locks = self.0.store.locks.borrow_mut();
+        let conflict = |l: &(usize, LockKind)| {
+            l.0 != self.0.id && (l.1 == LockKind::Exclusive || kind == LockKind::Exclusive)
+        };
+        if locks.iter().any(conflict) {
+            return Err(Errno::EAGAIN);
+        }
+        locks.retain(|l| l.0 != self.0.id);
+        locks.push((self.0.id, kind));
+        Ok(())
+    }
+}
