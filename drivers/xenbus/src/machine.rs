@@ -76,7 +76,16 @@ impl<H: XenHost> Backend<H> {
         match start(&seen) {
             Start::Offer if seen.backend.is_some() => self.offer().await?,
             Start::Offer => {}
-            Start::Resume => self.resume().await?,
+            Start::Resume => {
+                if let Err(why) = self.resume().await? {
+                    self.fail(&why).await?;
+                }
+            }
+            Start::ResumeIfPossible => {
+                if self.resume().await?.is_err() {
+                    self.phase = Phase::Failed;
+                }
+            }
             Start::In(phase) => self.phase = phase,
         }
         loop {
@@ -253,16 +262,10 @@ impl<H: XenHost> Backend<H> {
         Ok(())
     }
 
-    /// Takes up the ring of a dead predecessor: the front end is connected and is not to notice.
-    async fn resume(&mut self) -> Result<(), BackendError> {
+    /// Takes up the ring of a dead predecessor; nothing is written, as the front end is not to notice.
+    async fn resume(&mut self) -> Result<Result<(), String>, BackendError> {
         let read_only = self.read_only().await?;
-        match self.ring_from_keys(read_only).await? {
-            Ok(ring) => {
-                self.serve(ring);
-                Ok(())
-            }
-            Err(why) => self.fail(&why).await,
-        }
+        Ok(self.ring_from_keys(read_only).await?.map(|ring| self.serve(ring)))
     }
 
     fn serve(&mut self, ring: BlkifRing<H>) {

@@ -63,6 +63,8 @@ pub(crate) enum Start {
     Offer,
     /// A predecessor served this ring: take it up.
     Resume,
+    /// As [`Start::Resume`], but the front end may have let go of its ring already.
+    ResumeIfPossible,
     /// Go on as if in this phase.
     In(Phase),
 }
@@ -71,8 +73,9 @@ pub(crate) fn start(seen: &Seen) -> Start {
     use XenbusState::*;
     match (seen.backend, seen.frontend) {
         (Some(Connected), Some(Connected)) => Start::Resume,
-        // The toolstack asked while nobody was there; the front end has not let go.
-        (Some(Closing), Some(Connected)) if !seen.online => Start::Resume,
+        // The end of it was begun, by the front end or the toolstack: what is in flight is answered first.
+        (Some(Connected | Closing), Some(Closing)) => Start::ResumeIfPossible,
+        (Some(Closing), Some(Connected)) if !seen.online => Start::ResumeIfPossible,
         // The predecessor published the disk, or the front end made another ring since: both connect now.
         (Some(Connected), Some(Initialised)) => Start::In(Phase::Waiting),
         (Some(Connected | Closing | Reconfiguring | Reconfigured), _) => Start::In(Phase::Failed),
@@ -166,9 +169,10 @@ mod tests {
         assert_eq!(start(&seen(InitWait, Initialised)), Start::Offer);
         assert_eq!(start(&seen(Connected, Connected)), Start::Resume);
         assert_eq!(start(&seen(Connected, Initialised)), Start::In(Phase::Waiting));
-        assert_eq!(start(&seen(Connected, Closing)), Start::In(Phase::Failed));
+        assert_eq!(start(&seen(Connected, Closing)), Start::ResumeIfPossible);
+        assert_eq!(start(&seen(Connected, Closed)), Start::In(Phase::Failed));
         assert_eq!(start(&seen(Closing, Connected)), Start::In(Phase::Failed));
-        assert_eq!(start(&Seen { online: false, ..seen(Closing, Connected) }), Start::Resume);
+        assert_eq!(start(&Seen { online: false, ..seen(Closing, Connected) }), Start::ResumeIfPossible);
         assert_eq!(start(&seen(Closed, Initialising)), Start::In(Phase::Closed));
     }
 }

@@ -8,6 +8,7 @@ use common::{Disk, World};
 use sim::{Config, Scheduling};
 use std::cell::RefCell;
 use std::rc::Rc;
+use tap_abi::blkif::{BlkifOp, BlkifRequest};
 use tap_abi::xenbus::XenbusState;
 use tap_host::{DomId, Errno, Mark, VbdId, Watcher, Xenstore};
 use tap_xenbus::{Backend, BackendConfig, BackendEnd, BackendError, Hotplug};
@@ -234,6 +235,37 @@ fn a_device_survives_a_death_of_its_back_end_at_any_effect() {
 fn a_device_survives_several_deaths() {
     for seed in 0..300 {
         live_with_deaths(seed, (0..5).map(|n| sim::mix2(seed, n) % 250).collect());
+    }
+}
+
+#[test]
+fn what_is_in_flight_when_a_front_end_closes_is_answered_also_by_a_successor() {
+    for dies in [false, true] {
+        world(&quiet(), async move |world| {
+            let d = Device::new(&world, false).await;
+            let node = d.start(0);
+            let front = d.connect().await;
+            let segments = [front.segment(0, 0, 0)];
+            for id in 0..8 {
+                assert!(front.ring.put(&BlkifRequest::new(id, BlkifOp::Write, id, &segments).unwrap()));
+            }
+            front.ring.publish();
+            world.sim.sleep_ns(1_000).await;
+            assert_eq!(d.disk.log().len(), 8, "taken");
+            if dies {
+                node.kill();
+            }
+            d.set_front("state", "5").await;
+            if dies {
+                d.start(1);
+            }
+            d.until_back(XenbusState::Closed).await;
+            for _ in 0..8 {
+                assert_eq!(front.ring.take().unwrap().expect("an answer each").status.get(), 0);
+            }
+            assert_eq!(d.disk.log().len(), if dies { 16 } else { 8 });
+            assert_eq!(d.back("error").await, None);
+        });
     }
 }
 
