@@ -4,6 +4,7 @@ pub mod crash;
 pub mod ring;
 pub mod setup;
 
+use crate::guest;
 use crate::run::Scenario;
 use sim::Label;
 
@@ -16,11 +17,13 @@ pub static ALL: &[&Scenario] = &[
     &crash::RECOVERY_CRASH,
     &crash::QCOW_ERRORS,
     &ring::FRONTEND_RECONNECT,
+    &ring::HOSTILE_FRONTEND,
     &ring::TWO_GUESTS,
 ];
 
 /// The labels of scenarios.
-pub static LABELS: &[&Label] = &[&crash::CRASH_AT, &ring::KILL_AFTER, &ring::RECONNECT_AT];
+pub static LABELS: &[&Label] =
+    &[&crash::CRASH_AT, &ring::KILL_AFTER, &ring::RECONNECT_AT, &guest::TRICK, &guest::KEYS];
 
 /// The scenario called `name`.
 pub fn find(name: &str) -> Option<&'static Scenario> {

@@ -1,8 +1,9 @@
 //! Guests on rings: traffic, death of tapdisk, reconnects, several guests.
 
+use super::crash::either;
 use super::setup::{Setup, workload};
 use crate::check::Invariant;
-use crate::guest::{Guest, Manners, RingDisk};
+use crate::guest::{Guest, HONEST_SECTORS, Hostile, Manners, RingDisk};
 use crate::machine::{Attached, Machine};
 use crate::run::Scenario;
 use crate::stack::StackLimits;
@@ -13,6 +14,7 @@ use kernel_model::faults::FaultPlan;
 use sim::{Entity, Label};
 use std::rc::Rc;
 use tap_core::wait::oneshot;
+use tap_host::SECTOR_BYTES;
 
 /// After how many of its effects tapdisk is killed.
 pub static KILL_AFTER: Label = Label::new("kill-after", "tapdisk is killed after {} more effects");
@@ -52,6 +54,14 @@ pub static TWO_GUESTS: Scenario = Scenario {
     about: "two guests with a disk each on one tapdisk, which dies once; neither sees anything of the other",
     storage: |_| StorageConfig::default(),
     body: |w| Box::pin(two_guests(w)),
+};
+
+/// A front end that breaks every rule, beside one that does not.
+pub static HOSTILE_FRONTEND: Scenario = Scenario {
+    name: "hostile-frontend",
+    about: "a front end with bad keys, malformed requests, impossible indices; refused, without disturbing its neighbour",
+    storage: |_| StorageConfig::default(),
+    body: |w| Box::pin(hostile_frontend(w)),
 };
 
 const DISK_BYTES: u64 = 1 << 20;
@@ -205,4 +215,36 @@ async fn two_guests(world: World) {
     }
     machine.spare();
     finish(&world, &machine, &guests).await;
+}
+
+async fn hostile_frontend(world: World) {
+    let limits = StackLimits::draw(&world);
+    let machine = Machine::new(&world, limits);
+    let bad = machine.attach(Setup::raw(&world, 0, DISK_BYTES), 0).await;
+    let good = machine.attach(Setup::raw(&world, 1, DISK_BYTES), 1).await;
+    machine.start_tapdisk();
+    let neighbour = Manners { reads: Invariant::H2, ..NO_ERRORS };
+    let Some(guest) = good.boot(&world, neighbour).await else { return };
+    let (w, hostile, (done, gone)) = (world.clone(), Hostile::new(&world, bad.clone()), oneshot());
+    bad.node.spawn("hostile", 0, async move {
+        let played = async {
+            hostile.connect().await?;
+            hostile.play(40).await
+        };
+        if let Err(error) = played.await {
+            w.fail(Invariant::H1, format!("the hostile guest is stopped by {error:?}, not by the back end"));
+        }
+        let _ = done.send(());
+    });
+    let ops = operations_of(&world, &good, 1, 40);
+    let g = guest.clone();
+    in_guest(&good, async move { g.run(&ops, 16).await }).await;
+    either(gone, bad.node.dead()).await;
+    finish(&world, &machine, &[(good, guest)]).await;
+    let mut above = vec![1; ((bad.setup.size_sectors - HONEST_SECTORS) * SECTOR_BYTES) as usize];
+    let content = world.storage.content(&bad.setup.spec.path).unwrap_or_default();
+    content.pages.read(HONEST_SECTORS * SECTOR_BYTES, &mut above);
+    if above.iter().any(|b| *b != 0) {
+        world.fail(Invariant::H1, "a malformed request changed the disk");
+    }
 }

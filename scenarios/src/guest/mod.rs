@@ -1,9 +1,11 @@
 //! Guests: what they do to a disk, and the history they keep of it.
 
 mod direct;
+mod hostile;
 mod ring;
 
 pub use direct::DirectDisk;
+pub use hostile::{HONEST_SECTORS, Hostile, KEYS, TRICK};
 pub use ring::RingDisk;
 
 use crate::check::{BlockHistory, Invariant};
