@@ -405,6 +405,21 @@ fn a_read_only_disk_says_so() {
 }
 
 #[test]
+fn a_front_end_that_names_no_protocol_speaks_ours() {
+    world(&quiet(), async |world| {
+        let d = Device::new(&world, false).await;
+        d.start(0);
+        d.until_back(XenbusState::InitWait).await;
+        let front = Front::new(&d.guest);
+        d.set_front("ring-ref", &front.ring.ring_ref().0.to_string()).await;
+        d.set_front("event-channel", &front.ring.event_port().0.to_string()).await;
+        d.set_front("state", "3").await;
+        d.until_back(XenbusState::Connected).await;
+        d.work(&front, 5).await;
+    });
+}
+
+#[test]
 fn a_hotplug_script_is_waited_for() {
     world(&quiet(), async |world| {
         let mut d = Device::new(&world, false).await;
