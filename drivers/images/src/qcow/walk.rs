@@ -36,6 +36,21 @@ const PART: u64 = 4096;
 /// Most parts: 512 MiB, for 16 TiB of clusters of 4 KiB.
 const MAX_PARTS: usize = 1 << 20;
 
+/// Why a bit could not be set.
+enum Taken {
+    Before,
+    NoRoom,
+}
+
+impl Taken {
+    fn text(&self) -> &'static str {
+        match self {
+            Taken::Before => "lies where another cluster lies",
+            Taken::NoRoom => "is one of too many that are scattered over the file",
+        }
+    }
+}
+
 /// A sparse set of cluster numbers.
 #[derive(Default)]
 struct Bits {
@@ -45,30 +60,45 @@ struct Bits {
 }
 
 impl Bits {
-    /// Sets a bit; whether it was set, or `None` when there are too many parts.
-    fn set(&mut self, bit: u64) -> Option<bool> {
-        let part = bit / PART;
-        let index = match self.last {
-            Some((last, index)) if last == part => index,
-            _ => {
-                let index = match self.parts.get(&part) {
-                    Some(index) => *index,
-                    None if self.words.len() == MAX_PARTS => return None,
-                    None => {
-                        self.words.push([0; PART as usize / 64]);
-                        self.parts.insert(part, self.words.len() - 1);
-                        self.words.len() - 1
-                    }
-                };
-                self.last = Some((part, index));
-                index
+    /// Sets `count` bits from `first` on. Stops at one that was set, or behind which there is no room for more; gives
+    /// how many were set before, and which it was.
+    fn set(&mut self, first: u64, count: u64) -> Result<(), (u64, Taken)> {
+        let (mut bit, end) = (first, first + count);
+        while bit < end {
+            let index = self.part(bit / PART).ok_or((bit - first, Taken::NoRoom))?;
+            let word = &mut self.words[index][(bit % PART / 64) as usize];
+            let (from, len) = (bit % 64, (64 - bit % 64).min(end - bit));
+            let mask = u64::MAX >> (64 - len) << from;
+            let both = *word & mask;
+            if both != 0 {
+                let taken = both.trailing_zeros();
+                *word |= mask & !(u64::MAX << taken);
+                return Err((bit - from + u64::from(taken) - first, Taken::Before));
+            }
+            *word |= mask;
+            bit += len;
+        }
+        Ok(())
+    }
+
+    /// Where the words of a part are.
+    fn part(&mut self, part: u64) -> Option<usize> {
+        if let Some((last, index)) = self.last
+            && last == part
+        {
+            return Some(index);
+        }
+        let index = match self.parts.get(&part) {
+            Some(index) => *index,
+            None if self.words.len() == MAX_PARTS => return None,
+            None => {
+                self.words.push([0; PART as usize / 64]);
+                self.parts.insert(part, self.words.len() - 1);
+                self.words.len() - 1
             }
         };
-        let word = &mut self.words[index][(bit % PART / 64) as usize];
-        let mask = 1 << (bit % 64);
-        let was = *word & mask != 0;
-        *word |= mask;
-        Some(was)
+        self.last = Some((part, index));
+        Some(index)
     }
 
     fn has(&self, bit: u64) -> bool {
@@ -181,34 +211,40 @@ impl Walk {
 
     /// Takes the entries of L2 table `index`; `None` when the report wants no more.
     pub(super) fn take_l2(&mut self, index: usize, entries: &[u64], report: &mut impl Report) -> Option<()> {
-        let cluster_bytes = self.geometry.cluster_bytes();
-        for (at, entry) in entries.iter().copied().enumerate() {
-            let problem = match Mapping::of(entry, self.geometry.cluster_bits) {
-                Mapping::Unmapped => continue,
-                Mapping::Plain(offset) => {
-                    if offset & (cluster_bytes - 1) != 0 || offset > self.reach - cluster_bytes {
-                        "is misplaced or far behind the file's end"
-                    } else {
-                        self.end = self.end.max(offset + cluster_bytes);
-                        self.plain_clusters += 1;
-                        match self.plain.set(offset / cluster_bytes) {
-                            Some(false) => continue,
-                            Some(true) => "lies where another cluster lies",
-                            None => "is one of too many that are scattered over the file",
-                        }
-                    }
-                }
-                Mapping::Compressed(run) => match self.take_compressed(run) {
-                    Ok(()) => continue,
-                    Err(what) => what,
-                },
+        let mut at = 0;
+        while let Some(entry) = entries.get(at) {
+            let (taken, problem) = match Mapping::of(*entry, self.geometry.cluster_bits) {
+                Mapping::Unmapped => (1, None),
+                Mapping::Plain(offset) => self.take_plain(offset, &entries[at..]),
+                Mapping::Compressed(run) => (1, self.take_compressed(run).err()),
             };
-            let cluster = index * entries.len() + at;
+            at += taken;
+            let Some(problem) = problem else { continue };
+            let (cluster, entry) = (index * entries.len() + at - 1, entries[at - 1]);
             if !report.problem(format!("cluster {cluster} ({entry:#x}) {problem}")) {
                 return None;
             }
         }
         Some(())
+    }
+
+    /// Takes the run of contiguous clusters that `entries` begin with. Gives how many entries that was, and what is
+    /// wrong with the last of them. Images that were filled in order are all runs.
+    fn take_plain(&mut self, offset: u64, entries: &[u64]) -> (usize, Option<&'static str>) {
+        let bytes = self.geometry.cluster_bytes();
+        let fits = self.reach.saturating_sub(offset) / bytes;
+        if !offset.is_multiple_of(bytes) || fits == 0 {
+            return (1, Some("is misplaced or far behind the file's end"));
+        }
+        let places = (offset..).step_by(bytes as usize).take(fits as usize);
+        let count = entries.iter().zip(places).take_while(|(entry, place)| *entry == place).count();
+        let (count, problem) = match self.plain.set(offset / bytes, count as u64) {
+            Ok(()) => (count, None),
+            Err((before, taken)) => (before as usize + 1, Some(taken.text())),
+        };
+        self.plain_clusters += count as u64;
+        self.end = self.end.max(offset + count as u64 * bytes);
+        (count, problem)
     }
 
     fn take_compressed(&mut self, run: Compressed) -> Result<(), &'static str> {
@@ -221,7 +257,10 @@ impl Walk {
             return Err("is compressed and overlaps a table");
         }
         for unit in run.offset / self.geometry.cluster_bytes()..end.div_ceil(self.geometry.cluster_bytes()) {
-            self.compressed.set(unit).ok_or("is one of too many that are scattered over the file")?;
+            // Compressed runs may share.
+            if let Err((_, taken @ Taken::NoRoom)) = self.compressed.set(unit, 1) {
+                return Err(taken.text());
+            }
         }
         self.end = self.end.max(end);
         self.compressed_clusters += 1;

@@ -87,6 +87,34 @@ fn a_damaged_image_can_be_read_where_it_is_whole() {
 }
 
 #[test]
+fn check_tells_every_double_owner_within_runs() {
+    let setup = Setup { cluster_bits: 9, ..SMALL };
+    let world = World::new(1);
+    setup.create(&world);
+    let qcow = setup.open(&world);
+    // Clusters 0 to 9 lie in one run, and so do 64 to 73, in another table.
+    for start in [0, 64] {
+        world.block_on(write(&qcow, start, 10, 7)).result.unwrap();
+    }
+    world.block_on(qcow.close()).unwrap();
+    let mut bytes = world.bytes(PATH);
+    let first = entry_at(&bytes, true, 0);
+    let place = u64::from_be_bytes(bytes[first..first + 8].try_into().unwrap());
+    // Cluster 20 to 29 begin before that run and go through it; 3 of them are in a gap of it.
+    for (i, at) in (20..30).enumerate() {
+        bytes = with(&bytes, entry_at(&bytes, true, at), place + i as u64 * 512);
+    }
+    for gap in 4..7 {
+        bytes = with(&bytes, entry_at(&bytes, true, gap), 0);
+    }
+    world.put(PATH, bytes);
+    let report = checked(&world);
+    assert_eq!((report.problem_count, report.plain_clusters), (7, 27), "{:?}", report.problems);
+    let named = |n: u32| report.problems.iter().any(|p| p.starts_with(&format!("cluster {n} ")));
+    assert!((20..30).all(|n| named(n) == !(24..27).contains(&n)), "{:?}", report.problems);
+}
+
+#[test]
 fn images_of_old_tapdisk_are_recognised() {
     let mut bytes = sample();
     let xen = |flags: u32, checksum: u32| [0x5845_4efb, checksum, 1, flags].map(u32::to_be_bytes).concat();
