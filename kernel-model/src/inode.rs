@@ -9,7 +9,7 @@
 //! Size changes are entries of their own, ordered among themselves but not against data: after a power cut the file
 //! may be long without its data, or have lost data because it is short.
 
-use crate::pages::{PAGE, Page, PageMap};
+use crate::pages::{PAGE, Page, PageMap, recycle};
 use sim::Entity;
 use std::rc::Rc;
 use tap_host::SECTOR_BYTES;
@@ -114,7 +114,12 @@ impl Inode {
     pub fn harden(&mut self, seq: u64) {
         let split = self.pending.partition_point(|p| p.seq < seq);
         for p in self.pending.drain(..split) {
-            apply(&mut self.base.pages, &p, p.sectors);
+            if p.sectors == 0xff {
+                self.base.pages.set(p.page, Some(p.bytes));
+            } else {
+                apply(&mut self.base.pages, &p, p.sectors);
+                recycle(p.bytes);
+            }
         }
         let split = self.pending_sizes.partition_point(|p| p.seq < seq);
         for s in self.pending_sizes.drain(..split) {

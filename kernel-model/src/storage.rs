@@ -111,7 +111,7 @@ struct Running {
 
 enum Slot {
     Free,
-    Running(Box<Running>),
+    Running(Running),
     Done(Result<usize, Errno>, IoVec),
 }
 
@@ -353,7 +353,7 @@ impl Inner {
             waker: None,
             orphan: false,
         };
-        let slot = Slot::Running(Box::new(running));
+        let slot = Slot::Running(running);
         let index = match self.free.borrow_mut().pop() {
             Some(index) => {
                 self.slots.borrow_mut()[index as usize] = slot;
@@ -547,7 +547,7 @@ impl Timed for Inner {
         let Slot::Running(mut running) = taken else { unreachable!("an operation ends once") };
         let result = self.effect(&mut running);
         self.ops.set(self.ops.get() + 1);
-        let Running { bufs, waker, orphan, open, .. } = *running;
+        let Running { bufs, waker, orphan, open, .. } = running;
         if orphan {
             self.free.borrow_mut().push(token as u32);
             drop(bufs);

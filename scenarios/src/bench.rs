@@ -122,7 +122,8 @@ async fn reference(world: World, spec: BenchSpec) -> (u64, u64, i64) {
         let tenth = (spec.requests / 10).max(1);
         while made < spec.requests {
             let n = tenth.min(spec.requests - made).min(100_000);
-            let ops: Vec<Option<Op>> = (made..made + n).map(|i| Some(next(i, &mut draw, &mut cursor, size, spec))).collect();
+            let ops: Vec<Option<Op>> =
+                (made..made + n).map(|i| Some(next(i, &mut draw, &mut cursor, size, spec))).collect();
             guest.run(&ops, DEPTH).await;
             made += n;
             if warm == 0 {
@@ -150,6 +151,7 @@ fn next(i: u64, draw: &mut Draw, cursor: &mut u64, size: u64, spec: BenchSpec) -
     };
     let kind = if draw.below(2) == 0 { IoKind::Read } else { IoKind::Write };
     // Runs of one kind, or nothing could be merged.
-    let kind = if spec.sequential { if i / 16 % 2 == 0 { IoKind::Write } else { IoKind::Read } } else { kind };
+    let kind =
+        if spec.sequential { if i / 16 % 2 == 0 { IoKind::Write } else { IoKind::Read } } else { kind };
     Op { kind, range: SectorRange::new(at, SECTORS as u32) }
 }

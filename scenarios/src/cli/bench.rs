@@ -50,7 +50,8 @@ pub fn bench_command(common: &Common, args: &BenchArgs) -> Result<Exit, Stop> {
             requests_per_cpu_second: result.rate(),
             host_ios_per_request: result.host_ios as f64 / result.requests.max(1) as f64,
             cpu_ns_per_request: result.cpu_ns as f64 / result.requests.max(1) as f64,
-            memory_growth_bytes_per_million: result.memory_growth_bytes as f64 * 1e6 / result.requests.max(1) as f64,
+            memory_growth_bytes_per_million: result.memory_growth_bytes as f64 * 1e6
+                / result.requests.max(1) as f64,
             result,
         };
         println!(
