@@ -86,26 +86,20 @@ struct Plan {
     write: bool,
     start: u64,
     count: u32,
-    /// Dropped after this many others were submitted.
+    /// Dropped after this many turns from the last submission on.
     cancel_after: Option<usize>,
-    /// Turns before the next one is submitted.
-    pause: bool,
+    /// What runs before the next one is submitted: 0 everything, 1 and 2 one turn, above that nothing.
+    pace: u8,
 }
 
 fn plans() -> impl Strategy<Value = Vec<Plan>> {
-    let plan = (
-        any::<bool>(),
-        0..SECTORS - 8,
-        1_u32..8,
-        prop::option::weighted(0.2, 0_usize..6),
-        prop::bool::weighted(0.1),
-    );
-    let plan = plan.prop_map(|(write, start, count, cancel_after, pause)| Plan {
+    let plan = (any::<bool>(), 0..SECTORS - 8, 1_u32..8, prop::option::weighted(0.2, 0_usize..150), 0_u8..12);
+    let plan = plan.prop_map(|(write, start, count, cancel_after, pace)| Plan {
         write,
         start,
         count,
         cancel_after,
-        pause,
+        pace,
     });
     prop::collection::vec(plan, 1..60)
 }
@@ -116,12 +110,11 @@ fn filled(count: u32, fill: u8) -> tap_host::IoVec {
     std::iter::once(buf).collect()
 }
 
-/// A request in flight, what it may see, and when it is dropped.
+/// A request in flight, and what it may see.
 struct Flight {
     outcome: Outcome<Response>,
     plan: Plan,
     sees: Vec<Vec<u8>>,
-    drop_at: Option<usize>,
 }
 
 fn run(plans: Vec<Plan>, limits: SchedulerLimits, bad: Option<u64>, seed: u64) {
@@ -156,21 +149,26 @@ fn run(plans: Vec<Plan>, limits: SchedulerLimits, bad: Option<u64>, seed: u64) {
         };
         let future = scheduler.submit(request);
         let outcome = pool.defer(future);
-        let drop_at = plan.cancel_after.map(|n| number + n);
-        if plan.pause {
-            pool.run();
-        } else {
-            pool.turn();
+        match plan.pace {
+            0 => pool.run(),
+            1 | 2 => {
+                pool.turn();
+            }
+            _ => {}
         }
-        flights.push(Flight { outcome, plan, sees, drop_at });
-        for flight in flights.iter().filter(|f| f.drop_at == Some(number)) {
+        flights.push(Flight { outcome, plan, sees });
+    }
+    for turn in 0.. {
+        for flight in flights.iter().filter(|f| f.plan.cancel_after == Some(turn)) {
             pool.cancel(flight.outcome.task);
         }
+        if !pool.turn() {
+            break;
+        }
     }
-    pool.run();
     for flight in &flights {
         let Some(response) = flight.outcome.take() else {
-            assert!(flight.drop_at.is_some(), "{:?} has no answer", flight.plan);
+            assert!(flight.plan.cancel_after.is_some(), "{:?} has no answer", flight.plan);
             continue;
         };
         let span = flight.plan.start..flight.plan.start + u64::from(flight.plan.count);
