@@ -127,10 +127,17 @@ impl Blkfront {
             }
         }
         ring.publish();
+        // Who waited for a ring goes on.
+        let waiting = std::mem::take(&mut *this.waiting.borrow_mut());
+        waiting.into_iter().for_each(Waker::wake);
         let (me, responses) = (self.clone(), Rc::clone(&ring));
         this.closing.set(false);
         this.serving.set(true);
-        this.node.spawn("responses", u64::from(this.connects.get()), async move { me.serve(responses).await });
+        this.node.spawn(
+            "responses",
+            u64::from(this.connects.get()),
+            async move { me.serve(responses).await },
+        );
         Ok(())
     }
 
@@ -173,7 +180,8 @@ impl Blkfront {
     fn answer(&self, id: u64, status: i16) {
         let (slot, turn) = ((id & 0xff) as usize, id >> 8);
         let mut shadows = self.0.shadow.borrow_mut();
-        let known = shadows.get_mut(slot).filter(|s| s.turn == turn && s.request.is_some() && s.status.is_none());
+        let known =
+            shadows.get_mut(slot).filter(|s| s.turn == turn && s.request.is_some() && s.status.is_none());
         match known {
             Some(shadow) => {
                 shadow.status = Some(status);
@@ -183,7 +191,9 @@ impl Blkfront {
             }
             None => {
                 drop(shadows);
-                (self.0.complain)(format!("a response came for request {id:#x}, which has no request outstanding"));
+                (self.0.complain)(format!(
+                    "a response came for request {id:#x}, which has no request outstanding"
+                ));
             }
         }
     }
@@ -311,7 +321,8 @@ impl Blkfront {
             }
             for (i, page) in shadow.pages[..pages].iter().enumerate() {
                 let left = range.count - i as u32 * PAGE_SECTORS;
-                segments[i] = Segment { gref: page.gref.0, first: 0, last: (left.min(PAGE_SECTORS) - 1) as u8 };
+                segments[i] =
+                    Segment { gref: page.gref.0, first: 0, last: (left.min(PAGE_SECTORS) - 1) as u8 };
             }
             if kind == IoKind::Write {
                 fill(&mut |at, bytes| scatter(&shadow.pages, at, bytes));
@@ -323,7 +334,8 @@ impl Blkfront {
                 IoKind::Flush => BlkifOp::Flush,
             };
             let id = slot as u64 | shadow.turn << 8;
-            let request = BlkifRequest::new(id, op, range.start.0, &segments[..pages]).map_err(|_| Errno::EINVAL)?;
+            let request =
+                BlkifRequest::new(id, op, range.start.0, &segments[..pages]).map_err(|_| Errno::EINVAL)?;
             shadow.status = None;
             shadow.request = Some(request.clone());
             request

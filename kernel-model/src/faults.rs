@@ -203,7 +203,22 @@ impl Rates {
     }
 }
 
-pub(crate) fn decode(value: u64) -> Fault {
+/// The fault of an [`IO_FAULT`] value; none where the plan does not have it, whatever a decision file says.
+pub(crate) fn decode(value: u64, plan: FaultPlan, op: IoOp) -> Fault {
+    let fault = decode_any(value);
+    let allowed = match fault {
+        Fault::None => true,
+        Fault::Error(Errno::EIO, _) if op == IoOp::Sync => plan.sync_errors,
+        Fault::Error(Errno::EIO, _) => plan.errors,
+        Fault::Error(Errno::ENOSPC, _) => plan.no_space && op == IoOp::Write,
+        Fault::Error(..) => plan.transient && op != IoOp::Sync,
+        Fault::Short(_) => plan.short && op != IoOp::Sync,
+        Fault::Stuck => plan.latency,
+    };
+    if allowed { fault } else { Fault::None }
+}
+
+fn decode_any(value: u64) -> Fault {
     let detail = (value >> 3) as u8;
     match value & 7 {
         KIND_EIO => Fault::Error(Errno::EIO, detail),
@@ -217,7 +232,7 @@ pub(crate) fn decode(value: u64) -> Fault {
 
 /// An [`IO_FAULT`] value in words.
 pub fn describe_fault(value: u64) -> String {
-    match decode(value) {
+    match decode_any(value) {
         Fault::None => "meets no fault".into(),
         Fault::Error(Errno::EIO, 0) => "fails with EIO and has no effect".into(),
         Fault::Error(Errno::EIO, 255) => "fails with EIO although all of it took effect".into(),

@@ -370,7 +370,6 @@ impl Inner {
         index
     }
 
-
     fn draw_fault(&self, op: IoOp, io: Entity) -> Fault {
         let mut counts = self.counts.get();
         match op {
@@ -390,7 +389,11 @@ impl Inner {
         if !self.rates.any(op) && !self.sim.has_given_decisions() {
             return Fault::None;
         }
-        decode(self.sim.fault(io, &IO_FAULT, 1_000_000, |d| self.rates.draw_fault(op, d)))
+        decode(
+            self.sim.fault(io, &IO_FAULT, 1_000_000, |d| self.rates.draw_fault(op, d)),
+            self.config.borrow().faults,
+            op,
+        )
     }
 
     pub(crate) fn poll(&self, index: u32, waker: &Waker) -> Poll<(Result<usize, Errno>, IoVec)> {
@@ -439,7 +442,9 @@ impl Inner {
         self.counts.set(counts);
         let landed = match running.fault {
             Fault::None | Fault::Stuck => len,
-            Fault::Error(_, part) | Fault::Short(part) => part_of(len, part),
+            Fault::Error(_, part) => part_of(len, part),
+            // Never nothing: that would be the end of the file.
+            Fault::Short(part) => part_of(len, part).max(len.min(SECTOR_BYTES as usize)),
         };
         let done = match running.op {
             IoOp::Read => self.effect_read(running, landed),

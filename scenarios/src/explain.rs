@@ -20,7 +20,8 @@ pub fn decision(key: &Key, d: &Decision) -> String {
     } else if key.label.name == IO_FAULT.name {
         describe_fault(d.value)
     } else {
-        let value = if key.label.words.contains("mask") { format!("{:#010b}", d.value) } else { d.value.to_string() };
+        let value =
+            if key.label.words.contains("mask") { format!("{:#010b}", d.value) } else { d.value.to_string() };
         key.label.words.replace("{}", &value)
     };
     format!("{who}: {what}")
@@ -47,7 +48,14 @@ pub fn story(spec: &RunSpec, outcome: &Outcome) -> String {
     }
     match &outcome.failure {
         Some(f) => {
-            let _ = writeln!(out, "\nBroken at {} ns: {}: {}\n  {}", f.at_ns, f.invariant, f.invariant.sentence(), f.detail);
+            let _ = writeln!(
+                out,
+                "\nBroken at {} ns: {}: {}\n  {}",
+                f.at_ns,
+                f.invariant,
+                f.invariant.sentence(),
+                f.detail
+            );
         }
         None => out += "\nNothing is broken.\n",
     }

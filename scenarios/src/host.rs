@@ -3,8 +3,8 @@
 use kernel_model::{Kernel, Process, ProcessFile};
 use std::future::Future;
 use tap_host::{
-    Bug, DomId, Entropy, Errno, Event, Events, Files, GrantRef, GrantSegment, Grants, Log, Mark, OpenMode, Port, Probe,
-    SharedPages, Tasks, Time, Xenstore,
+    Bug, DomId, Entropy, Errno, Event, Events, Files, GrantRef, GrantSegment, Grants, Log, Mark, OpenMode,
+    Port, Probe, SharedPages, Tasks, Time, Xenstore,
 };
 use xen_model::{Channel, Mapping, StoreTransaction, StoreWatcher, Xen, XenPort};
 

@@ -79,7 +79,8 @@ pub fn make_qcow(shape: &QcowShape, view: &mut PageMap) -> Vec<u8> {
             file.resize(l2 + (8 << shape.l2_bits), 0);
             file[l1_at..l1_at + 8].copy_from_slice(&(l2 as u64).to_be_bytes());
         }
-        let packed = (*stored == Stored::Compressed).then(|| deflate(&bytes)).filter(|p| p.len() < cluster_bytes);
+        let packed =
+            (*stored == Stored::Compressed).then(|| deflate(&bytes)).filter(|p| p.len() < cluster_bytes);
         let entry = match packed {
             Some(packed) => {
                 // Extents lie one behind the other, in clusters that hold nothing else.
@@ -116,7 +117,12 @@ mod tests {
                 l2_bits: 6,
                 size: 8 << 20,
                 backing: Some("base.raw".into()),
-                clusters: vec![(0, Stored::Plain), (3, Stored::Compressed), (70, Stored::Compressed), (90, Stored::Plain)],
+                clusters: vec![
+                    (0, Stored::Plain),
+                    (3, Stored::Compressed),
+                    (70, Stored::Compressed),
+                    (90, Stored::Plain),
+                ],
                 writer: 7,
             };
             let mut view = PageMap::default();

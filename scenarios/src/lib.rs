@@ -1,13 +1,15 @@
 //! The testbed: worlds made of the stack and the models, guests, checkers, the catalogue, and the program `tapsim`.
 
+pub mod bench;
 pub mod catalog;
-pub mod cli;
 pub mod check;
+pub mod cli;
 pub mod explain;
 pub mod guest;
 pub mod host;
 pub mod hunt;
 pub mod image;
+pub mod machine;
 pub mod run;
 pub mod stack;
 pub mod sweep;

@@ -5,7 +5,8 @@ use crate::world::{RunOptions, Stats, World};
 use crate::{catalog, workload, world};
 use kernel_model::StorageConfig;
 use sim::{
-    Config, DecisionMap, Limits, RunFile, Scheduling, Sim, Source, StallKind, TraceLevel, TraceReport, register_labels,
+    Config, DecisionMap, Limits, RunFile, Scheduling, Sim, Source, StallKind, TraceLevel, TraceReport,
+    register_labels,
 };
 use std::cell::RefCell;
 use std::future::Future;
@@ -73,8 +74,9 @@ impl RunSpec {
     /// # Errors
     /// What the file asks for that is not there.
     pub fn from_file(file: &RunFile) -> Result<Self, String> {
-        let scenario = catalog::find(&file.scenario)
-            .ok_or_else(|| format!("unknown scenario {:?}: `tapsim list` shows those there are", file.scenario))?;
+        let scenario = catalog::find(&file.scenario).ok_or_else(|| {
+            format!("unknown scenario {:?}: `tapsim list` shows those there are", file.scenario)
+        })?;
         let mut spec = Self::new(scenario, file.seed);
         if let Some(name) = file.option("bug") {
             let bug = Bug::ALL.iter().find(|b| b.name() == name);

@@ -18,6 +18,8 @@ pub struct StackLimits {
     pub pool_bytes: usize,
     /// Requests that the guest has running at once.
     pub guest_depth: usize,
+    /// Requests that a ring takes before others have their turn.
+    pub ring_batch: u32,
     /// O_DIRECT.
     pub direct: bool,
 }
@@ -36,6 +38,7 @@ impl StackLimits {
             qcow,
             pool_bytes: world.setting("pool", &[4 << 20, 256 << 10, 64 << 10]),
             guest_depth: world.setting("guest-depth", &[8, 32, 2, 1]),
+            ring_batch: world.setting("ring-batch", &[32, 4, 1]),
             direct: world.setting("direct", &[false, true]),
         }
     }
@@ -54,7 +57,12 @@ impl Stack {
     ///
     /// # Errors
     /// As the image's.
-    pub async fn open(host: &SimHost, world: &World, spec: &ImageSpec, limits: &StackLimits) -> Result<Self, ImageError> {
+    pub async fn open(
+        host: &SimHost,
+        world: &World,
+        spec: &ImageSpec,
+        limits: &StackLimits,
+    ) -> Result<Self, ImageError> {
         let options = OpenOptions {
             write: true,
             direct: limits.direct,

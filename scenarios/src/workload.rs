@@ -187,6 +187,6 @@ mod tests {
         let w = Workload { shape: Shape::Random, count: 3, size_sectors: 8192, max_sectors: 88 };
         let ops = operations(&Sim::new(&Config::new(1)), Entity(1), 0, &w);
         let text: Vec<String> = ops.iter().map(|o| o.map_or("-".into(), |o| o.to_string())).collect();
-        assert_eq!(text, ["read 4421+51", "write 5544+72", "write 1912+28"]);
+        assert_eq!(text, ["read 4720+1", "write 1633+63", "read 7944+32"]);
     }
 }

@@ -19,7 +19,7 @@ pub struct RunOptions {
     /// The drive's flush lies.
     pub canary: bool,
     /// A real image to start from instead of a made one: files by name.
-    pub files: Vec<(String, Rc<Vec<u8>>)>,
+    pub files: Vec<(String, std::sync::Arc<Vec<u8>>)>,
 }
 
 /// Counts of one run.
@@ -35,6 +35,8 @@ pub struct Stats {
     pub host_ios: u64,
     /// Crash states looked at beside the run.
     pub states: u64,
+    /// Clusters of writes that were not flushed when a crash came.
+    pub unflushed_clusters: u64,
 }
 
 /// One world; clones share it.
@@ -60,7 +62,8 @@ impl World {
     /// A world on `sim`.
     pub fn new(sim: &Sim, mut storage: StorageConfig, options: RunOptions) -> Self {
         storage.flush_lies |= options.canary;
-        let errors_allowed = storage.faults.errors || storage.faults.no_space || storage.nth_failure.is_some();
+        let errors_allowed =
+            storage.faults.errors || storage.faults.no_space || storage.nth_failure.is_some();
         let storage = Storage::new(sim, storage);
         let kernel = Kernel::new(sim, &storage);
         if let Some(bug) = options.bug {

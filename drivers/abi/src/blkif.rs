@@ -159,6 +159,8 @@ impl Segment {
     }
 }
 
+const TOO_MANY_SEGMENTS: &str = "more than 11 segments";
+
 /// A request that obeys the protocol. Whether it fits the disk is for the back end to say.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct BlkifRequest {
@@ -194,9 +196,22 @@ impl BlkifRequest {
     /// The sentence of [`Malformed::why`] when the request would not obey the protocol.
     pub fn new(id: u64, op: BlkifOp, sector: u64, segments: &[Segment]) -> Result<Self, &'static str> {
         if segments.len() > MAX_SEGMENTS {
-            return Err("more than 11 segments");
+            return Err(TOO_MANY_SEGMENTS);
         }
-        if segments.is_empty() && op != BlkifOp::Flush {
+        let mut request = Self::blank(id, op, sector, segments.len());
+        request.segments[..segments.len()].copy_from_slice(segments);
+        request.check()?;
+        Ok(request)
+    }
+
+    fn blank(id: u64, op: BlkifOp, sector: u64, nr_segments: usize) -> Self {
+        let segments = [Segment::default(); MAX_SEGMENTS];
+        Self { id, op, handle: 0, sector, segments, nr_segments: nr_segments as u8 }
+    }
+
+    fn check(&self) -> Result<(), &'static str> {
+        let segments = self.segments();
+        if segments.is_empty() && self.op != BlkifOp::Flush {
             return Err("no segment");
         }
         if segments.iter().any(|s| s.first > s.last) {
@@ -205,9 +220,7 @@ impl BlkifRequest {
         if segments.iter().any(|s| s.last >= SECTORS_PER_PAGE) {
             return Err("a segment reaches past its page");
         }
-        let mut own = [Segment::default(); MAX_SEGMENTS];
-        own[..segments.len()].copy_from_slice(segments);
-        Ok(Self { id, op, handle: 0, sector, segments: own, nr_segments: segments.len() as u8 })
+        Ok(())
     }
 
     /// Parses a private copy of a ring entry.
@@ -226,16 +239,15 @@ impl BlkifRequest {
         };
         let count = usize::from(raw.nr_segments);
         if count > MAX_SEGMENTS {
-            return Err(bad(STATUS_ERROR, "more than 11 segments"));
+            return Err(bad(STATUS_ERROR, TOO_MANY_SEGMENTS));
         }
-        let mut segments = [Segment::default(); MAX_SEGMENTS];
-        for (own, raw) in segments.iter_mut().zip(&raw.segments[..count]) {
+        let mut request = Self::blank(raw.id.get(), op, raw.sector.get(), count);
+        request.handle = raw.handle.get();
+        for (own, raw) in request.segments.iter_mut().zip(&raw.segments[..count]) {
             *own = Segment { gref: raw.gref.get(), first: raw.first, last: raw.last };
         }
-        match Self::new(raw.id.get(), op, raw.sector.get(), &segments[..count]) {
-            Ok(request) => Ok(Self { handle: raw.handle.get(), ..request }),
-            Err(why) => Err(bad(STATUS_ERROR, why)),
-        }
+        request.check().map_err(|why| bad(STATUS_ERROR, why))?;
+        Ok(request)
     }
 
     /// The entry's bytes, with zeros where the layout has none.

@@ -15,6 +15,7 @@ use crate::{ImageError, ImageHost};
 use std::fmt;
 use std::rc::Rc;
 use tap_core::{LocalBoxFuture, Node};
+use tap_host::Errno;
 
 /// How to read a file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -92,8 +93,25 @@ pub async fn open_image<H: ImageHost>(
     spec: &ImageSpec,
     options: &OpenOptions,
 ) -> Result<Rc<dyn Node>, ImageError> {
+    let mut pause_ns = OPEN_PAUSE_NS;
+    for _ in 0..OPEN_RETRIES {
+        match open_level(host.clone(), spec.clone(), options.clone(), 1).await {
+            Err(error) if is_transient(&error) => host.sleep_ns(pause_ns).await,
+            other => return other,
+        }
+        pause_ns *= 2;
+    }
     open_level(host.clone(), spec.clone(), options.clone(), 1).await
 }
+
+fn is_transient(error: &ImageError) -> bool {
+    !matches!(error, ImageError::InUse { .. }) && matches!(error.errno(), Errno::EAGAIN | Errno::EINTR)
+}
+
+/// Requests are repeated after transient errors by the scheduler; while an image is being opened there is none yet.
+const OPEN_RETRIES: u32 = 8;
+/// Before the first repetition, in nanoseconds; it doubles with each.
+const OPEN_PAUSE_NS: u64 = 1_000_000;
 
 fn open_level<H: ImageHost>(
     host: H,

@@ -8,7 +8,7 @@ use sim::{Config, Scheduling};
 use std::cell::RefCell;
 use std::rc::Rc;
 use tap_host::{Bug, DomId, Mark};
-use tap_ring::{BlkifRing, ConnectError, RingConfig, RingEnd};
+use tap_ring::{BlkifRing, ConnectError, Limits, RingConfig, RingEnd};
 
 const REQUESTS: u64 = 40;
 
@@ -39,8 +39,12 @@ fn run(seed: u64, depth: usize, deaths: &[u64], bug: Option<Bug>) -> Outcome {
         let world = inside;
         let front = Front::new(&world.guest());
         let disk = Disk::new(&world.sim, 1024);
-        let supervisor =
-            supervise(world.clone(), ring_config(&front, Some("record")), disk, deaths, Rc::clone(&shared));
+        let limits = Limits {
+            buffer_bytes: [2 << 20, 64 << 10, 4096][seed as usize % 3],
+            batch: [32, 3, 1][seed as usize / 3 % 3],
+        };
+        let config = RingConfig { limits, ..ring_config(&front, Some("record")) };
+        let supervisor = supervise(world.clone(), config, disk, deaths, Rc::clone(&shared));
         world.sim.spawn("supervisor", 0, supervisor);
         let result = workload(world.sim.clone(), front, REQUESTS, depth, seed).await;
         shared.borrow_mut().served = result.is_ok();

@@ -95,6 +95,101 @@ fn few_buffers_delay_and_never_stop() {
 }
 
 #[test]
+fn what_is_asked_and_answered_together_needs_one_event_each_way() {
+    world(&quiet(), async |mut b| {
+        b.disk.instant = true;
+        b.serve(ring_config(&b.front, None));
+        b.settle().await;
+        let before = b.world.xen.notified();
+        for _ in 0..10 {
+            let request = |id| BlkifRequest::new(id, BlkifOp::Write, 0, &[b.front.segment(0, 0, 0)]).unwrap();
+            (0..32).for_each(|id| assert!(b.front.ring.put(&request(id))));
+            b.front.ring.publish();
+            for _ in 0..32 {
+                b.front.ring.next().await.unwrap();
+            }
+        }
+        assert_eq!(b.world.xen.notified() - before, 20);
+    });
+}
+
+#[test]
+fn a_close_does_not_wait_for_a_buffer() {
+    let limits = Limits { buffer_bytes: PAGE_BYTES, batch: 32 };
+    world(&quiet(), async move |b| {
+        let closer = b.serve(RingConfig { limits, ..ring_config(&b.front, Some("record")) });
+        let request = |id| BlkifRequest::new(id, BlkifOp::Write, 0, &[b.front.segment(0, 0, 7)]).unwrap();
+        (0..32).for_each(|id| assert!(b.front.ring.put(&request(id))));
+        b.front.ring.publish();
+        b.world.sim.sleep_ns(5_000).await;
+        closer.close();
+        b.settle().await;
+        assert_eq!((b.end.get(), b.disk.log().len()), (Some(RingEnd::Closed), 1));
+        assert!(b.front.ring.take().unwrap().is_some() && b.front.ring.take().unwrap().is_none());
+    });
+}
+
+/// Entries that are nearly right, with random bytes in random places.
+fn almost(front: &Front, bits: u64) -> [u8; 112] {
+    let count = 1 + (bits >> 8) % 11;
+    let segments: Vec<Segment> = (0..count).map(|page| front.segment(page as usize, 0, 7)).collect();
+    let op = [BlkifOp::Read, BlkifOp::Write, BlkifOp::Flush][bits as usize % 3];
+    let mut entry = BlkifRequest::new(bits, op, (bits >> 16) % 1100, &segments).unwrap().encode();
+    for nth in 0..(bits >> 40) % 4 {
+        let byte = sim::mix2(bits, nth);
+        entry[byte as usize % 112] = (byte >> 8) as u8;
+    }
+    entry
+}
+
+#[test]
+fn whatever_a_guest_writes_the_disk_sees_only_what_is_right() {
+    // The disk asserts that what it is asked for lies within it and may be written.
+    let mut refused = 0;
+    for seed in 0..300 {
+        let config = Config { scheduling: Scheduling::Random { one_in: 4, bits: 14 }, ..Config::new(seed) };
+        let limits = Limits { buffer_bytes: 64 << 10, batch: 1 + seed as u32 % 8 };
+        let world = world(&config, async move |mut b| {
+            b.disk.read_only = seed % 5 == 0;
+            let closer = b.serve(RingConfig { limits, ..ring_config(&b.front, Some("record")) });
+            let (hostile, nth_load) = (Rc::clone(&b.front), Cell::new(0));
+            b.front.ring.page().on_foreign_load(Some(Rc::new(move |offset, _| {
+                nth_load.set(nth_load.get() + 1);
+                let bits = sim::mix2(seed, nth_load.get());
+                if offset >= 64 && bits.is_multiple_of(4) {
+                    hostile.ring.page().write(offset, &almost(&hostile, bits));
+                }
+            })));
+            for nth in 0..60 {
+                let bits = sim::mix2(seed ^ 0xbad, nth);
+                b.front.ring.put_raw(&almost(&b.front, bits));
+                match bits % 16 {
+                    0 if seed % 3 == 0 => {
+                        b.front.ring.page().store_u32((bits >> 8) as usize % 4 * 4, (bits >> 16) as u32 % 64)
+                    }
+                    0..8 => b.world.sim.sleep_ns(bits >> 46).await,
+                    _ => {}
+                }
+                if b.front.ring.outstanding() > 24 {
+                    b.settle().await;
+                }
+                b.front.ring.publish();
+                while let Ok(Some(_)) = b.front.ring.take() {}
+            }
+            b.settle().await;
+            closer.close();
+            b.settle().await;
+            assert!(b.end.get().is_some(), "seed {seed}");
+            assert_eq!(b.world.xen.counts(DomId(0)), Counts::default());
+            // The hook holds the ring that holds the hook.
+            b.front.ring.page().on_foreign_load(None);
+        });
+        refused += world.marked(Mark::RequestRefused);
+    }
+    assert!(refused > 1000, "{refused}");
+}
+
+#[test]
 fn a_request_of_eleven_pages_and_parts_of_pages() {
     world(&quiet(), async |b| {
         b.serve(ring_config(&b.front, None));

@@ -1,1 +1,35 @@
-//! tap-xenbus
+//! The back end's half of a disk's life in xenstore: offer, connect, serve, close, and again.
+//!
+//! ```text
+//!            toolstack: both at 1
+//!                  │ features, 2
+//!                  ▼
+//!    ┌───────► Waiting ──front end 3 or 4──► connect ring, sectors ..., 4 ──► Serving
+//!    │             │                              │ bad keys: error, 5           │ front end 5 or 6
+//!    │ front end 1,│ front end 5 or 6             ▼                              ▼ 5, take no more
+//!    │ online      ▼                           Failed ──front end 5 or 6──► Draining
+//!    └───────── Closed ◄──────────────── 6 ───────┴──────────── 6, unmapped ─────┘
+//!                  │ offline
+//!                  ▼ end
+//! ```
+//!
+//! # Contract
+//!
+//! * Acts on values, not on events: a watch only means "look again". Whatever a front end skips, repeats or takes back
+//!   leads to one of the states above or changes nothing.
+//! * Every key of the front end is read anew at every connect, with limits, and never trusted.
+//! * A state is written in a transaction that checks that the directory is there and that nobody else moved on, so a
+//!   removed device is not made again and a toolstack's 5 is not overwritten.
+//! * A process that finds its device connected takes the ring up again without a word to the front end
+//!   (see [`tap_ring::record`]).
+//!
+//! Follows Xen's `io/xenbus.h` and `io/blkif.h`.
+
+mod config;
+mod keys;
+mod machine;
+mod rules;
+mod states;
+
+pub use config::{BackendConfig, BackendEnd, BackendError, Hotplug, XenHost};
+pub use machine::Backend;

@@ -1,16 +1,29 @@
 //! The catalogue of scenarios.
 
-mod crash;
-mod setup;
+pub mod crash;
+pub mod ring;
+pub mod setup;
 
+use crate::guest;
 use crate::run::Scenario;
 use sim::Label;
 
 /// All scenarios, in the order in which they are listed and run.
-pub static ALL: &[&Scenario] = &[&crash::QCOW_POWER_CUT, &crash::OVERLAY_POWER_CUT, &crash::RECOVERY_CRASH, &crash::QCOW_ERRORS];
+pub static ALL: &[&Scenario] = &[
+    &ring::RING_RAW,
+    &ring::TAPDISK_KILLED,
+    &crash::QCOW_POWER_CUT,
+    &crash::OVERLAY_POWER_CUT,
+    &crash::RECOVERY_CRASH,
+    &crash::QCOW_ERRORS,
+    &ring::FRONTEND_RECONNECT,
+    &ring::HOSTILE_FRONTEND,
+    &ring::TWO_GUESTS,
+];
 
 /// The labels of scenarios.
-pub static LABELS: &[&Label] = &[&crash::CRASH_AT];
+pub static LABELS: &[&Label] =
+    &[&crash::CRASH_AT, &ring::KILL_AFTER, &ring::RECONNECT_AT, &guest::TRICK, &guest::KEYS];
 
 /// The scenario called `name`.
 pub fn find(name: &str) -> Option<&'static Scenario> {

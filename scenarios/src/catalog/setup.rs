@@ -4,16 +4,11 @@ use crate::check::{BlockHistory, Initial, Invariant, walker};
 use crate::image::{QcowShape, Stored, layer_cluster, make_qcow};
 use crate::workload::{Shape, Workload};
 use crate::world::World;
-use kernel_model::PageMap;
+use kernel_model::{Content, PageMap};
 use std::cell::RefCell;
 use std::rc::Rc;
 use tap_host::SECTOR_BYTES;
 use tap_images::{ImageFormat, ImageSpec};
-
-/// The image under test.
-pub const IMAGE: &str = "/images/top.qcow";
-/// What it is based on.
-pub const BASE: &str = "/images/base.raw";
 
 /// A disk to be tested.
 #[derive(Clone)]
@@ -24,68 +19,76 @@ pub struct Setup {
     pub history: Rc<RefCell<BlockHistory>>,
     /// Size in sectors.
     pub size_sectors: u64,
-    /// The backing file's bytes, which must stay.
-    base: Option<Rc<Vec<u8>>>,
+    /// Bytes in a cluster as a power of two; 9 for a raw image.
+    pub cluster_bits: u32,
+    /// The backing file and its bytes, which must stay.
+    base: Option<(String, Rc<Vec<u8>>)>,
 }
 
 impl Setup {
-    /// Makes a qcow image of `size_bytes`, with a backing file and compressed clusters if `overlay`.
-    pub fn qcow(world: &World, size_bytes: u64, overlay: bool) -> Self {
+    /// Makes qcow image `number` of `size_bytes`, with a backing file and compressed clusters if `overlay`.
+    pub fn qcow(world: &World, number: u32, size_bytes: u64, overlay: bool) -> Self {
         let cluster_bits = world.setting("cluster-bits", &[12, 16, 9, 14]);
         let l2_bits = world.setting("l2-bits", &[9, 6, 13]);
         let mut view = PageMap::default();
-        let base = overlay.then(|| Rc::new(base_bytes(size_bytes, &mut view)));
+        let base_name = format!("base{number}.raw");
+        let base =
+            overlay.then(|| (format!("/images/{base_name}"), Rc::new(base_bytes(size_bytes, &mut view))));
         let mut clusters = Vec::new();
         if overlay && world.setting("compressed", &[true, false]) {
             let last = (size_bytes >> cluster_bits) - 1;
             clusters = vec![(0, Stored::Compressed), (last / 2, Stored::Plain), (last, Stored::Compressed)];
         }
-        let backing = base.as_ref().map(|_| "base.raw".to_string());
+        let backing = overlay.then_some(base_name);
         let shape = QcowShape { cluster_bits, l2_bits, size: size_bytes, backing, clusters, writer: 1001 };
         let file = make_qcow(&shape, &mut view);
-        if let Some(bytes) = &base {
-            world.storage.put_bytes(BASE, bytes);
+        if let Some((path, bytes)) = &base {
+            world.storage.put_bytes(path, bytes);
         }
-        world.storage.put_bytes(IMAGE, &file);
+        world.storage.put_bytes(&path(number), &file);
         let initial = if overlay { Initial::Bytes(view) } else { Initial::Zero };
-        Self::with_history(world, ImageFormat::Qcow, size_bytes, initial, base)
+        let setup = Self::with_history(world, ImageFormat::Qcow, number, size_bytes, initial, base);
+        Self { cluster_bits, ..setup }
     }
 
-    /// Makes a raw image of zeros.
-    pub fn raw(world: &World, size_bytes: u64) -> Self {
-        world.storage.put_bytes(IMAGE, &vec![0; size_bytes as usize]);
-        Self::with_history(world, ImageFormat::Raw, size_bytes, Initial::Zero, None)
+    /// Makes raw image `number` of zeros.
+    pub fn raw(world: &World, number: u32, size_bytes: u64) -> Self {
+        let content = Content { size: size_bytes, ..Content::default() };
+        world.storage.put(&path(number), content);
+        Self::with_history(world, ImageFormat::Raw, number, size_bytes, Initial::Zero, None)
     }
 
     fn with_history(
         world: &World,
         format: ImageFormat,
+        number: u32,
         size_bytes: u64,
         initial: Initial,
-        base: Option<Rc<Vec<u8>>>,
+        base: Option<(String, Rc<Vec<u8>>)>,
     ) -> Self {
         let size_sectors = size_bytes / SECTOR_BYTES;
         let full = world.setting("bodies", &[false, false, false, false, false, false, false, true]);
-        let history = BlockHistory::new(size_sectors, 1, initial, full);
+        let history = BlockHistory::new(size_sectors, number + 1, initial, full);
         Self {
-            spec: ImageSpec { format, path: IMAGE.into() },
+            spec: ImageSpec { format, path: path(number) },
             history: Rc::new(RefCell::new(history)),
             size_sectors,
+            cluster_bits: 9,
             base,
         }
     }
 
     /// Looks at the bytes of the image and of what it is based on.
     pub fn check_bytes(&self, world: &World, when: &str) {
-        if let Some(base) = &self.base
-            && world.storage.bytes(BASE).as_deref() != Some(base)
+        if let Some((path, bytes)) = &self.base
+            && world.storage.bytes(path).as_deref() != Some(bytes)
         {
             world.fail(Invariant::C1, format!("{when} the backing file has other bytes than before"));
         }
         if self.spec.format != ImageFormat::Qcow {
             return;
         }
-        let Some(content) = world.storage.content(IMAGE) else {
+        let Some(content) = world.storage.content(&self.spec.path) else {
             world.fail(Invariant::G11, format!("{when} the image is gone"));
             return;
         };
@@ -96,9 +99,13 @@ impl Setup {
 
     /// Clusters of the image that nothing refers to.
     pub fn leaked(&self, world: &World) -> u64 {
-        let content = world.storage.content(IMAGE).unwrap_or_default();
+        let content = world.storage.content(&self.spec.path).unwrap_or_default();
         walker::walk(&content).map_or(0, |map| map.leaked)
     }
+}
+
+fn path(number: u32) -> String {
+    format!("/images/disk{number}.img")
 }
 
 /// A base that is shorter than the disk by a few sectors, with holes of zeros.

@@ -33,9 +33,21 @@ pub struct Version {
     pub unresolved: bool,
 }
 
+/// Which of two overlapping requests comes first.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Order {
+    /// The one that was answered before the other was submitted; beside each other they may go either way.
+    Answer,
+    /// The one that was submitted first: what a single ring with an ordering scheduler promises.
+    Submission,
+}
+
 impl Version {
-    fn before(&self, other: &Version) -> bool {
-        self.res < other.inv
+    fn before(&self, other: &Version, order: Order) -> bool {
+        match order {
+            Order::Answer => self.res < other.inv,
+            Order::Submission => self.inv < other.inv,
+        }
     }
 }
 
@@ -77,14 +89,14 @@ impl Block {
     }
 
     /// A write was answered. `oldest_read` is the submission of the oldest read that still runs.
-    pub fn end(&mut self, write: u64, res: Clock, ok: bool, oldest_read: Clock) {
+    pub fn end(&mut self, write: u64, res: Clock, ok: bool, oldest_read: Clock, order: Order) {
         let Some(at) = self.versions.iter().position(|v| v.write == write) else { return };
         self.versions[at].res = res;
         self.versions[at].failed = !ok;
         if ok {
             let done = self.versions[at];
             for v in &mut self.versions {
-                if v.before(&done) {
+                if v.before(&done, order) {
                     v.stale_at = v.stale_at.min(res);
                 }
             }
@@ -98,9 +110,15 @@ impl Block {
     }
 
     /// Whether a read from `inv` to `res` may have seen `write`; if so, learns from it.
-    pub fn read(&mut self, write: u64, inv: Clock, res: Clock) -> bool {
+    pub fn read(&mut self, write: u64, inv: Clock, res: Clock, order: Order) -> bool {
         let Some(seen) = self.versions.iter().find(|v| v.write == write).copied() else { return false };
         if seen.inv >= res || seen.stale_at < inv {
+            return false;
+        }
+        // In order of submission a read sees nothing that was submitted after it, and nothing that a write submitted
+        // between the two has replaced.
+        let replaced = |w: &Version| !w.failed && w.inv > seen.inv && w.inv < inv;
+        if order == Order::Submission && (seen.inv > inv || self.versions.iter().any(replaced)) {
             return false;
         }
         if self.versions.len() == 1 {
@@ -115,9 +133,9 @@ impl Block {
             }
         }
         for v in &mut self.versions {
-            let overtaken = v.before(&seen) && v.write != write;
+            let overtaken = v.before(&seen, order) && v.write != write;
             // A failed write that would have hidden what was seen never happened.
-            let never = v.failed && v.res < inv && seen.before(v);
+            let never = v.failed && v.res < inv && seen.before(v, order);
             // Seen before, and now something else is there: it cannot come back.
             let replaced = v.write != write && v.seen_at < inv;
             if overtaken || never || replaced {
@@ -132,10 +150,10 @@ impl Block {
 
     /// A flush that was submitted at `flush_inv` succeeded: writes answered before are durable.
     /// Gives whether something is still not durable.
-    pub fn flushed(&mut self, flush_inv: Clock, oldest_read: Clock) -> bool {
+    pub fn flushed(&mut self, flush_inv: Clock, oldest_read: Clock, order: Order) -> bool {
         let versions = self.versions.clone();
         for v in &mut self.versions {
-            let hidden = |w: &Version| !w.failed && w.res < flush_inv && v.before(w);
+            let hidden = |w: &Version| !w.failed && w.res < flush_inv && v.before(w, order);
             v.superseded |= versions.iter().any(hidden);
         }
         self.prune(oldest_read);
@@ -195,16 +213,18 @@ impl Block {
 mod tests {
     use super::*;
 
+    const ANY: Order = Order::Answer;
+
     #[test]
     fn a_read_may_see_old_or_new_while_the_write_runs_but_not_go_back() {
         let mut b = Block::default();
         b.begin(1, 10);
-        assert!(b.read(0, 11, 12));
-        assert!(b.read(1, 13, 14), "the write runs: it may have happened");
-        assert!(!b.read(0, 15, 16), "then it has happened");
-        b.end(1, 20, true, NEVER);
-        assert!(!b.read(0, 21, 22));
-        assert!(b.read(1, 21, 22));
+        assert!(b.read(0, 11, 12, ANY));
+        assert!(b.read(1, 13, 14, ANY), "the write runs: it may have happened");
+        assert!(!b.read(0, 15, 16, ANY), "then it has happened");
+        b.end(1, 20, true, NEVER, ANY);
+        assert!(!b.read(0, 21, 22, ANY));
+        assert!(b.read(1, 21, 22, ANY));
     }
 
     #[test]
@@ -212,24 +232,24 @@ mod tests {
         let mut b = Block::default();
         b.begin(1, 1);
         b.begin(2, 2);
-        b.end(1, 3, true, NEVER);
-        b.end(2, 4, true, NEVER);
-        assert!(b.read(1, 5, 6));
-        assert!(b.read(2, 5, 6), "reads beside each other may differ");
-        assert!(b.read(2, 7, 8));
-        assert!(!b.read(1, 9, 10), "both orders cannot be");
+        b.end(1, 3, true, NEVER, ANY);
+        b.end(2, 4, true, NEVER, ANY);
+        assert!(b.read(1, 5, 6, ANY));
+        assert!(b.read(2, 5, 6, ANY), "reads beside each other may differ");
+        assert!(b.read(2, 7, 8, ANY));
+        assert!(!b.read(1, 9, 10, ANY), "both orders cannot be");
     }
 
     #[test]
     fn a_failed_write_is_old_or_new_and_then_stays() {
         let mut b = Block::default();
         b.begin(1, 1);
-        b.end(1, 2, false, NEVER);
+        b.end(1, 2, false, NEVER, ANY);
         let mut other = b.clone();
-        assert!(b.read(0, 3, 4));
-        assert!(!b.read(1, 5, 6), "no effect comes after the answer");
-        assert!(other.read(1, 3, 4));
-        assert!(!other.read(0, 5, 6));
+        assert!(b.read(0, 3, 4, ANY));
+        assert!(!b.read(1, 5, 6, ANY), "no effect comes after the answer");
+        assert!(other.read(1, 3, 4, ANY));
+        assert!(!other.read(0, 5, 6, ANY));
         assert!(b.may_survive(1), "but the medium may hold it");
     }
 
@@ -237,15 +257,15 @@ mod tests {
     fn flushed_writes_survive_and_running_ones_may() {
         let mut b = Block::default();
         b.begin(1, 1);
-        b.end(1, 2, true, NEVER);
+        b.end(1, 2, true, NEVER, ANY);
         assert!(b.may_survive(0) && b.may_survive(1));
         b.begin(2, 3);
-        assert!(b.flushed(4, NEVER));
+        assert!(b.flushed(4, NEVER, ANY));
         assert!(!b.may_survive(0));
         assert_eq!(b.survivors().collect::<Vec<_>>(), [1, 2]);
         b.power_cut(9);
         let mut seen = b.clone();
-        assert!(seen.read(2, 10, 11) && !seen.read(1, 12, 13));
+        assert!(seen.read(2, 10, 11, ANY) && !seen.read(1, 12, 13, ANY));
         seen.power_cut(20);
         assert_eq!(seen.survivors().collect::<Vec<_>>(), [2]);
         assert_eq!(b.survivors().count(), 2);
@@ -256,9 +276,26 @@ mod tests {
         let mut b = Block::default();
         b.begin(1, 5);
         // A read that began at 3 still runs.
-        b.end(1, 6, true, 3);
-        b.flushed(7, 3);
-        assert!(b.clone().read(0, 3, 9), "it began before the write");
-        assert!(!b.read(0, 8, 9));
+        b.end(1, 6, true, 3, ANY);
+        b.flushed(7, 3, ANY);
+        assert!(b.clone().read(0, 3, 9, ANY), "it began before the write");
+        assert!(!b.read(0, 8, 9, ANY));
+    }
+
+    #[test]
+    fn in_order_of_submission_nothing_goes_either_way() {
+        let ordered = Order::Submission;
+        let mut b = Block::default();
+        b.begin(1, 1);
+        b.begin(2, 2);
+        b.end(2, 4, true, NEVER, ordered);
+        b.end(1, 5, true, NEVER, ordered);
+        assert!(!b.clone().read(1, 6, 7, ordered), "the second write was submitted later");
+        assert!(b.clone().read(2, 6, 7, ordered));
+        b.begin(3, 8);
+        assert!(!b.clone().read(3, 7, 9, ordered), "a read does not see what was submitted after it");
+        assert!(!b.clone().read(2, 9, 10, ordered), "and waits for what was submitted before it");
+        b.end(3, 11, false, NEVER, ordered);
+        assert!(b.clone().read(2, 9, 12, ordered) && b.read(3, 9, 12, ordered), "which may have failed");
     }
 }

@@ -4,7 +4,7 @@
 //! step; the first request that does not splits them.
 
 use super::Invariant;
-use super::frontier::{Block, Clock};
+use super::frontier::{Block, Clock, Order};
 use crate::tag::{Found, Tag};
 use kernel_model::PageMap;
 use std::collections::{BTreeMap, BTreeSet};
@@ -81,6 +81,7 @@ pub struct BlockHistory {
     /// Whether bodies are filled and looked at.
     full: bool,
     size_sectors: u64,
+    order: Order,
 }
 
 impl BlockHistory {
@@ -97,7 +98,14 @@ impl BlockHistory {
             dirty: BTreeSet::new(),
             full,
             size_sectors,
+            order: Order::Submission,
         }
+    }
+
+    /// From now on overlapping requests beside each other may go either way: the guest itself repeats what was
+    /// carried out before.
+    pub fn relax_order(&mut self) {
+        self.order = Order::Answer;
     }
 
     /// Size of the disk in sectors.
@@ -161,8 +169,8 @@ impl BlockHistory {
     pub fn end_write(&mut self, write: WriteId, ok: bool) {
         let Some(range) = self.running.remove(&write) else { return };
         let res = self.tick();
-        let oldest = self.oldest_read();
-        self.each(range, |b| b.end(write, res, ok, oldest));
+        let (oldest, order) = (self.oldest_read(), self.order);
+        self.each(range, |b| b.end(write, res, ok, oldest, order));
     }
 
     /// A read is submitted; gives its time for [`BlockHistory::check_read`].
@@ -221,8 +229,9 @@ impl BlockHistory {
 
     fn see(&mut self, range: SectorRange, write: WriteId, inv: Clock, res: Clock) -> Result<(), Wrong> {
         let mut bad = None;
+        let order = self.order;
         self.each(range, |b| {
-            if bad.is_none() && !b.read(write, inv, res) {
+            if bad.is_none() && !b.read(write, inv, res, order) {
                 bad = Some(b.describe());
             }
         });
@@ -267,14 +276,14 @@ impl BlockHistory {
     /// A flush that was submitted at `inv` succeeded.
     pub fn end_flush(&mut self, inv: Clock) {
         self.tick();
-        let oldest = self.oldest_read();
+        let (oldest, order) = (self.oldest_read(), self.order);
         let cells = &mut self.cells;
         self.dirty.retain(|cell| match &mut cells[*cell as usize] {
-            Cell::Whole(block) => block.flushed(inv, oldest),
+            Cell::Whole(block) => block.flushed(inv, oldest, order),
             Cell::Split(blocks) => {
                 let mut left = false;
                 for block in blocks.iter_mut() {
-                    left |= block.flushed(inv, oldest);
+                    left |= block.flushed(inv, oldest, order);
                 }
                 left
             }
@@ -360,7 +369,9 @@ mod tests {
         let inv = h.begin_read();
         let misplaced = sector_of(&h, w, 9);
         let wrong = h.check_read(inv, SectorRange::new(8, 1), &misplaced).unwrap_err();
-        assert!(wrong.to_string().contains("to sector 9") && wrong.invariant(Invariant::G1) == Invariant::G10);
+        assert!(
+            wrong.to_string().contains("to sector 9") && wrong.invariant(Invariant::G1) == Invariant::G10
+        );
     }
 
     #[test]

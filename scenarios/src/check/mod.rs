@@ -6,7 +6,7 @@ mod invariant;
 mod verdict;
 pub mod walker;
 
-pub use frontier::{Block, Clock, NEVER, Version};
+pub use frontier::{Block, Clock, NEVER, Order, Version};
 pub use history::{BlockHistory, Initial, WriteId, Wrong};
 pub use invariant::Invariant;
 pub use verdict::{Failure, Verdict};

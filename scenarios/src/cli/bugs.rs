@@ -123,6 +123,9 @@ pub fn demo_command(common: &Common) -> Result<Exit, Stop> {
     print!("{}", explain::story(&h.spec, &h.outcome));
     let path = save_run(common, &h.spec, &h.outcome)?;
     println!("\n4. Saved. Replay it with:  cargo tapsim replay {}", path.display());
-    println!("   (revision {}; without --bug the same seeds are clean: cargo tapsim sweep --seeds 0..2000)", revision());
+    println!(
+        "   (revision {}; without --bug the same seeds are clean: cargo tapsim sweep --seeds 0..2000)",
+        revision()
+    );
     Ok(Exit::Ok)
 }

@@ -20,7 +20,10 @@ const TAIL: usize = 12;
 /// The revision of the code, for decision files.
 pub fn revision() -> String {
     let out = Command::new("git").args(["rev-parse", "--short=12", "HEAD"]).output();
-    let text = out.ok().filter(|o| o.status.success()).map(|o| String::from_utf8_lossy(&o.stdout).trim().to_string());
+    let text = out
+        .ok()
+        .filter(|o| o.status.success())
+        .map(|o| String::from_utf8_lossy(&o.stdout).trim().to_string());
     text.unwrap_or_else(|| concat!("v", env!("CARGO_PKG_VERSION")).into())
 }
 
@@ -45,7 +48,9 @@ impl Progress {
             } else {
                 "{spinner} {pos} runs, {msg} [{elapsed}]"
             };
-            bar.set_style(ProgressStyle::with_template(shape).unwrap_or_else(|_| ProgressStyle::default_bar()));
+            bar.set_style(
+                ProgressStyle::with_template(shape).unwrap_or_else(|_| ProgressStyle::default_bar()),
+            );
             bar
         });
         Self { bar, total, started: Instant::now(), said: Instant::now() }
@@ -131,7 +136,11 @@ pub fn write_json(common: &Common, report: &SweepReport) -> Result<(), Stop> {
         failures: r
             .failures
             .iter()
-            .map(|(seed, f)| JsonFailure { seed: *seed, invariant: f.invariant.to_string(), detail: f.detail.clone() })
+            .map(|(seed, f)| JsonFailure {
+                seed: *seed,
+                invariant: f.invariant.to_string(),
+                detail: f.detail.clone(),
+            })
             .collect(),
     });
     let sweep = JsonSweep {
@@ -147,8 +156,10 @@ pub fn write_json(common: &Common, report: &SweepReport) -> Result<(), Stop> {
 
 /// Writes anything as JSON.
 pub fn save_json(path: &Path, value: &impl Serialize) -> Result<(), Stop> {
-    let text = serde_json::to_string_pretty(value).map_err(|e| Stop::harness(format!("failed to make JSON: {e}")))?;
-    std::fs::write(path, text + "\n").map_err(|e| Stop::usage(format!("failed to write {}: {e}", path.display())))
+    let text = serde_json::to_string_pretty(value)
+        .map_err(|e| Stop::harness(format!("failed to make JSON: {e}")))?;
+    std::fs::write(path, text + "\n")
+        .map_err(|e| Stop::usage(format!("failed to write {}: {e}", path.display())))
 }
 
 /// Prints the table of a sweep.
@@ -158,7 +169,8 @@ pub fn print_table(report: &SweepReport) {
         "scenario", "passed", "failed", "requests", "crashes", "host I/O", "CPU ms", "requests/s"
     );
     for (scenario, r) in &report.scenarios {
-        let rate = if r.cpu_ns > 0 { r.stats.requests as u128 * 1_000_000_000 / u128::from(r.cpu_ns) } else { 0 };
+        let rate =
+            if r.cpu_ns > 0 { r.stats.requests as u128 * 1_000_000_000 / u128::from(r.cpu_ns) } else { 0 };
         println!(
             "{:<26} {:>7} {:>7} {:>10} {:>8} {:>10} {:>9} {:>12}  {:#018x}",
             scenario.name,
@@ -203,7 +215,13 @@ pub fn save_run(common: &Common, spec: &RunSpec, outcome: &Outcome) -> Result<Pa
 /// Says what is broken, with the last events.
 pub fn print_failure(common: &Common, spec: &RunSpec, outcome: &Outcome) {
     let Some(f) = &outcome.failure else { return };
-    println!("\n{} seed {}: broken {}: {}", spec.scenario.name, spec.seed, f.invariant, f.invariant.sentence());
+    println!(
+        "\n{} seed {}: broken {}: {}",
+        spec.scenario.name,
+        spec.seed,
+        f.invariant,
+        f.invariant.sentence()
+    );
     println!("  {}", f.detail.trim_end().replace('\n', "\n  "));
     let lines = &outcome.trace.lines;
     let shown = if common.log == LogLevel::Full { lines.len() } else { TAIL };
@@ -218,7 +236,8 @@ pub fn print_failure(common: &Common, spec: &RunSpec, outcome: &Outcome) {
 /// Reads a decision file.
 pub fn load_run(path: &Path) -> Result<(RunFile, RunSpec), Stop> {
     let shown = path.display();
-    let size = std::fs::metadata(path).map_err(|e| Stop::usage(format!("failed to open {shown}: {e}")))?.len();
+    let size =
+        std::fs::metadata(path).map_err(|e| Stop::usage(format!("failed to open {shown}: {e}")))?.len();
     if size > 64 << 20 {
         return Err(Stop::usage(format!("{shown} is {size} bytes long: decision files are much smaller")));
     }

@@ -19,7 +19,9 @@ pub fn scenario(name: &str) -> Result<&'static Scenario, Stop> {
 /// The seeded bug called `name`.
 pub fn bug(name: &str) -> Result<Bug, Stop> {
     let found = Bug::ALL.iter().find(|b| b.name() == name).copied();
-    found.ok_or_else(|| Stop::usage(format!("unknown seeded bug {name:?}: `tapsim list` shows those there are")))
+    found.ok_or_else(|| {
+        Stop::usage(format!("unknown seeded bug {name:?}: `tapsim list` shows those there are"))
+    })
 }
 
 fn guarded<T: Send + 'static>(common: &Common, spec: &RunSpec, work: fn(&RunSpec) -> T) -> T {
@@ -115,7 +117,10 @@ pub fn replay_command(common: &Common, args: &FileArgs) -> Result<Exit, Stop> {
     }
     report(common, &spec, &outcome)?;
     if file.trace_hash != outcome.trace.hash {
-        println!("the trace differs from the saved one: the code has changed since revision {}", file.revision);
+        println!(
+            "the trace differs from the saved one: the code has changed since revision {}",
+            file.revision
+        );
     }
     match &outcome.failure {
         Some(_) => print_failure(common, &spec, &outcome),
@@ -141,8 +146,14 @@ pub fn shrink_command(common: &Common, args: &FileArgs) -> Result<Exit, Stop> {
     });
     let text = best.to_file(&outcome, &super::revision()).print();
     let path = &args.file;
-    std::fs::write(path, text).map_err(|e| Stop::usage(format!("failed to write {}: {e}", path.display())))?;
-    println!("{} -> {} decisions in {runs} runs: {}", before.decisions.len(), outcome.decisions.len(), path.display());
+    std::fs::write(path, text)
+        .map_err(|e| Stop::usage(format!("failed to write {}: {e}", path.display())))?;
+    println!(
+        "{} -> {} decisions in {runs} runs: {}",
+        before.decisions.len(),
+        outcome.decisions.len(),
+        path.display()
+    );
     Ok(Exit::Broken)
 }
 
@@ -172,9 +183,14 @@ pub fn list_command(common: &Common) -> Result<Exit, Stop> {
     let list = JsonList {
         scenarios: catalog::ALL.iter().map(|s| JsonEntry { name: s.name.into(), about: s.about }).collect(),
         bugs: Bug::ALL.iter().map(|b| JsonEntry { name: b.name(), about: b.sentence() }).collect(),
-        invariants: Invariant::ALL.iter().map(|i| JsonEntry { name: i.to_string(), about: i.sentence() }).collect(),
+        invariants: Invariant::ALL
+            .iter()
+            .map(|i| JsonEntry { name: i.to_string(), about: i.sentence() })
+            .collect(),
     };
-    for (title, entries) in [("Scenarios", &list.scenarios), ("Seeded bugs", &list.bugs), ("Invariants", &list.invariants)] {
+    for (title, entries) in
+        [("Scenarios", &list.scenarios), ("Seeded bugs", &list.bugs), ("Invariants", &list.invariants)]
+    {
         println!("{title}:");
         for entry in entries {
             println!("  {:<26} {}", entry.name, entry.about);

@@ -58,7 +58,10 @@ pub fn sweep_command(common: &Common, args: &SweepArgs) -> Result<Exit, Stop> {
     println!(
         "sweeping {} scenarios, {}, {} threads, {}",
         spec.scenarios.len(),
-        time.map_or_else(|| format!("seeds {}..{}", seeds.start, seeds.end), |t| format!("{} s from seed {}", t.as_secs(), seeds.start)),
+        time.map_or_else(
+            || format!("seeds {}..{}", seeds.start, seeds.end),
+            |t| format!("{} s from seed {}", t.as_secs(), seeds.start)
+        ),
         spec.jobs,
         if spec.guarded { "guarded" } else { "not guarded" }
     );
@@ -96,7 +99,8 @@ fn finish(
     whole: bool,
 ) -> Result<Exit, Stop> {
     print_table(report);
-    let failures = report.scenarios.iter().flat_map(|(s, r)| r.failures.iter().take(1).map(move |f| (*s, f.0)));
+    let failures =
+        report.scenarios.iter().flat_map(|(s, r)| r.failures.iter().take(1).map(move |f| (*s, f.0)));
     for (scenario, seed) in failures.take(SHOWN) {
         let run = RunSpec { options: spec.options.clone(), ..RunSpec::new(scenario, seed) };
         report_failure(common, &run)?;
@@ -132,7 +136,11 @@ fn determinism(spec: &SweepSpec, report: &SweepReport) -> Exit {
             return Exit::Nondeterminism;
         }
     }
-    println!("every seed ran twice, {} and {}, with equal traces", on_off(spec.guarded), on_off(other.guarded));
+    println!(
+        "every seed ran twice, {} and {}, with equal traces",
+        on_off(spec.guarded),
+        on_off(other.guarded)
+    );
     Exit::Ok
 }
 

@@ -1,9 +1,11 @@
 //! Guests: what they do to a disk, and the history they keep of it.
 
 mod direct;
+mod hostile;
 mod ring;
 
 pub use direct::DirectDisk;
+pub use hostile::{HONEST_SECTORS, Hostile, KEYS, TRICK};
 pub use ring::RingDisk;
 
 use crate::check::{BlockHistory, Invariant};
@@ -18,9 +20,17 @@ use tap_host::{Errno, IoKind, SECTOR_BYTES, SectorRange};
 /// A disk as a guest sees it, whatever lies between.
 pub trait GuestDisk: Clone + 'static {
     /// Reads `range` and shows the bytes to `look`.
-    fn read<R>(&self, range: SectorRange, look: impl FnOnce(&[u8]) -> R) -> impl Future<Output = Result<R, Errno>>;
+    fn read<R>(
+        &self,
+        range: SectorRange,
+        look: impl FnOnce(&[u8]) -> R,
+    ) -> impl Future<Output = Result<R, Errno>>;
     /// Writes what `fill` puts into the bytes of `range`.
-    fn write(&self, range: SectorRange, fill: impl FnOnce(&mut [u8])) -> impl Future<Output = Result<(), Errno>>;
+    fn write(
+        &self,
+        range: SectorRange,
+        fill: impl FnOnce(&mut [u8]),
+    ) -> impl Future<Output = Result<(), Errno>>;
     /// Flushes.
     fn flush(&self) -> impl Future<Output = Result<(), Errno>>;
     /// Sectors that one request may have at most.
@@ -116,7 +126,8 @@ impl<D: GuestDisk> Guest<D> {
             let Err(error) = result else { return };
             self.world.count(|s| s.errors += 1);
             if !self.manners.get().errors_allowed {
-                self.world.fail(Invariant::E4, format!("{op} failed with {error:?} although nothing below it did"));
+                self.world
+                    .fail(Invariant::E4, format!("{op} failed with {error:?} although nothing below it did"));
                 return;
             }
             if left == 0 {

@@ -1,6 +1,7 @@
 //! A well-behaved front end with a workload that checks what comes back.
 
 use sim::{Sim, mix2};
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use tap_abi::blkif::{BlkifOp, BlkifRequest, RawResponse, Segment};
@@ -15,6 +16,8 @@ pub struct Front {
     pub guest: XenPort,
     pub ring: GuestRing,
     pub pages: Vec<GrantedPage>,
+    /// What the workload's part of the disk holds.
+    pub expected: RefCell<Vec<u8>>,
 }
 
 pub fn ring_config(front: &Front, record: Option<&str>) -> RingConfig {
@@ -32,7 +35,9 @@ pub fn ring_config(front: &Front, record: Option<&str>) -> RingConfig {
 impl Front {
     pub fn new(guest: &XenPort) -> Rc<Self> {
         let pages = (0..32).map(|_| GrantedPage::new(guest, DomId(0), false).unwrap()).collect();
-        Rc::new(Self { guest: guest.clone(), ring: GuestRing::new(guest, DomId(0)).unwrap(), pages })
+        let ring = GuestRing::new(guest, DomId(0)).unwrap();
+        let expected = RefCell::new(vec![0; 32 * SECTORS_PER_SLOT as usize * 512]);
+        Rc::new(Self { guest: guest.clone(), ring, pages, expected })
     }
 
     pub fn segment(&self, page: usize, first: u8, last: u8) -> Segment {
@@ -68,7 +73,6 @@ struct Expected {
 /// Keeps `depth` requests on the ring until `count` are answered. Each slot has sectors and a page of its own; what
 /// is read must be what was written last.
 pub async fn workload(sim: Sim, front: Rc<Front>, count: u64, depth: usize, seed: u64) -> Result<(), String> {
-    let mut disk = vec![0_u8; depth * SECTORS_PER_SLOT as usize * 512];
     let mut free: Vec<usize> = (0..depth).rev().collect();
     let mut waiting: BTreeMap<u64, Expected> = BTreeMap::new();
     let (mut sent, mut answered) = (0, 0);
@@ -77,7 +81,7 @@ pub async fn workload(sim: Sim, front: Rc<Front>, count: u64, depth: usize, seed
             && let Some(slot) = free.pop()
         {
             let bits = mix2(seed, sent);
-            let (id, request) = make(&front, slot, sent, bits, &mut disk);
+            let (id, request) = make(&front, slot, sent, bits);
             waiting.insert(id, request.1);
             assert!(front.ring.put(&request.0));
             sent += 1;
@@ -96,7 +100,7 @@ pub async fn workload(sim: Sim, front: Rc<Front>, count: u64, depth: usize, seed
                 let mut got = vec![0; sectors as usize * 512];
                 front.pages[expected.slot].page.read(0, &mut got);
                 let at = sector as usize * 512;
-                if got != disk[at..at + got.len()] {
+                if got != front.expected.borrow()[at..at + got.len()] {
                     return Err(format!("read of {sector}+{sectors} brought something else"));
                 }
             }
@@ -113,7 +117,7 @@ pub async fn workload(sim: Sim, front: Rc<Front>, count: u64, depth: usize, seed
     }
 }
 
-fn make(front: &Front, slot: usize, nth: u64, bits: u64, disk: &mut [u8]) -> (u64, (BlkifRequest, Expected)) {
+fn make(front: &Front, slot: usize, nth: u64, bits: u64) -> (u64, (BlkifRequest, Expected)) {
     let id = bits << 16 | nth;
     let sectors = 1 + (bits >> 8) % 8;
     let sector = slot as u64 * SECTORS_PER_SLOT + (bits >> 16) % (SECTORS_PER_SLOT - sectors + 1);
@@ -127,7 +131,7 @@ fn make(front: &Front, slot: usize, nth: u64, bits: u64, disk: &mut [u8]) -> (u6
     if op == BlkifOp::Write {
         let pattern: Vec<u8> = (0..bytes).map(|i| mix2(bits, i as u64 / 16) as u8).collect();
         front.pages[slot].page.write(0, &pattern);
-        disk[sector as usize * 512..][..bytes].copy_from_slice(&pattern);
+        front.expected.borrow_mut()[sector as usize * 512..][..bytes].copy_from_slice(&pattern);
     } else {
         front.pages[slot].page.write(0, &vec![0xee; bytes]);
     }

@@ -148,12 +148,14 @@ pub struct Disk {
     sim: Sim,
     state: Rc<RefCell<DiskState>>,
     pub read_only: bool,
+    /// Takes no time.
+    pub instant: bool,
 }
 
 impl Disk {
     pub fn new(sim: &Sim, size_sectors: usize) -> Self {
         let state = DiskState { bytes: vec![0; size_sectors * 512], log: vec![], fail: None, submitted: 0 };
-        Self { sim: sim.clone(), state: Rc::new(RefCell::new(state)), read_only: false }
+        Self { sim: sim.clone(), state: Rc::new(RefCell::new(state)), read_only: false, instant: false }
     }
     pub fn log(&self) -> Vec<(Op, u64, u32)> {
         self.state.borrow().log.clone()
@@ -191,7 +193,9 @@ impl Node for Disk {
                 (state.submitted, state.fail)
             };
             let late = disk.sim.decide(disk.sim.current(), &DISK_LATE, nth, |d| d.magnitude(16));
-            disk.sim.sleep_ns(10_000 + late).await;
+            if !disk.instant {
+                disk.sim.sleep_ns(10_000 + late).await;
+            }
             if op == Op::Read {
                 let state = disk.state.borrow();
                 let at = range.start.0 as usize * 512;

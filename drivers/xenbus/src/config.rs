@@ -1,0 +1,100 @@
+//! What a back end is told, and how it ends.
+
+use tap_host::{
+    DomId, Errno, Events, Grants, Log, Probe, SharedPages, StorePath, Tasks, Time, VbdId, Xenstore,
+};
+use tap_ring::Limits;
+
+/// The part of the seam that a back end needs.
+pub trait XenHost: Time + Tasks + Log + Probe + Grants + Events + SharedPages + Xenstore {}
+impl<T: Time + Tasks + Log + Probe + Grants + Events + SharedPages + Xenstore> XenHost for T {}
+
+/// Who says that the disk's other end in dom0 is ready (`hotplug-status`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Hotplug {
+    /// Nobody; the key is left alone.
+    Ignore,
+    /// We do, with the features.
+    #[default]
+    Write,
+    /// A hotplug script; the ring is not connected before it wrote `connected`.
+    Wait,
+}
+
+/// Which disk, and how.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct BackendConfig {
+    /// The back end's directory.
+    pub backend_path: StorePath,
+    /// The guest.
+    pub dom: DomId,
+    /// The disk's number.
+    pub vbd: VbdId,
+    /// Name of the in-flight record; without one a ring cannot be taken up after a restart.
+    pub record: Option<String>,
+    /// What the ring may use.
+    pub limits: Limits,
+    /// Whether flushes are offered.
+    pub flush_cache: bool,
+    /// Physical sector size in bytes that the guest is told.
+    pub physical_sector_bytes: u32,
+    /// Who reports the hotplug status.
+    pub hotplug: Hotplug,
+    /// How long a toolstack's request to close waits for a front end that is still connected, in nanoseconds. Its
+    /// requests are served meanwhile; a disk that is in use may never be let go of.
+    pub close_grace_ns: u64,
+}
+
+impl BackendConfig {
+    /// The usual: flushes offered, our own hotplug status, five seconds for the front end to close (xl gives up after
+    /// ten).
+    pub fn new(backend_path: impl Into<StorePath>, dom: DomId, vbd: VbdId) -> Self {
+        Self {
+            backend_path: backend_path.into(),
+            dom,
+            vbd,
+            record: None,
+            limits: Limits::default(),
+            flush_cache: true,
+            physical_sector_bytes: 512,
+            hotplug: Hotplug::default(),
+            close_grace_ns: 5_000_000_000,
+        }
+    }
+}
+
+/// Why a back end ended. Nothing is mapped, bound or watched then.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum BackendEnd {
+    /// The toolstack took the device offline, and it is closed.
+    Offline,
+    /// The front end's directory is gone.
+    FrontendGone,
+    /// The back end's directory is gone.
+    BackendGone,
+}
+
+/// Why a back end could not go on.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum BackendError {
+    /// xenstore refused.
+    #[error("{what} {path} in xenstore: {error}")]
+    Store {
+        /// "read", "write" or "watch".
+        what: &'static str,
+        /// Where.
+        path: StorePath,
+        /// Why.
+        error: Errno,
+    },
+    /// The directory is not that of a disk of this guest.
+    #[error("use {path} as a back end of {dom}: {why}")]
+    NotOurs {
+        /// The back end's directory.
+        path: StorePath,
+        /// The guest.
+        dom: DomId,
+        /// What does not fit.
+        why: &'static str,
+    },
+}

@@ -1,0 +1,96 @@
+//! Values from xenstore: short, decimal, and possibly anything.
+
+use crate::config::BackendError;
+use tap_abi::xenbus::XenbusState;
+use tap_host::{Errno, GrantRef, Port, Xenstore};
+
+/// Longest value that any key here may have.
+const MAX_VALUE_BYTES: usize = 256;
+
+/// A decimal number without sign, which may end in a NUL.
+pub(crate) fn number(value: &[u8]) -> Option<u32> {
+    let digits = value.strip_suffix(b"\0").unwrap_or(value);
+    if digits.is_empty() || digits.len() > 10 || !digits.iter().all(u8::is_ascii_digit) {
+        return None;
+    }
+    std::str::from_utf8(digits).ok()?.parse().ok()
+}
+
+/// The value at `dir/key`; `None` when there is none, or it is not ours to read.
+///
+/// # Errors
+/// What else xenstore says.
+pub(crate) async fn read<H: Xenstore>(
+    host: &H,
+    dir: &str,
+    key: &str,
+) -> Result<Option<Vec<u8>>, BackendError> {
+    let path = format!("{dir}/{key}");
+    match host.read(&path).await {
+        Ok(value) if value.len() <= MAX_VALUE_BYTES => Ok(Some(value)),
+        // Too long for anything that is asked for here: as good as nonsense.
+        Ok(_) => Ok(Some(Vec::new())),
+        Err(Errno::ENOENT | Errno::EACCES) => Ok(None),
+        Err(error) => Err(BackendError::Store { what: "read", path, error }),
+    }
+}
+
+/// The state at `dir`; `None` when the key is gone, [`XenbusState::Unknown`] when it is nonsense.
+pub(crate) async fn state<H: Xenstore>(host: &H, dir: &str) -> Result<Option<XenbusState>, BackendError> {
+    let value = read(host, dir, "state").await?;
+    Ok(value.map(|value| XenbusState::parse(&value).unwrap_or(XenbusState::Unknown)))
+}
+
+/// What the front end says of its ring.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct RingKeys {
+    pub(crate) ring_ref: GrantRef,
+    pub(crate) port: Port,
+}
+
+/// Reads all keys of the front end that describe its ring.
+///
+/// # Errors
+/// The outer from xenstore; the inner for what we cannot or will not serve.
+pub(crate) async fn ring<H: Xenstore>(
+    host: &H,
+    frontend: &str,
+) -> Result<Result<RingKeys, &'static str>, BackendError> {
+    let key = async |name| read(host, frontend, name).await;
+    match key("protocol").await?.as_deref() {
+        None | Some(b"x86_64-abi") => {}
+        Some(_) => return Ok(Err("protocol is not x86_64-abi, which is the only one served")),
+    }
+    // One page and one queue are all that was offered. A stale ring-ref0 of an earlier front end is not looked at.
+    for (name, least, why) in [
+        ("ring-page-order", 0, "ring-page-order is not 0, the only one offered"),
+        ("num-ring-pages", 1, "num-ring-pages is not 1, the only number offered"),
+        ("multi-queue-num-queues", 1, "multi-queue-num-queues is not 1, the only number offered"),
+    ] {
+        if key(name).await?.is_some_and(|value| number(&value) != Some(least)) {
+            return Ok(Err(why));
+        }
+    }
+    let Some(ring_ref) = key("ring-ref").await?.and_then(|value| number(&value)) else {
+        return Ok(Err("ring-ref is not a number"));
+    };
+    let Some(port) = key("event-channel").await?.and_then(|value| number(&value)) else {
+        return Ok(Err("event-channel is not a number"));
+    };
+    Ok(Ok(RingKeys { ring_ref: GrantRef(ring_ref), port: Port(port) }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_decimal_and_fit() {
+        for (text, value) in [("0", 0), ("8", 8), ("008", 8), ("4294967295", u32::MAX), ("7\0", 7)] {
+            assert_eq!(number(text.as_bytes()), Some(value), "{text:?}");
+        }
+        for bad in ["", "\0", "-1", "+1", " 1", "1 ", "0x8", "4294967296", "00000000001", "1\0\0", "ä"] {
+            assert_eq!(number(bad.as_bytes()), None, "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,332 @@
+//! The machine: look, decide by the rules, act, wait.
+
+use crate::config::{BackendConfig, BackendEnd, BackendError, Hotplug, XenHost};
+use crate::keys;
+use crate::rules::{Action, Phase, Seen, Start, next, start};
+use crate::states::{self, Keys, Written};
+use std::cell::Cell;
+use std::future::{Future, pending, poll_fn};
+use std::pin::pin;
+use std::rc::Rc;
+use std::task::{Poll, Waker};
+use tap_abi::blkif::INFO_READ_ONLY;
+use tap_abi::xenbus::XenbusState;
+use tap_core::Node;
+use tap_host::{Event, Mark, SECTOR_BYTES, StorePath, Watcher};
+use tap_ring::{BlkifRing, RingCloser, RingConfig, RingEnd};
+
+/// A ring that is served by a task of its own.
+struct Serving {
+    closer: RingCloser,
+    ended: Rc<Ended>,
+}
+
+#[derive(Default)]
+struct Ended {
+    end: Cell<Option<RingEnd>>,
+    waker: Cell<Option<Waker>>,
+}
+
+/// The back end of one disk. See [`Backend::run`].
+pub struct Backend<H: XenHost> {
+    host: H,
+    config: BackendConfig,
+    node: Rc<dyn Node>,
+    frontend: StorePath,
+    watches: [H::Watcher; 2],
+    phase: Phase,
+    /// What we wrote last, or found.
+    state: XenbusState,
+    ring: Option<Serving>,
+    grace_until_ns: Option<u64>,
+    connects: u32,
+}
+
+impl<H: XenHost> Backend<H> {
+    /// Leads the disk through its life until it ends; then the ring is drained and unmapped. The node stays open.
+    ///
+    /// # Errors
+    /// See [`BackendError`]. What the front end does wrong is no error here: it is told in xenstore and closed.
+    pub async fn run(host: H, config: BackendConfig, node: Rc<dyn Node>) -> Result<BackendEnd, BackendError> {
+        let Some(frontend) = find_frontend(&host, &config).await? else { return Ok(BackendEnd::BackendGone) };
+        let watches = [
+            watch(&host, config.backend_path.clone()).await?,
+            watch(&host, format!("{frontend}/state")).await?,
+        ];
+        let mut backend = Self {
+            host,
+            config,
+            node,
+            frontend,
+            watches,
+            phase: Phase::Waiting,
+            state: XenbusState::Unknown,
+            ring: None,
+            grace_until_ns: None,
+            connects: 0,
+        };
+        let end = backend.live().await;
+        backend.let_go_of_ring().await;
+        end
+    }
+
+    async fn live(&mut self) -> Result<BackendEnd, BackendError> {
+        let seen = self.look().await?;
+        self.state = seen.backend.unwrap_or(XenbusState::Unknown);
+        match start(&seen) {
+            Start::Offer if seen.backend.is_some() => self.offer().await?,
+            Start::Offer => {}
+            Start::Resume => {
+                if let Err(why) = self.resume().await? {
+                    self.fail(&why).await?;
+                }
+            }
+            Start::ResumeIfPossible => {
+                if self.resume().await?.is_err() {
+                    self.phase = Phase::Failed;
+                }
+            }
+            Start::In(phase) => self.phase = phase,
+        }
+        loop {
+            let seen = self.look().await?;
+            match next(self.phase, &seen) {
+                Action::Wait => self.wait(&seen).await?,
+                Action::Offer => self.offer().await?,
+                Action::Connect => self.connect().await?,
+                Action::Drain => {
+                    self.write_state(XenbusState::Closing, &[]).await?;
+                    self.drain();
+                }
+                Action::Close => self.close().await?,
+                Action::End(end) => return Ok(end),
+            }
+        }
+    }
+
+    async fn look(&mut self) -> Result<Seen, BackendError> {
+        let dir = &self.config.backend_path;
+        let online = keys::read(&self.host, dir, "online").await?;
+        let hotplugged = match self.config.hotplug {
+            Hotplug::Wait => {
+                keys::read(&self.host, dir, "hotplug-status").await?.as_deref() == Some(b"connected")
+            }
+            Hotplug::Ignore | Hotplug::Write => true,
+        };
+        let mut seen = Seen {
+            backend: keys::state(&self.host, dir).await?,
+            frontend: keys::state(&self.host, &self.frontend).await?,
+            online: online.is_none_or(|value| keys::number(&value) != Some(0)),
+            hotplugged,
+            grace_over: false,
+        };
+        if !seen.asked_to_close() {
+            self.grace_until_ns = None;
+        } else {
+            let now_ns = self.host.now_ns();
+            let grace_ns = self.config.close_grace_ns;
+            let until_ns = *self.grace_until_ns.get_or_insert(now_ns.saturating_add(grace_ns));
+            seen.grace_over = now_ns >= until_ns;
+        }
+        Ok(seen)
+    }
+
+    /// Waits until something may have changed.
+    async fn wait(&mut self, seen: &Seen) -> Result<(), BackendError> {
+        match self.change(seen).await? {
+            Some(end) => self.ring_ended(end).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Completes when a watch fires, the front end's grace is over, or the ring ended.
+    async fn change(&self, seen: &Seen) -> Result<Option<RingEnd>, BackendError> {
+        let grace = self.grace_until_ns.filter(|_| self.phase == Phase::Serving && !seen.grace_over);
+        let mut grace = pin!(async {
+            match grace {
+                Some(until_ns) => self.host.sleep_ns(until_ns.saturating_sub(self.host.now_ns())).await,
+                None => pending().await,
+            }
+        });
+        let [backend, frontend] = &self.watches;
+        let (mut backend, mut frontend) = (pin!(backend.next()), pin!(frontend.next()));
+        poll_fn(|cx| {
+            if let Some(Serving { ended, .. }) = &self.ring {
+                if let Some(end) = ended.end.get() {
+                    return Poll::Ready(Ok(Some(end)));
+                }
+                ended.waker.set(Some(cx.waker().clone()));
+            }
+            for changed in [backend.as_mut().poll(cx), frontend.as_mut().poll(cx)] {
+                if let Poll::Ready(event) = changed {
+                    return Poll::Ready(event.map(|_| None));
+                }
+            }
+            grace.as_mut().poll(cx).map(|()| Ok(None))
+        })
+        .await
+        .map_err(|error| BackendError::Store {
+            what: "watch",
+            path: self.config.backend_path.clone(),
+            error,
+        })
+    }
+
+    async fn ring_ended(&mut self, end: RingEnd) -> Result<(), BackendError> {
+        self.ring = None;
+        match end {
+            RingEnd::Closed => self.close().await,
+            RingEnd::Refused(why) => self.fail(&format!("serve the ring: {why}")).await,
+            RingEnd::ChannelGone => self.fail("serve the ring: its event channel is gone").await,
+        }
+    }
+
+    /// Writes our state with `keys`. After [`Written::No`] nothing happened and the rules look again.
+    async fn write_state(&mut self, state: XenbusState, keys: Keys<'_>) -> Result<Written, BackendError> {
+        let written = states::write(&self.host, &self.config.backend_path, self.state, state, keys).await?;
+        if written == Written::Yes {
+            self.state = state;
+            let (dom, vbd) = (self.config.dom, self.config.vbd);
+            self.host.log(Event::BackendState { dom, vbd, state: state.number() });
+        }
+        Ok(written)
+    }
+
+    async fn offer(&mut self) -> Result<(), BackendError> {
+        let mut keys = vec![
+            ("feature-flush-cache", u8::from(self.config.flush_cache).to_string()),
+            ("max-ring-page-order", "0".into()),
+        ];
+        if self.config.hotplug == Hotplug::Write {
+            keys.push(("hotplug-status", "connected".into()));
+        }
+        // Not written when the toolstack closed it before it was offered.
+        let written = self.write_state(XenbusState::InitWait, &keys).await?;
+        self.phase = if written == Written::Yes { Phase::Waiting } else { Phase::Failed };
+        Ok(())
+    }
+
+    async fn close(&mut self) -> Result<(), BackendError> {
+        self.write_state(XenbusState::Closed, &[]).await?;
+        self.phase = Phase::Closed;
+        Ok(())
+    }
+
+    async fn fail(&mut self, why: &str) -> Result<(), BackendError> {
+        self.write_state(XenbusState::Closing, &[("error", format!("failed to {why}"))]).await?;
+        self.phase = Phase::Failed;
+        Ok(())
+    }
+
+    async fn ring_from_keys(&self, read_only: bool) -> Result<Result<BlkifRing<H>, String>, BackendError> {
+        let keys = match keys::ring(&self.host, &self.frontend).await? {
+            Ok(keys) => keys,
+            Err(why) => return Ok(Err(format!("connect: {why}"))),
+        };
+        let config = RingConfig {
+            dom: self.config.dom,
+            vbd: self.config.vbd,
+            ring_ref: keys.ring_ref,
+            port: keys.port,
+            record: self.config.record.clone(),
+            limits: self.config.limits,
+            read_only,
+        };
+        Ok(BlkifRing::connect(self.host.clone(), config, Rc::clone(&self.node)).map_err(|e| e.to_string()))
+    }
+
+    async fn read_only(&self) -> Result<bool, BackendError> {
+        let mode = keys::read(&self.host, &self.config.backend_path, "mode").await?;
+        // What is not clearly writable is not written.
+        Ok(self.node.info().read_only || mode.is_some_and(|mode| !mode.starts_with(b"w")))
+    }
+
+    async fn connect(&mut self) -> Result<(), BackendError> {
+        let read_only = self.read_only().await?;
+        let ring = match self.ring_from_keys(read_only).await? {
+            Ok(ring) => ring,
+            Err(why) => return self.fail(&why).await,
+        };
+        let keys = [
+            ("sectors", self.node.info().size_sectors.to_string()),
+            ("sector-size", SECTOR_BYTES.to_string()),
+            ("physical-sector-size", self.config.physical_sector_bytes.to_string()),
+            ("info", if read_only { INFO_READ_ONLY } else { 0 }.to_string()),
+            ("mode", if read_only { "r" } else { "w" }.to_string()),
+        ];
+        match self.write_state(XenbusState::Connected, &keys).await? {
+            Written::Yes => self.serve(ring),
+            // Somebody closed it meanwhile.
+            Written::No => self.phase = Phase::Failed,
+        }
+        Ok(())
+    }
+
+    /// Takes up the ring of a dead predecessor; nothing is written, as the front end is not to notice.
+    async fn resume(&mut self) -> Result<Result<(), String>, BackendError> {
+        let read_only = self.read_only().await?;
+        Ok(self.ring_from_keys(read_only).await?.map(|ring| self.serve(ring)))
+    }
+
+    fn serve(&mut self, ring: BlkifRing<H>) {
+        self.phase = Phase::Serving;
+        self.connects += 1;
+        if self.connects > 1 {
+            self.host.mark(Mark::Reconnected);
+        }
+        let ended = Rc::<Ended>::default();
+        self.ring = Some(Serving { closer: ring.closer(), ended: Rc::clone(&ended) });
+        self.host.spawn("ring", u64::from(self.config.vbd.0), async move {
+            ended.end.set(Some(ring.run().await));
+            if let Some(waker) = ended.waker.take() {
+                waker.wake();
+            }
+        });
+    }
+
+    fn drain(&mut self) {
+        self.phase = Phase::Draining;
+        if let Some(ring) = &self.ring {
+            ring.closer.close();
+        }
+    }
+
+    /// Whatever happened: no request of the guest is in flight and nothing of it is mapped when we are gone.
+    async fn let_go_of_ring(&mut self) {
+        if let Some(Serving { closer, ended }) = self.ring.take() {
+            closer.close();
+            poll_fn(|cx| {
+                ended.waker.set(Some(cx.waker().clone()));
+                if ended.end.get().is_some() { Poll::Ready(()) } else { Poll::Pending }
+            })
+            .await;
+        }
+        // Also what a predecessor left of a ring that nobody will ask for again.
+        if let Some(record) = &self.config.record {
+            self.host.remove_region(record);
+        }
+    }
+}
+
+async fn watch<H: XenHost>(host: &H, path: StorePath) -> Result<H::Watcher, BackendError> {
+    host.watch(&path).await.map_err(|error| BackendError::Store { what: "watch", path, error })
+}
+
+/// The front end's directory, as the toolstack wrote it; `None` without a back end's directory.
+async fn find_frontend<H: XenHost>(
+    host: &H,
+    config: &BackendConfig,
+) -> Result<Option<StorePath>, BackendError> {
+    let dir = &config.backend_path;
+    let not_ours = |why| BackendError::NotOurs { path: dir.clone(), dom: config.dom, why };
+    let id = keys::read(host, dir, "frontend-id").await?;
+    if id.is_some_and(|id| keys::number(&id) != Some(config.dom.0.into())) {
+        return Err(not_ours("frontend-id names another domain"));
+    }
+    let Some(path) = keys::read(host, dir, "frontend").await? else { return Ok(None) };
+    let path = String::from_utf8(path).map_err(|_| not_ours("frontend is not a path"))?;
+    if !path.starts_with(&format!("/local/domain/{}/", config.dom.0)) {
+        return Err(not_ours("frontend is not a directory of this domain"));
+    }
+    Ok(Some(path))
+}

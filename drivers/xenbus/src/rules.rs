@@ -1,0 +1,178 @@
+//! What to do next: a function of what is and what is seen.
+
+use crate::config::BackendEnd;
+use tap_abi::xenbus::XenbusState;
+
+/// Where the back end is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Phase {
+    /// Offered, no ring.
+    Waiting,
+    /// The ring is served.
+    Serving,
+    /// The ring takes no more requests.
+    Draining,
+    /// Closing, no ring: something is wrong with the front end.
+    Failed,
+    /// Closed, no ring.
+    Closed,
+}
+
+/// What xenstore says now.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Seen {
+    /// Our state; `None` when the directory is gone.
+    pub(crate) backend: Option<XenbusState>,
+    /// The front end's; `None` when its directory is gone.
+    pub(crate) frontend: Option<XenbusState>,
+    pub(crate) online: bool,
+    /// The hotplug script is done, or nobody waits for it.
+    pub(crate) hotplugged: bool,
+    /// The front end had its time to close.
+    pub(crate) grace_over: bool,
+}
+
+impl Seen {
+    /// The toolstack wants the device closed.
+    pub(crate) fn asked_to_close(&self) -> bool {
+        !self.online && matches!(self.backend, Some(XenbusState::Closing | XenbusState::Closed))
+    }
+}
+
+/// What to do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Action {
+    /// Nothing before something changes.
+    Wait,
+    /// Publish features, state 2.
+    Offer,
+    /// Connect the ring, publish the disk, state 4.
+    Connect,
+    /// State 5, take no more requests; state 6 once those in flight are answered.
+    Drain,
+    /// State 6.
+    Close,
+    /// Take no more requests, wait for those in flight, and end.
+    End(BackendEnd),
+}
+
+/// How a process begins that finds these states.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Start {
+    /// Nothing was connected: as [`Action::Offer`].
+    Offer,
+    /// A predecessor served this ring: take it up.
+    Resume,
+    /// As [`Start::Resume`], but the front end may have let go of its ring already.
+    ResumeIfPossible,
+    /// Go on as if in this phase.
+    In(Phase),
+}
+
+pub(crate) fn start(seen: &Seen) -> Start {
+    use XenbusState::*;
+    match (seen.backend, seen.frontend) {
+        (Some(Connected), Some(Connected)) => Start::Resume,
+        // The end of it was begun, by the front end or the toolstack: what is in flight is answered first.
+        (Some(Connected | Closing), Some(Closing)) => Start::ResumeIfPossible,
+        (Some(Closing), Some(Connected)) if !seen.online => Start::ResumeIfPossible,
+        // The predecessor published the disk, or the front end made another ring since: both connect now.
+        (Some(Connected), Some(Initialised)) => Start::In(Phase::Waiting),
+        (Some(Connected | Closing | Reconfiguring | Reconfigured), _) => Start::In(Phase::Failed),
+        (Some(Closed), _) => Start::In(Phase::Closed),
+        (None | Some(Unknown | Initialising | InitWait | Initialised), _) => Start::Offer,
+    }
+}
+
+pub(crate) fn next(phase: Phase, seen: &Seen) -> Action {
+    use XenbusState::*;
+    if seen.backend.is_none() {
+        return Action::End(BackendEnd::BackendGone);
+    }
+    let Some(front) = seen.frontend else { return Action::End(BackendEnd::FrontendGone) };
+    let closing = matches!(front, Closing | Closed);
+    match phase {
+        Phase::Waiting if closing || seen.asked_to_close() => Action::Close,
+        Phase::Waiting if matches!(front, Initialised | Connected) && seen.hotplugged => Action::Connect,
+        Phase::Serving if closing || (seen.asked_to_close() && seen.grace_over) => Action::Drain,
+        Phase::Failed if closing || front == Initialising || seen.asked_to_close() => Action::Close,
+        Phase::Closed if !seen.online => Action::End(BackendEnd::Offline),
+        Phase::Closed if matches!(front, Initialising | Initialised) => Action::Offer,
+        Phase::Waiting | Phase::Serving | Phase::Draining | Phase::Failed | Phase::Closed => Action::Wait,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use XenbusState::*;
+
+    fn seen(backend: XenbusState, frontend: XenbusState) -> Seen {
+        Seen {
+            backend: Some(backend),
+            frontend: Some(frontend),
+            online: true,
+            hotplugged: true,
+            grace_over: false,
+        }
+    }
+
+    #[test]
+    fn every_front_end_state_in_every_phase() {
+        use Action::*;
+        // Unknown, Initialising, InitWait, Initialised, Connected, Closing, Closed, Reconfiguring, Reconfigured
+        let table = [
+            (Phase::Waiting, InitWait, [Wait, Wait, Wait, Connect, Connect, Close, Close, Wait, Wait]),
+            (Phase::Serving, Connected, [Wait, Wait, Wait, Wait, Wait, Drain, Drain, Wait, Wait]),
+            (Phase::Draining, Closing, [Wait; 9]),
+            (Phase::Failed, Closing, [Wait, Close, Wait, Wait, Wait, Close, Close, Wait, Wait]),
+            (Phase::Closed, Closed, [Wait, Offer, Wait, Offer, Wait, Wait, Wait, Wait, Wait]),
+        ];
+        for (phase, backend, actions) in table {
+            for (frontend, action) in XenbusState::ALL.into_iter().zip(actions) {
+                assert_eq!(next(phase, &seen(backend, frontend)), action, "{phase:?} {frontend:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_missing_end_ends_every_phase() {
+        for phase in [Phase::Waiting, Phase::Serving, Phase::Draining, Phase::Failed, Phase::Closed] {
+            let both = seen(Connected, Connected);
+            assert_eq!(next(phase, &Seen { frontend: None, ..both }), Action::End(BackendEnd::FrontendGone));
+            assert_eq!(next(phase, &Seen { backend: None, ..both }), Action::End(BackendEnd::BackendGone));
+        }
+    }
+
+    #[test]
+    fn a_toolstack_that_wants_it_closed_waits_for_a_front_end_in_use() {
+        let asked = |front| Seen { online: false, ..seen(Closing, front) };
+        assert_eq!(next(Phase::Serving, &asked(Connected)), Action::Wait);
+        assert_eq!(next(Phase::Serving, &Seen { grace_over: true, ..asked(Connected) }), Action::Drain);
+        assert_eq!(next(Phase::Serving, &asked(Closing)), Action::Drain);
+        assert_eq!(next(Phase::Waiting, &asked(Initialised)), Action::Close);
+        assert_eq!(next(Phase::Failed, &asked(Connected)), Action::Close);
+        assert_eq!(next(Phase::Closed, &asked(Closed)), Action::End(BackendEnd::Offline));
+        let offline_only = Seen { online: false, ..seen(Connected, Connected) };
+        assert_eq!(next(Phase::Serving, &Seen { grace_over: true, ..offline_only }), Action::Wait);
+    }
+
+    #[test]
+    fn a_script_is_waited_for() {
+        let not_yet = Seen { hotplugged: false, ..seen(InitWait, Initialised) };
+        assert_eq!(next(Phase::Waiting, &not_yet), Action::Wait);
+    }
+
+    #[test]
+    fn where_a_new_process_begins() {
+        assert_eq!(start(&seen(Initialising, Initialising)), Start::Offer);
+        assert_eq!(start(&seen(InitWait, Initialised)), Start::Offer);
+        assert_eq!(start(&seen(Connected, Connected)), Start::Resume);
+        assert_eq!(start(&seen(Connected, Initialised)), Start::In(Phase::Waiting));
+        assert_eq!(start(&seen(Connected, Closing)), Start::ResumeIfPossible);
+        assert_eq!(start(&seen(Connected, Closed)), Start::In(Phase::Failed));
+        assert_eq!(start(&seen(Closing, Connected)), Start::In(Phase::Failed));
+        assert_eq!(start(&Seen { online: false, ..seen(Closing, Connected) }), Start::ResumeIfPossible);
+        assert_eq!(start(&seen(Closed, Initialising)), Start::In(Phase::Closed));
+    }
+}

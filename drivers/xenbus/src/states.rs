@@ -1,0 +1,67 @@
+//! Writing our state, and what belongs to it, all at once or not at all.
+
+use crate::config::BackendError;
+use tap_abi::xenbus::XenbusState;
+use tap_host::{Errno, Transaction, Xenstore};
+
+/// Keys beside the state, relative to the directory.
+pub(crate) type Keys<'a> = &'a [(&'a str, String)];
+
+/// How writing a state ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Written {
+    /// Done.
+    Yes,
+    /// The directory is gone, or somebody else wrote a state: look again.
+    No,
+}
+
+/// Writes `keys` and `state` in `dir` if the state there is still `expected`; a state of closing is written whatever
+/// is there.
+pub(crate) async fn write<H: Xenstore>(
+    host: &H,
+    dir: &str,
+    expected: XenbusState,
+    state: XenbusState,
+    keys: Keys<'_>,
+) -> Result<Written, BackendError> {
+    let failed = |error| BackendError::Store { what: "write", path: dir.to_string(), error };
+    loop {
+        match attempt(host, dir, expected, state, keys).await {
+            Ok(written) => return Ok(written),
+            // Somebody else was at the same nodes; nothing of ours has happened.
+            Err(Errno::EAGAIN) => {}
+            Err(error) => return Err(failed(error)),
+        }
+    }
+}
+
+async fn attempt<H: Xenstore>(
+    host: &H,
+    dir: &str,
+    expected: XenbusState,
+    state: XenbusState,
+    keys: Keys<'_>,
+) -> Result<Written, Errno> {
+    let tx = host.transaction().await?;
+    let path = format!("{dir}/state");
+    let now = match tx.read(&path).await {
+        Ok(value) => XenbusState::parse(&value).unwrap_or(XenbusState::Unknown),
+        Err(Errno::ENOENT) => return Ok(Written::No),
+        Err(error) => return Err(error),
+    };
+    let closing = matches!(state, XenbusState::Closing | XenbusState::Closed);
+    if now != expected && !closing {
+        return Ok(Written::No);
+    }
+    if state == XenbusState::InitWait {
+        // A new beginning: what went wrong before is history.
+        tx.remove(&format!("{dir}/error")).await?;
+    }
+    for (key, value) in keys {
+        tx.write(&format!("{dir}/{key}"), value.as_bytes()).await?;
+    }
+    tx.write(&path, state.as_bytes()).await?;
+    tx.commit().await?;
+    Ok(Written::Yes)
+}

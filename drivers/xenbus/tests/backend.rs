@@ -1,0 +1,488 @@
+//! The back end against the model's xenstore, a toolstack, good and bad front ends.
+
+#[path = "../../ring/tests/common/mod.rs"]
+mod common;
+
+use common::front::{Front, workload};
+use common::{Disk, World};
+use sim::{Config, Scheduling};
+use std::cell::RefCell;
+use std::rc::Rc;
+use tap_abi::blkif::{BlkifOp, BlkifRequest};
+use tap_abi::xenbus::XenbusState;
+use tap_host::{DomId, Errno, Mark, VbdId, Watcher, Xenstore};
+use tap_xenbus::{Backend, BackendConfig, BackendEnd, BackendError, Hotplug};
+use xen_model::{Counts, VbdPaths, XenPort, attach_vbd};
+
+const VBD: VbdId = VbdId(51712);
+
+type Ends = Rc<RefCell<Vec<Result<BackendEnd, BackendError>>>>;
+
+/// A device, its front end and the toolstack.
+#[derive(Clone)]
+struct Device {
+    world: World,
+    toolstack: XenPort,
+    guest: XenPort,
+    paths: VbdPaths,
+    disk: Disk,
+    config: BackendConfig,
+    ends: Ends,
+}
+
+impl Device {
+    async fn new(world: &World, read_only: bool) -> Self {
+        let toolstack = world.xen.attach(DomId(0), &world.sim.node("toolstack", 0));
+        let guest = world.guest();
+        let paths = VbdPaths::new("vbd", guest.dom(), VBD);
+        attach_vbd(&toolstack, guest.dom(), VBD, &paths, read_only).await.unwrap();
+        let mut config = BackendConfig::new(&paths.backend, guest.dom(), VBD);
+        config.record = Some("record".into());
+        let disk = Disk::new(&world.sim, 1024);
+        Self { world: world.clone(), toolstack, guest, paths, disk, config, ends: Ends::default() }
+    }
+
+    /// Starts the `nth` process of the back end.
+    fn start(&self, nth: u64) -> sim::Node {
+        let host = self.world.process("tapdisk", nth);
+        let node = host.process.node().clone();
+        let (config, disk, ends) = (self.config.clone(), self.disk.node(), Rc::clone(&self.ends));
+        let own = node.clone();
+        node.spawn("backend", 0, async move {
+            let end = Backend::run(host, config, disk).await;
+            if own.is_alive() {
+                ends.borrow_mut().push(end);
+            }
+        });
+        node
+    }
+
+    async fn read(&self, dir: &str, key: &str) -> Option<String> {
+        let value = self.toolstack.read(&format!("{dir}/{key}")).await.ok()?;
+        Some(String::from_utf8(value).unwrap())
+    }
+
+    async fn back(&self, key: &str) -> Option<String> {
+        self.read(&self.paths.backend, key).await
+    }
+
+    async fn set_front(&self, key: &str, value: &str) {
+        self.guest.write(&format!("{}/{key}", self.paths.frontend), value.as_bytes()).await.unwrap();
+    }
+
+    async fn set_back(&self, key: &str, value: &str) {
+        self.toolstack.write(&format!("{}/{key}", self.paths.backend), value.as_bytes()).await.unwrap();
+    }
+
+    /// Waits until the back end is in `state`, as a front end does.
+    async fn until_back(&self, state: XenbusState) {
+        let path = format!("{}/state", self.paths.backend);
+        let watch = self.guest.watch(&path).await.unwrap();
+        loop {
+            watch.next().await.unwrap();
+            if self.guest.read(&path).await.is_ok_and(|value| XenbusState::parse(&value) == Some(state)) {
+                return;
+            }
+        }
+    }
+
+    /// What a front end does from 1 to 4.
+    async fn connect(&self) -> Rc<Front> {
+        self.until_back(XenbusState::InitWait).await;
+        let front = Front::new(&self.guest);
+        front.ring.publish_in_store(&self.paths.frontend).await.unwrap();
+        self.until_back(XenbusState::Connected).await;
+        self.set_front("state", "4").await;
+        *front.expected.borrow_mut() = self.disk.sectors(0, 512);
+        front
+    }
+
+    async fn work(&self, front: &Rc<Front>, count: u64) {
+        workload(self.world.sim.clone(), Rc::clone(front), count, 16, count).await.unwrap();
+    }
+
+    /// What a front end does from 4 to 6; the ring is its own again afterwards.
+    async fn disconnect(&self, front: Rc<Front>) {
+        self.set_front("state", "5").await;
+        self.until_back(XenbusState::Closed).await;
+        self.set_front("state", "6").await;
+        let Ok(Front { ring, .. }) = Rc::try_unwrap(front) else { panic!("somebody uses the ring") };
+        ring.end().expect("nobody has it mapped");
+    }
+
+    async fn settle(&self) {
+        self.world.sim.sleep_ns(50_000_000).await;
+    }
+
+    fn assert_nothing_held(&self) {
+        // The toolstack's own connection holds nothing either.
+        assert_eq!(self.world.xen.counts(DomId(0)), Counts::default());
+        assert_eq!(self.world.xen.mapped_from(self.guest.dom()), 0);
+        assert!(self.world.xen.regions().is_empty());
+    }
+
+    fn end(&self) -> Option<Result<BackendEnd, BackendError>> {
+        self.ends.borrow().last().cloned()
+    }
+}
+
+fn world(config: &Config, body: impl AsyncFnOnce(World) + 'static) -> World {
+    let world = World::new(config);
+    let inside = world.clone();
+    if let Err(stall) = world.sim.run(async move { body(inside).await }) {
+        panic!("seed {}: {}", config.seed, stall.report);
+    }
+    world
+}
+
+fn quiet() -> Config {
+    Config { faults: false, ..Config::new(1) }
+}
+
+fn busy(seed: u64) -> Config {
+    Config { scheduling: Scheduling::Random { one_in: 4, bits: 16 }, ..Config::new(seed) }
+}
+
+#[test]
+fn a_device_lives_twice_and_is_taken_away() {
+    for seed in 0..40 {
+        let world = world(&busy(seed), async |world| {
+            let d = Device::new(&world, false).await;
+            d.start(0);
+            let front = d.connect().await;
+            for (key, value) in [
+                ("sectors", "1024"),
+                ("sector-size", "512"),
+                ("physical-sector-size", "512"),
+                ("info", "0"),
+                ("mode", "w"),
+                ("feature-flush-cache", "1"),
+                ("max-ring-page-order", "0"),
+                ("hotplug-status", "connected"),
+            ] {
+                assert_eq!(d.back(key).await.as_deref(), Some(value), "{key}");
+            }
+            d.work(&front, 100).await;
+            d.disconnect(front).await;
+            d.set_front("state", "1").await;
+            let front = d.connect().await;
+            d.work(&front, 50).await;
+            d.set_back("online", "0").await;
+            d.set_back("state", "5").await;
+            d.until_back(XenbusState::Closing).await;
+            d.disconnect(front).await;
+            d.settle().await;
+            assert_eq!(d.end(), Some(Ok(BackendEnd::Offline)));
+            d.assert_nothing_held();
+        });
+        assert_eq!(world.marked(Mark::Reconnected), 1);
+    }
+}
+
+/// Everything a guest does with a device, on back ends that die after so many effects each.
+fn live_with_deaths(seed: u64, deaths: Vec<u64>) -> (u64, World) {
+    let steps = Rc::new(RefCell::new(0));
+    let first_steps = Rc::clone(&steps);
+    let world = world(&busy(seed), async move |world| {
+        let d = Device::new(&world, false).await;
+        let (supervised, doomed) = (d.clone(), deaths);
+        let first = d.start(0);
+        if let Some(after) = doomed.first() {
+            first.kill_after_steps(*after);
+        }
+        let mut node = first.clone();
+        world.sim.spawn("supervisor", 0, async move {
+            for nth in 1.. {
+                node.dead().await;
+                node = supervised.start(nth);
+                if let Some(after) = doomed.get(nth as usize) {
+                    node.kill_after_steps(*after);
+                }
+            }
+        });
+        let front = d.connect().await;
+        d.work(&front, 30).await;
+        d.disconnect(front).await;
+        d.set_front("state", "1").await;
+        let front = d.connect().await;
+        d.work(&front, 10).await;
+        d.set_back("online", "0").await;
+        d.set_back("state", "5").await;
+        d.disconnect(front).await;
+        d.settle().await;
+        assert_eq!(d.end(), Some(Ok(BackendEnd::Offline)));
+        assert_eq!(d.back("error").await, None);
+        d.assert_nothing_held();
+        *first_steps.borrow_mut() = first.steps();
+    });
+    (steps.take(), world)
+}
+
+#[test]
+fn a_device_survives_a_death_of_its_back_end_at_any_effect() {
+    let mut resumed = 0;
+    for seed in 0..2 {
+        let (steps, _) = live_with_deaths(seed, vec![]);
+        for after in 0..=steps {
+            let (_, world) = live_with_deaths(seed, vec![after]);
+            resumed += world.marked(Mark::RecordResumed);
+        }
+    }
+    assert!(resumed > 100, "{resumed}");
+}
+
+#[test]
+fn a_device_survives_several_deaths() {
+    for seed in 0..300 {
+        live_with_deaths(seed, (0..5).map(|n| sim::mix2(seed, n) % 250).collect());
+    }
+}
+
+#[test]
+fn what_is_in_flight_when_a_front_end_closes_is_answered_also_by_a_successor() {
+    for dies in [false, true] {
+        world(&quiet(), async move |world| {
+            let d = Device::new(&world, false).await;
+            let node = d.start(0);
+            let front = d.connect().await;
+            let segments = [front.segment(0, 0, 0)];
+            for id in 0..8 {
+                assert!(front.ring.put(&BlkifRequest::new(id, BlkifOp::Write, id, &segments).unwrap()));
+            }
+            front.ring.publish();
+            world.sim.sleep_ns(1_000).await;
+            assert_eq!(d.disk.log().len(), 8, "taken");
+            if dies {
+                node.kill();
+            }
+            d.set_front("state", "5").await;
+            if dies {
+                d.start(1);
+            }
+            d.until_back(XenbusState::Closed).await;
+            for _ in 0..8 {
+                assert_eq!(front.ring.take().unwrap().expect("an answer each").status.get(), 0);
+            }
+            assert_eq!(d.disk.log().len(), if dies { 16 } else { 8 });
+            assert_eq!(d.back("error").await, None);
+        });
+    }
+}
+
+#[test]
+fn what_a_front_end_must_not_say_is_told_and_closed() {
+    for (key, value) in [
+        ("ring-ref", "x"),
+        ("ring-ref", "4096"),
+        ("ring-ref", "-1"),
+        ("event-channel", ""),
+        ("event-channel", "99999"),
+        ("protocol", "x86_32-abi"),
+        ("protocol", "x86_64-abi\0"),
+        ("ring-page-order", "1"),
+        ("num-ring-pages", "2"),
+        ("multi-queue-num-queues", "4"),
+    ] {
+        world(&quiet(), async move |world| {
+            let d = Device::new(&world, false).await;
+            d.start(0);
+            d.until_back(XenbusState::InitWait).await;
+            let front = Front::new(&d.guest);
+            // Wrong before it is ready: nobody looks earlier.
+            front.ring.publish_in_store(&format!("{}/elsewhere", d.paths.frontend)).await.unwrap();
+            for own in ["ring-ref", "event-channel", "protocol"] {
+                let right = d.read(&format!("{}/elsewhere", d.paths.frontend), own).await.unwrap();
+                d.set_front(own, &right).await;
+            }
+            d.set_front(key, value).await;
+            d.set_front("state", "3").await;
+            d.until_back(XenbusState::Closing).await;
+            let error = d.back("error").await.unwrap();
+            assert!(error.starts_with("failed to ") && error.len() > 20, "{key} {value}: {error}");
+            assert_eq!(world.xen.mapped_from(d.guest.dom()), 0);
+            // The next driver does it right.
+            d.set_front("state", "6").await;
+            d.until_back(XenbusState::Closed).await;
+            d.guest.remove(&format!("{}/{key}", d.paths.frontend)).await.unwrap();
+            d.set_front("state", "1").await;
+            let front = d.connect().await;
+            assert_eq!(d.back("error").await, None);
+            d.work(&front, 10).await;
+        });
+    }
+}
+
+#[test]
+fn a_ring_that_cannot_be_ends_the_connection() {
+    let world = world(&quiet(), async |world| {
+        let d = Device::new(&world, false).await;
+        d.start(0);
+        let front = d.connect().await;
+        front.ring.page().store_u32(0, 77);
+        tap_host::EventChannel::notify(front.ring.channel());
+        d.until_back(XenbusState::Closing).await;
+        assert!(d.back("error").await.unwrap().starts_with("failed to serve the ring: "));
+        assert_eq!(world.xen.mapped_from(d.guest.dom()), 0);
+        d.set_front("state", "6").await;
+        d.until_back(XenbusState::Closed).await;
+    });
+    assert_eq!(world.marked(Mark::RingRefused), 1);
+}
+
+#[test]
+fn ends_that_vanish() {
+    for (front_end, connected) in [(true, true), (true, false), (false, true), (false, false)] {
+        world(&quiet(), async move |world| {
+            let d = Device::new(&world, false).await;
+            d.start(0);
+            if connected {
+                let front = d.connect().await;
+                d.work(&front, 5).await;
+            } else {
+                d.until_back(XenbusState::InitWait).await;
+            }
+            let gone = if front_end { &d.paths.frontend } else { &d.paths.backend };
+            d.toolstack.remove(gone).await.unwrap();
+            d.settle().await;
+            let end = if front_end { BackendEnd::FrontendGone } else { BackendEnd::BackendGone };
+            assert_eq!(d.end(), Some(Ok(end)));
+            let left = d.toolstack.read(&d.paths.backend).await;
+            assert_eq!(left.is_ok(), front_end, "a removed directory is not made again");
+            d.assert_nothing_held();
+        });
+    }
+}
+
+#[test]
+fn a_guest_that_is_destroyed_leaves_nothing_mapped() {
+    world(&quiet(), async |world| {
+        let d = Device::new(&world, false).await;
+        d.start(0);
+        let front = d.connect().await;
+        d.work(&front, 5).await;
+        world.xen.destroy_domain(d.guest.dom());
+        d.set_back("online", "0").await;
+        d.set_back("state", "5").await;
+        world.sim.sleep_ns(6_000_000_000).await;
+        assert_eq!(d.back("state").await.as_deref(), Some("6"));
+        assert_eq!(d.end(), Some(Ok(BackendEnd::Offline)));
+        d.assert_nothing_held();
+    });
+}
+
+#[test]
+fn a_disk_in_use_is_served_until_the_grace_is_over() {
+    world(&quiet(), async |world| {
+        let d = Device::new(&world, false).await;
+        d.start(0);
+        let front = d.connect().await;
+        d.set_back("online", "0").await;
+        d.set_back("state", "5").await;
+        world.sim.sleep_ns(4_000_000_000).await;
+        d.work(&front, 20).await;
+        assert_eq!(d.back("state").await.as_deref(), Some("5"));
+        world.sim.sleep_ns(2_000_000_000).await;
+        assert_eq!(d.back("state").await.as_deref(), Some("6"));
+        d.assert_nothing_held();
+    });
+}
+
+#[test]
+fn a_read_only_disk_says_so() {
+    world(&quiet(), async |world| {
+        let d = Device::new(&world, true).await;
+        d.start(0);
+        let front = d.connect().await;
+        assert_eq!(
+            (d.back("info").await.as_deref(), d.back("mode").await.as_deref()),
+            (Some("4"), Some("r"))
+        );
+        let segments = [front.segment(0, 0, 0)];
+        let write =
+            tap_abi::blkif::BlkifRequest::new(1, tap_abi::blkif::BlkifOp::Write, 0, &segments).unwrap();
+        assert_eq!(front.status(&write).await, -1);
+    });
+}
+
+#[test]
+fn a_front_end_that_names_no_protocol_speaks_ours() {
+    world(&quiet(), async |world| {
+        let d = Device::new(&world, false).await;
+        d.start(0);
+        d.until_back(XenbusState::InitWait).await;
+        let front = Front::new(&d.guest);
+        d.set_front("ring-ref", &front.ring.ring_ref().0.to_string()).await;
+        d.set_front("event-channel", &front.ring.event_port().0.to_string()).await;
+        d.set_front("state", "3").await;
+        d.until_back(XenbusState::Connected).await;
+        d.work(&front, 5).await;
+    });
+}
+
+#[test]
+fn a_hotplug_script_is_waited_for() {
+    world(&quiet(), async |world| {
+        let mut d = Device::new(&world, false).await;
+        d.config.hotplug = Hotplug::Wait;
+        d.start(0);
+        d.until_back(XenbusState::InitWait).await;
+        let front = Front::new(&d.guest);
+        front.ring.publish_in_store(&d.paths.frontend).await.unwrap();
+        d.settle().await;
+        assert_eq!(d.back("state").await.as_deref(), Some("2"));
+        d.set_back("hotplug-status", "connected").await;
+        d.until_back(XenbusState::Connected).await;
+        d.work(&front, 5).await;
+    });
+}
+
+#[test]
+fn a_directory_of_somebody_else_is_refused() {
+    for (key, value) in
+        [("frontend-id", "7"), ("frontend", "/local/domain/7/device/vbd/1"), ("frontend", "x")]
+    {
+        world(&quiet(), async move |world| {
+            let d = Device::new(&world, false).await;
+            d.set_back(key, value).await;
+            d.start(0);
+            d.settle().await;
+            assert!(matches!(d.end(), Some(Err(BackendError::NotOurs { .. }))), "{key} {value}");
+            d.assert_nothing_held();
+        });
+    }
+}
+
+#[test]
+fn whatever_a_front_end_does_nothing_is_left() {
+    for seed in 0..300 {
+        world(&busy(seed), async move |world| {
+            let d = Device::new(&world, false).await;
+            d.start(0);
+            let front = Front::new(&d.guest);
+            for nth in 0..40_u64 {
+                let bits = sim::mix2(seed, nth);
+                let any = ["", "0", "1", "2", "3", "4", "5", "6", "7", "99", "x86_64-abi", "8", "\u{fffd}"];
+                let value = any[(bits >> 8) as usize % any.len()];
+                match bits % 8 {
+                    0..4 => d.set_front("state", value).await,
+                    4 => d.set_front("ring-ref", value).await,
+                    5 => front.ring.publish_in_store(&d.paths.frontend).await.unwrap(),
+                    6 => {
+                        front
+                            .ring
+                            .page()
+                            .store_u32(((bits >> 16) % 16) as usize * 4, (bits >> 32) as u32 % 40);
+                        tap_host::EventChannel::notify(front.ring.channel());
+                    }
+                    _ => world.sim.sleep_ns(bits >> 40).await,
+                }
+            }
+            let state = d.guest.read(&format!("{}/state", d.paths.backend)).await;
+            assert_ne!(state, Err(Errno::ENOENT), "seed {seed}");
+            d.toolstack.remove(&d.paths.frontend).await.unwrap();
+            d.settle().await;
+            assert_eq!(d.end(), Some(Ok(BackendEnd::FrontendGone)), "seed {seed}");
+            d.assert_nothing_held();
+        });
+    }
+}

@@ -1,0 +1,250 @@
+//! Guests on rings: traffic, death of tapdisk, reconnects, several guests.
+
+use super::crash::either;
+use super::setup::{Setup, workload};
+use crate::check::Invariant;
+use crate::guest::{Guest, HONEST_SECTORS, Hostile, Manners, RingDisk};
+use crate::machine::{Attached, Machine};
+use crate::run::Scenario;
+use crate::stack::StackLimits;
+use crate::workload::{Workload, operations};
+use crate::world::World;
+use kernel_model::StorageConfig;
+use kernel_model::faults::FaultPlan;
+use sim::{Entity, Label};
+use std::rc::Rc;
+use tap_core::wait::oneshot;
+use tap_host::SECTOR_BYTES;
+
+/// After how many of its effects tapdisk is killed.
+pub static KILL_AFTER: Label = Label::new("kill-after", "tapdisk is killed after {} more effects");
+/// After what time the front end connects anew.
+pub static RECONNECT_AT: Label = Label::new("reconnect-at", "the front end connects anew after {} ns");
+
+/// A guest on a ring with a raw disk.
+pub static RING_RAW: Scenario = Scenario {
+    name: "ring-raw",
+    about: "a guest on a blkif ring with a raw disk: order, merging, short transfers; everything given back at the end",
+    storage: |_| StorageConfig {
+        faults: FaultPlan { short: true, transient: true, ..FaultPlan::LATENCY },
+        ..StorageConfig::default()
+    },
+    body: |w| Box::pin(ring_raw(w)),
+};
+
+/// tapdisk dies and comes back under a living guest.
+pub static TAPDISK_KILLED: Scenario = Scenario {
+    name: "qcow-tapdisk-killed",
+    about: "qcow on a ring, tapdisk killed between any two of its effects and started again; the guest sees a pause only",
+    storage: |_| StorageConfig::default(),
+    body: |w| Box::pin(tapdisk_killed(w)),
+};
+
+/// The front end connects anew with requests in flight.
+pub static FRONTEND_RECONNECT: Scenario = Scenario {
+    name: "frontend-reconnect",
+    about: "the front end closes and connects anew under load, and puts what had no answer on the new ring",
+    storage: |_| StorageConfig::default(),
+    body: |w| Box::pin(frontend_reconnect(w)),
+};
+
+/// Two guests on one tapdisk.
+pub static TWO_GUESTS: Scenario = Scenario {
+    name: "two-guests",
+    about: "two guests with a disk each on one tapdisk, which dies once; neither sees anything of the other",
+    storage: |_| StorageConfig::default(),
+    body: |w| Box::pin(two_guests(w)),
+};
+
+/// A front end that breaks every rule, beside one that does not.
+pub static HOSTILE_FRONTEND: Scenario = Scenario {
+    name: "hostile-frontend",
+    about: "a front end with bad keys, malformed requests, impossible indices; refused, without disturbing its neighbour",
+    storage: |_| StorageConfig::default(),
+    body: |w| Box::pin(hostile_frontend(w)),
+};
+
+const DISK_BYTES: u64 = 1 << 20;
+/// Nothing below fails, so nothing above may.
+const NO_ERRORS: Manners = Manners { retries: 0, errors_allowed: false, reads: Invariant::G1 };
+
+fn operations_of(
+    world: &World,
+    guest: &Attached,
+    number: u64,
+    count: u32,
+) -> Vec<Option<crate::workload::Op>> {
+    let entity = Entity::WORLD.child("guest-ops", number);
+    world.sim.name_entity(entity, || format!("guest {number}"));
+    let w: Workload = workload(world, guest.setup.size_sectors, count, 88);
+    operations(&world.sim, entity, number, &w)
+}
+
+/// Runs `work` as a task of the guest, to its end.
+async fn in_guest(guest: &Attached, work: impl Future<Output = ()> + 'static) {
+    let (done, finished) = oneshot();
+    guest.node.spawn("main", 0, async move {
+        work.await;
+        let _ = done.send(());
+    });
+    let _ = finished.await;
+}
+
+/// Drains without faults, looks at everything once more, and takes the machine down.
+async fn finish(world: &World, machine: &Rc<Machine>, guests: &[(Attached, Guest<RingDisk>)]) {
+    world.sim.stop_faults();
+    for (attached, guest) in guests {
+        let (w, a, g) = (world.clone(), attached.clone(), guest.clone());
+        in_guest(attached, async move {
+            if let Err(error) = g.read_all().await {
+                w.fail(Invariant::E4, format!("reading the whole disk failed with {error:?}"));
+            }
+            a.shut_down(&w, &g).await;
+        })
+        .await;
+    }
+    machine.detach_all().await;
+    machine.check_leaks();
+    for (attached, _) in guests {
+        attached.setup.check_bytes(world, "in the end");
+    }
+}
+
+/// The usual life: attach, start, boot.
+async fn start(world: &World, setups: Vec<Setup>) -> Option<(Rc<Machine>, Vec<(Attached, Guest<RingDisk>)>)> {
+    let limits = StackLimits::draw(world);
+    let machine = Machine::new(world, limits);
+    let mut attached = Vec::new();
+    for (number, setup) in setups.into_iter().enumerate() {
+        attached.push(machine.attach(setup, number as u64).await);
+    }
+    machine.start_tapdisk();
+    let mut guests = Vec::new();
+    for one in attached {
+        let guest = one.boot(world, NO_ERRORS).await?;
+        guests.push((one, guest));
+    }
+    Some((machine, guests))
+}
+
+async fn ring_raw(world: World) {
+    let setup = Setup::raw(&world, 0, DISK_BYTES);
+    let Some((machine, guests)) = start(&world, vec![setup]).await else { return };
+    let (attached, guest) = &guests[0];
+    let ops = operations_of(&world, attached, 0, 120);
+    let (g, depth) = (guest.clone(), world.setting("ring-depth", &[32, 8, 1]));
+    in_guest(attached, async move { g.run(&ops, depth).await }).await;
+    finish(&world, &machine, &guests).await;
+}
+
+fn kills(world: &World, most: u32, steps: u64) -> Vec<u64> {
+    let entity = Entity::WORLD.child("killer", 0);
+    world.sim.name_entity(entity, || "killer".into());
+    let draw = |i| {
+        world.sim.decide(entity, &KILL_AFTER, i, |d| if d.below(4) == 0 { 0 } else { 1 + d.below(steps) })
+    };
+    (0..most).map(draw).filter(|n| *n > 0).collect()
+}
+
+async fn tapdisk_killed(world: World) {
+    let setup = Setup::qcow(&world, 0, DISK_BYTES, world.setting("overlay", &[false, true]));
+    let Some((machine, guests)) = start(&world, vec![setup]).await else { return };
+    let (attached, guest) = &guests[0];
+    guest.set_manners(Manners { reads: Invariant::P1, ..NO_ERRORS });
+    // A read that is carried out again may see a write that was submitted after it.
+    guest.history.borrow_mut().relax_order();
+    world.sim.spawn("supervisor", 0, Rc::clone(&machine).supervise(kills(&world, 4, 600)));
+    let ops = operations_of(&world, attached, 0, 60);
+    let (g, depth) = (guest.clone(), world.setting("ring-depth", &[32, 8, 1]));
+    in_guest(attached, async move { g.run(&ops, depth).await }).await;
+    machine.spare();
+    finish(&world, &machine, &guests).await;
+}
+
+async fn frontend_reconnect(world: World) {
+    let setup = Setup::qcow(&world, 0, DISK_BYTES, false);
+    // What is put on the new ring again may be carried out twice, and in another order.
+    setup.history.borrow_mut().relax_order();
+    let Some((machine, guests)) = start(&world, vec![setup]).await else { return };
+    let (attached, guest) = &guests[0];
+    let ops = operations_of(&world, attached, 0, 60);
+    let (g, depth) = (guest.clone(), world.setting("ring-depth", &[32, 8, 1]));
+    let (w, front, (done, reconnected)) = (world.clone(), guest.disk().front().clone(), oneshot());
+    attached.node.spawn("reconnects", 0, async move {
+        let entity = Entity::WORLD.child("reconnects", 0);
+        w.sim.name_entity(entity, || "front end".into());
+        for i in 0..3 {
+            let wait_ns =
+                w.sim.decide(entity, &RECONNECT_AT, i, |d| if d.below(3) == 0 { 0 } else { d.magnitude(20) });
+            if wait_ns == 0 {
+                continue;
+            }
+            w.sim.sleep_ns(wait_ns).await;
+            if let Err(error) = front.reconnect().await {
+                w.fail(Invariant::L1, format!("the front end failed to connect again: {error:?}"));
+            }
+        }
+        let _ = done.send(());
+    });
+    in_guest(attached, async move { g.run(&ops, depth).await }).await;
+    let _ = reconnected.await;
+    finish(&world, &machine, &guests).await;
+}
+
+async fn two_guests(world: World) {
+    let one = Setup::qcow(&world, 0, DISK_BYTES, false);
+    let two = Setup::raw(&world, 1, DISK_BYTES);
+    let Some((machine, guests)) = start(&world, vec![one, two]).await else { return };
+    for (_, guest) in &guests {
+        guest.set_manners(Manners { reads: Invariant::P1, ..NO_ERRORS });
+        guest.history.borrow_mut().relax_order();
+    }
+    world.sim.spawn("supervisor", 0, Rc::clone(&machine).supervise(kills(&world, 1, 600)));
+    let mut running = Vec::new();
+    for (number, (attached, guest)) in guests.iter().enumerate() {
+        let ops = operations_of(&world, attached, number as u64, 40);
+        let (g, (done, finished)) = (guest.clone(), oneshot());
+        attached.node.spawn("main", 0, async move {
+            g.run(&ops, 16).await;
+            let _ = done.send(());
+        });
+        running.push(finished);
+    }
+    for finished in running {
+        let _ = finished.await;
+    }
+    machine.spare();
+    finish(&world, &machine, &guests).await;
+}
+
+async fn hostile_frontend(world: World) {
+    let limits = StackLimits::draw(&world);
+    let machine = Machine::new(&world, limits);
+    let bad = machine.attach(Setup::raw(&world, 0, DISK_BYTES), 0).await;
+    let good = machine.attach(Setup::raw(&world, 1, DISK_BYTES), 1).await;
+    machine.start_tapdisk();
+    let neighbour = Manners { reads: Invariant::H2, ..NO_ERRORS };
+    let Some(guest) = good.boot(&world, neighbour).await else { return };
+    let (w, hostile, (done, gone)) = (world.clone(), Hostile::new(&world, bad.clone()), oneshot());
+    bad.node.spawn("hostile", 0, async move {
+        let played = async {
+            hostile.connect().await?;
+            hostile.play(40).await
+        };
+        if let Err(error) = played.await {
+            w.fail(Invariant::H1, format!("the hostile guest is stopped by {error:?}, not by the back end"));
+        }
+        let _ = done.send(());
+    });
+    let ops = operations_of(&world, &good, 1, 40);
+    let g = guest.clone();
+    in_guest(&good, async move { g.run(&ops, 16).await }).await;
+    either(gone, bad.node.dead()).await;
+    finish(&world, &machine, &[(good, guest)]).await;
+    let mut above = vec![1; ((bad.setup.size_sectors - HONEST_SECTORS) * SECTOR_BYTES) as usize];
+    let content = world.storage.content(&bad.setup.spec.path).unwrap_or_default();
+    content.pages.read(HONEST_SECTORS * SECTOR_BYTES, &mut above);
+    if above.iter().any(|b| *b != 0) {
+        world.fail(Invariant::H1, "a malformed request changed the disk");
+    }
+}

@@ -1,0 +1,332 @@
+//! A front end that does not play by the rules, one decision per trick.
+//!
+//! It writes the ring's bytes itself, so nothing keeps it from lying; and it counts how often the back end looks at an
+//! entry, since a second look is a look at something else.
+
+use crate::check::Invariant;
+use crate::machine::Attached;
+use crate::world::World;
+use sim::{Entity, Label};
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use tap_abi::blkif::{BlkifOp, BlkifRequest, ENTRY_BYTES, Segment};
+use tap_host::{DomId, Errno, EventChannel, Xenstore};
+use xen_model::{GrantedPage, GuestRing};
+
+/// What the hostile guest does next: trick in 4 bits, detail in 32.
+pub static TRICK: Label = Label::packed("trick", "the hostile guest plays trick {}", &[4, 32]);
+/// Which keys it first connects with; 0 are good ones.
+pub static KEYS: Label = Label::new("keys", "the hostile guest first connects with bad keys number {}");
+
+/// Sectors that honest requests of the hostile guest stay below; nothing may touch what lies above.
+pub const HONEST_SECTORS: u64 = 512;
+/// Bytes of the ring's header.
+const HEADER: usize = 64;
+/// Byte offsets within an entry.
+const OP: usize = 0;
+const NR_SEGMENTS: usize = 1;
+const SECTOR: usize = 16;
+const FIRST: usize = 28;
+const LAST: usize = 29;
+/// How long an answer may take, in virtual nanoseconds.
+const PATIENCE_NS: u64 = 30_000_000_000;
+
+/// What the back end must do with a request.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Expect {
+    Ok,
+    Error,
+    Any,
+}
+
+/// The hostile guest at work.
+pub struct Hostile {
+    world: World,
+    attached: Attached,
+    ring: RefCell<Option<Rc<GuestRing>>>,
+    entity: Entity,
+    next_id: Cell<u64>,
+}
+
+impl Hostile {
+    /// A hostile guest on `attached`.
+    pub fn new(world: &World, attached: Attached) -> Self {
+        let entity = Entity::WORLD.child("hostile", u64::from(attached.dom.0));
+        world.sim.name_entity(entity, || "hostile guest".into());
+        Self { world: world.clone(), attached, ring: RefCell::default(), entity, next_id: Cell::new(1) }
+    }
+
+    async fn back_state(&self) -> u8 {
+        let path = format!("{}/state", self.attached.paths.backend);
+        let value = self.attached.port.read(&path).await.unwrap_or_default();
+        std::str::from_utf8(&value).ok().and_then(|s| s.parse().ok()).unwrap_or(0)
+    }
+
+    /// Waits for a state of the back end; `false` if it does not come.
+    async fn wait_back(&self, wanted: impl Fn(u8) -> bool) -> bool {
+        let until = self.world.sim.now_ns() + PATIENCE_NS;
+        while self.world.sim.now_ns() < until {
+            if wanted(self.back_state().await) {
+                return true;
+            }
+            self.world.sim.sleep_ns(50_000).await;
+        }
+        false
+    }
+
+    async fn write(&self, key: &str, value: &str) -> Result<(), Errno> {
+        self.attached.port.write(&format!("{}/{key}", self.attached.paths.frontend), value.as_bytes()).await
+    }
+
+    /// Bad keys first, if the seed says so, then good ones.
+    pub async fn connect(&self) -> Result<(), Errno> {
+        self.wait_back(|s| s == 2).await;
+        let bad = self.world.sim.decide(self.entity, &KEYS, 0, |d| d.below(7));
+        if bad > 0 {
+            self.connect_badly(bad).await?;
+        }
+        let ring = Rc::new(GuestRing::new(&self.attached.port, DomId(0))?);
+        self.watch_loads(&ring);
+        ring.publish_in_store(&self.attached.paths.frontend).await?;
+        if !self.wait_back(|s| s == 4).await {
+            self.world.fail(Invariant::H1, "a front end with good keys is not connected");
+        }
+        self.write("state", "4").await?;
+        *self.ring.borrow_mut() = Some(ring);
+        Ok(())
+    }
+
+    async fn connect_badly(&self, number: u64) -> Result<(), Errno> {
+        let ring = GuestRing::new(&self.attached.port, DomId(0))?;
+        let (gref, port) = (ring.ring_ref().0.to_string(), ring.event_port().0.to_string());
+        let (gref, port, protocol) = match number {
+            1 => (gref.as_str(), "9999", "x86_64-abi"),
+            2 => ("4000000000", port.as_str(), "x86_64-abi"),
+            3 => ("-1", port.as_str(), "x86_64-abi"),
+            4 => (gref.as_str(), "99999999999999999999", "x86_64-abi"),
+            5 => (gref.as_str(), port.as_str(), "sparc-abi"),
+            _ => ("", "", ""),
+        };
+        self.write("ring-ref", gref).await?;
+        self.write("event-channel", port).await?;
+        self.write("protocol", protocol).await?;
+        self.write("state", "3").await?;
+        if !self.wait_back(|s| s >= 5).await {
+            self.world
+                .fail(Invariant::H1, format!("a front end with bad keys (number {number}) is not refused"));
+        }
+        if self.world.xen.mapped_from(self.attached.dom) > 0 {
+            self.world.fail(Invariant::K1, "a page of a front end that was refused stays mapped");
+        }
+        self.write("state", "6").await?;
+        self.wait_back(|s| s == 6).await;
+        if ring.end().is_err() {
+            self.world.fail(Invariant::K1, "the ring of a front end that was refused cannot be taken back");
+        }
+        self.write("state", "1").await?;
+        self.wait_back(|s| s == 2).await;
+        Ok(())
+    }
+
+    /// Every entry may be loaded once per request.
+    fn watch_loads(&self, ring: &Rc<GuestRing>) {
+        let (world, loads) = (self.world.clone(), RefCell::new([0_u32; 32]));
+        let last_id = RefCell::new([0_u64; 32]);
+        let page = ring.page().clone();
+        ring.page().on_foreign_load(Some(Rc::new(move |offset, len| {
+            if offset < HEADER || len > ENTRY_BYTES {
+                return;
+            }
+            let slot = (offset - HEADER) / ENTRY_BYTES % 32;
+            let mut id = [0; 8];
+            page.read(HEADER + slot * ENTRY_BYTES + 8, &mut id);
+            let id = u64::from_le_bytes(id);
+            let (mut loads, mut last) = (loads.borrow_mut(), last_id.borrow_mut());
+            if last[slot] != id {
+                (last[slot], loads[slot]) = (id, 0);
+            }
+            loads[slot] += 1;
+            if loads[slot] > 1 {
+                world.fail(
+                    Invariant::H1,
+                    format!("the entry in slot {slot} is read a second time after it was checked"),
+                );
+            }
+        })));
+    }
+
+    /// Plays `count` tricks, until the ring is closed.
+    pub async fn play(&self, count: u32) -> Result<(), Errno> {
+        let Some(ring) = self.ring.borrow().clone() else { return Ok(()) };
+        let page = GrantedPage::new(&self.attached.port, DomId(0), false)?;
+        let read_only = GrantedPage::new(&self.attached.port, DomId(0), true)?;
+        for i in 0..count {
+            let value =
+                self.world.sim.decide(self.entity, &TRICK, i, |d| d.below(16) | d.below(1 << 32) << 4);
+            let (trick, detail) = (value & 15, value >> 4);
+            match trick {
+                0 => {}
+                15 if !detail.is_multiple_of(4) => self.scribble(&ring, detail),
+                15 => {
+                    self.overrun(&ring, detail).await;
+                    break;
+                }
+                _ => {
+                    let (entry, expect) = self.entry(trick, detail, page.gref.0, read_only.gref.0);
+                    self.ask(&ring, &entry, expect).await;
+                }
+            }
+            if self.world.verdict.is_broken() || self.back_state().await != 4 {
+                break;
+            }
+        }
+        drop(ring);
+        self.leave(page, read_only).await
+    }
+
+    /// An entry, and what must come of it.
+    fn entry(&self, trick: u64, detail: u64, gref: u32, read_only: u32) -> ([u8; ENTRY_BYTES], Expect) {
+        let id = self.next_id.replace(self.next_id.get() + 1);
+        let op = if trick == 2 || trick == 10 { BlkifOp::Read } else { BlkifOp::Write };
+        let gref = if trick == 10 { read_only } else { gref };
+        let segment = Segment { gref, first: 0, last: 7 };
+        let request = BlkifRequest::new(id, op, detail % (HONEST_SECTORS - 8), &[segment]);
+        let mut e = request.map(|r| r.encode()).unwrap_or([0; ENTRY_BYTES]);
+        let sector =
+            |e: &mut [u8; ENTRY_BYTES], s: u64| e[SECTOR..SECTOR + 8].copy_from_slice(&s.to_le_bytes());
+        let size = self.attached.setup.size_sectors;
+        let expect = match trick {
+            1 | 2 => Expect::Ok,
+            3 => {
+                e[NR_SEGMENTS] = 0;
+                Expect::Error
+            }
+            4 => {
+                e[NR_SEGMENTS] = 12 + (detail % 240) as u8;
+                Expect::Error
+            }
+            5 => {
+                (e[FIRST], e[LAST]) = (5, 2);
+                Expect::Error
+            }
+            6 => {
+                e[LAST] = 8 + (detail % 240) as u8;
+                Expect::Error
+            }
+            7 => {
+                sector(&mut e, size - detail % 7);
+                Expect::Error
+            }
+            8 => {
+                sector(&mut e, u64::MAX - detail % 16);
+                Expect::Error
+            }
+            9 => {
+                e[24..28].copy_from_slice(&(5000 + detail as u32).to_le_bytes());
+                Expect::Error
+            }
+            10 => Expect::Error,
+            11 => {
+                e[OP] = [5, 6, 4, 77, 255][(detail % 5) as usize];
+                Expect::Error
+            }
+            12 => {
+                // Nothing that it could mean lies outside of what is honest, but for the id.
+                let mut draw = sim::Draw::new(detail);
+                let keep = (e[SECTOR..SECTOR + 8].to_vec(), e[8..16].to_vec());
+                e.iter_mut().for_each(|b| *b = draw.bits() as u8);
+                e[SECTOR..SECTOR + 8].copy_from_slice(&keep.0);
+                e[8..16].copy_from_slice(&keep.1);
+                Expect::Any
+            }
+            13 => {
+                // A page of another table, or of nobody.
+                e[24..28].copy_from_slice(&[0xff; 4]);
+                Expect::Error
+            }
+            _ => {
+                e[OP] = 3;
+                e[NR_SEGMENTS] = 0;
+                Expect::Ok
+            }
+        };
+        (e, expect)
+    }
+
+    async fn ask(&self, ring: &GuestRing, entry: &[u8; ENTRY_BYTES], expect: Expect) {
+        let id = u64::from_le_bytes(entry[8..16].try_into().expect("eight bytes"));
+        ring.put_raw(entry);
+        ring.publish();
+        let until = self.world.sim.now_ns() + PATIENCE_NS;
+        let response = loop {
+            match ring.take() {
+                Ok(Some(response)) => break response,
+                Ok(None) if self.world.sim.now_ns() < until => self.world.sim.sleep_ns(20_000).await,
+                Ok(None) => {
+                    return self
+                        .world
+                        .fail(Invariant::X1, format!("request #{id} of the hostile guest has no answer"));
+                }
+                Err(_) => return self.world.fail(Invariant::X1, "more responses than requests"),
+            }
+        };
+        let status = response.status.get();
+        let good = match expect {
+            Expect::Ok => status == 0,
+            Expect::Error => status < 0,
+            Expect::Any => true,
+        };
+        if response.id.get() != id {
+            let text = format!("the answer to request #{id} carries the number {}", response.id.get());
+            self.world.fail(Invariant::X1, text);
+        } else if !good {
+            let what = if expect == Expect::Ok { "an honest request" } else { "a malformed request" };
+            let text = format!(
+                "{what} (op {}, {} segments) is answered with status {status}",
+                entry[OP], entry[NR_SEGMENTS]
+            );
+            self.world.fail(Invariant::H1, text);
+        }
+        if response.padding != 0 || response.tail.get() != 0 {
+            self.world.fail(Invariant::H1, "a response carries bytes in its padding");
+        }
+        self.world.count(|s| s.requests += 1);
+    }
+
+    /// Writes nonsense where only the front end suffers from it.
+    fn scribble(&self, ring: &GuestRing, detail: u64) {
+        ring.page().write(16, &detail.to_le_bytes());
+        ring.page().write(32, &detail.rotate_left(17).to_le_bytes());
+        ring.channel().notify();
+    }
+
+    /// More requests than the ring has room for: it cannot be trusted any more and must be closed.
+    async fn overrun(&self, ring: &GuestRing, detail: u64) {
+        let produced = ring.page().load_u32(0);
+        ring.page().store_u32(0, produced.wrapping_add(33 + (detail as u32 >> 1)));
+        ring.channel().notify();
+        if !self.wait_back(|s| s >= 5).await {
+            self.world.fail(Invariant::H1, "a ring with impossible indices is not closed");
+        }
+    }
+
+    /// Goes: by the rules, or by vanishing.
+    async fn leave(&self, page: GrantedPage, read_only: GrantedPage) -> Result<(), Errno> {
+        if self.world.setting("hostile-exit", &[false, true]) {
+            let (xen, dom, node) = (self.world.xen.clone(), self.attached.dom, self.attached.node.clone());
+            node.kill();
+            xen.destroy_domain(dom);
+            return Ok(());
+        }
+        self.write("state", "5").await?;
+        self.wait_back(|s| s >= 5).await;
+        self.write("state", "6").await?;
+        self.wait_back(|s| s == 6).await;
+        let ring = self.ring.borrow_mut().take().and_then(Rc::into_inner);
+        let ended = ring.is_none_or(|r| r.end().is_ok());
+        if !ended || page.end(&self.attached.port).is_err() || read_only.end(&self.attached.port).is_err() {
+            self.world.fail(Invariant::K1, "the back end keeps pages of a closed front end mapped");
+        }
+        Ok(())
+    }
+}

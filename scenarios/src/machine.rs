@@ -1,0 +1,249 @@
+//! A whole machine: a toolstack, a tapdisk that may die and come back, guests with front ends.
+//!
+//! ```text
+//!   guest node          Xen           tapdisk node (restarted by its supervisor)
+//!   Guest ─ Blkfront ═ ring ═ Backend ─ Vbd ─ Scheduler ─ image ─ Storage
+//! ```
+
+use crate::catalog::setup::Setup;
+use crate::check::Invariant;
+use crate::guest::{Guest, Manners, RingDisk};
+use crate::host::SimHost;
+use crate::stack::{Stack, StackLimits};
+use crate::world::World;
+use kernel_model::{Blkfront, Complaint};
+use sim::Node;
+use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
+use std::rc::Rc;
+use std::task::{Poll, Waker};
+use tap_core::Node as _;
+use tap_host::{DomId, VbdId};
+use tap_images::ImageError;
+use tap_xenbus::{Backend, BackendConfig, BackendEnd};
+use xen_model::{VbdPaths, XenPort, attach_vbd, remove_vbd};
+
+/// The number of xvda.
+pub const XVDA: VbdId = VbdId(202 << 8);
+
+/// One disk of one guest, attached.
+#[derive(Clone)]
+pub struct Attached {
+    /// The guest's domain.
+    pub dom: DomId,
+    /// Where both ends are in xenstore.
+    pub paths: VbdPaths,
+    /// The disk.
+    pub setup: Setup,
+    /// The guest's kernel.
+    pub node: Node,
+    /// Its access to Xen.
+    pub port: XenPort,
+}
+
+/// What a machine has and does.
+pub struct Machine {
+    world: World,
+    limits: StackLimits,
+    toolstack: SimHost,
+    disks: RefCell<Vec<Attached>>,
+    tapdisk: RefCell<Option<SimHost>>,
+    starts: Cell<u32>,
+    /// Back ends that have ended, of the running tapdisk.
+    ended: Cell<usize>,
+    waiter: RefCell<Option<Waker>>,
+    /// Nobody is killed any more.
+    spared: Cell<bool>,
+}
+
+impl Machine {
+    /// A machine without guests.
+    pub fn new(world: &World, limits: StackLimits) -> Rc<Self> {
+        Rc::new(Self {
+            toolstack: SimHost::start(&world.kernel, &world.xen, "toolstack", 0),
+            world: world.clone(),
+            limits,
+            disks: RefCell::default(),
+            tapdisk: RefCell::default(),
+            starts: Cell::new(0),
+            ended: Cell::new(0),
+            waiter: RefCell::default(),
+            spared: Cell::new(false),
+        })
+    }
+
+    /// A new guest with `setup` as its disk.
+    pub async fn attach(&self, setup: Setup, number: u64) -> Attached {
+        let dom = self.world.xen.create_domain();
+        let node = self.world.sim.node("guest", number);
+        let port = self.world.xen.attach(dom, &node);
+        let paths = VbdPaths::new("vbd", dom, XVDA);
+        if let Err(error) = attach_vbd(&self.toolstack.port, dom, XVDA, &paths, false).await {
+            self.world.fail(Invariant::K1, format!("the toolstack failed to attach a disk: {error:?}"));
+        }
+        let attached = Attached { dom, paths, setup, node, port };
+        self.disks.borrow_mut().push(attached.clone());
+        attached
+    }
+
+    /// Starts the tapdisk process, which serves all attached disks.
+    pub fn start_tapdisk(self: &Rc<Self>) -> SimHost {
+        let start = self.starts.replace(self.starts.get() + 1);
+        let host = SimHost::start(&self.world.kernel, &self.world.xen, "tapdisk", u64::from(start));
+        self.ended.set(0);
+        for disk in self.disks.borrow().iter() {
+            let (machine, h, disk) = (Rc::clone(self), host.clone(), disk.clone());
+            host.process.node().spawn(
+                "serve",
+                u64::from(disk.dom.0),
+                async move { machine.serve(h, disk).await },
+            );
+        }
+        *self.tapdisk.borrow_mut() = Some(host.clone());
+        host
+    }
+
+    /// One disk, from opening its image to the end of its back end.
+    async fn serve(&self, host: SimHost, disk: Attached) {
+        let stack = loop {
+            match Stack::open(&host, &self.world, &disk.setup.spec, &self.limits).await {
+                Ok(stack) => break stack,
+                // The lock of a dead predecessor goes when its last operation has landed.
+                Err(ImageError::InUse { .. }) => self.world.sim.sleep_ns(200_000).await,
+                Err(error) => {
+                    // A dying process may see anything.
+                    if host.process.node().is_alive() {
+                        self.world.fail(Invariant::G11, format!("tapdisk failed to open its image: {error}"));
+                    }
+                    return;
+                }
+            }
+        };
+        let mut config = BackendConfig::new(disk.paths.backend.clone(), disk.dom, XVDA);
+        config.record = Some(format!("inflight-{}-{}", disk.dom.0, XVDA.0));
+        config.limits.buffer_bytes = self.limits.pool_bytes;
+        config.limits.batch = self.limits.ring_batch;
+        let end = Backend::run(host.clone(), config, stack.node()).await;
+        if !host.process.node().is_alive() {
+            return;
+        }
+        match end {
+            Ok(BackendEnd::Offline | BackendEnd::FrontendGone | BackendEnd::BackendGone) => {}
+            Err(error) => self.world.fail(Invariant::L1, format!("the back end gave up: {error}")),
+        }
+        if let Err(error) = stack.vbd.close().await
+            && !self.world.errors_allowed()
+        {
+            self.world.fail(Invariant::G11, format!("closing the disk failed with {error:?}"));
+        }
+        self.ended.set(self.ended.get() + 1);
+        if let Some(waker) = self.waiter.borrow_mut().take() {
+            waker.wake();
+        }
+    }
+
+    /// The running tapdisk.
+    pub fn tapdisk(&self) -> Option<SimHost> {
+        self.tapdisk.borrow().clone()
+    }
+
+    /// Kills tapdisk `times` times, each after as many effects as `after` says, and starts it again.
+    pub async fn supervise(self: Rc<Self>, after: Vec<u64>) {
+        for steps in after {
+            let Some(host) = self.tapdisk().filter(|_| !self.spared.get()) else { return };
+            host.process.node().kill_after_steps(steps);
+            host.process.node().dead().await;
+            self.world.count(|s| s.crashes += 1);
+            self.world.sim.sleep_ns(10_000).await;
+            self.start_tapdisk();
+        }
+    }
+
+    /// No more kills. A start that is under way goes on.
+    pub fn spare(&self) {
+        self.spared.set(true);
+        if let Some(host) = self.tapdisk() {
+            host.process.node().kill_after_steps(u64::MAX);
+        }
+    }
+
+    /// Takes all disks away as a toolstack does, and waits until tapdisk has let go of them.
+    pub async fn detach_all(&self) {
+        let disks = self.disks.borrow().clone();
+        for disk in &disks {
+            if let Err(error) = self.take_offline(disk).await {
+                self.world.fail(Invariant::K1, format!("the toolstack failed to detach a disk: {error:?}"));
+            }
+        }
+        poll_fn(|cx| {
+            if self.ended.get() == disks.len() {
+                return Poll::Ready(());
+            }
+            *self.waiter.borrow_mut() = Some(cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
+        for disk in &disks {
+            if let Err(error) = remove_vbd(&self.toolstack.port, &disk.paths).await {
+                self.world.fail(Invariant::K1, format!("the toolstack failed to remove a disk: {error:?}"));
+            }
+        }
+    }
+
+    async fn take_offline(&self, disk: &Attached) -> Result<(), tap_host::Errno> {
+        use tap_host::Xenstore;
+        let port = &self.toolstack.port;
+        port.write(&format!("{}/online", disk.paths.backend), b"0").await?;
+        let state = format!("{}/state", disk.paths.backend);
+        if port.read(&state).await? != b"6" {
+            port.write(&state, b"5").await?;
+        }
+        Ok(())
+    }
+
+    /// Everything of other domains that tapdisk ever had must be given back by now.
+    pub fn check_leaks(&self) {
+        let counts = self.world.xen.counts(DomId(0));
+        if counts.maps + counts.channels + counts.watches + counts.transactions > 0 {
+            self.world.fail(Invariant::K1, format!("the control domain still has {counts:?}"));
+        }
+        let regions = self.world.xen.regions();
+        if !regions.is_empty() {
+            self.world
+                .fail(Invariant::K1, format!("in-flight records are left over: {}", regions.join(", ")));
+        }
+    }
+}
+
+impl Attached {
+    /// The guest's front end, which complains to the verdict.
+    pub fn front(&self, world: &World) -> Blkfront {
+        let w = world.clone();
+        let complain: Complaint = Rc::new(move |text| w.fail(Invariant::X1, text));
+        Blkfront::new(&self.port, &self.node, DomId(0), self.paths.clone(), complain)
+    }
+
+    /// A guest on a connected front end.
+    pub async fn boot(&self, world: &World, manners: Manners) -> Option<Guest<RingDisk>> {
+        let front = self.front(world);
+        if let Err(error) = front.connect().await {
+            world.fail(Invariant::L1, format!("the front end failed to connect: {error:?}"));
+            return None;
+        }
+        Some(Guest::new(world, RingDisk::new(front), Rc::clone(&self.setup.history), manners))
+    }
+
+    /// Shuts the guest's disk down in order; every page must come back.
+    pub async fn shut_down(&self, world: &World, guest: &Guest<RingDisk>) {
+        let front = guest.disk().front();
+        if let Err(error) = front.close().await {
+            world.fail(Invariant::L1, format!("the front end failed to close: {error:?}"));
+        }
+        if front.outstanding() > 0 {
+            world.fail(Invariant::X1, format!("{} requests were never answered", front.outstanding()));
+        }
+        if let Err(text) = front.release() {
+            world.fail(Invariant::K1, text);
+        }
+    }
+}
