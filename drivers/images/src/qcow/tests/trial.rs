@@ -202,6 +202,7 @@ impl Trial {
 
 pub(super) const OVERLAY: Setup = Setup { base_sectors: Some(200), cluster_bits: 11, ..SMALL };
 pub(super) const DEVICE: Setup = Setup { device: Some(1 << 20), ..SMALL };
+pub(super) const PACKED: Setup = Setup { compressed: true, ..SMALL };
 pub(super) const DIRECT: Setup = Setup { direct: true, tables: 1, ..SMALL };
 
 fn must_hold(trial: Trial) {
@@ -219,7 +220,7 @@ const PLAIN: Trial = Trial { setup: SMALL, seed: 0, bug: None, fault: None, stop
 
 #[test]
 fn a_crash_at_any_operation_leaves_allowed_versions() {
-    for (number, setup) in [SMALL, OVERLAY, DEVICE, DIRECT].into_iter().enumerate() {
+    for (number, setup) in [SMALL, OVERLAY, DEVICE, DIRECT, PACKED].into_iter().enumerate() {
         for stop in 0..60 {
             for keep in [0, 64, 128, 192] {
                 for round in 0..rounds() {
@@ -233,7 +234,7 @@ fn a_crash_at_any_operation_leaves_allowed_versions() {
 
 #[test]
 fn the_death_of_the_process_loses_nothing_that_was_acknowledged() {
-    for (number, setup) in [SMALL, OVERLAY, DEVICE, DIRECT].into_iter().enumerate() {
+    for (number, setup) in [SMALL, OVERLAY, DEVICE, DIRECT, PACKED].into_iter().enumerate() {
         for stop in 0..80 {
             for round in 0..rounds() {
                 let seed = round * 10_000 + number as u64 + stop;
@@ -245,7 +246,7 @@ fn the_death_of_the_process_loses_nothing_that_was_acknowledged() {
 
 #[test]
 fn any_operation_may_fail_and_the_request_be_repeated() {
-    for (number, setup) in [SMALL, OVERLAY, DEVICE, DIRECT].into_iter().enumerate() {
+    for (number, setup) in [SMALL, OVERLAY, DEVICE, DIRECT, PACKED].into_iter().enumerate() {
         for nth in 0..60 {
             for (turn, effect) in [Effect::None, Effect::Half, Effect::All].into_iter().enumerate() {
                 let error = if turn == 0 { Errno::ENOSPC } else { Errno::EIO };
