@@ -1,5 +1,6 @@
 //! The testbed: worlds made of the stack and the models, guests, checkers, the catalogue, and the program `tapsim`.
 
+pub mod bench;
 pub mod catalog;
 pub mod check;
 pub mod cli;

@@ -96,8 +96,21 @@ pub enum Command {
     List,
     /// Finds and shrinks every seeded bug
     Bugs(BugsArgs),
+    /// Measures the testbed: simulated requests per second of CPU, memory, what merging saves
+    Bench(BenchArgs),
     /// Switches a seeded bug on, finds it, shrinks it and tells its story
     Demo,
+}
+
+/// `bench`
+#[derive(Args, Debug, Clone)]
+pub struct BenchArgs {
+    /// Guest requests per world
+    #[arg(long, default_value_t = 1_000_000, value_name = "N", value_parser = clap::value_parser!(u64).range(1000..=1_000_000_000))]
+    pub requests: u64,
+    /// Runs of each world; the best counts
+    #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub rounds: u32,
 }
 
 /// `sweep`

@@ -1,6 +1,7 @@
 //! The command line of `tapsim`.
 
 mod args;
+mod bench;
 mod bugs;
 mod output;
 mod replay;
@@ -59,6 +60,7 @@ pub fn main() -> ExitCode {
         Some(Command::Explain(ref args)) => replay::explain_command(&cli.common, args),
         Some(Command::List) => replay::list_command(&cli.common),
         Some(Command::Bugs(ref args)) => bugs::bugs_command(&cli.common, args),
+        Some(Command::Bench(ref args)) => bench::bench_command(&cli.common, args),
         Some(Command::Demo) => bugs::demo_command(&cli.common),
     };
     match result {
