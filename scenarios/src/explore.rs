@@ -22,6 +22,7 @@ use kernel_model::faults::FaultPlan;
 use kernel_model::{Content, Inode, Kernel, Pending, Process, Storage, StorageConfig};
 use sim::{Config, Decision, Draw, Entity, FixedMap, Key, Label, Sim, Source, mix2};
 use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::rc::Rc;
 use tap_core::{Node, Request};
 use tap_host::{Bug, IoBuf, IoVec, SECTOR_BYTES, SectorRange};
@@ -92,25 +93,86 @@ pub struct Explorer {
     bug: Option<Bug>,
     draw: RefCell<Draw>,
     seen: RefCell<FixedMap<u64, ()>>,
-    /// What is in the base, as a hash per page, and their sum.
-    base: RefCell<BaseHash>,
+    hashes: RefCell<Hashes>,
     explored: Cell<Explored>,
     bad: RefCell<Option<BadState>>,
     flushes: Cell<u64>,
+    /// The number that the next write got at the last operation.
+    newest: Cell<u64>,
+    /// The mapping of the living disk then.
+    live_map: RefCell<Option<Rc<QcowMap>>>,
 }
 
+/// Content hashes by page, kept from operation to operation.
 #[derive(Default)]
-struct BaseHash {
-    sectors: FixedMap<u64, u64>,
+struct Hashes {
+    /// Of what is in the base, sector by sector; absent pages have not been written in this run.
+    base: FixedMap<u64, [u64; 8]>,
+    /// Their sum.
     sum: u64,
-    /// The pending writes at the last operation: those that are gone are in the base now.
-    pending: Vec<Pending>,
+    /// Number, page, sectors and hashes of each pending write.
+    pending: VecDeque<(u64, u64, u8, [u64; 8])>,
+    /// For one state: which sectors of a page later writes have covered.
+    covered: FixedMap<u64, u8>,
+}
+
+impl Hashes {
+    /// Follows the file: pending writes that are gone are in the base now, new ones are hashed.
+    fn follow(&mut self, inode: &Inode) {
+        let first = inode.pending.first().map_or(inode.seq(), |p| p.seq);
+        while let Some((_, page, sectors, hashes)) = self.pending.pop_front_if(|p| p.0 < first) {
+            let base = self.base.entry(page).or_default();
+            for i in (0..8).filter(|i| sectors & 1 << i != 0) {
+                self.sum ^= base[i] ^ hashes[i];
+                base[i] = hashes[i];
+            }
+        }
+        for p in &inode.pending[self.pending.len()..] {
+            self.pending.push_back((p.seq, p.page, p.sectors, sector_hashes(p)));
+        }
+    }
+
+    /// The hash of the base with `keep` of what is pending.
+    fn of(&mut self, keep: &[u8]) -> u64 {
+        self.covered.clear();
+        let mut sum = self.sum;
+        for ((_, page, sectors, hashes), keep) in self.pending.iter().zip(keep).rev() {
+            let covered = self.covered.entry(*page).or_default();
+            let fresh = sectors & keep & !*covered;
+            if fresh == 0 {
+                continue;
+            }
+            *covered |= fresh;
+            let base = self.base.get(page).copied().unwrap_or_default();
+            for i in (0..8).filter(|i| fresh & 1 << i != 0) {
+                sum ^= hashes[i] ^ base[i];
+            }
+        }
+        sum
+    }
 }
 
 /// One choice of what survives.
+#[derive(Clone)]
 struct Choice {
     keep: Vec<u8>,
     sizes: usize,
+}
+
+/// A state that is known to be good, from which others inherit.
+#[derive(Clone)]
+struct Anchor {
+    choice: Choice,
+    map: Rc<QcowMap>,
+}
+
+impl Anchor {
+    fn of(choice: Choice, map: QcowMap) -> Self {
+        Self { choice, map: Rc::new(map) }
+    }
+    fn distance(&self, choice: &Choice) -> usize {
+        self.choice.keep.iter().zip(&choice.keep).filter(|(a, b)| a != b).count()
+    }
 }
 
 impl Explorer {
@@ -131,10 +193,12 @@ impl Explorer {
             bug,
             draw: RefCell::new(Draw::new(seed)),
             seen: RefCell::default(),
-            base: RefCell::default(),
+            hashes: RefCell::default(),
             explored: Cell::default(),
             bad: RefCell::default(),
             flushes: Cell::new(0),
+            newest: Cell::new(0),
+            live_map: RefCell::default(),
         })
     }
 
@@ -158,27 +222,51 @@ impl Explorer {
         let Some(inode) = inode else { return };
         let flushed = self.follow_base(&inode);
         let history = self.history.borrow();
-        let base_map = match walker::walk(&inode.base) {
-            Ok(map) => map,
-            Err((invariant, text)) => return self.report(op, &inode, &nothing(&inode), invariant, text),
+        let anchors = match (walker::walk(&inode.base), walker::walk(&inode.live)) {
+            (Ok(base), Ok(live)) => [Anchor::of(nothing(&inode), base), Anchor::of(everything(&inode), live)],
+            (Err((invariant, text)), _) => return self.report(op, &inode, &nothing(&inode), invariant, text),
+            (_, Err((invariant, text))) => {
+                return self.report(op, &inode, &everything(&inode), invariant, text);
+            }
         };
         if flushed {
-            // What may be there has become less: the base itself is looked at again.
-            let cells: Vec<SectorRange> = history.recently_settled().to_vec();
-            let choice = nothing(&inode);
-            self.check(op, &inode, &choice, &base_map, &history, Some(cells));
-        }
-        for choice in self.choices(&inode) {
-            let hash = self.hash(&inode, &choice);
-            if self.seen.borrow_mut().insert(hash, ()).is_some() {
-                self.count(|e| e.duplicates += 1);
-                continue;
+            // What may be there has become less: both ends are looked at again where it did.
+            for anchor in &anchors {
+                self.check(
+                    op,
+                    &inode,
+                    &anchor.choice,
+                    &history,
+                    Some(history.recently_settled().to_vec()),
+                    &anchors,
+                );
             }
-            self.check(op, &inode, &choice, &base_map, &history, None);
+        }
+        // What is there now is what was there before, but for what the last operation wrote.
+        let newest = self.newest.replace(inode.seq());
+        let before: Vec<u8> =
+            inode.pending.iter().map(|p| if p.seq < newest { p.sectors } else { 0 }).collect();
+        let map = self
+            .live_map
+            .replace(Some(Rc::clone(&anchors[1].map)))
+            .unwrap_or_else(|| Rc::clone(&anchors[0].map));
+        let before = Anchor { choice: Choice { keep: before, sizes: 0 }, map };
+        self.visit(op, &inode, &anchors[1].choice, &history, &[before]);
+        for choice in self.choices(&inode) {
             if self.bad.borrow().is_some() {
                 return;
             }
+            self.visit(op, &inode, &choice, &history, &anchors);
         }
+    }
+
+    /// Looks at a state unless it was seen.
+    fn visit(&self, op: u64, inode: &Inode, choice: &Choice, history: &BlockHistory, anchors: &[Anchor]) {
+        let hash = self.hash(inode, choice);
+        if self.seen.borrow_mut().insert(hash, ()).is_some() {
+            return self.count(|e| e.duplicates += 1);
+        }
+        self.check(op, inode, choice, history, None, anchors);
     }
 
     fn count(&self, change: impl FnOnce(&mut Explored)) {
@@ -189,17 +277,7 @@ impl Explorer {
 
     /// Brings the hash of the base up to date; tells whether a flush has made something durable for the guest.
     fn follow_base(&self, inode: &Inode) -> bool {
-        let mut base = self.base.borrow_mut();
-        let first = inode.pending.first().map_or(u64::MAX, |p| p.seq);
-        let gone: Vec<Pending> = base.pending.iter().filter(|p| p.seq < first).cloned().collect();
-        for p in &gone {
-            for (sector, hash) in sector_hashes(p, p.sectors) {
-                let old = base.sectors.insert(sector, hash).unwrap_or(0);
-                base.sum ^= old ^ hash;
-            }
-        }
-        base.pending.clone_from(&inode.pending);
-        drop(base);
+        self.hashes.borrow_mut().follow(inode);
         let flushes = self.history.borrow().flushes();
         self.flushes.replace(flushes) != flushes
     }
@@ -220,8 +298,13 @@ impl Explorer {
             keeps.extend(recent.clone().map(|out| subset(&|i| i != out)));
             keeps.extend(recent.map(|only| subset(&|i| i == only)));
             let mut draw = self.draw.borrow_mut();
-            for _ in 0..RANDOM_SUBSETS {
-                let bits: Vec<bool> = (0..n).map(|_| draw.below(2) == 0).collect();
+            for round in 0..RANDOM_SUBSETS {
+                let pair = [draw.below(n as u64) as usize, draw.below(n as u64) as usize];
+                let bits: Vec<bool> = match round % 4 {
+                    0 => (0..n).map(|_| draw.below(2) == 0).collect(),
+                    1 => (0..n).map(|i| pair.contains(&i)).collect(),
+                    _ => (0..n).map(|i| !pair.contains(&i)).collect(),
+                };
                 keeps.push(subset(&|i| bits[i]));
             }
         }
@@ -247,17 +330,8 @@ impl Explorer {
 
     /// Of the bytes that a state holds, its size, and what was flushed by then.
     fn hash(&self, inode: &Inode, choice: &Choice) -> u64 {
-        let base = self.base.borrow();
-        let mut sum = base.sum;
-        let mut touched: FixedMap<u64, u64> = FixedMap::default();
-        for (p, keep) in inode.pending.iter().zip(&choice.keep) {
-            for (sector, hash) in sector_hashes(p, *keep) {
-                let old = touched.insert(sector, hash);
-                sum ^= hash ^ old.unwrap_or_else(|| base.sectors.get(&sector).copied().unwrap_or(0));
-            }
-        }
-        let size = size_of(inode, choice.sizes);
-        mix2(sum ^ size, self.flushes.get())
+        let sum = self.hashes.borrow_mut().of(&choice.keep);
+        mix2(sum ^ size_of(inode, choice.sizes), self.flushes.get())
     }
 
     fn check(
@@ -265,9 +339,9 @@ impl Explorer {
         op: u64,
         inode: &Inode,
         choice: &Choice,
-        base_map: &QcowMap,
         history: &BlockHistory,
         cells: Option<Vec<SectorRange>>,
+        anchors: &[Anchor],
     ) {
         self.count(|e| e.states += 1);
         let content = inode.after_power_cut(choice.sizes, |i, _| choice.keep[i]);
@@ -282,7 +356,10 @@ impl Explorer {
             None if whole => (0..size.div_ceil(128))
                 .map(|i| SectorRange::new(i * 128, (size - i * 128).min(128) as u32))
                 .collect(),
-            None => affected(inode, choice, base_map, &map, size),
+            None => {
+                let nearest = anchors.iter().min_by_key(|a| a.distance(choice));
+                nearest.map_or(Vec::new(), |anchor| affected(inode, choice, anchor, &map, size))
+            }
         };
         self.count(|e| {
             e.sectors += ranges.iter().map(|r| u64::from(r.count)).sum::<u64>();
@@ -409,35 +486,41 @@ fn nothing(inode: &Inode) -> Choice {
     Choice { keep: vec![0; inode.pending.len()], sizes: 0 }
 }
 
+/// All of what is pending: what the living disk has.
+fn everything(inode: &Inode) -> Choice {
+    Choice { keep: inode.pending.iter().map(|p| p.sectors).collect(), sizes: inode.pending_sizes.len() }
+}
+
 fn size_of(inode: &Inode, sizes: usize) -> u64 {
     inode.pending_sizes[..sizes].last().map_or(inode.base.size, |s| s.size)
 }
 
-/// Sector and content hash of each kept sector of a pending page.
-fn sector_hashes(p: &Pending, keep: u8) -> impl Iterator<Item = (u64, u64)> + '_ {
-    (0..8_u64).filter(move |i| keep & p.sectors & 1 << i != 0).map(|i| {
-        let sector = p.page * 8 + i;
-        let at = (i * SECTOR_BYTES) as usize;
+/// The content hash of each sector of a pending page.
+fn sector_hashes(p: &Pending) -> [u64; 8] {
+    std::array::from_fn(|i| {
+        let at = i * SECTOR_BYTES as usize;
         let words = p.bytes[at..at + SECTOR_BYTES as usize].chunks_exact(8);
-        let sum = words.fold(sector, |h, w| {
+        let sum = words.fold(0, |h: u64, w| {
             (h ^ u64::from_le_bytes(w.try_into().expect("eight bytes")))
                 .wrapping_mul(0x9e37_79b9_7f4a_7c15)
                 .rotate_left(29)
         });
-        (sector, mix2(sum, sector))
+        mix2(sum, p.page * 8 + i as u64)
     })
 }
 
-/// Guest sectors whose bytes or mapping differ from the base's.
-fn affected(inode: &Inode, choice: &Choice, base: &QcowMap, map: &QcowMap, size: u64) -> Vec<SectorRange> {
+/// Guest sectors whose bytes or mapping differ from the anchor's.
+fn affected(inode: &Inode, choice: &Choice, anchor: &Anchor, map: &QcowMap, size: u64) -> Vec<SectorRange> {
     let per_cluster = (1_u64 << map.cluster_bits) / SECTOR_BYTES;
     let mut clusters: Vec<u64> = Vec::new();
     // Another mapping.
-    let pairs = map.entries.iter().zip(&base.entries).enumerate();
+    let pairs = map.entries.iter().zip(&anchor.map.entries).enumerate();
     clusters.extend(pairs.filter(|(_, (a, b))| a != b).map(|(i, _)| i as u64));
-    // Other bytes where they are mapped.
-    let mut pages: Vec<u64> =
-        inode.pending.iter().zip(&choice.keep).filter(|(_, k)| **k != 0).map(|(p, _)| p.page).collect();
+    // Other bytes where they are mapped: another choice, or behind an end that was kept earlier.
+    let end = size_of(inode, choice.sizes);
+    let kept = choice.keep.iter().zip(&anchor.choice.keep);
+    let other = inode.pending.iter().zip(kept).filter(|(p, (a, b))| a != b || (p.page + 1) * 4096 > end);
+    let mut pages: Vec<u64> = other.map(|(p, _)| p.page).collect();
     pages.sort_unstable();
     pages.dedup();
     if !pages.is_empty() {
@@ -463,4 +546,40 @@ fn affected(inode: &Inode, choice: &Choice, base: &QcowMap, map: &QcowMap, size:
         }
     }
     ranges
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::crash::{OVERLAY_POWER_CUT, QCOW_POWER_CUT};
+    use crate::run::Scenario;
+
+    fn first_bad(scenario: &'static Scenario, bug: Option<Bug>) -> Option<(u64, Invariant, RunSpec)> {
+        (0..12).find_map(|seed| {
+            let (outcome, replay) = explore_run(&RunSpec::new(scenario, seed).with_bug(bug));
+            Some((seed, outcome.bad_state?.invariant, replay?))
+        })
+    }
+
+    #[test]
+    fn good_drivers_have_no_bad_states() {
+        for scenario in [&QCOW_POWER_CUT, &OVERLAY_POWER_CUT] {
+            assert!(first_bad(scenario, None).is_none());
+        }
+    }
+
+    #[test]
+    fn a_bad_state_is_found_and_becomes_a_run_that_fails_alike() {
+        for (bug, scenario) in [
+            (Bug::L1BeforeL2, &QCOW_POWER_CUT),
+            (Bug::FlushEarly, &QCOW_POWER_CUT),
+            (Bug::DataAfterMapping, &OVERLAY_POWER_CUT),
+        ] {
+            let (seed, invariant, replay) =
+                first_bad(scenario, Some(bug)).expect("the bug shows in some crash state");
+            let outcome = run(&replay);
+            let failure = outcome.failure.expect("the replay fails too");
+            assert_eq!(failure.invariant, invariant, "{bug:?}, seed {seed}: {}", failure.detail);
+        }
+    }
 }
