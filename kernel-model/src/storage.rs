@@ -126,6 +126,7 @@ pub(crate) struct Inner {
     next_open: Cell<u64>,
     counts: Cell<IoCounts>,
     ops: Cell<u64>,
+    power_cuts: Cell<u32>,
     stopped: Cell<bool>,
     hook: RefCell<Option<Hook>>,
 }
@@ -150,6 +151,7 @@ impl Storage {
             next_open: Cell::new(1),
             counts: Cell::default(),
             ops: Cell::new(0),
+            power_cuts: Cell::new(0),
             stopped: Cell::new(false),
             hook: RefCell::default(),
         }))
@@ -251,15 +253,17 @@ impl Storage {
     pub fn power_cut(&self) {
         let inner = &self.0;
         inner.land_in_flight();
+        // A file lives through many power cuts; each of them is a decision of its own.
+        let cut = inner.power_cuts.replace(inner.power_cuts.get() + 1);
         let old = std::mem::take(&mut *inner.files.borrow_mut());
         for (name, file) in old {
             let sim = &inner.sim;
-            if !file.name_durable.get() && sim.decide(file.entity, &NAME_LOST, 0, |d| d.below(2)) != 0 {
+            if !file.name_durable.get() && sim.decide(file.entity, &NAME_LOST, cut, |d| d.below(2)) != 0 {
                 continue;
             }
             let inode = file.inode.borrow();
             let sizes = inode.pending_sizes.len() as u64;
-            let lost = sim.decide(file.entity, &SIZES_LOST, 0, |d| match d.below(3) {
+            let lost = sim.decide(file.entity, &SIZES_LOST, cut, |d| match d.below(3) {
                 0 => 0,
                 1 => sizes,
                 _ => d.below(sizes + 1),
