@@ -4,6 +4,7 @@ pub mod catalog;
 pub mod check;
 pub mod cli;
 pub mod explain;
+pub mod fuzz;
 pub mod guest;
 pub mod host;
 pub mod hunt;

@@ -2,6 +2,7 @@
 
 mod args;
 mod bugs;
+mod fuzz;
 mod output;
 mod replay;
 mod sweeping;
@@ -67,6 +68,7 @@ pub fn main() -> ExitCode {
         Some(Command::Explain(ref args)) => replay::explain_command(&cli.common, args),
         Some(Command::List) => replay::list_command(&cli.common),
         Some(Command::Bugs(ref args)) => bugs::bugs_command(&cli.common, args),
+        Some(Command::Fuzz(ref args)) => fuzz::fuzz_command(&cli.common, args),
         Some(Command::Demo) => bugs::demo_command(&cli.common),
     };
     match result {
