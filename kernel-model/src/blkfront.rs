@@ -24,7 +24,7 @@ use std::task::{Poll, Waker};
 use tap_abi::blkif::{
     BlkifOp, BlkifRequest, MAX_SEGMENTS, RawResponse, STATUS_EOPNOTSUPP, STATUS_OKAY, Segment,
 };
-use tap_host::{DomId, Errno, IoKind, SECTOR_BYTES, SectorRange, Watcher, Xenstore};
+use tap_host::{DomId, Errno, IoKind, SectorRange, Watcher, Xenstore};
 use xen_model::{GrantedPage, GuestRing, VbdPaths, XenPort};
 
 const SLOTS: usize = 32;
@@ -284,8 +284,8 @@ impl Blkfront {
         }
     }
 
-    /// One request. `fill` gets the bytes of a write page by page, with the page's first sector; `look` sees those of a
-    /// read in the same way.
+    /// One request. `fill` puts the bytes of a write into the granted pages, `look` sees those of a read in them; every
+    /// page holds eight sectors, the last one perhaps fewer.
     ///
     /// # Errors
     /// `EIO` when the back end answers with an error, `EOPNOTSUPP` when it does not know the operation.
@@ -293,8 +293,8 @@ impl Blkfront {
         &self,
         kind: IoKind,
         range: SectorRange,
-        fill: impl FnOnce(&mut dyn FnMut(usize, &[u8])),
-        look: impl FnOnce(&dyn Fn(usize, &mut [u8])),
+        fill: impl FnOnce(&[GrantedPage]),
+        look: impl FnOnce(&[GrantedPage]),
     ) -> Result<(), Errno> {
         let slot = self.slot().await;
         let result = self.io_in(slot, kind, range, fill, look).await;
@@ -308,8 +308,8 @@ impl Blkfront {
         slot: usize,
         kind: IoKind,
         range: SectorRange,
-        fill: impl FnOnce(&mut dyn FnMut(usize, &[u8])),
-        look: impl FnOnce(&dyn Fn(usize, &mut [u8])),
+        fill: impl FnOnce(&[GrantedPage]),
+        look: impl FnOnce(&[GrantedPage]),
     ) -> Result<(), Errno> {
         let pages = range.count.div_ceil(PAGE_SECTORS) as usize;
         let mut segments = [Segment { gref: 0, first: 0, last: 0 }; MAX_SEGMENTS];
@@ -325,7 +325,7 @@ impl Blkfront {
                     Segment { gref: page.gref.0, first: 0, last: (left.min(PAGE_SECTORS) - 1) as u8 };
             }
             if kind == IoKind::Write {
-                fill(&mut |at, bytes| scatter(&shadow.pages, at, bytes));
+                fill(&shadow.pages[..pages]);
             }
             shadow.turn += 1;
             let op = match kind {
@@ -365,8 +365,7 @@ impl Blkfront {
         match status {
             STATUS_OKAY => {
                 if kind == IoKind::Read {
-                    let pages = &shadows[slot].pages;
-                    look(&|at, into| gather(pages, at, into));
+                    look(&shadows[slot].pages[..pages]);
                 }
                 Ok(())
             }
@@ -404,26 +403,5 @@ fn wake(waker: &RefCell<Option<Waker>>) {
     let waker = waker.borrow_mut().take();
     if let Some(waker) = waker {
         waker.wake();
-    }
-}
-
-fn scatter(pages: &[GrantedPage], mut at: usize, mut bytes: &[u8]) {
-    let page_bytes = PAGE_SECTORS as usize * SECTOR_BYTES as usize;
-    while !bytes.is_empty() {
-        let n = bytes.len().min(page_bytes - at % page_bytes);
-        pages[at / page_bytes].page.write(at % page_bytes, &bytes[..n]);
-        bytes = &bytes[n..];
-        at += n;
-    }
-}
-
-fn gather(pages: &[GrantedPage], mut at: usize, mut into: &mut [u8]) {
-    let page_bytes = PAGE_SECTORS as usize * SECTOR_BYTES as usize;
-    while !into.is_empty() {
-        let n = into.len().min(page_bytes - at % page_bytes);
-        let (now, rest) = into.split_at_mut(n);
-        pages[at / page_bytes].page.read(at % page_bytes, now);
-        into = rest;
-        at += n;
     }
 }

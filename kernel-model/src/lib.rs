@@ -20,6 +20,6 @@ mod storage;
 
 pub use blkfront::{BLKFRONT_MAX_SECTORS, Blkfront, Complaint};
 pub use inode::{Content, Inode, Pending, PendingSize, apply};
-pub use pages::{PAGE, Page, PageMap};
+pub use pages::{PAGE, Page, PageMap, recycle};
 pub use process::{DIRECT_ALIGN_BYTES, Kernel, Process, ProcessFile};
 pub use storage::{Hook, IoCounts, NthFailure, Storage, StorageConfig, to_bufs};

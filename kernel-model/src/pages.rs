@@ -1,5 +1,6 @@
 //! Sparse copy-on-write bytes: what files are made of. A fork costs one pointer per 256 KiB.
 
+use std::cell::RefCell;
 use std::rc::Rc;
 
 /// Bytes in a page.
@@ -9,6 +10,29 @@ const CHUNK: usize = 64;
 
 /// One page of bytes.
 pub type Page = [u8; PAGE];
+
+thread_local! {
+    /// Pages that nobody uses any more, last one first: it is still in the cache.
+    static SPARE: RefCell<Vec<Rc<Page>>> = const { RefCell::new(Vec::new()) };
+}
+/// Spare pages kept per thread: 4 MiB.
+const SPARE_MAX: usize = 1024;
+
+/// A page of unspecified bytes that nobody else has.
+fn spare_page() -> Rc<Page> {
+    SPARE.with_borrow_mut(Vec::pop).unwrap_or_else(|| Rc::new([0; PAGE]))
+}
+
+/// Gives a page back, if nobody else has it.
+pub fn recycle(page: Rc<Page>) {
+    if Rc::strong_count(&page) == 1 {
+        SPARE.with_borrow_mut(|spare| {
+            if spare.len() < SPARE_MAX {
+                spare.push(page);
+            }
+        });
+    }
+}
 
 #[derive(Clone)]
 struct Chunk([Option<Rc<Page>>; CHUNK]);
@@ -44,23 +68,24 @@ impl PageMap {
 
     /// Replaces page `index`.
     pub fn set(&mut self, index: u64, page: Option<Rc<Page>>) {
-        *self.slot(index) = page;
+        if let Some(old) = std::mem::replace(self.slot(index), page) {
+            recycle(old);
+        }
     }
 
-    /// Page `index` for writing; copied first if it is shared. `keep` is false when the caller overwrites all of it.
-    fn page_mut(&mut self, index: u64, keep: bool) -> &mut Rc<Page> {
-        let slot = self.slot(index);
-        let fresh = match slot {
-            None => true,
-            Some(page) if !keep => Rc::get_mut(page).is_none(),
-            Some(_) => false,
-        };
-        if fresh {
-            *slot = Some(Rc::new([0; PAGE]));
+    /// Makes page `index` one that nobody else has; its bytes are kept if `keep`, else unspecified.
+    fn own(slot: &mut Option<Rc<Page>>, keep: bool) -> &mut Rc<Page> {
+        if slot.as_mut().is_none_or(|page| Rc::get_mut(page).is_none()) {
+            let mut fresh = spare_page();
+            if keep && let Some(bytes) = Rc::get_mut(&mut fresh) {
+                match &slot {
+                    Some(old) => bytes.copy_from_slice(&old[..]),
+                    None => bytes.fill(0),
+                }
+            }
+            *slot = Some(fresh);
         }
-        let page = slot.get_or_insert_with(|| Rc::new([0; PAGE]));
-        Rc::make_mut(page);
-        page
+        slot.get_or_insert_with(spare_page)
     }
 
     /// Fills `out` from byte `offset` on.
@@ -80,7 +105,7 @@ impl PageMap {
 
     /// Stores `bytes` within page `index` from `within` on, and gives the page.
     pub fn write_in_page(&mut self, index: u64, within: usize, bytes: &[u8]) -> &Rc<Page> {
-        let page = self.page_mut(index, bytes.len() < PAGE);
+        let page = Self::own(self.slot(index), bytes.len() < PAGE);
         if let Some(page) = Rc::get_mut(page) {
             page[within..within + bytes.len()].copy_from_slice(bytes);
         }

@@ -8,6 +8,7 @@ use crate::faults::{
     decode,
 };
 use crate::inode::{Content, Inode, Pending};
+use crate::pages::PAGE;
 use sim::{Entity, Sim, Timed, mix2, text_hash};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -111,7 +112,7 @@ struct Running {
 
 enum Slot {
     Free,
-    Running(Box<Running>),
+    Running(Running),
     Done(Result<usize, Errno>, IoVec),
 }
 
@@ -178,6 +179,47 @@ impl Storage {
         self.0.files.borrow().get(name).map(|f| f.inode.borrow().clone())
     }
 
+    /// Shows the file in all tenses.
+    pub fn with_inode<R>(&self, name: &str, look: impl FnOnce(&Inode) -> R) -> Option<R> {
+        let file = self.0.files.borrow().get(name).cloned()?;
+        let inode = file.inode.borrow();
+        Some(look(&inode))
+    }
+
+    /// The decisions that make [`Storage::power_cut`], now, leave of `name` exactly the sectors that `keep` says (by
+    /// position in [`Inode::pending`]) and the first `sizes_kept` size changes. Writes in flight are lost.
+    pub fn decisions_of_cut(
+        &self,
+        name: &str,
+        sizes_kept: usize,
+        keep: impl Fn(usize) -> u8,
+    ) -> Vec<(Entity, &'static sim::Label, u64)> {
+        let Some(file) = self.0.files.borrow().get(name).cloned() else { return Vec::new() };
+        let inode = file.inode.borrow();
+        let mut out: Vec<(Entity, &'static sim::Label, u64)> = Vec::new();
+        for (i, p) in inode.pending.iter().enumerate() {
+            out.push((pending_entity(p), &LOST, u64::from(p.sectors & !keep(i))));
+        }
+        let mut growing = 0;
+        let mut size = inode.live.size;
+        for slot in self.0.slots.borrow().iter() {
+            let Slot::Running(running) = slot else { continue };
+            if running.op != IoOp::Write || !Rc::ptr_eq(&running.open.file, &file) {
+                continue;
+            }
+            let end = running.offset + bytes_of(&running.bufs) as u64;
+            growing += u64::from(end > size);
+            size = size.max(end);
+            for page in running.offset / PAGE as u64..=(end - 1) / PAGE as u64 {
+                out.push((running.io.child("page", page), &LOST, 0xff));
+            }
+        }
+        let sizes_lost = (inode.pending_sizes.len() - sizes_kept) as u64 + growing;
+        out.push((file.entity, &SIZES_LOST, sizes_lost));
+        out.retain(|d| d.2 != 0);
+        out
+    }
+
     /// The file's bytes as reads see them now.
     pub fn bytes(&self, name: &str) -> Option<Vec<u8>> {
         let content = self.content(name)?;
@@ -227,7 +269,7 @@ impl Storage {
                 _ => d.below(sizes + 1),
             });
             let mood = PowerCutMood::draw(sim, file.entity);
-            let content = inode.after_power_cut((sizes - lost.min(sizes)) as usize, |p| {
+            let content = inode.after_power_cut((sizes - lost.min(sizes)) as usize, |_, p| {
                 let entity = pending_entity(p);
                 !(sim.decide(entity, &LOST, 0, |d| mood.lost(p, d)) as u8)
             });
@@ -357,7 +399,7 @@ impl Inner {
             waker: None,
             orphan: false,
         };
-        let slot = Slot::Running(Box::new(running));
+        let slot = Slot::Running(running);
         let index = match self.free.borrow_mut().pop() {
             Some(index) => {
                 self.slots.borrow_mut()[index as usize] = slot;
@@ -551,7 +593,7 @@ impl Timed for Inner {
         let Slot::Running(mut running) = taken else { unreachable!("an operation ends once") };
         let result = self.effect(&mut running);
         self.ops.set(self.ops.get() + 1);
-        let Running { bufs, waker, orphan, open, .. } = *running;
+        let Running { bufs, waker, orphan, open, .. } = running;
         if orphan {
             self.free.borrow_mut().push(token as u32);
             drop(bufs);

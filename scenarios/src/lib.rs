@@ -1,9 +1,11 @@
 //! The testbed: worlds made of the stack and the models, guests, checkers, the catalogue, and the program `tapsim`.
 
+pub mod bench;
 pub mod catalog;
 pub mod check;
 pub mod cli;
 pub mod explain;
+pub mod explore;
 pub mod fuzz;
 pub mod guest;
 pub mod host;

@@ -5,14 +5,13 @@ use crate::fault::Swarm;
 use crate::guard;
 use crate::mix::{Entity, mix2, text_hash};
 use crate::node::{Node, NodeInner};
-use crate::task::{Task, pop_woken, push_cleared, push_woken, swap_woken, task_id};
+use crate::task::{BoxedTask, Identity, Task, pop_woken, push_cleared, push_woken, swap_woken, task_id};
 use crate::time::{Action, Sleep, Timed, Timers};
 use crate::trace::{Trace, TraceEvent, TraceLevel, TraceReport};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::fmt::Write as _;
 use std::future::{Future, poll_fn};
-use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
 
@@ -104,6 +103,9 @@ pub struct Stall {
     pub report: String,
 }
 
+/// Shells of ended tasks that are kept.
+const SHELLS_MAX: usize = 256;
+
 type Reporter = Box<dyn Fn() -> Vec<String>>;
 
 pub(crate) struct Core {
@@ -112,6 +114,8 @@ pub(crate) struct Core {
     pub(crate) doomed: RefCell<Vec<Rc<NodeInner>>>,
     tasks: RefCell<Vec<Option<Rc<Task>>>>,
     free: RefCell<Vec<u32>>,
+    /// Shells of ended tasks.
+    shells: RefCell<Vec<Rc<Task>>>,
     generation: Cell<u32>,
     nodes: RefCell<Vec<Rc<NodeInner>>>,
     current: RefCell<Option<Rc<Task>>>,
@@ -138,6 +142,7 @@ impl Sim {
             doomed: RefCell::default(),
             tasks: RefCell::default(),
             free: RefCell::default(),
+            shells: RefCell::default(),
             generation: Cell::new(0),
             nodes: RefCell::new(vec![world]),
             current: RefCell::default(),
@@ -194,6 +199,15 @@ impl Sim {
     pub fn spawn(&self, role: &'static str, key: u64, task: impl Future<Output = ()> + 'static) {
         let node = self.0.current.borrow().as_ref().map_or(0, |t| t.node);
         self.0.spawn(node, role, key, Box::pin(task));
+    }
+
+    /// As [`Sim::spawn`] for a pair of `role` and `key` that the running task uses only once; costs less.
+    pub fn spawn_once(&self, role: &'static str, key: u64, task: impl Future<Output = ()> + 'static) {
+        let (entity, node) = match self.0.current.borrow().as_ref() {
+            Some(parent) => (parent.entity.child(role, key), parent.node),
+            None => (Entity::WORLD.child(role, key), 0),
+        };
+        self.0.start(entity, node, role, key, Box::pin(task));
     }
 
     /// The entity of the running task; the world's outside of tasks.
@@ -343,19 +357,18 @@ impl Core {
         }
     }
 
-    pub(crate) fn spawn(
-        &self,
-        node: u32,
-        role: &'static str,
-        key: u64,
-        future: Pin<Box<dyn Future<Output = ()>>>,
-    ) {
+    pub(crate) fn spawn(&self, node: u32, role: &'static str, key: u64, future: BoxedTask) {
         // Spawned from within: the running task is the parent. From outside: the node is.
-        let current = self.current.borrow().clone();
-        let entity = match current.filter(|t| t.node == node) {
-            Some(parent) => self.ordinal_child(&parent, role, key),
+        let current = self.current.borrow();
+        let entity = match current.as_ref().filter(|t| t.node == node) {
+            Some(parent) => self.ordinal_child(parent, role, key),
             None => self.nodes.borrow()[node as usize].entity.child(role, key),
         };
+        drop(current);
+        self.start(entity, node, role, key, future);
+    }
+
+    fn start(&self, entity: Entity, node: u32, role: &'static str, key: u64, future: BoxedTask) {
         let mut decisions = self.decisions.borrow_mut();
         decisions.name(entity, || format!("{} {role} {key:#x}", self.nodes.borrow()[node as usize].name));
         drop(decisions);
@@ -367,8 +380,25 @@ impl Core {
         });
         self.generation.set(self.generation.get().wrapping_add(1));
         let id = task_id(slot, self.generation.get());
-        tasks[slot as usize] = Some(Rc::new(Task::new(id, entity, role, key, node, future)));
+        let who = Identity { id, entity, role, key, node };
+        let mut shell = self.shells.borrow_mut().pop();
+        let task = match shell.as_mut().and_then(Rc::get_mut) {
+            Some(shell) => {
+                shell.reuse(who, future);
+                None
+            }
+            None => Some(Rc::new(Task::new(who, future))),
+        };
+        tasks[slot as usize] = task.or(shell);
         push_woken(id);
+    }
+
+    /// Keeps the shell of an ended task, unless somebody may still wake it.
+    fn retire(&self, task: Rc<Task>) {
+        let mut shells = self.shells.borrow_mut();
+        if Rc::strong_count(&task) == 1 && task.is_reusable() && shells.len() < SHELLS_MAX {
+            shells.push(task);
+        }
     }
 
     /// Runs one task or timer. `Some` when the run cannot go on.
@@ -399,10 +429,14 @@ impl Core {
                 drop(future);
                 self.tasks.borrow_mut()[slot] = None;
                 self.free.borrow_mut().push(slot as u32);
+                self.current.replace(outer);
+                self.retire(task);
             }
-            Poll::Pending => *task.future.borrow_mut() = Some(future),
+            Poll::Pending => {
+                *task.future.borrow_mut() = Some(future);
+                self.current.replace(outer);
+            }
         }
-        self.current.replace(outer);
         if !self.doomed.borrow().is_empty() {
             self.reap();
         }

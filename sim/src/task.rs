@@ -6,6 +6,7 @@ use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Wake, Waker};
 
 thread_local! {
@@ -36,25 +37,28 @@ pub(crate) fn task_id(slot: u32, generation: u32) -> u64 {
     u64::from(slot) | u64::from(generation & 0x7fff_ffff) << 32
 }
 
-struct TaskWaker(u64);
+/// The identifier changes when the shell is used for another task, which happens only when nobody else has the waker.
+struct TaskWaker(AtomicU64);
 
 impl Wake for TaskWaker {
     fn wake(self: Arc<Self>) {
-        push_woken(self.0);
+        push_woken(self.0.load(Ordering::Relaxed));
     }
     fn wake_by_ref(self: &Arc<Self>) {
-        push_woken(self.0);
+        push_woken(self.0.load(Ordering::Relaxed));
     }
 }
 
-type BoxedTask = Pin<Box<dyn Future<Output = ()>>>;
+pub(crate) type BoxedTask = Pin<Box<dyn Future<Output = ()>>>;
 
+/// A task, or the shell of one that has ended and may be used again.
 pub(crate) struct Task {
     pub(crate) id: u64,
     pub(crate) entity: Entity,
     pub(crate) role: &'static str,
     pub(crate) key: u64,
     pub(crate) node: u32,
+    shared: Arc<TaskWaker>,
     pub(crate) waker: Waker,
     pub(crate) future: RefCell<Option<BoxedTask>>,
     pub(crate) wakes: Cell<u32>,
@@ -63,27 +67,48 @@ pub(crate) struct Task {
     pub(crate) ordinals: RefCell<Ordinals>,
 }
 
+/// What a task is: everything but its future.
+#[derive(Clone, Copy)]
+pub(crate) struct Identity {
+    pub(crate) id: u64,
+    pub(crate) entity: Entity,
+    pub(crate) role: &'static str,
+    pub(crate) key: u64,
+    pub(crate) node: u32,
+}
+
 impl Task {
-    pub(crate) fn new(
-        id: u64,
-        entity: Entity,
-        role: &'static str,
-        key: u64,
-        node: u32,
-        future: BoxedTask,
-    ) -> Self {
+    pub(crate) fn new(who: Identity, future: BoxedTask) -> Self {
+        let shared = Arc::new(TaskWaker(AtomicU64::new(who.id)));
         Self {
-            id,
-            entity,
-            role,
-            key,
-            node,
-            waker: Waker::from(Arc::new(TaskWaker(id))),
+            id: who.id,
+            entity: who.entity,
+            role: who.role,
+            key: who.key,
+            node: who.node,
+            waker: Waker::from(Arc::clone(&shared)),
+            shared,
             future: RefCell::new(Some(future)),
             wakes: Cell::new(0),
             put_back: Cell::new(false),
             ordinals: RefCell::default(),
         }
+    }
+
+    /// Whether no waker of the ended task is left anywhere.
+    pub(crate) fn is_reusable(&self) -> bool {
+        Arc::strong_count(&self.shared) == 2
+    }
+
+    /// Turns an ended task's shell into a new task.
+    pub(crate) fn reuse(&mut self, who: Identity, future: BoxedTask) {
+        self.shared.0.store(who.id, Ordering::Relaxed);
+        (self.id, self.entity, self.role, self.key, self.node) =
+            (who.id, who.entity, who.role, who.key, who.node);
+        *self.future.get_mut() = Some(future);
+        self.wakes.set(0);
+        self.put_back.set(false);
+        self.ordinals.get_mut().clear();
     }
 }
 
@@ -95,6 +120,11 @@ pub(crate) struct Ordinals {
 }
 
 impl Ordinals {
+    fn clear(&mut self) {
+        self.few.clear();
+        self.many = FixedMap::default();
+    }
+
     pub(crate) fn next(&mut self, name: u64) -> u32 {
         if self.many.is_empty() {
             if let Some(entry) = self.few.iter_mut().find(|e| e.0 == name) {

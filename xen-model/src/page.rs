@@ -30,6 +30,16 @@ impl Page {
         into.copy_from_slice(&self.0.bytes.borrow()[offset..offset + into.len()]);
     }
 
+    /// Shows the whole page to its owner.
+    pub fn with<R>(&self, look: impl FnOnce(&[u8; PAGE_BYTES]) -> R) -> R {
+        look(&self.0.bytes.borrow())
+    }
+
+    /// Lets its owner change the page.
+    pub fn with_mut<R>(&self, change: impl FnOnce(&mut [u8; PAGE_BYTES]) -> R) -> R {
+        change(&mut self.0.bytes.borrow_mut())
+    }
+
     /// Stores bytes from `offset` on. The range must lie in the page.
     pub fn write(&self, offset: usize, from: &[u8]) {
         self.0.bytes.borrow_mut()[offset..offset + from.len()].copy_from_slice(from);

@@ -21,10 +21,11 @@ pub struct NodeInfo {
 ///
 /// | node | crate |
 /// |---|---|
-/// | scheduler | `tap-core` |
+/// | vbd, scheduler | `tap-core` |
 /// | raw, qcow | `tap-images` |
 ///
-/// `submit` starts nothing before the future is polled. Requests of one node may run concurrently and finish in any
+/// `submit` starts nothing before the future is polled, but it is where a request gets its place in the order: who calls
+/// it polls the future or drops it. Requests of one node may run concurrently and finish in any
 /// order; overlapping ones are kept in order by the scheduler above, not by formats. A request outside the disk is
 /// answered with `EINVAL`.
 pub trait Node: 'static {

@@ -72,13 +72,19 @@ impl Pool {
 
     /// Starts `future` and runs what is ready.
     pub(crate) fn start<T: 'static>(&self, future: impl Future<Output = T> + 'static) -> Outcome<T> {
+        let outcome = self.defer(future);
+        self.run();
+        outcome
+    }
+
+    /// Starts `future` without running it.
+    pub(crate) fn defer<T: 'static>(&self, future: impl Future<Output = T> + 'static) -> Outcome<T> {
         let value = Rc::new(RefCell::new(None));
         let out = Rc::clone(&value);
         let task = self.spawn(async move {
             let result = future.await;
             *out.borrow_mut() = Some(result);
         });
-        self.run();
         Outcome { value, task }
     }
 
@@ -90,15 +96,19 @@ impl Pool {
 
     /// Runs until nothing is ready.
     pub(crate) fn run(&self) {
-        loop {
-            let next = self.0.ready.lock().unwrap().pop_front();
-            let Some(id) = next else { return };
-            let Some(mut task) = self.0.tasks.borrow_mut().remove(&id) else { continue };
-            let waker = Waker::from(Arc::new(TaskWaker(id, Arc::clone(&self.0.ready))));
-            if task.as_mut().poll(&mut Context::from_waker(&waker)).is_pending() {
-                self.0.tasks.borrow_mut().insert(id, task);
-            }
+        while self.turn() {}
+    }
+
+    /// Gives the first task that is ready its turn; whether there was one.
+    pub(crate) fn turn(&self) -> bool {
+        let next = self.0.ready.lock().unwrap().pop_front();
+        let Some(id) = next else { return false };
+        let Some(mut task) = self.0.tasks.borrow_mut().remove(&id) else { return true };
+        let waker = Waker::from(Arc::new(TaskWaker(id, Arc::clone(&self.0.ready))));
+        if task.as_mut().poll(&mut Context::from_waker(&waker)).is_pending() {
+            self.0.tasks.borrow_mut().insert(id, task);
         }
+        true
     }
 
     /// Runs until nothing is ready, moving the clock to the next sleeper as long as there is one.

@@ -23,7 +23,8 @@ use std::rc::Rc;
 use std::task::{Poll, Waker};
 use tap_host::{Errno, Event, Log, VbdId};
 
-/// A [`Node`] with a life cycle; clones share it. See the [module documentation](self).
+/// A [`Node`] with a life cycle; clones share it. It runs, can be paused and resumed (requests that come meanwhile wait
+/// and go on in order), and is closed once, after which requests are refused with `ESHUTDOWN`.
 pub struct Vbd<H>(Rc<Inner<H>>);
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -405,7 +405,8 @@ impl File for MemFile {
                 // Sectors are not torn.
                 Some(Effect::Half) => bytes.len() / 2 / 512 * 512,
                 Some(Effect::All) => bytes.len(),
-                None => handle.world.moved(bytes.len(), handle.align()),
+                // A file system does not stop within a sector.
+                None => handle.world.moved(bytes.len(), handle.align().max(512)),
             };
             if handle.store.device.get() && offset + len as u64 > handle.store.now.borrow().len() as u64 {
                 return (Err(Errno::ENOSPC), bufs);

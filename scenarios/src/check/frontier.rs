@@ -151,10 +151,11 @@ impl Block {
     /// A flush that was submitted at `flush_inv` succeeded: writes answered before are durable.
     /// Gives whether something is still not durable.
     pub fn flushed(&mut self, flush_inv: Clock, oldest_read: Clock, order: Order) -> bool {
-        let versions = self.versions.clone();
+        // The latest submission among durable writes hides whatever comes before it.
+        let durable = self.versions.iter().filter(|w| !w.failed && w.res < flush_inv);
+        let Some(latest) = durable.max_by_key(|w| w.inv).copied() else { return self.versions.len() > 1 };
         for v in &mut self.versions {
-            let hidden = |w: &Version| !w.failed && w.res < flush_inv && v.before(w, order);
-            v.superseded |= versions.iter().any(hidden);
+            v.superseded |= v.before(&latest, order);
         }
         self.prune(oldest_read);
         self.versions.len() > 1

@@ -7,7 +7,6 @@ use super::Invariant;
 use super::frontier::{Block, Clock, Order};
 use crate::tag::{Found, Tag};
 use kernel_model::PageMap;
-use std::collections::{BTreeMap, BTreeSet};
 use tap_host::{SECTOR_BYTES, SectorRange};
 
 const BLOCK: u64 = 8;
@@ -72,16 +71,20 @@ pub struct BlockHistory {
     clock: Clock,
     writer: u32,
     next_write: WriteId,
-    /// Reads that run, by submission.
-    reads: BTreeSet<Clock>,
-    /// Flushes and other requests that run: submission by number.
-    running: BTreeMap<WriteId, SectorRange>,
-    /// Cells with versions that are not durable.
-    dirty: BTreeSet<u64>,
+    /// Reads that run, in order of submission. These lists are as long as the guest's queue is deep.
+    reads: Vec<Clock>,
+    /// Writes that run.
+    running: Vec<(WriteId, SectorRange)>,
+    /// Cells with versions that are not durable, and for each cell whether it is among them.
+    dirty: Vec<u64>,
+    is_dirty: Vec<bool>,
     /// Whether bodies are filled and looked at.
     full: bool,
     size_sectors: u64,
     order: Order,
+    flushes: u64,
+    /// What the last flush settled.
+    settled: Vec<SectorRange>,
 }
 
 impl BlockHistory {
@@ -93,12 +96,15 @@ impl BlockHistory {
             clock: 1,
             writer,
             next_write: 1,
-            reads: BTreeSet::new(),
-            running: BTreeMap::new(),
-            dirty: BTreeSet::new(),
+            reads: Vec::new(),
+            running: Vec::new(),
+            dirty: Vec::new(),
+            is_dirty: vec![false; size_sectors.div_ceil(BLOCK) as usize],
             full,
             size_sectors,
             order: Order::Submission,
+            flushes: 0,
+            settled: Vec::new(),
         }
     }
 
@@ -154,9 +160,13 @@ impl BlockHistory {
         self.next_write += 1;
         let inv = self.tick();
         self.each(range, |b| b.begin(write, inv));
-        self.running.insert(write, range);
+        self.running.push((write, range));
         let last = (range.start.0 + u64::from(range.count) - 1) / BLOCK;
-        self.dirty.extend(range.start.0 / BLOCK..=last);
+        for cell in range.start.0 / BLOCK..=last {
+            if !std::mem::replace(&mut self.is_dirty[cell as usize], true) {
+                self.dirty.push(cell);
+            }
+        }
         write
     }
 
@@ -167,7 +177,8 @@ impl BlockHistory {
 
     /// A write was answered.
     pub fn end_write(&mut self, write: WriteId, ok: bool) {
-        let Some(range) = self.running.remove(&write) else { return };
+        let Some(at) = self.running.iter().position(|r| r.0 == write) else { return };
+        let (_, range) = self.running.swap_remove(at);
         let res = self.tick();
         let (oldest, order) = (self.oldest_read(), self.order);
         self.each(range, |b| b.end(write, res, ok, oldest, order));
@@ -176,13 +187,13 @@ impl BlockHistory {
     /// A read is submitted; gives its time for [`BlockHistory::check_read`].
     pub fn begin_read(&mut self) -> Clock {
         let inv = self.tick();
-        self.reads.insert(inv);
+        self.reads.push(inv);
         inv
     }
 
     /// A read that was submitted at `inv` was answered without data.
     pub fn end_read(&mut self, inv: Clock) {
-        self.reads.remove(&inv);
+        self.reads.retain(|r| *r != inv);
     }
 
     /// A read that was submitted at `inv` returned `bytes` from `range.start` on.
@@ -190,7 +201,7 @@ impl BlockHistory {
     /// # Errors
     /// What is wrong with the first wrong sector.
     pub fn check_read(&mut self, inv: Clock, range: SectorRange, bytes: &[u8]) -> Result<(), Wrong> {
-        self.reads.remove(&inv);
+        self.end_read(inv);
         let res = self.tick();
         let mut at = 0;
         while at < u64::from(range.count) {
@@ -276,17 +287,22 @@ impl BlockHistory {
     /// A flush that was submitted at `inv` succeeded.
     pub fn end_flush(&mut self, inv: Clock) {
         self.tick();
+        self.flushes += 1;
+        let mut settled = std::mem::take(&mut self.settled);
+        settled.clear();
+        settled.extend(self.unsettled());
+        self.settled = settled;
         let (oldest, order) = (self.oldest_read(), self.order);
-        let cells = &mut self.cells;
-        self.dirty.retain(|cell| match &mut cells[*cell as usize] {
-            Cell::Whole(block) => block.flushed(inv, oldest, order),
-            Cell::Split(blocks) => {
-                let mut left = false;
-                for block in blocks.iter_mut() {
-                    left |= block.flushed(inv, oldest, order);
+        let (cells, is_dirty) = (&mut self.cells, &mut self.is_dirty);
+        self.dirty.retain(|cell| {
+            let left = match &mut cells[*cell as usize] {
+                Cell::Whole(block) => block.flushed(inv, oldest, order),
+                Cell::Split(blocks) => {
+                    blocks.iter_mut().fold(false, |left, block| block.flushed(inv, oldest, order) | left)
                 }
-                left
-            }
+            };
+            is_dirty[*cell as usize] = left;
+            left
         });
     }
 
@@ -317,6 +333,16 @@ impl BlockHistory {
             let start = cell * BLOCK;
             SectorRange::new(start, (self.size_sectors - start).min(BLOCK) as u32)
         })
+    }
+
+    /// Flushes that succeeded.
+    pub fn flushes(&self) -> u64 {
+        self.flushes
+    }
+
+    /// What was unsettled before the last flush that succeeded.
+    pub fn recently_settled(&self) -> &[SectorRange] {
+        &self.settled
     }
 
     /// The power was cut, and with it everything that ran.

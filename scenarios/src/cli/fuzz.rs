@@ -1,6 +1,6 @@
 //! `fuzz`: bytes instead of seeds.
 
-use super::args::{Common, FuzzArgs};
+use super::args::{Common, Format, FuzzArgs};
 use super::output::{Progress, SHRINK_RUNS, print_failure, revision, save_json};
 use super::replay::bug;
 use super::{Exit, Stop};
@@ -33,6 +33,7 @@ struct JsonFinding {
 
 /// `tapsim fuzz`
 pub(super) fn fuzz_command(common: &Common, args: &FuzzArgs) -> Result<Exit, Stop> {
+    let Format::Qcow = args.format;
     let spec = FuzzSpec {
         seed: args.seed,
         jobs: common.threads(),

@@ -105,7 +105,7 @@ impl<D: GuestDisk> Guest<D> {
             gate.below(depth.max(1)).await;
             gate.enter();
             let (guest, gate) = (self.clone(), gate.clone());
-            self.world.sim.spawn("op", i as u64, async move {
+            self.world.sim.spawn_once("op", i as u64, async move {
                 guest.one(op).await;
                 gate.leave();
             });

@@ -85,7 +85,9 @@ pub struct SchedulerStats {
     pub errors: u64,
 }
 
-/// A [`Node`] that puts the requests of one disk in order. See the [module documentation](self).
+/// A [`Node`] that puts the requests of one disk in order: overlapping ones run as they were submitted, at most so many
+/// are below at once, contiguous ones go down together, and transient errors are retried. An error reaches the requests
+/// whose sectors fail and no others. A flush overtakes everything; it covers what was answered before.
 pub struct Scheduler<H>(Rc<Inner<H>>);
 
 struct Inner<H> {

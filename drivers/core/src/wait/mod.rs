@@ -1,10 +1,9 @@
-//! Waiting on one thread: an event, a semaphore, a oneshot and a queue.
+//! Waiting on one thread: an event, a semaphore and a oneshot.
 //!
 //! ```text
 //!   Event       set ──► everybody who waits, until it is cleared
 //!   Semaphore   release ──► the first in line, who owns the permit from then on
 //!   oneshot     send ──► the one receiver
-//!   Queue       push ──► pop, with a bound
 //! ```
 //!
 //! # Contract
@@ -16,12 +15,10 @@
 
 mod event;
 mod oneshot;
-mod queue;
 mod semaphore;
 
 pub use event::Event;
 pub use oneshot::{Receiver, Sender, oneshot};
-pub use queue::Queue;
 pub use semaphore::{Permit, Semaphore};
 
 use std::collections::VecDeque;

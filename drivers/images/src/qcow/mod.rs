@@ -46,7 +46,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use table::{Cache, Table};
 use tap_core::wait::Semaphore;
-use tap_core::{LocalBoxFuture, Node, NodeInfo, Op, Request, Response};
+use tap_core::{LocalBoxFuture, Node, NodeInfo, Op, Request, Response, WaitReport};
 use tap_host::{Bug, Errno, SECTOR_BYTES};
 
 /// Bounds of an open qcow image.
@@ -94,6 +94,11 @@ impl<H: ImageHost> Qcow<H> {
     /// [`ImageError`].
     pub async fn open(host: &H, path: &str, options: &OpenOptions) -> Result<Self, ImageError> {
         Self::open_at_level(host, path, options, 1).await
+    }
+
+    /// Allocations and tables that wait for others, and for which: what to print when nothing moves any more.
+    pub fn wait_report(&self) -> Vec<WaitReport> {
+        self.image.borrow().as_ref().map(|image| image.file.tracker().report()).unwrap_or_default()
     }
 
     /// Whether the file at `path` begins like a qcow image of version 1.

@@ -127,6 +127,24 @@ fn only_a_new_cluster_of_zeros_goes_without_a_sync() {
 }
 
 #[test]
+fn who_waits_for_whom_can_be_told() {
+    let world = World::new(1);
+    SMALL.create(&world);
+    let qcow = SMALL.open(&world);
+    // The first write hangs; the second is for the same cluster, the third for the same table.
+    world.stop_at(world.ops());
+    let writes = [write(&qcow, 0, 1, 1), write(&qcow, 1, 1, 1), write(&qcow, 2, 1, 1)];
+    assert!(world.run(futures_util::future::join_all(writes)).is_none());
+    let told: Vec<String> = qcow.wait_report().iter().map(|w| w.to_string()).collect();
+    assert_eq!(
+        told,
+        ["L2 table 0 waits for L2 table 0", "allocation of cluster 0 waits for allocation of cluster 0",]
+    );
+    world.kill_tasks();
+    assert!(qcow.wait_report().is_empty());
+}
+
+#[test]
 fn a_dropped_request_still_takes_effect_as_a_whole() {
     let world = World::new(1);
     SMALL.create(&world);
@@ -179,6 +197,7 @@ fn setups() -> impl Strategy<Value = Setup> {
             tables,
             direct,
             device: device.then_some(4 << 20),
+            compressed: false,
         })
 }
 

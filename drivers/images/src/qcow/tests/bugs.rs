@@ -1,6 +1,6 @@
 //! Every seeded bug of the driver is found by the trials that hold without it.
 
-use super::trial::{DEVICE, DIRECT, End, OVERLAY, Trial};
+use super::trial::{DEVICE, DIRECT, End, OVERLAY, PACKED, Trial};
 use super::*;
 use crate::testing::{Effect, Fault};
 
@@ -51,6 +51,7 @@ finds! {
     finds_overlay_drops_rest: OverlayDropsRest, kills(OVERLAY);
     finds_data_after_mapping_on_a_device: DataAfterMapping, crashes(DEVICE);
     finds_data_after_mapping_above_a_backing_file: DataAfterMapping, crashes(OVERLAY);
+    finds_data_after_mapping_in_place_of_compressed_bytes: DataAfterMapping, crashes(PACKED);
     finds_failed_cluster_reused: FailedClusterReused, errors(SMALL, Effect::None);
     finds_double_allocation: DoubleAllocation, kills(Setup { cluster_bits: 16, l2_bits: 6, ..SMALL });
     finds_flush_early: FlushEarly, crashes(SMALL);

@@ -26,7 +26,13 @@ pub(super) struct Setup {
     pub(super) direct: bool,
     /// Bytes of garbage on a block device that holds it.
     pub(super) device: Option<usize>,
+    /// Clusters 0, 3 and 70 are compressed.
+    pub(super) compressed: bool,
 }
+
+const COMPRESSED_CLUSTERS: [u64; 3] = [0, 3, 70];
+/// What they hold.
+const COMPRESSED_FILL: u8 = 230;
 
 pub(super) const SMALL: Setup = Setup {
     sectors: 256,
@@ -36,6 +42,7 @@ pub(super) const SMALL: Setup = Setup {
     tables: 8,
     direct: false,
     device: None,
+    compressed: false,
 };
 
 /// What the base file holds in a sector; never zero.
@@ -60,6 +67,9 @@ impl Setup {
         };
         let (host, bytes) = (world.clone(), self.sectors * 512);
         world.block_on(async move { create(&host, PATH, bytes, &options).await }).unwrap();
+        for cluster in COMPRESSED_CLUSTERS.into_iter().filter(|_| self.compressed) {
+            put_compressed(world, self, cluster, COMPRESSED_FILL);
+        }
     }
 
     pub(super) fn options(&self, write: bool) -> OpenOptions {
@@ -82,6 +92,9 @@ impl Setup {
 
     /// What sector `sector` holds when it was never written.
     pub(super) fn initial(&self, sector: u64) -> u8 {
+        if self.compressed && COMPRESSED_CLUSTERS.contains(&(sector >> (self.cluster_bits - 9))) {
+            return COMPRESSED_FILL;
+        }
         if self.base_sectors.is_some_and(|n| sector < n) { base_fill(sector) } else { 0 }
     }
 }

@@ -140,8 +140,14 @@ impl Trial {
     pub(super) fn run(&self) -> Result<(), String> {
         let world = World::new(self.seed);
         self.setup.create(&world);
+        if self.setup.direct {
+            world.set_align(4096);
+        }
         let qcow = self.setup.open(&world);
         world.make_shuffled();
+        if self.seed.is_multiple_of(2) {
+            world.make_short();
+        }
         self.bug.into_iter().for_each(|bug| world.switch_on(bug));
         let opened = world.ops();
         world.fail(self.fault.map(|f| Fault { nth: f.nth + opened, ..f }));
@@ -196,6 +202,7 @@ impl Trial {
 
 pub(super) const OVERLAY: Setup = Setup { base_sectors: Some(200), cluster_bits: 11, ..SMALL };
 pub(super) const DEVICE: Setup = Setup { device: Some(1 << 20), ..SMALL };
+pub(super) const PACKED: Setup = Setup { compressed: true, ..SMALL };
 pub(super) const DIRECT: Setup = Setup { direct: true, tables: 1, ..SMALL };
 
 fn must_hold(trial: Trial) {
@@ -204,15 +211,22 @@ fn must_hold(trial: Trial) {
     }
 }
 
+/// How many times as many trials as usual; more seeds for a longer look.
+fn rounds() -> u64 {
+    std::env::var("TAP_TRIAL_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(1)
+}
+
 const PLAIN: Trial = Trial { setup: SMALL, seed: 0, bug: None, fault: None, stop: None, end: End::Crash(0) };
 
 #[test]
 fn a_crash_at_any_operation_leaves_allowed_versions() {
-    for (number, setup) in [SMALL, OVERLAY, DEVICE, DIRECT].into_iter().enumerate() {
+    for (number, setup) in [SMALL, OVERLAY, DEVICE, DIRECT, PACKED].into_iter().enumerate() {
         for stop in 0..60 {
             for keep in [0, 64, 128, 192] {
-                let seed = number as u64 * 1000 + stop + keep;
-                must_hold(Trial { setup, seed, stop: Some(stop), end: End::Crash(keep), ..PLAIN });
+                for round in 0..rounds() {
+                    let seed = round * 10_000 + number as u64 * 1000 + stop + keep;
+                    must_hold(Trial { setup, seed, stop: Some(stop), end: End::Crash(keep), ..PLAIN });
+                }
             }
         }
     }
@@ -220,23 +234,28 @@ fn a_crash_at_any_operation_leaves_allowed_versions() {
 
 #[test]
 fn the_death_of_the_process_loses_nothing_that_was_acknowledged() {
-    for (number, setup) in [SMALL, OVERLAY, DEVICE, DIRECT].into_iter().enumerate() {
+    for (number, setup) in [SMALL, OVERLAY, DEVICE, DIRECT, PACKED].into_iter().enumerate() {
         for stop in 0..80 {
-            must_hold(Trial { setup, seed: number as u64 + stop, stop: Some(stop), end: End::Kill, ..PLAIN });
+            for round in 0..rounds() {
+                let seed = round * 10_000 + number as u64 + stop;
+                must_hold(Trial { setup, seed, stop: Some(stop), end: End::Kill, ..PLAIN });
+            }
         }
     }
 }
 
 #[test]
 fn any_operation_may_fail_and_the_request_be_repeated() {
-    for (number, setup) in [SMALL, OVERLAY, DEVICE, DIRECT].into_iter().enumerate() {
+    for (number, setup) in [SMALL, OVERLAY, DEVICE, DIRECT, PACKED].into_iter().enumerate() {
         for nth in 0..60 {
             for (turn, effect) in [Effect::None, Effect::Half, Effect::All].into_iter().enumerate() {
                 let error = if turn == 0 { Errno::ENOSPC } else { Errno::EIO };
                 let fault = Some(Fault { nth, error, effect, sticky: turn == 0 });
-                let seed = number as u64 * 1000 + nth;
-                for (end, stop) in [(End::Kill, None), (End::Crash(100), Some(nth + 1 + seed % 20))] {
-                    must_hold(Trial { setup, seed, fault, stop, end, ..PLAIN });
+                for round in 0..rounds() {
+                    let seed = round * 10_000 + number as u64 * 1000 + nth;
+                    for (end, stop) in [(End::Kill, None), (End::Crash(100), Some(nth + 1 + seed % 20))] {
+                        must_hold(Trial { setup, seed, fault, stop, end, ..PLAIN });
+                    }
                 }
             }
         }

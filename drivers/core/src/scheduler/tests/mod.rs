@@ -1,3 +1,5 @@
+mod random;
+
 use super::*;
 use crate::testing::{Outcome, Pool, Script, Step, read, write};
 use tap_host::{Event, SectorRange, copy_to_slice};

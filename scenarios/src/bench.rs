@@ -1,0 +1,157 @@
+//! Measuring the testbed: simulated requests per second of CPU, memory, and what merging saves.
+//!
+//! The reference world is one guest with 32 requests of 4 KiB in flight at random places of a 4 MiB disk, half of them
+//! reads, a flush after every 64, on a blkif ring, through scheduler and image, on the drive model, with every check on.
+//! Time is the CPU time of the thread that runs it.
+
+use crate::catalog::setup::Setup;
+use crate::check::Invariant;
+use crate::guest::Manners;
+use crate::machine::Machine;
+use crate::stack::StackLimits;
+use crate::sweep::cpu_ns;
+use crate::workload::Op;
+use crate::world::{RunOptions, World};
+use kernel_model::StorageConfig;
+use kernel_model::faults::FaultPlan;
+use serde::Serialize;
+use sim::{Config, DecisionMap, Draw, Sim, Source};
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use tap_core::wait::oneshot;
+use tap_host::{IoKind, SectorRange};
+
+const DISK_BYTES: u64 = 4 << 20;
+const DEPTH: usize = 32;
+/// Sectors of a request.
+const SECTORS: u64 = 8;
+const FLUSH_EVERY: u64 = 64;
+
+/// What lies below the ring.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Disk {
+    /// The file is the disk.
+    Raw,
+    /// qcow with 4 KiB clusters, empty in the beginning.
+    Qcow,
+}
+
+/// One measurement.
+#[derive(Clone, Copy, Debug)]
+pub struct BenchSpec {
+    /// What lies below the ring.
+    pub disk: Disk,
+    /// Requests to be made.
+    pub requests: u64,
+    /// One after the other instead of anywhere.
+    pub sequential: bool,
+    /// Whether contiguous requests are merged.
+    pub merging: bool,
+}
+
+/// What was measured.
+#[derive(Clone, Debug, Serialize)]
+pub struct BenchResult {
+    /// Requests answered.
+    pub requests: u64,
+    /// CPU nanoseconds.
+    pub cpu_ns: u64,
+    /// Operations on the host's files.
+    pub host_ios: u64,
+    /// Resident bytes that came on top after the first tenth of the run.
+    pub memory_growth_bytes: i64,
+    /// What broke, if anything did.
+    pub failure: Option<String>,
+}
+
+impl BenchResult {
+    /// Requests per second of CPU.
+    pub fn rate(&self) -> u64 {
+        (u128::from(self.requests) * 1_000_000_000 / u128::from(self.cpu_ns.max(1))) as u64
+    }
+}
+
+/// Resident bytes of this process; 0 where the kernel does not tell.
+fn resident_bytes() -> i64 {
+    let text = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    text.split_whitespace().nth(1).and_then(|n| n.parse::<i64>().ok()).unwrap_or(0) * 4096
+}
+
+/// Runs one measurement on this thread.
+pub fn measure(spec: BenchSpec) -> BenchResult {
+    crate::run::prepare();
+    let limits = sim::Limits { turns: u64::MAX, time_ns: u64::MAX };
+    // An empty map: every setting is the usual one.
+    let source = Source::Replay(DecisionMap::new());
+    let sim = Sim::new(&Config { source, limits, faults: false, ..Config::new(1) });
+    let storage = StorageConfig { faults: FaultPlan::default(), ..StorageConfig::default() };
+    let world = World::new(&sim, storage, RunOptions::default());
+    let (verdict, body) = (world.verdict.clone(), reference(world.clone(), spec));
+    let result = Rc::new(RefCell::new(None));
+    let out = Rc::clone(&result);
+    let stalled = sim.run(async move { verdict.guard(async { *out.borrow_mut() = Some(body.await) }).await });
+    let failure = world.verdict.failure().map(|f| format!("{}: {}", f.invariant, f.detail));
+    let failure = failure.or(stalled.err().map(|s| s.report));
+    let (cpu_ns, host_ios, memory_growth_bytes) = result.borrow_mut().take().unwrap_or_default();
+    BenchResult { requests: world.stats().requests, cpu_ns, host_ios, memory_growth_bytes, failure }
+}
+
+async fn reference(world: World, spec: BenchSpec) -> (u64, u64, i64) {
+    let mut limits = StackLimits::draw(&world);
+    limits.guest_depth = DEPTH;
+    if !spec.merging {
+        limits.scheduler.merge_sectors = 0;
+    }
+    let setup = match spec.disk {
+        Disk::Raw => Setup::raw(&world, 0, DISK_BYTES),
+        Disk::Qcow => Setup::qcow(&world, 0, DISK_BYTES, false),
+    };
+    let size = setup.size_sectors;
+    let machine = Machine::new(&world, limits);
+    let attached = machine.attach(setup, 0).await;
+    machine.start_tapdisk();
+    let manners = Manners { retries: 0, errors_allowed: false, reads: Invariant::G1 };
+    let Some(guest) = attached.boot(&world, manners).await else { return (0, 0, 0) };
+    let (done, finished) = oneshot();
+    let counts = Rc::new(Cell::new((0, 0, 0)));
+    let (out, w) = (Rc::clone(&counts), world.clone());
+    attached.node.spawn("main", 0, async move {
+        let (cpu, ios) = (cpu_ns(), w.storage.counts());
+        let mut draw = Draw::new(1);
+        let (mut made, mut cursor, mut warm) = (0, 0, 0);
+        let tenth = (spec.requests / 10).max(1);
+        while made < spec.requests {
+            let n = tenth.min(spec.requests - made).min(100_000);
+            let ops: Vec<Option<Op>> =
+                (made..made + n).map(|i| Some(next(i, &mut draw, &mut cursor, size, spec))).collect();
+            guest.run(&ops, DEPTH).await;
+            made += n;
+            if warm == 0 {
+                warm = resident_bytes();
+            }
+        }
+        let after = w.storage.counts();
+        let ios = after.reads + after.writes + after.syncs - ios.reads - ios.writes - ios.syncs;
+        out.set((cpu_ns().saturating_sub(cpu), ios, resident_bytes() - warm));
+        let _ = done.send(());
+    });
+    let _ = finished.await;
+    counts.get()
+}
+
+fn next(i: u64, draw: &mut Draw, cursor: &mut u64, size: u64, spec: BenchSpec) -> Op {
+    if i % FLUSH_EVERY == FLUSH_EVERY - 1 {
+        return Op { kind: IoKind::Flush, range: SectorRange::default() };
+    }
+    let at = if spec.sequential {
+        *cursor = (*cursor + SECTORS) % size;
+        *cursor
+    } else {
+        draw.below(size / SECTORS) * SECTORS
+    };
+    let kind = if draw.below(2) == 0 { IoKind::Read } else { IoKind::Write };
+    // Runs of one kind, or nothing could be merged.
+    let kind =
+        if spec.sequential { if i / 16 % 2 == 0 { IoKind::Write } else { IoKind::Read } } else { kind };
+    Op { kind, range: SectorRange::new(at, SECTORS as u32) }
+}
