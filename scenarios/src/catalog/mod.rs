@@ -1,6 +1,7 @@
 //! The catalogue of scenarios.
 
 pub mod crash;
+pub mod damage;
 pub mod ring;
 pub mod setup;
 
@@ -19,11 +20,12 @@ pub static ALL: &[&Scenario] = &[
     &ring::FRONTEND_RECONNECT,
     &ring::HOSTILE_FRONTEND,
     &ring::TWO_GUESTS,
+    &damage::DAMAGED_IMAGE,
 ];
 
 /// The labels of scenarios.
 pub static LABELS: &[&Label] =
-    &[&crash::CRASH_AT, &ring::KILL_AFTER, &ring::RECONNECT_AT, &guest::TRICK, &guest::KEYS];
+    &[&crash::CRASH_AT, &ring::KILL_AFTER, &ring::RECONNECT_AT, &guest::TRICK, &guest::KEYS, &damage::DAMAGE];
 
 /// The scenario called `name`; `real-image` as well, which needs an image and is not listed.
 pub fn find(name: &str) -> Option<&'static Scenario> {

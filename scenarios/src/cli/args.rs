@@ -15,6 +15,7 @@ Examples:
   tapsim run qcow-power-cut 145       one seed
   tapsim replay FILE --log full       a saved failure, with every line of its trace
   tapsim explain FILE                 a saved failure as a story
+  tapsim fuzz --format qcow --for 60s fuzz an image format
   tapsim bugs                         every seeded bug must be found
 
 Exit status: 0 ok, 1 an invariant is broken, 2 wrong usage, 3 two runs of one seed differ, 4 nothing ran,
@@ -96,6 +97,8 @@ pub enum Command {
     List,
     /// Finds and shrinks every seeded bug
     Bugs(BugsArgs),
+    /// Fuzzes a format: crashes, faults and damaged images out of bytes
+    Fuzz(FuzzArgs),
     /// Cuts the power on a given image, again and again
     Crash(CrashArgs),
     /// Measures the testbed: simulated requests per second of CPU, memory, what merging saves
@@ -104,7 +107,7 @@ pub enum Command {
     Demo,
 }
 
-/// Formats that can be taken from outside.
+/// Formats that can be taken from outside, or fuzzed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub enum Format {
     /// qcow, version 1
@@ -197,6 +200,23 @@ pub struct BugsArgs {
     /// Seeds that are tried at most, per bug
     #[arg(long, default_value_t = 2000, value_name = "N")]
     pub within: u64,
+}
+
+/// `fuzz`
+#[derive(Args, Debug, Clone)]
+pub struct FuzzArgs {
+    /// The image format
+    #[arg(long, value_enum, default_value = "qcow")]
+    pub format: Format,
+    /// How long, such as 60s or 5m
+    #[arg(long = "for", value_name = "TIME", value_parser = parse_time, default_value = "60s", id = "time")]
+    pub time: Duration,
+    /// Switches a seeded bug on, and stops when it was found
+    #[arg(long, value_name = "NAME")]
+    pub bug: Option<String>,
+    /// Seed of the inputs
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
 }
 
 fn parse_seeds(text: &str) -> Result<Range<u64>, String> {

@@ -4,6 +4,7 @@ mod args;
 mod bench;
 mod bugs;
 mod crash;
+mod fuzz;
 mod output;
 mod replay;
 mod sweeping;
@@ -69,6 +70,7 @@ pub fn main() -> ExitCode {
         Some(Command::Explain(ref args)) => replay::explain_command(&cli.common, args),
         Some(Command::List) => replay::list_command(&cli.common),
         Some(Command::Bugs(ref args)) => bugs::bugs_command(&cli.common, args),
+        Some(Command::Fuzz(ref args)) => fuzz::fuzz_command(&cli.common, args),
         Some(Command::Crash(ref args)) => crash::crash_command(&cli.common, args),
         Some(Command::Bench(ref args)) => bench::bench_command(&cli.common, args),
         Some(Command::Demo) => bugs::demo_command(&cli.common),
