@@ -224,6 +224,7 @@ impl Xen {
         let late_ns = self.0.sim.decide(entity, &EVENT_LATE, nth, |draw| {
             if draw.ppm(self.0.rates.event_late) { draw.magnitude(self.0.options.event_late_bits) } else { 0 }
         });
+        self.0.sim.name_entity(entity, || format!("event channel {} of {}", id.port, id.dom));
         self.trace(XenEvent::Notified { dom: id.dom, port: id.port, late_ns });
         if late_ns == 0 {
             self.raise(peer);

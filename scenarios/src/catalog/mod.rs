@@ -22,8 +22,14 @@ pub static ALL: &[&Scenario] = &[
 ];
 
 /// The labels of scenarios.
-pub static LABELS: &[&Label] =
-    &[&crash::CRASH_AT, &ring::KILL_AFTER, &ring::RECONNECT_AT, &guest::TRICK, &guest::KEYS];
+pub static LABELS: &[&Label] = &[
+    &crash::CRASH_AT,
+    &crash::FAIL_NTH,
+    &ring::KILL_AFTER,
+    &ring::RECONNECT_AT,
+    &guest::TRICK,
+    &guest::KEYS,
+];
 
 /// The scenario called `name`.
 pub fn find(name: &str) -> Option<&'static Scenario> {
