@@ -161,10 +161,10 @@ impl Inode {
 
     /// What the medium holds after a power cut: the base, of each pending write the sectors that `keep` says, and the
     /// first `sizes_kept` size changes.
-    pub fn after_power_cut(&self, sizes_kept: usize, mut keep: impl FnMut(&Pending) -> u8) -> Content {
+    pub fn after_power_cut(&self, sizes_kept: usize, mut keep: impl FnMut(usize, &Pending) -> u8) -> Content {
         let mut content = self.base.clone();
-        for p in &self.pending {
-            let kept = keep(p) & p.sectors;
+        for (i, p) in self.pending.iter().enumerate() {
+            let kept = keep(i, p) & p.sectors;
             if kept != 0 {
                 apply(&mut content.pages, p, kept);
             }
@@ -230,13 +230,13 @@ mod tests {
         file.harden(file.seq());
         file.write(Entity(2), 512, &[2; 1024]);
         assert_eq!(bytes(&file.live), [vec![1; 512], vec![2; 1024]].concat());
-        let nothing = file.after_power_cut(0, |_| 0);
+        let nothing = file.after_power_cut(0, |_, _| 0);
         assert_eq!(bytes(&nothing), vec![1; 1024]);
-        let torn = file.after_power_cut(1, |_| 0b100);
+        let torn = file.after_power_cut(1, |_, _| 0b100);
         assert_eq!(bytes(&torn), [vec![1; 1024], vec![2; 512]].concat());
-        let long_without_data = file.after_power_cut(1, |_| 0);
+        let long_without_data = file.after_power_cut(1, |_, _| 0);
         assert_eq!(bytes(&long_without_data), [vec![1; 1024], vec![0; 512]].concat());
-        let short_with_data = file.after_power_cut(0, |_| 0xff);
+        let short_with_data = file.after_power_cut(0, |_, _| 0xff);
         assert_eq!(bytes(&short_with_data), [vec![1; 512], vec![2; 512]].concat());
     }
 

@@ -8,6 +8,7 @@ use crate::faults::{
     decode,
 };
 use crate::inode::{Content, Inode, Pending};
+use crate::pages::PAGE;
 use sim::{Entity, Sim, Timed, mix2, text_hash};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -126,6 +127,7 @@ pub(crate) struct Inner {
     next_open: Cell<u64>,
     counts: Cell<IoCounts>,
     ops: Cell<u64>,
+    power_cuts: Cell<u32>,
     stopped: Cell<bool>,
     hook: RefCell<Option<Hook>>,
 }
@@ -150,6 +152,7 @@ impl Storage {
             next_open: Cell::new(1),
             counts: Cell::default(),
             ops: Cell::new(0),
+            power_cuts: Cell::new(0),
             stopped: Cell::new(false),
             hook: RefCell::default(),
         }))
@@ -175,6 +178,47 @@ impl Storage {
     /// The file in all tenses.
     pub fn inode(&self, name: &str) -> Option<Inode> {
         self.0.files.borrow().get(name).map(|f| f.inode.borrow().clone())
+    }
+
+    /// Shows the file in all tenses.
+    pub fn with_inode<R>(&self, name: &str, look: impl FnOnce(&Inode) -> R) -> Option<R> {
+        let file = self.0.files.borrow().get(name).cloned()?;
+        let inode = file.inode.borrow();
+        Some(look(&inode))
+    }
+
+    /// The decisions that make [`Storage::power_cut`], now, leave of `name` exactly the sectors that `keep` says (by
+    /// position in [`Inode::pending`]) and the first `sizes_kept` size changes. Writes in flight are lost.
+    pub fn decisions_of_cut(
+        &self,
+        name: &str,
+        sizes_kept: usize,
+        keep: impl Fn(usize) -> u8,
+    ) -> Vec<(Entity, &'static sim::Label, u64)> {
+        let Some(file) = self.0.files.borrow().get(name).cloned() else { return Vec::new() };
+        let inode = file.inode.borrow();
+        let mut out: Vec<(Entity, &'static sim::Label, u64)> = Vec::new();
+        for (i, p) in inode.pending.iter().enumerate() {
+            out.push((self.0.pending_entity(p), &LOST, u64::from(p.sectors & !keep(i))));
+        }
+        let mut growing = 0;
+        let mut size = inode.live.size;
+        for slot in self.0.slots.borrow().iter() {
+            let Slot::Running(running) = slot else { continue };
+            if running.op != IoOp::Write || !Rc::ptr_eq(&running.open.file, &file) {
+                continue;
+            }
+            let end = running.offset + bytes_of(&running.bufs) as u64;
+            growing += u64::from(end > size);
+            size = size.max(end);
+            for page in running.offset / PAGE as u64..=(end - 1) / PAGE as u64 {
+                out.push((running.io.child("page", page), &LOST, 0xff));
+            }
+        }
+        let sizes_lost = (inode.pending_sizes.len() - sizes_kept) as u64 + growing;
+        out.push((file.entity, &SIZES_LOST, sizes_lost));
+        out.retain(|d| d.2 != 0);
+        out
     }
 
     /// The file's bytes as reads see them now.
@@ -211,21 +255,23 @@ impl Storage {
         let inner = &self.0;
         inner.sim.remark("power", || "the power is cut".into());
         inner.land_in_flight();
+        // A file lives through many power cuts; each of them is a decision of its own.
+        let cut = inner.power_cuts.replace(inner.power_cuts.get() + 1);
         let old = std::mem::take(&mut *inner.files.borrow_mut());
         for (name, file) in old {
             let sim = &inner.sim;
-            if !file.name_durable.get() && sim.decide(file.entity, &NAME_LOST, 0, |d| d.below(2)) != 0 {
+            if !file.name_durable.get() && sim.decide(file.entity, &NAME_LOST, cut, |d| d.below(2)) != 0 {
                 continue;
             }
             let inode = file.inode.borrow();
             let sizes = inode.pending_sizes.len() as u64;
-            let lost = sim.decide(file.entity, &SIZES_LOST, 0, |d| match d.below(3) {
+            let lost = sim.decide(file.entity, &SIZES_LOST, cut, |d| match d.below(3) {
                 0 => 0,
                 1 => sizes,
                 _ => d.below(sizes + 1),
             });
             let mood = PowerCutMood::draw(sim, file.entity);
-            let content = inode.after_power_cut((sizes - lost.min(sizes)) as usize, |p| {
+            let content = inode.after_power_cut((sizes - lost.min(sizes)) as usize, |_, p| {
                 let entity = inner.pending_entity(p);
                 !(sim.decide(entity, &LOST, 0, |d| mood.lost(p, d)) as u8)
             });

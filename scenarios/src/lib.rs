@@ -5,6 +5,7 @@ pub mod catalog;
 pub mod check;
 pub mod cli;
 pub mod explain;
+pub mod explore;
 pub mod guest;
 pub mod host;
 pub mod hunt;

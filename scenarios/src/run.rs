@@ -1,6 +1,8 @@
 //! One run: a scenario, decisions, a verdict.
 
 use crate::check::{Failure, Invariant};
+use crate::explore::{BadState, Explored};
+use crate::image::RealImage;
 use crate::world::{RunOptions, Stats, World};
 use crate::{catalog, workload, world};
 use kernel_model::StorageConfig;
@@ -12,7 +14,7 @@ use std::cell::RefCell;
 use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
-use std::sync::Once;
+use std::sync::{Arc, Once};
 use tap_host::Bug;
 
 /// A catalogued scenario.
@@ -83,6 +85,9 @@ impl RunSpec {
             spec.options.bug = Some(*bug.ok_or_else(|| format!("unknown seeded bug {name:?}"))?);
         }
         spec.options.canary = file.option("canary") == Some("on");
+        if let Some(path) = file.option("image") {
+            spec.options.image = Some(Arc::new(RealImage::load(path.as_ref())?));
+        }
         spec.source = Source::Replay(file.decisions.clone());
         Ok(spec)
     }
@@ -95,6 +100,9 @@ impl RunSpec {
         }
         if self.options.canary {
             options.push(("canary".into(), "on".into()));
+        }
+        if let Some(image) = &self.options.image {
+            options.push(("image".into(), image.path().into()));
         }
         let story = outcome.failure.iter().map(|f| format!("{}: {}", f.invariant, f.detail));
         RunFile {
@@ -111,7 +119,7 @@ impl RunSpec {
 }
 
 /// What came of a run.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Outcome {
     /// The first broken invariant.
     pub failure: Option<Failure>,
@@ -125,6 +133,10 @@ pub struct Outcome {
     pub stats: Stats,
     /// Virtual nanoseconds.
     pub virtual_ns: u64,
+    /// What exploring crash states came to.
+    pub explored: Explored,
+    /// The bad state that exploring found.
+    pub bad_state: Option<BadState>,
 }
 
 /// Turns and virtual time after which a run counts as stuck: far above what any scenario needs.
@@ -216,6 +228,8 @@ pub fn run(spec: &RunSpec) -> Outcome {
         marks: world.kernel.marks(),
         stats: world.stats(),
         virtual_ns: sim.now_ns(),
+        explored: world.explorer().map_or(Explored::default(), |e| e.explored()),
+        bad_state: world.explorer().and_then(|e| e.bad()),
     }
 }
 

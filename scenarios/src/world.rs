@@ -1,11 +1,14 @@
 //! A world: one engine, one host, what is asked of it and what comes out.
 
 use crate::check::{Invariant, Verdict};
+use crate::explore::Explorer;
+use crate::image::RealImage;
 use kernel_model::{Kernel, Storage, StorageConfig};
 use sim::{Entity, Label, Sim, text_hash};
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::fmt::Debug;
 use std::rc::Rc;
+use std::sync::Arc;
 use tap_host::Bug;
 use xen_model::{Options, Xen};
 
@@ -29,8 +32,10 @@ pub struct RunOptions {
     pub bug: Option<Bug>,
     /// The drive's flush lies.
     pub canary: bool,
-    /// A real image to start from instead of a made one: files by name.
-    pub files: Vec<(String, std::sync::Arc<Vec<u8>>)>,
+    /// The image that the scenario `real-image` starts from.
+    pub image: Option<Arc<RealImage>>,
+    /// Every crash state of the first epoch is looked at, instead of one.
+    pub explore: bool,
 }
 
 /// Counts of one run.
@@ -67,6 +72,7 @@ pub struct World {
     pub options: Rc<RunOptions>,
     stats: Rc<Cell<Stats>>,
     errors_allowed: bool,
+    explorer: Rc<RefCell<Option<Rc<Explorer>>>>,
 }
 
 impl World {
@@ -89,6 +95,7 @@ impl World {
             options: Rc::new(options),
             stats: Rc::default(),
             errors_allowed,
+            explorer: Rc::default(),
         }
     }
 
@@ -113,6 +120,16 @@ impl World {
             return 0;
         }
         sim::Draw::new(sim::mix2(self.sim.swarm().seed(), text_hash(name))).below(n)
+    }
+
+    /// The explorer of crash states, if there is one.
+    pub fn explorer(&self) -> Option<Rc<Explorer>> {
+        self.explorer.borrow().clone()
+    }
+
+    /// Puts an explorer to work.
+    pub fn set_explorer(&self, explorer: Rc<Explorer>) {
+        *self.explorer.borrow_mut() = Some(explorer);
     }
 
     /// Changes the counts.

@@ -9,7 +9,7 @@ use std::sync::{LazyLock, Mutex};
 pub struct Label {
     /// Unique name, kebab case.
     pub name: &'static str,
-    /// What a value means, for people; `{}` stands for the value.
+    /// What a value means, for people; `{}` stands for the value, `{n}` for the attempt.
     pub words: &'static str,
     /// Widths in bits of the fields of a packed value, lowest first; empty for a plain number. Shrinking works on
     /// fields one by one.

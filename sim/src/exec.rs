@@ -16,7 +16,7 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 
 /// How far the turn of a woken task is put back.
-pub static WAKE: Label = Label::new("wake", "the task's turn comes {} ns late");
+pub static WAKE: Label = Label::new("wake", "its turn {n} is put back by {} ns");
 
 /// Which order ready tasks run in.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

@@ -80,7 +80,7 @@ impl RunFile {
     /// The file's text.
     pub fn print(&self) -> String {
         let mut out = format!("tapsim-run {VERSION}\n");
-        for line in &self.story {
+        for line in self.story.iter().flat_map(|text| text.lines()) {
             let _ = writeln!(out, "# {line}");
         }
         let _ = writeln!(out, "scenario {}\nseed {}\nrevision {}", self.scenario, self.seed, self.revision);
@@ -204,6 +204,8 @@ mod tests {
         };
         let text = run.print();
         assert_eq!(RunFile::parse(&text).unwrap(), run);
+        let long = RunFile { story: vec!["one\ntwo".into()], ..run.clone() };
+        assert_eq!(RunFile::parse(&long.print()).unwrap().story, ["one", "two"]);
         assert_eq!(RunFile::parse("hello"), Err(RunFileError::NotARun));
         assert_eq!(RunFile::parse("tapsim-run 9\n"), Err(RunFileError::Version("9".into())));
         let cut = &text[..text.len() - 20];

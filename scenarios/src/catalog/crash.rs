@@ -8,6 +8,7 @@
 
 use super::setup::{Setup, workload};
 use crate::check::Invariant;
+use crate::explore::Explorer;
 use crate::guest::{DirectDisk, Guest, Manners};
 use crate::host::SimHost;
 use crate::run::Scenario;
@@ -76,6 +77,33 @@ pub static QCOW_ERRORS: Scenario = Scenario {
     },
 };
 
+/// What crash states are counted on: 8 MiB in 4 KiB clusters.
+pub static EXPLORE_QCOW: Scenario = Scenario {
+    name: "explore-qcow",
+    about: "qcow of 8 MiB in clusters of 4 KiB, every crash state looked at",
+    storage: |_| StorageConfig::default(),
+    body: |w| Box::pin(power_cuts(w, Plan { overlay: false, cuts: 1, ops: 120, recovery_only: false })),
+};
+
+/// The same over a backing file.
+pub static EXPLORE_OVERLAY: Scenario = Scenario {
+    name: "explore-qcow-overlay",
+    about: "qcow of 8 MiB in clusters of 4 KiB over a backing file, every crash state looked at",
+    storage: |_| StorageConfig::default(),
+    body: |w| Box::pin(power_cuts(w, Plan { overlay: true, cuts: 1, ops: 120, recovery_only: false })),
+};
+
+/// An image that somebody else made.
+pub static REAL_IMAGE: Scenario = Scenario {
+    name: "real-image",
+    about: "a given image under load, power cut at any host operation, recovery checked sector by sector",
+    storage: |_| StorageConfig {
+        faults: FaultPlan { short: true, ..FaultPlan::LATENCY },
+        ..StorageConfig::default()
+    },
+    body: |w| Box::pin(power_cuts(w, Plan { overlay: false, cuts: 2, ops: 40, recovery_only: false })),
+};
+
 fn error_storage(sim: &Sim) -> StorageConfig {
     // Not `SyncErrors::Reverts`: it takes answered writes back from a living disk, and nothing above can prevent that.
     let modes = [SyncErrors::Retryable, SyncErrors::Linux, SyncErrors::Latched];
@@ -111,10 +139,16 @@ struct Plan {
 }
 
 const DISK_BYTES: u64 = 1 << 20;
+/// Size of the disk whose crash states are counted.
+const EXPLORED_BYTES: u64 = 8 << 20;
 
 async fn power_cuts(world: World, plan: Plan) {
     let limits = StackLimits::draw(&world);
-    let setup = Setup::qcow(&world, 0, DISK_BYTES, plan.overlay);
+    let setup = match world.options.image.clone() {
+        Some(image) => Setup::real(&world, &image),
+        None if world.options.explore => Setup::qcow_of(&world, 0, EXPLORED_BYTES, plan.overlay, 12, 9),
+        None => Setup::qcow(&world, 0, DISK_BYTES, plan.overlay),
+    };
     let flush_failed = Rc::new(Cell::new(false));
     for cut in 0..plan.cuts {
         epoch(&world, &setup, &limits, plan, cut, &flush_failed).await;
@@ -142,7 +176,7 @@ async fn epoch(
     let guest = Entity::WORLD.child("guest", u64::from(cut));
     world.sim.name_entity(guest, || format!("guest, epoch {cut}"));
     let ops = operations(&world.sim, guest, u64::from(cut), &workload(world, setup.size_sectors, count, 88));
-    arm_power_cut(world, cut, if recovering { 24 } else { u64::from(plan.ops) * 4 }, {
+    arm_power_cut(world, setup, cut, if recovering { 24 } else { u64::from(plan.ops) * 4 }, {
         let node = node.clone();
         move || node.kill()
     });
@@ -169,9 +203,12 @@ async fn epoch(
 }
 
 /// Calls `cut` once the storage has done as many more operations as the seed says, if it says so.
-fn arm_power_cut(world: &World, epoch: u32, most: u64, cut: impl Fn() + 'static) {
-    let entity = Entity::WORLD.child("power", u64::from(epoch));
+fn arm_power_cut(world: &World, setup: &Setup, epoch: u32, most: u64, cut: impl Fn() + 'static) {
+    let entity = power(epoch);
     world.sim.name_entity(entity, || format!("power, epoch {epoch}"));
+    if world.options.explore && epoch == 0 {
+        return explore(world, setup);
+    }
     let after =
         world.sim.decide(entity, &CRASH_AT, 0, |d| if d.below(8) == 0 { 0 } else { 1 + d.below(most) });
     if after > 0 {
@@ -182,6 +219,27 @@ fn arm_power_cut(world: &World, epoch: u32, most: u64, cut: impl Fn() + 'static)
             }
         })));
     }
+}
+
+/// Who decides about the power in an epoch.
+pub fn power(epoch: u32) -> Entity {
+    Entity::WORLD.child("power", u64::from(epoch))
+}
+
+/// Looks at all crash states from now on; the power itself is not cut before everything has come to rest.
+fn explore(world: &World, setup: &Setup) {
+    let below = setup.below(world);
+    let history = Rc::clone(&setup.history);
+    let seed = world.sim.swarm().seed();
+    let explorer = Explorer::new(&world.storage, &setup.spec, history, below, world.options.bug, seed);
+    world.set_explorer(Rc::clone(&explorer));
+    let (w, start) = (world.clone(), world.storage.ops());
+    world.storage.set_hook(Some(Rc::new(move |op| {
+        explorer.point(op - start);
+        if let Some(bad) = explorer.bad() {
+            w.fail(bad.invariant, bad.detail);
+        }
+    })));
 }
 
 /// What happens between switching on and the power cut.

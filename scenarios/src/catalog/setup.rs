@@ -1,7 +1,7 @@
 //! What crash scenarios start from: an image, its backing file, the history of its disk.
 
 use crate::check::{BlockHistory, Initial, Invariant, walker};
-use crate::image::{QcowShape, Stored, layer_cluster, make_qcow};
+use crate::image::{QcowShape, RealImage, Stored, layer_cluster, make_qcow};
 use crate::workload::{Shape, Workload};
 use crate::world::World;
 use kernel_model::{Content, PageMap};
@@ -23,6 +23,8 @@ pub struct Setup {
     pub cluster_bits: u32,
     /// The backing file and its bytes, which must stay.
     base: Option<(String, Rc<Vec<u8>>)>,
+    /// Further files below a real image.
+    below: Vec<String>,
 }
 
 impl Setup {
@@ -30,6 +32,18 @@ impl Setup {
     pub fn qcow(world: &World, number: u32, size_bytes: u64, overlay: bool) -> Self {
         let cluster_bits = world.setting("cluster-bits", &[12, 16, 9, 14]);
         let l2_bits = world.setting("l2-bits", &[9, 6, 13]);
+        Self::qcow_of(world, number, size_bytes, overlay, cluster_bits, l2_bits)
+    }
+
+    /// As [`Setup::qcow`], with clusters and tables of a given size.
+    pub fn qcow_of(
+        world: &World,
+        number: u32,
+        size_bytes: u64,
+        overlay: bool,
+        cluster_bits: u32,
+        l2_bits: u32,
+    ) -> Self {
         let mut view = PageMap::default();
         let base_name = format!("base{number}.raw");
         let base =
@@ -49,6 +63,30 @@ impl Setup {
         let initial = if overlay { Initial::Bytes(view) } else { Initial::Zero };
         let setup = Self::with_history(world, ImageFormat::Qcow, number, size_bytes, initial, base);
         Self { cluster_bits, ..setup }
+    }
+
+    /// Starts from an image that somebody else made.
+    pub fn real(world: &World, image: &RealImage) -> Self {
+        let loaded = image.loaded();
+        for (path, content) in &loaded.files {
+            world.storage.put(path, content.clone());
+        }
+        let initial = Initial::Bytes(loaded.view.clone());
+        let setup = Self::with_history(world, ImageFormat::Qcow, 0, loaded.size_bytes, initial, None);
+        let below = loaded.files[1..].iter().map(|(path, _)| path.clone()).collect();
+        Self {
+            spec: ImageSpec { format: ImageFormat::Qcow, path: loaded.files[0].0.clone() },
+            cluster_bits: loaded.cluster_bits,
+            below,
+            ..setup
+        }
+    }
+
+    /// The files that the image is based on, as they are.
+    pub fn below(&self, world: &World) -> Vec<(String, Content)> {
+        let base = self.base.iter().map(|(path, _)| path);
+        let paths = base.chain(&self.below).cloned();
+        paths.filter_map(|path| world.storage.content(&path).map(|content| (path, content))).collect()
     }
 
     /// Makes raw image `number` of zeros.
@@ -75,6 +113,7 @@ impl Setup {
             size_sectors,
             cluster_bits: 9,
             base,
+            below: Vec::new(),
         }
     }
 

@@ -82,6 +82,9 @@ pub struct BlockHistory {
     full: bool,
     size_sectors: u64,
     order: Order,
+    flushes: u64,
+    /// What the last flush settled.
+    settled: Vec<SectorRange>,
 }
 
 impl BlockHistory {
@@ -100,6 +103,8 @@ impl BlockHistory {
             full,
             size_sectors,
             order: Order::Submission,
+            flushes: 0,
+            settled: Vec::new(),
         }
     }
 
@@ -112,6 +117,11 @@ impl BlockHistory {
     /// Size of the disk in sectors.
     pub fn size_sectors(&self) -> u64 {
         self.size_sectors
+    }
+
+    /// The number of the guest, as it stands in its sectors.
+    pub fn writer(&self) -> u32 {
+        self.writer
     }
 
     fn tick(&mut self) -> Clock {
@@ -282,6 +292,11 @@ impl BlockHistory {
     /// A flush that was submitted at `inv` succeeded.
     pub fn end_flush(&mut self, inv: Clock) {
         self.tick();
+        self.flushes += 1;
+        let mut settled = std::mem::take(&mut self.settled);
+        settled.clear();
+        settled.extend(self.unsettled());
+        self.settled = settled;
         let (oldest, order) = (self.oldest_read(), self.order);
         let (cells, is_dirty) = (&mut self.cells, &mut self.is_dirty);
         self.dirty.retain(|cell| {
@@ -323,6 +338,16 @@ impl BlockHistory {
             let start = cell * BLOCK;
             SectorRange::new(start, (self.size_sectors - start).min(BLOCK) as u32)
         })
+    }
+
+    /// Flushes that succeeded.
+    pub fn flushes(&self) -> u64 {
+        self.flushes
+    }
+
+    /// What was unsettled before the last flush that succeeded.
+    pub fn recently_settled(&self) -> &[SectorRange] {
+        &self.settled
     }
 
     /// The power was cut, and with it everything that ran.

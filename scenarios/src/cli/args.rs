@@ -96,10 +96,36 @@ pub enum Command {
     List,
     /// Finds and shrinks every seeded bug
     Bugs(BugsArgs),
+    /// Cuts the power on a given image, again and again
+    Crash(CrashArgs),
     /// Measures the testbed: simulated requests per second of CPU, memory, what merging saves
     Bench(BenchArgs),
     /// Switches a seeded bug on, finds it, shrinks it and tells its story
     Demo,
+}
+
+/// Formats that can be taken from outside.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Format {
+    /// qcow, version 1
+    Qcow,
+}
+
+/// `crash`
+#[derive(Args, Debug, Clone)]
+pub struct CrashArgs {
+    /// Format of the image
+    #[arg(long, value_enum)]
+    pub format: Format,
+    /// The image; it is read into memory and never written to, as are the files below it
+    #[arg(long, value_name = "FILE")]
+    pub image: PathBuf,
+    /// Seeds A up to, not including, B [default: 0..500]
+    #[arg(long, value_name = "A..B", value_parser = parse_seeds)]
+    pub seeds: Option<Range<u64>>,
+    /// Seeds of which every crash state is looked at
+    #[arg(long, default_value_t = 4, value_name = "N")]
+    pub explore: u64,
 }
 
 /// `bench`
@@ -108,6 +134,9 @@ pub struct BenchArgs {
     /// Guest requests per world
     #[arg(long, default_value_t = 1_000_000, value_name = "N", value_parser = clap::value_parser!(u64).range(1000..=1_000_000_000))]
     pub requests: u64,
+    /// Crash states per image
+    #[arg(long, default_value_t = 20_000, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1_000_000_000))]
+    pub states: u64,
     /// Runs of each world; the best counts
     #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100))]
     pub rounds: u32,

@@ -1,9 +1,11 @@
 //! `bench`: how fast the testbed is.
 
 use super::args::{BenchArgs, Common};
+use super::crash::{ExploreRate, explore_rate};
 use super::output::save_json;
 use super::{Exit, Stop};
 use crate::bench::{BenchResult, BenchSpec, Disk, measure};
+use crate::catalog::crash::{EXPLORE_OVERLAY, EXPLORE_QCOW};
 use serde::Serialize;
 use sim::guard;
 
@@ -64,8 +66,48 @@ pub fn bench_command(common: &Common, args: &BenchArgs) -> Result<Exit, Stop> {
         );
         json.push(row);
     }
+    let explored = explored(common, args)?;
     if let Some(path) = &common.json {
-        save_json(path, &json)?;
+        save_json(path, &JsonBench { worlds: json, crash_states: explored })?;
     }
     Ok(Exit::Ok)
+}
+
+#[derive(Serialize)]
+struct JsonBench {
+    worlds: Vec<JsonRow>,
+    crash_states: Vec<JsonStates>,
+}
+
+#[derive(Serialize)]
+struct JsonStates {
+    scenario: &'static str,
+    states_per_cpu_second: u64,
+    #[serde(flatten)]
+    rate: ExploreRate,
+}
+
+/// Crash states per second: distinct ones that the driver opened and read.
+fn explored(common: &Common, args: &BenchArgs) -> Result<Vec<JsonStates>, Stop> {
+    println!(
+        "\n{:<30} {:>12} {:>12} {:>14} {:>16}",
+        "crash states", "states/s", "ns/state", "duplicates", "sectors each"
+    );
+    let mut out = Vec::new();
+    for scenario in [&EXPLORE_QCOW, &EXPLORE_OVERLAY] {
+        let states = args.states;
+        let rate = guard::run(common.guarded(), 1, move || explore_rate(scenario, states));
+        let rate = rate.map_err(|text| Stop(Exit::Broken, text))?;
+        let per_second = u128::from(rate.states) * 1_000_000_000 / u128::from(rate.cpu_ns.max(1));
+        println!(
+            "{:<30} {:>12} {:>12} {:>14} {:>16.1}",
+            scenario.name,
+            per_second,
+            rate.cpu_ns / rate.states.max(1),
+            rate.duplicates,
+            rate.sectors as f64 / rate.states.max(1) as f64
+        );
+        out.push(JsonStates { scenario: scenario.name, states_per_cpu_second: per_second as u64, rate });
+    }
+    Ok(out)
 }

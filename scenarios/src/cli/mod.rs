@@ -3,11 +3,13 @@
 mod args;
 mod bench;
 mod bugs;
+mod crash;
 mod output;
 mod replay;
 mod sweeping;
 
-pub use output::revision;
+pub use args::seeds_or_one;
+pub use output::{load_run, revision};
 pub use sweeping::minute;
 
 use args::{Cli, Command};
@@ -50,7 +52,14 @@ impl Stop {
 /// Runs the program.
 pub fn main() -> ExitCode {
     crate::run::prepare();
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(help) if !help.use_stderr() => help.exit(),
+        Err(error) => {
+            eprintln!("tapsim: {}; see tapsim --help", first_sentence(&error.to_string()));
+            return ExitCode::from(Exit::Usage as u8);
+        }
+    };
     let result = match cli.command {
         None => sweeping::minute(&cli.common),
         Some(Command::Sweep(ref args)) => sweeping::sweep_command(&cli.common, args),
@@ -60,6 +69,7 @@ pub fn main() -> ExitCode {
         Some(Command::Explain(ref args)) => replay::explain_command(&cli.common, args),
         Some(Command::List) => replay::list_command(&cli.common),
         Some(Command::Bugs(ref args)) => bugs::bugs_command(&cli.common, args),
+        Some(Command::Crash(ref args)) => crash::crash_command(&cli.common, args),
         Some(Command::Bench(ref args)) => bench::bench_command(&cli.common, args),
         Some(Command::Demo) => bugs::demo_command(&cli.common),
     };
@@ -70,4 +80,10 @@ pub fn main() -> ExitCode {
             ExitCode::from(exit as u8)
         }
     }
+}
+
+/// What is wrong, as one line: the parser goes on about usage behind an empty line.
+fn first_sentence(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().map(str::trim).take_while(|l| !l.is_empty()).collect();
+    lines.join(" ").trim_start_matches("error: ").to_owned()
 }

@@ -1,0 +1,304 @@
+//! The catalogue as tests: saved failures first, then seeds of every scenario, then the proof that bugs are found.
+//!
+//! ```text
+//!   regression::FILE      a saved run comes out as it must
+//!   scenario::NAME        a few seeds of a scenario, inside the guard
+//!   determinism::NAME     guarded, not guarded and replayed from its decisions: the same trace
+//!   seeded_bug::NAME      a planted bug is found and shrunk
+//! ```
+//!
+//! | variable | meaning |
+//! |---|---|
+//! | `TAPSIM_SEED` | one seed, or `A..B`, instead of the usual ones |
+//! | `TAPSIM_SEEDS` | `A..B` |
+//! | `MADSIM_TEST_SEED`, `MADSIM_TEST_NUM` | the first seed and how many |
+//! | `TAPSIM_REPLAY` | a decision file: runs that and nothing else |
+//!
+//! `scenarios/regressions` holds one shrunk run per seeded bug, which proves that the bug is still caught and that the
+//! same decisions are harmless without it. They are made anew with `cargo tapsim bugs --out DIR`; each file is then named
+//! after its bug. A run that once found a real bug is kept there too: without the bug it must pass. A file can say what
+//! must come out of it with a line `option expect=pass` or `option expect=fail`.
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use scenarios::catalog;
+use scenarios::cli::{load_run, revision, seeds_or_one};
+use scenarios::hunt::{Quarry, hunt};
+use scenarios::run::{Outcome, RunSpec, Scenario, prepare, run, run_recorded, shrink_run};
+use sim::{Source, TraceLevel, guard};
+use std::fmt::Write as _;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use tap_host::Bug;
+
+/// Seeds of each scenario.
+const SEEDS: Range<u64> = 0..150;
+/// Seeds of each scenario whose traces are compared.
+const COMPARED: Range<u64> = 0..3;
+/// Seeds within which every seeded bug must be found.
+const WITHIN: u64 = 2000;
+/// Decisions that a shrunk run of a seeded bug may have.
+const DECISIONS_MAX: usize = 20;
+/// Runs for shrinking; more would make runs smaller still.
+const SHRINK_RUNS: u64 = 1500;
+/// Events of a failure that are shown.
+const TAIL: usize = 12;
+
+fn main() -> ExitCode {
+    prepare();
+    let args = Arguments::from_args();
+    match trials(|name| std::env::var(name).ok()) {
+        Ok(trials) => libtest_mimic::run(&args, trials).exit_code(),
+        Err(text) => {
+            eprintln!("scenarios: {text}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// What the environment asks for.
+#[derive(Debug, PartialEq, Eq)]
+enum Asked {
+    Usual,
+    Seeds(Range<u64>),
+    Replay(PathBuf),
+}
+
+fn asked(env: impl Fn(&str) -> Option<String>) -> Result<Asked, String> {
+    let one = |name: &str| env(name).map(|value| (name.to_string(), value));
+    let first = one("MADSIM_TEST_SEED").or_else(|| one("MADSIM_TEST_NUM"));
+    let set: Vec<(String, String)> = [one("TAPSIM_REPLAY"), one("TAPSIM_SEED"), one("TAPSIM_SEEDS"), first]
+        .into_iter()
+        .flatten()
+        .collect();
+    let (name, value) = match &set[..] {
+        [] => return Ok(Asked::Usual),
+        [only] => only,
+        [a, b, ..] => return Err(format!("{} and {} are both set: set one of them", a.0, b.0)),
+    };
+    let bad = |e| format!("{name}: {e}");
+    match name.as_str() {
+        "TAPSIM_REPLAY" => Ok(Asked::Replay(value.into())),
+        "TAPSIM_SEEDS" if !value.contains("..") => {
+            Err(format!("{name}: {value:?} is not a range of seeds such as 0..2000"))
+        }
+        "TAPSIM_SEED" | "TAPSIM_SEEDS" => seeds_or_one(value).map(Asked::Seeds).map_err(bad),
+        _ => {
+            let number = |name: &str, usual: u64| {
+                env(name).map_or(Ok(usual), |v| {
+                    v.trim().parse::<u64>().map_err(|_| format!("{name}: {v:?} is not a number"))
+                })
+            };
+            let (first, count) = (number("MADSIM_TEST_SEED", 0)?, number("MADSIM_TEST_NUM", 1)?);
+            let end = first.checked_add(count).filter(|_| count > 0);
+            end.map(|end| Asked::Seeds(first..end)).ok_or_else(|| {
+                format!("MADSIM_TEST_NUM: {count} seeds from {first} on: there are none or too many")
+            })
+        }
+    }
+}
+
+fn trials(env: impl Fn(&str) -> Option<String>) -> Result<Vec<Trial>, String> {
+    let seeds = match asked(env)? {
+        Asked::Usual => SEEDS,
+        Asked::Seeds(seeds) => seeds,
+        Asked::Replay(path) => {
+            load_run(&path).map_err(|stop| stop.1)?;
+            let name = format!("replay::{}", path.display());
+            return Ok(vec![Trial::test(name, move || replay(&path))]);
+        }
+    };
+    let mut trials = Vec::new();
+    for path in regressions()? {
+        let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        trials.push(Trial::test(format!("regression::{stem}"), move || regression(&path)));
+    }
+    for scenario in catalog::ALL.iter().copied() {
+        let seeds = seeds.clone();
+        trials.push(Trial::test(format!("scenario::{}", scenario.name), move || sweep(scenario, seeds)));
+    }
+    for scenario in catalog::ALL.iter().copied() {
+        trials.push(Trial::test(format!("determinism::{}", scenario.name), move || deterministic(scenario)));
+    }
+    for quarry in Bug::ALL.iter().map(|b| Quarry::Bug(*b)).chain([Quarry::Canary]) {
+        trials.push(Trial::test(format!("seeded_bug::{}", quarry.name()), move || found(quarry)));
+    }
+    trials.push(Trial::test("environment", environment));
+    Ok(trials)
+}
+
+fn regressions() -> Result<Vec<PathBuf>, String> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("regressions");
+    let entries =
+        std::fs::read_dir(&folder).map_err(|e| format!("failed to list {}: {e}", folder.display()))?;
+    let mut files: Vec<PathBuf> = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(|e| format!("failed to list {}: {e}", folder.display()))?.path();
+        if path.extension().is_some_and(|e| e == "run") {
+            files.push(path);
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+/// Runs `work` on `spec` inside the guard.
+fn guarded<T: Send + 'static>(spec: &RunSpec, work: fn(&RunSpec) -> T) -> T {
+    let spec = spec.clone();
+    guard::run(guard::AVAILABLE, spec.seed, move || work(&spec))
+}
+
+fn recorded(spec: &RunSpec) -> Outcome {
+    guarded(spec, |spec| run_recorded(spec, TraceLevel::Events))
+}
+
+fn replay(path: &Path) -> Result<(), Failed> {
+    let (_, spec) = load_run(path).map_err(|stop| stop.1)?;
+    let outcome = recorded(&spec);
+    match outcome.failure {
+        None => Ok(()),
+        Some(_) => Err(describe(&spec, &outcome, path).into()),
+    }
+}
+
+fn regression(path: &Path) -> Result<(), Failed> {
+    let (file, spec) = load_run(path).map_err(|stop| stop.1)?;
+    let planted = spec.options.bug.is_some() || spec.options.canary;
+    let must_fail = match file.option("expect") {
+        None => planted,
+        Some("fail") => true,
+        Some("pass") => false,
+        Some(other) => return Err(format!("expect={other} is neither pass nor fail").into()),
+    };
+    let outcome = recorded(&spec);
+    match &outcome.failure {
+        Some(_) if !must_fail => return Err(describe(&spec, &outcome, path).into()),
+        None if must_fail => {
+            return Err(format!("{} is not broken any more by {}", file.invariant, path.display()).into());
+        }
+        Some(f) if f.invariant.to_string() != file.invariant => {
+            return Err(
+                format!("{} is broken instead of {}: {}", f.invariant, file.invariant, f.detail).into()
+            );
+        }
+        _ => {}
+    }
+    if planted {
+        let mut without = spec;
+        (without.options.bug, without.options.canary) = (None, false);
+        let outcome = recorded(&without);
+        if outcome.failure.is_some() {
+            return Err(format!("without its bug: {}", describe(&without, &outcome, path)).into());
+        }
+    }
+    Ok(())
+}
+
+fn sweep(scenario: &'static Scenario, seeds: Range<u64>) -> Result<(), Failed> {
+    let broken = guard::run(guard::AVAILABLE, seeds.start, move || {
+        seeds.into_iter().find(|seed| run(&RunSpec::new(scenario, *seed)).failure.is_some())
+    });
+    match broken {
+        None => Ok(()),
+        Some(seed) => Err(shrunk_failure(&RunSpec::new(scenario, seed))),
+    }
+}
+
+/// Shrinks and saves a failing run, and tells how to have it again.
+fn shrunk_failure(spec: &RunSpec) -> Failed {
+    let (best, outcome) = guarded(spec, |spec| {
+        let all = run_recorded(spec, TraceLevel::Hash);
+        let (best, outcome, _) = shrink_run(spec, &all, SHRINK_RUNS);
+        (best, outcome)
+    });
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("tapsim-failures");
+    let path = folder.join(format!("{}-{}.run", spec.scenario.name, spec.seed));
+    let saved = std::fs::create_dir_all(&folder)
+        .and_then(|()| std::fs::write(&path, best.to_file(&outcome, &revision()).print()));
+    let mut text = describe(&best, &outcome, &path);
+    if let Err(error) = saved {
+        let _ = writeln!(text, "  (failed to save it: {error})");
+    }
+    let _ = writeln!(
+        text,
+        "  unshrunk: TAPSIM_SEED={} cargo test -p scenarios --test scenarios scenario::{}",
+        spec.seed, spec.scenario.name
+    );
+    text.into()
+}
+
+fn describe(spec: &RunSpec, outcome: &Outcome, path: &Path) -> String {
+    let mut text = String::new();
+    if let Some(f) = &outcome.failure {
+        let _ = writeln!(text, "{} seed {}: broken {}", spec.scenario.name, spec.seed, f.invariant);
+        let _ = writeln!(text, "  {}\n  {}\n  last events:", f.invariant.sentence(), f.detail.trim_end());
+    }
+    let lines = &outcome.trace.lines;
+    for line in &lines[lines.len().saturating_sub(TAIL)..] {
+        let _ = writeln!(text, "    {line}");
+    }
+    let path = path.display();
+    let _ = writeln!(text, "  saved:    {path}\n  replay:   cargo tapsim replay {path}");
+    let _ = writeln!(text, "  or:       TAPSIM_REPLAY={path} cargo test -p scenarios --test scenarios");
+    text
+}
+
+fn deterministic(scenario: &'static Scenario) -> Result<(), Failed> {
+    for seed in COMPARED {
+        let spec = RunSpec::new(scenario, seed);
+        let first = guarded(&spec, |spec| run_recorded(spec, TraceLevel::Hash));
+        let other = spec.clone();
+        let bare = guard::run(false, seed, move || run(&other));
+        if first.trace.hash != bare.trace.hash {
+            return Err(format!("seed {seed}: the trace differs with the guard on and off").into());
+        }
+        let again = guarded(&RunSpec { source: Source::Replay(first.decisions), ..spec }, run);
+        if first.trace.hash != again.trace.hash {
+            return Err(
+                format!("seed {seed}: the trace differs when it is replayed from its decisions").into()
+            );
+        }
+    }
+    Ok(())
+}
+
+fn found(quarry: Quarry) -> Result<(), Failed> {
+    let Some(found) = hunt(quarry, WITHIN, guard::AVAILABLE, SHRINK_RUNS) else {
+        return Err(format!("not found within {WITHIN} seeds of any scenario").into());
+    };
+    let left = found.outcome.decisions.len();
+    if left > DECISIONS_MAX {
+        return Err(format!("shrunk to {left} decisions only, {DECISIONS_MAX} are allowed").into());
+    }
+    match found.outcome.failure {
+        Some(_) => Ok(()),
+        None => Err("the shrunk run does not fail".into()),
+    }
+}
+
+/// The variables say what they are documented to say, and nonsense is refused.
+fn environment() -> Result<(), Failed> {
+    let of =
+        |pairs: &[(&str, &str)]| asked(|name| pairs.iter().find(|p| p.0 == name).map(|p| p.1.to_string()));
+    assert_eq!(of(&[]), Ok(Asked::Usual));
+    assert_eq!(of(&[("TAPSIM_SEED", "7")]), Ok(Asked::Seeds(7..8)));
+    assert_eq!(of(&[("TAPSIM_SEED", "7..9")]), Ok(Asked::Seeds(7..9)));
+    assert_eq!(of(&[("TAPSIM_SEEDS", "0..5")]), Ok(Asked::Seeds(0..5)));
+    assert_eq!(of(&[("MADSIM_TEST_SEED", "3"), ("MADSIM_TEST_NUM", "4")]), Ok(Asked::Seeds(3..7)));
+    assert_eq!(of(&[("MADSIM_TEST_NUM", "4")]), Ok(Asked::Seeds(0..4)));
+    for bad in [
+        &[("TAPSIM_SEED", "x")][..],
+        &[("TAPSIM_SEED", "")],
+        &[("TAPSIM_SEEDS", "5")],
+        &[("TAPSIM_SEEDS", "5..5")],
+        &[("MADSIM_TEST_SEED", "-1")],
+        &[("MADSIM_TEST_NUM", "0")],
+        &[("MADSIM_TEST_SEED", "18446744073709551615"), ("MADSIM_TEST_NUM", "2")],
+        &[("TAPSIM_SEED", "1"), ("TAPSIM_SEEDS", "1..2")],
+        &[("TAPSIM_SEED", "1"), ("MADSIM_TEST_NUM", "2")],
+    ] {
+        let answer = of(bad);
+        assert!(answer.as_ref().is_err_and(|text| !text.contains('\n')), "{bad:?} gives {answer:?}");
+    }
+    Ok(())
+}
