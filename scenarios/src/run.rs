@@ -119,7 +119,7 @@ impl RunSpec {
 }
 
 /// What came of a run.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Outcome {
     /// The first broken invariant.
     pub failure: Option<Failure>,
