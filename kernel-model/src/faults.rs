@@ -21,12 +21,12 @@ pub static IO_FAULT: Label = Label::packed("io-fault", "the I/O meets fault {}",
 /// How long an I/O takes beyond the least.
 pub static IO_LATE: Label = Label::new("io-late", "the I/O takes {} ns longer");
 /// Which sectors of a pending write a power cut takes.
-pub static LOST: Label = Label::new("lost", "the power cut takes sectors {} of the write (mask)");
+pub static LOST: Label = Label::new("lost", "the power cut takes sectors {} of the page (mask)");
 /// How many of the pending size changes a power cut takes.
 pub static SIZES_LOST: Label = Label::new("sizes-lost", "the power cut takes the last {} size changes");
 /// Which sectors of a write a failed synchronisation loses.
 pub static SYNC_LOST: Label =
-    Label::new("sync-lost", "the failed synchronisation loses sectors {} of the write (mask)");
+    Label::new("sync-lost", "the failed synchronisation loses sectors {} of the page (mask)");
 /// Whether a new name is lost in a power cut.
 pub static NAME_LOST: Label = Label::new("name-lost", "the power cut takes the file's name");
 
@@ -114,6 +114,7 @@ const KIND_ENOSPC: u64 = 2;
 const KIND_SHORT: u64 = 3;
 const KIND_TRANSIENT: u64 = 4;
 const KIND_STUCK: u64 = 5;
+const KIND_SYNC: u64 = 6;
 
 /// The rates of one seed, looked up once.
 pub(crate) struct Rates {
@@ -160,18 +161,12 @@ impl Rates {
                 (KIND_STUCK, self.stuck),
                 (KIND_ENOSPC, self.enospc),
             ],
-            IoOp::Sync => [(KIND_EIO, self.sync), (KIND_STUCK, self.stuck), (0, 0), (0, 0), (0, 0)],
+            IoOp::Sync => [(KIND_SYNC, self.sync), (KIND_STUCK, self.stuck), (0, 0), (0, 0), (0, 0)],
         };
         let mut at = d.below(1_000_000);
         for (kind, ppm) in table {
             if at < u64::from(ppm) {
-                // Nothing and everything are as likely as all that lies between.
-                let detail = match d.below(3) {
-                    0 => 0,
-                    1 => 255,
-                    _ => d.below(256),
-                };
-                return kind | detail << 3;
+                return kind | draw_detail(op, kind, d) << 3;
             }
             at -= u64::from(ppm);
         }
@@ -203,13 +198,27 @@ impl Rates {
     }
 }
 
+/// How much of an operation happens, where that says anything.
+fn draw_detail(op: IoOp, kind: u64, d: &mut Draw) -> u64 {
+    match (op, kind) {
+        (IoOp::Write, KIND_EIO) | (_, KIND_SHORT) => {}
+        _ => return 0,
+    }
+    // Nothing and everything are as likely as all that lies between.
+    match d.below(3) {
+        0 => 0,
+        1 => 255,
+        _ => d.below(256),
+    }
+}
+
 /// The fault of an [`IO_FAULT`] value; none where the plan does not have it, whatever a decision file says.
 pub(crate) fn decode(value: u64, plan: FaultPlan, op: IoOp) -> Fault {
     let fault = decode_any(value);
     let allowed = match fault {
         Fault::None => true,
-        Fault::Error(Errno::EIO, _) if op == IoOp::Sync => plan.sync_errors,
-        Fault::Error(Errno::EIO, _) => plan.errors,
+        Fault::Error(Errno::EIO, _) if value & 7 == KIND_SYNC => plan.sync_errors && op == IoOp::Sync,
+        Fault::Error(Errno::EIO, _) => plan.errors && op != IoOp::Sync,
         Fault::Error(Errno::ENOSPC, _) => plan.no_space && op == IoOp::Write,
         Fault::Error(..) => plan.transient && op != IoOp::Sync,
         Fault::Short(_) => plan.short && op != IoOp::Sync,
@@ -226,6 +235,7 @@ fn decode_any(value: u64) -> Fault {
         KIND_SHORT => Fault::Short(detail.clamp(1, 254)),
         KIND_TRANSIENT => Fault::Error(Errno::EAGAIN, 0),
         KIND_STUCK => Fault::Stuck,
+        KIND_SYNC => Fault::Error(Errno::EIO, 0),
         _ => Fault::None,
     }
 }
@@ -234,6 +244,8 @@ fn decode_any(value: u64) -> Fault {
 pub fn describe_fault(value: u64) -> String {
     match decode_any(value) {
         Fault::None => "meets no fault".into(),
+        // What a failed synchronisation leaves is a setting of the world.
+        Fault::Error(Errno::EIO, _) if value & 7 == KIND_SYNC => "fails with EIO".into(),
         Fault::Error(Errno::EIO, 0) => "fails with EIO and has no effect".into(),
         Fault::Error(Errno::EIO, 255) => "fails with EIO although all of it took effect".into(),
         Fault::Error(Errno::EIO, part) => format!("fails with EIO after {part}/255 of it took effect"),

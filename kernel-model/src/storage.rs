@@ -25,7 +25,7 @@ pub struct StorageConfig {
     pub sync_errors: SyncErrors,
     /// fdatasync says ok and does nothing: a canary.
     pub flush_lies: bool,
-    /// Fails the n-th operation (from 1) of the kind that [`NthFailure`] names.
+    /// Fails one operation, or all from one on; reads, writes and synchronisations are counted together.
     pub nth_failure: Option<NthFailure>,
     /// Pending bytes per file above which the kernel writes back by itself.
     pub write_back_bytes: usize,
@@ -43,7 +43,7 @@ impl Default for StorageConfig {
     }
 }
 
-/// The n-th operation fails, for an exhaustive sweep.
+/// The n-th operation fails: a sweep over `n` reaches every one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct NthFailure {
     /// Which, counted from 1 over all reads, writes and synchronisations.
@@ -75,6 +75,7 @@ const SYNC_NS: u64 = 80_000;
 const STUCK_NS: u64 = 10_000_000_000;
 
 pub(crate) struct FileState {
+    name: String,
     pub(crate) inode: RefCell<Inode>,
     entity: Entity,
     name_durable: Cell<bool>,
@@ -198,7 +199,7 @@ impl Storage {
         let inode = file.inode.borrow();
         let mut out: Vec<(Entity, &'static sim::Label, u64)> = Vec::new();
         for (i, p) in inode.pending.iter().enumerate() {
-            out.push((pending_entity(p), &LOST, u64::from(p.sectors & !keep(i))));
+            out.push((self.0.pending_entity(p), &LOST, u64::from(p.sectors & !keep(i))));
         }
         let mut growing = 0;
         let mut size = inode.live.size;
@@ -252,6 +253,7 @@ impl Storage {
     /// What was open stays open on files that nobody will find again; call it when every process is dead.
     pub fn power_cut(&self) {
         let inner = &self.0;
+        inner.sim.remark("power", || "the power is cut".into());
         inner.land_in_flight();
         // A file lives through many power cuts; each of them is a decision of its own.
         let cut = inner.power_cuts.replace(inner.power_cuts.get() + 1);
@@ -270,18 +272,13 @@ impl Storage {
             });
             let mood = PowerCutMood::draw(sim, file.entity);
             let content = inode.after_power_cut((sizes - lost.min(sizes)) as usize, |_, p| {
-                let entity = pending_entity(p);
+                let entity = inner.pending_entity(p);
                 !(sim.decide(entity, &LOST, 0, |d| mood.lost(p, d)) as u8)
             });
             drop(inode);
             inner.files.borrow_mut().insert(name.clone(), inner.file(&name, Inode::durable(content), true));
         }
     }
-}
-
-/// The entity of one page of one write.
-fn pending_entity(p: &Pending) -> Entity {
-    p.io.child("page", p.page)
 }
 
 /// How a seed likes its power cuts: everything kept, everything lost, or a mix; single sectors torn or not.
@@ -308,9 +305,12 @@ impl PowerCutMood {
 
 impl Inner {
     fn file(&self, name: &str, inode: Inode, name_durable: bool) -> Rc<FileState> {
+        let entity = Entity::WORLD.child("file", text_hash(name));
+        self.sim.name_entity(entity, || name.to_string());
         Rc::new(FileState {
+            name: name.into(),
             inode: RefCell::new(inode),
-            entity: Entity::WORLD.child("file", text_hash(name)),
+            entity,
             name_durable: Cell::new(name_durable),
             locks: RefCell::default(),
             sync_latched: Cell::new(false),
@@ -375,6 +375,11 @@ impl Inner {
             IoOp::Sync => "sync",
         };
         let io = self.sim.derive(role, offset ^ open.file.entity.0 << 40);
+        self.sim.name_entity(io, || {
+            let by = self.sim.name_of(self.sim.current());
+            let place = if op == IoOp::Sync { String::new() } else { format!(" at {offset:#x}") };
+            format!("{role} of {by}{place} of {}", open.file.name)
+        });
         let fault = self.draw_fault(op, io);
         let base = match op {
             IoOp::Read => READ_NS,
@@ -551,8 +556,9 @@ impl Inner {
             }
             return Ok(0);
         };
-        let lost =
-            |p: &Pending| !(self.sim.decide(pending_entity(p), &SYNC_LOST, 0, |d| d.bits() & 0xff) as u8);
+        let lost = |p: &Pending| {
+            !(self.sim.decide(self.pending_entity(p), &SYNC_LOST, 0, |d| d.bits() & 0xff) as u8)
+        };
         match mode {
             SyncErrors::Retryable => {}
             SyncErrors::Linux => file.inode.borrow_mut().forget(running.covers, false, lost),
@@ -560,6 +566,13 @@ impl Inner {
             SyncErrors::Latched => file.sync_latched.set(true),
         }
         Err(error)
+    }
+
+    /// The entity of one page of one write.
+    fn pending_entity(&self, p: &Pending) -> Entity {
+        let entity = p.io.child("page", p.page);
+        self.sim.name_entity(entity, || format!("{}, page {}", self.sim.name_of(p.io), p.page));
+        entity
     }
 
     /// The power goes while operations run: writes count as written and not synchronised.

@@ -26,6 +26,8 @@ const DEPTH: usize = 32;
 /// Sectors of a request.
 const SECTORS: u64 = 8;
 const FLUSH_EVERY: u64 = 64;
+/// Depth below the scheduler where merging is measured.
+const SHALLOW: usize = 4;
 
 /// What lies below the ring.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -43,7 +45,7 @@ pub struct BenchSpec {
     pub disk: Disk,
     /// Requests to be made.
     pub requests: u64,
-    /// One after the other instead of anywhere.
+    /// One after the other instead of anywhere, with four at a time below the scheduler.
     pub sequential: bool,
     /// Whether contiguous requests are merged.
     pub merging: bool,
@@ -99,6 +101,10 @@ pub fn measure(spec: BenchSpec) -> BenchResult {
 async fn reference(world: World, spec: BenchSpec) -> (u64, u64, i64) {
     let mut limits = StackLimits::draw(&world);
     limits.guest_depth = DEPTH;
+    if spec.sequential {
+        // A shallow device: requests stand in line, where they can be merged.
+        limits.scheduler.depth = SHALLOW;
+    }
     if !spec.merging {
         limits.scheduler.merge_sectors = 0;
     }

@@ -1,10 +1,13 @@
 //! The story of a failure: each decision that is left, in words, and what then happened.
 
+use crate::guest::{KEYS, TRICK, describe_keys, describe_trick};
 use crate::run::{Outcome, RunSpec};
 use crate::workload::{OP, Op};
+use crate::world::SETTING;
 use kernel_model::faults::{IO_FAULT, describe_fault};
 use sim::{Decision, Key};
 use std::fmt::Write as _;
+use tap_host::SectorRange;
 
 /// Disks of scenarios are at most this large; used to show operations, which are taken modulo the disk.
 const SHOWN_SECTORS: u64 = 1 << 40;
@@ -14,17 +17,53 @@ const LINES: usize = 60;
 /// One decision in words.
 pub fn decision(key: &Key, d: &Decision) -> String {
     let who = if d.entity_name.is_empty() { format!("{:016x}", key.entity.0) } else { d.entity_name.clone() };
-    let what = if key.label.name == OP.name {
+    let is = |label: &sim::Label| key.label.name == label.name;
+    let what = if is(&SETTING) && !d.entity_name.is_empty() {
+        // The name says which, and what it is.
+        return who;
+    } else if is(&OP) {
         let op = Op::decode(d.value, SHOWN_SECTORS).map_or("nothing".into(), |op| op.to_string());
         format!("operation {}: {op}", key.attempt)
-    } else if key.label.name == IO_FAULT.name {
+    } else if is(&IO_FAULT) {
         describe_fault(d.value)
+    } else if is(&TRICK) {
+        format!("trick {}: {}", key.attempt, describe_trick(d.value))
+    } else if is(&KEYS) {
+        describe_keys(d.value).into()
     } else {
-        let value =
-            if key.label.words.contains("mask") { format!("{:#010b}", d.value) } else { d.value.to_string() };
-        key.label.words.replace("{}", &value)
+        in_words(key, d.value)
     };
     format!("{who}: {what}")
+}
+
+/// A decision by the words of its label: `{} ns` is a time, `(mask)` a set of sectors, `{n}` the attempt.
+fn in_words(key: &Key, value: u64) -> String {
+    let words = key.label.words.replace("{n}", &key.attempt.to_string());
+    if let Some(words) = words.strip_suffix(" (mask)") {
+        return words.replace("{}", &sectors_of(value));
+    }
+    words.replace("{} ns", &time(value)).replace("{}", &value.to_string())
+}
+
+/// A time in the largest unit that leaves it exact to a thousandth.
+fn time(ns: u64) -> String {
+    let (unit, name) = match ns {
+        0..1_000 => return format!("{ns} ns"),
+        1_000..1_000_000 => (1_000, "us"),
+        1_000_000..1_000_000_000 => (1_000_000, "ms"),
+        _ => (1_000_000_000, "s"),
+    };
+    let text = format!("{}.{:03}", ns / unit, ns % unit * 1000 / unit);
+    format!("{} {name}", text.trim_end_matches('0').trim_end_matches('.'))
+}
+
+/// The sectors of a page whose bits are set.
+fn sectors_of(mask: u64) -> String {
+    if mask & 0xff == 0xff {
+        return "0 to 7".into();
+    }
+    let set: Vec<String> = (0..8).filter(|i| mask & 1 << i != 0).map(|i| i.to_string()).collect();
+    set.join(", ")
 }
 
 /// The whole story of a run, for people.
@@ -35,17 +74,16 @@ pub fn story(spec: &RunSpec, outcome: &Outcome) -> String {
     if let Some(bug) = spec.options.bug {
         let _ = writeln!(out, "  seeded bug {}: {}", bug.name(), bug.sentence());
     }
+    if spec.options.canary {
+        let _ = writeln!(out, "  the canary: a drive whose fdatasync says ok and does nothing");
+    }
     let _ = writeln!(out, "\nDecisions that differ from the boring run ({}):", outcome.decisions.len());
     let mut decisions: Vec<_> = outcome.decisions.iter().collect();
     decisions.sort_by_key(|(k, d)| (d.at_ns, **k));
     for (key, d) in decisions {
         let _ = writeln!(out, "  {:>12} ns  {}", d.at_ns, decision(key, d));
     }
-    let lines = &outcome.trace.lines;
-    let _ = writeln!(out, "\nWhat happened{}:", if lines.len() > LINES { " (the end of it)" } else { "" });
-    for line in lines.iter().skip(lines.len().saturating_sub(LINES)) {
-        let _ = writeln!(out, "  {line}");
-    }
+    happened(&mut out, outcome);
     match &outcome.failure {
         Some(f) => {
             let _ = writeln!(
@@ -54,10 +92,109 @@ pub fn story(spec: &RunSpec, outcome: &Outcome) -> String {
                 f.at_ns,
                 f.invariant,
                 f.invariant.sentence(),
-                f.detail
+                f.detail.trim_end().replace('\n', "\n  ")
             );
         }
         None => out += "\nNothing is broken.\n",
     }
     out
+}
+
+/// The trace. Where it is long, only lines that touch what the operations that are left touch, or no place at all.
+fn happened(out: &mut String, outcome: &Outcome) {
+    let all = &outcome.trace.lines;
+    let mut lines: Vec<&str> = all.iter().map(String::as_str).collect();
+    let mut how = String::new();
+    if lines.len() > LINES {
+        let touched = touched(outcome);
+        if !touched.is_empty() {
+            lines.retain(|line| ranges_in(line).all(|r| touched.iter().any(|t| t.overlaps(r))));
+            how = ", where it concerns what these operations touch".into();
+        }
+        if lines.len() > LINES {
+            lines.drain(..lines.len() - LINES);
+            how += ", the end of it";
+        }
+        let _ = write!(how, " ({} of {} lines)", lines.len(), all.len());
+    }
+    let _ = writeln!(out, "\nWhat happened{how}:");
+    for line in lines {
+        let _ = writeln!(out, "  {line}");
+    }
+}
+
+/// What the operations that are left read and write, and what the failure speaks of.
+fn touched(outcome: &Outcome) -> Vec<SectorRange> {
+    let ops = outcome.decisions.iter().filter(|(key, _)| key.label.name == OP.name);
+    let ranges = ops.filter_map(|(_, d)| Op::decode(d.value, SHOWN_SECTORS)).map(|op| op.range);
+    let detail = outcome.failure.as_ref().map_or("", |f| f.detail.as_str());
+    let mut words = detail.split([' ', ',', ':']);
+    let sector = words.find(|w| *w == "sector").and_then(|_| words.next()?.parse().ok());
+    ranges.filter(|r| r.count > 0).chain(sector.map(|s| SectorRange::new(s, 1))).collect()
+}
+
+/// The ranges of sectors (`8+16`) that a line mentions.
+fn ranges_in(line: &str) -> impl Iterator<Item = SectorRange> + '_ {
+    line.split([' ', ',', ':']).filter_map(|word| {
+        let (start, count) = word.split_once('+')?;
+        let count = count.parse().ok().filter(|n| *n > 0)?;
+        Some(SectorRange::new(start.parse().ok()?, count))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sim::{Entity, Label};
+
+    fn words(label: &'static Label, attempt: u32, value: u64, name: &str) -> String {
+        let key = Key { entity: Entity(0xabc), label, attempt };
+        decision(&key, &Decision { value, at_ns: 0, entity_name: name.into() })
+    }
+
+    #[test]
+    fn decisions_read_well() {
+        assert_eq!(words(&SETTING, 0, 2, "cluster-bits is 9"), "cluster-bits is 9");
+        assert_eq!(
+            words(&sim::WAKE, 3, 1_234, "tapdisk op 7"),
+            "tapdisk op 7: its turn 3 is put back by 1.234 us"
+        );
+        assert_eq!(
+            words(&kernel_model::faults::LOST, 0, 0b1001, "write of x, page 3"),
+            "write of x, page 3: the power cut takes sectors 0, 3 of the page"
+        );
+        assert_eq!(words(&IO_FAULT, 0, 6, "sync of x"), "sync of x: fails with EIO");
+        assert_eq!(words(&OP, 5, 3 | 7 << 2 | 16 << 10, "guest"), "guest: operation 5: write 16+8");
+        assert_eq!(words(&sim::WAKE, 0, 5, ""), "0000000000000abc: its turn 0 is put back by 5 ns");
+        assert_eq!(
+            (time(20_000_000), time(999), time(10_000_000_000)),
+            ("20 ms".into(), "999 ns".into(), "10 s".into())
+        );
+    }
+
+    #[test]
+    fn every_label_has_words_for_its_value() {
+        crate::run::prepare();
+        for label in
+            kernel_model::faults::LABELS.iter().chain(&xen_model::LABELS).chain(crate::catalog::LABELS)
+        {
+            let text = words(label, 1, 1, "somebody");
+            assert!(!text.contains(['{', '}']) && text.len() > "somebody: ".len(), "{}: {text}", label.name);
+        }
+    }
+
+    #[test]
+    fn long_traces_are_cut_down_to_what_matters() {
+        let line = |i: u64| format!("  0.000000001 guest write {i} to {}+8 ok", i * 8);
+        let mut outcome = Outcome::default();
+        outcome.trace.lines =
+            (0..200).map(line).chain(["  0.000000002 power the power is cut".into()]).collect();
+        let key = Key { entity: Entity(1), label: &OP, attempt: 0 };
+        let value = Op::decode(3 | 7 << 2 | 48 << 10, 1 << 20).unwrap().encode();
+        outcome.decisions.insert(key, Decision { value, at_ns: 0, entity_name: String::new() });
+        let mut out = String::new();
+        happened(&mut out, &outcome);
+        assert!(out.contains("write 6 to 48+8") && out.contains("the power is cut"), "{out}");
+        assert!(!out.contains("write 7 to") && out.contains("2 of 201 lines"), "{out}");
+    }
 }

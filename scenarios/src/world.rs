@@ -6,13 +6,24 @@ use crate::image::RealImage;
 use kernel_model::{Kernel, Storage, StorageConfig};
 use sim::{Entity, Label, Sim, text_hash};
 use std::cell::{Cell, RefCell};
+use std::fmt::Debug;
 use std::rc::Rc;
 use std::sync::Arc;
 use tap_host::Bug;
 use xen_model::{Options, Xen};
 
-/// Which of a list of settings holds; 0 is the first.
-pub static SETTING: Label = Label::new("setting", "setting number {}");
+/// Which of a list of settings holds; 0 is the first. Its entity's name says what that means.
+pub static SETTING: Label = Label::new("setting", "choice {}");
+
+/// One of `choices`, a decision of the world: the first is the boring one.
+pub fn setting<T: Copy + Debug>(sim: &Sim, name: &'static str, choices: &[T]) -> T {
+    let entity = Entity::WORLD.child(name, 0);
+    let n = choices.len() as u64;
+    let value = sim.decide(entity, &SETTING, 0, |d| d.below(n));
+    let choice = choices[value.min(n - 1) as usize];
+    sim.name_entity(entity, || format!("{name} is {choice:?}"));
+    choice
+}
 
 /// What a run is made of, besides decisions.
 #[derive(Clone, Debug, Default)]
@@ -99,12 +110,8 @@ impl World {
     }
 
     /// One of `choices`, a decision: the first is the boring one.
-    pub fn setting<T: Copy>(&self, name: &'static str, choices: &[T]) -> T {
-        let entity = Entity::WORLD.child(name, 0);
-        self.sim.name_entity(entity, || name.to_string());
-        let n = choices.len() as u64;
-        let value = self.sim.decide(entity, &SETTING, 0, |d| d.below(n));
-        choices[value.min(n - 1) as usize]
+    pub fn setting<T: Copy + Debug>(&self, name: &'static str, choices: &[T]) -> T {
+        setting(&self.sim, name, choices)
     }
 
     /// A property of the seed that shapes how decisions are drawn and is none itself; 0 in a replay.

@@ -9,7 +9,7 @@ use std::sync::{LazyLock, Mutex};
 pub struct Label {
     /// Unique name, kebab case.
     pub name: &'static str,
-    /// What a value means, for people; `{}` stands for the value.
+    /// What a value means, for people; `{}` stands for the value, `{n}` for the attempt.
     pub words: &'static str,
     /// Widths in bits of the fields of a packed value, lowest first; empty for a plain number. Shrinking works on
     /// fields one by one.
@@ -60,7 +60,8 @@ pub struct Key {
     pub entity: Entity,
     /// Which kind.
     pub label: &'static Label,
-    /// The how-manieth of this kind for this entity, from 0.
+    /// Tells decisions of this kind about this entity apart: a count that whoever asks keeps, such as the number of an
+    /// operation or of a wake-up; 0 where there is one only.
     pub attempt: u32,
 }
 
@@ -98,7 +99,7 @@ pub struct Decision {
     pub value: u64,
     /// Virtual time in nanoseconds at which it was drawn.
     pub at_ns: u64,
-    /// The entity in words.
+    /// The entity in words; empty where names were not kept (see [`crate::Config::record`]).
     pub entity_name: String,
 }
 
@@ -161,12 +162,13 @@ pub(crate) struct Decisions {
     script: FixedMap<u64, (u32, Vec<(u32, u64)>)>,
     draw_missing: bool,
     record: Option<DecisionMap>,
-    names: FixedMap<u64, String>,
+    /// Names of entities, if they are kept.
+    names: Option<FixedMap<u64, String>>,
     pub(crate) faults_stopped: bool,
 }
 
 impl Decisions {
-    pub(crate) fn new(seed: u64, source: &Source, record: bool) -> Self {
+    pub(crate) fn new(seed: u64, source: &Source, record: bool, names: bool) -> Self {
         let (map, draw_missing) = match source {
             Source::Seed => (None, true),
             Source::Replay(map) => (Some(map), false),
@@ -187,7 +189,7 @@ impl Decisions {
             script,
             draw_missing,
             record: record.then(DecisionMap::new),
-            names: FixedMap::default(),
+            names: names.then(FixedMap::default),
             faults_stopped: false,
         }
     }
@@ -228,9 +230,8 @@ impl Decisions {
 
     #[cold]
     fn note(&mut self, key: Key, value: u64, at_ns: u64) {
-        let entity_name = self.names.get(&key.entity.0).cloned().unwrap_or_default();
         if let Some(record) = &mut self.record {
-            record.insert(key, Decision { value, at_ns, entity_name });
+            record.insert(key, Decision { value, at_ns, entity_name: String::new() });
         }
     }
 
@@ -242,22 +243,28 @@ impl Decisions {
         !self.given.is_empty() || !self.script.is_empty()
     }
 
-    pub(crate) fn recording(&self) -> bool {
-        self.record.is_some()
+    #[inline]
+    pub(crate) fn naming(&self) -> bool {
+        self.names.is_some()
     }
 
     pub(crate) fn name(&mut self, entity: Entity, name: impl FnOnce() -> String) {
-        if self.record.is_some() {
-            self.names.entry(entity.0).or_insert_with(name);
+        if let Some(names) = &mut self.names {
+            names.entry(entity.0).or_insert_with(name);
         }
     }
 
     pub(crate) fn name_of(&self, entity: Entity) -> Option<&str> {
-        self.names.get(&entity.0).map(String::as_str)
+        self.names.as_ref()?.get(&entity.0).map(String::as_str)
     }
 
+    /// What was recorded, with the names that are known by now.
     pub(crate) fn take_record(&mut self) -> DecisionMap {
-        self.record.take().unwrap_or_default()
+        let mut record = self.record.take().unwrap_or_default();
+        for (key, decision) in &mut record {
+            decision.entity_name = self.name_of(key.entity).unwrap_or_default().to_string();
+        }
+        record
     }
 }
 

@@ -16,7 +16,7 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 
 /// How far the turn of a woken task is put back.
-pub static WAKE: Label = Label::new("wake", "the task's turn comes {} ns late");
+pub static WAKE: Label = Label::new("wake", "its turn {n} is put back by {} ns");
 
 /// Which order ready tasks run in.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -56,7 +56,7 @@ pub struct Config {
     pub seed: u64,
     /// Where decisions come from.
     pub source: Source,
-    /// Whether non-zero decisions are recorded.
+    /// Whether non-zero decisions are recorded; with the names of their entities, if lines of the trace are kept too.
     pub record: bool,
     /// How much of the trace is kept.
     pub trace: TraceLevel,
@@ -146,7 +146,12 @@ impl Sim {
             generation: Cell::new(0),
             nodes: RefCell::new(vec![world]),
             current: RefCell::default(),
-            decisions: RefCell::new(Decisions::new(config.seed, &config.source, config.record)),
+            decisions: RefCell::new(Decisions::new(
+                config.seed,
+                &config.source,
+                config.record,
+                config.record && config.trace != TraceLevel::Hash,
+            )),
             trace: RefCell::new(Trace::new(config.trace)),
             scheduling: Cell::new(config.scheduling),
             swarm: Swarm::new(config.seed, config.faults),
@@ -215,15 +220,13 @@ impl Sim {
         self.0.current.borrow().as_ref().map_or(Entity::WORLD, |t| t.entity)
     }
 
-    /// An entity for a piece of work of the running task: (task, role, key, how often it had this pair).
+    /// An entity for a piece of work of the running task: (task, role, key, how often it had this pair). It has no name
+    /// yet.
     #[inline]
     pub fn derive(&self, role: &'static str, key: u64) -> Entity {
         let current = self.0.current.borrow();
         let Some(task) = current.as_ref() else { return Entity::WORLD.child(role, key) };
-        let entity = self.0.ordinal_child(task, role, key);
-        drop(current);
-        self.name_entity(entity, || format!("{} {role} {key:#x}", self.name_of(self.current())));
-        entity
+        self.0.ordinal_child(task, role, key)
     }
 
     /// Takes the decision about (`entity`, `label`, `attempt`); `draw` makes it from hash bits where no stored one
@@ -277,25 +280,34 @@ impl Sim {
         self.0.swarm
     }
 
-    /// Gives an entity a name for people; evaluated only while decisions are recorded.
+    /// Gives an entity a name for people, unless it has one; evaluated only while names are kept.
+    #[inline]
     pub fn name_entity(&self, entity: Entity, name: impl FnOnce() -> String) {
-        let mut decisions = self.0.decisions.borrow_mut();
-        if decisions.recording() {
-            drop(decisions);
+        if self.0.decisions.borrow().naming() {
             let name = name();
-            decisions = self.0.decisions.borrow_mut();
-            decisions.name(entity, || name);
+            self.0.decisions.borrow_mut().name(entity, || name);
         }
     }
 
-    fn name_of(&self, entity: Entity) -> String {
-        self.0.decisions.borrow().name_of(entity).unwrap_or("?").to_string()
+    /// The name of an entity; a number where names are not kept, or it has none.
+    pub fn name_of(&self, entity: Entity) -> String {
+        let decisions = self.0.decisions.borrow();
+        decisions.name_of(entity).map_or_else(|| format!("{:016x}", entity.0), str::to_string)
     }
 
     /// Adds `event` to the trace.
     #[inline]
     pub fn trace(&self, who: &str, event: &impl TraceEvent) {
         self.0.trace.borrow_mut().event(self.0.now.get(), who, event);
+    }
+
+    /// Adds a line for people to the trace; no part of the hash, and evaluated only where lines are kept.
+    #[inline]
+    pub fn remark(&self, who: &str, text: impl FnOnce() -> String) {
+        if self.0.trace.borrow().keeps_lines() {
+            let text = text();
+            self.0.trace.borrow_mut().line(self.0.now.get(), who, &text);
+        }
     }
 
     /// The trace hash so far.
@@ -370,7 +382,10 @@ impl Core {
 
     fn start(&self, entity: Entity, node: u32, role: &'static str, key: u64, future: BoxedTask) {
         let mut decisions = self.decisions.borrow_mut();
-        decisions.name(entity, || format!("{} {role} {key:#x}", self.nodes.borrow()[node as usize].name));
+        decisions.name(entity, || match key {
+            0 => format!("{} {role}", self.nodes.borrow()[node as usize].name),
+            key => format!("{} {role} {key}", self.nodes.borrow()[node as usize].name),
+        });
         drop(decisions);
         let slot = self.free.borrow_mut().pop();
         let mut tasks = self.tasks.borrow_mut();

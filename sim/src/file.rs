@@ -8,10 +8,11 @@
 //! invariant G7
 //! trace 0x0123456789abcdef
 //! option bug=l1-before-l2
-//! decision 8d1c5b0a44e1f203 op 57 1048577   # guest op 57
+//! decision 8d1c5b0a44e1f203 op 57 1048577 0 # guest 0
 //! ```
 //!
-//! Everything after ` # ` is for people. Keys name what a decision is about, so files survive changes of the code that
+//! A decision has five parts: entity, label, attempt, value, virtual time in nanoseconds. Everything after ` # ` is for
+//! people. Keys name what a decision is about, so files survive changes of the code that
 //! a bare seed would not; a decision that nothing asks for any more is left unused.
 
 use crate::decide::{Decision, DecisionMap, Key, label_by_name};
@@ -199,7 +200,7 @@ mod tests {
             trace_hash: 0x1234,
             options: vec![("bug".into(), "x".into())],
             story: vec!["a story".into()],
-            decisions: [(key, Decision { value: 5, at_ns: 9, entity_name: "guest op 2".into() })].into(),
+            decisions: [(key, Decision { value: 5, at_ns: 9, entity_name: "guest 0".into() })].into(),
         };
         let text = run.print();
         assert_eq!(RunFile::parse(&text).unwrap(), run);

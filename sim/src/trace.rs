@@ -67,8 +67,13 @@ impl Trace {
         }
     }
 
+    #[inline]
+    pub(crate) fn keeps_lines(&self) -> bool {
+        self.level != TraceLevel::Hash
+    }
+
     #[cold]
-    fn line(&mut self, now_ns: u64, who: &str, text: &str) {
+    pub(crate) fn line(&mut self, now_ns: u64, who: &str, text: &str) {
         if self.lines.len() == LINES_MAX {
             self.lines.drain(..LINES_MAX / 2);
         }

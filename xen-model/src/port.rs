@@ -35,11 +35,13 @@ impl Xen {
     /// Opens Xen for a process of `dom` that lives on `node`.
     pub fn attach(&self, dom: DomId, node: &Node) -> XenPort {
         let client = Client { dom, conn: self.next_conn() };
+        let entity = node.entity().child("xen", u64::from(dom.0));
+        self.0.sim.name_entity(entity, || format!("xenstore for {}", node.name()));
         let port = XenPort(Rc::new(Inner {
             xen: self.clone(),
             node: node.clone(),
             client,
-            entity: node.entity().child("xen", u64::from(dom.0)),
+            entity,
             store_ops: Cell::new(0),
             next_map: Cell::new(0),
             maps: RefCell::default(),

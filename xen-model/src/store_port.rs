@@ -121,6 +121,7 @@ impl Transaction for StoreTransaction {
         self.port.turn().await;
         let xen = &self.port.xen().0;
         let entity = xen.sim.derive("commit", u64::from(self.port.dom().0));
+        xen.sim.name_entity(entity, || format!("commit of {}", xen.sim.name_of(xen.sim.current())));
         let conflict = xen.sim.fault(entity, &STORE_CONFLICT, xen.rates.conflict, |_| 1) != 0;
         let result =
             if conflict { Err(Errno::EAGAIN) } else { self.port.apply(|store| store.commit(self.id)) };

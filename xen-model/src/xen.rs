@@ -11,9 +11,9 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use tap_host::{DomId, Errno, GrantRef, Port};
 
-pub(crate) static EVENT_LATE: Label = Label::new("event-late", "the event arrives {} ns late");
-pub(crate) static STORE_LATE: Label = Label::new("store-late", "xenstored takes {} ns more");
-pub(crate) static WATCH_LATE: Label = Label::new("watch-late", "the watch fires {} ns late");
+pub(crate) static EVENT_LATE: Label = Label::new("event-late", "event {n} arrives {} ns late");
+pub(crate) static STORE_LATE: Label = Label::new("store-late", "operation {n} takes {} ns more");
+pub(crate) static WATCH_LATE: Label = Label::new("watch-late", "watch event {n} comes {} ns late");
 pub(crate) static STORE_CONFLICT: Label = Label::new("store-conflict", "the transaction has to be repeated");
 
 /// The labels of this model's decisions.
@@ -224,6 +224,7 @@ impl Xen {
         let late_ns = self.0.sim.decide(entity, &EVENT_LATE, nth, |draw| {
             if draw.ppm(self.0.rates.event_late) { draw.magnitude(self.0.options.event_late_bits) } else { 0 }
         });
+        self.0.sim.name_entity(entity, || format!("event channel {} of {}", id.port, id.dom));
         self.trace(XenEvent::Notified { dom: id.dom, port: id.port, late_ns });
         if late_ns == 0 {
             self.raise(peer);

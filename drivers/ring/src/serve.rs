@@ -79,19 +79,19 @@ impl Job {
             return self.end(ring, slot, Err(error));
         }
         let node = &ring.parts.node;
-        let (host, own, key) = (&ring.parts.host, Rc::clone(ring), (self.op as u64) << 60 ^ self.sector);
-        let first = match self.op {
-            BlkifOp::Read => node.submit(Request::read(self.range(), bufs)),
-            BlkifOp::Write => node.submit(Request::write(self.range(), bufs)),
-            BlkifOp::Flush if bufs.is_empty() => node.submit(Request::flush()),
+        let (host, own, key) = (&ring.parts.host, Rc::clone(ring), self.sector);
+        let (role, first) = match self.op {
+            BlkifOp::Read => ("read", node.submit(Request::read(self.range(), bufs))),
+            BlkifOp::Write => ("write", node.submit(Request::write(self.range(), bufs))),
+            BlkifOp::Flush if bufs.is_empty() => ("flush", node.submit(Request::flush())),
             BlkifOp::Flush => {
                 let all = self.flush_around(ring, bufs);
-                return host.spawn("request", key, async move { self.end(&own, slot, all.await) });
+                return host.spawn("flush", key, async move { self.end(&own, slot, all.await) });
             }
         };
         // One block without inner futures: a task of each request is made, moved and freed half a million times a
         // second.
-        host.spawn("request", key, async move {
+        host.spawn(role, key, async move {
             let result = self.answer(&own, first.await);
             self.end(&own, slot, result);
         });

@@ -14,7 +14,7 @@ use crate::host::SimHost;
 use crate::run::Scenario;
 use crate::stack::{Stack, StackLimits};
 use crate::workload::{Op, operations};
-use crate::world::World;
+use crate::world::{World, setting};
 use kernel_model::faults::{FaultPlan, SyncErrors};
 use kernel_model::{NthFailure, StorageConfig};
 use sim::{Entity, Label, Sim};
@@ -29,6 +29,9 @@ use tap_host::{Errno, IoKind, SectorRange};
 
 /// After how many operations on the host's files the power is cut; 0 is when everything has come to rest.
 pub static CRASH_AT: Label = Label::new("crash-at", "the power is cut after {} host operations");
+
+/// Which operation on the host's files fails, from 1; 0 is none.
+pub static FAIL_NTH: Label = Label::new("fail-nth", "host operation number {} fails");
 
 /// qcow without backing file.
 pub static QCOW_POWER_CUT: Scenario = Scenario {
@@ -102,22 +105,27 @@ pub static REAL_IMAGE: Scenario = Scenario {
 };
 
 fn error_storage(sim: &Sim) -> StorageConfig {
-    let mut draw = sim::Draw::new(sim::mix2(sim.swarm().seed(), 0x6572_726f));
-    let mut config = StorageConfig { faults: FaultPlan::ALL, ..StorageConfig::default() };
-    let modes = [SyncErrors::Retryable, SyncErrors::Linux, SyncErrors::Reverts, SyncErrors::Latched];
-    let mode = sim.decide(Entity::WORLD.child("sync-errors", 0), &crate::world::SETTING, 0, |d| d.below(4));
-    config.sync_errors = modes[mode.min(3) as usize];
-    let nth = sim.decide(Entity::WORLD.child("nth-failure", 0), &crate::world::SETTING, 0, |d| {
-        if draw.below(2) == 0 { 0 } else { 1 + d.below(120) }
-    });
-    if nth > 0 {
-        let detail =
-            sim.decide(Entity::WORLD.child("nth-failure", 1), &crate::world::SETTING, 0, |d| d.below(24));
-        let effect = [0, 255, 128][(detail % 3) as usize];
-        let error = [Errno::EIO, Errno::ENOSPC][(detail / 3 % 2) as usize];
-        config.nth_failure = Some(NthFailure { n: nth, sticky: detail / 6 % 4 == 3, effect, error });
+    // Not `SyncErrors::Reverts`: it takes answered writes back from a living disk, and nothing above can prevent that.
+    let modes = [SyncErrors::Retryable, SyncErrors::Linux, SyncErrors::Latched];
+    StorageConfig {
+        faults: FaultPlan::ALL,
+        sync_errors: setting(sim, "sync-errors", &modes),
+        nth_failure: nth_failure(sim),
+        ..StorageConfig::default()
     }
-    config
+}
+
+/// In half of the seeds one operation fails, wherever else faults are drawn.
+fn nth_failure(sim: &Sim) -> Option<NthFailure> {
+    let entity = Entity::WORLD.child("nth-failure", 0);
+    let n = sim.decide(entity, &FAIL_NTH, 0, |d| if d.below(2) == 0 { 0 } else { 1 + d.below(120) });
+    sim.name_entity(entity, || "storage".into());
+    (n > 0).then(|| NthFailure {
+        n,
+        sticky: setting(sim, "failure-lasts", &[false, false, false, true]),
+        effect: setting(sim, "failure-effect", &[0, 255, 128]),
+        error: setting(sim, "failure-error", &[Errno::EIO, Errno::ENOSPC]),
+    })
 }
 
 /// The shape of a scenario.

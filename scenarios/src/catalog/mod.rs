@@ -24,8 +24,15 @@ pub static ALL: &[&Scenario] = &[
 ];
 
 /// The labels of scenarios.
-pub static LABELS: &[&Label] =
-    &[&crash::CRASH_AT, &ring::KILL_AFTER, &ring::RECONNECT_AT, &guest::TRICK, &guest::KEYS, &damage::DAMAGE];
+pub static LABELS: &[&Label] = &[
+    &crash::CRASH_AT,
+    &crash::FAIL_NTH,
+    &ring::KILL_AFTER,
+    &ring::RECONNECT_AT,
+    &guest::TRICK,
+    &guest::KEYS,
+    &damage::DAMAGE,
+];
 
 /// The scenario called `name`; `real-image` as well, which needs an image and is not listed.
 pub fn find(name: &str) -> Option<&'static Scenario> {

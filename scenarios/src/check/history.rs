@@ -119,6 +119,11 @@ impl BlockHistory {
         self.size_sectors
     }
 
+    /// The number of the guest, as it stands in its sectors.
+    pub fn writer(&self) -> u32 {
+        self.writer
+    }
+
     fn tick(&mut self) -> Clock {
         self.clock += 1;
         self.clock

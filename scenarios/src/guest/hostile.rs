@@ -39,6 +39,47 @@ enum Expect {
     Any,
 }
 
+/// A [`KEYS`] value in words.
+pub fn describe_keys(value: u64) -> &'static str {
+    match value {
+        0 => "connects with good keys",
+        1 => "first connects with an event channel that does not exist",
+        2 => "first connects with a grant that does not exist",
+        3 => "first connects with a negative grant",
+        4 => "first connects with an event channel that is no number of 32 bits",
+        5 => "first connects with an unknown protocol",
+        _ => "first connects with empty keys",
+    }
+}
+
+/// A [`TRICK`] value in words.
+pub fn describe_trick(value: u64) -> String {
+    let detail = value >> 4;
+    let text = match value & 15 {
+        0 => "nothing",
+        1 => "an honest write",
+        2 => "an honest read",
+        3 => "a request without segments",
+        4 => "too many segments",
+        5 => "a segment that ends before it begins",
+        6 => "a segment that leaves its page",
+        7 => "a request over the end of the disk",
+        8 => "a sector number that wraps",
+        9 => "a grant that does not exist",
+        10 => "a read into a read-only page",
+        11 => return format!("unknown operation {}", UNKNOWN_OPS[(detail % 5) as usize]),
+        12 => "an entry of random bytes",
+        13 => "a grant of nobody",
+        14 => "an honest flush",
+        _ if !detail.is_multiple_of(4) => "nonsense in the ring's header",
+        _ => return format!("{} more requests than the ring has room for", 1 + (detail as u32 >> 1)),
+    };
+    text.into()
+}
+
+/// Operations that the back end does not know.
+const UNKNOWN_OPS: [u8; 5] = [5, 6, 4, 77, 255];
+
 /// The hostile guest at work.
 pub struct Hostile {
     world: World,
@@ -227,7 +268,7 @@ impl Hostile {
             }
             10 => Expect::Error,
             11 => {
-                e[OP] = [5, 6, 4, 77, 255][(detail % 5) as usize];
+                e[OP] = UNKNOWN_OPS[(detail % 5) as usize];
                 Expect::Error
             }
             12 => {

@@ -5,7 +5,7 @@ mod hostile;
 mod ring;
 
 pub use direct::DirectDisk;
-pub use hostile::{HONEST_SECTORS, Hostile, KEYS, TRICK};
+pub use hostile::{HONEST_SECTORS, Hostile, KEYS, TRICK, describe_keys, describe_trick};
 pub use ring::RingDisk;
 
 use crate::check::{BlockHistory, Invariant};
@@ -51,6 +51,7 @@ pub struct Manners {
 /// A guest with its memory of what it did.
 pub struct Guest<D> {
     world: World,
+    name: Rc<str>,
     disk: D,
     /// The history of the disk.
     pub history: Rc<RefCell<BlockHistory>>,
@@ -62,6 +63,7 @@ impl<D: Clone> Clone for Guest<D> {
     fn clone(&self) -> Self {
         Self {
             world: self.world.clone(),
+            name: Rc::clone(&self.name),
             disk: self.disk.clone(),
             history: Rc::clone(&self.history),
             manners: Rc::clone(&self.manners),
@@ -73,8 +75,10 @@ impl<D: Clone> Clone for Guest<D> {
 impl<D: GuestDisk> Guest<D> {
     /// A guest on `disk` that goes on with `history`.
     pub fn new(world: &World, disk: D, history: Rc<RefCell<BlockHistory>>, manners: Manners) -> Self {
+        let name = format!("guest {}", history.borrow().writer());
         Self {
             world: world.clone(),
+            name: name.into(),
             disk,
             history,
             manners: Rc::new(Cell::new(manners)),
@@ -138,19 +142,29 @@ impl<D: GuestDisk> Guest<D> {
         }
     }
 
+    /// A line for people in the trace.
+    #[inline]
+    fn remark(&self, text: impl FnOnce() -> String) {
+        self.world.sim.remark(&self.name, text);
+    }
+
     /// One read, checked.
     pub async fn read(&self, range: SectorRange) -> Result<(), Errno> {
         let inv = self.history.borrow_mut().begin_read();
         let checked =
             self.disk.read(range, |bytes| self.history.borrow_mut().check_read(inv, range, bytes)).await;
         match checked {
-            Ok(Ok(())) => Ok(()),
+            Ok(Ok(())) => {
+                self.remark(|| format!("read {range} ok"));
+                Ok(())
+            }
             Ok(Err(wrong)) => {
                 self.world.fail(wrong.invariant(self.manners.get().reads), format!("read {range}: {wrong}"));
                 Ok(())
             }
             Err(error) => {
                 self.history.borrow_mut().end_read(inv);
+                self.remark(|| format!("read {range} {}", ended(Err(error))));
                 Err(error)
             }
         }
@@ -159,6 +173,7 @@ impl<D: GuestDisk> Guest<D> {
     /// One write.
     pub async fn write(&self, range: SectorRange) -> Result<(), Errno> {
         let write = self.history.borrow_mut().begin_write(range);
+        self.remark(|| format!("submits write {write} to {range}"));
         let fill = |bytes: &mut [u8]| {
             let history = self.history.borrow();
             for (i, sector) in bytes.chunks_exact_mut(SECTOR_BYTES as usize).enumerate() {
@@ -167,13 +182,16 @@ impl<D: GuestDisk> Guest<D> {
         };
         let result = self.disk.write(range, fill).await;
         self.history.borrow_mut().end_write(write, result.is_ok());
+        self.remark(|| format!("write {write} to {range} {}", ended(result)));
         result
     }
 
     /// One flush.
     pub async fn flush(&self) -> Result<(), Errno> {
         let inv = self.history.borrow_mut().begin_flush();
+        self.remark(|| format!("submits flush {inv}"));
         let result = self.disk.flush().await;
+        self.remark(|| format!("flush {inv} {}", ended(result)));
         match result {
             Ok(()) => self.history.borrow_mut().end_flush(inv),
             Err(_) => self.flush_failed.set(true),
@@ -194,6 +212,11 @@ impl<D: GuestDisk> Guest<D> {
         }
         Ok(())
     }
+}
+
+/// The end of a request in words.
+fn ended(result: Result<(), Errno>) -> String {
+    result.map_or_else(|error| format!("failed with {error:?}"), |()| "ok".into())
 }
 
 /// Counts who is inside, and lets one wait until few are.
