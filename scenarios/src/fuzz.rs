@@ -50,15 +50,16 @@ const fn kind(label: &'static Label, first: u32, bits: u32) -> Kind {
 static KINDS: [Kind; 16] = [
     kind(&OP, 160, 22),
     kind(&OP, 40, 22),
-    kind(&OP, 40, 22),
     kind(&OP, 16, 22),
     kind(&SETTING, 16, 3),
     kind(&SETTING, 16, 2),
+    // Which operation of the host fails, where a scenario asks for that.
+    kind(&SETTING, 3, 7),
     kind(&crash::CRASH_AT, 3, 7),
     kind(&LOST, 256, 8),
     kind(&LOST, 64, 8),
     kind(&SIZES_LOST, 8, 4),
-    kind(&IO_FAULT, 512, 11),
+    kind(&IO_FAULT, 256, 11),
     kind(&IO_LATE, 512, 20),
     kind(&SYNC_LOST, 64, 8),
     kind(&WAKE, 4096, 17),
