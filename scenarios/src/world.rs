@@ -74,6 +74,7 @@ pub struct World {
     pub options: Rc<RunOptions>,
     stats: Rc<Cell<Stats>>,
     errors_allowed: bool,
+    boots: Rc<Cell<u64>>,
     explorer: Rc<RefCell<Option<Rc<Explorer>>>>,
 }
 
@@ -97,8 +98,14 @@ impl World {
             options: Rc::new(options),
             stats: Rc::default(),
             errors_allowed,
+            boots: Rc::default(),
             explorer: Rc::default(),
         }
+    }
+
+    /// Counts the machines of this world: the number of a new one, from 0.
+    pub fn next_boot(&self) -> u64 {
+        self.boots.replace(self.boots.get() + 1)
     }
 
     /// Whether host operations may fail in this world for longer than a retry hides.

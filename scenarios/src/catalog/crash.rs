@@ -174,7 +174,7 @@ async fn epoch(
     let node = host.process.node().clone();
     let count = if recovering { 6 } else { plan.ops };
     let guest = Entity::WORLD.child("guest", u64::from(cut));
-    world.sim.name_entity(guest, || format!("guest, epoch {cut}"));
+    world.sim.name_entity(guest, || format!("guest 1, epoch {cut}"));
     let ops = operations(&world.sim, guest, u64::from(cut), &workload(world, setup.size_sectors, count, 88));
     arm_power_cut(world, setup, cut, if recovering { 24 } else { u64::from(plan.ops) * 4 }, {
         let node = node.clone();
@@ -203,7 +203,7 @@ async fn epoch(
 }
 
 /// Calls `cut` once the storage has done as many more operations as the seed says, if it says so.
-fn arm_power_cut(world: &World, setup: &Setup, epoch: u32, most: u64, cut: impl Fn() + 'static) {
+pub(super) fn arm_power_cut(world: &World, setup: &Setup, epoch: u32, most: u64, cut: impl Fn() + 'static) {
     let entity = power(epoch);
     world.sim.name_entity(entity, || format!("power, epoch {epoch}"));
     if world.options.explore && epoch == 0 {

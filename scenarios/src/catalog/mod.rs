@@ -19,6 +19,7 @@ pub static ALL: &[&Scenario] = &[
     &ring::FRONTEND_RECONNECT,
     &ring::HOSTILE_FRONTEND,
     &ring::TWO_GUESTS,
+    &ring::RING_POWER_CUT,
 ];
 
 /// The labels of scenarios.
