@@ -233,7 +233,7 @@ async fn two_guests(world: World) {
 async fn ring_power_cut(world: World) {
     let setup = Setup::qcow(&world, 0, DISK_BYTES, world.setting("overlay", &[false, true]));
     let Some((machine, guests)) = start(&world, vec![setup.clone()]).await else { return };
-    let depth = world.setting("ring-depth", &[32, 8, 1]);
+    let depth = world.setting("ring-depth", &[4, 32, 1]);
     let ops = operations_of(&world, &guests[0].0, 0, 60);
     let (m, g) = (Rc::clone(&machine), guests[0].1.clone());
     arm_power_cut(&world, &setup, 0, 240, move || m.stop());
