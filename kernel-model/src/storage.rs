@@ -129,6 +129,7 @@ pub(crate) struct Inner {
     ops: Cell<u64>,
     power_cuts: Cell<u32>,
     stopped: Cell<bool>,
+    calm: Cell<bool>,
     hook: RefCell<Option<Hook>>,
 }
 
@@ -154,6 +155,7 @@ impl Storage {
             ops: Cell::new(0),
             power_cuts: Cell::new(0),
             stopped: Cell::new(false),
+            calm: Cell::new(false),
             hook: RefCell::default(),
         }))
     }
@@ -247,6 +249,11 @@ impl Storage {
     /// From now on no operation fails by plan; drawn faults are stopped by the engine.
     pub fn stop_failures(&self) {
         self.0.stopped.set(true);
+    }
+
+    /// While it is calm, no operation fails, none is late, and none is counted: for looking at files beside the run.
+    pub fn set_calm(&self, calm: bool) {
+        self.0.calm.set(calm);
     }
 
     /// Cuts the power: per file a decision for every pending write and size change. Writes in flight count as pending.
@@ -386,7 +393,9 @@ impl Inner {
             IoOp::Write => WRITE_NS,
             IoOp::Sync => SYNC_NS,
         };
-        let late = if self.rates.any_late() || self.sim.has_given_decisions() {
+        let late = if self.calm.get() {
+            0
+        } else if self.rates.any_late() || self.sim.has_given_decisions() {
             self.sim.fault(io, &IO_LATE, 1_000_000, |d| self.rates.draw_late(d))
         } else {
             0
@@ -422,6 +431,9 @@ impl Inner {
     }
 
     fn draw_fault(&self, op: IoOp, io: Entity) -> Fault {
+        if self.calm.get() {
+            return Fault::None;
+        }
         let mut counts = self.counts.get();
         match op {
             IoOp::Read => counts.reads += 1,

@@ -1,7 +1,7 @@
 //! Hunting seeded bugs: which scenario finds one, how fast, and how small it becomes.
 
 use crate::catalog;
-use crate::run::{Outcome, RunSpec, run, run_recorded, shrink_run};
+use crate::run::{Outcome, RunSpec, Scenario, run, run_recorded, shrink_run};
 use crate::sweep::cpu_ns;
 use sim::{TraceLevel, guard};
 use tap_host::Bug;
@@ -32,43 +32,74 @@ pub struct Hunted {
     pub spec: RunSpec,
     /// What comes of it.
     pub outcome: Outcome,
-    /// Seeds tried of the scenario that found it.
+    /// Seeds tried until the first catch.
     pub seeds: u64,
-    /// CPU nanoseconds until it was found, over all scenarios.
+    /// CPU nanoseconds until the first catch, over all scenarios.
     pub find_cpu_ns: u64,
     /// Decisions before shrinking.
     pub decisions_before: usize,
-    /// Runs that shrinking took.
+    /// Runs that shrinking it took.
     pub shrink_runs: u64,
-    /// CPU nanoseconds that shrinking took.
+    /// CPU nanoseconds that shrinking it took.
     pub shrink_cpu_ns: u64,
 }
 
-/// Tries `within` seeds, each in every scenario, until one fails; then shrinks that.
+/// Decisions that a shrunk run should have at most.
+pub const DECISIONS_MAX: usize = 20;
+/// Catches that are shrunk until one is that small.
+const CATCHES: usize = 3;
+
+/// Tries `within` seeds, each in every scenario, until one fails that passes without the quarry, and shrinks it. Where
+/// shrinking ends far from the smallest run, the next catches are tried too, and the smallest is what is given.
 pub fn hunt(quarry: Quarry, within: u64, guarded: bool, shrink_runs: u64) -> Option<Hunted> {
     guard::run(guarded, 0, move || {
         let start = cpu_ns();
-        let spec = (0..within).find_map(|seed| {
-            catalog::ALL.iter().find_map(|scenario| {
-                let mut spec = RunSpec::new(scenario, seed);
-                match quarry {
-                    Quarry::Bug(bug) => spec.options.bug = Some(bug),
-                    Quarry::Canary => spec.options.canary = true,
-                }
-                run(&spec).failure.is_some().then_some(spec)
-            })
-        })?;
+        let specs = (0..within).flat_map(|seed| catalog::ALL.iter().map(move |s| spec_of(quarry, s, seed)));
+        let mut caught = specs.filter(is_caught);
+        let first = caught.next()?;
         let found = cpu_ns();
-        let recorded = run_recorded(&spec, TraceLevel::Hash);
-        let (best, outcome, shrunk) = shrink_run(&spec, &recorded, shrink_runs);
-        Some(Hunted {
-            seeds: spec.seed + 1,
-            find_cpu_ns: found.saturating_sub(start),
-            decisions_before: recorded.decisions.len(),
-            shrink_runs: shrunk.runs,
-            shrink_cpu_ns: cpu_ns().saturating_sub(found),
-            spec: best,
-            outcome,
-        })
+        let mut best = shrunk(&first, shrink_runs);
+        for _ in 1..CATCHES {
+            if best.outcome.decisions.len() <= DECISIONS_MAX {
+                break;
+            }
+            let Some(next) = caught.next() else { break };
+            let other = shrunk(&next, shrink_runs);
+            if other.outcome.decisions.len() < best.outcome.decisions.len() {
+                best = other;
+            }
+        }
+        best.find_cpu_ns = found.saturating_sub(start);
+        best.seeds = first.seed + 1;
+        Some(best)
     })
+}
+
+fn spec_of(quarry: Quarry, scenario: &'static Scenario, seed: u64) -> RunSpec {
+    let mut spec = RunSpec::new(scenario, seed);
+    match quarry {
+        Quarry::Bug(bug) => spec.options.bug = Some(bug),
+        Quarry::Canary => spec.options.canary = true,
+    }
+    spec
+}
+
+/// A seed that fails anyway proves nothing.
+fn is_caught(spec: &RunSpec) -> bool {
+    run(spec).failure.is_some() && run(&RunSpec::new(spec.scenario, spec.seed)).failure.is_none()
+}
+
+fn shrunk(spec: &RunSpec, shrink_runs: u64) -> Hunted {
+    let start = cpu_ns();
+    let recorded = run_recorded(spec, TraceLevel::Hash);
+    let (best, outcome, shrunk) = shrink_run(spec, &recorded, shrink_runs);
+    Hunted {
+        spec: best,
+        outcome,
+        seeds: 0,
+        find_cpu_ns: 0,
+        decisions_before: recorded.decisions.len(),
+        shrink_runs: shrunk.runs,
+        shrink_cpu_ns: cpu_ns().saturating_sub(start),
+    }
 }
