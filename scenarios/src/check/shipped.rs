@@ -4,7 +4,6 @@ use super::Invariant;
 use super::walker::{Broken, QcowMap};
 use crate::host::SimHost;
 use crate::world::World;
-use kernel_model::Content;
 use tap_images::ImageError;
 use tap_images::qcow::{CheckReport, check};
 
