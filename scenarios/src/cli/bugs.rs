@@ -6,7 +6,7 @@ use super::replay::bug;
 use super::{Exit, Stop};
 use crate::catalog;
 use crate::explain;
-use crate::hunt::{Hunted, Quarry, hunt};
+use crate::hunt::{DECISIONS_MAX, Hunted, Quarry, hunt};
 use serde::Serialize;
 use tap_host::Bug;
 
@@ -23,9 +23,6 @@ struct JsonBug {
     shrink_runs: u64,
     shrink_cpu_ns: u64,
 }
-
-/// A shrunk run of a seeded bug must not have more decisions than this.
-const DECISIONS_MAX: usize = 20;
 
 /// `tapsim bugs`
 pub fn bugs_command(common: &Common, args: &BugsArgs) -> Result<Exit, Stop> {
