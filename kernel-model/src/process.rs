@@ -13,6 +13,8 @@ use tap_host::{
     Time, bytes_of,
 };
 
+/// Largest file. (ext4 has 16 TiB; a smaller limit keeps the model's index of a far-off page small.)
+pub const FILE_MAX_BYTES: u64 = 256 << 30;
 /// Alignment in bytes that O_DIRECT asks for.
 pub const DIRECT_ALIGN_BYTES: u32 = 512;
 
@@ -243,8 +245,9 @@ impl ProcessFile {
         if op != IoOp::Sync && (unaligned(offset) || bufs.iter().any(|b| unaligned(b.len() as u64))) {
             return Err(Errno::EINVAL);
         }
-        // As Linux's loff_t.
-        if offset.checked_add(bytes_of(bufs) as u64).is_none_or(|end| end > i64::MAX as u64) {
+        // Reads beyond any file find its end; only writes can make a file too large.
+        let end = offset.checked_add(bytes_of(bufs) as u64).filter(|end| *end <= i64::MAX as u64);
+        if end.is_none_or(|end| op == IoOp::Write && end > FILE_MAX_BYTES) {
             return Err(Errno::EFBIG);
         }
         Ok(())
@@ -287,6 +290,9 @@ impl File for ProcessFile {
             done = true;
             if !file.open.write {
                 return Poll::Ready(Err(Errno::EBADF));
+            }
+            if size_bytes > FILE_MAX_BYTES {
+                return Poll::Ready(Err(Errno::EFBIG));
             }
             file.open.file.inode.borrow_mut().resize(size_bytes);
             Poll::Ready(Ok(()))

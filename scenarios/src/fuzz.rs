@@ -53,8 +53,7 @@ static KINDS: [Kind; 16] = [
     kind(&OP, 16, 22),
     kind(&SETTING, 16, 3),
     kind(&SETTING, 16, 2),
-    // Which operation of the host fails, where a scenario asks for that.
-    kind(&SETTING, 3, 7),
+    kind(&crash::FAIL_NTH, 1, 7),
     kind(&crash::CRASH_AT, 3, 7),
     kind(&LOST, 256, 8),
     kind(&LOST, 64, 8),
