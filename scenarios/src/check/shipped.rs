@@ -63,6 +63,7 @@ pub async fn agree(world: &World, path: &str, when: &str) {
 mod tests {
     use super::super::walker::walk;
     use super::*;
+    use kernel_model::Content;
     use crate::catalog::setup::Setup;
     use crate::stack::{Stack, StackLimits};
     use crate::world::broken_by;
