@@ -26,6 +26,8 @@ const DEPTH: usize = 32;
 /// Sectors of a request.
 const SECTORS: u64 = 8;
 const FLUSH_EVERY: u64 = 64;
+/// Depth below the scheduler where merging is measured.
+const SHALLOW: usize = 4;
 
 /// What lies below the ring.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -43,7 +45,7 @@ pub struct BenchSpec {
     pub disk: Disk,
     /// Requests to be made.
     pub requests: u64,
-    /// One after the other instead of anywhere.
+    /// One after the other instead of anywhere, with four at a time below the scheduler.
     pub sequential: bool,
     /// Whether contiguous requests are merged.
     pub merging: bool,
@@ -99,6 +101,10 @@ pub fn measure(spec: BenchSpec) -> BenchResult {
 async fn reference(world: World, spec: BenchSpec) -> (u64, u64, i64) {
     let mut limits = StackLimits::draw(&world);
     limits.guest_depth = DEPTH;
+    if spec.sequential {
+        // A shallow device: requests stand in line, where they can be merged.
+        limits.scheduler.depth = SHALLOW;
+    }
     if !spec.merging {
         limits.scheduler.merge_sectors = 0;
     }
@@ -151,7 +157,10 @@ fn next(i: u64, draw: &mut Draw, cursor: &mut u64, size: u64, spec: BenchSpec) -
     };
     let kind = if draw.below(2) == 0 { IoKind::Read } else { IoKind::Write };
     // Runs of one kind, or nothing could be merged.
-    let kind =
-        if spec.sequential { if i / 16 % 2 == 0 { IoKind::Write } else { IoKind::Read } } else { kind };
+    let kind = if spec.sequential {
+        if (i / 16).is_multiple_of(2) { IoKind::Write } else { IoKind::Read }
+    } else {
+        kind
+    };
     Op { kind, range: SectorRange::new(at, SECTORS as u32) }
 }

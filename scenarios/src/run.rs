@@ -142,6 +142,9 @@ pub struct Outcome {
 /// Turns and virtual time after which a run counts as stuck: far above what any scenario needs.
 const LIMITS: Limits = Limits { turns: 20_000_000, time_ns: 4_000_000_000_000 };
 
+/// What a shell shows for a program that wrote to a closed pipe.
+const BROKEN_PIPE: i32 = 141;
+
 static LABELS: Once = Once::new();
 
 /// Makes all labels known to the reader of decision files.
@@ -165,6 +168,10 @@ thread_local! {
 fn catch_panic_places() {
     let usual = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
+        if info.payload_as_str().is_some_and(|text| text.starts_with("failed printing to std")) {
+            // Whoever read our output has gone (`| head`): that is no finding and nobody is left to tell.
+            std::process::exit(BROKEN_PIPE);
+        }
         if !INSIDE.get() {
             return usual(info);
         }

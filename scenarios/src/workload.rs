@@ -111,7 +111,10 @@ pub fn operations(sim: &Sim, guest: Entity, stream: u64, workload: &Workload) ->
     (0..workload.count)
         .map(|i| {
             let value = sim.decide(guest, &OP, i, |_| drawn.get(i as usize).map_or(0, |op| op.encode()));
-            Op::decode(value, workload.size_sectors)
+            let mut op = Op::decode(value, workload.size_sectors)?;
+            // A decision from elsewhere may ask for more than this guest can.
+            op.range.count = op.range.count.min(workload.max_sectors);
+            Some(op)
         })
         .collect()
 }

@@ -103,6 +103,9 @@ fn trials(env: impl Fn(&str) -> Option<String>) -> Result<Vec<Trial>, String> {
         Asked::Usual => SEEDS,
         Asked::Seeds(seeds) => seeds,
         Asked::Replay(path) => {
+            // Tests run in the folder of their package; people name files from the top.
+            let top = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("").join(&path);
+            let path = if path.exists() { path } else { top };
             load_run(&path).map_err(|stop| stop.1)?;
             let name = format!("replay::{}", path.display());
             return Ok(vec![Trial::test(name, move || replay(&path))]);

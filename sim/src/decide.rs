@@ -106,6 +106,9 @@ pub struct Decision {
 /// The non-zero decisions of a run.
 pub type DecisionMap = BTreeMap<Key, Decision>;
 
+/// Values by name of the label and by how many decisions of that label came before, for whomever.
+pub type Script = BTreeMap<(&'static str, u32), u64>;
+
 /// Where decisions come from.
 #[derive(Clone, Debug)]
 pub enum Source {
@@ -115,6 +118,9 @@ pub enum Source {
     Replay(DecisionMap),
     /// Taken from a map where it has the key, else drawn from the seed: replay that goes on, or forces single choices.
     Force(DecisionMap),
+    /// Taken from a script; what is not in it is 0. This is how bytes become a run: nobody needs to know beforehand who
+    /// will ask. What was recorded of it replays as any other run.
+    Script(Script),
 }
 
 /// Hash bits for one decision; as many as asked for.
@@ -152,6 +158,8 @@ impl Draw {
 pub(crate) struct Decisions {
     seed: u64,
     given: FixedMap<(u64, u64, u32), u64>,
+    /// Per label: how many were asked for, and the values that are left, the last first.
+    script: FixedMap<u64, (u32, Vec<(u32, u64)>)>,
     draw_missing: bool,
     record: Option<DecisionMap>,
     /// Names of entities, if they are kept.
@@ -165,12 +173,20 @@ impl Decisions {
             Source::Seed => (None, true),
             Source::Replay(map) => (Some(map), false),
             Source::Force(map) => (Some(map), true),
+            Source::Script(_) => (None, false),
         };
+        let mut script: FixedMap<u64, (u32, Vec<(u32, u64)>)> = FixedMap::default();
+        if let Source::Script(values) = source {
+            for ((label, nth), value) in values.iter().rev() {
+                script.entry(text_hash(label)).or_default().1.push((*nth, *value));
+            }
+        }
         let given =
             map.into_iter().flatten().map(|(k, d)| ((k.entity.0, k.label.id, k.attempt), d.value)).collect();
         Self {
             seed: mix(seed ^ 0x7461_7073_696d),
             given,
+            script,
             draw_missing,
             record: record.then(DecisionMap::new),
             names: names.then(FixedMap::default),
@@ -193,11 +209,22 @@ impl Decisions {
             None if self.draw_missing => {
                 draw(&mut Draw(mix2(self.seed ^ entity.0, label.id.wrapping_add(u64::from(attempt)))))
             }
+            None if !self.script.is_empty() => self.next_of_script(entity, label, attempt),
             None => 0,
         };
         if value != 0 && self.record.is_some() {
             self.note(Key { entity, label, attempt }, value, now_ns);
         }
+        value
+    }
+
+    fn next_of_script(&mut self, entity: Entity, label: &'static Label, attempt: u32) -> u64 {
+        let Some((asked, left)) = self.script.get_mut(&label.id) else { return 0 };
+        let nth = *asked;
+        *asked += 1;
+        let value = left.pop_if(|(n, _)| *n == nth).map_or(0, |(_, value)| value);
+        // Who asks again about the same gets the same answer, as from every other source.
+        self.given.insert((entity.0, label.id, attempt), value);
         value
     }
 
@@ -213,7 +240,7 @@ impl Decisions {
     }
 
     pub(crate) fn has_given(&self) -> bool {
-        !self.given.is_empty()
+        !self.given.is_empty() || !self.script.is_empty()
     }
 
     #[inline]
@@ -238,5 +265,26 @@ impl Decisions {
             decision.entity_name = self.name_of(key.entity).unwrap_or_default().to_string();
         }
         record
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_script_is_taken_in_turn_and_its_record_is_a_map() {
+        static A: Label = Label::new("script-test-a", "{}");
+        static B: Label = Label::new("script-test-b", "{}");
+        let script: Script = [((A.name, 0), 5), ((A.name, 2), 7), ((B.name, 1), 9)].into();
+        let mut d = Decisions::new(1, &Source::Script(script), true, false);
+        let asks = [(1, &A), (2, &B), (3, &A), (4, &A), (4, &B), (5, &A)];
+        let run = |d: &mut Decisions| asks.map(|(e, l)| d.decide(Entity(e), l, 0, 0, |_| 1));
+        let values = run(&mut d);
+        assert_eq!(values, [5, 0, 0, 7, 9, 0]);
+        assert_eq!(d.decide(Entity(1), &A, 0, 0, |_| 1), 5, "asked again");
+        assert!(d.is_replaying() && d.has_given());
+        let mut again = Decisions::new(1, &Source::Replay(d.take_record()), false, false);
+        assert_eq!(run(&mut again), values);
     }
 }

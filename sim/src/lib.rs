@@ -32,7 +32,7 @@ mod task;
 mod time;
 mod trace;
 
-pub use decide::{Decision, DecisionMap, Draw, Key, Label, Source, label_by_name, register_labels};
+pub use decide::{Decision, DecisionMap, Draw, Key, Label, Script, Source, label_by_name, register_labels};
 pub use exec::{Config, Limits, Scheduling, Sim, Stall, StallKind, WAKE};
 pub use fault::{FaultKind, Swarm};
 pub use file::{RunFile, RunFileError};

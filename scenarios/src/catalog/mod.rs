@@ -1,6 +1,7 @@
 //! The catalogue of scenarios.
 
 pub mod crash;
+pub mod damage;
 pub mod ring;
 pub mod setup;
 
@@ -20,6 +21,7 @@ pub static ALL: &[&Scenario] = &[
     &ring::HOSTILE_FRONTEND,
     &ring::TWO_GUESTS,
     &ring::RING_POWER_CUT,
+    &damage::DAMAGED_IMAGE,
 ];
 
 /// The labels of scenarios.
@@ -30,6 +32,7 @@ pub static LABELS: &[&Label] = &[
     &ring::RECONNECT_AT,
     &guest::TRICK,
     &guest::KEYS,
+    &damage::DAMAGE,
 ];
 
 /// The scenario called `name`; `real-image` as well, which needs an image and is not listed.

@@ -9,8 +9,10 @@
 use super::Invariant;
 use kernel_model::Content;
 use std::fmt::Write as _;
+use tap_host::SECTOR_BYTES;
 
 const MAGIC: u32 = 0x5146_49fb;
+const HEADER_BYTES: u64 = 48;
 const COMPRESSED: u64 = 1 << 63;
 /// Larger tables are not made by anything that runs here.
 const L1_ENTRIES_MAX: u64 = 1 << 22;
@@ -125,7 +127,8 @@ impl Owners {
     }
 }
 
-fn header(content: &Content) -> Result<QcowMap, Broken> {
+/// The header, and where the name of the backing file is: offset and length in bytes.
+fn header(content: &Content) -> Result<(QcowMap, Option<(u64, u64)>), Broken> {
     let mut raw = [0; 48];
     content.pages.read(0, &mut raw);
     let u32_at = |at: usize| u32::from_be_bytes(raw[at..at + 4].try_into().expect("four bytes"));
@@ -143,21 +146,23 @@ fn header(content: &Content) -> Result<QcowMap, Broken> {
     let (backing_offset, backing_len) = (u64_at(8), u64::from(u32_at(16)));
     let backing = if backing_offset == 0 {
         None
-    } else if backing_len > 1023 || backing_offset + backing_len > content.size {
+    } else if backing_len > 1023 || backing_offset.saturating_add(backing_len) > content.size {
         return broken(Invariant::Q2, "the name of the backing file lies outside the file".into());
     } else {
         let mut name = vec![0; backing_len as usize];
         content.pages.read(backing_offset, &mut name);
         Some(String::from_utf8_lossy(&name).into_owned())
     };
-    Ok(QcowMap {
+    let name = backing.is_some().then_some((backing_offset, backing_len));
+    let map = QcowMap {
         cluster_bits,
         l2_bits,
         size: u64_at(24),
         l1_offset: u64_at(40),
         backing,
         ..QcowMap::default()
-    })
+    };
+    Ok((map, name))
 }
 
 /// Reads all metadata of `content`.
@@ -165,19 +170,25 @@ fn header(content: &Content) -> Result<QcowMap, Broken> {
 /// # Errors
 /// The first broken invariant.
 pub fn walk(content: &Content) -> Result<QcowMap, Broken> {
-    let mut map = header(content)?;
+    let (mut map, name) = header(content)?;
     let (cluster_bits, l2_bits) = (map.cluster_bits, map.l2_bits);
     let clusters = map.size.div_ceil(1 << cluster_bits);
     let l1_entries = clusters.div_ceil(1 << l2_bits);
-    if l1_entries > L1_ENTRIES_MAX || map.l1_offset + l1_entries * 8 > content.size {
+    if l1_entries > L1_ENTRIES_MAX || map.l1_offset.saturating_add(l1_entries * 8) > content.size {
         return broken(
             Invariant::Q2,
             format!("the L1 table of {l1_entries} entries does not lie in the file"),
         );
     }
     let mut owners = Owners { cluster_bits, bits: Vec::new(), extents: Vec::new(), owned: 0, end: 0 };
-    // Header, backing name and L1 lie together at the front.
-    owners.take(0, map.l1_offset + (l1_entries * 8).max(1), || "the header".into())?;
+    // Header and L1 lie together at the front; the name of the backing file lies between them, or has space of its own.
+    let front = map.l1_offset + (l1_entries * 8).max(1);
+    owners.take(0, front, || "the header".into())?;
+    if let Some((at, len)) = name
+        && (at < HEADER_BYTES || at + len > map.l1_offset)
+    {
+        owners.take(at, len.max(1), || "the name of the backing file".into())?;
+    }
     let mut table = vec![0; (l1_entries * 8) as usize];
     content.pages.read(map.l1_offset, &mut table);
     map.l1 = be_words(&table).collect();
@@ -204,7 +215,9 @@ fn walk_l2(
     table: &mut [u8],
 ) -> Result<(), Broken> {
     let cluster_size = 1_u64 << map.cluster_bits;
-    if l2_offset % 8 != 0 || l2_offset >= 1 << 56 {
+    // A power cut may take the size of the file away, but nothing was ever so far out.
+    let far = content.size.saturating_add(map.size).saturating_add(1 << 20);
+    if !l2_offset.is_multiple_of(SECTOR_BYTES) || l2_offset >= 1 << 56 {
         return broken(
             Invariant::Q2,
             format!("L1 entry {index} is {l2_offset:#x}, which is not an offset of a table"),
@@ -243,7 +256,7 @@ fn walk_l2(
                 );
             }
             owners.extents.push((offset, len));
-        } else if entry % cluster_size != 0 || entry >= 1 << 56 {
+        } else if entry % cluster_size != 0 || entry > far - cluster_size {
             return broken(
                 Invariant::Q2,
                 format!("the L2 entry of cluster {cluster} is {entry:#x}, which is not a cluster's offset"),

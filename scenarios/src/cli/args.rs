@@ -15,6 +15,7 @@ Examples:
   tapsim run qcow-power-cut 145       one seed
   tapsim replay FILE --log full       a saved failure, with every line of its trace
   tapsim explain FILE                 a saved failure as a story
+  tapsim fuzz --format qcow --for 60s fuzz an image format
   tapsim bugs                         every seeded bug must be found
 
 Exit status: 0 ok, 1 an invariant is broken, 2 wrong usage, 3 two runs of one seed differ, 4 nothing ran,
@@ -23,7 +24,7 @@ Exit status: 0 ok, 1 an invariant is broken, 2 wrong usage, 3 two runs of one se
 /// A tapdisk stack under a deterministic simulator of Linux and Xen, with faults and crashes.
 #[derive(Parser, Debug)]
 #[command(name = "tapsim", version, after_help = EXAMPLES)]
-pub struct Cli {
+pub(crate) struct Cli {
     #[command(flatten)]
     pub common: Common,
     #[command(subcommand)]
@@ -32,7 +33,7 @@ pub struct Cli {
 
 /// On or off.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-pub enum Switch {
+pub(crate) enum Switch {
     /// Yes.
     On,
     /// No.
@@ -41,7 +42,7 @@ pub enum Switch {
 
 /// How much of the trace is printed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-pub enum LogLevel {
+pub(crate) enum LogLevel {
     /// The last events of a failure.
     Tail,
     /// Every event and every turn of a task.
@@ -50,7 +51,7 @@ pub enum LogLevel {
 
 /// What every command takes.
 #[derive(Args, Debug, Clone)]
-pub struct Common {
+pub(crate) struct Common {
     /// Threads [default: all cores]
     #[arg(long, global = true, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub jobs: Option<u16>,
@@ -70,18 +71,18 @@ pub struct Common {
 
 impl Common {
     /// Threads to use.
-    pub fn threads(&self) -> usize {
+    pub(super) fn threads(&self) -> usize {
         self.jobs.map_or_else(|| std::thread::available_parallelism().map_or(1, Into::into), usize::from)
     }
     /// Whether worlds run guarded: asked for and built in.
-    pub fn guarded(&self) -> bool {
+    pub(super) fn guarded(&self) -> bool {
         self.guard == Switch::On && sim::guard::AVAILABLE
     }
 }
 
 /// The commands.
 #[derive(Subcommand, Debug)]
-pub enum Command {
+pub(crate) enum Command {
     /// Runs many seeds of scenarios
     Sweep(SweepArgs),
     /// Runs one seed of one scenario
@@ -96,6 +97,8 @@ pub enum Command {
     List,
     /// Finds and shrinks every seeded bug
     Bugs(BugsArgs),
+    /// Fuzzes a format: crashes, faults and damaged images out of bytes
+    Fuzz(FuzzArgs),
     /// Cuts the power on a given image, again and again
     Crash(CrashArgs),
     /// Measures the testbed: simulated requests per second of CPU, memory, what merging saves
@@ -104,16 +107,16 @@ pub enum Command {
     Demo,
 }
 
-/// Formats that can be taken from outside.
+/// Formats that can be taken from outside, or fuzzed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-pub enum Format {
+pub(crate) enum Format {
     /// qcow, version 1
     Qcow,
 }
 
 /// `crash`
 #[derive(Args, Debug, Clone)]
-pub struct CrashArgs {
+pub(crate) struct CrashArgs {
     /// Format of the image
     #[arg(long, value_enum)]
     pub format: Format,
@@ -130,7 +133,7 @@ pub struct CrashArgs {
 
 /// `bench`
 #[derive(Args, Debug, Clone)]
-pub struct BenchArgs {
+pub(crate) struct BenchArgs {
     /// Guest requests per world
     #[arg(long, default_value_t = 1_000_000, value_name = "N", value_parser = clap::value_parser!(u64).range(1000..=1_000_000_000))]
     pub requests: u64,
@@ -144,7 +147,7 @@ pub struct BenchArgs {
 
 /// `sweep`
 #[derive(Args, Debug, Clone)]
-pub struct SweepArgs {
+pub(crate) struct SweepArgs {
     /// Scenarios [default: all]
     pub scenarios: Vec<String>,
     /// Seeds A up to, not including, B
@@ -169,7 +172,7 @@ pub struct SweepArgs {
 
 /// `run`
 #[derive(Args, Debug, Clone)]
-pub struct RunArgs {
+pub(crate) struct RunArgs {
     /// The scenario
     pub scenario: String,
     /// The seed
@@ -184,19 +187,36 @@ pub struct RunArgs {
 
 /// `replay`, `shrink`, `explain`
 #[derive(Args, Debug, Clone)]
-pub struct FileArgs {
+pub(crate) struct FileArgs {
     /// A decision file
     pub file: PathBuf,
 }
 
 /// `bugs`
 #[derive(Args, Debug, Clone)]
-pub struct BugsArgs {
+pub(crate) struct BugsArgs {
     /// Seeded bugs [default: all, and the canary]
     pub bugs: Vec<String>,
     /// Seeds that are tried at most, per bug
     #[arg(long, default_value_t = 2000, value_name = "N")]
     pub within: u64,
+}
+
+/// `fuzz`
+#[derive(Args, Debug, Clone)]
+pub(crate) struct FuzzArgs {
+    /// The image format
+    #[arg(long, value_enum, default_value = "qcow")]
+    pub format: Format,
+    /// How long, such as 60s or 5m
+    #[arg(long = "for", value_name = "TIME", value_parser = parse_time, default_value = "60s", id = "time")]
+    pub time: Duration,
+    /// Switches a seeded bug on, and stops when it was found
+    #[arg(long, value_name = "NAME")]
+    pub bug: Option<String>,
+    /// Seed of the inputs
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
 }
 
 fn parse_seeds(text: &str) -> Result<Range<u64>, String> {

@@ -4,13 +4,13 @@ mod args;
 mod bench;
 mod bugs;
 mod crash;
+mod fuzz;
 mod output;
 mod replay;
 mod sweeping;
 
 pub use args::seeds_or_one;
 pub use output::{load_run, revision};
-pub use sweeping::minute;
 
 use args::{Cli, Command};
 use clap::Parser;
@@ -69,6 +69,7 @@ pub fn main() -> ExitCode {
         Some(Command::Explain(ref args)) => replay::explain_command(&cli.common, args),
         Some(Command::List) => replay::list_command(&cli.common),
         Some(Command::Bugs(ref args)) => bugs::bugs_command(&cli.common, args),
+        Some(Command::Fuzz(ref args)) => fuzz::fuzz_command(&cli.common, args),
         Some(Command::Crash(ref args)) => crash::crash_command(&cli.common, args),
         Some(Command::Bench(ref args)) => bench::bench_command(&cli.common, args),
         Some(Command::Demo) => bugs::demo_command(&cli.common),

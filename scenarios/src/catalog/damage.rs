@@ -1,0 +1,399 @@
+//! Damaged images: whatever stands in a file, the driver refuses it or serves it as a disk.
+//!
+//! ```text
+//!   made image ──► a few damages ──► check            agrees with the walker
+//!                                ──► open to read     what can be read is what the bytes say
+//!                                ──► open to write    then every write stays, and changes nothing else
+//! ```
+//!
+//! What the bytes say is found out here once more, entry by entry and without any rule about owners: an image that two
+//! clusters share may be refused, but if it is opened for writing, the sharing must not show.
+
+use crate::check::{Invariant, walker};
+use crate::guest::{DirectDisk, GuestDisk};
+use crate::host::SimHost;
+use crate::image::{QcowShape, Stored, layer_cluster, make_qcow};
+use crate::run::Scenario;
+use crate::stack::{Stack, StackLimits};
+use crate::tag::Tag;
+use crate::workload::{Shape, Workload, operations};
+use crate::world::World;
+use kernel_model::{Content, PageMap, StorageConfig};
+use sim::{Entity, Label};
+use std::rc::Rc;
+use tap_core::Node;
+use tap_host::{IoKind, SECTOR_BYTES, SectorRange};
+use tap_images::{BackingPolicy, ImageError, ImageFormat, ImageSpec, OpenOptions, open_image, qcow};
+
+/// One damage: its kind in 3 bits, which place in 13, what is put there in 48.
+pub static DAMAGE: Label =
+    Label::packed("damage", "the image is damaged (kind, place, value: {})", &[3, 13, 48]);
+
+/// An image with some nonsense in it.
+pub static DAMAGED_IMAGE: Scenario = Scenario {
+    name: "qcow-damaged-image",
+    about: "a qcow image with damaged header, tables and data: refused, or served as exactly what its bytes say",
+    storage: |_| StorageConfig::default(),
+    body: |w| Box::pin(damaged_image(w)),
+};
+
+const PATH: &str = "/images/damaged.qcow";
+const BASE: &str = "/images/below.raw";
+const DISK_BYTES: u64 = 256 << 10;
+/// A damaged size may be anything; this much of the disk is looked at.
+const SEEN_BYTES: u64 = 512 << 10;
+/// A walk over more costs too much memory.
+const WALKED_BYTES: u64 = 64 << 20;
+const DAMAGES: u32 = 6;
+/// Sectors that are read at once.
+const STEP: u64 = 8;
+
+async fn damaged_image(world: World) {
+    let limits = StackLimits::draw(&world);
+    let (mut bytes, below, shape) = make(&world);
+    let damaged = damage(&world, &mut bytes, &shape);
+    world.storage.put_bytes(PATH, &bytes);
+    world.storage.put_bytes(BASE, &below);
+    let disk = Damaged { world, limits, damaged, view: View::of(&bytes, &below) };
+    let done = disk.look().await;
+    if let Err(error) = done
+        && !damaged
+    {
+        disk.world.fail(Invariant::G11, format!("failed to use an image that is in order: {error}"));
+    }
+    if disk.world.storage.bytes(BASE).as_deref() != Some(&below[..]) {
+        disk.world.fail(Invariant::C1, "the file below the image has other bytes than before");
+    }
+}
+
+/// An image with clusters of all kinds, and what is below it.
+fn make(world: &World) -> (Vec<u8>, Vec<u8>, QcowShape) {
+    let cluster_bits = world.setting("cluster-bits", &[12, 16, 9, 14]);
+    let l2_bits = world.setting("l2-bits", &[9, 6, 13]);
+    let overlay = world.setting("overlay", &[false, true]);
+    let last = (DISK_BYTES >> cluster_bits) - 1;
+    let mut clusters: Vec<(u64, Stored)> = [
+        (0, Stored::Plain),
+        (1, Stored::Compressed),
+        (2, Stored::Plain),
+        (5, Stored::Compressed),
+        (9, Stored::Plain),
+        (last / 2, Stored::Plain),
+        (last, Stored::Compressed),
+    ]
+    .into();
+    clusters.retain(|c| c.0 <= last);
+    clusters.sort_unstable_by_key(|c| c.0);
+    clusters.dedup_by_key(|c| c.0);
+    let backing = overlay.then(|| "below.raw".to_owned());
+    let shape = QcowShape { cluster_bits, l2_bits, size: DISK_BYTES, backing, clusters, writer: 1001 };
+    let below: Vec<u8> = (0..DISK_BYTES / 8192).flat_map(|i| layer_cluster(1000, i, 4096)).collect();
+    (make_qcow(&shape, &mut PageMap::default()), below, shape)
+}
+
+/// Damages `bytes` as decided; says whether it did.
+fn damage(world: &World, bytes: &mut Vec<u8>, shape: &QcowShape) -> bool {
+    let entity = Entity::WORLD.child("damage", 0);
+    world.sim.name_entity(entity, || "damage".into());
+    let good = Layout::of(bytes, shape);
+    let mut damaged = false;
+    for i in 0..DAMAGES {
+        let value = world.sim.decide(entity, &DAMAGE, i, |d| {
+            if d.below(3) > 0 { 0 } else { d.bits() & !7 | (1 + d.below(7)) }
+        });
+        if value & 7 != 0 && !bytes.is_empty() {
+            good.apply(bytes, value);
+            damaged = true;
+        }
+    }
+    damaged
+}
+
+/// Byte offset and width of each header field.
+const FIELDS: [(usize, usize); 11] =
+    [(0, 4), (4, 4), (8, 8), (16, 4), (20, 4), (24, 8), (32, 1), (33, 1), (36, 4), (40, 8), (48, 4)];
+
+/// Where things are in the image before it is damaged.
+struct Layout {
+    cluster_bits: u32,
+    l1: u64,
+    l1_entries: u64,
+    l2_entries: u64,
+    tables: Vec<u64>,
+}
+
+impl Layout {
+    fn of(bytes: &[u8], shape: &QcowShape) -> Self {
+        let l1 = number(bytes, 40);
+        let l1_entries = shape.size.div_ceil(1 << (shape.cluster_bits + shape.l2_bits));
+        let tables = (0..l1_entries).map(|i| number(bytes, l1 + i * 8)).filter(|at| *at != 0).collect();
+        Self { cluster_bits: shape.cluster_bits, l1, l1_entries, l2_entries: 1 << shape.l2_bits, tables }
+    }
+
+    /// An offset that is likely to matter.
+    fn place(&self, value: u64, len: u64) -> u64 {
+        let (how, value) = (value & 7, value >> 3);
+        match how {
+            0 => value,
+            1 | 2 => (value % (2 * (len >> self.cluster_bits) + 2)) << self.cluster_bits,
+            3 => len.saturating_sub(value % 1024),
+            4 => {
+                self.tables.get(value as usize % self.tables.len().max(1)).map_or(0, |at| at + value % 3 * 8)
+            }
+            5 => value << 20,
+            6 => value % (len + 1),
+            _ => 0,
+        }
+    }
+
+    /// Byte offset of one of the first entries of a table.
+    fn entry(&self, which: u64) -> usize {
+        let table = self.tables.get(which as usize % self.tables.len().max(1)).copied().unwrap_or(self.l1);
+        (table + (which / 8 % 16 % self.l2_entries) * 8) as usize
+    }
+
+    fn apply(&self, bytes: &mut Vec<u8>, damage: u64) {
+        let (which, value) = (damage >> 3 & 0x1fff, damage >> 16);
+        let len = bytes.len() as u64;
+        let place = self.place(value, len);
+        match damage & 7 {
+            1 => {
+                let (at, width) = FIELDS[which as usize % FIELDS.len()];
+                put(bytes, at, &place.to_be_bytes()[8 - width..]);
+            }
+            2 => put(bytes, (self.l1 + which % self.l1_entries * 8) as usize, &place.to_be_bytes()),
+            3 => put(bytes, self.entry(which), &place.to_be_bytes()),
+            4 => {
+                let shift = 63 - self.cluster_bits;
+                let packed = 1 << 63 | (which << shift & !(1 << 63)) | place & ((1 << shift) - 1);
+                put(bytes, self.entry(which), &packed.to_be_bytes());
+            }
+            5 => bytes[(value % len) as usize] ^= which.max(1) as u8 | 1,
+            6 => bytes.truncate((value % len) as usize),
+            _ => {
+                let from = number(bytes, self.entry(value) as u64);
+                put(bytes, self.entry(which), &from.to_be_bytes());
+            }
+        }
+    }
+}
+
+/// Overwrites what is there; an image that was cut short stays so.
+fn put(bytes: &mut [u8], at: usize, new: &[u8]) {
+    for (i, byte) in new.iter().enumerate() {
+        if let Some(old) = bytes.get_mut(at.saturating_add(i)) {
+            *old = *byte;
+        }
+    }
+}
+
+/// Bytes of a file; zeros behind its end.
+fn window(bytes: &[u8], at: u64, out: &mut [u8]) {
+    let from = usize::try_from(at).unwrap_or(usize::MAX).min(bytes.len());
+    let len = out.len().min(bytes.len() - from);
+    out[..len].copy_from_slice(&bytes[from..from + len]);
+}
+
+fn number(bytes: &[u8], at: u64) -> u64 {
+    let mut raw = [0; 8];
+    window(bytes, at, &mut raw);
+    u64::from_be_bytes(raw)
+}
+
+/// What the bytes of an image say about the first sectors of its disk; `None` for a sector of which they say nothing.
+struct View {
+    sectors: Vec<Option<[u8; SECTOR_BYTES as usize]>>,
+    /// Size of the disk in bytes.
+    size: u64,
+}
+
+impl View {
+    fn of(bytes: &[u8], below: &[u8]) -> Self {
+        let size = number(bytes, 24);
+        let (cluster_bits, l2_bits) = (u32::from(byte(bytes, 32)), u32::from(byte(bytes, 33)));
+        let mut view = Self { sectors: vec![None; (size.min(SEEN_BYTES) / SECTOR_BYTES) as usize], size };
+        if !(9..=16).contains(&cluster_bits) || !(6..=13).contains(&l2_bits) {
+            return view;
+        }
+        let (l1, has_base) = (number(bytes, 40), number(bytes, 8) != 0);
+        let mut cluster = vec![0; 1 << cluster_bits];
+        let per_cluster = cluster.len() / SECTOR_BYTES as usize;
+        for (index, sectors) in view.sectors.chunks_mut(per_cluster).enumerate() {
+            let index = index as u64;
+            let table = number(bytes, l1.saturating_add((index >> l2_bits) * 8));
+            let slot = table.saturating_add(index % (1 << l2_bits) * 8);
+            let entry = if table == 0 { 0 } else { number(bytes, slot) };
+            cluster.fill(0);
+            if entry == 0 && has_base {
+                window(below, index << cluster_bits, &mut cluster);
+            } else if entry >> 63 != 0 {
+                let shift = 63 - cluster_bits;
+                let len = (entry << 1 >> 1) >> shift;
+                if !inflate(bytes, entry & ((1 << shift) - 1), len, &mut cluster) {
+                    continue;
+                }
+            } else if entry != 0 {
+                window(bytes, entry, &mut cluster);
+            }
+            for (sector, bytes) in sectors.iter_mut().zip(cluster.as_chunks().0) {
+                *sector = Some(*bytes);
+            }
+        }
+        view
+    }
+}
+
+fn byte(bytes: &[u8], at: usize) -> u8 {
+    bytes.get(at).copied().unwrap_or(0)
+}
+
+fn inflate(bytes: &[u8], at: u64, len: u64, out: &mut [u8]) -> bool {
+    let mut packed = vec![0; len as usize];
+    window(bytes, at, &mut packed);
+    let mut inflate = flate2::Decompress::new(false);
+    let done = inflate.decompress(&packed, out, flate2::FlushDecompress::Finish);
+    done.is_ok() && inflate.total_out() == out.len() as u64
+}
+
+struct Damaged {
+    world: World,
+    limits: StackLimits,
+    damaged: bool,
+    view: View,
+}
+
+impl Damaged {
+    /// Everything that can be done with the image. An error is a refusal.
+    async fn look(&self) -> Result<(), ImageError> {
+        let checked = self.check().await;
+        let spec = ImageSpec { format: ImageFormat::Qcow, path: PATH.into() };
+        let read = self.read_only(&spec).await;
+        let host = SimHost::start(&self.world.kernel, &self.world.xen, "tapdisk", 2);
+        let stack = Stack::open(&host, &self.world, &spec, &self.limits).await?;
+        let disk = DirectDisk::new(stack.node(), self.limits.pool_bytes);
+        let mut known = self.view.sectors.clone();
+        self.read_all(&disk, &known, "opened to write").await;
+        self.write(&disk, &mut known).await;
+        self.read_all(&disk, &known, "after writes").await;
+        let closed = stack.vbd.close().await;
+        if let Err(error) = closed
+            && !self.damaged
+        {
+            self.world.fail(Invariant::G11, format!("closing failed with {error:?}"));
+        }
+        drop((disk, stack));
+        let host = SimHost::start(&self.world.kernel, &self.world.xen, "tapdisk", 3);
+        match Stack::open(&host, &self.world, &spec, &self.limits).await {
+            Ok(stack) => {
+                let disk = DirectDisk::new(stack.node(), self.limits.pool_bytes);
+                self.read_all(&disk, &known, "opened again").await;
+            }
+            Err(error) => {
+                let text = format!("an image that was open for writing cannot be opened any more: {error}");
+                self.world.fail(Invariant::G11, text);
+            }
+        }
+        checked.and(read)
+    }
+
+    /// The shipped check and the walker look at the same bytes.
+    async fn check(&self) -> Result<(), ImageError> {
+        let host = SimHost::start(&self.world.kernel, &self.world.xen, "tap-img", 0);
+        let report = qcow::check(&host, PATH).await?;
+        let content = self.world.storage.content(PATH).unwrap_or_default();
+        if self.view.size <= WALKED_BYTES && walks(&content) && report.problem_count > 0 {
+            let text = format!("the walker finds nothing where check finds: {}", report.problems.join("; "));
+            self.world.fail(Invariant::V1, text);
+        }
+        Ok(())
+    }
+
+    async fn read_only(&self, spec: &ImageSpec) -> Result<(), ImageError> {
+        let host = SimHost::start(&self.world.kernel, &self.world.xen, "tapdisk", 1);
+        let options = OpenOptions {
+            qcow: self.limits.qcow,
+            backing: BackingPolicy::any(ImageFormat::Raw),
+            ..OpenOptions::default()
+        };
+        let node: Rc<dyn Node> = open_image(&host, spec, &options).await?;
+        let disk = DirectDisk::new(node, self.limits.pool_bytes);
+        self.read_all(&disk, &self.view.sectors, "opened to read").await;
+        Ok(())
+    }
+
+    async fn read_all(&self, disk: &DirectDisk, known: &[Option<[u8; SECTOR_BYTES as usize]>], when: &str) {
+        for (i, known) in known.chunks(STEP as usize).enumerate() {
+            let range = SectorRange::new(i as u64 * STEP, known.len() as u32);
+            let wrong = disk.read(range, |bytes| {
+                let mut sectors = bytes.as_chunks().0.iter().zip(known);
+                sectors.position(|(got, want)| want.as_ref().is_some_and(|want| want != got))
+            });
+            let sector = range.start.0;
+            self.world.count(|s| s.requests += 1);
+            match wrong.await {
+                Ok(None) => {}
+                Ok(Some(at)) => {
+                    let sector = sector + at as u64;
+                    self.world.fail(
+                        Invariant::G10,
+                        format!("{when}: sector {sector} has other bytes than it must"),
+                    );
+                }
+                Err(_) if self.damaged => {}
+                Err(error) => {
+                    self.world.fail(Invariant::E4, format!("{when}: reading {range} failed with {error:?}"));
+                }
+            }
+        }
+    }
+
+    /// Some writes; `known` follows them.
+    async fn write(&self, disk: &DirectDisk, known: &mut [Option<[u8; SECTOR_BYTES as usize]>]) {
+        if known.is_empty() {
+            return;
+        }
+        let entity = Entity::WORLD.child("guest", 0);
+        self.world.sim.name_entity(entity, || "guest".into());
+        let size_sectors = known.len() as u64;
+        let workload = Workload { shape: Shape::Random, count: 24, size_sectors, max_sectors: 24 };
+        let ops = operations(&self.world.sim, entity, 0, &workload);
+        for (i, op) in ops.iter().enumerate().filter_map(|(i, op)| op.map(|op| (i, op))) {
+            self.world.count(|s| s.requests += 1);
+            let range = op.range;
+            let result = match op.kind {
+                IoKind::Read => continue,
+                IoKind::Flush => disk.flush().await,
+                IoKind::Write => {
+                    disk.write(range, |bytes| {
+                        for (sector, bytes) in (range.start.0..).zip(bytes.as_chunks_mut::<512>().0) {
+                            Tag { writer: 1, op: i as u64, sector }.fill(bytes, true);
+                        }
+                    })
+                    .await
+                }
+            };
+            for sector in range.start.0..range.start.0 + u64::from(range.count) {
+                // What a failed write leaves is not said.
+                known[sector as usize] = result.is_ok().then(|| {
+                    let mut bytes = [0; SECTOR_BYTES as usize];
+                    Tag { writer: 1, op: i as u64, sector }.fill(&mut bytes, true);
+                    bytes
+                });
+            }
+            if let Err(error) = result
+                && !self.damaged
+            {
+                self.world.fail(Invariant::E4, format!("{op} failed with {error:?}"));
+            }
+        }
+    }
+}
+
+/// Whether the walker has nothing against the metadata and the compressed clusters.
+fn walks(content: &Content) -> bool {
+    let Ok(map) = walker::walk(content) else { return false };
+    let mut out = vec![0; 1 << map.cluster_bits];
+    (0..map.entries.len() as u64)
+        .filter(|cluster| map.compressed(*cluster).is_some())
+        .all(|cluster| walker::read_cluster(content, &map, cluster, &mut out).is_ok())
+}

@@ -1,0 +1,380 @@
+//! Fuzzing: bytes become runs, and runs that reach something new are kept and varied.
+//!
+//! ```text
+//!   bytes ──► scenario, script of decisions ──► run ──► marks, faults met ──► new? kept in the corpus
+//!     ▲                                          └──► broken? ──► its decisions ──► shrunk, saved, replayed as any other
+//!     └── varied, crossed ── corpus ◄────────────────────────────────────────────────────────┘
+//! ```
+//!
+//! An input is one byte for the scenario and then records of seven: kind, ordinal, value. "The third operation of the
+//! guest writes there", "the fortieth I/O fails", "the power is cut at the ninetieth", "the seventh unsynchronised page is
+//! lost", "the L2 entry holds that". So inputs need no format of their own: whatever bytes they are, they mean a run,
+//! and most small changes of bytes are small changes of the run.
+
+use crate::catalog::{crash, damage, ring};
+use crate::run::{Outcome, RunSpec, Scenario, run};
+use crate::workload::OP;
+use crate::world::SETTING;
+use arbitrary::{Arbitrary, Unstructured};
+use kernel_model::faults::{IO_FAULT, IO_LATE, LOST, SIZES_LOST, SYNC_LOST};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+use sim::{Label, Script, Source, WAKE, guard};
+use std::collections::BTreeSet;
+use std::sync::Mutex;
+use tap_host::Bug;
+
+/// What is fuzzed for qcow.
+static QCOW: &[&Scenario] = &[
+    &crash::OVERLAY_POWER_CUT,
+    &damage::DAMAGED_IMAGE,
+    &crash::QCOW_ERRORS,
+    &crash::QCOW_POWER_CUT,
+    &crash::RECOVERY_CRASH,
+    &ring::TAPDISK_KILLED,
+    &ring::FRONTEND_RECONNECT,
+];
+
+/// A kind of record: the label, how many of its first decisions are worth a value, and the bits that a value may have.
+struct Kind {
+    label: &'static Label,
+    first: u32,
+    bits: u64,
+}
+
+const fn kind(label: &'static Label, first: u32, bits: u32) -> Kind {
+    Kind { label, first, bits: (1 << bits) - 1 }
+}
+
+/// Kinds of records; what there is more of in a run comes more often.
+static KINDS: [Kind; 16] = [
+    kind(&OP, 160, 22),
+    kind(&OP, 40, 22),
+    kind(&OP, 40, 22),
+    kind(&OP, 16, 22),
+    kind(&SETTING, 16, 3),
+    kind(&SETTING, 16, 2),
+    kind(&crash::CRASH_AT, 3, 7),
+    kind(&LOST, 256, 8),
+    kind(&LOST, 64, 8),
+    kind(&SIZES_LOST, 8, 4),
+    kind(&IO_FAULT, 512, 11),
+    kind(&IO_LATE, 512, 20),
+    kind(&SYNC_LOST, 64, 8),
+    kind(&WAKE, 4096, 17),
+    kind(&damage::DAMAGE, 6, 40),
+    kind(&ring::KILL_AFTER, 4, 9),
+];
+/// Where front ends connect anew, the same kind of record says when.
+static RECONNECTS: Kind = kind(&ring::RECONNECT_AT, 3, 20);
+
+/// One record of an input.
+#[derive(Arbitrary, Debug)]
+struct Record {
+    kind: u8,
+    nth: u16,
+    value: u32,
+}
+
+/// Bytes of a record.
+const RECORD_BYTES: usize = 7;
+/// Records of an input at most.
+const RECORDS_MAX: usize = 400;
+
+/// The run that `bytes` mean.
+pub fn spec_of(bytes: &[u8], bug: Option<Bug>) -> RunSpec {
+    let mut input = Unstructured::new(bytes);
+    let scenario = QCOW[input.arbitrary::<u8>().map_or(0, usize::from) % QCOW.len()];
+    let mut script = Script::new();
+    while !input.is_empty() && script.len() < RECORDS_MAX {
+        let Ok(record) = Record::arbitrary(&mut input) else { break };
+        let mut kind = &KINDS[usize::from(record.kind) % KINDS.len()];
+        if std::ptr::eq(kind.label, &ring::KILL_AFTER) && std::ptr::eq(scenario, &ring::FRONTEND_RECONNECT) {
+            kind = &RECONNECTS;
+        }
+        // A label wider than a record's value takes its upper bits from a product, which is as good as any.
+        let value = u64::from(record.value);
+        let value = if kind.bits >> 32 == 0 { value } else { value | value.wrapping_mul(0x9e37_79b1) << 16 };
+        script.insert((kind.label.name, u32::from(record.nth) % kind.first), value & kind.bits);
+    }
+    script.retain(|_, value| *value != 0);
+    RunSpec { source: Source::Script(script), record: true, ..RunSpec::new(scenario, 0).with_bug(bug) }
+}
+
+/// Runs `bytes` once, on this thread.
+pub fn run_bytes(bytes: &[u8], bug: Option<Bug>) -> (RunSpec, Outcome) {
+    let spec = spec_of(bytes, bug);
+    let outcome = run(&spec);
+    (spec, outcome)
+}
+
+/// One target for any fuzzer: runs `bytes`.
+///
+/// # Panics
+/// If an invariant is broken, with the decision file in the message.
+pub fn target(bytes: &[u8]) {
+    let (spec, outcome) = run_bytes(bytes, None);
+    if outcome.failure.is_some() {
+        panic!("a run is broken; its decision file:\n{}", spec.to_file(&outcome, "fuzz").print());
+    }
+}
+
+/// What a run reached, as numbers that stand for themselves.
+fn features(spec: &RunSpec, outcome: &Outcome) -> Vec<u32> {
+    let scenario = QCOW.iter().position(|s| std::ptr::eq(*s, spec.scenario)).unwrap_or(0) as u32;
+    let bucket = |n: u64| 64 - n.leading_zeros();
+    let mut found = Vec::new();
+    let mut reached = Vec::new();
+    for (i, n) in outcome.marks.iter().enumerate().filter(|(_, n)| **n > 0) {
+        found.push(scenario << 24 | (i as u32) << 8 | bucket(*n));
+        reached.push(i as u32);
+    }
+    let s = &outcome.stats;
+    for (i, n) in
+        [s.errors, s.crashes, s.unflushed_clusters, s.host_ios, outcome.trace.events].iter().enumerate()
+    {
+        found.push(scenario << 24 | 1 << 20 | (i as u32) << 8 | bucket(*n));
+    }
+    // Which fault met a run that had reached what.
+    let faults: BTreeSet<u32> = outcome
+        .decisions
+        .iter()
+        .filter(|(key, _)| std::ptr::eq(key.label, &IO_FAULT))
+        .map(|(_, d)| (d.value & 7) as u32)
+        .collect();
+    for fault in &faults {
+        found.extend(reached.iter().map(|mark| scenario << 24 | 2 << 20 | mark << 8 | fault));
+    }
+    let lost = outcome.decisions.iter().filter(|(key, _)| std::ptr::eq(key.label, &LOST)).count() as u64;
+    found.push(scenario << 24 | 3 << 20 | bucket(lost));
+    found
+}
+
+/// What to fuzz.
+#[derive(Clone, Debug)]
+pub struct FuzzSpec {
+    /// The seed of inputs.
+    pub seed: u64,
+    /// Threads.
+    pub jobs: usize,
+    /// Whether worlds run inside the guard.
+    pub guarded: bool,
+    /// A seeded bug that is switched on; the first finding then ends it.
+    pub bug: Option<Bug>,
+}
+
+/// What fuzzing came to.
+#[derive(Debug, Default)]
+pub struct FuzzReport {
+    /// Runs without a failure.
+    pub passed: u64,
+    /// Runs with one.
+    pub failed: u64,
+    /// Inputs that were kept.
+    pub kept: usize,
+    /// Features that were reached.
+    pub features: usize,
+    /// The first failing run of each scenario and invariant, to be replayed.
+    pub findings: Vec<(RunSpec, Outcome)>,
+}
+
+#[derive(Default)]
+struct State {
+    corpus: Vec<Vec<u8>>,
+    seen: BTreeSet<u32>,
+    report: FuzzReport,
+    stop: bool,
+}
+
+/// Inputs that a thread runs between two looks at the corpus.
+const BATCH: usize = 24;
+/// Inputs that are kept at most.
+const CORPUS_MAX: usize = 20_000;
+
+/// Fuzzes until `go_on`, which is told of runs and failures, says `false`.
+///
+/// # Panics
+/// If a thread panicked, which is a mistake of the testbed.
+pub fn fuzz(spec: &FuzzSpec, mut go_on: impl FnMut(u64, u64) -> bool) -> FuzzReport {
+    let state = Mutex::new(State::default());
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        for job in 0..spec.jobs.max(1) {
+            let (state, tell) = (&state, tell.clone());
+            scope.spawn(move || {
+                let mut maker = Maker::new(spec.seed, job as u64);
+                loop {
+                    let inputs = {
+                        let state = state.lock().expect("no panic while the state is held");
+                        if state.stop {
+                            return;
+                        }
+                        (0..BATCH).map(|_| maker.make(&state.corpus)).collect()
+                    };
+                    let results = run_batch(spec, inputs);
+                    let counts =
+                        merge(&mut state.lock().expect("no panic while the state is held"), spec, results);
+                    if tell.send(counts).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        drop(tell);
+        for (runs, failed) in told {
+            if !go_on(runs, failed) {
+                state.lock().expect("no panic while the state is held").stop = true;
+            }
+        }
+    });
+    let state = state.into_inner().expect("no panic while the state is held");
+    FuzzReport { kept: state.corpus.len(), features: state.seen.len(), ..state.report }
+}
+
+type Ran = (Vec<u8>, Vec<u32>, Option<(RunSpec, Outcome)>);
+
+fn run_batch(spec: &FuzzSpec, inputs: Vec<Vec<u8>>) -> Vec<Ran> {
+    let bug = spec.bug;
+    guard::run(spec.guarded, spec.seed, move || {
+        let one = |bytes: Vec<u8>| {
+            let (spec, outcome) = run_bytes(&bytes, bug);
+            let found = features(&spec, &outcome);
+            let broken = outcome.failure.is_some();
+            // From here on the run is what it decided, not how it came about.
+            let replay = RunSpec { source: Source::Replay(outcome.decisions.clone()), ..spec };
+            (bytes, found, broken.then_some((replay, outcome)))
+        };
+        inputs.into_iter().map(one).collect()
+    })
+}
+
+fn merge(state: &mut State, spec: &FuzzSpec, results: Vec<Ran>) -> (u64, u64) {
+    for (bytes, found, broken) in results {
+        let before = state.seen.len();
+        state.seen.extend(found);
+        if state.seen.len() > before && state.corpus.len() < CORPUS_MAX {
+            state.corpus.push(bytes);
+        }
+        let Some((run, outcome)) = broken else {
+            state.report.passed += 1;
+            continue;
+        };
+        state.report.failed += 1;
+        let class = |r: &(RunSpec, Outcome)| (r.0.scenario.name, r.1.failure.as_ref().map(|f| f.invariant));
+        let finding = (run, outcome);
+        if !state.report.findings.iter().any(|f| class(f) == class(&finding)) {
+            state.report.findings.push(finding);
+        }
+        state.stop |= spec.bug.is_some();
+    }
+    (state.report.passed + state.report.failed, state.report.failed)
+}
+
+/// Makes inputs.
+struct Maker(ChaCha8Rng);
+
+impl Maker {
+    fn new(seed: u64, job: u64) -> Self {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        rng.set_stream(job);
+        Self(rng)
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        ((u128::from(self.0.next_u64()) * n as u128) >> 64) as usize
+    }
+
+    fn bytes(&mut self, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.0.fill_bytes(&mut bytes);
+        bytes
+    }
+
+    fn make(&mut self, corpus: &[Vec<u8>]) -> Vec<u8> {
+        if corpus.len() < 16 || self.below(8) == 0 {
+            let records = 4 + self.below(120);
+            return self.bytes(1 + records * RECORD_BYTES);
+        }
+        let mut input = corpus[self.below(corpus.len())].clone();
+        if self.below(6) == 0 {
+            let other = &corpus[self.below(corpus.len())];
+            input.truncate(1 + self.below(input.len() / RECORD_BYTES + 1) * RECORD_BYTES);
+            let from = 1 + self.below(other.len() / RECORD_BYTES + 1) * RECORD_BYTES;
+            input.extend_from_slice(other.get(from..).unwrap_or_default());
+        }
+        for _ in 0..1 + self.below(6) {
+            self.vary(&mut input);
+        }
+        input.truncate(1 + RECORDS_MAX * RECORD_BYTES);
+        input
+    }
+
+    fn vary(&mut self, input: &mut Vec<u8>) {
+        let records = input.len().saturating_sub(1) / RECORD_BYTES;
+        let at = 1 + self.below(records.max(1)) * RECORD_BYTES;
+        let how = if records == 0 { 0 } else { self.below(8) };
+        match how {
+            0 | 1 => {
+                let new = self.bytes(RECORD_BYTES);
+                input.splice(at.min(input.len())..at.min(input.len()), new);
+            }
+            2 => drop(input.drain(at..at + RECORD_BYTES)),
+            3 => {
+                // The same again, one later.
+                let mut copy = input[at..at + RECORD_BYTES].to_vec();
+                copy[1] = copy[1].wrapping_add(1);
+                input.splice(at..at, copy);
+            }
+            4 => input[at + self.below(RECORD_BYTES)] = self.0.next_u64() as u8,
+            5 => input[at + self.below(RECORD_BYTES)] ^= 1 << self.below(8),
+            6 => {
+                let byte = &mut input[at + 3 + self.below(4)];
+                *byte = byte.wrapping_add([1, 255][self.below(2)]);
+            }
+            _ => input[0] = self.0.next_u64() as u8,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn records_are_as_long_as_they_are_read() {
+        let bytes = [1; 1 + 3 * RECORD_BYTES];
+        let mut input = Unstructured::new(&bytes[1..]);
+        Record::arbitrary(&mut input).unwrap();
+        assert_eq!(input.len(), 2 * RECORD_BYTES);
+    }
+
+    #[test]
+    fn any_bytes_are_a_run_that_replays() {
+        crate::run::prepare();
+        let mut maker = Maker::new(1, 0);
+        let mut replayed = 0;
+        for len in [0, 1, 2, 7, 8, 100, 400, 401, 402, 403, 404, 405, 406] {
+            let mut bytes = maker.bytes(len);
+            if let Some(first) = bytes.first_mut() {
+                *first = len as u8;
+            }
+            let (spec, outcome) = run_bytes(&bytes, None);
+            assert_eq!(outcome.failure, None, "{} with {len} bytes", spec.scenario.name);
+            let again = run(&RunSpec { source: Source::Replay(outcome.decisions.clone()), ..spec });
+            assert_eq!(again.trace.hash, outcome.trace.hash, "{} with {len} bytes", spec.scenario.name);
+            replayed += usize::from(!outcome.decisions.is_empty());
+        }
+        assert!(replayed >= 7, "{replayed}");
+    }
+
+    #[test]
+    fn a_planted_bug_is_found() {
+        crate::run::prepare();
+        let bug = Some(Bug::OverlayDropsRest);
+        let spec = FuzzSpec { seed: 1, jobs: 1, guarded: false, bug };
+        let report = fuzz(&spec, |runs, _| runs < 2000);
+        let (run_spec, outcome) = &report.findings[0];
+        assert_eq!(run(run_spec).failure, outcome.failure, "the finding replays");
+        assert!(report.features > 10 && report.kept > 0);
+    }
+}
