@@ -13,10 +13,11 @@ use tap_host::{
     Time, bytes_of,
 };
 
-/// Largest file. (ext4 has 16 TiB; a smaller limit keeps the model's index of a far-off page small.)
-pub const FILE_MAX_BYTES: u64 = 256 << 30;
 /// Alignment in bytes that O_DIRECT asks for.
 pub const DIRECT_ALIGN_BYTES: u32 = 512;
+
+/// Size in bytes of the largest file; file systems have such a limit, most of them a higher one.
+pub const FILE_BYTES_MAX: u64 = 256 << 30;
 
 /// The kernel of one simulated host; clones share it.
 #[derive(Clone)]
@@ -245,9 +246,9 @@ impl ProcessFile {
         if op != IoOp::Sync && (unaligned(offset) || bufs.iter().any(|b| unaligned(b.len() as u64))) {
             return Err(Errno::EINVAL);
         }
-        // Reads beyond any file find its end; only writes can make a file too large.
-        let end = offset.checked_add(bytes_of(bufs) as u64).filter(|end| *end <= i64::MAX as u64);
-        if end.is_none_or(|end| op == IoOp::Write && end > FILE_MAX_BYTES) {
+        // As Linux's loff_t, and as a file system's own limit.
+        let max = if op == IoOp::Write { FILE_BYTES_MAX } else { i64::MAX as u64 };
+        if offset.checked_add(bytes_of(bufs) as u64).is_none_or(|end| end > max) {
             return Err(Errno::EFBIG);
         }
         Ok(())
@@ -291,7 +292,7 @@ impl File for ProcessFile {
             if !file.open.write {
                 return Poll::Ready(Err(Errno::EBADF));
             }
-            if size_bytes > FILE_MAX_BYTES {
+            if size_bytes > FILE_BYTES_MAX {
                 return Poll::Ready(Err(Errno::EFBIG));
             }
             file.open.file.inode.borrow_mut().resize(size_bytes);

@@ -63,10 +63,10 @@ pub async fn agree(world: &World, path: &str, when: &str) {
 mod tests {
     use super::super::walker::walk;
     use super::*;
-    use kernel_model::Content;
     use crate::catalog::setup::Setup;
     use crate::stack::{Stack, StackLimits};
     use crate::world::broken_by;
+    use kernel_model::Content;
     use std::cell::RefCell;
     use std::rc::Rc;
 
