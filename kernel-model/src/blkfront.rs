@@ -257,7 +257,7 @@ impl Blkfront {
 
     async fn slot(&self) -> usize {
         let mut waited = false;
-        let slot = poll_fn(|cx| {
+        poll_fn(|cx| {
             if self.0.open.get()
                 && let Some(slot) = self.0.free.borrow_mut().pop()
             {
@@ -273,8 +273,7 @@ impl Blkfront {
             waited = true;
             Poll::Pending
         })
-        .await;
-        slot
+        .await
     }
 
     fn wake_one(&self) {
@@ -337,7 +336,7 @@ impl Blkfront {
             let request =
                 BlkifRequest::new(id, op, range.start.0, &segments[..pages]).map_err(|_| Errno::EINVAL)?;
             shadow.status = None;
-            shadow.request = Some(request.clone());
+            shadow.request = Some(request);
             request
         };
         if self.0.open.get() {

@@ -69,6 +69,9 @@ pub struct IoCounts {
     pub bytes: u64,
 }
 
+/// Files are not larger, as on any file system; who writes behind that has lost its way.
+const FILE_BYTES_MAX: u64 = 1 << 40;
+
 const READ_NS: u64 = 8_000;
 const WRITE_NS: u64 = 12_000;
 const SYNC_NS: u64 = 80_000;
@@ -129,6 +132,7 @@ pub(crate) struct Inner {
     ops: Cell<u64>,
     power_cuts: Cell<u32>,
     stopped: Cell<bool>,
+    calm: Cell<bool>,
     hook: RefCell<Option<Hook>>,
 }
 
@@ -154,6 +158,7 @@ impl Storage {
             ops: Cell::new(0),
             power_cuts: Cell::new(0),
             stopped: Cell::new(false),
+            calm: Cell::new(false),
             hook: RefCell::default(),
         }))
     }
@@ -247,6 +252,11 @@ impl Storage {
     /// From now on no operation fails by plan; drawn faults are stopped by the engine.
     pub fn stop_failures(&self) {
         self.0.stopped.set(true);
+    }
+
+    /// While it is calm, no operation fails, none is late, and none is counted: for looking at files beside the run.
+    pub fn set_calm(&self, calm: bool) {
+        self.0.calm.set(calm);
     }
 
     /// Cuts the power: per file a decision for every pending write and size change. Writes in flight count as pending.
@@ -380,13 +390,19 @@ impl Inner {
             let place = if op == IoOp::Sync { String::new() } else { format!(" at {offset:#x}") };
             format!("{role} of {by}{place} of {}", open.file.name)
         });
-        let fault = self.draw_fault(op, io);
+        let end = offset.saturating_add(bytes_of(&bufs) as u64);
+        let fault = match op {
+            IoOp::Write if end > FILE_BYTES_MAX => Fault::Error(Errno::EFBIG, 0),
+            _ => self.draw_fault(op, io),
+        };
         let base = match op {
             IoOp::Read => READ_NS,
             IoOp::Write => WRITE_NS,
             IoOp::Sync => SYNC_NS,
         };
-        let late = if self.rates.any_late() || self.sim.has_given_decisions() {
+        let late = if self.calm.get() {
+            0
+        } else if self.rates.any_late() || self.sim.has_given_decisions() {
             self.sim.fault(io, &IO_LATE, 1_000_000, |d| self.rates.draw_late(d))
         } else {
             0
@@ -422,6 +438,9 @@ impl Inner {
     }
 
     fn draw_fault(&self, op: IoOp, io: Entity) -> Fault {
+        if self.calm.get() {
+            return Fault::None;
+        }
         let mut counts = self.counts.get();
         match op {
             IoOp::Read => counts.reads += 1,

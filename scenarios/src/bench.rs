@@ -157,7 +157,10 @@ fn next(i: u64, draw: &mut Draw, cursor: &mut u64, size: u64, spec: BenchSpec) -
     };
     let kind = if draw.below(2) == 0 { IoKind::Read } else { IoKind::Write };
     // Runs of one kind, or nothing could be merged.
-    let kind =
-        if spec.sequential { if i / 16 % 2 == 0 { IoKind::Write } else { IoKind::Read } } else { kind };
+    let kind = if spec.sequential {
+        if (i / 16).is_multiple_of(2) { IoKind::Write } else { IoKind::Read }
+    } else {
+        kind
+    };
     Op { kind, range: SectorRange::new(at, SECTORS as u32) }
 }

@@ -44,6 +44,8 @@ pub struct Attached {
 /// What a machine has and does.
 pub struct Machine {
     world: World,
+    /// Tells machines of one world apart: a new one starts after a power cut.
+    boot: u64,
     limits: StackLimits,
     toolstack: SimHost,
     disks: RefCell<Vec<Attached>>,
@@ -59,8 +61,10 @@ pub struct Machine {
 impl Machine {
     /// A machine without guests.
     pub fn new(world: &World, limits: StackLimits) -> Rc<Self> {
+        let boot = world.next_boot();
         Rc::new(Self {
-            toolstack: SimHost::start(&world.kernel, &world.xen, "toolstack", 0),
+            toolstack: SimHost::start(&world.kernel, &world.xen, "toolstack", boot),
+            boot,
             world: world.clone(),
             limits,
             disks: RefCell::default(),
@@ -75,7 +79,7 @@ impl Machine {
     /// A new guest with `setup` as its disk.
     pub async fn attach(&self, setup: Setup, number: u64) -> Attached {
         let dom = self.world.xen.create_domain();
-        let node = self.world.sim.node("guest", number);
+        let node = self.world.sim.node("guest", self.boot << 32 | number);
         let port = self.world.xen.attach(dom, &node);
         let paths = VbdPaths::new("vbd", dom, XVDA);
         if let Err(error) = attach_vbd(&self.toolstack.port, dom, XVDA, &paths, false).await {
@@ -89,7 +93,8 @@ impl Machine {
     /// Starts the tapdisk process, which serves all attached disks.
     pub fn start_tapdisk(self: &Rc<Self>) -> SimHost {
         let start = self.starts.replace(self.starts.get() + 1);
-        let host = SimHost::start(&self.world.kernel, &self.world.xen, "tapdisk", u64::from(start));
+        let key = self.boot << 32 | u64::from(start);
+        let host = SimHost::start(&self.world.kernel, &self.world.xen, "tapdisk", key);
         self.ended.set(0);
         for disk in self.disks.borrow().iter() {
             let (machine, h, disk) = (Rc::clone(self), host.clone(), disk.clone());
@@ -165,6 +170,32 @@ impl Machine {
         if let Some(host) = self.tapdisk() {
             host.process.node().kill_after_steps(u64::MAX);
         }
+    }
+
+    fn nodes(&self) -> Vec<Node> {
+        let disks = self.disks.borrow();
+        let tapdisk = self.tapdisk().map(|host| host.process.node().clone());
+        let mut nodes: Vec<Node> = disks.iter().map(|disk| disk.node.clone()).chain(tapdisk).collect();
+        nodes.push(self.toolstack.process.node().clone());
+        nodes
+    }
+
+    /// Everything that runs stops at once, the guests too.
+    pub fn stop(&self) {
+        self.nodes().iter().for_each(Node::kill);
+    }
+
+    /// Cuts the power. Files are left, in one of the states that they may be left in, and histories that know it.
+    pub async fn power_cut(&self) {
+        self.stop();
+        for node in self.nodes() {
+            node.dead().await;
+        }
+        self.world.storage.set_hook(None);
+        self.world.storage.power_cut();
+        self.world.xen.power_cut();
+        self.disks.borrow().iter().for_each(|disk| disk.setup.history.borrow_mut().power_cut());
+        self.world.count(|s| s.crashes += 1);
     }
 
     /// Takes all disks away as a toolstack does, and waits until tapdisk has let go of them.

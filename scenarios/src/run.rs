@@ -262,3 +262,31 @@ pub fn shrink_run(spec: &RunSpec, outcome: &Outcome, runs: u64) -> (RunSpec, Out
 pub fn run_recorded(spec: &RunSpec, trace: TraceLevel) -> Outcome {
     run(&RunSpec { record: true, trace, ..spec.clone() })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_of_a_task_is_a_finding_with_its_place() {
+        static PANICS: Scenario = Scenario {
+            name: "panics",
+            about: "a task that panics",
+            storage: |_| StorageConfig::default(),
+            body: |w| {
+                Box::pin(async move {
+                    w.sim.spawn("task", 0, async { assert_eq!(1, 2, "a broken promise") });
+                    w.sim.sleep_ns(1).await;
+                })
+            },
+        };
+        let failure = run(&RunSpec::new(&PANICS, 0)).failure.unwrap();
+        assert_eq!(failure.invariant, Invariant::A1);
+        assert!(
+            failure.detail.contains("a broken promise") && failure.detail.contains("run.rs:"),
+            "{}",
+            failure.detail
+        );
+        assert!(run(&RunSpec::new(catalog::ALL[0], 0)).failure.is_none(), "the next run is none the worse");
+    }
+}

@@ -32,7 +32,7 @@ impl StackLimits {
             merge_sectors: world.setting("merge", &[1024, 0, 16]),
             ..SchedulerLimits::default()
         };
-        let qcow = QcowLimits { l2_tables: world.setting("l2-tables", &[64, 2, 1]), ..QcowLimits::default() };
+        let qcow = QcowLimits { l2_tables: world.setting("l2-tables", &[64, 2, 1]) };
         Self {
             scheduler,
             qcow,

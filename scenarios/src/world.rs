@@ -7,6 +7,8 @@ use kernel_model::{Kernel, Storage, StorageConfig};
 use sim::{Entity, Label, Sim, text_hash};
 use std::cell::{Cell, RefCell};
 use std::fmt::Debug;
+#[cfg(test)]
+use std::future::Future;
 use std::rc::Rc;
 use std::sync::Arc;
 use tap_host::Bug;
@@ -72,6 +74,7 @@ pub struct World {
     pub options: Rc<RunOptions>,
     stats: Rc<Cell<Stats>>,
     errors_allowed: bool,
+    boots: Rc<Cell<u64>>,
     explorer: Rc<RefCell<Option<Rc<Explorer>>>>,
 }
 
@@ -95,8 +98,14 @@ impl World {
             options: Rc::new(options),
             stats: Rc::default(),
             errors_allowed,
+            boots: Rc::default(),
             explorer: Rc::default(),
         }
+    }
+
+    /// Counts the machines of this world: the number of a new one, from 0.
+    pub fn next_boot(&self) -> u64 {
+        self.boots.replace(self.boots.get() + 1)
     }
 
     /// Whether host operations may fail in this world for longer than a retry hides.
@@ -144,4 +153,20 @@ impl World {
         let counts = self.storage.counts();
         Stats { host_ios: counts.reads + counts.writes + counts.syncs, ..self.stats.get() }
     }
+}
+
+/// What `body` breaks in a world without faults, for tests of checkers.
+#[cfg(test)]
+pub(crate) fn broken_by<F: Future<Output = ()> + 'static>(
+    body: impl FnOnce(World) -> F,
+) -> Option<Invariant> {
+    let config = sim::Config {
+        faults: false,
+        source: sim::Source::Replay(sim::DecisionMap::new()),
+        ..sim::Config::new(1)
+    };
+    let sim = Sim::new(&config);
+    let world = World::new(&sim, StorageConfig::default(), RunOptions::default());
+    sim.run(body(world.clone())).unwrap_or_else(|stall| panic!("{}", stall.report));
+    world.verdict.failure().map(|f| f.invariant)
 }

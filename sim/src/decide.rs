@@ -277,14 +277,14 @@ mod tests {
         static A: Label = Label::new("script-test-a", "{}");
         static B: Label = Label::new("script-test-b", "{}");
         let script: Script = [((A.name, 0), 5), ((A.name, 2), 7), ((B.name, 1), 9)].into();
-        let mut d = Decisions::new(1, &Source::Script(script), true);
+        let mut d = Decisions::new(1, &Source::Script(script), true, false);
         let asks = [(1, &A), (2, &B), (3, &A), (4, &A), (4, &B), (5, &A)];
         let run = |d: &mut Decisions| asks.map(|(e, l)| d.decide(Entity(e), l, 0, 0, |_| 1));
         let values = run(&mut d);
         assert_eq!(values, [5, 0, 0, 7, 9, 0]);
         assert_eq!(d.decide(Entity(1), &A, 0, 0, |_| 1), 5, "asked again");
         assert!(d.is_replaying() && d.has_given());
-        let mut again = Decisions::new(1, &Source::Replay(d.take_record()), false);
+        let mut again = Decisions::new(1, &Source::Replay(d.take_record()), false, false);
         assert_eq!(run(&mut again), values);
     }
 }

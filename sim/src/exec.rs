@@ -382,10 +382,7 @@ impl Core {
 
     fn start(&self, entity: Entity, node: u32, role: &'static str, key: u64, future: BoxedTask) {
         let mut decisions = self.decisions.borrow_mut();
-        decisions.name(entity, || match key {
-            0 => format!("{} {role}", self.nodes.borrow()[node as usize].name),
-            key => format!("{} {role} {key}", self.nodes.borrow()[node as usize].name),
-        });
+        decisions.name(entity, || format!("{} {role} {key}", self.nodes.borrow()[node as usize].name));
         drop(decisions);
         let slot = self.free.borrow_mut().pop();
         let mut tasks = self.tasks.borrow_mut();

@@ -126,6 +126,16 @@ impl Xen {
         self.fire_special("@releaseDomain");
     }
 
+    /// The whole machine went down, and every node with it: domains, xenstore and named pages are gone.
+    pub fn power_cut(&self) {
+        let count = self.0.grants.borrow().len();
+        for dom in (1..count).filter(|dom| self.0.grants.borrow()[*dom].is_some()) {
+            self.destroy_domain(DomId(dom as u16));
+        }
+        *self.0.store.borrow_mut() = Store::new(self.0.options.quota);
+        self.clear_regions();
+    }
+
     fn fire_special(&self, name: &str) {
         let wakers = self.0.store.borrow_mut().fire_special(name);
         wakers.into_iter().for_each(std::task::Waker::wake);

@@ -174,7 +174,7 @@ async fn epoch(
     let node = host.process.node().clone();
     let count = if recovering { 6 } else { plan.ops };
     let guest = Entity::WORLD.child("guest", u64::from(cut));
-    world.sim.name_entity(guest, || format!("guest, epoch {cut}"));
+    world.sim.name_entity(guest, || format!("guest 1, epoch {cut}"));
     let ops = operations(&world.sim, guest, u64::from(cut), &workload(world, setup.size_sectors, count, 88));
     arm_power_cut(world, setup, cut, if recovering { 24 } else { u64::from(plan.ops) * 4 }, {
         let node = node.clone();
@@ -199,11 +199,11 @@ async fn epoch(
         s.unflushed_clusters += unflushed;
     });
     setup.history.borrow_mut().power_cut();
-    setup.check_bytes(world, &format!("after power cut {}", cut + 1));
+    setup.check(world, &format!("after power cut {}", cut + 1)).await;
 }
 
 /// Calls `cut` once the storage has done as many more operations as the seed says, if it says so.
-fn arm_power_cut(world: &World, setup: &Setup, epoch: u32, most: u64, cut: impl Fn() + 'static) {
+pub(super) fn arm_power_cut(world: &World, setup: &Setup, epoch: u32, most: u64, cut: impl Fn() + 'static) {
     let entity = power(epoch);
     world.sim.name_entity(entity, || format!("power, epoch {epoch}"));
     if world.options.explore && epoch == 0 {
@@ -316,7 +316,7 @@ async fn last_epoch(world: &World, setup: &Setup, limits: &StackLimits, crashes:
             format!("{} bytes of buffers were not given back", guest.disk().buffers_out()),
         );
     }
-    setup.check_bytes(world, "after recovery");
+    setup.check(world, "after recovery").await;
     check_leaks(world, setup, crashes);
 }
 
@@ -355,4 +355,29 @@ pub async fn either(a: impl Future, b: impl Future) {
         }
     })
     .await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::world::broken_by;
+
+    /// What the last epoch reports of an image after `damage`.
+    fn reported(damage: impl FnOnce(&mut kernel_model::Content) + 'static) -> Option<Invariant> {
+        broken_by(|world| async move {
+            let limits = StackLimits::draw(&world);
+            let setup = Setup::qcow(&world, 0, DISK_BYTES, false);
+            let mut content = world.storage.content(&setup.spec.path).unwrap();
+            damage(&mut content);
+            world.storage.put(&setup.spec.path, content);
+            last_epoch(&world, &setup, &limits, 1, false).await;
+        })
+    }
+
+    #[test]
+    fn an_image_must_open_and_may_not_have_lost_much() {
+        assert_eq!(reported(|_| {}), None);
+        assert_eq!(reported(|c| c.pages.write(0, b"garbage!")), Some(Invariant::G11));
+        assert_eq!(reported(|c| c.size += 3 << 20), Some(Invariant::G13), "768 clusters nobody owns");
+    }
 }

@@ -21,6 +21,7 @@ pub static ALL: &[&Scenario] = &[
     &ring::HOSTILE_FRONTEND,
     &ring::TWO_GUESTS,
     &damage::DAMAGED_IMAGE,
+    &ring::RING_POWER_CUT,
 ];
 
 /// The labels of scenarios.

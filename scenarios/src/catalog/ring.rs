@@ -1,6 +1,6 @@
 //! Guests on rings: traffic, death of tapdisk, reconnects, several guests.
 
-use super::crash::either;
+use super::crash::{arm_power_cut, either};
 use super::setup::{Setup, workload};
 use crate::check::Invariant;
 use crate::guest::{Guest, HONEST_SECTORS, Hostile, Manners, RingDisk};
@@ -56,6 +56,17 @@ pub static TWO_GUESTS: Scenario = Scenario {
     body: |w| Box::pin(two_guests(w)),
 };
 
+/// The whole host goes down under a guest.
+pub static RING_POWER_CUT: Scenario = Scenario {
+    name: "ring-power-cut",
+    about: "qcow on a ring, power cut of the whole host at any host operation; a new machine and a new guest go on",
+    storage: |_| StorageConfig {
+        faults: FaultPlan { short: true, transient: true, ..FaultPlan::LATENCY },
+        ..StorageConfig::default()
+    },
+    body: |w| Box::pin(ring_power_cut(w)),
+};
+
 /// A front end that breaks every rule, beside one that does not.
 pub static HOSTILE_FRONTEND: Scenario = Scenario {
     name: "hostile-frontend",
@@ -75,7 +86,9 @@ fn operations_of(
     count: u32,
 ) -> Vec<Option<crate::workload::Op>> {
     let entity = Entity::WORLD.child("guest-ops", number);
-    world.sim.name_entity(entity, || format!("guest {number}"));
+    let writer = guest.setup.history.borrow().writer();
+    let again = if number + 1 == u64::from(writer) { "" } else { " again" };
+    world.sim.name_entity(entity, || format!("guest {writer}{again}"));
     let w: Workload = workload(world, guest.setup.size_sectors, count, 88);
     operations(&world.sim, entity, number, &w)
 }
@@ -214,6 +227,31 @@ async fn two_guests(world: World) {
         let _ = finished.await;
     }
     machine.spare();
+    finish(&world, &machine, &guests).await;
+}
+
+async fn ring_power_cut(world: World) {
+    let setup = Setup::qcow(&world, 0, DISK_BYTES, world.setting("overlay", &[false, true]));
+    let Some((machine, guests)) = start(&world, vec![setup.clone()]).await else { return };
+    let depth = world.setting("ring-depth", &[4, 32, 1]);
+    let ops = operations_of(&world, &guests[0].0, 0, 60);
+    let (m, g) = (Rc::clone(&machine), guests[0].1.clone());
+    arm_power_cut(&world, &setup, 0, 240, move || m.stop());
+    in_guest(&guests[0].0, async move { g.run(&ops, depth).await }).await;
+    machine.power_cut().await;
+    setup.check(&world, "after the power cut").await;
+    let Some((machine, guests)) = start(&world, vec![setup]).await else { return };
+    let (attached, guest) = &guests[0];
+    guest.set_manners(Manners { reads: Invariant::G7, ..NO_ERRORS });
+    let (w, g, ops) = (world.clone(), guest.clone(), operations_of(&world, attached, 1, 20));
+    in_guest(attached, async move {
+        if let Err(error) = g.read_all().await {
+            w.fail(Invariant::G11, format!("reading the disk after the power cut failed with {error:?}"));
+        }
+        g.set_manners(NO_ERRORS);
+        g.run(&ops, depth).await;
+    })
+    .await;
     finish(&world, &machine, &guests).await;
 }
 

@@ -1,6 +1,6 @@
 //! What crash scenarios start from: an image, its backing file, the history of its disk.
 
-use crate::check::{BlockHistory, Initial, Invariant, walker};
+use crate::check::{BlockHistory, Initial, Invariant, shipped, walker};
 use crate::image::{QcowShape, RealImage, Stored, layer_cluster, make_qcow};
 use crate::workload::{Shape, Workload};
 use crate::world::World;
@@ -117,6 +117,14 @@ impl Setup {
         }
     }
 
+    /// As [`Setup::check_bytes`], and lets the shipped check look at a qcow image too. Nobody has it open for writing.
+    pub async fn check(&self, world: &World, when: &str) {
+        self.check_bytes(world, when);
+        if self.spec.format == ImageFormat::Qcow && !world.verdict.is_broken() {
+            shipped::agree(world, &self.spec.path, when).await;
+        }
+    }
+
     /// Looks at the bytes of the image and of what it is based on.
     pub fn check_bytes(&self, world: &World, when: &str) {
         if let Some((path, bytes)) = &self.base
@@ -131,7 +139,7 @@ impl Setup {
             world.fail(Invariant::G11, format!("{when} the image is gone"));
             return;
         };
-        if let Err((invariant, text)) = walker::walk(&content) {
+        if let Err((invariant, text)) = walker::walk_whole(&content) {
             world.fail(invariant, format!("{when} {text}"));
         }
     }
@@ -166,4 +174,49 @@ fn base_bytes(size_bytes: u64, view: &mut PageMap) -> Vec<u8> {
 pub fn workload(world: &World, size_sectors: u64, count: u32, max_sectors: u32) -> Workload {
     let shape = Shape::ALL[world.mood("shape", Shape::ALL.len() as u64) as usize];
     Workload { shape, count, size_sectors, max_sectors }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::world::broken_by;
+
+    /// What `check_bytes` reports of an overlay after `damage` to the file called `name` (`None` for the image).
+    fn reported(
+        name: Option<&'static str>,
+        damage: impl FnOnce(&mut Content) + 'static,
+    ) -> Option<Invariant> {
+        broken_by(move |world| async move {
+            let setup = Setup::qcow(&world, 0, 1 << 20, true);
+            let path = name.unwrap_or(&setup.spec.path);
+            let mut content = world.storage.content(path).unwrap();
+            damage(&mut content);
+            world.storage.put(path, content);
+            setup.check_bytes(&world, "here");
+        })
+    }
+
+    #[test]
+    fn damage_is_told_by_what_it_breaks() {
+        assert_eq!(reported(None, |_| {}), None);
+        let base = Some("/images/base0.raw");
+        assert_eq!(reported(base, |c| c.pages.write(4096 * 7 + 100, &[1])), Some(Invariant::C1));
+        assert_eq!(reported(base, |c| c.size += 1), Some(Invariant::C1));
+        assert_eq!(reported(None, |c| c.pages.write(0, &[0])), Some(Invariant::Q2));
+        let in_place = |c: &mut Content| {
+            let (offset, _) = walker::walk(c).unwrap().compressed(0).unwrap();
+            c.pages.write(offset, &[0xff; 32]);
+        };
+        assert_eq!(reported(None, in_place), Some(Invariant::Q3), "written into the compressed bytes");
+    }
+
+    #[test]
+    fn an_image_that_is_gone_is_missed() {
+        let broken = broken_by(|world| async move {
+            let setup = Setup::qcow(&world, 0, 1 << 20, false);
+            let other = Setup { spec: ImageSpec { path: path(9), ..setup.spec.clone() }, ..setup };
+            other.check_bytes(&world, "here");
+        });
+        assert_eq!(broken, Some(Invariant::G11));
+    }
 }

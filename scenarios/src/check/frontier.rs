@@ -31,6 +31,8 @@ pub struct Version {
     pub superseded: bool,
     /// Left over from before a crash, one of several that the medium may hold until somebody looks.
     pub unresolved: bool,
+    /// It was one of those, and was seen: the others are gone for good.
+    pub settled: bool,
 }
 
 /// Which of two overlapping requests comes first.
@@ -68,6 +70,7 @@ impl Default for Block {
             seen_at: NEVER,
             superseded: false,
             unresolved: false,
+            settled: false,
         };
         Self { versions: [initial].into_iter().collect() }
     }
@@ -85,6 +88,7 @@ impl Block {
             seen_at: NEVER,
             superseded: false,
             unresolved: false,
+            settled: false,
         });
     }
 
@@ -130,6 +134,7 @@ impl Block {
             self.versions.retain(|v| !v.unresolved || v.write == write);
             if let Some(v) = self.versions.iter_mut().find(|v| v.write == write) {
                 v.unresolved = false;
+                v.settled = true;
             }
         }
         for v in &mut self.versions {
@@ -159,6 +164,11 @@ impl Block {
         }
         self.prune(oldest_read);
         self.versions.len() > 1
+    }
+
+    /// Whether somebody has looked after a crash that left several versions, and nothing was written since.
+    pub fn is_settled(&self) -> bool {
+        matches!(&self.versions[..], [only] if only.settled)
     }
 
     /// Whether the medium may hold `write` after a power cut now.
@@ -205,6 +215,7 @@ impl Block {
                 seen_at: NEVER,
                 superseded: false,
                 unresolved: several,
+                settled: v.settled && !several,
             };
         }
     }
@@ -266,9 +277,14 @@ mod tests {
         assert_eq!(b.survivors().collect::<Vec<_>>(), [1, 2]);
         b.power_cut(9);
         let mut seen = b.clone();
+        assert!(!seen.is_settled());
         assert!(seen.read(2, 10, 11, ANY) && !seen.read(1, 12, 13, ANY));
+        assert!(seen.is_settled());
         seen.power_cut(20);
         assert_eq!(seen.survivors().collect::<Vec<_>>(), [2]);
+        assert!(seen.is_settled(), "also through another crash");
+        seen.begin(3, 30);
+        assert!(!seen.is_settled(), "until it is written");
         assert_eq!(b.survivors().count(), 2);
     }
 

@@ -41,6 +41,8 @@ impl Default for Cell {
 pub enum Wrong {
     /// A version that it may not hold (any more).
     Version(String),
+    /// Another version than was seen after a crash, and nothing was written since.
+    Unstable(String),
     /// Bytes that nobody wrote to it.
     Foreign(String),
 }
@@ -50,6 +52,7 @@ impl Wrong {
     pub fn invariant(&self, version: Invariant) -> Invariant {
         match self {
             Wrong::Version(_) => version,
+            Wrong::Unstable(_) => Invariant::G9,
             Wrong::Foreign(_) => Invariant::G10,
         }
     }
@@ -58,7 +61,7 @@ impl Wrong {
 impl std::fmt::Display for Wrong {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Wrong::Version(text) | Wrong::Foreign(text) => f.write_str(text),
+            Wrong::Version(text) | Wrong::Unstable(text) | Wrong::Foreign(text) => f.write_str(text),
         }
     }
 }
@@ -248,14 +251,14 @@ impl BlockHistory {
         let order = self.order;
         self.each(range, |b| {
             if bad.is_none() && !b.read(write, inv, res, order) {
-                bad = Some(b.describe());
+                bad = Some((b.describe(), b.is_settled()));
             }
         });
         match bad {
             None => Ok(()),
-            Some(versions) => {
+            Some((versions, settled)) => {
                 let text = format!("sector {} holds {}, but may hold {versions}", range.start.0, name(write));
-                Err(Wrong::Version(text))
+                Err(if settled { Wrong::Unstable(text) } else { Wrong::Version(text) })
             }
         }
     }
@@ -425,6 +428,10 @@ mod tests {
         h.check_read(inv, SectorRange::new(4, 1), &bytes).unwrap();
         let inv = h.begin_read();
         let bytes = sector_of(&h, a, 4);
-        assert!(h.check_read(inv, SectorRange::new(4, 1), &bytes).is_err(), "it was seen otherwise");
+        let wrong = h.check_read(inv, SectorRange::new(4, 1), &bytes).unwrap_err();
+        assert_eq!(wrong.invariant(Invariant::G7), Invariant::G9, "it was seen otherwise");
+        let inv = h.begin_read();
+        let wrong = h.check_read(inv, SectorRange::new(0, 1), &[0; 512]).unwrap_err();
+        assert_eq!(wrong.invariant(Invariant::G7), Invariant::G7, "it was flushed");
     }
 }

@@ -3,6 +3,7 @@
 mod frontier;
 mod history;
 mod invariant;
+pub mod shipped;
 mod verdict;
 pub mod walker;
 

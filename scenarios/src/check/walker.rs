@@ -72,6 +72,8 @@ struct Owners {
     bits: Vec<u64>,
     extents: Vec<(u64, u64)>,
     owned: u64,
+    /// The first cluster behind everything that is owned.
+    end: u64,
 }
 
 impl Owners {
@@ -81,6 +83,7 @@ impl Owners {
         if (last / 64 + 1) as usize > self.bits.len() {
             self.bits.resize((last / 64 + 1) as usize, 0);
         }
+        self.end = self.end.max(last + 1);
         for cluster in first..=last {
             let (word, bit) = ((cluster / 64) as usize, 1 << (cluster % 64));
             if self.bits[word] & bit != 0 {
@@ -96,7 +99,7 @@ impl Owners {
     }
 
     /// Compressed extents share clusters with each other, never bytes, and never a cluster with anything else.
-    fn finish(mut self) -> Result<u64, Broken> {
+    fn finish(mut self) -> Result<Self, Broken> {
         self.extents.sort_unstable();
         for pair in self.extents.windows(2) {
             if pair[0].0 + pair[0].1 > pair[1].0 {
@@ -120,7 +123,7 @@ impl Owners {
                 })?;
             }
         }
-        Ok(self.owned)
+        Ok(self)
     }
 }
 
@@ -177,7 +180,7 @@ pub fn walk(content: &Content) -> Result<QcowMap, Broken> {
             format!("the L1 table of {l1_entries} entries does not lie in the file"),
         );
     }
-    let mut owners = Owners { cluster_bits, bits: Vec::new(), extents: Vec::new(), owned: 0 };
+    let mut owners = Owners { cluster_bits, bits: Vec::new(), extents: Vec::new(), owned: 0, end: 0 };
     // Header and L1 lie together at the front; the name of the backing file lies between them, or has space of its own.
     let front = map.l1_offset + (l1_entries * 8).max(1);
     owners.take(0, front, || "the header".into())?;
@@ -196,8 +199,10 @@ pub fn walk(content: &Content) -> Result<QcowMap, Broken> {
             walk_l2(content, &mut map, &mut owners, index as u64, l2_offset, &mut table)?;
         }
     }
-    let owned = owners.finish()?;
-    map.leaked = content.size.div_ceil(1 << cluster_bits).saturating_sub(owned);
+    let owners = owners.finish()?;
+    // After a crash the file may be shorter than what it maps.
+    let clusters = content.size.div_ceil(1 << cluster_bits).max(owners.end);
+    map.leaked = clusters - owners.owned;
     Ok(map)
 }
 
@@ -265,6 +270,24 @@ fn walk_l2(
 
 fn be_words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
     bytes.chunks_exact(8).map(|w| u64::from_be_bytes(w.try_into().expect("eight bytes")))
+}
+
+/// Compressed clusters that are inflated at most; of more, some.
+const INFLATED_MAX: usize = 64;
+
+/// As [`walk`], and inflates compressed clusters.
+///
+/// # Errors
+/// The first broken invariant.
+pub fn walk_whole(content: &Content) -> Result<QcowMap, Broken> {
+    let map = walk(content)?;
+    let compressed = |c: &u64| map.compressed(*c).is_some();
+    let packed: Vec<u64> = (0..map.entries.len() as u64).filter(compressed).collect();
+    let mut bytes = vec![0; if packed.is_empty() { 0 } else { 1 << map.cluster_bits }];
+    for cluster in packed.iter().step_by(packed.len() / INFLATED_MAX + 1) {
+        read_cluster(content, &map, *cluster, &mut bytes)?;
+    }
+    Ok(map)
 }
 
 /// Reads the guest's view of a cluster that the image itself holds; `None` where the backing file shows.

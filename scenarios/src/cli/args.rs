@@ -24,7 +24,7 @@ Exit status: 0 ok, 1 an invariant is broken, 2 wrong usage, 3 two runs of one se
 /// A tapdisk stack under a deterministic simulator of Linux and Xen, with faults and crashes.
 #[derive(Parser, Debug)]
 #[command(name = "tapsim", version, after_help = EXAMPLES)]
-pub struct Cli {
+pub(crate) struct Cli {
     #[command(flatten)]
     pub common: Common,
     #[command(subcommand)]
@@ -33,7 +33,7 @@ pub struct Cli {
 
 /// On or off.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-pub enum Switch {
+pub(crate) enum Switch {
     /// Yes.
     On,
     /// No.
@@ -42,7 +42,7 @@ pub enum Switch {
 
 /// How much of the trace is printed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-pub enum LogLevel {
+pub(crate) enum LogLevel {
     /// The last events of a failure.
     Tail,
     /// Every event and every turn of a task.
@@ -51,7 +51,7 @@ pub enum LogLevel {
 
 /// What every command takes.
 #[derive(Args, Debug, Clone)]
-pub struct Common {
+pub(crate) struct Common {
     /// Threads [default: all cores]
     #[arg(long, global = true, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub jobs: Option<u16>,
@@ -71,18 +71,18 @@ pub struct Common {
 
 impl Common {
     /// Threads to use.
-    pub fn threads(&self) -> usize {
+    pub(super) fn threads(&self) -> usize {
         self.jobs.map_or_else(|| std::thread::available_parallelism().map_or(1, Into::into), usize::from)
     }
     /// Whether worlds run guarded: asked for and built in.
-    pub fn guarded(&self) -> bool {
+    pub(super) fn guarded(&self) -> bool {
         self.guard == Switch::On && sim::guard::AVAILABLE
     }
 }
 
 /// The commands.
 #[derive(Subcommand, Debug)]
-pub enum Command {
+pub(crate) enum Command {
     /// Runs many seeds of scenarios
     Sweep(SweepArgs),
     /// Runs one seed of one scenario
@@ -109,14 +109,14 @@ pub enum Command {
 
 /// Formats that can be taken from outside, or fuzzed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-pub enum Format {
+pub(crate) enum Format {
     /// qcow, version 1
     Qcow,
 }
 
 /// `crash`
 #[derive(Args, Debug, Clone)]
-pub struct CrashArgs {
+pub(crate) struct CrashArgs {
     /// Format of the image
     #[arg(long, value_enum)]
     pub format: Format,
@@ -133,7 +133,7 @@ pub struct CrashArgs {
 
 /// `bench`
 #[derive(Args, Debug, Clone)]
-pub struct BenchArgs {
+pub(crate) struct BenchArgs {
     /// Guest requests per world
     #[arg(long, default_value_t = 1_000_000, value_name = "N", value_parser = clap::value_parser!(u64).range(1000..=1_000_000_000))]
     pub requests: u64,
@@ -147,7 +147,7 @@ pub struct BenchArgs {
 
 /// `sweep`
 #[derive(Args, Debug, Clone)]
-pub struct SweepArgs {
+pub(crate) struct SweepArgs {
     /// Scenarios [default: all]
     pub scenarios: Vec<String>,
     /// Seeds A up to, not including, B
@@ -172,7 +172,7 @@ pub struct SweepArgs {
 
 /// `run`
 #[derive(Args, Debug, Clone)]
-pub struct RunArgs {
+pub(crate) struct RunArgs {
     /// The scenario
     pub scenario: String,
     /// The seed
@@ -187,14 +187,14 @@ pub struct RunArgs {
 
 /// `replay`, `shrink`, `explain`
 #[derive(Args, Debug, Clone)]
-pub struct FileArgs {
+pub(crate) struct FileArgs {
     /// A decision file
     pub file: PathBuf,
 }
 
 /// `bugs`
 #[derive(Args, Debug, Clone)]
-pub struct BugsArgs {
+pub(crate) struct BugsArgs {
     /// Seeded bugs [default: all, and the canary]
     pub bugs: Vec<String>,
     /// Seeds that are tried at most, per bug
@@ -204,7 +204,7 @@ pub struct BugsArgs {
 
 /// `fuzz`
 #[derive(Args, Debug, Clone)]
-pub struct FuzzArgs {
+pub(crate) struct FuzzArgs {
     /// The image format
     #[arg(long, value_enum, default_value = "qcow")]
     pub format: Format,

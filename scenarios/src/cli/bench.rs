@@ -21,7 +21,7 @@ struct JsonRow {
 }
 
 /// `tapsim bench`
-pub fn bench_command(common: &Common, args: &BenchArgs) -> Result<Exit, Stop> {
+pub(crate) fn bench_command(common: &Common, args: &BenchArgs) -> Result<Exit, Stop> {
     let spec = |disk, sequential, merging| BenchSpec { disk, requests: args.requests, sequential, merging };
     let rows = [
         ("raw, random", spec(Disk::Raw, false, true)),

@@ -25,7 +25,7 @@ struct JsonBug {
 }
 
 /// `tapsim bugs`
-pub fn bugs_command(common: &Common, args: &BugsArgs) -> Result<Exit, Stop> {
+pub(crate) fn bugs_command(common: &Common, args: &BugsArgs) -> Result<Exit, Stop> {
     let mut quarries: Vec<Quarry> = if args.bugs.is_empty() {
         Bug::ALL.iter().map(|b| Quarry::Bug(*b)).chain([Quarry::Canary]).collect()
     } else {
@@ -95,7 +95,7 @@ fn row(quarry: Quarry, hunted: Option<&Hunted>, within: u64) -> JsonBug {
 }
 
 /// `tapsim demo`
-pub fn demo_command(common: &Common) -> Result<Exit, Stop> {
+pub(crate) fn demo_command(common: &Common) -> Result<Exit, Stop> {
     let bug = Bug::DataAfterMapping;
     println!("1. A bug is switched on in the qcow driver: {}.", bug.sentence());
     println!("2. Seeds are tried in {} scenarios ...", catalog::ALL.len());

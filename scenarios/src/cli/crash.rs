@@ -16,7 +16,7 @@ use std::sync::Arc;
 const SHRINK_RUNS: u64 = 3000;
 
 /// `tapsim crash`
-pub fn crash_command(common: &Common, args: &CrashArgs) -> Result<Exit, Stop> {
+pub(crate) fn crash_command(common: &Common, args: &CrashArgs) -> Result<Exit, Stop> {
     let Format::Qcow = args.format;
     let image = Arc::new(RealImage::load(&args.image).map_err(Stop::usage)?);
     println!("{}", image.describe());
@@ -97,7 +97,7 @@ fn report_state(common: &Common, spec: &RunSpec) -> Result<(), Stop> {
 
 /// What a measurement of exploring came to.
 #[derive(Clone, Copy, Debug, Default, serde::Serialize)]
-pub struct ExploreRate {
+pub(crate) struct ExploreRate {
     /// Distinct states that were opened and read.
     pub states: u64,
     /// States that had been seen before.
@@ -109,7 +109,10 @@ pub struct ExploreRate {
 }
 
 /// Explores seeds of `scenario` until `states` are reached.
-pub fn explore_rate(scenario: &'static crate::run::Scenario, states: u64) -> Result<ExploreRate, String> {
+pub(crate) fn explore_rate(
+    scenario: &'static crate::run::Scenario,
+    states: u64,
+) -> Result<ExploreRate, String> {
     let mut rate = ExploreRate::default();
     let before = cpu_ns();
     let mut seed = 0;

@@ -11,7 +11,6 @@ mod sweeping;
 
 pub use args::seeds_or_one;
 pub use output::{load_run, revision};
-pub use sweeping::minute;
 
 use args::{Cli, Command};
 use clap::Parser;

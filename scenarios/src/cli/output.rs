@@ -13,7 +13,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// Replays that shrinking a failure of a sweep may take.
-pub const SHRINK_RUNS: u64 = 20_000;
+pub(crate) const SHRINK_RUNS: u64 = 20_000;
 /// Events that a failure shows.
 const TAIL: usize = 12;
 
@@ -28,7 +28,7 @@ pub fn revision() -> String {
 }
 
 /// Progress of long work: a bar on a terminal, a line every few seconds elsewhere.
-pub struct Progress {
+pub(crate) struct Progress {
     bar: Option<ProgressBar>,
     total: Option<u64>,
     started: Instant,
@@ -40,7 +40,7 @@ const SAY_EVERY: Duration = Duration::from_secs(5);
 
 impl Progress {
     /// Progress towards `total` runs, or of unknown length.
-    pub fn new(total: Option<u64>) -> Self {
+    pub(super) fn new(total: Option<u64>) -> Self {
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = total.map_or_else(ProgressBar::new_spinner, ProgressBar::new);
             let shape = if total.is_some() {
@@ -57,7 +57,7 @@ impl Progress {
     }
 
     /// How it stands.
-    pub fn at(&mut self, done: u64, failed: u64) {
+    pub(super) fn at(&mut self, done: u64, failed: u64) {
         match &self.bar {
             Some(bar) => {
                 bar.set_position(done);
@@ -73,12 +73,12 @@ impl Progress {
     }
 
     /// Since it began.
-    pub fn elapsed(&self) -> Duration {
+    pub(super) fn elapsed(&self) -> Duration {
         self.started.elapsed()
     }
 
     /// Takes the bar away.
-    pub fn finish(&self) {
+    pub(super) fn finish(&self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
@@ -119,7 +119,7 @@ struct JsonSweep<'a> {
 }
 
 /// Writes the report of a sweep as JSON.
-pub fn write_json(common: &Common, report: &SweepReport) -> Result<(), Stop> {
+pub(crate) fn write_json(common: &Common, report: &SweepReport) -> Result<(), Stop> {
     let Some(path) = &common.json else { return Ok(()) };
     let scenarios = report.scenarios.iter().map(|(s, r)| JsonScenario {
         scenario: s.name,
@@ -155,7 +155,7 @@ pub fn write_json(common: &Common, report: &SweepReport) -> Result<(), Stop> {
 }
 
 /// Writes anything as JSON.
-pub fn save_json(path: &Path, value: &impl Serialize) -> Result<(), Stop> {
+pub(crate) fn save_json(path: &Path, value: &impl Serialize) -> Result<(), Stop> {
     let text = serde_json::to_string_pretty(value)
         .map_err(|e| Stop::harness(format!("failed to make JSON: {e}")))?;
     std::fs::write(path, text + "\n")
@@ -163,7 +163,7 @@ pub fn save_json(path: &Path, value: &impl Serialize) -> Result<(), Stop> {
 }
 
 /// Prints the table of a sweep.
-pub fn print_table(report: &SweepReport) {
+pub(crate) fn print_table(report: &SweepReport) {
     println!(
         "{:<26} {:>7} {:>7} {:>10} {:>8} {:>10} {:>9} {:>12}  trace hash",
         "scenario", "passed", "failed", "requests", "crashes", "host I/O", "CPU ms", "requests/s"
@@ -187,7 +187,7 @@ pub fn print_table(report: &SweepReport) {
 }
 
 /// Runs the failing `spec` again, shrinks and saves it, and says how to replay it.
-pub fn report_failure(common: &Common, spec: &RunSpec) -> Result<PathBuf, Stop> {
+pub(crate) fn report_failure(common: &Common, spec: &RunSpec) -> Result<PathBuf, Stop> {
     let (guarded, seed, mine) = (common.guarded(), spec.seed, spec.clone());
     let (best, outcome, before, runs) = sim::guard::run(guarded, seed, move || {
         let recorded = run_recorded(&mine, TraceLevel::Hash);
@@ -203,7 +203,7 @@ pub fn report_failure(common: &Common, spec: &RunSpec) -> Result<PathBuf, Stop> 
 }
 
 /// Saves a run below the folder of failures.
-pub fn save_run(common: &Common, spec: &RunSpec, outcome: &Outcome) -> Result<PathBuf, Stop> {
+pub(crate) fn save_run(common: &Common, spec: &RunSpec, outcome: &Outcome) -> Result<PathBuf, Stop> {
     let bug = spec.options.bug.map_or(String::new(), |b| format!("-{}", b.name()));
     let path = common.out.join(format!("{}{bug}-{}.run", spec.scenario.name, spec.seed));
     std::fs::create_dir_all(&common.out)
@@ -213,7 +213,7 @@ pub fn save_run(common: &Common, spec: &RunSpec, outcome: &Outcome) -> Result<Pa
 }
 
 /// Says what is broken, with the last events.
-pub fn print_failure(common: &Common, spec: &RunSpec, outcome: &Outcome) {
+pub(crate) fn print_failure(common: &Common, spec: &RunSpec, outcome: &Outcome) {
     let Some(f) = &outcome.failure else { return };
     println!(
         "\n{} seed {}: broken {}: {}",
@@ -249,6 +249,6 @@ pub fn load_run(path: &Path) -> Result<(RunFile, RunSpec), Stop> {
 }
 
 /// Broken or not, as an exit status.
-pub fn exit_of(outcome: &Outcome) -> Exit {
+pub(crate) fn exit_of(outcome: &Outcome) -> Exit {
     if outcome.failure.is_some() { Exit::Broken } else { Exit::Ok }
 }

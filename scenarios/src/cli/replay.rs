@@ -11,13 +11,13 @@ use sim::{TraceLevel, guard};
 use tap_host::Bug;
 
 /// The scenario called `name`.
-pub fn scenario(name: &str) -> Result<&'static Scenario, Stop> {
+pub(crate) fn scenario(name: &str) -> Result<&'static Scenario, Stop> {
     catalog::find(name)
         .ok_or_else(|| Stop::usage(format!("unknown scenario {name:?}: `tapsim list` shows those there are")))
 }
 
 /// The seeded bug called `name`.
-pub fn bug(name: &str) -> Result<Bug, Stop> {
+pub(crate) fn bug(name: &str) -> Result<Bug, Stop> {
     let found = Bug::ALL.iter().find(|b| b.name() == name).copied();
     found.ok_or_else(|| {
         Stop::usage(format!("unknown seeded bug {name:?}: `tapsim list` shows those there are"))
@@ -84,7 +84,7 @@ fn report(common: &Common, spec: &RunSpec, outcome: &Outcome) -> Result<(), Stop
 }
 
 /// `tapsim run`
-pub fn run_command(common: &Common, args: &RunArgs) -> Result<Exit, Stop> {
+pub(crate) fn run_command(common: &Common, args: &RunArgs) -> Result<Exit, Stop> {
     let mut spec = RunSpec::new(scenario(&args.scenario)?, args.seed);
     spec.options.bug = args.bug.as_deref().map(bug).transpose()?;
     spec.options.canary = args.canary;
@@ -107,7 +107,7 @@ fn closing(outcome: &Outcome) -> &'static str {
 }
 
 /// `tapsim replay`
-pub fn replay_command(common: &Common, args: &FileArgs) -> Result<Exit, Stop> {
+pub(crate) fn replay_command(common: &Common, args: &FileArgs) -> Result<Exit, Stop> {
     let (file, mut spec) = load_run(&args.file)?;
     spec.trace = trace_level(common);
     spec.record = true;
@@ -132,7 +132,7 @@ pub fn replay_command(common: &Common, args: &FileArgs) -> Result<Exit, Stop> {
 }
 
 /// `tapsim shrink`
-pub fn shrink_command(common: &Common, args: &FileArgs) -> Result<Exit, Stop> {
+pub(crate) fn shrink_command(common: &Common, args: &FileArgs) -> Result<Exit, Stop> {
     let (_, spec) = load_run(&args.file)?;
     let before = guarded(common, &spec, |spec| run_recorded(spec, TraceLevel::Hash));
     if before.failure.is_none() {
@@ -158,7 +158,7 @@ pub fn shrink_command(common: &Common, args: &FileArgs) -> Result<Exit, Stop> {
 }
 
 /// `tapsim explain`
-pub fn explain_command(common: &Common, args: &FileArgs) -> Result<Exit, Stop> {
+pub(crate) fn explain_command(common: &Common, args: &FileArgs) -> Result<Exit, Stop> {
     let (_, spec) = load_run(&args.file)?;
     let outcome = guarded(common, &spec, |spec| run_recorded(spec, TraceLevel::Events));
     print!("{}", explain::story(&spec, &outcome));
@@ -179,7 +179,7 @@ struct JsonList {
 }
 
 /// `tapsim list`
-pub fn list_command(common: &Common) -> Result<Exit, Stop> {
+pub(crate) fn list_command(common: &Common) -> Result<Exit, Stop> {
     let list = JsonList {
         scenarios: catalog::ALL.iter().map(|s| JsonEntry { name: s.name.into(), about: s.about }).collect(),
         bugs: Bug::ALL.iter().map(|b| JsonEntry { name: b.name(), about: b.sentence() }).collect(),

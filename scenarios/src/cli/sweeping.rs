@@ -15,7 +15,7 @@ use std::time::Duration;
 const SHOWN: usize = 3;
 
 /// Without a command: everything, for about a minute.
-pub fn minute(common: &Common) -> Result<Exit, Stop> {
+pub(crate) fn minute(common: &Common) -> Result<Exit, Stop> {
     let args = SweepArgs {
         scenarios: Vec::new(),
         seeds: None,
@@ -29,7 +29,7 @@ pub fn minute(common: &Common) -> Result<Exit, Stop> {
 }
 
 /// `tapsim sweep`
-pub fn sweep_command(common: &Common, args: &SweepArgs) -> Result<Exit, Stop> {
+pub(crate) fn sweep_command(common: &Common, args: &SweepArgs) -> Result<Exit, Stop> {
     let scenarios: Vec<&'static Scenario> = if args.scenarios.is_empty() {
         catalog::ALL.to_vec()
     } else {

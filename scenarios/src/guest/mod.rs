@@ -257,3 +257,48 @@ impl Gate {
         .await;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::check::Initial;
+    use crate::world::broken_by;
+    use tap_core::{LocalBoxFuture, Node, NodeInfo, Request, Response};
+
+    /// Answers everything with one result, and reads with zeros.
+    struct Answers(Result<(), Errno>);
+
+    impl Node for Answers {
+        fn info(&self) -> NodeInfo {
+            NodeInfo { size_sectors: 64, read_only: false }
+        }
+        fn submit(&self, mut request: Request) -> LocalBoxFuture<Response> {
+            request.bufs.iter_mut().for_each(|buf| buf.fill(0));
+            let response = Response { result: self.0, bufs: request.bufs };
+            Box::pin(async move { response })
+        }
+        fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
+            Box::pin(async { Ok(()) })
+        }
+    }
+
+    fn reported(result: Result<(), Errno>, reads: Invariant) -> Option<Invariant> {
+        broken_by(move |world| async move {
+            let history = BlockHistory::new(64, 1, Initial::Zero, false);
+            let manners = Manners { retries: 0, errors_allowed: false, reads };
+            let disk = DirectDisk::new(Rc::new(Answers(result)), 1 << 20);
+            let guest = Guest::new(&world, disk, Rc::new(RefCell::new(history)), manners);
+            let range = SectorRange::new(3, 2);
+            guest.one(Op { kind: IoKind::Read, range }).await;
+            guest.one(Op { kind: IoKind::Write, range }).await;
+            guest.one(Op { kind: IoKind::Read, range }).await;
+        })
+    }
+
+    #[test]
+    fn errors_without_a_cause_and_lost_writes_are_told() {
+        assert_eq!(reported(Err(Errno::EIO), Invariant::G1), Some(Invariant::E4));
+        assert_eq!(reported(Ok(()), Invariant::H2), Some(Invariant::H2), "the neighbour of a hostile guest");
+        assert_eq!(reported(Ok(()), Invariant::G1), Some(Invariant::G1));
+    }
+}

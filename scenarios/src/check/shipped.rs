@@ -1,0 +1,143 @@
+//! The shipped check beside the independent walker: both must think the same of an image.
+
+use super::Invariant;
+use super::walker::{Broken, QcowMap};
+use crate::host::SimHost;
+use crate::world::World;
+use tap_images::ImageError;
+use tap_images::qcow::{CheckReport, check};
+
+/// Bytes at the front of a file that the shipped check takes as used, whatever the size of clusters.
+const FRONT_BYTES: u64 = 4096;
+
+/// What the two say differently, if they do: whether the image is sound, how many clusters are mapped, how many are lost.
+pub fn difference(
+    walked: &Result<QcowMap, Broken>,
+    checked: &Result<CheckReport, ImageError>,
+) -> Option<String> {
+    let report = match checked {
+        Ok(report) => report,
+        Err(error) => {
+            return walked.is_ok().then(|| format!("the shipped check gives up on a sound image: {error}"));
+        }
+    };
+    let map = match (walked, report.problem_count) {
+        (Ok(map), 0) => map,
+        (Err(_), 1..) => return None,
+        (Ok(_), n) => {
+            let first = report.problems.first().map_or("", String::as_str);
+            return Some(format!("the shipped check finds {n} problems in a sound image: {first}"));
+        }
+        (Err((_, text)), 0) => return Some(format!("the shipped check finds no problem, but {text}")),
+    };
+    let mapped = report.plain_clusters + report.compressed_clusters;
+    if mapped != map.mapped {
+        return Some(format!("the shipped check counts {mapped} mapped clusters, the walker {}", map.mapped));
+    }
+    // With compressed clusters it estimates. Small clusters at the front may be lost ones or simply unused.
+    let slack = FRONT_BYTES >> map.cluster_bits;
+    let lost = report.leaked_clusters;
+    (report.compressed_clusters == 0 && !(lost..=lost + slack).contains(&map.leaked))
+        .then(|| format!("the shipped check counts {lost} lost clusters, the walker {}", map.leaked))
+}
+
+/// Runs the shipped check on the image at `path`, which nobody has open for writing, in a process of its own; reports
+/// V1 unless it agrees with the walker.
+pub async fn agree(world: &World, path: &str, when: &str) {
+    let walked = match world.storage.content(path) {
+        Some(content) => super::walker::walk_whole(&content),
+        None => return world.fail(Invariant::G11, format!("{when} the image is gone")),
+    };
+    // It looks at the medium, not at the drive's moods.
+    world.storage.set_calm(true);
+    let host = SimHost::start(&world.kernel, &world.xen, "check", 0);
+    let checked = check(&host, path).await;
+    host.process.node().kill();
+    world.storage.set_calm(false);
+    if let Some(text) = difference(&walked, &checked) {
+        world.fail(Invariant::V1, format!("{when} {text}"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::walker::walk;
+    use super::*;
+    use crate::catalog::setup::Setup;
+    use crate::stack::{Stack, StackLimits};
+    use crate::world::broken_by;
+    use kernel_model::Content;
+    use std::cell::RefCell;
+    use std::rc::Rc;
+
+    /// What both say of a small image after `damage`.
+    fn both(
+        damage: impl FnOnce(&mut Content) + 'static,
+    ) -> (Result<QcowMap, Broken>, Result<CheckReport, ImageError>) {
+        let out = Rc::new(RefCell::new(None));
+        let slot = Rc::clone(&out);
+        let broken = broken_by(|world| async move {
+            let setup = Setup::qcow(&world, 0, 1 << 20, true);
+            let mut content = world.storage.content(&setup.spec.path).unwrap();
+            damage(&mut content);
+            world.storage.put(&setup.spec.path, content.clone());
+            let host = SimHost::start(&world.kernel, &world.xen, "check", 0);
+            *slot.borrow_mut() = Some((walk(&content), check(&host, &setup.spec.path).await));
+        });
+        assert_eq!(broken, None);
+        out.take().unwrap()
+    }
+
+    /// Byte offset of the L2 entry of `cluster` in an image with one table.
+    fn entry_at(content: &Content, cluster: u64) -> u64 {
+        walk(content).unwrap().l1[0] + cluster * 8
+    }
+
+    #[test]
+    fn both_find_a_cluster_with_two_owners() {
+        let (walked, checked) = both(|content| {
+            let map = walk(content).unwrap();
+            let plain = (0..256).find_map(|c| map.host_offset(c)).unwrap();
+            let at = entry_at(content, 77);
+            content.pages.write(at, &plain.to_be_bytes());
+        });
+        assert_eq!(walked.as_ref().unwrap_err().0, Invariant::Q2);
+        assert!(checked.as_ref().unwrap().problem_count > 0);
+        assert_eq!(difference(&walked, &checked), None);
+    }
+
+    #[test]
+    fn what_only_one_of_them_finds_is_told() {
+        let (sound, fine) = both(|_| {});
+        assert_eq!(difference(&sound, &fine), None);
+        let broken = Err((Invariant::Q2, "two owners".to_string()));
+        assert!(difference(&broken, &fine).unwrap().contains("two owners"));
+        let report = fine.clone().unwrap_or_default();
+        let finds = CheckReport { problem_count: 1, problems: vec!["a problem".into()], ..report.clone() };
+        assert!(difference(&sound, &Ok(finds)).unwrap().contains("a problem"));
+        let counts = CheckReport { plain_clusters: report.plain_clusters + 1, ..report.clone() };
+        assert!(difference(&sound, &Ok(counts)).unwrap().contains("mapped"));
+        let plain = QcowMap { mapped: 4, leaked: 3, cluster_bits: 12, ..QcowMap::default() };
+        let agrees = CheckReport { plain_clusters: 4, leaked_clusters: 2, ..CheckReport::default() };
+        assert_eq!(difference(&Ok(plain.clone()), &Ok(agrees.clone())), None, "unused bytes at the front");
+        let loses = CheckReport { leaked_clusters: 1, ..agrees };
+        assert!(difference(&Ok(plain), &Ok(loses)).unwrap().contains("lost"));
+        let gone = Err(ImageError::InUse { path: "x".into() });
+        assert!(difference(&sound, &gone).unwrap().contains("gives up"));
+    }
+
+    #[test]
+    fn a_disagreement_breaks_v1() {
+        let broken = broken_by(|world| async move {
+            let setup = Setup::qcow(&world, 0, 1 << 20, false);
+            agree(&world, &setup.spec.path, "here").await;
+            assert!(!world.verdict.is_broken());
+            // The shipped check refuses what somebody else may be writing to; the walker does not care.
+            let host = SimHost::start(&world.kernel, &world.xen, "tapdisk", 0);
+            let stack = Stack::open(&host, &world, &setup.spec, &StackLimits::draw(&world)).await.unwrap();
+            agree(&world, &setup.spec.path, "here").await;
+            drop(stack);
+        });
+        assert_eq!(broken, Some(Invariant::V1));
+    }
+}
