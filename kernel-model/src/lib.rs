@@ -21,5 +21,5 @@ mod storage;
 pub use blkfront::{BLKFRONT_MAX_SECTORS, Blkfront, Complaint};
 pub use inode::{Content, Inode, Pending, PendingSize, apply};
 pub use pages::{PAGE, Page, PageMap, recycle};
-pub use process::{DIRECT_ALIGN_BYTES, Kernel, Process, ProcessFile};
+pub use process::{DIRECT_ALIGN_BYTES, FILE_BYTES_MAX, Kernel, Process, ProcessFile};
 pub use storage::{Hook, IoCounts, NthFailure, Storage, StorageConfig, to_bufs};

@@ -16,6 +16,9 @@ use tap_host::{
 /// Alignment in bytes that O_DIRECT asks for.
 pub const DIRECT_ALIGN_BYTES: u32 = 512;
 
+/// Size in bytes of the largest file; file systems have such a limit, most of them a higher one.
+pub const FILE_BYTES_MAX: u64 = 256 << 30;
+
 /// The kernel of one simulated host; clones share it.
 #[derive(Clone)]
 pub struct Kernel(Rc<KernelInner>);
@@ -243,8 +246,9 @@ impl ProcessFile {
         if op != IoOp::Sync && (unaligned(offset) || bufs.iter().any(|b| unaligned(b.len() as u64))) {
             return Err(Errno::EINVAL);
         }
-        // As Linux's loff_t.
-        if offset.checked_add(bytes_of(bufs) as u64).is_none_or(|end| end > i64::MAX as u64) {
+        // As Linux's loff_t, and as a file system's own limit.
+        let max = if op == IoOp::Write { FILE_BYTES_MAX } else { i64::MAX as u64 };
+        if offset.checked_add(bytes_of(bufs) as u64).is_none_or(|end| end > max) {
             return Err(Errno::EFBIG);
         }
         Ok(())
@@ -287,6 +291,9 @@ impl File for ProcessFile {
             done = true;
             if !file.open.write {
                 return Poll::Ready(Err(Errno::EBADF));
+            }
+            if size_bytes > FILE_BYTES_MAX {
+                return Poll::Ready(Err(Errno::EFBIG));
             }
             file.open.file.inode.borrow_mut().resize(size_bytes);
             Poll::Ready(Ok(()))

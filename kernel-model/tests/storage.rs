@@ -1,7 +1,7 @@
 //! The storage model's own promises.
 
 use kernel_model::faults::{FaultPlan, SyncErrors};
-use kernel_model::{Kernel, NthFailure, Process, Storage, StorageConfig, to_bufs};
+use kernel_model::{FILE_BYTES_MAX, Kernel, NthFailure, Process, Storage, StorageConfig, to_bufs};
 use sim::{Config, Sim};
 use tap_host::{Errno, File, Files, IoBuf, IoVec, LockKind, OpenMode, Tasks};
 
@@ -188,4 +188,33 @@ fn faults_of_a_seed_come_again() {
         assert!(all.contains(&wanted), "{wanted:?} is never drawn");
     }
     assert!(all.iter().any(|r| matches!(r, Ok(n) if *n < 2048)), "no short transfer is drawn");
+}
+
+#[test]
+fn a_file_has_a_largest_size() {
+    world(1, quiet(), |_, kernel| async move {
+        kernel.storage().put_bytes("/a", &[0; 512]);
+        let process = kernel.process("p", 1);
+        assert_eq!(write(&process, "/a", FILE_BYTES_MAX - 511, &[1; 512]).await, Err(Errno::EFBIG));
+        let file = process.open("/a", OpenMode::WRITE).await.unwrap();
+        assert_eq!(file.set_size(FILE_BYTES_MAX + 1).await, Err(Errno::EFBIG));
+        assert_eq!(file.info().unwrap().size_bytes, 512);
+    });
+}
+
+#[test]
+fn while_it_is_calm_nothing_fails_and_nothing_is_counted() {
+    let failure = NthFailure { n: 1, sticky: true, effect: 0, error: Errno::EIO };
+    let config = StorageConfig { faults: FaultPlan::ALL, nth_failure: Some(failure), ..quiet() };
+    world(7, config, |_, kernel| async move {
+        kernel.storage().put_bytes("/a", &[0; 512]);
+        let process = kernel.process("p", 1);
+        kernel.storage().set_calm(true);
+        for _ in 0..50 {
+            assert_eq!(write(&process, "/a", 0, &[1; 512]).await, Ok(512));
+        }
+        kernel.storage().set_calm(false);
+        assert_eq!(kernel.storage().counts().writes, 0);
+        assert_eq!(write(&process, "/a", 0, &[1; 512]).await, Err(Errno::EIO));
+    });
 }

@@ -20,8 +20,8 @@ pub static ALL: &[&Scenario] = &[
     &ring::FRONTEND_RECONNECT,
     &ring::HOSTILE_FRONTEND,
     &ring::TWO_GUESTS,
-    &damage::DAMAGED_IMAGE,
     &ring::RING_POWER_CUT,
+    &damage::DAMAGED_IMAGE,
 ];
 
 /// The labels of scenarios.
