@@ -82,18 +82,6 @@ fn the_nth_operation_fails_with_a_part_of_its_effect() {
 }
 
 #[test]
-fn a_write_far_out_is_refused() {
-    world(1, quiet(), |_, kernel| async move {
-        kernel.storage().put_bytes("/a", &[0; 512]);
-        let process = kernel.process("p", 1);
-        for offset in [(1 << 40) - 511, 1 << 60, u64::MAX - 511] {
-            assert_eq!(write(&process, "/a", offset, &[1; 512]).await, Err(Errno::EFBIG), "{offset}");
-        }
-        assert_eq!(kernel.storage().bytes("/a"), Some(vec![0; 512]));
-    });
-}
-
-#[test]
 fn a_power_cut_keeps_what_was_synchronised_and_any_part_of_the_rest() {
     let mut kept = [0, 0];
     for seed in 0..64 {
