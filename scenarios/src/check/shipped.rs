@@ -4,7 +4,6 @@ use super::Invariant;
 use super::walker::{Broken, QcowMap};
 use crate::host::SimHost;
 use crate::world::World;
-use kernel_model::Content;
 use tap_images::ImageError;
 use tap_images::qcow::{CheckReport, check};
 
@@ -67,6 +66,7 @@ mod tests {
     use crate::catalog::setup::Setup;
     use crate::stack::{Stack, StackLimits};
     use crate::world::broken_by;
+    use kernel_model::Content;
     use std::cell::RefCell;
     use std::rc::Rc;
 
