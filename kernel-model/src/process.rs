@@ -17,7 +17,7 @@ use tap_host::{
 pub const DIRECT_ALIGN_BYTES: u32 = 512;
 
 /// Size in bytes of the largest file; file systems have such a limit, most of them a higher one.
-pub const FILE_BYTES_MAX: u64 = 1 << 40;
+pub const FILE_BYTES_MAX: u64 = 256 << 30;
 
 /// The kernel of one simulated host; clones share it.
 #[derive(Clone)]

@@ -22,7 +22,7 @@
 use libtest_mimic::{Arguments, Failed, Trial};
 use scenarios::catalog;
 use scenarios::cli::{load_run, revision, seeds_or_one};
-use scenarios::hunt::{Quarry, hunt};
+use scenarios::hunt::{DECISIONS_MAX, Quarry, hunt};
 use scenarios::run::{Outcome, RunSpec, Scenario, prepare, run, run_recorded, shrink_run};
 use sim::{Source, TraceLevel, guard};
 use std::fmt::Write as _;
@@ -37,10 +37,8 @@ const SEEDS: Range<u64> = 0..150;
 const COMPARED: Range<u64> = 0..3;
 /// Seeds within which every seeded bug must be found.
 const WITHIN: u64 = 2000;
-/// Decisions that a shrunk run of a seeded bug may have.
-const DECISIONS_MAX: usize = 20;
 /// Runs for shrinking; more would make runs smaller still.
-const SHRINK_RUNS: u64 = 1500;
+const SHRINK_RUNS: u64 = 4000;
 /// Events of a failure that are shown.
 const TAIL: usize = 12;
 

@@ -132,29 +132,35 @@ impl<F: FnMut(&DecisionMap) -> Option<DecisionMap>> Shrinker<F> {
         }
     }
 
-    /// Lowers one field of a value: to 0, to 1, by halves, by one.
+    /// Lowers one field of a value: to 0, to 1, then by ever smaller steps.
     fn lower_field(&mut self, key: &Key, shift: u32, width: u32) {
         let mask = if width == 64 { u64::MAX } else { ((1 << width) - 1) << shift };
-        loop {
-            let Some(decision) = self.best.get(key).cloned() else { return };
-            let field = (decision.value & mask) >> shift;
-            let mut lower: Vec<u64> = [0, 1, field / 2, field.saturating_sub(1)].into();
-            lower.retain(|v| *v < field);
-            lower.dedup();
-            let lowered = lower.into_iter().any(|v| {
-                let value = decision.value & !mask | v << shift;
-                let mut candidate = self.best.clone();
-                if value == 0 {
-                    candidate.remove(key);
-                } else if let Some(d) = candidate.get_mut(key) {
-                    d.value = value;
-                }
-                self.try_candidate(&candidate)
-            });
-            if !lowered || self.exhausted() {
+        let field = |s: &Self| s.best.get(key).map_or(0, |d| (d.value & mask) >> shift);
+        for least in [0, 1] {
+            if field(self) > least && self.try_field(key, mask, least << shift) {
                 return;
             }
         }
+        let mut step = field(self) / 2;
+        while step > 0 && !self.exhausted() {
+            let now = field(self);
+            let lowered = now > step && self.try_field(key, mask, (now - step) << shift);
+            if !lowered {
+                step /= 2;
+            }
+        }
+    }
+
+    fn try_field(&mut self, key: &Key, mask: u64, bits: u64) -> bool {
+        let Some(decision) = self.best.get(key) else { return false };
+        let value = decision.value & !mask | bits;
+        let mut candidate = self.best.clone();
+        if value == 0 {
+            candidate.remove(key);
+        } else if let Some(d) = candidate.get_mut(key) {
+            d.value = value;
+        }
+        self.try_candidate(&candidate)
     }
 }
 
