@@ -40,7 +40,7 @@ pub fn decision(key: &Key, d: &Decision) -> String {
 fn in_words(key: &Key, value: u64) -> String {
     let words = key.label.words.replace("{n}", &key.attempt.to_string());
     if let Some(words) = words.strip_suffix(" (mask)") {
-        return words.replace("{}", &sectors_of(value));
+        return words.replace("sectors {}", &sectors_of(value));
     }
     words.replace("{} ns", &time(value)).replace("{}", &value.to_string())
 }
@@ -57,13 +57,13 @@ fn time(ns: u64) -> String {
     format!("{} {name}", text.trim_end_matches('0').trim_end_matches('.'))
 }
 
-/// The sectors of a page whose bits are set.
+/// The sectors of a page whose bits are set, in words.
 fn sectors_of(mask: u64) -> String {
     if mask & 0xff == 0xff {
-        return "0 to 7".into();
+        return "all sectors".into();
     }
     let set: Vec<String> = (0..8).filter(|i| mask & 1 << i != 0).map(|i| i.to_string()).collect();
-    set.join(", ")
+    format!("{} {}", if set.len() == 1 { "sector" } else { "sectors" }, set.join(", "))
 }
 
 /// The whole story of a run, for people.

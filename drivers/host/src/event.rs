@@ -123,7 +123,7 @@ pub enum Event {
     VbdState {
         /// The disk.
         vbd: VbdId,
-        /// What it is now ("running", "draining", "paused", "closed").
+        /// What it is now ("running", "draining", "paused", "closing", "closed").
         state: &'static str,
     },
 }
