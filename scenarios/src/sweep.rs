@@ -173,7 +173,6 @@ fn add(sum: &mut Stats, one: &Stats) {
     sum.errors += one.errors;
     sum.crashes += one.crashes;
     sum.host_ios += one.host_ios;
-    sum.states += one.states;
 }
 
 fn collect(spec: &SweepSpec, mut results: Vec<ChunkResult>) -> SweepReport {

@@ -51,8 +51,6 @@ pub struct Stats {
     pub crashes: u64,
     /// Operations on the host's files.
     pub host_ios: u64,
-    /// Crash states looked at beside the run.
-    pub states: u64,
     /// Clusters of writes that were not flushed when a crash came.
     pub unflushed_clusters: u64,
 }
