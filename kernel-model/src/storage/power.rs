@@ -1,0 +1,114 @@
+//! Power cuts: what they take of each file, as decisions.
+
+use super::{Inner, Slot, Storage};
+use crate::faults::{IoOp, LOST, NAME_LOST, SIZES_LOST};
+use crate::inode::{Inode, Pending};
+use crate::pages::PAGE;
+use sim::{Entity, Sim, mix2};
+use std::rc::Rc;
+use tap_host::{IoVec, bytes_of};
+
+impl Storage {
+    /// The decisions that make [`Storage::power_cut`], now, leave of `name` exactly the sectors that `keep` says (by
+    /// position in [`Inode::pending`]) and the first `sizes_kept` size changes. Writes in flight are lost.
+    pub fn decisions_of_cut(
+        &self,
+        name: &str,
+        sizes_kept: usize,
+        keep: impl Fn(usize) -> u8,
+    ) -> Vec<(Entity, &'static sim::Label, u64)> {
+        let Some(file) = self.0.files.borrow().get(name).cloned() else { return Vec::new() };
+        let inode = file.inode.borrow();
+        let mut out: Vec<(Entity, &'static sim::Label, u64)> = Vec::new();
+        for (i, p) in inode.pending.iter().enumerate() {
+            out.push((self.0.pending_entity(p), &LOST, u64::from(p.sectors & !keep(i))));
+        }
+        let mut growing = 0;
+        let mut size = inode.live.size;
+        for slot in self.0.slots.borrow().iter() {
+            let Slot::Running(running) = slot else { continue };
+            if running.op != IoOp::Write || !Rc::ptr_eq(&running.open.file, &file) {
+                continue;
+            }
+            let end = running.offset + bytes_of(&running.bufs) as u64;
+            growing += u64::from(end > size);
+            size = size.max(end);
+            for page in running.offset / PAGE as u64..=(end - 1) / PAGE as u64 {
+                out.push((running.io.child("page", page), &LOST, 0xff));
+            }
+        }
+        let sizes_lost = (inode.pending_sizes.len() - sizes_kept) as u64 + growing;
+        out.push((file.entity, &SIZES_LOST, sizes_lost));
+        out.retain(|d| d.2 != 0);
+        out
+    }
+
+    /// Cuts the power: per file a decision for every pending write and size change. Writes in flight count as pending.
+    /// What was open stays open on files that nobody will find again; call it when every process is dead.
+    pub fn power_cut(&self) {
+        let inner = &self.0;
+        inner.sim.remark("power", || "the power is cut".into());
+        inner.land_in_flight();
+        // A file lives through many power cuts; each of them is a decision of its own.
+        let cut = inner.power_cuts.replace(inner.power_cuts.get() + 1);
+        let old = std::mem::take(&mut *inner.files.borrow_mut());
+        for (name, file) in old {
+            let sim = &inner.sim;
+            if !file.name_durable.get() && sim.decide(file.entity, &NAME_LOST, cut, |d| d.below(2)) != 0 {
+                continue;
+            }
+            let inode = file.inode.borrow();
+            let sizes = inode.pending_sizes.len() as u64;
+            let lost = sim.decide(file.entity, &SIZES_LOST, cut, |d| match d.below(3) {
+                0 => 0,
+                1 => sizes,
+                _ => d.below(sizes + 1),
+            });
+            let mood = PowerCutMood::draw(sim, file.entity);
+            let content = inode.after_power_cut((sizes - lost.min(sizes)) as usize, |_, p| {
+                let entity = inner.pending_entity(p);
+                !(sim.decide(entity, &LOST, 0, |d| mood.lost(p, d)) as u8)
+            });
+            drop(inode);
+            inner.files.borrow_mut().insert(name.clone(), inner.file(&name, Inode::durable(content), true));
+        }
+    }
+}
+
+/// How a seed likes its power cuts: everything kept, everything lost, or a mix; single sectors torn or not.
+struct PowerCutMood {
+    lose_of_8: u64,
+    torn: bool,
+}
+
+impl PowerCutMood {
+    fn draw(sim: &Sim, file: Entity) -> Self {
+        // Not a decision: it only shapes how decisions are drawn.
+        let mut draw = sim::Draw::new(mix2(file.0, sim.swarm().seed()));
+        Self { lose_of_8: draw.below(9), torn: draw.below(2) == 0 }
+    }
+
+    fn lost(&self, p: &Pending, d: &mut sim::Draw) -> u64 {
+        if d.below(8) >= self.lose_of_8 {
+            return 0;
+        }
+        let all = u64::from(p.sectors);
+        if self.torn && p.sectors.count_ones() > 1 { d.bits() & all } else { all }
+    }
+}
+
+impl Inner {
+    /// The power goes while operations run: writes count as written and not synchronised.
+    fn land_in_flight(&self) {
+        let mut slots = self.slots.borrow_mut();
+        for slot in slots.iter_mut() {
+            let Slot::Running(running) = slot else { continue };
+            if running.op == IoOp::Write {
+                self.effect_write(running, bytes_of(&running.bufs));
+            }
+            // Its timer finds nothing more to do.
+            running.op = IoOp::Read;
+            running.bufs = IoVec::new();
+        }
+    }
+}
