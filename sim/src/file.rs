@@ -9,11 +9,13 @@
 //! trace 0x0123456789abcdef
 //! option bug=l1-before-l2
 //! decision 8d1c5b0a44e1f203 op 57 1048577 0 # guest 0
+//! end 1
 //! ```
 //!
 //! A decision has five parts: entity, label, attempt, value, virtual time in nanoseconds. Everything after ` # ` is for
-//! people. Keys name what a decision is about, so files survive changes of the code that
-//! a bare seed would not; a decision that nothing asks for any more is left unused.
+//! people. The end carries the number of decisions, so that a file that was cut off is not taken for a smaller run. Keys
+//! name what a decision is about, so files survive changes of the code that a bare seed would not; a decision that
+//! nothing asks for any more is left unused.
 
 use crate::decide::{Decision, DecisionMap, Key, label_by_name};
 use crate::mix::Entity;
@@ -101,6 +103,7 @@ impl RunFile {
             );
             let _ = writeln!(out, "{}{}", if d.entity_name.is_empty() { "" } else { " # " }, d.entity_name);
         }
+        let _ = writeln!(out, "end {}", self.decisions.len());
         out
     }
 
@@ -117,8 +120,21 @@ impl RunFile {
         }
         let mut run = Self::default();
         let mut seen = (false, false);
+        let mut end = None;
+        let mut last = 1;
         for (i, line) in lines {
-            run.parse_line(line, &mut seen).map_err(|what| RunFileError::Line(i + 1, what))?;
+            last = i + 1;
+            match line.strip_prefix("end ") {
+                Some(count) => end = Some(count.trim().to_string()),
+                None => run.parse_line(line, &mut seen).map_err(|what| RunFileError::Line(i + 1, what))?,
+            }
+        }
+        if end != Some(run.decisions.len().to_string()) {
+            let what = format!(
+                "the file is cut off: it has {} decisions and no end that says so",
+                run.decisions.len()
+            );
+            return Err(RunFileError::Line(last, what));
         }
         match seen {
             (true, true) => Ok(run),
@@ -208,8 +224,9 @@ mod tests {
         assert_eq!(RunFile::parse(&long.print()).unwrap().story, ["one", "two"]);
         assert_eq!(RunFile::parse("hello"), Err(RunFileError::NotARun));
         assert_eq!(RunFile::parse("tapsim-run 9\n"), Err(RunFileError::Version("9".into())));
-        let cut = &text[..text.len() - 20];
-        assert!(matches!(RunFile::parse(cut), Err(RunFileError::Line(9, _))), "{:?}", RunFile::parse(cut));
+        for len in "tapsim-run 1\n".len()..text.len() - 1 {
+            assert!(RunFile::parse(&text[..len]).is_err(), "cut off after {len} bytes");
+        }
         assert!(RunFile::parse(&text.replace("file-test", "no-such")).is_err());
     }
 }
