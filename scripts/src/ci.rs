@@ -6,7 +6,7 @@ use xshell::{Shell, cmd};
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 /// Seeds of each scenario in the sweep.
-const SWEEP_SEEDS: u64 = 5000;
+const SWEEP_SEEDS: u64 = 1500;
 
 pub(crate) fn run() -> Result<()> {
     let sh = Shell::new()?;

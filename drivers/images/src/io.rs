@@ -20,6 +20,11 @@ use tap_host::{
 /// Largest buffer that is allocated here at once.
 const CHUNK_BYTES: usize = 1 << 20;
 
+/// Repetitions of a read while an image is being opened.
+const READ_RETRIES: u32 = 8;
+/// Before the first of them, in nanoseconds; it doubles with each.
+const READ_PAUSE_NS: u64 = 1_000_000;
+
 /// An open, locked file.
 pub(crate) struct ImageFile<H: ImageHost> {
     host: H,
@@ -100,6 +105,22 @@ impl<H: ImageHost> ImageFile<H> {
         }
     }
 
+    /// As [`ImageFile::read`], repeated after transient errors: for opening, where no scheduler does that yet. Each read
+    /// has its own patience, or a long chain of reads would hardly ever get through.
+    pub(crate) async fn read_patiently(&self, offset: u64, mut bufs: IoVec) -> (Result<(), Errno>, IoVec) {
+        let mut pause_ns = READ_PAUSE_NS;
+        for _ in 0..READ_RETRIES {
+            let (result, back) = self.read(offset, bufs).await;
+            if !matches!(result, Err(Errno::EAGAIN | Errno::EINTR)) {
+                return (result, back);
+            }
+            bufs = back;
+            self.host.sleep_ns(pause_ns).await;
+            pause_ns *= 2;
+        }
+        self.read(offset, bufs).await
+    }
+
     /// Stores `bufs` from byte `offset` on.
     pub(crate) async fn write(&self, offset: u64, bufs: IoVec) -> (Result<(), Errno>, IoVec) {
         if !self.is_aligned(offset, &bufs) {
@@ -118,7 +139,7 @@ impl<H: ImageHost> ImageFile<H> {
     pub(crate) async fn read_bytes(&self, offset: u64, dst: &mut [u8]) -> Result<(), Errno> {
         let mut at = offset;
         for part in dst.chunks_mut(CHUNK_BYTES) {
-            let (result, bufs) = self.read(at, smallvec![self.buffer(part.len()).await?]).await;
+            let (result, bufs) = self.read_patiently(at, smallvec![self.buffer(part.len()).await?]).await;
             result?;
             part.copy_from_slice(&bufs[0]);
             at += part.len() as u64;

@@ -91,7 +91,7 @@ impl<H: ImageHost> Front<H> {
 
 async fn read_head<H: ImageHost>(file: &ImageFile<H>) -> Result<IoBuf, Errno> {
     let len = file.info.size_bytes.min(HEAD_BYTES) as usize;
-    let (result, mut bufs) = file.read(0, smallvec![file.buffer(len).await?]).await;
+    let (result, mut bufs) = file.read_patiently(0, smallvec![file.buffer(len).await?]).await;
     result?;
     bufs.pop().ok_or(Errno::EIO)
 }
@@ -126,7 +126,7 @@ impl<'a, H: ImageHost> TableReader<'a, H> {
 
     pub(super) async fn read(&mut self, offset: u64) -> Result<impl Iterator<Item = u64> + '_, Errno> {
         let buf = self.buf.take().ok_or(Errno::EIO)?;
-        let (result, mut bufs) = self.file.read(offset, smallvec![buf]).await;
+        let (result, mut bufs) = self.file.read_patiently(offset, smallvec![buf]).await;
         self.buf = bufs.pop();
         result?;
         Ok(decode_entries(self.buf.as_deref().unwrap_or_default()))
