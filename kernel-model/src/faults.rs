@@ -94,7 +94,15 @@ impl FaultPlan {
 pub(crate) enum IoOp {
     Read,
     Write,
+    Zero,
     Sync,
+}
+
+impl IoOp {
+    /// It changes bytes of the file.
+    pub(crate) fn changes(self) -> bool {
+        matches!(self, IoOp::Write | IoOp::Zero)
+    }
 }
 
 /// The fault that an I/O meets.
@@ -161,6 +169,13 @@ impl Rates {
                 (KIND_STUCK, self.stuck),
                 (KIND_ENOSPC, self.enospc),
             ],
+            IoOp::Zero => [
+                (KIND_EIO, self.eio),
+                (KIND_TRANSIENT, self.transient),
+                (KIND_STUCK, self.stuck),
+                (KIND_ENOSPC, self.enospc),
+                (0, 0),
+            ],
             IoOp::Sync => [(KIND_SYNC, self.sync), (KIND_STUCK, self.stuck), (0, 0), (0, 0), (0, 0)],
         };
         let mut at = d.below(1_000_000);
@@ -178,6 +193,7 @@ impl Rates {
         match op {
             IoOp::Read => self.eio | self.short | self.transient | self.stuck != 0,
             IoOp::Write => self.eio | self.short | self.transient | self.stuck | self.enospc != 0,
+            IoOp::Zero => self.eio | self.transient | self.stuck | self.enospc != 0,
             IoOp::Sync => self.sync | self.stuck != 0,
         }
     }
@@ -201,7 +217,7 @@ impl Rates {
 /// How much of an operation happens, where that says anything.
 fn draw_detail(op: IoOp, kind: u64, d: &mut Draw) -> u64 {
     match (op, kind) {
-        (IoOp::Write, KIND_EIO) | (_, KIND_SHORT) => {}
+        (IoOp::Write | IoOp::Zero, KIND_EIO) | (_, KIND_SHORT) => {}
         _ => return 0,
     }
     // Nothing and everything are as likely as all that lies between.
@@ -219,9 +235,9 @@ pub(crate) fn decode(value: u64, plan: FaultPlan, op: IoOp) -> Fault {
         Fault::None => true,
         Fault::Error(Errno::EIO, _) if value & 7 == KIND_SYNC => plan.sync_errors && op == IoOp::Sync,
         Fault::Error(Errno::EIO, _) => plan.errors && op != IoOp::Sync,
-        Fault::Error(Errno::ENOSPC, _) => plan.no_space && op == IoOp::Write,
+        Fault::Error(Errno::ENOSPC, _) => plan.no_space && op.changes(),
         Fault::Error(..) => plan.transient && op != IoOp::Sync,
-        Fault::Short(_) => plan.short && op != IoOp::Sync,
+        Fault::Short(_) => plan.short && matches!(op, IoOp::Read | IoOp::Write),
         Fault::Stuck => plan.latency,
     };
     if allowed { fault } else { Fault::None }

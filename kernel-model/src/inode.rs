@@ -16,6 +16,18 @@ use tap_host::SECTOR_BYTES;
 
 const SECTORS: usize = PAGE / SECTOR_BYTES as usize;
 
+thread_local! {
+    /// What a page of a hole holds once it is written down as pending.
+    static ZERO_PAGE: Rc<Page> = Rc::new([0; PAGE]);
+}
+
+/// The sectors of a page that `len` bytes from `within` on touch, as a mask.
+fn sectors_of(within: usize, len: usize) -> u8 {
+    let first = within / SECTOR_BYTES as usize;
+    let last = (within + len - 1) / SECTOR_BYTES as usize;
+    (0xff_u8 << first) & (0xff_u8 >> (SECTORS - 1 - last))
+}
+
 /// A write to one page that is not known to be durable.
 #[derive(Clone)]
 pub struct Pending {
@@ -90,14 +102,42 @@ impl Inode {
             let n = bytes.len().min(PAGE - within);
             let page = offset / PAGE as u64;
             let after = Rc::clone(self.live.pages.write_in_page(page, within, &bytes[..n]));
-            let first = within / SECTOR_BYTES as usize;
-            let last = (within + n - 1) / SECTOR_BYTES as usize;
-            let sectors = (0xff_u8 << first) & (0xff_u8 >> (SECTORS - 1 - last));
+            let sectors = sectors_of(within, n);
             self.pending.push(Pending { seq: self.next_seq, io, page, sectors, bytes: after });
             bytes = &bytes[n..];
             offset += n as u64;
         }
         self.next_seq += 1;
+    }
+
+    /// Makes a run of bytes read as zeros, as far as the file goes; whole pages become holes.
+    pub fn zero(&mut self, io: Entity, mut offset: u64, len: u64) {
+        let end = offset.saturating_add(len).min(self.live.size);
+        while offset < end {
+            let (page, within) = (offset / PAGE as u64, (offset % PAGE as u64) as usize);
+            let n = (end - offset).min((PAGE - within) as u64) as usize;
+            let whole = n == PAGE;
+            let after = if whole {
+                self.live.pages.set(page, None);
+                ZERO_PAGE.with(Rc::clone)
+            } else {
+                Rc::clone(self.live.pages.write_in_page(page, within, &[0; PAGE][..n]))
+            };
+            let sectors = sectors_of(within, n);
+            self.pending.push(Pending { seq: self.next_seq, io, page, sectors, bytes: after });
+            offset += n as u64;
+        }
+        self.next_seq += 1;
+    }
+
+    /// The run of pages from byte `offset` on that are all there, or all holes; in bytes, and `true` for data.
+    pub fn extent(&self, offset: u64) -> Option<(u64, bool)> {
+        let left = self.live.size.checked_sub(offset).filter(|left| *left > 0)?;
+        let page = offset / PAGE as u64;
+        let last = (self.live.size - 1) / PAGE as u64;
+        let data = self.live.pages.get(page).is_some();
+        let end = (page + 1..=last).find(|p| self.live.pages.get(*p).is_some() != data);
+        Some((end.map_or(left, |end| end * PAGE as u64 - offset), data))
     }
 
     /// Changes the size.
@@ -238,6 +278,25 @@ mod tests {
         assert_eq!(bytes(&long_without_data), [vec![1; 1024], vec![0; 512]].concat());
         let short_with_data = file.after_power_cut(0, |_, _| 0xff);
         assert_eq!(bytes(&short_with_data), [vec![1; 512], vec![2; 512]].concat());
+    }
+
+    #[test]
+    fn zeros_are_holes_that_a_power_cut_may_take() {
+        let mut file = Inode::default();
+        file.write(Entity(1), 0, &[1; 3 * PAGE]);
+        file.harden(file.seq());
+        file.zero(Entity(2), 512, 2 * PAGE as u64);
+        assert_eq!((file.extent(0), file.extent(PAGE as u64)), (Some((4096, true)), Some((4096, false))));
+        assert_eq!(file.live.size, 3 * PAGE as u64);
+        let now = bytes(&file.live);
+        assert_eq!([now[511], now[512], now[2 * PAGE + 511], now[2 * PAGE + 512]], [1, 0, 0, 1]);
+        assert!(bytes(&file.after_power_cut(0, |_, _| 0)).iter().all(|b| *b == 1));
+        let torn = bytes(&file.after_power_cut(0, |_, p| if p.page == 1 { 1 } else { 0 }));
+        assert_eq!([torn[512], torn[PAGE], torn[PAGE + 512]], [1, 0, 1]);
+        file.harden(file.seq());
+        assert_eq!(bytes(&file.base), now);
+        file.zero(Entity(3), 1 << 40, 10);
+        assert!(file.pending.is_empty() && file.extent(3 * PAGE as u64).is_none());
     }
 
     #[test]

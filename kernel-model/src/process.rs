@@ -1,6 +1,7 @@
 //! Processes: the seam as a program of dom0 sees it. Whatever a dead process's code still does has no effect.
 
 use crate::faults::IoOp;
+use crate::pages::PAGE;
 use crate::storage::{OpenFile, Storage};
 use sim::{Node, Sim, Sleep, TraceEvent};
 use std::cell::{Cell, RefCell};
@@ -9,8 +10,8 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
 use tap_host::{
-    Bug, Entropy, Errno, Event, File, FileInfo, Files, IoVec, LockKind, Log, Mark, OpenMode, Probe, Tasks,
-    Time, bytes_of,
+    Bug, Entropy, Errno, Event, File, FileExtent, FileInfo, Files, IoVec, LockKind, Log, Mark, OpenMode,
+    Probe, Tasks, Time, ZeroMode, bytes_of,
 };
 
 /// Alignment in bytes that O_DIRECT asks for.
@@ -181,7 +182,7 @@ pub struct ProcessFile {
 }
 
 enum IoState {
-    Start(IoOp, u64, IoVec),
+    Start(IoOp, u64, u64, IoVec),
     Running(u32),
     /// The process died before it could start: nothing ever comes back.
     Never,
@@ -198,18 +199,18 @@ impl Future for Io {
     type Output = (Result<usize, Errno>, IoVec);
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
-        if let IoState::Start(op, offset, ref mut bufs) = this.state {
+        if let IoState::Start(op, offset, len, ref mut bufs) = this.state {
             let bufs = std::mem::take(bufs);
             this.state = IoState::Done;
             if !this.file.process.node.step() {
                 this.state = IoState::Never;
                 return Poll::Pending;
             }
-            if let Err(error) = this.file.check(op, offset, &bufs) {
+            if let Err(error) = this.file.check(op, offset, len, &bufs) {
                 return Poll::Ready((Err(error), bufs));
             }
             let storage = &this.file.process.kernel.0.storage.0;
-            this.state = IoState::Running(storage.start(op, &this.file.open, offset, bufs));
+            this.state = IoState::Running(storage.start(op, &this.file.open, offset, len, bufs));
         }
         match this.state {
             IoState::Running(index) => {
@@ -234,12 +235,17 @@ impl Drop for Io {
 
 impl ProcessFile {
     fn io(&self, op: IoOp, offset: u64, bufs: IoVec) -> Io {
-        Io { file: self.clone(), state: IoState::Start(op, offset, bufs) }
+        let len = bytes_of(&bufs) as u64;
+        Io { file: self.clone(), state: IoState::Start(op, offset, len, bufs) }
     }
 
-    fn check(&self, op: IoOp, offset: u64, bufs: &IoVec) -> Result<(), Errno> {
-        if op == IoOp::Write && !self.open.write {
+    fn check(&self, op: IoOp, offset: u64, len: u64, bufs: &IoVec) -> Result<(), Errno> {
+        if op.changes() && !self.open.write {
             return Err(Errno::EBADF);
+        }
+        if op == IoOp::Zero {
+            let valid = len > 0 && offset.checked_add(len).is_some_and(|end| end <= i64::MAX as u64);
+            return if valid { Ok(()) } else { Err(Errno::EINVAL) };
         }
         let align = u64::from(self.align());
         let unaligned = |n: u64| !n.is_multiple_of(align);
@@ -248,7 +254,7 @@ impl ProcessFile {
         }
         // As Linux's loff_t, and as a file system's own limit.
         let max = if op == IoOp::Write { FILE_BYTES_MAX } else { i64::MAX as u64 };
-        if offset.checked_add(bytes_of(bufs) as u64).is_none_or(|end| end > max) {
+        if offset.checked_add(len).is_none_or(|end| end > max) {
             return Err(Errno::EFBIG);
         }
         Ok(())
@@ -300,9 +306,31 @@ impl File for ProcessFile {
         })
     }
 
+    fn zero_at(
+        &self,
+        offset: u64,
+        len: u64,
+        _mode: ZeroMode,
+    ) -> impl Future<Output = Result<(), Errno>> + 'static {
+        let start = IoState::Start(IoOp::Zero, offset, len, IoVec::new());
+        let io = Io { file: self.clone(), state: start };
+        async move { io.await.0.map(|_| ()) }
+    }
+
+    fn extent_at(&self, offset: u64) -> impl Future<Output = Result<Option<FileExtent>, Errno>> + 'static {
+        let file = self.clone();
+        async move {
+            file.process.alive().await;
+            let extent = file.open.file.inode.borrow().extent(offset);
+            Ok(extent.map(|(len_bytes, data)| FileExtent { len_bytes, data }))
+        }
+    }
+
     fn info(&self) -> Result<FileInfo, Errno> {
+        let inode = self.open.file.inode.borrow();
         Ok(FileInfo {
-            size_bytes: self.open.file.inode.borrow().live.size,
+            size_bytes: inode.live.size,
+            allocated_bytes: inode.live.pages.present().count() as u64 * PAGE as u64,
             align_bytes: self.align(),
             direct: self.open.direct,
             block_device: false,

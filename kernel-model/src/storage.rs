@@ -12,7 +12,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
-use tap_host::{Errno, IoVec, LockKind, SECTOR_BYTES, bytes_of, copy_from_slice};
+use tap_host::{Errno, IoVec, LockKind, SECTOR_BYTES, copy_from_slice};
 
 /// What the storage is like.
 #[derive(Clone, Copy, Debug)]
@@ -59,7 +59,7 @@ pub struct NthFailure {
 pub struct IoCounts {
     /// Reads.
     pub reads: u64,
-    /// Writes.
+    /// Writes, and ranges made zeros.
     pub writes: u64,
     /// Synchronisations.
     pub syncs: u64,
@@ -101,6 +101,8 @@ struct Running {
     open: Rc<OpenFile>,
     io: Entity,
     offset: u64,
+    /// Bytes that it is about.
+    len: u64,
     bufs: IoVec,
     fault: Fault,
     /// A synchronisation covers writes numbered below this.
@@ -285,11 +287,20 @@ impl Inner {
         Ok(())
     }
 
-    /// Starts an operation; it ends whatever happens to the one who asked.
-    pub(crate) fn start(self: &Rc<Self>, op: IoOp, open: &Rc<OpenFile>, offset: u64, bufs: IoVec) -> u32 {
+    /// Starts an operation on `len` bytes, which are those of `bufs` for reads and writes; it ends whatever happens to
+    /// the one who asked.
+    pub(crate) fn start(
+        self: &Rc<Self>,
+        op: IoOp,
+        open: &Rc<OpenFile>,
+        offset: u64,
+        len: u64,
+        bufs: IoVec,
+    ) -> u32 {
         let role = match op {
             IoOp::Read => "read",
             IoOp::Write => "write",
+            IoOp::Zero => "zero",
             IoOp::Sync => "sync",
         };
         let io = self.sim.derive(role, offset ^ open.file.entity.0 << 40);
@@ -301,7 +312,7 @@ impl Inner {
         let fault = self.draw_fault(op, io);
         let base = match op {
             IoOp::Read => READ_NS,
-            IoOp::Write => WRITE_NS,
+            IoOp::Write | IoOp::Zero => WRITE_NS,
             IoOp::Sync => SYNC_NS,
         };
         let late = if self.calm.get() {
@@ -318,6 +329,7 @@ impl Inner {
             open: Rc::clone(open),
             io,
             offset,
+            len,
             bufs,
             fault,
             covers,
@@ -348,7 +360,7 @@ impl Inner {
         let mut counts = self.counts.get();
         match op {
             IoOp::Read => counts.reads += 1,
-            IoOp::Write => counts.writes += 1,
+            IoOp::Write | IoOp::Zero => counts.writes += 1,
             IoOp::Sync => counts.syncs += 1,
         }
         self.counts.set(counts);
@@ -410,7 +422,7 @@ impl Inner {
     }
 
     fn effect(&self, running: &mut Running) -> Result<usize, Errno> {
-        let len = bytes_of(&running.bufs);
+        let len = running.len as usize;
         let mut counts = self.counts.get();
         counts.bytes += len as u64;
         self.counts.set(counts);
@@ -423,6 +435,7 @@ impl Inner {
         let done = match running.op {
             IoOp::Read => self.effect_read(running, landed),
             IoOp::Write => self.effect_write(running, landed),
+            IoOp::Zero => self.effect_zero(running, landed),
             IoOp::Sync => return self.effect_sync(running),
         };
         match running.fault {
@@ -457,6 +470,15 @@ impl Inner {
             at += n as u64;
             left -= n;
         }
+        if inode.pending_bytes() > self.config.borrow().write_back_bytes {
+            inode.write_back_half();
+        }
+        landed
+    }
+
+    fn effect_zero(&self, running: &Running, landed: usize) -> usize {
+        let mut inode = running.open.file.inode.borrow_mut();
+        inode.zero(running.io, running.offset, landed as u64);
         if inode.pending_bytes() > self.config.borrow().write_back_bytes {
             inode.write_back_half();
         }

@@ -25,8 +25,8 @@ pub mod wait;
 #[cfg(test)]
 mod testing;
 
-pub use node::{LocalBoxFuture, Node, NodeInfo};
-pub use request::{Op, Request, Response};
+pub use node::{Extent, LocalBoxFuture, Node, NodeInfo, Source};
+pub use request::{Op, Request, Response, ZeroFlags};
 pub use scheduler::{Scheduler, SchedulerLimits, SchedulerStats};
 pub use tracker::{Access, Cycle, Space, Ticket, TicketName, Tracker, WaitReport};
 pub use vbd::Vbd;

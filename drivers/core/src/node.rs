@@ -3,7 +3,7 @@
 use crate::{Request, Response};
 use std::future::Future;
 use std::pin::Pin;
-use tap_host::Errno;
+use tap_host::{Errno, SectorRange};
 
 /// A boxed future of one thread.
 pub type LocalBoxFuture<T> = Pin<Box<dyn Future<Output = T> + 'static>>;
@@ -15,6 +15,35 @@ pub struct NodeInfo {
     pub size_sectors: u64,
     /// Writes are refused with `EROFS`.
     pub read_only: bool,
+}
+
+/// What a run of sectors is like.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Extent {
+    /// Sectors, at least 1.
+    pub count: u64,
+    /// Where the bytes come from.
+    pub source: Source,
+    /// Reads as zeros for sure.
+    pub zero: bool,
+    /// Space is allocated for it.
+    pub allocated: bool,
+}
+
+/// Where the bytes of a run of sectors come from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Source {
+    /// Nowhere: no image says anything about it, so it reads as zeros.
+    Nothing,
+    /// The image `depth` levels below the top one (0 is the top one).
+    Image {
+        /// Levels below the top.
+        depth: u32,
+        /// Byte offset in that image's file, where the bytes stand there as they are.
+        offset: Option<u64>,
+        /// They stand there compressed.
+        compressed: bool,
+    },
 }
 
 /// Anything that answers block requests.
@@ -31,6 +60,14 @@ pub struct NodeInfo {
 pub trait Node: 'static {
     /// Answers `request`, once.
     fn submit(&self, request: Request) -> LocalBoxFuture<Response>;
+    /// What sectors are like from `range.start` on: extents one after the other that cover at least one sector and at
+    /// most `range`, which is within the disk and not empty. How they are cut means nothing. Requests in flight are seen
+    /// or not. A node that knows nothing better says that all is data.
+    fn extents(&self, range: SectorRange) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
+        let source = Source::Image { depth: 0, offset: None, compressed: false };
+        let all = Extent { count: u64::from(range.count), source, zero: false, allocated: true };
+        Box::pin(std::future::ready(Ok(vec![all])))
+    }
     /// Size and mode.
     fn info(&self) -> NodeInfo;
     /// Makes everything durable and lets go of files and locks. Called once, when no request is in flight.

@@ -1,6 +1,6 @@
 //! Requests and responses.
 
-use tap_host::{Errno, IoVec, SectorRange, bytes_of};
+use tap_host::{Errno, IoVec, SECTOR_BYTES, SectorRange, bytes_of};
 
 /// What a request does.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -11,6 +11,34 @@ pub enum Op {
     Write,
     /// Make every request that was answered before durable. Range and buffers are empty.
     Flush,
+    /// Make the range read as zeros, as a write of zeros would. Without buffers.
+    WriteZeroes(ZeroFlags),
+    /// Nobody needs what is in the range any more: each sector may read as it was or as zeros, always the same until it
+    /// is written again, and its space may be given back. Without buffers; a node may do nothing.
+    Discard,
+}
+
+impl Op {
+    /// It changes what the disk holds.
+    pub fn is_write(self) -> bool {
+        match self {
+            Op::Read | Op::Flush => false,
+            Op::Write | Op::WriteZeroes(_) | Op::Discard => true,
+        }
+    }
+    /// Its buffers are as long as its range.
+    pub fn has_data(self) -> bool {
+        matches!(self, Op::Read | Op::Write)
+    }
+}
+
+/// How a range is to be made zeros.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct ZeroFlags {
+    /// Space may be given back; without it, it stays allocated where it is.
+    pub unmap: bool,
+    /// Refuse with `EOPNOTSUPP`, nothing changed, where it would take as long as writing zeros.
+    pub fast: bool,
 }
 
 /// One request to a [`crate::Node`].
@@ -20,7 +48,7 @@ pub struct Request {
     pub op: Op,
     /// Where, in sectors of 512 bytes; within the disk, and not empty for reads and writes.
     pub range: SectorRange,
-    /// Memory of exactly the range's length.
+    /// Memory of exactly the range's length for reads and writes; empty for all others.
     pub bufs: IoVec,
 }
 
@@ -34,6 +62,21 @@ impl Request {
     pub fn write(range: SectorRange, bufs: IoVec) -> Self {
         debug_assert_eq!(bytes_of(&bufs) as u64, range.len_bytes());
         Self { op: Op::Write, range, bufs }
+    }
+    /// Zeros.
+    pub fn write_zeroes(range: SectorRange, flags: ZeroFlags) -> Self {
+        Self { op: Op::WriteZeroes(flags), range, bufs: IoVec::new() }
+    }
+    /// A discard.
+    pub fn discard(range: SectorRange) -> Self {
+        Self { op: Op::Discard, range, bufs: IoVec::new() }
+    }
+    /// Whether range and buffers are such as `op` has, and within a disk of `size_sectors`.
+    pub fn is_well_formed(&self, size_sectors: u64) -> bool {
+        let data_bytes = if self.op.has_data() { self.range.len_bytes() } else { 0 };
+        (self.range.count == 0) == (self.op == Op::Flush)
+            && bytes_of(&self.bufs) as u64 == data_bytes
+            && (self.op == Op::Flush || self.range.fits(size_sectors.min(u64::MAX / SECTOR_BYTES)))
     }
     /// A flush.
     pub fn flush() -> Self {

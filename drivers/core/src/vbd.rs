@@ -16,12 +16,12 @@
 //! * The lower node is closed once, with no request in flight.
 
 use crate::wait::{Event as Flag, Line, Semaphore};
-use crate::{LocalBoxFuture, Node, NodeInfo, Request, Response};
+use crate::{Extent, LocalBoxFuture, Node, NodeInfo, Request, Response};
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
-use tap_host::{Errno, Event, Log, VbdId};
+use tap_host::{Errno, Event, Log, SectorRange, VbdId};
 
 /// A [`Node`] with a life cycle; clones share it. It runs, can be paused and resumed (requests that come meanwhile wait
 /// and go on in order), and is closed once, after which requests are refused with `ESHUTDOWN`.
@@ -251,6 +251,20 @@ impl<H: Log> Node for Vbd<H> {
                     let Some(_admitted) = held.admitted().await else { return refuse(request) };
                     let answer = held.inner.lower.submit(request);
                     drop(held);
+                    answer.await
+                })
+            }
+        }
+    }
+
+    fn extents(&self, range: SectorRange) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
+        match self.0.stage.get() {
+            Stage::Closing | Stage::Closed => Box::pin(std::future::ready(Err(Errno::ESHUTDOWN))),
+            Stage::Running | Stage::Draining | Stage::Paused => {
+                // Counted like a request: the lower node is not closed under it.
+                let (admitted, answer) = (self.0.admit(), self.0.lower.extents(range));
+                Box::pin(async move {
+                    let _admitted = admitted;
                     answer.await
                 })
             }

@@ -29,17 +29,31 @@ errnos! {
     EBUSY = 16, "device or resource busy";
     EEXIST = 17, "file exists";
     ENODEV = 19, "no such device";
+    ENOTDIR = 20, "not a directory";
+    EISDIR = 21, "is a directory";
     EINVAL = 22, "invalid argument";
+    EMFILE = 24, "too many open files";
     EFBIG = 27, "file too large";
     ENOSPC = 28, "no space left on device";
     EROFS = 30, "read-only file system";
+    EPIPE = 32, "broken pipe";
     ERANGE = 34, "result out of range";
     EDEADLK = 35, "resource deadlock avoided";
+    ENAMETOOLONG = 36, "file name too long";
     ENOTEMPTY = 39, "directory not empty";
+    ELOOP = 40, "too many levels of symbolic links";
     EPROTO = 71, "protocol error";
+    EOVERFLOW = 75, "value too large";
     EOPNOTSUPP = 95, "operation not supported";
+    EADDRINUSE = 98, "address already in use";
+    EADDRNOTAVAIL = 99, "address not available";
+    ECONNABORTED = 103, "connection aborted";
+    ECONNRESET = 104, "connection reset by peer";
+    ENOTCONN = 107, "not connected";
     ESHUTDOWN = 108, "endpoint is shut down";
     ETIMEDOUT = 110, "timed out";
+    ECONNREFUSED = 111, "connection refused";
+    EHOSTUNREACH = 113, "no route to host";
     EUCLEAN = 117, "structure needs cleaning";
 }
 

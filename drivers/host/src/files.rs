@@ -33,11 +33,31 @@ pub enum LockKind {
     Exclusive,
 }
 
+/// What becomes of the space of a range that is made to read as zeros.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ZeroMode {
+    /// It is given back: the range becomes a hole.
+    Unmap,
+    /// It stays allocated, so that writing there later needs none.
+    Keep,
+}
+
+/// A run of a file that is all data or all hole.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct FileExtent {
+    /// Length in bytes, at least 1.
+    pub len_bytes: u64,
+    /// Bytes may be there; otherwise it is a hole and reads as zeros.
+    pub data: bool,
+}
+
 /// What holds for an open file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct FileInfo {
     /// Size in bytes at the time of the call.
     pub size_bytes: u64,
+    /// Bytes of storage that it takes up; less than the size where it has holes.
+    pub allocated_bytes: u64,
     /// Alignment in bytes that offset, length and memory must have; 1 for buffered files.
     pub align_bytes: u32,
     /// Opened with [`OpenMode::direct`].
@@ -100,6 +120,24 @@ pub trait File: Clone + 'static {
     /// # Errors
     /// As ftruncate(2).
     fn set_size(&self, size_bytes: u64) -> impl Future<Output = Result<(), Errno>> + 'static;
+    /// Makes `len` bytes from `offset` on read as zeros, without writing them one by one and without changing the size;
+    /// what of the range lies behind the end is ignored. Durable after [`File::sync_data`], like a write.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` where the file cannot do it this way, with nothing changed: write zeros instead. Else as
+    /// fallocate(2); any part of the range may then read as zeros.
+    fn zero_at(
+        &self,
+        offset: u64,
+        len: u64,
+        mode: ZeroMode,
+    ) -> impl Future<Output = Result<(), Errno>> + 'static;
+    /// The run of data or hole that byte `offset` is in, from there on; `None` at or past the end of the file. A file
+    /// that does not know its holes is one run of data.
+    ///
+    /// # Errors
+    /// As lseek(2).
+    fn extent_at(&self, offset: u64) -> impl Future<Output = Result<Option<FileExtent>, Errno>> + 'static;
     /// Size, alignment and kind.
     ///
     /// # Errors

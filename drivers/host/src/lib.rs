@@ -35,6 +35,7 @@ mod bug;
 mod errno;
 mod event;
 mod files;
+mod sockets;
 mod types;
 mod xen;
 
@@ -42,7 +43,8 @@ pub use buf::{BufPool, IoBuf, IoVec, PAGE_BYTES, bytes_of, copy_from_slice, copy
 pub use bug::{Bug, Mark, Probe};
 pub use errno::Errno;
 pub use event::{Event, IoKind};
-pub use files::{File, FileInfo, Files, LockKind, OpenMode};
+pub use files::{File, FileExtent, FileInfo, Files, LockKind, OpenMode, ZeroMode};
+pub use sockets::{Listener, Piece, SendList, SocketAddress, Sockets, Stream};
 pub use types::{ByteRange, DomId, GrantRef, Port, SECTOR_BYTES, Sector, SectorRange, VbdId};
 pub use xen::{
     EventChannel, Events, GrantSegment, Grants, SharedPage, SharedPages, StorePath, Transaction, WatchEvent,
@@ -78,6 +80,12 @@ pub trait Log: Clone + 'static {
 pub trait Entropy: Clone + 'static {
     /// Fills `buf` with bytes that differ from run to run on a real host, and from seed to seed in a world.
     fn fill(&self, buf: &mut [u8]);
+}
+
+/// Requests of the one who started the process that it end.
+pub trait Signals: Clone + 'static {
+    /// Completes once the process was asked to end (SIGTERM or SIGINT), at once if that was before the call.
+    fn asked_to_stop(&self) -> impl Future<Output = ()> + 'static;
 }
 
 /// Everything at once; only programs name it.

@@ -13,8 +13,8 @@ use crate::{ImageError, ImageHost};
 use smallvec::smallvec;
 use tap_core::{Access, Space, Tracker};
 use tap_host::{
-    BufPool, Bug, Errno, File, FileInfo, IoBuf, IoVec, LockKind, Mark, OpenMode, bytes_of, copy_from_slice,
-    copy_to_slice,
+    BufPool, Bug, Errno, File, FileInfo, IoBuf, IoVec, LockKind, Mark, OpenMode, ZeroMode, bytes_of,
+    copy_from_slice, copy_to_slice,
 };
 
 /// Largest buffer that is allocated here at once.
@@ -157,6 +157,51 @@ impl<H: ImageHost> ImageFile<H> {
             at += part.len() as u64;
         }
         Ok(())
+    }
+
+    /// Makes `len` bytes from `offset` on read as zeros, however that is done. `fast`: refuses with `EOPNOTSUPP`, nothing
+    /// changed, if they would have to be written.
+    pub(crate) async fn zero(&self, offset: u64, len: u64, mode: ZeroMode, fast: bool) -> Result<(), Errno> {
+        match self.zero_in_place(offset, len, mode).await {
+            Err(Errno::EOPNOTSUPP) if !fast => self.write_zeros(offset, len).await,
+            result => result,
+        }
+    }
+
+    async fn zero_in_place(&self, offset: u64, len: u64, mode: ZeroMode) -> Result<(), Errno> {
+        let align = u64::from(self.info.align_bytes);
+        let edges = !offset.is_multiple_of(align) || !len.is_multiple_of(align);
+        let ticket = self.tracker.ticket("zeros in block", offset / align);
+        if edges {
+            // Who rewrites a block whole must not bring back what is zeros by now.
+            let blocks = offset / align..(offset + len).div_ceil(align);
+            let claimed = ticket.claim(Space::HostBlocks, blocks, Access::Exclusive);
+            claimed.expect("nobody waits for a ticket that is new");
+            ticket.ready().await;
+        }
+        self.file.zero_at(offset, len, mode).await
+    }
+
+    async fn write_zeros(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        let mut bufs: IoVec = smallvec![self.pool.alloc_zeroed(len.min(CHUNK_BYTES as u64) as usize).await?];
+        let mut done = 0;
+        while done < len {
+            bufs[0].truncate((len - done).min(CHUNK_BYTES as u64) as usize);
+            let part = bufs[0].len() as u64;
+            let (result, back) = self.write(offset + done, bufs).await;
+            result?;
+            bufs = back;
+            done += part;
+        }
+        Ok(())
+    }
+
+    /// The run of data or hole from byte `offset` on, at most `len` bytes; a hole at and behind the end of the file.
+    pub(crate) async fn extent(&self, offset: u64, len: u64) -> Result<(u64, bool), Errno> {
+        Ok(match self.file.extent_at(offset).await? {
+            Some(extent) => (extent.len_bytes.min(len), extent.data),
+            None => (len, false),
+        })
     }
 
     /// Makes durable what was written before; shared by all who wait for it.

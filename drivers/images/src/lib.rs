@@ -37,8 +37,8 @@ pub use chain::{BackingGate, BackingPolicy, ImageFormat, ImageSpec, OpenOptions,
 pub use error::ImageError;
 pub use qcow::QcowLimits;
 
-use tap_core::{NodeInfo, Op, Request};
-use tap_host::{Errno, Files, Log, Probe, Tasks, Time, bytes_of};
+use tap_core::{NodeInfo, Request};
+use tap_host::{Errno, Files, Log, Probe, Tasks, Time};
 
 /// What images ask of a host.
 pub trait ImageHost: Files + Time + Tasks + Log + Probe {}
@@ -46,11 +46,9 @@ impl<T: Files + Time + Tasks + Log + Probe> ImageHost for T {}
 
 /// What every format asks of a request before it looks at it.
 fn check_request(request: &Request, info: NodeInfo) -> Result<(), Errno> {
-    let fits =
-        request.range.fits(info.size_sectors) && bytes_of(&request.bufs) as u64 == request.range.len_bytes();
     match request.op {
-        _ if !fits => Err(Errno::EINVAL),
-        Op::Write if info.read_only => Err(Errno::EROFS),
-        Op::Read | Op::Write | Op::Flush => Ok(()),
+        _ if !request.is_well_formed(info.size_sectors) => Err(Errno::EINVAL),
+        op if op.is_write() && info.read_only => Err(Errno::EROFS),
+        _ => Ok(()),
     }
 }

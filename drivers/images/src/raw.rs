@@ -6,8 +6,8 @@ use crate::io::ImageFile;
 use crate::{ImageError, ImageHost};
 use std::cell::RefCell;
 use std::rc::Rc;
-use tap_core::{LocalBoxFuture, Node, NodeInfo, Op, Request, Response};
-use tap_host::{Bug, Errno, Files, IoVec, SECTOR_BYTES};
+use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, Source};
+use tap_host::{Bug, Errno, Files, IoVec, SECTOR_BYTES, SectorRange, ZeroMode};
 
 /// An open raw image.
 pub struct Raw<H: ImageHost> {
@@ -62,6 +62,27 @@ impl<H: ImageHost> Raw<H> {
     }
 }
 
+impl<H: ImageHost> Inner<H> {
+    /// Holes and data of the file, a bounded number of them.
+    async fn extents(&self, range: SectorRange) -> Result<Vec<Extent>, Errno> {
+        let (mut at, end) = (range.start.0 * SECTOR_BYTES, range.end().unwrap_or(0) * SECTOR_BYTES);
+        let mut out: Vec<Extent> = Vec::new();
+        while at < end && out.len() < MAX_EXTENTS {
+            let (len, data) = self.file.extent(at, end - at).await?;
+            // A sector that is partly data is data.
+            let len = if data { len.next_multiple_of(SECTOR_BYTES) } else { len - len % SECTOR_BYTES };
+            let (len, data) = if len == 0 { (SECTOR_BYTES, true) } else { (len, data) };
+            let source = Source::Image { depth: 0, offset: Some(at), compressed: false };
+            out.push(Extent { count: len / SECTOR_BYTES, source, zero: !data, allocated: data });
+            at += len;
+        }
+        Ok(out)
+    }
+}
+
+/// Most extents that are told at once.
+pub(crate) const MAX_EXTENTS: usize = 1024;
+
 impl<H: ImageHost> Node for Raw<H> {
     fn submit(&self, request: Request) -> LocalBoxFuture<Response> {
         let open = self.open.borrow().clone().ok_or(Errno::ESHUTDOWN);
@@ -69,7 +90,7 @@ impl<H: ImageHost> Node for Raw<H> {
             Ok(inner) => inner,
             Err(e) => return Box::pin(std::future::ready(Response { result: Err(e), bufs: request.bufs })),
         };
-        let offset = request.range.start.0 * SECTOR_BYTES;
+        let (offset, len) = (request.range.start.0 * SECTOR_BYTES, request.range.len_bytes());
         match request.op {
             Op::Read => Box::pin(async move {
                 let (result, bufs) = inner.file.read(offset, request.bufs).await;
@@ -79,6 +100,19 @@ impl<H: ImageHost> Node for Raw<H> {
                 let (result, bufs) = inner.file.write(offset, request.bufs).await;
                 Response { result, bufs }
             }),
+            Op::WriteZeroes(flags) => Box::pin(async move {
+                let mode = if flags.unmap { ZeroMode::Unmap } else { ZeroMode::Keep };
+                let result = inner.file.zero(offset, len, mode, flags.fast).await;
+                Response { result, bufs: request.bufs }
+            }),
+            Op::Discard => Box::pin(async move {
+                // Where zeros would have to be written it is not worth it.
+                let result = match inner.file.zero(offset, len, ZeroMode::Unmap, true).await {
+                    Err(Errno::EOPNOTSUPP) => Ok(()),
+                    result => result,
+                };
+                Response { result, bufs: request.bufs }
+            }),
             Op::Flush => Box::pin(async move {
                 if inner.host.bug(Bug::FlushEarly) {
                     return Response { result: Ok(()), bufs: IoVec::new() };
@@ -86,6 +120,11 @@ impl<H: ImageHost> Node for Raw<H> {
                 Response { result: inner.file.sync().await, bufs: request.bufs }
             }),
         }
+    }
+
+    fn extents(&self, range: SectorRange) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
+        let open = self.open.borrow().clone();
+        Box::pin(async move { open.ok_or(Errno::ESHUTDOWN)?.extents(range).await })
     }
 
     fn info(&self) -> NodeInfo {

@@ -8,8 +8,8 @@ use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 use tap_host::{
-    Bug, Errno, Event, File, FileInfo, Files, IoVec, LockKind, Log, Mark, OpenMode, Probe, Tasks, Time,
-    bytes_of, copy_from_slice, copy_to_slice,
+    Bug, Errno, Event, File, FileExtent, FileInfo, Files, IoVec, LockKind, Log, Mark, OpenMode, Probe, Tasks,
+    Time, ZeroMode, bytes_of, copy_from_slice, copy_to_slice,
 };
 
 type Task = Pin<Box<dyn Future<Output = ()>>>;
@@ -45,6 +45,7 @@ struct Inner {
     stop_at: Cell<Option<u64>>,
     fault: Cell<Option<Fault>>,
     short: Cell<bool>,
+    no_zeroing: Cell<bool>,
     shuffle: Cell<bool>,
     align: Cell<u32>,
     bugs: RefCell<BTreeSet<Bug>>,
@@ -124,6 +125,10 @@ impl World {
     /// What direct files want.
     pub(crate) fn set_align(&self, align: u32) {
         self.0.align.set(align);
+    }
+    /// Files cannot make ranges zeros by themselves.
+    pub(crate) fn refuse_zeroing(&self) {
+        self.0.no_zeroing.set(true);
     }
     pub(crate) fn switch_on(&self, bug: Bug) {
         self.0.bugs.borrow_mut().insert(bug);
@@ -449,9 +454,55 @@ impl File for MemFile {
         }
     }
 
+    fn zero_at(
+        &self,
+        offset: u64,
+        len: u64,
+        _mode: ZeroMode,
+    ) -> impl Future<Output = Result<(), Errno>> + 'static {
+        let handle = Rc::clone(&self.0);
+        async move {
+            assert!(handle.mode.write, "zeros in a file opened for reading");
+            if handle.world.0.no_zeroing.get() {
+                return Err(Errno::EOPNOTSUPP);
+            }
+            let fault = handle.world.operation().await;
+            let end = (offset + len).min(handle.store.now.borrow().len() as u64);
+            let len = end.saturating_sub(offset) as usize;
+            let len = match fault.map(|f| f.effect) {
+                Some(Effect::None) => 0,
+                Some(Effect::Half) => len / 2 / 512 * 512,
+                Some(Effect::All) | None => len,
+            };
+            handle.change(Change::Bytes(offset, vec![0; len]));
+            fault.map_or(Ok(()), |f| Err(f.error))
+        }
+    }
+
+    fn extent_at(&self, offset: u64) -> impl Future<Output = Result<Option<FileExtent>, Errno>> + 'static {
+        let handle = Rc::clone(&self.0);
+        async move {
+            let now = handle.store.now.borrow();
+            let Some(rest) = now.get(offset as usize..).filter(|rest| !rest.is_empty()) else {
+                return Ok(None);
+            };
+            // Blocks of 512 bytes, a hole where they are zeros.
+            let block = |bytes: &[u8]| bytes.iter().any(|b| *b != 0);
+            let first = 512 - offset as usize % 512;
+            let data = block(&rest[..first.min(rest.len())]);
+            let mut len = first.min(rest.len());
+            for next in rest[len..].chunks(512).take_while(|next| block(next) == data) {
+                len += next.len();
+            }
+            Ok(Some(FileExtent { len_bytes: len as u64, data }))
+        }
+    }
+
     fn info(&self) -> Result<FileInfo, Errno> {
+        let size_bytes = self.0.store.now.borrow().len() as u64;
         Ok(FileInfo {
-            size_bytes: self.0.store.now.borrow().len() as u64,
+            size_bytes,
+            allocated_bytes: size_bytes,
             align_bytes: self.0.align(),
             direct: self.0.mode.direct,
             block_device: self.0.store.device.get(),

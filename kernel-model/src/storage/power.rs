@@ -6,7 +6,7 @@ use crate::inode::{Inode, Pending};
 use crate::pages::PAGE;
 use sim::{Entity, Sim, mix2};
 use std::rc::Rc;
-use tap_host::{IoVec, bytes_of};
+use tap_host::IoVec;
 
 impl Storage {
     /// The decisions that make [`Storage::power_cut`], now, leave of `name` exactly the sectors that `keep` says (by
@@ -27,10 +27,16 @@ impl Storage {
         let mut size = inode.live.size;
         for slot in self.0.slots.borrow().iter() {
             let Slot::Running(running) = slot else { continue };
-            if running.op != IoOp::Write || !Rc::ptr_eq(&running.open.file, &file) {
+            if !running.op.changes() || !Rc::ptr_eq(&running.open.file, &file) {
                 continue;
             }
-            let end = running.offset + bytes_of(&running.bufs) as u64;
+            let mut end = running.offset + running.len;
+            if running.op == IoOp::Zero {
+                end = end.min(size);
+                if end <= running.offset {
+                    continue;
+                }
+            }
             growing += u64::from(end > size);
             size = size.max(end);
             for page in running.offset / PAGE as u64..=(end - 1) / PAGE as u64 {
@@ -103,11 +109,14 @@ impl Inner {
         let mut slots = self.slots.borrow_mut();
         for slot in slots.iter_mut() {
             let Slot::Running(running) = slot else { continue };
-            if running.op == IoOp::Write {
-                self.effect_write(running, bytes_of(&running.bufs));
+            match running.op {
+                IoOp::Write => _ = self.effect_write(running, running.len as usize),
+                IoOp::Zero => _ = self.effect_zero(running, running.len as usize),
+                IoOp::Read | IoOp::Sync => {}
             }
             // Its timer finds nothing more to do.
             running.op = IoOp::Read;
+            running.len = 0;
             running.bufs = IoVec::new();
         }
     }

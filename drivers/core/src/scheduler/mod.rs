@@ -28,12 +28,12 @@ mod line;
 mod lower;
 
 use crate::{
-    Access, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, Space, Ticket, Tracker, WaitReport,
+    Access, Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, Space, Ticket, Tracker, WaitReport,
 };
 use line::{Line, Place};
 use std::cell::RefCell;
 use std::rc::Rc;
-use tap_host::{Bug, Errno, Log, Mark, Probe, SECTOR_BYTES, Tasks, Time, bytes_of};
+use tap_host::{Bug, Errno, Log, Mark, Probe, SectorRange, Tasks, Time};
 
 /// Bounds of a [`Scheduler`]; every one may be drawn down to its least value.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -71,10 +71,18 @@ pub struct SchedulerStats {
     pub writes: u64,
     /// Flushes answered.
     pub flushes: u64,
+    /// Requests to write zeros answered.
+    pub zeroes: u64,
+    /// Discards answered.
+    pub discards: u64,
     /// Sectors of successful reads.
     pub sectors_read: u64,
     /// Sectors of successful writes.
     pub sectors_written: u64,
+    /// Sectors that were made zeros without being written.
+    pub sectors_zeroed: u64,
+    /// Sectors of successful discards.
+    pub sectors_discarded: u64,
     /// Requests that went down as a part of another one.
     pub merged: u64,
     /// Requests sent down, repetitions included.
@@ -147,6 +155,10 @@ impl<H: Time + Tasks + Log + Probe> Node for Scheduler<H> {
         })
     }
 
+    fn extents(&self, range: SectorRange) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
+        self.0.lower.extents(range)
+    }
+
     fn info(&self) -> NodeInfo {
         self.0.lower.info()
     }
@@ -157,23 +169,19 @@ impl<H: Time + Tasks + Log + Probe> Node for Scheduler<H> {
 }
 
 fn check(request: &Request, info: NodeInfo) -> Result<(), Errno> {
-    let empty = request.range.count == 0;
-    if empty != (request.op == Op::Flush) || bytes_of(&request.bufs) as u64 != request.range.len_bytes() {
-        return Err(Errno::EINVAL);
+    match request.op {
+        _ if !request.is_well_formed(info.size_sectors) => Err(Errno::EINVAL),
+        op if op.is_write() && info.read_only => Err(Errno::EROFS),
+        _ => Ok(()),
     }
-    if !empty && !request.range.fits(info.size_sectors.min(u64::MAX / SECTOR_BYTES)) {
-        return Err(Errno::EINVAL);
-    }
-    if request.op == Op::Write && info.read_only {
-        return Err(Errno::EROFS);
-    }
-    Ok(())
 }
 
 impl<H: Time + Tasks + Log + Probe> Inner<H> {
     fn ticket(&self, request: &Request) -> Ticket {
         let (name, access) = match request.op {
             Op::Write => ("write", Access::Exclusive),
+            Op::WriteZeroes(_) => ("zeroes", Access::Exclusive),
+            Op::Discard => ("discard", Access::Exclusive),
             Op::Read | Op::Flush => ("read", Access::Shared),
         };
         let start = request.range.start.0;
@@ -210,6 +218,12 @@ impl<H: Time + Tasks + Log + Probe> Inner<H> {
                 Op::Read => (s.reads, s.sectors_read) = (s.reads + 1, s.sectors_read + moved),
                 Op::Write => (s.writes, s.sectors_written) = (s.writes + 1, s.sectors_written + moved),
                 Op::Flush => s.flushes += 1,
+                Op::WriteZeroes(_) => {
+                    (s.zeroes, s.sectors_zeroed) = (s.zeroes + 1, s.sectors_zeroed + moved);
+                }
+                Op::Discard => {
+                    (s.discards, s.sectors_discarded) = (s.discards + 1, s.sectors_discarded + moved)
+                }
             }
         });
     }

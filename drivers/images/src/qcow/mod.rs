@@ -4,6 +4,7 @@
 //!   read   mapped ─► file       compressed ─► inflate      unmapped ─► backing file, or zeros
 //!   write  mapped ─► in place
 //!          else   ─► claim the clusters ─► table there? ─► place ─► data ─► [sync] ─► L2 entries ─► answer
+//!   zeros, discards: see `zero`
 //! ```
 //!
 //! # Order of writes
@@ -33,6 +34,7 @@ mod read;
 mod table;
 mod walk;
 mod write;
+mod zero;
 
 pub use check::{CheckReport, check};
 pub use create::{CreateOptions, create};
@@ -46,8 +48,8 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use table::{Cache, Table};
 use tap_core::wait::Semaphore;
-use tap_core::{LocalBoxFuture, Node, NodeInfo, Op, Request, Response, WaitReport};
-use tap_host::{Bug, Errno, SECTOR_BYTES};
+use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, WaitReport};
+use tap_host::{Bug, Errno, SECTOR_BYTES, SectorRange};
 
 /// Bounds of an open qcow image.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -136,10 +138,24 @@ impl<H: ImageHost> Node for Qcow<H> {
                 }
                 Box::pin(image.write(start, request.bufs)).await
             }),
+            Op::WriteZeroes(flags) => Box::pin(async move {
+                let result = image.write_zeroes(start, len, flags).await;
+                Response { result, bufs: request.bufs }
+            }),
+            Op::Discard => {
+                Box::pin(
+                    async move { Response { result: image.discard(start, len).await, bufs: request.bufs } },
+                )
+            }
             Op::Flush => {
                 Box::pin(async move { Response { result: image.flush().await, bufs: request.bufs } })
             }
         }
+    }
+
+    fn extents(&self, range: SectorRange) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
+        let open = self.image.borrow().clone();
+        Box::pin(async move { open.ok_or(Errno::ESHUTDOWN)?.extents(range).await })
     }
 
     fn info(&self) -> NodeInfo {

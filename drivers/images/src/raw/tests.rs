@@ -2,7 +2,8 @@ use super::*;
 use crate::testing::{Effect, Fault, World};
 use smallvec::smallvec;
 use std::future::Future;
-use tap_host::{IoBuf, Mark, SectorRange};
+use tap_core::ZeroFlags;
+use tap_host::{IoBuf, Mark};
 
 fn open(world: &World, write: bool, direct: bool) -> Result<Rc<Raw<World>>, ImageError> {
     let host = world.clone();
@@ -155,4 +156,37 @@ fn flushes_share_but_never_one_that_began_before_them() {
     });
     assert_eq!(world.ops() - before, 3, "one write, and two synchronisations for four flushes");
     assert_eq!(world.marked(Mark::SyncShared), 2);
+}
+
+#[test]
+fn zeros_are_made_in_place_or_written_and_seen_as_holes() {
+    for refuse in [false, true] {
+        let world = World::new(9);
+        world.put("/disk", vec![7; 16 * 512]);
+        if refuse {
+            world.refuse_zeroing();
+        }
+        let raw = open(&world, true, false).unwrap();
+        let zero = |start, count, fast| {
+            let flags = ZeroFlags { unmap: true, fast };
+            world.block_on(raw.submit(Request::write_zeroes(SectorRange::new(start, count), flags))).result
+        };
+        assert_eq!(zero(1, 3, true), if refuse { Err(Errno::EOPNOTSUPP) } else { Ok(()) });
+        assert_eq!(zero(4, 4, false), Ok(()));
+        let discard = Request::discard(SectorRange::new(10, 2));
+        assert_eq!(world.block_on(raw.submit(discard)).result, Ok(()));
+        let zeros: Vec<u64> =
+            (0..16).filter(|s| world.bytes("/disk")[*s as usize * 512..][..512] == [0; 512]).collect();
+        let expected = if refuse { vec![4, 5, 6, 7] } else { vec![1, 2, 3, 4, 5, 6, 7, 10, 11] };
+        assert_eq!(zeros, expected);
+        let extents = world.block_on(raw.extents(SectorRange::new(3, 8))).unwrap();
+        let seen: Vec<(u64, bool)> = extents.iter().map(|e| (e.count, e.zero)).collect();
+        let expected = if refuse {
+            vec![(1, false), (4, true), (3, false)]
+        } else {
+            vec![(5, true), (2, false), (1, true)]
+        };
+        assert_eq!(seen, expected);
+        assert_eq!(zero(15, 2, false), Err(Errno::EINVAL));
+    }
 }

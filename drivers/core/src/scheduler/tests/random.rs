@@ -3,7 +3,7 @@
 use super::*;
 use proptest::prelude::*;
 use std::cell::{Cell, RefCell};
-use tap_host::{IoBuf, copy_from_slice};
+use tap_host::{IoBuf, SECTOR_BYTES, copy_from_slice};
 
 const SECTORS: u64 = 64;
 

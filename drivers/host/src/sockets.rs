@@ -1,0 +1,257 @@
+//! Byte streams to other processes and machines.
+//!
+//! ```text
+//!   listen ──► Listener ──accept──► Stream ◄──connect
+//!                                   recv: some bytes into a part of one buffer
+//!                                   send: a list of small pieces and whole buffers, as much as goes
+//! ```
+//!
+//! Streams are what stream sockets are: bytes in order, cut anywhere. A peer may stop reading, send half of a message,
+//! or be gone at any moment.
+
+use crate::{Errno, IoBuf};
+use smallvec::SmallVec;
+use std::collections::VecDeque;
+use std::fmt;
+use std::future::Future;
+use std::str::FromStr;
+
+/// Where a stream socket is.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum SocketAddress {
+    /// A path in the file system.
+    Unix(String),
+    /// A host name or address, and a TCP port; port 0 lets the system choose when listening.
+    Tcp {
+        /// A name, an IPv4 address, or an IPv6 address without brackets.
+        host: String,
+        /// The port.
+        port: u16,
+    },
+}
+
+impl fmt::Display for SocketAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            SocketAddress::Unix(path) => write!(f, "unix:{path}"),
+            SocketAddress::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
+            SocketAddress::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
+        }
+    }
+}
+
+/// Longest path of a unix socket in bytes (sun_path without its final zero).
+const UNIX_PATH_MAX: usize = 107;
+
+impl FromStr for SocketAddress {
+    type Err = String;
+
+    /// `unix:PATH`, a path that begins with `/` or `.`, `tcp:HOST:PORT` or `HOST:PORT`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let path = text.strip_prefix("unix:").or_else(|| text.starts_with(['/', '.']).then_some(text));
+        if let Some(path) = path {
+            return if path.is_empty() || path.len() > UNIX_PATH_MAX || path.contains('\0') {
+                Err(format!("the path of a unix socket has 1 to {UNIX_PATH_MAX} bytes, not {}", path.len()))
+            } else {
+                Ok(SocketAddress::Unix(path.to_owned()))
+            };
+        }
+        let Some((host, port)) = text.strip_prefix("tcp:").unwrap_or(text).rsplit_once(':') else {
+            return Err(format!("'{text}' is no address: write unix:PATH or HOST:PORT"));
+        };
+        let Ok(port) = port.parse() else {
+            return Err(format!("the port '{port}' is not a number from 0 to 65535"));
+        };
+        let host = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
+        if host.is_empty() {
+            return Err(format!("'{text}' names no host: write for example 127.0.0.1:{port}"));
+        }
+        Ok(SocketAddress::Tcp { host: host.to_owned(), port })
+    }
+}
+
+/// One piece of what is to be sent.
+#[derive(Debug)]
+pub enum Piece {
+    /// Bytes that live in the list, such as a header.
+    Bytes(SmallVec<[u8; 32]>),
+    /// A whole buffer.
+    Buf(IoBuf),
+}
+
+impl Piece {
+    /// The bytes.
+    pub fn bytes(&self) -> &[u8] {
+        match self {
+            Piece::Bytes(bytes) => bytes,
+            Piece::Buf(buf) => buf,
+        }
+    }
+}
+
+/// What is to be sent, in order: small pieces and whole buffers, of the first of which some bytes may be gone already.
+#[derive(Debug, Default)]
+pub struct SendList {
+    pieces: VecDeque<Piece>,
+    /// Bytes of the first piece that were sent.
+    skip: usize,
+    len: usize,
+}
+
+impl SendList {
+    /// An empty list.
+    pub fn new() -> Self {
+        Self::default()
+    }
+    /// Appends a copy of `bytes`.
+    pub fn push_bytes(&mut self, bytes: &[u8]) {
+        if !bytes.is_empty() {
+            self.len += bytes.len();
+            self.pieces.push_back(Piece::Bytes(SmallVec::from_slice(bytes)));
+        }
+    }
+    /// Appends a whole buffer.
+    pub fn push_buf(&mut self, buf: IoBuf) {
+        if !buf.is_empty() {
+            self.len += buf.len();
+            self.pieces.push_back(Piece::Buf(buf));
+        }
+    }
+    /// Appends everything that `other` has left.
+    pub fn append(&mut self, mut other: SendList) {
+        if other.skip > 0 {
+            // The rest of a piece that was begun becomes a piece.
+            let rest = SmallVec::from_slice(&other.pieces[0].bytes()[other.skip..]);
+            other.pieces[0] = Piece::Bytes(rest);
+        }
+        self.len += other.len;
+        self.pieces.append(&mut other.pieces);
+    }
+    /// Bytes left.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+    /// Whether nothing is left.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+    /// The bytes left, piece by piece, at most `max` pieces.
+    pub fn slices(&self, max: usize) -> impl Iterator<Item = &[u8]> {
+        let skip = self.skip;
+        self.pieces
+            .iter()
+            .take(max)
+            .enumerate()
+            .map(move |(i, p)| &p.bytes()[if i == 0 { skip } else { 0 }..])
+    }
+    /// Takes `count` bytes off the front; pieces that were sent whole are dropped. `count` is at most [`SendList::len`].
+    pub fn advance(&mut self, count: usize) {
+        assert!(count <= self.len, "{count} bytes sent out of {}", self.len);
+        self.len -= count;
+        self.skip += count;
+        while let Some(first) = self.pieces.front() {
+            let len = first.bytes().len();
+            if self.skip < len {
+                return;
+            }
+            self.skip -= len;
+            self.pieces.pop_front();
+        }
+    }
+}
+
+/// Stream sockets of the unix and TCP families.
+pub trait Sockets: Clone + 'static {
+    /// A listening socket.
+    type Listener: Listener<Stream = Self::Stream>;
+    /// A connected socket.
+    type Stream: Stream;
+    /// Listens at `address`. The path of a unix socket that nobody listens at any more is taken over; it is removed when
+    /// the listener is dropped.
+    ///
+    /// # Errors
+    /// As bind(2) and listen(2): `EADDRINUSE`, `EACCES`, `ENOENT` for a path without directory, `EADDRNOTAVAIL`.
+    fn listen(&self, address: &SocketAddress) -> impl Future<Output = Result<Self::Listener, Errno>>;
+    /// Connects to `address`.
+    ///
+    /// # Errors
+    /// As connect(2): `ECONNREFUSED`, `ENOENT`, `EHOSTUNREACH` (also for a name that is not known), `ETIMEDOUT`.
+    fn connect(&self, address: &SocketAddress) -> impl Future<Output = Result<Self::Stream, Errno>>;
+    /// Listening sockets that the process was started with (LISTEN_FDS), once; empty without any.
+    fn inherited(&self) -> Vec<Self::Listener>;
+}
+
+/// A listening socket; closed when dropped.
+pub trait Listener: 'static {
+    /// What it accepts.
+    type Stream: Stream;
+    /// The next connection.
+    ///
+    /// # Errors
+    /// As accept(2); after `EMFILE` and the like it can be called again later.
+    fn accept(&self) -> impl Future<Output = Result<Self::Stream, Errno>>;
+    /// Where it listens, with the port that the system chose.
+    fn address(&self) -> SocketAddress;
+}
+
+/// A connected socket; clones share it, and it is closed when the last one is dropped. One receive and one send may run
+/// at the same time.
+pub trait Stream: Clone + 'static {
+    /// Receives at least one byte into `buf[from..]`, which is not empty. Gives the count; 0 when the peer will send no
+    /// more. A future that is dropped may have taken bytes along.
+    ///
+    /// # Errors
+    /// As recv(2): `ECONNRESET`, `ETIMEDOUT`.
+    fn recv(&self, buf: IoBuf, from: usize) -> impl Future<Output = (Result<usize, Errno>, IoBuf)> + 'static;
+    /// Sends at least one byte of a list that is not empty, and takes off what was sent.
+    ///
+    /// # Errors
+    /// As send(2): `EPIPE` (without a signal), `ECONNRESET`.
+    fn send(&self, list: SendList) -> impl Future<Output = (Result<(), Errno>, SendList)> + 'static;
+    /// Ends both directions: the peer sees the end, and running operations here end.
+    fn shutdown(&self);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_read_and_printed() {
+        for (text, shown) in [
+            ("unix:/run/x", "unix:/run/x"),
+            ("/run/x", "unix:/run/x"),
+            ("./x", "unix:./x"),
+            ("localhost:10809", "tcp:localhost:10809"),
+            ("tcp:[::1]:0", "tcp:[::1]:0"),
+        ] {
+            let address: SocketAddress = text.parse().unwrap();
+            assert_eq!(address.to_string(), shown);
+            assert_eq!(shown.parse(), Ok(address));
+        }
+        for bad in ["", "unix:", "nothing", "host:", "host:70000", ":1", "tcp::1"] {
+            assert!(SocketAddress::from_str(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn lists_go_piece_by_piece() {
+        let mut list = SendList::new();
+        list.push_bytes(b"abc");
+        list.push_buf(IoBuf::copy_of(b"defg").unwrap());
+        list.advance(2);
+        let mut more = SendList::new();
+        more.push_bytes(b"hi");
+        more.advance(1);
+        list.append(more);
+        let left = |list: &SendList| list.slices(8).collect::<Vec<_>>().concat();
+        assert_eq!((left(&list).as_slice(), list.len()), (&b"cdefgi"[..], 6));
+        list.advance(3);
+        assert_eq!(left(&list), b"fgi");
+        let mut front = SendList::new();
+        front.append(list);
+        assert_eq!(left(&front), b"fgi");
+        front.advance(3);
+        assert!(front.is_empty());
+    }
+}
