@@ -4,6 +4,7 @@ mod behaviour;
 mod bugs;
 mod hostile;
 mod trial;
+mod zero;
 
 use super::*;
 use crate::testing::World;
