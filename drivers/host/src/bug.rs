@@ -50,6 +50,10 @@ list! {
         GrantLeaked = "a mapped grant is not unmapped when connecting fails",
         LostAtReconnect = "requests in the in-flight record are not taken up after a restart",
         RecordLate = "the in-flight record is written after the request was taken",
+        NbdWrongCookie = "a reply carries the cookie of the latest request",
+        NbdFlushOwn = "a flush on a connection that wrote nothing is answered without being carried out",
+        NbdFuaIgnored = "the flag FUA is ignored",
+        NbdRequestCut = "the first bytes of a request that was received in two parts are lost",
     }
 }
 
@@ -76,6 +80,10 @@ list! {
         RingRefused = "a ring was closed because of what it held",
         RequestRefused = "a malformed request was answered with an error",
         Reconnected = "a front end connected again",
+        NbdRequestCut = "an NBD request was received in two parts",
+        NbdRoomWaited = "an NBD connection had as many requests in flight as it may have",
+        NbdPayloadDirect = "the payload of an NBD write was received into its own buffer",
+        NbdRequestRefused = "a wrong NBD request was answered with an error",
     }
 }
 

@@ -132,6 +132,27 @@ pub enum Event {
         /// What it is now ("running", "draining", "paused", "closing", "closed").
         state: &'static str,
     },
+    /// A client of the NBD server connected.
+    NbdConnected {
+        /// Counts connections of the server, from 1.
+        connection: u64,
+    },
+    /// A connection of the NBD server ended.
+    NbdClosed {
+        /// Which.
+        connection: u64,
+        /// Requests that were taken from it.
+        requests: u64,
+        /// Why.
+        why: &'static str,
+    },
+    /// The NBD server did not take a connection.
+    NbdRefused {
+        /// The number that it would have had.
+        connection: u64,
+        /// Why.
+        why: &'static str,
+    },
 }
 
 fn ok(result: Result<(), Errno>) -> i32 {
@@ -164,6 +185,9 @@ impl Event {
                 [11, u64::from(dom.0), u64::from(vbd.0), u64::from(state)]
             }
             Event::VbdState { vbd, state } => [12, u64::from(vbd.0), text(state), 0],
+            Event::NbdConnected { connection } => [13, connection, 0, 0],
+            Event::NbdClosed { connection, requests, why } => [14, connection, requests, text(why)],
+            Event::NbdRefused { connection, why } => [15, connection, text(why), 0],
         }
     }
 }
@@ -190,6 +214,11 @@ impl fmt::Display for Event {
             }
             Event::BackendState { dom, vbd, state } => write!(f, "{vbd} of {dom}: back end in state {state}"),
             Event::VbdState { vbd, state } => write!(f, "{vbd} is {state}"),
+            Event::NbdConnected { connection } => write!(f, "NBD connection {connection} opened"),
+            Event::NbdClosed { connection, requests, why } => {
+                write!(f, "NBD connection {connection} closed after {requests} requests: {why}")
+            }
+            Event::NbdRefused { connection, why } => write!(f, "NBD connection {connection} refused: {why}"),
         }
     }
 }

@@ -43,13 +43,17 @@ pub async fn open_disk<H: ImageHost>(
     Ok(options.cache.over(Rc::new(Scheduler::new(host.clone(), image, options.scheduler))))
 }
 
-/// The image that `spec` names.
+/// Opens whatever `spec` names.
 ///
 /// # Errors
-/// A sentence, if it names something else.
-pub fn image_of(spec: &DiskSpec) -> Result<&ImageSpec, String> {
+/// A sentence that reads on after "failed to".
+pub async fn open_any<H: ImageHost>(
+    host: &H,
+    spec: &DiskSpec,
+    options: &DiskOptions,
+) -> Result<Rc<dyn Node>, String> {
     match spec {
-        DiskSpec::Image(image) => Ok(image),
+        DiskSpec::Image(image) => open_disk(host, image, options).await.map_err(|e| e.to_string()),
         DiskSpec::Nbd { .. } => Err(format!("use {spec}: this needs a file")),
     }
 }

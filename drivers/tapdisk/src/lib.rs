@@ -17,11 +17,15 @@
 //! |---|---|
 //! | [`spec`] | how disks are named on a command line |
 //! | [`disk`] | a named disk as a node: image, scheduler, cache mode |
+//! | [`daemon`] | `tapdisk` |
+//! | [`serve`] | `tapdisk serve` |
 //! | [`img`] | `tap-img` |
 
 mod console;
+pub mod daemon;
 pub mod disk;
 pub mod img;
+pub mod serve;
 pub mod size;
 pub mod spec;
 
