@@ -20,6 +20,7 @@
 //! | [`daemon`] | `tapdisk` |
 //! | [`serve`] | `tapdisk serve` |
 //! | [`img`] | `tap-img` |
+//! | [`terminal`] | the console of a real process |
 
 mod console;
 pub mod daemon;
@@ -28,5 +29,6 @@ pub mod img;
 pub mod serve;
 pub mod size;
 pub mod spec;
+pub mod terminal;
 
 pub use console::Console;

@@ -47,12 +47,12 @@ impl Target {
             let mut layout =
                 qcow::CreateOptions { backing: self.backing.clone(), existing, ..Default::default() };
             for (name, value) in pairs {
-                let bits = power_of_two(&value).map_err(&refused)?;
-                match name.as_str() {
-                    "cluster_size" => layout.cluster_bits = Some(bits),
-                    "l2_entries" => layout.l2_bits = Some(bits),
+                let place = match name.as_str() {
+                    "cluster_size" => &mut layout.cluster_bits,
+                    "l2_entries" => &mut layout.l2_bits,
                     _ => return Err(refused(format!("qcow has no option '{name}'"))),
-                }
+                };
+                *place = Some(power_of_two(&value).map_err(&refused)?);
             }
             return qcow::create(host, path, self.size_bytes, &layout).await.map_err(Problem::Image);
         }
