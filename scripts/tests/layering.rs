@@ -28,6 +28,10 @@ fn dependencies() -> BTreeMap<String, Vec<String>> {
 fn allowed(package: &str) -> &'static [&'static str] {
     match package {
         "tap-host" => &["smallvec", "thiserror", "zerocopy"],
+        "tap-conformance" => &["tap-host"],
+        "tap-linux" => {
+            &["tap-host", "io-uring", "libc", "rustix", "smallvec", "thiserror", "tokio"]
+        }
         "tap-abi" => &["zerocopy"],
         "tap-core" => &["tap-host", "smallvec", "thiserror"],
         "tap-images" => {
