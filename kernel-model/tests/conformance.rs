@@ -5,12 +5,10 @@
 
 use kernel_model::faults::FaultPlan;
 use kernel_model::{Kernel, Process, Storage, StorageConfig};
-use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use libtest_mimic::{Arguments, Completion, Trial};
 use sim::{Config, Sim};
-use std::cell::RefCell;
 use std::process::ExitCode;
-use std::rc::Rc;
-use tap_conformance::{Place, Test, files, life, locks, tasks, zeros};
+use tap_conformance::{Outcome, Place, Test, files, life, locks, tasks, zeros};
 
 /// What the models do not do, and why; the list that docs/testing/conformance.md has.
 const DIFFERENT: &[(&str, &str)] = &[(
@@ -47,18 +45,10 @@ fn trial(name: String, test: Test<Process>, direct: bool) -> Trial {
     })
 }
 
-fn in_world(seed: u64, faults: FaultPlan, test: &Test<Process>, direct: bool) -> Result<(), Failed> {
+fn in_world(seed: u64, faults: FaultPlan, test: &Test<Process>, direct: bool) -> Outcome {
     let sim = Sim::new(&Config::new(seed));
     let kernel = Kernel::new(&sim, &Storage::new(&sim, StorageConfig { faults, ..StorageConfig::default() }));
     let host = kernel.process("conformance", 1);
     let running = (test.body)(Place { host, folder: "/images".into(), direct, device: None, tcp: false });
-    let outcome = Rc::new(RefCell::new(None));
-    let put = Rc::clone(&outcome);
-    sim.run(async move {
-        let ended = running.await;
-        *put.borrow_mut() = Some(ended);
-    })
-    .map_err(|e| format!("the world does not end: {e:?}"))?;
-    let ended = outcome.borrow_mut().take();
-    Ok(ended.ok_or("the world ended before the test")??)
+    sim.run(running).map_err(|e| format!("the world does not end: {e:?}"))?
 }
