@@ -2,10 +2,12 @@
 
 use super::call::{Call, Memory, errno, zero_flags};
 use super::engine::Submit;
+use super::of_rustix;
 use io_uring::types::{Fd, FsyncFlags};
 use io_uring::{IoUring, opcode, squeue};
+use rustix::event::{EventfdFlags, eventfd};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use tap_host::Errno;
 
 /// Operations that the kernel has at a time; the rest wait in our queue.
@@ -16,6 +18,9 @@ const GET_EVENTS: u32 = 1;
 /// A ring with its count of operations in flight.
 pub(crate) struct Ring {
     uring: IoUring,
+    /// Told of completions. The ring's own descriptor would do, but for completions that wait for this thread to post
+    /// them it does not become readable.
+    event: OwnedFd,
     in_flight: u32,
     ftruncate: bool,
 }
@@ -34,8 +39,10 @@ impl Ring {
         if needed.into_iter().chain(more).any(|code| !probe.is_supported(code)) {
             return Err(Errno::EOPNOTSUPP);
         }
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(of_rustix)?;
+        uring.submitter().register_eventfd(event.as_raw_fd()).map_err(|e| errno(&e))?;
         let ftruncate = probe.is_supported(opcode::Ftruncate::CODE);
-        Ok(Self { uring, in_flight: 0, ftruncate })
+        Ok(Self { uring, event, in_flight: 0, ftruncate })
     }
 
     fn build() -> io::Result<IoUring> {
@@ -91,8 +98,7 @@ impl Ring {
 
 impl Submit for Ring {
     fn fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the ring keeps its descriptor open while it lives.
-        unsafe { BorrowedFd::borrow_raw(self.uring.as_raw_fd()) }
+        self.event.as_fd()
     }
 
     fn has_room(&self) -> bool {
