@@ -251,7 +251,7 @@ impl Raw {
 
     async fn value<T: FromBytes + Immutable + KnownLayout>(&self) -> T {
         let bytes = self.take(size_of::<T>()).await;
-        T::read_from_bytes(&bytes).ok().expect("the stream goes on")
+        T::read_from_bytes(&bytes).unwrap_or_else(|_| panic!("the stream ended"))
     }
 
     pub async fn hello(&self) {
