@@ -278,6 +278,9 @@ impl ProcessFile {
             return Err(Errno::EBADF);
         }
         if op == IoOp::Zero {
+            if !self.process.kernel.0.storage.0.can_zero() {
+                return Err(Errno::EOPNOTSUPP);
+            }
             let valid = len > 0 && offset.checked_add(len).is_some_and(|end| end <= i64::MAX as u64);
             return if valid { Ok(()) } else { Err(Errno::EINVAL) };
         }

@@ -39,6 +39,7 @@ list! {
         FailedClusterReused = "a cluster whose L2 write failed is handed to another owner",
         DoubleAllocation = "two writes to one unallocated cluster both allocate it",
         CompressedInPlace = "a write to a compressed cluster goes into the compressed bytes",
+        ZeroesSkippedBelow = "zeros over a backing file are left out where nothing is mapped above it",
         MergedErrorLost = "the error of a merged request reaches only its head",
         ShortTransfer = "a short transfer is taken as complete",
         ResponseTwice = "a request that ended while the ring was reconnecting is answered twice",

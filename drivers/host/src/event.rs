@@ -13,6 +13,10 @@ pub enum IoKind {
     Write,
     /// Make completed writes durable.
     Flush,
+    /// Make sectors read as zeros.
+    WriteZeroes,
+    /// Give sectors up.
+    Discard,
 }
 
 impl fmt::Display for IoKind {
@@ -21,6 +25,8 @@ impl fmt::Display for IoKind {
             IoKind::Read => "read",
             IoKind::Write => "write",
             IoKind::Flush => "flush",
+            IoKind::WriteZeroes => "write-zeroes",
+            IoKind::Discard => "discard",
         })
     }
 }

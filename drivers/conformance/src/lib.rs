@@ -1,0 +1,1 @@
+//! Test bodies that every implementation of the seam passes.

@@ -1,0 +1,133 @@
+//! One operation on a descriptor, as the ring, a thread or the caller itself executes it.
+//!
+//! This is where memory meets the kernel: an operation reads or writes the buffers behind its `iovec`s. Whoever
+//! executes one vouches that the buffers live, and that nobody else touches them, until it has ended.
+
+use smallvec::SmallVec;
+use std::os::fd::RawFd;
+use tap_host::{Errno, IoVec, ZeroMode};
+
+/// Most pieces of memory in one call (UIO_MAXIOV); what is behind them is left for the next.
+pub(crate) const IOV_MAX: usize = 1024;
+
+/// What to do, without the memory that it is done with.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Call {
+    /// preadv at a byte offset.
+    Read(u64),
+    /// pwritev at a byte offset.
+    Write(u64),
+    /// fdatasync.
+    SyncData,
+    /// ftruncate to a size in bytes.
+    SetSize(u64),
+    /// fallocate that makes a range read as zeros.
+    Zero { offset: u64, len: u64, mode: ZeroMode },
+}
+
+/// Where the bytes of an operation are. Several pieces are on the heap, so that a slot can move while the kernel reads
+/// them.
+pub(crate) type Memory = SmallVec<[libc::iovec; 1]>;
+
+/// The memory of `bufs`, as far as one call takes it.
+pub(crate) fn memory_of<A: smallvec::Array<Item = libc::iovec>>(bufs: &mut IoVec) -> SmallVec<A> {
+    bufs.iter_mut()
+        .take(IOV_MAX)
+        .map(|b| libc::iovec { iov_base: b.as_mut_ptr().cast(), iov_len: b.len() })
+        .collect()
+}
+
+/// The flags of fallocate(2) for `mode`; neither changes the size.
+pub(crate) fn zero_flags(mode: ZeroMode) -> i32 {
+    libc::FALLOC_FL_KEEP_SIZE
+        | match mode {
+            ZeroMode::Unmap => libc::FALLOC_FL_PUNCH_HOLE,
+            ZeroMode::Keep => libc::FALLOC_FL_ZERO_RANGE,
+        }
+}
+
+/// Whether an operation may wait for a device.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wait {
+    /// It may.
+    Allowed,
+    /// `EAGAIN` instead (RWF_NOWAIT); reads only.
+    Never,
+}
+
+impl Call {
+    /// Executes the operation on this thread and gives its count.
+    ///
+    /// # Safety
+    /// `memory` is valid, for writing too if this is a read, and not touched by anybody else meanwhile.
+    pub(crate) unsafe fn execute(
+        self,
+        fd: RawFd,
+        memory: &[libc::iovec],
+        wait: Wait,
+    ) -> Result<usize, Errno> {
+        loop {
+            // SAFETY: as of this function; the other arguments are plain numbers.
+            let result = unsafe { self.system_call(fd, memory, wait) };
+            match usize::try_from(result) {
+                Ok(count) => return Ok(count),
+                Err(_) => match last_error() {
+                    Errno::EINTR => {}
+                    error => return Err(error),
+                },
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Call::execute`].
+    unsafe fn system_call(self, fd: RawFd, memory: &[libc::iovec], wait: Wait) -> isize {
+        // As for loff_t; `LinuxFile` refuses what is larger.
+        let off = |offset: u64| offset as libc::off_t;
+        let count = memory.len() as libc::c_int;
+        match (self, memory) {
+            (Call::Read(offset), _) if wait == Wait::Never => {
+                // SAFETY: of the caller.
+                unsafe { libc::preadv2(fd, memory.as_ptr(), count, off(offset), libc::RWF_NOWAIT) }
+            }
+            (Call::Read(offset), [one]) => {
+                // SAFETY: of the caller.
+                unsafe { libc::pread(fd, one.iov_base, one.iov_len, off(offset)) }
+            }
+            (Call::Read(offset), _) => {
+                // SAFETY: of the caller.
+                unsafe { libc::preadv(fd, memory.as_ptr(), count, off(offset)) }
+            }
+            (Call::Write(offset), [one]) => {
+                // SAFETY: of the caller.
+                unsafe { libc::pwrite(fd, one.iov_base, one.iov_len, off(offset)) }
+            }
+            (Call::Write(offset), _) => {
+                // SAFETY: of the caller.
+                unsafe { libc::pwritev(fd, memory.as_ptr(), count, off(offset)) }
+            }
+            (Call::SyncData, _) => {
+                // SAFETY: no memory is involved.
+                unsafe { libc::fdatasync(fd) as isize }
+            }
+            (Call::SetSize(size), _) => {
+                // SAFETY: no memory is involved.
+                unsafe { libc::ftruncate(fd, off(size)) as isize }
+            }
+            (Call::Zero { offset, len, mode }, _) => {
+                // SAFETY: no memory is involved.
+                unsafe { libc::fallocate(fd, zero_flags(mode), off(offset), off(len)) as isize }
+            }
+        }
+    }
+}
+
+/// The error of the system call that failed last on this thread.
+pub(crate) fn last_error() -> Errno {
+    errno(&std::io::Error::last_os_error())
+}
+
+/// The number of an error of the standard library; `EIO` where it has none.
+pub(crate) fn errno(error: &std::io::Error) -> Errno {
+    error.raw_os_error().map_or(Errno::EIO, Errno)
+}

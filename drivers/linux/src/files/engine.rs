@@ -1,0 +1,374 @@
+//! Operations in flight: one slot table above the ring or the threads.
+//!
+//! ```text
+//!   Op (future) ──start──► slot, queue ─┐
+//!        ▲                              │  driver task, last of the turn:
+//!        └──── waker ◄── slot ◄── reap ─┴─ push all, submit once, reap, then sleep on the descriptor
+//! ```
+//!
+//! # Contract
+//!
+//! * A slot owns the buffers and keeps the file open from the first poll of the operation until its completion was
+//!   reaped. Dropping the future only marks the slot as an orphan's.
+//! * The first operation that is queued in a turn wakes the driver task, which so runs behind every task that is ready
+//!   then; what those queue goes to the kernel with it.
+//! * Dropping the engine waits for what is in flight: the kernel may be writing to our memory.
+
+use super::call::{Call, Memory, Wait, memory_of};
+use super::ring::Ring;
+use super::threads::Threads;
+use super::{AioEngine, OpenFile, of_rustix};
+use crate::watch::watch;
+use rustix::io::fcntl_dupfd_cloexec;
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::future::{Future, poll_fn};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker, ready};
+use std::time::Duration;
+use tap_host::{Errno, IoVec};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// Who executes operations.
+pub(crate) trait Submit {
+    /// Readable when completions wait to be reaped.
+    fn fd(&self) -> BorrowedFd<'_>;
+    /// Whether one more may be pushed.
+    fn has_room(&self) -> bool;
+    /// Whether it knows this operation.
+    fn does(&self, call: Call) -> bool;
+    /// Adds an operation, to be started by the next `submit`.
+    ///
+    /// # Safety
+    /// `fd` stays open, and the memory valid and untouched, until the completion of `index` was reaped.
+    unsafe fn push(&mut self, index: u32, call: Call, fd: RawFd, memory: &Memory);
+    /// Starts what was pushed; what cannot be started now stays pushed.
+    fn submit(&mut self) -> Result<(), Errno>;
+    /// Appends completions: slot, and count or negative error number.
+    fn reap(&mut self, done: &mut Vec<(u32, i32)>);
+    /// Blocks until there is something to reap.
+    fn wait(&mut self) -> Result<(), Errno>;
+    /// Whether something that was pushed was not started yet.
+    fn unsubmitted(&mut self) -> bool;
+}
+
+struct Running {
+    file: Rc<OpenFile>,
+    call: Call,
+    bufs: IoVec,
+    memory: Memory,
+    waker: Option<Waker>,
+    orphan: bool,
+}
+
+enum Slot {
+    Free,
+    Running(Running),
+    Done(Result<usize, Errno>, IoVec),
+}
+
+struct State {
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+    /// Started by their futures, not yet pushed.
+    queue: VecDeque<u32>,
+    in_flight: usize,
+    submit: Box<dyn Submit>,
+    driver: Option<Waker>,
+}
+
+/// The engine; see the module.
+pub(crate) struct Engine {
+    state: RefCell<State>,
+    kind: AioEngine,
+}
+
+impl Engine {
+    /// An engine of the kind asked for; for [`AioEngine::Auto`] also why io_uring is not used, if it is not.
+    ///
+    /// # Errors
+    /// Why the kind asked for is refused.
+    pub(crate) fn new(kind: AioEngine) -> Result<(Self, Option<Errno>), Errno> {
+        let with = |submit: Box<dyn Submit>, kind| {
+            let (slots, free, queue) = (Vec::new(), Vec::new(), VecDeque::new());
+            let state = State { slots, free, queue, in_flight: 0, submit, driver: None };
+            Self { state: RefCell::new(state), kind }
+        };
+        let refused = match kind {
+            AioEngine::Threads => None,
+            _ => match Ring::new() {
+                Ok(ring) => return Ok((with(Box::new(ring), AioEngine::IoUring), None)),
+                Err(error) if kind == AioEngine::IoUring => return Err(error),
+                Err(error) => Some(error),
+            },
+        };
+        Ok((with(Box::new(Threads::new()?), AioEngine::Threads), refused))
+    }
+
+    /// Which kind it is: never [`AioEngine::Auto`].
+    pub(crate) fn kind(&self) -> AioEngine {
+        self.kind
+    }
+
+    /// Whether it can do `call` without blocking this thread.
+    pub(crate) fn does(&self, call: Call) -> bool {
+        self.state.borrow().submit.does(call)
+    }
+
+    fn start(&self, file: Rc<OpenFile>, call: Call, mut bufs: IoVec, waker: &Waker) -> u32 {
+        let memory = memory_of(&mut bufs);
+        let running = Running { file, call, bufs, memory, waker: Some(waker.clone()), orphan: false };
+        let mut state = self.state.borrow_mut();
+        let index = match state.free.pop() {
+            Some(index) => index,
+            None => {
+                state.slots.push(Slot::Free);
+                // Bounded by the buffers there are, far below 2^32.
+                (state.slots.len() - 1) as u32
+            }
+        };
+        state.slots[index as usize] = Slot::Running(running);
+        state.queue.push_back(index);
+        let first = state.queue.len() == 1;
+        let driver = if first { state.driver.take() } else { None };
+        drop(state);
+        if let Some(driver) = driver {
+            driver.wake();
+        }
+        index
+    }
+
+    fn poll(&self, index: u32, waker: &Waker) -> Poll<(Result<usize, Errno>, IoVec)> {
+        let mut state = self.state.borrow_mut();
+        let slot = &mut state.slots[index as usize];
+        match slot {
+            Slot::Running(running) => {
+                match &mut running.waker {
+                    Some(old) => old.clone_from(waker),
+                    none => *none = Some(waker.clone()),
+                }
+                Poll::Pending
+            }
+            Slot::Done(..) => {
+                let Slot::Done(result, bufs) = std::mem::replace(slot, Slot::Free) else { unreachable!() };
+                state.free.push(index);
+                Poll::Ready((result, bufs))
+            }
+            Slot::Free => unreachable!("an operation is polled after its end"),
+        }
+    }
+
+    /// Nobody waits for the result any more; the effect still happens.
+    fn abandon(&self, index: u32) {
+        let mut state = self.state.borrow_mut();
+        let slot = &mut state.slots[index as usize];
+        let dropped = match slot {
+            Slot::Running(running) => {
+                running.orphan = true;
+                (running.waker.take(), Slot::Free)
+            }
+            _ => {
+                let old = std::mem::replace(slot, Slot::Free);
+                state.free.push(index);
+                (None, old)
+            }
+        };
+        // What is dropped may wake somebody who looks in here.
+        drop(state);
+        drop(dropped);
+    }
+
+    /// Pushes what is queued as far as there is room, and starts it.
+    fn flush(&self) -> Result<(), Errno> {
+        let mut state = self.state.borrow_mut();
+        let State { slots, queue, in_flight, submit, .. } = &mut *state;
+        while submit.has_room()
+            && let Some(index) = queue.pop_front()
+        {
+            let Slot::Running(running) = &slots[index as usize] else {
+                unreachable!("what is queued has not ended")
+            };
+            // SAFETY: the slot keeps file and buffers, and touches neither, until its completion was reaped.
+            unsafe { submit.push(index, running.call, running.file.fd.as_raw_fd(), &running.memory) };
+            *in_flight += 1;
+        }
+        submit.submit()
+    }
+
+    /// Takes completions and wakes who waits for them; gives how many there were.
+    fn reap(&self, done: &mut Vec<(u32, i32)>) -> usize {
+        self.state.borrow_mut().submit.reap(done);
+        let count = done.len();
+        for (index, result) in done.drain(..) {
+            self.finish(index, result);
+        }
+        count
+    }
+
+    fn finish(&self, index: u32, result: i32) {
+        let mut state = self.state.borrow_mut();
+        state.in_flight -= 1;
+        let slot = &mut state.slots[index as usize];
+        let Slot::Running(running) = std::mem::replace(slot, Slot::Free) else {
+            unreachable!("an operation ends once")
+        };
+        let Running { bufs, waker, orphan, file, .. } = running;
+        if orphan {
+            state.free.push(index);
+            drop(state);
+            drop((bufs, waker, file));
+            return;
+        }
+        let result = usize::try_from(result).map_err(|_| Errno(-result));
+        *slot = Slot::Done(result, bufs);
+        drop(state);
+        drop(file);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    /// One turn of the driver task.
+    ///
+    /// An error of the ring itself, which nothing documents for our use of it, stops the process: operations are in
+    /// unknown states.
+    fn drive(&self, turn: &mut Driver, cx: &mut Context<'_>) {
+        // Cleared before reaping: what completes from here on is an event of its own, and wakes this task.
+        while let Poll::Ready(ready) = turn.event.poll_read_ready(cx) {
+            ready.unwrap_or_else(|e| panic!("failed to wait for file operations: {e}")).clear_ready();
+        }
+        loop {
+            self.flush().unwrap_or_else(|e| panic!("failed to start file operations: {e}"));
+            let reaped = self.reap(&mut turn.done);
+            if reaped == 0 || self.state.borrow().queue.is_empty() {
+                break;
+            }
+        }
+        let mut state = self.state.borrow_mut();
+        keep(&mut state.driver, cx.waker());
+        let retry = state.submit.unsubmitted();
+        drop(state);
+        // The kernel was short of memory; nothing else tells when it is not any more.
+        while retry && turn.retry.as_mut().poll(cx).is_ready() {
+            turn.retry.as_mut().reset(tokio::time::Instant::now() + RETRY_AFTER);
+        }
+    }
+}
+
+/// How long an operation waits that the kernel had no memory to start.
+const RETRY_AFTER: Duration = Duration::from_millis(2);
+
+/// What the driver task has of its own.
+struct Driver {
+    event: AsyncFd<OwnedFd>,
+    done: Vec<(u32, i32)>,
+    retry: Pin<Box<tokio::time::Sleep>>,
+}
+
+fn keep(place: &mut Option<Waker>, waker: &Waker) {
+    match place {
+        Some(old) => old.clone_from(waker),
+        none => *none = Some(waker.clone()),
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        let mut done = Vec::new();
+        while self.state.borrow().in_flight > 0 || !self.state.borrow().queue.is_empty() {
+            let waited = self.flush().and_then(|()| self.state.borrow_mut().submit.wait());
+            // Memory that the kernel may still write to must not be freed.
+            if waited.is_err() {
+                std::process::abort();
+            }
+            self.reap(&mut done);
+        }
+    }
+}
+
+/// The driver task of `engine`; runs until it is dropped.
+///
+/// # Errors
+/// `EMFILE` or the like where the descriptor cannot be watched.
+pub(crate) fn driver(engine: Rc<Engine>) -> Result<impl Future<Output = ()> + 'static, Errno> {
+    // A descriptor of its own for the same ring or event, so that the two owners need not know of each other.
+    let event = fcntl_dupfd_cloexec(engine.state.borrow().submit.fd(), 0).map_err(of_rustix)?;
+    let event = watch(event, Interest::READABLE)?;
+    let mut turn = Driver { event, done: Vec::new(), retry: Box::pin(tokio::time::sleep(RETRY_AFTER)) };
+    Ok(poll_fn(move |cx| {
+        engine.drive(&mut turn, cx);
+        Poll::Pending
+    }))
+}
+
+enum OpState {
+    Start(Call, IoVec),
+    Running(u32),
+    Done,
+}
+
+/// An operation: starts when first polled, goes on when dropped.
+pub(crate) struct Op {
+    engine: Rc<Engine>,
+    file: Rc<OpenFile>,
+    state: OpState,
+}
+
+impl Op {
+    /// An operation that has not started.
+    pub(crate) fn new(engine: &Rc<Engine>, file: &Rc<OpenFile>, call: Call, bufs: IoVec) -> Self {
+        Self { engine: Rc::clone(engine), file: Rc::clone(file), state: OpState::Start(call, bufs) }
+    }
+
+    /// Tries it on this thread, where that does not wait for a device.
+    fn in_place(&self, call: Call, bufs: &mut IoVec) -> Option<Result<usize, Errno>> {
+        let wait = self.file.in_place(call)?;
+        let memory = memory_of::<[libc::iovec; 16]>(bufs);
+        // SAFETY: `bufs` is borrowed for the length of the call, and its bytes are nobody else's.
+        let result = unsafe { call.execute(self.file.fd.as_raw_fd(), &memory, wait) };
+        match result {
+            Err(Errno::EAGAIN) if wait == Wait::Never => None,
+            Err(Errno::EOPNOTSUPP) if wait == Wait::Never => {
+                self.file.never_nowait();
+                None
+            }
+            result => Some(result),
+        }
+    }
+}
+
+impl Future for Op {
+    type Output = (Result<usize, Errno>, IoVec);
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        if let OpState::Start(call, ref mut bufs) = self.state {
+            // One that always finds its data at once must let others run too.
+            let proceed = ready!(tokio::task::coop::poll_proceed(cx));
+            proceed.made_progress();
+            let mut bufs = std::mem::take(bufs);
+            if let Some(result) = self.in_place(call, &mut bufs) {
+                self.state = OpState::Done;
+                return Poll::Ready((result, bufs));
+            }
+            let index = self.engine.start(Rc::clone(&self.file), call, bufs, cx.waker());
+            self.state = OpState::Running(index);
+            return Poll::Pending;
+        }
+        let OpState::Running(index) = self.state else {
+            unreachable!("an operation is polled after its end")
+        };
+        let ended = ready!(self.engine.poll(index, cx.waker()));
+        self.state = OpState::Done;
+        Poll::Ready(ended)
+    }
+}
+
+impl Drop for Op {
+    fn drop(&mut self) {
+        if let OpState::Running(index) = self.state {
+            self.engine.abandon(index);
+        }
+    }
+}

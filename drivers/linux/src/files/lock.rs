@@ -1,0 +1,106 @@
+//! Locks at the byte positions that QEMU uses, so that its tools and we refuse each other.
+//!
+//! ```text
+//!   byte 100 + n   held by who uses permission n          n: 0 consistent read, 1 write,
+//!   byte 200 + n   held by who does not share it             2 write unchanged, 3 resize
+//! ```
+//!
+//! All locks are read locks, so any number of processes can hold a byte. One takes its bytes first and looks then
+//! whether anybody uses what it does not share, or does not share what it uses; of two that come at the same time at
+//! least one sees the other. They are locks of the open file (F_OFD_SETLK): closing another descriptor of the same
+//! file does not lose them, as POSIX locks do.
+//!
+//! Specification: QEMU's `block/file-posix.c` and the section "Image locking" of its manual.
+
+use super::last_error;
+use std::os::fd::RawFd;
+use tap_host::{Errno, LockKind};
+
+const USED_BASE: i64 = 100;
+const UNSHARED_BASE: i64 = 200;
+/// Permissions have numbers below this.
+const PERMISSIONS: i64 = 5;
+
+const READ: u8 = 1;
+const WRITE: u8 = 2;
+const WRITE_UNCHANGED: u8 = 4;
+const RESIZE: u8 = 8;
+
+/// Permissions as sets of bits: what is used, and what nobody else may use.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Claim {
+    used: u8,
+    unshared: u8,
+}
+
+impl Claim {
+    const NONE: Claim = Claim { used: 0, unshared: 0 };
+
+    fn of(kind: LockKind) -> Self {
+        match kind {
+            LockKind::Shared => Self { used: READ, unshared: WRITE | RESIZE },
+            LockKind::Exclusive => {
+                Self { used: READ | WRITE | RESIZE, unshared: READ | WRITE | WRITE_UNCHANGED | RESIZE }
+            }
+        }
+    }
+}
+
+/// Takes the lock of an open file, or changes it from `before`.
+///
+/// # Errors
+/// `EAGAIN` in conflict with another open file; the lock is then as before. What the file system says where it has no
+/// such locks.
+pub(crate) fn take(fd: RawFd, before: Option<LockKind>, kind: LockKind) -> Result<(), Errno> {
+    let before = before.map_or(Claim::NONE, Claim::of);
+    let claim = Claim::of(kind);
+    let both = Claim { used: before.used | claim.used, unshared: before.unshared | claim.unshared };
+    let taken = apply(fd, both).and_then(|()| look(fd, claim));
+    let back = apply(fd, if taken.is_ok() { claim } else { before });
+    taken.and(back)
+}
+
+/// Holds the bytes of `claim` and no others.
+fn apply(fd: RawFd, claim: Claim) -> Result<(), Errno> {
+    for (base, bits) in [(USED_BASE, claim.used), (UNSHARED_BASE, claim.unshared)] {
+        for n in 0..PERMISSIONS {
+            let kind = if bits >> n & 1 == 1 { libc::F_RDLCK } else { libc::F_UNLCK };
+            fcntl_byte(fd, libc::F_OFD_SETLK, kind, base + n)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether nobody else stands against `claim`.
+fn look(fd: RawFd, claim: Claim) -> Result<(), Errno> {
+    for (base, bits) in [(UNSHARED_BASE, claim.used), (USED_BASE, claim.unshared)] {
+        for n in (0..PERMISSIONS).filter(|n| bits >> n & 1 == 1) {
+            // Would a write lock be in conflict? Then somebody holds the byte.
+            if fcntl_byte(fd, libc::F_OFD_GETLK, libc::F_WRLCK, base + n)? != libc::F_UNLCK {
+                return Err(Errno::EAGAIN);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// One lock call about one byte; gives the kind that the kernel wrote back.
+fn fcntl_byte(fd: RawFd, command: libc::c_int, kind: libc::c_int, byte: i64) -> Result<libc::c_int, Errno> {
+    let mut lock = libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: byte,
+        l_len: 1,
+        l_pid: 0,
+    };
+    // SAFETY: `lock` is a whole flock, which the kernel reads and writes during the call only.
+    let result = unsafe { libc::fcntl(fd, command, &raw mut lock) };
+    match result {
+        0 => Ok(libc::c_int::from(lock.l_type)),
+        // POSIX allows either for a conflict.
+        _ => match last_error() {
+            Errno::EACCES => Err(Errno::EAGAIN),
+            error => Err(error),
+        },
+    }
+}

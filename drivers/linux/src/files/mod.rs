@@ -1,0 +1,293 @@
+//! Files and block devices.
+//!
+//! ```text
+//!   LinuxFile ──► Op ──┬─ in place: a plain system call that cannot wait for a device
+//!                      └─ engine: io_uring, or a pool of threads
+//! ```
+//!
+//! On file systems that live in memory every call is made in place: it costs least, and nothing in it blocks.
+//! Elsewhere a read is tried in place with RWF_NOWAIT, which succeeds when the page cache has the bytes; everything
+//! else, and what would wait, goes to the engine. Figures: [`AioEngine`].
+
+mod call;
+mod engine;
+mod lock;
+mod open;
+mod ring;
+mod threads;
+
+pub(crate) use call::{errno, last_error};
+pub(crate) use engine::{Engine, driver};
+
+use crate::LinuxHost;
+use call::{Call, Wait};
+use engine::Op;
+use rustix::fs::{SeekFrom, seek};
+use std::cell::Cell;
+use std::future::Future;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use tap_host::{Errno, File, FileExtent, FileInfo, Files, IoVec, LockKind, OpenMode, ZeroMode};
+
+/// How file operations that may wait are executed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum AioEngine {
+    /// io_uring, or threads where the kernel refuses it.
+    #[default]
+    Auto,
+    /// io_uring.
+    IoUring,
+    /// A pool of threads that make plain system calls.
+    Threads,
+}
+
+/// What all clones of an open file share.
+pub(crate) struct OpenFile {
+    /// Shared with calls on other threads, so that the descriptor, and with it the lock, outlives them.
+    fd: Arc<OwnedFd>,
+    write: bool,
+    direct: bool,
+    block_device: bool,
+    /// Alignment in bytes of offset, length and memory.
+    align_bytes: u32,
+    /// Lives in memory: no call waits.
+    in_memory: bool,
+    /// RWF_NOWAIT is worth a try.
+    nowait: Cell<bool>,
+    lock: Cell<Option<LockKind>>,
+}
+
+impl OpenFile {
+    /// Whether `call` should be tried by the caller itself.
+    fn in_place(&self, call: Call) -> Option<Wait> {
+        match call {
+            _ if self.in_memory => Some(Wait::Allowed),
+            Call::Read(_) if self.nowait.get() => Some(Wait::Never),
+            _ => None,
+        }
+    }
+
+    /// The file system does not know RWF_NOWAIT.
+    fn never_nowait(&self) {
+        self.nowait.set(false);
+    }
+
+    /// Refuses what the seam refuses, before Linux decides otherwise from case to case.
+    fn check(&self, offset: u64, bufs: &IoVec, write: bool) -> Result<(), Errno> {
+        if write && !self.write {
+            return Err(Errno::EBADF);
+        }
+        let unaligned = |n: u64| !n.is_multiple_of(u64::from(self.align_bytes));
+        let mut end = offset;
+        let mut aligned = !unaligned(offset);
+        for buf in bufs {
+            aligned &= !unaligned(buf.len() as u64);
+            end = end.checked_add(buf.len() as u64).ok_or(Errno::EFBIG)?;
+        }
+        if !aligned {
+            return Err(Errno::EINVAL);
+        }
+        // As for loff_t.
+        if end > i64::MAX as u64 { Err(Errno::EFBIG) } else { Ok(()) }
+    }
+
+    fn size_bytes(&self) -> Result<u64, Errno> {
+        open::size_bytes(&self.fd, self.block_device)
+    }
+
+    /// What is left of a range to be made zeros once it is cut at the end of the file.
+    fn zero_range(&self, offset: u64, len: u64) -> Result<u64, Errno> {
+        if !self.write {
+            return Err(Errno::EBADF);
+        }
+        let end = offset.checked_add(len).filter(|end| len > 0 && *end <= i64::MAX as u64);
+        let end = end.ok_or(Errno::EINVAL)?.min(self.size_bytes()?);
+        let len = end.saturating_sub(offset);
+        if self.block_device {
+            let sector = u64::from(open::sector_bytes(&self.fd)?);
+            if !offset.is_multiple_of(sector) || !len.is_multiple_of(sector) {
+                return Err(Errno::EOPNOTSUPP);
+            }
+        }
+        Ok(len)
+    }
+}
+
+/// An open file of the host; clones share it.
+#[derive(Clone)]
+pub struct LinuxFile {
+    host: LinuxHost,
+    open: Rc<OpenFile>,
+}
+
+impl LinuxFile {
+    fn op(&self, call: Call, bufs: IoVec) -> Op {
+        Op::new(self.host.engine(), &self.open, call, bufs)
+    }
+
+    async fn io(self, call: Call, offset: u64, bufs: IoVec) -> (Result<usize, Errno>, IoVec) {
+        match self.open.check(offset, &bufs, matches!(call, Call::Write(_))) {
+            Ok(()) => self.op(call, bufs).await,
+            Err(error) => (Err(error), bufs),
+        }
+    }
+
+    async fn done(self, call: Call) -> Result<(), Errno> {
+        self.op(call, IoVec::new()).await.0.map(|_| ())
+    }
+}
+
+impl File for LinuxFile {
+    fn read_at(
+        &self,
+        offset: u64,
+        bufs: IoVec,
+    ) -> impl Future<Output = (Result<usize, Errno>, IoVec)> + 'static {
+        self.clone().io(Call::Read(offset), offset, bufs)
+    }
+
+    fn write_at(
+        &self,
+        offset: u64,
+        bufs: IoVec,
+    ) -> impl Future<Output = (Result<usize, Errno>, IoVec)> + 'static {
+        self.clone().io(Call::Write(offset), offset, bufs)
+    }
+
+    fn sync_data(&self) -> impl Future<Output = Result<(), Errno>> + 'static {
+        self.clone().done(Call::SyncData)
+    }
+
+    fn set_size(&self, size_bytes: u64) -> impl Future<Output = Result<(), Errno>> + 'static {
+        let file = self.clone();
+        async move {
+            if !file.open.write {
+                return Err(Errno::EBADF);
+            }
+            if size_bytes > i64::MAX as u64 {
+                return Err(Errno::EFBIG);
+            }
+            let call = Call::SetSize(size_bytes);
+            if file.host.engine().does(call) {
+                return file.done(call).await;
+            }
+            let fd = Arc::clone(&file.open.fd);
+            // SAFETY: the call uses no memory.
+            let set = move || unsafe { call.execute(fd.as_raw_fd(), &[], Wait::Allowed) };
+            blocking(set).await.map(|_| ())
+        }
+    }
+
+    fn zero_at(
+        &self,
+        offset: u64,
+        len: u64,
+        mode: ZeroMode,
+    ) -> impl Future<Output = Result<(), Errno>> + 'static {
+        let file = self.clone();
+        async move {
+            let len = file.open.zero_range(offset, len)?;
+            if len == 0 {
+                return Ok(());
+            }
+            match file.done(Call::Zero { offset, len, mode }).await {
+                Err(Errno(libc::ENOSYS | libc::ENOTTY)) => Err(Errno::EOPNOTSUPP),
+                result => result,
+            }
+        }
+    }
+
+    fn extent_at(&self, offset: u64) -> impl Future<Output = Result<Option<FileExtent>, Errno>> + 'static {
+        let open = Rc::clone(&self.open);
+        async move {
+            let (fd, block_device) = (Arc::clone(&open.fd), open.block_device);
+            let look = move || extent(&fd, block_device, offset);
+            // Extent maps may have to be read from the device.
+            if open.in_memory { look() } else { blocking(look).await }
+        }
+    }
+
+    fn info(&self) -> Result<FileInfo, Errno> {
+        let OpenFile { align_bytes, direct, block_device, .. } = *self.open;
+        let stat = rustix::fs::fstat(&*self.open.fd).map_err(of_rustix)?;
+        let size_bytes = self.open.size_bytes()?;
+        // st_blocks counts units of 512; a device has all of its space.
+        let allocated_bytes = if block_device { size_bytes } else { stat.st_blocks as u64 * 512 };
+        Ok(FileInfo { size_bytes, allocated_bytes, align_bytes, direct, block_device })
+    }
+
+    fn lock(&self, kind: LockKind) -> Result<(), Errno> {
+        let lock = &self.open.lock;
+        match lock::take(self.open.fd.as_raw_fd(), lock.get(), kind) {
+            Ok(()) => lock.set(Some(kind)),
+            Err(error @ Errno(libc::ENOLCK | libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP)) => {
+                self.host.warn_no_locks(error);
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+}
+
+/// The run of data or hole at `offset`.
+fn extent(fd: &OwnedFd, block_device: bool, offset: u64) -> Result<Option<FileExtent>, Errno> {
+    let size = open::size_bytes(fd, block_device)?;
+    let Some(left) = size.checked_sub(offset).filter(|left| *left > 0) else { return Ok(None) };
+    let run = |len_bytes: u64, data| Ok(Some(FileExtent { len_bytes: len_bytes.min(left), data }));
+    let data = match seek(fd, SeekFrom::Data(offset)).map_err(of_rustix) {
+        Ok(data) => data,
+        // No data behind here.
+        Err(Errno(libc::ENXIO)) => return run(left, false),
+        // It does not know its holes.
+        Err(Errno::EINVAL | Errno::EOPNOTSUPP) => return run(left, true),
+        Err(error) => return Err(error),
+    };
+    if data > offset {
+        return run(data - offset, false);
+    }
+    match seek(fd, SeekFrom::Hole(offset)).map_err(of_rustix) {
+        Ok(hole) if hole > offset => run(hole - offset, true),
+        // Somebody changed the file between the two looks: bytes may be there.
+        Ok(_) | Err(Errno(libc::ENXIO)) => run(1, true),
+        Err(error) => Err(error),
+    }
+}
+
+impl Files for LinuxHost {
+    type File = LinuxFile;
+
+    async fn open(&self, path: &str, mode: OpenMode) -> Result<LinuxFile, Errno> {
+        let path = path.to_owned();
+        let open = blocking(move || open::open(&path, mode)).await?;
+        Ok(LinuxFile { host: self.clone(), open: Rc::new(open.into_file()) })
+    }
+
+    async fn sync_parent(&self, path: &str) -> Result<(), Errno> {
+        let path = path.to_owned();
+        blocking(move || open::sync_parent(&path)).await
+    }
+
+    async fn remove(&self, path: &str) -> Result<(), Errno> {
+        let path = path.to_owned();
+        blocking(move || rustix::fs::unlink(path).map_err(of_rustix)).await
+    }
+}
+
+/// Makes a call that may wait, on another thread. It ends also when the future is dropped.
+pub(crate) async fn blocking<R: Send + 'static>(
+    call: impl FnOnce() -> Result<R, Errno> + Send + 'static,
+) -> Result<R, Errno> {
+    match tokio::task::spawn_blocking(call).await {
+        Ok(result) => result,
+        Err(ended) => match ended.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // The runtime ends, and with it everybody who could want to know.
+            Err(_) => Err(Errno::ESHUTDOWN),
+        },
+    }
+}
+
+pub(crate) fn of_rustix(error: rustix::io::Errno) -> Errno {
+    Errno(error.raw_os_error())
+}

@@ -1,0 +1,115 @@
+//! Opening, and what can be learned of an open file: kind, size, alignment, and whether it lives in memory.
+
+use super::{OpenFile, of_rustix};
+use rustix::fs::{
+    AtFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags, fcntl_setfl, fstat, fstatfs, ioctl_blksszget,
+    seek, statx,
+};
+use std::cell::Cell;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+use tap_host::{Errno, OpenMode};
+
+/// What O_DIRECT asks for where the file system does not say.
+const DIRECT_ALIGN_BYTES: u32 = 4096;
+/// What we ask for where the file system would take anything.
+const SECTOR_BYTES: u32 = 512;
+
+/// statfs(2)'s magic numbers of file systems that live in memory.
+const TMPFS: i64 = 0x0102_1994;
+const RAMFS: i64 = 0x8584_58f6;
+
+/// An open file and what was found out about it.
+pub(crate) struct Found {
+    fd: OwnedFd,
+    mode: OpenMode,
+    block_device: bool,
+    align_bytes: u32,
+    in_memory: bool,
+}
+
+impl Found {
+    pub(crate) fn into_file(self) -> OpenFile {
+        OpenFile {
+            fd: Arc::new(self.fd),
+            write: self.mode.write,
+            direct: self.mode.direct,
+            block_device: self.block_device,
+            align_bytes: self.align_bytes,
+            in_memory: self.in_memory,
+            // O_DIRECT goes to the device: it always waits.
+            nowait: Cell::new(!self.mode.direct),
+            lock: Cell::new(None),
+        }
+    }
+}
+
+/// Opens a regular file or a block device.
+///
+/// # Errors
+/// As open(2); `EISDIR` for a directory, `EINVAL` for what is neither file nor block device.
+pub(crate) fn open(path: &str, mode: OpenMode) -> Result<Found, Errno> {
+    // Non-blocking until the kind is known, so that a FIFO does not wait for its other end.
+    let mut flags = OFlags::CLOEXEC | OFlags::NONBLOCK;
+    flags |= if mode.write { OFlags::RDWR } else { OFlags::RDONLY };
+    if mode.direct {
+        flags |= OFlags::DIRECT;
+    }
+    if mode.create_new {
+        flags |= OFlags::CREATE | OFlags::EXCL;
+    }
+    let fd = rustix::fs::open(path, flags, Mode::from_raw_mode(0o644)).map_err(of_rustix)?;
+    let stat = fstat(&fd).map_err(of_rustix)?;
+    let block_device = match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => false,
+        FileType::BlockDevice => true,
+        FileType::Directory => return Err(Errno::EISDIR),
+        _ => return Err(Errno::EINVAL),
+    };
+    // io_uring would hand EAGAIN back instead of waiting.
+    fcntl_setfl(&fd, flags & OFlags::DIRECT).map_err(of_rustix)?;
+    let magic = fstatfs(&fd).map_err(of_rustix)?.f_type as i64;
+    // A device node says nothing of what is behind it.
+    let in_memory = !block_device && (magic == TMPFS || magic == RAMFS);
+    let align_bytes = match (mode.direct, block_device) {
+        (false, _) => 1,
+        (true, true) => sector_bytes(&fd)?,
+        (true, false) if in_memory => SECTOR_BYTES,
+        (true, false) => direct_align_bytes(&fd),
+    };
+    Ok(Found { fd, mode, block_device, align_bytes, in_memory })
+}
+
+/// What the file system says that O_DIRECT needs here (STATX_DIOALIGN, Linux 6.1).
+fn direct_align_bytes(fd: &OwnedFd) -> u32 {
+    let known = statx(fd, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok();
+    let known = known.filter(|s| StatxFlags::from_bits_retain(s.stx_mask).contains(StatxFlags::DIOALIGN));
+    let align = known.map(|s| s.stx_dio_mem_align.max(s.stx_dio_offset_align));
+    // 0: this file cannot; its reads and writes will say so. Buffers are aligned to 4096.
+    align.filter(|a| a.is_power_of_two() && *a <= DIRECT_ALIGN_BYTES).unwrap_or(DIRECT_ALIGN_BYTES)
+}
+
+/// Bytes in a logical sector of a block device.
+pub(crate) fn sector_bytes(fd: &OwnedFd) -> Result<u32, Errno> {
+    ioctl_blksszget(fd).map_err(of_rustix)
+}
+
+/// Size in bytes; a block device's is the end that lseek finds.
+pub(crate) fn size_bytes(fd: &OwnedFd, block_device: bool) -> Result<u64, Errno> {
+    if block_device {
+        return seek(fd, SeekFrom::End(0)).map_err(of_rustix);
+    }
+    Ok(fstat(fd).map_err(of_rustix)?.st_size as u64)
+}
+
+/// Makes the directory entry of `path` durable.
+pub(crate) fn sync_parent(path: &str) -> Result<(), Errno> {
+    let parent = match Path::new(path).parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let dir = rustix::fs::open(parent, flags, Mode::empty()).map_err(of_rustix)?;
+    rustix::fs::fsync(&dir).map_err(of_rustix)
+}

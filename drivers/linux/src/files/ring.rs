@@ -1,0 +1,131 @@
+//! io_uring: operations of one turn go to the kernel in one system call.
+
+use super::call::{Call, Memory, errno, zero_flags};
+use super::engine::Submit;
+use io_uring::types::{Fd, FsyncFlags};
+use io_uring::{IoUring, opcode, squeue};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use tap_host::Errno;
+
+/// Operations that the kernel has at a time; the rest wait in our queue.
+const IN_FLIGHT_MAX: u32 = 256;
+/// IORING_ENTER_GETEVENTS: have completions posted that wait for this thread.
+const GET_EVENTS: u32 = 1;
+
+/// A ring with its count of operations in flight.
+pub(crate) struct Ring {
+    uring: IoUring,
+    in_flight: u32,
+    ftruncate: bool,
+}
+
+impl Ring {
+    /// A ring for this thread.
+    ///
+    /// # Errors
+    /// Where the kernel refuses io_uring: `ENOSYS`, `EPERM`; or lacks operations that we need: `EOPNOTSUPP`.
+    pub(crate) fn new() -> Result<Self, Errno> {
+        let uring = Self::build().map_err(|e| errno(&e))?;
+        let mut probe = io_uring::Probe::new();
+        uring.submitter().register_probe(&mut probe).map_err(|e| errno(&e))?;
+        let needed = [opcode::Read::CODE, opcode::Write::CODE, opcode::Readv::CODE, opcode::Writev::CODE];
+        let more = [opcode::Fsync::CODE, opcode::Fallocate::CODE];
+        if needed.into_iter().chain(more).any(|code| !probe.is_supported(code)) {
+            return Err(Errno::EOPNOTSUPP);
+        }
+        let ftruncate = probe.is_supported(opcode::Ftruncate::CODE);
+        Ok(Self { uring, in_flight: 0, ftruncate })
+    }
+
+    fn build() -> io::Result<IoUring> {
+        let mut modern = IoUring::builder();
+        modern.setup_cqsize(2 * IN_FLIGHT_MAX).dontfork();
+        let plain = modern.clone();
+        // Completions are posted when we ask, not by interrupting us (Linux 6.1).
+        modern.setup_single_issuer().setup_defer_taskrun();
+        modern.build(IN_FLIGHT_MAX).or_else(|error| match error.raw_os_error() {
+            Some(libc::EINVAL) => plain.build(IN_FLIGHT_MAX),
+            _ => Err(error),
+        })
+    }
+
+    fn entry(call: Call, fd: RawFd, memory: &Memory) -> squeue::Entry {
+        let fd = Fd(fd);
+        // UIO_MAXIOV bounds the count, MAX_RW_COUNT what a call takes of a length.
+        let count = memory.len() as u32;
+        let len = |one: &libc::iovec| one.iov_len as u32;
+        match (call, memory.as_slice()) {
+            (Call::Read(offset), [one]) => {
+                opcode::Read::new(fd, one.iov_base.cast(), len(one)).offset(offset).build()
+            }
+            (Call::Read(offset), _) => opcode::Readv::new(fd, memory.as_ptr(), count).offset(offset).build(),
+            (Call::Write(offset), [one]) => {
+                opcode::Write::new(fd, one.iov_base.cast(), len(one)).offset(offset).build()
+            }
+            (Call::Write(offset), _) => {
+                opcode::Writev::new(fd, memory.as_ptr(), count).offset(offset).build()
+            }
+            (Call::SyncData, _) => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build(),
+            (Call::SetSize(size), _) => opcode::Ftruncate::new(fd, size).build(),
+            (Call::Zero { offset, len, mode }, _) => {
+                opcode::Fallocate::new(fd, len).offset(offset).mode(zero_flags(mode)).build()
+            }
+        }
+    }
+
+    fn enter(&mut self, min_complete: u32) -> Result<(), Errno> {
+        self.uring.submission().sync();
+        let queued = self.uring.submission().len() as u32;
+        // SAFETY: no argument is passed.
+        let entered =
+            unsafe { self.uring.submitter().enter::<libc::sigset_t>(queued, min_complete, GET_EVENTS, None) };
+        match entered.map_err(|e| errno(&e)) {
+            Ok(_) => Ok(()),
+            // Not for ever: what was not taken stays in the submission queue, and the next turn tries again.
+            Err(Errno::EINTR | Errno::EAGAIN | Errno::EBUSY) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl Submit for Ring {
+    fn fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the ring keeps its descriptor open while it lives.
+        unsafe { BorrowedFd::borrow_raw(self.uring.as_raw_fd()) }
+    }
+
+    fn has_room(&self) -> bool {
+        self.in_flight < IN_FLIGHT_MAX
+    }
+
+    fn does(&self, call: Call) -> bool {
+        self.ftruncate || !matches!(call, Call::SetSize(_))
+    }
+
+    unsafe fn push(&mut self, index: u32, call: Call, fd: RawFd, memory: &Memory) {
+        let entry = Self::entry(call, fd, memory).user_data(u64::from(index));
+        // SAFETY: the caller keeps descriptor and memory until the completion is reaped.
+        let pushed = unsafe { self.uring.submission().push(&entry) };
+        assert!(pushed.is_ok(), "the submission queue holds as many entries as may be in flight");
+        self.in_flight += 1;
+    }
+
+    fn submit(&mut self) -> Result<(), Errno> {
+        self.enter(0)
+    }
+
+    fn reap(&mut self, done: &mut Vec<(u32, i32)>) {
+        let before = done.len();
+        done.extend(self.uring.completion().map(|c| (c.user_data() as u32, c.result())));
+        self.in_flight -= (done.len() - before) as u32;
+    }
+
+    fn wait(&mut self) -> Result<(), Errno> {
+        self.enter(1)
+    }
+
+    fn unsubmitted(&mut self) -> bool {
+        !self.uring.submission().is_empty()
+    }
+}

@@ -1,0 +1,195 @@
+//! A small pool of threads that make plain system calls, where io_uring is refused.
+//!
+//! ```text
+//!   push ──► jobs ──► up to 16 threads ──► done ──► eventfd ──► reap
+//! ```
+
+use super::call::{Call, Memory, Wait, errno};
+use super::engine::Submit;
+use rustix::event::{EventfdFlags, eventfd};
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use tap_host::Errno;
+
+/// Most threads; they start as they are needed.
+const THREADS_MAX: usize = 16;
+/// Operations that the pool has at a time; the rest wait in our queue.
+const IN_FLIGHT_MAX: usize = 256;
+
+struct Job {
+    index: u32,
+    call: Call,
+    fd: RawFd,
+    memory: Memory,
+}
+
+// SAFETY: the memory belongs to an operation in the slot table, which does not touch it until the job is done.
+unsafe impl Send for Job {}
+
+#[derive(Default)]
+struct Queue {
+    jobs: VecDeque<Job>,
+    idle: usize,
+    stop: bool,
+}
+
+#[derive(Debug)]
+struct Done {
+    /// Slot and count, or negative error number.
+    results: Mutex<Vec<(u32, i32)>>,
+    changed: Condvar,
+    event: OwnedFd,
+}
+
+struct Shared {
+    queue: Mutex<Queue>,
+    work: Condvar,
+    done: Done,
+}
+
+/// The pool; dropping it lets every job end first.
+pub(crate) struct Threads {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    /// Pushed and not yet handed over, so that one turn takes the lock once.
+    fresh: Vec<Job>,
+    in_flight: usize,
+}
+
+/// Nobody panics while holding one of these locks, so the value is whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    fn work(&self) {
+        loop {
+            let mut queue = lock(&self.queue);
+            let job = loop {
+                if let Some(job) = queue.jobs.pop_front() {
+                    break job;
+                }
+                if queue.stop {
+                    return;
+                }
+                queue.idle += 1;
+                queue = self.work.wait(queue).unwrap_or_else(PoisonError::into_inner);
+                queue.idle -= 1;
+            };
+            drop(queue);
+            // SAFETY: the slot table keeps the memory, and the file open, until the result is reaped.
+            let result = unsafe { job.call.execute(job.fd, &job.memory, Wait::Allowed) };
+            // MAX_RW_COUNT is below 2^31.
+            self.done.put(job.index, result.map_or_else(|e| -e.0, |count| count as i32));
+        }
+    }
+}
+
+impl Done {
+    fn put(&self, index: u32, result: i32) {
+        let mut results = lock(&self.results);
+        let first = results.is_empty();
+        results.push((index, result));
+        drop(results);
+        self.changed.notify_one();
+        if first {
+            // Fails only with a counter near 2^64: it holds at most one per reaping.
+            let told = rustix::io::write(&self.event, &1_u64.to_ne_bytes());
+            debug_assert!(told.is_ok(), "an eventfd can be written");
+        }
+    }
+}
+
+impl Threads {
+    /// A pool without threads yet.
+    ///
+    /// # Errors
+    /// `EMFILE` without a free descriptor.
+    pub(crate) fn new() -> Result<Self, Errno> {
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let event = event.map_err(|e| Errno(e.raw_os_error()))?;
+        let done = Done { results: Mutex::default(), changed: Condvar::new(), event };
+        let shared = Shared { queue: Mutex::default(), work: Condvar::new(), done };
+        Ok(Self { shared: Arc::new(shared), threads: Vec::new(), fresh: Vec::new(), in_flight: 0 })
+    }
+
+    fn start_thread(&mut self) -> Result<(), Errno> {
+        let shared = Arc::clone(&self.shared);
+        let thread = std::thread::Builder::new().name("file".into()).spawn(move || shared.work());
+        self.threads.push(thread.map_err(|e| errno(&e))?);
+        Ok(())
+    }
+}
+
+impl Submit for Threads {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.shared.done.event.as_fd()
+    }
+
+    fn has_room(&self) -> bool {
+        self.in_flight < IN_FLIGHT_MAX
+    }
+
+    fn does(&self, _call: Call) -> bool {
+        true
+    }
+
+    unsafe fn push(&mut self, index: u32, call: Call, fd: RawFd, memory: &Memory) {
+        self.fresh.push(Job { index, call, fd, memory: memory.clone() });
+        self.in_flight += 1;
+    }
+
+    fn submit(&mut self) -> Result<(), Errno> {
+        if self.fresh.is_empty() {
+            return Ok(());
+        }
+        let mut queue = lock(&self.shared.queue);
+        queue.jobs.extend(self.fresh.drain(..));
+        let (waiting, idle) = (queue.jobs.len(), queue.idle);
+        drop(queue);
+        for _ in 0..waiting.min(idle) {
+            self.shared.work.notify_one();
+        }
+        for _ in idle..waiting {
+            if self.threads.len() < THREADS_MAX
+                && let Err(error) = self.start_thread()
+            {
+                // Those that run are enough; without any nothing would ever end.
+                return if self.threads.is_empty() { Err(error) } else { Ok(()) };
+            }
+        }
+        Ok(())
+    }
+
+    fn reap(&mut self, done: &mut Vec<(u32, i32)>) {
+        let before = done.len();
+        done.append(&mut lock(&self.shared.done.results));
+        self.in_flight -= done.len() - before;
+    }
+
+    fn wait(&mut self) -> Result<(), Errno> {
+        self.submit()?;
+        let mut results = lock(&self.shared.done.results);
+        while results.is_empty() {
+            results = self.shared.done.changed.wait(results).unwrap_or_else(PoisonError::into_inner);
+        }
+        Ok(())
+    }
+
+    fn unsubmitted(&mut self) -> bool {
+        !self.fresh.is_empty()
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        lock(&self.shared.queue).stop = true;
+        self.shared.work.notify_all();
+        for thread in self.threads.drain(..) {
+            // A worker that panicked has printed its message, and there is nobody left to tell.
+            drop(thread.join());
+        }
+    }
+}

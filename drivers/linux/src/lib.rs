@@ -1,0 +1,232 @@
+//! The real host: the seam on Linux.
+//!
+//! ```text
+//!   run(options, |host| program)
+//!     └─ one thread: tokio current_thread + LocalSet
+//!          ├─ tasks of the program, first come, first served
+//!          ├─ files/     in place, io_uring or threads
+//!          ├─ sockets/   unix and TCP streams
+//!          └─ log, signals, time
+//! ```
+//!
+//! The only crate with system calls and with `unsafe`; every `unsafe` says why it is sound. Nothing of the simulator is
+//! in its dependencies.
+//!
+//! # Contract
+//!
+//! * [`run`] builds everything, runs the program to its end, drops what tasks are left, and waits for file operations
+//!   in flight: the kernel may be writing to our memory.
+//! * A task that panics ends the program with its panic. Going on without it would lose a request in silence.
+//! * A host belongs to the thread that runs it.
+
+mod clock;
+mod files;
+mod log;
+mod options;
+mod signals;
+mod sockets;
+mod watch;
+
+pub use files::{AioEngine, LinuxFile};
+pub use log::{Level, LogTo};
+pub use options::{Options, StartError};
+pub use sockets::{LinuxListener, LinuxStream};
+
+use clock::Clock;
+use files::Engine;
+use log::Logger;
+use signals::Stop;
+use std::any::Any;
+use std::cell::{Cell, RefCell};
+use std::fmt;
+use std::future::{Future, poll_fn};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
+use tap_host::{Entropy, Errno, Event, Log, Probe, Tasks};
+use tokio::task::{LocalSet, spawn_local};
+
+/// The host that a program runs on; clones share it.
+#[derive(Clone)]
+pub struct LinuxHost(Rc<Inner>);
+
+struct Inner {
+    engine: Rc<Engine>,
+    clock: Clock,
+    logger: Logger,
+    stop: Stop,
+    panicked: RefCell<Panicked>,
+    inherited: Cell<bool>,
+    no_locks: Cell<bool>,
+}
+
+/// The panic of a task, for [`run`] to pass on.
+#[derive(Default)]
+struct Panicked {
+    payload: Option<Box<dyn Any + Send>>,
+    root: Option<Waker>,
+}
+
+impl LinuxHost {
+    fn engine(&self) -> &Rc<Engine> {
+        &self.0.engine
+    }
+
+    /// Which engine executes file operations that may wait: never [`AioEngine::Auto`].
+    pub fn aio(&self) -> AioEngine {
+        self.0.engine.kind()
+    }
+
+    /// Writes one line to the log, if `level` is to be logged.
+    pub fn say(&self, level: Level, text: fmt::Arguments<'_>) {
+        self.0.logger.line(level, text);
+    }
+
+    fn warn_no_locks(&self, error: Errno) {
+        if !self.0.no_locks.replace(true) {
+            let text =
+                format_args!("file locks do not work here ({error}): nothing keeps a second writer out");
+            self.say(Level::Warning, text);
+        }
+    }
+}
+
+/// Runs a program on this thread to its end.
+///
+/// # Errors
+/// What of the host could not be set up, and why.
+///
+/// # Panics
+/// With the panic of the program or of any of its tasks.
+pub fn run<R, F>(options: &Options, program: impl FnOnce(LinuxHost) -> F) -> Result<R, StartError>
+where
+    R: 'static,
+    F: Future<Output = R> + 'static,
+{
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|e| StartError::Runtime(files::errno(&e)))?;
+    let (engine, refused) =
+        Engine::new(options.aio).map_err(|e| StartError::Aio { aio: options.aio, error: e })?;
+    let host = LinuxHost(Rc::new(Inner {
+        engine: Rc::new(engine),
+        clock: Clock::new(),
+        logger: Logger::new(options.log_level, options.log_to),
+        stop: Stop::default(),
+        panicked: RefCell::default(),
+        inherited: Cell::new(false),
+        no_locks: Cell::new(false),
+    }));
+    if let Some(error) = refused {
+        let text = format_args!("the kernel refuses io_uring ({error}): file operations go through threads");
+        host.say(Level::Warning, text);
+    }
+    let local = LocalSet::new();
+    let result = runtime.block_on(local.run_until(host.clone().root(program)));
+    // Tasks go first, while the runtime that their sockets and timers belong to is still there.
+    let entered = runtime.enter();
+    drop(local);
+    drop(host);
+    drop(entered);
+    result
+}
+
+impl LinuxHost {
+    async fn root<R: 'static, F: Future<Output = R> + 'static>(
+        self,
+        program: impl FnOnce(LinuxHost) -> F,
+    ) -> Result<R, StartError> {
+        let driver = files::driver(Rc::clone(self.engine())).map_err(StartError::Runtime)?;
+        self.spawn("files", 0, driver);
+        let result = Rc::new(RefCell::new(None));
+        let (main, keep) = (program(self.clone()), Rc::clone(&result));
+        let host = self.clone();
+        // A task like the others: what polls the root, polls it for every wake-up of any task.
+        self.spawn("main", 0, async move {
+            *keep.borrow_mut() = Some(main.await);
+            host.wake_root();
+        });
+        poll_fn(|cx| {
+            let mut panicked = self.0.panicked.borrow_mut();
+            if let Some(payload) = panicked.payload.take() {
+                drop(panicked);
+                resume_unwind(payload);
+            }
+            panicked.root = Some(cx.waker().clone());
+            result.borrow_mut().take().map_or(Poll::Pending, |r| Poll::Ready(Ok(r)))
+        })
+        .await
+    }
+
+    fn wake_root(&self) {
+        let root = self.0.panicked.borrow_mut().root.take();
+        if let Some(root) = root {
+            root.wake();
+        }
+    }
+}
+
+/// A task whose panic reaches [`run`].
+struct Watched<F> {
+    task: F,
+    host: LinuxHost,
+}
+
+impl<F: Future<Output = ()>> Future for Watched<F> {
+    type Output = ();
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        // SAFETY: `task` is pinned as long as `self` is: it is never moved out, and `Watched` has no `Drop`.
+        let (task, host) = unsafe {
+            let this = self.get_unchecked_mut();
+            (Pin::new_unchecked(&mut this.task), &this.host)
+        };
+        catch_unwind(AssertUnwindSafe(|| task.poll(cx))).unwrap_or_else(|payload| {
+            host.0.panicked.borrow_mut().payload = Some(payload);
+            host.wake_root();
+            Poll::Ready(())
+        })
+    }
+}
+
+impl Tasks for LinuxHost {
+    fn spawn(&self, _role: &'static str, _key: u64, task: impl Future<Output = ()> + 'static) {
+        // Nobody joins a task of the seam.
+        drop(spawn_local(Watched { task, host: self.clone() }));
+    }
+
+    fn yield_now(&self) -> impl Future<Output = ()> + 'static {
+        // Waking oneself means the end of the queue, behind all that are ready. tokio's own yield_now asks the
+        // kernel for events first, which costs a system call each time.
+        let mut yielded = false;
+        poll_fn(move |cx| {
+            if yielded {
+                return Poll::Ready(());
+            }
+            yielded = true;
+            cx.waker().wake_by_ref();
+            Poll::Pending
+        })
+    }
+}
+
+impl Log for LinuxHost {
+    fn log(&self, event: Event) {
+        self.0.logger.event(event);
+    }
+}
+
+impl Entropy for LinuxHost {
+    fn fill(&self, buf: &mut [u8]) {
+        let mut at = 0;
+        while at < buf.len() {
+            match rustix::rand::getrandom(&mut buf[at..], rustix::rand::GetRandomFlags::empty()) {
+                Ok(count) => at += count,
+                Err(rustix::io::Errno::INTR) => {}
+                // Since Linux 3.17 there is nothing else that it can fail with; identifiers must not be guessed.
+                Err(error) => panic!("the kernel gives no random bytes: {error}"),
+            }
+        }
+    }
+}
+
+impl Probe for LinuxHost {}

@@ -1,0 +1,232 @@
+//! The log: one line for each event of the stack, and for what a program says, on standard error.
+//!
+//! ```text
+//!   2026-11-24T08:15:00.123Z warning: vbd51712 refuses #7: too many segments
+//!   <4>vbd51712 refuses #7: too many segments                                  under systemd (JOURNAL_STREAM)
+//! ```
+//!
+//! Requests one by one are of level debug; that they are switched off costs a comparison. What a guest or a client can
+//! cause at will is limited to bursts of 20 lines for each kind of event, refilled with one every half second; the next
+//! line of the kind that is printed is preceded by the count of those that were not.
+
+use std::cell::{Cell, RefCell};
+use std::fmt::{self, Write as _};
+use std::io::Write as _;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tap_host::Event;
+
+/// How important a line is.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub enum Level {
+    /// Something failed.
+    Error,
+    /// Something is not as it should be.
+    Warning,
+    /// What an administrator wants to know.
+    #[default]
+    Info,
+    /// Every request.
+    Debug,
+}
+
+impl Level {
+    fn name(self) -> &'static str {
+        match self {
+            Level::Error => "error",
+            Level::Warning => "warning",
+            Level::Info => "info",
+            Level::Debug => "debug",
+        }
+    }
+    /// As syslog numbers them.
+    fn priority(self) -> u8 {
+        match self {
+            Level::Error => 3,
+            Level::Warning => 4,
+            Level::Info => 6,
+            Level::Debug => 7,
+        }
+    }
+}
+
+/// Where lines go.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum LogTo {
+    /// Standard error, in the journal's way if it is the journal (JOURNAL_STREAM is set).
+    #[default]
+    Auto,
+    /// Standard error, with time and level.
+    Stderr,
+    /// Standard error, each line with its priority, for journald to stamp.
+    Journal,
+}
+
+/// What is known of an event before it is printed.
+struct Kind {
+    level: Level,
+    /// Index among the kinds that are limited.
+    limit: Option<usize>,
+}
+
+const LIMITS: usize = 6;
+
+fn kind_of(event: &Event) -> Kind {
+    let (level, limit) = match event {
+        Event::RequestTaken { .. } | Event::RequestDone { .. } | Event::Merged { .. } => (Level::Debug, None),
+        Event::ClusterMapped { .. } | Event::L2Mapped { .. } => (Level::Debug, None),
+        Event::RequestRefused { .. } => (Level::Warning, Some(0)),
+        Event::Retried { .. } => (Level::Warning, Some(1)),
+        Event::RequestResumed { .. } => (Level::Info, None),
+        Event::RingConnected { .. } => (Level::Info, Some(2)),
+        Event::RingClosed { .. } => (Level::Info, Some(3)),
+        Event::BackendState { .. } => (Level::Info, Some(4)),
+        Event::VbdState { .. } => (Level::Info, Some(5)),
+    };
+    Kind { level, limit }
+}
+
+/// Lines of one kind that may be printed at once.
+const BURST: u32 = 20;
+/// One more after this time.
+const REFILL: Duration = Duration::from_millis(500);
+
+/// How often one kind of event may be printed.
+#[derive(Clone, Copy)]
+struct Limit {
+    left: u32,
+    since: Instant,
+    suppressed: u64,
+}
+
+impl Limit {
+    fn new(now: Instant) -> Self {
+        Self { left: BURST, since: now, suppressed: 0 }
+    }
+
+    /// Whether a line may be printed now, and how many were not since the last one.
+    fn admit(&mut self, now: Instant) -> Option<u64> {
+        let periods = now.duration_since(self.since).as_nanos() / REFILL.as_nanos();
+        if periods > 0 {
+            let refill = u32::try_from(periods).unwrap_or(BURST);
+            self.left = self.left.saturating_add(refill).min(BURST);
+            self.since = now;
+        }
+        if self.left == 0 {
+            self.suppressed += 1;
+            return None;
+        }
+        self.left -= 1;
+        Some(std::mem::take(&mut self.suppressed))
+    }
+}
+
+/// The log of one process.
+pub(crate) struct Logger {
+    level: Level,
+    journal: bool,
+    limits: [Cell<Limit>; LIMITS],
+    line: RefCell<String>,
+}
+
+impl Logger {
+    pub(crate) fn new(level: Level, to: LogTo) -> Self {
+        let journal = match to {
+            LogTo::Auto => std::env::var_os("JOURNAL_STREAM").is_some(),
+            LogTo::Stderr => false,
+            LogTo::Journal => true,
+        };
+        let limits = std::array::from_fn(|_| Cell::new(Limit::new(Instant::now())));
+        Self { level, journal, limits, line: RefCell::default() }
+    }
+
+    /// Prints an event, if its level is wanted and its kind not used up.
+    pub(crate) fn event(&self, event: Event) {
+        let Kind { level, limit } = kind_of(&event);
+        if level > self.level {
+            return;
+        }
+        if let Some(index) = limit {
+            let mut limit = self.limits[index].get();
+            let admitted = limit.admit(Instant::now());
+            self.limits[index].set(limit);
+            match admitted {
+                None => return,
+                Some(0) => {}
+                Some(count) => self.line(level, format_args!("{count} lines like the next were left out")),
+            }
+        }
+        self.line(level, format_args!("{event}"));
+    }
+
+    /// Prints a line, if its level is wanted.
+    pub(crate) fn line(&self, level: Level, text: fmt::Arguments<'_>) {
+        if level > self.level {
+            return;
+        }
+        let mut line = self.line.borrow_mut();
+        line.clear();
+        let printed = if self.journal {
+            writeln!(line, "<{}>{text}", level.priority())
+        } else {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            writeln!(line, "{} {}: {text}", Stamp(now), level.name())
+        };
+        debug_assert!(printed.is_ok(), "a string takes everything");
+        // In one piece, so that lines of several processes do not mix. Where the log is gone, nobody can be told.
+        drop(std::io::stderr().write_all(line.as_bytes()));
+    }
+}
+
+/// A time since 1970 as ISO 8601 has it, in UTC, to the millisecond.
+struct Stamp(Duration);
+
+impl fmt::Display for Stamp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (days, second) = (self.0.as_secs() / 86_400, self.0.as_secs() % 86_400);
+        let (year, month, day) = civil(days);
+        let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+        let millis = self.0.subsec_millis();
+        write!(f, "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{millis:03}Z")
+    }
+}
+
+/// Year, month and day of a day counted from 1970-01-01, in the Gregorian calendar.
+fn civil(days: u64) -> (u64, u64, u64) {
+    // Years that begin in March have the leap day at their end; eras of 400 years all have 146097 days.
+    let days = days + 719_468;
+    let (era, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let month_day = day - (153 * month + 2) / 5 + 1;
+    let (month, next) = if month < 10 { (month + 3, 0) } else { (month - 9, 1) };
+    (era * 400 + year + next, month, month_day)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn days_are_dates() {
+        let text = |seconds: u64, millis| Stamp(Duration::from_millis(seconds * 1000 + millis)).to_string();
+        assert_eq!(text(0, 0), "1970-01-01T00:00:00.000Z");
+        assert_eq!(text(951_782_400, 7), "2000-02-29T00:00:00.007Z");
+        assert_eq!(text(1_795_508_100, 123), "2026-11-24T08:15:00.123Z");
+        assert_eq!(text(4_107_542_399, 999), "2100-02-28T23:59:59.999Z");
+        assert_eq!(text(4_107_542_400, 0), "2100-03-01T00:00:00.000Z");
+    }
+
+    #[test]
+    fn a_storm_is_counted_instead_of_printed() {
+        let start = Instant::now();
+        let mut limit = Limit::new(start);
+        let printed = (0..100).filter(|_| limit.admit(start).is_some()).count();
+        assert_eq!(printed, BURST as usize);
+        let later = start + REFILL;
+        assert_eq!(limit.admit(later), Some(80));
+        assert_eq!(limit.admit(later), None);
+        assert_eq!(limit.admit(later + 1000 * REFILL), Some(1));
+        assert_eq!((1..100).filter(|_| limit.admit(later + 1000 * REFILL).is_some()).count(), 19);
+    }
+}

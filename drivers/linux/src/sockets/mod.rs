@@ -1,0 +1,228 @@
+//! Unix and TCP stream sockets: listening, connecting, and what the process was started with.
+//!
+//! Names are resolved on another thread. A unix path that nobody listens at is taken over; the path is removed with its
+//! listener if it is still the same one.
+
+mod stream;
+
+pub use stream::LinuxStream;
+
+use crate::files::{blocking, errno, of_rustix};
+use crate::watch::watch;
+use crate::{Level, LinuxHost};
+use rustix::fs::{FileType, lstat};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, socket_with, sockopt,
+};
+use std::net::{IpAddr, SocketAddr, TcpListener, ToSocketAddrs};
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener;
+use std::time::Duration;
+use tap_host::{Errno, Listener, SocketAddress, Sockets};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// How long a connect waits before it tries again while the listener's queue is full; nothing tells when it is not.
+const QUEUE_FULL_RETRY: Duration = Duration::from_millis(5);
+/// The first descriptor that a service manager passes.
+const LISTEN_FDS_START: RawFd = 3;
+
+/// A listening socket.
+pub struct LinuxListener {
+    socket: AsyncFd<OwnedFd>,
+    address: SocketAddress,
+    _path: Option<BoundPath>,
+}
+
+/// A path that we made, to be removed if it is still that one.
+struct BoundPath {
+    path: String,
+    device: u64,
+    inode: u64,
+}
+
+impl BoundPath {
+    fn of(path: &str) -> Result<Self, Errno> {
+        let stat = lstat(path).map_err(of_rustix)?;
+        Ok(Self { path: path.to_owned(), device: stat.st_dev, inode: stat.st_ino })
+    }
+}
+
+impl Drop for BoundPath {
+    fn drop(&mut self) {
+        // What is gone already, or was taken over by somebody else, is none of ours.
+        if lstat(&self.path).is_ok_and(|s| (s.st_dev, s.st_ino) == (self.device, self.inode)) {
+            let _removed = rustix::fs::unlink(&self.path);
+        }
+    }
+}
+
+impl LinuxListener {
+    fn new(socket: OwnedFd, address: SocketAddress, path: Option<BoundPath>) -> Result<Self, Errno> {
+        rustix::io::ioctl_fionbio(&socket, true).map_err(of_rustix)?;
+        let socket = watch(socket, Interest::READABLE)?;
+        Ok(Self { socket, address, _path: path })
+    }
+
+    fn unix(path: &str) -> Result<Self, Errno> {
+        let listener = match UnixListener::bind(path).map_err(|e| errno(&e)) {
+            Err(Errno::EADDRINUSE) if is_stale(path) => {
+                rustix::fs::unlink(path).map_err(of_rustix)?;
+                UnixListener::bind(path).map_err(|e| errno(&e))?
+            }
+            bound => bound?,
+        };
+        let bound = BoundPath::of(path)?;
+        Self::new(listener.into(), SocketAddress::Unix(path.to_owned()), Some(bound))
+    }
+
+    async fn tcp(host: &str, port: u16) -> Result<Self, Errno> {
+        let mut last = Errno::EHOSTUNREACH;
+        for address in resolve(host, port).await? {
+            match TcpListener::bind(address).map_err(|e| errno(&e)) {
+                Ok(listener) => {
+                    let port = listener.local_addr().map_err(|e| errno(&e))?.port();
+                    return Self::new(
+                        listener.into(),
+                        SocketAddress::Tcp { host: host.to_owned(), port },
+                        None,
+                    );
+                }
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    /// A socket that a service manager listens at for us.
+    fn inherited(fd: RawFd) -> Result<Self, Errno> {
+        // SAFETY: LISTEN_FDS and LISTEN_PID say that this descriptor is passed to this process, which takes it once.
+        let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+        rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC).map_err(of_rustix)?;
+        if !sockopt::socket_acceptconn(&socket).map_err(of_rustix)? {
+            return Err(Errno::EINVAL);
+        }
+        let name = rustix::net::getsockname(&socket).map_err(of_rustix)?;
+        let address = if name.address_family() == AddressFamily::UNIX {
+            let unix = SocketAddrUnix::try_from(name).map_err(of_rustix)?;
+            let path = unix.path_bytes().unwrap_or_default();
+            SocketAddress::Unix(String::from_utf8_lossy(path).into_owned())
+        } else {
+            let ip = SocketAddr::try_from(name).map_err(of_rustix)?;
+            SocketAddress::Tcp { host: ip.ip().to_string(), port: ip.port() }
+        };
+        Self::new(socket, address, None)
+    }
+}
+
+/// Whether `path` is a socket that nobody listens at.
+fn is_stale(path: &str) -> bool {
+    let socket = lstat(path).is_ok_and(|s| FileType::from_raw_mode(s.st_mode) == FileType::Socket);
+    socket && connect_unix(path).is_err_and(|e| e == Errno::ECONNREFUSED)
+}
+
+/// Connects to a unix socket without waiting.
+///
+/// # Errors
+/// As connect(2); `EAGAIN` while the listener's queue is full.
+fn connect_unix(path: &str) -> Result<OwnedFd, Errno> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(of_rustix)?;
+    let address = SocketAddrUnix::new(path).map_err(of_rustix)?;
+    rustix::net::connect(&socket, &address).map_err(of_rustix)?;
+    Ok(socket)
+}
+
+/// The addresses of a host.
+///
+/// # Errors
+/// `EHOSTUNREACH` for a name that is not known.
+async fn resolve(host: &str, port: u16) -> Result<Vec<SocketAddr>, Errno> {
+    if let Ok(ip) = host.parse::<IpAddr>() {
+        return Ok(vec![SocketAddr::new(ip, port)]);
+    }
+    let host = host.to_owned();
+    let look = move || (host.as_str(), port).to_socket_addrs().map_err(|_| Errno::EHOSTUNREACH);
+    Ok(blocking(look).await?.collect())
+}
+
+async fn connect_tcp(host: &str, port: u16) -> Result<OwnedFd, Errno> {
+    let mut last = Errno::EHOSTUNREACH;
+    for address in resolve(host, port).await? {
+        match tokio::net::TcpStream::connect(address).await.and_then(|s| s.into_std()) {
+            Ok(stream) => return Ok(stream.into()),
+            Err(error) => last = errno(&error),
+        }
+    }
+    Err(last)
+}
+
+impl Sockets for LinuxHost {
+    type Listener = LinuxListener;
+    type Stream = LinuxStream;
+
+    async fn listen(&self, address: &SocketAddress) -> Result<LinuxListener, Errno> {
+        match address {
+            SocketAddress::Unix(path) => LinuxListener::unix(path),
+            SocketAddress::Tcp { host, port } => LinuxListener::tcp(host, *port).await,
+        }
+    }
+
+    async fn connect(&self, address: &SocketAddress) -> Result<LinuxStream, Errno> {
+        let socket = match address {
+            SocketAddress::Unix(path) => loop {
+                match connect_unix(path) {
+                    Err(Errno::EAGAIN) => tokio::time::sleep(QUEUE_FULL_RETRY).await,
+                    connected => break connected?,
+                }
+            },
+            SocketAddress::Tcp { host, port } => connect_tcp(host, *port).await?,
+        };
+        LinuxStream::new(socket, matches!(address, SocketAddress::Tcp { .. }))
+    }
+
+    fn inherited(&self) -> Vec<LinuxListener> {
+        if self.0.inherited.replace(true) {
+            return Vec::new();
+        }
+        let number = |name| std::env::var(name).ok().and_then(|v| v.parse::<i32>().ok());
+        if number("LISTEN_PID") != Some(std::process::id().cast_signed()) {
+            return Vec::new();
+        }
+        let end = LISTEN_FDS_START.saturating_add(number("LISTEN_FDS").unwrap_or(0));
+        let mut listeners = Vec::new();
+        for fd in LISTEN_FDS_START..end {
+            match LinuxListener::inherited(fd) {
+                Ok(listener) => listeners.push(listener),
+                Err(error) => {
+                    let text = format_args!("descriptor {fd} of LISTEN_FDS is no listening socket: {error}");
+                    self.say(Level::Warning, text);
+                }
+            }
+        }
+        listeners
+    }
+}
+
+impl Listener for LinuxListener {
+    type Stream = LinuxStream;
+
+    async fn accept(&self) -> Result<LinuxStream, Errno> {
+        loop {
+            let mut ready = self.socket.readable().await.map_err(|e| errno(&e))?;
+            match accept_with(&self.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK).map_err(of_rustix) {
+                Ok(socket) => {
+                    return LinuxStream::new(socket, matches!(self.address, SocketAddress::Tcp { .. }));
+                }
+                Err(Errno::EAGAIN) => ready.clear_ready(),
+                // One that gave up before its turn came is no failure of the listener.
+                Err(Errno::EINTR | Errno::ECONNABORTED) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn address(&self) -> SocketAddress {
+        self.address.clone()
+    }
+}

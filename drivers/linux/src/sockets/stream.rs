@@ -1,0 +1,107 @@
+//! A connected socket.
+//!
+//! One receive takes what is there with one recv. What falls short of the buffer has emptied the socket, so the next
+//! receive waits for the kernel's event instead of asking for an `EAGAIN`; events are edges, and whatever arrives from
+//! then on is a new one. The same holds for sends.
+
+use crate::files::{errno, of_rustix};
+use crate::watch::watch;
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, recv, send, sendmsg, sockopt};
+use smallvec::SmallVec;
+use std::future::{Future, poll_fn};
+use std::io::IoSlice;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::task::{Context, Poll, ready};
+use tap_host::{Errno, IoBuf, SendList, Stream};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// Most pieces of one send (UIO_MAXIOV).
+const SLICES_MAX: usize = 1024;
+
+/// A connected unix or TCP socket; clones share it.
+#[derive(Clone)]
+pub struct LinuxStream(Rc<AsyncFd<OwnedFd>>);
+
+impl LinuxStream {
+    /// `socket` does not block.
+    pub(crate) fn new(socket: OwnedFd, tcp: bool) -> Result<Self, Errno> {
+        if tcp {
+            // A reply waits for nothing.
+            sockopt::set_tcp_nodelay(&socket, true).map_err(of_rustix)?;
+        }
+        watch(socket, Interest::READABLE | Interest::WRITABLE).map(|s| Self(Rc::new(s)))
+    }
+
+    fn poll_recv(&self, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<Result<usize, Errno>> {
+        loop {
+            let mut ready = ready!(self.0.poll_read_ready(cx)).map_err(|e| errno(&e))?;
+            match recv(&*self.0, &mut *buf, RecvFlags::empty()).map_err(of_rustix) {
+                Ok((_, count)) => {
+                    if count < buf.len() {
+                        ready.clear_ready();
+                    }
+                    return Poll::Ready(Ok(count));
+                }
+                Err(Errno::EAGAIN) => ready.clear_ready(),
+                Err(Errno::EINTR) => {}
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+    }
+
+    fn poll_send(&self, cx: &mut Context<'_>, list: &mut SendList) -> Poll<Result<(), Errno>> {
+        loop {
+            let mut ready = ready!(self.0.poll_write_ready(cx)).map_err(|e| errno(&e))?;
+            match self.send_now(list) {
+                Ok((count, offered)) => {
+                    list.advance(count);
+                    if count < offered {
+                        ready.clear_ready();
+                    }
+                    return Poll::Ready(Ok(()));
+                }
+                Err(Errno::EAGAIN) => ready.clear_ready(),
+                Err(Errno::EINTR) => {}
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+    }
+
+    /// Sends what goes; gives how much that was, and of how much.
+    fn send_now(&self, list: &SendList) -> Result<(usize, usize), Errno> {
+        let slices: SmallVec<[IoSlice<'_>; 64]> = list.slices(SLICES_MAX).map(IoSlice::new).collect();
+        let offered = slices.iter().map(|s| s.len()).sum();
+        let sent = match slices.as_slice() {
+            [one] => send(&*self.0, one, SendFlags::NOSIGNAL),
+            _ => sendmsg(&*self.0, &slices, &mut SendAncillaryBuffer::default(), SendFlags::NOSIGNAL),
+        };
+        Ok((sent.map_err(of_rustix)?, offered))
+    }
+}
+
+impl Stream for LinuxStream {
+    fn recv(&self, buf: IoBuf, from: usize) -> impl Future<Output = (Result<usize, Errno>, IoBuf)> + 'static {
+        let (stream, mut buf) = (self.clone(), Some(buf));
+        poll_fn(move |cx| {
+            let Some(bytes) = &mut buf else { unreachable!("a receive is polled after its end") };
+            let result = ready!(stream.poll_recv(cx, &mut bytes[from..]));
+            let Some(bytes) = buf.take() else { unreachable!("it was there") };
+            Poll::Ready((result, bytes))
+        })
+    }
+
+    fn send(&self, list: SendList) -> impl Future<Output = (Result<(), Errno>, SendList)> + 'static {
+        let (stream, mut list) = (self.clone(), list);
+        poll_fn(move |cx| {
+            let result = ready!(stream.poll_send(cx, &mut list));
+            Poll::Ready((result, std::mem::take(&mut list)))
+        })
+    }
+
+    fn shutdown(&self) {
+        // Fails only where the connection is gone already, which is what was wanted.
+        let _shut = rustix::net::shutdown(&*self.0, Shutdown::Both);
+    }
+}

@@ -1,0 +1,193 @@
+//! What is particular to the real host, beside the conformance suite.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use tap_host::{
+    BufPool, Entropy, Errno, File, Files, IoBuf, IoVec, Listener, LockKind, OpenMode, SendList, SocketAddress,
+    Sockets, Stream, Tasks, Time,
+};
+use tap_linux::{AioEngine, LinuxHost, Options, run};
+
+fn one(byte: u8, len: usize) -> IoVec {
+    let mut buf = IoBuf::unpooled(len).unwrap();
+    buf.fill(byte);
+    IoVec::from_iter([buf])
+}
+
+fn with<R: 'static, F: Future<Output = R> + 'static>(
+    aio: AioEngine,
+    body: impl FnOnce(LinuxHost) -> F,
+) -> R {
+    run(&Options { aio, ..Options::default() }, body).unwrap()
+}
+
+/// A path on the local file system, which is no tmpfs where these tests are worth most.
+fn path(dir: &tempfile::TempDir, name: &str) -> String {
+    dir.path().join(name).to_str().unwrap().to_owned()
+}
+
+#[test]
+fn many_operations_at_once_all_end_with_their_own_result() {
+    for aio in [AioEngine::Threads, AioEngine::Auto] {
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let path = path(&dir, "many");
+        with(aio, |host| async move {
+            let file = host.open(&path, OpenMode::CREATE).await.unwrap();
+            let left = Rc::new(RefCell::new(1000));
+            for i in 0..1000_u64 {
+                let (file, left) = (file.clone(), Rc::clone(&left));
+                host.spawn("writer", i, async move {
+                    let (count, _) = file.write_at(i * 512, one(i as u8, 512)).await;
+                    assert_eq!(count, Ok(512));
+                    let (count, bufs) = file.read_at(i * 512, one(0, 512)).await;
+                    assert_eq!(count, Ok(512));
+                    assert!(bufs[0].iter().all(|b| *b == i as u8));
+                    *left.borrow_mut() -= 1;
+                });
+            }
+            while *left.borrow() > 0 {
+                host.sleep_ns(1_000_000).await;
+            }
+            assert_eq!(file.sync_data().await, Ok(()));
+            assert_eq!(file.info().unwrap().size_bytes, 512_000);
+        });
+    }
+}
+
+#[test]
+fn an_operation_ends_although_its_program_does_not_wait() {
+    for aio in [AioEngine::Threads, AioEngine::Auto] {
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let path = path(&dir, "late");
+        let name = path.clone();
+        with(aio, |host| async move {
+            let file = host.open(&name, OpenMode::CREATE).await.unwrap();
+            for i in 0..600_u64 {
+                let write = file.write_at(i * 4096, one(7, 4096));
+                host.spawn("late", i, async move {
+                    write.await;
+                });
+            }
+            host.yield_now().await;
+        });
+        let bytes = std::fs::read(path).unwrap();
+        assert_eq!(bytes.len(), 600 * 4096);
+        assert!(bytes.iter().all(|b| *b == 7));
+    }
+}
+
+#[test]
+#[should_panic(expected = "a task gives up")]
+fn the_panic_of_a_task_is_that_of_the_program() {
+    with(AioEngine::Auto, |host| async move {
+        host.spawn("bad", 0, async { panic!("a task gives up") });
+        std::future::pending::<()>().await;
+    });
+}
+
+#[test]
+fn buffers_of_a_dropped_operation_come_back_when_it_has_ended() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = path(&dir, "dropped");
+    with(AioEngine::Threads, |host| async move {
+        let pool = BufPool::new(1 << 20);
+        let file = host.open(&path, OpenMode::CREATE).await.unwrap();
+        let buf = pool.alloc_zeroed(4096).await.unwrap();
+        let mut write = Box::pin(file.write_at(0, IoVec::from_iter([buf])));
+        std::future::poll_fn(|cx| {
+            assert!(write.as_mut().poll(cx).is_pending());
+            std::task::Poll::Ready(())
+        })
+        .await;
+        drop(write);
+        assert_eq!(pool.used_bytes(), 4096, "the kernel may still read from it");
+        while pool.used_bytes() > 0 {
+            host.sleep_ns(1_000_000).await;
+        }
+        assert_eq!(file.info().unwrap().size_bytes, 4096);
+    });
+}
+
+#[test]
+fn kinds_of_files_that_cannot_hold_an_image_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let fifo = path(&dir, "fifo");
+    let made = std::process::Command::new("mkfifo").arg(&fifo).status().unwrap();
+    assert!(made.success());
+    let folder = dir.path().to_str().unwrap().to_owned();
+    with(AioEngine::Auto, |host| async move {
+        for write in [false, true] {
+            let mode = OpenMode { write, ..OpenMode::READ };
+            assert_eq!(host.open(&fifo, mode).await.err(), Some(Errno::EINVAL));
+            assert_eq!(host.open(&folder, mode).await.err(), Some(Errno::EISDIR));
+        }
+    });
+}
+
+#[test]
+fn random_bytes_differ() {
+    let (a, b) = with(AioEngine::Auto, |host| async move {
+        let (mut a, mut b) = ([0; 32], [0; 32]);
+        host.fill(&mut a);
+        host.fill(&mut b);
+        (a, b)
+    });
+    assert_ne!(a, b);
+}
+
+#[test]
+fn sockets_carry_bytes_both_ways() {
+    let dir = tempfile::tempdir().unwrap();
+    for address in [format!("unix:{}", path(&dir, "socket")), "tcp:localhost:0".into()] {
+        let address: SocketAddress = address.parse().unwrap();
+        with(AioEngine::Auto, |host| async move {
+            let listener = host.listen(&address).await.unwrap();
+            let at = listener.address();
+            host.spawn("echo", 0, async move {
+                let stream = listener.accept().await.unwrap();
+                loop {
+                    let (count, buf) = stream.recv(IoBuf::unpooled(100).unwrap(), 10).await;
+                    let count = count.unwrap();
+                    if count == 0 {
+                        break;
+                    }
+                    let mut list = SendList::new();
+                    list.push_bytes(&buf[10..10 + count]);
+                    while !list.is_empty() {
+                        let (sent, rest) = stream.send(list).await;
+                        sent.unwrap();
+                        list = rest;
+                    }
+                }
+            });
+            let stream = host.connect(&at).await.unwrap();
+            let mut list = SendList::new();
+            list.push_bytes(b"hello ");
+            list.push_buf(IoBuf::copy_of(b"world").unwrap());
+            let (sent, list) = stream.send(list).await;
+            assert!(sent.is_ok() && list.is_empty());
+            let mut got = Vec::new();
+            while got.len() < 11 {
+                let (count, buf) = stream.recv(IoBuf::unpooled(4096).unwrap(), 0).await;
+                got.extend_from_slice(&buf[..count.unwrap()]);
+            }
+            assert_eq!(got, b"hello world");
+            stream.shutdown();
+        });
+    }
+}
+
+#[test]
+fn locks_keep_a_second_writer_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = path(&dir, "locked");
+    with(AioEngine::Auto, |host| async move {
+        let one = host.open(&path, OpenMode::CREATE).await.unwrap();
+        let two = host.open(&path, OpenMode::WRITE).await.unwrap();
+        assert_eq!(one.lock(LockKind::Shared), Ok(()));
+        assert_eq!(two.lock(LockKind::Shared), Ok(()));
+        assert_eq!(two.lock(LockKind::Exclusive), Err(Errno::EAGAIN));
+        drop(one);
+        assert_eq!(two.lock(LockKind::Exclusive), Ok(()));
+    });
+}
