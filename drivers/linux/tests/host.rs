@@ -3,8 +3,8 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 use tap_host::{
-    BufPool, Entropy, Errno, File, Files, IoBuf, IoVec, Listener, LockKind, OpenMode, SendList, SocketAddress,
-    Sockets, Stream, Tasks, Time,
+    BufPool, Entropy, Errno, File, Files, IoBuf, IoVec, Listener, LockKind, OpenMode, SendList,
+    SocketAddress, Sockets, Stream, Tasks, Time,
 };
 use tap_linux::{AioEngine, LinuxHost, Options, run};
 
@@ -14,10 +14,7 @@ fn one(byte: u8, len: usize) -> IoVec {
     IoVec::from_iter([buf])
 }
 
-fn with<R: 'static, F: Future<Output = R> + 'static>(
-    aio: AioEngine,
-    body: impl FnOnce(LinuxHost) -> F,
-) -> R {
+fn with<R: 'static, F: Future<Output = R> + 'static>(aio: AioEngine, body: impl FnOnce(LinuxHost) -> F) -> R {
     run(&Options { aio, ..Options::default() }, body).unwrap()
 }
 

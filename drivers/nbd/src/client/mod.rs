@@ -48,7 +48,7 @@ use tap_core::wait::{Event as Flag, Semaphore, oneshot};
 use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, Source, ZeroFlags};
 use tap_host::{
     Bug, Errno, IoBuf, IoVec, Log, Mark, Probe, SECTOR_BYTES, SectorRange, SocketAddress, Sockets, Stream,
-    Tasks, Time, bytes_of, copy_from_slice, copy_to_slice,
+    Tasks, Time, copy_from_slice, copy_to_slice,
 };
 
 /// What becomes of answered writes that were not flushed when the connection breaks.
