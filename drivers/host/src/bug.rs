@@ -54,6 +54,8 @@ list! {
         NbdFlushOwn = "a flush on a connection that wrote nothing is answered without being carried out",
         NbdFuaIgnored = "the flag FUA is ignored",
         NbdRequestCut = "the first bytes of a request that was received in two parts are lost",
+        NbdFlushAfterBreak = "a flush succeeds although the connection broke between it and a write that was answered",
+        NbdLostAtBreak = "writes that were in flight when the connection broke are not sent again but answered",
     }
 }
 
@@ -84,6 +86,11 @@ list! {
         NbdRoomWaited = "an NBD connection had as many requests in flight as it may have",
         NbdPayloadDirect = "the payload of an NBD write was received into its own buffer",
         NbdRequestRefused = "a wrong NBD request was answered with an error",
+        NbdServerBack = "an NBD client connected again",
+        NbdResent = "a request was sent again to an NBD server that had been lost",
+        NbdUnflushedLost = "an NBD server was lost with answered writes that no flush had covered",
+        NbdDataDirect = "data of an NBD read was received into its own buffer",
+        NbdSplit = "a request was larger than the NBD server takes",
     }
 }
 

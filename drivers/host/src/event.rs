@@ -153,6 +153,21 @@ pub enum Event {
         /// Why.
         why: &'static str,
     },
+    /// An NBD client lost its server, and tries to connect again.
+    NbdServerLost {
+        /// Why.
+        why: &'static str,
+    },
+    /// An NBD client has its server again.
+    NbdServerBack {
+        /// Requests that were sent again.
+        resent: u64,
+    },
+    /// An NBD client answers requests with errors.
+    NbdServerGone {
+        /// Why.
+        why: &'static str,
+    },
 }
 
 fn ok(result: Result<(), Errno>) -> i32 {
@@ -188,6 +203,9 @@ impl Event {
             Event::NbdConnected { connection } => [13, connection, 0, 0],
             Event::NbdClosed { connection, requests, why } => [14, connection, requests, text(why)],
             Event::NbdRefused { connection, why } => [15, connection, text(why), 0],
+            Event::NbdServerLost { why } => [16, text(why), 0, 0],
+            Event::NbdServerBack { resent } => [17, resent, 0, 0],
+            Event::NbdServerGone { why } => [18, text(why), 0, 0],
         }
     }
 }
@@ -219,6 +237,11 @@ impl fmt::Display for Event {
                 write!(f, "NBD connection {connection} closed after {requests} requests: {why}")
             }
             Event::NbdRefused { connection, why } => write!(f, "NBD connection {connection} refused: {why}"),
+            Event::NbdServerLost { why } => write!(f, "NBD server lost: {why}"),
+            Event::NbdServerBack { resent } => {
+                write!(f, "NBD server is back, {resent} requests were sent again")
+            }
+            Event::NbdServerGone { why } => write!(f, "NBD server is gone: {why}"),
         }
     }
 }

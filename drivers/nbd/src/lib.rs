@@ -19,8 +19,10 @@
 //!   the client refuses servers that want larger ones.
 
 mod bell;
+pub mod client;
 mod inlet;
 mod outbox;
 pub mod server;
 
+pub use client::{Breaks, Client, ClientConfig, ClientError};
 pub use server::{Export, ExportError, Server, ServerLimits};
