@@ -331,6 +331,7 @@ impl Blkfront {
                 IoKind::Read => BlkifOp::Read,
                 IoKind::Write => BlkifOp::Write,
                 IoKind::Flush => BlkifOp::Flush,
+                IoKind::WriteZeroes | IoKind::Discard => return Err(Errno::EOPNOTSUPP),
             };
             let id = slot as u64 | shadow.turn << 8;
             let request =

@@ -30,8 +30,20 @@ pub static SYNC_LOST: Label =
 /// Whether a new name is lost in a power cut.
 pub static NAME_LOST: Label = Label::new("name-lost", "the power cut takes the file's name");
 
-/// The labels of this crate's storage, to be registered.
-pub static LABELS: &[&Label] = &[&IO_FAULT, &IO_LATE, &LOST, &SIZES_LOST, &SYNC_LOST, &NAME_LOST];
+/// The labels of this crate, to be registered.
+pub static LABELS: &[&Label] = &[
+    &IO_FAULT,
+    &IO_LATE,
+    &LOST,
+    &SIZES_LOST,
+    &SYNC_LOST,
+    &NAME_LOST,
+    &crate::sockets::SEND_CUT,
+    &crate::sockets::ARRIVE_LATE,
+    &crate::sockets::RECV_CUT,
+    &crate::sockets::SOCKET_BUFFER,
+    &crate::sockets::PEER_RESET,
+];
 
 static EIO: FaultKind = FaultKind { name: "io-error", max_ppm: 60_000 };
 static ENOSPC: FaultKind = FaultKind { name: "no-space", max_ppm: 60_000 };

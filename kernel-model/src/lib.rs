@@ -6,9 +6,10 @@
 //!   Storage ── Inode: live / pending / base      page cache and volatile drive cache in one: what is not
 //!        │                                       synchronised may be lost, sector by sector
 //!   power cut: keeps the base and any part of what is pending
+//!   sockets: streams between processes, cut and late, closed by death
 //! ```
 //!
-//! The fault model is written where faults are made: see [`faults`]. The model takes the seam's vocabulary from
+//! The fault model is written where faults are made: see [`faults`] and [`sockets`]. The model takes the seam's vocabulary from
 //! `tap-host` and nothing from the stack: both sides are written apart, or the simulator would agree with its own bugs.
 
 mod blkfront;
@@ -16,10 +17,12 @@ pub mod faults;
 mod inode;
 mod pages;
 mod process;
+pub mod sockets;
 mod storage;
 
 pub use blkfront::{BLKFRONT_MAX_SECTORS, Blkfront, Complaint};
 pub use inode::{Content, Inode, Pending, PendingSize, apply};
 pub use pages::{PAGE, Page, PageMap, recycle};
 pub use process::{DIRECT_ALIGN_BYTES, FILE_BYTES_MAX, Kernel, Process, ProcessFile};
+pub use sockets::{ProcessListener, ProcessStream};
 pub use storage::{Hook, IoCounts, NthFailure, Storage, StorageConfig, to_bufs};

@@ -2,16 +2,17 @@
 
 use crate::faults::IoOp;
 use crate::pages::PAGE;
+use crate::sockets::Network;
 use crate::storage::{OpenFile, Storage};
 use sim::{Node, Sim, Sleep, TraceEvent};
 use std::cell::{Cell, RefCell};
 use std::future::{Future, pending, poll_fn};
 use std::pin::Pin;
 use std::rc::Rc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 use tap_host::{
     Bug, Entropy, Errno, Event, File, FileExtent, FileInfo, Files, IoVec, LockKind, Log, Mark, OpenMode,
-    Probe, Tasks, Time, ZeroMode, bytes_of,
+    Probe, Signals, Tasks, Time, ZeroMode, bytes_of,
 };
 
 /// Alignment in bytes that O_DIRECT asks for.
@@ -30,6 +31,7 @@ struct KernelInner {
     bugs: RefCell<Vec<Bug>>,
     marks: [Cell<u64>; Mark::ALL.len()],
     entropy: Cell<u64>,
+    network: Network,
 }
 
 impl Kernel {
@@ -41,6 +43,7 @@ impl Kernel {
             bugs: RefCell::default(),
             marks: [const { Cell::new(0) }; Mark::ALL.len()],
             entropy: Cell::new(sim.swarm().seed()),
+            network: Network::default(),
         }))
     }
 
@@ -56,7 +59,7 @@ impl Kernel {
 
     /// Starts a process that does nothing yet.
     pub fn process(&self, name: impl Into<String>, key: u64) -> Process {
-        Process { kernel: self.clone(), node: self.0.sim.node(name, key) }
+        Process { kernel: self.clone(), node: self.0.sim.node(name, key), stop: Rc::default() }
     }
 
     /// The storage.
@@ -70,6 +73,14 @@ impl Kernel {
 pub struct Process {
     kernel: Kernel,
     node: Node,
+    stop: Rc<Stop>,
+}
+
+/// Whether the process was asked to end, and who wants to know.
+#[derive(Default)]
+struct Stop {
+    asked: Cell<bool>,
+    wakers: RefCell<Vec<Waker>>,
 }
 
 impl Process {
@@ -78,8 +89,31 @@ impl Process {
         &self.node
     }
 
-    fn sim(&self) -> &Sim {
+    /// Asks the process to end, as SIGTERM does.
+    pub fn ask_to_stop(&self) {
+        self.stop.asked.set(true);
+        self.stop.wakers.take().into_iter().for_each(Waker::wake);
+    }
+
+    pub(crate) fn sim(&self) -> &Sim {
         &self.kernel.0.sim
+    }
+
+    pub(crate) fn network(&self) -> &Network {
+        &self.kernel.0.network
+    }
+}
+
+impl Signals for Process {
+    fn asked_to_stop(&self) -> impl Future<Output = ()> + 'static {
+        let stop = Rc::clone(&self.stop);
+        poll_fn(move |cx| {
+            if stop.asked.get() {
+                return Poll::Ready(());
+            }
+            stop.wakers.borrow_mut().push(cx.waker().clone());
+            Poll::Pending
+        })
     }
 }
 
@@ -244,6 +278,9 @@ impl ProcessFile {
             return Err(Errno::EBADF);
         }
         if op == IoOp::Zero {
+            if !self.process.kernel.0.storage.0.can_zero() {
+                return Err(Errno::EOPNOTSUPP);
+            }
             let valid = len > 0 && offset.checked_add(len).is_some_and(|end| end <= i64::MAX as u64);
             return if valid { Ok(()) } else { Err(Errno::EINVAL) };
         }

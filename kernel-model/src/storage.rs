@@ -21,6 +21,8 @@ pub struct StorageConfig {
     pub faults: FaultPlan,
     /// What a failed fdatasync of a buffered file leaves.
     pub sync_errors: SyncErrors,
+    /// The file system can make ranges zeros (fallocate); otherwise it refuses.
+    pub zeroing: bool,
     /// fdatasync says ok and does nothing: a canary.
     pub flush_lies: bool,
     /// Fails one operation, or all from one on; reads, writes and synchronisations are counted together.
@@ -34,6 +36,7 @@ impl Default for StorageConfig {
         Self {
             faults: FaultPlan::LATENCY,
             sync_errors: SyncErrors::Retryable,
+            zeroing: true,
             flush_lies: false,
             nth_failure: None,
             write_back_bytes: 16 << 20,
@@ -224,6 +227,10 @@ impl Storage {
 }
 
 impl Inner {
+    pub(crate) fn can_zero(&self) -> bool {
+        self.config.borrow().zeroing
+    }
+
     fn file(&self, name: &str, inode: Inode, name_durable: bool) -> Rc<FileState> {
         let entity = Entity::WORLD.child("file", text_hash(name));
         self.sim.name_entity(entity, || name.to_string());

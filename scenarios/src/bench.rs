@@ -147,7 +147,7 @@ async fn reference(world: World, spec: BenchSpec) -> (u64, u64, i64) {
 
 fn next(i: u64, draw: &mut Draw, cursor: &mut u64, size: u64, spec: BenchSpec) -> Op {
     if i % FLUSH_EVERY == FLUSH_EVERY - 1 {
-        return Op { kind: IoKind::Flush, range: SectorRange::default() };
+        return Op::flush();
     }
     let at = if spec.sequential {
         *cursor = (*cursor + SECTORS) % size;
@@ -162,5 +162,5 @@ fn next(i: u64, draw: &mut Draw, cursor: &mut u64, size: u64, spec: BenchSpec) -
     } else {
         kind
     };
-    Op { kind, range: SectorRange::new(at, SECTORS as u32) }
+    Op::new(kind, SectorRange::new(at, SECTORS as u32))
 }

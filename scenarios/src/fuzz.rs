@@ -13,7 +13,7 @@
 
 use crate::catalog::{crash, damage, ring};
 use crate::run::{Outcome, RunSpec, Scenario, run};
-use crate::workload::OP;
+use crate::workload::{OP, OP_FORM};
 use crate::world::SETTING;
 use arbitrary::{Arbitrary, Unstructured};
 use kernel_model::faults::{IO_FAULT, IO_LATE, LOST, SIZES_LOST, SYNC_LOST};
@@ -47,10 +47,11 @@ const fn kind(label: &'static Label, first: u32, bits: u32) -> Kind {
 }
 
 /// Kinds of records; what there is more of in a run comes more often.
-static KINDS: [Kind; 16] = [
+static KINDS: [Kind; 17] = [
     kind(&OP, 160, 22),
     kind(&OP, 40, 22),
     kind(&OP, 16, 22),
+    kind(&OP_FORM, 160, 3),
     kind(&SETTING, 16, 3),
     kind(&SETTING, 16, 2),
     kind(&crash::FAIL_NTH, 1, 7),

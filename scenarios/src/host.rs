@@ -1,10 +1,10 @@
 //! The simulated host: a process of the kernel model with its access to the Xen model, as one type of the seam.
 
-use kernel_model::{Kernel, Process, ProcessFile};
+use kernel_model::{Kernel, Process, ProcessFile, ProcessListener, ProcessStream};
 use std::future::Future;
 use tap_host::{
     Bug, DomId, Entropy, Errno, Event, Events, Files, GrantRef, GrantSegment, Grants, Log, Mark, OpenMode,
-    Port, Probe, SharedPages, Tasks, Time, Xenstore,
+    Port, Probe, SharedPages, Signals, SocketAddress, Sockets, Tasks, Time, Xenstore,
 };
 use xen_model::{Channel, Mapping, StoreTransaction, StoreWatcher, Xen, XenPort};
 
@@ -75,6 +75,26 @@ impl Files for SimHost {
     }
     fn remove(&self, path: &str) -> impl Future<Output = Result<(), Errno>> {
         Files::remove(&self.process, path)
+    }
+}
+
+impl Sockets for SimHost {
+    type Listener = ProcessListener;
+    type Stream = ProcessStream;
+    fn listen(&self, address: &SocketAddress) -> impl Future<Output = Result<ProcessListener, Errno>> {
+        self.process.listen(address)
+    }
+    fn connect(&self, address: &SocketAddress) -> impl Future<Output = Result<ProcessStream, Errno>> {
+        self.process.connect(address)
+    }
+    fn inherited(&self) -> Vec<ProcessListener> {
+        self.process.inherited()
+    }
+}
+
+impl Signals for SimHost {
+    fn asked_to_stop(&self) -> impl Future<Output = ()> + 'static {
+        self.process.asked_to_stop()
     }
 }
 

@@ -150,7 +150,7 @@ static LABELS: Once = Once::new();
 /// Makes all labels known to the reader of decision files.
 pub fn prepare() {
     LABELS.call_once(|| {
-        register_labels(&[&sim::WAKE, &workload::OP, &world::SETTING]);
+        register_labels(&[&sim::WAKE, &workload::OP, &workload::OP_FORM, &world::SETTING]);
         register_labels(kernel_model::faults::LABELS);
         register_labels(&xen_model::LABELS);
         register_labels(catalog::LABELS);

@@ -6,10 +6,16 @@
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use sim::{Entity, Label, Sim};
+use tap_core::ZeroFlags;
 use tap_host::{IoKind, SectorRange};
 
 /// One operation of a guest: kind in 2 bits (0 none, 1 read, 2 flush, 3 write), sectors less one in 8, first sector.
 pub static OP: Label = Label::packed("op", "operation {}", &[2, 8, 54]);
+
+/// What becomes of a write where the disk has more than writes: 0 a write, 1 zeros, 2 zeros whose space may go, 3 zeros
+/// only if that is fast, 4 a discard.
+pub static OP_FORM: Label =
+    Label::new("op-form", "operation {n} is no write but form {}: zeros or a discard");
 
 /// One operation.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -18,9 +24,33 @@ pub struct Op {
     pub kind: IoKind,
     /// Where; empty for a flush.
     pub range: SectorRange,
+    /// How zeros are made.
+    pub zeroes: ZeroFlags,
 }
 
 impl Op {
+    /// A read, a write, or another request without flags.
+    pub fn new(kind: IoKind, range: SectorRange) -> Self {
+        Self { kind, range, zeroes: ZeroFlags::default() }
+    }
+
+    /// A flush.
+    pub fn flush() -> Self {
+        Self::new(IoKind::Flush, SectorRange::default())
+    }
+
+    /// The write as an [`OP_FORM`] value has it.
+    fn formed(self, form: u64) -> Self {
+        let (kind, unmap, fast) = match form {
+            1 => (IoKind::WriteZeroes, false, false),
+            2 => (IoKind::WriteZeroes, true, false),
+            3 => (IoKind::WriteZeroes, true, true),
+            4 => (IoKind::Discard, false, false),
+            _ => return self,
+        };
+        Self { kind, zeroes: ZeroFlags { unmap, fast }, ..self }
+    }
+
     /// The decision value of this operation.
     pub fn encode(self) -> u64 {
         match self.kind {
@@ -38,9 +68,9 @@ impl Op {
         let count = (((value >> 2) & 0xff) + 1).min(size_sectors - start) as u32;
         let range = SectorRange::new(start, count);
         match value & 3 {
-            1 => Some(Self { kind: IoKind::Read, range }),
-            2 => Some(Self { kind: IoKind::Flush, range: SectorRange::default() }),
-            3 => Some(Self { kind: IoKind::Write, range }),
+            1 => Some(Self::new(IoKind::Read, range)),
+            2 => Some(Self::flush()),
+            3 => Some(Self::new(IoKind::Write, range)),
             _ => None,
         }
     }
@@ -87,6 +117,8 @@ pub struct Workload {
     pub size_sectors: u64,
     /// Largest operation in sectors (1..=256).
     pub max_sectors: u32,
+    /// Some writes are zeros or discards.
+    pub zeroes: bool,
 }
 
 struct Stream(ChaCha8Rng);
@@ -114,7 +146,11 @@ pub fn operations(sim: &Sim, guest: Entity, stream: u64, workload: &Workload) ->
             let mut op = Op::decode(value, workload.size_sectors)?;
             // A decision from elsewhere may ask for more than this guest can.
             op.range.count = op.range.count.min(workload.max_sectors);
-            Some(op)
+            if !workload.zeroes || op.kind != IoKind::Write {
+                return Some(op);
+            }
+            let form = sim.decide(guest, &OP_FORM, i, |d| if d.below(6) == 0 { 1 + d.below(4) } else { 0 });
+            Some(op.formed(form))
         })
         .collect()
 }
@@ -160,11 +196,11 @@ fn draw_one(rng: &mut Stream, w: &Workload, i: u32, hot: &[u64], cursor: &mut u6
         _ => {}
     }
     if flush {
-        return Op { kind: IoKind::Flush, range: SectorRange::default() };
+        return Op::flush();
     }
     let count = count.min(w.size_sectors - at) as u32;
     let kind = if read { IoKind::Read } else { IoKind::Write };
-    Op { kind, range: SectorRange::new(at, count) }
+    Op::new(kind, SectorRange::new(at, count))
 }
 
 #[cfg(test)]
@@ -175,7 +211,7 @@ mod tests {
     #[test]
     fn operations_round_trip() {
         for shape in Shape::ALL {
-            let w = Workload { shape, count: 500, size_sectors: 1000, max_sectors: 88 };
+            let w = Workload { shape, count: 500, size_sectors: 1000, max_sectors: 88, zeroes: false };
             for op in draw(7, 1, &w) {
                 assert_eq!(Op::decode(op.encode(), w.size_sectors), Some(op));
                 assert!(op.range.fits(w.size_sectors));
@@ -187,7 +223,8 @@ mod tests {
     #[test]
     fn the_stream_is_frozen() {
         // Seeds in reports and regressions mean these operations.
-        let w = Workload { shape: Shape::Random, count: 3, size_sectors: 8192, max_sectors: 88 };
+        let w =
+            Workload { shape: Shape::Random, count: 3, size_sectors: 8192, max_sectors: 88, zeroes: false };
         let ops = operations(&Sim::new(&Config::new(1)), Entity(1), 0, &w);
         let text: Vec<String> = ops.iter().map(|o| o.map_or("-".into(), |o| o.to_string())).collect();
         assert_eq!(text, ["read 4720+1", "write 1633+63", "read 7944+32"]);

@@ -2,6 +2,7 @@
 //!
 //! It depends on no other crate of the workspace, so that it builds in seconds and works while they do not.
 
+mod bench;
 mod ci;
 
 use std::process::ExitCode;
@@ -14,13 +15,16 @@ Usage: cargo xtask TASK
 Tasks:
   ci      everything that must hold before a change lands: format, lints, tests, the build without the guard's cfg,
           and a release sweep whose seeds come from the commit
+  bench   measures tapdisk against other servers; `cargo xtask bench --help`
   help    this text
 ";
 
 fn main() -> ExitCode {
-    let task = std::env::args().nth(1).unwrap_or_else(|| "help".into());
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let task = args.first().cloned().unwrap_or_else(|| "help".into());
     let result = match task.as_str() {
         "ci" => ci::run(),
+        "bench" => bench::run(&args[1..]),
         "help" | "--help" | "-h" => {
             print!("{HELP}");
             Ok(())

@@ -15,8 +15,10 @@
 //! |---|---|
 //! | [`ring`] | Xen's `io/ring.h`: the header of a shared ring and its free-running indices |
 //! | [`blkif`] | Xen's `io/blkif.h`: block requests and responses, x86_64 layout |
+//! | [`nbd`] | the NBD project's `doc/proto.md`: negotiation, requests and replies of network block devices |
 //! | [`xenbus`] | Xen's `io/xenbus.h`: the states of a device's two ends |
 
 pub mod blkif;
+pub mod nbd;
 pub mod ring;
 pub mod xenbus;

@@ -15,6 +15,7 @@
 //! Who has to wait for whom is asked of one [`Tracker`] per disk or image; everything else that waits uses the
 //! primitives in [`wait`].
 
+mod cache;
 mod node;
 mod request;
 mod scheduler;
@@ -25,6 +26,7 @@ pub mod wait;
 #[cfg(test)]
 mod testing;
 
+pub use cache::CacheMode;
 pub use node::{Extent, LocalBoxFuture, Node, NodeInfo, Source};
 pub use request::{Op, Request, Response, ZeroFlags};
 pub use scheduler::{Scheduler, SchedulerLimits, SchedulerStats};

@@ -151,6 +151,8 @@ struct PoolInner {
 struct PoolState {
     used_pages: usize,
     free: [Vec<Box<[Page]>>; CLASSES],
+    /// Pages in `free`. With those handed out they stay within the limit.
+    free_pages: usize,
     /// First come, first served: a large request is not starved by small ones behind it.
     waiting: VecDeque<(u64, Waker)>,
     next_ticket: u64,
@@ -207,6 +209,10 @@ impl PoolInner {
         }
         state.used_pages += pages;
         let reused = state.free[class].pop();
+        match reused {
+            Some(_) => state.free_pages -= pages,
+            None => state.shed(self.limit_pages),
+        }
         drop(state);
         Some(IoBuf { pages: reused.unwrap_or_else(|| new_pages(pages)), len, home: Some(Rc::clone(home)) })
     }
@@ -214,13 +220,25 @@ impl PoolInner {
     fn give_back(&self, pages: Box<[Page]>) {
         let mut state = self.state.borrow_mut();
         state.used_pages -= pages.len();
-        let class = pages.len().trailing_zeros() as usize;
-        // What is kept for reuse never exceeds what may be handed out.
-        if state.free[class].len() < self.limit_pages {
-            state.free[class].push(pages);
+        if state.used_pages + state.free_pages + pages.len() <= self.limit_pages {
+            state.free_pages += pages.len();
+            state.free[pages.len().trailing_zeros() as usize].push(pages);
         }
         if let Some((_, waker)) = state.waiting.front() {
             waker.wake_by_ref();
+        }
+    }
+}
+
+impl PoolState {
+    /// Frees memory that is kept for reuse until all of it is within the limit, the largest pieces first.
+    fn shed(&mut self, limit_pages: usize) {
+        for free in self.free.iter_mut().rev() {
+            while self.used_pages + self.free_pages > limit_pages
+                && let Some(pages) = free.pop()
+            {
+                self.free_pages -= pages.len();
+            }
         }
     }
 }
@@ -320,5 +338,21 @@ mod tests {
         assert!(small.as_mut().poll(&mut cx).is_ready());
         drop(small);
         assert_eq!(pool.used_bytes(), 0);
+    }
+
+    #[test]
+    fn what_is_kept_for_reuse_is_within_the_limit_too() {
+        let pool = BufPool::new(4 * PAGE_BYTES);
+        let take = |len| pool.0.try_take(len, &pool.0).unwrap();
+        let all = [take(1), take(1), take(1), take(1)];
+        drop(all);
+        assert_eq!(pool.0.state.borrow().free_pages, 4);
+        let large = take(3 * PAGE_BYTES);
+        assert_eq!(pool.0.state.borrow().free_pages, 0, "room for the large one was made");
+        drop(large);
+        let small = take(1);
+        assert_eq!(pool.0.state.borrow().free_pages, 0);
+        drop(small);
+        assert_eq!((pool.used_bytes(), pool.0.state.borrow().free_pages), (0, 1));
     }
 }

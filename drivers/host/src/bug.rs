@@ -39,6 +39,7 @@ list! {
         FailedClusterReused = "a cluster whose L2 write failed is handed to another owner",
         DoubleAllocation = "two writes to one unallocated cluster both allocate it",
         CompressedInPlace = "a write to a compressed cluster goes into the compressed bytes",
+        ZeroesSkippedBelow = "zeros over a backing file are left out where nothing is mapped above it",
         MergedErrorLost = "the error of a merged request reaches only its head",
         ShortTransfer = "a short transfer is taken as complete",
         ResponseTwice = "a request that ended while the ring was reconnecting is answered twice",
@@ -49,6 +50,12 @@ list! {
         GrantLeaked = "a mapped grant is not unmapped when connecting fails",
         LostAtReconnect = "requests in the in-flight record are not taken up after a restart",
         RecordLate = "the in-flight record is written after the request was taken",
+        NbdWrongCookie = "a reply carries the cookie of the latest request",
+        NbdFlushOwn = "a flush on a connection that wrote nothing is answered without being carried out",
+        NbdFuaIgnored = "the flag FUA is ignored",
+        NbdRequestCut = "the first bytes of a request that was received in two parts are lost",
+        NbdFlushAfterBreak = "a flush succeeds although the connection broke between it and a write that was answered",
+        NbdLostAtBreak = "writes that were in flight when the connection broke are not sent again but answered",
     }
 }
 
@@ -75,6 +82,15 @@ list! {
         RingRefused = "a ring was closed because of what it held",
         RequestRefused = "a malformed request was answered with an error",
         Reconnected = "a front end connected again",
+        NbdRequestCut = "an NBD request was received in two parts",
+        NbdRoomWaited = "an NBD connection had as many requests in flight as it may have",
+        NbdPayloadDirect = "the payload of an NBD write was received into its own buffer",
+        NbdRequestRefused = "a wrong NBD request was answered with an error",
+        NbdServerBack = "an NBD client connected again",
+        NbdResent = "a request was sent again to an NBD server that had been lost",
+        NbdUnflushedLost = "an NBD server was lost with answered writes that no flush had covered",
+        NbdDataDirect = "data of an NBD read was received into its own buffer",
+        NbdSplit = "a request was larger than the NBD server takes",
     }
 }
 

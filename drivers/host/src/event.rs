@@ -13,6 +13,10 @@ pub enum IoKind {
     Write,
     /// Make completed writes durable.
     Flush,
+    /// Make sectors read as zeros.
+    WriteZeroes,
+    /// Give sectors up.
+    Discard,
 }
 
 impl fmt::Display for IoKind {
@@ -21,6 +25,8 @@ impl fmt::Display for IoKind {
             IoKind::Read => "read",
             IoKind::Write => "write",
             IoKind::Flush => "flush",
+            IoKind::WriteZeroes => "write-zeroes",
+            IoKind::Discard => "discard",
         })
     }
 }
@@ -126,6 +132,42 @@ pub enum Event {
         /// What it is now ("running", "draining", "paused", "closing", "closed").
         state: &'static str,
     },
+    /// A client of the NBD server connected.
+    NbdConnected {
+        /// Counts connections of the server, from 1.
+        connection: u64,
+    },
+    /// A connection of the NBD server ended.
+    NbdClosed {
+        /// Which.
+        connection: u64,
+        /// Requests that were taken from it.
+        requests: u64,
+        /// Why.
+        why: &'static str,
+    },
+    /// The NBD server did not take a connection.
+    NbdRefused {
+        /// The number that it would have had.
+        connection: u64,
+        /// Why.
+        why: &'static str,
+    },
+    /// An NBD client lost its server, and tries to connect again.
+    NbdServerLost {
+        /// Why.
+        why: &'static str,
+    },
+    /// An NBD client has its server again.
+    NbdServerBack {
+        /// Requests that were sent again.
+        resent: u64,
+    },
+    /// An NBD client answers requests with errors.
+    NbdServerGone {
+        /// Why.
+        why: &'static str,
+    },
 }
 
 fn ok(result: Result<(), Errno>) -> i32 {
@@ -158,6 +200,12 @@ impl Event {
                 [11, u64::from(dom.0), u64::from(vbd.0), u64::from(state)]
             }
             Event::VbdState { vbd, state } => [12, u64::from(vbd.0), text(state), 0],
+            Event::NbdConnected { connection } => [13, connection, 0, 0],
+            Event::NbdClosed { connection, requests, why } => [14, connection, requests, text(why)],
+            Event::NbdRefused { connection, why } => [15, connection, text(why), 0],
+            Event::NbdServerLost { why } => [16, text(why), 0, 0],
+            Event::NbdServerBack { resent } => [17, resent, 0, 0],
+            Event::NbdServerGone { why } => [18, text(why), 0, 0],
         }
     }
 }
@@ -184,6 +232,16 @@ impl fmt::Display for Event {
             }
             Event::BackendState { dom, vbd, state } => write!(f, "{vbd} of {dom}: back end in state {state}"),
             Event::VbdState { vbd, state } => write!(f, "{vbd} is {state}"),
+            Event::NbdConnected { connection } => write!(f, "NBD connection {connection} opened"),
+            Event::NbdClosed { connection, requests, why } => {
+                write!(f, "NBD connection {connection} closed after {requests} requests: {why}")
+            }
+            Event::NbdRefused { connection, why } => write!(f, "NBD connection {connection} refused: {why}"),
+            Event::NbdServerLost { why } => write!(f, "NBD server lost: {why}"),
+            Event::NbdServerBack { resent } => {
+                write!(f, "NBD server is back, {resent} requests were sent again")
+            }
+            Event::NbdServerGone { why } => write!(f, "NBD server is gone: {why}"),
         }
     }
 }

@@ -14,6 +14,7 @@ use smallvec::SmallVec;
 use std::collections::VecDeque;
 use std::fmt;
 use std::future::Future;
+use std::rc::Rc;
 use std::str::FromStr;
 
 /// Where a stream socket is.
@@ -77,6 +78,8 @@ pub enum Piece {
     Bytes(SmallVec<[u8; 32]>),
     /// A whole buffer.
     Buf(IoBuf),
+    /// A whole buffer that somebody keeps, to send it again if it gets lost.
+    Shared(Rc<IoBuf>),
 }
 
 impl Piece {
@@ -85,6 +88,7 @@ impl Piece {
         match self {
             Piece::Bytes(bytes) => bytes,
             Piece::Buf(buf) => buf,
+            Piece::Shared(buf) => buf,
         }
     }
 }
@@ -115,6 +119,13 @@ impl SendList {
         if !buf.is_empty() {
             self.len += buf.len();
             self.pieces.push_back(Piece::Buf(buf));
+        }
+    }
+    /// Appends a whole buffer without taking it.
+    pub fn push_shared(&mut self, buf: Rc<IoBuf>) {
+        if !buf.is_empty() {
+            self.len += buf.len();
+            self.pieces.push_back(Piece::Shared(buf));
         }
     }
     /// Appends everything that `other` has left.
@@ -238,7 +249,9 @@ mod tests {
     fn lists_go_piece_by_piece() {
         let mut list = SendList::new();
         list.push_bytes(b"abc");
-        list.push_buf(IoBuf::copy_of(b"defg").unwrap());
+        list.push_buf(IoBuf::copy_of(b"de").unwrap());
+        let kept = Rc::new(IoBuf::copy_of(b"fg").unwrap());
+        list.push_shared(Rc::clone(&kept));
         list.advance(2);
         let mut more = SendList::new();
         more.push_bytes(b"hi");
@@ -253,5 +266,6 @@ mod tests {
         assert_eq!(left(&front), b"fgi");
         front.advance(3);
         assert!(front.is_empty());
+        assert_eq!((Rc::strong_count(&kept), &kept[..]), (1, &b"fg"[..]), "sent, and still there");
     }
 }

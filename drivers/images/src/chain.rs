@@ -9,13 +9,14 @@
 //! So an image by itself opens nothing: a [`BackingPolicy`] of the caller decides about every file, and about the format
 //! it is read as. Formats are recognised by content only where the caller says so.
 
+use crate::io::ImageFile;
 use crate::qcow::{Qcow, QcowLimits};
 use crate::raw::Raw;
 use crate::{ImageError, ImageHost};
 use std::fmt;
 use std::rc::Rc;
 use tap_core::{LocalBoxFuture, Node};
-use tap_host::Errno;
+use tap_host::{Errno, SECTOR_BYTES};
 
 /// How to read a file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -104,6 +105,59 @@ pub async fn open_image<H: ImageHost>(
     open_level(host.clone(), spec.clone(), options.clone(), 1).await
 }
 
+/// What an image says of itself, without what is below it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Description {
+    /// Its format: not [`ImageFormat::Probe`].
+    pub format: ImageFormat,
+    /// Size of the disk in bytes.
+    pub disk_bytes: u64,
+    /// Size of a cluster in bytes, where there are clusters.
+    pub cluster_bytes: Option<u64>,
+    /// The name of its backing file, as it stands in the image.
+    pub backing: Option<String>,
+    /// Where that file is, seen from here.
+    pub backing_path: Option<String>,
+    /// Size of the file in bytes.
+    pub file_bytes: u64,
+    /// Storage that the file takes up, in bytes.
+    pub allocated_bytes: u64,
+}
+
+/// Reads what the image `spec` says of itself.
+///
+/// # Errors
+/// [`ImageError`].
+pub async fn describe<H: ImageHost>(host: &H, spec: &ImageSpec) -> Result<Description, ImageError> {
+    let path = &spec.path;
+    if spec.format == ImageFormat::Raw
+        || spec.format == ImageFormat::Probe && !Qcow::probe(host, path).await?
+    {
+        let file = ImageFile::open(host, path, false, false).await?;
+        return Ok(Description {
+            format: ImageFormat::Raw,
+            disk_bytes: file.info.size_bytes / SECTOR_BYTES * SECTOR_BYTES,
+            cluster_bytes: None,
+            backing: None,
+            backing_path: None,
+            file_bytes: file.info.size_bytes,
+            allocated_bytes: file.info.allocated_bytes,
+        });
+    }
+    let (disk_bytes, cluster_bytes, name, info) = Qcow::describe(host, path).await?;
+    // A name that is no text is shown, not followed.
+    let backing = name.map(|name| String::from_utf8_lossy(&name).into_owned());
+    Ok(Description {
+        format: ImageFormat::Qcow,
+        disk_bytes,
+        cluster_bytes: Some(cluster_bytes),
+        backing_path: backing.as_deref().map(|name| resolve(path, name)),
+        backing,
+        file_bytes: info.size_bytes,
+        allocated_bytes: info.allocated_bytes,
+    })
+}
+
 fn is_transient(error: &ImageError) -> bool {
     !matches!(error, ImageError::InUse { .. }) && matches!(error.errno(), Errno::EAGAIN | Errno::EINTR)
 }
@@ -175,7 +229,8 @@ pub(crate) async fn open_backing<H: ImageHost>(
     })
 }
 
-fn resolve(image: &str, name: &str) -> String {
+/// Where the file called `name` in `image` is.
+pub fn resolve(image: &str, name: &str) -> String {
     match image.rfind('/') {
         Some(slash) if !name.starts_with('/') => format!("{}{name}", &image[..=slash]),
         _ => name.to_owned(),

@@ -51,11 +51,16 @@ impl<H: ImageHost> ImageFile<H> {
         Self::locked(host, path, file, write)
     }
 
-    /// Creates and locks `path`.
-    pub(crate) async fn create(host: &H, path: &str, on_device: bool) -> Result<Self, ImageError> {
-        let mode = if on_device { OpenMode::WRITE } else { OpenMode::CREATE };
+    /// Creates and locks `path`, or locks and empties what is there. A block device keeps its bytes.
+    pub(crate) async fn create(host: &H, path: &str, existing: bool) -> Result<Self, ImageError> {
+        let mode = if existing { OpenMode::WRITE } else { OpenMode::CREATE };
         let file = host.open(path, mode).await.map_err(ImageError::io("create", path))?;
-        Self::locked(host, path, file, true)
+        let mut file = Self::locked(host, path, file, true)?;
+        if existing && !file.info.block_device {
+            file.set_size(0).await.map_err(ImageError::io("empty", path))?;
+            file.info.size_bytes = 0;
+        }
+        Ok(file)
     }
 
     fn locked(host: &H, path: &str, file: H::File, write: bool) -> Result<Self, ImageError> {

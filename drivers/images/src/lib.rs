@@ -33,7 +33,10 @@ mod sync;
 #[cfg(test)]
 mod testing;
 
-pub use chain::{BackingGate, BackingPolicy, ImageFormat, ImageSpec, OpenOptions, open_image};
+pub use chain::{
+    BackingGate, BackingPolicy, Description, ImageFormat, ImageSpec, OpenOptions, describe, open_image,
+    resolve,
+};
 pub use error::ImageError;
 pub use qcow::QcowLimits;
 

@@ -21,16 +21,26 @@ struct Inner<H: ImageHost> {
     file: ImageFile<H>,
 }
 
-/// Creates a raw image of `size_bytes` that reads as zeros, durable together with its name.
+/// Creates a raw image of `size_bytes` that reads as zeros, durable together with its name; with `existing`, out of the
+/// file that is at the path, whose content is lost.
 ///
 /// # Errors
 /// [`ImageError`]; what was created by then stays.
-pub async fn create<H: ImageHost>(host: &H, path: &str, size_bytes: u64) -> Result<(), ImageError> {
+pub async fn create<H: ImageHost>(
+    host: &H,
+    path: &str,
+    size_bytes: u64,
+    existing: bool,
+) -> Result<(), ImageError> {
     if !size_bytes.is_multiple_of(SECTOR_BYTES) || size_bytes > i64::MAX as u64 {
         let what = format!("a size of {size_bytes} bytes is not a multiple of {SECTOR_BYTES}, or too large");
         return Err(ImageError::Options { path: path.to_owned(), format: "raw", what });
     }
-    let file = ImageFile::create(host, path, false).await?;
+    let file = ImageFile::create(host, path, existing).await?;
+    if file.info.block_device {
+        let what = "it is a block device: that is a raw image as it stands".to_owned();
+        return Err(ImageError::Options { path: path.to_owned(), format: "raw", what });
+    }
     file.set_size(size_bytes).await.map_err(ImageError::io("size", path))?;
     file.sync().await.map_err(ImageError::io("synchronise", path))?;
     Files::sync_parent(host, path).await.map_err(ImageError::io("synchronise the directory of", path))

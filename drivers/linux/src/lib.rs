@@ -23,6 +23,7 @@ mod clock;
 mod files;
 mod log;
 mod options;
+mod priority;
 mod signals;
 mod sockets;
 mod watch;
@@ -30,6 +31,7 @@ mod watch;
 pub use files::{AioEngine, LinuxFile};
 pub use log::{Level, LogTo};
 pub use options::{Options, StartError};
+pub use priority::set_io_priority;
 pub use sockets::{LinuxListener, LinuxStream};
 
 use clock::Clock;

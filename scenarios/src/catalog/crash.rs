@@ -13,7 +13,7 @@ use crate::guest::{DirectDisk, Guest, Manners};
 use crate::host::SimHost;
 use crate::run::Scenario;
 use crate::stack::{Stack, StackLimits};
-use crate::workload::{Op, operations};
+use crate::workload::{Op, Workload, operations};
 use crate::world::{World, setting};
 use kernel_model::faults::{FaultPlan, SyncErrors};
 use kernel_model::{NthFailure, StorageConfig};
@@ -37,23 +37,48 @@ pub static FAIL_NTH: Label = Label::new("fail-nth", "host operation number {} fa
 pub static QCOW_POWER_CUT: Scenario = Scenario {
     name: "qcow-power-cut",
     about: "qcow under load, power cut at any host operation, recovery checked sector by sector",
-    storage: |_| StorageConfig {
+    storage: |sim| StorageConfig {
         faults: FaultPlan { short: true, transient: true, ..FaultPlan::LATENCY },
+        zeroing: zeroing(sim),
         ..StorageConfig::default()
     },
-    body: |w| Box::pin(power_cuts(w, Plan { overlay: false, cuts: 1, ops: 40, recovery_only: false })),
+    body: |w| {
+        Box::pin(power_cuts(w, Plan { raw: false, overlay: false, cuts: 1, ops: 40, recovery_only: false }))
+    },
 };
 
 /// qcow over a raw backing file, some clusters compressed.
 pub static OVERLAY_POWER_CUT: Scenario = Scenario {
     name: "qcow-overlay-power-cut",
     about: "qcow over a backing file, with compressed clusters: partial writes copy up, power cut, recovery checked",
-    storage: |_| StorageConfig {
+    storage: |sim| StorageConfig {
         faults: FaultPlan { short: true, ..FaultPlan::LATENCY },
+        zeroing: zeroing(sim),
         ..StorageConfig::default()
     },
-    body: |w| Box::pin(power_cuts(w, Plan { overlay: true, cuts: 1, ops: 30, recovery_only: false })),
+    body: |w| {
+        Box::pin(power_cuts(w, Plan { raw: false, overlay: true, cuts: 1, ops: 30, recovery_only: false }))
+    },
 };
+
+/// A raw image: nothing lies between the guest and the file, and the rules are the same.
+pub static RAW_POWER_CUT: Scenario = Scenario {
+    name: "raw-power-cut",
+    about: "raw under load with zeros and discards, power cut at any host operation, every sector checked",
+    storage: |sim| StorageConfig {
+        faults: FaultPlan { short: true, transient: true, ..FaultPlan::LATENCY },
+        zeroing: zeroing(sim),
+        ..StorageConfig::default()
+    },
+    body: |w| {
+        Box::pin(power_cuts(w, Plan { raw: true, overlay: false, cuts: 2, ops: 40, recovery_only: false }))
+    },
+};
+
+/// Whether files can be made zeros by range.
+fn zeroing(sim: &Sim) -> bool {
+    setting(sim, "host-zeroes", &[true, true, false])
+}
 
 /// Crashes while recovering from a crash.
 pub static RECOVERY_CRASH: Scenario = Scenario {
@@ -62,7 +87,7 @@ pub static RECOVERY_CRASH: Scenario = Scenario {
     storage: |_| StorageConfig::default(),
     body: |w| {
         let overlay = w.setting("overlay", &[false, true]);
-        Box::pin(power_cuts(w, Plan { overlay, cuts: 4, ops: 24, recovery_only: true }))
+        Box::pin(power_cuts(w, Plan { raw: false, overlay, cuts: 4, ops: 24, recovery_only: true }))
     },
 };
 
@@ -73,7 +98,7 @@ pub static QCOW_ERRORS: Scenario = Scenario {
     storage: error_storage,
     body: |w| {
         let overlay = w.setting("overlay", &[false, true]);
-        Box::pin(power_cuts(w, Plan { overlay, cuts: 2, ops: 40, recovery_only: false }))
+        Box::pin(power_cuts(w, Plan { raw: false, overlay, cuts: 2, ops: 40, recovery_only: false }))
     },
 };
 
@@ -82,7 +107,9 @@ pub static EXPLORE_QCOW: Scenario = Scenario {
     name: "explore-qcow",
     about: "qcow of 8 MiB in clusters of 4 KiB, every crash state looked at",
     storage: |_| StorageConfig::default(),
-    body: |w| Box::pin(power_cuts(w, Plan { overlay: false, cuts: 1, ops: 120, recovery_only: false })),
+    body: |w| {
+        Box::pin(power_cuts(w, Plan { raw: false, overlay: false, cuts: 1, ops: 120, recovery_only: false }))
+    },
 };
 
 /// The same over a backing file.
@@ -90,7 +117,9 @@ pub static EXPLORE_OVERLAY: Scenario = Scenario {
     name: "explore-qcow-overlay",
     about: "qcow of 8 MiB in clusters of 4 KiB over a backing file, every crash state looked at",
     storage: |_| StorageConfig::default(),
-    body: |w| Box::pin(power_cuts(w, Plan { overlay: true, cuts: 1, ops: 120, recovery_only: false })),
+    body: |w| {
+        Box::pin(power_cuts(w, Plan { raw: false, overlay: true, cuts: 1, ops: 120, recovery_only: false }))
+    },
 };
 
 /// An image that somebody else made.
@@ -101,7 +130,9 @@ pub static REAL_IMAGE: Scenario = Scenario {
         faults: FaultPlan { short: true, ..FaultPlan::LATENCY },
         ..StorageConfig::default()
     },
-    body: |w| Box::pin(power_cuts(w, Plan { overlay: false, cuts: 2, ops: 40, recovery_only: false })),
+    body: |w| {
+        Box::pin(power_cuts(w, Plan { raw: false, overlay: false, cuts: 2, ops: 40, recovery_only: false }))
+    },
 };
 
 fn error_storage(sim: &Sim) -> StorageConfig {
@@ -110,6 +141,7 @@ fn error_storage(sim: &Sim) -> StorageConfig {
     StorageConfig {
         faults: FaultPlan::ALL,
         sync_errors: setting(sim, "sync-errors", &modes),
+        zeroing: zeroing(sim),
         nth_failure: nth_failure(sim),
         ..StorageConfig::default()
     }
@@ -131,6 +163,7 @@ fn nth_failure(sim: &Sim) -> Option<NthFailure> {
 /// The shape of a scenario.
 #[derive(Clone, Copy)]
 struct Plan {
+    raw: bool,
     overlay: bool,
     cuts: u32,
     ops: u32,
@@ -147,6 +180,7 @@ async fn power_cuts(world: World, plan: Plan) {
     let setup = match world.options.image.clone() {
         Some(image) => Setup::real(&world, &image),
         None if world.options.explore => Setup::qcow_of(&world, 0, EXPLORED_BYTES, plan.overlay, 12, 9),
+        None if plan.raw => Setup::raw(&world, 0, DISK_BYTES),
         None => Setup::qcow(&world, 0, DISK_BYTES, plan.overlay),
     };
     let flush_failed = Rc::new(Cell::new(false));
@@ -175,7 +209,8 @@ async fn epoch(
     let count = if recovering { 6 } else { plan.ops };
     let guest = Entity::WORLD.child("guest", u64::from(cut));
     world.sim.name_entity(guest, || format!("guest 1, epoch {cut}"));
-    let ops = operations(&world.sim, guest, u64::from(cut), &workload(world, setup.size_sectors, count, 88));
+    let workload = Workload { zeroes: true, ..workload(world, setup.size_sectors, count, 88) };
+    let ops = operations(&world.sim, guest, u64::from(cut), &workload);
     arm_power_cut(world, setup, cut, if recovering { 24 } else { u64::from(plan.ops) * 4 }, {
         let node = node.clone();
         move || node.kill()
@@ -323,10 +358,10 @@ async fn last_epoch(world: &World, setup: &Setup, limits: &StackLimits, crashes:
 /// Writes all over the disk: what recovery got wrong about free space shows now.
 async fn probe(guest: &Guest<DirectDisk>, size_sectors: u64) {
     let step = size_sectors / 61;
-    let write = |i: u64| Op { kind: IoKind::Write, range: SectorRange::new(i * step, 1 + (i % 9) as u32) };
+    let write = |i: u64| Op::new(IoKind::Write, SectorRange::new(i * step, 1 + (i % 9) as u32));
     let ops: Vec<Option<Op>> = (0..60).map(|i| Some(write(i))).collect();
     guest.run(&ops, 8).await;
-    guest.one(Op { kind: IoKind::Flush, range: SectorRange::default() }).await;
+    guest.one(Op::flush()).await;
     let _ = guest.read_all().await;
 }
 

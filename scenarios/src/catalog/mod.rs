@@ -13,6 +13,7 @@ use sim::Label;
 pub static ALL: &[&Scenario] = &[
     &ring::RING_RAW,
     &ring::TAPDISK_KILLED,
+    &crash::RAW_POWER_CUT,
     &crash::QCOW_POWER_CUT,
     &crash::OVERLAY_POWER_CUT,
     &crash::RECOVERY_CRASH,

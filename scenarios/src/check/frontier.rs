@@ -17,6 +17,8 @@ pub const NEVER: Clock = Clock::MAX;
 pub struct Version {
     /// The write.
     pub write: u64,
+    /// It wrote zeros, which do not say whose they are.
+    pub zero: bool,
     /// When it was submitted.
     pub inv: Clock,
     /// When it was answered; [`NEVER`] while it runs.
@@ -45,6 +47,10 @@ pub enum Order {
 }
 
 impl Version {
+    fn is_zero(&self, initial: bool) -> bool {
+        self.zero || (initial && self.write == 0)
+    }
+
     fn before(&self, other: &Version, order: Order) -> bool {
         match order {
             Order::Answer => self.res < other.inv,
@@ -63,6 +69,7 @@ impl Default for Block {
     fn default() -> Self {
         let initial = Version {
             write: 0,
+            zero: false,
             inv: 0,
             res: 0,
             failed: false,
@@ -77,10 +84,11 @@ impl Default for Block {
 }
 
 impl Block {
-    /// A write was submitted.
-    pub fn begin(&mut self, write: u64, inv: Clock) {
+    /// A write was submitted; `zero` if it is one of zeros.
+    pub fn begin(&mut self, write: u64, inv: Clock, zero: bool) {
         self.versions.push(Version {
             write,
+            zero,
             inv,
             res: NEVER,
             failed: false,
@@ -116,13 +124,7 @@ impl Block {
     /// Whether a read from `inv` to `res` may have seen `write`; if so, learns from it.
     pub fn read(&mut self, write: u64, inv: Clock, res: Clock, order: Order) -> bool {
         let Some(seen) = self.versions.iter().find(|v| v.write == write).copied() else { return false };
-        if seen.inv >= res || seen.stale_at < inv {
-            return false;
-        }
-        // In order of submission a read sees nothing that was submitted after it, and nothing that a write submitted
-        // between the two has replaced.
-        let replaced = |w: &Version| !w.failed && w.inv > seen.inv && w.inv < inv;
-        if order == Order::Submission && (seen.inv > inv || self.versions.iter().any(replaced)) {
+        if !self.shows(&seen, inv, res, order) {
             return false;
         }
         if self.versions.len() == 1 {
@@ -151,6 +153,40 @@ impl Block {
             }
         }
         true
+    }
+
+    /// Whether a read from `inv` to `res` may have seen `seen`, one of the versions.
+    fn shows(&self, seen: &Version, inv: Clock, res: Clock, order: Order) -> bool {
+        if seen.inv >= res || seen.stale_at < inv {
+            return false;
+        }
+        // In order of submission a read sees nothing that was submitted after it, and nothing that a write submitted
+        // between the two has replaced.
+        let replaced = |w: &Version| !w.failed && w.inv > seen.inv && w.inv < inv;
+        order != Order::Submission || (seen.inv <= inv && !self.versions.iter().any(replaced))
+    }
+
+    /// Whether a read from `inv` to `res` may have seen zeros; `initial` if there were zeros in the beginning. Learns
+    /// from it as far as it is clear whose zeros they were.
+    pub fn read_zeros(&mut self, initial: bool, inv: Clock, res: Clock, order: Order) -> bool {
+        let shown = |v: &&Version| v.is_zero(initial) && self.shows(v, inv, res, order);
+        let candidates: SmallVec<[Version; 4]> = self.versions.iter().filter(shown).copied().collect();
+        match &candidates[..] {
+            [] => false,
+            [only] => self.read(only.write, inv, res, order),
+            several => {
+                if several.iter().all(|v| v.unresolved) {
+                    // The medium held one of these, and stays with it.
+                    self.versions.retain(|v| !v.unresolved || v.is_zero(initial));
+                }
+                true
+            }
+        }
+    }
+
+    /// Whether the medium may hold zeros after a power cut now; `initial` as for reads.
+    pub fn zeros_may_survive(&self, initial: bool) -> bool {
+        self.versions.iter().any(|v| !v.superseded && v.is_zero(initial))
     }
 
     /// A flush that was submitted at `flush_inv` succeeded: writes answered before are durable.
@@ -208,6 +244,7 @@ impl Block {
         for v in &mut self.versions {
             *v = Version {
                 write: v.write,
+                zero: v.zero,
                 inv: now,
                 res: now,
                 failed: false,
@@ -230,7 +267,7 @@ mod tests {
     #[test]
     fn a_read_may_see_old_or_new_while_the_write_runs_but_not_go_back() {
         let mut b = Block::default();
-        b.begin(1, 10);
+        b.begin(1, 10, false);
         assert!(b.read(0, 11, 12, ANY));
         assert!(b.read(1, 13, 14, ANY), "the write runs: it may have happened");
         assert!(!b.read(0, 15, 16, ANY), "then it has happened");
@@ -242,8 +279,8 @@ mod tests {
     #[test]
     fn two_writes_beside_each_other_settle() {
         let mut b = Block::default();
-        b.begin(1, 1);
-        b.begin(2, 2);
+        b.begin(1, 1, false);
+        b.begin(2, 2, false);
         b.end(1, 3, true, NEVER, ANY);
         b.end(2, 4, true, NEVER, ANY);
         assert!(b.read(1, 5, 6, ANY));
@@ -255,7 +292,7 @@ mod tests {
     #[test]
     fn a_failed_write_is_old_or_new_and_then_stays() {
         let mut b = Block::default();
-        b.begin(1, 1);
+        b.begin(1, 1, false);
         b.end(1, 2, false, NEVER, ANY);
         let mut other = b.clone();
         assert!(b.read(0, 3, 4, ANY));
@@ -268,10 +305,10 @@ mod tests {
     #[test]
     fn flushed_writes_survive_and_running_ones_may() {
         let mut b = Block::default();
-        b.begin(1, 1);
+        b.begin(1, 1, false);
         b.end(1, 2, true, NEVER, ANY);
         assert!(b.may_survive(0) && b.may_survive(1));
-        b.begin(2, 3);
+        b.begin(2, 3, false);
         assert!(b.flushed(4, NEVER, ANY));
         assert!(!b.may_survive(0));
         assert_eq!(b.survivors().collect::<Vec<_>>(), [1, 2]);
@@ -283,7 +320,7 @@ mod tests {
         seen.power_cut(20);
         assert_eq!(seen.survivors().collect::<Vec<_>>(), [2]);
         assert!(seen.is_settled(), "also through another crash");
-        seen.begin(3, 30);
+        seen.begin(3, 30, false);
         assert!(!seen.is_settled(), "until it is written");
         assert_eq!(b.survivors().count(), 2);
     }
@@ -291,7 +328,7 @@ mod tests {
     #[test]
     fn an_older_read_may_see_what_a_flush_left_behind() {
         let mut b = Block::default();
-        b.begin(1, 5);
+        b.begin(1, 5, false);
         // A read that began at 3 still runs.
         b.end(1, 6, true, 3, ANY);
         b.flushed(7, 3, ANY);
@@ -300,16 +337,53 @@ mod tests {
     }
 
     #[test]
+    fn zeros_are_anybodys_who_may_be_seen() {
+        let mut b = Block::default();
+        assert!(b.clone().read_zeros(true, 1, 2, ANY) && !b.clone().read_zeros(false, 1, 2, ANY));
+        b.begin(1, 3, false);
+        b.end(1, 4, true, NEVER, ANY);
+        assert!(!b.clone().read_zeros(true, 5, 6, ANY), "the zeros of the beginning are gone");
+        b.begin(2, 7, true);
+        b.end(2, 8, true, NEVER, ANY);
+        assert!(b.clone().read_zeros(false, 9, 10, ANY) && !b.read(1, 9, 10, ANY));
+        b.flushed(11, NEVER, ANY);
+        b.begin(3, 12, false);
+        b.end(3, 13, true, NEVER, ANY);
+        assert!(b.zeros_may_survive(false) && b.may_survive(3) && !b.may_survive(1));
+        b.flushed(14, NEVER, ANY);
+        assert!(!b.zeros_may_survive(true));
+        // A discard is zeros that may have happened or not: an answer is no promise.
+        b.begin(4, 15, true);
+        b.end(4, 16, false, NEVER, ANY);
+        let mut kept = b.clone();
+        assert!(kept.read(3, 17, 18, ANY) && !kept.read_zeros(false, 19, 20, ANY));
+        assert!(b.read_zeros(false, 17, 18, ANY) && !b.read(3, 19, 20, ANY));
+    }
+
+    #[test]
+    fn one_of_several_zeros_stays_after_a_crash() {
+        let mut b = Block::default();
+        for (write, zero) in [(1, true), (2, false)] {
+            b.begin(write, 10 * write, zero);
+            b.end(write, 10 * write + 1, true, NEVER, ANY);
+        }
+        b.power_cut(30);
+        assert!(b.clone().read(2, 31, 32, ANY));
+        assert!(b.read_zeros(true, 31, 32, ANY), "of the beginning, or of write 1");
+        assert!(!b.read(2, 33, 34, ANY) && b.read_zeros(true, 33, 34, ANY));
+    }
+
+    #[test]
     fn in_order_of_submission_nothing_goes_either_way() {
         let ordered = Order::Submission;
         let mut b = Block::default();
-        b.begin(1, 1);
-        b.begin(2, 2);
+        b.begin(1, 1, false);
+        b.begin(2, 2, false);
         b.end(2, 4, true, NEVER, ordered);
         b.end(1, 5, true, NEVER, ordered);
         assert!(!b.clone().read(1, 6, 7, ordered), "the second write was submitted later");
         assert!(b.clone().read(2, 6, 7, ordered));
-        b.begin(3, 8);
+        b.begin(3, 8, false);
         assert!(!b.clone().read(3, 7, 9, ordered), "a read does not see what was submitted after it");
         assert!(!b.clone().read(2, 9, 10, ordered), "and waits for what was submitted before it");
         b.end(3, 11, false, NEVER, ordered);

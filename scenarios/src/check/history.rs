@@ -66,6 +66,25 @@ impl std::fmt::Display for Wrong {
     }
 }
 
+/// What bytes of a sector say about where they come from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Seen {
+    /// This write, or what was there in the beginning.
+    Write(WriteId),
+    /// Zeros: of any write of zeros, or of the beginning if there were zeros.
+    Zeros { initial: bool },
+}
+
+impl std::fmt::Display for Seen {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Seen::Write(0) => f.write_str("what was there in the beginning"),
+            Seen::Write(write) => write!(f, "write {write}"),
+            Seen::Zeros { .. } => f.write_str("zeros"),
+        }
+    }
+}
+
 /// The history of one disk.
 #[derive(Clone)]
 pub struct BlockHistory {
@@ -164,10 +183,20 @@ impl BlockHistory {
 
     /// A write is submitted; its payload is made by [`BlockHistory::payload`].
     pub fn begin_write(&mut self, range: SectorRange) -> WriteId {
+        self.begin(range, false)
+    }
+
+    /// A write of zeros is submitted, or a discard, which is zeros that may happen or not: it ends like a write that
+    /// failed, whatever the answer.
+    pub fn begin_zeros(&mut self, range: SectorRange) -> WriteId {
+        self.begin(range, true)
+    }
+
+    fn begin(&mut self, range: SectorRange, zero: bool) -> WriteId {
         let write = self.next_write;
         self.next_write += 1;
         let inv = self.tick();
-        self.each(range, |b| b.begin(write, inv));
+        self.each(range, |b| b.begin(write, inv, zero));
         self.running.push((write, range));
         let last = (range.start.0 + u64::from(range.count) - 1) / BLOCK;
         for cell in range.start.0 / BLOCK..=last {
@@ -224,20 +253,20 @@ impl BlockHistory {
             };
             let mut seen = None;
             for i in 0..n {
-                let write = self.version_of(sector + i, slice(i))?;
-                if seen.is_some_and(|s| s != write) {
+                let found = self.seen(sector + i, slice(i))?;
+                if seen.is_some_and(|s| s != found) {
                     // Equal until now, different from here on.
                     seen = None;
                     break;
                 }
-                seen = Some(write);
+                seen = Some(found);
             }
             match seen {
-                Some(write) => self.see(SectorRange::new(sector, n as u32), write, inv, res)?,
+                Some(seen) => self.see(SectorRange::new(sector, n as u32), seen, inv, res)?,
                 None => {
                     for i in 0..n {
-                        let write = self.version_of(sector + i, slice(i))?;
-                        self.see(SectorRange::new(sector + i, 1), write, inv, res)?;
+                        let seen = self.seen(sector + i, slice(i))?;
+                        self.see(SectorRange::new(sector + i, 1), seen, inv, res)?;
                     }
                 }
             }
@@ -246,45 +275,47 @@ impl BlockHistory {
         Ok(())
     }
 
-    fn see(&mut self, range: SectorRange, write: WriteId, inv: Clock, res: Clock) -> Result<(), Wrong> {
+    fn see(&mut self, range: SectorRange, seen: Seen, inv: Clock, res: Clock) -> Result<(), Wrong> {
         let mut bad = None;
         let order = self.order;
         self.each(range, |b| {
-            if bad.is_none() && !b.read(write, inv, res, order) {
+            let may_be = |b: &mut Block| match seen {
+                Seen::Write(write) => b.read(write, inv, res, order),
+                Seen::Zeros { initial } => b.read_zeros(initial, inv, res, order),
+            };
+            if bad.is_none() && !may_be(b) {
                 bad = Some((b.describe(), b.is_settled()));
             }
         });
         match bad {
             None => Ok(()),
             Some((versions, settled)) => {
-                let text = format!("sector {} holds {}, but may hold {versions}", range.start.0, name(write));
+                let text = format!("sector {} holds {seen}, but may hold {versions}", range.start.0);
                 Err(if settled { Wrong::Unstable(text) } else { Wrong::Version(text) })
             }
         }
     }
 
-    /// Which write put these bytes at `sector`.
-    ///
-    /// # Errors
-    /// If none did.
-    pub fn version_of(&self, sector: u64, bytes: &[u8]) -> Result<WriteId, Wrong> {
-        match Tag::find(bytes, self.full) {
+    /// Who put these bytes at `sector`; fails if nobody did.
+    fn seen(&self, sector: u64, bytes: &[u8]) -> Result<Seen, Wrong> {
+        let found = Tag::find(bytes, self.full);
+        match found {
             Found::Tag(t) if t.writer == self.writer && t.sector == sector && t.op < self.next_write => {
-                return Ok(t.op);
+                return Ok(Seen::Write(t.op));
             }
-            Found::Zero if matches!(self.initial, Initial::Zero) => return Ok(0),
+            Found::Zero if matches!(self.initial, Initial::Zero) => return Ok(Seen::Zeros { initial: true }),
             _ => {}
         }
         if let Initial::Bytes(pages) = &self.initial {
             let mut was = [0; SECTOR_BYTES as usize];
             pages.read(sector * SECTOR_BYTES, &mut was);
-            if was == *bytes {
-                return Ok(0);
+            match found {
+                Found::Zero => return Ok(Seen::Zeros { initial: was == *bytes }),
+                _ if was == *bytes => return Ok(Seen::Write(0)),
+                _ => {}
             }
         }
-        let found = Tag::find(bytes, self.full);
-        let text = format!("sector {sector} holds {found}");
-        Err(if found == Found::Zero { Wrong::Version(text) } else { Wrong::Foreign(text) })
+        Err(Wrong::Foreign(format!("sector {sector} holds {found}")))
     }
 
     /// A flush is submitted.
@@ -319,12 +350,16 @@ impl BlockHistory {
     /// # Errors
     /// What is wrong.
     pub fn check_survivor(&self, sector: u64, bytes: &[u8]) -> Result<(), Wrong> {
-        let write = self.version_of(sector, bytes)?;
+        let seen = self.seen(sector, bytes)?;
         let block = self.block(sector);
-        if block.may_survive(write) {
+        let may = match seen {
+            Seen::Write(write) => block.may_survive(write),
+            Seen::Zeros { initial } => block.zeros_may_survive(initial),
+        };
+        if may {
             return Ok(());
         }
-        let text = format!("sector {sector} holds {}, but may hold {}", name(write), block.describe());
+        let text = format!("sector {sector} holds {seen}, but may hold {}", block.describe());
         Err(Wrong::Version(text))
     }
 
@@ -372,10 +407,6 @@ impl BlockHistory {
     }
 }
 
-fn name(write: WriteId) -> String {
-    if write == 0 { "what was there in the beginning".into() } else { format!("write {write}") }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -399,7 +430,7 @@ mod tests {
         h.check_read(inv, SectorRange::new(0, 32), &bytes).unwrap();
         let inv = h.begin_read();
         let old = h.check_read(inv, SectorRange::new(8, 1), &[0; 512]).unwrap_err();
-        assert!(old.to_string().contains("what was there in the beginning"), "{old}");
+        assert!(old.to_string().contains("holds zeros"), "{old}");
         let inv = h.begin_read();
         let misplaced = sector_of(&h, w, 9);
         let wrong = h.check_read(inv, SectorRange::new(8, 1), &misplaced).unwrap_err();

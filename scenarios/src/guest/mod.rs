@@ -15,6 +15,7 @@ use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
 use std::rc::Rc;
 use std::task::{Poll, Waker};
+use tap_core::ZeroFlags;
 use tap_host::{Errno, IoKind, SECTOR_BYTES, SectorRange};
 
 /// A disk as a guest sees it, whatever lies between.
@@ -33,6 +34,16 @@ pub trait GuestDisk: Clone + 'static {
     ) -> impl Future<Output = Result<(), Errno>>;
     /// Flushes.
     fn flush(&self) -> impl Future<Output = Result<(), Errno>>;
+    /// Makes `range` zeros.
+    fn write_zeroes(&self, range: SectorRange, flags: ZeroFlags) -> impl Future<Output = Result<(), Errno>> {
+        let _ = (range, flags);
+        async { Err(Errno::EOPNOTSUPP) }
+    }
+    /// Gives `range` up.
+    fn discard(&self, range: SectorRange) -> impl Future<Output = Result<(), Errno>> {
+        let _ = range;
+        async { Err(Errno::EOPNOTSUPP) }
+    }
     /// Sectors that one request may have at most.
     fn max_sectors(&self) -> u32;
 }
@@ -125,6 +136,8 @@ impl<D: GuestDisk> Guest<D> {
                 IoKind::Read => self.read(op.range).await,
                 IoKind::Write => self.write(op.range).await,
                 IoKind::Flush => self.flush().await,
+                IoKind::WriteZeroes => self.zeroes(op.range, op.zeroes).await,
+                IoKind::Discard => self.discard(op.range).await,
             };
             self.world.count(|s| s.requests += 1);
             let Err(error) = result else { return };
@@ -184,6 +197,26 @@ impl<D: GuestDisk> Guest<D> {
         self.history.borrow_mut().end_write(write, result.is_ok());
         self.remark(|| format!("write {write} to {range} {}", ended(result)));
         result
+    }
+
+    /// Zeros; written as a guest does where the disk cannot make them.
+    async fn zeroes(&self, range: SectorRange, flags: ZeroFlags) -> Result<(), Errno> {
+        let write = self.history.borrow_mut().begin_zeros(range);
+        self.remark(|| format!("submits zeros {write} to {range}"));
+        let result = self.disk.write_zeroes(range, flags).await;
+        self.history.borrow_mut().end_write(write, result.is_ok());
+        self.remark(|| format!("zeros {write} to {range} {}", ended(result)));
+        if result == Err(Errno::EOPNOTSUPP) { self.write(range).await } else { result }
+    }
+
+    /// A discard: an answer of it promises nothing.
+    async fn discard(&self, range: SectorRange) -> Result<(), Errno> {
+        let write = self.history.borrow_mut().begin_zeros(range);
+        self.remark(|| format!("submits discard {write} of {range}"));
+        let result = self.disk.discard(range).await;
+        self.history.borrow_mut().end_write(write, false);
+        self.remark(|| format!("discard {write} of {range} {}", ended(result)));
+        if result == Err(Errno::EOPNOTSUPP) { Ok(()) } else { result }
     }
 
     /// One flush.
@@ -289,9 +322,9 @@ mod tests {
             let disk = DirectDisk::new(Rc::new(Answers(result)), 1 << 20);
             let guest = Guest::new(&world, disk, Rc::new(RefCell::new(history)), manners);
             let range = SectorRange::new(3, 2);
-            guest.one(Op { kind: IoKind::Read, range }).await;
-            guest.one(Op { kind: IoKind::Write, range }).await;
-            guest.one(Op { kind: IoKind::Read, range }).await;
+            guest.one(Op::new(IoKind::Read, range)).await;
+            guest.one(Op::new(IoKind::Write, range)).await;
+            guest.one(Op::new(IoKind::Read, range)).await;
         })
     }
 

@@ -18,8 +18,8 @@ pub struct CreateOptions {
     pub l2_bits: Option<u32>,
     /// Name of the file that shows where nothing was written; relative to the image's directory.
     pub backing: Option<String>,
-    /// Write the image onto the block device at the path instead of making a new file.
-    pub on_device: bool,
+    /// Write the image into the file that is at the path, whose content is lost, or onto the block device there.
+    pub existing: bool,
 }
 
 /// Creates an empty image of a disk of `size_bytes`, a multiple of 512. The image is durable, and so is its name.
@@ -38,10 +38,10 @@ pub async fn create<H: ImageHost>(
         format: "qcow",
         what,
     })?;
-    let file = ImageFile::create(host, path, options.on_device).await?;
+    let file = ImageFile::create(host, path, options.existing).await?;
     let front_bytes = geometry.l1_end().next_multiple_of(L1_ALIGN);
-    if options.on_device && !(file.info.block_device && front_bytes <= file.info.size_bytes) {
-        let what = "it is no block device, or too small".to_owned();
+    if file.info.block_device && front_bytes > file.info.size_bytes {
+        let what = format!("the device has {} bytes and {front_bytes} are needed", file.info.size_bytes);
         return Err(ImageError::Options { path: path.to_owned(), format: "qcow", what });
     }
     let write = async {

@@ -44,12 +44,13 @@ use crate::{ImageError, ImageHost, OpenOptions};
 use alloc::Allocator;
 use format::{COMPRESSED, Geometry};
 use inflate::Inflater;
+use open::Front;
 use std::cell::RefCell;
 use std::rc::Rc;
 use table::{Cache, Table};
 use tap_core::wait::Semaphore;
 use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, WaitReport};
-use tap_host::{Bug, Errno, SECTOR_BYTES, SectorRange};
+use tap_host::{Bug, Errno, FileInfo, SECTOR_BYTES, SectorRange};
 
 /// Bounds of an open qcow image.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -101,6 +102,16 @@ impl<H: ImageHost> Qcow<H> {
     /// Allocations and tables that wait for others, and for which: what to print when nothing moves any more.
     pub fn wait_report(&self) -> Vec<WaitReport> {
         self.image.borrow().as_ref().map(|image| image.file.tracker().report()).unwrap_or_default()
+    }
+
+    /// Size of the disk and of a cluster in bytes, the backing file's name, and what holds for the file.
+    pub(crate) async fn describe(
+        host: &H,
+        path: &str,
+    ) -> Result<(u64, u64, Option<Vec<u8>>, FileInfo), ImageError> {
+        let front = Front::read(host, path, false, false).await?;
+        let geometry = front.header.geometry;
+        Ok((geometry.size_bytes, geometry.cluster_bytes(), front.backing_name, front.file.info))
     }
 
     /// Whether the file at `path` begins like a qcow image of version 1.

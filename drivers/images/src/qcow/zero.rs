@@ -17,7 +17,7 @@ use crate::raw::MAX_EXTENTS;
 use smallvec::smallvec;
 use std::rc::Rc;
 use tap_core::{Extent, Source, ZeroFlags};
-use tap_host::{Errno, IoVec, SECTOR_BYTES, SectorRange, ZeroMode};
+use tap_host::{Bug, Errno, IoVec, SECTOR_BYTES, SectorRange, ZeroMode};
 
 /// Most zeros written at once, in bytes.
 const CHUNK_BYTES: u64 = 1 << 20;
@@ -124,7 +124,8 @@ impl<H: ImageHost> Image<H> {
             Mapping::Plain(host) => Work::InPlace(host + at % self.geometry.cluster_bytes()),
             Mapping::Compressed(_) => Work::Write,
             Mapping::Unmapped => {
-                let shows_below = self.backing_shows(cluster << self.geometry.cluster_bits);
+                let shows_below = self.backing_shows(cluster << self.geometry.cluster_bits)
+                    && !self.host.bug(Bug::ZeroesSkippedBelow);
                 // What a failed try left may be found at the place after a crash.
                 let in_doubt = self.allocator.borrow().suspects.contains_key(&cluster);
                 if shows_below || in_doubt { Work::Write } else { Work::Nothing }

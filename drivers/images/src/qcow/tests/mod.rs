@@ -4,6 +4,7 @@ mod behaviour;
 mod bugs;
 mod hostile;
 mod trial;
+mod zero;
 
 use super::*;
 use crate::testing::World;
@@ -63,7 +64,7 @@ impl Setup {
             cluster_bits: Some(self.cluster_bits),
             l2_bits: Some(self.l2_bits),
             backing: self.base_sectors.map(|_| "base".to_owned()),
-            on_device: self.device.is_some(),
+            existing: self.device.is_some(),
         };
         let (host, bytes) = (world.clone(), self.sectors * 512);
         world.block_on(async move { create(&host, PATH, bytes, &options).await }).unwrap();

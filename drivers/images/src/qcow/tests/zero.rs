@@ -1,0 +1,129 @@
+//! Zeros, discards and extents.
+
+use super::*;
+use crate::testing::{Effect, Fault};
+use tap_core::{Source, ZeroFlags};
+
+fn zero(qcow: &Qcow<World>, start: u64, sectors: u32, flags: ZeroFlags) -> LocalBoxFuture<Response> {
+    qcow.submit(Request::write_zeroes(SectorRange::new(start, sectors), flags))
+}
+
+const PLAIN: ZeroFlags = ZeroFlags { unmap: false, fast: false };
+const FAST: ZeroFlags = ZeroFlags { unmap: true, fast: true };
+
+fn overlay() -> Setup {
+    Setup { base_sectors: Some(200), compressed: true, ..SMALL }
+}
+
+#[test]
+fn zeros_hide_what_is_below_and_discards_do_not() {
+    for refuse in [false, true] {
+        let world = World::new(3);
+        overlay().create(&world);
+        if refuse {
+            world.refuse_zeroing();
+        }
+        let qcow = overlay().open(&world);
+        // Sector 10 on is written; 0, 3 and 70 are compressed; the rest shows the base.
+        world.block_on(write(&qcow, 10, 4, 9)).result.unwrap();
+        let before = all(&world, &qcow);
+        world.block_on(qcow.submit(Request::discard(SectorRange::new(0, 256)))).result.unwrap();
+        let after = all(&world, &qcow);
+        for (s, (old, new)) in before.iter().zip(&after).enumerate() {
+            assert!(new == old || *new == Some(0) && !refuse, "sector {s}: {old:?} became {new:?}");
+        }
+        assert_eq!(after[10..14], if refuse { [Some(9); 4] } else { [Some(0); 4] });
+        assert_eq!(world.block_on(zero(&qcow, 100, 20, FAST)).result, Err(Errno::EOPNOTSUPP));
+        assert_eq!(all(&world, &qcow), after, "a refusal changes nothing");
+        let fast = world.block_on(zero(&qcow, 10, 4, FAST)).result;
+        assert_eq!(fast, if refuse { Err(Errno::EOPNOTSUPP) } else { Ok(()) });
+        world.block_on(zero(&qcow, 1, 30, PLAIN)).result.unwrap();
+        world.block_on(zero(&qcow, 195, 20, ZeroFlags { unmap: true, fast: false })).result.unwrap();
+        world.block_on(qcow.close()).unwrap();
+        let again = all(&world, &overlay().open(&world));
+        for (s, got) in again.iter().enumerate() {
+            let zeroed = (1..31).contains(&s) || s >= 195;
+            assert_eq!(*got, if zeroed { Some(0) } else { after[s] }, "sector {s}");
+        }
+        assert_eq!(checked(&world).problem_count, 0);
+    }
+}
+
+#[test]
+fn zeros_without_anything_below_cost_nothing() {
+    let world = World::new(4);
+    SMALL.create(&world);
+    let qcow = SMALL.open(&world);
+    world.block_on(write(&qcow, 0, 3, 7)).result.unwrap();
+    let (size, ops) = (world.bytes(PATH).len(), world.ops());
+    world.block_on(zero(&qcow, 8, 240, FAST)).result.unwrap();
+    assert_eq!((world.bytes(PATH).len(), world.ops()), (size, ops), "no operation of the host");
+    world.block_on(zero(&qcow, 1, 100, FAST)).result.unwrap();
+    assert_eq!(world.bytes(PATH).len(), size);
+    assert_eq!(all(&world, &qcow)[..4], [Some(7), Some(0), Some(0), Some(0)]);
+    assert_eq!(world.block_on(zero(&qcow, 250, 7, PLAIN)).result, Err(Errno::EINVAL));
+}
+
+/// The entry of a write that failed may be in the file all the same, and show up after a crash: zeros that are answered
+/// take its place instead of relying on what is told.
+#[test]
+fn zeros_are_written_where_a_failed_write_may_have_left_bytes() {
+    let world = World::new(5);
+    SMALL.create(&world);
+    let qcow = SMALL.open(&world);
+    world.block_on(write(&qcow, 0, 1, 1)).result.unwrap();
+    // The data goes through; the entry is answered with an error.
+    let nth = world.ops() + 1;
+    world.fail(Some(Fault { nth, error: Errno::EIO, effect: Effect::All, sticky: false }));
+    let failing = world.clone();
+    let answer = world.block_on({
+        let qcow = Rc::clone(&qcow);
+        async move {
+            let answer = write(&qcow, 20, 2, 5).await;
+            failing.fail(None);
+            answer
+        }
+    });
+    assert_eq!(answer.result, Err(Errno::EIO));
+    world.block_on(zero(&qcow, 20, 2, PLAIN)).result.unwrap();
+    let extents = world.block_on(qcow.extents(SectorRange::new(20, 2))).unwrap();
+    assert!(matches!(extents[0].source, Source::Image { depth: 0, .. }), "{extents:?}");
+    flush(&world, &qcow).unwrap();
+    let world = world.as_seen();
+    assert_eq!(all(&world, &SMALL.open(&world))[20..22], [Some(0); 2]);
+}
+
+#[test]
+fn extents_say_where_bytes_come_from() {
+    let world = World::new(6);
+    overlay().create(&world);
+    let qcow = overlay().open(&world);
+    world.block_on(write(&qcow, 12, 8, 9)).result.unwrap();
+    let mut seen = Vec::new();
+    let mut at = 0;
+    while at < 256 {
+        for extent in world.block_on(qcow.extents(SectorRange::new(at, (256 - at) as u32))).unwrap() {
+            let depth = match extent.source {
+                Source::Nothing => None,
+                Source::Image { depth, compressed, .. } => Some((depth, compressed)),
+            };
+            seen.push((at, extent.count, depth, extent.zero));
+            at += extent.count;
+        }
+    }
+    assert_eq!(at, 256);
+    let of = |sector: u64| *seen.iter().find(|s| s.0 <= sector && sector < s.0 + s.1).unwrap();
+    assert_eq!(of(0).2, Some((0, true)), "compressed");
+    assert_eq!(of(2).2, Some((1, false)), "from the base");
+    assert_eq!(of(13).2, Some((0, false)), "our own");
+    assert_eq!(
+        (of(199).2, of(200).2, of(200).3),
+        (Some((1, false)), None, true),
+        "behind the end of the base"
+    );
+    // An image that was opened for reading says the same.
+    world.block_on(qcow.close()).unwrap();
+    let reader = overlay().try_open(&world, false).unwrap();
+    let first = world.block_on(reader.extents(SectorRange::new(0, 256))).unwrap();
+    assert_eq!(first[0].source, Source::Image { depth: 0, offset: None, compressed: true });
+}

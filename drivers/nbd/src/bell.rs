@@ -1,0 +1,70 @@
+//! Tells a task that it has to stop what it is waiting for.
+
+use std::cell::Cell;
+use std::future::{Future, poll_fn};
+use std::pin::{Pin, pin};
+use std::task::{Poll, Waker};
+
+/// Rung once, for one listening task, with a reason.
+#[derive(Default)]
+pub(crate) struct Bell {
+    why: Cell<Option<&'static str>>,
+    waker: Cell<Option<Waker>>,
+}
+
+impl Bell {
+    /// Rings; only the first reason counts.
+    pub(crate) fn ring(&self, why: &'static str) {
+        if self.why.get().is_none() {
+            self.why.set(Some(why));
+        }
+        self.wake();
+    }
+
+    /// Why it was rung.
+    pub(crate) fn why(&self) -> Option<&'static str> {
+        self.why.get()
+    }
+
+    /// Lets the listening task look again, without ringing.
+    pub(crate) fn wake(&self) {
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+    }
+
+    /// Makes `waker` that of the listening task.
+    pub(crate) fn listen(&self, waker: &Waker) {
+        let own = self.waker.take().filter(|own| own.will_wake(waker));
+        self.waker.set(Some(own.unwrap_or_else(|| waker.clone())));
+    }
+
+    /// What `future` comes to, or `None` if the bell rings before; `future` is then dropped.
+    pub(crate) async fn unless_rung<T>(&self, future: impl Future<Output = T>) -> Option<T> {
+        let mut future = pin!(future);
+        poll_fn(|cx| {
+            if self.why.get().is_some() {
+                return Poll::Ready(None);
+            }
+            let done = future.as_mut().poll(cx).map(Some);
+            if done.is_pending() {
+                self.listen(cx.waker());
+            }
+            done
+        })
+        .await
+    }
+}
+
+/// What `future` comes to, or `None` if `limit` completes before; `future` is then dropped.
+pub(crate) async fn first<T>(
+    mut limit: Pin<&mut impl Future<Output = ()>>,
+    future: impl Future<Output = T>,
+) -> Option<T> {
+    let mut future = pin!(future);
+    poll_fn(|cx| match future.as_mut().poll(cx) {
+        Poll::Ready(value) => Poll::Ready(Some(value)),
+        Poll::Pending => limit.as_mut().poll(cx).map(|()| None),
+    })
+    .await
+}

@@ -1,0 +1,154 @@
+//! The life of a client: a connection, the next one when it breaks, and what happens to requests in between.
+//!
+//! ```text
+//!   connected ──breaks──► waiting ──► connected: everything in flight is sent again
+//!                            │  reconnect_ns are over: requests fail, attempts go on
+//!                            └──► the server came back as another disk: requests fail for ever
+//! ```
+
+use super::link::{Link, Receiver};
+use super::{Breaks, ClientError, Inner, open};
+use crate::bell::Bell;
+use crate::inlet::Inlet;
+use std::rc::Rc;
+use tap_abi::nbd::CMD_FLUSH;
+use tap_host::{Bug, Errno, Event, Log, Mark, Probe, Sockets, Stream, Tasks, Time};
+
+type Connected<H> = (Rc<Link<<H as Sockets>::Stream>>, Inlet<<H as Sockets>::Stream>);
+
+impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
+    /// Makes `stream` the connection that requests go to.
+    pub(super) fn start(self: &Rc<Self>, stream: H::Stream, context: Option<u32>) -> Rc<Link<H::Stream>> {
+        let link = Rc::new(Link::new(stream, context));
+        *self.link.borrow_mut() = Some(Rc::clone(&link));
+        let own = Rc::clone(&link);
+        self.host.spawn("nbd-requests", 0, async move { own.send_requests().await });
+        let (inner, own) = (Rc::clone(self), Rc::clone(&link));
+        self.host.spawn("nbd-patience", 0, async move { inner.watch(&own).await });
+        link
+    }
+
+    /// Runs connection after connection.
+    pub(super) async fn drive(self: Rc<Self>, mut link: Rc<Link<H::Stream>>, mut inlet: Inlet<H::Stream>) {
+        loop {
+            let bell = Bell::default();
+            let receiver = Receiver { inner: &self, link: &link, inlet: &mut inlet, bell: &bell };
+            let why = receiver.run().await;
+            self.disconnected(&link, why);
+            if self.closed.get() {
+                return;
+            }
+            match self.bell.unless_rung(self.reconnect()).await {
+                Some(Some(next)) => (link, inlet) = next,
+                _ => return,
+            }
+        }
+    }
+
+    fn disconnected(&self, link: &Link<H::Stream>, why: &'static str) {
+        link.ended.set(true);
+        link.stream.shutdown();
+        link.out.close();
+        if self.closed.get() {
+            return;
+        }
+        self.link.borrow_mut().take();
+        self.host.log(Event::NbdServerLost { why });
+        if self.answered.get() > self.flushed.get() {
+            self.host.mark(Mark::NbdUnflushedLost);
+            if self.config.breaks == Breaks::MayLose {
+                self.lost.set(true);
+            }
+        }
+    }
+
+    /// Tries until there is a connection again; `None` if the server cannot be the same any more.
+    async fn reconnect(self: &Rc<Self>) -> Option<Connected<H>> {
+        let deadline_ns = self.host.now_ns().saturating_add(self.config.reconnect_ns);
+        let mut pause_ns = self.config.pause_ns.max(1);
+        loop {
+            let why = match open(&self.host, &self.config).await {
+                Ok((terms, stream, inlet)) => match self.terms.broken_by(&terms) {
+                    None => return Some((self.resume(stream, terms.context), inlet)),
+                    Some(why) => {
+                        stream.shutdown();
+                        self.host.log(Event::NbdServerGone { why });
+                        self.give_up(Errno::EIO);
+                        return None;
+                    }
+                },
+                Err(ClientError::Connect(..)) => "it cannot be connected to",
+                Err(ClientError::Negotiation(_, why)) => why,
+                Err(ClientError::Refused(..)) => "it refuses the export",
+            };
+            if self.host.now_ns() >= deadline_ns && self.refusal.get().is_none() {
+                self.host.log(Event::NbdServerGone { why });
+                self.give_up(Errno::EIO);
+            }
+            self.host.sleep_ns(pause_ns).await;
+            pause_ns = pause_ns.saturating_mul(2).min(self.config.pause_most_ns.max(1));
+        }
+    }
+
+    /// Sends everything again that was not answered, in its order.
+    fn resume(self: &Rc<Self>, stream: H::Stream, context: Option<u32>) -> Rc<Link<H::Stream>> {
+        let link = self.start(stream, context);
+        self.refusal.set(None);
+        let cookies: Vec<u64> = self.pending.borrow().keys().copied().collect();
+        self.host.mark(Mark::NbdServerBack);
+        self.host.log(Event::NbdServerBack { resent: cookies.len() as u64 });
+        for cookie in cookies {
+            self.host.mark(Mark::NbdResent);
+            let write = self.pending.borrow().get(&cookie).is_some_and(|p| p.call.is_write());
+            if write && self.host.bug(Bug::NbdLostAtBreak) {
+                self.finish(cookie, Ok(()));
+                continue;
+            }
+            self.put(&link.out, cookie);
+        }
+        link
+    }
+
+    /// Answers a request.
+    pub(super) fn finish(&self, cookie: u64, result: Result<(), Errno>) {
+        let mut all = self.pending.borrow_mut();
+        let Some(pending) = all.remove(&cookie) else { return };
+        if all.is_empty() {
+            self.busy.clear();
+        }
+        drop(all);
+        let call = pending.call;
+        if result.is_ok() && call.is_write() && call.flags & tap_abi::nbd::command::FUA == 0 {
+            self.answered.set(self.answered.get() + 1);
+        }
+        if result.is_ok() && call.command == CMD_FLUSH {
+            self.flushed.set(self.flushed.get().max(call.covers));
+        }
+        // Who asked may not wait any more; the buffers are then dropped here.
+        let _ = pending.tell.send((result, call));
+    }
+
+    /// Answers everything with `error`, now and from now on.
+    pub(super) fn give_up(&self, error: Errno) {
+        self.refusal.set(Some(error));
+        let cookies: Vec<u64> = self.pending.borrow().keys().copied().collect();
+        cookies.into_iter().for_each(|cookie| self.finish(cookie, Err(error)));
+    }
+
+    /// Breaks `link` when a request has waited too long.
+    async fn watch(&self, link: &Link<H::Stream>) {
+        while !link.ended.get() {
+            let oldest = self.pending.borrow().values().map(|p| p.call.sent_ns).min();
+            let Some(sent_ns) = oldest else {
+                self.busy.wait().await;
+                continue;
+            };
+            let until_ns = sent_ns.saturating_add(self.config.request_ns);
+            let now_ns = self.host.now_ns();
+            if now_ns >= until_ns {
+                return link.give_up("a request was not answered in time");
+            }
+            self.host.sleep_ns(until_ns - now_ns).await;
+        }
+    }
+}

@@ -1,0 +1,320 @@
+//! One connection of a client, from the end of its negotiation on.
+
+use super::{Call, Inner};
+use crate::bell::Bell;
+use crate::inlet::{End, Inlet};
+use crate::outbox::{Outbox, send_all};
+use std::cell::Cell;
+use std::convert::Infallible;
+use std::rc::Rc;
+use tap_abi::nbd::{
+    CHUNK_BLOCK_STATUS, CHUNK_DONE, CHUNK_ERROR_BIT, CHUNK_MAGIC, CHUNK_NONE, CHUNK_OFFSET_DATA,
+    CHUNK_OFFSET_HOLE, CMD_BLOCK_STATUS, CMD_DISC, CMD_READ, ChunkHeader, ErrorHead, OffsetData, OffsetHole,
+    RequestHeader, SIMPLE_MAGIC, SimpleReply, StatusExtent, error,
+};
+use tap_core::wait::{Permit, Sender};
+use tap_host::{Errno, IoBuf, Log, Mark, Probe, SendList, Sockets, Stream, Tasks, Time, copy_from_slice};
+use zerocopy::byteorder::big_endian::U32;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// A request that is not answered.
+pub(super) struct Pending {
+    pub(super) call: Call,
+    pub(super) tell: Sender<(Result<(), Errno>, Call)>,
+    pub(super) _permit: Permit,
+}
+
+pub(super) struct Link<S> {
+    pub(super) stream: S,
+    pub(super) out: Outbox,
+    /// The number of `base:allocation` on this connection.
+    context: Option<u32>,
+    /// Why it was broken from here.
+    broken: Cell<Option<&'static str>>,
+    pub(super) ended: Cell<bool>,
+}
+
+/// Data of at least so many bytes is received straight into its buffer.
+const DIRECT_BYTES: usize = 4096;
+/// Extents of one answer that are kept.
+const EXTENTS_MAX: usize = 4096;
+
+/// Puts `call` on the wire.
+pub(super) fn write_request(list: &mut SendList, cookie: u64, call: &Call) {
+    let header = RequestHeader::new(call.command, call.flags, cookie, call.offset, call.len);
+    list.push_bytes(header.as_bytes());
+    call.payload.iter().for_each(|buf| list.push_shared(Rc::clone(buf)));
+}
+
+impl<S: Stream> Link<S> {
+    pub(super) fn new(stream: S, context: Option<u32>) -> Self {
+        Self { stream, out: Outbox::default(), context, broken: Cell::new(None), ended: Cell::new(false) }
+    }
+
+    /// Breaks the connection; whoever receives then learns why.
+    pub(super) fn give_up(&self, why: &'static str) {
+        if self.broken.get().is_none() {
+            self.broken.set(Some(why));
+        }
+        self.stream.shutdown();
+    }
+
+    /// Says good-bye; the writer closes the stream behind it.
+    pub(super) fn leave(&self) {
+        self.out.put(|list| list.push_bytes(RequestHeader::new(CMD_DISC, 0, 0, 0, 0).as_bytes()));
+        self.out.close();
+    }
+
+    /// Sends requests until the outbox is closed.
+    pub(super) async fn send_requests(&self) {
+        let mut list = SendList::new();
+        while self.out.next(&mut list).await.is_some() {
+            let (result, rest) = send_all(&self.stream, list).await;
+            if result.is_err() {
+                self.give_up("a request could not be sent");
+                return;
+            }
+            list = rest;
+        }
+        self.stream.shutdown();
+    }
+}
+
+/// What a reader wants to know about a request that a reply is for.
+struct Target {
+    command: u16,
+    offset: u64,
+    len: u64,
+}
+
+/// The receiving half of a link at work.
+pub(super) struct Receiver<'a, H: Sockets> {
+    pub(super) inner: &'a Inner<H>,
+    pub(super) link: &'a Link<H::Stream>,
+    pub(super) inlet: &'a mut Inlet<H::Stream>,
+    /// Never rung: a connection is given up by closing it, so that buffers come back.
+    pub(super) bell: &'a Bell,
+}
+
+type Why = &'static str;
+
+const UNKNOWN_COOKIE: Why = "it answered what nobody had asked";
+
+impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
+    /// Receives replies until the connection ends; why it did.
+    pub(super) async fn run(mut self) -> Why {
+        let Err(why) = self.replies().await;
+        self.link.broken.get().unwrap_or(why)
+    }
+
+    async fn replies(&mut self) -> Result<Infallible, Why> {
+        loop {
+            self.need(4).await?;
+            let magic = U32::read_from_prefix(self.inlet.unread()).map_or(0, |(magic, _)| magic.get());
+            match magic {
+                SIMPLE_MAGIC => self.simple().await?,
+                CHUNK_MAGIC if self.inner.terms.structured => self.chunk().await?,
+                _ => return Err("a reply without its magic number"),
+            }
+        }
+    }
+
+    async fn need(&mut self, count: usize) -> Result<(), Why> {
+        self.inlet.need(count, self.bell).await.map_err(why)
+    }
+
+    async fn value<T: FromBytes + Immutable + KnownLayout + Unaligned>(&mut self) -> Result<T, Why> {
+        self.need(size_of::<T>()).await?;
+        let Ok((value, _)) = T::read_from_prefix(self.inlet.unread()) else { return Err("a reply was cut") };
+        self.inlet.take(size_of::<T>());
+        Ok(value)
+    }
+
+    fn target(&self, cookie: u64) -> Result<Target, Why> {
+        let pending = self.inner.pending.borrow();
+        let call = &pending.get(&cookie).ok_or(UNKNOWN_COOKIE)?.call;
+        Ok(Target { command: call.command, offset: call.offset, len: u64::from(call.len) })
+    }
+
+    async fn simple(&mut self) -> Result<(), Why> {
+        let reply: SimpleReply = self.value().await?;
+        let cookie = reply.cookie.get();
+        let target = self.target(cookie)?;
+        let ok = reply.error.get() == 0;
+        if ok && target.command == CMD_BLOCK_STATUS
+            || target.command == CMD_READ && self.inner.terms.structured
+        {
+            return Err("a simple reply where a structured one belongs");
+        }
+        if ok && target.command == CMD_READ {
+            self.data(cookie, 0, target.len as usize).await?;
+        }
+        let result = if ok { Ok(()) } else { Err(errno_of(reply.error.get())) };
+        self.inner.finish(cookie, result);
+        Ok(())
+    }
+
+    async fn chunk(&mut self) -> Result<(), Why> {
+        let head: ChunkHeader = self.value().await?;
+        let (cookie, len) = (head.cookie.get(), head.len.get() as usize);
+        let target = self.target(cookie)?;
+        let done = head.flags.get() & CHUNK_DONE != 0;
+        match head.kind.get() {
+            CHUNK_NONE if len == 0 && done => {}
+            CHUNK_OFFSET_DATA if target.command == CMD_READ && len > OffsetData::BYTES => {
+                let at: OffsetData = self.value().await?;
+                let len = len - OffsetData::BYTES;
+                let at = within(&target, at.offset.get(), len as u64)?;
+                self.data(cookie, at, len).await?;
+            }
+            CHUNK_OFFSET_HOLE if target.command == CMD_READ && len == OffsetHole::BYTES => {
+                let hole: OffsetHole = self.value().await?;
+                let at = within(&target, hole.offset.get(), u64::from(hole.len.get()))?;
+                self.zeros(cookie, at, hole.len.get() as usize);
+            }
+            CHUNK_BLOCK_STATUS if target.command == CMD_BLOCK_STATUS && len > size_of::<U32>() => {
+                self.status(cookie, len).await?;
+            }
+            kind if kind & CHUNK_ERROR_BIT != 0 && len >= ErrorHead::BYTES => {
+                let head: ErrorHead = self.value().await?;
+                let rest = len - ErrorHead::BYTES;
+                self.inlet.skip(rest, self.bell).await.map_err(why)?;
+                self.with(cookie, |call| call.error = Some(errno_of(head.error.get())));
+            }
+            _ => return Err("a chunk that does not fit its request"),
+        }
+        if done {
+            let mut result = Ok(());
+            self.with(cookie, |call| {
+                let whole = call.command != CMD_READ || call.got == u64::from(call.len);
+                let some = call.command != CMD_BLOCK_STATUS || !call.extents.is_empty();
+                let complete = if whole && some { Ok(()) } else { Err(Errno::EIO) };
+                result = call.error.map_or(complete, Err);
+            });
+            self.inner.finish(cookie, result);
+        }
+        Ok(())
+    }
+
+    fn with(&self, cookie: u64, change: impl FnOnce(&mut Call)) {
+        if let Some(pending) = self.inner.pending.borrow_mut().get_mut(&cookie) {
+            change(&mut pending.call);
+        }
+    }
+
+    /// The extents of a block status: what is kept of them, and the rest.
+    async fn status(&mut self, cookie: u64, len: usize) -> Result<(), Why> {
+        let context: U32 = self.value().await?;
+        let mut left = len - size_of::<U32>();
+        if !left.is_multiple_of(StatusExtent::BYTES) || Some(context.get()) != self.link.context {
+            return Err("a block status that was not asked for");
+        }
+        for _ in 0..EXTENTS_MAX.min(left / StatusExtent::BYTES) {
+            let extent: StatusExtent = self.value().await?;
+            left -= StatusExtent::BYTES;
+            self.with(cookie, |call| call.extents.push(extent));
+        }
+        self.inlet.skip(left, self.bell).await.map_err(why)
+    }
+
+    fn zeros(&self, cookie: u64, at: usize, len: usize) {
+        self.with(cookie, |call| {
+            call.got += len as u64;
+            let mut skip = at;
+            let mut left = len;
+            for buf in &mut call.bufs {
+                let from = skip.min(buf.len());
+                let part = left.min(buf.len() - from);
+                buf[from..from + part].fill(0);
+                skip -= from;
+                left -= part;
+            }
+        });
+    }
+
+    /// Receives `len` bytes of a read's data, from byte `at` of the request on.
+    async fn data(&mut self, cookie: u64, mut at: usize, len: usize) -> Result<(), Why> {
+        self.with(cookie, |call| call.got += len as u64);
+        let mut left = len;
+        while left > 0 {
+            let unread = self.inlet.unread();
+            let have = unread.len().min(left);
+            if have > 0 {
+                self.with(cookie, |call| copy_from_slice(&mut call.bufs, at, &unread[..have]));
+                self.inlet.take(have);
+                at += have;
+                left -= have;
+            } else if let Some(count) = self.direct(cookie, at, left).await? {
+                at += count;
+                left -= count;
+            } else {
+                self.inlet.fill(self.bell).await.map_err(why)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Receives straight into the buffer that byte `at` of the request is in, if the data goes to its end. Gives how many
+    /// bytes that were.
+    async fn direct(&mut self, cookie: u64, at: usize, left: usize) -> Result<Option<usize>, Why> {
+        let mut found = None;
+        self.with(cookie, |call| {
+            let mut from = at;
+            for (index, buf) in call.bufs.iter_mut().enumerate() {
+                if from >= buf.len() {
+                    from -= buf.len();
+                    continue;
+                }
+                let count = buf.len() - from;
+                if count <= left
+                    && count >= DIRECT_BYTES
+                    && let Ok(empty) = IoBuf::unpooled(0)
+                {
+                    found = Some((index, from, count, std::mem::replace(buf, empty)));
+                }
+                return;
+            }
+        });
+        let Some((index, from, count, buf)) = found else { return Ok(None) };
+        self.inner.host.mark(Mark::NbdDataDirect);
+        let (result, buf) = self.inlet.fill_buf(buf, from, self.bell).await;
+        self.with(cookie, |call| {
+            if let Some(buf) = buf {
+                call.bufs[index] = buf;
+            }
+        });
+        result.map_err(why)?;
+        Ok(Some(count))
+    }
+}
+
+/// Where in a request `len` bytes from `offset` on belong.
+fn within(target: &Target, offset: u64, len: u64) -> Result<usize, Why> {
+    let at = offset.checked_sub(target.offset);
+    let fits = |at: &u64| at.checked_add(len).is_some_and(|end| end <= target.len);
+    at.filter(fits).map(|at| at as usize).ok_or("data that was not asked for")
+}
+
+fn why(end: End) -> Why {
+    match end {
+        End::Closed => "it closed the connection",
+        End::Broken(Errno::ECONNRESET) => "it reset the connection",
+        End::Broken(_) => "the connection broke",
+        End::Rung => "the connection was given up",
+    }
+}
+
+/// The error that the protocol's number stands for; a failure of input or output where it stands for none.
+fn errno_of(number: u32) -> Errno {
+    const KNOWN: [u32; 8] = [
+        error::EPERM,
+        error::EIO,
+        error::ENOMEM,
+        error::EINVAL,
+        error::ENOSPC,
+        error::EOVERFLOW,
+        error::ENOTSUP,
+        error::ESHUTDOWN,
+    ];
+    if KNOWN.contains(&number) { Errno(number as i32) } else { Errno::EIO }
+}

@@ -1,0 +1,493 @@
+//! The client: a [`Node`] whose disk is an export of a server.
+//!
+//! ```text
+//!   submit ──► Call ──► pending, by cookie ──► Link: Outbox ──► stream
+//!                           │     ▲                  Inlet  ◄──
+//!                           │     └── answered ◄───────┘
+//!                           └── sent again after the connection broke
+//! ```
+//!
+//! # Contract
+//!
+//! * Connects with `GO`, structured replies and `base:allocation` where the server has them, else with `EXPORT_NAME` and
+//!   simple replies. What the server cannot do is done without it: zeros are written, discards are dropped, a flush
+//!   without `FLUSH` is nothing, extents without `base:allocation` are data. Larger requests than it takes are split.
+//! * **A connection that breaks** is made again, after pauses that double, and what was in flight is sent again. Requests
+//!   wait for it, until [`ClientConfig::reconnect_ns`] is over; from then on they fail with `EIO`, while attempts go on.
+//!   A request that is not answered within [`ClientConfig::request_ns`] breaks the connection. A server that came back
+//!   with another size, or able to do less, is another disk: every request fails from then on.
+//! * **Repeated requests**: the caller keeps overlapping requests apart, so a request that is carried out twice changes
+//!   nothing. Only a server that still carries out what it had read from a broken connection, later than what it reads
+//!   from a new one, could bring back old bytes. The protocol has no fence against it. A server that died does not do
+//!   it, and ours starts nothing more once it sees that the connection broke.
+//! * **Flush**: a flush makes durable what was answered before. If the connection breaks in between, the server may have
+//!   died and come back without writes that it had answered, and a flush on the new connection would say nothing about
+//!   them. So with [`Breaks::MayLose`] each flush that should cover such writes fails with `EIO`, and, as what was lost
+//!   stays lost, so does every flush after it, until the disk is opened anew. With [`Breaks::Keep`] the
+//!   caller knows that the server's machine lives on, and with it everything that was answered: a server on the same
+//!   machine that accepts writes into the host's page cache before it answers, as ours does. With
+//!   [`ClientConfig::write_through`] no write is answered before it is durable, and nothing is lost either way.
+
+mod drive;
+mod link;
+mod negotiate;
+
+use crate::outbox::Outbox;
+use link::{Link, Pending};
+use negotiate::{Terms, negotiate};
+use smallvec::SmallVec;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::pin::pin;
+use std::rc::Rc;
+use tap_abi::nbd::{
+    CMD_BLOCK_STATUS, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, STATE_HOLE, STATE_ZERO,
+    StatusExtent, command, export,
+};
+use tap_core::wait::{Event as Flag, Semaphore, oneshot};
+use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, Source, ZeroFlags};
+use tap_host::{
+    Bug, Errno, IoBuf, IoVec, Log, Mark, Probe, SECTOR_BYTES, SectorRange, SocketAddress, Sockets, Stream,
+    Tasks, Time, copy_from_slice, copy_to_slice,
+};
+
+/// What becomes of answered writes that were not flushed when the connection breaks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Breaks {
+    /// They may be lost: the server's machine may have gone down.
+    #[default]
+    MayLose,
+    /// They are still there: only the connection or the server's process can go.
+    Keep,
+}
+
+/// How to reach a server, and how to bear with it.
+#[derive(Clone, Debug)]
+pub struct ClientConfig {
+    /// Where it listens.
+    pub address: SocketAddress,
+    /// The export's name; empty for the default one.
+    pub export: String,
+    /// Writes are refused, also where the server takes them.
+    pub read_only: bool,
+    /// Every write is durable when answered (`FUA`).
+    pub write_through: bool,
+    /// What a broken connection means for answered writes.
+    pub breaks: Breaks,
+    /// Requests on the wire at one time, at least 1.
+    pub requests: usize,
+    /// Receive buffer in bytes, 16 KiB to 4 MiB.
+    pub receive_bytes: usize,
+    /// Longest time for connecting and choosing the export, in nanoseconds.
+    pub connect_ns: u64,
+    /// Longest time for one request in nanoseconds.
+    pub request_ns: u64,
+    /// First pause between two attempts to connect again, in nanoseconds; doubles up to `pause_most_ns`.
+    pub pause_ns: u64,
+    /// Longest pause between two attempts in nanoseconds.
+    pub pause_most_ns: u64,
+    /// How long requests wait for a broken connection to come back, in nanoseconds.
+    pub reconnect_ns: u64,
+}
+
+impl ClientConfig {
+    /// The default export at `address`, with patience for a server that starts again.
+    pub fn new(address: SocketAddress) -> Self {
+        Self {
+            address,
+            export: String::new(),
+            read_only: false,
+            write_through: false,
+            breaks: Breaks::default(),
+            requests: 64,
+            receive_bytes: 256 << 10,
+            connect_ns: 10_000_000_000,
+            request_ns: 30_000_000_000,
+            pause_ns: 100_000_000,
+            pause_most_ns: 5_000_000_000,
+            reconnect_ns: 60_000_000_000,
+        }
+    }
+}
+
+/// Why there is no client.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody answers.
+    #[error("connect to {0}: {1}; is the server running?")]
+    Connect(SocketAddress, Errno),
+    /// The connection broke, or took too long, before the export was chosen.
+    #[error("agree with the server at {0}: {1}")]
+    Negotiation(SocketAddress, &'static str),
+    /// The server refuses the export.
+    #[error("open the export '{1}' at {0}: the server says: {2}")]
+    Refused(SocketAddress, String, String),
+}
+
+/// A disk behind a server; clones share it. Ends with [`Node::close`].
+pub struct Client<H: Sockets>(Rc<Inner<H>>);
+
+impl<H: Sockets> Clone for Client<H> {
+    fn clone(&self) -> Self {
+        Self(Rc::clone(&self.0))
+    }
+}
+
+struct Inner<H: Sockets> {
+    host: H,
+    config: ClientConfig,
+    /// What the first connection agreed on; later ones offer no less.
+    terms: Terms,
+    link: RefCell<Option<Rc<Link<H::Stream>>>>,
+    /// Requests that are not answered, sent or not.
+    pending: RefCell<BTreeMap<u64, Pending>>,
+    /// Set while there are any.
+    busy: Flag,
+    next: Cell<u64>,
+    permits: Semaphore,
+    /// Why requests are answered with an error.
+    refusal: Cell<Option<Errno>>,
+    closed: Cell<bool>,
+    /// Rung by `close`, for the driving task between two connections.
+    bell: crate::bell::Bell,
+    /// Writes that were answered, and how many of them a flush has covered.
+    answered: Cell<u64>,
+    flushed: Cell<u64>,
+    /// Answered writes may be gone.
+    lost: Cell<bool>,
+}
+
+/// One request on the wire.
+#[derive(Debug, Default)]
+struct Call {
+    command: u16,
+    flags: u16,
+    offset: u64,
+    len: u32,
+    /// Where the data of a read goes.
+    bufs: IoVec,
+    /// The data of a write.
+    payload: SmallVec<[Rc<IoBuf>; 1]>,
+    /// The answer to a block status.
+    extents: Vec<StatusExtent>,
+    /// Bytes of a read that have come.
+    got: u64,
+    error: Option<Errno>,
+    /// Of a flush: the writes that it covers.
+    covers: u64,
+    sent_ns: u64,
+}
+
+impl Call {
+    fn new(command: u16, flags: u16, range: SectorRange) -> Self {
+        let (offset, len) = (range.start.0 * SECTOR_BYTES, range.len_bytes() as u32);
+        Self { command, flags, offset, len, ..Self::default() }
+    }
+    fn is_write(&self) -> bool {
+        matches!(self.command, CMD_WRITE | CMD_WRITE_ZEROES | CMD_TRIM)
+    }
+}
+
+/// Most bytes of one request that carries none: small enough for every server.
+const RANGE_BYTES_MAX: u32 = 1 << 30;
+/// Most bytes of the buffer that a split request goes through.
+const PART_BYTES_MAX: u32 = 4 << 20;
+const SECTOR: u32 = SECTOR_BYTES as u32;
+
+impl<H: Sockets + Time + Tasks + Log + Probe> Client<H> {
+    /// Connects, and gives the export as a node.
+    ///
+    /// # Errors
+    /// [`ClientError`]; a first connection that fails is not tried again.
+    pub async fn connect(host: H, config: ClientConfig) -> Result<Self, ClientError> {
+        let (terms, stream, inlet) = open(&host, &config).await?;
+        let inner = Rc::new(Inner {
+            permits: Semaphore::new(config.requests.max(1)),
+            host,
+            config,
+            terms,
+            link: RefCell::default(),
+            pending: RefCell::default(),
+            busy: Flag::new(),
+            next: Cell::new(1),
+            refusal: Cell::new(None),
+            closed: Cell::new(false),
+            bell: crate::bell::Bell::default(),
+            answered: Cell::new(0),
+            flushed: Cell::new(0),
+            lost: Cell::new(false),
+        });
+        let link = inner.start(stream, terms.context);
+        let own = Rc::clone(&inner);
+        inner.host.spawn("nbd-client", 0, async move { own.drive(link, inlet).await });
+        Ok(Self(inner))
+    }
+
+    /// Requests that are not answered.
+    pub fn in_flight(&self) -> usize {
+        self.0.pending.borrow().len()
+    }
+}
+
+type Opened<S> = (Terms, S, crate::inlet::Inlet<S>);
+
+/// One attempt to reach the export.
+async fn open<H>(host: &H, config: &ClientConfig) -> Result<Opened<H::Stream>, ClientError>
+where
+    H: Sockets + Time,
+{
+    let address = &config.address;
+    let mut patience = pin!(host.sleep_ns(config.connect_ns));
+    let attempt = async {
+        let stream = host.connect(address).await.map_err(|e| ClientError::Connect(address.clone(), e))?;
+        let agreed = negotiate(&stream, config).await;
+        if agreed.is_err() {
+            stream.shutdown();
+        }
+        agreed.map(|(terms, inlet)| (terms, stream, inlet))
+    };
+    let late = || ClientError::Negotiation(address.clone(), "it took too long");
+    crate::bell::first(patience.as_mut(), attempt).await.unwrap_or_else(|| Err(late()))
+}
+
+impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
+    fn info(&self) -> NodeInfo {
+        let read_only = self.config.read_only || self.terms.has(export::READ_ONLY);
+        NodeInfo { size_sectors: self.terms.size_bytes / SECTOR_BYTES, read_only }
+    }
+
+    /// Flag for requests that change the disk.
+    fn fua(&self) -> u16 {
+        if self.config.write_through && self.terms.has(export::SEND_FUA) { command::FUA } else { 0 }
+    }
+
+    async fn execute(self: &Rc<Self>, request: Request) -> Response {
+        let info = self.info();
+        let (op, range) = (request.op, request.range);
+        if !request.is_well_formed(info.size_sectors) {
+            return Response { result: Err(Errno::EINVAL), bufs: request.bufs };
+        }
+        if info.read_only && op.is_write() {
+            return Response { result: Err(Errno::EROFS), bufs: request.bufs };
+        }
+        match op {
+            Op::Read | Op::Write if range.len_bytes() > u64::from(self.terms.request_bytes) => {
+                self.host.mark(Mark::NbdSplit);
+                self.split(request).await
+            }
+            Op::Read => self.read(range, request.bufs).await,
+            Op::Write => self.write(range, request.bufs).await,
+            Op::Flush => Response { result: self.flush().await, bufs: request.bufs },
+            Op::WriteZeroes(flags) => {
+                Response { result: self.write_zeroes(range, flags).await, bufs: request.bufs }
+            }
+            Op::Discard => Response { result: self.discard(range).await, bufs: request.bufs },
+        }
+    }
+
+    async fn read(self: &Rc<Self>, range: SectorRange, bufs: IoVec) -> Response {
+        let call = Call { bufs, ..Call::new(CMD_READ, 0, range) };
+        let (result, call) = self.call(call).await;
+        Response { result, bufs: call.bufs }
+    }
+
+    async fn write(self: &Rc<Self>, range: SectorRange, bufs: IoVec) -> Response {
+        let payload = bufs.into_iter().map(Rc::new).collect();
+        let call = Call { payload, ..Call::new(CMD_WRITE, self.fua(), range) };
+        let (result, call) = self.call(call).await;
+        // A host that lets go of what it has sent only later has the original; it goes back to its pool from there.
+        let back = |buf| Rc::try_unwrap(buf).or_else(|shared: Rc<IoBuf>| IoBuf::copy_of(&shared)).ok();
+        let bufs: IoVec = call.payload.into_iter().filter_map(back).collect();
+        let result = if result.is_ok() { self.durable().await } else { result };
+        Response { result, bufs }
+    }
+
+    /// A request that is larger than the server takes, part by part through a buffer.
+    async fn split(self: &Rc<Self>, request: Request) -> Response {
+        let Request { op, range, mut bufs } = request;
+        let part_sectors = self.terms.request_bytes.min(PART_BYTES_MAX) / SECTOR;
+        let (mut at, mut result) = (0, Ok(()));
+        while at < range.count && result.is_ok() {
+            let part = SectorRange::new(range.start.0 + u64::from(at), part_sectors.min(range.count - at));
+            let from = at as usize * SECTOR as usize;
+            result = self.part(op, part, from, &mut bufs).await;
+            at += part.count;
+        }
+        Response { result, bufs }
+    }
+
+    async fn part(
+        self: &Rc<Self>,
+        op: Op,
+        part: SectorRange,
+        from: usize,
+        bufs: &mut IoVec,
+    ) -> Result<(), Errno> {
+        let mut own = IoBuf::unpooled(part.len_bytes() as usize)?;
+        if op == Op::Read {
+            let response = self.read(part, IoVec::from_iter([own])).await;
+            response.result?;
+            let data = response.bufs.first().ok_or(Errno::EIO)?;
+            copy_from_slice(bufs, from, data);
+            return Ok(());
+        }
+        copy_to_slice(bufs, from, &mut own);
+        self.write(part, IoVec::from_iter([own])).await.result
+    }
+
+    async fn write_zeroes(self: &Rc<Self>, range: SectorRange, flags: ZeroFlags) -> Result<(), Errno> {
+        let can_be_fast = self.terms.has(export::SEND_WRITE_ZEROES | export::SEND_FAST_ZERO);
+        if flags.fast && !can_be_fast {
+            return Err(Errno::EOPNOTSUPP);
+        }
+        if !self.terms.has(export::SEND_WRITE_ZEROES) {
+            return self.write_as_data(range).await;
+        }
+        let keep = if flags.unmap { 0 } else { command::NO_HOLE };
+        let fast = if flags.fast { command::FAST_ZERO } else { 0 };
+        self.ranges(CMD_WRITE_ZEROES, keep | fast | self.fua(), range).await
+    }
+
+    /// Zeros for a server that cannot make them.
+    async fn write_as_data(self: &Rc<Self>, range: SectorRange) -> Result<(), Errno> {
+        let part_sectors = self.terms.request_bytes.min(1 << 20) / SECTOR;
+        let mut at = 0;
+        while at < range.count {
+            let part = SectorRange::new(range.start.0 + u64::from(at), part_sectors.min(range.count - at));
+            let zeros = IoBuf::unpooled(part.len_bytes() as usize)?;
+            self.write(part, IoVec::from_iter([zeros])).await.result?;
+            at += part.count;
+        }
+        Ok(())
+    }
+
+    async fn discard(self: &Rc<Self>, range: SectorRange) -> Result<(), Errno> {
+        if !self.terms.has(export::SEND_TRIM) {
+            return Ok(());
+        }
+        self.ranges(CMD_TRIM, self.fua(), range).await
+    }
+
+    /// A request without data over a range of any length, piece by piece.
+    async fn ranges(self: &Rc<Self>, command: u16, flags: u16, range: SectorRange) -> Result<(), Errno> {
+        let part_sectors = RANGE_BYTES_MAX / SECTOR;
+        let mut at = 0;
+        while at < range.count {
+            let part = SectorRange::new(range.start.0 + u64::from(at), part_sectors.min(range.count - at));
+            self.call(Call::new(command, flags, part)).await.0?;
+            at += part.count;
+        }
+        self.durable().await
+    }
+
+    /// Where writes are to be durable when answered, a server without `FUA` is flushed after each.
+    async fn durable(self: &Rc<Self>) -> Result<(), Errno> {
+        let needed = self.config.write_through && !self.terms.has(export::SEND_FUA);
+        if needed { self.flush().await } else { Ok(()) }
+    }
+
+    async fn flush(self: &Rc<Self>) -> Result<(), Errno> {
+        if !self.terms.has(export::SEND_FLUSH) {
+            return Ok(());
+        }
+        let covers = self.answered.get();
+        let call = Call { covers, ..Call::new(CMD_FLUSH, 0, SectorRange::default()) };
+        self.call(call).await.0?;
+        if self.lost.get() && !self.host.bug(Bug::NbdFlushAfterBreak) {
+            return Err(Errno::EIO);
+        }
+        Ok(())
+    }
+
+    async fn extents(self: &Rc<Self>, range: SectorRange) -> Result<Vec<Extent>, Errno> {
+        let source = Source::Image { depth: 0, offset: None, compressed: false };
+        let data = |count| Extent { count, source, zero: false, allocated: true };
+        if self.terms.context.is_none() {
+            return Ok(vec![data(u64::from(range.count))]);
+        }
+        let asked = SectorRange::new(range.start.0, range.count.min(RANGE_BYTES_MAX / SECTOR));
+        let (result, call) = self.call(Call::new(CMD_BLOCK_STATUS, 0, asked)).await;
+        result?;
+        let mut found = Vec::with_capacity(call.extents.len());
+        let mut left = u64::from(asked.count);
+        for extent in &call.extents {
+            let (len, state) = (extent.len.get(), extent.state.get());
+            let count = u64::from(len / SECTOR).min(left);
+            let (zero, allocated) = (state & STATE_ZERO != 0, state & STATE_HOLE == 0);
+            if count > 0 {
+                found.push(Extent { count, source, zero, allocated });
+                left -= count;
+            }
+            if left == 0 || !len.is_multiple_of(SECTOR) {
+                break;
+            }
+        }
+        if found.is_empty() {
+            // Less than a sector: it may be anything.
+            found.push(data(1));
+        }
+        Ok(found)
+    }
+
+    /// Sends a request, again if need be, and waits for its answer.
+    async fn call(self: &Rc<Self>, call: Call) -> (Result<(), Errno>, Call) {
+        let permit = self.permits.acquire().await;
+        if let Some(error) = self.refusal.get() {
+            return (Err(error), call);
+        }
+        let cookie = self.next.replace(self.next.get() + 1);
+        let (tell, told) = oneshot();
+        self.pending.borrow_mut().insert(cookie, Pending { call, tell, _permit: permit });
+        self.busy.set();
+        if let Some(link) = &*self.link.borrow() {
+            self.put(&link.out, cookie);
+        }
+        told.await.unwrap_or_else(|| (Err(Errno::EIO), Call::default()))
+    }
+
+    /// Puts a request that is pending on its way.
+    fn put(&self, out: &Outbox, cookie: u64) {
+        let mut pending = self.pending.borrow_mut();
+        let Some(Pending { call, .. }) = pending.get_mut(&cookie) else { return };
+        call.sent_ns = self.host.now_ns();
+        (call.got, call.error) = (0, None);
+        call.extents.clear();
+        out.put(|list| link::write_request(list, cookie, call));
+    }
+
+    async fn close(self: &Rc<Self>) -> Result<(), Errno> {
+        let unflushed = self.answered.get() > self.flushed.get();
+        let result = match self.refusal.get() {
+            _ if self.info().read_only => Ok(()),
+            Some(error) if unflushed => Err(error),
+            Some(_) => Ok(()),
+            None => self.flush().await,
+        };
+        self.closed.set(true);
+        self.bell.ring("the client is closed");
+        self.give_up(Errno::ESHUTDOWN);
+        let link = self.link.borrow_mut().take();
+        if let Some(link) = link {
+            link.leave();
+        }
+        result
+    }
+}
+
+impl<H: Sockets + Time + Tasks + Log + Probe> Node for Client<H> {
+    fn submit(&self, request: Request) -> LocalBoxFuture<Response> {
+        let inner = Rc::clone(&self.0);
+        Box::pin(async move { inner.execute(request).await })
+    }
+    fn extents(&self, range: SectorRange) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
+        let inner = Rc::clone(&self.0);
+        Box::pin(async move { inner.extents(range).await })
+    }
+    fn info(&self) -> NodeInfo {
+        self.0.info()
+    }
+    fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
+        let inner = Rc::clone(&self.0);
+        Box::pin(async move { inner.close().await })
+    }
+}

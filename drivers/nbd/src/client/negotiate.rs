@@ -1,0 +1,241 @@
+//! The client's half of a negotiation.
+
+use super::{ClientConfig, ClientError};
+use crate::bell::Bell;
+use crate::inlet::{End, Inlet};
+use crate::outbox::send_all;
+use tap_abi::nbd::{
+    BASE_ALLOCATION, EXPORT_PADDING_BYTES, ExportReply, HELLO_MAGIC, Hello, INFO_BLOCK_SIZE, INFO_EXPORT,
+    InfoBlockSize, InfoExport, OPT_EXPORT_NAME, OPT_GO, OPT_SET_META_CONTEXT, OPT_STRUCTURED_REPLY,
+    OPTION_MAGIC, OPTION_REPLY_MAGIC, OptionHeader, OptionReply, REP_ACK, REP_ERR_UNSUP, REP_ERROR, REP_INFO,
+    REP_META_CONTEXT, STRING_BYTES_MAX, export, handshake,
+};
+use tap_host::{Errno, SECTOR_BYTES, SendList, Stream};
+use zerocopy::byteorder::big_endian::U32;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// What a server offers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Terms {
+    pub(super) size_bytes: u64,
+    flags: u16,
+    /// Most bytes of one read or write, in whole sectors.
+    pub(super) request_bytes: u32,
+    pub(super) structured: bool,
+    /// The number of `base:allocation`.
+    pub(super) context: Option<u32>,
+}
+
+/// Where a server does not say how much it takes.
+const REQUEST_BYTES: u32 = 32 << 20;
+
+impl Terms {
+    /// Whether all of `flags` are set.
+    pub(super) fn has(&self, flags: u16) -> bool {
+        self.flags & flags == flags
+    }
+
+    /// Why requests that were made for `self` cannot go to a server with `other` terms.
+    pub(super) fn broken_by(&self, other: &Terms) -> Option<&'static str> {
+        let lost = self.flags & !other.flags & !export::READ_ONLY;
+        if other.size_bytes != self.size_bytes {
+            Some("it came back with another size")
+        } else if lost != 0 || other.has(export::READ_ONLY) && !self.has(export::READ_ONLY) {
+            Some("it came back and can do less than before")
+        } else if other.request_bytes < self.request_bytes
+            || self.structured && !other.structured
+            || self.context.is_some() && other.context.is_none()
+        {
+            Some("it came back with smaller limits than before")
+        } else {
+            None
+        }
+    }
+}
+
+/// What ends a negotiation.
+enum Stop {
+    Broken(&'static str),
+    Refused(String),
+}
+
+impl From<End> for Stop {
+    fn from(end: End) -> Self {
+        Stop::Broken(match end {
+            End::Broken(Errno::ECONNRESET) => "it reset the connection",
+            _ => "it closed the connection",
+        })
+    }
+}
+
+struct Talk<'a, S> {
+    stream: &'a S,
+    inlet: Inlet<S>,
+    /// Never rung: who loses patience drops the whole negotiation.
+    bell: Bell,
+}
+
+/// Agrees with the server at the other end of `stream` about the export.
+pub(super) async fn negotiate<S: Stream>(
+    stream: &S,
+    config: &ClientConfig,
+) -> Result<(Terms, Inlet<S>), ClientError> {
+    let receive_bytes = config.receive_bytes.clamp(16 << 10, 4 << 20);
+    let inlet = Inlet::new(stream.clone(), receive_bytes);
+    let mut talk = Talk { stream, inlet, bell: Bell::default() };
+    match talk.run(&config.export).await {
+        Ok(terms) => Ok((terms, talk.inlet)),
+        Err(Stop::Broken(why)) => Err(ClientError::Negotiation(config.address.clone(), why)),
+        Err(Stop::Refused(text)) => {
+            Err(ClientError::Refused(config.address.clone(), config.export.clone(), text))
+        }
+    }
+}
+
+const NOT_NBD: Stop = Stop::Broken("it does not speak the new style of NBD");
+
+impl<S: Stream> Talk<'_, S> {
+    async fn run(&mut self, name: &str) -> Result<Terms, Stop> {
+        if name.len() > STRING_BYTES_MAX {
+            return Err(Stop::Refused("no export has a name of more than 4096 bytes".into()));
+        }
+        let hello: Hello = self.value().await?;
+        if hello.magic.get() != HELLO_MAGIC || hello.style.get() != OPTION_MAGIC {
+            return Err(NOT_NBD);
+        }
+        let flags = hello.flags.get() & (handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES);
+        self.send(&[&u32::from(flags).to_be_bytes()]).await?;
+        if flags & handshake::FIXED_NEWSTYLE == 0 {
+            return self.export_name(name, flags, false).await;
+        }
+        self.option(OPT_STRUCTURED_REPLY, &[]).await?;
+        let structured = self.reply(OPT_STRUCTURED_REPLY).await?.0 == REP_ACK;
+        let context = if structured { self.context(name).await? } else { None };
+        match self.go(name).await? {
+            Some(terms) => Ok(Terms { structured, context, ..terms }),
+            None => self.export_name(name, flags, structured).await,
+        }
+    }
+
+    /// Asks for `base:allocation`.
+    async fn context(&mut self, name: &str) -> Result<Option<u32>, Stop> {
+        let (len, query) = ((name.len() as u32).to_be_bytes(), BASE_ALLOCATION.as_bytes());
+        let query_len = (query.len() as u32).to_be_bytes();
+        let parts = [&len[..], name.as_bytes(), &1_u32.to_be_bytes(), &query_len, query];
+        self.option(OPT_SET_META_CONTEXT, &parts).await?;
+        let mut context = None;
+        loop {
+            let (reply, data) = self.reply(OPT_SET_META_CONTEXT).await?;
+            match reply {
+                REP_META_CONTEXT => {
+                    let Ok((id, text)) = U32::read_from_prefix(&data) else { return Err(NOT_NBD) };
+                    if text == BASE_ALLOCATION.as_bytes() {
+                        context = Some(id.get());
+                    }
+                }
+                REP_ACK => return Ok(context),
+                // Done without.
+                _ if reply & REP_ERROR != 0 => return Ok(None),
+                _ => return Err(NOT_NBD),
+            }
+        }
+    }
+
+    /// `GO`; `None` if the server does not know it.
+    async fn go(&mut self, name: &str) -> Result<Option<Terms>, Stop> {
+        let (len, kinds) = ((name.len() as u32).to_be_bytes(), [0, 1, 0, INFO_BLOCK_SIZE as u8]);
+        self.option(OPT_GO, &[&len, name.as_bytes(), &kinds]).await?;
+        let mut terms = None;
+        let mut request_bytes = REQUEST_BYTES;
+        loop {
+            let (reply, data) = self.reply(OPT_GO).await?;
+            match reply {
+                REP_INFO => {
+                    if let Ok((info, _)) = InfoExport::read_from_prefix(&data)
+                        && info.kind.get() == INFO_EXPORT
+                    {
+                        terms = Some((info.size.get(), info.flags.get()));
+                    } else if let Ok((sizes, _)) = InfoBlockSize::read_from_prefix(&data)
+                        && sizes.kind.get() == INFO_BLOCK_SIZE
+                    {
+                        if sizes.minimum.get() > SECTOR_BYTES as u32 {
+                            return Err(Stop::Refused("it wants blocks of more than 512 bytes".into()));
+                        }
+                        request_bytes = request_bytes.min(sizes.maximum.get());
+                    }
+                }
+                REP_ACK => {
+                    let Some((size_bytes, flags)) = terms else { return Err(NOT_NBD) };
+                    return checked(size_bytes, flags, request_bytes).map(Some);
+                }
+                REP_ERR_UNSUP => return Ok(None),
+                _ if reply & REP_ERROR != 0 => {
+                    let text = String::from_utf8_lossy(&data).into_owned();
+                    let text = if text.is_empty() { format!("error {}", reply & !REP_ERROR) } else { text };
+                    return Err(Stop::Refused(text));
+                }
+                _ => return Err(NOT_NBD),
+            }
+        }
+    }
+
+    async fn export_name(&mut self, name: &str, flags: u16, structured: bool) -> Result<Terms, Stop> {
+        self.option(OPT_EXPORT_NAME, &[name.as_bytes()]).await?;
+        let reply: ExportReply = self.value().await?;
+        if flags & handshake::NO_ZEROES == 0 {
+            self.inlet.skip(EXPORT_PADDING_BYTES, &self.bell).await?;
+        }
+        let terms = checked(reply.size.get(), reply.flags.get(), REQUEST_BYTES)?;
+        Ok(Terms { structured, ..terms })
+    }
+
+    async fn send(&self, parts: &[&[u8]]) -> Result<(), Stop> {
+        let mut list = SendList::new();
+        parts.iter().for_each(|part| list.push_bytes(part));
+        send_all(self.stream, list).await.0.map_err(|error| End::Broken(error).into())
+    }
+
+    async fn option(&self, option: u32, parts: &[&[u8]]) -> Result<(), Stop> {
+        let len: usize = parts.iter().map(|part| part.len()).sum();
+        let header = OptionHeader::new(option, len as u32);
+        let mut all = vec![header.as_bytes()];
+        all.extend_from_slice(parts);
+        self.send(&all).await
+    }
+
+    async fn value<T>(&mut self) -> Result<T, Stop>
+    where
+        T: FromBytes + Immutable + KnownLayout + Unaligned,
+    {
+        self.inlet.need(size_of::<T>(), &self.bell).await?;
+        let Ok((value, _)) = T::read_from_prefix(self.inlet.unread()) else { return Err(NOT_NBD) };
+        self.inlet.take(size_of::<T>());
+        Ok(value)
+    }
+
+    /// One reply to `option`: its type and data.
+    async fn reply(&mut self, option: u32) -> Result<(u32, Vec<u8>), Stop> {
+        let head: OptionReply = self.value().await?;
+        let len = head.len.get() as usize;
+        if head.magic.get() != OPTION_REPLY_MAGIC || head.option.get() != option {
+            return Err(NOT_NBD);
+        }
+        if len > self.inlet.capacity() {
+            return Err(Stop::Broken("it answers with more than any option needs"));
+        }
+        self.inlet.need(len, &self.bell).await?;
+        let data = self.inlet.unread()[..len].to_vec();
+        self.inlet.take(len);
+        Ok((head.reply.get(), data))
+    }
+}
+
+/// The terms of a server that says what makes sense.
+fn checked(size_bytes: u64, flags: u16, request_bytes: u32) -> Result<Terms, Stop> {
+    let request_bytes = request_bytes - request_bytes % SECTOR_BYTES as u32;
+    if request_bytes == 0 || size_bytes > i64::MAX as u64 {
+        return Err(Stop::Refused("its size, or that of its requests, cannot be".into()));
+    }
+    let flags = if flags & export::HAS_FLAGS == 0 { 0 } else { flags };
+    Ok(Terms { size_bytes, flags, request_bytes, structured: false, context: None })
+}

@@ -1,0 +1,124 @@
+//! The receiving side of a stream: one large buffer, filled by one receive at a time and looked at in place.
+//!
+//! ```text
+//!   buffer  │ taken ░░░░│ unread: whole requests ... a part of one │ free ───────────│
+//!                       start                                      end
+//! ```
+
+use crate::bell::Bell;
+use tap_host::{Errno, IoBuf, PAGE_BYTES, Stream};
+
+/// Why nothing more is received.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum End {
+    /// The peer has sent its last byte.
+    Closed,
+    /// The stream is broken.
+    Broken(Errno),
+    /// The bell was rung.
+    Rung,
+}
+
+pub(crate) struct Inlet<S> {
+    stream: S,
+    /// Gone for good when a receive was given up.
+    buf: Option<IoBuf>,
+    start: usize,
+    end: usize,
+}
+
+impl<S: Stream> Inlet<S> {
+    /// An inlet that holds at most `bytes` (a page to 4 MiB) of what was received.
+    pub(crate) fn new(stream: S, bytes: usize) -> Self {
+        let buf = IoBuf::unpooled(bytes.max(PAGE_BYTES)).ok();
+        Self { stream, buf, start: 0, end: 0 }
+    }
+
+    /// Most bytes that can be unread.
+    pub(crate) fn capacity(&self) -> usize {
+        self.buf.as_ref().map_or(0, |buf| buf.len())
+    }
+
+    /// What was received and not taken.
+    pub(crate) fn unread(&self) -> &[u8] {
+        self.buf.as_ref().map_or(&[], |buf| &buf[self.start..self.end])
+    }
+
+    /// Takes `count` unread bytes.
+    pub(crate) fn take(&mut self, count: usize) {
+        assert!(count <= self.end - self.start, "{count} bytes taken out of {}", self.end - self.start);
+        self.start += count;
+    }
+
+    /// Receives once.
+    pub(crate) async fn fill(&mut self, bell: &Bell) -> Result<(), End> {
+        let Some(mut buf) = self.buf.take() else { return Err(End::Rung) };
+        // What is left is less than a request and its small payload.
+        buf.copy_within(self.start..self.end, 0);
+        (self.start, self.end) = (0, self.end - self.start);
+        assert!(self.end < buf.len(), "a full buffer cannot be filled");
+        let Some((result, buf)) = bell.unless_rung(self.stream.recv(buf, self.end)).await else {
+            self.end = 0;
+            return Err(End::Rung);
+        };
+        self.buf = Some(buf);
+        self.end += received(result)?;
+        Ok(())
+    }
+
+    /// Receives until `count` bytes are unread; at most [`Inlet::capacity`].
+    pub(crate) async fn need(&mut self, count: usize, bell: &Bell) -> Result<(), End> {
+        while self.unread().len() < count {
+            self.fill(bell).await?;
+        }
+        Ok(())
+    }
+
+    /// Fills `buf` from byte `at` on: with what is unread first, then straight from the stream. On an error the buffer
+    /// comes back too, unless the bell was rung.
+    pub(crate) async fn fill_buf(
+        &mut self,
+        buf: IoBuf,
+        mut at: usize,
+        bell: &Bell,
+    ) -> (Result<(), End>, Option<IoBuf>) {
+        let mut buf = buf;
+        let have = self.unread();
+        let count = have.len().min(buf.len() - at);
+        buf[at..at + count].copy_from_slice(&have[..count]);
+        self.take(count);
+        at += count;
+        while at < buf.len() {
+            let Some((result, back)) = bell.unless_rung(self.stream.recv(buf, at)).await else {
+                return (Err(End::Rung), None);
+            };
+            buf = back;
+            match received(result) {
+                Ok(count) => at += count,
+                Err(end) => return (Err(end), Some(buf)),
+            }
+        }
+        (Ok(()), Some(buf))
+    }
+
+    /// Takes `count` bytes that nobody wants.
+    pub(crate) async fn skip(&mut self, mut count: usize, bell: &Bell) -> Result<(), End> {
+        loop {
+            let part = count.min(self.unread().len());
+            self.take(part);
+            count -= part;
+            if count == 0 {
+                return Ok(());
+            }
+            self.fill(bell).await?;
+        }
+    }
+}
+
+fn received(result: Result<usize, Errno>) -> Result<usize, End> {
+    match result {
+        Ok(0) => Err(End::Closed),
+        Ok(count) => Ok(count),
+        Err(error) => Err(End::Broken(error)),
+    }
+}

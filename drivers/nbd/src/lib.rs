@@ -1,0 +1,28 @@
+//! Network block devices: a server that exports nodes, and a client that is a node.
+//!
+//! ```text
+//!              Server ── Export: name, Rc<dyn Node>               Client: a Node
+//!   listener ──► connection                                          │ submit
+//!                  Inlet ──► request ──► Node::submit                ▼
+//!                  Outbox ◄── reply ◄────────┘             Inlet, Outbox ── stream ──► any server
+//! ```
+//!
+//! Follows the NBD project's `doc/proto.md` (see [`tap_abi::nbd`]), fixed newstyle only.
+//!
+//! # Contract
+//!
+//! * Over the seam only: a stream is cut anywhere, and every byte of a peer is checked before it is believed. What a
+//!   peer sends never panics, and never takes more memory than the limits say.
+//! * Requests and replies are moved in batches: one receive takes what has arrived, one send takes every reply that
+//!   was ready by then. Payload is copied at most once on its way in, and not at all on its way out.
+//! * Addresses of disks are sectors of 512 bytes. The server asks for such requests and refuses others with `EINVAL`;
+//!   the client refuses servers that want larger ones.
+
+mod bell;
+pub mod client;
+mod inlet;
+mod outbox;
+pub mod server;
+
+pub use client::{Breaks, Client, ClientConfig, ClientError};
+pub use server::{Export, ExportError, Server, ServerLimits};

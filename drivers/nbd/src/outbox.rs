@@ -1,0 +1,69 @@
+//! The sending side of a stream: what is put in during one turn of the executor goes out in one send.
+//!
+//! Whoever has something to say puts it in and wakes the writer. The executor runs tasks in the order of their wake-ups,
+//! so the writer comes after everybody who was ready at the same time, and takes what all of them have put in.
+
+use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
+use std::task::{Poll, Waker};
+use tap_host::{Errno, SendList, Stream};
+
+#[derive(Default)]
+pub(crate) struct Outbox {
+    list: RefCell<SendList>,
+    /// Messages in `list`.
+    messages: Cell<u32>,
+    closed: Cell<bool>,
+    waker: Cell<Option<Waker>>,
+}
+
+impl Outbox {
+    /// Puts one message in.
+    pub(crate) fn put(&self, message: impl FnOnce(&mut SendList)) {
+        message(&mut self.list.borrow_mut());
+        self.messages.set(self.messages.get() + 1);
+        self.wake();
+    }
+
+    /// Lets the writer end once everything is sent.
+    pub(crate) fn close(&self) {
+        self.closed.set(true);
+        self.wake();
+    }
+
+    fn wake(&self) {
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+    }
+
+    /// Swaps everything that is to be sent with `spare`, an empty list, and gives the number of messages; `None` when
+    /// the outbox is closed and empty.
+    pub(crate) async fn next(&self, spare: &mut SendList) -> Option<u32> {
+        poll_fn(|cx| {
+            let messages = self.messages.take();
+            if messages > 0 {
+                std::mem::swap(spare, &mut self.list.borrow_mut());
+                return Poll::Ready(Some(messages));
+            }
+            if self.closed.get() {
+                return Poll::Ready(None);
+            }
+            self.waker.set(Some(cx.waker().clone()));
+            Poll::Pending
+        })
+        .await
+    }
+}
+
+/// Sends all of `list`; gives it back, empty after success.
+pub(crate) async fn send_all<S: Stream>(stream: &S, mut list: SendList) -> (Result<(), Errno>, SendList) {
+    while !list.is_empty() {
+        let (result, rest) = stream.send(list).await;
+        list = rest;
+        if result.is_err() {
+            return (result, list);
+        }
+    }
+    (Ok(()), list)
+}

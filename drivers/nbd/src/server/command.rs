@@ -1,0 +1,142 @@
+//! What a request asks for, and whether it may have it.
+
+use super::Export;
+use tap_abi::nbd::{
+    CMD_BLOCK_STATUS, CMD_CACHE, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, RequestHeader,
+    STATE_HOLE, STATE_ZERO, StatusExtent, command, error,
+};
+use tap_core::{Node, Op, ZeroFlags};
+use tap_host::{Errno, SECTOR_BYTES, SectorRange};
+
+/// What is to be done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Kind {
+    /// An operation of the node.
+    Op(Op),
+    /// Nothing.
+    Cache,
+    /// Extents; only the first, or all that fit.
+    Status { one: bool },
+}
+
+/// A request that was checked.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Job {
+    pub(super) cookie: u64,
+    pub(super) kind: Kind,
+    pub(super) range: SectorRange,
+    /// Durable when answered.
+    pub(super) fua: bool,
+}
+
+/// Why a request is not carried out: the protocol's error, and a sentence.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Refusal(pub(super) u32, pub(super) &'static str);
+
+const KNOWN_FLAGS: u16 =
+    command::FUA | command::NO_HOLE | command::DF | command::REQ_ONE | command::FAST_ZERO;
+
+impl Job {
+    /// Checks a request against the export. `request_bytes` is the most that a read or write may have, `status` says
+    /// whether block status was agreed on.
+    pub(super) fn check(
+        header: &RequestHeader,
+        export: &Export,
+        request_bytes: u32,
+        status: bool,
+    ) -> Result<Self, Refusal> {
+        let invalid = |why| Err(Refusal(error::EINVAL, why));
+        let (flags, command, len) = (header.flags.get(), header.command.get(), header.len.get());
+        if flags & !KNOWN_FLAGS != 0 {
+            return invalid("the request has unknown flags");
+        }
+        let kind = match command {
+            CMD_READ => Kind::Op(Op::Read),
+            CMD_WRITE => Kind::Op(Op::Write),
+            CMD_FLUSH => Kind::Op(Op::Flush),
+            CMD_TRIM => Kind::Op(Op::Discard),
+            CMD_CACHE => Kind::Cache,
+            CMD_WRITE_ZEROES => Kind::Op(Op::WriteZeroes(ZeroFlags {
+                unmap: flags & command::NO_HOLE == 0,
+                fast: flags & command::FAST_ZERO != 0,
+            })),
+            CMD_BLOCK_STATUS if status => Kind::Status { one: flags & command::REQ_ONE != 0 },
+            CMD_BLOCK_STATUS => return invalid("block status was not agreed on"),
+            _ => return invalid("the command is unknown"),
+        };
+        let writes = matches!(kind, Kind::Op(op) if op.is_write());
+        let fua = writes && flags & command::FUA != 0;
+        let job = Self { cookie: header.cookie.get(), kind, range: SectorRange::default(), fua };
+        if kind == Kind::Op(Op::Flush) {
+            return Ok(job);
+        }
+        if writes && export.is_read_only() {
+            return Err(Refusal(error::EPERM, "the export is read-only"));
+        }
+        let sector_bytes = SECTOR_BYTES as u32;
+        if !header.offset.get().is_multiple_of(SECTOR_BYTES) || !len.is_multiple_of(sector_bytes) || len == 0
+        {
+            return invalid("the request does not consist of sectors of 512 bytes");
+        }
+        if matches!(kind, Kind::Op(op) if op.has_data()) && len > request_bytes {
+            return invalid("the request is larger than the maximum block size");
+        }
+        let range = SectorRange::new(header.offset.get() / SECTOR_BYTES, len / sector_bytes);
+        if !range.fits(export.size_sectors()) {
+            let error = if writes { error::ENOSPC } else { error::EINVAL };
+            return Err(Refusal(error, "the request reaches behind the end of the export"));
+        }
+        Ok(Self { range, ..job })
+    }
+}
+
+/// The protocol's number for an error of a node. It knows few, and all others are failures of input or output.
+pub(super) fn error_of(errno: Errno) -> u32 {
+    match errno {
+        Errno::EPERM | Errno::EROFS | Errno::EACCES => error::EPERM,
+        Errno::ENOMEM => error::ENOMEM,
+        Errno::EINVAL => error::EINVAL,
+        Errno::ENOSPC | Errno::EFBIG => error::ENOSPC,
+        Errno::EOVERFLOW => error::EOVERFLOW,
+        Errno::EOPNOTSUPP => error::ENOTSUP,
+        Errno::ESHUTDOWN => error::ESHUTDOWN,
+        _ => error::EIO,
+    }
+}
+
+/// Most extents of one answer.
+const EXTENTS_MAX: usize = 1024;
+/// What a node is asked about at once, in sectors: bounds the list that it makes.
+const STATUS_SECTORS: u64 = (64 << 20) / SECTOR_BYTES;
+
+/// The extents of `range`, or of a part from its start on: at most one if `one`.
+pub(super) async fn extents(
+    node: &dyn Node,
+    range: SectorRange,
+    one: bool,
+) -> Result<Vec<StatusExtent>, Errno> {
+    let most = if one { 1 } else { EXTENTS_MAX };
+    let mut found: Vec<StatusExtent> = Vec::new();
+    let (mut at, end) = (range.start.0, range.start.0 + u64::from(range.count));
+    // One more than is sent, so that the last one is whole.
+    while at < end && found.len() <= most {
+        let asked_end = end.min(at + STATUS_SECTORS);
+        let before = at;
+        for extent in node.extents(SectorRange::new(at, (asked_end - at) as u32)).await? {
+            let count = extent.count.min(asked_end - at);
+            let hole = if extent.allocated { 0 } else { STATE_HOLE };
+            let state = hole | if extent.zero { STATE_ZERO } else { 0 };
+            let len = (count * SECTOR_BYTES) as u32;
+            match found.last_mut() {
+                Some(last) if last.state.get() == state => last.len += len,
+                _ => found.push(StatusExtent { len: len.into(), state: state.into() }),
+            }
+            at += count;
+        }
+        if at == before {
+            return Err(Errno::EIO);
+        }
+    }
+    found.truncate(most);
+    Ok(found)
+}

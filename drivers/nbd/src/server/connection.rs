@@ -1,0 +1,374 @@
+//! One connection after its negotiation: requests in, replies out.
+
+use super::command::{Job, Kind, Refusal, error_of, extents};
+use super::negotiate::{ALLOCATION_ID, Agreed, CLOSED, Negotiation, why};
+use super::{Inner, STOPPED};
+use crate::bell::{Bell, first};
+use crate::inlet::Inlet;
+use crate::outbox::{Outbox, send_all};
+use std::cell::Cell;
+use std::convert::Infallible;
+use std::future::poll_fn;
+use std::pin::pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
+use tap_abi::nbd::{
+    CHUNK_BLOCK_STATUS, CHUNK_ERROR, CHUNK_OFFSET_DATA, CMD_DISC, CMD_WRITE, ChunkHeader, ErrorHead,
+    OffsetData, RequestHeader, SimpleReply, StatusExtent,
+};
+use tap_core::wait::Semaphore;
+use tap_core::{Op, Request, Response};
+use tap_host::{BufPool, Bug, Errno, IoVec, Log, Mark, Probe, SECTOR_BYTES, SendList, Stream, Tasks, Time};
+use zerocopy::{FromBytes, IntoBytes};
+
+/// Payload up to this size in bytes waits in the receive buffer until it is whole: receiving it for itself would cost
+/// more than copying it.
+const SMALL_BYTES: usize = 16 << 10;
+/// Most bytes of one piece of memory.
+const PIECE_BYTES: usize = 4 << 20;
+
+/// Why a connection ends.
+type Why = &'static str;
+
+struct Connection<H, S> {
+    server: Rc<Inner<H>>,
+    stream: S,
+    agreed: Agreed,
+    pool: BufPool,
+    out: Outbox,
+    /// Rung when no request may be taken any more.
+    bell: Rc<Bell>,
+    /// Requests taken whose replies are not sent.
+    in_flight: Cell<u32>,
+    /// The reading task waits until fewer are in flight.
+    waits: Cell<bool>,
+    requests: Cell<u64>,
+    writes: Cell<u64>,
+    /// One list of extents at a time.
+    status_turn: Semaphore,
+}
+
+/// Serves `stream` to its end. Gives why it ended, and how many requests were taken.
+pub(super) async fn run<H, S>(server: &Rc<Inner<H>>, number: u64, stream: S, bell: Rc<Bell>) -> (Why, u64)
+where
+    H: Time + Tasks + Log + Probe,
+    S: Stream,
+{
+    let mut inlet = Inlet::new(stream.clone(), server.limits.receive_bytes);
+    let mut patience = pin!(server.host.sleep_ns(server.limits.negotiation_ns));
+    let negotiation = Negotiation::new(server, &stream, &mut inlet, &bell).run();
+    let agreed = match first(patience.as_mut(), negotiation).await {
+        Some(Ok(agreed)) => agreed,
+        Some(Err(why)) => {
+            stream.shutdown();
+            return (bell.why().unwrap_or(why), 0);
+        }
+        None => {
+            stream.shutdown();
+            return ("the client took too long to choose an export", 0);
+        }
+    };
+    let connection = Rc::new(Connection {
+        server: Rc::clone(server),
+        stream,
+        agreed,
+        pool: BufPool::new(server.limits.connection_bytes),
+        out: Outbox::default(),
+        bell,
+        in_flight: Cell::new(0),
+        waits: Cell::new(false),
+        requests: Cell::new(0),
+        writes: Cell::new(0),
+        status_turn: Semaphore::new(1),
+    });
+    let sender = Rc::clone(&connection);
+    server.host.spawn("nbd-replies", number, async move { sender.send_replies().await });
+    let Err(why) = connection.read(&mut inlet).await;
+    connection.drain(why).await;
+    (why, connection.requests.get())
+}
+
+/// The client has ended the connection in order.
+const LEFT: Why = "the client left";
+
+impl<H, S> Connection<H, S>
+where
+    H: Time + Tasks + Log + Probe,
+    S: Stream,
+{
+    fn host(&self) -> &H {
+        &self.server.host
+    }
+
+    /// Takes requests for as long as that goes.
+    async fn read(self: &Rc<Self>, inlet: &mut Inlet<S>) -> Result<Infallible, Why> {
+        loop {
+            if let Some(why) = self.bell.why() {
+                return Err(why);
+            }
+            let have = inlet.unread().len();
+            if have > 0 && have < RequestHeader::BYTES {
+                self.host().mark(Mark::NbdRequestCut);
+                if self.host().bug(Bug::NbdRequestCut) {
+                    inlet.take(have);
+                }
+            }
+            inlet.need(RequestHeader::BYTES, &self.bell).await.map_err(|end| self.why(end))?;
+            let (bytes, _) = <[u8; RequestHeader::BYTES]>::read_from_prefix(inlet.unread())
+                .map_err(|_| "a request was cut")?;
+            let header = RequestHeader::parse(&bytes)?;
+            inlet.take(RequestHeader::BYTES);
+            if header.command.get() == CMD_DISC {
+                return Err(LEFT);
+            }
+            self.room().await?;
+            self.requests.set(self.requests.get() + 1);
+            self.take(&header, inlet).await?;
+        }
+    }
+
+    /// The reason of the bell, or that of the stream.
+    fn why(&self, end: crate::inlet::End) -> Why {
+        self.bell.why().unwrap_or_else(|| why(end))
+    }
+
+    /// Waits until one more request may be in flight, and counts it.
+    async fn room(&self) -> Result<(), Why> {
+        let most = self.server.limits.requests;
+        if self.in_flight.get() >= most {
+            self.host().mark(Mark::NbdRoomWaited);
+            self.bell.unless_rung(self.fewer_than(most)).await;
+        }
+        if let Some(why) = self.bell.why() {
+            return Err(why);
+        }
+        self.in_flight.set(self.in_flight.get() + 1);
+        Ok(())
+    }
+
+    async fn fewer_than(&self, most: u32) {
+        poll_fn(|cx| {
+            let waits = self.in_flight.get() >= most;
+            self.waits.set(waits);
+            if !waits {
+                return Poll::Ready(());
+            }
+            self.bell.listen(cx.waker());
+            Poll::Pending
+        })
+        .await;
+    }
+
+    /// Counts replies that were sent, or can not be.
+    fn release(&self, count: u32) {
+        self.in_flight.set(self.in_flight.get() - count);
+        if self.waits.get() {
+            self.bell.wake();
+        }
+    }
+
+    /// One request: receives its payload, and starts it or refuses it.
+    async fn take(self: &Rc<Self>, header: &RequestHeader, inlet: &mut Inlet<S>) -> Result<(), Why> {
+        let (limits, agreed) = (&self.server.limits, &self.agreed);
+        let payload = if header.command.get() == CMD_WRITE { header.len.get() as usize } else { 0 };
+        let job = Job::check(header, &agreed.export, limits.request_bytes, agreed.status);
+        let taken = match job {
+            Ok(job) => self.start(job, payload, inlet).await,
+            Err(_) if payload > limits.request_bytes as usize => Err("a write larger than the maximum"),
+            Err(refusal) => {
+                let skipped = inlet.skip(payload, &self.bell).await.map_err(|end| self.why(end));
+                skipped.map(|()| self.refuse(header, refusal))
+            }
+        };
+        if taken.is_err() {
+            // It has no reply, so nobody else will count it.
+            self.release(1);
+        }
+        taken
+    }
+
+    async fn start(self: &Rc<Self>, job: Job, payload: usize, inlet: &mut Inlet<S>) -> Result<(), Why> {
+        match job.kind {
+            Kind::Op(op) => {
+                let mut bufs = IoVec::new();
+                if op.has_data() {
+                    bufs = self.buffers(job.range.len_bytes() as usize).await?;
+                }
+                if payload > 0 {
+                    bufs = self.receive(bufs, payload, inlet).await?;
+                    self.writes.set(self.writes.get() + 1);
+                }
+                self.submit(job, op, bufs);
+            }
+            Kind::Cache => self.done(job, Ok(())),
+            Kind::Status { one } => {
+                let own = Rc::clone(self);
+                self.host().spawn("nbd-status", job.range.start.0, async move { own.status(job, one).await });
+            }
+        }
+        Ok(())
+    }
+
+    /// Memory of `bytes`. Nobody else takes any of this connection's, so pieces can be taken one after the other.
+    async fn buffers(&self, mut bytes: usize) -> Result<IoVec, Why> {
+        let mut bufs = IoVec::new();
+        while bytes > 0 {
+            let part = bytes.min(PIECE_BYTES);
+            match self.bell.unless_rung(self.pool.alloc(part)).await {
+                Some(Ok(buf)) => bufs.push(buf),
+                Some(Err(_)) => return Err("a request is larger than a buffer can be"),
+                None => return Err(self.bell.why().unwrap_or(STOPPED)),
+            }
+            bytes -= part;
+        }
+        // While this task waited, the connection may have broken: then nothing more is started.
+        self.bell.why().map_or(Ok(bufs), Err)
+    }
+
+    async fn receive(&self, bufs: IoVec, payload: usize, inlet: &mut Inlet<S>) -> Result<IoVec, Why> {
+        if payload <= SMALL_BYTES.min(inlet.capacity() - RequestHeader::BYTES) {
+            inlet.need(payload, &self.bell).await.map_err(|end| self.why(end))?;
+        } else if inlet.unread().len() < payload {
+            self.host().mark(Mark::NbdPayloadDirect);
+        }
+        let mut filled = IoVec::new();
+        for buf in bufs {
+            let (result, buf) = inlet.fill_buf(buf, 0, &self.bell).await;
+            result.map_err(|end| self.why(end))?;
+            filled.extend(buf);
+        }
+        Ok(filled)
+    }
+
+    /// Hands a request to the node, in the order of the stream. What is answered at once needs no task.
+    fn submit(self: &Rc<Self>, job: Job, op: Op, bufs: IoVec) {
+        if op == Op::Flush && self.host().bug(Bug::NbdFlushOwn) && self.writes.get() == 0 {
+            return self.done(job, Ok(()));
+        }
+        let fua = job.fua && !self.host().bug(Bug::NbdFuaIgnored);
+        let node = &self.agreed.export.node;
+        let mut answer = node.submit(Request { op, range: job.range, bufs });
+        if !fua && let Poll::Ready(response) = answer.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+            return self.answered(job, op, response);
+        }
+        let own = Rc::clone(self);
+        let role = match op {
+            Op::Read => "nbd-read",
+            Op::Write => "nbd-write",
+            Op::Flush => "nbd-flush",
+            Op::WriteZeroes(_) => "nbd-zeroes",
+            Op::Discard => "nbd-trim",
+        };
+        self.host().spawn(role, job.range.start.0, async move {
+            let mut response = answer.await;
+            if fua && response.result.is_ok() {
+                response.result = own.agreed.export.node.submit(Request::flush()).await.result;
+            }
+            own.answered(job, op, response);
+        });
+    }
+
+    fn answered(&self, job: Job, op: Op, response: Response) {
+        match response.result {
+            Ok(()) if op == Op::Read => self.data(job, response.bufs),
+            result => self.done(job, result),
+        }
+    }
+
+    async fn status(&self, job: Job, one: bool) {
+        let _turn = self.status_turn.acquire().await;
+        match extents(&*self.agreed.export.node, job.range, one).await {
+            Ok(found) => self.out.put(|list| {
+                let len = size_of::<u32>() + found.len() * StatusExtent::BYTES;
+                let head = ChunkHeader::new(job.cookie, CHUNK_BLOCK_STATUS, true, len as u32);
+                list.push_bytes(head.as_bytes());
+                list.push_bytes(&ALLOCATION_ID.to_be_bytes());
+                list.push_bytes(found.as_slice().as_bytes());
+            }),
+            Err(error) => self.done(job, Err(error)),
+        }
+    }
+
+    /// The reply to a read.
+    fn data(&self, job: Job, bufs: IoVec) {
+        let cookie = self.cookie(job);
+        self.out.put(|list| {
+            if self.agreed.structured {
+                let len = OffsetData::BYTES + job.range.len_bytes() as usize;
+                let mut head = [0; ChunkHeader::BYTES + OffsetData::BYTES];
+                let chunk = ChunkHeader::new(cookie, CHUNK_OFFSET_DATA, true, len as u32);
+                head[..ChunkHeader::BYTES].copy_from_slice(chunk.as_bytes());
+                let offset = job.range.start.0 * SECTOR_BYTES;
+                head[ChunkHeader::BYTES..].copy_from_slice(&offset.to_be_bytes());
+                list.push_bytes(&head);
+            } else {
+                list.push_bytes(SimpleReply::new(cookie, 0).as_bytes());
+            }
+            bufs.into_iter().for_each(|buf| list.push_buf(buf));
+        });
+    }
+
+    /// A reply without data.
+    fn done(&self, job: Job, result: Result<(), Errno>) {
+        let cookie = self.cookie(job);
+        match result {
+            Ok(()) => self.out.put(|list| list.push_bytes(SimpleReply::new(cookie, 0).as_bytes())),
+            Err(error) => self.error(cookie, Refusal(error_of(error), "")),
+        }
+    }
+
+    /// What the reply to `job` is told by.
+    fn cookie(&self, job: Job) -> u64 {
+        if self.host().bug(Bug::NbdWrongCookie) { self.requests.get() } else { job.cookie }
+    }
+
+    fn refuse(&self, header: &RequestHeader, refusal: Refusal) {
+        self.host().mark(Mark::NbdRequestRefused);
+        self.error(header.cookie.get(), refusal);
+    }
+
+    fn error(&self, cookie: u64, Refusal(error, why): Refusal) {
+        self.out.put(|list| {
+            if self.agreed.structured {
+                let len = ErrorHead::BYTES + why.len();
+                list.push_bytes(ChunkHeader::new(cookie, CHUNK_ERROR, true, len as u32).as_bytes());
+                let head = ErrorHead { error: error.into(), message_len: (why.len() as u16).into() };
+                list.push_bytes(head.as_bytes());
+                list.push_bytes(why.as_bytes());
+            } else {
+                list.push_bytes(SimpleReply::new(cookie, error).as_bytes());
+            }
+        });
+    }
+
+    /// Sends replies until the outbox is closed.
+    async fn send_replies(&self) {
+        let mut list = SendList::new();
+        while let Some(replies) = self.out.next(&mut list).await {
+            let (result, rest) = send_all(&self.stream, list).await;
+            list = rest;
+            if result.is_err() {
+                // Before the count goes down: the reading task must not start another request.
+                self.bell.ring("a reply could not be sent");
+                list = SendList::new();
+            }
+            self.release(replies);
+        }
+    }
+
+    /// Lets everything in flight end and be sent, and closes the stream.
+    async fn drain(&self, why: Why) {
+        if [LEFT, CLOSED].contains(&why) {
+            self.bell.unless_rung(self.fewer_than(1)).await;
+        }
+        if self.in_flight.get() > 0 {
+            let mut grace = pin!(self.host().sleep_ns(self.server.limits.grace_ns));
+            if first(grace.as_mut(), self.fewer_than(1)).await.is_none() {
+                self.stream.shutdown();
+            }
+        }
+        self.fewer_than(1).await;
+        self.out.close();
+        self.stream.shutdown();
+    }
+}

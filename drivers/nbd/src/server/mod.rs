@@ -1,0 +1,286 @@
+//! The server: exports nodes to anybody who connects.
+//!
+//! ```text
+//!   serve(listener) ──► connection task: negotiate, then read requests ──► Node::submit ──┐ ready at once, or
+//!                       reply task: send what has collected ◄─── Outbox ◄────────────────┘ a task per request
+//! ```
+//!
+//! # Contract
+//!
+//! * **Options**: `LIST`, `INFO`, `GO`, `EXPORT_NAME`, `ABORT`, `STRUCTURED_REPLY`, `LIST_META_CONTEXT` and
+//!   `SET_META_CONTEXT` (`base:allocation`). `STARTTLS` is refused with a sentence: encryption needs certificates,
+//!   their renewal and a policy, which belong to a tunnel (stunnel, ssh, WireGuard) rather than into the process that
+//!   holds the disk. All others are answered with `ERR_UNSUP`. The empty name is the first export, unless one is called
+//!   so.
+//! * **Commands**: `READ` (always one chunk, so `DF` changes nothing), `WRITE`, `FLUSH`, `TRIM`, `WRITE_ZEROES`,
+//!   `CACHE` (answered, nothing is read), `BLOCK_STATUS`, `DISC`. `FUA` is the operation and then a flush of the node.
+//!   Offsets and lengths are multiples of 512 bytes, anything else is answered with `EINVAL`.
+//! * **Several connections**: a flush covers what was answered on all of them, because every connection hands it to the
+//!   same node, whose contract says so.
+//! * **Limits**: each connection has memory, requests in flight and a receive buffer of its own, and is not read from
+//!   while any of them is used up. So a client that sends too much, or takes no replies, holds up itself only. All of it
+//!   together is bounded, see [`ServerLimits::memory_bytes`]. Connections above their number are closed at once.
+//! * **Errors**: a client that breaks the protocol loses its connection, with one event that says why. What it had
+//!   asked for before is finished.
+//! * **After a broken connection** nothing more of it is started: once a reply could not be sent, what the client had
+//!   sent before and was not yet read is dropped. A client that connects anew and repeats requests relies on it.
+//! * [`Server::stop`] ends in order: no connection and no request is taken any more, those in flight end, their
+//!   replies are sent, streams are closed. Nodes are left to their owner.
+
+mod command;
+mod connection;
+mod negotiate;
+
+use crate::bell::{Bell, first};
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::pin::pin;
+use std::rc::Rc;
+use tap_core::Node;
+use tap_core::wait::Event as Flag;
+use tap_host::{Event, Listener, Log, PAGE_BYTES, Probe, Stream, Tasks, Time};
+
+/// A node that clients can choose.
+#[derive(Clone)]
+pub struct Export {
+    /// What clients ask for; at most 4096 bytes.
+    pub name: String,
+    /// For people; at most 4096 bytes.
+    pub description: String,
+    /// What answers.
+    pub node: Rc<dyn Node>,
+    /// Writes are refused, also where the node takes them.
+    pub read_only: bool,
+}
+
+impl Export {
+    pub(crate) fn is_read_only(&self) -> bool {
+        self.read_only || self.node.info().read_only
+    }
+    pub(crate) fn size_sectors(&self) -> u64 {
+        // Offsets are 64 bits of bytes.
+        self.node.info().size_sectors.min(u64::MAX / tap_host::SECTOR_BYTES)
+    }
+}
+
+/// What a server gives its clients at most.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ServerLimits {
+    /// Connections at one time, at least 1.
+    pub connections: usize,
+    /// Requests of one connection that are not answered, at least 1.
+    pub requests: u32,
+    /// Most bytes of one read or write: a power of two from 4096 to 32 MiB.
+    pub request_bytes: u32,
+    /// Memory for the data of one connection's requests in bytes; at least `request_bytes`.
+    pub connection_bytes: usize,
+    /// Receive buffer of one connection in bytes, 16 KiB to 4 MiB.
+    pub receive_bytes: usize,
+    /// How long a client may take to choose an export, in nanoseconds.
+    pub negotiation_ns: u64,
+    /// How long a client whose connection is to end may take to receive its last replies, in nanoseconds.
+    pub grace_ns: u64,
+}
+
+impl Default for ServerLimits {
+    fn default() -> Self {
+        Self {
+            connections: 16,
+            requests: 128,
+            request_bytes: REQUEST_BYTES_MAX,
+            connection_bytes: REQUEST_BYTES_MAX as usize,
+            receive_bytes: 256 << 10,
+            negotiation_ns: 30_000_000_000,
+            grace_ns: 5_000_000_000,
+        }
+    }
+}
+
+/// What the protocol expects of every server.
+const REQUEST_BYTES_MAX: u32 = 32 << 20;
+const RECEIVE_BYTES_MIN: usize = 16 << 10;
+const RECEIVE_BYTES_MAX: usize = 4 << 20;
+
+impl ServerLimits {
+    /// The least of everything.
+    pub const LEAST: Self = Self {
+        connections: 1,
+        requests: 1,
+        request_bytes: PAGE_BYTES as u32,
+        connection_bytes: PAGE_BYTES,
+        receive_bytes: RECEIVE_BYTES_MIN,
+        negotiation_ns: 1_000_000_000,
+        grace_ns: 1_000_000,
+    };
+
+    /// Most bytes of memory that clients can make the server hold, apart from some hundred bytes for each request.
+    pub fn memory_bytes(&self) -> usize {
+        self.connections * (self.connection_bytes + self.receive_bytes)
+    }
+
+    /// With every value brought into its range.
+    fn in_range(self) -> Self {
+        let request_bytes = self.request_bytes.clamp(PAGE_BYTES as u32, REQUEST_BYTES_MAX);
+        let request_bytes = 1 << request_bytes.ilog2();
+        Self {
+            connections: self.connections.max(1),
+            requests: self.requests.max(1),
+            request_bytes,
+            connection_bytes: self.connection_bytes.max(request_bytes as usize),
+            receive_bytes: self.receive_bytes.clamp(RECEIVE_BYTES_MIN, RECEIVE_BYTES_MAX),
+            ..self
+        }
+    }
+}
+
+/// Why a server cannot have its exports.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum ExportError {
+    /// There is none.
+    #[error("serve anything: there is no export")]
+    None,
+    /// A name or description is longer than the protocol allows.
+    #[error("export '{0}': its name or description is longer than 4096 bytes; choose a shorter one")]
+    TooLong(String),
+    /// Two exports have one name.
+    #[error("export '{0}' twice; give each export a name of its own")]
+    Twice(String),
+}
+
+/// A server; clones share it.
+pub struct Server<H>(Rc<Inner<H>>);
+
+pub(crate) struct Inner<H> {
+    pub(crate) host: H,
+    pub(crate) exports: Vec<Rc<Export>>,
+    pub(crate) limits: ServerLimits,
+    next: Cell<u64>,
+    /// Of every connection that is open.
+    bells: RefCell<BTreeMap<u64, Rc<Bell>>>,
+    /// Set by [`Server::stop`].
+    stopping: Flag,
+    /// Set while no connection is open.
+    idle: Flag,
+}
+
+impl<H> Clone for Server<H> {
+    fn clone(&self) -> Self {
+        Self(Rc::clone(&self.0))
+    }
+}
+
+/// How long the server waits after a connection could not be accepted, in nanoseconds.
+const ACCEPT_PAUSE_NS: u64 = 100_000_000;
+
+/// Why connections end when the server does.
+pub(crate) const STOPPED: &str = "the server stops";
+
+impl<H: Time + Tasks + Log + Probe> Server<H> {
+    /// A server of `exports`; values of `limits` that are out of range are brought into it.
+    ///
+    /// # Errors
+    /// [`ExportError`].
+    pub fn new(host: H, exports: Vec<Export>, limits: ServerLimits) -> Result<Self, ExportError> {
+        if exports.is_empty() {
+            return Err(ExportError::None);
+        }
+        for (i, export) in exports.iter().enumerate() {
+            if export.name.len().max(export.description.len()) > tap_abi::nbd::STRING_BYTES_MAX {
+                return Err(ExportError::TooLong(export.name.clone()));
+            }
+            if exports[..i].iter().any(|other| other.name == export.name) {
+                return Err(ExportError::Twice(export.name.clone()));
+            }
+        }
+        let idle = Flag::new();
+        idle.set();
+        Ok(Self(Rc::new(Inner {
+            host,
+            exports: exports.into_iter().map(Rc::new).collect(),
+            limits: limits.in_range(),
+            next: Cell::new(1),
+            bells: RefCell::default(),
+            stopping: Flag::new(),
+            idle,
+        })))
+    }
+
+    /// What holds for clients.
+    pub fn limits(&self) -> ServerLimits {
+        self.0.limits
+    }
+
+    /// Connections that are open now.
+    pub fn connections(&self) -> usize {
+        self.0.bells.borrow().len()
+    }
+
+    /// Accepts connections of `listener` until the server is stopped. Several may run at the same time.
+    pub async fn serve<L: Listener>(&self, listener: L) {
+        let inner = &self.0;
+        let mut stopping = pin!(inner.stopping.wait());
+        loop {
+            let Some(accepted) = first(stopping.as_mut(), listener.accept()).await else { return };
+            match accepted {
+                Ok(stream) => self.take(stream),
+                Err(_) => {
+                    inner.refused("it could not be accepted");
+                    let pause = inner.host.sleep_ns(ACCEPT_PAUSE_NS);
+                    if first(stopping.as_mut(), pause).await.is_none() {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Serves one connected stream in a task of its own; closes it where the limits or a stop say so.
+    pub fn take<S: Stream>(&self, stream: S) {
+        let inner = &self.0;
+        let why = if inner.stopping.is_set() {
+            Some(STOPPED)
+        } else if self.connections() >= inner.limits.connections {
+            Some("there are too many connections")
+        } else {
+            None
+        };
+        if let Some(why) = why {
+            inner.refused(why);
+            return stream.shutdown();
+        }
+        let number = inner.next.replace(inner.next.get() + 1);
+        let bell = Rc::new(Bell::default());
+        inner.bells.borrow_mut().insert(number, Rc::clone(&bell));
+        inner.idle.clear();
+        let own = Rc::clone(inner);
+        inner.host.spawn("nbd-connection", number, async move {
+            own.host.log(Event::NbdConnected { connection: number });
+            let (why, requests) = connection::run(&own, number, stream, bell).await;
+            own.host.log(Event::NbdClosed { connection: number, requests, why });
+            own.bells.borrow_mut().remove(&number);
+            if own.bells.borrow().is_empty() {
+                own.idle.set();
+            }
+        });
+    }
+
+    /// Ends in order; completes when every connection is closed. Replies that a client does not receive within
+    /// [`ServerLimits::grace_ns`] are dropped.
+    pub async fn stop(&self) {
+        self.0.stopping.set();
+        self.0.bells.borrow().values().for_each(|bell| bell.ring(STOPPED));
+        self.0.idle.wait().await;
+    }
+}
+
+impl<H: Log> Inner<H> {
+    fn refused(&self, why: &'static str) {
+        self.host.log(Event::NbdRefused { connection: self.next.get(), why });
+    }
+
+    /// The export called `name`.
+    pub(crate) fn export(&self, name: &str) -> Option<&Rc<Export>> {
+        let named = self.exports.iter().find(|export| export.name == name);
+        named.or_else(|| self.exports.first().filter(|_| name.is_empty()))
+    }
+}

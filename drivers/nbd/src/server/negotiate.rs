@@ -1,0 +1,285 @@
+//! From the first byte to the chosen export.
+
+use super::{Export, Inner};
+use crate::bell::Bell;
+use crate::inlet::{End, Inlet};
+use crate::outbox::send_all;
+use std::rc::Rc;
+use tap_abi::nbd::{
+    BASE_ALLOCATION, EXPORT_PADDING_BYTES, ExportReply, Hello, INFO_BLOCK_SIZE, INFO_DESCRIPTION,
+    INFO_EXPORT, INFO_NAME, InfoBlockSize, InfoExport, InfoQuery, MetaQuery, OPT_ABORT, OPT_EXPORT_NAME,
+    OPT_GO, OPT_INFO, OPT_LIST, OPT_LIST_META_CONTEXT, OPT_SET_META_CONTEXT, OPT_STARTTLS,
+    OPT_STRUCTURED_REPLY, OPTION_MAGIC, OptionHeader, OptionReply, REP_ACK, REP_ERR_INVALID, REP_ERR_POLICY,
+    REP_ERR_TOO_BIG, REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_INFO, REP_META_CONTEXT, REP_SERVER,
+    STRING_BYTES_MAX, export, handshake,
+};
+use tap_host::{Log, SECTOR_BYTES, SendList, Stream};
+use zerocopy::byteorder::big_endian::{U16, U32};
+use zerocopy::{FromBytes, IntoBytes};
+
+/// What both sides agreed on.
+pub(super) struct Agreed {
+    pub(super) export: Rc<Export>,
+    /// Replies to reads come in chunks.
+    pub(super) structured: bool,
+    /// `BLOCK_STATUS` may be asked for.
+    pub(super) status: bool,
+}
+
+/// The number that stands for `base:allocation` on every connection.
+pub(super) const ALLOCATION_ID: u32 = 1;
+/// Multiples of it are fast: a page.
+const PREFERRED_BYTES: u32 = 4096;
+/// Room for the longest name and some hundred information requests.
+const OPTION_BYTES_MAX: usize = 8 << 10;
+
+/// Why there is no agreement.
+type Why = &'static str;
+
+/// The client has sent its last byte; it may still read.
+pub(super) const CLOSED: Why = "the client closed it";
+
+pub(super) fn why(end: End) -> Why {
+    match end {
+        End::Closed => CLOSED,
+        End::Broken(_) => "it broke",
+        End::Rung => "it was given up",
+    }
+}
+
+pub(super) struct Negotiation<'a, H, S> {
+    pub(super) server: &'a Inner<H>,
+    pub(super) stream: &'a S,
+    pub(super) inlet: &'a mut Inlet<S>,
+    pub(super) bell: &'a Bell,
+    no_zeroes: bool,
+    structured: bool,
+    /// The export for which `base:allocation` was chosen.
+    status: Option<Rc<Export>>,
+}
+
+/// What became of an option.
+enum Next {
+    More,
+    Begin(Rc<Export>),
+    End(Why),
+}
+
+impl<'a, H: Log, S: Stream> Negotiation<'a, H, S> {
+    pub(super) fn new(server: &'a Inner<H>, stream: &'a S, inlet: &'a mut Inlet<S>, bell: &'a Bell) -> Self {
+        Self { server, stream, inlet, bell, no_zeroes: false, structured: false, status: None }
+    }
+
+    /// Speaks with the client until it has chosen.
+    pub(super) async fn run(mut self) -> Result<Agreed, Why> {
+        let mut hello = SendList::new();
+        hello.push_bytes(Hello::new(handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES).as_bytes());
+        self.send(hello).await?;
+        self.inlet.need(4, self.bell).await.map_err(why)?;
+        let flags = U32::read_from_prefix(self.inlet.unread()).map_or(0, |(flags, _)| flags.get());
+        self.inlet.take(4);
+        if flags & !u32::from(handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES) != 0 {
+            return Err("its handshake has unknown flags");
+        }
+        self.no_zeroes = flags & u32::from(handshake::NO_ZEROES) != 0;
+        loop {
+            match self.option().await? {
+                Next::More => {}
+                Next::End(why) => return Err(why),
+                Next::Begin(export) => {
+                    let status = self.status.is_some_and(|chosen| Rc::ptr_eq(&chosen, &export));
+                    return Ok(Agreed { export, structured: self.structured, status });
+                }
+            }
+        }
+    }
+
+    async fn send(&self, list: SendList) -> Result<(), Why> {
+        match self.bell.unless_rung(send_all(self.stream, list)).await {
+            Some((Ok(()), _)) => Ok(()),
+            Some((Err(error), _)) => Err(why(End::Broken(error))),
+            None => Err(why(End::Rung)),
+        }
+    }
+
+    /// One option and its reply.
+    async fn option(&mut self) -> Result<Next, Why> {
+        self.inlet.need(OptionHeader::BYTES, self.bell).await.map_err(why)?;
+        let Ok((header, _)) = OptionHeader::read_from_prefix(self.inlet.unread()) else {
+            return Err("an option without header");
+        };
+        self.inlet.take(OptionHeader::BYTES);
+        if header.magic.get() != OPTION_MAGIC {
+            return Err("an option without its magic number");
+        }
+        let (option, len) = (header.option.get(), header.len.get() as usize);
+        if len > OPTION_BYTES_MAX {
+            if option == OPT_EXPORT_NAME {
+                return Err("an export name longer than 4096 bytes");
+            }
+            self.inlet.skip(len, self.bell).await.map_err(why)?;
+            let mut replies = Replies::new(option);
+            replies.refuse(REP_ERR_TOO_BIG, "the option has more data than any known option needs");
+            self.send(replies.list).await?;
+            return Ok(Next::More);
+        }
+        self.inlet.need(len, self.bell).await.map_err(why)?;
+        let mut replies = Replies::new(option);
+        let next = self.answer(len, &mut replies);
+        self.inlet.take(len);
+        self.send(replies.list).await?;
+        Ok(next)
+    }
+
+    fn answer(&mut self, len: usize, replies: &mut Replies) -> Next {
+        let data = &self.inlet.unread()[..len];
+        match replies.option {
+            OPT_EXPORT_NAME => return self.export_name(data, replies),
+            OPT_INFO | OPT_GO => return self.info(data, replies),
+            OPT_LIST_META_CONTEXT | OPT_SET_META_CONTEXT => {
+                let chosen = self.contexts(data, replies);
+                if replies.option == OPT_SET_META_CONTEXT {
+                    self.status = chosen;
+                }
+            }
+            OPT_ABORT => {
+                replies.push(REP_ACK, &[]);
+                return Next::End("the client gave up the negotiation");
+            }
+            OPT_STARTTLS => {
+                replies.refuse(REP_ERR_POLICY, "no TLS here: use a unix socket, or a tunnel with encryption");
+            }
+            OPT_LIST | OPT_STRUCTURED_REPLY if !data.is_empty() => {
+                replies.refuse(REP_ERR_INVALID, "the option has data");
+            }
+            OPT_LIST => {
+                for export in &self.server.exports {
+                    let len = (export.name.len() as u32).to_be_bytes();
+                    let parts = [&len, export.name.as_bytes(), export.description.as_bytes()];
+                    replies.push(REP_SERVER, &parts);
+                }
+                replies.push(REP_ACK, &[]);
+            }
+            OPT_STRUCTURED_REPLY => {
+                self.structured = true;
+                replies.push(REP_ACK, &[]);
+            }
+            _ => replies.refuse(REP_ERR_UNSUP, "the option is unknown here"),
+        }
+        Next::More
+    }
+
+    /// `EXPORT_NAME`: the data is the name, and there is no way to refuse but to hang up.
+    fn export_name(&self, data: &[u8], replies: &mut Replies) -> Next {
+        let name = std::str::from_utf8(data).ok().filter(|name| name.len() <= STRING_BYTES_MAX);
+        let Some(export) = name.and_then(|name| self.server.export(name)) else {
+            return Next::End("it asked for an export that does not exist");
+        };
+        let (size, flags) = (export.size_sectors() * SECTOR_BYTES, flags_of(export, self.structured));
+        let reply = ExportReply { size: size.into(), flags: flags.into() };
+        replies.list.push_bytes(reply.as_bytes());
+        if !self.no_zeroes {
+            replies.list.push_bytes(&[0; EXPORT_PADDING_BYTES]);
+        }
+        Next::Begin(Rc::clone(export))
+    }
+
+    /// `INFO` and `GO`.
+    fn info(&self, data: &[u8], replies: &mut Replies) -> Next {
+        let query = match InfoQuery::parse(data) {
+            Ok(query) => query,
+            Err(why) => {
+                replies.refuse(REP_ERR_INVALID, why);
+                return Next::More;
+            }
+        };
+        let Some(export) = self.server.export(query.name) else {
+            replies.refuse(REP_ERR_UNKNOWN, "there is no export of this name");
+            return Next::More;
+        };
+        let (size, flags) = (export.size_sectors() * SECTOR_BYTES, flags_of(export, self.structured));
+        let head = InfoExport { kind: INFO_EXPORT.into(), size: size.into(), flags: flags.into() };
+        replies.push(REP_INFO, &[head.as_bytes()]);
+        for (kind, text) in [(INFO_NAME, &export.name), (INFO_DESCRIPTION, &export.description)] {
+            if query.asks(kind) {
+                replies.push(REP_INFO, &[U16::new(kind).as_bytes(), text.as_bytes()]);
+            }
+        }
+        // Sent unasked too: a client that does not look would not know why its requests fail.
+        let sizes = InfoBlockSize {
+            kind: INFO_BLOCK_SIZE.into(),
+            minimum: (SECTOR_BYTES as u32).into(),
+            preferred: PREFERRED_BYTES.into(),
+            maximum: self.server.limits.request_bytes.into(),
+        };
+        replies.push(REP_INFO, &[sizes.as_bytes()]);
+        replies.push(REP_ACK, &[]);
+        if replies.option == OPT_GO { Next::Begin(Rc::clone(export)) } else { Next::More }
+    }
+
+    /// `LIST_META_CONTEXT` and `SET_META_CONTEXT`: the export, if `base:allocation` was among the answers.
+    fn contexts(&self, data: &[u8], replies: &mut Replies) -> Option<Rc<Export>> {
+        let choosing = replies.option == OPT_SET_META_CONTEXT;
+        if choosing && !self.structured {
+            replies.refuse(REP_ERR_INVALID, "metadata contexts need structured replies first");
+            return None;
+        }
+        let query = match MetaQuery::parse(data) {
+            Ok(query) => query,
+            Err(why) => {
+                replies.refuse(REP_ERR_INVALID, why);
+                return None;
+            }
+        };
+        let Some(export) = self.server.export(query.name) else {
+            replies.refuse(REP_ERR_UNKNOWN, "there is no export of this name");
+            return None;
+        };
+        let wanted = |text: &str| text == BASE_ALLOCATION || !choosing && text == "base:";
+        let found = query.queries().any(wanted) || !choosing && query.count == 0;
+        if found {
+            let id = if choosing { ALLOCATION_ID } else { 0 };
+            replies.push(REP_META_CONTEXT, &[&id.to_be_bytes(), BASE_ALLOCATION.as_bytes()]);
+        }
+        replies.push(REP_ACK, &[]);
+        found.then(|| Rc::clone(export))
+    }
+}
+
+fn flags_of(of: &Export, structured: bool) -> u16 {
+    let all = export::HAS_FLAGS
+        | export::SEND_FLUSH
+        | export::SEND_FUA
+        | export::CAN_MULTI_CONN
+        | export::SEND_CACHE
+        | if structured { export::SEND_DF } else { 0 };
+    let mode = if of.is_read_only() {
+        export::READ_ONLY
+    } else {
+        export::SEND_TRIM | export::SEND_WRITE_ZEROES | export::SEND_FAST_ZERO
+    };
+    all | mode
+}
+
+/// The replies to one option.
+struct Replies {
+    option: u32,
+    list: SendList,
+}
+
+impl Replies {
+    fn new(option: u32) -> Self {
+        Self { option, list: SendList::new() }
+    }
+
+    fn push(&mut self, reply: u32, parts: &[&[u8]]) {
+        let len: usize = parts.iter().map(|part| part.len()).sum();
+        self.list.push_bytes(OptionReply::new(self.option, reply, len as u32).as_bytes());
+        parts.iter().for_each(|part| self.list.push_bytes(part));
+    }
+
+    /// Refuses, and says why to whoever reads it. `EXPORT_NAME` cannot be answered so.
+    fn refuse(&mut self, error: u32, why: &str) {
+        self.push(error, &[why.as_bytes()]);
+    }
+}

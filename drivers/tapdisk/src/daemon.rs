@@ -1,0 +1,117 @@
+//! The command line of `tapdisk`.
+
+use crate::Console;
+use crate::serve::{self, ServeArgs, ServeHost};
+use clap::{Parser, Subcommand, ValueEnum};
+
+/// The command line of `tapdisk`.
+#[derive(Parser, Debug)]
+#[command(name = "tapdisk", version, about = "Serves disk images")]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// How files are read and written
+    #[arg(long, global = true, value_enum, default_value_t, value_name = "ENGINE")]
+    pub aio: AioArg,
+    /// Priority of this process at its drives: realtime[:0-7], best-effort[:0-7] or idle
+    #[arg(long, global = true, value_name = "CLASS[:LEVEL]")]
+    pub ionice: Option<IoNice>,
+    /// Log every request
+    #[arg(short, long, global = true)]
+    pub verbose: bool,
+}
+
+/// What `tapdisk` does.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Serves disks over NBD until it is asked to stop (SIGTERM, SIGINT)
+    #[command(after_help = "Specs: raw:PATH, qcow:PATH, nbd:ADDRESS, nbd://HOST/EXPORT
+
+Examples:
+  tapdisk serve --nbd unix:/run/disk.sock qcow:/images/disk.qcow
+  tapdisk serve --nbd 127.0.0.1:10809 --read-only a=raw:/images/a.img b=qcow:/images/b.qcow
+  nbdinfo nbd+unix:///?socket=/run/disk.sock")]
+    Serve(ServeArgs),
+}
+
+/// How files are read and written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
+pub enum AioArg {
+    /// io_uring where the kernel allows it, threads otherwise
+    #[default]
+    Auto,
+    /// io_uring or nothing
+    #[value(name = "io_uring")]
+    IoUring,
+    /// A pool of threads
+    Threads,
+}
+
+/// Priority at the drives.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct IoNice {
+    /// 1 realtime, 2 best effort, 3 idle.
+    pub class: u8,
+    /// 0 (first) to 7 (last).
+    pub level: u8,
+}
+
+impl std::str::FromStr for IoNice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (class, level) = text.split_once(':').map_or((text, None), |(class, level)| (class, Some(level)));
+        let class = match class {
+            "realtime" => 1,
+            "best-effort" => 2,
+            "idle" => 3,
+            _ => return Err(format!("'{class}' is no class: there are realtime, best-effort and idle")),
+        };
+        let level = match level {
+            None => {
+                if class == 3 {
+                    0
+                } else {
+                    4
+                }
+            }
+            Some(_) if class == 3 => return Err("the class idle has no levels".to_owned()),
+            Some(level) => match level.parse() {
+                Ok(level @ 0..=7) => level,
+                _ => return Err(format!("the level '{level}' is not from 0 to 7")),
+            },
+        };
+        Ok(Self { class, level })
+    }
+}
+
+/// Runs `tapdisk` and gives its exit status.
+pub async fn run<H: ServeHost>(host: H, cli: Cli, console: &dyn Console) -> u8 {
+    match cli.command {
+        Command::Serve(args) => serve::run(host, args, console).await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+        crate::img::Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn priorities_are_read() {
+        let read = |text: &str| text.parse::<IoNice>();
+        assert_eq!(read("idle"), Ok(IoNice { class: 3, level: 0 }));
+        assert_eq!(read("best-effort:7"), Ok(IoNice { class: 2, level: 7 }));
+        assert_eq!(read("realtime"), Ok(IoNice { class: 1, level: 4 }));
+        for bad in ["", "slow", "best-effort:8", "idle:1", "realtime:"] {
+            assert!(read(bad).is_err(), "{bad}");
+        }
+    }
+}

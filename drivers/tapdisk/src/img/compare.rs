@@ -1,0 +1,168 @@
+//! `tap-img compare`.
+
+use super::pump::{Crew, Extents, PIECE_SECTORS, Run, is_zero, read};
+use super::{BackingArgs, Failure, FormatArg, Outcome};
+use crate::Console;
+use crate::disk::{DiskHost, DiskOptions, open_any};
+use clap::Args;
+use std::rc::Rc;
+use tap_core::Node;
+use tap_host::{BufPool, Errno, SECTOR_BYTES};
+
+#[derive(Args, Debug)]
+pub(super) struct Compare {
+    /// Format of the first image, instead of finding it out
+    #[arg(short, long, value_enum, value_name = "FORMAT")]
+    format: Option<FormatArg>,
+    /// Format of the second image
+    #[arg(short = 'F', long, value_enum, value_name = "FORMAT")]
+    second_format: Option<FormatArg>,
+    /// Disks of different sizes differ, even if what one has more is zeros
+    #[arg(short, long)]
+    strict: bool,
+    /// Show how far it is
+    #[arg(short, long)]
+    progress: bool,
+    /// Say nothing, only exit
+    #[arg(short, long)]
+    quiet: bool,
+    /// Requests in flight
+    #[arg(short = 'm', long, default_value_t = 8, value_parser = clap::value_parser!(u8).range(1..=64))]
+    parallel: u8,
+    #[command(flatten)]
+    backing: BackingArgs,
+    /// The first image
+    first: String,
+    /// The second image
+    second: String,
+}
+
+const DIFFERENT: u8 = 1;
+const CANNOT_OPEN: u8 = 2;
+const CANNOT_READ: u8 = 4;
+
+impl Compare {
+    pub(super) async fn run<H: DiskHost>(&self, host: &H, console: &dyn Console) -> Outcome {
+        let mut disks = Vec::new();
+        for (file, format) in [(&self.first, self.format), (&self.second, self.second_format)] {
+            let spec = super::disk(file, format).map_err(Failure::with(CANNOT_OPEN))?;
+            let options = DiskOptions { backing: self.backing.backing.policy(), ..DiskOptions::default() };
+            disks.push(open_any(host, &spec, &options).await.map_err(Failure::with(CANNOT_OPEN))?);
+        }
+        let say = |line: &str| {
+            if !self.quiet {
+                console.out(line);
+            }
+        };
+        let sizes = (disks[0].info().size_sectors, disks[1].info().size_sectors);
+        if self.strict && sizes.0 != sizes.1 {
+            say("Strict mode: Image size mismatch!");
+            return Ok(DIFFERENT);
+        }
+        let different = self.first_difference(&disks[0], &disks[1], console).await;
+        let different = different.map_err(|e| Failure {
+            status: CANNOT_READ,
+            text: format!("compare {} with {}: {e}", self.first, self.second),
+        })?;
+        if let Some(sector) = different {
+            say(&format!("Content mismatch at offset {}!", sector * SECTOR_BYTES));
+            return Ok(DIFFERENT);
+        }
+        if sizes.0 != sizes.1 {
+            say("Warning: Image size mismatch!");
+        }
+        say("Images are identical.");
+        Ok(0)
+    }
+
+    /// The first sector that differs; what one disk has more is compared with zeros.
+    async fn first_difference(
+        &self,
+        a: &Rc<dyn Node>,
+        b: &Rc<dyn Node>,
+        console: &dyn Console,
+    ) -> Result<Option<u64>, Errno> {
+        let pool = BufPool::new(2 * usize::from(self.parallel) * (PIECE_SECTORS * SECTOR_BYTES) as usize);
+        let total = a.info().size_sectors.max(b.info().size_sectors);
+        let mut walk = Walk { a: Extents::new(a), b: Extents::new(b), left: (None, None), at: 0, total };
+        let mut crew = Crew::new(usize::from(self.parallel));
+        let mut found: Option<u64> = None;
+        let note = |found: &mut Option<u64>, new: Option<u64>| *found = (*found).into_iter().chain(new).min();
+        while let Some((start, count, parts)) = walk.next().await? {
+            if self.progress {
+                console.progress(start * SECTOR_BYTES, total * SECTOR_BYTES);
+            }
+            if parts == (false, false) {
+                continue;
+            }
+            let (a, b, pool) = (Rc::clone(a), Rc::clone(b), pool.clone());
+            let work = Box::pin(async move {
+                let a = if parts.0 { Some(read(&a, &pool, start, count).await?) } else { None };
+                let b = if parts.1 { Some(read(&b, &pool, start, count).await?) } else { None };
+                Ok::<_, Errno>(difference(a.as_deref(), b.as_deref()).map(|sector| start + sector))
+            });
+            if let Some(done) = crew.start(work).await {
+                note(&mut found, done?);
+            }
+            if found.is_some() {
+                break;
+            }
+        }
+        while let Some(done) = crew.finish().await {
+            note(&mut found, done?);
+        }
+        if self.progress {
+            console.progress(total * SECTOR_BYTES, total * SECTOR_BYTES);
+        }
+        Ok(found)
+    }
+}
+
+/// Both disks side by side, cut where either changes its kind.
+struct Walk {
+    a: Extents,
+    b: Extents,
+    /// What is left of the runs that were cut.
+    left: (Option<Run>, Option<Run>),
+    at: u64,
+    total: u64,
+}
+
+impl Walk {
+    /// First sector, count, and which of the disks has to be read there.
+    async fn next(&mut self) -> Result<Option<(u64, u64, (bool, bool))>, Errno> {
+        if self.at == self.total {
+            return Ok(None);
+        }
+        if self.left.0.is_none() {
+            self.left.0 = self.a.next(PIECE_SECTORS).await?;
+        }
+        if self.left.1.is_none() {
+            self.left.1 = self.b.next(PIECE_SECTORS).await?;
+        }
+        let ends = [self.left.0, self.left.1].into_iter().flatten().map(|run| run.start + run.count);
+        let end = ends.min().unwrap_or(self.total);
+        let start = std::mem::replace(&mut self.at, end);
+        let has_data = |run: &Option<Run>| run.is_some_and(|run| !run.extent.zero);
+        let parts = (has_data(&self.left.0), has_data(&self.left.1));
+        for left in [&mut self.left.0, &mut self.left.1] {
+            if let Some(run) = left {
+                let rest = run.start + run.count - end;
+                *left = (rest > 0).then_some(Run { start: end, count: rest, ..*run });
+            }
+        }
+        Ok(Some((start, end - start, parts)))
+    }
+}
+
+/// The first sector that differs; what is missing is zeros.
+fn difference(a: Option<&[u8]>, b: Option<&[u8]>) -> Option<u64> {
+    const SECTOR: usize = SECTOR_BYTES as usize;
+    let at = match (a, b) {
+        (Some(a), Some(b)) if a == b => None,
+        (Some(a), Some(b)) => a.chunks(SECTOR).zip(b.chunks(SECTOR)).position(|(a, b)| a != b),
+        (Some(one), None) | (None, Some(one)) => one.chunks(SECTOR).position(|sector| !is_zero(sector)),
+        (None, None) => None,
+    };
+    at.map(|at| at as u64)
+}

@@ -1,0 +1,217 @@
+//! `tap-img convert`.
+
+use super::pump::{Crew, Extents, PIECE_SECTORS, is_zero, read};
+use super::target::{Target, TargetOptions};
+use super::{BackingArgs, Failure, FormatArg, Outcome};
+use crate::Console;
+use crate::disk::{DiskHost, DiskOptions, open_any};
+use crate::size::parse_size;
+use crate::spec::DiskSpec;
+use clap::Args;
+use smallvec::smallvec;
+use std::rc::Rc;
+use tap_core::{CacheMode, Node, Request, ZeroFlags};
+use tap_host::{BufPool, Errno, IoBuf, SECTOR_BYTES, SectorRange};
+use tap_images::ImageFormat;
+
+#[derive(Args, Debug)]
+pub(super) struct Convert {
+    /// Format of the source, instead of finding it out
+    #[arg(short, long, value_enum, value_name = "FORMAT")]
+    format: Option<FormatArg>,
+    /// Format of the new image
+    #[arg(short = 'O', long, value_enum, default_value = "raw", value_name = "FORMAT")]
+    output_format: FormatArg,
+    #[command(flatten)]
+    options: TargetOptions,
+    /// Write into the image that is there instead of making a new one; it must be large enough
+    #[arg(short = 'n', long)]
+    no_create: bool,
+    /// Runs of zeros from this size on are left out; 0 copies everything
+    #[arg(short = 'S', long, default_value = "4k", value_name = "SIZE")]
+    sparse: String,
+    /// Requests in flight
+    #[arg(short = 'm', long, default_value_t = 8, value_parser = clap::value_parser!(u8).range(1..=64))]
+    parallel: u8,
+    /// Show how far it is
+    #[arg(short, long)]
+    progress: bool,
+    /// Say nothing
+    #[arg(short, long)]
+    quiet: bool,
+    #[command(flatten)]
+    backing: BackingArgs,
+    /// The image to copy
+    source: String,
+    /// The image to make
+    target: String,
+}
+
+/// Copies one disk onto another.
+#[derive(Clone)]
+struct Copier {
+    from: Rc<dyn Node>,
+    to: Rc<dyn Node>,
+    pool: BufPool,
+    /// Zeros need not be written.
+    to_is_zero: bool,
+    /// Sectors of zeros that are worth leaving out; 0 for none.
+    sparse_sectors: u64,
+}
+
+impl Convert {
+    pub(super) async fn run<H: DiskHost>(&self, host: &H, console: &dyn Console) -> Outcome {
+        let sparse = parse_size(&self.sparse).map_err(|e| Failure::new(format!("use -S: {e}")))?;
+        if !sparse.is_multiple_of(SECTOR_BYTES) {
+            return Err(Failure::new(format!("use -S {}: it is no multiple of 512", self.sparse)));
+        }
+        let source = super::disk(&self.source, self.format).map_err(Failure::new)?;
+        let options = DiskOptions { backing: self.backing.backing.policy(), ..DiskOptions::default() };
+        let from = open_any(host, &source, &options).await.map_err(Failure::new)?;
+        let to = self.open_target(host, from.info().size_sectors).await?;
+        let copier = Copier {
+            pool: BufPool::new(2 * usize::from(self.parallel) * (PIECE_SECTORS * SECTOR_BYTES) as usize),
+            to_is_zero: !self.no_create,
+            sparse_sectors: sparse / SECTOR_BYTES,
+            from,
+            to,
+        };
+        let copied = self.copy(&copier, console).await;
+        let closed = copier.to.close().await;
+        let what = |e: Errno| Failure::new(format!("copy {} to {}: {e}", self.source, self.target));
+        copied.map_err(what)?;
+        closed.map_err(what)?;
+        copier.from.close().await.map_err(what)?;
+        Ok(0)
+    }
+
+    async fn open_target<H: DiskHost>(&self, host: &H, size_sectors: u64) -> Result<Rc<dyn Node>, Failure> {
+        let mut spec = super::disk(&self.target, None).map_err(Failure::new)?;
+        if let DiskSpec::Image(image) = &mut spec
+            && image.format == ImageFormat::Probe
+        {
+            image.format = self.output_format.into();
+        }
+        match &spec {
+            _ if self.no_create => {}
+            DiskSpec::Image(image) => {
+                let size_bytes = size_sectors * SECTOR_BYTES;
+                let target = Target { spec: image.clone(), size_bytes, backing: None };
+                target.create(host, &self.options).await.map_err(Failure::new)?;
+            }
+            DiskSpec::Nbd { .. } => {
+                let text = format!("create {spec}: an export exists already; write into it with -n");
+                return Err(Failure::new(text));
+            }
+        }
+        // Durable at the end: a crash before that leaves a copy that nobody was told is one.
+        let cache = CacheMode::Unsafe;
+        let options = DiskOptions { write: true, cache, ..DiskOptions::default() };
+        let node = open_any(host, &spec, &options).await.map_err(Failure::new)?;
+        let have = node.info().size_sectors;
+        if have < size_sectors {
+            let text = format!(
+                "copy {} to {}: it has {} bytes, {} are needed",
+                self.source,
+                self.target,
+                have * SECTOR_BYTES,
+                size_sectors * SECTOR_BYTES
+            );
+            return Err(Failure::new(text));
+        }
+        Ok(node)
+    }
+
+    async fn copy(&self, copier: &Copier, console: &dyn Console) -> Result<(), Errno> {
+        let total = copier.from.info().size_sectors * SECTOR_BYTES;
+        let mut extents = Extents::new(&copier.from);
+        let mut crew = Crew::new(usize::from(self.parallel));
+        let mut done = 0;
+        while let Some(run) = extents.next(PIECE_SECTORS).await? {
+            let job = copier.clone();
+            let work = Box::pin(async move { job.piece(run.start, run.count, run.extent.zero).await });
+            if let Some(result) = crew.start(work).await {
+                result?;
+            }
+            done += run.count * SECTOR_BYTES;
+            if self.progress && !self.quiet {
+                console.progress(done, total);
+            }
+        }
+        while let Some(result) = crew.finish().await {
+            result?;
+        }
+        Ok(())
+    }
+}
+
+impl Copier {
+    async fn piece(&self, start: u64, count: u64, zero: bool) -> Result<(), Errno> {
+        if zero {
+            return self.zeros(start, count).await;
+        }
+        let buf = read(&self.from, &self.pool, start, count).await?;
+        let runs = runs(&buf, self.sparse_sectors);
+        if let [(false, _, _)] = runs[..] {
+            return self.write(start, buf).await;
+        }
+        for (zero, at, len) in runs {
+            if zero {
+                self.zeros(start + at, len).await?;
+                continue;
+            }
+            let from = (at * SECTOR_BYTES) as usize;
+            let mut part = IoBuf::unpooled((len * SECTOR_BYTES) as usize)?;
+            part.copy_from_slice(&buf[from..from + (len * SECTOR_BYTES) as usize]);
+            self.write(start + at, part).await?;
+        }
+        Ok(())
+    }
+
+    async fn zeros(&self, start: u64, count: u64) -> Result<(), Errno> {
+        if self.to_is_zero {
+            return Ok(());
+        }
+        let range = SectorRange::new(start, count as u32);
+        let flags = ZeroFlags { unmap: true, fast: false };
+        self.to.submit(Request::write_zeroes(range, flags)).await.result
+    }
+
+    async fn write(&self, start: u64, buf: IoBuf) -> Result<(), Errno> {
+        let range = SectorRange::new(start, (buf.len() as u64 / SECTOR_BYTES) as u32);
+        self.to.submit(Request::write(range, smallvec![buf])).await.result
+    }
+}
+
+/// Cuts `bytes` into runs of zeros and others: whether zeros, first sector, sectors. Zeros count from `sparse` sectors
+/// on, and in steps of it.
+fn runs(bytes: &[u8], sparse: u64) -> Vec<(bool, u64, u64)> {
+    let sectors = bytes.len() as u64 / SECTOR_BYTES;
+    if sparse == 0 {
+        return vec![(false, 0, sectors)];
+    }
+    let mut runs: Vec<(bool, u64, u64)> = Vec::new();
+    for (i, step) in bytes.chunks((sparse * SECTOR_BYTES) as usize).enumerate() {
+        let (zero, len) = (is_zero(step), step.len() as u64 / SECTOR_BYTES);
+        match runs.last_mut() {
+            Some(last) if last.0 == zero => last.2 += len,
+            _ => runs.push((zero, i as u64 * sparse, len)),
+        }
+    }
+    runs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zeros_are_cut_out_in_steps() {
+        let mut bytes = vec![0; 10 * 512];
+        bytes[5 * 512] = 1;
+        assert_eq!(runs(&bytes, 0), [(false, 0, 10)]);
+        assert_eq!(runs(&bytes, 4), [(true, 0, 4), (false, 4, 4), (true, 8, 2)]);
+        bytes[0] = 1;
+        assert_eq!(runs(&bytes, 8), [(false, 0, 8), (true, 8, 2)]);
+    }
+}

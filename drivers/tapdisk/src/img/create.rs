@@ -1,0 +1,68 @@
+//! `tap-img create`.
+
+use super::target::{Target, TargetOptions};
+use super::{Failure, FormatArg, Outcome};
+use crate::Console;
+use crate::size::parse_size;
+use crate::spec::format_name;
+use clap::Args;
+use tap_images::{ImageFormat, ImageHost, ImageSpec, describe, resolve};
+
+#[derive(Args, Debug)]
+pub(super) struct Create {
+    /// Format of the new image
+    #[arg(short, long, value_enum, default_value = "raw", value_name = "FORMAT")]
+    format: FormatArg,
+    /// File that shows where nothing was written; a relative name is relative to the image
+    #[arg(short, long, value_name = "FILE")]
+    backing: Option<String>,
+    /// Format of that file
+    #[arg(short = 'F', long, value_enum, value_name = "FORMAT")]
+    backing_format: Option<FormatArg>,
+    #[command(flatten)]
+    options: TargetOptions,
+    /// Say nothing
+    #[arg(short, long)]
+    quiet: bool,
+    /// The image
+    file: String,
+    /// Size of the disk, such as 20G; not needed with a backing file
+    size: Option<String>,
+}
+
+impl Create {
+    pub(super) async fn run<H: ImageHost>(&self, host: &H, console: &dyn Console) -> Outcome {
+        let create = |why: String| Failure::new(format!("create {}: {why}", self.file));
+        let size = match &self.size {
+            Some(text) => Some(parse_size(text).map_err(create)?),
+            None => None,
+        };
+        let spec = super::image(&self.file, None).map_err(Failure::new)?;
+        let format = if spec.format == ImageFormat::Probe { self.format.into() } else { spec.format };
+        let size = match (size, &self.backing) {
+            (Some(size), _) => size,
+            (None, Some(name)) => {
+                // Also shows that the file is there.
+                let format = self.backing_format.map_or(ImageFormat::Probe, ImageFormat::from);
+                let below = ImageSpec { format, path: resolve(&spec.path, name) };
+                describe(host, &below).await.map_err(Failure::new)?.disk_bytes
+            }
+            (None, None) => return Err(create("its size is missing: write for example 20G".to_owned())),
+        };
+        let target = Target {
+            spec: ImageSpec { format, path: spec.path },
+            size_bytes: size.next_multiple_of(512),
+            backing: self.backing.clone(),
+        };
+        target.create(host, &self.options).await.map_err(Failure::new)?;
+        if !self.quiet {
+            console.out(&format!(
+                "Formatting '{}', fmt={} size={}",
+                target.spec.path,
+                format_name(format),
+                target.size_bytes
+            ));
+        }
+        Ok(0)
+    }
+}

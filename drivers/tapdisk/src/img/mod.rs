@@ -1,0 +1,183 @@
+//! `tap-img`: images made, looked at, checked, compared and converted, with the options, the JSON keys and the exit
+//! statuses of `qemu-img`, for the formats of this project.
+
+mod check;
+mod compare;
+mod convert;
+mod create;
+mod info;
+mod map;
+mod pump;
+mod target;
+
+use crate::Console;
+use crate::disk::DiskHost;
+use crate::spec::DiskSpec;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::fmt::Display;
+use tap_images::{BackingPolicy, ImageFormat, ImageSpec};
+
+/// The command line of `tap-img`.
+#[derive(Parser, Debug)]
+#[command(name = "tap-img", version, about = "Creates, shows, checks, compares and converts disk images")]
+#[command(after_help = "Examples:
+  tap-img create -f qcow disk.qcow 20G
+  tap-img create -f qcow -b base.raw overlay.qcow
+  tap-img info --output json disk.qcow
+  tap-img check disk.qcow
+  tap-img convert -p -O raw disk.qcow disk.raw
+  tap-img compare disk.qcow disk.raw
+
+A file may also be written as FORMAT:PATH. Formats: raw, qcow (version 1). map, compare and convert also take exports
+of NBD servers: nbd:unix:PATH, nbd://HOST/EXPORT; convert writes to one with -n.")]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Makes a new image; a file that is there is replaced
+    Create(create::Create),
+    /// Shows what an image says of itself
+    Info(info::Info),
+    /// Checks the metadata of an image without changing it
+    #[command(
+        after_help = "Exit status: 0 nothing is wrong, 1 the check could not be made, 2 the image is damaged, \
+                            3 it has lost clusters only, 63 the format has nothing to check"
+    )]
+    Check(check::Check),
+    /// Shows which parts of the disk come from where
+    Map(map::Map),
+    /// Compares what two images show
+    #[command(
+        after_help = "Exit status: 0 equal, 1 different, 2 an image could not be opened, 4 reading failed"
+    )]
+    Compare(compare::Compare),
+    /// Copies what an image shows into another one
+    Convert(convert::Convert),
+}
+
+/// A format on a command line.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum FormatArg {
+    /// The file is the disk
+    Raw,
+    /// QEMU copy-on-write, version 1
+    Qcow,
+}
+
+impl From<FormatArg> for ImageFormat {
+    fn from(arg: FormatArg) -> Self {
+        match arg {
+            FormatArg::Raw => ImageFormat::Raw,
+            FormatArg::Qcow => ImageFormat::Qcow,
+        }
+    }
+}
+
+/// What may be opened below an image.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
+pub enum BackingArg {
+    /// Nothing: an image that names a backing file is refused
+    #[default]
+    Refuse,
+    /// Any file, as raw
+    Raw,
+    /// Any file, as qcow
+    Qcow,
+    /// Any file, as what it looks like; not for files that a guest could write as raw disks
+    Probe,
+}
+
+impl BackingArg {
+    /// The policy for opening.
+    pub fn policy(self) -> BackingPolicy {
+        match self {
+            BackingArg::Refuse => BackingPolicy::Refuse,
+            BackingArg::Raw => BackingPolicy::any(ImageFormat::Raw),
+            BackingArg::Qcow => BackingPolicy::any(ImageFormat::Qcow),
+            BackingArg::Probe => BackingPolicy::any(ImageFormat::Probe),
+        }
+    }
+}
+
+/// How results are printed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
+enum Output {
+    /// For people
+    #[default]
+    Human,
+    /// For programs
+    Json,
+}
+
+/// Below an image.
+#[derive(Args, Clone, Copy, Debug)]
+struct BackingArgs {
+    /// Which backing files may be opened, and as what
+    #[arg(long, value_enum, default_value_t, value_name = "HOW")]
+    backing: BackingArg,
+}
+
+/// Why a command failed: its exit status, and the text after "failed to".
+struct Failure {
+    status: u8,
+    text: String,
+}
+
+impl Failure {
+    fn new(error: impl Display) -> Self {
+        Self { status: 1, text: error.to_string() }
+    }
+    fn with(status: u8) -> impl Fn(String) -> Self {
+        move |text| Self { status, text }
+    }
+}
+
+type Outcome = Result<u8, Failure>;
+
+/// Runs `tap-img` and gives its exit status.
+pub async fn run<H: DiskHost>(host: H, cli: Cli, console: &dyn Console) -> u8 {
+    let outcome = match cli.command {
+        Command::Create(args) => args.run(&host, console).await,
+        Command::Info(args) => args.run(&host, console).await,
+        Command::Check(args) => args.run(&host, console).await,
+        Command::Map(args) => args.run(&host, console).await,
+        Command::Compare(args) => args.run(&host, console).await,
+        Command::Convert(args) => args.run(&host, console).await,
+    };
+    outcome.unwrap_or_else(|failure| {
+        console.err(&format!("tap-img: failed to {}", failure.text));
+        failure.status
+    })
+}
+
+/// The disk called `file`, which may name its format itself; `format` is what an option says.
+fn disk(file: &str, format: Option<FormatArg>) -> Result<DiskSpec, String> {
+    let spec = match file.parse::<DiskSpec>().map_err(|why| format!("use {file}: {why}"))? {
+        DiskSpec::Image(spec) => spec,
+        nbd => return Ok(nbd),
+    };
+    match (format.map(ImageFormat::from), spec.format) {
+        (None, _) => Ok(DiskSpec::Image(spec)),
+        (Some(format), ImageFormat::Probe) => Ok(DiskSpec::Image(ImageSpec { format, ..spec })),
+        (Some(format), named) if format == named => Ok(DiskSpec::Image(spec)),
+        (Some(_), _) => Err(format!("use {file}: it is named as another format than the option says")),
+    }
+}
+
+/// As [`disk`], for what needs a file.
+fn image(file: &str, format: Option<FormatArg>) -> Result<ImageSpec, String> {
+    match disk(file, format)? {
+        DiskSpec::Image(spec) => Ok(spec),
+        DiskSpec::Nbd { .. } => Err(format!("use {file}: this needs a file")),
+    }
+}
+
+/// Prints `value` as JSON, laid out as `qemu-img` does.
+fn print_json(console: &dyn Console, value: &impl serde::Serialize) -> Result<(), Failure> {
+    let text = serde_json::to_string_pretty(value).map_err(|e| Failure::new(format!("print JSON: {e}")))?;
+    console.out(&text);
+    Ok(())
+}

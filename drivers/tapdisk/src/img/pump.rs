@@ -1,0 +1,101 @@
+//! What moves through a disk from its start to its end: extents one by one, work with several requests in flight.
+
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use smallvec::smallvec;
+use std::collections::VecDeque;
+use std::future::Future;
+use std::rc::Rc;
+use tap_core::{Extent, Node, Request};
+use tap_host::{BufPool, Errno, IoBuf, SECTOR_BYTES, SectorRange};
+
+/// Largest piece that is read at once.
+pub(super) const PIECE_SECTORS: u64 = 2048;
+
+/// A run of a disk.
+#[derive(Clone, Copy)]
+pub(super) struct Run {
+    /// First sector.
+    pub(super) start: u64,
+    /// Sectors.
+    pub(super) count: u64,
+    /// What they are like.
+    pub(super) extent: Extent,
+}
+
+/// The extents of a disk, from its first sector to its last.
+pub(super) struct Extents {
+    node: Rc<dyn Node>,
+    at: u64,
+    known: VecDeque<Extent>,
+}
+
+impl Extents {
+    pub(super) fn new(node: &Rc<dyn Node>) -> Self {
+        Self { node: Rc::clone(node), at: 0, known: VecDeque::new() }
+    }
+
+    /// The run that begins where the last one ended, of at most `most` sectors; `None` at the end of the disk.
+    pub(super) async fn next(&mut self, most: u64) -> Result<Option<Run>, Errno> {
+        let left = self.node.info().size_sectors - self.at;
+        if left == 0 {
+            return Ok(None);
+        }
+        if self.known.is_empty() {
+            let range = SectorRange::new(self.at, left.min(u64::from(u32::MAX)) as u32);
+            self.known = self.node.extents(range).await?.into();
+        }
+        let first = self.known.front_mut().ok_or(Errno::EIO)?;
+        let count = first.count.min(most).min(left);
+        let run = Run { start: self.at, count, extent: *first };
+        first.count -= count;
+        if first.count == 0 {
+            self.known.pop_front();
+        }
+        self.at += count;
+        Ok(Some(run))
+    }
+}
+
+/// Pieces of work of which a bounded number runs at once.
+pub(super) struct Crew<F: Future> {
+    running: FuturesUnordered<F>,
+    most: usize,
+}
+
+impl<F: Future> Crew<F> {
+    pub(super) fn new(most: usize) -> Self {
+        Self { running: FuturesUnordered::new(), most: most.max(1) }
+    }
+
+    /// Starts `work`, once there is room for it; gives the result of what made room.
+    pub(super) async fn start(&mut self, work: F) -> Option<F::Output> {
+        let done = if self.running.len() >= self.most { self.running.next().await } else { None };
+        self.running.push(work);
+        done
+    }
+
+    /// The result of one that still runs.
+    pub(super) async fn finish(&mut self) -> Option<F::Output> {
+        self.running.next().await
+    }
+}
+
+/// Reads at most [`PIECE_SECTORS`].
+pub(super) async fn read(
+    node: &Rc<dyn Node>,
+    pool: &BufPool,
+    start: u64,
+    count: u64,
+) -> Result<IoBuf, Errno> {
+    let buf = pool.alloc((count * SECTOR_BYTES) as usize).await?;
+    let range = SectorRange::new(start, count as u32);
+    let mut response = node.submit(Request::read(range, smallvec![buf])).await;
+    response.result?;
+    response.bufs.pop().ok_or(Errno::EIO)
+}
+
+/// Whether all bytes are zero.
+pub(super) fn is_zero(bytes: &[u8]) -> bool {
+    let (chunks, rest) = bytes.as_chunks::<64>();
+    chunks.iter().all(|chunk| *chunk == [0; 64]) && rest.iter().all(|b| *b == 0)
+}

@@ -1,0 +1,34 @@
+//! The programs of this project as functions.
+//!
+//! ```text
+//!   main (bin/*.rs)                       a simulated world
+//!     builds the real host                  has a host
+//!          └────────► serve::run, img::run ◄────┘
+//!                     arguments, host, console ─► exit status
+//! ```
+//!
+//! # Contract
+//!
+//! * Everything a program does to its machine goes through the seam or through [`Console`]; only `bin/*.rs` know the real
+//!   host. So a world can start a program as a process.
+//! * Failures are one line each, which reads "PROGRAM: failed to ...".
+//!
+//! | module | what it is for |
+//! |---|---|
+//! | [`spec`] | how disks are named on a command line |
+//! | [`disk`] | a named disk as a node: image, scheduler, cache mode |
+//! | [`daemon`] | `tapdisk` |
+//! | [`serve`] | `tapdisk serve` |
+//! | [`img`] | `tap-img` |
+//! | [`terminal`] | the console of a real process |
+
+mod console;
+pub mod daemon;
+pub mod disk;
+pub mod img;
+pub mod serve;
+pub mod size;
+pub mod spec;
+pub mod terminal;
+
+pub use console::Console;

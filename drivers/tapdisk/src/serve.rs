@@ -1,0 +1,224 @@
+//! `tapdisk serve`: disks as exports of an NBD server.
+//!
+//! ```text
+//!   open every disk ─► listen ─► say so ─► serve ─── asked to stop ─► answer what is in flight ─► flush and close
+//! ```
+
+use crate::Console;
+use crate::disk::{DiskHost, DiskOptions, open_any};
+use crate::img::BackingArg;
+use crate::size::show_size;
+use crate::spec::DiskSpec;
+use clap::{Args, ValueEnum};
+use futures_util::future::join_all;
+use std::rc::Rc;
+use std::str::FromStr;
+use tap_core::{CacheMode, Node};
+use tap_host::{Errno, Listener, SECTOR_BYTES, Signals, SocketAddress};
+use tap_images::{ImageFormat, ImageSpec};
+use tap_nbd::{Export, Server, ServerLimits};
+
+/// What serving asks of a host.
+pub trait ServeHost: DiskHost + Signals {}
+impl<T: DiskHost + Signals> ServeHost for T {}
+
+/// The command line of `tapdisk serve`.
+#[derive(Args, Clone, Debug)]
+pub struct ServeArgs {
+    /// Where to listen, as unix:PATH or HOST:PORT; more than once for several places. Not needed where the sockets come
+    /// from systemd
+    #[arg(long, value_name = "ADDRESS")]
+    nbd: Vec<SocketAddress>,
+    /// Whether an answered write is durable after a flush, at once, or only when all is closed
+    #[arg(long, value_enum, default_value_t, value_name = "MODE")]
+    cache: CacheArg,
+    /// Bypass the page cache (O_DIRECT)
+    #[arg(long)]
+    direct: bool,
+    /// Refuse writes; images are opened for reading and may be shared with other readers
+    #[arg(long)]
+    read_only: bool,
+    /// Which backing files may be opened, and as what
+    #[arg(long, value_enum, default_value_t, value_name = "HOW")]
+    backing: BackingArg,
+    /// Most connections at one time
+    #[arg(long, default_value_t = 16, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    connections: u16,
+    /// The disks: SPEC for the only one, NAME=SPEC for each of several
+    #[arg(required = true, value_name = "[NAME=]SPEC")]
+    disks: Vec<NamedDisk>,
+}
+
+/// When writes become durable.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
+enum CacheArg {
+    /// After a flush, as on any disk
+    #[default]
+    Writeback,
+    /// Before it is answered
+    Writethrough,
+    /// When tapdisk ends; flushes are answered and not carried out
+    Unsafe,
+}
+
+impl From<CacheArg> for CacheMode {
+    fn from(arg: CacheArg) -> Self {
+        match arg {
+            CacheArg::Writeback => CacheMode::WriteBack,
+            CacheArg::Writethrough => CacheMode::WriteThrough,
+            CacheArg::Unsafe => CacheMode::Unsafe,
+        }
+    }
+}
+
+/// A disk and the name of its export.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct NamedDisk {
+    name: Option<String>,
+    spec: DiskSpec,
+}
+
+impl FromStr for NamedDisk {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        // A name has no slash and no colon, so that paths and addresses may have equals signs.
+        let named = text.split_once('=').filter(|(name, _)| !name.contains(['/', ':']));
+        let (name, spec) = match named {
+            Some((name, spec)) => (Some(name.to_owned()), spec),
+            None => (None, text),
+        };
+        Ok(Self { name, spec: spec.parse()? })
+    }
+}
+
+/// How long to wait for an image that is in use, in nanoseconds: a process that was killed may be about to let go.
+const IN_USE_PATIENCE_NS: u64 = 2_000_000_000;
+
+/// A disk that is open.
+struct Open {
+    name: String,
+    spec: DiskSpec,
+    node: Rc<dyn Node>,
+}
+
+/// Runs `tapdisk serve` until it is asked to stop, and gives its exit status.
+pub async fn run<H: ServeHost>(host: H, args: ServeArgs, console: &dyn Console) -> u8 {
+    let mut disks = Vec::new();
+    let mut outcome = args.open(&host, &mut disks).await;
+    if outcome.is_ok() {
+        outcome = args.serve(&host, &disks, console).await;
+    }
+    let mut status = 0;
+    if let Err(text) = outcome {
+        console.err(&format!("tapdisk: failed to {text}"));
+        status = 1;
+    }
+    for disk in disks {
+        if let Err(error) = disk.node.close().await {
+            console.err(&format!(
+                "tapdisk: failed to close {}: {error}; what was written since the last flush may be lost",
+                disk.spec
+            ));
+            status = 1;
+        }
+    }
+    status
+}
+
+impl ServeArgs {
+    async fn open<H: ServeHost>(&self, host: &H, disks: &mut Vec<Open>) -> Result<(), String> {
+        let options = DiskOptions {
+            write: !self.read_only,
+            direct: self.direct,
+            cache: self.cache.into(),
+            backing: self.backing.policy(),
+            patience_ns: IN_USE_PATIENCE_NS,
+            ..DiskOptions::default()
+        };
+        for disk in &self.disks {
+            let name = match &disk.name {
+                Some(name) => name.clone(),
+                None if self.disks.len() == 1 => String::new(),
+                None => return Err(format!("serve {}: several disks need names: NAME=SPEC", disk.spec)),
+            };
+            if let DiskSpec::Image(ImageSpec { format: ImageFormat::Probe, path }) = &disk.spec {
+                // Found out by content, the format would be the choice of whoever wrote the disk.
+                return Err(format!("serve {path}: say what it is, raw:{path} or qcow:{path}"));
+            }
+            let node = open_any(host, &disk.spec, &options).await?;
+            disks.push(Open { name, spec: disk.spec.clone(), node });
+        }
+        Ok(())
+    }
+
+    async fn listen<H: ServeHost>(&self, host: &H) -> Result<Vec<H::Listener>, String> {
+        let mut listeners = host.inherited();
+        if listeners.is_empty() && self.nbd.is_empty() {
+            return Err(
+                "serve: there is no address; say where with --nbd unix:PATH or --nbd HOST:PORT".into()
+            );
+        }
+        for address in &self.nbd {
+            let listener = host.listen(address).await.map_err(|error| match error {
+                Errno::EADDRINUSE => format!("listen at {address}: {error}; another server is there"),
+                error => format!("listen at {address}: {error}"),
+            })?;
+            listeners.push(listener);
+        }
+        Ok(listeners)
+    }
+
+    async fn serve<H: ServeHost>(
+        &self,
+        host: &H,
+        disks: &[Open],
+        console: &dyn Console,
+    ) -> Result<(), String> {
+        let exports = disks.iter().map(|disk| Export {
+            name: disk.name.clone(),
+            description: disk.spec.to_string(),
+            node: Rc::clone(&disk.node),
+            read_only: self.read_only,
+        });
+        let limits = ServerLimits { connections: usize::from(self.connections), ..ServerLimits::default() };
+        let server = Server::new(host.clone(), exports.collect(), limits).map_err(|e| e.to_string())?;
+        let listeners = self.listen(host).await?;
+        for disk in disks {
+            let info = disk.node.info();
+            console.out(&format!(
+                "export '{}': {}, {}{}",
+                disk.name,
+                disk.spec,
+                show_size(info.size_sectors * SECTOR_BYTES),
+                if info.read_only { ", read-only" } else { "" }
+            ));
+        }
+        let mut accepting = Vec::new();
+        for listener in listeners {
+            console.out(&format!("listening at {}", listener.address()));
+            accepting.push(server.serve(listener));
+        }
+        let stop = async {
+            host.asked_to_stop().await;
+            server.stop().await;
+        };
+        futures_util::future::join(join_all(accepting), stop).await;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_may_have_names() {
+        let disk = |text: &str| NamedDisk::from_str(text).unwrap();
+        assert_eq!(disk("qcow:/a=b").name, None);
+        assert_eq!(disk("a=qcow:/b=c").name.as_deref(), Some("a"));
+        assert_eq!(disk("=raw:/b").name.as_deref(), Some(""));
+        assert_eq!(disk("a=qcow:/b=c").spec, "qcow:/b=c".parse().unwrap());
+        assert!(NamedDisk::from_str("a=").is_err());
+    }
+}

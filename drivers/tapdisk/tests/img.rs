@@ -1,0 +1,251 @@
+//! `tap-img` in a simulated host: what it does, prints and answers.
+
+use clap::Parser;
+use kernel_model::faults::FaultPlan;
+use kernel_model::{Kernel, NthFailure, Storage, StorageConfig};
+use sim::{Config, Sim};
+use std::cell::RefCell;
+use std::rc::Rc;
+use tap_host::{Errno, Files, LockKind, OpenMode};
+use tapdisk::Console;
+use tapdisk::img::{Cli, run};
+
+/// Keeps what is printed.
+#[derive(Default)]
+struct Printed {
+    out: RefCell<Vec<String>>,
+    err: RefCell<Vec<String>>,
+}
+
+impl Console for Printed {
+    fn out(&self, line: &str) {
+        self.out.borrow_mut().push(line.to_owned());
+    }
+    fn err(&self, line: &str) {
+        self.err.borrow_mut().push(line.to_owned());
+    }
+    fn progress(&self, done_bytes: u64, total_bytes: u64) {
+        assert!(done_bytes <= total_bytes);
+        self.err.borrow_mut().push(format!("{done_bytes}/{total_bytes}"));
+    }
+}
+
+/// A machine that runs one command after the other.
+struct Machine {
+    sim: Sim,
+    kernel: Kernel,
+}
+
+impl Machine {
+    fn new(config: StorageConfig) -> Self {
+        let sim = Sim::new(&Config::new(1));
+        let kernel = Kernel::new(&sim, &Storage::new(&sim, config));
+        Self { sim, kernel }
+    }
+
+    fn quiet() -> Self {
+        Self::new(StorageConfig { faults: FaultPlan::default(), ..StorageConfig::default() })
+    }
+
+    /// Exit status, and both streams with a line each.
+    fn run(&self, line: &str) -> (u8, String, String) {
+        let cli = Cli::try_parse_from(std::iter::once("tap-img").chain(line.split_whitespace()));
+        let cli = cli.unwrap_or_else(|e| panic!("{line}: {e}"));
+        let host = self.kernel.process("tap-img", 1);
+        let (printed, status) = (Rc::new(Printed::default()), Rc::new(RefCell::new(None)));
+        let (p, s) = (Rc::clone(&printed), Rc::clone(&status));
+        self.sim.run(async move { *s.borrow_mut() = Some(run(host, cli, &*p).await) }).unwrap();
+        let status = status.take().expect("it ends");
+        (status, printed.out.borrow().join("\n"), printed.err.borrow().join("\n"))
+    }
+
+    /// The output of a command that succeeds.
+    fn ok(&self, line: &str) -> String {
+        let (status, out, err) = self.run(line);
+        assert_eq!((status, err.as_str()), (0, ""), "{line}");
+        out
+    }
+
+    /// The one line of a command that fails.
+    fn fails(&self, line: &str, expected: u8) -> String {
+        let (status, out, err) = self.run(line);
+        assert_eq!((status, out.as_str()), (expected, ""), "{line}: {err}");
+        assert!(!err.contains('\n'), "one line, not {err}");
+        err.strip_prefix("tap-img: failed to ").unwrap_or_else(|| panic!("{line}: {err}")).to_owned()
+    }
+
+    fn json(&self, line: &str) -> serde_json::Value {
+        serde_json::from_str(&self.ok(line)).unwrap()
+    }
+
+    /// A raw disk with some bytes and holes.
+    fn put_disk(&self, path: &str, len: usize) {
+        let bytes: Vec<u8> =
+            (0..len).map(|i| if i / 8192 % 3 == 1 { 0 } else { (i / 512 % 250 + 1) as u8 }).collect();
+        self.kernel.storage().put_bytes(path, &bytes);
+    }
+}
+
+#[test]
+fn an_image_is_made_shown_and_checked() {
+    let machine = Machine::quiet();
+    assert_eq!(machine.ok("create -f qcow /a.qcow 1.5M"), "Formatting '/a.qcow', fmt=qcow size=1572864");
+    assert_eq!(
+        machine.ok("info /a.qcow"),
+        "image: /a.qcow\nfile format: qcow\nvirtual size: 1.5 MiB (1572864 bytes)\ndisk size: 8 KiB\n\
+         cluster_size: 4096"
+    );
+    assert_eq!(machine.ok("create -q -f qcow -o cluster_size=64k -b a.qcow /b.qcow"), "");
+    let info = machine.json("info --output json /b.qcow");
+    assert_eq!(info["virtual-size"], 1_572_864);
+    assert_eq!(info["cluster-size"], 65536);
+    assert_eq!(info["backing-filename"], "a.qcow");
+    assert_eq!(info["full-backing-filename"], "/a.qcow");
+    let chain = machine.json("info --output json --backing-chain /b.qcow");
+    assert_eq!(chain.as_array().map(Vec::len), Some(2));
+    let check = machine.json("check --output json /b.qcow");
+    assert_eq!((&check["check-errors"], &check["total-clusters"]), (&0.into(), &24.into()));
+    assert!(machine.ok("check /a.qcow").starts_with("No errors were found on the image.\n0/384 = 0.00%"));
+    // What is there is replaced, and longer bytes do not stay.
+    machine.put_disk("/c", 1 << 20);
+    machine.ok("create -f qcow /c 64k");
+    assert_eq!(machine.kernel.storage().bytes("/c").unwrap().len(), 8192);
+    machine.ok("create /raw 1000");
+    assert_eq!(machine.kernel.storage().bytes("/raw"), Some(vec![0; 1024]));
+}
+
+#[test]
+fn what_is_converted_compares_equal_and_stays_sparse() {
+    let machine = Machine::quiet();
+    machine.put_disk("/disk", 1_000_448);
+    machine.ok("convert -f raw -O qcow /disk /a.qcow");
+    assert_eq!(machine.ok("compare -f raw /disk /a.qcow"), "Images are identical.");
+    let clusters = &machine.json("check --output json /a.qcow")["allocated-clusters"];
+    assert_eq!(clusters.as_u64(), Some(163), "245 without 41 holes of two");
+    let (status, out, err) = machine.run("convert -p -m 2 -S 0 qcow:/a.qcow raw:/b");
+    assert_eq!((status, out.as_str()), (0, ""));
+    assert!(err.ends_with("1000448/1000448"), "{err}");
+    assert_eq!(machine.kernel.storage().bytes("/b"), machine.kernel.storage().bytes("/disk"));
+    // Into something that holds other bytes, which zeros must replace.
+    machine.kernel.storage().put_bytes("/old", &[9; 1 << 20]);
+    machine.ok("convert -n -O raw /a.qcow /old");
+    let old = machine.kernel.storage().bytes("/old").unwrap();
+    assert_eq!(old[..1_000_448], machine.kernel.storage().bytes("/disk").unwrap());
+    assert!(old[1_000_448..].iter().all(|b| *b == 9), "behind the end of the source nothing changes");
+    assert_eq!(machine.run("compare /a.qcow raw:/old").0, 1);
+    machine.ok("create -f qcow -b disk -F raw /over.qcow");
+    assert_eq!(machine.ok("compare --backing raw /over.qcow raw:/disk"), "Images are identical.");
+}
+
+#[test]
+fn differences_and_sizes_are_told() {
+    let machine = Machine::quiet();
+    let mut bytes = vec![0; 3 << 20];
+    machine.kernel.storage().put_bytes("/short", &bytes[..1 << 20]);
+    machine.kernel.storage().put_bytes("/a", &bytes);
+    bytes[(2 << 20) + 700] = 1;
+    machine.kernel.storage().put_bytes("/b", &bytes);
+    let compare = |line: &str| {
+        let (status, out, err) = machine.run(line);
+        assert_eq!(err, "");
+        (status, out)
+    };
+    let at = format!("Content mismatch at offset {}!", (2 << 20) + 512);
+    assert_eq!(compare("compare /a /b"), (1, at.clone()));
+    assert_eq!(compare("compare /short /b"), (1, at));
+    let warned = "Warning: Image size mismatch!\nImages are identical.".to_owned();
+    assert_eq!(compare("compare /short /a"), (0, warned));
+    assert_eq!(compare("compare -s /short /a"), (1, "Strict mode: Image size mismatch!".to_owned()));
+    assert_eq!(compare("compare -q /a /b"), (1, String::new()));
+}
+
+#[test]
+fn maps_name_depth_place_and_kind() {
+    let machine = Machine::quiet();
+    machine.put_disk("/disk", 64 << 10);
+    machine.ok("create -f qcow -b disk -F raw /top.qcow 96k");
+    let refused = machine.fails("map /top.qcow", 1);
+    assert!(refused.contains("based on /disk, which may not be opened"), "{refused}");
+    let map = machine.json("map --backing raw --output json /top.qcow");
+    let run = |at: usize| {
+        let run = &map[at];
+        (run["start"].as_u64(), run["length"].as_u64(), run["depth"].as_u64(), run["zero"].as_bool())
+    };
+    assert_eq!(run(0), (Some(0), Some(65536), Some(1), Some(false)));
+    assert_eq!((map[0]["offset"].as_u64(), map[0]["data"].as_bool()), (Some(0), Some(true)));
+    assert_eq!(run(1), (Some(65536), Some(32768), Some(0), Some(true)));
+    assert_eq!(map[1]["present"], false);
+    let human = machine.ok("map --backing raw /top.qcow");
+    assert_eq!(human.lines().nth(1), Some("0x0             0x10000         0x0             /disk"));
+}
+
+#[test]
+fn bad_input_gets_one_clear_line() {
+    let machine = Machine::quiet();
+    machine.put_disk("/disk", 65536);
+    machine.ok("create -q -f qcow /a.qcow 1M");
+    let mut bytes = machine.kernel.storage().bytes("/a.qcow").unwrap();
+    machine.kernel.storage().put_bytes("/cut.qcow", &bytes[..40]);
+    bytes[4096..4104].copy_from_slice(&(1_u64 << 40).to_be_bytes());
+    machine.kernel.storage().put_bytes("/bad.qcow", &bytes);
+    for (line, status, words) in [
+        ("info /gone", 1, "open /gone: no such file"),
+        ("info -f qcow /disk", 1, "does not begin with the magic bytes"),
+        ("info -f qcow /cut.qcow", 1, "it has only 40 bytes"),
+        ("info vhd:/disk", 1, "no format"),
+        ("info -f raw qcow:/a.qcow", 1, "another format than the option says"),
+        ("info nbd:localhost:1", 1, "needs a file"),
+        ("create /new", 1, "size is missing"),
+        ("create -f qcow /new 12x", 1, "'12x' is no size"),
+        ("create -f qcow -o shape=round /new 1M", 1, "no option 'shape'"),
+        ("create -f qcow -o cluster_size=3k /new 1M", 1, "no power of two"),
+        ("create -b disk /new 1M", 1, "a raw image has no backing file"),
+        ("create -f qcow -b gone /new", 1, "open /gone"),
+        ("check /disk", 63, "no metadata"),
+        ("check /gone", 1, "open /gone"),
+        ("compare /disk /gone", 2, "open /gone"),
+        ("convert /disk /gone/x -n", 1, "open /gone/x"),
+        ("convert -n /disk /a.qcow -S 100", 1, "no multiple of 512"),
+        ("convert -n /a.qcow /disk", 1, "it has 65536 bytes, 1048576 are needed"),
+    ] {
+        let text = machine.fails(line, status);
+        assert!(text.contains(words), "{line}: {text}");
+    }
+    let (status, out, err) = machine.run("check /bad.qcow");
+    assert_eq!((status, err.as_str()), (2, ""));
+    assert!(out.starts_with("ERROR ") && out.contains("1 errors were found"), "{out}");
+}
+
+#[test]
+fn an_image_in_use_is_left_alone() {
+    let machine = Machine::quiet();
+    machine.ok("create -q -f qcow /a.qcow 1M");
+    let guest = machine.kernel.process("tapdisk", 9);
+    let held = Rc::new(RefCell::new(None));
+    let keep = Rc::clone(&held);
+    let open = async move {
+        let file = guest.open("/a.qcow", OpenMode::WRITE).await.unwrap();
+        tap_host::File::lock(&file, LockKind::Exclusive).unwrap();
+        *keep.borrow_mut() = Some(file);
+    };
+    machine.sim.run(open).unwrap();
+    for line in ["info /a.qcow", "create -f qcow /a.qcow 2M", "check /a.qcow"] {
+        let text = machine.fails(line, 1);
+        assert_eq!(text, "lock /a.qcow: it is in use by another process; close it there first", "{line}");
+    }
+    held.take();
+    machine.ok("check -q /a.qcow");
+}
+
+#[test]
+fn a_full_disk_is_told_and_the_source_stays() {
+    let failure = NthFailure { n: 30, sticky: true, effect: 0, error: Errno::ENOSPC };
+    let plan = FaultPlan { no_space: true, ..FaultPlan::default() };
+    let config = StorageConfig { faults: plan, nth_failure: Some(failure), ..StorageConfig::default() };
+    let machine = Machine::new(config);
+    machine.put_disk("/disk", 1 << 20);
+    let before = machine.kernel.storage().bytes("/disk");
+    let text = machine.fails("convert -O qcow raw:/disk /new.qcow", 1);
+    assert_eq!(text, "copy raw:/disk to /new.qcow: no space left on device (ENOSPC)");
+    assert_eq!(machine.kernel.storage().bytes("/disk"), before);
+}
