@@ -74,7 +74,7 @@ async fn a_new_file_is_empty<H: FileHost>(place: Place<H>) -> Outcome {
     same("direct", info.direct, place.direct)?;
     same("device", info.block_device, false)?;
     holds("the alignment is a power of two of at most 4096", info.align_bytes.is_power_of_two())?;
-    holds("and 1 for buffered files", (info.align_bytes == 1) == !place.direct)?;
+    holds("and 1 for buffered files", (info.align_bytes == 1) != place.direct)?;
     same("bytes", read(&file, 0, BLOCK).await?.len(), 0)?;
     same("extent", file.extent_at(0).await, Ok(None))
 }
@@ -156,7 +156,7 @@ async fn sizes_of_odd_bytes_hold<H: FileHost>(place: Place<H>) -> Outcome {
     }
     write(&file, 2 * BLOCK as u64 + 7, &pattern(2, 100)).await?;
     same("size", file.info().or_fail("look")?.size_bytes, 2 * BLOCK as u64 + 107)?;
-    let tail = [&vec![0; 7], &*pattern(2, 100)].concat();
+    let tail = [&[0; 7], &*pattern(2, 100)].concat();
     same_bytes("the tail", &read(&file, 2 * BLOCK as u64, BLOCK).await?, &tail)
 }
 

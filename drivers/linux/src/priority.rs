@@ -13,6 +13,10 @@ const IOPRIO_CLASS_SHIFT: u8 = 13;
 /// # Errors
 /// `EPERM` for realtime without the right to it, `EINVAL` for a class or level that does not exist.
 pub fn set_io_priority(class: u8, level: u8) -> Result<(), Errno> {
+    if level > 7 {
+        // Linux from 6.5 on takes the bits above for a hint of another kind.
+        return Err(Errno::EINVAL);
+    }
     let priority = i64::from(class) << IOPRIO_CLASS_SHIFT | i64::from(level);
     // SAFETY: the call takes three numbers and touches no memory.
     let result = unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0_i64, priority) };
