@@ -17,7 +17,7 @@ use crate::workload::{Op, Workload, operations};
 use crate::world::World;
 use kernel_model::StorageConfig;
 use sim::{Entity, Label};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use tap_abi::nbd::{CMD_READ, CMD_WRITE};
 use tap_core::wait::{Event, oneshot};
@@ -361,8 +361,6 @@ async fn slow_client(world: World) {
     let awake = Rc::new(Event::new());
     let writes = world.setting("slow-client-writes", &[false, true]);
     let (h, w, a) = (slow.clone(), world.clone(), Rc::clone(&awake));
-    let taken = Rc::new(RefCell::new(None));
-    let out = Rc::clone(&taken);
     slow.process.node().spawn("main", 0, async move {
         let Ok(stream) = h.connect(&address()).await else { return };
         let raw = RawNbd::new(stream);
@@ -376,8 +374,7 @@ async fn slow_client(world: World) {
         let reader = raw.clone();
         h.process.node().spawn("reads", 0, async move {
             a.wait().await;
-            let count = reader.drain().await;
-            *out.borrow_mut() = Some(count);
+            let _ = reader.drain().await;
         });
         for message in &script.0 {
             if raw.send(message).await.is_err() {
@@ -409,32 +406,60 @@ async fn slow_client(world: World) {
     end(&plan, served, &clients, &setup).await;
 }
 
-/// Kills the server's process and starts it again.
-async fn supervise(plan: Plan, current: Rc<RefCell<SimHost>>, after: Vec<u64>) {
-    for (i, steps) in after.into_iter().enumerate() {
-        let host = current.borrow().clone();
-        host.process.node().kill_after_steps(steps);
-        host.process.node().dead().await;
-        plan.world.count(|s| s.crashes += 1);
-        plan.world.sim.sleep_ns(10_000).await;
-        start(&plan, &current, i as u64 + 1);
-    }
+/// The server's process, which is started again when it dies.
+#[derive(Clone)]
+struct Supervisor {
+    plan: Plan,
+    current: Rc<RefCell<SimHost>>,
+    /// Nobody is started any more.
+    done: Rc<Cell<bool>>,
 }
 
-/// Starts a server as a task of its own process, which can die while it starts.
-fn start(plan: &Plan, current: &RefCell<SimHost>, key: u64) {
-    let host = plan.process("tapdisk", key);
-    *current.borrow_mut() = host.clone();
-    let plan = plan.clone();
-    let own = host.clone();
-    host.process.node().spawn("main", 0, async move {
-        let served = plan.serve(&own).await;
-        if let Some(served) = served {
+impl Supervisor {
+    /// With a server that starts.
+    fn new(plan: &Plan) -> Self {
+        let current = Rc::new(RefCell::new(plan.process("unused", 0)));
+        let supervisor = Self { plan: plan.clone(), current, done: Rc::default() };
+        supervisor.start(0);
+        supervisor
+    }
+
+    /// Kills the server as often as `after` has numbers, each time after so many of its effects.
+    async fn run(self, after: Vec<u64>) {
+        for (i, steps) in after.into_iter().enumerate() {
+            let host = self.current.borrow().clone();
+            host.process.node().kill_after_steps(steps);
+            host.process.node().dead().await;
+            if self.done.get() {
+                return;
+            }
+            self.plan.world.count(|s| s.crashes += 1);
+            self.plan.world.sim.sleep_ns(10_000).await;
+            self.start(i as u64 + 1);
+        }
+    }
+
+    /// Starts a server as a task of its own process, which can die while it starts.
+    fn start(&self, key: u64) {
+        if self.done.get() {
+            return;
+        }
+        let host = self.plan.process("tapdisk", key);
+        *self.current.borrow_mut() = host.clone();
+        let plan = self.plan.clone();
+        host.clone().process.node().spawn("main", 0, async move {
+            let served = plan.serve(&host).await;
             // Its disks live as long as the process.
             std::future::pending::<()>().await;
             drop(served);
-        }
-    });
+        });
+    }
+
+    /// The server that is left; it has no successor.
+    fn retire(&self) -> SimHost {
+        self.done.set(true);
+        self.current.borrow().clone()
+    }
 }
 
 /// A client with what a tapdisk has above it: overlapping requests are kept apart.
@@ -446,12 +471,11 @@ async fn client_stack(plan: &Plan, host: &SimHost, config: &ClientConfig) -> Rc<
 
 async fn server_restarts(world: World) {
     let (plan, setup) = Plan::draw(&world);
-    let current = Rc::new(RefCell::new(plan.process("unused", 0)));
-    start(&plan, &current, 0);
+    let supervisor = Supervisor::new(&plan);
     let host = plan.process("client", 0);
     let config = ClientConfig { breaks: Breaks::Keep, ..client_config(&world) };
     let ops = plan.operations(0, setup.size_sectors, 60);
-    world.sim.spawn("supervisor", 0, supervise(plan.clone(), Rc::clone(&current), kills(&world, 4, 400)));
+    world.sim.spawn("supervisor", 0, supervisor.clone().run(kills(&world, 4, 400)));
     let (p, h, s) = (plan.clone(), host.clone(), setup.clone());
     within(&host, async move {
         let node = client_stack(&p, &h, &config).await;
@@ -459,13 +483,7 @@ async fn server_restarts(world: World) {
         p.guest(disk, &s, Invariant::P1).run(&ops, p.limits.guest_depth).await;
     })
     .await;
-    let server = current.borrow().clone();
-    cut_power(&world, &setup, &[&host, &server]).await;
-    // The supervisor may be about to start another.
-    world.sim.sleep_ns(1_000_000).await;
-    let late = current.borrow().clone();
-    late.process.node().kill();
-    late.process.node().dead().await;
+    cut_power(&world, &setup, &[&host, &supervisor.retire()]).await;
     last_look(&plan, &setup, Invariant::G7).await;
 }
 
