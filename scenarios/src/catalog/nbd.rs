@@ -22,7 +22,7 @@ use std::rc::Rc;
 use tap_abi::nbd::{CMD_READ, CMD_WRITE};
 use tap_core::wait::{Event, oneshot};
 use tap_core::{Node, Scheduler, Vbd};
-use tap_host::{SocketAddress, Sockets, VbdId};
+use tap_host::{Mark, SocketAddress, Sockets, VbdId};
 use tap_images::ImageError;
 use tap_nbd::{Breaks, Client, ClientConfig, Export, Server, ServerLimits};
 
@@ -103,7 +103,7 @@ fn client_config(world: &World) -> ClientConfig {
         requests: world.setting("nbd-client-requests", &[64, 4, 1]),
         receive_bytes: world.setting("nbd-client-receive", &[256 << 10, 16 << 10]),
         pause_ns: 100_000,
-        pause_most_ns: 2_000_000,
+        pause_most_ns: 1_000_000_000,
         ..ClientConfig::new(address())
     }
 }
@@ -266,6 +266,10 @@ async fn last_look(plan: &Plan, setup: &Setup, reads: Invariant) {
 /// Clients leave, the server is stopped, its disks are closed; nothing may be left.
 async fn end(plan: &Plan, served: Served, clients: &Clients, setup: &Setup) {
     let world = &plan.world;
+    let lived = clients.iter().all(|client| client.connections() == 1);
+    if !lived {
+        world.fail(Invariant::N1, "a client had to connect again although its server lived");
+    }
     for client in clients {
         if let Err(error) = client.close().await {
             world.fail(Invariant::E4, format!("closing a client failed with {error:?}"));
@@ -279,6 +283,14 @@ async fn end(plan: &Plan, served: Served, clients: &Clients, setup: &Setup) {
         }
     }
     setup.check(world, "in the end").await;
+}
+
+/// No client has had to connect again: no server has died.
+fn check_unbroken(world: &World) {
+    let again = world.kernel.marks()[Mark::NbdServerBack as usize];
+    if again > 0 {
+        world.fail(Invariant::N1, format!("clients had to connect again {again} times"));
+    }
 }
 
 /// Nothing is in flight any more, and only `connections` are open.
@@ -311,6 +323,7 @@ async fn split_reads(world: World) {
         guest.run(&ops, p.limits.guest_depth).await;
     })
     .await;
+    check_unbroken(&world);
     cut_power(&world, &setup, &[&served.host, &host]).await;
     last_look(&plan, &setup, Invariant::G7).await;
 }
