@@ -23,6 +23,7 @@ mod clock;
 mod files;
 mod log;
 mod options;
+mod priority;
 mod signals;
 mod sockets;
 mod watch;
@@ -30,6 +31,7 @@ mod watch;
 pub use files::{AioEngine, LinuxFile};
 pub use log::{Level, LogTo};
 pub use options::{Options, StartError};
+pub use priority::set_io_priority;
 pub use sockets::{LinuxListener, LinuxStream};
 
 use clock::Clock;
@@ -41,9 +43,9 @@ use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::future::{Future, poll_fn};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::pin::Pin;
+use std::pin::pin;
 use std::rc::Rc;
-use std::task::{Context, Poll, Waker};
+use std::task::{Poll, Waker};
 use tap_host::{Entropy, Errno, Event, Log, Probe, Tasks};
 use tokio::task::{LocalSet, spawn_local};
 
@@ -167,31 +169,22 @@ impl LinuxHost {
 }
 
 /// A task whose panic reaches [`run`].
-struct Watched<F> {
-    task: F,
-    host: LinuxHost,
-}
-
-impl<F: Future<Output = ()>> Future for Watched<F> {
-    type Output = ();
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        // SAFETY: `task` is pinned as long as `self` is: it is never moved out, and `Watched` has no `Drop`.
-        let (task, host) = unsafe {
-            let this = self.get_unchecked_mut();
-            (Pin::new_unchecked(&mut this.task), &this.host)
-        };
-        catch_unwind(AssertUnwindSafe(|| task.poll(cx))).unwrap_or_else(|payload| {
+async fn watched(task: impl Future<Output = ()>, host: LinuxHost) {
+    let mut task = pin!(task);
+    poll_fn(|cx| {
+        catch_unwind(AssertUnwindSafe(|| task.as_mut().poll(cx))).unwrap_or_else(|payload| {
             host.0.panicked.borrow_mut().payload = Some(payload);
             host.wake_root();
             Poll::Ready(())
         })
-    }
+    })
+    .await;
 }
 
 impl Tasks for LinuxHost {
     fn spawn(&self, _role: &'static str, _key: u64, task: impl Future<Output = ()> + 'static) {
         // Nobody joins a task of the seam.
-        drop(spawn_local(Watched { task, host: self.clone() }));
+        drop(spawn_local(watched(task, self.clone())));
     }
 
     fn yield_now(&self) -> impl Future<Output = ()> + 'static {

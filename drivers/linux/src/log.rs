@@ -68,7 +68,7 @@ struct Kind {
     limit: Option<usize>,
 }
 
-const LIMITS: usize = 6;
+const LIMITS: usize = 11;
 
 fn kind_of(event: &Event) -> Kind {
     let (level, limit) = match event {
@@ -81,6 +81,11 @@ fn kind_of(event: &Event) -> Kind {
         Event::RingClosed { .. } => (Level::Info, Some(3)),
         Event::BackendState { .. } => (Level::Info, Some(4)),
         Event::VbdState { .. } => (Level::Info, Some(5)),
+        Event::NbdConnected { .. } => (Level::Info, Some(6)),
+        Event::NbdClosed { .. } => (Level::Info, Some(7)),
+        Event::NbdRefused { .. } => (Level::Warning, Some(8)),
+        Event::NbdServerLost { .. } | Event::NbdServerGone { .. } => (Level::Warning, Some(9)),
+        Event::NbdServerBack { .. } => (Level::Info, Some(10)),
     };
     Kind { level, limit }
 }

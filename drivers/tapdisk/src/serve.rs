@@ -5,7 +5,7 @@
 //! ```
 
 use crate::Console;
-use crate::disk::{DiskOptions, open_any};
+use crate::disk::{DiskHost, DiskOptions, open_any};
 use crate::img::BackingArg;
 use crate::size::show_size;
 use crate::spec::DiskSpec;
@@ -14,13 +14,13 @@ use futures_util::future::join_all;
 use std::rc::Rc;
 use std::str::FromStr;
 use tap_core::{CacheMode, Node};
-use tap_host::{Errno, Listener, SECTOR_BYTES, Signals, SocketAddress, Sockets};
-use tap_images::{ImageFormat, ImageHost, ImageSpec};
+use tap_host::{Errno, Listener, SECTOR_BYTES, Signals, SocketAddress};
+use tap_images::{ImageFormat, ImageSpec};
 use tap_nbd::{Export, Server, ServerLimits};
 
 /// What serving asks of a host.
-pub trait ServeHost: ImageHost + Sockets + Signals {}
-impl<T: ImageHost + Sockets + Signals> ServeHost for T {}
+pub trait ServeHost: DiskHost + Signals {}
+impl<T: DiskHost + Signals> ServeHost for T {}
 
 /// The command line of `tapdisk serve`.
 #[derive(Args, Clone, Debug)]
@@ -92,6 +92,9 @@ impl FromStr for NamedDisk {
     }
 }
 
+/// How long to wait for an image that is in use, in nanoseconds: a process that was killed may be about to let go.
+const IN_USE_PATIENCE_NS: u64 = 2_000_000_000;
+
 /// A disk that is open.
 struct Open {
     name: String,
@@ -130,6 +133,7 @@ impl ServeArgs {
             direct: self.direct,
             cache: self.cache.into(),
             backing: self.backing.policy(),
+            patience_ns: IN_USE_PATIENCE_NS,
             ..DiskOptions::default()
         };
         for disk in &self.disks {

@@ -5,9 +5,27 @@
 //!                      └─ engine: io_uring, or a pool of threads
 //! ```
 //!
-//! On file systems that live in memory every call is made in place: it costs least, and nothing in it blocks.
-//! Elsewhere a read is tried in place with RWF_NOWAIT, which succeeds when the page cache has the bytes; everything
-//! else, and what would wait, goes to the engine. Figures: [`AioEngine`].
+//! On file systems that live in memory every call is made in place: it costs least, and nothing in it waits for a
+//! device. Elsewhere a read is tried in place with RWF_NOWAIT, which succeeds when the page cache has the bytes;
+//! everything else, and what would wait, goes to the engine. An operation in place counts against tokio's budget, so
+//! that a task which always finds its data lets others run.
+//!
+//! Measured with `examples/file_cost.rs` on Linux 6.18 with two virtual CPUs; microseconds of CPU for a random transfer
+//! of 4 KiB, kernel workers and threads included:
+//!
+//! | file | how | read, depth 1 / 32 | write, depth 1 / 32 |
+//! |---|---|---|---|
+//! | tmpfs | **in place** | 1.4 / 1.3 | 1.4 / 1.5 |
+//! | tmpfs | io_uring (has no NOWAIT, so a kernel worker does it) | 41 / 2.9 | 42 / 2.8 |
+//! | tmpfs | threads | 24 / 5.7 | 23 / 6.5 |
+//! | ext4, cached | **in place with RWF_NOWAIT** | 1.2 / 1.2 | not supported |
+//! | ext4, cached | **io_uring** (writes: a kernel worker) | 2.4 / 1.2 | 23-58 / 15 |
+//! | ext4, cached | plain calls in place, which may wait for the journal | 1.0 / 1.0 | 8.6 / 10 |
+//! | ext4, cached | threads | | 59 / 36 |
+//! | ext4, O_DIRECT | **io_uring** | 30 / 3.1 | 32 / 3.5 |
+//! | ext4, O_DIRECT | threads | 55 / 14 | 58 / 14 |
+//!
+//! At depth 1 most of a figure is what going to sleep and waking up costs.
 
 mod call;
 mod engine;

@@ -1,4 +1,14 @@
 //! io_uring: operations of one turn go to the kernel in one system call.
+//!
+//! ```text
+//!   push, push, push ──► submission queue ── io_uring_enter ──► kernel
+//!   reap ◄──────────── completion queue ◄── posted by the kernel; no system call looks at it
+//! ```
+//!
+//! The ring's descriptor is readable when completions are there; the event loop watches it like a socket. That rules out
+//! IORING_SETUP_DEFER_TASKRUN, under which it is not (seen on Linux 6.18) and an eventfd must be registered: measured,
+//! that costs more than it saves (4.3 against 3.1 us of CPU for a direct read at depth 32, and one more system call for
+//! each batch).
 
 use super::call::{Call, Memory, errno, zero_flags};
 use super::engine::Submit;
@@ -42,8 +52,8 @@ impl Ring {
         let mut modern = IoUring::builder();
         modern.setup_cqsize(2 * IN_FLIGHT_MAX).dontfork();
         let plain = modern.clone();
-        // Completions are posted when we ask, not by interrupting us (Linux 6.1).
-        modern.setup_single_issuer().setup_defer_taskrun();
+        // Completions are posted when we are in the kernel anyway, not by interrupting us (Linux 6.0).
+        modern.setup_single_issuer().setup_coop_taskrun();
         modern.build(IN_FLIGHT_MAX).or_else(|error| match error.raw_os_error() {
             Some(libc::EINVAL) => plain.build(IN_FLIGHT_MAX),
             _ => Err(error),
@@ -112,7 +122,7 @@ impl Submit for Ring {
     }
 
     fn submit(&mut self) -> Result<(), Errno> {
-        self.enter(0)
+        if self.uring.submission().is_empty() { Ok(()) } else { self.enter(0) }
     }
 
     fn reap(&mut self, done: &mut Vec<(u32, i32)>) {

@@ -3,12 +3,11 @@
 use super::pump::{Crew, Extents, PIECE_SECTORS, Run, is_zero, read};
 use super::{BackingArgs, Failure, FormatArg, Outcome};
 use crate::Console;
-use crate::disk::{DiskOptions, open_disk};
+use crate::disk::{DiskHost, DiskOptions, open_any};
 use clap::Args;
 use std::rc::Rc;
 use tap_core::Node;
 use tap_host::{BufPool, Errno, SECTOR_BYTES};
-use tap_images::ImageHost;
 
 #[derive(Args, Debug)]
 pub(super) struct Compare {
@@ -43,13 +42,12 @@ const CANNOT_OPEN: u8 = 2;
 const CANNOT_READ: u8 = 4;
 
 impl Compare {
-    pub(super) async fn run<H: ImageHost>(&self, host: &H, console: &dyn Console) -> Outcome {
+    pub(super) async fn run<H: DiskHost>(&self, host: &H, console: &dyn Console) -> Outcome {
         let mut disks = Vec::new();
         for (file, format) in [(&self.first, self.format), (&self.second, self.second_format)] {
-            let spec = super::image(file, format).map_err(Failure::with(CANNOT_OPEN))?;
+            let spec = super::disk(file, format).map_err(Failure::with(CANNOT_OPEN))?;
             let options = DiskOptions { backing: self.backing.backing.policy(), ..DiskOptions::default() };
-            let opened = open_disk(host, &spec, &options).await;
-            disks.push(opened.map_err(|e| Failure::with(CANNOT_OPEN)(e.to_string()))?);
+            disks.push(open_any(host, &spec, &options).await.map_err(Failure::with(CANNOT_OPEN))?);
         }
         let say = |line: &str| {
             if !self.quiet {

@@ -4,14 +4,15 @@ use super::pump::{Crew, Extents, PIECE_SECTORS, is_zero, read};
 use super::target::{Target, TargetOptions};
 use super::{BackingArgs, Failure, FormatArg, Outcome};
 use crate::Console;
-use crate::disk::{DiskOptions, open_disk};
+use crate::disk::{DiskHost, DiskOptions, open_any};
 use crate::size::parse_size;
+use crate::spec::DiskSpec;
 use clap::Args;
 use smallvec::smallvec;
 use std::rc::Rc;
 use tap_core::{CacheMode, Node, Request, ZeroFlags};
 use tap_host::{BufPool, Errno, IoBuf, SECTOR_BYTES, SectorRange};
-use tap_images::{ImageFormat, ImageHost, ImageSpec};
+use tap_images::ImageFormat;
 
 #[derive(Args, Debug)]
 pub(super) struct Convert {
@@ -59,14 +60,14 @@ struct Copier {
 }
 
 impl Convert {
-    pub(super) async fn run<H: ImageHost>(&self, host: &H, console: &dyn Console) -> Outcome {
+    pub(super) async fn run<H: DiskHost>(&self, host: &H, console: &dyn Console) -> Outcome {
         let sparse = parse_size(&self.sparse).map_err(|e| Failure::new(format!("use -S: {e}")))?;
         if !sparse.is_multiple_of(SECTOR_BYTES) {
             return Err(Failure::new(format!("use -S {}: it is no multiple of 512", self.sparse)));
         }
-        let source = super::image(&self.source, self.format).map_err(Failure::new)?;
+        let source = super::disk(&self.source, self.format).map_err(Failure::new)?;
         let options = DiskOptions { backing: self.backing.backing.policy(), ..DiskOptions::default() };
-        let from = open_disk(host, &source, &options).await.map_err(Failure::new)?;
+        let from = open_any(host, &source, &options).await.map_err(Failure::new)?;
         let to = self.open_target(host, from.info().size_sectors).await?;
         let copier = Copier {
             pool: BufPool::new(2 * usize::from(self.parallel) * (PIECE_SECTORS * SECTOR_BYTES) as usize),
@@ -84,20 +85,29 @@ impl Convert {
         Ok(0)
     }
 
-    async fn open_target<H: ImageHost>(&self, host: &H, size_sectors: u64) -> Result<Rc<dyn Node>, Failure> {
-        let named = super::image(&self.target, None).map_err(Failure::new)?;
-        let probed = named.format == ImageFormat::Probe;
-        let format = if probed { self.output_format.into() } else { named.format };
-        let spec = ImageSpec { format, ..named };
-        if !self.no_create {
-            let size_bytes = size_sectors * SECTOR_BYTES;
-            let target = Target { spec: spec.clone(), size_bytes, backing: None };
-            target.create(host, &self.options).await.map_err(Failure::new)?;
+    async fn open_target<H: DiskHost>(&self, host: &H, size_sectors: u64) -> Result<Rc<dyn Node>, Failure> {
+        let mut spec = super::disk(&self.target, None).map_err(Failure::new)?;
+        if let DiskSpec::Image(image) = &mut spec
+            && image.format == ImageFormat::Probe
+        {
+            image.format = self.output_format.into();
+        }
+        match &spec {
+            _ if self.no_create => {}
+            DiskSpec::Image(image) => {
+                let size_bytes = size_sectors * SECTOR_BYTES;
+                let target = Target { spec: image.clone(), size_bytes, backing: None };
+                target.create(host, &self.options).await.map_err(Failure::new)?;
+            }
+            DiskSpec::Nbd { .. } => {
+                let text = format!("create {spec}: an export exists already; write into it with -n");
+                return Err(Failure::new(text));
+            }
         }
         // Durable at the end: a crash before that leaves a copy that nobody was told is one.
         let cache = CacheMode::Unsafe;
         let options = DiskOptions { write: true, cache, ..DiskOptions::default() };
-        let node = open_disk(host, &spec, &options).await.map_err(Failure::new)?;
+        let node = open_any(host, &spec, &options).await.map_err(Failure::new)?;
         let have = node.info().size_sectors;
         if have < size_sectors {
             let text = format!(

@@ -3,7 +3,8 @@
 use super::pump::{Extents, Run};
 use super::{BackingArgs, Failure, FormatArg, Outcome, Output, print_json};
 use crate::Console;
-use crate::disk::{DiskOptions, open_disk};
+use crate::disk::{DiskHost, DiskOptions, open_any};
+use crate::spec::DiskSpec;
 use clap::Args;
 use serde::Serialize;
 use tap_core::Source;
@@ -39,20 +40,20 @@ struct Shown {
 }
 
 impl Map {
-    pub(super) async fn run<H: ImageHost>(&self, host: &H, console: &dyn Console) -> Outcome {
-        let spec = super::image(&self.file, self.format).map_err(Failure::new)?;
+    pub(super) async fn run<H: DiskHost>(&self, host: &H, console: &dyn Console) -> Outcome {
+        let spec = super::disk(&self.file, self.format).map_err(Failure::new)?;
         let options = DiskOptions { backing: self.backing.backing.policy(), ..DiskOptions::default() };
-        let node = open_disk(host, &spec, &options).await.map_err(Failure::new)?;
+        let node = open_any(host, &spec, &options).await.map_err(Failure::new)?;
         let mut extents = Extents::new(&node);
         let mut all: Vec<Shown> = Vec::new();
         loop {
             match extents.next(u64::MAX).await {
                 Ok(Some(run)) => push(&mut all, shown(&run)),
                 Ok(None) => break,
-                Err(e) => return Err(Failure::new(format!("read the map of {}: {e}", spec.path))),
+                Err(e) => return Err(Failure::new(format!("read the map of {spec}: {e}"))),
             }
         }
-        node.close().await.map_err(|e| Failure::new(format!("close {}: {e}", spec.path)))?;
+        node.close().await.map_err(|e| Failure::new(format!("close {spec}: {e}")))?;
         match self.output {
             Output::Json => print_json(console, &all)?,
             Output::Human => {
@@ -74,7 +75,8 @@ impl Map {
 }
 
 /// The paths of the chain, the image first.
-async fn files<H: ImageHost>(host: &H, spec: ImageSpec) -> Result<Vec<String>, Failure> {
+async fn files<H: ImageHost>(host: &H, spec: DiskSpec) -> Result<Vec<String>, Failure> {
+    let DiskSpec::Image(spec) = spec else { return Ok(vec![spec.to_string()]) };
     let (mut files, mut next) = (Vec::new(), Some(spec));
     // Opening has found the chain to be of bounded length.
     while let Some(spec) = next {

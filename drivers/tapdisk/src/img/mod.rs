@@ -11,10 +11,11 @@ mod pump;
 mod target;
 
 use crate::Console;
+use crate::disk::DiskHost;
 use crate::spec::DiskSpec;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::fmt::Display;
-use tap_images::{BackingPolicy, ImageFormat, ImageHost, ImageSpec};
+use tap_images::{BackingPolicy, ImageFormat, ImageSpec};
 
 /// The command line of `tap-img`.
 #[derive(Parser, Debug)]
@@ -27,7 +28,8 @@ use tap_images::{BackingPolicy, ImageFormat, ImageHost, ImageSpec};
   tap-img convert -p -O raw disk.qcow disk.raw
   tap-img compare disk.qcow disk.raw
 
-A file may also be written as FORMAT:PATH. Formats: raw, qcow (version 1).")]
+A file may also be written as FORMAT:PATH. Formats: raw, qcow (version 1). map, compare and convert also take exports
+of NBD servers: nbd:unix:PATH, nbd://HOST/EXPORT; convert writes to one with -n.")]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -136,7 +138,7 @@ impl Failure {
 type Outcome = Result<u8, Failure>;
 
 /// Runs `tap-img` and gives its exit status.
-pub async fn run<H: ImageHost>(host: H, cli: Cli, console: &dyn Console) -> u8 {
+pub async fn run<H: DiskHost>(host: H, cli: Cli, console: &dyn Console) -> u8 {
     let outcome = match cli.command {
         Command::Create(args) => args.run(&host, console).await,
         Command::Info(args) => args.run(&host, console).await,
@@ -151,17 +153,25 @@ pub async fn run<H: ImageHost>(host: H, cli: Cli, console: &dyn Console) -> u8 {
     })
 }
 
-/// The image at `file`, which may name its format itself; `format` is what an option says.
-fn image(file: &str, format: Option<FormatArg>) -> Result<ImageSpec, String> {
+/// The disk called `file`, which may name its format itself; `format` is what an option says.
+fn disk(file: &str, format: Option<FormatArg>) -> Result<DiskSpec, String> {
     let spec = match file.parse::<DiskSpec>().map_err(|why| format!("use {file}: {why}"))? {
         DiskSpec::Image(spec) => spec,
-        DiskSpec::Nbd { .. } => return Err(format!("use {file}: this needs a file")),
+        nbd => return Ok(nbd),
     };
     match (format.map(ImageFormat::from), spec.format) {
-        (None, _) => Ok(spec),
-        (Some(format), ImageFormat::Probe) => Ok(ImageSpec { format, ..spec }),
-        (Some(format), named) if format == named => Ok(spec),
+        (None, _) => Ok(DiskSpec::Image(spec)),
+        (Some(format), ImageFormat::Probe) => Ok(DiskSpec::Image(ImageSpec { format, ..spec })),
+        (Some(format), named) if format == named => Ok(DiskSpec::Image(spec)),
         (Some(_), _) => Err(format!("use {file}: it is named as another format than the option says")),
+    }
+}
+
+/// As [`disk`], for what needs a file.
+fn image(file: &str, format: Option<FormatArg>) -> Result<ImageSpec, String> {
+    match disk(file, format)? {
+        DiskSpec::Image(spec) => Ok(spec),
+        DiskSpec::Nbd { .. } => Err(format!("use {file}: this needs a file")),
     }
 }
 

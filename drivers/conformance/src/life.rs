@@ -1,0 +1,84 @@
+//! Names that go while files are open, and operations that nobody waits for.
+
+use crate::{
+    BLOCK, FileHost, OrFail, Outcome, Place, Test, begin, buffers_of, pattern, read, same, same_bytes, tests,
+    write,
+};
+use tap_host::{BufPool, File, IoVec};
+
+/// Bodies that need a file system.
+pub fn on_files<H: FileHost>() -> Vec<Test<H>> {
+    tests![a_removed_file_lives_while_it_is_open, names_are_made_durable, a_dropped_write_lands_as_a_whole]
+}
+
+/// Bodies that also run on a block device.
+pub fn on_disks<H: FileHost>() -> Vec<Test<H>> {
+    tests![dropped_operations_take_their_buffers_along, dropped_reads_disturb_nobody]
+}
+
+async fn a_removed_file_lives_while_it_is_open<H: FileHost>(place: Place<H>) -> Outcome {
+    let old = place.create("a").await?;
+    write(&old, 0, &pattern(1, BLOCK)).await?;
+    place.host.remove(&place.path("a")).await.or_fail("remove")?;
+    let new = place.create("a").await?;
+    same("size of the new file", new.info().or_fail("look")?.size_bytes, 0)?;
+    write(&old, BLOCK as u64, &pattern(2, BLOCK)).await?;
+    write(&new, 0, &pattern(3, BLOCK)).await?;
+    let want = [pattern(1, BLOCK), pattern(2, BLOCK)].concat();
+    same_bytes("the old file", &read(&old, 0, 4 * BLOCK).await?, &want)?;
+    same_bytes("the new file", &read(&new, 0, 4 * BLOCK).await?, &pattern(3, BLOCK))?;
+    old.sync_data().await.or_fail("synchronise a file without a name")
+}
+
+async fn names_are_made_durable<H: FileHost>(place: Place<H>) -> Outcome {
+    let path = place.path("a");
+    let file = place.create("a").await?;
+    place.host.sync_parent(&path).await.or_fail("make a name durable")?;
+    drop(file);
+    place.host.remove(&path).await.or_fail("remove")?;
+    place.host.sync_parent(&path).await.or_fail("make the removal durable")
+}
+
+async fn a_dropped_write_lands_as_a_whole<H: FileHost>(place: Place<H>) -> Outcome {
+    let file = place.create("a").await?;
+    let bytes = pattern(7, 16 * BLOCK);
+    begin(file.write_at(0, buffers_of(&bytes)?)).await;
+    let mut size = 0;
+    while size < bytes.len() as u64 {
+        place.host.sleep_ns(1_000_000).await;
+        size = file.info().or_fail("look")?.size_bytes;
+    }
+    // Its size may show before its last byte; whoever comes behind it in the file's order sees all.
+    write(&file, bytes.len() as u64, &pattern(8, BLOCK)).await?;
+    file.sync_data().await.or_fail("synchronise")?;
+    same_bytes("the file", &read(&file, 0, bytes.len()).await?, &bytes)
+}
+
+async fn dropped_operations_take_their_buffers_along<H: FileHost>(place: Place<H>) -> Outcome {
+    let file = place.disk(8).await?;
+    let pool = BufPool::new(1 << 20);
+    for block in 0..8_u64 {
+        let mut buf = pool.alloc(BLOCK).await.or_fail("have a buffer")?;
+        buf.copy_from_slice(&pattern(block as u8, BLOCK));
+        begin(file.write_at(block * BLOCK as u64, IoVec::from_iter([buf]))).await;
+    }
+    place.until("the return of all buffers", || pool.used_bytes() == 0).await?;
+    let want: Vec<u8> = (0..8).flat_map(|block| pattern(block, BLOCK)).collect();
+    same_bytes("the disk", &read(&file, 0, want.len()).await?, &want)
+}
+
+async fn dropped_reads_disturb_nobody<H: FileHost>(place: Place<H>) -> Outcome {
+    let file = place.disk(4).await?;
+    write(&file, 0, &pattern(1, 4 * BLOCK)).await?;
+    let pool = BufPool::new(64 * BLOCK);
+    for _ in 0..50 {
+        let buf = pool.alloc(BLOCK).await.or_fail("have a buffer")?;
+        begin(file.read_at(0, IoVec::from_iter([buf]))).await;
+        // This one may get memory that the read before would still write to, were it free already.
+        let mut buf = pool.alloc(BLOCK).await.or_fail("have a buffer")?;
+        buf.fill(0x55);
+        place.host.sleep_ns(0).await;
+        same_bytes("a buffer of somebody else", &buf, &[0x55; BLOCK])?;
+    }
+    place.until("the return of all buffers", || pool.used_bytes() == 0).await
+}

@@ -1,0 +1,36 @@
+//! The priority of a process at its drives (ioprio_set(2)).
+
+use tap_host::Errno;
+
+/// Who is meant: one thread, by its number.
+const IOPRIO_WHO_PROCESS: i64 = 1;
+/// Where the class begins in the priority.
+const IOPRIO_CLASS_SHIFT: u8 = 13;
+
+/// Sets the priority of the calling thread, and of those that it starts from now on: class 1 (realtime), 2 (best effort)
+/// or 3 (idle), level 0 (first) to 7 (last).
+///
+/// # Errors
+/// `EPERM` for realtime without the right to it, `EINVAL` for a class or level that does not exist.
+pub fn set_io_priority(class: u8, level: u8) -> Result<(), Errno> {
+    if level > 7 {
+        // Linux from 6.5 on takes the bits above for a hint of another kind.
+        return Err(Errno::EINVAL);
+    }
+    let priority = i64::from(class) << IOPRIO_CLASS_SHIFT | i64::from(level);
+    // SAFETY: the call takes three numbers and touches no memory.
+    let result = unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0_i64, priority) };
+    if result == 0 { Ok(()) } else { Err(crate::files::errno(&std::io::Error::last_os_error())) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_priority_is_taken_and_a_wrong_one_refused() {
+        assert_eq!(set_io_priority(2, 7), Ok(()));
+        assert_eq!(set_io_priority(2, 8), Err(Errno::EINVAL));
+        assert_eq!(set_io_priority(7, 0), Err(Errno::EINVAL));
+    }
+}

@@ -1,0 +1,108 @@
+//! Bad input: one clear line and a status, or an NBD error; nothing is lost and the server goes on.
+
+use crate::client::{Client, WRITE};
+use crate::server::{Server, TAP_IMG, TAPDISK, tool};
+use crate::{Add, Done};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::process::Command;
+
+pub(crate) fn tests(add: Add) {
+    add("bad::what_cannot_be_served_is_told_in_one_line".into(), &[], Box::new(refused));
+    add("bad::garbage_costs_a_client_its_connection".into(), &[], Box::new(garbage));
+    add("bad::an_image_is_served_once".into(), &[], Box::new(once));
+    add("bad::qemu_respects_the_lock".into(), &["qemu-io", "qemu-img"], Box::new(locked));
+}
+
+fn refused() -> Done {
+    let folder = tempfile::tempdir()?;
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    tool(TAP_IMG, &["create", "-q", &path("disk"), "1M"])?;
+    std::fs::write(path("cut"), b"QFI\xfb")?;
+    let (disk, good) = (format!("raw:{}", path("disk")), format!("unix:{}", path("s")));
+    for (args, words) in [
+        (vec!["--nbd", &good, &format!("raw:{}", path("gone"))], "open"),
+        (vec!["--nbd", &good, &format!("qcow:{}", path("disk"))], "magic bytes"),
+        (vec!["--nbd", &good, &format!("qcow:{}", path("cut"))], "only 4 bytes"),
+        (vec!["--nbd", &good, &path("disk")], "say what it is"),
+        (vec!["--nbd", &good, &format!("raw:{}", folder.path().display())], "directory"),
+        (vec!["--nbd", &good, &disk, &format!("b={disk}")], "need names"),
+        (vec!["--nbd", &good, &format!("a={disk}"), &format!("b={disk}")], "in use"),
+        (vec![&disk], "no address"),
+        (vec!["--nbd", &format!("unix:{}/gone/s", folder.path().display()), &disk], "listen at"),
+        (vec!["--nbd", "192.0.2.1:1", &disk], "listen at"),
+    ] {
+        let output = Command::new(TAPDISK).arg("serve").args(&args).output()?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!((output.status.code(), said.lines().count()), (Some(1), 1), "{args:?}: {said}");
+        assert!(said.starts_with("tapdisk: failed to ") && said.contains(words), "{args:?}: {said}");
+        assert!(output.stdout.is_empty(), "{args:?}");
+    }
+    for args in [["--nbd", "nowhere", "raw:/x"], ["--nbd", "unix:/x", "vhd:/x"], ["--cache", "no", "raw:/x"]]
+    {
+        let output = Command::new(TAPDISK).arg("serve").args(args).output()?;
+        assert_eq!(output.status.code(), Some(2), "{args:?}");
+    }
+    Ok(())
+}
+
+fn garbage() -> Done {
+    let folder = tempfile::tempdir()?;
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    tool(TAP_IMG, &["create", "-q", &path("disk"), "1M"])?;
+    let server = Server::start(&folder.path().join("socket"), &[&format!("raw:{}", path("disk"))])?;
+    let mut good = Client::connect(server.socket())?;
+    for n in 0..20_u8 {
+        let mut stream = UnixStream::connect(server.socket())?;
+        let bytes: Vec<u8> = (0..4096_u32).map(|i| (i * 31 + u32::from(n) * 77) as u8).collect();
+        // The server may close while we write.
+        let _ = stream.write_all(&bytes);
+        let mut rest = Vec::new();
+        let _ = stream.read_to_end(&mut rest);
+        assert!(rest.len() < 4096, "{} bytes of answer to garbage", rest.len());
+        assert_eq!(good.ask(WRITE, 0, &[n; 512])?, 0);
+        assert_eq!(good.read(0, 512)?, [n; 512]);
+    }
+    // Out of range, and not whole sectors.
+    assert_eq!(good.ask(WRITE, 1 << 20, &[0; 512])?, 28);
+    assert_eq!(good.ask(WRITE, 7, &[0; 512])?, 22);
+    assert!(server.stop()?.success());
+    Ok(())
+}
+
+fn once() -> Done {
+    let folder = tempfile::tempdir()?;
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    tool(TAP_IMG, &["create", "-q", &path("disk"), "1M"])?;
+    let spec = format!("raw:{}", path("disk"));
+    let first = Server::start(&folder.path().join("a"), &[&spec])?;
+    // A second one at the same socket, and a second one of the same image.
+    for (socket, words) in [("a", "in use"), ("b", "in use")] {
+        let address = format!("unix:{}", path(socket));
+        let output = Command::new(TAPDISK).args(["serve", "--nbd", &address, &spec]).output()?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(1) && said.contains(words), "{socket}: {said}");
+    }
+    assert_eq!(Client::connect(first.socket())?.ask(WRITE, 0, &[1; 512])?, 0);
+    assert!(first.stop()?.success());
+    // Readers share.
+    let a = Server::start(&folder.path().join("a"), &[&spec, "--read-only"])?;
+    let b = Server::start(&folder.path().join("b"), &[&spec, "--read-only"])?;
+    assert_eq!(Client::connect(b.socket())?.read(0, 512)?, [1; 512]);
+    assert_eq!(Client::connect(a.socket())?.ask(WRITE, 0, &[2; 512])?, 1, "not permitted");
+    Ok(())
+}
+
+fn locked() -> Done {
+    let folder = tempfile::tempdir()?;
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    tool("qemu-img", &["create", "-q", "-f", "qcow", &path("disk"), "1M"])?;
+    let server = Server::start(&folder.path().join("a"), &[&format!("qcow:{}", path("disk"))])?;
+    let refused = tool("qemu-io", &["-f", "qcow", "-c", "write 0 4k", &path("disk")]).unwrap_err();
+    assert!(refused.message().unwrap_or("").contains("lock"), "{refused:?}");
+    let refused = tool("qemu-img", &["info", &path("disk")]).unwrap_err();
+    assert!(refused.message().unwrap_or("").contains("lock"), "{refused:?}");
+    assert!(server.stop()?.success());
+    tool("qemu-io", &["-f", "qcow", "-c", "write 0 4k", &path("disk")])?;
+    Ok(())
+}

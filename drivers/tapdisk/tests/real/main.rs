@@ -1,0 +1,42 @@
+//! The programs on this machine: real files, real sockets, real signals.
+//!
+//! What a test needs and the machine lacks (QEMU's tools, libnbd's tools, the right to mount) makes it report itself
+//! ignored, with the reason.
+
+mod bad;
+mod client;
+mod crash;
+mod peers;
+mod server;
+mod space;
+
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use std::process::{Command, ExitCode};
+
+/// What a test answers.
+type Done = Result<(), Failed>;
+
+fn main() -> ExitCode {
+    let args = Arguments::from_args();
+    let mut trials = Vec::new();
+    let mut add = |name: String, needs: &'static [&'static str], test: Box<dyn FnOnce() -> Done + Send>| {
+        trials.push(Trial::ignorable_test(name, move || {
+            if let Some(missing) = needs.iter().find(|tool| !is_there(tool)) {
+                return Ok(Completion::ignored_with(format!("{missing} is not installed")));
+            }
+            test().map(|()| Completion::Completed)
+        }));
+    };
+    peers::tests(&mut add);
+    crash::tests(&mut add);
+    bad::tests(&mut add);
+    trials.push(space::test());
+    libtest_mimic::run(&args, trials).exit_code()
+}
+
+/// Takes a test by its name and the tools that it needs.
+type Add<'a> = &'a mut dyn FnMut(String, &'static [&'static str], Box<dyn FnOnce() -> Done + Send>);
+
+fn is_there(tool: &str) -> bool {
+    Command::new(tool).arg("--version").output().is_ok()
+}

@@ -1,0 +1,272 @@
+//! Tools that others wrote, on our server and on our images, in both directions.
+//!
+//! ```text
+//!   random requests ─┬─ qemu-io over NBD ─► tapdisk serve ─► image ──┐
+//!                    └─ qemu-io ─► raw twin ───────────────────────► the same bytes?
+//! ```
+
+use crate::server::{Server, TAP_IMG, tool};
+use crate::{Add, Done};
+use libtest_mimic::Failed;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// Requests of each run.
+const REQUESTS: u32 = 5000;
+const DISK_BYTES: u64 = 24 << 20;
+
+const QEMU: &[&str] = &["qemu-io", "qemu-img"];
+
+pub(crate) fn tests(add: Add) {
+    for kind in ["raw", "qcow", "overlay"] {
+        for aio in ["io_uring", "threads"] {
+            add(
+                format!("peers::qemu_writes_through_the_server::{kind}-{aio}"),
+                QEMU,
+                Box::new(move || through_server(kind, aio)),
+            );
+        }
+        add(
+            format!("peers::the_server_shows_what_qemu_wrote::{kind}"),
+            QEMU,
+            Box::new(move || shows_qemus(kind)),
+        );
+    }
+    add("peers::nbdinfo_and_nbdcopy".into(), &["nbdinfo", "nbdcopy"], Box::new(libnbd));
+    add("peers::tap_img_and_qemu_img_agree".into(), QEMU, Box::new(tools_agree));
+}
+
+struct Place {
+    folder: tempfile::TempDir,
+    rng: ChaCha8Rng,
+}
+
+impl Place {
+    fn new(seed: u64) -> Result<Self, Failed> {
+        Ok(Self { folder: tempfile::tempdir()?, rng: ChaCha8Rng::seed_from_u64(seed) })
+    }
+
+    /// In memory, where that is possible: QEMU's qcow driver synchronises with every cluster.
+    fn in_memory(seed: u64) -> Result<Self, Failed> {
+        let folder = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir())?;
+        Ok(Self { folder, rng: ChaCha8Rng::seed_from_u64(seed) })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn text(&self, name: &str) -> String {
+        self.path(name).display().to_string()
+    }
+
+    fn below(&mut self, n: u64) -> u64 {
+        self.rng.next_u64() % n
+    }
+
+    /// An image of `kind` and a raw file that shows the same; gives its format.
+    fn make(&mut self, kind: &str, tool_of: &str) -> Result<&'static str, Failed> {
+        let size = DISK_BYTES.to_string();
+        tool(TAP_IMG, &["create", "-q", &self.text("twin"), &size])?;
+        let (image, twin) = (self.text("disk"), self.text("twin"));
+        match kind {
+            "raw" => {
+                tool(tool_of, &["create", "-q", "-f", "raw", &image, &size])?;
+                return Ok("raw");
+            }
+            "qcow" => tool(tool_of, &["create", "-q", "-f", "qcow", &image, &size])?,
+            _ => {
+                // A base with holes, a little shorter than the disk.
+                let mut bytes = vec![0; DISK_BYTES as usize - 3 * 512];
+                for piece in bytes.chunks_mut(8192) {
+                    if self.below(3) > 0 {
+                        self.rng.fill_bytes(piece);
+                    }
+                }
+                std::fs::write(self.path("base"), &bytes)?;
+                bytes.resize(DISK_BYTES as usize, 0);
+                std::fs::write(&twin, &bytes)?;
+                tool(tool_of, &["create", "-q", "-f", "qcow", "-b", "base", "-F", "raw", &image, &size])?
+            }
+        };
+        Ok("qcow")
+    }
+
+    /// Random requests as commands of qemu-io.
+    fn script(&mut self) -> String {
+        let mut script = String::new();
+        for i in 0..REQUESTS {
+            let sectors = if self.below(4) == 0 { 1 + self.below(256) } else { 1 + self.below(16) };
+            let start = if self.below(2) == 0 { self.below(2048) } else { self.below(DISK_BYTES / 512) };
+            let sectors = sectors.min(DISK_BYTES / 512 - start);
+            let (at, len) = (start * 512, sectors * 512);
+            // Writing to a string does not fail.
+            let _ = match self.below(100) {
+                0..2 => writeln!(script, "flush"),
+                2..10 => writeln!(script, "write -q -z {at} {len}"),
+                10..20 => writeln!(script, "write -q -z -u {at} {len}"),
+                // What a discard leaves is not said: zeros make it certain.
+                20..30 => writeln!(script, "discard -q {at} {len}\nwrite -q -z {at} {len}"),
+                30..32 => writeln!(script, "write -q -f -P {} {at} {len}", i % 255 + 1),
+                32..45 => writeln!(script, "read -q {at} {len}"),
+                _ => writeln!(script, "write -q -P {} {at} {len}", i % 255 + 1),
+            };
+        }
+        script
+    }
+}
+
+/// Lets qemu-io carry out a script (by itself it would flush after every write).
+fn qemu_io(target: &str, format: &str, script: &str) -> Done {
+    let mut command = Command::new("qemu-io");
+    command.args(["-f", format, "-t", "writeback", "-d", "unmap", target]).stdin(Stdio::piped());
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let mut input = child.stdin.take().ok_or("no input")?;
+    let script = script.to_owned();
+    let feeder = std::thread::spawn(move || input.write_all(script.as_bytes()));
+    let output = child.wait_with_output()?;
+    let fed = feeder.join().map_err(|_| "feeding qemu-io panicked")?;
+    let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    if !output.status.success() || said.contains("failed") || said.contains("rror") || fed.is_err() {
+        return Err(format!("qemu-io {target}: {said}").into());
+    }
+    Ok(())
+}
+
+fn through_server(kind: &'static str, aio: &str) -> Done {
+    let mut place = Place::new(11)?;
+    let format = place.make(kind, TAP_IMG)?;
+    let script = place.script();
+    let spec = format!("{format}:{}", place.text("disk"));
+    let server = Server::start(&place.path("socket"), &[&spec, "--backing", "raw", "--aio", aio])?;
+    qemu_io(&server.uri(), "raw", &script)?;
+    qemu_io(&place.text("twin"), "raw", &script)?;
+    let compare = ["compare", "-q", "-f", "raw", "-F", "raw"];
+    tool("qemu-img", &[&compare[..], &[&server.uri(), &place.text("twin")]].concat())?;
+    assert!(server.stop()?.success());
+    same_as_twin(&place, format)
+}
+
+/// The image by itself, through QEMU's driver and ours, and its metadata.
+fn same_as_twin(place: &Place, format: &str) -> Done {
+    let (disk, twin) = (place.text("disk"), place.text("twin"));
+    tool("qemu-img", &["compare", "-q", "-f", format, "-F", "raw", &disk, &twin])?;
+    let ours = format!("{format}:{disk}");
+    tool(TAP_IMG, &["compare", "-q", "--backing", "raw", &ours, &format!("raw:{twin}")])?;
+    if format == "qcow" {
+        tool(TAP_IMG, &["check", &disk])?;
+    }
+    Ok(())
+}
+
+fn shows_qemus(kind: &'static str) -> Done {
+    let mut place = Place::in_memory(12)?;
+    let format = place.make(kind, "qemu-img")?;
+    let script = place.script();
+    qemu_io(&place.text("disk"), format, &script)?;
+    qemu_io(&place.text("twin"), "raw", &script)?;
+    let spec = format!("{format}:{}", place.text("disk"));
+    let server = Server::start(&place.path("socket"), &[&spec, "--backing", "raw", "--read-only"])?;
+    let compare = ["compare", "-q", "-f", "raw", "-F", "raw"];
+    tool("qemu-img", &[&compare[..], &[&server.uri(), &place.text("twin")]].concat())?;
+    assert!(server.stop()?.success());
+    // QEMU leaves clusters that only it can explain; what they show is what counts.
+    let ours = format!("{format}:{}", place.text("disk"));
+    tool(TAP_IMG, &["compare", "-q", "--backing", "raw", &ours, &format!("raw:{}", place.text("twin"))])?;
+    Ok(())
+}
+
+fn libnbd() -> Done {
+    let mut place = Place::new(13)?;
+    place.make("overlay", TAP_IMG)?;
+    let specs = [format!("disk=qcow:{}", place.text("disk")), format!("twin=raw:{}", place.text("twin"))];
+    let _server = Server::start(&place.path("socket"), &[&specs[0], &specs[1], "--backing", "raw"])?;
+    let uri = |name: &str| format!("nbd+unix:///{name}?socket={}", place.text("socket"));
+    let list = tool("nbdinfo", &["--list", &uri("")])?;
+    assert!(list.contains("export=\"disk\"") && list.contains("export=\"twin\""), "{list}");
+    let info = tool("nbdinfo", &[&uri("disk")])?;
+    for word in [
+        "export-size: 25165824",
+        "can_multi_conn: true",
+        "can_fua: true",
+        "can_trim: true",
+        "base:allocation",
+    ] {
+        assert!(info.contains(word), "{word} in {info}");
+    }
+    let map = tool("nbdinfo", &["--map", &uri("disk")])?;
+    assert!(map.contains("data") && map.contains("zero"), "{map}");
+    assert!(tool("nbdinfo", &[&uri("nobody")]).is_err(), "an export that is not there");
+    tool("nbdcopy", &[&uri("disk"), &place.text("copy")])?;
+    tool(
+        TAP_IMG,
+        &["compare", "-q", &format!("raw:{}", place.text("copy")), &format!("raw:{}", place.text("base"))],
+    )?;
+    // And onto an export, with zeros and several connections.
+    tool(TAP_IMG, &["create", "-q", "-f", "qcow", &place.text("new"), &DISK_BYTES.to_string()])?;
+    let target = Server::start(&place.path("other"), &[&format!("qcow:{}", place.text("new"))])?;
+    tool("nbdcopy", &["--connections=4", "--flush", &uri("twin"), &target.uri()])?;
+    assert!(target.stop()?.success());
+    let new = format!("qcow:{}", place.text("new"));
+    tool(TAP_IMG, &["compare", "-q", &new, &format!("raw:{}", place.text("copy"))])?;
+    Ok(())
+}
+
+fn json(program: &str, args: &[&str]) -> Result<serde_json::Value, Failed> {
+    Ok(serde_json::from_str(&tool(program, args)?)?)
+}
+
+fn tools_agree() -> Done {
+    let mut place = Place::in_memory(14)?;
+    place.make("overlay", TAP_IMG)?;
+    let script = place.script();
+    qemu_io(&place.text("disk"), "qcow", &script)?;
+    let disk = place.text("disk");
+    let (ours, theirs) = (
+        json(TAP_IMG, &["info", "--output", "json", &disk])?,
+        json("qemu-img", &["info", "--output=json", &disk])?,
+    );
+    for key in ["virtual-size", "cluster-size", "format", "actual-size", "backing-filename", "filename"] {
+        assert_eq!(ours[key], theirs[key], "{key}");
+    }
+    let map = |value: serde_json::Value| -> Vec<(u64, u64, u64, bool)> {
+        let runs = value.as_array().cloned().unwrap_or_default();
+        let number = |run: &serde_json::Value, key: &str| run[key].as_u64().unwrap_or(u64::MAX);
+        let zero = |run: &serde_json::Value| run["zero"].as_bool().unwrap_or(false);
+        // Which level zeros come from is told in different ways; neighbours that look alike then are one.
+        let mut merged: Vec<(u64, u64, u64, bool)> = Vec::new();
+        for run in &runs {
+            let depth = if zero(run) { 0 } else { number(run, "depth") };
+            let (start, length) = (number(run, "start"), number(run, "length"));
+            match merged.last_mut() {
+                Some(last) if last.2 == depth && last.3 == zero(run) => last.1 += length,
+                _ => merged.push((start, length, depth, zero(run))),
+            }
+        }
+        merged
+    };
+    let ours = map(json(TAP_IMG, &["map", "--backing", "raw", "--output", "json", &disk])?);
+    let theirs = map(json("qemu-img", &["map", "--output=json", &disk])?);
+    assert!(ours == theirs, "maps differ:\n{ours:?}\n{theirs:?}");
+    convert_both_ways(&place, &disk)
+}
+
+fn convert_both_ways(place: &Place, disk: &str) -> Done {
+    tool(
+        TAP_IMG,
+        &["convert", "--backing", "raw", "-O", "qcow", &format!("qcow:{disk}"), &place.text("flat")],
+    )?;
+    let compare = |a: &Path, b: &str| {
+        let a = a.display().to_string();
+        tool("qemu-img", &["compare", "-q", "-f", "qcow", "-F", "qcow", &a, b]).map(drop)
+    };
+    compare(&place.path("flat"), disk)?;
+    tool("qemu-img", &["convert", "-f", "qcow", "-O", "qcow", disk, &place.text("theirs")])?;
+    let theirs = format!("qcow:{}", place.text("theirs"));
+    tool(TAP_IMG, &["compare", "-q", &theirs, &format!("qcow:{}", place.text("flat"))])?;
+    Ok(())
+}

@@ -1,0 +1,81 @@
+//! Programs as processes.
+
+use libtest_mimic::Failed;
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+
+pub(crate) const TAPDISK: &str = env!("CARGO_BIN_EXE_tapdisk");
+pub(crate) const TAP_IMG: &str = env!("CARGO_BIN_EXE_tap-img");
+
+/// A `tapdisk serve` that listens; killed when dropped.
+pub(crate) struct Server {
+    child: Child,
+    socket: PathBuf,
+}
+
+impl Server {
+    /// Starts it at `socket` and waits until it says that it listens.
+    pub(crate) fn start(socket: &Path, args: &[&str]) -> Result<Self, Failed> {
+        let mut command = Command::new(TAPDISK);
+        command.arg("serve").arg("--nbd").arg(format!("unix:{}", socket.display())).args(args);
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
+        let out = child.stdout.take().ok_or("no output")?;
+        let mut server = Self { child, socket: socket.to_owned() };
+        for line in BufReader::new(out).lines() {
+            if line?.starts_with("listening at ") {
+                return Ok(server);
+            }
+        }
+        Err(format!("tapdisk ended with {}", server.child.wait()?).into())
+    }
+
+    /// The address for tools that take NBD addresses.
+    pub(crate) fn uri(&self) -> String {
+        format!("nbd+unix:///?socket={}", self.socket.display())
+    }
+
+    pub(crate) fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// No goodbye.
+    pub(crate) fn kill(mut self) -> Result<(), Failed> {
+        self.child.kill()?;
+        let status = self.child.wait()?;
+        if status.signal() == Some(9) {
+            Ok(())
+        } else {
+            Err(format!("tapdisk had ended with {status}").into())
+        }
+    }
+
+    /// SIGTERM, and how it ends.
+    pub(crate) fn stop(mut self) -> Result<ExitStatus, Failed> {
+        let done = Command::new("kill").arg(self.child.id().to_string()).status()?;
+        if !done.success() {
+            return Err("kill does not work".into());
+        }
+        Ok(self.child.wait()?)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Runs a tool and gives what it says; a status other than 0, or the word "failed", is a failure.
+pub(crate) fn tool(program: &str, args: &[&str]) -> Result<String, Failed> {
+    let output = Command::new(program).args(args).stdin(Stdio::null()).output()?;
+    let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    // qemu-io says "failed" and exits with 0.
+    if output.status.success() && !text.contains("failed") {
+        return Ok(text.into_owned());
+    }
+    Err(format!("{program} {}: {}, {text}", args.join(" "), output.status).into())
+}
