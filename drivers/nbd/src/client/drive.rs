@@ -93,22 +93,16 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
                 self.host.log(Event::NbdServerGone { why: "it was away for too long" });
                 self.give_up(Errno::EIO);
             }
-            match open(&self.host, &self.config).await {
-                Ok((terms, stream, inlet)) => match self.terms.broken_by(&terms) {
-                    None => {
-                        self.attempt.set(Some(attempt));
-                        return Some((self.resume(stream, terms.context), inlet));
-                    }
-                    Some(why) => {
-                        stream.shutdown();
-                        self.host.log(Event::NbdServerGone { why });
-                        self.give_up(Errno::EIO);
-                        return None;
-                    }
-                },
-                // It is not there yet, or not as it should be; another attempt will tell.
-                Err(_) => {}
-            }
+            // Where it is not there, or not as it should be, another attempt will tell.
+            let Ok((terms, stream, inlet)) = open(&self.host, &self.config).await else { continue };
+            let Some(why) = self.terms.broken_by(&terms) else {
+                self.attempt.set(Some(attempt));
+                return Some((self.resume(stream, terms.context), inlet));
+            };
+            stream.shutdown();
+            self.host.log(Event::NbdServerGone { why });
+            self.give_up(Errno::EIO);
+            return None;
         }
     }
 
