@@ -22,7 +22,7 @@ use std::rc::Rc;
 use tap_abi::nbd::{CMD_READ, CMD_WRITE};
 use tap_core::wait::{Event, oneshot};
 use tap_core::{Node, Scheduler, Vbd};
-use tap_host::{SocketAddress, Sockets, VbdId};
+use tap_host::{Mark, SocketAddress, Sockets, VbdId};
 use tap_images::ImageError;
 use tap_nbd::{Breaks, Client, ClientConfig, Export, Server, ServerLimits};
 
@@ -77,6 +77,14 @@ pub static NBD_HOSTILE_CLIENT: Scenario = Scenario {
     body: |w| Box::pin(hostile_client(w)),
 };
 
+/// A client that sends given bytes; not listed.
+pub static NBD_STREAM: Scenario = Scenario {
+    name: "nbd-stream",
+    about: "an NBD client that sends given bytes, which a fuzzer makes",
+    storage: |_| StorageConfig::default(),
+    body: |w| Box::pin(stream(w)),
+};
+
 const DISK_BYTES: u64 = 1 << 20;
 /// Nothing below fails, so nothing above may.
 const NO_ERRORS: Manners = Manners { retries: 0, errors_allowed: false, reads: Invariant::G1 };
@@ -103,7 +111,7 @@ fn client_config(world: &World) -> ClientConfig {
         requests: world.setting("nbd-client-requests", &[64, 4, 1]),
         receive_bytes: world.setting("nbd-client-receive", &[256 << 10, 16 << 10]),
         pause_ns: 100_000,
-        pause_most_ns: 2_000_000,
+        pause_most_ns: 1_000_000_000,
         ..ClientConfig::new(address())
     }
 }
@@ -266,6 +274,10 @@ async fn last_look(plan: &Plan, setup: &Setup, reads: Invariant) {
 /// Clients leave, the server is stopped, its disks are closed; nothing may be left.
 async fn end(plan: &Plan, served: Served, clients: &Clients, setup: &Setup) {
     let world = &plan.world;
+    let lived = clients.iter().all(|client| client.connections() == 1);
+    if !lived {
+        world.fail(Invariant::N1, "a client had to connect again although its server lived");
+    }
     for client in clients {
         if let Err(error) = client.close().await {
             world.fail(Invariant::E4, format!("closing a client failed with {error:?}"));
@@ -279,6 +291,14 @@ async fn end(plan: &Plan, served: Served, clients: &Clients, setup: &Setup) {
         }
     }
     setup.check(world, "in the end").await;
+}
+
+/// No client has had to connect again: no server has died.
+fn check_unbroken(world: &World) {
+    let again = world.kernel.marks()[Mark::NbdServerBack as usize];
+    if again > 0 {
+        world.fail(Invariant::N1, format!("clients had to connect again {again} times"));
+    }
 }
 
 /// Nothing is in flight any more, and only `connections` are open.
@@ -311,6 +331,7 @@ async fn split_reads(world: World) {
         guest.run(&ops, p.limits.guest_depth).await;
     })
     .await;
+    check_unbroken(&world);
     cut_power(&world, &setup, &[&served.host, &host]).await;
     last_look(&plan, &setup, Invariant::G7).await;
 }
@@ -340,14 +361,7 @@ async fn client_dies(world: World) {
     let guest = plan.guest(disk, &setup, Invariant::G1);
     let (g, depth) = (guest.clone(), plan.limits.guest_depth);
     within(&host, async move { g.run(&ops, depth).await }).await;
-    world.sim.stop_faults();
-    for host in &gone {
-        host.process.node().kill();
-        host.process.node().dead().await;
-    }
-    // What they had asked for ends: at most some operations that are stuck for ten seconds each, one after the other.
-    world.sim.sleep_ns(600_000_000_000).await;
-    check_idle(&world, &served, 1);
+    bury(&world, &gone, &served, 1).await;
     if let Err(error) = guest.read_all().await {
         world.fail(Invariant::E4, format!("reading the whole disk failed with {error:?}"));
     }
@@ -525,6 +539,46 @@ async fn server_power_cut(world: World) {
     last_look(&plan, &setup, Invariant::E2).await;
 }
 
+/// Sends `messages` to the server, takes every reply, and hangs up when the server has.
+async fn send_all(host: SimHost, messages: Vec<Vec<u8>>) {
+    let Ok(stream) = host.connect(&address()).await else { return };
+    let raw = RawNbd::new(stream);
+    let reader = raw.clone();
+    host.process.node().spawn("reads", 0, async move {
+        let _ = reader.drain().await;
+    });
+    for message in &messages {
+        if raw.send(message).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Lets what dead clients had asked for end: at most some operations that are stuck for ten seconds each.
+async fn bury(world: &World, dead: &[SimHost], served: &Served, connections: usize) {
+    world.sim.stop_faults();
+    for host in dead {
+        host.process.node().kill();
+        host.process.node().dead().await;
+    }
+    world.sim.sleep_ns(600_000_000_000).await;
+    check_idle(world, served, connections);
+}
+
+async fn stream(world: World) {
+    let (plan, setup) = Plan::draw(&world);
+    let Some(served) = plan.serve(&plan.process("tapdisk", 0)).await else { return };
+    let bytes = world.options.stream.clone().unwrap_or_default();
+    let behind = bytes.first().is_some_and(|first| first % 2 == 1);
+    let mut script = if behind { NbdScript::negotiation(DISK, false).0 } else { Vec::new() };
+    script.extend(bytes.get(1..).unwrap_or_default().chunks(1000).map(<[u8]>::to_vec));
+    let host = plan.process("client", 0);
+    let h = host.clone();
+    within(&host, send_all(h, script)).await;
+    bury(&world, &[host], &served, 0).await;
+    end(&plan, served, &Vec::new(), &setup).await;
+}
+
 async fn hostile_client(world: World) {
     let (mut plan, setup) = Plan::draw(&world);
     let bad = Setup::raw(&world, 1, DISK_BYTES);
@@ -538,20 +592,7 @@ async fn hostile_client(world: World) {
         world.sim.name_entity(entity, || format!("hostile client {who}"));
         let mut script = NbdScript::session("bad", 30);
         script.spoil(&world.sim, entity);
-        let h = host.clone();
-        host.process.node().spawn("main", 0, async move {
-            let Ok(stream) = h.connect(&address()).await else { return };
-            let raw = RawNbd::new(stream);
-            let reader = raw.clone();
-            h.process.node().spawn("reads", 0, async move {
-                let _ = reader.drain().await;
-            });
-            for message in &script.0 {
-                if raw.send(message).await.is_err() {
-                    return;
-                }
-            }
-        });
+        host.process.node().spawn("main", 0, send_all(host.clone(), script.0));
         hostile.push(host);
     }
     let host = plan.process("client", 0);
@@ -560,13 +601,7 @@ async fn hostile_client(world: World) {
     let guest = plan.guest(disk, &setup, Invariant::H2);
     let (g, depth) = (guest.clone(), plan.limits.guest_depth);
     within(&host, async move { g.run(&ops, depth).await }).await;
-    world.sim.stop_faults();
-    for host in &hostile {
-        host.process.node().kill();
-        host.process.node().dead().await;
-    }
-    world.sim.sleep_ns(600_000_000_000).await;
-    check_idle(&world, &served, 1);
+    bury(&world, &hostile, &served, 1).await;
     if let Err(error) = guest.read_all().await {
         world.fail(Invariant::H2, format!("reading the whole disk failed with {error:?}"));
     }
