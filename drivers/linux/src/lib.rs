@@ -26,11 +26,12 @@ mod options;
 mod priority;
 mod signals;
 mod sockets;
+mod spin;
 mod watch;
 
 pub use files::{AioEngine, LinuxFile};
 pub use log::{Level, LogTo};
-pub use options::{Options, StartError};
+pub use options::{Options, POLL_DEFAULT, StartError};
 pub use priority::set_io_priority;
 pub use sockets::{LinuxListener, LinuxStream};
 
@@ -106,7 +107,12 @@ where
     R: 'static,
     F: Future<Output = R> + 'static,
 {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    spin::set(options.poll);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .on_thread_park(spin::before_park)
+        .on_thread_unpark(spin::after_park)
+        .build();
     let runtime = runtime.map_err(|e| StartError::Runtime(files::errno(&e)))?;
     let (engine, refused) =
         Engine::new(options.aio).map_err(|e| StartError::Aio { aio: options.aio, error: e })?;

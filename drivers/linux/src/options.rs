@@ -1,10 +1,11 @@
 //! What a program chooses when it starts.
 
 use crate::{AioEngine, Level, LogTo};
+use std::time::Duration;
 use tap_host::Errno;
 
 /// How the host is to be; [`Options::default`] is right for a daemon.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct Options {
     /// Who executes file operations that may wait.
     pub aio: AioEngine,
@@ -12,6 +13,18 @@ pub struct Options {
     pub log_level: Level,
     /// Where log lines go.
     pub log_to: LogTo,
+    /// How long to look for what comes before going to sleep, at most, where the last wait was no longer; zero is never.
+    pub poll: Duration,
+}
+
+/// The look before sleeping, unless something else is asked for.
+pub const POLL_DEFAULT: Duration = Duration::from_micros(32);
+
+impl Default for Options {
+    fn default() -> Self {
+        let (aio, log_level, log_to) = Default::default();
+        Self { aio, log_level, log_to, poll: POLL_DEFAULT }
+    }
 }
 
 /// Why the host could not be set up.

@@ -17,6 +17,9 @@ pub struct Cli {
     /// Priority of this process at its drives: realtime[:0-7], best-effort[:0-7] or idle
     #[arg(long, global = true, value_name = "CLASS[:LEVEL]")]
     pub ionice: Option<IoNice>,
+    /// Look for what comes for so long before sleeping, where the last wait was no longer; 0 sleeps at once
+    #[arg(long, global = true, value_name = "MICROSECONDS", default_value_t = 32)]
+    pub poll_us: u16,
     /// Log what happens inside as well: merged requests, new clusters
     #[arg(short, long, global = true)]
     pub verbose: bool,

@@ -18,6 +18,7 @@ use super::call::{Call, Memory, Wait, memory_of};
 use super::ring::Ring;
 use super::threads::Threads;
 use super::{AioEngine, OpenFile, of_rustix};
+use crate::spin::Listed;
 use crate::watch::watch;
 use rustix::io::fcntl_dupfd_cloexec;
 use std::cell::RefCell;
@@ -263,6 +264,8 @@ const RETRY_AFTER: Duration = Duration::from_millis(2);
 
 /// What the driver task has of its own.
 struct Driver {
+    // Taken off the list before it is closed.
+    _listed: Listed,
     event: AsyncFd<OwnedFd>,
     done: Vec<(u32, i32)>,
     retry: Pin<Box<tokio::time::Sleep>>,
@@ -297,7 +300,9 @@ pub(crate) fn driver(engine: Rc<Engine>) -> Result<impl Future<Output = ()> + 's
     // A descriptor of its own for the same ring or event, so that the two owners need not know of each other.
     let event = fcntl_dupfd_cloexec(engine.state.borrow().submit.fd(), 0).map_err(of_rustix)?;
     let event = watch(event, Interest::READABLE)?;
-    let mut turn = Driver { event, done: Vec::new(), retry: Box::pin(tokio::time::sleep(RETRY_AFTER)) };
+    let listed = Listed::new(event.as_raw_fd());
+    let mut turn =
+        Driver { _listed: listed, event, done: Vec::new(), retry: Box::pin(tokio::time::sleep(RETRY_AFTER)) };
     Ok(poll_fn(move |cx| {
         engine.drive(&mut turn, cx);
         Poll::Pending

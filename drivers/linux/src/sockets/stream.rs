@@ -5,12 +5,13 @@
 //! then on is a new one. The same holds for sends.
 
 use crate::files::{errno, of_rustix};
+use crate::spin::Listed;
 use crate::watch::watch;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, recv, send, sendmsg, sockopt};
 use smallvec::SmallVec;
 use std::future::{Future, poll_fn};
 use std::io::IoSlice;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 use tap_host::{Errno, IoBuf, SendList, Stream};
@@ -22,7 +23,13 @@ const SLICES_MAX: usize = 1024;
 
 /// A connected unix or TCP socket; clones share it.
 #[derive(Clone)]
-pub struct LinuxStream(Rc<AsyncFd<OwnedFd>>);
+pub struct LinuxStream(Rc<Socket>);
+
+struct Socket {
+    // Taken off the list before it is closed.
+    _listed: Listed,
+    fd: AsyncFd<OwnedFd>,
+}
 
 impl LinuxStream {
     /// `socket` does not block.
@@ -31,13 +38,14 @@ impl LinuxStream {
             // A reply waits for nothing.
             sockopt::set_tcp_nodelay(&socket, true).map_err(of_rustix)?;
         }
-        watch(socket, Interest::READABLE | Interest::WRITABLE).map(|s| Self(Rc::new(s)))
+        let fd = watch(socket, Interest::READABLE | Interest::WRITABLE)?;
+        Ok(Self(Rc::new(Socket { _listed: Listed::new(fd.as_raw_fd()), fd })))
     }
 
     fn poll_recv(&self, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<Result<usize, Errno>> {
         loop {
-            let mut ready = ready!(self.0.poll_read_ready(cx)).map_err(|e| errno(&e))?;
-            match recv(&*self.0, &mut *buf, RecvFlags::empty()).map_err(of_rustix) {
+            let mut ready = ready!(self.0.fd.poll_read_ready(cx)).map_err(|e| errno(&e))?;
+            match recv(&self.0.fd, &mut *buf, RecvFlags::empty()).map_err(of_rustix) {
                 Ok((_, count)) => {
                     if count < buf.len() {
                         ready.clear_ready();
@@ -53,7 +61,7 @@ impl LinuxStream {
 
     fn poll_send(&self, cx: &mut Context<'_>, list: &mut SendList) -> Poll<Result<(), Errno>> {
         loop {
-            let mut ready = ready!(self.0.poll_write_ready(cx)).map_err(|e| errno(&e))?;
+            let mut ready = ready!(self.0.fd.poll_write_ready(cx)).map_err(|e| errno(&e))?;
             match self.send_now(list) {
                 Ok((count, offered)) => {
                     list.advance(count);
@@ -74,8 +82,8 @@ impl LinuxStream {
         let slices: SmallVec<[IoSlice<'_>; 64]> = list.slices(SLICES_MAX).map(IoSlice::new).collect();
         let offered = slices.iter().map(|s| s.len()).sum();
         let sent = match slices.as_slice() {
-            [one] => send(&*self.0, one, SendFlags::NOSIGNAL),
-            _ => sendmsg(&*self.0, &slices, &mut SendAncillaryBuffer::default(), SendFlags::NOSIGNAL),
+            [one] => send(&self.0.fd, one, SendFlags::NOSIGNAL),
+            _ => sendmsg(&self.0.fd, &slices, &mut SendAncillaryBuffer::default(), SendFlags::NOSIGNAL),
         };
         Ok((sent.map_err(of_rustix)?, offered))
     }
@@ -102,6 +110,6 @@ impl Stream for LinuxStream {
 
     fn shutdown(&self) {
         // Fails only where the connection is gone already, which is what was wanted.
-        let _shut = rustix::net::shutdown(&*self.0, Shutdown::Both);
+        let _shut = rustix::net::shutdown(&self.0.fd, Shutdown::Both);
     }
 }

@@ -2,6 +2,7 @@
 
 use clap::Parser;
 use std::process::ExitCode;
+use std::time::Duration;
 use tap_linux::{AioEngine, Level, Options, set_io_priority};
 use tapdisk::daemon::{AioArg, Cli, run};
 use tapdisk::terminal::Terminal;
@@ -15,6 +16,7 @@ fn main() -> ExitCode {
             AioArg::Threads => AioEngine::Threads,
         },
         log_level: if cli.verbose { Level::Debug } else { Level::Info },
+        poll: Duration::from_micros(cli.poll_us.into()),
         ..Options::default()
     };
     // Before there are threads: they inherit it.
