@@ -1,6 +1,6 @@
 //! The story of a failure: each decision that is left, in words, and what then happened.
 
-use crate::guest::{KEYS, TRICK, describe_keys, describe_trick};
+use crate::guest::{KEYS, NBD_TRICK, TRICK, describe_keys, describe_nbd_trick, describe_trick};
 use crate::run::{Outcome, RunSpec};
 use crate::workload::{OP, Op};
 use crate::world::SETTING;
@@ -28,6 +28,8 @@ pub fn decision(key: &Key, d: &Decision) -> String {
         describe_fault(d.value)
     } else if is(&TRICK) {
         format!("trick {}: {}", key.attempt, describe_trick(d.value))
+    } else if is(&NBD_TRICK) {
+        format!("message {}: {}", key.attempt, describe_nbd_trick(d.value))
     } else if is(&KEYS) {
         describe_keys(d.value).into()
     } else {

@@ -366,7 +366,7 @@ async fn probe(guest: &Guest<DirectDisk>, size_sectors: u64) {
 }
 
 /// A crash may lose the clusters of writes that were not flushed, an error those of its request; nothing else may.
-fn check_leaks(world: &World, setup: &Setup, crashes: u32) {
+pub(super) fn check_leaks(world: &World, setup: &Setup, crashes: u32) {
     let leaked = setup.leaked(world);
     let stats = world.stats();
     let bound = stats.unflushed_clusters + stats.errors * 100 + u64::from(crashes) * 2 * TABLE_CLUSTERS;

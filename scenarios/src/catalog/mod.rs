@@ -2,6 +2,7 @@
 
 pub mod crash;
 pub mod damage;
+pub mod nbd;
 pub mod ring;
 pub mod setup;
 
@@ -23,6 +24,12 @@ pub static ALL: &[&Scenario] = &[
     &ring::TWO_GUESTS,
     &ring::RING_POWER_CUT,
     &damage::DAMAGED_IMAGE,
+    &nbd::NBD_SPLIT_READS,
+    &nbd::NBD_CLIENT_DIES,
+    &nbd::NBD_SLOW_CLIENT,
+    &nbd::NBD_SERVER_RESTARTS,
+    &nbd::NBD_SERVER_POWER_CUT,
+    &nbd::NBD_HOSTILE_CLIENT,
 ];
 
 /// The labels of scenarios.
@@ -33,6 +40,8 @@ pub static LABELS: &[&Label] = &[
     &ring::RECONNECT_AT,
     &guest::TRICK,
     &guest::KEYS,
+    &guest::NBD_TRICK,
+    &nbd::CLIENT_DIES,
     &damage::DAMAGE,
 ];
 

@@ -150,7 +150,7 @@ async fn ring_raw(world: World) {
     finish(&world, &machine, &guests).await;
 }
 
-fn kills(world: &World, most: u32, steps: u64) -> Vec<u64> {
+pub(super) fn kills(world: &World, most: u32, steps: u64) -> Vec<u64> {
     let entity = Entity::WORLD.child("killer", 0);
     world.sim.name_entity(entity, || "killer".into());
     let draw = |i| {

@@ -2,10 +2,12 @@
 
 mod direct;
 mod hostile;
+mod nbd;
 mod ring;
 
 pub use direct::DirectDisk;
 pub use hostile::{HONEST_SECTORS, Hostile, KEYS, TRICK, describe_keys, describe_trick};
+pub use nbd::{NBD_TRICK, NbdScript, RawNbd, Spread, describe_nbd_trick};
 pub use ring::RingDisk;
 
 use crate::check::{BlockHistory, Invariant};
@@ -68,6 +70,7 @@ pub struct Guest<D> {
     pub history: Rc<RefCell<BlockHistory>>,
     manners: Rc<Cell<Manners>>,
     flush_failed: Rc<Cell<bool>>,
+    write_through: Rc<Cell<bool>>,
 }
 
 impl<D: Clone> Clone for Guest<D> {
@@ -79,6 +82,7 @@ impl<D: Clone> Clone for Guest<D> {
             history: Rc::clone(&self.history),
             manners: Rc::clone(&self.manners),
             flush_failed: Rc::clone(&self.flush_failed),
+            write_through: Rc::clone(&self.write_through),
         }
     }
 }
@@ -94,6 +98,7 @@ impl<D: GuestDisk> Guest<D> {
             history,
             manners: Rc::new(Cell::new(manners)),
             flush_failed: Rc::default(),
+            write_through: Rc::default(),
         }
     }
 
@@ -105,6 +110,20 @@ impl<D: GuestDisk> Guest<D> {
     /// Changes how errors are taken.
     pub fn set_manners(&self, manners: Manners) {
         self.manners.set(manners);
+    }
+
+    /// From now on every write is durable when answered.
+    pub fn write_through(&self) {
+        self.write_through.set(true);
+    }
+
+    /// Every answered write is durable now, if all of them are when answered.
+    fn settle(&self, result: Result<(), Errno>) {
+        if self.write_through.get() && result.is_ok() {
+            let mut history = self.history.borrow_mut();
+            let inv = history.begin_flush();
+            history.end_flush(inv);
+        }
     }
 
     /// Whether a flush has failed.
@@ -195,6 +214,7 @@ impl<D: GuestDisk> Guest<D> {
         };
         let result = self.disk.write(range, fill).await;
         self.history.borrow_mut().end_write(write, result.is_ok());
+        self.settle(result);
         self.remark(|| format!("write {write} to {range} {}", ended(result)));
         result
     }
@@ -205,6 +225,7 @@ impl<D: GuestDisk> Guest<D> {
         self.remark(|| format!("submits zeros {write} to {range}"));
         let result = self.disk.write_zeroes(range, flags).await;
         self.history.borrow_mut().end_write(write, result.is_ok());
+        self.settle(result);
         self.remark(|| format!("zeros {write} to {range} {}", ended(result)));
         if result == Err(Errno::EOPNOTSUPP) { self.write(range).await } else { result }
     }

@@ -49,7 +49,13 @@ struct Connection<H, S> {
 }
 
 /// Serves `stream` to its end. Gives why it ended, and how many requests were taken.
-pub(super) async fn run<H, S>(server: &Rc<Inner<H>>, number: u64, stream: S, bell: Rc<Bell>) -> (Why, u64)
+pub(super) async fn run<H, S>(
+    server: &Rc<Inner<H>>,
+    number: u64,
+    stream: S,
+    bell: Rc<Bell>,
+    pool: BufPool,
+) -> (Why, u64)
 where
     H: Time + Tasks + Log + Probe,
     S: Stream,
@@ -72,7 +78,7 @@ where
         server: Rc::clone(server),
         stream,
         agreed,
-        pool: BufPool::new(server.limits.connection_bytes),
+        pool,
         out: Outbox::default(),
         bell,
         in_flight: Cell::new(0),

@@ -38,7 +38,7 @@ use std::pin::pin;
 use std::rc::Rc;
 use tap_core::Node;
 use tap_core::wait::Event as Flag;
-use tap_host::{Event, Listener, Log, PAGE_BYTES, Probe, Stream, Tasks, Time};
+use tap_host::{BufPool, Event, Listener, Log, PAGE_BYTES, Probe, Stream, Tasks, Time};
 
 /// A node that clients can choose.
 #[derive(Clone)]
@@ -155,8 +155,8 @@ pub(crate) struct Inner<H> {
     pub(crate) exports: Vec<Rc<Export>>,
     pub(crate) limits: ServerLimits,
     next: Cell<u64>,
-    /// Of every connection that is open.
-    bells: RefCell<BTreeMap<u64, Rc<Bell>>>,
+    /// Every connection that is open: what tells it to end, and its memory.
+    open: RefCell<BTreeMap<u64, (Rc<Bell>, BufPool)>>,
     /// Set by [`Server::stop`].
     stopping: Flag,
     /// Set while no connection is open.
@@ -199,7 +199,7 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
             exports: exports.into_iter().map(Rc::new).collect(),
             limits: limits.in_range(),
             next: Cell::new(1),
-            bells: RefCell::default(),
+            open: RefCell::default(),
             stopping: Flag::new(),
             idle,
         })))
@@ -212,7 +212,12 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
 
     /// Connections that are open now.
     pub fn connections(&self) -> usize {
-        self.0.bells.borrow().len()
+        self.0.open.borrow().len()
+    }
+
+    /// Bytes of memory that requests of all connections hold now.
+    pub fn used_bytes(&self) -> usize {
+        self.0.open.borrow().values().map(|(_, pool)| pool.used_bytes()).sum()
     }
 
     /// Accepts connections of `listener` until the server is stopped. Several may run at the same time.
@@ -249,16 +254,16 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
             return stream.shutdown();
         }
         let number = inner.next.replace(inner.next.get() + 1);
-        let bell = Rc::new(Bell::default());
-        inner.bells.borrow_mut().insert(number, Rc::clone(&bell));
+        let (bell, pool) = (Rc::new(Bell::default()), BufPool::new(inner.limits.connection_bytes));
+        inner.open.borrow_mut().insert(number, (Rc::clone(&bell), pool.clone()));
         inner.idle.clear();
         let own = Rc::clone(inner);
         inner.host.spawn("nbd-connection", number, async move {
             own.host.log(Event::NbdConnected { connection: number });
-            let (why, requests) = connection::run(&own, number, stream, bell).await;
+            let (why, requests) = connection::run(&own, number, stream, bell, pool).await;
             own.host.log(Event::NbdClosed { connection: number, requests, why });
-            own.bells.borrow_mut().remove(&number);
-            if own.bells.borrow().is_empty() {
+            own.open.borrow_mut().remove(&number);
+            if own.open.borrow().is_empty() {
                 own.idle.set();
             }
         });
@@ -268,7 +273,7 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
     /// [`ServerLimits::grace_ns`] are dropped.
     pub async fn stop(&self) {
         self.0.stopping.set();
-        self.0.bells.borrow().values().for_each(|bell| bell.ring(STOPPED));
+        self.0.open.borrow().values().for_each(|(bell, _)| bell.ring(STOPPED));
         self.0.idle.wait().await;
     }
 }
