@@ -21,6 +21,12 @@ use tap_linux::{AioEngine, LinuxHost, Options, run};
 fn main() -> ExitCode {
     let args = Arguments::from_args();
     let devices = [512, 4096].map(|sector| Arc::new(Mutex::new(Device::new(sector))));
+    if !args.list {
+        for device in &devices {
+            // Now, since a child that starts while tests run holds their locks for a moment. Who needs it hears why not.
+            let _attached = lock(device).attach();
+        }
+    }
     let mut trials = Vec::new();
     for (engine, aio) in [("io_uring", AioEngine::IoUring), ("threads", AioEngine::Threads)] {
         for (way, direct) in [("buffered", false), ("direct", true)] {
@@ -131,7 +137,7 @@ fn takes_direct(folder: &str) -> bool {
     std::fs::remove_file(format!("{folder}/direct")).is_ok() && opened.is_ok_and(|ok| ok)
 }
 
-/// A loop device that is made when it is needed first.
+/// A loop device.
 struct Device {
     sector_bytes: u32,
     state: Option<Result<(tempfile::NamedTempFile, String), String>>,
