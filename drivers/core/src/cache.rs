@@ -55,8 +55,8 @@ impl Node for Cached {
         }
     }
 
-    fn extents(&self, range: SectorRange) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
-        self.lower.extents(range)
+    fn extents(&self, range: SectorRange, most: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
+        self.lower.extents(range, most)
     }
 
     fn info(&self) -> NodeInfo {

@@ -60,10 +60,11 @@ pub enum Source {
 pub trait Node: 'static {
     /// Answers `request`, once.
     fn submit(&self, request: Request) -> LocalBoxFuture<Response>;
-    /// What sectors are like from `range.start` on: extents one after the other that cover at least one sector and at
-    /// most `range`, which is within the disk and not empty. How they are cut means nothing. Requests in flight are seen
+    /// What sectors are like from `range.start` on: at most `most` extents (at least 1), one after the other, that cover at
+    /// least one sector and at most `range`, which is within the disk and not empty. How they are cut means nothing. Requests in flight are seen
     /// or not. A node that knows nothing better says that all is data.
-    fn extents(&self, range: SectorRange) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
+    fn extents(&self, range: SectorRange, most: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
+        let _ = most;
         let source = Source::Image { depth: 0, offset: None, compressed: false };
         let all = Extent { count: u64::from(range.count), source, zero: false, allocated: true };
         Box::pin(std::future::ready(Ok(vec![all])))

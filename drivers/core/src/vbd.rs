@@ -257,12 +257,12 @@ impl<H: Log> Node for Vbd<H> {
         }
     }
 
-    fn extents(&self, range: SectorRange) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
+    fn extents(&self, range: SectorRange, most: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
         match self.0.stage.get() {
             Stage::Closing | Stage::Closed => Box::pin(std::future::ready(Err(Errno::ESHUTDOWN))),
             Stage::Running | Stage::Draining | Stage::Paused => {
                 // Counted like a request: the lower node is not closed under it.
-                let (admitted, answer) = (self.0.admit(), self.0.lower.extents(range));
+                let (admitted, answer) = (self.0.admit(), self.0.lower.extents(range, most));
                 Box::pin(async move {
                     let _admitted = admitted;
                     answer.await

@@ -73,11 +73,11 @@ impl<H: ImageHost> Raw<H> {
 }
 
 impl<H: ImageHost> Inner<H> {
-    /// Holes and data of the file, a bounded number of them.
-    async fn extents(&self, range: SectorRange) -> Result<Vec<Extent>, Errno> {
+    /// Holes and data of the file.
+    async fn extents(&self, range: SectorRange, most: usize) -> Result<Vec<Extent>, Errno> {
         let (mut at, end) = (range.start.0 * SECTOR_BYTES, range.end().unwrap_or(0) * SECTOR_BYTES);
         let mut out: Vec<Extent> = Vec::new();
-        while at < end && out.len() < MAX_EXTENTS {
+        while at < end && out.len() < most {
             let (len, data) = self.file.extent(at, end - at).await?;
             // A sector that is partly data is data.
             let len = if data { len.next_multiple_of(SECTOR_BYTES) } else { len - len % SECTOR_BYTES };
@@ -89,9 +89,6 @@ impl<H: ImageHost> Inner<H> {
         Ok(out)
     }
 }
-
-/// Most extents that are told at once.
-pub(crate) const MAX_EXTENTS: usize = 1024;
 
 impl<H: ImageHost> Node for Raw<H> {
     fn submit(&self, request: Request) -> LocalBoxFuture<Response> {
@@ -132,9 +129,9 @@ impl<H: ImageHost> Node for Raw<H> {
         }
     }
 
-    fn extents(&self, range: SectorRange) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
+    fn extents(&self, range: SectorRange, most: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
         let open = self.open.borrow().clone();
-        Box::pin(async move { open.ok_or(Errno::ESHUTDOWN)?.extents(range).await })
+        Box::pin(async move { open.ok_or(Errno::ESHUTDOWN)?.extents(range, most).await })
     }
 
     fn info(&self) -> NodeInfo {

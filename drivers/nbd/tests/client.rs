@@ -87,7 +87,7 @@ async fn everything(w: World, limits: ServerLimits) {
     assert_eq!(client.submit(Request::discard(range(11, 512))).await.result, Ok(()));
     assert_eq!(flush(&client).await, Ok(()));
     assert_eq!((disk.count(Op::WriteZeroes(zeroes)), disk.count(Op::Discard)), (1, 1));
-    let extents = client.extents(range(0, 3 * MIB)).await.unwrap();
+    let extents = client.extents(range(0, 3 * MIB), 1024).await.unwrap();
     let found: Vec<_> = extents.iter().map(|e| (e.count, e.zero, e.allocated)).collect();
     assert_eq!(found, [(2048, false, true), (2048, true, false), (2048, false, true)]);
     disk.fail.set(Some(Errno::ENOSPC));
@@ -180,7 +180,7 @@ fn a_server_that_can_little_is_enough() {
             let bytes = read(&client, 0, 3 * MIB).await.unwrap();
             assert!(bytes[..512] == [7; 512] && bytes[512..512 + 2 * MIB].iter().all(|b| *b == 0));
             assert!(bytes[512 + 2 * MIB..].iter().all(|b| *b == 7));
-            assert!(client.extents(range(0, 4 * MIB)).await.unwrap()[0].allocated);
+            assert!(client.extents(range(0, 4 * MIB), 1024).await.unwrap()[0].allocated);
             assert_eq!(flush(&client).await, Ok(()));
             // One for each write where they are to be durable, and the one that was asked for.
             let flushes = if write_through { 1 + 2 + 1 } else { 0 };
@@ -361,7 +361,7 @@ fn against_garbage(bytes: Vec<u8>) {
         if let Ok(client) = Client::connect(w.process("client"), config).await {
             if client.info().size_sectors >= 8 {
                 let _ = read(&client, 0, 4096).await;
-                let _ = client.extents(range(0, 4096)).await;
+                let _ = client.extents(range(0, 4096), 1024).await;
                 let _ = write(&client, 0, 512, 1).await;
             }
             let _ = client.close().await;

@@ -155,8 +155,8 @@ impl<H: Time + Tasks + Log + Probe> Node for Scheduler<H> {
         })
     }
 
-    fn extents(&self, range: SectorRange) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
-        self.0.lower.extents(range)
+    fn extents(&self, range: SectorRange, most: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
+        self.0.lower.extents(range, most)
     }
 
     fn info(&self) -> NodeInfo {

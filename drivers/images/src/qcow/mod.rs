@@ -164,9 +164,9 @@ impl<H: ImageHost> Node for Qcow<H> {
         }
     }
 
-    fn extents(&self, range: SectorRange) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
+    fn extents(&self, range: SectorRange, most: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
         let open = self.image.borrow().clone();
-        Box::pin(async move { open.ok_or(Errno::ESHUTDOWN)?.extents(range).await })
+        Box::pin(async move { open.ok_or(Errno::ESHUTDOWN)?.extents(range, most).await })
     }
 
     fn info(&self) -> NodeInfo {

@@ -13,7 +13,6 @@ use super::Image;
 use super::format::Mapping;
 use super::table::Table;
 use crate::ImageHost;
-use crate::raw::MAX_EXTENTS;
 use smallvec::smallvec;
 use std::rc::Rc;
 use tap_core::{Extent, Source, ZeroFlags};
@@ -159,19 +158,20 @@ impl<H: ImageHost> Image<H> {
         Ok(())
     }
 
-    /// What `range` is like, from its start on: a bounded number of extents.
-    pub(super) async fn extents(&self, range: SectorRange) -> Result<Vec<Extent>, Errno> {
+    /// What `range` is like, from its start on.
+    pub(super) async fn extents(&self, range: SectorRange, most: usize) -> Result<Vec<Extent>, Errno> {
         let mut out: Vec<Extent> = Vec::new();
         for (index, start, len) in self.by_table(range.start.0 * SECTOR_BYTES, range.len_bytes()) {
             let table = self.table(index).await?;
             let (mut at, end) = (start, start + len as u64);
             while at < end {
-                if out.len() >= MAX_EXTENTS {
+                if out.len() >= most {
                     return Ok(out);
                 }
                 let len = self.mapped_alike(table.as_deref(), at, end)?;
                 match self.mapping_at(table.as_deref(), at)? {
-                    Mapping::Unmapped => self.extents_below(at, len, &mut out).await?,
+                    // Ends early only when there is no room for more, which ends all of it.
+                    Mapping::Unmapped => self.extents_below(at, len, most, &mut out).await?,
                     Mapping::Plain(host) => {
                         let offset = Some(host + at % self.geometry.cluster_bytes());
                         out.push(own(len, offset, false));
@@ -207,21 +207,30 @@ impl<H: ImageHost> Image<H> {
     }
 
     /// What is seen through `len` unmapped bytes from `start` on.
-    async fn extents_below(&self, start: u64, len: u64, out: &mut Vec<Extent>) -> Result<(), Errno> {
+    async fn extents_below(
+        &self,
+        start: u64,
+        len: u64,
+        most: usize,
+        out: &mut Vec<Extent>,
+    ) -> Result<(), Errno> {
         let mut below = self.backing_bytes.saturating_sub(start).min(len) / SECTOR_BYTES;
         let nothing = len / SECTOR_BYTES - below;
         let mut at = start / SECTOR_BYTES;
         if let Some(backing) = &self.backing {
             while below > 0 {
+                if out.len() >= most {
+                    return Ok(());
+                }
                 let range = SectorRange::new(at, below.min(u64::from(u32::MAX)) as u32);
-                for extent in backing.extents(range).await? {
+                for extent in backing.extents(range, most - out.len()).await? {
                     at += extent.count;
                     below -= extent.count;
                     out.push(one_deeper(extent));
                 }
             }
         }
-        if nothing > 0 {
+        if nothing > 0 && out.len() < most {
             out.push(Extent { count: nothing, source: Source::Nothing, zero: true, allocated: false });
         }
         Ok(())

@@ -179,7 +179,7 @@ fn zeros_are_made_in_place_or_written_and_seen_as_holes() {
             (0..16).filter(|s| world.bytes("/disk")[*s as usize * 512..][..512] == [0; 512]).collect();
         let expected = if refuse { vec![4, 5, 6, 7] } else { vec![1, 2, 3, 4, 5, 6, 7, 10, 11] };
         assert_eq!(zeros, expected);
-        let extents = world.block_on(raw.extents(SectorRange::new(3, 8))).unwrap();
+        let extents = world.block_on(raw.extents(SectorRange::new(3, 8), 1024)).unwrap();
         let seen: Vec<(u64, bool)> = extents.iter().map(|e| (e.count, e.zero)).collect();
         let expected = if refuse {
             vec![(1, false), (4, true), (3, false)]

@@ -399,7 +399,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         Ok(())
     }
 
-    async fn extents(self: &Rc<Self>, range: SectorRange) -> Result<Vec<Extent>, Errno> {
+    async fn extents(self: &Rc<Self>, range: SectorRange, most: usize) -> Result<Vec<Extent>, Errno> {
         let source = Source::Image { depth: 0, offset: None, compressed: false };
         let data = |count| Extent { count, source, zero: false, allocated: true };
         if self.terms.context.is_none() {
@@ -418,7 +418,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
                 found.push(Extent { count, source, zero, allocated });
                 left -= count;
             }
-            if left == 0 || !len.is_multiple_of(SECTOR) {
+            if left == 0 || found.len() >= most || !len.is_multiple_of(SECTOR) {
                 break;
             }
         }
@@ -479,9 +479,9 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Node for Client<H> {
         let inner = Rc::clone(&self.0);
         Box::pin(async move { inner.execute(request).await })
     }
-    fn extents(&self, range: SectorRange) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
+    fn extents(&self, range: SectorRange, most: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
         let inner = Rc::clone(&self.0);
-        Box::pin(async move { inner.extents(range).await })
+        Box::pin(async move { inner.extents(range, most).await })
     }
     fn info(&self) -> NodeInfo {
         self.0.info()

@@ -122,7 +122,8 @@ pub(super) async fn extents(
     while at < end && found.len() <= most {
         let asked_end = end.min(at + STATUS_SECTORS);
         let before = at;
-        for extent in node.extents(SectorRange::new(at, (asked_end - at) as u32)).await? {
+        let asked = SectorRange::new(at, (asked_end - at) as u32);
+        for extent in node.extents(asked, most + 1 - found.len().min(most)).await? {
             let count = extent.count.min(asked_end - at);
             let hole = if extent.allocated { 0 } else { STATE_HOLE };
             let state = hole | if extent.zero { STATE_ZERO } else { 0 };

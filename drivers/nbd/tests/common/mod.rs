@@ -95,7 +95,7 @@ impl Node for DiskNode {
             Response { result, bufs: request.bufs }
         })
     }
-    fn extents(&self, range: SectorRange) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
+    fn extents(&self, range: SectorRange, _most: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
         let holes = self.0.holes.get();
         let source = Source::Image { depth: 0, offset: None, compressed: false };
         let extent = |at: u64, count| {

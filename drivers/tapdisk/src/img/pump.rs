@@ -11,6 +11,9 @@ use tap_host::{BufPool, Errno, IoBuf, SECTOR_BYTES, SectorRange};
 /// Largest piece that is read at once.
 pub(super) const PIECE_SECTORS: u64 = 2048;
 
+/// Extents that are asked for at once.
+const MAX_EXTENTS: usize = 1024;
+
 /// A run of a disk.
 #[derive(Clone, Copy)]
 pub(super) struct Run {
@@ -42,7 +45,7 @@ impl Extents {
         }
         if self.known.is_empty() {
             let range = SectorRange::new(self.at, left.min(u64::from(u32::MAX)) as u32);
-            self.known = self.node.extents(range).await?.into();
+            self.known = self.node.extents(range, MAX_EXTENTS).await?.into();
         }
         let first = self.known.front_mut().ok_or(Errno::EIO)?;
         let count = first.count.min(most).min(left);

@@ -86,7 +86,7 @@ fn zeros_are_written_where_a_failed_write_may_have_left_bytes() {
     });
     assert_eq!(answer.result, Err(Errno::EIO));
     world.block_on(zero(&qcow, 20, 2, PLAIN)).result.unwrap();
-    let extents = world.block_on(qcow.extents(SectorRange::new(20, 2))).unwrap();
+    let extents = world.block_on(qcow.extents(SectorRange::new(20, 2), 1024)).unwrap();
     assert!(matches!(extents[0].source, Source::Image { depth: 0, .. }), "{extents:?}");
     flush(&world, &qcow).unwrap();
     let world = world.as_seen();
@@ -102,7 +102,7 @@ fn extents_say_where_bytes_come_from() {
     let mut seen = Vec::new();
     let mut at = 0;
     while at < 256 {
-        for extent in world.block_on(qcow.extents(SectorRange::new(at, (256 - at) as u32))).unwrap() {
+        for extent in world.block_on(qcow.extents(SectorRange::new(at, (256 - at) as u32), 1024)).unwrap() {
             let depth = match extent.source {
                 Source::Nothing => None,
                 Source::Image { depth, compressed, .. } => Some((depth, compressed)),
@@ -124,6 +124,6 @@ fn extents_say_where_bytes_come_from() {
     // An image that was opened for reading says the same.
     world.block_on(qcow.close()).unwrap();
     let reader = overlay().try_open(&world, false).unwrap();
-    let first = world.block_on(reader.extents(SectorRange::new(0, 256))).unwrap();
+    let first = world.block_on(reader.extents(SectorRange::new(0, 256), 1024)).unwrap();
     assert_eq!(first[0].source, Source::Image { depth: 0, offset: None, compressed: true });
 }
