@@ -60,11 +60,32 @@ fn main() -> ExitCode {
     for test in tasks::all() {
         trials.push(Trial::test(format!("tasks/{}", test.name), move || on_sockets(test, false)));
     }
+    trials.push(Trial::test("the_documentation_lists_every_body", documented));
     let conclusion = libtest_mimic::run(&args, trials);
     for device in devices {
         lock(&device).detach();
     }
     conclusion.exit_code()
+}
+
+fn documented() -> Result<(), Failed> {
+    let text =
+        std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/testing/conformance.md"))?;
+    let lists = [files::on_files, files::on_disks, zeros::on_files, zeros::on_disks, locks::on_files];
+    let more = [life::on_files, life::on_disks, tasks::all, sockets::all];
+    let mut names: Vec<_> = lists
+        .into_iter()
+        .chain(more)
+        .flat_map(|list| list())
+        .map(|test: Test<LinuxHost>| test.name)
+        .collect();
+    names.sort_unstable();
+    let mut rows: Vec<_> =
+        text.lines().filter_map(|l| l.strip_prefix("| `")?.split_once('`')).map(|(n, _)| n).collect();
+    rows.retain(|name| !name.contains('/'));
+    rows.sort_unstable();
+    assert_eq!(rows, names);
+    Ok(())
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

@@ -8,12 +8,15 @@ use std::process::{Child, ChildStdin, Command, ExitCode, Stdio};
 use tap_host::{Errno, File, Files, LockKind, OpenMode};
 use tap_linux::{LinuxFile, LinuxHost, Options, run};
 
+/// A test on an image of 64 KiB at a path.
+type Body = fn(&str) -> Result<(), Failed>;
+
 fn main() -> ExitCode {
     // One after the other: a process that another test is just starting holds our descriptors, and with them our locks,
     // until it has become the tool.
     let args = Arguments { test_threads: Some(1), ..Arguments::from_args() };
     let mut trials = Vec::new();
-    let tests: [(&str, fn(&str) -> Result<(), Failed>); 3] = [
+    let tests: [(&str, Body); 3] = [
         ("our_writer_keeps_qemu_out", our_writer),
         ("our_reader_shares_with_qemu_readers_only", our_reader),
         ("a_writer_of_qemu_keeps_us_out", their_writer),
@@ -24,7 +27,7 @@ fn main() -> ExitCode {
     libtest_mimic::run(&args, trials).exit_code()
 }
 
-fn with_qemu(test: fn(&str) -> Result<(), Failed>) -> Result<Completion, Failed> {
+fn with_qemu(test: Body) -> Result<Completion, Failed> {
     for tool in ["qemu-img", "qemu-io"] {
         if Command::new(tool).arg("--version").output().is_err() {
             return Ok(Completion::ignored_with(format!("{tool} is not installed")));
