@@ -11,29 +11,64 @@
 //! lost", "the L2 entry holds that". So inputs need no format of their own: whatever bytes they are, they mean a run,
 //! and most small changes of bytes are small changes of the run.
 
-use crate::catalog::{crash, damage, ring};
+use crate::catalog::{crash, damage, nbd, ring};
+use crate::guest::NBD_TRICK;
 use crate::run::{Outcome, RunSpec, Scenario, run};
 use crate::workload::{OP, OP_FORM};
 use crate::world::SETTING;
 use arbitrary::{Arbitrary, Unstructured};
 use kernel_model::faults::{IO_FAULT, IO_LATE, LOST, SIZES_LOST, SYNC_LOST};
+use kernel_model::sockets;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
-use sim::{Label, Script, Source, WAKE, guard};
+use sim::{DecisionMap, Label, Script, Source, WAKE, guard};
 use std::collections::BTreeSet;
 use std::sync::Mutex;
 use tap_host::Bug;
 
-/// What is fuzzed for qcow.
-static QCOW: &[&Scenario] = &[
-    &crash::OVERLAY_POWER_CUT,
-    &damage::DAMAGED_IMAGE,
-    &crash::QCOW_ERRORS,
-    &crash::QCOW_POWER_CUT,
-    &crash::RECOVERY_CRASH,
-    &ring::TAPDISK_KILLED,
-    &ring::FRONTEND_RECONNECT,
-];
+/// What can be fuzzed.
+pub struct Subject {
+    /// Its name.
+    pub name: &'static str,
+    scenarios: &'static [&'static Scenario],
+    kinds: &'static [Kind],
+}
+
+impl std::fmt::Debug for Subject {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name)
+    }
+}
+
+/// Images of qcow.
+pub static QCOW: Subject = Subject {
+    name: "qcow",
+    scenarios: &[
+        &crash::OVERLAY_POWER_CUT,
+        &damage::DAMAGED_IMAGE,
+        &crash::QCOW_ERRORS,
+        &crash::QCOW_POWER_CUT,
+        &crash::RECOVERY_CRASH,
+        &ring::TAPDISK_KILLED,
+        &ring::FRONTEND_RECONNECT,
+    ],
+    kinds: &QCOW_KINDS,
+};
+
+/// Clients and servers of NBD.
+pub static NBD: Subject = Subject {
+    name: "nbd",
+    scenarios: &[
+        &nbd::NBD_HOSTILE_CLIENT,
+        &nbd::NBD_SPLIT_READS,
+        &nbd::NBD_HOSTILE_CLIENT,
+        &nbd::NBD_SERVER_RESTARTS,
+        &nbd::NBD_CLIENT_DIES,
+        &nbd::NBD_SLOW_CLIENT,
+        &nbd::NBD_SERVER_POWER_CUT,
+    ],
+    kinds: &NBD_KINDS,
+};
 
 /// A kind of record: the label, how many of its first decisions are worth a value, and the bits that a value may have.
 struct Kind {
@@ -47,7 +82,7 @@ const fn kind(label: &'static Label, first: u32, bits: u32) -> Kind {
 }
 
 /// Kinds of records; what there is more of in a run comes more often.
-static KINDS: [Kind; 17] = [
+static QCOW_KINDS: [Kind; 17] = [
     kind(&OP, 160, 22),
     kind(&OP, 40, 22),
     kind(&OP, 16, 22),
@@ -66,6 +101,26 @@ static KINDS: [Kind; 17] = [
     kind(&damage::DAMAGE, 6, 40),
     kind(&ring::KILL_AFTER, 4, 9),
 ];
+/// The same for NBD.
+static NBD_KINDS: [Kind; 17] = [
+    kind(&OP, 160, 22),
+    kind(&OP, 24, 22),
+    kind(&OP_FORM, 160, 3),
+    kind(&SETTING, 24, 3),
+    kind(&SETTING, 24, 2),
+    kind(&NBD_TRICK, 100, 28),
+    kind(&NBD_TRICK, 100, 28),
+    kind(&NBD_TRICK, 24, 28),
+    kind(&sockets::SEND_CUT, 512, 12),
+    kind(&sockets::RECV_CUT, 512, 12),
+    kind(&sockets::ARRIVE_LATE, 512, 22),
+    kind(&sockets::SOCKET_BUFFER, 8, 2),
+    kind(&sockets::PEER_RESET, 8, 1),
+    kind(&nbd::CLIENT_DIES, 3, 9),
+    kind(&ring::KILL_AFTER, 4, 9),
+    kind(&crash::CRASH_AT, 3, 8),
+    kind(&WAKE, 4096, 17),
+];
 /// Where front ends connect anew, the same kind of record says when.
 static RECONNECTS: Kind = kind(&ring::RECONNECT_AT, 3, 20);
 
@@ -82,14 +137,15 @@ const RECORD_BYTES: usize = 7;
 /// Records of an input at most.
 const RECORDS_MAX: usize = 400;
 
-/// The run that `bytes` mean.
-pub fn spec_of(bytes: &[u8], bug: Option<Bug>) -> RunSpec {
+/// The run of `subject` that `bytes` mean.
+pub fn spec_of(subject: &Subject, bytes: &[u8], bug: Option<Bug>) -> RunSpec {
+    let (scenarios, kinds) = (subject.scenarios, subject.kinds);
     let mut input = Unstructured::new(bytes);
-    let scenario = QCOW[input.arbitrary::<u8>().map_or(0, usize::from) % QCOW.len()];
+    let scenario = scenarios[input.arbitrary::<u8>().map_or(0, usize::from) % scenarios.len()];
     let mut script = Script::new();
     while !input.is_empty() && script.len() < RECORDS_MAX {
         let Ok(record) = Record::arbitrary(&mut input) else { break };
-        let mut kind = &KINDS[usize::from(record.kind) % KINDS.len()];
+        let mut kind = &kinds[usize::from(record.kind) % kinds.len()];
         if std::ptr::eq(kind.label, &ring::KILL_AFTER) && std::ptr::eq(scenario, &ring::FRONTEND_RECONNECT) {
             kind = &RECONNECTS;
         }
@@ -103,8 +159,8 @@ pub fn spec_of(bytes: &[u8], bug: Option<Bug>) -> RunSpec {
 }
 
 /// Runs `bytes` once, on this thread.
-pub fn run_bytes(bytes: &[u8], bug: Option<Bug>) -> (RunSpec, Outcome) {
-    let spec = spec_of(bytes, bug);
+pub fn run_bytes(subject: &Subject, bytes: &[u8], bug: Option<Bug>) -> (RunSpec, Outcome) {
+    let spec = spec_of(subject, bytes, bug);
     let outcome = run(&spec);
     (spec, outcome)
 }
@@ -113,16 +169,29 @@ pub fn run_bytes(bytes: &[u8], bug: Option<Bug>) -> (RunSpec, Outcome) {
 ///
 /// # Panics
 /// If an invariant is broken, with the decision file in the message.
-pub fn target(bytes: &[u8]) {
-    let (spec, outcome) = run_bytes(bytes, None);
+pub fn target(subject: &Subject, bytes: &[u8]) {
+    let (spec, outcome) = run_bytes(subject, bytes, None);
     if outcome.failure.is_some() {
         panic!("a run is broken; its decision file:\n{}", spec.to_file(&outcome, "fuzz").print());
     }
 }
 
+/// Another target: `bytes` are what a client sends to an NBD server, behind a right negotiation if the first is odd.
+///
+/// # Panics
+/// If the server panics, holds more than its limits say, or is the worse for it.
+pub fn nbd_stream(bytes: &[u8]) {
+    let mut spec =
+        RunSpec { source: Source::Replay(DecisionMap::new()), ..RunSpec::new(&nbd::NBD_STREAM, 0) };
+    spec.options.stream = Some(bytes.into());
+    if let Some(failure) = run(&spec).failure {
+        panic!("{}: {}", failure.invariant, failure.detail);
+    }
+}
+
 /// What a run reached, as numbers that stand for themselves.
-fn features(spec: &RunSpec, outcome: &Outcome) -> Vec<u32> {
-    let scenario = QCOW.iter().position(|s| std::ptr::eq(*s, spec.scenario)).unwrap_or(0) as u32;
+fn features(subject: &Subject, spec: &RunSpec, outcome: &Outcome) -> Vec<u32> {
+    let scenario = subject.scenarios.iter().position(|s| std::ptr::eq(*s, spec.scenario)).unwrap_or(0) as u32;
     let bucket = |n: u64| 64 - n.leading_zeros();
     let mut found = Vec::new();
     let mut reached = Vec::new();
@@ -154,6 +223,8 @@ fn features(spec: &RunSpec, outcome: &Outcome) -> Vec<u32> {
 /// What to fuzz.
 #[derive(Clone, Debug)]
 pub struct FuzzSpec {
+    /// What is fuzzed.
+    pub subject: &'static Subject,
     /// The seed of inputs.
     pub seed: u64,
     /// Threads.
@@ -235,11 +306,11 @@ pub fn fuzz(spec: &FuzzSpec, mut go_on: impl FnMut(u64, u64) -> bool) -> FuzzRep
 type Ran = (Vec<u8>, Vec<u32>, Option<(RunSpec, Outcome)>);
 
 fn run_batch(spec: &FuzzSpec, inputs: Vec<Vec<u8>>) -> Vec<Ran> {
-    let bug = spec.bug;
+    let (subject, bug) = (spec.subject, spec.bug);
     guard::run(spec.guarded, spec.seed, move || {
         let one = |bytes: Vec<u8>| {
-            let (spec, outcome) = run_bytes(&bytes, bug);
-            let found = features(&spec, &outcome);
+            let (spec, outcome) = run_bytes(subject, &bytes, bug);
+            let found = features(subject, &spec, &outcome);
             let broken = outcome.failure.is_some();
             // From here on the run is what it decided, not how it came about.
             let replay = RunSpec { source: Source::Replay(outcome.decisions.clone()), ..spec };
@@ -352,30 +423,49 @@ mod tests {
     #[test]
     fn any_bytes_are_a_run_that_replays() {
         crate::run::prepare();
-        let mut maker = Maker::new(1, 0);
-        let mut replayed = 0;
-        for len in [0, 1, 2, 7, 8, 100, 400, 401, 402, 403, 404, 405, 406] {
-            let mut bytes = maker.bytes(len);
-            if let Some(first) = bytes.first_mut() {
-                *first = len as u8;
+        for subject in [&QCOW, &NBD] {
+            let mut maker = Maker::new(1, 0);
+            let mut replayed = 0;
+            for len in [0, 1, 2, 7, 8, 100, 400, 401, 402, 403, 404, 405, 406] {
+                let mut bytes = maker.bytes(len);
+                if let Some(first) = bytes.first_mut() {
+                    *first = len as u8;
+                }
+                let (spec, outcome) = run_bytes(subject, &bytes, None);
+                assert_eq!(outcome.failure, None, "{} with {len} bytes", spec.scenario.name);
+                let again = run(&RunSpec { source: Source::Replay(outcome.decisions.clone()), ..spec });
+                assert_eq!(again.trace.hash, outcome.trace.hash, "{} with {len} bytes", spec.scenario.name);
+                replayed += usize::from(!outcome.decisions.is_empty());
             }
-            let (spec, outcome) = run_bytes(&bytes, None);
-            assert_eq!(outcome.failure, None, "{} with {len} bytes", spec.scenario.name);
-            let again = run(&RunSpec { source: Source::Replay(outcome.decisions.clone()), ..spec });
-            assert_eq!(again.trace.hash, outcome.trace.hash, "{} with {len} bytes", spec.scenario.name);
-            replayed += usize::from(!outcome.decisions.is_empty());
+            assert!(replayed >= 7, "{replayed}");
         }
-        assert!(replayed >= 7, "{replayed}");
+    }
+
+    #[test]
+    fn any_bytes_may_be_sent_to_a_server() {
+        crate::run::prepare();
+        let mut maker = Maker::new(2, 0);
+        for len in (0..60).map(|i| i * 7) {
+            let mut bytes = maker.bytes(len);
+            // Half of them begin as requests do.
+            if len > 40 && len % 2 == 0 {
+                bytes[0] |= 1;
+                bytes[1..5].copy_from_slice(&tap_abi::nbd::REQUEST_MAGIC.to_be_bytes());
+                bytes[5..9].copy_from_slice(&[0, 0, 0, len as u8 % 8]);
+            }
+            nbd_stream(&bytes);
+        }
     }
 
     #[test]
     fn a_planted_bug_is_found() {
         crate::run::prepare();
-        let bug = Some(Bug::OverlayDropsRest);
-        let spec = FuzzSpec { seed: 1, jobs: 1, guarded: false, bug };
-        let report = fuzz(&spec, |runs, _| runs < 2000);
-        let (run_spec, outcome) = &report.findings[0];
-        assert_eq!(run(run_spec).failure, outcome.failure, "the finding replays");
-        assert!(report.features > 10 && report.kept > 0);
+        for (subject, bug) in [(&QCOW, Bug::OverlayDropsRest), (&NBD, Bug::NbdWrongCookie)] {
+            let spec = FuzzSpec { subject, seed: 1, jobs: 1, guarded: false, bug: Some(bug) };
+            let report = fuzz(&spec, |runs, _| runs < 2000);
+            let (run_spec, outcome) = &report.findings[0];
+            assert_eq!(run(run_spec).failure, outcome.failure, "the finding replays");
+            assert!(report.features > 10 && report.kept > 0);
+        }
     }
 }

@@ -36,6 +36,8 @@ pub struct RunOptions {
     pub canary: bool,
     /// The image that the scenario `real-image` starts from.
     pub image: Option<Arc<RealImage>>,
+    /// What the client of the scenario `nbd-stream` sends.
+    pub stream: Option<Arc<[u8]>>,
     /// Every crash state of the first epoch is looked at, instead of one.
     pub explore: bool,
 }

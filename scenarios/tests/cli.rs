@@ -82,7 +82,7 @@ fn bad_numbers_are_refused() {
     refused(&folder, &["run", "qcow-power-cut", "minus-one"], "minus-one");
     refused(&folder, &["sweep", "--jobs", "0"], "jobs");
     refused(&folder, &["sweep", "--seeds", "0..1", "--for", "1s"], "cannot be used with");
-    refused(&folder, &["fuzz", "--format", "vhd"], "possible values: qcow");
+    refused(&folder, &["fuzz", "--format", "vhd"], "possible values: qcow, nbd");
     refused(&folder, &["fuzz", "--for", "ever"], "not a time");
     refused(&folder, &["fuzz", "--bug", "no-such"], "unknown seeded bug");
     refused(&folder, &["no-such-command"], "no-such-command");

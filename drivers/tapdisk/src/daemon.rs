@@ -17,7 +17,7 @@ pub struct Cli {
     /// Priority of this process at its drives: realtime[:0-7], best-effort[:0-7] or idle
     #[arg(long, global = true, value_name = "CLASS[:LEVEL]")]
     pub ionice: Option<IoNice>,
-    /// Log every request
+    /// Log what happens inside as well: merged requests, new clusters
     #[arg(short, long, global = true)]
     pub verbose: bool,
 }

@@ -39,6 +39,8 @@ pub enum Invariant {
     H1,
     /// A guest may not hang or break another.
     H2,
+    /// Connections that break.
+    N1,
     /// The shipped check agrees with the walker.
     V1,
     /// No panic.
@@ -47,7 +49,7 @@ pub enum Invariant {
 
 impl Invariant {
     /// All of them.
-    pub const ALL: [Invariant; 20] = [
+    pub const ALL: [Invariant; 21] = [
         Self::G1,
         Self::G7,
         Self::G9,
@@ -66,6 +68,7 @@ impl Invariant {
         Self::C1,
         Self::H1,
         Self::H2,
+        Self::N1,
         Self::V1,
         Self::A1,
     ];
@@ -95,6 +98,7 @@ impl Invariant {
             Self::C1 => "a backing file never changes",
             Self::H1 => "malformed requests are refused, and the ring is closed where it cannot be trusted",
             Self::H2 => "a guest that misbehaves does not disturb another",
+            Self::N1 => "an NBD connection breaks only where one of its ends dies or misbehaves",
             Self::V1 => "the shipped check and the independent walker agree on every image",
             Self::A1 => "no input makes the stack panic",
         }

@@ -107,11 +107,20 @@ pub(crate) enum Command {
     Demo,
 }
 
-/// Formats that can be taken from outside, or fuzzed.
+/// Formats that can be taken from outside.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub(crate) enum Format {
     /// qcow, version 1
     Qcow,
+}
+
+/// What can be fuzzed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub(crate) enum FuzzFormat {
+    /// Images of qcow, version 1
+    Qcow,
+    /// Clients and servers of NBD
+    Nbd,
 }
 
 /// `crash`
@@ -207,7 +216,7 @@ pub(crate) struct BugsArgs {
 pub(crate) struct FuzzArgs {
     /// The image format
     #[arg(long, value_enum, default_value = "qcow")]
-    pub format: Format,
+    pub format: FuzzFormat,
     /// How long, such as 60s or 5m
     #[arg(long = "for", value_name = "TIME", value_parser = parse_time, default_value = "60s", id = "time")]
     pub time: Duration,

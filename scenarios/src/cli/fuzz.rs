@@ -1,10 +1,10 @@
 //! `fuzz`: bytes instead of seeds.
 
-use super::args::{Common, Format, FuzzArgs};
+use super::args::{Common, FuzzArgs, FuzzFormat};
 use super::output::{Progress, SHRINK_RUNS, print_failure, revision, save_json};
 use super::replay::bug;
 use super::{Exit, Stop};
-use crate::fuzz::{FuzzReport, FuzzSpec, fuzz};
+use crate::fuzz::{FuzzReport, FuzzSpec, NBD, QCOW, fuzz};
 use crate::run::{Outcome, RunSpec, run_recorded, shrink_run};
 use serde::Serialize;
 use sim::{TraceLevel, guard, text_hash};
@@ -33,15 +33,20 @@ struct JsonFinding {
 
 /// `tapsim fuzz`
 pub(super) fn fuzz_command(common: &Common, args: &FuzzArgs) -> Result<Exit, Stop> {
-    let Format::Qcow = args.format;
+    let subject = match args.format {
+        FuzzFormat::Qcow => &QCOW,
+        FuzzFormat::Nbd => &NBD,
+    };
     let spec = FuzzSpec {
+        subject,
         seed: args.seed,
         jobs: common.threads(),
         guarded: common.guarded(),
         bug: args.bug.as_deref().map(bug).transpose()?,
     };
     println!(
-        "fuzzing qcow for {} s from seed {}, {} threads, {}",
+        "fuzzing {} for {} s from seed {}, {} threads, {}",
+        subject.name,
         args.time.as_secs(),
         spec.seed,
         spec.jobs,
@@ -110,7 +115,7 @@ fn write_json(
 ) -> Result<(), Stop> {
     let Some(path) = &common.json else { return Ok(()) };
     let json = JsonFuzz {
-        format: "qcow",
+        format: spec.subject.name,
         seed: spec.seed,
         guarded: spec.guarded,
         passed: report.passed,

@@ -170,7 +170,11 @@ impl NbdScript {
     pub fn spoil(&mut self, sim: &Sim, who: Entity) {
         for (i, message) in self.0.iter_mut().enumerate() {
             let trick = sim.decide(who, &NBD_TRICK, i as u32, |d| {
-                if d.below(6) > 0 { 0 } else { 1 + d.below(7) | d.below(1 << 16) << 4 | d.below(256) << 20 }
+                if d.below(6) > 0 {
+                    0
+                } else {
+                    (1 + d.below(7)) | (d.below(1 << 16) << 4) | (d.below(256) << 20)
+                }
             });
             apply(trick, message);
         }
@@ -179,7 +183,7 @@ impl NbdScript {
 
 /// What [`NBD_TRICK`] values do.
 fn apply(trick: u64, message: &mut Vec<u8>) {
-    let (at, byte) = ((trick >> 4 & 0xffff) as usize % message.len().max(1), (trick >> 20 & 0xff) as u8);
+    let (at, byte) = ((trick >> 4) as u16 as usize % message.len().max(1), (trick >> 20) as u8);
     let header = message.len().clamp(1, RequestHeader::BYTES);
     match trick & 15 {
         1 => message[at % header] = byte,
@@ -201,7 +205,7 @@ fn apply(trick: u64, message: &mut Vec<u8>) {
 
 /// An [`NBD_TRICK`] value in words.
 pub fn describe_nbd_trick(value: u64) -> String {
-    let (at, byte) = (value >> 4 & 0xffff, value >> 20 & 0xff);
+    let (at, byte) = ((value >> 4) as u16, (value >> 20) as u8);
     match value & 15 {
         1 => format!("byte {at} of its header is {byte:#x}"),
         2 => format!("byte {at} is changed"),

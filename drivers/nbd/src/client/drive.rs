@@ -7,7 +7,7 @@
 //! ```
 
 use super::link::{Link, Receiver};
-use super::{Breaks, ClientError, Inner, open};
+use super::{Breaks, Inner, open};
 use crate::bell::Bell;
 use crate::inlet::Inlet;
 use std::rc::Rc;
@@ -16,10 +16,22 @@ use tap_host::{Bug, Errno, Event, Log, Mark, Probe, Sockets, Stream, Tasks, Time
 
 type Connected<H> = (Rc<Link<<H as Sockets>::Stream>>, Inlet<<H as Sockets>::Stream>);
 
+/// How far the attempts to connect again have come.
+#[derive(Clone, Copy)]
+pub(super) struct Attempt {
+    /// What the server had answered when they began.
+    replies: u64,
+    /// The next pause in nanoseconds.
+    pause_ns: u64,
+    /// When requests begin to fail, in nanoseconds.
+    deadline_ns: u64,
+}
+
 impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
     /// Makes `stream` the connection that requests go to.
     pub(super) fn start(self: &Rc<Self>, stream: H::Stream, context: Option<u32>) -> Rc<Link<H::Stream>> {
         let link = Rc::new(Link::new(stream, context));
+        self.connections.set(self.connections.get() + 1);
         *self.link.borrow_mut() = Some(Rc::clone(&link));
         let own = Rc::clone(&link);
         self.host.spawn("nbd-requests", 0, async move { own.send_requests().await });
@@ -62,31 +74,35 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         }
     }
 
-    /// Tries until there is a connection again; `None` if the server cannot be the same any more.
+    /// Tries until there is a connection again; `None` if the server cannot be the same any more. Connections that break
+    /// before anything is answered are no progress: pauses grow on, and patience ends.
     async fn reconnect(self: &Rc<Self>) -> Option<Connected<H>> {
-        let deadline_ns = self.host.now_ns().saturating_add(self.config.reconnect_ns);
-        let mut pause_ns = self.config.pause_ns.max(1);
+        let answered = self.replies.get();
+        let mut attempt = self.attempt.take().filter(|a| a.replies == answered).unwrap_or(Attempt {
+            replies: answered,
+            pause_ns: 0,
+            deadline_ns: self.host.now_ns().saturating_add(self.config.reconnect_ns),
+        });
         loop {
-            let why = match open(&self.host, &self.config).await {
-                Ok((terms, stream, inlet)) => match self.terms.broken_by(&terms) {
-                    None => return Some((self.resume(stream, terms.context), inlet)),
-                    Some(why) => {
-                        stream.shutdown();
-                        self.host.log(Event::NbdServerGone { why });
-                        self.give_up(Errno::EIO);
-                        return None;
-                    }
-                },
-                Err(ClientError::Connect(..)) => "it cannot be connected to",
-                Err(ClientError::Negotiation(_, why)) => why,
-                Err(ClientError::Refused(..)) => "it refuses the export",
-            };
-            if self.host.now_ns() >= deadline_ns && self.refusal.get().is_none() {
-                self.host.log(Event::NbdServerGone { why });
+            if attempt.pause_ns > 0 {
+                self.host.sleep_ns(attempt.pause_ns).await;
+            }
+            let longer_ns = attempt.pause_ns.saturating_mul(2).min(self.config.pause_most_ns);
+            attempt.pause_ns = longer_ns.max(self.config.pause_ns).max(1);
+            if self.host.now_ns() >= attempt.deadline_ns && self.refusal.get().is_none() {
+                self.host.log(Event::NbdServerGone { why: "it was away for too long" });
                 self.give_up(Errno::EIO);
             }
-            self.host.sleep_ns(pause_ns).await;
-            pause_ns = pause_ns.saturating_mul(2).min(self.config.pause_most_ns.max(1));
+            // Where it is not there, or not as it should be, another attempt will tell.
+            let Ok((terms, stream, inlet)) = open(&self.host, &self.config).await else { continue };
+            let Some(why) = self.terms.broken_by(&terms) else {
+                self.attempt.set(Some(attempt));
+                return Some((self.resume(stream, terms.context), inlet));
+            };
+            stream.shutdown();
+            self.host.log(Event::NbdServerGone { why });
+            self.give_up(Errno::EIO);
+            return None;
         }
     }
 

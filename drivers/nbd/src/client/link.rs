@@ -150,7 +150,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
             self.data(cookie, 0, target.len as usize).await?;
         }
         let result = if ok { Ok(()) } else { Err(errno_of(reply.error.get())) };
-        self.inner.finish(cookie, result);
+        self.finish(cookie, result);
         Ok(())
     }
 
@@ -191,9 +191,14 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
                 let complete = if whole && some { Ok(()) } else { Err(Errno::EIO) };
                 result = call.error.map_or(complete, Err);
             });
-            self.inner.finish(cookie, result);
+            self.finish(cookie, result);
         }
         Ok(())
+    }
+
+    fn finish(&self, cookie: u64, result: Result<(), Errno>) {
+        self.inner.replies.set(self.inner.replies.get() + 1);
+        self.inner.finish(cookie, result);
     }
 
     fn with(&self, cookie: u64, change: impl FnOnce(&mut Call)) {

@@ -33,6 +33,7 @@ mod link;
 mod negotiate;
 
 use crate::outbox::Outbox;
+use drive::Attempt;
 use link::{Link, Pending};
 use negotiate::{Terms, negotiate};
 use smallvec::SmallVec;
@@ -86,7 +87,7 @@ pub struct ClientConfig {
     pub pause_ns: u64,
     /// Longest pause between two attempts in nanoseconds.
     pub pause_most_ns: u64,
-    /// How long requests wait for a broken connection to come back, in nanoseconds.
+    /// How long requests wait for a server that went away, or answers nothing any more, in nanoseconds.
     pub reconnect_ns: u64,
 }
 
@@ -155,6 +156,10 @@ struct Inner<H: Sockets> {
     flushed: Cell<u64>,
     /// Answered writes may be gone.
     lost: Cell<bool>,
+    /// Replies of the server.
+    replies: Cell<u64>,
+    attempt: Cell<Option<Attempt>>,
+    connections: Cell<u64>,
 }
 
 /// One request on the wire.
@@ -216,11 +221,19 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Client<H> {
             answered: Cell::new(0),
             flushed: Cell::new(0),
             lost: Cell::new(false),
+            replies: Cell::new(0),
+            attempt: Cell::new(None),
+            connections: Cell::new(0),
         });
         let link = inner.start(stream, terms.context);
         let own = Rc::clone(&inner);
         inner.host.spawn("nbd-client", 0, async move { own.drive(link, inlet).await });
         Ok(Self(inner))
+    }
+
+    /// Connections that were made, the first one included.
+    pub fn connections(&self) -> u64 {
+        self.0.connections.get()
     }
 
     /// Requests that are not answered.

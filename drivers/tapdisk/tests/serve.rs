@@ -1,0 +1,154 @@
+//! `tapdisk serve` as a process of a simulated host, with our client as another.
+
+use clap::Parser;
+use kernel_model::faults::FaultPlan;
+use kernel_model::{Kernel, Process, Storage, StorageConfig};
+use sim::{Config, Sim};
+use smallvec::smallvec;
+use std::cell::RefCell;
+use std::rc::Rc;
+use tap_core::{Node, Request, ZeroFlags};
+use tap_host::{Errno, IoBuf, IoVec, SectorRange, Tasks};
+use tapdisk::Console;
+use tapdisk::daemon::{Cli, run};
+use tapdisk::disk::{DiskOptions, open_any};
+
+#[derive(Default)]
+struct Printed(RefCell<Vec<String>>);
+
+impl Console for Printed {
+    fn out(&self, line: &str) {
+        self.0.borrow_mut().push(line.to_owned());
+    }
+    fn err(&self, line: &str) {
+        self.0.borrow_mut().push(line.to_owned());
+    }
+    fn progress(&self, _done_bytes: u64, _total_bytes: u64) {}
+}
+
+/// A process that runs `tapdisk` with these arguments.
+struct Daemon {
+    process: Process,
+    printed: Rc<Printed>,
+    status: Rc<RefCell<Option<u8>>>,
+}
+
+impl Daemon {
+    fn start(kernel: &Kernel, key: u64, line: &str) -> Self {
+        let cli = Cli::try_parse_from(std::iter::once("tapdisk").chain(line.split_whitespace()));
+        let cli = cli.unwrap_or_else(|e| panic!("{line}: {e}"));
+        let process = kernel.process("tapdisk", key);
+        let (printed, status) = (Rc::new(Printed::default()), Rc::new(RefCell::new(None)));
+        let (host, p, s) = (process.clone(), Rc::clone(&printed), Rc::clone(&status));
+        process.spawn("main", 0, async move { *s.borrow_mut() = Some(run(host, cli, &*p).await) });
+        Self { process, printed, status }
+    }
+
+    fn said(&self) -> String {
+        self.printed.0.borrow().join("\n")
+    }
+}
+
+fn world<F: Future<Output = ()> + 'static>(body: impl FnOnce(Sim, Kernel) -> F) {
+    let sim = Sim::new(&Config::new(1));
+    let config = StorageConfig { faults: FaultPlan::default(), ..StorageConfig::default() };
+    let kernel = Kernel::new(&sim, &Storage::new(&sim, config));
+    let body = body(sim.clone(), kernel);
+    sim.run(body).unwrap();
+}
+
+async fn client(kernel: &Kernel, name: &str) -> Result<Rc<dyn Node>, String> {
+    let host = kernel.process(format!("client of {name}"), 77);
+    let options = DiskOptions { write: true, ..DiskOptions::default() };
+    open_any(&host, &format!("nbd+unix:///{name}?socket=/run/s").parse()?, &options).await
+}
+
+fn bytes(fill: u8, sectors: usize) -> IoVec {
+    let mut buf = IoBuf::unpooled(sectors * 512).unwrap();
+    buf.fill(fill);
+    smallvec![buf]
+}
+
+#[test]
+fn disks_are_served_until_the_process_is_asked_to_stop() {
+    world(|sim, kernel| async move {
+        kernel.storage().put_bytes("/a", &[1; 1 << 20]);
+        kernel.storage().put_bytes("/b", &[2; 1 << 20]);
+        let daemon = Daemon::start(&kernel, 1, "serve --nbd unix:/run/s a=raw:/a b=raw:/b");
+        sim.sleep_ns(1_000_000).await;
+        let lines = "export 'a': raw:/a, 1 MiB\nexport 'b': raw:/b, 1 MiB\nlistening at unix:/run/s";
+        assert_eq!(daemon.said(), lines);
+        let disk = client(&kernel, "a").await.unwrap();
+        let write = Request::write(SectorRange::new(3, 2), bytes(7, 2));
+        assert_eq!(disk.submit(write).await.result, Ok(()));
+        let zeroes = Request::write_zeroes(SectorRange::new(4, 1), ZeroFlags::default());
+        assert_eq!(disk.submit(zeroes).await.result, Ok(()));
+        let read = disk.submit(Request::read(SectorRange::new(2, 4), bytes(0, 4))).await;
+        let seen: Vec<u8> = read.bufs[0].chunks(512).map(|s| s[0]).collect();
+        assert_eq!((read.result, seen), (Ok(()), vec![1, 7, 0, 1]));
+        assert!(client(&kernel, "c").await.err().unwrap().contains("'c'"), "no such export");
+        let other = client(&kernel, "b").await.unwrap();
+        let read = other.submit(Request::read(SectorRange::new(0, 1), bytes(0, 1))).await;
+        assert_eq!(read.bufs[0][0], 2);
+        daemon.process.ask_to_stop();
+        sim.sleep_ns(10_000_000_000).await;
+        assert_eq!(*daemon.status.borrow(), Some(0));
+        // What was written is durable, though nobody flushed.
+        kernel.storage().power_cut();
+        assert_eq!(kernel.storage().bytes("/a").unwrap()[3 * 512..5 * 512], [[7; 512], [0; 512]].concat());
+    });
+}
+
+#[test]
+fn unsafe_and_writethrough_mean_what_they_say() {
+    for (mode, durable) in [("unsafe", false), ("writethrough", true)] {
+        world(move |sim, kernel| async move {
+            kernel.storage().put_bytes("/a", &[1; 65536]);
+            let daemon = Daemon::start(&kernel, 1, &format!("serve --cache {mode} --nbd unix:/run/s raw:/a"));
+            sim.sleep_ns(1_000_000).await;
+            let disk = client(&kernel, "").await.unwrap();
+            let write = Request::write(SectorRange::new(0, 8), bytes(9, 8));
+            assert_eq!(disk.submit(write).await.result, Ok(()));
+            if !durable {
+                assert_eq!(disk.submit(Request::flush()).await.result, Ok(()));
+            }
+            let inode = kernel.storage().inode("/a").unwrap();
+            assert_eq!(inode.pending.is_empty(), durable, "{mode}");
+            daemon.process.ask_to_stop();
+            sim.sleep_ns(10_000_000_000).await;
+            assert_eq!(*daemon.status.borrow(), Some(0));
+            assert!(kernel.storage().inode("/a").unwrap().pending.is_empty(), "ending makes durable");
+        });
+    }
+}
+
+#[test]
+fn what_cannot_be_served_ends_the_process_with_one_line() {
+    world(|sim, kernel| async move {
+        kernel.storage().put_bytes("/a", &[1; 65536]);
+        let first = Daemon::start(&kernel, 1, "serve --nbd unix:/run/s raw:/a");
+        sim.sleep_ns(1_000_000).await;
+        for (line, words) in [
+            ("serve --nbd unix:/run/t raw:/a", "lock /a: it is in use"),
+            ("serve --nbd unix:/run/s --read-only raw:/b", "open /b"),
+            ("serve --nbd unix:/run/t /a", "say what it is"),
+            ("serve raw:/a", "lock /a"),
+        ] {
+            let daemon = Daemon::start(&kernel, 2, line);
+            sim.sleep_ns(5_000_000_000).await;
+            assert_eq!(*daemon.status.borrow(), Some(1), "{line}");
+            assert!(daemon.said().contains(words) && !daemon.said().contains('\n'), "{}", daemon.said());
+        }
+        kernel.storage().put_bytes("/b", &[1; 65536]);
+        let taken = Daemon::start(&kernel, 3, "serve --nbd unix:/run/s raw:/b");
+        sim.sleep_ns(1_000_000).await;
+        let text = "tapdisk: failed to listen at unix:/run/s: address already in use (EADDRINUSE); another server is there";
+        assert_eq!(taken.said(), text);
+        assert_eq!(*first.status.borrow(), None, "the first one goes on");
+        assert_eq!(
+            client(&kernel, "").await.unwrap().submit(Request::flush()).await.result,
+            Ok::<(), Errno>(())
+        );
+        first.process.node().kill();
+    });
+}

@@ -1,0 +1,295 @@
+//! Disks over NBD: our client against our server, and clients that are slow, dying or hostile.
+//!
+//! ```text
+//!   client process                                  server process (may be killed and started again)
+//!   Guest ─ [Vbd ─ Scheduler ─] Client ═ stream ═ Server ─ Vbd ─ Scheduler ─ image ─ Storage
+//! ```
+
+mod plan;
+
+use super::crash::arm_power_cut;
+use super::ring::kills;
+use super::setup::Setup;
+use crate::check::Invariant;
+use crate::guest::{DirectDisk, Manners, NbdScript, RawNbd};
+use crate::run::Scenario;
+use crate::world::World;
+use kernel_model::StorageConfig;
+use plan::{
+    DISK, DISK_BYTES, NO_ERRORS, Plan, Supervisor, address, bury, check_idle, check_unbroken, client_config,
+    client_stack, cut_power, end, last_look, send_all, within,
+};
+use sim::{Entity, Label};
+use std::rc::Rc;
+use tap_abi::nbd::{CMD_READ, CMD_WRITE};
+use tap_core::wait::Event;
+use tap_host::Sockets;
+use tap_nbd::{Breaks, ClientConfig};
+
+/// After how many of its effects a client is killed.
+pub static CLIENT_DIES: Label = Label::new("client-dies", "the client is killed after {} of its effects");
+
+/// Several connections over streams that are cut anywhere.
+pub static NBD_SPLIT_READS: Scenario = Scenario {
+    name: "nbd-split-reads",
+    about: "several NBD connections to one export over streams that are cut and late; a flush on one covers all; power cut",
+    storage: |_| StorageConfig::default(),
+    body: |w| Box::pin(split_reads(w)),
+};
+
+/// Clients that die.
+pub static NBD_CLIENT_DIES: Scenario = Scenario {
+    name: "nbd-client-dies",
+    about: "NBD clients die in the middle of requests; another goes on, and nothing of the dead is left",
+    storage: |_| StorageConfig::default(),
+    body: |w| Box::pin(client_dies(w)),
+};
+
+/// A client that takes no replies.
+pub static NBD_SLOW_CLIENT: Scenario = Scenario {
+    name: "nbd-slow-client",
+    about: "an NBD client asks for much and takes no replies; others are not held up, and memory is bounded",
+    storage: |_| StorageConfig::default(),
+    body: |w| Box::pin(slow_client(w)),
+};
+
+/// A server that dies under its client.
+pub static NBD_SERVER_RESTARTS: Scenario = Scenario {
+    name: "nbd-server-restarts",
+    about: "tapdisk is killed between any two of its effects under an NBD client and started again; the guest sees a pause",
+    storage: |_| StorageConfig::default(),
+    body: |w| Box::pin(server_restarts(w)),
+};
+
+/// A server whose machine goes down under its client.
+pub static NBD_SERVER_POWER_CUT: Scenario = Scenario {
+    name: "nbd-server-power-cut",
+    about: "the server's machine loses its power while the NBD client lives; no flush then says that nothing is lost",
+    storage: |_| StorageConfig::default(),
+    body: |w| Box::pin(server_power_cut(w)),
+};
+
+/// A client that sends garbage.
+pub static NBD_HOSTILE_CLIENT: Scenario = Scenario {
+    name: "nbd-hostile-client",
+    about: "an NBD client whose messages are changed, cut and mixed with garbage; its neighbour notices nothing",
+    storage: |_| StorageConfig::default(),
+    body: |w| Box::pin(hostile_client(w)),
+};
+
+/// A client that sends given bytes; not listed.
+pub static NBD_STREAM: Scenario = Scenario {
+    name: "nbd-stream",
+    about: "an NBD client that sends given bytes, which a fuzzer makes",
+    storage: |_| StorageConfig::default(),
+    body: |w| Box::pin(stream(w)),
+};
+
+async fn split_reads(world: World) {
+    let (plan, setup) = Plan::draw(&world);
+    let connections = world.setting("nbd-connections", &[2, 3, 1]);
+    let write_through = world.setting("write-through", &[false, true]);
+    let config = ClientConfig { write_through, ..client_config(&world) };
+    let Some(served) = plan.serve(&plan.process("tapdisk", 0)).await else { return };
+    let host = plan.process("client", 0);
+    let ops = plan.operations(0, setup.size_sectors, 60);
+    let nodes = [served.host.process.node().clone(), host.process.node().clone()];
+    arm_power_cut(&world, &setup, 0, 240, move || nodes.iter().for_each(sim::Node::kill));
+    let (p, h, s) = (plan.clone(), host.clone(), setup.clone());
+    within(&host, async move {
+        let (disk, _clients) = p.spread(&h, &config, connections).await;
+        let guest = p.guest(disk, &s, Invariant::G1);
+        if write_through {
+            guest.write_through();
+        }
+        guest.run(&ops, p.limits.guest_depth).await;
+    })
+    .await;
+    check_unbroken(&world);
+    cut_power(&world, &setup, &[&served.host, &host]).await;
+    last_look(&plan, &setup, Invariant::G7).await;
+}
+
+async fn client_dies(world: World) {
+    let (plan, setup) = Plan::draw(&world);
+    let config = client_config(&world);
+    let Some(served) = plan.serve(&plan.process("tapdisk", 0)).await else { return };
+    let mut gone = Vec::new();
+    for who in 1..=3 {
+        let host = plan.process("mortal", who);
+        let entity = Entity::WORLD.child("mortal", who);
+        world.sim.name_entity(entity, || format!("client {who}"));
+        let steps = world.sim.decide(entity, &CLIENT_DIES, 0, |d| 1 + d.below(400));
+        host.process.node().kill_after_steps(steps);
+        let ops = plan.operations(who, setup.size_sectors, 30);
+        let (p, h, s, c) = (plan.clone(), host.clone(), setup.clone(), config.clone());
+        host.process.node().spawn("main", 0, async move {
+            let (disk, _clients) = p.spread(&h, &c, 1).await;
+            p.guest(disk, &s, Invariant::G1).run(&ops, p.limits.guest_depth).await;
+        });
+        gone.push(host);
+    }
+    let host = plan.process("client", 0);
+    let ops = plan.operations(0, setup.size_sectors, 40);
+    let (disk, clients) = plan.spread(&host, &config, 1).await;
+    let guest = plan.guest(disk, &setup, Invariant::G1);
+    let (g, depth) = (guest.clone(), plan.limits.guest_depth);
+    within(&host, async move { g.run(&ops, depth).await }).await;
+    bury(&world, &gone, &served, 1).await;
+    if let Err(error) = guest.read_all().await {
+        world.fail(Invariant::E4, format!("reading the whole disk failed with {error:?}"));
+    }
+    end(&plan, served, &clients, &setup).await;
+}
+
+async fn slow_client(world: World) {
+    let (plan, setup) = Plan::draw(&world);
+    let Some(served) = plan.serve(&plan.process("tapdisk", 0)).await else { return };
+    let slow = plan.process("slow", 0);
+    let awake = Rc::new(Event::new());
+    let writes = world.setting("slow-client-writes", &[false, true]);
+    let (h, w, a) = (slow.clone(), world.clone(), Rc::clone(&awake));
+    slow.process.node().spawn("main", 0, async move {
+        let Ok(stream) = h.connect(&address()).await else { return };
+        let raw = RawNbd::new(stream);
+        let mut script = NbdScript::negotiation(DISK, false);
+        for n in 0..200 {
+            let data = if writes { vec![0; 4096] } else { Vec::new() };
+            // Zeros, far from what the guest does to the disk.
+            let command = if writes { CMD_WRITE } else { CMD_READ };
+            script.request(command, 0, n, DISK_BYTES - 4096, 4096, &data);
+        }
+        let reader = raw.clone();
+        h.process.node().spawn("reads", 0, async move {
+            a.wait().await;
+            let _ = reader.drain().await;
+        });
+        for message in &script.0 {
+            if raw.send(message).await.is_err() {
+                w.fail(Invariant::H2, "the server closed the connection of a client that is only slow");
+                return;
+            }
+        }
+    });
+    let host = plan.process("client", 0);
+    let ops = plan.operations(0, setup.size_sectors - 8, 60);
+    let (disk, clients) = plan.spread(&host, &client_config(&world), 1).await;
+    let guest = plan.guest(disk, &setup, Invariant::G1);
+    let (g, depth) = (guest.clone(), plan.limits.guest_depth);
+    // This ends although the other client takes nothing.
+    within(&host, async move { g.run(&ops, depth).await }).await;
+    let (used, most) = (served.server.used_bytes(), served.server.limits().memory_bytes());
+    if used > most {
+        world.fail(Invariant::K1, format!("the server holds {used} bytes, at most {most} should be"));
+    }
+    world.sim.stop_faults();
+    awake.set();
+    world.sim.sleep_ns(600_000_000_000).await;
+    check_idle(&world, &served, 2);
+    slow.process.node().kill();
+    slow.process.node().dead().await;
+    if let Err(error) = guest.read_all().await {
+        world.fail(Invariant::E4, format!("reading the whole disk failed with {error:?}"));
+    }
+    end(&plan, served, &clients, &setup).await;
+}
+
+async fn server_restarts(world: World) {
+    let (plan, setup) = Plan::draw(&world);
+    let supervisor = Supervisor::new(&plan);
+    let host = plan.process("client", 0);
+    let config = ClientConfig { breaks: Breaks::Keep, ..client_config(&world) };
+    let ops = plan.operations(0, setup.size_sectors, 60);
+    world.sim.spawn("supervisor", 0, supervisor.clone().run(kills(&world, 4, 400)));
+    let (p, h, s) = (plan.clone(), host.clone(), setup.clone());
+    within(&host, async move {
+        let node = client_stack(&p, &h, &config).await;
+        let disk = DirectDisk::new(node, p.limits.pool_bytes);
+        p.guest(disk, &s, Invariant::P1).run(&ops, p.limits.guest_depth).await;
+    })
+    .await;
+    cut_power(&world, &setup, &[&host, &supervisor.retire()]).await;
+    last_look(&plan, &setup, Invariant::G7).await;
+}
+
+async fn server_power_cut(world: World) {
+    let (plan, setup) = Plan::draw(&world);
+    let Some(served) = plan.serve(&plan.process("tapdisk", 0)).await else { return };
+    let host = plan.process("client", 0);
+    let node = client_stack(&plan, &host, &client_config(&world)).await;
+    let guest = plan.guest(DirectDisk::new(node, plan.limits.pool_bytes), &setup, Invariant::G1);
+    let ops = plan.operations(0, setup.size_sectors, 30);
+    let (g, depth) = (guest.clone(), plan.limits.guest_depth);
+    within(&host, async move { g.run(&ops, depth).await }).await;
+    // The server's machine alone: the guest does not know of it.
+    served.host.process.node().kill();
+    served.host.process.node().dead().await;
+    world.storage.power_cut();
+    world.count(|s| s.crashes += 1);
+    let Some(served) = plan.serve(&plan.process("tapdisk", 1)).await else { return };
+    world.sim.sleep_ns(10_000_000).await;
+    let g = guest.clone();
+    guest.set_manners(Manners { errors_allowed: true, reads: Invariant::G7, ..NO_ERRORS });
+    within(&host, async move {
+        if g.flush().await.is_err() {
+            // The guest knows now that what it had not flushed may be gone.
+            g.history.borrow_mut().power_cut();
+        }
+        let _ = g.read_all().await;
+    })
+    .await;
+    let unflushed = guest.flush_failed();
+    let (g, w) = (guest.clone(), world.clone());
+    within(&host, async move {
+        if g.flush().await.is_ok() && unflushed {
+            w.fail(Invariant::E2, "a flush succeeds after an earlier one had failed");
+        }
+    })
+    .await;
+    cut_power(&world, &setup, &[&host, &served.host]).await;
+    last_look(&plan, &setup, Invariant::E2).await;
+}
+
+async fn stream(world: World) {
+    let (plan, setup) = Plan::draw(&world);
+    let Some(served) = plan.serve(&plan.process("tapdisk", 0)).await else { return };
+    let bytes = world.options.stream.clone().unwrap_or_default();
+    let behind = bytes.first().is_some_and(|first| first % 2 == 1);
+    let mut script = if behind { NbdScript::negotiation(DISK, false).0 } else { Vec::new() };
+    script.extend(bytes.get(1..).unwrap_or_default().chunks(1000).map(<[u8]>::to_vec));
+    let host = plan.process("client", 0);
+    let h = host.clone();
+    within(&host, send_all(h, script)).await;
+    bury(&world, &[host], &served, 0).await;
+    end(&plan, served, &Vec::new(), &setup).await;
+}
+
+async fn hostile_client(world: World) {
+    let (mut plan, setup) = Plan::draw(&world);
+    let bad = Setup::raw(&world, 1, DISK_BYTES);
+    // First, so that it is also the one without a name.
+    plan.disks.insert(0, ("bad", bad.clone()));
+    let Some(served) = plan.serve(&plan.process("tapdisk", 0)).await else { return };
+    let mut hostile = Vec::new();
+    for who in 1..=2 {
+        let host = plan.process("hostile", who);
+        let entity = Entity::WORLD.child("hostile-nbd", who);
+        world.sim.name_entity(entity, || format!("hostile client {who}"));
+        let mut script = NbdScript::session("bad", 30);
+        script.spoil(&world.sim, entity);
+        host.process.node().spawn("main", 0, send_all(host.clone(), script.0));
+        hostile.push(host);
+    }
+    let host = plan.process("client", 0);
+    let ops = plan.operations(0, setup.size_sectors, 40);
+    let (disk, clients) = plan.spread(&host, &client_config(&world), 1).await;
+    let guest = plan.guest(disk, &setup, Invariant::H2);
+    let (g, depth) = (guest.clone(), plan.limits.guest_depth);
+    within(&host, async move { g.run(&ops, depth).await }).await;
+    bury(&world, &hostile, &served, 1).await;
+    if let Err(error) = guest.read_all().await {
+        world.fail(Invariant::H2, format!("reading the whole disk failed with {error:?}"));
+    }
+    end(&plan, served, &clients, &setup).await;
+    bad.check_bytes(&world, "in the end");
+}

@@ -1,0 +1,338 @@
+//! What the scenarios of NBD are made of: servers and clients in processes, their beginning and their end.
+
+use crate::catalog::crash::either;
+use crate::catalog::setup::{Setup, workload};
+use crate::check::Invariant;
+use crate::guest::{DirectDisk, Guest, GuestDisk, Manners, RawNbd, Spread};
+use crate::host::SimHost;
+use crate::stack::{Stack, StackLimits};
+use crate::workload::{Op, Workload, operations};
+use crate::world::World;
+use sim::Entity;
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use tap_core::wait::oneshot;
+use tap_core::{Node, Scheduler, Vbd};
+use tap_host::{Mark, SocketAddress, Sockets, VbdId};
+use tap_images::ImageError;
+use tap_nbd::{Client, ClientConfig, Export, Server, ServerLimits};
+
+pub(super) const DISK_BYTES: u64 = 1 << 20;
+/// Nothing below fails, so nothing above may.
+pub(super) const NO_ERRORS: Manners = Manners { retries: 0, errors_allowed: false, reads: Invariant::G1 };
+/// The export of guests.
+pub(super) const DISK: &str = "disk";
+
+pub(super) fn address() -> SocketAddress {
+    SocketAddress::Unix("/run/tapdisk.nbd".into())
+}
+
+pub(super) fn server_limits(world: &World) -> ServerLimits {
+    ServerLimits {
+        requests: world.setting("nbd-requests", &[128, 8, 1]),
+        request_bytes: world.setting("nbd-request", &[32 << 20, 64 << 10, 4096]),
+        connection_bytes: world.setting("nbd-memory", &[32 << 20, 64 << 10, 4096]),
+        receive_bytes: world.setting("nbd-receive", &[256 << 10, 16 << 10]),
+        ..ServerLimits::default()
+    }
+}
+
+pub(super) fn client_config(world: &World) -> ClientConfig {
+    ClientConfig {
+        export: DISK.into(),
+        requests: world.setting("nbd-client-requests", &[64, 4, 1]),
+        receive_bytes: world.setting("nbd-client-receive", &[256 << 10, 16 << 10]),
+        pause_ns: 100_000,
+        pause_most_ns: 1_000_000_000,
+        ..ClientConfig::new(address())
+    }
+}
+
+/// What a server of this world serves, and how.
+#[derive(Clone)]
+pub(super) struct Plan {
+    pub(super) world: World,
+    /// Names and disks.
+    pub(super) disks: Vec<(&'static str, Setup)>,
+    pub(super) limits: StackLimits,
+    server: ServerLimits,
+}
+
+/// A server that runs.
+pub(super) struct Served {
+    pub(super) host: SimHost,
+    pub(super) server: Server<SimHost>,
+    stacks: Vec<Stack>,
+}
+
+impl Plan {
+    /// Draws the limits for one disk called [`DISK`].
+    pub(super) fn draw(world: &World) -> (Self, Setup) {
+        let qcow = world.setting("image", &["raw", "qcow"]) == "qcow";
+        let setup =
+            if qcow { Setup::qcow(world, 0, DISK_BYTES, false) } else { Setup::raw(world, 0, DISK_BYTES) };
+        // Requests on several connections, or repeated ones, may go either way.
+        setup.history.borrow_mut().relax_order();
+        let plan = Self {
+            world: world.clone(),
+            disks: vec![(DISK, setup.clone())],
+            limits: StackLimits::draw(world),
+            server: server_limits(world),
+        };
+        (plan, setup)
+    }
+
+    /// Starts a server in `host`, which opens the images and listens. `None` if that fails.
+    pub(super) async fn serve(&self, host: &SimHost) -> Option<Served> {
+        let mut exports = Vec::new();
+        let mut stacks = Vec::new();
+        for (name, setup) in &self.disks {
+            let stack = loop {
+                match Stack::open(host, &self.world, &setup.spec, &self.limits).await {
+                    Ok(stack) => break stack,
+                    // The lock of a dead predecessor goes when its last operation has landed.
+                    Err(ImageError::InUse { .. }) => self.world.sim.sleep_ns(200_000).await,
+                    Err(error) => return self.failed(host, &format!("open its image: {error}")),
+                }
+            };
+            let (name, node) = (String::from(*name), stack.node());
+            exports.push(Export { name, description: String::new(), node, read_only: false });
+            stacks.push(stack);
+        }
+        let server = match Server::new(host.clone(), exports, self.server) {
+            Ok(server) => server,
+            Err(error) => return self.failed(host, &error.to_string()),
+        };
+        let listener = match host.listen(&address()).await {
+            Ok(listener) => listener,
+            Err(error) => return self.failed(host, &format!("listen: {error}")),
+        };
+        let own = server.clone();
+        host.process.node().spawn("serve", 0, async move { own.serve(listener).await });
+        Some(Served { host: host.clone(), server, stacks })
+    }
+
+    fn failed(&self, host: &SimHost, what: &str) -> Option<Served> {
+        // A dying process may see anything.
+        if host.process.node().is_alive() {
+            self.world.fail(Invariant::G11, format!("tapdisk failed to {what}"));
+        }
+        None
+    }
+
+    pub(super) fn process(&self, name: &str, key: u64) -> SimHost {
+        SimHost::start(&self.world.kernel, &self.world.xen, name, key)
+    }
+
+    /// The operations of a client on a disk of `size_sectors`.
+    pub(super) fn operations(&self, who: u64, size_sectors: u64, count: u32) -> Vec<Option<Op>> {
+        let entity = Entity::WORLD.child("nbd-ops", who);
+        self.world.sim.name_entity(entity, || format!("client {who}"));
+        let w = Workload { zeroes: true, ..workload(&self.world, size_sectors, count, 128) };
+        operations(&self.world.sim, entity, who, &w)
+    }
+
+    /// Connects as often as it takes.
+    pub(super) async fn connect(&self, host: &SimHost, config: &ClientConfig) -> Rc<Client<SimHost>> {
+        loop {
+            match Client::connect(host.clone(), config.clone()).await {
+                Ok(client) => return Rc::new(client),
+                Err(error) => {
+                    self.world.sim.remark("client", || format!("failed to {error}"));
+                    self.world.sim.sleep_ns(1_000_000).await;
+                }
+            }
+        }
+    }
+
+    /// A disk over `connections` connections.
+    pub(super) async fn spread(
+        &self,
+        host: &SimHost,
+        config: &ClientConfig,
+        connections: usize,
+    ) -> (Spread, Clients) {
+        let (mut disks, mut clients) = (Vec::new(), Vec::new());
+        for _ in 0..connections {
+            let client = self.connect(host, config).await;
+            disks.push(DirectDisk::new(Rc::clone(&client) as Rc<dyn Node>, self.limits.pool_bytes));
+            clients.push(client);
+        }
+        (Spread::new(disks), clients)
+    }
+
+    pub(super) fn guest<D: GuestDisk>(&self, disk: D, setup: &Setup, reads: Invariant) -> Guest<D> {
+        Guest::new(&self.world, disk, Rc::clone(&setup.history), Manners { reads, ..NO_ERRORS })
+    }
+}
+
+pub(super) type Clients = Vec<Rc<Client<SimHost>>>;
+
+/// Runs `work` as a task of `host`, until it ends or the process dies.
+pub(super) async fn within(host: &SimHost, work: impl Future<Output = ()> + 'static) {
+    let (done, finished) = oneshot();
+    host.process.node().spawn("main", 0, async move {
+        work.await;
+        let _ = done.send(());
+    });
+    either(host.process.node().dead(), finished).await;
+}
+
+/// Cuts the power of everything that is in `hosts`.
+pub(super) async fn cut_power(world: &World, setup: &Setup, hosts: &[&SimHost]) {
+    world.storage.set_hook(None);
+    for host in hosts {
+        host.process.node().kill();
+        host.process.node().dead().await;
+    }
+    world.storage.power_cut();
+    setup.history.borrow_mut().power_cut();
+    world.count(|s| s.crashes += 1);
+    setup.check(world, "after the power cut").await;
+}
+
+/// Without faults: everything is read once more through a new server, which is then stopped in order.
+pub(super) async fn last_look(plan: &Plan, setup: &Setup, reads: Invariant) {
+    let world = &plan.world;
+    world.sim.stop_faults();
+    let Some(served) = plan.serve(&plan.process("tapdisk", 1000)).await else { return };
+    let host = plan.process("client", 1000);
+    let (disk, clients) = plan.spread(&host, &client_config(world), 1).await;
+    let guest = plan.guest(disk, setup, reads);
+    if let Err(error) = guest.read_all().await {
+        world.fail(Invariant::G11, format!("reading the whole disk failed with {error:?}"));
+    }
+    end(plan, served, &clients, setup).await;
+    if guest.disk().buffers_out() > 0 {
+        world.fail(Invariant::K1, "buffers of the client were not given back");
+    }
+}
+
+/// Clients leave, the server is stopped, its disks are closed; nothing may be left.
+pub(super) async fn end(plan: &Plan, served: Served, clients: &Clients, setup: &Setup) {
+    let world = &plan.world;
+    let lived = clients.iter().all(|client| client.connections() == 1);
+    if !lived {
+        world.fail(Invariant::N1, "a client had to connect again although its server lived");
+    }
+    for client in clients {
+        if let Err(error) = client.close().await {
+            world.fail(Invariant::E4, format!("closing a client failed with {error:?}"));
+        }
+    }
+    served.server.stop().await;
+    check_idle(world, &served, 0);
+    for stack in &served.stacks {
+        if let Err(error) = stack.vbd.close().await {
+            world.fail(Invariant::G11, format!("closing the disk failed with {error:?}"));
+        }
+    }
+    setup.check(world, "in the end").await;
+}
+
+/// No client has had to connect again: no server has died.
+pub(super) fn check_unbroken(world: &World) {
+    let again = world.kernel.marks()[Mark::NbdServerBack as usize];
+    if again > 0 {
+        world.fail(Invariant::N1, format!("clients had to connect again {again} times"));
+    }
+}
+
+/// Nothing is in flight any more, and only `connections` are open.
+pub(super) fn check_idle(world: &World, served: &Served, connections: usize) {
+    let (open, used) = (served.server.connections(), served.server.used_bytes());
+    let in_flight: usize = served.stacks.iter().map(|stack| stack.vbd.in_flight()).sum();
+    if (open, used, in_flight) != (connections, 0, 0) {
+        let text = format!("{open} connections, {used} bytes and {in_flight} requests are left");
+        world.fail(Invariant::K1, format!("{text}; {connections} connections and nothing else should be"));
+    }
+}
+
+/// The server's process, which is started again when it dies.
+#[derive(Clone)]
+pub(super) struct Supervisor {
+    plan: Plan,
+    current: Rc<RefCell<SimHost>>,
+    /// Nobody is started any more.
+    done: Rc<Cell<bool>>,
+}
+
+impl Supervisor {
+    /// With a server that starts.
+    pub(super) fn new(plan: &Plan) -> Self {
+        let current = Rc::new(RefCell::new(plan.process("unused", 0)));
+        let supervisor = Self { plan: plan.clone(), current, done: Rc::default() };
+        supervisor.start(0);
+        supervisor
+    }
+
+    /// Kills the server as often as `after` has numbers, each time after so many of its effects.
+    pub(super) async fn run(self, after: Vec<u64>) {
+        for (i, steps) in after.into_iter().enumerate() {
+            let host = self.current.borrow().clone();
+            host.process.node().kill_after_steps(steps);
+            host.process.node().dead().await;
+            if self.done.get() {
+                return;
+            }
+            self.plan.world.count(|s| s.crashes += 1);
+            self.plan.world.sim.sleep_ns(10_000).await;
+            self.start(i as u64 + 1);
+        }
+    }
+
+    /// Starts a server as a task of its own process, which can die while it starts.
+    fn start(&self, key: u64) {
+        if self.done.get() {
+            return;
+        }
+        let host = self.plan.process("tapdisk", key);
+        *self.current.borrow_mut() = host.clone();
+        let plan = self.plan.clone();
+        host.clone().process.node().spawn("main", 0, async move {
+            let served = plan.serve(&host).await;
+            // Its disks live as long as the process.
+            std::future::pending::<()>().await;
+            drop(served);
+        });
+    }
+
+    /// The server that is left; it has no successor.
+    pub(super) fn retire(&self) -> SimHost {
+        self.done.set(true);
+        self.current.borrow().clone()
+    }
+}
+
+/// A client with what a tapdisk has above it: overlapping requests are kept apart.
+pub(super) async fn client_stack(plan: &Plan, host: &SimHost, config: &ClientConfig) -> Rc<dyn Node> {
+    let client = plan.connect(host, config).await;
+    let scheduler = Scheduler::new(host.clone(), client as Rc<dyn Node>, plan.limits.scheduler);
+    Rc::new(Vbd::new(host.clone(), VbdId(0), Rc::new(scheduler) as Rc<dyn Node>))
+}
+
+/// Sends `messages` to the server, takes every reply, and hangs up when the server has.
+pub(super) async fn send_all(host: SimHost, messages: Vec<Vec<u8>>) {
+    let Ok(stream) = host.connect(&address()).await else { return };
+    let raw = RawNbd::new(stream);
+    let reader = raw.clone();
+    host.process.node().spawn("reads", 0, async move {
+        let _ = reader.drain().await;
+    });
+    for message in &messages {
+        if raw.send(message).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Lets what dead clients had asked for end: at most some operations that are stuck for ten seconds each.
+pub(super) async fn bury(world: &World, dead: &[SimHost], served: &Served, connections: usize) {
+    world.sim.stop_faults();
+    for host in dead {
+        host.process.node().kill();
+        host.process.node().dead().await;
+    }
+    world.sim.sleep_ns(600_000_000_000).await;
+    check_idle(world, served, connections);
+}
