@@ -24,11 +24,14 @@
 //!
 //! # Implementers
 //!
-//! | trait | simulated by |
-//! |---|---|
-//! | [`Files`], [`File`] | `kernel-model` (page cache or direct, above a drive with a volatile cache) |
-//! | [`Time`], [`Tasks`], [`Log`], [`Entropy`] | `kernel-model` (a process) |
-//! | [`Grants`], [`Events`], [`SharedPages`], [`Xenstore`] | `xen-model` |
+//! | trait | simulated by | real |
+//! |---|---|---|
+//! | [`Files`], [`File`] | `kernel-model` (page cache or direct, above a drive with a volatile cache) | `tap-linux` |
+//! | [`Sockets`], [`Listener`], [`Stream`] | `kernel-model` | `tap-linux` |
+//! | [`Time`], [`Tasks`], [`Log`], [`Entropy`] | `kernel-model` (a process) | `tap-linux` |
+//! | [`Grants`], [`Events`], [`SharedPages`], [`Xenstore`] | `xen-model` | |
+//!
+//! `tap-conformance` has the tests that both columns pass.
 
 mod buf;
 mod bug;

@@ -21,6 +21,12 @@ use tap_linux::{AioEngine, LinuxHost, Options, run};
 fn main() -> ExitCode {
     let args = Arguments::from_args();
     let devices = [512, 4096].map(|sector| Arc::new(Mutex::new(Device::new(sector))));
+    if !args.list {
+        for device in &devices {
+            // Now, since a child that starts while tests run holds their locks for a moment. Who needs it hears why not.
+            let _attached = lock(device).attach();
+        }
+    }
     let mut trials = Vec::new();
     for (engine, aio) in [("io_uring", AioEngine::IoUring), ("threads", AioEngine::Threads)] {
         for (way, direct) in [("buffered", false), ("direct", true)] {
@@ -54,11 +60,32 @@ fn main() -> ExitCode {
     for test in tasks::all() {
         trials.push(Trial::test(format!("tasks/{}", test.name), move || on_sockets(test, false)));
     }
+    trials.push(Trial::test("the_documentation_lists_every_body", documented));
     let conclusion = libtest_mimic::run(&args, trials);
     for device in devices {
         lock(&device).detach();
     }
     conclusion.exit_code()
+}
+
+fn documented() -> Result<(), Failed> {
+    let text =
+        std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/testing/conformance.md"))?;
+    let lists = [files::on_files, files::on_disks, zeros::on_files, zeros::on_disks, locks::on_files];
+    let more = [life::on_files, life::on_disks, tasks::all, sockets::all];
+    let mut names: Vec<_> = lists
+        .into_iter()
+        .chain(more)
+        .flat_map(|list| list())
+        .map(|test: Test<LinuxHost>| test.name)
+        .collect();
+    names.sort_unstable();
+    let mut rows: Vec<_> =
+        text.lines().filter_map(|l| l.strip_prefix("| `")?.split_once('`')).map(|(n, _)| n).collect();
+    rows.retain(|name| !name.contains('/'));
+    rows.sort_unstable();
+    assert_eq!(rows, names);
+    Ok(())
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -131,7 +158,7 @@ fn takes_direct(folder: &str) -> bool {
     std::fs::remove_file(format!("{folder}/direct")).is_ok() && opened.is_ok_and(|ok| ok)
 }
 
-/// A loop device that is made when it is needed first.
+/// A loop device.
 struct Device {
     sector_bytes: u32,
     state: Option<Result<(tempfile::NamedTempFile, String), String>>,
