@@ -54,7 +54,7 @@ fn install_peers(sh: &Shell) {
         return;
     }
     let update = cmd!(sh, "apt-get update").run();
-    if let Err(error) = update.and_then(|()| cmd!(sh, "apt-get install -y {missing...}").run()) {
+    if let Err(error) = update.and_then(|()| cmd!(sh, "apt-get install -y").args(&missing).run()) {
         eprintln!("xtask: {missing:?} cannot be installed, their tests will be ignored: {error}");
     }
 }
