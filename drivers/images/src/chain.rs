@@ -217,7 +217,7 @@ pub(crate) async fn open_backing<H: ImageHost>(
     let Some(format) = format else {
         return refused(
             format!("it is based on {backing}, which may not be opened"),
-            "allow that file, or flatten the image",
+            "allow it (--backing raw or --backing qcow), or flatten the image",
         );
     };
     let spec = ImageSpec { format, path: backing.clone() };

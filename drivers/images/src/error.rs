@@ -43,8 +43,9 @@ pub enum ImageError {
         /// Which option, and what it may be.
         what: String,
     },
-    /// Something is wrong with the file that an image is based on.
-    #[error("use {backing} below {path}: {error}")]
+    /// Something is wrong with the file that an image is based on, or further below. The text names this pair and the
+    /// cause, not every image in between.
+    #[error("use {backing} below {path}: {}", error.cause())]
     Backing {
         /// The image.
         path: String,
@@ -59,6 +60,15 @@ impl ImageError {
     pub(crate) fn io(action: &'static str, path: &str) -> impl FnOnce(Errno) -> ImageError {
         let path = path.to_owned();
         move |error| ImageError::Io { action, path, error }
+    }
+
+    /// What is wrong in the lowest image that was reached.
+    fn cause(&self) -> &ImageError {
+        let mut cause = self;
+        while let ImageError::Backing { error, .. } = cause {
+            cause = error;
+        }
+        cause
     }
 
     /// The error number that stands for it where only a number fits.

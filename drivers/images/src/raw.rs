@@ -38,7 +38,7 @@ pub async fn create<H: ImageHost>(
     }
     let file = ImageFile::create(host, path, existing).await?;
     if file.info.block_device {
-        let what = "it is a block device: that is a raw image as it stands".to_owned();
+        let what = "it is a block device, a raw image as it stands; write into it with convert -n".to_owned();
         return Err(ImageError::Options { path: path.to_owned(), format: "raw", what });
     }
     file.set_size(size_bytes).await.map_err(ImageError::io("size", path))?;

@@ -147,9 +147,10 @@ pub(super) struct Xen {
     pub(super) l1_big_endian: bool,
 }
 
-/// Whether a file that begins with `head` claims to be this format.
+/// Whether a file that begins with `head` claims to be qcow, of whatever version: opening refuses the others, and none
+/// is taken as the bytes of a raw disk.
 pub(super) fn is_qcow(head: &[u8]) -> bool {
-    RawHeader::read_from_prefix(head).is_ok_and(|(raw, _)| raw.magic == MAGIC && raw.version == 1)
+    head.starts_with(&MAGIC.to_be_bytes())
 }
 
 /// Parses the first bytes of a file of `file_bytes`. The error says what is wrong.

@@ -53,14 +53,16 @@ fn backing_files_are_opened_only_if_allowed() {
     let (host, options) = (world.clone(), OpenOptions::default());
     let refused = world.block_on(async move { Qcow::open(&host, PATH, &options).await.err() }).unwrap();
     let text = "open /image as qcow: it is based on /base, which may not be opened; \
-                allow that file, or flatten the image";
+                allow it (--backing raw or --backing qcow), or flatten the image";
     assert_eq!(refused.to_string(), text);
     // An image that is its own backing file ends at the limit, or at the lock.
     let (host, mut options) = (world.clone(), setup.options(false));
     options.backing = BackingPolicy::Ask(Rc::new(|_| Some(ImageFormat::Qcow)));
     world.put(BASE, world.bytes(PATH));
     let refused = world.block_on(async move { Qcow::open(&host, PATH, &options).await.err() }).unwrap();
-    assert!(refused.to_string().contains("more than 64 images"), "{refused}");
+    let text = "use /base below /image: open /base as qcow: there are more than 64 images above /base; \
+                merge some of them";
+    assert_eq!(refused.to_string(), text, "the outer pair and the cause, not 64 levels");
 }
 
 #[test]
@@ -74,6 +76,21 @@ fn probing_finds_qcow_and_takes_all_else_as_raw() {
         let node =
             world.block_on(async move { crate::open_image(&host, &spec, &OpenOptions::default()).await });
         assert_eq!(node.unwrap().info().size_sectors, sectors);
+    }
+    // Of another version it is refused: raw, its header would be the start of a disk.
+    let mut newer = world.bytes(PATH);
+    newer[4..8].copy_from_slice(&3_u32.to_be_bytes());
+    world.put(BASE, newer);
+    for (format, refused) in [(ImageFormat::Probe, true), (ImageFormat::Raw, false)] {
+        let (host, spec) = (world.clone(), crate::ImageSpec { format, path: BASE.to_owned() });
+        let node =
+            world.block_on(async move { crate::open_image(&host, &spec, &OpenOptions::default()).await });
+        let text = node.err().map(|e| e.to_string());
+        assert_eq!(
+            text.as_ref().is_some_and(|t| t.contains("it is of version 3, not 1")),
+            refused,
+            "{text:?}"
+        );
     }
 }
 
