@@ -29,12 +29,14 @@ pub struct Cli {
 #[derive(Subcommand, Debug)]
 pub enum Command {
     /// Serves disks over NBD until it is asked to stop (SIGTERM, SIGINT)
-    #[command(after_help = "Specs: raw:PATH, qcow:PATH, nbd:ADDRESS, nbd://HOST/EXPORT
+    #[command(
+        after_help = "Specs: raw:PATH, qcow:PATH, nbd:ADDRESS, nbd://HOST/EXPORT, nbd+unix:///EXPORT?socket=PATH
 
 Examples:
   tapdisk serve --nbd unix:/run/disk.sock qcow:/images/disk.qcow
   tapdisk serve --nbd 127.0.0.1:10809 --read-only a=raw:/images/a.img b=qcow:/images/b.qcow
-  nbdinfo nbd+unix:///?socket=/run/disk.sock")]
+  nbdinfo 'nbd+unix:///?socket=/run/disk.sock'"
+    )]
     Serve(ServeArgs),
 }
 

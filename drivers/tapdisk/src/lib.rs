@@ -11,7 +11,8 @@
 //!
 //! * Everything a program does to its machine goes through the seam or through [`Console`]; only `bin/*.rs` know the real
 //!   host. So a world can start a program as a process.
-//! * Failures are one line each, which reads "PROGRAM: failed to ...".
+//! * Failures are one line each, which reads "PROGRAM: failed to ...", or tells what is wrong with the command
+//!   line.
 //!
 //! | module | what it is for |
 //! |---|---|
@@ -20,6 +21,7 @@
 //! | [`daemon`] | `tapdisk` |
 //! | [`serve`] | `tapdisk serve` |
 //! | [`img`] | `tap-img` |
+//! | [`usage`] | command lines that cannot be parsed |
 //! | [`terminal`] | the console of a real process |
 
 mod console;
@@ -30,5 +32,6 @@ pub mod serve;
 pub mod size;
 pub mod spec;
 pub mod terminal;
+pub mod usage;
 
 pub use console::Console;

@@ -3,56 +3,90 @@
 use crate::Console;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::cell::{Cell, RefCell};
-use std::io::{IsTerminal, Write, stderr, stdout};
+use std::io::{self, IsTerminal, Write, stderr, stdout};
 
-/// Standard output and standard error; a progress bar on a terminal, plain lines elsewhere.
-#[derive(Default)]
+/// Standard output and standard error; a progress bar on a terminal that can draw one, plain lines elsewhere.
 pub struct Terminal {
+    /// Whether bars are drawn.
+    draws: bool,
     bar: RefCell<Option<ProgressBar>>,
     /// Tenths that were printed as lines.
     tenths: Cell<u64>,
+    /// Something could not be printed.
+    failed: Cell<bool>,
+}
+
+/// Fits into 80 columns, whatever the sizes.
+const BAR: &str = "{bar:20} {percent:>3} % {bytes}/{total_bytes} {bytes_per_sec} {eta}";
+
+impl Default for Terminal {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl Terminal {
     /// The console.
     pub fn new() -> Self {
-        Self::default()
+        let dumb = std::env::var_os("TERM").is_none_or(|term| term.is_empty() || term == "dumb");
+        Self {
+            draws: !dumb && stderr().is_terminal(),
+            bar: RefCell::default(),
+            tenths: Cell::default(),
+            failed: Cell::default(),
+        }
     }
 
-    fn bar(&self, total_bytes: u64) -> ProgressBar {
+    /// The exit status of a program that wants to end with `status`: not 0 if what it printed was lost.
+    pub fn status(&self, status: u8) -> u8 {
+        status.max(u8::from(self.failed.get()))
+    }
+
+    fn draw(&self, done_bytes: u64, total_bytes: u64) {
         let mut bar = self.bar.borrow_mut();
         let bar = bar.get_or_insert_with(|| {
-            let style = ProgressStyle::with_template(
-                "{bar:40} {percent:>3} % {bytes}/{total_bytes} {bytes_per_sec} {eta}",
-            );
-            let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
+            let style = ProgressStyle::with_template(BAR).unwrap_or_else(|_| ProgressStyle::default_bar());
             ProgressBar::with_draw_target(Some(total_bytes), ProgressDrawTarget::stderr()).with_style(style)
         });
-        bar.clone()
+        bar.set_position(done_bytes);
+    }
+
+    /// Leaves the bar as it is, and goes on below it.
+    fn leave_bar(&self) {
+        if let Some(bar) = self.bar.take() {
+            bar.abandon();
+            let _ = writeln!(stderr());
+        }
+    }
+
+    fn print(&self, line: &str, to: &mut dyn Write) {
+        // One message is enough, and none if the reader has gone: nobody is left to be told.
+        if let Err(error) = writeln!(to, "{line}").and_then(|()| to.flush())
+            && error.kind() != io::ErrorKind::BrokenPipe
+            && !self.failed.replace(true)
+        {
+            self.err(&format!("failed to print: {error}"));
+        }
     }
 }
 
 impl Console for Terminal {
     fn out(&self, line: &str) {
-        // Nobody is left to be told when a reader goes.
-        if let Err(error) = writeln!(stdout(), "{line}").and_then(|()| stdout().flush())
-            && error.kind() != std::io::ErrorKind::BrokenPipe
-        {
-            self.err(&format!("failed to print: {error}"));
-        }
+        self.leave_bar();
+        self.print(line, &mut stdout());
     }
 
     fn err(&self, line: &str) {
+        self.leave_bar();
         // There is no place left to say that this failed.
         let _ = writeln!(stderr(), "{line}");
     }
 
     fn progress(&self, done_bytes: u64, total_bytes: u64) {
-        if stderr().is_terminal() {
-            let bar = self.bar(total_bytes);
-            bar.set_position(done_bytes);
+        if self.draws {
+            self.draw(done_bytes, total_bytes);
             if done_bytes >= total_bytes {
-                bar.finish();
+                self.leave_bar();
             }
             return;
         }
@@ -60,5 +94,31 @@ impl Console for Terminal {
         if tenths > self.tenths.replace(tenths) {
             self.err(&format!("{} %", tenths * 10));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Fails every write.
+    struct Full(io::ErrorKind);
+
+    impl Write for Full {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            Err(self.0.into())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_printed_is_in_the_status() {
+        let terminal = Terminal::new();
+        terminal.print("to nobody", &mut Full(io::ErrorKind::BrokenPipe));
+        assert_eq!(terminal.status(0), 0);
+        terminal.print("to a full disk", &mut Full(io::ErrorKind::StorageFull));
+        assert_eq!((terminal.status(0), terminal.status(4)), (1, 4));
     }
 }

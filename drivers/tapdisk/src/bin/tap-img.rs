@@ -1,15 +1,27 @@
 //! `tap-img` on a real host.
 
-use clap::Parser;
+use std::env::args_os;
 use std::process::ExitCode;
 use tap_linux::{Level, Options};
 use tapdisk::img::{Cli, run};
 use tapdisk::terminal::Terminal;
+use tapdisk::usage;
+
+/// As `qemu-img`: 2 has a meaning of its own there.
+const UNUSABLE: u8 = 1;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli: Cli = match usage::parse("tap-img", args_os(), UNUSABLE, &Terminal::new()) {
+        Ok(cli) => cli,
+        Err(status) => return ExitCode::from(status),
+    };
     let options = Options { log_level: Level::Warning, ..Options::default() };
-    match tap_linux::run(&options, |host| async move { run(host, cli, &Terminal::new()).await }) {
+    let run = |host| async move {
+        let terminal = Terminal::new();
+        let status = run(host, cli, &terminal).await;
+        terminal.status(status)
+    };
+    match tap_linux::run(&options, run) {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
             eprintln!("tap-img: failed to {error}");

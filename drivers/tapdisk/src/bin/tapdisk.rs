@@ -1,14 +1,21 @@
 //! `tapdisk` on a real host.
 
-use clap::Parser;
+use std::env::args_os;
 use std::process::ExitCode;
 use std::time::Duration;
 use tap_linux::{AioEngine, Level, Options, set_io_priority};
 use tapdisk::daemon::{AioArg, Cli, run};
 use tapdisk::terminal::Terminal;
+use tapdisk::usage;
+
+/// Exit status where the command line cannot be parsed.
+const UNUSABLE: u8 = 2;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli: Cli = match usage::parse("tapdisk", args_os(), UNUSABLE, &Terminal::new()) {
+        Ok(cli) => cli,
+        Err(status) => return ExitCode::from(status),
+    };
     let options = Options {
         aio: match cli.aio {
             AioArg::Auto => AioEngine::Auto,
@@ -26,7 +33,12 @@ fn main() -> ExitCode {
         eprintln!("tapdisk: failed to set the priority at the drives: {error}");
         return ExitCode::FAILURE;
     }
-    match tap_linux::run(&options, |host| async move { run(host, cli, &Terminal::new()).await }) {
+    let run = |host| async move {
+        let terminal = Terminal::new();
+        let status = run(host, cli, &terminal).await;
+        terminal.status(status)
+    };
+    match tap_linux::run(&options, run) {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
             eprintln!("tapdisk: failed to {error}");

@@ -41,7 +41,9 @@ fn refused() -> Done {
     for args in [["--nbd", "nowhere", "raw:/x"], ["--nbd", "unix:/x", "vhd:/x"], ["--cache", "no", "raw:/x"]]
     {
         let output = Command::new(TAPDISK).arg("serve").args(args).output()?;
-        assert_eq!(output.status.code(), Some(2), "{args:?}");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!((output.status.code(), said.lines().count()), (Some(2), 1), "{args:?}: {said}");
+        assert!(said.ends_with("; see tapdisk --help\n"), "{args:?}: {said}");
     }
     Ok(())
 }

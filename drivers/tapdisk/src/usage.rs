@@ -1,0 +1,85 @@
+//! Command lines that cannot be parsed, in one line.
+//!
+//! ```text
+//!   error: the following required arguments were not provided:      tap-img: the following required arguments
+//!     <FILE>                                                   ─►   were not provided: <FILE>; see tap-img --help
+//!
+//!   Usage: tap-img info <FILE> ...
+//! ```
+
+use crate::Console;
+use clap::Parser;
+use clap::error::ErrorKind;
+use std::ffi::OsString;
+use std::io;
+
+/// Parses the command line of `program`. Help and version are printed as clap prints them; anything else that is no
+/// command line is one line on `console`.
+///
+/// # Errors
+/// The exit status: 0 after help and version, `unusable` where the command line cannot be parsed.
+pub fn parse<C: Parser>(
+    program: &str,
+    args: impl IntoIterator<Item = OsString>,
+    unusable: u8,
+    console: &dyn Console,
+) -> Result<C, u8> {
+    C::try_parse_from(args).map_err(|error| {
+        if !matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
+            console.err(&one_line(program, &error));
+            return unusable;
+        }
+        match error.print() {
+            Err(why) if why.kind() != io::ErrorKind::BrokenPipe => {
+                console.err(&format!("{program}: failed to print: {why}"));
+                1
+            }
+            _ => 0,
+        }
+    })
+}
+
+/// The first paragraph of clap's message: what follows is a usage and tips, which `--help` has as well.
+fn one_line(program: &str, error: &clap::Error) -> String {
+    let text = error.to_string();
+    let what = if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        "a command is missing".to_owned()
+    } else {
+        let text = text.strip_prefix("error: ").unwrap_or(&text);
+        let lines = text.lines().map(str::trim).take_while(|line| !line.is_empty());
+        lines.collect::<Vec<_>>().join(" ")
+    };
+    format!("{program}: {what}; see {program} --help")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{daemon, img};
+
+    fn line<C: Parser>(program: &str, args: &str) -> String {
+        let args = std::iter::once(program).chain(args.split_whitespace());
+        one_line(program, &C::try_parse_from(args).err().expect("it cannot be parsed"))
+    }
+
+    #[test]
+    fn each_error_is_one_line_that_names_what_is_wrong() {
+        for (args, words) in [
+            ("", "a command is missing"),
+            ("shrink", "unrecognized subcommand 'shrink'"),
+            ("info", "were not provided: <FILE>"),
+            ("info --wide a", "unexpected argument '--wide' found"),
+            (
+                "create -f vhd a 1M",
+                "invalid value 'vhd' for '--format <FORMAT>' [possible values: raw, qcow]",
+            ),
+            ("convert -m 65 a b", "invalid value '65' for '--parallel <PARALLEL>': 65 is not in 1..=64"),
+        ] {
+            let line = line::<img::Cli>("tap-img", args);
+            let inside = line.strip_prefix("tap-img: ").and_then(|l| l.strip_suffix("; see tap-img --help"));
+            assert!(inside.is_some_and(|l| l.contains(words) && !l.contains(['\n', '\u{1b}'])), "{line}");
+        }
+        let line = line::<daemon::Cli>("tapdisk", "serve --nbd nowhere raw:a");
+        assert!(line.starts_with("tapdisk: invalid value 'nowhere' for '--nbd <ADDRESS>': "), "{line}");
+    }
+}
