@@ -180,12 +180,72 @@ fn maps_name_depth_place_and_kind() {
 }
 
 #[test]
+fn maps_read_what_is_below_as_they_are_told_to() {
+    let machine = Machine::quiet();
+    machine.put_disk("/disk", 64 << 10);
+    machine.ok("create -f qcow -b disk -F raw /middle.qcow");
+    machine.ok("create -f qcow -b middle.qcow /top.qcow");
+    // As raw, the file in the middle has nothing below; its name of a file that is gone is only bytes.
+    machine.kernel.storage().put_bytes("/disk", &[]);
+    let mut bytes = machine.kernel.storage().bytes("/middle.qcow").unwrap();
+    bytes[4..8].copy_from_slice(&3_u32.to_be_bytes());
+    machine.kernel.storage().put_bytes("/middle.qcow", &bytes);
+    let human = machine.ok("map --backing raw /top.qcow");
+    assert!(human.lines().nth(1).is_some_and(|line| line.ends_with(" /middle.qcow")), "{human}");
+    let text = machine.fails("map --backing probe /top.qcow", 1);
+    assert!(text.starts_with("use /middle.qcow below /top.qcow: ") && text.contains("version 3"), "{text}");
+}
+
+#[test]
+fn a_map_is_one_array_with_a_run_on_each_line() {
+    let machine = Machine::quiet();
+    machine.put_disk("/disk", 64 << 10);
+    machine.ok("convert -O qcow raw:/disk /a.qcow");
+    let text = machine.ok("map --output json /a.qcow");
+    let map: Vec<serde_json::Value> = serde_json::from_str(&text).unwrap();
+    assert_eq!(map.len(), text.lines().count());
+    let mut end = Some(0);
+    for run in &map {
+        assert_eq!(run["start"].as_u64(), end);
+        end = end.zip(run["length"].as_u64()).map(|(end, length)| end + length);
+    }
+    assert_eq!((map.len(), end), (6, Some(64 << 10)), "{text}");
+}
+
+#[test]
+fn long_zeros_are_compared_and_converted_whole() {
+    // More sectors than one request can have, and data at both ends and in between.
+    let machine = Machine::quiet();
+    machine.ok("create -q -f qcow -o cluster_size=64k /zeros.qcow 3T");
+    machine.ok("create -q -f qcow -o cluster_size=64k /end.qcow 3T");
+    assert_eq!(machine.ok("compare /zeros.qcow /end.qcow"), "Images are identical.");
+    machine.ok("convert -O qcow -o cluster_size=64k /zeros.qcow /copy.qcow");
+    let info = machine.json("info --output json /copy.qcow");
+    assert_eq!(info["virtual-size"].as_u64(), Some(3 << 40));
+    // Data of 4 MiB against zeros of 3 TiB, and the other way round.
+    machine.put_disk("/disk", 4 << 20);
+    machine.ok("convert -n -O qcow raw:/disk /end.qcow");
+    for pair in ["/zeros.qcow /end.qcow", "/end.qcow /zeros.qcow"] {
+        let (status, out, _) = machine.run(&format!("compare {pair}"));
+        assert_eq!((status, out.as_str()), (1, "Content mismatch at offset 0!"), "{pair}");
+    }
+    machine.ok("convert -O qcow -o cluster_size=64k /end.qcow /copy.qcow");
+    assert_eq!(machine.ok("compare /end.qcow /copy.qcow"), "Images are identical.");
+    // Zeros over data.
+    machine.ok("convert -n -O qcow /zeros.qcow /copy.qcow");
+    assert_eq!(machine.ok("compare /zeros.qcow /copy.qcow"), "Images are identical.");
+}
+
+#[test]
 fn bad_input_gets_one_clear_line() {
     let machine = Machine::quiet();
     machine.put_disk("/disk", 65536);
     machine.ok("create -q -f qcow /a.qcow 1M");
     let mut bytes = machine.kernel.storage().bytes("/a.qcow").unwrap();
     machine.kernel.storage().put_bytes("/cut.qcow", &bytes[..40]);
+    let mut newer = bytes.clone();
+    newer[4..8].copy_from_slice(&3_u32.to_be_bytes());
+    machine.kernel.storage().put_bytes("/v3.qcow", &newer);
     bytes[4096..4104].copy_from_slice(&(1_u64 << 40).to_be_bytes());
     machine.kernel.storage().put_bytes("/bad.qcow", &bytes);
     for (line, status, words) in [
@@ -199,6 +259,14 @@ fn bad_input_gets_one_clear_line() {
         ("create -f qcow /new 12x", 1, "'12x' is no size"),
         ("create -f qcow -o shape=round /new 1M", 1, "no option 'shape'"),
         ("create -f qcow -o cluster_size=3k /new 1M", 1, "no power of two"),
+        (
+            "create /new 18446744073709551615",
+            1,
+            "a disk of 18446744073709551615 bytes is larger than a file can be",
+        ),
+        ("create -f qcow -b gone /new 1M", 1, "open /gone"),
+        ("info /v3.qcow", 1, "it is of version 3, not 1"),
+        ("convert /v3.qcow /new", 1, "it is of version 3, not 1"),
         ("create -b disk /new 1M", 1, "a raw image has no backing file"),
         ("create -f qcow -b gone /new", 1, "open /gone"),
         ("check /disk", 63, "no metadata"),
@@ -214,6 +282,22 @@ fn bad_input_gets_one_clear_line() {
     let (status, out, err) = machine.run("check /bad.qcow");
     assert_eq!((status, err.as_str()), (2, ""));
     assert!(out.starts_with("ERROR ") && out.contains("1 errors were found"), "{out}");
+    assert_eq!(machine.json("info --output json raw:/v3.qcow")["format"], "raw", "as it was asked for");
+}
+
+#[test]
+fn an_image_that_ends_too_early_is_told_without_a_status() {
+    let machine = Machine::quiet();
+    machine.put_disk("/disk", 64 << 10);
+    machine.ok("convert -S 0 -O qcow raw:/disk /a.qcow");
+    let bytes = machine.kernel.storage().bytes("/a.qcow").unwrap();
+    let cut = bytes.len() - 8192;
+    machine.kernel.storage().put_bytes("/a.qcow", &bytes[..cut]);
+    let (status, out, err) = machine.run("check /a.qcow");
+    assert_eq!(status, 0, "{out}");
+    assert!(out.starts_with("No errors were found on the image."), "{out}");
+    let words = format!("/a.qcow ends at byte {cut}, and what is mapped reaches to byte {}: ", bytes.len());
+    assert!(err.starts_with("tap-img: warning: ") && err.contains(&words) && !err.contains('\n'), "{err}");
 }
 
 #[test]
@@ -246,6 +330,9 @@ fn a_full_disk_is_told_and_the_source_stays() {
     machine.put_disk("/disk", 1 << 20);
     let before = machine.kernel.storage().bytes("/disk");
     let text = machine.fails("convert -O qcow raw:/disk /new.qcow", 1);
-    assert_eq!(text, "copy raw:/disk to /new.qcow: no space left on device (ENOSPC)");
+    assert_eq!(
+        text,
+        "copy raw:/disk to /new.qcow: no space left on device (ENOSPC); /new.qcow is incomplete"
+    );
     assert_eq!(machine.kernel.storage().bytes("/disk"), before);
 }

@@ -74,6 +74,13 @@ impl Check {
             (0, _) => LEAKS,
             _ => CORRUPT,
         };
+        if report.end_bytes > report.file_bytes {
+            console.err(&format!(
+                "tap-img: warning: {} ends at byte {}, and what is mapped reaches to byte {}: after a crash of the \
+                 host that is data that was never flushed, otherwise the file was cut off",
+                spec.path, report.file_bytes, report.end_bytes
+            ));
+        }
         if self.output == Output::Json {
             print_json(console, &shown)?;
         } else if status != 0 || !self.quiet {

@@ -10,7 +10,7 @@ use crate::spec::DiskSpec;
 use clap::Args;
 use smallvec::smallvec;
 use std::rc::Rc;
-use tap_core::{CacheMode, Node, Request, ZeroFlags};
+use tap_core::{CacheMode, LocalBoxFuture, Node, Request, ZeroFlags};
 use tap_host::{BufPool, Errno, IoBuf, SECTOR_BYTES, SectorRange};
 use tap_images::ImageFormat;
 
@@ -59,6 +59,9 @@ struct Copier {
     sparse_sectors: u64,
 }
 
+/// The copying of one piece.
+type Piece = LocalBoxFuture<Result<(), Errno>>;
+
 impl Convert {
     pub(super) async fn run<H: DiskHost>(&self, host: &H, console: &dyn Console) -> Outcome {
         let sparse = parse_size(&self.sparse).map_err(|e| Failure::new(format!("use -S: {e}")))?;
@@ -78,10 +81,11 @@ impl Convert {
         };
         let copied = self.copy(&copier, console).await;
         let closed = copier.to.close().await;
-        let what = |e: Errno| Failure::new(format!("copy {} to {}: {e}", self.source, self.target));
-        copied.map_err(what)?;
-        closed.map_err(what)?;
-        copier.from.close().await.map_err(what)?;
+        copied.and(closed).map_err(|e| {
+            let (from, to) = (&self.source, &self.target);
+            Failure::new(format!("copy {from} to {to}: {e}; {to} is incomplete"))
+        })?;
+        copier.from.close().await.map_err(|e| Failure::new(format!("close {}: {e}", self.source)))?;
         Ok(0)
     }
 
@@ -123,13 +127,28 @@ impl Convert {
     }
 
     async fn copy(&self, copier: &Copier, console: &dyn Console) -> Result<(), Errno> {
+        let mut crew = Crew::new(usize::from(self.parallel));
+        let mut outcome = self.feed(copier, &mut crew, console).await;
+        // Also after an error: nothing may be in flight when the target is closed.
+        while let Some(result) = crew.finish().await {
+            outcome = outcome.and(result);
+        }
+        outcome
+    }
+
+    /// Gives `crew` one piece after the other, up to the first error.
+    async fn feed(
+        &self,
+        copier: &Copier,
+        crew: &mut Crew<Piece>,
+        console: &dyn Console,
+    ) -> Result<(), Errno> {
         let total = copier.from.info().size_sectors * SECTOR_BYTES;
         let mut extents = Extents::new(&copier.from);
-        let mut crew = Crew::new(usize::from(self.parallel));
         let mut done = 0;
         while let Some(run) = extents.next(PIECE_SECTORS).await? {
             let job = copier.clone();
-            let work = Box::pin(async move { job.piece(run.start, run.count, run.extent.zero).await });
+            let work: Piece = Box::pin(async move { job.piece(run.start, run.count, run.extent.zero).await });
             if let Some(result) = crew.start(work).await {
                 result?;
             }
@@ -137,9 +156,6 @@ impl Convert {
             if self.progress && !self.quiet {
                 console.progress(done, total);
             }
-        }
-        while let Some(result) = crew.finish().await {
-            result?;
         }
         Ok(())
     }

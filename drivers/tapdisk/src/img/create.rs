@@ -6,6 +6,7 @@ use crate::Console;
 use crate::size::parse_size;
 use crate::spec::format_name;
 use clap::Args;
+use tap_host::SECTOR_BYTES;
 use tap_images::{ImageFormat, ImageHost, ImageSpec, describe, resolve};
 
 #[derive(Args, Debug)]
@@ -39,21 +40,23 @@ impl Create {
         };
         let spec = super::image(&self.file, None).map_err(Failure::new)?;
         let format = if spec.format == ImageFormat::Probe { self.format.into() } else { spec.format };
-        let size = match (size, &self.backing) {
-            (Some(size), _) => size,
-            (None, Some(name)) => {
-                // Also shows that the file is there.
+        let below_bytes = match &self.backing {
+            // Also shows that the file is there.
+            Some(name) => {
                 let format = self.backing_format.map_or(ImageFormat::Probe, ImageFormat::from);
                 let below = ImageSpec { format, path: resolve(&spec.path, name) };
-                describe(host, &below).await.map_err(Failure::new)?.disk_bytes
+                Some(describe(host, &below).await.map_err(Failure::new)?.disk_bytes)
             }
-            (None, None) => return Err(create("its size is missing: write for example 20G".to_owned())),
+            None => None,
         };
-        let target = Target {
-            spec: ImageSpec { format, path: spec.path },
-            size_bytes: size.next_multiple_of(512),
-            backing: self.backing.clone(),
+        let Some(size) = size.or(below_bytes) else {
+            return Err(create("its size is missing: write for example 20G".to_owned()));
         };
+        let Some(size_bytes) = size.checked_next_multiple_of(SECTOR_BYTES) else {
+            return Err(create(format!("a disk of {size} bytes is larger than a file can be")));
+        };
+        let target =
+            Target { spec: ImageSpec { format, path: spec.path }, size_bytes, backing: self.backing.clone() };
         target.create(host, &self.options).await.map_err(Failure::new)?;
         if !self.quiet {
             console.out(&format!(

@@ -1,7 +1,7 @@
 //! `tap-img map`.
 
 use super::pump::{Extents, Run};
-use super::{BackingArgs, Failure, FormatArg, Outcome, Output, print_json};
+use super::{BackingArg, BackingArgs, Failure, FormatArg, Outcome, Output};
 use crate::Console;
 use crate::disk::{DiskHost, DiskOptions, open_any};
 use crate::spec::DiskSpec;
@@ -9,7 +9,7 @@ use clap::Args;
 use serde::Serialize;
 use tap_core::Source;
 use tap_host::SECTOR_BYTES;
-use tap_images::{ImageFormat, ImageHost, ImageSpec, describe};
+use tap_images::{ImageHost, ImageSpec, describe};
 
 #[derive(Args, Debug)]
 pub(super) struct Map {
@@ -39,50 +39,120 @@ struct Shown {
     offset: Option<u64>,
 }
 
+impl Shown {
+    /// Whether `next`, which begins where this ends, is more of the same.
+    fn goes_on_with(&self, next: &Shown) -> bool {
+        let same = (self.depth, self.present, self.zero, self.data, self.compressed)
+            == (next.depth, next.present, next.zero, next.data, next.compressed);
+        let place_goes_on = match (self.offset, next.offset) {
+            (Some(a), Some(b)) => a.checked_add(self.length) == Some(b),
+            (a, b) => a.is_none() && b.is_none(),
+        };
+        same && place_goes_on
+    }
+}
+
 impl Map {
     pub(super) async fn run<H: DiskHost>(&self, host: &H, console: &dyn Console) -> Outcome {
         let spec = super::disk(&self.file, self.format).map_err(Failure::new)?;
-        let options = DiskOptions { backing: self.backing.backing.policy(), ..DiskOptions::default() };
+        let backing = self.backing.backing;
+        let options = DiskOptions { backing: backing.policy(), ..DiskOptions::default() };
         let node = open_any(host, &spec, &options).await.map_err(Failure::new)?;
+        let files = match self.output {
+            Output::Json => None,
+            Output::Human => Some(files(host, spec.clone(), backing).await?),
+        };
+        let mut printer = Printer { console, files, before: None, count: 0 };
+        printer.start();
         let mut extents = Extents::new(&node);
-        let mut all: Vec<Shown> = Vec::new();
         loop {
             match extents.next(u64::MAX).await {
-                Ok(Some(run)) => push(&mut all, shown(&run)),
+                Ok(Some(run)) => printer.take(shown(&run))?,
                 Ok(None) => break,
+                // An array that was begun stays open: nobody takes a part of the map for the whole.
                 Err(e) => return Err(Failure::new(format!("read the map of {spec}: {e}"))),
             }
         }
+        printer.finish()?;
         node.close().await.map_err(|e| Failure::new(format!("close {spec}: {e}")))?;
-        match self.output {
-            Output::Json => print_json(console, &all)?,
-            Output::Human => {
-                let files = files(host, spec).await?;
-                console.out(&format!("{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to"));
-                for run in all.iter().filter(|run| run.data) {
-                    let place = match run.offset {
-                        Some(offset) => format!("{offset:#x}"),
-                        None => "compressed".to_owned(),
-                    };
-                    let file = files.get(run.depth as usize).map_or("", String::as_str);
-                    let (start, length) = (format!("{:#x}", run.start), format!("{:#x}", run.length));
-                    console.out(&format!("{start:<16}{length:<16}{place:<16}{file}"));
-                }
-            }
-        }
         Ok(0)
     }
 }
 
-/// The paths of the chain, the image first.
-async fn files<H: ImageHost>(host: &H, spec: DiskSpec) -> Result<Vec<String>, Failure> {
+/// Prints runs as they come, those that go on as one. A map may have millions of them, so only the last is kept.
+struct Printer<'a> {
+    console: &'a dyn Console,
+    /// The files of the chain, for people; `None` for JSON.
+    files: Option<Vec<String>>,
+    /// What is not printed yet, because it may go on.
+    before: Option<Shown>,
+    /// Objects of the array that were printed.
+    count: u64,
+}
+
+impl Printer<'_> {
+    fn start(&self) {
+        if self.files.is_some() {
+            self.console.out(&format!("{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to"));
+        }
+    }
+
+    fn take(&mut self, run: Shown) -> Result<(), Failure> {
+        match &mut self.before {
+            Some(before) if before.goes_on_with(&run) => before.length += run.length,
+            before => {
+                if let Some(done) = before.replace(run) {
+                    self.print(&done, ",")?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<(), Failure> {
+        match self.before.take() {
+            Some(last) => self.print(&last, "]"),
+            None => {
+                if self.files.is_none() {
+                    self.console.out("[]");
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Prints one run; `after` follows it in the array.
+    fn print(&mut self, run: &Shown, after: &str) -> Result<(), Failure> {
+        let Some(files) = &self.files else {
+            let text = serde_json::to_string(run).map_err(|e| Failure::new(format!("print JSON: {e}")))?;
+            let open = if self.count == 0 { "[" } else { "" };
+            self.console.out(&format!("{open}{text}{after}"));
+            self.count += 1;
+            return Ok(());
+        };
+        if run.data {
+            let place = match run.offset {
+                Some(offset) => format!("{offset:#x}"),
+                None if run.compressed => "compressed".to_owned(),
+                None => "-".to_owned(),
+            };
+            let file = files.get(run.depth as usize).map_or("", String::as_str);
+            let (start, length) = (format!("{:#x}", run.start), format!("{:#x}", run.length));
+            self.console.out(&format!("{start:<16}{length:<16}{place:<16}{file}"));
+        }
+        Ok(())
+    }
+}
+
+/// The paths of the chain, the image first, each read as it was opened.
+async fn files<H: ImageHost>(host: &H, spec: DiskSpec, backing: BackingArg) -> Result<Vec<String>, Failure> {
     let DiskSpec::Image(spec) = spec else { return Ok(vec![spec.to_string()]) };
     let (mut files, mut next) = (Vec::new(), Some(spec));
     // Opening has found the chain to be of bounded length.
     while let Some(spec) = next {
         let image = describe(host, &spec).await.map_err(Failure::new)?;
         files.push(spec.path);
-        next = image.backing_path.map(|path| ImageSpec { format: ImageFormat::Probe, path });
+        next = backing.format().zip(image.backing_path).map(|(format, path)| ImageSpec { format, path });
         if files.len() > 64 {
             break;
         }
@@ -105,21 +175,4 @@ fn shown(run: &Run) -> Shown {
         compressed,
         offset,
     }
-}
-
-/// Appends a run, to the last one if it goes on.
-fn push(all: &mut Vec<Shown>, run: Shown) {
-    if let Some(last) = all.last_mut() {
-        let same = (last.depth, last.present, last.zero, last.data, last.compressed)
-            == (run.depth, run.present, run.zero, run.data, run.compressed);
-        let goes_on = match (last.offset, run.offset) {
-            (Some(a), Some(b)) => a + last.length == b,
-            (a, b) => a.is_none() && b.is_none(),
-        };
-        if same && goes_on {
-            last.length += run.length;
-            return;
-        }
-    }
-    all.push(run);
 }

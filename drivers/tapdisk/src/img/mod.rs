@@ -91,14 +91,19 @@ pub enum BackingArg {
 }
 
 impl BackingArg {
+    /// As what a backing file is opened; `None` where none is.
+    fn format(self) -> Option<ImageFormat> {
+        match self {
+            BackingArg::Refuse => None,
+            BackingArg::Raw => Some(ImageFormat::Raw),
+            BackingArg::Qcow => Some(ImageFormat::Qcow),
+            BackingArg::Probe => Some(ImageFormat::Probe),
+        }
+    }
+
     /// The policy for opening.
     pub fn policy(self) -> BackingPolicy {
-        match self {
-            BackingArg::Refuse => BackingPolicy::Refuse,
-            BackingArg::Raw => BackingPolicy::any(ImageFormat::Raw),
-            BackingArg::Qcow => BackingPolicy::any(ImageFormat::Qcow),
-            BackingArg::Probe => BackingPolicy::any(ImageFormat::Probe),
-        }
+        self.format().map_or(BackingPolicy::Refuse, BackingPolicy::any)
     }
 }
 

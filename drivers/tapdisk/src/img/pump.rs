@@ -37,7 +37,8 @@ impl Extents {
         Self { node: Rc::clone(node), at: 0, known: VecDeque::new() }
     }
 
-    /// The run that begins where the last one ended, of at most `most` sectors; `None` at the end of the disk.
+    /// The run that begins where the last one ended; `None` at the end of the disk. Data comes in runs of at most
+    /// `most` sectors; zeros, which nobody reads, as far as they go (below 2^32 sectors).
     pub(super) async fn next(&mut self, most: u64) -> Result<Option<Run>, Errno> {
         let left = self.node.info().size_sectors - self.at;
         if left == 0 {
@@ -48,6 +49,7 @@ impl Extents {
             self.known = self.node.extents(range, MAX_EXTENTS).await?.into();
         }
         let first = self.known.front_mut().ok_or(Errno::EIO)?;
+        let most = if first.zero { u64::from(u32::MAX) } else { most };
         let count = first.count.min(most).min(left);
         let run = Run { start: self.at, count, extent: *first };
         first.count -= count;
