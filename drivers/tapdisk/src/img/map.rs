@@ -176,3 +176,63 @@ fn shown(run: &Run) -> Shown {
         offset,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::RefCell;
+
+    #[derive(Default)]
+    struct Lines(RefCell<Vec<String>>);
+
+    impl Console for Lines {
+        fn out(&self, line: &str) {
+            self.0.borrow_mut().push(line.to_owned());
+        }
+        fn err(&self, line: &str) {
+            panic!("nothing is wrong: {line}");
+        }
+        fn progress(&self, _: u64, _: u64) {}
+    }
+
+    /// What is printed for runs of 512 bytes: offset, and whether compressed.
+    fn printed(files: Option<Vec<String>>, runs: &[(Option<u64>, bool)]) -> Vec<String> {
+        let lines = Lines::default();
+        let mut printer = Printer { console: &lines, files, before: None, count: 0 };
+        printer.start();
+        for (start, (offset, compressed)) in (0..).step_by(512).zip(runs.iter().copied()) {
+            let run = Shown {
+                start,
+                length: 512,
+                depth: 0,
+                present: true,
+                zero: false,
+                data: true,
+                compressed,
+                offset,
+            };
+            assert!(printer.take(run).is_ok());
+        }
+        assert!(printer.finish().is_ok());
+        lines.0.take()
+    }
+
+    #[test]
+    fn places_that_are_not_known_are_not_called_compressed() {
+        let runs = [(Some(4096), false), (Some(4608), false), (None, true), (None, false)];
+        let lines = printed(Some(vec!["/a".to_owned()]), &runs);
+        let places = lines.iter().map(|l| l.split_whitespace().skip(1).collect::<Vec<_>>().join(" "));
+        let want = ["Length Mapped to File", "0x400 0x1000 /a", "0x200 compressed /a", "0x200 - /a"];
+        assert_eq!(places.collect::<Vec<_>>(), want);
+    }
+
+    #[test]
+    fn every_array_is_closed() {
+        assert_eq!(printed(None, &[]), ["[]"]);
+        for count in 1..4 {
+            let lines = printed(None, &[(Some(0), false), (None, false), (Some(0), false)][..count]);
+            let all: Vec<serde_json::Value> = serde_json::from_str(&lines.join("\n")).unwrap();
+            assert_eq!((all.len(), lines.len()), (count, count), "{lines:?}");
+        }
+    }
+}
