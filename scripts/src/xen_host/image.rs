@@ -106,7 +106,8 @@ impl Builder<'_> {
             find(&root.join("usr/lib"), "xen-4", "").or_else(|_| find(&root.join("usr/lib"), "xen-", ""))?,
         )?;
         let xen_in_dom0 = xen.strip_prefix(fs::canonicalize(root)?)?.display().to_string();
-        let mut programs: Vec<PathBuf> = ["bash", "flock"].map(|name| root.join("usr/bin").join(name)).into();
+        let mut programs: Vec<PathBuf> =
+            ["bin/bash", "bin/flock", "sbin/nbd-client"].map(|name| root.join("usr").join(name)).into();
         for program in &programs {
             archive.copy(&in_root(root, program)?, program)?;
         }

@@ -18,13 +18,15 @@ use xshell::{Shell, cmd};
 /// Packages whose names stand for whatever version is current; what they depend on is taken.
 const META: [&str; 2] = ["xen-system-amd64", "linux-image-amd64"];
 /// For dom0 and for the emulator.
-const NAMED: [&str; 10] = [
+const NAMED: [&str; 11] = [
     "xen-utils-common",
     "xenstore-utils",
     "bash",
     // flock, for Xen's block script
     "util-linux",
     "libgcc-s1",
+    // the user space of the kernel's nbd driver
+    "nbd-client",
     "busybox-static",
     "qemu-system-x86",
     "qemu-system-common",
@@ -66,7 +68,11 @@ impl Pool {
         let root = cache.join("pool");
         // Written last, so a pool that has it is whole.
         let stamp = root.join("contents");
-        if let Ok(contents) = fs::read_to_string(&stamp) {
+        // A pool from before this list was changed is made anew.
+        let wanted = format!("{META:?} {NAMED:?} {LEFT_OUT:?}\n");
+        if let Ok(contents) = fs::read_to_string(&stamp)
+            && contents.starts_with(&wanted)
+        {
             return Ok(Self { root, contents });
         }
         let debs = download(sh, cache)?;
@@ -84,7 +90,7 @@ impl Pool {
             unpack(deb, &root)?;
         }
         let names = debs.iter().filter_map(|deb| deb.file_name()).map(|n| n.to_string_lossy() + "\n");
-        let contents: String = names.collect();
+        let contents = names.fold(wanted, |contents, name| contents + &name);
         fs::write(stamp, &contents)?;
         Ok(Self { root, contents })
     }
@@ -120,10 +126,13 @@ fn try_download(sh: &Shell, cache: &Path) -> Result<Vec<PathBuf>> {
         .read()
         .map_err(|e| format!("find Debian's packages (this needs Debian 12 or newer, with apt): {e}"))?;
     let names = needed(&parse_graph(&graph))?;
+    // Asked in a folder without packages: apt-get says nothing of those that it sees.
+    let in_cache = sh.push_dir(cache);
+    let uris = cmd!(sh, "apt-get -qq --print-uris download {names...}").quiet().read()?;
+    drop(in_cache);
     let folder = cache.join("debs");
     fs::create_dir_all(&folder)?;
     let _in_folder = sh.push_dir(&folder);
-    let uris = cmd!(sh, "apt-get -qq --print-uris download {names...}").quiet().read()?;
     let files = parse_uris(&uris)?;
     let there = |file: &&Deb| fs::metadata(folder.join(&file.name)).is_ok_and(|m| m.len() == file.size_bytes);
     let missing: Vec<&Deb> = files.iter().filter(|file| !there(file)).collect();

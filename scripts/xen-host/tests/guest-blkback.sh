@@ -10,8 +10,8 @@ until [ -b /dev/xvda ]; do
 done
 echo "@guest sectors $(cat /sys/block/xvda/size)"
 dd if=/dev/urandom of=/tmp/written bs=64k count=64 2> /dev/null
-dd if=/tmp/written of=/dev/xvda bs=64k seek=3 oflag=direct
-dd if=/dev/xvda of=/tmp/read bs=64k skip=3 count=64 iflag=direct
+dd if=/tmp/written of=/dev/xvda bs=64k seek=3 oflag=direct 2> /dev/null
+dd if=/dev/xvda of=/tmp/read bs=64k skip=3 count=64 iflag=direct 2> /dev/null
 cmp /tmp/written /tmp/read
 echo "@guest sha256 $(sha256sum < /tmp/written | cut -d ' ' -f 1)"
 GUEST
