@@ -162,7 +162,8 @@ impl Machine<'_> {
         ]);
         // dom0 ends the machine by a byte to this port.
         command.args(["-device", "isa-debug-exit,iobase=0x501,iosize=1"]);
-        command.args(["-drive", "file=out.img,format=raw,if=none,id=out,cache=unsafe"]);
+        // A full disk is dom0's to report; QEMU's default is to stop the machine.
+        command.args(["-drive", "file=out.img,format=raw,if=none,id=out,cache=unsafe,werror=report"]);
         command.args(["-device", "virtio-blk-pci,drive=out,disable-legacy=on"]);
         command.arg("-kernel").arg(&self.image.xen).arg("-append").arg(format!(
             "com1=115200,8n1 console=com1 loglvl=warning guest_loglvl=warning dom0_mem={dom0_mib}M,max:{dom0_mib}M \

@@ -45,14 +45,18 @@ fn progress(line: &str) {
 
 /// Runs the task; the exit status is part of its contract (see its help).
 pub(crate) fn main(args: &[String]) -> ExitCode {
-    let status = Options::parse(args).map_err(|e| (2, e)).and_then(|o| run(&o).map_err(|e| (NOT_STARTED, e)));
-    status.map_or_else(
-        |(status, error)| {
-            eprintln!("xtask: failed to {error}");
-            ExitCode::from(status)
-        },
-        ExitCode::from,
-    )
+    let options = match Options::parse(args) {
+        Ok(options) => options,
+        Err(error) => {
+            eprintln!("xtask: {error}");
+            return ExitCode::from(2);
+        }
+    };
+    let status = run(&options).unwrap_or_else(|error| {
+        eprintln!("xtask: failed to {error}");
+        NOT_STARTED
+    });
+    ExitCode::from(status)
 }
 
 fn run(options: &Options) -> Result<u8> {

@@ -106,29 +106,40 @@ impl Pool {
 
 /// Has every package's file in the cache; those that are there are not fetched again.
 fn download(sh: &Shell, cache: &Path) -> Result<Vec<PathBuf>> {
-    match try_download(sh, cache) {
-        Ok(debs) => Ok(debs),
-        Err(first) => {
-            progress(&format!("{first}; refreshing the lists of packages"));
-            cmd!(sh, "apt-get -qq update").run().map_err(|e| {
-                format!("download packages ({first}), and to refresh their lists ({e}): is there a network? As root, run apt-get update")
-            })?;
-            try_download(sh, cache)
-        }
+    let first = match try_download(sh, cache) {
+        Ok(debs) => return Ok(debs),
+        Err(error) => error,
+    };
+    progress(&format!("failed to {first}; refreshing the lists of packages"));
+    apt(cmd!(sh, "apt-get -qq update")).map_err(|error| {
+        format!("download packages: {first}; nor can the lists be refreshed, which wants root and a network: {error}")
+    })?;
+    try_download(sh, cache)
+}
+
+/// Runs a command of apt and returns what it prints; its first complaint is the error.
+fn apt(command: xshell::Cmd<'_>) -> Result<String> {
+    let output = command.quiet().ignore_status().output()?;
+    if output.status.success() {
+        return Ok(String::from_utf8(output.stdout)?);
     }
+    let complaints = String::from_utf8_lossy(&output.stderr);
+    let first = complaints.lines().find_map(|line| line.strip_prefix("E: "));
+    Err(first.map_or_else(|| format!("apt: {}", output.status), str::to_owned).into())
 }
 
 fn try_download(sh: &Shell, cache: &Path) -> Result<Vec<PathBuf>> {
     let roots = META.iter().chain(&NAMED);
-    let graph = cmd!(sh, "apt-cache depends --recurse --no-recommends --no-suggests --no-conflicts --no-breaks --no-replaces --no-enhances {roots...}")
-        .quiet()
-        .ignore_stderr()
-        .read()
-        .map_err(|e| format!("find Debian's packages (this needs Debian 12 or newer, with apt): {e}"))?;
+    let graph = cmd!(
+        sh,
+        "apt-cache depends --recurse --no-recommends --no-suggests --no-conflicts --no-breaks --no-replaces --no-enhances {roots...}"
+    );
+    let graph =
+        apt(graph).map_err(|e| format!("find Debian's packages (it takes a Debian, with apt): {e}"))?;
     let names = needed(&parse_graph(&graph))?;
     // Asked in a folder without packages: apt-get says nothing of those that it sees.
     let in_cache = sh.push_dir(cache);
-    let uris = cmd!(sh, "apt-get -qq --print-uris download {names...}").quiet().read()?;
+    let uris = apt(cmd!(sh, "apt-get -qq --print-uris download {names...}"))?;
     drop(in_cache);
     let folder = cache.join("debs");
     fs::create_dir_all(&folder)?;
@@ -140,10 +151,8 @@ fn try_download(sh: &Shell, cache: &Path) -> Result<Vec<PathBuf>> {
         let size_bytes: u64 = missing.iter().map(|file| file.size_bytes).sum();
         progress(&format!("downloading {} packages, {} MB", missing.len(), size_bytes / 1_000_000));
         let packages = missing.iter().map(|file| file.package());
-        cmd!(sh, "apt-get -qq -o APT::Sandbox::User=root download {packages...}")
-            .quiet()
-            .run()
-            .map_err(|e| format!("download packages: {e}"))?;
+        apt(cmd!(sh, "apt-get -qq -o APT::Sandbox::User=root download {packages...}"))
+            .map_err(|error| format!("download packages: {error}"))?;
     }
     match files.iter().find(|file| !there(file)) {
         None => Ok(files.iter().map(|file| folder.join(&file.name)).collect()),
@@ -154,16 +163,16 @@ fn try_download(sh: &Shell, cache: &Path) -> Result<Vec<PathBuf>> {
 }
 
 fn unpack(deb: &Path, root: &Path) -> Result<()> {
-    let mut archive =
-        Command::new("dpkg-deb").arg("--fsys-tarfile").arg(deb).stdout(Stdio::piped()).spawn()?;
+    let mut archive = Command::new("dpkg-deb").arg("--fsys-tarfile").arg(deb).stdout(Stdio::piped()).spawn();
+    let mut archive = archive.map_err(|e| format!("run dpkg-deb: {e}"))?;
     let stream = archive.stdout.take().ok_or("read from dpkg-deb")?;
     let mut tar = Command::new("tar");
     tar.args(["-x", "--keep-directory-symlink", "--no-same-owner", "-C"]).arg(root);
     tar.args(LEFT_OUT.iter().map(|pattern| format!("--exclude={pattern}")));
-    let unpacked = tar.stdin(stream).status()?;
+    let unpacked = tar.stdin(stream).status();
     // Waited for in any case, or it would stay as a zombie.
     let read = archive.wait()?;
-    if unpacked.success() && read.success() {
+    if unpacked.map_err(|e| format!("run tar: {e}"))?.success() && read.success() {
         return Ok(());
     }
     Err(format!("unpack {} into {}: is the disk full?", deb.display(), root.display()).into())
@@ -202,10 +211,11 @@ fn parse_graph(text: &str) -> Graph {
     for line in text.lines() {
         if !line.starts_with(' ') {
             current = Some(graph.entry(line.to_owned()).or_default());
-        } else if let (Some((kind, name)), Some(depends)) = (line.split_once(": "), current.as_mut()) {
-            if kind.ends_with("Depends") && !name.starts_with('<') {
-                depends.push(name.to_owned());
-            }
+        } else if let (Some((kind, name)), Some(depends)) = (line.split_once(": "), current.as_mut())
+            && kind.ends_with("Depends")
+            && !name.starts_with('<')
+        {
+            depends.push(name.to_owned());
         }
     }
     graph
