@@ -32,7 +32,7 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 /// Exit status when nothing could be built or started.
 const NOT_STARTED: u8 = 126;
 /// Free space that a cache without packages needs: downloads, their unpacked files, images.
-const CACHE_SIZE_MIB: u64 = 2048;
+const CACHE_SIZE_MIB: u64 = 1024;
 /// Free space that a run needs: its initrd, and what comes back.
 const RUN_SIZE_MIB: u64 = 512;
 /// What QEMU needs besides the machine's memory.

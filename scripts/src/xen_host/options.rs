@@ -15,7 +15,7 @@ Usage: cargo xtask xen-host build|run SCRIPT|shell|test [NAME...] [OPTIONS]
   test [NAME...]   boot once and run the tests in scripts/xen-host/tests, or those named; ends with a table
 
 Options:
-  --cache DIR      downloads and images (target/xen-host, about 1 GB); one machine at a time uses a cache
+  --cache DIR      downloads and images (target/xen-host, 0.55 GB); one machine at a time uses a cache
   --programs DIR   where tapdisk and tap-img are (target/release, after building them); they go to dom0's /usr/local/bin
   --no-programs    take no programs along
   --copy FILE      copy a file into dom0's /root, where scripts start; repeatable

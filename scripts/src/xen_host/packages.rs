@@ -163,7 +163,7 @@ fn try_download(sh: &Shell, cache: &Path) -> Result<Vec<PathBuf>> {
 }
 
 fn unpack(deb: &Path, root: &Path) -> Result<()> {
-    let mut archive = Command::new("dpkg-deb").arg("--fsys-tarfile").arg(deb).stdout(Stdio::piped()).spawn();
+    let archive = Command::new("dpkg-deb").arg("--fsys-tarfile").arg(deb).stdout(Stdio::piped()).spawn();
     let mut archive = archive.map_err(|e| format!("run dpkg-deb: {e}"))?;
     let stream = archive.stdout.take().ok_or("read from dpkg-deb")?;
     let mut tar = Command::new("tar");
