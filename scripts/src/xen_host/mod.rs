@@ -160,7 +160,7 @@ fn boot(sh: &Shell, options: &Options, script: &[u8]) -> Result<machine::Ended> 
         bring_back(sh, &machine.out(), &options.out.clone().unwrap_or_else(|| run.join("out")))?;
     }
     if options.keep {
-        progress(&format!("to boot it again, in {}: {:?}", run.display(), machine.command()));
+        progress(&format!("to boot it again: {:?}", machine.command()));
     } else {
         fs::remove_file(run.join("initrd"))?;
         fs::remove_file(machine.out())?;

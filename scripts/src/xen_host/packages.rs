@@ -6,7 +6,8 @@
 //!
 //! Nothing is installed. On a machine with a qemu-utils from backports, installing stable's qemu-system-x86 would
 //! remove it; and unpacking wants no root. The pool is complete with its own libc, so a program in it runs as
-//! `pool's ld.so --library-path pool's libraries PROGRAM`.
+//! `pool's ld.so --library-path pool's libraries PROGRAM`. What takes a while runs under `setpriv --pdeathsig`, so that
+//! it ends when this process does.
 
 use super::{Result, progress};
 use std::collections::{BTreeMap, BTreeSet};
@@ -151,8 +152,11 @@ fn try_download(sh: &Shell, cache: &Path) -> Result<Vec<PathBuf>> {
         let size_bytes: u64 = missing.iter().map(|file| file.size_bytes).sum();
         progress(&format!("downloading {} packages, {} MB", missing.len(), size_bytes / 1_000_000));
         let packages = missing.iter().map(|file| file.package());
-        apt(cmd!(sh, "apt-get -qq -o APT::Sandbox::User=root download {packages...}"))
-            .map_err(|error| format!("download packages: {error}"))?;
+        apt(cmd!(
+            sh,
+            "setpriv --pdeathsig KILL apt-get -qq -o APT::Sandbox::User=root download {packages...}"
+        ))
+        .map_err(|error| format!("download packages: {error}"))?;
     }
     match files.iter().find(|file| !there(file)) {
         None => Ok(files.iter().map(|file| folder.join(&file.name)).collect()),
@@ -166,8 +170,10 @@ fn unpack(deb: &Path, root: &Path) -> Result<()> {
     let archive = Command::new("dpkg-deb").arg("--fsys-tarfile").arg(deb).stdout(Stdio::piped()).spawn();
     let mut archive = archive.map_err(|e| format!("run dpkg-deb: {e}"))?;
     let stream = archive.stdout.take().ok_or("read from dpkg-deb")?;
-    let mut tar = Command::new("tar");
-    tar.args(["-x", "--keep-directory-symlink", "--no-same-owner", "-C"]).arg(root);
+    // dpkg-deb ends with its reader.
+    let mut tar = Command::new("setpriv");
+    tar.args(["--pdeathsig", "KILL", "tar", "-x", "--keep-directory-symlink", "--no-same-owner", "-C"])
+        .arg(root);
     tar.args(LEFT_OUT.iter().map(|pattern| format!("--exclude={pattern}")));
     let unpacked = tar.stdin(stream).status();
     // Waited for in any case, or it would stay as a zombie.
