@@ -11,7 +11,7 @@ const SWEEP_SEEDS: u64 = 1500;
 pub(crate) fn run() -> Result<()> {
     let sh = Shell::new()?;
     refuse_hidden_cfg()?;
-    install_qemu(&sh);
+    install_peers(&sh);
     step("format", || Ok(cmd!(sh, "cargo fmt --all --check").run()?))?;
     step("lints", || {
         Ok(cmd!(sh, "cargo clippy --workspace --all-targets --locked -- --deny warnings").run()?)
@@ -44,15 +44,18 @@ fn refuse_hidden_cfg() -> Result<()> {
     Ok(())
 }
 
-/// The tests against qemu-img and qemu-io report themselves ignored where these are missing; here they should run.
-fn install_qemu(sh: &Shell) {
+/// The tests against QEMU's and libnbd's tools report themselves ignored where these are missing; here they should run.
+fn install_peers(sh: &Shell) {
     let there = |tool: &str| cmd!(sh, "which {tool}").quiet().ignore_stdout().ignore_stderr().run().is_ok();
-    if there("qemu-img") && there("qemu-io") {
+    let packages = [("qemu-utils", ["qemu-img", "qemu-io"]), ("libnbd-bin", ["nbdinfo", "nbdcopy"])];
+    let missing = packages.iter().filter(|(_, tools)| !tools.iter().all(|tool| there(tool)));
+    let missing: Vec<&str> = missing.map(|(package, _)| *package).collect();
+    if missing.is_empty() {
         return;
     }
     let update = cmd!(sh, "apt-get update").run();
-    if let Err(error) = update.and_then(|()| cmd!(sh, "apt-get install -y qemu-utils").run()) {
-        eprintln!("xtask: qemu-utils cannot be installed, its tests will be ignored: {error}");
+    if let Err(error) = update.and_then(|()| cmd!(sh, "apt-get install -y").args(&missing).run()) {
+        eprintln!("xtask: {missing:?} cannot be installed, their tests will be ignored: {error}");
     }
 }
 
