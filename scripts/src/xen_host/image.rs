@@ -32,7 +32,7 @@ const XEN_PROGRAMS: [&str; 8] = [
     "libxl-save-helper",
     "xen-diag",
 ];
-const DOM0_MODULES: [&str; 14] = [
+const DOM0_MODULES: [&str; 13] = [
     "xen-evtchn",
     "xen-gntdev",
     "xen-gntalloc",
@@ -46,7 +46,6 @@ const DOM0_MODULES: [&str; 14] = [
     "virtio_blk",
     "ext4",
     "crc32c_generic",
-    "nls_ascii",
 ];
 const GUEST_MODULES: [&str; 3] = ["xen-blkfront", "ext4", "crc32c_generic"];
 
