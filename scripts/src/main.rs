@@ -14,12 +14,12 @@ House scripts.
 Usage: cargo xtask TASK
 
 Tasks:
-  ci      everything that must hold before a change lands: format, lints, tests, the build without the guard's cfg,
-          and a release sweep whose seeds come from the commit
-  bench   measures tapdisk against other servers; `cargo xtask bench --help`
+  ci        everything that must hold before a change lands: format, lints, tests, the build without the guard's cfg,
+            and a release sweep whose seeds come from the commit
+  bench     measures tapdisk against other servers; `cargo xtask bench --help`
   xen-host  boots a real Xen host under QEMU's emulation and runs tests, a script or a shell in its dom0;
-          `cargo xtask xen-host --help`
-  help    this text
+            `cargo xtask xen-host --help`
+  help      this text
 ";
 
 fn main() -> ExitCode {
