@@ -14,6 +14,7 @@
 //! | late | bytes arrive later; never out of order |
 //! | receive cut | a receive gives only the first of the bytes that are there |
 //! | small buffer | a connection holds 208 KiB in each direction, or 64 KiB, 4 KiB, 512 bytes |
+//! | abort | what was on the way is lost, and the peer is told |
 //! | reset | the peer's death breaks the stream, and what was on the way is lost; otherwise it arrives, and then the end |
 //!
 //! Who closes a stream with bytes in it that nobody has received resets it, as Linux does. Nothing is ever lost, doubled
@@ -85,6 +86,17 @@ struct Wire {
 impl Wire {
     fn other_end(&self) -> Wire {
         Wire { inward: Rc::clone(&self.outward), outward: Rc::clone(&self.inward) }
+    }
+
+    /// This end ends the stream, and takes back what has not arrived.
+    fn abort(&self) {
+        if self.outward.closed.replace(true) {
+            return;
+        }
+        self.inward.give_up();
+        self.outward.lose_on_the_way();
+        self.outward.put(Item::End { reset: true });
+        self.outward.wake_writer();
     }
 
     /// This end is closed; `died` by the death of its process.
@@ -238,10 +250,14 @@ impl Pipe {
     /// What is on its way, or was not received, is lost.
     fn lose(&self) {
         self.arrived.borrow_mut().clear();
+        self.lose_on_the_way();
+    }
+
+    fn lose_on_the_way(&self) {
         for item in self.on_the_way.borrow_mut().iter_mut() {
             *item = Item::Bytes(Vec::new());
         }
-        self.held.set(0);
+        self.held.set(self.arrived.borrow().len());
     }
 
     /// The receiving end is closed.
@@ -342,6 +358,12 @@ impl Stream for ProcessStream {
     fn shutdown(&self) {
         if self.0.process.node().step() {
             self.0.wire.close(false);
+        }
+    }
+
+    fn abort(&self) {
+        if self.0.process.node().step() {
+            self.0.wire.abort();
         }
     }
 }

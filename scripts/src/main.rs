@@ -4,6 +4,7 @@
 
 mod bench;
 mod ci;
+mod xen_host;
 
 use std::process::ExitCode;
 
@@ -13,10 +14,12 @@ House scripts.
 Usage: cargo xtask TASK
 
 Tasks:
-  ci      everything that must hold before a change lands: format, lints, tests, the build without the guard's cfg,
-          and a release sweep whose seeds come from the commit
-  bench   measures tapdisk against other servers; `cargo xtask bench --help`
-  help    this text
+  ci        everything that must hold before a change lands: format, lints, tests, the build without the guard's cfg,
+            and a release sweep whose seeds come from the commit
+  bench     measures tapdisk against other servers; `cargo xtask bench --help`
+  xen-host  boots a real Xen host under QEMU's emulation and runs tests, a script or a shell in its dom0;
+            `cargo xtask xen-host --help`
+  help      this text
 ";
 
 fn main() -> ExitCode {
@@ -25,6 +28,8 @@ fn main() -> ExitCode {
     let result = match task.as_str() {
         "ci" => ci::run(),
         "bench" => bench::run(&args[1..]),
+        // Its exit status is the one of what ran inside.
+        "xen-host" => return xen_host::main(&args[1..]),
         "help" | "--help" | "-h" => {
             print!("{HELP}");
             Ok(())

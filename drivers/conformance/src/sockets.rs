@@ -22,6 +22,7 @@ pub fn all<H: SocketHost>() -> Vec<Test<H>> {
         bytes_wait_to_be_received_in_any_cut,
         a_list_is_sent_in_order,
         the_end_comes_behind_the_last_byte,
+        an_aborted_stream_ends_at_both_ends,
         a_dropped_stream_ends,
         a_running_receive_ends_with_its_stream,
         who_sends_to_nobody_is_told,
@@ -239,6 +240,18 @@ async fn the_end_comes_behind_the_last_byte<H: SocketHost>(place: Place<H>) -> O
         same("after the end", receive(&far, 1, 1).await, Ok(Vec::new()))?;
     }
     Ok(())
+}
+
+async fn an_aborted_stream_ends_at_both_ends<H: SocketHost>(place: Place<H>) -> Outcome {
+    let (near, far) = pair(&place).await?;
+    send_bytes(&near, &pattern(1, 64)).await.or_fail("send")?;
+    same_bytes("before", &receive(&far, 64, 64).await.or_fail("receive")?, &pattern(1, 64))?;
+    near.abort();
+    // Whether as an end or as an error.
+    let after = receive(&far, 1, 1).await;
+    holds("nothing comes afterwards", after.is_err() || after == Ok(Vec::new()))?;
+    holds("nor here", !receive(&near, 1, 1).await.is_ok_and(|bytes| !bytes.is_empty()))?;
+    holds("and nothing can be sent", send_bytes(&near, b"too late").await.is_err())
 }
 
 async fn a_dropped_stream_ends<H: SocketHost>(place: Place<H>) -> Outcome {

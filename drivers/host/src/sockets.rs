@@ -219,8 +219,11 @@ pub trait Stream: Clone + 'static {
     /// # Errors
     /// As send(2): `EPIPE` (without a signal), `ECONNRESET`.
     fn send(&self, list: SendList) -> impl Future<Output = (Result<(), Errno>, SendList)> + 'static;
-    /// Ends both directions: the peer sees the end, and running operations here end.
+    /// Ends both directions: the peer sees the end, and running operations here end. What was sent still arrives.
     fn shutdown(&self);
+    /// As [`Stream::shutdown`], and what was sent and has not arrived at the peer's machine never will: afterwards nothing
+    /// of this stream can come behind what is sent on another one, but for what waits there to be received.
+    fn abort(&self);
 }
 
 #[cfg(test)]

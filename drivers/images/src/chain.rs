@@ -136,7 +136,7 @@ pub async fn describe<H: ImageHost>(host: &H, spec: &ImageSpec) -> Result<Descri
         let file = ImageFile::open(host, path, false, false).await?;
         return Ok(Description {
             format: ImageFormat::Raw,
-            disk_bytes: file.info.size_bytes / SECTOR_BYTES * SECTOR_BYTES,
+            disk_bytes: file.info.size_bytes.next_multiple_of(SECTOR_BYTES),
             cluster_bytes: None,
             backing: None,
             backing_path: None,

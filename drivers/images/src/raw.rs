@@ -1,6 +1,6 @@
 //! Raw images: the file, or block device, is the disk.
 //!
-//! Bytes behind the last whole sector are not part of the disk; a file with such a tail opens read-only.
+//! A file that does not end with a whole sector opens read-only; its last sector is filled up with zeros.
 
 use crate::io::ImageFile;
 use crate::{ImageError, ImageHost};
@@ -67,7 +67,7 @@ impl<H: ImageHost> Raw<H> {
                 format!("its size of {size} bytes is not a multiple of the {align} bytes direct I/O wants");
             return refused(what, "extend it, or open it without direct I/O");
         }
-        let info = NodeInfo { size_sectors: size / SECTOR_BYTES, read_only: !write };
+        let info = NodeInfo { size_sectors: size.div_ceil(SECTOR_BYTES), read_only: !write };
         Ok(Self { open: RefCell::new(Some(Rc::new(Inner { host: host.clone(), file }))), info })
     }
 }

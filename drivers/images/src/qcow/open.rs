@@ -153,7 +153,8 @@ impl<H: ImageHost> Qcow<H> {
             Walked::not_at_all(front.l1.len(), options.qcow.l2_tables)
         };
         let geometry = front.header.geometry;
-        let info = NodeInfo { size_sectors: geometry.size_bytes / SECTOR_BYTES, read_only: !options.write };
+        let info =
+            NodeInfo { size_sectors: geometry.size_bytes.div_ceil(SECTOR_BYTES), read_only: !options.write };
         let image = front.into_image(host, walked, backing);
         Ok(Self { image: RefCell::new(Some(Rc::new(image))), info })
     }

@@ -69,9 +69,15 @@ fn locks_keep_writers_apart_until_close() {
 #[test]
 fn sizes_that_cannot_be_written_are_refused() {
     let world = World::new(1);
-    world.put("/disk", vec![0; 1000]);
+    world.put("/disk", vec![7; 1000]);
     assert!(open(&world, true, false).err().unwrap().to_string().contains("not a multiple of 512"));
-    assert_eq!(open(&world, false, false).unwrap().info().size_sectors, 1);
+    // For reading, the last sector is filled up: no byte of the file is left out.
+    let reader = open(&world, false, false).unwrap();
+    assert_eq!(reader.info().size_sectors, 2);
+    let read = world.block_on(submit(&reader, Op::Read, 1, &[1; 512]));
+    assert_eq!((read.result, &read.bufs[0][487..489]), (Ok(()), &[7, 0][..]));
+    let extents = world.block_on(reader.extents(SectorRange::new(0, 2), 8)).unwrap();
+    assert_eq!(extents.iter().map(|e| (e.count, e.zero)).collect::<Vec<_>>(), [(2, false)]);
     world.put("/disk", vec![0; 512 * 9]);
     world.set_align(4096);
     assert!(open(&world, true, true).err().unwrap().to_string().contains("direct I/O"));

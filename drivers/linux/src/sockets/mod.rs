@@ -15,7 +15,7 @@ use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, socket_with, sockopt,
 };
 use std::net::{IpAddr, SocketAddr, TcpListener, ToSocketAddrs};
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::time::Duration;
 use tap_host::{Errno, Listener, SocketAddress, Sockets};
@@ -96,12 +96,15 @@ impl LinuxListener {
 
     /// A socket that a service manager listens at for us.
     fn inherited(fd: RawFd) -> Result<Self, Errno> {
+        // SAFETY: nothing but the kernel looks at the number, and it says so if that is not open.
+        let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+        // Where less was passed than was said, the number is one of our own by now: left alone.
+        if !sockopt::socket_acceptconn(borrowed).map_err(of_rustix)? {
+            return Err(Errno::EINVAL);
+        }
         // SAFETY: LISTEN_FDS and LISTEN_PID say that this descriptor is passed to this process, which takes it once.
         let socket = unsafe { OwnedFd::from_raw_fd(fd) };
         rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC).map_err(of_rustix)?;
-        if !sockopt::socket_acceptconn(&socket).map_err(of_rustix)? {
-            return Err(Errno::EINVAL);
-        }
         let name = rustix::net::getsockname(&socket).map_err(of_rustix)?;
         let address = if name.address_family() == AddressFamily::UNIX {
             let unix = SocketAddrUnix::try_from(name).map_err(of_rustix)?;

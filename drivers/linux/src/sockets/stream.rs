@@ -14,6 +14,7 @@ use std::io::IoSlice;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 use tap_host::{Errno, IoBuf, SendList, Stream};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -29,17 +30,35 @@ struct Socket {
     // Taken off the list before it is closed.
     _listed: Listed,
     fd: AsyncFd<OwnedFd>,
+    tcp: bool,
+}
+
+/// A TCP peer that does not answer is asked after this time, in seconds, and again at the next constant's distance; it
+/// is gone when it has not answered so often, or has left sent bytes unacknowledged for [`UNANSWERED_MS`].
+const KEEPALIVE_S: u64 = 30;
+const KEEPALIVE_AGAIN_S: u64 = 10;
+const KEEPALIVE_TIMES: u32 = 3;
+const UNANSWERED_MS: u32 = 60_000;
+
+fn set_up_tcp(socket: &OwnedFd) -> rustix::io::Result<()> {
+    // A reply waits for nothing.
+    sockopt::set_tcp_nodelay(socket, true)?;
+    // A machine that lost its power says nothing: its connections would be held open for ever.
+    sockopt::set_socket_keepalive(socket, true)?;
+    sockopt::set_tcp_keepidle(socket, Duration::from_secs(KEEPALIVE_S))?;
+    sockopt::set_tcp_keepintvl(socket, Duration::from_secs(KEEPALIVE_AGAIN_S))?;
+    sockopt::set_tcp_keepcnt(socket, KEEPALIVE_TIMES)?;
+    sockopt::set_tcp_user_timeout(socket, UNANSWERED_MS)
 }
 
 impl LinuxStream {
     /// `socket` does not block.
     pub(crate) fn new(socket: OwnedFd, tcp: bool) -> Result<Self, Errno> {
         if tcp {
-            // A reply waits for nothing.
-            sockopt::set_tcp_nodelay(&socket, true).map_err(of_rustix)?;
+            set_up_tcp(&socket).map_err(of_rustix)?;
         }
         let fd = watch(socket, Interest::READABLE | Interest::WRITABLE)?;
-        Ok(Self(Rc::new(Socket { _listed: Listed::new(fd.as_raw_fd()), fd })))
+        Ok(Self(Rc::new(Socket { _listed: Listed::new(fd.as_raw_fd()), fd, tcp })))
     }
 
     fn poll_recv(&self, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<Result<usize, Errno>> {
@@ -106,6 +125,15 @@ impl Stream for LinuxStream {
             let result = ready!(stream.poll_send(cx, &mut list));
             Poll::Ready((result, std::mem::take(&mut list)))
         })
+    }
+
+    fn abort(&self) {
+        if self.0.tcp {
+            // Empties the send queue and tells the peer by a reset; a mere shutdown leaves the kernel sending on, for
+            // as long as the network needs. Fails only where there is nothing left to send.
+            let _aborted = rustix::net::connect_unspec(&self.0.fd);
+        }
+        self.shutdown();
     }
 
     fn shutdown(&self) {

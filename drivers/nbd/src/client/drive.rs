@@ -59,7 +59,8 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
 
     fn disconnected(&self, link: &Link<H::Stream>, why: &'static str) {
         link.ended.set(true);
-        link.stream.shutdown();
+        // Nothing that was sent on it may come behind what is sent again.
+        link.stream.abort();
         link.out.close();
         if self.closed.get() {
             return;

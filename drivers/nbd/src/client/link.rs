@@ -56,7 +56,7 @@ impl<S: Stream> Link<S> {
         if self.broken.get().is_none() {
             self.broken.set(Some(why));
         }
-        self.stream.shutdown();
+        self.stream.abort();
     }
 
     /// Says good-bye; the writer closes the stream behind it.
@@ -173,6 +173,10 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
                 self.zeros(cookie, at, hole.len.get() as usize);
             }
             CHUNK_BLOCK_STATUS if target.command == CMD_BLOCK_STATUS && len > size_of::<U32>() => {
+                // One context was asked for, so there is one such chunk; more would be memory without a limit.
+                if self.has_extents(cookie) {
+                    return Err("a block status that comes twice");
+                }
                 self.status(cookie, len).await?;
             }
             kind if kind & CHUNK_ERROR_BIT != 0 && len >= ErrorHead::BYTES => {
@@ -199,6 +203,10 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
     fn finish(&self, cookie: u64, result: Result<(), Errno>) {
         self.inner.replies.set(self.inner.replies.get() + 1);
         self.inner.finish(cookie, result);
+    }
+
+    fn has_extents(&self, cookie: u64) -> bool {
+        self.inner.pending.borrow().get(&cookie).is_some_and(|p| !p.call.extents.is_empty())
     }
 
     fn with(&self, cookie: u64, change: impl FnOnce(&mut Call)) {

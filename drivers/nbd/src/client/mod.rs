@@ -18,8 +18,9 @@
 //!   with another size, or able to do less, is another disk: every request fails from then on.
 //! * **Repeated requests**: the caller keeps overlapping requests apart, so a request that is carried out twice changes
 //!   nothing. Only a server that still carries out what it had read from a broken connection, later than what it reads
-//!   from a new one, could bring back old bytes. The protocol has no fence against it. A server that died does not do
-//!   it, and ours starts nothing more once it sees that the connection broke.
+//!   from a new one, could bring back old bytes. The protocol has no fence against it. A broken connection is aborted, so
+//!   nothing arrives late that is still under way; a server that died carries nothing out, and ours starts nothing more
+//!   once it sees that the connection broke. What is left are requests that wait in the server's receive buffer.
 //! * **Flush**: a flush makes durable what was answered before. If the connection breaks in between, the server may have
 //!   died and come back without writes that it had answered, and a flush on the new connection would say nothing about
 //!   them. So with [`Breaks::MayLose`] each flush that should cover such writes fails with `EIO`, and, as what was lost
@@ -81,7 +82,8 @@ pub struct ClientConfig {
     pub receive_bytes: usize,
     /// Longest time for connecting and choosing the export, in nanoseconds.
     pub connect_ns: u64,
-    /// Longest time for one request in nanoseconds.
+    /// Longest time for one request in nanoseconds. A flush, or zeros over a large range, may take a server minutes; that
+    /// its machine is gone is found out sooner by the host (TCP keepalive).
     pub request_ns: u64,
     /// First pause between two attempts to connect again, in nanoseconds; doubles up to `pause_most_ns`.
     pub pause_ns: u64,
@@ -103,7 +105,7 @@ impl ClientConfig {
             requests: 64,
             receive_bytes: 256 << 10,
             connect_ns: 10_000_000_000,
-            request_ns: 30_000_000_000,
+            request_ns: 300_000_000_000,
             pause_ns: 100_000_000,
             pause_most_ns: 5_000_000_000,
             reconnect_ns: 60_000_000_000,

@@ -6,7 +6,7 @@ use tap_abi::nbd::{
     STATE_HOLE, STATE_ZERO, StatusExtent, command, error,
 };
 use tap_core::{Node, Op, ZeroFlags};
-use tap_host::{Errno, SECTOR_BYTES, SectorRange};
+use tap_host::{Errno, SECTOR_BYTES, SectorRange, Tasks};
 
 /// What is to be done.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -109,8 +109,14 @@ const EXTENTS_MAX: usize = 1024;
 /// What a node is asked about at once, in sectors: bounds the list that it makes.
 const STATUS_SECTORS: u64 = (64 << 20) / SECTOR_BYTES;
 
-/// The extents of `range`, or of a part from its start on: at most one if `one`.
-pub(super) async fn extents(
+/// Extents that a node is asked for at once, and how often for one answer: an answer may be short, and nobody waits long
+/// behind it.
+const EXTENTS_AT_ONCE: usize = 128;
+const LOOKS_MAX: usize = 32;
+
+/// The extents of `range`, or of a part from its start on: at most one if `one`. Others have their turn in between.
+pub(super) async fn extents<H: Tasks>(
+    host: &H,
     node: &dyn Node,
     range: SectorRange,
     one: bool,
@@ -118,12 +124,19 @@ pub(super) async fn extents(
     let most = if one { 1 } else { EXTENTS_MAX };
     let mut found: Vec<StatusExtent> = Vec::new();
     let (mut at, end) = (range.start.0, range.start.0 + u64::from(range.count));
-    // One more than is sent, so that the last one is whole.
-    while at < end && found.len() <= most {
+    let mut looks = 0;
+    // One more than is sent, so that the last one is whole, unless it is cut short.
+    while at < end && found.len() <= most && looks < LOOKS_MAX {
+        if looks > 0 {
+            host.yield_now().await;
+        }
+        looks += 1;
         let asked_end = end.min(at + STATUS_SECTORS);
         let before = at;
         let asked = SectorRange::new(at, (asked_end - at) as u32);
-        for extent in node.extents(asked, most + 1 - found.len().min(most)).await? {
+        // Who wants one extent mostly gets it from the first two.
+        let ask = if one && looks == 1 { 2 } else { EXTENTS_AT_ONCE };
+        for extent in node.extents(asked, ask).await? {
             let count = extent.count.min(asked_end - at);
             let hole = if extent.allocated { 0 } else { STATE_HOLE };
             let state = hole | if extent.zero { STATE_ZERO } else { 0 };

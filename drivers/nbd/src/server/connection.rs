@@ -283,7 +283,7 @@ where
 
     async fn status(&self, job: Job, one: bool) {
         let _turn = self.status_turn.acquire().await;
-        match extents(&*self.agreed.export.node, job.range, one).await {
+        match extents(self.host(), &*self.agreed.export.node, job.range, one).await {
             Ok(found) => self.out.put(|list| {
                 let len = size_of::<u32>() + found.len() * StatusExtent::BYTES;
                 let head = ChunkHeader::new(job.cookie, CHUNK_BLOCK_STATUS, true, len as u32);

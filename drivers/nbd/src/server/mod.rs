@@ -113,7 +113,9 @@ impl ServerLimits {
         grace_ns: 1_000_000,
     };
 
-    /// Most bytes of memory that clients can make the server hold, apart from some hundred bytes for each request.
+    /// Most bytes of memory for data that clients can make the server hold. Apart from it each request costs some hundred
+    /// bytes, an answer about extents up to 8 KiB (one at a time is made for each connection), and zeros that have to be
+    /// written as data 1 MiB while they are.
     pub fn memory_bytes(&self) -> usize {
         self.connections * (self.connection_bytes + self.receive_bytes)
     }

@@ -1,0 +1,267 @@
+//! `cargo xtask xen-host`: a real Xen host in software, to run things in.
+//!
+//! ```text
+//!   packages -> image -> machine -> console, /out, exit status
+//!   (Debian)   (once)    (QEMU)          suite: named tests in one boot, and their table
+//! ```
+//!
+//! Downloads and images are kept in a cache folder. One process at a time uses a cache: it holds a lock that ends with
+//! it. The folder `run` in it belongs to the last run: its console log, and what came back.
+
+mod cpio;
+mod image;
+mod machine;
+mod options;
+mod packages;
+mod suite;
+
+use cpio::Archive;
+use image::Image;
+use machine::{Event, Machine};
+use options::{Action, Options};
+use packages::Pool;
+use std::fs::{self, File, TryLockError};
+use std::io::{BufWriter, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Instant;
+use xshell::{Shell, cmd};
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+/// Exit status when nothing could be built or started.
+const NOT_STARTED: u8 = 126;
+/// Free space that a cache without packages needs: downloads, their unpacked files, images.
+const CACHE_SIZE_MIB: u64 = 1024;
+/// Free space that a run needs: its initrd, and what comes back.
+const RUN_SIZE_MIB: u64 = 512;
+/// What QEMU needs besides the machine's memory.
+const QEMU_MEMORY_MIB: u64 = 300;
+
+/// Prints a line of progress.
+fn progress(line: &str) {
+    eprintln!("xen-host: {line}");
+}
+
+/// Runs the task; the exit status is part of its contract (see its help).
+pub(crate) fn main(args: &[String]) -> ExitCode {
+    let options = match Options::parse(args) {
+        Ok(options) => options,
+        Err(error) => {
+            eprintln!("xtask: {error}");
+            return ExitCode::from(2);
+        }
+    };
+    let status = run(&options).unwrap_or_else(|error| {
+        eprintln!("xtask: failed to {error}");
+        NOT_STARTED
+    });
+    ExitCode::from(status)
+}
+
+fn run(options: &Options) -> Result<u8> {
+    let sh = Shell::new()?;
+    match &options.action {
+        Action::Help => print!("{}", options::HELP),
+        Action::List => suite::list()?,
+        Action::Build => {
+            let cache = Cache::open(&sh, options)?;
+            progress(&format!("ready in {}", cache.folder.display()));
+        }
+        Action::Run(script) => {
+            let script = fs::read(script).map_err(|e| format!("read {}: {e}", script.display()))?;
+            return Ok(boot(&sh, options, &script)?.status);
+        }
+        Action::Shell => return Ok(boot(&sh, options, b"")?.status),
+        Action::Test(names) => {
+            let tests = suite::choose(names)?;
+            let ended = boot(&sh, options, suite::script(&tests).as_bytes())?;
+            return Ok(suite::report(&tests, &ended.events));
+        }
+    }
+    Ok(0)
+}
+
+/// The cache with everything built, locked.
+struct Cache {
+    folder: PathBuf,
+    pool: Pool,
+    image: Image,
+    _lock: File,
+}
+
+impl Cache {
+    fn open(sh: &Shell, options: &Options) -> Result<Self> {
+        let say = |e| format!("use {} as cache: {e}", options.cache.display());
+        fs::create_dir_all(&options.cache).map_err(say)?;
+        let folder = fs::canonicalize(&options.cache).map_err(say)?;
+        let lock = File::create(folder.join("lock")).map_err(say)?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                return Err(format!(
+                    "use {}: another xen-host does; wait, or name another --cache",
+                    folder.display()
+                )
+                .into());
+            }
+            Err(TryLockError::Error(e)) => return Err(say(e).into()),
+        }
+        let fresh = !folder.join("image/key").exists();
+        need_disk(sh, &folder, if fresh { CACHE_SIZE_MIB } else { RUN_SIZE_MIB })?;
+        let start = Instant::now();
+        let pool = Pool::open(sh, &folder)?;
+        let image = Image::open(sh, &folder, &pool)?;
+        if fresh {
+            progress(&format!("built in {} s", start.elapsed().as_secs()));
+        }
+        Ok(Self { folder, pool, image, _lock: lock })
+    }
+}
+
+/// Boots, runs a script (none if it is empty), and brings back /out.
+fn boot(sh: &Shell, options: &Options, script: &[u8]) -> Result<machine::Ended> {
+    if options.shell && !std::io::stdin().is_terminal() {
+        return Err("open a shell without a terminal: use `run SCRIPT`".into());
+    }
+    need_memory(&fs::read_to_string("/proc/meminfo")?, options.memory_mib + QEMU_MEMORY_MIB)?;
+    let programs = programs(sh, options)?;
+    let cache = Cache::open(sh, options)?;
+    let run = cache.folder.join("run");
+    if run.exists() {
+        fs::remove_dir_all(&run)?;
+    }
+    fs::create_dir_all(&run)?;
+    fs::copy(&cache.image.dom0, run.join("initrd"))?;
+    let initrd = File::options().append(true).open(run.join("initrd"))?;
+    layer(options, &programs, script, BufWriter::new(initrd))?;
+    let machine = Machine {
+        pool: &cache.pool,
+        image: &cache.image,
+        run: &run,
+        memory_mib: options.memory_mib,
+        cpus: options.cpus,
+        timeout: options.timeout,
+        terminal: options.shell,
+    };
+    progress(&format!("booting; the console is also in {}", run.join("console.log").display()));
+    let start = Instant::now();
+    let ended = machine.boot(|event| match event {
+        Event::Text(line) => println!("{line}"),
+        Event::Ready => progress(&format!("dom0 is ready after {} s", start.elapsed().as_secs())),
+        Event::TestStarts(name) => progress(&format!("test {name}")),
+        Event::TestEnds { name, status, seconds } => {
+            progress(&format!("test {name} {}, {seconds} s", suite::verdict(*status)));
+        }
+        Event::Out | Event::Exit(_) => {}
+    })?;
+    progress(&format!("the machine ran {} s", start.elapsed().as_secs()));
+    if ended.events.contains(&Event::Out) {
+        bring_back(sh, &machine.out(), &options.out.clone().unwrap_or_else(|| run.join("out")))?;
+    }
+    if options.keep {
+        progress(&format!("to boot it again: {:?}", machine.command()));
+    } else {
+        fs::remove_file(run.join("initrd"))?;
+        fs::remove_file(machine.out())?;
+    }
+    Ok(ended)
+}
+
+/// The programs that go into dom0, built first if they are this repository's.
+fn programs(sh: &Shell, options: &Options) -> Result<Vec<PathBuf>> {
+    if !options.take_programs {
+        return Ok(Vec::new());
+    }
+    let folder = if let Some(folder) = &options.programs {
+        folder.clone()
+    } else {
+        cmd!(sh, "cargo build --release --locked -p tapdisk").run()?;
+        PathBuf::from("target/release")
+    };
+    let programs: Vec<PathBuf> = ["tapdisk", "tap-img"].map(|name| folder.join(name)).into();
+    match programs.iter().find(|program| !program.is_file()) {
+        Some(missing) => Err(format!("find {}: --programs says where they are", missing.display()).into()),
+        None => Ok(programs),
+    }
+}
+
+/// What goes over dom0's image for this run alone.
+fn layer(options: &Options, programs: &[PathBuf], script: &[u8], to: impl Write) -> Result<()> {
+    let own = suite::folder();
+    let mut archive = Archive::new(to);
+    archive.copy("init", &own.join("dom0-init"))?;
+    archive.tree("xen-host", &own)?;
+    if !script.is_empty() {
+        archive.file("xen-host/script", 0o755, script)?;
+    }
+    if options.shell {
+        archive.file("xen-host/shell", 0o644, b"")?;
+    }
+    for program in programs {
+        archive.copy(&format!("usr/local/bin/{}", name_of(program)?), program)?;
+    }
+    for file in &options.copy {
+        archive.copy(&format!("root/{}", name_of(file)?), file)?;
+    }
+    for tree in &options.trees {
+        archive.tree("", tree)?;
+    }
+    Ok(archive.finish()?.flush()?)
+}
+
+fn name_of(path: &Path) -> Result<String> {
+    let name = path.file_name().and_then(|name| name.to_str());
+    Ok(name.ok_or_else(|| format!("copy {}: it has no name", path.display()))?.to_owned())
+}
+
+fn bring_back(sh: &Shell, tar: &Path, to: &Path) -> Result<()> {
+    fs::create_dir_all(to).map_err(|e| format!("bring back /out to {}: {e}", to.display()))?;
+    cmd!(sh, "tar -x --no-same-owner -f {tar} -C {to}").quiet().run()?;
+    progress(&format!("dom0's /out is in {}", to.display()));
+    Ok(())
+}
+
+/// `meminfo` is what /proc/meminfo says.
+fn need_memory(meminfo: &str, needed_mib: u64) -> Result<()> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib: u64 = line
+        .and_then(|line| line.split_whitespace().next()?.parse().ok())
+        .ok_or("find MemAvailable in /proc/meminfo")?;
+    if kib / 1024 >= needed_mib {
+        return Ok(());
+    }
+    Err(format!("boot: needs {needed_mib} MiB of memory, {} MiB are available; see --memory", kib / 1024)
+        .into())
+}
+
+fn need_disk(sh: &Shell, folder: &Path, needed_mib: u64) -> Result<()> {
+    let text = cmd!(sh, "df --output=avail -BM {folder}").quiet().read()?;
+    let free_mib: u64 = text
+        .lines()
+        .nth(1)
+        .and_then(|line| line.trim().trim_end_matches('M').parse().ok())
+        .ok_or_else(|| format!("understand df's {text:?}"))?;
+    if free_mib >= needed_mib {
+        return Ok(());
+    }
+    Err(format!(
+        "use {}: needs {needed_mib} MiB of disk, {free_mib} MiB are free; name another --cache",
+        folder.display()
+    )
+    .into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn too_little_memory_is_said() {
+        let meminfo = "MemTotal:  8000000 kB\nMemFree: 1 kB\nMemAvailable:    2097152 kB\n";
+        need_memory(meminfo, 2048).expect("enough");
+        let error = need_memory(meminfo, 2049).expect_err("too little").to_string();
+        assert_eq!(error, "boot: needs 2049 MiB of memory, 2048 MiB are available; see --memory");
+        assert!(need_memory("MemTotal: 1 kB\n", 1).is_err());
+    }
+}
