@@ -26,7 +26,7 @@ pub struct CheckReport {
     /// Compressed clusters that are mapped.
     pub compressed_clusters: u64,
     /// Clusters of the file that nothing refers to: lost by a crash or an error, and harmless. An estimate when there
-    /// are problems, compressed clusters, or clusters behind the end of the file.
+    /// are problems or compressed clusters. What would lie between the end of the file and `end_bytes` counts as there.
     pub leaked_clusters: u64,
     /// Size of the file in bytes.
     pub file_bytes: u64,
@@ -84,7 +84,7 @@ pub async fn check<H: ImageHost>(host: &H, path: &str) -> Result<CheckReport, Im
     let used = walk.plain_clusters * bytes + walk.compressed_bytes.next_multiple_of(bytes);
     let used = used + report.tables * geometry.table_bytes().next_multiple_of(bytes);
     let front = geometry.l1_end().next_multiple_of(FRONT_ALIGN.max(bytes));
-    report.leaked_clusters = file_bytes.saturating_sub(front + used).div_ceil(bytes);
+    report.leaked_clusters = file_bytes.max(walk.end).saturating_sub(front + used).div_ceil(bytes);
     Ok(report)
 }
 

@@ -58,12 +58,15 @@ impl Check {
         }
         let report = qcow::check(host, &spec.path).await.map_err(Failure::new)?;
         let total = image.cluster_bytes.map_or(0, |bytes| image.disk_bytes.div_ceil(bytes));
+        // What a file that was cut off does not have is not lost in it.
+        let missing_bytes = report.end_bytes.saturating_sub(report.file_bytes);
+        let missing = image.cluster_bytes.map_or(0, |bytes| missing_bytes.div_ceil(bytes));
         let shown = Shown {
             image_end_offset: report.end_bytes,
             total_clusters: total,
             check_errors: 0,
             corruptions: report.problem_count,
-            leaks: report.leaked_clusters,
+            leaks: report.leaked_clusters.saturating_sub(missing),
             allocated_clusters: report.plain_clusters + report.compressed_clusters,
             compressed_clusters: report.compressed_clusters,
             filename: &spec.path,
