@@ -189,3 +189,53 @@ fn locks_keep_a_second_writer_out() {
         assert_eq!(two.lock(LockKind::Exclusive), Ok(()));
     });
 }
+
+/// What the peer receives of a TCP stream whose sender has filled the buffers on the way and then ends it.
+fn received_after(end: impl Fn(&tap_linux::LinuxStream) + 'static) -> (usize, usize) {
+    with(AioEngine::Auto, |host| async move {
+        let nearby = SocketAddress::Tcp { host: "127.0.0.1".to_owned(), port: 0 };
+        let listener = host.listen(&nearby).await.unwrap();
+        let near = host.connect(&listener.address()).await.unwrap();
+        let far = listener.accept().await.unwrap();
+        let sent = Rc::new(RefCell::new(0));
+        let (sender, count) = (near.clone(), Rc::clone(&sent));
+        host.spawn("sender", 0, async move {
+            loop {
+                let mut list = SendList::new();
+                list.push_buf(IoBuf::unpooled(1 << 20).unwrap());
+                while !list.is_empty() {
+                    let before = list.len();
+                    let (result, rest) = sender.send(list).await;
+                    if result.is_err() {
+                        return;
+                    }
+                    *count.borrow_mut() += before - rest.len();
+                    list = rest;
+                }
+            }
+        });
+        // Nobody receives, so it comes to a stand.
+        let mut before = usize::MAX;
+        while std::mem::replace(&mut before, *sent.borrow()) != *sent.borrow() || before == 0 {
+            host.sleep_ns(50_000_000).await;
+        }
+        end(&near);
+        let (mut received, mut buf) = (0, IoBuf::unpooled(1 << 20).unwrap());
+        loop {
+            let (result, back) = far.recv(buf, 0).await;
+            buf = back;
+            match result {
+                Ok(0) | Err(_) => return (before, received),
+                Ok(n) => received += n,
+            }
+        }
+    })
+}
+
+#[test]
+fn an_aborted_tcp_stream_sends_nothing_any_more() {
+    let (sent, received) = received_after(Stream::shutdown);
+    assert_eq!(received, sent, "a shutdown lets everything arrive");
+    let (sent, received) = received_after(Stream::abort);
+    assert!(received < sent, "{received} of {sent} bytes arrived after an abort");
+}

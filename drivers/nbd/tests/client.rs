@@ -9,8 +9,8 @@ use std::rc::Rc;
 use tap_abi::nbd::*;
 use tap_core::{Node, Op, Request, ZeroFlags};
 use tap_host::{
-    Errno, IoBuf, IoVec, Listener, Mark, SECTOR_BYTES, SectorRange, SendList, Sockets, Stream, bytes_of,
-    copy_from_slice, copy_to_slice,
+    Errno, IoBuf, IoVec, Listener, Mark, SECTOR_BYTES, SectorRange, SendList, Sockets, Stream, Time,
+    bytes_of, copy_from_slice, copy_to_slice,
 };
 use tap_nbd::{Breaks, Client, ClientConfig, ClientError, Export, ServerLimits};
 use zerocopy::{FromBytes, IntoBytes};
@@ -366,6 +366,47 @@ fn against_garbage(bytes: Vec<u8>) {
             }
             let _ = client.close().await;
         }
+    });
+}
+
+/// More status chunks than were asked for would be memory without a limit: the connection breaks, the next one is asked.
+#[test]
+fn a_block_status_comes_once() {
+    world(1, false, |w| async move {
+        let process = w.process("server");
+        let listener = process.listen(&address()).await.unwrap();
+        let connections = Rc::new(std::cell::Cell::new(0));
+        let (host, count) = (process.clone(), Rc::clone(&connections));
+        process.node().spawn("serve", 0, async move {
+            let mut open = Vec::new();
+            while let Ok(stream) = listener.accept().await {
+                count.set(count.get() + 1);
+                let say = |bytes: Vec<u8>| {
+                    let mut list = SendList::new();
+                    list.push_bytes(&bytes);
+                    stream.send(list)
+                };
+                let status = |done, len: u32| {
+                    let chunk = ChunkHeader::new(1, CHUNK_BLOCK_STATUS, done, 12);
+                    let extent = StatusExtent { len: len.into(), state: 0.into() };
+                    [chunk.as_bytes(), &1_u32.to_be_bytes(), extent.as_bytes()].concat()
+                };
+                say(greeting(true)).await.0.unwrap();
+                // The request is there by then.
+                host.sleep_ns(1_000_000).await;
+                let answer = if count.get() == 1 {
+                    [status(false, 512), status(true, 512)].concat()
+                } else {
+                    status(true, 2048)
+                };
+                say(answer).await.0.unwrap();
+                open.push(stream);
+            }
+        });
+        let client = Client::connect(w.process("client"), config()).await.unwrap();
+        let extents = client.extents(range(0, 4096), 1024).await.unwrap();
+        assert_eq!(extents.iter().map(|e| e.count).collect::<Vec<_>>(), [4]);
+        assert_eq!(connections.get(), 2);
     });
 }
 
