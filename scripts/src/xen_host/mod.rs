@@ -179,7 +179,14 @@ fn programs(sh: &Shell, options: &Options) -> Result<Vec<PathBuf>> {
         cmd!(sh, "cargo build --release --locked -p tapdisk").run()?;
         PathBuf::from("target/release")
     };
-    let programs: Vec<PathBuf> = ["tapdisk", "tap-img"].map(|name| folder.join(name)).into();
+    // For guests, which have no libraries.
+    cmd!(
+        sh,
+        "cargo rustc --quiet --locked -p scripts --bin disk-load -- -C target-feature=+crt-static -C strip=symbols"
+    )
+    .run()?;
+    let mut programs: Vec<PathBuf> = ["tapdisk", "tap-img"].map(|name| folder.join(name)).into();
+    programs.push(PathBuf::from("target/debug/disk-load"));
     match programs.iter().find(|program| !program.is_file()) {
         Some(missing) => Err(format!("find {}: --programs says where they are", missing.display()).into()),
         None => Ok(programs),
