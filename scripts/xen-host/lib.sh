@@ -27,21 +27,24 @@ hash_of() {
 }
 
 # guest_create NAME SCRIPT [LINE...]: makes a paused PV guest that runs SCRIPT (by sh -eu) and powers off. Each LINE
-# goes into its xl configuration: disk = [ 'phy:/dev/loop0,xvda,w' ]. Its domain id is in $GUEST_ID.
+# goes into its xl configuration: disk = [ 'phy:/dev/loop0,xvda,w' ]. Its domain id is in $GUEST_ID. SCRIPT has the
+# functions of guest-lib.sh, and the program disk-load.
 guest_create() {
     local name=$1 script=$2 folder
     shift 2
     folder=/tmp/guest-$name
     rm -rf "$folder"
-    mkdir -p "$folder/root"
+    mkdir -p "$folder/root/usr/bin"
     cp /xen-host/domu-init "$folder/root/init"
+    cp /xen-host/guest-lib.sh "$folder/root"
+    [ ! -f /usr/local/bin/disk-load ] || cp /usr/local/bin/disk-load "$folder/root/usr/bin"
     cp "$script" "$folder/root/run.sh"
     # Archives in a row: what is in the later goes over the earlier.
     (cd "$folder/root" && find . | cpio -o -H newc 2> /dev/null) | cat /domu/base.cpio - > "$folder/initrd"
     {
         printf '%s\n' "name = '$name'" "type = 'pv'" "kernel = '/domu/vmlinux'" "ramdisk = '$folder/initrd'"
         printf '%s\n' "extra = 'console=hvc0 quiet'" "memory = 192" "vcpus = 1"
-        printf '%s\n' "on_poweroff = 'destroy'" "on_crash = 'destroy'" "$@"
+        printf '%s\n' "on_poweroff = 'destroy'" "on_crash = 'destroy'" "on_reboot = 'restart'" "$@"
     } > "$folder/config"
     xl create -p "$folder/config" || fail "create guest $name"
     GUEST_ID=$(xl domid "$name")
@@ -58,4 +61,69 @@ guest_run() {
     wait_for "$2" guest_gone "$1"
     guest_log "$1"
     guest_log "$1" | grep -q '^@guest exit 0$'
+}
+
+guest_said() { guest_log "$1" | grep -q -- "$2"; }
+
+# guest_wait NAME SECONDS PATTERN: until it has said such a line.
+guest_wait() {
+    wait_for "$2" guest_said "$1" "$3"
+}
+
+# guest_tell NAME LINE: writes a line to its console, as if somebody typed it.
+guest_tell() {
+    echo "$2" > "$(xenstore-read "/local/domain/$(xl domid "$1")/console/tty")"
+}
+
+# guest_hash NAME DISK: the sha256 that its disk_hash said last.
+guest_hash() { guest_log "$1" | sed -n "s/^@guest sha256 of $2: //p" | tail -n 1; }
+
+# blkback on|off: whether the kernel's own back end is there. It takes every vbd whose type is `vbd`.
+blkback() {
+    case $1 in
+        on) modprobe xen-blkback ;;
+        off) if [ -d /sys/module/xen_blkback ]; then rmmod xen_blkback; fi ;;
+    esac
+}
+
+# vbd_number DISK: xvda is 51712, and each letter 16 further (a disk has 16 minor numbers).
+vbd_number() {
+    local letters=abcdefghijklmnop before
+    before=${letters%%"${1#xvd}"*}
+    echo $((51712 + 16 * ${#before}))
+}
+
+# vbd_make DOMAIN_ID DISK [TYPE]: the nodes of a disk, as a toolstack makes them, without xl. The domain may run
+# already. TYPE is the directory of the back end (vbd); any does that nobody else claims.
+# Sets $BACK and $FRONT to the two directories.
+vbd_make() {
+    local domain=$1 number
+    number=$(vbd_number "$2")
+    BACK=/local/domain/0/backend/${3:-vbd}/$domain/$number
+    FRONT=/local/domain/$domain/device/vbd/$number
+    # What is made below a directory gets its permissions: n is the owner, r may read.
+    xenstore-write "$BACK" "" "$FRONT" ""
+    xenstore-chmod "$BACK" n0 "r$domain"
+    xenstore-chmod "$FRONT" "n$domain" r0
+    xenstore-write "$BACK/frontend" "$FRONT" "$BACK/frontend-id" "$domain" "$BACK/online" 1 "$BACK/removable" 0 \
+        "$BACK/mode" w "$BACK/device-type" disk "$BACK/dev" "$2" "$BACK/state" 1
+    xenstore-write "$FRONT/backend" "$BACK" "$FRONT/backend-id" 0 "$FRONT/virtual-device" "$number" \
+        "$FRONT/device-type" disk "$FRONT/state" 1
+}
+
+vbd_has_state() { [ "$(xenstore-read "$1/state")" = "$2" ]; }
+
+# vbd_wait DIRECTORY STATE SECONDS: until that end is in that state (4: connected, 6: closed).
+vbd_wait() { wait_for "$3" vbd_has_state "$1" "$2"; }
+
+# vbd_unplug: asks both ends of $BACK and $FRONT to close, and waits for it.
+vbd_unplug() {
+    xenstore-write "$BACK/online" 0 "$BACK/state" 5
+    vbd_wait "$BACK" 6 30
+}
+
+# vbd_remove: takes the nodes of $BACK and $FRONT away. Those of a guest that is gone are gone already.
+vbd_remove() {
+    xenstore-rm "$FRONT" 2> /dev/null || true
+    xenstore-rm "$BACK"
 }

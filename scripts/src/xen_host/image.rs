@@ -21,6 +21,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use xshell::{Shell, cmd};
 
+/// Of /usr.
+const PROGRAMS: [&str; 5] =
+    ["bin/bash", "bin/flock", "sbin/nbd-client", "sbin/e2fsck", "libexec/xen-qemu-system-i386"];
 /// Of /usr/lib/xen-VERSION/bin.
 const XEN_PROGRAMS: [&str; 8] = [
     "xl",
@@ -105,8 +108,7 @@ impl Builder<'_> {
             find(&root.join("usr/lib"), "xen-4", "").or_else(|_| find(&root.join("usr/lib"), "xen-", ""))?,
         )?;
         let xen_in_dom0 = xen.strip_prefix(fs::canonicalize(root)?)?.display().to_string();
-        let mut programs: Vec<PathBuf> =
-            ["bin/bash", "bin/flock", "sbin/nbd-client"].map(|name| root.join("usr").join(name)).into();
+        let mut programs: Vec<PathBuf> = PROGRAMS.map(|name| root.join("usr").join(name)).into();
         for program in &programs {
             archive.copy(&in_root(root, program)?, program)?;
         }
@@ -126,6 +128,9 @@ impl Builder<'_> {
             }
         }
         archive.tree("etc/xen", &root.join("etc/xen"))?;
+        // xl always asks qemu for a VNC server, and that for a keyboard.
+        let keyboard = root.join("usr/share/qemu/keymaps/en-us");
+        archive.copy(&in_root(root, &keyboard)?, &keyboard)?;
         // What a Rust program asks for, besides what Xen's tools do.
         let mut libraries: BTreeSet<PathBuf> =
             ["libgcc_s.so.1", "libm.so.6", "libc.so.6"].map(|name| self.pool.libraries().join(name)).into();

@@ -19,7 +19,7 @@ use xshell::{Shell, cmd};
 /// Packages whose names stand for whatever version is current; what they depend on is taken.
 const META: [&str; 2] = ["xen-system-amd64", "linux-image-amd64"];
 /// For dom0 and for the emulator.
-const NAMED: [&str; 11] = [
+const NAMED: [&str; 13] = [
     "xen-utils-common",
     "xenstore-utils",
     "bash",
@@ -28,6 +28,10 @@ const NAMED: [&str; 11] = [
     "libgcc-s1",
     // the user space of the kernel's nbd driver
     "nbd-client",
+    // QEMU as a back end (qdisk), for comparison
+    "qemu-system-xen",
+    // e2fsck, for file systems that guests have made
+    "e2fsprogs",
     "busybox-static",
     "qemu-system-x86",
     "qemu-system-common",

@@ -1,0 +1,47 @@
+# Functions for scripts in guests, which have busybox's sh:  . /guest-lib.sh
+
+# disk_wait NAME: until the disk is there; /dev/NAME.
+disk_wait() {
+    local left=150
+    until [ -b "/dev/$1" ]; do
+        left=$((left - 1))
+        [ "$left" -gt 0 ] || { dmesg | tail -n 20; return 1; }
+        usleep 200000
+    done
+    echo "@guest sectors of $1: $(cat "/sys/block/$1/size")"
+}
+
+# disk_write_read NAME: 4 MiB are written past the page cache, flushed, and read back the same way.
+disk_write_read() {
+    dd if=/dev/urandom of=/tmp/written bs=64k count=64 2> /dev/null
+    dd if=/tmp/written of="/dev/$1" bs=64k seek=3 oflag=direct conv=notrunc,fsync 2> /dev/null
+    dd if="/dev/$1" of=/tmp/read bs=64k skip=3 count=64 iflag=direct 2> /dev/null
+    cmp /tmp/written /tmp/read
+}
+
+# disk_new_fs NAME: makes a file system and puts a file into it, /tmp/original; then as disk_old_fs.
+disk_new_fs() {
+    dd if=/dev/urandom of=/tmp/original bs=64k count=50 2> /dev/null
+    mke2fs "/dev/$1" > /dev/null
+    modprobe crc32c_generic
+    modprobe ext4
+    mount -t ext4 "/dev/$1" /mnt
+    cp /tmp/original /mnt/file
+    sha256sum < /tmp/original > /mnt/sum
+    umount /mnt
+    disk_old_fs "$1"
+}
+
+# disk_old_fs NAME: mounts the file system that is there, and compares its file with what it was.
+disk_old_fs() {
+    modprobe crc32c_generic
+    modprobe ext4
+    mount -t ext4 -o ro "/dev/$1" /mnt
+    [ "$(cat /mnt/sum)" = "$(sha256sum < /mnt/file)" ] || { umount /mnt; echo "the file has changed"; return 1; }
+    umount /mnt
+}
+
+# disk_hash NAME: says the sha256 of the whole disk, as `disk_hash_in_guest` of dom0's lib.sh understands it.
+disk_hash() {
+    echo "@guest sha256 of $1: $(dd if="/dev/$1" bs=128k iflag=direct 2> /dev/null | sha256sum | cut -d ' ' -f 1)"
+}
