@@ -128,7 +128,7 @@ impl Machine {
         config.record = Some(format!("inflight-{}-{}", disk.dom.0, XVDA.0));
         config.limits.buffer_bytes = self.limits.pool_bytes;
         config.limits.batch = self.limits.ring_batch;
-        let end = Backend::run(host.clone(), config, stack.node()).await;
+        let end = Backend::run(host.clone(), config, stack.node(), Rc::default()).await;
         if !host.process.node().is_alive() {
             return;
         }

@@ -6,6 +6,7 @@
 //!          ├─ tasks of the program, first come, first served
 //!          ├─ files/     in place, io_uring or threads
 //!          ├─ sockets/   unix and TCP streams
+//!          ├─ xen/       grants, event channels, pages that outlive the process
 //!          └─ log, signals, time
 //! ```
 //!
@@ -28,19 +29,21 @@ mod signals;
 mod sockets;
 mod spin;
 mod watch;
+mod xen;
 
 pub use files::{AioEngine, LinuxFile};
 pub use log::{Level, LogTo};
 pub use options::{Options, POLL_DEFAULT, StartError};
 pub use priority::set_io_priority;
 pub use sockets::{LinuxListener, LinuxStream};
+pub use xen::{LinuxChannel, LinuxPage, XenError, XenOptions};
 
 use clock::Clock;
 use files::Engine;
 use log::Logger;
 use signals::Stop;
 use std::any::Any;
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::fmt;
 use std::future::{Future, poll_fn};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -49,6 +52,7 @@ use std::rc::Rc;
 use std::task::{Poll, Waker};
 use tap_host::{Entropy, Errno, Event, Log, Probe, Tasks};
 use tokio::task::{LocalSet, spawn_local};
+use xen::Xen;
 
 /// The host that a program runs on; clones share it.
 #[derive(Clone)]
@@ -62,6 +66,7 @@ struct Inner {
     panicked: RefCell<Panicked>,
     inherited: Cell<bool>,
     no_locks: Cell<bool>,
+    xen: OnceCell<Xen>,
 }
 
 /// The panic of a task, for [`run`] to pass on.
@@ -124,13 +129,14 @@ where
         panicked: RefCell::default(),
         inherited: Cell::new(false),
         no_locks: Cell::new(false),
+        xen: OnceCell::new(),
     }));
     if let Some(error) = refused {
         let text = format_args!("the kernel refuses io_uring ({error}): file operations go through threads");
         host.say(Level::Warning, text);
     }
     let local = LocalSet::new();
-    let result = runtime.block_on(local.run_until(host.clone().root(program)));
+    let result = runtime.block_on(local.run_until(host.clone().root(options, program)));
     // Tasks go first, while the runtime that their sockets and timers belong to is still there.
     let entered = runtime.enter();
     drop(local);
@@ -142,8 +148,13 @@ where
 impl LinuxHost {
     async fn root<R: 'static, F: Future<Output = R> + 'static>(
         self,
+        options: &Options,
         program: impl FnOnce(LinuxHost) -> F,
     ) -> Result<R, StartError> {
+        if let Some(options) = &options.xen {
+            let xen = Xen::open(options)?;
+            self.0.xen.get_or_init(|| xen).start(&self);
+        }
         let driver = files::driver(Rc::clone(self.engine())).map_err(StartError::Runtime)?;
         self.spawn("files", 0, driver);
         let result = Rc::new(RefCell::new(None));
