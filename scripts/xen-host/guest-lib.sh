@@ -11,6 +11,16 @@ disk_wait() {
     echo "@guest sectors of $1: $(cat "/sys/block/$1/size")"
 }
 
+# disk_gone NAME: until the disk is not there any more.
+disk_gone() {
+    local left=150
+    while [ -e "/sys/block/$1" ]; do
+        left=$((left - 1))
+        [ "$left" -gt 0 ] || { dmesg | tail -n 20; return 1; }
+        usleep 200000
+    done
+}
+
 # disk_write_read NAME: 4 MiB are written past the page cache, flushed, and read back the same way.
 disk_write_read() {
     dd if=/dev/urandom of=/tmp/written bs=64k count=64 2> /dev/null
@@ -41,7 +51,7 @@ disk_old_fs() {
     umount /mnt
 }
 
-# disk_hash NAME: says the sha256 of the whole disk, as `disk_hash_in_guest` of dom0's lib.sh understands it.
+# disk_hash NAME: says the sha256 of the whole disk, as guest_hash of dom0's lib.sh expects it.
 disk_hash() {
     echo "@guest sha256 of $1: $(dd if="/dev/$1" bs=128k iflag=direct 2> /dev/null | sha256sum | cut -d ' ' -f 1)"
 }

@@ -127,3 +127,53 @@ vbd_remove() {
     xenstore-rm "$FRONT" 2> /dev/null || true
     xenstore-rm "$BACK"
 }
+
+# tapdisk_start ARGUMENT...: `tapdisk xen ARGUMENT...` in the background; its process is $TAPDISK, and what it says is
+# added to ./tapdisk.log.
+tapdisk_start() {
+    tapdisk xen "$@" >> tapdisk.log 2>&1 &
+    TAPDISK=$!
+}
+
+# tapdisk_wait [STATUS]: until it has ended by itself, with that status (0).
+tapdisk_wait() {
+    local status=0 process=$TAPDISK
+    wait_for 30 process_gone "$process"
+    wait "$process" || status=$?
+    TAPDISK=
+    [ "$status" = "${1-0}" ] || fail "tapdisk ended with $status: $(tail -n 20 tapdisk.log)"
+}
+
+process_gone() { ! kill -0 "$1"; }
+
+# guest_clean_up NAME: after a failure: shows what there is to see, and takes everything of the guest away.
+guest_clean_up() {
+    local status=$?
+    trap - EXIT
+    set +e
+    if [ "$status" != 0 ]; then
+        echo "--- tapdisk says"
+        tail -n 40 tapdisk.log
+        echo "--- guest $1 says"
+        guest_log "$1" | tail -n 40
+        echo "--- xenstore has"
+        xenstore-ls -f /local/domain/0/backend
+        xenstore-ls -f "/local/domain/$(xl domid "$1" 2> /dev/null)/device/vbd"
+    fi
+    [ -z "${TAPDISK-}" ] || kill -9 "$TAPDISK" 2> /dev/null
+    xl destroy "$1" 2> /dev/null
+    [ -z "${BACK-}" ] || vbd_remove 2> /dev/null
+    exit "$status"
+}
+
+# guest_on_image NAME SCRIPT SPEC SECONDS: runs a guest to its end. Its xvda is SPEC, served by tapdisk; the vbd is made
+# by hand.
+guest_on_image() {
+    blkback off
+    guest_create "$1" "$2"
+    vbd_make "$GUEST_ID" xvda
+    tapdisk_start "$GUEST_ID/xvda=$3"
+    guest_run "$1" "$4" || fail "the script of guest $1"
+    tapdisk_wait
+    vbd_remove
+}

@@ -141,6 +141,7 @@ fn boot(sh: &Shell, options: &Options, script: &[u8]) -> Result<machine::Ended> 
         run: &run,
         memory_mib: options.memory_mib,
         cpus: options.cpus,
+        icount: options.icount,
         timeout: options.timeout,
         terminal: options.shell,
     };
@@ -199,6 +200,7 @@ fn layer(options: &Options, programs: &[PathBuf], script: &[u8], to: impl Write)
     let mut archive = Archive::new(to);
     archive.copy("init", &own.join("dom0-init"))?;
     archive.tree("xen-host", &own)?;
+    archive.tree("etc/xen/scripts", &own.join("../../drivers/tapdisk/xen"))?;
     if !script.is_empty() {
         archive.file("xen-host/script", 0o755, script)?;
     }

@@ -26,6 +26,8 @@ Options:
   --timeout N      seconds from start to end of the machine (run: 600, test: 1200, shell: none)
   --memory MIB     memory of the machine (2048), half of which is dom0's
   --cpus N         virtual CPUs (1; with more, programs in dom0 were seen to crash at random)
+  --icount         the machine's clock counts instructions, 8 ns each: figures of CPU time do not depend on what else
+                   this machine does. Half as fast
   --list           test: list the tests and do nothing
 
 Exit status: the script's; or 124 when the time was up, 125 when the machine ended without one, 126 when it could not
@@ -34,6 +36,7 @@ be built or started. `test`: 0 when all passed, 1 when not.
 Examples:
   cargo xtask xen-host test
   cargo xtask xen-host test nbd-kernel --programs /usr/local/bin
+  cargo xtask xen-host test peers --icount
   cargo xtask xen-host run my.sh --copy disk.qcow --out /tmp/out
   cargo xtask xen-host shell
 ";
@@ -66,6 +69,7 @@ pub(super) struct Options {
     pub(super) timeout: Option<Duration>,
     pub(super) memory_mib: u64,
     pub(super) cpus: u32,
+    pub(super) icount: bool,
 }
 
 impl Options {
@@ -84,6 +88,7 @@ impl Options {
             timeout: None,
             memory_mib: 2048,
             cpus: 1,
+            icount: false,
         };
         let mut list = false;
         let mut words = Vec::new();
@@ -100,6 +105,7 @@ impl Options {
                 "--out" => options.out = Some(value()?.into()),
                 "--shell" => options.shell = true,
                 "--keep" => options.keep = true,
+                "--icount" => options.icount = true,
                 "--list" => list = true,
                 "--timeout" => options.timeout = Some(Duration::from_secs(number(name, &value()?, 1)?)),
                 "--memory" => options.memory_mib = number(name, &value()?, 1024)?,
@@ -160,11 +166,12 @@ mod tests {
 
     #[test]
     fn options_may_stand_anywhere() {
-        let options = parse("--cpus 2 run --copy a my.sh -x b --copy c --timeout 5").expect("good");
+        let options = parse("--cpus 2 run --copy a my.sh -x b --icount --copy c --timeout 5").expect("good");
         assert_eq!(options.action, Action::Run("my.sh".into()));
         assert_eq!(options.copy, [PathBuf::from("a"), PathBuf::from("c")]);
         assert_eq!(options.trees, [PathBuf::from("b")]);
         assert_eq!((options.cpus, options.timeout), (2, Some(Duration::from_secs(5))));
+        assert!(options.icount);
     }
 
     #[test]

@@ -1,4 +1,6 @@
-# what a request costs dom0 on each back end: the same guest on xen-blkback and on qdisk, dom0's CPU time side by side
+# what a request costs dom0: the same guest on xen-blkback and on QEMU's qdisk, dom0's CPU time side by side
+#
+# dom0 ms is all that dom0 used, process ms what the process of the back end did of it (the kernel's has none).
 . /xen-host/lib.sh
 
 requests=8000
@@ -55,7 +57,7 @@ measure() {
         guest_tell "$name" go
         until_said "$name" "@guest did depth $depth" 100
         dom0=$(($(dom0_ms) - dom0)) process=$(($(process_ms "${2-}") - process))
-        printf '%-12s %5d %9d %12d %12d %16d %14d\n' "$name" "$depth" "$requests" "$dom0" "$process" \
+        printf '%-12s %5d %9d %8d %11d %15d %14d\n' "$name" "$depth" "$requests" "$dom0" "$process" \
             $((dom0 * 1000 / requests)) $((requests * 1000 / (dom0 + 1))) >> table
     done
     guest_tell "$name" go
@@ -64,6 +66,8 @@ measure() {
     guest_said "$name" '^@guest exit 0$' || fail "the guest's script on $name"
 }
 
+printf '%-12s %5s %9s %8s %11s %15s %14s\n' \
+    "back end" depth requests "dom0 ms" "process ms" "dom0 us/request" "requests/CPU s" > table
 dd if=/dev/zero of=disk.raw bs=1M count=16 2> /dev/null
 
 loop=$(losetup -f)
@@ -76,5 +80,4 @@ measure xen-blkback
 guest_create qdisk guest.sh "disk = [ 'format=raw,vdev=xvda,access=rw,backendtype=qdisk,target=$PWD/disk.raw' ]"
 measure qdisk "$(pidof xen-qemu-system-i386)"
 
-printf '%-12s %5s %9s %12s %12s %16s %14s\n' "back end" depth requests "dom0 ms" "process ms" "dom0 us/request" "requests/CPU s"
 cat table
