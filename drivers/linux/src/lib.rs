@@ -6,6 +6,7 @@
 //!          ├─ tasks of the program, first come, first served
 //!          ├─ files/     in place, io_uring or threads
 //!          ├─ sockets/   unix and TCP streams
+//!          ├─ xenstore/  a client of xenstored
 //!          └─ log, signals, time
 //! ```
 //!
@@ -28,12 +29,14 @@ mod signals;
 mod sockets;
 mod spin;
 mod watch;
+mod xenstore;
 
 pub use files::{AioEngine, LinuxFile};
 pub use log::{Level, LogTo};
 pub use options::{Options, POLL_DEFAULT, StartError};
 pub use priority::set_io_priority;
 pub use sockets::{LinuxListener, LinuxStream};
+pub use xenstore::{StoreClient, StoreOpenError, StorePlaces, StoreTransaction, StoreWatcher};
 
 use clock::Clock;
 use files::Engine;
