@@ -155,8 +155,8 @@ impl LinuxHost {
         program: impl FnOnce(LinuxHost) -> F,
     ) -> Result<R, StartError> {
         if let Some(options) = &options.xen {
-            let xen = Xen::open(options)?;
-            self.0.xen.get_or_init(|| xen).start(&self);
+            let xen = Xen::open(&self, options).await?;
+            self.0.xen.get_or_init(|| xen);
         }
         let driver = files::driver(Rc::clone(self.engine())).map_err(StartError::Runtime)?;
         self.spawn("files", 0, driver);
