@@ -29,7 +29,9 @@ fn allowed(package: &str) -> &'static [&'static str] {
     match package {
         "tap-host" => &["smallvec", "thiserror", "zerocopy"],
         "tap-conformance" => &["tap-host"],
-        "tap-linux" => &["tap-host", "io-uring", "libc", "rustix", "smallvec", "thiserror", "tokio"],
+        "tap-linux" => {
+            &["tap-host", "tap-abi", "io-uring", "libc", "rustix", "smallvec", "thiserror", "tokio"]
+        }
         "tap-abi" => &["zerocopy"],
         "tap-core" => &["tap-host", "smallvec", "thiserror"],
         "tap-images" => {

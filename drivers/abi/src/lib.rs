@@ -17,8 +17,10 @@
 //! | [`blkif`] | Xen's `io/blkif.h`: block requests and responses, x86_64 layout |
 //! | [`nbd`] | the NBD project's `doc/proto.md`: negotiation, requests and replies of network block devices |
 //! | [`xenbus`] | Xen's `io/xenbus.h`: the states of a device's two ends |
+//! | [`xenstore`] | Xen's `io/xs_wire.h`: messages between xenstored and its clients |
 
 pub mod blkif;
 pub mod nbd;
 pub mod ring;
 pub mod xenbus;
+pub mod xenstore;

@@ -24,6 +24,7 @@ errnos! {
     EINTR = 4, "interrupted";
     EIO = 5, "input/output error";
     ENXIO = 6, "no such device or address";
+    E2BIG = 7, "argument list too long";
     EBADF = 9, "bad file descriptor";
     EAGAIN = 11, "resource temporarily unavailable";
     ENOMEM = 12, "out of memory";
@@ -42,6 +43,7 @@ errnos! {
     ERANGE = 34, "result out of range";
     EDEADLK = 35, "resource deadlock avoided";
     ENAMETOOLONG = 36, "file name too long";
+    ENOSYS = 38, "function not implemented";
     ENOTEMPTY = 39, "directory not empty";
     ELOOP = 40, "too many levels of symbolic links";
     EPROTO = 71, "protocol error";
@@ -51,6 +53,7 @@ errnos! {
     EADDRNOTAVAIL = 99, "address not available";
     ECONNABORTED = 103, "connection aborted";
     ECONNRESET = 104, "connection reset by peer";
+    EISCONN = 106, "already connected";
     ENOTCONN = 107, "not connected";
     ESHUTDOWN = 108, "endpoint is shut down";
     ETIMEDOUT = 110, "timed out";

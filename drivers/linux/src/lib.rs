@@ -7,6 +7,7 @@
 //!          ├─ files/     in place, io_uring or threads
 //!          ├─ sockets/   unix and TCP streams
 //!          ├─ xen/       grants, event channels, pages that outlive the process
+//!          ├─ xenstore/  a client of xenstored
 //!          └─ log, signals, time
 //! ```
 //!
@@ -30,6 +31,7 @@ mod sockets;
 mod spin;
 mod watch;
 mod xen;
+mod xenstore;
 
 pub use files::{AioEngine, LinuxFile};
 pub use log::{Level, LogTo};
@@ -37,6 +39,7 @@ pub use options::{Options, POLL_DEFAULT, StartError};
 pub use priority::set_io_priority;
 pub use sockets::{LinuxListener, LinuxStream};
 pub use xen::{LinuxChannel, LinuxPage, XenError, XenOptions};
+pub use xenstore::{StoreClient, StoreOpenError, StorePlaces, StoreTransaction, StoreWatcher};
 
 use clock::Clock;
 use files::Engine;
@@ -152,8 +155,8 @@ impl LinuxHost {
         program: impl FnOnce(LinuxHost) -> F,
     ) -> Result<R, StartError> {
         if let Some(options) = &options.xen {
-            let xen = Xen::open(options)?;
-            self.0.xen.get_or_init(|| xen).start(&self);
+            let xen = Xen::open(&self, options).await?;
+            self.0.xen.get_or_init(|| xen);
         }
         let driver = files::driver(Rc::clone(self.engine())).map_err(StartError::Runtime)?;
         self.spawn("files", 0, driver);

@@ -78,7 +78,9 @@ impl<H: XenHost> Backend<H> {
             connects: 0,
         };
         let end = backend.live().await;
-        backend.let_go_of_ring(end == Ok(BackendEnd::Left)).await;
+        // Without xenstore nothing is known of the disk's fate: it is as if we had been asked to leave.
+        let left = matches!(end, Ok(BackendEnd::Left) | Err(BackendError::Store { .. }));
+        backend.let_go_of_ring(left).await;
         if end == Ok(BackendEnd::FrontendGone) && !backend.host.bug(Bug::GoneNotClosed) {
             // A toolstack that takes the disk away by force removes the front end and waits for this.
             backend.write_state(XenbusState::Closed, &[]).await?;
@@ -166,9 +168,7 @@ impl<H: XenHost> Backend<H> {
                 None => pending().await,
             }
         });
-        let mut leave = pin!(async {
-            if seen.leave { pending().await } else { self.leave.wait().await }
-        });
+        let mut leave = pin!(async { if seen.leave { pending().await } else { self.leave.wait().await } });
         let [backend, frontend] = &self.watches;
         let (mut backend, mut frontend) = (pin!(backend.next()), pin!(frontend.next()));
         poll_fn(|cx| {
@@ -351,7 +351,11 @@ impl<H: XenHost> Backend<H> {
     /// Whatever happened: no request of the guest is in flight and nothing of it is mapped when we are gone.
     async fn let_go_of_ring(&mut self, left: bool) {
         if let Some(Serving { closer, ended }) = self.ring.take() {
-            closer.close();
+            if left {
+                closer.leave();
+            } else {
+                closer.close();
+            }
             poll_fn(|cx| {
                 ended.waker.set(Some(cx.waker().clone()));
                 if ended.end.get().is_some() { Poll::Ready(()) } else { Poll::Pending }

@@ -152,14 +152,9 @@ mod tests {
 
     #[test]
     fn a_missing_end_ends_every_phase() {
-        for phase in [
-            Phase::Waiting,
-            Phase::Serving,
-            Phase::Draining,
-            Phase::Leaving,
-            Phase::Failed,
-            Phase::Closed,
-        ] {
+        for phase in
+            [Phase::Waiting, Phase::Serving, Phase::Draining, Phase::Leaving, Phase::Failed, Phase::Closed]
+        {
             let both = seen(Connected, Connected);
             assert_eq!(next(phase, &Seen { frontend: None, ..both }), Action::End(BackendEnd::FrontendGone));
             assert_eq!(next(phase, &Seen { backend: None, ..both }), Action::End(BackendEnd::BackendGone));
@@ -183,7 +178,11 @@ mod tests {
     fn who_leaves_does_not_change_what_others_see() {
         let leave = |back, front| Seen { leave: true, ..seen(back, front) };
         assert_eq!(next(Phase::Serving, &leave(Connected, Connected)), Action::Leave);
-        assert_eq!(next(Phase::Serving, &leave(Connected, Closing)), Action::Drain, "what was begun is ended");
+        assert_eq!(
+            next(Phase::Serving, &leave(Connected, Closing)),
+            Action::Drain,
+            "what was begun is ended"
+        );
         assert_eq!(next(Phase::Draining, &leave(Closing, Closing)), Action::Wait);
         for (phase, back) in [(Phase::Waiting, InitWait), (Phase::Failed, Closing), (Phase::Closed, Closed)] {
             let end = Action::End(BackendEnd::Left);

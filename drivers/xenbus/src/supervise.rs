@@ -97,7 +97,9 @@ pub async fn supervise<H: XenHost, F: Future<Output = ()> + 'static>(
                 lived.remove(&id);
             }
             // Who runs sees for himself; his end is news.
-            let Some((device, state)) = found.filter(|_| !crew.running.borrow().contains(&id)) else { continue };
+            let Some((device, state)) = found.filter(|_| !crew.running.borrow().contains(&id)) else {
+                continue;
+            };
             if state == XenbusState::Initialising || lived.insert(id) {
                 lived.insert(id);
                 start(host, &crew, id, serve(device));
@@ -123,14 +125,8 @@ fn start<H: XenHost>(host: &H, crew: &Rc<Crew>, id: Id, serving: impl Future<Out
     });
 }
 
-async fn news(
-    watch: &impl Watcher,
-    crew: &Crew,
-    leave: &wait::Event,
-    root: &str,
-) -> Result<News, Errno> {
-    let (mut changed, mut left, mut rung) =
-        (pin!(watch.next()), pin!(leave.wait()), pin!(crew.bell.wait()));
+async fn news(watch: &impl Watcher, crew: &Crew, leave: &wait::Event, root: &str) -> Result<News, Errno> {
+    let (mut changed, mut left, mut rung) = (pin!(watch.next()), pin!(leave.wait()), pin!(crew.bell.wait()));
     poll_fn(|cx| {
         if left.as_mut().poll(cx).is_ready() {
             return Poll::Ready(Ok(News::Leave));

@@ -10,8 +10,8 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use tap_abi::blkif::{BlkifOp, BlkifRequest};
 use tap_abi::xenbus::XenbusState;
-use tap_host::{DomId, Errno, Mark, VbdId, Watcher, Xenstore};
 use tap_core::wait;
+use tap_host::{DomId, Errno, Mark, VbdId, Watcher, Xenstore};
 use tap_xenbus::{Backend, BackendConfig, BackendEnd, BackendError, Hotplug};
 use xen_model::{Counts, VbdPaths, XenPort, attach_vbd};
 
@@ -41,7 +41,16 @@ impl Device {
         let mut config = BackendConfig::new(&paths.backend, guest.dom(), VBD);
         config.record = Some("record".into());
         let disk = Disk::new(&world.sim, 1024);
-        Self { world: world.clone(), toolstack, guest, paths, disk, config, leave: Rc::default(), ends: Ends::default() }
+        Self {
+            world: world.clone(),
+            toolstack,
+            guest,
+            paths,
+            disk,
+            config,
+            leave: Rc::default(),
+            ends: Ends::default(),
+        }
     }
 
     /// Starts the `nth` process of the back end.

@@ -121,14 +121,27 @@ impl LinuxListener {
 /// Whether `path` is a socket that nobody listens at.
 fn is_stale(path: &str) -> bool {
     let socket = lstat(path).is_ok_and(|s| FileType::from_raw_mode(s.st_mode) == FileType::Socket);
-    socket && connect_unix(path).is_err_and(|e| e == Errno::ECONNREFUSED)
+    socket && try_connect_unix(path).is_err_and(|e| e == Errno::ECONNREFUSED)
+}
+
+/// Connects to a unix socket; waits while the listener's queue is full.
+///
+/// # Errors
+/// As connect(2).
+pub(crate) async fn connect_unix(path: &str) -> Result<OwnedFd, Errno> {
+    loop {
+        match try_connect_unix(path) {
+            Err(Errno::EAGAIN) => tokio::time::sleep(QUEUE_FULL_RETRY).await,
+            connected => return connected,
+        }
+    }
 }
 
 /// Connects to a unix socket without waiting.
 ///
 /// # Errors
 /// As connect(2); `EAGAIN` while the listener's queue is full.
-fn connect_unix(path: &str) -> Result<OwnedFd, Errno> {
+fn try_connect_unix(path: &str) -> Result<OwnedFd, Errno> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(of_rustix)?;
     let address = SocketAddrUnix::new(path).map_err(of_rustix)?;
@@ -173,12 +186,7 @@ impl Sockets for LinuxHost {
 
     async fn connect(&self, address: &SocketAddress) -> Result<LinuxStream, Errno> {
         let socket = match address {
-            SocketAddress::Unix(path) => loop {
-                match connect_unix(path) {
-                    Err(Errno::EAGAIN) => tokio::time::sleep(QUEUE_FULL_RETRY).await,
-                    connected => break connected?,
-                }
-            },
+            SocketAddress::Unix(path) => connect_unix(path).await?,
             SocketAddress::Tcp { host, port } => connect_tcp(host, *port).await?,
         };
         LinuxStream::new(socket, matches!(address, SocketAddress::Tcp { .. }))

@@ -21,6 +21,7 @@ pub use evtchn::LinuxChannel;
 pub use page::LinuxPage;
 
 use crate::files::of_rustix;
+use crate::xenstore::{StoreClient, StoreOpenError, StorePlaces, StoreTransaction, StoreWatcher};
 use crate::{Level, LinuxHost};
 use evtchn::Evtchn;
 use gntdev::Gntdev;
@@ -29,18 +30,20 @@ use rustix::fs::{CWD, Mode, OFlags, openat};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::rc::Rc;
-use tap_host::{DomId, Errno, Events, GrantRef, GrantSegment, Grants, Port, SharedPages, Tasks};
+use tap_host::{DomId, Errno, Events, GrantRef, GrantSegment, Grants, Port, SharedPages, Tasks, Xenstore};
 
 /// How Xen is used.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct XenOptions {
     /// The folder of [`SharedPages`]: on a tmpfs, ours alone. It is made if it is not there.
     pub run_folder: PathBuf,
+    /// Where xenstored is.
+    pub store: StorePlaces,
 }
 
 impl Default for XenOptions {
     fn default() -> Self {
-        Self { run_folder: PathBuf::from("/run/tapdisk") }
+        Self { run_folder: PathBuf::from("/run/tapdisk"), store: StorePlaces::usual() }
     }
 }
 
@@ -63,6 +66,9 @@ pub enum XenError {
         /// Why.
         error: Errno,
     },
+    /// xenstored.
+    #[error(transparent)]
+    Store(#[from] StoreOpenError),
 }
 
 fn hint(error: Errno) -> &'static str {
@@ -87,25 +93,24 @@ pub(crate) struct Xen {
     gntdev: Gntdev,
     evtchn: Rc<Evtchn>,
     regions: Regions,
+    store: StoreClient,
 }
 
 const GNTDEV: &str = "/dev/xen/gntdev";
 const EVTCHN: &str = "/dev/xen/evtchn";
 
 impl Xen {
-    /// Opens everything; events arrive once [`Xen::start`] was called.
-    pub(crate) fn open(options: &XenOptions) -> Result<Self, XenError> {
+    /// Opens everything, on the thread of `host`.
+    pub(crate) async fn open(host: &LinuxHost, options: &XenOptions) -> Result<Self, XenError> {
         let gntdev = Gntdev::new(device(GNTDEV)?);
         let evtchn =
             Evtchn::new(device(EVTCHN)?).map_err(|error| XenError::Device { path: EVTCHN, error })?;
         let folder = &options.run_folder;
         let regions =
             Regions::open(folder).map_err(|error| XenError::Folder { folder: folder.clone(), error })?;
-        Ok(Self { gntdev, evtchn, regions })
-    }
-
-    pub(crate) fn start(&self, host: &LinuxHost) {
-        host.spawn("events", 0, Rc::clone(&self.evtchn).read_all(host.clone()));
+        let store = StoreClient::open(host, &options.store).await?;
+        host.spawn("events", 0, Rc::clone(&evtchn).read_all(host.clone()));
+        Ok(Self { gntdev, evtchn, regions, store })
     }
 }
 
@@ -153,5 +158,29 @@ impl SharedPages for LinuxHost {
         if let Err(error) = self.xen().and_then(|xen| xen.regions.remove(name)) {
             self.say(Level::Warning, format_args!("failed to remove the in-flight record {name}: {error}"));
         }
+    }
+}
+
+impl Xenstore for LinuxHost {
+    type Transaction = StoreTransaction;
+    type Watcher = StoreWatcher;
+
+    async fn read(&self, path: &str) -> Result<Vec<u8>, Errno> {
+        self.xen()?.store.read(path).await
+    }
+    async fn write(&self, path: &str, value: &[u8]) -> Result<(), Errno> {
+        self.xen()?.store.write(path, value).await
+    }
+    async fn remove(&self, path: &str) -> Result<(), Errno> {
+        self.xen()?.store.remove(path).await
+    }
+    async fn directory(&self, path: &str) -> Result<Vec<String>, Errno> {
+        self.xen()?.store.directory(path).await
+    }
+    async fn watch(&self, path: &str) -> Result<StoreWatcher, Errno> {
+        self.xen()?.store.watch(path).await
+    }
+    async fn transaction(&self) -> Result<StoreTransaction, Errno> {
+        self.xen()?.store.transaction().await
     }
 }

@@ -1,0 +1,66 @@
+//! The task behind a connection: sends what is queued, and hands out what arrives.
+
+use super::StoreLost;
+use super::inbox::Inbox;
+use super::link::{Link, Unsent};
+use super::shared::Shared;
+use std::future::{Future, poll_fn};
+use std::pin::pin;
+use std::rc::Rc;
+use std::task::Poll;
+
+/// One end of the connection, and what its users share with it. Dropping it is the end of the connection.
+pub(super) struct Driver {
+    link: Link,
+    shared: Rc<Shared>,
+}
+
+impl Driver {
+    pub(super) fn new(link: Link, shared: Rc<Shared>) -> Self {
+        Self { link, shared }
+    }
+
+    /// Works until nobody uses the connection any more.
+    ///
+    /// # Errors
+    /// Why it cannot go on.
+    pub(super) async fn run(self) -> Result<(), StoreLost> {
+        let (mut send, mut receive) = (pin!(self.send()), pin!(self.receive()));
+        poll_fn(|cx| match send.as_mut().poll(cx) {
+            Poll::Pending => receive.as_mut().poll(cx),
+            ended => ended,
+        })
+        .await
+    }
+
+    async fn send(&self) -> Result<(), StoreLost> {
+        while let Some(message) = self.shared.next_message().await {
+            match self.link.send(message.bytes).await {
+                Ok(()) => {}
+                Err(Unsent::Refused(error)) => self.shared.refused(message.request, error),
+                Err(Unsent::Lost(error)) => return Err(StoreLost::Io(error)),
+            }
+        }
+        Ok(())
+    }
+
+    async fn receive(&self) -> Result<(), StoreLost> {
+        let mut inbox = Inbox::new();
+        loop {
+            while let Some((header, payload)) = inbox.next()? {
+                self.shared.arrived(&header, payload)?;
+            }
+            match self.link.recv(inbox.space()).await {
+                Ok(0) => return Err(StoreLost::Closed),
+                Ok(count) => inbox.filled(count),
+                Err(error) => return Err(StoreLost::Io(error)),
+            }
+        }
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        self.shared.lost();
+    }
+}

@@ -1,0 +1,135 @@
+//! The descriptor behind a connection: xenstored's socket, or the kernel's device.
+//!
+//! | | socket | /dev/xen/xenbus |
+//! |---|---|---|
+//! | a write | may take a part; the rest waits until there is room | takes a whole message in one call, or refuses it |
+//! | waits in the call | never | for xenstored, when it sets or removes a watch |
+//! | says that it can be written | yes | never, to no poll |
+//! | payload, bytes | 4096 | 4080: with its header a message has a page |
+//!
+//! So writes to the device are made by another thread, one at a time; nobody waits for a poll before one. Read from are
+//! both in the same way.
+
+use crate::files::{blocking, errno, of_rustix};
+use crate::sockets::connect_unix;
+use crate::watch::watch;
+use rustix::fs::{FileType, Mode, OFlags, open, stat};
+use rustix::net::SendFlags;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use tap_abi::xenstore::{MessageHeader, PAYLOAD_BYTES_MAX};
+use tap_host::Errno;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// An open connection.
+pub(super) enum Link {
+    /// A stream socket of xenstored.
+    Socket(AsyncFd<OwnedFd>),
+    /// The kernel, which passes on what it is told.
+    Device {
+        /// Watched for what arrives.
+        read: AsyncFd<OwnedFd>,
+        /// The same device, for a thread that may outlive the connection.
+        write: Arc<OwnedFd>,
+    },
+}
+
+/// Why a message was not sent.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Unsent {
+    /// This one was refused; the next may be taken.
+    Refused(Errno),
+    /// Nothing can be sent any more.
+    Lost(Errno),
+}
+
+impl Link {
+    /// Opens the socket or device called `place`.
+    ///
+    /// # Errors
+    /// As stat(2), connect(2) and open(2); `ENODEV` for what is neither socket nor device.
+    pub(super) async fn open(place: &str) -> Result<Self, Errno> {
+        let mode = stat(place).map_err(of_rustix)?.st_mode;
+        match FileType::from_raw_mode(mode) {
+            FileType::Socket => {
+                let socket = connect_unix(place).await?;
+                Ok(Self::Socket(watch(socket, Interest::READABLE | Interest::WRITABLE)?))
+            }
+            FileType::CharacterDevice => {
+                let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
+                Self::device(open(place, flags, Mode::empty()).map_err(of_rustix)?)
+            }
+            _ => Err(Errno::ENODEV),
+        }
+    }
+
+    /// Over a descriptor that takes a message with each write, and does not block reads.
+    pub(super) fn device(device: OwnedFd) -> Result<Self, Errno> {
+        let write = Arc::new(device.try_clone().map_err(|e| errno(&e))?);
+        Ok(Self::Device { read: watch(device, Interest::READABLE)?, write })
+    }
+
+    /// Most bytes of payload of one message.
+    pub(super) fn payload_bytes_max(&self) -> usize {
+        match self {
+            Self::Socket(_) => PAYLOAD_BYTES_MAX,
+            Self::Device { .. } => PAYLOAD_BYTES_MAX - MessageHeader::BYTES,
+        }
+    }
+
+    /// Waits for bytes and puts them into `buffer`; gives how many, 0 at the end of the stream.
+    ///
+    /// # Errors
+    /// As read(2).
+    pub(super) async fn recv(&self, buffer: &mut [u8]) -> Result<usize, Errno> {
+        let (Self::Socket(fd) | Self::Device { read: fd, .. }) = self;
+        loop {
+            let mut ready = fd.readable().await.map_err(|e| errno(&e))?;
+            match rustix::io::read(fd, &mut *buffer).map_err(of_rustix) {
+                Ok(count) => return Ok(count),
+                Err(Errno::EAGAIN) => ready.clear_ready(),
+                Err(Errno::EINTR) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Sends a whole message.
+    ///
+    /// # Errors
+    /// What becomes of the connection, and why.
+    pub(super) async fn send(&self, message: Vec<u8>) -> Result<(), Unsent> {
+        match self {
+            Self::Socket(fd) => send_all(fd, &message).await.map_err(Unsent::Lost),
+            Self::Device { write, .. } => {
+                let (fd, len) = (Arc::clone(write), message.len());
+                let count = blocking(move || write_once(&fd, &message)).await.map_err(Unsent::Refused)?;
+                // The rest would be taken for the head of the next message.
+                if count == len { Ok(()) } else { Err(Unsent::Lost(Errno::EIO)) }
+            }
+        }
+    }
+}
+
+async fn send_all(fd: &AsyncFd<OwnedFd>, mut bytes: &[u8]) -> Result<(), Errno> {
+    while !bytes.is_empty() {
+        let mut ready = fd.writable().await.map_err(|e| errno(&e))?;
+        match rustix::net::send(fd, bytes, SendFlags::NOSIGNAL).map_err(of_rustix) {
+            Ok(count) => bytes = &bytes[count..],
+            Err(Errno::EAGAIN) => ready.clear_ready(),
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+fn write_once(fd: &OwnedFd, message: &[u8]) -> Result<usize, Errno> {
+    loop {
+        match rustix::io::write(fd, message).map_err(of_rustix) {
+            Err(Errno::EINTR) => {}
+            written => return written,
+        }
+    }
+}

@@ -1,0 +1,29 @@
+//! Paths, as far as a message can carry them. What characters they may have is xenstored's business.
+
+use tap_abi::xenstore::{ABSOLUTE_PATH_BYTES_MAX, RELATIVE_PATH_BYTES_MAX};
+use tap_host::Errno;
+
+/// Refuses what would be another message than the one that is meant.
+///
+/// # Errors
+/// `EINVAL` for a path that is empty, has a NUL, or is too long.
+pub(super) fn check(path: &str) -> Result<(), Errno> {
+    let bytes_max = if path.starts_with('/') { ABSOLUTE_PATH_BYTES_MAX } else { RELATIVE_PATH_BYTES_MAX };
+    let good = !path.is_empty() && path.len() <= bytes_max && !path.as_bytes().contains(&0);
+    good.then_some(()).ok_or(Errno::EINVAL)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_fit_a_message() {
+        for good in ["/", "/a", "a", "@releaseDomain", &"a".repeat(2048), &format!("/{}", "a".repeat(3071))] {
+            assert_eq!(check(good), Ok(()), "{good}");
+        }
+        for bad in ["", "/a\0b", "\0", &"a".repeat(2049), &format!("/{}", "a".repeat(3072))] {
+            assert_eq!(check(bad), Err(Errno::EINVAL), "{bad}");
+        }
+    }
+}
