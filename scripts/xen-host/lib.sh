@@ -125,7 +125,8 @@ vbd_unplug() {
 # vbd_remove: takes the nodes of $BACK and $FRONT away. Those of a guest that is gone are gone already.
 vbd_remove() {
     xenstore-rm "$FRONT" 2> /dev/null || true
-    xenstore-rm "$BACK"
+    # With the directories above that are empty then.
+    xenstore-rm -t "$BACK"
 }
 
 # tapdisk_start ARGUMENT...: `tapdisk xen ARGUMENT...` in the background; its process is $TAPDISK, and what it says is
@@ -135,16 +136,19 @@ tapdisk_start() {
     TAPDISK=$!
 }
 
-# tapdisk_wait [STATUS]: until it has ended by itself, with that status (0).
+# tapdisk_wait [STATUS]: until it has ended, with that status (0).
 tapdisk_wait() {
-    local status=0 process=$TAPDISK
-    wait_for 30 process_gone "$process"
-    wait "$process" || status=$?
+    local status=0 left=150
+    # Without what the shell itself has to say of who was killed.
+    while [ "$left" -gt 0 ] && kill -0 "$TAPDISK"; do
+        left=$((left - 1))
+        usleep 200000
+    done 2> /dev/null
+    [ "$left" -gt 0 ] || fail "waited too long for tapdisk to end: $(tail -n 20 tapdisk.log)"
+    wait "$TAPDISK" 2> /dev/null || status=$?
     TAPDISK=
     [ "$status" = "${1-0}" ] || fail "tapdisk ended with $status: $(tail -n 20 tapdisk.log)"
 }
-
-process_gone() { ! kill -0 "$1"; }
 
 # guest_clean_up NAME: after a failure: shows what there is to see, and takes everything of the guest away.
 guest_clean_up() {
@@ -160,9 +164,11 @@ guest_clean_up() {
         xenstore-ls -f /local/domain/0/backend
         xenstore-ls -f "/local/domain/$(xl domid "$1" 2> /dev/null)/device/vbd"
     fi
-    [ -z "${TAPDISK-}" ] || kill -9 "$TAPDISK" 2> /dev/null
-    xl destroy "$1" 2> /dev/null
-    [ -z "${BACK-}" ] || vbd_remove 2> /dev/null
+    {
+        [ -z "${TAPDISK-}" ] || kill -9 "$TAPDISK"
+        xl destroy "$1"
+        [ -z "${BACK-}" ] || vbd_remove
+    } > /dev/null 2>&1
     exit "$status"
 }
 
