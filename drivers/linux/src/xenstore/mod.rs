@@ -32,7 +32,7 @@ mod shared;
 mod watches;
 
 #[cfg(test)]
-mod device_tests;
+mod link_tests;
 
 pub use open::{StoreOpenError, StorePlaces};
 

@@ -1,14 +1,23 @@
-//! The kernel's device, played by a socket that keeps messages apart: each write is one, as for the device.
+//! What is particular to each kind of link.
+//!
+//! The kernel's device is played by a socket that keeps messages apart: each write is one, as for the device.
 
 use super::link::Link;
 use super::*;
+use crate::watch::watch;
 use crate::{Options, run};
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType, recv, send, shutdown, socketpair,
+    sockopt,
 };
+use std::cell::Cell;
+use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::thread::JoinHandle;
 use tap_abi::xenstore::{MessageHeader, PAYLOAD_BYTES_MAX};
+use tap_host::Time;
+use tokio::io::Interest;
 
 /// Runs `program` on a client of a device that `kernel` plays on a thread of its own.
 fn with<R, F>(kernel: impl FnOnce(&Kernel) + Send + 'static, program: impl FnOnce(StoreClient) -> F) -> R
@@ -101,4 +110,45 @@ fn a_refused_write_is_one_requests_failure() {
         assert_eq!(store.watch("/a").await.err(), Some(Errno::EPIPE));
         assert_eq!(watcher.next().await, Ok(WatchEvent { path: "/a/b".into() }));
     });
+}
+
+#[test]
+fn a_socket_may_take_a_part() {
+    const MESSAGES: usize = 50;
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    // The kernel's least; it takes no more than half of it at a time.
+    sockopt::set_socket_send_buffer_size(&ours, 1).unwrap();
+    assert!(sockopt::socket_send_buffer_size(&ours).unwrap() / 2 < PAYLOAD_BYTES_MAX);
+    let server = std::thread::spawn(move || {
+        for _ in 0..MESSAGES {
+            let mut header = [0; MessageHeader::BYTES];
+            theirs.read_exact(&mut header).unwrap();
+            let header = MessageHeader::parse(&header).unwrap();
+            let mut payload = vec![0; header.payload_bytes()];
+            theirs.read_exact(&mut payload).unwrap();
+            let answer = MessageHeader::new(MessageKind::Write, header.request(), 0, 3).to_bytes();
+            theirs.write_all(&[&answer[..], b"OK\0"].concat()).unwrap();
+            let value = payload.strip_prefix(b"/a\0").expect("the path in front");
+            assert!(value.iter().enumerate().all(|(at, byte)| *byte == at as u8));
+        }
+    });
+    let program = |host: LinuxHost| async move {
+        let link = Link::Socket(watch(ours.into(), Interest::READABLE | Interest::WRITABLE).unwrap());
+        let store = StoreClient::over(&host, link, "the test's socket");
+        let left = Rc::new(Cell::new(MESSAGES));
+        for i in 0..MESSAGES {
+            let (store, left) = (store.clone(), Rc::clone(&left));
+            host.spawn("writer", i as u64, async move {
+                let value: Vec<u8> = (0..=255).cycle().take(4000).collect();
+                assert_eq!(store.write("/a", &value).await, Ok(()));
+                left.set(left.get() - 1);
+            });
+        }
+        while left.get() > 0 {
+            host.sleep_ns(1_000_000).await;
+        }
+    };
+    run(&Options::default(), program).unwrap();
+    server.join().unwrap();
 }
