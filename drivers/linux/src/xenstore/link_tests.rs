@@ -117,11 +117,13 @@ fn a_socket_may_take_a_part() {
     const MESSAGES: usize = 50;
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
-    // The kernel's least; it takes no more than half of it at a time.
+    // The kernel's least. A message of the largest size goes in two pieces, and the second one has to wait while
+    // anything is before the first.
     sockopt::set_socket_send_buffer_size(&ours, 1).unwrap();
-    assert!(sockopt::socket_send_buffer_size(&ours).unwrap() / 2 < PAYLOAD_BYTES_MAX);
+    let (full, is_full) = std::sync::mpsc::channel();
     let server = std::thread::spawn(move || {
-        for _ in 0..MESSAGES {
+        is_full.recv().unwrap();
+        for i in 0..MESSAGES {
             let mut header = [0; MessageHeader::BYTES];
             theirs.read_exact(&mut header).unwrap();
             let header = MessageHeader::parse(&header).unwrap();
@@ -130,8 +132,10 @@ fn a_socket_may_take_a_part() {
             let answer = MessageHeader::new(MessageKind::Write, header.request(), 0, 3).to_bytes();
             theirs.write_all(&[&answer[..], b"OK\0"].concat()).unwrap();
             let value = payload.strip_prefix(b"/a\0").expect("the path in front");
+            assert_eq!(value.len(), i % 2 * 4000);
             assert!(value.iter().enumerate().all(|(at, byte)| *byte == at as u8));
         }
+        theirs
     });
     let program = |host: LinuxHost| async move {
         let link = Link::Socket(watch(ours.into(), Interest::READABLE | Interest::WRITABLE).unwrap());
@@ -140,15 +144,19 @@ fn a_socket_may_take_a_part() {
         for i in 0..MESSAGES {
             let (store, left) = (store.clone(), Rc::clone(&left));
             host.spawn("writer", i as u64, async move {
-                let value: Vec<u8> = (0..=255).cycle().take(4000).collect();
+                let value: Vec<u8> = (0..=255).cycle().take(i % 2 * 4000).collect();
                 assert_eq!(store.write("/a", &value).await, Ok(()));
                 left.set(left.get() - 1);
             });
         }
+        // The writers have their turn, and then the driver.
+        host.yield_now().await;
+        host.yield_now().await;
+        full.send(()).unwrap();
         while left.get() > 0 {
             host.sleep_ns(1_000_000).await;
         }
     };
     run(&Options::default(), program).unwrap();
-    server.join().unwrap();
+    drop(server.join().unwrap());
 }
