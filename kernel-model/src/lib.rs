@@ -14,6 +14,7 @@
 
 mod blkfront;
 pub mod faults;
+mod host;
 mod inode;
 mod pages;
 mod process;
@@ -21,6 +22,7 @@ pub mod sockets;
 mod storage;
 
 pub use blkfront::{BLKFRONT_MAX_SECTORS, Blkfront, Complaint};
+pub use host::SimHost;
 pub use inode::{Content, Inode, Pending, PendingSize, apply};
 pub use pages::{PAGE, Page, PageMap, recycle};
 pub use process::{DIRECT_ALIGN_BYTES, FILE_BYTES_MAX, Kernel, Process, ProcessFile};

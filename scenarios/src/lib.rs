@@ -8,7 +8,6 @@ pub mod explain;
 pub mod explore;
 pub mod fuzz;
 pub mod guest;
-pub mod host;
 pub mod hunt;
 pub mod image;
 pub mod machine;

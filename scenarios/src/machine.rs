@@ -8,9 +8,9 @@
 use crate::catalog::setup::Setup;
 use crate::check::Invariant;
 use crate::guest::{Guest, Manners, RingDisk};
-use crate::host::SimHost;
 use crate::stack::{Stack, StackLimits};
 use crate::world::World;
+use kernel_model::SimHost;
 use kernel_model::{Blkfront, Complaint};
 use sim::Node;
 use std::cell::{Cell, RefCell};
@@ -20,7 +20,7 @@ use std::task::{Poll, Waker};
 use tap_core::Node as _;
 use tap_host::{DomId, VbdId};
 use tap_images::ImageError;
-use tap_xenbus::{Backend, BackendConfig, BackendEnd};
+use tap_xenbus::{Backend, BackendConfig};
 use xen_model::{VbdPaths, XenPort, attach_vbd, remove_vbd};
 
 /// The number of xvda.
@@ -128,12 +128,12 @@ impl Machine {
         config.record = Some(format!("inflight-{}-{}", disk.dom.0, XVDA.0));
         config.limits.buffer_bytes = self.limits.pool_bytes;
         config.limits.batch = self.limits.ring_batch;
-        let end = Backend::run(host.clone(), config, stack.node()).await;
+        let end = Backend::run(host.clone(), config, stack.node(), Rc::default()).await;
         if !host.process.node().is_alive() {
             return;
         }
         match end {
-            Ok(BackendEnd::Offline | BackendEnd::FrontendGone | BackendEnd::BackendGone) => {}
+            Ok(_) => {}
             Err(error) => self.world.fail(Invariant::L1, format!("the back end gave up: {error}")),
         }
         if let Err(error) = stack.vbd.close().await

@@ -1,7 +1,7 @@
 //! The stack as a tapdisk builds it: image, scheduler, disk.
 
-use crate::host::SimHost;
 use crate::world::World;
+use kernel_model::SimHost;
 use std::rc::Rc;
 use tap_core::{Node, Scheduler, SchedulerLimits, SchedulerStats, Vbd};
 use tap_host::VbdId;

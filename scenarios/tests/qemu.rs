@@ -8,12 +8,12 @@
 //! Where qemu-img or qemu-io is missing the tests are reported as ignored. (`qemu-img check` knows nothing of qcow
 //! version 1; the independent walker looks at the metadata instead.)
 
+use kernel_model::SimHost;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use scenarios::check::walker;
 use scenarios::guest::{DirectDisk, GuestDisk};
-use scenarios::host::SimHost;
 use scenarios::stack::{Stack, StackLimits};
 use scenarios::world::{RunOptions, World};
 use sim::{Config, Sim};

@@ -6,6 +6,7 @@
 //!          ├─ tasks of the program, first come, first served
 //!          ├─ files/     in place, io_uring or threads
 //!          ├─ sockets/   unix and TCP streams
+//!          ├─ xen/       grants, event channels, pages that outlive the process
 //!          ├─ xenstore/  a client of xenstored
 //!          └─ log, signals, time
 //! ```
@@ -29,6 +30,7 @@ mod signals;
 mod sockets;
 mod spin;
 mod watch;
+mod xen;
 mod xenstore;
 
 pub use files::{AioEngine, LinuxFile};
@@ -36,6 +38,7 @@ pub use log::{Level, LogTo};
 pub use options::{Options, POLL_DEFAULT, StartError};
 pub use priority::set_io_priority;
 pub use sockets::{LinuxListener, LinuxStream};
+pub use xen::{LinuxChannel, LinuxPage, XenError, XenOptions};
 pub use xenstore::{StoreClient, StoreOpenError, StorePlaces, StoreTransaction, StoreWatcher};
 
 use clock::Clock;
@@ -43,7 +46,7 @@ use files::Engine;
 use log::Logger;
 use signals::Stop;
 use std::any::Any;
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::fmt;
 use std::future::{Future, poll_fn};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -52,6 +55,7 @@ use std::rc::Rc;
 use std::task::{Poll, Waker};
 use tap_host::{Entropy, Errno, Event, Log, Probe, Tasks};
 use tokio::task::{LocalSet, spawn_local};
+use xen::Xen;
 
 /// The host that a program runs on; clones share it.
 #[derive(Clone)]
@@ -65,6 +69,7 @@ struct Inner {
     panicked: RefCell<Panicked>,
     inherited: Cell<bool>,
     no_locks: Cell<bool>,
+    xen: OnceCell<Xen>,
 }
 
 /// The panic of a task, for [`run`] to pass on.
@@ -127,13 +132,14 @@ where
         panicked: RefCell::default(),
         inherited: Cell::new(false),
         no_locks: Cell::new(false),
+        xen: OnceCell::new(),
     }));
     if let Some(error) = refused {
         let text = format_args!("the kernel refuses io_uring ({error}): file operations go through threads");
         host.say(Level::Warning, text);
     }
     let local = LocalSet::new();
-    let result = runtime.block_on(local.run_until(host.clone().root(program)));
+    let result = runtime.block_on(local.run_until(host.clone().root(options, program)));
     // Tasks go first, while the runtime that their sockets and timers belong to is still there.
     let entered = runtime.enter();
     drop(local);
@@ -145,8 +151,13 @@ where
 impl LinuxHost {
     async fn root<R: 'static, F: Future<Output = R> + 'static>(
         self,
+        options: &Options,
         program: impl FnOnce(LinuxHost) -> F,
     ) -> Result<R, StartError> {
+        if let Some(options) = &options.xen {
+            let xen = Xen::open(&self, options).await?;
+            self.0.xen.get_or_init(|| xen);
+        }
         let driver = files::driver(Rc::clone(self.engine())).map_err(StartError::Runtime)?;
         self.spawn("files", 0, driver);
         let result = Rc::new(RefCell::new(None));

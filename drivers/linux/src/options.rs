@@ -1,11 +1,11 @@
 //! What a program chooses when it starts.
 
-use crate::{AioEngine, Level, LogTo};
+use crate::{AioEngine, Level, LogTo, XenError, XenOptions};
 use std::time::Duration;
 use tap_host::Errno;
 
 /// How the host is to be; [`Options::default`] is right for a daemon.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Options {
     /// Who executes file operations that may wait.
     pub aio: AioEngine,
@@ -15,6 +15,8 @@ pub struct Options {
     pub log_to: LogTo,
     /// How long to look for what comes before going to sleep, at most, where the last wait was no longer; zero is never.
     pub poll: Duration,
+    /// Xen, for programs that serve its domains.
+    pub xen: Option<XenOptions>,
 }
 
 /// The look before sleeping, unless something else is asked for.
@@ -23,12 +25,12 @@ pub const POLL_DEFAULT: Duration = Duration::from_micros(32);
 impl Default for Options {
     fn default() -> Self {
         let (aio, log_level, log_to) = Default::default();
-        Self { aio, log_level, log_to, poll: POLL_DEFAULT }
+        Self { aio, log_level, log_to, poll: POLL_DEFAULT, xen: None }
     }
 }
 
 /// Why the host could not be set up.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum StartError {
     /// The event loop.
     #[error("set up the event loop: {0}")]
@@ -41,6 +43,9 @@ pub enum StartError {
         /// What the kernel said.
         error: Errno,
     },
+    /// Xen.
+    #[error(transparent)]
+    Xen(#[from] XenError),
 }
 
 fn aio_text(aio: AioEngine, error: Errno) -> String {

@@ -42,11 +42,15 @@ pub(crate) struct Done {
 /// What wakes the ring's own task, and who may tell it to end.
 #[derive(Default)]
 struct Signal {
-    closing: Cell<bool>,
+    /// How it is to end.
+    end: Cell<Option<RingEnd>>,
     waker: Cell<Option<Waker>>,
 }
 
 impl Signal {
+    fn is_ending(&self) -> bool {
+        self.end.get().is_some()
+    }
     fn wake(&self) {
         if let Some(waker) = self.waker.take() {
             waker.wake();
@@ -86,8 +90,17 @@ pub struct RingCloser(Rc<Signal>);
 impl RingCloser {
     /// Lets the ring take no further request. [`BlkifRing::run`] ends once those in flight are answered.
     pub fn close(&self) {
-        self.0.closing.set(true);
+        self.0.end.set(Some(RingEnd::Closed));
         self.0.wake();
+    }
+
+    /// As [`RingCloser::close`], but the ring stays in use: its record is kept, and another process takes it up where
+    /// this one ends. Does nothing to a ring that is being closed.
+    pub fn leave(&self) {
+        if !self.0.is_ending() {
+            self.0.end.set(Some(RingEnd::Left));
+            self.0.wake();
+        }
     }
 }
 
@@ -96,6 +109,8 @@ impl RingCloser {
 pub enum RingEnd {
     /// [`RingCloser::close`] was called; every request that was taken is answered.
     Closed,
+    /// [`RingCloser::leave`] was called; every request that was taken is answered, and the record tells a successor.
+    Left,
     /// The guest's indices cannot be; nothing was answered since.
     Refused(&'static str),
     /// The event channel cannot be used any more.
@@ -160,18 +175,24 @@ where
         RingCloser(Rc::clone(&self.0.signal))
     }
 
-    /// Serves the ring until it is closed, or refused because of what the guest wrote. Then waits for the requests in
-    /// flight, removes the in-flight record, unmaps the ring and closes its channel.
+    /// Serves the ring until it is closed or left, or refused because of what the guest wrote. Then waits for the requests
+    /// in flight, removes the in-flight record unless somebody is to go on with it, unmaps the ring and closes its channel.
     pub async fn run(self) -> RingEnd {
         let ring = &self.0;
         let end = ring.serve().await;
         ring.drain(end).await;
         let Parts { host, config, record, .. } = &ring.parts;
-        if let (Some(_), Some(name)) = (record, &config.record) {
+        if let (Some(_), Some(name)) = (record, &config.record)
+            && (end != RingEnd::Left || host.bug(Bug::RecordGoneAtLeave))
+        {
             host.remove_region(name);
         }
         let why = match end {
             RingEnd::Closed => "closed",
+            RingEnd::Left => {
+                host.mark(Mark::RingLeft);
+                "left to another process"
+            }
             RingEnd::ChannelGone => "event channel gone",
             RingEnd::Refused(why) => {
                 host.mark(Mark::RingRefused);
@@ -198,8 +219,8 @@ where
             if let Err(why) = self.take_all().await {
                 return RingEnd::Refused(why);
             }
-            if self.signal.closing.get() {
-                return RingEnd::Closed;
+            if let Some(end) = self.signal.end.get() {
+                return end;
             }
             if self.arm() {
                 match self.sleep(event.as_mut()).await {
@@ -240,7 +261,7 @@ where
             }
             let batch = self.parts.config.limits.batch;
             for _ in 0..waiting.min(batch) {
-                if self.signal.closing.get() {
+                if self.signal.is_ending() {
                     return Ok(());
                 }
                 self.take_one().await;
@@ -274,7 +295,7 @@ where
             job = BlkifRequest::parse(&self.read_entry(index)).map(Job);
         }
         let buf = self.buffer(&job).await;
-        if self.signal.closing.get() {
+        if self.signal.is_ending() {
             return;
         }
         let slot = self.free_slots.borrow_mut().pop().expect("a slot per entry of the ring");
@@ -382,7 +403,7 @@ where
 
     async fn sleep(&self, mut event: Pin<&mut impl Future<Output = Result<(), Errno>>>) -> Woken {
         poll_fn(|cx| {
-            if self.signal.closing.get() || !self.done.borrow().is_empty() {
+            if self.signal.is_ending() || !self.done.borrow().is_empty() {
                 return Poll::Ready(Woken::Work);
             }
             self.signal.register(cx);
@@ -399,7 +420,7 @@ where
                     let dropped = self.done.borrow_mut().drain(..).count() as u32;
                     self.in_flight.set(self.in_flight.get() - dropped);
                 }
-                RingEnd::Closed | RingEnd::ChannelGone => self.publish(),
+                RingEnd::Closed | RingEnd::Left | RingEnd::ChannelGone => self.publish(),
             }
             if self.in_flight.get() == 0 {
                 return Poll::Ready(());

@@ -3,7 +3,8 @@
 mod common;
 
 use common::front::{Front, ring_config, workload};
-use common::{Disk, TestHost, World};
+use common::{Disk, World};
+use kernel_model::SimHost;
 use sim::{Config, Scheduling};
 use std::cell::{Cell, RefCell};
 use std::future::Future;
@@ -18,7 +19,7 @@ const DISK_SECTORS: usize = 1024;
 
 struct Bench {
     world: World,
-    host: TestHost,
+    host: SimHost,
     front: Rc<Front>,
     disk: Disk,
     end: Rc<Cell<Option<RingEnd>>>,

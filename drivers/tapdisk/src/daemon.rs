@@ -1,8 +1,10 @@
 //! The command line of `tapdisk`.
 
 use crate::Console;
-use crate::serve::{self, ServeArgs, ServeHost};
+use crate::serve::{self, ServeArgs};
+use crate::xen::{self, GuestHost, XenArgs};
 use clap::{Parser, Subcommand, ValueEnum};
+use std::rc::Rc;
 
 /// The command line of `tapdisk`.
 #[derive(Parser, Debug)]
@@ -38,6 +40,22 @@ Examples:
   nbdinfo 'nbd+unix:///?socket=/run/disk.sock'"
     )]
     Serve(ServeArgs),
+    /// Serves disks of Xen's guests until they are closed, or until it is asked to stop (SIGTERM, SIGINT)
+    #[command(
+        after_help = "A DOMAIN is a number, a VDEV a disk as guests name it (xvda, sdb1) or its number (51712), a SPEC as for serve.
+
+What is asked to stop answers what is in flight and leaves the vbds as they are: the next tapdisk xen with the same
+--run-dir takes them up, and the guests notice a pause. The same holds after a crash.
+
+With --watch it serves guests of xl, whose configuration says
+  disk = [ 'script=block-tapdisk,vdev=xvda,access=w,target=qcow:/images/a.qcow' ]
+with the script block-tapdisk in /etc/xen/scripts. xen-blkback must not be loaded: it takes every vbd.
+
+Examples:
+  tapdisk xen --watch
+  tapdisk xen 3/xvda=qcow:/images/a.qcow 3/xvdb=raw:/images/b.img"
+    )]
+    Xen(XenArgs),
 }
 
 /// How files are read and written.
@@ -92,9 +110,10 @@ impl std::str::FromStr for IoNice {
 }
 
 /// Runs `tapdisk` and gives its exit status.
-pub async fn run<H: ServeHost>(host: H, cli: Cli, console: &dyn Console) -> u8 {
+pub async fn run<H: GuestHost>(host: H, cli: Cli, console: Rc<dyn Console>) -> u8 {
     match cli.command {
-        Command::Serve(args) => serve::run(host, args, console).await,
+        Command::Serve(args) => serve::run(host, args, &*console).await,
+        Command::Xen(args) => xen::run(host, args, console).await,
     }
 }
 

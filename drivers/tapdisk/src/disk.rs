@@ -4,11 +4,13 @@
 //!   request ─► cache mode ─► scheduler (order, merging, retry) ─► image, and what is below it
 //! ```
 
+use crate::img::BackingArg;
 use crate::spec::DiskSpec;
+use clap::{Args, ValueEnum};
 use std::rc::Rc;
 use tap_core::{CacheMode, Node, Scheduler, SchedulerLimits};
 use tap_host::Sockets;
-use tap_images::{BackingPolicy, ImageError, ImageHost, ImageSpec, OpenOptions, open_image};
+use tap_images::{BackingPolicy, ImageError, ImageFormat, ImageHost, ImageSpec, OpenOptions, open_image};
 use tap_nbd::{Client, ClientConfig};
 
 /// How to open disks.
@@ -27,6 +29,75 @@ pub struct DiskOptions {
     /// How long to wait for an image that is in use, in nanoseconds. The kernel lets go of the files of a process that
     /// was killed only when its last operations have ended, which may be after it is gone from the process table.
     pub patience_ns: u64,
+}
+
+/// How a program that serves disks opens them.
+#[derive(Args, Clone, Debug)]
+pub struct ImageArgs {
+    /// Whether an answered write is durable after a flush, at once, or only when all is closed
+    #[arg(long, value_enum, default_value_t, value_name = "MODE")]
+    cache: CacheArg,
+    /// Bypass the page cache (O_DIRECT)
+    #[arg(long)]
+    direct: bool,
+    /// Refuse writes; images are opened for reading and may be shared with other readers
+    #[arg(long)]
+    pub read_only: bool,
+    /// Which backing files may be opened, and as what
+    #[arg(long, value_enum, default_value_t, value_name = "HOW")]
+    backing: BackingArg,
+}
+
+/// When writes become durable.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
+enum CacheArg {
+    /// After a flush, as on any disk
+    #[default]
+    Writeback,
+    /// Before it is answered
+    Writethrough,
+    /// When tapdisk ends; flushes are answered and not carried out
+    Unsafe,
+}
+
+impl From<CacheArg> for CacheMode {
+    fn from(arg: CacheArg) -> Self {
+        match arg {
+            CacheArg::Writeback => CacheMode::WriteBack,
+            CacheArg::Writethrough => CacheMode::WriteThrough,
+            CacheArg::Unsafe => CacheMode::Unsafe,
+        }
+    }
+}
+
+/// How long to wait for an image that is in use, in nanoseconds: a process that was killed may be about to let go.
+const IN_USE_PATIENCE_NS: u64 = 2_000_000_000;
+
+impl ImageArgs {
+    /// The same as options, for writing or not.
+    pub fn options(&self, write: bool) -> DiskOptions {
+        DiskOptions {
+            write,
+            direct: self.direct,
+            cache: self.cache.into(),
+            backing: self.backing.policy(),
+            patience_ns: IN_USE_PATIENCE_NS,
+            ..DiskOptions::default()
+        }
+    }
+}
+
+/// Refuses a name that leaves the format open: found out by content, it would be the choice of whoever wrote the disk.
+///
+/// # Errors
+/// A sentence that reads on after "failed to".
+pub fn says_its_format(spec: &DiskSpec) -> Result<(), String> {
+    match spec {
+        DiskSpec::Image(ImageSpec { format: ImageFormat::Probe, path }) => {
+            Err(format!("serve {path}: say what it is, raw:{path} or qcow:{path}"))
+        }
+        DiskSpec::Image(_) | DiskSpec::Nbd { .. } => Ok(()),
+    }
 }
 
 /// Pause between two looks at an image that is in use, in nanoseconds.

@@ -3,8 +3,8 @@
 //! ```text
 //!   main (bin/*.rs)                       a simulated world
 //!     builds the real host                  has a host
-//!          └────────► serve::run, img::run ◄────┘
-//!                     arguments, host, console ─► exit status
+//!          └────► serve::run, xen::run, img::run ◄────┘
+//!                 arguments, host, console ─► exit status
 //! ```
 //!
 //! # Contract
@@ -20,6 +20,8 @@
 //! | [`disk`] | a named disk as a node: image, scheduler, cache mode |
 //! | [`daemon`] | `tapdisk` |
 //! | [`serve`] | `tapdisk serve` |
+//! | [`xen`] | `tapdisk xen` |
+//! | [`vdev`] | disks as guests name them |
 //! | [`img`] | `tap-img` |
 //! | [`usage`] | command lines that cannot be parsed |
 //! | [`terminal`] | the console of a real process |
@@ -33,5 +35,7 @@ pub mod size;
 pub mod spec;
 pub mod terminal;
 pub mod usage;
+pub mod vdev;
+pub mod xen;
 
 pub use console::Console;

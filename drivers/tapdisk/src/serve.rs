@@ -5,17 +5,15 @@
 //! ```
 
 use crate::Console;
-use crate::disk::{DiskHost, DiskOptions, open_any};
-use crate::img::BackingArg;
+use crate::disk::{DiskHost, ImageArgs, open_any, says_its_format};
 use crate::size::show_size;
 use crate::spec::DiskSpec;
-use clap::{Args, ValueEnum};
+use clap::Args;
 use futures_util::future::join_all;
 use std::rc::Rc;
 use std::str::FromStr;
-use tap_core::{CacheMode, Node};
+use tap_core::Node;
 use tap_host::{Errno, Listener, SECTOR_BYTES, Signals, SocketAddress};
-use tap_images::{ImageFormat, ImageSpec};
 use tap_nbd::{Export, Server, ServerLimits};
 
 /// What serving asks of a host.
@@ -29,46 +27,14 @@ pub struct ServeArgs {
     /// from systemd
     #[arg(long, value_name = "ADDRESS")]
     nbd: Vec<SocketAddress>,
-    /// Whether an answered write is durable after a flush, at once, or only when all is closed
-    #[arg(long, value_enum, default_value_t, value_name = "MODE")]
-    cache: CacheArg,
-    /// Bypass the page cache (O_DIRECT)
-    #[arg(long)]
-    direct: bool,
-    /// Refuse writes; images are opened for reading and may be shared with other readers
-    #[arg(long)]
-    read_only: bool,
-    /// Which backing files may be opened, and as what
-    #[arg(long, value_enum, default_value_t, value_name = "HOW")]
-    backing: BackingArg,
+    #[command(flatten)]
+    images: ImageArgs,
     /// Most connections at one time
     #[arg(long, default_value_t = 16, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     connections: u16,
     /// The disks: SPEC for the only one, NAME=SPEC for each of several
     #[arg(required = true, value_name = "[NAME=]SPEC")]
     disks: Vec<NamedDisk>,
-}
-
-/// When writes become durable.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
-enum CacheArg {
-    /// After a flush, as on any disk
-    #[default]
-    Writeback,
-    /// Before it is answered
-    Writethrough,
-    /// When tapdisk ends; flushes are answered and not carried out
-    Unsafe,
-}
-
-impl From<CacheArg> for CacheMode {
-    fn from(arg: CacheArg) -> Self {
-        match arg {
-            CacheArg::Writeback => CacheMode::WriteBack,
-            CacheArg::Writethrough => CacheMode::WriteThrough,
-            CacheArg::Unsafe => CacheMode::Unsafe,
-        }
-    }
 }
 
 /// A disk and the name of its export.
@@ -91,9 +57,6 @@ impl FromStr for NamedDisk {
         Ok(Self { name, spec: spec.parse()? })
     }
 }
-
-/// How long to wait for an image that is in use, in nanoseconds: a process that was killed may be about to let go.
-const IN_USE_PATIENCE_NS: u64 = 2_000_000_000;
 
 /// A disk that is open.
 struct Open {
@@ -128,24 +91,14 @@ pub async fn run<H: ServeHost>(host: H, args: ServeArgs, console: &dyn Console) 
 
 impl ServeArgs {
     async fn open<H: ServeHost>(&self, host: &H, disks: &mut Vec<Open>) -> Result<(), String> {
-        let options = DiskOptions {
-            write: !self.read_only,
-            direct: self.direct,
-            cache: self.cache.into(),
-            backing: self.backing.policy(),
-            patience_ns: IN_USE_PATIENCE_NS,
-            ..DiskOptions::default()
-        };
+        let options = self.images.options(!self.images.read_only);
         for disk in &self.disks {
             let name = match &disk.name {
                 Some(name) => name.clone(),
                 None if self.disks.len() == 1 => String::new(),
                 None => return Err(format!("serve {}: several disks need names: NAME=SPEC", disk.spec)),
             };
-            if let DiskSpec::Image(ImageSpec { format: ImageFormat::Probe, path }) = &disk.spec {
-                // Found out by content, the format would be the choice of whoever wrote the disk.
-                return Err(format!("serve {path}: say what it is, raw:{path} or qcow:{path}"));
-            }
+            says_its_format(&disk.spec)?;
             let node = open_any(host, &disk.spec, &options).await?;
             disks.push(Open { name, spec: disk.spec.clone(), node });
         }
@@ -179,7 +132,7 @@ impl ServeArgs {
             name: disk.name.clone(),
             description: disk.spec.to_string(),
             node: Rc::clone(&disk.node),
-            read_only: self.read_only,
+            read_only: self.images.read_only,
         });
         let limits = ServerLimits { connections: usize::from(self.connections), ..ServerLimits::default() };
         let server = Server::new(host.clone(), exports.collect(), limits).map_err(|e| e.to_string())?;

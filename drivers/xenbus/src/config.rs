@@ -43,11 +43,14 @@ pub struct BackendConfig {
     /// How long a toolstack's request to close waits for a front end that is still connected, in nanoseconds. Its
     /// requests are served meanwhile; a disk that is in use may never be let go of.
     pub close_grace_ns: u64,
+    /// How long to wait for a port that a predecessor holds, in nanoseconds: a process that was killed gives back what
+    /// it had one after the other, and its image may be free before its ports are.
+    pub bind_patience_ns: u64,
 }
 
 impl BackendConfig {
     /// The usual: flushes offered, our own hotplug status, five seconds for the front end to close (xl gives up after
-    /// ten).
+    /// ten), two for a dying predecessor.
     pub fn new(backend_path: impl Into<StorePath>, dom: DomId, vbd: VbdId) -> Self {
         Self {
             backend_path: backend_path.into(),
@@ -59,6 +62,7 @@ impl BackendConfig {
             physical_sector_bytes: 512,
             hotplug: Hotplug::default(),
             close_grace_ns: 5_000_000_000,
+            bind_patience_ns: 2_000_000_000,
         }
     }
 }
@@ -72,6 +76,8 @@ pub enum BackendEnd {
     FrontendGone,
     /// The back end's directory is gone.
     BackendGone,
+    /// We were asked to leave. The disk stays as it is in xenstore and at the front end, for another process.
+    Left,
 }
 
 /// Why a back end could not go on.
@@ -80,7 +86,7 @@ pub enum BackendError {
     /// xenstore refused.
     #[error("{what} {path} in xenstore: {error}")]
     Store {
-        /// "read", "write" or "watch".
+        /// "read", "list", "write" or "watch".
         what: &'static str,
         /// Where.
         path: StorePath,

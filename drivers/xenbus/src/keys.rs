@@ -25,14 +25,32 @@ pub(crate) async fn read<H: Xenstore>(
     dir: &str,
     key: &str,
 ) -> Result<Option<Vec<u8>>, BackendError> {
+    read_long(host, dir, key, MAX_VALUE_BYTES).await
+}
+
+/// As [`read`], for a value of up to `most` bytes.
+///
+/// # Errors
+/// As there.
+pub(crate) async fn read_long<H: Xenstore>(
+    host: &H,
+    dir: &str,
+    key: &str,
+    most: usize,
+) -> Result<Option<Vec<u8>>, BackendError> {
     let path = format!("{dir}/{key}");
     match host.read(&path).await {
-        Ok(value) if value.len() <= MAX_VALUE_BYTES => Ok(Some(value)),
+        Ok(value) if value.len() <= most => Ok(Some(value)),
         // Too long for anything that is asked for here: as good as nonsense.
         Ok(_) => Ok(Some(Vec::new())),
         Err(Errno::ENOENT | Errno::EACCES) => Ok(None),
         Err(error) => Err(BackendError::Store { what: "read", path, error }),
     }
+}
+
+/// What `mode` says: what is not clearly writable is not written.
+pub(crate) fn is_read_only(mode: Option<&[u8]>) -> bool {
+    mode.is_some_and(|mode| !mode.starts_with(b"w"))
 }
 
 /// The state at `dir`; `None` when the key is gone, [`XenbusState::Unknown`] when it is nonsense.

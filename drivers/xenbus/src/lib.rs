@@ -20,6 +20,7 @@
 //! * Every key of the front end is read anew at every connect, with limits, and never trusted.
 //! * A state is written in a transaction that checks that the directory is there and that nobody else moved on, so a
 //!   removed device is not made again and a toolstack's 5 is not overwritten.
+//! * Who is asked to leave answers what is in flight and goes, without a word to the front end.
 //! * A process that finds its device connected takes the ring up again without a word to the front end
 //!   (see [`tap_ring::record`]).
 //!
@@ -28,8 +29,12 @@
 mod config;
 mod keys;
 mod machine;
+mod refuse;
 mod rules;
 mod states;
+mod supervise;
 
 pub use config::{BackendConfig, BackendEnd, BackendError, Hotplug, XenHost};
 pub use machine::Backend;
+pub use refuse::refuse;
+pub use supervise::{Device, Whose, supervise};

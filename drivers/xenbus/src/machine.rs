@@ -12,8 +12,12 @@ use std::task::{Poll, Waker};
 use tap_abi::blkif::INFO_READ_ONLY;
 use tap_abi::xenbus::XenbusState;
 use tap_core::Node;
-use tap_host::{Event, Mark, SECTOR_BYTES, StorePath, Watcher};
-use tap_ring::{BlkifRing, RingCloser, RingConfig, RingEnd};
+use tap_core::wait;
+use tap_host::{Bug, Errno, Event, Mark, SECTOR_BYTES, StorePath, Watcher};
+use tap_ring::{BlkifRing, ConnectError, RingCloser, RingConfig, RingEnd};
+
+/// Pause between two attempts to bind a port, in nanoseconds.
+const BIND_PAUSE_NS: u64 = 10_000_000;
 
 /// A ring that is served by a task of its own.
 struct Serving {
@@ -32,6 +36,7 @@ pub struct Backend<H: XenHost> {
     host: H,
     config: BackendConfig,
     node: Rc<dyn Node>,
+    leave: Rc<wait::Event>,
     frontend: StorePath,
     watches: [H::Watcher; 2],
     phase: Phase,
@@ -43,11 +48,17 @@ pub struct Backend<H: XenHost> {
 }
 
 impl<H: XenHost> Backend<H> {
-    /// Leads the disk through its life until it ends; then the ring is drained and unmapped. The node stays open.
+    /// Leads the disk through its life until it ends, or until `leave` is set; then the ring is drained and unmapped.
+    /// The node stays open.
     ///
     /// # Errors
     /// See [`BackendError`]. What the front end does wrong is no error here: it is told in xenstore and closed.
-    pub async fn run(host: H, config: BackendConfig, node: Rc<dyn Node>) -> Result<BackendEnd, BackendError> {
+    pub async fn run(
+        host: H,
+        config: BackendConfig,
+        node: Rc<dyn Node>,
+        leave: Rc<wait::Event>,
+    ) -> Result<BackendEnd, BackendError> {
         let Some(frontend) = find_frontend(&host, &config).await? else { return Ok(BackendEnd::BackendGone) };
         let watches = [
             watch(&host, config.backend_path.clone()).await?,
@@ -57,6 +68,7 @@ impl<H: XenHost> Backend<H> {
             host,
             config,
             node,
+            leave,
             frontend,
             watches,
             phase: Phase::Waiting,
@@ -66,7 +78,13 @@ impl<H: XenHost> Backend<H> {
             connects: 0,
         };
         let end = backend.live().await;
-        backend.let_go_of_ring().await;
+        // Without xenstore nothing is known of the disk's fate: it is as if we had been asked to leave.
+        let left = matches!(end, Ok(BackendEnd::Left) | Err(BackendError::Store { .. }));
+        backend.let_go_of_ring(left).await;
+        if end == Ok(BackendEnd::FrontendGone) && !backend.host.bug(Bug::GoneNotClosed) {
+            // A toolstack that takes the disk away by force removes the front end and waits for this.
+            backend.write_state(XenbusState::Closed, &[]).await?;
+        }
         end
     }
 
@@ -98,6 +116,7 @@ impl<H: XenHost> Backend<H> {
                     self.write_state(XenbusState::Closing, &[]).await?;
                     self.drain();
                 }
+                Action::Leave => self.leave_ring(),
                 Action::Close => self.close().await?,
                 Action::End(end) => return Ok(end),
             }
@@ -119,6 +138,7 @@ impl<H: XenHost> Backend<H> {
             online: online.is_none_or(|value| keys::number(&value) != Some(0)),
             hotplugged,
             grace_over: false,
+            leave: self.leave.is_set(),
         };
         if !seen.asked_to_close() {
             self.grace_until_ns = None;
@@ -139,7 +159,7 @@ impl<H: XenHost> Backend<H> {
         }
     }
 
-    /// Completes when a watch fires, the front end's grace is over, or the ring ended.
+    /// Completes when a watch fires, we are to leave, the front end's grace is over, or the ring ended.
     async fn change(&self, seen: &Seen) -> Result<Option<RingEnd>, BackendError> {
         let grace = self.grace_until_ns.filter(|_| self.phase == Phase::Serving && !seen.grace_over);
         let mut grace = pin!(async {
@@ -148,6 +168,7 @@ impl<H: XenHost> Backend<H> {
                 None => pending().await,
             }
         });
+        let mut leave = pin!(async { if seen.leave { pending().await } else { self.leave.wait().await } });
         let [backend, frontend] = &self.watches;
         let (mut backend, mut frontend) = (pin!(backend.next()), pin!(frontend.next()));
         poll_fn(|cx| {
@@ -161,6 +182,9 @@ impl<H: XenHost> Backend<H> {
                 if let Poll::Ready(event) = changed {
                     return Poll::Ready(event.map(|_| None));
                 }
+            }
+            if leave.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Ok(None));
             }
             grace.as_mut().poll(cx).map(|()| Ok(None))
         })
@@ -176,6 +200,11 @@ impl<H: XenHost> Backend<H> {
         self.ring = None;
         match end {
             RingEnd::Closed => self.close().await,
+            // The rules end it: what a successor finds is what there is now.
+            RingEnd::Left => {
+                self.phase = Phase::Waiting;
+                Ok(())
+            }
             RingEnd::Refused(why) => self.fail(&format!("serve the ring: {why}")).await,
             RingEnd::ChannelGone => self.fail("serve the ring: its event channel is gone").await,
         }
@@ -232,13 +261,34 @@ impl<H: XenHost> Backend<H> {
             limits: self.config.limits,
             read_only,
         };
-        Ok(BlkifRing::connect(self.host.clone(), config, Rc::clone(&self.node)).map_err(|e| e.to_string()))
+        Ok(self.bind_ring(config).await.map_err(|e| e.to_string()))
+    }
+
+    /// Connects; waits a while for a port that is held by somebody.
+    async fn bind_ring(&self, config: RingConfig) -> Result<BlkifRing<H>, ConnectError> {
+        let until_ns = self.host.now_ns().saturating_add(self.config.bind_patience_ns);
+        let mut waited = false;
+        loop {
+            match BlkifRing::connect(self.host.clone(), config.clone(), Rc::clone(&self.node)) {
+                Err(ConnectError::Bind { error: Errno::EINVAL, .. })
+                    if self.host.now_ns() < until_ns && !self.host.bug(Bug::BindOnce) =>
+                {
+                    waited = true;
+                    self.host.sleep_ns(BIND_PAUSE_NS).await;
+                }
+                result => {
+                    if waited && result.is_ok() {
+                        self.host.mark(Mark::BindWaited);
+                    }
+                    return result;
+                }
+            }
+        }
     }
 
     async fn read_only(&self) -> Result<bool, BackendError> {
         let mode = keys::read(&self.host, &self.config.backend_path, "mode").await?;
-        // What is not clearly writable is not written.
-        Ok(self.node.info().read_only || mode.is_some_and(|mode| !mode.starts_with(b"w")))
+        Ok(self.node.info().read_only || keys::is_read_only(mode.as_deref()))
     }
 
     async fn connect(&mut self) -> Result<(), BackendError> {
@@ -291,10 +341,21 @@ impl<H: XenHost> Backend<H> {
         }
     }
 
+    fn leave_ring(&mut self) {
+        self.phase = Phase::Leaving;
+        if let Some(ring) = &self.ring {
+            ring.closer.leave();
+        }
+    }
+
     /// Whatever happened: no request of the guest is in flight and nothing of it is mapped when we are gone.
-    async fn let_go_of_ring(&mut self) {
+    async fn let_go_of_ring(&mut self, left: bool) {
         if let Some(Serving { closer, ended }) = self.ring.take() {
-            closer.close();
+            if left {
+                closer.leave();
+            } else {
+                closer.close();
+            }
             poll_fn(|cx| {
                 ended.waker.set(Some(cx.waker().clone()));
                 if ended.end.get().is_some() { Poll::Ready(()) } else { Poll::Pending }
@@ -302,7 +363,9 @@ impl<H: XenHost> Backend<H> {
             .await;
         }
         // Also what a predecessor left of a ring that nobody will ask for again.
-        if let Some(record) = &self.config.record {
+        if let Some(record) = &self.config.record
+            && !left
+        {
             self.host.remove_region(record);
         }
     }

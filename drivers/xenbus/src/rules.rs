@@ -12,6 +12,8 @@ pub(crate) enum Phase {
     Serving,
     /// The ring takes no more requests.
     Draining,
+    /// The ring takes no more requests; another process will.
+    Leaving,
     /// Closing, no ring: something is wrong with the front end.
     Failed,
     /// Closed, no ring.
@@ -30,6 +32,8 @@ pub(crate) struct Seen {
     pub(crate) hotplugged: bool,
     /// The front end had its time to close.
     pub(crate) grace_over: bool,
+    /// We are to leave the disk to another process.
+    pub(crate) leave: bool,
 }
 
 impl Seen {
@@ -50,6 +54,8 @@ pub(crate) enum Action {
     Connect,
     /// State 5, take no more requests; state 6 once those in flight are answered.
     Drain,
+    /// Take no more requests; end once those in flight are answered.
+    Leave,
     /// State 6.
     Close,
     /// Take no more requests, wait for those in flight, and end.
@@ -92,13 +98,20 @@ pub(crate) fn next(phase: Phase, seen: &Seen) -> Action {
     let Some(front) = seen.frontend else { return Action::End(BackendEnd::FrontendGone) };
     let closing = matches!(front, Closing | Closed);
     match phase {
+        Phase::Waiting | Phase::Failed | Phase::Closed if seen.leave => Action::End(BackendEnd::Left),
         Phase::Waiting if closing || seen.asked_to_close() => Action::Close,
         Phase::Waiting if matches!(front, Initialised | Connected) && seen.hotplugged => Action::Connect,
         Phase::Serving if closing || (seen.asked_to_close() && seen.grace_over) => Action::Drain,
+        Phase::Serving if seen.leave => Action::Leave,
         Phase::Failed if closing || front == Initialising || seen.asked_to_close() => Action::Close,
         Phase::Closed if !seen.online => Action::End(BackendEnd::Offline),
         Phase::Closed if matches!(front, Initialising | Initialised) => Action::Offer,
-        Phase::Waiting | Phase::Serving | Phase::Draining | Phase::Failed | Phase::Closed => Action::Wait,
+        Phase::Waiting
+        | Phase::Serving
+        | Phase::Draining
+        | Phase::Leaving
+        | Phase::Failed
+        | Phase::Closed => Action::Wait,
     }
 }
 
@@ -114,6 +127,7 @@ mod tests {
             online: true,
             hotplugged: true,
             grace_over: false,
+            leave: false,
         }
     }
 
@@ -125,6 +139,7 @@ mod tests {
             (Phase::Waiting, InitWait, [Wait, Wait, Wait, Connect, Connect, Close, Close, Wait, Wait]),
             (Phase::Serving, Connected, [Wait, Wait, Wait, Wait, Wait, Drain, Drain, Wait, Wait]),
             (Phase::Draining, Closing, [Wait; 9]),
+            (Phase::Leaving, Connected, [Wait; 9]),
             (Phase::Failed, Closing, [Wait, Close, Wait, Wait, Wait, Close, Close, Wait, Wait]),
             (Phase::Closed, Closed, [Wait, Offer, Wait, Offer, Wait, Wait, Wait, Wait, Wait]),
         ];
@@ -137,7 +152,9 @@ mod tests {
 
     #[test]
     fn a_missing_end_ends_every_phase() {
-        for phase in [Phase::Waiting, Phase::Serving, Phase::Draining, Phase::Failed, Phase::Closed] {
+        for phase in
+            [Phase::Waiting, Phase::Serving, Phase::Draining, Phase::Leaving, Phase::Failed, Phase::Closed]
+        {
             let both = seen(Connected, Connected);
             assert_eq!(next(phase, &Seen { frontend: None, ..both }), Action::End(BackendEnd::FrontendGone));
             assert_eq!(next(phase, &Seen { backend: None, ..both }), Action::End(BackendEnd::BackendGone));
@@ -155,6 +172,22 @@ mod tests {
         assert_eq!(next(Phase::Closed, &asked(Closed)), Action::End(BackendEnd::Offline));
         let offline_only = Seen { online: false, ..seen(Connected, Connected) };
         assert_eq!(next(Phase::Serving, &Seen { grace_over: true, ..offline_only }), Action::Wait);
+    }
+
+    #[test]
+    fn who_leaves_does_not_change_what_others_see() {
+        let leave = |back, front| Seen { leave: true, ..seen(back, front) };
+        assert_eq!(next(Phase::Serving, &leave(Connected, Connected)), Action::Leave);
+        assert_eq!(
+            next(Phase::Serving, &leave(Connected, Closing)),
+            Action::Drain,
+            "what was begun is ended"
+        );
+        assert_eq!(next(Phase::Draining, &leave(Closing, Closing)), Action::Wait);
+        for (phase, back) in [(Phase::Waiting, InitWait), (Phase::Failed, Closing), (Phase::Closed, Closed)] {
+            let end = Action::End(BackendEnd::Left);
+            assert_eq!(next(phase, &leave(back, Initialised)), end, "{phase:?}");
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use tap_abi::blkif::{BlkifOp, BlkifRequest};
 use tap_abi::xenbus::XenbusState;
+use tap_core::wait;
 use tap_host::{DomId, Errno, Mark, VbdId, Watcher, Xenstore};
 use tap_xenbus::{Backend, BackendConfig, BackendEnd, BackendError, Hotplug};
 use xen_model::{Counts, VbdPaths, XenPort, attach_vbd};
@@ -27,6 +28,7 @@ struct Device {
     paths: VbdPaths,
     disk: Disk,
     config: BackendConfig,
+    leave: Rc<wait::Event>,
     ends: Ends,
 }
 
@@ -39,7 +41,16 @@ impl Device {
         let mut config = BackendConfig::new(&paths.backend, guest.dom(), VBD);
         config.record = Some("record".into());
         let disk = Disk::new(&world.sim, 1024);
-        Self { world: world.clone(), toolstack, guest, paths, disk, config, ends: Ends::default() }
+        Self {
+            world: world.clone(),
+            toolstack,
+            guest,
+            paths,
+            disk,
+            config,
+            leave: Rc::default(),
+            ends: Ends::default(),
+        }
     }
 
     /// Starts the `nth` process of the back end.
@@ -47,9 +58,10 @@ impl Device {
         let host = self.world.process("tapdisk", nth);
         let node = host.process.node().clone();
         let (config, disk, ends) = (self.config.clone(), self.disk.node(), Rc::clone(&self.ends));
+        let leave = Rc::clone(&self.leave);
         let own = node.clone();
         node.spawn("backend", 0, async move {
-            let end = Backend::run(host, config, disk).await;
+            let end = Backend::run(host, config, disk, leave).await;
             if own.is_alive() {
                 ends.borrow_mut().push(end);
             }
@@ -348,9 +360,62 @@ fn ends_that_vanish() {
             assert_eq!(d.end(), Some(Ok(end)));
             let left = d.toolstack.read(&d.paths.backend).await;
             assert_eq!(left.is_ok(), front_end, "a removed directory is not made again");
+            // Who takes the front end away by force waits for this.
+            assert_eq!(d.back("state").await.as_deref(), front_end.then_some("6"));
             d.assert_nothing_held();
         });
     }
+}
+
+#[test]
+fn a_process_that_leaves_is_followed_by_another_and_the_front_end_does_not_notice() {
+    let mut resumed = 0;
+    for seed in 0..60 {
+        let world = world(&busy(seed), async move |world| {
+            let d = Device::new(&world, false).await;
+            d.start(0);
+            let front = d.connect().await;
+            let (leaver, worked) = (d.clone(), Rc::new(std::cell::Cell::new(false)));
+            let done = Rc::clone(&worked);
+            let (sim, f) = (world.sim.clone(), Rc::clone(&front));
+            world.sim.spawn("work", 0, async move {
+                workload(sim, f, 300, 32, seed).await.unwrap();
+                done.set(true);
+            });
+            for nth in 1..4 {
+                world.sim.sleep_ns(20_000 + sim::mix2(seed, nth) % 50_000).await;
+                leaver.leave.set();
+                d.settle().await;
+                assert_eq!(d.ends.borrow_mut().pop(), Some(Ok(BackendEnd::Left)));
+                assert_eq!((d.back("state").await.as_deref(), d.back("error").await), (Some("4"), None));
+                assert_eq!(world.xen.counts(DomId(0)), Counts::default(), "nothing is held in between");
+                leaver.leave.clear();
+                d.start(nth);
+            }
+            d.settle().await;
+            assert!(worked.get(), "the workload came to its end");
+            d.disconnect(front).await;
+        });
+        assert!(world.marked(Mark::RingLeft) == 3, "{}", world.marked(Mark::RingLeft));
+        resumed += world.marked(Mark::RecordResumed);
+    }
+    assert_eq!(resumed, 0, "who leaves in order leaves nothing in flight");
+}
+
+#[test]
+fn who_leaves_before_anything_is_connected_leaves_what_there_is() {
+    world(&quiet(), async |world| {
+        let d = Device::new(&world, false).await;
+        d.start(0);
+        d.until_back(XenbusState::InitWait).await;
+        d.leave.set();
+        d.settle().await;
+        assert_eq!((d.end(), d.back("state").await.as_deref()), (Some(Ok(BackendEnd::Left)), Some("2")));
+        d.leave.clear();
+        d.start(1);
+        let front = d.connect().await;
+        d.work(&front, 20).await;
+    });
 }
 
 #[test]

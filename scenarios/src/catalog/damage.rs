@@ -11,13 +11,13 @@
 
 use crate::check::{Invariant, walker};
 use crate::guest::{DirectDisk, GuestDisk};
-use crate::host::SimHost;
 use crate::image::{QcowShape, Stored, layer_cluster, make_qcow};
 use crate::run::Scenario;
 use crate::stack::{Stack, StackLimits};
 use crate::tag::Tag;
 use crate::workload::{Shape, Workload, operations};
 use crate::world::World;
+use kernel_model::SimHost;
 use kernel_model::{Content, PageMap, StorageConfig};
 use sim::{Entity, Label};
 use std::rc::Rc;

@@ -2,8 +2,8 @@
 
 use super::Invariant;
 use super::walker::{Broken, QcowMap};
-use crate::host::SimHost;
 use crate::world::World;
+use kernel_model::SimHost;
 use tap_images::ImageError;
 use tap_images::qcow::{CheckReport, check};
 

@@ -2,17 +2,13 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test program uses a part")]
 
-use kernel_model::{Kernel, Process, Storage, StorageConfig};
+use kernel_model::{Kernel, SimHost, Storage, StorageConfig};
 use sim::{Label, Sim};
 use std::cell::RefCell;
-use std::future::Future;
 use std::rc::Rc;
 use tap_core::{LocalBoxFuture, Node, NodeInfo, Op, Request, Response};
-use tap_host::{
-    Bug, DomId, Errno, Event, Events, GrantRef, GrantSegment, Grants, Log, Mark, Port, Probe, SharedPages,
-    Tasks, Time, Xenstore, bytes_of, copy_from_slice, copy_to_slice,
-};
-use xen_model::{Channel, Mapping, Options, StoreTransaction, StoreWatcher, Xen, XenPort};
+use tap_host::{Errno, Mark, bytes_of, copy_from_slice, copy_to_slice};
+use xen_model::{Options, Xen, XenPort};
 
 /// The machine of a test.
 #[derive(Clone)]
@@ -30,9 +26,8 @@ impl World {
     }
 
     /// A new process of dom0.
-    pub fn process(&self, name: &str, key: u64) -> TestHost {
-        let process = self.kernel.process(name, key);
-        TestHost { xen: self.xen.attach(DomId(0), process.node()), process }
+    pub fn process(&self, name: &str, key: u64) -> SimHost {
+        SimHost::start(&self.kernel, &self.xen, name, key)
     }
 
     /// A new domain with a process in it.
@@ -43,92 +38,6 @@ impl World {
 
     pub fn marked(&self, mark: Mark) -> u64 {
         self.kernel.marks()[mark as usize]
-    }
-}
-
-/// A process as the stack sees it.
-#[derive(Clone)]
-pub struct TestHost {
-    pub process: Process,
-    pub xen: XenPort,
-}
-
-impl Time for TestHost {
-    fn now_ns(&self) -> u64 {
-        self.process.now_ns()
-    }
-    fn sleep_ns(&self, ns: u64) -> impl Future<Output = ()> + 'static {
-        self.process.sleep_ns(ns)
-    }
-}
-impl Tasks for TestHost {
-    fn spawn(&self, role: &'static str, key: u64, task: impl Future<Output = ()> + 'static) {
-        self.process.spawn(role, key, task);
-    }
-    fn yield_now(&self) -> impl Future<Output = ()> + 'static {
-        self.process.yield_now()
-    }
-}
-impl Log for TestHost {
-    fn log(&self, event: Event) {
-        self.process.log(event);
-    }
-}
-impl Probe for TestHost {
-    fn bug(&self, bug: Bug) -> bool {
-        self.process.bug(bug)
-    }
-    fn mark(&self, mark: Mark) {
-        self.process.mark(mark);
-    }
-}
-impl Grants for TestHost {
-    type Page = Mapping;
-    fn map(&self, dom: DomId, gref: GrantRef, write: bool) -> Result<Mapping, Errno> {
-        self.xen.map(dom, gref, write)
-    }
-    fn copy_in(&self, dom: DomId, segments: &[GrantSegment], private: &mut [u8]) -> Result<(), Errno> {
-        self.xen.copy_in(dom, segments, private)
-    }
-    fn copy_out(&self, dom: DomId, segments: &[GrantSegment], private: &[u8]) -> Result<(), Errno> {
-        self.xen.copy_out(dom, segments, private)
-    }
-}
-impl Events for TestHost {
-    type Channel = Channel;
-    fn bind_interdomain(&self, dom: DomId, remote: Port) -> Result<Channel, Errno> {
-        self.xen.bind_interdomain(dom, remote)
-    }
-}
-impl SharedPages for TestHost {
-    type Region = Mapping;
-    fn region(&self, name: &str) -> Result<Mapping, Errno> {
-        self.xen.region(name)
-    }
-    fn remove_region(&self, name: &str) {
-        self.xen.remove_region(name);
-    }
-}
-impl Xenstore for TestHost {
-    type Transaction = StoreTransaction;
-    type Watcher = StoreWatcher;
-    async fn read(&self, path: &str) -> Result<Vec<u8>, Errno> {
-        self.xen.read(path).await
-    }
-    async fn write(&self, path: &str, value: &[u8]) -> Result<(), Errno> {
-        self.xen.write(path, value).await
-    }
-    async fn remove(&self, path: &str) -> Result<(), Errno> {
-        self.xen.remove(path).await
-    }
-    async fn directory(&self, path: &str) -> Result<Vec<String>, Errno> {
-        self.xen.directory(path).await
-    }
-    async fn watch(&self, path: &str) -> Result<StoreWatcher, Errno> {
-        self.xen.watch(path).await
-    }
-    async fn transaction(&self) -> Result<StoreTransaction, Errno> {
-        self.xen.transaction().await
     }
 }
 

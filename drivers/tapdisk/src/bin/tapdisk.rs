@@ -2,9 +2,11 @@
 
 use std::env::args_os;
 use std::process::ExitCode;
+use std::rc::Rc;
 use std::time::Duration;
-use tap_linux::{AioEngine, Level, Options, set_io_priority};
-use tapdisk::daemon::{AioArg, Cli, run};
+use tap_linux::{AioEngine, Level, Options, XenOptions, set_io_priority};
+use tapdisk::Console;
+use tapdisk::daemon::{AioArg, Cli, Command, run};
 use tapdisk::terminal::Terminal;
 use tapdisk::usage;
 
@@ -24,6 +26,12 @@ fn main() -> ExitCode {
         },
         log_level: if cli.verbose { Level::Debug } else { Level::Info },
         poll: Duration::from_micros(cli.poll_us.into()),
+        xen: match &cli.command {
+            Command::Xen(args) => {
+                Some(XenOptions { run_folder: args.run_dir.clone(), ..XenOptions::default() })
+            }
+            Command::Serve(_) => None,
+        },
         ..Options::default()
     };
     // Before there are threads: they inherit it.
@@ -34,8 +42,8 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let run = |host| async move {
-        let terminal = Terminal::new();
-        let status = run(host, cli, &terminal).await;
+        let terminal = Rc::new(Terminal::new());
+        let status = run(host, cli, Rc::clone(&terminal) as Rc<dyn Console>).await;
         terminal.status(status)
     };
     match tap_linux::run(&options, run) {

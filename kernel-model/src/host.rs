@@ -1,6 +1,6 @@
-//! The simulated host: a process of the kernel model with its access to the Xen model, as one type of the seam.
+//! The simulated host: a process with its access to Xen, as one type of the seam.
 
-use kernel_model::{Kernel, Process, ProcessFile, ProcessListener, ProcessStream};
+use crate::{Kernel, Process, ProcessFile, ProcessListener, ProcessStream};
 use std::future::Future;
 use tap_host::{
     Bug, DomId, Entropy, Errno, Event, Events, Files, GrantRef, GrantSegment, Grants, Log, Mark, OpenMode,

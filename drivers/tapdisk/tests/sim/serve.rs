@@ -1,61 +1,12 @@
 //! `tapdisk serve` as a process of a simulated host, with our client as another.
 
-use clap::Parser;
-use kernel_model::faults::FaultPlan;
-use kernel_model::{Kernel, Process, Storage, StorageConfig};
-use sim::{Config, Sim};
+use crate::{Daemon, world};
+use kernel_model::Kernel;
 use smallvec::smallvec;
-use std::cell::RefCell;
 use std::rc::Rc;
 use tap_core::{Node, Request, ZeroFlags};
-use tap_host::{Errno, IoBuf, IoVec, SectorRange, Tasks};
-use tapdisk::Console;
-use tapdisk::daemon::{Cli, run};
+use tap_host::{Errno, IoBuf, IoVec, SectorRange};
 use tapdisk::disk::{DiskOptions, open_any};
-
-#[derive(Default)]
-struct Printed(RefCell<Vec<String>>);
-
-impl Console for Printed {
-    fn out(&self, line: &str) {
-        self.0.borrow_mut().push(line.to_owned());
-    }
-    fn err(&self, line: &str) {
-        self.0.borrow_mut().push(line.to_owned());
-    }
-    fn progress(&self, _done_bytes: u64, _total_bytes: u64) {}
-}
-
-/// A process that runs `tapdisk` with these arguments.
-struct Daemon {
-    process: Process,
-    printed: Rc<Printed>,
-    status: Rc<RefCell<Option<u8>>>,
-}
-
-impl Daemon {
-    fn start(kernel: &Kernel, key: u64, line: &str) -> Self {
-        let cli = Cli::try_parse_from(std::iter::once("tapdisk").chain(line.split_whitespace()));
-        let cli = cli.unwrap_or_else(|e| panic!("{line}: {e}"));
-        let process = kernel.process("tapdisk", key);
-        let (printed, status) = (Rc::new(Printed::default()), Rc::new(RefCell::new(None)));
-        let (host, p, s) = (process.clone(), Rc::clone(&printed), Rc::clone(&status));
-        process.spawn("main", 0, async move { *s.borrow_mut() = Some(run(host, cli, &*p).await) });
-        Self { process, printed, status }
-    }
-
-    fn said(&self) -> String {
-        self.printed.0.borrow().join("\n")
-    }
-}
-
-fn world<F: Future<Output = ()> + 'static>(body: impl FnOnce(Sim, Kernel) -> F) {
-    let sim = Sim::new(&Config::new(1));
-    let config = StorageConfig { faults: FaultPlan::default(), ..StorageConfig::default() };
-    let kernel = Kernel::new(&sim, &Storage::new(&sim, config));
-    let body = body(sim.clone(), kernel);
-    sim.run(body).unwrap();
-}
 
 async fn client(kernel: &Kernel, name: &str) -> Result<Rc<dyn Node>, String> {
     let host = kernel.process(format!("client of {name}"), 77);
@@ -71,10 +22,10 @@ fn bytes(fill: u8, sectors: usize) -> IoVec {
 
 #[test]
 fn disks_are_served_until_the_process_is_asked_to_stop() {
-    world(|sim, kernel| async move {
+    world(|sim, kernel, xen| async move {
         kernel.storage().put_bytes("/a", &[1; 1 << 20]);
         kernel.storage().put_bytes("/b", &[2; 1 << 20]);
-        let daemon = Daemon::start(&kernel, 1, "serve --nbd unix:/run/s a=raw:/a b=raw:/b");
+        let daemon = Daemon::start(&kernel, &xen, 1, "serve --nbd unix:/run/s a=raw:/a b=raw:/b");
         sim.sleep_ns(1_000_000).await;
         let lines = "export 'a': raw:/a, 1 MiB\nexport 'b': raw:/b, 1 MiB\nlistening at unix:/run/s";
         assert_eq!(daemon.said(), lines);
@@ -90,7 +41,7 @@ fn disks_are_served_until_the_process_is_asked_to_stop() {
         let other = client(&kernel, "b").await.unwrap();
         let read = other.submit(Request::read(SectorRange::new(0, 1), bytes(0, 1))).await;
         assert_eq!(read.bufs[0][0], 2);
-        daemon.process.ask_to_stop();
+        daemon.host.process.ask_to_stop();
         sim.sleep_ns(10_000_000_000).await;
         assert_eq!(*daemon.status.borrow(), Some(0));
         // What was written is durable, though nobody flushed.
@@ -102,9 +53,10 @@ fn disks_are_served_until_the_process_is_asked_to_stop() {
 #[test]
 fn unsafe_and_writethrough_mean_what_they_say() {
     for (mode, durable) in [("unsafe", false), ("writethrough", true)] {
-        world(move |sim, kernel| async move {
+        world(move |sim, kernel, xen| async move {
             kernel.storage().put_bytes("/a", &[1; 65536]);
-            let daemon = Daemon::start(&kernel, 1, &format!("serve --cache {mode} --nbd unix:/run/s raw:/a"));
+            let daemon =
+                Daemon::start(&kernel, &xen, 1, &format!("serve --cache {mode} --nbd unix:/run/s raw:/a"));
             sim.sleep_ns(1_000_000).await;
             let disk = client(&kernel, "").await.unwrap();
             let write = Request::write(SectorRange::new(0, 8), bytes(9, 8));
@@ -114,7 +66,7 @@ fn unsafe_and_writethrough_mean_what_they_say() {
             }
             let inode = kernel.storage().inode("/a").unwrap();
             assert_eq!(inode.pending.is_empty(), durable, "{mode}");
-            daemon.process.ask_to_stop();
+            daemon.host.process.ask_to_stop();
             sim.sleep_ns(10_000_000_000).await;
             assert_eq!(*daemon.status.borrow(), Some(0));
             assert!(kernel.storage().inode("/a").unwrap().pending.is_empty(), "ending makes durable");
@@ -124,9 +76,9 @@ fn unsafe_and_writethrough_mean_what_they_say() {
 
 #[test]
 fn what_cannot_be_served_ends_the_process_with_one_line() {
-    world(|sim, kernel| async move {
+    world(|sim, kernel, xen| async move {
         kernel.storage().put_bytes("/a", &[1; 65536]);
-        let first = Daemon::start(&kernel, 1, "serve --nbd unix:/run/s raw:/a");
+        let first = Daemon::start(&kernel, &xen, 1, "serve --nbd unix:/run/s raw:/a");
         sim.sleep_ns(1_000_000).await;
         for (line, words) in [
             ("serve --nbd unix:/run/t raw:/a", "lock /a: it is in use"),
@@ -134,13 +86,13 @@ fn what_cannot_be_served_ends_the_process_with_one_line() {
             ("serve --nbd unix:/run/t /a", "say what it is"),
             ("serve raw:/a", "lock /a"),
         ] {
-            let daemon = Daemon::start(&kernel, 2, line);
+            let daemon = Daemon::start(&kernel, &xen, 2, line);
             sim.sleep_ns(5_000_000_000).await;
             assert_eq!(*daemon.status.borrow(), Some(1), "{line}");
             assert!(daemon.said().contains(words) && !daemon.said().contains('\n'), "{}", daemon.said());
         }
         kernel.storage().put_bytes("/b", &[1; 65536]);
-        let taken = Daemon::start(&kernel, 3, "serve --nbd unix:/run/s raw:/b");
+        let taken = Daemon::start(&kernel, &xen, 3, "serve --nbd unix:/run/s raw:/b");
         sim.sleep_ns(1_000_000).await;
         let text = "tapdisk: failed to listen at unix:/run/s: address already in use (EADDRINUSE); another server is there";
         assert_eq!(taken.said(), text);
@@ -149,6 +101,6 @@ fn what_cannot_be_served_ends_the_process_with_one_line() {
             client(&kernel, "").await.unwrap().submit(Request::flush()).await.result,
             Ok::<(), Errno>(())
         );
-        first.process.node().kill();
+        first.host.process.node().kill();
     });
 }

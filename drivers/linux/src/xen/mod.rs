@@ -1,0 +1,186 @@
+//! Xen as its devices show it to a domain's user space.
+//!
+//! ```text
+//!   Grants       /dev/xen/gntdev            gntdev.rs
+//!   Events       /dev/xen/evtchn            evtchn.rs
+//!   SharedPages  files in a folder          regions.rs
+//!   Xenstore     xenstored's socket, or /dev/xen/xenbus
+//!                                           ../xenstore/
+//! ```
+//!
+//! Opened by [`crate::run`] for programs that ask for it ([`crate::Options::xen`]). Elsewhere every call here fails with
+//! `ENODEV`.
+
+mod evtchn;
+mod gntdev;
+mod ioctl;
+mod page;
+mod regions;
+
+pub use evtchn::LinuxChannel;
+pub use page::LinuxPage;
+
+use crate::files::of_rustix;
+use crate::xenstore::{StoreClient, StoreOpenError, StorePlaces, StoreTransaction, StoreWatcher};
+use crate::{Level, LinuxHost};
+use evtchn::Evtchn;
+use gntdev::Gntdev;
+use regions::Regions;
+use rustix::fs::{CWD, Mode, OFlags, openat};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::rc::Rc;
+use tap_host::{DomId, Errno, Events, GrantRef, GrantSegment, Grants, Port, SharedPages, Tasks, Xenstore};
+
+/// How Xen is used.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct XenOptions {
+    /// The folder of [`SharedPages`]: on a tmpfs, ours alone. It is made if it is not there.
+    pub run_folder: PathBuf,
+    /// Where xenstored is.
+    pub store: StorePlaces,
+}
+
+impl Default for XenOptions {
+    fn default() -> Self {
+        Self { run_folder: PathBuf::from("/run/tapdisk"), store: StorePlaces::usual() }
+    }
+}
+
+/// Why Xen cannot be used.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum XenError {
+    /// One of its devices.
+    #[error("open {path}: {error}{}", hint(*error))]
+    Device {
+        /// The device.
+        path: &'static str,
+        /// Why.
+        error: Errno,
+    },
+    /// The folder for what outlives the process.
+    #[error("use {folder} for what outlives the process: {error}{}", folder_hint(*error))]
+    Folder {
+        /// The folder.
+        folder: PathBuf,
+        /// Why.
+        error: Errno,
+    },
+    /// xenstored.
+    #[error(transparent)]
+    Store(#[from] StoreOpenError),
+}
+
+fn hint(error: Errno) -> &'static str {
+    match error {
+        Errno::ENOENT | Errno::ENODEV | Errno::ENXIO => {
+            "; it is there in a domain of Xen with the modules xen-gntdev and xen-evtchn"
+        }
+        Errno::EACCES | Errno::EPERM => "; it takes root",
+        _ => "",
+    }
+}
+
+fn folder_hint(error: Errno) -> &'static str {
+    match error {
+        Errno::EACCES => "; it has to be ours, and nobody else may write to it",
+        _ => "",
+    }
+}
+
+/// What of Xen is open.
+pub(crate) struct Xen {
+    gntdev: Gntdev,
+    evtchn: Rc<Evtchn>,
+    regions: Regions,
+    store: StoreClient,
+}
+
+const GNTDEV: &str = "/dev/xen/gntdev";
+const EVTCHN: &str = "/dev/xen/evtchn";
+
+impl Xen {
+    /// Opens everything, on the thread of `host`.
+    pub(crate) async fn open(host: &LinuxHost, options: &XenOptions) -> Result<Self, XenError> {
+        let gntdev = Gntdev::new(device(GNTDEV)?);
+        let evtchn =
+            Evtchn::new(device(EVTCHN)?).map_err(|error| XenError::Device { path: EVTCHN, error })?;
+        let folder = &options.run_folder;
+        let regions =
+            Regions::open(folder).map_err(|error| XenError::Folder { folder: folder.clone(), error })?;
+        let store = StoreClient::open(host, &options.store).await?;
+        host.spawn("events", 0, Rc::clone(&evtchn).read_all(host.clone()));
+        Ok(Self { gntdev, evtchn, regions, store })
+    }
+}
+
+fn device(path: &'static str) -> Result<OwnedFd, XenError> {
+    let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    openat(CWD, path, flags, Mode::empty())
+        .map_err(|error| XenError::Device { path, error: of_rustix(error) })
+}
+
+impl LinuxHost {
+    fn xen(&self) -> Result<&Xen, Errno> {
+        self.0.xen.get().ok_or(Errno::ENODEV)
+    }
+}
+
+impl Grants for LinuxHost {
+    type Page = LinuxPage;
+
+    fn map(&self, dom: DomId, gref: GrantRef, write: bool) -> Result<LinuxPage, Errno> {
+        self.xen()?.gntdev.map(dom, gref, write)
+    }
+    fn copy_in(&self, dom: DomId, segments: &[GrantSegment], private: &mut [u8]) -> Result<(), Errno> {
+        self.xen()?.gntdev.copy_in(dom, segments, private)
+    }
+    fn copy_out(&self, dom: DomId, segments: &[GrantSegment], private: &[u8]) -> Result<(), Errno> {
+        self.xen()?.gntdev.copy_out(dom, segments, private)
+    }
+}
+
+impl Events for LinuxHost {
+    type Channel = LinuxChannel;
+
+    fn bind_interdomain(&self, dom: DomId, remote: Port) -> Result<LinuxChannel, Errno> {
+        self.xen()?.evtchn.bind(dom, remote)
+    }
+}
+
+impl SharedPages for LinuxHost {
+    type Region = LinuxPage;
+
+    fn region(&self, name: &str) -> Result<LinuxPage, Errno> {
+        self.xen()?.regions.region(name)
+    }
+    fn remove_region(&self, name: &str) {
+        if let Err(error) = self.xen().and_then(|xen| xen.regions.remove(name)) {
+            self.say(Level::Warning, format_args!("failed to remove the in-flight record {name}: {error}"));
+        }
+    }
+}
+
+impl Xenstore for LinuxHost {
+    type Transaction = StoreTransaction;
+    type Watcher = StoreWatcher;
+
+    async fn read(&self, path: &str) -> Result<Vec<u8>, Errno> {
+        self.xen()?.store.read(path).await
+    }
+    async fn write(&self, path: &str, value: &[u8]) -> Result<(), Errno> {
+        self.xen()?.store.write(path, value).await
+    }
+    async fn remove(&self, path: &str) -> Result<(), Errno> {
+        self.xen()?.store.remove(path).await
+    }
+    async fn directory(&self, path: &str) -> Result<Vec<String>, Errno> {
+        self.xen()?.store.directory(path).await
+    }
+    async fn watch(&self, path: &str) -> Result<StoreWatcher, Errno> {
+        self.xen()?.store.watch(path).await
+    }
+    async fn transaction(&self) -> Result<StoreTransaction, Errno> {
+        self.xen()?.store.transaction().await
+    }
+}

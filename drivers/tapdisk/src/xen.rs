@@ -1,0 +1,289 @@
+//! `tapdisk xen`: disks of Xen's guests.
+//!
+//! ```text
+//!   DOM/VDEV=SPEC ...  open every disk ─► one back end each ─┐
+//!                                                            ├─► closed by the toolstack, or left at SIGTERM
+//!   --watch            a back end for every vbd of our script ┘
+//! ```
+//!
+//! At SIGTERM the guests' requests in flight are answered, the images are closed, and the vbds stay as they are: the next
+//! `tapdisk xen` takes them up, and the guests notice a pause. The same holds after a crash.
+
+use crate::Console;
+use crate::disk::{ImageArgs, open_any, says_its_format};
+use crate::serve::ServeHost;
+use crate::size::show_size;
+use crate::spec::DiskSpec;
+use crate::vdev;
+use clap::Args;
+use futures_util::future::join_all;
+use std::cell::Cell;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::str::FromStr;
+use tap_core::{Node, wait};
+use tap_host::{DomId, Errno, SECTOR_BYTES, VbdId};
+use tap_xenbus::{
+    Backend, BackendConfig, BackendEnd, BackendError, Device, Hotplug, Whose, XenHost, refuse, supervise,
+};
+
+/// What serving guests asks of a host.
+pub trait GuestHost: ServeHost + XenHost {}
+impl<T: ServeHost + XenHost> GuestHost for T {}
+
+/// The command line of `tapdisk xen`.
+#[derive(Args, Clone, Debug)]
+pub struct XenArgs {
+    /// Serve every vbd whose script is ours, as they come and go, instead of those named here
+    #[arg(long, conflicts_with = "disks")]
+    watch: bool,
+    /// With --watch: the file name of the script that marks our vbds
+    #[arg(long, value_name = "NAME", default_value = "block-tapdisk", requires = "watch")]
+    script: String,
+    /// The folder of the back ends in xenstore
+    #[arg(long = "type", value_name = "TYPE", default_value = "vbd", value_parser = parse_type)]
+    kind: String,
+    /// Where the records of requests in flight are, for a tapdisk that follows this one; on a tmpfs
+    #[arg(long, value_name = "FOLDER", default_value = "/run/tapdisk")]
+    pub run_dir: PathBuf,
+    #[command(flatten)]
+    images: ImageArgs,
+    /// The vbds with their disks
+    #[arg(required_unless_present = "watch", value_name = "DOMAIN/VDEV=SPEC")]
+    disks: Vec<GuestDisk>,
+}
+
+fn parse_type(text: &str) -> Result<String, String> {
+    let plain = !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
+    if plain { Ok(text.to_owned()) } else { Err("a type is one name, like vbd".to_owned()) }
+}
+
+/// A guest's disk and what is behind it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct GuestDisk {
+    dom: DomId,
+    vbd: VbdId,
+    spec: DiskSpec,
+}
+
+impl FromStr for GuestDisk {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parts = text.split_once('=').and_then(|(vbd, spec)| Some((vbd.split_once('/')?, spec)));
+        let Some(((dom, vdev), spec)) = parts else {
+            return Err("it is written DOMAIN/VDEV=SPEC, like 3/xvda=qcow:/images/a.qcow".to_owned());
+        };
+        let dom = dom.parse().map_err(|_| format!("'{dom}' is no domain id; `xl domid NAME` tells it"))?;
+        let disk = Self { dom: DomId(dom), vbd: vdev::parse(vdev)?, spec: spec.parse()? };
+        says_its_format(&disk.spec).map_err(|why| format!("failed to {why}"))?;
+        Ok(disk)
+    }
+}
+
+/// What all disks of a process share.
+struct Shared<H> {
+    host: H,
+    args: XenArgs,
+    console: Rc<dyn Console>,
+    leave: Rc<wait::Event>,
+    /// Whether anything failed.
+    failed: Cell<bool>,
+}
+
+/// Runs `tapdisk xen` until every disk is closed or it is asked to stop, and gives its exit status.
+pub async fn run<H: GuestHost>(host: H, args: XenArgs, console: Rc<dyn Console>) -> u8 {
+    let leave = Rc::<wait::Event>::default();
+    let (stopped, event) = (host.asked_to_stop(), Rc::clone(&leave));
+    host.spawn("stop", 0, async move {
+        stopped.await;
+        event.set();
+    });
+    let shared = Rc::new(Shared { host, args, console, leave, failed: Cell::new(false) });
+    let outcome = if shared.args.watch { shared.watch().await } else { shared.serve_all().await };
+    if let Err(why) = outcome {
+        shared.fail(&why);
+    }
+    u8::from(shared.failed.get())
+}
+
+impl<H: GuestHost> Shared<H> {
+    fn fail(&self, why: &str) {
+        self.console.err(&format!("tapdisk: failed to {why}"));
+        self.failed.set(true);
+    }
+
+    /// The folder of our domain's back ends.
+    async fn root(&self) -> Result<String, String> {
+        let own = match self.host.read("domid").await {
+            Ok(value) => {
+                std::str::from_utf8(&value).ok().and_then(|id| id.trim_end_matches('\0').parse().ok())
+            }
+            // A dom0 that nobody told.
+            Err(Errno::ENOENT) => Some(0_u16),
+            Err(error) => return Err(format!("read our domain id from xenstore: {error}")),
+        };
+        let own = own.ok_or("read our domain id from xenstore: it is no number")?;
+        Ok(format!("/local/domain/{own}/backend/{}", self.args.kind))
+    }
+
+    fn config(&self, path: &str, dom: DomId, vbd: VbdId, hotplug: Hotplug) -> BackendConfig {
+        BackendConfig {
+            record: Some(format!("ring-{}-{}", dom.0, vbd.0)),
+            hotplug,
+            ..BackendConfig::new(path, dom, vbd)
+        }
+    }
+
+    /// Serves what is named on the command line.
+    async fn serve_all(&self) -> Result<(), String> {
+        let root = self.root().await?;
+        let mut open: Vec<(BackendConfig, &DiskSpec, Rc<dyn Node>)> = Vec::new();
+        let mut outcome = Ok(());
+        for disk in &self.args.disks {
+            let path = format!("{root}/{}/{}", disk.dom.0, disk.vbd.0);
+            let config = self.config(&path, disk.dom, disk.vbd, Hotplug::Write);
+            match self.open(&config, &disk.spec, !self.args.images.read_only).await {
+                Ok(node) => open.push((config, &disk.spec, node)),
+                Err(why) => {
+                    outcome = Err(why);
+                    break;
+                }
+            }
+        }
+        if outcome.is_ok() {
+            join_all(open.iter().map(|(config, spec, node)| self.serve(config, spec, node))).await;
+        }
+        join_all(open.iter().map(|(config, spec, node)| self.close(config, spec, node))).await;
+        outcome
+    }
+
+    /// Opens the disk of a vbd that is there.
+    async fn open(
+        &self,
+        config: &BackendConfig,
+        spec: &DiskSpec,
+        write: bool,
+    ) -> Result<Rc<dyn Node>, String> {
+        let path = &config.backend_path;
+        match self.host.read(&format!("{path}/frontend")).await {
+            Ok(_) => open_any(&self.host, spec, &self.args.images.options(write)).await,
+            Err(Errno::ENOENT) => Err(format!(
+                "serve {}: there is no vbd {path} in xenstore; a toolstack makes it",
+                name(config)
+            )),
+            Err(error) => Err(format!("read {path}/frontend in xenstore: {error}")),
+        }
+    }
+
+    /// Leads a disk through its life.
+    async fn serve(
+        &self,
+        config: &BackendConfig,
+        spec: &DiskSpec,
+        node: &Rc<dyn Node>,
+    ) -> Option<BackendError> {
+        let info = node.info();
+        let size = show_size(info.size_sectors * SECTOR_BYTES);
+        let read_only = if info.read_only { ", read-only" } else { "" };
+        self.console.out(&format!("serving {}: {spec}, {size}{read_only}", name(config)));
+        let end =
+            Backend::run(self.host.clone(), config.clone(), Rc::clone(node), Rc::clone(&self.leave)).await;
+        let how = match end {
+            Ok(BackendEnd::Offline) => "closed",
+            Ok(BackendEnd::FrontendGone) => "closed: its front end was taken away",
+            Ok(BackendEnd::BackendGone) => "closed: it was taken away",
+            Ok(BackendEnd::Left) => "left as it is",
+            Err(error) => {
+                self.fail(&format!("serve {}: failed to {error}", name(config)));
+                return Some(error);
+            }
+        };
+        self.console.out(&format!("{}: {how}", name(config)));
+        None
+    }
+
+    async fn close(&self, config: &BackendConfig, spec: &DiskSpec, node: &Rc<dyn Node>) {
+        if let Err(error) = node.close().await {
+            let name = name(config);
+            self.fail(&format!(
+                "close {spec} of {name}: {error}; what was written since the last flush may be lost"
+            ));
+        }
+    }
+
+    /// Serves whatever a toolstack gives us.
+    async fn watch(self: &Rc<Self>) -> Result<(), String> {
+        let whose = Whose { root: self.root().await?, script: self.args.script.clone() };
+        self.console.out(&format!("watching {} for vbds with the script {}", whose.root, whose.script));
+        let serve = |device| {
+            let shared = Rc::clone(self);
+            async move { shared.serve_device(device).await }
+        };
+        supervise(&self.host, &whose, &self.leave, serve).await.map_err(|error| error.to_string())
+    }
+
+    async fn serve_device(&self, device: Device) {
+        let config = self.config(&device.path, device.dom, device.vbd, Hotplug::Wait);
+        let write = !(device.read_only || self.args.images.read_only);
+        let opened = match named(&device.params) {
+            Ok(spec) => self.open(&config, &spec, write).await.map(|node| (spec, node)),
+            Err(why) => Err(why),
+        };
+        let why = match opened {
+            Ok((spec, node)) => {
+                let error = self.serve(&config, &spec, &node).await;
+                self.close(&config, &spec, &node).await;
+                match error {
+                    Some(error @ BackendError::NotOurs { .. }) => error.to_string(),
+                    Some(BackendError::Store { .. }) | None => return,
+                }
+            }
+            Err(why) => {
+                // One disk of many: told to the toolstack, and no reason for us to fail.
+                self.console.err(&format!("tapdisk: failed to serve {}: failed to {why}", name(&config)));
+                why
+            }
+        };
+        let why = format!("failed to {why}");
+        if let Err(error) = refuse(&self.host, &device.path, &why, &self.leave).await {
+            self.fail(&format!("serve {}: failed to {error}", name(&config)));
+        }
+    }
+}
+
+/// The disk that a toolstack names.
+fn named(params: &str) -> Result<DiskSpec, String> {
+    let spec = params.parse().map_err(|why| format!("read the name of the disk: {why}"))?;
+    says_its_format(&spec)?;
+    Ok(spec)
+}
+
+/// A vbd as people write it.
+fn name(config: &BackendConfig) -> String {
+    format!("{}/{}", config.dom.0, vdev::show(config.vbd))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vbds_and_their_disks() {
+        let disk = |text: &str| GuestDisk::from_str(text);
+        let spec = "qcow:/a=b/c".parse().unwrap();
+        assert_eq!(disk("3/xvda=qcow:/a=b/c"), Ok(GuestDisk { dom: DomId(3), vbd: VbdId(51712), spec }));
+        for (bad, why) in [
+            ("xvda=raw:/a", "DOMAIN/VDEV=SPEC"),
+            ("3/xvda", "DOMAIN/VDEV=SPEC"),
+            ("web/xvda=raw:/a", "xl domid"),
+            ("70000/xvda=raw:/a", "xl domid"),
+            ("3/vda=raw:/a", "no disk of a guest"),
+            ("3/xvda=/a", "raw:/a or qcow:/a"),
+            ("3/xvda=vhd:/a", "no format"),
+        ] {
+            let text = disk(bad).unwrap_err();
+            assert!(text.contains(why), "{bad}: {text}");
+        }
+    }
+}

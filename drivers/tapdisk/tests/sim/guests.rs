@@ -1,0 +1,267 @@
+//! `tapdisk xen`, with guests whose front ends are Linux's as the model has it.
+
+use crate::{Daemon, world};
+use kernel_model::{Blkfront, Kernel, SimHost};
+use sim::Sim;
+use std::rc::Rc;
+use tap_host::{DomId, Errno, IoKind, SectorRange, VbdId, Xenstore};
+use xen_model::{Counts, VbdPaths, Xen, attach_vbd, remove_vbd};
+
+const XVDA: VbdId = VbdId(51712);
+const MIB: usize = 1 << 20;
+
+/// A toolstack with the guests that it makes.
+struct Toolstack {
+    sim: Sim,
+    xen: Xen,
+    host: SimHost,
+}
+
+struct Guest {
+    paths: VbdPaths,
+    front: Blkfront,
+    dom: DomId,
+}
+
+impl Toolstack {
+    fn new(sim: &Sim, kernel: &Kernel, xen: &Xen) -> Self {
+        let host = SimHost::start(kernel, xen, "toolstack", 0);
+        Self { sim: sim.clone(), xen: xen.clone(), host }
+    }
+
+    fn guest(&self) -> Guest {
+        let dom = self.xen.create_domain();
+        let node = self.sim.node("guest", u64::from(dom.0));
+        let port = self.xen.attach(dom, &node);
+        let paths = VbdPaths::new("vbd", dom, XVDA);
+        let complain = Rc::new(|text: String| panic!("{text}"));
+        let front = Blkfront::new(&port, &node, DomId(0), paths.clone(), complain);
+        Guest { paths, front, dom }
+    }
+
+    async fn write(&self, guest: &Guest, key: &str, value: &str) {
+        let path = format!("{}/{key}", guest.paths.backend);
+        self.host.write(&path, value.as_bytes()).await.unwrap();
+    }
+
+    async fn back(&self, guest: &Guest, key: &str) -> Option<String> {
+        let value = self.host.read(&format!("{}/{key}", guest.paths.backend)).await.ok()?;
+        Some(String::from_utf8(value).unwrap())
+    }
+
+    async fn attach(&self, guest: &Guest) {
+        attach_vbd(&self.host.port, guest.dom, XVDA, &guest.paths, false).await.unwrap();
+    }
+
+    /// As xl does for `script=NAME,target=PARAMS`, to the point where it waits for state 2.
+    async fn attach_with_script(&self, guest: &Guest, script: &str, params: &str) {
+        // In one transaction with xl; here the script comes last, and with it the disk.
+        self.attach(guest).await;
+        self.write(guest, "params", params).await;
+        self.write(guest, "script", &format!("/etc/xen/scripts/{script}")).await;
+    }
+
+    async fn take_offline(&self, guest: &Guest) {
+        self.write(guest, "online", "0").await;
+        self.write(guest, "state", "5").await;
+    }
+
+    async fn settle(&self) {
+        self.sim.sleep_ns(100_000_000).await;
+    }
+}
+
+impl Guest {
+    async fn write(&self, sector: u64, fill: u8) -> Result<(), Errno> {
+        let fill_pages = |pages: &[xen_model::GrantedPage]| pages[0].page.write(0, &[fill; 512]);
+        self.front.io(IoKind::Write, SectorRange::new(sector, 1), fill_pages, |_| {}).await
+    }
+
+    async fn read(&self, sector: u64) -> u8 {
+        let mut seen = [0; 1];
+        let look = |pages: &[xen_model::GrantedPage]| pages[0].page.read(511, &mut seen);
+        self.front.io(IoKind::Read, SectorRange::new(sector, 1), |_| {}, look).await.unwrap();
+        seen[0]
+    }
+
+    async fn close(&self) {
+        self.front.close().await.unwrap();
+        self.front.release().unwrap();
+    }
+}
+
+#[test]
+fn named_disks_are_served_until_the_toolstack_takes_them_away() {
+    world(|sim, kernel, xen| async move {
+        kernel.storage().put_bytes("/a", &[1; MIB]);
+        kernel.storage().put_bytes("/b", &[2; MIB]);
+        let tools = Toolstack::new(&sim, &kernel, &xen);
+        let (one, two) = (tools.guest(), tools.guest());
+        tools.attach(&one).await;
+        tools.attach(&two).await;
+        let daemon = Daemon::start(&kernel, &xen, 1, "xen 1/xvda=raw:/a 2/xvda=raw:/b");
+        one.front.connect().await.unwrap();
+        two.front.connect().await.unwrap();
+        assert_eq!((one.read(3).await, two.read(3).await), (1, 2));
+        one.write(3, 7).await.unwrap();
+        assert_eq!((one.read(3).await, two.read(3).await), (7, 2));
+        tools.take_offline(&one).await;
+        one.close().await;
+        tools.settle().await;
+        assert_eq!(*daemon.status.borrow(), None, "the other one is served");
+        assert_eq!(two.read(3).await, 2);
+        tools.take_offline(&two).await;
+        two.close().await;
+        tools.settle().await;
+        assert_eq!(*daemon.status.borrow(), Some(0));
+        let said =
+            "serving 1/xvda: raw:/a, 1 MiB\nserving 2/xvda: raw:/b, 1 MiB\n1/xvda: closed\n2/xvda: closed";
+        assert_eq!(daemon.said(), said);
+        kernel.storage().power_cut();
+        assert_eq!(kernel.storage().bytes("/a").unwrap()[3 * 512..4 * 512], [7; 512]);
+    });
+}
+
+#[test]
+fn one_that_is_asked_to_stop_is_followed_by_another() {
+    world(|sim, kernel, xen| async move {
+        kernel.storage().put_bytes("/a", &[1; MIB]);
+        let tools = Toolstack::new(&sim, &kernel, &xen);
+        let guest = Rc::new(tools.guest());
+        tools.attach(&guest).await;
+        let first = Daemon::start(&kernel, &xen, 1, "xen 1/xvda=raw:/a");
+        guest.front.connect().await.unwrap();
+        guest.write(3, 7).await.unwrap();
+        first.host.process.ask_to_stop();
+        tools.settle().await;
+        assert_eq!(*first.status.borrow(), Some(0));
+        assert!(first.said().ends_with("1/xvda: left as it is"), "{}", first.said());
+        assert_eq!(xen.counts(DomId(0)), Counts::default());
+        assert_eq!(tools.back(&guest, "state").await.as_deref(), Some("4"));
+        // The guest asks while nobody is there.
+        let (sim_of_write, g) = (sim.clone(), Rc::clone(&guest));
+        sim_of_write.spawn("write", 0, async move { g.write(4, 8).await.unwrap() });
+        tools.settle().await;
+        let second = Daemon::start(&kernel, &xen, 2, "xen 1/xvda=raw:/a");
+        assert_eq!((guest.read(3).await, guest.read(4).await), (7, 8));
+        second.host.process.node().kill();
+        second.host.process.node().dead().await;
+        let third = Daemon::start(&kernel, &xen, 3, "xen 1/xvda=raw:/a");
+        assert_eq!(guest.read(4).await, 8);
+        tools.take_offline(&guest).await;
+        guest.close().await;
+        tools.settle().await;
+        assert_eq!(*third.status.borrow(), Some(0));
+        assert!(xen.regions().is_empty());
+    });
+}
+
+#[test]
+fn what_is_wrong_with_a_vbd_is_said() {
+    world(|sim, kernel, xen| async move {
+        kernel.storage().put_bytes("/a", &[1; MIB]);
+        let tools = Toolstack::new(&sim, &kernel, &xen);
+        let guest = tools.guest();
+        tools.attach(&guest).await;
+        for (line, why) in [
+            ("xen 1/xvdb=raw:/a", "there is no vbd /local/domain/0/backend/vbd/1/51728 in xenstore"),
+            ("xen --type vbd3 1/xvda=raw:/a", "there is no vbd /local/domain/0/backend/vbd3/1/51712"),
+            ("xen 1/xvda=raw:/gone", "/gone"),
+            // The first one is closed again.
+            ("xen 1/xvda=raw:/a 1/xvdc=raw:/a", "1/xvdc"),
+        ] {
+            let daemon = Daemon::start(&kernel, &xen, 5, line);
+            sim.sleep_ns(3_000_000_000).await;
+            assert_eq!(*daemon.status.borrow(), Some(1), "{line}");
+            assert!(
+                daemon.said().starts_with("tapdisk: failed to ") && daemon.said().contains(why),
+                "{}",
+                daemon.said()
+            );
+            daemon.host.process.node().kill();
+        }
+        assert_eq!(tools.back(&guest, "state").await.as_deref(), Some("1"), "nothing was begun");
+    });
+}
+
+#[test]
+fn a_watcher_serves_what_has_its_script_as_often_as_it_comes() {
+    world(|sim, kernel, xen| async move {
+        kernel.storage().put_bytes("/a", &[1; MIB]);
+        kernel.storage().put_bytes("/b", &[2; MIB]);
+        let tools = Toolstack::new(&sim, &kernel, &xen);
+        let (early, late, other) = (tools.guest(), tools.guest(), tools.guest());
+        tools.attach_with_script(&early, "block-tapdisk", "raw:/a").await;
+        tools.attach_with_script(&other, "block", "raw:/a").await;
+        let daemon = Daemon::start(&kernel, &xen, 1, "xen --watch");
+        tools.settle().await;
+        assert_eq!(tools.back(&early, "state").await.as_deref(), Some("2"));
+        assert_eq!(tools.back(&other, "state").await.as_deref(), Some("1"), "somebody else's");
+        // Before the script said so, there is nothing to connect to.
+        sim.spawn("front", 0, {
+            let front = early.front.clone();
+            async move { front.connect().await.unwrap() }
+        });
+        tools.settle().await;
+        assert_eq!(tools.back(&early, "state").await.as_deref(), Some("2"));
+        tools.write(&early, "hotplug-status", "connected").await;
+        assert_eq!(early.read(0).await, 1);
+        for life in 0..3 {
+            tools.attach_with_script(&late, "block-tapdisk", "raw:/b").await;
+            tools.write(&late, "hotplug-status", "connected").await;
+            late.front.connect().await.unwrap();
+            assert_eq!(late.read(life).await, if life == 0 { 2 } else { 9 });
+            late.write(life + 1, 9).await.unwrap();
+            tools.take_offline(&late).await;
+            late.close().await;
+            tools.settle().await;
+            assert_eq!(tools.back(&late, "state").await.as_deref(), Some("6"));
+            remove_vbd(&tools.host.port, &late.paths).await.unwrap();
+        }
+        daemon.host.process.ask_to_stop();
+        tools.settle().await;
+        assert_eq!(*daemon.status.borrow(), Some(0));
+        // Its successor takes up what is connected.
+        let next = Daemon::start(&kernel, &xen, 2, "xen --watch");
+        assert_eq!(early.read(0).await, 1);
+        tools.take_offline(&early).await;
+        early.close().await;
+        tools.settle().await;
+        assert_eq!(*next.status.borrow(), None, "a watcher waits for more");
+        next.host.process.ask_to_stop();
+        tools.settle().await;
+        assert_eq!(*next.status.borrow(), Some(0));
+        assert_eq!(xen.counts(DomId(0)), Counts::default());
+    });
+}
+
+#[test]
+fn a_watcher_tells_the_toolstack_why_it_cannot() {
+    world(|sim, kernel, xen| async move {
+        kernel.storage().put_bytes("/a", &[1; MIB]);
+        let tools = Toolstack::new(&sim, &kernel, &xen);
+        let daemon = Daemon::start(&kernel, &xen, 1, "xen --watch");
+        tools.settle().await;
+        for (params, why) in [
+            ("raw:/gone", "/gone"),
+            ("/a", "raw:/a or qcow:/a"),
+            ("vhd:/a", "no format"),
+            ("", "names no file"),
+        ] {
+            let guest = tools.guest();
+            tools.attach_with_script(&guest, "block-tapdisk", params).await;
+            sim.sleep_ns(3_000_000_000).await;
+            let error = tools.back(&guest, "hotplug-error").await.unwrap();
+            assert!(error.starts_with("failed to ") && error.contains(why), "{params}: {error}");
+            assert_eq!(tools.back(&guest, "state").await.as_deref(), Some("2"), "xl waits for it");
+            tools.take_offline(&guest).await;
+            tools.settle().await;
+            assert_eq!(tools.back(&guest, "state").await.as_deref(), Some("6"));
+            remove_vbd(&tools.host.port, &guest.paths).await.unwrap();
+        }
+        assert_eq!(*daemon.status.borrow(), None);
+        daemon.host.process.ask_to_stop();
+        tools.settle().await;
+        assert_eq!(*daemon.status.borrow(), Some(0), "{}", daemon.said());
+    });
+}

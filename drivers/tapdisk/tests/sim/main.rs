@@ -1,0 +1,60 @@
+//! `tapdisk` as a process of a simulated machine.
+
+mod guests;
+mod serve;
+
+use clap::Parser;
+use kernel_model::faults::FaultPlan;
+use kernel_model::{Kernel, SimHost, Storage, StorageConfig};
+use sim::{Config, Sim};
+use std::cell::RefCell;
+use std::rc::Rc;
+use tap_host::Tasks;
+use tapdisk::Console;
+use tapdisk::daemon::{Cli, run};
+use xen_model::Xen;
+
+#[derive(Default)]
+struct Printed(RefCell<Vec<String>>);
+
+impl Console for Printed {
+    fn out(&self, line: &str) {
+        self.0.borrow_mut().push(line.to_owned());
+    }
+    fn err(&self, line: &str) {
+        self.0.borrow_mut().push(line.to_owned());
+    }
+    fn progress(&self, _done_bytes: u64, _total_bytes: u64) {}
+}
+
+/// A process that runs `tapdisk` with these arguments.
+struct Daemon {
+    host: SimHost,
+    printed: Rc<Printed>,
+    status: Rc<RefCell<Option<u8>>>,
+}
+
+impl Daemon {
+    fn start(kernel: &Kernel, xen: &Xen, key: u64, line: &str) -> Self {
+        let cli = Cli::try_parse_from(std::iter::once("tapdisk").chain(line.split_whitespace()));
+        let cli = cli.unwrap_or_else(|e| panic!("{line}: {e}"));
+        let host = SimHost::start(kernel, xen, "tapdisk", key);
+        let (printed, status) = (Rc::new(Printed::default()), Rc::new(RefCell::new(None)));
+        let (h, p, s) = (host.clone(), Rc::clone(&printed), Rc::clone(&status));
+        host.spawn("main", 0, async move { *s.borrow_mut() = Some(run(h, cli, p).await) });
+        Self { host, printed, status }
+    }
+
+    fn said(&self) -> String {
+        self.printed.0.borrow().join("\n")
+    }
+}
+
+fn world<F: Future<Output = ()> + 'static>(body: impl FnOnce(Sim, Kernel, Xen) -> F) {
+    let sim = Sim::new(&Config::new(1));
+    let config = StorageConfig { faults: FaultPlan::default(), ..StorageConfig::default() };
+    let kernel = Kernel::new(&sim, &Storage::new(&sim, config));
+    let xen = Xen::new(&sim, xen_model::Options::default());
+    let body = body(sim.clone(), kernel, xen);
+    sim.run(body).unwrap();
+}

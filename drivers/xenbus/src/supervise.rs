@@ -1,0 +1,248 @@
+//! All disks that a toolstack gives to us, as they come and go.
+//!
+//! ```text
+//!   ROOT/DOM/VBD  with our script in it ──► Device ──► a task that serves it ──► its end
+//!        ▲                                                                        │
+//!        └───────── state 1: the next life of a directory ◄───────────────────────┘
+//! ```
+//!
+//! A device is served once per life of its directory: a life begins when a toolstack makes it (state 1), or when we come
+//! and it is there. Which image it is of comes from the toolstack, too (`params`); guests cannot write there.
+
+use crate::config::{BackendError, XenHost};
+use crate::keys;
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::future::{Future, poll_fn};
+use std::pin::pin;
+use std::rc::Rc;
+use std::task::Poll;
+use tap_abi::xenbus::XenbusState;
+use tap_core::wait;
+use tap_host::{DomId, Errno, StorePath, VbdId, Watcher, Xenstore};
+
+/// Longest `params` in bytes; a path has at most so many.
+const MAX_PARAMS_BYTES: usize = 4096;
+
+/// A disk that a toolstack wants served.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Device {
+    /// The guest.
+    pub dom: DomId,
+    /// The disk's number.
+    pub vbd: VbdId,
+    /// The back end's directory.
+    pub path: StorePath,
+    /// What the toolstack says of the image; anything.
+    pub params: String,
+    /// The guest is not to write.
+    pub read_only: bool,
+}
+
+/// Whose devices are served.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Whose {
+    /// The directory with all back ends of a type: `/local/domain/0/backend/vbd`.
+    pub root: StorePath,
+    /// The file name of the script that marks ours.
+    pub script: String,
+}
+
+type Id = (DomId, VbdId);
+
+#[derive(Default)]
+struct Crew {
+    running: RefCell<BTreeSet<Id>>,
+    /// Tasks that ended and were not looked at since.
+    ended: RefCell<BTreeSet<Id>>,
+    bell: wait::Event,
+}
+
+/// What to look at again.
+enum News {
+    Everything,
+    These(BTreeSet<Id>),
+    Leave,
+}
+
+/// Runs `serve` in a task of its own for every device of `whose`, until `leave` is set and all of them have ended.
+/// `serve` leads its device out of state 1 or ends when it is gone: one that ends and leaves it in state 1 is run again.
+///
+/// # Errors
+/// [`BackendError::Store`]; the tasks go on then.
+pub async fn supervise<H: XenHost, F: Future<Output = ()> + 'static>(
+    host: &H,
+    whose: &Whose,
+    leave: &wait::Event,
+    serve: impl Fn(Device) -> F,
+) -> Result<(), BackendError> {
+    let root = &whose.root;
+    let watch_failed = |error| BackendError::Store { what: "watch", path: root.clone(), error };
+    let watch = host.watch(root).await.map_err(watch_failed)?;
+    let crew = Rc::<Crew>::default();
+    let mut lived = BTreeSet::new();
+    loop {
+        let ids = match news(&watch, &crew, leave, root).await.map_err(watch_failed)? {
+            News::Everything => {
+                let ids = all(host, root).await?;
+                lived.retain(|id| ids.contains(id));
+                ids
+            }
+            News::These(ids) => ids,
+            News::Leave => break,
+        };
+        for id in ids {
+            let found = look(host, whose, id).await?;
+            if found.is_none() {
+                lived.remove(&id);
+            }
+            // Who runs sees for himself; his end is news.
+            let Some((device, state)) = found.filter(|_| !crew.running.borrow().contains(&id)) else {
+                continue;
+            };
+            if state == XenbusState::Initialising || lived.insert(id) {
+                lived.insert(id);
+                start(host, &crew, id, serve(device));
+            }
+        }
+    }
+    while !crew.running.borrow().is_empty() {
+        crew.bell.clear();
+        crew.bell.wait().await;
+    }
+    Ok(())
+}
+
+fn start<H: XenHost>(host: &H, crew: &Rc<Crew>, id: Id, serving: impl Future<Output = ()> + 'static) {
+    crew.running.borrow_mut().insert(id);
+    let crew = Rc::clone(crew);
+    let key = u64::from(id.0.0) << 32 | u64::from(id.1.0);
+    host.spawn("vbd", key, async move {
+        serving.await;
+        crew.running.borrow_mut().remove(&id);
+        crew.ended.borrow_mut().insert(id);
+        crew.bell.set();
+    });
+}
+
+async fn news(watch: &impl Watcher, crew: &Crew, leave: &wait::Event, root: &str) -> Result<News, Errno> {
+    let (mut changed, mut left, mut rung) = (pin!(watch.next()), pin!(leave.wait()), pin!(crew.bell.wait()));
+    poll_fn(|cx| {
+        if left.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(Ok(News::Leave));
+        }
+        if rung.as_mut().poll(cx).is_ready() {
+            crew.bell.clear();
+            return Poll::Ready(Ok(News::These(std::mem::take(&mut *crew.ended.borrow_mut()))));
+        }
+        changed.as_mut().poll(cx).map(|event| event.map(|event| of_path(&event.path, root)))
+    })
+    .await
+}
+
+/// What a change at `path` is news of.
+fn of_path(path: &str, root: &str) -> News {
+    let Some(below) = path.strip_prefix(root).and_then(|rest| rest.strip_prefix('/')) else {
+        return News::Everything;
+    };
+    let mut parts = below.split('/');
+    let (dom, vbd, key) = (parts.next(), parts.next(), parts.next());
+    match (dom.and_then(parse_dom), vbd.map(parse_vbd)) {
+        // A whole domain.
+        (_, None) => News::Everything,
+        (Some(dom), Some(Some(vbd))) if key.is_none_or(|key| KEYS.contains(&key)) => {
+            News::These(BTreeSet::from([(dom, vbd)]))
+        }
+        // Another key, or no device.
+        _ => News::These(BTreeSet::new()),
+    }
+}
+
+/// What a device is found by.
+const KEYS: [&str; 4] = ["script", "frontend", "online", "state"];
+
+fn parse_dom(name: &str) -> Option<DomId> {
+    let number = keys::number(name.as_bytes())?;
+    Some(DomId(u16::try_from(number).ok()?))
+}
+
+fn parse_vbd(name: &str) -> Option<VbdId> {
+    keys::number(name.as_bytes()).map(VbdId)
+}
+
+/// All directories that may be devices.
+async fn all<H: Xenstore>(host: &H, root: &str) -> Result<BTreeSet<Id>, BackendError> {
+    let mut ids = BTreeSet::new();
+    for dom in names(host, root).await? {
+        let Some(id) = parse_dom(&dom) else { continue };
+        let vbds = names(host, &format!("{root}/{dom}")).await?;
+        ids.extend(vbds.iter().filter_map(|vbd| Some((id, parse_vbd(vbd)?))));
+    }
+    Ok(ids)
+}
+
+async fn names<H: Xenstore>(host: &H, path: &str) -> Result<Vec<String>, BackendError> {
+    match host.directory(path).await {
+        // The first device makes it.
+        Err(Errno::ENOENT) => Ok(Vec::new()),
+        result => result.map_err(|error| BackendError::Store { what: "list", path: path.to_owned(), error }),
+    }
+}
+
+/// The device `id` with its state, if it is ours and not taken away already.
+async fn look<H: Xenstore>(
+    host: &H,
+    whose: &Whose,
+    (dom, vbd): Id,
+) -> Result<Option<(Device, XenbusState)>, BackendError> {
+    let path = format!("{}/{}/{}", whose.root, dom.0, vbd.0);
+    let Some(state) = keys::state(host, &path).await? else { return Ok(None) };
+    let Some(script) = keys::read(host, &path, "script").await? else { return Ok(None) };
+    let file_name = script.rsplit(|byte| *byte == b'/').next();
+    if file_name != Some(whose.script.as_bytes()) {
+        return Ok(None);
+    }
+    // Not written yet: its coming is news.
+    if keys::read(host, &path, "frontend").await?.is_none() {
+        return Ok(None);
+    }
+    let online = keys::read(host, &path, "online").await?;
+    let offline = online.is_some_and(|value| keys::number(&value) == Some(0));
+    if offline && state == XenbusState::Closed {
+        return Ok(None);
+    }
+    let params = keys::read_long(host, &path, "params", MAX_PARAMS_BYTES).await?.unwrap_or_default();
+    let mode = keys::read(host, &path, "mode").await?;
+    let device = Device {
+        dom,
+        vbd,
+        params: String::from_utf8_lossy(&params).into_owned(),
+        read_only: keys::is_read_only(mode.as_deref()),
+        path,
+    };
+    Ok(Some((device, state)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_change_is_news_of() {
+        let root = "/local/domain/0/backend/vbd";
+        let one = |path: &str| match of_path(&format!("{root}{path}"), root) {
+            News::Everything => None,
+            News::These(ids) => Some(ids.into_iter().map(|(dom, vbd)| (dom.0, vbd.0)).collect::<Vec<_>>()),
+            News::Leave => unreachable!(),
+        };
+        for everything in ["", "/3", "x", "/nonsense"] {
+            assert_eq!(one(everything), None, "{everything}");
+        }
+        for device in ["/3/51712", "/3/51712/state", "/3/51712/online"] {
+            assert_eq!(one(device), Some(vec![(3, 51712)]), "{device}");
+        }
+        for nothing in ["/3/51712/sectors", "/3/x", "/70000/51712", "/-1/51712/state", "/3/99999999999"] {
+            assert_eq!(one(nothing), Some(vec![]), "{nothing}");
+        }
+    }
+}
