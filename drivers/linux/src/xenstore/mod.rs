@@ -16,7 +16,10 @@
 //! * No event is lost: the same one twice may become one, and many different ones an event of the watched path.
 //! * Whatever xenstored sends that cannot be, ends the connection. Once it has ended, all who wait and all who come
 //!   later get `ESHUTDOWN`, and the log has a line. Xen has no way to take a connection up again.
-//! * Memory is bounded: by requests of at most a message each, 4096 of them, and by 64 paths for each watch.
+//! * Memory is bounded: by 4096 requests without answer (one more fails with `EBUSY`) of a message each, as many that
+//!   let go of what those began, 64 paths for each watch, and 1 MiB of names in a directory.
+//! * A directory that does not fit into a message and changes again and again while it is read gives `EAGAIN`.
+//! * Events of a relative path are relative, as xenstored has them.
 //! * Nothing waits in a system call on the thread of the program.
 //!
 //! The wire is [`tap_abi::xenstore`]; what Xen's own client does differently for sockets and devices is in `link.rs`.
