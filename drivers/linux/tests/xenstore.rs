@@ -335,8 +335,12 @@ fn a_place_without_xenstored_is_named() {
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     drop(std::os::unix::net::UnixListener::bind(path("left")).unwrap());
     std::fs::write(path("file"), b"").unwrap();
-    let places =
-        [(path("absent"), Errno::ENOENT), (path("left"), Errno::ECONNREFUSED), (path("file"), Errno::ENODEV)];
+    let places = [
+        (path("absent"), Errno::ENOENT),
+        (path("left"), Errno::ECONNREFUSED),
+        (path("file"), Errno::ENODEV),
+        ("/dev/null".to_owned(), Errno::ENODEV),
+    ];
     for (place, error) in places {
         let program = |host: LinuxHost| async move {
             let refused = StoreClient::open(&host, &StorePlaces::only(&place)).await.err().unwrap();

@@ -11,6 +11,7 @@ use rustix::net::{
     sockopt,
 };
 use std::cell::Cell;
+use std::future::poll_fn;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -78,6 +79,47 @@ fn each_message_is_one_write() {
         for i in 0..100 {
             let path = format!("/{}", "x".repeat(i * 30));
             assert_eq!(store.read(&path).await, Ok([path.as_bytes(), b"\0"].concat()));
+        }
+    });
+}
+
+#[test]
+fn the_device_has_one_request_at_a_time() {
+    let kernel = |kernel: &Kernel| {
+        for kind in [MessageKind::Read, MessageKind::TransactionStart, MessageKind::Watch] {
+            let (header, _) = kernel.take();
+            assert_eq!(header.kind(), Ok(kind));
+            // The event is none, and does not let another one through.
+            kernel.send(MessageKind::WatchEvent, header.request(), b"/a\x001\0");
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            let mut packet = [0; 1];
+            let more = recv(&kernel.0, &mut packet, RecvFlags::PEEK | RecvFlags::DONTWAIT);
+            assert_eq!(more.err(), Some(rustix::io::Errno::AGAIN), "{kind:?} was not answered yet");
+            kernel.send(kind, header.request(), b"7\0");
+        }
+        // What the two that nobody waited for have begun is let go of, still one by one.
+        let rest = [MessageKind::Unwatch, MessageKind::Read, MessageKind::TransactionEnd, MessageKind::Read];
+        for kind in rest {
+            let (header, _) = kernel.take();
+            kernel.send(header.kind().unwrap(), header.request(), b"OK\0");
+            assert_eq!(header.kind(), Ok(kind));
+        }
+    };
+    with(kernel, |store| async move {
+        let mut read = Box::pin(store.read("/a"));
+        let mut transaction = Box::pin(store.transaction());
+        let mut watch = Box::pin(store.watch("/a"));
+        poll_fn(|cx| {
+            assert!(read.as_mut().poll(cx).is_pending());
+            assert!(transaction.as_mut().poll(cx).is_pending());
+            assert!(watch.as_mut().poll(cx).is_pending());
+            Poll::Ready(())
+        })
+        .await;
+        drop((transaction, watch));
+        assert_eq!(read.await, Ok(b"7\0".to_vec()));
+        for _ in 0..2 {
+            assert_eq!(store.read("/b").await, Ok(b"OK\0".to_vec()));
         }
     });
 }

@@ -9,7 +9,7 @@
 //!
 //! # Contract
 //!
-//! * Requests are sent in the order in which they are made, and without waiting for the answers of earlier ones.
+//! * Requests are sent in the order in which they are made; to a socket without waiting for the answers of earlier ones.
 //! * Dropping the future of a request does not take it back. What it would have given is let go of: a transaction is
 //!   ended without effect, a watch removed.
 //! * Dropping a watcher or a transaction tells xenstored, and waits for nothing.
@@ -94,7 +94,7 @@ impl StoreClient {
     }
 
     fn over(host: &LinuxHost, link: Link, place: &str) -> Self {
-        let shared = Rc::new(Shared::new(link.payload_bytes_max()));
+        let shared = Rc::new(Shared::new(link.limits()));
         let driver = Driver::new(link, Rc::clone(&shared));
         let (place, log) = (place.to_owned(), host.clone());
         host.spawn("xenstore", 0, async move {
