@@ -80,8 +80,10 @@ pub struct FaultPlan {
     pub short: bool,
     /// EAGAIN.
     pub transient: bool,
-    /// Slow and stuck I/O, and jitter that lets I/Os overtake each other.
+    /// Slow I/O, and jitter that lets I/Os overtake each other.
     pub latency: bool,
+    /// I/O that is stuck for ten seconds.
+    pub stuck: bool,
     /// fdatasync errors.
     pub sync_errors: bool,
 }
@@ -94,11 +96,19 @@ impl FaultPlan {
         short: false,
         transient: false,
         latency: true,
+        stuck: true,
         sync_errors: false,
     };
     /// Everything.
-    pub const ALL: Self =
-        Self { errors: true, no_space: true, short: true, transient: true, latency: true, sync_errors: true };
+    pub const ALL: Self = Self {
+        errors: true,
+        no_space: true,
+        short: true,
+        transient: true,
+        latency: true,
+        stuck: true,
+        sync_errors: true,
+    };
 }
 
 /// What an I/O does.
@@ -157,7 +167,7 @@ impl Rates {
             enospc: rate(plan.no_space, &ENOSPC),
             short: rate(plan.short, &SHORT),
             transient: rate(plan.transient, &TRANSIENT),
-            stuck: rate(plan.latency, &STUCK),
+            stuck: rate(plan.stuck, &STUCK),
             sync: rate(plan.sync_errors, &SYNC),
             slow: rate(plan.latency, &SLOW),
             jitter: rate(plan.latency, &JITTER),

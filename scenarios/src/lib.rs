@@ -15,5 +15,6 @@ pub mod run;
 pub mod stack;
 pub mod sweep;
 pub mod tag;
+mod toolstack;
 pub mod workload;
 pub mod world;

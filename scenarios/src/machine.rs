@@ -18,19 +18,26 @@ use std::future::poll_fn;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
 use tap_core::Node as _;
-use tap_host::{DomId, VbdId};
+use tap_core::wait;
+use tap_host::{DomId, Signals, Tasks, VbdId, Xenstore};
 use tap_images::ImageError;
-use tap_xenbus::{Backend, BackendConfig};
+use tap_xenbus::{Backend, BackendConfig, Hotplug, Whose, supervise};
 use xen_model::{VbdPaths, XenPort, attach_vbd, remove_vbd};
 
 /// The number of xvda.
 pub const XVDA: VbdId = VbdId(202 << 8);
+/// The number of xvdb.
+pub const XVDB: VbdId = VbdId(202 << 8 | 1 << 4);
+/// The script that marks disks for a tapdisk that watches.
+pub const SCRIPT: &str = "block-tapdisk";
 
 /// One disk of one guest, attached.
 #[derive(Clone)]
 pub struct Attached {
     /// The guest's domain.
     pub dom: DomId,
+    /// Which of its disks.
+    pub vbd: VbdId,
     /// Where both ends are in xenstore.
     pub paths: VbdPaths,
     /// The disk.
@@ -43,12 +50,14 @@ pub struct Attached {
 
 /// What a machine has and does.
 pub struct Machine {
-    world: World,
+    pub(crate) world: World,
     /// Tells machines of one world apart: a new one starts after a power cut.
     boot: u64,
     limits: StackLimits,
-    toolstack: SimHost,
-    disks: RefCell<Vec<Attached>>,
+    pub(crate) toolstack: SimHost,
+    pub(crate) disks: RefCell<Vec<Attached>>,
+    /// tapdisk finds its disks by their script.
+    watching: bool,
     tapdisk: RefCell<Option<SimHost>>,
     starts: Cell<u32>,
     /// Back ends that have ended, of the running tapdisk.
@@ -59,8 +68,17 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// A machine without guests.
+    /// A machine without guests, whose tapdisk is told what to serve.
     pub fn new(world: &World, limits: StackLimits) -> Rc<Self> {
+        Self::with(world, limits, false)
+    }
+
+    /// A machine without guests, whose tapdisk finds by itself what to serve.
+    pub fn watching(world: &World, limits: StackLimits) -> Rc<Self> {
+        Self::with(world, limits, true)
+    }
+
+    fn with(world: &World, limits: StackLimits, watching: bool) -> Rc<Self> {
         let boot = world.next_boot();
         Rc::new(Self {
             toolstack: SimHost::start(&world.kernel, &world.xen, "toolstack", boot),
@@ -68,6 +86,7 @@ impl Machine {
             world: world.clone(),
             limits,
             disks: RefCell::default(),
+            watching,
             tapdisk: RefCell::default(),
             starts: Cell::new(0),
             ended: Cell::new(0),
@@ -78,16 +97,21 @@ impl Machine {
 
     /// A new guest with `setup` as its disk.
     pub async fn attach(&self, setup: Setup, number: u64) -> Attached {
+        let attached = self.new_guest(setup, number);
+        let Attached { dom, paths, .. } = &attached;
+        if let Err(error) = attach_vbd(&self.toolstack.port, *dom, XVDA, paths, false).await {
+            self.world.fail(Invariant::K1, format!("the toolstack failed to attach a disk: {error:?}"));
+        }
+        self.disks.borrow_mut().push(attached.clone());
+        attached
+    }
+
+    /// A new guest without a disk; what it will have as xvda is `setup`.
+    pub fn new_guest(&self, setup: Setup, number: u64) -> Attached {
         let dom = self.world.xen.create_domain();
         let node = self.world.sim.node("guest", self.boot << 32 | number);
         let port = self.world.xen.attach(dom, &node);
-        let paths = VbdPaths::new("vbd", dom, XVDA);
-        if let Err(error) = attach_vbd(&self.toolstack.port, dom, XVDA, &paths, false).await {
-            self.world.fail(Invariant::K1, format!("the toolstack failed to attach a disk: {error:?}"));
-        }
-        let attached = Attached { dom, paths, setup, node, port };
-        self.disks.borrow_mut().push(attached.clone());
-        attached
+        Attached { dom, vbd: XVDA, paths: VbdPaths::new("vbd", dom, XVDA), setup, node, port }
     }
 
     /// Starts the tapdisk process, which serves all attached disks.
@@ -96,20 +120,54 @@ impl Machine {
         let key = self.boot << 32 | u64::from(start);
         let host = SimHost::start(&self.world.kernel, &self.world.xen, "tapdisk", key);
         self.ended.set(0);
-        for disk in self.disks.borrow().iter() {
-            let (machine, h, disk) = (Rc::clone(self), host.clone(), disk.clone());
-            host.process.node().spawn(
-                "serve",
-                u64::from(disk.dom.0),
-                async move { machine.serve(h, disk).await },
-            );
+        let leave = Rc::<wait::Event>::default();
+        let (stopped, event) = (host.process.asked_to_stop(), Rc::clone(&leave));
+        host.spawn("stop", 0, async move {
+            stopped.await;
+            event.set();
+        });
+        if self.watching {
+            host.spawn("main", 0, Rc::clone(self).watch(host.clone(), leave));
+        } else {
+            for disk in self.disks.borrow().iter() {
+                let (key, serving) = (u64::from(disk.dom.0), Rc::clone(self));
+                host.spawn("serve", key, serving.serve(host.clone(), disk.clone(), Rc::clone(&leave)));
+            }
         }
         *self.tapdisk.borrow_mut() = Some(host.clone());
         host
     }
 
+    /// Serves what the toolstack marks with [`SCRIPT`].
+    async fn watch(self: Rc<Self>, host: SimHost, leave: Rc<wait::Event>) {
+        let whose = Whose { root: "/local/domain/0/backend/vbd".into(), script: SCRIPT.into() };
+        let (machine, h, l) = (Rc::clone(&self), host.clone(), Rc::clone(&leave));
+        let serve = move |device: tap_xenbus::Device| {
+            let (machine, h, l) = (Rc::clone(&machine), h.clone(), Rc::clone(&l));
+            async move {
+                let disks = machine.disks.borrow().clone();
+                match disks.into_iter().find(|d| (d.dom, d.vbd) == (device.dom, device.vbd)) {
+                    Some(disk) => machine.serve(h, disk, l).await,
+                    // It was taken away while tapdisk looked at it; a tapdisk would find that out.
+                    None if h.port.read(&format!("{}/state", device.path)).await.is_err() => {}
+                    None => {
+                        let text = format!("tapdisk serves {}, which is nobody's", device.path);
+                        machine.world.fail(Invariant::K1, text);
+                    }
+                }
+            }
+        };
+        let end = supervise(&host, &whose, &leave, serve).await;
+        if let Err(error) = end
+            && host.process.node().is_alive()
+        {
+            self.world.fail(Invariant::L1, format!("tapdisk gave up: {error}"));
+        }
+        self.one_ended();
+    }
+
     /// One disk, from opening its image to the end of its back end.
-    async fn serve(&self, host: SimHost, disk: Attached) {
+    async fn serve(self: Rc<Self>, host: SimHost, disk: Attached, leave: Rc<wait::Event>) {
         let stack = loop {
             match Stack::open(&host, &self.world, &disk.setup.spec, &self.limits).await {
                 Ok(stack) => break stack,
@@ -124,11 +182,12 @@ impl Machine {
                 }
             }
         };
-        let mut config = BackendConfig::new(disk.paths.backend.clone(), disk.dom, XVDA);
-        config.record = Some(format!("inflight-{}-{}", disk.dom.0, XVDA.0));
+        let mut config = BackendConfig::new(disk.paths.backend.clone(), disk.dom, disk.vbd);
+        config.record = Some(format!("inflight-{}-{}", disk.dom.0, disk.vbd.0));
+        config.hotplug = if self.watching { Hotplug::Wait } else { Hotplug::Write };
         config.limits.buffer_bytes = self.limits.pool_bytes;
         config.limits.batch = self.limits.ring_batch;
-        let end = Backend::run(host.clone(), config, stack.node(), Rc::default()).await;
+        let end = Backend::run(host.clone(), config, stack.node(), leave).await;
         if !host.process.node().is_alive() {
             return;
         }
@@ -141,6 +200,12 @@ impl Machine {
         {
             self.world.fail(Invariant::G11, format!("closing the disk failed with {error:?}"));
         }
+        if !self.watching {
+            self.one_ended();
+        }
+    }
+
+    fn one_ended(&self) {
         self.ended.set(self.ended.get() + 1);
         if let Some(waker) = self.waiter.borrow_mut().take() {
             waker.wake();
@@ -162,6 +227,32 @@ impl Machine {
             self.world.sim.sleep_ns(10_000).await;
             self.start_tapdisk();
         }
+    }
+
+    /// Asks tapdisk to stop after each of these times, and starts another once it has left.
+    pub async fn replace(self: Rc<Self>, after_ns: Vec<u64>) {
+        for ns in after_ns {
+            self.world.sim.sleep_ns(ns).await;
+            let Some(host) = self.tapdisk().filter(|_| !self.spared.get()) else { return };
+            host.process.ask_to_stop();
+            self.all_ended().await;
+            host.process.node().kill();
+            host.process.node().dead().await;
+            self.start_tapdisk();
+        }
+    }
+
+    /// Waits until the running tapdisk has let go of everything.
+    pub(crate) async fn all_ended(&self) {
+        let all = if self.watching { 1 } else { self.disks.borrow().len() };
+        poll_fn(|cx| {
+            if self.ended.get() == all {
+                return Poll::Ready(());
+            }
+            *self.waiter.borrow_mut() = Some(cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
     }
 
     /// No more kills. A start that is under way goes on.
@@ -206,14 +297,7 @@ impl Machine {
                 self.world.fail(Invariant::K1, format!("the toolstack failed to detach a disk: {error:?}"));
             }
         }
-        poll_fn(|cx| {
-            if self.ended.get() == disks.len() {
-                return Poll::Ready(());
-            }
-            *self.waiter.borrow_mut() = Some(cx.waker().clone());
-            Poll::Pending
-        })
-        .await;
+        self.all_ended().await;
         for disk in &disks {
             if let Err(error) = remove_vbd(&self.toolstack.port, &disk.paths).await {
                 self.world.fail(Invariant::K1, format!("the toolstack failed to remove a disk: {error:?}"));
@@ -221,8 +305,7 @@ impl Machine {
         }
     }
 
-    async fn take_offline(&self, disk: &Attached) -> Result<(), tap_host::Errno> {
-        use tap_host::Xenstore;
+    pub(crate) async fn take_offline(&self, disk: &Attached) -> Result<(), tap_host::Errno> {
         let port = &self.toolstack.port;
         port.write(&format!("{}/online", disk.paths.backend), b"0").await?;
         let state = format!("{}/state", disk.paths.backend);

@@ -87,7 +87,7 @@ impl XenPort {
             self.0.xen.unmap(self.dom(), map.dom, map.gref);
         }
         for id in std::mem::take(&mut *self.0.channels.borrow_mut()) {
-            self.0.xen.close_port(id);
+            self.0.xen.close_port_of_dead(id, self.0.entity);
         }
         let wakers = self.0.xen.0.store.borrow_mut().disconnect(self.0.client.conn);
         wakers.into_iter().for_each(std::task::Waker::wake);

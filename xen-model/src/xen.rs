@@ -15,13 +15,16 @@ pub(crate) static EVENT_LATE: Label = Label::new("event-late", "event {n} arrive
 pub(crate) static STORE_LATE: Label = Label::new("store-late", "operation {n} takes {} ns more");
 pub(crate) static WATCH_LATE: Label = Label::new("watch-late", "watch event {n} comes {} ns late");
 pub(crate) static STORE_CONFLICT: Label = Label::new("store-conflict", "the transaction has to be repeated");
+pub(crate) static CLOSE_LATE: Label =
+    Label::new("close-late", "port {n} of the dead process is closed {} ns late");
 
 /// The labels of this model's decisions.
-pub static LABELS: [&Label; 4] = [&EVENT_LATE, &STORE_LATE, &WATCH_LATE, &STORE_CONFLICT];
+pub static LABELS: [&Label; 5] = [&EVENT_LATE, &STORE_LATE, &WATCH_LATE, &STORE_CONFLICT, &CLOSE_LATE];
 
 static EVENT_LATE_KIND: FaultKind = FaultKind { name: "event-late", max_ppm: 500_000 };
 static STORE_LATE_KIND: FaultKind = FaultKind { name: "store-late", max_ppm: 500_000 };
 static STORE_CONFLICT_KIND: FaultKind = FaultKind { name: "store-conflict", max_ppm: 300_000 };
+static CLOSE_LATE_KIND: FaultKind = FaultKind { name: "close-late", max_ppm: 500_000 };
 
 /// Whose children the ports of all domains are, in decisions.
 const PORTS: Entity = Entity::WORLD.child("event-channel", 0);
@@ -37,11 +40,19 @@ pub struct Options {
     pub event_late_bits: u32,
     /// Longest delay of xenstored, as a power of two of nanoseconds.
     pub store_late_bits: u32,
+    /// Longest time that a dead process keeps a port, as a power of two of nanoseconds.
+    pub close_late_bits: u32,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { quota: Quota::default(), store_ns: 5_000, event_late_bits: 18, store_late_bits: 22 }
+        Self {
+            quota: Quota::default(),
+            store_ns: 5_000,
+            event_late_bits: 18,
+            store_late_bits: 22,
+            close_late_bits: 24,
+        }
     }
 }
 
@@ -62,6 +73,7 @@ pub(crate) struct Rates {
     pub(crate) event_late: u32,
     pub(crate) store_late: u32,
     pub(crate) conflict: u32,
+    pub(crate) close_late: u32,
 }
 
 pub(crate) struct Inner {
@@ -90,6 +102,7 @@ impl Xen {
             event_late: swarm.rate_ppm(&EVENT_LATE_KIND),
             store_late: swarm.rate_ppm(&STORE_LATE_KIND),
             conflict: swarm.rate_ppm(&STORE_CONFLICT_KIND),
+            close_late: swarm.rate_ppm(&CLOSE_LATE_KIND),
         };
         Self(Rc::new(Inner {
             sim: sim.clone(),
@@ -265,6 +278,20 @@ impl Xen {
         }
     }
 
+    /// Closes a port of a dead process, now or later: a kernel gives back one thing after the other, and a successor may
+    /// be there before that is over.
+    pub(crate) fn close_port_of_dead(&self, id: PortId, process: Entity) {
+        let late_ns = self.0.sim.decide(process, &CLOSE_LATE, id.port.0, |draw| {
+            if draw.ppm(self.0.rates.close_late) { draw.magnitude(self.0.options.close_late_bits) } else { 0 }
+        });
+        if late_ns == 0 {
+            self.close_port(id);
+        } else {
+            let at_ns = self.0.sim.now_ns() + late_ns;
+            self.0.sim.call_at(at_ns, Rc::new(LateClose(self.clone())), id.token());
+        }
+    }
+
     pub(crate) fn trace(&self, event: XenEvent<'_>) {
         self.0.sim.trace("xen", &event);
     }
@@ -278,5 +305,15 @@ impl Xen {
 impl Timed for Inner {
     fn fire(self: Rc<Self>, token: u64) {
         Xen(self).raise(PortId::from_token(token));
+    }
+}
+
+/// Ports of dead processes that are still open.
+struct LateClose(Xen);
+
+impl Timed for LateClose {
+    fn fire(self: Rc<Self>, token: u64) {
+        // Does nothing to one that went with its domain.
+        self.0.close_port(PortId::from_token(token));
     }
 }

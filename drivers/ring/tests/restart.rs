@@ -7,7 +7,7 @@ use common::{Disk, World};
 use sim::{Config, Scheduling};
 use std::cell::RefCell;
 use std::rc::Rc;
-use tap_host::{Bug, DomId, Mark};
+use tap_host::{Bug, DomId, Errno, Mark, Time};
 use tap_ring::{BlkifRing, ConnectError, Limits, RingConfig, RingEnd};
 
 const REQUESTS: u64 = 40;
@@ -76,7 +76,16 @@ async fn supervise(
         let (config, disk, outcome_of_ring) = (config.clone(), disk.clone(), Rc::clone(&outcome));
         let process = node.clone();
         node.spawn("ring", 0, async move {
-            let refused = match BlkifRing::connect(host, config, disk.node()) {
+            let ring = loop {
+                match BlkifRing::connect(host.clone(), config.clone(), disk.node()) {
+                    // The dead one still holds it.
+                    Err(ConnectError::Bind { error: Errno::EINVAL, .. }) if process.is_alive() => {
+                        host.sleep_ns(1_000_000).await;
+                    }
+                    result => break result,
+                }
+            };
+            let refused = match ring {
                 Ok(ring) => match ring.run().await {
                     RingEnd::Closed => return,
                     end => format!("{end:?}"),

@@ -74,7 +74,7 @@ pub enum BackendEnd {
     Offline,
     /// The front end's directory is gone.
     FrontendGone,
-    /// The back end's directory is gone.
+    /// The back end's directory is gone, or a new device is in its place.
     BackendGone,
     /// We were asked to leave. The disk stays as it is in xenstore and at the front end, for another process.
     Left,

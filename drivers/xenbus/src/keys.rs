@@ -5,7 +5,7 @@ use tap_abi::xenbus::XenbusState;
 use tap_host::{Errno, GrantRef, Port, Xenstore};
 
 /// Longest value that any key here may have.
-const MAX_VALUE_BYTES: usize = 256;
+pub(crate) const MAX_VALUE_BYTES: usize = 256;
 
 /// A decimal number without sign, which may end in a NUL.
 pub(crate) fn number(value: &[u8]) -> Option<u32> {
@@ -25,26 +25,22 @@ pub(crate) async fn read<H: Xenstore>(
     dir: &str,
     key: &str,
 ) -> Result<Option<Vec<u8>>, BackendError> {
-    read_long(host, dir, key, MAX_VALUE_BYTES).await
+    let path = format!("{dir}/{key}");
+    known(host.read(&path).await, MAX_VALUE_BYTES).map_err(|error| BackendError::Store {
+        what: "read",
+        path,
+        error,
+    })
 }
 
-/// As [`read`], for a value of up to `most` bytes.
-///
-/// # Errors
-/// As there.
-pub(crate) async fn read_long<H: Xenstore>(
-    host: &H,
-    dir: &str,
-    key: &str,
-    most: usize,
-) -> Result<Option<Vec<u8>>, BackendError> {
-    let path = format!("{dir}/{key}");
-    match host.read(&path).await {
+/// What was read, as [`read`] gives it, with values of up to `most` bytes.
+pub(crate) fn known(value: Result<Vec<u8>, Errno>, most: usize) -> Result<Option<Vec<u8>>, Errno> {
+    match value {
         Ok(value) if value.len() <= most => Ok(Some(value)),
         // Too long for anything that is asked for here: as good as nonsense.
         Ok(_) => Ok(Some(Vec::new())),
         Err(Errno::ENOENT | Errno::EACCES) => Ok(None),
-        Err(error) => Err(BackendError::Store { what: "read", path, error }),
+        Err(error) => Err(error),
     }
 }
 
@@ -55,8 +51,12 @@ pub(crate) fn is_read_only(mode: Option<&[u8]>) -> bool {
 
 /// The state at `dir`; `None` when the key is gone, [`XenbusState::Unknown`] when it is nonsense.
 pub(crate) async fn state<H: Xenstore>(host: &H, dir: &str) -> Result<Option<XenbusState>, BackendError> {
-    let value = read(host, dir, "state").await?;
-    Ok(value.map(|value| XenbusState::parse(&value).unwrap_or(XenbusState::Unknown)))
+    Ok(read(host, dir, "state").await?.map(|value| state_of(&value)))
+}
+
+/// What a value of the key `state` means; [`XenbusState::Unknown`] for nonsense.
+pub(crate) fn state_of(value: &[u8]) -> XenbusState {
+    XenbusState::parse(value).unwrap_or(XenbusState::Unknown)
 }
 
 /// What the front end says of its ring.

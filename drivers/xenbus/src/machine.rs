@@ -81,7 +81,10 @@ impl<H: XenHost> Backend<H> {
         // Without xenstore nothing is known of the disk's fate: it is as if we had been asked to leave.
         let left = matches!(end, Ok(BackendEnd::Left) | Err(BackendError::Store { .. }));
         backend.let_go_of_ring(left).await;
-        if end == Ok(BackendEnd::FrontendGone) && !backend.host.bug(Bug::GoneNotClosed) {
+        if end == Ok(BackendEnd::FrontendGone)
+            && backend.state != XenbusState::Closed
+            && !backend.host.bug(Bug::GoneNotClosed)
+        {
             // A toolstack that takes the disk away by force removes the front end and waits for this.
             backend.write_state(XenbusState::Closed, &[]).await?;
         }

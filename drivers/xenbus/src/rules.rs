@@ -92,7 +92,8 @@ pub(crate) fn start(seen: &Seen) -> Start {
 
 pub(crate) fn next(phase: Phase, seen: &Seen) -> Action {
     use XenbusState::*;
-    if seen.backend.is_none() {
+    // We wrote a state before; who finds the first one has another device in the same directory.
+    if matches!(seen.backend, None | Some(Initialising)) {
         return Action::End(BackendEnd::BackendGone);
     }
     let Some(front) = seen.frontend else { return Action::End(BackendEnd::FrontendGone) };
@@ -157,7 +158,12 @@ mod tests {
         {
             let both = seen(Connected, Connected);
             assert_eq!(next(phase, &Seen { frontend: None, ..both }), Action::End(BackendEnd::FrontendGone));
-            assert_eq!(next(phase, &Seen { backend: None, ..both }), Action::End(BackendEnd::BackendGone));
+            for gone in [None, Some(Initialising)] {
+                assert_eq!(
+                    next(phase, &Seen { backend: gone, ..both }),
+                    Action::End(BackendEnd::BackendGone)
+                );
+            }
         }
     }
 

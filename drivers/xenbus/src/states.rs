@@ -16,8 +16,8 @@ pub(crate) enum Written {
     No,
 }
 
-/// Writes `keys` and `state` in `dir` if the state there is still `expected`; a state of closing is written whatever
-/// is there.
+/// Writes `keys` and `state` in `dir` if the state there is still `expected`. A state of closing is written whatever is
+/// there, but for a device that is new: its predecessor's end is none of its.
 pub(crate) async fn write<H: Xenstore>(
     host: &H,
     dir: &str,
@@ -50,7 +50,8 @@ async fn attempt<H: Xenstore>(
         Err(Errno::ENOENT) => return Ok(Written::No),
         Err(error) => return Err(error),
     };
-    let closing = matches!(state, XenbusState::Closing | XenbusState::Closed);
+    let own = now != XenbusState::Initialising;
+    let closing = matches!(state, XenbusState::Closing | XenbusState::Closed) && own;
     if now != expected && !closing {
         return Ok(Written::No);
     }

@@ -19,7 +19,7 @@ use std::rc::Rc;
 use std::task::Poll;
 use tap_abi::xenbus::XenbusState;
 use tap_core::wait;
-use tap_host::{DomId, Errno, StorePath, VbdId, Watcher, Xenstore};
+use tap_host::{DomId, Errno, StorePath, Transaction, VbdId, Watcher, Xenstore};
 
 /// Longest `params` in bytes; a path has at most so many.
 const MAX_PARAMS_BYTES: usize = 4096;
@@ -189,36 +189,56 @@ async fn names<H: Xenstore>(host: &H, path: &str) -> Result<Vec<String>, Backend
     }
 }
 
-/// The device `id` with its state, if it is ours and not taken away already.
+/// The device `id` with its state, if it is ours and not taken away already. Seen all at once: it may be taken away and
+/// made again meanwhile.
 async fn look<H: Xenstore>(
     host: &H,
     whose: &Whose,
-    (dom, vbd): Id,
+    id: Id,
 ) -> Result<Option<(Device, XenbusState)>, BackendError> {
-    let path = format!("{}/{}/{}", whose.root, dom.0, vbd.0);
-    let Some(state) = keys::state(host, &path).await? else { return Ok(None) };
-    let Some(script) = keys::read(host, &path, "script").await? else { return Ok(None) };
+    let path = format!("{}/{}/{}", whose.root, id.0.0, id.1.0);
+    loop {
+        let seen = async {
+            let tx = host.transaction().await?;
+            let found = look_in(&tx, whose, id, &path).await?;
+            tx.commit().await?;
+            Ok(found)
+        };
+        match seen.await {
+            Err(Errno::EAGAIN) => {}
+            result => return result.map_err(|error| BackendError::Store { what: "read", path, error }),
+        }
+    }
+}
+
+async fn look_in(
+    tx: &impl Transaction,
+    whose: &Whose,
+    (dom, vbd): Id,
+    path: &str,
+) -> Result<Option<(Device, XenbusState)>, Errno> {
+    let read = async |key: &str, most| keys::known(tx.read(&format!("{path}/{key}")).await, most);
+    let short = keys::MAX_VALUE_BYTES;
+    let Some(state) = read("state", short).await? else { return Ok(None) };
+    let Some(script) = read("script", short).await? else { return Ok(None) };
     let file_name = script.rsplit(|byte| *byte == b'/').next();
-    if file_name != Some(whose.script.as_bytes()) {
+    // Without a front end it is not written to its end; its coming is news.
+    if file_name != Some(whose.script.as_bytes()) || read("frontend", short).await?.is_none() {
         return Ok(None);
     }
-    // Not written yet: its coming is news.
-    if keys::read(host, &path, "frontend").await?.is_none() {
-        return Ok(None);
-    }
-    let online = keys::read(host, &path, "online").await?;
-    let offline = online.is_some_and(|value| keys::number(&value) == Some(0));
+    let state = keys::state_of(&state);
+    let offline = read("online", short).await?.is_some_and(|value| keys::number(&value) == Some(0));
     if offline && state == XenbusState::Closed {
         return Ok(None);
     }
-    let params = keys::read_long(host, &path, "params", MAX_PARAMS_BYTES).await?.unwrap_or_default();
-    let mode = keys::read(host, &path, "mode").await?;
+    let params = read("params", MAX_PARAMS_BYTES).await?.unwrap_or_default();
+    let mode = read("mode", short).await?;
     let device = Device {
         dom,
         vbd,
+        path: path.to_owned(),
         params: String::from_utf8_lossy(&params).into_owned(),
         read_only: keys::is_read_only(mode.as_deref()),
-        path,
     };
     Ok(Some((device, state)))
 }

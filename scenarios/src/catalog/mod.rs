@@ -5,6 +5,7 @@ pub mod damage;
 pub mod nbd;
 pub mod ring;
 pub mod setup;
+pub mod toolstack;
 
 use crate::guest;
 use crate::run::Scenario;
@@ -23,6 +24,9 @@ pub static ALL: &[&Scenario] = &[
     &ring::HOSTILE_FRONTEND,
     &ring::TWO_GUESTS,
     &ring::RING_POWER_CUT,
+    &toolstack::TAPDISK_REPLACED,
+    &toolstack::GUEST_DESTROYED,
+    &toolstack::HOT_PLUG,
     &damage::DAMAGED_IMAGE,
     &nbd::NBD_SPLIT_READS,
     &nbd::NBD_CLIENT_DIES,
@@ -38,6 +42,8 @@ pub static LABELS: &[&Label] = &[
     &crash::FAIL_NTH,
     &ring::KILL_AFTER,
     &ring::RECONNECT_AT,
+    &toolstack::REPLACE_AFTER,
+    &toolstack::DESTROY_AFTER,
     &guest::TRICK,
     &guest::KEYS,
     &guest::NBD_TRICK,

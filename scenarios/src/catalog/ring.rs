@@ -75,11 +75,11 @@ pub static HOSTILE_FRONTEND: Scenario = Scenario {
     body: |w| Box::pin(hostile_frontend(w)),
 };
 
-const DISK_BYTES: u64 = 1 << 20;
+pub(super) const DISK_BYTES: u64 = 1 << 20;
 /// Nothing below fails, so nothing above may.
-const NO_ERRORS: Manners = Manners { retries: 0, errors_allowed: false, reads: Invariant::G1 };
+pub(super) const NO_ERRORS: Manners = Manners { retries: 0, errors_allowed: false, reads: Invariant::G1 };
 
-fn operations_of(
+pub(super) fn operations_of(
     world: &World,
     guest: &Attached,
     number: u64,
@@ -94,7 +94,7 @@ fn operations_of(
 }
 
 /// Runs `work` as a task of the guest, to its end.
-async fn in_guest(guest: &Attached, work: impl Future<Output = ()> + 'static) {
+pub(super) async fn in_guest(guest: &Attached, work: impl Future<Output = ()> + 'static) {
     let (done, finished) = oneshot();
     guest.node.spawn("main", 0, async move {
         work.await;
@@ -104,7 +104,7 @@ async fn in_guest(guest: &Attached, work: impl Future<Output = ()> + 'static) {
 }
 
 /// Drains without faults, looks at everything once more, and takes the machine down.
-async fn finish(world: &World, machine: &Rc<Machine>, guests: &[(Attached, Guest<RingDisk>)]) {
+pub(super) async fn finish(world: &World, machine: &Rc<Machine>, guests: &[(Attached, Guest<RingDisk>)]) {
     world.sim.stop_faults();
     for (attached, guest) in guests {
         let (w, a, g) = (world.clone(), attached.clone(), guest.clone());
@@ -124,7 +124,10 @@ async fn finish(world: &World, machine: &Rc<Machine>, guests: &[(Attached, Guest
 }
 
 /// The usual life: attach, start, boot.
-async fn start(world: &World, setups: Vec<Setup>) -> Option<(Rc<Machine>, Vec<(Attached, Guest<RingDisk>)>)> {
+pub(super) async fn start(
+    world: &World,
+    setups: Vec<Setup>,
+) -> Option<(Rc<Machine>, Vec<(Attached, Guest<RingDisk>)>)> {
     let limits = StackLimits::draw(world);
     let machine = Machine::new(world, limits);
     let mut attached = Vec::new();

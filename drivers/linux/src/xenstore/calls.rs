@@ -127,10 +127,15 @@ impl Calls {
         self.settle(request, Err(error))
     }
 
-    /// There will be no answers at all.
-    pub(super) fn refuse_all(&mut self, error: Errno) -> Vec<Then> {
+    /// There will be no answers at all. Gives everybody who waits for one.
+    pub(super) fn refuse_all(&mut self, error: Errno) -> Vec<Waker> {
         let open: Vec<u32> = self.open.keys().copied().collect();
-        open.into_iter().map(|request| self.refuse(request, error)).collect()
+        let all = open.into_iter().map(|request| self.refuse(request, error));
+        let woken = all.filter_map(|then| match then {
+            Then::Wake(waker) => Some(waker),
+            Then::Done | Then::EndTransaction(_) => None,
+        });
+        woken.collect()
     }
 
     fn settle(&mut self, request: u32, answer: Answer) -> Then {
@@ -230,8 +235,7 @@ mod tests {
         let answered = calls.begin(Read, Wanted::Yes);
         assert!(poll(&mut calls, a).is_pending());
         assert!(answer(&mut calls, Read, answered, b"before").is_ok());
-        let woken = calls.refuse_all(Errno::ESHUTDOWN).into_iter().filter(|t| matches!(t, Then::Wake(_)));
-        assert_eq!(woken.count(), 1);
+        assert_eq!(calls.refuse_all(Errno::ESHUTDOWN).len(), 1);
         assert_eq!(poll(&mut calls, a), Poll::Ready(Err(Errno::ESHUTDOWN)));
         assert_eq!(poll(&mut calls, answered), Poll::Ready(Ok(b"before".to_vec())));
         assert!(calls.open.is_empty(), "{b} is not waited for");

@@ -6,9 +6,14 @@
 //! | waits in the call | never | for xenstored, when it sets or removes a watch |
 //! | says that it can be written | yes | never, to no poll |
 //! | payload, bytes | 4096 | 4080: with its header a message has a page |
+//! | requests at a time | any | one, see below |
 //!
-//! So writes to the device are made by another thread, one at a time; nobody waits for a poll before one. Read from are
-//! both in the same way.
+//! So writes to the device are made by another thread; nobody waits for a poll before one. Read from are both in the same
+//! way.
+//!
+//! While a watch is set or removed, Linux 6.1 holds a lock of the open device that it also needs to hand out the answer
+//! to an earlier request. If there is one, the kernel's only thread that talks to xenstored waits for ever, and with it
+//! the whole domain. Xen's own client makes one request at a time, so nothing else was ever tried on many kernels.
 
 use crate::files::{blocking, errno, of_rustix};
 use crate::sockets::connect_unix;
@@ -33,6 +38,15 @@ pub(super) enum Link {
         /// The same device, for a thread that may outlive the connection.
         write: Arc<OwnedFd>,
     },
+}
+
+/// What may be sent over a link.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// Most bytes of payload of one message.
+    pub(super) payload_bytes: usize,
+    /// A request is sent when the one before has its answer.
+    pub(super) one_at_a_time: bool,
 }
 
 /// Why a message was not sent.
@@ -67,14 +81,18 @@ impl Link {
     /// Over a descriptor that takes a message with each write, and does not block reads.
     pub(super) fn device(device: OwnedFd) -> Result<Self, Errno> {
         let write = Arc::new(device.try_clone().map_err(|e| errno(&e))?);
-        Ok(Self::Device { read: watch(device, Interest::READABLE)?, write })
+        // What is no device to wait for, like /dev/null, is refused with `EPERM`: rights would not help.
+        let refused = |error| if error == Errno::EPERM { Errno::ENODEV } else { error };
+        Ok(Self::Device { read: watch(device, Interest::READABLE).map_err(refused)?, write })
     }
 
-    /// Most bytes of payload of one message.
-    pub(super) fn payload_bytes_max(&self) -> usize {
+    /// What may be sent.
+    pub(super) fn limits(&self) -> Limits {
         match self {
-            Self::Socket(_) => PAYLOAD_BYTES_MAX,
-            Self::Device { .. } => PAYLOAD_BYTES_MAX - MessageHeader::BYTES,
+            Self::Socket(_) => Limits { payload_bytes: PAYLOAD_BYTES_MAX, one_at_a_time: false },
+            Self::Device { .. } => {
+                Limits { payload_bytes: PAYLOAD_BYTES_MAX - MessageHeader::BYTES, one_at_a_time: true }
+            }
         }
     }
 

@@ -9,14 +9,17 @@
 //!
 //! # Contract
 //!
-//! * Requests are sent in the order in which they are made, and without waiting for the answers of earlier ones.
+//! * Requests are sent in the order in which they are made; to a socket without waiting for the answers of earlier ones.
 //! * Dropping the future of a request does not take it back. What it would have given is let go of: a transaction is
 //!   ended without effect, a watch removed.
 //! * Dropping a watcher or a transaction tells xenstored, and waits for nothing.
 //! * No event is lost: the same one twice may become one, and many different ones an event of the watched path.
 //! * Whatever xenstored sends that cannot be, ends the connection. Once it has ended, all who wait and all who come
 //!   later get `ESHUTDOWN`, and the log has a line. Xen has no way to take a connection up again.
-//! * Memory is bounded: by requests of at most a message each, 4096 of them, and by 64 paths for each watch.
+//! * Memory is bounded: by 4096 requests without answer (one more fails with `EBUSY`) of a message each, as many that
+//!   let go of what those began, 64 paths for each watch, and 1 MiB of names in a directory.
+//! * A directory that does not fit into a message and changes again and again while it is read gives `EAGAIN`.
+//! * Events of a relative path are relative, as xenstored has them.
 //! * Nothing waits in a system call on the thread of the program.
 //!
 //! The wire is [`tap_abi::xenstore`]; what Xen's own client does differently for sockets and devices is in `link.rs`.
@@ -32,7 +35,7 @@ mod shared;
 mod watches;
 
 #[cfg(test)]
-mod device_tests;
+mod link_tests;
 
 pub use open::{StoreOpenError, StorePlaces};
 
@@ -91,7 +94,7 @@ impl StoreClient {
     }
 
     fn over(host: &LinuxHost, link: Link, place: &str) -> Self {
-        let shared = Rc::new(Shared::new(link.payload_bytes_max()));
+        let shared = Rc::new(Shared::new(link.limits()));
         let driver = Driver::new(link, Rc::clone(&shared));
         let (place, log) = (place.to_owned(), host.clone());
         host.spawn("xenstore", 0, async move {

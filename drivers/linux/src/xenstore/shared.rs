@@ -9,6 +9,7 @@
 
 use super::StoreLost;
 use super::calls::{Answer, Calls, Then, Wanted};
+use super::link::Limits;
 use super::watches::Watches;
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -38,7 +39,7 @@ enum Stage {
 /// One connection.
 pub(super) struct Shared {
     state: RefCell<State>,
-    payload_bytes_max: usize,
+    limits: Limits,
 }
 
 struct State {
@@ -46,6 +47,8 @@ struct State {
     calls: Calls,
     watches: Watches,
     outbox: VecDeque<Outgoing>,
+    /// The request that the next one has to wait for.
+    unanswered: Option<u32>,
     sender: Option<Waker>,
 }
 
@@ -73,21 +76,25 @@ impl State {
         self.send(MessageKind::TransactionEnd, transaction, &[b"F\0"], Wanted::No).1
     }
 
-    fn then(&mut self, then: Then) -> Option<Waker> {
-        match then {
+    /// `request` is done with, and this follows. Gives who can go on.
+    fn done(&mut self, request: u32, then: Then) -> Vec<Waker> {
+        let next =
+            self.unanswered.take_if(|unanswered| *unanswered == request).and_then(|_| self.sender.take());
+        let other = match then {
             Then::Done => None,
             Then::Wake(waker) => Some(waker),
             Then::EndTransaction(transaction) => self.abort(transaction),
-        }
+        };
+        next.into_iter().chain(other).collect()
     }
 }
 
 impl Shared {
-    /// A connection whose messages have at most so many bytes of payload.
-    pub(super) fn new(payload_bytes_max: usize) -> Self {
-        let (calls, watches, outbox, sender) = Default::default();
-        let state = State { stage: Stage::Open, calls, watches, outbox, sender };
-        Self { state: RefCell::new(state), payload_bytes_max }
+    /// A connection over a link with these limits.
+    pub(super) fn new(limits: Limits) -> Self {
+        let (calls, watches, outbox, unanswered, sender) = Default::default();
+        let state = State { stage: Stage::Open, calls, watches, outbox, unanswered, sender };
+        Self { state: RefCell::new(state), limits }
     }
 
     /// Changes the state, and then wakes whoever `change` says.
@@ -99,7 +106,7 @@ impl Shared {
 
     /// Most bytes of payload of one message.
     pub(super) fn payload_bytes_max(&self) -> usize {
-        self.payload_bytes_max
+        self.limits.payload_bytes
     }
 
     /// Makes a request whose payload is `parts` one after the other; gives its number, for [`Shared::poll_answer`] or
@@ -112,7 +119,7 @@ impl Shared {
             let payload_bytes: usize = parts.iter().map(|part| part.len()).sum();
             let refused = match state.stage {
                 Stage::Lost => Some(Errno::ESHUTDOWN),
-                _ if payload_bytes > self.payload_bytes_max => Some(Errno::E2BIG),
+                _ if payload_bytes > self.limits.payload_bytes => Some(Errno::E2BIG),
                 _ if state.calls.is_full() => Some(Errno::EBUSY),
                 _ => None,
             };
@@ -193,18 +200,21 @@ impl Shared {
         });
     }
 
-    /// For the driver: the next message to send; `None` when there will be no more.
+    /// For the driver: the next message to send, once it may be sent; `None` when there will be no more.
     pub(super) fn next_message(&self) -> impl Future<Output = Option<Outgoing>> {
         poll_fn(|cx| {
             let mut state = self.state.borrow_mut();
-            match state.outbox.pop_front() {
-                Some(message) => Poll::Ready(Some(message)),
-                None if state.stage != Stage::Open => Poll::Ready(None),
-                None => {
-                    state.sender = Some(cx.waker().clone());
-                    Poll::Pending
+            if state.unanswered.is_none() {
+                if let Some(message) = state.outbox.pop_front() {
+                    state.unanswered = self.limits.one_at_a_time.then_some(message.request);
+                    return Poll::Ready(Some(message));
+                }
+                if state.stage != Stage::Open {
+                    return Poll::Ready(None);
                 }
             }
+            state.sender = Some(cx.waker().clone());
+            Poll::Pending
         })
     }
 
@@ -212,7 +222,7 @@ impl Shared {
     pub(super) fn refused(&self, request: u32, error: Errno) {
         self.change(|state| {
             let then = state.calls.refuse(request, error);
-            ((), state.then(then))
+            ((), state.done(request, then))
         });
     }
 
@@ -227,8 +237,8 @@ impl Shared {
             return Ok(());
         }
         self.change(|state| match state.calls.answer(header, payload) {
-            Ok(then) => (Ok(()), state.then(then)),
-            Err(lost) => (Err(lost), None),
+            Ok(then) => (Ok(()), state.done(header.request(), then)),
+            Err(lost) => (Err(lost), Vec::new()),
         })
     }
 
@@ -237,9 +247,9 @@ impl Shared {
         self.change(|state| {
             state.stage = Stage::Lost;
             state.outbox.clear();
-            let refused = state.calls.refuse_all(Errno::ESHUTDOWN);
             let mut wakers = state.watches.everybody();
-            wakers.extend(refused.into_iter().filter_map(|then| state.then(then)));
+            let refused = state.calls.refuse_all(Errno::ESHUTDOWN);
+            wakers.extend(refused);
             ((), wakers)
         });
     }

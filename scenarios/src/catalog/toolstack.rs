@@ -1,0 +1,167 @@
+//! What toolstacks and administrators do: replacing tapdisk, plugging disks in and out, destroying guests.
+
+use super::ring::{DISK_BYTES, NO_ERRORS, finish, in_guest, kills, operations_of, start};
+use super::setup::Setup;
+use crate::check::Invariant;
+use crate::guest::{Guest, Manners, RingDisk};
+use crate::machine::{Attached, Machine, XVDB};
+use crate::run::Scenario;
+use crate::stack::StackLimits;
+use crate::world::World;
+use kernel_model::StorageConfig;
+use kernel_model::faults::FaultPlan;
+use sim::{Entity, Label};
+use std::rc::Rc;
+use tap_core::wait::oneshot;
+use xen_model::VbdPaths;
+
+/// After what time tapdisk is asked to stop.
+pub static REPLACE_AFTER: Label = Label::new("replace-after", "tapdisk is asked to stop after {} more ns");
+/// After what time the guest is destroyed.
+pub static DESTROY_AFTER: Label = Label::new("destroy-after", "the guest is destroyed after {} ns");
+
+/// tapdisk is replaced under a living guest.
+pub static TAPDISK_REPLACED: Scenario = Scenario {
+    name: "tapdisk-replaced",
+    about: "qcow on a ring, tapdisk asked to stop under load and followed by another; the guest sees a pause only",
+    storage: |_| StorageConfig::default(),
+    body: |w| Box::pin(tapdisk_replaced(w)),
+};
+
+/// A toolstack waits for ten seconds; a drive that is stuck for as long is not tapdisk's fault.
+fn not_stuck() -> StorageConfig {
+    StorageConfig { faults: FaultPlan { stuck: false, ..FaultPlan::LATENCY }, ..StorageConfig::default() }
+}
+
+/// A guest is destroyed under load.
+pub static GUEST_DESTROYED: Scenario = Scenario {
+    name: "guest-destroyed",
+    about: "a guest destroyed with requests in flight; the toolstack need not wait, and the next guest finds what was flushed",
+    storage: |_| not_stuck(),
+    body: |w| Box::pin(guest_destroyed(w)),
+};
+
+/// A second disk comes and goes.
+pub static HOT_PLUG: Scenario = Scenario {
+    name: "hot-plug",
+    about: "a tapdisk that watches xenstore; a guest's second disk is plugged in and out beside a busy first, tapdisk dies now and then",
+    storage: |_| not_stuck(),
+    body: |w| Box::pin(hot_plug(w)),
+};
+
+async fn tapdisk_replaced(world: World) {
+    let setup = Setup::qcow(&world, 0, DISK_BYTES, world.setting("overlay", &[false, true]));
+    let Some((machine, guests)) = start(&world, vec![setup]).await else { return };
+    let (attached, guest) = &guests[0];
+    let entity = Entity::WORLD.child("replacer", 0);
+    world.sim.name_entity(entity, || "administrator".into());
+    let draw =
+        |i| {
+            world
+                .sim
+                .decide(entity, &REPLACE_AFTER, i, |d| if d.below(4) == 0 { 0 } else { 1 + d.below(1 << 20) })
+        };
+    let times = (0..4).map(draw).filter(|n| *n > 0).collect();
+    world.sim.spawn("replacer", 0, Rc::clone(&machine).replace(times));
+    let ops = operations_of(&world, attached, 0, 60);
+    let (g, depth) = (guest.clone(), world.setting("ring-depth", &[32, 8, 1]));
+    in_guest(attached, async move { g.run(&ops, depth).await }).await;
+    machine.spare();
+    finish(&world, &machine, &guests).await;
+}
+
+async fn guest_destroyed(world: World) {
+    let setup = Setup::qcow(&world, 0, DISK_BYTES, world.setting("overlay", &[false, true]));
+    let Some((machine, guests)) = start(&world, vec![setup.clone()]).await else { return };
+    let (attached, guest) = &guests[0];
+    let ops = operations_of(&world, attached, 0, 60);
+    let (g, depth) = (guest.clone(), world.setting("ring-depth", &[32, 8, 1]));
+    attached.node.spawn("main", 0, async move { g.run(&ops, depth).await });
+    let entity = Entity::WORLD.child("destroyer", 0);
+    world.sim.name_entity(entity, || "administrator".into());
+    let after_ns = world.sim.decide(entity, &DESTROY_AFTER, 0, |d| d.below(1 << 22));
+    world.sim.sleep_ns(after_ns).await;
+    machine.destroy(attached).await;
+    machine.all_ended().await;
+    machine.check_leaks();
+    setup.check(&world, "after the guest was destroyed").await;
+    // Nothing crashed but the guest: what it had in flight happened or did not.
+    setup.history.borrow_mut().power_cut();
+    let Some((machine, guests)) = start(&world, vec![setup]).await else { return };
+    let (attached, guest) = &guests[0];
+    guest.set_manners(Manners { reads: Invariant::G7, ..NO_ERRORS });
+    let (w, g, ops) = (world.clone(), guest.clone(), operations_of(&world, attached, 1, 20));
+    in_guest(attached, async move {
+        if let Err(error) = g.read_all().await {
+            w.fail(Invariant::G11, format!("reading the disk of a destroyed guest failed with {error:?}"));
+        }
+        g.set_manners(NO_ERRORS);
+        g.run(&ops, depth).await;
+    })
+    .await;
+    finish(&world, &machine, &guests).await;
+}
+
+async fn hot_plug(world: World) {
+    let machine = Machine::watching(&world, StackLimits::draw(&world));
+    machine.start_tapdisk();
+    let first = machine.new_guest(Setup::qcow(&world, 0, DISK_BYTES, false), 0);
+    machine.plug(&first).await;
+    let second = Attached {
+        vbd: XVDB,
+        paths: VbdPaths::new("vbd", first.dom, XVDB),
+        setup: Setup::raw(&world, 1, DISK_BYTES),
+        ..first.clone()
+    };
+    let Some(guest) = first.boot(&world, NO_ERRORS).await else { return };
+    guest.set_manners(Manners { reads: Invariant::P1, ..NO_ERRORS });
+    guest.history.borrow_mut().relax_order();
+    second.setup.history.borrow_mut().relax_order();
+    world.sim.spawn("supervisor", 0, Rc::clone(&machine).supervise(kills(&world, 2, 900)));
+    let (ops, g, (done, finished)) = (operations_of(&world, &first, 0, 40), guest.clone(), oneshot());
+    first.node.spawn("main", 0, async move {
+        g.run(&ops, 16).await;
+        let _ = done.send(());
+    });
+    for life in 0..3 {
+        if !live_once(&world, &machine, &second, life).await {
+            return;
+        }
+    }
+    let _ = finished.await;
+    machine.spare();
+    let (w, a, g) = (world.clone(), first.clone(), guest.clone());
+    in_guest(&first, async move {
+        if let Err(error) = g.read_all().await {
+            w.fail(Invariant::E4, format!("reading the whole disk failed with {error:?}"));
+        }
+        a.shut_down(&w, &g).await;
+    })
+    .await;
+    machine.unplug(&first).await;
+    if let Some(host) = machine.tapdisk() {
+        host.process.ask_to_stop();
+    }
+    machine.all_ended().await;
+    machine.check_leaks();
+    first.setup.check_bytes(&world, "in the end");
+}
+
+/// A disk is plugged in, used, and plugged out again.
+async fn live_once(world: &World, machine: &Rc<Machine>, disk: &Attached, life: u64) -> bool {
+    machine.plug(disk).await;
+    let Some(guest) = disk.boot(world, NO_ERRORS).await else { return false };
+    guest.set_manners(Manners { reads: Invariant::P1, ..NO_ERRORS });
+    let (g, ops) = (guest.clone(), operations_of(world, disk, 1 + life, 8));
+    let (w, d): (World, Attached) = (world.clone(), disk.clone());
+    in_guest(disk, async move {
+        if let Err(error) = g.read_all().await {
+            w.fail(Invariant::E4, format!("reading a disk that was plugged in failed with {error:?}"));
+        }
+        g.run(&ops, 4).await;
+        d.shut_down(&w, &g as &Guest<RingDisk>).await;
+    })
+    .await;
+    machine.unplug(disk).await;
+    true
+}

@@ -1,0 +1,103 @@
+//! A toolstack as xl is one: it waits so long for each step and no longer.
+//!
+//! ```text
+//!   plug      nodes, state 1 ─► waits for the back end's 2 ─► its script: connected
+//!   unplug    online 0, state 5 ─► waits for the back end's 6 ─► nodes gone
+//!   destroy   front end's nodes gone, online 0, state 5 ─► waits for the back end's 6 ─► nodes gone, domain gone
+//! ```
+//!
+//! The order of the steps and the time limits are those of libxl in Xen 4.17.
+
+use crate::check::Invariant;
+use crate::machine::{Attached, Machine, SCRIPT};
+use std::future::Future;
+use std::pin::pin;
+use std::task::Poll;
+use tap_host::{Errno, Transaction, Watcher, Xenstore};
+use xen_model::{attach_vbd, remove_vbd};
+
+/// How long xl waits for a state of the back end, in nanoseconds.
+const XL_WAITS_NS: u64 = 10_000_000_000;
+
+impl Machine {
+    /// Gives `disk` to its guest, with a script; the tapdisk that watches has to find it.
+    pub async fn plug(&self, disk: &Attached) {
+        self.disks.borrow_mut().push(disk.clone());
+        if let Err(error) = self.try_plug(disk).await {
+            self.world.fail(Invariant::L1, format!("the toolstack failed to plug a disk in: {error:?}"));
+        }
+    }
+
+    async fn try_plug(&self, disk: &Attached) -> Result<(), Errno> {
+        let (port, back) = (&self.toolstack.port, &disk.paths.backend);
+        attach_vbd(port, disk.dom, disk.vbd, &disk.paths, false).await?;
+        port.write(&format!("{back}/params"), b"any").await?;
+        // In one transaction with the others for xl; here it is what makes the disk tapdisk's, so it comes last.
+        port.write(&format!("{back}/script"), format!("/etc/xen/scripts/{SCRIPT}").as_bytes()).await?;
+        self.wait_for_back(disk, b"2").await?;
+        port.write(&format!("{back}/hotplug-status"), b"connected").await
+    }
+
+    /// Takes `disk` away from its guest, whose front end has let go of it or does so meanwhile.
+    pub async fn unplug(&self, disk: &Attached) {
+        let result = async {
+            self.take_offline(disk).await?;
+            self.wait_for_back(disk, b"6").await?;
+            remove_vbd(&self.toolstack.port, &disk.paths).await
+        };
+        if let Err(error) = result.await {
+            self.world.fail(Invariant::L1, format!("the toolstack failed to take a disk away: {error:?}"));
+        }
+        self.disks.borrow_mut().retain(|d| d.paths != disk.paths);
+    }
+
+    /// Ends a guest, whatever it is doing.
+    pub async fn destroy(&self, disk: &Attached) {
+        disk.node.kill();
+        disk.node.dead().await;
+        let result = async {
+            self.force_offline(disk).await?;
+            self.wait_for_back(disk, b"6").await?;
+            self.toolstack.port.remove(&disk.paths.backend).await
+        };
+        if let Err(error) = result.await {
+            self.world.fail(Invariant::L1, format!("the toolstack failed to destroy a guest: {error:?}"));
+        }
+        self.world.xen.destroy_domain(disk.dom);
+    }
+
+    async fn force_offline(&self, disk: &Attached) -> Result<(), Errno> {
+        loop {
+            let tx = self.toolstack.port.transaction().await?;
+            tx.remove(&disk.paths.frontend).await?;
+            let state = format!("{}/state", disk.paths.backend);
+            if tx.read(&state).await? != b"6" {
+                tx.write(&format!("{}/online", disk.paths.backend), b"0").await?;
+                tx.write(&state, b"5").await?;
+            }
+            match tx.commit().await {
+                Err(Errno::EAGAIN) => {}
+                result => return result,
+            }
+        }
+    }
+
+    async fn wait_for_back(&self, disk: &Attached, state: &[u8]) -> Result<(), Errno> {
+        let path = format!("{}/state", disk.paths.backend);
+        let watch = self.toolstack.port.watch(&path).await?;
+        let mut enough = pin!(self.world.sim.sleep_ns(XL_WAITS_NS));
+        loop {
+            let mut changed = pin!(watch.next());
+            std::future::poll_fn(|cx| {
+                if let Poll::Ready(event) = changed.as_mut().poll(cx) {
+                    return Poll::Ready(event.map(drop));
+                }
+                enough.as_mut().poll(cx).map(|()| Err(Errno::ETIMEDOUT))
+            })
+            .await?;
+            if self.toolstack.port.read(&path).await? == state {
+                return Ok(());
+            }
+        }
+    }
+}
