@@ -70,10 +70,11 @@ guest_wait() {
     wait_for "$2" guest_said "$1" "$3"
 }
 
+# guest_tty NAME: the terminal that is its console.
+guest_tty() { xenstore-read "/local/domain/$(xl domid "$1")/console/tty"; }
+
 # guest_tell NAME LINE: writes a line to its console, as if somebody typed it.
-guest_tell() {
-    echo "$2" > "$(xenstore-read "/local/domain/$(xl domid "$1")/console/tty")"
-}
+guest_tell() { echo "$2" > "$(guest_tty "$1")"; }
 
 # guest_hash NAME DISK: the sha256 that its disk_hash said last.
 guest_hash() { guest_log "$1" | sed -n "s/^@guest sha256 of $2: //p" | tail -n 1; }
