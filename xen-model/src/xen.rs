@@ -268,6 +268,7 @@ impl Xen {
     }
 
     pub(crate) fn bind(&self, dom: DomId, remote: DomId, remote_port: Port) -> Result<PortId, Errno> {
+        self.0.grants.borrow().get(usize::from(remote.0)).and_then(Option::as_ref).ok_or(Errno::ESRCH)?;
         let id = self.0.channels.borrow_mut().bind(dom, remote, remote_port)?;
         self.trace(XenEvent::Bound { dom, port: id.port, remote, remote_port });
         Ok(id)
