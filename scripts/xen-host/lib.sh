@@ -33,7 +33,7 @@ guest_create() {
     local name=$1 script=$2 folder
     shift 2
     folder=/tmp/guest-$name
-    rm -rf "$folder"
+    rm -rf "$folder" "/var/log/xen/guest-$name.log"
     mkdir -p "$folder/root/usr/bin"
     cp /xen-host/domu-init "$folder/root/init"
     cp /xen-host/guest-lib.sh "$folder/root"
