@@ -1,5 +1,7 @@
 //! The checks before a change lands, in the order of their cost.
 
+use crate::xen_host::NOT_STARTED;
+use std::process::Command;
 use std::time::Instant;
 use xshell::{Shell, cmd};
 
@@ -23,6 +25,7 @@ pub(crate) fn run() -> Result<()> {
         Ok(check.env("RUSTFLAGS", "").run()?)
     })?;
     step("release programs", || release_programs(&sh))?;
+    step("a guest on a real Xen host", real_guest)?;
     step("sweep", || sweep(&sh))
 }
 
@@ -84,6 +87,18 @@ fn release_programs(sh: &Shell) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A guest of a real Xen host, under emulation, on a qcow image. Where such a machine cannot be had (no packages, too
+/// little memory) that is said, and is no failure of the change.
+fn real_guest() -> Result<()> {
+    let args = ["xtask", "xen-host", "test", "guest-qcow", "--programs", "target/release"];
+    let status = Command::new("cargo").args(args).status()?;
+    if status.code() == Some(i32::from(NOT_STARTED)) {
+        eprintln!("xtask: NO REAL GUEST WAS RUN, for the reason above");
+        return Ok(());
+    }
+    if status.success() { Ok(()) } else { Err(format!("cargo {}: {status}", args.join(" ")).into()) }
 }
 
 /// Crates that no shipped program depends on.

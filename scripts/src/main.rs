@@ -15,7 +15,7 @@ Usage: cargo xtask TASK
 
 Tasks:
   ci        everything that must hold before a change lands: format, lints, tests, the build without the guard's cfg,
-            and a release sweep whose seeds come from the commit
+            what ships, a guest on a real Xen host under emulation, and a release sweep whose seeds come from the commit
   bench     measures tapdisk against other servers; `cargo xtask bench --help`
   xen-host  boots a real Xen host under QEMU's emulation and runs tests, a script or a shell in its dom0;
             `cargo xtask xen-host --help`

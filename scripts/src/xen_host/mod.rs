@@ -30,7 +30,7 @@ use xshell::{Shell, cmd};
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 /// Exit status when nothing could be built or started.
-const NOT_STARTED: u8 = 126;
+pub(crate) const NOT_STARTED: u8 = 126;
 /// Free space that a cache without packages needs: downloads, their unpacked files, images.
 const CACHE_SIZE_MIB: u64 = 1024;
 /// Free space that a run needs: its initrd, and what comes back.

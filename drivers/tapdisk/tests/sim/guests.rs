@@ -50,7 +50,11 @@ impl Toolstack {
     }
 
     async fn attach(&self, guest: &Guest) {
-        attach_vbd(&self.host.port, guest.dom, XVDA, &guest.paths, false).await.unwrap();
+        self.attach_for(guest, false).await;
+    }
+
+    async fn attach_for(&self, guest: &Guest, read_only: bool) {
+        attach_vbd(&self.host.port, guest.dom, XVDA, &guest.paths, read_only).await.unwrap();
     }
 
     /// As xl does for `script=NAME,target=PARAMS`, to the point where it waits for state 2.
@@ -232,6 +236,30 @@ fn a_watcher_serves_what_has_its_script_as_often_as_it_comes() {
         tools.settle().await;
         assert_eq!(*next.status.borrow(), Some(0));
         assert_eq!(xen.counts(DomId(0)), Counts::default());
+    });
+}
+
+#[test]
+fn who_may_only_read_shares_its_image() {
+    world(|sim, kernel, xen| async move {
+        kernel.storage().put_bytes("/a", &[1; MIB]);
+        let tools = Toolstack::new(&sim, &kernel, &xen);
+        let daemon = Daemon::start(&kernel, &xen, 1, "xen --watch");
+        let (one, two) = (tools.guest(), tools.guest());
+        for guest in [&one, &two] {
+            tools.attach_for(guest, true).await;
+            tools.write(guest, "params", "raw:/a").await;
+            tools.write(guest, "hotplug-status", "connected").await;
+            tools.write(guest, "script", "block-tapdisk").await;
+            guest.front.connect().await.unwrap();
+            assert_eq!(tools.back(guest, "info").await.as_deref(), Some("4"));
+            assert_eq!(guest.write(3, 7).await, Err(Errno::EIO));
+            assert_eq!(guest.read(3).await, 1);
+        }
+        let writer = tools.guest();
+        tools.attach_with_script(&writer, "block-tapdisk", "raw:/a").await;
+        sim.sleep_ns(3_000_000_000).await;
+        assert!(tools.back(&writer, "hotplug-error").await.unwrap().contains("in use"), "{}", daemon.said());
     });
 }
 
