@@ -151,8 +151,8 @@ tapdisk_wait() {
     [ "$status" = "${1-0}" ] || fail "tapdisk ended with $status: $(tail -n 20 tapdisk.log)"
 }
 
-# guest_clean_up NAME [COMMAND...]: at the end of a test: after a failure shows what there is to see; takes everything of
-# the guest away, runs the command, and exits with the status that it found.
+# guest_clean_up NAME [COMMAND...]: at the end of a test. After a failure it shows what there is to see; it takes
+# everything of the guest away, runs the command, and exits with the status that it found.
 guest_clean_up() {
     local status=$? name=$1
     shift
