@@ -33,7 +33,7 @@ guest_create() {
     local name=$1 script=$2 folder
     shift 2
     folder=/tmp/guest-$name
-    rm -rf "$folder"
+    rm -rf "$folder" "/var/log/xen/guest-$name.log"
     mkdir -p "$folder/root/usr/bin"
     cp /xen-host/domu-init "$folder/root/init"
     cp /xen-host/guest-lib.sh "$folder/root"
@@ -151,24 +151,28 @@ tapdisk_wait() {
     [ "$status" = "${1-0}" ] || fail "tapdisk ended with $status: $(tail -n 20 tapdisk.log)"
 }
 
-# guest_clean_up NAME: after a failure: shows what there is to see, and takes everything of the guest away.
+# guest_clean_up NAME [COMMAND...]: at the end of a test. After a failure it shows what there is to see; it takes
+# everything of the guest away, runs the command, and exits with the status that it found.
 guest_clean_up() {
-    local status=$?
+    local status=$? name=$1
+    shift
     trap - EXIT
     set +e
     if [ "$status" != 0 ]; then
         echo "--- tapdisk says"
         tail -n 40 tapdisk.log
-        echo "--- guest $1 says"
-        guest_log "$1" | tail -n 40
+        echo "--- guest $name says"
+        guest_log "$name" | tail -n 40
         echo "--- xenstore has"
         xenstore-ls -f /local/domain/0/backend
-        xenstore-ls -f "/local/domain/$(xl domid "$1" 2> /dev/null)/device/vbd"
+        xenstore-ls -f "/local/domain/$(xl domid "$name" 2> /dev/null)/device/vbd"
     fi
     {
         [ -z "${TAPDISK-}" ] || kill -9 "$TAPDISK"
-        xl destroy "$1"
-        [ -z "${BACK-}" ] || vbd_remove
+        xl destroy "$name"
+        # All disks of the guest.
+        [ -z "${BACK-}" ] || xenstore-rm -t "${BACK%/*}"
+        "$@"
     } > /dev/null 2>&1
     exit "$status"
 }

@@ -1,11 +1,21 @@
-# tapdisk ended twenty times by SIGKILL and once by SIGTERM under a guest's load, and started again: the guest only waits
+# tapdisk of two busy disks ended twenty times by SIGKILL, once by SIGTERM, and started again: the guest only waits
 . /xen-host/lib.sh
 
 cat > guest.sh <<'GUEST'
 . /guest-lib.sh
 disk_wait xvda
+disk_wait xvdb
+# Open at both ends, so that nobody waits for the other.
+mkfifo /tmp/stop
+exec 3<> /tmp/stop
+disk-load verify /dev/xvdb --depth 2 --until-told --seed 2 < /tmp/stop > /tmp/other 2>&1 &
+other=$!
 disk-load verify /dev/xvda --depth 8 --until-told
+echo stop >&3
+wait "$other" || { tail -n 20 /tmp/other; exit 1; }
+tail -n 1 /tmp/other
 disk_hash xvda
+disk_hash xvdb
 GUEST
 
 # Requests that the guest's load has done; the last word of it, 0 before the first.
@@ -17,12 +27,14 @@ done_requests() {
 has_done_more_than() { [ "$(done_requests)" -gt "$1" ]; }
 
 tap-img create -f qcow disk.qcow 64M
+truncate -s 32M other.raw
 trap 'guest_clean_up restart' EXIT
 blkback off
 guest_create restart guest.sh
+vbd_make "$GUEST_ID" xvdb
 vbd_make "$GUEST_ID" xvda
-spec=$GUEST_ID/xvda=qcow:$PWD/disk.qcow
-tapdisk_start "$spec"
+disks=("$GUEST_ID/xvda=qcow:$PWD/disk.qcow" "$GUEST_ID/xvdb=raw:$PWD/other.raw")
+tapdisk_start "${disks[@]}"
 xl unpause restart
 
 for n in $(seq 21); do
@@ -41,19 +53,22 @@ for n in $(seq 21); do
     kill -s "$signal" "$TAPDISK"
     tapdisk_wait "$status"
     echo "tapdisk ended by SIG$signal, $n of 21, after $(done_requests) requests"
-    tapdisk_start "$spec"
+    tapdisk_start "${disks[@]}"
 done
 wait_for 100 has_done_more_than "$(done_requests)"
 guest_tell restart stop
 wait_for 100 guest_gone restart
 guest_log restart | grep -v 'goes on'
-guest_said restart '^@load compared .*MISMATCHES 0$' || fail "the guest's load"
+[ "$(guest_log restart | grep -c '^@load compared .*MISMATCHES 0$')" = 2 ] || fail "the guest's load"
 guest_said restart '^@guest exit 0$' || fail "the guest's script"
 tapdisk_wait
-vbd_remove
+xenstore-rm -t "/local/domain/0/backend/vbd/$GUEST_ID"
 grep -v 'back end in state' tapdisk.log
 
 # Clusters whose write was under way when tapdisk was killed may be lost to the file, which is harmless: status 3.
 tap-img check disk.qcow || [ $? = 3 ] || fail "the image is damaged"
 tap-img convert disk.qcow disk.raw
-[ "$(guest_hash restart xvda)" = "$(hash_of disk.raw)" ] || fail "the image has other data than the guest saw"
+for disk in xvda:disk.raw xvdb:other.raw; do
+    image=${disk#*:}
+    [ "$(guest_hash restart "${disk%:*}")" = "$(hash_of "$image")" ] || fail "$image has other data than the guest saw"
+done
