@@ -16,8 +16,8 @@ use tap_core::wait;
 use tap_host::{Bug, Errno, Event, Mark, SECTOR_BYTES, StorePath, Watcher};
 use tap_ring::{BlkifRing, ConnectError, RingCloser, RingConfig, RingEnd};
 
-/// Pause between two attempts to bind a port, in nanoseconds.
-const BIND_PAUSE_NS: u64 = 10_000_000;
+/// Pause before a second attempt to bind a port, in nanoseconds; each further one is twice as long.
+const BIND_PAUSE_NS: u64 = 1_000_000;
 
 /// A ring that is served by a task of its own.
 struct Serving {
@@ -270,17 +270,17 @@ impl<H: XenHost> Backend<H> {
     /// Connects; waits a while for a port that is held by somebody.
     async fn bind_ring(&self, config: RingConfig) -> Result<BlkifRing<H>, ConnectError> {
         let until_ns = self.host.now_ns().saturating_add(self.config.bind_patience_ns);
-        let mut waited = false;
+        let mut pause_ns = BIND_PAUSE_NS;
         loop {
             match BlkifRing::connect(self.host.clone(), config.clone(), Rc::clone(&self.node)) {
                 Err(ConnectError::Bind { error: Errno::EINVAL, .. })
                     if self.host.now_ns() < until_ns && !self.host.bug(Bug::BindOnce) =>
                 {
-                    waited = true;
-                    self.host.sleep_ns(BIND_PAUSE_NS).await;
+                    self.host.sleep_ns(pause_ns).await;
+                    pause_ns *= 2;
                 }
                 result => {
-                    if waited && result.is_ok() {
+                    if pause_ns > BIND_PAUSE_NS && result.is_ok() {
                         self.host.mark(Mark::BindWaited);
                     }
                     return result;
