@@ -37,7 +37,7 @@ fn main() -> ExitCode {
     libtest_mimic::run(&args, trials).exit_code()
 }
 
-fn trial(name: String, test: Test<Process>, direct: bool, tcp: bool) -> Trial {
+fn trial(name: String, test: Test<Place<Process>>, direct: bool, tcp: bool) -> Trial {
     Trial::ignorable_test(name, move || {
         if let Some((_, why)) = DIFFERENT.iter().find(|(name, _)| *name == test.name) {
             return Ok(Completion::ignored_with(why));
@@ -50,7 +50,7 @@ fn trial(name: String, test: Test<Process>, direct: bool, tcp: bool) -> Trial {
     })
 }
 
-fn in_world(seed: u64, faults: FaultPlan, test: &Test<Process>, direct: bool, tcp: bool) -> Outcome {
+fn in_world(seed: u64, faults: FaultPlan, test: &Test<Place<Process>>, direct: bool, tcp: bool) -> Outcome {
     let sim = Sim::new(&Config::new(seed));
     let kernel = Kernel::new(&sim, &Storage::new(&sim, StorageConfig { faults, ..StorageConfig::default() }));
     let host = kernel.process("conformance", 1);

@@ -145,6 +145,9 @@ impl Xen {
         for dom in (1..count).filter(|dom| self.0.grants.borrow()[*dom].is_some()) {
             self.destroy_domain(DomId(dom as u16));
         }
+        // Those of dead processes that a kernel had yet to close: that kernel is gone.
+        let ports = self.0.channels.borrow().of(DomId(0));
+        ports.into_iter().for_each(|id| self.close_port(id));
         *self.0.store.borrow_mut() = Store::new(self.0.options.quota);
         self.clear_regions();
     }
@@ -265,6 +268,7 @@ impl Xen {
     }
 
     pub(crate) fn bind(&self, dom: DomId, remote: DomId, remote_port: Port) -> Result<PortId, Errno> {
+        self.0.grants.borrow().get(usize::from(remote.0)).and_then(Option::as_ref).ok_or(Errno::ESRCH)?;
         let id = self.0.channels.borrow_mut().bind(dom, remote, remote_port)?;
         self.trace(XenEvent::Bound { dom, port: id.port, remote, remote_port });
         Ok(id)

@@ -9,7 +9,7 @@ use std::rc::Rc;
 use tap_host::{Errno, File, IoVec, OpenMode, copy_from_slice};
 
 /// Bodies that need a file system.
-pub fn on_files<H: FileHost>() -> Vec<Test<H>> {
+pub fn on_files<H: FileHost>() -> Vec<Test<Place<H>>> {
     tests![
         a_missing_file_is_not_opened,
         a_folder_that_is_missing_holds_no_file,
@@ -26,7 +26,7 @@ pub fn on_files<H: FileHost>() -> Vec<Test<H>> {
 }
 
 /// Bodies that also run on a block device.
-pub fn on_disks<H: FileHost>() -> Vec<Test<H>> {
+pub fn on_disks<H: FileHost>() -> Vec<Test<Place<H>>> {
     tests![
         bytes_come_back,
         the_last_of_overlapping_writes_wins,

@@ -4,21 +4,31 @@
 //!              Test { name, body(Place) }
 //!               /                  \
 //!     kernel-model/tests       drivers/linux/tests
-//!     (virtual time)           (io_uring, threads × buffered, direct × file systems, devices)
+//!     xen-model/tests          (io_uring, threads × buffered, direct × file systems, devices; Xen's dom0)
+//!     (virtual time)
 //! ```
 //!
 //! A body sees the seam only, and asks for what its documentation promises, no more: where hosts may differ, a body
-//! takes every answer that the contract allows. It is given a [`Place`] of its own. Results come as sentences; nothing
-//! depends on how long anything takes.
+//! takes every answer that the contract allows. It is given a [`Place`] of its own, or a [`Pair`] where another domain
+//! takes part. Results come as sentences; nothing depends on how long anything takes.
 //!
 //! The list of bodies, and what a host does not pass with the reason, is docs/testing/conformance.md.
 
+pub mod events;
 pub mod files;
+pub mod grants;
 pub mod life;
 pub mod locks;
+pub mod pages;
+mod pair;
 pub mod sockets;
+pub mod store;
 pub mod tasks;
+pub mod transactions;
+pub mod watches;
 pub mod zeros;
+
+pub use pair::{Pair, Peer};
 
 use std::fmt::Debug;
 use std::future::{Future, poll_fn};
@@ -38,12 +48,12 @@ pub type Outcome = Result<(), String>;
 /// A running body.
 pub type Running = Pin<Box<dyn Future<Output = Outcome>>>;
 
-/// One test.
-pub struct Test<H> {
+/// One test, which works in a `P`.
+pub struct Test<P> {
     /// Its name, which is that of its function.
     pub name: &'static str,
     /// Starts it.
-    pub body: fn(Place<H>) -> Running,
+    pub body: fn(P) -> Running,
 }
 
 /// Where a body works.
@@ -51,7 +61,8 @@ pub struct Test<H> {
 pub struct Place<H> {
     /// The host under test.
     pub host: H,
-    /// An empty folder, without a slash at its end.
+    /// An empty folder, without a slash at its end; for bodies about xenstore one of xenstore, outside of /local. No
+    /// other body has the same, and pages are named after it.
     pub folder: String,
     /// Whether files are opened with [`OpenMode::direct`].
     pub direct: bool,
@@ -118,19 +129,47 @@ impl<H: FileHost> Place<H> {
     }
 
     /// Lets others run until `there` says so.
-    async fn until(&self, what: &str, mut there: impl FnMut() -> bool) -> Outcome {
-        for _ in 0..PATIENCE {
-            if there() {
-                return Ok(());
-            }
-            self.host.sleep_ns(1_000_000).await;
-        }
-        Err(format!("{what} never happens"))
+    async fn until(&self, what: &str, there: impl FnMut() -> bool) -> Outcome {
+        until(&self.host, what, there).await
     }
 }
 
 /// Milliseconds after which something is said never to happen; nothing takes nearly as long.
-const PATIENCE: u32 = 60_000;
+const PATIENCE_MS: u32 = 60_000;
+
+/// Lets others run until `there` says so.
+async fn until(time: &impl Time, what: &str, mut there: impl FnMut() -> bool) -> Outcome {
+    for _ in 0..PATIENCE_MS {
+        if there() {
+            return Ok(());
+        }
+        time.sleep_ns(1_000_000).await;
+    }
+    Err(format!("{what} never happens"))
+}
+
+/// What `future` gives within `ns` nanoseconds; it is dropped if that is not enough.
+async fn within_ns<T>(time: &impl Time, ns: u64, future: impl Future<Output = T>) -> Option<T> {
+    let (mut future, mut end) = (pin!(future), pin!(time.sleep_ns(ns)));
+    poll_fn(|cx| match future.as_mut().poll(cx) {
+        Poll::Ready(output) => Poll::Ready(Some(output)),
+        Poll::Pending => end.as_mut().poll(cx).map(|()| None),
+    })
+    .await
+}
+
+/// What `future` gives, unless it never does.
+async fn soon<T>(time: &impl Time, what: &str, future: impl Future<Output = T>) -> Result<T, String> {
+    let given = within_ns(time, u64::from(PATIENCE_MS) * 1_000_000, future).await;
+    given.ok_or_else(|| format!("{what} never comes"))
+}
+
+/// Nanoseconds in which what was on its way arrives. Where it takes longer, a body may pass that should fail, never the
+/// reverse.
+const QUIET_NS: u64 = 20_000_000;
+
+/// More events than any body causes.
+const EVENTS_MAX: u32 = 1000;
 
 /// Turns errors into sentences.
 trait OrFail<T> {

@@ -7,12 +7,12 @@ use crate::{
 use tap_host::{BufPool, File, IoVec};
 
 /// Bodies that need a file system.
-pub fn on_files<H: FileHost>() -> Vec<Test<H>> {
+pub fn on_files<H: FileHost>() -> Vec<Test<Place<H>>> {
     tests![a_removed_file_lives_while_it_is_open, names_are_made_durable, a_dropped_write_lands_as_a_whole]
 }
 
 /// Bodies that also run on a block device.
-pub fn on_disks<H: FileHost>() -> Vec<Test<H>> {
+pub fn on_disks<H: FileHost>() -> Vec<Test<Place<H>>> {
     tests![dropped_operations_take_their_buffers_along, dropped_reads_disturb_nobody]
 }
 

@@ -7,7 +7,7 @@ use tap_host::LockKind::{Exclusive, Shared};
 use tap_host::{Errno, File, OpenMode};
 
 /// All bodies; they need a file system.
-pub fn on_files<H: FileHost>() -> Vec<Test<H>> {
+pub fn on_files<H: FileHost>() -> Vec<Test<Place<H>>> {
     tests![
         one_writer_keeps_all_others_out,
         readers_share_and_keep_writers_out,

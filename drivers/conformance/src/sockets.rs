@@ -11,7 +11,7 @@ pub trait SocketHost: Sockets + TaskHost {}
 impl<T: Sockets + TaskHost> SocketHost for T {}
 
 /// All bodies.
-pub fn all<H: SocketHost>() -> Vec<Test<H>> {
+pub fn all<H: SocketHost>() -> Vec<Test<Place<H>>> {
     tests![
         nobody_listens_where_nobody_did,
         a_closed_listener_is_gone,

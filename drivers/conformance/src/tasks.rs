@@ -11,7 +11,7 @@ pub trait TaskHost: Time + Tasks {}
 impl<T: Time + Tasks> TaskHost for T {}
 
 /// All bodies.
-pub fn all<H: TaskHost>() -> Vec<Test<H>> {
+pub fn all<H: TaskHost>() -> Vec<Test<Place<H>>> {
     tests![
         time_does_not_go_back,
         sleeping_takes_its_time,

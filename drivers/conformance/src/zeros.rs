@@ -6,12 +6,12 @@ use crate::{
 use tap_host::{Errno, File, ZeroMode};
 
 /// Bodies that need a file system.
-pub fn on_files<H: FileHost>() -> Vec<Test<H>> {
+pub fn on_files<H: FileHost>() -> Vec<Test<Place<H>>> {
     tests![zeros_end_with_the_file, zeros_of_odd_bytes_spare_their_neighbours, a_hole_may_be_written_again]
 }
 
 /// Bodies that also run on a block device.
-pub fn on_disks<H: FileHost>() -> Vec<Test<H>> {
+pub fn on_disks<H: FileHost>() -> Vec<Test<Place<H>>> {
     tests![
         zeros_fill_their_range_only,
         zeros_of_no_range_are_refused,

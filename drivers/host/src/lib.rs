@@ -29,7 +29,7 @@
 //! | [`Files`], [`File`] | `kernel-model` (page cache or direct, above a drive with a volatile cache) | `tap-linux` |
 //! | [`Sockets`], [`Listener`], [`Stream`] | `kernel-model` | `tap-linux` |
 //! | [`Time`], [`Tasks`], [`Log`], [`Entropy`] | `kernel-model` (a process) | `tap-linux` |
-//! | [`Grants`], [`Events`], [`SharedPages`], [`Xenstore`] | `xen-model` | |
+//! | [`Grants`], [`Events`], [`SharedPages`], [`Xenstore`] | `xen-model` | `tap-linux`, in a domain of Xen |
 //!
 //! `tap-conformance` has the tests that both columns pass.
 

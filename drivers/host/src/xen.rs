@@ -3,7 +3,8 @@
 use crate::{DomId, Errno, GrantRef, Port};
 use std::future::Future;
 
-/// A path in xenstore.
+/// A path in xenstore: absolute, of letters, digits and `-/_@`, without empty parts. It has at most 2048 bytes, not
+/// counting `/local/domain/N/`.
 pub type StorePath = String;
 
 /// 4096 bytes that somebody else can write at any moment. No reference into it ever exists.
@@ -61,7 +62,7 @@ pub trait Events: Clone + 'static {
     /// gone can be bound again. A channel starts pending, as Xen has it.
     ///
     /// # Errors
-    /// `EINVAL` if the port does not exist, is bound, or waits for another domain.
+    /// `EINVAL` if the port does not exist, is bound, or waits for another domain; `ESRCH` if there is no such domain.
     fn bind_interdomain(&self, dom: DomId, remote: Port) -> Result<Self::Channel, Errno>;
 }
 
@@ -100,22 +101,23 @@ pub trait Xenstore: Clone + 'static {
     /// The value at `path`.
     ///
     /// # Errors
-    /// `ENOENT`, `EACCES`.
+    /// `ENOENT`, `EACCES`, `EINVAL` for a bad path.
     fn read(&self, path: &str) -> impl Future<Output = Result<Vec<u8>, Errno>>;
-    /// Writes the value at `path`, creating it and its parents.
+    /// Writes the value at `path`, creating it and its parents, which get no value. Path and value fit a message when
+    /// they have 4079 bytes together; more than 4095 never do.
     ///
     /// # Errors
-    /// `EACCES`, `ENOSPC` over quota.
+    /// `EACCES`, `ENOSPC` over quota or when they fit no message, `EINVAL` for a bad path.
     fn write(&self, path: &str, value: &[u8]) -> impl Future<Output = Result<(), Errno>>;
     /// Removes `path` and everything below; no error if it is absent while its parent exists.
     ///
     /// # Errors
-    /// `ENOENT` without parent, `EACCES`.
+    /// `ENOENT` without parent, `EACCES`, `EINVAL` for a bad path.
     fn remove(&self, path: &str) -> impl Future<Output = Result<(), Errno>>;
     /// The names below `path`, sorted.
     ///
     /// # Errors
-    /// `ENOENT`, `EACCES`.
+    /// `ENOENT`, `EACCES`, `EINVAL` for a bad path.
     fn directory(&self, path: &str) -> impl Future<Output = Result<Vec<String>, Errno>>;
     /// Watches `path` and everything below. Fires once at registration; may be spurious or stand for several changes;
     /// none is ever dropped for good.
@@ -135,17 +137,17 @@ pub trait Transaction {
     /// As [`Xenstore::read`], within the transaction.
     ///
     /// # Errors
-    /// `ENOENT`, `EACCES`.
+    /// `ENOENT`, `EACCES`, `EINVAL` for a bad path.
     fn read(&self, path: &str) -> impl Future<Output = Result<Vec<u8>, Errno>>;
     /// As [`Xenstore::write`], within the transaction.
     ///
     /// # Errors
-    /// `EACCES`, `ENOSPC`.
+    /// `EACCES`, `ENOSPC`, `EINVAL`.
     fn write(&self, path: &str, value: &[u8]) -> impl Future<Output = Result<(), Errno>>;
     /// As [`Xenstore::remove`], within the transaction.
     ///
     /// # Errors
-    /// `ENOENT`, `EACCES`.
+    /// `ENOENT`, `EACCES`, `EINVAL` for a bad path.
     fn remove(&self, path: &str) -> impl Future<Output = Result<(), Errno>>;
     /// Ends it with effect.
     ///
@@ -157,7 +159,7 @@ pub trait Transaction {
 /// One firing of a watch.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct WatchEvent {
-    /// The path that changed (or was registered).
+    /// The path that changed or was registered. The path that is watched may stand for anything below it.
     pub path: StorePath,
 }
 

@@ -14,17 +14,20 @@ mod machine;
 mod options;
 mod packages;
 mod suite;
+mod test_program;
 
 use cpio::Archive;
 use image::Image;
 use machine::{Event, Machine};
 use options::{Action, Options};
 use packages::Pool;
+use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
 use std::io::{BufWriter, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
+use suite::Test;
 use xshell::{Shell, cmd};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -70,12 +73,12 @@ fn run(options: &Options) -> Result<u8> {
         }
         Action::Run(script) => {
             let script = fs::read(script).map_err(|e| format!("read {}: {e}", script.display()))?;
-            return Ok(boot(&sh, options, &script)?.status);
+            return Ok(boot(&sh, options, &script, &[])?.status);
         }
-        Action::Shell => return Ok(boot(&sh, options, b"")?.status),
+        Action::Shell => return Ok(boot(&sh, options, b"", &[])?.status),
         Action::Test(names) => {
             let tests = suite::choose(names)?;
-            let ended = boot(&sh, options, suite::script(&tests).as_bytes())?;
+            let ended = boot(&sh, options, suite::script(&tests).as_bytes(), &tests)?;
             return Ok(suite::report(&tests, &ended.events));
         }
     }
@@ -119,13 +122,14 @@ impl Cache {
     }
 }
 
-/// Boots, runs a script (none if it is empty), and brings back /out.
-fn boot(sh: &Shell, options: &Options, script: &[u8]) -> Result<machine::Ended> {
+/// Boots, runs a script (none if it is empty) with the programs of these tests, and brings back /out.
+fn boot(sh: &Shell, options: &Options, script: &[u8], tests: &[Test]) -> Result<machine::Ended> {
     if options.shell && !std::io::stdin().is_terminal() {
         return Err("open a shell without a terminal: use `run SCRIPT`".into());
     }
     need_memory(&fs::read_to_string("/proc/meminfo")?, options.memory_mib + QEMU_MEMORY_MIB)?;
     let programs = programs(sh, options)?;
+    let test_programs = test_programs(sh, tests)?;
     let cache = Cache::open(sh, options)?;
     let run = cache.folder.join("run");
     if run.exists() {
@@ -134,7 +138,7 @@ fn boot(sh: &Shell, options: &Options, script: &[u8]) -> Result<machine::Ended> 
     fs::create_dir_all(&run)?;
     fs::copy(&cache.image.dom0, run.join("initrd"))?;
     let initrd = File::options().append(true).open(run.join("initrd"))?;
-    layer(options, &programs, script, BufWriter::new(initrd))?;
+    layer(options, &programs, &test_programs, script, BufWriter::new(initrd))?;
     let machine = Machine {
         pool: &cache.pool,
         image: &cache.image,
@@ -194,8 +198,20 @@ fn programs(sh: &Shell, options: &Options) -> Result<Vec<PathBuf>> {
     }
 }
 
+/// The programs that only these tests run, by their names in dom0.
+fn test_programs(sh: &Shell, tests: &[Test]) -> Result<BTreeMap<String, PathBuf>> {
+    let wanted = tests.iter().filter_map(|test| test.program.as_ref());
+    wanted.map(|program| Ok((program.name(), program.build(sh)?))).collect()
+}
+
 /// What goes over dom0's image for this run alone.
-fn layer(options: &Options, programs: &[PathBuf], script: &[u8], to: impl Write) -> Result<()> {
+fn layer(
+    options: &Options,
+    programs: &[PathBuf],
+    test_programs: &BTreeMap<String, PathBuf>,
+    script: &[u8],
+    to: impl Write,
+) -> Result<()> {
     let own = suite::folder();
     let mut archive = Archive::new(to);
     archive.copy("init", &own.join("dom0-init"))?;
@@ -209,6 +225,9 @@ fn layer(options: &Options, programs: &[PathBuf], script: &[u8], to: impl Write)
     }
     for program in programs {
         archive.copy(&format!("usr/local/bin/{}", name_of(program)?), program)?;
+    }
+    for (name, program) in test_programs {
+        archive.copy(&format!("usr/local/bin/{name}"), program)?;
     }
     for file in &options.copy {
         archive.copy(&format!("root/{}", name_of(file)?), file)?;

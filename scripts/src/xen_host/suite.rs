@@ -2,10 +2,12 @@
 //!
 //! A test is a file `scripts/xen-host/tests/NAME.sh`. Its first lines are comments, the first of which says what it
 //! proves. It runs in dom0 as root, by `bash -eu` in an empty folder, with the functions of `lib.sh`; it passes when
-//! it exits with 0. Tests do not depend on each other: each leaves dom0 as it was.
+//! it exits with 0. Tests do not depend on each other: each leaves dom0 as it was. A comment may ask for a program
+//! (`test_program.rs`).
 
 use super::Result;
 use super::machine::Event;
+use super::test_program::TestProgram;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -15,6 +17,8 @@ pub(super) struct Test {
     pub(super) name: String,
     /// What it proves, in one line.
     pub(super) about: String,
+    /// What it runs, besides what each of them may.
+    pub(super) program: Option<TestProgram>,
 }
 
 /// Scripts of dom0.
@@ -35,7 +39,9 @@ fn all() -> Result<Vec<Test>> {
             let about = text.lines().next().and_then(|line| line.strip_prefix("# "));
             let about =
                 about.ok_or_else(|| format!("find out what test {name} is: its first line says nothing"))?;
-            tests.push(Test { name: name.to_owned(), about: about.to_owned() });
+            let programs = text.lines().map(TestProgram::parse).collect::<Result<Vec<_>>>()?;
+            let program = programs.into_iter().flatten().next();
+            tests.push(Test { name: name.to_owned(), about: about.to_owned(), program });
         }
     }
     tests.sort_by(|a, b| a.name.cmp(&b.name));
@@ -112,7 +118,7 @@ mod tests {
     use super::*;
 
     fn test(name: &str) -> Test {
-        Test { name: name.into(), about: format!("about {name}") }
+        Test { name: name.into(), about: format!("about {name}"), program: None }
     }
 
     #[test]

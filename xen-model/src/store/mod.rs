@@ -41,8 +41,8 @@ impl Default for Quota {
     }
 }
 
-/// Largest value of anybody: what fits a message.
-const MAX_VALUE_BYTES: usize = 4096;
+/// What a message holds: a path, a zero and a value.
+const MESSAGE_BYTES: usize = 4096;
 
 /// Who asks: a connection of a domain.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -137,7 +137,11 @@ impl Store {
         path: &str,
         value: &[u8],
     ) -> Result<Wakers, Errno> {
+        let message_bytes = path.len() + 1 + value.len();
         let path = path::absolute(who.dom, path)?;
+        if message_bytes > MESSAGE_BYTES {
+            return Err(Errno::ENOSPC);
+        }
         self.change(tx, |view| tree::write(view, who.dom, &path, value))
     }
 

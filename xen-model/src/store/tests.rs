@@ -57,8 +57,9 @@ fn a_guest_has_its_own_directory_and_nothing_else() {
 fn quotas_bind_guests_only() {
     let mut s = store();
     assert_eq!(s.write(GUEST, None, "big", &[0; 17]).unwrap_err(), Errno::ENOSPC);
-    s.write(DOM0, None, "/big", &[0; 4096]).unwrap();
-    assert_eq!(s.write(DOM0, None, "/big", &[0; 4097]).unwrap_err(), Errno::ENOSPC);
+    s.write(DOM0, None, "/big", &[0; 4091]).unwrap();
+    assert_eq!(s.write(DOM0, None, "/big", &[0; 4092]).unwrap_err(), Errno::ENOSPC);
+    assert_eq!(s.write(GUEST, None, "big", &[0; 4093]).unwrap_err(), Errno::ENOSPC);
     for i in 0..7 {
         s.write(GUEST, None, &format!("n{i}"), b"").unwrap();
     }
@@ -91,6 +92,23 @@ fn watches_fire_at_registration_below_and_on_removal_above() {
     s.remove(DOM0, None, "/a").unwrap();
     assert_eq!((events(&mut s, top), events(&mut s, leaf)), (vec!["/a".into()], vec!["/a/b/c".into()]));
     assert!(events(&mut s, elsewhere).is_empty());
+}
+
+#[test]
+fn too_many_events_become_one_of_the_watched_path() {
+    let mut s = Store::new(Quota::default());
+    let watch = s.watch(DOM0, "/a").unwrap();
+    events(&mut s, watch);
+    for i in 0..64 {
+        s.write(DOM0, None, &format!("/a/{i}"), b"").unwrap();
+    }
+    assert_eq!(events(&mut s, watch).len(), 64);
+    for i in 0..100 {
+        s.write(DOM0, None, &format!("/a/{i}"), b"").unwrap();
+    }
+    assert_eq!(events(&mut s, watch), ["/a"]);
+    s.write(DOM0, None, "/a/0", b"").unwrap();
+    assert_eq!(events(&mut s, watch), ["/a/0"]);
 }
 
 #[test]

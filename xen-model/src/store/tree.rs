@@ -1,6 +1,6 @@
 //! Nodes, and the operations on them, whoever holds them: the store itself or a transaction's copy.
 
-use super::{MAX_VALUE_BYTES, Perms, Quota, path};
+use super::{Perms, Quota, path};
 use std::collections::{BTreeMap, BTreeSet};
 use tap_host::{DomId, Errno};
 
@@ -112,8 +112,7 @@ pub(crate) fn read(view: &mut dyn View, dom: DomId, path: &str) -> Result<TreeNo
 }
 
 pub(crate) fn write(view: &mut dyn View, dom: DomId, path: &str, value: &[u8]) -> Result<Vec<Change>, Errno> {
-    let limit = if dom == DomId(0) { MAX_VALUE_BYTES } else { view.quota().value_bytes };
-    if value.len() > limit {
+    if dom != DomId(0) && value.len() > view.quota().value_bytes {
         return Err(Errno::ENOSPC);
     }
     let node = match view.get(path) {

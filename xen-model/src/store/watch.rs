@@ -1,4 +1,7 @@
-//! Watches: each has a queue of its own that loses nothing; an event that is already in it is not added again.
+//! Watches: each has a queue of its own that loses nothing.
+//!
+//! An event that is already in it is not added again, and too many different ones become one of the watched path, which
+//! stands for all: so does the client of the real host, which has to hold them somewhere.
 
 use super::tree::Change;
 use super::{Client, Wakers, path};
@@ -6,11 +9,31 @@ use std::collections::{BTreeMap, VecDeque};
 use std::task::Waker;
 use tap_host::{DomId, Errno};
 
+/// Different events that are kept for one watch.
+const QUEUE_MAX: usize = 64;
+
 struct Watch {
     client: Client,
     path: String,
     queue: VecDeque<String>,
+    /// There is one event, and it stands for any that come.
+    merged: bool,
     waker: Option<Waker>,
+}
+
+impl Watch {
+    fn add(&mut self, path: &str) -> Option<Waker> {
+        if self.merged || self.queue.iter().any(|queued| queued == path) {
+            return None;
+        }
+        if self.queue.len() < QUEUE_MAX {
+            self.queue.push_back(path.into());
+        } else {
+            self.queue = VecDeque::from([self.path.clone()]);
+            self.merged = true;
+        }
+        self.waker.take()
+    }
 }
 
 #[derive(Default)]
@@ -22,7 +45,7 @@ impl Watches {
     /// Adds a watch, which fires once for its registration.
     pub(crate) fn add(&mut self, id: u64, client: Client, path: String) {
         let queue = VecDeque::from([path.clone()]);
-        self.all.insert(id, Watch { client, path, queue, waker: None });
+        self.all.insert(id, Watch { client, path, queue, merged: false, waker: None });
     }
 
     pub(crate) fn remove(&mut self, id: u64) {
@@ -43,6 +66,7 @@ impl Watches {
 
     pub(crate) fn take(&mut self, id: u64) -> Result<String, Errno> {
         let watch = self.all.get_mut(&id).ok_or(Errno::ESHUTDOWN)?;
+        watch.merged = false;
         watch.queue.pop_front().ok_or(Errno::EAGAIN)
     }
 
@@ -57,9 +81,8 @@ impl Watches {
                     path::within(&change.path, &watch.path)
                 };
                 let may = change.perms.as_ref().is_none_or(|perms| perms.of(watch.client.dom).reads());
-                if hears && may && !watch.queue.contains(&change.path) {
-                    watch.queue.push_back(change.path.clone());
-                    wakers.extend(watch.waker.take());
+                if hears && may {
+                    wakers.extend(watch.add(&change.path));
                 }
             }
         }
