@@ -3,29 +3,29 @@
 # dom0 ms is all that dom0 used, process ms what the process of the back end did of it (the kernel's has none).
 . /xen-host/lib.sh
 
-# At the larger depth a request costs less, and Xen tells CPU time to 100 ms only.
-declare -A requests=([1]=4000 [16]=8000)
 cat > guest.sh <<'GUEST'
 . /guest-lib.sh
-disk_wait xvda
-# Requests rewrite what is there: no back end has to find room.
-dd if=/dev/zero of=/dev/xvda bs=128k oflag=direct 2> /dev/null || true
+for disk in xvda xvdb xvdc xvdd; do
+    disk_wait $disk
+    # Requests rewrite what is there: no back end has to find room.
+    dd if=/dev/zero of=/dev/$disk bs=128k oflag=direct 2> /dev/null || true
+done
 echo "@guest is ready"
-while read -r depth requests && [ "$depth" != 0 ]; do
-    disk-load measure /dev/xvda --depth "$depth" --requests "$requests"
-    echo "@guest did depth $depth"
+while read -r disk depth requests && [ "$depth" != 0 ]; do
+    disk-load measure "/dev/$disk" --depth "$depth" --requests "$requests"
+    echo "@guest did $disk at depth $depth"
 done
 GUEST
 mkfifo never
 
-# until_said NAME TEXT SECONDS: as guest_wait, but without a process: what waits would be measured too.
+# until_said TEXT SECONDS: as guest_wait, but without a process: what waits would be measured too.
 until_said() {
-    local said= left=$(($3 * 2))
-    until [[ $said = *"$2"* ]]; do
-        [ "$left" -gt 0 ] || fail "waited too long for guest $1 to say $2"
+    local said= left=$(($2 * 2))
+    until [[ $said = *"$1"* ]]; do
+        [ "$left" -gt 0 ] || fail "waited too long for the guest to say $1"
         left=$((left - 1))
         read -r -t 0.5 <> never || true
-        IFS= read -r -d '' said < "/var/log/xen/guest-$1.log" || true
+        IFS= read -r -d '' said < /var/log/xen/guest-peers.log || true
     done
 }
 
@@ -51,51 +51,47 @@ process_ms() {
     echo $(((fields[11] + fields[12]) * 10))
 }
 
-# measure NAME [PID]: the guest is paused, its disk is there; PID is the process that serves it.
+# measure BACK_END DISK [PID]: PID is the process that serves the disk.
 measure() {
-    local name=$1 depth count dom0 process tty
-    tty=$(guest_tty "$name")
-    xl unpause "$name"
-    guest_wait "$name" 60 '^@guest is ready$'
+    local depth count dom0 process
+    # At the larger depth a request costs less.
     for depth in 1 16; do
-        count=${requests[$depth]}
-        dom0=$(dom0_ms) process=$(process_ms "${2-}")
-        echo "$depth $count" > "$tty"
-        until_said "$name" "@guest did depth $depth" 100
-        dom0=$(($(dom0_ms) - dom0 - asking_ms)) process=$(($(process_ms "${2-}") - process))
-        printf '%-12s %5d %9d %8d %11d %15d %14d\n' "$name" "$depth" "$count" "$dom0" "$process" \
+        count=$((depth == 1 ? 4000 : 8000))
+        dom0=$(dom0_ms) process=$(process_ms "${3-}")
+        echo "$2 $depth $count" > "$tty"
+        until_said "@guest did $2 at depth $depth" 100
+        dom0=$(($(dom0_ms) - dom0 - asking_ms)) process=$(($(process_ms "${3-}") - process))
+        printf '%-12s %5d %9d %8d %11d %15d %14d\n' "$1" "$depth" "$count" "$dom0" "$process" \
             $((dom0 * 1000 / count)) $((count * 1000 / (dom0 + 1))) >> table
     done
-    guest_tell "$name" "0 0"
-    wait_for 30 guest_gone "$name"
-    guest_log "$name" | grep '^@load ends'
-    guest_said "$name" '^@guest exit 0$' || fail "the guest's script on $name"
 }
+
+for name in loop qdisk tapdisk; do
+    dd if=/dev/zero of=$name.raw bs=1M count=16 2> /dev/null
+done
+tap-img create -f qcow tapdisk.qcow 16M
+loop=$(losetup -f)
+losetup "$loop" loop.raw
+trap 'guest_clean_up peers losetup -d "$loop"' EXIT
+blkback on
+guest_create peers guest.sh "disk = [ 'phy:$loop,xvda,w',
+    'format=raw,vdev=xvdb,access=rw,backendtype=qdisk,target=$PWD/qdisk.raw' ]"
+# Where xen-blkback does not look.
+vbd_make "$GUEST_ID" xvdc tap
+vbd_make "$GUEST_ID" xvdd tap
+tapdisk_start --type tap "$GUEST_ID/xvdc=raw:$PWD/tapdisk.raw" "$GUEST_ID/xvdd=qcow:$PWD/tapdisk.qcow"
+tty=$(guest_tty peers)
+xl unpause peers
+guest_wait peers 150 '^@guest is ready$'
 
 printf '%-12s %5s %9s %8s %11s %15s %14s\n' \
     "back end" depth requests "dom0 ms" "process ms" "dom0 us/request" "requests/CPU s" > table
-dd if=/dev/zero of=disk.raw bs=1M count=16 2> /dev/null
-
-loop=$(losetup -f)
-losetup "$loop" disk.raw
-trap 'losetup -d "$loop"' EXIT
-blkback on
-guest_create xen-blkback guest.sh "disk = [ 'phy:$loop,xvda,w' ]"
-measure xen-blkback
-
-guest_create qdisk guest.sh "disk = [ 'format=raw,vdev=xvda,access=rw,backendtype=qdisk,target=$PWD/disk.raw' ]"
-measure qdisk "$(pidof xen-qemu-system-i386)"
-losetup -d "$loop"
-
-blkback off
-for format in raw qcow; do
-    [ "$format" = raw ] || tap-img convert -O "$format" disk.raw "disk.$format"
-    trap 'guest_clean_up "tapdisk-$format"' EXIT
-    guest_create "tapdisk-$format" guest.sh
-    vbd_make "$GUEST_ID" xvda
-    tapdisk_start "$GUEST_ID/xvda=$format:$PWD/disk.$format"
-    measure "tapdisk-$format" "$TAPDISK"
-    tapdisk_wait
-    vbd_remove
-done
+measure xen-blkback xvda
+measure qdisk xvdb "$(pidof xen-qemu-system-i386)"
+measure tapdisk-raw xvdc "$TAPDISK"
+measure tapdisk-qcow xvdd "$TAPDISK"
+guest_tell peers "none 0 0"
+wait_for 60 guest_gone peers
+tapdisk_wait
+guest_said peers '^@guest exit 0$' || fail "the guest's script"
 cat table
