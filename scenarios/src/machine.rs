@@ -17,11 +17,10 @@ use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
-use tap_core::Node as _;
 use tap_core::wait;
 use tap_host::{DomId, Signals, Tasks, VbdId, Xenstore};
 use tap_images::ImageError;
-use tap_xenbus::{Backend, BackendConfig, Hotplug, Whose, supervise};
+use tap_xenbus::{Backend, BackendConfig, BackendError, Hotplug, Whose, lead, supervise};
 use xen_model::{VbdPaths, XenPort, attach_vbd, remove_vbd};
 
 /// The number of xvda.
@@ -30,6 +29,9 @@ pub const XVDA: VbdId = VbdId(202 << 8);
 pub const XVDB: VbdId = VbdId(202 << 8 | 1 << 4);
 /// The script that marks disks for a tapdisk that watches.
 pub const SCRIPT: &str = "block-tapdisk";
+
+/// How long to wait for an image that a dead process still has: its I/O may be stuck for ten seconds.
+const IN_USE_PATIENCE_NS: u64 = 15_000_000_000;
 
 /// One disk of one guest, attached.
 #[derive(Clone)]
@@ -60,8 +62,8 @@ pub struct Machine {
     watching: bool,
     tapdisk: RefCell<Option<SimHost>>,
     starts: Cell<u32>,
-    /// Back ends that have ended, of the running tapdisk.
-    ended: Cell<usize>,
+    /// What the running tapdisk has to end yet: its back ends, or the watch for them.
+    running: Cell<usize>,
     waiter: RefCell<Option<Waker>>,
     /// Nobody is killed any more.
     spared: Cell<bool>,
@@ -89,7 +91,7 @@ impl Machine {
             watching,
             tapdisk: RefCell::default(),
             starts: Cell::new(0),
-            ended: Cell::new(0),
+            running: Cell::new(0),
             waiter: RefCell::default(),
             spared: Cell::new(false),
         })
@@ -119,7 +121,7 @@ impl Machine {
         let start = self.starts.replace(self.starts.get() + 1);
         let key = self.boot << 32 | u64::from(start);
         let host = SimHost::start(&self.world.kernel, &self.world.xen, "tapdisk", key);
-        self.ended.set(0);
+        self.running.set(if self.watching { 1 } else { self.disks.borrow().len() });
         let leave = Rc::<wait::Event>::default();
         let (stopped, event) = (host.process.asked_to_stop(), Rc::clone(&leave));
         host.spawn("stop", 0, async move {
@@ -168,45 +170,56 @@ impl Machine {
 
     /// One disk, from opening its image to the end of its back end.
     async fn serve(self: Rc<Self>, host: SimHost, disk: Attached, leave: Rc<wait::Event>) {
-        let stack = loop {
-            match Stack::open(&host, &self.world, &disk.setup.spec, &self.limits).await {
-                Ok(stack) => break stack,
-                // The lock of a dead predecessor goes when its last operation has landed.
-                Err(ImageError::InUse { .. }) => self.world.sim.sleep_ns(200_000).await,
-                Err(error) => {
-                    // A dying process may see anything.
-                    if host.process.node().is_alive() {
-                        self.world.fail(Invariant::G11, format!("tapdisk failed to open its image: {error}"));
-                    }
-                    return;
-                }
-            }
-        };
         let mut config = BackendConfig::new(disk.paths.backend.clone(), disk.dom, disk.vbd);
         config.record = Some(format!("inflight-{}-{}", disk.dom.0, disk.vbd.0));
         config.hotplug = if self.watching { Hotplug::Wait } else { Hotplug::Write };
         config.limits.buffer_bytes = self.limits.pool_bytes;
         config.limits.batch = self.limits.ring_batch;
-        let end = Backend::run(host.clone(), config, stack.node(), leave).await;
+        let end = if self.watching {
+            lead(&host, &config, &leave, || self.open(&host, &disk), |_| {}).await
+        } else {
+            match self.open(&host, &disk).await {
+                Ok(node) => Backend::run(host.clone(), config, node, leave).await,
+                Err(_) => return,
+            }
+        };
         if !host.process.node().is_alive() {
             return;
         }
         match end {
             Ok(_) => {}
+            Err(BackendError::Close { .. }) if self.world.errors_allowed() => {}
+            Err(error @ BackendError::Close { .. }) => self.world.fail(Invariant::G11, error.to_string()),
             Err(error) => self.world.fail(Invariant::L1, format!("the back end gave up: {error}")),
-        }
-        if let Err(error) = stack.vbd.close().await
-            && !self.world.errors_allowed()
-        {
-            self.world.fail(Invariant::G11, format!("closing the disk failed with {error:?}"));
         }
         if !self.watching {
             self.one_ended();
         }
     }
 
+    /// Opens the image of a disk; all of them can be opened.
+    async fn open(&self, host: &SimHost, disk: &Attached) -> Result<Rc<dyn tap_core::Node>, String> {
+        let until_ns = self.world.sim.now_ns() + IN_USE_PATIENCE_NS;
+        loop {
+            match Stack::open(host, &self.world, &disk.setup.spec, &self.limits).await {
+                Ok(stack) => return Ok(stack.node()),
+                // The lock of a dead predecessor goes when its last operation has landed.
+                Err(ImageError::InUse { .. }) if self.world.sim.now_ns() < until_ns => {
+                    self.world.sim.sleep_ns(200_000).await;
+                }
+                Err(error) => {
+                    // A dying process may see anything.
+                    if host.process.node().is_alive() {
+                        self.world.fail(Invariant::G11, format!("tapdisk failed to open its image: {error}"));
+                    }
+                    return Err(error.to_string());
+                }
+            }
+        }
+    }
+
     fn one_ended(&self) {
-        self.ended.set(self.ended.get() + 1);
+        self.running.set(self.running.get() - 1);
         if let Some(waker) = self.waiter.borrow_mut().take() {
             waker.wake();
         }
@@ -244,9 +257,8 @@ impl Machine {
 
     /// Waits until the running tapdisk has let go of everything.
     pub(crate) async fn all_ended(&self) {
-        let all = if self.watching { 1 } else { self.disks.borrow().len() };
         poll_fn(|cx| {
-            if self.ended.get() == all {
+            if self.running.get() == 0 {
                 return Poll::Ready(());
             }
             *self.waiter.borrow_mut() = Some(cx.waker().clone());

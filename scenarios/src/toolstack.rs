@@ -64,6 +64,7 @@ impl Machine {
             self.world.fail(Invariant::L1, format!("the toolstack failed to destroy a guest: {error:?}"));
         }
         self.world.xen.destroy_domain(disk.dom);
+        self.disks.borrow_mut().retain(|d| d.dom != disk.dom);
     }
 
     async fn force_offline(&self, disk: &Attached) -> Result<(), Errno> {

@@ -125,6 +125,13 @@ pub enum Event {
         /// The new state's number.
         state: u8,
     },
+    /// A front end was told that it cannot be served; why is in xenstore.
+    FrontendRefused {
+        /// The guest.
+        dom: DomId,
+        /// The disk.
+        vbd: VbdId,
+    },
     /// A disk began or ended something in its life.
     VbdState {
         /// The disk.
@@ -206,6 +213,7 @@ impl Event {
             Event::NbdServerLost { why } => [16, text(why), 0, 0],
             Event::NbdServerBack { resent } => [17, resent, 0, 0],
             Event::NbdServerGone { why } => [18, text(why), 0, 0],
+            Event::FrontendRefused { dom, vbd } => [19, u64::from(dom.0), u64::from(vbd.0), 0],
         }
     }
 }
@@ -231,6 +239,12 @@ impl fmt::Display for Event {
                 write!(f, "L2 table {l1_index} mapped at {host_offset:#x}")
             }
             Event::BackendState { dom, vbd, state } => write!(f, "{vbd} of {dom}: back end in state {state}"),
+            Event::FrontendRefused { dom, vbd } => {
+                write!(
+                    f,
+                    "{vbd} of {dom}: the front end is refused; the back end's key error in xenstore says why"
+                )
+            }
             Event::VbdState { vbd, state } => write!(f, "{vbd} is {state}"),
             Event::NbdConnected { connection } => write!(f, "NBD connection {connection} opened"),
             Event::NbdClosed { connection, requests, why } => {

@@ -68,7 +68,7 @@ struct Kind {
     limit: Option<usize>,
 }
 
-const LIMITS: usize = 11;
+const LIMITS: usize = 12;
 
 fn kind_of(event: &Event) -> Kind {
     let (level, limit) = match event {
@@ -86,6 +86,7 @@ fn kind_of(event: &Event) -> Kind {
         Event::NbdRefused { .. } => (Level::Warning, Some(8)),
         Event::NbdServerLost { .. } | Event::NbdServerGone { .. } => (Level::Warning, Some(9)),
         Event::NbdServerBack { .. } => (Level::Info, Some(10)),
+        Event::FrontendRefused { .. } => (Level::Warning, Some(11)),
     };
     Kind { level, limit }
 }

@@ -113,8 +113,12 @@ where
                 let region =
                     host.region(name).map_err(|error| ConnectError::Region { name: name.clone(), error })?;
                 let record = Record::new(region);
-                let plan =
-                    open_record(&host, &config, &page, &record).inspect_err(|_| host.remove_region(name))?;
+                let plan = open_record(&host, &config, &page, &record).inspect_err(|error| {
+                    // One of another ring. What contradicts itself is kept for those who want to know why.
+                    if *error == ConnectError::InUse {
+                        host.remove_region(name);
+                    }
+                })?;
                 (Some(record), plan)
             }
         };

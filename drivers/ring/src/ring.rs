@@ -113,7 +113,7 @@ pub enum RingEnd {
     Left,
     /// The guest's indices cannot be; nothing was answered since.
     Refused(&'static str),
-    /// The event channel cannot be used any more.
+    /// The event channel cannot be used any more; the record tells a successor.
     ChannelGone,
 }
 
@@ -183,7 +183,7 @@ where
         ring.drain(end).await;
         let Parts { host, config, record, .. } = &ring.parts;
         if let (Some(_), Some(name)) = (record, &config.record)
-            && (end != RingEnd::Left || host.bug(Bug::RecordGoneAtLeave))
+            && (!matches!(end, RingEnd::Left | RingEnd::ChannelGone) || host.bug(Bug::RecordGoneAtLeave))
         {
             host.remove_region(name);
         }

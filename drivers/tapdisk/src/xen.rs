@@ -10,7 +10,7 @@
 //! `tapdisk xen` takes them up, and the guests notice a pause. The same holds after a crash.
 
 use crate::Console;
-use crate::disk::{ImageArgs, open_any, says_its_format};
+use crate::disk::{DiskOptions, ImageArgs, open_any, says_its_format};
 use crate::serve::ServeHost;
 use crate::size::show_size;
 use crate::spec::DiskSpec;
@@ -24,8 +24,12 @@ use std::str::FromStr;
 use tap_core::{Node, wait};
 use tap_host::{DomId, Errno, SECTOR_BYTES, VbdId};
 use tap_xenbus::{
-    Backend, BackendConfig, BackendEnd, BackendError, Device, Hotplug, Whose, XenHost, refuse, supervise,
+    Backend, BackendConfig, BackendEnd, BackendError, Device, Hotplug, Whose, XenHost, lead, supervise,
 };
+
+/// How long to wait for an image that is in use, in nanoseconds. A guest that reboots gets a new vbd while the image of
+/// the old one is being closed, which may take as long as its drive is slow; xl waits for ten seconds.
+const IN_USE_PATIENCE_NS: u64 = 8_000_000_000;
 
 /// What serving guests asks of a host.
 pub trait GuestHost: ServeHost + XenHost {}
@@ -38,7 +42,7 @@ pub struct XenArgs {
     #[arg(long, conflicts_with = "disks")]
     watch: bool,
     /// With --watch: the file name of the script that marks our vbds
-    #[arg(long, value_name = "NAME", default_value = "block-tapdisk", requires = "watch")]
+    #[arg(long, value_name = "NAME", default_value = "block-tapdisk", conflicts_with = "disks")]
     script: String,
     /// The folder of the back ends in xenstore
     #[arg(long = "type", value_name = "TYPE", default_value = "vbd", value_parser = parse_type)]
@@ -135,27 +139,23 @@ impl<H: GuestHost> Shared<H> {
         }
     }
 
-    /// Serves what is named on the command line.
+    /// Serves what is named on the command line, as much of it as can be served: a guest whose disk is there waits.
     async fn serve_all(&self) -> Result<(), String> {
         let root = self.root().await?;
-        let mut open: Vec<(BackendConfig, &DiskSpec, Rc<dyn Node>)> = Vec::new();
-        let mut outcome = Ok(());
-        for disk in &self.args.disks {
+        let serving = self.args.disks.iter().map(|disk| async {
             let path = format!("{root}/{}/{}", disk.dom.0, disk.vbd.0);
             let config = self.config(&path, disk.dom, disk.vbd, Hotplug::Write);
             match self.open(&config, &disk.spec, !self.args.images.read_only).await {
-                Ok(node) => open.push((config, &disk.spec, node)),
-                Err(why) => {
-                    outcome = Err(why);
-                    break;
+                Ok(node) => {
+                    let host = self.host.clone();
+                    let end = Backend::run(host, config.clone(), node, Rc::clone(&self.leave)).await;
+                    self.tell_end(&config, end);
                 }
+                Err(why) => self.fail(&format!("serve {}: failed to {why}", name(&config))),
             }
-        }
-        if outcome.is_ok() {
-            join_all(open.iter().map(|(config, spec, node)| self.serve(config, spec, node))).await;
-        }
-        join_all(open.iter().map(|(config, spec, node)| self.close(config, spec, node))).await;
-        outcome
+        });
+        join_all(serving).await;
+        Ok(())
     }
 
     /// Opens the disk of a vbd that is there.
@@ -167,49 +167,30 @@ impl<H: GuestHost> Shared<H> {
     ) -> Result<Rc<dyn Node>, String> {
         let path = &config.backend_path;
         match self.host.read(&format!("{path}/frontend")).await {
-            Ok(_) => open_any(&self.host, spec, &self.args.images.options(write)).await,
-            Err(Errno::ENOENT) => Err(format!(
-                "serve {}: there is no vbd {path} in xenstore; a toolstack makes it",
-                name(config)
-            )),
-            Err(error) => Err(format!("read {path}/frontend in xenstore: {error}")),
+            Ok(_) => {}
+            Err(Errno::ENOENT) => {
+                return Err(format!("find {path} in xenstore; a toolstack makes it"));
+            }
+            Err(error) => return Err(format!("read {path}/frontend in xenstore: {error}")),
         }
-    }
-
-    /// Leads a disk through its life.
-    async fn serve(
-        &self,
-        config: &BackendConfig,
-        spec: &DiskSpec,
-        node: &Rc<dyn Node>,
-    ) -> Option<BackendError> {
+        let options = DiskOptions { patience_ns: IN_USE_PATIENCE_NS, ..self.args.images.options(write) };
+        let node = open_any(&self.host, spec, &options).await?;
         let info = node.info();
         let size = show_size(info.size_sectors * SECTOR_BYTES);
         let read_only = if info.read_only { ", read-only" } else { "" };
         self.console.out(&format!("serving {}: {spec}, {size}{read_only}", name(config)));
-        let end =
-            Backend::run(self.host.clone(), config.clone(), Rc::clone(node), Rc::clone(&self.leave)).await;
+        Ok(node)
+    }
+
+    fn tell_end(&self, config: &BackendConfig, end: Result<BackendEnd, BackendError>) {
         let how = match end {
             Ok(BackendEnd::Offline) => "closed",
             Ok(BackendEnd::FrontendGone) => "closed: its front end was taken away",
             Ok(BackendEnd::BackendGone) => "closed: it was taken away",
             Ok(BackendEnd::Left) => "left as it is",
-            Err(error) => {
-                self.fail(&format!("serve {}: failed to {error}", name(config)));
-                return Some(error);
-            }
+            Err(error) => return self.fail(&format!("serve {}: failed to {error}", name(config))),
         };
         self.console.out(&format!("{}: {how}", name(config)));
-        None
-    }
-
-    async fn close(&self, config: &BackendConfig, spec: &DiskSpec, node: &Rc<dyn Node>) {
-        if let Err(error) = node.close().await {
-            let name = name(config);
-            self.fail(&format!(
-                "close {spec} of {name}: {error}; what was written since the last flush may be lost"
-            ));
-        }
     }
 
     /// Serves whatever a toolstack gives us.
@@ -226,29 +207,17 @@ impl<H: GuestHost> Shared<H> {
     async fn serve_device(&self, device: Device) {
         let config = self.config(&device.path, device.dom, device.vbd, Hotplug::Wait);
         let write = !(device.read_only || self.args.images.read_only);
-        let opened = match named(&device.params) {
-            Ok(spec) => self.open(&config, &spec, write).await.map(|node| (spec, node)),
-            Err(why) => Err(why),
+        let open = async || self.open(&config, &named(&device.params)?, write).await;
+        // One disk of many: told to whoever reads the log, and no reason for us to fail.
+        let tell = |why: &str| {
+            self.console.err(&format!("tapdisk: failed to serve {}: failed to {why}", name(&config)));
         };
-        let why = match opened {
-            Ok((spec, node)) => {
-                let error = self.serve(&config, &spec, &node).await;
-                self.close(&config, &spec, &node).await;
-                match error {
-                    Some(error @ BackendError::NotOurs { .. }) => error.to_string(),
-                    Some(BackendError::Store { .. }) | None => return,
-                }
-            }
-            Err(why) => {
-                // One disk of many: told to the toolstack, and no reason for us to fail.
-                self.console.err(&format!("tapdisk: failed to serve {}: failed to {why}", name(&config)));
-                why
-            }
-        };
-        let why = format!("failed to {why}");
-        if let Err(error) = refuse(&self.host, &device.path, &why, &self.leave).await {
-            self.fail(&format!("serve {}: failed to {error}", name(&config)));
+        let end = lead(&self.host, &config, &self.leave, open, tell).await;
+        if matches!(end, Err(BackendError::Deaf { .. })) {
+            // No disk can be served any more by this process.
+            self.leave.set();
         }
+        self.tell_end(&config, end);
     }
 }
 

@@ -40,17 +40,13 @@ pub struct BackendConfig {
     pub physical_sector_bytes: u32,
     /// Who reports the hotplug status.
     pub hotplug: Hotplug,
-    /// How long a toolstack's request to close waits for a front end that is still connected, in nanoseconds. Its
-    /// requests are served meanwhile; a disk that is in use may never be let go of.
-    pub close_grace_ns: u64,
     /// How long to wait for a port that a predecessor holds, in nanoseconds: a process that was killed gives back what
     /// it had one after the other, and its image may be free before its ports are.
     pub bind_patience_ns: u64,
 }
 
 impl BackendConfig {
-    /// The usual: flushes offered, our own hotplug status, five seconds for the front end to close (xl gives up after
-    /// ten), two for a dying predecessor.
+    /// The usual: flushes offered, our own hotplug status, two seconds for a dying predecessor.
     pub fn new(backend_path: impl Into<StorePath>, dom: DomId, vbd: VbdId) -> Self {
         Self {
             backend_path: backend_path.into(),
@@ -61,13 +57,12 @@ impl BackendConfig {
             flush_cache: true,
             physical_sector_bytes: 512,
             hotplug: Hotplug::default(),
-            close_grace_ns: 5_000_000_000,
             bind_patience_ns: 2_000_000_000,
         }
     }
 }
 
-/// Why a back end ended. Nothing is mapped, bound or watched then.
+/// Why a back end ended. Nothing is mapped, bound or watched then, and the disk is closed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum BackendEnd {
     /// The toolstack took the device offline, and it is closed.
@@ -89,6 +84,29 @@ pub enum BackendError {
         /// "read", "list", "write" or "watch".
         what: &'static str,
         /// Where.
+        path: StorePath,
+        /// Why.
+        error: Errno,
+    },
+    /// A front end is connected, and its ring cannot be taken up. Nothing was changed: somebody else may be serving it,
+    /// or may be able to.
+    #[error("take up the ring of {path}: {why}; nothing was changed")]
+    NotTaken {
+        /// The back end's directory.
+        path: StorePath,
+        /// What is in the way.
+        why: String,
+    },
+    /// Events of guests do not reach us any more. The ring is left to another process.
+    #[error("serve {path}: its event channel cannot be heard any more")]
+    Deaf {
+        /// The back end's directory.
+        path: StorePath,
+    },
+    /// The disk could not be closed; what was written since the last flush may be lost.
+    #[error("close the disk of {path}: {error}; what was written since the last flush may be lost")]
+    Close {
+        /// The back end's directory.
         path: StorePath,
         /// Why.
         error: Errno,

@@ -4,12 +4,12 @@
 //!            toolstack: both at 1
 //!                  │ features, 2
 //!                  ▼
-//!    ┌───────► Waiting ──front end 3 or 4──► connect ring, sectors ..., 4 ──► Serving
-//!    │             │                              │ bad keys: error, 5           │ front end 5 or 6
-//!    │ front end 1,│ front end 5 or 6             ▼                              ▼ 5, take no more
+//!    ┌───────► Waiting ──front end 3 or 4──► connect ring, sectors ..., 4 ──► Serving (front end 5: also 5)
+//!    │             │                              │ bad keys: error, 5           │ front end 6
+//!    │ front end 1,│ front end 5 or 6             ▼                              ▼ take no more
 //!    │ online      ▼                           Failed ──front end 5 or 6──► Draining
 //!    └───────── Closed ◄──────────────── 6 ───────┴──────────── 6, unmapped ─────┘
-//!                  │ offline
+//!                  │ offline: the image is closed before 6
 //!                  ▼ end
 //! ```
 //!
@@ -21,6 +21,9 @@
 //! * A state is written in a transaction that checks that the directory is there and that nobody else moved on, so a
 //!   removed device is not made again and a toolstack's 5 is not overwritten.
 //! * Who is asked to leave answers what is in flight and goes, without a word to the front end.
+//! * A front end that says 5 may still use its disk: one that is mounted is not let go of. What a toolstack wishes changes
+//!   nothing for a front end in use; it takes its nodes away if it means it.
+//! * A ring that is served, and cannot be taken up by us, is left alone: nothing is written.
 //! * A process that finds its device connected takes the ring up again without a word to the front end
 //!   (see [`tap_ring::record`]).
 //!
@@ -28,13 +31,13 @@
 
 mod config;
 mod keys;
+mod lead;
 mod machine;
-mod refuse;
 mod rules;
 mod states;
 mod supervise;
 
 pub use config::{BackendConfig, BackendEnd, BackendError, Hotplug, XenHost};
+pub use lead::lead;
 pub use machine::Backend;
-pub use refuse::refuse;
 pub use supervise::{Device, Whose, supervise};

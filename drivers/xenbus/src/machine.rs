@@ -43,13 +43,12 @@ pub struct Backend<H: XenHost> {
     /// What we wrote last, or found.
     state: XenbusState,
     ring: Option<Serving>,
-    grace_until_ns: Option<u64>,
     connects: u32,
 }
 
 impl<H: XenHost> Backend<H> {
-    /// Leads the disk through its life until it ends, or until `leave` is set; then the ring is drained and unmapped.
-    /// The node stays open.
+    /// Leads the disk through its life until it ends, or until `leave` is set; then the ring is drained and unmapped, and
+    /// the node is closed, before a toolstack that waits for that is told.
     ///
     /// # Errors
     /// See [`BackendError`]. What the front end does wrong is no error here: it is told in xenstore and closed.
@@ -59,12 +58,43 @@ impl<H: XenHost> Backend<H> {
         node: Rc<dyn Node>,
         leave: Rc<wait::Event>,
     ) -> Result<BackendEnd, BackendError> {
-        let Some(frontend) = find_frontend(&host, &config).await? else { return Ok(BackendEnd::BackendGone) };
+        let path = config.backend_path.clone();
+        let mut backend = match Self::find(host, config, Rc::clone(&node), leave).await {
+            Ok(backend) => backend,
+            Err(error) => {
+                node.close().await.map_err(|error| BackendError::Close { path, error })?;
+                return error;
+            }
+        };
+        let end = backend.live().await;
+        // After an error nothing is known of the disk's fate: it is as if we had been asked to leave.
+        backend
+            .let_go_of_ring(!matches!(
+                end,
+                Ok(BackendEnd::Offline | BackendEnd::FrontendGone | BackendEnd::BackendGone)
+            ))
+            .await;
+        let closed = node.close().await;
+        backend.say_the_last_word(end.as_ref().ok()).await?;
+        closed.map_err(|error| BackendError::Close { path, error })?;
+        end
+    }
+
+    /// The back end of a disk whose directory is there; how it ends otherwise.
+    async fn find(
+        host: H,
+        config: BackendConfig,
+        node: Rc<dyn Node>,
+        leave: Rc<wait::Event>,
+    ) -> Result<Self, Result<BackendEnd, BackendError>> {
+        let Some(frontend) = find_frontend(&host, &config).await.map_err(Err)? else {
+            return Err(Ok(BackendEnd::BackendGone));
+        };
         let watches = [
-            watch(&host, config.backend_path.clone()).await?,
-            watch(&host, format!("{frontend}/state")).await?,
+            watch(&host, config.backend_path.clone()).await.map_err(Err)?,
+            watch(&host, format!("{frontend}/state")).await.map_err(Err)?,
         ];
-        let mut backend = Self {
+        Ok(Self {
             host,
             config,
             node,
@@ -74,21 +104,22 @@ impl<H: XenHost> Backend<H> {
             phase: Phase::Waiting,
             state: XenbusState::Unknown,
             ring: None,
-            grace_until_ns: None,
             connects: 0,
+        })
+    }
+
+    /// A toolstack that takes a disk away, by force or not, waits for state 6, and may then do with the image as it likes.
+    async fn say_the_last_word(&mut self, end: Option<&BackendEnd>) -> Result<(), BackendError> {
+        let waited_for = match end {
+            Some(BackendEnd::Offline) => true,
+            Some(BackendEnd::FrontendGone) => !self.host.bug(Bug::GoneNotClosed),
+            Some(BackendEnd::BackendGone | BackendEnd::Left) | None => false,
         };
-        let end = backend.live().await;
-        // Without xenstore nothing is known of the disk's fate: it is as if we had been asked to leave.
-        let left = matches!(end, Ok(BackendEnd::Left) | Err(BackendError::Store { .. }));
-        backend.let_go_of_ring(left).await;
-        if end == Ok(BackendEnd::FrontendGone)
-            && backend.state != XenbusState::Closed
-            && !backend.host.bug(Bug::GoneNotClosed)
-        {
-            // A toolstack that takes the disk away by force removes the front end and waits for this.
-            backend.write_state(XenbusState::Closed, &[]).await?;
+        let state = keys::state(&self.host, &self.config.backend_path).await?;
+        if waited_for && state.is_some_and(|state| state != XenbusState::Closed) {
+            self.write_state(XenbusState::Closed, &[]).await?;
         }
-        end
+        Ok(())
     }
 
     async fn live(&mut self) -> Result<BackendEnd, BackendError> {
@@ -99,12 +130,7 @@ impl<H: XenHost> Backend<H> {
             Start::Offer => {}
             Start::Resume => {
                 if let Err(why) = self.resume().await? {
-                    self.fail(&why).await?;
-                }
-            }
-            Start::ResumeIfPossible => {
-                if self.resume().await?.is_err() {
-                    self.phase = Phase::Failed;
+                    return Err(BackendError::NotTaken { path: self.config.backend_path.clone(), why });
                 }
             }
             Start::In(phase) => self.phase = phase,
@@ -115,10 +141,10 @@ impl<H: XenHost> Backend<H> {
                 Action::Wait => self.wait(&seen).await?,
                 Action::Offer => self.offer().await?,
                 Action::Connect => self.connect().await?,
-                Action::Drain => {
+                Action::Echo => {
                     self.write_state(XenbusState::Closing, &[]).await?;
-                    self.drain();
                 }
+                Action::Drain => self.drain(),
                 Action::Leave => self.leave_ring(),
                 Action::Close => self.close().await?,
                 Action::End(end) => return Ok(end),
@@ -126,7 +152,7 @@ impl<H: XenHost> Backend<H> {
         }
     }
 
-    async fn look(&mut self) -> Result<Seen, BackendError> {
+    async fn look(&self) -> Result<Seen, BackendError> {
         let dir = &self.config.backend_path;
         let online = keys::read(&self.host, dir, "online").await?;
         let hotplugged = match self.config.hotplug {
@@ -135,23 +161,13 @@ impl<H: XenHost> Backend<H> {
             }
             Hotplug::Ignore | Hotplug::Write => true,
         };
-        let mut seen = Seen {
+        Ok(Seen {
             backend: keys::state(&self.host, dir).await?,
             frontend: keys::state(&self.host, &self.frontend).await?,
             online: online.is_none_or(|value| keys::number(&value) != Some(0)),
             hotplugged,
-            grace_over: false,
             leave: self.leave.is_set(),
-        };
-        if !seen.asked_to_close() {
-            self.grace_until_ns = None;
-        } else {
-            let now_ns = self.host.now_ns();
-            let grace_ns = self.config.close_grace_ns;
-            let until_ns = *self.grace_until_ns.get_or_insert(now_ns.saturating_add(grace_ns));
-            seen.grace_over = now_ns >= until_ns;
-        }
-        Ok(seen)
+        })
     }
 
     /// Waits until something may have changed.
@@ -162,15 +178,8 @@ impl<H: XenHost> Backend<H> {
         }
     }
 
-    /// Completes when a watch fires, we are to leave, the front end's grace is over, or the ring ended.
+    /// Completes when a watch fires, we are to leave, or the ring ended.
     async fn change(&self, seen: &Seen) -> Result<Option<RingEnd>, BackendError> {
-        let grace = self.grace_until_ns.filter(|_| self.phase == Phase::Serving && !seen.grace_over);
-        let mut grace = pin!(async {
-            match grace {
-                Some(until_ns) => self.host.sleep_ns(until_ns.saturating_sub(self.host.now_ns())).await,
-                None => pending().await,
-            }
-        });
         let mut leave = pin!(async { if seen.leave { pending().await } else { self.leave.wait().await } });
         let [backend, frontend] = &self.watches;
         let (mut backend, mut frontend) = (pin!(backend.next()), pin!(frontend.next()));
@@ -186,10 +195,7 @@ impl<H: XenHost> Backend<H> {
                     return Poll::Ready(event.map(|_| None));
                 }
             }
-            if leave.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(Ok(None));
-            }
-            grace.as_mut().poll(cx).map(|()| Ok(None))
+            leave.as_mut().poll(cx).map(|()| Ok(None))
         })
         .await
         .map_err(|error| BackendError::Store {
@@ -202,14 +208,17 @@ impl<H: XenHost> Backend<H> {
     async fn ring_ended(&mut self, end: RingEnd) -> Result<(), BackendError> {
         self.ring = None;
         match end {
-            RingEnd::Closed => self.close().await,
+            RingEnd::Closed => {
+                self.phase = Phase::Drained;
+                Ok(())
+            }
             // The rules end it: what a successor finds is what there is now.
             RingEnd::Left => {
                 self.phase = Phase::Waiting;
                 Ok(())
             }
             RingEnd::Refused(why) => self.fail(&format!("serve the ring: {why}")).await,
-            RingEnd::ChannelGone => self.fail("serve the ring: its event channel is gone").await,
+            RingEnd::ChannelGone => Err(BackendError::Deaf { path: self.config.backend_path.clone() }),
         }
     }
 
@@ -245,7 +254,10 @@ impl<H: XenHost> Backend<H> {
     }
 
     async fn fail(&mut self, why: &str) -> Result<(), BackendError> {
-        self.write_state(XenbusState::Closing, &[("error", format!("failed to {why}"))]).await?;
+        let told = self.write_state(XenbusState::Closing, &[("error", format!("failed to {why}"))]).await?;
+        if told == Written::Yes {
+            self.host.log(Event::FrontendRefused { dom: self.config.dom, vbd: self.config.vbd });
+        }
         self.phase = Phase::Failed;
         Ok(())
     }
@@ -304,8 +316,7 @@ impl<H: XenHost> Backend<H> {
             ("sectors", self.node.info().size_sectors.to_string()),
             ("sector-size", SECTOR_BYTES.to_string()),
             ("physical-sector-size", self.config.physical_sector_bytes.to_string()),
-            ("info", if read_only { INFO_READ_ONLY } else { 0 }.to_string()),
-            ("mode", if read_only { "r" } else { "w" }.to_string()),
+            ("info", info_of(read_only).to_string()),
         ];
         match self.write_state(XenbusState::Connected, &keys).await? {
             Written::Yes => self.serve(ring),
@@ -315,10 +326,32 @@ impl<H: XenHost> Backend<H> {
         Ok(())
     }
 
-    /// Takes up the ring of a dead predecessor; nothing is written, as the front end is not to notice.
+    /// Takes up the ring of a predecessor; nothing is written, as the front end is not to notice.
     async fn resume(&mut self) -> Result<Result<(), String>, BackendError> {
         let read_only = self.read_only().await?;
+        if let Some(why) = self.differs(read_only).await? {
+            return Ok(Err(why));
+        }
         Ok(self.ring_from_keys(read_only).await?.map(|ring| self.serve(ring)))
+    }
+
+    /// How our disk differs from the one that the front end was told of.
+    async fn differs(&self, read_only: bool) -> Result<Option<String>, BackendError> {
+        let dir = &self.config.backend_path;
+        let told = async |key| keys::read(&self.host, dir, key).await;
+        let size = self.node.info().size_sectors.to_string();
+        if let Some(sectors) = told("sectors").await?
+            && sectors != size.as_bytes()
+        {
+            let sectors = String::from_utf8_lossy(&sectors).into_owned();
+            return Ok(Some(format!("the disk has {size} sectors, and the front end was told {sectors}")));
+        }
+        let info = told("info").await?;
+        if info.is_some_and(|info| keys::number(&info) != Some(info_of(read_only))) {
+            let what = if read_only { "read-only" } else { "writable" };
+            return Ok(Some(format!("the disk is {what}, and the front end was told otherwise")));
+        }
+        Ok(None)
     }
 
     fn serve(&mut self, ring: BlkifRing<H>) {
@@ -372,6 +405,10 @@ impl<H: XenHost> Backend<H> {
             self.host.remove_region(record);
         }
     }
+}
+
+fn info_of(read_only: bool) -> u32 {
+    if read_only { INFO_READ_ONLY } else { 0 }
 }
 
 async fn watch<H: XenHost>(host: &H, path: StorePath) -> Result<H::Watcher, BackendError> {

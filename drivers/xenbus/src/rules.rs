@@ -12,6 +12,8 @@ pub(crate) enum Phase {
     Serving,
     /// The ring takes no more requests.
     Draining,
+    /// The front end has let go of its ring, and so have we.
+    Drained,
     /// The ring takes no more requests; another process will.
     Leaving,
     /// Closing, no ring: something is wrong with the front end.
@@ -30,8 +32,6 @@ pub(crate) struct Seen {
     pub(crate) online: bool,
     /// The hotplug script is done, or nobody waits for it.
     pub(crate) hotplugged: bool,
-    /// The front end had its time to close.
-    pub(crate) grace_over: bool,
     /// We are to leave the disk to another process.
     pub(crate) leave: bool,
 }
@@ -52,7 +52,9 @@ pub(crate) enum Action {
     Offer,
     /// Connect the ring, publish the disk, state 4.
     Connect,
-    /// State 5, take no more requests; state 6 once those in flight are answered.
+    /// State 5: the front end is about to close. Until it has, it may use its ring.
+    Echo,
+    /// Take no more requests; state 6 once those in flight are answered.
     Drain,
     /// Take no more requests; end once those in flight are answered.
     Leave,
@@ -69,8 +71,6 @@ pub(crate) enum Start {
     Offer,
     /// A predecessor served this ring: take it up.
     Resume,
-    /// As [`Start::Resume`], but the front end may have let go of its ring already.
-    ResumeIfPossible,
     /// Go on as if in this phase.
     In(Phase),
 }
@@ -78,10 +78,9 @@ pub(crate) enum Start {
 pub(crate) fn start(seen: &Seen) -> Start {
     use XenbusState::*;
     match (seen.backend, seen.frontend) {
-        (Some(Connected), Some(Connected)) => Start::Resume,
-        // The end of it was begun, by the front end or the toolstack: what is in flight is answered first.
-        (Some(Connected | Closing), Some(Closing)) => Start::ResumeIfPossible,
-        (Some(Closing), Some(Connected)) if !seen.online => Start::ResumeIfPossible,
+        // Also where the end of it was begun, by the front end or the toolstack: it has its ring until it says 6.
+        (Some(Connected), Some(Connected | Closing)) | (Some(Closing), Some(Closing)) => Start::Resume,
+        (Some(Closing), Some(Connected)) if !seen.online => Start::Resume,
         // The predecessor published the disk, or the front end made another ring since: both connect now.
         (Some(Connected), Some(Initialised)) => Start::In(Phase::Waiting),
         (Some(Connected | Closing | Reconfiguring | Reconfigured), _) => Start::In(Phase::Failed),
@@ -100,11 +99,14 @@ pub(crate) fn next(phase: Phase, seen: &Seen) -> Action {
     let closing = matches!(front, Closing | Closed);
     match phase {
         Phase::Waiting | Phase::Failed | Phase::Closed if seen.leave => Action::End(BackendEnd::Left),
-        Phase::Waiting if closing || seen.asked_to_close() => Action::Close,
+        Phase::Waiting if closing || seen.asked_to_close() => close(seen),
         Phase::Waiting if matches!(front, Initialised | Connected) && seen.hotplugged => Action::Connect,
-        Phase::Serving if closing || (seen.asked_to_close() && seen.grace_over) => Action::Drain,
+        Phase::Serving if front == Closed => Action::Drain,
         Phase::Serving if seen.leave => Action::Leave,
-        Phase::Failed if closing || front == Initialising || seen.asked_to_close() => Action::Close,
+        // Linux before 5.15 says so of a disk that is mounted, and goes on using it.
+        Phase::Serving if front == Closing && seen.backend == Some(Connected) => Action::Echo,
+        Phase::Failed if closing || front == Initialising || seen.asked_to_close() => close(seen),
+        Phase::Drained => close(seen),
         Phase::Closed if !seen.online => Action::End(BackendEnd::Offline),
         Phase::Closed if matches!(front, Initialising | Initialised) => Action::Offer,
         Phase::Waiting
@@ -114,6 +116,11 @@ pub(crate) fn next(phase: Phase, seen: &Seen) -> Action {
         | Phase::Failed
         | Phase::Closed => Action::Wait,
     }
+}
+
+/// State 6: at once for a front end that may come again, otherwise when all is let go of.
+fn close(seen: &Seen) -> Action {
+    if seen.online { Action::Close } else { Action::End(BackendEnd::Offline) }
 }
 
 #[cfg(test)]
@@ -127,7 +134,6 @@ mod tests {
             frontend: Some(frontend),
             online: true,
             hotplugged: true,
-            grace_over: false,
             leave: false,
         }
     }
@@ -138,7 +144,9 @@ mod tests {
         // Unknown, Initialising, InitWait, Initialised, Connected, Closing, Closed, Reconfiguring, Reconfigured
         let table = [
             (Phase::Waiting, InitWait, [Wait, Wait, Wait, Connect, Connect, Close, Close, Wait, Wait]),
-            (Phase::Serving, Connected, [Wait, Wait, Wait, Wait, Wait, Drain, Drain, Wait, Wait]),
+            (Phase::Serving, Connected, [Wait, Wait, Wait, Wait, Wait, Echo, Drain, Wait, Wait]),
+            (Phase::Serving, Closing, [Wait, Wait, Wait, Wait, Wait, Wait, Drain, Wait, Wait]),
+            (Phase::Drained, Closing, [Close; 9]),
             (Phase::Draining, Closing, [Wait; 9]),
             (Phase::Leaving, Connected, [Wait; 9]),
             (Phase::Failed, Closing, [Wait, Close, Wait, Wait, Wait, Close, Close, Wait, Wait]),
@@ -170,25 +178,28 @@ mod tests {
     #[test]
     fn a_toolstack_that_wants_it_closed_waits_for_a_front_end_in_use() {
         let asked = |front| Seen { online: false, ..seen(Closing, front) };
+        let end = Action::End(BackendEnd::Offline);
         assert_eq!(next(Phase::Serving, &asked(Connected)), Action::Wait);
-        assert_eq!(next(Phase::Serving, &Seen { grace_over: true, ..asked(Connected) }), Action::Drain);
-        assert_eq!(next(Phase::Serving, &asked(Closing)), Action::Drain);
-        assert_eq!(next(Phase::Waiting, &asked(Initialised)), Action::Close);
-        assert_eq!(next(Phase::Failed, &asked(Connected)), Action::Close);
-        assert_eq!(next(Phase::Closed, &asked(Closed)), Action::End(BackendEnd::Offline));
+        assert_eq!(next(Phase::Serving, &asked(Closing)), Action::Wait, "it may refuse");
+        assert_eq!(next(Phase::Serving, &asked(Closed)), Action::Drain);
+        for (phase, front) in [
+            (Phase::Waiting, Initialised),
+            (Phase::Failed, Connected),
+            (Phase::Drained, Closed),
+            (Phase::Closed, Closed),
+        ] {
+            assert_eq!(next(phase, &asked(front)), end, "{phase:?}");
+        }
         let offline_only = Seen { online: false, ..seen(Connected, Connected) };
-        assert_eq!(next(Phase::Serving, &Seen { grace_over: true, ..offline_only }), Action::Wait);
+        assert_eq!(next(Phase::Serving, &offline_only), Action::Wait);
     }
 
     #[test]
     fn who_leaves_does_not_change_what_others_see() {
         let leave = |back, front| Seen { leave: true, ..seen(back, front) };
         assert_eq!(next(Phase::Serving, &leave(Connected, Connected)), Action::Leave);
-        assert_eq!(
-            next(Phase::Serving, &leave(Connected, Closing)),
-            Action::Drain,
-            "what was begun is ended"
-        );
+        assert_eq!(next(Phase::Serving, &leave(Connected, Closed)), Action::Drain, "what was begun is ended");
+        assert_eq!(next(Phase::Serving, &leave(Closing, Closing)), Action::Leave);
         assert_eq!(next(Phase::Draining, &leave(Closing, Closing)), Action::Wait);
         for (phase, back) in [(Phase::Waiting, InitWait), (Phase::Failed, Closing), (Phase::Closed, Closed)] {
             let end = Action::End(BackendEnd::Left);
@@ -208,10 +219,11 @@ mod tests {
         assert_eq!(start(&seen(InitWait, Initialised)), Start::Offer);
         assert_eq!(start(&seen(Connected, Connected)), Start::Resume);
         assert_eq!(start(&seen(Connected, Initialised)), Start::In(Phase::Waiting));
-        assert_eq!(start(&seen(Connected, Closing)), Start::ResumeIfPossible);
+        assert_eq!(start(&seen(Connected, Closing)), Start::Resume);
+        assert_eq!(start(&seen(Closing, Closing)), Start::Resume);
         assert_eq!(start(&seen(Connected, Closed)), Start::In(Phase::Failed));
         assert_eq!(start(&seen(Closing, Connected)), Start::In(Phase::Failed));
-        assert_eq!(start(&Seen { online: false, ..seen(Closing, Connected) }), Start::ResumeIfPossible);
+        assert_eq!(start(&Seen { online: false, ..seen(Closing, Connected) }), Start::Resume);
         assert_eq!(start(&seen(Closed, Initialising)), Start::In(Phase::Closed));
     }
 }

@@ -116,8 +116,9 @@ impl Device {
     /// What a front end does from 4 to 6; the ring is its own again afterwards.
     async fn disconnect(&self, front: Rc<Front>) {
         self.set_front("state", "5").await;
-        self.until_back(XenbusState::Closed).await;
+        self.until_back(XenbusState::Closing).await;
         self.set_front("state", "6").await;
+        self.until_back(XenbusState::Closed).await;
         let Ok(Front { ring, .. }) = Rc::try_unwrap(front) else { panic!("somebody uses the ring") };
         ring.end().expect("nobody has it mapped");
     }
@@ -271,6 +272,8 @@ fn what_is_in_flight_when_a_front_end_closes_is_answered_also_by_a_successor() {
             if dies {
                 d.start(1);
             }
+            d.until_back(XenbusState::Closing).await;
+            d.set_front("state", "6").await;
             d.until_back(XenbusState::Closed).await;
             for _ in 0..8 {
                 assert_eq!(front.ring.take().unwrap().expect("an answer each").status.get(), 0);
@@ -426,29 +429,56 @@ fn a_guest_that_is_destroyed_leaves_nothing_mapped() {
         let front = d.connect().await;
         d.work(&front, 5).await;
         world.xen.destroy_domain(d.guest.dom());
+        d.toolstack.remove(&d.paths.frontend).await.unwrap();
         d.set_back("online", "0").await;
         d.set_back("state", "5").await;
-        world.sim.sleep_ns(6_000_000_000).await;
+        d.settle().await;
         assert_eq!(d.back("state").await.as_deref(), Some("6"));
-        assert_eq!(d.end(), Some(Ok(BackendEnd::Offline)));
+        assert_eq!(d.end(), Some(Ok(BackendEnd::FrontendGone)));
         d.assert_nothing_held();
     });
 }
 
 #[test]
-fn a_disk_in_use_is_served_until_the_grace_is_over() {
+fn a_disk_in_use_is_served_for_as_long_as_its_front_end_uses_it() {
     world(&quiet(), async |world| {
         let d = Device::new(&world, false).await;
         d.start(0);
         let front = d.connect().await;
         d.set_back("online", "0").await;
         d.set_back("state", "5").await;
-        world.sim.sleep_ns(4_000_000_000).await;
+        world.sim.sleep_ns(60_000_000_000).await;
         d.work(&front, 20).await;
-        assert_eq!(d.back("state").await.as_deref(), Some("5"));
-        world.sim.sleep_ns(2_000_000_000).await;
-        assert_eq!(d.back("state").await.as_deref(), Some("6"));
+        // It would close, and does not: its disk is mounted.
+        d.set_front("state", "5").await;
+        world.sim.sleep_ns(60_000_000_000).await;
+        d.work(&front, 20).await;
+        assert_eq!((d.back("state").await.as_deref(), d.end()), (Some("5"), None));
+        d.disconnect(front).await;
+        d.settle().await;
+        assert_eq!(d.end(), Some(Ok(BackendEnd::Offline)));
         d.assert_nothing_held();
+    });
+}
+
+#[test]
+fn a_toolstack_is_told_when_the_image_is_closed_and_not_before() {
+    world(&quiet(), async |world| {
+        let d = Device::new(&world, false).await;
+        d.start(0);
+        let front = d.connect().await;
+        d.work(&front, 5).await;
+        d.disk.hold_close(true);
+        d.set_back("online", "0").await;
+        d.set_back("state", "5").await;
+        d.set_front("state", "5").await;
+        d.set_front("state", "6").await;
+        world.sim.sleep_ns(30_000_000_000).await;
+        assert_eq!((d.back("state").await.as_deref(), d.end()), (Some("5"), None));
+        d.disk.hold_close(false);
+        d.settle().await;
+        assert_eq!(d.end(), Some(Ok(BackendEnd::Offline)));
+        assert_eq!(d.back("state").await.as_deref(), Some("6"));
     });
 }
 

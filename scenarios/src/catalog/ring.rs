@@ -71,9 +71,14 @@ pub static RING_POWER_CUT: Scenario = Scenario {
 pub static HOSTILE_FRONTEND: Scenario = Scenario {
     name: "hostile-frontend",
     about: "a front end with bad keys, malformed requests, impossible indices; refused, without disturbing its neighbour",
-    storage: |_| StorageConfig::default(),
+    storage: |_| not_stuck(),
     body: |w| Box::pin(hostile_frontend(w)),
 };
+
+/// A toolstack waits for ten seconds; a drive that is stuck for as long is not tapdisk's fault.
+pub(super) fn not_stuck() -> StorageConfig {
+    StorageConfig { faults: FaultPlan { stuck: false, ..FaultPlan::LATENCY }, ..StorageConfig::default() }
+}
 
 pub(super) const DISK_BYTES: u64 = 1 << 20;
 /// Nothing below fails, so nothing above may.
@@ -281,6 +286,8 @@ async fn hostile_frontend(world: World) {
     let g = guest.clone();
     in_guest(&good, async move { g.run(&ops, 16).await }).await;
     either(gone, bad.node.dead()).await;
+    // Its front end need not let go of anything, ever.
+    machine.destroy(&bad).await;
     finish(&world, &machine, &[(good, guest)]).await;
     let mut above = vec![1; ((bad.setup.size_sectors - HONEST_SECTORS) * SECTOR_BYTES) as usize];
     let content = world.storage.content(&bad.setup.spec.path).unwrap_or_default();

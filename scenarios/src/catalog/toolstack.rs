@@ -1,6 +1,6 @@
 //! What toolstacks and administrators do: replacing tapdisk, plugging disks in and out, destroying guests.
 
-use super::ring::{DISK_BYTES, NO_ERRORS, finish, in_guest, kills, operations_of, start};
+use super::ring::{DISK_BYTES, NO_ERRORS, finish, in_guest, kills, not_stuck, operations_of, start};
 use super::setup::Setup;
 use crate::check::Invariant;
 use crate::guest::{Guest, Manners, RingDisk};
@@ -9,7 +9,6 @@ use crate::run::Scenario;
 use crate::stack::StackLimits;
 use crate::world::World;
 use kernel_model::StorageConfig;
-use kernel_model::faults::FaultPlan;
 use sim::{Entity, Label};
 use std::rc::Rc;
 use tap_core::wait::oneshot;
@@ -27,11 +26,6 @@ pub static TAPDISK_REPLACED: Scenario = Scenario {
     storage: |_| StorageConfig::default(),
     body: |w| Box::pin(tapdisk_replaced(w)),
 };
-
-/// A toolstack waits for ten seconds; a drive that is stuck for as long is not tapdisk's fault.
-fn not_stuck() -> StorageConfig {
-    StorageConfig { faults: FaultPlan { stuck: false, ..FaultPlan::LATENCY }, ..StorageConfig::default() }
-}
 
 /// A guest is destroyed under load.
 pub static GUEST_DESTROYED: Scenario = Scenario {

@@ -49,6 +49,8 @@ struct DiskState {
     log: Vec<(Op, u64, u32)>,
     fail: Option<Errno>,
     submitted: u32,
+    /// Closing takes until this ends.
+    close_held: bool,
 }
 
 /// A disk in memory that outlives its processes. Requests take effect when they start and take a decided time.
@@ -63,11 +65,20 @@ pub struct Disk {
 
 impl Disk {
     pub fn new(sim: &Sim, size_sectors: usize) -> Self {
-        let state = DiskState { bytes: vec![0; size_sectors * 512], log: vec![], fail: None, submitted: 0 };
+        let state = DiskState {
+            bytes: vec![0; size_sectors * 512],
+            log: vec![],
+            fail: None,
+            submitted: 0,
+            close_held: false,
+        };
         Self { sim: sim.clone(), state: Rc::new(RefCell::new(state)), read_only: false, instant: false }
     }
     pub fn log(&self) -> Vec<(Op, u64, u32)> {
         self.state.borrow().log.clone()
+    }
+    pub fn hold_close(&self, held: bool) {
+        self.state.borrow_mut().close_held = held;
     }
     pub fn fail_with(&self, error: Option<Errno>) {
         self.state.borrow_mut().fail = error;
@@ -117,7 +128,13 @@ impl Node for Disk {
         NodeInfo { size_sectors: self.state.borrow().bytes.len() as u64 / 512, read_only: self.read_only }
     }
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
-        Box::pin(async { Ok(()) })
+        let disk = self.clone();
+        Box::pin(async move {
+            while disk.state.borrow().close_held {
+                disk.sim.sleep_ns(1_000_000).await;
+            }
+            Ok(())
+        })
     }
 }
 

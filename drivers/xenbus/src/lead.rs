@@ -1,0 +1,131 @@
+//! A disk that a toolstack gave to us, from opening its image to its end, whatever stands in the way.
+//!
+//! ```text
+//!   open the image ──► Backend::run ──► its end
+//!        │ cannot           │ ring not taken
+//!        ▼                  ▼
+//!   state 1: say why in hotplug-error, state 2; the toolstack takes it away
+//!   a guest has it: change nothing, try again later
+//! ```
+
+use crate::config::{BackendConfig, BackendEnd, BackendError, XenHost};
+use crate::keys;
+use crate::machine::Backend;
+use crate::states::{self, Written};
+use std::future::{Future, poll_fn};
+use std::pin::pin;
+use std::rc::Rc;
+use std::task::Poll;
+use tap_abi::xenbus::XenbusState;
+use tap_core::{Node, wait};
+use tap_host::{Watcher, Xenstore};
+
+/// First pause before another attempt, in nanoseconds; each further one is twice as long, up to [`PAUSE_MAX_NS`].
+const PAUSE_NS: u64 = 1_000_000_000;
+/// Longest pause between two attempts.
+const PAUSE_MAX_NS: u64 = 30_000_000_000;
+
+/// Leads a disk to its end. `open` opens its image, and says what is wrong with it if that fails; `tell` is told each
+/// reason why the disk is not served.
+///
+/// A device that is new is refused then: `hotplug-error` has the reason, which xl shows when its script fails. One that a
+/// guest is connected to is tried again until it works, as whoever mends what is wrong wants it: its image may be on a
+/// server that is away, or another process may be serving it.
+///
+/// # Errors
+/// Those of [`BackendError`] that have nothing to do with this disk.
+pub async fn lead<H: XenHost, F: Future<Output = Result<Rc<dyn Node>, String>>>(
+    host: &H,
+    config: &BackendConfig,
+    leave: &Rc<wait::Event>,
+    open: impl Fn() -> F,
+    tell: impl Fn(&str),
+) -> Result<BackendEnd, BackendError> {
+    let mut pause_ns = PAUSE_NS;
+    let mut told = String::new();
+    loop {
+        let why = match open().await {
+            Ok(node) => match Backend::run(host.clone(), config.clone(), node, Rc::clone(leave)).await {
+                Err(error @ (BackendError::NotTaken { .. } | BackendError::NotOurs { .. })) => {
+                    error.to_string()
+                }
+                other => return other,
+            },
+            Err(why) => why,
+        };
+        if why != told {
+            tell(&why);
+            told.clone_from(&why);
+        }
+        match stand_by(host, config, &format!("failed to {why}"), pause_ns, leave).await? {
+            Some(end) => return Ok(end),
+            None => pause_ns = (pause_ns * 2).min(PAUSE_MAX_NS),
+        }
+    }
+}
+
+/// Waits for the end of a device that is not served, or, where a guest is connected to it, for a pause.
+async fn stand_by<H: XenHost>(
+    host: &H,
+    config: &BackendConfig,
+    why: &str,
+    pause_ns: u64,
+    leave: &wait::Event,
+) -> Result<Option<BackendEnd>, BackendError> {
+    let path = &config.backend_path;
+    let failed = |error| BackendError::Store { what: "watch", path: path.clone(), error };
+    let watch = host.watch(path).await.map_err(failed)?;
+    let until_ns = host.now_ns().saturating_add(pause_ns);
+    let mut refused = false;
+    loop {
+        let Some(state) = keys::state(host, path).await? else { return Ok(Some(BackendEnd::BackendGone)) };
+        let online = keys::read(host, path, "online").await?;
+        let offline = online.is_some_and(|value| keys::number(&value) == Some(0));
+        match state {
+            // Another device in the same directory.
+            XenbusState::Initialising if refused => return Ok(Some(BackendEnd::BackendGone)),
+            XenbusState::Initialising => {
+                // xl runs its script in state 2 and not before; the script finds the reason and fails.
+                let keys = [("hotplug-error", why.to_owned())];
+                refused =
+                    states::write(host, path, state, XenbusState::InitWait, &keys).await? == Written::Yes;
+            }
+            XenbusState::Closed if offline => return Ok(Some(BackendEnd::Offline)),
+            XenbusState::Closing if offline && (refused || !is_in_use(host, path).await?) => {
+                states::write(host, path, state, XenbusState::Closed, &[]).await?;
+            }
+            _ if leave.is_set() => return Ok(Some(BackendEnd::Left)),
+            _ if !refused && host.now_ns() >= until_ns => return Ok(None),
+            _ => wait_for_any(host, &watch, leave, until_ns, refused).await.map_err(failed)?,
+        }
+    }
+}
+
+/// Whether a front end has, or may have, a ring there.
+async fn is_in_use<H: Xenstore>(host: &H, path: &str) -> Result<bool, BackendError> {
+    let Some(frontend) = keys::read(host, path, "frontend").await? else { return Ok(false) };
+    let state = keys::state(host, &String::from_utf8_lossy(&frontend)).await?;
+    Ok(matches!(state, Some(XenbusState::Initialised | XenbusState::Connected | XenbusState::Closing)))
+}
+
+/// Completes when a watch fires, `leave` is set, or the time has come, unless `for_good`.
+async fn wait_for_any<H: XenHost>(
+    host: &H,
+    watch: &impl Watcher,
+    leave: &wait::Event,
+    until_ns: u64,
+    for_good: bool,
+) -> Result<(), tap_host::Errno> {
+    let mut later = pin!(host.sleep_ns(until_ns.saturating_sub(host.now_ns())));
+    let (mut changed, mut left) = (pin!(watch.next()), pin!(leave.wait()));
+    poll_fn(|cx| {
+        if let Poll::Ready(event) = changed.as_mut().poll(cx) {
+            return Poll::Ready(event.map(drop));
+        }
+        if left.as_mut().poll(cx).is_ready() || (!for_good && later.as_mut().poll(cx).is_ready()) {
+            return Poll::Ready(Ok(()));
+        }
+        Poll::Pending
+    })
+    .await
+}
