@@ -38,6 +38,14 @@ cat xl.log
 grep -q 'missing.qcow: no such file' xl.log || fail "xl does not say which image is missing"
 if xl domid stock 2> /dev/null; then fail "the guest is there all the same"; fi
 
+# The kernel's back end would take the disk: xl says so.
+blkback on
+if (guest_create stock guest.sh "disk = [ '$(disk xvda "qcow:$PWD/first.qcow")' ]") > xl.log 2>&1; then
+    fail "xl made a guest beside the kernel's back end"
+fi
+grep -q 'xen-blkback is loaded' xl.log || { cat xl.log; fail "xl does not say that xen-blkback is loaded"; }
+blkback off
+
 guest_create stock guest.sh "disk = [ '$(disk xvda "qcow:$PWD/first.qcow")' ]"
 first_id=$GUEST_ID
 xl unpause stock
@@ -48,6 +56,15 @@ guest_wait stock 200 '^@guest wants another disk$'
 kill -9 "$TAPDISK"
 tapdisk_wait 137
 tapdisk_start --watch
+
+# A second daemon, and one that is told of another image: the guest's disk stays with the first.
+timeout 4 tapdisk xen --watch --run-dir /run/second > second.log 2>&1 || true
+grep -q 'in use' second.log || { cat second.log; fail "the second daemon does not say that the image is in use"; }
+if tapdisk xen --run-dir /run/second "$(xl domid stock)/xvda=qcow:$PWD/second.qcow" > second.log 2>&1; then
+    fail "another image was served to a guest that has one"
+fi
+cat second.log
+[ "$(xenstore-read "/local/domain/0/backend/vbd/$(xl domid stock)/51712/state")" = 4 ] || fail "the disk was disturbed"
 
 xl block-attach stock "$(disk xvdb "qcow:$PWD/second.qcow")"
 guest_wait stock 60 '^@guest is done with the other disk$'
