@@ -129,6 +129,21 @@ mod tests {
     }
 
     #[test]
+    fn a_script_is_of_those_who_watch() {
+        for (line, right) in [
+            ("xen --watch", true),
+            ("xen --watch --script mine", true),
+            ("xen 3/xvda=raw:/a", true),
+            ("xen", false),
+            ("xen --watch 3/xvda=raw:/a", false),
+            ("xen --script mine 3/xvda=raw:/a", false),
+        ] {
+            let parsed = Cli::try_parse_from(std::iter::once("tapdisk").chain(line.split(' ')));
+            assert_eq!(parsed.is_ok(), right, "{line}");
+        }
+    }
+
+    #[test]
     fn priorities_are_read() {
         let read = |text: &str| text.parse::<IoNice>();
         assert_eq!(read("idle"), Ok(IoNice { class: 3, level: 0 }));

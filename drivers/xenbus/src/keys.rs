@@ -49,6 +49,11 @@ pub(crate) fn is_read_only(mode: Option<&[u8]>) -> bool {
     mode.is_some_and(|mode| !mode.starts_with(b"w"))
 }
 
+/// What `online` says: whether the toolstack wants the device gone once it is closed.
+pub(crate) fn is_offline(online: Option<&[u8]>) -> bool {
+    online.is_some_and(|value| number(value) == Some(0))
+}
+
 /// The state at `dir`; `None` when the key is gone, [`XenbusState::Unknown`] when it is nonsense.
 pub(crate) async fn state<H: Xenstore>(host: &H, dir: &str) -> Result<Option<XenbusState>, BackendError> {
     Ok(read(host, dir, "state").await?.map(|value| state_of(&value)))

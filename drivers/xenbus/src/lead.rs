@@ -79,8 +79,7 @@ async fn stand_by<H: XenHost>(
     let mut refused = false;
     loop {
         let Some(state) = keys::state(host, path).await? else { return Ok(Some(BackendEnd::BackendGone)) };
-        let online = keys::read(host, path, "online").await?;
-        let offline = online.is_some_and(|value| keys::number(&value) == Some(0));
+        let offline = keys::is_offline(keys::read(host, path, "online").await?.as_deref());
         match state {
             // Another device in the same directory.
             XenbusState::Initialising if refused => return Ok(Some(BackendEnd::BackendGone)),

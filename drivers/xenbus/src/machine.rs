@@ -164,7 +164,7 @@ impl<H: XenHost> Backend<H> {
         Ok(Seen {
             backend: keys::state(&self.host, dir).await?,
             frontend: keys::state(&self.host, &self.frontend).await?,
-            online: online.is_none_or(|value| keys::number(&value) != Some(0)),
+            online: !keys::is_offline(online.as_deref()),
             hotplugged,
             leave: self.leave.is_set(),
         })

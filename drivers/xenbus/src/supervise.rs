@@ -227,7 +227,7 @@ async fn look_in(
         return Ok(None);
     }
     let state = keys::state_of(&state);
-    let offline = read("online", short).await?.is_some_and(|value| keys::number(&value) == Some(0));
+    let offline = keys::is_offline(read("online", short).await?.as_deref());
     if offline && state == XenbusState::Closed {
         return Ok(None);
     }
