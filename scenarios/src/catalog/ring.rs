@@ -248,19 +248,24 @@ async fn ring_power_cut(world: World) {
     in_guest(&guests[0].0, async move { g.run(&ops, depth).await }).await;
     machine.power_cut().await;
     setup.check(&world, "after the power cut").await;
-    let Some((machine, guests)) = start(&world, vec![setup]).await else { return };
+    next_guest(&world, setup, depth, "after the power cut").await;
+}
+
+/// Another machine and another guest on the disk of one whose history has ended.
+pub(super) async fn next_guest(world: &World, setup: Setup, depth: usize, when: &'static str) {
+    let Some((machine, guests)) = start(world, vec![setup]).await else { return };
     let (attached, guest) = &guests[0];
     guest.set_manners(Manners { reads: Invariant::G7, ..NO_ERRORS });
-    let (w, g, ops) = (world.clone(), guest.clone(), operations_of(&world, attached, 1, 20));
+    let (w, g, ops) = (world.clone(), guest.clone(), operations_of(world, attached, 1, 20));
     in_guest(attached, async move {
         if let Err(error) = g.read_all().await {
-            w.fail(Invariant::G11, format!("reading the disk after the power cut failed with {error:?}"));
+            w.fail(Invariant::G11, format!("reading the disk {when} failed with {error:?}"));
         }
         g.set_manners(NO_ERRORS);
         g.run(&ops, depth).await;
     })
     .await;
-    finish(&world, &machine, &guests).await;
+    finish(world, &machine, &guests).await;
 }
 
 async fn hostile_frontend(world: World) {

@@ -1,6 +1,8 @@
 //! What toolstacks and administrators do: replacing tapdisk, plugging disks in and out, destroying guests.
 
-use super::ring::{DISK_BYTES, NO_ERRORS, finish, in_guest, kills, not_stuck, operations_of, start};
+use super::ring::{
+    DISK_BYTES, NO_ERRORS, finish, in_guest, kills, next_guest, not_stuck, operations_of, start,
+};
 use super::setup::Setup;
 use crate::check::Invariant;
 use crate::guest::{Guest, Manners, RingDisk};
@@ -81,19 +83,7 @@ async fn guest_destroyed(world: World) {
     setup.check(&world, "after the guest was destroyed").await;
     // Nothing crashed but the guest: what it had in flight happened or did not.
     setup.history.borrow_mut().power_cut();
-    let Some((machine, guests)) = start(&world, vec![setup]).await else { return };
-    let (attached, guest) = &guests[0];
-    guest.set_manners(Manners { reads: Invariant::G7, ..NO_ERRORS });
-    let (w, g, ops) = (world.clone(), guest.clone(), operations_of(&world, attached, 1, 20));
-    in_guest(attached, async move {
-        if let Err(error) = g.read_all().await {
-            w.fail(Invariant::G11, format!("reading the disk of a destroyed guest failed with {error:?}"));
-        }
-        g.set_manners(NO_ERRORS);
-        g.run(&ops, depth).await;
-    })
-    .await;
-    finish(&world, &machine, &guests).await;
+    next_guest(&world, setup, depth, "of a destroyed guest").await;
 }
 
 async fn hot_plug(world: World) {
