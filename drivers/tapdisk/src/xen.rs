@@ -151,7 +151,10 @@ impl<H: GuestHost> Shared<H> {
                     let end = Backend::run(host, config.clone(), node, Rc::clone(&self.leave)).await;
                     self.tell_end(&config, end);
                 }
-                Err(why) => self.fail(&format!("serve {}: failed to {why}", name(&config))),
+                Err(why) => {
+                    self.tell(&config, &why);
+                    self.failed.set(true);
+                }
             }
         });
         join_all(serving).await;
@@ -182,13 +185,22 @@ impl<H: GuestHost> Shared<H> {
         Ok(node)
     }
 
+    /// Says what is wrong with one disk.
+    fn tell(&self, config: &BackendConfig, why: &str) {
+        self.console.err(&format!("tapdisk: {}: failed to {why}", name(config)));
+    }
+
     fn tell_end(&self, config: &BackendConfig, end: Result<BackendEnd, BackendError>) {
         let how = match end {
             Ok(BackendEnd::Offline) => "closed",
             Ok(BackendEnd::FrontendGone) => "closed: its front end was taken away",
             Ok(BackendEnd::BackendGone) => "closed: it was taken away",
             Ok(BackendEnd::Left) => "left as it is",
-            Err(error) => return self.fail(&format!("serve {}: failed to {error}", name(config))),
+            Err(error) => {
+                self.tell(config, &error.to_string());
+                self.failed.set(true);
+                return;
+            }
         };
         self.console.out(&format!("{}: {how}", name(config)));
     }
@@ -208,10 +220,8 @@ impl<H: GuestHost> Shared<H> {
         let config = self.config(&device.path, device.dom, device.vbd, Hotplug::Wait);
         let write = !(device.read_only || self.args.images.read_only);
         let open = async || self.open(&config, &named(&device.params)?, write).await;
-        // One disk of many: told to whoever reads the log, and no reason for us to fail.
-        let tell = |why: &str| {
-            self.console.err(&format!("tapdisk: failed to serve {}: failed to {why}", name(&config)));
-        };
+        // One disk of many is no reason for us to fail.
+        let tell = |why: &str| self.tell(&config, why);
         let end = lead(&self.host, &config, &self.leave, open, tell).await;
         if matches!(end, Err(BackendError::Deaf { .. })) {
             // No disk can be served any more by this process.

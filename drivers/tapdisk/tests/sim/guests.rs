@@ -176,7 +176,9 @@ fn what_is_wrong_with_a_vbd_is_said() {
             sim.sleep_ns(9_000_000_000).await;
             assert_eq!(*daemon.status.borrow(), Some(1), "{line}");
             assert!(
-                daemon.said().starts_with("tapdisk: failed to ") && daemon.said().contains(why),
+                daemon.said().starts_with("tapdisk: 1/xvd")
+                    && daemon.said().contains(": failed to ")
+                    && daemon.said().contains(why),
                 "{}",
                 daemon.said()
             );
