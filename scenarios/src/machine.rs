@@ -218,6 +218,30 @@ impl Machine {
         }
     }
 
+    /// Has another process try to serve `disk`, which is served, with another image; it must not be able to.
+    pub async fn try_to_serve(&self, disk: &Attached, image: &Setup, number: u32) {
+        let host = SimHost::start(&self.world.kernel, &self.world.xen, "second", u64::from(number));
+        let (world, limits, h) = (self.world.clone(), self.limits, host.clone());
+        let (disk, spec, (done, ended)) = (disk.clone(), image.spec.clone(), wait::oneshot());
+        host.spawn("main", 0, async move {
+            let end = match Stack::open(&h, &world, &spec, &limits).await {
+                Ok(stack) => {
+                    let mut config = BackendConfig::new(disk.paths.backend.clone(), disk.dom, disk.vbd);
+                    config.record = Some(format!("inflight-{}-{}", disk.dom.0, disk.vbd.0));
+                    Backend::run(h, config, stack.node(), Rc::default()).await.map_err(|e| e.to_string())
+                }
+                Err(error) => Err(error.to_string()),
+            };
+            if let Ok(end) = end {
+                world
+                    .fail(Invariant::L1, format!("a second tapdisk served the disk, and ended with {end:?}"));
+            }
+            let _ = done.send(());
+        });
+        let _ = ended.await;
+        host.process.node().kill();
+    }
+
     fn one_ended(&self) {
         self.running.set(self.running.get() - 1);
         if let Some(waker) = self.waiter.borrow_mut().take() {

@@ -53,6 +53,7 @@ list! {
         RecordGoneAtLeave = "the in-flight record is removed when a process leaves its ring in order",
         GoneNotClosed = "a back end whose front end is gone ends without closing its own end",
         BindOnce = "a port that a dying predecessor still holds is taken as a broken ring",
+        ServedRingClosed = "a ring that another process serves is taken as a broken one, and its front end told to close",
         NbdWrongCookie = "a reply carries the cookie of the latest request",
         NbdFlushOwn = "a flush on a connection that wrote nothing is answered without being carried out",
         NbdFuaIgnored = "the flag FUA is ignored",

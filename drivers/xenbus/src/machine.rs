@@ -128,11 +128,13 @@ impl<H: XenHost> Backend<H> {
         match start(&seen) {
             Start::Offer if seen.backend.is_some() => self.offer().await?,
             Start::Offer => {}
-            Start::Resume => {
-                if let Err(why) = self.resume().await? {
+            Start::Resume => match self.resume().await? {
+                Err(why) if self.host.bug(Bug::ServedRingClosed) => self.fail(&why).await?,
+                Err(why) => {
                     return Err(BackendError::NotTaken { path: self.config.backend_path.clone(), why });
                 }
-            }
+                Ok(()) => {}
+            },
             Start::In(phase) => self.phase = phase,
         }
         loop {

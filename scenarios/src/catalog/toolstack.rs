@@ -11,7 +11,7 @@ use crate::run::Scenario;
 use crate::stack::StackLimits;
 use crate::world::World;
 use kernel_model::StorageConfig;
-use sim::{Entity, Label};
+use sim::{Draw, Entity, Label};
 use std::rc::Rc;
 use tap_core::wait::oneshot;
 use xen_model::VbdPaths;
@@ -20,6 +20,17 @@ use xen_model::VbdPaths;
 pub static REPLACE_AFTER: Label = Label::new("replace-after", "tapdisk is asked to stop after {} more ns");
 /// After what time the guest is destroyed.
 pub static DESTROY_AFTER: Label = Label::new("destroy-after", "the guest is destroyed after {} ns");
+
+/// After what time somebody starts a second tapdisk.
+pub static SECOND_AFTER: Label = Label::new("second-after", "a second tapdisk is started after {} more ns");
+
+/// A second tapdisk, by mistake.
+pub static SECOND_TAPDISK: Scenario = Scenario {
+    name: "second-tapdisk",
+    about: "a second tapdisk is told to serve a disk that is served, with another image; it changes nothing and goes",
+    storage: |_| StorageConfig::default(),
+    body: |w| Box::pin(second_tapdisk(w)),
+};
 
 /// tapdisk is replaced under a living guest.
 pub static TAPDISK_REPLACED: Scenario = Scenario {
@@ -63,6 +74,33 @@ async fn tapdisk_replaced(world: World) {
     let (g, depth) = (guest.clone(), world.setting("ring-depth", &[32, 8, 1]));
     in_guest(attached, async move { g.run(&ops, depth).await }).await;
     machine.spare();
+    finish(&world, &machine, &guests).await;
+}
+
+async fn second_tapdisk(world: World) {
+    let setup = Setup::qcow(&world, 0, DISK_BYTES, false);
+    // Of the same size: what it is not, cannot be seen from outside.
+    let wrong = Setup::raw(&world, 1, DISK_BYTES);
+    let Some((machine, guests)) = start(&world, vec![setup]).await else { return };
+    let (attached, guest) = &guests[0];
+    let (w, m, disk, (done, left)) = (world.clone(), Rc::clone(&machine), attached.clone(), oneshot());
+    world.sim.spawn("administrator", 0, async move {
+        let entity = Entity::WORLD.child("second", 0);
+        w.sim.name_entity(entity, || "administrator".into());
+        for i in 0..2 {
+            let draw = |d: &mut Draw| if d.below(4) == 0 { 0 } else { 1 + d.below(1 << 21) };
+            let after_ns = w.sim.decide(entity, &SECOND_AFTER, i, draw);
+            if after_ns > 0 {
+                w.sim.sleep_ns(after_ns).await;
+                m.try_to_serve(&disk, &wrong, i).await;
+            }
+        }
+        let _ = done.send(());
+    });
+    let ops = operations_of(&world, attached, 0, 60);
+    let (g, depth) = (guest.clone(), world.setting("ring-depth", &[32, 8, 1]));
+    in_guest(attached, async move { g.run(&ops, depth).await }).await;
+    let _ = left.await;
     finish(&world, &machine, &guests).await;
 }
 
