@@ -7,7 +7,7 @@ use crate::page::Page;
 use crate::store::{Quota, Store};
 use sim::{Entity, FaultKind, Label, Sim, Timed};
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use tap_host::{DomId, Errno, GrantRef, Port};
 
@@ -61,7 +61,7 @@ impl Default for Options {
 pub struct Counts {
     /// Mapped grants.
     pub maps: u32,
-    /// Event channel ports.
+    /// Event channel ports, but for those of dead processes.
     pub channels: u32,
     /// Watches.
     pub watches: u32,
@@ -86,6 +86,8 @@ pub(crate) struct Inner {
     pub(crate) store: RefCell<Store>,
     pub(crate) regions: RefCell<BTreeMap<String, Page>>,
     pub(crate) maps_held: RefCell<BTreeMap<DomId, u32>>,
+    /// Ports of dead processes that the kernel is about to close.
+    dying: RefCell<BTreeSet<PortId>>,
     next_conn: Cell<u64>,
     notified: Cell<u32>,
 }
@@ -113,6 +115,7 @@ impl Xen {
             store: RefCell::new(Store::new(options.quota)),
             regions: RefCell::default(),
             maps_held: RefCell::default(),
+            dying: RefCell::default(),
             next_conn: Cell::new(0),
             notified: Cell::new(0),
         }))
@@ -175,9 +178,10 @@ impl Xen {
     /// What `dom` holds now.
     pub fn counts(&self, dom: DomId) -> Counts {
         let store = self.0.store.borrow();
+        let dying = self.0.dying.borrow();
         Counts {
             maps: self.0.maps_held.borrow().get(&dom).copied().unwrap_or(0),
-            channels: self.0.channels.borrow().of(dom).len() as u32,
+            channels: self.0.channels.borrow().of(dom).iter().filter(|id| !dying.contains(id)).count() as u32,
             watches: store.watch_count(dom) as u32,
             transactions: store.transaction_count(dom) as u32,
         }
@@ -292,6 +296,7 @@ impl Xen {
             self.close_port(id);
         } else {
             let at_ns = self.0.sim.now_ns() + late_ns;
+            self.0.dying.borrow_mut().insert(id);
             self.0.sim.call_at(at_ns, Rc::new(LateClose(self.clone())), id.token());
         }
     }
@@ -317,7 +322,9 @@ struct LateClose(Xen);
 
 impl Timed for LateClose {
     fn fire(self: Rc<Self>, token: u64) {
+        let id = PortId::from_token(token);
+        self.0.0.dying.borrow_mut().remove(&id);
         // Does nothing to one that went with its domain.
-        self.0.close_port(PortId::from_token(token));
+        self.0.close_port(id);
     }
 }
