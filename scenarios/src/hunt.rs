@@ -1,9 +1,10 @@
-//! Hunting seeded bugs: which scenario finds one, how fast, and how small it becomes.
+//! Hunting seeded bugs: which scenario finds one, how fast, and how small it becomes; and whether a saved run still does
+//! what it was saved for.
 
 use crate::catalog;
 use crate::run::{Outcome, RunSpec, Scenario, run, run_recorded, shrink_run};
 use crate::sweep::cpu_ns;
-use sim::{TraceLevel, guard};
+use sim::{RunFile, TraceLevel, guard};
 use tap_host::Bug;
 
 /// What is hunted.
@@ -16,6 +17,14 @@ pub enum Quarry {
 }
 
 impl Quarry {
+    /// All seeded bugs, and the canary.
+    pub fn all() -> impl Iterator<Item = Quarry> {
+        Bug::ALL.iter().map(|bug| Quarry::Bug(*bug)).chain([Quarry::Canary])
+    }
+    /// The one that a run has switched on.
+    pub fn of(spec: &RunSpec) -> Option<Quarry> {
+        spec.options.bug.map(Quarry::Bug).or(spec.options.canary.then_some(Quarry::Canary))
+    }
     /// Its name.
     pub fn name(self) -> String {
         match self {
@@ -102,4 +111,73 @@ fn shrunk(spec: &RunSpec, shrink_runs: u64) -> Hunted {
         shrink_runs: shrunk.runs,
         shrink_cpu_ns: cpu_ns().saturating_sub(start),
     }
+}
+
+/// Why a saved run does not come out as its file says.
+#[derive(Clone, Debug)]
+pub enum Unexpected {
+    /// `option expect` is neither `pass` nor `fail`.
+    BadExpectation(String),
+    /// It must fail and does not.
+    NotBroken,
+    /// It must not fail, or must break another invariant.
+    Broken(Box<Outcome>),
+    /// It has a seeded bug and fails also without it.
+    BrokenWithout(Box<Outcome>),
+    /// It has a seeded bug and more decisions than [`DECISIONS_MAX`].
+    TooLarge(usize),
+}
+
+impl std::fmt::Display for Unexpected {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let told = |outcome: &Outcome| {
+            outcome.failure.as_ref().map_or(String::new(), |f| format!("{}: {}", f.invariant, f.detail))
+        };
+        match self {
+            Self::BadExpectation(other) => write!(f, "expect={other} is neither pass nor fail"),
+            Self::NotBroken => f.write_str("nothing is broken any more"),
+            Self::Broken(outcome) => write!(f, "broken otherwise than saved: {}", told(outcome)),
+            Self::BrokenWithout(outcome) => write!(f, "broken also without its bug: {}", told(outcome)),
+            Self::TooLarge(n) => write!(f, "{n} decisions, {DECISIONS_MAX} are allowed"),
+        }
+    }
+}
+
+/// Replays a saved run. With a seeded bug, or with `option expect=fail`, it must break the invariant that the file
+/// names; otherwise, or with `option expect=pass`, nothing. A seeded bug's run must also pass without the bug.
+///
+/// # Errors
+/// What came out instead.
+pub fn check_saved(file: &RunFile, spec: &RunSpec, guarded: bool) -> Result<(), Unexpected> {
+    let recorded = |spec: &RunSpec| {
+        let spec = spec.clone();
+        guard::run(guarded, spec.seed, move || run_recorded(&spec, TraceLevel::Events))
+    };
+    let planted = Quarry::of(spec).is_some();
+    let must_fail = match file.option("expect") {
+        None => planted,
+        Some("fail") => true,
+        Some("pass") => false,
+        Some(other) => return Err(Unexpected::BadExpectation(other.into())),
+    };
+    let outcome = recorded(spec);
+    match &outcome.failure {
+        None if must_fail => return Err(Unexpected::NotBroken),
+        Some(f) if !must_fail || f.invariant.to_string() != file.invariant => {
+            return Err(Unexpected::Broken(Box::new(outcome)));
+        }
+        _ => {}
+    }
+    if planted {
+        let mut without = spec.clone();
+        (without.options.bug, without.options.canary) = (None, false);
+        let outcome = recorded(&without);
+        if outcome.failure.is_some() {
+            return Err(Unexpected::BrokenWithout(Box::new(outcome)));
+        }
+        if file.decisions.len() > DECISIONS_MAX {
+            return Err(Unexpected::TooLarge(file.decisions.len()));
+        }
+    }
+    Ok(())
 }

@@ -1,10 +1,9 @@
-//! The catalogue as tests: saved failures first, then seeds of every scenario, then the proof that bugs are found.
+//! The catalogue as tests: saved runs first, among them one of every seeded bug, then seeds of every scenario.
 //!
 //! ```text
 //!   regression::FILE      a saved run comes out as it must
 //!   scenario::NAME        a few seeds of a scenario, inside the guard
 //!   determinism::NAME     guarded, not guarded and replayed from its decisions: the same trace
-//!   seeded_bug::NAME      a planted bug is found and shrunk
 //! ```
 //!
 //! | variable | meaning |
@@ -14,29 +13,27 @@
 //! | `MADSIM_TEST_SEED`, `MADSIM_TEST_NUM` | the first seed and how many |
 //! | `TAPSIM_REPLAY` | a decision file: runs that and nothing else |
 //!
-//! `scenarios/regressions` holds one shrunk run per seeded bug, which proves that the bug is still caught and that the
-//! same decisions are harmless without it. They are made anew with `cargo tapsim bugs --out DIR`; each file is then named
-//! after its bug. A run that once found a real bug is kept there too: without the bug it must pass. A file can say what
-//! must come out of it with a line `option expect=pass` or `option expect=fail`.
+//! `scenarios/regressions` holds one shrunk run per seeded bug, named after it, which proves that the bug is still caught
+//! and that the same decisions are harmless without it; a bug without one fails. `cargo tapsim bugs --stale --save` makes
+//! those that are missing or do not show their bug any more. (That each bug is found from seeds alone is what `cargo tapsim
+//! bugs` shows.) A run that once found a real bug is kept there too: without a bug it must pass. A file can say what must
+//! come out of it with a line `option expect=pass` or `option expect=fail`.
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use scenarios::catalog;
 use scenarios::cli::{load_run, revision, seeds_or_one};
-use scenarios::hunt::{DECISIONS_MAX, Quarry, hunt};
+use scenarios::hunt::{Quarry, Unexpected, check_saved};
 use scenarios::run::{Outcome, RunSpec, Scenario, prepare, run, run_recorded, shrink_run};
 use sim::{Source, TraceLevel, guard};
 use std::fmt::Write as _;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use tap_host::Bug;
 
 /// Seeds of each scenario.
 const SEEDS: Range<u64> = 0..150;
 /// Seeds of each scenario whose traces are compared.
 const COMPARED: Range<u64> = 0..3;
-/// Seeds within which every seeded bug must be found.
-const WITHIN: u64 = 2000;
 /// Runs for shrinking; more would make runs smaller still.
 const SHRINK_RUNS: u64 = 4000;
 /// Events of a failure that are shown.
@@ -110,7 +107,15 @@ fn trials(env: impl Fn(&str) -> Option<String>) -> Result<Vec<Trial>, String> {
         }
     };
     let mut trials = Vec::new();
-    for path in regressions()? {
+    let files = regressions()?;
+    for quarry in Quarry::all() {
+        let path = files.iter().find(|p| p.file_stem().is_some_and(|s| s.to_string_lossy() == quarry.name()));
+        let path = path.cloned();
+        trials.push(Trial::test(format!("regression::of-bug::{}", quarry.name()), move || {
+            saved_bug(quarry, path.as_deref())
+        }));
+    }
+    for path in files {
         let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         trials.push(Trial::test(format!("regression::{stem}"), move || regression(&path)));
     }
@@ -120,9 +125,6 @@ fn trials(env: impl Fn(&str) -> Option<String>) -> Result<Vec<Trial>, String> {
     }
     for scenario in catalog::ALL.iter().copied() {
         trials.push(Trial::test(format!("determinism::{}", scenario.name), move || deterministic(scenario)));
-    }
-    for quarry in Bug::ALL.iter().map(|b| Quarry::Bug(*b)).chain([Quarry::Canary]) {
-        trials.push(Trial::test(format!("seeded_bug::{}", quarry.name()), move || found(quarry)));
     }
     trials.push(Trial::test("environment", environment));
     Ok(trials)
@@ -164,35 +166,30 @@ fn replay(path: &Path) -> Result<(), Failed> {
 
 fn regression(path: &Path) -> Result<(), Failed> {
     let (file, spec) = load_run(path).map_err(|stop| stop.1)?;
-    let planted = spec.options.bug.is_some() || spec.options.canary;
-    let must_fail = match file.option("expect") {
-        None => planted,
-        Some("fail") => true,
-        Some("pass") => false,
-        Some(other) => return Err(format!("expect={other} is neither pass nor fail").into()),
-    };
-    let outcome = recorded(&spec);
-    match &outcome.failure {
-        Some(_) if !must_fail => return Err(describe(&spec, &outcome, path).into()),
-        None if must_fail => {
-            return Err(format!("{} is not broken any more by {}", file.invariant, path.display()).into());
-        }
-        Some(f) if f.invariant.to_string() != file.invariant => {
-            return Err(
-                format!("{} is broken instead of {}: {}", f.invariant, file.invariant, f.detail).into()
-            );
-        }
-        _ => {}
+    let mut without = spec.clone();
+    (without.options.bug, without.options.canary) = (None, false);
+    check_saved(&file, &spec, guard::AVAILABLE).map_err(|why| {
+        let told = match &why {
+            Unexpected::Broken(outcome) => describe(&spec, outcome, path),
+            Unexpected::BrokenWithout(outcome) => describe(&without, outcome, path),
+            _ => format!("  saved:    {}\n", path.display()),
+        };
+        let again =
+            if Quarry::of(&spec).is_some() { "  save again: cargo tapsim bugs --stale --save\n" } else { "" };
+        Failed::from(format!("{why}\n{told}{again}"))
+    })
+}
+
+/// The seeded bug has a saved run; `regression` looks at what comes of it.
+fn saved_bug(quarry: Quarry, path: Option<&Path>) -> Result<(), Failed> {
+    let name = quarry.name();
+    let make = format!("make it with: cargo tapsim bugs {name} --save");
+    let path = path.ok_or_else(|| format!("{name} has no saved run; {make}"))?;
+    let (_, spec) = load_run(path).map_err(|stop| stop.1)?;
+    if Quarry::of(&spec) == Some(quarry) {
+        return Ok(());
     }
-    if planted {
-        let mut without = spec;
-        (without.options.bug, without.options.canary) = (None, false);
-        let outcome = recorded(&without);
-        if outcome.failure.is_some() {
-            return Err(format!("without its bug: {}", describe(&without, &outcome, path)).into());
-        }
-    }
-    Ok(())
+    Err(format!("{} is not a run of {name}; {make}", path.display()).into())
 }
 
 fn sweep(scenario: &'static Scenario, seeds: Range<u64>) -> Result<(), Failed> {
@@ -261,20 +258,6 @@ fn deterministic(scenario: &'static Scenario) -> Result<(), Failed> {
         }
     }
     Ok(())
-}
-
-fn found(quarry: Quarry) -> Result<(), Failed> {
-    let Some(found) = hunt(quarry, WITHIN, guard::AVAILABLE, SHRINK_RUNS) else {
-        return Err(format!("not found within {WITHIN} seeds of any scenario").into());
-    };
-    let left = found.outcome.decisions.len();
-    if left > DECISIONS_MAX {
-        return Err(format!("shrunk to {left} decisions only, {DECISIONS_MAX} are allowed").into());
-    }
-    match found.outcome.failure {
-        Some(_) => Ok(()),
-        None => Err("the shrunk run does not fail".into()),
-    }
 }
 
 /// The variables say what they are documented to say, and nonsense is refused.

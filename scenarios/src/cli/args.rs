@@ -209,6 +209,15 @@ pub(crate) struct BugsArgs {
     /// Seeds that are tried at most, per bug
     #[arg(long, default_value_t = 2000, value_name = "N")]
     pub within: u64,
+    /// Saves each shrunk run as SAVED/BUG.run, which `cargo test` replays
+    #[arg(long)]
+    pub save: bool,
+    /// Only those whose run in SAVED is missing or does not show them any more
+    #[arg(long)]
+    pub stale: bool,
+    /// The folder of saved runs
+    #[arg(long, value_name = "DIR", default_value = "scenarios/regressions")]
+    pub saved: PathBuf,
 }
 
 /// `fuzz`

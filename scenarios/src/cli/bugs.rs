@@ -1,12 +1,12 @@
 //! `bugs` and `demo`: the testbed proves itself.
 
 use super::args::{BugsArgs, Common};
-use super::output::{Progress, SHRINK_RUNS, revision, save_json, save_run};
+use super::output::{Progress, SHRINK_RUNS, load_run, revision, save_json, save_run, save_run_as};
 use super::replay::bug;
 use super::{Exit, Stop};
 use crate::catalog;
 use crate::explain;
-use crate::hunt::{DECISIONS_MAX, Hunted, Quarry, hunt};
+use crate::hunt::{DECISIONS_MAX, Hunted, Quarry, check_saved, hunt};
 use serde::Serialize;
 use tap_host::Bug;
 
@@ -26,13 +26,16 @@ struct JsonBug {
 
 /// `tapsim bugs`
 pub(crate) fn bugs_command(common: &Common, args: &BugsArgs) -> Result<Exit, Stop> {
-    let mut quarries: Vec<Quarry> = if args.bugs.is_empty() {
-        Bug::ALL.iter().map(|b| Quarry::Bug(*b)).chain([Quarry::Canary]).collect()
-    } else {
-        Vec::new()
-    };
+    let mut quarries: Vec<Quarry> = if args.bugs.is_empty() { Quarry::all().collect() } else { Vec::new() };
     for name in &args.bugs {
         quarries.push(if name == "canary" { Quarry::Canary } else { Quarry::Bug(bug(name)?) });
+    }
+    if args.save && !args.saved.is_dir() {
+        let shown = args.saved.display();
+        return Err(Stop::usage(format!("there is no folder {shown}: --saved names another")));
+    }
+    if args.stale {
+        quarries.retain(|quarry| is_stale(common, args, *quarry));
     }
     println!(
         "{:<24} {:<26} {:>4} {:>6} {:>10} {:>16} {:>7} {:>10}",
@@ -46,6 +49,9 @@ pub(crate) fn bugs_command(common: &Common, args: &BugsArgs) -> Result<Exit, Sto
         let good = hunted.as_ref().is_some_and(|h| h.outcome.decisions.len() <= DECISIONS_MAX);
         missed += u64::from(!good);
         print_row(common, *quarry, hunted.as_ref(), args.within)?;
+        if let (Some(h), true) = (&hunted, args.save && good) {
+            save_run_as(&args.saved.join(saved_name(*quarry)), &h.spec, &h.outcome)?;
+        }
         json.push(row(*quarry, hunted.as_ref(), args.within));
         progress.at(i as u64 + 1, missed);
     }
@@ -55,6 +61,24 @@ pub(crate) fn bugs_command(common: &Common, args: &BugsArgs) -> Result<Exit, Sto
     }
     println!("{} passed, {missed} failed", quarries.len() as u64 - missed);
     Ok(if missed > 0 { Exit::Broken } else { Exit::Ok })
+}
+
+fn saved_name(quarry: Quarry) -> String {
+    format!("{}.run", quarry.name())
+}
+
+/// Whether the saved run of `quarry` is missing or does not show it any more; says why.
+fn is_stale(common: &Common, args: &BugsArgs, quarry: Quarry) -> bool {
+    let why = match load_run(&args.saved.join(saved_name(quarry))) {
+        Err(Stop(_, why)) => why,
+        Ok((_, spec)) if Quarry::of(&spec) != Some(quarry) => "the run is another bug's".into(),
+        Ok((file, spec)) => match check_saved(&file, &spec, common.guarded()) {
+            Ok(()) => return false,
+            Err(why) => why.to_string(),
+        },
+    };
+    println!("{}: {why}", quarry.name());
+    true
 }
 
 fn print_row(common: &Common, quarry: Quarry, hunted: Option<&Hunted>, within: u64) -> Result<(), Stop> {

@@ -205,9 +205,15 @@ pub(crate) fn save_run(common: &Common, spec: &RunSpec, outcome: &Outcome) -> Re
     let bug = spec.options.bug.map_or(String::new(), |b| format!("-{}", b.name()));
     let path = common.out.join(format!("{}{bug}-{}.run", spec.scenario.name, spec.seed));
     std::fs::create_dir_all(&common.out)
-        .and_then(|()| std::fs::write(&path, spec.to_file(outcome, &revision()).print()))
-        .map_err(|e| Stop::usage(format!("failed to save {}: {e}", path.display())))?;
+        .map_err(|e| Stop::usage(format!("failed to make {}: {e}", common.out.display())))?;
+    save_run_as(&path, spec, outcome)?;
     Ok(path)
+}
+
+/// Saves a run as `path`.
+pub(crate) fn save_run_as(path: &Path, spec: &RunSpec, outcome: &Outcome) -> Result<(), Stop> {
+    std::fs::write(path, spec.to_file(outcome, &revision()).print())
+        .map_err(|e| Stop::usage(format!("failed to save {}: {e}", path.display())))
 }
 
 /// Says what is broken, with the last events.
