@@ -4,6 +4,7 @@
 
 mod bench;
 mod ci;
+mod mutants;
 mod xen_host;
 
 use std::process::ExitCode;
@@ -17,6 +18,8 @@ Tasks:
   ci        everything that must hold before a change lands: format, lints, tests, the build without the guard's cfg,
             what ships, a guest on a real Xen host under emulation, and a release sweep whose seeds come from the commit
   bench     measures tapdisk against other servers; `cargo xtask bench --help`
+  mutants   puts slips of engineers into a copy of the stack and counts which of them sweeps and tests notice;
+            `cargo xtask mutants --help`
   xen-host  boots a real Xen host under QEMU's emulation and runs tests, a script or a shell in its dom0;
             `cargo xtask xen-host --help`
   help      this text
@@ -28,6 +31,7 @@ fn main() -> ExitCode {
     let result = match task.as_str() {
         "ci" => ci::run(),
         "bench" => bench::run(&args[1..]),
+        "mutants" => mutants::run(&args[1..]),
         // Its exit status is the one of what ran inside.
         "xen-host" => return xen_host::main(&args[1..]),
         "help" | "--help" | "-h" => {

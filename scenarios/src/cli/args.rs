@@ -174,6 +174,9 @@ pub(crate) struct SweepArgs {
     /// Uses a drive whose flush lies: must fail
     #[arg(long)]
     pub canary: bool,
+    /// Stops at the first failure, which is neither shrunk nor saved
+    #[arg(long, conflicts_with = "check_determinism")]
+    pub first: bool,
     /// Runs every seed twice and compares, with the guard on and off
     #[arg(long)]
     pub check_determinism: bool,

@@ -23,6 +23,7 @@ pub(crate) fn minute(common: &Common) -> Result<Exit, Stop> {
         from: 0,
         bug: None,
         canary: false,
+        first: false,
         check_determinism: false,
     };
     sweep_command(common, &args)
@@ -53,7 +54,7 @@ pub(crate) fn sweep_command(common: &Common, args: &SweepArgs) -> Result<Exit, S
         options,
         jobs: common.threads(),
         guarded: common.guarded(),
-        first_only: false,
+        first_only: args.first,
     };
     println!(
         "sweeping {} scenarios, {}, {} threads, {}",
@@ -70,7 +71,7 @@ pub(crate) fn sweep_command(common: &Common, args: &SweepArgs) -> Result<Exit, S
             let mut progress = Progress::new(Some((seeds.end - seeds.start) * spec.scenarios.len() as u64));
             let report = sweep(&spec, |done, failed| {
                 progress.at(done, failed);
-                true
+                failed == 0 || !args.first
             });
             progress.finish();
             report
@@ -81,14 +82,28 @@ pub(crate) fn sweep_command(common: &Common, args: &SweepArgs) -> Result<Exit, S
             spec.seeds = seeds.start..seeds.start.saturating_add(time.as_secs().saturating_mul(40_000));
             let report = sweep(&spec, |done, failed| {
                 progress.at(done, failed);
-                progress.elapsed() < time
+                progress.elapsed() < time && (failed == 0 || !args.first)
             });
             progress.finish();
             report
         }
     };
     write_json(common, &report)?;
+    if args.first && report.failed() > 0 {
+        print_first(&report);
+        return Ok(Exit::Broken);
+    }
     finish(common, &spec, &report, args.check_determinism, whole)
+}
+
+/// The failure with the smallest seed.
+fn print_first(report: &SweepReport) {
+    let failures =
+        report.scenarios.iter().flat_map(|(s, r)| r.failures.iter().map(move |f| (f.0, s.name, &f.1)));
+    if let Some((seed, name, failure)) = failures.min_by_key(|(seed, ..)| *seed) {
+        println!("{name} seed {seed}: broken {}: {}", failure.invariant, failure.detail.trim_end());
+    }
+    println!("{} passed, {} failed", report.passed(), report.failed());
 }
 
 fn finish(

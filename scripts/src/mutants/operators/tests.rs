@@ -1,0 +1,61 @@
+//! The slips one by one.
+
+use super::*;
+use crate::mutants::render::render;
+
+/// The text with one slip in it, as if it were selected.
+fn made(source: &str, operator: &str) -> Vec<String> {
+    let all = slips(source).unwrap();
+    all.into_iter()
+        .filter(|s| s.operator == operator)
+        .map(|s| render(source, &[(7, s.edit)]).text.replace("::tap_host::mutant::is(7)", "S"))
+        .collect()
+}
+
+#[test]
+fn each_kind_of_slip_is_found() {
+    let one = |body: &str, operator: &str| {
+        let all = made(&format!("async fn f(&self) {{ {body} }}"), operator);
+        let inner = |t: &String| t["async fn f(&self) { ".len()..t.len() - 2].to_string();
+        all.iter().map(inner).collect::<Vec<_>>()
+    };
+    assert_eq!(one("a.b().await;", "await lost"), ["if !S { a.b().await; }"]);
+    assert_eq!(one("x.wake();", "wake lost"), ["if !S { x.wake(); }"]);
+    assert_eq!(one("x = 1;", "assignment lost"), ["if !S { x = 1; }"]);
+    assert_eq!(one("a(); b();", "order turned round"), ["if S { b(); a(); } else { a(); b(); }"]);
+    assert_eq!(one("a(); b();", "early return"), ["a(); if S { return; } b();"]);
+    assert_eq!(one("let _g = a();", "guard lost"), ["let _g = (if S { None } else { Some(a()) });"]);
+    assert_eq!(one("a()?;", "error ignored"), ["if S { let _ = a(); } else { a()?; }"]);
+    assert_eq!(one("if a < 1 {}", "bound off by one"), ["if (if S { a <= 1 } else { a < 1 }) {}"]);
+    assert_eq!(one("if let A = a {}", "condition false"), ["if !S && let A = a {}"]);
+    assert_eq!(one("g(a + 1);", "bound off by one"), ["g((if S { a } else { a + 1 }));"]);
+    assert_eq!(one("g(a.min(b));", "bound lost"), ["g((if S { a } else { a.min(b) }));"]);
+    assert_eq!(
+        one("match a { A => b(), B => {} }", "arm lost"),
+        ["match a { A => { if !S { b() } }, B => {} }"]
+    );
+    assert_eq!(
+        one("a().await; let x = c.get();", "stale copy"),
+        ["let stale_39 = if S { Some(c.get()) } else { None }; a().await; \
+         let x = match stale_39 { Some(value) => value, None => c.get() };"]
+    );
+}
+
+#[test]
+fn what_speaks_to_people_or_tests_is_left_alone() {
+    let source = "fn f(h: H) { h.log(E); if h.bug(Bug::X) { h.mark(M); } }
+        impl Display for A { fn fmt(&self) { if a { b(); } } }
+        const A: u32 = 1 + 1;
+        #[cfg(test)] mod tests { fn f() { a(); } }
+        #[test] fn g() { a(); }";
+    let all: Vec<_> = slips(source).unwrap().into_iter().map(|s| (s.operator, s.was)).collect();
+    // That an action is reached at all is asked.
+    assert!(all.iter().all(|(operator, _)| *operator == "early return"), "{all:?}");
+    assert!(slips("fn f( {").is_err());
+}
+
+#[test]
+fn places_are_bytes_also_behind_other_letters() {
+    let source = "//! ──►\nfn f() { a.wake(); }";
+    assert_eq!(made(source, "wake lost"), ["//! ──►\nfn f() { if !S { a.wake(); } }"]);
+}
