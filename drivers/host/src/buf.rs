@@ -4,7 +4,7 @@
 //! requests and never deadlocks old ones. Buffers of one size are reused without being cleared; [`BufPool::alloc`]
 //! callers overwrite what they read from, or ask for [`BufPool::alloc_zeroed`].
 
-use crate::Errno;
+use crate::{Errno, Share, Stage};
 use smallvec::SmallVec;
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -19,22 +19,31 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 pub const PAGE_BYTES: usize = 4096;
 
 /// Largest single buffer; a guest request of 256 indirect segments is 1 MiB.
-const MAX_BUF_BYTES: usize = 4 << 20;
+pub(crate) const MAX_BUF_BYTES: usize = 4 << 20;
 /// Size classes are powers of two of pages: 4 KiB .. 4 MiB.
 const CLASSES: usize = 11;
 
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(4096))]
-struct Page([u8; PAGE_BYTES]);
+pub(crate) struct Page([u8; PAGE_BYTES]);
 
 /// A list of buffers that one vectored operation moves; one buffer needs no heap.
 pub type IoVec = SmallVec<[IoBuf; 1]>;
 
 /// An owned buffer, aligned to 4096 bytes at its start; dereferences to its bytes. Returns to its pool when dropped.
 pub struct IoBuf {
-    pages: Box<[Page]>,
+    pages: Pages,
     len: usize,
     home: Option<Rc<PoolInner>>,
+    share: Option<Share>,
+}
+
+/// The memory of a buffer: a power of two of pages, where it is of a pool or a budget.
+pub(crate) type Pages = Box<[Page]>;
+
+/// What a buffer of `len_bytes` takes of a pool or of a [`Budget`](crate::Budget), in bytes: whole size classes.
+pub fn cost_of(len_bytes: usize) -> usize {
+    PAGE_BYTES << class_of(len_bytes)
 }
 
 impl IoBuf {
@@ -46,7 +55,7 @@ impl IoBuf {
         if len_bytes > MAX_BUF_BYTES {
             return Err(Errno::EINVAL);
         }
-        Ok(Self { pages: new_pages(len_bytes.div_ceil(PAGE_BYTES)), len: len_bytes, home: None })
+        Ok(Self { pages: new_pages(len_bytes.div_ceil(PAGE_BYTES)), len: len_bytes, home: None, share: None })
     }
 
     /// A buffer outside any pool that holds a copy of `bytes` (at most 4 MiB, as for [`IoBuf::unpooled`]).
@@ -57,6 +66,11 @@ impl IoBuf {
         let mut buf = Self::unpooled(bytes.len())?;
         buf.copy_from_slice(bytes);
         Ok(buf)
+    }
+
+    /// `pages` as a buffer that gives `share` back when it is dropped.
+    pub(crate) fn with_share(pages: Pages, len_bytes: usize, share: Share) -> Self {
+        Self { pages, len: len_bytes, home: None, share: Some(share) }
     }
 
     /// Shortens the buffer to `len_bytes`; longer values leave it as it is.
@@ -86,8 +100,13 @@ impl fmt::Debug for IoBuf {
 
 impl Drop for IoBuf {
     fn drop(&mut self) {
+        let mut pages = std::mem::take(&mut self.pages);
+        let count = pages.len();
+        if let Some(share) = self.share.take() {
+            share.end_with(std::mem::take(&mut pages));
+        }
         if let Some(home) = self.home.take() {
-            home.give_back(std::mem::take(&mut self.pages));
+            home.give_back(count, pages);
         }
     }
 }
@@ -138,21 +157,61 @@ pub fn copy_to_slice(bufs: &[IoBuf], mut at: usize, mut dst: &mut [u8]) {
     assert!(dst.is_empty(), "copy of {} bytes past the end of the buffers", dst.len());
 }
 
+/// Memory that waits to be used again, by size class.
+#[derive(Default)]
+pub(crate) struct Kept {
+    free: [Vec<Pages>; CLASSES],
+    pages: usize,
+}
+
+impl Kept {
+    pub(crate) fn bytes(&self) -> usize {
+        self.pages * PAGE_BYTES
+    }
+
+    /// Memory of `bytes`, a size class: of a buffer before, or new.
+    pub(crate) fn take(&mut self, bytes: usize) -> Pages {
+        let reused = self.free.get_mut(class_of(bytes)).and_then(Vec::pop);
+        self.pages -= reused.as_ref().map_or(0, |pages| pages.len());
+        reused.unwrap_or_else(|| new_pages(bytes / PAGE_BYTES))
+    }
+
+    /// Keeps `pages` if what is kept stays within both `room_bytes` and `most_bytes`.
+    pub(crate) fn put(&mut self, pages: Pages, room_bytes: usize, most_bytes: usize) {
+        if (self.pages + pages.len()) * PAGE_BYTES <= room_bytes.min(most_bytes) {
+            self.pages += pages.len();
+            self.free[pages.len().trailing_zeros() as usize].push(pages);
+        }
+    }
+
+    /// Frees memory until at most `room_bytes` are kept, the largest pieces first.
+    pub(crate) fn shed(&mut self, room_bytes: usize) {
+        for free in self.free.iter_mut().rev() {
+            while self.pages * PAGE_BYTES > room_bytes
+                && let Some(pages) = free.pop()
+            {
+                self.pages -= pages.len();
+            }
+        }
+    }
+}
+
 /// A bounded source of [`IoBuf`]s; clones share the bound.
 #[derive(Clone)]
 pub struct BufPool(Rc<PoolInner>);
 
 struct PoolInner {
     limit_pages: usize,
+    /// Where the memory comes from, if it is of a budget.
+    stage: Option<Stage>,
     state: RefCell<PoolState>,
 }
 
 #[derive(Default)]
 struct PoolState {
     used_pages: usize,
-    free: [Vec<Box<[Page]>>; CLASSES],
-    /// Pages in `free`. With those handed out they stay within the limit.
-    free_pages: usize,
+    /// With what is handed out it stays within the limit.
+    kept: Kept,
     /// First come, first served: a large request is not starved by small ones behind it.
     waiting: VecDeque<(u64, Waker)>,
     next_ticket: u64,
@@ -161,8 +220,18 @@ struct PoolState {
 impl BufPool {
     /// A pool that never has more than `limit_bytes` (rounded down to pages, at least one page) handed out.
     pub fn new(limit_bytes: usize) -> Self {
+        Self::with(limit_bytes, None)
+    }
+
+    /// As [`BufPool::new`], with memory that is taken of `stage`. What [`Stage::take`] asks of those who wait holds for
+    /// [`BufPool::alloc`] as well: no buffer above the stage's guarantee, and who holds one asks for no other here.
+    pub fn of_stage(limit_bytes: usize, stage: Stage) -> Self {
+        Self::with(limit_bytes, Some(stage))
+    }
+
+    fn with(limit_bytes: usize, stage: Option<Stage>) -> Self {
         let limit_pages = (limit_bytes / PAGE_BYTES).max(1);
-        Self(Rc::new(PoolInner { limit_pages, state: RefCell::default() }))
+        Self(Rc::new(PoolInner { limit_pages, stage, state: RefCell::default() }))
     }
 
     /// Bytes handed out now, counted in whole size classes.
@@ -179,13 +248,19 @@ impl BufPool {
         if len_bytes > MAX_BUF_BYTES {
             return Err(Errno::EINVAL);
         }
-        if self.0.state.borrow().waiting.is_empty()
-            && let Some(buf) = self.0.try_take(len_bytes, &self.0)
-        {
-            return Ok(buf);
-        }
-        let mut turn = Turn { pool: &self.0, ticket: None };
-        poll_fn(|cx| turn.poll(len_bytes, cx.waker())).await
+        let pages = 1 << class_of(len_bytes);
+        let place = if self.0.state.borrow().waiting.is_empty() { self.0.try_place(pages) } else { None };
+        let place = match place {
+            Some(place) => place,
+            None => {
+                let mut turn = Turn { pool: &self.0, ticket: None };
+                poll_fn(|cx| turn.poll(pages, cx.waker())).await
+            }
+        };
+        let Some(stage) = &self.0.stage else { return Ok(place.buffer(len_bytes)) };
+        let mut buf = stage.buffer(len_bytes).await?;
+        buf.home = Some(place.taken());
+        Ok(buf)
     }
 
     /// As [`BufPool::alloc`], with zeros in it.
@@ -199,46 +274,58 @@ impl BufPool {
     }
 }
 
+/// Room in a pool that is taken, before there is a buffer.
+struct Place {
+    home: Option<Rc<PoolInner>>,
+    pages: usize,
+}
+
+impl Place {
+    fn buffer(self, len: usize) -> IoBuf {
+        let pages = self.pages;
+        let home = self.taken();
+        let mut state = home.state.borrow_mut();
+        let pages = state.kept.take(pages * PAGE_BYTES);
+        let room = home.limit_pages.saturating_sub(state.used_pages).saturating_mul(PAGE_BYTES);
+        state.kept.shed(room);
+        drop(state);
+        IoBuf { pages, len, home: Some(home), share: None }
+    }
+
+    /// The pool, which the one who asks has to tell when the room is free again.
+    fn taken(mut self) -> Rc<PoolInner> {
+        self.home.take().expect("a place is taken once")
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Some(home) = self.home.take() {
+            home.give_back(self.pages, Pages::default());
+        }
+    }
+}
+
 impl PoolInner {
-    fn try_take(&self, len: usize, home: &Rc<PoolInner>) -> Option<IoBuf> {
-        let class = class_of(len);
-        let pages = 1 << class;
+    fn try_place(self: &Rc<Self>, pages: usize) -> Option<Place> {
         let mut state = self.state.borrow_mut();
         if state.used_pages > 0 && state.used_pages + pages > self.limit_pages {
             return None;
         }
         state.used_pages += pages;
-        let reused = state.free[class].pop();
-        match reused {
-            Some(_) => state.free_pages -= pages,
-            None => state.shed(self.limit_pages),
-        }
-        drop(state);
-        Some(IoBuf { pages: reused.unwrap_or_else(|| new_pages(pages)), len, home: Some(Rc::clone(home)) })
+        Some(Place { home: Some(Rc::clone(self)), pages })
     }
 
-    fn give_back(&self, pages: Box<[Page]>) {
+    /// `count` pages less are handed out; `pages`, if any, may be used again.
+    fn give_back(&self, count: usize, pages: Pages) {
         let mut state = self.state.borrow_mut();
-        state.used_pages -= pages.len();
-        if state.used_pages + state.free_pages + pages.len() <= self.limit_pages {
-            state.free_pages += pages.len();
-            state.free[pages.len().trailing_zeros() as usize].push(pages);
+        state.used_pages -= count;
+        if !pages.is_empty() {
+            let room = self.limit_pages.saturating_sub(state.used_pages).saturating_mul(PAGE_BYTES);
+            state.kept.put(pages, room, room);
         }
         if let Some((_, waker)) = state.waiting.front() {
             waker.wake_by_ref();
-        }
-    }
-}
-
-impl PoolState {
-    /// Frees memory that is kept for reuse until all of it is within the limit, the largest pieces first.
-    fn shed(&mut self, limit_pages: usize) {
-        for free in self.free.iter_mut().rev() {
-            while self.used_pages + self.free_pages > limit_pages
-                && let Some(pages) = free.pop()
-            {
-                self.free_pages -= pages.len();
-            }
         }
     }
 }
@@ -253,7 +340,7 @@ struct Turn<'a> {
 }
 
 impl Turn<'_> {
-    fn poll(&mut self, len: usize, waker: &Waker) -> Poll<Result<IoBuf, Errno>> {
+    fn poll(&mut self, pages: usize, waker: &Waker) -> Poll<Place> {
         let ticket = match self.ticket {
             Some(ticket) => ticket,
             None => {
@@ -266,8 +353,8 @@ impl Turn<'_> {
             }
         };
         let first = self.pool.state.borrow().waiting.front().is_some_and(|w| w.0 == ticket);
-        if first && let Some(buf) = self.pool.try_take(len, self.pool) {
-            return Poll::Ready(Ok(buf));
+        if first && let Some(place) = self.pool.try_place(pages) {
+            return Poll::Ready(place);
         }
         let mut state = self.pool.state.borrow_mut();
         if let Some(entry) = state.waiting.iter_mut().find(|w| w.0 == ticket) {
@@ -343,16 +430,18 @@ mod tests {
     #[test]
     fn what_is_kept_for_reuse_is_within_the_limit_too() {
         let pool = BufPool::new(4 * PAGE_BYTES);
-        let take = |len| pool.0.try_take(len, &pool.0).unwrap();
+        let take = |len| pool.0.try_place(1 << class_of(len)).unwrap().buffer(len);
+        let kept = || pool.0.state.borrow().kept.pages;
         let all = [take(1), take(1), take(1), take(1)];
         drop(all);
-        assert_eq!(pool.0.state.borrow().free_pages, 4);
+        assert_eq!(kept(), 4);
         let large = take(3 * PAGE_BYTES);
-        assert_eq!(pool.0.state.borrow().free_pages, 0, "room for the large one was made");
+        assert!(kept() + pool.used_bytes() / PAGE_BYTES <= 4, "room for the large one was made");
+        assert_eq!(kept(), 0);
         drop(large);
         let small = take(1);
-        assert_eq!(pool.0.state.borrow().free_pages, 0);
+        assert_eq!(kept(), 0, "the large one is too much beside a small one");
         drop(small);
-        assert_eq!((pool.used_bytes(), pool.0.state.borrow().free_pages), (0, 1));
+        assert_eq!((pool.used_bytes(), kept()), (0, 1));
     }
 }

@@ -33,6 +33,7 @@
 //!
 //! `tap-conformance` has the tests that both columns pass.
 
+mod budget;
 mod buf;
 mod bug;
 mod errno;
@@ -42,7 +43,8 @@ mod sockets;
 mod types;
 mod xen;
 
-pub use buf::{BufPool, IoBuf, IoVec, PAGE_BYTES, bytes_of, copy_from_slice, copy_to_slice};
+pub use budget::{Budget, BudgetFigures, Share, Stage};
+pub use buf::{BufPool, IoBuf, IoVec, PAGE_BYTES, bytes_of, copy_from_slice, copy_to_slice, cost_of};
 pub use bug::{Bug, Mark, Probe};
 pub use errno::Errno;
 pub use event::{Event, IoKind};

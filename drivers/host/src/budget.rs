@@ -1,0 +1,376 @@
+//! One bound on the memory of a process.
+//!
+//! ```text
+//!   Budget (bytes)
+//!     ├─ stage "requests"   guarantee 32 MiB ──take──► Share ──► buffers of one request
+//!     ├─ stage "parts"      guarantee 0.5 MiB ─take──► Share          │ holds its share and asks
+//!     └─ stage "bounces"    guarantee 0.3 MiB ─take──► Share ◄────────┘ stages further down only
+//!
+//!   in use = for every stage the larger of what it has and what it was guaranteed, and what is kept for reuse
+//! ```
+//!
+//! # Contract
+//!
+//! * What is in use never exceeds the limit. A guarantee counts from the moment the stage is made until it is dropped,
+//!   so that a stage can always give its guarantee out. [`Budget::stage`] refuses what no longer fits.
+//! * **Nobody waits for ever**, as long as who holds a share asks for more at a later stage only, never at its own and
+//!   never at an earlier one. So one piece of work takes all that it needs of one stage at once, and divides it with
+//!   [`Share::split`] and [`Share::buffer`]. Takes that wait are at most the guarantee; [`Stage::try_take`] takes more
+//!   when there is room and refuses otherwise.
+//! * First come, first served within a stage. A dropped future gives its place up.
+//! * What outlives requests (caches) is taken with [`Stage::try_keep`], which leaves a quarter of the limit to the rest.
+
+use crate::Errno;
+use crate::buf::{IoBuf, Kept, MAX_BUF_BYTES, Pages, cost_of};
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
+use std::future::poll_fn;
+use std::rc::Rc;
+use std::task::{Poll, Waker};
+
+/// What is kept for reuse is at most this part of the limit.
+const KEPT_PART: usize = 8;
+
+/// Bytes that all memory of variable size of one process stays within; clones share it.
+#[derive(Clone)]
+pub struct Budget(Rc<Shared>);
+
+/// How much of a [`Budget`] is in use, in bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct BudgetFigures {
+    /// In use now, guarantees and what is kept for reuse included.
+    pub used_bytes: usize,
+    /// The most that was in use at one time.
+    pub peak_bytes: usize,
+    /// The limit.
+    pub limit_bytes: usize,
+}
+
+struct Shared {
+    limit: usize,
+    /// Sum over the stages of the larger of what each has and its guarantee.
+    held: Cell<usize>,
+    peak: Cell<usize>,
+    kept: RefCell<Kept>,
+    stages: RefCell<Stages>,
+}
+
+#[derive(Default)]
+struct Stages {
+    /// By number, the lines of those that somebody waits at.
+    waiting: BTreeMap<u64, VecDeque<Waiter>>,
+    next_stage: u64,
+    next_ticket: u64,
+}
+
+struct Waiter {
+    ticket: u64,
+    stage: Stage,
+    bytes: usize,
+    waker: Waker,
+}
+
+/// Those who need memory at the same point of a request's way; clones share it.
+#[derive(Clone)]
+pub struct Stage(Rc<StageInner>);
+
+struct StageInner {
+    budget: Budget,
+    number: u64,
+    guarantee: usize,
+    used: Cell<usize>,
+}
+
+/// Bytes of a [`Budget`]; given back when dropped.
+pub struct Share {
+    stage: Stage,
+    bytes: usize,
+}
+
+impl Budget {
+    /// What a process has where nothing else is said: 256 MiB.
+    pub const DEFAULT_BYTES: usize = 256 << 20;
+
+    /// A budget of `limit_bytes`.
+    pub fn new(limit_bytes: usize) -> Self {
+        Self(Rc::new(Shared {
+            limit: limit_bytes,
+            held: Cell::new(0),
+            peak: Cell::new(0),
+            kept: RefCell::default(),
+            stages: RefCell::default(),
+        }))
+    }
+
+    /// How much is in use.
+    pub fn figures(&self) -> BudgetFigures {
+        BudgetFigures {
+            used_bytes: self.0.held.get() + self.0.kept.borrow().bytes(),
+            peak_bytes: self.0.peak.get(),
+            limit_bytes: self.0.limit,
+        }
+    }
+
+    /// A stage that can always give out `guarantee_bytes`.
+    ///
+    /// # Errors
+    /// `ENOMEM` where the guarantee does not fit into what is left.
+    pub fn stage(&self, guarantee_bytes: usize) -> Result<Stage, Errno> {
+        self.grow(guarantee_bytes, self.0.limit).ok_or(Errno::ENOMEM)?;
+        let mut stages = self.0.stages.borrow_mut();
+        let number = stages.next_stage;
+        stages.next_stage += 1;
+        Ok(Stage(Rc::new(StageInner {
+            budget: self.clone(),
+            number,
+            guarantee: guarantee_bytes,
+            used: Cell::new(0),
+        })))
+    }
+
+    /// Holds `bytes` more if that stays within `limit`; what is kept for reuse makes room.
+    fn grow(&self, bytes: usize, limit: usize) -> Option<()> {
+        let held = self.0.held.get().checked_add(bytes).filter(|held| *held <= limit)?;
+        self.0.kept.borrow_mut().shed(self.0.limit - held);
+        self.0.held.set(held);
+        self.note_peak();
+        Some(())
+    }
+
+    fn note_peak(&self) {
+        let used = self.0.held.get() + self.0.kept.borrow().bytes();
+        assert!(used <= self.0.limit, "{used} bytes of a memory budget of {} are in use", self.0.limit);
+        self.0.peak.set(self.0.peak.get().max(used));
+    }
+
+    /// Wakes those first in their lines for whom there is room, at stage `only` or at all.
+    fn wake(&self, only: Option<u64>) {
+        let stages = self.0.stages.borrow();
+        if stages.waiting.is_empty() {
+            return;
+        }
+        let lines = stages.waiting.iter().filter(|(number, _)| only.is_none_or(|only| only == **number));
+        let can_go_on = |waiter: &&Waiter| waiter.stage.has_room(waiter.bytes, self.0.limit);
+        let first = lines.filter_map(|(_, line)| line.front().filter(can_go_on));
+        let wakers: Vec<Waker> = first.map(|waiter| waiter.waker.clone()).collect();
+        drop(stages);
+        wakers.into_iter().for_each(Waker::wake);
+    }
+}
+
+impl Default for Budget {
+    fn default() -> Self {
+        Self::new(Self::DEFAULT_BYTES)
+    }
+}
+
+impl fmt::Debug for Budget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let figures = self.figures();
+        write!(f, "Budget({} of {} bytes)", figures.used_bytes, figures.limit_bytes)
+    }
+}
+
+impl Stage {
+    /// Bytes that it can always give out.
+    pub fn guarantee_bytes(&self) -> usize {
+        self.0.guarantee
+    }
+
+    /// Bytes of its shares.
+    pub fn used_bytes(&self) -> usize {
+        self.0.used.get()
+    }
+
+    /// Whether somebody waits in [`Stage::take`].
+    pub fn is_waited_for(&self) -> bool {
+        self.0.budget.0.stages.borrow().waiting.contains_key(&self.0.number)
+    }
+
+    /// `bytes`, if there is room for them and nobody waits.
+    pub fn try_take(&self, bytes: usize) -> Option<Share> {
+        if self.is_waited_for() { None } else { self.claim(bytes, self.0.budget.0.limit) }
+    }
+
+    /// As [`Stage::try_take`], for what is kept when its request has ended: within the guarantee, or within three
+    /// quarters of the limit.
+    pub fn try_keep(&self, bytes: usize) -> Option<Share> {
+        let limit = self.0.budget.0.limit;
+        if self.is_waited_for() { None } else { self.claim(bytes, limit - limit / 4) }
+    }
+
+    /// `bytes` as soon as there is room for them, in turn.
+    ///
+    /// # Errors
+    /// `EINVAL` above the guarantee: that could wait for ever.
+    pub async fn take(&self, bytes: usize) -> Result<Share, Errno> {
+        if bytes > self.0.guarantee {
+            return Err(Errno::EINVAL);
+        }
+        if let Some(share) = self.try_take(bytes) {
+            return Ok(share);
+        }
+        let mut turn = Turn { stage: self, ticket: None };
+        Ok(poll_fn(|cx| turn.poll(bytes, cx.waker())).await)
+    }
+
+    /// A buffer of `len_bytes` of unspecified content with a share of its own, as [`Stage::take`].
+    ///
+    /// # Errors
+    /// `EINVAL` above 4 MiB or the guarantee.
+    pub async fn buffer(&self, len_bytes: usize) -> Result<IoBuf, Errno> {
+        self.take(cost_of(len_bytes)).await?.buffer(len_bytes)
+    }
+
+    /// By how much the budget would hold more with `bytes` more here.
+    fn more(&self, bytes: usize) -> Option<usize> {
+        let (used, guarantee) = (self.0.used.get(), self.0.guarantee);
+        Some(used.checked_add(bytes)?.max(guarantee) - used.max(guarantee))
+    }
+
+    fn has_room(&self, bytes: usize, limit: usize) -> bool {
+        let held = self.0.budget.0.held.get();
+        self.more(bytes).is_some_and(|more| more == 0 || held.checked_add(more).is_some_and(|h| h <= limit))
+    }
+
+    fn claim(&self, bytes: usize, limit: usize) -> Option<Share> {
+        let more = self.more(bytes)?;
+        if more > 0 {
+            self.0.budget.grow(more, limit)?;
+        }
+        self.0.used.set(self.0.used.get() + bytes);
+        Some(Share { stage: self.clone(), bytes })
+    }
+
+    fn give_back(&self, bytes: usize) {
+        let (used, guarantee) = (self.0.used.get(), self.0.guarantee);
+        let after = used - bytes;
+        let less = used.max(guarantee) - after.max(guarantee);
+        self.0.used.set(after);
+        let budget = &self.0.budget.0;
+        budget.held.set(budget.held.get() - less);
+        self.0.budget.wake(if less > 0 { None } else { Some(self.0.number) });
+    }
+}
+
+impl Drop for StageInner {
+    fn drop(&mut self) {
+        let budget = &self.budget.0;
+        budget.held.set(budget.held.get() - self.guarantee);
+        self.budget.wake(None);
+    }
+}
+
+impl Share {
+    /// Bytes in it.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// The stage that it is of.
+    pub fn stage(&self) -> &Stage {
+        &self.stage
+    }
+
+    /// `bytes` of it as a share of their own.
+    ///
+    /// # Errors
+    /// `ENOMEM` where it has fewer.
+    pub fn split(&mut self, bytes: usize) -> Result<Share, Errno> {
+        self.bytes = self.bytes.checked_sub(bytes).ok_or(Errno::ENOMEM)?;
+        Ok(Share { stage: self.stage.clone(), bytes })
+    }
+
+    /// Adds `other`, which must be of the same stage.
+    pub fn join(&mut self, mut other: Share) {
+        assert!(Rc::ptr_eq(&self.stage.0, &other.stage.0), "shares of different stages");
+        self.bytes += std::mem::take(&mut other.bytes);
+    }
+
+    /// A buffer of `len_bytes` of unspecified content out of it; costs [`cost_of`] bytes.
+    ///
+    /// # Errors
+    /// `EINVAL` above 4 MiB, `ENOMEM` where the share has too little.
+    pub fn buffer(&mut self, len_bytes: usize) -> Result<IoBuf, Errno> {
+        if len_bytes > MAX_BUF_BYTES {
+            return Err(Errno::EINVAL);
+        }
+        let share = self.split(cost_of(len_bytes))?;
+        let pages = share.stage.0.budget.0.kept.borrow_mut().take(share.bytes);
+        Ok(IoBuf::with_share(pages, len_bytes, share))
+    }
+
+    /// Keeps `pages` for the next buffer of that size where there is room, and gives the bytes back.
+    pub(crate) fn end_with(self, pages: Pages) {
+        let budget = self.stage.0.budget.clone();
+        drop(self);
+        let (held, limit) = (budget.0.held.get(), budget.0.limit);
+        budget.0.kept.borrow_mut().put(pages, limit - held, limit / KEPT_PART);
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        if self.bytes > 0 {
+            self.stage.give_back(self.bytes);
+        }
+    }
+}
+
+impl fmt::Debug for Share {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Share({} bytes)", self.bytes)
+    }
+}
+
+struct Turn<'a> {
+    stage: &'a Stage,
+    ticket: Option<u64>,
+}
+
+impl Turn<'_> {
+    fn poll(&mut self, bytes: usize, waker: &Waker) -> Poll<Share> {
+        let inner = &self.stage.0;
+        let mut stages = inner.budget.0.stages.borrow_mut();
+        let ticket = *self.ticket.get_or_insert_with(|| {
+            stages.next_ticket += 1;
+            stages.next_ticket
+        });
+        let line = stages.waiting.entry(inner.number).or_default();
+        match line.iter_mut().find(|w| w.ticket == ticket) {
+            Some(waiter) => waiter.waker.clone_from(waker),
+            None => {
+                line.push_back(Waiter { ticket, stage: self.stage.clone(), bytes, waker: waker.clone() });
+            }
+        }
+        let is_first = line.front().is_some_and(|w| w.ticket == ticket);
+        drop(stages);
+        if is_first && let Some(share) = self.stage.claim(bytes, inner.budget.0.limit) {
+            return Poll::Ready(share);
+        }
+        Poll::Pending
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        let Some(ticket) = self.ticket else { return };
+        let inner = &self.stage.0;
+        let mut stages = inner.budget.0.stages.borrow_mut();
+        let mut left = None;
+        if let Some(line) = stages.waiting.get_mut(&inner.number) {
+            left = line.iter().position(|w| w.ticket == ticket).and_then(|at| line.remove(at));
+            if line.is_empty() {
+                stages.waiting.remove(&inner.number);
+            }
+        }
+        drop(stages);
+        drop(left);
+        // There may be room for the next as well, or the turn was given to this one and not used.
+        inner.budget.wake(Some(inner.number));
+    }
+}
+
+#[cfg(test)]
+mod tests;
