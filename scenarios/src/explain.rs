@@ -1,6 +1,8 @@
 //! The story of a failure: each decision that is left, in words, and what then happened.
 
-use crate::guest::{KEYS, NBD_TRICK, TRICK, describe_keys, describe_nbd_trick, describe_trick};
+use crate::guest::{
+    KEYS, NBD_LIE, NBD_TRICK, TRICK, describe_keys, describe_nbd_lie, describe_nbd_trick, describe_trick,
+};
 use crate::run::{Outcome, RunSpec};
 use crate::workload::{OP, Op};
 use crate::world::SETTING;
@@ -30,6 +32,8 @@ pub fn decision(key: &Key, d: &Decision) -> String {
         format!("trick {}: {}", key.attempt, describe_trick(d.value))
     } else if is(&NBD_TRICK) {
         format!("message {}: {}", key.attempt, describe_nbd_trick(d.value))
+    } else if is(&NBD_LIE) {
+        format!("answer {} is wrong: {}", key.attempt, describe_nbd_lie(d.value))
     } else if is(&KEYS) {
         describe_keys(d.value).into()
     } else {

@@ -18,8 +18,11 @@ pub(crate) struct Outbox {
 }
 
 impl Outbox {
-    /// Puts one message in.
+    /// Puts one message in; drops it where the outbox is closed.
     pub(crate) fn put(&self, message: impl FnOnce(&mut SendList)) {
+        if self.closed.get() {
+            return;
+        }
         message(&mut self.list.borrow_mut());
         self.messages.set(self.messages.get() + 1);
         self.wake();
@@ -29,6 +32,13 @@ impl Outbox {
     pub(crate) fn close(&self) {
         self.closed.set(true);
         self.wake();
+    }
+
+    /// Drops what is not sent, and its buffers with it, and lets the writer end.
+    pub(crate) fn discard(&self) {
+        drop(self.list.take());
+        self.messages.set(0);
+        self.close();
     }
 
     fn wake(&self) {

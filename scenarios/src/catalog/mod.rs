@@ -35,6 +35,7 @@ pub static ALL: &[&Scenario] = &[
     &nbd::NBD_SERVER_RESTARTS,
     &nbd::NBD_SERVER_POWER_CUT,
     &nbd::NBD_HOSTILE_CLIENT,
+    &nbd::NBD_HOSTILE_SERVER,
 ];
 
 /// The labels of scenarios.
@@ -49,6 +50,8 @@ pub static LABELS: &[&Label] = &[
     &guest::TRICK,
     &guest::KEYS,
     &guest::NBD_TRICK,
+    &guest::NBD_SHAPE,
+    &guest::NBD_LIE,
     &nbd::CLIENT_DIES,
     &damage::DAMAGE,
 ];

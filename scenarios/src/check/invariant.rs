@@ -41,6 +41,8 @@ pub enum Invariant {
     H2,
     /// Connections that break.
     N1,
+    /// What an NBD server says of its disk.
+    N2,
     /// The shipped check agrees with the walker.
     V1,
     /// No panic.
@@ -49,7 +51,7 @@ pub enum Invariant {
 
 impl Invariant {
     /// All of them.
-    pub const ALL: [Invariant; 21] = [
+    pub const ALL: [Invariant; 22] = [
         Self::G1,
         Self::G7,
         Self::G9,
@@ -69,6 +71,7 @@ impl Invariant {
         Self::H1,
         Self::H2,
         Self::N1,
+        Self::N2,
         Self::V1,
         Self::A1,
     ];
@@ -99,6 +102,7 @@ impl Invariant {
             Self::H1 => "malformed requests are refused, and the ring is closed where it cannot be trusted",
             Self::H2 => "a guest that misbehaves does not disturb another",
             Self::N1 => "an NBD connection breaks only where one of its ends dies or misbehaves",
+            Self::N2 => "every answer of an NBD server keeps to the protocol and is true of its disk",
             Self::V1 => "the shipped check and the independent walker agree on every image",
             Self::A1 => "no input makes the stack panic",
         }

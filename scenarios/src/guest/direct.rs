@@ -5,6 +5,9 @@ use std::rc::Rc;
 use tap_core::{Node, Request, ZeroFlags};
 use tap_host::{BufPool, Errno, IoVec, SectorRange};
 
+/// What is in a buffer before it is read into.
+const POISON: u8 = 0xa5;
+
 /// A disk that is a node of the same process.
 #[derive(Clone)]
 pub struct DirectDisk {
@@ -32,7 +35,10 @@ impl DirectDisk {
 impl GuestDisk for DirectDisk {
     async fn read<R>(&self, range: SectorRange, look: impl FnOnce(&[u8]) -> R) -> Result<R, Errno> {
         let mut bufs = IoVec::new();
-        bufs.push(self.pool.alloc(range.len_bytes() as usize).await?);
+        let mut buf = self.pool.alloc(range.len_bytes() as usize).await?;
+        // What is left out of an answer must not look like what was there before.
+        buf.fill(POISON);
+        bufs.push(buf);
         let response = self.node.submit(Request::read(range, bufs)).await;
         response.result.map(|()| look(&response.bufs[0]))
     }

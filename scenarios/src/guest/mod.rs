@@ -2,11 +2,13 @@
 
 mod direct;
 mod hostile;
+mod lying;
 mod nbd;
 mod ring;
 
 pub use direct::DirectDisk;
 pub use hostile::{HONEST_SECTORS, Hostile, KEYS, TRICK, describe_keys, describe_trick};
+pub use lying::{LyingServer, NBD_LIE, NBD_SHAPE, describe_nbd_lie};
 pub use nbd::{NBD_TRICK, NbdScript, RawNbd, Spread, describe_nbd_trick};
 pub use ring::RingDisk;
 
@@ -17,7 +19,7 @@ use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
 use std::rc::Rc;
 use std::task::{Poll, Waker};
-use tap_core::ZeroFlags;
+use tap_core::{Node, ZeroFlags};
 use tap_host::{Errno, IoKind, SECTOR_BYTES, SectorRange};
 
 /// A disk as a guest sees it, whatever lies between.
@@ -253,6 +255,36 @@ impl<D: GuestDisk> Guest<D> {
         result
     }
 
+    /// Asks `node`, the disk, what `range` is like. What it calls zeros is looked at as a read of zeros.
+    ///
+    /// # Errors
+    /// As the node's.
+    pub async fn extents(&self, node: &dyn Node, range: SectorRange) -> Result<(), Errno> {
+        let inv = self.history.borrow_mut().begin_read();
+        let found = node.extents(range, 4096).await;
+        self.remark(|| format!("extents of {range}: {:?}", found.as_ref().map(Vec::len)));
+        let mut history = self.history.borrow_mut();
+        history.end_read(inv);
+        let (mut at, end) = (range.start.0, range.start.0 + u64::from(range.count));
+        for extent in found? {
+            if extent.count == 0 || extent.count > end - at {
+                let text = format!("extents of {range}: {} sectors from {at} on", extent.count);
+                self.world.fail(Invariant::N2, text);
+                return Ok(());
+            }
+            let part = SectorRange::new(at, extent.count as u32);
+            let zeros = vec![0; if extent.zero { part.len_bytes() as usize } else { 0 }];
+            if let Some(Err(wrong)) = extent.zero.then(|| history.check_read(inv, part, &zeros)) {
+                self.world.fail(Invariant::N2, format!("{part} is called zeros: {wrong}"));
+            }
+            at += extent.count;
+        }
+        if at == range.start.0 {
+            self.world.fail(Invariant::N2, format!("no extents of {range}"));
+        }
+        Ok(())
+    }
+
     /// Reads the whole disk in large pieces.
     pub async fn read_all(&self) -> Result<(), Errno> {
         let size = self.history.borrow().size_sectors();
@@ -317,7 +349,7 @@ mod tests {
     use super::*;
     use crate::check::Initial;
     use crate::world::broken_by;
-    use tap_core::{LocalBoxFuture, Node, NodeInfo, Request, Response};
+    use tap_core::{LocalBoxFuture, NodeInfo, Request, Response};
 
     /// Answers everything with one result, and reads with zeros.
     struct Answers(Result<(), Errno>);

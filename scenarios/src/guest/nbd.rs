@@ -89,6 +89,19 @@ impl<S: Stream> RawNbd<S> {
         Ok(())
     }
 
+    /// The next `count` bytes; `None` if the stream ends before.
+    pub async fn take(&self, count: usize) -> Option<Vec<u8>> {
+        let mut all = Vec::with_capacity(count);
+        while all.len() < count {
+            let buf = IoBuf::unpooled((count - all.len()).min(64 << 10)).ok()?;
+            match self.0.recv(buf, 0).await {
+                (Ok(n), buf) if n > 0 => all.extend_from_slice(&buf[..n]),
+                _ => return None,
+            }
+        }
+        Some(all)
+    }
+
     /// Receives whatever comes until the end; how many bytes that were.
     pub async fn drain(&self) -> u64 {
         let mut count = 0;

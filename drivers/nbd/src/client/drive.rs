@@ -61,7 +61,8 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         link.ended.set(true);
         // Nothing that was sent on it may come behind what is sent again.
         link.stream.abort();
-        link.out.close();
+        // Others hold the link for longer than it lives; the buffers in it are wanted.
+        link.out.discard();
         if self.closed.get() {
             return;
         }

@@ -147,6 +147,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
             return Err("a simple reply where a structured one belongs");
         }
         if ok && target.command == CMD_READ {
+            self.covers(cookie, 0, target.len as usize)?;
             self.data(cookie, 0, target.len as usize).await?;
         }
         let result = if ok { Ok(()) } else { Err(errno_of(reply.error.get())) };
@@ -165,11 +166,13 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
                 let at: OffsetData = self.value().await?;
                 let len = len - OffsetData::BYTES;
                 let at = within(&target, at.offset.get(), len as u64)?;
+                self.covers(cookie, at, len)?;
                 self.data(cookie, at, len).await?;
             }
             CHUNK_OFFSET_HOLE if target.command == CMD_READ && len == OffsetHole::BYTES => {
                 let hole: OffsetHole = self.value().await?;
                 let at = within(&target, hole.offset.get(), u64::from(hole.len.get()))?;
+                self.covers(cookie, at, hole.len.get() as usize)?;
                 self.zeros(cookie, at, hole.len.get() as usize);
             }
             CHUNK_BLOCK_STATUS if target.command == CMD_BLOCK_STATUS && len > size_of::<U32>() => {
@@ -190,7 +193,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
         if done {
             let mut result = Ok(());
             self.with(cookie, |call| {
-                let whole = call.command != CMD_READ || call.got == u64::from(call.len);
+                let whole = call.command != CMD_READ || call.got.is_whole(call.len);
                 let some = call.command != CMD_BLOCK_STATUS || !call.extents.is_empty();
                 let complete = if whole && some { Ok(()) } else { Err(Errno::EIO) };
                 result = call.error.map_or(complete, Err);
@@ -203,6 +206,13 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
     fn finish(&self, cookie: u64, result: Result<(), Errno>) {
         self.inner.replies.set(self.inner.replies.get() + 1);
         self.inner.finish(cookie, result);
+    }
+
+    /// Notes that `len` bytes from byte `at` of a read on come now: each comes once.
+    fn covers(&self, cookie: u64, at: usize, len: usize) -> Result<(), Why> {
+        let mut result = Ok(());
+        self.with(cookie, |call| result = call.got.add(at as u32, (at + len) as u32));
+        result
     }
 
     fn has_extents(&self, cookie: u64) -> bool {
@@ -232,7 +242,6 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
 
     fn zeros(&self, cookie: u64, at: usize, len: usize) {
         self.with(cookie, |call| {
-            call.got += len as u64;
             let mut skip = at;
             let mut left = len;
             for buf in &mut call.bufs {
@@ -247,7 +256,6 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
 
     /// Receives `len` bytes of a read's data, from byte `at` of the request on.
     async fn data(&mut self, cookie: u64, mut at: usize, len: usize) -> Result<(), Why> {
-        self.with(cookie, |call| call.got += len as u64);
         let mut left = len;
         while left > 0 {
             let unread = self.inlet.unread();

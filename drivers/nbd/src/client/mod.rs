@@ -21,6 +21,8 @@
 //!   from a new one, could bring back old bytes. The protocol has no fence against it. A broken connection is aborted, so
 //!   nothing arrives late that is still under way; a server that died carries nothing out, and ours starts nothing more
 //!   once it sees that the connection broke. What is left are requests that wait in the server's receive buffer.
+//! * **A server that lies** is no disk: a read has every byte once, or fails. What does not fit its request (another
+//!   place, bytes that came before, more pieces than make sense, an unknown cookie) breaks the connection.
 //! * **Flush**: a flush makes durable what was answered before. If the connection breaks in between, the server may have
 //!   died and come back without writes that it had answered, and a flush on the new connection would say nothing about
 //!   them. So with [`Breaks::MayLose`] each flush that should cover such writes fails with `EIO`, and, as what was lost
@@ -29,11 +31,13 @@
 //!   machine that accepts writes into the host's page cache before it answers, as ours does. With
 //!   [`ClientConfig::write_through`] no write is answered before it is durable, and nothing is lost either way.
 
+mod covered;
 mod drive;
 mod link;
 mod negotiate;
 
 use crate::outbox::Outbox;
+use covered::Covered;
 use drive::Attempt;
 use link::{Link, Pending};
 use negotiate::{Terms, negotiate};
@@ -177,8 +181,8 @@ struct Call {
     payload: SmallVec<[Rc<IoBuf>; 1]>,
     /// The answer to a block status.
     extents: Vec<StatusExtent>,
-    /// Bytes of a read that have come.
-    got: u64,
+    /// The bytes of a read that have come.
+    got: Covered,
     error: Option<Errno>,
     /// Of a flush: the writes that it covers.
     covers: u64,
@@ -465,7 +469,8 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         let mut pending = self.pending.borrow_mut();
         let Some(Pending { call, .. }) = pending.get_mut(&cookie) else { return };
         call.sent_ns = self.host.now_ns();
-        (call.got, call.error) = (0, None);
+        call.got.clear();
+        call.error = None;
         call.extents.clear();
         out.put(|list| link::write_request(list, cookie, call));
     }

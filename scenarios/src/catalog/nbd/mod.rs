@@ -5,7 +5,10 @@
 //!   Guest ─ [Vbd ─ Scheduler ─] Client ═ stream ═ Server ─ Vbd ─ Scheduler ─ image ─ Storage
 //! ```
 
+mod lying;
 mod plan;
+
+pub use lying::NBD_HOSTILE_SERVER;
 
 use super::crash::arm_power_cut;
 use super::ring::kills;
@@ -203,7 +206,7 @@ async fn server_restarts(world: World) {
     world.sim.spawn("supervisor", 0, supervisor.clone().run(kills(&world, 4, 400)));
     let (p, h, s) = (plan.clone(), host.clone(), setup.clone());
     within(&host, async move {
-        let node = client_stack(&p, &h, &config).await;
+        let (_, node) = client_stack(&p, &h, &config).await;
         let disk = DirectDisk::new(node, p.limits.pool_bytes);
         p.guest(disk, &s, Invariant::P1).run(&ops, p.limits.guest_depth).await;
     })
@@ -216,7 +219,7 @@ async fn server_power_cut(world: World) {
     let (plan, setup) = Plan::draw(&world);
     let Some(served) = plan.serve(&plan.process("tapdisk", 0)).await else { return };
     let host = plan.process("client", 0);
-    let node = client_stack(&plan, &host, &client_config(&world)).await;
+    let (_, node) = client_stack(&plan, &host, &client_config(&world)).await;
     let guest = plan.guest(DirectDisk::new(node, plan.limits.pool_bytes), &setup, Invariant::G1);
     let ops = plan.operations(0, setup.size_sectors, 30);
     let (g, depth) = (guest.clone(), plan.limits.guest_depth);

@@ -82,6 +82,12 @@ impl Plan {
         (plan, setup)
     }
 
+    /// Without a disk of ours: somebody else is the server.
+    pub(super) fn alone(world: &World) -> Self {
+        let limits = StackLimits::draw(world);
+        Self { world: world.clone(), disks: Vec::new(), limits, server: ServerLimits::default() }
+    }
+
     /// Starts a server in `host`, which opens the images and listens. `None` if that fails.
     pub(super) async fn serve(&self, host: &SimHost) -> Option<Served> {
         let mut exports = Vec::new();
@@ -305,10 +311,15 @@ impl Supervisor {
 }
 
 /// A client with what a tapdisk has above it: overlapping requests are kept apart.
-pub(super) async fn client_stack(plan: &Plan, host: &SimHost, config: &ClientConfig) -> Rc<dyn Node> {
+pub(super) async fn client_stack(
+    plan: &Plan,
+    host: &SimHost,
+    config: &ClientConfig,
+) -> (Rc<Client<SimHost>>, Rc<dyn Node>) {
     let client = plan.connect(host, config).await;
-    let scheduler = Scheduler::new(host.clone(), client as Rc<dyn Node>, plan.limits.scheduler);
-    Rc::new(Vbd::new(host.clone(), VbdId(0), Rc::new(scheduler) as Rc<dyn Node>))
+    let below = Rc::clone(&client) as Rc<dyn Node>;
+    let scheduler = Scheduler::new(host.clone(), below, plan.limits.scheduler);
+    (client, Rc::new(Vbd::new(host.clone(), VbdId(0), Rc::new(scheduler) as Rc<dyn Node>)))
 }
 
 /// Sends `messages` to the server, takes every reply, and hangs up when the server has.
