@@ -99,6 +99,14 @@ impl Wire {
         self.outward.wake_writer();
     }
 
+    /// This end sends no more, and still receives.
+    fn finish(&self) {
+        if !self.outward.closed.get() && !self.outward.finished.replace(true) {
+            self.outward.put(Item::End { reset: false });
+            self.outward.wake_writer();
+        }
+    }
+
     /// This end is closed; `died` by the death of its process.
     fn close(&self, died: bool) {
         if self.outward.closed.replace(true) {
@@ -137,6 +145,8 @@ struct Pipe {
     ended: Cell<Option<Result<usize, Errno>>>,
     /// The sending end was closed.
     closed: Cell<bool>,
+    /// The sending end sends no more.
+    finished: Cell<bool>,
     /// The receiving end was closed.
     given_up: Cell<bool>,
     sends: Cell<u64>,
@@ -159,6 +169,7 @@ impl Pipe {
             held: Cell::new(0),
             ended: Cell::new(None),
             closed: Cell::new(false),
+            finished: Cell::new(false),
             given_up: Cell::new(false),
             sends: Cell::new(0),
             receives: Cell::new(0),
@@ -211,7 +222,7 @@ impl Pipe {
 
     /// Sends a part of `list`.
     fn send(self: &Rc<Self>, list: &mut SendList, waker: &Waker) -> Poll<Result<(), Errno>> {
-        if self.closed.get() || self.given_up.get() {
+        if self.closed.get() || self.finished.get() || self.given_up.get() {
             return Poll::Ready(Err(Errno::EPIPE));
         }
         let room = self.capacity - self.held.get();
@@ -329,6 +340,15 @@ impl Drop for Endpoint {
     fn drop(&mut self) {
         if self.process.node().is_alive() {
             self.wire.close(false);
+        }
+    }
+}
+
+impl ProcessStream {
+    /// Ends the own direction alone: the peer sees the end, and may still answer.
+    pub fn finish(&self) {
+        if self.0.process.node().step() {
+            self.0.wire.finish();
         }
     }
 }

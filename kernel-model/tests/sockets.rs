@@ -134,3 +134,17 @@ fn a_path_outlives_its_listener_and_is_taken_over() {
         assert_eq!(client.connect(&path()).await.err(), Some(Errno::ENOENT), "it takes its path along");
     });
 }
+
+#[test]
+fn who_sends_no_more_still_receives() {
+    world(1, false, |_, server, client| async move {
+        let (near, far) = pair(&server, &client).await;
+        send(&far, b"a").await.unwrap();
+        far.finish();
+        assert_eq!(send(&far, b"b").await, Err(Errno::EPIPE));
+        assert_eq!(drain(&near).await, (b"a".to_vec(), Ok(())));
+        send(&near, b"answer").await.unwrap();
+        near.shutdown();
+        assert_eq!(drain(&far).await, (b"answer".to_vec(), Ok(())));
+    });
+}

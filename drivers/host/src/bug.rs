@@ -60,6 +60,9 @@ list! {
         NbdRequestCut = "the first bytes of a request that was received in two parts are lost",
         NbdFlushAfterBreak = "a flush succeeds although the connection broke between it and a write that was answered",
         NbdLostAtBreak = "writes that were in flight when the connection broke are not sent again but answered",
+        NbdReadHalf = "a read whose last chunk has come is taken as whole",
+        NbdBufferKept = "requests that wait to be sent on a broken connection keep their buffers",
+        NbdDeafKept = "a client that sends no more and takes no reply keeps its place",
     }
 }
 

@@ -34,6 +34,18 @@ impl<S: Stream> Inlet<S> {
         Self { stream, buf, start: 0, end: 0 }
     }
 
+    /// Lets it hold `bytes`, if that is more and there is memory for it.
+    pub(crate) fn grow(&mut self, bytes: usize) {
+        if bytes <= self.capacity() {
+            return;
+        }
+        if let Ok(mut larger) = IoBuf::unpooled(bytes) {
+            let unread = self.end - self.start;
+            larger[..unread].copy_from_slice(self.unread());
+            (self.start, self.end, self.buf) = (0, unread, Some(larger));
+        }
+    }
+
     /// Most bytes that can be unread.
     pub(crate) fn capacity(&self) -> usize {
         self.buf.as_ref().map_or(0, |buf| buf.len())

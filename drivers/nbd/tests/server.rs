@@ -258,7 +258,11 @@ fn connections_requests_and_memory_are_bounded() {
         let few = w.client("few", "disk", true).await;
         let large = w.client("large", "disk", true).await;
         let third = w.raw("third").await;
-        assert_eq!(third.take(1).await, b"", "closed at once");
+        third.hello().await;
+        third.option(OPT_GO, &go("disk", &[])).await;
+        assert_eq!(third.reply().await, (REP_ERR_POLICY, b"there are too many connections".to_vec()));
+        third.option(OPT_EXPORT_NAME, b"disk").await;
+        assert_eq!(third.take(1).await, b"", "there is no other way to refuse");
         disk.hold.set(true);
         for cookie in 0..10 {
             few.request(CMD_FLUSH, 0, cookie, 0, 0, b"").await;
@@ -273,6 +277,53 @@ fn connections_requests_and_memory_are_bounded() {
             assert_eq!(large.answer(0).await.data.len(), 8 + 8192);
         }
         assert_eq!(server.connections(), 2);
+    });
+}
+
+#[test]
+fn who_says_nothing_does_not_keep_others_out() {
+    world(1, false, |w| async move {
+        let disk = Disk::new(MIB);
+        let limits = ServerLimits { negotiating: 3, connections: 1, ..ServerLimits::default() };
+        let (_, server) = w.serve(vec![export("disk", &disk)], limits).await;
+        let served = w.client("served", "disk", true).await;
+        let mut mute = Vec::new();
+        for i in 0..10 {
+            mute.push(w.raw(&format!("mute {i}")).await);
+            w.sim.sleep_ns(1_000_000).await;
+            assert!(server.connections() <= 1 + 3);
+        }
+        assert_eq!(mute[6].take(100).await.len(), 18, "the oldest are closed, behind their greeting");
+        served.stream.shutdown();
+        w.sim.sleep_ns(1_000_000).await;
+        let next = w.client("next", "disk", true).await;
+        next.request(CMD_READ, 0, 1, 0, 512, b"").await;
+        assert_eq!(next.answer(0).await.data.len(), 8 + 512);
+    });
+}
+
+#[test]
+fn who_sends_no_more_gets_its_replies_or_loses_its_place() {
+    world(1, false, |w| async move {
+        let disk = Disk::new(4 * MIB);
+        let limits = ServerLimits { grace_ns: 1_000_000_000, ..ServerLimits::default() };
+        let (_, server) = w.serve(vec![export("disk", &disk)], limits).await;
+        let patient = w.client("patient", "disk", true).await;
+        let deaf = w.client("deaf", "disk", true).await;
+        disk.hold.set(true);
+        for raw in [&patient, &deaf] {
+            raw.request(CMD_READ, 0, 1, 0, 1 << 20, b"").await;
+            raw.stream.finish();
+        }
+        // The disk may take as long as it wants.
+        w.sim.sleep_ns(30_000_000_000).await;
+        assert_eq!((server.connections(), disk.in_flight.get()), (2, 2));
+        disk.hold.set(false);
+        disk.go.set();
+        assert_eq!(patient.answer(0).await.data.len(), 8 + (1 << 20));
+        assert_eq!(patient.take(1).await, b"");
+        w.sim.sleep_ns(2_100_000_000).await;
+        assert_eq!((server.connections(), server.used_bytes()), (0, 0), "it had taken nothing");
     });
 }
 

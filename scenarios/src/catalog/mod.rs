@@ -36,6 +36,7 @@ pub static ALL: &[&Scenario] = &[
     &nbd::NBD_SERVER_POWER_CUT,
     &nbd::NBD_HOSTILE_CLIENT,
     &nbd::NBD_HOSTILE_SERVER,
+    &nbd::NBD_CROWD,
 ];
 
 /// The labels of scenarios.
@@ -53,6 +54,7 @@ pub static LABELS: &[&Label] = &[
     &guest::NBD_SHAPE,
     &guest::NBD_LIE,
     &nbd::CLIENT_DIES,
+    &nbd::CROWD,
     &damage::DAMAGE,
 ];
 

@@ -3,6 +3,7 @@
 //! The bytes are made here without the code of the stack: both share only the structs of the wire.
 
 use super::{DirectDisk, GuestDisk};
+use kernel_model::ProcessStream;
 use sim::{Entity, Label, Sim};
 use std::rc::Rc;
 use tap_abi::nbd::{
@@ -117,9 +118,22 @@ impl<S: Stream> RawNbd<S> {
         count
     }
 
+    /// Receives once; how many bytes that were, 0 at the end.
+    pub async fn some(&self) -> u64 {
+        let Ok(buf) = IoBuf::unpooled(64 << 10) else { return 0 };
+        self.0.recv(buf, 0).await.0.map_or(0, |n| n as u64)
+    }
+
     /// Closes it.
     pub fn close(&self) {
         self.0.shutdown();
+    }
+}
+
+impl RawNbd<ProcessStream> {
+    /// Sends no more, and still receives.
+    pub fn finish(&self) {
+        self.0.finish();
     }
 }
 

@@ -62,7 +62,9 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         // Nothing that was sent on it may come behind what is sent again.
         link.stream.abort();
         // Others hold the link for longer than it lives; the buffers in it are wanted.
-        link.out.discard();
+        if !self.host.bug(Bug::NbdBufferKept) {
+            link.out.discard();
+        }
         if self.closed.get() {
             return;
         }

@@ -13,7 +13,7 @@ use tap_abi::nbd::{
     RequestHeader, SIMPLE_MAGIC, SimpleReply, StatusExtent, error,
 };
 use tap_core::wait::{Permit, Sender};
-use tap_host::{Errno, IoBuf, Log, Mark, Probe, SendList, Sockets, Stream, Tasks, Time, copy_from_slice};
+use tap_host::{Bug, Errno, IoBuf, Log, Mark, Probe, SendList, Sockets, Stream, Tasks, Time, copy_from_slice};
 use zerocopy::byteorder::big_endian::U32;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -193,7 +193,8 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
         if done {
             let mut result = Ok(());
             self.with(cookie, |call| {
-                let whole = call.command != CMD_READ || call.got.is_whole(call.len);
+                let read = call.command == CMD_READ && !self.inner.host.bug(Bug::NbdReadHalf);
+                let whole = !read || call.got.is_whole(call.len);
                 let some = call.command != CMD_BLOCK_STATUS || !call.extents.is_empty();
                 let complete = if whole && some { Ok(()) } else { Err(Errno::EIO) };
                 result = call.error.map_or(complete, Err);

@@ -5,7 +5,7 @@ use super::negotiate::{ALLOCATION_ID, Agreed, CLOSED, Negotiation, why};
 use super::{Inner, STOPPED};
 use crate::bell::{Bell, first};
 use crate::inlet::Inlet;
-use crate::outbox::{Outbox, send_all};
+use crate::outbox::Outbox;
 use std::cell::Cell;
 use std::convert::Infallible;
 use std::future::poll_fn;
@@ -44,6 +44,9 @@ struct Connection<H, S> {
     waits: Cell<bool>,
     requests: Cell<u64>,
     writes: Cell<u64>,
+    /// A send is under way, and how many have succeeded.
+    sending: Cell<bool>,
+    sends: Cell<u64>,
     /// One list of extents at a time.
     status_turn: Semaphore,
 }
@@ -60,9 +63,10 @@ where
     H: Time + Tasks + Log + Probe,
     S: Stream,
 {
-    let mut inlet = Inlet::new(stream.clone(), server.limits.receive_bytes);
+    // The least, until it is worth more.
+    let mut inlet = Inlet::new(stream.clone(), super::RECEIVE_BYTES_MIN);
     let mut patience = pin!(server.host.sleep_ns(server.limits.negotiation_ns));
-    let negotiation = Negotiation::new(server, &stream, &mut inlet, &bell).run();
+    let negotiation = Negotiation::new(server, number, &stream, &mut inlet, &bell).run();
     let agreed = match first(patience.as_mut(), negotiation).await {
         Some(Ok(agreed)) => agreed,
         Some(Err(why)) => {
@@ -74,6 +78,7 @@ where
             return ("the client took too long to choose an export", 0);
         }
     };
+    inlet.grow(server.limits.receive_bytes);
     let connection = Rc::new(Connection {
         server: Rc::clone(server),
         stream,
@@ -85,6 +90,8 @@ where
         waits: Cell::new(false),
         requests: Cell::new(0),
         writes: Cell::new(0),
+        sending: Cell::new(false),
+        sends: Cell::new(0),
         status_turn: Semaphore::new(1),
     });
     let sender = Rc::clone(&connection);
@@ -351,8 +358,13 @@ where
     async fn send_replies(&self) {
         let mut list = SendList::new();
         while let Some(replies) = self.out.next(&mut list).await {
-            let (result, rest) = send_all(&self.stream, list).await;
-            list = rest;
+            let mut result = Ok(());
+            self.sending.set(true);
+            while result.is_ok() && !list.is_empty() {
+                (result, list) = self.stream.send(list).await;
+                self.sends.set(self.sends.get() + 1);
+            }
+            self.sending.set(false);
             if result.is_err() {
                 // Before the count goes down: the reading task must not start another request.
                 self.bell.ring("a reply could not be sent");
@@ -362,12 +374,29 @@ where
         }
     }
 
+    /// Completes when every reply is sent, or with false when the client takes nothing for
+    /// [`ServerLimits::grace_ns`](super::ServerLimits::grace_ns). How long the disk takes is not counted: a client may
+    /// send no more and wait for it.
+    async fn taken(&self) -> bool {
+        loop {
+            let before = (self.sending.get(), self.sends.get());
+            let mut grace = pin!(self.host().sleep_ns(self.server.limits.grace_ns));
+            if first(grace.as_mut(), self.fewer_than(1)).await.is_some() {
+                return true;
+            }
+            let stuck = self.sending.get() && before == (true, self.sends.get());
+            if stuck && !self.host().bug(Bug::NbdDeafKept) {
+                return false;
+            }
+        }
+    }
+
     /// Lets everything in flight end and be sent, and closes the stream.
     async fn drain(&self, why: Why) {
-        if [LEFT, CLOSED].contains(&why) {
-            self.bell.unless_rung(self.fewer_than(1)).await;
-        }
-        if self.in_flight.get() > 0 {
+        let ended = [LEFT, CLOSED].contains(&why);
+        if ended && self.bell.unless_rung(self.taken()).await == Some(false) {
+            self.stream.shutdown();
+        } else if self.in_flight.get() > 0 {
             let mut grace = pin!(self.host().sleep_ns(self.server.limits.grace_ns));
             if first(grace.as_mut(), self.fewer_than(1)).await.is_none() {
                 self.stream.shutdown();

@@ -19,7 +19,11 @@
 //!   same node, whose contract says so.
 //! * **Limits**: each connection has memory, requests in flight and a receive buffer of its own, and is not read from
 //!   while any of them is used up. So a client that sends too much, or takes no replies, holds up itself only. All of it
-//!   together is bounded, see [`ServerLimits::memory_bytes`]. Connections above their number are closed at once.
+//!   together is bounded, see [`ServerLimits::memory_bytes`].
+//! * **Places**: who has chosen an export has one of [`ServerLimits::connections`]; who finds none is told so and may
+//!   try again. Who has not chosen yet has one of [`ServerLimits::negotiating`], and of more the oldest is closed. A
+//!   client that sends no more gets what it asked for, and loses its place when it takes nothing of it for
+//!   [`ServerLimits::grace_ns`].
 //! * **Errors**: a client that breaks the protocol loses its connection, with one event that says why. What it had
 //!   asked for before is finished.
 //! * **After a broken connection** nothing more of it is started: once a reply could not be sent, what the client had
@@ -33,7 +37,7 @@ mod negotiate;
 
 use crate::bell::{Bell, first};
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::pin::pin;
 use std::rc::Rc;
 use tap_core::Node;
@@ -66,8 +70,10 @@ impl Export {
 /// What a server gives its clients at most.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ServerLimits {
-    /// Connections at one time, at least 1.
+    /// Connections at one time that have chosen an export, at least 1.
     pub connections: usize,
+    /// Connections at one time that have not chosen yet, at least 1. Of more the oldest is closed.
+    pub negotiating: usize,
     /// Requests of one connection that are not answered, at least 1.
     pub requests: u32,
     /// Most bytes of one read or write: a power of two from 4096 to 32 MiB.
@@ -78,7 +84,7 @@ pub struct ServerLimits {
     pub receive_bytes: usize,
     /// How long a client may take to choose an export, in nanoseconds.
     pub negotiation_ns: u64,
-    /// How long a client whose connection is to end may take to receive its last replies, in nanoseconds.
+    /// How long a client whose connection is to end may take none of its last replies, in nanoseconds.
     pub grace_ns: u64,
 }
 
@@ -86,6 +92,7 @@ impl Default for ServerLimits {
     fn default() -> Self {
         Self {
             connections: 16,
+            negotiating: 16,
             requests: 128,
             request_bytes: REQUEST_BYTES_MAX,
             connection_bytes: REQUEST_BYTES_MAX as usize,
@@ -105,6 +112,7 @@ impl ServerLimits {
     /// The least of everything.
     pub const LEAST: Self = Self {
         connections: 1,
+        negotiating: 1,
         requests: 1,
         request_bytes: PAGE_BYTES as u32,
         connection_bytes: PAGE_BYTES,
@@ -117,7 +125,9 @@ impl ServerLimits {
     /// bytes, an answer about extents up to 8 KiB (one at a time is made for each connection), and zeros that have to be
     /// written as data 1 MiB while they are.
     pub fn memory_bytes(&self) -> usize {
-        self.connections * (self.connection_bytes + self.receive_bytes)
+        // One that gives its place up may not have ended when the next is there.
+        let negotiating = 2 * self.negotiating * RECEIVE_BYTES_MIN;
+        self.connections * (self.connection_bytes + self.receive_bytes) + negotiating
     }
 
     /// With every value brought into its range.
@@ -126,6 +136,7 @@ impl ServerLimits {
         let request_bytes = 1 << request_bytes.ilog2();
         Self {
             connections: self.connections.max(1),
+            negotiating: self.negotiating.max(1),
             requests: self.requests.max(1),
             request_bytes,
             connection_bytes: self.connection_bytes.max(request_bytes as usize),
@@ -159,6 +170,8 @@ pub(crate) struct Inner<H> {
     next: Cell<u64>,
     /// Every connection that is open: what tells it to end, and its memory.
     open: RefCell<BTreeMap<u64, (Rc<Bell>, BufPool)>>,
+    /// Those that have not chosen an export.
+    negotiating: RefCell<BTreeSet<u64>>,
     /// Set by [`Server::stop`].
     stopping: Flag,
     /// Set while no connection is open.
@@ -170,6 +183,9 @@ impl<H> Clone for Server<H> {
         Self(Rc::clone(&self.0))
     }
 }
+
+/// Why a client that has chosen is sent away.
+pub(crate) const FULL: &str = "there are too many connections";
 
 /// How long the server waits after a connection could not be accepted, in nanoseconds.
 const ACCEPT_PAUSE_NS: u64 = 100_000_000;
@@ -202,6 +218,7 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
             limits: limits.in_range(),
             next: Cell::new(1),
             open: RefCell::default(),
+            negotiating: RefCell::default(),
             stopping: Flag::new(),
             idle,
         })))
@@ -244,20 +261,15 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
     /// Serves one connected stream in a task of its own; closes it where the limits or a stop say so.
     pub fn take<S: Stream>(&self, stream: S) {
         let inner = &self.0;
-        let why = if inner.stopping.is_set() {
-            Some(STOPPED)
-        } else if self.connections() >= inner.limits.connections {
-            Some("there are too many connections")
-        } else {
-            None
-        };
-        if let Some(why) = why {
-            inner.refused(why);
+        if inner.stopping.is_set() {
+            inner.refused(STOPPED);
             return stream.shutdown();
         }
+        inner.make_room();
         let number = inner.next.replace(inner.next.get() + 1);
         let (bell, pool) = (Rc::new(Bell::default()), BufPool::new(inner.limits.connection_bytes));
         inner.open.borrow_mut().insert(number, (Rc::clone(&bell), pool.clone()));
+        inner.negotiating.borrow_mut().insert(number);
         inner.idle.clear();
         let own = Rc::clone(inner);
         inner.host.spawn("nbd-connection", number, async move {
@@ -265,6 +277,7 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
             let (why, requests) = connection::run(&own, number, stream, bell, pool).await;
             own.host.log(Event::NbdClosed { connection: number, requests, why });
             own.open.borrow_mut().remove(&number);
+            own.negotiating.borrow_mut().remove(&number);
             if own.open.borrow().is_empty() {
                 own.idle.set();
             }
@@ -283,6 +296,26 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
 impl<H: Log> Inner<H> {
     fn refused(&self, why: &'static str) {
         self.host.log(Event::NbdRefused { connection: self.next.get(), why });
+    }
+
+    /// Closes the oldest connection that has not chosen yet, where there are as many as there may be: it has had the
+    /// longest time, and whoever says nothing must not keep out who would.
+    fn make_room(&self) {
+        let oldest = self.negotiating.borrow().first().copied();
+        if self.negotiating.borrow().len() < self.limits.negotiating {
+            return;
+        }
+        let Some(oldest) = oldest else { return };
+        self.negotiating.borrow_mut().remove(&oldest);
+        if let Some((bell, _)) = self.open.borrow().get(&oldest) {
+            bell.ring("others wanted to choose an export meanwhile");
+        }
+    }
+
+    /// Takes one of the places of those who have chosen for connection `number`; false if all are taken.
+    pub(crate) fn seat(&self, number: u64) -> bool {
+        let seated = self.open.borrow().len() - self.negotiating.borrow().len();
+        seated < self.limits.connections && self.negotiating.borrow_mut().remove(&number)
     }
 
     /// The export called `name`.

@@ -1,6 +1,6 @@
 //! From the first byte to the chosen export.
 
-use super::{Export, Inner};
+use super::{Export, FULL, Inner};
 use crate::bell::Bell;
 use crate::inlet::{End, Inlet};
 use crate::outbox::send_all;
@@ -52,6 +52,7 @@ pub(super) struct Negotiation<'a, H, S> {
     pub(super) stream: &'a S,
     pub(super) inlet: &'a mut Inlet<S>,
     pub(super) bell: &'a Bell,
+    number: u64,
     no_zeroes: bool,
     structured: bool,
     /// The export for which `base:allocation` was chosen.
@@ -66,8 +67,14 @@ enum Next {
 }
 
 impl<'a, H: Log, S: Stream> Negotiation<'a, H, S> {
-    pub(super) fn new(server: &'a Inner<H>, stream: &'a S, inlet: &'a mut Inlet<S>, bell: &'a Bell) -> Self {
-        Self { server, stream, inlet, bell, no_zeroes: false, structured: false, status: None }
+    pub(super) fn new(
+        server: &'a Inner<H>,
+        number: u64,
+        stream: &'a S,
+        inlet: &'a mut Inlet<S>,
+        bell: &'a Bell,
+    ) -> Self {
+        Self { server, stream, inlet, bell, number, no_zeroes: false, structured: false, status: None }
     }
 
     /// Speaks with the client until it has chosen.
@@ -175,6 +182,9 @@ impl<'a, H: Log, S: Stream> Negotiation<'a, H, S> {
         let Some(export) = name.and_then(|name| self.server.export(name)) else {
             return Next::End("it asked for an export that does not exist");
         };
+        if !self.server.seat(self.number) {
+            return Next::End(FULL);
+        }
         let (size, flags) = (export.size_sectors() * SECTOR_BYTES, flags_of(export, self.structured));
         let reply = ExportReply { size: size.into(), flags: flags.into() };
         replies.list.push_bytes(reply.as_bytes());
@@ -197,6 +207,10 @@ impl<'a, H: Log, S: Stream> Negotiation<'a, H, S> {
             replies.refuse(REP_ERR_UNKNOWN, "there is no export of this name");
             return Next::More;
         };
+        if replies.option == OPT_GO && !self.server.seat(self.number) {
+            replies.refuse(REP_ERR_POLICY, FULL);
+            return Next::More;
+        }
         let (size, flags) = (export.size_sectors() * SECTOR_BYTES, flags_of(export, self.structured));
         let head = InfoExport { kind: INFO_EXPORT.into(), size: size.into(), flags: flags.into() };
         replies.push(REP_INFO, &[head.as_bytes()]);

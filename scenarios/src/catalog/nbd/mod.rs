@@ -5,9 +5,11 @@
 //!   Guest ─ [Vbd ─ Scheduler ─] Client ═ stream ═ Server ─ Vbd ─ Scheduler ─ image ─ Storage
 //! ```
 
+mod crowd;
 mod lying;
 mod plan;
 
+pub use crowd::{CROWD, NBD_CROWD};
 pub use lying::NBD_HOSTILE_SERVER;
 
 use super::crash::arm_power_cut;

@@ -55,7 +55,7 @@ pub(super) struct Plan {
     /// Names and disks.
     pub(super) disks: Vec<(&'static str, Setup)>,
     pub(super) limits: StackLimits,
-    server: ServerLimits,
+    pub(super) server: ServerLimits,
 }
 
 /// A server that runs.

@@ -1,0 +1,156 @@
+//! More clients than there is room for, and most of them want nothing: who does is served all the same.
+
+use super::plan::{DISK, NO_ERRORS, Plan, Served, address, bury, client_config, end};
+use crate::check::Invariant;
+use crate::guest::{DirectDisk, Manners, NbdScript, RawNbd};
+use crate::run::Scenario;
+use crate::world::World;
+use kernel_model::faults::FaultPlan;
+use kernel_model::{ProcessStream, SimHost, StorageConfig};
+use sim::{Entity, Label};
+use std::cell::Cell;
+use std::rc::Rc;
+use tap_abi::nbd::{CMD_DISC, CMD_READ};
+use tap_core::Node;
+use tap_host::{SectorRange, Sockets};
+
+/// What one of a crowd does.
+pub static CROWD: Label = Label::new("crowd", "it is of kind {}: 1 silent, 2 speaks half, 3 never reads, 4 reads slowly, 5 and 6 read");
+
+/// Clients that want nothing, or take nothing.
+pub static NBD_CROWD: Scenario = Scenario {
+    name: "nbd-crowd",
+    about: "a crowd that connects and never speaks, or asks and never reads; who comes to read is served soon",
+    // Nothing is stuck for ten seconds: who waits for whom is what is measured.
+    storage: |_| StorageConfig {
+        faults: FaultPlan { stuck: false, ..FaultPlan::LATENCY },
+        ..StorageConfig::default()
+    },
+    body: |w| Box::pin(crowd(w)),
+};
+
+/// How long somebody may wait who wants to be served, in nanoseconds: some slow ones before, and twice what a client
+/// may take for its last replies.
+const WITHIN_NS: u64 = 25_000_000_000;
+/// How long the server waits for one that takes nothing.
+const GRACE_NS: u64 = 1_000_000_000;
+const CROWD_SIZE: u64 = 8;
+/// Receives of a slow one, and how far they are apart.
+const SLOW_LOOKS: u64 = 6;
+const SLOW_NS: u64 = 400_000_000;
+const READS: u64 = 200;
+const READ_BYTES: u32 = 4096;
+
+async fn crowd(world: World) {
+    let (mut plan, setup) = Plan::draw(&world);
+    plan.server.connections = world.setting("nbd-slots", &[4, 2, 8]);
+    plan.server.grace_ns = GRACE_NS;
+    let Some(served) = plan.serve(&plan.process("tapdisk", 0)).await else { return };
+    let over = Rc::new(Cell::new(false));
+    let mut hosts = Vec::new();
+    for who in 0..CROWD_SIZE {
+        let entity = Entity::WORLD.child("crowd", who);
+        world.sim.name_entity(entity, || format!("client {who} of the crowd"));
+        let kind = world.sim.decide(entity, &CROWD, 0, |d| d.below(7));
+        if kind > 0 {
+            let host = plan.process("crowd", who);
+            host.process.node().spawn("main", 0, come_again(world.clone(), host.clone(), kind, Rc::clone(&over)));
+            hosts.push(host);
+        }
+    }
+    world.sim.sleep_ns(1_000_000_000).await;
+    let host = plan.process("client", 0);
+    let asked_ns = world.sim.now_ns();
+    let (w, since) = (world.clone(), Rc::clone(&over));
+    world.sim.spawn("patience", 0, async move {
+        w.sim.sleep_ns(WITHIN_NS).await;
+        if !since.get() {
+            w.fail(Invariant::L1, "a client that wants to read has not been served for 25 s");
+        }
+    });
+    let client = plan.connect(&host, &client_config(&world)).await;
+    let disk = DirectDisk::new(Rc::clone(&client) as Rc<dyn Node>, plan.limits.pool_bytes);
+    let guest = plan.guest(disk, &setup, Invariant::G1);
+    guest.set_manners(Manners { reads: Invariant::G1, ..NO_ERRORS });
+    if let Err(error) = guest.read(SectorRange::new(0, 1)).await {
+        world.fail(Invariant::H2, format!("reading failed with {error:?}"));
+    }
+    over.set(true);
+    let waited_ms = (world.sim.now_ns() - asked_ns) / 1_000_000;
+    world.sim.remark("client", || format!("was served within {waited_ms} ms"));
+    check_bounds(&world, &served);
+    bury(&world, &hosts, &served, 1).await;
+    let clients = vec![client];
+    end(&plan, served, &clients, &setup).await;
+}
+
+/// No more is open, and no more memory used, than the limits say.
+fn check_bounds(world: &World, served: &Served) {
+    let limits = served.server.limits();
+    let (open, used) = (served.server.connections(), served.server.used_bytes());
+    if used > limits.memory_bytes() {
+        world.fail(Invariant::K1, format!("the server holds {used} bytes for {open} connections"));
+    }
+}
+
+/// Is one of the crowd. Who wants nothing comes again and again.
+async fn come_again(world: World, host: SimHost, kind: u64, over: Rc<Cell<bool>>) {
+    while !over.get() {
+        if let Ok(stream) = host.connect(&address()).await
+            && be_there(&world, RawNbd::new(stream), kind).await
+        {
+            return;
+        }
+        world.sim.sleep_ns(50_000_000).await;
+    }
+}
+
+/// One connection. Gives whether it was all that this client wanted.
+async fn be_there(world: &World, raw: RawNbd<ProcessStream>, kind: u64) -> bool {
+    let mut script = NbdScript::negotiation(DISK, kind == 2).0.concat();
+    if kind <= 2 {
+        // It says nothing, or stops in the middle of an option.
+        script.truncate(if kind == 1 { 0 } else { script.len() - 5 });
+        let _gone = raw.send(&script).await;
+        raw.drain().await;
+        return false;
+    }
+    if raw.take(18).await.is_none() {
+        return false;
+    }
+    let mut requests = NbdScript(Vec::new());
+    for n in 0..READS {
+        requests.request(CMD_READ, 0, n, 0, READ_BYTES, &[]);
+    }
+    if kind == 6 {
+        requests.request(CMD_DISC, 0, 0, 0, 0, &[]);
+    }
+    script.extend(requests.0.concat());
+    let reader = raw.clone();
+    let sent = async move {
+        let sent = raw.send(&script).await;
+        if kind < 6 {
+            raw.finish();
+        }
+        sent
+    };
+    if kind == 3 {
+        let _gone = sent.await;
+        return std::future::pending().await;
+    }
+    world.sim.spawn_once("sends", 0, async move {
+        // Who is hung up on is not sent for: what it got is looked at.
+        let _sent = sent.await;
+    });
+    let mut got = 0;
+    for _ in 0..if kind == 4 { SLOW_LOOKS } else { 0 } {
+        got += reader.some().await;
+        world.sim.sleep_ns(SLOW_NS).await;
+    }
+    got += reader.drain().await;
+    let whole = READS * u64::from(READ_BYTES);
+    if got > u64::from(READ_BYTES) && got < whole {
+        world.fail(Invariant::H2, format!("a client that reads got {got} bytes of {whole}"));
+    }
+    got >= whole
+}
