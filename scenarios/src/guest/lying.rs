@@ -15,8 +15,8 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use tap_abi::nbd::{
     BASE_ALLOCATION, CHUNK_BLOCK_STATUS, CHUNK_ERROR, CHUNK_NONE, CHUNK_OFFSET_DATA, CHUNK_OFFSET_HOLE,
-    CMD_BLOCK_STATUS, CMD_DISC, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, ChunkHeader, ErrorHead, Hello,
-    INFO_BLOCK_SIZE, INFO_EXPORT, InfoBlockSize, InfoExport, OPT_GO, OPT_SET_META_CONTEXT,
+    CMD_BLOCK_STATUS, CMD_DISC, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, ChunkHeader, ErrorHead,
+    Hello, INFO_BLOCK_SIZE, INFO_EXPORT, InfoBlockSize, InfoExport, OPT_GO, OPT_SET_META_CONTEXT,
     OPT_STRUCTURED_REPLY, OptionHeader, OptionReply, REP_ACK, REP_ERR_UNSUP, REP_INFO, REP_META_CONTEXT,
     RequestHeader, SimpleReply, error, export, handshake,
 };
@@ -26,8 +26,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 /// How a true answer is cut: pieces less one in 3 bits, last piece first in 1, its end in a chunk of its own in 1, zeros
 /// as holes in 1, how long it is kept in 4 (powers of four in ns); 0 is one chunk at once.
-pub static NBD_SHAPE: Label =
-    Label::packed("nbd-shape", "answer {n} has shape {}", &[3, 1, 1, 1, 4]);
+pub static NBD_SHAPE: Label = Label::packed("nbd-shape", "answer {n} has shape {}", &[3, 1, 1, 1, 4]);
 
 /// What is wrong with an answer: kind in 4 bits, a place in 16; 0 is nothing.
 pub static NBD_LIE: Label = Label::packed("nbd-lie", "answer {n} is wrong: {}", &[4, 16]);
@@ -128,7 +127,12 @@ impl LyingServer {
     }
 
     /// `None` when the client has gone.
-    async fn converse<S: Stream>(self: &Rc<Self>, number: u64, raw: &RawNbd<S>, queue: &Rc<Queue>) -> Option<()> {
+    async fn converse<S: Stream>(
+        self: &Rc<Self>,
+        number: u64,
+        raw: &RawNbd<S>,
+        queue: &Rc<Queue>,
+    ) -> Option<()> {
         queue.put(Hello::new(handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES).as_bytes());
         raw.take(4).await?;
         loop {
@@ -171,7 +175,8 @@ impl LyingServer {
                 reply(REP_ACK, &[]);
             }
             OPT_GO => {
-                let flags = export::HAS_FLAGS | export::SEND_FLUSH | export::SEND_TRIM | export::SEND_WRITE_ZEROES;
+                let flags =
+                    export::HAS_FLAGS | export::SEND_FLUSH | export::SEND_TRIM | export::SEND_WRITE_ZEROES;
                 let size = self.disk.borrow().len() as u64;
                 let info = InfoExport { kind: INFO_EXPORT.into(), size: size.into(), flags: flags.into() };
                 reply(REP_INFO, info.as_bytes());
@@ -312,7 +317,9 @@ fn spoil(chunks: &mut Vec<Chunk>, asked: &Asked, disk: &[u8], lie: u64) {
         7 => chunks.insert(one, Chunk::new(asked, CHUNK_ERROR, failed(error::EIO))),
         8 => chunks.push(Chunk::new(asked, CHUNK_NONE, Vec::new())),
         // Half, with an overlap as large as what is missing.
-        10 if read => *chunks = vec![part(from, half), part(from + half / 2, half), part(from, asked.len - 2 * half)],
+        10 if read => {
+            *chunks = vec![part(from, half), part(from + half / 2, half), part(from, asked.len - 2 * half)]
+        }
         12 => chunks[one].kind = (place & 0x7fff) as u16,
         14 if read => chunks.insert(one, Chunk::hole(asked, asked.offset + half as u64, place & 1)),
         14 | 15 => chunks.insert(one, Chunk::new(asked, chunks[one].kind, chunks[one].payload.clone())),

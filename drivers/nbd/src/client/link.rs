@@ -13,7 +13,9 @@ use tap_abi::nbd::{
     RequestHeader, SIMPLE_MAGIC, SimpleReply, StatusExtent, error,
 };
 use tap_core::wait::{Permit, Sender};
-use tap_host::{Bug, Errno, IoBuf, Log, Mark, Probe, SendList, Sockets, Stream, Tasks, Time, copy_from_slice};
+use tap_host::{
+    Bug, Errno, IoBuf, Log, Mark, Probe, SendList, Sockets, Stream, Tasks, Time, copy_from_slice,
+};
 use zerocopy::byteorder::big_endian::U32;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 

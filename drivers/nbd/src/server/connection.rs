@@ -2,7 +2,7 @@
 
 use super::command::{Job, Kind, Refusal, error_of, extents};
 use super::negotiate::{ALLOCATION_ID, Agreed, CLOSED, Negotiation, why};
-use super::{Inner, STOPPED};
+use super::{Flow, Inner, Open, STOPPED};
 use crate::bell::{Bell, first};
 use crate::inlet::Inlet;
 use crate::outbox::Outbox;
@@ -44,25 +44,18 @@ struct Connection<H, S> {
     waits: Cell<bool>,
     requests: Cell<u64>,
     writes: Cell<u64>,
-    /// A send is under way, and how many have succeeded.
-    sending: Cell<bool>,
-    sends: Cell<u64>,
+    flow: Rc<Flow>,
     /// One list of extents at a time.
     status_turn: Semaphore,
 }
 
 /// Serves `stream` to its end. Gives why it ended, and how many requests were taken.
-pub(super) async fn run<H, S>(
-    server: &Rc<Inner<H>>,
-    number: u64,
-    stream: S,
-    bell: Rc<Bell>,
-    pool: BufPool,
-) -> (Why, u64)
+pub(super) async fn run<H, S>(server: &Rc<Inner<H>>, number: u64, stream: S, open: Open) -> (Why, u64)
 where
     H: Time + Tasks + Log + Probe,
     S: Stream,
 {
+    let Open { bell, pool, flow } = open;
     // The least, until it is worth more.
     let mut inlet = Inlet::new(stream.clone(), super::RECEIVE_BYTES_MIN);
     let mut patience = pin!(server.host.sleep_ns(server.limits.negotiation_ns));
@@ -90,8 +83,7 @@ where
         waits: Cell::new(false),
         requests: Cell::new(0),
         writes: Cell::new(0),
-        sending: Cell::new(false),
-        sends: Cell::new(0),
+        flow,
         status_turn: Semaphore::new(1),
     });
     let sender = Rc::clone(&connection);
@@ -359,12 +351,12 @@ where
         let mut list = SendList::new();
         while let Some(replies) = self.out.next(&mut list).await {
             let mut result = Ok(());
-            self.sending.set(true);
+            self.flow.sending.set(true);
             while result.is_ok() && !list.is_empty() {
                 (result, list) = self.stream.send(list).await;
-                self.sends.set(self.sends.get() + 1);
+                self.flow.sends.set(self.flow.sends.get() + 1);
             }
-            self.sending.set(false);
+            self.flow.sending.set(false);
             if result.is_err() {
                 // Before the count goes down: the reading task must not start another request.
                 self.bell.ring("a reply could not be sent");
@@ -379,13 +371,12 @@ where
     /// send no more and wait for it.
     async fn taken(&self) -> bool {
         loop {
-            let before = (self.sending.get(), self.sends.get());
+            let before = self.flow.seen();
             let mut grace = pin!(self.host().sleep_ns(self.server.limits.grace_ns));
             if first(grace.as_mut(), self.fewer_than(1)).await.is_some() {
                 return true;
             }
-            let stuck = self.sending.get() && before == (true, self.sends.get());
-            if stuck && !self.host().bug(Bug::NbdDeafKept) {
+            if self.flow.is_stuck(before) && !self.host().bug(Bug::NbdDeafKept) {
                 return false;
             }
         }

@@ -23,7 +23,7 @@
 //! * **Places**: who has chosen an export has one of [`ServerLimits::connections`]; who finds none is told so and may
 //!   try again. Who has not chosen yet has one of [`ServerLimits::negotiating`], and of more the oldest is closed. A
 //!   client that sends no more gets what it asked for, and loses its place when it takes nothing of it for
-//!   [`ServerLimits::grace_ns`].
+//!   [`ServerLimits::grace_ns`]; any other that takes nothing loses it when somebody else wants it.
 //! * **Errors**: a client that breaks the protocol loses its connection, with one event that says why. What it had
 //!   asked for before is finished.
 //! * **After a broken connection** nothing more of it is started: once a reply could not be sent, what the client had
@@ -42,7 +42,7 @@ use std::pin::pin;
 use std::rc::Rc;
 use tap_core::Node;
 use tap_core::wait::Event as Flag;
-use tap_host::{BufPool, Event, Listener, Log, PAGE_BYTES, Probe, Stream, Tasks, Time};
+use tap_host::{BufPool, Bug, Event, Listener, Log, PAGE_BYTES, Probe, Stream, Tasks, Time};
 
 /// A node that clients can choose.
 #[derive(Clone)]
@@ -168,14 +168,47 @@ pub(crate) struct Inner<H> {
     pub(crate) exports: Vec<Rc<Export>>,
     pub(crate) limits: ServerLimits,
     next: Cell<u64>,
-    /// Every connection that is open: what tells it to end, and its memory.
-    open: RefCell<BTreeMap<u64, (Rc<Bell>, BufPool)>>,
+    /// Every connection that is open.
+    open: RefCell<BTreeMap<u64, Open>>,
     /// Those that have not chosen an export.
     negotiating: RefCell<BTreeSet<u64>>,
     /// Set by [`Server::stop`].
     stopping: Flag,
     /// Set while no connection is open.
     idle: Flag,
+    /// Somebody is looking for places of those who take nothing.
+    looking: Cell<bool>,
+}
+
+/// A connection that is open.
+#[derive(Clone)]
+pub(crate) struct Open {
+    /// Tells it to end.
+    bell: Rc<Bell>,
+    /// Memory of its requests.
+    pool: BufPool,
+    flow: Rc<Flow>,
+}
+
+/// How its client takes replies.
+#[derive(Default)]
+pub(crate) struct Flow {
+    /// A send is under way.
+    sending: Cell<bool>,
+    /// Sends that have ended.
+    sends: Cell<u64>,
+}
+
+impl Flow {
+    /// What is different as soon as the client has taken something.
+    fn seen(&self) -> (bool, u64) {
+        (self.sending.get(), self.sends.get())
+    }
+
+    /// Whether a send has been under way since `before` was seen.
+    fn is_stuck(&self, before: (bool, u64)) -> bool {
+        before.0 && self.seen() == before
+    }
 }
 
 impl<H> Clone for Server<H> {
@@ -221,6 +254,7 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
             negotiating: RefCell::default(),
             stopping: Flag::new(),
             idle,
+            looking: Cell::new(false),
         })))
     }
 
@@ -236,7 +270,7 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
 
     /// Bytes of memory that requests of all connections hold now.
     pub fn used_bytes(&self) -> usize {
-        self.0.open.borrow().values().map(|(_, pool)| pool.used_bytes()).sum()
+        self.0.open.borrow().values().map(|open| open.pool.used_bytes()).sum()
     }
 
     /// Accepts connections of `listener` until the server is stopped. Several may run at the same time.
@@ -267,14 +301,15 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
         }
         inner.make_room();
         let number = inner.next.replace(inner.next.get() + 1);
-        let (bell, pool) = (Rc::new(Bell::default()), BufPool::new(inner.limits.connection_bytes));
-        inner.open.borrow_mut().insert(number, (Rc::clone(&bell), pool.clone()));
+        let pool = BufPool::new(inner.limits.connection_bytes);
+        let open = Open { bell: Rc::default(), pool, flow: Rc::default() };
+        inner.open.borrow_mut().insert(number, open.clone());
         inner.negotiating.borrow_mut().insert(number);
         inner.idle.clear();
         let own = Rc::clone(inner);
         inner.host.spawn("nbd-connection", number, async move {
             own.host.log(Event::NbdConnected { connection: number });
-            let (why, requests) = connection::run(&own, number, stream, bell, pool).await;
+            let (why, requests) = connection::run(&own, number, stream, open).await;
             own.host.log(Event::NbdClosed { connection: number, requests, why });
             own.open.borrow_mut().remove(&number);
             own.negotiating.borrow_mut().remove(&number);
@@ -288,8 +323,39 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
     /// [`ServerLimits::grace_ns`] are dropped.
     pub async fn stop(&self) {
         self.0.stopping.set();
-        self.0.open.borrow().values().for_each(|(bell, _)| bell.ring(STOPPED));
+        self.0.open.borrow().values().for_each(|open| open.bell.ring(STOPPED));
         self.0.idle.wait().await;
+    }
+}
+
+impl<H: Log + Tasks + Time + Probe> Inner<H> {
+    /// Takes one of the places of those who have chosen for connection `number`; false if all are taken. Somebody then
+    /// looks whether all are wanted.
+    pub(crate) fn seat(self: &Rc<Self>, number: u64) -> bool {
+        let seated = self.open.borrow().len() - self.negotiating.borrow().len();
+        if seated < self.limits.connections {
+            return self.negotiating.borrow_mut().remove(&number);
+        }
+        if !self.looking.replace(true) {
+            let own = Rc::clone(self);
+            self.host.spawn("nbd-places", number, async move { own.free_place().await });
+        }
+        false
+    }
+
+    /// Takes the place of the oldest connection whose client takes no reply for [`ServerLimits::grace_ns`].
+    async fn free_place(self: Rc<Self>) {
+        let seen = |open: &BTreeMap<u64, Open>| -> Vec<_> {
+            open.iter().map(|(n, o)| (*n, o.flow.seen())).collect()
+        };
+        let before = seen(&self.open.borrow());
+        self.host.sleep_ns(self.limits.grace_ns).await;
+        self.looking.set(false);
+        let open = self.open.borrow();
+        let deaf = before.iter().find_map(|(n, seen)| open.get(n).filter(|o| o.flow.is_stuck(*seen)));
+        if let Some(deaf) = deaf.filter(|_| !self.host.bug(Bug::NbdDeafKept)) {
+            deaf.bell.ring("it took no reply while others wanted its place");
+        }
     }
 }
 
@@ -307,15 +373,9 @@ impl<H: Log> Inner<H> {
         }
         let Some(oldest) = oldest else { return };
         self.negotiating.borrow_mut().remove(&oldest);
-        if let Some((bell, _)) = self.open.borrow().get(&oldest) {
-            bell.ring("others wanted to choose an export meanwhile");
+        if let Some(open) = self.open.borrow().get(&oldest) {
+            open.bell.ring("others wanted to choose an export meanwhile");
         }
-    }
-
-    /// Takes one of the places of those who have chosen for connection `number`; false if all are taken.
-    pub(crate) fn seat(&self, number: u64) -> bool {
-        let seated = self.open.borrow().len() - self.negotiating.borrow().len();
-        seated < self.limits.connections && self.negotiating.borrow_mut().remove(&number)
     }
 
     /// The export called `name`.

@@ -13,7 +13,7 @@ use tap_abi::nbd::{
     REP_ERR_TOO_BIG, REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_INFO, REP_META_CONTEXT, REP_SERVER,
     STRING_BYTES_MAX, export, handshake,
 };
-use tap_host::{Log, SECTOR_BYTES, SendList, Stream};
+use tap_host::{Log, Probe, SECTOR_BYTES, SendList, Stream, Tasks, Time};
 use zerocopy::byteorder::big_endian::{U16, U32};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -48,7 +48,7 @@ pub(super) fn why(end: End) -> Why {
 }
 
 pub(super) struct Negotiation<'a, H, S> {
-    pub(super) server: &'a Inner<H>,
+    pub(super) server: &'a Rc<Inner<H>>,
     pub(super) stream: &'a S,
     pub(super) inlet: &'a mut Inlet<S>,
     pub(super) bell: &'a Bell,
@@ -66,9 +66,9 @@ enum Next {
     End(Why),
 }
 
-impl<'a, H: Log, S: Stream> Negotiation<'a, H, S> {
+impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
     pub(super) fn new(
-        server: &'a Inner<H>,
+        server: &'a Rc<Inner<H>>,
         number: u64,
         stream: &'a S,
         inlet: &'a mut Inlet<S>,

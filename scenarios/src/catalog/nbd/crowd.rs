@@ -15,7 +15,10 @@ use tap_core::Node;
 use tap_host::{SectorRange, Sockets};
 
 /// What one of a crowd does.
-pub static CROWD: Label = Label::new("crowd", "it is of kind {}: 1 silent, 2 speaks half, 3 never reads, 4 reads slowly, 5 and 6 read");
+pub static CROWD: Label = Label::new(
+    "crowd",
+    "it is of kind {}: 1 silent, 2 speaks half, 3 never reads, 4 reads slowly, 5 and 6 read, 7 never reads and stays",
+);
 
 /// Clients that want nothing, or take nothing.
 pub static NBD_CROWD: Scenario = Scenario {
@@ -51,10 +54,14 @@ async fn crowd(world: World) {
     for who in 0..CROWD_SIZE {
         let entity = Entity::WORLD.child("crowd", who);
         world.sim.name_entity(entity, || format!("client {who} of the crowd"));
-        let kind = world.sim.decide(entity, &CROWD, 0, |d| d.below(7));
+        let kind = world.sim.decide(entity, &CROWD, 0, |d| d.below(8));
         if kind > 0 {
             let host = plan.process("crowd", who);
-            host.process.node().spawn("main", 0, come_again(world.clone(), host.clone(), kind, Rc::clone(&over)));
+            host.process.node().spawn(
+                "main",
+                0,
+                come_again(world.clone(), host.clone(), kind, Rc::clone(&over)),
+            );
             hosts.push(host);
         }
     }
@@ -134,7 +141,7 @@ async fn be_there(world: &World, raw: RawNbd<ProcessStream>, kind: u64) -> bool 
         }
         sent
     };
-    if kind == 3 {
+    if kind == 3 || kind == 7 {
         let _gone = sent.await;
         return std::future::pending().await;
     }

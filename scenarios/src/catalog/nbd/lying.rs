@@ -68,7 +68,10 @@ async fn hostile_server(world: World) {
         server.reform();
         w.sim.stop_faults();
         if let Err(error) = guest.read_all().await {
-            w.fail(Invariant::E4, format!("with a server that means well reading the disk failed with {error:?}"));
+            w.fail(
+                Invariant::E4,
+                format!("with a server that means well reading the disk failed with {error:?}"),
+            );
         }
         looked.wait().await;
         if client.in_flight() > 0 || guest.disk().buffers_out() > 0 {
