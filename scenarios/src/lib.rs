@@ -11,6 +11,7 @@ pub mod guest;
 pub mod hunt;
 pub mod image;
 pub mod machine;
+mod panics;
 pub mod run;
 pub mod stack;
 pub mod sweep;

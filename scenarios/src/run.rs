@@ -4,15 +4,13 @@ use crate::check::{Failure, Invariant};
 use crate::explore::{BadState, Explored};
 use crate::image::RealImage;
 use crate::world::{RunOptions, Stats, World};
-use crate::{catalog, workload, world};
+use crate::{catalog, panics, workload, world};
 use kernel_model::StorageConfig;
 use sim::{
     Config, DecisionMap, Limits, RunFile, Scheduling, Sim, Source, StallKind, TraceLevel, TraceReport,
     register_labels,
 };
-use std::cell::RefCell;
 use std::future::Future;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::{Arc, Once};
 use tap_host::Bug;
@@ -142,9 +140,6 @@ pub struct Outcome {
 /// Turns and virtual time after which a run counts as stuck: far above what any scenario needs.
 const LIMITS: Limits = Limits { turns: 20_000_000, time_ns: 4_000_000_000_000 };
 
-/// What a shell shows for a program that wrote to a closed pipe.
-const BROKEN_PIPE: i32 = 141;
-
 static LABELS: Once = Once::new();
 
 /// Makes all labels known to the reader of decision files.
@@ -154,31 +149,8 @@ pub fn prepare() {
         register_labels(kernel_model::faults::LABELS);
         register_labels(&xen_model::LABELS);
         register_labels(catalog::LABELS);
-        catch_panic_places();
+        panics::catch_places();
     });
-}
-
-thread_local! {
-    /// Where the last panic of this thread came from.
-    static PANIC_PLACE: RefCell<Option<String>> = const { RefCell::new(None) };
-    static INSIDE: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
-}
-
-/// Panics inside a run are findings, reported with their place; others print as usual.
-fn catch_panic_places() {
-    let usual = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |info| {
-        if info.payload_as_str().is_some_and(|text| text.starts_with("failed printing to std")) {
-            // Whoever read our output has gone (`| head`): that is no finding and nobody is left to tell.
-            std::process::exit(BROKEN_PIPE);
-        }
-        if !INSIDE.get() {
-            return usual(info);
-        }
-        let text = info.payload_as_str().unwrap_or("panic");
-        let place = info.location().map_or(String::new(), |l| format!(" at {}:{}", l.file(), l.line()));
-        PANIC_PLACE.with_borrow_mut(|p| *p = Some(format!("{text}{place}")));
-    }));
 }
 
 fn scheduling(seed: u64) -> Scheduling {
@@ -209,9 +181,8 @@ pub fn run(spec: &RunSpec) -> Outcome {
     let world = World::new(&sim, storage, spec.options.clone());
     let body = (spec.scenario.body)(world.clone());
     let verdict = world.verdict.clone();
-    INSIDE.set(true);
-    let result = catch_unwind(AssertUnwindSafe(|| sim.run(async move { verdict.guard(body).await })));
-    INSIDE.set(false);
+    panics::begin(spec, &sim);
+    let result = panics::inside(|| sim.run(async move { verdict.guard(body).await }));
     match result {
         Ok(Ok(())) => {}
         Ok(Err(stall)) => {
@@ -222,13 +193,10 @@ pub fn run(spec: &RunSpec) -> Outcome {
             };
             world.fail(Invariant::L1, format!("{why}: {}", stall.report));
         }
-        Err(_) => {
-            let place = PANIC_PLACE.with_borrow_mut(Option::take).unwrap_or_else(|| "panic".into());
-            world.fail(Invariant::A1, place);
-        }
+        Err(place) => world.fail(Invariant::A1, place),
     }
     let (trace, decisions) = sim.finish();
-    Outcome {
+    let mut outcome = Outcome {
         failure: world.verdict.failure(),
         trace,
         decisions,
@@ -237,7 +205,16 @@ pub fn run(spec: &RunSpec) -> Outcome {
         virtual_ns: sim.now_ns(),
         explored: world.explorer().map_or(Explored::default(), |e| e.explored()),
         bad_state: world.explorer().and_then(|e| e.bad()),
+    };
+    // What is left of a world after a panic is in no state that its destructors were written for.
+    panics::taking_down();
+    if let Err(place) = panics::inside(move || drop((world, sim)))
+        && outcome.failure.is_none()
+    {
+        let detail = format!("while the world was taken down: {place}");
+        outcome.failure = Some(Failure { invariant: Invariant::A1, detail, at_ns: outcome.virtual_ns });
     }
+    outcome
 }
 
 /// Shrinks a failing run; gives the decisions that are left and how many runs it took.
@@ -266,20 +243,22 @@ pub fn run_recorded(spec: &RunSpec, trace: TraceLevel) -> Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sweep::{SweepSpec, sweep};
+
+    static PANICS: Scenario = Scenario {
+        name: "panics",
+        about: "a task that panics",
+        storage: |_| StorageConfig::default(),
+        body: |w| {
+            Box::pin(async move {
+                w.sim.spawn("task", 0, async { assert_eq!(1, 2, "a broken promise") });
+                w.sim.sleep_ns(1).await;
+            })
+        },
+    };
 
     #[test]
     fn a_panic_of_a_task_is_a_finding_with_its_place() {
-        static PANICS: Scenario = Scenario {
-            name: "panics",
-            about: "a task that panics",
-            storage: |_| StorageConfig::default(),
-            body: |w| {
-                Box::pin(async move {
-                    w.sim.spawn("task", 0, async { assert_eq!(1, 2, "a broken promise") });
-                    w.sim.sleep_ns(1).await;
-                })
-            },
-        };
         let failure = run(&RunSpec::new(&PANICS, 0)).failure.unwrap();
         assert_eq!(failure.invariant, Invariant::A1);
         assert!(
@@ -288,5 +267,76 @@ mod tests {
             failure.detail
         );
         assert!(run(&RunSpec::new(catalog::ALL[0], 0)).failure.is_none(), "the next run is none the worse");
+    }
+
+    struct Falls;
+    impl Drop for Falls {
+        fn drop(&mut self) {
+            panic!("a broken destructor");
+        }
+    }
+
+    static FALLS_AT_THE_END: Scenario = Scenario {
+        name: "falls-at-the-end",
+        about: "a task panics, and what another holds does when the world is taken down",
+        storage: |_| StorageConfig::default(),
+        body: |w| {
+            Box::pin(async move {
+                let falls = Falls;
+                w.sim.spawn("holder", 0, async move {
+                    let _falls = falls;
+                    std::future::pending().await
+                });
+                w.sim.sleep_ns(1).await;
+                w.sim.spawn("task", 0, async { panic!("a broken promise") });
+                w.sim.sleep_ns(1).await;
+            })
+        },
+    };
+
+    #[test]
+    fn a_panic_while_a_world_is_taken_down_does_not_hide_the_first() {
+        let failure = run(&RunSpec::new(&FALLS_AT_THE_END, 0)).failure.unwrap();
+        assert!(failure.detail.starts_with("a broken promise"), "{}", failure.detail);
+        assert!(run(&RunSpec::new(catalog::ALL[0], 0)).failure.is_none(), "the next run is none the worse");
+    }
+
+    static FALLS_TWICE: Scenario = Scenario {
+        name: "falls-twice",
+        about: "a panic meets another one in a destructor, in every fourth seed",
+        storage: |_| StorageConfig::default(),
+        body: |w| {
+            Box::pin(async move {
+                let falls = w.setting("falls", &[false, false, false, true]);
+                w.sim.spawn("task", 0, async move {
+                    let _falls = falls.then(|| Falls);
+                    assert!(!falls, "a broken promise");
+                });
+                w.sim.sleep_ns(1).await;
+            })
+        },
+    };
+
+    #[test]
+    fn a_panic_that_meets_another_is_a_finding_and_the_sweep_goes_on() {
+        for guarded in [false, true] {
+            let spec = SweepSpec {
+                scenarios: vec![&FALLS_TWICE, catalog::ALL[0]],
+                seeds: 0..40,
+                options: RunOptions::default(),
+                jobs: 2,
+                guarded,
+                first_only: false,
+            };
+            let report = sweep(&spec, |_, _| true);
+            let (falls, other) = (&report.scenarios[0].1, &report.scenarios[1].1);
+            assert_eq!((falls.passed + falls.failed, other.passed), (40, 40));
+            assert!(falls.failed > 2 && falls.passed > 20, "{falls:?}");
+            let (_, first) = &falls.failures[0];
+            assert_eq!(first.invariant, Invariant::A1);
+            assert!(
+                first.detail.contains("a broken promise") && first.detail.contains("a broken destructor")
+            );
+        }
     }
 }

@@ -1,13 +1,13 @@
 //! Sweeps: many seeds of many scenarios on all cores.
 
 use crate::check::Failure;
-use crate::run::{RunSpec, Scenario, run};
+use crate::panics::apart;
+use crate::run::{Outcome, RunSpec, Scenario, run};
 use crate::world::{RunOptions, Stats};
-use sim::{guard, mix2};
+use sim::mix2;
 use std::ops::Range;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, mpsc};
 use tap_host::Mark;
 
 /// Seeds that one thread takes at a time: entering the guard costs as much as a small run.
@@ -141,31 +141,49 @@ fn plan(spec: &SweepSpec) -> Vec<(usize, Range<u64>)> {
 
 fn run_chunk(spec: &SweepSpec, scenario: usize, seeds: Range<u64>) -> ChunkResult {
     let (of, options) = (spec.scenarios[scenario], spec.options.clone());
-    let seed = seeds.start;
-    let (report, marks) = guard::run(spec.guarded, seed, move || {
-        let mut report = ScenarioReport::default();
-        let mut marks = vec![0; Mark::ALL.len()];
-        let before = cpu_ns();
-        for seed in seeds {
-            let outcome = run(&RunSpec { options: options.clone(), ..RunSpec::new(of, seed) });
-            marks.iter_mut().zip(&outcome.marks).for_each(|(sum, n)| *sum += n);
-            add(&mut report.stats, &outcome.stats);
-            report.virtual_ns += outcome.virtual_ns;
-            report.hash = report.hash.wrapping_add(mix2(outcome.trace.hash, seed));
-            match outcome.failure {
-                None => report.passed += 1,
-                Some(failure) => {
-                    report.failed += 1;
-                    if report.failures.len() < FAILURES_KEPT {
-                        report.failures.push((seed, failure));
-                    }
-                }
+    let empty = (ScenarioReport::default(), vec![0; Mark::ALL.len()]);
+    // Shared, because a thread that a run takes with it leaves what it had counted.
+    let counted = Arc::new(Mutex::new(empty));
+    let mut rest = seeds;
+    while !rest.is_empty() {
+        let (out, options, seeds) = (Arc::clone(&counted), options.clone(), rest.clone());
+        let ended = apart(spec.guarded, rest.start, move || {
+            let mut before = cpu_ns();
+            for seed in seeds {
+                let outcome = run(&RunSpec { options: options.clone(), ..RunSpec::new(of, seed) });
+                let now = cpu_ns();
+                let taken = now.saturating_sub(std::mem::replace(&mut before, now));
+                count(&mut out.lock().expect("no panic while results are held"), seed, outcome, taken);
+            }
+        });
+        rest.start = match ended {
+            Ok(()) => rest.end,
+            Err((lost, outcome)) => {
+                count(&mut counted.lock().expect("no panic while results are held"), lost.seed, *outcome, 0);
+                lost.seed + 1
+            }
+        };
+    }
+    let mut counted = counted.lock().expect("no panic while results are held");
+    let (report, marks) = std::mem::take(&mut *counted);
+    ChunkResult { scenario, report, marks }
+}
+
+fn count((report, marks): &mut (ScenarioReport, Vec<u64>), seed: u64, outcome: Outcome, cpu_ns: u64) {
+    marks.iter_mut().zip(&outcome.marks).for_each(|(sum, n)| *sum += n);
+    add(&mut report.stats, &outcome.stats);
+    report.cpu_ns += cpu_ns;
+    report.virtual_ns += outcome.virtual_ns;
+    report.hash = report.hash.wrapping_add(mix2(outcome.trace.hash, seed));
+    match outcome.failure {
+        None => report.passed += 1,
+        Some(failure) => {
+            report.failed += 1;
+            if report.failures.len() < FAILURES_KEPT {
+                report.failures.push((seed, failure));
             }
         }
-        report.cpu_ns = cpu_ns().saturating_sub(before);
-        (report, marks)
-    });
-    ChunkResult { scenario, report, marks }
+    }
 }
 
 fn add(sum: &mut Stats, one: &Stats) {

@@ -346,6 +346,13 @@ impl Sim {
         (self.0.trace.borrow_mut().take(), self.0.decisions.borrow_mut().take_record())
     }
 
+    /// As [`Sim::finish`], from wherever a run was left: `None` where the engine was in the middle of changing them.
+    pub fn salvage(&self) -> Option<(TraceReport, DecisionMap)> {
+        let (mut trace, mut decisions) =
+            (self.0.trace.try_borrow_mut().ok()?, self.0.decisions.try_borrow_mut().ok()?);
+        Some((trace.take(), decisions.take_record()))
+    }
+
     /// Turns of tasks so far.
     pub fn turns(&self) -> u64 {
         self.0.turns.get()

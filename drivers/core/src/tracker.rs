@@ -333,6 +333,10 @@ impl State {
 
 impl Drop for Ticket {
     fn drop(&mut self) {
+        // A panic must not meet another one here: it ends everything anyway.
+        if std::thread::panicking() {
+            return;
+        }
         let woken = self.tracker.0.borrow_mut().release(self.index);
         woken.into_iter().for_each(Waker::wake);
     }

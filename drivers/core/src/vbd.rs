@@ -180,6 +180,10 @@ struct Admitted<H: Log>(Rc<Inner<H>>);
 
 impl<H: Log> Drop for Admitted<H> {
     fn drop(&mut self) {
+        // A panic must not meet another one here: it ends everything anyway.
+        if std::thread::panicking() {
+            return;
+        }
         let left = self.0.in_flight.get() - 1;
         self.0.in_flight.set(left);
         if left == 0 {
@@ -222,6 +226,10 @@ impl<H: Log> Held<H> {
 
 impl<H: Log> Drop for Held<H> {
     fn drop(&mut self) {
+        // A panic must not meet another one here: it ends everything anyway.
+        if std::thread::panicking() {
+            return;
+        }
         let mut held = self.inner.held.borrow_mut();
         let was_first = held.is_first(self.place);
         held.leave(&mut self.place);

@@ -2,11 +2,12 @@
 
 use super::args::{Common, LogLevel};
 use super::{Exit, Stop};
-use crate::run::{Outcome, RunSpec, run_recorded, shrink_run};
+use crate::panics::apart;
+use crate::run::{Outcome, RunSpec, run, shrink_run};
 use crate::sweep::SweepReport;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use sim::{RunFile, TraceLevel};
+use sim::{RunFile, Source, TraceLevel};
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -184,17 +185,40 @@ pub(crate) fn print_table(report: &SweepReport) {
     }
 }
 
-/// Runs the failing `spec` again, shrinks and saves it, and says how to replay it.
+/// Runs the failing `spec` again, shrinks and saves it, and says how to replay it. A run that takes its thread with it is
+/// saved as it is.
 pub(crate) fn report_failure(common: &Common, spec: &RunSpec) -> Result<PathBuf, Stop> {
-    let (guarded, seed, mine) = (common.guarded(), spec.seed, spec.clone());
-    let (best, outcome, before, runs) = sim::guard::run(guarded, seed, move || {
-        let recorded = run_recorded(&mine, TraceLevel::Hash);
-        let (best, outcome, shrunk) = shrink_run(&mine, &recorded, SHRINK_RUNS);
-        (best, outcome, recorded.decisions.len(), shrunk.runs)
-    });
+    let (guarded, seed) = (common.guarded(), spec.seed);
+    let mine = RunSpec { record: true, trace: TraceLevel::Events, ..spec.clone() };
+    let recorded = apart(guarded, seed, move || run(&mine));
+    let (best, outcome, how) = match recorded {
+        Err((lost, outcome)) => (lost, *outcome, "not shrunk: it takes its thread with it".into()),
+        Ok(recorded) => {
+            let (mine, before) = (spec.clone(), recorded.clone());
+            let shrunk = apart(guarded, seed, move || shrink_run(&mine, &before, SHRINK_RUNS));
+            match shrunk {
+                Ok((best, outcome, shrunk)) => {
+                    let (before, after) = (recorded.decisions.len(), outcome.decisions.len());
+                    (
+                        best,
+                        outcome,
+                        format!("shrunk from {before} to {after} decisions in {} runs", shrunk.runs),
+                    )
+                }
+                Err(_) => {
+                    let source = Source::Replay(recorded.decisions.clone());
+                    (
+                        RunSpec { source, ..spec.clone() },
+                        recorded,
+                        "not shrunk: a smaller run takes its thread with it".into(),
+                    )
+                }
+            }
+        }
+    };
     let path = save_run(common, &best, &outcome)?;
     print_failure(common, &best, &outcome);
-    println!("  shrunk from {before} to {} decisions in {runs} runs", outcome.decisions.len());
+    println!("  {how}");
     println!("  replay:  cargo tapsim replay {}", path.display());
     println!("  story:   cargo tapsim explain {}\n", path.display());
     Ok(path)

@@ -172,6 +172,10 @@ pub(super) struct Depth<H: Time + Tasks + Log + Probe>(Rc<Inner<H>>);
 
 impl<H: Time + Tasks + Log + Probe> Drop for Depth<H> {
     fn drop(&mut self) {
+        // A panic must not meet another one here: it ends everything anyway.
+        if std::thread::panicking() {
+            return;
+        }
         let mut line = self.0.line.borrow_mut();
         line.depth_free += 1;
         let next = line.next_leader();
@@ -286,6 +290,10 @@ impl<H: Time + Tasks + Log + Probe> Place<H> {
 
 impl<H: Time + Tasks + Log + Probe> Drop for Place<H> {
     fn drop(&mut self) {
+        // A panic must not meet another one here: it ends everything anyway.
+        if std::thread::panicking() {
+            return;
+        }
         let Some(slot) = self.slot.take() else { return };
         let mut line = self.inner.line.borrow_mut();
         let (mut woken, mut work) = (None, self.driving.take());

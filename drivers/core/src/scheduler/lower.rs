@@ -125,6 +125,10 @@ impl<H: Time + Tasks + Log + Probe> Batch<H> {
 
 impl<H: Time + Tasks + Log + Probe> Drop for Batch<H> {
     fn drop(&mut self) {
+        // A panic must not meet another one here: it ends everything anyway.
+        if std::thread::panicking() {
+            return;
+        }
         for part in &self.parts[self.answered..] {
             let ticket = self.inner.line.borrow_mut().give_up(part.slot);
             drop(ticket);

@@ -250,3 +250,31 @@ fn a_held_back_head_that_is_dropped_passes_the_free_depth_on() {
     assert_eq!(results(&got)[2], Some(Ok(())));
     bench.assert_idle();
 }
+
+/// A node that breaks its promise.
+struct Falls;
+
+impl Node for Falls {
+    fn submit(&self, _: Request) -> crate::LocalBoxFuture<Response> {
+        Box::pin(async { panic!("a broken node") })
+    }
+    fn info(&self) -> crate::NodeInfo {
+        crate::NodeInfo { size_sectors: 1 << 20, read_only: false }
+    }
+    fn close(&self) -> crate::LocalBoxFuture<Result<(), Errno>> {
+        Box::pin(async { Ok(()) })
+    }
+}
+
+#[test]
+fn a_panic_below_meets_no_other_on_its_way_out() {
+    let pool = Pool::new();
+    let scheduler = Scheduler::new(pool.clone(), Rc::new(Falls), SchedulerLimits::default());
+    // Merged: whoever leads carries the places of the others.
+    let started: Vec<_> = (0..4).map(|i| pool.defer(scheduler.submit(write(i * 8, 8)))).collect();
+    let run = std::panic::AssertUnwindSafe(|| pool.run());
+    let panic = std::panic::catch_unwind(run).expect_err("the node panics");
+    assert_eq!(panic.downcast_ref::<&str>(), Some(&"a broken node"));
+    // What is left goes without another one, or this process ends here.
+    drop((started, scheduler, pool));
+}
