@@ -8,6 +8,7 @@
 //! | transient | EAGAIN | nothing landed |
 //! | slow, stuck | nothing for milliseconds, or for ten seconds | as usual |
 //! | sync error | EIO from fdatasync | see [`SyncErrors`] |
+//! | sync interrupted | EINTR or ENOMEM from fdatasync | nothing is lost: all of it stays pending |
 //! | power cut | everything ends | any subset of the sectors that were not synchronised; a prefix of the size changes |
 //!
 //! Never injected here: a medium that returns other bytes than were written, and a synchronisation that lies. (The lying
@@ -52,6 +53,7 @@ static TRANSIENT: FaultKind = FaultKind { name: "transient-error", max_ppm: 100_
 static SLOW: FaultKind = FaultKind { name: "slow-io", max_ppm: 100_000 };
 static STUCK: FaultKind = FaultKind { name: "stuck-io", max_ppm: 4_000 };
 static SYNC: FaultKind = FaultKind { name: "sync-error", max_ppm: 100_000 };
+static SYNC_INTERRUPTED: FaultKind = FaultKind { name: "sync-interrupted", max_ppm: 100_000 };
 static JITTER: FaultKind = FaultKind { name: "io-jitter", max_ppm: 500_000 };
 
 /// What a failed fdatasync of a buffered file leaves behind.
@@ -86,6 +88,8 @@ pub struct FaultPlan {
     pub stuck: bool,
     /// fdatasync errors.
     pub sync_errors: bool,
+    /// fdatasync that ends with EINTR or ENOMEM, after which a repetition is as good as the first.
+    pub sync_interrupted: bool,
 }
 
 impl FaultPlan {
@@ -98,6 +102,7 @@ impl FaultPlan {
         latency: true,
         stuck: true,
         sync_errors: false,
+        sync_interrupted: false,
     };
     /// Everything.
     pub const ALL: Self = Self {
@@ -108,6 +113,7 @@ impl FaultPlan {
         latency: true,
         stuck: true,
         sync_errors: true,
+        sync_interrupted: true,
     };
 }
 
@@ -154,6 +160,7 @@ pub(crate) struct Rates {
     transient: u32,
     stuck: u32,
     sync: u32,
+    interrupted: u32,
     slow: u32,
     jitter: u32,
 }
@@ -169,6 +176,7 @@ impl Rates {
             transient: rate(plan.transient, &TRANSIENT),
             stuck: rate(plan.stuck, &STUCK),
             sync: rate(plan.sync_errors, &SYNC),
+            interrupted: rate(plan.sync_interrupted, &SYNC_INTERRUPTED),
             slow: rate(plan.latency, &SLOW),
             jitter: rate(plan.latency, &JITTER),
         }
@@ -198,7 +206,13 @@ impl Rates {
                 (KIND_ENOSPC, self.enospc),
                 (0, 0),
             ],
-            IoOp::Sync => [(KIND_SYNC, self.sync), (KIND_STUCK, self.stuck), (0, 0), (0, 0), (0, 0)],
+            IoOp::Sync => [
+                (KIND_SYNC, self.sync),
+                (KIND_STUCK, self.stuck),
+                (KIND_TRANSIENT, self.interrupted),
+                (0, 0),
+                (0, 0),
+            ],
         };
         let mut at = d.below(1_000_000);
         for (kind, ppm) in table {
@@ -216,7 +230,7 @@ impl Rates {
             IoOp::Read => self.eio | self.short | self.transient | self.stuck != 0,
             IoOp::Write => self.eio | self.short | self.transient | self.stuck | self.enospc != 0,
             IoOp::Zero => self.eio | self.transient | self.stuck | self.enospc != 0,
-            IoOp::Sync => self.sync | self.stuck != 0,
+            IoOp::Sync => self.sync | self.stuck | self.interrupted != 0,
         }
     }
 
@@ -239,6 +253,8 @@ impl Rates {
 /// How much of an operation happens, where that says anything.
 fn draw_detail(op: IoOp, kind: u64, d: &mut Draw) -> u64 {
     match (op, kind) {
+        // EINTR or ENOMEM.
+        (IoOp::Sync, KIND_TRANSIENT) => return d.below(2),
         (IoOp::Write | IoOp::Zero, KIND_EIO) | (_, KIND_SHORT) => {}
         _ => return 0,
     }
@@ -252,13 +268,19 @@ fn draw_detail(op: IoOp, kind: u64, d: &mut Draw) -> u64 {
 
 /// The fault of an [`IO_FAULT`] value; none where the plan does not have it, whatever a decision file says.
 pub(crate) fn decode(value: u64, plan: FaultPlan, op: IoOp) -> Fault {
-    let fault = decode_any(value);
+    let fault = match decode_any(value) {
+        Fault::Error(Errno::EAGAIN, detail) if op == IoOp::Sync => {
+            Fault::Error(if detail == 0 { Errno::EINTR } else { Errno::ENOMEM }, 0)
+        }
+        fault => fault,
+    };
     let allowed = match fault {
         Fault::None => true,
         Fault::Error(Errno::EIO, _) if value & 7 == KIND_SYNC => plan.sync_errors && op == IoOp::Sync,
         Fault::Error(Errno::EIO, _) => plan.errors && op != IoOp::Sync,
         Fault::Error(Errno::ENOSPC, _) => plan.no_space && op.changes(),
-        Fault::Error(..) => plan.transient && op != IoOp::Sync,
+        Fault::Error(..) if op == IoOp::Sync => plan.sync_interrupted,
+        Fault::Error(..) => plan.transient,
         Fault::Short(_) => plan.short && matches!(op, IoOp::Read | IoOp::Write),
         Fault::Stuck => plan.latency,
     };
@@ -271,7 +293,7 @@ fn decode_any(value: u64) -> Fault {
         KIND_EIO => Fault::Error(Errno::EIO, detail),
         KIND_ENOSPC => Fault::Error(Errno::ENOSPC, 0),
         KIND_SHORT => Fault::Short(detail.clamp(1, 254)),
-        KIND_TRANSIENT => Fault::Error(Errno::EAGAIN, 0),
+        KIND_TRANSIENT => Fault::Error(Errno::EAGAIN, detail),
         KIND_STUCK => Fault::Stuck,
         KIND_SYNC => Fault::Error(Errno::EIO, 0),
         _ => Fault::None,
@@ -287,6 +309,7 @@ pub fn describe_fault(value: u64) -> String {
         Fault::Error(Errno::EIO, 0) => "fails with EIO and has no effect".into(),
         Fault::Error(Errno::EIO, 255) => "fails with EIO although all of it took effect".into(),
         Fault::Error(Errno::EIO, part) => format!("fails with EIO after {part}/255 of it took effect"),
+        Fault::Error(Errno::EAGAIN, _) => "fails for now (EAGAIN; a sync with EINTR or ENOMEM)".into(),
         Fault::Error(e, _) => format!("fails with {e:?}"),
         Fault::Short(part) => format!("transfers only {part}/255 of its bytes"),
         Fault::Stuck => "is stuck for ten seconds".into(),

@@ -92,20 +92,38 @@ impl Inode {
     }
 
     /// Writes a run of bytes, growing the file.
-    pub fn write(&mut self, io: Entity, mut offset: u64, mut bytes: &[u8]) {
-        let end = offset + bytes.len() as u64;
-        if end > self.live.size {
+    pub fn write(&mut self, io: Entity, offset: u64, bytes: &[u8]) {
+        self.write_pieces(io, offset, bytes.len() as u64, std::iter::once(bytes));
+    }
+
+    /// Writes the first `len` bytes of `pieces`, which are one operation: it is pending once per page, however its
+    /// bytes are cut into pieces.
+    pub fn write_pieces<'a>(
+        &mut self,
+        io: Entity,
+        mut offset: u64,
+        len: u64,
+        pieces: impl IntoIterator<Item = &'a [u8]>,
+    ) {
+        let (first, end) = (self.pending.len(), offset + len);
+        if len > 0 && end > self.live.size {
             self.resize(end);
         }
-        while !bytes.is_empty() {
-            let within = (offset % PAGE as u64) as usize;
-            let n = bytes.len().min(PAGE - within);
-            let page = offset / PAGE as u64;
-            let after = Rc::clone(self.live.pages.write_in_page(page, within, &bytes[..n]));
-            let sectors = sectors_of(within, n);
-            self.pending.push(Pending { seq: self.next_seq, io, page, sectors, bytes: after });
-            bytes = &bytes[n..];
-            offset += n as u64;
+        for piece in pieces {
+            let mut bytes = &piece[..piece.len().min((end - offset) as usize)];
+            while !bytes.is_empty() {
+                let within = (offset % PAGE as u64) as usize;
+                let n = bytes.len().min(PAGE - within);
+                let page = offset / PAGE as u64;
+                let mut sectors = sectors_of(within, n);
+                if self.pending.len() > first && self.pending[self.pending.len() - 1].page == page {
+                    sectors |= self.pending.pop().map_or(0, |before| before.sectors);
+                }
+                let after = Rc::clone(self.live.pages.write_in_page(page, within, &bytes[..n]));
+                self.pending.push(Pending { seq: self.next_seq, io, page, sectors, bytes: after });
+                bytes = &bytes[n..];
+                offset += n as u64;
+            }
         }
         self.next_seq += 1;
     }
@@ -278,6 +296,19 @@ mod tests {
         assert_eq!(bytes(&long_without_data), [vec![1; 1024], vec![0; 512]].concat());
         let short_with_data = file.after_power_cut(0, |_, _| 0xff);
         assert_eq!(bytes(&short_with_data), [vec![1; 512], vec![2; 512]].concat());
+    }
+
+    #[test]
+    fn the_pieces_of_one_write_are_pending_once_per_page() {
+        let (mut one, mut cut) = (Inode::default(), Inode::default());
+        let bytes: Vec<u8> = (0..3 * PAGE).map(|i| (i % 251) as u8).collect();
+        one.write(Entity(1), 512, &bytes[..2 * PAGE]);
+        cut.write_pieces(Entity(1), 512, 2 * PAGE as u64, [&bytes[..100], &bytes[100..1024], &bytes[1024..]]);
+        let what =
+            |file: &Inode| -> Vec<(u64, u8)> { file.pending.iter().map(|p| (p.page, p.sectors)).collect() };
+        assert_eq!(what(&cut), [(0, 0xfe), (1, 0xff), (2, 1)]);
+        assert_eq!((what(&cut), cut.pending_sizes.len()), (what(&one), 1));
+        assert_eq!(self::bytes(&cut.after_power_cut(1, |_, p| p.sectors)), self::bytes(&one.live));
     }
 
     #[test]

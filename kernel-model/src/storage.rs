@@ -467,16 +467,8 @@ impl Inner {
 
     fn effect_write(&self, running: &Running, landed: usize) -> usize {
         let mut inode = running.open.file.inode.borrow_mut();
-        let mut at = running.offset;
-        let mut left = landed;
-        for buf in &running.bufs {
-            let n = left.min(buf.len());
-            if n > 0 {
-                inode.write(running.io, at, &buf[..n]);
-            }
-            at += n as u64;
-            left -= n;
-        }
+        let pieces = running.bufs.iter().map(|buf| &buf[..]);
+        inode.write_pieces(running.io, running.offset, landed as u64, pieces);
         if inode.pending_bytes() > self.config.borrow().write_back_bytes {
             inode.write_back_half();
         }
@@ -508,6 +500,10 @@ impl Inner {
             }
             return Ok(0);
         };
+        // Interrupted, or without memory to begin: nothing was given up.
+        if error != Errno::EIO {
+            return Err(error);
+        }
         let lost = |p: &Pending| {
             !(self.sim.decide(self.pending_entity(p), &SYNC_LOST, 0, |d| d.bits() & 0xff) as u8)
         };

@@ -4,9 +4,10 @@ use super::{Inner, Slot, Storage};
 use crate::faults::{IoOp, LOST, NAME_LOST, SIZES_LOST};
 use crate::inode::{Inode, Pending};
 use crate::pages::PAGE;
-use sim::{Entity, Sim, mix2};
+use sim::{Entity, Sim, TraceEvent, mix2, text_hash};
+use std::fmt;
 use std::rc::Rc;
-use tap_host::IoVec;
+use tap_host::{IoVec, SECTOR_BYTES};
 
 impl Storage {
     /// The decisions that make [`Storage::power_cut`], now, leave of `name` exactly the sectors that `keep` says (by
@@ -71,13 +72,58 @@ impl Storage {
                 _ => d.below(sizes + 1),
             });
             let mood = PowerCutMood::draw(sim, file.entity);
+            let mut left = Left { name: text_hash(&name), hash: 0, pages: 0, size: 0 };
             let content = inode.after_power_cut((sizes - lost.min(sizes)) as usize, |_, p| {
                 let entity = inner.pending_entity(p);
-                !(sim.decide(entity, &LOST, 0, |d| mood.lost(p, d)) as u8)
+                let kept = p.sectors & !(sim.decide(entity, &LOST, 0, |d| mood.lost(p, d)) as u8);
+                left.add(p, kept);
+                kept
             });
+            left.size = content.size;
+            sim.trace("power", &left);
             drop(inode);
             inner.files.borrow_mut().insert(name.clone(), inner.file(&name, Inode::durable(content), true));
         }
+    }
+}
+
+/// What a power cut left of one file: two runs with the same trace have the same bytes.
+struct Left {
+    name: u64,
+    /// Of what was kept of each pending write, in order.
+    hash: u64,
+    pages: u64,
+    size: u64,
+}
+
+impl Left {
+    fn add(&mut self, p: &Pending, kept: u8) {
+        if kept == 0 {
+            return;
+        }
+        self.pages += 1;
+        self.hash = mix2(self.hash, p.page << 8 | u64::from(kept));
+        for sector in (0..8).filter(|i| kept & 1 << i != 0) {
+            let at = sector * SECTOR_BYTES as usize;
+            let words = p.bytes[at..at + SECTOR_BYTES as usize].as_chunks::<8>().0;
+            let sum = words.iter().fold(0, |sum: u64, word| {
+                (sum ^ u64::from_le_bytes(*word)).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29)
+            });
+            self.hash = mix2(self.hash, sum);
+        }
+    }
+}
+
+impl fmt::Display for Left {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Left { hash, pages, size, .. } = self;
+        write!(f, "leaves {size} bytes; of {pages} pending pages something ({hash:016x})")
+    }
+}
+
+impl TraceEvent for Left {
+    fn words(&self) -> [u64; 4] {
+        [self.name, self.hash, self.pages, self.size]
     }
 }
 
