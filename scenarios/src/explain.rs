@@ -106,37 +106,121 @@ pub fn story(spec: &RunSpec, outcome: &Outcome) -> String {
     out
 }
 
-/// The trace. Where it is long, only lines that touch what the operations that are left touch, or no place at all.
+/// How much a line tells of the failure.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Weight {
+    /// About other places, or said all the time.
+    None,
+    /// Touches what the operations that are left touch, or no place at all.
+    Some,
+    /// A decision that is left, or about the sector that is wrong.
+    Most,
+}
+
+/// The trace, with the decisions that are left among its lines. Where it is long, the lines that tell most.
 fn happened(out: &mut String, outcome: &Outcome) {
-    let all = &outcome.trace.lines;
-    let mut lines: Vec<&str> = all.iter().map(String::as_str).collect();
-    let mut how = String::new();
-    if lines.len() > LINES {
-        let touched = touched(outcome);
-        if !touched.is_empty() {
-            lines.retain(|line| ranges_in(line).all(|r| touched.iter().any(|t| t.overlaps(r))));
-            how = ", where it concerns what these operations touch".into();
-        }
-        if lines.len() > LINES {
-            lines.drain(..lines.len() - LINES);
-            how += ", the end of it";
-        }
-        let _ = write!(how, " ({} of {} lines)", lines.len(), all.len());
-    }
+    let lines = woven(outcome);
+    let all = lines.len();
+    let kept = if all > LINES { choose(&lines) } else { vec![true; all] };
+    let shown = kept.iter().filter(|k| **k).count();
+    let how = if shown < all {
+        format!(", where it tells most of the failure ({shown} of {all} lines)")
+    } else {
+        String::new()
+    };
     let _ = writeln!(out, "\nWhat happened{how}:");
-    for line in lines {
-        let _ = writeln!(out, "  {line}");
+    let mut gap = false;
+    for ((text, weight), kept) in lines.iter().zip(kept) {
+        if kept {
+            let _ = writeln!(out, "{}  {text}", if gap { "  ...\n" } else { "" });
+            gap = false;
+        } else {
+            // What is said all the time leaves no gap.
+            gap |= *weight > Weight::None;
+        }
     }
 }
 
-/// What the operations that are left read and write, and what the failure speaks of.
-fn touched(outcome: &Outcome) -> Vec<SectorRange> {
-    let ops = outcome.decisions.iter().filter(|(key, _)| key.label.name == OP.name);
-    let ranges = ops.filter_map(|(_, d)| Op::decode(d.value, SHOWN_SECTORS)).map(|op| op.range);
+/// The lines to show: those that tell most, and of the others as many of the last as there is room for.
+fn choose(lines: &[(String, Weight)]) -> Vec<bool> {
+    let mut kept = vec![false; lines.len()];
+    let mut room = LINES;
+    for wanted in [Weight::Most, Weight::Some] {
+        for (i, _) in lines.iter().enumerate().rev().filter(|(_, line)| line.1 == wanted) {
+            if room == 0 {
+                return kept;
+            }
+            kept[i] = true;
+            room -= 1;
+        }
+    }
+    kept
+}
+
+/// The lines of the trace and, where they took effect, the decisions that are left.
+fn woven(outcome: &Outcome) -> Vec<(String, Weight)> {
+    let (focus, touched) = (focus(outcome), touched(outcome));
+    let told = |d: &(&Key, &Decision)| d.0.label.name != SETTING.name && d.0.label.name != OP.name;
+    let mut decisions: Vec<_> = outcome.decisions.iter().filter(told).collect();
+    decisions.sort_by_key(|(k, d)| (d.at_ns, **k));
+    let mut decisions = decisions.into_iter().peekable();
+    let mut out = Vec::new();
+    for line in &outcome.trace.lines {
+        while let Some((key, d)) = decisions.next_if(|(_, d)| time_of(line).is_some_and(|t| d.at_ns <= t)) {
+            out.push((decided(key, d), Weight::Most));
+        }
+        out.push((line.clone(), weight(line, &focus, &touched)));
+    }
+    out.extend(decisions.map(|(key, d)| (decided(key, d), Weight::Most)));
+    out
+}
+
+fn decided(key: &Key, d: &Decision) -> String {
+    let (s, ns) = (d.at_ns / 1_000_000_000, d.at_ns % 1_000_000_000);
+    format!("{s:>6}.{ns:09} * {}", decision(key, d))
+}
+
+/// The time at the head of a line of the trace, in nanoseconds.
+fn time_of(line: &str) -> Option<u64> {
+    let (s, ns) = line.split_whitespace().next()?.split_once('.')?;
+    Some(s.parse::<u64>().ok()? * 1_000_000_000 + ns.parse::<u64>().ok()?)
+}
+
+fn weight(line: &str, focus: &[SectorRange], touched: &[SectorRange]) -> Weight {
+    let overlaps = |all: &[SectorRange]| ranges_in(line).any(|r| all.iter().any(|t| t.overlaps(r)));
+    let is_chatter = || {
+        let answered = line.contains(" answers #") && line.ends_with(" ok");
+        answered || line.contains(" raises port") || line.contains(" writes /") || line.contains(" removes /")
+    };
+    // That other sectors were read explains nothing.
+    let is_read = || line.contains("read ") && !focus.is_empty();
+    if overlaps(focus) {
+        Weight::Most
+    } else if ranges_in(line).next().is_some() {
+        if overlaps(touched) && !is_read() { Weight::Some } else { Weight::None }
+    } else if is_chatter() && !focus.is_empty() {
+        Weight::None
+    } else {
+        Weight::Some
+    }
+}
+
+/// The sector that the failure speaks of, or else the range.
+fn focus(outcome: &Outcome) -> Vec<SectorRange> {
     let detail = outcome.failure.as_ref().map_or("", |f| f.detail.as_str());
     let mut words = detail.split([' ', ',', ':']);
     let sector = words.find(|w| *w == "sector").and_then(|_| words.next()?.parse().ok());
-    ranges.filter(|r| r.count > 0).chain(sector.map(|s| SectorRange::new(s, 1))).collect()
+    match sector {
+        Some(sector) => vec![SectorRange::new(sector, 1)],
+        None => ranges_in(detail).collect(),
+    }
+}
+
+/// What the operations that are left read and write.
+fn touched(outcome: &Outcome) -> Vec<SectorRange> {
+    let ops = outcome.decisions.iter().filter(|(key, _)| key.label.name == OP.name);
+    let ranges = ops.filter_map(|(_, d)| Op::decode(d.value, SHOWN_SECTORS)).map(|op| op.range);
+    ranges.filter(|r| r.count > 0).collect()
 }
 
 /// The ranges of sectors (`8+16`) that a line mentions.
@@ -189,18 +273,44 @@ mod tests {
         }
     }
 
+    fn told(detail: &str, lines: Vec<String>, decisions: &[(&'static Label, u64, u64)]) -> String {
+        let mut outcome = Outcome::default();
+        outcome.trace.lines = lines;
+        outcome.failure = Some(crate::check::Failure {
+            invariant: crate::check::Invariant::G1,
+            detail: detail.into(),
+            at_ns: 0,
+        });
+        for (i, (label, value, at_ns)) in decisions.iter().enumerate() {
+            let key = Key { entity: Entity(i as u64), label, attempt: 0 };
+            let d = Decision { value: *value, at_ns: *at_ns, entity_name: "sync of x".into() };
+            outcome.decisions.insert(key, d);
+        }
+        let mut out = String::new();
+        happened(&mut out, &outcome);
+        out
+    }
+
     #[test]
     fn long_traces_are_cut_down_to_what_matters() {
         let line = |i: u64| format!("  0.000000001 guest write {i} to {}+8 ok", i * 8);
-        let mut outcome = Outcome::default();
-        outcome.trace.lines =
-            (0..200).map(line).chain(["  0.000000002 power the power is cut".into()]).collect();
-        let key = Key { entity: Entity(1), label: &OP, attempt: 0 };
-        let value = Op::decode(3 | 7 << 2 | 48 << 10, 1 << 20).unwrap().encode();
-        outcome.decisions.insert(key, Decision { value, at_ns: 0, entity_name: String::new() });
-        let mut out = String::new();
-        happened(&mut out, &outcome);
+        let power = "  0.000000002 power the power is cut".to_string();
+        let lines: Vec<String> = (0..200).map(line).chain([power]).collect();
+        let op = Op::decode(3 | 7 << 2 | 48 << 10, 1 << 20).unwrap().encode();
+        let out = told("", lines, &[(&OP, op, 0)]);
         assert!(out.contains("write 6 to 48+8") && out.contains("the power is cut"), "{out}");
         assert!(!out.contains("write 7 to") && out.contains("2 of 201 lines"), "{out}");
+    }
+
+    #[test]
+    fn what_is_about_the_wrong_sector_is_told_however_long_ago_it_was() {
+        let early = "  0.000000001 guest submits write 3 to 100+8".to_string();
+        let chatter = (0..400).map(|i| format!("  0.{:09} guest something {i}", i + 5));
+        let lines = [early].into_iter().chain(chatter).collect();
+        let out = told("read 96+8: sector 103 holds zeros", lines, &[(&IO_FAULT, 6, 7)]);
+        assert!(out.contains("write 3 to 100+8") && out.contains("something 399"), "{out}");
+        let fault = out.lines().position(|l| l.contains("* sync of x: fails with EIO")).unwrap();
+        assert!(fault < out.lines().position(|l| l.contains("something 399")).unwrap(), "{out}");
+        assert_eq!(out.matches("...").count(), 2, "{out}");
     }
 }

@@ -217,9 +217,10 @@ pub fn run(spec: &RunSpec) -> Outcome {
     outcome
 }
 
-/// Shrinks a failing run; gives the decisions that are left and how many runs it took.
+/// Shrinks a failing run as long as its failure stays of one [kind](Failure::kind); gives the decisions that are left
+/// and how many runs it took.
 pub fn shrink_run(spec: &RunSpec, outcome: &Outcome, runs: u64) -> (RunSpec, Outcome, sim::Shrunk) {
-    let class = outcome.failure.as_ref().map(|f| f.invariant);
+    let class = outcome.failure.as_ref().map(Failure::kind);
     let candidate = |map: &DecisionMap| RunSpec {
         source: Source::Replay(map.clone()),
         record: true,
@@ -228,7 +229,7 @@ pub fn shrink_run(spec: &RunSpec, outcome: &Outcome, runs: u64) -> (RunSpec, Out
     };
     let shrunk = sim::shrink(&outcome.decisions, sim::ShrinkLimits { runs }, |map| {
         let outcome = run(&candidate(map));
-        (outcome.failure.map(|f| f.invariant) == class).then_some(outcome.decisions)
+        (outcome.failure.map(|f| f.kind()) == class).then_some(outcome.decisions)
     });
     let best = RunSpec { trace: TraceLevel::Events, ..candidate(&shrunk.decisions) };
     let outcome = run(&best);

@@ -51,12 +51,26 @@ impl Version {
         self.zero || (initial && self.write == 0)
     }
 
+    fn state(&self) -> &'static str {
+        match (self.res, self.failed, self.stale_at) {
+            (NEVER, _, _) => "running",
+            (_, true, _) => "failed",
+            (_, _, NEVER) => "answered",
+            _ => "overwritten",
+        }
+    }
+
     fn before(&self, other: &Version, order: Order) -> bool {
         match order {
             Order::Answer => self.res < other.inv,
             Order::Submission => self.inv < other.inv,
         }
     }
+}
+
+fn listed(words: impl Iterator<Item = String>) -> String {
+    let words: Vec<String> = words.collect();
+    if words.is_empty() { "nothing that is known".into() } else { words.join(", ") }
 }
 
 /// The state of a run of equal sectors.
@@ -217,24 +231,33 @@ impl Block {
         self.versions.iter().filter(|v| !v.superseded).map(|v| v.write)
     }
 
-    /// The writes that a read may see now or may have seen lately, for reports.
-    pub fn describe(&self) -> String {
-        let mut out = String::new();
-        for v in &self.versions {
-            let state = match (v.res, v.failed, v.stale_at) {
-                (NEVER, _, _) => "running",
-                (_, true, _) => "failed",
-                (_, _, NEVER) => "answered",
-                _ => "overwritten",
-            };
-            out += &format!(
-                "{}write {} ({state}{})",
-                if out.is_empty() { "" } else { ", " },
-                v.write,
-                if v.superseded { ", a later one is flushed" } else { "" }
-            );
+    /// The writes that a power cut may leave, for reports.
+    pub fn describe_survivors(&self) -> String {
+        let survivors = self.versions.iter().filter(|v| !v.superseded);
+        listed(survivors.map(|v| format!("write {} ({})", v.write, v.state())))
+    }
+
+    /// The writes that a read from `inv` to `res` may see, for reports.
+    pub fn describe_shown(&self, inv: Clock, res: Clock, order: Order) -> String {
+        let shown = self.versions.iter().filter(|v| self.shows(v, inv, res, order));
+        listed(shown.map(|v| format!("write {} ({})", v.write, v.state())))
+    }
+
+    /// Why a read from `inv` to `res` may not see `write`, for reports.
+    pub fn why_hidden(&self, write: u64, inv: Clock, res: Clock, order: Order) -> String {
+        let Some(v) = self.versions.iter().find(|v| v.write == write) else {
+            return "left behind by a later one long ago".into();
+        };
+        if v.inv >= res || (order == Order::Submission && v.inv > inv) {
+            return "submitted after this read".into();
         }
-        out
+        if v.stale_at < inv {
+            return "overwritten before this read".into();
+        }
+        let newer = self.versions.iter().find(|w| !w.failed && w.inv > v.inv && w.inv < inv);
+        newer.map_or("replaced".into(), |w| {
+            format!("overwritten by write {}, which was submitted before this read", w.write)
+        })
     }
 
     /// The power was cut at `now`: what may survive is left, each as good as the other until somebody looks.

@@ -284,13 +284,17 @@ impl BlockHistory {
                 Seen::Zeros { initial } => b.read_zeros(initial, inv, res, order),
             };
             if bad.is_none() && !may_be(b) {
-                bad = Some((b.describe(), b.is_settled()));
+                let why = match seen {
+                    Seen::Write(write) => format!(" ({})", b.why_hidden(write, inv, res, order)),
+                    Seen::Zeros { .. } => String::new(),
+                };
+                bad = Some((why, b.describe_shown(inv, res, order), b.is_settled()));
             }
         });
         match bad {
             None => Ok(()),
-            Some((versions, settled)) => {
-                let text = format!("sector {} holds {seen}, but may hold {versions}", range.start.0);
+            Some((why, versions, settled)) => {
+                let text = format!("sector {} holds {seen}{why}, but may hold {versions}", range.start.0);
                 Err(if settled { Wrong::Unstable(text) } else { Wrong::Version(text) })
             }
         }
@@ -359,7 +363,7 @@ impl BlockHistory {
         if may {
             return Ok(());
         }
-        let text = format!("sector {sector} holds {seen}, but may hold {}", block.describe());
+        let text = format!("sector {sector} holds {seen}, but may hold {}", block.describe_survivors());
         Err(Wrong::Version(text))
     }
 
@@ -437,6 +441,26 @@ mod tests {
         assert!(
             wrong.to_string().contains("to sector 9") && wrong.invariant(Invariant::G1) == Invariant::G10
         );
+    }
+
+    #[test]
+    fn a_report_does_not_contradict_itself() {
+        let mut h = BlockHistory::new(64, 1, Initial::Zero, false);
+        let range = SectorRange::new(3, 1);
+        let first = h.begin_write(range);
+        let inv = h.begin_read();
+        let second = h.begin_write(range);
+        h.end_write(first, true);
+        h.end_write(second, true);
+        let bytes = sector_of(&h, second, 3);
+        let text = h.check_read(inv, range, &bytes).unwrap_err().to_string();
+        let may_hold = "write 2 (submitted after this read), but may hold write 1 (overwritten)";
+        assert!(text.ends_with(may_hold), "{text}");
+        let flush = h.begin_flush();
+        h.end_flush(flush);
+        let old = sector_of(&h, first, 3);
+        let text = h.check_survivor(3, &old).unwrap_err().to_string();
+        assert!(text.ends_with("holds write 1, but may hold write 2 (answered)"), "{text}");
     }
 
     #[test]

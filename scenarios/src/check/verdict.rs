@@ -18,6 +18,34 @@ pub struct Failure {
     pub at_ns: u64,
 }
 
+impl Failure {
+    /// What kind of failure it is: what shrinking must keep, so that it does not end at another one. Numbers are left
+    /// out (which sector, which write), and what may change with every decision: the versions that are allowed, the
+    /// tasks that wait.
+    pub fn kind(&self) -> String {
+        let line = self.detail.lines().next().unwrap_or_default();
+        let told = match self.invariant {
+            // Its place is all there is.
+            Invariant::A1 => return format!("{} {line}", self.invariant),
+            Invariant::L1 => line.split(':').next().unwrap_or_default(),
+            _ => line.split(", but may hold").next().unwrap_or_default(),
+        };
+        // Which version is wrong, and why, is one kind: an old one.
+        let told = told.split(" (").next().unwrap_or_default();
+        let mut kind = format!("{} ", self.invariant);
+        let mut in_number = false;
+        for c in told.chars() {
+            if !c.is_ascii_digit() {
+                kind.push(c);
+            } else if !in_number {
+                kind.push('#');
+            }
+            in_number = c.is_ascii_digit();
+        }
+        kind
+    }
+}
+
 #[derive(Default)]
 struct State {
     failure: Option<Failure>,
@@ -62,5 +90,28 @@ impl Verdict {
             if self.is_broken() { Poll::Ready(()) } else { poll }
         })
         .await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kind(invariant: Invariant, detail: &str) -> String {
+        Failure { invariant, detail: detail.into(), at_ns: 0 }.kind()
+    }
+
+    #[test]
+    fn kinds_keep_what_happened_and_not_where() {
+        let zeros = kind(Invariant::G7, "read 0+8: sector 5 holds zeros, but may hold write 3 (answered)");
+        assert_eq!(zeros, "G7 read #+#: sector # holds zeros");
+        assert_eq!(zeros, kind(Invariant::G7, "read 96+88: sector 103 holds zeros, but may hold write 0"));
+        let old =
+            kind(Invariant::G7, "read 0+8: sector 5 holds write 2 (overwritten before this read), but may");
+        assert_eq!(old, "G7 read #+#: sector # holds write #");
+        assert_ne!(kind(Invariant::G1, "a"), kind(Invariant::G7, "a"));
+        assert_ne!(kind(Invariant::A1, "x at a.rs:1"), kind(Invariant::A1, "x at a.rs:2"));
+        let stuck = kind(Invariant::L1, "nothing can go on: task 1 of dom0\ntask 2");
+        assert_eq!(stuck, "L1 nothing can go on");
     }
 }

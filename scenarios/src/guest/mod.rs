@@ -185,6 +185,7 @@ impl<D: GuestDisk> Guest<D> {
     /// One read, checked.
     pub async fn read(&self, range: SectorRange) -> Result<(), Errno> {
         let inv = self.history.borrow_mut().begin_read();
+        self.remark(|| format!("submits read {range}"));
         let checked =
             self.disk.read(range, |bytes| self.history.borrow_mut().check_read(inv, range, bytes)).await;
         match checked {
