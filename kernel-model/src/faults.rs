@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | error | EIO | of a write: nothing, everything, or a part landed |
 //! | no space | ENOSPC | nothing landed |
+//! | pages dropped | ENOSPC from zeros that keep their space | the range's dirty pages are gone, as on ext4 |
 //! | short | fewer bytes than asked for, no error | a prefix of whole sectors landed |
 //! | transient | EAGAIN | nothing landed |
 //! | slow, stuck | nothing for milliseconds, or for ten seconds | as usual |
@@ -15,7 +16,7 @@
 //! drive exists as a canary, [`crate::StorageConfig::flush_lies`]: with it on, the checkers must report a loss.)
 
 use sim::{Draw, FaultKind, Label, Sim};
-use tap_host::Errno;
+use tap_host::{Errno, ZeroMode};
 
 /// Which fault an I/O meets: kind in the low 3 bits, detail in the next 8.
 pub static IO_FAULT: Label = Label::packed("io-fault", "the I/O meets fault {}", &[3, 8]);
@@ -54,6 +55,7 @@ static SLOW: FaultKind = FaultKind { name: "slow-io", max_ppm: 100_000 };
 static STUCK: FaultKind = FaultKind { name: "stuck-io", max_ppm: 4_000 };
 static SYNC: FaultKind = FaultKind { name: "sync-error", max_ppm: 100_000 };
 static SYNC_INTERRUPTED: FaultKind = FaultKind { name: "sync-interrupted", max_ppm: 100_000 };
+static DROPS: FaultKind = FaultKind { name: "pages-dropped", max_ppm: 900_000 };
 static JITTER: FaultKind = FaultKind { name: "io-jitter", max_ppm: 500_000 };
 
 /// What a failed fdatasync of a buffered file leaves behind.
@@ -122,14 +124,19 @@ impl FaultPlan {
 pub(crate) enum IoOp {
     Read,
     Write,
-    Zero,
+    Zero(ZeroMode),
     Sync,
 }
 
 impl IoOp {
+    /// It may need space that the file does not have yet. A hole needs none.
+    pub(crate) fn takes_space(self) -> bool {
+        matches!(self, IoOp::Write | IoOp::Zero(ZeroMode::Keep))
+    }
+
     /// It changes bytes of the file.
     pub(crate) fn changes(self) -> bool {
-        matches!(self, IoOp::Write | IoOp::Zero)
+        matches!(self, IoOp::Write | IoOp::Zero(_))
     }
 }
 
@@ -139,6 +146,8 @@ pub(crate) enum Fault {
     None,
     /// The error, and how much of a write lands: 0 nothing, 255 everything.
     Error(Errno, u8),
+    /// No space, found after the dirty pages of the range's whole blocks were dropped: what had been written back shows.
+    DropsPages,
     /// How much of the transfer happens: 1..=254 of 255.
     Short(u8),
     /// It takes ten seconds.
@@ -151,6 +160,7 @@ const KIND_SHORT: u64 = 3;
 const KIND_TRANSIENT: u64 = 4;
 const KIND_STUCK: u64 = 5;
 const KIND_SYNC: u64 = 6;
+const KIND_DROPS: u64 = 7;
 
 /// The rates of one seed, looked up once.
 pub(crate) struct Rates {
@@ -161,6 +171,7 @@ pub(crate) struct Rates {
     stuck: u32,
     sync: u32,
     interrupted: u32,
+    drops: u32,
     slow: u32,
     jitter: u32,
 }
@@ -177,6 +188,7 @@ impl Rates {
             stuck: rate(plan.stuck, &STUCK),
             sync: rate(plan.sync_errors, &SYNC),
             interrupted: rate(plan.sync_interrupted, &SYNC_INTERRUPTED),
+            drops: rate(plan.no_space, &DROPS),
             slow: rate(plan.latency, &SLOW),
             jitter: rate(plan.latency, &JITTER),
         }
@@ -199,12 +211,12 @@ impl Rates {
                 (KIND_STUCK, self.stuck),
                 (KIND_ENOSPC, self.enospc),
             ],
-            IoOp::Zero => [
+            IoOp::Zero(_) => [
                 (KIND_EIO, self.eio),
                 (KIND_TRANSIENT, self.transient),
                 (KIND_STUCK, self.stuck),
-                (KIND_ENOSPC, self.enospc),
-                (0, 0),
+                (KIND_ENOSPC, if op.takes_space() { self.enospc } else { 0 }),
+                (KIND_DROPS, if op.takes_space() { self.drops } else { 0 }),
             ],
             IoOp::Sync => [
                 (KIND_SYNC, self.sync),
@@ -229,7 +241,7 @@ impl Rates {
         match op {
             IoOp::Read => self.eio | self.short | self.transient | self.stuck != 0,
             IoOp::Write => self.eio | self.short | self.transient | self.stuck | self.enospc != 0,
-            IoOp::Zero => self.eio | self.transient | self.stuck | self.enospc != 0,
+            IoOp::Zero(_) => self.eio | self.transient | self.stuck | self.enospc | self.drops != 0,
             IoOp::Sync => self.sync | self.stuck | self.interrupted != 0,
         }
     }
@@ -255,7 +267,7 @@ fn draw_detail(op: IoOp, kind: u64, d: &mut Draw) -> u64 {
     match (op, kind) {
         // EINTR or ENOMEM.
         (IoOp::Sync, KIND_TRANSIENT) => return d.below(2),
-        (IoOp::Write | IoOp::Zero, KIND_EIO) | (_, KIND_SHORT) => {}
+        (IoOp::Write | IoOp::Zero(_), KIND_EIO) | (_, KIND_SHORT) => {}
         _ => return 0,
     }
     // Nothing and everything are as likely as all that lies between.
@@ -278,7 +290,8 @@ pub(crate) fn decode(value: u64, plan: FaultPlan, op: IoOp) -> Fault {
         Fault::None => true,
         Fault::Error(Errno::EIO, _) if value & 7 == KIND_SYNC => plan.sync_errors && op == IoOp::Sync,
         Fault::Error(Errno::EIO, _) => plan.errors && op != IoOp::Sync,
-        Fault::Error(Errno::ENOSPC, _) => plan.no_space && op.changes(),
+        Fault::Error(Errno::ENOSPC, _) => plan.no_space && op.takes_space(),
+        Fault::DropsPages => plan.no_space && op == IoOp::Zero(ZeroMode::Keep),
         Fault::Error(..) if op == IoOp::Sync => plan.sync_interrupted,
         Fault::Error(..) => plan.transient,
         Fault::Short(_) => plan.short && matches!(op, IoOp::Read | IoOp::Write),
@@ -296,6 +309,7 @@ fn decode_any(value: u64) -> Fault {
         KIND_TRANSIENT => Fault::Error(Errno::EAGAIN, detail),
         KIND_STUCK => Fault::Stuck,
         KIND_SYNC => Fault::Error(Errno::EIO, 0),
+        KIND_DROPS => Fault::DropsPages,
         _ => Fault::None,
     }
 }
@@ -311,6 +325,7 @@ pub fn describe_fault(value: u64) -> String {
         Fault::Error(Errno::EIO, part) => format!("fails with EIO after {part}/255 of it took effect"),
         Fault::Error(Errno::EAGAIN, _) => "fails for now (EAGAIN; a sync with EINTR or ENOMEM)".into(),
         Fault::Error(e, _) => format!("fails with {e:?}"),
+        Fault::DropsPages => "fails with ENOSPC after dropping the dirty pages of its range".into(),
         Fault::Short(part) => format!("transfers only {part}/255 of its bytes"),
         Fault::Stuck => "is stuck for ten seconds".into(),
     }

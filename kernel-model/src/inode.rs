@@ -148,6 +148,17 @@ impl Inode {
         self.next_seq += 1;
     }
 
+    /// Drops what is dirty in the whole pages of a range: the medium's bytes show again, as far as it has any.
+    pub fn drop_pages(&mut self, offset: u64, len: u64) {
+        let end = offset.saturating_add(len).min(self.live.size) / PAGE as u64;
+        let pages = offset.div_ceil(PAGE as u64)..end;
+        self.pending.retain(|p| !pages.contains(&p.page));
+        for page in pages {
+            let old = self.base.pages.get(page).cloned();
+            self.live.pages.set(page, old);
+        }
+    }
+
     /// The run of pages from byte `offset` on that are all there, or all holes; in bytes, and `true` for data.
     pub fn extent(&self, offset: u64) -> Option<(u64, bool)> {
         let left = self.live.size.checked_sub(offset).filter(|left| *left > 0)?;
@@ -328,6 +339,19 @@ mod tests {
         assert_eq!(bytes(&file.base), now);
         file.zero(Entity(3), 1 << 40, 10);
         assert!(file.pending.is_empty() && file.extent(3 * PAGE as u64).is_none());
+    }
+
+    #[test]
+    fn dropped_pages_show_what_the_medium_has() {
+        let mut file = Inode::default();
+        file.write(Entity(1), 0, &[1; 2 * PAGE]);
+        file.harden(file.seq());
+        file.write(Entity(2), 0, &[2; 4 * PAGE]);
+        file.drop_pages(512, 3 * PAGE as u64);
+        let now = bytes(&file.live);
+        assert_eq!([now[PAGE - 1], now[PAGE], now[2 * PAGE], now[3 * PAGE]], [2, 1, 0, 2]);
+        file.harden(file.seq());
+        assert_eq!(bytes(&file.base), now, "what was dropped never reaches the medium");
     }
 
     #[test]

@@ -277,7 +277,7 @@ impl ProcessFile {
         if op.changes() && !self.open.write {
             return Err(Errno::EBADF);
         }
-        if op == IoOp::Zero {
+        if matches!(op, IoOp::Zero(_)) {
             if !self.process.kernel.0.storage.0.can_zero() {
                 return Err(Errno::EOPNOTSUPP);
             }
@@ -347,9 +347,9 @@ impl File for ProcessFile {
         &self,
         offset: u64,
         len: u64,
-        _mode: ZeroMode,
+        mode: ZeroMode,
     ) -> impl Future<Output = Result<(), Errno>> + 'static {
-        let start = IoState::Start(IoOp::Zero, offset, len, IoVec::new());
+        let start = IoState::Start(IoOp::Zero(mode), offset, len, IoVec::new());
         let io = Io { file: self.clone(), state: start };
         async move { io.await.0.map(|_| ()) }
     }

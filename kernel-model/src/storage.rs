@@ -12,7 +12,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
-use tap_host::{Errno, IoVec, LockKind, SECTOR_BYTES, copy_from_slice};
+use tap_host::{Errno, IoVec, LockKind, SECTOR_BYTES, ZeroMode, copy_from_slice};
 
 /// What the storage is like.
 #[derive(Clone, Copy, Debug)]
@@ -307,7 +307,7 @@ impl Inner {
         let role = match op {
             IoOp::Read => "read",
             IoOp::Write => "write",
-            IoOp::Zero => "zero",
+            IoOp::Zero(_) => "zero",
             IoOp::Sync => "sync",
         };
         let io = self.sim.derive(role, offset ^ open.file.entity.0 << 40);
@@ -319,7 +319,7 @@ impl Inner {
         let fault = self.draw_fault(op, io);
         let base = match op {
             IoOp::Read => READ_NS,
-            IoOp::Write | IoOp::Zero => WRITE_NS,
+            IoOp::Write | IoOp::Zero(_) => WRITE_NS,
             IoOp::Sync => SYNC_NS,
         };
         let late = if self.calm.get() {
@@ -367,7 +367,7 @@ impl Inner {
         let mut counts = self.counts.get();
         match op {
             IoOp::Read => counts.reads += 1,
-            IoOp::Write | IoOp::Zero => counts.writes += 1,
+            IoOp::Write | IoOp::Zero(_) => counts.writes += 1,
             IoOp::Sync => counts.syncs += 1,
         }
         self.counts.set(counts);
@@ -375,8 +375,13 @@ impl Inner {
             && !self.stopped.get()
         {
             let n = counts.reads + counts.writes + counts.syncs;
-            if n == nth.n || nth.sticky && n > nth.n {
-                return Fault::Error(nth.error, nth.effect);
+            // A full disk can still be read, and holes made in it.
+            let concerned = nth.error != Errno::ENOSPC || op.takes_space();
+            if concerned && (n == nth.n || nth.sticky && n > nth.n) {
+                return match (op, nth.error) {
+                    (IoOp::Zero(ZeroMode::Keep), Errno::ENOSPC) if nth.effect > 0 => Fault::DropsPages,
+                    _ => Fault::Error(nth.error, nth.effect),
+                };
             }
         }
         if !self.rates.any(op) && !self.sim.has_given_decisions() {
@@ -436,13 +441,17 @@ impl Inner {
         let landed = match running.fault {
             Fault::None | Fault::Stuck => len,
             Fault::Error(_, part) => part_of(len, part),
+            Fault::DropsPages => {
+                self.drop_pages(running);
+                return Err(Errno::ENOSPC);
+            }
             // Never nothing: that would be the end of the file.
             Fault::Short(part) => part_of(len, part).max(len.min(SECTOR_BYTES as usize)),
         };
         let done = match running.op {
             IoOp::Read => self.effect_read(running, landed),
             IoOp::Write => self.effect_write(running, landed),
-            IoOp::Zero => self.effect_zero(running, landed),
+            IoOp::Zero(_) => self.effect_zero(running, landed),
             IoOp::Sync => return self.effect_sync(running),
         };
         match running.fault {
@@ -482,6 +491,13 @@ impl Inner {
             inode.write_back_half();
         }
         landed
+    }
+
+    /// What ext4 does to a buffered file before it finds that the space for zeros is missing.
+    fn drop_pages(&self, running: &Running) {
+        if !running.open.direct {
+            running.open.file.inode.borrow_mut().drop_pages(running.offset, running.len);
+        }
     }
 
     fn effect_sync(&self, running: &Running) -> Result<usize, Errno> {

@@ -5,7 +5,7 @@
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
-use sim::{Entity, Label, Sim};
+use sim::{Entity, Label, Sim, mix2};
 use tap_core::ZeroFlags;
 use tap_host::{IoKind, SectorRange};
 
@@ -139,6 +139,8 @@ impl Stream {
 
 /// Draws the operations of `guest` and takes each as a decision. Positions of left-out operations are `None`.
 pub fn operations(sim: &Sim, guest: Entity, stream: u64, workload: &Workload) -> Vec<Option<Op>> {
+    // How many of a seed's writes are zeros or discards; it only shapes how decisions are drawn.
+    let zeroes_one_in = [6, 2][mix2(sim.swarm().seed(), stream) as usize % 2];
     let drawn = if sim.is_replaying() { Vec::new() } else { draw(sim.swarm().seed(), stream, workload) };
     (0..workload.count)
         .map(|i| {
@@ -149,7 +151,8 @@ pub fn operations(sim: &Sim, guest: Entity, stream: u64, workload: &Workload) ->
             if !workload.zeroes || op.kind != IoKind::Write {
                 return Some(op);
             }
-            let form = sim.decide(guest, &OP_FORM, i, |d| if d.below(6) == 0 { 1 + d.below(4) } else { 0 });
+            let form = sim
+                .decide(guest, &OP_FORM, i, |d| if d.below(zeroes_one_in) == 0 { 1 + d.below(4) } else { 0 });
             Some(op.formed(form))
         })
         .collect()
@@ -160,7 +163,17 @@ fn draw(seed: u64, stream: u64, w: &Workload) -> Vec<Op> {
     // A few hot places make conflicts; the rest of the disk makes allocations.
     let hot: Vec<u64> = (0..4).map(|_| rng.below(w.size_sectors)).collect();
     let mut cursor = rng.below(w.size_sectors);
-    (0..w.count).map(|i| draw_one(&mut rng, w, i, &hot, &mut cursor)).collect()
+    let mut ops: Vec<Op> = Vec::new();
+    for i in 0..w.count {
+        let mut op = draw_one(&mut rng, w, i, &hot, &mut cursor);
+        // Programs rewrite, read back and discard just what they wrote.
+        if i > 0 && op.kind != IoKind::Flush && rng.below(6) == 0 {
+            let before = ops[rng.below(u64::from(i)) as usize];
+            op.range = if before.kind == IoKind::Flush { op.range } else { before.range };
+        }
+        ops.push(op);
+    }
+    ops
 }
 
 fn draw_one(rng: &mut Stream, w: &Workload, i: u32, hot: &[u64], cursor: &mut u64) -> Op {
@@ -227,6 +240,6 @@ mod tests {
             Workload { shape: Shape::Random, count: 3, size_sectors: 8192, max_sectors: 88, zeroes: false };
         let ops = operations(&Sim::new(&Config::new(1)), Entity(1), 0, &w);
         let text: Vec<String> = ops.iter().map(|o| o.map_or("-".into(), |o| o.to_string())).collect();
-        assert_eq!(text, ["read 4720+1", "write 1633+63", "read 7944+32"]);
+        assert_eq!(text, ["read 4720+1", "write 1633+63", "read 7944+8"]);
     }
 }

@@ -125,7 +125,8 @@ pub trait File: Clone + 'static {
     ///
     /// # Errors
     /// `EOPNOTSUPP` where the file cannot do it this way, with nothing changed: write zeros instead. Else as
-    /// fallocate(2); any part of the range may then read as zeros.
+    /// fallocate(2); any part of the range may then read as zeros. With [`ZeroMode::Keep`] on a buffered file, whole blocks
+    /// may also show older bytes again: what was written since the last synchronisation is gone (ext4, out of space).
     fn zero_at(
         &self,
         offset: u64,

@@ -8,6 +8,7 @@
 //!
 //! A read past the end of the file gives zeros: after a crash a mapping may be there before the size is.
 
+use crate::keep::KeptZeros;
 use crate::sync::GroupSync;
 use crate::{ImageError, ImageHost};
 use smallvec::smallvec;
@@ -33,6 +34,7 @@ pub(crate) struct ImageFile<H: ImageHost> {
     pub(crate) info: FileInfo,
     tracker: Tracker,
     sync: GroupSync,
+    kept: KeptZeros,
     /// Without a limit of its own: what is bounced is bounded by the requests in flight.
     pool: BufPool,
 }
@@ -72,7 +74,15 @@ impl<H: ImageHost> ImageFile<H> {
         let info = file.info().map_err(ImageError::io("look at", path))?;
         let info = FileInfo { align_bytes: info.align_bytes.max(1), ..info };
         let pool = BufPool::new(usize::MAX);
-        Ok(Self { host: host.clone(), file, info, tracker: Tracker::new(), sync: GroupSync::new(), pool })
+        Ok(Self {
+            host: host.clone(),
+            file,
+            info,
+            tracker: Tracker::new(),
+            sync: GroupSync::new(),
+            kept: KeptZeros::default(),
+            pool,
+        })
     }
 
     /// The tracker that orders work on this file.
@@ -98,6 +108,9 @@ impl<H: ImageHost> ImageFile<H> {
 
     /// Fills `bufs` from byte `offset` on; with zeros from the end of the file on.
     pub(crate) async fn read(&self, offset: u64, bufs: IoVec) -> (Result<(), Errno>, IoVec) {
+        if self.kept.gave_up() {
+            return (Err(Errno::EIO), bufs);
+        }
         if !self.is_aligned(offset, &bufs) {
             return Box::pin(self.read_around(offset, bufs)).await;
         }
@@ -128,6 +141,9 @@ impl<H: ImageHost> ImageFile<H> {
 
     /// Stores `bufs` from byte `offset` on.
     pub(crate) async fn write(&self, offset: u64, bufs: IoVec) -> (Result<(), Errno>, IoVec) {
+        if self.kept.gave_up() {
+            return (Err(Errno::EIO), bufs);
+        }
         if !self.is_aligned(offset, &bufs) {
             return Box::pin(self.write_around(offset, bufs)).await;
         }
@@ -184,7 +200,13 @@ impl<H: ImageHost> ImageFile<H> {
             claimed.expect("nobody waits for a ticket that is new");
             ticket.ready().await;
         }
-        self.file.zero_at(offset, len, mode).await
+        match mode {
+            ZeroMode::Unmap => self.file.zero_at(offset, len, mode).await,
+            ZeroMode::Keep => {
+                let of = (&self.file, &self.info);
+                self.kept.zero(&self.host, of, (offset, len), || self.write_zeros(offset, len)).await
+            }
+        }
     }
 
     async fn write_zeros(&self, offset: u64, len: u64) -> Result<(), Errno> {
@@ -211,7 +233,16 @@ impl<H: ImageHost> ImageFile<H> {
 
     /// Makes durable what was written before; shared by all who wait for it.
     pub(crate) async fn sync(&self) -> Result<(), Errno> {
-        self.sync.sync(&self.host, &self.file, self.info.direct).await
+        loop {
+            let failures = self.kept.failures();
+            self.sync.sync(&self.host, &self.file, self.info.direct).await?;
+            if self.kept.gave_up() {
+                return Err(Errno::EIO);
+            }
+            if !self.kept.failed_since(failures).await {
+                return Ok(());
+            }
+        }
     }
 
     /// The size in bytes as it is now.

@@ -26,6 +26,7 @@ mod carve;
 mod chain;
 mod error;
 mod io;
+mod keep;
 pub mod qcow;
 pub mod raw;
 mod sync;

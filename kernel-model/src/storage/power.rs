@@ -32,7 +32,7 @@ impl Storage {
                 continue;
             }
             let mut end = running.offset + running.len;
-            if running.op == IoOp::Zero {
+            if matches!(running.op, IoOp::Zero(_)) {
                 end = end.min(size);
                 if end <= running.offset {
                     continue;
@@ -157,7 +157,7 @@ impl Inner {
             let Slot::Running(running) = slot else { continue };
             match running.op {
                 IoOp::Write => _ = self.effect_write(running, running.len as usize),
-                IoOp::Zero => _ = self.effect_zero(running, running.len as usize),
+                IoOp::Zero(_) => _ = self.effect_zero(running, running.len as usize),
                 IoOp::Read | IoOp::Sync => {}
             }
             // Its timer finds nothing more to do.

@@ -102,6 +102,16 @@ pub static QCOW_ERRORS: Scenario = Scenario {
     },
 };
 
+/// Errors of every kind under a raw image: what the host leaves of a failed call is all that the guest has.
+pub static RAW_ERRORS: Scenario = Scenario {
+    name: "raw-errors",
+    about: "raw with zeros and discards; every host operation may fail with any part of its effect; then a power cut",
+    storage: error_storage,
+    body: |w| {
+        Box::pin(power_cuts(w, Plan { raw: true, overlay: false, cuts: 2, ops: 40, recovery_only: false }))
+    },
+};
+
 /// What crash states are counted on: 8 MiB in 4 KiB clusters.
 pub static EXPLORE_QCOW: Scenario = Scenario {
     name: "explore-qcow",
@@ -297,7 +307,7 @@ async fn work(
         }
     };
     let manners = Manners {
-        retries: if world.errors_allowed() { 3 } else { 0 },
+        retries: if world.errors_allowed() { world.setting("guest-retries", &[3, 0, 1]) } else { 0 },
         errors_allowed: world.errors_allowed(),
         reads: if recovered { after_cut(flush_failed.get()) } else { Invariant::G1 },
     };

@@ -20,6 +20,7 @@ pub static ALL: &[&Scenario] = &[
     &crash::OVERLAY_POWER_CUT,
     &crash::RECOVERY_CRASH,
     &crash::QCOW_ERRORS,
+    &crash::RAW_ERRORS,
     &ring::FRONTEND_RECONNECT,
     &ring::HOSTILE_FRONTEND,
     &ring::TWO_GUESTS,

@@ -276,6 +276,13 @@ async fn hostile_frontend(world: World) {
     machine.start_tapdisk();
     let neighbour = Manners { reads: Invariant::H2, ..NO_ERRORS };
     let Some(guest) = good.boot(&world, neighbour).await else { return };
+    let above = || {
+        let mut bytes = vec![0; ((bad.setup.size_sectors - HONEST_SECTORS) * SECTOR_BYTES) as usize];
+        let content = world.storage.content(&bad.setup.spec.path).unwrap_or_default();
+        content.pages.read(HONEST_SECTORS * SECTOR_BYTES, &mut bytes);
+        bytes
+    };
+    let before = above();
     let (w, hostile, (done, gone)) = (world.clone(), Hostile::new(&world, bad.clone()), oneshot());
     bad.node.spawn("hostile", 0, async move {
         let played = async {
@@ -294,10 +301,7 @@ async fn hostile_frontend(world: World) {
     // Its front end need not let go of anything, ever.
     machine.destroy(&bad).await;
     finish(&world, &machine, &[(good, guest)]).await;
-    let mut above = vec![1; ((bad.setup.size_sectors - HONEST_SECTORS) * SECTOR_BYTES) as usize];
-    let content = world.storage.content(&bad.setup.spec.path).unwrap_or_default();
-    content.pages.read(HONEST_SECTORS * SECTOR_BYTES, &mut above);
-    if above.iter().any(|b| *b != 0) {
+    if above() != before {
         world.fail(Invariant::H1, "a malformed request changed the disk");
     }
 }

@@ -89,11 +89,19 @@ impl Setup {
         paths.filter_map(|path| world.storage.content(&path).map(|content| (path, content))).collect()
     }
 
-    /// Makes raw image `number` of zeros.
+    /// Makes raw image `number`: of zeros, or a disk that was in use before. On one of zeros, bytes that come from
+    /// nowhere and bytes that were taken back look like what was there.
     pub fn raw(world: &World, number: u32, size_bytes: u64) -> Self {
-        let content = Content { size: size_bytes, ..Content::default() };
+        let mut content = Content { size: size_bytes, ..Content::default() };
+        let mut initial = Initial::Zero;
+        if world.setting("raw-in-use", &[false, true]) {
+            for at in 0..size_bytes / USED_BYTES {
+                content.pages.write(at * USED_BYTES, &layer_cluster(1002, at, USED_BYTES as usize));
+            }
+            initial = Initial::Bytes(content.pages.clone());
+        }
         world.storage.put(&path(number), content);
-        Self::with_history(world, ImageFormat::Raw, number, size_bytes, Initial::Zero, None)
+        Self::with_history(world, ImageFormat::Raw, number, size_bytes, initial, None)
     }
 
     fn with_history(
@@ -154,6 +162,9 @@ impl Setup {
 fn path(number: u32) -> String {
     format!("/images/disk{number}.img")
 }
+
+/// Bytes of a disk in use that are made at once.
+const USED_BYTES: u64 = 4096;
 
 /// A base that is shorter than the disk by a few sectors, with holes of zeros.
 fn base_bytes(size_bytes: u64, view: &mut PageMap) -> Vec<u8> {

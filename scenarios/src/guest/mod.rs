@@ -168,6 +168,11 @@ impl<D: GuestDisk> Guest<D> {
                     .fail(Invariant::E4, format!("{op} failed with {error:?} although nothing below it did"));
                 return;
             }
+            let changes = !matches!(op.kind, IoKind::Read | IoKind::Flush);
+            if changes && self.world.setting("looks-after-failure", &[false, true]) {
+                // What a failed request left is old or new, at once and not only after the next that succeeds.
+                let _ = self.read(op.range).await;
+            }
             if left == 0 {
                 return;
             }

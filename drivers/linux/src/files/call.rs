@@ -51,7 +51,7 @@ pub(crate) fn zero_flags(mode: ZeroMode) -> i32 {
 pub(crate) enum Wait {
     /// It may.
     Allowed,
-    /// `EAGAIN` instead (RWF_NOWAIT); reads only.
+    /// `EAGAIN` instead (RWF_NOWAIT); reads only. A count of 0 says nothing then.
     Never,
 }
 

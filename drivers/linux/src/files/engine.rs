@@ -336,6 +336,8 @@ impl Op {
         let result = unsafe { call.execute(self.file.fd.as_raw_fd(), &memory, wait) };
         match result {
             Err(Errno::EAGAIN) if wait == Wait::Never => None,
+            // Not the end of the file on Linux 5.9 and 5.10 (preadv2(2), BUGS): only a read that may wait knows.
+            Ok(0) if wait == Wait::Never => None,
             Err(Errno::EOPNOTSUPP) if wait == Wait::Never => {
                 self.file.never_nowait();
                 None

@@ -8,6 +8,9 @@ use std::path::Path;
 pub(crate) const READ: u16 = 0;
 pub(crate) const WRITE: u16 = 1;
 pub(crate) const FLUSH: u16 = 3;
+pub(crate) const WRITE_ZEROES: u16 = 6;
+/// Flag of WRITE_ZEROES: the space stays allocated.
+pub(crate) const NO_HOLE: u16 = 2;
 
 /// A connection to the default export.
 pub(crate) struct Client {
@@ -42,7 +45,7 @@ impl Client {
         Ok(Self { stream, size_bytes })
     }
 
-    /// Sends a request; `data` is what a write writes, `len` what any other is about.
+    /// Sends a request; `data` is what a write writes, `len` what any other is about. Zeros keep their space.
     pub(crate) fn send(
         &mut self,
         command: u16,
@@ -52,7 +55,8 @@ impl Client {
         data: &[u8],
     ) -> std::io::Result<()> {
         let mut bytes = 0x2560_9513_u32.to_be_bytes().to_vec();
-        bytes.extend([0; 2]);
+        let flags = if command == WRITE_ZEROES { NO_HOLE } else { 0 };
+        bytes.extend(flags.to_be_bytes());
         bytes.extend(command.to_be_bytes());
         bytes.extend(cookie.to_be_bytes());
         bytes.extend(offset.to_be_bytes());
@@ -81,6 +85,12 @@ impl Client {
         let mut data = vec![0; len as usize];
         self.stream.read_exact(&mut data)?;
         Ok(data)
+    }
+
+    /// Makes `len` bytes zeros that keep their space, while nothing else is in flight; the error of the answer.
+    pub(crate) fn zero(&mut self, offset: u64, len: u32) -> Result<u32, Failed> {
+        self.send(WRITE_ZEROES, 1, offset, len, &[])?;
+        Ok(self.reply()?.error)
     }
 
     /// One request without an answer but its error, while nothing else is in flight.

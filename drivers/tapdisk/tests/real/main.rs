@@ -30,7 +30,7 @@ fn main() -> ExitCode {
     peers::tests(&mut add);
     crash::tests(&mut add);
     bad::tests(&mut add);
-    trials.push(space::test());
+    trials.extend(space::tests());
     libtest_mimic::run(&args, trials).exit_code()
 }
 

@@ -3,7 +3,7 @@
 use crate::Done;
 use crate::client::{Client, FLUSH, WRITE};
 use crate::server::{Server, TAP_IMG, tool};
-use libtest_mimic::{Completion, Trial};
+use libtest_mimic::{Completion, Failed, Trial};
 use std::path::Path;
 use std::process::Command;
 
@@ -19,7 +19,67 @@ impl Drop for Mounted<'_> {
     }
 }
 
-pub(crate) fn test() -> Trial {
+pub(crate) fn tests() -> Vec<Trial> {
+    let zeros = |engine: &'static str| {
+        Trial::ignorable_test(format!("zeros_that_fail_bring_nothing_back::{engine}"), move || zeros(engine))
+    };
+    vec![passing(), zeros("threads"), zeros("io_uring")]
+}
+
+/// ext4 drops the dirty pages of a range before it finds that zeros of it have no space.
+fn zeros(engine: &'static str) -> Result<Completion, Failed> {
+    let folder = tempfile::tempdir()?;
+    let (device, at) = (folder.path().join("ext4.img"), folder.path().join("mnt"));
+    std::fs::create_dir(&at)?;
+    std::fs::File::create(&device)?.set_len(48 << 20)?;
+    let made = Command::new("mkfs.ext4").args(["-q", "-F", "-m", "0"]).arg(&device).output();
+    if !made.is_ok_and(|m| m.status.success()) {
+        return Ok(Completion::ignored_with("mkfs.ext4 is not installed"));
+    }
+    let mount = Command::new("mount").args(["-o", "loop"]).arg(&device).arg(&at).output();
+    if !mount.is_ok_and(|m| m.status.success()) {
+        return Ok(Completion::ignored_with("mounting is not permitted here"));
+    }
+    let mounted = Mounted(&at);
+    for format in ["raw", "qcow"] {
+        zeros_on_full(mounted.0, folder.path(), engine, format)?;
+    }
+    Ok(Completion::Completed)
+}
+
+fn zeros_on_full(folder: &Path, outside: &Path, engine: &str, format: &str) -> Done {
+    const LEN: u32 = 1 << 20;
+    let image = folder.join("disk").display().to_string();
+    tool(TAP_IMG, &["create", "-q", "-f", format, &image, "16M"])?;
+    let args = [&format!("{format}:{image}"), "--aio", engine];
+    let server = Server::start(&outside.join("socket"), &args)?;
+    let mut client = Client::connect(server.socket())?;
+    let filled = |byte: u8| vec![byte; LEN as usize];
+    const AT: u64 = 4 << 20;
+    assert_eq!(client.ask(WRITE, AT, &filled(1))?, 0);
+    assert_eq!(client.ask(FLUSH, 0, &[])?, 0);
+    let filler = folder.join("filler");
+    let mut dd = Command::new("dd");
+    let full = dd.args(["if=/dev/zero", "bs=64k", "conv=fsync"]);
+    let full = full.arg(format!("of={}", filler.display())).output()?;
+    assert!(!full.status.success(), "the file system is not full");
+    assert_eq!(client.ask(WRITE, AT, &filled(2))?, 0, "an overwrite takes no space");
+    // On a raw disk space is missing for a hole of the file, in front of what was written.
+    let refused = client.zero(0, AT as u32 + LEN)?;
+    let now = client.read(AT, LEN)?;
+    let old = now.iter().position(|byte| *byte == 1);
+    assert_eq!(old, None, "{format}: zeros ended with {refused}, and overwritten bytes are back");
+    assert_eq!(client.ask(FLUSH, 0, &[])?, 0);
+    if format == "raw" {
+        assert_eq!(refused, ENOSPC);
+    }
+    assert!(server.stop()?.success());
+    std::fs::remove_file(filler)?;
+    std::fs::remove_file(image)?;
+    Ok(())
+}
+
+fn passing() -> Trial {
     Trial::ignorable_test("a_full_file_system_is_an_error_that_passes", || {
         let folder = tempfile::tempdir()?;
         let mount = Command::new("mount")

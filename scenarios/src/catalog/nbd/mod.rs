@@ -29,6 +29,7 @@ use std::rc::Rc;
 use tap_abi::nbd::{CMD_READ, CMD_WRITE};
 use tap_core::wait::Event;
 use tap_host::Sockets;
+use tap_images::ImageFormat;
 use tap_nbd::{Breaks, ClientConfig};
 
 /// After how many of its effects a client is killed.
@@ -153,16 +154,20 @@ async fn slow_client(world: World) {
     let slow = plan.process("slow", 0);
     let awake = Rc::new(Event::new());
     let writes = world.setting("slow-client-writes", &[false, true]);
+    // What is there, far from what the guest does to the disk.
+    let mut there = vec![0; 4096];
+    if let (ImageFormat::Raw, Some(image)) = (setup.spec.format, world.storage.content(&setup.spec.path)) {
+        image.pages.read(DISK_BYTES - 4096, &mut there);
+    }
     let (h, w, a) = (slow.clone(), world.clone(), Rc::clone(&awake));
     slow.process.node().spawn("main", 0, async move {
         let Ok(stream) = h.connect(&address()).await else { return };
         let raw = RawNbd::new(stream);
         let mut script = NbdScript::negotiation(DISK, false);
         for n in 0..200 {
-            let data = if writes { vec![0; 4096] } else { Vec::new() };
-            // Zeros, far from what the guest does to the disk.
+            let data = if writes { &there[..] } else { &[] };
             let command = if writes { CMD_WRITE } else { CMD_READ };
-            script.request(command, 0, n, DISK_BYTES - 4096, 4096, &data);
+            script.request(command, 0, n, DISK_BYTES - 4096, 4096, data);
         }
         let reader = raw.clone();
         h.process.node().spawn("reads", 0, async move {

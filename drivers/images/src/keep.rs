@@ -1,0 +1,129 @@
+//! Zeros that keep their space, on files with a page cache, where a failure takes accepted writes back.
+//!
+//! ```text
+//!   write v2 ──accepted──┐
+//!   zeros (FALLOC_FL_ZERO_RANGE): drop dirty pages ─► no space ─► ENOSPC      reads show v1 again
+//!   settle: punch a hole ─► else write zeros ─► else give the file up         reads show zeros: allowed
+//! ```
+//!
+//! ext4 drops the dirty pages of the whole blocks in the range before it looks for space (xfs does not). v2 is gone then,
+//! and v1 must not come back, so the range is made what the failed request may have left: zeros. A hole takes no space.
+//!
+//! A synchronisation that runs beside such a failure may have missed the pages that were dropped, and what it said of them
+//! is void. It is repeated once the range is settled, so that the zeros are durable in their place.
+//!
+//! The same call is left alone with O_DIRECT and on block devices (there are no dirty pages), and where it punches.
+
+use crate::ImageHost;
+use std::cell::Cell;
+use std::future::Future;
+use tap_core::{Access, Space, Tracker};
+use tap_host::{Bug, Errno, File, FileInfo, Mark, ZeroMode};
+
+/// Attempts to settle a range while the host answers with transient errors.
+const ATTEMPTS: u32 = 8;
+/// Before the second of them, in nanoseconds; it doubles with each.
+const PAUSE_NS: u64 = 1_000_000;
+
+/// The zeros of one file that keep their space.
+#[derive(Default)]
+pub(crate) struct KeptZeros {
+    /// Orders zeros (shared) and the end of a synchronisation beside them (exclusive).
+    order: Tracker,
+    running: Cell<u32>,
+    /// Failures that may have cost dirty pages, settled or not.
+    failures: Cell<u64>,
+    /// Accepted writes are gone and nothing could be put in their place.
+    given_up: Cell<bool>,
+}
+
+impl KeptZeros {
+    /// Whether the file no longer holds what was answered, so that nothing of it may be used.
+    pub(crate) fn gave_up(&self) -> bool {
+        self.given_up.get()
+    }
+
+    /// Makes a range zeros that keep their space. `write_zeros` writes them, where a hole cannot be made.
+    pub(crate) async fn zero<H: ImageHost, W: Future<Output = Result<(), Errno>>>(
+        &self,
+        host: &H,
+        (file, info): (&H::File, &FileInfo),
+        (offset, len): (u64, u64),
+        write_zeros: impl Fn() -> W,
+    ) -> Result<(), Errno> {
+        if info.direct || info.block_device {
+            return file.zero_at(offset, len, ZeroMode::Keep).await;
+        }
+        let ticket = self.order.ticket("zeros", offset);
+        ticket.claim(Space::HostBlocks, 0..1, Access::Shared).expect("a new ticket waits for none");
+        ticket.ready().await;
+        let _running = Running::new(&self.running);
+        let result = file.zero_at(offset, len, ZeroMode::Keep).await;
+        let Err(error) = result else { return result };
+        // The file cannot do it, or the call did not begin: nothing was changed.
+        if matches!(error, Errno::EOPNOTSUPP | Errno::EAGAIN) {
+            return result;
+        }
+        if host.bug(Bug::FailedZerosLeft) {
+            return Err(error);
+        }
+        host.mark(Mark::FailedZerosSettled);
+        if !host.bug(Bug::FlushBesideFailedZeros) {
+            self.failures.set(self.failures.get() + 1);
+        }
+        if settle(host, file, (offset, len), write_zeros).await.is_err() {
+            self.given_up.set(true);
+        }
+        Err(error)
+    }
+
+    /// How many failures there were; to be noted before a synchronisation.
+    pub(crate) fn failures(&self) -> u64 {
+        self.failures.get()
+    }
+
+    /// Whether zeros failed since `failures` was noted, or fail among those that run now: what was synchronised meanwhile
+    /// may not be durable.
+    pub(crate) async fn failed_since(&self, failures: u64) -> bool {
+        if self.running.get() > 0 {
+            let ticket = self.order.ticket("synchronisation", 0);
+            ticket.claim(Space::HostBlocks, 0..1, Access::Exclusive).expect("a new ticket waits for none");
+            ticket.ready().await;
+        }
+        self.failures.get() != failures
+    }
+}
+
+/// Zeros in a range whose dirty pages may be gone.
+async fn settle<H: ImageHost, W: Future<Output = Result<(), Errno>>>(
+    host: &H,
+    file: &H::File,
+    (offset, len): (u64, u64),
+    write_zeros: impl Fn() -> W,
+) -> Result<(), Errno> {
+    let mut pause_ns = PAUSE_NS;
+    for _ in 1..ATTEMPTS {
+        if file.zero_at(offset, len, ZeroMode::Unmap).await.is_ok() || write_zeros().await.is_ok() {
+            return Ok(());
+        }
+        host.sleep_ns(pause_ns).await;
+        pause_ns *= 2;
+    }
+    file.zero_at(offset, len, ZeroMode::Unmap).await
+}
+
+/// Counts zeros that run.
+struct Running<'a>(&'a Cell<u32>);
+
+impl<'a> Running<'a> {
+    fn new(count: &'a Cell<u32>) -> Self {
+        count.set(count.get() + 1);
+        Self(count)
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
+    }
+}
