@@ -1,4 +1,5 @@
-//! Measuring the testbed: simulated requests per second of CPU, memory, and what merging saves.
+//! Measuring the testbed: simulated requests per second of CPU, memory, and what merging saves. A fixed loop measures the
+//! machine, so that figures of different machines, and of one with busy neighbours, can be compared.
 //!
 //! The reference world is one guest with 32 requests of 4 KiB in flight at random places of a 4 MiB disk, half of them
 //! reads, a flush after every 64, on a blkif ring, through scheduler and image, on the drive model, with every check on.
@@ -71,6 +72,41 @@ impl BenchResult {
     pub fn rate(&self) -> u64 {
         (u128::from(self.requests) * 1_000_000_000 / u128::from(self.cpu_ns.max(1))) as u64
     }
+}
+
+/// Rounds of the fixed loop in one calibration: some tens of milliseconds.
+const ROUNDS: u64 = 100_000;
+/// What one round does: about what a simulated request does most.
+const HASHES: u64 = 64;
+const PAGE: usize = 4096;
+const ALLOCATIONS: usize = 4;
+
+/// How fast the machine is: rounds of hashing, copying a page and allocating, per second of CPU. The best of three.
+pub fn calibrate() -> u64 {
+    let best = (0..3).map(|_| fixed_loop()).min().unwrap_or(0);
+    (u128::from(ROUNDS) * 1_000_000_000 / u128::from(best.max(1))) as u64
+}
+
+/// CPU nanoseconds that the loop takes.
+fn fixed_loop() -> u64 {
+    let before = cpu_ns();
+    let mut pages = [vec![1u8; PAGE], vec![2u8; PAGE]];
+    let mut kept: Vec<Vec<u8>> = (0..64).map(|_| Vec::new()).collect();
+    let mut hash = 0;
+    for round in 0..ROUNDS {
+        for i in 0..HASHES {
+            hash = sim::mix2(hash, round ^ i);
+        }
+        let [from, to] = &mut pages;
+        to.copy_from_slice(from);
+        from[hash as usize % PAGE] ^= hash as u8;
+        for i in 0..ALLOCATIONS {
+            let slot = (hash as usize >> (i * 8)) % kept.len();
+            kept[slot] = vec![hash as u8; 64 + (hash as usize >> (i * 4)) % 512];
+        }
+    }
+    std::hint::black_box((pages, kept, hash));
+    cpu_ns().saturating_sub(before)
 }
 
 /// Resident bytes of this process; 0 where the kernel does not tell.
@@ -163,4 +199,15 @@ fn next(i: u64, draw: &mut Draw, cursor: &mut u64, size: u64, spec: BenchSpec) -
         kind
     };
     Op::new(kind, SectorRange::new(at, SECTORS as u32))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_machine_is_measured() {
+        // Where the kernel counts CPU time at all.
+        assert!(cpu_ns() == 0 || (1_000..1_000_000_000).contains(&calibrate()), "{}", calibrate());
+    }
 }

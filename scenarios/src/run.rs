@@ -324,6 +324,7 @@ mod tests {
             let spec = SweepSpec {
                 scenarios: vec![&FALLS_TWICE, catalog::ALL[0]],
                 seeds: 0..40,
+                shares: None,
                 options: RunOptions::default(),
                 jobs: 2,
                 guarded,

@@ -20,6 +20,8 @@ pub struct SweepSpec {
     pub scenarios: Vec<&'static Scenario>,
     /// Seeds of each.
     pub seeds: Range<u64>,
+    /// How many of them each scenario gets; all where there is none.
+    pub shares: Option<Vec<u64>>,
     /// Settings of every run.
     pub options: RunOptions,
     /// Threads.
@@ -133,7 +135,12 @@ fn plan(spec: &SweepSpec) -> Vec<(usize, Range<u64>)> {
     let mut start = spec.seeds.start;
     while start < spec.seeds.end {
         let end = (start + CHUNK).min(spec.seeds.end);
-        chunks.extend((0..spec.scenarios.len()).map(|s| (s, start..end)));
+        let seeds = |s: usize| {
+            let share = spec.shares.as_ref().and_then(|all| all.get(s)).copied();
+            start..share.map_or(end, |n| end.min(spec.seeds.start + n))
+        };
+        chunks
+            .extend((0..spec.scenarios.len()).map(|s| (s, seeds(s))).filter(|(_, seeds)| !seeds.is_empty()));
         start = end;
     }
     chunks

@@ -7,8 +7,10 @@ use xshell::{Shell, cmd};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-/// Seeds of each scenario in the sweep.
-const SWEEP_SEEDS: u64 = 1500;
+/// Runs of the sweep, over all scenarios; new ones get more of them.
+const SWEEP_RUNS: u64 = 60_000;
+/// Seeds that one commit may use: more than any scenario gets.
+const SEEDS_MAX: u64 = 100_000;
 
 pub(crate) fn run() -> Result<()> {
     let sh = Shell::new()?;
@@ -26,6 +28,10 @@ pub(crate) fn run() -> Result<()> {
     })?;
     step("release programs", || release_programs(&sh))?;
     step("a guest on a real Xen host", real_guest)?;
+    step(
+        "seeded bugs",
+        || Ok(cmd!(sh, "cargo run --release --bin tapsim -- bugs --out target/bugs").run()?),
+    )?;
     step("sweep", || sweep(&sh))
 }
 
@@ -109,11 +115,10 @@ const REPLACED: [&str; 5] = ["clock_gettime", "gettimeofday", "getrandom", "gete
 /// New seeds with every commit, the same for everybody who runs that commit.
 fn sweep(sh: &Shell) -> Result<()> {
     let commit = cmd!(sh, "git rev-parse HEAD").read()?;
-    let first = u64::from_str_radix(&commit[..8], 16)? * 10_000;
-    let seeds = format!("{first}..{}", first + SWEEP_SEEDS);
-    let json = "target/sweep.json";
-    cmd!(sh, "cargo run --release --bin tapsim -- sweep --seeds {seeds} --check-determinism --json {json}")
-        .run()?;
+    let first = (u64::from_str_radix(&commit[..8], 16)? * SEEDS_MAX).to_string();
+    let (runs, json) = (SWEEP_RUNS.to_string(), "target/sweep.json");
+    let args = ["--runs", &runs, "--from", &first, "--check-determinism", "--json", json];
+    cmd!(sh, "cargo run --release --bin tapsim -- sweep {args...}").run()?;
     let report: serde_json::Value = serde_json::from_str(&sh.read_file(json)?)?;
     if report["guarded"] != true {
         return Err("the sweep ran without the guard".into());

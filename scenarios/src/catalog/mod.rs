@@ -40,6 +40,44 @@ pub static ALL: &[&Scenario] = &[
     &nbd::NBD_CROWD,
 ];
 
+/// Scenarios that have been swept for long. The others are new, and `tapsim sweep --runs` gives each of them
+/// [`NEW_WEIGHT`] times as many runs.
+static SETTLED: &[&str] = &[
+    "ring-raw",
+    "qcow-tapdisk-killed",
+    "raw-power-cut",
+    "qcow-power-cut",
+    "qcow-overlay-power-cut",
+    "qcow-recovery-crash",
+    "qcow-errors",
+    "frontend-reconnect",
+    "hostile-frontend",
+    "two-guests",
+    "ring-power-cut",
+    "tapdisk-replaced",
+    "guest-destroyed",
+    "hot-plug",
+    "qcow-damaged-image",
+    "nbd-split-reads",
+    "nbd-client-dies",
+    "nbd-slow-client",
+    "nbd-server-restarts",
+    "nbd-server-power-cut",
+    "nbd-hostile-client",
+];
+const NEW_WEIGHT: u64 = 3;
+
+/// How many of `runs` runs each of `scenarios` gets; at least one, so the sum may be a little more.
+pub fn shares(scenarios: &[&Scenario], runs: u64) -> Vec<u64> {
+    let weights: Vec<u64> =
+        scenarios.iter().map(|s| if SETTLED.contains(&s.name) { 1 } else { NEW_WEIGHT }).collect();
+    let sum: u64 = weights.iter().sum();
+    weights
+        .iter()
+        .map(|weight| (u128::from(runs) * u128::from(*weight)).div_ceil(sum.max(1).into()) as u64)
+        .collect()
+}
+
 /// The labels of scenarios.
 pub static LABELS: &[&Label] = &[
     &crash::CRASH_AT,
@@ -62,4 +100,20 @@ pub static LABELS: &[&Label] = &[
 /// The scenario called `name`; `real-image` as well, which needs an image and is not listed.
 pub fn find(name: &str) -> Option<&'static Scenario> {
     ALL.iter().chain([&&crash::REAL_IMAGE]).find(|s| s.name == name).copied()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_are_shared_by_weight() {
+        let names: Vec<&str> = ALL.iter().map(|s| s.name).collect();
+        assert!(SETTLED.iter().all(|name| names.contains(name)), "a settled scenario is not there any more");
+        let (old, new) = (find("ring-raw").unwrap(), find("second-tapdisk").unwrap());
+        assert_eq!(shares(&[old, new], 4000), [1000, 3000]);
+        let all = shares(ALL, 60_000);
+        let sum: u64 = all.iter().sum();
+        assert!((60_000..60_000 + ALL.len() as u64).contains(&sum) && all.iter().all(|n| *n > 0), "{sum}");
+    }
 }

@@ -165,7 +165,10 @@ pub(crate) struct SweepArgs {
     /// Goes on with new seeds for this long, such as 60s or 5m
     #[arg(long = "for", value_name = "TIME", value_parser = parse_time, id = "time")]
     pub time: Option<Duration>,
-    /// First seed when --for is used
+    /// So many runs in all; scenarios that are new get more of them
+    #[arg(long, value_name = "N", conflicts_with_all = ["time", "seeds"], value_parser = clap::value_parser!(u64).range(1..=1_000_000_000))]
+    pub runs: Option<u64>,
+    /// First seed when --for or --runs is used
     #[arg(long, default_value_t = 0, value_name = "SEED")]
     pub from: u64,
     /// Switches a seeded bug on

@@ -27,6 +27,7 @@ pub(crate) fn crash_command(common: &Common, args: &CrashArgs) -> Result<Exit, S
         options: options.clone(),
         jobs: common.threads(),
         guarded: common.guarded(),
+        shares: None,
         first_only: false,
     };
     let mut progress = Progress::new(Some(spec.seeds.end - spec.seeds.start));

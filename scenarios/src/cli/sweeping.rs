@@ -20,6 +20,7 @@ pub(crate) fn minute(common: &Common) -> Result<Exit, Stop> {
         scenarios: Vec::new(),
         seeds: None,
         time: Some(Duration::from_secs(45)),
+        runs: None,
         from: 0,
         bug: None,
         canary: false,
@@ -41,7 +42,10 @@ pub(crate) fn sweep_command(common: &Common, args: &SweepArgs) -> Result<Exit, S
         canary: args.canary,
         ..RunOptions::default()
     };
+    let shares = args.runs.map(|runs| catalog::shares(&scenarios, runs));
+    let most = shares.iter().flatten().max().copied();
     let (seeds, time) = match (&args.seeds, args.time) {
+        _ if most.is_some() => (args.from..args.from.saturating_add(most.unwrap_or(0)), None),
         (Some(seeds), _) => (seeds.clone(), None),
         (None, Some(time)) => (args.from..u64::MAX, Some(time)),
         (None, None) => (args.from..args.from + 200, None),
@@ -51,6 +55,7 @@ pub(crate) fn sweep_command(common: &Common, args: &SweepArgs) -> Result<Exit, S
     let mut spec = SweepSpec {
         scenarios,
         seeds: seeds.clone(),
+        shares,
         options,
         jobs: common.threads(),
         guarded: common.guarded(),
@@ -68,7 +73,8 @@ pub(crate) fn sweep_command(common: &Common, args: &SweepArgs) -> Result<Exit, S
     );
     let report = match time {
         None => {
-            let mut progress = Progress::new(Some((seeds.end - seeds.start) * spec.scenarios.len() as u64));
+            let each = (seeds.end - seeds.start) * spec.scenarios.len() as u64;
+            let mut progress = Progress::new(Some(spec.shares.as_ref().map_or(each, |all| all.iter().sum())));
             let report = sweep(&spec, |done, failed| {
                 progress.at(done, failed);
                 failed == 0 || !args.first
