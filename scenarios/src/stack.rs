@@ -4,7 +4,7 @@ use crate::world::World;
 use kernel_model::SimHost;
 use std::rc::Rc;
 use tap_core::{Node, Scheduler, SchedulerLimits, SchedulerStats, Vbd};
-use tap_host::VbdId;
+use tap_host::{Budget, VbdId};
 use tap_images::{BackingPolicy, ImageError, ImageFormat, ImageSpec, OpenOptions, QcowLimits, open_image};
 
 /// Limits that a seed draws; each may be as low as it goes.
@@ -22,6 +22,8 @@ pub struct StackLimits {
     pub ring_batch: u32,
     /// O_DIRECT.
     pub direct: bool,
+    /// Memory budget of the images of one disk in bytes; 0 is what they are guaranteed, and nothing on top.
+    pub memory_bytes: usize,
 }
 
 impl StackLimits {
@@ -40,7 +42,14 @@ impl StackLimits {
             guest_depth: world.setting("guest-depth", &[8, 32, 2, 1]),
             ring_batch: world.setting("ring-batch", &[32, 4, 1]),
             direct: world.setting("direct", &[false, true]),
+            memory_bytes: world.setting("memory", &[64 << 20, 4 << 20, 0]),
         }
+    }
+}
+
+impl StackLimits {
+    fn budget(&self) -> Budget {
+        if self.memory_bytes == 0 { Budget::least() } else { Budget::new(self.memory_bytes) }
     }
 }
 
@@ -68,6 +77,7 @@ impl Stack {
             direct: limits.direct,
             qcow: limits.qcow,
             backing: BackingPolicy::any(ImageFormat::Probe),
+            memory: limits.budget(),
         };
         let image = open_image(host, spec, &options).await?;
         let scheduler = Rc::new(Scheduler::new(host.clone(), image, limits.scheduler));

@@ -48,7 +48,9 @@ pub struct BudgetFigures {
 }
 
 struct Shared {
-    limit: usize,
+    limit: Cell<usize>,
+    /// Each guarantee raises the limit by as much.
+    least: bool,
     /// Sum over the stages of the larger of what each has and its guarantee.
     held: Cell<usize>,
     peak: Cell<usize>,
@@ -94,8 +96,19 @@ impl Budget {
 
     /// A budget of `limit_bytes`.
     pub fn new(limit_bytes: usize) -> Self {
+        Self::with(limit_bytes, false)
+    }
+
+    /// A budget that has just what its stages are guaranteed, however many there are: the least that any program can do
+    /// with, for trying it out.
+    pub fn least() -> Self {
+        Self::with(0, true)
+    }
+
+    fn with(limit_bytes: usize, least: bool) -> Self {
         Self(Rc::new(Shared {
-            limit: limit_bytes,
+            limit: Cell::new(limit_bytes),
+            least,
             held: Cell::new(0),
             peak: Cell::new(0),
             kept: RefCell::default(),
@@ -108,7 +121,7 @@ impl Budget {
         BudgetFigures {
             used_bytes: self.0.held.get() + self.0.kept.borrow().bytes(),
             peak_bytes: self.0.peak.get(),
-            limit_bytes: self.0.limit,
+            limit_bytes: self.limit(),
         }
     }
 
@@ -117,7 +130,10 @@ impl Budget {
     /// # Errors
     /// `ENOMEM` where the guarantee does not fit into what is left.
     pub fn stage(&self, guarantee_bytes: usize) -> Result<Stage, Errno> {
-        self.grow(guarantee_bytes, self.0.limit).ok_or(Errno::ENOMEM)?;
+        if self.0.least {
+            self.0.limit.set(self.0.limit.get().checked_add(guarantee_bytes).ok_or(Errno::ENOMEM)?);
+        }
+        self.grow(guarantee_bytes, self.limit()).ok_or(Errno::ENOMEM)?;
         let mut stages = self.0.stages.borrow_mut();
         let number = stages.next_stage;
         stages.next_stage += 1;
@@ -129,10 +145,14 @@ impl Budget {
         })))
     }
 
+    fn limit(&self) -> usize {
+        self.0.limit.get()
+    }
+
     /// Holds `bytes` more if that stays within `limit`; what is kept for reuse makes room.
     fn grow(&self, bytes: usize, limit: usize) -> Option<()> {
         let held = self.0.held.get().checked_add(bytes).filter(|held| *held <= limit)?;
-        self.0.kept.borrow_mut().shed(self.0.limit - held);
+        self.0.kept.borrow_mut().shed(self.limit() - held);
         self.0.held.set(held);
         self.note_peak();
         Some(())
@@ -140,7 +160,7 @@ impl Budget {
 
     fn note_peak(&self) {
         let used = self.0.held.get() + self.0.kept.borrow().bytes();
-        assert!(used <= self.0.limit, "{used} bytes of a memory budget of {} are in use", self.0.limit);
+        assert!(used <= self.limit(), "{used} bytes of a memory budget of {} are in use", self.limit());
         self.0.peak.set(self.0.peak.get().max(used));
     }
 
@@ -151,7 +171,7 @@ impl Budget {
             return;
         }
         let lines = stages.waiting.iter().filter(|(number, _)| only.is_none_or(|only| only == **number));
-        let can_go_on = |waiter: &&Waiter| waiter.stage.has_room(waiter.bytes, self.0.limit);
+        let can_go_on = |waiter: &&Waiter| waiter.stage.has_room(waiter.bytes, self.limit());
         let first = lines.filter_map(|(_, line)| line.front().filter(can_go_on));
         let wakers: Vec<Waker> = first.map(|waiter| waiter.waker.clone()).collect();
         drop(stages);
@@ -190,14 +210,19 @@ impl Stage {
 
     /// `bytes`, if there is room for them and nobody waits.
     pub fn try_take(&self, bytes: usize) -> Option<Share> {
-        if self.is_waited_for() { None } else { self.claim(bytes, self.0.budget.0.limit) }
+        if self.is_waited_for() { None } else { self.claim(bytes, self.0.budget.limit()) }
     }
 
     /// As [`Stage::try_take`], for what is kept when its request has ended: within the guarantee, or within three
     /// quarters of the limit.
     pub fn try_keep(&self, bytes: usize) -> Option<Share> {
-        let limit = self.0.budget.0.limit;
+        let limit = self.0.budget.limit();
         if self.is_waited_for() { None } else { self.claim(bytes, limit - limit / 4) }
+    }
+
+    /// A share of no bytes.
+    pub fn nothing(&self) -> Share {
+        Share { stage: self.clone(), bytes: 0 }
     }
 
     /// `bytes` as soon as there is room for them, in turn.
@@ -305,7 +330,7 @@ impl Share {
     pub(crate) fn end_with(self, pages: Pages) {
         let budget = self.stage.0.budget.clone();
         drop(self);
-        let (held, limit) = (budget.0.held.get(), budget.0.limit);
+        let (held, limit) = (budget.0.held.get(), budget.limit());
         budget.0.kept.borrow_mut().put(pages, limit - held, limit / KEPT_PART);
     }
 }
@@ -346,7 +371,7 @@ impl Turn<'_> {
         }
         let is_first = line.front().is_some_and(|w| w.ticket == ticket);
         drop(stages);
-        if is_first && let Some(share) = self.stage.claim(bytes, inner.budget.0.limit) {
+        if is_first && let Some(share) = self.stage.claim(bytes, inner.budget.limit()) {
             return Poll::Ready(share);
         }
         Poll::Pending

@@ -3,11 +3,10 @@
 //! An [`IoBuf`] moves as a whole. A part that begins and ends with buffers takes them; any other part gets a buffer of
 //! its own, and its bytes are copied.
 
-use crate::ImageHost;
-use crate::io::ImageFile;
+use crate::memory::{buffers, cost_of_list};
 use smallvec::SmallVec;
 use tap_core::Op;
-use tap_host::{Errno, IoBuf, IoVec};
+use tap_host::{Errno, IoBuf, IoVec, Share};
 
 /// The buffers of a request while parts of them are away.
 pub(crate) struct Carver {
@@ -38,19 +37,25 @@ impl Carver {
         Self { op, slots: bufs.into_iter().map(Some).collect(), starts }
     }
 
-    /// Takes `len` bytes from byte `at` on. Parts that are away together do not overlap.
-    pub(crate) async fn take<H: ImageHost>(
-        &mut self,
-        file: &ImageFile<H>,
-        at: usize,
-        len: usize,
-    ) -> Result<Part, Errno> {
-        if let (Ok(first), Ok(end)) = (self.starts.binary_search(&at), self.starts.binary_search(&(at + len)))
-        {
-            let taken = self.slots[first..end].iter_mut().map(|s| s.take().expect("a part is taken once"));
+    /// The buffers that hold exactly `len` bytes from byte `at` on.
+    fn whole(&self, at: usize, len: usize) -> Option<std::ops::Range<usize>> {
+        Some(self.starts.binary_search(&at).ok()?..self.starts.binary_search(&(at + len)).ok()?)
+    }
+
+    /// Bytes of memory that taking `len` bytes from byte `at` on needs.
+    pub(crate) fn cost(&self, at: usize, len: usize) -> usize {
+        if self.whole(at, len).is_some() { 0 } else { cost_of_list(len) }
+    }
+
+    /// Takes `len` bytes from byte `at` on, with memory of `share` where it needs any. Parts that are away together do
+    /// not overlap.
+    pub(crate) fn take(&mut self, share: &mut Share, at: usize, len: usize) -> Result<Part, Errno> {
+        if let Some(slots) = self.whole(at, len) {
+            let first = slots.start;
+            let taken = self.slots[slots].iter_mut().map(|s| s.take().expect("a part is taken once"));
             return Ok(Part { at, moved_from: Some(first), bufs: taken.collect() });
         }
-        let mut bufs = file.buffers(len).await?;
+        let mut bufs = buffers(share, len)?;
         if self.op == Op::Write {
             let mut from = at;
             for buf in &mut bufs {

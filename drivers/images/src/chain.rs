@@ -16,7 +16,7 @@ use crate::{ImageError, ImageHost};
 use std::fmt;
 use std::rc::Rc;
 use tap_core::{LocalBoxFuture, Node};
-use tap_host::{Errno, SECTOR_BYTES};
+use tap_host::{Budget, Errno, SECTOR_BYTES};
 
 /// How to read a file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -80,6 +80,8 @@ pub struct OpenOptions {
     pub qcow: QcowLimits,
     /// What may be opened below the image.
     pub backing: BackingPolicy,
+    /// What all memory of the image, and of everything below it, is taken of.
+    pub memory: Budget,
 }
 
 /// Most images in one chain.
@@ -182,7 +184,7 @@ fn open_level<H: ImageHost>(
         let node: Rc<dyn Node> = if is_qcow {
             Rc::new(Qcow::open_at_level(&host, &spec.path, &options, level).await?)
         } else {
-            Rc::new(Raw::open(&host, &spec.path, options.write, options.direct).await?)
+            Rc::new(Raw::open(&host, &spec.path, &options).await?)
         };
         Ok(node)
     })

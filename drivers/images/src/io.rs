@@ -9,17 +9,15 @@
 //! A read past the end of the file gives zeros: after a crash a mapping may be there before the size is.
 
 use crate::keep::KeptZeros;
+use crate::memory::{FileStages, PART_BYTES};
 use crate::sync::GroupSync;
 use crate::{ImageError, ImageHost};
 use smallvec::smallvec;
 use tap_core::{Access, Space, Tracker};
 use tap_host::{
-    BufPool, Bug, Errno, File, FileInfo, IoBuf, IoVec, LockKind, Mark, OpenMode, ZeroMode, bytes_of,
+    Budget, Bug, Errno, File, FileInfo, IoBuf, IoVec, LockKind, Mark, OpenMode, ZeroMode, bytes_of,
     copy_from_slice, copy_to_slice,
 };
-
-/// Largest buffer that is allocated here at once.
-const CHUNK_BYTES: usize = 1 << 20;
 
 /// Repetitions of a read while an image is being opened.
 const READ_RETRIES: u32 = 8;
@@ -35,8 +33,7 @@ pub(crate) struct ImageFile<H: ImageHost> {
     tracker: Tracker,
     sync: GroupSync,
     kept: KeptZeros,
-    /// Without a limit of its own: what is bounced is bounded by the requests in flight.
-    pool: BufPool,
+    memory: FileStages,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -73,7 +70,7 @@ impl<H: ImageHost> ImageFile<H> {
         })?;
         let info = file.info().map_err(ImageError::io("look at", path))?;
         let info = FileInfo { align_bytes: info.align_bytes.max(1), ..info };
-        let pool = BufPool::new(usize::MAX);
+        let memory = FileStages::new(&Budget::default(), path, info.align_bytes as usize)?;
         Ok(Self {
             host: host.clone(),
             file,
@@ -81,8 +78,19 @@ impl<H: ImageHost> ImageFile<H> {
             tracker: Tracker::new(),
             sync: GroupSync::new(),
             kept: KeptZeros::default(),
-            pool,
+            memory,
         })
+    }
+
+    /// Takes its memory of `budget` from now on, instead of one of its own.
+    pub(crate) fn within(mut self, budget: &Budget, path: &str) -> Result<Self, ImageError> {
+        self.memory = FileStages::new(budget, path, self.info.align_bytes as usize)?;
+        Ok(self)
+    }
+
+    /// What its memory is taken of.
+    pub(crate) fn budget(&self) -> &Budget {
+        &self.memory.budget
     }
 
     /// The tracker that orders work on this file.
@@ -90,20 +98,9 @@ impl<H: ImageHost> ImageFile<H> {
         &self.tracker
     }
 
-    /// A buffer of unspecified content.
+    /// A buffer of unspecified content, of at most [`PART_BYTES`]. Who has one asks for no other.
     pub(crate) async fn buffer(&self, len: usize) -> Result<IoBuf, Errno> {
-        self.pool.alloc(len).await
-    }
-
-    /// Buffers of unspecified content, `len` bytes together.
-    pub(crate) async fn buffers(&self, mut len: usize) -> Result<IoVec, Errno> {
-        let mut bufs = IoVec::new();
-        while len > 0 {
-            let part = len.min(CHUNK_BYTES);
-            bufs.push(self.pool.alloc(part).await?);
-            len -= part;
-        }
-        Ok(bufs)
+        self.memory.buffer(len).await
     }
 
     /// Fills `bufs` from byte `offset` on; with zeros from the end of the file on.
@@ -159,7 +156,7 @@ impl<H: ImageHost> ImageFile<H> {
     /// Reads `dst.len()` bytes into ordinary memory.
     pub(crate) async fn read_bytes(&self, offset: u64, dst: &mut [u8]) -> Result<(), Errno> {
         let mut at = offset;
-        for part in dst.chunks_mut(CHUNK_BYTES) {
+        for part in dst.chunks_mut(PART_BYTES) {
             let (result, bufs) = self.read_patiently(at, smallvec![self.buffer(part.len()).await?]).await;
             result?;
             part.copy_from_slice(&bufs[0]);
@@ -171,7 +168,7 @@ impl<H: ImageHost> ImageFile<H> {
     /// Writes bytes from ordinary memory.
     pub(crate) async fn write_bytes(&self, offset: u64, src: &[u8]) -> Result<(), Errno> {
         let mut at = offset;
-        for part in src.chunks(CHUNK_BYTES) {
+        for part in src.chunks(PART_BYTES) {
             let mut buf = self.buffer(part.len()).await?;
             buf.copy_from_slice(part);
             self.write(at, smallvec![buf]).await.0?;
@@ -210,10 +207,12 @@ impl<H: ImageHost> ImageFile<H> {
     }
 
     async fn write_zeros(&self, offset: u64, len: u64) -> Result<(), Errno> {
-        let mut bufs: IoVec = smallvec![self.pool.alloc_zeroed(len.min(CHUNK_BYTES as u64) as usize).await?];
+        let mut buf = self.buffer(len.min(PART_BYTES as u64) as usize).await?;
+        buf.fill(0);
+        let mut bufs: IoVec = smallvec![buf];
         let mut done = 0;
         while done < len {
-            bufs[0].truncate((len - done).min(CHUNK_BYTES as u64) as usize);
+            bufs[0].truncate((len - done).min(PART_BYTES as u64) as usize);
             let part = bufs[0].len() as u64;
             let (result, back) = self.write(offset + done, bufs).await;
             result?;
@@ -331,8 +330,10 @@ impl<H: ImageHost> ImageFile<H> {
             return result;
         }
         // Buffers move whole, so the rest of this one goes through another.
-        let mut bounce = self.buffer(bufs[index].len() - inner).await?;
-        bounce.copy_from_slice(&bufs[index][inner..]);
+        let stage = &self.memory.rest;
+        let len = (bufs[index].len() - inner).min(stage.guarantee_bytes());
+        let mut bounce = stage.buffer(len).await?;
+        bounce.copy_from_slice(&bufs[index][inner..inner + len]);
         let (result, bounce) = self.operate(way, at, smallvec![bounce]).await;
         let n = result?;
         if way == Way::Read {
@@ -348,23 +349,48 @@ impl<H: ImageHost> ImageFile<H> {
         }
     }
 
-    /// The blocks around a range: first byte, and length in bytes.
-    fn around(&self, offset: u64, len: usize) -> (u64, usize) {
+    /// Cuts a buffer that has room for it to the blocks around `len` bytes from `offset` on: with the first byte.
+    fn around(&self, offset: u64, len: usize, buf: &mut IoBuf) -> u64 {
         let align = u64::from(self.info.align_bytes);
         let start = offset - offset % align;
-        let end = (offset + len as u64).next_multiple_of(align);
-        (start, (end - start) as usize)
+        buf.truncate(((offset + len as u64).next_multiple_of(align) - start) as usize);
+        start
+    }
+
+    /// A buffer for the blocks around up to `len` bytes from `offset` on, and how many bytes these are. What is left
+    /// begins with a block.
+    async fn bounce(&self, offset: u64, len: usize) -> Result<(IoBuf, usize), Errno> {
+        let align = self.info.align_bytes as usize;
+        let (buf, some) = self.memory.bounce(len, align).await?;
+        let beyond = (offset + some as u64) as usize % align;
+        Ok((buf, if some == len || beyond >= some { some } else { some - beyond }))
     }
 
     async fn read_around(&self, offset: u64, mut bufs: IoVec) -> (Result<(), Errno>, IoVec) {
-        let (start, len) = self.around(offset, bytes_of(&bufs));
-        let bounce = match self.buffers(len).await {
-            Ok(bounce) => bounce,
-            Err(e) => return (Err(e), bufs),
-        };
-        let (result, bounce) = Box::pin(self.read(start, bounce)).await;
-        copy_between(&bounce, (offset - start) as usize, &mut bufs);
-        (result, bufs)
+        let total = bytes_of(&bufs);
+        let mut done = 0;
+        while done < total {
+            if done > 0 {
+                self.host.yield_now().await;
+            }
+            match self.read_piece_around(offset + done as u64, total - done).await {
+                Ok((bounce, skip, len)) => {
+                    copy_from_slice(&mut bufs, done, &bounce[skip..skip + len]);
+                    done += len;
+                }
+                Err(e) => return (Err(e), bufs),
+            }
+        }
+        (Ok(()), bufs)
+    }
+
+    /// Reads up to `len` bytes from `offset` on: the blocks around them, where in those they begin, and how many.
+    async fn read_piece_around(&self, offset: u64, len: usize) -> Result<(IoBuf, usize, usize), Errno> {
+        let (mut bounce, len) = self.bounce(offset, len).await?;
+        let start = self.around(offset, len, &mut bounce);
+        let (result, mut bounce) = Box::pin(self.read(start, smallvec![bounce])).await;
+        result?;
+        Ok((bounce.pop().ok_or(Errno::EIO)?, (offset - start) as usize, len))
     }
 
     async fn write_around(&self, offset: u64, bufs: IoVec) -> (Result<(), Errno>, IoVec) {
@@ -374,27 +400,39 @@ impl<H: ImageHost> ImageFile<H> {
 
     async fn rewrite_blocks(&self, offset: u64, bufs: &[IoBuf]) -> Result<(), Errno> {
         let align = u64::from(self.info.align_bytes);
-        let (start, len) = self.around(offset, bytes_of(bufs));
-        let end = start + len as u64;
-        let edges = start != offset || end != offset + bytes_of(bufs) as u64;
-        let ticket = self.tracker.ticket("rewrite of block", start / align);
-        if edges {
-            let claimed = ticket.claim(Space::HostBlocks, start / align..end / align, Access::Exclusive);
+        let total = bytes_of(bufs);
+        let end = offset + total as u64;
+        let ticket = self.tracker.ticket("rewrite of block", offset / align);
+        if !offset.is_multiple_of(align) || !end.is_multiple_of(align) {
+            let blocks = offset / align..end.div_ceil(align);
+            let claimed = ticket.claim(Space::HostBlocks, blocks, Access::Exclusive);
             claimed.expect("nobody waits for a ticket that is new");
             ticket.ready().await;
         }
-        let mut bounce = self.buffers(len).await?;
-        if edges {
+        let mut done = 0;
+        while done < total {
+            if done > 0 {
+                self.host.yield_now().await;
+            }
+            done += self.rewrite_piece(offset + done as u64, bufs, done).await?;
+        }
+        Ok(())
+    }
+
+    /// Writes the blocks around a part of `bufs`, from byte `done` of them on; gives how many of their bytes.
+    async fn rewrite_piece(&self, at: u64, bufs: &[IoBuf], done: usize) -> Result<usize, Errno> {
+        let (mut bounce, len) = self.bounce(at, bytes_of(bufs) - done).await?;
+        let start = self.around(at, len, &mut bounce);
+        let skip = (at - start) as usize;
+        let mut bounce: IoVec = smallvec![bounce];
+        if bounce[0].len() > len {
             let (result, read) = Box::pin(self.read(start, bounce)).await;
             result?;
             bounce = read;
         }
-        let mut at = (offset - start) as usize;
-        for buf in bufs {
-            copy_from_slice(&mut bounce, at, buf);
-            at += buf.len();
-        }
-        Box::pin(self.write(start, bounce)).await.0
+        copy_to_slice(bufs, done, &mut bounce[0][skip..skip + len]);
+        Box::pin(self.write(start, bounce)).await.0?;
+        Ok(len)
     }
 }
 
@@ -404,13 +442,5 @@ fn zero_from(bufs: &mut [IoBuf], mut at: usize) {
         let skip = at.min(buf.len());
         buf[skip..].fill(0);
         at -= skip;
-    }
-}
-
-/// Fills `to` from byte `at` of `from` on.
-fn copy_between(from: &[IoBuf], mut at: usize, to: &mut [IoBuf]) {
-    for buf in to {
-        copy_to_slice(from, at, buf);
-        at += buf.len();
     }
 }

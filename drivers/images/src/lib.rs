@@ -27,6 +27,7 @@ mod chain;
 mod error;
 mod io;
 mod keep;
+mod memory;
 pub mod qcow;
 pub mod raw;
 mod sync;

@@ -3,7 +3,7 @@
 //! A file that does not end with a whole sector opens read-only; its last sector is filled up with zeros.
 
 use crate::io::ImageFile;
-use crate::{ImageError, ImageHost};
+use crate::{ImageError, ImageHost, OpenOptions};
 use std::cell::RefCell;
 use std::rc::Rc;
 use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, Source};
@@ -51,8 +51,9 @@ impl<H: ImageHost> Raw<H> {
     ///
     /// # Errors
     /// [`ImageError`].
-    pub async fn open(host: &H, path: &str, write: bool, direct: bool) -> Result<Self, ImageError> {
-        let file = ImageFile::open(host, path, write, direct).await?;
+    pub async fn open(host: &H, path: &str, options: &OpenOptions) -> Result<Self, ImageError> {
+        let write = options.write;
+        let file = ImageFile::open(host, path, write, options.direct).await?.within(&options.memory, path)?;
         let (size, align) = (file.info.size_bytes, u64::from(file.info.align_bytes));
         let refused = |what: String, advice: &'static str| {
             Err(ImageError::Refused { path: path.to_owned(), format: "raw", what, advice })

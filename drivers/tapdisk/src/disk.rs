@@ -5,11 +5,12 @@
 //! ```
 
 use crate::img::BackingArg;
+use crate::size::{parse_size, show_size};
 use crate::spec::DiskSpec;
 use clap::{Args, ValueEnum};
 use std::rc::Rc;
 use tap_core::{CacheMode, Node, Scheduler, SchedulerLimits};
-use tap_host::Sockets;
+use tap_host::{Budget, Sockets};
 use tap_images::{BackingPolicy, ImageError, ImageFormat, ImageHost, ImageSpec, OpenOptions, open_image};
 use tap_nbd::{Client, ClientConfig};
 
@@ -29,6 +30,8 @@ pub struct DiskOptions {
     /// How long to wait for an image that is in use, in nanoseconds. The kernel lets go of the files of a process that
     /// was killed only when its last operations have ended, which may be after it is gone from the process table.
     pub patience_ns: u64,
+    /// What the memory of the image, and of everything below it, is taken of.
+    pub memory: Budget,
 }
 
 /// How a program that serves disks opens them.
@@ -46,6 +49,20 @@ pub struct ImageArgs {
     /// Which backing files may be opened, and as what
     #[arg(long, value_enum, default_value_t, value_name = "HOW")]
     backing: BackingArg,
+    /// Most memory for buffers and tables of images, of all disks together; at least 16M
+    #[arg(long, default_value = "256M", value_name = "SIZE", value_parser = memory_size)]
+    memory: usize,
+}
+
+/// Least memory budget, in bytes: some chains of images, and one large request of each kind.
+const LEAST_MEMORY_BYTES: u64 = 16 << 20;
+
+fn memory_size(text: &str) -> Result<usize, String> {
+    let bytes = parse_size(text)?;
+    if bytes < LEAST_MEMORY_BYTES {
+        return Err(format!("at least {} is needed", show_size(LEAST_MEMORY_BYTES)));
+    }
+    usize::try_from(bytes).map_err(|_| "it is more than this machine can address".to_owned())
 }
 
 /// When writes become durable.
@@ -74,14 +91,20 @@ impl From<CacheArg> for CacheMode {
 const IN_USE_PATIENCE_NS: u64 = 2_000_000_000;
 
 impl ImageArgs {
-    /// The same as options, for writing or not.
-    pub fn options(&self, write: bool) -> DiskOptions {
+    /// The memory of the process, for all of its disks.
+    pub fn budget(&self) -> Budget {
+        Budget::new(self.memory)
+    }
+
+    /// The same as options, for writing or not, with memory of `memory`.
+    pub fn options(&self, write: bool, memory: &Budget) -> DiskOptions {
         DiskOptions {
             write,
             direct: self.direct,
             cache: self.cache.into(),
             backing: self.backing.policy(),
             patience_ns: IN_USE_PATIENCE_NS,
+            memory: memory.clone(),
             ..DiskOptions::default()
         }
     }
@@ -116,6 +139,7 @@ pub async fn open_disk<H: ImageHost>(
         write: options.write,
         direct: options.direct,
         backing: options.backing.clone(),
+        memory: options.memory.clone(),
         ..OpenOptions::default()
     };
     let deadline_ns = host.now_ns().saturating_add(options.patience_ns);

@@ -91,7 +91,7 @@ pub async fn run<H: ServeHost>(host: H, args: ServeArgs, console: &dyn Console) 
 
 impl ServeArgs {
     async fn open<H: ServeHost>(&self, host: &H, disks: &mut Vec<Open>) -> Result<(), String> {
-        let options = self.images.options(!self.images.read_only);
+        let options = self.images.options(!self.images.read_only, &self.images.budget());
         for disk in &self.disks {
             let name = match &disk.name {
                 Some(name) => name.clone(),

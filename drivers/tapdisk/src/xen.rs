@@ -22,7 +22,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::str::FromStr;
 use tap_core::{Node, wait};
-use tap_host::{DomId, Errno, SECTOR_BYTES, VbdId};
+use tap_host::{Budget, DomId, Errno, SECTOR_BYTES, VbdId};
 use tap_xenbus::{
     Backend, BackendConfig, BackendEnd, BackendError, Device, Hotplug, Whose, XenHost, lead, supervise,
 };
@@ -91,6 +91,8 @@ struct Shared<H> {
     args: XenArgs,
     console: Rc<dyn Console>,
     leave: Rc<wait::Event>,
+    /// Of all disks together.
+    memory: Budget,
     /// Whether anything failed.
     failed: Cell<bool>,
 }
@@ -103,7 +105,8 @@ pub async fn run<H: GuestHost>(host: H, args: XenArgs, console: Rc<dyn Console>)
         stopped.await;
         event.set();
     });
-    let shared = Rc::new(Shared { host, args, console, leave, failed: Cell::new(false) });
+    let memory = args.images.budget();
+    let shared = Rc::new(Shared { host, args, console, leave, memory, failed: Cell::new(false) });
     let outcome = if shared.args.watch { shared.watch().await } else { shared.serve_all().await };
     if let Err(why) = outcome {
         shared.fail(&why);
@@ -176,7 +179,8 @@ impl<H: GuestHost> Shared<H> {
             }
             Err(error) => return Err(format!("read {path}/frontend in xenstore: {error}")),
         }
-        let options = DiskOptions { patience_ns: IN_USE_PATIENCE_NS, ..self.args.images.options(write) };
+        let options =
+            DiskOptions { patience_ns: IN_USE_PATIENCE_NS, ..self.args.images.options(write, &self.memory) };
         let node = open_any(&self.host, spec, &options).await?;
         let info = node.info();
         let size = show_size(info.size_sectors * SECTOR_BYTES);

@@ -7,13 +7,21 @@
 //! The format has no list of free space, so space is taken from the end only and never given back. On a file, what is
 //! behind the frontier reads as zeros; on a block device it holds anything.
 //!
-//! A cluster whose mapping could not be written may be mapped all the same, as far as the file is concerned. It stays
+//! What a failed write of data leaves is taken back if nothing was allocated behind it, and is then no longer known to
+//! be zeros; else it is lost. A cluster whose mapping was tried and failed may be mapped all the same, as far as the file is concerned. It stays
 //! with its guest cluster, as a suspect, and the next try for that guest cluster uses it; nobody else ever does.
 
 use super::Image;
 use crate::ImageHost;
 use std::collections::BTreeMap;
-use tap_host::{Bug, Errno};
+use tap_host::{Bug, Errno, Share};
+
+/// Most runs in doubt; allocations are refused where there are so many.
+const MAX_SUSPECTS: usize = 1 << 16;
+/// What one takes of the memory budget, in bytes.
+pub(super) const SUSPECT_BYTES: usize = 64;
+/// Commits that can always have memory to remember their failure.
+pub(super) const DOUBTS: usize = 1024;
 
 /// The frontier, and places whose mapping is in doubt.
 pub(super) struct Allocator {
@@ -21,16 +29,46 @@ pub(super) struct Allocator {
     pub(super) frontier: u64,
     /// Byte offset of the end of a block device.
     limit: u64,
-    /// Guest cluster to byte offset.
-    pub(super) suspects: BTreeMap<u64, u64>,
+    /// Below this byte offset what was never mapped may hold anything.
+    dirty_until: u64,
+    /// By first guest cluster: how many, and the byte offset of the first. Some of a run may be mapped by now.
+    suspects: BTreeMap<u64, (u64, u64)>,
     /// L1 index to byte offset.
     pub(super) table_suspects: BTreeMap<usize, u64>,
+    /// Memory of the suspects.
+    share: Option<Share>,
 }
 
 impl Allocator {
     pub(super) fn new(frontier: u64, device_bytes: Option<u64>) -> Self {
         let limit = device_bytes.unwrap_or(i64::MAX as u64);
-        Self { frontier, limit, suspects: BTreeMap::new(), table_suspects: BTreeMap::new() }
+        let dirty_until = if device_bytes.is_some() { u64::MAX } else { 0 };
+        let (suspects, table_suspects) = (BTreeMap::new(), BTreeMap::new());
+        Self { frontier, limit, dirty_until, suspects, table_suspects, share: None }
+    }
+
+    /// The place in doubt of guest cluster `cluster`, which is not mapped.
+    pub(super) fn suspect_of(&self, cluster: u64, cluster_bytes: u64) -> Option<u64> {
+        let (first, (count, host)) = self.suspects.range(..=cluster).next_back()?;
+        (cluster - first < *count).then(|| host + (cluster - first) * cluster_bytes)
+    }
+
+    /// Whether a guest cluster from `first` to `last` may be in doubt.
+    pub(super) fn any_suspect(&self, first: u64, last: u64) -> bool {
+        self.suspects.range(..=last).next_back().is_some_and(|(at, (count, _))| at + count > first)
+    }
+
+    /// Whether a new cluster at byte `host` may hold other bytes than zeros.
+    pub(super) fn is_dirty(&self, host: u64) -> bool {
+        host < self.dirty_until
+    }
+
+    /// Takes `len` bytes from `host` on back, to which nothing can refer, if they are the last ones.
+    pub(super) fn take_back(&mut self, host: u64, len: u64) {
+        if self.frontier == host + len {
+            self.frontier = host;
+            self.dirty_until = self.dirty_until.max(host + len);
+        }
     }
 }
 
@@ -49,22 +87,69 @@ impl<H: ImageHost> Image<H> {
         }
     }
 
-    /// Leaves `count` places from `host` on to the guest clusters from `first` on, whose mapping was not written.
-    pub(super) fn suspect(&self, first: u64, count: usize, host: u64) {
+    /// Memory to remember a run with, should its mapping fail. Waits for commits in flight, not for what is in doubt.
+    ///
+    /// # Errors
+    /// `ENOMEM` where too much is in doubt already.
+    pub(super) async fn doubt(&self) -> Result<Share, Errno> {
+        let (stage, many) = (&self.memory.doubts, self.allocator.borrow().suspects.len());
+        let share = match many {
+            MAX_SUSPECTS.. => None,
+            _ if many < DOUBTS / 2 => Some(stage.take(SUSPECT_BYTES).await?),
+            _ => stage.try_keep(SUSPECT_BYTES),
+        };
+        share.ok_or(Errno::ENOMEM)
+    }
+
+    /// Leaves `count` places from `host` on to the guest clusters from `first` on, whose mapping was tried and failed.
+    pub(super) fn suspect(&self, first: u64, count: usize, host: u64, doubt: Share) {
         let mut allocator = self.allocator.borrow_mut();
         if self.host.bug(Bug::FailedClusterReused) {
             allocator.frontier = host;
             return;
         }
-        let places = (host..).step_by(self.geometry.cluster_bytes() as usize);
-        allocator.suspects.extend((first..).zip(places).take(count));
+        allocator.suspects.insert(first, (count as u64, host));
+        match &mut allocator.share {
+            Some(share) => share.join(doubt),
+            none => *none = Some(doubt),
+        }
     }
 
-    /// The guest clusters from `first` on are mapped.
+    /// The guest clusters from `first` on are mapped. What is in doubt is looked up for those only that are not, so that
+    /// runs may lose them at their ends alone.
     pub(super) fn settled(&self, first: u64, count: usize) {
         let mut allocator = self.allocator.borrow_mut();
-        if !allocator.suspects.is_empty() {
-            allocator.suspects.retain(|cluster, _| !(first..first + count as u64).contains(cluster));
+        let end = first + count as u64;
+        let before = |at: u64, suspects: &BTreeMap<u64, (u64, u64)>| {
+            let (start, (count, host)) = suspects.range(..at).next_back()?;
+            (start + count > first).then_some((*start, *count, *host))
+        };
+        let mut at = end;
+        while let Some((start, count, host)) = before(at, &allocator.suspects) {
+            at = start;
+            if start < first {
+                let left = if start + count <= end { first - start } else { count };
+                allocator.suspects.insert(start, (left, host));
+            } else {
+                allocator.suspects.remove(&start);
+                let gone = end.min(start + count) - start;
+                if gone < count {
+                    let host = host + gone * self.geometry.cluster_bytes();
+                    allocator.suspects.insert(end, (count - gone, host));
+                }
+            }
+        }
+        allocator.fit_share();
+    }
+}
+
+impl Allocator {
+    /// Gives back what the suspects no longer need.
+    fn fit_share(&mut self) {
+        let need = self.suspects.len() * SUSPECT_BYTES;
+        let Some(share) = &mut self.share else { return };
+        if let Some(more) = share.bytes().checked_sub(need) {
+            drop(share.split(more));
         }
     }
 }

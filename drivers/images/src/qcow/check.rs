@@ -5,6 +5,7 @@ use super::format::{Compressed, Mapping};
 use super::open::{Front, TableReader, Walked};
 use super::walk::{Report, Walk};
 use crate::{ImageError, ImageHost};
+use tap_host::Budget;
 
 /// Most problems that are told in words; the others are counted.
 const MAX_TOLD: usize = 100;
@@ -51,15 +52,16 @@ impl Report for CheckReport {
 /// [`ImageError`] when it cannot be read, or is not a qcow image at all.
 pub async fn check<H: ImageHost>(host: &H, path: &str) -> Result<CheckReport, ImageError> {
     let mut report = CheckReport::default();
-    let front = Front::read(host, path, false, false).await?;
+    let front = Front::read(host, path, false, false, &Budget::default()).await?;
     let geometry = front.header.geometry;
     let file_bytes = front.file.info.size_bytes;
-    let mut walk = Walk::new(&front.header, file_bytes);
+    let memory = front.memory(path)?;
+    let mut walk = Walk::new(&front.header, file_bytes, &memory.fixed);
     let io = |error| ImageError::io("read the tables of", path)(error);
     let tables = walk.take_l1(&front.l1, &mut report).unwrap_or_default();
     report.tables = tables.len() as u64;
     // Without what is below: only this file is checked.
-    let image = front.into_image(host, Walked::not_at_all(0, 0), None);
+    let image = front.into_image(host, memory, Walked::not_at_all(0, 0), None);
     let mut reader = TableReader::new(&image.file, &geometry).await.map_err(io)?;
     for (index, offset) in tables {
         let entries: Vec<u64> = match reader.read(offset).await {

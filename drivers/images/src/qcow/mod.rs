@@ -40,6 +40,7 @@ pub use check::{CheckReport, check};
 pub use create::{CreateOptions, create};
 
 use crate::io::ImageFile;
+use crate::memory::ImageStages;
 use crate::{ImageError, ImageHost, OpenOptions};
 use alloc::Allocator;
 use format::{COMPRESSED, Geometry};
@@ -50,12 +51,12 @@ use std::rc::Rc;
 use table::{Cache, Table};
 use tap_core::wait::Semaphore;
 use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, WaitReport};
-use tap_host::{Bug, Errno, FileInfo, SECTOR_BYTES, SectorRange};
+use tap_host::{Budget, Bug, Errno, FileInfo, SECTOR_BYTES, SectorRange};
 
 /// Bounds of an open qcow image.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct QcowLimits {
-    /// L2 tables kept in memory, at least 1; those in use come on top.
+    /// L2 tables kept in memory, at least 1, while the memory budget has room for them; those in use come on top.
     pub l2_tables: usize,
 }
 
@@ -81,6 +82,7 @@ struct Image<H: ImageHost> {
     /// Byte offsets of L2 tables, as published.
     l1: RefCell<Vec<u64>>,
     l1_turn: Semaphore,
+    memory: ImageStages,
     cache: RefCell<Cache>,
     allocator: RefCell<Allocator>,
     backing: Option<Rc<dyn Node>>,
@@ -109,7 +111,7 @@ impl<H: ImageHost> Qcow<H> {
         host: &H,
         path: &str,
     ) -> Result<(u64, u64, Option<Vec<u8>>, FileInfo), ImageError> {
-        let front = Front::read(host, path, false, false).await?;
+        let front = Front::read(host, path, false, false, &Budget::default()).await?;
         let geometry = front.header.geometry;
         Ok((geometry.size_bytes, geometry.cluster_bytes(), front.backing_name, front.file.info))
     }
@@ -197,7 +199,8 @@ impl<H: ImageHost> Image<H> {
             return None;
         }
         let cache = self.cache.borrow();
-        let entries = cache.get(index)?.entries.borrow();
+        let table = cache.get(index)?;
+        let entries = table.entries.borrow();
         let host = entries[at];
         if host == 0 || host & COMPRESSED != 0 || host > self.reach {
             return None;

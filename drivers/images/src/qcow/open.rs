@@ -1,20 +1,21 @@
 //! Opening.
 
-use super::alloc::Allocator;
+use super::alloc::{Allocator, DOUBTS, SUSPECT_BYTES};
 use super::format::{self, Geometry, Header, XEN_CHECKSUM_AT, decode_entries};
 use super::inflate::Inflater;
-use super::table::{Cache, Table};
+use super::table::{Cache, Table, cache_bytes, table_cost};
 use super::walk::{FirstProblem, Walk};
 use super::{Image, Qcow};
 use crate::chain::open_backing;
 use crate::io::ImageFile;
+use crate::memory::ImageStages;
 use crate::{ImageError, ImageHost, OpenOptions};
 use smallvec::smallvec;
 use std::cell::RefCell;
 use std::rc::Rc;
 use tap_core::wait::Semaphore;
 use tap_core::{Node, NodeInfo};
-use tap_host::{Bug, Errno, IoBuf, SECTOR_BYTES};
+use tap_host::{Budget, Bug, Errno, IoBuf, SECTOR_BYTES, cost_of};
 
 /// Read at once: the header, the backing file's name and the L1 table of most images.
 const HEAD_BYTES: u64 = 8192;
@@ -46,8 +47,14 @@ pub(super) fn refused(path: &str, what: String, advice: &'static str) -> ImageEr
 
 impl<H: ImageHost> Front<H> {
     /// Opens the file and reads its header, L1 table and backing file's name.
-    pub(super) async fn read(host: &H, path: &str, write: bool, direct: bool) -> Result<Self, ImageError> {
-        let file = ImageFile::open(host, path, write, direct).await?;
+    pub(super) async fn read(
+        host: &H,
+        path: &str,
+        write: bool,
+        direct: bool,
+        memory: &Budget,
+    ) -> Result<Self, ImageError> {
+        let file = ImageFile::open(host, path, write, direct).await?.within(memory, path)?;
         let io = |error| ImageError::io("read", path)(error);
         let head = read_head(&file).await.map_err(io)?;
         let header = format::parse(&head, file.info.size_bytes)
@@ -69,7 +76,22 @@ impl<H: ImageHost> Front<H> {
         Ok(Self { file, header, l1, backing_name })
     }
 
-    pub(super) fn into_image(self, host: &H, walked: Walked, backing: Option<Rc<dyn Node>>) -> Image<H> {
+    /// The memory that the image needs to be open.
+    pub(super) fn memory(&self, path: &str) -> Result<ImageStages, ImageError> {
+        let geometry = &self.header.geometry;
+        let front = self.l1.len() * 8 + cache_bytes(self.l1.len());
+        let (table, cluster) = (table_cost(geometry.l2_entries()), geometry.cluster_bytes() as usize);
+        ImageStages::new(self.file.budget(), path, (front, table, cluster, DOUBTS * SUSPECT_BYTES))
+    }
+
+    pub(super) fn into_image(
+        self,
+        host: &H,
+        mut memory: ImageStages,
+        walked: Walked,
+        backing: Option<Rc<dyn Node>>,
+    ) -> Image<H> {
+        memory.walked();
         let info = self.file.info;
         let device_bytes = info.block_device.then_some(info.size_bytes);
         Image {
@@ -79,6 +101,7 @@ impl<H: ImageHost> Front<H> {
             geometry: self.header.geometry,
             l1: RefCell::new(self.l1),
             l1_turn: Semaphore::new(1),
+            memory,
             cache: RefCell::new(walked.cache),
             allocator: RefCell::new(Allocator::new(walked.frontier, device_bytes)),
             backing_bytes: backing.as_ref().map_or(0, |b| b.info().size_sectors * SECTOR_BYTES),
@@ -121,7 +144,10 @@ pub(super) struct TableReader<'a, H: ImageHost> {
 
 impl<'a, H: ImageHost> TableReader<'a, H> {
     pub(super) async fn new(file: &'a ImageFile<H>, geometry: &Geometry) -> Result<Self, Errno> {
-        Ok(Self { file, buf: Some(file.buffer(geometry.table_bytes() as usize).await?) })
+        // A stage of its own: it is held while compressed clusters are read.
+        let bytes = geometry.table_bytes() as usize;
+        let buf = file.budget().stage(cost_of(bytes))?.buffer(bytes).await?;
+        Ok(Self { file, buf: Some(buf) })
     }
 
     pub(super) async fn read(&mut self, offset: u64) -> Result<impl Iterator<Item = u64> + '_, Errno> {
@@ -140,13 +166,14 @@ impl<H: ImageHost> Qcow<H> {
         options: &OpenOptions,
         level: usize,
     ) -> Result<Self, ImageError> {
-        let front = Front::read(host, path, options.write, options.direct).await?;
+        let front = Front::read(host, path, options.write, options.direct, &options.memory).await?;
         let backing = match &front.backing_name {
             Some(name) => Some(open_backing(host, path, name, options, level).await?),
             None => None,
         };
+        let memory = front.memory(path)?;
         let walked = if options.write {
-            let walked = walk(host, path, &front, options.qcow.l2_tables).await?;
+            let walked = walk(host, path, &front, &memory, options.qcow.l2_tables).await?;
             clear_checksum(&front).await.map_err(ImageError::io("clear the checksum of", path))?;
             walked
         } else {
@@ -155,7 +182,7 @@ impl<H: ImageHost> Qcow<H> {
         let geometry = front.header.geometry;
         let info =
             NodeInfo { size_sectors: geometry.size_bytes.div_ceil(SECTOR_BYTES), read_only: !options.write };
-        let image = front.into_image(host, walked, backing);
+        let image = front.into_image(host, memory, walked, backing);
         Ok(Self { image: RefCell::new(Some(Rc::new(image))), info })
     }
 }
@@ -165,10 +192,11 @@ async fn walk<H: ImageHost>(
     host: &H,
     path: &str,
     front: &Front<H>,
+    memory: &ImageStages,
     limit: usize,
 ) -> Result<Walked, ImageError> {
     let geometry = front.header.geometry;
-    let mut walk = Walk::new(&front.header, front.file.info.size_bytes);
+    let mut walk = Walk::new(&front.header, front.file.info.size_bytes, &memory.fixed);
     let mut cache = Cache::new(front.l1.len(), limit);
     let mut problem = FirstProblem::default();
     let io = |error| ImageError::io("read the tables of", path)(error);
@@ -182,8 +210,10 @@ async fn walk<H: ImageHost>(
             if walk.take_l2(index, &entries, &mut problem).is_none() {
                 break;
             }
-            if cache.has_room() {
-                cache.insert(Table::new(index, offset, entries));
+            if cache.has_room()
+                && let Some(share) = memory.tables.try_keep(table_cost(entries.len()))
+            {
+                cache.insert(&Table::new(index, offset, entries, share), true);
             }
         }
     }

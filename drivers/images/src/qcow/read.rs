@@ -5,10 +5,12 @@ use super::format::{Compressed, Mapping};
 use super::table::Table;
 use crate::ImageHost;
 use crate::carve::Carver;
+use crate::memory::{PART_BYTES, buffers, take_some};
 use futures_util::future::join_all;
 use smallvec::SmallVec;
+use std::collections::VecDeque;
 use tap_core::{Op, Request, Response};
-use tap_host::{Errno, IoVec, SECTOR_BYTES, SectorRange, copy_from_slice};
+use tap_host::{Errno, IoVec, SECTOR_BYTES, SectorRange, Share, copy_from_slice};
 
 /// Where bytes of the disk come from.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -32,54 +34,108 @@ struct Piece {
 
 type Pieces = SmallVec<[Piece; 4]>;
 
+/// Most pieces that are read at once: a large request of an image that is scattered over its file leaves memory, and
+/// turns, to others.
+const MAX_PIECES: usize = 64;
+
+impl Piece {
+    /// The first `len` bytes, and the rest.
+    fn cut(self, len: usize) -> (Piece, Piece) {
+        let source = match self.source {
+            Source::File(offset) => Source::File(offset + len as u64),
+            Source::Compressed(run, skip) => Source::Compressed(run, skip + len),
+            source => source,
+        };
+        (Piece { len, ..self }, Piece { start: self.start + len as u64, len: self.len - len, source })
+    }
+}
+
 impl<H: ImageHost> Image<H> {
     pub(super) async fn read(&self, start: u64, bufs: IoVec) -> Response {
         let len = tap_host::bytes_of(&bufs) as u64;
-        let pieces = match self.pieces(start, len).await {
-            Ok(pieces) => pieces,
+        let (mut pieces, mut covered) = match self.pieces(start, len).await {
+            Ok(found) => found,
             Err(e) => return Response { result: Err(e), bufs },
         };
-        if let [piece] = pieces[..] {
+        if let [piece] = pieces[..]
+            && covered == len
+        {
             let (result, bufs) = self.read_piece(piece, bufs).await;
             return Response { result, bufs };
         }
         let mut carver = Carver::new(Op::Read, bufs);
-        let mut result = Ok(());
-        let mut reads = Vec::with_capacity(pieces.len());
-        for piece in pieces {
-            match carver.take(&self.file, (piece.start - start) as usize, piece.len).await {
-                Ok(mut part) => reads.push(async move {
-                    let (result, bufs) = self.read_piece(piece, std::mem::take(&mut part.bufs)).await;
-                    part.bufs = bufs;
-                    (result, part)
-                }),
-                Err(e) => result = Err(e),
+        let mut result = self.read_pieces(start, pieces, &mut carver).await;
+        while covered < len && result.is_ok() {
+            self.host.yield_now().await;
+            match self.pieces(start + covered, len - covered).await {
+                Ok((next, more)) => (pieces, covered) = (next, covered + more),
+                Err(e) => {
+                    result = Err(e);
+                    break;
+                }
             }
-        }
-        for (read, part) in join_all(reads).await {
-            result = result.and(read);
-            carver.put(part);
+            result = self.read_pieces(start, pieces, &mut carver).await;
         }
         Response { result, bufs: carver.finish() }
     }
 
-    async fn pieces(&self, start: u64, len: u64) -> Result<Pieces, Errno> {
+    /// Reads `pieces` of a request that starts at byte `start`, as many at once as there is memory for.
+    async fn read_pieces(&self, start: u64, pieces: Pieces, carver: &mut Carver) -> Result<(), Errno> {
+        let at = |piece: &Piece| (piece.start - start) as usize;
+        let mut left: VecDeque<Piece> = pieces.into_iter().collect();
+        while !left.is_empty() {
+            let need = left.iter().map(|piece| carver.cost(at(piece), piece.len)).sum();
+            let mut share = take_some(&self.memory.parts, need).await?;
+            let mut reads = Vec::with_capacity(left.len());
+            while let Some(mut piece) = left.pop_front() {
+                if carver.cost(at(&piece), piece.len) > share.bytes() {
+                    if !reads.is_empty() {
+                        left.push_front(piece);
+                        break;
+                    }
+                    let (now, later) = piece.cut(PART_BYTES);
+                    left.push_front(later);
+                    piece = now;
+                }
+                let mut part = carver.take(&mut share, at(&piece), piece.len).expect("it was counted");
+                reads.push(async move {
+                    let (result, bufs) = self.read_piece(piece, std::mem::take(&mut part.bufs)).await;
+                    part.bufs = bufs;
+                    (result, part)
+                });
+            }
+            let mut result = Ok(());
+            for (read, part) in join_all(reads).await {
+                result = result.and(read);
+                carver.put(part);
+            }
+            result?;
+        }
+        Ok(())
+    }
+
+    /// Where the first of `len` bytes from `start` on come from, and how many of them that is.
+    async fn pieces(&self, start: u64, len: u64) -> Result<(Pieces, u64), Errno> {
         let mut pieces = Pieces::new();
         for (index, start, len) in self.by_table(start, len) {
             match self.table(index).await? {
                 Some(table) => self.map(&table, start, len, &mut pieces),
                 None => self.unmapped(start, len, &mut pieces),
             }
+            if pieces.len() >= MAX_PIECES {
+                break;
+            }
         }
-        Ok(pieces)
+        let end = pieces.last().map_or(start, |last| last.start + last.len as u64);
+        Ok((pieces, end - start))
     }
 
-    /// Appends where bytes of one table come from.
+    /// Appends where bytes of one table come from, until there are [`MAX_PIECES`].
     fn map(&self, table: &Table, start: u64, len: usize, pieces: &mut Pieces) {
         let cluster_bytes = self.geometry.cluster_bytes();
         let end = start + len as u64;
         let mut at = start;
-        while at < end {
+        while at < end && pieces.len() < MAX_PIECES {
             let within = at % cluster_bytes;
             let len = (cluster_bytes - within).min(end - at) as usize;
             let index = self.split(self.cluster(at)).1;
@@ -130,13 +186,19 @@ impl<H: ImageHost> Image<H> {
         (response.result, response.bufs)
     }
 
-    /// What the disk shows in `len` bytes from `start` on, within one cluster of `table`.
-    pub(super) async fn shown(&self, table: &Table, start: u64, len: usize) -> Result<IoVec, Errno> {
+    /// What the disk shows in `len` bytes from `start` on, within one cluster of `table`, in memory of `share`.
+    pub(super) async fn shown(
+        &self,
+        table: &Table,
+        start: u64,
+        len: usize,
+        share: &mut Share,
+    ) -> Result<IoVec, Errno> {
         let mut pieces = Pieces::new();
         self.map(table, start, len, &mut pieces);
         let mut all = IoVec::new();
         for piece in pieces {
-            let bufs = self.file.buffers(piece.len).await?;
+            let bufs = buffers(share, piece.len)?;
             let (result, bufs) = self.read_piece(piece, bufs).await;
             result?;
             all.extend(bufs);

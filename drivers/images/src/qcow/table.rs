@@ -1,8 +1,13 @@
 //! L2 tables in memory.
 //!
-//! A table is in memory once: who works with it holds its `Rc`, and only tables that nobody holds make room for others.
-//! So the cache may be above its limit by the tables in use. Loading and creating a table claim its number in the
-//! tracker; whoever comes meanwhile waits and then finds it.
+//! ```text
+//!   kept ──a newer one needs its room──► loose: in memory as long as somebody works with it ──► gone
+//! ```
+//!
+//! A table is in memory once: who works with it holds its `Rc`, and the cache finds it by that. Each has a share of the
+//! memory budget, which ends with it. Where there is no room for another one, kept tables are let loose, oldest first;
+//! if that does not help, the next in line waits until those who work with tables are done. Loading and creating a
+//! table claim its number in the tracker; whoever comes meanwhile waits and then finds it.
 
 use super::Image;
 use super::commit::Commit;
@@ -11,10 +16,10 @@ use crate::ImageHost;
 use smallvec::smallvec;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use tap_core::wait::Semaphore;
 use tap_core::{Access, Space, Ticket};
-use tap_host::{Bug, Errno, Event, IoBuf, Mark};
+use tap_host::{Bug, Errno, Event, IoBuf, Mark, Share};
 
 /// An L2 table.
 pub(super) struct Table {
@@ -28,10 +33,19 @@ pub(super) struct Table {
     /// One write of entries at a time.
     pub(super) turn: Semaphore,
     used: Cell<bool>,
+    _share: Share,
+}
+
+/// Bytes of a table besides its entries, roughly.
+const TABLE_OVERHEAD: usize = 256;
+
+/// What a table of `entries` entries takes of the budget, in bytes.
+pub(super) fn table_cost(entries: usize) -> usize {
+    entries * 8 + TABLE_OVERHEAD
 }
 
 impl Table {
-    pub(super) fn new(l1_index: usize, offset: u64, entries: Box<[u64]>) -> Rc<Self> {
+    pub(super) fn new(l1_index: usize, offset: u64, entries: Box<[u64]>, share: Share) -> Rc<Self> {
         Rc::new(Self {
             l1_index,
             offset,
@@ -39,6 +53,7 @@ impl Table {
             pending: RefCell::default(),
             turn: Semaphore::new(1),
             used: Cell::new(true),
+            _share: share,
         })
     }
 
@@ -48,51 +63,111 @@ impl Table {
     }
 }
 
-/// The tables that are kept.
+/// The tables in memory.
 pub(super) struct Cache {
-    slots: Vec<Option<Rc<Table>>>,
+    /// For each L1 entry the number of its place, plus 1; 0 where it has none.
+    by_index: Vec<u32>,
+    places: Vec<Place>,
+    unused: Vec<u32>,
     /// Kept tables in the order in which they may go.
     order: VecDeque<usize>,
+    /// Tables that were let loose and had not ended when that was last looked at.
+    loose: Vec<usize>,
     limit: usize,
+}
+
+#[derive(Default)]
+struct Place {
+    kept: Option<Rc<Table>>,
+    found: Weak<Table>,
+}
+
+/// Bytes of a [`Cache`] without tables.
+pub(super) fn cache_bytes(l1_entries: usize) -> usize {
+    l1_entries * size_of::<u32>()
 }
 
 impl Cache {
     pub(super) fn new(l1_entries: usize, limit: usize) -> Self {
-        Self { slots: vec![None; l1_entries], order: VecDeque::new(), limit: limit.max(1) }
+        Self {
+            by_index: vec![0; l1_entries],
+            places: Vec::new(),
+            unused: Vec::new(),
+            order: VecDeque::new(),
+            loose: Vec::new(),
+            limit: limit.max(1),
+        }
     }
 
     pub(super) fn has_room(&self) -> bool {
         self.order.len() < self.limit
     }
 
-    /// The table of L1 entry `index`, if it is kept.
-    pub(super) fn get(&self, index: usize) -> Option<&Rc<Table>> {
-        let table = self.slots[index].as_ref()?;
+    /// The table of L1 entry `index`, if it is in memory.
+    pub(super) fn get(&self, index: usize) -> Option<Rc<Table>> {
+        let place = &self.places[self.by_index[index].checked_sub(1)? as usize];
+        let table = match &place.kept {
+            Some(table) => Rc::clone(table),
+            None => place.found.upgrade()?,
+        };
         table.used.set(true);
         Some(table)
     }
 
-    pub(super) fn insert(&mut self, table: Rc<Table>) {
-        self.make_room();
-        self.order.push_back(table.l1_index);
+    /// Makes `table` one that is found, and keeps it if `keep`.
+    pub(super) fn insert(&mut self, table: &Rc<Table>, keep: bool) {
         let index = table.l1_index;
-        assert!(self.slots[index].replace(table).is_none(), "L2 table {index} is in memory twice");
+        assert!(self.get(index).is_none(), "L2 table {index} is in memory twice");
+        self.forget_ended();
+        let place = self.by_index[index].checked_sub(1).or_else(|| self.unused.pop());
+        let place = place.unwrap_or_else(|| {
+            self.places.push(Place::default());
+            (self.places.len() - 1) as u32
+        });
+        self.by_index[index] = place + 1;
+        self.places[place as usize] = Place { kept: None, found: Rc::downgrade(table) };
+        self.loose.push(index);
+        if keep {
+            while self.order.len() >= self.limit && self.let_loose() {}
+            self.loose.retain(|other| *other != index);
+            self.places[place as usize].kept = Some(Rc::clone(table));
+            self.order.push_back(index);
+        }
     }
 
-    /// Second chance: a table that was used since its last turn, or is in use, goes to the end once more.
-    fn make_room(&mut self) {
+    /// Keeps one table less; `false` if none is kept. Second chance: one that was used since its last turn, or is in
+    /// use, goes to the end once more.
+    pub(super) fn let_loose(&mut self) -> bool {
         let mut turns = 2 * self.order.len();
-        while self.order.len() >= self.limit && turns > 0 {
-            turns -= 1;
-            let Some(index) = self.order.pop_front() else { return };
+        while let Some(index) = self.order.pop_front() {
+            let Some(place) = self.by_index[index].checked_sub(1) else { continue };
+            let place = &mut self.places[place as usize];
             let in_use =
-                self.slots[index].as_ref().is_some_and(|t| t.used.replace(false) || Rc::strong_count(t) > 1);
-            if in_use {
+                place.kept.as_ref().is_some_and(|t| t.used.replace(false) || Rc::strong_count(t) > 1);
+            if in_use && turns > 0 {
+                turns -= 1;
                 self.order.push_back(index);
-            } else {
-                self.slots[index] = None;
+                continue;
             }
+            place.kept = None;
+            self.loose.push(index);
+            return true;
         }
+        false
+    }
+
+    fn forget_ended(&mut self) {
+        let (by_index, places, unused) = (&mut self.by_index, &mut self.places, &mut self.unused);
+        self.loose.retain(|index| {
+            let Some(place) = by_index[*index].checked_sub(1) else { return false };
+            let lives = places[place as usize].found.strong_count() > 0;
+            if !lives {
+                by_index[*index] = 0;
+                places[place as usize] = Place::default();
+                unused.push(place);
+            }
+            lives
+        });
     }
 }
 
@@ -100,7 +175,7 @@ impl<H: ImageHost> Image<H> {
     /// The table of L1 entry `index`, or `None` where there is none.
     pub(super) async fn table(&self, index: usize) -> Result<Option<Rc<Table>>, Errno> {
         if let Some(table) = self.cache.borrow().get(index) {
-            return Ok(Some(Rc::clone(table)));
+            return Ok(Some(table));
         }
         if self.l1.borrow()[index] == 0 {
             return Ok(None);
@@ -112,7 +187,7 @@ impl<H: ImageHost> Image<H> {
     /// The table of L1 entry `index`, made now if there is none.
     pub(super) async fn table_or_new(&self, index: usize) -> Result<Rc<Table>, Errno> {
         if let Some(table) = self.cache.borrow().get(index) {
-            return Ok(Rc::clone(table));
+            return Ok(table);
         }
         let _ticket = self.claim_table(index).await;
         if self.l1.borrow()[index] == 0 { self.create_table(index).await } else { self.load(index).await }
@@ -130,7 +205,7 @@ impl<H: ImageHost> Image<H> {
     /// With the table claimed.
     async fn load(&self, index: usize) -> Result<Rc<Table>, Errno> {
         if let Some(table) = self.cache.borrow().get(index) {
-            return Ok(Rc::clone(table));
+            return Ok(table);
         }
         let offset = self.l1.borrow()[index];
         let end = offset.checked_add(self.geometry.table_bytes());
@@ -138,38 +213,67 @@ impl<H: ImageHost> Image<H> {
         if end.is_none_or(|end| end > self.reach) {
             return Err(Errno::EIO);
         }
+        let share = self.table_share().await?;
         let buf = self.file.buffer(self.geometry.table_bytes() as usize).await?;
         let (result, bufs) = self.file.read(offset, smallvec![buf]).await;
         result?;
-        let table = Table::new(index, offset, decode_entries(&bufs[0]).collect());
-        self.cache.borrow_mut().insert(Rc::clone(&table));
+        let table = Table::new(index, offset, decode_entries(&bufs[0]).collect(), share);
+        self.found(&table);
         Ok(table)
+    }
+
+    /// Memory for one more table.
+    async fn table_share(&self) -> Result<Share, Errno> {
+        let (stage, cost) = (&self.memory.tables, table_cost(self.geometry.l2_entries()));
+        loop {
+            if let Some(share) = stage.try_keep(cost) {
+                return Ok(share);
+            }
+            if !self.cache.borrow_mut().let_loose() {
+                return stage.take(cost).await;
+            }
+        }
+    }
+
+    /// Lets `table` be found from now on. It is kept unless others wait for its memory: nobody would tell them when it
+    /// is no longer in use.
+    fn found(&self, table: &Rc<Table>) {
+        self.cache.borrow_mut().insert(table, !self.memory.tables.is_waited_for());
     }
 
     /// With the table claimed: zeros in the file, durable, and only then the L1 entry that makes them a table.
     async fn create_table(&self, index: usize) -> Result<Rc<Table>, Errno> {
+        let share = self.table_share().await?;
         let known = self.allocator.borrow().table_suspects.get(&index).copied();
+        let clusters = self.geometry.table_bytes().div_ceil(self.geometry.cluster_bytes());
         let offset = match known {
             Some(offset) => {
                 self.host.mark(Mark::AllocationRetried);
                 offset
             }
-            None => self.allocate(self.geometry.table_bytes().div_ceil(self.geometry.cluster_bytes()))?,
+            None => self.allocate(clusters)?,
         };
-        // Until the L1 entry is written the place belongs to this table and no other, whatever fails.
-        self.allocator.borrow_mut().table_suspects.insert(index, offset);
-        let mut zeros: IoBuf = self.file.buffer(self.geometry.table_bytes() as usize).await?;
-        zeros.fill(0);
-        self.file.write(offset, smallvec![zeros]).await.0?;
-        if !self.host.bug(Bug::L1BeforeL2) {
-            self.file.sync().await?;
+        if let Err(error) = self.write_empty_table(offset).await {
+            if known.is_none() {
+                self.allocator.borrow_mut().take_back(offset, clusters * self.geometry.cluster_bytes());
+            }
+            return Err(error);
         }
+        // From now on the place belongs to this table and no other, whatever fails.
+        self.allocator.borrow_mut().table_suspects.insert(index, offset);
         self.write_l1(index, offset).await?;
         self.allocator.borrow_mut().table_suspects.remove(&index);
-        let table = Table::new(index, offset, vec![0; self.geometry.l2_entries()].into());
-        self.cache.borrow_mut().insert(Rc::clone(&table));
+        let table = Table::new(index, offset, vec![0; self.geometry.l2_entries()].into(), share);
+        self.found(&table);
         self.host.mark(Mark::L2TableAllocated);
         self.host.log(Event::L2Mapped { l1_index: index as u64, host_offset: offset });
         Ok(table)
+    }
+
+    async fn write_empty_table(&self, offset: u64) -> Result<(), Errno> {
+        let mut zeros: IoBuf = self.file.buffer(self.geometry.table_bytes() as usize).await?;
+        zeros.fill(0);
+        self.file.write(offset, smallvec![zeros]).await.0?;
+        if self.host.bug(Bug::L1BeforeL2) { Ok(()) } else { self.file.sync().await }
     }
 }

@@ -7,12 +7,13 @@
 //! ```
 //!
 //! Opening for writing walks to find the end of what is used; `check` walks to report. Problems go to a [`Report`] that
-//! decides whether to go on. Memory grows with what is mapped, one bit per cluster, up to a limit.
+//! decides whether to go on. Memory grows with what is mapped, one bit per cluster, as long as the budget has room.
 
 use super::format::{Compressed, Geometry, Header, Mapping};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
+use tap_host::{Share, Stage};
 
 /// What is told of an image that is walked.
 pub(super) trait Report {
@@ -33,8 +34,10 @@ impl Report for FirstProblem {
 
 /// Clusters in one part of a [`Bits`].
 const PART: u64 = 4096;
-/// Most parts: 512 MiB, for 16 TiB of clusters of 4 KiB.
-const MAX_PARTS: usize = 1 << 20;
+/// Memory for so many parts is taken at once.
+const PARTS_AT_ONCE: usize = 16;
+/// What a part takes: its bits, and where to find them.
+const PART_BYTES: usize = PART as usize / 8 + 64;
 
 /// Why a bit could not be set.
 enum Taken {
@@ -46,20 +49,30 @@ impl Taken {
     fn text(&self) -> &'static str {
         match self {
             Taken::Before => "lies where another cluster lies",
-            Taken::NoRoom => "is one of too many that are scattered over the file",
+            Taken::NoRoom => "is one more than there is memory to look at (--memory)",
         }
     }
 }
 
 /// A sparse set of cluster numbers.
-#[derive(Default)]
 struct Bits {
+    memory: Stage,
+    shares: Vec<Share>,
     parts: BTreeMap<u64, usize>,
-    words: Vec<[u64; PART as usize / 64]>,
+    #[expect(
+        clippy::vec_box,
+        reason = "a list of the bits themselves would need twice the memory while it grows"
+    )]
+    words: Vec<Box<[u64; PART as usize / 64]>>,
     last: Option<(u64, usize)>,
 }
 
 impl Bits {
+    fn new(memory: &Stage) -> Self {
+        let (parts, words) = (BTreeMap::new(), Vec::new());
+        Self { memory: memory.clone(), shares: Vec::new(), parts, words, last: None }
+    }
+
     /// Sets `count` bits from `first` on. Stops at one that was set, or behind which there is no room for more; gives
     /// how many were set before, and which it was.
     fn set(&mut self, first: u64, count: u64) -> Result<(), (u64, Taken)> {
@@ -90,9 +103,11 @@ impl Bits {
         }
         let index = match self.parts.get(&part) {
             Some(index) => *index,
-            None if self.words.len() == MAX_PARTS => return None,
             None => {
-                self.words.push([0; PART as usize / 64]);
+                if self.words.len().is_multiple_of(PARTS_AT_ONCE) {
+                    self.shares.push(self.memory.try_take(PARTS_AT_ONCE * PART_BYTES)?);
+                }
+                self.words.push(Box::new([0; PART as usize / 64]));
                 self.parts.insert(part, self.words.len() - 1);
                 self.words.len() - 1
             }
@@ -110,7 +125,7 @@ impl Bits {
     fn common(&self, other: &Bits) -> Option<u64> {
         self.parts.iter().find_map(|(part, index)| {
             let other = &other.words[*other.parts.get(part)?];
-            let words = self.words[*index].iter().zip(other).enumerate();
+            let words = self.words[*index].iter().zip(other.iter()).enumerate();
             let (at, both) = words.map(|(at, (a, b))| (at as u64, a & b)).find(|(_, both)| *both != 0)?;
             Some(part * PART + at * 64 + u64::from(both.trailing_zeros()))
         })
@@ -157,7 +172,7 @@ pub(super) struct Walk {
 }
 
 impl Walk {
-    pub(super) fn new(header: &Header, file_bytes: u64) -> Self {
+    pub(super) fn new(header: &Header, file_bytes: u64, memory: &Stage) -> Self {
         let geometry = header.geometry;
         let header_end = if header.xen.is_some() { 64 } else { 48 };
         let l1 = geometry.l1_offset..geometry.l1_end();
@@ -167,8 +182,8 @@ impl Walk {
             geometry,
             file_bytes,
             reach: geometry.reach(file_bytes),
-            plain: Bits::default(),
-            compressed: Bits::default(),
+            plain: Bits::new(memory),
+            compressed: Bits::new(memory),
             end: tables.iter().map(|t| t.0.end).max().unwrap_or(0),
             tables,
             plain_clusters: 0,

@@ -8,12 +8,13 @@ use super::format::Mapping;
 use super::table::Table;
 use crate::ImageHost;
 use crate::carve::Carver;
+use crate::memory::{PART_BYTES, take_some};
 use futures_util::future::join_all;
 use smallvec::SmallVec;
 use std::rc::Rc;
 use tap_core::wait::oneshot;
 use tap_core::{Access, Op, Response, Space};
-use tap_host::{Bug, Errno, Event, IoVec, Mark, bytes_of};
+use tap_host::{Bug, Errno, Event, IoVec, Mark, Share, bytes_of, cost_of};
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Place {
@@ -24,6 +25,9 @@ enum Place {
     /// Gets the space that a failed try has used.
     Again,
 }
+
+/// Most groups that are written at once.
+const MAX_GROUPS: usize = 64;
 
 /// Contiguous clusters of one table that are written together.
 #[derive(Clone, Copy)]
@@ -95,36 +99,81 @@ impl<H: ImageHost> Image<H> {
         }
         ticket.ready().await;
         let table = self.table_or_new(index).await?;
-        let groups = self.groups(&table, first, (last - first) as usize + 1);
-        let mut result = Ok(());
-        let mut writes = Vec::with_capacity(groups.len());
-        for group in groups {
-            let cluster = (table.l1_index as u64) << self.geometry.l2_bits | group.first as u64;
-            let group_start = (cluster << self.geometry.cluster_bits).max(start);
-            let group_end =
-                ((cluster + group.count as u64) << self.geometry.cluster_bits).min(start + len as u64);
-            let part_at = at + (group_start - start) as usize;
-            match carver.take(&self.file, part_at, (group_end - group_start) as usize).await {
-                Ok(mut part) => {
-                    let table = &table;
-                    writes.push(Box::pin(async move {
-                        let bufs = std::mem::take(&mut part.bufs);
-                        let (result, bufs) = self.write_group(table, group, cluster, group_start, bufs).await;
-                        part.bufs = bufs;
-                        (result, part)
-                    }));
-                }
-                Err(e) => result = Err(e),
+        let (mut from, end) = (start, start + len as u64);
+        while from < end {
+            if from > start {
+                self.host.yield_now().await;
             }
+            from = self.write_some(&table, from, end, (at, start), carver).await?;
         }
+        Ok(())
+    }
+
+    /// Writes bytes of `table` from `from` on, as many before `end` as there is memory for; gives where it ended. Byte
+    /// `at.0` of the request is byte `at.1` of the disk.
+    async fn write_some(
+        &self,
+        table: &Rc<Table>,
+        from: u64,
+        end: u64,
+        at: (usize, u64),
+        carver: &mut Carver,
+    ) -> Result<u64, Errno> {
+        let (first, last) = (self.cluster(from), self.cluster(end - 1));
+        let groups = self.groups(table, first, (last - first) as usize + 1);
+        let base = (table.l1_index as u64) << self.geometry.l2_bits;
+        // Of each group: first cluster, and its bytes.
+        let span = |group: &Group| {
+            let cluster = base | group.first as u64;
+            let after = (cluster + group.count as u64) << self.geometry.cluster_bits;
+            (cluster, (cluster << self.geometry.cluster_bits).max(from), after.min(end))
+        };
+        let part_at = |start: u64| at.0 + (start - at.1) as usize;
+        let cost = |carver: &Carver, group: &Group| {
+            let (_, start, end) = span(group);
+            let fill = self.fill_cost(group, start, end);
+            (carver.cost(part_at(start), (end - start) as usize) + fill, fill)
+        };
+        let need = groups.iter().map(|group| cost(carver, group).0).sum();
+        let mut share = take_some(&self.memory.parts, need).await?;
+        let mut writes = Vec::with_capacity(groups.len());
+        let mut done = from;
+        for mut group in groups {
+            if cost(carver, &group).0 > share.bytes() {
+                if !writes.is_empty() {
+                    break;
+                }
+                group.count = (PART_BYTES >> self.geometry.cluster_bits).clamp(1, group.count);
+            }
+            let (cluster, group_start, group_end) = span(&group);
+            let fill = share.split(cost(carver, &group).1).expect("it was counted");
+            let part = carver.take(&mut share, part_at(group_start), (group_end - group_start) as usize);
+            let mut part = part.expect("it was counted");
+            done = group_end;
+            writes.push(Box::pin(async move {
+                let bufs = std::mem::take(&mut part.bufs);
+                let (result, bufs) = self.write_group(table, group, cluster, group_start, (bufs, fill)).await;
+                part.bufs = bufs;
+                (result, part)
+            }));
+        }
+        let mut result = Ok(());
         for (write, part) in join_all(writes).await {
             result = result.and(write);
             carver.put(part);
         }
-        result
+        result.map(|()| done)
     }
 
-    /// Splits `count` clusters from `first` on by what has to be done with them.
+    /// Memory to fill the rest of the clusters of `group` with, of which bytes `start` to `end` are written.
+    fn fill_cost(&self, group: &Group, start: u64, end: u64) -> usize {
+        let cluster = self.geometry.cluster_bytes();
+        let whole = start.is_multiple_of(cluster) && end.is_multiple_of(cluster);
+        // What is around the bytes may come from two places each.
+        if whole || group.place == Place::Mapped { 0 } else { 4 * cost_of(cluster as usize) }
+    }
+
+    /// Splits `count` clusters from `first` on by what has to be done with them, into at most [`MAX_GROUPS`].
     fn groups(&self, table: &Table, first: u64, count: usize) -> SmallVec<[Group; 2]> {
         let cluster_bytes = self.geometry.cluster_bytes();
         let allocator = self.allocator.borrow();
@@ -138,10 +187,12 @@ impl<H: ImageHost> Image<H> {
                 Mapping::Compressed(run) if self.host.bug(Bug::CompressedInPlace) => {
                     (Place::Mapped, run.offset)
                 }
-                Mapping::Unmapped | Mapping::Compressed(_) => match allocator.suspects.get(&cluster) {
-                    Some(host) => (Place::Again, *host),
-                    None => (Place::New, 0),
-                },
+                Mapping::Unmapped | Mapping::Compressed(_) => {
+                    match allocator.suspect_of(cluster, cluster_bytes) {
+                        Some(host) => (Place::Again, host),
+                        None => (Place::New, 0),
+                    }
+                }
             };
             if let Some(last) = groups.last_mut()
                 && last.place == place
@@ -149,6 +200,8 @@ impl<H: ImageHost> Image<H> {
             {
                 last.count += 1;
                 last.compressed |= compressed;
+            } else if groups.len() == MAX_GROUPS {
+                break;
             } else {
                 groups.push(Group { place, first: at, count: 1, host, compressed });
             }
@@ -156,14 +209,15 @@ impl<H: ImageHost> Image<H> {
         groups
     }
 
-    /// Writes `bufs` at byte `start` of the disk, within the clusters of `group`, the first of which is `cluster`.
+    /// Writes buffers at byte `start` of the disk, within the clusters of `group`, the first of which is `cluster`; the
+    /// share is for what fills the rest of them.
     async fn write_group(
         &self,
         table: &Rc<Table>,
         group: Group,
         cluster: u64,
         start: u64,
-        bufs: IoVec,
+        (bufs, fill): (IoVec, Share),
     ) -> (Result<(), Errno>, IoVec) {
         let host = match group.place {
             Place::Mapped => {
@@ -180,42 +234,58 @@ impl<H: ImageHost> Image<H> {
             }
         };
         let group = Group { host, ..group };
-        let (result, bufs) = self.write_new(table, group, cluster, start, bufs).await;
+        let (result, bufs) = self.write_new(table, group, cluster, start, (bufs, fill)).await;
+        // Only a mapping that was tried can be there after a crash; till then a new place is nobody's.
+        let doubt = match result {
+            Ok(()) => self.doubt().await,
+            Err(e) => Err(e),
+        };
+        let doubt = match doubt {
+            Ok(doubt) => doubt,
+            Err(e) => {
+                if group.place == Place::New {
+                    let len = (group.count as u64) << self.geometry.cluster_bits;
+                    self.allocator.borrow_mut().take_back(host, len);
+                }
+                return (Err(e), bufs);
+            }
+        };
+        let result = self.commit(table, group.first..group.first + group.count, group.host).await;
         match result {
             Ok(()) => self.mapped(group, cluster),
-            Err(_) => self.suspect(cluster, group.count, host),
+            Err(_) if group.place == Place::New => self.suspect(cluster, group.count, host, doubt),
+            Err(_) => {}
         }
         (result, bufs)
     }
 
-    /// Data first, then the mapping.
+    /// Writes data to a place that is about to be mapped, and makes it durable where losing it would show other bytes
+    /// than zeros.
     async fn write_new(
         &self,
         table: &Rc<Table>,
         group: Group,
         cluster: u64,
         start: u64,
-        bufs: IoVec,
+        (bufs, fill): (IoVec, Share),
     ) -> (Result<(), Errno>, IoVec) {
         let group_start = cluster << self.geometry.cluster_bits;
         let covered = self.backing_shows(group_start) || group.compressed;
         // The place may hold other bytes than zeros.
-        let dirty = group.place == Place::Again || self.file.info.block_device;
+        let dirty = group.place == Place::Again || self.allocator.borrow().is_dirty(group.host);
         let (result, bufs) = if covered || dirty {
-            self.write_whole(table, group, group_start, start, bufs).await
+            self.write_whole(table, group, group_start, start, (bufs, fill)).await
         } else {
             self.file.write(group.host + (start - group_start), bufs).await
         };
-        if result.is_err() {
-            return (result, bufs);
-        }
-        if (covered || dirty)
+        if result.is_ok()
+            && (covered || dirty)
             && !self.host.bug(Bug::DataAfterMapping)
             && let Err(e) = self.file.sync().await
         {
             return (Err(e), bufs);
         }
-        (self.commit(table, group.first..group.first + group.count, group.host).await, bufs)
+        (result, bufs)
     }
 
     /// Writes all of the group's clusters: what the request does not cover is filled with what the disk shows there.
@@ -225,7 +295,7 @@ impl<H: ImageHost> Image<H> {
         group: Group,
         group_start: u64,
         start: u64,
-        bufs: IoVec,
+        (bufs, mut fill): (IoVec, Share),
     ) -> (Result<(), Errno>, IoVec) {
         let end = start + bytes_of(&bufs) as u64;
         let group_end = group_start + ((group.count as u64) << self.geometry.cluster_bits);
@@ -234,7 +304,7 @@ impl<H: ImageHost> Image<H> {
             return self.file.write(group.host + before as u64, bufs).await;
         }
         self.host.mark(Mark::CopyUp);
-        let (head, tail) = match self.rest(table, group_start, before, end, after).await {
+        let (head, tail) = match self.rest(table, (group_start, before), (end, after), &mut fill).await {
             Ok(rest) => rest,
             Err(e) => return (Err(e), bufs),
         };
@@ -244,16 +314,16 @@ impl<H: ImageHost> Image<H> {
         (result, all.into_iter().skip(skip).take(count).collect())
     }
 
-    /// What the disk shows in `before` bytes from `group_start` and in `after` bytes from `end` on.
+    /// What the disk shows in so many bytes before, and in so many bytes after.
     async fn rest(
         &self,
         table: &Table,
-        group_start: u64,
-        before: usize,
-        end: u64,
-        after: usize,
+        before: (u64, usize),
+        after: (u64, usize),
+        fill: &mut Share,
     ) -> Result<(IoVec, IoVec), Errno> {
-        Ok((self.shown(table, group_start, before).await?, self.shown(table, end, after).await?))
+        let head = self.shown(table, before.0, before.1, fill).await?;
+        Ok((head, self.shown(table, after.0, after.1, fill).await?))
     }
 
     fn mapped(&self, group: Group, first: u64) {

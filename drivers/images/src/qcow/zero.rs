@@ -13,13 +13,16 @@ use super::Image;
 use super::format::Mapping;
 use super::table::Table;
 use crate::ImageHost;
+use crate::memory::{MOST_BYTES, take_some};
 use smallvec::smallvec;
 use std::rc::Rc;
 use tap_core::{Extent, Source, ZeroFlags};
-use tap_host::{Bug, Errno, IoVec, SECTOR_BYTES, SectorRange, ZeroMode};
+use tap_host::{Bug, Errno, SECTOR_BYTES, SectorRange, ZeroMode, cost_of};
 
-/// Most zeros written at once, in bytes.
-const CHUNK_BYTES: u64 = 1 << 20;
+/// Most runs that are found at once.
+const MAX_RUNS: usize = 64;
+/// Tables that are not there and that may be passed in one turn.
+const EMPTY_LOOKS: u32 = 256;
 
 /// What has to be done to make a run of bytes zeros.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -39,6 +42,22 @@ struct Run {
     work: Work,
 }
 
+/// What is left of a request.
+struct Rest {
+    at: u64,
+    end: u64,
+    /// Tables that were looked at.
+    looks: u32,
+    /// The last one was not there.
+    was_empty: bool,
+}
+
+impl Rest {
+    fn new(start: u64, len: u64) -> Self {
+        Self { at: start, end: start + len, looks: 0, was_empty: false }
+    }
+}
+
 impl<H: ImageHost> Image<H> {
     /// Makes `len` bytes from `start` on zeros.
     pub(super) async fn write_zeroes(
@@ -50,14 +69,16 @@ impl<H: ImageHost> Image<H> {
         let mode = if flags.unmap { ZeroMode::Unmap } else { ZeroMode::Keep };
         if flags.fast {
             // Refused before anything has changed.
-            for (index, start, len) in self.by_table(start, len) {
-                if self.runs(index, start, len).await?.iter().any(|run| run.work == Work::Write) {
+            let mut rest = Rest::new(start, len);
+            while let Some(runs) = self.runs(&mut rest).await? {
+                if runs.iter().any(|run| run.work == Work::Write) {
                     return Err(Errno::EOPNOTSUPP);
                 }
             }
         }
-        for (index, start, len) in self.by_table(start, len) {
-            for run in self.runs(index, start, len).await? {
+        let mut rest = Rest::new(start, len);
+        while let Some(runs) = self.runs(&mut rest).await? {
+            for run in runs {
                 match run.work {
                     Work::Nothing => {}
                     Work::InPlace(offset) => self.file.zero(offset, run.len, mode, flags.fast).await?,
@@ -70,8 +91,9 @@ impl<H: ImageHost> Image<H> {
 
     /// Gives back what space of `len` bytes from `start` on can be given back without writing anything.
     pub(super) async fn discard(&self, start: u64, len: u64) -> Result<(), Errno> {
-        for (index, start, len) in self.by_table(start, len) {
-            for run in self.runs(index, start, len).await? {
+        let mut rest = Rest::new(start, len);
+        while let Some(runs) = self.runs(&mut rest).await? {
+            for run in runs {
                 let Work::InPlace(offset) = run.work else { continue };
                 match self.file.zero(offset, run.len, ZeroMode::Unmap, true).await {
                     Err(Errno::EOPNOTSUPP) => return Ok(()),
@@ -83,38 +105,75 @@ impl<H: ImageHost> Image<H> {
     }
 
     async fn write_zeros(self: Rc<Self>, start: u64, len: u64) -> Result<(), Errno> {
-        let mut done = 0;
-        while done < len {
-            let part = (len - done).min(CHUNK_BYTES);
-            let mut buf = self.file.buffer(part as usize).await?;
+        let want = cost_of(len.min(MOST_BYTES as u64) as usize);
+        let mut share = take_some(&self.memory.zeros, want).await?;
+        let cluster = self.geometry.cluster_bytes();
+        let (mut at, end) = (start, start + len);
+        loop {
+            let room = share.bytes() as u64;
+            // Whole clusters, but for the edges: else each part would fill the rest of its last one.
+            let most = at + room.min(end - at);
+            let to = if most < end && most - most % cluster > at { most - most % cluster } else { most };
+            let mut buf = share.buffer((to - at) as usize)?;
             buf.fill(0);
-            let bufs: IoVec = smallvec![buf];
-            Rc::clone(&self).write(start + done, bufs).await.result?;
-            done += part;
+            Rc::clone(&self).write(at, smallvec![buf]).await.result?;
+            at = to;
+            if at == end {
+                return Ok(());
+            }
+            drop(share);
+            share = take_some(&self.memory.zeros, want).await?;
         }
-        Ok(())
     }
 
-    /// Bytes of table `index`, cut by what has to be done to make them zeros.
-    async fn runs(&self, index: usize, start: u64, len: usize) -> Result<Vec<Run>, Errno> {
-        let table = self.table(index).await?;
-        let mut runs: Vec<Run> = Vec::new();
-        self.each_cluster(start, len as u64, |at, len| {
-            let work = self.work_at(table.as_deref(), at)?;
-            if let Some(last) = runs.last_mut() {
-                let goes_on = match (last.work, work) {
-                    (Work::InPlace(a), Work::InPlace(b)) => a + last.len == b,
-                    (a, b) => a == b,
-                };
-                if goes_on {
-                    last.len += len;
-                    return Ok(());
-                }
+    /// Bytes of a request from where `rest` begins, cut by what has to be done to make them zeros; `None` at its end.
+    /// Between two looks others have their turn.
+    async fn runs(&self, rest: &mut Rest) -> Result<Option<Vec<Run>>, Errno> {
+        while let Some((index, start, len)) = self.by_table(rest.at, rest.end - rest.at).next() {
+            if rest.looks > 0 && (rest.looks.is_multiple_of(EMPTY_LOOKS) || !rest.was_empty) {
+                self.host.yield_now().await;
             }
-            runs.push(Run { start: at, len, work });
-            Ok(())
-        })?;
-        Ok(runs)
+            rest.looks += 1;
+            let table = self.table(index).await?;
+            let end = start + len as u64;
+            rest.was_empty = table.is_none() && !self.backing_shows(start) && !self.any_doubt(start, end);
+            if rest.was_empty {
+                rest.at = end;
+                continue;
+            }
+            let (runs, to) = self.runs_of(table.as_deref(), start, end)?;
+            rest.at = to;
+            return Ok(Some(runs));
+        }
+        Ok(None)
+    }
+
+    /// Whether a cluster within a range is in doubt.
+    fn any_doubt(&self, start: u64, end: u64) -> bool {
+        self.allocator.borrow().any_suspect(self.cluster(start), self.cluster(end - 1))
+    }
+
+    /// At most [`MAX_RUNS`] runs of one table, and where they end.
+    fn runs_of(&self, table: Option<&Table>, start: u64, end: u64) -> Result<(Vec<Run>, u64), Errno> {
+        let mut runs: Vec<Run> = Vec::new();
+        let cluster_bytes = self.geometry.cluster_bytes();
+        let mut at = start;
+        while at < end {
+            let len = (cluster_bytes - at % cluster_bytes).min(end - at);
+            let work = self.work_at(table, at)?;
+            let goes_on = runs.last().is_some_and(|last| match (last.work, work) {
+                (Work::InPlace(a), Work::InPlace(b)) => a + last.len == b,
+                (a, b) => a == b,
+            });
+            let full = runs.len() == MAX_RUNS;
+            match runs.last_mut() {
+                Some(last) if goes_on => last.len += len,
+                _ if full => break,
+                _ => runs.push(Run { start: at, len, work }),
+            }
+            at += len;
+        }
+        Ok((runs, at))
     }
 
     fn work_at(&self, table: Option<&Table>, at: u64) -> Result<Work, Errno> {
@@ -126,7 +185,7 @@ impl<H: ImageHost> Image<H> {
                 let shows_below = self.backing_shows(cluster << self.geometry.cluster_bits)
                     && !self.host.bug(Bug::ZeroesSkippedBelow);
                 // What a failed try left may be found at the place after a crash.
-                let in_doubt = self.allocator.borrow().suspects.contains_key(&cluster);
+                let in_doubt = self.allocator.borrow().any_suspect(cluster, cluster);
                 if shows_below || in_doubt { Work::Write } else { Work::Nothing }
             }
         })

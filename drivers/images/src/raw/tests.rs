@@ -7,7 +7,8 @@ use tap_host::{IoBuf, Mark};
 
 fn open(world: &World, write: bool, direct: bool) -> Result<Rc<Raw<World>>, ImageError> {
     let host = world.clone();
-    world.block_on(async move { Raw::open(&host, "/disk", write, direct).await.map(Rc::new) })
+    let options = OpenOptions { write, direct, ..OpenOptions::default() };
+    world.block_on(async move { Raw::open(&host, "/disk", &options).await.map(Rc::new) })
 }
 
 fn submit(raw: &Raw<World>, op: Op, start: u64, bytes: &[u8]) -> impl Future<Output = Response> + use<> {

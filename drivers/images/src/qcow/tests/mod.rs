@@ -10,7 +10,7 @@ use super::*;
 use crate::testing::World;
 use crate::{BackingPolicy, ImageFormat};
 use std::future::Future;
-use tap_host::{IoBuf, IoVec, SectorRange};
+use tap_host::{Budget, IoBuf, IoVec, SectorRange};
 
 pub(super) const PATH: &str = "/image";
 pub(super) const BASE: &str = "/base";
@@ -78,6 +78,8 @@ impl Setup {
             write,
             direct: self.direct,
             qcow: QcowLimits { l2_tables: self.tables },
+            // Where little is kept, there is little memory as well.
+            memory: if self.tables == 1 { Budget::least() } else { Budget::default() },
             backing: BackingPolicy::any(ImageFormat::Raw),
         }
     }
