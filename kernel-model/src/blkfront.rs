@@ -11,9 +11,16 @@
 //! every request of the shadow again, the same ones, as Linux does; so a back end may see a request that its
 //! predecessor had already carried out.
 //!
+//! The pages of a request that was answered hold nothing that a disk holds; `data.rs` says what that brings to light.
+//!
 //! A response that nobody waits for is reported as a broken promise of the back end, and so is a ring whose indices
 //! cannot be.
 
+mod data;
+
+pub use data::{DataPiece, SegmentLayout};
+
+use data::{is_poisoned, pages_for, pieces, poison};
 use sim::Node;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -34,6 +41,8 @@ pub const BLKFRONT_MAX_SECTORS: u32 = MAX_SEGMENTS as u32 * PAGE_SECTORS;
 
 /// What a back end did that it must not do.
 pub type Complaint = Rc<dyn Fn(String)>;
+/// How the sectors of a request shall lie in its pages.
+pub type LayoutOf = Rc<dyn Fn(SectorRange) -> SegmentLayout>;
 
 #[derive(Default)]
 struct Shadow {
@@ -51,6 +60,9 @@ struct Inner {
     back: DomId,
     paths: VbdPaths,
     complain: Complaint,
+    layout: RefCell<Option<LayoutOf>>,
+    /// Pages are taken back when their request is answered.
+    revokes: Cell<bool>,
     ring: RefCell<Option<Rc<GuestRing>>>,
     /// Requests may go on the ring.
     open: Cell<bool>,
@@ -80,6 +92,8 @@ impl Blkfront {
             back,
             paths,
             complain,
+            layout: RefCell::default(),
+            revokes: Cell::new(false),
             ring: RefCell::default(),
             open: Cell::new(false),
             shadow: RefCell::new((0..SLOTS).map(|_| Shadow::default()).collect()),
@@ -91,6 +105,16 @@ impl Blkfront {
             server: RefCell::default(),
             closer: RefCell::default(),
         }))
+    }
+
+    /// Lets `layout` say how the sectors of each request lie in its pages; else pages are whole.
+    pub fn set_layout(&self, layout: LayoutOf) {
+        *self.0.layout.borrow_mut() = Some(layout);
+    }
+
+    /// From now on a page is taken back when its request is answered, as Linux does; else it stays granted.
+    pub fn revoke_pages(&self) {
+        self.0.revokes.set(true);
     }
 
     /// How often it was connected.
@@ -247,10 +271,18 @@ impl Blkfront {
     /// What is still mapped.
     pub fn release(&self) -> Result<(), String> {
         for shadow in self.0.shadow.borrow_mut().iter_mut() {
-            for page in std::mem::take(&mut shadow.pages) {
-                let gref = page.gref;
-                page.end(&self.0.port).map_err(|e| format!("{gref} cannot be taken back: {e:?}"))?;
+            if !shadow.pages.iter().all(is_poisoned) {
+                return Err("a page was written after its request was answered".into());
             }
+            self.take_back(&mut shadow.pages)?;
+        }
+        Ok(())
+    }
+
+    fn take_back(&self, pages: &mut Vec<GrantedPage>) -> Result<(), String> {
+        for page in std::mem::take(pages) {
+            let gref = page.gref;
+            page.end(&self.0.port).map_err(|e| format!("{gref} cannot be taken back: {e:?}"))?;
         }
         Ok(())
     }
@@ -283,8 +315,8 @@ impl Blkfront {
         }
     }
 
-    /// One request. `fill` puts the bytes of a write into the granted pages, `look` sees those of a read in them; every
-    /// page holds eight sectors, the last one perhaps fewer.
+    /// One request. `fill` puts the bytes of a write into pieces of granted pages, `look` sees those of a read in them. A
+    /// flush of some sectors is one with data: everything before is durable with the answer, and so is the data.
     ///
     /// # Errors
     /// `EIO` when the back end answers with an error, `EOPNOTSUPP` when it does not know the operation.
@@ -292,8 +324,8 @@ impl Blkfront {
         &self,
         kind: IoKind,
         range: SectorRange,
-        fill: impl FnOnce(&[GrantedPage]),
-        look: impl FnOnce(&[GrantedPage]),
+        fill: impl FnOnce(&[DataPiece<'_>]),
+        look: impl FnOnce(&[DataPiece<'_>]),
     ) -> Result<(), Errno> {
         let slot = self.slot().await;
         let result = self.io_in(slot, kind, range, fill, look).await;
@@ -307,24 +339,27 @@ impl Blkfront {
         slot: usize,
         kind: IoKind,
         range: SectorRange,
-        fill: impl FnOnce(&[GrantedPage]),
-        look: impl FnOnce(&[GrantedPage]),
+        fill: impl FnOnce(&[DataPiece<'_>]),
+        look: impl FnOnce(&[DataPiece<'_>]),
     ) -> Result<(), Errno> {
-        let pages = range.count.div_ceil(PAGE_SECTORS) as usize;
+        let layout = self.0.layout.borrow().clone().map_or(SegmentLayout::WHOLE, |layout| layout(range));
+        let pages = pages_for(range.count, layout);
         let mut segments = [Segment { gref: 0, first: 0, last: 0 }; MAX_SEGMENTS];
         let request = {
             let mut shadows = self.0.shadow.borrow_mut();
             let shadow = &mut shadows[slot];
             while shadow.pages.len() < pages {
-                shadow.pages.push(GrantedPage::new(&self.0.port, self.0.back, false)?);
+                let page = GrantedPage::new(&self.0.port, self.0.back, false)?;
+                poison(&page);
+                shadow.pages.push(page);
             }
-            for (i, page) in shadow.pages[..pages].iter().enumerate() {
-                let left = range.count - i as u32 * PAGE_SECTORS;
-                segments[i] =
-                    Segment { gref: page.gref.0, first: 0, last: (left.min(PAGE_SECTORS) - 1) as u8 };
+            if !shadow.pages[..pages].iter().all(is_poisoned) {
+                (self.0.complain)("a page was written after its request was answered".into());
             }
-            if kind == IoKind::Write {
-                fill(&shadow.pages[..pages]);
+            let pieces = pieces(&shadow.pages[..pages], range.count, layout);
+            segments.iter_mut().zip(&pieces).for_each(|(segment, piece)| *segment = piece.segment());
+            if kind != IoKind::Read {
+                fill(&pieces);
             }
             shadow.turn += 1;
             let op = match kind {
@@ -361,14 +396,21 @@ impl Blkfront {
         })
         .await;
         let mut shadows = self.0.shadow.borrow_mut();
-        shadows[slot].request = None;
+        let shadow = &mut shadows[slot];
+        shadow.request = None;
+        let pieces = pieces(&shadow.pages[..pages], range.count, layout);
+        if status == STATUS_OKAY && kind == IoKind::Read {
+            look(&pieces);
+        }
+        if !pieces.iter().all(DataPiece::is_alone) {
+            (self.0.complain)(format!("bytes beside the segments of {kind} {range} were written"));
+        }
+        shadow.pages[..pages].iter().for_each(poison);
+        if self.0.revokes.get() {
+            self.take_back(&mut shadow.pages).map_err(|text| (self.0.complain)(text)).ok();
+        }
         match status {
-            STATUS_OKAY => {
-                if kind == IoKind::Read {
-                    look(&shadows[slot].pages[..pages]);
-                }
-                Ok(())
-            }
+            STATUS_OKAY => Ok(()),
             STATUS_EOPNOTSUPP => Err(Errno::EOPNOTSUPP),
             _ => Err(Errno::EIO),
         }

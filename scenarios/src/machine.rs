@@ -11,8 +11,8 @@ use crate::guest::{Guest, Manners, RingDisk};
 use crate::stack::{Stack, StackLimits};
 use crate::world::World;
 use kernel_model::SimHost;
-use kernel_model::{Blkfront, Complaint};
-use sim::Node;
+use kernel_model::{Blkfront, Complaint, LayoutOf, SegmentLayout};
+use sim::{FaultKind, Label, Node};
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::rc::Rc;
@@ -22,6 +22,26 @@ use tap_host::{DomId, Signals, Tasks, VbdId, Xenstore};
 use tap_images::ImageError;
 use tap_xenbus::{Backend, BackendConfig, BackendError, Hotplug, Whose, lead, supervise};
 use xen_model::{VbdPaths, XenPort, attach_vbd, remove_vbd};
+
+/// How the sectors of a request lie in its pages, where not in whole pages.
+pub static SEGMENTS: Label =
+    Label::packed("segments", "its pages have (8 less, first sector) {} sectors", &[3, 3]);
+
+static ODD_SEGMENTS: FaultKind = FaultKind { name: "odd-segments", max_ppm: 500_000 };
+
+/// Some guests have requests whose segments are no whole pages.
+fn segment_layout(world: &World) -> LayoutOf {
+    let (sim, rate_ppm) = (world.sim.clone(), world.sim.swarm().rate_ppm(&ODD_SEGMENTS));
+    Rc::new(move |range| {
+        if rate_ppm == 0 && !sim.has_given_decisions() {
+            return SegmentLayout::WHOLE;
+        }
+        let entity = sim.derive("segments", range.start.0);
+        sim.name_entity(entity, || format!("request for {range}"));
+        let value = sim.fault(entity, &SEGMENTS, rate_ppm, |d| d.below(64));
+        SegmentLayout { per_page: 8 - (value & 7) as u32, first: (value >> 3 & 7) as u32 }
+    })
+}
 
 /// The number of xvda.
 pub const XVDA: VbdId = VbdId(202 << 8);
@@ -370,7 +390,12 @@ impl Attached {
     pub fn front(&self, world: &World) -> Blkfront {
         let w = world.clone();
         let complain: Complaint = Rc::new(move |text| w.fail(Invariant::X1, text));
-        Blkfront::new(&self.port, &self.node, DomId(0), self.paths.clone(), complain)
+        let front = Blkfront::new(&self.port, &self.node, DomId(0), self.paths.clone(), complain);
+        if world.setting("pages-revoked", &[false, true]) {
+            front.revoke_pages();
+        }
+        front.set_layout(segment_layout(world));
+        front
     }
 
     /// A guest on a connected front end.

@@ -4,7 +4,7 @@ use crate::check::{Failure, Invariant};
 use crate::explore::{BadState, Explored};
 use crate::image::RealImage;
 use crate::world::{RunOptions, Stats, World};
-use crate::{catalog, panics, workload, world};
+use crate::{catalog, machine, panics, workload, world};
 use kernel_model::StorageConfig;
 use sim::{
     Config, DecisionMap, Limits, RunFile, Scheduling, Sim, Source, StallKind, TraceLevel, TraceReport,
@@ -145,7 +145,14 @@ static LABELS: Once = Once::new();
 /// Makes all labels known to the reader of decision files.
 pub fn prepare() {
     LABELS.call_once(|| {
-        register_labels(&[&sim::WAKE, &workload::OP, &workload::OP_FORM, &world::SETTING]);
+        register_labels(&[
+            &sim::WAKE,
+            &workload::OP,
+            &workload::OP_FORM,
+            &workload::OP_FLUSHES,
+            &machine::SEGMENTS,
+            &world::SETTING,
+        ]);
         register_labels(kernel_model::faults::LABELS);
         register_labels(&xen_model::LABELS);
         register_labels(catalog::LABELS);

@@ -17,6 +17,9 @@ pub static OP: Label = Label::packed("op", "operation {}", &[2, 8, 54]);
 pub static OP_FORM: Label =
     Label::new("op-form", "operation {n} is no write but form {}: zeros or a discard");
 
+/// Whether a write is a flush as well.
+pub static OP_FLUSHES: Label = Label::new("op-flushes", "operation {n} is a flush with data");
+
 /// One operation.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Op {
@@ -26,12 +29,14 @@ pub struct Op {
     pub range: SectorRange,
     /// How zeros are made.
     pub zeroes: ZeroFlags,
+    /// The write is a flush as well: with its answer it is durable, and all that was answered before.
+    pub flushes: bool,
 }
 
 impl Op {
     /// A read, a write, or another request without flags.
     pub fn new(kind: IoKind, range: SectorRange) -> Self {
-        Self { kind, range, zeroes: ZeroFlags::default() }
+        Self { kind, range, zeroes: ZeroFlags::default(), flushes: false }
     }
 
     /// A flush.
@@ -119,6 +124,8 @@ pub struct Workload {
     pub max_sectors: u32,
     /// Some writes are zeros or discards.
     pub zeroes: bool,
+    /// Some writes are flushes with data.
+    pub flushes: bool,
 }
 
 struct Stream(ChaCha8Rng);
@@ -148,6 +155,9 @@ pub fn operations(sim: &Sim, guest: Entity, stream: u64, workload: &Workload) ->
             let mut op = Op::decode(value, workload.size_sectors)?;
             // A decision from elsewhere may ask for more than this guest can.
             op.range.count = op.range.count.min(workload.max_sectors);
+            if workload.flushes && op.kind == IoKind::Write {
+                op.flushes = sim.decide(guest, &OP_FLUSHES, i, |d| u64::from(d.below(12) == 0)) != 0;
+            }
             if !workload.zeroes || op.kind != IoKind::Write {
                 return Some(op);
             }
@@ -224,7 +234,14 @@ mod tests {
     #[test]
     fn operations_round_trip() {
         for shape in Shape::ALL {
-            let w = Workload { shape, count: 500, size_sectors: 1000, max_sectors: 88, zeroes: false };
+            let w = Workload {
+                shape,
+                count: 500,
+                size_sectors: 1000,
+                max_sectors: 88,
+                zeroes: false,
+                flushes: false,
+            };
             for op in draw(7, 1, &w) {
                 assert_eq!(Op::decode(op.encode(), w.size_sectors), Some(op));
                 assert!(op.range.fits(w.size_sectors));
@@ -236,8 +253,14 @@ mod tests {
     #[test]
     fn the_stream_is_frozen() {
         // Seeds in reports and regressions mean these operations.
-        let w =
-            Workload { shape: Shape::Random, count: 3, size_sectors: 8192, max_sectors: 88, zeroes: false };
+        let w = Workload {
+            shape: Shape::Random,
+            count: 3,
+            size_sectors: 8192,
+            max_sectors: 88,
+            zeroes: false,
+            flushes: false,
+        };
         let ops = operations(&Sim::new(&Config::new(1)), Entity(1), 0, &w);
         let text: Vec<String> = ops.iter().map(|o| o.map_or("-".into(), |o| o.to_string())).collect();
         assert_eq!(text, ["read 4720+1", "write 1633+63", "read 7944+8"]);

@@ -48,6 +48,8 @@ list! {
         FlushEarly = "a flush is acknowledged before the file was synchronised",
         FlushForgets = "a flush succeeds after an earlier one failed",
         EdgeDropped = "a write does not wait for an overlapping request in flight",
+        FlushDataUnordered = "a request that overlaps the data of an earlier flush with data does not wait for it",
+        SegmentFirstIgnored = "the data of a segment is taken from the start of its page",
         RingReadTwice = "a ring entry is read again after it was checked",
         GrantLeaked = "a mapped grant is not unmapped when connecting fails",
         LostAtReconnect = "requests in the in-flight record are not taken up after a restart",

@@ -3,6 +3,7 @@
 use crate::connect::RingConfig;
 use crate::record::{Record, Slot};
 use crate::serve::{Job, check};
+use smallvec::SmallVec;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
@@ -17,7 +18,7 @@ use tap_abi::ring::{REQ_EVENT, REQ_PROD, RSP_EVENT, RSP_PROD, needs_notify, unco
 use tap_core::Node;
 use tap_host::{
     BufPool, Bug, Errno, Event, EventChannel, Events, Grants, IoBuf, Log, Mark, Probe, SECTOR_BYTES,
-    SharedPage, SharedPages, Tasks, Time,
+    SectorRange, SharedPage, SharedPages, Tasks, Time,
 };
 use zerocopy::IntoBytes;
 
@@ -75,6 +76,9 @@ pub(crate) struct Inner<H: Grants + Events + SharedPages> {
     armed: Cell<u32>,
     done: RefCell<VecDeque<Done>>,
     free_slots: RefCell<Vec<u8>>,
+    /// Where flushes with data write once what was answered before is durable. What overlaps one waits for its end: were
+    /// it answered before, a successor of this process would write the older data again, over what is newer.
+    pub(crate) fenced: RefCell<SmallVec<[(u8, SectorRange); 2]>>,
     /// Requests of a dead process, to be executed before any other.
     resumed: RefCell<VecDeque<Slot>>,
     signal: Rc<Signal>,
@@ -136,6 +140,7 @@ where
             armed: Cell::new(req_cons.wrapping_sub(1)),
             done: RefCell::new(VecDeque::with_capacity(RING_ENTRIES as usize)),
             free_slots: RefCell::new((0..RING_ENTRIES as u8).rev().collect()),
+            fenced: RefCell::default(),
             resumed: RefCell::default(),
             signal: Rc::default(),
             parts,
@@ -243,6 +248,7 @@ where
                 self.parts.host.log(Event::RequestResumed { vbd: self.parts.config.vbd, id, range });
             }
             let buf = self.buffer(&job).await;
+            self.after_fences(&job).await;
             self.go(slot.number, job, buf);
         }
     }
@@ -295,6 +301,7 @@ where
             job = BlkifRequest::parse(&self.read_entry(index)).map(Job);
         }
         let buf = self.buffer(&job).await;
+        self.after_fences(&job).await;
         if self.signal.is_ending() {
             return;
         }
@@ -333,6 +340,32 @@ where
             Poll::Pending
         });
         Some(buf.await.expect("88 sectors are far below the largest buffer"))
+    }
+
+    /// Waits for flushes with data that are before `job` on the ring and whose data it overlaps: the disk learns of that
+    /// data only when their first half is done, and keeps the order in which it learns of requests. Responses go out
+    /// meanwhile.
+    async fn after_fences(self: &Rc<Self>, job: &Result<Job, Malformed>) {
+        let Ok(job) = job else { return };
+        if self.fenced.borrow().is_empty() || self.parts.host.bug(Bug::FlushDataUnordered) {
+            return;
+        }
+        let range = job.range();
+        poll_fn(|cx| {
+            if !self.fenced.borrow().iter().any(|(_, data)| data.overlaps(range)) {
+                return Poll::Ready(());
+            }
+            self.publish();
+            self.signal.register(cx);
+            Poll::Pending
+        })
+        .await;
+    }
+
+    /// The flush in `slot` has ended.
+    pub(crate) fn lift_fence(&self, slot: u8) {
+        self.fenced.borrow_mut().retain(|(fenced, _)| *fenced != slot);
+        self.signal.wake();
     }
 
     /// Starts a request that was taken, or answers it if it is malformed.

@@ -7,8 +7,8 @@ use std::rc::Rc;
 use tap_abi::blkif::{BlkifOp, BlkifRequest, MAX_SEGMENTS, Malformed, STATUS_ERROR};
 use tap_core::{Request, Response};
 use tap_host::{
-    Errno, Event, Events, GrantRef, GrantSegment, Grants, IoBuf, IoKind, IoVec, Log, Probe, SECTOR_BYTES,
-    SectorRange, SharedPages, Tasks, Time, VbdId,
+    Bug, Errno, Event, Events, GrantRef, GrantSegment, Grants, IoBuf, IoKind, IoVec, Log, Probe,
+    SECTOR_BYTES, SectorRange, SharedPages, Tasks, Time, VbdId,
 };
 
 /// Whether the disk can serve `request`.
@@ -53,12 +53,13 @@ impl Job {
         Event::RequestTaken { vbd, id: self.id, kind, range: self.range() }
     }
 
-    fn segments(&self) -> SmallVec<[GrantSegment; MAX_SEGMENTS]> {
+    fn segments(&self, host: &impl Probe) -> SmallVec<[GrantSegment; MAX_SEGMENTS]> {
+        let whole = host.bug(Bug::SegmentFirstIgnored);
         let segments = self.0.segments().iter();
         segments
             .map(|s| GrantSegment {
                 gref: GrantRef(s.gref),
-                offset: u16::from(s.first) * SECTOR_BYTES as u16,
+                offset: if whole { 0 } else { u16::from(s.first) * SECTOR_BYTES as u16 },
                 len: u16::from(s.count()) * SECTOR_BYTES as u16,
             })
             .collect()
@@ -73,7 +74,8 @@ impl Job {
         let mut bufs: IoVec = buf.into_iter().collect();
         if self.op != BlkifOp::Read
             && let Some(buf) = bufs.first_mut()
-            && let Err(error) = ring.parts.host.copy_in(ring.parts.config.dom, &self.segments(), buf)
+            && let Err(error) =
+                ring.parts.host.copy_in(ring.parts.config.dom, &self.segments(&ring.parts.host), buf)
         {
             ring.refused(self.id, "its data cannot be copied from the guest");
             return self.end(ring, slot, Err(error));
@@ -85,7 +87,7 @@ impl Job {
             BlkifOp::Write => ("write", node.submit(Request::write(self.range(), bufs))),
             BlkifOp::Flush if bufs.is_empty() => ("flush", node.submit(Request::flush())),
             BlkifOp::Flush => {
-                let all = self.flush_around(ring, bufs);
+                let all = self.flush_around(ring, slot, bufs);
                 return host.spawn("flush", key, async move { self.end(&own, slot, all.await) });
             }
         };
@@ -114,7 +116,7 @@ impl Job {
             (BlkifOp::Read, Some(buf)) => ring
                 .parts
                 .host
-                .copy_out(ring.parts.config.dom, &self.segments(), buf)
+                .copy_out(ring.parts.config.dom, &self.segments(&ring.parts.host), buf)
                 .inspect_err(|_| ring.refused(self.id, "its data cannot be copied to the guest")),
             _ => Ok(()),
         }
@@ -124,17 +126,36 @@ impl Job {
     fn flush_around<H>(
         self,
         ring: &Rc<Inner<H>>,
+        slot: u8,
         data: IoVec,
     ) -> impl Future<Output = Result<(), Errno>> + use<H>
     where
         H: Time + Tasks + Log + Probe + Grants + Events + SharedPages,
     {
-        let (node, range) = (Rc::clone(&ring.parts.node), self.range());
-        let first = node.submit(Request::flush());
+        let (own, range) = (Rc::clone(ring), self.range());
+        let first = own.parts.node.submit(Request::flush());
+        own.fenced.borrow_mut().push((slot, range));
         async move {
-            first.await.result?;
-            node.submit(Request::write(range, data)).await.result?;
-            node.submit(Request::flush()).await.result
+            let result = own.after_flush(first.await.result, range, data).await;
+            own.lift_fence(slot);
+            result
         }
+    }
+}
+
+impl<H> Inner<H>
+where
+    H: Time + Tasks + Log + Probe + Grants + Events + SharedPages,
+{
+    /// The second half of a flush with data.
+    async fn after_flush(
+        &self,
+        flushed: Result<(), Errno>,
+        range: SectorRange,
+        data: IoVec,
+    ) -> Result<(), Errno> {
+        flushed?;
+        self.parts.node.submit(Request::write(range, data)).await.result?;
+        self.parts.node.submit(Request::flush()).await.result
     }
 }

@@ -355,8 +355,14 @@ impl Damaged {
         let entity = Entity::WORLD.child("guest", 0);
         self.world.sim.name_entity(entity, || "guest".into());
         let size_sectors = known.len() as u64;
-        let workload =
-            Workload { shape: Shape::Random, count: 24, size_sectors, max_sectors: 24, zeroes: false };
+        let workload = Workload {
+            shape: Shape::Random,
+            count: 24,
+            size_sectors,
+            max_sectors: 24,
+            zeroes: false,
+            flushes: false,
+        };
         let ops = operations(&self.world.sim, entity, 0, &workload);
         for (i, op) in ops.iter().enumerate().filter_map(|(i, op)| op.map(|op| (i, op))) {
             self.world.count(|s| s.requests += 1);

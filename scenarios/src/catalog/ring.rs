@@ -94,7 +94,7 @@ pub(super) fn operations_of(
     let writer = guest.setup.history.borrow().writer();
     let again = if number + 1 == u64::from(writer) { "" } else { " again" };
     world.sim.name_entity(entity, || format!("guest {writer}{again}"));
-    let w: Workload = workload(world, guest.setup.size_sectors, count, 88);
+    let w = Workload { flushes: true, ..workload(world, guest.setup.size_sectors, count, 88) };
     operations(&world.sim, entity, number, &w)
 }
 

@@ -216,6 +216,15 @@ impl Block {
         self.versions.len() > 1
     }
 
+    /// The answer to `write` promised that it is durable itself.
+    pub fn hardened(&mut self, write: u64, oldest_read: Clock, order: Order) {
+        let Some(durable) = self.versions.iter().find(|v| v.write == write).copied() else { return };
+        for v in &mut self.versions {
+            v.superseded |= v.before(&durable, order);
+        }
+        self.prune(oldest_read);
+    }
+
     /// Whether somebody has looked after a crash that left several versions, and nothing was written since.
     pub fn is_settled(&self) -> bool {
         matches!(&self.versions[..], [only] if only.settled)
@@ -346,6 +355,19 @@ mod tests {
         seen.begin(3, 30, false);
         assert!(!seen.is_settled(), "until it is written");
         assert_eq!(b.survivors().count(), 2);
+    }
+
+    #[test]
+    fn a_write_that_is_durable_itself_leaves_others_open() {
+        let mut b = Block::default();
+        for write in [1, 2] {
+            b.begin(write, write * 10, false);
+            b.end(write, write * 10 + 1, true, NEVER, ANY);
+        }
+        b.hardened(1, NEVER, ANY);
+        assert!(!b.may_survive(0) && b.may_survive(1) && b.may_survive(2));
+        b.hardened(2, NEVER, ANY);
+        assert_eq!(b.survivors().collect::<Vec<_>>(), [2]);
     }
 
     #[test]

@@ -221,6 +221,12 @@ impl BlockHistory {
         self.each(range, |b| b.end(write, res, ok, oldest, order));
     }
 
+    /// The answer to `write` of `range` promised that it is durable.
+    pub fn harden(&mut self, write: WriteId, range: SectorRange) {
+        let (oldest, order) = (self.oldest_read(), self.order);
+        self.each(range, |b| b.hardened(write, oldest, order));
+    }
+
     /// A read is submitted; gives its time for [`BlockHistory::check_read`].
     pub fn begin_read(&mut self) -> Clock {
         let inv = self.tick();

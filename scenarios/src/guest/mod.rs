@@ -36,6 +36,15 @@ pub trait GuestDisk: Clone + 'static {
         range: SectorRange,
         fill: impl FnOnce(&mut [u8]),
     ) -> impl Future<Output = Result<(), Errno>>;
+    /// Writes what `fill` puts into the bytes of `range`; with the answer that is durable, and all that was answered before.
+    fn write_and_flush(
+        &self,
+        range: SectorRange,
+        fill: impl FnOnce(&mut [u8]),
+    ) -> impl Future<Output = Result<(), Errno>> {
+        let _ = (range, fill);
+        async { Err(Errno::EOPNOTSUPP) }
+    }
     /// Flushes.
     fn flush(&self) -> impl Future<Output = Result<(), Errno>>;
     /// Makes `range` zeros.
@@ -155,6 +164,7 @@ impl<D: GuestDisk> Guest<D> {
         loop {
             let result = match op.kind {
                 IoKind::Read => self.read(op.range).await,
+                IoKind::Write if op.flushes => self.write_and_flush(op.range).await,
                 IoKind::Write => self.write(op.range).await,
                 IoKind::Flush => self.flush().await,
                 IoKind::WriteZeroes => self.zeroes(op.range, op.zeroes).await,
@@ -210,20 +220,44 @@ impl<D: GuestDisk> Guest<D> {
         }
     }
 
+    fn payload(&self, write: u64, range: SectorRange, bytes: &mut [u8]) {
+        let history = self.history.borrow();
+        for (i, sector) in bytes.chunks_exact_mut(SECTOR_BYTES as usize).enumerate() {
+            history.payload(write, range.start.0 + i as u64, sector);
+        }
+    }
+
     /// One write.
     pub async fn write(&self, range: SectorRange) -> Result<(), Errno> {
         let write = self.history.borrow_mut().begin_write(range);
         self.remark(|| format!("submits write {write} to {range}"));
-        let fill = |bytes: &mut [u8]| {
-            let history = self.history.borrow();
-            for (i, sector) in bytes.chunks_exact_mut(SECTOR_BYTES as usize).enumerate() {
-                history.payload(write, range.start.0 + i as u64, sector);
-            }
-        };
+        let fill = |bytes: &mut [u8]| self.payload(write, range, bytes);
         let result = self.disk.write(range, fill).await;
         self.history.borrow_mut().end_write(write, result.is_ok());
         self.settle(result);
         self.remark(|| format!("write {write} to {range} {}", ended(result)));
+        result
+    }
+
+    /// One write that is a flush as well.
+    async fn write_and_flush(&self, range: SectorRange) -> Result<(), Errno> {
+        let (flush, write) = {
+            let mut history = self.history.borrow_mut();
+            (history.begin_flush(), history.begin_write(range))
+        };
+        self.remark(|| format!("submits flush {flush} with write {write} to {range}"));
+        let fill = |bytes: &mut [u8]| self.payload(write, range, bytes);
+        let result = self.disk.write_and_flush(range, fill).await;
+        self.remark(|| format!("flush {flush} with write {write} to {range} {}", ended(result)));
+        let mut history = self.history.borrow_mut();
+        history.end_write(write, result.is_ok());
+        match result {
+            Ok(()) => {
+                history.end_flush(flush);
+                history.harden(write, range);
+            }
+            Err(_) => self.flush_failed.set(true),
+        }
         result
     }
 

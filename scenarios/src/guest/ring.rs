@@ -1,11 +1,10 @@
 //! A guest with a block front end on a ring.
 
 use super::GuestDisk;
-use kernel_model::{BLKFRONT_MAX_SECTORS, Blkfront};
+use kernel_model::{BLKFRONT_MAX_SECTORS, Blkfront, DataPiece};
 use std::cell::RefCell;
 use std::rc::Rc;
 use tap_host::{Errno, IoKind, SectorRange};
-use xen_model::GrantedPage;
 
 /// A disk behind a ring.
 #[derive(Clone)]
@@ -20,26 +19,45 @@ impl RingDisk {
         Self { front, scratch: Rc::default() }
     }
 
+    async fn store(
+        &self,
+        kind: IoKind,
+        range: SectorRange,
+        fill: impl FnOnce(&mut [u8]),
+    ) -> Result<(), Errno> {
+        let scatter = |pieces: &[DataPiece<'_>]| match pieces {
+            [one] => one.with_mut(fill),
+            many => {
+                let mut scratch = self.scratch.borrow_mut();
+                scratch.resize(range.len_bytes() as usize, 0);
+                fill(&mut scratch);
+                let mut rest = &scratch[..];
+                for piece in many {
+                    let (part, later) = rest.split_at(piece.len_bytes());
+                    piece.with_mut(|bytes| bytes.copy_from_slice(part));
+                    rest = later;
+                }
+            }
+        };
+        self.front.io(kind, range, scatter, |_| {}).await
+    }
+
     /// The front end.
     pub fn front(&self) -> &Blkfront {
         &self.front
     }
 }
 
-/// Bytes in a granted page.
-const PAGE: usize = 4096;
-
 impl GuestDisk for RingDisk {
     async fn read<R>(&self, range: SectorRange, look: impl FnOnce(&[u8]) -> R) -> Result<R, Errno> {
         let mut seen = None;
-        let len = range.len_bytes() as usize;
-        let gather = |pages: &[GrantedPage]| {
-            seen = Some(match pages {
-                [one] => one.page.with(|bytes| look(&bytes[..len])),
+        let gather = |pieces: &[DataPiece<'_>]| {
+            seen = Some(match pieces {
+                [one] => one.with(look),
                 many => {
                     let mut scratch = self.scratch.borrow_mut();
-                    scratch.resize(len, 0);
-                    scratch.chunks_mut(PAGE).zip(many).for_each(|(part, p)| p.page.read(0, part));
+                    scratch.clear();
+                    many.iter().for_each(|piece| piece.with(|bytes| scratch.extend_from_slice(bytes)));
                     look(&scratch)
                 }
             });
@@ -49,17 +67,11 @@ impl GuestDisk for RingDisk {
     }
 
     async fn write(&self, range: SectorRange, fill: impl FnOnce(&mut [u8])) -> Result<(), Errno> {
-        let len = range.len_bytes() as usize;
-        let scatter = |pages: &[GrantedPage]| match pages {
-            [one] => one.page.with_mut(|bytes| fill(&mut bytes[..len])),
-            many => {
-                let mut scratch = self.scratch.borrow_mut();
-                scratch.resize(len, 0);
-                fill(&mut scratch);
-                scratch.chunks(PAGE).zip(many).for_each(|(part, p)| p.page.write(0, part));
-            }
-        };
-        self.front.io(IoKind::Write, range, scatter, |_| {}).await
+        self.store(IoKind::Write, range, fill).await
+    }
+
+    async fn write_and_flush(&self, range: SectorRange, fill: impl FnOnce(&mut [u8])) -> Result<(), Errno> {
+        self.store(IoKind::Flush, range, fill).await
     }
 
     async fn flush(&self) -> Result<(), Errno> {

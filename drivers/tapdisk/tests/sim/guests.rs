@@ -1,7 +1,7 @@
 //! `tapdisk xen`, with guests whose front ends are Linux's as the model has it.
 
 use crate::{Daemon, world};
-use kernel_model::{Blkfront, Kernel, SimHost};
+use kernel_model::{Blkfront, DataPiece, Kernel, SimHost};
 use sim::Sim;
 use std::rc::Rc;
 use tap_host::{DomId, Errno, IoKind, SectorRange, VbdId, Xenstore};
@@ -77,13 +77,13 @@ impl Toolstack {
 
 impl Guest {
     async fn write(&self, sector: u64, fill: u8) -> Result<(), Errno> {
-        let fill_pages = |pages: &[xen_model::GrantedPage]| pages[0].page.write(0, &[fill; 512]);
+        let fill_pages = |pieces: &[DataPiece<'_>]| pieces[0].with_mut(|bytes| bytes.fill(fill));
         self.front.io(IoKind::Write, SectorRange::new(sector, 1), fill_pages, |_| {}).await
     }
 
     async fn read(&self, sector: u64) -> u8 {
         let mut seen = [0; 1];
-        let look = |pages: &[xen_model::GrantedPage]| pages[0].page.read(511, &mut seen);
+        let look = |pieces: &[DataPiece<'_>]| pieces[0].with(|bytes| seen[0] = bytes[511]);
         self.front.io(IoKind::Read, SectorRange::new(sector, 1), |_| {}, look).await.unwrap();
         seen[0]
     }

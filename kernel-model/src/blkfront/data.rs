@@ -1,0 +1,110 @@
+//! The pages of a request: how its sectors lie in them, and what shows that a back end touched more than its share.
+//!
+//! ```text
+//!   page 0   ▒▒████▒▒     page 1   ▒▒████▒▒     page 2   ▒▒██▒▒▒▒        ████ the request's sectors, ▒▒ poison
+//! ```
+//!
+//! While no request uses a page, each of its sectors begins with poison: bytes that no disk holds. So a read that brings
+//! nothing shows, and so do bytes beside the segments, a write to a page whose request was answered, and data that was
+//! copied from such a page too late.
+
+use super::PAGE_SECTORS;
+use tap_abi::blkif::{MAX_SEGMENTS, Segment};
+use tap_host::SECTOR_BYTES;
+use xen_model::GrantedPage;
+
+const POISON: [u8; 8] = *b"\xa5poison\xa5";
+
+/// How a request's sectors lie in its pages.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SegmentLayout {
+    /// Sectors in each page but the last, 1 to 8.
+    pub per_page: u32,
+    /// The first of them within the page.
+    pub first: u32,
+}
+
+impl SegmentLayout {
+    /// Whole pages.
+    pub const WHOLE: Self = Self { per_page: PAGE_SECTORS, first: 0 };
+
+    /// As asked for, as far as a request of `count` sectors allows.
+    fn fitted(self, count: u32) -> Self {
+        let per_page = self.per_page.clamp(1, PAGE_SECTORS);
+        if count.div_ceil(per_page) > MAX_SEGMENTS as u32 {
+            return Self::WHOLE;
+        }
+        Self { per_page, first: self.first.min(PAGE_SECTORS - per_page) }
+    }
+}
+
+/// A run of sectors in a granted page.
+#[derive(Clone, Copy, Debug)]
+pub struct DataPiece<'a> {
+    page: &'a GrantedPage,
+    first: u32,
+    count: u32,
+}
+
+impl DataPiece<'_> {
+    /// Bytes in it.
+    pub fn len_bytes(&self) -> usize {
+        self.count as usize * SECTOR_BYTES as usize
+    }
+
+    fn offset(&self) -> usize {
+        self.first as usize * SECTOR_BYTES as usize
+    }
+
+    /// Shows its bytes.
+    pub fn with<R>(&self, look: impl FnOnce(&[u8]) -> R) -> R {
+        let range = self.offset()..self.offset() + self.len_bytes();
+        self.page.page.with(|bytes| look(&bytes[range]))
+    }
+
+    /// Lets its bytes be changed.
+    pub fn with_mut<R>(&self, change: impl FnOnce(&mut [u8]) -> R) -> R {
+        let range = self.offset()..self.offset() + self.len_bytes();
+        self.page.page.with_mut(|bytes| change(&mut bytes[range]))
+    }
+
+    pub(super) fn segment(&self) -> Segment {
+        let last = self.first + self.count - 1;
+        Segment { gref: self.page.gref.0, first: self.first as u8, last: last as u8 }
+    }
+
+    /// Whether everything of the page beside this piece is poison still.
+    pub(super) fn is_alone(&self) -> bool {
+        let own = self.first..self.first + self.count;
+        (0..PAGE_SECTORS).filter(|sector| !own.contains(sector)).all(|sector| has_poison(self.page, sector))
+    }
+}
+
+/// The pieces of a request of `count` sectors in `pages`.
+pub(super) fn pieces(pages: &[GrantedPage], count: u32, layout: SegmentLayout) -> Vec<DataPiece<'_>> {
+    let SegmentLayout { per_page, first } = layout.fitted(count);
+    let counts = (0..count).step_by(per_page as usize).map(|at| (count - at).min(per_page));
+    pages.iter().zip(counts).map(|(page, count)| DataPiece { page, first, count }).collect()
+}
+
+/// Pages that a request of `count` sectors needs.
+pub(super) fn pages_for(count: u32, layout: SegmentLayout) -> usize {
+    count.div_ceil(layout.fitted(count).per_page) as usize
+}
+
+pub(super) fn poison(page: &GrantedPage) {
+    page.page.with_mut(|bytes| {
+        for sector in bytes.chunks_exact_mut(SECTOR_BYTES as usize) {
+            sector[..POISON.len()].copy_from_slice(&POISON);
+        }
+    });
+}
+
+fn has_poison(page: &GrantedPage, sector: u32) -> bool {
+    let at = sector as usize * SECTOR_BYTES as usize;
+    page.page.with(|bytes| bytes[at..at + POISON.len()] == POISON)
+}
+
+pub(super) fn is_poisoned(page: &GrantedPage) -> bool {
+    (0..PAGE_SECTORS).all(|sector| has_poison(page, sector))
+}
