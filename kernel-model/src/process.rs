@@ -11,8 +11,8 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 use tap_host::{
-    Bug, Entropy, Errno, Event, File, FileExtent, FileInfo, Files, IoVec, LockKind, Log, Mark, OpenMode,
-    Probe, Signals, Tasks, Time, ZeroMode, bytes_of,
+    Bug, Entropy, Errno, Event, File, FileExtent, FileId, FileInfo, Files, IoVec, LockKind, Log, Mark,
+    OpenMode, Probe, Signals, Tasks, Time, ZeroMode, bytes_of,
 };
 
 /// Alignment in bytes that O_DIRECT asks for.
@@ -371,6 +371,7 @@ impl File for ProcessFile {
             align_bytes: self.align(),
             direct: self.open.direct,
             block_device: false,
+            id: FileId { device: 1, inode: self.open.file.number() },
         })
     }
 

@@ -85,6 +85,13 @@ pub(crate) struct FileState {
     sync_latched: Cell<bool>,
 }
 
+impl FileState {
+    /// What tells it from all others; a name that is made again has the same, as inodes are used again.
+    pub(crate) fn number(&self) -> u64 {
+        self.entity.0
+    }
+}
+
 /// A descriptor's open file: what locks belong to.
 pub(crate) struct OpenFile {
     pub(crate) id: u64,

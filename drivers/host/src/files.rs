@@ -51,6 +51,15 @@ pub struct FileExtent {
     pub data: bool,
 }
 
+/// Which file it is, whatever it is called: no two files of a machine have the same at one time.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct FileId {
+    /// The file system that it is in; of a block device the device itself.
+    pub device: u64,
+    /// Its number there; of a block device 0.
+    pub inode: u64,
+}
+
 /// What holds for an open file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct FileInfo {
@@ -64,6 +73,8 @@ pub struct FileInfo {
     pub direct: bool,
     /// A block device: its size is fixed, and unwritten space holds old bytes rather than zeros.
     pub block_device: bool,
+    /// Which file it is.
+    pub id: FileId,
 }
 
 /// Names to files.

@@ -48,7 +48,7 @@ pub use buf::{BufPool, IoBuf, IoVec, PAGE_BYTES, bytes_of, copy_from_slice, copy
 pub use bug::{Bug, Mark, Probe};
 pub use errno::Errno;
 pub use event::{Event, IoKind};
-pub use files::{File, FileExtent, FileInfo, Files, LockKind, OpenMode, ZeroMode};
+pub use files::{File, FileExtent, FileId, FileInfo, Files, LockKind, OpenMode, ZeroMode};
 pub use sockets::{Listener, Piece, SendList, SocketAddress, Sockets, Stream};
 pub use types::{ByteRange, DomId, GrantRef, Port, SECTOR_BYTES, Sector, SectorRange, VbdId};
 pub use xen::{

@@ -49,6 +49,11 @@ impl BackingPolicy {
     pub fn any(format: ImageFormat) -> Self {
         Self::Ask(Rc::new(move |_| Some(format)))
     }
+
+    /// Whether any file may be opened at all.
+    pub fn is_asked(&self) -> bool {
+        matches!(self, Self::Ask(_))
+    }
 }
 
 impl fmt::Debug for BackingPolicy {
@@ -161,7 +166,7 @@ pub async fn describe<H: ImageHost>(host: &H, spec: &ImageSpec) -> Result<Descri
 }
 
 fn is_transient(error: &ImageError) -> bool {
-    !matches!(error, ImageError::InUse { .. }) && matches!(error.errno(), Errno::EAGAIN | Errno::EINTR)
+    !error.is_in_use() && matches!(error.errno(), Errno::EAGAIN | Errno::EINTR)
 }
 
 /// Requests are repeated after transient errors by the scheduler; while an image is being opened there is none yet.

@@ -71,6 +71,11 @@ impl ImageError {
         cause
     }
 
+    /// Whether the file, or one that it is based on, is in use by another process.
+    pub fn is_in_use(&self) -> bool {
+        matches!(self.cause(), ImageError::InUse { .. })
+    }
+
     /// The error number that stands for it where only a number fits.
     pub fn errno(&self) -> Errno {
         match self {

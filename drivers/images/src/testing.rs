@@ -8,8 +8,8 @@ use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 use tap_host::{
-    Bug, Errno, Event, File, FileExtent, FileInfo, Files, IoVec, LockKind, Log, Mark, OpenMode, Probe, Tasks,
-    Time, ZeroMode, bytes_of, copy_from_slice, copy_to_slice,
+    Bug, Errno, Event, File, FileExtent, FileId, FileInfo, Files, IoVec, LockKind, Log, Mark, OpenMode,
+    Probe, Tasks, Time, ZeroMode, bytes_of, copy_from_slice, copy_to_slice,
 };
 
 type Task = Pin<Box<dyn Future<Output = ()>>>;
@@ -506,6 +506,7 @@ impl File for MemFile {
             align_bytes: self.0.align(),
             direct: self.0.mode.direct,
             block_device: self.0.store.device.get(),
+            id: FileId::default(),
         })
     }
 

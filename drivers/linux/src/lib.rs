@@ -23,6 +23,7 @@
 
 mod clock;
 mod files;
+mod lines;
 mod log;
 mod options;
 mod priority;
@@ -34,6 +35,7 @@ mod xen;
 mod xenstore;
 
 pub use files::{AioEngine, LinuxFile};
+pub use lines::Lines;
 pub use log::{Level, LogTo};
 pub use options::{Options, POLL_DEFAULT, StartError};
 pub use priority::set_io_priority;
@@ -53,6 +55,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::pin::pin;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
+use std::time::Duration;
 use tap_host::{Entropy, Errno, Event, Log, Probe, Tasks};
 use tokio::task::{LocalSet, spawn_local};
 use xen::Xen;
@@ -103,6 +106,9 @@ impl LinuxHost {
     }
 }
 
+/// How long the end waits for who reads the log.
+const LAST_LINES: Duration = Duration::from_secs(1);
+
 /// Runs a program on this thread to its end.
 ///
 /// # Errors
@@ -145,6 +151,8 @@ where
     drop(local);
     drop(host);
     drop(entered);
+    // What is said at the end is read by whoever reads at all.
+    Lines::stderr().finish(LAST_LINES);
     result
 }
 

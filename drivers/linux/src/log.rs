@@ -7,11 +7,12 @@
 //!
 //! Requests one by one are of level debug; that they are switched off costs a comparison. What a guest or a client can
 //! cause at will is limited to bursts of 20 lines for each kind of event, refilled with one every half second; the next
-//! line of the kind that is printed is preceded by the count of those that were not.
+//! line of the kind that is printed is preceded by the count of those that were not. Nobody waits for who reads the log
+//! (see [`Lines`]).
 
-use std::cell::{Cell, RefCell};
+use crate::Lines;
+use std::cell::Cell;
 use std::fmt::{self, Write as _};
-use std::io::Write as _;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tap_host::Event;
 
@@ -131,7 +132,6 @@ pub(crate) struct Logger {
     level: Level,
     journal: bool,
     limits: [Cell<Limit>; LIMITS],
-    line: RefCell<String>,
 }
 
 impl Logger {
@@ -142,7 +142,7 @@ impl Logger {
             LogTo::Journal => true,
         };
         let limits = std::array::from_fn(|_| Cell::new(Limit::new(Instant::now())));
-        Self { level, journal, limits, line: RefCell::default() }
+        Self { level, journal, limits }
     }
 
     /// Prints an event, if its level is wanted and its kind not used up.
@@ -169,17 +169,15 @@ impl Logger {
         if level > self.level {
             return;
         }
-        let mut line = self.line.borrow_mut();
-        line.clear();
+        let mut line = String::new();
         let printed = if self.journal {
-            writeln!(line, "<{}>{text}", level.priority())
+            write!(line, "<{}>{text}", level.priority())
         } else {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-            writeln!(line, "{} {}: {text}", Stamp(now), level.name())
+            write!(line, "{} {}: {text}", Stamp(now), level.name())
         };
         debug_assert!(printed.is_ok(), "a string takes everything");
-        // In one piece, so that lines of several processes do not mix. Where the log is gone, nobody can be told.
-        drop(std::io::stderr().write_all(line.as_bytes()));
+        Lines::stderr().put(line);
     }
 }
 

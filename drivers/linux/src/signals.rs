@@ -1,22 +1,49 @@
-//! SIGTERM and SIGINT: the first asks the program to end in order, a second one ends it at once.
+//! SIGTERM, SIGINT and SIGHUP: the first asks the program to end in order, a second one ends it at once. A SIGHUP that
+//! whoever started the program had it ignore (nohup) stays ignored. Sockets that were passed by a parent (LISTEN_FDS)
+//! are served for as long as that parent lives, unless it is process 1.
 
+use crate::watch::watch;
 use crate::{Level, LinuxHost};
-use std::cell::Cell;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use std::cell::{Cell, RefCell};
 use std::future::Future;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
 use tap_host::Signals;
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::signal::unix::{Signal, signal};
 
 /// Whether the program was asked to stop. Until somebody waits for that, the signals end the process as usual.
 #[derive(Default)]
-pub(crate) struct Stop(Cell<bool>);
+pub(crate) struct Stop {
+    asked: Cell<bool>,
+    /// Readable once the parent has ended whose sockets are served.
+    parent: RefCell<Option<Rc<AsyncFd<OwnedFd>>>>,
+}
+
+impl Stop {
+    /// From now on the end of the parent asks the program to stop.
+    pub(crate) fn with_parent(&self) {
+        let Some(parent) = rustix::process::getppid().filter(|pid| *pid != Pid::INIT) else { return };
+        // Where the kernel knows no such descriptors, or the parent has just gone, it is as it was without.
+        let Ok(fd) = pidfd_open(parent, PidfdFlags::NONBLOCK) else { return };
+        if rustix::process::getppid() == Some(parent)
+            && let Ok(fd) = watch(fd, Interest::READABLE)
+        {
+            *self.parent.borrow_mut() = Some(Rc::new(fd));
+        }
+    }
+}
 
 impl Signals for LinuxHost {
     fn asked_to_stop(&self) -> impl Future<Output = ()> + 'static {
         let host = self.clone();
         // Registered by the call, so that none is missed between it and the first poll.
-        let signals = [SignalKind::terminate(), SignalKind::interrupt()].map(signal);
+        let signals: Result<Vec<Signal>, _> = handled().into_iter().map(|n| signal(n.into())).collect();
+        let parent = self.0.stop.parent.borrow().clone();
         async move {
-            let [Ok(mut terminate), Ok(mut interrupt)] = signals else {
+            let Ok(mut signals) = signals else {
                 // Without handlers the signals end the process, which is the best there is.
                 host.say(
                     Level::Warning,
@@ -24,19 +51,36 @@ impl Signals for LinuxHost {
                 );
                 return std::future::pending().await;
             };
-            if !host.0.stop.0.get() {
-                either(&mut terminate, &mut interrupt).await;
-                host.0.stop.0.set(true);
+            if !host.0.stop.asked.get() {
+                any(&mut signals, parent.as_deref()).await;
+                host.0.stop.asked.set(true);
                 by_default();
             }
         }
     }
 }
 
-/// Completes when one of both arrives.
-async fn either(a: &mut Signal, b: &mut Signal) {
+/// The signals that ask the program to stop.
+fn handled() -> Vec<libc::c_int> {
+    [libc::SIGTERM, libc::SIGINT, libc::SIGHUP]
+        .into_iter()
+        .filter(|n| *n != libc::SIGHUP || !is_ignored(*n))
+        .collect()
+}
+
+fn is_ignored(number: libc::c_int) -> bool {
+    // SAFETY: a sigaction of zeros is one, and the kernel fills it in during the call.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: `action` is whole, and nothing is changed.
+    let told = unsafe { libc::sigaction(number, std::ptr::null(), &raw mut action) };
+    told == 0 && action.sa_sigaction == libc::SIG_IGN
+}
+
+/// Completes when a signal arrives, or the parent ends.
+async fn any(signals: &mut [Signal], parent: Option<&AsyncFd<OwnedFd>>) {
     std::future::poll_fn(|cx| {
-        if a.poll_recv(cx).is_ready() || b.poll_recv(cx).is_ready() {
+        let signalled = signals.iter_mut().any(|signal| signal.poll_recv(cx).is_ready());
+        if signalled || parent.is_some_and(|fd| fd.poll_read_ready(cx).is_ready()) {
             return std::task::Poll::Ready(());
         }
         std::task::Poll::Pending
@@ -46,6 +90,7 @@ async fn either(a: &mut Signal, b: &mut Signal) {
 
 /// From now on the signals end the process, whatever its thread is doing.
 fn by_default() {
+    // A hangup that follows a hangup comes from the same closed terminal.
     for number in [libc::SIGTERM, libc::SIGINT] {
         // SAFETY: the default action is no function of ours.
         let old = unsafe { libc::signal(number, libc::SIG_DFL) };

@@ -145,7 +145,7 @@ pub async fn open_disk<H: ImageHost>(
     let deadline_ns = host.now_ns().saturating_add(options.patience_ns);
     let image = loop {
         match open_image(host, spec, &open).await {
-            Err(ImageError::InUse { .. }) if host.now_ns() < deadline_ns => {
+            Err(error) if error.is_in_use() && host.now_ns() < deadline_ns => {
                 host.sleep_ns(IN_USE_PAUSE_NS).await;
             }
             result => break result?,

@@ -4,17 +4,24 @@ use crate::Console;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::cell::{Cell, RefCell};
 use std::io::{self, IsTerminal, Write, stderr, stdout};
+use std::time::Duration;
+use tap_linux::Lines;
 
 /// Standard output and standard error; a progress bar on a terminal that can draw one, plain lines elsewhere.
 pub struct Terminal {
     /// Whether bars are drawn.
     draws: bool,
+    /// Nobody waits for who reads: disks are served meanwhile.
+    serves: bool,
     bar: RefCell<Option<ProgressBar>>,
     /// Tenths that were printed as lines.
     tenths: Cell<u64>,
     /// Something could not be printed.
     failed: Cell<bool>,
 }
+
+/// How long the end waits for who reads.
+const LAST_LINES: Duration = Duration::from_secs(1);
 
 /// Fits into 80 columns, whatever the sizes.
 const BAR: &str = "{bar:20} {percent:>3} % {bytes}/{total_bytes} {bytes_per_sec} {eta}";
@@ -31,15 +38,22 @@ impl Terminal {
         let dumb = std::env::var_os("TERM").is_none_or(|term| term.is_empty() || term == "dumb");
         Self {
             draws: !dumb && stderr().is_terminal(),
+            serves: false,
             bar: RefCell::default(),
             tenths: Cell::default(),
             failed: Cell::default(),
         }
     }
 
+    /// The console of a program that serves disks: what it prints never waits for who reads, see [`Lines`].
+    pub fn of_service() -> Self {
+        Self { draws: false, serves: true, ..Self::new() }
+    }
+
     /// The exit status of a program that wants to end with `status`: not 0 if what it printed was lost.
     pub fn status(&self, status: u8) -> u8 {
-        status.max(u8::from(self.failed.get()))
+        let lost = self.serves && !Lines::stdout().finish(LAST_LINES);
+        status.max(u8::from(lost || self.failed.get()))
     }
 
     fn draw(&self, done_bytes: u64, total_bytes: u64) {
@@ -72,11 +86,17 @@ impl Terminal {
 
 impl Console for Terminal {
     fn out(&self, line: &str) {
+        if self.serves {
+            return Lines::stdout().put(line.to_owned());
+        }
         self.leave_bar();
         self.print(line, &mut stdout());
     }
 
     fn err(&self, line: &str) {
+        if self.serves {
+            return Lines::stderr().put(line.to_owned());
+        }
         self.leave_bar();
         // There is no place left to say that this failed.
         let _ = writeln!(stderr(), "{line}");

@@ -46,7 +46,7 @@ use std::future::Future;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
-use tap_host::{Errno, File, FileExtent, FileInfo, Files, IoVec, LockKind, OpenMode, ZeroMode};
+use tap_host::{Errno, File, FileExtent, FileId, FileInfo, Files, IoVec, LockKind, OpenMode, ZeroMode};
 
 /// How file operations that may wait are executed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -232,7 +232,13 @@ impl File for LinuxFile {
         let size_bytes = self.open.size_bytes()?;
         // st_blocks counts units of 512; a device has all of its space.
         let allocated_bytes = if block_device { size_bytes } else { stat.st_blocks as u64 * 512 };
-        Ok(FileInfo { size_bytes, allocated_bytes, align_bytes, direct, block_device })
+        // Nodes of one device are many; the device is one.
+        let id = if block_device {
+            FileId { device: stat.st_rdev, inode: 0 }
+        } else {
+            FileId { device: stat.st_dev, inode: stat.st_ino }
+        };
+        Ok(FileInfo { size_bytes, allocated_bytes, align_bytes, direct, block_device, id })
     }
 
     fn lock(&self, kind: LockKind) -> Result<(), Errno> {

@@ -10,13 +10,14 @@ pub use stream::LinuxStream;
 use crate::files::{blocking, errno, of_rustix};
 use crate::watch::watch;
 use crate::{Level, LinuxHost};
-use rustix::fs::{FileType, lstat};
+use rustix::fs::{FileType, FlockOperation, Mode, OFlags, flock, lstat};
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, socket_with, sockopt,
 };
 use std::net::{IpAddr, SocketAddr, TcpListener, ToSocketAddrs};
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::time::Duration;
 use tap_host::{Errno, Listener, SocketAddress, Sockets};
 use tokio::io::Interest;
@@ -24,6 +25,9 @@ use tokio::io::unix::AsyncFd;
 
 /// How long a connect waits before it tries again while the listener's queue is full; nothing tells when it is not.
 const QUEUE_FULL_RETRY: Duration = Duration::from_millis(5);
+/// How often, and after which time each, a directory is locked again that somebody else has locked.
+const ALONE_TRIES: u32 = 200;
+const ALONE_RETRY: Duration = Duration::from_millis(5);
 /// The first descriptor that a service manager passes.
 const LISTEN_FDS_START: RawFd = 3;
 
@@ -64,7 +68,10 @@ impl LinuxListener {
         Ok(Self { socket, address, _path: path })
     }
 
-    fn unix(path: &str) -> Result<Self, Errno> {
+    async fn unix(path: &str) -> Result<Self, Errno> {
+        // Between the look at a path that nobody listens at and its removal, and between a bind and its listen, another
+        // server could come and lose its own.
+        let _alone = Alone::at(path).await;
         let listener = match UnixListener::bind(path).map_err(|e| errno(&e)) {
             Err(Errno::EADDRINUSE) if is_stale(path) => {
                 rustix::fs::unlink(path).map_err(of_rustix)?;
@@ -115,6 +122,29 @@ impl LinuxListener {
             SocketAddress::Tcp { host: ip.ip().to_string(), port: ip.port() }
         };
         Self::new(socket, address, None)
+    }
+}
+
+/// A lock of the directory of a socket, which all of us take to begin listening there.
+struct Alone {
+    _directory: Option<OwnedFd>,
+}
+
+impl Alone {
+    /// Waits for its turn, for a while: others may have reasons of their own to lock a directory, and not every file
+    /// system can.
+    async fn at(path: &str) -> Self {
+        let parent = Path::new(path).parent().filter(|parent| !parent.as_os_str().is_empty());
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = rustix::fs::open(parent.unwrap_or(Path::new(".")), flags, Mode::empty()).ok();
+        for _ in 0..ALONE_TRIES {
+            let Some(directory) = &directory else { break };
+            match flock(directory, FlockOperation::NonBlockingLockExclusive) {
+                Err(rustix::io::Errno::WOULDBLOCK) => tokio::time::sleep(ALONE_RETRY).await,
+                _ => break,
+            }
+        }
+        Self { _directory: directory }
     }
 }
 
@@ -179,7 +209,7 @@ impl Sockets for LinuxHost {
 
     async fn listen(&self, address: &SocketAddress) -> Result<LinuxListener, Errno> {
         match address {
-            SocketAddress::Unix(path) => LinuxListener::unix(path),
+            SocketAddress::Unix(path) => LinuxListener::unix(path).await,
             SocketAddress::Tcp { host, port } => LinuxListener::tcp(host, *port).await,
         }
     }
@@ -210,6 +240,9 @@ impl Sockets for LinuxHost {
                     self.say(Level::Warning, text);
                 }
             }
+        }
+        if !listeners.is_empty() {
+            self.0.stop.with_parent();
         }
         listeners
     }

@@ -42,7 +42,7 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let run = |host| async move {
-        let terminal = Rc::new(Terminal::new());
+        let terminal = Rc::new(Terminal::of_service());
         let status = run(host, cli, Rc::clone(&terminal) as Rc<dyn Console>).await;
         terminal.status(status)
     };

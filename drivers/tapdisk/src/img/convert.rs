@@ -1,5 +1,6 @@
 //! `tap-img convert`.
 
+use super::apart::apart;
 use super::pump::{Crew, Extents, PIECE_SECTORS, is_zero, read};
 use super::target::{Target, TargetOptions};
 use super::{BackingArgs, Failure, FormatArg, Outcome};
@@ -71,6 +72,11 @@ impl Convert {
         let source = super::disk(&self.source, self.format).map_err(Failure::new)?;
         let options = DiskOptions { backing: self.backing.backing.policy(), ..DiskOptions::default() };
         let from = open_any(host, &source, &options).await.map_err(Failure::new)?;
+        if let (DiskSpec::Image(from), Ok(DiskSpec::Image(to))) = (&source, super::disk(&self.target, None)) {
+            let follow = options.backing.is_asked();
+            let copy = |why| Failure::new(format!("copy {} to {}: {why}", self.source, self.target));
+            apart(host, &to.path, from, follow).await.map_err(copy)?;
+        }
         let to = self.open_target(host, from.info().size_sectors).await?;
         let copier = Copier {
             pool: BufPool::new(2 * usize::from(self.parallel) * (PIECE_SECTORS * SECTOR_BYTES) as usize),

@@ -1,5 +1,6 @@
 //! `tap-img create`.
 
+use super::apart::apart;
 use super::target::{Target, TargetOptions};
 use super::{Failure, FormatArg, Outcome};
 use crate::Console;
@@ -45,6 +46,7 @@ impl Create {
             Some(name) => {
                 let format = self.backing_format.map_or(ImageFormat::Probe, ImageFormat::from);
                 let below = ImageSpec { format, path: resolve(&spec.path, name) };
+                apart(host, &spec.path, &below, true).await.map_err(create)?;
                 Some(describe(host, &below).await.map_err(Failure::new)?.disk_bytes)
             }
             None => None,

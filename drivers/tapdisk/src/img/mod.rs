@@ -1,6 +1,7 @@
 //! `tap-img`: images made, looked at, checked, compared and converted, with the options, the JSON keys and the exit
 //! statuses of `qemu-img`, for the formats of this project.
 
+mod apart;
 mod check;
 mod compare;
 mod convert;

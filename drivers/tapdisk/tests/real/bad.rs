@@ -3,7 +3,9 @@
 use crate::client::{Client, WRITE};
 use crate::server::{Server, TAP_IMG, TAPDISK, tool};
 use crate::{Add, Done};
+use libtest_mimic::Failed;
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::Command;
 
@@ -11,6 +13,11 @@ pub(crate) fn tests(add: Add) {
     add("bad::what_cannot_be_served_is_told_in_one_line".into(), &[], Box::new(refused));
     add("bad::garbage_costs_a_client_its_connection".into(), &[], Box::new(garbage));
     add("bad::an_image_is_served_once".into(), &[], Box::new(once));
+    add("bad::an_image_is_not_made_out_of_itself".into(), &[], Box::new(itself));
+    add("bad::who_reads_no_log_stops_no_disk".into(), &[], Box::new(unread_log));
+    add("bad::a_hangup_ends_in_order".into(), &[], Box::new(hangup));
+    add("bad::of_servers_that_begin_at_once_one_listens".into(), &[], Box::new(at_once));
+    add("bad::a_server_ends_with_the_parent_that_passed_its_socket".into(), &[], Box::new(orphan));
     add("bad::qemu_respects_the_lock".into(), &["qemu-io", "qemu-img"], Box::new(locked));
 }
 
@@ -106,5 +113,128 @@ fn locked() -> Done {
     assert!(refused.message().unwrap_or("").contains("lock"), "{refused:?}");
     assert!(server.stop()?.success());
     tool("qemu-io", &["-f", "qcow", "-c", "write 0 4k", &path("disk")])?;
+    Ok(())
+}
+
+/// What would be lost is refused, by whatever name it goes, and nothing of it changes.
+fn itself() -> Done {
+    let folder = tempfile::tempdir()?;
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    tool(TAP_IMG, &["create", "-q", &path("base"), "1M"])?;
+    std::fs::write(path("base"), vec![7; 1 << 20])?;
+    tool(TAP_IMG, &["create", "-q", "-f", "qcow", "-b", "base", "-F", "raw", &path("middle")])?;
+    tool(TAP_IMG, &["create", "-q", "-f", "qcow", "-b", "middle", "-F", "qcow", &path("top")])?;
+    std::fs::create_dir(path("sub"))?;
+    std::fs::hard_link(path("base"), path("hard"))?;
+    std::os::unix::fs::symlink(path("base"), path("soft"))?;
+    let files = || -> Result<Vec<_>, Failed> {
+        ["base", "middle", "top"].iter().map(|name| Ok(std::fs::read(path(name))?)).collect()
+    };
+    let before = files()?;
+    for (below, target) in [
+        ("base", "base"),
+        ("base", "hard"),
+        ("base", "soft"),
+        ("hard", "base"),
+        ("base", "sub/../base"),
+        ("top", "top"),
+        ("top", "middle"),
+        ("top", "soft"),
+    ] {
+        let below = path(below);
+        let create = ["create", "-q", "-f", "qcow", "-b", &below, &path(target)];
+        let convert = ["convert", "-q", "--backing", "probe", &below, &path(target)];
+        for args in [&create[..], &convert[..], &[&convert[..], &["-n"]].concat()] {
+            let output = Command::new(TAP_IMG).args(args).output()?;
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(output.status.code() == Some(1) && said.contains("the same file"), "{args:?}: {said}");
+            assert!(files()? == before, "{args:?} changed a file");
+        }
+    }
+    Ok(())
+}
+
+/// A pipe that is full from the beginning, and never read.
+fn unread_log() -> Done {
+    let folder = tempfile::tempdir()?;
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    tool(TAP_IMG, &["create", "-q", &path("disk"), "1M"])?;
+    let (near, full) = UnixStream::pair()?;
+    full.set_nonblocking(true)?;
+    let mut filler = full.try_clone()?;
+    while filler.write(&[b'x'; 4096]).is_ok() {}
+    full.set_nonblocking(false)?;
+    let socket = folder.path().join("socket");
+    let mut server =
+        Server::start_with(&socket, &[&format!("raw:{}", path("disk"))], OwnedFd::from(full).into())?;
+    drop(filler);
+    for n in 0..50_u8 {
+        // Each connection is a line or two.
+        let mut client = Client::connect(&socket)?;
+        assert_eq!(client.ask(WRITE, 0, &[n; 512])?, 0);
+        assert_eq!(client.read(0, 512)?, [n; 512]);
+    }
+    let ended = server.signal("TERM")?;
+    assert!(ended.success(), "{ended}");
+    drop(near);
+    Ok(())
+}
+
+fn hangup() -> Done {
+    let folder = tempfile::tempdir()?;
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    tool(TAP_IMG, &["create", "-q", &path("disk"), "1M"])?;
+    let mut server = Server::start(&folder.path().join("socket"), &[&format!("raw:{}", path("disk"))])?;
+    let ended = server.signal("HUP")?;
+    assert!(ended.success() && !folder.path().join("socket").exists(), "{ended}");
+    Ok(())
+}
+
+/// Several servers at a socket that a dead one left: one listens there, and it is the one that the path leads to.
+fn at_once() -> Done {
+    let folder = tempfile::tempdir()?;
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    tool(TAP_IMG, &["create", "-q", &path("disk"), "1M"])?;
+    let (socket, spec) = (folder.path().join("socket"), format!("raw:{}", path("disk")));
+    for _ in 0..10 {
+        Server::start(&socket, &[&spec])?.kill()?;
+        let begun = (0..4)
+            .map(|_| Server::begin(&socket, &[&spec, "--read-only"], std::process::Stdio::null()))
+            .collect::<Result<Vec<_>, _>>()?;
+        let listening: Vec<_> = begun.into_iter().filter_map(|begun| begun.listens().ok()).collect();
+        assert_eq!(listening.len(), 1, "servers that listen at one path");
+        assert_eq!(Client::connect(&socket)?.read(0, 512)?, [0; 512]);
+    }
+    Ok(())
+}
+
+/// As libnbd starts a server: a listening socket as descriptor 3, whose number and owner are in the environment.
+fn orphan() -> Done {
+    let folder = tempfile::tempdir()?;
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    tool(TAP_IMG, &["create", "-q", &path("disk"), "1M"])?;
+    // A shell with a listening socket is not easily had; a server of ours passes its own on to the next by its name.
+    let listener = std::os::unix::net::UnixListener::bind(path("socket"))?;
+    let script = "exec 3<&0 </dev/null; LISTEN_FDS=1 sh -c 'LISTEN_PID=$$ exec \"$@\"' sh \"$@\" & echo $! >\"$PIDFILE\"; wait $!";
+    let mut parent = Command::new("sh")
+        .args(["-c", script, "sh", TAPDISK, "serve", &format!("raw:{}", path("disk"))])
+        .env("PIDFILE", path("pid"))
+        .stdin(OwnedFd::from(listener))
+        .stdout(std::process::Stdio::null())
+        .spawn()?;
+    let mut client = loop {
+        if let Ok(client) = Client::connect(&folder.path().join("socket")) {
+            break client;
+        }
+        std::thread::yield_now();
+    };
+    assert_eq!(client.read(0, 512)?, [0; 512]);
+    let pid: u32 = std::fs::read_to_string(path("pid"))?.trim().parse()?;
+    parent.kill()?;
+    parent.wait()?;
+    // It ends: the test's own limit is that of whoever runs it.
+    while std::fs::read_link(format!("/proc/{pid}/exe")).is_ok() {
+        std::thread::yield_now();
+    }
     Ok(())
 }

@@ -18,17 +18,31 @@ pub(crate) struct Server {
 impl Server {
     /// Starts it at `socket` and waits until it says that it listens.
     pub(crate) fn start(socket: &Path, args: &[&str]) -> Result<Self, Failed> {
+        Self::start_with(socket, args, Stdio::inherit())
+    }
+
+    /// As [`Server::start`], with another standard error.
+    pub(crate) fn start_with(socket: &Path, args: &[&str], err: Stdio) -> Result<Self, Failed> {
+        Self::begin(socket, args, err)?.listens()
+    }
+
+    /// Starts it, without waiting.
+    pub(crate) fn begin(socket: &Path, args: &[&str], err: Stdio) -> Result<Self, Failed> {
         let mut command = Command::new(TAPDISK);
         command.arg("serve").arg("--nbd").arg(format!("unix:{}", socket.display())).args(args);
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
-        let out = child.stdout.take().ok_or("no output")?;
-        let mut server = Self { child, socket: socket.to_owned() };
+        let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(err).spawn()?;
+        Ok(Self { child, socket: socket.to_owned() })
+    }
+
+    /// Waits until it says that it listens.
+    pub(crate) fn listens(mut self) -> Result<Self, Failed> {
+        let out = self.child.stdout.take().ok_or("no output")?;
         for line in BufReader::new(out).lines() {
             if line?.starts_with("listening at ") {
-                return Ok(server);
+                return Ok(self);
             }
         }
-        Err(format!("tapdisk ended with {}", server.child.wait()?).into())
+        Err(format!("tapdisk ended with {}", self.child.wait()?).into())
     }
 
     /// The address for tools that take NBD addresses.
@@ -53,7 +67,12 @@ impl Server {
 
     /// SIGTERM, and how it ends.
     pub(crate) fn stop(mut self) -> Result<ExitStatus, Failed> {
-        let done = Command::new("kill").arg(self.child.id().to_string()).status()?;
+        self.signal("TERM")
+    }
+
+    /// A signal that ends it, and how it ends.
+    pub(crate) fn signal(&mut self, name: &str) -> Result<ExitStatus, Failed> {
+        let done = Command::new("kill").args(["-s", name, &self.child.id().to_string()]).status()?;
         if !done.success() {
             return Err("kill does not work".into());
         }
