@@ -149,3 +149,36 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_thousand_claims_of_one_block_are_a_chain() {
+    let tracker = Tracker::new();
+    let mut tickets: std::collections::VecDeque<Ticket> =
+        (0..1000).map(|i| claimed(&tracker, i, 0..8, Access::Exclusive)).collect();
+    assert!(tracker.steps() <= 3 * 1000, "{} steps", tracker.steps());
+    while let Some(first) = tickets.pop_front() {
+        assert!(first.is_ready() && tickets.front().is_none_or(|next| !next.is_ready()));
+    }
+    assert!(tracker.steps() <= 5 * 1000, "{} steps", tracker.steps());
+}
+
+#[test]
+fn who_loses_the_one_it_waited_for_waits_for_those_before() {
+    let tracker = Tracker::new();
+    let first = claimed(&tracker, 1, 0..4, Access::Exclusive);
+    let reader = claimed(&tracker, 2, 0..8, Access::Shared);
+    let middle = claimed(&tracker, 3, 0..8, Access::Exclusive);
+    let last = claimed(&tracker, 4, 2..6, Access::Shared);
+    let others = claimed(&tracker, 5, 6..9, Access::Exclusive);
+    drop(middle);
+    // The reader shares; the first writer does not, and was left out before.
+    assert!(!last.is_ready() && !others.is_ready());
+    assert_eq!(
+        tracker.report().iter().map(|w| w.to_string()).collect::<Vec<_>>(),
+        ["test 2 waits for test 1", "test 4 waits for test 1", "test 5 waits for test 2"]
+    );
+    drop(first);
+    assert!(reader.is_ready() && last.is_ready() && !others.is_ready());
+    drop(reader);
+    assert!(others.is_ready());
+}
