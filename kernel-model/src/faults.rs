@@ -8,8 +8,8 @@
 //! | short | fewer bytes than asked for, no error | a prefix of whole sectors landed |
 //! | transient | EAGAIN | nothing landed |
 //! | slow, stuck | nothing for milliseconds, or for ten seconds | as usual |
-//! | sync error | EIO from fdatasync | see [`SyncErrors`] |
-//! | sync interrupted | EINTR or ENOMEM from fdatasync | nothing is lost: all of it stays pending |
+//! | sync error | EIO from fdatasync, or ENOMEM | see [`SyncErrors`] |
+//! | sync interrupted | EINTR from fdatasync | nothing is lost: all of it stays pending |
 //! | power cut | everything ends | any subset of the sectors that were not synchronised; a prefix of the size changes |
 //!
 //! Never injected here: a medium that returns other bytes than were written, and a synchronisation that lies. (The lying
@@ -58,10 +58,12 @@ static SYNC_INTERRUPTED: FaultKind = FaultKind { name: "sync-interrupted", max_p
 static DROPS: FaultKind = FaultKind { name: "pages-dropped", max_ppm: 900_000 };
 static JITTER: FaultKind = FaultKind { name: "io-jitter", max_ppm: 500_000 };
 
-/// What a failed fdatasync of a buffered file leaves behind.
+/// What a failed fdatasync leaves behind. A direct file has no pages that could be forgotten, but a drive with a cache:
+/// one that failed a flush may have lost what was in it (it was reset, or went away and came back), and its next flush
+/// says ok.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum SyncErrors {
-    /// Everything stays pending; a later one may succeed. (Direct I/O always behaves so.)
+    /// Everything stays pending; a later one may succeed.
     #[default]
     Retryable,
     /// As ext4 and XFS: pages are marked clean, reads still show them, the next one says ok; what had not reached the
@@ -90,7 +92,8 @@ pub struct FaultPlan {
     pub stuck: bool,
     /// fdatasync errors.
     pub sync_errors: bool,
-    /// fdatasync that ends with EINTR or ENOMEM, after which a repetition is as good as the first.
+    /// fdatasync that ends with EINTR, after which a repetition is as good as the first; where there are errors of
+    /// fdatasync, as often with ENOMEM, which is such an error.
     pub sync_interrupted: bool,
 }
 
@@ -282,7 +285,7 @@ fn draw_detail(op: IoOp, kind: u64, d: &mut Draw) -> u64 {
 pub(crate) fn decode(value: u64, plan: FaultPlan, op: IoOp) -> Fault {
     let fault = match decode_any(value) {
         Fault::Error(Errno::EAGAIN, detail) if op == IoOp::Sync => {
-            Fault::Error(if detail == 0 { Errno::EINTR } else { Errno::ENOMEM }, 0)
+            Fault::Error(if detail == 0 || !plan.sync_errors { Errno::EINTR } else { Errno::ENOMEM }, 0)
         }
         fault => fault,
     };

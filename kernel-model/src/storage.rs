@@ -511,8 +511,7 @@ impl Inner {
         let file = &running.open.file;
         let (mode, lies) = {
             let config = self.config.borrow();
-            let mode = if running.open.direct { SyncErrors::Retryable } else { config.sync_errors };
-            (mode, config.flush_lies)
+            (config.sync_errors, config.flush_lies)
         };
         if file.sync_latched.get() {
             return Err(Errno::EIO);
@@ -523,8 +522,8 @@ impl Inner {
             }
             return Ok(0);
         };
-        // Interrupted, or without memory to begin: nothing was given up.
-        if error != Errno::EIO {
+        // Interrupted: nothing was given up.
+        if error == Errno::EINTR {
             return Err(error);
         }
         let lost = |p: &Pending| {

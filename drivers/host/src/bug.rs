@@ -47,6 +47,8 @@ list! {
         ResponseTwice = "a request that ended while the ring was reconnecting is answered twice",
         FlushEarly = "a flush is acknowledged before the file was synchronised",
         FlushForgets = "a flush succeeds after an earlier one failed",
+        DirectFlushForgets = "a flush of a direct file succeeds after an earlier one failed",
+        InterruptedSyncLatches = "a synchronisation that was interrupted counts as one that lost data",
         EdgeDropped = "a write does not wait for an overlapping request in flight",
         FlushDataUnordered = "a request that overlaps the data of an earlier flush with data does not wait for it",
         SegmentFirstIgnored = "the data of a segment is taken from the start of its page",

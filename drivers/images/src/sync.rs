@@ -18,10 +18,18 @@ pub(crate) struct GroupSync {
     started: Cell<u64>,
     /// Number and result of the last one that ended.
     ended: Cell<(u64, Result<(), Errno>)>,
-    /// A page cache may report a failure once, mark the pages clean and succeed from then on, although the data is
-    /// lost. So the first failure on a buffered file is the answer to every later synchronisation as well. Without a
-    /// page cache a later success covers everything before.
+    /// A failure was reported, see [`loses`]: the answer to every later synchronisation as well.
     lost: Cell<bool>,
+}
+
+/// Whether data may be lost after fdatasync failed with `error`, although the next one would say ok.
+///
+/// A page cache reports a failure once, and the pages count as clean then. A drive that failed to flush its cache may
+/// have lost it (it was reset, or went away and came back), and its next flush has nothing to do: that is all there is
+/// below a direct file. `ENOMEM` is no promise either, a device below may have ended the writes of pages with it.
+/// `EINTR` alone comes before anything was given up.
+fn loses(error: Errno) -> bool {
+    error != Errno::EINTR
 }
 
 impl GroupSync {
@@ -57,7 +65,9 @@ impl GroupSync {
         self.started.set(number);
         let result = file.sync_data().await;
         self.ended.set((number, result));
-        self.lost.set(self.lost.get() || (result.is_err() && !direct));
+        let exempt = direct && host.bug(Bug::DirectFlushForgets);
+        let lost = result.is_err_and(|e| loses(e) || host.bug(Bug::InterruptedSyncLatches));
+        self.lost.set(self.lost.get() || (lost && !exempt));
         result
     }
 }

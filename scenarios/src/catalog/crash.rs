@@ -38,7 +38,7 @@ pub static QCOW_POWER_CUT: Scenario = Scenario {
     name: "qcow-power-cut",
     about: "qcow under load, power cut at any host operation, recovery checked sector by sector",
     storage: |sim| StorageConfig {
-        faults: FaultPlan { short: true, transient: true, ..FaultPlan::LATENCY },
+        faults: FaultPlan { short: true, transient: true, sync_interrupted: true, ..FaultPlan::LATENCY },
         zeroing: zeroing(sim),
         ..StorageConfig::default()
     },
@@ -66,7 +66,7 @@ pub static RAW_POWER_CUT: Scenario = Scenario {
     name: "raw-power-cut",
     about: "raw under load with zeros and discards, power cut at any host operation, every sector checked",
     storage: |sim| StorageConfig {
-        faults: FaultPlan { short: true, transient: true, ..FaultPlan::LATENCY },
+        faults: FaultPlan { short: true, transient: true, sync_interrupted: true, ..FaultPlan::LATENCY },
         zeroing: zeroing(sim),
         ..StorageConfig::default()
     },

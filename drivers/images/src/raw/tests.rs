@@ -130,15 +130,40 @@ fn a_failed_flush_of_a_buffered_file_is_never_forgotten() {
 }
 
 #[test]
-fn a_failed_flush_of_a_direct_file_may_be_repeated() {
-    let world = World::new(1);
-    world.put("/disk", vec![0; 8192]);
-    let raw = open(&world, true, true).unwrap();
-    world.block_on(submit(&raw, Op::Write, 0, &[9; 512])).result.unwrap();
-    world.fail(Some(Fault { nth: world.ops(), error: Errno::EIO, effect: Effect::None, sticky: false }));
-    assert_eq!(world.block_on(submit(&raw, Op::Flush, 0, &[])).result, Err(Errno::EIO));
-    assert_eq!(world.block_on(submit(&raw, Op::Flush, 0, &[])).result, Ok(()));
-    assert_eq!(world.after_crash(0).bytes("/disk")[0], 9);
+fn a_failed_flush_of_a_direct_file_is_never_forgotten() {
+    for (bug, then) in [(None, Err(Errno::EIO)), (Some(Bug::DirectFlushForgets), Ok(()))] {
+        let world = World::new(1);
+        world.put("/disk", vec![0; 8192]);
+        bug.into_iter().for_each(|bug| world.switch_on(bug));
+        let raw = open(&world, true, true).unwrap();
+        world.block_on(submit(&raw, Op::Write, 0, &[9; 512])).result.unwrap();
+        world.fail(Some(Fault { nth: world.ops(), error: Errno::EIO, effect: Effect::None, sticky: false }));
+        assert_eq!(world.block_on(submit(&raw, Op::Flush, 0, &[])).result, Err(Errno::EIO));
+        assert_eq!(
+            world.block_on(submit(&raw, Op::Flush, 0, &[])).result,
+            then,
+            "the drive's cache may be lost"
+        );
+    }
+}
+
+/// The scheduler repeats a flush after EINTR; the image must not have given up by then. ENOMEM may be of a write.
+#[test]
+fn a_flush_that_was_interrupted_can_be_repeated() {
+    let (memory, interrupted) = (Errno::ENOMEM, Errno::EINTR);
+    let bug = Some(Bug::InterruptedSyncLatches);
+    for (error, bug, then) in
+        [(interrupted, None, Ok(())), (interrupted, bug, Err(Errno::EIO)), (memory, None, Err(Errno::EIO))]
+    {
+        let world = World::new(1);
+        world.put("/disk", vec![0; 8192]);
+        bug.into_iter().for_each(|bug| world.switch_on(bug));
+        let raw = open(&world, true, false).unwrap();
+        world.block_on(submit(&raw, Op::Write, 0, &[9; 512])).result.unwrap();
+        world.fail(Some(Fault { nth: world.ops(), error, effect: Effect::None, sticky: false }));
+        assert_eq!(world.block_on(submit(&raw, Op::Flush, 0, &[])).result, Err(error));
+        assert_eq!(world.block_on(submit(&raw, Op::Flush, 0, &[])).result, then);
+    }
 }
 
 #[test]
