@@ -1,5 +1,6 @@
 //! One run: a scenario, decisions, a verdict.
 
+use crate::check::oracle::{Oracle, break_for_run, is_broken};
 use crate::check::{Failure, Invariant};
 use crate::explore::{BadState, Explored};
 use crate::image::RealImage;
@@ -83,6 +84,9 @@ impl RunSpec {
             spec.options.bug = Some(*bug.ok_or_else(|| format!("unknown seeded bug {name:?}"))?);
         }
         spec.options.canary = file.option("canary") == Some("on");
+        if let Some(name) = file.option("oracle") {
+            spec.options.oracle = Some(Oracle::find(name).ok_or_else(|| format!("unknown oracle {name:?}"))?);
+        }
         if let Some(path) = file.option("image") {
             spec.options.image = Some(Arc::new(RealImage::load(path.as_ref())?));
         }
@@ -98,6 +102,9 @@ impl RunSpec {
         }
         if self.options.canary {
             options.push(("canary".into(), "on".into()));
+        }
+        if let Some(oracle) = self.options.oracle {
+            options.push(("oracle".into(), oracle.name()));
         }
         if let Some(image) = &self.options.image {
             options.push(("image".into(), image.path().into()));
@@ -171,6 +178,7 @@ fn scheduling(seed: u64) -> Scheduling {
 /// Runs `spec` to its end on this thread.
 pub fn run(spec: &RunSpec) -> Outcome {
     prepare();
+    break_for_run(spec.options.oracle);
     let scheduling = match spec.source {
         Source::Seed => scheduling(spec.seed),
         // Whether a turn is put back is in the map.
@@ -192,6 +200,7 @@ pub fn run(spec: &RunSpec) -> Outcome {
     let result = panics::inside(|| sim.run(async move { verdict.guard(body).await }));
     match result {
         Ok(Ok(())) => {}
+        Ok(Err(_)) if is_broken(Oracle::StallIgnored) => {}
         Ok(Err(stall)) => {
             let why = match stall.kind {
                 StallKind::Deadlock => "nothing can go on",

@@ -1,6 +1,6 @@
 //! A world: one engine, one host, what is asked of it and what comes out.
 
-use crate::check::{Invariant, Verdict};
+use crate::check::{Invariant, Oracle, Verdict};
 use crate::explore::Explorer;
 use crate::image::RealImage;
 use kernel_model::{Kernel, Storage, StorageConfig};
@@ -34,6 +34,8 @@ pub struct RunOptions {
     pub bug: Option<Bug>,
     /// The drive's flush lies.
     pub canary: bool,
+    /// A checker that is broken.
+    pub oracle: Option<Oracle>,
     /// The image that the scenario `real-image` starts from.
     pub image: Option<Arc<RealImage>>,
     /// What the client of the scenario `nbd-stream` sends.

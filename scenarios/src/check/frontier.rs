@@ -4,6 +4,7 @@
 //! (a read sees nothing older than what was answered before it began) and the medium (a power cut leaves nothing
 //! older than what was flushed). A version is dropped once both have left it behind.
 
+use super::oracle::{Oracle, is_broken};
 use smallvec::SmallVec;
 
 /// Logical time: a counter that every event of a history advances.
@@ -145,7 +146,7 @@ impl Block {
             self.versions[0].seen_at = seen.seen_at.min(res);
             return true;
         }
-        if seen.unresolved {
+        if seen.unresolved && !is_broken(Oracle::SettledForgotten) {
             // The medium held several; now it is known which, and it stays.
             self.versions.retain(|v| !v.unresolved || v.write == write);
             if let Some(v) = self.versions.iter_mut().find(|v| v.write == write) {
@@ -171,18 +172,23 @@ impl Block {
 
     /// Whether a read from `inv` to `res` may have seen `seen`, one of the versions.
     fn shows(&self, seen: &Version, inv: Clock, res: Clock, order: Order) -> bool {
-        if seen.inv >= res || seen.stale_at < inv {
+        if seen.inv >= res || (seen.stale_at < inv && !is_broken(Oracle::StaleAllowed)) {
             return false;
         }
         // In order of submission a read sees nothing that was submitted after it, and nothing that a write submitted
         // between the two has replaced.
         let replaced = |w: &Version| !w.failed && w.inv > seen.inv && w.inv < inv;
-        order != Order::Submission || (seen.inv <= inv && !self.versions.iter().any(replaced))
+        order != Order::Submission
+            || is_broken(Oracle::OrderIgnored)
+            || (seen.inv <= inv && !self.versions.iter().any(replaced))
     }
 
     /// Whether a read from `inv` to `res` may have seen zeros; `initial` if there were zeros in the beginning. Learns
     /// from it as far as it is clear whose zeros they were.
     pub fn read_zeros(&mut self, initial: bool, inv: Clock, res: Clock, order: Order) -> bool {
+        if is_broken(Oracle::ZerosAnywhere) {
+            return true;
+        }
         let shown = |v: &&Version| v.is_zero(initial) && self.shows(v, inv, res, order);
         let candidates: SmallVec<[Version; 4]> = self.versions.iter().filter(shown).copied().collect();
         match &candidates[..] {
@@ -206,6 +212,9 @@ impl Block {
     /// A flush that was submitted at `flush_inv` succeeded: writes answered before are durable.
     /// Gives whether something is still not durable.
     pub fn flushed(&mut self, flush_inv: Clock, oldest_read: Clock, order: Order) -> bool {
+        if is_broken(Oracle::FlushForgotten) {
+            return self.versions.len() > 1;
+        }
         // The latest submission among durable writes hides whatever comes before it.
         let durable = self.versions.iter().filter(|w| !w.failed && w.res < flush_inv);
         let Some(latest) = durable.max_by_key(|w| w.inv).copied() else { return self.versions.len() > 1 };

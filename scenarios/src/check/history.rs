@@ -5,6 +5,7 @@
 
 use super::Invariant;
 use super::frontier::{Block, Clock, Order};
+use super::oracle::{Oracle, is_broken};
 use crate::tag::{Found, Tag};
 use kernel_model::PageMap;
 use tap_host::{SECTOR_BYTES, SectorRange};
@@ -104,6 +105,7 @@ pub struct BlockHistory {
     full: bool,
     size_sectors: u64,
     order: Order,
+    was_cut: bool,
     flushes: u64,
     /// What the last flush settled.
     settled: Vec<SectorRange>,
@@ -125,6 +127,7 @@ impl BlockHistory {
             full,
             size_sectors,
             order: Order::Submission,
+            was_cut: false,
             flushes: 0,
             settled: Vec::new(),
         }
@@ -246,6 +249,9 @@ impl BlockHistory {
     pub fn check_read(&mut self, inv: Clock, range: SectorRange, bytes: &[u8]) -> Result<(), Wrong> {
         self.end_read(inv);
         let res = self.tick();
+        if self.was_cut && is_broken(Oracle::ReadsAfterCut) {
+            return Ok(());
+        }
         let mut at = 0;
         while at < u64::from(range.count) {
             let sector = range.start.0 + at;
@@ -310,7 +316,11 @@ impl BlockHistory {
     fn seen(&self, sector: u64, bytes: &[u8]) -> Result<Seen, Wrong> {
         let found = Tag::find(bytes, self.full);
         match found {
-            Found::Tag(t) if t.writer == self.writer && t.sector == sector && t.op < self.next_write => {
+            Found::Tag(t)
+                if (t.writer == self.writer || is_broken(Oracle::WriterIgnored))
+                    && (t.sector == sector || is_broken(Oracle::PlaceIgnored))
+                    && t.op < self.next_write =>
+            {
                 return Ok(Seen::Write(t.op));
             }
             Found::Zero if matches!(self.initial, Initial::Zero) => return Ok(Seen::Zeros { initial: true }),
@@ -366,7 +376,7 @@ impl BlockHistory {
             Seen::Write(write) => block.may_survive(write),
             Seen::Zeros { initial } => block.zeros_may_survive(initial),
         };
-        if may {
+        if may || is_broken(Oracle::SurvivorsIgnored) {
             return Ok(());
         }
         let text = format!("sector {sector} holds {seen}, but may hold {}", block.describe_survivors());
@@ -401,6 +411,7 @@ impl BlockHistory {
     /// The power was cut, and with it everything that ran.
     pub fn power_cut(&mut self) {
         let now = self.tick();
+        self.was_cut = true;
         self.running.clear();
         self.reads.clear();
         for cell in &self.dirty {

@@ -3,6 +3,7 @@
 mod frontier;
 mod history;
 mod invariant;
+pub mod oracle;
 pub mod shipped;
 mod verdict;
 pub mod walker;
@@ -10,4 +11,5 @@ pub mod walker;
 pub use frontier::{Block, Clock, NEVER, Order, Version};
 pub use history::{BlockHistory, Initial, WriteId, Wrong};
 pub use invariant::Invariant;
+pub use oracle::Oracle;
 pub use verdict::{Failure, Verdict};

@@ -210,7 +210,7 @@ pub(crate) struct FileArgs {
 /// `bugs`
 #[derive(Args, Debug, Clone)]
 pub(crate) struct BugsArgs {
-    /// Seeded bugs [default: all, and the canary]
+    /// Seeded bugs [default: all, and the canary]; with --oracles, broken oracles
     pub bugs: Vec<String>,
     /// Seeds that are tried at most, per bug
     #[arg(long, default_value_t = 2000, value_name = "N")]
@@ -221,6 +221,9 @@ pub(crate) struct BugsArgs {
     /// Only those whose run in SAVED is missing or does not show them any more
     #[arg(long)]
     pub stale: bool,
+    /// Breaks each checker in turn instead: a saved run or a test must notice
+    #[arg(long, conflicts_with_all = ["save", "stale"])]
+    pub oracles: bool,
     /// The folder of saved runs
     #[arg(long, value_name = "DIR", default_value = "scenarios/regressions")]
     pub saved: PathBuf,

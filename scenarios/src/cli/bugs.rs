@@ -26,6 +26,9 @@ struct JsonBug {
 
 /// `tapsim bugs`
 pub(crate) fn bugs_command(common: &Common, args: &BugsArgs) -> Result<Exit, Stop> {
+    if args.oracles {
+        return super::oracles::oracles_command(common, args);
+    }
     let mut quarries: Vec<Quarry> = if args.bugs.is_empty() { Quarry::all().collect() } else { Vec::new() };
     for name in &args.bugs {
         quarries.push(if name == "canary" { Quarry::Canary } else { Quarry::Bug(bug(name)?) });

@@ -12,6 +12,7 @@ pub use lying::{LyingServer, NBD_LIE, NBD_SHAPE, describe_nbd_lie};
 pub use nbd::{NBD_TRICK, NbdScript, RawNbd, Spread, describe_nbd_trick};
 pub use ring::RingDisk;
 
+use crate::check::oracle::{Oracle, is_broken};
 use crate::check::{BlockHistory, Invariant};
 use crate::workload::Op;
 use crate::world::World;
@@ -173,7 +174,7 @@ impl<D: GuestDisk> Guest<D> {
             self.world.count(|s| s.requests += 1);
             let Err(error) = result else { return };
             self.world.count(|s| s.errors += 1);
-            if !self.manners.get().errors_allowed {
+            if !self.manners.get().errors_allowed && !is_broken(Oracle::ErrorsIgnored) {
                 self.world
                     .fail(Invariant::E4, format!("{op} failed with {error:?} although nothing below it did"));
                 return;
