@@ -260,7 +260,6 @@ pub fn run_recorded(spec: &RunSpec, trace: TraceLevel) -> Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sweep::{SweepSpec, sweep};
 
     static PANICS: Scenario = Scenario {
         name: "panics",
@@ -316,45 +315,5 @@ mod tests {
         let failure = run(&RunSpec::new(&FALLS_AT_THE_END, 0)).failure.unwrap();
         assert!(failure.detail.starts_with("a broken promise"), "{}", failure.detail);
         assert!(run(&RunSpec::new(catalog::ALL[0], 0)).failure.is_none(), "the next run is none the worse");
-    }
-
-    static FALLS_TWICE: Scenario = Scenario {
-        name: "falls-twice",
-        about: "a panic meets another one in a destructor, in every fourth seed",
-        storage: |_| StorageConfig::default(),
-        body: |w| {
-            Box::pin(async move {
-                let falls = w.setting("falls", &[false, false, false, true]);
-                w.sim.spawn("task", 0, async move {
-                    let _falls = falls.then(|| Falls);
-                    assert!(!falls, "a broken promise");
-                });
-                w.sim.sleep_ns(1).await;
-            })
-        },
-    };
-
-    #[test]
-    fn a_panic_that_meets_another_is_a_finding_and_the_sweep_goes_on() {
-        for guarded in [false, true] {
-            let spec = SweepSpec {
-                scenarios: vec![&FALLS_TWICE, catalog::ALL[0]],
-                seeds: 0..40,
-                shares: None,
-                options: RunOptions::default(),
-                jobs: 2,
-                guarded,
-                first_only: false,
-            };
-            let report = sweep(&spec, |_, _| true);
-            let (falls, other) = (&report.scenarios[0].1, &report.scenarios[1].1);
-            assert_eq!((falls.passed + falls.failed, other.passed), (40, 40));
-            assert!(falls.failed > 2 && falls.passed > 20, "{falls:?}");
-            let (_, first) = &falls.failures[0];
-            assert_eq!(first.invariant, Invariant::A1);
-            assert!(
-                first.detail.contains("a broken promise") && first.detail.contains("a broken destructor")
-            );
-        }
     }
 }

@@ -19,11 +19,14 @@
 //! bugs` shows.) A run that once found a real bug is kept there too: without a bug it must pass. A file can say what must
 //! come out of it with a line `option expect=pass` or `option expect=fail`.
 
+use kernel_model::StorageConfig;
 use libtest_mimic::{Arguments, Failed, Trial};
 use scenarios::catalog;
 use scenarios::cli::{load_run, revision, seeds_or_one};
 use scenarios::hunt::{Quarry, Unexpected, check_saved};
 use scenarios::run::{Outcome, RunSpec, Scenario, prepare, run, run_recorded, shrink_run};
+use scenarios::sweep::SweepSpec;
+use scenarios::world::RunOptions;
 use sim::{Source, TraceLevel, guard};
 use std::fmt::Write as _;
 use std::ops::Range;
@@ -127,6 +130,7 @@ fn trials(env: impl Fn(&str) -> Option<String>) -> Result<Vec<Trial>, String> {
         trials.push(Trial::test(format!("determinism::{}", scenario.name), move || deterministic(scenario)));
     }
     trials.push(Trial::test("environment", environment));
+    trials.push(Trial::test("panics", panics));
     Ok(trials)
 }
 
@@ -256,6 +260,53 @@ fn deterministic(scenario: &'static Scenario) -> Result<(), Failed> {
                 format!("seed {seed}: the trace differs when it is replayed from its decisions").into()
             );
         }
+    }
+    Ok(())
+}
+
+struct Falls;
+impl Drop for Falls {
+    fn drop(&mut self) {
+        panic!("a broken destructor");
+    }
+}
+
+static FALLS_TWICE: Scenario = Scenario {
+    name: "falls-twice",
+    about: "a panic meets another one in a destructor, in every fourth seed",
+    storage: |_| StorageConfig::default(),
+    body: |w| {
+        Box::pin(async move {
+            let falls = w.setting("falls", &[false, false, false, true]);
+            w.sim.spawn("task", 0, async move {
+                let _falls = falls.then(|| Falls);
+                assert!(!falls, "a broken promise");
+            });
+            w.sim.sleep_ns(1).await;
+        })
+    },
+};
+
+/// A panic that meets another is a finding, and the sweep goes on. Not a test of the library: the threads that are given
+/// up keep the hook of panics, which the usual harness wants back at its end.
+fn panics() -> Result<(), Failed> {
+    for guarded in [false, true] {
+        let spec = SweepSpec {
+            scenarios: vec![&FALLS_TWICE, catalog::ALL[0]],
+            seeds: 0..40,
+            shares: None,
+            options: RunOptions::default(),
+            jobs: 2,
+            guarded,
+            first_only: false,
+        };
+        let report = scenarios::sweep::sweep(&spec, |_, _| true);
+        let (falls, other) = (&report.scenarios[0].1, &report.scenarios[1].1);
+        assert_eq!((falls.passed + falls.failed, other.passed), (40, 40));
+        assert!(falls.failed > 2 && falls.passed > 20, "{falls:?}");
+        let (_, first) = &falls.failures[0];
+        assert_eq!(first.invariant.to_string(), "A1");
+        assert!(first.detail.contains("a broken promise") && first.detail.contains("a broken destructor"));
     }
     Ok(())
 }
