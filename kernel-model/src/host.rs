@@ -57,6 +57,9 @@ impl Entropy for SimHost {
 }
 
 impl Probe for SimHost {
+    fn work(&self, units: u64) {
+        self.process.work(units);
+    }
     fn bug(&self, bug: Bug) -> bool {
         self.process.bug(bug)
     }

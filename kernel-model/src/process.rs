@@ -30,11 +30,51 @@ struct KernelInner {
     storage: Storage,
     bugs: RefCell<Vec<Bug>>,
     marks: [Cell<u64>; Mark::ALL.len()],
+    load: Load,
     entropy: Cell<u64>,
     network: Network,
 }
 
+/// What processes do at once.
+#[derive(Default)]
+struct Load {
+    /// The turn that counts now, and its work so far.
+    turn: Cell<u64>,
+    work: Cell<u64>,
+    most_work: Cell<u64>,
+    /// File operations whose futures are alive and started.
+    running: Cell<u64>,
+    most_running: Cell<u64>,
+}
+
+impl Load {
+    fn add(&self, turn: u64, units: u64) {
+        let before = if self.turn.replace(turn) == turn { self.work.get() } else { 0 };
+        self.work.set(before + units);
+        self.most_work.set(self.most_work.get().max(before + units));
+    }
+
+    fn start(&self) {
+        self.running.set(self.running.get() + 1);
+        self.most_running.set(self.most_running.get().max(self.running.get()));
+    }
+
+    fn end(&self) {
+        self.running.set(self.running.get() - 1);
+    }
+}
+
 impl Kernel {
+    /// The most work that was counted in one turn of a task ([`Probe::work`]).
+    pub fn most_work(&self) -> u64 {
+        self.0.load.most_work.get()
+    }
+
+    /// The most file operations that were awaited at one time.
+    pub fn most_running(&self) -> u64 {
+        self.0.load.most_running.get()
+    }
+
     /// A kernel above `storage`.
     pub fn new(sim: &Sim, storage: &Storage) -> Self {
         Self(Rc::new(KernelInner {
@@ -42,6 +82,7 @@ impl Kernel {
             storage: storage.clone(),
             bugs: RefCell::default(),
             marks: [const { Cell::new(0) }; Mark::ALL.len()],
+            load: Load::default(),
             entropy: Cell::new(sim.swarm().seed()),
             network: Network::default(),
         }))
@@ -173,6 +214,9 @@ impl Probe for Process {
         let bugs = self.kernel.0.bugs.borrow();
         !bugs.is_empty() && bugs.contains(&bug)
     }
+    fn work(&self, units: u64) {
+        self.kernel.0.load.add(self.kernel.0.sim.turns(), units);
+    }
     fn mark(&self, mark: Mark) {
         let count = &self.kernel.0.marks[mark as usize];
         count.set(count.get() + 1);
@@ -245,12 +289,14 @@ impl Future for Io {
             }
             let storage = &this.file.process.kernel.0.storage.0;
             this.state = IoState::Running(storage.start(op, &this.file.open, offset, len, bufs));
+            this.file.process.kernel.0.load.start();
         }
         match this.state {
             IoState::Running(index) => {
                 let result = this.file.process.kernel.0.storage.0.poll(index, cx.waker());
                 if result.is_ready() {
                     this.state = IoState::Done;
+                    this.file.process.kernel.0.load.end();
                 }
                 result
             }
@@ -263,6 +309,7 @@ impl Drop for Io {
     fn drop(&mut self) {
         if let IoState::Running(index) = self.state {
             self.file.process.kernel.0.storage.0.abandon(index);
+            self.file.process.kernel.0.load.end();
         }
     }
 }

@@ -57,6 +57,8 @@ impl StackLimits {
 pub struct Stack {
     /// The top.
     pub vbd: Rc<Vbd<SimHost>>,
+    /// What its memory is taken of.
+    pub memory: Budget,
     /// Below it.
     pub scheduler: Rc<Scheduler<SimHost>>,
 }
@@ -79,6 +81,7 @@ impl Stack {
             backing: BackingPolicy::any(ImageFormat::Probe),
             memory: limits.budget(),
         };
+        let memory = options.memory.clone();
         let image = open_image(host, spec, &options).await?;
         let scheduler = Rc::new(Scheduler::new(host.clone(), image, limits.scheduler));
         let report = Rc::downgrade(&scheduler);
@@ -87,7 +90,7 @@ impl Stack {
             lines.iter().map(|line| line.to_string()).collect()
         });
         let vbd = Rc::new(Vbd::new(host.clone(), VbdId(51712), Rc::clone(&scheduler) as Rc<dyn Node>));
-        Ok(Self { vbd, scheduler })
+        Ok(Self { vbd, memory, scheduler })
     }
 
     /// The top as a node.

@@ -41,6 +41,8 @@ pub struct Budget(Rc<Shared>);
 pub struct BudgetFigures {
     /// In use now, guarantees and what is kept for reuse included.
     pub used_bytes: usize,
+    /// Of it, what is kept for reuse and makes room for anything else.
+    pub kept_bytes: usize,
     /// The most that was in use at one time.
     pub peak_bytes: usize,
     /// The limit.
@@ -120,6 +122,7 @@ impl Budget {
     pub fn figures(&self) -> BudgetFigures {
         BudgetFigures {
             used_bytes: self.0.held.get() + self.0.kept.borrow().bytes(),
+            kept_bytes: self.0.kept.borrow().bytes(),
             peak_bytes: self.0.peak.get(),
             limit_bytes: self.limit(),
         }

@@ -42,6 +42,9 @@ list! {
         FlushBesideFailedZeros = "a flush that ran beside zeros that failed is taken as good",
         FailedZerosLeft = "zeros that failed leave the range as the host left it",
         ZeroesSkippedBelow = "zeros over a backing file are left out where nothing is mapped above it",
+        ZeroesUnyielding = "a request of zeros looks at all of its tables in one turn",
+        MemoryForgotten = "the memory that a mapping in doubt would need is not given back when it is not needed",
+        PiecesUnbounded = "all pieces of a scattered read are asked for at once",
         MergedErrorLost = "the error of a merged request reaches only its head",
         ShortTransfer = "a short transfer is taken as complete",
         ResponseTwice = "a request that ended while the ring was reconnecting is answered twice",
@@ -116,6 +119,11 @@ pub trait Probe: Clone + 'static {
     fn bug(&self, bug: Bug) -> bool {
         let _ = bug;
         false
+    }
+    /// Counts `units` of work that grows with what is asked or stored: table entries looked at, claims compared. What a
+    /// turn does of it is bounded.
+    fn work(&self, units: u64) {
+        let _ = units;
     }
     /// Counts that `mark` was reached.
     fn mark(&self, mark: Mark) {

@@ -4,6 +4,7 @@ pub mod crash;
 pub mod damage;
 pub mod nbd;
 pub mod ring;
+pub mod scale;
 pub mod setup;
 pub mod toolstack;
 
@@ -30,6 +31,7 @@ pub static ALL: &[&Scenario] = &[
     &toolstack::GUEST_DESTROYED,
     &toolstack::HOT_PLUG,
     &damage::DAMAGED_IMAGE,
+    &scale::QCOW_SCALE,
     &nbd::NBD_SPLIT_READS,
     &nbd::NBD_CLIENT_DIES,
     &nbd::NBD_SLOW_CLIENT,
@@ -92,6 +94,7 @@ pub static LABELS: &[&Label] = &[
     &guest::NBD_TRICK,
     &guest::NBD_SHAPE,
     &guest::NBD_LIE,
+    &scale::LARGE,
     &nbd::CLIENT_DIES,
     &nbd::CROWD,
     &damage::DAMAGE,

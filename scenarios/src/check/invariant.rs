@@ -45,13 +45,19 @@ pub enum Invariant {
     N2,
     /// The shipped check agrees with the walker.
     V1,
+    /// Work of a turn, operations at once.
+    M1,
+    /// Work of the order of requests.
+    M2,
+    /// Memory.
+    M3,
     /// No panic.
     A1,
 }
 
 impl Invariant {
     /// All of them.
-    pub const ALL: [Invariant; 22] = [
+    pub const ALL: [Invariant; 25] = [
         Self::G1,
         Self::G7,
         Self::G9,
@@ -73,6 +79,9 @@ impl Invariant {
         Self::N1,
         Self::N2,
         Self::V1,
+        Self::M1,
+        Self::M2,
+        Self::M3,
         Self::A1,
     ];
 
@@ -104,6 +113,9 @@ impl Invariant {
             Self::N1 => "an NBD connection breaks only where one of its ends dies or misbehaves",
             Self::N2 => "every answer of an NBD server keeps to the protocol and is true of its disk",
             Self::V1 => "the shipped check and the independent walker agree on every image",
+            Self::M1 => "one turn does, and one request has running, no more than a fixed amount",
+            Self::M2 => "the order of requests costs no more than each of them once for each in flight",
+            Self::M3 => "a disk that is closed holds no memory of the budget",
             Self::A1 => "no input makes the stack panic",
         }
     }

@@ -121,6 +121,11 @@ impl<H: Time + Tasks + Log + Probe> Scheduler<H> {
         }))
     }
 
+    /// Work of the order of requests so far: claims compared and dependencies made.
+    pub fn order_steps(&self) -> u64 {
+        self.0.tracker.steps()
+    }
+
     /// Counters.
     pub fn stats(&self) -> SchedulerStats {
         *self.0.stats.borrow()
@@ -185,10 +190,12 @@ impl<H: Time + Tasks + Log + Probe> Inner<H> {
             Op::Read | Op::Flush => ("read", Access::Shared),
         };
         let start = request.range.start.0;
+        let steps = self.tracker.steps();
         let ticket = self.tracker.ticket(name, start);
         ticket
             .claim(Space::Sectors, start..start + u64::from(request.range.count), access)
             .expect("nobody waits for a ticket that is new");
+        self.host.work(self.tracker.steps() - steps);
         ticket
     }
 

@@ -10,7 +10,7 @@ use futures_util::future::join_all;
 use smallvec::SmallVec;
 use std::collections::VecDeque;
 use tap_core::{Op, Request, Response};
-use tap_host::{Errno, IoVec, SECTOR_BYTES, SectorRange, Share, copy_from_slice};
+use tap_host::{Bug, Errno, IoVec, SECTOR_BYTES, SectorRange, Share, copy_from_slice};
 
 /// Where bytes of the disk come from.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -122,7 +122,7 @@ impl<H: ImageHost> Image<H> {
                 Some(table) => self.map(&table, start, len, &mut pieces),
                 None => self.unmapped(start, len, &mut pieces),
             }
-            if pieces.len() >= MAX_PIECES {
+            if pieces.len() >= MAX_PIECES && !self.host.bug(Bug::PiecesUnbounded) {
                 break;
             }
         }
@@ -135,7 +135,8 @@ impl<H: ImageHost> Image<H> {
         let cluster_bytes = self.geometry.cluster_bytes();
         let end = start + len as u64;
         let mut at = start;
-        while at < end && pieces.len() < MAX_PIECES {
+        let most = if self.host.bug(Bug::PiecesUnbounded) { usize::MAX } else { MAX_PIECES };
+        while at < end && pieces.len() < most {
             let within = at % cluster_bytes;
             let len = (cluster_bytes - within).min(end - at) as usize;
             let index = self.split(self.cluster(at)).1;
@@ -146,6 +147,7 @@ impl<H: ImageHost> Image<H> {
             }
             at += len as u64;
         }
+        self.host.work((at - start).div_ceil(cluster_bytes));
     }
 
     fn unmapped(&self, start: u64, len: usize, pieces: &mut Pieces) {

@@ -130,10 +130,12 @@ impl<H: ImageHost> Image<H> {
     /// Between two looks others have their turn.
     async fn runs(&self, rest: &mut Rest) -> Result<Option<Vec<Run>>, Errno> {
         while let Some((index, start, len)) = self.by_table(rest.at, rest.end - rest.at).next() {
-            if rest.looks > 0 && (rest.looks.is_multiple_of(EMPTY_LOOKS) || !rest.was_empty) {
+            let unyielding = self.host.bug(Bug::ZeroesUnyielding);
+            if !unyielding && rest.looks > 0 && (rest.looks.is_multiple_of(EMPTY_LOOKS) || !rest.was_empty) {
                 self.host.yield_now().await;
             }
             rest.looks += 1;
+            self.host.work(1);
             let table = self.table(index).await?;
             let end = start + len as u64;
             rest.was_empty = table.is_none() && !self.backing_shows(start) && !self.any_doubt(start, end);
@@ -173,6 +175,7 @@ impl<H: ImageHost> Image<H> {
             }
             at += len;
         }
+        self.host.work((at - start).div_ceil(cluster_bytes));
         Ok((runs, at))
     }
 

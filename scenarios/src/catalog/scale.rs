@@ -1,0 +1,141 @@
+//! Size: large requests, images whose clusters are nowhere neighbours, sizes that are no multiple of anything, many
+//! requests for one block. What that costs is an invariant like any other.
+//!
+//! ```text
+//!   write clusters backwards ─► large reads, zeros, discards ┐
+//!                               writes of one block          ├─ at once ─► read all, close, count
+//!                               small reads at the end       ┘
+//! ```
+
+use super::setup::Setup;
+use crate::check::Invariant;
+use crate::guest::{DirectDisk, Guest, Manners};
+use crate::run::Scenario;
+use crate::stack::{Stack, StackLimits};
+use crate::workload::Op;
+use crate::world::World;
+use kernel_model::faults::FaultPlan;
+use kernel_model::{SimHost, StorageConfig};
+use sim::{Entity, Label};
+use std::rc::Rc;
+use tap_core::{Node, ZeroFlags};
+use tap_host::{IoKind, SectorRange};
+
+/// What a large request does; 0 is none.
+pub static LARGE: Label = Label::new(
+    "large",
+    "large request {n} has form {}: 1 a read, 2 zeros, 3 zeros whose space may go, 4 a discard, 5 zeros if fast",
+);
+
+/// Large requests, at most.
+const LARGE_REQUESTS: u32 = 4;
+/// The largest read, in sectors.
+const READ_SECTORS: u64 = 1024;
+/// The last sectors, which no large request touches.
+const TAIL_SECTORS: u64 = 16;
+/// Most work in one turn: one table of the largest kind that the images here have, twice.
+const WORK_PER_TURN: u64 = 2 * 4096;
+/// Most file operations of one large request at one time: its pieces, and what they need besides.
+const OPERATIONS_PER_REQUEST: u64 = 70;
+
+/// qcow in small clusters, large requests.
+pub static QCOW_SCALE: Scenario = Scenario {
+    name: "qcow-scale",
+    about: "large requests on a qcow image that is scattered over its file, beside many for one block; costs are bounded",
+    storage: |_| StorageConfig {
+        faults: FaultPlan { short: true, ..FaultPlan::LATENCY },
+        ..StorageConfig::default()
+    },
+    body: |world| Box::pin(scale(world)),
+};
+
+async fn scale(world: World) {
+    let size_bytes = world.setting("scale-size", &[(6 << 20) + 1536, (1 << 20) + 512, 3 << 20]);
+    let l2_bits = world.setting("scale-l2-bits", &[12, 6, 9]);
+    let setup = Setup::qcow_of(&world, 0, size_bytes, false, 9, l2_bits);
+    let limits = StackLimits::draw(&world);
+    let host = SimHost::start(&world.kernel, &world.xen, "tapdisk", 0);
+    let stack = match Stack::open(&host, &world, &setup.spec, &limits).await {
+        Ok(stack) => stack,
+        Err(error) => return world.fail(Invariant::G11, format!("failed to open the image: {error}")),
+    };
+    let manners = Manners { retries: 0, errors_allowed: false, reads: Invariant::G1 };
+    let disk = DirectDisk::new(stack.node(), limits.pool_bytes.max(4 << 20));
+    let guest = Guest::new(&world, disk, Rc::clone(&setup.history), manners);
+    guest.run(&scattered(&world, setup.size_sectors, l2_bits), 1).await;
+    let ops = at_once(&world, setup.size_sectors);
+    guest.run(&ops, usize::MAX).await;
+    check_costs(&world, &stack, &ops);
+    world.sim.stop_faults();
+    if let Err(error) = guest.read_all().await {
+        return world.fail(Invariant::L1, format!("reading the disk failed with {error:?}"));
+    }
+    if let Err(error) = stack.vbd.close().await {
+        return world.fail(Invariant::L1, format!("closing failed with {error:?}"));
+    }
+    let memory = stack.memory.clone();
+    drop((stack, guest));
+    let figures = memory.figures();
+    if figures.used_bytes > figures.kept_bytes {
+        world.fail(Invariant::M3, format!("the disk is closed, and its memory is {figures:?}"));
+    }
+    setup.check(&world, "at the end").await;
+}
+
+/// Writes that leave neighbours of the disk apart in the file, and one for each of the first tables.
+fn scattered(world: &World, size_sectors: u64, l2_bits: u32) -> Vec<Option<Op>> {
+    let count = world.setting("scattered", &[300, 0, 40]);
+    let spans = (0..8).map(|table| table << l2_bits).filter(|at| at + TAIL_SECTORS < size_sectors);
+    let backwards = (1..=count).rev();
+    let write = |at| Some(Op::new(IoKind::Write, SectorRange::new(at, 1)));
+    spans.chain(backwards).map(write).collect()
+}
+
+/// Large requests, many of one block, and small ones.
+fn at_once(world: &World, size_sectors: u64) -> Vec<Option<Op>> {
+    let body = size_sectors - TAIL_SECTORS;
+    let mut ops: Vec<Option<Op>> = (0..LARGE_REQUESTS)
+        .map(|i| {
+            let form = world.sim.decide(Entity::WORLD.child("large", 0), &LARGE, i, |d| d.below(6));
+            let all = SectorRange::new(0, body as u32);
+            let zeroes =
+                |unmap, fast| Op { zeroes: ZeroFlags { unmap, fast }, ..Op::new(IoKind::WriteZeroes, all) };
+            match form {
+                1 => Some(Op::new(IoKind::Read, SectorRange::new(0, READ_SECTORS.min(body) as u32))),
+                2 => Some(zeroes(false, false)),
+                3 => Some(zeroes(true, false)),
+                4 => Some(Op::new(IoKind::Discard, all)),
+                5 => Some(zeroes(true, true)),
+                _ => None,
+            }
+        })
+        .collect();
+    let crowd = world.setting("one-block", &[0, 64, 12]);
+    let block = SectorRange::new(body, 8);
+    ops.extend((0..crowd).map(|_| Some(Op::new(IoKind::Write, block))));
+    ops.extend((0..4).map(|i| Some(Op::new(IoKind::Read, SectorRange::new(body + 8 + i, 1)))));
+    ops
+}
+
+fn check_costs(world: &World, stack: &Stack, ops: &[Option<Op>]) {
+    let work = world.kernel.most_work();
+    if work > WORK_PER_TURN {
+        world.fail(Invariant::M1, format!("one turn did {work} units of work"));
+    }
+    let requests = ops.iter().flatten().count() as u64;
+    let large = ops[..LARGE_REQUESTS as usize].iter().flatten().count() as u64;
+    let (running, most) =
+        (world.kernel.most_running(), (large.max(1)) * OPERATIONS_PER_REQUEST + requests - large);
+    if running > most {
+        let text =
+            format!("{running} file operations ran at once for {requests} requests, {large} of them large");
+        world.fail(Invariant::M1, text);
+    }
+    let stats = stack.stats();
+    let answered = stats.reads + stats.writes + stats.zeroes + stats.discards;
+    let (steps, most) = (stack.scheduler.order_steps(), answered * (3 * requests + 8));
+    if steps > most {
+        let text = format!("the order of {answered} requests took {steps} steps, {requests} of them at once");
+        world.fail(Invariant::M2, text);
+    }
+}
