@@ -12,8 +12,9 @@ use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 use tap_host::{
     Bug, Entropy, Errno, Event, File, FileExtent, FileId, FileInfo, Files, IoVec, LockKind, Log, Mark,
-    OpenMode, Probe, Signals, Tasks, Time, ZeroMode, bytes_of,
+    OpenMode, Probe, SharedPages, Signals, Tasks, Time, ZeroMode, bytes_of,
 };
+use xen_model::Mapping;
 
 /// Alignment in bytes that O_DIRECT asks for.
 pub const DIRECT_ALIGN_BYTES: u32 = 512;
@@ -140,6 +141,10 @@ impl Process {
         &self.kernel.0.sim
     }
 
+    pub(crate) fn power_cuts(&self) -> u32 {
+        self.kernel.0.storage.0.power_cuts()
+    }
+
     pub(crate) fn network(&self) -> &Network {
         &self.kernel.0.network
     }
@@ -221,6 +226,19 @@ impl Probe for Process {
         let count = &self.kernel.0.marks[mark as usize];
         count.set(count.get() + 1);
     }
+}
+
+/// A process without Xen has no pages that outlive it, as on a host whose run folder cannot be used;
+/// [`crate::SimHost`] has.
+impl SharedPages for Process {
+    type Region = Mapping;
+    fn region(&self, _: &str) -> Result<Mapping, Errno> {
+        Err(Errno::ENODEV)
+    }
+    fn boot_id(&self) -> Result<[u8; 16], Errno> {
+        Err(Errno::ENODEV)
+    }
+    fn remove_region(&self, _: &str) {}
 }
 
 impl Files for Process {
@@ -401,6 +419,14 @@ impl File for ProcessFile {
         async move { io.await.0.map(|_| ()) }
     }
 
+    fn file_system_lost(&self) -> impl Future<Output = Result<bool, Errno>> + 'static {
+        let file = self.clone();
+        async move {
+            file.process.alive().await;
+            Ok(file.process.kernel.0.storage.0.lost(&file.open))
+        }
+    }
+
     fn extent_at(&self, offset: u64) -> impl Future<Output = Result<Option<FileExtent>, Errno>> + 'static {
         let file = self.clone();
         async move {
@@ -418,7 +444,7 @@ impl File for ProcessFile {
             align_bytes: self.align(),
             direct: self.open.direct,
             block_device: false,
-            id: FileId { device: 1, inode: self.open.file.number() },
+            id: FileId { device: 1, inode: self.open.file.number(), generation: self.open.file.born },
         })
     }
 

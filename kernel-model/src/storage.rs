@@ -83,6 +83,8 @@ pub(crate) struct FileState {
     /// (open file, kind).
     locks: RefCell<Vec<(u64, LockKind)>>,
     sync_latched: Cell<bool>,
+    /// Number of its creation: tells it from earlier files of that name.
+    pub(crate) born: u64,
 }
 
 impl FileState {
@@ -98,6 +100,8 @@ pub(crate) struct OpenFile {
     pub(crate) file: Rc<FileState>,
     pub(crate) direct: bool,
     pub(crate) write: bool,
+    /// Losses of the file system that this one need not be told of.
+    losses_told: Cell<u64>,
 }
 
 impl Drop for OpenFile {
@@ -137,6 +141,10 @@ pub(crate) struct Inner {
     next_open: Cell<u64>,
     counts: Cell<IoCounts>,
     ops: Cell<u64>,
+    born: Cell<u64>,
+    /// Failed synchronisations of buffered files, and how many of them somebody was told of as losses.
+    losses: Cell<u64>,
+    losses_seen: Cell<u64>,
     power_cuts: Cell<u32>,
     stopped: Cell<bool>,
     calm: Cell<bool>,
@@ -163,6 +171,9 @@ impl Storage {
             next_open: Cell::new(1),
             counts: Cell::default(),
             ops: Cell::new(0),
+            born: Cell::new(0),
+            losses: Cell::new(0),
+            losses_seen: Cell::new(0),
             power_cuts: Cell::new(0),
             stopped: Cell::new(false),
             calm: Cell::new(false),
@@ -172,7 +183,7 @@ impl Storage {
 
     /// Puts a durable file in place, as if it had always been there.
     pub fn put(&self, name: &str, content: Content) {
-        self.0.files.borrow_mut().insert(name.into(), self.0.file(name, Inode::durable(content), true));
+        self.0.files.borrow_mut().insert(name.into(), self.0.new_file(name, Inode::durable(content), true));
     }
 
     /// As [`Storage::put`], from bytes.
@@ -238,7 +249,12 @@ impl Inner {
         self.config.borrow().zeroing
     }
 
-    fn file(&self, name: &str, inode: Inode, name_durable: bool) -> Rc<FileState> {
+    fn new_file(&self, name: &str, inode: Inode, name_durable: bool) -> Rc<FileState> {
+        let born = self.born.replace(self.born.get() + 1);
+        self.file(name, inode, name_durable, born)
+    }
+
+    fn file(&self, name: &str, inode: Inode, name_durable: bool, born: u64) -> Rc<FileState> {
         let entity = Entity::WORLD.child("file", text_hash(name));
         self.sim.name_entity(entity, || name.to_string());
         Rc::new(FileState {
@@ -248,6 +264,7 @@ impl Inner {
             name_durable: Cell::new(name_durable),
             locks: RefCell::default(),
             sync_latched: Cell::new(false),
+            born,
         })
     }
 
@@ -264,13 +281,16 @@ impl Inner {
             (Some(file), false) => file,
             (None, false) => return Err(Errno::ENOENT),
             (None, true) => {
-                let file = self.file(name, Inode::default(), false);
+                let file = self.new_file(name, Inode::default(), false);
                 self.files.borrow_mut().insert(name.into(), Rc::clone(&file));
                 file
             }
         };
         let id = self.next_open.replace(self.next_open.get() + 1);
-        Ok(Rc::new(OpenFile { id, file, direct, write }))
+        // As Linux samples: what nobody has been told yet is told to the next who opens a file.
+        let seen = self.losses_seen.get() == self.losses.get();
+        let losses_told = Cell::new(if seen { self.losses.get() } else { self.losses_seen.get() });
+        Ok(Rc::new(OpenFile { id, file, direct, write, losses_told }))
     }
 
     pub(crate) fn remove(&self, name: &str) -> Result<(), Errno> {
@@ -286,6 +306,17 @@ impl Inner {
             }
         }
         Ok(())
+    }
+
+    /// Whether anything buffered was given up that this open file has not been told of.
+    pub(crate) fn lost(&self, open: &OpenFile) -> bool {
+        let losses = self.losses.get();
+        self.losses_seen.set(losses);
+        open.losses_told.replace(losses) != losses
+    }
+
+    pub(crate) fn power_cuts(&self) -> u32 {
+        self.power_cuts.get()
     }
 
     pub(crate) fn lock(&self, open: &OpenFile, kind: LockKind) -> Result<(), Errno> {
@@ -526,6 +557,11 @@ impl Inner {
         if error == Errno::EINTR {
             return Err(error);
         }
+        if !running.open.direct {
+            self.losses.set(self.losses.get() + 1);
+        }
+        // Nobody can ask a drive what a flush did whose caller is dead: not in the fault model.
+        let mode = if running.open.direct && running.orphan { SyncErrors::Retryable } else { mode };
         let lost = |p: &Pending| {
             !(self.sim.decide(self.pending_entity(p), &SYNC_LOST, 0, |d| d.bits() & 0xff) as u8)
         };

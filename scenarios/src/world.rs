@@ -84,8 +84,10 @@ impl World {
     /// A world on `sim`.
     pub fn new(sim: &Sim, mut storage: StorageConfig, options: RunOptions) -> Self {
         storage.flush_lies |= options.canary;
-        let errors_allowed =
-            storage.faults.errors || storage.faults.no_space || storage.nth_failure.is_some();
+        let errors_allowed = storage.faults.errors
+            || storage.faults.no_space
+            || storage.faults.sync_errors
+            || storage.nth_failure.is_some();
         let storage = Storage::new(sim, storage);
         let kernel = Kernel::new(sim, &storage);
         if let Some(bug) = options.bug {

@@ -193,6 +193,13 @@ impl SharedPages for XenPort {
         Ok(Mapping::new(self.clone(), page, Origin::Region))
     }
 
+    fn boot_id(&self) -> Result<[u8; 16], Errno> {
+        let mut id = [0; 16];
+        id[0] = 1;
+        id[4..8].copy_from_slice(&self.0.xen.0.boots.get().to_le_bytes());
+        Ok(id)
+    }
+
     fn remove_region(&self, name: &str) {
         if self.0.node.step() {
             self.0.xen.0.regions.borrow_mut().remove(name);

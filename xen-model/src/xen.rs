@@ -89,6 +89,8 @@ pub(crate) struct Inner {
     /// Ports of dead processes that the kernel is about to close.
     dying: RefCell<BTreeSet<PortId>>,
     next_conn: Cell<u64>,
+    /// How often the host went down.
+    pub(crate) boots: Cell<u32>,
     notified: Cell<u32>,
 }
 
@@ -118,6 +120,7 @@ impl Xen {
             dying: RefCell::default(),
             next_conn: Cell::new(0),
             notified: Cell::new(0),
+            boots: Cell::new(0),
         }))
     }
 
@@ -162,6 +165,7 @@ impl Xen {
 
     /// Forgets named pages: the host went down.
     pub fn clear_regions(&self) {
+        self.0.boots.set(self.0.boots.get() + 1);
         self.0.regions.borrow_mut().clear();
     }
 

@@ -39,6 +39,7 @@ pub fn on_disks<H: FileHost>() -> Vec<Test<Place<H>>> {
         alignment_is_asked_for_as_information_says,
         a_second_descriptor_sees_writes_at_once,
         clones_share_the_file,
+        a_file_is_the_same_under_every_open,
         synchronising_succeeds_again_and_again,
     ]
 }
@@ -339,4 +340,19 @@ async fn synchronising_succeeds_again_and_again<H: FileHost>(place: Place<H>) ->
         file.sync_data().await.or_fail("synchronise what is durable")?;
     }
     same_bytes("the disk", &read(&file, 0, BLOCK).await?, &pattern(2, BLOCK))
+}
+
+async fn a_file_is_the_same_under_every_open<H: FileHost>(place: Place<H>) -> Outcome {
+    let one = place.create("a").await?;
+    let other = place.create("b").await?;
+    write(&one, 0, &pattern(1, BLOCK)).await?;
+    let again = place.open("a").await?;
+    let id = |file: &H::File| file.info().map(|info| info.id).or_fail("look");
+    same("the file, opened again", id(&again)?, id(&one)?)?;
+    holds("another file has another identity", id(&other)? != id(&one)?)?;
+    match one.file_system_lost().await {
+        // Where it cannot tell; and what others wrote may have been given up.
+        Err(Errno::EOPNOTSUPP) | Ok(_) => Ok(()),
+        Err(error) => Err(format!("asking for losses failed with {error}")),
+    }
 }

@@ -51,13 +51,15 @@ pub struct FileExtent {
     pub data: bool,
 }
 
-/// Which file it is, whatever it is called: no two files of a machine have the same at one time.
+/// Which file it is, whatever its name: the same for all who open it for as long as it exists, and no other file's.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct FileId {
-    /// The file system that it is in; of a block device the device itself.
+    /// The device that holds the file; for a block device itself.
     pub device: u64,
-    /// Its number there; of a block device 0.
+    /// The number of the file there; 0 for a block device.
     pub inode: u64,
+    /// Tells it from earlier ones with the same numbers, as far as the host can; 0 where it cannot.
+    pub generation: u64,
 }
 
 /// What holds for an open file.
@@ -144,6 +146,13 @@ pub trait File: Clone + 'static {
         len: u64,
         mode: ZeroMode,
     ) -> impl Future<Output = Result<(), Errno>> + 'static;
+    /// Whether the host gave up something that was written to the file system of this file, buffered. It tells once: an
+    /// error that was told to somebody who asked in this way is not told to who opens a file later. May take as long as
+    /// writing everything back.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` where it cannot tell (block devices; Linux before 5.8), else as syncfs(2).
+    fn file_system_lost(&self) -> impl Future<Output = Result<bool, Errno>> + 'static;
     /// The run of data or hole that byte `offset` is in, from there on; `None` at or past the end of the file. A file
     /// that does not know its holes is one run of data.
     ///

@@ -88,6 +88,11 @@ pub trait SharedPages: Clone + 'static {
     /// # Errors
     /// `ENOMEM`, `EACCES`.
     fn region(&self, name: &str) -> Result<Self::Region, Errno>;
+    /// The number of the host's boot: another one whenever it went down, the same for all its processes.
+    ///
+    /// # Errors
+    /// As the host's.
+    fn boot_id(&self) -> Result<[u8; 16], Errno>;
     /// Removes the name, if it exists.
     fn remove_region(&self, name: &str);
 }

@@ -26,12 +26,13 @@ const READ_PAUSE_NS: u64 = 1_000_000;
 
 /// An open, locked file.
 pub(crate) struct ImageFile<H: ImageHost> {
+    /// First, so that its record is put away before the lock goes with the file.
+    sync: GroupSync<H>,
     host: H,
     file: H::File,
     /// Size as it was when the file was opened; the rest does not change.
     pub(crate) info: FileInfo,
     tracker: Tracker,
-    sync: GroupSync,
     kept: KeptZeros,
     memory: FileStages,
 }
@@ -47,14 +48,14 @@ impl<H: ImageHost> ImageFile<H> {
     pub(crate) async fn open(host: &H, path: &str, write: bool, direct: bool) -> Result<Self, ImageError> {
         let mode = OpenMode { write, create_new: false, direct };
         let file = host.open(path, mode).await.map_err(ImageError::io("open", path))?;
-        Self::locked(host, path, file, write)
+        Self::locked(host, path, file, write).await
     }
 
     /// Creates and locks `path`, or locks and empties what is there. A block device keeps its bytes.
     pub(crate) async fn create(host: &H, path: &str, existing: bool) -> Result<Self, ImageError> {
         let mode = if existing { OpenMode::WRITE } else { OpenMode::CREATE };
         let file = host.open(path, mode).await.map_err(ImageError::io("create", path))?;
-        let mut file = Self::locked(host, path, file, true)?;
+        let mut file = Self::locked(host, path, file, true).await?;
         if existing && !file.info.block_device {
             file.set_size(0).await.map_err(ImageError::io("empty", path))?;
             file.info.size_bytes = 0;
@@ -62,7 +63,7 @@ impl<H: ImageHost> ImageFile<H> {
         Ok(file)
     }
 
-    fn locked(host: &H, path: &str, file: H::File, write: bool) -> Result<Self, ImageError> {
+    async fn locked(host: &H, path: &str, file: H::File, write: bool) -> Result<Self, ImageError> {
         let kind = if write { LockKind::Exclusive } else { LockKind::Shared };
         file.lock(kind).map_err(|error| match error {
             Errno::EAGAIN => ImageError::InUse { path: path.to_owned() },
@@ -71,12 +72,13 @@ impl<H: ImageHost> ImageFile<H> {
         let info = file.info().map_err(ImageError::io("look at", path))?;
         let info = FileInfo { align_bytes: info.align_bytes.max(1), ..info };
         let memory = FileStages::new(&Budget::default(), path, info.align_bytes as usize)?;
+        let sync = GroupSync::of(host, &file, &info, write).await;
         Ok(Self {
             host: host.clone(),
             file,
             info,
             tracker: Tracker::new(),
-            sync: GroupSync::new(),
+            sync,
             kept: KeptZeros::default(),
             memory,
         })

@@ -31,6 +31,7 @@ mod memory;
 pub mod qcow;
 pub mod raw;
 mod sync;
+mod sync_record;
 
 #[cfg(test)]
 mod testing;
@@ -43,11 +44,11 @@ pub use error::ImageError;
 pub use qcow::QcowLimits;
 
 use tap_core::{NodeInfo, Request};
-use tap_host::{Errno, Files, Log, Probe, Tasks, Time};
+use tap_host::{Errno, Files, Log, Probe, SharedPages, Tasks, Time};
 
 /// What images ask of a host.
-pub trait ImageHost: Files + Time + Tasks + Log + Probe {}
-impl<T: Files + Time + Tasks + Log + Probe> ImageHost for T {}
+pub trait ImageHost: Files + SharedPages + Time + Tasks + Log + Probe {}
+impl<T: Files + SharedPages + Time + Tasks + Log + Probe> ImageHost for T {}
 
 /// What every format asks of a request before it looks at it.
 fn check_request(request: &Request, info: NodeInfo) -> Result<(), Errno> {

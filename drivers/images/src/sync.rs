@@ -7,12 +7,13 @@
 //! ```
 
 use crate::ImageHost;
+use crate::sync_record::SyncRecord;
 use std::cell::Cell;
 use tap_core::wait::Semaphore;
-use tap_host::{Bug, Errno, File, Mark};
+use tap_host::{Bug, Errno, File, FileInfo, Mark};
 
 /// Shares synchronisations of one file, and remembers failed ones.
-pub(crate) struct GroupSync {
+pub(crate) struct GroupSync<H: ImageHost> {
     turn: Semaphore,
     /// Number of the last one that was started.
     started: Cell<u64>,
@@ -20,6 +21,8 @@ pub(crate) struct GroupSync {
     ended: Cell<(u64, Result<(), Errno>)>,
     /// A failure was reported, see [`loses`]: the answer to every later synchronisation as well.
     lost: Cell<bool>,
+    /// The same for a process that follows this one, where the host keeps pages for us.
+    record: Option<SyncRecord<H>>,
 }
 
 /// Whether data may be lost after fdatasync failed with `error`, although the next one would say ok.
@@ -32,23 +35,21 @@ fn loses(error: Errno) -> bool {
     error != Errno::EINTR
 }
 
-impl GroupSync {
-    pub(crate) fn new() -> Self {
+impl<H: ImageHost> GroupSync<H> {
+    /// Of a file that is locked. For one that is only read nothing is ever synchronised.
+    pub(crate) async fn of(host: &H, file: &H::File, info: &FileInfo, write: bool) -> Self {
+        let (record, lost) = if write { SyncRecord::take_up(host, file, info).await } else { (None, false) };
         Self {
             turn: Semaphore::new(1),
             started: Cell::new(0),
             ended: Cell::new((0, Ok(()))),
-            lost: Cell::new(false),
+            lost: Cell::new(lost),
+            record,
         }
     }
 
     /// Makes all that was written before this call durable.
-    pub(crate) async fn sync<H: ImageHost>(
-        &self,
-        host: &H,
-        file: &H::File,
-        direct: bool,
-    ) -> Result<(), Errno> {
+    pub(crate) async fn sync(&self, host: &H, file: &H::File, direct: bool) -> Result<(), Errno> {
         // One that runs already may have missed what the caller wrote.
         let enough = self.started.get() + 1;
         let _turn = self.turn.acquire().await;
@@ -63,11 +64,17 @@ impl GroupSync {
         }
         let number = self.started.get() + 1;
         self.started.set(number);
+        if let Some(record) = self.record.as_ref().filter(|_| !host.bug(Bug::SyncBegunLate)) {
+            record.begun();
+        }
         let result = file.sync_data().await;
         self.ended.set((number, result));
         let exempt = direct && host.bug(Bug::DirectFlushForgets);
         let lost = result.is_err_and(|e| loses(e) || host.bug(Bug::InterruptedSyncLatches));
         self.lost.set(self.lost.get() || (lost && !exempt));
+        if let Some(record) = &self.record {
+            record.ended(self.lost.get());
+        }
         result
     }
 }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 use tap_host::{
     Bug, Errno, Event, File, FileExtent, FileId, FileInfo, Files, IoVec, LockKind, Log, Mark, OpenMode,
-    Probe, Tasks, Time, ZeroMode, bytes_of, copy_from_slice, copy_to_slice,
+    Probe, SharedPage, SharedPages, Tasks, Time, ZeroMode, bytes_of, copy_from_slice, copy_to_slice,
 };
 
 type Task = Pin<Box<dyn Future<Output = ()>>>;
@@ -48,6 +48,7 @@ struct Inner {
     no_zeroing: Cell<bool>,
     shuffle: Cell<bool>,
     align: Cell<u32>,
+    pages: RefCell<BTreeMap<String, MemPage>>,
     bugs: RefCell<BTreeSet<Bug>>,
     marks: RefCell<Vec<Mark>>,
 }
@@ -319,6 +320,42 @@ impl Probe for World {
     }
 }
 
+/// A page of memory outside the process.
+#[derive(Clone)]
+pub(crate) struct MemPage(Rc<RefCell<Vec<u8>>>);
+
+impl SharedPage for MemPage {
+    fn load_u32(&self, offset: usize) -> u32 {
+        let mut bytes = [0; 4];
+        self.copy_in(offset, &mut bytes);
+        u32::from_le_bytes(bytes)
+    }
+    fn store_u32(&self, offset: usize, value: u32) {
+        self.copy_out(offset, &value.to_le_bytes());
+    }
+    fn copy_in(&self, offset: usize, private: &mut [u8]) {
+        private.copy_from_slice(&self.0.borrow()[offset..offset + private.len()]);
+    }
+    fn copy_out(&self, offset: usize, private: &[u8]) {
+        self.0.borrow_mut()[offset..offset + private.len()].copy_from_slice(private);
+    }
+    fn full_barrier(&self) {}
+}
+
+impl SharedPages for World {
+    type Region = MemPage;
+    fn region(&self, name: &str) -> Result<MemPage, Errno> {
+        let new = || MemPage(Rc::new(RefCell::new(vec![0; 4096])));
+        Ok(self.0.pages.borrow_mut().entry(name.to_owned()).or_insert_with(new).clone())
+    }
+    fn boot_id(&self) -> Result<[u8; 16], Errno> {
+        Ok([1; 16])
+    }
+    fn remove_region(&self, name: &str) {
+        self.0.pages.borrow_mut().remove(name);
+    }
+}
+
 impl Files for World {
     type File = MemFile;
     async fn open(&self, path: &str, mode: OpenMode) -> Result<MemFile, Errno> {
@@ -479,6 +516,10 @@ impl File for MemFile {
         }
     }
 
+    fn file_system_lost(&self) -> impl Future<Output = Result<bool, Errno>> + 'static {
+        std::future::ready(Ok(false))
+    }
+
     fn extent_at(&self, offset: u64) -> impl Future<Output = Result<Option<FileExtent>, Errno>> + 'static {
         let handle = Rc::clone(&self.0);
         async move {
@@ -500,13 +541,14 @@ impl File for MemFile {
 
     fn info(&self) -> Result<FileInfo, Errno> {
         let size_bytes = self.0.store.now.borrow().len() as u64;
+        let inode = Rc::as_ptr(&self.0.store) as usize as u64;
         Ok(FileInfo {
+            id: FileId { device: 1, inode, generation: 0 },
             size_bytes,
             allocated_bytes: size_bytes,
             align_bytes: self.0.align(),
             direct: self.0.mode.direct,
             block_device: self.0.store.device.get(),
-            id: FileId::default(),
         })
     }
 

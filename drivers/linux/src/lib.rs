@@ -52,13 +52,14 @@ use std::cell::{Cell, OnceCell, RefCell};
 use std::fmt;
 use std::future::{Future, poll_fn};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::path::PathBuf;
 use std::pin::pin;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
 use std::time::Duration;
 use tap_host::{Entropy, Errno, Event, Log, Probe, Tasks};
 use tokio::task::{LocalSet, spawn_local};
-use xen::Xen;
+use xen::{Regions, Xen};
 
 /// The host that a program runs on; clones share it.
 #[derive(Clone)]
@@ -73,6 +74,8 @@ struct Inner {
     inherited: Cell<bool>,
     no_locks: Cell<bool>,
     xen: OnceCell<Xen>,
+    run_folder: Option<PathBuf>,
+    regions: OnceCell<Result<Regions, Errno>>,
 }
 
 /// The panic of a task, for [`run`] to pass on.
@@ -139,6 +142,8 @@ where
         inherited: Cell::new(false),
         no_locks: Cell::new(false),
         xen: OnceCell::new(),
+        run_folder: options.run_folder.clone(),
+        regions: OnceCell::new(),
     }));
     if let Some(error) = refused {
         let text = format_args!("the kernel refuses io_uring ({error}): file operations go through threads");

@@ -1,6 +1,7 @@
 //! What a program chooses when it starts.
 
 use crate::{AioEngine, Level, LogTo, XenError, XenOptions};
+use std::path::PathBuf;
 use std::time::Duration;
 use tap_host::Errno;
 
@@ -15,6 +16,9 @@ pub struct Options {
     pub log_to: LogTo,
     /// How long to look for what comes before going to sleep, at most, where the last wait was no longer; zero is never.
     pub poll: Duration,
+    /// The folder of [`tap_host::SharedPages`] for programs without Xen: on a tmpfs, ours alone. It is made when it is
+    /// first needed. Without one, or where it cannot be used, there are no such pages.
+    pub run_folder: Option<PathBuf>,
     /// Xen, for programs that serve its domains.
     pub xen: Option<XenOptions>,
 }
@@ -25,7 +29,7 @@ pub const POLL_DEFAULT: Duration = Duration::from_micros(32);
 impl Default for Options {
     fn default() -> Self {
         let (aio, log_level, log_to) = Default::default();
-        Self { aio, log_level, log_to, poll: POLL_DEFAULT, xen: None }
+        Self { aio, log_level, log_to, poll: POLL_DEFAULT, run_folder: None, xen: None }
     }
 }
 

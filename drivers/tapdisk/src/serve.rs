@@ -10,6 +10,7 @@ use crate::size::show_size;
 use crate::spec::DiskSpec;
 use clap::Args;
 use futures_util::future::join_all;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::str::FromStr;
 use tap_core::Node;
@@ -27,6 +28,9 @@ pub struct ServeArgs {
     /// from systemd
     #[arg(long, value_name = "ADDRESS")]
     nbd: Vec<SocketAddress>,
+    /// Where it is kept that a file lost data, for a tapdisk that follows this one; on a tmpfs
+    #[arg(long, value_name = "FOLDER", default_value = "/run/tapdisk")]
+    pub run_dir: PathBuf,
     #[command(flatten)]
     images: ImageArgs,
     /// Most connections at one time

@@ -82,7 +82,10 @@ impl Storage {
             left.size = content.size;
             sim.trace("power", &left);
             drop(inode);
-            inner.files.borrow_mut().insert(name.clone(), inner.file(&name, Inode::durable(content), true));
+            inner
+                .files
+                .borrow_mut()
+                .insert(name.clone(), inner.file(&name, Inode::durable(content), true, file.born));
         }
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod crash;
 pub mod damage;
+pub mod latch;
 pub mod nbd;
 pub mod ring;
 pub mod scale;
@@ -26,6 +27,7 @@ pub static ALL: &[&Scenario] = &[
     &ring::HOSTILE_FRONTEND,
     &ring::TWO_GUESTS,
     &ring::RING_POWER_CUT,
+    &latch::FLUSH_ERRORS_AND_DEATHS,
     &toolstack::TAPDISK_REPLACED,
     &toolstack::SECOND_TAPDISK,
     &toolstack::GUEST_DESTROYED,

@@ -67,6 +67,7 @@ pub(crate) struct OpenFile {
     write: bool,
     direct: bool,
     block_device: bool,
+    id: FileId,
     /// Alignment in bytes of offset, length and memory.
     align_bytes: u32,
     /// Lives in memory: no call waits.
@@ -216,6 +217,21 @@ impl File for LinuxFile {
         }
     }
 
+    fn file_system_lost(&self) -> impl Future<Output = Result<bool, Errno>> + 'static {
+        let open = Rc::clone(&self.open);
+        async move {
+            if open.in_memory {
+                return Ok(false);
+            }
+            if open.block_device || !open::syncfs_tells() {
+                return Err(Errno::EOPNOTSUPP);
+            }
+            let fd = Arc::clone(&open.fd);
+            let told = blocking(move || rustix::fs::syncfs(&*fd).map_err(of_rustix)).await;
+            Ok(told.is_err())
+        }
+    }
+
     fn extent_at(&self, offset: u64) -> impl Future<Output = Result<Option<FileExtent>, Errno>> + 'static {
         let open = Rc::clone(&self.open);
         async move {
@@ -227,17 +243,11 @@ impl File for LinuxFile {
     }
 
     fn info(&self) -> Result<FileInfo, Errno> {
-        let OpenFile { align_bytes, direct, block_device, .. } = *self.open;
+        let OpenFile { id, align_bytes, direct, block_device, .. } = *self.open;
         let stat = rustix::fs::fstat(&*self.open.fd).map_err(of_rustix)?;
         let size_bytes = self.open.size_bytes()?;
         // st_blocks counts units of 512; a device has all of its space.
         let allocated_bytes = if block_device { size_bytes } else { stat.st_blocks as u64 * 512 };
-        // Nodes of one device are many; the device is one.
-        let id = if block_device {
-            FileId { device: stat.st_rdev, inode: 0 }
-        } else {
-            FileId { device: stat.st_dev, inode: stat.st_ino }
-        };
         Ok(FileInfo { size_bytes, allocated_bytes, align_bytes, direct, block_device, id })
     }
 

@@ -9,7 +9,7 @@ use std::cell::Cell;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
-use tap_host::{Errno, OpenMode};
+use tap_host::{Errno, FileId, OpenMode};
 
 /// What O_DIRECT asks for where the file system does not say.
 const DIRECT_ALIGN_BYTES: u32 = 4096;
@@ -27,6 +27,7 @@ pub(crate) struct Found {
     block_device: bool,
     align_bytes: u32,
     in_memory: bool,
+    id: FileId,
 }
 
 impl Found {
@@ -36,6 +37,7 @@ impl Found {
             write: self.mode.write,
             direct: self.mode.direct,
             block_device: self.block_device,
+            id: self.id,
             align_bytes: self.align_bytes,
             in_memory: self.in_memory,
             // O_DIRECT goes to the device: it always waits.
@@ -78,7 +80,38 @@ pub(crate) fn open(path: &str, mode: OpenMode) -> Result<Found, Errno> {
         (true, false) if in_memory => SECTOR_BYTES,
         (true, false) => direct_align_bytes(&fd),
     };
-    Ok(Found { fd, mode, block_device, align_bytes, in_memory })
+    let id = match block_device {
+        // Nodes of one device are many; the device is one.
+        true => FileId { device: stat.st_rdev, inode: 0, generation: disk_number(stat.st_rdev) },
+        false => FileId { device: stat.st_dev, inode: stat.st_ino, generation: born_ns(&fd) },
+    };
+    Ok(Found { fd, mode, block_device, align_bytes, in_memory, id })
+}
+
+/// When a file was made, in nanoseconds: the number of one that was removed may be given to another.
+fn born_ns(fd: &OwnedFd) -> u64 {
+    let known = statx(fd, "", AtFlags::EMPTY_PATH, StatxFlags::BTIME).ok();
+    let known = known.filter(|s| StatxFlags::from_bits_retain(s.stx_mask).contains(StatxFlags::BTIME));
+    known.map_or(0, |s| {
+        (s.stx_btime.tv_sec as u64).wrapping_mul(1_000_000_000) + u64::from(s.stx_btime.tv_nsec)
+    })
+}
+
+/// The number that Linux (5.15) gives to what is in a drive or loop device; of the whole disk for a partition.
+fn disk_number(device: u64) -> u64 {
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    ["diskseq", "../diskseq"]
+        .iter()
+        .filter_map(|file| std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/{file}")).ok())
+        .find_map(|text| text.trim().parse().ok())
+        .unwrap_or(0)
+}
+
+/// Whether syncfs(2) tells of writes that were given up: since Linux 5.8.
+pub(crate) fn syncfs_tells() -> bool {
+    let system = rustix::system::uname();
+    let mut numbers = system.release().to_str().unwrap_or("").split(['.', '-']).map_while(|n| n.parse().ok());
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= (5_u32, 8_u32)
 }
 
 /// What the file system says that O_DIRECT needs here (STATX_DIOALIGN, Linux 6.1).

@@ -25,7 +25,7 @@ use crate::xenstore::{StoreClient, StoreOpenError, StorePlaces, StoreTransaction
 use crate::{Level, LinuxHost};
 use evtchn::Evtchn;
 use gntdev::Gntdev;
-use regions::Regions;
+pub(crate) use regions::Regions;
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -121,6 +121,15 @@ fn device(path: &'static str) -> Result<OwnedFd, XenError> {
 }
 
 impl LinuxHost {
+    /// The folder of pages that outlive the process; made when it is first asked for.
+    fn regions(&self) -> Result<&Regions, Errno> {
+        if let Ok(xen) = self.xen() {
+            return Ok(&xen.regions);
+        }
+        let folder = self.0.run_folder.as_deref().ok_or(Errno::ENODEV)?;
+        self.0.regions.get_or_init(|| Regions::open(folder)).as_ref().map_err(|error| *error)
+    }
+
     fn xen(&self) -> Result<&Xen, Errno> {
         self.0.xen.get().ok_or(Errno::ENODEV)
     }
@@ -152,11 +161,14 @@ impl SharedPages for LinuxHost {
     type Region = LinuxPage;
 
     fn region(&self, name: &str) -> Result<LinuxPage, Errno> {
-        self.xen()?.regions.region(name)
+        self.regions()?.region(name)
+    }
+    fn boot_id(&self) -> Result<[u8; 16], Errno> {
+        regions::boot_id()
     }
     fn remove_region(&self, name: &str) {
-        if let Err(error) = self.xen().and_then(|xen| xen.regions.remove(name)) {
-            self.say(Level::Warning, format_args!("failed to remove the in-flight record {name}: {error}"));
+        if let Err(error) = self.regions().and_then(|regions| regions.remove(name)) {
+            self.say(Level::Warning, format_args!("failed to remove the record {name}: {error}"));
         }
     }
 }

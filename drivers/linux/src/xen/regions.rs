@@ -10,7 +10,7 @@ use std::path::Path;
 use tap_host::{Errno, PAGE_BYTES};
 
 /// The folder, open.
-pub(super) struct Regions(OwnedFd);
+pub(crate) struct Regions(OwnedFd);
 
 impl Regions {
     /// Opens the folder, making it (and what is above it) if it is not there.
@@ -54,6 +54,17 @@ impl Regions {
             result => result,
         }
     }
+}
+
+/// See [`tap_host::SharedPages::boot_id`].
+///
+/// # Errors
+/// What the kernel says.
+pub(super) fn boot_id() -> Result<[u8; 16], Errno> {
+    let text =
+        std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map_err(|e| crate::files::errno(&e))?;
+    let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
+    u128::from_str_radix(&digits, 16).map(u128::to_be_bytes).map_err(|_| Errno::EINVAL)
 }
 
 /// Makes a folder for ourselves.

@@ -26,6 +26,10 @@ fn main() -> ExitCode {
         },
         log_level: if cli.verbose { Level::Debug } else { Level::Info },
         poll: Duration::from_micros(cli.poll_us.into()),
+        run_folder: match &cli.command {
+            Command::Serve(args) => Some(args.run_dir.clone()),
+            Command::Xen(_) => None,
+        },
         xen: match &cli.command {
             Command::Xen(args) => {
                 Some(XenOptions { run_folder: args.run_dir.clone(), ..XenOptions::default() })

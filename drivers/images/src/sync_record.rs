@@ -1,0 +1,93 @@
+//! What is known of a file's synchronisations, kept outside the process.
+//!
+//! ```text
+//!   begun ─► fdatasync ─► clean          ok, or interrupted before anything was given up
+//!                 │  └──► lost           for as long as the host is up
+//!                 ╳ the process dies: its successor finds "begun" and asks the file system
+//! ```
+//!
+//! Linux tells of a write that it gave up once, to whoever synchronises first. If that one dies before it has said so,
+//! or is replaced after it has, its successor would be told that all is well. The page is called after the file (not
+//! its name), and holds for one boot: what was lost is gone for good with the page cache, and a guest has to look.
+
+use crate::ImageHost;
+use tap_host::{Bug, File, FileId, FileInfo, SharedPage};
+
+/// Where in the page the number of the boot is: 16 bytes.
+const BOOT: usize = 0;
+/// Where the state is: a number.
+const STATE: usize = 16;
+
+const CLEAN: u32 = 0;
+const BEGUN: u32 = 1;
+const LOST: u32 = 2;
+
+/// The page of one file.
+pub(crate) struct SyncRecord<H: ImageHost> {
+    host: H,
+    page: H::Region,
+    name: String,
+}
+
+impl<H: ImageHost> SyncRecord<H> {
+    /// The page of the file `id`; `None` on a host that keeps none for us.
+    fn of(host: &H, what: &str, id: FileId) -> Option<Self> {
+        let boot = host.boot_id().ok()?;
+        let name = format!("{what}-{:x}-{:x}-{:x}", id.device, id.inode, id.generation);
+        let page = host.region(&name).ok()?;
+        let mut seen = [0; 16];
+        page.copy_in(BOOT, &mut seen);
+        if seen != boot && !host.bug(Bug::LostOutlivesBoot) {
+            // Of an earlier boot, or new. Without the number the state counts for nothing.
+            page.store_u32(STATE, CLEAN);
+            page.copy_out(BOOT, &boot);
+        }
+        Some(Self { host: host.clone(), page, name })
+    }
+
+    /// Takes up what predecessors left of `file`: its page, if there can be one, and whether something may be lost.
+    pub(crate) async fn take_up(host: &H, file: &H::File, info: &FileInfo) -> (Option<Self>, bool) {
+        let Some(record) = Self::of(host, "sync", info.id) else { return (None, false) };
+        let lost = match record.page.load_u32(STATE) {
+            CLEAN => false,
+            BEGUN if !host.bug(Bug::BegunSyncForgotten) => died_in_it(host, file, info).await,
+            BEGUN => false,
+            _ => !host.bug(Bug::LostWithProcess),
+        };
+        record.ended(lost);
+        (Some(record), lost)
+    }
+
+    /// A synchronisation is about to begin.
+    pub(crate) fn begun(&self) {
+        self.page.store_u32(STATE, BEGUN);
+    }
+
+    /// It has ended, or its end has become known.
+    pub(crate) fn ended(&self, lost: bool) {
+        self.page.store_u32(STATE, if lost { LOST } else { CLEAN });
+    }
+}
+
+impl<H: ImageHost> Drop for SyncRecord<H> {
+    fn drop(&mut self) {
+        if self.page.load_u32(STATE) == CLEAN {
+            self.host.remove_region(&self.name);
+        }
+    }
+}
+
+/// Whether a synchronisation whose caller died in it may have failed. Below a direct file there is nobody to ask: what
+/// a drive loses of its own cache at that very moment is not found out.
+async fn died_in_it<H: ImageHost>(host: &H, file: &H::File, info: &FileInfo) -> bool {
+    if info.direct {
+        return false;
+    }
+    // The file system tells once as well, and several files may want to know.
+    let whole = FileId { device: info.id.device, inode: 0, generation: 0 };
+    let Some(told) = SyncRecord::of(host, "sync-all", whole) else { return true };
+    // Where nothing can be said, nothing is promised.
+    let lost = file.file_system_lost().await.unwrap_or(true) || told.page.load_u32(STATE) == LOST;
+    told.ended(lost);
+    lost
+}
