@@ -169,6 +169,13 @@ impl Inode {
         Some((end.map_or(left, |end| end * PAGE as u64 - offset), data))
     }
 
+    /// Whether every byte of a range has its storage.
+    pub fn has_space(&self, offset: u64, len: u64) -> bool {
+        let end = offset.saturating_add(len);
+        let pages = offset / PAGE as u64..end.div_ceil(PAGE as u64);
+        end <= self.live.size && pages.into_iter().all(|page| self.live.pages.get(page).is_some())
+    }
+
     /// Changes the size.
     pub fn resize(&mut self, size: u64) {
         if size < self.live.size {

@@ -148,6 +148,7 @@ pub(crate) struct Inner {
     power_cuts: Cell<u32>,
     stopped: Cell<bool>,
     calm: Cell<bool>,
+    full: Cell<bool>,
     hook: RefCell<Option<Hook>>,
 }
 
@@ -177,6 +178,7 @@ impl Storage {
             power_cuts: Cell::new(0),
             stopped: Cell::new(false),
             calm: Cell::new(false),
+            full: Cell::new(false),
             hook: RefCell::default(),
         }))
     }
@@ -236,6 +238,11 @@ impl Storage {
     /// From now on no operation fails by plan; drawn faults are stopped by the engine.
     pub fn stop_failures(&self) {
         self.0.stopped.set(true);
+    }
+
+    /// From now on nothing that takes new space succeeds, or there is space again. What a file has may be written.
+    pub fn set_full(&self, full: bool) {
+        self.0.full.set(full);
     }
 
     /// While it is calm, no operation fails, none is late, and none is counted: for looking at files beside the run.
@@ -354,7 +361,10 @@ impl Inner {
             let place = if op == IoOp::Sync { String::new() } else { format!(" at {offset:#x}") };
             format!("{role} of {by}{place} of {}", open.file.name)
         });
-        let fault = self.draw_fault(op, io);
+        let mut fault = self.draw_fault(op, io);
+        if self.full.get() && op.takes_space() && !open.file.inode.borrow().has_space(offset, len) {
+            fault = Fault::Error(Errno::ENOSPC, 0);
+        }
         let base = match op {
             IoOp::Read => READ_NS,
             IoOp::Write | IoOp::Zero(_) => WRITE_NS,

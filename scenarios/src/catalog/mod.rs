@@ -34,6 +34,7 @@ pub static ALL: &[&Scenario] = &[
     &toolstack::HOT_PLUG,
     &damage::DAMAGED_IMAGE,
     &scale::QCOW_SCALE,
+    &scale::QCOW_FULL,
     &nbd::NBD_SPLIT_READS,
     &nbd::NBD_CLIENT_DIES,
     &nbd::NBD_SLOW_CLIENT,

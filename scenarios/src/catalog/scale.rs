@@ -7,12 +7,12 @@
 //!                               small reads at the end       ┘
 //! ```
 
-use super::setup::Setup;
+use super::setup::{Setup, workload};
 use crate::check::Invariant;
 use crate::guest::{DirectDisk, Guest, Manners};
 use crate::run::Scenario;
 use crate::stack::{Stack, StackLimits};
-use crate::workload::Op;
+use crate::workload::{Op, Workload, operations};
 use crate::world::World;
 use kernel_model::faults::FaultPlan;
 use kernel_model::{SimHost, StorageConfig};
@@ -48,6 +48,55 @@ pub static QCOW_SCALE: Scenario = Scenario {
     },
     body: |world| Box::pin(scale(world)),
 };
+
+/// qcow on a file system that is full for a while.
+pub static QCOW_FULL: Scenario = Scenario {
+    name: "qcow-full",
+    about: "the host's file system is full for long, then has space again: nothing is lost, and hardly anything leaks",
+    storage: |_| StorageConfig { faults: FaultPlan::LATENCY, ..StorageConfig::default() },
+    body: |world| Box::pin(full(world)),
+};
+
+/// Most clusters that may be lost while there is no space.
+const MOST_LEAKED: u64 = 64;
+/// Requests while there is no space.
+const FULL_REQUESTS: u32 = 30;
+
+async fn full(world: World) {
+    let setup = Setup::qcow(&world, 0, (1 << 20) + 1536, world.setting("overlay", &[false, true]));
+    let limits = StackLimits::draw(&world);
+    let host = SimHost::start(&world.kernel, &world.xen, "tapdisk", 0);
+    let stack = match Stack::open(&host, &world, &setup.spec, &limits).await {
+        Ok(stack) => stack,
+        Err(error) => return world.fail(Invariant::G11, format!("failed to open the image: {error}")),
+    };
+    let manners = Manners { retries: 0, errors_allowed: true, reads: Invariant::G1 };
+    let disk = DirectDisk::new(stack.node(), limits.pool_bytes.max(256 << 10));
+    let guest = Guest::new(&world, disk, Rc::clone(&setup.history), manners);
+    let entity = Entity::WORLD.child("guest", 0);
+    let ops = |stream: u64, count| {
+        let load = workload(&world, setup.size_sectors, count, 64);
+        operations(&world.sim, entity.child("epoch", stream), stream, &Workload { zeroes: true, ..load })
+    };
+    let depth = world.setting("full-depth", &[1, 8]);
+    guest.run(&ops(0, 10), depth).await;
+    let leaked = setup.leaked(&world);
+    world.storage.set_full(true);
+    guest.run(&ops(1, FULL_REQUESTS), depth).await;
+    world.storage.set_full(false);
+    world.sim.stop_faults();
+    guest.set_manners(Manners { errors_allowed: false, ..manners });
+    guest.run(&ops(2, 10), limits.guest_depth).await;
+    if guest.read_all().await.is_err() || stack.vbd.close().await.is_err() {
+        return world.fail(Invariant::L1, "with space again, the disk cannot be read and closed");
+    }
+    setup.check(&world, "at the end").await;
+    let more = setup.leaked(&world).saturating_sub(leaked);
+    // One request at a time leaves nothing behind but the edges of what it had in several groups.
+    if depth == 1 && more > MOST_LEAKED {
+        world.fail(Invariant::G13, format!("{more} clusters were lost while there was no space"));
+    }
+}
 
 async fn scale(world: World) {
     let size_bytes = world.setting("scale-size", &[(6 << 20) + 1536, (1 << 20) + 512, 3 << 20]);

@@ -18,6 +18,8 @@ use tap_host::{Bug, Errno, Share};
 
 /// Most runs in doubt; allocations are refused where there are so many.
 const MAX_SUSPECTS: usize = 1 << 16;
+/// Most places that are given back and not the last.
+const MAX_RETURNED: usize = 256;
 /// What one takes of the memory budget, in bytes.
 pub(super) const SUSPECT_BYTES: usize = 64;
 /// Commits that can always have memory to remember their failure.
@@ -35,6 +37,8 @@ pub(super) struct Allocator {
     suspects: BTreeMap<u64, (u64, u64)>,
     /// L1 index to byte offset.
     pub(super) table_suspects: BTreeMap<usize, u64>,
+    /// Places that were given back and have others behind them: byte offset and length.
+    returned: BTreeMap<u64, u64>,
     /// Memory of the suspects.
     share: Option<Share>,
 }
@@ -44,7 +48,15 @@ impl Allocator {
         let limit = device_bytes.unwrap_or(i64::MAX as u64);
         let dirty_until = if device_bytes.is_some() { u64::MAX } else { 0 };
         let (suspects, table_suspects) = (BTreeMap::new(), BTreeMap::new());
-        Self { frontier, limit, dirty_until, suspects, table_suspects, share: None }
+        Self {
+            frontier,
+            limit,
+            dirty_until,
+            suspects,
+            table_suspects,
+            returned: BTreeMap::new(),
+            share: None,
+        }
     }
 
     /// The place in doubt of guest cluster `cluster`, which is not mapped.
@@ -63,11 +75,19 @@ impl Allocator {
         host < self.dirty_until
     }
 
-    /// Takes `len` bytes from `host` on back, to which nothing can refer, if they are the last ones.
+    /// Takes `len` bytes from `host` on back, to which nothing can refer, once they are the last ones.
     pub(super) fn take_back(&mut self, host: u64, len: u64) {
-        if self.frontier == host + len {
+        self.returned.insert(host, len);
+        while let Some((host, len)) = self.returned.last_key_value().map(|(host, len)| (*host, *len))
+            && host + len == self.frontier
+        {
+            self.returned.pop_last();
             self.frontier = host;
             self.dirty_until = self.dirty_until.max(host + len);
+        }
+        // What lies behind something that is used will hardly be the last.
+        while self.returned.len() > MAX_RETURNED {
+            self.returned.pop_first();
         }
     }
 }

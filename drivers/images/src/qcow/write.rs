@@ -243,7 +243,7 @@ impl<H: ImageHost> Image<H> {
         let doubt = match doubt {
             Ok(doubt) => doubt,
             Err(e) => {
-                if group.place == Place::New {
+                if group.place == Place::New && !self.host.bug(Bug::PlaceLost) {
                     let len = (group.count as u64) << self.geometry.cluster_bits;
                     self.allocator.borrow_mut().take_back(host, len);
                 }
