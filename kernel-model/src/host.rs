@@ -134,6 +134,9 @@ impl SharedPages for SimHost {
     fn remove_region(&self, name: &str) {
         self.port.remove_region(name);
     }
+    fn region_names(&self) -> Result<Vec<String>, Errno> {
+        self.port.region_names()
+    }
 }
 
 impl Xenstore for SimHost {

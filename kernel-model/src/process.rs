@@ -239,6 +239,9 @@ impl SharedPages for Process {
         Err(Errno::ENODEV)
     }
     fn remove_region(&self, _: &str) {}
+    fn region_names(&self) -> Result<Vec<String>, Errno> {
+        Ok(Vec::new())
+    }
 }
 
 impl Files for Process {

@@ -142,6 +142,7 @@ impl Machine {
         let start = self.starts.replace(self.starts.get() + 1);
         let key = self.boot << 32 | u64::from(start);
         let host = SimHost::start(&self.world.kernel, &self.world.xen, "tapdisk", key);
+        host.port.allow_store_errors();
         self.running.set(if self.watching { 1 } else { self.disks.borrow().len() });
         let leave = Rc::<wait::Event>::default();
         let (stopped, event) = (host.process.asked_to_stop(), Rc::clone(&leave));
@@ -163,7 +164,8 @@ impl Machine {
 
     /// Serves what the toolstack marks with [`SCRIPT`].
     async fn watch(self: Rc<Self>, host: SimHost, leave: Rc<wait::Event>) {
-        let whose = Whose { root: "/local/domain/0/backend/vbd".into(), script: SCRIPT.into() };
+        let whose =
+            Whose { root: "/local/domain/0/backend/vbd".into(), script: SCRIPT.into(), records: "inflight" };
         let (machine, h, l) = (Rc::clone(&self), host.clone(), Rc::clone(&leave));
         let serve = move |device: tap_xenbus::Device| {
             let (machine, h, l) = (Rc::clone(&machine), h.clone(), Rc::clone(&l));

@@ -51,6 +51,25 @@ impl Machine {
         self.disks.borrow_mut().retain(|d| d.paths != disk.paths);
     }
 
+    /// Ends a guest while no tapdisk runs: nobody answers, and the nodes are removed after a while all the same.
+    pub async fn destroy_alone(&self, disk: &Attached) {
+        disk.node.kill();
+        disk.node.dead().await;
+        let result = async {
+            self.force_offline(disk).await?;
+            match self.wait_for_back(disk, b"6").await {
+                Ok(()) | Err(Errno::ETIMEDOUT) => {}
+                Err(error) => return Err(error),
+            }
+            self.toolstack.port.remove(&disk.paths.backend).await
+        };
+        if let Err(error) = result.await {
+            self.world.fail(Invariant::L1, format!("the toolstack failed to destroy a guest: {error:?}"));
+        }
+        self.world.xen.destroy_domain(disk.dom);
+        self.disks.borrow_mut().retain(|d| d.dom != disk.dom);
+    }
+
     /// Ends a guest, whatever it is doing.
     pub async fn destroy(&self, disk: &Attached) {
         disk.node.kill();

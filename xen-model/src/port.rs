@@ -21,6 +21,10 @@ struct Inner {
     client: Client,
     entity: Entity,
     store_ops: Cell<u32>,
+    /// xenstored may refuse what this process asks.
+    store_errors: Cell<bool>,
+    /// Until when it refuses everything, in nanoseconds.
+    store_away_ns: Cell<u64>,
     next_map: Cell<u64>,
     maps: RefCell<BTreeMap<u64, MappedGrant>>,
     channels: RefCell<Vec<PortId>>,
@@ -43,6 +47,8 @@ impl Xen {
             client,
             entity,
             store_ops: Cell::new(0),
+            store_errors: Cell::new(false),
+            store_away_ns: Cell::new(0),
             next_map: Cell::new(0),
             maps: RefCell::default(),
             channels: RefCell::default(),
@@ -57,6 +63,19 @@ impl XenPort {
     /// The machine.
     pub fn xen(&self) -> &Xen {
         &self.0.xen
+    }
+
+    /// From now on xenstored may answer this process with errors that pass. Most programs take none.
+    pub fn allow_store_errors(&self) {
+        self.0.store_errors.set(true);
+    }
+
+    pub(crate) fn store_away_ns(&self) -> &Cell<u64> {
+        &self.0.store_away_ns
+    }
+
+    pub(crate) fn has_store_errors(&self) -> bool {
+        self.0.store_errors.get()
     }
 
     /// The domain.
@@ -204,6 +223,10 @@ impl SharedPages for XenPort {
         if self.0.node.step() {
             self.0.xen.0.regions.borrow_mut().remove(name);
         }
+    }
+
+    fn region_names(&self) -> Result<Vec<String>, Errno> {
+        Ok(self.0.xen.regions())
     }
 }
 

@@ -3,10 +3,13 @@
 use crate::event::XenEvent;
 use crate::port::XenPort;
 use crate::store::{Perms, Store, Wakers};
-use crate::xen::{STORE_CONFLICT, STORE_LATE, WATCH_LATE};
+use crate::xen::{STORE_CONFLICT, STORE_ERROR, STORE_LATE, WATCH_LATE};
 use std::future::{pending, poll_fn};
 use std::task::{Poll, Waker};
 use tap_host::{Errno, Transaction, WatchEvent, Watcher, Xenstore};
+
+/// How long xenstored refuses everything that one process asks.
+const STORE_AWAY_NS: u64 = 1_500_000_000;
 
 impl XenPort {
     /// Waits for xenstored's turn. A process that died meanwhile never gets there.
@@ -21,12 +24,45 @@ impl XenPort {
         }
     }
 
+    /// As [`XenPort::turn`]; xenstored may be busy, short of memory, or unable to answer, and does nothing then.
+    async fn turn_that_may_fail(&self) -> Result<(), Errno> {
+        self.turn().await;
+        match self.store_error(false) {
+            Some((error, _)) => Err(error),
+            None => Ok(()),
+        }
+    }
+
+    /// The error that xenstored answers with, and whether the operation was carried out, which only a commit can be.
+    fn store_error(&self, commit: bool) -> Option<(Errno, bool)> {
+        let xen = &self.xen().0;
+        let (sim, rate) = (&xen.sim, xen.rates.store_error);
+        if !self.has_store_errors() || (rate == 0 && !sim.has_given_decisions()) {
+            return None;
+        }
+        if sim.now_ns() < self.store_away_ns().get() {
+            return Some((Errno::EBUSY, false));
+        }
+        let entity = sim.derive("store-error", 0);
+        sim.name_entity(entity, || format!("xenstore for {}", sim.name_of(sim.current())));
+        match sim.fault(entity, &STORE_ERROR, rate, |draw| 1 + draw.below(4 + u64::from(commit))) {
+            0 => None,
+            1 => Some((Errno::EBUSY, false)),
+            2 => Some((Errno::ENOMEM, false)),
+            4 => {
+                self.store_away_ns().set(sim.now_ns() + STORE_AWAY_NS);
+                Some((Errno::EBUSY, false))
+            }
+            kind => Some((Errno::EIO, commit && kind == 5)),
+        }
+    }
+
     fn apply<T>(&self, op: impl FnOnce(&mut Store) -> Result<T, Errno>) -> Result<T, Errno> {
         op(&mut self.xen().0.store.borrow_mut())
     }
 
     async fn change(&self, op: impl FnOnce(&mut Store) -> Result<Wakers, Errno>) -> Result<(), Errno> {
-        self.turn().await;
+        self.turn_that_may_fail().await?;
         let wakers = self.apply(op)?;
         wakers.into_iter().for_each(Waker::wake);
         Ok(())
@@ -49,7 +85,7 @@ impl XenPort {
     /// # Errors
     /// `ENOENT`, `EACCES`.
     pub async fn perms(&self, path: &str) -> Result<Perms, Errno> {
-        self.turn().await;
+        self.turn_that_may_fail().await?;
         self.apply(|store| store.perms(self.client(), None, path))
     }
 
@@ -67,7 +103,7 @@ impl Xenstore for XenPort {
     type Watcher = StoreWatcher;
 
     async fn read(&self, path: &str) -> Result<Vec<u8>, Errno> {
-        self.turn().await;
+        self.turn_that_may_fail().await?;
         self.apply(|store| store.read(self.client(), None, path))
     }
 
@@ -80,18 +116,18 @@ impl Xenstore for XenPort {
     }
 
     async fn directory(&self, path: &str) -> Result<Vec<String>, Errno> {
-        self.turn().await;
+        self.turn_that_may_fail().await?;
         self.apply(|store| store.directory(self.client(), None, path))
     }
 
     async fn watch(&self, path: &str) -> Result<StoreWatcher, Errno> {
-        self.turn().await;
+        self.turn_that_may_fail().await?;
         let id = self.apply(|store| store.watch(self.client(), path))?;
         Ok(StoreWatcher { port: self.clone(), id })
     }
 
     async fn transaction(&self) -> Result<StoreTransaction, Errno> {
-        self.turn().await;
+        self.turn_that_may_fail().await?;
         let id = self.apply(|store| store.start(self.client()))?;
         Ok(StoreTransaction { port: self.clone(), id })
     }
@@ -105,7 +141,7 @@ pub struct StoreTransaction {
 
 impl Transaction for StoreTransaction {
     async fn read(&self, path: &str) -> Result<Vec<u8>, Errno> {
-        self.port.turn().await;
+        self.port.turn_that_may_fail().await?;
         self.port.apply(|store| store.read(self.port.client(), Some(self.id), path))
     }
 
@@ -119,6 +155,10 @@ impl Transaction for StoreTransaction {
 
     async fn commit(self) -> Result<(), Errno> {
         self.port.turn().await;
+        let error = self.port.store_error(true);
+        if let Some((error, false)) = error {
+            return Err(error);
+        }
         let xen = &self.port.xen().0;
         let entity = xen.sim.derive("commit", u64::from(self.port.dom().0));
         xen.sim.name_entity(entity, || format!("commit of {}", xen.sim.name_of(xen.sim.current())));
@@ -126,7 +166,8 @@ impl Transaction for StoreTransaction {
         let result =
             if conflict { Err(Errno::EAGAIN) } else { self.port.apply(|store| store.commit(self.id)) };
         self.port.xen().trace(XenEvent::Committed { dom: self.port.dom(), done: result.is_ok() });
-        result.map(|wakers| wakers.into_iter().for_each(Waker::wake))
+        result.map(|wakers| wakers.into_iter().for_each(Waker::wake))?;
+        error.map_or(Ok(()), |(error, _)| Err(error))
     }
 }
 

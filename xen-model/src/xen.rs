@@ -18,12 +18,19 @@ pub(crate) static STORE_CONFLICT: Label = Label::new("store-conflict", "the tran
 pub(crate) static CLOSE_LATE: Label =
     Label::new("close-late", "port {n} of the dead process is closed {} ns late");
 
+pub(crate) static STORE_ERROR: Label = Label::new(
+    "store-error",
+    "the operation fails (1 EBUSY, 2 ENOMEM, 3 EIO, 4 EBUSY for a second or two, 5 EIO of a commit that was done): {}",
+);
+
 /// The labels of this model's decisions.
-pub static LABELS: [&Label; 5] = [&EVENT_LATE, &STORE_LATE, &WATCH_LATE, &STORE_CONFLICT, &CLOSE_LATE];
+pub static LABELS: [&Label; 6] =
+    [&EVENT_LATE, &STORE_LATE, &WATCH_LATE, &STORE_CONFLICT, &CLOSE_LATE, &STORE_ERROR];
 
 static EVENT_LATE_KIND: FaultKind = FaultKind { name: "event-late", max_ppm: 500_000 };
 static STORE_LATE_KIND: FaultKind = FaultKind { name: "store-late", max_ppm: 500_000 };
 static STORE_CONFLICT_KIND: FaultKind = FaultKind { name: "store-conflict", max_ppm: 300_000 };
+static STORE_ERROR_KIND: FaultKind = FaultKind { name: "store-error", max_ppm: 30_000 };
 static CLOSE_LATE_KIND: FaultKind = FaultKind { name: "close-late", max_ppm: 500_000 };
 
 /// Whose children the ports of all domains are, in decisions.
@@ -74,6 +81,7 @@ pub(crate) struct Rates {
     pub(crate) store_late: u32,
     pub(crate) conflict: u32,
     pub(crate) close_late: u32,
+    pub(crate) store_error: u32,
 }
 
 pub(crate) struct Inner {
@@ -107,6 +115,7 @@ impl Xen {
             store_late: swarm.rate_ppm(&STORE_LATE_KIND),
             conflict: swarm.rate_ppm(&STORE_CONFLICT_KIND),
             close_late: swarm.rate_ppm(&CLOSE_LATE_KIND),
+            store_error: swarm.rate_ppm(&STORE_ERROR_KIND),
         };
         Self(Rc::new(Inner {
             sim: sim.clone(),

@@ -16,6 +16,7 @@ pub fn all<H: SharedPages>() -> Vec<Test<Place<H>>> {
         a_removed_page_lives_while_it_is_open,
         a_missing_page_is_removed,
         pages_do_not_mix,
+        pages_are_listed,
     ]
 }
 
@@ -178,4 +179,23 @@ async fn pages_do_not_mix<H: SharedPages>(place: Place<H>) -> Outcome {
         names.map(|name| open(&place, name).map(|page| page.load_u32(0)).unwrap_or(99)).to_vec();
     remove(&place, &names);
     holds("only the removed one is new", again == [1, 0, 3, 4, 5])
+}
+
+async fn pages_are_listed<H: SharedPages>(place: Place<H>) -> Outcome {
+    let own = ["b", "a", "c"].map(|page| name(&place, page));
+    let listed = || -> Result<Vec<String>, String> {
+        let mut names = place.host.region_names().or_fail("list the pages")?;
+        holds("the names are sorted", names.is_sorted())?;
+        names.retain(|name| own.contains(name));
+        Ok(names)
+    };
+    same("before", &listed()?, &Vec::new())?;
+    let (first, second) = (open(&place, "b")?, open(&place, "a")?);
+    drop(first);
+    same("opened ones", &listed()?, &vec![own[1].clone(), own[0].clone()])?;
+    remove(&place, &["a"]);
+    same("one that is removed and still open", &listed()?, &vec![own[0].clone()])?;
+    drop(second);
+    remove(&place, &["b"]);
+    same("after", &listed()?, &Vec::new())
 }

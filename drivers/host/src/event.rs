@@ -132,6 +132,13 @@ pub enum Event {
         /// The disk.
         vbd: VbdId,
     },
+    /// The in-flight record of a device that is gone was removed.
+    OrphanRemoved {
+        /// The guest.
+        dom: DomId,
+        /// The disk.
+        vbd: VbdId,
+    },
     /// A disk began or ended something in its life.
     VbdState {
         /// The disk.
@@ -213,6 +220,7 @@ impl Event {
             Event::NbdServerLost { why } => [16, text(why), 0, 0],
             Event::NbdServerBack { resent } => [17, resent, 0, 0],
             Event::NbdServerGone { why } => [18, text(why), 0, 0],
+            Event::OrphanRemoved { dom, vbd } => [20, u64::from(dom.0), u64::from(vbd.0), 0],
             Event::FrontendRefused { dom, vbd } => [19, u64::from(dom.0), u64::from(vbd.0), 0],
         }
     }
@@ -227,6 +235,9 @@ impl fmt::Display for Event {
             Event::RequestRefused { vbd, id, why } => write!(f, "{vbd} refuses #{id}: {why}"),
             Event::RequestResumed { vbd, id, range } => {
                 write!(f, "{vbd} takes up #{id} {range} from the record")
+            }
+            Event::OrphanRemoved { dom, vbd } => {
+                write!(f, "{vbd} of {dom}: it is gone, its in-flight record was removed")
             }
             Event::RingConnected { dom, vbd } => write!(f, "{vbd} of {dom} connected"),
             Event::RingClosed { dom, vbd, why } => write!(f, "{vbd} of {dom} closed: {why}"),

@@ -95,6 +95,11 @@ pub trait SharedPages: Clone + 'static {
     fn boot_id(&self) -> Result<[u8; 16], Errno>;
     /// Removes the name, if it exists.
     fn remove_region(&self, name: &str);
+    /// The names that exist, sorted.
+    ///
+    /// # Errors
+    /// `EACCES`, `EIO`.
+    fn region_names(&self) -> Result<Vec<String>, Errno>;
 }
 
 /// A xenstore connection of one domain.

@@ -354,6 +354,9 @@ impl SharedPages for World {
     fn remove_region(&self, name: &str) {
         self.0.pages.borrow_mut().remove(name);
     }
+    fn region_names(&self) -> Result<Vec<String>, Errno> {
+        Ok(self.0.pages.borrow().keys().cloned().collect())
+    }
 }
 
 impl Files for World {

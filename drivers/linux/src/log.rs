@@ -77,7 +77,7 @@ fn kind_of(event: &Event) -> Kind {
         Event::ClusterMapped { .. } | Event::L2Mapped { .. } => (Level::Debug, None),
         Event::RequestRefused { .. } => (Level::Warning, Some(0)),
         Event::Retried { .. } => (Level::Warning, Some(1)),
-        Event::RequestResumed { .. } => (Level::Info, None),
+        Event::RequestResumed { .. } | Event::OrphanRemoved { .. } => (Level::Info, None),
         Event::RingConnected { .. } => (Level::Info, Some(2)),
         Event::RingClosed { .. } => (Level::Info, Some(3)),
         Event::BackendState { .. } => (Level::Info, Some(4)),

@@ -31,6 +31,9 @@ use tap_xenbus::{
 /// the old one is being closed, which may take as long as its drive is slow; xl waits for ten seconds.
 const IN_USE_PATIENCE_NS: u64 = 8_000_000_000;
 
+/// How the names of in-flight records begin.
+const RECORDS: &str = "ring";
+
 /// What serving guests asks of a host.
 pub trait GuestHost: ServeHost + XenHost {}
 impl<T: ServeHost + XenHost> GuestHost for T {}
@@ -136,7 +139,7 @@ impl<H: GuestHost> Shared<H> {
 
     fn config(&self, path: &str, dom: DomId, vbd: VbdId, hotplug: Hotplug) -> BackendConfig {
         BackendConfig {
-            record: Some(format!("ring-{}-{}", dom.0, vbd.0)),
+            record: Some(format!("{RECORDS}-{}-{}", dom.0, vbd.0)),
             hotplug,
             ..BackendConfig::new(path, dom, vbd)
         }
@@ -211,7 +214,7 @@ impl<H: GuestHost> Shared<H> {
 
     /// Serves whatever a toolstack gives us.
     async fn watch(self: &Rc<Self>) -> Result<(), String> {
-        let whose = Whose { root: self.root().await?, script: self.args.script.clone() };
+        let whose = Whose { root: self.root().await?, script: self.args.script.clone(), records: RECORDS };
         self.console.out(&format!("watching {} for vbds with the script {}", whose.root, whose.script));
         let serve = |device| {
             let shared = Rc::clone(self);

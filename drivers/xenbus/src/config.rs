@@ -103,6 +103,12 @@ pub enum BackendError {
         /// The back end's directory.
         path: StorePath,
     },
+    /// The in-flight records of guests that are gone cannot be found.
+    #[error("list the in-flight records: {error}")]
+    Records {
+        /// Why.
+        error: Errno,
+    },
     /// The disk could not be closed; what was written since the last flush may be lost.
     #[error("close the disk of {path}: {error}; what was written since the last flush may be lost")]
     Close {

@@ -1,8 +1,9 @@
 //! Values from xenstore: short, decimal, and possibly anything.
 
 use crate::config::BackendError;
+use crate::patience::patiently;
 use tap_abi::xenbus::XenbusState;
-use tap_host::{Errno, GrantRef, Port, Xenstore};
+use tap_host::{Errno, GrantRef, Port, Probe, Time, Xenstore};
 
 /// Longest value that any key here may have.
 pub(crate) const MAX_VALUE_BYTES: usize = 256;
@@ -20,17 +21,14 @@ pub(crate) fn number(value: &[u8]) -> Option<u32> {
 ///
 /// # Errors
 /// What else xenstore says.
-pub(crate) async fn read<H: Xenstore>(
+pub(crate) async fn read<H: Xenstore + Time + Probe>(
     host: &H,
     dir: &str,
     key: &str,
 ) -> Result<Option<Vec<u8>>, BackendError> {
     let path = format!("{dir}/{key}");
-    known(host.read(&path).await, MAX_VALUE_BYTES).map_err(|error| BackendError::Store {
-        what: "read",
-        path,
-        error,
-    })
+    let value = patiently(host, async || host.read(&path).await).await;
+    known(value, MAX_VALUE_BYTES).map_err(|error| BackendError::Store { what: "read", path, error })
 }
 
 /// What was read, as [`read`] gives it, with values of up to `most` bytes.
@@ -55,7 +53,10 @@ pub(crate) fn is_offline(online: Option<&[u8]>) -> bool {
 }
 
 /// The state at `dir`; `None` when the key is gone, [`XenbusState::Unknown`] when it is nonsense.
-pub(crate) async fn state<H: Xenstore>(host: &H, dir: &str) -> Result<Option<XenbusState>, BackendError> {
+pub(crate) async fn state<H: Xenstore + Time + Probe>(
+    host: &H,
+    dir: &str,
+) -> Result<Option<XenbusState>, BackendError> {
     Ok(read(host, dir, "state").await?.map(|value| state_of(&value)))
 }
 
@@ -75,7 +76,7 @@ pub(crate) struct RingKeys {
 ///
 /// # Errors
 /// The outer from xenstore; the inner for what we cannot or will not serve.
-pub(crate) async fn ring<H: Xenstore>(
+pub(crate) async fn ring<H: Xenstore + Time + Probe>(
     host: &H,
     frontend: &str,
 ) -> Result<Result<RingKeys, &'static str>, BackendError> {

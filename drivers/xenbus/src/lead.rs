@@ -11,6 +11,7 @@
 use crate::config::{BackendConfig, BackendEnd, BackendError, XenHost};
 use crate::keys;
 use crate::machine::Backend;
+use crate::patience::{is_transient, patiently};
 use crate::states::{self, Written};
 use std::future::{Future, poll_fn};
 use std::pin::pin;
@@ -18,7 +19,7 @@ use std::rc::Rc;
 use std::task::Poll;
 use tap_abi::xenbus::XenbusState;
 use tap_core::{Node, wait};
-use tap_host::{Watcher, Xenstore};
+use tap_host::Watcher;
 
 /// First pause before another attempt, in nanoseconds; each further one is twice as long, up to [`PAUSE_MAX_NS`].
 const PAUSE_NS: u64 = 1_000_000_000;
@@ -46,9 +47,7 @@ pub async fn lead<H: XenHost, F: Future<Output = Result<Rc<dyn Node>, String>>>(
     loop {
         let why = match open().await {
             Ok(node) => match Backend::run(host.clone(), config.clone(), node, Rc::clone(leave)).await {
-                Err(error @ (BackendError::NotTaken { .. } | BackendError::NotOurs { .. })) => {
-                    error.to_string()
-                }
+                Err(error) if passes(&error) => error.to_string(),
                 other => return other,
             },
             Err(why) => why,
@@ -57,10 +56,23 @@ pub async fn lead<H: XenHost, F: Future<Output = Result<Rc<dyn Node>, String>>>(
             tell(&why);
             told.clone_from(&why);
         }
-        match stand_by(host, config, &format!("failed to {why}"), pause_ns, leave).await? {
-            Some(end) => return Ok(end),
-            None => pause_ns = (pause_ns * 2).min(PAUSE_MAX_NS),
+        match stand_by(host, config, &format!("failed to {why}"), pause_ns, leave).await {
+            Ok(Some(end)) => return Ok(end),
+            Ok(None) => {}
+            // Nothing can be seen at the moment, and nothing needs to be done at once.
+            Err(error) if passes(&error) && !leave.is_set() => host.sleep_ns(pause_ns).await,
+            Err(error) => return Err(error),
         }
+        pause_ns = (pause_ns * 2).min(PAUSE_MAX_NS);
+    }
+}
+
+/// Whether another attempt may succeed.
+fn passes(error: &BackendError) -> bool {
+    match error {
+        BackendError::NotTaken { .. } | BackendError::NotOurs { .. } => true,
+        BackendError::Store { error, .. } => is_transient(*error),
+        _ => false,
     }
 }
 
@@ -74,7 +86,7 @@ async fn stand_by<H: XenHost>(
 ) -> Result<Option<BackendEnd>, BackendError> {
     let path = &config.backend_path;
     let failed = |error| BackendError::Store { what: "watch", path: path.clone(), error };
-    let watch = host.watch(path).await.map_err(failed)?;
+    let watch = patiently(host, async || host.watch(path).await).await.map_err(failed)?;
     let until_ns = host.now_ns().saturating_add(pause_ns);
     let mut refused = false;
     loop {
@@ -101,7 +113,7 @@ async fn stand_by<H: XenHost>(
 }
 
 /// Whether a front end has, or may have, a ring there.
-async fn is_in_use<H: Xenstore>(host: &H, path: &str) -> Result<bool, BackendError> {
+async fn is_in_use<H: XenHost>(host: &H, path: &str) -> Result<bool, BackendError> {
     let Some(frontend) = keys::read(host, path, "frontend").await? else { return Ok(false) };
     let state = keys::state(host, &String::from_utf8_lossy(&frontend)).await?;
     Ok(matches!(state, Some(XenbusState::Initialised | XenbusState::Connected | XenbusState::Closing)))

@@ -33,6 +33,8 @@ mod config;
 mod keys;
 mod lead;
 mod machine;
+mod orphans;
+mod patience;
 mod rules;
 mod states;
 mod supervise;

@@ -2,6 +2,7 @@
 
 use crate::config::{BackendConfig, BackendEnd, BackendError, Hotplug, XenHost};
 use crate::keys;
+use crate::patience::patiently;
 use crate::rules::{Action, Phase, Seen, Start, next, start};
 use crate::states::{self, Keys, Written};
 use std::cell::Cell;
@@ -115,8 +116,11 @@ impl<H: XenHost> Backend<H> {
             Some(BackendEnd::FrontendGone) => !self.host.bug(Bug::GoneNotClosed),
             Some(BackendEnd::BackendGone | BackendEnd::Left) | None => false,
         };
+        if !waited_for {
+            return Ok(());
+        }
         let state = keys::state(&self.host, &self.config.backend_path).await?;
-        if waited_for && state.is_some_and(|state| state != XenbusState::Closed) {
+        if state.is_some_and(|state| state != XenbusState::Closed) {
             self.write_state(XenbusState::Closed, &[]).await?;
         }
         Ok(())
@@ -130,9 +134,7 @@ impl<H: XenHost> Backend<H> {
             Start::Offer => {}
             Start::Resume => match self.resume().await? {
                 Err(why) if self.host.bug(Bug::ServedRingClosed) => self.fail(&why).await?,
-                Err(why) => {
-                    return Err(BackendError::NotTaken { path: self.config.backend_path.clone(), why });
-                }
+                Err(why) => return self.not_taken(why).await,
                 Ok(()) => {}
             },
             Start::In(phase) => self.phase = phase,
@@ -151,6 +153,14 @@ impl<H: XenHost> Backend<H> {
                 Action::Close => self.close().await?,
                 Action::End(end) => return Ok(end),
             }
+        }
+    }
+
+    /// The ring of a predecessor cannot be taken up. An end that has gone meanwhile is the reason, and the device's end.
+    async fn not_taken(&self, why: String) -> Result<BackendEnd, BackendError> {
+        match next(Phase::Serving, &self.look().await?) {
+            Action::End(end) if !self.host.bug(Bug::GoneNotSeen) => Ok(end),
+            _ => Err(BackendError::NotTaken { path: self.config.backend_path.clone(), why }),
         }
     }
 
@@ -414,7 +424,8 @@ fn info_of(read_only: bool) -> u32 {
 }
 
 async fn watch<H: XenHost>(host: &H, path: StorePath) -> Result<H::Watcher, BackendError> {
-    host.watch(&path).await.map_err(|error| BackendError::Store { what: "watch", path, error })
+    let watching = patiently(host, async || host.watch(&path).await).await;
+    watching.map_err(|error| BackendError::Store { what: "watch", path, error })
 }
 
 /// The front end's directory, as the toolstack wrote it; `None` without a back end's directory.

@@ -1,8 +1,9 @@
 //! Writing our state, and what belongs to it, all at once or not at all.
 
 use crate::config::BackendError;
+use crate::patience::patiently;
 use tap_abi::xenbus::XenbusState;
-use tap_host::{Errno, Transaction, Xenstore};
+use tap_host::{Errno, Probe, Time, Transaction, Xenstore};
 
 /// Keys beside the state, relative to the directory.
 pub(crate) type Keys<'a> = &'a [(&'a str, String)];
@@ -18,7 +19,7 @@ pub(crate) enum Written {
 
 /// Writes `keys` and `state` in `dir` if the state there is still `expected`. A state of closing is written whatever is
 /// there, but for a device that is new: its predecessor's end is none of its.
-pub(crate) async fn write<H: Xenstore>(
+pub(crate) async fn write<H: Xenstore + Time + Probe>(
     host: &H,
     dir: &str,
     expected: XenbusState,
@@ -27,7 +28,7 @@ pub(crate) async fn write<H: Xenstore>(
 ) -> Result<Written, BackendError> {
     let failed = |error| BackendError::Store { what: "write", path: dir.to_string(), error };
     loop {
-        match attempt(host, dir, expected, state, keys).await {
+        match patiently(host, async || attempt(host, dir, expected, state, keys).await).await {
             Ok(written) => return Ok(written),
             // Somebody else was at the same nodes; nothing of ours has happened.
             Err(Errno::EAGAIN) => {}
@@ -52,6 +53,10 @@ async fn attempt<H: Xenstore>(
     };
     let own = now != XenbusState::Initialising;
     let closing = matches!(state, XenbusState::Closing | XenbusState::Closed) && own;
+    if now == state && now != XenbusState::Closing {
+        // An attempt whose answer was lost: nobody else says this of us.
+        return Ok(Written::Yes);
+    }
     if now != expected && !closing {
         return Ok(Written::No);
     }

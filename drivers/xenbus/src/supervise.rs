@@ -11,6 +11,8 @@
 
 use crate::config::{BackendError, XenHost};
 use crate::keys;
+use crate::orphans::remove_orphans;
+use crate::patience::patiently;
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::future::{Future, poll_fn};
@@ -19,7 +21,7 @@ use std::rc::Rc;
 use std::task::Poll;
 use tap_abi::xenbus::XenbusState;
 use tap_core::wait;
-use tap_host::{DomId, Errno, StorePath, Transaction, VbdId, Watcher, Xenstore};
+use tap_host::{DomId, Errno, StorePath, Transaction, VbdId, Watcher};
 
 /// Longest `params` in bytes; a path has at most so many.
 const MAX_PARAMS_BYTES: usize = 4096;
@@ -46,6 +48,8 @@ pub struct Whose {
     pub root: StorePath,
     /// The file name of the script that marks ours.
     pub script: String,
+    /// How the names of in-flight records begin: those named `records-DOMAIN-VBD` of devices that are gone are removed.
+    pub records: &'static str,
 }
 
 type Id = (DomId, VbdId);
@@ -78,7 +82,8 @@ pub async fn supervise<H: XenHost, F: Future<Output = ()> + 'static>(
 ) -> Result<(), BackendError> {
     let root = &whose.root;
     let watch_failed = |error| BackendError::Store { what: "watch", path: root.clone(), error };
-    let watch = host.watch(root).await.map_err(watch_failed)?;
+    let watch = patiently(host, async || host.watch(root).await).await.map_err(watch_failed)?;
+    remove_orphans(host, root, whose.records).await?;
     let crew = Rc::<Crew>::default();
     let mut lived = BTreeSet::new();
     loop {
@@ -171,7 +176,7 @@ fn parse_vbd(name: &str) -> Option<VbdId> {
 }
 
 /// All directories that may be devices.
-async fn all<H: Xenstore>(host: &H, root: &str) -> Result<BTreeSet<Id>, BackendError> {
+async fn all<H: XenHost>(host: &H, root: &str) -> Result<BTreeSet<Id>, BackendError> {
     let mut ids = BTreeSet::new();
     for dom in names(host, root).await? {
         let Some(id) = parse_dom(&dom) else { continue };
@@ -181,8 +186,8 @@ async fn all<H: Xenstore>(host: &H, root: &str) -> Result<BTreeSet<Id>, BackendE
     Ok(ids)
 }
 
-async fn names<H: Xenstore>(host: &H, path: &str) -> Result<Vec<String>, BackendError> {
-    match host.directory(path).await {
+async fn names<H: XenHost>(host: &H, path: &str) -> Result<Vec<String>, BackendError> {
+    match patiently(host, async || host.directory(path).await).await {
         // The first device makes it.
         Err(Errno::ENOENT) => Ok(Vec::new()),
         result => result.map_err(|error| BackendError::Store { what: "list", path: path.to_owned(), error }),
@@ -191,20 +196,20 @@ async fn names<H: Xenstore>(host: &H, path: &str) -> Result<Vec<String>, Backend
 
 /// The device `id` with its state, if it is ours and not taken away already. Seen all at once: it may be taken away and
 /// made again meanwhile.
-async fn look<H: Xenstore>(
+async fn look<H: XenHost>(
     host: &H,
     whose: &Whose,
     id: Id,
 ) -> Result<Option<(Device, XenbusState)>, BackendError> {
     let path = format!("{}/{}/{}", whose.root, id.0.0, id.1.0);
     loop {
-        let seen = async {
+        let seen = async || {
             let tx = host.transaction().await?;
             let found = look_in(&tx, whose, id, &path).await?;
             tx.commit().await?;
             Ok(found)
         };
-        match seen.await {
+        match patiently(host, seen).await {
             Err(Errno::EAGAIN) => {}
             result => return result.map_err(|error| BackendError::Store { what: "read", path, error }),
         }

@@ -32,6 +32,7 @@ pub static ALL: &[&Scenario] = &[
     &toolstack::SECOND_TAPDISK,
     &toolstack::GUEST_DESTROYED,
     &toolstack::HOT_PLUG,
+    &toolstack::TAPDISK_AWAY,
     &damage::DAMAGED_IMAGE,
     &scale::QCOW_SCALE,
     &scale::QCOW_FULL,

@@ -171,6 +171,9 @@ impl SharedPages for LinuxHost {
             self.say(Level::Warning, format_args!("failed to remove the record {name}: {error}"));
         }
     }
+    fn region_names(&self) -> Result<Vec<String>, Errno> {
+        self.regions()?.names()
+    }
 }
 
 impl Xenstore for LinuxHost {

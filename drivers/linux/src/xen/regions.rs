@@ -3,7 +3,7 @@
 use super::page::LinuxPage;
 use crate::files::of_rustix;
 use rustix::fs::{
-    AtFlags, CWD, FallocateFlags, FileType, Mode, OFlags, fallocate, fstat, mkdirat, openat, unlinkat,
+    AtFlags, CWD, Dir, FallocateFlags, FileType, Mode, OFlags, fallocate, fstat, mkdirat, openat, unlinkat,
 };
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -53,6 +53,25 @@ impl Regions {
             Err(Errno::ENOENT) => Ok(()),
             result => result,
         }
+    }
+
+    /// See [`tap_host::SharedPages::region_names`].
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub(super) fn names(&self) -> Result<Vec<String>, Errno> {
+        let mut names = Vec::new();
+        for entry in Dir::read_from(&self.0).map_err(of_rustix)? {
+            let entry = entry.map_err(of_rustix)?;
+            // What has another kind of name is not ours.
+            if let Ok(name) = entry.file_name().to_str()
+                && file_name(name).is_ok()
+            {
+                names.push(name.to_owned());
+            }
+        }
+        names.sort_unstable();
+        Ok(names)
     }
 }
 

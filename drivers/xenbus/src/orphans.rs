@@ -1,0 +1,58 @@
+//! In-flight records that nobody will ask for again.
+//!
+//! A guest that is destroyed while no tapdisk runs leaves the record of its ring. A record names its device, so whoever
+//! starts next can see that the device is gone.
+
+use crate::config::{BackendError, XenHost};
+use crate::keys;
+use tap_host::{Bug, DomId, Event, VbdId};
+
+/// Removes the records named `prefix-DOMAIN-VBD` whose device is not in `root` of xenstore any more, or has lost its front
+/// end's directory. Records of devices that are there stay, whoever serves them.
+///
+/// # Errors
+/// [`BackendError::Store`]; [`BackendError::Records`] if they cannot be listed.
+pub(crate) async fn remove_orphans<H: XenHost>(
+    host: &H,
+    root: &str,
+    prefix: &str,
+) -> Result<(), BackendError> {
+    let names = host.region_names().map_err(|error| BackendError::Records { error })?;
+    for name in names {
+        let Some((dom, vbd)) = device_of(&name, prefix) else { continue };
+        let path = format!("{root}/{}/{}", dom.0, vbd.0);
+        if has_front_end(host, &path).await? || host.bug(Bug::OrphansStay) {
+            continue;
+        }
+        host.log(Event::OrphanRemoved { dom, vbd });
+        host.remove_region(&name);
+    }
+    Ok(())
+}
+
+async fn has_front_end<H: XenHost>(host: &H, path: &str) -> Result<bool, BackendError> {
+    let Some(frontend) = keys::read(host, path, "frontend").await? else { return Ok(false) };
+    Ok(keys::state(host, &String::from_utf8_lossy(&frontend)).await?.is_some())
+}
+
+/// The device that a record of this name is about.
+fn device_of(name: &str, prefix: &str) -> Option<(DomId, VbdId)> {
+    let (dom, vbd) = name.strip_prefix(prefix)?.strip_prefix('-')?.split_once('-')?;
+    let dom = u16::try_from(keys::number(dom.as_bytes())?).ok()?;
+    Some((DomId(dom), VbdId(keys::number(vbd.as_bytes())?)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_records() {
+        assert_eq!(device_of("ring-3-51712", "ring"), Some((DomId(3), VbdId(51712))));
+        for other in
+            ["ring-3", "ring-x-1", "ring-70000-1", "rings-3-1", "sync-3-51712", "ring-3-51712-old", ""]
+        {
+            assert_eq!(device_of(other, "ring"), None, "{other}");
+        }
+    }
+}
