@@ -106,6 +106,11 @@ impl World {
         world
     }
 
+    /// The pages outside the process are gone, and with them what is known of failed synchronisations.
+    pub(crate) fn forget_pages(&self) {
+        self.0.pages.borrow_mut().clear();
+    }
+
     pub(crate) fn random(&self, below: u64) -> u64 {
         let mut x = self.0.random.get();
         x ^= x << 13;
