@@ -381,7 +381,14 @@ impl Blkfront {
                 if !ring.put(&request) {
                     (self.0.complain)("the ring is full although a slot is free".into());
                 }
-                ring.publish();
+                if !ring.publish() {
+                    let me = self.0.clone();
+                    ring.watch_sleep(move |text| {
+                        if me.open.get() {
+                            (me.complain)(text);
+                        }
+                    });
+                }
             }
         }
         let status = poll_fn(|cx| {

@@ -147,6 +147,10 @@ pub struct Outcome {
 /// Turns and virtual time after which a run counts as stuck: far above what any scenario needs.
 const LIMITS: Limits = Limits { turns: 20_000_000, time_ns: 4_000_000_000_000 };
 
+/// Steps and loads of shared memory in one turn of one task: several times of what a full ring of the largest requests
+/// takes.
+const TURN_WORK_MAX: u64 = 1500;
+
 static LABELS: Once = Once::new();
 
 /// Makes all labels known to the reader of decision files.
@@ -210,6 +214,12 @@ pub fn run(spec: &RunSpec) -> Outcome {
             world.fail(Invariant::L1, format!("{why}: {}", stall.report));
         }
         Err(place) => world.fail(Invariant::A1, place),
+    }
+    let longest = sim.longest_turn();
+    if longest.done > TURN_WORK_MAX {
+        let sim::Work { done, role, .. } = longest;
+        let text = format!("a turn of task {role} is too long: {done} steps and loads");
+        world.fail(Invariant::T1, text);
     }
     let (trace, decisions) = sim.finish();
     let mut outcome = Outcome {

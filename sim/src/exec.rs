@@ -4,6 +4,7 @@ use crate::decide::{DecisionMap, Decisions, Draw, Label, Source};
 use crate::fault::Swarm;
 use crate::guard;
 use crate::mix::{Entity, mix2, text_hash};
+use crate::nested::Work;
 use crate::node::{Node, NodeInner};
 use crate::task::{BoxedTask, Identity, Task, pop_woken, push_cleared, push_woken, swap_woken, task_id};
 use crate::time::{Action, Sleep, Timed, Timers};
@@ -112,25 +113,30 @@ pub(crate) struct Core {
     pub(crate) now: Cell<u64>,
     pub(crate) timers: RefCell<Timers>,
     pub(crate) doomed: RefCell<Vec<Rc<NodeInner>>>,
-    tasks: RefCell<Vec<Option<Rc<Task>>>>,
+    pub(crate) tasks: RefCell<Vec<Option<Rc<Task>>>>,
     free: RefCell<Vec<u32>>,
     /// Shells of ended tasks.
     shells: RefCell<Vec<Rc<Task>>>,
     generation: Cell<u32>,
-    nodes: RefCell<Vec<Rc<NodeInner>>>,
-    current: RefCell<Option<Rc<Task>>>,
-    decisions: RefCell<Decisions>,
+    pub(crate) nodes: RefCell<Vec<Rc<NodeInner>>>,
+    pub(crate) current: RefCell<Option<Rc<Task>>>,
+    pub(crate) decisions: RefCell<Decisions>,
     trace: RefCell<Trace>,
     scheduling: Cell<Scheduling>,
     swarm: Swarm,
     limits: Limits,
     turns: Cell<u64>,
+    /// What the running turn has done so far.
+    pub(crate) work: Cell<u64>,
+    pub(crate) longest: Cell<Work>,
+    /// Tasks of other nodes run inside a turn.
+    pub(crate) nested: Cell<bool>,
     reporters: RefCell<Vec<Reporter>>,
 }
 
 /// A world's engine; clones share it.
 #[derive(Clone)]
-pub struct Sim(Rc<Core>);
+pub struct Sim(pub(crate) Rc<Core>);
 
 impl Sim {
     /// An engine with no tasks at time 0.
@@ -157,6 +163,9 @@ impl Sim {
             swarm: Swarm::new(config.seed, config.faults),
             limits: config.limits,
             turns: Cell::new(0),
+            work: Cell::new(0),
+            longest: Cell::default(),
+            nested: Cell::new(false),
             reporters: RefCell::default(),
         }))
     }
@@ -251,11 +260,30 @@ impl Sim {
         rate_ppm: u32,
         draw: impl FnOnce(&mut Draw) -> u64,
     ) -> u64 {
+        self.nth_fault(entity, label, 0, rate_ppm, draw)
+    }
+
+    /// As [`Sim::fault`] where an entity is asked more than once.
+    #[inline]
+    pub fn nth_fault(
+        &self,
+        entity: Entity,
+        label: &'static Label,
+        attempt: u32,
+        rate_ppm: u32,
+        draw: impl FnOnce(&mut Draw) -> u64,
+    ) -> u64 {
         let mut decisions = self.0.decisions.borrow_mut();
         if decisions.faults_stopped {
             return 0;
         }
-        decisions.decide(entity, label, 0, self.0.now.get(), |d| if d.ppm(rate_ppm) { draw(d) } else { 0 })
+        decisions.decide(
+            entity,
+            label,
+            attempt,
+            self.0.now.get(),
+            |d| if d.ppm(rate_ppm) { draw(d) } else { 0 },
+        )
     }
 
     /// Whether decisions come from a map only: nothing is drawn.
@@ -423,11 +451,24 @@ impl Core {
     /// Runs one task or timer. `Some` when the run cannot go on.
     fn turn(&self) -> Option<StallKind> {
         let Some((id, cleared)) = pop_woken() else { return self.advance() };
-        let slot = (id & 0xffff_ffff) as usize;
-        let task = match self.tasks.borrow().get(slot) {
-            Some(Some(task)) if task.id == id => Rc::clone(task),
-            _ => return None,
-        };
+        let task = self.task(id)?;
+        self.work.set(0);
+        let stall = self.turn_of(task, cleared);
+        if !self.doomed.borrow().is_empty() {
+            self.reap();
+        }
+        stall
+    }
+
+    /// The living task of this number.
+    pub(crate) fn task(&self, id: u64) -> Option<Rc<Task>> {
+        let tasks = self.tasks.borrow();
+        tasks.get((id & 0xffff_ffff) as usize)?.as_ref().filter(|task| task.id == id).cloned()
+    }
+
+    /// One turn of `task`, unless it is put back or runs already.
+    pub(crate) fn turn_of(&self, task: Rc<Task>, cleared: bool) -> Option<StallKind> {
+        let slot = (task.id & 0xffff_ffff) as usize;
         if cleared {
             task.put_back.set(false);
         } else if self.put_back(&task) {
@@ -446,18 +487,17 @@ impl Core {
         match poll {
             Poll::Ready(()) => {
                 drop(future);
+                self.note_work(&task);
                 self.tasks.borrow_mut()[slot] = None;
                 self.free.borrow_mut().push(slot as u32);
                 self.current.replace(outer);
                 self.retire(task);
             }
             Poll::Pending => {
+                self.note_work(&task);
                 *task.future.borrow_mut() = Some(future);
                 self.current.replace(outer);
             }
-        }
-        if !self.doomed.borrow().is_empty() {
-            self.reap();
         }
         None
     }

@@ -102,6 +102,7 @@ impl Node {
             self.inner.steps_left.set(left - 1);
         }
         self.inner.steps.set(self.inner.steps.get() + 1);
+        self.core.count_work();
         true
     }
 

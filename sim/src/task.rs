@@ -23,6 +23,10 @@ pub(crate) fn push_woken(id: u64) {
 pub(crate) fn push_cleared(id: u64) {
     push_woken(id | CLEARED);
 }
+/// Puts an identifier back to where it was taken from.
+pub(crate) fn push_front(id: u64, cleared: bool) {
+    WOKEN.with_borrow_mut(|q| q.push_front(if cleared { id | CLEARED } else { id }));
+}
 /// The next identifier, and whether it runs without a scheduling decision.
 pub(crate) fn pop_woken() -> Option<(u64, bool)> {
     WOKEN.with_borrow_mut(VecDeque::pop_front).map(|id| (id & !CLEARED, id & CLEARED != 0))
@@ -65,6 +69,8 @@ pub(crate) struct Task {
     /// Put back and waiting for its timer: further wakes change nothing.
     pub(crate) put_back: Cell<bool>,
     pub(crate) ordinals: RefCell<Ordinals>,
+    /// Accesses of shared memory so far.
+    pub(crate) accesses: Cell<u32>,
 }
 
 /// What a task is: everything but its future.
@@ -92,6 +98,7 @@ impl Task {
             wakes: Cell::new(0),
             put_back: Cell::new(false),
             ordinals: RefCell::default(),
+            accesses: Cell::new(0),
         }
     }
 
@@ -109,6 +116,7 @@ impl Task {
         self.wakes.set(0);
         self.put_back.set(false);
         self.ordinals.get_mut().clear();
+        self.accesses.set(0);
     }
 }
 

@@ -176,3 +176,55 @@ fn a_long_sleep_in_a_loop_leaves_nothing_behind() {
     })
     .unwrap();
 }
+
+#[test]
+fn tasks_of_other_nodes_run_inside_a_turn_and_no_deeper() {
+    let sim = Sim::new(&Config::new(1));
+    let log = Rc::new(RefCell::new(Vec::new()));
+    let (s, l) = (sim.clone(), Rc::clone(&log));
+    sim.run(async move {
+        let (own, other) = (s.node("own", 0), s.node("other", 0));
+        let (sim, log) = (s.clone(), Rc::clone(&l));
+        own.spawn("first", 0, async move {
+            note(&log, "first begins");
+            assert!(sim.next_access().is_some());
+            sim.run_others(1);
+            note(&log, "first ends");
+        });
+        let log = Rc::clone(&l);
+        own.spawn("same node", 0, async move { note(&log, "same node") });
+        for i in 0..2 {
+            let (sim, log) = (s.clone(), Rc::clone(&l));
+            other.spawn("other", i, async move {
+                note(&log, format!("other {i} begins"));
+                sim.run_others(9);
+                note(&log, format!("other {i} ends"));
+            });
+        }
+        s.sleep_ns(1).await;
+    })
+    .unwrap();
+    assert_eq!(
+        log.borrow().join(", "),
+        "first begins, other 0 begins, other 0 ends, first ends, same node, other 1 begins, other 1 ends"
+    );
+}
+
+#[test]
+fn the_longest_turn_is_told() {
+    let sim = Sim::new(&Config::new(1));
+    let s = sim.clone();
+    sim.run(async move {
+        let node = s.node("process", 0);
+        let n = node.clone();
+        node.spawn("works", 7, async move {
+            for _ in 0..5 {
+                assert!(n.step());
+            }
+        });
+        s.sleep_ns(1).await;
+    })
+    .unwrap();
+    let longest = sim.longest_turn();
+    assert_eq!((longest.done, longest.role, longest.key), (5, "works", 7));
+}

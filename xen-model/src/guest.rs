@@ -3,7 +3,9 @@
 use crate::grants::Grant;
 use crate::page::Page;
 use crate::port::{Channel, XenPort};
+use sim::Timed;
 use std::cell::Cell;
+use std::rc::{Rc, Weak};
 use tap_abi::blkif::{BlkifRequest, ENTRY_BYTES, RESPONSE_BYTES, RawResponse};
 use tap_host::{DomId, Errno, EventChannel, GrantRef, Port, Transaction, Xenstore};
 use zerocopy::FromBytes;
@@ -54,6 +56,8 @@ pub struct GuestRing {
     produced: Cell<u32>,
     published: Cell<u32>,
     consumed: Cell<u32>,
+    /// What was published when the last event was raised.
+    told: Cell<u32>,
 }
 
 impl GuestRing {
@@ -74,6 +78,7 @@ impl GuestRing {
             produced: zero(),
             published: zero(),
             consumed: zero(),
+            told: zero(),
         })
     }
 
@@ -131,7 +136,8 @@ impl GuestRing {
     /// Puts any bytes into the next slot, full or not.
     pub fn put_raw(&self, entry: &[u8; ENTRY_BYTES]) {
         let index = self.produced.get();
-        self.shared.page.write(slot(index), entry);
+        self.shared.page.was_loaded(middle(index), true);
+        self.store(slot(index), entry);
         self.produced.set(index.wrapping_add(1));
     }
 
@@ -139,14 +145,44 @@ impl GuestRing {
     pub fn publish(&self) -> bool {
         let (old, new) = (self.published.get(), self.produced.get());
         self.published.set(new);
-        self.shared.page.store_u32(REQ_PROD, new);
-        let wanted = self.shared.page.load_u32(REQ_EVENT);
+        self.store(REQ_PROD, &new.to_le_bytes());
+        self.full_barrier();
+        let wanted = self.load_u32(REQ_EVENT);
         // The event index was passed by this very step.
         let passed = (1..=new.wrapping_sub(old)).any(|step| old.wrapping_add(step) == wanted);
         if passed {
+            self.told.set(new);
             self.channel.notify();
         }
         passed
+    }
+
+    /// Looks, once everything that can happen now has happened, whether the back end sleeps over what was published
+    /// last: it asked for an event at a request that it has not looked at, and the request had come before it asked.
+    /// Call this after a [`GuestRing::publish`] that raised no event.
+    pub fn watch_sleep(self: &Rc<Self>, overslept: impl Fn(String) + 'static) {
+        let sim = self.port.xen().sim();
+        let look = SleepLook { ring: Rc::downgrade(self), overslept };
+        sim.call_at(sim.now_ns(), Rc::new(look), u64::from(self.published.get()));
+    }
+
+    fn is_overslept(&self) -> bool {
+        let page = &self.shared.page;
+        let asked = page.load_u32(REQ_EVENT).wrapping_sub(1);
+        let mapped = self.port.xen().maps(self.port.dom(), self.shared.gref) > 0;
+        mapped
+            // An event that is on its way tells of it.
+            && (0..=SLOTS).contains(&asked.wrapping_sub(self.told.get()))
+            && (1..=SLOTS).contains(&self.published.get().wrapping_sub(asked))
+            && !page.was_loaded(middle(asked), false)
+    }
+
+    /// Goes on from what the page says, after another CPU of the guest has used the ring.
+    pub fn catch_up(&self) {
+        let produced = self.shared.page.load_u32(REQ_PROD);
+        self.produced.set(produced);
+        self.published.set(produced);
+        self.consumed.set(self.shared.page.load_u32(RSP_PROD));
     }
 
     /// The next response, if there is one.
@@ -155,7 +191,7 @@ impl GuestRing {
     /// `EPROTO` when the back end claims to have answered more than it was asked.
     pub fn take(&self) -> Result<Option<RawResponse>, Errno> {
         let index = self.consumed.get();
-        let ready = self.shared.page.load_u32(RSP_PROD).wrapping_sub(index);
+        let ready = self.load_u32(RSP_PROD).wrapping_sub(index);
         if ready == 0 {
             return Ok(None);
         }
@@ -163,7 +199,7 @@ impl GuestRing {
             return Err(Errno::EPROTO);
         }
         let mut bytes = [0; RESPONSE_BYTES];
-        self.shared.page.read(slot(index), &mut bytes);
+        self.load(slot(index), &mut bytes);
         self.consumed.set(index.wrapping_add(1));
         Ok(RawResponse::read_from_bytes(&bytes).ok())
     }
@@ -177,12 +213,34 @@ impl GuestRing {
             if let Some(response) = self.take()? {
                 return Ok(response);
             }
-            self.shared.page.store_u32(RSP_EVENT, self.consumed.get().wrapping_add(1));
+            self.store(RSP_EVENT, &self.consumed.get().wrapping_add(1).to_le_bytes());
+            self.full_barrier();
             if let Some(response) = self.take()? {
                 return Ok(response);
             }
             self.channel.wait().await?;
         }
+    }
+
+    fn store(&self, offset: usize, bytes: &[u8]) {
+        self.port.other_cpus();
+        self.port.shared_store(&self.shared.page, offset, bytes);
+    }
+
+    fn load(&self, offset: usize, into: &mut [u8]) {
+        self.port.other_cpus();
+        self.port.shared_load(&self.shared.page, offset, into);
+    }
+
+    fn load_u32(&self, offset: usize) -> u32 {
+        let mut bytes = [0; 4];
+        self.load(offset, &mut bytes);
+        u32::from_le_bytes(bytes)
+    }
+
+    fn full_barrier(&self) {
+        self.port.other_cpus();
+        self.port.drain_stores();
     }
 
     /// Lets go of the ring: the port is closed and the page taken back.
@@ -194,6 +252,27 @@ impl GuestRing {
         drop(channel);
         shared.end(&port)
     }
+}
+
+struct SleepLook<F> {
+    ring: Weak<GuestRing>,
+    overslept: F,
+}
+
+impl<F: Fn(String)> Timed for SleepLook<F> {
+    fn fire(self: Rc<Self>, published: u64) {
+        if let Some(ring) = self.ring.upgrade()
+            && u64::from(ring.published.get()) == published
+            && ring.is_overslept()
+        {
+            (self.overslept)(format!("the back end sleeps, and request {} on the ring waits", published - 1));
+        }
+    }
+}
+
+/// A byte in the middle of an entry.
+fn middle(index: u32) -> usize {
+    slot(index) + 40
 }
 
 fn slot(index: u32) -> usize {

@@ -24,6 +24,7 @@
 //! the same mistakes.
 
 mod channels;
+mod cpu;
 mod event;
 mod grants;
 mod guest;

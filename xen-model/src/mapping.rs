@@ -30,6 +30,8 @@ impl Mapping {
     }
 
     fn before_load(&self, offset: usize, len: usize) {
+        self.0.port.other_cpus();
+        self.0.port.xen().0.sim.count_work();
         if self.0.port.node().is_alive() {
             self.0.page.before_foreign_load(offset, len);
         }
@@ -41,8 +43,13 @@ impl Mapping {
             !matches!(self.0.origin, Origin::Grant { write: false, .. }),
             "store into a read-only mapping"
         );
+        self.0.port.other_cpus();
         if self.0.port.node().step() {
-            self.0.page.write(offset, bytes);
+            match self.0.origin {
+                Origin::Grant { .. } => self.0.port.shared_store(&self.0.page, offset, bytes),
+                // Read by others only once this process is dead, and a dead CPU has no buffer.
+                Origin::Region => self.0.page.write(offset, bytes),
+            }
         }
     }
 }
@@ -51,7 +58,9 @@ impl SharedPage for Mapping {
     fn load_u32(&self, offset: usize) -> u32 {
         assert!(offset.is_multiple_of(4) && offset < PAGE_BYTES, "load of a number at {offset}");
         self.before_load(offset, 4);
-        self.0.page.load_u32(offset)
+        let mut bytes = [0; 4];
+        self.0.port.shared_load(&self.0.page, offset, &mut bytes);
+        u32::from_le_bytes(bytes)
     }
     fn store_u32(&self, offset: usize, value: u32) {
         assert!(offset.is_multiple_of(4) && offset < PAGE_BYTES, "store of a number at {offset}");
@@ -59,12 +68,15 @@ impl SharedPage for Mapping {
     }
     fn copy_in(&self, offset: usize, private: &mut [u8]) {
         self.before_load(offset, private.len());
-        self.0.page.read(offset, private);
+        self.0.port.shared_load(&self.0.page, offset, private);
     }
     fn copy_out(&self, offset: usize, private: &[u8]) {
         self.store(offset, private);
     }
-    fn full_barrier(&self) {}
+    fn full_barrier(&self) {
+        self.0.port.other_cpus();
+        self.0.port.drain_stores();
+    }
 }
 
 impl Drop for Inner {
@@ -72,6 +84,7 @@ impl Drop for Inner {
         if let Origin::Grant { key, .. } = self.origin
             && self.port.node().is_alive()
         {
+            self.port.drain_stores();
             self.port.unmap(key);
         }
     }

@@ -5,7 +5,10 @@ use std::fmt;
 use std::rc::Rc;
 use tap_host::PAGE_BYTES;
 
-type LoadHook = Rc<dyn Fn(usize, usize)>;
+/// Bytes of a page for which loads are noted together.
+const PIECE: usize = PAGE_BYTES / 128;
+
+type Hook = Rc<dyn Fn(usize, usize)>;
 
 /// 4096 bytes; clones are the same page. What its owner does to it goes through these methods and counts as nothing
 /// but memory; what a back end does goes through a mapping ([`crate::Mapping`]).
@@ -14,15 +17,27 @@ pub struct Page(Rc<Inner>);
 
 struct Inner {
     bytes: RefCell<[u8; PAGE_BYTES]>,
+    /// Which pieces of 32 bytes others have loaded since it was asked for.
+    loaded: Cell<u128>,
     hooked: Cell<bool>,
-    hook: RefCell<Option<LoadHook>>,
+    stores_hooked: Cell<bool>,
+    hook: RefCell<Option<Hook>>,
+    store_hook: RefCell<Option<Hook>>,
 }
 
 impl Page {
     /// A page of zeros.
     pub fn new() -> Self {
         let bytes = RefCell::new([0; PAGE_BYTES]);
-        Self(Rc::new(Inner { bytes, hooked: Cell::new(false), hook: RefCell::default() }))
+        let (loaded, hooked, stores_hooked) = Default::default();
+        Self(Rc::new(Inner {
+            bytes,
+            loaded,
+            hooked,
+            stores_hooked,
+            hook: RefCell::default(),
+            store_hook: RefCell::default(),
+        }))
     }
 
     /// The bytes from `offset` on. The range must lie in the page.
@@ -64,7 +79,41 @@ impl Page {
         *self.0.hook.borrow_mut() = hook;
     }
 
+    /// Calls `hook(offset, len)` after every store of a mapping or ring became visible, as another CPU of the owner that
+    /// waits for just that; `None` ends it.
+    pub fn on_shared_store(&self, hook: Option<Rc<dyn Fn(usize, usize)>>) {
+        self.0.stores_hooked.set(hook.is_some());
+        *self.0.store_hook.borrow_mut() = hook;
+    }
+
+    pub(crate) fn write_shared(&self, offset: usize, from: &[u8]) {
+        self.write(offset, from);
+        if self.0.stores_hooked.get() {
+            let hook = self.0.store_hook.borrow().clone();
+            if let Some(hook) = hook {
+                hook(offset, from.len());
+            }
+        }
+    }
+
+    /// Whether both are the same page.
+    pub(crate) fn is(&self, other: &Page) -> bool {
+        Rc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// Whether somebody else has loaded the 32 bytes around `offset`; `forget` makes it start over.
+    pub(crate) fn was_loaded(&self, offset: usize, forget: bool) -> bool {
+        let (loaded, bit) = (self.0.loaded.get(), 1 << (offset / PIECE));
+        if forget {
+            self.0.loaded.set(loaded & !bit);
+        }
+        loaded & bit != 0
+    }
+
     pub(crate) fn before_foreign_load(&self, offset: usize, len: usize) {
+        let (first, last) = (offset / PIECE, (offset + len.max(1) - 1) / PIECE);
+        let pieces = u128::MAX >> (127 - (last - first)) << first;
+        self.0.loaded.set(self.0.loaded.get() | pieces);
         if self.0.hooked.get() {
             let hook = self.0.hook.borrow().clone();
             if let Some(hook) = hook {

@@ -1,6 +1,7 @@
 //! One process's access to Xen: the seam.
 
 use crate::channels::PortId;
+use crate::cpu::StoreBuffer;
 use crate::mapping::{MappedGrant, Mapping, Origin};
 use crate::page::Page;
 use crate::store::Client;
@@ -28,6 +29,9 @@ struct Inner {
     next_map: Cell<u64>,
     maps: RefCell<BTreeMap<u64, MappedGrant>>,
     channels: RefCell<Vec<PortId>>,
+    stores: StoreBuffer,
+    /// Stores to shared pages so far.
+    stored: Cell<u32>,
 }
 
 /// What one process of a domain has open in Xen; clones are the same. Dies with its node: handles first, then the
@@ -52,6 +56,8 @@ impl Xen {
             next_map: Cell::new(0),
             maps: RefCell::default(),
             channels: RefCell::default(),
+            stores: StoreBuffer::default(),
+            stored: Cell::new(0),
         }));
         let dead = port.clone();
         node.on_death(move || dead.release());
@@ -100,8 +106,25 @@ impl XenPort {
         self.0.store_ops.get()
     }
 
+    pub(crate) fn store_buffer(&self) -> &StoreBuffer {
+        &self.0.stores
+    }
+
+    /// The number of the store that comes now.
+    pub(crate) fn store_buffer_count(&self) -> u32 {
+        self.0.stored.set(self.0.stored.get().wrapping_add(1));
+        self.0.stored.get()
+    }
+
+    /// A spurious event at the other end of each of its channels.
+    pub(crate) fn wake_peers(&self) {
+        let channels = self.0.channels.borrow().clone();
+        channels.into_iter().for_each(|id| self.0.xen.raise_peer(id));
+    }
+
     /// What the kernel does for a dead process.
     fn release(&self) {
+        self.drain_stores();
         for map in std::mem::take(&mut *self.0.maps.borrow_mut()).into_values() {
             self.0.xen.unmap(self.dom(), map.dom, map.gref);
         }
@@ -162,6 +185,7 @@ impl Grants for XenPort {
         if !self.0.node.step() {
             return Err(Errno::ESHUTDOWN);
         }
+        self.drain_stores();
         let mut rest = private;
         for &segment in segments {
             let page = self.segment(dom, segment, false)?;
@@ -174,8 +198,10 @@ impl Grants for XenPort {
     }
 
     fn copy_out(&self, dom: DomId, segments: &[GrantSegment], private: &[u8]) -> Result<(), Errno> {
+        self.drain_stores();
         let mut rest = private;
         for &segment in segments {
+            self.other_cpus();
             // Each page is a step: a process can die with half of a copy done.
             if !self.0.node.step() {
                 return Err(Errno::ESHUTDOWN);
@@ -238,7 +264,9 @@ pub struct Channel {
 
 impl EventChannel for Channel {
     fn notify(&self) {
+        self.port.other_cpus();
         if self.port.node().step() {
+            self.port.drain_stores();
             self.port.xen().notify(self.id);
         }
     }

@@ -1,6 +1,7 @@
 //! The machine: domains and everything that outlives a process.
 
 use crate::channels::{Channels, PortId};
+use crate::cpu::{OTHER_CPUS, OTHER_CPUS_KIND, STORE_BUFFERED, STORE_BUFFERED_KIND};
 use crate::event::XenEvent;
 use crate::grants::{Grant, GrantTable};
 use crate::page::Page;
@@ -24,8 +25,16 @@ pub(crate) static STORE_ERROR: Label = Label::new(
 );
 
 /// The labels of this model's decisions.
-pub static LABELS: [&Label; 6] =
-    [&EVENT_LATE, &STORE_LATE, &WATCH_LATE, &STORE_CONFLICT, &CLOSE_LATE, &STORE_ERROR];
+pub static LABELS: [&Label; 8] = [
+    &EVENT_LATE,
+    &STORE_LATE,
+    &WATCH_LATE,
+    &STORE_CONFLICT,
+    &CLOSE_LATE,
+    &STORE_ERROR,
+    &OTHER_CPUS,
+    &STORE_BUFFERED,
+];
 
 static EVENT_LATE_KIND: FaultKind = FaultKind { name: "event-late", max_ppm: 500_000 };
 static STORE_LATE_KIND: FaultKind = FaultKind { name: "store-late", max_ppm: 500_000 };
@@ -82,6 +91,10 @@ pub(crate) struct Rates {
     pub(crate) conflict: u32,
     pub(crate) close_late: u32,
     pub(crate) store_error: u32,
+    pub(crate) other_cpus: u32,
+    pub(crate) store_buffered: u32,
+    /// Whether one of the two above may happen.
+    pub(crate) cpus: bool,
 }
 
 pub(crate) struct Inner {
@@ -110,7 +123,12 @@ impl Xen {
     /// A machine with the control domain only.
     pub fn new(sim: &Sim, options: Options) -> Self {
         let swarm = sim.swarm();
+        let (other_cpus, store_buffered) =
+            (swarm.rate_ppm(&OTHER_CPUS_KIND), swarm.rate_ppm(&STORE_BUFFERED_KIND));
         let rates = Rates {
+            other_cpus,
+            store_buffered,
+            cpus: other_cpus + store_buffered > 0 || sim.has_given_decisions(),
             event_late: swarm.rate_ppm(&EVENT_LATE_KIND),
             store_late: swarm.rate_ppm(&STORE_LATE_KIND),
             conflict: swarm.rate_ppm(&STORE_CONFLICT_KIND),
@@ -131,6 +149,11 @@ impl Xen {
             notified: Cell::new(0),
             boots: Cell::new(0),
         }))
+    }
+
+    /// The engine.
+    pub fn sim(&self) -> &Sim {
+        &self.0.sim
     }
 
     /// Makes a domain; numbers are never used twice.
@@ -274,6 +297,14 @@ impl Xen {
         } else {
             let at_ns = self.0.sim.now_ns() + late_ns;
             self.0.sim.call_at(at_ns, Rc::clone(&self.0) as Rc<dyn Timed>, peer.token());
+        }
+    }
+
+    /// A spurious event at the other end of `id`.
+    pub(crate) fn raise_peer(&self, id: PortId) {
+        let peer = self.0.channels.borrow_mut().peer(id);
+        if let Some(peer) = peer {
+            self.raise(peer);
         }
     }
 

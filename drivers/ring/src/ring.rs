@@ -74,6 +74,8 @@ pub(crate) struct Inner<H: Grants + Events + SharedPages> {
     in_flight: Cell<u32>,
     /// The request index at which the guest will raise an event.
     armed: Cell<u32>,
+    /// Requests taken since other tasks last had their turn.
+    taken: Cell<u32>,
     done: RefCell<VecDeque<Done>>,
     free_slots: RefCell<Vec<u8>>,
     /// Where flushes with data write once what was answered before is durable. What overlaps one waits for its end: were
@@ -138,6 +140,7 @@ where
             in_flight: Cell::new(0),
             // No index that will be asked for soon: the event index is written at the first sleep.
             armed: Cell::new(req_cons.wrapping_sub(1)),
+            taken: Cell::new(0),
             done: RefCell::new(VecDeque::with_capacity(RING_ENTRIES as usize)),
             free_slots: RefCell::new((0..RING_ENTRIES as u8).rev().collect()),
             fenced: RefCell::default(),
@@ -265,16 +268,18 @@ where
             if waiting == 0 {
                 return Ok(());
             }
-            let batch = self.parts.config.limits.batch;
-            for _ in 0..waiting.min(batch) {
+            for _ in 0..waiting {
                 if self.signal.is_ending() {
                     return Ok(());
                 }
+                if self.taken.get() >= self.parts.config.limits.batch {
+                    // Counted across calls: requests that are answered at once would keep this task for ever.
+                    self.publish();
+                    self.parts.host.yield_now().await;
+                    self.taken.set(0);
+                    break;
+                }
                 self.take_one().await;
-            }
-            if waiting > batch {
-                self.publish();
-                self.parts.host.yield_now().await;
             }
         }
     }
@@ -315,6 +320,9 @@ where
         }
         self.req_cons.set(index.wrapping_add(1));
         self.in_flight.set(self.in_flight.get() + 1);
+        if job.is_ok() || !host.bug(Bug::TurnWithoutEnd) {
+            self.taken.set(self.taken.get() + 1);
+        }
         if let Ok(job) = &job {
             host.log(job.taken_event(self.parts.config.vbd));
         }
@@ -399,6 +407,9 @@ where
         let Parts { host, config, page, channel, record, .. } = &self.parts;
         let old = self.rsp_prod.get();
         let mut new = old;
+        if host.bug(Bug::IndexBeforeResponse) {
+            page.store_u32(RSP_PROD, old.wrapping_add(done.len() as u32));
+        }
         for Done { slot, id, op, status } in &*done {
             if let Some(record) = record {
                 record.answer(*slot, new, *status);
@@ -407,7 +418,9 @@ where
             new = new.wrapping_add(1);
         }
         page.store_u32(RSP_PROD, new);
-        page.full_barrier();
+        if !host.bug(Bug::PublishWithoutBarrier) {
+            page.full_barrier();
+        }
         let event = page.load_u32(RSP_EVENT);
         self.rsp_prod.set(new);
         self.in_flight.set(self.in_flight.get() - done.len() as u32);
@@ -425,11 +438,13 @@ where
 
     /// Asks for an event at the next request. `false` when that is already there.
     fn arm(&self) -> bool {
-        let page = &self.parts.page;
+        let Parts { host, page, .. } = &self.parts;
         let cons = self.req_cons.get();
         if self.armed.replace(cons.wrapping_add(1)) != cons.wrapping_add(1) {
             page.store_u32(REQ_EVENT, cons.wrapping_add(1));
-            page.full_barrier();
+            if !host.bug(Bug::ArmWithoutBarrier) {
+                page.full_barrier();
+            }
         }
         page.load_u32(REQ_PROD) == cons
     }
@@ -440,7 +455,11 @@ where
                 return Poll::Ready(Woken::Work);
             }
             self.signal.register(cx);
-            event.as_mut().poll(cx).map(Woken::Event)
+            let woken = event.as_mut().poll(cx).map(Woken::Event);
+            if woken.is_pending() {
+                self.taken.set(0);
+            }
+            woken
         })
         .await
     }

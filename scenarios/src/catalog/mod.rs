@@ -94,6 +94,7 @@ pub static LABELS: &[&Label] = &[
     &toolstack::SECOND_AFTER,
     &toolstack::DESTROY_AFTER,
     &guest::TRICK,
+    &guest::FLOOD,
     &guest::KEYS,
     &guest::NBD_TRICK,
     &guest::NBD_SHAPE,

@@ -51,13 +51,15 @@ pub enum Invariant {
     M2,
     /// Memory.
     M3,
+    /// Turns of tasks are short.
+    T1,
     /// No panic.
     A1,
 }
 
 impl Invariant {
     /// All of them.
-    pub const ALL: [Invariant; 25] = [
+    pub const ALL: [Invariant; 26] = [
         Self::G1,
         Self::G7,
         Self::G9,
@@ -82,6 +84,7 @@ impl Invariant {
         Self::M1,
         Self::M2,
         Self::M3,
+        Self::T1,
         Self::A1,
     ];
 
@@ -116,6 +119,7 @@ impl Invariant {
             Self::M1 => "one turn does, and one request has running, no more than a fixed amount",
             Self::M2 => "the order of requests costs no more than each of them once for each in flight",
             Self::M3 => "a disk that is closed holds no memory of the budget",
+            Self::T1 => "a task does a bounded amount of work before others have their turn",
             Self::A1 => "no input makes the stack panic",
         }
     }

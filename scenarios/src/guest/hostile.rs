@@ -18,11 +18,17 @@ use xen_model::{GrantedPage, GuestRing};
 pub static TRICK: Label = Label::packed("trick", "the hostile guest plays trick {}", &[4, 32]);
 /// Which keys it first connects with; 0 are good ones.
 pub static KEYS: Label = Label::new("keys", "the hostile guest first connects with bad keys number {}");
+/// How many malformed requests another CPU of the hostile guest posts, each as soon as the one before is answered.
+pub static FLOOD: Label =
+    Label::new("flood", "another CPU of the hostile guest posts {} malformed requests without a pause");
 
 /// Sectors that honest requests of the hostile guest stay below; nothing may touch what lies above.
 pub const HONEST_SECTORS: u64 = 512;
 /// Bytes of the ring's header.
 const HEADER: usize = 64;
+/// Byte offsets of the indices in it.
+const REQ_PROD: usize = 0;
+const RSP_PROD: usize = 8;
 /// Byte offsets within an entry.
 const OP: usize = 0;
 const NR_SEGMENTS: usize = 1;
@@ -202,6 +208,7 @@ impl Hostile {
         let Some(ring) = self.ring.borrow().clone() else { return Ok(()) };
         let page = GrantedPage::new(&self.attached.port, DomId(0), false)?;
         let read_only = GrantedPage::new(&self.attached.port, DomId(0), true)?;
+        self.flood(&ring).await;
         for i in 0..count {
             let value =
                 self.world.sim.decide(self.entity, &TRICK, i, |d| d.below(16) | d.below(1 << 32) << 4);
@@ -224,6 +231,46 @@ impl Hostile {
         }
         drop(ring);
         self.leave(page, read_only).await
+    }
+
+    /// Another CPU watches the index of responses, and posts a malformed request for each response at once.
+    async fn flood(&self, ring: &Rc<GuestRing>) {
+        let count = self
+            .world
+            .sim
+            .decide(self.entity, &FLOOD, 0, |d| if d.below(2) == 0 { 0 } else { 500 + d.below(1500) });
+        if count == 0 {
+            return;
+        }
+        let (mut entry, _) = self.entry(3, 0, 0, 0);
+        let (page, left, next_id) = (ring.page().clone(), Cell::new(count), self.next_id.get());
+        let post = move || {
+            let Some(rest) = left.get().checked_sub(1) else { return };
+            left.set(rest);
+            let produced = page.load_u32(REQ_PROD);
+            entry[8..16].copy_from_slice(&(next_id + rest).to_le_bytes());
+            page.write(HEADER + produced as usize % 32 * ENTRY_BYTES, &entry);
+            page.store_u32(REQ_PROD, produced.wrapping_add(1));
+        };
+        self.next_id.set(next_id + count);
+        let post = RefCell::new(post);
+        post.borrow_mut()();
+        ring.page().on_shared_store(Some(Rc::new(move |offset, _| {
+            if offset == RSP_PROD {
+                post.borrow_mut()();
+            }
+        })));
+        ring.channel().notify();
+        let until = self.world.sim.now_ns() + PATIENCE_NS;
+        while ring.page().load_u32(REQ_PROD) != ring.page().load_u32(RSP_PROD) {
+            if self.world.sim.now_ns() > until {
+                self.world.fail(Invariant::X1, "a request of a flood has no answer");
+                break;
+            }
+            self.world.sim.sleep_ns(50_000).await;
+        }
+        ring.page().on_shared_store(None);
+        ring.catch_up();
     }
 
     /// An entry, and what must come of it.
