@@ -83,6 +83,9 @@ list! {
         NbdLostAtBreak = "writes that were in flight when the connection broke are not sent again but answered",
         NbdReadHalf = "a read whose last chunk has come is taken as whole",
         NbdBufferKept = "requests that wait to be sent on a broken connection keep their buffers",
+        NbdTrimFrozen = "a trim is carried out on a read-only export",
+        NbdZeroesEarly = "zeros with the flag FUA are answered before they are durable",
+        CloseUnsynced = "a raw image is closed without being synchronised",
         NbdDeafKept = "a client that sends no more and takes no reply keeps its place",
     }
 }

@@ -44,6 +44,8 @@ pub static ALL: &[&Scenario] = &[
     &nbd::NBD_HOSTILE_CLIENT,
     &nbd::NBD_HOSTILE_SERVER,
     &nbd::NBD_CROWD,
+    &nbd::NBD_EVERY_COMMAND,
+    &nbd::NBD_SERVER_STOPPED,
 ];
 
 /// Scenarios that have been swept for long. The others are new, and `tapsim sweep --runs` gives each of them
@@ -102,6 +104,8 @@ pub static LABELS: &[&Label] = &[
     &scale::LARGE,
     &nbd::CLIENT_DIES,
     &nbd::CROWD,
+    &nbd::STOP_AFTER,
+    &guest::NBD_STEP,
     &damage::DAMAGE,
 ];
 

@@ -5,12 +5,14 @@ mod hostile;
 mod lying;
 mod nbd;
 mod ring;
+mod speaker;
 
 pub use direct::DirectDisk;
 pub use hostile::{FLOOD, HONEST_SECTORS, Hostile, KEYS, TRICK, describe_keys, describe_trick};
 pub use lying::{LyingServer, NBD_LIE, NBD_SHAPE, describe_nbd_lie};
 pub use nbd::{NBD_TRICK, NbdScript, RawNbd, Spread, describe_nbd_trick};
 pub use ring::RingDisk;
+pub use speaker::{NBD_STEP, Speaker, Step, steps};
 
 use crate::check::oracle::{Oracle, is_broken};
 use crate::check::{BlockHistory, Invariant};

@@ -137,12 +137,17 @@ impl<H: ImageHost> Image<H> {
         let need = groups.iter().map(|group| cost(carver, group).0).sum();
         let mut share = take_some(&self.memory.parts, need).await?;
         let mut writes = Vec::with_capacity(groups.len());
-        let mut done = from;
+        let (mut done, mut cut) = (from, false);
         for mut group in groups {
+            // What follows a group that was cut comes after the rest of it.
+            if cut {
+                break;
+            }
             if cost(carver, &group).0 > share.bytes() {
                 if !writes.is_empty() {
                     break;
                 }
+                cut = true;
                 group.count = (PART_BYTES >> self.geometry.cluster_bits).clamp(1, group.count);
             }
             let (cluster, group_start, group_end) = span(&group);

@@ -2,7 +2,7 @@
 
 use super::command::{Job, Kind, Refusal, error_of, extents};
 use super::negotiate::{ALLOCATION_ID, Agreed, CLOSED, Negotiation, why};
-use super::{Flow, Inner, Open, STOPPED};
+use super::{Export, Flow, Inner, Open, STOPPED};
 use crate::bell::{Bell, first};
 use crate::inlet::Inlet;
 use crate::outbox::Outbox;
@@ -13,8 +13,8 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 use tap_abi::nbd::{
-    CHUNK_BLOCK_STATUS, CHUNK_ERROR, CHUNK_OFFSET_DATA, CMD_DISC, CMD_WRITE, ChunkHeader, ErrorHead,
-    OffsetData, RequestHeader, SimpleReply, StatusExtent,
+    CHUNK_BLOCK_STATUS, CHUNK_ERROR, CHUNK_OFFSET_DATA, CMD_DISC, CMD_TRIM, CMD_WRITE, ChunkHeader,
+    ErrorHead, OffsetData, RequestHeader, SimpleReply, StatusExtent,
 };
 use tap_core::wait::Semaphore;
 use tap_core::{Op, Request, Response};
@@ -176,7 +176,10 @@ where
     async fn take(self: &Rc<Self>, header: &RequestHeader, inlet: &mut Inlet<S>) -> Result<(), Why> {
         let (limits, agreed) = (&self.server.limits, &self.agreed);
         let payload = if header.command.get() == CMD_WRITE { header.len.get() as usize } else { 0 };
-        let job = Job::check(header, &agreed.export, limits.request_bytes, agreed.status);
+        let thaw = header.command.get() == CMD_TRIM && self.host().bug(Bug::NbdTrimFrozen);
+        let thawed = thaw.then(|| Export { read_only: false, ..Export::clone(&agreed.export) });
+        let export = thawed.as_ref().unwrap_or(&agreed.export);
+        let job = Job::check(header, export, limits.request_bytes, agreed.status);
         let taken = match job {
             Ok(job) => self.start(job, payload, inlet).await,
             Err(_) if payload > limits.request_bytes as usize => Err("a write larger than the maximum"),
@@ -250,7 +253,8 @@ where
         if op == Op::Flush && self.host().bug(Bug::NbdFlushOwn) && self.writes.get() == 0 {
             return self.done(job, Ok(()));
         }
-        let fua = job.fua && !self.host().bug(Bug::NbdFuaIgnored);
+        let early = matches!(op, Op::WriteZeroes(_)) && self.host().bug(Bug::NbdZeroesEarly);
+        let fua = job.fua && !early && !self.host().bug(Bug::NbdFuaIgnored);
         let node = &self.agreed.export.node;
         let mut answer = node.submit(Request { op, range: job.range, bufs });
         if !fua && let Poll::Ready(response) = answer.as_mut().poll(&mut Context::from_waker(Waker::noop())) {

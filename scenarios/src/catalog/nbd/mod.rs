@@ -6,10 +6,12 @@
 //! ```
 
 mod crowd;
+mod every;
 mod lying;
 mod plan;
 
 pub use crowd::{CROWD, NBD_CROWD};
+pub use every::{NBD_EVERY_COMMAND, NBD_SERVER_STOPPED, STOP_AFTER};
 pub use lying::NBD_HOSTILE_SERVER;
 
 use super::crash::arm_power_cut;

@@ -65,6 +65,23 @@ pub(super) struct Served {
     stacks: Vec<Stack>,
 }
 
+impl Served {
+    /// Ends in order. What was answered before the disks are closed is durable once they are.
+    pub(super) async fn stop(self, world: &World, setup: &Setup) {
+        self.server.stop().await;
+        check_idle(world, &self, 0);
+        let inv = setup.history.borrow_mut().begin_flush();
+        for stack in &self.stacks {
+            if let Err(error) = stack.vbd.close().await {
+                world.fail(Invariant::G11, format!("closing the disk failed with {error:?}"));
+            }
+        }
+        setup.history.borrow_mut().end_flush(inv);
+        self.host.process.node().kill();
+        self.host.process.node().dead().await;
+    }
+}
+
 impl Plan {
     /// Draws the limits for one disk called [`DISK`].
     pub(super) fn draw(world: &World) -> (Self, Setup) {
@@ -102,7 +119,8 @@ impl Plan {
                 }
             };
             let (name, node) = (String::from(*name), stack.node());
-            exports.push(Export { name, description: String::new(), node, read_only: false });
+            let read_only = name.starts_with("frozen");
+            exports.push(Export { name, description: String::new(), node, read_only });
             stacks.push(stack);
         }
         let server = match Server::new(host.clone(), exports, self.server) {

@@ -1,0 +1,166 @@
+//! Every command of the protocol, with every flag that may stand beside it; and a server that is stopped under load.
+
+use super::plan::{
+    DISK, DISK_BYTES, NO_ERRORS, Plan, Served, address, client_config, client_stack, cut_power, last_look,
+    within,
+};
+use crate::catalog::crash::arm_power_cut;
+use crate::catalog::setup::Setup;
+use crate::check::Invariant;
+use crate::guest::{DirectDisk, Gate, Manners, RawNbd, Speaker, Step, steps};
+use crate::run::Scenario;
+use crate::world::{World, setting};
+use kernel_model::faults::FaultPlan;
+use kernel_model::{ProcessStream, SimHost, StorageConfig};
+use sim::{Entity, Label, Sim};
+use std::cell::RefCell;
+use std::rc::Rc;
+use tap_core::wait::Event;
+use tap_host::{SECTOR_BYTES, Sockets};
+use tap_nbd::{Breaks, ClientConfig};
+
+/// When a server is asked to stop.
+pub static STOP_AFTER: Label = Label::new("stop-after", "the server is asked to stop after {} ns");
+
+/// The whole alphabet.
+pub static NBD_EVERY_COMMAND: Scenario = Scenario {
+    name: "nbd-every-command",
+    about: "every NBD command with every flag, right and wrong, on a disk and on a read-only one, with I/O errors; power cut",
+    storage,
+    body: |w| Box::pin(every_command(w)),
+};
+
+/// A server that ends in order, again and again.
+pub static NBD_SERVER_STOPPED: Scenario = Scenario {
+    name: "nbd-server-stopped",
+    about: "a server is stopped under load and its machine loses its power at once: what was answered is there, the rest comes again",
+    storage: |_| StorageConfig::default(),
+    body: |w| Box::pin(server_stopped(w)),
+};
+
+fn storage(sim: &Sim) -> StorageConfig {
+    let errors = setting(sim, "nbd-errors", &[false, true]);
+    let failing = FaultPlan { errors, no_space: errors, sync_errors: errors, ..FaultPlan::LATENCY };
+    let faults = FaultPlan { short: true, transient: true, ..failing };
+    StorageConfig { faults, zeroing: setting(sim, "host-zeroes", &[true, false]), ..StorageConfig::default() }
+}
+
+const FROZEN: &str = "frozen";
+
+async fn every_command(world: World) {
+    let (mut plan, setup) = Plan::draw(&world);
+    let frozen = Setup::raw(&world, 1, DISK_BYTES);
+    frozen.history.borrow_mut().relax_order();
+    plan.disks.push((FROZEN, frozen.clone()));
+    let before = world.storage.bytes(&frozen.spec.path);
+    world.storage.set_calm(true);
+    let Some(served) = plan.serve(&plan.process("tapdisk", 0)).await else { return };
+    world.storage.set_calm(false);
+    let host = plan.process("client", 0);
+    let nodes = [served.host.process.node().clone(), host.process.node().clone()];
+    arm_power_cut(&world, &setup, 0, 240, move || nodes.iter().for_each(sim::Node::kill));
+    let most = (plan.server.request_bytes / SECTOR_BYTES as u32).min(1024);
+    let entity = Entity::WORLD.child("speaker", 0);
+    world.sim.name_entity(entity, || "the client".into());
+    let all = steps(&world, entity, 70, setup.size_sectors, most);
+    let structured = world.setting("nbd-structured", &[true, false]);
+    let (w, h, s, depth) = (world.clone(), host.clone(), setup.clone(), plan.limits.guest_depth);
+    let still = frozen.clone();
+    within(&host, async move {
+        let mut speakers = Vec::new();
+        // The last one is of the other kind, and on the disk that stays as it is.
+        for (name, structured) in [(DISK, structured), (DISK, !structured), (FROZEN, structured)] {
+            speakers.extend(speaker(&w, &h, name, structured).await);
+        }
+        if speakers.len() == 3 {
+            speak(&h, &speakers, &[s.clone(), s, still], &all, depth).await;
+            speakers.iter().for_each(Speaker::leave);
+        }
+    })
+    .await;
+    cut_power(&world, &setup, &[&served.host, &host]).await;
+    if world.storage.bytes(&frozen.spec.path) != before {
+        world.fail(Invariant::N2, "a read-only export has changed");
+    }
+    last_look(&plan, &setup, Invariant::G7).await;
+}
+
+async fn speaker(
+    world: &World,
+    host: &SimHost,
+    name: &str,
+    structured: bool,
+) -> Option<Speaker<ProcessStream>> {
+    let raw = RawNbd::new(host.connect(&address()).await.ok()?);
+    let speaker = Speaker::agree(world, raw, name, structured, DISK_BYTES).await?;
+    host.process.node().spawn("listens", 0, speaker.clone().listen());
+    Some(speaker)
+}
+
+/// Asks for everything, each request on the connection that its number says.
+async fn speak(
+    host: &SimHost,
+    speakers: &[Speaker<ProcessStream>],
+    disks: &[Setup],
+    all: &[Option<Step>],
+    depth: usize,
+) {
+    let gate = Gate::default();
+    for (i, step) in all.iter().enumerate() {
+        let Some(step) = *step else { continue };
+        gate.below(depth.max(1)).await;
+        gate.enter();
+        let at = i % speakers.len();
+        let (speaker, history, gate) = (speakers[at].clone(), Rc::clone(&disks[at].history), gate.clone());
+        host.process.node().spawn("step", i as u64, async move {
+            speaker.step(step, &history).await;
+            gate.leave();
+        });
+    }
+    gate.below(1).await;
+}
+
+async fn server_stopped(world: World) {
+    let (plan, setup) = Plan::draw(&world);
+    let Some(first) = plan.serve(&plan.process("tapdisk", 0)).await else { return };
+    let host = plan.process("client", 0);
+    let config = ClientConfig { breaks: Breaks::Keep, ..client_config(&world) };
+    let ops = plan.operations(0, setup.size_sectors, 60);
+    let (last, done) = (Rc::new(RefCell::new(None)), Rc::new(Event::new()));
+    let (p, s, keep, tell) = (plan.clone(), setup.clone(), Rc::clone(&last), Rc::clone(&done));
+    world.sim.spawn("stops", 0, async move {
+        *keep.borrow_mut() = stops(&p, &s, first).await;
+        tell.set();
+    });
+    let (p, h, s) = (plan.clone(), host.clone(), setup.clone());
+    within(&host, async move {
+        let (_, node) = client_stack(&p, &h, &config).await;
+        let disk = DirectDisk::new(node, p.limits.pool_bytes);
+        let guest = p.guest(disk, &s, Invariant::P1);
+        guest.set_manners(Manners { reads: Invariant::P1, ..NO_ERRORS });
+        guest.run(&ops, p.limits.guest_depth).await;
+    })
+    .await;
+    done.wait().await;
+    let Some(served) = last.take() else { return };
+    cut_power(&world, &setup, &[&host, &served.host]).await;
+    last_look(&plan, &setup, Invariant::G7).await;
+}
+
+/// Stops the server, cuts the power of its machine, and starts the next; gives the last one.
+async fn stops(plan: &Plan, setup: &Setup, first: Served) -> Option<Served> {
+    let (world, mut served) = (&plan.world, first);
+    for n in 1..=3 {
+        let entity = Entity::WORLD.child("stop", n);
+        world.sim.name_entity(entity, || format!("stop {n}"));
+        let after_ns = world.sim.decide(entity, &STOP_AFTER, 0, |d| d.magnitude(22));
+        if after_ns > 0 {
+            world.sim.sleep_ns(after_ns).await;
+            served.stop(world, setup).await;
+            world.storage.power_cut();
+            world.count(|s| s.crashes += 1);
+            served = plan.serve(&plan.process("tapdisk", n)).await?;
+        }
+    }
+    Some(served)
+}
