@@ -58,6 +58,9 @@ pub struct Options {
     pub store_late_bits: u32,
     /// Longest time that a dead process keeps a port, as a power of two of nanoseconds.
     pub close_late_bits: u32,
+    /// Domains run on CPUs of their own: others move between two accesses of shared memory, and stores arrive late. Else
+    /// all of the machine is one CPU, which sees its own stores at once.
+    pub other_cpus: bool,
 }
 
 impl Default for Options {
@@ -68,6 +71,7 @@ impl Default for Options {
             event_late_bits: 18,
             store_late_bits: 22,
             close_late_bits: 24,
+            other_cpus: true,
         }
     }
 }
@@ -128,7 +132,7 @@ impl Xen {
         let rates = Rates {
             other_cpus,
             store_buffered,
-            cpus: other_cpus + store_buffered > 0 || sim.has_given_decisions(),
+            cpus: options.other_cpus && (other_cpus + store_buffered > 0 || sim.has_given_decisions()),
             event_late: swarm.rate_ppm(&EVENT_LATE_KIND),
             store_late: swarm.rate_ppm(&STORE_LATE_KIND),
             conflict: swarm.rate_ppm(&STORE_CONFLICT_KIND),

@@ -89,7 +89,8 @@ fn trial<P: 'static>(
 
 fn in_world<P>(config: &Config, test: &Test<P>, place: impl Fn(SimHost, Guest) -> P) -> Outcome {
     let sim = Sim::new(config);
-    let xen = Xen::new(&sim, Options::default());
+    // Both ends of a body are on the CPU that runs it.
+    let xen = Xen::new(&sim, Options { other_cpus: false, ..Options::default() });
     let kernel = Kernel::new(&sim, &Storage::new(&sim, StorageConfig::default()));
     let host = SimHost::start(&kernel, &xen, "conformance", 1);
     let dom = xen.create_domain();

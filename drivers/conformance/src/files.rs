@@ -21,6 +21,7 @@ pub fn on_files<H: FileHost>() -> Vec<Test<Place<H>>> {
         a_write_past_the_end_leaves_zeros_between,
         shrinking_cuts_and_growing_gives_zeros,
         sizes_of_odd_bytes_hold,
+        a_file_is_the_same_under_every_open,
         no_file_is_larger_than_an_offset,
     ]
 }
@@ -39,7 +40,6 @@ pub fn on_disks<H: FileHost>() -> Vec<Test<Place<H>>> {
         alignment_is_asked_for_as_information_says,
         a_second_descriptor_sees_writes_at_once,
         clones_share_the_file,
-        a_file_is_the_same_under_every_open,
         synchronising_succeeds_again_and_again,
     ]
 }
