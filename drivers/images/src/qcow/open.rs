@@ -31,13 +31,15 @@ pub(super) struct Front<H: ImageHost> {
 /// An image that was walked: its cache is filled as far as it goes.
 pub(super) struct Walked {
     cache: Cache,
+    /// The end of the last thing that is referred to.
+    end: u64,
     frontier: u64,
 }
 
 impl Walked {
     /// For reading nothing needs to be known.
     pub(super) fn not_at_all(l1_entries: usize, limit: usize) -> Self {
-        Self { cache: Cache::new(l1_entries, limit), frontier: 0 }
+        Self { cache: Cache::new(l1_entries, limit), end: 0, frontier: 0 }
     }
 }
 
@@ -166,7 +168,7 @@ impl<H: ImageHost> Qcow<H> {
         options: &OpenOptions,
         level: usize,
     ) -> Result<Self, ImageError> {
-        let front = Front::read(host, path, options.write, options.direct, &options.memory).await?;
+        let mut front = Front::read(host, path, options.write, options.direct, &options.memory).await?;
         let backing = match &front.backing_name {
             Some(name) => Some(open_backing(host, path, name, options, level).await?),
             None => None,
@@ -174,6 +176,7 @@ impl<H: ImageHost> Qcow<H> {
         let memory = front.memory(path)?;
         let walked = if options.write {
             let walked = walk(host, path, &front, &memory, options.qcow.l2_tables).await?;
+            reach_all(&mut front, &walked).await.map_err(ImageError::io("lengthen", path))?;
             clear_checksum(&front).await.map_err(ImageError::io("clear the checksum of", path))?;
             walked
         } else {
@@ -223,12 +226,27 @@ async fn walk<H: ImageHost>(
     if let Some(what) = problem.0 {
         return Err(refused(path, what, "open it read-only and copy what can be read to a new image"));
     }
-    let mut end = walk.end;
+    let referred = walk.end;
+    let mut end = referred;
     // A device has no end of its own: what is behind the last reference is free, and holds anything.
     if !front.file.info.block_device && !host.bug(Bug::FrontierFromLastL1) {
         end = end.max(front.file.info.size_bytes);
     }
-    Ok(Walked { cache, frontier: end.next_multiple_of(geometry.cluster_bytes()) })
+    Ok(Walked { cache, end: referred, frontier: end.next_multiple_of(geometry.cluster_bytes()) })
+}
+
+/// A crash may have left references to what lies behind the end of the file. The file gets as long as they are, durably,
+/// before anything is served: all bounds on where references may lead count from the size, and would be passed by what
+/// is written now, or by what the next crash leaves.
+async fn reach_all<H: ImageHost>(front: &mut Front<H>, walked: &Walked) -> Result<(), Errno> {
+    let info = &mut front.file.info;
+    if info.block_device || walked.end <= info.size_bytes {
+        return Ok(());
+    }
+    info.size_bytes = walked.frontier;
+    front.file.set_size(walked.frontier).await?;
+    // One that fails is remembered: no flush of this file succeeds any more, and so none promises what is written there.
+    front.file.sync().await.or(Ok(()))
 }
 
 /// The checksum of Xen's extended header covers the L1 table and is not kept up.

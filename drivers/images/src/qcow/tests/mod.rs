@@ -3,6 +3,7 @@
 mod behaviour;
 mod bugs;
 mod hostile;
+mod reach;
 mod trial;
 mod zero;
 
