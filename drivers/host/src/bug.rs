@@ -55,7 +55,6 @@ list! {
         InterruptedSyncLatches = "a synchronisation that was interrupted counts as one that lost data",
         LostWithProcess = "that a synchronisation failed is forgotten when the process is replaced",
         BegunSyncForgotten = "a synchronisation in which the process died counts as good without asking",
-        SyncBegunLate = "that a synchronisation begins is not noted before it does",
         LostOutlivesBoot = "what a synchronisation lost is held against the disk after a reboot",
         EdgeDropped = "a write does not wait for an overlapping request in flight",
         FlushDataUnordered = "a request that overlaps the data of an earlier flush with data does not wait for it",

@@ -64,7 +64,7 @@ impl<H: ImageHost> GroupSync<H> {
         }
         let number = self.started.get() + 1;
         self.started.set(number);
-        if let Some(record) = self.record.as_ref().filter(|_| !host.bug(Bug::SyncBegunLate)) {
+        if let Some(record) = &self.record {
             record.begun();
         }
         let result = file.sync_data().await;
