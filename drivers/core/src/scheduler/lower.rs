@@ -58,7 +58,7 @@ impl<H: Time + Tasks + Log + Probe> Inner<H> {
     }
 }
 
-fn is_transient(error: Errno) -> bool {
+pub(super) fn is_transient(error: Errno) -> bool {
     matches!(error, Errno::EAGAIN | Errno::EINTR | Errno::EBUSY | Errno::ENOMEM)
 }
 

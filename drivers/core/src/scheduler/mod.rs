@@ -161,7 +161,18 @@ impl<H: Time + Tasks + Log + Probe> Node for Scheduler<H> {
     }
 
     fn extents(&self, range: SectorRange, most: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
-        self.0.lower.extents(range, most)
+        let inner = Rc::clone(&self.0);
+        Box::pin(async move {
+            let mut pause_ns = inner.limits.backoff_ns;
+            for _ in 0..inner.limits.retries {
+                match inner.lower.extents(range, most).await {
+                    Err(error) if lower::is_transient(error) => inner.host.sleep_ns(pause_ns).await,
+                    result => return result,
+                }
+                pause_ns = pause_ns.saturating_mul(2).min(inner.limits.backoff_total_ns);
+            }
+            inner.lower.extents(range, most).await
+        })
     }
 
     fn info(&self) -> NodeInfo {
