@@ -1,6 +1,7 @@
 //! The executor: one thread, virtual nanoseconds, every turn decided.
 
-use crate::decide::{DecisionMap, Decisions, Draw, Label, Source};
+use crate::config::{Config, Limits, Scheduling, Stall, StallKind};
+use crate::decide::{DecisionMap, Decisions, Draw, Label};
 use crate::fault::Swarm;
 use crate::guard;
 use crate::mix::{Entity, mix2, text_hash};
@@ -18,91 +19,6 @@ use std::task::{Context, Poll};
 
 /// How far the turn of a woken task is put back.
 pub static WAKE: Label = Label::new("wake", "its turn {n} is put back by {} ns");
-
-/// Which order ready tasks run in.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum Scheduling {
-    /// In the order in which they were woken.
-    #[default]
-    Fifo,
-    /// As [`Scheduling::Fifo`], but each turn may be put back by a while of virtual time, one in `one_in` turns, up to
-    /// 2^`bits` ns. (A decision per turn: 0 is in order.)
-    Random {
-        /// How rare.
-        one_in: u32,
-        /// How far.
-        bits: u32,
-    },
-}
-
-/// When a run is given up.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Limits {
-    /// Turns of tasks.
-    pub turns: u64,
-    /// Virtual nanoseconds.
-    pub time_ns: u64,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self { turns: 50_000_000, time_ns: 3_600_000_000_000 }
-    }
-}
-
-/// What a world is built from.
-#[derive(Clone, Debug)]
-pub struct Config {
-    /// The seed of decisions that are drawn.
-    pub seed: u64,
-    /// Where decisions come from.
-    pub source: Source,
-    /// Whether non-zero decisions are recorded; with the names of their entities, if lines of the trace are kept too.
-    pub record: bool,
-    /// How much of the trace is kept.
-    pub trace: TraceLevel,
-    /// The order of turns.
-    pub scheduling: Scheduling,
-    /// Whether faults are drawn at all.
-    pub faults: bool,
-    /// Watchdog.
-    pub limits: Limits,
-}
-
-impl Config {
-    /// Decisions from `seed`, nothing recorded, FIFO, faults on.
-    pub fn new(seed: u64) -> Self {
-        Self {
-            seed,
-            source: Source::Seed,
-            record: false,
-            trace: TraceLevel::Hash,
-            scheduling: Scheduling::Fifo,
-            faults: true,
-            limits: Limits::default(),
-        }
-    }
-}
-
-/// Why a run did not end.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum StallKind {
-    /// No task is ready and no timer is set.
-    Deadlock,
-    /// [`Limits::turns`] was reached.
-    TurnLimit,
-    /// [`Limits::time_ns`] was reached.
-    TimeLimit,
-}
-
-/// A run that did not end, with who waits.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Stall {
-    /// Why.
-    pub kind: StallKind,
-    /// One line per living task and what reporters added.
-    pub report: String,
-}
 
 /// Shells of ended tasks that are kept.
 const SHELLS_MAX: usize = 256;
@@ -196,6 +112,14 @@ impl Sim {
     /// Calls `timed` with `token` at `at_ns` (now, if that has passed), whatever is killed until then.
     pub fn call_at(&self, at_ns: u64, timed: Rc<dyn Timed>, token: u64) {
         self.0.timers.borrow_mut().add(at_ns.max(self.now_ns()), Action::Call(timed, token));
+    }
+
+    /// When the last turn that was put back on any node but `except` is due; `None` when none is to come. A check that
+    /// something does not move looks again then: a task whose turn was put back is awake.
+    pub fn put_back_until_ns(&self, except: &Node) -> Option<u64> {
+        let nodes = self.0.nodes.borrow();
+        let others = nodes.iter().filter(|node| node.entity != except.entity());
+        others.map(|node| node.put_back_until_ns.get()).max().filter(|until_ns| *until_ns > self.now_ns())
     }
 
     /// A new node. Its entity is derived from `name` and `key`.
@@ -512,8 +436,11 @@ impl Core {
             if d.below(u64::from(one_in)) == 0 { d.magnitude(bits) } else { 0 }
         });
         if late_ns > 0 {
+            let due_ns = self.now.get().saturating_add(late_ns);
             task.put_back.set(true);
-            self.timers.borrow_mut().add(self.now.get().saturating_add(late_ns), Action::Run(task.id));
+            self.timers.borrow_mut().add(due_ns, Action::Run(task.id));
+            let until_ns = &self.nodes.borrow()[task.node as usize].put_back_until_ns;
+            until_ns.set(until_ns.get().max(due_ns));
         }
         late_ns > 0
     }

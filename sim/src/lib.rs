@@ -20,6 +20,7 @@
 //! * [`guard`] runs worlds inside madsim, which takes away the real clock, real randomness and threads. The trace hash
 //!   is the same with and without it, which is checked.
 
+mod config;
 mod decide;
 mod exec;
 mod fault;
@@ -33,8 +34,9 @@ mod task;
 mod time;
 mod trace;
 
+pub use config::{Config, Limits, Scheduling, Stall, StallKind};
 pub use decide::{Decision, DecisionMap, Draw, Key, Label, Script, Source, label_by_name, register_labels};
-pub use exec::{Config, Limits, Scheduling, Sim, Stall, StallKind, WAKE};
+pub use exec::{Sim, WAKE};
 pub use fault::{FaultKind, Swarm};
 pub use file::{RunFile, RunFileError};
 pub use mix::{Entity, FixedMap, mix, mix2, text_hash};

@@ -16,6 +16,8 @@ pub(crate) struct NodeInner {
     steps_left: Cell<u64>,
     steps: Cell<u64>,
     reaped: Cell<bool>,
+    /// When the last of its turns that were put back so far is due.
+    pub(crate) put_back_until_ns: Cell<u64>,
     watchers: RefCell<Vec<Waker>>,
     on_death: RefCell<Vec<Box<dyn FnOnce()>>>,
 }
@@ -30,6 +32,7 @@ impl NodeInner {
             steps_left: Cell::new(u64::MAX),
             steps: Cell::new(0),
             reaped: Cell::new(false),
+            put_back_until_ns: Cell::new(0),
             watchers: RefCell::default(),
             on_death: RefCell::default(),
         }
@@ -115,6 +118,13 @@ impl Node {
     /// the code in between cannot be interrupted by the scheduler.
     pub fn kill_after_steps(&self, n: u64) {
         self.inner.steps_left.set(n);
+    }
+
+    /// Puts a death at its next step off by one: for a model that rules out a death between two effects.
+    pub fn spare_next_step(&self) {
+        if self.inner.steps_left.get() == 0 {
+            self.inner.steps_left.set(1);
+        }
     }
 
     /// Kills it: handles are dead at once; tasks are dropped, then death hooks run, before any other task's next turn.

@@ -259,13 +259,22 @@ struct SleepLook<F> {
     overslept: F,
 }
 
-impl<F: Fn(String)> Timed for SleepLook<F> {
+impl<F: Fn(String) + 'static> Timed for SleepLook<F> {
     fn fire(self: Rc<Self>, published: u64) {
-        if let Some(ring) = self.ring.upgrade()
-            && u64::from(ring.published.get()) == published
-            && ring.is_overslept()
-        {
-            (self.overslept)(format!("the back end sleeps, and request {} on the ring waits", published - 1));
+        let Some(ring) = self.ring.upgrade() else { return };
+        if u64::from(ring.published.get()) != published || !ring.is_overslept() {
+            return;
+        }
+        let sim = ring.port.xen().sim();
+        match sim.put_back_until_ns(ring.port.node()) {
+            // The back end may be awake, and its turn to come.
+            Some(due_ns) => sim.call_at(due_ns, self, published),
+            None => {
+                (self.overslept)(format!(
+                    "the back end sleeps, and request {} on the ring waits",
+                    published - 1
+                ));
+            }
         }
     }
 }
