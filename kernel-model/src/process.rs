@@ -388,8 +388,15 @@ impl File for ProcessFile {
     }
 
     fn sync_data(&self) -> impl Future<Output = Result<(), Errno>> + 'static {
-        let io = self.io(IoOp::Sync, 0, IoVec::new());
-        async move { io.await.0.map(|_| ()) }
+        let (io, file) = (self.io(IoOp::Sync, 0, IoVec::new()), self.clone());
+        async move {
+            let result = io.await.0.map(|_| ());
+            if result.is_err() && file.open.direct {
+                // Until the caller has noted it, nobody knows: see the storage's fault model.
+                file.process.node.spare_next_step();
+            }
+            result
+        }
     }
 
     fn set_size(&self, size_bytes: u64) -> impl Future<Output = Result<(), Errno>> + 'static {

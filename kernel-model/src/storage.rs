@@ -3,16 +3,17 @@
 //! Operations are the device's, not the process's: a process that dies leaves them to land. Its descriptors, and with
 //! them its locks, go only when its last operation has ended, as on Linux; so who has the lock has no stray writes.
 
+mod effect;
 mod power;
 
-use crate::faults::{Fault, FaultPlan, IO_FAULT, IO_LATE, IoOp, Rates, SYNC_LOST, SyncErrors, decode};
-use crate::inode::{Content, Inode, Pending};
+use crate::faults::{Fault, FaultPlan, IO_FAULT, IO_LATE, IoOp, Rates, SyncErrors, decode};
+use crate::inode::{Content, Inode};
 use sim::{Entity, Sim, Timed, text_hash};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
-use tap_host::{Errno, IoVec, LockKind, SECTOR_BYTES, ZeroMode, copy_from_slice};
+use tap_host::{Errno, IoVec, LockKind, ZeroMode, copy_from_slice};
 
 /// What the storage is like.
 #[derive(Clone, Copy, Debug)]
@@ -128,7 +129,13 @@ struct Running {
 enum Slot {
     Free,
     Running(Running),
-    Done(Result<usize, Errno>, IoVec),
+    Done(Result<usize, Errno>, IoVec, Option<DriveLoss>),
+}
+
+/// What a drive gave up of its cache; it counts from when the caller of the synchronisation learns of it.
+struct DriveLoss {
+    file: Rc<FileState>,
+    covers: u64,
 }
 
 pub(crate) struct Inner {
@@ -454,9 +461,14 @@ impl Inner {
                 Poll::Pending
             }
             Slot::Done(..) => {
-                let Slot::Done(result, bufs) = std::mem::replace(slot, Slot::Free) else { unreachable!() };
+                let Slot::Done(result, bufs, loss) = std::mem::replace(slot, Slot::Free) else {
+                    unreachable!()
+                };
                 drop(slots);
                 self.free.borrow_mut().push(index);
+                if let Some(DriveLoss { file, covers }) = loss {
+                    self.give_up(&file, covers);
+                }
                 Poll::Ready((result, bufs))
             }
             Slot::Free => unreachable!("an operation is polled after its end"),
@@ -478,150 +490,6 @@ impl Inner {
                 drop(slots);
                 drop(old);
             }
-        }
-    }
-
-    fn effect(&self, running: &mut Running) -> Result<usize, Errno> {
-        let len = running.len as usize;
-        let mut counts = self.counts.get();
-        counts.bytes += len as u64;
-        self.counts.set(counts);
-        let landed = match running.fault {
-            Fault::None | Fault::Stuck => len,
-            Fault::Error(_, part) => part_of(len, part),
-            Fault::DropsPages => {
-                self.drop_pages(running);
-                return Err(Errno::ENOSPC);
-            }
-            // Never nothing: that would be the end of the file.
-            Fault::Short(part) => part_of(len, part).max(len.min(SECTOR_BYTES as usize)),
-        };
-        let done = match running.op {
-            IoOp::Read => self.effect_read(running, landed),
-            IoOp::Write => self.effect_write(running, landed),
-            IoOp::Zero(_) => self.effect_zero(running, landed),
-            IoOp::Sync => return self.effect_sync(running),
-        };
-        match running.fault {
-            Fault::Error(error, _) => Err(error),
-            _ => Ok(done),
-        }
-    }
-
-    fn effect_read(&self, running: &mut Running, landed: usize) -> usize {
-        let inode = running.open.file.inode.borrow();
-        let there = inode.live.size.saturating_sub(running.offset).min(landed as u64) as usize;
-        let mut at = running.offset;
-        let mut left = there;
-        for buf in &mut running.bufs {
-            let n = left.min(buf.len());
-            inode.live.pages.read(at, &mut buf[..n]);
-            at += n as u64;
-            left -= n;
-        }
-        there
-    }
-
-    fn effect_write(&self, running: &Running, landed: usize) -> usize {
-        let mut inode = running.open.file.inode.borrow_mut();
-        let pieces = running.bufs.iter().map(|buf| &buf[..]);
-        inode.write_pieces(running.io, running.offset, landed as u64, pieces);
-        if inode.pending_bytes() > self.config.borrow().write_back_bytes {
-            inode.write_back_half();
-        }
-        landed
-    }
-
-    fn effect_zero(&self, running: &Running, landed: usize) -> usize {
-        let mut inode = running.open.file.inode.borrow_mut();
-        inode.zero(running.io, running.offset, landed as u64);
-        if inode.pending_bytes() > self.config.borrow().write_back_bytes {
-            inode.write_back_half();
-        }
-        landed
-    }
-
-    /// What ext4 does to a buffered file before it finds that the space for zeros is missing.
-    fn drop_pages(&self, running: &Running) {
-        if !running.open.direct {
-            running.open.file.inode.borrow_mut().drop_pages(running.offset, running.len);
-        }
-    }
-
-    fn effect_sync(&self, running: &Running) -> Result<usize, Errno> {
-        let file = &running.open.file;
-        let (mode, lies) = {
-            let config = self.config.borrow();
-            (config.sync_errors, config.flush_lies)
-        };
-        if file.sync_latched.get() {
-            return Err(Errno::EIO);
-        }
-        let Fault::Error(error, _) = running.fault else {
-            if !lies {
-                file.inode.borrow_mut().harden(running.covers);
-            }
-            return Ok(0);
-        };
-        // Interrupted: nothing was given up.
-        if error == Errno::EINTR {
-            return Err(error);
-        }
-        if !running.open.direct {
-            self.losses.set(self.losses.get() + 1);
-        }
-        // Nobody can ask a drive what a flush did whose caller is dead: not in the fault model.
-        let mode = if running.open.direct && running.orphan { SyncErrors::Retryable } else { mode };
-        let lost = |p: &Pending| {
-            !(self.sim.decide(self.pending_entity(p), &SYNC_LOST, 0, |d| d.bits() & 0xff) as u8)
-        };
-        match mode {
-            SyncErrors::Retryable => {}
-            SyncErrors::Linux => file.inode.borrow_mut().forget(running.covers, false, lost),
-            SyncErrors::Reverts => file.inode.borrow_mut().forget(running.covers, true, |_| 0),
-            SyncErrors::Latched => file.sync_latched.set(true),
-        }
-        Err(error)
-    }
-
-    /// The entity of one page of one write.
-    fn pending_entity(&self, p: &Pending) -> Entity {
-        let entity = p.io.child("page", p.page);
-        self.sim.name_entity(entity, || format!("{}, page {}", self.sim.name_of(p.io), p.page));
-        entity
-    }
-}
-
-/// `part`/255 of `len` bytes, in whole sectors; 255 is everything.
-fn part_of(len: usize, part: u8) -> usize {
-    if part == 255 {
-        return len;
-    }
-    let sector = SECTOR_BYTES as usize;
-    (len * usize::from(part) / 255) / sector * sector
-}
-
-impl Timed for Inner {
-    fn fire(self: Rc<Self>, token: u64) {
-        let index = token as usize;
-        let taken = std::mem::replace(&mut self.slots.borrow_mut()[index], Slot::Free);
-        let Slot::Running(mut running) = taken else { unreachable!("an operation ends once") };
-        let result = self.effect(&mut running);
-        self.ops.set(self.ops.get() + 1);
-        let Running { bufs, waker, orphan, open, .. } = running;
-        if orphan {
-            self.free.borrow_mut().push(token as u32);
-            drop(bufs);
-        } else {
-            self.slots.borrow_mut()[index] = Slot::Done(result, bufs);
-            if let Some(waker) = waker {
-                waker.wake();
-            }
-        }
-        drop(open);
-        let hook = self.hook.borrow().clone();
-        if let Some(hook) = hook {
-            hook(self.ops.get());
         }
     }
 }

@@ -10,6 +10,9 @@ use tap_host::{Errno, Transaction, WatchEvent, Watcher, Xenstore};
 
 /// How long xenstored refuses everything that one process asks.
 const STORE_AWAY_NS: u64 = 1_500_000_000;
+/// How long after that it does not do so again: toolstacks give a disk ten seconds to come up, and one that is away for
+/// all of them leaves a back end no chance.
+const STORE_CALM_NS: u64 = 10_000_000_000;
 
 impl XenPort {
     /// Waits for xenstored's turn. A process that died meanwhile never gets there.
@@ -50,7 +53,10 @@ impl XenPort {
             1 => Some((Errno::EBUSY, false)),
             2 => Some((Errno::ENOMEM, false)),
             4 => {
-                self.store_away_ns().set(sim.now_ns() + STORE_AWAY_NS);
+                let until_ns = self.store_away_ns();
+                if until_ns.get() == 0 || sim.now_ns() >= until_ns.get() + STORE_CALM_NS {
+                    until_ns.set(sim.now_ns() + STORE_AWAY_NS);
+                }
                 Some((Errno::EBUSY, false))
             }
             kind => Some((Errno::EIO, commit && kind == 5)),

@@ -74,16 +74,12 @@ static SETTLED: &[&str] = &[
     "nbd-hostile-client",
 ];
 const NEW_WEIGHT: u64 = 3;
-/// Scenarios with a finding that is open: `scenarios/regressions/flush-lost-over-deaths.run` must fail until it is mended,
-/// and a sweep that is shared by weight has one run of them.
-const OPEN: [&str; 1] = ["flush-errors-and-deaths"];
 
 /// How many of `runs` runs each of `scenarios` gets; at least one, so the sum may be a little more.
 pub fn shares(scenarios: &[&Scenario], runs: u64) -> Vec<u64> {
     let weights: Vec<u64> = scenarios
         .iter()
         .map(|s| match s.name {
-            name if OPEN.contains(&name) => 0,
             name if SETTLED.contains(&name) => 1,
             _ => NEW_WEIGHT,
         })
@@ -91,8 +87,7 @@ pub fn shares(scenarios: &[&Scenario], runs: u64) -> Vec<u64> {
     let sum: u64 = weights.iter().sum();
     weights
         .iter()
-        .map(|weight| (u128::from(runs) * u128::from(*weight)).div_ceil(sum.max(1).into()) as u64)
-        .map(|share| share.max(1))
+        .map(|weight| ((u128::from(runs) * u128::from(*weight)).div_ceil(sum.max(1).into()) as u64).max(1))
         .collect()
 }
 

@@ -1,0 +1,159 @@
+//! What operations do to files, at the moment at which they end.
+
+use super::{DriveLoss, FileState, Inner, Running, Slot};
+use crate::faults::{Fault, IoOp, SYNC_LOST, SyncErrors};
+use crate::inode::Pending;
+use sim::{Entity, Timed};
+use std::rc::Rc;
+use tap_host::{Errno, SECTOR_BYTES};
+
+impl Inner {
+    pub(super) fn effect(&self, running: &mut Running) -> Result<usize, Errno> {
+        let len = running.len as usize;
+        let mut counts = self.counts.get();
+        counts.bytes += len as u64;
+        self.counts.set(counts);
+        let landed = match running.fault {
+            Fault::None | Fault::Stuck => len,
+            Fault::Error(_, part) => part_of(len, part),
+            Fault::DropsPages => {
+                self.drop_pages(running);
+                return Err(Errno::ENOSPC);
+            }
+            // Never nothing: that would be the end of the file.
+            Fault::Short(part) => part_of(len, part).max(len.min(SECTOR_BYTES as usize)),
+        };
+        let done = match running.op {
+            IoOp::Read => self.effect_read(running, landed),
+            IoOp::Write => self.effect_write(running, landed),
+            IoOp::Zero(_) => self.effect_zero(running, landed),
+            IoOp::Sync => return self.effect_sync(running),
+        };
+        match running.fault {
+            Fault::Error(error, _) => Err(error),
+            _ => Ok(done),
+        }
+    }
+
+    fn effect_read(&self, running: &mut Running, landed: usize) -> usize {
+        let inode = running.open.file.inode.borrow();
+        let there = inode.live.size.saturating_sub(running.offset).min(landed as u64) as usize;
+        let mut at = running.offset;
+        let mut left = there;
+        for buf in &mut running.bufs {
+            let n = left.min(buf.len());
+            inode.live.pages.read(at, &mut buf[..n]);
+            at += n as u64;
+            left -= n;
+        }
+        there
+    }
+
+    pub(super) fn effect_write(&self, running: &Running, landed: usize) -> usize {
+        let mut inode = running.open.file.inode.borrow_mut();
+        let pieces = running.bufs.iter().map(|buf| &buf[..]);
+        inode.write_pieces(running.io, running.offset, landed as u64, pieces);
+        if inode.pending_bytes() > self.config.borrow().write_back_bytes {
+            inode.write_back_half();
+        }
+        landed
+    }
+
+    pub(super) fn effect_zero(&self, running: &Running, landed: usize) -> usize {
+        let mut inode = running.open.file.inode.borrow_mut();
+        inode.zero(running.io, running.offset, landed as u64);
+        if inode.pending_bytes() > self.config.borrow().write_back_bytes {
+            inode.write_back_half();
+        }
+        landed
+    }
+
+    /// What ext4 does to a buffered file before it finds that the space for zeros is missing.
+    fn drop_pages(&self, running: &Running) {
+        if !running.open.direct {
+            running.open.file.inode.borrow_mut().drop_pages(running.offset, running.len);
+        }
+    }
+
+    fn effect_sync(&self, running: &Running) -> Result<usize, Errno> {
+        let file = &running.open.file;
+        let lies = self.config.borrow().flush_lies;
+        if file.sync_latched.get() {
+            return Err(Errno::EIO);
+        }
+        let Fault::Error(error, _) = running.fault else {
+            if !lies {
+                file.inode.borrow_mut().harden(running.covers);
+            }
+            return Ok(0);
+        };
+        // Interrupted: nothing was given up.
+        if error == Errno::EINTR {
+            return Err(error);
+        }
+        // Nobody can ask a drive what became of a flush whose caller died before it could note the answer: not in the
+        // fault model. So what it gave up counts when the caller has the answer.
+        if !running.open.direct {
+            self.losses.set(self.losses.get() + 1);
+            self.give_up(file, running.covers);
+        }
+        Err(error)
+    }
+
+    /// What a failed synchronisation does to the writes numbered below `covers`.
+    pub(super) fn give_up(&self, file: &FileState, covers: u64) {
+        let lost = |p: &Pending| {
+            !(self.sim.decide(self.pending_entity(p), &SYNC_LOST, 0, |d| d.bits() & 0xff) as u8)
+        };
+        match self.config.borrow().sync_errors {
+            SyncErrors::Retryable => {}
+            SyncErrors::Linux => file.inode.borrow_mut().forget(covers, false, lost),
+            SyncErrors::Reverts => file.inode.borrow_mut().forget(covers, true, |_| 0),
+            SyncErrors::Latched => file.sync_latched.set(true),
+        }
+    }
+
+    /// The entity of one page of one write.
+    pub(super) fn pending_entity(&self, p: &Pending) -> Entity {
+        let entity = p.io.child("page", p.page);
+        self.sim.name_entity(entity, || format!("{}, page {}", self.sim.name_of(p.io), p.page));
+        entity
+    }
+}
+
+/// `part`/255 of `len` bytes, in whole sectors; 255 is everything.
+fn part_of(len: usize, part: u8) -> usize {
+    if part == 255 {
+        return len;
+    }
+    let sector = SECTOR_BYTES as usize;
+    (len * usize::from(part) / 255) / sector * sector
+}
+
+impl Timed for Inner {
+    fn fire(self: Rc<Self>, token: u64) {
+        let index = token as usize;
+        let taken = std::mem::replace(&mut self.slots.borrow_mut()[index], Slot::Free);
+        let Slot::Running(mut running) = taken else { unreachable!("an operation ends once") };
+        let result = self.effect(&mut running);
+        self.ops.set(self.ops.get() + 1);
+        let Running { op, covers, bufs, waker, orphan, open, .. } = running;
+        if orphan {
+            self.free.borrow_mut().push(token as u32);
+            drop(bufs);
+        } else {
+            let failed = op == IoOp::Sync && result.is_err_and(|e| e != Errno::EINTR);
+            let lost = failed && open.direct && !open.file.sync_latched.get();
+            let loss = lost.then(|| DriveLoss { file: Rc::clone(&open.file), covers });
+            self.slots.borrow_mut()[index] = Slot::Done(result, bufs, loss);
+            if let Some(waker) = waker {
+                waker.wake();
+            }
+        }
+        drop(open);
+        let hook = self.hook.borrow().clone();
+        if let Some(hook) = hook {
+            hook(self.ops.get());
+        }
+    }
+}
