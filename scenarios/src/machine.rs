@@ -88,6 +88,8 @@ pub struct Machine {
     waiter: RefCell<Option<Waker>>,
     /// Nobody is killed any more.
     spared: Cell<bool>,
+    /// The power is off: nothing starts any more.
+    off: Cell<bool>,
 }
 
 impl Machine {
@@ -115,6 +117,7 @@ impl Machine {
             running: Cell::new(0),
             waiter: RefCell::default(),
             spared: Cell::new(false),
+            off: Cell::new(false),
         })
     }
 
@@ -285,6 +288,9 @@ impl Machine {
             host.process.node().dead().await;
             self.world.count(|s| s.crashes += 1);
             self.world.sim.sleep_ns(10_000).await;
+            if self.off.get() {
+                return;
+            }
             self.start_tapdisk();
         }
     }
@@ -298,6 +304,9 @@ impl Machine {
             self.all_ended().await;
             host.process.node().kill();
             host.process.node().dead().await;
+            if self.off.get() {
+                return;
+            }
             self.start_tapdisk();
         }
     }
@@ -330,8 +339,9 @@ impl Machine {
         nodes
     }
 
-    /// Everything that runs stops at once, the guests too.
+    /// Everything that runs stops at once, the guests too, and nothing is started in its place.
     pub fn stop(&self) {
+        self.off.set(true);
         self.nodes().iter().for_each(Node::kill);
     }
 
