@@ -103,6 +103,7 @@ list! {
         RequestsMerged = "contiguous requests were merged",
         MergedSplit = "a merged request failed and its parts were repeated alone",
         ShortResumed = "a short transfer was continued",
+        OperationRepeated = "one operation of a request was repeated after a transient error",
         RequestRetried = "a request was repeated after a transient error",
         OverlapWaited = "a request waited for an overlapping one",
         DepthReached = "the scheduler's depth held a request back",

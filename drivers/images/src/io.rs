@@ -6,6 +6,9 @@
 //!                          with its blocks claimed, so that neighbours do not undo each other
 //! ```
 //!
+//! An operation that a transient error refuses is repeated in place, twice at most; then its request learns of it, and its
+//! scheduler repeats the whole of it.
+//!
 //! A read past the end of the file gives zeros: after a crash a mapping may be there before the size is.
 
 use crate::keep::KeptZeros;
@@ -19,6 +22,11 @@ use tap_host::{
     copy_from_slice, copy_to_slice,
 };
 
+/// Repetitions of one operation after transient errors, within a request. The scheduler repeats whole requests: where one
+/// operation in ten is refused, that alone would hardly ever get a request of many operations through.
+const REPEATS: u32 = 2;
+/// Before the first of them, in nanoseconds; it doubles with each.
+const REPEAT_PAUSE_NS: u64 = 1_000_000;
 /// Repetitions of a read while an image is being opened.
 const READ_RETRIES: u32 = 8;
 /// Before the first of them, in nanoseconds; it doubles with each.
@@ -117,6 +125,8 @@ impl<H: ImageHost> ImageFile<H> {
         let (got, bufs) = self.file.read_at(offset, bufs).await;
         match got {
             Ok(n) if n == want => (Ok(()), bufs),
+            // At the first byte nothing was moved: the whole of it is the rest.
+            Err(e) if is_transient(e) => Box::pin(self.repeat(Way::Read, offset, e, bufs)).await,
             Ok(n) => Box::pin(self.resume(Way::Read, offset, n, bufs)).await,
             Err(e) => (Err(e), bufs),
         }
@@ -128,7 +138,7 @@ impl<H: ImageHost> ImageFile<H> {
         let mut pause_ns = READ_PAUSE_NS;
         for _ in 0..READ_RETRIES {
             let (result, back) = self.read(offset, bufs).await;
-            if !matches!(result, Err(Errno::EAGAIN | Errno::EINTR)) {
+            if !result.is_err_and(is_transient) {
                 return (result, back);
             }
             bufs = back;
@@ -150,6 +160,8 @@ impl<H: ImageHost> ImageFile<H> {
         let (got, bufs) = self.file.write_at(offset, bufs).await;
         match got {
             Ok(n) if n == want => (Ok(()), bufs),
+            // At the first byte nothing was moved: the whole of it is the rest.
+            Err(e) if is_transient(e) => Box::pin(self.repeat(Way::Write, offset, e, bufs)).await,
             Ok(n) => Box::pin(self.resume(Way::Write, offset, n, bufs)).await,
             Err(e) => (Err(e), bufs),
         }
@@ -200,12 +212,26 @@ impl<H: ImageHost> ImageFile<H> {
             ticket.ready().await;
         }
         match mode {
-            ZeroMode::Unmap => self.file.zero_at(offset, len, mode).await,
+            ZeroMode::Unmap => self.punch(offset, len).await,
             ZeroMode::Keep => {
                 let of = (&self.file, &self.info);
                 self.kept.zero(&self.host, of, (offset, len), || self.write_zeros(offset, len)).await
             }
         }
+    }
+
+    /// Makes a hole, again after transient errors.
+    async fn punch(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        let mut pause_ns = REPEAT_PAUSE_NS;
+        for _ in 0..REPEATS {
+            match self.file.zero_at(offset, len, ZeroMode::Unmap).await {
+                Err(e) if is_transient(e) => self.host.mark(Mark::OperationRepeated),
+                result => return result,
+            }
+            self.host.sleep_ns(pause_ns).await;
+            pause_ns *= 2;
+        }
+        self.file.zero_at(offset, len, ZeroMode::Unmap).await
     }
 
     async fn write_zeros(&self, offset: u64, len: u64) -> Result<(), Errno> {
@@ -261,6 +287,16 @@ impl<H: ImageHost> ImageFile<H> {
         align == 1
             || (offset.is_multiple_of(u64::from(align))
                 && bufs.iter().all(|b| b.len().is_multiple_of(align as usize)))
+    }
+
+    /// A transfer that a transient error refused: once more from its first byte on.
+    async fn repeat(&self, way: Way, offset: u64, error: Errno, bufs: IoVec) -> (Result<(), Errno>, IoVec) {
+        let want = bytes_of(&bufs);
+        match self.operate_again(way, offset, error, bufs).await {
+            (Ok(n), bufs) if n == want => (Ok(()), bufs),
+            (Ok(n), bufs) => self.resume(way, offset, n, bufs).await,
+            (Err(e), bufs) => (Err(e), bufs),
+        }
     }
 
     /// The rest of a transfer of which `done` bytes were made.
@@ -345,10 +381,38 @@ impl<H: ImageHost> ImageFile<H> {
     }
 
     async fn operate(&self, way: Way, at: u64, bufs: IoVec) -> (Result<usize, Errno>, IoVec) {
+        match self.operate_once(way, at, bufs).await {
+            (Err(e), bufs) if is_transient(e) => self.operate_again(way, at, e, bufs).await,
+            answer => answer,
+        }
+    }
+
+    async fn operate_once(&self, way: Way, at: u64, bufs: IoVec) -> (Result<usize, Errno>, IoVec) {
         match way {
             Way::Read => self.file.read_at(at, bufs).await,
             Way::Write => self.file.write_at(at, bufs).await,
         }
+    }
+
+    /// Repeats an operation that `error` has refused.
+    async fn operate_again(
+        &self,
+        way: Way,
+        at: u64,
+        error: Errno,
+        mut bufs: IoVec,
+    ) -> (Result<usize, Errno>, IoVec) {
+        let (mut result, mut pause_ns) = (Err(error), REPEAT_PAUSE_NS);
+        for _ in 0..REPEATS {
+            self.host.mark(Mark::OperationRepeated);
+            self.host.sleep_ns(pause_ns).await;
+            (result, bufs) = self.operate_once(way, at, bufs).await;
+            if !result.is_err_and(is_transient) {
+                break;
+            }
+            pause_ns *= 2;
+        }
+        (result, bufs)
     }
 
     /// Cuts a buffer that has room for it to the blocks around `len` bytes from `offset` on: with the first byte.
@@ -436,6 +500,11 @@ impl<H: ImageHost> ImageFile<H> {
         Box::pin(self.write(start, bounce)).await.0?;
         Ok(len)
     }
+}
+
+/// The operation did nothing, and may do it the next time.
+fn is_transient(error: Errno) -> bool {
+    matches!(error, Errno::EAGAIN | Errno::EINTR)
 }
 
 /// Zeroes everything from byte `at` on.

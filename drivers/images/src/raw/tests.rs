@@ -44,6 +44,28 @@ fn a_created_image_reads_zeros_and_keeps_what_is_written() {
 }
 
 #[test]
+fn one_operation_is_repeated_after_transient_errors_twice_at_most() {
+    for op in [Op::Read, Op::Write, Op::WriteZeroes(ZeroFlags { unmap: true, fast: false })] {
+        let world = World::new(1);
+        world.put("/disk", vec![7; 8192]);
+        let raw = open(&world, true, false).unwrap();
+        let answer = |error, sticky| {
+            let before = world.ops();
+            world.fail(Some(Fault { nth: before, error, effect: Effect::None, sticky }));
+            let bytes = vec![0; if matches!(op, Op::WriteZeroes(_)) { 0 } else { 4096 }];
+            let range = SectorRange::new(0, 8);
+            let bufs =
+                if bytes.is_empty() { IoVec::new() } else { smallvec![IoBuf::copy_of(&bytes).unwrap()] };
+            let result = world.block_on(raw.submit(Request { op, range, bufs })).result;
+            (result, world.ops() - before)
+        };
+        assert_eq!(answer(Errno::EAGAIN, false), (Ok(()), 2), "{op:?}");
+        assert_eq!(answer(Errno::EAGAIN, true), (Err(Errno::EAGAIN), 3), "{op:?}");
+        assert_eq!(answer(Errno::EIO, true), (Err(Errno::EIO), 1), "{op:?}");
+    }
+}
+
+#[test]
 fn the_seeded_bug_takes_a_short_transfer_as_complete() {
     let world = World::new(3);
     world.put("/disk", vec![7; 256 * 512]);
