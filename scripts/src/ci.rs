@@ -32,6 +32,7 @@ pub(crate) fn run() -> Result<()> {
         "seeded bugs",
         || Ok(cmd!(sh, "cargo run --release --bin tapsim -- bugs --out target/bugs").run()?),
     )?;
+    step("checkers", || Ok(cmd!(sh, "cargo run --release --bin tapsim -- bugs --oracles").run()?))?;
     step("sweep", || sweep(&sh))
 }
 

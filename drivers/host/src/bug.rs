@@ -59,6 +59,8 @@ list! {
         EdgeDropped = "a write does not wait for an overlapping request in flight",
         FlushDataUnordered = "a request that overlaps the data of an earlier flush with data does not wait for it",
         SegmentFirstIgnored = "the data of a segment is taken from the start of its page",
+        ClaimInPieces = "a request claims its range in 64 pieces",
+        RefusedAsOk = "a malformed request is answered as if it had been carried out",
         RingReadTwice = "a ring entry is read again after it was checked",
         GrantLeaked = "a mapped grant is not unmapped when connecting fails",
         LostAtReconnect = "requests in the in-flight record are not taken up after a restart",
@@ -85,6 +87,7 @@ list! {
         NbdTrimFrozen = "a trim is carried out on a read-only export",
         NbdZeroesEarly = "zeros with the flag FUA are answered before they are durable",
         CloseUnsynced = "a raw image is closed without being synchronised",
+        NbdPartSentEnds = "a connection that takes a reply in parts is taken as a broken one",
         NbdDeafKept = "a client that sends no more and takes no reply keeps its place",
     }
 }

@@ -461,6 +461,20 @@ mod tests {
     }
 
     #[test]
+    fn what_another_writer_put_there_is_wrong() {
+        let of = |writer| {
+            let mut h = BlockHistory::new(64, writer, Initial::Zero, true);
+            let w = h.begin_write(SectorRange::new(3, 1));
+            h.end_write(w, true);
+            (sector_of(&h, w, 3), h)
+        };
+        let ((_, mut own), (foreign, _)) = (of(1), of(2));
+        let inv = own.begin_read();
+        let wrong = own.check_read(inv, SectorRange::new(3, 1), &foreign).unwrap_err();
+        assert_eq!(wrong.invariant(Invariant::G1), Invariant::G10);
+    }
+
+    #[test]
     fn a_report_does_not_contradict_itself() {
         let mut h = BlockHistory::new(64, 1, Initial::Zero, false);
         let range = SectorRange::new(3, 1);

@@ -372,6 +372,8 @@ mod tests {
             "extent in a data cluster"
         );
         assert!(walk(&image(&[0x1000], &[(0, data), (1, COMPRESSED | 16 << 51 | 0x2164)], 0x5000)).is_ok());
+        let overlap = [(0, data), (1, COMPRESSED | 16 << 51 | 0x2160)];
+        assert_eq!(class(&[0x1000], &overlap, 0x5000), Invariant::Q2, "extents share four bytes");
         let mut torn = image(&[], &[], 0x5000);
         torn.pages.write(0, &[0]);
         assert_eq!(walk(&torn).unwrap_err().0, Invariant::Q2);

@@ -354,14 +354,15 @@ where
     async fn send_replies(&self) {
         let mut list = SendList::new();
         while let Some(replies) = self.out.next(&mut list).await {
-            let mut result = Ok(());
+            let (mut result, mut parts) = (Ok(()), 0);
             self.flow.sending.set(true);
             while result.is_ok() && !list.is_empty() {
+                parts += 1;
                 (result, list) = self.stream.send(list).await;
                 self.flow.sends.set(self.flow.sends.get() + 1);
             }
             self.flow.sending.set(false);
-            if result.is_err() {
+            if result.is_err() || (parts > 1 && self.host().bug(Bug::NbdPartSentEnds)) {
                 // Before the count goes down: the reading task must not start another request.
                 self.bell.ring("a reply could not be sent");
                 list = SendList::new();

@@ -23,8 +23,8 @@ use crate::run::Scenario;
 use crate::world::World;
 use kernel_model::StorageConfig;
 use plan::{
-    DISK, DISK_BYTES, NO_ERRORS, Plan, Supervisor, address, bury, check_idle, check_unbroken, client_config,
-    client_stack, cut_power, end, last_look, send_all, within,
+    DISK, DISK_BYTES, NO_ERRORS, Plan, Supervisor, address, bury, check_connected, check_idle,
+    check_unbroken, client_config, client_stack, cut_power, end, last_look, send_all, within,
 };
 use sim::{Entity, Label};
 use std::rc::Rc;
@@ -171,10 +171,12 @@ async fn slow_client(world: World) {
             let command = if writes { CMD_WRITE } else { CMD_READ };
             script.request(command, 0, n, DISK_BYTES - 4096, 4096, data);
         }
-        let reader = raw.clone();
+        let (reader, watched) = (raw.clone(), w.clone());
         h.process.node().spawn("reads", 0, async move {
             a.wait().await;
+            // It is killed in the end: the stream has no other end.
             let _ = reader.drain().await;
+            watched.fail(Invariant::N1, "the server ended the connection of a client that is only slow");
         });
         for message in &script.0 {
             if raw.send(message).await.is_err() {
@@ -197,6 +199,7 @@ async fn slow_client(world: World) {
     world.sim.stop_faults();
     awake.set();
     world.sim.sleep_ns(600_000_000_000).await;
+    check_connected(&world, &clients);
     check_idle(&world, &served, 2);
     slow.process.node().kill();
     slow.process.node().dead().await;

@@ -235,10 +235,7 @@ pub(super) async fn last_look(plan: &Plan, setup: &Setup, reads: Invariant) {
 /// Clients leave, the server is stopped, its disks are closed; nothing may be left.
 pub(super) async fn end(plan: &Plan, served: Served, clients: &Clients, setup: &Setup) {
     let world = &plan.world;
-    let lived = clients.iter().all(|client| client.connections() == 1);
-    if !lived {
-        world.fail(Invariant::N1, "a client had to connect again although its server lived");
-    }
+    check_connected(world, clients);
     for client in clients {
         if let Err(error) = client.close().await {
             world.fail(Invariant::E4, format!("closing a client failed with {error:?}"));
@@ -252,6 +249,13 @@ pub(super) async fn end(plan: &Plan, served: Served, clients: &Clients, setup: &
         }
     }
     setup.check(world, "in the end").await;
+}
+
+/// Each of these clients has the connection with which it began: its server has lived.
+pub(super) fn check_connected(world: &World, clients: &Clients) {
+    if clients.iter().any(|client| client.connections() != 1) {
+        world.fail(Invariant::N1, "a client had to connect again although its server lived");
+    }
 }
 
 /// No client has had to connect again: no server has died.
