@@ -1,41 +1,8 @@
-//! The programs of this project as functions.
+//! What the mains of `tapdisk` and `tap-img` share: the console of a real process.
 //!
-//! ```text
-//!   main (bin/*.rs)                       a simulated world
-//!     builds the real host                  has a host
-//!          └────► serve::run, xen::run, img::run ◄────┘
-//!                 arguments, host, console ─► exit status
-//! ```
-//!
-//! # Contract
-//!
-//! * Everything a program does to its machine goes through the seam or through [`Console`]; only `bin/*.rs` know the real
-//!   host. So a world can start a program as a process.
-//! * Failures are one line each, which reads "PROGRAM: failed to ...", or tells what is wrong with the command
-//!   line.
-//!
-//! | module | what it is for |
-//! |---|---|
-//! | [`spec`] | how disks are named on a command line |
-//! | [`disk`] | a named disk as a node: image, scheduler, cache mode |
-//! | [`daemon`] | `tapdisk` |
-//! | [`serve`] | `tapdisk serve` |
-//! | [`xen`] | `tapdisk xen` |
-//! | [`vdev`] | disks as guests name them |
-//! | [`img`] | `tap-img` |
-//! | [`usage`] | command lines that cannot be parsed |
-//! | [`terminal`] | the console of a real process |
+//! The programs themselves are functions over the seam, in `tap-programs`, so that a simulated world starts the same
+//! ones. Only this package knows both them and the real host.
 
-mod console;
-pub mod daemon;
-pub mod disk;
-pub mod img;
-pub mod serve;
-pub mod size;
-pub mod spec;
-pub mod terminal;
-pub mod usage;
-pub mod vdev;
-pub mod xen;
+mod terminal;
 
-pub use console::Console;
+pub use terminal::Terminal;

@@ -1,11 +1,11 @@
 //! The console of a real process: its standard streams.
 
-use crate::Console;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::cell::{Cell, RefCell};
 use std::io::{self, IsTerminal, Write, stderr, stdout};
 use std::time::Duration;
 use tap_linux::Lines;
+use tap_programs::Console;
 
 /// Standard output and standard error; a progress bar on a terminal that can draw one, plain lines elsewhere.
 pub struct Terminal {

@@ -9,7 +9,7 @@ use xshell::{Shell, cmd};
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 /// Crates of the stack that have mutants.
-const CRATES: [&str; 6] = ["core", "images", "nbd", "ring", "tapdisk", "xenbus"];
+const CRATES: [&str; 6] = ["core", "images", "nbd", "programs", "ring", "xenbus"];
 /// Files that test, or only speak to people.
 const LEFT_OUT: [&str; 9] = [
     "/tests/",

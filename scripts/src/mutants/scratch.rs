@@ -112,7 +112,7 @@ impl Scratch {
                 write_changed(&self.tree.join(file), rendered.text.as_bytes())?;
                 written.insert((*file).to_string(), rendered);
             }
-            let errors = self.errors(&["check", "--keep-going", "-p", "scenarios", "-p", "tapdisk"])?;
+            let errors = self.errors(&["check", "--keep-going", "-p", "scenarios", "-p", "tap-programs"])?;
             if errors.is_empty() {
                 let (gone, kept) = mutants.into_iter().partition(|m| dropped.contains(&m.number));
                 return Ok((kept, gone));
@@ -153,7 +153,7 @@ impl Scratch {
 
     /// Builds the tests of the crates that have mutants.
     pub(crate) fn tests(&self) -> Result<Vec<Executable>> {
-        let packages = ["tap-core", "tap-images", "tap-ring", "tap-nbd", "tap-xenbus", "tapdisk"];
+        let packages = ["tap-core", "tap-images", "tap-ring", "tap-nbd", "tap-xenbus", "tap-programs"];
         let mut args = vec!["test", "--no-run"];
         packages.iter().for_each(|package| args.extend(["-p", package]));
         Ok(self.executables(&args)?.into_iter().filter(|e| e.is_test).collect())

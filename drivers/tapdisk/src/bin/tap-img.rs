@@ -3,9 +3,9 @@
 use std::env::args_os;
 use std::process::ExitCode;
 use tap_linux::{Level, Options};
-use tapdisk::img::{Cli, run};
-use tapdisk::terminal::Terminal;
-use tapdisk::usage;
+use tap_programs::img::{Cli, run};
+use tap_programs::usage;
+use tapdisk::Terminal;
 
 /// As `qemu-img`: 2 has a meaning of its own there.
 const UNUSABLE: u8 = 1;

@@ -5,10 +5,10 @@ use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::Duration;
 use tap_linux::{AioEngine, Level, Options, XenOptions, set_io_priority};
-use tapdisk::Console;
-use tapdisk::daemon::{AioArg, Cli, Command, run};
-use tapdisk::terminal::Terminal;
-use tapdisk::usage;
+use tap_programs::Console;
+use tap_programs::daemon::{AioArg, Cli, Command, run};
+use tap_programs::usage;
+use tapdisk::Terminal;
 
 /// Exit status where the command line cannot be parsed.
 const UNUSABLE: u8 = 2;

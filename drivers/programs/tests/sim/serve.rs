@@ -6,7 +6,7 @@ use smallvec::smallvec;
 use std::rc::Rc;
 use tap_core::{Node, Request, ZeroFlags};
 use tap_host::{Errno, IoBuf, IoVec, SectorRange};
-use tapdisk::disk::{DiskOptions, open_any};
+use tap_programs::disk::{DiskOptions, open_any};
 
 async fn client(kernel: &Kernel, name: &str) -> Result<Rc<dyn Node>, String> {
     let host = kernel.process(format!("client of {name}"), 77);

@@ -7,8 +7,8 @@ use sim::{Config, Sim};
 use std::cell::RefCell;
 use std::rc::Rc;
 use tap_host::{Errno, Files, LockKind, OpenMode};
-use tapdisk::Console;
-use tapdisk::img::{Cli, run};
+use tap_programs::Console;
+use tap_programs::img::{Cli, run};
 
 /// Keeps what is printed.
 #[derive(Default)]

@@ -10,8 +10,8 @@ use sim::{Config, Sim};
 use std::cell::RefCell;
 use std::rc::Rc;
 use tap_host::Tasks;
-use tapdisk::Console;
-use tapdisk::daemon::{Cli, run};
+use tap_programs::Console;
+use tap_programs::daemon::{Cli, run};
 use xen_model::Xen;
 
 #[derive(Default)]
