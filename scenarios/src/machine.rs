@@ -19,7 +19,7 @@ use std::future::poll_fn;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
 use tap_core::wait;
-use tap_host::{DomId, Signals, Tasks, VbdId, Xenstore};
+use tap_host::{DomId, Errno, Signals, Tasks, VbdId, Xenstore};
 use tap_images::ImageError;
 use tap_xenbus::{Backend, BackendConfig, BackendError, Hotplug, Whose, lead, supervise};
 use xen_model::{VbdPaths, XenPort, attach_vbd, remove_vbd};
@@ -233,6 +233,10 @@ impl Machine {
                 Err(ImageError::InUse { .. }) if self.world.sim.now_ns() < until_ns => {
                     self.world.sim.sleep_ns(200_000).await;
                 }
+                // What failed may work the next time; a supervisor starts a program again.
+                Err(error) if self.world.errors_allowed() && error.errno() != Errno::EUCLEAN => {
+                    self.world.sim.sleep_ns(1_000_000).await;
+                }
                 Err(error) => {
                     // A dying process may see anything.
                     if host.process.node().is_alive() {
@@ -287,6 +291,7 @@ impl Machine {
             host.process.node().kill_after_steps(steps);
             host.process.node().dead().await;
             self.world.count(|s| s.crashes += 1);
+            self.disks.borrow().iter().for_each(|disk| disk.setup.history.borrow_mut().server_died());
             self.world.sim.sleep_ns(10_000).await;
             if self.off.get() {
                 return;
@@ -374,7 +379,7 @@ impl Machine {
         }
     }
 
-    pub(crate) async fn take_offline(&self, disk: &Attached) -> Result<(), tap_host::Errno> {
+    pub(crate) async fn take_offline(&self, disk: &Attached) -> Result<(), Errno> {
         let port = &self.toolstack.port;
         port.write(&format!("{}/online", disk.paths.backend), b"0").await?;
         let state = format!("{}/state", disk.paths.backend);

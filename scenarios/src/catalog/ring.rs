@@ -8,10 +8,10 @@ use crate::machine::{Attached, Machine};
 use crate::run::Scenario;
 use crate::stack::StackLimits;
 use crate::workload::{Workload, operations};
-use crate::world::World;
+use crate::world::{World, setting};
 use kernel_model::StorageConfig;
 use kernel_model::faults::FaultPlan;
-use sim::{Entity, Label};
+use sim::{Entity, Label, Sim};
 use std::rc::Rc;
 use tap_core::wait::oneshot;
 use tap_host::SECTOR_BYTES;
@@ -36,7 +36,7 @@ pub static RING_RAW: Scenario = Scenario {
 pub static TAPDISK_KILLED: Scenario = Scenario {
     name: "qcow-tapdisk-killed",
     about: "qcow on a ring, tapdisk killed between any two of its effects and started again; the guest sees a pause only",
-    storage: |_| StorageConfig::default(),
+    storage: |sim| with_errors(sim, FaultPlan::LATENCY),
     body: |w| Box::pin(tapdisk_killed(w)),
 };
 
@@ -52,7 +52,7 @@ pub static FRONTEND_RECONNECT: Scenario = Scenario {
 pub static TWO_GUESTS: Scenario = Scenario {
     name: "two-guests",
     about: "two guests with a disk each on one tapdisk, which dies once; neither sees anything of the other",
-    storage: |_| StorageConfig::default(),
+    storage: |sim| with_errors(sim, FaultPlan::LATENCY),
     body: |w| Box::pin(two_guests(w)),
 };
 
@@ -80,9 +80,22 @@ pub(super) fn not_stuck() -> StorageConfig {
     StorageConfig { faults: FaultPlan { stuck: false, ..FaultPlan::LATENCY }, ..StorageConfig::default() }
 }
 
+/// In half of the seeds the host's operations fail, too, and what failed is told to the guest, whoever dies.
+pub(super) fn with_errors(sim: &Sim, plan: FaultPlan) -> StorageConfig {
+    let errors = setting(sim, "host-errors", &[false, true]);
+    let faults = FaultPlan { errors, no_space: errors, short: errors, transient: errors, ..plan };
+    StorageConfig { faults, ..StorageConfig::default() }
+}
+
 pub(super) const DISK_BYTES: u64 = 1 << 20;
 /// Nothing below fails, so nothing above may.
 pub(super) const NO_ERRORS: Manners = Manners { retries: 0, errors_allowed: false, reads: Invariant::G1 };
+
+/// How a guest takes what may happen in this world; a wrong read breaks `reads`.
+pub(super) fn manners(world: &World, reads: Invariant) -> Manners {
+    let errors_allowed = world.errors_allowed();
+    Manners { retries: if errors_allowed { 2 } else { 0 }, errors_allowed, reads }
+}
 
 pub(super) fn operations_of(
     world: &World,
@@ -171,9 +184,7 @@ async fn tapdisk_killed(world: World) {
     let setup = Setup::qcow(&world, 0, DISK_BYTES, world.setting("overlay", &[false, true]));
     let Some((machine, guests)) = start(&world, vec![setup]).await else { return };
     let (attached, guest) = &guests[0];
-    guest.set_manners(Manners { reads: Invariant::P1, ..NO_ERRORS });
-    // A read that is carried out again may see a write that was submitted after it.
-    guest.history.borrow_mut().relax_order();
+    guest.set_manners(manners(&world, Invariant::P1));
     world.sim.spawn("supervisor", 0, Rc::clone(&machine).supervise(kills(&world, 4, 600)));
     let ops = operations_of(&world, attached, 0, 60);
     let (g, depth) = (guest.clone(), world.setting("ring-depth", &[32, 8, 1]));
@@ -217,8 +228,7 @@ async fn two_guests(world: World) {
     let two = Setup::raw(&world, 1, DISK_BYTES);
     let Some((machine, guests)) = start(&world, vec![one, two]).await else { return };
     for (_, guest) in &guests {
-        guest.set_manners(Manners { reads: Invariant::P1, ..NO_ERRORS });
-        guest.history.borrow_mut().relax_order();
+        guest.set_manners(manners(&world, Invariant::P1));
     }
     world.sim.spawn("supervisor", 0, Rc::clone(&machine).supervise(kills(&world, 1, 600)));
     let mut running = Vec::new();

@@ -106,6 +106,8 @@ pub struct BlockHistory {
     size_sectors: u64,
     order: Order,
     was_cut: bool,
+    /// Reads that were submitted up to here may have been carried out a second time, by the successor of a dead process.
+    repeated_to: Clock,
     flushes: u64,
     /// What the last flush settled.
     settled: Vec<SectorRange>,
@@ -128,6 +130,7 @@ impl BlockHistory {
             size_sectors,
             order: Order::Submission,
             was_cut: false,
+            repeated_to: 0,
             flushes: 0,
             settled: Vec::new(),
         }
@@ -137,6 +140,17 @@ impl BlockHistory {
     /// carried out before.
     pub fn relax_order(&mut self) {
         self.order = Order::Answer;
+    }
+
+    /// The process that serves the disk died: its successor carries out what has no answer again, in the same order. A
+    /// read that runs now may see a write that was submitted after it and is carried out already.
+    pub fn server_died(&mut self) {
+        self.repeated_to = self.clock;
+    }
+
+    /// What order a read promises that was submitted at `inv`.
+    fn order_of_read(&self, inv: Clock) -> Order {
+        if inv <= self.repeated_to { Order::Answer } else { self.order }
     }
 
     /// Size of the disk in sectors.
@@ -289,7 +303,7 @@ impl BlockHistory {
 
     fn see(&mut self, range: SectorRange, seen: Seen, inv: Clock, res: Clock) -> Result<(), Wrong> {
         let mut bad = None;
-        let order = self.order;
+        let order = self.order_of_read(inv);
         self.each(range, |b| {
             let may_be = |b: &mut Block| match seen {
                 Seen::Write(write) => b.read(write, inv, res, order),
