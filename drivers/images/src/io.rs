@@ -18,7 +18,7 @@ use crate::{ImageError, ImageHost};
 use smallvec::smallvec;
 use tap_core::{Access, Space, Tracker};
 use tap_host::{
-    Budget, Bug, Errno, File, FileInfo, IoBuf, IoVec, LockKind, Mark, OpenMode, ZeroMode, bytes_of,
+    Budget, Bug, Errno, File, FileInfo, Files, IoBuf, IoVec, LockKind, Mark, OpenMode, ZeroMode, bytes_of,
     copy_from_slice, copy_to_slice,
 };
 
@@ -260,9 +260,19 @@ impl<H: ImageHost> ImageFile<H> {
 
     /// Makes durable what was written before; shared by all who wait for it.
     pub(crate) async fn sync(&self) -> Result<(), Errno> {
+        let (mut repeats, mut pause_ns) = (0, REPEAT_PAUSE_NS);
         loop {
             let failures = self.kept.failures();
-            self.sync.sync(&self.host, &self.file, self.info.direct).await?;
+            match self.sync.sync(&self.host, &self.file, self.info.direct).await {
+                // Nothing was given up: see `sync.rs`.
+                Err(Errno::EINTR) if repeats < REPEATS => {
+                    (repeats, pause_ns) = (repeats + 1, pause_ns * 2);
+                    self.host.mark(Mark::OperationRepeated);
+                    self.host.sleep_ns(pause_ns / 2).await;
+                    continue;
+                }
+                result => result?,
+            }
             if self.kept.gave_up() {
                 return Err(Errno::EIO);
             }
@@ -500,6 +510,14 @@ impl<H: ImageHost> ImageFile<H> {
         Box::pin(self.write(start, bounce)).await.0?;
         Ok(len)
     }
+}
+
+/// Makes the name of a new image durable.
+pub(crate) async fn sync_name<H: ImageHost>(host: &H, path: &str) -> Result<(), ImageError> {
+    if host.bug(Bug::NameUnsynced) {
+        return Ok(());
+    }
+    Files::sync_parent(host, path).await.map_err(ImageError::io("synchronise the directory of", path))
 }
 
 /// The operation did nothing, and may do it the next time.

@@ -2,12 +2,12 @@
 //!
 //! A file that does not end with a whole sector opens read-only; its last sector is filled up with zeros.
 
-use crate::io::ImageFile;
+use crate::io::{ImageFile, sync_name};
 use crate::{ImageError, ImageHost, OpenOptions};
 use std::cell::RefCell;
 use std::rc::Rc;
 use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, Source};
-use tap_host::{Bug, Errno, Files, IoVec, SECTOR_BYTES, SectorRange, ZeroMode};
+use tap_host::{Bug, Errno, IoVec, SECTOR_BYTES, SectorRange, ZeroMode};
 
 /// An open raw image.
 pub struct Raw<H: ImageHost> {
@@ -43,7 +43,7 @@ pub async fn create<H: ImageHost>(
     }
     file.set_size(size_bytes).await.map_err(ImageError::io("size", path))?;
     file.sync().await.map_err(ImageError::io("synchronise", path))?;
-    Files::sync_parent(host, path).await.map_err(ImageError::io("synchronise the directory of", path))
+    sync_name(host, path).await
 }
 
 impl<H: ImageHost> Raw<H> {

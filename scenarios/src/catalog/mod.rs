@@ -7,6 +7,7 @@ pub mod nbd;
 pub mod ring;
 pub mod scale;
 pub mod setup;
+pub mod tools;
 pub mod toolstack;
 
 use crate::guest;
@@ -36,6 +37,8 @@ pub static ALL: &[&Scenario] = &[
     &damage::DAMAGED_IMAGE,
     &scale::QCOW_SCALE,
     &scale::QCOW_FULL,
+    &tools::IMAGE_TOOLS,
+    &tools::IMAGE_TOOLS_ERRORS,
     &nbd::NBD_SPLIT_READS,
     &nbd::NBD_CLIENT_DIES,
     &nbd::NBD_SLOW_CLIENT,

@@ -43,6 +43,10 @@ pub enum Invariant {
     N1,
     /// What an NBD server says of its disk.
     N2,
+    /// What a tool has made.
+    I1,
+    /// What a tool says.
+    I2,
     /// The shipped check agrees with the walker.
     V1,
     /// Work of a turn, operations at once.
@@ -59,7 +63,7 @@ pub enum Invariant {
 
 impl Invariant {
     /// All of them.
-    pub const ALL: [Invariant; 26] = [
+    pub const ALL: [Invariant; 28] = [
         Self::G1,
         Self::G7,
         Self::G9,
@@ -80,6 +84,8 @@ impl Invariant {
         Self::H2,
         Self::N1,
         Self::N2,
+        Self::I1,
+        Self::I2,
         Self::V1,
         Self::M1,
         Self::M2,
@@ -115,6 +121,8 @@ impl Invariant {
             Self::H2 => "a guest that misbehaves does not disturb another",
             Self::N1 => "an NBD connection breaks only where one of its ends dies or misbehaves",
             Self::N2 => "every answer of an NBD server keeps to the protocol and is true of its disk",
+            Self::I1 => "what a tool says it has made is there, also after a power cut",
+            Self::I2 => "what a tool says of an image is true",
             Self::V1 => "the shipped check and the independent walker agree on every image",
             Self::M1 => "one turn does, and one request has running, no more than a fixed amount",
             Self::M2 => "the order of requests costs no more than each of them once for each in flight",

@@ -1,7 +1,7 @@
 //! Checking an image without changing it.
 
-use super::Image;
-use super::format::{Compressed, Mapping};
+use super::format::Mapping;
+use super::inflate::Unreadable;
 use super::open::{Front, TableReader, Walked};
 use super::walk::{Report, Walk};
 use crate::{ImageError, ImageHost};
@@ -49,7 +49,7 @@ impl Report for CheckReport {
 /// what is mapped: a bit for each cluster.
 ///
 /// # Errors
-/// [`ImageError`] when it cannot be read, or is not a qcow image at all.
+/// [`ImageError`] when any of it cannot be read, or it is not a qcow image at all. What cannot be read is not damage.
 pub async fn check<H: ImageHost>(host: &H, path: &str) -> Result<CheckReport, ImageError> {
     let mut report = CheckReport::default();
     let front = Front::read(host, path, false, false, &Budget::default()).await?;
@@ -64,17 +64,20 @@ pub async fn check<H: ImageHost>(host: &H, path: &str) -> Result<CheckReport, Im
     let image = front.into_image(host, memory, Walked::not_at_all(0, 0), None);
     let mut reader = TableReader::new(&image.file, &geometry).await.map_err(io)?;
     for (index, offset) in tables {
-        let entries: Vec<u64> = match reader.read(offset).await {
-            Ok(entries) => entries.collect(),
-            Err(e) => {
-                report.problem(format!("L2 table {index} cannot be read: {e}"));
-                continue;
-            }
-        };
+        let entries: Vec<u64> = reader.read(offset).await.map_err(io)?.collect();
         walk.take_l2(index, &entries, &mut report);
         for (at, entry) in entries.iter().enumerate() {
             if let Mapping::Compressed(run) = Mapping::of(*entry, geometry.cluster_bits) {
-                check_compressed(&image, index * entries.len() + at, run, &mut report).await;
+                let cluster = index * entries.len() + at;
+                match image.inflate_or_why(run).await {
+                    Ok(_) => {}
+                    Err(Unreadable::Damaged) => {
+                        report.problem(format!("cluster {cluster} cannot be decompressed"));
+                    }
+                    Err(Unreadable::Failed(error)) => {
+                        return Err(ImageError::io("read compressed clusters of", path)(error));
+                    }
+                }
             }
         }
     }
@@ -88,15 +91,4 @@ pub async fn check<H: ImageHost>(host: &H, path: &str) -> Result<CheckReport, Im
     let front = geometry.l1_end().next_multiple_of(FRONT_ALIGN.max(bytes));
     report.leaked_clusters = file_bytes.max(walk.end).saturating_sub(front + used).div_ceil(bytes);
     Ok(report)
-}
-
-async fn check_compressed<H: ImageHost>(
-    image: &Image<H>,
-    cluster: usize,
-    run: Compressed,
-    report: &mut CheckReport,
-) {
-    if let Err(e) = image.inflate(run).await {
-        report.problem(format!("cluster {cluster} cannot be decompressed: {e}"));
-    }
 }

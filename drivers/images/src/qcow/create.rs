@@ -1,9 +1,9 @@
 //! Creating.
 
 use super::format::{self, Geometry, MAX_L1_BYTES, MAX_NAME_BYTES};
-use crate::io::ImageFile;
+use crate::io::{ImageFile, sync_name};
 use crate::{ImageError, ImageHost};
-use tap_host::{Files, SECTOR_BYTES};
+use tap_host::SECTOR_BYTES;
 use zerocopy::IntoBytes;
 
 /// The L1 table begins here or at a multiple: away from the header, whatever a drive writes at once.
@@ -59,7 +59,7 @@ pub async fn create<H: ImageHost>(
         file.sync().await
     };
     write.await.map_err(ImageError::io("write", path))?;
-    Files::sync_parent(host, path).await.map_err(ImageError::io("synchronise the directory of", path))
+    sync_name(host, path).await
 }
 
 fn layout(size_bytes: u64, options: &CreateOptions, name_bytes: u64) -> Result<Geometry, String> {

@@ -16,18 +16,34 @@ pub(super) struct Inflater {
 }
 
 impl Inflater {
-    fn inflate(&mut self, bytes: &[u8], cluster_bytes: usize) -> Result<Rc<[u8]>, Errno> {
+    fn inflate(&mut self, bytes: &[u8], cluster_bytes: usize) -> Option<Rc<[u8]>> {
         let state = self.state.get_or_insert_with(|| Decompress::new(false));
         state.reset(false);
         let mut out = vec![0; cluster_bytes];
-        state.decompress(bytes, &mut out, FlushDecompress::Finish).map_err(|_| Errno::EIO)?;
-        if state.total_out() == cluster_bytes as u64 { Ok(out.into()) } else { Err(Errno::EIO) }
+        state.decompress(bytes, &mut out, FlushDecompress::Finish).ok()?;
+        (state.total_out() == cluster_bytes as u64).then(|| out.into())
     }
+}
+
+/// Why a compressed cluster has no content.
+pub(super) enum Unreadable {
+    /// What is stored is not a whole cluster.
+    Damaged,
+    /// It could not be read.
+    Failed(Errno),
 }
 
 impl<H: ImageHost> Image<H> {
     /// The content of a compressed cluster.
     pub(super) async fn inflate(&self, run: Compressed) -> Result<Rc<[u8]>, Errno> {
+        self.inflate_or_why(run).await.map_err(|why| match why {
+            Unreadable::Damaged => Errno::EIO,
+            Unreadable::Failed(error) => error,
+        })
+    }
+
+    /// As [`Image::inflate`]; tells damage from errors.
+    pub(super) async fn inflate_or_why(&self, run: Compressed) -> Result<Rc<[u8]>, Unreadable> {
         self.host.mark(Mark::CompressedRead);
         if let Some((last, bytes)) = &self.inflater.borrow().last
             && *last == run
@@ -36,13 +52,14 @@ impl<H: ImageHost> Image<H> {
         }
         // The length has fewer bits than a cluster has bytes.
         if run.len == 0 || run.offset > self.reach {
-            return Err(Errno::EIO);
+            return Err(Unreadable::Damaged);
         }
-        let buf = self.file.buffer(run.len as usize).await?;
+        let buf = self.file.buffer(run.len as usize).await.map_err(Unreadable::Failed)?;
         let (result, bufs) = self.file.read(run.offset, smallvec![buf]).await;
-        result?;
+        result.map_err(Unreadable::Failed)?;
         let mut inflater = self.inflater.borrow_mut();
-        let bytes = inflater.inflate(&bufs[0], self.geometry.cluster_bytes() as usize)?;
+        let bytes = inflater.inflate(&bufs[0], self.geometry.cluster_bytes() as usize);
+        let bytes = bytes.ok_or(Unreadable::Damaged)?;
         inflater.last = Some((run, Rc::clone(&bytes)));
         Ok(bytes)
     }

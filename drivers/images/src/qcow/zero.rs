@@ -256,7 +256,9 @@ impl<H: ImageHost> Image<H> {
                 (None, _)
                 | (Some(Mapping::Unmapped), Mapping::Unmapped)
                 | (Some(Mapping::Compressed(_)), Mapping::Compressed(_)) => true,
-                (Some(Mapping::Plain(a)), Mapping::Plain(b)) => a + cluster_bytes == b,
+                (Some(Mapping::Plain(a)), Mapping::Plain(b)) => {
+                    a + cluster_bytes == b || self.host.bug(Bug::ExtentsJoined)
+                }
                 _ => false,
             };
             len += if goes_on { part } else { 0 };

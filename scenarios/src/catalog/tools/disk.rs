@@ -1,0 +1,221 @@
+//! What the tools work on, and what they are to make of it.
+
+use super::Work;
+use crate::check::{Invariant, walker};
+use crate::image::{QcowShape, Stored, layer_cluster, make_qcow};
+use crate::world::World;
+use kernel_model::PageMap;
+use tap_images::{ImageFormat, ImageSpec};
+
+/// A disk, as the testbed's own code has made it.
+pub(super) struct Disk {
+    pub(super) spec: ImageSpec,
+    /// What it shows.
+    pub(super) view: Vec<u8>,
+    /// The raw file below it: its path and bytes.
+    pub(super) base: Option<(String, Vec<u8>)>,
+    /// Every file of it, which no tool may change.
+    files: Vec<(String, Vec<u8>)>,
+}
+
+/// Bytes of a raw disk that are alike: data or zeros.
+const STEP: usize = 8192;
+const BASE: &str = "/images/base.raw";
+
+/// Data with holes of zeros, `size` bytes.
+fn bytes(writer: u32, size: usize) -> Vec<u8> {
+    let mut all = vec![0; size.next_multiple_of(STEP)];
+    for (i, step) in all.chunks_exact_mut(STEP).enumerate() {
+        if i % 3 != 1 {
+            step.copy_from_slice(&layer_cluster(writer, i as u64, STEP));
+        }
+    }
+    all.truncate(size);
+    all
+}
+
+impl Disk {
+    /// The source of this world.
+    pub(super) fn source(world: &World) -> Self {
+        let size: usize = world.setting("tools-size", &[1 << 20, 587 * 512, 3 << 20, 512]);
+        let kind = world.setting("tools-source", &["raw", "qcow", "overlay"]);
+        if kind == "raw" {
+            return Self::raw(world, BASE, bytes(1000, size));
+        }
+        let mut view = PageMap::default();
+        let base = (kind == "overlay").then(|| (BASE.to_owned(), bytes(1000, size - size / 4 / 512 * 512)));
+        if let Some((path, bytes)) = &base {
+            world.storage.put_bytes(path, bytes);
+            view.write(0, bytes);
+        }
+        let cluster_bits = world.setting("cluster-bits", &[12, 16, 9]);
+        let last = ((size as u64).div_ceil(1 << cluster_bits)) - 1;
+        let mut clusters: Vec<(u64, Stored)> = (0..=last)
+            .filter(|c| c % 7 < 3)
+            .map(|c| (c, if c % 7 == 1 { Stored::Compressed } else { Stored::Plain }))
+            .collect();
+        if !clusters.iter().any(|(c, _)| *c == last) {
+            clusters.push((last, Stored::Plain));
+        }
+        let shape = QcowShape {
+            cluster_bits,
+            l2_bits: world.setting("l2-bits", &[9, 6, 13]),
+            size: size as u64,
+            backing: base.as_ref().map(|_| BASE.to_owned()),
+            clusters,
+            writer: 1001,
+        };
+        let file = make_qcow(&shape, &mut view);
+        let path = "/images/source.qcow".to_owned();
+        world.storage.put_bytes(&path, &file);
+        let mut shown = vec![0; size];
+        view.read(0, &mut shown);
+        let files = base.iter().cloned().chain([(path.clone(), file)]).collect();
+        Self { spec: ImageSpec { format: ImageFormat::Qcow, path }, view: shown, base, files }
+    }
+
+    /// A raw disk of these bytes.
+    pub(super) fn raw(world: &World, path: &str, view: Vec<u8>) -> Self {
+        world.storage.put_bytes(path, &view);
+        let files = vec![(path.to_owned(), view.clone())];
+        Self { spec: ImageSpec { format: ImageFormat::Raw, path: path.to_owned() }, view, base: None, files }
+    }
+
+    /// As an argument of a tool.
+    pub(super) fn arg(&self) -> String {
+        named(&self.spec)
+    }
+
+    /// No tool writes to what it reads.
+    pub(super) fn check_unchanged(&self, world: &World) {
+        for (path, bytes) in &self.files {
+            if world.storage.bytes(path).as_ref() != Some(bytes) {
+                world.fail(Invariant::C1, format!("{path}, which a tool had only to read, has other bytes"));
+            }
+        }
+    }
+}
+
+/// As a tool's argument: the format is named.
+pub(super) fn named(spec: &ImageSpec) -> String {
+    let format = if spec.format == ImageFormat::Raw { "raw" } else { "qcow" };
+    format!("{format}:{}", spec.path)
+}
+
+/// A command that makes or fills an image, and what that image must show then.
+pub(super) struct Made {
+    pub(super) args: Vec<String>,
+    pub(super) spec: ImageSpec,
+    pub(super) view: Vec<u8>,
+    /// What the source is to it: its backing file.
+    pub(super) overlay: bool,
+    /// The size of a cluster that was asked for, in bytes.
+    pub(super) cluster_bytes: Option<u64>,
+}
+
+impl Made {
+    pub(super) fn draw(world: &World, source: &Disk, work: Work, epoch: u32) -> Self {
+        let of = |first: &'static str, second: &'static str| if epoch == 0 { first } else { second };
+        let qcow = work == Work::Overlay
+            || world.setting(of("tool-format-first", "tool-format-second"), &["raw", "qcow"]) == "qcow";
+        let format = if qcow { ImageFormat::Qcow } else { ImageFormat::Raw };
+        let spec = ImageSpec { format, path: format!("/images/target{epoch}") };
+        let size = source.view.len() as u64;
+        let mut args: Vec<String> = Vec::new();
+        let mut add = |words: &str| args.extend(words.split_whitespace().map(str::to_owned));
+        add(if matches!(work, Work::Create | Work::Overlay) { "create" } else { "convert" });
+        if matches!(work, Work::Convert | Work::Into) {
+            add(world.setting(of("tool-crew-first", "tool-crew-second"), &["-m 8", "-m 1", "-m 3"]));
+            let sparse = ["-S 4k", "-S 0", "-S 512", "-S 64k"];
+            add(world.setting(of("tool-sparse-first", "tool-sparse-second"), &sparse));
+            add("--backing raw");
+        }
+        let cluster =
+            world.setting(of("tool-cluster-first", "tool-cluster-second"), &[None, Some(512), Some(65536)]);
+        let cluster_bytes = cluster.filter(|_| qcow && work != Work::Into);
+        if let Some(bytes) = cluster_bytes {
+            add(&format!("-o cluster_size={bytes}"));
+        }
+        let old = world.setting(of("tool-target-first", "tool-target-second"), &["new", "shorter", "longer"]);
+        let mut view = source.view.clone();
+        match work {
+            Work::Into => {
+                add("-n");
+                let old = put(world, &spec, view.len() + 4096);
+                view.extend(&old[view.len()..]);
+            }
+            _ if old == "shorter" => _ = put(world, &spec, 512),
+            _ if old == "longer" => _ = put(world, &spec, 3 * view.len()),
+            _ => {}
+        }
+        match work {
+            Work::Create => {
+                view = vec![0; view.len()];
+                add(&format!("{} {size}", named(&spec)));
+            }
+            Work::Overlay => {
+                add(&format!(
+                    "-b {} -F {}",
+                    source.spec.path,
+                    named(&source.spec).split(':').next().unwrap_or_default()
+                ));
+                add(&named(&spec));
+            }
+            Work::Convert | Work::Into => add(&format!("{} {}", source.arg(), named(&spec))),
+        }
+        Self { args, spec, view, overlay: work == Work::Overlay, cluster_bytes }
+    }
+
+    /// The command, as one would type it.
+    pub(super) fn line(&self) -> String {
+        format!("tap-img {}", self.args.join(" "))
+    }
+}
+
+/// Puts an image of so many bytes there, which a tool is to replace or to fill; gives what it shows.
+fn put(world: &World, spec: &ImageSpec, size: usize) -> Vec<u8> {
+    let mut bytes = vec![0xa5; size];
+    if spec.format == ImageFormat::Raw {
+        world.storage.put_bytes(&spec.path, &bytes);
+        return bytes;
+    }
+    let shape = QcowShape {
+        cluster_bits: 12,
+        l2_bits: 9,
+        size: size as u64,
+        backing: None,
+        clusters: (0..(size as u64).div_ceil(4096)).map(|c| (c, Stored::Plain)).collect(),
+        writer: 1003,
+    };
+    let mut view = PageMap::default();
+    world.storage.put_bytes(&spec.path, &make_qcow(&shape, &mut view));
+    view.read(0, &mut bytes);
+    bytes
+}
+
+/// What an image shows, by its bytes. What is not in it is the view of `below`, if that is its backing file.
+pub(super) fn shown(world: &World, spec: &ImageSpec, below: &Disk) -> Result<Vec<u8>, walker::Broken> {
+    let gone = || (Invariant::I1, format!("{} is gone after a tool had made it", spec.path));
+    let content = world.storage.content(&spec.path).ok_or_else(gone)?;
+    if spec.format == ImageFormat::Raw {
+        let mut bytes = vec![0; content.size as usize];
+        content.pages.read(0, &mut bytes);
+        return Ok(bytes);
+    }
+    let map = walker::walk_whole(&content)?;
+    let mut bytes = vec![0; map.size as usize];
+    if let Some(name) = &map.backing {
+        if *name != below.spec.path {
+            return Err((Invariant::I1, format!("{} names the backing file {name}", spec.path)));
+        }
+        let shared = bytes.len().min(below.view.len());
+        bytes[..shared].copy_from_slice(&below.view[..shared]);
+    }
+    let mut whole = vec![0; 1 << map.cluster_bits];
+    for (cluster, part) in (0..).zip(bytes.chunks_mut(1 << map.cluster_bits)) {
+        if walker::read_cluster(&content, &map, cluster, &mut whole)?.is_some() {
+            part.copy_from_slice(&whole[..part.len()]);
+        }
+    }
+    Ok(bytes)
+}

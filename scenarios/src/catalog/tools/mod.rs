@@ -1,0 +1,186 @@
+//! The image tools: what they make, what they say of it, and what a power cut leaves.
+//!
+//! ```text
+//!   source (made by the testbed's own code)      target
+//!     raw, qcow, or qcow over raw   ── tap-img ──►  raw or qcow, new, replaced, or written into
+//!                                       │
+//!        unchanged, whatever happens    │   status 0: shows the expected bytes, also after a power cut
+//!                                       └── info, check, map, compare: true of the bytes that are there
+//! ```
+//!
+//! The tools run as processes and are the functions that ship. What an image shows is read by the walker, which shares
+//! no code with them.
+
+mod disk;
+mod reports;
+
+use super::crash::{CRASH_AT, either, power};
+use crate::check::Invariant;
+use crate::run::Scenario;
+use crate::world::World;
+use clap::Parser as _;
+use disk::{Disk, Made, shown};
+use kernel_model::StorageConfig;
+use kernel_model::faults::FaultPlan;
+use std::cell::RefCell;
+use std::rc::Rc;
+use tap_core::wait::oneshot;
+use tap_programs::Console;
+use tap_programs::img::{Cli, run};
+
+/// Nothing fails for good: each command must succeed.
+pub static IMAGE_TOOLS: Scenario = Scenario {
+    name: "image-tools",
+    about: "tap-img makes, copies, maps, compares and checks images, with transient errors and short transfers; power cuts",
+    storage: |_| StorageConfig {
+        faults: FaultPlan { short: true, transient: true, sync_interrupted: true, ..FaultPlan::LATENCY },
+        ..StorageConfig::default()
+    },
+    body: |w| Box::pin(tools(w)),
+};
+
+/// Everything may fail: what says that it has succeeded has.
+pub static IMAGE_TOOLS_ERRORS: Scenario = Scenario {
+    name: "image-tools-errors",
+    about: "as image-tools, with I/O errors, no space and failed syncs: a command that ends with 0 has done its work",
+    storage: |_| StorageConfig { faults: FaultPlan::ALL, ..StorageConfig::default() },
+    body: |w| Box::pin(tools(w)),
+};
+
+/// What a command does, one per epoch.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Work {
+    /// `convert` to a new file.
+    Convert,
+    /// `convert -n` into a file with other bytes.
+    Into,
+    /// `create`.
+    Create,
+    /// `create -b`.
+    Overlay,
+}
+
+const FIRST: [Work; 4] = [Work::Convert, Work::Into, Work::Create, Work::Overlay];
+const SECOND: [Work; 4] = [Work::Overlay, Work::Create, Work::Convert, Work::Into];
+
+/// Operations after which the power may be cut.
+const OPERATIONS: u64 = 400;
+
+async fn tools(world: World) {
+    let source = Disk::source(&world);
+    for (epoch, choice) in [("tool-first", FIRST), ("tool-second", SECOND)].into_iter().enumerate() {
+        let work = world.setting(choice.0, &choice.1);
+        one(&world, &source, work, epoch as u32).await;
+        if world.verdict.is_broken() {
+            return;
+        }
+    }
+}
+
+/// A process of `tap-img`.
+struct Tool {
+    status: u8,
+    out: Vec<String>,
+    err: Vec<String>,
+}
+
+/// What a tool prints.
+#[derive(Default)]
+struct Printed {
+    out: RefCell<Vec<String>>,
+    err: RefCell<Vec<String>>,
+}
+
+impl Console for Printed {
+    fn out(&self, line: &str) {
+        self.out.borrow_mut().push(line.to_owned());
+    }
+    fn err(&self, line: &str) {
+        self.err.borrow_mut().push(line.to_owned());
+    }
+    fn progress(&self, _: u64, _: u64) {}
+}
+
+impl Tool {
+    /// Runs `tap-img` with these arguments; it is killed after `cut_after` operations of the storage from now on, if it
+    /// runs as long, and `None` then.
+    async fn run(world: &World, args: &[String], cut_after: Option<u64>) -> Option<Self> {
+        let cli = Cli::try_parse_from(std::iter::once("tap-img".into()).chain(args.iter().cloned()));
+        let cli = cli.unwrap_or_else(|e| panic!("{}: {e}", args.join(" ")));
+        let process = world.kernel.process("tap-img", world.next_boot());
+        let (printed, host) = (Rc::new(Printed::default()), process.clone());
+        let ((done, ended), status) = (oneshot(), Rc::new(RefCell::new(None)));
+        let (p, s) = (Rc::clone(&printed), Rc::clone(&status));
+        process.node().spawn("main", 0, async move {
+            let status = run(host, cli, &*p).await;
+            *s.borrow_mut() = Some(status);
+            let _ = done.send(());
+        });
+        if let Some(after) = cut_after {
+            let (at, node) = (world.storage.ops() + after, process.node().clone());
+            world.storage.set_hook(Some(Rc::new(move |op| {
+                if op == at {
+                    node.kill();
+                }
+            })));
+        }
+        either(process.node().dead(), ended).await;
+        world.storage.set_hook(None);
+        process.node().kill();
+        process.node().dead().await;
+        let status = status.borrow_mut().take()?;
+        Some(Self { status, out: printed.out.take(), err: printed.err.take() })
+    }
+
+    /// Whether it did its work; where nothing fails for good it must. A failure is told in one line.
+    fn worked(&self, world: &World, args: &[String]) -> bool {
+        let what = || format!("tap-img {}: status {}: {}", args.join(" "), self.status, self.err.join("; "));
+        if self.status == 0 {
+            return true;
+        }
+        if !world.errors_allowed() {
+            world.fail(Invariant::I1, what());
+        } else if self.err.len() != 1 || !self.err[0].starts_with("tap-img: failed to ") {
+            world.fail(Invariant::I2, format!("{}, which is not one line that tells why", what()));
+        }
+        false
+    }
+}
+
+/// One command that makes something, perhaps a power cut, and what the tools say of what was made.
+async fn one(world: &World, source: &Disk, work: Work, epoch: u32) {
+    let made = Made::draw(world, source, work, epoch);
+    let entity = power(epoch);
+    world.sim.name_entity(entity, || format!("power, epoch {epoch}"));
+    let cut =
+        world.sim.decide(entity, &CRASH_AT, 0, |d| if d.below(3) == 0 { 1 + d.below(OPERATIONS) } else { 0 });
+    let tool = Tool::run(world, &made.args, (cut > 0).then_some(cut)).await;
+    let worked = tool.as_ref().map(|tool| tool.worked(world, &made.args));
+    if worked.is_none() || world.setting(CUT_AFTER[epoch as usize], &[true, false]) {
+        world.storage.power_cut();
+        world.count(|s| s.crashes += 1);
+    }
+    source.check_unchanged(world);
+    world.count(|s| s.requests += 1);
+    if worked != Some(true) || world.verdict.is_broken() {
+        return;
+    }
+    match shown(world, &made.spec, source) {
+        Err((invariant, text)) => world.fail(invariant, format!("{}: {text}", made.line())),
+        Ok(bytes) if bytes != made.view => {
+            let at = bytes.iter().zip(&made.view).position(|(a, b)| a != b);
+            let at = at.unwrap_or(bytes.len().min(made.view.len()));
+            let text = format!(
+                "{} ended with 0, and what it made shows other bytes from byte {at} on ({} bytes, not {})",
+                made.line(),
+                bytes.len(),
+                made.view.len()
+            );
+            world.fail(Invariant::I1, text);
+        }
+        Ok(_) => reports::check(world, source, &made, epoch).await,
+    }
+    source.check_unchanged(world);
+}
+
+const CUT_AFTER: [&str; 2] = ["cut-after-first", "cut-after-second"];
