@@ -26,6 +26,12 @@ pub static IO_LATE: Label = Label::new("io-late", "the I/O takes {} ns longer");
 pub static LOST: Label = Label::new("lost", "the power cut takes sectors {} of the page (mask)");
 /// How many of the pending size changes a power cut takes.
 pub static SIZES_LOST: Label = Label::new("sizes-lost", "the power cut takes the last {} size changes");
+/// A run of sectors of the file of which a power cut takes everything that is pending: its length, and the first.
+pub static RUN_LOST: Label =
+    Label::packed("run-lost", "the power cut takes all that is pending in a run of sectors ({})", &[24, 40]);
+/// How many sectors of the growth that the first lost size change would have been are there all the same.
+pub static SIZE_PARTLY: Label =
+    Label::new("size-partly", "the power cut leaves {} sectors of the growth that it takes first");
 /// Which sectors of a write a failed synchronisation loses.
 pub static SYNC_LOST: Label =
     Label::new("sync-lost", "the failed synchronisation loses sectors {} of the page (mask)");
@@ -38,6 +44,8 @@ pub static LABELS: &[&Label] = &[
     &IO_LATE,
     &LOST,
     &SIZES_LOST,
+    &RUN_LOST,
+    &SIZE_PARTLY,
     &SYNC_LOST,
     &NAME_LOST,
     &crate::sockets::SEND_CUT,

@@ -235,9 +235,21 @@ impl Inode {
         }
     }
 
-    /// What the medium holds after a power cut: the base, of each pending write the sectors that `keep` says, and the
-    /// first `sizes_kept` size changes.
-    pub fn after_power_cut(&self, sizes_kept: usize, mut keep: impl FnMut(usize, &Pending) -> u8) -> Content {
+    /// Bytes by which the file would grow after the first `sizes_kept` size changes.
+    pub fn growth(&self, sizes_kept: usize) -> u64 {
+        let before = sizes_kept.checked_sub(1).map_or(self.base.size, |last| self.pending_sizes[last].size);
+        self.pending_sizes.get(sizes_kept).map_or(0, |next| next.size.saturating_sub(before))
+    }
+
+    /// What the medium holds after a power cut: the base, of each pending write the sectors that `keep` says, the first
+    /// `sizes_kept` size changes, and `partly` bytes of the growth that comes next: the blocks of one write may be added
+    /// one by one.
+    pub fn after_power_cut(
+        &self,
+        sizes_kept: usize,
+        partly: u64,
+        mut keep: impl FnMut(usize, &Pending) -> u8,
+    ) -> Content {
         let mut content = self.base.clone();
         for (i, p) in self.pending.iter().enumerate() {
             let kept = keep(i, p) & p.sectors;
@@ -254,6 +266,7 @@ impl Inode {
                 s.size
             },
         );
+        let size = size + partly;
         content.size = size;
         // Data beyond the size belongs to nobody.
         content.pages.truncate(size);
@@ -306,13 +319,13 @@ mod tests {
         file.harden(file.seq());
         file.write(Entity(2), 512, &[2; 1024]);
         assert_eq!(bytes(&file.live), [vec![1; 512], vec![2; 1024]].concat());
-        let nothing = file.after_power_cut(0, |_, _| 0);
+        let nothing = file.after_power_cut(0, 0, |_, _| 0);
         assert_eq!(bytes(&nothing), vec![1; 1024]);
-        let torn = file.after_power_cut(1, |_, _| 0b100);
+        let torn = file.after_power_cut(1, 0, |_, _| 0b100);
         assert_eq!(bytes(&torn), [vec![1; 1024], vec![2; 512]].concat());
-        let long_without_data = file.after_power_cut(1, |_, _| 0);
+        let long_without_data = file.after_power_cut(1, 0, |_, _| 0);
         assert_eq!(bytes(&long_without_data), [vec![1; 1024], vec![0; 512]].concat());
-        let short_with_data = file.after_power_cut(0, |_, _| 0xff);
+        let short_with_data = file.after_power_cut(0, 0, |_, _| 0xff);
         assert_eq!(bytes(&short_with_data), [vec![1; 512], vec![2; 512]].concat());
     }
 
@@ -326,7 +339,7 @@ mod tests {
             |file: &Inode| -> Vec<(u64, u8)> { file.pending.iter().map(|p| (p.page, p.sectors)).collect() };
         assert_eq!(what(&cut), [(0, 0xfe), (1, 0xff), (2, 1)]);
         assert_eq!((what(&cut), cut.pending_sizes.len()), (what(&one), 1));
-        assert_eq!(self::bytes(&cut.after_power_cut(1, |_, p| p.sectors)), self::bytes(&one.live));
+        assert_eq!(self::bytes(&cut.after_power_cut(1, 0, |_, p| p.sectors)), self::bytes(&one.live));
     }
 
     #[test]
@@ -339,8 +352,8 @@ mod tests {
         assert_eq!(file.live.size, 3 * PAGE as u64);
         let now = bytes(&file.live);
         assert_eq!([now[511], now[512], now[2 * PAGE + 511], now[2 * PAGE + 512]], [1, 0, 0, 1]);
-        assert!(bytes(&file.after_power_cut(0, |_, _| 0)).iter().all(|b| *b == 1));
-        let torn = bytes(&file.after_power_cut(0, |_, p| if p.page == 1 { 1 } else { 0 }));
+        assert!(bytes(&file.after_power_cut(0, 0, |_, _| 0)).iter().all(|b| *b == 1));
+        let torn = bytes(&file.after_power_cut(0, 0, |_, p| if p.page == 1 { 1 } else { 0 }));
         assert_eq!([torn[512], torn[PAGE], torn[PAGE + 512]], [1, 0, 1]);
         file.harden(file.seq());
         assert_eq!(bytes(&file.base), now);

@@ -344,7 +344,7 @@ impl Explorer {
         anchors: &[Anchor],
     ) {
         self.count(|e| e.states += 1);
-        let content = inode.after_power_cut(choice.sizes, |i, _| choice.keep[i]);
+        let content = inode.after_power_cut(choice.sizes, 0, |i, _| choice.keep[i]);
         let map = match walker::walk(&content) {
             Ok(map) => map,
             Err((invariant, text)) => return self.report(op, inode, choice, invariant, text),

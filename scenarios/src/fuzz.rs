@@ -200,8 +200,7 @@ fn features(subject: &Subject, spec: &RunSpec, outcome: &Outcome) -> Vec<u32> {
         reached.push(i as u32);
     }
     let s = &outcome.stats;
-    for (i, n) in
-        [s.errors, s.crashes, s.unflushed_clusters, s.host_ios, outcome.trace.events].iter().enumerate()
+    for (i, n) in [s.errors, s.crashes, s.lost_clusters, s.host_ios, outcome.trace.events].iter().enumerate()
     {
         found.push(scenario << 24 | 1 << 20 | (i as u32) << 8 | bucket(*n));
     }

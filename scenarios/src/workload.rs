@@ -103,10 +103,12 @@ pub enum Shape {
     FlushHeavy,
     /// Reads first in runs, then scattered small writes, as a system that starts.
     BootLike,
+    /// Large writes that reach every part of the disk, hardly ever flushed.
+    Filling,
 }
 
 impl Shape {
-    /// All of them.
+    /// Those that a seed has one of.
     pub const ALL: [Shape; 5] =
         [Self::Random, Self::Sequential, Self::Overlapping, Self::FlushHeavy, Self::BootLike];
 }
@@ -205,6 +207,7 @@ fn draw_one(rng: &mut Stream, w: &Workload, i: u32, hot: &[u64], cursor: &mut u6
         Shape::Overlapping => (chance(5), chance(30)),
         Shape::FlushHeavy => (chance(40), chance(10)),
         Shape::BootLike => (i > w.count / 2 && chance(15), i < w.count / 2 || chance(20)),
+        Shape::Filling => (chance(2), chance(4)),
     };
     match w.shape {
         Shape::Sequential => {
@@ -215,12 +218,19 @@ fn draw_one(rng: &mut Stream, w: &Workload, i: u32, hot: &[u64], cursor: &mut u6
             at = *cursor;
             *cursor = (*cursor + count) % w.size_sectors;
         }
+        Shape::Filling => {
+            // Steps of five eighths of the disk or so reach all of its parts in no order.
+            let parts = u64::from(w.count) * 3 / 4;
+            let part = (u64::from(i) * ((parts * 5 / 8) | 1) + rng.below(2)) % parts;
+            at = w.size_sectors / parts * part + rng.below(w.size_sectors / parts);
+        }
         Shape::Overlapping => at = hot[0].saturating_add(rng.below(12)) % w.size_sectors,
         _ => {}
     }
     if flush {
         return Op::flush();
     }
+    let count = if w.shape == Shape::Filling { max } else { count };
     let count = count.min(w.size_sectors - at) as u32;
     let kind = if read { IoKind::Read } else { IoKind::Write };
     Op::new(kind, SectorRange::new(at, count))

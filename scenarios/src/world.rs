@@ -55,8 +55,8 @@ pub struct Stats {
     pub crashes: u64,
     /// Operations on the host's files.
     pub host_ios: u64,
-    /// Clusters of writes that were not flushed when a crash came.
-    pub unflushed_clusters: u64,
+    /// Clusters that power cuts may have lost.
+    pub lost_clusters: u64,
 }
 
 /// One world; clones share it.

@@ -1,7 +1,7 @@
 //! Power cuts: what they take of each file, as decisions.
 
 use super::{Inner, Slot, Storage};
-use crate::faults::{IoOp, LOST, NAME_LOST, SIZES_LOST};
+use crate::faults::{IoOp, LOST, NAME_LOST, RUN_LOST, SIZE_PARTLY, SIZES_LOST};
 use crate::inode::{Inode, Pending};
 use crate::pages::PAGE;
 use sim::{Entity, Sim, TraceEvent, mix2, text_hash};
@@ -71,11 +71,22 @@ impl Storage {
                 1 => sizes,
                 _ => d.below(sizes + 1),
             });
-            let mood = PowerCutMood::draw(sim, file.entity);
+            let run = LostRun(sim.decide(file.entity, &RUN_LOST, cut, |d| LostRun::draw(&inode, d)));
+            let mut mood = PowerCutMood::draw(sim, file.entity);
+            if run.0 != 0 {
+                // Then it is the run that matters.
+                mood.lose_of_8 = mood.lose_of_8.saturating_sub(6);
+            }
             let mut left = Left { name: text_hash(&name), hash: 0, pages: 0, size: 0 };
-            let content = inode.after_power_cut((sizes - lost.min(sizes)) as usize, |_, p| {
+            let kept = (sizes - lost.min(sizes)) as usize;
+            // In whole sectors, as file systems grow by their blocks: less would tear a sector that is old or new.
+            let growth = inode.growth(kept) / SECTOR_BYTES;
+            let partly = |d: &mut sim::Draw| if growth > 0 && d.below(4) == 0 { d.below(growth) } else { 0 };
+            let partly = sim.decide(file.entity, &SIZE_PARTLY, cut, partly).min(growth);
+            let content = inode.after_power_cut(kept, partly * SECTOR_BYTES, |_, p| {
                 let entity = inner.pending_entity(p);
-                let kept = p.sectors & !(sim.decide(entity, &LOST, 0, |d| mood.lost(p, d)) as u8);
+                let lost = sim.decide(entity, &LOST, 0, |d| mood.lost(p, d)) as u8;
+                let kept = p.sectors & !(lost | run.of_page(p.page));
                 left.add(p, kept);
                 kept
             });
@@ -127,6 +138,30 @@ impl fmt::Display for Left {
 impl TraceEvent for Left {
     fn words(&self) -> [u64; 4] {
         [self.name, self.hash, self.pages, self.size]
+    }
+}
+
+/// Sectors of a file that go back together, as a [`RUN_LOST`] value has them.
+struct LostRun(u64);
+
+impl LostRun {
+    /// In one cut of three: a run around something that is pending.
+    fn draw(inode: &Inode, d: &mut sim::Draw) -> u64 {
+        let pages = inode.pending.len() as u64;
+        if pages == 0 || d.below(3) != 0 {
+            return 0;
+        }
+        let page = inode.pending[d.below(pages) as usize].page;
+        let count = d.magnitude(14);
+        let first = (page * 8 + d.below(8)).saturating_sub(d.below(count));
+        count | first << 24
+    }
+
+    /// The sectors of `page` that are in it, as a mask.
+    fn of_page(&self, page: u64) -> u8 {
+        let (first, count) = (self.0 >> 24, self.0 & 0xff_ffff);
+        let within = |i: &u64| (first..first + count).contains(&(page * 8 + i));
+        (0..8).filter(within).fold(0, |mask, i| mask | 1 << i)
     }
 }
 

@@ -7,13 +7,13 @@
 //! ```
 
 use super::setup::{Setup, workload};
-use crate::check::Invariant;
 use crate::check::oracle::{Oracle, is_broken};
+use crate::check::{BeforeCut, Invariant, lost_to_error};
 use crate::explore::Explorer;
 use crate::guest::{DirectDisk, Guest, Manners};
 use crate::run::Scenario;
 use crate::stack::{Stack, StackLimits};
-use crate::workload::{Op, Workload, operations};
+use crate::workload::{Op, Shape, operations};
 use crate::world::{World, setting};
 use kernel_model::SimHost;
 use kernel_model::faults::{FaultPlan, SyncErrors};
@@ -26,7 +26,7 @@ use std::rc::Rc;
 use std::task::Poll;
 use tap_core::Node;
 use tap_core::wait::oneshot;
-use tap_host::{Errno, IoKind, SectorRange};
+use tap_host::{Errno, IoKind, SECTOR_BYTES, SectorRange};
 
 /// After how many operations on the host's files the power is cut; 0 is when everything has come to rest.
 pub static CRASH_AT: Label = Label::new("crash-at", "the power is cut after {} host operations");
@@ -43,9 +43,7 @@ pub static QCOW_POWER_CUT: Scenario = Scenario {
         zeroing: zeroing(sim),
         ..StorageConfig::default()
     },
-    body: |w| {
-        Box::pin(power_cuts(w, Plan { raw: false, overlay: false, cuts: 1, ops: 40, recovery_only: false }))
-    },
+    body: |w| Box::pin(power_cuts(w, Plan { cuts: 1, ops: 40, ..PLAIN })),
 };
 
 /// qcow over a raw backing file, some clusters compressed.
@@ -57,9 +55,7 @@ pub static OVERLAY_POWER_CUT: Scenario = Scenario {
         zeroing: zeroing(sim),
         ..StorageConfig::default()
     },
-    body: |w| {
-        Box::pin(power_cuts(w, Plan { raw: false, overlay: true, cuts: 1, ops: 30, recovery_only: false }))
-    },
+    body: |w| Box::pin(power_cuts(w, Plan { overlay: true, cuts: 1, ops: 30, ..PLAIN })),
 };
 
 /// A raw image: nothing lies between the guest and the file, and the rules are the same.
@@ -71,9 +67,7 @@ pub static RAW_POWER_CUT: Scenario = Scenario {
         zeroing: zeroing(sim),
         ..StorageConfig::default()
     },
-    body: |w| {
-        Box::pin(power_cuts(w, Plan { raw: true, overlay: false, cuts: 2, ops: 40, recovery_only: false }))
-    },
+    body: |w| Box::pin(power_cuts(w, Plan { raw: true, cuts: 2, ops: 40, ..PLAIN })),
 };
 
 /// Whether files can be made zeros by range.
@@ -88,8 +82,19 @@ pub static RECOVERY_CRASH: Scenario = Scenario {
     storage: |_| StorageConfig::default(),
     body: |w| {
         let overlay = w.setting("overlay", &[false, true]);
-        Box::pin(power_cuts(w, Plan { raw: false, overlay, cuts: 4, ops: 24, recovery_only: true }))
+        Box::pin(power_cuts(w, Plan { overlay, cuts: 4, ops: 24, recovery_only: true, ..PLAIN }))
     },
+};
+
+/// A disk that is filled to its last cluster, again after each cut: what bounds a format has must hold by then.
+pub static FILLED_POWER_CUT: Scenario = Scenario {
+    name: "qcow-filled-power-cut",
+    about: "a qcow disk is filled, power cut; filled again to its last cluster, and every sector read",
+    storage: |_| StorageConfig {
+        faults: FaultPlan { short: true, ..FaultPlan::LATENCY },
+        ..StorageConfig::default()
+    },
+    body: |w| Box::pin(power_cuts(w, Plan { cuts: 2, ops: 40, fills: true, ..PLAIN })),
 };
 
 /// Errors of every kind, with a guest that repeats what failed.
@@ -99,7 +104,7 @@ pub static QCOW_ERRORS: Scenario = Scenario {
     storage: error_storage,
     body: |w| {
         let overlay = w.setting("overlay", &[false, true]);
-        Box::pin(power_cuts(w, Plan { raw: false, overlay, cuts: 2, ops: 40, recovery_only: false }))
+        Box::pin(power_cuts(w, Plan { overlay, cuts: 2, ops: 40, ..PLAIN }))
     },
 };
 
@@ -108,9 +113,7 @@ pub static RAW_ERRORS: Scenario = Scenario {
     name: "raw-errors",
     about: "raw with zeros and discards; every host operation may fail with any part of its effect; then a power cut",
     storage: error_storage,
-    body: |w| {
-        Box::pin(power_cuts(w, Plan { raw: true, overlay: false, cuts: 2, ops: 40, recovery_only: false }))
-    },
+    body: |w| Box::pin(power_cuts(w, Plan { raw: true, cuts: 2, ..PLAIN })),
 };
 
 /// What crash states are counted on: 8 MiB in 4 KiB clusters.
@@ -118,9 +121,7 @@ pub static EXPLORE_QCOW: Scenario = Scenario {
     name: "explore-qcow",
     about: "qcow of 8 MiB in clusters of 4 KiB, every crash state looked at",
     storage: |_| StorageConfig::default(),
-    body: |w| {
-        Box::pin(power_cuts(w, Plan { raw: false, overlay: false, cuts: 1, ops: 120, recovery_only: false }))
-    },
+    body: |w| Box::pin(power_cuts(w, Plan { cuts: 1, ops: 120, ..PLAIN })),
 };
 
 /// The same over a backing file.
@@ -128,9 +129,7 @@ pub static EXPLORE_OVERLAY: Scenario = Scenario {
     name: "explore-qcow-overlay",
     about: "qcow of 8 MiB in clusters of 4 KiB over a backing file, every crash state looked at",
     storage: |_| StorageConfig::default(),
-    body: |w| {
-        Box::pin(power_cuts(w, Plan { raw: false, overlay: true, cuts: 1, ops: 120, recovery_only: false }))
-    },
+    body: |w| Box::pin(power_cuts(w, Plan { overlay: true, cuts: 1, ops: 120, ..PLAIN })),
 };
 
 /// An image that somebody else made.
@@ -141,9 +140,7 @@ pub static REAL_IMAGE: Scenario = Scenario {
         faults: FaultPlan { short: true, ..FaultPlan::LATENCY },
         ..StorageConfig::default()
     },
-    body: |w| {
-        Box::pin(power_cuts(w, Plan { raw: false, overlay: false, cuts: 2, ops: 40, recovery_only: false }))
-    },
+    body: |w| Box::pin(power_cuts(w, Plan { cuts: 2, ops: 40, ..PLAIN })),
 };
 
 fn error_storage(sim: &Sim) -> StorageConfig {
@@ -178,22 +175,38 @@ struct Plan {
     overlay: bool,
     cuts: u32,
     ops: u32,
+    /// The disk is filled to its last cluster, again after every cut.
+    fills: bool,
     /// After the first, power is cut within the first operations of the recovery.
     recovery_only: bool,
 }
 
+const PLAIN: Plan = Plan { raw: false, overlay: false, cuts: 1, ops: 40, fills: false, recovery_only: false };
+
 const DISK_BYTES: u64 = 1 << 20;
+/// Size of a disk that is filled: larger than the slack that a format's bounds may have.
+const FILLED_BYTES: u64 = 4 << 20;
+/// Sectors in one write of those that fill it.
+const FILL_SECTORS: u32 = 256;
 /// Size of the disk whose crash states are counted.
 const EXPLORED_BYTES: u64 = 8 << 20;
 
 async fn power_cuts(world: World, plan: Plan) {
-    let limits = StackLimits::draw(&world);
+    let mut limits = StackLimits::draw(&world);
+    if plan.fills {
+        limits.pool_bytes = limits.pool_bytes.max(2 * FILL_SECTORS as usize * SECTOR_BYTES as usize);
+    }
     let setup = match world.options.image.clone() {
         Some(image) => Setup::real(&world, &image),
         None if world.options.explore => Setup::qcow_of(&world, 0, EXPLORED_BYTES, plan.overlay, 12, 9),
+        None if plan.fills => {
+            let cluster_bits = world.setting("filled-cluster-bits", &[12, 11, 10]);
+            Setup::qcow_of(&world, 0, FILLED_BYTES, plan.overlay, cluster_bits, 13)
+        }
         None if plan.raw => Setup::raw(&world, 0, DISK_BYTES),
         None => Setup::qcow(&world, 0, DISK_BYTES, plan.overlay),
     };
+    let leaked_before = setup.leaked(&world) + setup.compressed_clusters(&world);
     let flush_failed = Rc::new(Cell::new(false));
     for cut in 0..plan.cuts {
         epoch(&world, &setup, &limits, plan, cut, &flush_failed).await;
@@ -203,7 +216,15 @@ async fn power_cuts(world: World, plan: Plan) {
     }
     world.sim.stop_faults();
     world.storage.stop_failures();
-    last_epoch(&world, &setup, &limits, plan.cuts, flush_failed.get()).await;
+    last_epoch(&world, &setup, &limits, plan, flush_failed.get()).await;
+    check_leaks(&world, &setup, leaked_before, plan.most_sectors());
+}
+
+impl Plan {
+    /// Sectors in the largest request.
+    fn most_sectors(self) -> u32 {
+        if self.fills { FILL_SECTORS } else { 88 }
+    }
 }
 
 async fn epoch(
@@ -220,7 +241,11 @@ async fn epoch(
     let count = if recovering { 6 } else { plan.ops };
     let guest = Entity::WORLD.child("guest", u64::from(cut));
     world.sim.name_entity(guest, || format!("guest 1, epoch {cut}"));
-    let workload = Workload { zeroes: true, ..workload(world, setup.size_sectors, count, 88) };
+    let mut workload = workload(world, setup.size_sectors, count, plan.most_sectors());
+    workload.zeroes = !plan.fills;
+    if plan.fills {
+        workload.shape = Shape::Filling;
+    }
     let ops = operations(&world.sim, guest, u64::from(cut), &workload);
     arm_power_cut(world, setup, cut, if recovering { 24 } else { u64::from(plan.ops) * 4 }, {
         let node = node.clone();
@@ -237,12 +262,13 @@ async fn epoch(
     world.storage.set_hook(None);
     node.kill();
     node.dead().await;
+    let live = world.storage.content(&setup.spec.path).unwrap_or_default();
+    let before = BeforeCut::look(&live, setup.history.borrow().running());
     world.storage.power_cut();
-    let per_cell = (8 >> (setup.cluster_bits - 9)).max(1);
-    let unflushed = setup.history.borrow().unsettled().count() as u64 * per_cell;
+    let left = world.storage.content(&setup.spec.path).unwrap_or_default();
     world.count(|s| {
         s.crashes += 1;
-        s.unflushed_clusters += unflushed;
+        s.lost_clusters += before.map_or(0, |before| before.lost(&left));
     });
     setup.history.borrow_mut().power_cut();
     setup.check(world, &format!("after power cut {}", cut + 1)).await;
@@ -307,6 +333,10 @@ async fn work(
             return;
         }
     };
+    // One that could not be made durable is served, and its flushes fail.
+    if !world.errors_allowed() {
+        setup.check_length(world);
+    }
     let manners = Manners {
         retries: if world.errors_allowed() { world.setting("guest-retries", &[3, 0, 1]) } else { 0 },
         errors_allowed: world.errors_allowed(),
@@ -318,7 +348,11 @@ async fn work(
         // Some of it is looked at, the rest stays open to what comes.
         let some = u64::from(guest_window(world));
         for at in (0..some).map(|i| i * 16 % setup.size_sectors) {
-            let _ = guest.read(SectorRange::new(at, 16)).await;
+            if let Err(error) = guest.read(SectorRange::new(at, 16)).await
+                && !world.errors_allowed()
+            {
+                world.fail(Invariant::G11, format!("reading the disk after a crash failed with {error:?}"));
+            }
         }
     }
     guest.set_manners(Manners { reads: if recovered { manners.reads } else { Invariant::G1 }, ..manners });
@@ -335,7 +369,7 @@ fn after_cut(flush_failed: bool) -> Invariant {
     if flush_failed { Invariant::E2 } else { Invariant::G7 }
 }
 
-async fn last_epoch(world: &World, setup: &Setup, limits: &StackLimits, crashes: u32, flush_failed: bool) {
+async fn last_epoch(world: &World, setup: &Setup, limits: &StackLimits, plan: Plan, flush_failed: bool) {
     let host = SimHost::start(&world.kernel, &world.xen, "tapdisk", 1000);
     let stack = match Stack::open(&host, world, &setup.spec, limits).await {
         Ok(stack) => stack,
@@ -344,6 +378,7 @@ async fn last_epoch(world: &World, setup: &Setup, limits: &StackLimits, crashes:
             return;
         }
     };
+    setup.check_length(world);
     let manners = Manners { retries: 0, errors_allowed: false, reads: after_cut(flush_failed) };
     let disk = DirectDisk::new(stack.node(), limits.pool_bytes.max(256 << 10));
     let guest = Guest::new(world, disk, Rc::clone(&setup.history), manners);
@@ -352,7 +387,12 @@ async fn last_epoch(world: &World, setup: &Setup, limits: &StackLimits, crashes:
         return;
     }
     guest.set_manners(Manners { reads: Invariant::G1, ..manners });
-    probe(&guest, setup.size_sectors).await;
+    if plan.fills {
+        fill(&guest, setup.size_sectors).await;
+    }
+    if let Err(error) = probe(&guest, setup.size_sectors).await {
+        world.fail(Invariant::G11, format!("reading what was written after recovery failed with {error:?}"));
+    }
     if let Err(error) = stack.vbd.close().await {
         world.fail(Invariant::G11, format!("closing after recovery failed with {error:?}"));
     }
@@ -363,32 +403,40 @@ async fn last_epoch(world: &World, setup: &Setup, limits: &StackLimits, crashes:
         );
     }
     setup.check(world, "after recovery").await;
-    check_leaks(world, setup, crashes);
+}
+
+/// Writes the whole disk, so that every cluster is mapped.
+async fn fill(guest: &Guest<DirectDisk>, size_sectors: u64) {
+    let step = u64::from(FILL_SECTORS);
+    let range = |at: u64| SectorRange::new(at, (size_sectors - at).min(step) as u32);
+    let starts = (0..size_sectors).step_by(step as usize);
+    let ops: Vec<Option<Op>> = starts.map(|at| Some(Op::new(IoKind::Write, range(at)))).collect();
+    guest.run(&ops, 8).await;
+    guest.one(Op::flush()).await;
 }
 
 /// Writes all over the disk: what recovery got wrong about free space shows now.
-async fn probe(guest: &Guest<DirectDisk>, size_sectors: u64) {
+async fn probe(guest: &Guest<DirectDisk>, size_sectors: u64) -> Result<(), Errno> {
     let step = size_sectors / 61;
     let write = |i: u64| Op::new(IoKind::Write, SectorRange::new(i * step, 1 + (i % 9) as u32));
     let ops: Vec<Option<Op>> = (0..60).map(|i| Some(write(i))).collect();
     guest.run(&ops, 8).await;
     guest.one(Op::flush()).await;
-    let _ = guest.read_all().await;
+    guest.read_all().await
 }
 
 /// A crash may lose the clusters of writes that were not flushed, an error those of its request; nothing else may.
-pub(super) fn check_leaks(world: &World, setup: &Setup, crashes: u32) {
+fn check_leaks(world: &World, setup: &Setup, leaked_before: u64, most_sectors: u32) {
     let leaked = setup.leaked(world);
     let stats = world.stats();
-    let bound = stats.unflushed_clusters + stats.errors * 100 + u64::from(crashes) * 2 * TABLE_CLUSTERS;
+    let content = world.storage.content(&setup.spec.path).unwrap_or_default();
+    let bound = leaked_before + stats.lost_clusters + stats.errors * lost_to_error(&content, most_sectors);
     if leaked > bound && !is_broken(Oracle::LeaksIgnored) {
-        let text = format!("{leaked} clusters are lost after {crashes} crashes and {} errors", stats.errors);
+        let text =
+            format!("{leaked} clusters are lost after {} crashes and {} errors", stats.crashes, stats.errors);
         world.fail(Invariant::G13, format!("{text}, at most {bound} may be"));
     }
 }
-
-/// Clusters of the largest L2 table in the smallest clusters.
-const TABLE_CLUSTERS: u64 = (8 << 13) >> 9;
 
 /// Completes when either does.
 pub async fn either(a: impl Future, b: impl Future) {
@@ -430,8 +478,10 @@ mod tests {
             let setup = Setup::qcow(&world, 0, DISK_BYTES, false);
             let mut content = world.storage.content(&setup.spec.path).unwrap();
             damage(&mut content);
+            let before = setup.leaked(&world);
             world.storage.put(&setup.spec.path, content);
-            last_epoch(&world, &setup, &limits, 1, false).await;
+            last_epoch(&world, &setup, &limits, PLAIN, false).await;
+            check_leaks(&world, &setup, before, 88);
         })
     }
 

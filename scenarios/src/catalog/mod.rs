@@ -21,6 +21,7 @@ pub static ALL: &[&Scenario] = &[
     &crash::RAW_POWER_CUT,
     &crash::QCOW_POWER_CUT,
     &crash::OVERLAY_POWER_CUT,
+    &crash::FILLED_POWER_CUT,
     &crash::RECOVERY_CRASH,
     &crash::QCOW_ERRORS,
     &crash::RAW_ERRORS,

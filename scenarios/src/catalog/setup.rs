@@ -4,7 +4,7 @@ use crate::check::{BlockHistory, Initial, Invariant, shipped, walker};
 use crate::image::{QcowShape, RealImage, Stored, layer_cluster, make_qcow};
 use crate::workload::{Shape, Workload};
 use crate::world::World;
-use kernel_model::{Content, PageMap};
+use kernel_model::{Content, Inode, PageMap};
 use std::cell::RefCell;
 use std::rc::Rc;
 use tap_host::SECTOR_BYTES;
@@ -133,6 +133,21 @@ impl Setup {
         }
     }
 
+    /// A crash may leave references behind the end of the file; once the image is open for writing none may be, also
+    /// not after the next crash.
+    pub fn check_length(&self, world: &World) {
+        if self.spec.format != ImageFormat::Qcow {
+            return;
+        }
+        let tenses = |inode: &Inode| (walker::walk(&inode.base), inode.base.size);
+        if let Some((Ok(map), size)) = world.storage.with_inode(&self.spec.path, tenses)
+            && map.end > size
+        {
+            let text = format!("an image is served of which {size} bytes are durable and {} in use", map.end);
+            world.fail(Invariant::Q2, text);
+        }
+    }
+
     /// Looks at the bytes of the image and of what it is based on.
     pub fn check_bytes(&self, world: &World, when: &str) {
         if let Some((path, bytes)) = &self.base
@@ -150,6 +165,14 @@ impl Setup {
         if let Err((invariant, text)) = walker::walk_whole(&content) {
             world.fail(invariant, format!("{when} {text}"));
         }
+    }
+
+    /// Clusters that hold compressed bytes; those of what is rewritten belong to nobody from then on.
+    pub fn compressed_clusters(&self, world: &World) -> u64 {
+        let content = world.storage.content(&self.spec.path).unwrap_or_default();
+        let Ok(map) = walker::walk(&content) else { return 0 };
+        let runs = (0..map.entries.len() as u64).filter_map(|cluster| map.compressed(cluster));
+        runs.map(|(_, len)| len.div_ceil(1 << map.cluster_bits) + 1).sum()
     }
 
     /// Clusters of the image that nothing refers to.

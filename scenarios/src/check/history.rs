@@ -412,6 +412,11 @@ impl BlockHistory {
         })
     }
 
+    /// Where writes run.
+    pub fn running(&self) -> impl Iterator<Item = SectorRange> + '_ {
+        self.running.iter().map(|(_, range)| *range)
+    }
+
     /// Flushes that succeeded.
     pub fn flushes(&self) -> u64 {
         self.flushes

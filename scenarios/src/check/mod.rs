@@ -3,6 +3,7 @@
 mod frontier;
 mod history;
 mod invariant;
+mod loss;
 pub mod oracle;
 pub mod shipped;
 mod verdict;
@@ -11,5 +12,6 @@ pub mod walker;
 pub use frontier::{Block, Clock, NEVER, Order, Version};
 pub use history::{BlockHistory, Initial, WriteId, Wrong};
 pub use invariant::Invariant;
+pub use loss::{BeforeCut, lost_to_error};
 pub use oracle::Oracle;
 pub use verdict::{Failure, Verdict};

@@ -37,6 +37,8 @@ pub struct QcowMap {
     pub backing: Option<String>,
     /// Host clusters of the file that nothing refers to.
     pub leaked: u64,
+    /// Where the last thing ends that is referred to, in bytes of the file.
+    pub end: u64,
     /// Data clusters that are mapped (compressed ones too).
     pub mapped: u64,
 }
@@ -75,6 +77,8 @@ struct Owners {
     owned: u64,
     /// The first cluster behind everything that is owned.
     end: u64,
+    /// The same in bytes: a table need not fill its clusters.
+    end_bytes: u64,
 }
 
 impl Owners {
@@ -85,6 +89,7 @@ impl Owners {
             self.bits.resize((last / 64 + 1) as usize, 0);
         }
         self.end = self.end.max(last + 1);
+        self.end_bytes = self.end_bytes.max(offset + len);
         for cluster in first..=last {
             let (word, bit) = ((cluster / 64) as usize, 1 << (cluster % 64));
             if self.bits[word] & bit != 0 && !is_broken(Oracle::SharedClusters) {
@@ -181,7 +186,8 @@ pub fn walk(content: &Content) -> Result<QcowMap, Broken> {
             format!("the L1 table of {l1_entries} entries does not lie in the file"),
         );
     }
-    let mut owners = Owners { cluster_bits, bits: Vec::new(), extents: Vec::new(), owned: 0, end: 0 };
+    let mut owners =
+        Owners { cluster_bits, bits: Vec::new(), extents: Vec::new(), owned: 0, end: 0, end_bytes: 0 };
     // Header and L1 lie together at the front; the name of the backing file lies between them, or has space of its own.
     let front = map.l1_offset + (l1_entries * 8).max(1);
     owners.take(0, front, || "the header".into())?;
@@ -204,6 +210,7 @@ pub fn walk(content: &Content) -> Result<QcowMap, Broken> {
     // After a crash the file may be shorter than what it maps.
     let clusters = content.size.div_ceil(1 << cluster_bits).max(owners.end);
     map.leaked = clusters - owners.owned;
+    map.end = owners.end_bytes;
     Ok(map)
 }
 

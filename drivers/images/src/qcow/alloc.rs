@@ -7,9 +7,10 @@
 //! The format has no list of free space, so space is taken from the end only and never given back. On a file, what is
 //! behind the frontier reads as zeros; on a block device it holds anything.
 //!
-//! What a failed write of data leaves is taken back if nothing was allocated behind it, and is then no longer known to
-//! be zeros; else it is lost. A cluster whose mapping was tried and failed may be mapped all the same, as far as the file is concerned. It stays
-//! with its guest cluster, as a suspect, and the next try for that guest cluster uses it; nobody else ever does.
+//! What a failed write of data leaves is taken back: to it, or to the next who needs so much. It is then no longer known
+//! to be zeros. A cluster whose mapping was tried and failed may be mapped all the same, as far as the file is
+//! concerned. It stays with its guest cluster, as a suspect, and the next try for that guest cluster uses it; nobody
+//! else ever does.
 
 use super::Image;
 use crate::ImageHost;
@@ -18,7 +19,7 @@ use tap_host::{Bug, Errno, Share};
 
 /// Most runs in doubt; allocations are refused where there are so many.
 const MAX_SUSPECTS: usize = 1 << 16;
-/// Most places that are given back and not the last.
+/// Most places that are given back and not the last. Beyond, those that lie first are lost.
 const MAX_RETURNED: usize = 256;
 /// What one takes of the memory budget, in bytes.
 pub(super) const SUSPECT_BYTES: usize = 64;
@@ -75,20 +76,40 @@ impl Allocator {
         host < self.dirty_until
     }
 
-    /// Takes `len` bytes from `host` on back, to which nothing can refer, once they are the last ones.
+    /// Takes `len` bytes from `host` on back, to which nothing can refer. What is the last of the file is new again; the
+    /// rest goes to who needs so much next, a request that is repeated above all.
     pub(super) fn take_back(&mut self, host: u64, len: u64) {
-        self.returned.insert(host, len);
-        while let Some((host, len)) = self.returned.last_key_value().map(|(host, len)| (*host, *len))
-            && host + len == self.frontier
-        {
-            self.returned.pop_last();
-            self.frontier = host;
-            self.dirty_until = self.dirty_until.max(host + len);
+        let (mut host, mut end) = (host, host + len);
+        if let Some(after) = self.returned.remove(&end) {
+            end += after;
         }
-        // What lies behind something that is used will hardly be the last.
-        while self.returned.len() > MAX_RETURNED {
+        if let Some((before, len)) = self.returned.range(..host).next_back().map(|(at, len)| (*at, *len))
+            && before + len == host
+        {
+            self.returned.remove(&before);
+            host = before;
+        }
+        if end == self.frontier {
+            self.frontier = host;
+            self.dirty_until = self.dirty_until.max(end);
+            return;
+        }
+        self.returned.insert(host, end - host);
+        if self.returned.len() > MAX_RETURNED {
             self.returned.pop_first();
         }
+    }
+
+    /// The first place of `len` bytes that was given back. It may hold anything.
+    fn reuse(&mut self, len: u64) -> Option<u64> {
+        let (host, there) = self.returned.iter().find(|(_, there)| **there >= len)?;
+        let (host, there) = (*host, *there);
+        self.returned.remove(&host);
+        if there > len {
+            self.returned.insert(host + len, there - len);
+        }
+        self.dirty_until = self.dirty_until.max(host + len);
+        Some(host)
     }
 }
 
@@ -96,11 +117,16 @@ impl<H: ImageHost> Image<H> {
     /// The byte offset of `clusters` contiguous new clusters.
     pub(super) fn allocate(&self, clusters: u64) -> Result<u64, Errno> {
         let mut allocator = self.allocator.borrow_mut();
+        let len = clusters.checked_mul(self.geometry.cluster_bytes()).ok_or(Errno::ENOSPC)?;
+        if let Some(host) = allocator.reuse(len) {
+            return Ok(host);
+        }
         let offset = allocator.frontier;
-        let end = clusters.checked_mul(self.geometry.cluster_bytes()).and_then(|len| offset.checked_add(len));
+        let end = offset.checked_add(len);
         match end {
             Some(end) if end <= allocator.limit => {
-                allocator.frontier = end;
+                let lost = u64::from(self.host.bug(Bug::ClusterLeaked)) * self.geometry.cluster_bytes();
+                allocator.frontier = end + lost;
                 Ok(offset)
             }
             _ => Err(Errno::ENOSPC),
@@ -171,5 +197,32 @@ impl Allocator {
         if let Some(more) = share.bytes().checked_sub(need) {
             drop(share.split(more));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_given_back_is_used_before_anything_new() {
+        let mut allocator = Allocator::new(10 << 12, None);
+        allocator.take_back(2 << 12, 1 << 12);
+        allocator.take_back(4 << 12, 1 << 12);
+        assert_eq!(allocator.reuse(2 << 12), None, "there is something between");
+        allocator.take_back(3 << 12, 1 << 12);
+        assert_eq!(allocator.reuse(2 << 12), Some(2 << 12));
+        assert!(allocator.is_dirty(2 << 12), "a part of the write that failed may be there");
+        assert_eq!(allocator.reuse(1 << 12), Some(4 << 12));
+        assert_eq!((allocator.reuse(1 << 12), allocator.frontier), (None, 10 << 12));
+        allocator.take_back(8 << 12, 1 << 12);
+        allocator.take_back(9 << 12, 1 << 12);
+        assert_eq!(allocator.frontier, 8 << 12, "what is last is taken back with all that is free before it");
+        assert!(allocator.is_dirty(9 << 12) && !allocator.is_dirty(10 << 12));
+        for place in 0..2 * MAX_RETURNED as u64 {
+            allocator.take_back(place << 14, 1 << 12);
+            allocator.frontier = u64::MAX << 12;
+        }
+        assert_eq!(allocator.returned.len(), MAX_RETURNED);
     }
 }

@@ -15,7 +15,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use tap_core::wait::Semaphore;
 use tap_core::{Node, NodeInfo};
-use tap_host::{Budget, Bug, Errno, IoBuf, SECTOR_BYTES, cost_of};
+use tap_host::{Budget, Bug, Errno, IoBuf, Mark, SECTOR_BYTES, cost_of};
 
 /// Read at once: the header, the backing file's name and the L1 table of most images.
 const HEAD_BYTES: u64 = 8192;
@@ -176,7 +176,7 @@ impl<H: ImageHost> Qcow<H> {
         let memory = front.memory(path)?;
         let walked = if options.write {
             let walked = walk(host, path, &front, &memory, options.qcow.l2_tables).await?;
-            reach_all(&mut front, &walked).await.map_err(ImageError::io("lengthen", path))?;
+            reach_all(host, &mut front, &walked).await.map_err(ImageError::io("lengthen", path))?;
             clear_checksum(&front).await.map_err(ImageError::io("clear the checksum of", path))?;
             walked
         } else {
@@ -238,12 +238,13 @@ async fn walk<H: ImageHost>(
 /// A crash may have left references to what lies behind the end of the file. The file gets as long as they are, durably,
 /// before anything is served: all bounds on where references may lead count from the size, and would be passed by what
 /// is written now, or by what the next crash leaves.
-async fn reach_all<H: ImageHost>(front: &mut Front<H>, walked: &Walked) -> Result<(), Errno> {
+async fn reach_all<H: ImageHost>(host: &H, front: &mut Front<H>, walked: &Walked) -> Result<(), Errno> {
     let info = &mut front.file.info;
-    if info.block_device || walked.end <= info.size_bytes {
+    if info.block_device || walked.end <= info.size_bytes || host.bug(Bug::SizeBehind) {
         return Ok(());
     }
     info.size_bytes = walked.frontier;
+    host.mark(Mark::SizeRecovered);
     front.file.set_size(walked.frontier).await?;
     // One that fails is remembered: no flush of this file succeeds any more, and so none promises what is written there.
     front.file.sync().await.or(Ok(()))
