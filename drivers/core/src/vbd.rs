@@ -14,14 +14,17 @@
 //!   waits like any other. From `close` on all are refused with `ESHUTDOWN`, also those that wait.
 //! * `Paused` is reached when no request is in flight, whether or not anybody waits in [`Vbd::pause`] for it.
 //! * The lower node is closed once, with no request in flight.
+//! * A request whose future is dropped after it went down is carried to its end by a task, and counts as in flight until
+//!   then: its effect may still come, and nothing that overlaps it may overtake that. One that waits is forgotten.
 
 use crate::wait::{Event as Flag, Line, Semaphore};
 use crate::{Extent, LocalBoxFuture, Node, NodeInfo, Request, Response};
 use std::cell::{Cell, RefCell};
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
 use std::rc::Rc;
-use std::task::{Poll, Waker};
-use tap_host::{Errno, Event, Log, SectorRange, VbdId};
+use std::task::{Context, Poll, Waker, ready};
+use tap_host::{Bug, Errno, Event, Log, Probe, SectorRange, Tasks, VbdId};
 
 /// A [`Node`] with a life cycle; clones share it. It runs, can be paused and resumed (requests that come meanwhile wait
 /// and go on in order), and is closed once, after which requests are refused with `ESHUTDOWN`.
@@ -70,7 +73,7 @@ impl<H> Clone for Vbd<H> {
     }
 }
 
-impl<H: Log> Vbd<H> {
+impl<H: Log + Tasks + Probe> Vbd<H> {
     /// A running disk above `lower`.
     pub fn new(host: H, id: VbdId, lower: Rc<dyn Node>) -> Self {
         let idle = Flag::new();
@@ -153,7 +156,7 @@ impl<H: Log> Vbd<H> {
     }
 }
 
-impl<H: Log> Inner<H> {
+impl<H: Log + Probe> Inner<H> {
     fn enter(&self, stage: Stage) {
         self.stage.set(stage);
         self.host.log(Event::VbdState { vbd: self.id, state: stage.text() });
@@ -163,7 +166,8 @@ impl<H: Log> Inner<H> {
 
     /// A draining disk without requests in flight is paused.
     fn settle(&self) {
-        if self.stage.get() == Stage::Draining && self.in_flight.get() == 0 {
+        let idle = self.in_flight.get() == 0 || self.host.bug(Bug::PauseUnwatched);
+        if self.stage.get() == Stage::Draining && idle {
             self.enter(Stage::Paused);
         }
     }
@@ -176,9 +180,9 @@ impl<H: Log> Inner<H> {
 }
 
 /// One request in flight.
-struct Admitted<H: Log>(Rc<Inner<H>>);
+struct Admitted<H: Log + Probe>(Rc<Inner<H>>);
 
-impl<H: Log> Drop for Admitted<H> {
+impl<H: Log + Probe> Drop for Admitted<H> {
     fn drop(&mut self) {
         // A panic must not meet another one here: it ends everything anyway.
         if std::thread::panicking() {
@@ -193,13 +197,47 @@ impl<H: Log> Drop for Admitted<H> {
     }
 }
 
+/// A request that went down. Dropped before its end, it goes on without anybody who waits for it.
+struct Below<H: Log + Tasks + Probe>(Option<(Admitted<H>, LocalBoxFuture<Response>)>);
+
+impl<H: Log + Tasks + Probe> Below<H> {
+    fn new(admitted: Admitted<H>, request: Request) -> Self {
+        let answer = admitted.0.lower.submit(request);
+        Self(Some((admitted, answer)))
+    }
+}
+
+impl<H: Log + Tasks + Probe> Future for Below<H> {
+    type Output = Response;
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Response> {
+        let (_, answer) = self.0.as_mut().expect("polled after its end");
+        let response = ready!(answer.as_mut().poll(cx));
+        self.0 = None;
+        Poll::Ready(response)
+    }
+}
+
+impl<H: Log + Tasks + Probe> Drop for Below<H> {
+    fn drop(&mut self) {
+        let Some((admitted, answer)) = self.0.take() else { return };
+        let inner = Rc::clone(&admitted.0);
+        if std::thread::panicking() || inner.host.bug(Bug::GivenUpForgotten) {
+            return;
+        }
+        inner.host.spawn("given up", u64::from(inner.id.0), async move {
+            drop(answer.await);
+            drop(admitted);
+        });
+    }
+}
+
 /// A place among the requests that wait for `resume`.
-struct Held<H: Log> {
+struct Held<H: Log + Probe> {
     inner: Rc<Inner<H>>,
     place: Option<u64>,
 }
 
-impl<H: Log> Held<H> {
+impl<H: Log + Probe> Held<H> {
     fn new(inner: Rc<Inner<H>>) -> Self {
         // The place is taken now, not at the first poll, so that the order is that of submission.
         let mut place = None;
@@ -224,7 +262,7 @@ impl<H: Log> Held<H> {
     }
 }
 
-impl<H: Log> Drop for Held<H> {
+impl<H: Log + Probe> Drop for Held<H> {
     fn drop(&mut self) {
         // A panic must not meet another one here: it ends everything anyway.
         if std::thread::panicking() {
@@ -239,7 +277,7 @@ impl<H: Log> Drop for Held<H> {
     }
 }
 
-impl<H: Log> Node for Vbd<H> {
+impl<H: Log + Tasks + Probe> Node for Vbd<H> {
     fn submit(&self, request: Request) -> LocalBoxFuture<Response> {
         let inner = &self.0;
         let refuse = |request: Request| Response { result: Err(Errno::ESHUTDOWN), bufs: request.bufs };
@@ -247,19 +285,15 @@ impl<H: Log> Node for Vbd<H> {
             Stage::Closing | Stage::Closed => Box::pin(std::future::ready(refuse(request))),
             Stage::Running if inner.held.borrow().is_empty() => {
                 let admitted = inner.admit();
-                let answer = inner.lower.submit(request);
-                Box::pin(async move {
-                    let _admitted = admitted;
-                    answer.await
-                })
+                Box::pin(Below::new(admitted, request))
             }
             _ => {
                 let mut held = Held::new(Rc::clone(inner));
                 Box::pin(async move {
-                    let Some(_admitted) = held.admitted().await else { return refuse(request) };
-                    let answer = held.inner.lower.submit(request);
+                    let Some(admitted) = held.admitted().await else { return refuse(request) };
+                    let below = Below::new(admitted, request);
                     drop(held);
-                    answer.await
+                    below.await
                 })
             }
         }

@@ -216,7 +216,7 @@ async fn power_cuts(world: World, plan: Plan) {
     }
     world.sim.stop_faults();
     world.storage.stop_failures();
-    last_epoch(&world, &setup, &limits, plan, flush_failed.get()).await;
+    last_epoch(&world, &setup, &limits, plan.fills, flush_failed.get()).await;
     check_leaks(&world, &setup, leaked_before, plan.most_sectors());
 }
 
@@ -369,7 +369,13 @@ fn after_cut(flush_failed: bool) -> Invariant {
     if flush_failed { Invariant::E2 } else { Invariant::G7 }
 }
 
-async fn last_epoch(world: &World, setup: &Setup, limits: &StackLimits, plan: Plan, flush_failed: bool) {
+pub(super) async fn last_epoch(
+    world: &World,
+    setup: &Setup,
+    limits: &StackLimits,
+    fills: bool,
+    flush_failed: bool,
+) {
     let host = SimHost::start(&world.kernel, &world.xen, "tapdisk", 1000);
     let stack = match Stack::open(&host, world, &setup.spec, limits).await {
         Ok(stack) => stack,
@@ -387,7 +393,7 @@ async fn last_epoch(world: &World, setup: &Setup, limits: &StackLimits, plan: Pl
         return;
     }
     guest.set_manners(Manners { reads: Invariant::G1, ..manners });
-    if plan.fills {
+    if fills {
         fill(&guest, setup.size_sectors).await;
     }
     if let Err(error) = probe(&guest, setup.size_sectors).await {
@@ -480,7 +486,7 @@ mod tests {
             damage(&mut content);
             let before = setup.leaked(&world);
             world.storage.put(&setup.spec.path, content);
-            last_epoch(&world, &setup, &limits, PLAIN, false).await;
+            last_epoch(&world, &setup, &limits, false, false).await;
             check_leaks(&world, &setup, before, 88);
         })
     }

@@ -3,6 +3,7 @@
 pub mod crash;
 pub mod damage;
 pub mod latch;
+pub mod life;
 pub mod nbd;
 pub mod ring;
 pub mod scale;
@@ -35,6 +36,7 @@ pub static ALL: &[&Scenario] = &[
     &toolstack::GUEST_DESTROYED,
     &toolstack::HOT_PLUG,
     &toolstack::TAPDISK_AWAY,
+    &life::DISK_LIFE,
     &damage::DAMAGED_IMAGE,
     &scale::QCOW_SCALE,
     &scale::QCOW_FULL,
@@ -101,6 +103,9 @@ pub static LABELS: &[&Label] = &[
     &crash::FAIL_NTH,
     &ring::KILL_AFTER,
     &ring::RECONNECT_AT,
+    &life::GIVE_UP,
+    &life::PAUSE,
+    &life::CLOSE_AFTER,
     &toolstack::REPLACE_AFTER,
     &toolstack::SECOND_AFTER,
     &toolstack::DESTROY_AFTER,

@@ -43,6 +43,8 @@ pub enum Invariant {
     N1,
     /// What an NBD server says of its disk.
     N2,
+    /// Pauses and closes of a disk.
+    D1,
     /// What a tool has made.
     I1,
     /// What a tool says.
@@ -63,7 +65,7 @@ pub enum Invariant {
 
 impl Invariant {
     /// All of them.
-    pub const ALL: [Invariant; 28] = [
+    pub const ALL: [Invariant; 29] = [
         Self::G1,
         Self::G7,
         Self::G9,
@@ -84,6 +86,7 @@ impl Invariant {
         Self::H2,
         Self::N1,
         Self::N2,
+        Self::D1,
         Self::I1,
         Self::I2,
         Self::V1,
@@ -121,6 +124,7 @@ impl Invariant {
             Self::H2 => "a guest that misbehaves does not disturb another",
             Self::N1 => "an NBD connection breaks only where one of its ends dies or misbehaves",
             Self::N2 => "every answer of an NBD server keeps to the protocol and is true of its disk",
+            Self::D1 => "a paused disk does nothing, and a closed one takes nothing",
             Self::I1 => "what a tool says it has made is there, also after a power cut",
             Self::I2 => "what a tool says of an image is true",
             Self::V1 => "the shipped check and the independent walker agree on every image",
