@@ -6,6 +6,7 @@
 //! | no space | ENOSPC | nothing landed |
 //! | pages dropped | ENOSPC from zeros that keep their space | the range's dirty pages are gone, as on ext4 |
 //! | short | fewer bytes than asked for, no error | a prefix of whole sectors landed |
+//! | nothing read | 0 bytes of a buffered read before the end of the file, no error | |
 //! | transient | EAGAIN | nothing landed |
 //! | slow, stuck | nothing for milliseconds, or for ten seconds | as usual |
 //! | sync error | EIO from fdatasync, or ENOMEM | see [`SyncErrors`] |
@@ -58,6 +59,7 @@ pub static LABELS: &[&Label] = &[
 static EIO: FaultKind = FaultKind { name: "io-error", max_ppm: 60_000 };
 static ENOSPC: FaultKind = FaultKind { name: "no-space", max_ppm: 60_000 };
 static SHORT: FaultKind = FaultKind { name: "short-transfer", max_ppm: 200_000 };
+static NOTHING: FaultKind = FaultKind { name: "nothing-read", max_ppm: 100_000 };
 static TRANSIENT: FaultKind = FaultKind { name: "transient-error", max_ppm: 100_000 };
 static SLOW: FaultKind = FaultKind { name: "slow-io", max_ppm: 100_000 };
 static STUCK: FaultKind = FaultKind { name: "stuck-io", max_ppm: 4_000 };
@@ -90,7 +92,8 @@ pub struct FaultPlan {
     pub errors: bool,
     /// ENOSPC on writes.
     pub no_space: bool,
-    /// Short transfers.
+    /// Short transfers; of buffered reads also such as give nothing before the end of the file, as reads that do not
+    /// wait give on Linux 5.9 and 5.10.
     pub short: bool,
     /// EAGAIN.
     pub transient: bool,
@@ -161,6 +164,8 @@ pub(crate) enum Fault {
     DropsPages,
     /// How much of the transfer happens: 1..=254 of 255.
     Short(u8),
+    /// A buffered read gives nothing.
+    Nothing,
     /// It takes ten seconds.
     Stuck,
 }
@@ -172,12 +177,15 @@ const KIND_TRANSIENT: u64 = 4;
 const KIND_STUCK: u64 = 5;
 const KIND_SYNC: u64 = 6;
 const KIND_DROPS: u64 = 7;
+/// Of reads.
+const KIND_NOTHING: u64 = KIND_DROPS;
 
 /// The rates of one seed, looked up once.
 pub(crate) struct Rates {
     eio: u32,
     enospc: u32,
     short: u32,
+    nothing: u32,
     transient: u32,
     stuck: u32,
     sync: u32,
@@ -195,6 +203,7 @@ impl Rates {
             eio: rate(plan.errors, &EIO),
             enospc: rate(plan.no_space, &ENOSPC),
             short: rate(plan.short, &SHORT),
+            nothing: rate(plan.short, &NOTHING),
             transient: rate(plan.transient, &TRANSIENT),
             stuck: rate(plan.stuck, &STUCK),
             sync: rate(plan.sync_errors, &SYNC),
@@ -213,7 +222,7 @@ impl Rates {
                 (KIND_SHORT, self.short),
                 (KIND_TRANSIENT, self.transient),
                 (KIND_STUCK, self.stuck),
-                (0, 0),
+                (KIND_NOTHING, self.nothing),
             ],
             IoOp::Write => [
                 (KIND_EIO, self.eio),
@@ -250,7 +259,7 @@ impl Rates {
     /// The rate at which any fault of `op` comes.
     pub(crate) fn any(&self, op: IoOp) -> bool {
         match op {
-            IoOp::Read => self.eio | self.short | self.transient | self.stuck != 0,
+            IoOp::Read => self.eio | self.short | self.nothing | self.transient | self.stuck != 0,
             IoOp::Write => self.eio | self.short | self.transient | self.stuck | self.enospc != 0,
             IoOp::Zero(_) => self.eio | self.transient | self.stuck | self.enospc | self.drops != 0,
             IoOp::Sync => self.sync | self.stuck | self.interrupted != 0,
@@ -295,6 +304,7 @@ pub(crate) fn decode(value: u64, plan: FaultPlan, op: IoOp) -> Fault {
         Fault::Error(Errno::EAGAIN, detail) if op == IoOp::Sync => {
             Fault::Error(if detail == 0 || !plan.sync_errors { Errno::EINTR } else { Errno::ENOMEM }, 0)
         }
+        Fault::DropsPages if op == IoOp::Read => Fault::Nothing,
         fault => fault,
     };
     let allowed = match fault {
@@ -306,6 +316,7 @@ pub(crate) fn decode(value: u64, plan: FaultPlan, op: IoOp) -> Fault {
         Fault::Error(..) if op == IoOp::Sync => plan.sync_interrupted,
         Fault::Error(..) => plan.transient,
         Fault::Short(_) => plan.short && matches!(op, IoOp::Read | IoOp::Write),
+        Fault::Nothing => plan.short,
         Fault::Stuck => plan.latency,
     };
     if allowed { fault } else { Fault::None }
@@ -336,7 +347,10 @@ pub fn describe_fault(value: u64) -> String {
         Fault::Error(Errno::EIO, part) => format!("fails with EIO after {part}/255 of it took effect"),
         Fault::Error(Errno::EAGAIN, _) => "fails for now (EAGAIN; a sync with EINTR or ENOMEM)".into(),
         Fault::Error(e, _) => format!("fails with {e:?}"),
-        Fault::DropsPages => "fails with ENOSPC after dropping the dirty pages of its range".into(),
+        Fault::DropsPages => {
+            "gives nothing (a read), or fails with ENOSPC after dropping the dirty pages of its range".into()
+        }
+        Fault::Nothing => "gives nothing".into(),
         Fault::Short(part) => format!("transfers only {part}/255 of its bytes"),
         Fault::Stuck => "is stuck for ten seconds".into(),
     }

@@ -49,6 +49,7 @@ list! {
         PlaceLost = "a place whose data could not be written is not taken back",
         PiecesUnbounded = "all pieces of a scattered read are asked for at once",
         MergedErrorLost = "the error of a merged request reaches only its head",
+        NothingReadEnds = "a read that gives nothing is taken as the end of the file, wherever it is",
         ShortTransfer = "a short transfer is taken as complete",
         ResponseTwice = "a request that ended while the ring was reconnecting is answered twice",
         FlushEarly = "a flush is acknowledged before the file was synchronised",

@@ -103,7 +103,7 @@ pub trait Files: Clone + 'static {
 /// An open file. Closed when the last clone is dropped and its operations have ended; only then do its locks go.
 pub trait File: Clone + 'static {
     /// Reads into `bufs` from `offset` (bytes). Gives the count of bytes read, which may be short for no reason; 0 at
-    /// or past the end of the file.
+    /// or past the end of the file, but not only there: where it is, [`File::info`] says.
     ///
     /// # Errors
     /// As preadv(2). What the buffers hold after an error is unspecified.

@@ -122,7 +122,7 @@ impl<H: ImageHost> ImageFile<H> {
             return Box::pin(self.read_around(offset, bufs)).await;
         }
         let want = bytes_of(&bufs);
-        let (got, bufs) = self.file.read_at(offset, bufs).await;
+        let (got, bufs) = self.operate_once(Way::Read, offset, bufs).await;
         match got {
             Ok(n) if n == want => (Ok(()), bufs),
             // At the first byte nothing was moved: the whole of it is the rest.
@@ -398,9 +398,17 @@ impl<H: ImageHost> ImageFile<H> {
     }
 
     async fn operate_once(&self, way: Way, at: u64, bufs: IoVec) -> (Result<usize, Errno>, IoVec) {
-        match way {
-            Way::Read => self.file.read_at(at, bufs).await,
-            Way::Write => self.file.write_at(at, bufs).await,
+        if way == Way::Write {
+            return self.file.write_at(at, bufs).await;
+        }
+        let (result, bufs) = self.file.read_at(at, bufs).await;
+        if result != Ok(0) || bytes_of(&bufs) == 0 || self.host.bug(Bug::NothingReadEnds) {
+            return (result, bufs);
+        }
+        // Nothing is the end of the file only where it ends: what would have had to wait may give nothing too.
+        match self.file.info() {
+            Ok(info) if at < info.size_bytes => (Err(Errno::EAGAIN), bufs),
+            info => (info.map(|_| 0), bufs),
         }
     }
 

@@ -20,7 +20,8 @@ impl Inner {
                 self.drop_pages(running);
                 return Err(Errno::ENOSPC);
             }
-            // Never nothing: that would be the end of the file.
+            Fault::Nothing if running.open.direct => len,
+            Fault::Nothing => 0,
             Fault::Short(part) => part_of(len, part).max(len.min(SECTOR_BYTES as usize)),
         };
         let done = match running.op {
