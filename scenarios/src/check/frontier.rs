@@ -36,6 +36,8 @@ pub struct Version {
     pub unresolved: bool,
     /// It was one of those, and was seen: the others are gone for good.
     pub settled: bool,
+    /// A read that comes after it did not see it and was answered while it ran: it fails, or the order is broken.
+    pub missed: bool,
 }
 
 /// Which of two overlapping requests comes first.
@@ -45,6 +47,9 @@ pub enum Order {
     Answer,
     /// The one that was submitted first: what a single ring with an ordering scheduler promises.
     Submission,
+    /// As `Submission`, where a write that runs may turn out to fail, and may be known to have failed by who answers it
+    /// and not yet by who asked for it.
+    SubmissionOrFailure,
 }
 
 impl Version {
@@ -64,7 +69,7 @@ impl Version {
     fn before(&self, other: &Version, order: Order) -> bool {
         match order {
             Order::Answer => self.res < other.inv,
-            Order::Submission => self.inv < other.inv,
+            Order::Submission | Order::SubmissionOrFailure => self.inv < other.inv,
         }
     }
 }
@@ -93,6 +98,7 @@ impl Default for Block {
             superseded: false,
             unresolved: false,
             settled: false,
+            missed: false,
         };
         Self { versions: [initial].into_iter().collect() }
     }
@@ -112,12 +118,14 @@ impl Block {
             superseded: false,
             unresolved: false,
             settled: false,
+            missed: false,
         });
     }
 
-    /// A write was answered. `oldest_read` is the submission of the oldest read that still runs.
-    pub fn end(&mut self, write: u64, res: Clock, ok: bool, oldest_read: Clock, order: Order) {
-        let Some(at) = self.versions.iter().position(|v| v.write == write) else { return };
+    /// A write was answered. `oldest_read` is the submission of the oldest read that still runs. Gives whether a read has
+    /// shown before that it did not succeed, although it did.
+    pub fn end(&mut self, write: u64, res: Clock, ok: bool, oldest_read: Clock, order: Order) -> bool {
+        let Some(at) = self.versions.iter().position(|v| v.write == write) else { return false };
         self.versions[at].res = res;
         self.versions[at].failed = !ok;
         if ok {
@@ -128,7 +136,9 @@ impl Block {
                 }
             }
             self.prune(oldest_read);
+            return done.missed;
         }
+        false
     }
 
     /// Drops what neither a read nor a power cut can show any more.
@@ -155,6 +165,8 @@ impl Block {
             }
         }
         for v in &mut self.versions {
+            v.missed |=
+                v.res == NEVER && seen.inv < v.inv && v.inv < inv && order == Order::SubmissionOrFailure;
             let overtaken = v.before(&seen, order) && v.write != write;
             // A failed write that would have hidden what was seen never happened.
             let never = v.failed && v.res < inv && seen.before(v, order);
@@ -177,8 +189,9 @@ impl Block {
         }
         // In order of submission a read sees nothing that was submitted after it, and nothing that a write submitted
         // between the two has replaced.
-        let replaced = |w: &Version| !w.failed && w.inv > seen.inv && w.inv < inv;
-        order != Order::Submission
+        let may_fail = |w: &Version| w.res == NEVER && order == Order::SubmissionOrFailure;
+        let replaced = |w: &Version| !w.failed && !may_fail(w) && w.inv > seen.inv && w.inv < inv;
+        order == Order::Answer
             || is_broken(Oracle::OrderIgnored)
             || (seen.inv <= inv && !self.versions.iter().any(replaced))
     }
@@ -266,7 +279,7 @@ impl Block {
         let Some(v) = self.versions.iter().find(|v| v.write == write) else {
             return "left behind by a later one long ago".into();
         };
-        if v.inv >= res || (order == Order::Submission && v.inv > inv) {
+        if v.inv >= res || (order != Order::Answer && v.inv > inv) {
             return "submitted after this read".into();
         }
         if v.stale_at < inv {
@@ -294,6 +307,7 @@ impl Block {
                 superseded: false,
                 unresolved: several,
                 settled: v.settled && !several,
+                missed: false,
             };
         }
     }
@@ -304,6 +318,22 @@ mod tests {
     use super::*;
 
     const ANY: Order = Order::Answer;
+
+    #[test]
+    fn a_write_that_a_later_read_did_not_see_has_to_fail() {
+        for (ok, broken) in [(true, true), (false, false)] {
+            let mut b = Block::default();
+            b.begin(1, 1, false);
+            assert!(!b.clone().read(0, 2, 3, Order::Submission), "nothing fails here");
+            assert!(b.read(0, 2, 3, Order::SubmissionOrFailure));
+            assert_eq!(b.end(1, 4, ok, NEVER, Order::Submission), broken, "{ok}");
+        }
+        let mut b = Block::default();
+        b.begin(1, 2, false);
+        assert!(b.read(0, 1, 3, Order::SubmissionOrFailure), "submitted before it");
+        assert!(!b.end(1, 4, true, NEVER, Order::Submission));
+        assert!(!b.read(0, 5, 6, Order::SubmissionOrFailure));
+    }
 
     #[test]
     fn a_read_may_see_old_or_new_while_the_write_runs_but_not_go_back() {

@@ -108,6 +108,10 @@ pub struct BlockHistory {
     was_cut: bool,
     /// Reads that were submitted up to here may have been carried out a second time, by the successor of a dead process.
     repeated_to: Clock,
+    /// Whether writes may fail.
+    may_fail: bool,
+    /// A write succeeded that a read before had shown to fail; told with the next read.
+    overtaken: Option<String>,
     flushes: u64,
     /// What the last flush settled.
     settled: Vec<SectorRange>,
@@ -131,6 +135,8 @@ impl BlockHistory {
             order: Order::Submission,
             was_cut: false,
             repeated_to: 0,
+            may_fail: false,
+            overtaken: None,
             flushes: 0,
             settled: Vec::new(),
         }
@@ -150,7 +156,16 @@ impl BlockHistory {
 
     /// What order a read promises that was submitted at `inv`.
     fn order_of_read(&self, inv: Clock) -> Order {
-        if inv <= self.repeated_to { Order::Answer } else { self.order }
+        match self.order {
+            _ if inv <= self.repeated_to => Order::Answer,
+            Order::Submission if self.may_fail => Order::SubmissionOrFailure,
+            order => order,
+        }
+    }
+
+    /// Whether writes may fail from now on.
+    pub fn allow_failures(&mut self, may_fail: bool) {
+        self.may_fail = may_fail;
     }
 
     /// Size of the disk in sectors.
@@ -235,7 +250,14 @@ impl BlockHistory {
         let (_, range) = self.running.swap_remove(at);
         let res = self.tick();
         let (oldest, order) = (self.oldest_read(), self.order);
-        self.each(range, |b| b.end(write, res, ok, oldest, order));
+        let mut overtaken = false;
+        self.each(range, |b| overtaken |= b.end(write, res, ok, oldest, order));
+        if overtaken && self.overtaken.is_none() {
+            let text = format!(
+                "a read of {range} was submitted after write {write}, which succeeded, and did not see it"
+            );
+            self.overtaken = Some(text);
+        }
     }
 
     /// The answer to `write` of `range` promised that it is durable.
@@ -265,6 +287,9 @@ impl BlockHistory {
         let res = self.tick();
         if self.was_cut && is_broken(Oracle::ReadsAfterCut) {
             return Ok(());
+        }
+        if let Some(text) = self.overtaken.take() {
+            return Err(Wrong::Version(text));
         }
         let mut at = 0;
         while at < u64::from(range.count) {

@@ -105,6 +105,7 @@ impl<D: GuestDisk> Guest<D> {
     /// A guest on `disk` that goes on with `history`.
     pub fn new(world: &World, disk: D, history: Rc<RefCell<BlockHistory>>, manners: Manners) -> Self {
         let name = format!("guest {}", history.borrow().writer());
+        history.borrow_mut().allow_failures(manners.errors_allowed);
         Self {
             world: world.clone(),
             name: name.into(),
@@ -123,6 +124,7 @@ impl<D: GuestDisk> Guest<D> {
 
     /// Changes how errors are taken.
     pub fn set_manners(&self, manners: Manners) {
+        self.history.borrow_mut().allow_failures(manners.errors_allowed);
         self.manners.set(manners);
     }
 
