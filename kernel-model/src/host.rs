@@ -126,6 +126,9 @@ impl SharedPages for SimHost {
     fn region(&self, name: &str) -> Result<Mapping, Errno> {
         self.port.region(name)
     }
+    fn own_region(&self, name: &str) -> Result<Mapping, Errno> {
+        self.port.own_region(name)
+    }
     fn boot_id(&self) -> Result<[u8; 16], Errno> {
         let mut id = self.port.boot_id()?;
         id[8..12].copy_from_slice(&self.process.power_cuts().to_le_bytes());

@@ -235,6 +235,9 @@ impl SharedPages for Process {
     fn region(&self, _: &str) -> Result<Mapping, Errno> {
         Err(Errno::ENODEV)
     }
+    fn own_region(&self, _: &str) -> Result<Mapping, Errno> {
+        Err(Errno::ENODEV)
+    }
     fn boot_id(&self) -> Result<[u8; 16], Errno> {
         Err(Errno::ENODEV)
     }

@@ -88,6 +88,8 @@ pub struct Machine {
     waiter: RefCell<Option<Waker>>,
     /// Nobody is killed any more.
     spared: Cell<bool>,
+    /// Two processes were told to serve one disk at once: one of them does.
+    rivals: Cell<bool>,
     /// The power is off: nothing starts any more.
     off: Cell<bool>,
 }
@@ -117,6 +119,7 @@ impl Machine {
             running: Cell::new(0),
             waiter: RefCell::default(),
             spared: Cell::new(false),
+            rivals: Cell::new(false),
             off: Cell::new(false),
         })
     }
@@ -154,7 +157,7 @@ impl Machine {
             event.set();
         });
         if self.watching {
-            host.spawn("main", 0, Rc::clone(self).watch(host.clone(), leave));
+            host.spawn("main", 0, Rc::clone(self).watch(host.clone(), leave, None));
         } else {
             for disk in self.disks.borrow().iter() {
                 let (key, serving) = (u64::from(disk.dom.0), Rc::clone(self));
@@ -165,17 +168,20 @@ impl Machine {
         host
     }
 
-    /// Serves what the toolstack marks with [`SCRIPT`].
-    async fn watch(self: Rc<Self>, host: SimHost, leave: Rc<wait::Event>) {
+    /// Serves what the toolstack marks with [`SCRIPT`]; with `twin` instead of the image, if there is one.
+    async fn watch(self: Rc<Self>, host: SimHost, leave: Rc<wait::Event>, twin: Option<Setup>) {
         let whose =
             Whose { root: "/local/domain/0/backend/vbd".into(), script: SCRIPT.into(), records: "inflight" };
         let (machine, h, l) = (Rc::clone(&self), host.clone(), Rc::clone(&leave));
         let serve = move |device: tap_xenbus::Device| {
-            let (machine, h, l) = (Rc::clone(&machine), h.clone(), Rc::clone(&l));
+            let (machine, h, l, twin) = (Rc::clone(&machine), h.clone(), Rc::clone(&l), twin.clone());
             async move {
                 let disks = machine.disks.borrow().clone();
                 match disks.into_iter().find(|d| (d.dom, d.vbd) == (device.dom, device.vbd)) {
-                    Some(disk) => machine.serve(h, disk, l).await,
+                    Some(disk) => {
+                        let setup = twin.unwrap_or_else(|| disk.setup.clone());
+                        machine.serve(h, Attached { setup, ..disk }, l).await;
+                    }
                     // It was taken away while tapdisk looked at it; a tapdisk would find that out.
                     None if h.port.read(&format!("{}/state", device.path)).await.is_err() => {}
                     None => {
@@ -214,6 +220,7 @@ impl Machine {
         }
         match end {
             Ok(_) => {}
+            Err(BackendError::NotTaken { .. }) if self.rivals.get() => {}
             Err(BackendError::Close { .. }) if self.world.errors_allowed() => {}
             Err(error @ BackendError::Close { .. }) => self.world.fail(Invariant::G11, error.to_string()),
             Err(error) => self.world.fail(Invariant::L1, format!("the back end gave up: {error}")),
@@ -257,7 +264,9 @@ impl Machine {
             let end = match Stack::open(&h, &world, &spec, &limits).await {
                 Ok(stack) => {
                     let mut config = BackendConfig::new(disk.paths.backend.clone(), disk.dom, disk.vbd);
-                    config.record = Some(format!("inflight-{}-{}", disk.dom.0, disk.vbd.0));
+                    // Another program knows nothing of ours.
+                    config.record = (!world.setting("second-is-another-program", &[false, true]))
+                        .then(|| format!("inflight-{}-{}", disk.dom.0, disk.vbd.0));
                     Backend::run(h, config, stack.node(), Rc::default()).await.map_err(|e| e.to_string())
                 }
                 Err(error) => Err(error.to_string()),
@@ -270,6 +279,26 @@ impl Machine {
         });
         let _ = ended.await;
         host.process.node().kill();
+    }
+
+    /// Starts another process that is to serve `disk` with `twin`, an image of the same bytes.
+    pub fn start_rival(self: &Rc<Self>, disk: &Attached, twin: &Setup) -> SimHost {
+        self.rivals.set(true);
+        self.running.set(self.running.get() + 1);
+        let host = SimHost::start(&self.world.kernel, &self.world.xen, "second", self.boot);
+        let leave = Rc::<wait::Event>::default();
+        let (stopped, event) = (host.process.asked_to_stop(), Rc::clone(&leave));
+        host.spawn("stop", 0, async move {
+            stopped.await;
+            event.set();
+        });
+        if self.watching {
+            host.spawn("main", 0, Rc::clone(self).watch(host.clone(), leave, Some(twin.clone())));
+        } else {
+            let disk = Attached { setup: twin.clone(), ..disk.clone() };
+            host.spawn("serve", 0, Rc::clone(self).serve(host.clone(), disk, leave));
+        }
+        host
     }
 
     fn one_ended(&self) {

@@ -2,6 +2,7 @@
 
 use crate::page::Page;
 use crate::port::XenPort;
+use std::cell::Cell;
 use std::rc::Rc;
 use tap_host::{DomId, GrantRef, PAGE_BYTES, SharedPage};
 
@@ -9,8 +10,8 @@ use tap_host::{DomId, GrantRef, PAGE_BYTES, SharedPage};
 pub(crate) enum Origin {
     /// A page that another domain granted. The key is the mapping's among those of its process.
     Grant { key: u64, write: bool },
-    /// A named page: nothing, it stays.
-    Region,
+    /// A named page: it stays, and is nobody's if it was owned.
+    Region { owned: Option<Rc<Cell<bool>>> },
 }
 
 struct Inner {
@@ -48,7 +49,7 @@ impl Mapping {
             match self.0.origin {
                 Origin::Grant { .. } => self.0.port.shared_store(&self.0.page, offset, bytes),
                 // Read by others only once this process is dead, and a dead CPU has no buffer.
-                Origin::Region => self.0.page.write(offset, bytes),
+                Origin::Region { .. } => self.0.page.write(offset, bytes),
             }
         }
     }
@@ -81,11 +82,15 @@ impl SharedPage for Mapping {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        if let Origin::Grant { key, .. } = self.origin
-            && self.port.node().is_alive()
-        {
-            self.port.drain_stores();
-            self.port.unmap(key);
+        if !self.port.node().is_alive() {
+            return;
+        }
+        match &self.origin {
+            Origin::Grant { key, .. } => {
+                self.port.drain_stores();
+                self.port.unmap(*key);
+            }
+            Origin::Region { owned } => owned.iter().for_each(|owned| self.port.disown(owned)),
         }
     }
 }

@@ -29,6 +29,8 @@ struct Inner {
     next_map: Cell<u64>,
     maps: RefCell<BTreeMap<u64, MappedGrant>>,
     channels: RefCell<Vec<PortId>>,
+    /// Whether each named page that it owns is owned.
+    owned: RefCell<Vec<Rc<Cell<bool>>>>,
     stores: StoreBuffer,
     /// Stores to shared pages so far.
     stored: Cell<u32>,
@@ -56,6 +58,7 @@ impl Xen {
             next_map: Cell::new(0),
             maps: RefCell::default(),
             channels: RefCell::default(),
+            owned: RefCell::default(),
             stores: StoreBuffer::default(),
             stored: Cell::new(0),
         }));
@@ -131,8 +134,14 @@ impl XenPort {
         for id in std::mem::take(&mut *self.0.channels.borrow_mut()) {
             self.0.xen.close_port_of_dead(id, self.0.entity);
         }
+        self.0.owned.take().iter().for_each(|owned| owned.set(false));
         let wakers = self.0.xen.0.store.borrow_mut().disconnect(self.0.client.conn);
         wakers.into_iter().for_each(std::task::Waker::wake);
+    }
+
+    pub(crate) fn disown(&self, owned: &Rc<Cell<bool>>) {
+        self.0.owned.borrow_mut().retain(|one| !Rc::ptr_eq(one, owned));
+        owned.set(false);
     }
 
     pub(crate) fn unmap(&self, key: u64) {
@@ -234,8 +243,20 @@ impl SharedPages for XenPort {
         if !self.0.node.step() {
             return Err(Errno::ESHUTDOWN);
         }
-        let page = self.0.xen.0.regions.borrow_mut().entry(name.into()).or_default().clone();
-        Ok(Mapping::new(self.clone(), page, Origin::Region))
+        let region = self.0.xen.0.regions.borrow_mut().entry(name.into()).or_default().clone();
+        Ok(Mapping::new(self.clone(), region.page, Origin::Region { owned: None }))
+    }
+
+    fn own_region(&self, name: &str) -> Result<Mapping, Errno> {
+        if !self.0.node.step() {
+            return Err(Errno::ESHUTDOWN);
+        }
+        let region = self.0.xen.0.regions.borrow_mut().entry(name.into()).or_default().clone();
+        if region.owned.replace(true) {
+            return Err(Errno::EBUSY);
+        }
+        self.0.owned.borrow_mut().push(Rc::clone(&region.owned));
+        Ok(Mapping::new(self.clone(), region.page, Origin::Region { owned: Some(region.owned) }))
     }
 
     fn boot_id(&self) -> Result<[u8; 16], Errno> {

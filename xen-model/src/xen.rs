@@ -101,6 +101,14 @@ pub(crate) struct Rates {
     pub(crate) cpus: bool,
 }
 
+/// A named page outside of processes.
+#[derive(Clone, Default)]
+pub(crate) struct Region {
+    pub(crate) page: Page,
+    /// Whether a process owns it; goes with the page, not with the name.
+    pub(crate) owned: Rc<Cell<bool>>,
+}
+
 pub(crate) struct Inner {
     pub(crate) sim: Sim,
     pub(crate) options: Options,
@@ -109,7 +117,7 @@ pub(crate) struct Inner {
     pub(crate) grants: RefCell<Vec<Option<GrantTable>>>,
     pub(crate) channels: RefCell<Channels>,
     pub(crate) store: RefCell<Store>,
-    pub(crate) regions: RefCell<BTreeMap<String, Page>>,
+    pub(crate) regions: RefCell<BTreeMap<String, Region>>,
     pub(crate) maps_held: RefCell<BTreeMap<DomId, u32>>,
     /// Ports of dead processes that the kernel is about to close.
     dying: RefCell<BTreeSet<PortId>>,
@@ -212,7 +220,7 @@ impl Xen {
 
     /// The named page, to look at or to damage.
     pub fn region_page(&self, name: &str) -> Option<Page> {
-        self.0.regions.borrow().get(name).cloned()
+        self.0.regions.borrow().get(name).map(|region| region.page.clone())
     }
 
     /// What `dom` holds now.

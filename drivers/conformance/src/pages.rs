@@ -1,7 +1,7 @@
 //! Named pages outside the process.
 
 use crate::{OrFail, Outcome, Place, Test, holds, pattern, same, same_bytes, tests};
-use tap_host::{PAGE_BYTES, SharedPage, SharedPages};
+use tap_host::{Errno, PAGE_BYTES, SharedPage, SharedPages};
 
 /// All bodies. Pages are named after the place's folder.
 pub fn all<H: SharedPages>() -> Vec<Test<Place<H>>> {
@@ -16,6 +16,8 @@ pub fn all<H: SharedPages>() -> Vec<Test<Place<H>>> {
         a_removed_page_lives_while_it_is_open,
         a_missing_page_is_removed,
         pages_do_not_mix,
+        a_page_has_one_owner,
+        a_removed_page_is_owned_no_more,
         pages_are_listed,
     ]
 }
@@ -161,6 +163,36 @@ async fn a_missing_page_is_removed<H: SharedPages>(place: Place<H>) -> Outcome {
     page.store_u32(0, 1);
     same("a page of another name", open(&place, "a")?.load_u32(0), 1)?;
     remove(&place, &["a", "a"]);
+    Ok(())
+}
+
+fn own<H: SharedPages>(place: &Place<H>, page: &str) -> Result<H::Region, Errno> {
+    place.host.own_region(&name(place, page))
+}
+
+async fn a_page_has_one_owner<H: SharedPages>(place: Place<H>) -> Outcome {
+    let page = own(&place, "a").or_fail("own a page")?;
+    same("owned twice", own(&place, "a").err(), Some(Errno::EBUSY))?;
+    own(&place, "b").or_fail("own another page")?;
+    page.store_u32(0, 1);
+    same("seen by who does not own it", open(&place, "a")?.load_u32(0), 1)?;
+    let clone = page.clone();
+    drop(page);
+    same("owned by the clone", own(&place, "a").err(), Some(Errno::EBUSY))?;
+    drop(clone);
+    same("the next owner's", own(&place, "a").or_fail("own a page again")?.load_u32(0), 1)?;
+    remove(&place, &["a", "b"]);
+    Ok(())
+}
+
+async fn a_removed_page_is_owned_no_more<H: SharedPages>(place: Place<H>) -> Outcome {
+    let old = own(&place, "a").or_fail("own a page")?;
+    remove(&place, &["a"]);
+    let new = own(&place, "a").or_fail("own a page of the name that was removed")?;
+    drop(old);
+    same("owned after the old one is gone", own(&place, "a").err(), Some(Errno::EBUSY))?;
+    drop(new);
+    remove(&place, &["a"]);
     Ok(())
 }
 

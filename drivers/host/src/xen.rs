@@ -88,12 +88,18 @@ pub trait SharedPages: Clone + 'static {
     /// # Errors
     /// `ENOMEM`, `EACCES`.
     fn region(&self, name: &str) -> Result<Self::Region, Errno>;
+    /// As [`SharedPages::region`], and the page is ours alone to own until the last clone of what this gives is dropped,
+    /// or our process has died. Who does not ask for ownership can open it meanwhile.
+    ///
+    /// # Errors
+    /// `EBUSY` while it is owned, also by ourselves; `ENOMEM`, `EACCES`.
+    fn own_region(&self, name: &str) -> Result<Self::Region, Errno>;
     /// The number of the host's boot: another one whenever it went down, the same for all its processes.
     ///
     /// # Errors
     /// As the host's.
     fn boot_id(&self) -> Result<[u8; 16], Errno>;
-    /// Removes the name, if it exists.
+    /// Removes the name, if it exists. Who owns the page owns nothing of that name any more.
     fn remove_region(&self, name: &str);
     /// The names that exist, sorted.
     ///

@@ -353,6 +353,10 @@ impl SharedPages for World {
         let new = || MemPage(Rc::new(RefCell::new(vec![0; 4096])));
         Ok(self.0.pages.borrow_mut().entry(name.to_owned()).or_insert_with(new).clone())
     }
+    /// Images own none.
+    fn own_region(&self, _: &str) -> Result<MemPage, Errno> {
+        Err(Errno::EOPNOTSUPP)
+    }
     fn boot_id(&self) -> Result<[u8; 16], Errno> {
         Ok([1; 16])
     }

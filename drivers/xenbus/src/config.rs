@@ -40,7 +40,7 @@ pub struct BackendConfig {
     pub physical_sector_bytes: u32,
     /// Who reports the hotplug status.
     pub hotplug: Hotplug,
-    /// How long to wait for a port that a predecessor holds, in nanoseconds: a process that was killed gives back what
+    /// How long to wait for a port that a predecessor holds, and with [`lead`](crate::lead) for its disk, in nanoseconds: a process that was killed gives back what
     /// it had one after the other, and its image may be free before its ports are.
     pub bind_patience_ns: u64,
 }
@@ -88,9 +88,9 @@ pub enum BackendError {
         /// Why.
         error: Errno,
     },
-    /// A front end is connected, and its ring cannot be taken up. Nothing was changed: somebody else may be serving it,
-    /// or may be able to.
-    #[error("take up the ring of {path}: {why}; nothing was changed")]
+    /// Somebody else leads the disk, or a front end is connected whose ring cannot be taken up. Nothing was changed:
+    /// somebody else may be able to.
+    #[error("serve {path}: {why}; nothing was changed")]
     NotTaken {
         /// The back end's directory.
         path: StorePath,

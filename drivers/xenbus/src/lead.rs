@@ -10,6 +10,7 @@
 
 use crate::config::{BackendConfig, BackendEnd, BackendError, XenHost};
 use crate::keys;
+use crate::lock::{Lock, NotOurs};
 use crate::machine::Backend;
 use crate::patience::{is_transient, patiently};
 use crate::states::{self, Written};
@@ -44,27 +45,50 @@ pub async fn lead<H: XenHost, F: Future<Output = Result<Rc<dyn Node>, String>>>(
 ) -> Result<BackendEnd, BackendError> {
     let mut pause_ns = PAUSE_NS;
     let mut told = String::new();
-    loop {
-        let why = match open().await {
-            Ok(node) => match Backend::run(host.clone(), config.clone(), node, Rc::clone(leave)).await {
-                Err(error) if passes(&error) => error.to_string(),
-                other => return other,
+    let mut lock = None;
+    let end = loop {
+        // Before the image is looked at: what is read of one that another process writes is soon wrong.
+        let mut why = None;
+        let mut led = false;
+        if lock.is_none() {
+            match Lock::take(host, config, config.bind_patience_ns).await {
+                Ok(taken) => lock = Some(taken),
+                Err(error) => {
+                    led = matches!(error, NotOurs::Led);
+                    why = Some(error.error(config).to_string());
+                }
+            }
+        }
+        let why = match why {
+            Some(why) => why,
+            None => match open().await {
+                Ok(node) => {
+                    match Backend::run_owned(host.clone(), config.clone(), node, Rc::clone(leave)).await {
+                        Err(error) if passes(&error) => error.to_string(),
+                        end => break end,
+                    }
+                }
+                Err(why) => why,
             },
-            Err(why) => why,
         };
         if why != told {
             tell(&why);
             told.clone_from(&why);
         }
-        match stand_by(host, config, &format!("failed to {why}"), pause_ns, leave).await {
-            Ok(Some(end)) => return Ok(end),
+        let refusal = (!led).then(|| format!("failed to {why}"));
+        match stand_by(host, config, refusal.as_deref(), pause_ns, leave).await {
+            Ok(Some(end)) => break Ok(end),
             Ok(None) => {}
             // Nothing can be seen at the moment, and nothing needs to be done at once.
             Err(error) if passes(&error) && !leave.is_set() => host.sleep_ns(pause_ns).await,
-            Err(error) => return Err(error),
+            Err(error) => break Err(error),
         }
         pause_ns = (pause_ns * 2).min(PAUSE_MAX_NS);
+    };
+    if let Some(lock) = lock {
+        lock.give_back(host, &end);
     }
+    end
 }
 
 /// Whether another attempt may succeed.
@@ -76,11 +100,12 @@ fn passes(error: &BackendError) -> bool {
     }
 }
 
-/// Waits for the end of a device that is not served, or, where a guest is connected to it, for a pause.
+/// Waits for the end of a device that is not served, or, where a guest is connected to it, for a pause. A new one is
+/// refused for `why`; without it another process leads the device, and nothing is written.
 async fn stand_by<H: XenHost>(
     host: &H,
     config: &BackendConfig,
-    why: &str,
+    why: Option<&str>,
     pause_ns: u64,
     leave: &wait::Event,
 ) -> Result<Option<BackendEnd>, BackendError> {
@@ -95,14 +120,16 @@ async fn stand_by<H: XenHost>(
         match state {
             // Another device in the same directory.
             XenbusState::Initialising if refused => return Ok(Some(BackendEnd::BackendGone)),
-            XenbusState::Initialising => {
+            XenbusState::Initialising if let Some(why) = why => {
                 // xl runs its script in state 2 and not before; the script finds the reason and fails.
                 let keys = [("hotplug-error", why.to_owned())];
                 refused =
                     states::write(host, path, state, XenbusState::InitWait, &keys).await? == Written::Yes;
             }
             XenbusState::Closed if offline => return Ok(Some(BackendEnd::Offline)),
-            XenbusState::Closing if offline && (refused || !is_in_use(host, path).await?) => {
+            XenbusState::Closing
+                if why.is_some() && offline && (refused || !is_in_use(host, path).await?) =>
+            {
                 states::write(host, path, state, XenbusState::Closed, &[]).await?;
             }
             _ if leave.is_set() => return Ok(Some(BackendEnd::Left)),

@@ -23,7 +23,8 @@
 //! * Who is asked to leave answers what is in flight and goes, without a word to the front end.
 //! * A front end that says 5 may still use its disk: one that is mounted is not let go of. What a toolstack wishes changes
 //!   nothing for a front end in use; it takes its nodes away if it means it.
-//! * A ring that is served, and cannot be taken up by us, is left alone: nothing is written.
+//! * A ring that is served, and cannot be taken up by us, is left alone: nothing is written. One process leads a disk: the
+//!   owner of the lock beside its record.
 //! * A process that finds its device connected takes the ring up again without a word to the front end
 //!   (see [`tap_ring::record`]).
 //!
@@ -32,6 +33,7 @@
 mod config;
 mod keys;
 mod lead;
+mod lock;
 mod machine;
 mod orphans;
 mod patience;

@@ -2,6 +2,7 @@
 
 use crate::config::{BackendConfig, BackendEnd, BackendError, Hotplug, XenHost};
 use crate::keys;
+use crate::lock::{Lock, is_over};
 use crate::patience::patiently;
 use crate::rules::{Action, Phase, Seen, Start, next, start};
 use crate::states::{self, Keys, Written};
@@ -52,8 +53,31 @@ impl<H: XenHost> Backend<H> {
     /// the node is closed, before a toolstack that waits for that is told.
     ///
     /// # Errors
-    /// See [`BackendError`]. What the front end does wrong is no error here: it is told in xenstore and closed.
+    /// See [`BackendError`]; [`BackendError::NotTaken`] at once if another process leads the disk: what `node` knows of its
+    /// image may be old by the time that one ends. What the front end does wrong is no error here: it is told in xenstore
+    /// and closed.
     pub async fn run(
+        host: H,
+        config: BackendConfig,
+        node: Rc<dyn Node>,
+        leave: Rc<wait::Event>,
+    ) -> Result<BackendEnd, BackendError> {
+        match Lock::take(&host, &config, 0).await {
+            Ok(lock) => {
+                let end = Self::run_owned(host.clone(), config, node, leave).await;
+                lock.give_back(&host, &end);
+                end
+            }
+            Err(why) => {
+                let path = config.backend_path.clone();
+                node.close().await.map_err(|error| BackendError::Close { path, error })?;
+                Err(why.error(&config))
+            }
+        }
+    }
+
+    /// As [`Backend::run`], for a disk whose lock the caller has.
+    pub(crate) async fn run_owned(
         host: H,
         config: BackendConfig,
         node: Rc<dyn Node>,
@@ -69,12 +93,7 @@ impl<H: XenHost> Backend<H> {
         };
         let end = backend.live().await;
         // After an error nothing is known of the disk's fate: it is as if we had been asked to leave.
-        backend
-            .let_go_of_ring(!matches!(
-                end,
-                Ok(BackendEnd::Offline | BackendEnd::FrontendGone | BackendEnd::BackendGone)
-            ))
-            .await;
+        backend.let_go_of_ring(!is_over(&end)).await;
         let closed = node.close().await;
         backend.say_the_last_word(end.as_ref().ok()).await?;
         closed.map_err(|error| BackendError::Close { path, error })?;
@@ -322,7 +341,19 @@ impl<H: XenHost> Backend<H> {
         let read_only = self.read_only().await?;
         let ring = match self.ring_from_keys(read_only).await? {
             Ok(ring) => ring,
-            Err(why) => return self.fail(&why).await,
+            Err(why) => {
+                let seen = self.look().await?;
+                if seen.backend == Some(XenbusState::Connected) && self.state != XenbusState::Connected {
+                    // By somebody who has no lock of ours: an older version, or another program.
+                    return Err(BackendError::NotTaken { path: self.config.backend_path.clone(), why });
+                }
+                // What has changed meanwhile may be what was in the way.
+                return if next(self.phase, &seen) == Action::Connect {
+                    self.fail(&why).await
+                } else {
+                    Ok(())
+                };
+            }
         };
         let keys = [
             ("sectors", self.node.info().size_sectors.to_string()),

@@ -1,13 +1,15 @@
 //! In-flight records that nobody will ask for again.
 //!
 //! A guest that is destroyed while no tapdisk runs leaves the record of its ring. A record names its device, so whoever
-//! starts next can see that the device is gone.
+//! starts next can see that the device is gone. The lock of such a device goes with it.
 
 use crate::config::{BackendError, XenHost};
 use crate::keys;
+use crate::lock;
+use std::collections::BTreeSet;
 use tap_host::{Bug, DomId, Event, VbdId};
 
-/// Removes the records named `prefix-DOMAIN-VBD` whose device is not in `root` of xenstore any more, or has lost its front
+/// Removes the records named `prefix-DOMAIN-VBD`, and their locks, whose device is not in `root` of xenstore any more, or has lost its front
 /// end's directory. Records of devices that are there stay, whoever serves them.
 ///
 /// # Errors
@@ -18,14 +20,19 @@ pub(crate) async fn remove_orphans<H: XenHost>(
     prefix: &str,
 ) -> Result<(), BackendError> {
     let names = host.region_names().map_err(|error| BackendError::Records { error })?;
-    for name in names {
-        let Some((dom, vbd)) = device_of(&name, prefix) else { continue };
+    let devices: BTreeSet<_> = names.iter().filter_map(|name| device_of(name, prefix)).collect();
+    for (dom, vbd) in devices {
         let path = format!("{root}/{}/{}", dom.0, vbd.0);
         if has_front_end(host, &path).await? || host.bug(Bug::OrphansStay) {
             continue;
         }
+        let record = format!("{prefix}-{}-{}", dom.0, vbd.0);
+        let lock = format!("{record}{}", lock::SUFFIX);
+        // Somebody who is still at its end removes both by himself.
+        let Ok(_ours) = host.own_region(&lock) else { continue };
         host.log(Event::OrphanRemoved { dom, vbd });
-        host.remove_region(&name);
+        host.remove_region(&record);
+        host.remove_region(&lock);
     }
     Ok(())
 }
@@ -35,9 +42,10 @@ async fn has_front_end<H: XenHost>(host: &H, path: &str) -> Result<bool, Backend
     Ok(keys::state(host, &String::from_utf8_lossy(&frontend)).await?.is_some())
 }
 
-/// The device that a record of this name is about.
+/// The device that a record, or a lock, of this name is about.
 fn device_of(name: &str, prefix: &str) -> Option<(DomId, VbdId)> {
     let (dom, vbd) = name.strip_prefix(prefix)?.strip_prefix('-')?.split_once('-')?;
+    let vbd = vbd.strip_suffix(lock::SUFFIX).unwrap_or(vbd);
     let dom = u16::try_from(keys::number(dom.as_bytes())?).ok()?;
     Some((DomId(dom), VbdId(keys::number(vbd.as_bytes())?)))
 }
@@ -49,6 +57,7 @@ mod tests {
     #[test]
     fn names_of_records() {
         assert_eq!(device_of("ring-3-51712", "ring"), Some((DomId(3), VbdId(51712))));
+        assert_eq!(device_of("ring-3-51712.lock", "ring"), Some((DomId(3), VbdId(51712))));
         for other in
             ["ring-3", "ring-x-1", "ring-70000-1", "rings-3-1", "sync-3-51712", "ring-3-51712-old", ""]
         {

@@ -30,7 +30,7 @@ pub static SECOND_AFTER: Label = Label::new("second-after", "a second tapdisk is
 /// A second tapdisk, by mistake.
 pub static SECOND_TAPDISK: Scenario = Scenario {
     name: "second-tapdisk",
-    about: "a second tapdisk is told to serve a disk that is served, with another image; it changes nothing and goes",
+    about: "a second tapdisk is told to serve a disk that is served, with another image, or two begin at once; who comes second changes nothing",
     storage: |_| StorageConfig::default(),
     body: |w| Box::pin(second_tapdisk(w)),
 };
@@ -89,7 +89,53 @@ async fn tapdisk_replaced(world: World) {
     finish(&world, &machine, &guests).await;
 }
 
+/// Two processes begin to serve one disk at about the same time, with images that nobody has written to.
+async fn two_begin(world: World) {
+    let limits = StackLimits::draw(&world);
+    let watching = world.setting("rivals-watch", &[false, true]);
+    let machine = if watching { Machine::watching(&world, limits) } else { Machine::new(&world, limits) };
+    let setup = Setup::qcow(&world, 0, DISK_BYTES, false);
+    let twin = Setup::qcow(&world, 1, DISK_BYTES, false);
+    let disk = if watching { machine.new_guest(setup, 0) } else { machine.attach(setup, 0).await };
+    let first = machine.start_tapdisk();
+    let (m, d, w, (done, started)) = (Rc::clone(&machine), disk.clone(), world.clone(), oneshot());
+    world.sim.spawn("administrator", 0, async move {
+        let entity = Entity::WORLD.child("second", 1);
+        w.sim.name_entity(entity, || "administrator".into());
+        w.sim.sleep_ns(w.sim.decide(entity, &SECOND_AFTER, 0, |d| d.magnitude(20))).await;
+        let _ = done.send(m.start_rival(&d, &twin));
+    });
+    if watching {
+        machine.plug(&disk).await;
+    }
+    let Some(guest) = disk.boot(&world, NO_ERRORS).await else { return };
+    let (g, ops) = (guest.clone(), operations_of(&world, &disk, 0, 60));
+    let depth = world.setting("ring-depth", &[32, 8, 1]);
+    in_guest(&disk, async move { g.run(&ops, depth).await }).await;
+    let Some(second) = started.await else { return };
+    // Longer than the second is patient.
+    world.sim.sleep_ns(10_000_000_000).await;
+    if !watching {
+        return finish(&world, &machine, &[(disk, guest)]).await;
+    }
+    let (w, a) = (world.clone(), disk.clone());
+    in_guest(&disk, async move {
+        if let Err(error) = guest.read_all().await {
+            w.fail(Invariant::E4, format!("reading the whole disk failed with {error:?}"));
+        }
+        a.shut_down(&w, &guest).await;
+    })
+    .await;
+    machine.unplug(&disk).await;
+    [first, second].iter().for_each(|host| host.process.ask_to_stop());
+    machine.all_ended().await;
+    machine.check_leaks();
+}
+
 async fn second_tapdisk(world: World) {
+    if world.setting("second-at-start", &[false, true]) {
+        return two_begin(world).await;
+    }
     let setup = Setup::qcow(&world, 0, DISK_BYTES, false);
     // Of the same size: what it is not, cannot be seen from outside.
     let wrong = Setup::raw(&world, 1, DISK_BYTES);

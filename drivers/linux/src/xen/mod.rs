@@ -163,6 +163,9 @@ impl SharedPages for LinuxHost {
     fn region(&self, name: &str) -> Result<LinuxPage, Errno> {
         self.regions()?.region(name)
     }
+    fn own_region(&self, name: &str) -> Result<LinuxPage, Errno> {
+        self.regions()?.own(name)
+    }
     fn boot_id(&self) -> Result<[u8; 16], Errno> {
         regions::boot_id()
     }

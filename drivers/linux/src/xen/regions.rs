@@ -3,7 +3,8 @@
 use super::page::LinuxPage;
 use crate::files::of_rustix;
 use rustix::fs::{
-    AtFlags, CWD, Dir, FallocateFlags, FileType, Mode, OFlags, fallocate, fstat, mkdirat, openat, unlinkat,
+    AtFlags, CWD, Dir, FallocateFlags, FileType, FlockOperation, Mode, OFlags, fallocate, flock, fstat,
+    mkdirat, openat, unlinkat,
 };
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -31,6 +32,27 @@ impl Regions {
 
     /// See [`tap_host::SharedPages::region`].
     pub(super) fn region(&self, name: &str) -> Result<LinuxPage, Errno> {
+        map(&self.file(name)?)
+    }
+
+    /// See [`tap_host::SharedPages::own_region`]. The lock is the open file's, which the mapping keeps open.
+    pub(super) fn own(&self, name: &str) -> Result<LinuxPage, Errno> {
+        loop {
+            let fd = self.file(name)?;
+            match flock(&fd, FlockOperation::NonBlockingLockExclusive).map_err(of_rustix) {
+                Ok(()) => {}
+                Err(Errno::EAGAIN) => return Err(Errno::EBUSY),
+                Err(error) => return Err(error),
+            }
+            // The owner before may have removed the name between our two calls: what is locked has none then.
+            if fstat(&fd).map_err(of_rustix)?.st_nlink > 0 {
+                return map(&fd);
+            }
+        }
+    }
+
+    /// The file of a page, with its memory.
+    fn file(&self, name: &str) -> Result<OwnedFd, Errno> {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let fd = openat(&self.0, file_name(name)?, flags, Mode::RUSR | Mode::WUSR).map_err(of_rustix)?;
         let stat = fstat(&fd).map_err(of_rustix)?;
@@ -41,7 +63,7 @@ impl Regions {
         }
         // Memory that is not there now would be a SIGBUS later.
         fallocate(&fd, FallocateFlags::empty(), 0, page).map_err(of_rustix)?;
-        LinuxPage::map(fd, 0, true, None)
+        Ok(fd)
     }
 
     /// See [`tap_host::SharedPages::remove_region`].
@@ -84,6 +106,10 @@ pub(super) fn boot_id() -> Result<[u8; 16], Errno> {
         std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map_err(|e| crate::files::errno(&e))?;
     let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
     u128::from_str_radix(&digits, 16).map(u128::to_be_bytes).map_err(|_| Errno::EINVAL)
+}
+
+fn map(fd: &OwnedFd) -> Result<LinuxPage, Errno> {
+    LinuxPage::map(fd, 0, true, None)
 }
 
 /// Makes a folder for ourselves.
@@ -129,6 +155,23 @@ mod tests {
         regions.remove("x").unwrap();
         assert_eq!(again.load_u32(4092), 7, "removing a name leaves who has it mapped alone");
         assert_eq!(regions.region("x").unwrap().load_u32(4092), 0);
+    }
+
+    #[test]
+    fn a_page_is_owned_as_long_as_it_is_mapped() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("r");
+        let (one, other) = (Regions::open(&folder).unwrap(), Regions::open(&folder).unwrap());
+        let page = one.own("x").unwrap();
+        let clone = page.clone();
+        drop(page);
+        assert_eq!(other.own("x").err(), Some(Errno::EBUSY), "the file is closed, and still mapped");
+        other.region("x").unwrap();
+        drop(clone);
+        let again = other.own("x").unwrap();
+        one.remove("x").unwrap();
+        one.own("x").unwrap();
+        drop(again);
     }
 
     #[test]

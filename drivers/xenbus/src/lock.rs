@@ -1,0 +1,74 @@
+//! One process leads a disk: who has its lock.
+//!
+//! The lock is a page beside the in-flight record, owned from before the first look at the device to after the last word
+//! about it. Its owner's death frees it. Whoever does not have it writes nothing, in xenstore or anywhere else.
+
+use crate::config::{BackendConfig, BackendEnd, BackendError, XenHost};
+use tap_host::{Bug, Errno};
+
+/// First pause before the lock is tried again, in nanoseconds; each further one is twice as long.
+const PAUSE_NS: u64 = 1_000_000;
+
+/// What a record's name is followed by in that of its lock.
+pub(crate) const SUFFIX: &str = ".lock";
+
+/// A disk that is ours alone, until this is dropped.
+pub(crate) struct Lock<H: XenHost> {
+    /// The name, and what keeps it ours; nothing for a disk without a record.
+    page: Option<(String, H::Region)>,
+}
+
+/// Why a disk is not ours.
+pub(crate) enum NotOurs {
+    /// Another process leads it.
+    Led,
+    /// The lock's page cannot be had.
+    Page(String),
+}
+
+impl NotOurs {
+    pub(crate) fn error(self, config: &BackendConfig) -> BackendError {
+        let why = match self {
+            Self::Led => "another process serves it".to_owned(),
+            Self::Page(why) => why,
+        };
+        BackendError::NotTaken { path: config.backend_path.clone(), why }
+    }
+}
+
+impl<H: XenHost> Lock<H> {
+    /// Takes the lock of a disk; waits up to `patience_ns` for a process that is about to end.
+    pub(crate) async fn take(host: &H, config: &BackendConfig, patience_ns: u64) -> Result<Self, NotOurs> {
+        let record = config.record.as_ref().filter(|_| !host.bug(Bug::DiskNotOwned));
+        let Some(name) = record.map(|record| format!("{record}{SUFFIX}")) else {
+            return Ok(Self { page: None });
+        };
+        let until_ns = host.now_ns().saturating_add(patience_ns);
+        let mut pause_ns = PAUSE_NS;
+        loop {
+            match host.own_region(&name) {
+                Ok(page) => return Ok(Self { page: Some((name, page)) }),
+                Err(Errno::EBUSY) if host.now_ns() < until_ns => {
+                    host.sleep_ns(pause_ns).await;
+                    pause_ns *= 2;
+                }
+                Err(Errno::EBUSY) => return Err(NotOurs::Led),
+                Err(error) => return Err(NotOurs::Page(format!("own {name}: {error}"))),
+            }
+        }
+    }
+
+    /// Gives the lock back. Its name goes with a device that is gone, or is none of ours.
+    pub(crate) fn give_back(self, host: &H, end: &Result<BackendEnd, BackendError>) {
+        if let Some((name, _)) = &self.page
+            && (is_over(end) || matches!(end, Err(BackendError::NotOurs { .. })))
+        {
+            host.remove_region(name);
+        }
+    }
+}
+
+/// Whether nobody will ask for this device again.
+pub(crate) fn is_over(end: &Result<BackendEnd, BackendError>) -> bool {
+    matches!(end, Ok(BackendEnd::Offline | BackendEnd::FrontendGone | BackendEnd::BackendGone))
+}
