@@ -219,6 +219,12 @@ impl Storage {
         Some(look(&inode))
     }
 
+    /// The locks that open files hold on it.
+    pub fn locks(&self, name: &str) -> Vec<LockKind> {
+        let files = self.0.files.borrow();
+        files.get(name).map_or(Vec::new(), |f| f.locks.borrow().iter().map(|l| l.1).collect())
+    }
+
     /// The file's bytes as reads see them now.
     pub fn bytes(&self, name: &str) -> Option<Vec<u8>> {
         let content = self.content(name)?;

@@ -185,6 +185,8 @@ impl Explorer {
         bug: Option<Bug>,
         seed: u64,
     ) -> Rc<Self> {
+        // What flushes settle is kept from now on.
+        history.borrow_mut().take_settled();
         Rc::new(Self {
             storage: storage.clone(),
             spec: spec.clone(),
@@ -212,7 +214,7 @@ impl Explorer {
         self.bad.borrow().clone()
     }
 
-    /// Looks at the states after operation `op`.
+    /// Looks at the states after operation `op`; 0 is when everything has come to rest.
     pub fn point(&self, op: u64) {
         if self.bad.borrow().is_some() {
             return;
@@ -221,6 +223,7 @@ impl Explorer {
         let inode = self.storage.with_inode(&self.spec.path, Inode::clone);
         let Some(inode) = inode else { return };
         let flushed = self.follow_base(&inode);
+        let settled = self.history.borrow_mut().take_settled();
         let history = self.history.borrow();
         let anchors = match (walker::walk(&inode.base), walker::walk(&inode.live)) {
             (Ok(base), Ok(live)) => [Anchor::of(nothing(&inode), base), Anchor::of(everything(&inode), live)],
@@ -232,14 +235,7 @@ impl Explorer {
         if flushed {
             // What may be there has become less: both ends are looked at again where it did.
             for anchor in &anchors {
-                self.check(
-                    op,
-                    &inode,
-                    &anchor.choice,
-                    &history,
-                    Some(history.recently_settled().to_vec()),
-                    &anchors,
-                );
+                self.check(op, &inode, &anchor.choice, &history, Some(settled.clone()), &anchors);
             }
         }
         // What is there now is what was there before, but for what the last operation wrote.

@@ -92,6 +92,8 @@ pub struct Machine {
     rivals: Cell<bool>,
     /// The power is off: nothing starts any more.
     off: Cell<bool>,
+    /// An image could not be closed; what it lost was told.
+    close_failed: Cell<bool>,
 }
 
 impl Machine {
@@ -121,6 +123,7 @@ impl Machine {
             spared: Cell::new(false),
             rivals: Cell::new(false),
             off: Cell::new(false),
+            close_failed: Cell::new(false),
         })
     }
 
@@ -221,7 +224,7 @@ impl Machine {
         match end {
             Ok(_) => {}
             Err(BackendError::NotTaken { .. }) if self.rivals.get() => {}
-            Err(BackendError::Close { .. }) if self.world.errors_allowed() => {}
+            Err(BackendError::Close { .. }) if self.world.errors_allowed() => self.close_failed.set(true),
             Err(error @ BackendError::Close { .. }) => self.world.fail(Invariant::G11, error.to_string()),
             Err(error) => self.world.fail(Invariant::L1, format!("the back end gave up: {error}")),
         }
@@ -235,7 +238,12 @@ impl Machine {
         let until_ns = self.world.sim.now_ns() + IN_USE_PATIENCE_NS;
         loop {
             match Stack::open(host, &self.world, &disk.setup.spec, &self.limits).await {
-                Ok(stack) => return Ok(stack.node()),
+                Ok(stack) => {
+                    if host.process.node().is_alive() {
+                        disk.setup.check_locks(&self.world);
+                    }
+                    return Ok(stack.node());
+                }
                 // The lock of a dead predecessor goes when its last operation has landed.
                 Err(ImageError::InUse { .. }) if self.world.sim.now_ns() < until_ns => {
                     self.world.sim.sleep_ns(200_000).await;
@@ -355,6 +363,11 @@ impl Machine {
             Poll::Pending
         })
         .await;
+    }
+
+    /// Whether an image could not be closed.
+    pub fn close_failed(&self) -> bool {
+        self.close_failed.get()
     }
 
     /// No more kills. A start that is under way goes on.

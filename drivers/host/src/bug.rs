@@ -95,6 +95,8 @@ list! {
         NbdBufferKept = "requests that wait to be sent on a broken connection keep their buffers",
         NbdTrimFrozen = "a trim is carried out on a read-only export",
         NbdZeroesEarly = "zeros with the flag FUA are answered before they are durable",
+        BackingUnlocked = "a file that is only read is not locked",
+        SyncJoined = "a flush is answered by a synchronisation that had begun before it",
         CloseUnsynced = "a raw image is closed without being synchronised",
         NbdPartSentEnds = "a connection that takes a reply in parts is taken as a broken one",
         NbdDeafKept = "a client that sends no more and takes no reply keeps its place",

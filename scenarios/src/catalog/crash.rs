@@ -6,7 +6,7 @@
 //!        ╳ power cut        ╳ power cut         no faults any more
 //! ```
 
-use super::setup::{Setup, workload};
+use super::setup::{Setup, cut_after_close, workload};
 use crate::check::oracle::{Oracle, is_broken};
 use crate::check::{BeforeCut, Invariant, lost_to_error};
 use crate::explore::Explorer;
@@ -260,6 +260,10 @@ async fn epoch(
     });
     either(node.dead(), finished).await;
     world.storage.set_hook(None);
+    if let Some(explorer) = world.explorer().filter(|_| cut == 0) {
+        // No operation may have followed what was flushed last.
+        look(world, &explorer, 0);
+    }
     node.kill();
     node.dead().await;
     let live = world.storage.content(&setup.spec.path).unwrap_or_default();
@@ -307,11 +311,15 @@ fn explore(world: &World, setup: &Setup) {
     world.set_explorer(Rc::clone(&explorer));
     let (w, start) = (world.clone(), world.storage.ops());
     world.storage.set_hook(Some(Rc::new(move |op| {
-        explorer.point(op - start);
-        if let Some(bad) = explorer.bad() {
-            w.fail(bad.invariant, bad.detail);
-        }
+        look(&w, &explorer, op - start);
     })));
+}
+
+fn look(world: &World, explorer: &Explorer, op: u64) {
+    explorer.point(op);
+    if let Some(bad) = explorer.bad() {
+        world.fail(bad.invariant, bad.detail);
+    }
 }
 
 /// What happens between switching on and the power cut.
@@ -337,6 +345,7 @@ async fn work(
     if !world.errors_allowed() {
         setup.check_length(world);
     }
+    setup.check_locks(world);
     let manners = Manners {
         retries: if world.errors_allowed() { world.setting("guest-retries", &[3, 0, 1]) } else { 0 },
         errors_allowed: world.errors_allowed(),
@@ -385,6 +394,7 @@ pub(super) async fn last_epoch(
         }
     };
     setup.check_length(world);
+    setup.check_locks(world);
     let manners = Manners { retries: 0, errors_allowed: false, reads: after_cut(flush_failed) };
     let disk = DirectDisk::new(stack.node(), limits.pool_bytes.max(256 << 10));
     let guest = Guest::new(world, disk, Rc::clone(&setup.history), manners);
@@ -399,8 +409,9 @@ pub(super) async fn last_epoch(
     if let Err(error) = probe(&guest, setup.size_sectors).await {
         world.fail(Invariant::G11, format!("reading what was written after recovery failed with {error:?}"));
     }
-    if let Err(error) = stack.vbd.close().await {
-        world.fail(Invariant::G11, format!("closing after recovery failed with {error:?}"));
+    match stack.vbd.close().await {
+        Ok(()) => cut_after_close(world, [setup.spec.path.as_str()]),
+        Err(error) => world.fail(Invariant::G11, format!("closing after recovery failed with {error:?}")),
     }
     if guest.disk().buffers_out() > 0 {
         world.fail(
@@ -460,6 +471,7 @@ pub async fn either(a: impl Future, b: impl Future) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::explore::explore_run;
     use crate::run::{RunSpec, run, run_recorded};
     use crate::world::broken_by;
     use sim::{Source, TraceLevel};
@@ -496,5 +508,19 @@ mod tests {
         assert_eq!(reported(|_| {}), None);
         assert_eq!(reported(|c| c.pages.write(0, b"garbage!")), Some(Invariant::G11));
         assert_eq!(reported(|c| c.size += 3 << 20), Some(Invariant::G13), "768 clusters nobody owns");
+    }
+
+    #[test]
+    fn the_last_flush_is_looked_at_though_no_operation_follows() {
+        static FEW: Scenario = Scenario {
+            body: |w| Box::pin(power_cuts(w, Plan { cuts: 1, ops: 3, ..PLAIN })),
+            ..QCOW_POWER_CUT
+        };
+        let found = (0..200).find_map(|seed| {
+            let (outcome, replay) =
+                explore_run(&RunSpec::new(&FEW, seed).with_bug(Some(tap_host::Bug::FlushEarly)));
+            outcome.bad_state.filter(|bad| bad.after_op == 0).and(replay)
+        });
+        assert!(run(&found.expect("some run ends with a flush")).failure.is_some());
     }
 }

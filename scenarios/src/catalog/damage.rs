@@ -9,6 +9,7 @@
 //! What the bytes say is found out here once more, entry by entry and without any rule about owners: an image that two
 //! clusters share may be refused, but if it is opened for writing, the sharing must not show.
 
+use super::setup::cut_after_close;
 use crate::check::{Invariant, walker};
 use crate::guest::{DirectDisk, GuestDisk};
 use crate::image::{QcowShape, Stored, layer_cluster, make_qcow};
@@ -276,10 +277,12 @@ impl Damaged {
         self.write(&disk, &mut known).await;
         self.read_all(&disk, &known, "after writes").await;
         let closed = stack.vbd.close().await;
-        if let Err(error) = closed
-            && !self.damaged
-        {
-            self.world.fail(Invariant::G11, format!("closing failed with {error:?}"));
+        match closed {
+            Ok(()) => cut_after_close(&self.world, [PATH]),
+            Err(error) if !self.damaged => {
+                self.world.fail(Invariant::G11, format!("closing failed with {error:?}"));
+            }
+            Err(_) => {}
         }
         drop((disk, stack));
         let host = SimHost::start(&self.world.kernel, &self.world.xen, "tapdisk", 3);

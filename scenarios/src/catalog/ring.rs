@@ -1,7 +1,7 @@
 //! Guests on rings: traffic, death of tapdisk, reconnects, several guests.
 
 use super::crash::{arm_power_cut, either};
-use super::setup::{Setup, workload};
+use super::setup::{Setup, cut_after_close, workload};
 use crate::check::Invariant;
 use crate::guest::{Guest, HONEST_SECTORS, Hostile, Manners, RingDisk};
 use crate::machine::{Attached, Machine};
@@ -136,6 +136,9 @@ pub(super) async fn finish(world: &World, machine: &Rc<Machine>, guests: &[(Atta
     }
     machine.detach_all().await;
     machine.check_leaks();
+    if !machine.close_failed() {
+        cut_after_close(world, guests.iter().map(|(attached, _)| attached.setup.spec.path.as_str()));
+    }
     for (attached, _) in guests {
         attached.setup.check_bytes(world, "in the end");
     }

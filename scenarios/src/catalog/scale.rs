@@ -7,7 +7,7 @@
 //!                               small reads at the end       ┘
 //! ```
 
-use super::setup::{Setup, workload};
+use super::setup::{Setup, cut_after_close, workload};
 use crate::check::Invariant;
 use crate::guest::{DirectDisk, Guest, Manners};
 use crate::run::Scenario;
@@ -90,6 +90,7 @@ async fn full(world: World) {
     if guest.read_all().await.is_err() || stack.vbd.close().await.is_err() {
         return world.fail(Invariant::L1, "with space again, the disk cannot be read and closed");
     }
+    cut_after_close(&world, [setup.spec.path.as_str()]);
     setup.check(&world, "at the end").await;
     let more = setup.leaked(&world).saturating_sub(leaked);
     // One request at a time leaves nothing behind but the edges of what it had in several groups.
@@ -122,6 +123,7 @@ async fn scale(world: World) {
     if let Err(error) = stack.vbd.close().await {
         return world.fail(Invariant::L1, format!("closing failed with {error:?}"));
     }
+    cut_after_close(&world, [setup.spec.path.as_str()]);
     let memory = stack.memory.clone();
     drop((stack, guest));
     let figures = memory.figures();

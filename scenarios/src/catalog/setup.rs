@@ -7,7 +7,7 @@ use crate::world::World;
 use kernel_model::{Content, Inode, PageMap};
 use std::cell::RefCell;
 use std::rc::Rc;
-use tap_host::SECTOR_BYTES;
+use tap_host::{LockKind, SECTOR_BYTES};
 use tap_images::{ImageFormat, ImageSpec};
 
 /// A disk to be tested.
@@ -148,6 +148,22 @@ impl Setup {
         }
     }
 
+    /// While the image is served, nobody else may open it, and what it is based on nobody may write to.
+    pub fn check_locks(&self, world: &World) {
+        let mut wrong =
+            (world.storage.locks(&self.spec.path) != [LockKind::Exclusive]).then_some(&self.spec.path);
+        for path in self.base.iter().map(|(path, _)| path).chain(&self.below) {
+            let locks = world.storage.locks(path);
+            if locks.is_empty() || locks.contains(&LockKind::Exclusive) {
+                wrong = Some(path);
+            }
+        }
+        if let Some(path) = wrong {
+            let locks = world.storage.locks(path);
+            world.fail(Invariant::C2, format!("a disk is served, and the locks of {path} are {locks:?}"));
+        }
+    }
+
     /// Looks at the bytes of the image and of what it is based on.
     pub fn check_bytes(&self, world: &World, when: &str) {
         if let Some((path, bytes)) = &self.base
@@ -179,6 +195,30 @@ impl Setup {
     pub fn leaked(&self, world: &World) -> u64 {
         let content = world.storage.content(&self.spec.path).unwrap_or_default();
         walker::walk(&content).map_or(0, |map| map.leaked)
+    }
+}
+
+/// Cuts the power after the images at `paths` were closed with success: each must be what it was.
+pub fn cut_after_close<'a>(world: &World, paths: impl IntoIterator<Item = &'a str>) {
+    if world.verdict.is_broken() {
+        return;
+    }
+    let is_open = |inode: &Inode| !inode.pending.is_empty() || !inode.pending_sizes.is_empty();
+    // Of a file of which everything is durable a cut takes nothing.
+    let open: Vec<(&str, Option<Vec<u8>>)> = paths
+        .into_iter()
+        .filter(|path| world.storage.with_inode(path, is_open) == Some(true))
+        .map(|path| (path, world.storage.bytes(path)))
+        .collect();
+    world.storage.power_cut();
+    world.count(|s| s.crashes += 1);
+    for (path, bytes) in open {
+        if world.storage.bytes(path) != bytes {
+            world.fail(
+                Invariant::G7,
+                format!("{path} was closed, and lost something in a power cut after that"),
+            );
+        }
     }
 }
 

@@ -113,8 +113,8 @@ pub struct BlockHistory {
     /// A write succeeded that a read before had shown to fail; told with the next read.
     overtaken: Option<String>,
     flushes: u64,
-    /// What the last flush settled.
-    settled: Vec<SectorRange>,
+    /// What flushes settled, where somebody asks.
+    settled: Option<Vec<SectorRange>>,
 }
 
 impl BlockHistory {
@@ -138,7 +138,7 @@ impl BlockHistory {
             may_fail: false,
             overtaken: None,
             flushes: 0,
-            settled: Vec::new(),
+            settled: None,
         }
     }
 
@@ -386,10 +386,10 @@ impl BlockHistory {
     pub fn end_flush(&mut self, inv: Clock) {
         self.tick();
         self.flushes += 1;
-        let mut settled = std::mem::take(&mut self.settled);
-        settled.clear();
-        settled.extend(self.unsettled());
-        self.settled = settled;
+        if let Some(mut settled) = self.settled.take() {
+            settled.extend(self.unsettled());
+            self.settled = Some(settled);
+        }
         let (oldest, order) = (self.oldest_read(), self.order);
         let (cells, is_dirty) = (&mut self.cells, &mut self.is_dirty);
         self.dirty.retain(|cell| {
@@ -447,9 +447,10 @@ impl BlockHistory {
         self.flushes
     }
 
-    /// What was unsettled before the last flush that succeeded.
-    pub fn recently_settled(&self) -> &[SectorRange] {
-        &self.settled
+    /// What was unsettled before each of the flushes that have succeeded since the last call of this; from the first
+    /// call on.
+    pub fn take_settled(&mut self) -> Vec<SectorRange> {
+        self.settled.replace(Vec::new()).unwrap_or_default()
     }
 
     /// The power was cut, and with it everything that ran.
@@ -482,6 +483,20 @@ mod tests {
             history.payload(write, sector, &mut bytes);
         }
         bytes
+    }
+
+    #[test]
+    fn what_each_flush_settled_is_told_once() {
+        let mut h = BlockHistory::new(100, 1, Initial::Zero, false);
+        assert!(h.take_settled().is_empty());
+        for start in [8, 32] {
+            let write = h.begin_write(SectorRange::new(start, 8));
+            h.end_write(write, true);
+            let inv = h.begin_flush();
+            h.end_flush(inv);
+        }
+        assert_eq!(h.take_settled(), [SectorRange::new(8, 8), SectorRange::new(32, 8)]);
+        assert!(h.take_settled().is_empty());
     }
 
     #[test]

@@ -35,6 +35,8 @@ pub enum Invariant {
     Q5,
     /// A parent never changes.
     C1,
+    /// Files in use are locked.
+    C2,
     /// The back end refuses what it must refuse.
     H1,
     /// A guest may not hang or break another.
@@ -65,7 +67,7 @@ pub enum Invariant {
 
 impl Invariant {
     /// All of them.
-    pub const ALL: [Invariant; 29] = [
+    pub const ALL: [Invariant; 30] = [
         Self::G1,
         Self::G7,
         Self::G9,
@@ -82,6 +84,7 @@ impl Invariant {
         Self::Q3,
         Self::Q5,
         Self::C1,
+        Self::C2,
         Self::H1,
         Self::H2,
         Self::N1,
@@ -120,6 +123,7 @@ impl Invariant {
             Self::Q3 => "every compressed cluster lies in the file and inflates to a whole cluster",
             Self::Q5 => "an L2 table is on the medium before the L1 entry that names it",
             Self::C1 => "a backing file never changes",
+            Self::C2 => "an image in use is locked against everybody, and each file below it against writers",
             Self::H1 => "malformed requests are refused, and the ring is closed where it cannot be trusted",
             Self::H2 => "a guest that misbehaves does not disturb another",
             Self::N1 => "an NBD connection breaks only where one of its ends dies or misbehaves",

@@ -1,7 +1,7 @@
 //! What the scenarios of NBD are made of: servers and clients in processes, their beginning and their end.
 
 use crate::catalog::crash::either;
-use crate::catalog::setup::{Setup, workload};
+use crate::catalog::setup::{Setup, cut_after_close, workload};
 use crate::check::Invariant;
 use crate::guest::{DirectDisk, Guest, GuestDisk, Manners, RawNbd, Spread};
 use crate::stack::{Stack, StackLimits};
@@ -248,6 +248,7 @@ pub(super) async fn end(plan: &Plan, served: Served, clients: &Clients, setup: &
             world.fail(Invariant::G11, format!("closing the disk failed with {error:?}"));
         }
     }
+    cut_after_close(world, [setup.spec.path.as_str()]);
     setup.check(world, "in the end").await;
 }
 
