@@ -376,7 +376,8 @@ impl Inner {
         });
         let mut fault = self.draw_fault(op, io);
         if self.full.get() && op.takes_space() && !open.file.inode.borrow().has_space(offset, len) {
-            fault = Fault::Error(Errno::ENOSPC, 0);
+            // A zeroing of whole blocks drops what is dirty before it finds no space, as on ext4.
+            fault = if op == IoOp::Write { Fault::Error(Errno::ENOSPC, 0) } else { Fault::DropsPages };
         }
         let base = match op {
             IoOp::Read => READ_NS,

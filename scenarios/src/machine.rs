@@ -129,9 +129,18 @@ impl Machine {
 
     /// A new guest with `setup` as its disk.
     pub async fn attach(&self, setup: Setup, number: u64) -> Attached {
+        self.attach_with(setup, number, false).await
+    }
+
+    /// The same, with a disk that it may only read.
+    pub async fn attach_read_only(&self, setup: Setup, number: u64) -> Attached {
+        self.attach_with(setup, number, true).await
+    }
+
+    async fn attach_with(&self, setup: Setup, number: u64, read_only: bool) -> Attached {
         let attached = self.new_guest(setup, number);
         let Attached { dom, paths, .. } = &attached;
-        if let Err(error) = attach_vbd(&self.toolstack.port, *dom, XVDA, paths, false).await {
+        if let Err(error) = attach_vbd(&self.toolstack.port, *dom, XVDA, paths, read_only).await {
             self.world.fail(Invariant::K1, format!("the toolstack failed to attach a disk: {error:?}"));
         }
         self.disks.borrow_mut().push(attached.clone());
@@ -240,7 +249,7 @@ impl Machine {
             match Stack::open(host, &self.world, &disk.setup.spec, &self.limits).await {
                 Ok(stack) => {
                     if host.process.node().is_alive() {
-                        disk.setup.check_locks(&self.world);
+                        disk.setup.check_locks(&self.world, self.limits.read_only);
                     }
                     return Ok(stack.node());
                 }

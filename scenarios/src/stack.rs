@@ -22,6 +22,8 @@ pub struct StackLimits {
     pub ring_batch: u32,
     /// O_DIRECT.
     pub direct: bool,
+    /// The image is opened for reading only; not drawn.
+    pub read_only: bool,
     /// Memory budget of the images of one disk in bytes; 0 is what they are guaranteed, and nothing on top.
     pub memory_bytes: usize,
 }
@@ -42,6 +44,7 @@ impl StackLimits {
             guest_depth: world.setting("guest-depth", &[8, 32, 2, 1]),
             ring_batch: world.setting("ring-batch", &[32, 4, 1]),
             direct: world.setting("direct", &[false, true]),
+            read_only: false,
             memory_bytes: world.setting("memory", &[64 << 20, 4 << 20, 0]),
         }
     }
@@ -64,7 +67,8 @@ pub struct Stack {
 }
 
 impl Stack {
-    /// Opens the image `spec` for writing, with its backing files, and builds the disk over it.
+    /// Opens the image `spec`, for writing unless `limits` say otherwise, with its backing files, and builds the disk
+    /// over it.
     ///
     /// # Errors
     /// As the image's.
@@ -75,7 +79,7 @@ impl Stack {
         limits: &StackLimits,
     ) -> Result<Self, ImageError> {
         let options = OpenOptions {
-            write: true,
+            write: !limits.read_only,
             direct: limits.direct,
             qcow: limits.qcow,
             backing: BackingPolicy::any(ImageFormat::Probe),

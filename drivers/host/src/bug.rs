@@ -95,6 +95,7 @@ list! {
         NbdBufferKept = "requests that wait to be sent on a broken connection keep their buffers",
         NbdTrimFrozen = "a trim is carried out on a read-only export",
         NbdZeroesEarly = "zeros with the flag FUA are answered before they are durable",
+        FlushWritesFrozen = "a flush with data is carried out on a read-only disk",
         BackingUnlocked = "a file that is only read is not locked",
         SyncJoined = "a flush is answered by a synchronisation that had begun before it",
         CloseUnsynced = "a raw image is closed without being synchronised",

@@ -11,8 +11,8 @@ use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 use tap_abi::blkif::{
-    BlkifRequest, ENTRY_BYTES, Malformed, RING_ENTRIES, RawResponse, STATUS_EOPNOTSUPP, STATUS_ERROR,
-    STATUS_OKAY, entry_offset,
+    BlkifOp, BlkifRequest, ENTRY_BYTES, Malformed, RING_ENTRIES, RawResponse, STATUS_EOPNOTSUPP,
+    STATUS_ERROR, STATUS_OKAY, entry_offset,
 };
 use tap_abi::ring::{REQ_EVENT, REQ_PROD, RSP_EVENT, RSP_PROD, needs_notify, unconsumed};
 use tap_core::Node;
@@ -293,7 +293,8 @@ where
     /// Parses and checks a private copy of an entry.
     fn look_at(&self, entry: &[u8; ENTRY_BYTES]) -> Result<Job, Malformed> {
         let request = BlkifRequest::parse(entry)?;
-        check(&request, self.size_sectors, self.read_only)?;
+        let flush_slips = request.op == BlkifOp::Flush && self.parts.host.bug(Bug::FlushWritesFrozen);
+        check(&request, self.size_sectors, self.read_only && !flush_slips)?;
         Ok(Job(request))
     }
 

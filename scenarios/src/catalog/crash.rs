@@ -345,7 +345,7 @@ async fn work(
     if !world.errors_allowed() {
         setup.check_length(world);
     }
-    setup.check_locks(world);
+    setup.check_locks(world, false);
     let manners = Manners {
         retries: if world.errors_allowed() { world.setting("guest-retries", &[3, 0, 1]) } else { 0 },
         errors_allowed: world.errors_allowed(),
@@ -394,7 +394,7 @@ pub(super) async fn last_epoch(
         }
     };
     setup.check_length(world);
-    setup.check_locks(world);
+    setup.check_locks(world, false);
     let manners = Manners { retries: 0, errors_allowed: false, reads: after_cut(flush_failed) };
     let disk = DirectDisk::new(stack.node(), limits.pool_bytes.max(256 << 10));
     let guest = Guest::new(world, disk, Rc::clone(&setup.history), manners);

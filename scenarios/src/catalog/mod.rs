@@ -5,6 +5,7 @@ pub mod damage;
 pub mod latch;
 pub mod life;
 pub mod nbd;
+pub mod read_only;
 pub mod ring;
 pub mod scale;
 pub mod setup;
@@ -40,6 +41,8 @@ pub static ALL: &[&Scenario] = &[
     &damage::DAMAGED_IMAGE,
     &scale::QCOW_SCALE,
     &scale::QCOW_FULL,
+    &scale::RAW_FULL,
+    &read_only::RING_READ_ONLY,
     &tools::IMAGE_TOOLS,
     &tools::IMAGE_TOOLS_ERRORS,
     &nbd::NBD_SPLIT_READS,

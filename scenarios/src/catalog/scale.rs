@@ -13,7 +13,7 @@ use crate::guest::{DirectDisk, Guest, Manners};
 use crate::run::Scenario;
 use crate::stack::{Stack, StackLimits};
 use crate::workload::{Op, Workload, operations};
-use crate::world::World;
+use crate::world::{World, setting};
 use kernel_model::faults::FaultPlan;
 use kernel_model::{SimHost, StorageConfig};
 use sim::{Entity, Label};
@@ -54,7 +54,19 @@ pub static QCOW_FULL: Scenario = Scenario {
     name: "qcow-full",
     about: "the host's file system is full for long, then has space again: nothing is lost, and hardly anything leaks",
     storage: |_| StorageConfig { faults: FaultPlan::LATENCY, ..StorageConfig::default() },
-    body: |world| Box::pin(full(world)),
+    body: |world| Box::pin(full(world, false)),
+};
+
+/// A sparse raw disk on a file system that is full for a while.
+pub static RAW_FULL: Scenario = Scenario {
+    name: "raw-full",
+    about: "a sparse raw disk, or one in use, on a file system that is full for long: what is answered stays, zeros included",
+    storage: |sim| StorageConfig {
+        faults: FaultPlan { short: true, transient: true, ..FaultPlan::LATENCY },
+        zeroing: setting(sim, "host-zeroes", &[true, true, false]),
+        ..StorageConfig::default()
+    },
+    body: |world| Box::pin(full(world, true)),
 };
 
 /// Most clusters that may be lost while there is no space.
@@ -62,8 +74,12 @@ const MOST_LEAKED: u64 = 64;
 /// Requests while there is no space.
 const FULL_REQUESTS: u32 = 30;
 
-async fn full(world: World) {
-    let setup = Setup::qcow(&world, 0, (1 << 20) + 1536, world.setting("overlay", &[false, true]));
+async fn full(world: World, raw: bool) {
+    const DISK_BYTES: u64 = (1 << 20) + 1536;
+    let setup = match raw {
+        true => Setup::raw(&world, 0, DISK_BYTES),
+        false => Setup::qcow(&world, 0, DISK_BYTES, world.setting("overlay", &[false, true])),
+    };
     let limits = StackLimits::draw(&world);
     let host = SimHost::start(&world.kernel, &world.xen, "tapdisk", 0);
     let stack = match Stack::open(&host, &world, &setup.spec, &limits).await {

@@ -148,10 +148,12 @@ impl Setup {
         }
     }
 
-    /// While the image is served, nobody else may open it, and what it is based on nobody may write to.
-    pub fn check_locks(&self, world: &World) {
+    /// While the image is served, nobody else may open it, or write to it if it is open for reading; and what it is based
+    /// on nobody may write to.
+    pub fn check_locks(&self, world: &World, read_only: bool) {
+        let top = if read_only { LockKind::Shared } else { LockKind::Exclusive };
         let mut wrong =
-            (world.storage.locks(&self.spec.path) != [LockKind::Exclusive]).then_some(&self.spec.path);
+            (world.storage.locks(&self.spec.path).first() != Some(&top)).then_some(&self.spec.path);
         for path in self.base.iter().map(|(path, _)| path).chain(&self.below) {
             let locks = world.storage.locks(path);
             if locks.is_empty() || locks.contains(&LockKind::Exclusive) {
