@@ -82,7 +82,7 @@ pub struct Machine {
     /// tapdisk finds its disks by their script.
     watching: bool,
     tapdisk: RefCell<Option<SimHost>>,
-    starts: Cell<u32>,
+    starts: Rc<Cell<u32>>,
     /// What the running tapdisk has to end yet: its back ends, or the watch for them.
     running: Cell<usize>,
     waiter: RefCell<Option<Waker>>,
@@ -117,7 +117,7 @@ impl Machine {
             disks: RefCell::default(),
             watching,
             tapdisk: RefCell::default(),
-            starts: Cell::new(0),
+            starts: Rc::default(),
             running: Cell::new(0),
             waiter: RefCell::default(),
             spared: Cell::new(false),
@@ -177,7 +177,15 @@ impl Machine {
             }
         }
         *self.tapdisk.borrow_mut() = Some(host.clone());
+        if self.running.get() == 0 {
+            self.waiter.take().into_iter().for_each(Waker::wake);
+        }
         host
+    }
+
+    /// How often tapdisk was started.
+    pub fn starts(&self) -> Rc<Cell<u32>> {
+        Rc::clone(&self.starts)
     }
 
     /// Serves what the toolstack marks with [`SCRIPT`]; with `twin` instead of the image, if there is one.

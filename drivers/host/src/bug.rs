@@ -73,6 +73,8 @@ list! {
         GrantLeaked = "a mapped grant is not unmapped when connecting fails",
         LostAtReconnect = "requests in the in-flight record are not taken up after a restart",
         RecordLate = "the in-flight record is written after the request was taken",
+        BegunStatusLost = "a failed answer that was begun when the process died arrives as a success",
+        ResumedForgotten = "a request that was taken up from a dead process is not in the record any more",
         RecordGoneAtLeave = "the in-flight record is removed when a process leaves its ring in order",
         GoneNotClosed = "a back end whose front end is gone ends without closing its own end",
         BindOnce = "a port that a dying predecessor still holds is taken as a broken ring",

@@ -136,6 +136,8 @@ where
             // The last request may be noted and not counted; once it is answered nothing else would tell.
             record.set_req_cons(plan.req_cons);
         }
+        let forget = parts.record.as_ref().filter(|_| host.bug(Bug::ResumedForgotten));
+        plan.taken.iter().for_each(|slot| forget.iter().for_each(|record| record.free(slot.number)));
         let ring = Self::start(parts, plan.req_cons, rsp_prod);
         for slot in plan.given {
             if host.bug(Bug::ResponseTwice) {
@@ -146,7 +148,7 @@ where
         }
         for begun in plan.begun {
             host.mark(Mark::ResponseResumed);
-            ring.answer_again(&begun.slot, begun.status);
+            ring.answer_again(&begun.slot, if host.bug(Bug::BegunStatusLost) { 0 } else { begun.status });
         }
         for slot in plan.taken {
             if !host.bug(Bug::LostAtReconnect) {

@@ -185,13 +185,16 @@ where
 
     /// Serves the ring until it is closed or left, or refused because of what the guest wrote. Then waits for the requests
     /// in flight, removes the in-flight record unless somebody is to go on with it, unmaps the ring and closes its channel.
+    /// The record of a ring that is refused stays until the front end has been told, which is the caller's to do: who dies
+    /// before leaves a ring that can be taken up, and is refused again.
     pub async fn run(self) -> RingEnd {
         let ring = &self.0;
         let end = ring.serve().await;
         ring.drain(end).await;
         let Parts { host, config, record, .. } = &ring.parts;
         if let (Some(_), Some(name)) = (record, &config.record)
-            && (!matches!(end, RingEnd::Left | RingEnd::ChannelGone) || host.bug(Bug::RecordGoneAtLeave))
+            && (!matches!(end, RingEnd::Left | RingEnd::ChannelGone | RingEnd::Refused(_))
+                || host.bug(Bug::RecordGoneAtLeave))
         {
             host.remove_region(name);
         }

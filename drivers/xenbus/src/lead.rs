@@ -59,17 +59,18 @@ pub async fn lead<H: XenHost, F: Future<Output = Result<Rc<dyn Node>, String>>>(
                 }
             }
         }
-        let why = match why {
-            Some(why) => why,
-            None => match open().await {
+        let why = match (why, &lock) {
+            (None, Some(lock)) => match open().await {
                 Ok(node) => {
-                    match Backend::run_owned(host.clone(), config.clone(), node, Rc::clone(leave)).await {
+                    match Backend::run_owned(host.clone(), config.clone(), lock, node, Rc::clone(leave)).await
+                    {
                         Err(error) if passes(&error) => error.to_string(),
                         end => break end,
                     }
                 }
                 Err(why) => why,
             },
+            (why, _) => why.unwrap_or_default(),
         };
         if why != told {
             tell(&why);
@@ -86,7 +87,7 @@ pub async fn lead<H: XenHost, F: Future<Output = Result<Rc<dyn Node>, String>>>(
         pause_ns = (pause_ns * 2).min(PAUSE_MAX_NS);
     };
     if let Some(lock) = lock {
-        lock.give_back(host, &end);
+        lock.remove_name(host, &end);
     }
     end
 }

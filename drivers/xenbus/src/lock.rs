@@ -58,8 +58,9 @@ impl<H: XenHost> Lock<H> {
         }
     }
 
-    /// Gives the lock back. Its name goes with a device that is gone, or is none of ours.
-    pub(crate) fn give_back(self, host: &H, end: &Result<BackendEnd, BackendError>) {
+    /// Removes the name of the lock of a device that is gone, or is none of ours: before the last word about it, since who
+    /// dies in between leaves that to somebody who takes the lock anew.
+    pub(crate) fn remove_name(&self, host: &H, end: &Result<BackendEnd, BackendError>) {
         if let Some((name, _)) = &self.page
             && (is_over(end) || matches!(end, Err(BackendError::NotOurs { .. })))
         {

@@ -63,11 +63,7 @@ impl<H: XenHost> Backend<H> {
         leave: Rc<wait::Event>,
     ) -> Result<BackendEnd, BackendError> {
         match Lock::take(&host, &config, 0).await {
-            Ok(lock) => {
-                let end = Self::run_owned(host.clone(), config, node, leave).await;
-                lock.give_back(&host, &end);
-                end
-            }
+            Ok(lock) => Self::run_owned(host, config, &lock, node, leave).await,
             Err(why) => {
                 let path = config.backend_path.clone();
                 node.close().await.map_err(|error| BackendError::Close { path, error })?;
@@ -80,14 +76,16 @@ impl<H: XenHost> Backend<H> {
     pub(crate) async fn run_owned(
         host: H,
         config: BackendConfig,
+        lock: &Lock<H>,
         node: Rc<dyn Node>,
         leave: Rc<wait::Event>,
     ) -> Result<BackendEnd, BackendError> {
         let path = config.backend_path.clone();
-        let mut backend = match Self::find(host, config, Rc::clone(&node), leave).await {
+        let mut backend = match Self::find(host.clone(), config, Rc::clone(&node), leave).await {
             Ok(backend) => backend,
             Err(error) => {
                 node.close().await.map_err(|error| BackendError::Close { path, error })?;
+                lock.remove_name(&host, &error);
                 return error;
             }
         };
@@ -95,6 +93,7 @@ impl<H: XenHost> Backend<H> {
         // After an error nothing is known of the disk's fate: it is as if we had been asked to leave.
         backend.let_go_of_ring(!is_over(&end)).await;
         let closed = node.close().await;
+        lock.remove_name(&host, &end);
         backend.say_the_last_word(end.as_ref().ok()).await?;
         closed.map_err(|error| BackendError::Close { path, error })?;
         end
@@ -248,7 +247,11 @@ impl<H: XenHost> Backend<H> {
                 self.phase = Phase::Waiting;
                 Ok(())
             }
-            RingEnd::Refused(why) => self.fail(&format!("serve the ring: {why}")).await,
+            RingEnd::Refused(why) => {
+                self.fail(&format!("serve the ring: {why}")).await?;
+                self.config.record.iter().for_each(|record| self.host.remove_region(record));
+                Ok(())
+            }
             RingEnd::ChannelGone => Err(BackendError::Deaf { path: self.config.backend_path.clone() }),
         }
     }

@@ -83,6 +83,11 @@ pub(crate) fn start(seen: &Seen) -> Start {
         (Some(Closing), Some(Connected)) if !seen.online => Start::Resume,
         // The predecessor published the disk, or the front end made another ring since: both connect now.
         (Some(Connected), Some(Initialised)) => Start::In(Phase::Waiting),
+        // The predecessor died between the two ends of closing, or the front end began anew: it has no ring, and a
+        // state 6 now would have it close again.
+        (Some(Connected | Closing | Reconfiguring | Reconfigured), Some(Initialising)) if seen.online => {
+            Start::Offer
+        }
         (Some(Connected | Closing | Reconfiguring | Reconfigured), _) => Start::In(Phase::Failed),
         (Some(Closed), _) => Start::In(Phase::Closed),
         (None | Some(Unknown | Initialising | InitWait | Initialised), _) => Start::Offer,
@@ -218,6 +223,8 @@ mod tests {
         assert_eq!(start(&seen(Initialising, Initialising)), Start::Offer);
         assert_eq!(start(&seen(InitWait, Initialised)), Start::Offer);
         assert_eq!(start(&seen(Connected, Connected)), Start::Resume);
+        assert_eq!(start(&seen(Connected, Initialising)), Start::Offer);
+        assert_eq!(start(&Seen { online: false, ..seen(Closing, Initialising) }), Start::In(Phase::Failed));
         assert_eq!(start(&seen(Connected, Initialised)), Start::In(Phase::Waiting));
         assert_eq!(start(&seen(Connected, Closing)), Start::Resume);
         assert_eq!(start(&seen(Closing, Closing)), Start::Resume);

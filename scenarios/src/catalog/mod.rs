@@ -114,6 +114,7 @@ pub static LABELS: &[&Label] = &[
     &toolstack::DESTROY_AFTER,
     &guest::TRICK,
     &guest::FLOOD,
+    &guest::TOGETHER,
     &guest::KEYS,
     &guest::NBD_TRICK,
     &guest::NBD_SHAPE,

@@ -174,11 +174,19 @@ async fn ring_raw(world: World) {
     finish(&world, &machine, &guests).await;
 }
 
+/// About as many effects as tapdisk has from its start to the end of taking up a ring.
+const TAKING_UP_STEPS: u64 = 120;
+
 pub(super) fn kills(world: &World, most: u32, steps: u64) -> Vec<u64> {
     let entity = Entity::WORLD.child("killer", 0);
     world.sim.name_entity(entity, || "killer".into());
     let draw = |i| {
-        world.sim.decide(entity, &KILL_AFTER, i, |d| if d.below(4) == 0 { 0 } else { 1 + d.below(steps) })
+        world.sim.decide(entity, &KILL_AFTER, i, |d| match d.below(8) {
+            0 | 1 => 0,
+            // Soon after it began: while it takes up what the one before left.
+            2..=4 if i > 0 => 1 + d.below(TAKING_UP_STEPS),
+            _ => 1 + d.below(steps),
+        })
     };
     (0..most).map(draw).filter(|n| *n > 0).collect()
 }
@@ -202,6 +210,9 @@ async fn frontend_reconnect(world: World) {
     setup.history.borrow_mut().relax_order();
     let Some((machine, guests)) = start(&world, vec![setup]).await else { return };
     let (attached, guest) = &guests[0];
+    if world.setting("deaths-too", &[false, true]) {
+        world.sim.spawn("supervisor", 0, Rc::clone(&machine).supervise(kills(&world, 3, 600)));
+    }
     let ops = operations_of(&world, attached, 0, 60);
     let (g, depth) = (guest.clone(), world.setting("ring-depth", &[32, 8, 1]));
     let (w, front, (done, reconnected)) = (world.clone(), guest.disk().front().clone(), oneshot());
@@ -223,6 +234,7 @@ async fn frontend_reconnect(world: World) {
     });
     in_guest(attached, async move { g.run(&ops, depth).await }).await;
     let _ = reconnected.await;
+    machine.spare();
     finish(&world, &machine, &guests).await;
 }
 
@@ -296,7 +308,11 @@ async fn hostile_frontend(world: World) {
         bytes
     };
     let before = above();
-    let (w, hostile, (done, gone)) = (world.clone(), Hostile::new(&world, bad.clone()), oneshot());
+    if world.setting("deaths-too", &[false, true]) {
+        world.sim.spawn("supervisor", 0, Rc::clone(&machine).supervise(kills(&world, 3, 400)));
+    }
+    let hostile = Hostile::new(&world, bad.clone(), machine.starts());
+    let (w, (done, gone)) = (world.clone(), oneshot());
     bad.node.spawn("hostile", 0, async move {
         let played = async {
             hostile.connect().await?;
@@ -311,6 +327,7 @@ async fn hostile_frontend(world: World) {
     let g = guest.clone();
     in_guest(&good, async move { g.run(&ops, 16).await }).await;
     either(gone, bad.node.dead()).await;
+    machine.spare();
     // Its front end need not let go of anything, ever.
     machine.destroy(&bad).await;
     finish(&world, &machine, &[(good, guest)]).await;

@@ -171,9 +171,18 @@ async fn guest_destroyed(world: World) {
     attached.node.spawn("main", 0, async move { g.run(&ops, depth).await });
     let entity = Entity::WORLD.child("destroyer", 0);
     world.sim.name_entity(entity, || "administrator".into());
+    let deaths = world.setting("deaths-too", &[false, true]);
+    if deaths {
+        world.sim.spawn("supervisor", 0, Rc::clone(&machine).supervise(kills(&world, 3, 600)));
+    }
     let after_ns = world.sim.decide(entity, &DESTROY_AFTER, 0, |d| d.below(1 << 22));
     world.sim.sleep_ns(after_ns).await;
     machine.destroy(attached).await;
+    machine.spare();
+    if deaths {
+        // What the last of them was doing ends, and its image is free.
+        world.sim.sleep_ns(15_000_000_000).await;
+    }
     machine.all_ended().await;
     machine.check_leaks();
     setup.check(&world, "after the guest was destroyed").await;

@@ -7,10 +7,10 @@ use crate::check::Invariant;
 use crate::check::oracle::{Oracle, is_broken};
 use crate::machine::Attached;
 use crate::world::World;
-use sim::{Entity, Label};
+use sim::{Draw, Entity, Label};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
-use tap_abi::blkif::{BlkifOp, BlkifRequest, ENTRY_BYTES, Segment};
+use tap_abi::blkif::{BlkifOp, BlkifRequest, ENTRY_BYTES, RawResponse, Segment};
 use tap_host::{DomId, Errno, EventChannel, Xenstore};
 use xen_model::{GrantedPage, GuestRing};
 
@@ -18,6 +18,8 @@ use xen_model::{GrantedPage, GuestRing};
 pub static TRICK: Label = Label::packed("trick", "the hostile guest plays trick {}", &[4, 32]);
 /// Which keys it first connects with; 0 are good ones.
 pub static KEYS: Label = Label::new("keys", "the hostile guest first connects with bad keys number {}");
+/// How many more requests come at once, good and bad ones.
+pub static TOGETHER: Label = Label::new("together", "the hostile guest posts {} more requests with it");
 /// How many malformed requests another CPU of the hostile guest posts, each as soon as the one before is answered.
 pub static FLOOD: Label =
     Label::new("flood", "another CPU of the hostile guest posts {} malformed requests without a pause");
@@ -35,6 +37,8 @@ const NR_SEGMENTS: usize = 1;
 const SECTOR: usize = 16;
 const FIRST: usize = 28;
 const LAST: usize = 29;
+/// Most requests that come with another.
+const MOST_TOGETHER: u64 = 5;
 /// How long an answer may take, in virtual nanoseconds.
 const PATIENCE_NS: u64 = 30_000_000_000;
 
@@ -87,6 +91,11 @@ pub fn describe_trick(value: u64) -> String {
 /// Operations that the back end does not know.
 const UNKNOWN_OPS: [u8; 5] = [5, 6, 4, 77, 255];
 
+/// The id of a request.
+fn id_of(entry: &[u8; ENTRY_BYTES]) -> u64 {
+    u64::from_le_bytes(entry[8..16].try_into().expect("eight bytes"))
+}
+
 /// The hostile guest at work.
 pub struct Hostile {
     world: World,
@@ -94,14 +103,23 @@ pub struct Hostile {
     ring: RefCell<Option<Rc<GuestRing>>>,
     entity: Entity,
     next_id: Cell<u64>,
+    /// How often the back end's process was started: each may look at an entry once.
+    lives: Rc<Cell<u32>>,
 }
 
 impl Hostile {
     /// A hostile guest on `attached`.
-    pub fn new(world: &World, attached: Attached) -> Self {
+    pub fn new(world: &World, attached: Attached, lives: Rc<Cell<u32>>) -> Self {
         let entity = Entity::WORLD.child("hostile", u64::from(attached.dom.0));
         world.sim.name_entity(entity, || "hostile guest".into());
-        Self { world: world.clone(), attached, ring: RefCell::default(), entity, next_id: Cell::new(1) }
+        Self {
+            world: world.clone(),
+            attached,
+            ring: RefCell::default(),
+            entity,
+            next_id: Cell::new(1),
+            lives,
+        }
     }
 
     async fn back_state(&self) -> u8 {
@@ -179,8 +197,8 @@ impl Hostile {
     /// Every entry may be loaded once per request.
     fn watch_loads(&self, ring: &Rc<GuestRing>) {
         let (world, loads) = (self.world.clone(), RefCell::new([0_u32; 32]));
-        let last_id = RefCell::new([0_u64; 32]);
-        let page = ring.page().clone();
+        let last_id = RefCell::new([(0_u64, 0_u32); 32]);
+        let (page, lives) = (ring.page().clone(), Rc::clone(&self.lives));
         ring.page().on_foreign_load(Some(Rc::new(move |offset, len| {
             if offset < HEADER || len > ENTRY_BYTES {
                 return;
@@ -188,7 +206,7 @@ impl Hostile {
             let slot = (offset - HEADER) / ENTRY_BYTES % 32;
             let mut id = [0; 8];
             page.read(HEADER + slot * ENTRY_BYTES + 8, &mut id);
-            let id = u64::from_le_bytes(id);
+            let id = (u64::from_le_bytes(id), lives.get());
             let (mut loads, mut last) = (loads.borrow_mut(), last_id.borrow_mut());
             if last[slot] != id {
                 (last[slot], loads[slot]) = (id, 0);
@@ -221,8 +239,19 @@ impl Hostile {
                     break;
                 }
                 _ => {
-                    let (entry, expect) = self.entry(trick, detail, page.gref.0, read_only.gref.0);
-                    self.ask(&ring, &entry, expect).await;
+                    let entry = |trick, detail| self.entry(trick, detail, page.gref.0, read_only.gref.0);
+                    let mut asked = vec![entry(trick, detail)];
+                    let draw = |d: &mut Draw| if d.below(3) == 0 { 1 + d.below(MOST_TOGETHER) } else { 0 };
+                    let more = self.world.sim.decide(self.entity, &TOGETHER, i, draw).min(MOST_TOGETHER);
+                    for k in 1..=more {
+                        let number = (i + 1) * 256 + k as u32;
+                        let draw = |d: &mut Draw| (1 + d.below(14)) | (d.below(1 << 32) << 4);
+                        let value = self.world.sim.decide(self.entity, &TRICK, number, draw);
+                        if !matches!(value & 15, 0 | 15) {
+                            asked.push(entry(value & 15, value >> 4));
+                        }
+                    }
+                    self.ask(&ring, asked).await;
                 }
             }
             if self.world.verdict.is_broken() || self.back_state().await != 4 {
@@ -274,12 +303,17 @@ impl Hostile {
     }
 
     /// An entry, and what must come of it.
-    fn entry(&self, trick: u64, detail: u64, gref: u32, read_only: u32) -> ([u8; ENTRY_BYTES], Expect) {
+    fn entry(&self, trick: u64, detail: u64, page: u32, read_only: u32) -> ([u8; ENTRY_BYTES], Expect) {
         let id = self.next_id.replace(self.next_id.get() + 1);
         let op = if trick == 2 || trick == 10 { BlkifOp::Read } else { BlkifOp::Write };
-        let gref = if trick == 10 { read_only } else { gref };
-        let segment = Segment { gref, first: 0, last: 7 };
-        let request = BlkifRequest::new(id, op, detail % (HONEST_SECTORS - 8), &[segment]);
+        let gref = if trick == 10 { read_only } else { page };
+        // Up to eight segments, and what is wrong is wrong with the last of them.
+        let count = 1 + (detail >> 29 & 7);
+        let at = (count as usize - 1) * size_of::<Segment>();
+        let honest = if trick == 10 { page } else { gref };
+        let mut segments = vec![Segment { gref: honest, first: 0, last: 7 }; count as usize];
+        segments[count as usize - 1].gref = gref;
+        let request = BlkifRequest::new(id, op, detail % (HONEST_SECTORS - 8 * count), &segments);
         let mut e = request.map(|r| r.encode()).unwrap_or([0; ENTRY_BYTES]);
         let sector =
             |e: &mut [u8; ENTRY_BYTES], s: u64| e[SECTOR..SECTOR + 8].copy_from_slice(&s.to_le_bytes());
@@ -295,11 +329,11 @@ impl Hostile {
                 Expect::Error
             }
             5 => {
-                (e[FIRST], e[LAST]) = (5, 2);
+                (e[at + FIRST], e[at + LAST]) = (5, 2);
                 Expect::Error
             }
             6 => {
-                e[LAST] = 8 + (detail % 240) as u8;
+                e[at + LAST] = 8 + (detail % 240) as u8;
                 Expect::Error
             }
             7 => {
@@ -311,7 +345,7 @@ impl Hostile {
                 Expect::Error
             }
             9 => {
-                e[24..28].copy_from_slice(&(5000 + detail as u32).to_le_bytes());
+                e[at + 24..at + 28].copy_from_slice(&(5000 + (detail as u32 & 0xfff_ffff)).to_le_bytes());
                 Expect::Error
             }
             10 => Expect::Error,
@@ -330,7 +364,7 @@ impl Hostile {
             }
             13 => {
                 // A page of another table, or of nobody.
-                e[24..28].copy_from_slice(&[0xff; 4]);
+                e[at + 24..at + 28].copy_from_slice(&[0xff; 4]);
                 Expect::Error
             }
             _ => {
@@ -342,33 +376,41 @@ impl Hostile {
         (e, expect)
     }
 
-    async fn ask(&self, ring: &GuestRing, entry: &[u8; ENTRY_BYTES], expect: Expect) {
-        let id = u64::from_le_bytes(entry[8..16].try_into().expect("eight bytes"));
-        ring.put_raw(entry);
+    /// Posts requests at once, and waits for the answers to all.
+    async fn ask(&self, ring: &GuestRing, mut asked: Vec<([u8; ENTRY_BYTES], Expect)>) {
+        asked.iter().for_each(|(entry, _)| ring.put_raw(entry));
         ring.publish();
         let until = self.world.sim.now_ns() + PATIENCE_NS;
-        let response = loop {
-            match ring.take() {
-                Ok(Some(response)) => break response,
-                Ok(None) if self.world.sim.now_ns() < until => self.world.sim.sleep_ns(20_000).await,
+        while let Some((first, _)) = asked.first() {
+            let response = match ring.take() {
+                Ok(Some(response)) => response,
+                Ok(None) if self.world.sim.now_ns() < until => {
+                    self.world.sim.sleep_ns(20_000).await;
+                    continue;
+                }
                 Ok(None) => {
-                    return self
-                        .world
-                        .fail(Invariant::X1, format!("request #{id} of the hostile guest has no answer"));
+                    let text = format!("request #{} of the hostile guest has no answer", id_of(first));
+                    return self.world.fail(Invariant::X1, text);
                 }
                 Err(_) => return self.world.fail(Invariant::X1, "more responses than requests"),
-            }
-        };
+            };
+            let Some(at) = asked.iter().position(|(entry, _)| id_of(entry) == response.id.get()) else {
+                let text = format!("an answer carries the number {}, and none asks so", response.id.get());
+                return self.world.fail(Invariant::X1, text);
+            };
+            let (entry, expect) = asked.remove(at);
+            self.look_at(&response, &entry, expect);
+        }
+    }
+
+    fn look_at(&self, response: &RawResponse, entry: &[u8; ENTRY_BYTES], expect: Expect) {
         let status = response.status.get();
         let good = match expect {
             Expect::Ok => status == 0,
             Expect::Error => status < 0,
             Expect::Any => true,
         } || is_broken(Oracle::StatusIgnored);
-        if response.id.get() != id {
-            let text = format!("the answer to request #{id} carries the number {}", response.id.get());
-            self.world.fail(Invariant::X1, text);
-        } else if !good {
+        if !good {
             let what = if expect == Expect::Ok { "an honest request" } else { "a malformed request" };
             let text = format!(
                 "{what} (op {}, {} segments) is answered with status {status}",

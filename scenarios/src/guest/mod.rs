@@ -8,7 +8,7 @@ mod ring;
 mod speaker;
 
 pub use direct::DirectDisk;
-pub use hostile::{FLOOD, HONEST_SECTORS, Hostile, KEYS, TRICK, describe_keys, describe_trick};
+pub use hostile::{FLOOD, HONEST_SECTORS, Hostile, KEYS, TOGETHER, TRICK, describe_keys, describe_trick};
 pub use lying::{LyingServer, NBD_LIE, NBD_SHAPE, describe_nbd_lie};
 pub use nbd::{NBD_TRICK, NbdScript, RawNbd, Spread, describe_nbd_trick};
 pub use ring::RingDisk;
