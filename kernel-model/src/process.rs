@@ -16,7 +16,7 @@ use tap_host::{
 };
 use xen_model::Mapping;
 
-/// Alignment in bytes that O_DIRECT asks for.
+/// Alignment in bytes that O_DIRECT asks for, unless the storage says otherwise.
 pub const DIRECT_ALIGN_BYTES: u32 = 512;
 
 /// Size in bytes of the largest file; file systems have such a limit, most of them a higher one.
@@ -369,7 +369,7 @@ impl ProcessFile {
     }
 
     fn align(&self) -> u32 {
-        if self.open.direct { DIRECT_ALIGN_BYTES } else { 1 }
+        if self.open.direct { self.process.kernel.0.storage.0.direct_align() } else { 1 }
     }
 }
 

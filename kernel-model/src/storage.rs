@@ -28,6 +28,8 @@ pub struct StorageConfig {
     pub flush_lies: bool,
     /// Fails one operation, or all from one on; reads, writes and synchronisations are counted together.
     pub nth_failure: Option<NthFailure>,
+    /// What offsets and lengths of direct files are multiples of, in bytes: the sector of the drive below (512 or 4096).
+    pub direct_align_bytes: u32,
     /// Pending bytes per file above which the kernel writes back by itself.
     pub write_back_bytes: usize,
 }
@@ -40,6 +42,7 @@ impl Default for StorageConfig {
             zeroing: true,
             flush_lies: false,
             nth_failure: None,
+            direct_align_bytes: crate::process::DIRECT_ALIGN_BYTES,
             write_back_bytes: 16 << 20,
         }
     }
@@ -233,6 +236,11 @@ impl Storage {
         Some(out)
     }
 
+    /// What offsets and lengths of direct files are multiples of, in bytes.
+    pub fn direct_align_bytes(&self) -> u32 {
+        self.0.direct_align()
+    }
+
     /// Operations so far.
     pub fn counts(&self) -> IoCounts {
         self.0.counts.get()
@@ -265,6 +273,10 @@ impl Storage {
 }
 
 impl Inner {
+    pub(crate) fn direct_align(&self) -> u32 {
+        self.config.borrow().direct_align_bytes
+    }
+
     pub(crate) fn can_zero(&self) -> bool {
         self.config.borrow().zeroing
     }

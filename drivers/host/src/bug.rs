@@ -98,6 +98,7 @@ list! {
         NbdTrimFrozen = "a trim is carried out on a read-only export",
         NbdZeroesEarly = "zeros with the flag FUA are answered before they are durable",
         FlushWritesFrozen = "a flush with data is carried out on a read-only disk",
+        BlockClaimsLeft = "a block of a direct file is rewritten beside another that rewrites it",
         BackingUnlocked = "a file that is only read is not locked",
         SyncJoined = "a flush is answered by a synchronisation that had begun before it",
         CloseUnsynced = "a raw image is closed without being synchronised",

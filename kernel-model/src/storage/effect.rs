@@ -22,7 +22,13 @@ impl Inner {
             }
             Fault::Nothing if running.open.direct => len,
             Fault::Nothing => 0,
-            Fault::Short(part) => part_of(len, part).max(len.min(SECTOR_BYTES as usize)),
+            Fault::Short(part) => {
+                // A direct transfer ends with a whole sector of its drive.
+                let sector =
+                    if running.open.direct { self.direct_align() as usize } else { SECTOR_BYTES as usize };
+                let moved = part_of(len, part);
+                (moved - moved % sector).max(len.min(sector))
+            }
         };
         let done = match running.op {
             IoOp::Read => self.effect_read(running, landed),
