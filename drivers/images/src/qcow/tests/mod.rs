@@ -2,6 +2,7 @@
 
 mod behaviour;
 mod bugs;
+mod chains;
 mod hostile;
 mod reach;
 mod trial;

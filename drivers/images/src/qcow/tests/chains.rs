@@ -1,0 +1,75 @@
+//! Chains of images: how long they may be, who else may open their files, and that reading changes none of them.
+
+use super::*;
+use crate::{ImageSpec, open_image};
+use tap_core::ZeroFlags;
+
+/// Makes `count` images, each the backing file of the one before: `/0` is the top.
+fn chain(world: &World, count: usize) {
+    for level in (0..count).rev() {
+        let options = CreateOptions {
+            cluster_bits: Some(9),
+            l2_bits: Some(6),
+            backing: (level + 1 < count).then(|| (level + 1).to_string()),
+            existing: false,
+        };
+        let host = world.clone();
+        world.block_on(async move { create(&host, &format!("/{level}"), 4096, &options).await }).unwrap();
+    }
+}
+
+fn open_file(world: &World, path: &str, write: bool) -> Result<Rc<dyn Node>, ImageError> {
+    let spec = ImageSpec { format: ImageFormat::Qcow, path: path.to_owned() };
+    let backing = BackingPolicy::any(ImageFormat::Qcow);
+    let (host, options) = (world.clone(), OpenOptions { write, backing, ..OpenOptions::default() });
+    world.block_on(async move { open_image(&host, &spec, &options).await })
+}
+
+#[test]
+fn sixty_four_images_are_a_chain_and_one_more_is_refused() {
+    let world = World::new(1);
+    chain(&world, 64);
+    let top = open_file(&world, "/0", true).unwrap();
+    let read = world.block_on(top.submit(request(Op::Read, 7, &[1], 9)));
+    assert_eq!((read.result, read.bufs[0][511]), (Ok(()), 0));
+    let world = World::new(1);
+    chain(&world, 65);
+    let refused = open_file(&world, "/0", true).err().unwrap().to_string();
+    assert!(refused.contains("more than 64 images above /64"), "{refused}");
+}
+
+#[test]
+fn nobody_else_writes_to_any_file_of_a_chain() {
+    let world = World::new(1);
+    chain(&world, 3);
+    for write in [true, false] {
+        let top = open_file(&world, "/0", write).unwrap();
+        for level in 0..3 {
+            let path = format!("/{level}");
+            assert!(open_file(&world, &path, true).is_err_and(|e| e.is_in_use()), "a writer of {path}");
+            let reader = open_file(&world, &path, false);
+            assert_eq!(reader.is_ok(), !write || level > 0, "a reader of {path}");
+        }
+        world.block_on(top.close()).unwrap();
+        drop(top);
+        (0..3).for_each(|level| drop(open_file(&world, &format!("/{level}"), true).unwrap()));
+    }
+}
+
+#[test]
+fn no_command_changes_an_image_that_is_open_for_reading() {
+    let world = World::new(1);
+    chain(&world, 2);
+    let before = [world.bytes("/0"), world.bytes("/1")];
+    let top = open_file(&world, "/0", false).unwrap();
+    let flags = [(false, false), (true, false), (false, true), (true, true)];
+    let zeroes = flags.map(|(unmap, fast)| Op::WriteZeroes(ZeroFlags { unmap, fast }));
+    for op in zeroes.into_iter().chain([Op::Discard]) {
+        let request = Request { op, range: SectorRange::new(1, 4), bufs: IoVec::new() };
+        assert_eq!(world.block_on(top.submit(request)).result, Err(Errno::EROFS), "{op:?}");
+    }
+    assert_eq!(world.block_on(top.submit(request(Op::Write, 1, &[2], 9))).result, Err(Errno::EROFS));
+    assert_eq!(world.block_on(top.submit(Request::flush())).result, Ok(()));
+    world.block_on(top.close()).unwrap();
+    assert!([world.bytes("/0"), world.bytes("/1")] == before);
+}
