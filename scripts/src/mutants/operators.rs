@@ -38,7 +38,8 @@ const TALK: [&str; 14] = [
     "words",
 ];
 /// Calls that only speak to people, or to the testbed.
-const SAID: [&str; 6] = [".log(", ".mark(", "bug(Bug::", "print!", "println!", ".stats"];
+const SAID: [&str; 8] =
+    [".log(", ".mark(", ".work(", "bug(Bug::", "print!", "println!", ".stats", "thread::panicking()"];
 /// Longest code that a report shows, in characters.
 const SHOWN: usize = 110;
 
@@ -313,6 +314,10 @@ impl Finder<'_> {
             Some(Gives::Bool) => (" { return false; } ", "return false; before it"),
             _ => return,
         };
+        // Before a return it would be the same.
+        if self.source[at..].starts_with("return") {
+            return;
+        }
         let pieces = vec![text("if "), Piece::Selected, text(back)];
         let line = self.source[at..].find('\n').map_or(self.source.len(), |n| at + n);
         let was = self.code(at..line);
@@ -326,6 +331,10 @@ impl Finder<'_> {
         if self.is_said(a.clone()) || self.is_said(b.clone()) || !is_action(first) {
             return;
         }
+        // The order of these two cannot be seen.
+        if is_asserted(first) || is_asserted(second) || !self.meet(first, second) {
+            return;
+        }
         if is_action(second) {
             let mutated = vec![Piece::Source(b.clone()), text(" "), Piece::Source(a.clone())];
             let becomes = format!("{} {}", self.code(b.clone()), self.code(a.clone()));
@@ -335,6 +344,18 @@ impl Finder<'_> {
         if let Stmt::Local(local) = second {
             self.stale(a, b, local);
         }
+    }
+
+    /// Whether one of two statements may feel the other: not where one only counts in a variable of its own.
+    fn meet(&self, first: &Stmt, second: &Stmt) -> bool {
+        let words = |s: &Stmt| {
+            let code = &self.source[range(s.span())];
+            code.split(|c: char| !c.is_alphanumeric() && c != '_').map(str::to_owned).collect::<Vec<_>>()
+        };
+        let apart = |one: &Stmt, other: &Stmt| {
+            counted(one).is_some_and(|name| !words(other).contains(&name.to_string()))
+        };
+        !apart(first, second) && !apart(second, first)
     }
 
     /// What was read after an action is read before it.
@@ -415,6 +436,37 @@ fn is_action(statement: &Stmt) -> bool {
             | Expr::Assign(_)
             | Expr::Binary(_)
     )
+}
+
+/// A statement that only fails, never acts.
+fn is_asserted(statement: &Stmt) -> bool {
+    let Stmt::Expr(Expr::MethodCall(call), Some(_)) = statement else { return false };
+    call.method == "expect" || call.method == "unwrap"
+}
+
+/// The local variable that a statement without calls of functions sets or changes.
+fn counted(statement: &Stmt) -> Option<&syn::Ident> {
+    let Stmt::Expr(expr, Some(_)) = statement else { return None };
+    let (left, right) = match expr {
+        Expr::Assign(e) => (&e.left, &e.right),
+        Expr::Binary(e) => (&e.left, &e.right),
+        _ => return None,
+    };
+    let Expr::Path(name) = &**left else { return None };
+    if is_plain(right) { name.path.get_ident() } else { None }
+}
+
+/// An expression that acts on nothing: names, fields, numbers, and how long something is.
+fn is_plain(expr: &Expr) -> bool {
+    match expr {
+        Expr::Path(_) | Expr::Lit(_) => true,
+        Expr::Field(e) => is_plain(&e.base),
+        Expr::Cast(e) => is_plain(&e.expr),
+        Expr::Paren(e) => is_plain(&e.expr),
+        Expr::Binary(e) => is_plain(&e.left) && is_plain(&e.right),
+        Expr::MethodCall(e) => e.method == "len" && is_plain(&e.receiver),
+        _ => false,
+    }
 }
 
 fn has_let(expr: &Expr) -> bool {

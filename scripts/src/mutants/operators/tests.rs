@@ -42,6 +42,19 @@ fn each_kind_of_slip_is_found() {
 }
 
 #[test]
+fn slips_that_nothing_could_feel_are_left_out() {
+    let count = |body: &str, operator: &str| made(&format!("fn f() {{ {body} }}"), operator).len();
+    for apart in ["a -= e.count; b.push(e);", "b.copy(&c); a += p.len() as u64;", "a.expect(\"so\"); b();"] {
+        assert_eq!(count(apart, "order turned round"), 0, "{apart}");
+    }
+    for together in ["a -= 1; b.push(a);", "a.n = 1; a.go();", "a += f(); b();"] {
+        assert_eq!(count(together, "order turned round"), 1, "{together}");
+    }
+    assert_eq!((count("a(); return;", "early return"), count("a(); b();", "early return")), (0, 1));
+    assert_eq!(count("if thread::panicking() {}", "condition false"), 0);
+}
+
+#[test]
 fn what_speaks_to_people_or_tests_is_left_alone() {
     let source = "fn f(h: H) { h.log(E); if h.bug(Bug::X) { h.mark(M); } }
         impl Display for A { fn fmt(&self) { if a { b(); } } }
