@@ -12,6 +12,7 @@ pub mod hunt;
 pub mod image;
 pub mod machine;
 mod panics;
+pub mod program;
 pub mod run;
 pub mod stack;
 pub mod sweep;

@@ -9,6 +9,7 @@ use crate::catalog::setup::Setup;
 use crate::check::Invariant;
 use crate::check::oracle::{Oracle, is_broken};
 use crate::guest::{Guest, Manners, RingDisk};
+use crate::program::tapdisk;
 use crate::stack::{Stack, StackLimits};
 use crate::world::World;
 use kernel_model::SimHost;
@@ -81,6 +82,8 @@ pub struct Machine {
     pub(crate) disks: RefCell<Vec<Attached>>,
     /// tapdisk finds its disks by their script.
     watching: bool,
+    /// tapdisk is the program that ships, `tapdisk xen --watch`, with the limits that it has.
+    shipped: bool,
     tapdisk: RefCell<Option<SimHost>>,
     starts: Rc<Cell<u32>>,
     /// What the running tapdisk has to end yet: its back ends, or the watch for them.
@@ -116,6 +119,7 @@ impl Machine {
             limits,
             disks: RefCell::default(),
             watching,
+            shipped: watching && world.setting("shipped-program", &[false, true]),
             tapdisk: RefCell::default(),
             starts: Rc::default(),
             running: Cell::new(0),
@@ -168,7 +172,9 @@ impl Machine {
             stopped.await;
             event.set();
         });
-        if self.watching {
+        if self.shipped {
+            host.spawn("main", 0, Rc::clone(self).program(host.clone()));
+        } else if self.watching {
             host.spawn("main", 0, Rc::clone(self).watch(host.clone(), leave, None));
         } else {
             for disk in self.disks.borrow().iter() {
@@ -191,7 +197,7 @@ impl Machine {
     /// Serves what the toolstack marks with [`SCRIPT`]; with `twin` instead of the image, if there is one.
     async fn watch(self: Rc<Self>, host: SimHost, leave: Rc<wait::Event>, twin: Option<Setup>) {
         let whose =
-            Whose { root: "/local/domain/0/backend/vbd".into(), script: SCRIPT.into(), records: "inflight" };
+            Whose { root: "/local/domain/0/backend/vbd".into(), script: SCRIPT.into(), records: "ring" };
         let (machine, h, l) = (Rc::clone(&self), host.clone(), Rc::clone(&leave));
         let serve = move |device: tap_xenbus::Device| {
             let (machine, h, l, twin) = (Rc::clone(&machine), h.clone(), Rc::clone(&l), twin.clone());
@@ -220,15 +226,35 @@ impl Machine {
         self.one_ended();
     }
 
+    /// `tapdisk xen --watch`, from its command line to its exit status.
+    async fn program(self: Rc<Self>, host: SimHost) {
+        let line = format!("xen --watch --script {SCRIPT} {}", self.limits.images());
+        let (status, why) = tapdisk(&host, &line).await;
+        // Where operations fail, closing a disk may.
+        if status != 0 && host.process.node().is_alive() && !self.world.errors_allowed() {
+            self.world.fail(Invariant::L1, format!("tapdisk {line} ended with status {status}: {why}"));
+        }
+        self.one_ended();
+    }
+
     /// One disk, from opening its image to the end of its back end.
     async fn serve(self: Rc<Self>, host: SimHost, disk: Attached, leave: Rc<wait::Event>) {
         let mut config = BackendConfig::new(disk.paths.backend.clone(), disk.dom, disk.vbd);
-        config.record = Some(format!("inflight-{}-{}", disk.dom.0, disk.vbd.0));
+        config.record = Some(format!("ring-{}-{}", disk.dom.0, disk.vbd.0));
         config.hotplug = if self.watching { Hotplug::Wait } else { Hotplug::Write };
         config.limits.buffer_bytes = self.limits.pool_bytes;
         config.limits.batch = self.limits.ring_batch;
         let end = if self.watching {
-            lead(&host, &config, &leave, || self.open(&host, &disk), |_| {}).await
+            // Where nobody else leads the disk, every ring can be taken up, or has no guest any more.
+            let tell = |why: &str| {
+                if why.ends_with("nothing was changed")
+                    && !self.rivals.get()
+                    && host.process.node().is_alive()
+                {
+                    self.world.fail(Invariant::L1, format!("tapdisk complains: failed to {why}"));
+                }
+            };
+            lead(&host, &config, &leave, || self.open(&host, &disk), tell).await
         } else {
             match self.open(&host, &disk).await {
                 Ok(node) => Backend::run(host.clone(), config, node, leave).await,
@@ -291,7 +317,7 @@ impl Machine {
                     let mut config = BackendConfig::new(disk.paths.backend.clone(), disk.dom, disk.vbd);
                     // Another program knows nothing of ours.
                     config.record = (!world.setting("second-is-another-program", &[false, true]))
-                        .then(|| format!("inflight-{}-{}", disk.dom.0, disk.vbd.0));
+                        .then(|| format!("ring-{}-{}", disk.dom.0, disk.vbd.0));
                     Backend::run(h, config, stack.node(), Rc::default()).await.map_err(|e| e.to_string())
                 }
                 Err(error) => Err(error.to_string()),

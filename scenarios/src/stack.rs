@@ -51,6 +51,12 @@ impl StackLimits {
 }
 
 impl StackLimits {
+    /// As options of a program, as far as it has them.
+    pub fn images(&self) -> String {
+        let direct = if self.direct { "--direct" } else { "" };
+        format!("--backing probe --memory {}M {direct}", (self.memory_bytes >> 20).max(16))
+    }
+
     fn budget(&self) -> Budget {
         if self.memory_bytes == 0 { Budget::least() } else { Budget::new(self.memory_bytes) }
     }

@@ -10,6 +10,7 @@
 
 use crate::check::Invariant;
 use crate::machine::{Attached, Machine, SCRIPT};
+use crate::program::named;
 use std::future::Future;
 use std::pin::pin;
 use std::task::Poll;
@@ -23,29 +24,52 @@ impl Machine {
     /// Gives `disk` to its guest, with a script; the tapdisk that watches has to find it.
     pub async fn plug(&self, disk: &Attached) {
         self.disks.borrow_mut().push(disk.clone());
-        if let Err(error) = self.try_plug(disk).await {
-            self.world.fail(Invariant::L1, format!("the toolstack failed to plug a disk in: {error:?}"));
+        loop {
+            match self.try_plug(disk).await {
+                Ok(None) => return,
+                // Who has read why tries again.
+                Ok(Some(_)) if self.world.errors_allowed() => {}
+                Ok(Some(why)) => {
+                    return self.world.fail(Invariant::L1, format!("a disk that is whole is refused: {why}"));
+                }
+                Err(error) => {
+                    let text = format!("the toolstack failed to plug a disk in: {error:?}");
+                    return self.world.fail(Invariant::L1, text);
+                }
+            }
+            if let Err(error) = self.try_unplug(disk).await {
+                let text = format!("the toolstack failed to take away a disk that was refused: {error:?}");
+                return self.world.fail(Invariant::L1, text);
+            }
         }
     }
 
-    async fn try_plug(&self, disk: &Attached) -> Result<(), Errno> {
+    /// Gives the reason if the disk is refused: xl's script finds it, and fails.
+    async fn try_plug(&self, disk: &Attached) -> Result<Option<String>, Errno> {
         let (port, back) = (&self.toolstack.port, &disk.paths.backend);
         attach_vbd(port, disk.dom, disk.vbd, &disk.paths, false).await?;
-        port.write(&format!("{back}/params"), b"any").await?;
+        port.write(&format!("{back}/params"), named(&disk.setup.spec).as_bytes()).await?;
         // In one transaction with the others for xl; here it is what makes the disk tapdisk's, so it comes last.
         port.write(&format!("{back}/script"), format!("/etc/xen/scripts/{SCRIPT}").as_bytes()).await?;
         self.wait_for_back(disk, b"2").await?;
-        port.write(&format!("{back}/hotplug-status"), b"connected").await
+        match port.read(&format!("{back}/hotplug-error")).await {
+            Ok(why) => return Ok(Some(String::from_utf8_lossy(&why).into_owned())),
+            Err(Errno::ENOENT) => {}
+            Err(error) => return Err(error),
+        }
+        port.write(&format!("{back}/hotplug-status"), b"connected").await?;
+        Ok(None)
+    }
+
+    async fn try_unplug(&self, disk: &Attached) -> Result<(), Errno> {
+        self.take_offline(disk).await?;
+        self.wait_for_back(disk, b"6").await?;
+        remove_vbd(&self.toolstack.port, &disk.paths).await
     }
 
     /// Takes `disk` away from its guest, whose front end has let go of it or does so meanwhile.
     pub async fn unplug(&self, disk: &Attached) {
-        let result = async {
-            self.take_offline(disk).await?;
-            self.wait_for_back(disk, b"6").await?;
-            remove_vbd(&self.toolstack.port, &disk.paths).await
-        };
-        if let Err(error) = result.await {
+        if let Err(error) = self.try_unplug(disk).await {
             self.world.fail(Invariant::L1, format!("the toolstack failed to take a disk away: {error:?}"));
         }
         self.disks.borrow_mut().retain(|d| d.paths != disk.paths);

@@ -82,6 +82,7 @@ list! {
         GoneNotSeen = "a front end that vanishes while its ring is taken up is taken as a ring that cannot be served",
         OrphansStay = "the records of guests that are gone are left where they are",
         DiskNotOwned = "two processes that are told to serve one disk both begin",
+        UnservedRecordStays = "the record of a guest that is destroyed before its ring was taken up is left where it is",
         ServedRingClosed = "a ring that another process serves is taken as a broken one, and its front end told to close",
         ArmWithoutBarrier = "there is no barrier between asking for an event and the last look at the requests",
         PublishWithoutBarrier = "there is no barrier between publishing responses and looking whether an event is due",

@@ -24,7 +24,8 @@ use std::str::FromStr;
 use tap_core::{Node, wait};
 use tap_host::{Budget, DomId, Errno, SECTOR_BYTES, VbdId};
 use tap_xenbus::{
-    Backend, BackendConfig, BackendEnd, BackendError, Device, Hotplug, Whose, XenHost, lead, supervise,
+    Backend, BackendConfig, BackendEnd, BackendError, Device, Hotplug, Whose, XenHost, lead, patiently,
+    supervise,
 };
 
 /// How long to wait for an image that is in use, in nanoseconds. A guest that reboots gets a new vbd while the image of
@@ -125,7 +126,7 @@ impl<H: GuestHost> Shared<H> {
 
     /// The folder of our domain's back ends.
     async fn root(&self) -> Result<String, String> {
-        let own = match self.host.read("domid").await {
+        let own = match patiently(&self.host, async || self.host.read("domid").await).await {
             Ok(value) => {
                 std::str::from_utf8(&value).ok().and_then(|id| id.trim_end_matches('\0').parse().ok())
             }
@@ -175,7 +176,7 @@ impl<H: GuestHost> Shared<H> {
         write: bool,
     ) -> Result<Rc<dyn Node>, String> {
         let path = &config.backend_path;
-        match self.host.read(&format!("{path}/frontend")).await {
+        match patiently(&self.host, async || self.host.read(&format!("{path}/frontend")).await).await {
             Ok(_) => {}
             Err(Errno::ENOENT) => {
                 return Err(format!("find {path} in xenstore; a toolstack makes it"));

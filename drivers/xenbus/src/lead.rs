@@ -87,6 +87,7 @@ pub async fn lead<H: XenHost, F: Future<Output = Result<Rc<dyn Node>, String>>>(
         pause_ns = (pause_ns * 2).min(PAUSE_MAX_NS);
     };
     if let Some(lock) = lock {
+        lock.remove_record(host, &end);
         lock.remove_name(host, &end);
     }
     end

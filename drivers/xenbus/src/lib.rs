@@ -44,4 +44,5 @@ mod supervise;
 pub use config::{BackendConfig, BackendEnd, BackendError, Hotplug, XenHost};
 pub use lead::lead;
 pub use machine::Backend;
+pub use patience::patiently;
 pub use supervise::{Device, Whose, supervise};

@@ -58,6 +58,16 @@ impl<H: XenHost> Lock<H> {
         }
     }
 
+    /// Removes the record of a device that is gone, which a predecessor may have left for one that we never came to serve.
+    pub(crate) fn remove_record(&self, host: &H, end: &Result<BackendEnd, BackendError>) {
+        if let Some((name, _)) = &self.page
+            && is_over(end)
+            && !host.bug(Bug::UnservedRecordStays)
+        {
+            host.remove_region(name.strip_suffix(SUFFIX).unwrap_or(name));
+        }
+    }
+
     /// Removes the name of the lock of a device that is gone, or is none of ours: before the last word about it, since who
     /// dies in between leaves that to somebody who takes the lock anew.
     pub(crate) fn remove_name(&self, host: &H, end: &Result<BackendEnd, BackendError>) {

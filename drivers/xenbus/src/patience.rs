@@ -19,7 +19,7 @@ pub(crate) fn is_transient(error: Errno) -> bool {
 ///
 /// # Errors
 /// The last one.
-pub(crate) async fn patiently<H: Time + Probe, T>(
+pub async fn patiently<H: Time + Probe, T>(
     host: &H,
     operation: impl AsyncFn() -> Result<T, Errno>,
 ) -> Result<T, Errno> {

@@ -1,7 +1,7 @@
 //! Every command of the protocol, with every flag that may stand beside it; and a server that is stopped under load.
 
 use super::plan::{
-    DISK, DISK_BYTES, NO_ERRORS, Plan, Served, address, client_config, client_stack, cut_power, last_look,
+    DISK, DISK_BYTES, NO_ERRORS, Plan, Running, address, client_config, client_stack, cut_power, last_look,
     within,
 };
 use crate::catalog::crash::arm_power_cut;
@@ -122,7 +122,7 @@ async fn speak(
 
 async fn server_stopped(world: World) {
     let (plan, setup) = Plan::draw(&world);
-    let Some(first) = plan.serve(&plan.process("tapdisk", 0)).await else { return };
+    let Some(first) = Running::start(&plan, plan.process("tapdisk", 0)).await else { return };
     let host = plan.process("client", 0);
     let config = ClientConfig { breaks: Breaks::Keep, ..client_config(&world) };
     let ops = plan.operations(0, setup.size_sectors, 60);
@@ -143,12 +143,12 @@ async fn server_stopped(world: World) {
     .await;
     done.wait().await;
     let Some(served) = last.take() else { return };
-    cut_power(&world, &setup, &[&host, &served.host]).await;
+    cut_power(&world, &setup, &[&host, served.host()]).await;
     last_look(&plan, &setup, Invariant::G7).await;
 }
 
 /// Stops the server, cuts the power of its machine, and starts the next; gives the last one.
-async fn stops(plan: &Plan, setup: &Setup, first: Served) -> Option<Served> {
+async fn stops(plan: &Plan, setup: &Setup, first: Running) -> Option<Running> {
     let (world, mut served) = (&plan.world, first);
     for n in 1..=3 {
         let entity = Entity::WORLD.child("stop", n);
@@ -159,7 +159,7 @@ async fn stops(plan: &Plan, setup: &Setup, first: Served) -> Option<Served> {
             served.stop(world, setup).await;
             world.storage.power_cut();
             world.count(|s| s.crashes += 1);
-            served = plan.serve(&plan.process("tapdisk", n)).await?;
+            served = Running::start(plan, plan.process("tapdisk", n)).await?;
         }
     }
     Some(served)

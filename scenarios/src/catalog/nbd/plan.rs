@@ -4,6 +4,7 @@ use crate::catalog::crash::either;
 use crate::catalog::setup::{Setup, cut_after_close, workload};
 use crate::check::Invariant;
 use crate::guest::{DirectDisk, Guest, GuestDisk, Manners, RawNbd, Spread};
+use crate::program::{named, tapdisk};
 use crate::stack::{Stack, StackLimits};
 use crate::workload::{Op, Workload, operations};
 use crate::world::World;
@@ -11,7 +12,7 @@ use kernel_model::SimHost;
 use sim::Entity;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
-use tap_core::wait::oneshot;
+use tap_core::wait::{Receiver, oneshot};
 use tap_core::{Node, Scheduler, Vbd};
 use tap_host::{Mark, SocketAddress, Sockets, VbdId};
 use tap_images::ImageError;
@@ -25,6 +26,11 @@ pub(super) const DISK: &str = "disk";
 
 pub(super) fn address() -> SocketAddress {
     SocketAddress::Unix("/run/tapdisk.nbd".into())
+}
+
+/// Whether the server is the program that ships, with the limits that it has.
+pub(super) fn shipped(world: &World) -> bool {
+    world.setting("shipped-program", &[false, true])
 }
 
 pub(super) fn server_limits(world: &World) -> ServerLimits {
@@ -82,6 +88,50 @@ impl Served {
     }
 }
 
+/// A server that can be stopped: made of its parts, or the program that ships.
+pub(super) enum Running {
+    Parts(Served),
+    Program(SimHost, Receiver<()>),
+}
+
+impl Running {
+    /// Starts one in `host`. `None` if that fails.
+    pub(super) async fn start(plan: &Plan, host: SimHost) -> Option<Self> {
+        if !shipped(&plan.world) {
+            return plan.serve(&host).await.map(Self::Parts);
+        }
+        let (done, ended) = oneshot();
+        let (plan, own) = (plan.clone(), host.clone());
+        host.process.node().spawn("main", 0, async move {
+            plan.program(&own).await;
+            let _ = done.send(());
+        });
+        Some(Self::Program(host, ended))
+    }
+
+    pub(super) fn host(&self) -> &SimHost {
+        match self {
+            Self::Parts(served) => &served.host,
+            Self::Program(host, _) => host,
+        }
+    }
+
+    /// As [`Served::stop`]; a program is asked to.
+    pub(super) async fn stop(self, world: &World, setup: &Setup) {
+        match self {
+            Self::Parts(served) => served.stop(world, setup).await,
+            Self::Program(host, ended) => {
+                let inv = setup.history.borrow_mut().begin_flush();
+                host.process.ask_to_stop();
+                let _ = ended.await;
+                setup.history.borrow_mut().end_flush(inv);
+                host.process.node().kill();
+                host.process.node().dead().await;
+            }
+        }
+    }
+}
+
 impl Plan {
     /// Draws the limits for one disk called [`DISK`].
     pub(super) fn draw(world: &World) -> (Self, Setup) {
@@ -134,6 +184,24 @@ impl Plan {
         let own = server.clone();
         host.process.node().spawn("serve", 0, async move { own.serve(listener).await });
         Some(Served { host: host.clone(), server, stacks })
+    }
+
+    /// `tapdisk serve` with the disks of this plan, started again while an image is in use by a predecessor whose last
+    /// operation is under way. Ends when it is asked to stop.
+    pub(super) async fn program(&self, host: &SimHost) {
+        let disks = self.disks.iter().map(|(name, setup)| format!("{name}={}", named(&setup.spec)));
+        let disks: Vec<String> = disks.collect();
+        let line = format!("serve --nbd {} {} {}", address(), self.limits.images(), disks.join(" "));
+        loop {
+            let (status, why) = tapdisk(host, &line).await;
+            if status == 0 || !host.process.node().is_alive() {
+                return;
+            }
+            if !why.contains("in use") {
+                let text = format!("tapdisk {line} ended with status {status}: {why}");
+                return self.world.fail(Invariant::L1, text);
+            }
+        }
     }
 
     fn failed(&self, host: &SimHost, what: &str) -> Option<Served> {
@@ -319,6 +387,9 @@ impl Supervisor {
         *self.current.borrow_mut() = host.clone();
         let plan = self.plan.clone();
         host.clone().process.node().spawn("main", 0, async move {
+            if self::shipped(&plan.world) {
+                return plan.program(&host).await;
+            }
             let served = plan.serve(&host).await;
             // Its disks live as long as the process.
             std::future::pending::<()>().await;

@@ -3,6 +3,7 @@
 use super::Work;
 use crate::check::{Invariant, walker};
 use crate::image::{QcowShape, Stored, layer_cluster, make_qcow};
+use crate::program::named;
 use crate::world::World;
 use kernel_model::PageMap;
 use tap_images::{ImageFormat, ImageSpec};
@@ -94,12 +95,6 @@ impl Disk {
             }
         }
     }
-}
-
-/// As a tool's argument: the format is named.
-pub(super) fn named(spec: &ImageSpec) -> String {
-    let format = if spec.format == ImageFormat::Raw { "raw" } else { "qcow" };
-    format!("{format}:{}", spec.path)
 }
 
 /// A command that makes or fills an image, and what that image must show then.

@@ -1,8 +1,9 @@
 //! What the tools say of an image, against its bytes.
 
 use super::Tool;
-use super::disk::{Disk, Made, named};
+use super::disk::{Disk, Made};
 use crate::check::{Invariant, walker};
+use crate::program::named;
 use crate::world::World;
 use serde_json::Value;
 use tap_host::SECTOR_BYTES;

@@ -1,0 +1,40 @@
+//! `tapdisk`, the program that ships, in a process of a world.
+
+use clap::Parser as _;
+use kernel_model::SimHost;
+use std::cell::RefCell;
+use std::rc::Rc;
+use tap_images::{ImageFormat, ImageSpec};
+use tap_programs::Console;
+use tap_programs::daemon::{Cli, run};
+
+/// What a program has to complain of.
+#[derive(Default)]
+struct Said(RefCell<Vec<String>>);
+
+impl Console for Said {
+    fn out(&self, _: &str) {}
+    fn err(&self, line: &str) {
+        self.0.borrow_mut().push(line.to_owned());
+    }
+    fn progress(&self, _: u64, _: u64) {}
+}
+
+/// Runs `tapdisk` with the arguments of `line` in the process of `host` until it ends: its exit status, and what it has
+/// printed on standard error.
+///
+/// # Panics
+/// When the command line cannot be parsed.
+pub async fn tapdisk(host: &SimHost, line: &str) -> (u8, String) {
+    let cli = Cli::try_parse_from(std::iter::once("tapdisk").chain(line.split_whitespace()));
+    let cli = cli.unwrap_or_else(|e| panic!("tapdisk {line}: {e}"));
+    let said = Rc::new(Said::default());
+    let status = run(host.clone(), cli, Rc::clone(&said) as Rc<dyn Console>).await;
+    (status, said.0.take().join("; "))
+}
+
+/// An image as an argument of a program: its format is named.
+pub fn named(spec: &ImageSpec) -> String {
+    let format = if spec.format == ImageFormat::Raw { "raw" } else { "qcow" };
+    format!("{format}:{}", spec.path)
+}
