@@ -315,9 +315,9 @@ fn a_ring_that_is_served_is_left_alone_by_whoever_comes_second() {
         let first = Daemon::start(&kernel, &xen, 1, "xen 1/xvda=raw:/a");
         guest.front.connect().await.unwrap();
         for (key, spec, why) in [
-            (2, "raw:/b", "bind event channel"),
+            (2, "raw:/b", "another process serves it"),
             (3, "raw:/a", "in use"),
-            (4, "raw:/small", "the disk has 1024 sectors, and the front end was told 2048"),
+            (4, "raw:/small", "another process serves it"),
         ] {
             let second = Daemon::start(&kernel, &xen, key, &format!("xen 1/xvda={spec}"));
             sim.sleep_ns(12_000_000_000).await;
@@ -336,6 +336,8 @@ fn a_ring_that_is_served_is_left_alone_by_whoever_comes_second() {
         let wrong = Daemon::start(&kernel, &xen, 5, "xen 1/xvda=raw:/small");
         tools.settle().await;
         assert_eq!(*wrong.status.borrow(), Some(1));
+        let why = "the disk has 1024 sectors, and the front end was told 2048";
+        assert!(wrong.said().contains(why), "{}", wrong.said());
         let right = Daemon::start(&kernel, &xen, 6, "xen 1/xvda=raw:/a");
         assert_eq!(guest.read(3).await, 4);
         tools.take_offline(&guest).await;
