@@ -35,6 +35,8 @@ pub(super) struct Evtchn {
     _listed: Listed,
     fd: AsyncFd<OwnedFd>,
     channels: RefCell<BTreeMap<u32, Rc<Channel>>>,
+    /// Events cannot be read any more: every channel is deaf, also one that is bound later.
+    lost: Cell<bool>,
 }
 
 #[derive(Default)]
@@ -64,7 +66,12 @@ impl Evtchn {
     /// `fd` does not block. [`Evtchn::read_all`] has to run.
     pub(super) fn new(fd: OwnedFd) -> Result<Rc<Self>, Errno> {
         let fd = watch(fd, Interest::READABLE)?;
-        Ok(Rc::new(Self { _listed: Listed::new(fd.as_raw_fd()), fd, channels: RefCell::default() }))
+        Ok(Rc::new(Self {
+            _listed: Listed::new(fd.as_raw_fd()),
+            fd,
+            channels: RefCell::default(),
+            lost: Cell::new(false),
+        }))
     }
 
     /// See [`tap_host::Events::bind_interdomain`].
@@ -73,9 +80,13 @@ impl Evtchn {
         // SAFETY: the device is evtchn; the structure has no addresses.
         let port = unsafe { call(self.fd.get_ref(), &mut bind)? };
         let Ok(port) = u32::try_from(port) else { unreachable!("a negative port is an error") };
-        let channel = Rc::<Channel>::default();
+        Ok(LinuxChannel { device: Rc::clone(self), port: Port(port), channel: self.channel(port) })
+    }
+
+    fn channel(&self, port: u32) -> Rc<Channel> {
+        let channel = Rc::new(Channel { gone: Cell::new(self.lost.get()), ..Channel::default() });
         self.channels.borrow_mut().insert(port, Rc::clone(&channel));
-        Ok(LinuxChannel { device: Rc::clone(self), port: Port(port), channel })
+        channel
     }
 
     /// Reads events for all channels, for ever.
@@ -94,6 +105,7 @@ impl Evtchn {
                 Err(error) => errno(&error),
             };
             host.say(Level::Error, format_args!("events of guests can no longer be read: {error}"));
+            self.lost.set(true);
             for channel in self.channels.borrow().values() {
                 channel.gone.set(true);
                 channel.wake();
@@ -181,5 +193,31 @@ impl Drop for LinuxChannel {
         // SAFETY: the device is evtchn; the structure has no addresses.
         let closed = unsafe { call(self.device.fd.get_ref(), &mut unbind) };
         assert!(closed.is_ok() || std::thread::panicking(), "a port of our own cannot be closed: {closed:?}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Options, run};
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn a_channel_that_is_bound_after_the_device_was_lost_is_as_deaf_as_those_before() {
+        run(&Options::default(), |host| async move {
+            let (fd, peer) = UnixStream::pair().unwrap();
+            fd.set_nonblocking(true).unwrap();
+            // A peer that goes with something unread makes the next read an error, as a device that is lost.
+            (&fd).write_all(b"unread").unwrap();
+            drop(peer);
+            let device = Evtchn::new(fd.into()).unwrap();
+            let before = device.channel(1);
+            assert!(!before.gone.get());
+            Rc::clone(&device).read_all(host).await;
+            assert!(before.gone.get());
+            assert!(device.channel(2).gone.get());
+        })
+        .unwrap();
     }
 }
