@@ -7,7 +7,7 @@
 //! ```
 //!
 //! An operation that a transient error refuses is repeated in place, twice at most; then its request learns of it, and its
-//! scheduler repeats the whole of it.
+//! scheduler repeats the whole of it. While an image is made there is no scheduler, and more patience.
 //!
 //! A read past the end of the file gives zeros: after a crash a mapping may be there before the size is.
 
@@ -25,6 +25,8 @@ use tap_host::{
 /// Repetitions of one operation after transient errors, within a request. The scheduler repeats whole requests: where one
 /// operation in ten is refused, that alone would hardly ever get a request of many operations through.
 const REPEATS: u32 = 2;
+/// The same while an image is being made, where there is no scheduler.
+const CREATE_REPEATS: u32 = 8;
 /// Before the first of them, in nanoseconds; it doubles with each.
 const REPEAT_PAUSE_NS: u64 = 1_000_000;
 /// Repetitions of a read while an image is being opened.
@@ -43,6 +45,8 @@ pub(crate) struct ImageFile<H: ImageHost> {
     tracker: Tracker,
     kept: KeptZeros,
     memory: FileStages,
+    /// Repetitions of one operation after transient errors.
+    repeats: u32,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -64,6 +68,7 @@ impl<H: ImageHost> ImageFile<H> {
         let mode = if existing { OpenMode::WRITE } else { OpenMode::CREATE };
         let file = host.open(path, mode).await.map_err(ImageError::io("create", path))?;
         let mut file = Self::locked(host, path, file, true).await?;
+        file.repeats = CREATE_REPEATS;
         if existing && !file.info.block_device {
             file.set_size(0).await.map_err(ImageError::io("empty", path))?;
             file.info.size_bytes = 0;
@@ -90,6 +95,7 @@ impl<H: ImageHost> ImageFile<H> {
             sync,
             kept: KeptZeros::default(),
             memory,
+            repeats: REPEATS,
         })
     }
 
@@ -224,7 +230,7 @@ impl<H: ImageHost> ImageFile<H> {
     /// Makes a hole, again after transient errors.
     async fn punch(&self, offset: u64, len: u64) -> Result<(), Errno> {
         let mut pause_ns = REPEAT_PAUSE_NS;
-        for _ in 0..REPEATS {
+        for _ in 0..self.repeats {
             match self.file.zero_at(offset, len, ZeroMode::Unmap).await {
                 Err(e) if is_transient(e) => self.host.mark(Mark::OperationRepeated),
                 result => return result,
@@ -266,7 +272,7 @@ impl<H: ImageHost> ImageFile<H> {
             let failures = self.kept.failures();
             match self.sync.sync(&self.host, &self.file, self.info.direct).await {
                 // Nothing was given up: see `sync.rs`.
-                Err(Errno::EINTR) if repeats < REPEATS => {
+                Err(Errno::EINTR) if repeats < self.repeats => {
                     (repeats, pause_ns) = (repeats + 1, pause_ns * 2);
                     self.host.mark(Mark::OperationRepeated);
                     self.host.sleep_ns(pause_ns / 2).await;
@@ -422,7 +428,7 @@ impl<H: ImageHost> ImageFile<H> {
         mut bufs: IoVec,
     ) -> (Result<usize, Errno>, IoVec) {
         let (mut result, mut pause_ns) = (Err(error), REPEAT_PAUSE_NS);
-        for _ in 0..REPEATS {
+        for _ in 0..self.repeats {
             self.host.mark(Mark::OperationRepeated);
             self.host.sleep_ns(pause_ns).await;
             (result, bufs) = self.operate_once(way, at, bufs).await;

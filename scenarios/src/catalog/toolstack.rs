@@ -12,7 +12,6 @@ use crate::machine::{Attached, Machine, XVDB};
 use crate::run::Scenario;
 use crate::stack::StackLimits;
 use crate::world::World;
-use kernel_model::StorageConfig;
 use kernel_model::faults::FaultPlan;
 use sim::{Draw, Entity, Label};
 use std::rc::Rc;
@@ -31,7 +30,7 @@ pub static SECOND_AFTER: Label = Label::new("second-after", "a second tapdisk is
 pub static SECOND_TAPDISK: Scenario = Scenario {
     name: "second-tapdisk",
     about: "a second tapdisk is told to serve a disk that is served, with another image, or two begin at once; who comes second changes nothing",
-    storage: |_| StorageConfig::default(),
+    storage: |_| not_stuck(),
     body: |w| Box::pin(second_tapdisk(w)),
 };
 
