@@ -30,7 +30,7 @@ pub struct Cli {
 /// What `tapdisk` does.
 #[derive(Subcommand, Debug)]
 pub enum Command {
-    /// Serves disks over NBD until it is asked to stop (SIGTERM, SIGINT)
+    /// Serves disks over NBD until it is asked to stop (SIGTERM, SIGINT, SIGHUP)
     #[command(
         after_help = "Specs: raw:PATH, qcow:PATH, nbd:ADDRESS, nbd://HOST/EXPORT, nbd+unix:///EXPORT?socket=PATH
 
@@ -40,7 +40,7 @@ Examples:
   nbdinfo 'nbd+unix:///?socket=/run/disk.sock'"
     )]
     Serve(ServeArgs),
-    /// Serves disks of Xen's guests until they are closed, or until it is asked to stop (SIGTERM, SIGINT)
+    /// Serves disks of Xen's guests until they are closed, or until it is asked to stop (SIGTERM, SIGINT, SIGHUP)
     #[command(
         after_help = "A DOMAIN is a number, a VDEV a disk as guests name it (xvda, sdb1) or its number (51712), a SPEC as for serve.
 
