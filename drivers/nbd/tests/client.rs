@@ -93,6 +93,9 @@ async fn everything(w: World, limits: ServerLimits) {
     disk.fail.set(Some(Errno::ENOSPC));
     assert_eq!(write(&client, 0, 512, 1).await, Err(Errno::ENOSPC));
     assert_eq!(read(&client, 0, 512).await, Err(Errno::ENOSPC));
+    assert_eq!(client.submit(Request::discard(range(11, 512))).await.result, Err(Errno::ENOSPC));
+    let zeroes = Request::write_zeroes(range(3, 4096), ZeroFlags { unmap: true, fast: false });
+    assert_eq!(client.submit(zeroes).await.result, Err(Errno::ENOSPC));
     disk.fail.set(None);
     let outside = client.submit(Request::discard(SectorRange::new(8191, 2))).await;
     assert_eq!(outside.result, Err(Errno::EINVAL));
