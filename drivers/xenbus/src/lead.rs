@@ -10,7 +10,7 @@
 
 use crate::config::{BackendConfig, BackendEnd, BackendError, XenHost};
 use crate::keys;
-use crate::lock::{Lock, NotOurs};
+use crate::lock::Lock;
 use crate::machine::Backend;
 use crate::patience::{is_transient, patiently};
 use crate::states::{self, Written};
@@ -49,12 +49,11 @@ pub async fn lead<H: XenHost, F: Future<Output = Result<Rc<dyn Node>, String>>>(
     let end = loop {
         // Before the image is looked at: what is read of one that another process writes is soon wrong.
         let mut why = None;
-        let mut led = false;
-        if lock.is_none() {
+        if lock.as_ref().is_none_or(Lock::is_given_up) {
+            lock = None;
             match Lock::take(host, config, config.bind_patience_ns).await {
                 Ok(taken) => lock = Some(taken),
                 Err(error) => {
-                    led = matches!(error, NotOurs::Led);
                     why = Some(error.error(config).to_string());
                 }
             }
@@ -76,7 +75,9 @@ pub async fn lead<H: XenHost, F: Future<Output = Result<Rc<dyn Node>, String>>>(
             tell(&why);
             told.clone_from(&why);
         }
-        let refusal = (!led).then(|| format!("failed to {why}"));
+        // Who does not have the lock writes nothing, whatever the reason.
+        let leads = lock.as_ref().is_some_and(|lock| !lock.is_given_up());
+        let refusal = leads.then(|| format!("failed to {why}"));
         match stand_by(host, config, refusal.as_deref(), pause_ns, leave).await {
             Ok(Some(end)) => break Ok(end),
             Ok(None) => {}
@@ -87,8 +88,7 @@ pub async fn lead<H: XenHost, F: Future<Output = Result<Rc<dyn Node>, String>>>(
         pause_ns = (pause_ns * 2).min(PAUSE_MAX_NS);
     };
     if let Some(lock) = lock {
-        lock.remove_record(host, &end);
-        lock.remove_name(host, &end);
+        lock.give_up(host, &end);
     }
     end
 }

@@ -4,6 +4,7 @@
 //! about it. Its owner's death frees it. Whoever does not have it writes nothing, in xenstore or anywhere else.
 
 use crate::config::{BackendConfig, BackendEnd, BackendError, XenHost};
+use std::cell::{Cell, RefCell};
 use tap_host::{Bug, Errno};
 
 /// First pause before the lock is tried again, in nanoseconds; each further one is twice as long.
@@ -14,8 +15,9 @@ pub(crate) const SUFFIX: &str = ".lock";
 
 /// A disk that is ours alone, until this is dropped.
 pub(crate) struct Lock<H: XenHost> {
-    /// The name, and what keeps it ours; nothing for a disk without a record.
-    page: Option<(String, H::Region)>,
+    /// The name, and what keeps it ours; nothing for a disk without a record, and once the lock was given up.
+    page: RefCell<Option<(String, H::Region)>>,
+    given_up: Cell<bool>,
 }
 
 /// Why a disk is not ours.
@@ -41,13 +43,13 @@ impl<H: XenHost> Lock<H> {
     pub(crate) async fn take(host: &H, config: &BackendConfig, patience_ns: u64) -> Result<Self, NotOurs> {
         let record = config.record.as_ref().filter(|_| !host.bug(Bug::DiskNotOwned));
         let Some(name) = record.map(|record| format!("{record}{SUFFIX}")) else {
-            return Ok(Self { page: None });
+            return Ok(Self::of(None));
         };
         let until_ns = host.now_ns().saturating_add(patience_ns);
         let mut pause_ns = PAUSE_NS;
         loop {
             match host.own_region(&name) {
-                Ok(page) => return Ok(Self { page: Some((name, page)) }),
+                Ok(page) => return Ok(Self::of(Some((name, page)))),
                 Err(Errno::EBUSY) if host.now_ns() < until_ns => {
                     host.sleep_ns(pause_ns).await;
                     pause_ns *= 2;
@@ -58,24 +60,38 @@ impl<H: XenHost> Lock<H> {
         }
     }
 
-    /// Removes the record of a device that is gone, which a predecessor may have left for one that we never came to serve.
-    pub(crate) fn remove_record(&self, host: &H, end: &Result<BackendEnd, BackendError>) {
-        if let Some((name, _)) = &self.page
-            && is_over(end)
+    fn of(page: Option<(String, H::Region)>) -> Self {
+        Self { page: RefCell::new(page), given_up: Cell::new(false) }
+    }
+
+    /// Whether another process may have it by now.
+    pub(crate) fn is_given_up(&self) -> bool {
+        self.given_up.get()
+    }
+
+    /// Removes the name of the lock of a device that is none of ours.
+    pub(crate) fn forget(&self, host: &H) {
+        if let Some((name, owned)) = self.page.take() {
+            self.given_up.set(true);
+            host.remove_region(&name);
+            drop(owned);
+        }
+    }
+
+    /// Gives up the lock of a device that is gone, and removes its name: before the last word about
+    /// it, since who dies in between leaves that to somebody who takes the lock anew. With a device that is gone goes its
+    /// record, which a predecessor may have left for one that we never came to serve. Both are somebody else's from then
+    /// on: nothing is removed twice.
+    pub(crate) fn give_up(&self, host: &H, end: &Result<BackendEnd, BackendError>) {
+        if !is_over(end) {
+            return;
+        }
+        if let Some((name, _)) = &*self.page.borrow()
             && !host.bug(Bug::UnservedRecordStays)
         {
             host.remove_region(name.strip_suffix(SUFFIX).unwrap_or(name));
         }
-    }
-
-    /// Removes the name of the lock of a device that is gone, or is none of ours: before the last word about it, since who
-    /// dies in between leaves that to somebody who takes the lock anew.
-    pub(crate) fn remove_name(&self, host: &H, end: &Result<BackendEnd, BackendError>) {
-        if let Some((name, _)) = &self.page
-            && (is_over(end) || matches!(end, Err(BackendError::NotOurs { .. })))
-        {
-            host.remove_region(name);
-        }
+        self.forget(host);
     }
 }
 

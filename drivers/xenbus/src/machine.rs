@@ -63,7 +63,13 @@ impl<H: XenHost> Backend<H> {
         leave: Rc<wait::Event>,
     ) -> Result<BackendEnd, BackendError> {
         match Lock::take(&host, &config, 0).await {
-            Ok(lock) => Self::run_owned(host, config, &lock, node, leave).await,
+            Ok(lock) => {
+                let end = Self::run_owned(host.clone(), config, &lock, node, leave).await;
+                if matches!(end, Err(BackendError::NotOurs { .. })) {
+                    lock.forget(&host);
+                }
+                end
+            }
             Err(why) => {
                 let path = config.backend_path.clone();
                 node.close().await.map_err(|error| BackendError::Close { path, error })?;
@@ -85,7 +91,7 @@ impl<H: XenHost> Backend<H> {
             Ok(backend) => backend,
             Err(error) => {
                 node.close().await.map_err(|error| BackendError::Close { path, error })?;
-                lock.remove_name(&host, &error);
+                lock.give_up(&host, &error);
                 return error;
             }
         };
@@ -93,7 +99,7 @@ impl<H: XenHost> Backend<H> {
         // After an error nothing is known of the disk's fate: it is as if we had been asked to leave.
         backend.let_go_of_ring(!is_over(&end)).await;
         let closed = node.close().await;
-        lock.remove_name(&host, &end);
+        lock.give_up(&host, &end);
         backend.say_the_last_word(end.as_ref().ok()).await?;
         closed.map_err(|error| BackendError::Close { path, error })?;
         end

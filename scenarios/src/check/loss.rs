@@ -1,7 +1,7 @@
 //! How many clusters of a qcow image a power cut may lose: what G13 allows.
 //!
 //! ```text
-//!   mapped before the cut, not after it            one cluster each
+//!   mapped before the cut, not there after it      one cluster each (it may be what was compressed again)
 //!   an L2 table before the cut, none after it      the clusters of a table
 //!   a write that runs at the cut                   its clusters, and the tables that they lack
 //! ```
@@ -45,8 +45,7 @@ impl BeforeCut {
     /// The most clusters that a power cut may have lost which left `content`.
     pub fn lost(&self, content: &Content) -> u64 {
         let Ok(after) = walker::walk(content) else { return 0 };
-        let gone =
-            |a: &[u64], b: &[u64]| a.iter().zip(b).filter(|(a, b)| **a != 0 && **b == 0).count() as u64;
+        let gone = |a: &[u64], b: &[u64]| a.iter().zip(b).filter(|(a, b)| **a != 0 && a != b).count() as u64;
         self.in_flight
             + gone(&self.map.entries, &after.entries)
             + gone(&self.map.l1, &after.l1) * table_clusters(&self.map)
