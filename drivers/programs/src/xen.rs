@@ -152,12 +152,10 @@ impl<H: GuestHost> Shared<H> {
         let serving = self.args.disks.iter().map(|disk| async {
             let path = format!("{root}/{}/{}", disk.dom.0, disk.vbd.0);
             let config = self.config(&path, disk.dom, disk.vbd, Hotplug::Write);
-            match self.open(&config, &disk.spec, !self.args.images.read_only).await {
-                Ok(node) => {
-                    let host = self.host.clone();
-                    let end = Backend::run(host, config.clone(), node, Rc::clone(&self.leave)).await;
-                    self.tell_end(&config, end);
-                }
+            let open = || self.open(&config, &disk.spec, !self.args.images.read_only);
+            let (host, leave) = (self.host.clone(), Rc::clone(&self.leave));
+            match Backend::open_and_run(host, config.clone(), open, leave).await {
+                Ok(end) => self.tell_end(&config, end),
                 Err(why) => {
                     self.tell(&config, &why);
                     self.failed.set(true);

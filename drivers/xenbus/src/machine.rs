@@ -78,6 +78,29 @@ impl<H: XenHost> Backend<H> {
         }
     }
 
+    /// As [`Backend::run`], with the disk that `open` gives, which is asked once the disk is ours: what an image says while
+    /// another process writes it is soon wrong. Waits for one that is about to end.
+    ///
+    /// # Errors
+    /// Outside, what `open` says; inside, as [`Backend::run`].
+    pub async fn open_and_run<F: Future<Output = Result<Rc<dyn Node>, String>>>(
+        host: H,
+        config: BackendConfig,
+        open: impl FnOnce() -> F,
+        leave: Rc<wait::Event>,
+    ) -> Result<Result<BackendEnd, BackendError>, String> {
+        let lock = match Lock::take(&host, &config, config.bind_patience_ns).await {
+            Ok(lock) => lock,
+            Err(why) => return Ok(Err(why.error(&config))),
+        };
+        let node = open().await?;
+        let end = Self::run_owned(host.clone(), config, &lock, node, leave).await;
+        if matches!(end, Err(BackendError::NotOurs { .. })) {
+            lock.forget(&host);
+        }
+        Ok(end)
+    }
+
     /// As [`Backend::run`], for a disk whose lock the caller has.
     pub(crate) async fn run_owned(
         host: H,

@@ -316,7 +316,7 @@ fn a_ring_that_is_served_is_left_alone_by_whoever_comes_second() {
         guest.front.connect().await.unwrap();
         for (key, spec, why) in [
             (2, "raw:/b", "another process serves it"),
-            (3, "raw:/a", "in use"),
+            (3, "raw:/a", "another process serves it"),
             (4, "raw:/small", "another process serves it"),
         ] {
             let second = Daemon::start(&kernel, &xen, key, &format!("xen 1/xvda={spec}"));
