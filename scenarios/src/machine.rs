@@ -256,16 +256,15 @@ impl Machine {
             };
             lead(&host, &config, &leave, || self.open(&host, &disk), tell).await
         } else {
-            match self.open(&host, &disk).await {
-                Ok(node) => Backend::run(host.clone(), config, node, leave).await,
-                Err(_) => return,
-            }
+            Backend::run(host.clone(), config, || self.open(&host, &disk), leave).await
         };
         if !host.process.node().is_alive() {
             return;
         }
         match end {
             Ok(_) => {}
+            // It has been told.
+            Err(BackendError::Open { .. }) => return,
             Err(BackendError::NotTaken { .. }) if self.rivals.get() => {}
             Err(BackendError::Close { .. }) if self.world.errors_allowed() => self.close_failed.set(true),
             Err(error @ BackendError::Close { .. }) => self.world.fail(Invariant::G11, error.to_string()),
@@ -312,17 +311,15 @@ impl Machine {
         let (world, limits, h) = (self.world.clone(), self.limits, host.clone());
         let (disk, spec, (done, ended)) = (disk.clone(), image.spec.clone(), wait::oneshot());
         host.spawn("main", 0, async move {
-            let end = match Stack::open(&h, &world, &spec, &limits).await {
-                Ok(stack) => {
-                    let mut config = BackendConfig::new(disk.paths.backend.clone(), disk.dom, disk.vbd);
-                    // Another program knows nothing of ours.
-                    config.record = (!world.setting("second-is-another-program", &[false, true]))
-                        .then(|| format!("ring-{}-{}", disk.dom.0, disk.vbd.0));
-                    Backend::run(h, config, stack.node(), Rc::default()).await.map_err(|e| e.to_string())
-                }
-                Err(error) => Err(error.to_string()),
+            let mut config = BackendConfig::new(disk.paths.backend.clone(), disk.dom, disk.vbd);
+            // Another program knows nothing of ours.
+            config.record = (!world.setting("second-is-another-program", &[false, true]))
+                .then(|| format!("ring-{}-{}", disk.dom.0, disk.vbd.0));
+            let open = async || {
+                let stack = Stack::open(&h, &world, &spec, &limits).await;
+                stack.map(|stack| stack.node()).map_err(|error| error.to_string())
             };
-            if let Ok(end) = end {
+            if let Ok(end) = Backend::run(h.clone(), config, open, Rc::default()).await {
                 world
                     .fail(Invariant::L1, format!("a second tapdisk served the disk, and ended with {end:?}"));
             }

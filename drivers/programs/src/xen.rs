@@ -154,13 +154,8 @@ impl<H: GuestHost> Shared<H> {
             let config = self.config(&path, disk.dom, disk.vbd, Hotplug::Write);
             let open = || self.open(&config, &disk.spec, !self.args.images.read_only);
             let (host, leave) = (self.host.clone(), Rc::clone(&self.leave));
-            match Backend::open_and_run(host, config.clone(), open, leave).await {
-                Ok(end) => self.tell_end(&config, end),
-                Err(why) => {
-                    self.tell(&config, &why);
-                    self.failed.set(true);
-                }
-            }
+            let end = Backend::run(host, config.clone(), open, leave).await;
+            self.tell_end(&config, end);
         });
         join_all(serving).await;
         Ok(())

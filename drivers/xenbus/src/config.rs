@@ -88,6 +88,12 @@ pub enum BackendError {
         /// Why.
         error: Errno,
     },
+    /// The disk cannot be opened.
+    #[error("{why}")]
+    Open {
+        /// A sentence that reads on after "failed to".
+        why: String,
+    },
     /// Somebody else leads the disk, or a front end is connected whose ring cannot be taken up. Nothing was changed:
     /// somebody else may be able to.
     #[error("serve {path}: {why}; nothing was changed")]

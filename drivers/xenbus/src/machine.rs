@@ -50,55 +50,27 @@ pub struct Backend<H: XenHost> {
 
 impl<H: XenHost> Backend<H> {
     /// Leads the disk through its life until it ends, or until `leave` is set; then the ring is drained and unmapped, and
-    /// the node is closed, before a toolstack that waits for that is told.
+    /// the node is closed, before a toolstack that waits for that is told. `open` is asked for the disk once it is ours:
+    /// what an image says while another process writes it is soon wrong.
     ///
     /// # Errors
-    /// See [`BackendError`]; [`BackendError::NotTaken`] at once if another process leads the disk: what `node` knows of its
-    /// image may be old by the time that one ends. What the front end does wrong is no error here: it is told in xenstore
+    /// See [`BackendError`]; [`BackendError::NotTaken`] if another process leads the disk and goes on to,
+    /// [`BackendError::Open`] with what `open` says. What the front end does wrong is no error here: it is told in xenstore
     /// and closed.
-    pub async fn run(
-        host: H,
-        config: BackendConfig,
-        node: Rc<dyn Node>,
-        leave: Rc<wait::Event>,
-    ) -> Result<BackendEnd, BackendError> {
-        match Lock::take(&host, &config, 0).await {
-            Ok(lock) => {
-                let end = Self::run_owned(host.clone(), config, &lock, node, leave).await;
-                if matches!(end, Err(BackendError::NotOurs { .. })) {
-                    lock.forget(&host);
-                }
-                end
-            }
-            Err(why) => {
-                let path = config.backend_path.clone();
-                node.close().await.map_err(|error| BackendError::Close { path, error })?;
-                Err(why.error(&config))
-            }
-        }
-    }
-
-    /// As [`Backend::run`], with the disk that `open` gives, which is asked once the disk is ours: what an image says while
-    /// another process writes it is soon wrong. Waits for one that is about to end.
-    ///
-    /// # Errors
-    /// Outside, what `open` says; inside, as [`Backend::run`].
-    pub async fn open_and_run<F: Future<Output = Result<Rc<dyn Node>, String>>>(
+    pub async fn run<F: Future<Output = Result<Rc<dyn Node>, String>>>(
         host: H,
         config: BackendConfig,
         open: impl FnOnce() -> F,
         leave: Rc<wait::Event>,
-    ) -> Result<Result<BackendEnd, BackendError>, String> {
-        let lock = match Lock::take(&host, &config, config.bind_patience_ns).await {
-            Ok(lock) => lock,
-            Err(why) => return Ok(Err(why.error(&config))),
-        };
-        let node = open().await?;
+    ) -> Result<BackendEnd, BackendError> {
+        let lock = Lock::take(&host, &config, config.bind_patience_ns).await;
+        let lock = lock.map_err(|why| why.error(&config))?;
+        let node = open().await.map_err(|why| BackendError::Open { why })?;
         let end = Self::run_owned(host.clone(), config, &lock, node, leave).await;
         if matches!(end, Err(BackendError::NotOurs { .. })) {
             lock.forget(&host);
         }
-        Ok(end)
+        end
     }
 
     /// As [`Backend::run`], for a disk whose lock the caller has.

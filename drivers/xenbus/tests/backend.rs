@@ -61,7 +61,7 @@ impl Device {
         let leave = Rc::clone(&self.leave);
         let own = node.clone();
         node.spawn("backend", 0, async move {
-            let end = Backend::run(host, config, disk, leave).await;
+            let end = Backend::run(host, config, async || Ok(disk), leave).await;
             if own.is_alive() {
                 ends.borrow_mut().push(end);
             }
