@@ -255,7 +255,8 @@ impl<H: ImageHost> Image<H> {
         };
         if let Err(error) = self.write_empty_table(offset).await {
             if known.is_none() {
-                self.allocator.borrow_mut().take_back(offset, clusters * self.geometry.cluster_bytes());
+                let len = clusters * self.geometry.cluster_bytes();
+                self.allocator.borrow_mut().take_back_after(error, offset, len);
             }
             return Err(error);
         }

@@ -250,7 +250,7 @@ impl<H: ImageHost> Image<H> {
             Err(e) => {
                 if group.place == Place::New && !self.host.bug(Bug::PlaceLost) {
                     let len = (group.count as u64) << self.geometry.cluster_bits;
-                    self.allocator.borrow_mut().take_back(host, len);
+                    self.allocator.borrow_mut().take_back_after(e, host, len);
                 }
                 return (Err(e), bufs);
             }
