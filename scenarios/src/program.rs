@@ -8,14 +8,19 @@ use tap_images::{ImageFormat, ImageSpec};
 use tap_programs::Console;
 use tap_programs::daemon::{Cli, run};
 
-/// What a program has to complain of.
+/// What a program prints, line by line.
 #[derive(Default)]
-struct Said(RefCell<Vec<String>>);
+pub(crate) struct Printed {
+    pub(crate) out: RefCell<Vec<String>>,
+    pub(crate) err: RefCell<Vec<String>>,
+}
 
-impl Console for Said {
-    fn out(&self, _: &str) {}
+impl Console for Printed {
+    fn out(&self, line: &str) {
+        self.out.borrow_mut().push(line.to_owned());
+    }
     fn err(&self, line: &str) {
-        self.0.borrow_mut().push(line.to_owned());
+        self.err.borrow_mut().push(line.to_owned());
     }
     fn progress(&self, _: u64, _: u64) {}
 }
@@ -28,9 +33,9 @@ impl Console for Said {
 pub async fn tapdisk(host: &SimHost, line: &str) -> (u8, String) {
     let cli = Cli::try_parse_from(std::iter::once("tapdisk").chain(line.split_whitespace()));
     let cli = cli.unwrap_or_else(|e| panic!("tapdisk {line}: {e}"));
-    let said = Rc::new(Said::default());
+    let said = Rc::new(Printed::default());
     let status = run(host.clone(), cli, Rc::clone(&said) as Rc<dyn Console>).await;
-    (status, said.0.take().join("; "))
+    (status, said.err.take().join("; "))
 }
 
 /// An image as an argument of a program: its format is named.

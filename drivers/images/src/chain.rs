@@ -9,14 +9,14 @@
 //! So an image by itself opens nothing: a [`BackingPolicy`] of the caller decides about every file, and about the format
 //! it is read as. Formats are recognised by content only where the caller says so.
 
-use crate::io::ImageFile;
+use crate::io::{ImageFile, is_transient as passes};
 use crate::qcow::{Qcow, QcowLimits};
 use crate::raw::Raw;
 use crate::{ImageError, ImageHost};
 use std::fmt;
 use std::rc::Rc;
 use tap_core::{LocalBoxFuture, Node};
-use tap_host::{Budget, Errno, SECTOR_BYTES};
+use tap_host::{Budget, SECTOR_BYTES};
 
 /// How to read a file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -166,7 +166,7 @@ pub async fn describe<H: ImageHost>(host: &H, spec: &ImageSpec) -> Result<Descri
 }
 
 fn is_transient(error: &ImageError) -> bool {
-    !error.is_in_use() && matches!(error.errno(), Errno::EAGAIN | Errno::EINTR)
+    !error.is_in_use() && passes(error.errno())
 }
 
 /// Requests are repeated after transient errors by the scheduler; while an image is being opened there is none yet.

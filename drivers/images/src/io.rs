@@ -537,7 +537,7 @@ pub(crate) async fn sync_name<H: ImageHost>(host: &H, path: &str) -> Result<(), 
 }
 
 /// The operation did nothing, and may do it the next time.
-fn is_transient(error: Errno) -> bool {
+pub(crate) fn is_transient(error: Errno) -> bool {
     matches!(error, Errno::EAGAIN | Errno::EINTR)
 }
 

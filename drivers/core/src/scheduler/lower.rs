@@ -1,7 +1,7 @@
 //! What goes down: single requests with retry, and merged ones with their parts.
 
-use super::Inner;
 use super::line::Depth;
+use super::{Inner, SchedulerLimits};
 use crate::{Request, Response};
 use smallvec::SmallVec;
 use std::rc::Rc;
@@ -38,28 +38,42 @@ impl<H: Time + Tasks + Log + Probe> Inner<H> {
     /// Sends `request` down, again after transient errors.
     pub(super) async fn attempt(&self, mut request: Request) -> Response {
         let (op, range) = (request.op, request.range);
-        let (mut pause_ns, mut paused_ns) = (self.limits.backoff_ns, 0_u64);
-        for left in (0..=self.limits.retries).rev() {
+        let mut patience = Patience::new(&self.limits);
+        loop {
             self.count(|s| s.lower_requests += 1);
             let response = self.lower.submit(request).await;
             let Err(error) = response.result else { return response };
-            paused_ns = paused_ns.saturating_add(pause_ns);
-            if left == 0 || !is_transient(error) || paused_ns > self.limits.backoff_total_ns {
-                return response;
-            }
+            let Some(pause_ns) = patience.after(error) else { return response };
             self.host.mark(Mark::RequestRetried);
             self.host.log(Event::Retried { range, error });
             self.count(|s| s.retries += 1);
             self.host.sleep_ns(pause_ns).await;
-            pause_ns = pause_ns.saturating_mul(2);
             request = Request { op, range, bufs: response.bufs };
         }
-        unreachable!("the last attempt is answered")
     }
 }
 
-pub(super) fn is_transient(error: Errno) -> bool {
-    matches!(error, Errno::EAGAIN | Errno::EINTR | Errno::EBUSY | Errno::ENOMEM)
+/// How often, and after which pauses, what a transient error refused is asked for again.
+pub(super) struct Patience {
+    left: u32,
+    pause_ns: u64,
+    left_ns: u64,
+}
+
+impl Patience {
+    pub(super) fn new(limits: &SchedulerLimits) -> Self {
+        Self { left: limits.retries, pause_ns: limits.backoff_ns, left_ns: limits.backoff_total_ns }
+    }
+
+    /// The pause before another try, in nanoseconds; `None` where `error` is the answer.
+    pub(super) fn after(&mut self, error: Errno) -> Option<u64> {
+        let transient = matches!(error, Errno::EAGAIN | Errno::EINTR | Errno::EBUSY | Errno::ENOMEM);
+        self.left = self.left.checked_sub(1).filter(|_| transient)?;
+        self.left_ns = self.left_ns.checked_sub(self.pause_ns)?;
+        let pause_ns = self.pause_ns;
+        self.pause_ns = pause_ns.saturating_mul(2);
+        Some(pause_ns)
+    }
 }
 
 impl<H: Time + Tasks + Log + Probe> Batch<H> {

@@ -31,6 +31,7 @@ use crate::{
     Access, Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, Space, Ticket, Tracker, WaitReport,
 };
 use line::{Line, Place};
+use lower::Patience;
 use std::cell::RefCell;
 use std::rc::Rc;
 use tap_host::{Bug, Errno, Log, Mark, Probe, SectorRange, Tasks, Time};
@@ -163,15 +164,14 @@ impl<H: Time + Tasks + Log + Probe> Node for Scheduler<H> {
     fn extents(&self, range: SectorRange, most: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
         let inner = Rc::clone(&self.0);
         Box::pin(async move {
-            let mut pause_ns = inner.limits.backoff_ns;
-            for _ in 0..inner.limits.retries {
-                match inner.lower.extents(range, most).await {
-                    Err(error) if lower::is_transient(error) => inner.host.sleep_ns(pause_ns).await,
-                    result => return result,
-                }
-                pause_ns = pause_ns.saturating_mul(2).min(inner.limits.backoff_total_ns);
+            let mut patience = Patience::new(&inner.limits);
+            loop {
+                let answer = inner.lower.extents(range, most).await;
+                let Some(pause_ns) = answer.as_ref().err().and_then(|error| patience.after(*error)) else {
+                    return answer;
+                };
+                inner.host.sleep_ns(pause_ns).await;
             }
-            inner.lower.extents(range, most).await
         })
     }
 

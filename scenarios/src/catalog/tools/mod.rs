@@ -16,6 +16,7 @@ mod reports;
 
 use super::crash::{CRASH_AT, either, power};
 use crate::check::Invariant;
+use crate::program::Printed;
 use crate::run::Scenario;
 use crate::world::World;
 use clap::Parser as _;
@@ -25,7 +26,6 @@ use kernel_model::faults::FaultPlan;
 use std::cell::RefCell;
 use std::rc::Rc;
 use tap_core::wait::oneshot;
-use tap_programs::Console;
 use tap_programs::img::{Cli, run};
 
 /// Nothing fails for good: each command must succeed.
@@ -82,23 +82,6 @@ struct Tool {
     status: u8,
     out: Vec<String>,
     err: Vec<String>,
-}
-
-/// What a tool prints.
-#[derive(Default)]
-struct Printed {
-    out: RefCell<Vec<String>>,
-    err: RefCell<Vec<String>>,
-}
-
-impl Console for Printed {
-    fn out(&self, line: &str) {
-        self.out.borrow_mut().push(line.to_owned());
-    }
-    fn err(&self, line: &str) {
-        self.err.borrow_mut().push(line.to_owned());
-    }
-    fn progress(&self, _: u64, _: u64) {}
 }
 
 impl Tool {

@@ -2,19 +2,34 @@
 
 use super::*;
 
+const SETUP: Setup = Setup { sectors: 16384, cluster_bits: 12, l2_bits: 9, tables: 8, ..SMALL };
+
+/// A disk that has its four tables, with a cluster each, durable.
+fn with_tables() -> (World, Rc<Qcow<World>>) {
+    let world = World::new(1);
+    SETUP.create(&world);
+    let qcow = SETUP.open(&world);
+    for table in 0..4 {
+        world.block_on(write(&qcow, table * 4096, 1, 1)).result.unwrap();
+    }
+    flush(&world, &qcow).unwrap();
+    (world, qcow)
+}
+
+/// Where the L2 entry of `cluster` is.
+fn entry_of(bytes: &[u8], cluster: u64) -> usize {
+    let l1 = format::parse(bytes, bytes.len() as u64).unwrap().geometry.l1_offset as usize;
+    let at = l1 + (cluster >> 9) as usize * 8;
+    let table = u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
+    table + (cluster & 511) as usize * 8
+}
+
 /// A power cut in the middle of a writeback: the kernel had written an L2 sector (in place, in blocks that were there)
 /// and not yet the size of the file, nor the L2 sectors of other clusters. That state is allowed, and opens. From then
 /// on the disk must be usable to its last cluster.
 #[test]
 fn after_a_crash_that_left_a_reference_behind_the_end_the_whole_disk_can_be_written_and_read() {
-    let setup = Setup { sectors: 16384, cluster_bits: 12, l2_bits: 9, tables: 8, ..SMALL };
-    let world = World::new(1);
-    setup.create(&world);
-    let qcow = setup.open(&world);
-    for table in 0..4 {
-        world.block_on(write(&qcow, table * 4096, 1, 1)).result.unwrap();
-    }
-    flush(&world, &qcow).unwrap();
+    let (world, qcow) = with_tables();
     let durable = world.bytes(PATH);
     // 4 MiB that are never flushed; the last cluster of them is 2000.
     let last = 2000_u64;
@@ -24,18 +39,12 @@ fn after_a_crash_that_left_a_reference_behind_the_end_the_whole_disk_can_be_writ
     let seen = world.bytes(PATH);
     drop(qcow);
     // What the power cut leaves: the durable bytes, and the L2 sector of cluster 2000 as far as it was written.
-    let entry_of = |bytes: &[u8], cluster: u64| {
-        let l1 = format::parse(bytes, bytes.len() as u64).unwrap().geometry.l1_offset as usize;
-        let at = l1 + (cluster >> 9) as usize * 8;
-        let table = u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
-        table + (cluster & 511) as usize * 8
-    };
     let mut left = durable.clone();
     let at = entry_of(&left, last);
     left[at..at + 8].copy_from_slice(&seen[at..at + 8]);
     let world = World::new(2);
     world.put(PATH, left);
-    let qcow = setup.open(&world);
+    let qcow = SETUP.open(&world);
     for cluster in 0..2048 {
         world.block_on(write(&qcow, cluster * 8, 8, 3)).result.unwrap();
     }
@@ -52,18 +61,11 @@ fn after_a_crash_that_left_a_reference_behind_the_end_the_whole_disk_can_be_writ
 /// The same crash twice: nothing is durable of what was written the second time but one L2 sector. Each state is allowed, so the image opens.
 #[test]
 fn two_crashes_with_the_size_behind_leave_an_image_that_opens() {
-    let setup = Setup { sectors: 16384, cluster_bits: 12, l2_bits: 9, tables: 8, ..SMALL };
-    let world = World::new(1);
-    setup.create(&world);
-    let qcow = setup.open(&world);
-    for table in 0..4 {
-        world.block_on(write(&qcow, table * 4096, 1, 1)).result.unwrap();
-    }
-    flush(&world, &qcow).unwrap();
+    let (world, qcow) = with_tables();
     drop(qcow);
     let mut world = world;
     for (first, last) in [(977_u64, 2000_u64), (1, 1999)] {
-        let qcow = setup.open(&world);
+        let qcow = SETUP.open(&world);
         // Opening made it durable.
         let mut left = world.bytes(PATH);
         for cluster in (first..=last).filter(|c| c % 512 != 0) {
@@ -71,14 +73,11 @@ fn two_crashes_with_the_size_behind_leave_an_image_that_opens() {
         }
         let seen = world.bytes(PATH);
         drop(qcow);
-        let geometry = format::parse(&left, left.len() as u64).unwrap().geometry;
-        let at = geometry.l1_offset as usize + (last >> 9) as usize * 8;
-        let table = u64::from_be_bytes(left[at..at + 8].try_into().unwrap()) as usize;
-        let at = table + (last & 511) as usize * 8;
+        let at = entry_of(&left, last);
         left[at..at + 8].copy_from_slice(&seen[at..at + 8]);
         world = World::new(2);
         world.put(PATH, left);
     }
-    let opened = setup.try_open(&world, true).err().map(|e| e.to_string());
+    let opened = SETUP.try_open(&world, true).err().map(|e| e.to_string());
     assert_eq!(opened, None);
 }
