@@ -17,6 +17,7 @@
 //! cannot be.
 
 mod data;
+mod reset;
 
 pub use data::{DataPiece, SegmentLayout};
 
@@ -32,7 +33,7 @@ use tap_abi::blkif::{
     BlkifOp, BlkifRequest, MAX_SEGMENTS, RawResponse, STATUS_EOPNOTSUPP, STATUS_OKAY, Segment,
 };
 use tap_host::{DomId, Errno, IoKind, SectorRange, Watcher, Xenstore};
-use xen_model::{GrantedPage, GuestRing, VbdPaths, XenPort};
+use xen_model::{FrontKeys, GrantedPage, GuestRing, VbdPaths, XenPort};
 
 const SLOTS: usize = 32;
 const PAGE_SECTORS: u32 = 8;
@@ -43,6 +44,8 @@ pub const BLKFRONT_MAX_SECTORS: u32 = MAX_SEGMENTS as u32 * PAGE_SECTORS;
 pub type Complaint = Rc<dyn Fn(String)>;
 /// How the sectors of a request shall lie in its pages.
 pub type LayoutOf = Rc<dyn Fn(SectorRange) -> SegmentLayout>;
+/// What it says in xenstore at its n-th connect, from 0.
+pub type KeysOf = Rc<dyn Fn(u32) -> FrontKeys>;
 
 #[derive(Default)]
 struct Shadow {
@@ -61,6 +64,9 @@ struct Inner {
     paths: VbdPaths,
     complain: Complaint,
     layout: RefCell<Option<LayoutOf>>,
+    keys: RefCell<Option<KeysOf>>,
+    /// The front end before counted its pages.
+    counted: Cell<bool>,
     /// Pages are taken back when their request is answered.
     revokes: Cell<bool>,
     ring: RefCell<Option<Rc<GuestRing>>>,
@@ -93,6 +99,8 @@ impl Blkfront {
             paths,
             complain,
             layout: RefCell::default(),
+            keys: RefCell::default(),
+            counted: Cell::new(false),
             revokes: Cell::new(false),
             ring: RefCell::default(),
             open: Cell::new(false),
@@ -110,6 +118,11 @@ impl Blkfront {
     /// Lets `layout` say how the sectors of each request lie in its pages; else pages are whole.
     pub fn set_layout(&self, layout: LayoutOf) {
         *self.0.layout.borrow_mut() = Some(layout);
+    }
+
+    /// Lets `keys` say in which words each connect is told; else the fewest.
+    pub fn set_keys(&self, keys: KeysOf) {
+        *self.0.keys.borrow_mut() = Some(keys);
     }
 
     /// From now on a page is taken back when its request is answered, as Linux does; else it stays granted.
@@ -135,7 +148,9 @@ impl Blkfront {
         let this = &self.0;
         this.wait_back(|s| s == 2).await?;
         let ring = Rc::new(GuestRing::new(&this.port, this.back)?);
-        ring.publish_in_store(&this.paths.frontend).await?;
+        let words = this.keys.borrow().clone();
+        let keys = words.map_or_else(FrontKeys::default, |keys| keys(this.connects.get()));
+        ring.publish_as(&this.paths.frontend, keys, this.counted.replace(keys.counted)).await?;
         *this.ring.borrow_mut() = Some(Rc::clone(&ring));
         if this.wait_back(|s| s == 4 || s >= 5).await? != 4 {
             return Err(Errno::ESHUTDOWN);
@@ -260,6 +275,12 @@ impl Blkfront {
         })
         .await;
         let ring = self.0.ring.borrow_mut().take().and_then(Rc::into_inner);
+        // It may have looked at one more when it was told to take none.
+        if let Some(unanswered) = ring.as_ref().and_then(GuestRing::unanswered).filter(|n| *n > 1) {
+            (self.0.complain)(format!(
+                "the back end closed its ring, and {unanswered} requests that it had looked at have no answer"
+            ));
+        }
         if ring.is_some_and(|ring| ring.end().is_err()) {
             (self.0.complain)("the back end keeps the ring's page mapped after it closed".into());
         }

@@ -6,6 +6,7 @@ pub mod check;
 pub mod cli;
 pub mod explain;
 pub mod explore;
+pub mod front;
 pub mod fuzz;
 pub mod guest;
 pub mod hunt;

@@ -8,13 +8,11 @@
 use crate::catalog::setup::Setup;
 use crate::check::Invariant;
 use crate::check::oracle::{Oracle, is_broken};
-use crate::guest::{Guest, Manners, RingDisk};
 use crate::program::tapdisk;
 use crate::stack::{Stack, StackLimits};
 use crate::world::World;
 use kernel_model::SimHost;
-use kernel_model::{Blkfront, Complaint, LayoutOf, SegmentLayout};
-use sim::{FaultKind, Label, Node};
+use sim::Node;
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::rc::Rc;
@@ -25,32 +23,15 @@ use tap_images::ImageError;
 use tap_xenbus::{Backend, BackendConfig, BackendError, Hotplug, Whose, lead, supervise};
 use xen_model::{VbdPaths, XenPort, attach_vbd, remove_vbd};
 
-/// How the sectors of a request lie in its pages, where not in whole pages.
-pub static SEGMENTS: Label =
-    Label::packed("segments", "its pages have (8 less, first sector) {} sectors", &[3, 3]);
-
-static ODD_SEGMENTS: FaultKind = FaultKind { name: "odd-segments", max_ppm: 500_000 };
-
-/// Some guests have requests whose segments are no whole pages.
-fn segment_layout(world: &World) -> LayoutOf {
-    let (sim, rate_ppm) = (world.sim.clone(), world.sim.swarm().rate_ppm(&ODD_SEGMENTS));
-    Rc::new(move |range| {
-        if rate_ppm == 0 && !sim.has_given_decisions() {
-            return SegmentLayout::WHOLE;
-        }
-        let entity = sim.derive("segments", range.start.0);
-        sim.name_entity(entity, || format!("request for {range}"));
-        let value = sim.fault(entity, &SEGMENTS, rate_ppm, |d| d.below(64));
-        SegmentLayout { per_page: 8 - (value & 7) as u32, first: (value >> 3 & 7) as u32 }
-    })
-}
-
 /// The number of xvda.
 pub const XVDA: VbdId = VbdId(202 << 8);
 /// The number of xvdb.
 pub const XVDB: VbdId = VbdId(202 << 8 | 1 << 4);
 /// The script that marks disks for a tapdisk that watches.
 pub const SCRIPT: &str = "block-tapdisk";
+
+/// The number of a guest's node that follows another in its domain.
+const NEXT_GUEST: u64 = 1 << 16;
 
 /// How long to wait for an image that a dead process still has: its I/O may be stuck for ten seconds.
 const IN_USE_PATIENCE_NS: u64 = 15_000_000_000;
@@ -93,6 +74,8 @@ pub struct Machine {
     spared: Cell<bool>,
     /// Two processes were told to serve one disk at once: one of them does.
     rivals: Cell<bool>,
+    /// The guest whose ring may be one that nobody can take up.
+    broken: Cell<Option<DomId>>,
     /// The power is off: nothing starts any more.
     off: Cell<bool>,
     /// An image could not be closed; what it lost was told.
@@ -126,6 +109,7 @@ impl Machine {
             waiter: RefCell::default(),
             spared: Cell::new(false),
             rivals: Cell::new(false),
+            broken: Cell::new(None),
             off: Cell::new(false),
             close_failed: Cell::new(false),
         })
@@ -153,10 +137,34 @@ impl Machine {
 
     /// A new guest without a disk; what it will have as xvda is `setup`.
     pub fn new_guest(&self, setup: Setup, number: u64) -> Attached {
-        let dom = self.world.xen.create_domain();
+        self.guest_in(self.world.xen.create_domain(), setup, number)
+    }
+
+    /// As [`Machine::new_guest`], in a domain with the number of one that is gone.
+    pub fn guest_with_number(&self, setup: Setup, dom: DomId) -> Attached {
+        self.world.xen.create_domain_again(dom);
+        self.guest_in(dom, setup, NEXT_GUEST)
+    }
+
+    fn guest_in(&self, dom: DomId, setup: Setup, number: u64) -> Attached {
         let node = self.world.sim.node("guest", self.boot << 32 | number);
         let port = self.world.xen.attach(dom, &node);
         Attached { dom, vbd: XVDA, paths: VbdPaths::new("vbd", dom, XVDA), setup, node, port }
+    }
+
+    /// The kernel of a guest is replaced by another: of the first, no grant and no port is left.
+    pub async fn next_kernel(&self, disk: &Attached) -> Attached {
+        disk.node.kill();
+        disk.node.dead().await;
+        self.world.xen.reset_grants(disk.dom);
+        let next = self.guest_in(disk.dom, disk.setup.clone(), NEXT_GUEST);
+        self.disks.borrow_mut().iter_mut().filter(|d| d.dom == disk.dom).for_each(|d| *d = next.clone());
+        next
+    }
+
+    /// The ring of `dom` may be one that nobody can take up; to say so is right.
+    pub fn expect_broken_ring(&self, dom: DomId) {
+        self.broken.set(Some(dom));
     }
 
     /// Starts the tapdisk process, which serves all attached disks.
@@ -165,6 +173,9 @@ impl Machine {
         let key = self.boot << 32 | u64::from(start);
         let host = SimHost::start(&self.world.kernel, &self.world.xen, "tapdisk", key);
         host.port.allow_store_errors();
+        if self.world.errors_allowed() {
+            host.port.allow_copy_errors();
+        }
         self.running.set(if self.watching { 1 } else { self.disks.borrow().len() });
         let leave = Rc::<wait::Event>::default();
         let (stopped, event) = (host.process.asked_to_stop(), Rc::clone(&leave));
@@ -187,6 +198,11 @@ impl Machine {
             self.waiter.take().into_iter().for_each(Waker::wake);
         }
         host
+    }
+
+    /// Whether tapdisk finds by itself what to serve.
+    pub fn is_watching(&self) -> bool {
+        self.watching
     }
 
     /// How often tapdisk was started.
@@ -249,6 +265,7 @@ impl Machine {
             let tell = |why: &str| {
                 if why.ends_with("nothing was changed")
                     && !self.rivals.get()
+                    && self.broken.get() != Some(disk.dom)
                     && host.process.node().is_alive()
                 {
                     self.world.fail(Invariant::L1, format!("tapdisk complains: failed to {why}"));
@@ -448,6 +465,13 @@ impl Machine {
     /// Takes all disks away as a toolstack does, and waits until tapdisk has let go of them.
     pub async fn detach_all(&self) {
         let disks = self.disks.borrow().clone();
+        if self.watching {
+            for disk in &disks {
+                self.unplug(disk).await;
+            }
+            self.tapdisk().iter().for_each(|host| host.process.ask_to_stop());
+            return self.all_ended().await;
+        }
         for disk in &disks {
             if let Err(error) = self.take_offline(disk).await {
                 self.world.fail(Invariant::K1, format!("the toolstack failed to detach a disk: {error:?}"));
@@ -486,48 +510,6 @@ impl Machine {
         if !regions.is_empty() {
             self.world
                 .fail(Invariant::K1, format!("in-flight records are left over: {}", regions.join(", ")));
-        }
-    }
-}
-
-impl Attached {
-    /// The guest's front end, which complains to the verdict.
-    pub fn front(&self, world: &World) -> Blkfront {
-        let w = world.clone();
-        let complain: Complaint = Rc::new(move |text| {
-            if !is_broken(Oracle::AnswersIgnored) {
-                w.fail(Invariant::X1, text);
-            }
-        });
-        let front = Blkfront::new(&self.port, &self.node, DomId(0), self.paths.clone(), complain);
-        if world.setting("pages-revoked", &[false, true]) {
-            front.revoke_pages();
-        }
-        front.set_layout(segment_layout(world));
-        front
-    }
-
-    /// A guest on a connected front end.
-    pub async fn boot(&self, world: &World, manners: Manners) -> Option<Guest<RingDisk>> {
-        let front = self.front(world);
-        if let Err(error) = front.connect().await {
-            world.fail(Invariant::L1, format!("the front end failed to connect: {error:?}"));
-            return None;
-        }
-        Some(Guest::new(world, RingDisk::new(front), Rc::clone(&self.setup.history), manners))
-    }
-
-    /// Shuts the guest's disk down in order; every page must come back.
-    pub async fn shut_down(&self, world: &World, guest: &Guest<RingDisk>) {
-        let front = guest.disk().front();
-        if let Err(error) = front.close().await {
-            world.fail(Invariant::L1, format!("the front end failed to close: {error:?}"));
-        }
-        if front.outstanding() > 0 {
-            world.fail(Invariant::X1, format!("{} requests were never answered", front.outstanding()));
-        }
-        if let Err(text) = front.release() {
-            world.fail(Invariant::K1, text);
         }
     }
 }

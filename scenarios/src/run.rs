@@ -5,7 +5,7 @@ use crate::check::{Failure, Invariant};
 use crate::explore::{BadState, Explored};
 use crate::image::RealImage;
 use crate::world::{RunOptions, Stats, World};
-use crate::{catalog, machine, panics, workload, world};
+use crate::{catalog, front, panics, workload, world};
 use kernel_model::StorageConfig;
 use sim::{
     Config, DecisionMap, Limits, RunFile, Scheduling, Sim, Source, StallKind, TraceLevel, TraceReport,
@@ -161,7 +161,7 @@ pub fn prepare() {
             &workload::OP,
             &workload::OP_FORM,
             &workload::OP_FLUSHES,
-            &machine::SEGMENTS,
+            &front::SEGMENTS,
             &world::SETTING,
         ]);
         register_labels(kernel_model::faults::LABELS);

@@ -94,7 +94,7 @@ impl World {
             kernel.plant(bug);
         }
         Self {
-            xen: Xen::new(sim, Options::default()),
+            xen: Xen::new(sim, Options { events_again: true, ..Options::default() }),
             sim: sim.clone(),
             verdict: Verdict::default(),
             kernel,

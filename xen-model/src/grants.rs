@@ -27,6 +27,8 @@ struct Entry {
     grant: Option<Grant>,
     maps: u32,
     in_use: bool,
+    /// A process died that had it mapped.
+    torn: bool,
 }
 
 #[derive(Default)]
@@ -45,7 +47,7 @@ impl GrantTable {
                 (self.entries.len() - 1) as u32
             }
         };
-        self.entries[index as usize] = Entry { grant: Some(grant), maps: 0, in_use: true };
+        self.entries[index as usize] = Entry { grant: Some(grant), maps: 0, in_use: true, torn: false };
         Ok(GrantRef(index + RESERVED))
     }
 
@@ -91,6 +93,17 @@ impl GrantTable {
     pub(crate) fn unmap(&mut self, gref: GrantRef) {
         let entry = self.entry(gref).expect("a mapped entry is in use");
         entry.maps = entry.maps.checked_sub(1).expect("unmapped more often than mapped");
+    }
+
+    /// Notes that a process died that had `gref` mapped.
+    pub(crate) fn tear(&mut self, gref: GrantRef) {
+        self.entry(gref).into_iter().for_each(|entry| entry.torn = true);
+    }
+
+    /// Whether a process died that had `gref` mapped.
+    pub(crate) fn is_torn(&self, gref: GrantRef) -> bool {
+        let index = gref.0.checked_sub(RESERVED);
+        index.and_then(|i| self.entries.get(i as usize)).is_some_and(|e| e.torn)
     }
 
     /// How often `gref` is mapped now.

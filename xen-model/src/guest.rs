@@ -47,6 +47,20 @@ impl GrantedPage {
     }
 }
 
+/// What a front end says of its ring besides where it is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct FrontKeys {
+    /// It says how many pages and queues it has, one each; the grant is in `ring-ref0` then, and what an earlier one had
+    /// said in `ring-ref` stays.
+    pub counted: bool,
+    /// A front end before it had more queues and pages, and left keys that only such a one has.
+    pub leftovers: bool,
+}
+
+/// The keys that count, and what they say of one page and one queue.
+const COUNTS: [(&str, &str); 3] =
+    [("ring-page-order", "0"), ("num-ring-pages", "1"), ("multi-queue-num-queues", "1")];
+
 /// A guest's block ring of one page. What it does is what a well-behaved front end does; everything else can be done
 /// to [`GuestRing::page`].
 pub struct GuestRing {
@@ -98,9 +112,18 @@ impl GuestRing {
     pub fn channel(&self) -> &Channel {
         &self.channel
     }
+    /// Closes the guest's end of the event channel: nobody hears the other any more.
+    pub fn close_channel(&self) {
+        self.port.xen().close_port(self.channel.id());
+    }
     /// Requests that were put on the ring and whose responses were not taken.
     pub fn outstanding(&self) -> u32 {
         self.produced.get().wrapping_sub(self.consumed.get())
+    }
+
+    /// The ring index of the next response to take.
+    pub fn consumed(&self) -> u32 {
+        self.consumed.get()
     }
 
     /// Tells xenstore where the ring is and that the front end in `frontend` is ready (state 3), all at once.
@@ -108,15 +131,43 @@ impl GuestRing {
     /// # Errors
     /// As xenstore's, except `EAGAIN`, after which it starts again.
     pub async fn publish_in_store(&self, frontend: &str) -> Result<(), Errno> {
+        self.publish_as(frontend, FrontKeys::default(), false).await
+    }
+
+    /// The same in the words of another kind of front end. With `after_counted` the one before counted its pages; what
+    /// only it would say is removed then, and no more.
+    ///
+    /// # Errors
+    /// As [`GuestRing::publish_in_store`].
+    pub async fn publish_as(
+        &self,
+        frontend: &str,
+        keys: FrontKeys,
+        after_counted: bool,
+    ) -> Result<(), Errno> {
+        let gref = self.ring_ref().0;
+        let mut pairs = Vec::new();
+        if keys.leftovers {
+            pairs.push(("ring-ref0", (gref + 1).to_string()));
+            pairs.push(("queue-0/ring-ref", (gref + 1).to_string()));
+            pairs.push(("queue-0/event-channel", (self.event_port().0 + 1).to_string()));
+            pairs.push(("feature-persistent", "1".into()));
+        }
+        if keys.counted {
+            pairs.extend(COUNTS.map(|(key, one)| (key, one.to_string())));
+        }
+        pairs.push((if keys.counted { "ring-ref0" } else { "ring-ref" }, gref.to_string()));
+        pairs.push(("event-channel", self.event_port().0.to_string()));
+        pairs.push(("protocol", "x86_64-abi".into()));
+        pairs.push(("state", "3".into()));
         loop {
             let tx = self.port.transaction().await?;
-            let write = async |key: &str, value: String| {
-                tx.write(&format!("{frontend}/{key}"), value.as_bytes()).await
-            };
-            write("ring-ref", self.ring_ref().0.to_string()).await?;
-            write("event-channel", self.event_port().0.to_string()).await?;
-            write("protocol", "x86_64-abi".into()).await?;
-            write("state", "3".into()).await?;
+            for (key, _) in COUNTS.iter().filter(|_| after_counted && !keys.counted) {
+                tx.remove(&format!("{frontend}/{key}")).await?;
+            }
+            for (key, value) in &pairs {
+                tx.write(&format!("{frontend}/{key}"), value.as_bytes()).await?;
+            }
             match tx.commit().await {
                 Err(Errno::EAGAIN) => {}
                 other => return other,
@@ -175,6 +226,18 @@ impl GuestRing {
             && (0..=SLOTS).contains(&asked.wrapping_sub(self.told.get()))
             && (1..=SLOTS).contains(&self.published.get().wrapping_sub(asked))
             && !page.was_loaded(middle(asked), false)
+    }
+
+    /// How many requests the back end has looked at and not answered; `None` if one died that had the ring.
+    pub fn unanswered(&self) -> Option<u32> {
+        if self.port.xen().is_torn(self.port.dom(), self.shared.gref) {
+            return None;
+        }
+        let (page, published) = (&self.shared.page, self.published.get());
+        let open = published.wrapping_sub(page.load_u32(RSP_PROD));
+        let unseen = (1..=open.min(SLOTS))
+            .take_while(|back| !page.was_loaded(middle(published.wrapping_sub(*back)), false));
+        Some(open - unseen.count() as u32)
     }
 
     /// Goes on from what the page says, after another CPU of the guest has used the ring.

@@ -24,6 +24,7 @@
 //! the same mistakes.
 
 mod channels;
+mod copies;
 mod cpu;
 mod event;
 mod grants;
@@ -38,7 +39,7 @@ mod xen;
 
 pub use event::XenEvent;
 pub use grants::Grant;
-pub use guest::{GrantedPage, GuestRing};
+pub use guest::{FrontKeys, GrantedPage, GuestRing};
 pub use mapping::Mapping;
 pub use page::Page;
 pub use port::{Channel, XenPort};

@@ -3,7 +3,6 @@
 use crate::channels::PortId;
 use crate::cpu::StoreBuffer;
 use crate::mapping::{MappedGrant, Mapping, Origin};
-use crate::page::Page;
 use crate::store::Client;
 use crate::xen::Xen;
 use sim::{Entity, Node};
@@ -12,9 +11,7 @@ use std::collections::BTreeMap;
 use std::future::{Future, poll_fn};
 use std::rc::Rc;
 use std::task::Poll;
-use tap_host::{
-    DomId, Errno, EventChannel, Events, GrantRef, GrantSegment, Grants, PAGE_BYTES, Port, SharedPages,
-};
+use tap_host::{DomId, Errno, EventChannel, Events, Port, SharedPages};
 
 struct Inner {
     xen: Xen,
@@ -26,6 +23,8 @@ struct Inner {
     store_errors: Cell<bool>,
     /// Until when it refuses everything, in nanoseconds.
     store_away_ns: Cell<u64>,
+    /// Copies may fail for some of their segments.
+    copy_errors: Cell<bool>,
     next_map: Cell<u64>,
     maps: RefCell<BTreeMap<u64, MappedGrant>>,
     channels: RefCell<Vec<PortId>>,
@@ -55,6 +54,7 @@ impl Xen {
             store_ops: Cell::new(0),
             store_errors: Cell::new(false),
             store_away_ns: Cell::new(0),
+            copy_errors: Cell::new(false),
             next_map: Cell::new(0),
             maps: RefCell::default(),
             channels: RefCell::default(),
@@ -74,13 +74,26 @@ impl XenPort {
         &self.0.xen
     }
 
-    /// From now on xenstored may answer this process with errors that pass. Most programs take none.
+    /// From now on xenstored may answer this process with errors that pass, and the kernel be short of memory for
+    /// mappings, ports and named pages. Most programs take none.
     pub fn allow_store_errors(&self) {
         self.0.store_errors.set(true);
     }
 
     pub(crate) fn store_away_ns(&self) -> &Cell<u64> {
         &self.0.store_away_ns
+    }
+
+    pub(crate) fn copy_errors(&self) -> &Cell<bool> {
+        &self.0.copy_errors
+    }
+
+    /// Keeps a mapping until it is undone; gives its number.
+    pub(crate) fn note_mapping(&self, mapped: MappedGrant) -> u64 {
+        let key = self.0.next_map.get();
+        self.0.next_map.set(key + 1);
+        self.0.maps.borrow_mut().insert(key, mapped);
+        key
     }
 
     pub(crate) fn has_store_errors(&self) -> bool {
@@ -129,7 +142,7 @@ impl XenPort {
     fn release(&self) {
         self.drain_stores();
         for map in std::mem::take(&mut *self.0.maps.borrow_mut()).into_values() {
-            self.0.xen.unmap(self.dom(), map.dom, map.gref);
+            self.0.xen.unmap_of_dead(self.dom(), map.dom, map.gref);
         }
         for id in std::mem::take(&mut *self.0.channels.borrow_mut()) {
             self.0.xen.close_port_of_dead(id, self.0.entity);
@@ -164,64 +177,6 @@ impl XenPort {
         self.0.channels.borrow_mut().push(id);
         Channel { port: self.clone(), id }
     }
-
-    /// The part of a page that a segment names.
-    fn segment(&self, dom: DomId, segment: GrantSegment, write: bool) -> Result<Page, Errno> {
-        if usize::from(segment.offset) + usize::from(segment.len) > PAGE_BYTES {
-            return Err(Errno::EINVAL);
-        }
-        let grants = self.0.xen.0.grants.borrow();
-        let table = grants.get(usize::from(dom.0)).and_then(Option::as_ref).ok_or(Errno::EINVAL)?;
-        table.page(segment.gref, self.dom(), write).cloned()
-    }
-}
-
-impl Grants for XenPort {
-    type Page = Mapping;
-
-    fn map(&self, dom: DomId, gref: GrantRef, write: bool) -> Result<Mapping, Errno> {
-        if !self.0.node.step() {
-            return Err(Errno::ESHUTDOWN);
-        }
-        let page = self.0.xen.map(self.dom(), dom, gref, write)?;
-        let key = self.0.next_map.get();
-        self.0.next_map.set(key + 1);
-        self.0.maps.borrow_mut().insert(key, MappedGrant { dom, gref });
-        Ok(Mapping::new(self.clone(), page, Origin::Grant { key, write }))
-    }
-
-    fn copy_in(&self, dom: DomId, segments: &[GrantSegment], private: &mut [u8]) -> Result<(), Errno> {
-        if !self.0.node.step() {
-            return Err(Errno::ESHUTDOWN);
-        }
-        self.drain_stores();
-        let mut rest = private;
-        for &segment in segments {
-            let page = self.segment(dom, segment, false)?;
-            let (now, later) = rest.split_at_mut_checked(usize::from(segment.len)).ok_or(Errno::EINVAL)?;
-            page.before_foreign_load(usize::from(segment.offset), now.len());
-            page.read(usize::from(segment.offset), now);
-            rest = later;
-        }
-        if rest.is_empty() { Ok(()) } else { Err(Errno::EINVAL) }
-    }
-
-    fn copy_out(&self, dom: DomId, segments: &[GrantSegment], private: &[u8]) -> Result<(), Errno> {
-        self.drain_stores();
-        let mut rest = private;
-        for &segment in segments {
-            self.other_cpus();
-            // Each page is a step: a process can die with half of a copy done.
-            if !self.0.node.step() {
-                return Err(Errno::ESHUTDOWN);
-            }
-            let page = self.segment(dom, segment, true)?;
-            let (now, later) = rest.split_at_checked(usize::from(segment.len)).ok_or(Errno::EINVAL)?;
-            page.write(usize::from(segment.offset), now);
-            rest = later;
-        }
-        if rest.is_empty() { Ok(()) } else { Err(Errno::EINVAL) }
-    }
 }
 
 impl Events for XenPort {
@@ -231,6 +186,7 @@ impl Events for XenPort {
         if !self.0.node.step() {
             return Err(Errno::ESHUTDOWN);
         }
+        self.memory()?;
         let id = self.0.xen.bind(self.dom(), dom, remote)?;
         Ok(self.channel(id))
     }
@@ -243,6 +199,7 @@ impl SharedPages for XenPort {
         if !self.0.node.step() {
             return Err(Errno::ESHUTDOWN);
         }
+        self.memory()?;
         let region = self.0.xen.0.regions.borrow_mut().entry(name.into()).or_default().clone();
         Ok(Mapping::new(self.clone(), region.page, Origin::Region { owned: None }))
     }
@@ -251,6 +208,7 @@ impl SharedPages for XenPort {
         if !self.0.node.step() {
             return Err(Errno::ESHUTDOWN);
         }
+        self.memory()?;
         let region = self.0.xen.0.regions.borrow_mut().entry(name.into()).or_default().clone();
         if region.owned.replace(true) {
             return Err(Errno::EBUSY);
@@ -281,6 +239,12 @@ impl SharedPages for XenPort {
 pub struct Channel {
     port: XenPort,
     id: PortId,
+}
+
+impl Channel {
+    pub(crate) fn id(&self) -> PortId {
+        self.id
+    }
 }
 
 impl EventChannel for Channel {

@@ -4,6 +4,7 @@ use crate::event::XenEvent;
 use crate::port::XenPort;
 use crate::store::{Perms, Store, Wakers};
 use crate::xen::{STORE_CONFLICT, STORE_ERROR, STORE_LATE, WATCH_LATE};
+use sim::Draw;
 use std::future::{pending, poll_fn};
 use std::task::{Poll, Waker};
 use tap_host::{Errno, Transaction, WatchEvent, Watcher, Xenstore};
@@ -13,6 +14,14 @@ const STORE_AWAY_NS: u64 = 1_500_000_000;
 /// How long after that it does not do so again: toolstacks give a disk ten seconds to come up, and one that is away for
 /// all of them leaves a back end no chance.
 const STORE_CALM_NS: u64 = 10_000_000_000;
+
+/// What an operation asks of xenstored.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Asks {
+    Look,
+    Take,
+    Commit,
+}
 
 impl XenPort {
     /// Waits for xenstored's turn. A process that died meanwhile never gets there.
@@ -29,15 +38,24 @@ impl XenPort {
 
     /// As [`XenPort::turn`]; xenstored may be busy, short of memory, or unable to answer, and does nothing then.
     async fn turn_that_may_fail(&self) -> Result<(), Errno> {
+        self.turn_for(Asks::Look).await
+    }
+
+    /// The same for what takes from a quota, which may be used up.
+    async fn turn_that_takes(&self) -> Result<(), Errno> {
+        self.turn_for(Asks::Take).await
+    }
+
+    async fn turn_for(&self, asks: Asks) -> Result<(), Errno> {
         self.turn().await;
-        match self.store_error(false) {
+        match self.store_error(asks) {
             Some((error, _)) => Err(error),
             None => Ok(()),
         }
     }
 
     /// The error that xenstored answers with, and whether the operation was carried out, which only a commit can be.
-    fn store_error(&self, commit: bool) -> Option<(Errno, bool)> {
+    fn store_error(&self, asks: Asks) -> Option<(Errno, bool)> {
         let xen = &self.xen().0;
         let (sim, rate) = (&xen.sim, xen.rates.store_error);
         if !self.has_store_errors() || (rate == 0 && !sim.has_given_decisions()) {
@@ -48,7 +66,13 @@ impl XenPort {
         }
         let entity = sim.derive("store-error", 0);
         sim.name_entity(entity, || format!("xenstore for {}", sim.name_of(sim.current())));
-        match sim.fault(entity, &STORE_ERROR, rate, |draw| 1 + draw.below(4 + u64::from(commit))) {
+        let (commit, takes) = (asks == Asks::Commit, asks == Asks::Take);
+        let kinds = if commit || takes { 5 } else { 4 };
+        let draw = |draw: &mut Draw| match 1 + draw.below(kinds) {
+            5 if takes => 6,
+            kind => kind,
+        };
+        match sim.fault(entity, &STORE_ERROR, rate, draw) {
             0 => None,
             1 => Some((Errno::EBUSY, false)),
             2 => Some((Errno::ENOMEM, false)),
@@ -59,6 +83,8 @@ impl XenPort {
                 }
                 Some((Errno::EBUSY, false))
             }
+            // The quota of a driver domain, which is no control domain to xenstored.
+            6 => takes.then_some((Errno::ENOSPC, false)),
             kind => Some((Errno::EIO, commit && kind == 5)),
         }
     }
@@ -67,21 +93,25 @@ impl XenPort {
         op(&mut self.xen().0.store.borrow_mut())
     }
 
-    async fn change(&self, op: impl FnOnce(&mut Store) -> Result<Wakers, Errno>) -> Result<(), Errno> {
-        self.turn_that_may_fail().await?;
+    async fn change(
+        &self,
+        asks: Asks,
+        op: impl FnOnce(&mut Store) -> Result<Wakers, Errno>,
+    ) -> Result<(), Errno> {
+        self.turn_for(asks).await?;
         let wakers = self.apply(op)?;
         wakers.into_iter().for_each(Waker::wake);
         Ok(())
     }
 
     async fn do_write(&self, tx: Option<u64>, path: &str, value: &[u8]) -> Result<(), Errno> {
-        self.change(|store| store.write(self.client(), tx, path, value)).await?;
+        self.change(Asks::Take, |store| store.write(self.client(), tx, path, value)).await?;
         self.xen().trace(XenEvent::Written { dom: self.dom(), path, value });
         Ok(())
     }
 
     async fn do_remove(&self, tx: Option<u64>, path: &str) -> Result<(), Errno> {
-        self.change(|store| store.remove(self.client(), tx, path)).await?;
+        self.change(Asks::Look, |store| store.remove(self.client(), tx, path)).await?;
         self.xen().trace(XenEvent::Removed { dom: self.dom(), path });
         Ok(())
     }
@@ -100,7 +130,7 @@ impl XenPort {
     /// # Errors
     /// `ENOENT`, `EACCES`.
     pub async fn set_perms(&self, path: &str, perms: Perms) -> Result<(), Errno> {
-        self.change(|store| store.set_perms(self.client(), None, path, perms)).await
+        self.change(Asks::Look, |store| store.set_perms(self.client(), None, path, perms)).await
     }
 }
 
@@ -127,13 +157,13 @@ impl Xenstore for XenPort {
     }
 
     async fn watch(&self, path: &str) -> Result<StoreWatcher, Errno> {
-        self.turn_that_may_fail().await?;
+        self.turn_that_takes().await?;
         let id = self.apply(|store| store.watch(self.client(), path))?;
         Ok(StoreWatcher { port: self.clone(), id })
     }
 
     async fn transaction(&self) -> Result<StoreTransaction, Errno> {
-        self.turn_that_may_fail().await?;
+        self.turn_that_takes().await?;
         let id = self.apply(|store| store.start(self.client()))?;
         Ok(StoreTransaction { port: self.clone(), id })
     }
@@ -161,7 +191,7 @@ impl Transaction for StoreTransaction {
 
     async fn commit(self) -> Result<(), Errno> {
         self.port.turn().await;
-        let error = self.port.store_error(true);
+        let error = self.port.store_error(Asks::Commit);
         if let Some((error, false)) = error {
             return Err(error);
         }

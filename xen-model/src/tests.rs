@@ -62,6 +62,19 @@ fn copies_cross_pages_and_respect_the_grant() {
 }
 
 #[test]
+fn a_segment_that_fails_keeps_no_other_from_being_done() {
+    world(1, async |w| {
+        let dom = w.guest.dom();
+        let [a, b] = [0, 1].map(|_| GrantedPage::new(&w.guest, DOM0, false).unwrap());
+        let parts = [segment(a.gref, 0, 512), segment(GrantRef(5000), 0, 512), segment(b.gref, 0, 512)];
+        assert_eq!(w.back.copy_out(dom, &parts, &[3; 1536]), Err(Errno::EINVAL));
+        let mut got = [0; 1536];
+        assert_eq!(w.back.copy_in(dom, &parts, &mut got), Err(Errno::EINVAL));
+        assert!(got[..512] == [3; 512] && got[512..1024] == [0; 512] && got[1024..] == [3; 512]);
+    });
+}
+
+#[test]
 fn a_hostile_page_changes_under_each_load() {
     world(1, async |w| {
         let shared = GrantedPage::new(&w.guest, DOM0, false).unwrap();

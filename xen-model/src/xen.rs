@@ -1,6 +1,7 @@
 //! The machine: domains and everything that outlives a process.
 
 use crate::channels::{Channels, PortId};
+use crate::copies::{COPY_ERROR, COPY_ERROR_KIND, NO_MEMORY, NO_MEMORY_KIND};
 use crate::cpu::{OTHER_CPUS, OTHER_CPUS_KIND, STORE_BUFFERED, STORE_BUFFERED_KIND};
 use crate::event::XenEvent;
 use crate::grants::{Grant, GrantTable};
@@ -13,6 +14,8 @@ use std::rc::Rc;
 use tap_host::{DomId, Errno, GrantRef, Port};
 
 pub(crate) static EVENT_LATE: Label = Label::new("event-late", "event {n} arrives {} ns late");
+pub(crate) static EVENT_AGAIN: Label =
+    Label::new("event-again", "event {n} comes a second time {} ns later, for nothing");
 pub(crate) static STORE_LATE: Label = Label::new("store-late", "operation {n} takes {} ns more");
 pub(crate) static WATCH_LATE: Label = Label::new("watch-late", "watch event {n} comes {} ns late");
 pub(crate) static STORE_CONFLICT: Label = Label::new("store-conflict", "the transaction has to be repeated");
@@ -21,11 +24,11 @@ pub(crate) static CLOSE_LATE: Label =
 
 pub(crate) static STORE_ERROR: Label = Label::new(
     "store-error",
-    "the operation fails (1 EBUSY, 2 ENOMEM, 3 EIO, 4 EBUSY for a second or two, 5 EIO of a commit that was done): {}",
+    "the operation fails (1 EBUSY, 2 ENOMEM, 3 EIO, 4 EBUSY for a second or two, 5 EIO of a commit that was done, 6 ENOSPC): {}",
 );
 
 /// The labels of this model's decisions.
-pub static LABELS: [&Label; 8] = [
+pub static LABELS: [&Label; 11] = [
     &EVENT_LATE,
     &STORE_LATE,
     &WATCH_LATE,
@@ -34,9 +37,13 @@ pub static LABELS: [&Label; 8] = [
     &STORE_ERROR,
     &OTHER_CPUS,
     &STORE_BUFFERED,
+    &COPY_ERROR,
+    &NO_MEMORY,
+    &EVENT_AGAIN,
 ];
 
 static EVENT_LATE_KIND: FaultKind = FaultKind { name: "event-late", max_ppm: 500_000 };
+static EVENT_AGAIN_KIND: FaultKind = FaultKind { name: "event-again", max_ppm: 300_000 };
 static STORE_LATE_KIND: FaultKind = FaultKind { name: "store-late", max_ppm: 500_000 };
 static STORE_CONFLICT_KIND: FaultKind = FaultKind { name: "store-conflict", max_ppm: 300_000 };
 static STORE_ERROR_KIND: FaultKind = FaultKind { name: "store-error", max_ppm: 30_000 };
@@ -54,6 +61,8 @@ pub struct Options {
     pub store_ns: u64,
     /// Latest arrival of an event, as a power of two of nanoseconds.
     pub event_late_bits: u32,
+    /// Events may come a second time for nothing.
+    pub events_again: bool,
     /// Longest delay of xenstored, as a power of two of nanoseconds.
     pub store_late_bits: u32,
     /// Longest time that a dead process keeps a port, as a power of two of nanoseconds.
@@ -69,6 +78,7 @@ impl Default for Options {
             quota: Quota::default(),
             store_ns: 5_000,
             event_late_bits: 18,
+            events_again: false,
             store_late_bits: 22,
             close_late_bits: 24,
             other_cpus: true,
@@ -91,10 +101,13 @@ pub struct Counts {
 
 pub(crate) struct Rates {
     pub(crate) event_late: u32,
+    pub(crate) event_again: u32,
     pub(crate) store_late: u32,
     pub(crate) conflict: u32,
     pub(crate) close_late: u32,
     pub(crate) store_error: u32,
+    pub(crate) copy_error: u32,
+    pub(crate) no_memory: u32,
     pub(crate) other_cpus: u32,
     pub(crate) store_buffered: u32,
     /// Whether one of the two above may happen.
@@ -121,6 +134,8 @@ pub(crate) struct Inner {
     pub(crate) maps_held: RefCell<BTreeMap<DomId, u32>>,
     /// Ports of dead processes that the kernel is about to close.
     dying: RefCell<BTreeSet<PortId>>,
+    /// Until when the control domain's kernel has no memory, in nanoseconds.
+    pub(crate) short_until_ns: Cell<u64>,
     next_conn: Cell<u64>,
     /// How often the host went down.
     pub(crate) boots: Cell<u32>,
@@ -142,10 +157,13 @@ impl Xen {
             store_buffered,
             cpus: options.other_cpus && (other_cpus + store_buffered > 0 || sim.has_given_decisions()),
             event_late: swarm.rate_ppm(&EVENT_LATE_KIND),
+            event_again: swarm.rate_ppm(&EVENT_AGAIN_KIND),
             store_late: swarm.rate_ppm(&STORE_LATE_KIND),
             conflict: swarm.rate_ppm(&STORE_CONFLICT_KIND),
             close_late: swarm.rate_ppm(&CLOSE_LATE_KIND),
             store_error: swarm.rate_ppm(&STORE_ERROR_KIND),
+            copy_error: swarm.rate_ppm(&COPY_ERROR_KIND),
+            no_memory: swarm.rate_ppm(&NO_MEMORY_KIND),
         };
         Self(Rc::new(Inner {
             sim: sim.clone(),
@@ -157,6 +175,7 @@ impl Xen {
             regions: RefCell::default(),
             maps_held: RefCell::default(),
             dying: RefCell::default(),
+            short_until_ns: Cell::new(0),
             next_conn: Cell::new(0),
             notified: Cell::new(0),
             boots: Cell::new(0),
@@ -177,6 +196,26 @@ impl Xen {
         self.trace(XenEvent::DomainCreated { dom });
         self.fire_special("@introduceDomain");
         dom
+    }
+
+    /// Makes a domain with the number of one that is gone, as Xen does once it has used all of them.
+    ///
+    /// # Panics
+    /// If that domain was never there, or is still.
+    pub fn create_domain_again(&self, dom: DomId) {
+        let gone = self.0.grants.borrow_mut()[usize::from(dom.0)].replace(GrantTable::default());
+        assert!(gone.is_none(), "{dom} is there");
+        self.trace(XenEvent::DomainCreated { dom });
+        self.fire_special("@introduceDomain");
+    }
+
+    /// The domain's table is as new: another kernel has begun in it.
+    ///
+    /// # Panics
+    /// If something of it is mapped.
+    pub fn reset_grants(&self, dom: DomId) {
+        let table = self.0.grants.borrow_mut()[usize::from(dom.0)].replace(GrantTable::default());
+        assert!(table.is_none_or(|table| table.mapped() == 0), "a grant of {dom} is mapped");
     }
 
     /// Ends a domain: its grants and ports are gone. Pages that others have mapped stay as long as the mappings.
@@ -279,6 +318,22 @@ impl Xen {
         self.table(dom, |table| Ok(table.maps(gref))).unwrap_or(0)
     }
 
+    /// Whether a process died that had an entry mapped.
+    pub(crate) fn is_torn(&self, dom: DomId, gref: GrantRef) -> bool {
+        self.table(dom, |table| Ok(table.is_torn(gref))).unwrap_or(false)
+    }
+
+    /// A process died that had this mapped.
+    pub(crate) fn unmap_of_dead(&self, by: DomId, dom: DomId, gref: GrantRef) {
+        let torn = self.table(dom, |table| {
+            table.tear(gref);
+            Ok(())
+        });
+        // Its domain may be gone.
+        torn.ok();
+        self.unmap(by, dom, gref);
+    }
+
     pub(crate) fn map(&self, by: DomId, dom: DomId, gref: GrantRef, write: bool) -> Result<Page, Errno> {
         let page = self.table(dom, |table| table.map(gref, by, write))?;
         *self.0.maps_held.borrow_mut().entry(by).or_default() += 1;
@@ -307,9 +362,22 @@ impl Xen {
         if late_ns == 0 {
             self.raise(peer);
         } else {
-            let at_ns = self.0.sim.now_ns() + late_ns;
-            self.0.sim.call_at(at_ns, Rc::clone(&self.0) as Rc<dyn Timed>, peer.token());
+            self.raise_in(late_ns, peer);
         }
+        let rate = self.0.rates.event_again;
+        if self.0.options.events_again && (rate > 0 || self.0.sim.has_given_decisions()) {
+            let bits = self.0.options.event_late_bits;
+            let again_ns =
+                self.0.sim.nth_fault(entity, &EVENT_AGAIN, nth, rate, |draw| 1 + draw.magnitude(bits));
+            if again_ns > 0 {
+                self.raise_in(late_ns + again_ns, peer);
+            }
+        }
+    }
+
+    fn raise_in(&self, ns: u64, id: PortId) {
+        let at_ns = self.0.sim.now_ns() + ns;
+        self.0.sim.call_at(at_ns, Rc::clone(&self.0) as Rc<dyn Timed>, id.token());
     }
 
     /// A spurious event at the other end of `id`.

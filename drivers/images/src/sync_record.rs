@@ -11,12 +11,17 @@
 //! its name), and holds for one boot: what was lost is gone for good with the page cache, and a guest has to look.
 
 use crate::ImageHost;
-use tap_host::{Bug, File, FileId, FileInfo, SharedPage};
+use tap_host::{Bug, Errno, File, FileId, FileInfo, SharedPage};
 
 /// Where in the page the number of the boot is: 16 bytes.
 const BOOT: usize = 0;
 /// Where the state is: a number.
 const STATE: usize = 16;
+
+/// Attempts to open a page on a host that is short of memory.
+const ATTEMPTS: u32 = 11;
+/// Before the second of them, in nanoseconds; it doubles with each.
+const PAUSE_NS: u64 = 1_000_000;
 
 const CLEAN: u32 = 0;
 const BEGUN: u32 = 1;
@@ -30,11 +35,14 @@ pub(crate) struct SyncRecord<H: ImageHost> {
 }
 
 impl<H: ImageHost> SyncRecord<H> {
-    /// The page of the file `id`; `None` on a host that keeps none for us.
-    fn of(host: &H, what: &str, id: FileId) -> Option<Self> {
-        let boot = host.boot_id().ok()?;
+    /// The page of the file `id`.
+    ///
+    /// # Errors
+    /// `ENOMEM` where it may be there and cannot be had; any other on a host that keeps none for us.
+    async fn of(host: &H, what: &str, id: FileId) -> Result<Self, Errno> {
+        let boot = host.boot_id()?;
         let name = format!("{what}-{:x}-{:x}-{:x}", id.device, id.inode, id.generation);
-        let page = host.region(&name).ok()?;
+        let page = page(host, &name).await?;
         let mut seen = [0; 16];
         page.copy_in(BOOT, &mut seen);
         if seen != boot && !host.bug(Bug::LostOutlivesBoot) {
@@ -42,12 +50,16 @@ impl<H: ImageHost> SyncRecord<H> {
             page.store_u32(STATE, CLEAN);
             page.copy_out(BOOT, &boot);
         }
-        Some(Self { host: host.clone(), page, name })
+        Ok(Self { host: host.clone(), page, name })
     }
 
     /// Takes up what predecessors left of `file`: its page, if there can be one, and whether something may be lost.
     pub(crate) async fn take_up(host: &H, file: &H::File, info: &FileInfo) -> (Option<Self>, bool) {
-        let Some(record) = Self::of(host, "sync", info.id) else { return (None, false) };
+        let record = match Self::of(host, "sync", info.id).await {
+            Ok(record) => record,
+            // What a predecessor left cannot be looked at. A host without space has none there already.
+            Err(error) => return (None, error == Errno::ENOMEM),
+        };
         let lost = match record.page.load_u32(STATE) {
             CLEAN => false,
             BEGUN if !host.bug(Bug::BegunSyncForgotten) => died_in_it(host, file, info).await,
@@ -77,6 +89,19 @@ impl<H: ImageHost> Drop for SyncRecord<H> {
     }
 }
 
+/// The page called `name`; waits about a second for a host that is short of memory.
+async fn page<H: ImageHost>(host: &H, name: &str) -> Result<H::Region, Errno> {
+    let mut pause_ns = PAUSE_NS;
+    for _ in 1..ATTEMPTS {
+        match host.region(name) {
+            Err(Errno::ENOMEM) => host.sleep_ns(pause_ns).await,
+            result => return result,
+        }
+        pause_ns *= 2;
+    }
+    host.region(name)
+}
+
 /// Whether a synchronisation whose caller died in it may have failed. Below a direct file there is nobody to ask: what
 /// a drive loses of its own cache at that very moment is not found out.
 async fn died_in_it<H: ImageHost>(host: &H, file: &H::File, info: &FileInfo) -> bool {
@@ -85,7 +110,7 @@ async fn died_in_it<H: ImageHost>(host: &H, file: &H::File, info: &FileInfo) -> 
     }
     // The file system tells once as well, and several files may want to know.
     let whole = FileId { device: info.id.device, inode: 0, generation: 0 };
-    let Some(told) = SyncRecord::of(host, "sync-all", whole) else { return true };
+    let Ok(told) = SyncRecord::of(host, "sync-all", whole).await else { return true };
     // Where nothing can be said, nothing is promised.
     let lost = file.file_system_lost().await.unwrap_or(true) || told.page.load_u32(STATE) == LOST;
     told.ended(lost);

@@ -86,6 +86,18 @@ pub enum ConnectError {
     Record(&'static str),
 }
 
+impl ConnectError {
+    /// Whether the host was short of what it takes, which may be otherwise soon; the front end has no part in it.
+    pub fn passes(&self) -> bool {
+        match self {
+            Self::Map { error, .. } | Self::Bind { error, .. } | Self::Region { error, .. } => {
+                matches!(*error, Errno::ENOMEM | Errno::ENOSPC | Errno::EINTR)
+            }
+            Self::InUse | Self::Record(_) => false,
+        }
+    }
+}
+
 impl<H> BlkifRing<H>
 where
     H: Time + Tasks + Log + Probe + Grants + Events + SharedPages,
@@ -161,7 +173,7 @@ where
 }
 
 /// Finds out how to go on, or starts a record for a fresh ring.
-fn open_record<H: Time, P: SharedPage, R: SharedPage>(
+fn open_record<H: Time + Probe, P: SharedPage, R: SharedPage>(
     host: &H,
     config: &RingConfig,
     page: &P,
@@ -170,7 +182,8 @@ fn open_record<H: Time, P: SharedPage, R: SharedPage>(
     let RingConfig { dom, vbd, ring_ref, port, .. } = *config;
     let identity = |epoch| Identity { dom, vbd, ring_ref, port, epoch };
     let epoch = page.load_u32(EPOCH_AT);
-    if epoch != 0 && record.is_of(identity(epoch)) {
+    let found = record.identity().filter(|found| found.epoch == epoch || host.bug(Bug::EpochIgnored));
+    if found.is_some_and(|found| found.epoch != 0 && found == identity(found.epoch)) {
         let rsp_prod = page.load_u32(ring::RSP_PROD);
         let content = record.load().map_err(ConnectError::Record)?;
         return Ok(Some((plan(content, rsp_prod).map_err(ConnectError::Record)?, rsp_prod)));

@@ -123,10 +123,22 @@ impl<P: SharedPage> Record<P> {
 
     /// Whether the page holds a record of this ring.
     pub fn is_of(&self, identity: Identity) -> bool {
-        let words = identity.words();
-        self.0.load_u32(MAGIC_AT) == MAGIC
-            && self.0.load_u32(VERSION_AT) == VERSION
-            && (0..words.len()).all(|i| self.0.load_u32(IDENTITY_AT + 4 * i) == words[i])
+        self.identity() == Some(identity)
+    }
+
+    /// Which ring the page holds a record of, if it holds one.
+    pub fn identity(&self) -> Option<Identity> {
+        if self.0.load_u32(MAGIC_AT) != MAGIC || self.0.load_u32(VERSION_AT) != VERSION {
+            return None;
+        }
+        let [dom, vbd, ring_ref, port, epoch] = std::array::from_fn(|i| self.0.load_u32(IDENTITY_AT + 4 * i));
+        Some(Identity {
+            dom: DomId(u16::try_from(dom).ok()?),
+            vbd: VbdId(vbd),
+            ring_ref: GrantRef(ring_ref),
+            port: Port(port),
+            epoch,
+        })
     }
 
     /// Starts an empty record of a ring of which nothing was taken.

@@ -410,7 +410,8 @@ where
             return;
         }
         let Parts { host, config, page, channel, record, .. } = &self.parts;
-        let old = self.rsp_prod.get();
+        let believed = host.bug(Bug::RspProdBelieved);
+        let old = if believed { page.load_u32(RSP_PROD) } else { self.rsp_prod.get() };
         let mut new = old;
         if host.bug(Bug::IndexBeforeResponse) {
             page.store_u32(RSP_PROD, old.wrapping_add(done.len() as u32));
@@ -451,7 +452,7 @@ where
                 page.full_barrier();
             }
         }
-        page.load_u32(REQ_PROD) == cons
+        page.load_u32(REQ_PROD) == cons || host.bug(Bug::NoSecondLook)
     }
 
     async fn sleep(&self, mut event: Pin<&mut impl Future<Output = Result<(), Errno>>>) -> Woken {
@@ -472,12 +473,12 @@ where
     /// Waits for the requests in flight. A ring that was refused gets no more responses.
     async fn drain(&self, end: RingEnd) {
         poll_fn(|cx| {
-            match end {
-                RingEnd::Refused(_) => {
-                    let dropped = self.done.borrow_mut().drain(..).count() as u32;
-                    self.in_flight.set(self.in_flight.get() - dropped);
-                }
-                RingEnd::Closed | RingEnd::Left | RingEnd::ChannelGone => self.publish(),
+            let last = self.done.borrow().len() as u32 == self.in_flight.get();
+            if matches!(end, RingEnd::Refused(_)) || (last && self.parts.host.bug(Bug::EarlyDrain)) {
+                let dropped = self.done.borrow_mut().drain(..).count() as u32;
+                self.in_flight.set(self.in_flight.get() - dropped);
+            } else {
+                self.publish();
             }
             if self.in_flight.get() == 0 {
                 return Poll::Ready(());

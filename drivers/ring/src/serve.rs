@@ -74,8 +74,7 @@ impl Job {
         let mut bufs: IoVec = buf.into_iter().collect();
         if self.op != BlkifOp::Read
             && let Some(buf) = bufs.first_mut()
-            && let Err(error) =
-                ring.parts.host.copy_in(ring.parts.config.dom, &self.segments(&ring.parts.host), buf)
+            && let Err(error) = self.copy_in(ring, buf)
         {
             ring.refused(self.id, "its data cannot be copied from the guest");
             return self.end(ring, slot, Err(error));
@@ -99,6 +98,19 @@ impl Job {
         });
     }
 
+    fn copy_in<H>(&self, ring: &Inner<H>, buf: &mut [u8]) -> Result<(), Errno>
+    where
+        H: Time + Tasks + Log + Probe + Grants + Events + SharedPages,
+    {
+        let (host, dom, segments) =
+            (&ring.parts.host, ring.parts.config.dom, self.segments(&ring.parts.host));
+        let copied = host.copy_in(dom, &segments, buf);
+        if copied.is_err() && host.bug(Bug::CopyInFirst) {
+            return host.copy_in(dom, &segments[1..], &mut buf[usize::from(segments[0].len)..]);
+        }
+        copied
+    }
+
     fn end<H>(&self, ring: &Inner<H>, slot: u8, result: Result<(), Errno>)
     where
         H: Time + Tasks + Log + Probe + Grants + Events + SharedPages,
@@ -117,7 +129,8 @@ impl Job {
                 .parts
                 .host
                 .copy_out(ring.parts.config.dom, &self.segments(&ring.parts.host), buf)
-                .inspect_err(|_| ring.refused(self.id, "its data cannot be copied to the guest")),
+                .inspect_err(|_| ring.refused(self.id, "its data cannot be copied to the guest"))
+                .or_else(|error| if ring.parts.host.bug(Bug::CopyOutIgnored) { Ok(()) } else { Err(error) }),
             _ => Ok(()),
         }
     }

@@ -3,7 +3,7 @@
 use crate::config::BackendError;
 use crate::patience::patiently;
 use tap_abi::xenbus::XenbusState;
-use tap_host::{Errno, GrantRef, Port, Probe, Time, Xenstore};
+use tap_host::{Bug, Errno, GrantRef, Port, Probe, Time, Xenstore};
 
 /// Longest value that any key here may have.
 pub(crate) const MAX_VALUE_BYTES: usize = 256;
@@ -85,7 +85,7 @@ pub(crate) async fn ring<H: Xenstore + Time + Probe>(
         None | Some(b"x86_64-abi") => {}
         Some(_) => return Ok(Err("protocol is not x86_64-abi, which is the only one served")),
     }
-    // One page and one queue are all that was offered. A stale ring-ref0 of an earlier front end is not looked at.
+    // One page and one queue are all that was offered.
     for (name, least, why) in [
         ("ring-page-order", 0, "ring-page-order is not 0, the only one offered"),
         ("num-ring-pages", 1, "num-ring-pages is not 1, the only number offered"),
@@ -95,7 +95,11 @@ pub(crate) async fn ring<H: Xenstore + Time + Probe>(
             return Ok(Err(why));
         }
     }
-    let Some(ring_ref) = key("ring-ref").await?.and_then(|value| number(&value)) else {
+    // Who counts its pages has the first in ring-ref0. Where nobody counts, that is of an earlier front end.
+    let counts = key("ring-page-order").await?.is_some() || host.bug(Bug::StaleRingRef);
+    let first = if counts { key("ring-ref0").await? } else { None };
+    let ring_ref = if first.is_some() { first } else { key("ring-ref").await? };
+    let Some(ring_ref) = ring_ref.and_then(|value| number(&value)) else {
         return Ok(Err("ring-ref is not a number"));
     };
     let Some(port) = key("event-channel").await?.and_then(|value| number(&value)) else {

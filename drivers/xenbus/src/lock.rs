@@ -46,18 +46,10 @@ impl<H: XenHost> Lock<H> {
         let Some(name) = record.map(|record| format!("{record}{SUFFIX}")) else {
             return Ok(Self::of(None));
         };
-        let until_ns = host.now_ns().saturating_add(patience_ns);
-        let mut pause_ns = PAUSE_NS;
-        loop {
-            match host.own_region(&name) {
-                Ok(page) => return Ok(Self::of(Some((name, page)))),
-                Err(Errno::EBUSY) if host.now_ns() < until_ns => {
-                    host.sleep_ns(pause_ns).await;
-                    pause_ns *= 2;
-                }
-                Err(Errno::EBUSY) => return Err(NotOurs::Led),
-                Err(error) => return Err(NotOurs::Page(format!("own {name}: {error}"))),
-            }
+        match own(host, &name, patience_ns, |error| error == Errno::EBUSY || is_short(error)).await {
+            Ok(page) => Ok(Self::of(Some((name, page)))),
+            Err(Errno::EBUSY) => Err(NotOurs::Led),
+            Err(error) => Err(NotOurs::Page(format!("own {name}: {error}"))),
         }
     }
 
@@ -93,6 +85,34 @@ impl<H: XenHost> Lock<H> {
         }
         self.forget(host);
     }
+}
+
+/// Owns the page called `name`; waits up to `patience_ns` while `passes` likes the error.
+///
+/// # Errors
+/// The last one.
+pub(crate) async fn own<H: XenHost>(
+    host: &H,
+    name: &str,
+    patience_ns: u64,
+    passes: impl Fn(Errno) -> bool,
+) -> Result<H::Region, Errno> {
+    let until_ns = host.now_ns().saturating_add(patience_ns);
+    let mut pause_ns = PAUSE_NS;
+    loop {
+        match host.own_region(name) {
+            Err(error) if passes(error) && host.now_ns() < until_ns => {
+                host.sleep_ns(pause_ns).await;
+                pause_ns *= 2;
+            }
+            result => return result,
+        }
+    }
+}
+
+/// Whether the host has no memory, or no space, for a page now.
+pub(crate) fn is_short(error: Errno) -> bool {
+    matches!(error, Errno::ENOMEM | Errno::ENOSPC)
 }
 
 /// Whether nobody will ask for this device again.

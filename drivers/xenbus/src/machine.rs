@@ -314,25 +314,30 @@ impl<H: XenHost> Backend<H> {
         Ok(self.bind_ring(config).await.map_err(|e| e.to_string()))
     }
 
-    /// Connects; waits a while for a port that is held by somebody.
+    /// Connects; waits a while for a port that is held by somebody, and for a host that is short of memory.
     async fn bind_ring(&self, config: RingConfig) -> Result<BlkifRing<H>, ConnectError> {
         let until_ns = self.host.now_ns().saturating_add(self.config.bind_patience_ns);
         let mut pause_ns = BIND_PAUSE_NS;
+        let mut waited_for = None;
         loop {
             match BlkifRing::connect(self.host.clone(), config.clone(), Rc::clone(&self.node)) {
-                Err(ConnectError::Bind { error: Errno::EINVAL, .. })
-                    if self.host.now_ns() < until_ns && !self.host.bug(Bug::BindOnce) =>
-                {
+                Err(error) if self.host.now_ns() < until_ns && self.may_pass(&error) => {
+                    waited_for = Some(if error.passes() { Mark::MemoryWaited } else { Mark::BindWaited });
                     self.host.sleep_ns(pause_ns).await;
                     pause_ns *= 2;
                 }
                 result => {
-                    if pause_ns > BIND_PAUSE_NS && result.is_ok() {
-                        self.host.mark(Mark::BindWaited);
-                    }
+                    waited_for.filter(|_| result.is_ok()).into_iter().for_each(|mark| self.host.mark(mark));
                     return result;
                 }
             }
+        }
+    }
+
+    fn may_pass(&self, error: &ConnectError) -> bool {
+        match error {
+            ConnectError::Bind { error: Errno::EINVAL, .. } => !self.host.bug(Bug::BindOnce),
+            error => error.passes() && !self.host.bug(Bug::MemoryOnce),
         }
     }
 

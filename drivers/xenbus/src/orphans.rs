@@ -9,6 +9,9 @@ use crate::lock;
 use std::collections::BTreeSet;
 use tap_host::{Bug, DomId, Event, VbdId};
 
+/// How long to wait for a host that is short of memory, in nanoseconds.
+const PATIENCE_NS: u64 = 2_000_000_000;
+
 /// Removes the records named `prefix-DOMAIN-VBD`, and their locks, whose device is not in `root` of xenstore any more, or has lost its front
 /// end's directory. Records of devices that are there stay, whoever serves them.
 ///
@@ -29,7 +32,7 @@ pub(crate) async fn remove_orphans<H: XenHost>(
         let record = format!("{prefix}-{}-{}", dom.0, vbd.0);
         let lock = format!("{record}{}", lock::SUFFIX);
         // Somebody who is still at its end removes both by himself.
-        let Ok(_ours) = host.own_region(&lock) else { continue };
+        let Ok(_ours) = lock::own(host, &lock, PATIENCE_NS, lock::is_short).await else { continue };
         host.log(Event::OrphanRemoved { dom, vbd });
         host.remove_region(&record);
         host.remove_region(&lock);

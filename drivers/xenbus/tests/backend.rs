@@ -345,6 +345,23 @@ fn a_ring_that_cannot_be_ends_the_connection() {
 }
 
 #[test]
+fn a_host_that_is_short_of_memory_is_waited_for_and_then_told_of() {
+    for (short_ns, served) in [(1_000_000_000, true), (3_000_000_000, false)] {
+        world(&quiet(), async move |world| {
+            let d = Device::new(&world, false).await;
+            d.start(0);
+            d.until_back(XenbusState::InitWait).await;
+            world.xen.run_short(short_ns);
+            let front = Front::new(&d.guest);
+            front.ring.publish_in_store(&d.paths.frontend).await.unwrap();
+            d.until_back(if served { XenbusState::Connected } else { XenbusState::Closing }).await;
+            assert_eq!(world.xen.mapped_from(d.guest.dom()) > 0, served);
+            assert_eq!(d.back("error").await.is_none_or(|e| !e.contains("ENOMEM")), served);
+        });
+    }
+}
+
+#[test]
 fn ends_that_vanish() {
     for (front_end, connected) in [(true, true), (true, false), (false, true), (false, false)] {
         world(&quiet(), async move |world| {
@@ -524,7 +541,7 @@ fn a_hotplug_script_is_waited_for() {
         let front = Front::new(&d.guest);
         front.ring.publish_in_store(&d.paths.frontend).await.unwrap();
         d.settle().await;
-        assert_eq!(d.back("state").await.as_deref(), Some("2"));
+        assert_eq!(d.back("state").await.unwrap(), "2");
         d.set_back("hotplug-status", "connected").await;
         d.until_back(XenbusState::Connected).await;
         d.work(&front, 5).await;

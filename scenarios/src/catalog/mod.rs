@@ -1,5 +1,6 @@
 //! The catalogue of scenarios.
 
+pub mod away;
 pub mod crash;
 pub mod damage;
 pub mod latch;
@@ -12,6 +13,7 @@ pub mod setup;
 pub mod tools;
 pub mod toolstack;
 
+use crate::front;
 use crate::guest;
 use crate::run::Scenario;
 use sim::Label;
@@ -36,7 +38,7 @@ pub static ALL: &[&Scenario] = &[
     &toolstack::SECOND_TAPDISK,
     &toolstack::GUEST_DESTROYED,
     &toolstack::HOT_PLUG,
-    &toolstack::TAPDISK_AWAY,
+    &away::TAPDISK_AWAY,
     &life::DISK_LIFE,
     &damage::DAMAGED_IMAGE,
     &scale::QCOW_SCALE,
@@ -112,6 +114,9 @@ pub static LABELS: &[&Label] = &[
     &toolstack::REPLACE_AFTER,
     &toolstack::SECOND_AFTER,
     &toolstack::DESTROY_AFTER,
+    &away::BACK_AFTER,
+    &front::FRONT_KEYS,
+    &guest::SCRIBBLE,
     &guest::TRICK,
     &guest::FLOOD,
     &guest::TOGETHER,

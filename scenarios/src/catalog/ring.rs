@@ -293,12 +293,27 @@ pub(super) async fn next_guest(world: &World, setup: Setup, depth: usize, when: 
     finish(world, &machine, &guests).await;
 }
 
-async fn hostile_frontend(world: World) {
-    let limits = StackLimits::draw(&world);
-    let machine = Machine::new(&world, limits);
-    let bad = machine.attach(Setup::raw(&world, 0, DISK_BYTES), 0).await;
-    let good = machine.attach(Setup::raw(&world, 1, DISK_BYTES), 1).await;
+/// A machine with two guests, each with a raw disk; in half of the seeds tapdisk watches for them.
+async fn two_disks(world: &World) -> (Rc<Machine>, Attached, Attached) {
+    let limits = StackLimits::draw(world);
+    let setups = [0, 1].map(|number| Setup::raw(world, number, DISK_BYTES));
+    let [one, two] = setups;
+    if world.setting("rings-watched", &[false, true]) {
+        let machine = Machine::watching(world, limits);
+        machine.start_tapdisk();
+        let (one, two) = (machine.new_guest(one, 0), machine.new_guest(two, 1));
+        machine.plug(&one).await;
+        machine.plug(&two).await;
+        return (machine, one, two);
+    }
+    let machine = Machine::new(world, limits);
+    let (one, two) = (machine.attach(one, 0).await, machine.attach(two, 1).await);
     machine.start_tapdisk();
+    (machine, one, two)
+}
+
+async fn hostile_frontend(world: World) {
+    let (machine, bad, good) = two_disks(&world).await;
     let neighbour = Manners { reads: Invariant::H2, ..NO_ERRORS };
     let Some(guest) = good.boot(&world, neighbour).await else { return };
     let above = || {
@@ -308,10 +323,14 @@ async fn hostile_frontend(world: World) {
         bytes
     };
     let before = above();
-    if world.setting("deaths-too", &[false, true]) {
+    let deaths = world.setting("deaths-too", &[false, true]);
+    if deaths {
         world.sim.spawn("supervisor", 0, Rc::clone(&machine).supervise(kills(&world, 3, 400)));
     }
-    let hostile = Hostile::new(&world, bad.clone(), machine.starts());
+    // A ring that nobody can take up ends a process that was told to serve it and nothing else.
+    let may_break = !deaths || machine.is_watching();
+    machine.expect_broken_ring(bad.dom);
+    let hostile = Hostile::new(&world, bad.clone(), machine.starts(), may_break);
     let (w, (done, gone)) = (world.clone(), oneshot());
     bad.node.spawn("hostile", 0, async move {
         let played = async {

@@ -1,9 +1,8 @@
 //! What toolstacks and administrators do: replacing tapdisk, plugging disks in and out, destroying guests.
 
-use super::crash::either;
 use super::ring::{
-    DISK_BYTES, KILL_AFTER, NO_ERRORS, finish, in_guest, kills, manners, next_guest, not_stuck,
-    operations_of, start, with_errors,
+    DISK_BYTES, NO_ERRORS, finish, in_guest, kills, manners, next_guest, not_stuck, operations_of, start,
+    with_errors,
 };
 use super::setup::Setup;
 use crate::check::Invariant;
@@ -48,14 +47,6 @@ pub static GUEST_DESTROYED: Scenario = Scenario {
     about: "a guest destroyed with requests in flight; the toolstack need not wait, and the next guest finds what was flushed",
     storage: |_| not_stuck(),
     body: |w| Box::pin(guest_destroyed(w)),
-};
-
-/// No tapdisk runs for a while.
-pub static TAPDISK_AWAY: Scenario = Scenario {
-    name: "tapdisk-away",
-    about: "tapdisk dies and stays away; its guest waits, or is destroyed meanwhile or while its ring is taken up; nothing is left",
-    storage: |sim| with_errors(sim, FaultPlan { stuck: false, ..FaultPlan::LATENCY }),
-    body: |w| Box::pin(tapdisk_away(w)),
 };
 
 /// A second disk comes and goes.
@@ -188,67 +179,6 @@ async fn guest_destroyed(world: World) {
     // Nothing crashed but the guest: what it had in flight happened or did not.
     setup.history.borrow_mut().power_cut();
     next_guest(&world, setup, depth, "of a destroyed guest").await;
-}
-
-async fn tapdisk_away(world: World) {
-    let machine = Machine::watching(&world, StackLimits::draw(&world));
-    let first = machine.start_tapdisk();
-    let setup = Setup::qcow(&world, 0, DISK_BYTES, world.setting("overlay", &[false, true]));
-    let disk = machine.new_guest(setup.clone(), 0);
-    machine.plug(&disk).await;
-    let Some(guest) = disk.boot(&world, NO_ERRORS).await else { return };
-    guest.set_manners(manners(&world, Invariant::P1));
-    let (ops, g) = (operations_of(&world, &disk, 0, 60), guest.clone());
-    let (done, finished) = oneshot();
-    disk.node.spawn("main", 0, async move {
-        g.run(&ops, 16).await;
-        let _ = done.send(());
-    });
-    let entity = Entity::WORLD.child("killer", 0);
-    world.sim.name_entity(entity, || "killer".into());
-    let after = world.sim.decide(entity, &KILL_AFTER, 0, |d| 1 + d.below(600));
-    first.process.node().kill_after_steps(after);
-    // With nothing to do it would never get so far.
-    either(first.process.node().dead(), world.sim.sleep_ns(20_000_000_000)).await;
-    first.process.node().kill();
-    first.process.node().dead().await;
-    guest.history.borrow_mut().server_died();
-    world.count(|s| s.crashes += 1);
-    let end =
-        world.setting("guest-meanwhile", &["waits", "is destroyed", "is destroyed while it is taken up"]);
-    if end == "is destroyed" {
-        machine.destroy_alone(&disk).await;
-    }
-    world.sim.sleep_ns(world.setting("away-ns", &[10_000, 1_000_000_000, 60_000_000_000])).await;
-    machine.start_tapdisk();
-    if end == "waits" {
-        let _ = finished.await;
-        world.sim.stop_faults();
-        let (w, a, g) = (world.clone(), disk.clone(), guest.clone());
-        in_guest(&disk, async move {
-            if let Err(error) = g.read_all().await {
-                w.fail(Invariant::E4, format!("reading the whole disk failed with {error:?}"));
-            }
-            a.shut_down(&w, &g).await;
-        })
-        .await;
-        machine.unplug(&disk).await;
-    }
-    if end == "is destroyed while it is taken up" {
-        let entity = Entity::WORLD.child("destroyer", 0);
-        world.sim.name_entity(entity, || "administrator".into());
-        let after_ns = world.sim.decide(entity, &DESTROY_AFTER, 0, |d| d.magnitude(20));
-        world.sim.sleep_ns(after_ns).await;
-        machine.destroy(&disk).await;
-    }
-    // Time to look at what there was when it began.
-    world.sim.sleep_ns(60_000_000_000).await;
-    if let Some(host) = machine.tapdisk() {
-        host.process.ask_to_stop();
-    }
-    machine.all_ended().await;
-    machine.check_leaks();
-    setup.check(&world, "in the end").await;
 }
 
 async fn hot_plug(world: World) {

@@ -467,6 +467,14 @@ impl BlockHistory {
         }
     }
 
+    /// The guest ended, and nobody waits any more for what it had in flight: that has happened or has not.
+    pub fn guest_died(&mut self) {
+        self.reads.clear();
+        for (write, _) in self.running.clone() {
+            self.end_write(write, false);
+        }
+    }
+
     /// Logical time: changes whenever anything happened.
     pub fn clock(&self) -> Clock {
         self.clock

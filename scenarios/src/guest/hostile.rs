@@ -3,6 +3,10 @@
 //! It writes the ring's bytes itself, so nothing keeps it from lying; and it counts how often the back end looks at an
 //! entry, since a second look is a look at something else.
 
+mod scribble;
+
+pub use scribble::SCRIBBLE;
+
 use crate::check::Invariant;
 use crate::check::oracle::{Oracle, is_broken};
 use crate::machine::Attached;
@@ -105,11 +109,17 @@ pub struct Hostile {
     next_id: Cell<u64>,
     /// How often the back end's process was started: each may look at an entry once.
     lives: Rc<Cell<u32>>,
+    /// Its ring may become one that nobody can take up.
+    ring_may_break: bool,
+    /// In which of these lives it wrote what a successor has to read and nothing has put right.
+    scribbled: Cell<Option<u32>>,
+    /// The epoch among that; nothing puts it right.
+    epoch_lost: Cell<bool>,
 }
 
 impl Hostile {
-    /// A hostile guest on `attached`.
-    pub fn new(world: &World, attached: Attached, lives: Rc<Cell<u32>>) -> Self {
+    /// A hostile guest on `attached`. It breaks what a successor of a dead back end needs where `ring_may_break`.
+    pub fn new(world: &World, attached: Attached, lives: Rc<Cell<u32>>, ring_may_break: bool) -> Self {
         let entity = Entity::WORLD.child("hostile", u64::from(attached.dom.0));
         world.sim.name_entity(entity, || "hostile guest".into());
         Self {
@@ -119,6 +129,9 @@ impl Hostile {
             entity,
             next_id: Cell::new(1),
             lives,
+            ring_may_break,
+            scribbled: Cell::new(None),
+            epoch_lost: Cell::new(false),
         }
     }
 
@@ -251,13 +264,14 @@ impl Hostile {
                             asked.push(entry(value & 15, value >> 4));
                         }
                     }
-                    self.ask(&ring, asked).await;
+                    self.ask(&ring, asked, i).await;
                 }
             }
-            if self.world.verdict.is_broken() || self.back_state().await != 4 {
+            if self.world.verdict.is_broken() || self.is_beyond_repair() || self.back_state().await != 4 {
                 break;
             }
         }
+        self.close_channel(&ring);
         drop(ring);
         self.leave(page, read_only).await
     }
@@ -376,14 +390,23 @@ impl Hostile {
         (e, expect)
     }
 
-    /// Posts requests at once, and waits for the answers to all.
-    async fn ask(&self, ring: &GuestRing, mut asked: Vec<([u8; ENTRY_BYTES], Expect)>) {
+    /// Posts requests at once, the `nth`, and waits for the answers to all.
+    async fn ask(&self, ring: &GuestRing, mut asked: Vec<([u8; ENTRY_BYTES], Expect)>, nth: u32) {
         asked.iter().for_each(|(entry, _)| ring.put_raw(entry));
-        ring.publish();
+        let consumed = ring.consumed();
+        self.scribble_before(ring, nth, consumed);
+        if !ring.publish() {
+            // What it asked for may be nonsense by now.
+            ring.channel().notify();
+        }
+        if self.scribbled.get().is_some() && !self.index_is_right(ring, consumed, asked.len() as u32).await {
+            return;
+        }
         let until = self.world.sim.now_ns() + PATIENCE_NS;
         while let Some((first, _)) = asked.first() {
             let response = match ring.take() {
                 Ok(Some(response)) => response,
+                Ok(None) if self.is_beyond_repair() => return,
                 Ok(None) if self.world.sim.now_ns() < until => {
                     self.world.sim.sleep_ns(20_000).await;
                     continue;

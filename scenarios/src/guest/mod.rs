@@ -8,7 +8,9 @@ mod ring;
 mod speaker;
 
 pub use direct::DirectDisk;
-pub use hostile::{FLOOD, HONEST_SECTORS, Hostile, KEYS, TOGETHER, TRICK, describe_keys, describe_trick};
+pub use hostile::{
+    FLOOD, HONEST_SECTORS, Hostile, KEYS, SCRIBBLE, TOGETHER, TRICK, describe_keys, describe_trick,
+};
 pub use lying::{LyingServer, NBD_LIE, NBD_SHAPE, describe_nbd_lie};
 pub use nbd::{NBD_TRICK, NbdScript, RawNbd, Spread, describe_nbd_trick};
 pub use ring::RingDisk;
@@ -85,6 +87,7 @@ pub struct Guest<D> {
     manners: Rc<Cell<Manners>>,
     flush_failed: Rc<Cell<bool>>,
     write_through: Rc<Cell<bool>>,
+    retired: Rc<Cell<bool>>,
 }
 
 impl<D: Clone> Clone for Guest<D> {
@@ -97,6 +100,7 @@ impl<D: Clone> Clone for Guest<D> {
             manners: Rc::clone(&self.manners),
             flush_failed: Rc::clone(&self.flush_failed),
             write_through: Rc::clone(&self.write_through),
+            retired: Rc::clone(&self.retired),
         }
     }
 }
@@ -114,6 +118,7 @@ impl<D: GuestDisk> Guest<D> {
             manners: Rc::new(Cell::new(manners)),
             flush_failed: Rc::default(),
             write_through: Rc::default(),
+            retired: Rc::default(),
         }
     }
 
@@ -131,6 +136,12 @@ impl<D: GuestDisk> Guest<D> {
     /// From now on every write is durable when answered.
     pub fn write_through(&self) {
         self.write_through.set(true);
+    }
+
+    /// Its kernel has ended: what it has in flight has happened or has not, and nothing new begins.
+    pub fn retire(&self) {
+        self.retired.set(true);
+        self.history.borrow_mut().guest_died();
     }
 
     /// Every answered write is durable now, if all of them are when answered.
@@ -167,6 +178,9 @@ impl<D: GuestDisk> Guest<D> {
     pub async fn one(&self, op: Op) {
         let mut left = self.manners.get().retries;
         loop {
+            if self.retired.get() {
+                return std::future::pending().await;
+            }
             let result = match op.kind {
                 IoKind::Read => self.read(op.range).await,
                 IoKind::Write if op.flushes => self.write_and_flush(op.range).await,

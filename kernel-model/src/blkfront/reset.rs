@@ -1,0 +1,44 @@
+//! A kernel that begins in a guest whose devices are connected: it was started by another kernel, not by a toolstack.
+//!
+//! Linux's `xenbus_reset_frontend`: each state in turn, and for each it gives the back end so long and no longer.
+
+use super::Blkfront;
+use std::future::{Future, poll_fn};
+use std::pin::pin;
+use std::task::Poll;
+use tap_host::{Errno, Xenstore};
+
+/// How long it waits for each state, in nanoseconds.
+const WAITS_NS: u64 = 5_000_000_000;
+
+impl Blkfront {
+    /// Leads both ends from wherever the kernel before has left them towards a new beginning.
+    ///
+    /// # Errors
+    /// As xenstore's.
+    pub async fn reset(&self) -> Result<(), Errno> {
+        let value = self.0.port.read(&format!("{}/state", self.0.paths.backend)).await?;
+        let steps: &[(u8, u8)] = match &value[..] {
+            b"4" => &[(5, 5), (6, 6), (1, 2)],
+            b"5" => &[(6, 6), (1, 2)],
+            b"6" => &[(1, 2)],
+            _ => &[],
+        };
+        for (own, other) in steps {
+            self.0.set_state(*own).await?;
+            self.wait_a_while(*other).await?;
+        }
+        // What is there of the kernel before is not this one's.
+        self.0.set_state(1).await
+    }
+
+    async fn wait_a_while(&self, state: u8) -> Result<(), Errno> {
+        let mut there = pin!(self.0.wait_back(|s| s == state));
+        let mut enough = pin!(self.0.port.xen().sim().sleep_ns(WAITS_NS));
+        poll_fn(|cx| match there.as_mut().poll(cx) {
+            Poll::Ready(reached) => Poll::Ready(reached.map(drop)),
+            Poll::Pending => enough.as_mut().poll(cx).map(Ok),
+        })
+        .await
+    }
+}

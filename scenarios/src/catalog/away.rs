@@ -1,0 +1,162 @@
+//! No tapdisk runs for a while, and the world goes on: guests wait, begin anew, end, or others come in their place.
+
+use super::crash::either;
+use super::ring::{DISK_BYTES, KILL_AFTER, NO_ERRORS, in_guest, manners, operations_of, with_errors};
+use super::setup::Setup;
+use super::toolstack::DESTROY_AFTER;
+use crate::check::Invariant;
+use crate::guest::{Guest, RingDisk};
+use crate::machine::{Attached, Machine};
+use crate::run::Scenario;
+use crate::stack::StackLimits;
+use crate::world::World;
+use kernel_model::faults::FaultPlan;
+use sim::{Entity, Label};
+use std::rc::Rc;
+use tap_core::wait::oneshot;
+
+/// After what time tapdisk is started again when somebody new waits for it.
+pub static BACK_AFTER: Label = Label::new("back-after", "tapdisk is back after {} more ns");
+
+/// No tapdisk runs for a while.
+pub static TAPDISK_AWAY: Scenario = Scenario {
+    name: "tapdisk-away",
+    about: "tapdisk dies and stays away; its guest waits, starts another kernel, or is destroyed meanwhile or while its ring is taken up, and another may get its number; nothing is left",
+    storage: |sim| with_errors(sim, FaultPlan { stuck: false, ..FaultPlan::LATENCY }),
+    body: |w| Box::pin(tapdisk_away(w)),
+};
+
+async fn tapdisk_away(world: World) {
+    let machine = Machine::watching(&world, StackLimits::draw(&world));
+    let first = machine.start_tapdisk();
+    let setup = Setup::qcow(&world, 0, DISK_BYTES, world.setting("overlay", &[false, true]));
+    let disk = machine.new_guest(setup.clone(), 0);
+    machine.plug(&disk).await;
+    let Some(guest) = disk.boot(&world, NO_ERRORS).await else { return };
+    guest.set_manners(manners(&world, Invariant::P1));
+    let (ops, g) = (operations_of(&world, &disk, 0, 60), guest.clone());
+    let (done, finished) = oneshot();
+    disk.node.spawn("main", 0, async move {
+        g.run(&ops, 16).await;
+        let _ = done.send(());
+    });
+    let entity = Entity::WORLD.child("killer", 0);
+    world.sim.name_entity(entity, || "killer".into());
+    let after = world.sim.decide(entity, &KILL_AFTER, 0, |d| 1 + d.below(600));
+    first.process.node().kill_after_steps(after);
+    // With nothing to do it would never get so far.
+    either(first.process.node().dead(), world.sim.sleep_ns(20_000_000_000)).await;
+    first.process.node().kill();
+    first.process.node().dead().await;
+    guest.history.borrow_mut().server_died();
+    world.count(|s| s.crashes += 1);
+    let end = world.setting(
+        "guest-meanwhile",
+        &[
+            "waits",
+            "is destroyed",
+            "is destroyed while it is taken up",
+            "starts another kernel",
+            "is destroyed and another has its number",
+        ],
+    );
+    let away_ns = world.setting("away-ns", &[10_000, 1_000_000_000, 60_000_000_000]);
+    let mut setups = vec![setup];
+    match end {
+        "waits" => {
+            back_after(&machine, away_ns).await;
+            let _ = finished.await;
+            end_in_order(&world, &machine, &disk, &guest).await;
+        }
+        "is destroyed" => {
+            machine.destroy_alone(&disk).await;
+            back_after(&machine, away_ns).await;
+        }
+        "is destroyed while it is taken up" => {
+            back_after(&machine, away_ns).await;
+            let entity = Entity::WORLD.child("destroyer", 0);
+            world.sim.name_entity(entity, || "administrator".into());
+            let after_ns = world.sim.decide(entity, &DESTROY_AFTER, 0, |d| d.magnitude(20));
+            world.sim.sleep_ns(after_ns).await;
+            machine.destroy(&disk).await;
+        }
+        "starts another kernel" => another_kernel(&world, &machine, &disk, &guest, away_ns).await,
+        _ => setups.push(another_guest(&world, &machine, &disk, away_ns).await),
+    }
+    // Time to look at what there was when it began.
+    world.sim.sleep_ns(60_000_000_000).await;
+    if let Some(host) = machine.tapdisk() {
+        host.process.ask_to_stop();
+    }
+    machine.all_ended().await;
+    machine.check_leaks();
+    for setup in setups {
+        setup.check(&world, "in the end").await;
+    }
+}
+
+async fn back_after(machine: &Rc<Machine>, ns: u64) {
+    machine.world.sim.sleep_ns(ns).await;
+    machine.start_tapdisk();
+}
+
+/// Looks at the whole disk, lets go of it and takes it away.
+async fn end_in_order(world: &World, machine: &Machine, disk: &Attached, guest: &Guest<RingDisk>) {
+    world.sim.stop_faults();
+    let (w, a, g) = (world.clone(), disk.clone(), guest.clone());
+    in_guest(disk, async move {
+        if let Err(error) = g.read_all().await {
+            w.fail(Invariant::E4, format!("reading the whole disk failed with {error:?}"));
+        }
+        a.shut_down(&w, &g).await;
+    })
+    .await;
+    machine.unplug(disk).await;
+}
+
+/// The guest's kernel is followed by another at once (kexec), which finds the devices of the first as they are.
+async fn another_kernel(
+    world: &World,
+    machine: &Rc<Machine>,
+    disk: &Attached,
+    before: &Guest<RingDisk>,
+    away_ns: u64,
+) {
+    // Its ring is gone; nobody can take it up, and to say so is right.
+    machine.expect_broken_ring(disk.dom);
+    let second = machine.next_kernel(disk).await;
+    before.retire();
+    let (w, a, (done, booted)) = (world.clone(), second.clone(), oneshot());
+    second.node.spawn("boot", 0, async move {
+        let front = a.front(&w);
+        if let Err(error) = front.reset().await {
+            w.fail(Invariant::L1, format!("the next kernel failed to reset its device: {error:?}"));
+        }
+        let _ = done.send(a.boot_on(&w, NO_ERRORS, front).await);
+    });
+    back_after(machine, away_ns).await;
+    let Some(Some(guest)) = booted.await else { return };
+    guest.set_manners(manners(world, Invariant::P1));
+    let (g, ops) = (guest.clone(), operations_of(world, &second, 1, 20));
+    in_guest(&second, async move { g.run(&ops, 8).await }).await;
+    end_in_order(world, machine, &second, &guest).await;
+}
+
+/// The guest is destroyed, and one with another disk comes that has the number of the first. Gives its disk.
+async fn another_guest(world: &World, machine: &Rc<Machine>, disk: &Attached, away_ns: u64) -> Setup {
+    machine.destroy_alone(disk).await;
+    world.sim.sleep_ns(away_ns).await;
+    let next = machine.guest_with_number(Setup::qcow(world, 1, DISK_BYTES, false), disk.dom);
+    let entity = Entity::WORLD.child("back", 0);
+    world.sim.name_entity(entity, || "administrator".into());
+    let after_ns = world.sim.decide(entity, &BACK_AFTER, 0, |d| d.magnitude(22));
+    let m = Rc::clone(machine);
+    world.sim.spawn("start", 0, async move { back_after(&m, after_ns).await });
+    machine.plug(&next).await;
+    let Some(guest) = next.boot(world, NO_ERRORS).await else { return next.setup };
+    guest.set_manners(manners(world, Invariant::P1));
+    let (g, ops) = (guest.clone(), operations_of(world, &next, 1, 20));
+    in_guest(&next, async move { g.run(&ops, 8).await }).await;
+    end_in_order(world, machine, &next, &guest).await;
+    next.setup
+}

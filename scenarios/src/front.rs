@@ -1,0 +1,96 @@
+//! The front end of an attached disk: how it lays out its requests, in which words it tells of its ring, boot and end.
+
+use crate::check::Invariant;
+use crate::check::oracle::{Oracle, is_broken};
+use crate::guest::{Guest, Manners, RingDisk};
+use crate::machine::Attached;
+use crate::world::World;
+use kernel_model::{Blkfront, Complaint, KeysOf, LayoutOf, SegmentLayout};
+use sim::{Entity, FaultKind, Label};
+use std::rc::Rc;
+use tap_host::DomId;
+use xen_model::FrontKeys;
+
+/// How the sectors of a request lie in its pages, where not in whole pages.
+pub static SEGMENTS: Label =
+    Label::packed("segments", "its pages have (8 less, first sector) {} sectors", &[3, 3]);
+
+static ODD_SEGMENTS: FaultKind = FaultKind { name: "odd-segments", max_ppm: 500_000 };
+
+/// Some guests have requests whose segments are no whole pages.
+fn segment_layout(world: &World) -> LayoutOf {
+    let (sim, rate_ppm) = (world.sim.clone(), world.sim.swarm().rate_ppm(&ODD_SEGMENTS));
+    Rc::new(move |range| {
+        if rate_ppm == 0 && !sim.has_given_decisions() {
+            return SegmentLayout::WHOLE;
+        }
+        let entity = sim.derive("segments", range.start.0);
+        sim.name_entity(entity, || format!("request for {range}"));
+        let value = sim.fault(entity, &SEGMENTS, rate_ppm, |d| d.below(64));
+        SegmentLayout { per_page: 8 - (value & 7) as u32, first: (value >> 3 & 7) as u32 }
+    })
+}
+
+/// In which words a front end tells of its ring, and what one before it has left.
+pub static FRONT_KEYS: Label =
+    Label::packed("front-keys", "front end {n} (counts its pages, finds keys of another kind) {}", &[1, 1]);
+
+static OTHER_FRONT_ENDS: FaultKind = FaultKind { name: "other-front-ends", max_ppm: 700_000 };
+
+/// Some guests have front ends of several kinds, one after the other.
+fn front_keys(world: &World, disk: &Attached) -> KeysOf {
+    let (sim, rate_ppm) = (world.sim.clone(), world.sim.swarm().rate_ppm(&OTHER_FRONT_ENDS));
+    let entity = Entity::WORLD.child("front-keys", u64::from(disk.dom.0) << 32 | u64::from(disk.vbd.0));
+    sim.name_entity(entity, || format!("front end of {}", disk.dom));
+    Rc::new(move |nth| {
+        let value = sim.nth_fault(entity, &FRONT_KEYS, nth, rate_ppm, |d| 1 + d.below(3));
+        FrontKeys { counted: value & 1 != 0, leftovers: value & 2 != 0 }
+    })
+}
+
+impl Attached {
+    /// The guest's front end, which complains to the verdict.
+    pub fn front(&self, world: &World) -> Blkfront {
+        let w = world.clone();
+        let complain: Complaint = Rc::new(move |text| {
+            if !is_broken(Oracle::AnswersIgnored) {
+                w.fail(Invariant::X1, text);
+            }
+        });
+        let front = Blkfront::new(&self.port, &self.node, DomId(0), self.paths.clone(), complain);
+        if world.setting("pages-revoked", &[false, true]) {
+            front.revoke_pages();
+        }
+        front.set_layout(segment_layout(world));
+        front.set_keys(front_keys(world, self));
+        front
+    }
+
+    /// A guest on a connected front end.
+    pub async fn boot(&self, world: &World, manners: Manners) -> Option<Guest<RingDisk>> {
+        self.boot_on(world, manners, self.front(world)).await
+    }
+
+    /// The same, on a front end that has done something before.
+    pub async fn boot_on(&self, world: &World, manners: Manners, front: Blkfront) -> Option<Guest<RingDisk>> {
+        if let Err(error) = front.connect().await {
+            world.fail(Invariant::L1, format!("the front end failed to connect: {error:?}"));
+            return None;
+        }
+        Some(Guest::new(world, RingDisk::new(front), Rc::clone(&self.setup.history), manners))
+    }
+
+    /// Shuts the guest's disk down in order; every page must come back.
+    pub async fn shut_down(&self, world: &World, guest: &Guest<RingDisk>) {
+        let front = guest.disk().front();
+        if let Err(error) = front.close().await {
+            world.fail(Invariant::L1, format!("the front end failed to close: {error:?}"));
+        }
+        if front.outstanding() > 0 {
+            world.fail(Invariant::X1, format!("{} requests were never answered", front.outstanding()));
+        }
+        if let Err(text) = front.release() {
+            world.fail(Invariant::K1, text);
+        }
+    }
+}
