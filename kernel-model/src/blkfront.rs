@@ -44,6 +44,22 @@ pub const BLKFRONT_MAX_SECTORS: u32 = MAX_SEGMENTS as u32 * PAGE_SECTORS;
 pub type Complaint = Rc<dyn Fn(String)>;
 /// How the sectors of a request shall lie in its pages.
 pub type LayoutOf = Rc<dyn Fn(SectorRange) -> SegmentLayout>;
+/// What a back end says of its disk once it has connected.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Told {
+    /// `sectors`, of 512 bytes.
+    pub sectors: Option<u64>,
+    /// `sector-size` in bytes.
+    pub sector_bytes: Option<u64>,
+    /// `info`: whether it may only be read.
+    pub read_only: Option<bool>,
+    /// `feature-flush-cache`.
+    pub flushes: bool,
+    /// `error`, which tells of an earlier attempt.
+    pub error: Option<String>,
+}
+/// Is shown that at each connect.
+pub type LookAtTold = Rc<dyn Fn(&Told)>;
 /// What it says in xenstore at its n-th connect, from 0.
 pub type KeysOf = Rc<dyn Fn(u32) -> FrontKeys>;
 
@@ -65,6 +81,7 @@ struct Inner {
     complain: Complaint,
     layout: RefCell<Option<LayoutOf>>,
     keys: RefCell<Option<KeysOf>>,
+    look_at_told: RefCell<Option<LookAtTold>>,
     /// The front end before counted its pages.
     counted: Cell<bool>,
     /// Pages are taken back when their request is answered.
@@ -100,6 +117,7 @@ impl Blkfront {
             complain,
             layout: RefCell::default(),
             keys: RefCell::default(),
+            look_at_told: RefCell::default(),
             counted: Cell::new(false),
             revokes: Cell::new(false),
             ring: RefCell::default(),
@@ -123,6 +141,11 @@ impl Blkfront {
     /// Lets `keys` say in which words each connect is told; else the fewest.
     pub fn set_keys(&self, keys: KeysOf) {
         *self.0.keys.borrow_mut() = Some(keys);
+    }
+
+    /// Shows `look` at each connect what the back end says of its disk.
+    pub fn on_told(&self, look: LookAtTold) {
+        *self.0.look_at_told.borrow_mut() = Some(look);
     }
 
     /// From now on a page is taken back when its request is answered, as Linux does; else it stays granted.
@@ -155,6 +178,9 @@ impl Blkfront {
         if this.wait_back(|s| s == 4 || s >= 5).await? != 4 {
             return Err(Errno::ESHUTDOWN);
         }
+        let told = this.told().await?;
+        let look = this.look_at_told.borrow().clone();
+        look.into_iter().for_each(|look| look(&told));
         this.set_state(4).await?;
         this.connects.set(this.connects.get() + 1);
         this.open.set(true);
@@ -448,6 +474,25 @@ impl Blkfront {
 impl Inner {
     async fn set_state(&self, state: u8) -> Result<(), Errno> {
         self.port.write(&format!("{}/state", self.paths.frontend), state.to_string().as_bytes()).await
+    }
+
+    /// What Linux reads before it makes a disk of it.
+    async fn told(&self) -> Result<Told, Errno> {
+        let read = async |key: &str| match self.port.read(&format!("{}/{key}", self.paths.backend)).await {
+            Ok(value) => Ok(Some(String::from_utf8_lossy(&value).into_owned())),
+            Err(Errno::ENOENT) => Ok(None),
+            Err(error) => Err(error),
+        };
+        let number = async |key: &str| -> Result<Option<u64>, Errno> {
+            Ok(read(key).await?.and_then(|value| value.parse().ok()))
+        };
+        Ok(Told {
+            sectors: number("sectors").await?,
+            sector_bytes: number("sector-size").await?,
+            read_only: number("info").await?.map(|info| info & 4 != 0),
+            flushes: number("feature-flush-cache").await? == Some(1),
+            error: read("error").await?,
+        })
     }
 
     /// Waits until the back end's state is one that `wanted` likes.

@@ -21,7 +21,9 @@ mod process;
 pub mod sockets;
 mod storage;
 
-pub use blkfront::{BLKFRONT_MAX_SECTORS, Blkfront, Complaint, DataPiece, KeysOf, LayoutOf, SegmentLayout};
+pub use blkfront::{
+    BLKFRONT_MAX_SECTORS, Blkfront, Complaint, DataPiece, KeysOf, LayoutOf, LookAtTold, SegmentLayout, Told,
+};
 pub use host::SimHost;
 pub use inode::{Content, Inode, Pending, PendingSize, apply};
 pub use pages::{PAGE, Page, PageMap, recycle};

@@ -34,6 +34,7 @@ struct KernelInner {
     load: Load,
     entropy: Cell<u64>,
     network: Network,
+    answers_lost: Cell<bool>,
 }
 
 /// What processes do at once.
@@ -66,6 +67,11 @@ impl Load {
 }
 
 impl Kernel {
+    /// Whether a process died with the answer to whether its file system has given up writes: nobody can know it now.
+    pub fn answers_lost(&self) -> bool {
+        self.0.answers_lost.get()
+    }
+
     /// The most work that was counted in one turn of a task ([`Probe::work`]).
     pub fn most_work(&self) -> u64 {
         self.0.load.most_work.get()
@@ -86,6 +92,7 @@ impl Kernel {
             load: Load::default(),
             entropy: Cell::new(sim.swarm().seed()),
             network: Network::default(),
+            answers_lost: Cell::new(false),
         }))
     }
 
@@ -436,6 +443,14 @@ impl File for ProcessFile {
         let file = self.clone();
         async move {
             file.process.alive().await;
+            let (node, kernel) = (file.process.node.clone(), file.process.kernel.clone());
+            let (dying, asked_at) = (node.clone(), node.steps());
+            node.on_death(move || {
+                // It has done nothing since: the answer is lost with it.
+                if dying.steps() == asked_at {
+                    kernel.0.answers_lost.set(true);
+                }
+            });
             Ok(file.process.kernel.0.storage.0.lost(&file.open))
         }
     }

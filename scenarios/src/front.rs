@@ -5,10 +5,10 @@ use crate::check::oracle::{Oracle, is_broken};
 use crate::guest::{Guest, Manners, RingDisk};
 use crate::machine::Attached;
 use crate::world::World;
-use kernel_model::{Blkfront, Complaint, KeysOf, LayoutOf, SegmentLayout};
+use kernel_model::{Blkfront, Complaint, KeysOf, LayoutOf, LookAtTold, SegmentLayout, Told};
 use sim::{Entity, FaultKind, Label};
 use std::rc::Rc;
-use tap_host::DomId;
+use tap_host::{DomId, SECTOR_BYTES};
 use xen_model::FrontKeys;
 
 /// How the sectors of a request lie in its pages, where not in whole pages.
@@ -49,6 +49,23 @@ fn front_keys(world: &World, disk: &Attached) -> KeysOf {
 }
 
 impl Attached {
+    /// Compares what a back end says of the disk with what it is.
+    fn truth(&self, world: &World) -> LookAtTold {
+        let truth = Told {
+            sectors: Some(self.setup.size_sectors),
+            sector_bytes: Some(SECTOR_BYTES),
+            read_only: Some(self.read_only),
+            flushes: true,
+            error: None,
+        };
+        let world = world.clone();
+        Rc::new(move |told| {
+            if *told != truth {
+                world.fail(Invariant::F1, format!("told is {told:?}, and true is {truth:?}"));
+            }
+        })
+    }
+
     /// The guest's front end, which complains to the verdict.
     pub fn front(&self, world: &World) -> Blkfront {
         let w = world.clone();
@@ -63,6 +80,7 @@ impl Attached {
         }
         front.set_layout(segment_layout(world));
         front.set_keys(front_keys(world, self));
+        front.on_told(self.truth(world));
         front
     }
 

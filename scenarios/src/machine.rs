@@ -47,6 +47,8 @@ pub struct Attached {
     pub paths: VbdPaths,
     /// The disk.
     pub setup: Setup,
+    /// It may only be read, whoever says so.
+    pub read_only: bool,
     /// The guest's kernel.
     pub node: Node,
     /// Its access to Xen.
@@ -126,7 +128,7 @@ impl Machine {
     }
 
     async fn attach_with(&self, setup: Setup, number: u64, read_only: bool) -> Attached {
-        let attached = self.new_guest(setup, number);
+        let attached = Attached { read_only, ..self.new_guest(setup, number) };
         let Attached { dom, paths, .. } = &attached;
         if let Err(error) = attach_vbd(&self.toolstack.port, *dom, XVDA, paths, read_only).await {
             self.world.fail(Invariant::K1, format!("the toolstack failed to attach a disk: {error:?}"));
@@ -149,7 +151,15 @@ impl Machine {
     fn guest_in(&self, dom: DomId, setup: Setup, number: u64) -> Attached {
         let node = self.world.sim.node("guest", self.boot << 32 | number);
         let port = self.world.xen.attach(dom, &node);
-        Attached { dom, vbd: XVDA, paths: VbdPaths::new("vbd", dom, XVDA), setup, node, port }
+        Attached {
+            dom,
+            vbd: XVDA,
+            paths: VbdPaths::new("vbd", dom, XVDA),
+            setup,
+            read_only: false,
+            node,
+            port,
+        }
     }
 
     /// The kernel of a guest is replaced by another: of the first, no grant and no port is left.
@@ -173,7 +183,7 @@ impl Machine {
         let key = self.boot << 32 | u64::from(start);
         let host = SimHost::start(&self.world.kernel, &self.world.xen, "tapdisk", key);
         host.port.allow_store_errors();
-        if self.world.errors_allowed() {
+        if self.world.draws_errors() {
             host.port.allow_copy_errors();
         }
         self.running.set(if self.watching { 1 } else { self.disks.borrow().len() });

@@ -112,9 +112,14 @@ impl World {
         self.boots.replace(self.boots.get() + 1)
     }
 
-    /// Whether host operations may fail in this world for longer than a retry hides.
-    pub fn errors_allowed(&self) -> bool {
+    /// Whether host operations fail in this world for longer than a retry hides.
+    pub fn draws_errors(&self) -> bool {
         self.errors_allowed
+    }
+
+    /// Whether what depends on the host may fail by now: its operations do, or nobody can know any more what it lost.
+    pub fn errors_allowed(&self) -> bool {
+        self.errors_allowed || self.kernel.answers_lost()
     }
 
     /// Reports a broken invariant.

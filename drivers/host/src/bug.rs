@@ -78,6 +78,7 @@ list! {
         RecordGoneAtLeave = "the in-flight record is removed when a process leaves its ring in order",
         GoneNotClosed = "a back end whose front end is gone ends without closing its own end",
         BindOnce = "a port that a dying predecessor still holds is taken as a broken ring",
+        ReadOnlyUntold = "a disk whose image can only be read is told to be writable",
         EpochIgnored = "the in-flight record of a ring before is taken for that of a new one with its grant and port",
         RspProdBelieved = "the index of responses is taken from the page, where the guest can write it",
         NoSecondLook = "nobody looks for requests once more after asking for an event",

@@ -35,14 +35,19 @@ pub(crate) struct SyncRecord<H: ImageHost> {
 }
 
 impl<H: ImageHost> SyncRecord<H> {
-    /// The page of the file `id`.
+    /// The page of the file `id`, which `open` opens by its name.
     ///
     /// # Errors
     /// `ENOMEM` where it may be there and cannot be had; any other on a host that keeps none for us.
-    async fn of(host: &H, what: &str, id: FileId) -> Result<Self, Errno> {
+    async fn of(
+        host: &H,
+        what: &str,
+        id: FileId,
+        open: impl Fn(&str) -> Result<H::Region, Errno>,
+    ) -> Result<Self, Errno> {
         let boot = host.boot_id()?;
         let name = format!("{what}-{:x}-{:x}-{:x}", id.device, id.inode, id.generation);
-        let page = page(host, &name).await?;
+        let page = page(host, || open(&name)).await?;
         let mut seen = [0; 16];
         page.copy_in(BOOT, &mut seen);
         if seen != boot && !host.bug(Bug::LostOutlivesBoot) {
@@ -55,7 +60,7 @@ impl<H: ImageHost> SyncRecord<H> {
 
     /// Takes up what predecessors left of `file`: its page, if there can be one, and whether something may be lost.
     pub(crate) async fn take_up(host: &H, file: &H::File, info: &FileInfo) -> (Option<Self>, bool) {
-        let record = match Self::of(host, "sync", info.id).await {
+        let record = match Self::of(host, "sync", info.id, |name| host.region(name)).await {
             Ok(record) => record,
             // What a predecessor left cannot be looked at. A host without space has none there already.
             Err(error) => return (None, error == Errno::ENOMEM),
@@ -89,17 +94,22 @@ impl<H: ImageHost> Drop for SyncRecord<H> {
     }
 }
 
-/// The page called `name`; waits about a second for a host that is short of memory.
-async fn page<H: ImageHost>(host: &H, name: &str) -> Result<H::Region, Errno> {
-    let mut pause_ns = PAUSE_NS;
-    for _ in 1..ATTEMPTS {
-        match host.region(name) {
-            Err(Errno::ENOMEM) => host.sleep_ns(pause_ns).await,
+/// A page that `open` opens; waits about a second for a host that is short of memory, and for another owner to its end.
+async fn page<H: ImageHost>(
+    host: &H,
+    open: impl Fn() -> Result<H::Region, Errno>,
+) -> Result<H::Region, Errno> {
+    let (mut pause_ns, mut attempts) = (PAUSE_NS, ATTEMPTS);
+    loop {
+        match open() {
+            Err(Errno::ENOMEM) if attempts > 1 => {
+                host.sleep_ns(pause_ns).await;
+                (pause_ns, attempts) = (pause_ns * 2, attempts - 1);
+            }
+            Err(Errno::EBUSY) => host.sleep_ns(PAUSE_NS).await,
             result => return result,
         }
-        pause_ns *= 2;
     }
-    host.region(name)
 }
 
 /// Whether a synchronisation whose caller died in it may have failed. Below a direct file there is nobody to ask: what
@@ -108,11 +118,15 @@ async fn died_in_it<H: ImageHost>(host: &H, file: &H::File, info: &FileInfo) -> 
     if info.direct {
         return false;
     }
-    // The file system tells once as well, and several files may want to know.
+    // The file system tells once as well, and several files may want to know: one asks at a time.
     let whole = FileId { device: info.id.device, inode: 0, generation: 0 };
-    let Ok(told) = SyncRecord::of(host, "sync-all", whole).await else { return true };
+    let told = SyncRecord::of(host, "sync-all", whole, |name| host.own_region(name)).await;
+    let Ok(told) = told else { return true };
+    let before = told.page.load_u32(STATE) == LOST;
+    // Who dies with the answer leaves the worst: nobody is told again.
+    told.ended(true);
     // Where nothing can be said, nothing is promised.
-    let lost = file.file_system_lost().await.unwrap_or(true) || told.page.load_u32(STATE) == LOST;
+    let lost = file.file_system_lost().await.unwrap_or(true) || before;
     told.ended(lost);
     lost
 }

@@ -343,7 +343,8 @@ impl<H: XenHost> Backend<H> {
 
     async fn read_only(&self) -> Result<bool, BackendError> {
         let mode = keys::read(&self.host, &self.config.backend_path, "mode").await?;
-        Ok(self.node.info().read_only || keys::is_read_only(mode.as_deref()))
+        let node_is = self.node.info().read_only && !self.host.bug(Bug::ReadOnlyUntold);
+        Ok(node_is || keys::is_read_only(mode.as_deref()))
     }
 
     async fn connect(&mut self) -> Result<(), BackendError> {

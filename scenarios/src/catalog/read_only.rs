@@ -4,7 +4,7 @@ use super::ring::{DISK_BYTES, NO_ERRORS, finish, in_guest, kills, not_stuck, ope
 use super::setup::Setup;
 use crate::check::Invariant;
 use crate::guest::{Gate, Guest, GuestDisk, RingDisk};
-use crate::machine::Machine;
+use crate::machine::{Attached, Machine};
 use crate::run::Scenario;
 use crate::stack::StackLimits;
 use crate::workload::Op;
@@ -30,10 +30,15 @@ async fn read_only(world: World) {
     };
     let path = setup.spec.path.clone();
     let before = world.storage.bytes(&path);
-    let limits =
-        StackLimits { read_only: world.setting("image-mode", &[false, true]), ..StackLimits::draw(&world) };
-    let machine = Machine::new(&world, limits);
-    let attached = machine.attach_read_only(setup, 0).await;
+    // The toolstack says so, or the image, or both.
+    let toolstack = world.setting("toolstack-mode", &["r", "w"]) == "r";
+    let image = world.setting("image-mode", &[false, true]) || !toolstack;
+    let machine = Machine::new(&world, StackLimits { read_only: image, ..StackLimits::draw(&world) });
+    let attached = if toolstack {
+        machine.attach_read_only(setup, 0).await
+    } else {
+        Attached { read_only: true, ..machine.attach(setup, 0).await }
+    };
     machine.start_tapdisk();
     let Some(guest) = attached.boot(&world, NO_ERRORS).await else { return };
     world.sim.spawn("supervisor", 0, Rc::clone(&machine).supervise(kills(&world, 2, 400)));

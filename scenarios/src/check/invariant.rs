@@ -25,6 +25,8 @@ pub enum Invariant {
     X1,
     /// Everything ends.
     L1,
+    /// What a front end is told.
+    F1,
     /// Grants, channels, pages, requests are given back.
     K1,
     /// Metadata of qcow.
@@ -67,7 +69,7 @@ pub enum Invariant {
 
 impl Invariant {
     /// All of them.
-    pub const ALL: [Invariant; 30] = [
+    pub const ALL: [Invariant; 31] = [
         Self::G1,
         Self::G7,
         Self::G9,
@@ -79,6 +81,7 @@ impl Invariant {
         Self::P1,
         Self::X1,
         Self::L1,
+        Self::F1,
         Self::K1,
         Self::Q2,
         Self::Q3,
@@ -118,6 +121,7 @@ impl Invariant {
             Self::P1 => "every answered write is readable after tapdisk died and was restarted",
             Self::X1 => "every request is answered exactly once",
             Self::L1 => "every request ends once faults have ended",
+            Self::F1 => "a front end is told the truth about its disk",
             Self::K1 => "every grant, event channel, buffer and request is given back",
             Self::Q2 => "every qcow table and cluster lies in the file, aligned, and belongs to one owner",
             Self::Q3 => "every compressed cluster lies in the file and inflates to a whole cluster",
