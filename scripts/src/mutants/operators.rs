@@ -335,6 +335,9 @@ impl Finder<'_> {
         if is_asserted(first) || is_asserted(second) || !self.meet(first, second) {
             return;
         }
+        if self.only_wakes(first, second) || self.only_wakes(second, first) {
+            return;
+        }
         if is_action(second) {
             let mutated = vec![Piece::Source(b.clone()), text(" "), Piece::Source(a.clone())];
             let becomes = format!("{} {}", self.code(b.clone()), self.code(a.clone()));
@@ -344,6 +347,13 @@ impl Finder<'_> {
         if let Stmt::Local(local) = second {
             self.stale(a, b, local);
         }
+    }
+
+    /// Whether one of two statements only wakes a task, which has its turn after both of them.
+    fn only_wakes(&self, one: &Stmt, other: &Stmt) -> bool {
+        let (one, other) = (&self.source[range(one.span())], &self.source[range(other.span())]);
+        let wakes = one.contains("Waker::wake") || one.ends_with(".wake();");
+        wakes && !one.contains("&&") && !other.contains(".await") && !other.contains("waker")
     }
 
     /// Whether one of two statements may feel the other: not where one only counts in a variable of its own.
@@ -536,7 +546,11 @@ impl<'ast> Visit<'ast> for Finder<'_> {
         visit::visit_block(self, i);
     }
     fn visit_expr_if(&mut self, i: &'ast syn::ExprIf) {
-        self.condition(&i.cond);
+        // What is only said, nobody feels.
+        let then = &i.then_branch.stmts;
+        if i.else_branch.is_some() || !then.iter().all(|s| self.is_said(range(s.span()))) {
+            self.condition(&i.cond);
+        }
         visit::visit_expr_if(self, i);
     }
     fn visit_expr_while(&mut self, i: &'ast syn::ExprWhile) {

@@ -26,8 +26,8 @@ fn each_kind_of_slip_is_found() {
     assert_eq!(one("a(); b();", "early return"), ["a(); if S { return; } b();"]);
     assert_eq!(one("let _g = a();", "guard lost"), ["let _g = (if S { None } else { Some(a()) });"]);
     assert_eq!(one("a()?;", "error ignored"), ["if S { let _ = a(); } else { a()?; }"]);
-    assert_eq!(one("if a < 1 {}", "bound off by one"), ["if (if S { a <= 1 } else { a < 1 }) {}"]);
-    assert_eq!(one("if let A = a {}", "condition false"), ["if !S && let A = a {}"]);
+    assert_eq!(one("if a < 1 { b() }", "bound off by one"), ["if (if S { a <= 1 } else { a < 1 }) { b() }"]);
+    assert_eq!(one("if let A = a { b() }", "condition false"), ["if !S && let A = a { b() }"]);
     assert_eq!(one("g(a + 1);", "bound off by one"), ["g((if S { a } else { a + 1 }));"]);
     assert_eq!(one("g(a.min(b));", "bound lost"), ["g((if S { a } else { a.min(b) }));"]);
     assert_eq!(
@@ -44,14 +44,29 @@ fn each_kind_of_slip_is_found() {
 #[test]
 fn slips_that_nothing_could_feel_are_left_out() {
     let count = |body: &str, operator: &str| made(&format!("fn f() {{ {body} }}"), operator).len();
-    for apart in ["a -= e.count; b.push(e);", "b.copy(&c); a += p.len() as u64;", "a.expect(\"so\"); b();"] {
+    for apart in [
+        "a -= e.count; b.push(e);",
+        "b.copy(&c); a += p.len() as u64;",
+        "a.expect(\"so\"); b();",
+        "a.into_iter().for_each(Waker::wake); drop(b);",
+        "a.set(1); b.wake();",
+    ] {
         assert_eq!(count(apart, "order turned round"), 0, "{apart}");
     }
-    for together in ["a -= 1; b.push(a);", "a.n = 1; a.go();", "a += f(); b();"] {
+    for together in [
+        "a -= 1; b.push(a);",
+        "a.n = 1; a.go();",
+        "a += f(); b();",
+        "a.wake(); b().await;",
+        "self.waker.set(w); a.wake();",
+    ] {
         assert_eq!(count(together, "order turned round"), 1, "{together}");
     }
     assert_eq!((count("a(); return;", "early return"), count("a(); b();", "early return")), (0, 1));
     assert_eq!(count("if thread::panicking() {}", "condition false"), 0);
+    assert_eq!(count("if a { h.mark(M); }", "condition true"), 0);
+    assert_eq!(count("if a { h.mark(M); } else { b(); }", "condition true"), 1);
+    assert_eq!(count("if a { h.mark(M); b(); }", "condition true"), 1);
 }
 
 #[test]
