@@ -161,7 +161,8 @@ pub(crate) enum Fault {
     /// The error, and how much of a write lands: 0 nothing, 255 everything.
     Error(Errno, u8),
     /// No space, found after the dirty pages of the range's whole blocks were dropped: what had been written back shows.
-    DropsPages,
+    /// That happens when the operation begins (`true`), or when it ends.
+    DropsPages(bool),
     /// How much of the transfer happens: 1..=254 of 255.
     Short(u8),
     /// A buffered read gives nothing.
@@ -287,6 +288,8 @@ fn draw_detail(op: IoOp, kind: u64, d: &mut Draw) -> u64 {
     match (op, kind) {
         // EINTR or ENOMEM.
         (IoOp::Sync, KIND_TRANSIENT) => return d.below(2),
+        // The pages go when it ends, or when it begins.
+        (IoOp::Zero(_), KIND_DROPS) => return d.below(2),
         (IoOp::Write | IoOp::Zero(_), KIND_EIO) | (_, KIND_SHORT) => {}
         _ => return 0,
     }
@@ -298,13 +301,27 @@ fn draw_detail(op: IoOp, kind: u64, d: &mut Draw) -> u64 {
     }
 }
 
+/// The value of the [`IO_FAULT`] decision of zeros that meet a full file system.
+pub(crate) fn draw_full(d: &mut Draw, has_space: bool) -> u64 {
+    if has_space && d.below(2) == 0 { 0 } else { KIND_DROPS | d.below(2) << 3 }
+}
+
+/// The fault of such a value.
+pub(crate) fn full(value: u64, has_space: bool) -> Fault {
+    match decode_any(value) {
+        Fault::DropsPages(early) => Fault::DropsPages(early),
+        _ if has_space => Fault::None,
+        _ => Fault::DropsPages(false),
+    }
+}
+
 /// The fault of an [`IO_FAULT`] value; none where the plan does not have it, whatever a decision file says.
 pub(crate) fn decode(value: u64, plan: FaultPlan, op: IoOp) -> Fault {
     let fault = match decode_any(value) {
         Fault::Error(Errno::EAGAIN, detail) if op == IoOp::Sync => {
             Fault::Error(if detail == 0 || !plan.sync_errors { Errno::EINTR } else { Errno::ENOMEM }, 0)
         }
-        Fault::DropsPages if op == IoOp::Read => Fault::Nothing,
+        Fault::DropsPages(_) if op == IoOp::Read => Fault::Nothing,
         fault => fault,
     };
     let allowed = match fault {
@@ -312,7 +329,7 @@ pub(crate) fn decode(value: u64, plan: FaultPlan, op: IoOp) -> Fault {
         Fault::Error(Errno::EIO, _) if value & 7 == KIND_SYNC => plan.sync_errors && op == IoOp::Sync,
         Fault::Error(Errno::EIO, _) => plan.errors && op != IoOp::Sync,
         Fault::Error(Errno::ENOSPC, _) => plan.no_space && op.takes_space(),
-        Fault::DropsPages => plan.no_space && op == IoOp::Zero(ZeroMode::Keep),
+        Fault::DropsPages(_) => plan.no_space && op == IoOp::Zero(ZeroMode::Keep),
         Fault::Error(..) if op == IoOp::Sync => plan.sync_interrupted,
         Fault::Error(..) => plan.transient,
         Fault::Short(_) => plan.short && matches!(op, IoOp::Read | IoOp::Write),
@@ -331,7 +348,7 @@ fn decode_any(value: u64) -> Fault {
         KIND_TRANSIENT => Fault::Error(Errno::EAGAIN, detail),
         KIND_STUCK => Fault::Stuck,
         KIND_SYNC => Fault::Error(Errno::EIO, 0),
-        KIND_DROPS => Fault::DropsPages,
+        KIND_DROPS => Fault::DropsPages(detail != 0),
         _ => Fault::None,
     }
 }
@@ -347,9 +364,10 @@ pub fn describe_fault(value: u64) -> String {
         Fault::Error(Errno::EIO, part) => format!("fails with EIO after {part}/255 of it took effect"),
         Fault::Error(Errno::EAGAIN, _) => "fails for now (EAGAIN; a sync with EINTR or ENOMEM)".into(),
         Fault::Error(e, _) => format!("fails with {e:?}"),
-        Fault::DropsPages => {
-            "gives nothing (a read), or fails with ENOSPC after dropping the dirty pages of its range".into()
-        }
+        Fault::DropsPages(early) => format!(
+            "gives nothing (a read), or drops the dirty pages of its range when it {}, and fails with ENOSPC",
+            if early { "begins" } else { "ends" }
+        ),
         Fault::Nothing => "gives nothing".into(),
         Fault::Short(part) => format!("transfers only {part}/255 of its bytes"),
         Fault::Stuck => "is stuck for ten seconds".into(),

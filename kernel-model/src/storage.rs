@@ -6,7 +6,7 @@
 mod effect;
 mod power;
 
-use crate::faults::{Fault, FaultPlan, IO_FAULT, IO_LATE, IoOp, Rates, SyncErrors, decode};
+use crate::faults::{self, Fault, FaultPlan, IO_FAULT, IO_LATE, IoOp, Rates, SyncErrors, decode};
 use crate::inode::{Content, Inode};
 use sim::{Entity, Sim, Timed, text_hash};
 use std::cell::{Cell, RefCell};
@@ -64,6 +64,8 @@ pub struct NthFailure {
 /// Counts of what went to the host's files.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct IoCounts {
+    /// Zeros that found no space after the dirty pages of their range were gone.
+    pub dropped: u64,
     /// Reads.
     pub reads: u64,
     /// Writes, and ranges made zeros.
@@ -76,6 +78,8 @@ pub struct IoCounts {
 
 const READ_NS: u64 = 8_000;
 const WRITE_NS: u64 = 12_000;
+/// How long a file system looks for space before it finds that there is none.
+const FULL_SEARCH_NS: u64 = 400_000;
 const SYNC_NS: u64 = 80_000;
 const STUCK_NS: u64 = 10_000_000_000;
 
@@ -386,11 +390,13 @@ impl Inner {
             let place = if op == IoOp::Sync { String::new() } else { format!(" at {offset:#x}") };
             format!("{role} of {by}{place} of {}", open.file.name)
         });
-        let mut fault = self.draw_fault(op, io);
-        if self.full.get() && op.takes_space() && !open.file.inode.borrow().has_space(offset, len) {
-            // A zeroing of whole blocks drops what is dirty before it finds no space, as on ext4.
-            fault = if op == IoOp::Write { Fault::Error(Errno::ENOSPC, 0) } else { Fault::DropsPages };
-        }
+        let full = self.full.get() && op.takes_space();
+        let has_space = !full || open.file.inode.borrow().has_space(offset, len);
+        let fault = match op {
+            IoOp::Zero(_) if full => self.full_zeros(io, has_space),
+            _ if !has_space => self.no_space(op),
+            _ => self.draw_fault(op, io),
+        };
         let base = match op {
             IoOp::Read => READ_NS,
             IoOp::Write | IoOp::Zero(_) => WRITE_NS,
@@ -403,7 +409,11 @@ impl Inner {
         } else {
             0
         };
-        let stuck = if fault == Fault::Stuck { STUCK_NS } else { 0 };
+        let stuck = match fault {
+            Fault::Stuck => STUCK_NS,
+            Fault::DropsPages(true) => FULL_SEARCH_NS,
+            _ => 0,
+        };
         let covers = open.file.inode.borrow().seq();
         let running = Running {
             op,
@@ -417,6 +427,9 @@ impl Inner {
             waker: None,
             orphan: false,
         };
+        if fault == Fault::DropsPages(true) {
+            self.drop_pages(&running);
+        }
         let slot = Slot::Running(running);
         let index = match self.free.borrow_mut().pop() {
             Some(index) => {
@@ -434,10 +447,19 @@ impl Inner {
         index
     }
 
-    fn draw_fault(&self, op: IoOp, io: Entity) -> Fault {
-        if self.calm.get() {
-            return Fault::None;
-        }
+    fn no_space(&self, op: IoOp) -> Fault {
+        self.count(op);
+        Fault::Error(Errno::ENOSPC, 0)
+    }
+
+    /// How zeros end that keep their space, while there is none. Those of whole blocks drop what is dirty before that is
+    /// found out, as on ext4; and what has its space may want more of it for the list of its extents.
+    fn full_zeros(&self, io: Entity, has_space: bool) -> Fault {
+        self.count(IoOp::Zero(ZeroMode::Keep));
+        faults::full(self.sim.fault(io, &IO_FAULT, 1_000_000, |d| faults::draw_full(d, has_space)), has_space)
+    }
+
+    fn count(&self, op: IoOp) -> IoCounts {
         let mut counts = self.counts.get();
         match op {
             IoOp::Read => counts.reads += 1,
@@ -445,6 +467,14 @@ impl Inner {
             IoOp::Sync => counts.syncs += 1,
         }
         self.counts.set(counts);
+        counts
+    }
+
+    fn draw_fault(&self, op: IoOp, io: Entity) -> Fault {
+        if self.calm.get() {
+            return Fault::None;
+        }
+        let counts = self.count(op);
         if let Some(nth) = self.config.borrow().nth_failure
             && !self.stopped.get()
         {
@@ -453,7 +483,9 @@ impl Inner {
             let concerned = nth.error != Errno::ENOSPC || op.takes_space();
             if concerned && (n == nth.n || nth.sticky && n > nth.n) {
                 return match (op, nth.error) {
-                    (IoOp::Zero(ZeroMode::Keep), Errno::ENOSPC) if nth.effect > 0 => Fault::DropsPages,
+                    (IoOp::Zero(ZeroMode::Keep), Errno::ENOSPC) if nth.effect > 0 => {
+                        Fault::DropsPages(nth.effect < 255)
+                    }
                     _ => Fault::Error(nth.error, nth.effect),
                 };
             }

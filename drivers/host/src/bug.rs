@@ -41,6 +41,7 @@ list! {
         FailedClusterReused = "a cluster whose L2 write failed is handed to another owner",
         DoubleAllocation = "two writes to one unallocated cluster both allocate it",
         CompressedInPlace = "a write to a compressed cluster goes into the compressed bytes",
+        FlushPassesZeros = "a flush does not wait for zeros that run, and may yet fail",
         FlushBesideFailedZeros = "a flush that ran beside zeros that failed is taken as good",
         FailedZerosLeft = "zeros that failed leave the range as the host left it",
         ZeroesSkippedBelow = "zeros over a backing file are left out where nothing is mapped above it",

@@ -283,7 +283,7 @@ impl<H: ImageHost> ImageFile<H> {
             if self.kept.gave_up() {
                 return Err(Errno::EIO);
             }
-            if !self.kept.failed_since(failures).await {
+            if !self.kept.failed_since(&self.host, failures).await {
                 return Ok(());
             }
         }

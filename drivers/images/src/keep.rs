@@ -18,7 +18,7 @@ use crate::ImageHost;
 use std::cell::Cell;
 use std::future::Future;
 use tap_core::{Access, Space, Tracker};
-use tap_host::{Bug, Errno, File, FileInfo, Mark, ZeroMode};
+use tap_host::{Bug, Errno, File, FileInfo, Mark, Probe, ZeroMode};
 
 /// Attempts to settle a range while the host answers with transient errors.
 const ATTEMPTS: u32 = 8;
@@ -31,7 +31,7 @@ pub(crate) struct KeptZeros {
     /// Orders zeros (shared) and the end of a synchronisation beside them (exclusive).
     order: Tracker,
     running: Cell<u32>,
-    /// Failures that may have cost dirty pages, settled or not.
+    /// Failures that may have cost dirty pages, and are settled or given up.
     failures: Cell<u64>,
     /// Accepted writes are gone and nothing could be put in their place.
     given_up: Cell<bool>,
@@ -68,11 +68,12 @@ impl KeptZeros {
             return Err(error);
         }
         host.mark(Mark::FailedZerosSettled);
-        if !host.bug(Bug::FlushBesideFailedZeros) {
-            self.failures.set(self.failures.get() + 1);
-        }
         if settle(host, file, (offset, len), write_zeros).await.is_err() {
             self.given_up.set(true);
+        }
+        // Only now: a synchronisation that began while the range was being settled has missed the end of that.
+        if !host.bug(Bug::FlushBesideFailedZeros) {
+            self.failures.set(self.failures.get() + 1);
         }
         Err(error)
     }
@@ -84,8 +85,8 @@ impl KeptZeros {
 
     /// Whether zeros failed since `failures` was noted, or fail among those that run now: what was synchronised meanwhile
     /// may not be durable.
-    pub(crate) async fn failed_since(&self, failures: u64) -> bool {
-        if self.running.get() > 0 {
+    pub(crate) async fn failed_since(&self, host: &impl Probe, failures: u64) -> bool {
+        if self.running.get() > 0 && !host.bug(Bug::FlushPassesZeros) {
             let ticket = self.order.ticket("synchronisation", 0);
             ticket.claim(Space::HostBlocks, 0..1, Access::Exclusive).expect("a new ticket waits for none");
             ticket.ready().await;

@@ -1,6 +1,6 @@
 //! What operations do to files, at the moment at which they end.
 
-use super::{DriveLoss, FileState, Inner, Running, Slot};
+use super::{DriveLoss, FileState, Inner, IoCounts, Running, Slot};
 use crate::faults::{Fault, IoOp, SYNC_LOST, SyncErrors};
 use crate::inode::Pending;
 use sim::{Entity, Timed};
@@ -16,8 +16,10 @@ impl Inner {
         let landed = match running.fault {
             Fault::None | Fault::Stuck => len,
             Fault::Error(_, part) => part_of(len, part),
-            Fault::DropsPages => {
-                self.drop_pages(running);
+            Fault::DropsPages(early) => {
+                if !early {
+                    self.drop_pages(running);
+                }
                 return Err(Errno::ENOSPC);
             }
             Fault::Nothing if running.open.direct => len,
@@ -76,8 +78,10 @@ impl Inner {
     }
 
     /// What ext4 does to a buffered file before it finds that the space for zeros is missing.
-    fn drop_pages(&self, running: &Running) {
+    pub(super) fn drop_pages(&self, running: &Running) {
         if !running.open.direct {
+            let counts = self.counts.get();
+            self.counts.set(IoCounts { dropped: counts.dropped + 1, ..counts });
             running.open.file.inode.borrow_mut().drop_pages(running.offset, running.len);
         }
     }

@@ -7,17 +7,20 @@
 //!                               small reads at the end       ┘
 //! ```
 
+use super::crash::{CRASH_AT, arm_power_cut, power};
 use super::setup::{Setup, cut_after_close, workload};
 use crate::check::Invariant;
 use crate::guest::{DirectDisk, Guest, Manners};
 use crate::run::Scenario;
 use crate::stack::{Stack, StackLimits};
-use crate::workload::{Op, Workload, operations};
+use crate::workload::{Op, Shape, Workload, operations};
 use crate::world::{World, setting};
 use kernel_model::faults::FaultPlan;
 use kernel_model::{SimHost, StorageConfig};
 use sim::{Entity, Label};
+use std::cell::Cell;
 use std::rc::Rc;
+use tap_core::wait::oneshot;
 use tap_core::{Node, ZeroFlags};
 use tap_host::{IoKind, SectorRange};
 
@@ -72,7 +75,9 @@ pub static RAW_FULL: Scenario = Scenario {
 /// Most clusters that may be lost while there is no space.
 const MOST_LEAKED: u64 = 64;
 /// Requests while there is no space.
-const FULL_REQUESTS: u32 = 30;
+const FULL_REQUESTS: u32 = 40;
+/// Power cuts while there is none.
+const FULL_CUTS: u32 = 6;
 
 async fn full(world: World, raw: bool) {
     const DISK_BYTES: u64 = (1 << 20) + 1536;
@@ -81,38 +86,146 @@ async fn full(world: World, raw: bool) {
         false => Setup::qcow(&world, 0, DISK_BYTES, world.setting("overlay", &[false, true])),
     };
     let limits = StackLimits::draw(&world);
-    let host = SimHost::start(&world.kernel, &world.xen, "tapdisk", 0);
-    let stack = match Stack::open(&host, &world, &setup.spec, &limits).await {
-        Ok(stack) => stack,
-        Err(error) => return world.fail(Invariant::G11, format!("failed to open the image: {error}")),
-    };
-    let manners = Manners { retries: 0, errors_allowed: true, reads: Invariant::G1 };
-    let disk = DirectDisk::new(stack.node(), limits.pool_bytes.max(256 << 10));
-    let guest = Guest::new(&world, disk, Rc::clone(&setup.history), manners);
-    let entity = Entity::WORLD.child("guest", 0);
-    let ops = |stream: u64, count| {
-        let load = workload(&world, setup.size_sectors, count, 64);
-        operations(&world.sim, entity.child("epoch", stream), stream, &Workload { zeroes: true, ..load })
-    };
     let depth = world.setting("full-depth", &[1, 8]);
-    guest.run(&ops(0, 10), depth).await;
-    let leaked = setup.leaked(&world);
-    world.storage.set_full(true);
-    guest.run(&ops(1, FULL_REQUESTS), depth).await;
-    world.storage.set_full(false);
-    world.sim.stop_faults();
-    guest.set_manners(Manners { errors_allowed: false, ..manners });
-    guest.run(&ops(2, 10), limits.guest_depth).await;
-    if guest.read_all().await.is_err() || stack.vbd.close().await.is_err() {
-        return world.fail(Invariant::L1, "with space again, the disk cannot be read and closed");
+    // How often the power is cut while there is no space.
+    let cuts = world.setting("cut-while-full", &[0, FULL_CUTS]);
+    let mut left = None;
+    for epoch in 0..cuts.max(1) {
+        left = without_space(&world, &setup, &limits, (epoch, cuts > 0), depth).await;
+        world.storage.set_full(false);
+        if world.verdict.is_broken() {
+            return;
+        }
     }
-    cut_after_close(&world, [setup.spec.path.as_str()]);
-    setup.check(&world, "at the end").await;
+    world.sim.stop_faults();
+    let (served, leaked) = match left {
+        Some((served, leaked)) => (served, Some(leaked)),
+        None => {
+            let host = SimHost::start(&world.kernel, &world.xen, "tapdisk", u64::from(cuts));
+            let Some(served) = serve(&world, &setup, &host, &limits, Invariant::G7).await else { return };
+            (served, None)
+        }
+    };
+    with_space_again(&world, &setup, &limits, served).await;
+    let Some(leaked) = leaked else { return };
     let more = setup.leaked(&world).saturating_sub(leaked);
     // One request at a time leaves nothing behind but the edges of what it had in several groups.
     if depth == 1 && more > MOST_LEAKED {
         world.fail(Invariant::G13, format!("{more} clusters were lost while there was no space"));
     }
+}
+
+/// Requests with space, then without. Gives the disk, and how many clusters nothing referred to before; `None` where the
+/// power was cut, or the world is broken.
+async fn without_space(
+    world: &World,
+    setup: &Setup,
+    limits: &StackLimits,
+    (epoch, cut): (u32, bool),
+    depth: usize,
+) -> Option<(Served, u64)> {
+    let host = SimHost::start(&world.kernel, &world.xen, "tapdisk", u64::from(epoch));
+    let node = host.process.node().clone();
+    let (hand_over, handed_over) = oneshot();
+    let (w, setup_of, own, limits) = (world.clone(), setup.clone(), node.clone(), *limits);
+    node.spawn("main", 0, async move {
+        let (world, setup) = (w, setup_of);
+        let reads = if epoch == 0 { Invariant::G1 } else { Invariant::G7 };
+        let Some(served) = serve(&world, &setup, &host, &limits, reads).await else { return };
+        served.guest.run(&full_operations(&world, &setup, 2 * epoch, 10), depth).await;
+        let leaked = setup.leaked(&world);
+        world.storage.set_full(true);
+        if cut {
+            match epoch % 2 {
+                0 => arm_power_cut(&world, &setup, epoch, u64::from(FULL_REQUESTS) * 3, move || own.kill()),
+                _ => cut_after_drop(&world, epoch, move || own.kill()),
+            }
+        }
+        served.guest.run(&full_operations(&world, &setup, 2 * epoch + 1, FULL_REQUESTS), depth).await;
+        let _ = hand_over.send((served, leaked));
+    });
+    let left = handed_over.await;
+    if !cut || world.verdict.is_broken() {
+        return left;
+    }
+    drop(left);
+    world.storage.set_hook(None);
+    node.kill();
+    node.dead().await;
+    world.storage.power_cut();
+    world.count(|s| s.crashes += 1);
+    setup.history.borrow_mut().power_cut();
+    setup.check(world, "after a power cut while there was no space").await;
+    None
+}
+
+/// Calls `cut` some operations after the first zeros that drop dirty pages.
+fn cut_after_drop(world: &World, epoch: u32, cut: impl Fn() + 'static) {
+    let after = world.sim.decide(power(epoch), &CRASH_AT, 0, |d| 1 + d.below(12));
+    let (storage, dropped, at) = (world.storage.clone(), world.storage.counts().dropped, Cell::new(None));
+    world.storage.set_hook(Some(Rc::new(move |op| {
+        if at.get().is_none() && storage.counts().dropped > dropped {
+            at.set(Some(op + after));
+        }
+        if at.get() == Some(op) {
+            cut();
+        }
+    })));
+}
+
+/// A disk that is served, and its guest.
+struct Served {
+    stack: Stack,
+    guest: Guest<DirectDisk>,
+    /// What a wrong read breaks.
+    reads: Invariant,
+}
+
+fn manners(errors_allowed: bool, reads: Invariant) -> Manners {
+    Manners { retries: 0, errors_allowed, reads }
+}
+
+/// Opens the image for a guest whose requests may fail.
+async fn serve(
+    world: &World,
+    setup: &Setup,
+    host: &SimHost,
+    limits: &StackLimits,
+    reads: Invariant,
+) -> Option<Served> {
+    let stack = match Stack::open(host, world, &setup.spec, limits).await {
+        Ok(stack) => stack,
+        Err(error) => {
+            world.fail(Invariant::G11, format!("failed to open the image: {error}"));
+            return None;
+        }
+    };
+    let disk = DirectDisk::new(stack.node(), limits.pool_bytes.max(256 << 10));
+    let manners = manners(true, reads);
+    let guest = Guest::new(world, disk, Rc::clone(&setup.history), manners);
+    Some(Served { stack, guest, reads })
+}
+
+fn full_operations(world: &World, setup: &Setup, stream: u32, count: u32) -> Vec<Option<Op>> {
+    let mut load = Workload { zeroes: true, ..workload(world, setup.size_sectors, count, 64) };
+    // Flushes beside what fails for lack of space.
+    if stream % 4 == 3 {
+        load.shape = Shape::FlushHeavy;
+    }
+    let guest = Entity::WORLD.child("guest", 0).child("epoch", u64::from(stream));
+    operations(&world.sim, guest, u64::from(stream), &load)
+}
+
+/// Everything works as before.
+async fn with_space_again(world: &World, setup: &Setup, limits: &StackLimits, served: Served) {
+    let Served { stack, guest, reads } = served;
+    guest.set_manners(manners(false, reads));
+    guest.run(&full_operations(world, setup, 2 * FULL_CUTS, 10), limits.guest_depth).await;
+    if guest.read_all().await.is_err() || stack.vbd.close().await.is_err() {
+        return world.fail(Invariant::L1, "with space again, the disk cannot be read and closed");
+    }
+    cut_after_close(world, [setup.spec.path.as_str()]);
+    setup.check(world, "at the end").await;
 }
 
 async fn scale(world: World) {
