@@ -1,5 +1,7 @@
 //! The slips: what engineers do to code without wanting to, found as places in a syntax tree.
 
+mod felt;
+
 use super::render::{Edit, Piece};
 use proc_macro2::Span;
 use std::ops::Range;
@@ -213,7 +215,9 @@ impl Finder<'_> {
 
     fn statements(&mut self, block: &Block) {
         for (i, statement) in block.stmts.iter().enumerate() {
-            self.statement(statement);
+            if !felt::ends_anyway(self.source, statement, &block.stmts[i + 1..]) {
+                self.statement(statement);
+            }
             if i > 0 {
                 self.early_return(range(statement.span()).start);
                 self.neighbours(&block.stmts[i - 1], statement);
@@ -331,11 +335,7 @@ impl Finder<'_> {
         if self.is_said(a.clone()) || self.is_said(b.clone()) || !is_action(first) {
             return;
         }
-        // The order of these two cannot be seen.
-        if is_asserted(first) || is_asserted(second) || !self.meet(first, second) {
-            return;
-        }
-        if self.only_wakes(first, second) || self.only_wakes(second, first) {
+        if !felt::order(self.source, first, second) {
             return;
         }
         if is_action(second) {
@@ -349,25 +349,6 @@ impl Finder<'_> {
         }
     }
 
-    /// Whether one of two statements only wakes a task, which has its turn after both of them.
-    fn only_wakes(&self, one: &Stmt, other: &Stmt) -> bool {
-        let (one, other) = (&self.source[range(one.span())], &self.source[range(other.span())]);
-        let wakes = one.contains("Waker::wake") || one.ends_with(".wake();");
-        wakes && !one.contains("&&") && !other.contains(".await") && !other.contains("waker")
-    }
-
-    /// Whether one of two statements may feel the other: not where one only counts in a variable of its own.
-    fn meet(&self, first: &Stmt, second: &Stmt) -> bool {
-        let words = |s: &Stmt| {
-            let code = &self.source[range(s.span())];
-            code.split(|c: char| !c.is_alphanumeric() && c != '_').map(str::to_owned).collect::<Vec<_>>()
-        };
-        let apart = |one: &Stmt, other: &Stmt| {
-            counted(one).is_some_and(|name| !words(other).contains(&name.to_string()))
-        };
-        !apart(first, second) && !apart(second, first)
-    }
-
     /// What was read after an action is read before it.
     fn stale(&mut self, action: Range<usize>, read: Range<usize>, local: &syn::Local) {
         let Some(init) = &local.init else { return };
@@ -375,6 +356,9 @@ impl Finder<'_> {
         let reads = [".get()", ".borrow()", "load_", ".len()", ".is_", "now_ns", ".seen", ".clone()"];
         let code = &self.source[value.clone()];
         if init.diverge.is_some() || !reads.iter().any(|r| code.contains(r)) {
+            return;
+        }
+        if !felt::stale(&self.source[action.clone()], code) {
             return;
         }
         let name = format!("stale_{}", value.start);
@@ -446,37 +430,6 @@ fn is_action(statement: &Stmt) -> bool {
             | Expr::Assign(_)
             | Expr::Binary(_)
     )
-}
-
-/// A statement that only fails, never acts.
-fn is_asserted(statement: &Stmt) -> bool {
-    let Stmt::Expr(Expr::MethodCall(call), Some(_)) = statement else { return false };
-    call.method == "expect" || call.method == "unwrap"
-}
-
-/// The local variable that a statement without calls of functions sets or changes.
-fn counted(statement: &Stmt) -> Option<&syn::Ident> {
-    let Stmt::Expr(expr, Some(_)) = statement else { return None };
-    let (left, right) = match expr {
-        Expr::Assign(e) => (&e.left, &e.right),
-        Expr::Binary(e) => (&e.left, &e.right),
-        _ => return None,
-    };
-    let Expr::Path(name) = &**left else { return None };
-    if is_plain(right) { name.path.get_ident() } else { None }
-}
-
-/// An expression that acts on nothing: names, fields, numbers, and how long something is.
-fn is_plain(expr: &Expr) -> bool {
-    match expr {
-        Expr::Path(_) | Expr::Lit(_) => true,
-        Expr::Field(e) => is_plain(&e.base),
-        Expr::Cast(e) => is_plain(&e.expr),
-        Expr::Paren(e) => is_plain(&e.expr),
-        Expr::Binary(e) => is_plain(&e.left) && is_plain(&e.right),
-        Expr::MethodCall(e) => e.method == "len" && is_plain(&e.receiver),
-        _ => false,
-    }
 }
 
 fn has_let(expr: &Expr) -> bool {

@@ -50,6 +50,7 @@ fn slips_that_nothing_could_feel_are_left_out() {
         "a.expect(\"so\"); b();",
         "a.into_iter().for_each(Waker::wake); drop(b);",
         "a.set(1); b.wake();",
+        "self.a.set(1); self.b.borrow_mut().push(2);",
     ] {
         assert_eq!(count(apart, "order turned round"), 0, "{apart}");
     }
@@ -59,12 +60,20 @@ fn slips_that_nothing_could_feel_are_left_out() {
         "a += f(); b();",
         "a.wake(); b().await;",
         "self.waker.set(w); a.wake();",
+        "self.a.set(1); self.b.set(self.a.get());",
+        "self.a.set(1); self.b();",
     ] {
         assert_eq!(count(together, "order turned round"), 1, "{together}");
     }
     assert_eq!((count("a(); return;", "early return"), count("a(); b();", "early return")), (0, 1));
     assert_eq!(count("if thread::panicking() {}", "condition false"), 0);
     assert_eq!(count("if a { h.mark(M); }", "condition true"), 0);
+    assert_eq!(count("drop(line); next.wake();", "release lost"), 0);
+    assert_eq!(count("drop(line); next.wake(); b();", "release lost"), 1);
+    assert_eq!(count("list.push(a); let n = why.len();", "stale copy"), 0);
+    assert_eq!(count("list.push(a); let n = list.len();", "stale copy"), 1);
+    assert_eq!(count("a.go().await; let n = why.len();", "stale copy"), 1);
+    assert_eq!(count("self.go(); let n = self.list.len();", "stale copy"), 1);
     assert_eq!(count("if a { h.mark(M); } else { b(); }", "condition true"), 1);
     assert_eq!(count("if a { h.mark(M); b(); }", "condition true"), 1);
 }

@@ -1,0 +1,109 @@
+//! Slips that nothing could feel, by their form alone: they are left out.
+
+use std::ops::Range;
+use syn::spanned::Spanned;
+use syn::{Expr, Stmt};
+
+fn range(statement: &Stmt) -> Range<usize> {
+    statement.span().byte_range()
+}
+
+/// Whether somebody may feel the order of two neighbours.
+pub(super) fn order(source: &str, first: &Stmt, second: &Stmt) -> bool {
+    let (a, b) = (&source[range(first)], &source[range(second)]);
+    let said = is_asserted(first) || is_asserted(second);
+    !said && !only_wakes(a, b) && !only_wakes(b, a) && meet((first, a), (second, b))
+}
+
+/// Whether somebody may feel that `value` was read before `action`: not what is new memory, or about another name.
+pub(super) fn stale(action: &str, value: &str) -> bool {
+    let receiver = action.split(['.', '(', ' ']).next().unwrap_or_default();
+    let shared = ["self", "get()", "borrow", "load_", "now_ns"].iter().any(|word| value.contains(word));
+    let apart = !action.contains(".await") && !shared && !words(value).contains(&receiver);
+    !apart && !value.contains("::with_capacity(")
+}
+
+/// `drop(name);` in front of nothing but wake-ups: those who wake have their turn when the block is left.
+pub(super) fn ends_anyway(source: &str, statement: &Stmt, rest: &[Stmt]) -> bool {
+    let code = &source[range(statement)];
+    let name = code.strip_prefix("drop(").and_then(|rest| rest.strip_suffix(");"));
+    let one = name.is_some_and(|name| name.chars().all(|c| c.is_alphanumeric() || c == '_'));
+    one && !rest.is_empty() && rest.iter().all(|s| wakes(&source[range(s)]))
+}
+
+fn wakes(code: &str) -> bool {
+    code.contains("Waker::wake") || code.ends_with(".wake();")
+}
+
+/// Whether one of two statements only wakes a task, which has its turn after both of them.
+fn only_wakes(one: &str, other: &str) -> bool {
+    wakes(one) && !one.contains("&&") && !other.contains(".await") && !other.contains("waker")
+}
+
+/// Whether one of two statements may feel the other: not where one only counts in a variable of its own, or where both
+/// change cells and these are not the same.
+fn meet((first, a): (&Stmt, &str), (second, b): (&Stmt, &str)) -> bool {
+    let apart = |one: &Stmt, other: &str| {
+        counted(one).is_some_and(|name| !words(other).contains(&name.to_string().as_str()))
+    };
+    if apart(first, b) || apart(second, a) {
+        return false;
+    }
+    match (changed_cell(a), changed_cell(b)) {
+        (Some(one), Some(other)) => b.contains(one) || a.contains(other),
+        _ => true,
+    }
+}
+
+fn words(code: &str) -> Vec<&str> {
+    code.split(|c: char| !c.is_alphanumeric() && c != '_').collect()
+}
+
+/// The cell that a statement changes and does nothing else, such as `self.free` of `self.free.borrow_mut().clear();`.
+fn changed_cell(code: &str) -> Option<&str> {
+    const CHANGES: [&str; 8] = [
+        ".set(",
+        ".borrow_mut().retain(",
+        ".borrow_mut().push(",
+        ".borrow_mut().push_back(",
+        ".borrow_mut().insert(",
+        ".borrow_mut().remove(",
+        ".borrow_mut().clear(",
+        ".borrow_mut().extend(",
+    ];
+    let (at, _) = CHANGES.iter().filter_map(|change| Some((code.find(change)?, change))).min()?;
+    let name = &code[..at];
+    let plain = name.chars().all(|c| c.is_alphanumeric() || matches!(c, '_' | '.'));
+    (plain && !code.contains(".await") && !code.contains('?')).then_some(name)
+}
+
+/// A statement that only fails, never acts.
+fn is_asserted(statement: &Stmt) -> bool {
+    let Stmt::Expr(Expr::MethodCall(call), Some(_)) = statement else { return false };
+    call.method == "expect" || call.method == "unwrap"
+}
+
+/// The local variable that a statement without calls of functions sets or changes.
+fn counted(statement: &Stmt) -> Option<&syn::Ident> {
+    let Stmt::Expr(expr, Some(_)) = statement else { return None };
+    let (left, right) = match expr {
+        Expr::Assign(e) => (&e.left, &e.right),
+        Expr::Binary(e) => (&e.left, &e.right),
+        _ => return None,
+    };
+    let Expr::Path(name) = &**left else { return None };
+    if is_plain(right) { name.path.get_ident() } else { None }
+}
+
+/// An expression that acts on nothing: names, fields, numbers, and how long something is.
+fn is_plain(expr: &Expr) -> bool {
+    match expr {
+        Expr::Path(_) | Expr::Lit(_) => true,
+        Expr::Field(e) => is_plain(&e.base),
+        Expr::Cast(e) => is_plain(&e.expr),
+        Expr::Paren(e) => is_plain(&e.expr),
+        Expr::Binary(e) => is_plain(&e.left) && is_plain(&e.right),
+        Expr::MethodCall(e) => e.method == "len" && is_plain(&e.receiver),
+        _ => false,
+    }
+}
