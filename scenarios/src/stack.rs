@@ -1,5 +1,6 @@
 //! The stack as a tapdisk builds it: image, scheduler, disk.
 
+use crate::check::Contract;
 use crate::world::World;
 use kernel_model::SimHost;
 use std::rc::Rc;
@@ -93,6 +94,7 @@ impl Stack {
         };
         let memory = options.memory.clone();
         let image = open_image(host, spec, &options).await?;
+        let image = Contract::new(world, image, limits.scheduler);
         let scheduler = Rc::new(Scheduler::new(host.clone(), image, limits.scheduler));
         let report = Rc::downgrade(&scheduler);
         world.sim.on_stall(move || {

@@ -64,6 +64,7 @@ list! {
         CopyUnclosed = "a copy is told to be done before its target was closed",
         ExtentsJoined = "a map takes clusters that lie apart in the file as one run",
         GivenUpForgotten = "a request that is given up half way is no longer waited for",
+        LooksUncounted = "a look at extents does not count as a request in flight",
         PauseUnwatched = "a disk counts as paused while requests are in flight",
         EdgeDropped = "a write does not wait for an overlapping request in flight",
         FlushDataUnordered = "a request that overlaps the data of an earlier flush with data does not wait for it",

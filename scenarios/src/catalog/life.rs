@@ -17,7 +17,7 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::task::Poll;
 use tap_core::wait::oneshot;
-use tap_core::{Node as _, ZeroFlags};
+use tap_core::{Node, ZeroFlags};
 use tap_host::{Errno, SectorRange, Tasks, Time};
 
 /// Pauses, closes and requests that are given up.
@@ -37,6 +37,8 @@ pub static GIVE_UP: Label = Label::new("give-up", "request {n} is given up after
 /// whether nobody waits for the pause.
 pub static PAUSE: Label =
     Label::packed("pause", "pause {n}: after so many ns, for so many, unwatched ({})", &[24, 24, 1]);
+/// A look at extents: how long the one who looks is idle before, in 24 bits, and from which sector on.
+pub static LOOK: Label = Label::packed("look", "look {n}: after so many ns, from sector so ({})", &[24, 40]);
 /// When the disk is closed.
 pub static CLOSE_AFTER: Label = Label::new("close-after", "the disk is closed after {} ns");
 
@@ -50,6 +52,8 @@ struct Life {
     entity: Entity,
     requests: Cell<u32>,
     closing: Cell<bool>,
+    /// Nobody but the controller asks for anything.
+    paused: Cell<bool>,
 }
 
 /// A disk of a guest that loses patience.
@@ -155,8 +159,13 @@ async fn live(world: &World, setup: &Setup, host: &SimHost, limits: &StackLimits
     };
     let entity = Entity::WORLD.child("life", 0);
     world.sim.name_entity(entity, || "the disk".into());
-    let life =
-        Rc::new(Life { world: world.clone(), entity, requests: Cell::new(0), closing: Cell::new(false) });
+    let life = Rc::new(Life {
+        world: world.clone(),
+        entity,
+        requests: Cell::new(0),
+        closing: Cell::new(false),
+        paused: Cell::new(false),
+    });
     let disk = Fickle { disk: DirectDisk::new(stack.node(), limits.pool_bytes), life: Rc::clone(&life) };
     let manners = Manners { retries: 0, errors_allowed: true, reads: Invariant::G1 };
     let guest = Guest::new(world, disk, Rc::clone(&setup.history), manners);
@@ -171,6 +180,8 @@ async fn live(world: &World, setup: &Setup, host: &SimHost, limits: &StackLimits
         close_under_load(&l, &s, &g).await;
         let _ = closed.send(());
     });
+    let (l, top, size_sectors) = (Rc::clone(&life), stack.node(), setup.size_sectors);
+    host.spawn("inspector", 0, async move { looks(&l, &*top, size_sectors).await });
     guest.run(&ops, limits.guest_depth).await;
     let _ = close.await;
     let late = guest.disk().disk.flush().await;
@@ -186,6 +197,32 @@ async fn live(world: &World, setup: &Setup, host: &SimHost, limits: &StackLimits
     }
 }
 
+/// Asks for extents, as a program that copies the disk does. A look that has begun counts as a request.
+async fn looks(life: &Life, node: &dyn Node, size_sectors: u64) {
+    let world = &life.world;
+    for n in 0..world.setting("looks", &[200, 0]) {
+        let value =
+            world.sim.decide(life.entity, &LOOK, n, |d| d.magnitude(16) | d.below(size_sectors) << 24);
+        world.sim.sleep_ns(value & 0xff_ffff).await;
+        if life.closing.get() {
+            return;
+        }
+        if life.paused.get() {
+            continue;
+        }
+        let at = (value >> 24) % size_sectors;
+        let range = SectorRange::new(at, (size_sectors - at) as u32);
+        let result = node.extents(range, 64).await;
+        let transient = matches!(result, Err(Errno::EAGAIN | Errno::EINTR));
+        if let Err(error) = result
+            && !transient
+            && (error != Errno::ESHUTDOWN || !life.closing.get())
+        {
+            world.fail(Invariant::E4, format!("extents of {range} failed with {error:?}"));
+        }
+    }
+}
+
 /// Pauses and resumes the disk a few times.
 async fn pauses(life: &Life, stack: &Stack) {
     let (world, vbd) = (&life.world, &stack.vbd);
@@ -197,6 +234,7 @@ async fn pauses(life: &Life, stack: &Stack) {
             continue;
         }
         world.sim.sleep_ns(value & 0xff_ffff).await;
+        life.paused.set(true);
         if value >> 48 & 1 != 0 {
             // One look, and nobody stays to wait.
             let mut pause = Box::pin(vbd.pause());
@@ -214,6 +252,7 @@ async fn pauses(life: &Life, stack: &Stack) {
                 world.fail(Invariant::D1, format!("{text}; I/O went on from {before:?} to {after:?}"));
             }
         }
+        life.paused.set(false);
         if let Err(error) = vbd.resume() {
             world.fail(Invariant::D1, format!("resuming the disk failed with {error:?}"));
         }
@@ -230,8 +269,26 @@ async fn close_under_load(life: &Life, stack: &Stack, guest: &Guest<Fickle>) {
         poll_fn(|cx| Poll::Ready(_ = pause.as_mut().poll(cx))).await;
     }
     let inv = guest.history.borrow_mut().begin_flush();
+    // Looks that have just begun.
+    let mut looks: Vec<_> = (0..world.setting("looks-at-close", &[4, 0]))
+        .map(|n| {
+            let at = vbd.info().size_sectors / 4 * n;
+            vbd.extents(SectorRange::new(at, (vbd.info().size_sectors - at) as u32), 64)
+        })
+        .collect();
+    poll_fn(|cx| Poll::Ready(looks.retain_mut(|look| look.as_mut().poll(cx).is_pending()))).await;
     life.closing.set(true);
-    let result = vbd.close().await;
+    let result = {
+        let mut close = vbd.close();
+        poll_fn(|cx| {
+            looks.retain_mut(|look| look.as_mut().poll(cx).is_pending());
+            close.as_mut().poll(cx)
+        })
+        .await
+    };
+    if !looks.is_empty() {
+        world.fail(Invariant::D1, "a disk is closed before looks at its extents have ended");
+    }
     match result {
         Ok(()) => guest.history.borrow_mut().end_flush(inv),
         Err(error) => world.fail(Invariant::G11, format!("closing the disk failed with {error:?}")),

@@ -111,6 +111,7 @@ pub static LABELS: &[&Label] = &[
     &life::GIVE_UP,
     &life::PAUSE,
     &life::CLOSE_AFTER,
+    &life::LOOK,
     &toolstack::REPLACE_AFTER,
     &toolstack::SECOND_AFTER,
     &toolstack::DESTROY_AFTER,

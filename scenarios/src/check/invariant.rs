@@ -49,6 +49,8 @@ pub enum Invariant {
     N2,
     /// Pauses and closes of a disk.
     D1,
+    /// What layers ask of each other.
+    D2,
     /// What a tool has made.
     I1,
     /// What a tool says.
@@ -93,6 +95,7 @@ impl Invariant {
         Self::N1,
         Self::N2,
         Self::D1,
+        Self::D2,
         Self::I1,
         Self::I2,
         Self::V1,
@@ -133,6 +136,9 @@ impl Invariant {
             Self::N1 => "an NBD connection breaks only where one of its ends dies or misbehaves",
             Self::N2 => "every answer of an NBD server keeps to the protocol and is true of its disk",
             Self::D1 => "a paused disk does nothing, and a closed one takes nothing",
+            Self::D2 => {
+                "a layer of a disk is asked only for what it may be asked for, and closed once, when it rests"
+            }
             Self::I1 => "what a tool says it has made is there, also after a power cut",
             Self::I2 => "what a tool says of an image is true",
             Self::V1 => "the shipped check and the independent walker agree on every image",

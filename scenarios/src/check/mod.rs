@@ -1,5 +1,6 @@
 //! What must hold, and how it is told when it does not.
 
+mod contract;
 mod frontier;
 mod history;
 mod invariant;
@@ -9,6 +10,7 @@ pub mod shipped;
 mod verdict;
 pub mod walker;
 
+pub use contract::Contract;
 pub use frontier::{Block, Clock, NEVER, Order, Version};
 pub use history::{BlockHistory, Initial, WriteId, Wrong};
 pub use invariant::Invariant;

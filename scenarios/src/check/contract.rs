@@ -1,0 +1,238 @@
+//! What each layer of a disk may ask of the one below it, looked at between them.
+//!
+//! ```text
+//!   guest ──► vbd ──► scheduler ──[Contract]──► image
+//! ```
+//!
+//! The contracts are those of `tap_core`'s `Node` and of the scheduler: overlapping requests come one after the other,
+//! no more at once than the depth, merged ones no larger than they may be, extents cover a part of what was asked about,
+//! and the layer is closed once, when nothing of it is in use.
+
+use super::Invariant;
+use crate::world::World;
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, SchedulerLimits};
+use tap_host::{Errno, SectorRange};
+
+/// A node that passes everything on, and fails the world where something is asked that must not be.
+pub struct Contract(Rc<Inner>);
+
+struct Inner {
+    world: World,
+    lower: Rc<dyn Node>,
+    limits: SchedulerLimits,
+    running: RefCell<Vec<Running>>,
+    /// Looks at extents.
+    looks: Cell<u32>,
+    next: Cell<u64>,
+    closed: Cell<bool>,
+}
+
+struct Running {
+    number: u64,
+    op: Op,
+    range: SectorRange,
+}
+
+impl Contract {
+    /// Between a scheduler with `limits` and `lower`.
+    pub fn new(world: &World, lower: Rc<dyn Node>, limits: SchedulerLimits) -> Rc<Self> {
+        Rc::new(Self(Rc::new(Inner {
+            world: world.clone(),
+            lower,
+            limits,
+            running: RefCell::default(),
+            looks: Cell::new(0),
+            next: Cell::new(0),
+            closed: Cell::new(false),
+        })))
+    }
+}
+
+impl Inner {
+    fn broken(&self, text: String) {
+        self.world.fail(Invariant::D2, text);
+    }
+
+    fn look_at(&self, request: &Request) {
+        let (op, range) = (request.op, request.range);
+        let info = self.lower.info();
+        if self.closed.get() {
+            self.broken(format!("a layer that is closed is asked for {op:?} {range}"));
+        }
+        if !request.is_well_formed(info.size_sectors) || info.read_only && op.is_write() {
+            self.broken(format!("{op:?} {range} reaches a disk of {info:?}"));
+        }
+        let most = u64::from(self.limits.merge_sectors) * tap_host::SECTOR_BYTES;
+        if request.bufs.len() > 1 && range.len_bytes() > most {
+            self.broken(format!("{op:?} {range} is larger than merged requests may be"));
+        }
+        let running = self.running.borrow();
+        let exclusive = |one: &Running| one.op.is_write() || op.is_write();
+        if let Some(other) = running.iter().find(|one| exclusive(one) && one.range.overlaps(range)) {
+            self.broken(format!("{op:?} {range} runs beside {:?} {}", other.op, other.range));
+        }
+        let at_once = 1 + running.iter().filter(|one| one.op.has_data()).count();
+        if op.has_data() && at_once > self.limits.depth {
+            self.broken(format!("{at_once} reads and writes run at once"));
+        }
+    }
+
+    fn look_at_extents(&self, range: SectorRange, most: usize, found: &[Extent]) {
+        let covered: u64 = found.iter().map(|extent| extent.count).sum();
+        let empty = found.iter().any(|extent| extent.count == 0);
+        if found.is_empty() || found.len() > most || empty || covered > u64::from(range.count) {
+            let text = format!("{} extents of {covered} sectors for {range}, at most {most}", found.len());
+            self.broken(text);
+        }
+    }
+}
+
+/// A request that runs, until its end.
+struct Runs(Rc<Inner>, u64);
+
+impl Drop for Runs {
+    fn drop(&mut self) {
+        self.0.running.borrow_mut().retain(|one| one.number != self.1);
+    }
+}
+
+/// A look at extents, until its end.
+struct Looks(Rc<Inner>);
+
+impl Drop for Looks {
+    fn drop(&mut self) {
+        self.0.looks.set(self.0.looks.get() - 1);
+    }
+}
+
+impl Node for Contract {
+    fn submit(&self, request: Request) -> LocalBoxFuture<Response> {
+        let inner = Rc::clone(&self.0);
+        inner.look_at(&request);
+        let number = inner.next.replace(inner.next.get() + 1);
+        inner.running.borrow_mut().push(Running { number, op: request.op, range: request.range });
+        let lens: Vec<usize> = request.bufs.iter().map(|buf| buf.len()).collect();
+        let (what, answer) = ((request.op, request.range), inner.lower.submit(request));
+        let runs = Runs(inner, number);
+        Box::pin(async move {
+            let response = answer.await;
+            if !response.bufs.iter().map(|buf| buf.len()).eq(lens) {
+                runs.0.broken(format!("{:?} {} is answered with other buffers", what.0, what.1));
+            }
+            response
+        })
+    }
+
+    fn extents(&self, range: SectorRange, most: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
+        let inner = Rc::clone(&self.0);
+        if inner.closed.get() || most == 0 || range.count == 0 || !range.fits(inner.lower.info().size_sectors)
+        {
+            inner.broken(format!("{most} extents of {range} are asked for"));
+        }
+        inner.looks.set(inner.looks.get() + 1);
+        let answer = inner.lower.extents(range, most);
+        let looks = Looks(inner);
+        Box::pin(async move {
+            let found = answer.await;
+            if let Ok(found) = &found {
+                looks.0.look_at_extents(range, most, found);
+            }
+            found
+        })
+    }
+
+    fn info(&self) -> NodeInfo {
+        self.0.lower.info()
+    }
+
+    fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
+        let inner = &self.0;
+        let (running, looks) = (inner.running.borrow().len(), inner.looks.get());
+        if inner.closed.replace(true) || running > 0 || looks > 0 {
+            let text = format!("a layer is closed with {running} requests and {looks} looks at extents");
+            inner.broken(format!("{text}, or twice"));
+        }
+        inner.lower.close()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::world::broken_by;
+    use tap_host::{IoBuf, IoVec};
+
+    struct Nothing;
+
+    impl Node for Nothing {
+        fn submit(&self, request: Request) -> LocalBoxFuture<Response> {
+            Box::pin(async move {
+                if request.range.start.0 == 9 {
+                    std::future::pending::<()>().await;
+                }
+                Response { result: Ok(()), bufs: request.bufs }
+            })
+        }
+        fn extents(&self, range: SectorRange, most: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
+            let source = tap_core::Source::Nothing;
+            let one = Extent { count: u64::from(range.count), source, zero: true, allocated: false };
+            Box::pin(async move { Ok(vec![one; most + usize::from(range.start.0 == 9)]) })
+        }
+        fn info(&self) -> NodeInfo {
+            NodeInfo { size_sectors: 64, read_only: false }
+        }
+        fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
+            Box::pin(async { Ok(()) })
+        }
+    }
+
+    fn broken<F: Future<Output = ()>>(run: impl FnOnce(Rc<Contract>) -> F + 'static) -> bool {
+        let limits = SchedulerLimits { depth: 2, merge_sectors: 4, ..SchedulerLimits::default() };
+        let found = broken_by(move |world| async move {
+            run(Contract::new(&world, Rc::new(Nothing), limits)).await;
+        });
+        assert!(matches!(found, None | Some(Invariant::D2)), "{found:?}");
+        found.is_some()
+    }
+
+    fn write(at: u64, bufs: &[usize]) -> Request {
+        let sectors = bufs.iter().sum::<usize>() as u32;
+        let bufs: IoVec = bufs.iter().map(|len| IoBuf::unpooled(len * 512).unwrap()).collect();
+        Request::write(SectorRange::new(at, sectors), bufs)
+    }
+
+    #[test]
+    fn what_layers_must_not_ask_is_told() {
+        assert!(!broken(|node| async move {
+            for request in [write(0, &[2, 2]), write(0, &[8]), Request::flush()] {
+                drop(node.submit(request).await);
+            }
+            let _ = node.extents(SectorRange::new(0, 4), 1).await;
+            let _ = node.close().await;
+        }));
+        assert!(broken(|node| async move { drop(node.submit(write(0, &[3, 2])).await) }), "merged too far");
+        assert!(broken(|node| async move { drop(node.submit(write(63, &[2])).await) }), "behind the end");
+        assert!(broken(|node| async move { drop(node.extents(SectorRange::new(9, 4), 1).await) }));
+        assert!(broken(|node| async move {
+            let (_one, _other) = (node.submit(write(8, &[4])), node.submit(write(10, &[1])));
+        }));
+        assert!(broken(|node| async move {
+            let _all =
+                [node.submit(write(0, &[1])), node.submit(write(1, &[1])), node.submit(write(2, &[1]))];
+        }));
+        assert!(broken(|node| async move {
+            let _runs = node.submit(write(9, &[1]));
+            let _ = node.close().await;
+        }));
+        assert!(broken(|node| async move {
+            let _looks = node.extents(SectorRange::new(0, 4), 1);
+            let _ = node.close().await;
+        }));
+        assert!(broken(|node| async move {
+            let _ = node.close().await;
+            drop(node.submit(Request::flush()).await);
+        }));
+    }
+}
