@@ -276,7 +276,11 @@ async fn close_under_load(life: &Life, stack: &Stack, guest: &Guest<Fickle>) {
             vbd.extents(SectorRange::new(at, (vbd.info().size_sectors - at) as u32), 64)
         })
         .collect();
-    poll_fn(|cx| Poll::Ready(looks.retain_mut(|look| look.as_mut().poll(cx).is_pending()))).await;
+    poll_fn(|cx| {
+        looks.retain_mut(|look| look.as_mut().poll(cx).is_pending());
+        Poll::Ready(())
+    })
+    .await;
     life.closing.set(true);
     let result = {
         let mut close = vbd.close();
