@@ -44,6 +44,8 @@ pub const BLKFRONT_MAX_SECTORS: u32 = MAX_SEGMENTS as u32 * PAGE_SECTORS;
 pub type Complaint = Rc<dyn Fn(String)>;
 /// How the sectors of a request shall lie in its pages.
 pub type LayoutOf = Rc<dyn Fn(SectorRange) -> SegmentLayout>;
+/// How long it goes on using its disk after it has said that it is closing, in nanoseconds, at its n-th connect.
+pub type LingersOf = Rc<dyn Fn(u32) -> u64>;
 /// What a back end says of its disk once it has connected.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Told {
@@ -57,6 +59,8 @@ pub struct Told {
     pub flushes: bool,
     /// `error`, which tells of an earlier attempt.
     pub error: Option<String>,
+    /// `hotplug-status`, which toolstacks look at.
+    pub hotplug: Option<String>,
 }
 /// Is shown that at each connect.
 pub type LookAtTold = Rc<dyn Fn(&Told)>;
@@ -81,6 +85,7 @@ struct Inner {
     complain: Complaint,
     layout: RefCell<Option<LayoutOf>>,
     keys: RefCell<Option<KeysOf>>,
+    lingers: RefCell<Option<LingersOf>>,
     look_at_told: RefCell<Option<LookAtTold>>,
     /// The front end before counted its pages.
     counted: Cell<bool>,
@@ -117,6 +122,7 @@ impl Blkfront {
             complain,
             layout: RefCell::default(),
             keys: RefCell::default(),
+            lingers: RefCell::default(),
             look_at_told: RefCell::default(),
             counted: Cell::new(false),
             revokes: Cell::new(false),
@@ -141,6 +147,11 @@ impl Blkfront {
     /// Lets `keys` say in which words each connect is told; else the fewest.
     pub fn set_keys(&self, keys: KeysOf) {
         *self.0.keys.borrow_mut() = Some(keys);
+    }
+
+    /// Lets `lingers` say how long the disk is used on at each close, as Linux did before 5.15 while it was mounted.
+    pub fn set_lingers(&self, lingers: LingersOf) {
+        *self.0.lingers.borrow_mut() = Some(lingers);
     }
 
     /// Shows `look` at each connect what the back end says of its disk.
@@ -279,9 +290,15 @@ impl Blkfront {
     /// # Errors
     /// As xenstore's.
     pub async fn close(&self) -> Result<(), Errno> {
-        self.0.open.set(false);
+        let lingers = self.0.lingers.borrow().clone();
+        let linger_ns = lingers.map_or(0, |lingers| lingers(self.0.connects.get()));
+        self.0.open.set(linger_ns > 0);
         self.0.set_state(5).await?;
         self.0.wait_back(|s| s == 5 || s == 6).await?;
+        if linger_ns > 0 {
+            self.0.port.xen().sim().sleep_ns(linger_ns).await;
+            self.0.open.set(false);
+        }
         self.0.set_state(6).await?;
         self.0.wait_back(|s| s == 6 || s == 2).await?;
         self.drop_ring().await;
@@ -492,6 +509,7 @@ impl Inner {
             read_only: number("info").await?.map(|info| info & 4 != 0),
             flushes: number("feature-flush-cache").await? == Some(1),
             error: read("error").await?,
+            hotplug: read("hotplug-status").await?,
         })
     }
 

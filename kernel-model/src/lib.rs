@@ -22,7 +22,8 @@ pub mod sockets;
 mod storage;
 
 pub use blkfront::{
-    BLKFRONT_MAX_SECTORS, Blkfront, Complaint, DataPiece, KeysOf, LayoutOf, LookAtTold, SegmentLayout, Told,
+    BLKFRONT_MAX_SECTORS, Blkfront, Complaint, DataPiece, KeysOf, LayoutOf, LingersOf, LookAtTold,
+    SegmentLayout, Told,
 };
 pub use host::SimHost;
 pub use inode::{Content, Inode, Pending, PendingSize, apply};

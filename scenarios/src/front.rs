@@ -5,7 +5,7 @@ use crate::check::oracle::{Oracle, is_broken};
 use crate::guest::{Guest, Manners, RingDisk};
 use crate::machine::Attached;
 use crate::world::World;
-use kernel_model::{Blkfront, Complaint, KeysOf, LayoutOf, LookAtTold, SegmentLayout, Told};
+use kernel_model::{Blkfront, Complaint, KeysOf, LayoutOf, LingersOf, LookAtTold, SegmentLayout, Told};
 use sim::{Entity, FaultKind, Label};
 use std::rc::Rc;
 use tap_host::{DomId, SECTOR_BYTES};
@@ -48,6 +48,19 @@ fn front_keys(world: &World, disk: &Attached) -> KeysOf {
     })
 }
 
+/// For how long a front end uses its disk on that says it is closing.
+pub static LINGERS: Label =
+    Label::new("lingers", "front end {n} says that it is closing and uses its disk for {} more ns");
+
+static LINGERING: FaultKind = FaultKind { name: "lingering-front-ends", max_ppm: 500_000 };
+
+fn lingers(world: &World, disk: &Attached) -> LingersOf {
+    let (sim, rate_ppm) = (world.sim.clone(), world.sim.swarm().rate_ppm(&LINGERING));
+    let entity = Entity::WORLD.child("front-lingers", u64::from(disk.dom.0) << 32 | u64::from(disk.vbd.0));
+    sim.name_entity(entity, || format!("front end of {}", disk.dom));
+    Rc::new(move |nth| sim.nth_fault(entity, &LINGERS, nth, rate_ppm, |d| d.magnitude(33)))
+}
+
 impl Attached {
     /// Compares what a back end says of the disk with what it is.
     fn truth(&self, world: &World) -> LookAtTold {
@@ -57,6 +70,7 @@ impl Attached {
             read_only: Some(self.read_only),
             flushes: true,
             error: None,
+            hotplug: Some("connected".into()),
         };
         let world = world.clone();
         Rc::new(move |told| {
@@ -81,6 +95,7 @@ impl Attached {
         front.set_layout(segment_layout(world));
         front.set_keys(front_keys(world, self));
         front.on_told(self.truth(world));
+        front.set_lingers(lingers(world, self));
         front
     }
 

@@ -64,6 +64,7 @@ impl Machine {
     async fn try_unplug(&self, disk: &Attached) -> Result<(), Errno> {
         self.take_offline(disk).await?;
         self.wait_for_back(disk, b"6").await?;
+        self.check_unmapped(disk);
         remove_vbd(&self.toolstack.port, &disk.paths).await
     }
 
@@ -101,6 +102,7 @@ impl Machine {
         let result = async {
             self.force_offline(disk).await?;
             self.wait_for_back(disk, b"6").await?;
+            self.check_unmapped(disk);
             self.toolstack.port.remove(&disk.paths.backend).await
         };
         if let Err(error) = result.await {
@@ -108,6 +110,15 @@ impl Machine {
         }
         self.world.xen.destroy_domain(disk.dom);
         self.disks.borrow_mut().retain(|d| d.dom != disk.dom);
+    }
+
+    /// State 6 was said: of a disk that is taken away, nothing is in use any more.
+    fn check_unmapped(&self, disk: &Attached) {
+        let others = self.disks.borrow().iter().filter(|d| d.dom == disk.dom).count() > 1;
+        if !others && self.world.xen.mapped_from(disk.dom) > 0 {
+            self.world
+                .fail(Invariant::K1, "a back end that says it is closed has a page of its guest mapped");
+        }
     }
 
     async fn force_offline(&self, disk: &Attached) -> Result<(), Errno> {

@@ -451,12 +451,6 @@ impl<H: XenHost> Backend<H> {
             })
             .await;
         }
-        // Also what a predecessor left of a ring that nobody will ask for again.
-        if let Some(record) = &self.config.record
-            && !left
-        {
-            self.host.remove_region(record);
-        }
     }
 }
 

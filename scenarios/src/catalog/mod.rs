@@ -117,6 +117,8 @@ pub static LABELS: &[&Label] = &[
     &toolstack::DESTROY_AFTER,
     &away::BACK_AFTER,
     &front::FRONT_KEYS,
+    &front::LINGERS,
+    &toolstack::UNUSED,
     &guest::SCRIBBLE,
     &guest::TRICK,
     &guest::FLOOD,

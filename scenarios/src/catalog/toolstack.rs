@@ -25,6 +25,9 @@ pub static DESTROY_AFTER: Label = Label::new("destroy-after", "the guest is dest
 /// After what time somebody starts a second tapdisk.
 pub static SECOND_AFTER: Label = Label::new("second-after", "a second tapdisk is started after {} more ns");
 
+/// Whether a disk is taken away before its guest has looked at it.
+pub static UNUSED: Label = Label::new("unused", "the disk is taken away before the guest looks at it: {}");
+
 /// A second tapdisk, by mistake.
 pub static SECOND_TAPDISK: Scenario = Scenario {
     name: "second-tapdisk",
@@ -228,6 +231,12 @@ async fn hot_plug(world: World) {
 /// A disk is plugged in, used, and plugged out again.
 async fn live_once(world: &World, machine: &Rc<Machine>, disk: &Attached, life: u64) -> bool {
     machine.plug(disk).await;
+    let entity = Entity::WORLD.child("life", life);
+    world.sim.name_entity(entity, || "administrator".into());
+    if world.sim.decide(entity, &UNUSED, 0, |d| u64::from(d.below(4) == 0)) != 0 {
+        machine.unplug(disk).await;
+        return true;
+    }
     let Some(guest) = disk.boot(world, NO_ERRORS).await else { return false };
     guest.set_manners(manners(world, Invariant::P1));
     let (g, ops) = (guest.clone(), operations_of(world, disk, 1 + life, 8));

@@ -63,6 +63,8 @@ pub fn describe_keys(value: u64) -> &'static str {
         3 => "first connects with a negative grant",
         4 => "first connects with an event channel that is no number of 32 bits",
         5 => "first connects with an unknown protocol",
+        7 => "first connects with four queues",
+        8 => "first connects with a ring of four pages",
         _ => "first connects with empty keys",
     }
 }
@@ -160,7 +162,7 @@ impl Hostile {
     /// Bad keys first, if the seed says so, then good ones.
     pub async fn connect(&self) -> Result<(), Errno> {
         self.wait_back(|s| s == 2).await;
-        let bad = self.world.sim.decide(self.entity, &KEYS, 0, |d| d.below(7));
+        let bad = self.world.sim.decide(self.entity, &KEYS, 0, |d| d.below(9));
         if bad > 0 {
             self.connect_badly(bad).await?;
         }
@@ -169,6 +171,10 @@ impl Hostile {
         ring.publish_in_store(&self.attached.paths.frontend).await?;
         if !self.wait_back(|s| s == 4).await {
             self.world.fail(Invariant::H1, "a front end with good keys is not connected");
+        }
+        let error = self.attached.port.read(&format!("{}/error", self.attached.paths.backend)).await;
+        if error != Err(Errno::ENOENT) {
+            self.world.fail(Invariant::F1, "a front end that is connected is told of an error");
         }
         self.write("state", "4").await?;
         *self.ring.borrow_mut() = Some(ring);
@@ -184,11 +190,17 @@ impl Hostile {
             3 => ("-1", port.as_str(), "x86_64-abi"),
             4 => (gref.as_str(), "99999999999999999999", "x86_64-abi"),
             5 => (gref.as_str(), port.as_str(), "sparc-abi"),
+            7 | 8 => (gref.as_str(), port.as_str(), "x86_64-abi"),
             _ => ("", "", ""),
         };
         self.write("ring-ref", gref).await?;
         self.write("event-channel", port).await?;
         self.write("protocol", protocol).await?;
+        let counted = [(7, "multi-queue-num-queues", "4"), (8, "ring-page-order", "2")];
+        let counted = counted.into_iter().find(|(kind, _, _)| *kind == number);
+        if let Some((_, key, count)) = counted {
+            self.write(key, count).await?;
+        }
         self.write("state", "3").await?;
         if !self.wait_back(|s| s >= 5).await {
             self.world
@@ -201,6 +213,9 @@ impl Hostile {
         self.wait_back(|s| s == 6).await;
         if ring.end().is_err() {
             self.world.fail(Invariant::K1, "the ring of a front end that was refused cannot be taken back");
+        }
+        if let Some((_, key, _)) = counted {
+            self.attached.port.remove(&format!("{}/{key}", self.attached.paths.frontend)).await?;
         }
         self.write("state", "1").await?;
         self.wait_back(|s| s == 2).await;
