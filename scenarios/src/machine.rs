@@ -78,6 +78,11 @@ pub struct Machine {
     rivals: Cell<bool>,
     /// The guest whose ring may be one that nobody can take up.
     broken: Cell<Option<DomId>>,
+    /// Images may not be there: to say so is right.
+    absences: Cell<bool>,
+    /// How often a tapdisk that watches has tried to open an image, and has told why a disk is not served.
+    opened: Cell<u32>,
+    told: Cell<u32>,
     /// The power is off: nothing starts any more.
     off: Cell<bool>,
     /// An image could not be closed; what it lost was told.
@@ -112,6 +117,9 @@ impl Machine {
             spared: Cell::new(false),
             rivals: Cell::new(false),
             broken: Cell::new(None),
+            absences: Cell::new(false),
+            opened: Cell::new(0),
+            told: Cell::new(0),
             off: Cell::new(false),
             close_failed: Cell::new(false),
         })
@@ -170,6 +178,17 @@ impl Machine {
         let next = self.guest_in(disk.dom, disk.setup.clone(), NEXT_GUEST);
         self.disks.borrow_mut().iter_mut().filter(|d| d.dom == disk.dom).for_each(|d| *d = next.clone());
         next
+    }
+
+    /// From now on images may be away.
+    pub fn expect_absences(&self) {
+        self.absences.set(true);
+    }
+
+    /// How often a tapdisk that watches has tried to open an image, and has told why a disk is not served; of the program
+    /// that ships nothing is known.
+    pub fn attempts(&self) -> Option<(u32, u32)> {
+        (!self.shipped).then(|| (self.opened.get(), self.told.get()))
     }
 
     /// The ring of `dom` may be one that nobody can take up; to say so is right.
@@ -273,6 +292,10 @@ impl Machine {
         let end = if self.watching {
             // Where nobody else leads the disk, every ring can be taken up, or has no guest any more.
             let tell = |why: &str| {
+                self.told.set(self.told.get() + 1);
+                if why.is_empty() && host.process.node().is_alive() {
+                    self.world.fail(Invariant::L1, "tapdisk complains of nothing");
+                }
                 if why.ends_with("nothing was changed")
                     && !self.rivals.get()
                     && self.broken.get() != Some(disk.dom)
@@ -305,6 +328,7 @@ impl Machine {
     /// Opens the image of a disk; all of them can be opened.
     async fn open(&self, host: &SimHost, disk: &Attached) -> Result<Rc<dyn tap_core::Node>, String> {
         let until_ns = self.world.sim.now_ns() + IN_USE_PATIENCE_NS;
+        self.opened.set(self.opened.get() + 1);
         loop {
             match Stack::open(host, &self.world, &disk.setup.spec, &self.limits).await {
                 Ok(stack) => {
@@ -316,6 +340,9 @@ impl Machine {
                 // The lock of a dead predecessor goes when its last operation has landed.
                 Err(ImageError::InUse { .. }) if self.world.sim.now_ns() < until_ns => {
                     self.world.sim.sleep_ns(200_000).await;
+                }
+                Err(error) if self.absences.get() && error.errno() == Errno::ENOENT => {
+                    return Err(format!("open the image: {error}"));
                 }
                 // What failed may work the next time; a supervisor starts a program again.
                 Err(error) if self.world.errors_allowed() && error.errno() != Errno::EUCLEAN => {
@@ -333,9 +360,10 @@ impl Machine {
     }
 
     /// Has another process try to serve `disk`, which is served, with another image; it must not be able to.
-    pub async fn try_to_serve(&self, disk: &Attached, image: &Setup, number: u32) {
+    pub async fn try_to_serve(&self, disk: &Attached, image: &Setup, number: u32, read_only: bool) {
         let host = SimHost::start(&self.world.kernel, &self.world.xen, "second", u64::from(number));
-        let (world, limits, h) = (self.world.clone(), self.limits, host.clone());
+        let limits = StackLimits { read_only, ..self.limits };
+        let (world, h) = (self.world.clone(), host.clone());
         let (disk, spec, (done, ended)) = (disk.clone(), image.spec.clone(), wait::oneshot());
         host.spawn("main", 0, async move {
             let mut config = BackendConfig::new(disk.paths.backend.clone(), disk.dom, disk.vbd);

@@ -9,13 +9,13 @@
 //! The order of the steps and the time limits are those of libxl in Xen 4.17.
 
 use crate::check::Invariant;
-use crate::machine::{Attached, Machine, SCRIPT};
+use crate::machine::{Attached, Machine, SCRIPT, XVDA};
 use crate::program::named;
 use std::future::Future;
 use std::pin::pin;
 use std::task::Poll;
 use tap_host::{Errno, Transaction, Watcher, Xenstore};
-use xen_model::{attach_vbd, remove_vbd};
+use xen_model::{VbdPaths, attach_vbd, remove_vbd};
 
 /// How long xl waits for a state of the back end, in nanoseconds.
 const XL_WAITS_NS: u64 = 10_000_000_000;
@@ -41,6 +41,54 @@ impl Machine {
                 let text = format!("the toolstack failed to take away a disk that was refused: {error:?}");
                 return self.world.fail(Invariant::L1, text);
             }
+        }
+    }
+
+    /// Tries to give `disk` to its guest while its image is away: the toolstack is told why, and takes the disk away again.
+    pub async fn plug_in_vain(&self, disk: &Attached) {
+        self.disks.borrow_mut().push(disk.clone());
+        let why = match self.try_plug(disk).await {
+            Ok(Some(why)) if why.contains(&disk.setup.spec.path) => None,
+            Ok(Some(why)) => {
+                Some(format!("a disk without an image is refused and it does not say why: {why}"))
+            }
+            Ok(None) => Some("a disk without an image is served".into()),
+            Err(error) => Some(format!("a disk without an image is not refused: {error:?}")),
+        };
+        if let Some(why) = why {
+            self.world.fail(Invariant::L1, why);
+        } else if let Err(error) = self.try_unplug(disk).await {
+            let text = format!("the toolstack failed to take away a disk that was refused: {error:?}");
+            self.world.fail(Invariant::L1, text);
+        }
+        self.disks.borrow_mut().retain(|d| d.paths != disk.paths);
+    }
+
+    /// A disk of another guest that another program serves. Gives its directories.
+    pub async fn plug_foreign(&self) -> VbdPaths {
+        let dom = self.world.xen.create_domain();
+        let (port, paths) = (&self.toolstack.port, VbdPaths::new("vbd", dom, XVDA));
+        let made = async {
+            attach_vbd(port, dom, XVDA, &paths, false).await?;
+            port.write(&format!("{}/script", paths.backend), b"/etc/xen/scripts/block").await
+        };
+        if let Err(error) = made.await {
+            self.world
+                .fail(Invariant::K1, format!("the toolstack failed to attach a foreign disk: {error:?}"));
+        }
+        paths
+    }
+
+    /// Takes a foreign disk away, which nobody may have touched.
+    pub async fn unplug_foreign(&self, paths: &VbdPaths) {
+        let port = &self.toolstack.port;
+        let state = port.read(&format!("{}/state", paths.backend)).await;
+        if state != Ok(b"1".to_vec()) {
+            self.world.fail(Invariant::K1, format!("tapdisk has led the disk of another program: {state:?}"));
+        }
+        if let Err(error) = remove_vbd(port, paths).await {
+            self.world
+                .fail(Invariant::K1, format!("the toolstack failed to remove a foreign disk: {error:?}"));
         }
     }
 

@@ -77,7 +77,7 @@ pub async fn lead<H: XenHost, F: Future<Output = Result<Rc<dyn Node>, String>>>(
         }
         // Who does not have the lock writes nothing, whatever the reason.
         let leads = lock.as_ref().is_some_and(|lock| !lock.is_given_up());
-        let refusal = leads.then(|| format!("failed to {why}"));
+        let refusal = (leads && !host.bug(Bug::RefusalUntold)).then(|| format!("failed to {why}"));
         match stand_by(host, config, refusal.as_deref(), pause_ns, leave).await {
             Ok(Some(end)) => break Ok(end),
             Ok(None) => {}
@@ -85,7 +85,9 @@ pub async fn lead<H: XenHost, F: Future<Output = Result<Rc<dyn Node>, String>>>(
             Err(error) if passes(&error) && !leave.is_set() => host.sleep_ns(pause_ns).await,
             Err(error) => break Err(error),
         }
-        pause_ns = (pause_ns * 2).min(PAUSE_MAX_NS);
+        if !host.bug(Bug::PauseStays) {
+            pause_ns = (pause_ns * 2).min(PAUSE_MAX_NS);
+        }
     };
     if let Some(lock) = lock {
         lock.give_up(host, &end);
@@ -117,8 +119,9 @@ async fn stand_by<H: XenHost>(
     let until_ns = host.now_ns().saturating_add(pause_ns);
     let mut refused = false;
     loop {
-        let Some(state) = keys::state(host, path).await? else { return Ok(Some(BackendEnd::BackendGone)) };
+        // The state last: what is not there any more when it is read, has not been offline either.
         let offline = keys::is_offline(keys::read(host, path, "online").await?.as_deref());
+        let Some(state) = keys::state(host, path).await? else { return Ok(Some(BackendEnd::BackendGone)) };
         match state {
             // Another device in the same directory.
             XenbusState::Initialising if refused => return Ok(Some(BackendEnd::BackendGone)),

@@ -21,7 +21,7 @@ use std::rc::Rc;
 use std::task::Poll;
 use tap_abi::xenbus::XenbusState;
 use tap_core::wait;
-use tap_host::{DomId, Errno, StorePath, Transaction, VbdId, Watcher};
+use tap_host::{Bug, DomId, Errno, StorePath, Transaction, VbdId, Watcher};
 
 /// Longest `params` in bytes; a path has at most so many.
 const MAX_PARAMS_BYTES: usize = 4096;
@@ -100,6 +100,9 @@ pub async fn supervise<H: XenHost, F: Future<Output = ()> + 'static>(
             let found = look(host, whose, id).await?;
             if found.is_none() {
                 lived.remove(&id);
+                if host.bug(Bug::ForeignEndsLook) {
+                    break;
+                }
             }
             // Who runs sees for himself; his end is news.
             let Some((device, state)) = found.filter(|_| !crew.running.borrow().contains(&id)) else {

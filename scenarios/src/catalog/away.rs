@@ -29,6 +29,9 @@ pub static TAPDISK_AWAY: Scenario = Scenario {
 async fn tapdisk_away(world: World) {
     let machine = Machine::watching(&world, StackLimits::draw(&world));
     let first = machine.start_tapdisk();
+    let foreign =
+        if world.setting("foreign-disk", &[false, true]) { Some(machine.plug_foreign().await) } else { None };
+    let neighbour = neighbour(&world, &machine).await;
     let setup = Setup::qcow(&world, 0, DISK_BYTES, world.setting("overlay", &[false, true]));
     let disk = machine.new_guest(setup.clone(), 0);
     machine.plug(&disk).await;
@@ -49,6 +52,7 @@ async fn tapdisk_away(world: World) {
     first.process.node().kill();
     first.process.node().dead().await;
     guest.history.borrow_mut().server_died();
+    neighbour.iter().for_each(|(_, guest)| guest.history.borrow_mut().server_died());
     world.count(|s| s.crashes += 1);
     let end = world.setting(
         "guest-meanwhile",
@@ -64,6 +68,7 @@ async fn tapdisk_away(world: World) {
     let mut setups = vec![setup];
     match end {
         "waits" => {
+            try_another(&world, &machine, &disk).await;
             back_after(&machine, away_ns).await;
             let _ = finished.await;
             end_in_order(&world, &machine, &disk, &guest).await;
@@ -85,6 +90,13 @@ async fn tapdisk_away(world: World) {
     }
     // Time to look at what there was when it began.
     world.sim.sleep_ns(60_000_000_000).await;
+    if let Some((disk, guest)) = &neighbour {
+        end_in_order(&world, &machine, disk, guest).await;
+        setups.push(disk.setup.clone());
+    }
+    if let Some(paths) = &foreign {
+        machine.unplug_foreign(paths).await;
+    }
     if let Some(host) = machine.tapdisk() {
         host.process.ask_to_stop();
     }
@@ -95,13 +107,38 @@ async fn tapdisk_away(world: World) {
     }
 }
 
+/// In half of the seeds another guest is there, whose number is lower; it has done something and waits.
+async fn neighbour(world: &World, machine: &Machine) -> Option<(Attached, Guest<RingDisk>)> {
+    if !world.setting("neighbour", &[false, true]) {
+        return None;
+    }
+    let disk = machine.new_guest(Setup::raw(world, 2, DISK_BYTES), 2);
+    machine.plug(&disk).await;
+    let guest = disk.boot(world, NO_ERRORS).await?;
+    guest.set_manners(manners(world, Invariant::P1));
+    let (g, ops) = (guest.clone(), operations_of(world, &disk, 2, 8));
+    in_guest(&disk, async move { g.run(&ops, 4).await }).await;
+    Some((disk, guest))
+}
+
+/// Somebody starts a tapdisk with an image that is another disk than the guest was told of.
+async fn try_another(world: &World, machine: &Rc<Machine>, disk: &Attached) {
+    match world.setting("tried-with", &["nothing", "a smaller image", "an image that may only be read"]) {
+        "nothing" => {}
+        "a smaller image" => {
+            machine.try_to_serve(disk, &Setup::raw(world, 3, DISK_BYTES / 2), 0, false).await;
+        }
+        _ => machine.try_to_serve(disk, &Setup::raw(world, 3, DISK_BYTES), 0, true).await,
+    }
+}
+
 async fn back_after(machine: &Rc<Machine>, ns: u64) {
     machine.world.sim.sleep_ns(ns).await;
     machine.start_tapdisk();
 }
 
 /// Looks at the whole disk, lets go of it and takes it away.
-async fn end_in_order(world: &World, machine: &Machine, disk: &Attached, guest: &Guest<RingDisk>) {
+pub(super) async fn end_in_order(world: &World, machine: &Machine, disk: &Attached, guest: &Guest<RingDisk>) {
     world.sim.stop_faults();
     let (w, a, g) = (world.clone(), disk.clone(), guest.clone());
     in_guest(disk, async move {

@@ -1,5 +1,6 @@
 //! The catalogue of scenarios.
 
+pub mod absent;
 pub mod away;
 pub mod crash;
 pub mod damage;
@@ -39,6 +40,7 @@ pub static ALL: &[&Scenario] = &[
     &toolstack::GUEST_DESTROYED,
     &toolstack::HOT_PLUG,
     &away::TAPDISK_AWAY,
+    &absent::IMAGE_ABSENT,
     &life::DISK_LIFE,
     &damage::DAMAGED_IMAGE,
     &scale::QCOW_SCALE,
@@ -116,6 +118,7 @@ pub static LABELS: &[&Label] = &[
     &toolstack::SECOND_AFTER,
     &toolstack::DESTROY_AFTER,
     &away::BACK_AFTER,
+    &absent::ABSENT_FOR,
     &front::FRONT_KEYS,
     &front::LINGERS,
     &toolstack::UNUSED,

@@ -143,7 +143,7 @@ async fn second_tapdisk(world: World) {
             let after_ns = w.sim.decide(entity, &SECOND_AFTER, i, draw);
             if after_ns > 0 {
                 w.sim.sleep_ns(after_ns).await;
-                m.try_to_serve(&disk, &wrong, i).await;
+                m.try_to_serve(&disk, &wrong, i, false).await;
             }
         }
         let _ = done.send(());

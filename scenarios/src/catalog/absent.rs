@@ -1,0 +1,145 @@
+//! An image that is away: when its disk is plugged in, and when tapdisk comes back under a guest that uses it.
+
+use super::away::end_in_order;
+use super::crash::either;
+use super::ring::{DISK_BYTES, KILL_AFTER, NO_ERRORS, not_stuck, operations_of};
+use super::setup::Setup;
+use crate::check::Invariant;
+use crate::guest::{Guest, Manners, RingDisk};
+use crate::machine::{Attached, Machine};
+use crate::run::Scenario;
+use crate::stack::StackLimits;
+use crate::world::World;
+use sim::{Entity, Label};
+use std::rc::Rc;
+use tap_core::wait::oneshot;
+
+/// For how long the image of a connected guest is away.
+pub static ABSENT_FOR: Label = Label::new("absent-for", "the image is away for {} ns");
+
+/// An image that is away for a while.
+pub static IMAGE_ABSENT: Scenario = Scenario {
+    name: "image-absent",
+    about: "a disk is plugged in without its image and refused; tapdisk comes back and the image of its guest is away: it is tried again, the guest is destroyed, or tapdisk replaced",
+    storage: |_| not_stuck(),
+    body: |w| Box::pin(image_absent(w)),
+};
+
+/// Longest pause between two attempts to serve a disk, in nanoseconds, with what xenstored may take on top.
+const LONGEST_PAUSE_NS: u64 = 35_000_000_000;
+/// Attempts whose pauses have not grown to that yet, and those after a start.
+const FIRST_ATTEMPTS: u64 = 8;
+/// A toolstack that waits for an end waits for so long.
+const TOOLSTACK_WAITS_NS: u64 = 10_000_000_000;
+
+async fn image_absent(world: World) {
+    let machine = Machine::watching(&world, StackLimits::draw(&world));
+    machine.expect_absences();
+    machine.start_tapdisk();
+    let setup = Setup::qcow(&world, 0, DISK_BYTES, world.setting("overlay", &[false, true]));
+    let disk = machine.new_guest(setup.clone(), 0);
+    let image = setup.spec.path.clone();
+    let aside = format!("{image}-aside");
+    if world.setting("absent-at-plug", &[false, true]) {
+        world.storage.rename(&image, &aside);
+        machine.plug_in_vain(&disk).await;
+        world.storage.rename(&aside, &image);
+    }
+    machine.plug(&disk).await;
+    let Some(guest) = disk.boot(&world, NO_ERRORS).await else { return };
+    guest.set_manners(Manners { reads: Invariant::P1, ..NO_ERRORS });
+    let (ops, g, (done, finished)) = (operations_of(&world, &disk, 0, 40), guest.clone(), oneshot());
+    disk.node.spawn("main", 0, async move {
+        g.run(&ops, 8).await;
+        let _ = done.send(());
+    });
+    die(&world, &machine, &guest).await;
+    world.storage.rename(&image, &aside);
+    let before = machine.attempts();
+    machine.start_tapdisk();
+    let entity = Entity::WORLD.child("absence", 0);
+    world.sim.name_entity(entity, || "administrator".into());
+    let absent_ns = world.sim.decide(entity, &ABSENT_FOR, 0, |d| d.magnitude(37));
+    world.sim.sleep_ns(absent_ns).await;
+    check_attempts(&world, &machine, before, absent_ns);
+    match world.setting("absent-until", &["is back", "guest destroyed", "tapdisk replaced"]) {
+        "guest destroyed" => {
+            machine.destroy(&disk).await;
+            world.storage.rename(&aside, &image);
+        }
+        until => {
+            if until == "tapdisk replaced" {
+                replace(&world, &machine).await;
+            }
+            world.storage.rename(&aside, &image);
+            go_on(&world, &machine, &disk, &guest, finished).await;
+        }
+    }
+    if let Some(host) = machine.tapdisk() {
+        host.process.ask_to_stop();
+    }
+    machine.all_ended().await;
+    machine.check_leaks();
+    // What the dead one was doing ends, and its image is free.
+    world.sim.sleep_ns(15_000_000_000).await;
+    setup.check(&world, "in the end").await;
+}
+
+async fn die(world: &World, machine: &Rc<Machine>, guest: &Guest<RingDisk>) {
+    let Some(host) = machine.tapdisk() else { return };
+    let entity = Entity::WORLD.child("killer", 0);
+    world.sim.name_entity(entity, || "killer".into());
+    let after = world.sim.decide(entity, &KILL_AFTER, 0, |d| 1 + d.below(400));
+    host.process.node().kill_after_steps(after);
+    either(host.process.node().dead(), world.sim.sleep_ns(20_000_000_000)).await;
+    host.process.node().kill();
+    host.process.node().dead().await;
+    guest.history.borrow_mut().server_died();
+    world.count(|s| s.crashes += 1);
+}
+
+/// It is tried now and then, and told once.
+fn check_attempts(world: &World, machine: &Machine, before: Option<(u32, u32)>, absent_ns: u64) {
+    let (Some((opened, told)), Some((opened_before, told_before))) = (machine.attempts(), before) else {
+        return;
+    };
+    let most = FIRST_ATTEMPTS + absent_ns / (LONGEST_PAUSE_NS / 2);
+    if u64::from(opened - opened_before) > most {
+        let text = format!("{} attempts in {absent_ns} ns to open an image", opened - opened_before);
+        world.fail(Invariant::L1, text);
+    }
+    if told - told_before > 1 || (told == told_before && absent_ns > LONGEST_PAUSE_NS) {
+        world.fail(Invariant::L1, format!("told {} times that an image is away", told - told_before));
+    }
+}
+
+/// Another process takes over while there is nothing to serve yet.
+async fn replace(world: &World, machine: &Rc<Machine>) {
+    let Some(host) = machine.tapdisk() else { return };
+    host.process.ask_to_stop();
+    let begun_ns = world.sim.now_ns();
+    machine.all_ended().await;
+    if world.sim.now_ns() - begun_ns > TOOLSTACK_WAITS_NS {
+        world.fail(Invariant::L1, "a tapdisk without an image takes long to stop");
+    }
+    host.process.node().kill();
+    host.process.node().dead().await;
+    machine.start_tapdisk();
+}
+
+/// The image is there: what the guest asked for is answered soon.
+async fn go_on(
+    world: &World,
+    machine: &Rc<Machine>,
+    disk: &Attached,
+    guest: &Guest<RingDisk>,
+    finished: impl Future<Output = Option<()>>,
+) {
+    let begun_ns = world.sim.now_ns();
+    let _ = finished.await;
+    if world.sim.now_ns() - begun_ns > LONGEST_PAUSE_NS {
+        let text = format!("a guest waits {} ns for an image that is back", world.sim.now_ns() - begun_ns);
+        world.fail(Invariant::L1, text);
+    }
+    end_in_order(world, machine, disk, guest).await;
+}
