@@ -442,15 +442,15 @@ impl File for ProcessFile {
     fn file_system_lost(&self) -> impl Future<Output = Result<bool, Errno>> + 'static {
         let file = self.clone();
         async move {
-            file.process.alive().await;
             let (node, kernel) = (file.process.node.clone(), file.process.kernel.clone());
-            let (dying, asked_at) = (node.clone(), node.steps());
+            let (dying, before) = (node.clone(), node.steps());
             node.on_death(move || {
-                // It has done nothing since: the answer is lost with it.
-                if dying.steps() == asked_at {
+                // It has done nothing but ask, or not even that: who notes the worst before has left it.
+                if dying.steps() <= before + 1 {
                     kernel.0.answers_lost.set(true);
                 }
             });
+            file.process.alive().await;
             Ok(file.process.kernel.0.storage.0.lost(&file.open))
         }
     }
