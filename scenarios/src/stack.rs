@@ -94,7 +94,7 @@ impl Stack {
         };
         let memory = options.memory.clone();
         let image = open_image(host, spec, &options).await?;
-        let image = Contract::new(world, image, limits.scheduler);
+        let image = Contract::new(world, host.process.node(), image, limits.scheduler);
         let scheduler = Rc::new(Scheduler::new(host.clone(), image, limits.scheduler));
         let report = Rc::downgrade(&scheduler);
         world.sim.on_stall(move || {

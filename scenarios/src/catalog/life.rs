@@ -16,7 +16,7 @@ use std::future::{Future, poll_fn};
 use std::pin::pin;
 use std::rc::Rc;
 use std::task::Poll;
-use tap_core::wait::oneshot;
+use tap_core::wait::{Event as Flag, oneshot};
 use tap_core::{Node, ZeroFlags};
 use tap_host::{Errno, SectorRange, Tasks, Time};
 
@@ -54,6 +54,8 @@ struct Life {
     closing: Cell<bool>,
     /// Nobody but the controller asks for anything.
     paused: Cell<bool>,
+    /// The guest has the answers to all that it wanted.
+    done: Flag,
 }
 
 /// A disk of a guest that loses patience.
@@ -165,6 +167,7 @@ async fn live(world: &World, setup: &Setup, host: &SimHost, limits: &StackLimits
         requests: Cell::new(0),
         closing: Cell::new(false),
         paused: Cell::new(false),
+        done: Flag::new(),
     });
     let disk = Fickle { disk: DirectDisk::new(stack.node(), limits.pool_bytes), life: Rc::clone(&life) };
     let manners = Manners { retries: 0, errors_allowed: true, reads: Invariant::G1 };
@@ -183,6 +186,7 @@ async fn live(world: &World, setup: &Setup, host: &SimHost, limits: &StackLimits
     let (l, top, size_sectors) = (Rc::clone(&life), stack.node(), setup.size_sectors);
     host.spawn("inspector", 0, async move { looks(&l, &*top, size_sectors).await });
     guest.run(&ops, limits.guest_depth).await;
+    life.done.set();
     let _ = close.await;
     let late = guest.disk().disk.flush().await;
     if late != Err(Errno::ESHUTDOWN) {
@@ -263,6 +267,10 @@ async fn pauses(life: &Life, stack: &Stack) {
 async fn close_under_load(life: &Life, stack: &Stack, guest: &Guest<Fickle>) {
     let (world, vbd) = (&life.world, &stack.vbd);
     let after = world.sim.decide(life.entity, &CLOSE_AFTER, 0, |d| d.magnitude(24));
+    if world.setting("close-when-done", &[false, true]) {
+        // What a pause held back goes on by itself.
+        life.done.wait().await;
+    }
     world.sim.sleep_ns(after).await;
     if world.setting("close-paused", &[false, true]) {
         let mut pause = Box::pin(vbd.pause());
@@ -282,14 +290,24 @@ async fn close_under_load(life: &Life, stack: &Stack, guest: &Guest<Fickle>) {
     })
     .await;
     life.closing.set(true);
-    let result = {
-        let mut close = vbd.close();
-        poll_fn(|cx| {
-            looks.retain_mut(|look| look.as_mut().poll(cx).is_pending());
-            close.as_mut().poll(cx)
-        })
-        .await
-    };
+    let mut closes: Vec<_> = (0..world.setting("closes", &[1, 2])).map(|_| vbd.close()).collect();
+    let mut results = Vec::new();
+    poll_fn(|cx| {
+        looks.retain_mut(|look| look.as_mut().poll(cx).is_pending());
+        closes.retain_mut(|close| match close.as_mut().poll(cx) {
+            Poll::Ready(result) => {
+                results.push(result);
+                false
+            }
+            Poll::Pending => true,
+        });
+        if closes.is_empty() { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await;
+    let result = results[0];
+    if results.iter().any(|other| *other != result) {
+        world.fail(Invariant::D1, format!("two closes at once end with {results:?}"));
+    }
     if !looks.is_empty() {
         world.fail(Invariant::D1, "a disk is closed before looks at its extents have ended");
     }
