@@ -481,6 +481,8 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
             _ if self.info().read_only => Ok(()),
             Some(error) if unflushed => Err(error),
             Some(_) => Ok(()),
+            // A server that is away is not waited for where there is nothing to tell it.
+            None if !unflushed && !self.lost.get() => Ok(()),
             None => self.flush().await,
         };
         self.closed.set(true);
