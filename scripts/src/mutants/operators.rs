@@ -501,9 +501,10 @@ impl<'ast> Visit<'ast> for Finder<'_> {
     fn visit_expr_if(&mut self, i: &'ast syn::ExprIf) {
         // What is only said, nobody feels.
         let then = &i.then_branch.stmts;
-        if i.else_branch.is_some() || !then.iter().all(|s| self.is_said(range(s.span()))) {
-            self.condition(&i.cond);
+        if i.else_branch.is_none() && then.iter().all(|s| self.is_said(range(s.span()))) {
+            return;
         }
+        self.condition(&i.cond);
         visit::visit_expr_if(self, i);
     }
     fn visit_expr_while(&mut self, i: &'ast syn::ExprWhile) {

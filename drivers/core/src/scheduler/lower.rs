@@ -100,6 +100,7 @@ impl<H: Time + Tasks + Log + Probe> Batch<H> {
         let first = &self.parts[0];
         let (op, start) = (first.op, first.range.start.0);
         let count = self.parts.iter().map(|p| p.range.count).sum();
+        assert!(count <= self.inner.limits.merge_sectors, "{count} sectors are more than may be merged");
         let bufs = self.parts.iter_mut().flat_map(|p| p.bufs.drain(..)).collect();
         Request { op, range: SectorRange::new(start, count), bufs }
     }

@@ -132,6 +132,7 @@ impl Cache {
             self.loose.retain(|other| *other != index);
             self.places[place as usize].kept = Some(Rc::clone(table));
             self.order.push_back(index);
+            assert!(self.order.len() <= self.limit, "more L2 tables are kept than may be");
         }
     }
 

@@ -175,6 +175,7 @@ impl<H: ImageHost> Image<H> {
             }
             at += len;
         }
+        assert!(runs.len() <= MAX_RUNS, "more runs are looked for at once than may be");
         self.host.work((at - start).div_ceil(cluster_bytes));
         Ok((runs, at))
     }

@@ -74,6 +74,7 @@ fn slips_that_nothing_could_feel_are_left_out() {
     assert_eq!(count("list.push(a); let n = list.len();", "stale copy"), 1);
     assert_eq!(count("a.go().await; let n = why.len();", "stale copy"), 1);
     assert_eq!(count("self.go(); let n = self.list.len();", "stale copy"), 1);
+    assert_eq!(count("if a > 0 && b { h.mark(M); }", "condition lost"), 0);
     assert_eq!(count("if a { h.mark(M); } else { b(); }", "condition true"), 1);
     assert_eq!(count("if a { h.mark(M); b(); }", "condition true"), 1);
 }
