@@ -14,6 +14,7 @@ pub mod image;
 pub mod machine;
 mod panics;
 pub mod program;
+mod respawn;
 pub mod run;
 pub mod stack;
 pub mod sweep;

@@ -73,7 +73,7 @@ pub struct Machine {
     running: Cell<usize>,
     waiter: RefCell<Option<Waker>>,
     /// Nobody is killed any more.
-    spared: Cell<bool>,
+    pub(crate) spared: Cell<bool>,
     /// Two processes were told to serve one disk at once: one of them does.
     rivals: Cell<bool>,
     /// The guest whose ring may be one that nobody can take up.
@@ -83,8 +83,10 @@ pub struct Machine {
     /// How often a tapdisk that watches has tried to open an image, and has told why a disk is not served.
     opened: Cell<u32>,
     told: Cell<u32>,
+    /// A tapdisk may hear no events any more, and end; another is started.
+    pub(crate) may_go_deaf: Cell<bool>,
     /// The power is off: nothing starts any more.
-    off: Cell<bool>,
+    pub(crate) off: Cell<bool>,
     /// An image could not be closed; what it lost was told.
     close_failed: Cell<bool>,
 }
@@ -117,6 +119,7 @@ impl Machine {
             spared: Cell::new(false),
             rivals: Cell::new(false),
             broken: Cell::new(None),
+            may_go_deaf: Cell::new(false),
             absences: Cell::new(false),
             opened: Cell::new(0),
             told: Cell::new(0),
@@ -205,6 +208,9 @@ impl Machine {
         if self.world.draws_errors() {
             host.port.allow_copy_errors();
         }
+        if self.may_go_deaf.get() {
+            host.port.allow_deafness();
+        }
         self.running.set(if self.watching { 1 } else { self.disks.borrow().len() });
         let leave = Rc::<wait::Event>::default();
         let (stopped, event) = (host.process.asked_to_stop(), Rc::clone(&leave));
@@ -275,6 +281,10 @@ impl Machine {
     async fn program(self: Rc<Self>, host: SimHost) {
         let line = format!("xen --watch --script {SCRIPT} {}", self.limits.images());
         let (status, why) = tapdisk(&host, &line).await;
+        if status != 0 && host.port.is_deaf() {
+            self.respawn(&host);
+            return;
+        }
         // Where operations fail, closing a disk may.
         if status != 0 && host.process.node().is_alive() && !self.world.errors_allowed() {
             self.world.fail(Invariant::L1, format!("tapdisk {line} ended with status {status}: {why}"));
@@ -317,6 +327,7 @@ impl Machine {
             Err(BackendError::Open { .. }) => return,
             Err(BackendError::NotTaken { .. }) if self.rivals.get() => {}
             Err(BackendError::Close { .. }) if self.world.errors_allowed() => self.close_failed.set(true),
+            Err(BackendError::Deaf { .. }) if self.may_go_deaf.get() => self.respawn(&host),
             Err(error @ BackendError::Close { .. }) => self.world.fail(Invariant::G11, error.to_string()),
             Err(error) => self.world.fail(Invariant::L1, format!("the back end gave up: {error}")),
         }
@@ -414,38 +425,6 @@ impl Machine {
     /// The running tapdisk.
     pub fn tapdisk(&self) -> Option<SimHost> {
         self.tapdisk.borrow().clone()
-    }
-
-    /// Kills tapdisk `times` times, each after as many effects as `after` says, and starts it again.
-    pub async fn supervise(self: Rc<Self>, after: Vec<u64>) {
-        for steps in after {
-            let Some(host) = self.tapdisk().filter(|_| !self.spared.get()) else { return };
-            host.process.node().kill_after_steps(steps);
-            host.process.node().dead().await;
-            self.world.count(|s| s.crashes += 1);
-            self.disks.borrow().iter().for_each(|disk| disk.setup.history.borrow_mut().server_died());
-            self.world.sim.sleep_ns(10_000).await;
-            if self.off.get() {
-                return;
-            }
-            self.start_tapdisk();
-        }
-    }
-
-    /// Asks tapdisk to stop after each of these times, and starts another once it has left.
-    pub async fn replace(self: Rc<Self>, after_ns: Vec<u64>) {
-        for ns in after_ns {
-            self.world.sim.sleep_ns(ns).await;
-            let Some(host) = self.tapdisk().filter(|_| !self.spared.get()) else { return };
-            host.process.ask_to_stop();
-            self.all_ended().await;
-            host.process.node().kill();
-            host.process.node().dead().await;
-            if self.off.get() {
-                return;
-            }
-            self.start_tapdisk();
-        }
     }
 
     /// Waits until the running tapdisk has let go of everything.

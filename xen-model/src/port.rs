@@ -4,8 +4,8 @@ use crate::channels::PortId;
 use crate::cpu::StoreBuffer;
 use crate::mapping::{MappedGrant, Mapping, Origin};
 use crate::store::Client;
-use crate::xen::Xen;
-use sim::{Entity, Node};
+use crate::xen::{DEAF, Xen};
+use sim::{Entity, Node, Timed};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::future::{Future, poll_fn};
@@ -25,6 +25,10 @@ struct Inner {
     store_away_ns: Cell<u64>,
     /// Copies may fail for some of their segments.
     copy_errors: Cell<bool>,
+    /// The device for events may fail.
+    may_go_deaf: Cell<bool>,
+    /// It has failed: no channel is heard any more.
+    deaf: Cell<bool>,
     next_map: Cell<u64>,
     maps: RefCell<BTreeMap<u64, MappedGrant>>,
     channels: RefCell<Vec<PortId>>,
@@ -55,6 +59,8 @@ impl Xen {
             store_errors: Cell::new(false),
             store_away_ns: Cell::new(0),
             copy_errors: Cell::new(false),
+            may_go_deaf: Cell::new(false),
+            deaf: Cell::new(false),
             next_map: Cell::new(0),
             maps: RefCell::default(),
             channels: RefCell::default(),
@@ -86,6 +92,31 @@ impl XenPort {
 
     pub(crate) fn copy_errors(&self) -> &Cell<bool> {
         &self.0.copy_errors
+    }
+
+    /// From now on this process may at some time hear no event any more, and be told so, as when reads of its device fail.
+    pub fn allow_deafness(&self) {
+        self.0.may_go_deaf.set(true);
+        self.may_go_deaf_soon();
+    }
+
+    /// Whether it hears no events any more.
+    pub fn is_deaf(&self) -> bool {
+        self.0.deaf.get()
+    }
+
+    fn may_go_deaf_soon(&self) {
+        let xen = &self.0.xen.0;
+        let (sim, rate) = (&xen.sim, xen.rates.deaf);
+        if !self.0.may_go_deaf.get() || (rate == 0 && !sim.has_given_decisions()) {
+            return;
+        }
+        let entity = self.0.entity.child("deaf", 0);
+        sim.name_entity(entity, || format!("events of {}", self.0.node.name()));
+        let after_ns = sim.fault(entity, &DEAF, rate, |draw| 1 + draw.magnitude(22));
+        if after_ns > 0 {
+            sim.call_at(sim.now_ns() + after_ns, Rc::new(GoDeaf(self.clone())), 0);
+        }
     }
 
     /// Keeps a mapping until it is undone; gives its number.
@@ -188,6 +219,7 @@ impl Events for XenPort {
         }
         self.memory()?;
         let id = self.0.xen.bind(self.dom(), dom, remote)?;
+        self.may_go_deaf_soon();
         Ok(self.channel(id))
     }
 }
@@ -258,6 +290,7 @@ impl EventChannel for Channel {
 
     fn wait(&self) -> impl Future<Output = Result<(), Errno>> {
         poll_fn(|cx| match self.port.0.xen.0.channels.borrow_mut().poll(self.id, cx.waker()) {
+            _ if self.port.0.deaf.get() => Poll::Ready(Err(Errno::ESHUTDOWN)),
             Ok(true) => Poll::Ready(Ok(())),
             Ok(false) => Poll::Pending,
             Err(e) => Poll::Ready(Err(e)),
@@ -266,6 +299,17 @@ impl EventChannel for Channel {
 
     fn local_port(&self) -> Port {
         self.id.port
+    }
+}
+
+/// The device fails.
+struct GoDeaf(XenPort);
+
+impl Timed for GoDeaf {
+    fn fire(self: Rc<Self>, _: u64) {
+        self.0.0.deaf.set(true);
+        let channels = self.0.0.channels.borrow().clone();
+        channels.into_iter().for_each(|id| self.0.0.xen.raise(id));
     }
 }
 

@@ -16,6 +16,7 @@ use tap_host::{DomId, Errno, GrantRef, Port};
 pub(crate) static EVENT_LATE: Label = Label::new("event-late", "event {n} arrives {} ns late");
 pub(crate) static EVENT_AGAIN: Label =
     Label::new("event-again", "event {n} comes a second time {} ns later, for nothing");
+pub(crate) static DEAF: Label = Label::new("deaf", "the device for events fails after {} ns");
 pub(crate) static STORE_LATE: Label = Label::new("store-late", "operation {n} takes {} ns more");
 pub(crate) static WATCH_LATE: Label = Label::new("watch-late", "watch event {n} comes {} ns late");
 pub(crate) static STORE_CONFLICT: Label = Label::new("store-conflict", "the transaction has to be repeated");
@@ -28,7 +29,7 @@ pub(crate) static STORE_ERROR: Label = Label::new(
 );
 
 /// The labels of this model's decisions.
-pub static LABELS: [&Label; 11] = [
+pub static LABELS: [&Label; 12] = [
     &EVENT_LATE,
     &STORE_LATE,
     &WATCH_LATE,
@@ -40,10 +41,12 @@ pub static LABELS: [&Label; 11] = [
     &COPY_ERROR,
     &NO_MEMORY,
     &EVENT_AGAIN,
+    &DEAF,
 ];
 
 static EVENT_LATE_KIND: FaultKind = FaultKind { name: "event-late", max_ppm: 500_000 };
 static EVENT_AGAIN_KIND: FaultKind = FaultKind { name: "event-again", max_ppm: 300_000 };
+static DEAF_KIND: FaultKind = FaultKind { name: "deaf", max_ppm: 300_000 };
 static STORE_LATE_KIND: FaultKind = FaultKind { name: "store-late", max_ppm: 500_000 };
 static STORE_CONFLICT_KIND: FaultKind = FaultKind { name: "store-conflict", max_ppm: 300_000 };
 static STORE_ERROR_KIND: FaultKind = FaultKind { name: "store-error", max_ppm: 30_000 };
@@ -102,6 +105,7 @@ pub struct Counts {
 pub(crate) struct Rates {
     pub(crate) event_late: u32,
     pub(crate) event_again: u32,
+    pub(crate) deaf: u32,
     pub(crate) store_late: u32,
     pub(crate) conflict: u32,
     pub(crate) close_late: u32,
@@ -158,6 +162,7 @@ impl Xen {
             cpus: options.other_cpus && (other_cpus + store_buffered > 0 || sim.has_given_decisions()),
             event_late: swarm.rate_ppm(&EVENT_LATE_KIND),
             event_again: swarm.rate_ppm(&EVENT_AGAIN_KIND),
+            deaf: swarm.rate_ppm(&DEAF_KIND),
             store_late: swarm.rate_ppm(&STORE_LATE_KIND),
             conflict: swarm.rate_ppm(&STORE_CONFLICT_KIND),
             close_late: swarm.rate_ppm(&CLOSE_LATE_KIND),
@@ -388,7 +393,7 @@ impl Xen {
         }
     }
 
-    fn raise(&self, id: PortId) {
+    pub(crate) fn raise(&self, id: PortId) {
         let waker = self.0.channels.borrow_mut().raise(id);
         if let Some(waker) = waker {
             waker.wake();

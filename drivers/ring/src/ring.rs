@@ -237,6 +237,7 @@ where
                 match self.sleep(event.as_mut()).await {
                     Woken::Work => {}
                     Woken::Event(Ok(())) => event.set(channel.wait()),
+                    Woken::Event(Err(_)) if self.parts.host.bug(Bug::DeafCloses) => return RingEnd::Closed,
                     Woken::Event(Err(_)) => return RingEnd::ChannelGone,
                 }
             }

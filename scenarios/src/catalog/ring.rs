@@ -196,6 +196,7 @@ async fn tapdisk_killed(world: World) {
     let Some((machine, guests)) = start(&world, vec![setup]).await else { return };
     let (attached, guest) = &guests[0];
     guest.set_manners(manners(&world, Invariant::P1));
+    machine.allow_deafness();
     world.sim.spawn("supervisor", 0, Rc::clone(&machine).supervise(kills(&world, 4, 600)));
     let ops = operations_of(&world, attached, 0, 60);
     let (g, depth) = (guest.clone(), world.setting("ring-depth", &[32, 8, 1]));
@@ -245,6 +246,7 @@ async fn two_guests(world: World) {
     for (_, guest) in &guests {
         guest.set_manners(manners(&world, Invariant::P1));
     }
+    machine.allow_deafness();
     world.sim.spawn("supervisor", 0, Rc::clone(&machine).supervise(kills(&world, 1, 600)));
     let mut running = Vec::new();
     for (number, (attached, guest)) in guests.iter().enumerate() {

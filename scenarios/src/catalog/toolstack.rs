@@ -197,6 +197,7 @@ async fn hot_plug(world: World) {
     };
     let Some(guest) = first.boot(&world, NO_ERRORS).await else { return };
     guest.set_manners(manners(&world, Invariant::P1));
+    machine.allow_deafness();
     world.sim.spawn("supervisor", 0, Rc::clone(&machine).supervise(kills(&world, 2, 900)));
     let (ops, g, (done, finished)) = (operations_of(&world, &first, 0, 40), guest.clone(), oneshot());
     first.node.spawn("main", 0, async move {

@@ -1,0 +1,64 @@
+//! Who ends tapdisk, and starts another.
+
+use crate::machine::Machine;
+use kernel_model::SimHost;
+use std::rc::Rc;
+
+impl Machine {
+    /// Kills tapdisk `times` times, each after as many effects as `after` says, and starts it again.
+    pub async fn supervise(self: Rc<Self>, after: Vec<u64>) {
+        for steps in after {
+            let Some(host) = self.tapdisk().filter(|_| !self.spared.get()) else { return };
+            host.process.node().kill_after_steps(steps);
+            host.process.node().dead().await;
+            self.world.count(|s| s.crashes += 1);
+            self.disks.borrow().iter().for_each(|disk| disk.setup.history.borrow_mut().server_died());
+            self.world.sim.sleep_ns(10_000).await;
+            if self.off.get() {
+                return;
+            }
+            self.start_tapdisk();
+        }
+    }
+
+    /// Asks tapdisk to stop after each of these times, and starts another once it has left.
+    pub async fn replace(self: Rc<Self>, after_ns: Vec<u64>) {
+        for ns in after_ns {
+            self.world.sim.sleep_ns(ns).await;
+            let Some(host) = self.tapdisk().filter(|_| !self.spared.get()) else { return };
+            host.process.ask_to_stop();
+            self.all_ended().await;
+            host.process.node().kill();
+            host.process.node().dead().await;
+            if self.off.get() {
+                return;
+            }
+            self.start_tapdisk();
+        }
+    }
+
+    /// From now on tapdisk may hear no event any more; it ends then, and another is started.
+    pub fn allow_deafness(&self) {
+        self.may_go_deaf.set(true);
+        self.tapdisk().iter().for_each(|host| host.port.allow_deafness());
+    }
+
+    /// `host` has ended, as it hears nothing any more: another takes over, unless one has already.
+    pub(crate) fn respawn(self: &Rc<Self>, host: &SimHost) {
+        let (machine, node) = (Rc::clone(self), host.process.node().clone());
+        let entity = node.entity();
+        // Not a task of the one that ends.
+        self.toolstack.process.node().spawn("respawn", entity.0, async move {
+            node.kill();
+            node.dead().await;
+            machine.world.count(|s| s.crashes += 1);
+            machine.disks.borrow().iter().for_each(|disk| disk.setup.history.borrow_mut().server_died());
+            // A supervisor that waits for its death is faster.
+            machine.world.sim.sleep_ns(20_000).await;
+            let replaced = machine.tapdisk().is_some_and(|now| now.process.node().entity() != entity);
+            if !replaced && !machine.off.get() {
+                machine.start_tapdisk();
+            }
+        });
+    }
+}
