@@ -18,7 +18,7 @@ use std::future::poll_fn;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
 use tap_core::wait;
-use tap_host::{DomId, Errno, Signals, Tasks, VbdId, Xenstore};
+use tap_host::{Budget, DomId, Errno, Signals, Tasks, VbdId, Xenstore};
 use tap_images::ImageError;
 use tap_xenbus::{Backend, BackendConfig, BackendError, Hotplug, Whose, lead, supervise};
 use xen_model::{VbdPaths, XenPort, attach_vbd, remove_vbd};
@@ -299,6 +299,8 @@ impl Machine {
         config.hotplug = if self.watching { Hotplug::Wait } else { Hotplug::Write };
         config.limits.buffer_bytes = self.limits.pool_bytes;
         config.limits.batch = self.limits.ring_batch;
+        let memory = self.limits.budget();
+        config.memory = memory.clone();
         let end = if self.watching {
             // Where nobody else leads the disk, every ring can be taken up, or has no guest any more.
             let tell = |why: &str| {
@@ -314,9 +316,9 @@ impl Machine {
                     self.world.fail(Invariant::L1, format!("tapdisk complains: failed to {why}"));
                 }
             };
-            lead(&host, &config, &leave, || self.open(&host, &disk), tell).await
+            lead(&host, &config, &leave, || self.open(&host, &disk, &memory), tell).await
         } else {
-            Backend::run(host.clone(), config, || self.open(&host, &disk), leave).await
+            Backend::run(host.clone(), config, || self.open(&host, &disk, &memory), leave).await
         };
         if !host.process.node().is_alive() {
             return;
@@ -337,11 +339,17 @@ impl Machine {
     }
 
     /// Opens the image of a disk; all of them can be opened.
-    async fn open(&self, host: &SimHost, disk: &Attached) -> Result<Rc<dyn tap_core::Node>, String> {
+    async fn open(
+        &self,
+        host: &SimHost,
+        disk: &Attached,
+        memory: &Budget,
+    ) -> Result<Rc<dyn tap_core::Node>, String> {
         let until_ns = self.world.sim.now_ns() + IN_USE_PATIENCE_NS;
         self.opened.set(self.opened.get() + 1);
         loop {
-            match Stack::open(host, &self.world, &disk.setup.spec, &self.limits).await {
+            let (spec, memory) = (&disk.setup.spec, memory.clone());
+            match Stack::open_within(host, &self.world, spec, &self.limits, memory).await {
                 Ok(stack) => {
                     if host.process.node().is_alive() {
                         disk.setup.check_locks(&self.world, self.limits.read_only);

@@ -58,7 +58,8 @@ impl StackLimits {
         format!("--backing probe --memory {}M {direct}", (self.memory_bytes >> 20).max(16))
     }
 
-    fn budget(&self) -> Budget {
+    /// The memory of one disk.
+    pub fn budget(&self) -> Budget {
         if self.memory_bytes == 0 { Budget::least() } else { Budget::new(self.memory_bytes) }
     }
 }
@@ -85,14 +86,27 @@ impl Stack {
         spec: &ImageSpec,
         limits: &StackLimits,
     ) -> Result<Self, ImageError> {
+        Self::open_within(host, world, spec, limits, limits.budget()).await
+    }
+
+    /// As [`Stack::open`], with a budget that others have a part of.
+    ///
+    /// # Errors
+    /// As the image's.
+    pub async fn open_within(
+        host: &SimHost,
+        world: &World,
+        spec: &ImageSpec,
+        limits: &StackLimits,
+        memory: Budget,
+    ) -> Result<Self, ImageError> {
         let options = OpenOptions {
             write: !limits.read_only,
             direct: limits.direct,
             qcow: limits.qcow,
             backing: BackingPolicy::any(ImageFormat::Probe),
-            memory: limits.budget(),
+            memory: memory.clone(),
         };
-        let memory = options.memory.clone();
         let image = open_image(host, spec, &options).await?;
         let image = Contract::new(world, host.process.node(), image, limits.scheduler);
         let scheduler = Rc::new(Scheduler::new(host.clone(), image, limits.scheduler));

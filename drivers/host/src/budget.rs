@@ -118,6 +118,12 @@ impl Budget {
         }))
     }
 
+    /// What one piece of work may take at most, so that there is room for others: a quarter of the limit, or anything where
+    /// each guarantee raises it.
+    pub fn most_for_one_bytes(&self) -> usize {
+        if self.0.least { usize::MAX } else { self.limit() / 4 }
+    }
+
     /// How much is in use.
     pub fn figures(&self) -> BudgetFigures {
         BudgetFigures {
@@ -181,6 +187,15 @@ impl Budget {
         wakers.into_iter().for_each(Waker::wake);
     }
 }
+
+/// Whether it is the same budget.
+impl PartialEq for Budget {
+    fn eq(&self, other: &Self) -> bool {
+        Rc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for Budget {}
 
 impl Default for Budget {
     fn default() -> Self {

@@ -248,19 +248,29 @@ impl BufPool {
         if len_bytes > MAX_BUF_BYTES {
             return Err(Errno::EINVAL);
         }
-        let pages = 1 << class_of(len_bytes);
+        let place = self.place(1 << class_of(len_bytes)).await;
+        let Some(stage) = &self.0.stage else { return Ok(place.buffer(len_bytes)) };
+        let mut buf = stage.buffer(len_bytes).await?;
+        buf.home = Some(place.taken());
+        Ok(buf)
+    }
+
+    /// Room for buffers of `lens` bytes, as soon as the pool has it for all of them; who takes buffers one after the other
+    /// could wait for who does the same. More than the pool's limit is served when the pool is otherwise empty.
+    pub async fn room(&self, lens: impl Iterator<Item = usize>) -> Room {
+        let pages = lens.map(|len| 1 << class_of(len)).sum();
+        Room(self.place(pages).await)
+    }
+
+    async fn place(&self, pages: usize) -> Place {
         let place = if self.0.state.borrow().waiting.is_empty() { self.0.try_place(pages) } else { None };
-        let place = match place {
+        match place {
             Some(place) => place,
             None => {
                 let mut turn = Turn { pool: &self.0, ticket: None };
                 poll_fn(|cx| turn.poll(pages, cx.waker())).await
             }
-        };
-        let Some(stage) = &self.0.stage else { return Ok(place.buffer(len_bytes)) };
-        let mut buf = stage.buffer(len_bytes).await?;
-        buf.home = Some(place.taken());
-        Ok(buf)
+        }
     }
 
     /// As [`BufPool::alloc`], with zeros in it.
@@ -270,6 +280,24 @@ impl BufPool {
     pub async fn alloc_zeroed(&self, len_bytes: usize) -> Result<IoBuf, Errno> {
         let mut buf = self.alloc(len_bytes).await?;
         buf.fill(0);
+        Ok(buf)
+    }
+}
+
+/// Room for several buffers of a pool, whose memory comes from a [`Share`].
+pub struct Room(Place);
+
+impl Room {
+    /// A buffer of `len_bytes` of unspecified content out of `share`.
+    ///
+    /// # Errors
+    /// `ENOMEM` where the room or the share has too little, `EINVAL` above 4 MiB.
+    pub fn buffer(&mut self, share: &mut Share, len_bytes: usize) -> Result<IoBuf, Errno> {
+        let pages = 1 << class_of(len_bytes);
+        let left = self.0.pages.checked_sub(pages).ok_or(Errno::ENOMEM)?;
+        let mut buf = share.buffer(len_bytes)?;
+        self.0.pages = left;
+        buf.home = self.0.home.clone();
         Ok(buf)
     }
 }
@@ -424,6 +452,25 @@ mod tests {
         drop(got);
         assert!(small.as_mut().poll(&mut cx).is_ready());
         drop(small);
+        assert_eq!(pool.used_bytes(), 0);
+    }
+
+    #[test]
+    fn room_for_several_buffers_is_taken_at_once_and_given_back() {
+        let (pool, stage) =
+            (BufPool::new(4 * PAGE_BYTES), crate::Budget::new(1 << 20).stage(1 << 16).unwrap());
+        let mut cx = std::task::Context::from_waker(Waker::noop());
+        let mut room = Box::pin(pool.room([4096, 5000].into_iter()));
+        let Poll::Ready(mut room) = room.as_mut().poll(&mut cx) else { panic!("the pool is empty") };
+        assert_eq!(pool.used_bytes(), 3 * PAGE_BYTES);
+        let mut share = stage.try_take(cost_of(4096) + cost_of(5000)).unwrap();
+        let small = room.buffer(&mut share, 4096).unwrap();
+        assert_eq!(room.buffer(&mut share, 3 * PAGE_BYTES).err(), Some(Errno::ENOMEM));
+        let mut second = Box::pin(pool.alloc(2 * PAGE_BYTES));
+        assert!(second.as_mut().poll(&mut cx).is_pending());
+        drop(room);
+        assert!(second.as_mut().poll(&mut cx).is_ready(), "what was not used goes back with the room");
+        drop((small, second));
         assert_eq!(pool.used_bytes(), 0);
     }
 

@@ -44,7 +44,7 @@ mod types;
 mod xen;
 
 pub use budget::{Budget, BudgetFigures, Share, Stage};
-pub use buf::{BufPool, IoBuf, IoVec, PAGE_BYTES, bytes_of, copy_from_slice, copy_to_slice, cost_of};
+pub use buf::{BufPool, IoBuf, IoVec, PAGE_BYTES, Room, bytes_of, copy_from_slice, copy_to_slice, cost_of};
 pub use bug::{Bug, Mark, Probe};
 pub use errno::Errno;
 pub use event::{Event, IoKind};

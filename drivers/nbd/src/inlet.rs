@@ -6,7 +6,7 @@
 //! ```
 
 use crate::bell::Bell;
-use tap_host::{Errno, IoBuf, PAGE_BYTES, Stream};
+use tap_host::{Errno, IoBuf, PAGE_BYTES, Stage, Stream, cost_of};
 
 /// Why nothing more is received.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -21,6 +21,7 @@ pub(crate) enum End {
 
 pub(crate) struct Inlet<S> {
     stream: S,
+    memory: Stage,
     /// Gone for good when a receive was given up.
     buf: Option<IoBuf>,
     start: usize,
@@ -28,10 +29,11 @@ pub(crate) struct Inlet<S> {
 }
 
 impl<S: Stream> Inlet<S> {
-    /// An inlet that holds at most `bytes` (a page to 4 MiB) of what was received.
-    pub(crate) fn new(stream: S, bytes: usize) -> Self {
-        let buf = IoBuf::unpooled(bytes.max(PAGE_BYTES)).ok();
-        Self { stream, buf, start: 0, end: 0 }
+    /// An inlet that holds at most `bytes` (a page to 4 MiB) of what was received, in memory of `memory`; `None` where
+    /// there is no room for it.
+    pub(crate) fn new(stream: S, bytes: usize, memory: &Stage) -> Option<Self> {
+        let buf = buffer(bytes.max(PAGE_BYTES), memory)?;
+        Some(Self { stream, memory: memory.clone(), buf: Some(buf), start: 0, end: 0 })
     }
 
     /// Lets it hold `bytes`, if that is more and there is memory for it.
@@ -39,7 +41,7 @@ impl<S: Stream> Inlet<S> {
         if bytes <= self.capacity() {
             return;
         }
-        if let Ok(mut larger) = IoBuf::unpooled(bytes) {
+        if let Some(mut larger) = buffer(bytes, &self.memory) {
             let unread = self.end - self.start;
             larger[..unread].copy_from_slice(self.unread());
             (self.start, self.end, self.buf) = (0, unread, Some(larger));
@@ -125,6 +127,10 @@ impl<S: Stream> Inlet<S> {
             self.fill(bell).await?;
         }
     }
+}
+
+fn buffer(bytes: usize, memory: &Stage) -> Option<IoBuf> {
+    memory.try_take(cost_of(bytes))?.buffer(bytes).ok()
 }
 
 fn received(result: Result<usize, Errno>) -> Result<usize, End> {

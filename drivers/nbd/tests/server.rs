@@ -6,7 +6,7 @@ use common::{Disk, Reply, World, export, go, meta, world};
 use std::rc::Rc;
 use tap_abi::nbd::*;
 use tap_core::{Op, ZeroFlags};
-use tap_host::{Errno, Mark, SectorRange, Stream};
+use tap_host::{Budget, Errno, Mark, SectorRange, Stream};
 use tap_nbd::{Export, ExportError, Server, ServerLimits};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -413,7 +413,9 @@ fn exports_are_checked() {
     let disk = Disk::new(512);
     world(1, false, |w| async move {
         let process = w.process("server");
-        let new = |exports: Vec<Export>| Server::new(process.clone(), exports, ServerLimits::LEAST).err();
+        let new = |exports: Vec<Export>| {
+            Server::new(process.clone(), exports, ServerLimits::LEAST, &Budget::default()).err()
+        };
         assert_eq!(new(vec![]), Some(ExportError::None));
         assert_eq!(new(vec![export("a", &disk), export("a", &disk)]), Some(ExportError::Twice("a".into())));
         let long = "x".repeat(4097);

@@ -110,6 +110,13 @@ impl ImageArgs {
     }
 }
 
+/// What a program says of its memory at its end.
+pub(crate) fn tell_memory(memory: &Budget) -> String {
+    let figures = memory.figures();
+    let (peak, limit) = (show_size(figures.peak_bytes as u64), show_size(figures.limit_bytes as u64));
+    format!("memory: at most {peak} of {limit} in use")
+}
+
 /// Refuses a name that leaves the format open: found out by content, it would be the choice of whoever wrote the disk.
 ///
 /// # Errors
@@ -173,6 +180,7 @@ pub async fn open_any<H: DiskHost>(
             let config = ClientConfig {
                 export: export.clone(),
                 read_only: !options.write,
+                memory: options.memory.clone(),
                 ..ClientConfig::new(address.clone())
             };
             let client = Client::connect(host.clone(), config).await.map_err(|e| e.to_string())?;

@@ -5,7 +5,7 @@
 //! ```
 
 use crate::Console;
-use crate::disk::{DiskHost, ImageArgs, open_any, says_its_format};
+use crate::disk::{DiskHost, ImageArgs, open_any, says_its_format, tell_memory};
 use crate::size::show_size;
 use crate::spec::DiskSpec;
 use clap::Args;
@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::str::FromStr;
 use tap_core::Node;
-use tap_host::{Errno, Listener, SECTOR_BYTES, Signals, SocketAddress};
+use tap_host::{Budget, Errno, Listener, SECTOR_BYTES, Signals, SocketAddress};
 use tap_nbd::{Export, Server, ServerLimits};
 
 /// What serving asks of a host.
@@ -72,9 +72,11 @@ struct Open {
 /// Runs `tapdisk serve` until it is asked to stop, and gives its exit status.
 pub async fn run<H: ServeHost>(host: H, args: ServeArgs, console: &dyn Console) -> u8 {
     let mut disks = Vec::new();
-    let mut outcome = args.open(&host, &mut disks).await;
+    let memory = args.images.budget();
+    let mut outcome = args.open(&host, &mut disks, &memory).await;
     if outcome.is_ok() {
-        outcome = args.serve(&host, &disks, console).await;
+        outcome = args.serve(&host, &disks, console, &memory).await;
+        console.out(&tell_memory(&memory));
     }
     let mut status = 0;
     if let Err(text) = outcome {
@@ -94,8 +96,13 @@ pub async fn run<H: ServeHost>(host: H, args: ServeArgs, console: &dyn Console) 
 }
 
 impl ServeArgs {
-    async fn open<H: ServeHost>(&self, host: &H, disks: &mut Vec<Open>) -> Result<(), String> {
-        let options = self.images.options(!self.images.read_only, &self.images.budget());
+    async fn open<H: ServeHost>(
+        &self,
+        host: &H,
+        disks: &mut Vec<Open>,
+        memory: &Budget,
+    ) -> Result<(), String> {
+        let options = self.images.options(!self.images.read_only, memory);
         for disk in &self.disks {
             let name = match &disk.name {
                 Some(name) => name.clone(),
@@ -131,6 +138,7 @@ impl ServeArgs {
         host: &H,
         disks: &[Open],
         console: &dyn Console,
+        memory: &Budget,
     ) -> Result<(), String> {
         let exports = disks.iter().map(|disk| Export {
             name: disk.name.clone(),
@@ -139,7 +147,8 @@ impl ServeArgs {
             read_only: self.images.read_only,
         });
         let limits = ServerLimits { connections: usize::from(self.connections), ..ServerLimits::default() };
-        let server = Server::new(host.clone(), exports.collect(), limits).map_err(|e| e.to_string())?;
+        let server = Server::new(host.clone(), exports.collect(), limits, memory);
+        let server = server.map_err(|e| e.to_string())?;
         let listeners = self.listen(host).await?;
         for disk in disks {
             let info = disk.node.info();

@@ -10,7 +10,7 @@
 //! `tapdisk xen` takes them up, and the guests notice a pause. The same holds after a crash.
 
 use crate::Console;
-use crate::disk::{DiskOptions, ImageArgs, open_any, says_its_format};
+use crate::disk::{DiskOptions, ImageArgs, open_any, says_its_format, tell_memory};
 use crate::serve::ServeHost;
 use crate::size::show_size;
 use crate::spec::DiskSpec;
@@ -115,6 +115,7 @@ pub async fn run<H: GuestHost>(host: H, args: XenArgs, console: Rc<dyn Console>)
     if let Err(why) = outcome {
         shared.fail(&why);
     }
+    shared.console.out(&tell_memory(&shared.memory));
     u8::from(shared.failed.get())
 }
 
@@ -142,6 +143,7 @@ impl<H: GuestHost> Shared<H> {
         BackendConfig {
             record: Some(format!("{RECORDS}-{}-{}", dom.0, vbd.0)),
             hotplug,
+            memory: self.memory.clone(),
             ..BackendConfig::new(path, dom, vbd)
         }
     }

@@ -4,12 +4,12 @@ use crate::record::{EPOCH_AT, Identity, Record};
 use crate::resume::{Plan, plan};
 use crate::ring::{BlkifRing, Parts};
 use std::rc::Rc;
-use tap_abi::blkif::RING_ENTRIES;
+use tap_abi::blkif::{MAX_SEGMENTS, RING_ENTRIES};
 use tap_abi::ring;
 use tap_core::Node;
 use tap_host::{
-    Bug, DomId, Errno, Event, Events, GrantRef, Grants, Log, Mark, Port, Probe, SharedPage, SharedPages,
-    Tasks, Time, VbdId,
+    Budget, BufPool, Bug, DomId, Errno, Event, Events, GrantRef, Grants, Log, Mark, PAGE_BYTES, Port, Probe,
+    SharedPage, SharedPages, Tasks, Time, VbdId, cost_of,
 };
 
 /// What a ring may use.
@@ -45,6 +45,8 @@ pub struct RingConfig {
     pub limits: Limits,
     /// Writes are refused, also when the node would take them.
     pub read_only: bool,
+    /// What the memory of data buffers is taken of, within the limits.
+    pub memory: Budget,
 }
 
 /// Why a ring could not be connected.
@@ -78,6 +80,9 @@ pub enum ConnectError {
         /// Why.
         error: Errno,
     },
+    /// There is no memory for a single request.
+    #[error("take memory for the ring: {0}; give more (--memory), or serve fewer disks")]
+    Memory(Errno),
     /// The ring was served before by somebody who left no record of it.
     #[error("connect a ring that is in use and has no in-flight record: the front end has to make a new one")]
     InUse,
@@ -93,6 +98,8 @@ impl ConnectError {
             Self::Map { error, .. } | Self::Bind { error, .. } | Self::Region { error, .. } => {
                 matches!(*error, Errno::ENOMEM | Errno::ENOSPC | Errno::EINTR)
             }
+            // What other disks have may be given back.
+            Self::Memory(_) => true,
             Self::InUse | Self::Record(_) => false,
         }
     }
@@ -109,6 +116,9 @@ where
     /// See [`ConnectError`]; nothing stays mapped or bound then.
     pub fn connect(host: H, config: RingConfig, node: Rc<dyn Node>) -> Result<Self, ConnectError> {
         let RingConfig { dom, ring_ref: gref, port, .. } = config;
+        // Each request has one buffer, and nobody who has one asks for another.
+        let stage = config.memory.stage(cost_of(MAX_SEGMENTS * PAGE_BYTES)).map_err(ConnectError::Memory)?;
+        let pool = BufPool::of_stage(config.limits.buffer_bytes, stage);
         let page = host.map(dom, gref, true).map_err(|error| ConnectError::Map { dom, gref, error })?;
         let channel = match host.bind_interdomain(dom, port) {
             Ok(channel) => channel,
@@ -134,8 +144,8 @@ where
                 (Some(record), plan)
             }
         };
-        host.log(Event::RingConnected { dom, vbd: config.vbd });
-        let parts = Parts { host, config, node, page, channel, record };
+        let parts = Parts { host, config, node, page, channel, record, pool };
+        parts.host.log(Event::RingConnected { dom, vbd: parts.config.vbd });
         Ok(match plan {
             None => Self::start(parts, 0, 0),
             Some((plan, rsp_prod)) => Self::resume(parts, plan, rsp_prod),

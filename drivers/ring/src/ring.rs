@@ -30,6 +30,8 @@ pub(crate) struct Parts<H: Grants + Events + SharedPages> {
     pub(crate) page: H::Page,
     pub(crate) channel: H::Channel,
     pub(crate) record: Option<Record<H::Region>>,
+    /// Data buffers.
+    pub(crate) pool: BufPool,
 }
 
 /// A request whose fate is known.
@@ -66,7 +68,6 @@ pub(crate) struct Inner<H: Grants + Events + SharedPages> {
     pub(crate) parts: Parts<H>,
     size_sectors: u64,
     read_only: bool,
-    pool: BufPool,
     req_cons: Cell<u32>,
     /// Published responses.
     rsp_prod: Cell<u32>,
@@ -134,7 +135,6 @@ where
         Self(Rc::new(Inner {
             size_sectors: info.size_sectors,
             read_only: info.read_only || parts.config.read_only,
-            pool: BufPool::new(limits.buffer_bytes),
             req_cons: Cell::new(req_cons),
             rsp_prod: Cell::new(rsp_prod),
             in_flight: Cell::new(0),
@@ -343,7 +343,7 @@ where
         if bytes == 0 {
             return None;
         }
-        let mut alloc = pin!(self.pool.alloc(bytes as usize));
+        let mut alloc = pin!(self.parts.pool.alloc(bytes as usize));
         let buf = poll_fn(|cx| {
             if let Poll::Ready(buf) = alloc.as_mut().poll(cx) {
                 return Poll::Ready(buf);

@@ -1,7 +1,7 @@
 //! What a back end is told, and how it ends.
 
 use tap_host::{
-    DomId, Errno, Events, Grants, Log, Probe, SharedPages, StorePath, Tasks, Time, VbdId, Xenstore,
+    Budget, DomId, Errno, Events, Grants, Log, Probe, SharedPages, StorePath, Tasks, Time, VbdId, Xenstore,
 };
 use tap_ring::Limits;
 
@@ -34,6 +34,8 @@ pub struct BackendConfig {
     pub record: Option<String>,
     /// What the ring may use.
     pub limits: Limits,
+    /// What the memory of its buffers is taken of.
+    pub memory: Budget,
     /// Whether flushes are offered.
     pub flush_cache: bool,
     /// Physical sector size in bytes that the guest is told.
@@ -54,6 +56,7 @@ impl BackendConfig {
             vbd,
             record: None,
             limits: Limits::default(),
+            memory: Budget::default(),
             flush_cache: true,
             physical_sector_bytes: 512,
             hotplug: Hotplug::default(),

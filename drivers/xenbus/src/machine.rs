@@ -329,6 +329,7 @@ impl<H: XenHost> Backend<H> {
                 result => {
                     waited_for.filter(|_| result.is_ok()).into_iter().for_each(|mark| self.host.mark(mark));
                     return result;
+            memory: self.config.memory.clone(),
                 }
             }
         }

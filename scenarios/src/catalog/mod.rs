@@ -54,6 +54,7 @@ pub static ALL: &[&Scenario] = &[
     &nbd::NBD_SLOW_CLIENT,
     &nbd::NBD_SERVER_RESTARTS,
     &nbd::NBD_SERVER_POWER_CUT,
+    &nbd::NBD_FLUSH_ERRORS_AND_DEATHS,
     &nbd::NBD_HOSTILE_CLIENT,
     &nbd::NBD_HOSTILE_SERVER,
     &nbd::NBD_CROWD,

@@ -53,8 +53,8 @@ use tap_abi::nbd::{
 use tap_core::wait::{Event as Flag, Semaphore, oneshot};
 use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, Source, ZeroFlags};
 use tap_host::{
-    Bug, Errno, IoBuf, IoVec, Log, Mark, Probe, SECTOR_BYTES, SectorRange, SocketAddress, Sockets, Stream,
-    Tasks, Time, copy_from_slice, copy_to_slice,
+    Budget, Bug, Errno, IoBuf, IoVec, Log, Mark, Probe, SECTOR_BYTES, SectorRange, SocketAddress, Sockets,
+    Stage, Stream, Tasks, Time, copy_from_slice, copy_to_slice, cost_of,
 };
 
 /// What becomes of answered writes that were not flushed when the connection breaks.
@@ -95,6 +95,8 @@ pub struct ClientConfig {
     pub pause_most_ns: u64,
     /// How long requests wait for a server that went away, or answers nothing any more, in nanoseconds.
     pub reconnect_ns: u64,
+    /// What the memory of the receive buffer, and of parts of requests, is taken of.
+    pub memory: Budget,
 }
 
 impl ClientConfig {
@@ -113,6 +115,7 @@ impl ClientConfig {
             pause_ns: 100_000_000,
             pause_most_ns: 5_000_000_000,
             reconnect_ns: 60_000_000_000,
+            memory: Budget::default(),
         }
     }
 }
@@ -123,6 +126,9 @@ pub enum ClientError {
     /// Nobody answers.
     #[error("connect to {0}: {1}; is the server running?")]
     Connect(SocketAddress, Errno),
+    /// The memory of the process is not enough.
+    #[error("connect to {0}: there is no memory for it; give more (--memory), or serve fewer disks")]
+    Memory(SocketAddress),
     /// The connection broke, or took too long, before the export was chosen.
     #[error("agree with the server at {0}: {1}")]
     Negotiation(SocketAddress, &'static str),
@@ -166,6 +172,8 @@ struct Inner<H: Sockets> {
     replies: Cell<u64>,
     attempt: Cell<Option<Attempt>>,
     connections: Cell<u64>,
+    /// Parts of requests that are larger than the server takes, and zeros for one that cannot make them.
+    parts: Stage,
 }
 
 /// One request on the wire.
@@ -202,7 +210,7 @@ impl Call {
 /// Most bytes of one request that carries none: small enough for every server.
 const RANGE_BYTES_MAX: u32 = 1 << 30;
 /// Most bytes of the buffer that a split request goes through.
-const PART_BYTES_MAX: u32 = 4 << 20;
+const PART_BYTES_MAX: u32 = 1 << 20;
 const SECTOR: u32 = SECTOR_BYTES as u32;
 
 impl<H: Sockets + Time + Tasks + Log + Probe> Client<H> {
@@ -212,6 +220,8 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Client<H> {
     /// [`ClientError`]; a first connection that fails is not tried again.
     pub async fn connect(host: H, config: ClientConfig) -> Result<Self, ClientError> {
         let (terms, stream, inlet) = open(&host, &config).await?;
+        let part = cost_of(terms.request_bytes.min(PART_BYTES_MAX) as usize);
+        let parts = config.memory.stage(part).map_err(|_| ClientError::Memory(config.address.clone()))?;
         let inner = Rc::new(Inner {
             permits: Semaphore::new(config.requests.max(1)),
             host,
@@ -230,6 +240,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Client<H> {
             replies: Cell::new(0),
             attempt: Cell::new(None),
             connections: Cell::new(0),
+            parts,
         });
         let link = inner.start(stream, terms.context);
         let own = Rc::clone(&inner);
@@ -342,7 +353,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         from: usize,
         bufs: &mut IoVec,
     ) -> Result<(), Errno> {
-        let mut own = IoBuf::unpooled(part.len_bytes() as usize)?;
+        let mut own = self.parts.buffer(part.len_bytes() as usize).await?;
         if op == Op::Read {
             let response = self.read(part, IoVec::from_iter([own])).await;
             response.result?;
@@ -369,11 +380,12 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
 
     /// Zeros for a server that cannot make them.
     async fn write_as_data(self: &Rc<Self>, range: SectorRange) -> Result<(), Errno> {
-        let part_sectors = self.terms.request_bytes.min(1 << 20) / SECTOR;
+        let part_sectors = self.terms.request_bytes.min(PART_BYTES_MAX) / SECTOR;
         let mut at = 0;
         while at < range.count {
             let part = SectorRange::new(range.start.0 + u64::from(at), part_sectors.min(range.count - at));
-            let zeros = IoBuf::unpooled(part.len_bytes() as usize)?;
+            let mut zeros = self.parts.buffer(part.len_bytes() as usize).await?;
+            zeros.fill(0);
             self.write(part, IoVec::from_iter([zeros])).await.result?;
             at += part.count;
         }

@@ -10,7 +10,7 @@ use tap_abi::nbd::{
     OPTION_MAGIC, OPTION_REPLY_MAGIC, OptionHeader, OptionReply, REP_ACK, REP_ERR_UNSUP, REP_ERROR, REP_INFO,
     REP_META_CONTEXT, STRING_BYTES_MAX, export, handshake,
 };
-use tap_host::{Errno, SECTOR_BYTES, SendList, Stream};
+use tap_host::{Errno, SECTOR_BYTES, SendList, Stream, cost_of};
 use zerocopy::byteorder::big_endian::U32;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -75,13 +75,19 @@ struct Talk<'a, S> {
     bell: Bell,
 }
 
+/// The least receive buffer, in bytes.
+const RECEIVE_BYTES_MIN: usize = 16 << 10;
+
 /// Agrees with the server at the other end of `stream` about the export.
 pub(super) async fn negotiate<S: Stream>(
     stream: &S,
     config: &ClientConfig,
 ) -> Result<(Terms, Inlet<S>), ClientError> {
-    let receive_bytes = config.receive_bytes.clamp(16 << 10, 4 << 20);
-    let inlet = Inlet::new(stream.clone(), receive_bytes);
+    let receive_bytes = config.receive_bytes.clamp(RECEIVE_BYTES_MIN, 4 << 20);
+    let short = || ClientError::Memory(config.address.clone());
+    let memory = config.memory.stage(cost_of(RECEIVE_BYTES_MIN)).map_err(|_| short())?;
+    let mut inlet = Inlet::new(stream.clone(), RECEIVE_BYTES_MIN, &memory).ok_or_else(short)?;
+    inlet.grow(receive_bytes);
     let mut talk = Talk { stream, inlet, bell: Bell::default() };
     match talk.run(&config.export).await {
         Ok(terms) => Ok((terms, talk.inlet)),

@@ -18,7 +18,9 @@ use tap_abi::nbd::{
 };
 use tap_core::wait::Semaphore;
 use tap_core::{Op, Request, Response};
-use tap_host::{BufPool, Bug, Errno, IoVec, Log, Mark, Probe, SECTOR_BYTES, SendList, Stream, Tasks, Time};
+use tap_host::{
+    BufPool, Bug, Errno, IoVec, Log, Mark, Probe, SECTOR_BYTES, SendList, Stage, Stream, Tasks, Time, cost_of,
+};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// Payload up to this size in bytes waits in the receive buffer until it is whole: receiving it for itself would cost
@@ -27,11 +29,27 @@ const SMALL_BYTES: usize = 16 << 10;
 /// Most bytes of one piece of memory.
 const PIECE_BYTES: usize = 4 << 20;
 
+/// Pieces of memory for `bytes`, in bytes.
+fn pieces(bytes: usize) -> impl Iterator<Item = usize> {
+    (0..bytes.div_ceil(PIECE_BYTES)).map(move |i| (bytes - i * PIECE_BYTES).min(PIECE_BYTES))
+}
+
+/// What they take of a budget.
+pub(super) fn cost_of_pieces(bytes: usize) -> usize {
+    pieces(bytes).map(cost_of).sum()
+}
+
+/// Why a connection is refused that could not even receive.
+const NO_MEMORY: Why = "there is no memory for it";
+
 /// Why a connection ends.
 type Why = &'static str;
 
 struct Connection<H, S> {
     server: Rc<Inner<H>>,
+    number: u64,
+    /// Memory that nobody else can take.
+    own: Stage,
     stream: S,
     agreed: Agreed,
     pool: BufPool,
@@ -57,7 +75,10 @@ where
 {
     let Open { bell, pool, flow } = open;
     // The least, until it is worth more.
-    let mut inlet = Inlet::new(stream.clone(), super::RECEIVE_BYTES_MIN);
+    let Some(mut inlet) = Inlet::new(stream.clone(), super::RECEIVE_BYTES_MIN, &server.memory.inlets) else {
+        stream.shutdown();
+        return (NO_MEMORY, 0);
+    };
     let mut patience = pin!(server.host.sleep_ns(server.limits.negotiation_ns));
     let negotiation = Negotiation::new(server, number, &stream, &mut inlet, &bell).run();
     let agreed = match first(patience.as_mut(), negotiation).await {
@@ -72,8 +93,15 @@ where
         }
     };
     inlet.grow(server.limits.receive_bytes);
+    let Some(own) = server.memory.seats.borrow_mut().pop() else {
+        // Somebody who has given its place up is still there.
+        stream.shutdown();
+        return (NO_MEMORY, 0);
+    };
     let connection = Rc::new(Connection {
         server: Rc::clone(server),
+        number,
+        own,
         stream,
         agreed,
         pool,
@@ -90,6 +118,7 @@ where
     server.host.spawn("nbd-replies", number, async move { sender.send_replies().await });
     let Err(why) = connection.read(&mut inlet).await;
     connection.drain(why).await;
+    server.memory.seats.borrow_mut().push(connection.own.clone());
     (why, connection.requests.get())
 }
 
@@ -217,18 +246,18 @@ where
         Ok(())
     }
 
-    /// Memory of `bytes`. Nobody else takes any of this connection's, so pieces can be taken one after the other.
-    async fn buffers(&self, mut bytes: usize) -> Result<IoVec, Why> {
-        let mut bufs = IoVec::new();
-        while bytes > 0 {
-            let part = bytes.min(PIECE_BYTES);
-            match self.bell.unless_rung(self.pool.alloc(part)).await {
-                Some(Ok(buf)) => bufs.push(buf),
-                Some(Err(_)) => return Err("a request is larger than a buffer can be"),
-                None => return Err(self.bell.why().unwrap_or(STOPPED)),
-            }
-            bytes -= part;
-        }
+    /// Memory of `bytes`, all of it at once.
+    async fn buffers(&self, bytes: usize) -> Result<IoVec, Why> {
+        let taken = async {
+            let mut room = self.pool.room(pieces(bytes)).await;
+            let mut share = self.server.memory_for(self.number, &self.own, cost_of_pieces(bytes)).await?;
+            pieces(bytes).map(|piece| room.buffer(&mut share, piece)).collect::<Result<IoVec, Errno>>()
+        };
+        let bufs = match self.bell.unless_rung(taken).await {
+            Some(Ok(bufs)) => bufs,
+            Some(Err(_)) => return Err("a request is larger than a buffer can be"),
+            None => return Err(self.bell.why().unwrap_or(STOPPED)),
+        };
         // While this task waited, the connection may have broken: then nothing more is started.
         self.bell.why().map_or(Ok(bufs), Err)
     }

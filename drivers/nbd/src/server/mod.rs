@@ -17,6 +17,9 @@
 //!   Offsets and lengths are multiples of 512 bytes, anything else is answered with `EINVAL`.
 //! * **Several connections**: a flush covers what was answered on all of them, because every connection hands it to the
 //!   same node, whose contract says so.
+//! * **Memory** is taken of the one budget of the process. Each connection has some that nobody else can take, enough for
+//!   usual requests; what is larger takes its turn where there is no more. Who holds that and takes no reply for
+//!   [`ServerLimits::grace_ns`] while somebody waits for it is closed.
 //! * **Limits**: each connection has memory, requests in flight and a receive buffer of its own, and is not read from
 //!   while any of them is used up. So a client that sends too much, or takes no replies, holds up itself only. All of it
 //!   together is bounded, see [`ServerLimits::memory_bytes`].
@@ -42,7 +45,9 @@ use std::pin::pin;
 use std::rc::Rc;
 use tap_core::Node;
 use tap_core::wait::Event as Flag;
-use tap_host::{BufPool, Bug, Event, Listener, Log, PAGE_BYTES, Probe, Stream, Tasks, Time};
+use tap_host::{
+    Budget, BufPool, Bug, Errno, Event, Listener, Log, PAGE_BYTES, Probe, Share, Stage, Stream, Tasks, Time,
+};
 
 /// A node that clients can choose.
 #[derive(Clone)]
@@ -107,6 +112,8 @@ impl Default for ServerLimits {
 const REQUEST_BYTES_MAX: u32 = 32 << 20;
 const RECEIVE_BYTES_MIN: usize = 16 << 10;
 const RECEIVE_BYTES_MAX: usize = 4 << 20;
+/// What each connection has for itself at most, in bytes.
+const OWN_BYTES: usize = 256 << 10;
 
 impl ServerLimits {
     /// The least of everything.
@@ -120,6 +127,18 @@ impl ServerLimits {
         negotiation_ns: 1_000_000_000,
         grace_ns: 1_000_000,
     };
+
+    /// With the largest request that fits well into `memory`.
+    fn within(self, memory: &Budget) -> Self {
+        let request_bytes = memory.most_for_one_bytes().clamp(PAGE_BYTES, REQUEST_BYTES_MAX as usize) as u32;
+        Self { request_bytes: self.request_bytes.min(1 << request_bytes.ilog2()), ..self }
+    }
+
+    /// Memory that one connection always has, in bytes.
+    fn own_bytes(&self, memory: &Budget) -> usize {
+        let share = memory.most_for_one_bytes() / self.connections;
+        OWN_BYTES.min(share).max(PAGE_BYTES).min(self.request_bytes as usize)
+    }
 
     /// Most bytes of memory for data that clients can make the server hold. Apart from it each request costs some hundred
     /// bytes, an answer about extents up to 8 KiB (one at a time is made for each connection), and zeros that have to be
@@ -155,6 +174,9 @@ pub enum ExportError {
     /// A name or description is longer than the protocol allows.
     #[error("export '{0}': its name or description is longer than 4096 bytes; choose a shorter one")]
     TooLong(String),
+    /// The memory of the process is not enough.
+    #[error("serve: its memory of {0} bytes is not enough; give more (--memory), or serve fewer disks")]
+    Memory(usize),
     /// Two exports have one name.
     #[error("export '{0}' twice; give each export a name of its own")]
     Twice(String),
@@ -178,6 +200,31 @@ pub(crate) struct Inner<H> {
     idle: Flag,
     /// Somebody is looking for places of those who take nothing.
     looking: Cell<bool>,
+    memory: Memory,
+}
+
+/// What the memory of all connections is taken of.
+struct Memory {
+    /// What connections have for themselves, of those that there may be and are not there.
+    seats: RefCell<Vec<Stage>>,
+    /// Receive buffers.
+    inlets: Stage,
+    /// Requests that are larger than what a connection has for itself, when there is no room: one after the other.
+    large: Stage,
+}
+
+impl Memory {
+    fn new(limits: &ServerLimits, budget: &Budget) -> Result<Self, Errno> {
+        // Those that end may not have ended when the next are there.
+        let own = connection::cost_of_pieces(limits.own_bytes(budget));
+        let seats = (0..limits.connections).map(|_| budget.stage(own)).collect::<Result<Vec<_>, _>>()?;
+        let inlets = 2 * (limits.negotiating + limits.connections) * RECEIVE_BYTES_MIN;
+        Ok(Self {
+            seats: RefCell::new(seats),
+            inlets: budget.stage(inlets)?,
+            large: budget.stage(connection::cost_of_pieces(limits.request_bytes as usize))?,
+        })
+    }
 }
 
 /// A connection that is open.
@@ -227,11 +274,16 @@ const ACCEPT_PAUSE_NS: u64 = 100_000_000;
 pub(crate) const STOPPED: &str = "the server stops";
 
 impl<H: Time + Tasks + Log + Probe> Server<H> {
-    /// A server of `exports`; values of `limits` that are out of range are brought into it.
+    /// A server of `exports`, with memory of `memory`; values of `limits` that are out of range are brought into it.
     ///
     /// # Errors
     /// [`ExportError`].
-    pub fn new(host: H, exports: Vec<Export>, limits: ServerLimits) -> Result<Self, ExportError> {
+    pub fn new(
+        host: H,
+        exports: Vec<Export>,
+        limits: ServerLimits,
+        memory: &Budget,
+    ) -> Result<Self, ExportError> {
         if exports.is_empty() {
             return Err(ExportError::None);
         }
@@ -243,18 +295,22 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
                 return Err(ExportError::Twice(export.name.clone()));
             }
         }
+        let limits = limits.in_range().within(memory);
+        let limit = memory.figures().limit_bytes;
+        let memory = Memory::new(&limits, memory).map_err(|_| ExportError::Memory(limit))?;
         let idle = Flag::new();
         idle.set();
         Ok(Self(Rc::new(Inner {
             host,
             exports: exports.into_iter().map(Rc::new).collect(),
-            limits: limits.in_range(),
+            limits,
             next: Cell::new(1),
             open: RefCell::default(),
             negotiating: RefCell::default(),
             stopping: Flag::new(),
             idle,
             looking: Cell::new(false),
+            memory,
         })))
     }
 
@@ -336,11 +392,41 @@ impl<H: Log + Tasks + Time + Probe> Inner<H> {
         if seated < self.limits.connections {
             return self.negotiating.borrow_mut().remove(&number);
         }
+        self.look_for_place(number);
+        false
+    }
+
+    /// Has somebody look for a connection whose client takes nothing, on behalf of connection `number`.
+    fn look_for_place(self: &Rc<Self>, number: u64) {
         if !self.looking.replace(true) {
             let own = Rc::clone(self);
             self.host.spawn("nbd-places", number, async move { own.free_place().await });
         }
-        false
+    }
+
+    /// Memory of `bytes` for a request of connection `number`, which has `own` for itself.
+    pub(crate) async fn memory_for(
+        self: &Rc<Self>,
+        number: u64,
+        own: &Stage,
+        bytes: usize,
+    ) -> Result<Share, Errno> {
+        if let Some(share) = own.try_take(bytes) {
+            return Ok(share);
+        }
+        if bytes <= own.guarantee_bytes() {
+            return own.take(bytes).await;
+        }
+        let mut taken = pin!(self.memory.large.take(bytes));
+        loop {
+            if !self.host.bug(Bug::NbdMemoryKept) {
+                self.look_for_place(number);
+            }
+            let pause = pin!(self.host.sleep_ns(self.limits.grace_ns));
+            if let Some(share) = first(pause, taken.as_mut()).await {
+                return share;
+            }
+        }
     }
 
     /// Takes the place of the oldest connection whose client takes no reply for [`ServerLimits::grace_ns`].

@@ -14,8 +14,8 @@ use tap_abi::nbd::{
 use tap_core::wait::Event as Flag;
 use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, Source};
 use tap_host::{
-    Errno, IoBuf, SECTOR_BYTES, SectorRange, SendList, SocketAddress, Sockets, Stream, copy_from_slice,
-    copy_to_slice,
+    Budget, Errno, IoBuf, SECTOR_BYTES, SectorRange, SendList, SocketAddress, Sockets, Stream,
+    copy_from_slice, copy_to_slice,
 };
 use tap_nbd::{Export, Server, ServerLimits};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -143,7 +143,7 @@ impl World {
     /// A server in a process of its own, which listens.
     pub async fn serve(&self, exports: Vec<Export>, limits: ServerLimits) -> (Process, Server<Process>) {
         let process = self.process("server");
-        let server = Server::new(process.clone(), exports, limits).unwrap();
+        let server = Server::new(process.clone(), exports, limits, &Budget::new(1 << 30)).unwrap();
         let listener = process.listen(&address()).await.unwrap();
         let own = server.clone();
         process.node().spawn("serve", 0, async move { own.serve(listener).await });

@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use tap_abi::blkif::{BlkifOp, BlkifRequest, RawResponse, Segment};
-use tap_host::{DomId, VbdId};
+use tap_host::{Budget, DomId, VbdId};
 use tap_ring::{Limits, RingConfig};
 use xen_model::{GrantedPage, GuestRing, XenPort};
 
@@ -29,6 +29,7 @@ pub fn ring_config(front: &Front, record: Option<&str>) -> RingConfig {
         record: record.map(str::to_string),
         limits: Limits::default(),
         read_only: false,
+        memory: Budget::default(),
     }
 }
 

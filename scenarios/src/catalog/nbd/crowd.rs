@@ -1,6 +1,6 @@
 //! More clients than there is room for, and most of them want nothing: who does is served all the same.
 
-use super::plan::{DISK, NO_ERRORS, Plan, Served, address, bury, client_config, end};
+use super::plan::{DISK, NO_ERRORS, Plan, Served, address, bury, client_config, end, server_limits};
 use crate::check::Invariant;
 use crate::guest::{DirectDisk, Manners, NbdScript, RawNbd};
 use crate::run::Scenario;
@@ -12,12 +12,13 @@ use std::cell::Cell;
 use std::rc::Rc;
 use tap_abi::nbd::{CMD_DISC, CMD_READ};
 use tap_core::Node;
-use tap_host::{SectorRange, Sockets};
+use tap_host::{SECTOR_BYTES, SectorRange, Sockets};
 
 /// What one of a crowd does.
 pub static CROWD: Label = Label::new(
     "crowd",
-    "it is of kind {}: 1 silent, 2 speaks half, 3 never reads, 4 reads slowly, 5 and 6 read, 7 never reads and stays",
+    "it is of kind {}: 1 silent, 2 speaks half, 3 never reads, 4 reads slowly, 5 and 6 read, 7 never reads and stays, \
+     8 does so with large requests",
 );
 
 /// Clients that want nothing, or take nothing.
@@ -43,6 +44,8 @@ const SLOW_LOOKS: u64 = 6;
 const SLOW_NS: u64 = 400_000_000;
 const READS: u64 = 200;
 const READ_BYTES: u32 = 4096;
+/// Sectors of a large read.
+const LARGE_SECTORS: u32 = 1024;
 
 async fn crowd(world: World) {
     let (mut plan, setup) = Plan::draw(&world);
@@ -54,7 +57,7 @@ async fn crowd(world: World) {
     for who in 0..CROWD_SIZE {
         let entity = Entity::WORLD.child("crowd", who);
         world.sim.name_entity(entity, || format!("client {who} of the crowd"));
-        let kind = world.sim.decide(entity, &CROWD, 0, |d| d.below(8));
+        let kind = world.sim.decide(entity, &CROWD, 0, |d| d.below(9));
         if kind > 0 {
             let host = plan.process("crowd", who);
             host.process.node().spawn(
@@ -79,8 +82,11 @@ async fn crowd(world: World) {
     let disk = DirectDisk::new(Rc::clone(&client) as Rc<dyn Node>, plan.limits.pool_bytes);
     let guest = plan.guest(disk, &setup, Invariant::G1);
     guest.set_manners(Manners { reads: Invariant::G1, ..NO_ERRORS });
-    if let Err(error) = guest.read(SectorRange::new(0, 1)).await {
-        world.fail(Invariant::H2, format!("reading failed with {error:?}"));
+    // Also more than a connection has memory for by itself.
+    for sectors in [1, LARGE_SECTORS.min(setup.size_sectors as u32)] {
+        if let Err(error) = guest.read(SectorRange::new(0, sectors)).await {
+            world.fail(Invariant::H2, format!("reading failed with {error:?}"));
+        }
     }
     over.set(true);
     let waited_ms = (world.sim.now_ns() - asked_ns) / 1_000_000;
@@ -112,6 +118,11 @@ async fn come_again(world: World, host: SimHost, kind: u64, over: Rc<Cell<bool>>
     }
 }
 
+/// Bytes of a large read that this server takes.
+fn large_bytes(world: &World) -> u32 {
+    server_limits(world).request_bytes.min(LARGE_SECTORS * SECTOR_BYTES as u32)
+}
+
 /// One connection. Gives whether it was all that this client wanted.
 async fn be_there(world: &World, raw: RawNbd<ProcessStream>, kind: u64) -> bool {
     let mut script = NbdScript::negotiation(DISK, kind == 2).0.concat();
@@ -126,8 +137,9 @@ async fn be_there(world: &World, raw: RawNbd<ProcessStream>, kind: u64) -> bool 
         return false;
     }
     let mut requests = NbdScript(Vec::new());
+    let read_bytes = if kind == 8 { large_bytes(world) } else { READ_BYTES };
     for n in 0..READS {
-        requests.request(CMD_READ, 0, n, 0, READ_BYTES, &[]);
+        requests.request(CMD_READ, 0, n, 0, read_bytes, &[]);
     }
     if kind == 6 {
         requests.request(CMD_DISC, 0, 0, 0, 0, &[]);
@@ -141,7 +153,7 @@ async fn be_there(world: &World, raw: RawNbd<ProcessStream>, kind: u64) -> bool 
         }
         sent
     };
-    if kind == 3 || kind == 7 {
+    if kind == 3 || kind >= 7 {
         let _gone = sent.await;
         return std::future::pending().await;
     }

@@ -22,6 +22,7 @@ use crate::guest::{DirectDisk, Manners, NbdScript, RawNbd};
 use crate::run::Scenario;
 use crate::world::World;
 use kernel_model::StorageConfig;
+use kernel_model::faults::{FaultPlan, SyncErrors};
 use plan::{
     DISK, DISK_BYTES, NO_ERRORS, Plan, Supervisor, address, bury, check_connected, check_idle,
     check_unbroken, client_config, client_stack, cut_power, end, last_look, send_all, within,
@@ -67,6 +68,18 @@ pub static NBD_SERVER_RESTARTS: Scenario = Scenario {
     about: "tapdisk is killed between any two of its effects under an NBD client and started again; the guest sees a pause",
     storage: |_| StorageConfig::default(),
     body: |w| Box::pin(server_restarts(w)),
+};
+
+/// A server whose syncs fail and that dies.
+pub static NBD_FLUSH_ERRORS_AND_DEATHS: Scenario = Scenario {
+    name: "nbd-flush-errors-and-deaths",
+    about: "syncs fail and lose data once, the NBD server dies in and after them; no later flush says ok before a reboot",
+    storage: |_| StorageConfig {
+        faults: FaultPlan { sync_errors: true, sync_interrupted: true, ..FaultPlan::LATENCY },
+        sync_errors: SyncErrors::Linux,
+        ..StorageConfig::default()
+    },
+    body: |w| Box::pin(flush_errors_and_deaths(w)),
 };
 
 /// A server whose machine goes down under its client.
@@ -225,6 +238,29 @@ async fn server_restarts(world: World) {
     .await;
     cut_power(&world, &setup, &[&host, &supervisor.retire()]).await;
     last_look(&plan, &setup, Invariant::G7).await;
+}
+
+async fn flush_errors_and_deaths(world: World) {
+    let (plan, setup) = Plan::draw(&world);
+    let supervisor = Supervisor::new(&plan);
+    let host = plan.process("client", 0);
+    let config = ClientConfig { breaks: Breaks::Keep, ..client_config(&world) };
+    let ops = plan.operations(0, setup.size_sectors, 60);
+    let retries = world.setting("guest-retries", &[3, 0, 1]);
+    world.sim.spawn("supervisor", 0, supervisor.clone().run(kills(&world, 4, 400)));
+    let (p, h, s) = (plan.clone(), host.clone(), setup.clone());
+    within(&host, async move {
+        let (_, node) = client_stack(&p, &h, &config).await;
+        let guest = p.guest(DirectDisk::new(node, p.limits.pool_bytes), &s, Invariant::P1);
+        guest.set_manners(Manners { retries, errors_allowed: true, reads: Invariant::P1 });
+        guest.run(&ops, p.limits.guest_depth).await;
+        // What a flush that says ok now promises, holds.
+        let _ = guest.flush().await;
+    })
+    .await;
+    cut_power(&world, &setup, &[&host, &supervisor.retire()]).await;
+    world.xen.power_cut();
+    last_look(&plan, &setup, Invariant::E2).await;
 }
 
 async fn server_power_cut(world: World) {

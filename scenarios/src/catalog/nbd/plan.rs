@@ -14,7 +14,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use tap_core::wait::{Receiver, oneshot};
 use tap_core::{Node, Scheduler, Vbd};
-use tap_host::{Mark, SocketAddress, Sockets, VbdId};
+use tap_host::{Budget, Mark, SocketAddress, Sockets, VbdId};
 use tap_images::ImageError;
 use tap_nbd::{Client, ClientConfig, Export, Server, ServerLimits};
 
@@ -32,6 +32,9 @@ pub(super) fn address() -> SocketAddress {
 pub(super) fn shipped(world: &World) -> bool {
     world.setting("shipped-program", &[false, true])
 }
+
+/// The least memory of a server's connections: some of every size.
+const SERVER_BYTES: usize = 8 << 20;
 
 pub(super) fn server_limits(world: &World) -> ServerLimits {
     ServerLimits {
@@ -173,7 +176,7 @@ impl Plan {
             exports.push(Export { name, description: String::new(), node, read_only });
             stacks.push(stack);
         }
-        let server = match Server::new(host.clone(), exports, self.server) {
+        let server = match Server::new(host.clone(), exports, self.server, &self.memory()) {
             Ok(server) => server,
             Err(error) => return self.failed(host, &error.to_string()),
         };
@@ -184,6 +187,14 @@ impl Plan {
         let own = server.clone();
         host.process.node().spawn("serve", 0, async move { own.serve(listener).await });
         Some(Served { host: host.clone(), server, stacks })
+    }
+
+    /// The memory of a server's connections.
+    fn memory(&self) -> Budget {
+        match self.limits.memory_bytes {
+            0 => Budget::least(),
+            bytes => Budget::new(bytes.max(SERVER_BYTES)),
+        }
     }
 
     /// `tapdisk serve` with the disks of this plan, started again while an image is in use by a predecessor whose last
