@@ -3,6 +3,7 @@
 use crate::config::{BackendConfig, BackendEnd, BackendError, Hotplug, XenHost};
 use crate::keys;
 use crate::lock::{Lock, is_over};
+use crate::pace::Pace;
 use crate::patience::patiently;
 use crate::rules::{Action, Phase, Seen, Start, next, start};
 use crate::states::{self, Keys, Written};
@@ -46,6 +47,7 @@ pub struct Backend<H: XenHost> {
     state: XenbusState,
     ring: Option<Serving>,
     connects: u32,
+    pace: Pace,
 }
 
 impl<H: XenHost> Backend<H> {
@@ -125,6 +127,7 @@ impl<H: XenHost> Backend<H> {
             state: XenbusState::Unknown,
             ring: None,
             connects: 0,
+            pace: Pace::default(),
         })
     }
 
@@ -162,6 +165,7 @@ impl<H: XenHost> Backend<H> {
             let seen = self.look().await?;
             match next(self.phase, &seen) {
                 Action::Wait => self.wait(&seen).await?,
+                Action::Offer if self.pace.wait_ns(&self.host) > 0 => self.hold_back().await?,
                 Action::Offer => self.offer().await?,
                 Action::Connect => self.connect().await?,
                 Action::Echo => {
@@ -229,11 +233,25 @@ impl<H: XenHost> Backend<H> {
             leave.as_mut().poll(cx).map(|()| Ok(None))
         })
         .await
-        .map_err(|error| BackendError::Store {
-            what: "watch",
-            path: self.config.backend_path.clone(),
-            error,
-        })
+        .map_err(|error| self.watch_failed(error))
+    }
+
+    /// Lets a front end wait that begins anew too often. What it does meanwhile is looked at afterwards; a toolstack, and
+    /// who asks us to leave, need not wait.
+    async fn hold_back(&self) -> Result<(), BackendError> {
+        let mut pause = pin!(self.host.sleep_ns(self.pace.wait_ns(&self.host)));
+        let (mut leave, mut backend) = (pin!(self.leave.wait()), pin!(self.watches[0].next()));
+        let changed = poll_fn(|cx| {
+            if pause.as_mut().poll(cx).is_ready() || leave.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Ok(()));
+            }
+            backend.as_mut().poll(cx).map(|event| event.map(|_| ()))
+        });
+        changed.await.map_err(|error| self.watch_failed(error))
+    }
+
+    fn watch_failed(&self, error: Errno) -> BackendError {
+        BackendError::Store { what: "watch", path: self.config.backend_path.clone(), error }
     }
 
     async fn ring_ended(&mut self, end: RingEnd) -> Result<(), BackendError> {
@@ -269,6 +287,7 @@ impl<H: XenHost> Backend<H> {
     }
 
     async fn offer(&mut self) -> Result<(), BackendError> {
+        self.pace.offered(&self.host);
         let mut keys = vec![
             ("feature-flush-cache", u8::from(self.config.flush_cache).to_string()),
             ("max-ring-page-order", "0".into()),
@@ -310,6 +329,7 @@ impl<H: XenHost> Backend<H> {
             record: self.config.record.clone(),
             limits: self.config.limits,
             read_only,
+            memory: self.config.memory.clone(),
         };
         Ok(self.bind_ring(config).await.map_err(|e| e.to_string()))
     }
@@ -329,7 +349,6 @@ impl<H: XenHost> Backend<H> {
                 result => {
                     waited_for.filter(|_| result.is_ok()).into_iter().for_each(|mark| self.host.mark(mark));
                     return result;
-            memory: self.config.memory.clone(),
                 }
             }
         }
