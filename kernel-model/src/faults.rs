@@ -49,6 +49,7 @@ pub static LABELS: &[&Label] = &[
     &SIZE_PARTLY,
     &SYNC_LOST,
     &NAME_LOST,
+    &crate::calls::CALL_FAULT,
     &crate::sockets::SEND_CUT,
     &crate::sockets::ARRIVE_LATE,
     &crate::sockets::RECV_CUT,
@@ -106,6 +107,10 @@ pub struct FaultPlan {
     /// fdatasync that ends with EINTR, after which a repetition is as good as the first; where there are errors of
     /// fdatasync, as often with ENOMEM, which is such an error.
     pub sync_interrupted: bool,
+    /// Errors of the calls that are no transfers: see [`crate::calls`].
+    pub calls: bool,
+    /// EINTR of these calls.
+    pub calls_interrupted: bool,
 }
 
 impl FaultPlan {
@@ -119,6 +124,8 @@ impl FaultPlan {
         stuck: true,
         sync_errors: false,
         sync_interrupted: false,
+        calls: false,
+        calls_interrupted: false,
     };
     /// Everything.
     pub const ALL: Self = Self {
@@ -130,6 +137,8 @@ impl FaultPlan {
         stuck: true,
         sync_errors: true,
         sync_interrupted: true,
+        calls: true,
+        calls_interrupted: true,
     };
 }
 

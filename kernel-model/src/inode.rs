@@ -11,8 +11,9 @@
 
 use crate::pages::{PAGE, Page, PageMap, recycle};
 use sim::Entity;
+use std::collections::BTreeSet;
 use std::rc::Rc;
-use tap_host::SECTOR_BYTES;
+use tap_host::{SECTOR_BYTES, ZeroMode};
 
 const SECTORS: usize = PAGE / SECTOR_BYTES as usize;
 
@@ -59,6 +60,37 @@ pub struct Content {
     pub pages: PageMap,
     /// Size in bytes.
     pub size: u64,
+    /// Pages that have space and no bytes: they read as zeros, and look like holes.
+    pub reserved: Rc<BTreeSet<u64>>,
+}
+
+impl Content {
+    /// Pages that take up space.
+    pub fn allocated_pages(&self) -> u64 {
+        let reserved = self.reserved.iter().filter(|page| self.pages.get(**page).is_none());
+        (self.pages.present().count() + reserved.count()) as u64
+    }
+
+    fn reserve(&mut self, page: u64, keep: bool) {
+        if keep != self.reserved.contains(&page) {
+            let reserved = Rc::make_mut(&mut self.reserved);
+            if keep {
+                reserved.insert(page)
+            } else {
+                reserved.remove(&page)
+            };
+        }
+    }
+
+    fn set_size(&mut self, size: u64) {
+        if size < self.size {
+            self.pages.truncate(size);
+            if !self.reserved.is_empty() {
+                Rc::make_mut(&mut self.reserved).retain(|page| page * (PAGE as u64) < size);
+            }
+        }
+        self.size = size;
+    }
 }
 
 /// A file's bytes in all three tenses.
@@ -128,15 +160,17 @@ impl Inode {
         self.next_seq += 1;
     }
 
-    /// Makes a run of bytes read as zeros, as far as the file goes; whole pages become holes.
-    pub fn zero(&mut self, io: Entity, mut offset: u64, len: u64) {
+    /// Makes a run of bytes read as zeros, as far as the file goes; whole pages become holes, or keep space without bytes.
+    pub fn zero(&mut self, io: Entity, mut offset: u64, len: u64, mode: ZeroMode) {
         let end = offset.saturating_add(len).min(self.live.size);
         while offset < end {
             let (page, within) = (offset / PAGE as u64, (offset % PAGE as u64) as usize);
             let n = (end - offset).min((PAGE - within) as u64) as usize;
-            let whole = n == PAGE;
+            // The last page goes as a whole, though the file ends within it.
+            let whole = n == PAGE || within == 0 && offset + n as u64 == self.live.size;
             let after = if whole {
                 self.live.pages.set(page, None);
+                self.live.reserve(page, mode == ZeroMode::Keep);
                 ZERO_PAGE.with(Rc::clone)
             } else {
                 Rc::clone(self.live.pages.write_in_page(page, within, &[0; PAGE][..n]))
@@ -173,15 +207,15 @@ impl Inode {
     pub fn has_space(&self, offset: u64, len: u64) -> bool {
         let end = offset.saturating_add(len);
         let pages = offset / PAGE as u64..end.div_ceil(PAGE as u64);
-        end <= self.live.size && pages.into_iter().all(|page| self.live.pages.get(page).is_some())
+        end <= self.live.size
+            && pages
+                .into_iter()
+                .all(|page| self.live.pages.get(page).is_some() || self.live.reserved.contains(&page))
     }
 
     /// Changes the size.
     pub fn resize(&mut self, size: u64) {
-        if size < self.live.size {
-            self.live.pages.truncate(size);
-        }
-        self.live.size = size;
+        self.live.set_size(size);
         self.pending_sizes.push(PendingSize { seq: self.next_seq, size });
         self.next_seq += 1;
     }
@@ -199,8 +233,9 @@ impl Inode {
         }
         let split = self.pending_sizes.partition_point(|p| p.seq < seq);
         for s in self.pending_sizes.drain(..split) {
-            set_size(&mut self.base, s.size);
+            self.base.set_size(s.size);
         }
+        self.base.reserved = Rc::clone(&self.live.reserved);
     }
 
     /// Takes the oldest half of what is pending to the medium, as a kernel does when much is dirty.
@@ -222,7 +257,7 @@ impl Inode {
         }
         let split = self.pending_sizes.partition_point(|p| p.seq < seq);
         for s in self.pending_sizes.drain(..split) {
-            set_size(&mut self.base, s.size);
+            self.base.set_size(s.size);
         }
         if revert {
             for p in &gone {
@@ -272,13 +307,6 @@ impl Inode {
         content.pages.truncate(size);
         content
     }
-}
-
-fn set_size(content: &mut Content, size: u64) {
-    if size < content.size {
-        content.pages.truncate(size);
-    }
-    content.size = size;
 }
 
 /// Copies the sectors of `mask` out of a pending write.
@@ -347,7 +375,7 @@ mod tests {
         let mut file = Inode::default();
         file.write(Entity(1), 0, &[1; 3 * PAGE]);
         file.harden(file.seq());
-        file.zero(Entity(2), 512, 2 * PAGE as u64);
+        file.zero(Entity(2), 512, 2 * PAGE as u64, ZeroMode::Unmap);
         assert_eq!((file.extent(0), file.extent(PAGE as u64)), (Some((4096, true)), Some((4096, false))));
         assert_eq!(file.live.size, 3 * PAGE as u64);
         let now = bytes(&file.live);
@@ -357,8 +385,24 @@ mod tests {
         assert_eq!([torn[512], torn[PAGE], torn[PAGE + 512]], [1, 0, 1]);
         file.harden(file.seq());
         assert_eq!(bytes(&file.base), now);
-        file.zero(Entity(3), 1 << 40, 10);
+        file.zero(Entity(3), 1 << 40, 10, ZeroMode::Keep);
         assert!(file.pending.is_empty() && file.extent(3 * PAGE as u64).is_none());
+    }
+
+    #[test]
+    fn zeros_that_keep_their_space_have_it() {
+        let mut file = Inode::default();
+        file.resize(4 * PAGE as u64);
+        assert!(!file.has_space(0, 1));
+        file.zero(Entity(1), 0, 3 * PAGE as u64, ZeroMode::Keep);
+        assert!(file.has_space(0, 3 * PAGE as u64) && !file.has_space(0, 4 * PAGE as u64));
+        assert_eq!((file.extent(0), file.live.allocated_pages()), (Some((4 * PAGE as u64, false)), 3));
+        file.zero(Entity(2), PAGE as u64, PAGE as u64, ZeroMode::Unmap);
+        assert!(!file.has_space(PAGE as u64, 1) && file.has_space(0, 1));
+        file.write(Entity(3), 0, &[1]);
+        assert_eq!(file.live.allocated_pages(), 2);
+        file.resize(PAGE as u64);
+        assert_eq!(file.live.allocated_pages(), 1);
     }
 
     #[test]

@@ -13,6 +13,7 @@
 //! `tap-host` and nothing from the stack: both sides are written apart, or the simulator would agree with its own bugs.
 
 mod blkfront;
+pub mod calls;
 pub mod faults;
 mod host;
 mod inode;

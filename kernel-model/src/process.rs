@@ -1,5 +1,6 @@
 //! Processes: the seam as a program of dom0 sees it. Whatever a dead process's code still does has no effect.
 
+use crate::calls::Call;
 use crate::faults::IoOp;
 use crate::pages::PAGE;
 use crate::sockets::Network;
@@ -355,9 +356,23 @@ impl ProcessFile {
         if op.changes() && !self.open.write {
             return Err(Errno::EBADF);
         }
-        if matches!(op, IoOp::Zero(_)) {
-            if !self.process.kernel.0.storage.0.can_zero() {
+        let device = self.open.file.device.get();
+        if let IoOp::Zero(mode) = op {
+            let storage = &self.process.kernel.0.storage.0;
+            if !storage.can_zero() && !device {
                 return Err(Errno::EOPNOTSUPP);
+            }
+            if device {
+                let sector = u64::from(storage.direct_align());
+                if !offset.is_multiple_of(sector) || !len.is_multiple_of(sector) {
+                    return Err(Errno::EOPNOTSUPP);
+                }
+                // Linux writes zeros that keep their space itself. Of the others it knows whether the drive makes them
+                // only when it has dropped what is dirty.
+                if !storage.can_zero() && mode == ZeroMode::Unmap {
+                    storage.drop_range(&self.open, offset, len);
+                    return Err(Errno::EOPNOTSUPP);
+                }
             }
             let valid = len > 0 && offset.checked_add(len).is_some_and(|end| end <= i64::MAX as u64);
             return if valid { Ok(()) } else { Err(Errno::EINVAL) };
@@ -420,11 +435,13 @@ impl File for ProcessFile {
             if !file.open.write {
                 return Poll::Ready(Err(Errno::EBADF));
             }
+            if file.open.file.device.get() {
+                return Poll::Ready(Err(Errno::EINVAL));
+            }
             if size_bytes > FILE_BYTES_MAX {
                 return Poll::Ready(Err(Errno::EFBIG));
             }
-            file.open.file.inode.borrow_mut().resize(size_bytes);
-            Poll::Ready(Ok(()))
+            Poll::Ready(file.process.kernel.0.storage.0.set_size(&file.open, size_bytes))
         })
     }
 
@@ -459,27 +476,45 @@ impl File for ProcessFile {
         let file = self.clone();
         async move {
             file.process.alive().await;
-            let extent = file.open.file.inode.borrow().extent(offset);
+            file.process.kernel.0.storage.0.look(Call::Extent, &file.open)?;
+            let inode = file.open.file.inode.borrow();
+            let extent = match inode.live.size.checked_sub(offset).filter(|left| *left > 0) {
+                // A device does not know its holes.
+                Some(left) if file.open.file.device.get() => Some((left, true)),
+                _ => inode.extent(offset),
+            };
             Ok(extent.map(|(len_bytes, data)| FileExtent { len_bytes, data }))
         }
     }
 
-    fn info(&self) -> Result<FileInfo, Errno> {
-        let inode = self.open.file.inode.borrow();
-        Ok(FileInfo {
-            size_bytes: inode.live.size,
-            allocated_bytes: inode.live.pages.present().count() as u64 * PAGE as u64,
-            align_bytes: self.align(),
-            direct: self.open.direct,
-            block_device: false,
-            id: FileId { device: 1, inode: self.open.file.number(), generation: self.open.file.born },
-        })
+    fn info(&self) -> impl Future<Output = Result<FileInfo, Errno>> + 'static {
+        let file = self.clone();
+        async move { file.look() }
     }
 
-    fn lock(&self, kind: LockKind) -> Result<(), Errno> {
-        if !self.process.node.step() {
-            return Err(Errno::EBADF);
+    fn lock(&self, kind: LockKind) -> impl Future<Output = Result<(), Errno>> + 'static {
+        let file = self.clone();
+        async move {
+            file.process.alive().await;
+            file.process.kernel.0.storage.0.lock(&file.open, kind)
         }
-        self.process.kernel.0.storage.0.lock(&self.open, kind)
+    }
+}
+
+impl ProcessFile {
+    fn look(&self) -> Result<FileInfo, Errno> {
+        self.process.kernel.0.storage.0.look(Call::Info, &self.open)?;
+        let file = &self.open.file;
+        let (size_bytes, block_device) = (file.inode.borrow().live.size, file.device.get());
+        let (device, inode) = if block_device { (file.number(), 0) } else { (1, file.number()) };
+        let present = || file.inode.borrow().live.allocated_pages() * PAGE as u64;
+        Ok(FileInfo {
+            size_bytes,
+            allocated_bytes: if block_device { size_bytes } else { present() },
+            align_bytes: self.align(),
+            direct: self.open.direct,
+            block_device,
+            id: FileId { device, inode, generation: file.born },
+        })
     }
 }

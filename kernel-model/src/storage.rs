@@ -6,6 +6,7 @@
 mod effect;
 mod power;
 
+use crate::calls::{Call, CallRates};
 use crate::faults::{self, Fault, FaultPlan, IO_FAULT, IO_LATE, IoOp, Rates, SyncErrors, decode};
 use crate::inode::{Content, Inode};
 use sim::{Entity, Sim, Timed, text_hash};
@@ -84,13 +85,17 @@ const SYNC_NS: u64 = 80_000;
 const STUCK_NS: u64 = 10_000_000_000;
 
 pub(crate) struct FileState {
-    name: String,
+    pub(crate) name: String,
     pub(crate) inode: RefCell<Inode>,
     entity: Entity,
-    name_durable: Cell<bool>,
+    pub(crate) name_durable: Cell<bool>,
+    /// A failed synchronisation of the directory has given the new name up: no later one makes it durable.
+    pub(crate) name_given_up: Cell<bool>,
     /// (open file, kind).
-    locks: RefCell<Vec<(u64, LockKind)>>,
+    pub(crate) locks: RefCell<Vec<(u64, LockKind)>>,
     sync_latched: Cell<bool>,
+    /// A block device: its size is fixed, and all of its space is there.
+    pub(crate) device: Cell<bool>,
     /// Number of its creation: tells it from earlier files of that name.
     pub(crate) born: u64,
 }
@@ -146,10 +151,11 @@ struct DriveLoss {
 }
 
 pub(crate) struct Inner {
-    sim: Sim,
+    pub(crate) sim: Sim,
     config: RefCell<StorageConfig>,
     rates: Rates,
-    files: RefCell<BTreeMap<String, Rc<FileState>>>,
+    pub(crate) call_rates: CallRates,
+    pub(crate) files: RefCell<BTreeMap<String, Rc<FileState>>>,
     slots: RefCell<Vec<Slot>>,
     free: RefCell<Vec<u32>>,
     next_open: Cell<u64>,
@@ -179,6 +185,7 @@ impl Storage {
         Self(Rc::new(Inner {
             sim: sim.clone(),
             rates: Rates::new(sim, config.faults),
+            call_rates: CallRates::new(sim, config.faults),
             config: RefCell::new(config),
             files: RefCell::default(),
             slots: RefCell::default(),
@@ -200,6 +207,17 @@ impl Storage {
     /// Puts a durable file in place, as if it had always been there.
     pub fn put(&self, name: &str, content: Content) {
         self.0.files.borrow_mut().insert(name.into(), self.0.new_file(name, Inode::durable(content), true));
+    }
+
+    /// Puts a block device in place, of the size of its content.
+    pub fn put_device(&self, name: &str, content: Content) {
+        self.put(name, content);
+        self.0.files.borrow()[name].device.set(true);
+    }
+
+    /// Whether it is a block device.
+    pub fn is_device(&self, name: &str) -> bool {
+        self.0.files.borrow().get(name).is_some_and(|f| f.device.get())
     }
 
     /// As [`Storage::put`], from bytes.
@@ -253,6 +271,11 @@ impl Storage {
         self.0.direct_align()
     }
 
+    /// Whether files can be made zeros by range.
+    pub fn makes_holes(&self) -> bool {
+        self.0.can_zero()
+    }
+
     /// Operations so far.
     pub fn counts(&self) -> IoCounts {
         self.0.counts.get()
@@ -285,6 +308,18 @@ impl Storage {
 }
 
 impl Inner {
+    pub(crate) fn plan(&self) -> FaultPlan {
+        self.config.borrow().faults
+    }
+
+    pub(crate) fn sync_errors(&self) -> SyncErrors {
+        self.config.borrow().sync_errors
+    }
+
+    pub(crate) fn is_calm(&self) -> bool {
+        self.calm.get()
+    }
+
     pub(crate) fn direct_align(&self) -> u32 {
         self.config.borrow().direct_align_bytes
     }
@@ -306,8 +341,10 @@ impl Inner {
             inode: RefCell::new(inode),
             entity,
             name_durable: Cell::new(name_durable),
+            name_given_up: Cell::new(false),
             locks: RefCell::default(),
             sync_latched: Cell::new(false),
+            device: Cell::new(false),
             born,
         })
     }
@@ -319,6 +356,10 @@ impl Inner {
         write: bool,
         direct: bool,
     ) -> Result<Rc<OpenFile>, Errno> {
+        let failed = self.call_fault(if create_new { Call::Create } else { Call::Open }, name);
+        if let Some(failed) = failed.filter(|f| !f.happened) {
+            return Err(failed.error);
+        }
         let found = self.files.borrow().get(name).cloned();
         let file = match (found, create_new) {
             (Some(_), true) => return Err(Errno::EEXIST),
@@ -330,26 +371,14 @@ impl Inner {
                 file
             }
         };
+        if let Some(failed) = failed {
+            return Err(failed.error);
+        }
         let id = self.next_open.replace(self.next_open.get() + 1);
         // As Linux samples: what nobody has been told yet is told to the next who opens a file.
         let seen = self.losses_seen.get() == self.losses.get();
         let losses_told = Cell::new(if seen { self.losses.get() } else { self.losses_seen.get() });
         Ok(Rc::new(OpenFile { id, file, direct, write, losses_told }))
-    }
-
-    pub(crate) fn remove(&self, name: &str) -> Result<(), Errno> {
-        self.files.borrow_mut().remove(name).map(|_| ()).ok_or(Errno::ENOENT)
-    }
-
-    pub(crate) fn sync_name(&self, name: &str) -> Result<(), Errno> {
-        // A directory is synchronised as a whole.
-        let dir = name.rsplit_once('/').map_or("", |(dir, _)| dir);
-        for (other, file) in self.files.borrow().iter() {
-            if other.rsplit_once('/').map_or("", |(d, _)| d) == dir {
-                file.name_durable.set(true);
-            }
-        }
-        Ok(())
     }
 
     /// Whether anything buffered was given up that this open file has not been told of.
@@ -361,19 +390,6 @@ impl Inner {
 
     pub(crate) fn power_cuts(&self) -> u32 {
         self.power_cuts.get()
-    }
-
-    pub(crate) fn lock(&self, open: &OpenFile, kind: LockKind) -> Result<(), Errno> {
-        let mut locks = open.file.locks.borrow_mut();
-        let conflict = |l: &(u64, LockKind)| {
-            l.0 != open.id && (kind == LockKind::Exclusive || l.1 == LockKind::Exclusive)
-        };
-        if locks.iter().any(conflict) {
-            return Err(Errno::EAGAIN);
-        }
-        locks.retain(|l| l.0 != open.id);
-        locks.push((open.id, kind));
-        Ok(())
     }
 
     /// Starts an operation on `len` bytes, which are those of `bufs` for reads and writes; it ends whatever happens to
@@ -399,7 +415,7 @@ impl Inner {
             format!("{role} of {by}{place} of {}", open.file.name)
         });
         let full = self.full.get() && op.takes_space();
-        let has_space = !full || open.file.inode.borrow().has_space(offset, len);
+        let has_space = !full || open.file.device.get() || open.file.inode.borrow().has_space(offset, len);
         let fault = match op {
             IoOp::Zero(_) if full => self.full_zeros(io, has_space),
             _ if !has_space => self.no_space(op),

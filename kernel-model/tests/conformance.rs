@@ -4,11 +4,11 @@
 //! take.
 
 use kernel_model::faults::FaultPlan;
-use kernel_model::{Kernel, Process, Storage, StorageConfig};
+use kernel_model::{Content, DIRECT_ALIGN_BYTES, Kernel, Process, Storage, StorageConfig};
 use libtest_mimic::{Arguments, Completion, Trial};
 use sim::{Config, Sim};
 use std::process::ExitCode;
-use tap_conformance::{Outcome, Place, Test, files, life, locks, sockets, tasks, zeros};
+use tap_conformance::{DEVICE_BYTES, Outcome, Place, Test, files, life, locks, sockets, tasks, zeros};
 
 /// What the models do not do, and why; the list that docs/testing/conformance.md has.
 const DIFFERENT: &[(&str, &str)] = &[(
@@ -23,37 +23,69 @@ fn main() -> ExitCode {
         let lists = [files::on_files, files::on_disks, zeros::on_files, zeros::on_disks];
         let more = [locks::on_files, life::on_files, life::on_disks];
         for test in lists.into_iter().chain(more).flat_map(|list| list()) {
-            trials.push(trial(format!("{way}/{}", test.name), test, direct, false));
+            trials.push(trial(format!("{way}/{}", test.name), test, Disk { direct, ..FILE }));
+        }
+        for (sector, refuses) in [(512, false), (4096, false), (512, true)] {
+            let kind = if refuses { "-without-zeros" } else { "" };
+            for test in [files::on_disks, zeros::on_disks, life::on_disks].into_iter().flat_map(|list| list())
+            {
+                let disk = Disk { direct, device: Some(sector), refuses, ..FILE };
+                trials.push(trial(format!("{way}/device-{sector}{kind}/{}", test.name), test, disk));
+            }
         }
     }
     for test in tasks::all() {
-        trials.push(trial(format!("tasks/{}", test.name), test, false, false));
+        trials.push(trial(format!("tasks/{}", test.name), test, FILE));
     }
     for (family, tcp) in [("unix", false), ("tcp", true)] {
         for test in sockets::all() {
-            trials.push(trial(format!("{family}/{}", test.name), test, false, tcp));
+            trials.push(trial(format!("{family}/{}", test.name), test, Disk { tcp, ..FILE }));
         }
     }
     libtest_mimic::run(&args, trials).exit_code()
 }
 
-fn trial(name: String, test: Test<Place<Process>>, direct: bool, tcp: bool) -> Trial {
+/// What a body runs on.
+#[derive(Clone, Copy)]
+struct Disk {
+    direct: bool,
+    /// A block device with sectors of so many bytes.
+    device: Option<u32>,
+    /// Its drive makes no zeros.
+    refuses: bool,
+    tcp: bool,
+}
+
+const FILE: Disk = Disk { direct: false, device: None, refuses: false, tcp: false };
+
+fn trial(name: String, test: Test<Place<Process>>, disk: Disk) -> Trial {
     Trial::ignorable_test(name, move || {
         if let Some((_, why)) = DIFFERENT.iter().find(|(name, _)| *name == test.name) {
             return Ok(Completion::ignored_with(why));
         }
         let short = FaultPlan { short: true, ..FaultPlan::LATENCY };
         for (seed, faults) in [(1, FaultPlan::default()), (2, FaultPlan::LATENCY), (3, short), (4, short)] {
-            in_world(seed, faults, &test, direct, tcp).map_err(|e| format!("with seed {seed}: {e}"))?;
+            in_world(seed, faults, &test, disk).map_err(|e| format!("with seed {seed}: {e}"))?;
         }
         Ok(Completion::Completed)
     })
 }
 
-fn in_world(seed: u64, faults: FaultPlan, test: &Test<Place<Process>>, direct: bool, tcp: bool) -> Outcome {
+fn in_world(seed: u64, faults: FaultPlan, test: &Test<Place<Process>>, disk: Disk) -> Outcome {
     let sim = Sim::new(&Config::new(seed));
-    let kernel = Kernel::new(&sim, &Storage::new(&sim, StorageConfig { faults, ..StorageConfig::default() }));
-    let host = kernel.process("conformance", 1);
-    let running = (test.body)(Place { host, folder: "/images".into(), direct, device: None, tcp });
+    let config = StorageConfig {
+        faults,
+        zeroing: !disk.refuses,
+        direct_align_bytes: disk.device.unwrap_or(DIRECT_ALIGN_BYTES),
+        ..StorageConfig::default()
+    };
+    let storage = Storage::new(&sim, config);
+    let device = disk.device.map(|_| "/dev/disk".to_owned());
+    if let Some(path) = &device {
+        storage.put_device(path, Content { size: DEVICE_BYTES, ..Content::default() });
+    }
+    let host = Kernel::new(&sim, &storage).process("conformance", 1);
+    let place = Place { host, folder: "/images".into(), direct: disk.direct, device, tcp: disk.tcp };
+    let running = (test.body)(place);
     sim.run(running).map_err(|e| format!("the world does not end: {e:?}"))?
 }

@@ -31,7 +31,7 @@ fn a_lock_outlives_its_process_until_its_last_write_has_landed() {
         kernel.storage().put_bytes("/a", &[0; 4096]);
         let (one, two) = (kernel.process("one", 1), kernel.process("two", 2));
         let file = one.open("/a", OpenMode::WRITE).await.unwrap();
-        file.lock(LockKind::Exclusive).unwrap();
+        file.lock(LockKind::Exclusive).await.unwrap();
         let late = file.write_at(0, to_bufs(&[7; 512]).unwrap());
         one.spawn("writer", 0, async move {
             let _ = late.await;
@@ -42,10 +42,10 @@ fn a_lock_outlives_its_process_until_its_last_write_has_landed() {
         one.node().kill();
         one.node().dead().await;
         let file = two.open("/a", OpenMode::WRITE).await.unwrap();
-        assert_eq!(file.lock(LockKind::Exclusive), Err(Errno::EAGAIN));
+        assert_eq!(file.lock(LockKind::Exclusive).await, Err(Errno::EAGAIN));
         assert_eq!(kernel.storage().bytes("/a").unwrap()[0], 0);
         sim.sleep_ns(1_000_000).await;
-        assert_eq!(file.lock(LockKind::Exclusive), Ok(()));
+        assert_eq!(file.lock(LockKind::Exclusive).await, Ok(()));
         assert_eq!(kernel.storage().bytes("/a").unwrap()[0], 7, "a late write lands");
     });
 }
@@ -186,7 +186,7 @@ fn a_file_has_a_largest_size() {
         assert_eq!(write(&process, "/a", FILE_BYTES_MAX - 511, &[1; 512]).await, Err(Errno::EFBIG));
         let file = process.open("/a", OpenMode::WRITE).await.unwrap();
         assert_eq!(file.set_size(FILE_BYTES_MAX + 1).await, Err(Errno::EFBIG));
-        assert_eq!(file.info().unwrap().size_bytes, 512);
+        assert_eq!(file.info().await.unwrap().size_bytes, 512);
     });
 }
 

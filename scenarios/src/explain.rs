@@ -6,6 +6,7 @@ use crate::guest::{
 use crate::run::{Outcome, RunSpec};
 use crate::workload::{OP, Op};
 use crate::world::SETTING;
+use kernel_model::calls::{CALL_FAULT, describe_call_fault};
 use kernel_model::faults::{IO_FAULT, describe_fault};
 use sim::{Decision, Key};
 use std::fmt::Write as _;
@@ -28,6 +29,8 @@ pub fn decision(key: &Key, d: &Decision) -> String {
         format!("operation {}: {op}", key.attempt)
     } else if is(&IO_FAULT) {
         describe_fault(d.value)
+    } else if is(&CALL_FAULT) {
+        describe_call_fault(d.value)
     } else if is(&TRICK) {
         format!("trick {}: {}", key.attempt, describe_trick(d.value))
     } else if is(&NBD_TRICK) {

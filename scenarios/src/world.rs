@@ -87,6 +87,7 @@ impl World {
         let errors_allowed = storage.faults.errors
             || storage.faults.no_space
             || storage.faults.sync_errors
+            || storage.faults.calls
             || storage.nth_failure.is_some();
         let storage = Storage::new(sim, storage);
         let kernel = Kernel::new(sim, &storage);

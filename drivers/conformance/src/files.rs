@@ -70,7 +70,7 @@ async fn a_file_is_created_once<H: FileHost>(place: Place<H>) -> Outcome {
 
 async fn a_new_file_is_empty<H: FileHost>(place: Place<H>) -> Outcome {
     let file = place.create("a").await?;
-    let info = file.info().or_fail("look at a file")?;
+    let info = file.info().await.or_fail("look at a file")?;
     same("size", info.size_bytes, 0)?;
     same("direct", info.direct, place.direct)?;
     same("device", info.block_device, false)?;
@@ -115,14 +115,14 @@ async fn reads_stop_at_the_end<H: FileHost>(place: Place<H>) -> Outcome {
         let (count, _) = file.read_at((blocks * BLOCK) as u64, buffers(&[BLOCK])?).await;
         same("a read behind the end", count, Ok(0))?;
     }
-    same("size", file.info().or_fail("look")?.size_bytes, 2 * BLOCK as u64)
+    same("size", file.info().await.or_fail("look")?.size_bytes, 2 * BLOCK as u64)
 }
 
 async fn a_write_past_the_end_leaves_zeros_between<H: FileHost>(place: Place<H>) -> Outcome {
     let file = place.create("a").await?;
     write(&file, 0, &pattern(1, BLOCK)).await?;
     write(&file, 9 * BLOCK as u64, &pattern(2, BLOCK)).await?;
-    same("size", file.info().or_fail("look")?.size_bytes, 10 * BLOCK as u64)?;
+    same("size", file.info().await.or_fail("look")?.size_bytes, 10 * BLOCK as u64)?;
     let want = [pattern(1, BLOCK), vec![0; 8 * BLOCK], pattern(2, BLOCK)].concat();
     same_bytes("the file", &read(&file, 0, want.len()).await?, &want)
 }
@@ -131,7 +131,7 @@ async fn shrinking_cuts_and_growing_gives_zeros<H: FileHost>(place: Place<H>) ->
     let file = place.create("a").await?;
     write(&file, 0, &pattern(1, 4 * BLOCK)).await?;
     file.set_size(2 * BLOCK as u64).await.or_fail("shrink")?;
-    same("size", file.info().or_fail("look")?.size_bytes, 2 * BLOCK as u64)?;
+    same("size", file.info().await.or_fail("look")?.size_bytes, 2 * BLOCK as u64)?;
     same_bytes("the rest", &read(&file, 0, 4 * BLOCK).await?, &pattern(1, 4 * BLOCK)[..2 * BLOCK])?;
     file.set_size(4 * BLOCK as u64).await.or_fail("grow")?;
     let want = [&pattern(1, 4 * BLOCK)[..2 * BLOCK], &vec![0; 2 * BLOCK]].concat();
@@ -156,7 +156,7 @@ async fn sizes_of_odd_bytes_hold<H: FileHost>(place: Place<H>) -> Outcome {
         return Ok(());
     }
     write(&file, 2 * BLOCK as u64 + 7, &pattern(2, 100)).await?;
-    same("size", file.info().or_fail("look")?.size_bytes, 2 * BLOCK as u64 + 107)?;
+    same("size", file.info().await.or_fail("look")?.size_bytes, 2 * BLOCK as u64 + 107)?;
     let tail = [&[0; 7], &*pattern(2, 100)].concat();
     same_bytes("the tail", &read(&file, 2 * BLOCK as u64, BLOCK).await?, &tail)
 }
@@ -170,7 +170,7 @@ async fn no_file_is_larger_than_an_offset<H: FileHost>(place: Place<H>) -> Outco
         same("read", count, Err(Errno::EFBIG))?;
     }
     same("set the size", file.set_size(u64::MAX).await, Err(Errno::EFBIG))?;
-    same("size", file.info().or_fail("look")?.size_bytes, 0)
+    same("size", file.info().await.or_fail("look")?.size_bytes, 0)
 }
 
 async fn bytes_come_back<H: FileHost>(place: Place<H>) -> Outcome {
@@ -292,7 +292,7 @@ async fn buffers_come_back_with_the_result<H: FileHost>(place: Place<H>) -> Outc
 async fn alignment_is_asked_for_as_information_says<H: FileHost>(place: Place<H>) -> Outcome {
     let file = place.disk(4).await?;
     write(&file, 0, &pattern(1, 2 * BLOCK)).await?;
-    let align = file.info().or_fail("look")?.align_bytes as usize;
+    let align = file.info().await.or_fail("look")?.align_bytes as usize;
     if align == 1 {
         write(&file, 4001, &pattern(2, 333)).await?;
         let mut want = pattern(1, 2 * BLOCK);
@@ -347,9 +347,9 @@ async fn a_file_is_the_same_under_every_open<H: FileHost>(place: Place<H>) -> Ou
     let other = place.create("b").await?;
     write(&one, 0, &pattern(1, BLOCK)).await?;
     let again = place.open("a").await?;
-    let id = |file: &H::File| file.info().map(|info| info.id).or_fail("look");
-    same("the file, opened again", id(&again)?, id(&one)?)?;
-    holds("another file has another identity", id(&other)? != id(&one)?)?;
+    let id = async |file: &H::File| file.info().await.map(|info| info.id).or_fail("look");
+    same("the file, opened again", id(&again).await?, id(&one).await?)?;
+    holds("another file has another identity", id(&other).await? != id(&one).await?)?;
     match one.file_system_lost().await {
         // Where it cannot tell; and what others wrote may have been given up.
         Err(Errno::EOPNOTSUPP) | Ok(_) => Ok(()),

@@ -239,7 +239,7 @@ async fn write<F: File>(file: &F, offset: u64, bytes: &[u8]) -> Outcome {
 
 /// Reads up to `len` bytes, going on after short transfers, until the end of the file.
 async fn read<F: File>(file: &F, offset: u64, len: usize) -> Result<Vec<u8>, String> {
-    let align = file.info().or_fail("look")?.align_bytes as usize;
+    let align = file.info().await.or_fail("look")?.align_bytes as usize;
     let mut bytes = Vec::new();
     // Only the end of a file cuts a direct read within a sector, and behind it none can begin.
     while bytes.len() < len && bytes.len().is_multiple_of(align) {

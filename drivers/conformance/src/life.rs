@@ -21,7 +21,7 @@ async fn a_removed_file_lives_while_it_is_open<H: FileHost>(place: Place<H>) -> 
     write(&old, 0, &pattern(1, BLOCK)).await?;
     place.host.remove(&place.path("a")).await.or_fail("remove")?;
     let new = place.create("a").await?;
-    same("size of the new file", new.info().or_fail("look")?.size_bytes, 0)?;
+    same("size of the new file", new.info().await.or_fail("look")?.size_bytes, 0)?;
     write(&old, BLOCK as u64, &pattern(2, BLOCK)).await?;
     write(&new, 0, &pattern(3, BLOCK)).await?;
     let want = [pattern(1, BLOCK), pattern(2, BLOCK)].concat();
@@ -46,7 +46,7 @@ async fn a_dropped_write_lands_as_a_whole<H: FileHost>(place: Place<H>) -> Outco
     let mut size = 0;
     while size < bytes.len() as u64 {
         place.host.sleep_ns(1_000_000).await;
-        size = file.info().or_fail("look")?.size_bytes;
+        size = file.info().await.or_fail("look")?.size_bytes;
     }
     // Its size may show before its last byte; whoever comes behind it in the file's order sees all.
     write(&file, bytes.len() as u64, &pattern(8, BLOCK)).await?;

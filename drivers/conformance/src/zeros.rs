@@ -37,7 +37,7 @@ async fn zero<F: File>(file: &F, offset: u64, len: usize, mode: ZeroMode) -> Out
 
 async fn zeros_fill_their_range_only<H: FileHost>(place: Place<H>) -> Outcome {
     let file = place.disk(64).await?;
-    let size = file.info().or_fail("look")?.size_bytes;
+    let size = file.info().await.or_fail("look")?.size_bytes;
     for (tag, mode) in MODES.into_iter().enumerate() {
         let mut want = pattern(tag as u8 + 1, 64 * BLOCK);
         write(&file, 0, &want).await?;
@@ -49,7 +49,7 @@ async fn zeros_fill_their_range_only<H: FileHost>(place: Place<H>) -> Outcome {
         file.sync_data().await.or_fail("synchronise")?;
         same_bytes("the synchronised disk", &read(&file, 0, want.len()).await?, &want)?;
     }
-    same("size", file.info().or_fail("look")?.size_bytes, size)
+    same("size", file.info().await.or_fail("look")?.size_bytes, size)
 }
 
 async fn zeros_of_no_range_are_refused<H: FileHost>(place: Place<H>) -> Outcome {
@@ -69,7 +69,7 @@ async fn zeros_end_with_the_file<H: FileHost>(place: Place<H>) -> Outcome {
         write(&file, 0, &pattern(1, 4 * BLOCK)).await?;
         zero(&file, 3 * BLOCK as u64, 5 * BLOCK, mode).await?;
         zero(&file, 9 * BLOCK as u64, BLOCK, mode).await?;
-        same("size", file.info().or_fail("look")?.size_bytes, 4 * BLOCK as u64)?;
+        same("size", file.info().await.or_fail("look")?.size_bytes, 4 * BLOCK as u64)?;
         let want = [&pattern(1, 4 * BLOCK)[..3 * BLOCK], &[0; BLOCK]].concat();
         same_bytes("the file", &read(&file, 0, 8 * BLOCK).await?, &want)?;
         file.set_size(6 * BLOCK as u64).await.or_fail("grow")?;
@@ -110,7 +110,7 @@ async fn a_hole_may_be_written_again<H: FileHost>(place: Place<H>) -> Outcome {
 
 /// Which blocks of the first `blocks` lie in data, even in part. Checks that extents follow each other without end.
 async fn data_blocks<F: File>(file: &F, blocks: usize) -> Result<Vec<bool>, String> {
-    let size = file.info().or_fail("look")?.size_bytes;
+    let size = file.info().await.or_fail("look")?.size_bytes;
     let mut data = vec![false; blocks];
     let mut at = 0;
     while let Some(extent) = file.extent_at(at).await.or_fail("look for an extent")? {
@@ -129,7 +129,7 @@ async fn data_blocks<F: File>(file: &F, blocks: usize) -> Result<Vec<bool>, Stri
 
 async fn extents_cover_the_disk<H: FileHost>(place: Place<H>) -> Outcome {
     let file = place.disk(16).await?;
-    let size = file.info().or_fail("look")?.size_bytes;
+    let size = file.info().await.or_fail("look")?.size_bytes;
     data_blocks(&file, 16).await?;
     for offset in [size, size + 1, u64::MAX >> 1] {
         same("an extent behind the end", file.extent_at(offset).await, Ok(None))?;

@@ -163,10 +163,10 @@ pub trait File: Clone + 'static {
     ///
     /// # Errors
     /// As fstat(2).
-    fn info(&self) -> Result<FileInfo, Errno>;
-    /// Takes or changes this open file's lock without waiting.
+    fn info(&self) -> impl Future<Output = Result<FileInfo, Errno>> + 'static;
+    /// Takes or changes this open file's lock without waiting for who holds it.
     ///
     /// # Errors
     /// `EAGAIN` while another open file holds a conflicting lock.
-    fn lock(&self, kind: LockKind) -> Result<(), Errno>;
+    fn lock(&self, kind: LockKind) -> impl Future<Output = Result<(), Errno>> + 'static;
 }

@@ -11,6 +11,7 @@
 //!
 //! A read past the end of the file gives zeros: after a crash a mapping may be there before the size is.
 
+use crate::calls::uninterrupted;
 use crate::keep::KeptZeros;
 use crate::memory::{FileStages, PART_BYTES};
 use crate::sync::GroupSync;
@@ -18,8 +19,8 @@ use crate::{ImageError, ImageHost};
 use smallvec::smallvec;
 use tap_core::{Access, Space, Tracker};
 use tap_host::{
-    Budget, Bug, Errno, File, FileInfo, Files, IoBuf, IoVec, LockKind, Mark, OpenMode, ZeroMode, bytes_of,
-    copy_from_slice, copy_to_slice,
+    Budget, Bug, Errno, File, FileId, FileInfo, Files, IoBuf, IoVec, LockKind, Mark, OpenMode, ZeroMode,
+    bytes_of, copy_from_slice, copy_to_slice,
 };
 
 /// Repetitions of one operation after transient errors, within a request. The scheduler repeats whole requests: where one
@@ -59,17 +60,32 @@ impl<H: ImageHost> ImageFile<H> {
     /// Opens and locks `path`: alone for writing, together with other readers otherwise.
     pub(crate) async fn open(host: &H, path: &str, write: bool, direct: bool) -> Result<Self, ImageError> {
         let mode = OpenMode { write, create_new: false, direct };
-        let file = host.open(path, mode).await.map_err(ImageError::io("open", path))?;
+        let file =
+            uninterrupted(host, || host.open(path, mode)).await.map_err(ImageError::io("open", path))?;
         Self::locked(host, path, file, write).await
     }
 
-    /// Creates and locks `path`, or locks and empties what is there. A block device keeps its bytes.
-    pub(crate) async fn create(host: &H, path: &str, existing: bool) -> Result<Self, ImageError> {
-        let mode = if existing { OpenMode::WRITE } else { OpenMode::CREATE };
-        let file = host.open(path, mode).await.map_err(ImageError::io("create", path))?;
+    /// Creates and locks `path`; or locks and empties what is there, unless it is one of the files in `existing`. A block
+    /// device keeps its bytes.
+    pub(crate) async fn create(
+        host: &H,
+        path: &str,
+        existing: Option<&[FileId]>,
+    ) -> Result<Self, ImageError> {
+        let mode = if existing.is_some() { OpenMode::WRITE } else { OpenMode::CREATE };
+        let file = uninterrupted(host, || host.open(path, mode)).await;
+        let file = file.map_err(ImageError::io("create", path))?;
+        if let Some(others) = existing {
+            // Not by its name: what that leads to may have changed since somebody looked.
+            let id = file.info().await.map_err(ImageError::io("look at", path))?.id;
+            if others.contains(&id) {
+                let what = "it is the same file as one that it is made from, which would be lost".to_owned();
+                return Err(ImageError::Options { path: path.to_owned(), format: "new", what });
+            }
+        }
         let mut file = Self::locked(host, path, file, true).await?;
         file.repeats = CREATE_REPEATS;
-        if existing && !file.info.block_device {
+        if existing.is_some() && !file.info.block_device {
             file.set_size(0).await.map_err(ImageError::io("empty", path))?;
             file.info.size_bytes = 0;
         }
@@ -78,12 +94,15 @@ impl<H: ImageHost> ImageFile<H> {
 
     async fn locked(host: &H, path: &str, file: H::File, write: bool) -> Result<Self, ImageError> {
         let kind = if write { LockKind::Exclusive } else { LockKind::Shared };
-        let locked = if write || !host.bug(Bug::BackingUnlocked) { file.lock(kind) } else { Ok(()) };
+        let locked = match write || !host.bug(Bug::BackingUnlocked) {
+            true => uninterrupted(host, || file.lock(kind)).await,
+            false => Ok(()),
+        };
         locked.map_err(|error| match error {
             Errno::EAGAIN => ImageError::InUse { path: path.to_owned() },
             error => ImageError::io("lock", path)(error),
         })?;
-        let info = file.info().map_err(ImageError::io("look at", path))?;
+        let info = file.info().await.map_err(ImageError::io("look at", path))?;
         let info = FileInfo { align_bytes: info.align_bytes.max(1), ..info };
         let memory = FileStages::new(&Budget::default(), path, info.align_bytes as usize)?;
         let sync = GroupSync::of(host, &file, &info, write).await;
@@ -199,15 +218,26 @@ impl<H: ImageHost> ImageFile<H> {
     }
 
     /// Makes `len` bytes from `offset` on read as zeros, however that is done. `fast`: refuses with `EOPNOTSUPP`, nothing
-    /// changed, if they would have to be written.
+    /// changed, if they would have to be written. What lies behind the end of the file has no space in either mode, unless
+    /// `mode` asks for it.
     pub(crate) async fn zero(&self, offset: u64, len: u64, mode: ZeroMode, fast: bool) -> Result<(), Errno> {
         match self.zero_in_place(offset, len, mode).await {
             Err(Errno::EOPNOTSUPP) if !fast => self.write_zeros(offset, len).await,
+            Ok(()) if mode == ZeroMode::Keep && !self.info.block_device => {
+                let (size, end) = (self.size().await?, offset + len);
+                let from = size.max(offset);
+                if from < end { self.write_zeros(from, end - from).await } else { Ok(()) }
+            }
             result => result,
         }
     }
 
     async fn zero_in_place(&self, offset: u64, len: u64, mode: ZeroMode) -> Result<(), Errno> {
+        let mode = match mode {
+            ZeroMode::Keep if self.host.bug(Bug::KeptGivenBack) => ZeroMode::Unmap,
+            ZeroMode::Unmap if self.host.bug(Bug::GivenBackKept) => ZeroMode::Keep,
+            mode => mode,
+        };
         let align = u64::from(self.info.align_bytes);
         let edges = !offset.is_multiple_of(align) || !len.is_multiple_of(align);
         let ticket = self.tracker.ticket("zeros in block", offset / align);
@@ -218,27 +248,24 @@ impl<H: ImageHost> ImageFile<H> {
             claimed.expect("nobody waits for a ticket that is new");
             ticket.ready().await;
         }
-        match mode {
-            ZeroMode::Unmap => self.punch(offset, len).await,
-            ZeroMode::Keep => {
-                let of = (&self.file, &self.info);
-                self.kept.zero(&self.host, of, (offset, len), || self.write_zeros(offset, len)).await
-            }
-        }
-    }
-
-    /// Makes a hole, again after transient errors.
-    async fn punch(&self, offset: u64, len: u64) -> Result<(), Errno> {
         let mut pause_ns = REPEAT_PAUSE_NS;
         for _ in 0..self.repeats {
-            match self.file.zero_at(offset, len, ZeroMode::Unmap).await {
+            match self.zero_once(offset, len, mode).await {
                 Err(e) if is_transient(e) => self.host.mark(Mark::OperationRepeated),
                 result => return result,
             }
             self.host.sleep_ns(pause_ns).await;
             pause_ns *= 2;
         }
-        self.file.zero_at(offset, len, ZeroMode::Unmap).await
+        self.zero_once(offset, len, mode).await
+    }
+
+    async fn zero_once(&self, offset: u64, len: u64, mode: ZeroMode) -> Result<(), Errno> {
+        if !KeptZeros::concerns(&self.info, mode) {
+            return self.file.zero_at(offset, len, mode).await;
+        }
+        let (of, range) = ((&self.file, &self.info), (offset, len, mode));
+        self.kept.zero(&self.host, of, range, || self.write_zeros(offset, len)).await
     }
 
     async fn write_zeros(&self, offset: u64, len: u64) -> Result<(), Errno> {
@@ -259,7 +286,7 @@ impl<H: ImageHost> ImageFile<H> {
 
     /// The run of data or hole from byte `offset` on, at most `len` bytes; a hole at and behind the end of the file.
     pub(crate) async fn extent(&self, offset: u64, len: u64) -> Result<(u64, bool), Errno> {
-        Ok(match self.file.extent_at(offset).await? {
+        Ok(match uninterrupted(&self.host, || self.file.extent_at(offset)).await? {
             Some(extent) => (extent.len_bytes.min(len), extent.data),
             None => (len, false),
         })
@@ -290,13 +317,16 @@ impl<H: ImageHost> ImageFile<H> {
     }
 
     /// The size in bytes as it is now.
-    pub(crate) fn size(&self) -> Result<u64, Errno> {
-        Ok(self.file.info()?.size_bytes)
+    pub(crate) async fn size(&self) -> Result<u64, Errno> {
+        Ok(self.file.info().await?.size_bytes)
     }
 
     /// Sets the size in bytes.
     pub(crate) async fn set_size(&self, size_bytes: u64) -> Result<(), Errno> {
-        self.file.set_size(size_bytes).await
+        match uninterrupted(&self.host, || self.file.set_size(size_bytes)).await {
+            Err(_) if self.host.bug(Bug::SizeBelieved) => Ok(()),
+            result => result,
+        }
     }
 
     fn is_aligned(&self, offset: u64, bufs: &[IoBuf]) -> bool {
@@ -329,7 +359,7 @@ impl<H: ImageHost> ImageFile<H> {
             return (Ok(()), bufs);
         }
         loop {
-            match self.settle(way, offset, &mut done) {
+            match self.settle(way, offset, &mut done).await {
                 Ok(true) => {}
                 Ok(false) => {
                     zero_from(&mut bufs, done);
@@ -357,12 +387,12 @@ impl<H: ImageHost> ImageFile<H> {
     }
 
     /// Rounds `done` to where a direct file can go on; `false` if a read ended there because the file does.
-    fn settle(&self, way: Way, offset: u64, done: &mut usize) -> Result<bool, Errno> {
+    async fn settle(&self, way: Way, offset: u64, done: &mut usize) -> Result<bool, Errno> {
         let rest = *done % self.info.align_bytes as usize;
         if rest == 0 {
             return Ok(true);
         }
-        if way == Way::Read && offset + *done as u64 >= self.file.info()?.size_bytes {
+        if way == Way::Read && offset + *done as u64 >= self.file.info().await?.size_bytes {
             return Ok(false);
         }
         *done -= rest;
@@ -413,7 +443,7 @@ impl<H: ImageHost> ImageFile<H> {
             return (result, bufs);
         }
         // Nothing is the end of the file only where it ends: what would have had to wait may give nothing too.
-        match self.file.info() {
+        match self.file.info().await {
             Ok(info) if at < info.size_bytes => (Err(Errno::EAGAIN), bufs),
             info => (info.map(|_| 0), bufs),
         }
@@ -533,7 +563,10 @@ pub(crate) async fn sync_name<H: ImageHost>(host: &H, path: &str) -> Result<(), 
     if host.bug(Bug::NameUnsynced) {
         return Ok(());
     }
-    Files::sync_parent(host, path).await.map_err(ImageError::io("synchronise the directory of", path))
+    match uninterrupted(host, || Files::sync_parent(host, path)).await {
+        Err(_) if host.bug(Bug::DirectoryBelieved) => Ok(()),
+        result => result.map_err(ImageError::io("synchronise the directory of", path)),
+    }
 }
 
 /// The operation did nothing, and may do it the next time.

@@ -1,18 +1,22 @@
-//! Zeros that keep their space, on files with a page cache, where a failure takes accepted writes back.
+//! Zeros made where there is a page cache, when a failure takes accepted writes back.
 //!
 //! ```text
 //!   write v2 ──accepted──┐
-//!   zeros (FALLOC_FL_ZERO_RANGE): drop dirty pages ─► no space ─► ENOSPC      reads show v1 again
-//!   settle: punch a hole ─► else write zeros ─► else give the file up         reads show zeros: allowed
+//!   zeros: drop dirty pages ─► no space, no such command, an error ─► told        reads show v1 again
+//!   settle: punch a hole ─► else write zeros ─► else give the file up             reads show zeros: allowed
 //! ```
 //!
-//! ext4 drops the dirty pages of the whole blocks in the range before it looks for space (xfs does not). v2 is gone then,
-//! and v1 must not come back, so the range is made what the failed request may have left: zeros. A hole takes no space.
+//! | file | zeros that keep their space | holes |
+//! |---|---|---|
+//! | a file | ext4 drops the dirty pages of the whole blocks before it looks for space (xfs does not) | safe |
+//! | a block device | Linux drops the dirty pages before it asks the drive | the same, also where the drive cannot |
+//! | with O_DIRECT | safe: there are no dirty pages | safe |
+//!
+//! v2 is gone then, and v1 must not come back, so the range is made what the failed request may have left: zeros. A hole
+//! takes no space. A drive that cannot make holes says so after the pages are gone; it is not asked again.
 //!
 //! A synchronisation that runs beside such a failure may have missed the pages that were dropped, and what it said of them
 //! is void. It is repeated once the range is settled, so that the zeros are durable in their place.
-//!
-//! The same call is left alone with O_DIRECT and on block devices (there are no dirty pages), and where it punches.
 
 use crate::ImageHost;
 use std::cell::Cell;
@@ -25,9 +29,14 @@ const ATTEMPTS: u32 = 8;
 /// Before the second of them, in nanoseconds; it doubles with each.
 const PAUSE_NS: u64 = 1_000_000;
 
-/// The zeros of one file that keep their space.
+/// The largest sector of a drive, in bytes: what a device refuses of whole ones it refuses for good.
+const DRIVE_SECTOR_BYTES: u64 = 4096;
+
+/// The zeros of one file that may cost dirty pages.
 #[derive(Default)]
 pub(crate) struct KeptZeros {
+    /// A block device said that it cannot make holes.
+    no_holes: Cell<bool>,
     /// Orders zeros (shared) and the end of a synchronisation beside them (exclusive).
     order: Tracker,
     running: Cell<u32>,
@@ -43,39 +52,49 @@ impl KeptZeros {
         self.given_up.get()
     }
 
-    /// Makes a range zeros that keep their space. `write_zeros` writes them, where a hole cannot be made.
+    /// Whether making zeros of the file in `mode` may cost dirty pages when it fails.
+    pub(crate) fn concerns(info: &FileInfo, mode: ZeroMode) -> bool {
+        !info.direct && (info.block_device || mode == ZeroMode::Keep)
+    }
+
+    /// Makes a range zeros where that may cost dirty pages. `write_zeros` writes them, where a hole cannot be made.
     pub(crate) async fn zero<H: ImageHost, W: Future<Output = Result<(), Errno>>>(
         &self,
         host: &H,
         (file, info): (&H::File, &FileInfo),
-        (offset, len): (u64, u64),
+        (offset, len, mode): (u64, u64, ZeroMode),
         write_zeros: impl Fn() -> W,
     ) -> Result<(), Errno> {
-        if info.direct || info.block_device {
-            return file.zero_at(offset, len, ZeroMode::Keep).await;
+        if mode == ZeroMode::Unmap && self.no_holes.get() {
+            return Err(Errno::EOPNOTSUPP);
         }
         let ticket = self.order.ticket("zeros", offset);
         ticket.claim(Space::HostBlocks, 0..1, Access::Shared).expect("a new ticket waits for none");
         ticket.ready().await;
         let _running = Running::new(&self.running);
-        let result = file.zero_at(offset, len, ZeroMode::Keep).await;
+        let result = file.zero_at(offset, len, mode).await;
         let Err(error) = result else { return result };
+        let refused = error == Errno::EOPNOTSUPP;
         // The file cannot do it, or the call did not begin: nothing was changed.
-        if matches!(error, Errno::EOPNOTSUPP | Errno::EAGAIN) {
+        if error == Errno::EAGAIN || refused && (!info.block_device || host.bug(Bug::DeviceTrusted)) {
             return result;
         }
         if host.bug(Bug::FailedZerosLeft) {
             return Err(error);
         }
         host.mark(Mark::FailedZerosSettled);
-        if settle(host, file, (offset, len), write_zeros).await.is_err() {
+        let whole = offset.is_multiple_of(DRIVE_SECTOR_BYTES) && len.is_multiple_of(DRIVE_SECTOR_BYTES);
+        self.no_holes.set(self.no_holes.get() || refused && whole && mode == ZeroMode::Unmap);
+        let settled = settle(host, file, (offset, len), write_zeros).await;
+        if settled.is_err() {
             self.given_up.set(true);
         }
         // Only now: a synchronisation that began while the range was being settled has missed the end of that.
         if !host.bug(Bug::FlushBesideFailedZeros) {
             self.failures.set(self.failures.get() + 1);
         }
-        Err(error)
+        // What could not be done without writing has been done by writing.
+        if refused && settled.is_ok() { Ok(()) } else { Err(error) }
     }
 
     /// How many failures there were; to be noted before a synchronisation.

@@ -22,6 +22,7 @@
 //! | [`raw`] | the file is the disk |
 //! | [`qcow`] | QEMU copy-on-write, version 1, with Xen's extended header |
 
+mod calls;
 mod carve;
 mod chain;
 mod error;
@@ -36,6 +37,7 @@ mod sync_record;
 #[cfg(test)]
 mod testing;
 
+pub use calls::file_id;
 pub use chain::{
     BackingGate, BackingPolicy, Description, ImageFormat, ImageSpec, OpenOptions, describe, open_image,
     resolve,

@@ -7,7 +7,7 @@ use crate::{ImageError, ImageHost, OpenOptions};
 use std::cell::RefCell;
 use std::rc::Rc;
 use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, Source};
-use tap_host::{Bug, Errno, IoVec, SECTOR_BYTES, SectorRange, ZeroMode};
+use tap_host::{Bug, Errno, FileId, IoVec, SECTOR_BYTES, SectorRange, ZeroMode};
 
 /// An open raw image.
 pub struct Raw<H: ImageHost> {
@@ -22,7 +22,7 @@ struct Inner<H: ImageHost> {
 }
 
 /// Creates a raw image of `size_bytes` that reads as zeros, durable together with its name; with `existing`, out of the
-/// file that is at the path, whose content is lost.
+/// file that is at the path, whose content is lost, unless it is one of those.
 ///
 /// # Errors
 /// [`ImageError`]; what was created by then stays.
@@ -30,7 +30,7 @@ pub async fn create<H: ImageHost>(
     host: &H,
     path: &str,
     size_bytes: u64,
-    existing: bool,
+    existing: Option<&[FileId]>,
 ) -> Result<(), ImageError> {
     if !size_bytes.is_multiple_of(SECTOR_BYTES) || size_bytes > i64::MAX as u64 {
         let what = format!("a size of {size_bytes} bytes is not a multiple of {SECTOR_BYTES}, or too large");

@@ -551,20 +551,26 @@ impl File for MemFile {
         }
     }
 
-    fn info(&self) -> Result<FileInfo, Errno> {
+    fn info(&self) -> impl Future<Output = Result<FileInfo, Errno>> + 'static {
         let size_bytes = self.0.store.now.borrow().len() as u64;
         let inode = Rc::as_ptr(&self.0.store) as usize as u64;
-        Ok(FileInfo {
+        std::future::ready(Ok(FileInfo {
             id: FileId { device: 1, inode, generation: 0 },
             size_bytes,
             allocated_bytes: size_bytes,
             align_bytes: self.0.align(),
             direct: self.0.mode.direct,
             block_device: self.0.store.device.get(),
-        })
+        }))
     }
 
-    fn lock(&self, kind: LockKind) -> Result<(), Errno> {
+    fn lock(&self, kind: LockKind) -> impl Future<Output = Result<(), Errno>> + 'static {
+        std::future::ready(self.try_lock(kind))
+    }
+}
+
+impl MemFile {
+    fn try_lock(&self, kind: LockKind) -> Result<(), Errno> {
         let mut locks = self.0.store.locks.borrow_mut();
         let conflict = |l: &(usize, LockKind)| {
             l.0 != self.0.id && (l.1 == LockKind::Exclusive || kind == LockKind::Exclusive)

@@ -44,7 +44,7 @@ pub use xen::{LinuxChannel, LinuxPage, XenError, XenOptions};
 pub use xenstore::{StoreClient, StoreOpenError, StorePlaces, StoreTransaction, StoreWatcher};
 
 use clock::Clock;
-use files::Engine;
+use files::{Closing, Engine};
 use log::Logger;
 use signals::Stop;
 use std::any::Any;
@@ -67,6 +67,7 @@ pub struct LinuxHost(Rc<Inner>);
 
 struct Inner {
     engine: Rc<Engine>,
+    closing: Rc<Closing>,
     clock: Clock,
     logger: Logger,
     stop: Stop,
@@ -88,6 +89,10 @@ struct Panicked {
 impl LinuxHost {
     fn engine(&self) -> &Rc<Engine> {
         &self.0.engine
+    }
+
+    fn closing(&self) -> &Rc<Closing> {
+        &self.0.closing
     }
 
     /// Which engine executes file operations that may wait: never [`AioEngine::Auto`].
@@ -135,6 +140,7 @@ where
         Engine::new(options.aio).map_err(|e| StartError::Aio { aio: options.aio, error: e })?;
     let host = LinuxHost(Rc::new(Inner {
         engine: Rc::new(engine),
+        closing: Rc::default(),
         clock: Clock::new(),
         logger: Logger::new(options.log_level, options.log_to),
         stop: Stop::default(),

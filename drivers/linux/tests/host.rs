@@ -46,7 +46,7 @@ fn many_operations_at_once_all_end_with_their_own_result() {
                 host.sleep_ns(1_000_000).await;
             }
             assert_eq!(file.sync_data().await, Ok(()));
-            assert_eq!(file.info().unwrap().size_bytes, 512_000);
+            assert_eq!(file.info().await.unwrap().size_bytes, 512_000);
         });
     }
 }
@@ -101,7 +101,7 @@ fn buffers_of_a_dropped_operation_come_back_when_it_has_ended() {
         while pool.used_bytes() > 0 {
             host.sleep_ns(1_000_000).await;
         }
-        assert_eq!(file.info().unwrap().size_bytes, 4096);
+        assert_eq!(file.info().await.unwrap().size_bytes, 4096);
     });
 }
 
@@ -182,11 +182,49 @@ fn locks_keep_a_second_writer_out() {
     with(AioEngine::Auto, |host| async move {
         let one = host.open(&path, OpenMode::CREATE).await.unwrap();
         let two = host.open(&path, OpenMode::WRITE).await.unwrap();
-        assert_eq!(one.lock(LockKind::Shared), Ok(()));
-        assert_eq!(two.lock(LockKind::Shared), Ok(()));
-        assert_eq!(two.lock(LockKind::Exclusive), Err(Errno::EAGAIN));
+        assert_eq!(one.lock(LockKind::Shared).await, Ok(()));
+        assert_eq!(two.lock(LockKind::Shared).await, Ok(()));
+        assert_eq!(two.lock(LockKind::Exclusive).await, Err(Errno::EAGAIN));
         drop(one);
-        assert_eq!(two.lock(LockKind::Exclusive), Ok(()));
+        assert_eq!(two.lock(LockKind::Exclusive).await, Ok(()));
+    });
+}
+
+/// Threads that may wait, as tokio has them where nothing else is said.
+const WAITING_THREADS: usize = 512;
+
+/// Where files are that do not live in memory.
+const ON_DISK: &str = env!("CARGO_TARGET_TMPDIR");
+
+#[test]
+fn closing_a_file_never_holds_up_the_program() {
+    let dir = tempfile::tempdir_in(ON_DISK).unwrap();
+    let path = path(&dir, "closed");
+    let open_here = {
+        let path = path.clone();
+        move || {
+            let links = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+            links.filter(|l| std::fs::read_link(l.path()).is_ok_and(|to| to.to_str() == Some(&path))).count()
+        }
+    };
+    with(AioEngine::Auto, |host| async move {
+        let file = host.open(&path, OpenMode::CREATE).await.unwrap();
+        file.write_at(0, one(0, 4096)).await.0.unwrap();
+        assert_eq!(file.lock(LockKind::Exclusive).await, Ok(()));
+        let second = host.open(&path, OpenMode::WRITE).await.unwrap();
+        // As if every other thread waited for storage.
+        let gate = std::sync::Arc::new(std::sync::RwLock::new(()));
+        let shut = gate.write().unwrap();
+        for _ in 0..WAITING_THREADS {
+            let gate = std::sync::Arc::clone(&gate);
+            tokio::task::spawn_blocking(move || drop(gate.read().unwrap()));
+        }
+        assert_eq!(open_here(), 2);
+        drop(file);
+        assert_eq!(open_here(), 2, "it is closed where waiting is allowed");
+        drop(shut);
+        assert_eq!(second.lock(LockKind::Exclusive).await, Ok(()), "and its lock is waited for");
+        assert_eq!(open_here(), 1);
     });
 }
 

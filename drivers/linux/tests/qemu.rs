@@ -40,12 +40,18 @@ fn with_qemu(test: Body) -> Result<Completion, Failed> {
     Ok(Completion::Completed)
 }
 
-fn with_file(path: &str, mode: OpenMode, body: impl FnOnce(LinuxFile) + 'static) -> Result<(), Failed> {
+fn with_file(path: &str, mode: OpenMode, body: impl AsyncFnOnce(LinuxFile) + 'static) -> Result<(), Failed> {
     let path = path.to_owned();
     Ok(run(&Options::default(), |host: LinuxHost| async move {
-        let file = host.open(&path, mode).await;
-        file.map(body)
+        body(host.open(&path, mode).await?).await;
+        Ok::<(), Errno>(())
     })??)
+}
+
+/// Closes a file; that happens on another thread.
+fn close(file: LinuxFile) {
+    drop(file);
+    std::thread::sleep(std::time::Duration::from_millis(100));
 }
 
 /// What a run of a tool says on standard error; empty if it succeeded.
@@ -72,24 +78,24 @@ fn compare(path: &str) -> String {
 
 fn our_writer(path: &str) -> Result<(), Failed> {
     let name = path.to_owned();
-    with_file(path, OpenMode::WRITE, move |file| {
+    with_file(path, OpenMode::WRITE, async move |file| {
         assert_eq!((write(&name), compare(&name)), (String::new(), String::new()), "nobody has it yet");
-        assert_eq!(file.lock(LockKind::Exclusive), Ok(()));
+        assert_eq!(file.lock(LockKind::Exclusive).await, Ok(()));
         assert!(write(&name).contains("lock"), "a second writer");
         assert!(read(&name).contains("lock"), "a reader");
         assert!(compare(&name).contains("lock"), "qemu-img");
-        drop(file);
+        close(file);
         assert_eq!((write(&name), compare(&name)), (String::new(), String::new()), "after us");
     })
 }
 
 fn our_reader(path: &str) -> Result<(), Failed> {
     let name = path.to_owned();
-    with_file(path, OpenMode::READ, move |file| {
-        assert_eq!(file.lock(LockKind::Shared), Ok(()));
+    with_file(path, OpenMode::READ, async move |file| {
+        assert_eq!(file.lock(LockKind::Shared).await, Ok(()));
         assert_eq!((read(&name), compare(&name)), (String::new(), String::new()), "readers share");
         assert!(write(&name).contains("lock"), "a writer");
-        drop(file);
+        close(file);
         assert_eq!(write(&name), "", "a writer after us");
     })
 }
@@ -123,20 +129,20 @@ impl Holder {
 
 fn their_writer(path: &str) -> Result<(), Failed> {
     let name = path.to_owned();
-    with_file(path, OpenMode::WRITE, move |file| {
+    with_file(path, OpenMode::WRITE, async move |file| {
         let reader = Holder::start(&["-r", "-f", "raw", &name]);
-        assert_eq!(file.lock(LockKind::Exclusive), Err(Errno::EAGAIN), "a writer beside their reader");
-        assert_eq!(file.lock(LockKind::Shared), Ok(()), "a reader beside their reader");
+        assert_eq!(file.lock(LockKind::Exclusive).await, Err(Errno::EAGAIN), "a writer beside their reader");
+        assert_eq!(file.lock(LockKind::Shared).await, Ok(()), "a reader beside their reader");
         reader.quit();
-        assert_eq!(file.lock(LockKind::Exclusive), Ok(()), "a writer alone");
-        drop(file);
+        assert_eq!(file.lock(LockKind::Exclusive).await, Ok(()), "a writer alone");
+        close(file);
     })?;
     let name = path.to_owned();
-    with_file(path, OpenMode::WRITE, move |file| {
+    with_file(path, OpenMode::WRITE, async move |file| {
         let writer = Holder::start(&["-f", "raw", &name]);
-        assert_eq!(file.lock(LockKind::Exclusive), Err(Errno::EAGAIN), "a writer beside their writer");
-        assert_eq!(file.lock(LockKind::Shared), Err(Errno::EAGAIN), "a reader beside their writer");
+        assert_eq!(file.lock(LockKind::Exclusive).await, Err(Errno::EAGAIN), "a writer beside their writer");
+        assert_eq!(file.lock(LockKind::Shared).await, Err(Errno::EAGAIN), "a reader beside their writer");
         writer.quit();
-        assert_eq!(file.lock(LockKind::Exclusive), Ok(()), "after them");
+        assert_eq!(file.lock(LockKind::Exclusive).await, Ok(()), "after them");
     })
 }

@@ -309,7 +309,7 @@ fn an_image_in_use_is_left_alone() {
     let keep = Rc::clone(&held);
     let open = async move {
         let file = guest.open("/a.qcow", OpenMode::WRITE).await.unwrap();
-        tap_host::File::lock(&file, LockKind::Exclusive).unwrap();
+        tap_host::File::lock(&file, LockKind::Exclusive).await.unwrap();
         *keep.borrow_mut() = Some(file);
     };
     machine.sim.run(open).unwrap();

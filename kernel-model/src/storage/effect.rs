@@ -1,11 +1,11 @@
 //! What operations do to files, at the moment at which they end.
 
-use super::{DriveLoss, FileState, Inner, IoCounts, Running, Slot};
+use super::{DriveLoss, FileState, Inner, IoCounts, OpenFile, Running, Slot};
 use crate::faults::{Fault, IoOp, SYNC_LOST, SyncErrors};
 use crate::inode::Pending;
 use sim::{Entity, Timed};
 use std::rc::Rc;
-use tap_host::{Errno, SECTOR_BYTES};
+use tap_host::{Errno, SECTOR_BYTES, ZeroMode};
 
 impl Inner {
     pub(super) fn effect(&self, running: &mut Running) -> Result<usize, Errno> {
@@ -13,6 +13,11 @@ impl Inner {
         let mut counts = self.counts.get();
         counts.bytes += len as u64;
         self.counts.set(counts);
+        let device = running.open.file.device.get();
+        let zeroing = matches!(running.op, IoOp::Zero(_));
+        if device && zeroing && matches!(running.fault, Fault::Error(error, _) if error != Errno::EAGAIN) {
+            self.drop_pages(running);
+        }
         let landed = match running.fault {
             Fault::None | Fault::Stuck => len,
             Fault::Error(_, part) => part_of(len, part),
@@ -32,10 +37,20 @@ impl Inner {
                 (moved - moved % sector).max(len.min(sector))
             }
         };
+        let landed = if device && running.op == IoOp::Write {
+            // The space of a device ends.
+            let room = running.open.file.inode.borrow().live.size.saturating_sub(running.offset);
+            if room == 0 && landed > 0 {
+                return Err(Errno::ENOSPC);
+            }
+            landed.min(room.min(len as u64) as usize)
+        } else {
+            landed
+        };
         let done = match running.op {
             IoOp::Read => self.effect_read(running, landed),
             IoOp::Write => self.effect_write(running, landed),
-            IoOp::Zero(_) => self.effect_zero(running, landed),
+            IoOp::Zero(mode) => self.effect_zero(running, mode, landed),
             IoOp::Sync => return self.effect_sync(running),
         };
         match running.fault {
@@ -68,21 +83,26 @@ impl Inner {
         landed
     }
 
-    pub(super) fn effect_zero(&self, running: &Running, landed: usize) -> usize {
+    pub(super) fn effect_zero(&self, running: &Running, mode: ZeroMode, landed: usize) -> usize {
         let mut inode = running.open.file.inode.borrow_mut();
-        inode.zero(running.io, running.offset, landed as u64);
+        inode.zero(running.io, running.offset, landed as u64, mode);
         if inode.pending_bytes() > self.config.borrow().write_back_bytes {
             inode.write_back_half();
         }
         landed
     }
 
-    /// What ext4 does to a buffered file before it finds that the space for zeros is missing.
+    /// What ext4 does to a buffered file before it finds that the space for zeros is missing, and Linux to a block device
+    /// before it asks the drive.
     pub(super) fn drop_pages(&self, running: &Running) {
-        if !running.open.direct {
+        self.drop_range(&running.open, running.offset, running.len);
+    }
+
+    pub(crate) fn drop_range(&self, open: &OpenFile, offset: u64, len: u64) {
+        if !open.direct {
             let counts = self.counts.get();
             self.counts.set(IoCounts { dropped: counts.dropped + 1, ..counts });
-            running.open.file.inode.borrow_mut().drop_pages(running.offset, running.len);
+            open.file.inode.borrow_mut().drop_pages(offset, len);
         }
     }
 

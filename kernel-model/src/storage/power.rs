@@ -93,10 +93,9 @@ impl Storage {
             left.size = content.size;
             sim.trace("power", &left);
             drop(inode);
-            inner
-                .files
-                .borrow_mut()
-                .insert(name.clone(), inner.file(&name, Inode::durable(content), true, file.born));
+            let left = inner.file(&name, Inode::durable(content), true, file.born);
+            left.device.set(file.device.get());
+            inner.files.borrow_mut().insert(name, left);
         }
     }
 }
@@ -195,7 +194,7 @@ impl Inner {
             let Slot::Running(running) = slot else { continue };
             match running.op {
                 IoOp::Write => _ = self.effect_write(running, running.len as usize),
-                IoOp::Zero(_) => _ = self.effect_zero(running, running.len as usize),
+                IoOp::Zero(mode) => _ = self.effect_zero(running, mode, running.len as usize),
                 IoOp::Read | IoOp::Sync => {}
             }
             // Its timer finds nothing more to do.

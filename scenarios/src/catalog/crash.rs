@@ -39,7 +39,13 @@ pub static QCOW_POWER_CUT: Scenario = Scenario {
     name: "qcow-power-cut",
     about: "qcow under load, power cut at any host operation, recovery checked sector by sector",
     storage: |sim| StorageConfig {
-        faults: FaultPlan { short: true, transient: true, sync_interrupted: true, ..FaultPlan::LATENCY },
+        faults: FaultPlan {
+            short: true,
+            transient: true,
+            sync_interrupted: true,
+            calls_interrupted: true,
+            ..FaultPlan::LATENCY
+        },
         zeroing: zeroing(sim),
         direct_align_bytes: direct_align(sim),
         ..StorageConfig::default()
@@ -65,7 +71,13 @@ pub static RAW_POWER_CUT: Scenario = Scenario {
     name: "raw-power-cut",
     about: "raw under load with zeros and discards, power cut at any host operation, every sector checked",
     storage: |sim| StorageConfig {
-        faults: FaultPlan { short: true, transient: true, sync_interrupted: true, ..FaultPlan::LATENCY },
+        faults: FaultPlan {
+            short: true,
+            transient: true,
+            sync_interrupted: true,
+            calls_interrupted: true,
+            ..FaultPlan::LATENCY
+        },
         zeroing: zeroing(sim),
         direct_align_bytes: direct_align(sim),
         ..StorageConfig::default()
@@ -215,6 +227,9 @@ async fn power_cuts(world: World, plan: Plan) {
         None if plan.raw => Setup::raw(&world, 0, DISK_BYTES),
         None => Setup::qcow(&world, 0, DISK_BYTES, plan.overlay),
     };
+    let on_file = plan.fills || world.options.explore || world.options.image.is_some();
+    let on_device = !on_file && world.setting("on-device", &[false, false, true]);
+    let setup = if on_device { setup.on_device(&world) } else { setup };
     let leaked_before = setup.leaked(&world) + setup.compressed_clusters(&world);
     let flush_failed = Rc::new(Cell::new(false));
     for cut in 0..plan.cuts {
@@ -344,13 +359,18 @@ async fn work(
     flush_failed: &Cell<bool>,
     recovered: bool,
 ) {
-    let stack = match Stack::open(host, world, &setup.spec, limits).await {
-        Ok(stack) => stack,
-        // With errors about, opening may fail; it is tried again after the next power cut.
-        Err(_) if world.errors_allowed() => return,
-        Err(error) => {
-            world.fail(Invariant::G11, format!("failed to open the image after a crash: {error}"));
-            return;
+    let mut tries = if world.errors_allowed() { world.setting("open-tries", &[1, 4]) } else { 1 };
+    let stack = loop {
+        tries -= 1;
+        match Stack::open(host, world, &setup.spec, limits).await {
+            Ok(stack) => break stack,
+            // With errors about, opening may fail; it is tried again after the next power cut.
+            Err(_) if world.errors_allowed() && tries == 0 => return,
+            Err(_) if world.errors_allowed() => world.sim.sleep_ns(1_000_000).await,
+            Err(error) => {
+                world.fail(Invariant::G11, format!("failed to open the image after a crash: {error}"));
+                return;
+            }
         }
     };
     // One that could not be made durable is served, and its flushes fail.
@@ -458,7 +478,7 @@ async fn probe(guest: &Guest<DirectDisk>, size_sectors: u64) -> Result<(), Errno
 fn check_leaks(world: &World, setup: &Setup, leaked_before: u64, most_sectors: u32) {
     let leaked = setup.leaked(world);
     let stats = world.stats();
-    let content = world.storage.content(&setup.spec.path).unwrap_or_default();
+    let content = setup.content(world);
     let bound = leaked_before + stats.lost_clusters + stats.errors * lost_to_error(&content, most_sectors);
     if leaked > bound && !is_broken(Oracle::LeaksIgnored) {
         let text =

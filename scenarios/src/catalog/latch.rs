@@ -15,7 +15,12 @@ pub static FLUSH_ERRORS_AND_DEATHS: Scenario = Scenario {
     name: "flush-errors-and-deaths",
     about: "syncs fail and lose data once, tapdisk dies in and after them; no later flush says ok before a reboot",
     storage: |_| StorageConfig {
-        faults: FaultPlan { sync_errors: true, sync_interrupted: true, ..FaultPlan::LATENCY },
+        faults: FaultPlan {
+            sync_errors: true,
+            sync_interrupted: true,
+            calls_interrupted: true,
+            ..FaultPlan::LATENCY
+        },
         sync_errors: SyncErrors::Linux,
         ..StorageConfig::default()
     },

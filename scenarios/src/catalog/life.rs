@@ -25,7 +25,13 @@ pub static DISK_LIFE: Scenario = Scenario {
     name: "disk-life",
     about: "a disk is paused, resumed and closed under load, and requests are given up half way; power cut at the close",
     storage: |_| StorageConfig {
-        faults: FaultPlan { short: true, transient: true, sync_interrupted: true, ..FaultPlan::LATENCY },
+        faults: FaultPlan {
+            short: true,
+            transient: true,
+            sync_interrupted: true,
+            calls_interrupted: true,
+            ..FaultPlan::LATENCY
+        },
         ..StorageConfig::default()
     },
     body: |w| Box::pin(disk_life(w)),

@@ -83,7 +83,8 @@ pub(super) fn not_stuck() -> StorageConfig {
 /// In half of the seeds the host's operations fail, too, and what failed is told to the guest, whoever dies.
 pub(super) fn with_errors(sim: &Sim, plan: FaultPlan) -> StorageConfig {
     let errors = setting(sim, "host-errors", &[false, true]);
-    let faults = FaultPlan { errors, no_space: errors, short: errors, transient: errors, ..plan };
+    let calls = FaultPlan { calls: errors, calls_interrupted: errors, ..plan };
+    let faults = FaultPlan { errors, no_space: errors, short: errors, transient: errors, ..calls };
     StorageConfig { faults, ..StorageConfig::default() }
 }
 

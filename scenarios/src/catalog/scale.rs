@@ -9,20 +9,21 @@
 
 use super::crash::{CRASH_AT, arm_power_cut, power};
 use super::setup::{Setup, cut_after_close, workload};
-use crate::check::Invariant;
+use crate::check::{Invariant, walker};
 use crate::guest::{DirectDisk, Guest, Manners};
 use crate::run::Scenario;
 use crate::stack::{Stack, StackLimits};
 use crate::workload::{Op, Shape, Workload, operations};
 use crate::world::{World, setting};
 use kernel_model::faults::FaultPlan;
-use kernel_model::{SimHost, StorageConfig};
+use kernel_model::{Inode, PAGE, SimHost, StorageConfig};
 use sim::{Entity, Label};
 use std::cell::Cell;
 use std::rc::Rc;
 use tap_core::wait::oneshot;
 use tap_core::{Node, ZeroFlags};
 use tap_host::{IoKind, SectorRange};
+use tap_images::ImageFormat;
 
 /// What a large request does; 0 is none.
 pub static LARGE: Label = Label::new(
@@ -132,9 +133,18 @@ async fn without_space(
         let (world, setup) = (w, setup_of);
         let reads = if epoch == 0 { Invariant::G1 } else { Invariant::G7 };
         let Some(served) = serve(&world, &setup, &host, &limits, reads).await else { return };
-        served.guest.run(&full_operations(&world, &setup, 2 * epoch, 10), depth).await;
+        served.guest.watch_space();
+        let first = full_operations(&world, &setup, 2 * epoch, 10);
+        served.guest.run(&first, depth).await;
+        if epoch == 0 {
+            check_given_back(&world, &setup, &served.guest);
+        }
         let leaked = setup.leaked(&world);
         world.storage.set_full(true);
+        // What was made zeros and kept its space has room for this.
+        let kept = first.iter().flatten().filter(|op| op.kind == IoKind::WriteZeroes && !op.zeroes.unmap);
+        let again: Vec<Option<Op>> = kept.map(|op| Some(Op::new(IoKind::Write, op.range))).collect();
+        served.guest.run(&again, depth).await;
         if cut {
             match epoch % 2 {
                 0 => arm_power_cut(&world, &setup, epoch, u64::from(FULL_REQUESTS) * 3, move || own.kill()),
@@ -226,6 +236,36 @@ async fn with_space_again(world: &World, setup: &Setup, limits: &StackLimits, se
     }
     cut_after_close(world, [setup.spec.path.as_str()]);
     setup.check(world, "at the end").await;
+}
+
+/// Whole pages that the guest gave back are holes of the file. (Zeros over a backing file have to be written; once a request
+/// has failed, so have those over what it may have left.)
+fn check_given_back(world: &World, setup: &Setup, guest: &Guest<DirectDisk>) {
+    const PAGE_SECTORS: u64 = 8;
+    let clusters = setup.spec.format == ImageFormat::Qcow;
+    if !world.storage.makes_holes() || clusters && (setup.is_overlay() || setup.cluster_bits < 12) {
+        return;
+    }
+    let content = world.storage.content(&setup.spec.path).unwrap_or_default();
+    let map = if clusters { walker::walk(&content).ok() } else { None };
+    for page in 0..setup.size_sectors / PAGE_SECTORS {
+        if !guest.gave_back(SectorRange::new(page * PAGE_SECTORS, PAGE_SECTORS as u32)) {
+            continue;
+        }
+        let at = page * PAGE as u64;
+        let place = match &map {
+            Some(map) => {
+                map.host_offset(at >> map.cluster_bits).map(|host| host + at % (1 << map.cluster_bits))
+            }
+            None => Some(at),
+        };
+        let takes_space = |inode: &Inode| place.is_some_and(|at| inode.has_space(at, PAGE as u64));
+        if world.storage.with_inode(&setup.spec.path, takes_space) == Some(true) {
+            let text =
+                format!("bytes {at}+{PAGE} of the disk were given back, and the file has space for them");
+            return world.fail(Invariant::S2, text);
+        }
+    }
 }
 
 async fn scale(world: World) {

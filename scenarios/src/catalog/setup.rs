@@ -4,7 +4,7 @@ use crate::check::{BlockHistory, Initial, Invariant, shipped, walker};
 use crate::image::{QcowShape, RealImage, Stored, layer_cluster, make_qcow};
 use crate::workload::{Shape, Workload};
 use crate::world::World;
-use kernel_model::{Content, Inode, PageMap};
+use kernel_model::{Content, Inode, PAGE, PageMap};
 use std::cell::RefCell;
 use std::rc::Rc;
 use tap_host::{LockKind, SECTOR_BYTES};
@@ -104,6 +104,26 @@ impl Setup {
         Self::with_history(world, ImageFormat::Raw, number, size_bytes, initial, None)
     }
 
+    /// The same on a block device: of the same size under a raw disk; a qcow image has more behind it, which holds the bytes
+    /// of whoever had the device before.
+    pub fn on_device(self, world: &World) -> Self {
+        let path = &self.spec.path;
+        let mut content = world.storage.content(path).unwrap_or_default();
+        if self.spec.format == ImageFormat::Qcow {
+            let first = content.size.div_ceil(PAGE as u64);
+            content.size = (first * PAGE as u64) + 2 * self.size_sectors * SECTOR_BYTES + DEVICE_SLACK_BYTES;
+            let old = Rc::new([0xd7; PAGE]);
+            (first..content.size / PAGE as u64).for_each(|i| content.pages.set(i, Some(Rc::clone(&old))));
+        }
+        world.storage.put_device(path, content);
+        self
+    }
+
+    /// The image's file as it is now; of a device what is in use, as if it ended there.
+    pub fn content(&self, world: &World) -> Content {
+        used_content(world, &self.spec.path)
+    }
+
     fn with_history(
         world: &World,
         format: ImageFormat,
@@ -185,9 +205,14 @@ impl Setup {
         }
     }
 
+    /// Whether it has a backing file.
+    pub fn is_overlay(&self) -> bool {
+        self.base.is_some()
+    }
+
     /// Clusters that hold compressed bytes; those of what is rewritten belong to nobody from then on.
     pub fn compressed_clusters(&self, world: &World) -> u64 {
-        let content = world.storage.content(&self.spec.path).unwrap_or_default();
+        let content = self.content(world);
         let Ok(map) = walker::walk(&content) else { return 0 };
         let runs = (0..map.entries.len() as u64).filter_map(|cluster| map.compressed(cluster));
         runs.map(|(_, len)| len.div_ceil(1 << map.cluster_bits) + 1).sum()
@@ -195,9 +220,21 @@ impl Setup {
 
     /// Clusters of the image that nothing refers to.
     pub fn leaked(&self, world: &World) -> u64 {
-        let content = world.storage.content(&self.spec.path).unwrap_or_default();
+        let content = self.content(world);
         walker::walk(&content).map_or(0, |map| map.leaked)
     }
+}
+
+/// What the image at `path` is in: a file, or the part of a block device that ends where the last thing does that is
+/// referred to.
+pub fn used_content(world: &World, path: &str) -> Content {
+    let mut content = world.storage.content(path).unwrap_or_default();
+    if world.storage.is_device(path)
+        && let Ok(map) = walker::walk(&content)
+    {
+        content.size = map.end.next_multiple_of(1 << map.cluster_bits).min(content.size);
+    }
+    content
 }
 
 /// Cuts the power after the images at `paths` were closed with success: each must be what it was.
@@ -227,6 +264,9 @@ pub fn cut_after_close<'a>(world: &World, paths: impl IntoIterator<Item = &'a st
 fn path(number: u32) -> String {
     format!("/images/disk{number}.img")
 }
+
+/// Bytes of a device beyond twice the disk that lies on it: for tables, and for what is lost.
+const DEVICE_SLACK_BYTES: u64 = 3 << 20;
 
 /// Bytes of a disk in use that are made at once.
 const USED_BYTES: u64 = 4096;

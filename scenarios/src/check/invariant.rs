@@ -63,6 +63,10 @@ pub enum Invariant {
     M2,
     /// Memory.
     M3,
+    /// Space that is promised is there.
+    S1,
+    /// Space that is given back is gone.
+    S2,
     /// Turns of tasks are short.
     T1,
     /// No panic.
@@ -71,7 +75,7 @@ pub enum Invariant {
 
 impl Invariant {
     /// All of them.
-    pub const ALL: [Invariant; 32] = [
+    pub const ALL: [Invariant; 34] = [
         Self::G1,
         Self::G7,
         Self::G9,
@@ -102,6 +106,8 @@ impl Invariant {
         Self::M1,
         Self::M2,
         Self::M3,
+        Self::S1,
+        Self::S2,
         Self::T1,
         Self::A1,
     ];
@@ -145,6 +151,8 @@ impl Invariant {
             Self::M1 => "one turn does, and one request has running, no more than a fixed amount",
             Self::M2 => "the order of requests costs no more than each of them once for each in flight",
             Self::M3 => "a disk that is closed holds no memory of the budget",
+            Self::S1 => "a write to what was written, or made zeros that keep their space, needs no space",
+            Self::S2 => "zeros that give their space back leave a hole, where the file can have one",
             Self::T1 => "a task does a bounded amount of work before others have their turn",
             Self::A1 => "no input makes the stack panic",
         }

@@ -7,6 +7,7 @@ mod invariant;
 mod loss;
 pub mod oracle;
 pub mod shipped;
+mod space;
 mod verdict;
 pub mod walker;
 
@@ -16,4 +17,5 @@ pub use history::{BlockHistory, Initial, WriteId, Wrong};
 pub use invariant::Invariant;
 pub use loss::{BeforeCut, lost_to_error};
 pub use oracle::Oracle;
+pub use space::{Space, Wish};
 pub use verdict::{Failure, Verdict};

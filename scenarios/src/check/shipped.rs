@@ -3,6 +3,7 @@
 use super::Invariant;
 use super::oracle::{Oracle, is_broken};
 use super::walker::{Broken, QcowMap};
+use crate::catalog::setup::used_content;
 use crate::world::World;
 use kernel_model::SimHost;
 use tap_images::ImageError;
@@ -49,7 +50,7 @@ pub fn difference(
 /// V1 unless it agrees with the walker.
 pub async fn agree(world: &World, path: &str, when: &str) {
     let walked = match world.storage.content(path) {
-        Some(content) => super::walker::walk_whole(&content),
+        Some(_) => super::walker::walk_whole(&used_content(world, path)),
         None => return world.fail(Invariant::G11, format!("{when} the image is gone")),
     };
     // It looks at the medium, not at the drive's moods.

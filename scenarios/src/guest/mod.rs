@@ -17,7 +17,7 @@ pub use ring::RingDisk;
 pub use speaker::{NBD_STEP, Speaker, Step, steps};
 
 use crate::check::oracle::{Oracle, is_broken};
-use crate::check::{BlockHistory, Invariant};
+use crate::check::{BlockHistory, Invariant, Space, Wish};
 use crate::workload::Op;
 use crate::world::World;
 use std::cell::{Cell, RefCell};
@@ -88,6 +88,8 @@ pub struct Guest<D> {
     flush_failed: Rc<Cell<bool>>,
     write_through: Rc<Cell<bool>>,
     retired: Rc<Cell<bool>>,
+    /// What is promised about space, where that is looked at.
+    space: Rc<RefCell<Option<Space>>>,
 }
 
 impl<D: Clone> Clone for Guest<D> {
@@ -101,6 +103,7 @@ impl<D: Clone> Clone for Guest<D> {
             flush_failed: Rc::clone(&self.flush_failed),
             write_through: Rc::clone(&self.write_through),
             retired: Rc::clone(&self.retired),
+            space: Rc::clone(&self.space),
         }
     }
 }
@@ -119,6 +122,7 @@ impl<D: GuestDisk> Guest<D> {
             flush_failed: Rc::default(),
             write_through: Rc::default(),
             retired: Rc::default(),
+            space: Rc::default(),
         }
     }
 
@@ -142,6 +146,43 @@ impl<D: GuestDisk> Guest<D> {
     pub fn retire(&self) {
         self.retired.set(true);
         self.history.borrow_mut().guest_died();
+    }
+
+    /// From now on it is looked at what becomes of space; only a lack of it may fail a request.
+    pub fn watch_space(&self) {
+        *self.space.borrow_mut() = Some(Space::new(self.history.borrow().size_sectors()));
+    }
+
+    /// Whether all space of `range` was given back, as far as the guest knows.
+    pub fn gave_back(&self, range: SectorRange) -> bool {
+        self.space.borrow_mut().as_mut().is_some_and(|space| space.is_given(range))
+    }
+
+    /// A request that does something about space begins: when, and whether it needs none.
+    fn begin_space(&self, wish: Wish, range: SectorRange) -> Option<(u64, bool)> {
+        let mut space = self.space.borrow_mut();
+        let space = space.as_mut()?;
+        let secured = space.is_secured(range);
+        Some((space.begin(wish, range), secured))
+    }
+
+    /// It has ended.
+    fn end_space(
+        &self,
+        wish: Wish,
+        is_write: bool,
+        range: SectorRange,
+        began: Option<(u64, bool)>,
+        result: Result<(), Errno>,
+    ) {
+        let mut space = self.space.borrow_mut();
+        let (Some(space), Some((began, secured))) = (space.as_mut(), began) else { return };
+        let short = is_write && secured && result == Err(Errno::ENOSPC) && space.is_secured(range);
+        space.end(wish, is_write, range, began, result.is_ok());
+        if short {
+            let text = format!("a write to {range}, whose space was promised, failed with ENOSPC");
+            self.world.fail(Invariant::S1, text);
+        }
     }
 
     /// Every answered write is durable now, if all of them are when answered.
@@ -252,8 +293,10 @@ impl<D: GuestDisk> Guest<D> {
     pub async fn write(&self, range: SectorRange) -> Result<(), Errno> {
         let write = self.history.borrow_mut().begin_write(range);
         self.remark(|| format!("submits write {write} to {range}"));
+        let space = self.begin_space(Wish::Keep, range);
         let fill = |bytes: &mut [u8]| self.payload(write, range, bytes);
         let result = self.disk.write(range, fill).await;
+        self.end_space(Wish::Keep, true, range, space, result);
         self.history.borrow_mut().end_write(write, result.is_ok());
         self.settle(result);
         self.remark(|| format!("write {write} to {range} {}", ended(result)));
@@ -286,7 +329,10 @@ impl<D: GuestDisk> Guest<D> {
     async fn zeroes(&self, range: SectorRange, flags: ZeroFlags) -> Result<(), Errno> {
         let write = self.history.borrow_mut().begin_zeros(range);
         self.remark(|| format!("submits zeros {write} to {range}"));
+        let wish = if flags.unmap { Wish::Unmap } else { Wish::Keep };
+        let space = self.begin_space(wish, range);
         let result = self.disk.write_zeroes(range, flags).await;
+        self.end_space(wish, false, range, space, result);
         self.history.borrow_mut().end_write(write, result.is_ok());
         self.settle(result);
         self.remark(|| format!("zeros {write} to {range} {}", ended(result)));
@@ -297,7 +343,9 @@ impl<D: GuestDisk> Guest<D> {
     async fn discard(&self, range: SectorRange) -> Result<(), Errno> {
         let write = self.history.borrow_mut().begin_zeros(range);
         self.remark(|| format!("submits discard {write} of {range}"));
+        let space = self.begin_space(Wish::Discard, range);
         let result = self.disk.discard(range).await;
+        self.end_space(Wish::Discard, false, range, space, result);
         self.history.borrow_mut().end_write(write, false);
         self.remark(|| format!("discard {write} of {range} {}", ended(result)));
         if result == Err(Errno::EOPNOTSUPP) { Ok(()) } else { result }

@@ -89,6 +89,8 @@ pub async fn check<H: ImageHost>(host: &H, path: &str) -> Result<CheckReport, Im
     let used = walk.plain_clusters * bytes + walk.compressed_bytes.next_multiple_of(bytes);
     let used = used + report.tables * geometry.table_bytes().next_multiple_of(bytes);
     let front = geometry.l1_end().next_multiple_of(FRONT_ALIGN.max(bytes));
-    report.leaked_clusters = file_bytes.max(walk.end).saturating_sub(front + used).div_ceil(bytes);
+    // A device goes on behind what is in use.
+    let there = if image.file.info.block_device { 0 } else { file_bytes };
+    report.leaked_clusters = there.max(walk.end).saturating_sub(front + used).div_ceil(bytes);
     Ok(report)
 }

@@ -1,9 +1,15 @@
 //! Creating.
+//!
+//! ```text
+//!   what is there is no image ─► sync ─► tables, rest of the name ─► sync ─► sector 0 ─► sync ─► name of the file
+//! ```
+//!
+//! Whatever ends this before its time leaves no half image: sector 0 says that there is one.
 
 use super::format::{self, Geometry, MAX_L1_BYTES, MAX_NAME_BYTES};
 use crate::io::{ImageFile, sync_name};
 use crate::{ImageError, ImageHost};
-use tap_host::SECTOR_BYTES;
+use tap_host::{Bug, FileId, SECTOR_BYTES};
 use zerocopy::IntoBytes;
 
 /// The L1 table begins here or at a multiple: away from the header, whatever a drive writes at once.
@@ -18,8 +24,9 @@ pub struct CreateOptions {
     pub l2_bits: Option<u32>,
     /// Name of the file that shows where nothing was written; relative to the image's directory.
     pub backing: Option<String>,
-    /// Write the image into the file that is at the path, whose content is lost, or onto the block device there.
-    pub existing: bool,
+    /// Write the image into the file that is at the path, whose content is lost, or onto the block device there; unless
+    /// it is one of these.
+    pub existing: Option<Vec<FileId>>,
 }
 
 /// Creates an empty image of a disk of `size_bytes`, a multiple of 512. The image is durable, and so is its name.
@@ -38,24 +45,33 @@ pub async fn create<H: ImageHost>(
         format: "qcow",
         what,
     })?;
-    let file = ImageFile::create(host, path, options.existing).await?;
+    let file = ImageFile::create(host, path, options.existing.as_deref()).await?;
     let front_bytes = geometry.l1_end().next_multiple_of(L1_ALIGN);
     if file.info.block_device && front_bytes > file.info.size_bytes {
         let what = format!("the device has {} bytes and {front_bytes} are needed", file.info.size_bytes);
         return Err(ImageError::Options { path: path.to_owned(), format: "qcow", what });
     }
+    let mut head = format::encode(&geometry, name.len() as u32).as_bytes().to_vec();
+    head.extend(name.as_bytes());
+    head.resize(head.len().next_multiple_of(SECTOR_BYTES as usize), 0);
+    let (first, rest) = head.split_at(SECTOR_BYTES as usize);
     let write = async {
+        if options.existing.is_some() && !host.bug(Bug::OldHeaderStays) {
+            // What is there must not show as an image once its tables are overwritten.
+            if file.info.block_device {
+                file.write_bytes(0, &[0; SECTOR_BYTES as usize]).await?;
+            }
+            file.sync().await?;
+        }
         if !file.info.block_device {
             file.set_size(front_bytes).await?;
         }
+        file.write_bytes(SECTOR_BYTES, rest).await?;
         let l1 = vec![0; (front_bytes - geometry.l1_offset) as usize];
         file.write_bytes(geometry.l1_offset, &l1).await?;
-        // On a device the old content must not show as an image with a new header.
+        // Nor must old content show as an image with a new header.
         file.sync().await?;
-        let mut head = format::encode(&geometry, name.len() as u32).as_bytes().to_vec();
-        head.extend(name.as_bytes());
-        head.resize(head.len().next_multiple_of(SECTOR_BYTES as usize), 0);
-        file.write_bytes(0, &head).await?;
+        file.write_bytes(0, first).await?;
         file.sync().await
     };
     write.await.map_err(ImageError::io("write", path))?;

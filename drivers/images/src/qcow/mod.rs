@@ -224,11 +224,17 @@ impl<H: ImageHost> Image<H> {
 
     /// Leaves a file that ends where its last cluster does: others put new clusters, or compressed bytes, at its end.
     async fn finish(&self) -> Result<(), Errno> {
+        // What was written is made durable whether or not that succeeds.
+        let sized = self.reach_frontier().await;
+        self.flush().await.and(sized)
+    }
+
+    async fn reach_frontier(&self) -> Result<(), Errno> {
         let frontier = self.allocator.borrow().frontier;
-        if !self.file.info.block_device && self.file.size()? < frontier {
+        if !self.file.info.block_device && self.file.size().await? < frontier {
             self.file.set_size(frontier).await?;
         }
-        self.flush().await
+        Ok(())
     }
 
     /// The cluster that holds byte `at` of the disk.

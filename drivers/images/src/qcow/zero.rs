@@ -3,6 +3,7 @@
 //! ```text
 //!   zeros    mapped ─► zeros in place, the mapping stays     unmapped, nothing below ─► nothing to do
 //!            compressed, above a backing file, or where a failed try left a place ─► written like any data
+//!            that keep their space: unmapped ─► written like any data, so that a later write there needs none
 //!   discard  mapped ─► zeros in place                        else ─► stays as it is
 //! ```
 //!
@@ -70,14 +71,14 @@ impl<H: ImageHost> Image<H> {
         if flags.fast {
             // Refused before anything has changed.
             let mut rest = Rest::new(start, len);
-            while let Some(runs) = self.runs(&mut rest).await? {
+            while let Some(runs) = self.runs(&mut rest, mode).await? {
                 if runs.iter().any(|run| run.work == Work::Write) {
                     return Err(Errno::EOPNOTSUPP);
                 }
             }
         }
         let mut rest = Rest::new(start, len);
-        while let Some(runs) = self.runs(&mut rest).await? {
+        while let Some(runs) = self.runs(&mut rest, mode).await? {
             for run in runs {
                 match run.work {
                     Work::Nothing => {}
@@ -92,7 +93,7 @@ impl<H: ImageHost> Image<H> {
     /// Gives back what space of `len` bytes from `start` on can be given back without writing anything.
     pub(super) async fn discard(&self, start: u64, len: u64) -> Result<(), Errno> {
         let mut rest = Rest::new(start, len);
-        while let Some(runs) = self.runs(&mut rest).await? {
+        while let Some(runs) = self.runs(&mut rest, ZeroMode::Unmap).await? {
             for run in runs {
                 let Work::InPlace(offset) = run.work else { continue };
                 match self.file.zero(offset, run.len, ZeroMode::Unmap, true).await {
@@ -128,7 +129,9 @@ impl<H: ImageHost> Image<H> {
 
     /// Bytes of a request from where `rest` begins, cut by what has to be done to make them zeros; `None` at its end.
     /// Between two looks others have their turn.
-    async fn runs(&self, rest: &mut Rest) -> Result<Option<Vec<Run>>, Errno> {
+    async fn runs(&self, rest: &mut Rest, mode: ZeroMode) -> Result<Option<Vec<Run>>, Errno> {
+        // Zeros that are to have their space are never there without a mapping.
+        let mapped = mode == ZeroMode::Keep && !self.host.bug(Bug::KeptUnmapped);
         while let Some((index, start, len)) = self.by_table(rest.at, rest.end - rest.at).next() {
             let unyielding = self.host.bug(Bug::ZeroesUnyielding);
             if !unyielding && rest.looks > 0 && (rest.looks.is_multiple_of(EMPTY_LOOKS) || !rest.was_empty) {
@@ -138,12 +141,13 @@ impl<H: ImageHost> Image<H> {
             self.host.work(1);
             let table = self.table(index).await?;
             let end = start + len as u64;
-            rest.was_empty = table.is_none() && !self.backing_shows(start) && !self.any_doubt(start, end);
+            rest.was_empty =
+                table.is_none() && !mapped && !self.backing_shows(start) && !self.any_doubt(start, end);
             if rest.was_empty {
                 rest.at = end;
                 continue;
             }
-            let (runs, to) = self.runs_of(table.as_deref(), start, end)?;
+            let (runs, to) = self.runs_of(table.as_deref(), start, end, mapped)?;
             rest.at = to;
             return Ok(Some(runs));
         }
@@ -156,13 +160,19 @@ impl<H: ImageHost> Image<H> {
     }
 
     /// At most [`MAX_RUNS`] runs of one table, and where they end.
-    fn runs_of(&self, table: Option<&Table>, start: u64, end: u64) -> Result<(Vec<Run>, u64), Errno> {
+    fn runs_of(
+        &self,
+        table: Option<&Table>,
+        start: u64,
+        end: u64,
+        mapped: bool,
+    ) -> Result<(Vec<Run>, u64), Errno> {
         let mut runs: Vec<Run> = Vec::new();
         let cluster_bytes = self.geometry.cluster_bytes();
         let mut at = start;
         while at < end {
             let len = (cluster_bytes - at % cluster_bytes).min(end - at);
-            let work = self.work_at(table, at)?;
+            let work = self.work_at(table, at, mapped)?;
             let goes_on = runs.last().is_some_and(|last| match (last.work, work) {
                 (Work::InPlace(a), Work::InPlace(b)) => a + last.len == b,
                 (a, b) => a == b,
@@ -180,7 +190,8 @@ impl<H: ImageHost> Image<H> {
         Ok((runs, at))
     }
 
-    fn work_at(&self, table: Option<&Table>, at: u64) -> Result<Work, Errno> {
+    /// `mapped`: the zeros must have space of their own.
+    fn work_at(&self, table: Option<&Table>, at: u64, mapped: bool) -> Result<Work, Errno> {
         let cluster = self.cluster(at);
         Ok(match self.mapping_at(table, at)? {
             Mapping::Plain(host) => Work::InPlace(host + at % self.geometry.cluster_bytes()),
@@ -190,7 +201,7 @@ impl<H: ImageHost> Image<H> {
                     && !self.host.bug(Bug::ZeroesSkippedBelow);
                 // What a failed try left may be found at the place after a crash.
                 let in_doubt = self.allocator.borrow().any_suspect(cluster, cluster);
-                if shows_below || in_doubt { Work::Write } else { Work::Nothing }
+                if mapped || shows_below || in_doubt { Work::Write } else { Work::Nothing }
             }
         })
     }

@@ -22,9 +22,9 @@ fn a_created_image_reads_zeros_and_keeps_what_is_written() {
     let world = World::new(1);
     world.make_short();
     let host = world.clone();
-    world.block_on(async move { create(&host, "/disk", 64 * 512, false).await }).unwrap();
+    world.block_on(async move { create(&host, "/disk", 64 * 512, None).await }).unwrap();
     let host = world.clone();
-    let again = world.block_on(async move { create(&host, "/disk", 64 * 512, false).await }).unwrap_err();
+    let again = world.block_on(async move { create(&host, "/disk", 64 * 512, None).await }).unwrap_err();
     assert_eq!(again.to_string(), "create /disk: file exists (EEXIST)");
     let raw = open(&world, true, false).unwrap();
     assert_eq!(raw.info(), NodeInfo { size_sectors: 64, read_only: false });
@@ -105,7 +105,7 @@ fn sizes_that_cannot_be_written_are_refused() {
     world.set_align(4096);
     assert!(open(&world, true, true).err().unwrap().to_string().contains("direct I/O"));
     let host = world.clone();
-    let bad = world.block_on(async move { create(&host, "/new", 513, false).await }).unwrap_err();
+    let bad = world.block_on(async move { create(&host, "/new", 513, None).await }).unwrap_err();
     assert!(matches!(bad, ImageError::Options { .. }) && !world.has("/new"));
 }
 

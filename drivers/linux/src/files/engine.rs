@@ -193,7 +193,7 @@ impl Engine {
                 unreachable!("what is queued has not ended")
             };
             // SAFETY: the slot keeps file and buffers, and touches neither, until its completion was reaped.
-            unsafe { submit.push(index, running.call, running.file.fd.as_raw_fd(), &running.memory) };
+            unsafe { submit.push(index, running.call, running.file.fd().as_raw_fd(), &running.memory) };
             *in_flight += 1;
         }
         submit.submit()
@@ -333,7 +333,7 @@ impl Op {
         let wait = self.file.in_place(call)?;
         let memory = memory_of::<[libc::iovec; 16]>(bufs);
         // SAFETY: `bufs` is borrowed for the length of the call, and its bytes are nobody else's.
-        let result = unsafe { call.execute(self.file.fd.as_raw_fd(), &memory, wait) };
+        let result = unsafe { call.execute(self.file.fd().as_raw_fd(), &memory, wait) };
         match result {
             Err(Errno::EAGAIN) if wait == Wait::Never => None,
             // Not the end of the file on Linux 5.9 and 5.10 (preadv2(2), BUGS): only a read that may wait knows.

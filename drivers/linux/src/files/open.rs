@@ -1,6 +1,6 @@
 //! Opening, and what can be learned of an open file: kind, size, alignment, and whether it lives in memory.
 
-use super::{OpenFile, of_rustix};
+use super::{Closing, OpenFile, of_rustix};
 use rustix::fs::{
     AtFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags, fcntl_setfl, fstat, fstatfs, ioctl_blksszget,
     seek, statx,
@@ -8,6 +8,7 @@ use rustix::fs::{
 use std::cell::Cell;
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::rc::Rc;
 use std::sync::Arc;
 use tap_host::{Errno, FileId, OpenMode};
 
@@ -20,6 +21,9 @@ const SECTOR_BYTES: u32 = 512;
 const TMPFS: i64 = 0x0102_1994;
 const RAMFS: i64 = 0x8584_58f6;
 
+/// Of file systems whose files this kernel knows all about: ext2 to ext4, XFS, btrfs, F2FS, ZFS.
+const LOCAL: [i64; 5] = [0xef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010, 0x2fc1_2fc1];
+
 /// An open file and what was found out about it.
 pub(crate) struct Found {
     fd: OwnedFd,
@@ -27,19 +31,22 @@ pub(crate) struct Found {
     block_device: bool,
     align_bytes: u32,
     in_memory: bool,
+    remote: bool,
     id: FileId,
 }
 
 impl Found {
-    pub(crate) fn into_file(self) -> OpenFile {
+    pub(crate) fn into_file(self, closing: &Rc<Closing>) -> OpenFile {
         OpenFile {
-            fd: Arc::new(self.fd),
+            fd: Some(Arc::new(self.fd)),
+            closing: Rc::clone(closing),
             write: self.mode.write,
             direct: self.mode.direct,
             block_device: self.block_device,
             id: self.id,
             align_bytes: self.align_bytes,
             in_memory: self.in_memory,
+            remote: self.remote,
             // O_DIRECT goes to the device: it always waits.
             nowait: Cell::new(!self.mode.direct),
             lock: Cell::new(None),
@@ -74,6 +81,7 @@ pub(crate) fn open(path: &str, mode: OpenMode) -> Result<Found, Errno> {
     let magic = fstatfs(&fd).map_err(of_rustix)?.f_type as i64;
     // A device node says nothing of what is behind it.
     let in_memory = !block_device && (magic == TMPFS || magic == RAMFS);
+    let remote = !block_device && !in_memory && !LOCAL.contains(&magic);
     let align_bytes = match (mode.direct, block_device) {
         (false, _) => 1,
         (true, true) => sector_bytes(&fd)?,
@@ -85,7 +93,7 @@ pub(crate) fn open(path: &str, mode: OpenMode) -> Result<Found, Errno> {
         true => FileId { device: stat.st_rdev, inode: 0, generation: disk_number(stat.st_rdev) },
         false => FileId { device: stat.st_dev, inode: stat.st_ino, generation: born_ns(&fd) },
     };
-    Ok(Found { fd, mode, block_device, align_bytes, in_memory, id })
+    Ok(Found { fd, mode, block_device, align_bytes, in_memory, remote, id })
 }
 
 /// When a file was made, in nanoseconds: the number of one that was removed may be given to another.

@@ -1,16 +1,17 @@
 //! A new image is none of the files that it is made from.
 //!
 //! A name says little: links, `..` and relative paths lead to the same file. What counts is which file is opened
-//! ([`FileId`]).
+//! ([`FileId`]), and a file that cannot be looked at may be any. A name that leads nowhere now may lead somewhere later, so
+//! whoever empties a file compares once more what it has opened.
 
-use tap_host::{File, FileId, Files, OpenMode};
-use tap_images::{ImageFormat, ImageHost, ImageSpec, describe};
+use tap_host::{Bug, Errno, FileId};
+use tap_images::{ImageError, ImageFormat, ImageHost, ImageSpec, describe, file_id};
 
 /// As many images as one chain can have.
 const CHAIN_MAX: usize = 64;
 
-/// Refuses `target` if it is the file `from`, or, with `follow`, one that `from` is based on. A target that is not there
-/// is none of them.
+/// Refuses `target` if it is the file `from`, or, with `follow`, one that `from` is based on; gives all these files. A
+/// target that is not there is none of them.
 ///
 /// # Errors
 /// Why not, as the end of a sentence.
@@ -19,27 +20,34 @@ pub(super) async fn apart<H: ImageHost>(
     target: &str,
     from: &ImageSpec,
     follow: bool,
-) -> Result<(), String> {
-    let Some(id) = id_of(host, target).await else { return Ok(()) };
+) -> Result<Vec<FileId>, String> {
+    let unknown = host.bug(Bug::UnknownFileApart);
+    let id = match file_id(host, target).await {
+        Err(_) if unknown => None,
+        id => id.map_err(|e| format!("open {target}: {e}"))?,
+    };
+    let mut files = Vec::new();
     let mut next = Some(from.clone());
     for _ in 0..CHAIN_MAX {
         let Some(spec) = next.take() else { break };
-        if id_of(host, &spec.path).await == Some(id) {
+        let look = |e: Errno| format!("open {}: {e}", spec.path);
+        // One that is not there now may be there when it is opened.
+        let other = file_id(host, &spec.path).await.map_err(look)?;
+        let other = other.ok_or_else(|| look(Errno::ENOENT))?;
+        if id == Some(other) {
             let text =
                 if spec == *from { String::new() } else { format!(", on which {} is based", from.path) };
             return Err(format!("it is the same file as {}{text}, which would be lost", spec.path));
         }
+        files.push(other);
         if follow {
-            // What cannot be read is told where it is opened.
-            let below = describe(host, &spec).await.ok().and_then(|image| image.backing_path);
-            next = below.map(|path| ImageSpec { format: ImageFormat::Probe, path });
+            next = match describe(host, &spec).await {
+                Ok(image) => image.backing_path.map(|path| ImageSpec { format: ImageFormat::Probe, path }),
+                // What is no image of its format leads to no other; that is told where it is opened.
+                Err(ImageError::Refused { .. }) => None,
+                Err(e) => return Err(e.to_string()),
+            };
         }
     }
-    Ok(())
-}
-
-/// Which file `path` is; `None` where there is none that could be opened.
-async fn id_of<H: ImageHost>(host: &H, path: &str) -> Option<FileId> {
-    let file = Files::open(host, path, OpenMode::READ).await.ok()?;
-    file.info().ok().map(|info| info.id)
+    Ok(if unknown { Vec::new() } else { files })
 }

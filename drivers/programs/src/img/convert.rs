@@ -12,7 +12,7 @@ use clap::Args;
 use smallvec::smallvec;
 use std::rc::Rc;
 use tap_core::{CacheMode, LocalBoxFuture, Node, Request, ZeroFlags};
-use tap_host::{BufPool, Bug, Errno, IoBuf, SECTOR_BYTES, SectorRange};
+use tap_host::{BufPool, Bug, Errno, FileId, IoBuf, SECTOR_BYTES, SectorRange};
 use tap_images::ImageFormat;
 
 #[derive(Args, Debug)]
@@ -72,12 +72,13 @@ impl Convert {
         let source = super::disk(&self.source, self.format).map_err(Failure::new)?;
         let options = DiskOptions { backing: self.backing.backing.policy(), ..DiskOptions::default() };
         let from = open_any(host, &source, &options).await.map_err(Failure::new)?;
+        let mut files = Vec::new();
         if let (DiskSpec::Image(from), Ok(DiskSpec::Image(to))) = (&source, super::disk(&self.target, None)) {
             let follow = options.backing.is_asked();
             let copy = |why| Failure::new(format!("copy {} to {}: {why}", self.source, self.target));
-            apart(host, &to.path, from, follow).await.map_err(copy)?;
+            files = apart(host, &to.path, from, follow).await.map_err(copy)?;
         }
-        let to = self.open_target(host, from.info().size_sectors).await?;
+        let to = self.open_target(host, from.info().size_sectors, files).await?;
         let copier = Copier {
             pool: BufPool::new(2 * usize::from(self.parallel) * (PIECE_SECTORS * SECTOR_BYTES) as usize),
             to_is_zero: !self.no_create,
@@ -95,7 +96,13 @@ impl Convert {
         Ok(0)
     }
 
-    async fn open_target<H: DiskHost>(&self, host: &H, size_sectors: u64) -> Result<Rc<dyn Node>, Failure> {
+    /// The target, which is none of `apart`.
+    async fn open_target<H: DiskHost>(
+        &self,
+        host: &H,
+        size_sectors: u64,
+        apart: Vec<FileId>,
+    ) -> Result<Rc<dyn Node>, Failure> {
         let mut spec = super::disk(&self.target, None).map_err(Failure::new)?;
         if let DiskSpec::Image(image) = &mut spec
             && image.format == ImageFormat::Probe
@@ -106,7 +113,7 @@ impl Convert {
             _ if self.no_create => {}
             DiskSpec::Image(image) => {
                 let size_bytes = size_sectors * SECTOR_BYTES;
-                let target = Target { spec: image.clone(), size_bytes, backing: None };
+                let target = Target { spec: image.clone(), size_bytes, backing: None, apart };
                 target.create(host, &self.options).await.map_err(Failure::new)?;
             }
             DiskSpec::Nbd { .. } => {

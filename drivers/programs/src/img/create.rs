@@ -41,15 +41,15 @@ impl Create {
         };
         let spec = super::image(&self.file, None).map_err(Failure::new)?;
         let format = if spec.format == ImageFormat::Probe { self.format.into() } else { spec.format };
-        let below_bytes = match &self.backing {
+        let (below_bytes, apart) = match &self.backing {
             // Also shows that the file is there.
             Some(name) => {
                 let format = self.backing_format.map_or(ImageFormat::Probe, ImageFormat::from);
                 let below = ImageSpec { format, path: resolve(&spec.path, name) };
-                apart(host, &spec.path, &below, true).await.map_err(create)?;
-                Some(describe(host, &below).await.map_err(Failure::new)?.disk_bytes)
+                let files = apart(host, &spec.path, &below, true).await.map_err(create)?;
+                (Some(describe(host, &below).await.map_err(Failure::new)?.disk_bytes), files)
             }
-            None => None,
+            None => (None, Vec::new()),
         };
         let Some(size) = size.or(below_bytes) else {
             return Err(create("its size is missing: write for example 20G".to_owned()));
@@ -57,8 +57,8 @@ impl Create {
         let Some(size_bytes) = size.checked_next_multiple_of(SECTOR_BYTES) else {
             return Err(create(format!("a disk of {size} bytes is larger than a file can be")));
         };
-        let target =
-            Target { spec: ImageSpec { format, path: spec.path }, size_bytes, backing: self.backing.clone() };
+        let spec = ImageSpec { format, path: spec.path };
+        let target = Target { spec, size_bytes, backing: self.backing.clone(), apart };
         target.create(host, &self.options).await.map_err(Failure::new)?;
         if !self.quiet {
             console.out(&format!(

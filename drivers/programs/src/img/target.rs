@@ -2,7 +2,7 @@
 
 use crate::size::parse_size;
 use clap::Args;
-use tap_host::Errno;
+use tap_host::{Errno, FileId};
 use tap_images::{ImageError, ImageFormat, ImageHost, ImageSpec, qcow, raw};
 
 /// Options of a new image.
@@ -21,14 +21,16 @@ pub(super) struct Target {
     pub(super) size_bytes: u64,
     /// Name of its backing file.
     pub(super) backing: Option<String>,
+    /// Files that it is made from, and is none of.
+    pub(super) apart: Vec<FileId>,
 }
 
 impl Target {
     /// Creates it, out of the file that is there if there is one.
     pub(super) async fn create<H: ImageHost>(&self, host: &H, options: &TargetOptions) -> Result<(), String> {
-        match self.create_as(host, options, false).await {
+        match self.create_as(host, options, None).await {
             Err(Problem::Image(e)) if e.errno() == Errno::EEXIST => {
-                self.create_as(host, options, true).await.map_err(Problem::text)
+                self.create_as(host, options, Some(&self.apart)).await.map_err(Problem::text)
             }
             result => result.map_err(Problem::text),
         }
@@ -38,14 +40,17 @@ impl Target {
         &self,
         host: &H,
         options: &TargetOptions,
-        existing: bool,
+        existing: Option<&[FileId]>,
     ) -> Result<(), Problem> {
         let path = &self.spec.path;
         let pairs = options.pairs().map_err(Problem::Text)?;
         let refused = |what: String| Problem::Text(format!("create {path}: {what}"));
         if self.spec.format == ImageFormat::Qcow {
-            let mut layout =
-                qcow::CreateOptions { backing: self.backing.clone(), existing, ..Default::default() };
+            let mut layout = qcow::CreateOptions {
+                backing: self.backing.clone(),
+                existing: existing.map(<[FileId]>::to_vec),
+                ..Default::default()
+            };
             for (name, value) in pairs {
                 let place = match name.as_str() {
                     "cluster_size" => &mut layout.cluster_bits,

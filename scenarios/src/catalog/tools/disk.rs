@@ -106,10 +106,17 @@ pub(super) struct Made {
     pub(super) overlay: bool,
     /// The size of a cluster that was asked for, in bytes.
     pub(super) cluster_bytes: Option<u64>,
+    /// Its header is written last: what is there as an image is whole, or what was there before.
+    whole_or_nothing: bool,
+    /// What the image shows that was there before.
+    old: Option<Vec<u8>>,
 }
 
 impl Made {
     pub(super) fn draw(world: &World, source: &Disk, work: Work, epoch: u32) -> Self {
+        if work == Work::Onto {
+            return Self::onto(world, source);
+        }
         let of = |first: &'static str, second: &'static str| if epoch == 0 { first } else { second };
         let qcow = work == Work::Overlay
             || world.setting(of("tool-format-first", "tool-format-second"), &["raw", "qcow"]) == "qcow";
@@ -133,16 +140,17 @@ impl Made {
         }
         let old = world.setting(of("tool-target-first", "tool-target-second"), &["new", "shorter", "longer"]);
         let mut view = source.view.clone();
-        match work {
+        let old = match work {
             Work::Into => {
                 add("-n");
                 let old = put(world, &spec, view.len() + 4096);
                 view.extend(&old[view.len()..]);
+                None
             }
-            _ if old == "shorter" => _ = put(world, &spec, 512),
-            _ if old == "longer" => _ = put(world, &spec, 3 * view.len()),
-            _ => {}
-        }
+            _ if old == "shorter" => Some(put(world, &spec, 512)),
+            _ if old == "longer" => Some(put(world, &spec, 3 * view.len())),
+            _ => None,
+        };
         match work {
             Work::Create => {
                 view = vec![0; view.len()];
@@ -157,14 +165,52 @@ impl Made {
                 add(&named(&spec));
             }
             Work::Convert | Work::Into => add(&format!("{} {}", source.arg(), named(&spec))),
+            Work::Onto => unreachable!("it has a draw of its own"),
         }
-        Self { args, spec, view, overlay: work == Work::Overlay, cluster_bytes }
+        let whole_or_nothing = qcow && matches!(work, Work::Create | Work::Overlay);
+        Self { args, spec, view, overlay: work == Work::Overlay, cluster_bytes, whole_or_nothing, old }
+    }
+
+    /// A new image over `source` that would be `source` itself, or the file below it.
+    fn onto(world: &World, source: &Disk) -> Self {
+        let below = source.base.as_ref().filter(|_| world.setting("tools-onto-base", &[false, true]));
+        let path = below.map_or_else(|| source.spec.path.clone(), |(path, _)| path.clone());
+        let spec = ImageSpec { format: ImageFormat::Qcow, path };
+        let args = ["create", "-b", &source.spec.path, &named(&spec)].map(str::to_owned).to_vec();
+        Self {
+            args,
+            spec,
+            view: source.view.clone(),
+            overlay: false,
+            cluster_bytes: None,
+            whole_or_nothing: false,
+            old: None,
+        }
     }
 
     /// The command, as one would type it.
     pub(super) fn line(&self) -> String {
         format!("tap-img {}", self.args.join(" "))
     }
+}
+
+/// What was made by a command that has failed or was stopped: no half image says that it is one.
+pub(super) fn check_unfinished(world: &World, made: &Made, source: &Disk) {
+    let Some(content) = world.storage.content(&made.spec.path).filter(|_| made.whole_or_nothing) else {
+        return;
+    };
+    let mut magic = [0; 4];
+    content.pages.read(0, &mut magic);
+    if content.size < 4 || magic != *b"QFI\xfb" {
+        return;
+    }
+    let what = match shown(world, &made.spec, source) {
+        Ok(bytes) if bytes == made.view || made.old.as_ref() == Some(&bytes) => return,
+        Ok(bytes) => format!("an image of {} other bytes is there", bytes.len()),
+        Err((_, text)) => text,
+    };
+    let text = format!("{} did not end with 0, and what it left calls itself an image: {what}", made.line());
+    world.fail(Invariant::I1, text);
 }
 
 /// Puts an image of so many bytes there, which a tool is to replace or to fill; gives what it shows.

@@ -33,7 +33,13 @@ pub static IMAGE_TOOLS: Scenario = Scenario {
     name: "image-tools",
     about: "tap-img makes, copies, maps, compares and checks images, with transient errors and short transfers; power cuts",
     storage: |_| StorageConfig {
-        faults: FaultPlan { short: true, transient: true, sync_interrupted: true, ..FaultPlan::LATENCY },
+        faults: FaultPlan {
+            short: true,
+            transient: true,
+            sync_interrupted: true,
+            calls_interrupted: true,
+            ..FaultPlan::LATENCY
+        },
         ..StorageConfig::default()
     },
     body: |w| Box::pin(tools(w)),
@@ -58,13 +64,15 @@ enum Work {
     Create,
     /// `create -b`.
     Overlay,
+    /// `create -b` of a file onto itself, or onto one that it is based on: always refused.
+    Onto,
 }
 
-const FIRST: [Work; 4] = [Work::Convert, Work::Into, Work::Create, Work::Overlay];
-const SECOND: [Work; 4] = [Work::Overlay, Work::Create, Work::Convert, Work::Into];
+const FIRST: [Work; 5] = [Work::Convert, Work::Into, Work::Create, Work::Overlay, Work::Onto];
+const SECOND: [Work; 5] = [Work::Overlay, Work::Create, Work::Convert, Work::Into, Work::Onto];
 
-/// Operations after which the power may be cut.
-const OPERATIONS: u64 = 400;
+/// Operations after which the power may be cut: of a copy, and of what makes an empty image.
+const OPERATIONS: [u64; 2] = [400, 12];
 
 async fn tools(world: World) {
     let source = Disk::source(&world);
@@ -115,6 +123,16 @@ impl Tool {
         Some(Self { status, out: printed.out.take(), err: printed.err.take() })
     }
 
+    /// It has to fail, and says why in one line.
+    fn refused(&self, world: &World, args: &[String]) {
+        let told = self.err.len() == 1 && self.err[0].starts_with("tap-img: failed to ");
+        if self.status != 1 || !told {
+            let (status, said) = (self.status, self.err.join("; "));
+            let text = format!("tap-img {}: status {status}: {said}; it has to refuse that", args.join(" "));
+            world.fail(Invariant::I2, text);
+        }
+    }
+
     /// Whether it did its work; where nothing fails for good it must. A failure is told in one line.
     fn worked(&self, world: &World, args: &[String]) -> bool {
         let what = || format!("tap-img {}: status {}: {}", args.join(" "), self.status, self.err.join("; "));
@@ -135,16 +153,25 @@ async fn one(world: &World, source: &Disk, work: Work, epoch: u32) {
     let made = Made::draw(world, source, work, epoch);
     let entity = power(epoch);
     world.sim.name_entity(entity, || format!("power, epoch {epoch}"));
-    let cut =
-        world.sim.decide(entity, &CRASH_AT, 0, |d| if d.below(3) == 0 { 1 + d.below(OPERATIONS) } else { 0 });
+    let most = OPERATIONS[usize::from(!matches!(work, Work::Convert | Work::Into))];
+    let cut = world.sim.decide(entity, &CRASH_AT, 0, |d| if d.below(3) == 0 { 1 + d.below(most) } else { 0 });
     let tool = Tool::run(world, &made.args, (cut > 0).then_some(cut)).await;
-    let worked = tool.as_ref().map(|tool| tool.worked(world, &made.args));
+    let worked = match &tool {
+        Some(tool) if work == Work::Onto => {
+            tool.refused(world, &made.args);
+            Some(false)
+        }
+        tool => tool.as_ref().map(|tool| tool.worked(world, &made.args)),
+    };
     if worked.is_none() || world.setting(CUT_AFTER[epoch as usize], &[true, false]) {
         world.storage.power_cut();
         world.count(|s| s.crashes += 1);
     }
     source.check_unchanged(world);
     world.count(|s| s.requests += 1);
+    if worked != Some(true) && !world.verdict.is_broken() {
+        disk::check_unfinished(world, &made, source);
+    }
     if worked != Some(true) || world.verdict.is_broken() {
         return;
     }

@@ -11,7 +11,7 @@ fn chain(world: &World, count: usize) {
             cluster_bits: Some(9),
             l2_bits: Some(6),
             backing: (level + 1 < count).then(|| (level + 1).to_string()),
-            existing: false,
+            existing: None,
         };
         let host = world.clone();
         world.block_on(async move { create(&host, &format!("/{level}"), 4096, &options).await }).unwrap();

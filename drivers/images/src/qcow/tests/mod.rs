@@ -66,7 +66,7 @@ impl Setup {
             cluster_bits: Some(self.cluster_bits),
             l2_bits: Some(self.l2_bits),
             backing: self.base_sectors.map(|_| "base".to_owned()),
-            existing: self.device.is_some(),
+            existing: self.device.is_some().then(Vec::new),
         };
         let (host, bytes) = (world.clone(), self.sectors * 512);
         world.block_on(async move { create(&host, PATH, bytes, &options).await }).unwrap();

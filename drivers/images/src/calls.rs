@@ -1,0 +1,42 @@
+//! Calls about files as a whole: which file is behind a name, and once more after an interruption.
+//!
+//! Transfers are repeated where they are made (`io.rs`), requests by their scheduler. Nobody repeats a call that opens,
+//! sizes or locks a file, and where it is made by a tool there is no second try of the whole either.
+
+use crate::ImageHost;
+use std::future::Future;
+use tap_host::{Errno, File, FileId, Mark, OpenMode};
+
+/// Repetitions of one call that was interrupted.
+const REPEATS: u32 = 8;
+/// Before the first of them, in nanoseconds; it doubles with each.
+const PAUSE_NS: u64 = 1_000_000;
+
+/// Makes `call`, again after `EINTR`. A call that was interrupted may have had its effect all the same.
+pub(crate) async fn uninterrupted<H: ImageHost, T, F: Future<Output = Result<T, Errno>>>(
+    host: &H,
+    call: impl Fn() -> F,
+) -> Result<T, Errno> {
+    let mut pause_ns = PAUSE_NS;
+    for _ in 0..REPEATS {
+        match call().await {
+            Err(Errno::EINTR) => host.mark(Mark::OperationRepeated),
+            result => return result,
+        }
+        host.sleep_ns(pause_ns).await;
+        pause_ns *= 2;
+    }
+    call().await
+}
+
+/// Which file `path` is; `None` where there is none.
+///
+/// # Errors
+/// As the host's, when there may be one all the same.
+pub async fn file_id<H: ImageHost>(host: &H, path: &str) -> Result<Option<FileId>, Errno> {
+    match uninterrupted(host, || host.open(path, OpenMode::READ)).await {
+        Ok(file) => Ok(Some(file.info().await?.id)),
+        Err(Errno::ENOENT) => Ok(None),
+        Err(error) => Err(error),
+    }
+}

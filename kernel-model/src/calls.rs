@@ -1,0 +1,216 @@
+//! Faults of the calls that are no transfers: opening, sizing, removing, locking, looking, synchronising a directory.
+//!
+//! | kind | error | of | and yet it has happened |
+//! |---|---|---|---|
+//! | 1 | `EINTR` | opening, sizing, removing, locking, looking for holes, synchronising a directory | a new file; a size; a removal |
+//! | 2 | `EIO` | all | a size; a removal |
+//! | 3 | `EMFILE`, `ENOSPC`, `EBUSY`, `ENOLCK` | opening, sizing, removing, locking | |
+//! | 4 | `ENOENT` of a file that is there: its storage is away for a moment | opening | |
+
+use crate::faults::{FaultPlan, SyncErrors};
+use crate::storage::{Inner, OpenFile};
+use sim::{Draw, Entity, FaultKind, Label, Sim, text_hash};
+use tap_host::{Errno, LockKind};
+
+/// Which fault a call meets: kind in the low 3 bits; the next says that it has happened all the same.
+pub static CALL_FAULT: Label = Label::packed("call-fault", "the call meets fault {}", &[3, 1]);
+
+static CALL_ERROR: FaultKind = FaultKind { name: "call-error", max_ppm: 100_000 };
+/// There are few of these.
+static DIRECTORY_ERROR: FaultKind = FaultKind { name: "directory-error", max_ppm: 400_000 };
+static CALL_INTERRUPTED: FaultKind = FaultKind { name: "call-interrupted", max_ppm: 100_000 };
+
+const KIND_EINTR: u64 = 1;
+const KIND_EIO: u64 = 2;
+const KIND_LACK: u64 = 3;
+const KIND_AWAY: u64 = 4;
+const HAPPENED: u64 = 8;
+
+/// A call about a file that takes effect at once.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Call {
+    Open,
+    Create,
+    SetSize,
+    Remove,
+    Lock,
+    Info,
+    Extent,
+    SyncName,
+}
+
+impl Call {
+    /// What decides about it, in words; frozen, as keys of decisions are made of it.
+    fn role(self) -> &'static str {
+        match self {
+            Call::Open => "open-call",
+            Call::Create => "create-call",
+            Call::SetSize => "size-call",
+            Call::Remove => "remove-call",
+            Call::Lock => "lock-call",
+            Call::Info => "look-call",
+            Call::Extent => "hole-call",
+            Call::SyncName => "directory-call",
+        }
+    }
+
+    /// The error of a kind; `None` where this call has no such fault.
+    fn error(self, kind: u64) -> Option<Errno> {
+        match (kind, self) {
+            (KIND_EINTR, Call::Info) => None,
+            (KIND_EINTR, _) => Some(Errno::EINTR),
+            (KIND_EIO, _) => Some(Errno::EIO),
+            (KIND_LACK, Call::Open | Call::Create) => Some(Errno::EMFILE),
+            (KIND_LACK, Call::SetSize) => Some(Errno::ENOSPC),
+            (KIND_LACK, Call::Remove) => Some(Errno::EBUSY),
+            (KIND_LACK, Call::Lock) => Some(Errno::ENOLCK),
+            (KIND_AWAY, Call::Open) => Some(Errno::ENOENT),
+            _ => None,
+        }
+    }
+
+    /// Whether it may have happened although it is told to have failed so.
+    fn may_happen(self, kind: u64) -> bool {
+        match self {
+            Call::Create => kind == KIND_EINTR,
+            Call::SetSize | Call::Remove => kind == KIND_EINTR || kind == KIND_EIO,
+            _ => false,
+        }
+    }
+}
+
+/// The rates of one seed, looked up once.
+pub(crate) struct CallRates {
+    error: u32,
+    directory: u32,
+    interrupted: u32,
+}
+
+impl CallRates {
+    pub(crate) fn new(sim: &Sim, plan: FaultPlan) -> Self {
+        let rate = |on: bool, kind| if on { sim.swarm().rate_ppm(kind) } else { 0 };
+        Self {
+            error: rate(plan.calls, &CALL_ERROR),
+            directory: rate(plan.calls, &DIRECTORY_ERROR),
+            interrupted: rate(plan.calls_interrupted, &CALL_INTERRUPTED),
+        }
+    }
+
+    fn draw(&self, call: Call, d: &mut Draw) -> u64 {
+        let at = d.below(1_000_000) as u32;
+        let rate = if call == Call::SyncName { self.directory } else { self.error };
+        let kind = if at < self.interrupted {
+            KIND_EINTR
+        } else if at - self.interrupted < rate {
+            let mut kinds = [KIND_EIO, KIND_LACK, KIND_AWAY].into_iter().filter(|k| call.error(*k).is_some());
+            let count = kinds.clone().count() as u64;
+            kinds.nth(d.below(count) as usize).unwrap_or(0)
+        } else {
+            return 0;
+        };
+        if call.error(kind).is_none() {
+            return 0;
+        }
+        kind | if call.may_happen(kind) { HAPPENED * d.below(2) } else { 0 }
+    }
+}
+
+/// A call that fails.
+#[derive(Clone, Copy)]
+pub(crate) struct Failed {
+    pub(crate) error: Errno,
+    /// And yet it has happened.
+    pub(crate) happened: bool,
+}
+
+impl Inner {
+    /// The fault that `call` meets, about the file or directory `name`; none where the plan does not have it, whatever a
+    /// decision file says.
+    pub(crate) fn call_fault(&self, call: Call, name: &str) -> Option<Failed> {
+        let CallRates { error, directory, interrupted } = self.call_rates;
+        if self.is_calm() || (error | directory | interrupted == 0 && !self.sim.has_given_decisions()) {
+            return None;
+        }
+        let entity: Entity = self.sim.derive(call.role(), text_hash(name));
+        self.sim.name_entity(entity, || {
+            format!("{} of {} about {name}", call.role(), self.sim.name_of(self.sim.current()))
+        });
+        let value = self.sim.fault(entity, &CALL_FAULT, 1_000_000, |d| self.call_rates.draw(call, d));
+        let kind = value & 7;
+        let plan = self.plan();
+        let allowed = if kind == KIND_EINTR { plan.calls_interrupted } else { plan.calls };
+        let error = call.error(kind).filter(|_| allowed)?;
+        Some(Failed { error, happened: value & HAPPENED != 0 && call.may_happen(kind) })
+    }
+
+    pub(crate) fn sync_name(&self, name: &str) -> Result<(), Errno> {
+        // A directory is synchronised as a whole.
+        let dir = directory(name);
+        let failed = self.call_fault(Call::SyncName, dir);
+        for (_, file) in self.files.borrow().iter().filter(|(other, _)| directory(other) == dir) {
+            match failed {
+                None if !file.name_given_up.get() => file.name_durable.set(true),
+                // As with a file: told once, and taken as written from then on.
+                Some(f) if f.error != Errno::EINTR && self.sync_errors() != SyncErrors::Retryable => {
+                    file.name_given_up.set(!file.name_durable.get());
+                }
+                _ => {}
+            }
+        }
+        failed.map_or(Ok(()), |f| Err(f.error))
+    }
+
+    pub(crate) fn remove(&self, name: &str) -> Result<(), Errno> {
+        let failed = self.call_fault(Call::Remove, name);
+        if failed.is_none_or(|f| f.happened) {
+            let removed = self.files.borrow_mut().remove(name);
+            removed.ok_or(Errno::ENOENT)?;
+        }
+        failed.map_or(Ok(()), |f| Err(f.error))
+    }
+
+    pub(crate) fn lock(&self, open: &OpenFile, kind: LockKind) -> Result<(), Errno> {
+        if let Some(failed) = self.call_fault(Call::Lock, &open.file.name) {
+            return Err(failed.error);
+        }
+        let mut locks = open.file.locks.borrow_mut();
+        let conflict = |l: &(u64, LockKind)| {
+            l.0 != open.id && (kind == LockKind::Exclusive || l.1 == LockKind::Exclusive)
+        };
+        if locks.iter().any(conflict) {
+            return Err(Errno::EAGAIN);
+        }
+        locks.retain(|l| l.0 != open.id);
+        locks.push((open.id, kind));
+        Ok(())
+    }
+
+    pub(crate) fn set_size(&self, open: &OpenFile, size_bytes: u64) -> Result<(), Errno> {
+        let failed = self.call_fault(Call::SetSize, &open.file.name);
+        if failed.is_none_or(|f| f.happened) {
+            open.file.inode.borrow_mut().resize(size_bytes);
+        }
+        failed.map_or(Ok(()), |f| Err(f.error))
+    }
+
+    /// A call that only looks at a file.
+    pub(crate) fn look(&self, call: Call, open: &OpenFile) -> Result<(), Errno> {
+        self.call_fault(call, &open.file.name).map_or(Ok(()), |f| Err(f.error))
+    }
+}
+
+fn directory(name: &str) -> &str {
+    name.rsplit_once('/').map_or("", |(dir, _)| dir)
+}
+
+/// A [`CALL_FAULT`] value in words.
+pub fn describe_call_fault(value: u64) -> String {
+    let how = match value & 7 {
+        KIND_EINTR => "is interrupted (EINTR)",
+        KIND_EIO => "fails with EIO",
+        KIND_LACK => "fails for lack of a descriptor, space or locks (EMFILE, ENOSPC, ENOLCK), or with EBUSY",
+        KIND_AWAY => "does not find the file for a moment (ENOENT)",
+        _ => "meets no fault",
+    };
+    format!("{how}{}", if value & HAPPENED != 0 { ", although it has happened" } else { "" })
+}
