@@ -362,6 +362,10 @@ impl ProcessFile {
             if !storage.can_zero() && !device {
                 return Err(Errno::EOPNOTSUPP);
             }
+            let valid = len > 0 && offset.checked_add(len).is_some_and(|end| end <= i64::MAX as u64);
+            if !valid {
+                return Err(Errno::EINVAL);
+            }
             if device {
                 let sector = u64::from(storage.direct_align());
                 if !offset.is_multiple_of(sector) || !len.is_multiple_of(sector) {
@@ -374,8 +378,7 @@ impl ProcessFile {
                     return Err(Errno::EOPNOTSUPP);
                 }
             }
-            let valid = len > 0 && offset.checked_add(len).is_some_and(|end| end <= i64::MAX as u64);
-            return if valid { Ok(()) } else { Err(Errno::EINVAL) };
+            return Ok(());
         }
         let align = u64::from(self.align());
         let unaligned = |n: u64| !n.is_multiple_of(align);

@@ -23,12 +23,16 @@ pub fn on_disks<H: FileHost>() -> Vec<Test<Place<H>>> {
 
 const MODES: [ZeroMode; 2] = [ZeroMode::Unmap, ZeroMode::Keep];
 
-/// Makes zeros, by writing them where the file cannot do better; fails if it then changed anything.
+/// Makes zeros, by writing them where the file cannot do better; fails if it then changed anything (a block device with a
+/// page cache may have lost what was not synchronised).
 async fn zero<F: File>(file: &F, offset: u64, len: usize, mode: ZeroMode) -> Outcome {
     let before = read(file, offset, len).await?;
     match file.zero_at(offset, len as u64, mode).await {
         Err(Errno::EOPNOTSUPP) => {
-            same_bytes("what was not changed", &read(file, offset, len).await?, &before)?;
+            let info = file.info().await.or_fail("look")?;
+            if info.direct || !info.block_device {
+                same_bytes("what was not changed", &read(file, offset, len).await?, &before)?;
+            }
             write(file, offset, &vec![0; before.len()]).await
         }
         result => result.or_fail("make zeros"),

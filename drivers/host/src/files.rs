@@ -137,7 +137,9 @@ pub trait File: Clone + 'static {
     /// what of the range lies behind the end is ignored. Durable after [`File::sync_data`], like a write.
     ///
     /// # Errors
-    /// `EOPNOTSUPP` where the file cannot do it this way, with nothing changed: write zeros instead. Else as
+    /// `EOPNOTSUPP` where the file cannot do it this way, with nothing changed: write zeros instead. (On a block device with
+    /// a page cache what was written to whole blocks of the range since the last synchronisation may be gone, after this
+    /// and after any other error.) Else as
     /// fallocate(2); any part of the range may then read as zeros. With [`ZeroMode::Keep`] on a buffered file, whole blocks
     /// may also show older bytes again: what was written since the last synchronisation is gone (ext4, out of space).
     fn zero_at(

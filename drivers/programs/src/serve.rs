@@ -76,6 +76,8 @@ pub async fn run<H: ServeHost>(host: H, args: ServeArgs, console: &dyn Console) 
     let mut outcome = args.open(&host, &mut disks, &memory).await;
     if outcome.is_ok() {
         outcome = args.serve(&host, &disks, console, &memory).await;
+    }
+    if outcome.is_ok() {
         console.out(&tell_memory(&memory));
     }
     let mut status = 0;

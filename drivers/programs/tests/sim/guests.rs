@@ -118,9 +118,9 @@ fn named_disks_are_served_until_the_toolstack_takes_them_away() {
         two.close().await;
         tools.settle().await;
         assert_eq!(*daemon.status.borrow(), Some(0));
-        let said =
-            "serving 1/xvda: raw:/a, 1 MiB\nserving 2/xvda: raw:/b, 1 MiB\n1/xvda: closed\n2/xvda: closed";
-        assert_eq!(daemon.said(), said);
+        let said = "serving 1/xvda: raw:/a, 1 MiB\nserving 2/xvda: raw:/b, 1 MiB\n1/xvda: closed\n2/xvda: closed\nmemory: ";
+        let (text, end) = (daemon.said(), " of 256 MiB in use");
+        assert!(text.starts_with(said) && text.ends_with(end) && text.lines().count() == 5, "{text}");
         kernel.storage().power_cut();
         assert_eq!(kernel.storage().bytes("/a").unwrap()[3 * 512..4 * 512], [7; 512]);
     });
@@ -139,7 +139,7 @@ fn one_that_is_asked_to_stop_is_followed_by_another() {
         first.host.process.ask_to_stop();
         tools.settle().await;
         assert_eq!(*first.status.borrow(), Some(0));
-        assert!(first.said().ends_with("1/xvda: left as it is"), "{}", first.said());
+        assert!(first.said().contains("\n1/xvda: left as it is\nmemory: "), "{}", first.said());
         assert_eq!(xen.counts(DomId(0)), Counts::default());
         assert_eq!(tools.back(&guest, "state").await.as_deref(), Some("4"));
         // The guest asks while nobody is there.
