@@ -98,6 +98,10 @@ impl<H: XenHost> Backend<H> {
         let closed = node.close().await;
         lock.give_up(&host, &end);
         backend.say_the_last_word(end.as_ref().ok()).await?;
+        // Of a disk that was not served nothing can be lost, and whoever leads it looks again.
+        if matches!(end, Err(BackendError::NotTaken { .. })) {
+            return end;
+        }
         closed.map_err(|error| BackendError::Close { path, error })?;
         end
     }
