@@ -65,6 +65,8 @@ pub struct NthFailure {
 /// Counts of what went to the host's files.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct IoCounts {
+    /// Reads, writes and zeros that ended with an error of the medium.
+    pub failed: u64,
     /// Zeros that found no space after the dirty pages of their range were gone.
     pub dropped: u64,
     /// Reads.

@@ -54,7 +54,13 @@ impl Inner {
             IoOp::Sync => return self.effect_sync(running),
         };
         match running.fault {
-            Fault::Error(error, _) => Err(error),
+            Fault::Error(error, _) => {
+                if error == Errno::EIO {
+                    let counts = self.counts.get();
+                    self.counts.set(IoCounts { failed: counts.failed + 1, ..counts });
+                }
+                Err(error)
+            }
             _ => Ok(done),
         }
     }
