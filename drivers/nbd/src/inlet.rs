@@ -21,7 +21,6 @@ pub(crate) enum End {
 
 pub(crate) struct Inlet<S> {
     stream: S,
-    memory: Stage,
     /// Gone for good when a receive was given up.
     buf: Option<IoBuf>,
     start: usize,
@@ -33,15 +32,15 @@ impl<S: Stream> Inlet<S> {
     /// there is no room for it.
     pub(crate) fn new(stream: S, bytes: usize, memory: &Stage) -> Option<Self> {
         let buf = buffer(bytes.max(PAGE_BYTES), memory)?;
-        Some(Self { stream, memory: memory.clone(), buf: Some(buf), start: 0, end: 0 })
+        Some(Self { stream, buf: Some(buf), start: 0, end: 0 })
     }
 
-    /// Lets it hold `bytes`, if that is more and there is memory for it.
-    pub(crate) fn grow(&mut self, bytes: usize) {
+    /// Lets it hold `bytes`, if that is more and `memory` has them: not what others need to begin with.
+    pub(crate) fn grow(&mut self, bytes: usize, memory: &Stage) {
         if bytes <= self.capacity() {
             return;
         }
-        if let Some(mut larger) = buffer(bytes, &self.memory) {
+        if let Some(mut larger) = buffer(bytes, memory) {
             let unread = self.end - self.start;
             larger[..unread].copy_from_slice(self.unread());
             (self.start, self.end, self.buf) = (0, unread, Some(larger));

@@ -87,7 +87,7 @@ pub(super) async fn negotiate<S: Stream>(
     let short = || ClientError::Memory(config.address.clone());
     let memory = config.memory.stage(cost_of(RECEIVE_BYTES_MIN)).map_err(|_| short())?;
     let mut inlet = Inlet::new(stream.clone(), RECEIVE_BYTES_MIN, &memory).ok_or_else(short)?;
-    inlet.grow(receive_bytes);
+    inlet.grow(receive_bytes, &memory);
     let mut talk = Talk { stream, inlet, bell: Bell::default() };
     match talk.run(&config.export).await {
         Ok(terms) => Ok((terms, talk.inlet)),

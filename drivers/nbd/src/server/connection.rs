@@ -92,7 +92,7 @@ where
             return ("the client took too long to choose an export", 0);
         }
     };
-    inlet.grow(server.limits.receive_bytes);
+    inlet.grow(server.limits.receive_bytes, &server.memory.spare);
     let Some(own) = server.memory.seats.borrow_mut().pop() else {
         // Somebody who has given its place up is still there.
         stream.shutdown();

@@ -207,8 +207,10 @@ pub(crate) struct Inner<H> {
 struct Memory {
     /// What connections have for themselves, of those that there may be and are not there.
     seats: RefCell<Vec<Stage>>,
-    /// Receive buffers.
+    /// Receive buffers as everybody begins with one.
     inlets: Stage,
+    /// Larger ones, where there is room: of what nobody was promised.
+    spare: Stage,
     /// Requests that are larger than what a connection has for itself, when there is no room: one after the other.
     large: Stage,
 }
@@ -222,6 +224,7 @@ impl Memory {
         Ok(Self {
             seats: RefCell::new(seats),
             inlets: budget.stage(inlets)?,
+            spare: budget.stage(0)?,
             large: budget.stage(connection::cost_of_pieces(limits.request_bytes as usize))?,
         })
     }
