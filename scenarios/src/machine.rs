@@ -328,8 +328,13 @@ impl Machine {
             // It has been told.
             Err(BackendError::Open { .. }) => return,
             Err(BackendError::NotTaken { .. }) if self.rivals.get() => {}
-            Err(BackendError::Close { .. }) if self.world.errors_allowed() => self.close_failed.set(true),
+            // It ends for that, also where closing the disk says something else.
+            Err(BackendError::Close { .. }) if host.port.is_deaf() && self.world.errors_allowed() => {
+                self.close_failed.set(true);
+                self.respawn(&host);
+            }
             Err(BackendError::Deaf { .. }) if self.may_go_deaf.get() => self.respawn(&host),
+            Err(BackendError::Close { .. }) if self.world.errors_allowed() => self.close_failed.set(true),
             Err(error @ BackendError::Close { .. }) => self.world.fail(Invariant::G11, error.to_string()),
             Err(error) => self.world.fail(Invariant::L1, format!("the back end gave up: {error}")),
         }
