@@ -127,6 +127,14 @@ impl FaultPlan {
         calls: false,
         calls_interrupted: false,
     };
+    /// What goes away by itself: nothing fails for good.
+    pub const PASSING: Self = Self {
+        short: true,
+        transient: true,
+        sync_interrupted: true,
+        calls_interrupted: true,
+        ..Self::LATENCY
+    };
     /// Everything.
     pub const ALL: Self = Self {
         errors: true,

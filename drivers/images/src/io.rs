@@ -7,7 +7,7 @@
 //! ```
 //!
 //! An operation that a transient error refuses is repeated in place, twice at most; then its request learns of it, and its
-//! scheduler repeats the whole of it. While an image is made there is no scheduler, and more patience.
+//! scheduler repeats the whole of it. While an image is made or closed there is no scheduler, and more patience.
 //!
 //! A read past the end of the file gives zeros: after a crash a mapping may be there before the size is.
 
@@ -26,8 +26,8 @@ use tap_host::{
 /// Repetitions of one operation after transient errors, within a request. The scheduler repeats whole requests: where one
 /// operation in ten is refused, that alone would hardly ever get a request of many operations through.
 const REPEATS: u32 = 2;
-/// The same while an image is being made, where there is no scheduler.
-const CREATE_REPEATS: u32 = 8;
+/// The same while an image is being made or closed, where there is no scheduler.
+const LONE_REPEATS: u32 = 8;
 /// Before the first of them, in nanoseconds; it doubles with each.
 const REPEAT_PAUSE_NS: u64 = 1_000_000;
 /// Repetitions of a read while an image is being opened.
@@ -84,7 +84,7 @@ impl<H: ImageHost> ImageFile<H> {
             }
         }
         let mut file = Self::locked(host, path, file, true).await?;
-        file.repeats = CREATE_REPEATS;
+        file.repeats = LONE_REPEATS;
         if existing.is_some() && !file.info.block_device {
             file.set_size(0).await.map_err(ImageError::io("empty", path))?;
             file.info.size_bytes = 0;
@@ -294,12 +294,21 @@ impl<H: ImageHost> ImageFile<H> {
 
     /// Makes durable what was written before; shared by all who wait for it.
     pub(crate) async fn sync(&self) -> Result<(), Errno> {
+        self.sync_again(self.repeats).await
+    }
+
+    /// The same before the file is closed: nobody repeats a close.
+    pub(crate) async fn sync_to_close(&self) -> Result<(), Errno> {
+        self.sync_again(LONE_REPEATS).await
+    }
+
+    async fn sync_again(&self, most: u32) -> Result<(), Errno> {
         let (mut repeats, mut pause_ns) = (0, REPEAT_PAUSE_NS);
         loop {
             let failures = self.kept.failures();
             match self.sync.sync(&self.host, &self.file, self.info.direct).await {
                 // Nothing was given up: see `sync.rs`.
-                Err(Errno::EINTR) if repeats < self.repeats => {
+                Err(Errno::EINTR) if repeats < most => {
                     (repeats, pause_ns) = (repeats + 1, pause_ns * 2);
                     self.host.mark(Mark::OperationRepeated);
                     self.host.sleep_ns(pause_ns / 2).await;

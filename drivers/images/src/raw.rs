@@ -143,7 +143,9 @@ impl<H: ImageHost> Node for Raw<H> {
         let (open, read_only) = (self.open.take(), self.info.read_only);
         Box::pin(async move {
             match open {
-                Some(inner) if !read_only && !inner.host.bug(Bug::CloseUnsynced) => inner.file.sync().await,
+                Some(inner) if !read_only && !inner.host.bug(Bug::CloseUnsynced) => {
+                    inner.file.sync_to_close().await
+                }
                 _ => Ok(()),
             }
         })

