@@ -17,6 +17,14 @@ impl Machine {
             if self.off.get() {
                 return;
             }
+            self.start_after(&host);
+        }
+    }
+
+    /// Starts a tapdisk in place of `ended`, unless somebody has already: whoever waits for its end may be the last.
+    fn start_after(self: &Rc<Self>, ended: &SimHost) {
+        let of = |host: &SimHost| host.process.node().entity();
+        if self.tapdisk().is_none_or(|now| of(&now) == of(ended)) {
             self.start_tapdisk();
         }
     }
@@ -45,19 +53,17 @@ impl Machine {
 
     /// `host` has ended, as it hears nothing any more: another takes over, unless one has already.
     pub(crate) fn respawn(self: &Rc<Self>, host: &SimHost) {
-        let (machine, node) = (Rc::clone(self), host.process.node().clone());
-        let entity = node.entity();
+        let (machine, host) = (Rc::clone(self), host.clone());
+        let node = host.process.node().clone();
         // Not a task of the one that ends.
-        self.toolstack.process.node().spawn("respawn", entity.0, async move {
+        self.toolstack.process.node().spawn("respawn", node.entity().0, async move {
             node.kill();
             node.dead().await;
             machine.world.count(|s| s.crashes += 1);
             machine.disks.borrow().iter().for_each(|disk| disk.setup.history.borrow_mut().server_died());
-            // A supervisor that waits for its death is faster.
             machine.world.sim.sleep_ns(20_000).await;
-            let replaced = machine.tapdisk().is_some_and(|now| now.process.node().entity() != entity);
-            if !replaced && !machine.off.get() {
-                machine.start_tapdisk();
+            if !machine.off.get() {
+                machine.start_after(&host);
             }
         });
     }
