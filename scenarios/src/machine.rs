@@ -323,18 +323,16 @@ impl Machine {
         if !host.process.node().is_alive() {
             return;
         }
-        match end {
+        if let Err(BackendError::Close { .. } | BackendError::AndClose { .. }) = &end {
+            self.close_failed.set(true);
+        }
+        match end.map_err(first_of) {
             Ok(_) => {}
             // It has been told.
             Err(BackendError::Open { .. }) => return,
             Err(BackendError::NotTaken { .. }) if self.rivals.get() => {}
-            // It ends for that, also where closing the disk says something else.
-            Err(BackendError::Close { .. }) if host.port.is_deaf() && self.world.errors_allowed() => {
-                self.close_failed.set(true);
-                self.respawn(&host);
-            }
             Err(BackendError::Deaf { .. }) if self.may_go_deaf.get() => self.respawn(&host),
-            Err(BackendError::Close { .. }) if self.world.errors_allowed() => self.close_failed.set(true),
+            Err(BackendError::Close { .. }) if self.world.errors_allowed() => {}
             Err(error @ BackendError::Close { .. }) => self.world.fail(Invariant::G11, error.to_string()),
             Err(error) => self.world.fail(Invariant::L1, format!("the back end gave up: {error}")),
         }
@@ -541,5 +539,13 @@ impl Machine {
             self.world
                 .fail(Invariant::K1, format!("in-flight records are left over: {}", regions.join(", ")));
         }
+    }
+}
+
+/// What ended a back end, whether or not its disk could be closed then.
+fn first_of(error: BackendError) -> BackendError {
+    match error {
+        BackendError::AndClose { first, .. } => *first,
+        other => other,
     }
 }

@@ -88,6 +88,7 @@ list! {
         RecordGoneAtLeave = "the in-flight record is removed when a process leaves its ring in order",
         GoneNotClosed = "a back end whose front end is gone ends without closing its own end",
         BindOnce = "a port that a dying predecessor still holds is taken as a broken ring",
+        CloseErrorFirst = "what a disk says when it is closed replaces the error that ended its back end",
         DeafCloses = "a ring whose events cannot be heard any more is closed instead of left to another process",
         PauseStays = "the pause between two attempts to serve a disk does not grow",
         RefusalUntold = "a disk that cannot be served is neither refused nor served",

@@ -157,6 +157,7 @@ impl<H: GuestHost> Shared<H> {
             let open = || self.open(&config, &disk.spec, !self.args.images.read_only);
             let (host, leave) = (self.host.clone(), Rc::clone(&self.leave));
             let end = Backend::run(host, config.clone(), open, leave).await;
+            self.leave_if_deaf(&end);
             self.tell_end(&config, end);
         });
         join_all(serving).await;
@@ -226,11 +227,15 @@ impl<H: GuestHost> Shared<H> {
         // One disk of many is no reason for us to fail.
         let tell = |why: &str| self.tell(&config, why);
         let end = lead(&self.host, &config, &self.leave, open, tell).await;
-        if matches!(end, Err(BackendError::Deaf { .. })) {
-            // No disk can be served any more by this process.
+        self.leave_if_deaf(&end);
+        self.tell_end(&config, end);
+    }
+
+    /// A process that hears no events can serve no disk any more, also none that nobody uses yet: another is to.
+    fn leave_if_deaf(&self, end: &Result<BackendEnd, BackendError>) {
+        if end.as_ref().is_err_and(|error| matches!(error.first(), BackendError::Deaf { .. })) {
             self.leave.set();
         }
-        self.tell_end(&config, end);
     }
 }
 

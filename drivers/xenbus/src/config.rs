@@ -126,6 +126,16 @@ pub enum BackendError {
         /// Why.
         error: Errno,
     },
+    /// What ended the back end, and the disk could not be closed either.
+    #[error(
+        "{first}; its disk failed to close, too: {close}; what was written since the last flush may be lost"
+    )]
+    AndClose {
+        /// What ended it.
+        first: Box<BackendError>,
+        /// Why the disk could not be closed.
+        close: Errno,
+    },
     /// The directory is not that of a disk of this guest.
     #[error("use {path} as a back end of {dom}: {why}")]
     NotOurs {
@@ -136,4 +146,14 @@ pub enum BackendError {
         /// What does not fit.
         why: &'static str,
     },
+}
+
+impl BackendError {
+    /// What ended the back end, whatever else went wrong then: what to do next goes by this.
+    pub fn first(&self) -> &Self {
+        match self {
+            Self::AndClose { first, .. } => first,
+            other => other,
+        }
+    }
 }

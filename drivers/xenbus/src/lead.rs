@@ -97,7 +97,7 @@ pub async fn lead<H: XenHost, F: Future<Output = Result<Rc<dyn Node>, String>>>(
 
 /// Whether another attempt may succeed.
 fn passes(error: &BackendError) -> bool {
-    match error {
+    match error.first() {
         BackendError::NotTaken { .. } | BackendError::NotOurs { .. } => true,
         BackendError::Store { error, .. } => is_transient(*error),
         _ => false,

@@ -86,10 +86,10 @@ impl<H: XenHost> Backend<H> {
         let path = config.backend_path.clone();
         let mut backend = match Self::find(host.clone(), config, Rc::clone(&node), leave).await {
             Ok(backend) => backend,
-            Err(error) => {
-                node.close().await.map_err(|error| BackendError::Close { path, error })?;
-                lock.give_up(&host, &error);
-                return error;
+            Err(end) => {
+                let closed = node.close().await;
+                lock.give_up(&host, &end);
+                return with_close(end, closed, path, false);
             }
         };
         let end = backend.live().await;
@@ -97,13 +97,13 @@ impl<H: XenHost> Backend<H> {
         backend.let_go_of_ring(!is_over(&end)).await;
         let closed = node.close().await;
         lock.give_up(&host, &end);
-        backend.say_the_last_word(end.as_ref().ok()).await?;
-        // Of a disk that was not served nothing can be lost, and whoever leads it looks again.
-        if matches!(end, Err(BackendError::NotTaken { .. })) {
-            return end;
+        let said = backend.say_the_last_word(end.as_ref().ok()).await;
+        if let Err(error) = closed
+            && backend.host.bug(Bug::CloseErrorFirst)
+        {
+            return Err(BackendError::Close { path, error });
         }
-        closed.map_err(|error| BackendError::Close { path, error })?;
-        end
+        with_close(end.and_then(|end| said.map(|()| end)), closed, path, backend.connects > 0)
     }
 
     /// The back end of a disk whose directory is there; how it ends otherwise.
@@ -481,6 +481,21 @@ impl<H: XenHost> Backend<H> {
 
 fn info_of(read_only: bool) -> u32 {
     if read_only { INFO_READ_ONLY } else { 0 }
+}
+
+/// How a back end ended whose disk was closed like this. An error that ended it stays the one to go by; of a disk that was
+/// not `served` nothing can be lost.
+fn with_close(
+    end: Result<BackendEnd, BackendError>,
+    closed: Result<(), Errno>,
+    path: String,
+    served: bool,
+) -> Result<BackendEnd, BackendError> {
+    match (end, closed) {
+        (Ok(_), Err(error)) => Err(BackendError::Close { path, error }),
+        (Err(first), Err(close)) if served => Err(BackendError::AndClose { first: Box::new(first), close }),
+        (end, _) => end,
+    }
 }
 
 async fn watch<H: XenHost>(host: &H, path: StorePath) -> Result<H::Watcher, BackendError> {

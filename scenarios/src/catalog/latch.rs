@@ -36,6 +36,7 @@ async fn flush_errors_and_deaths(world: World) {
     let retries = world.setting("guest-retries", &[3, 0, 1]);
     guest.set_manners(Manners { retries, errors_allowed: true, reads: Invariant::P1 });
     guest.history.borrow_mut().relax_order();
+    machine.allow_deafness();
     world.sim.spawn("supervisor", 0, Rc::clone(&machine).supervise(kills(&world, 4, 400)));
     let ops = operations_of(&world, attached, 0, 80);
     let (g, depth) = (guest.clone(), world.setting("ring-depth", &[8, 32, 1]));
