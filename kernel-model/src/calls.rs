@@ -69,6 +69,11 @@ impl Call {
         }
     }
 
+    /// Whether it may end with `EINTR`.
+    pub(crate) fn is_interruptible(self) -> bool {
+        self.error(KIND_EINTR).is_some()
+    }
+
     /// Whether it may have happened although it is told to have failed so.
     fn may_happen(self, kind: u64) -> bool {
         match self {
@@ -128,7 +133,14 @@ impl Inner {
     /// decision file says.
     pub(crate) fn call_fault(&self, call: Call, name: &str) -> Option<Failed> {
         let CallRates { error, directory, interrupted } = self.call_rates;
-        if self.is_calm() || (error | directory | interrupted == 0 && !self.sim.has_given_decisions()) {
+        if self.is_calm() {
+            return None;
+        }
+        let nth = self.nth_call(call);
+        if nth == Some(true) {
+            return Some(Failed { error: Errno::EINTR, happened: false });
+        }
+        if error | directory | interrupted == 0 && !self.sim.has_given_decisions() {
             return None;
         }
         let entity: Entity = self.sim.derive(call.role(), text_hash(name));
@@ -139,7 +151,8 @@ impl Inner {
         let kind = value & 7;
         let plan = self.plan();
         let allowed = if kind == KIND_EINTR { plan.calls_interrupted } else { plan.calls };
-        let error = call.error(kind).filter(|_| allowed)?;
+        let spared = kind == KIND_EINTR && nth.is_some();
+        let error = call.error(kind).filter(|_| allowed && !spared)?;
         Some(Failed { error, happened: value & HAPPENED != 0 && call.may_happen(kind) })
     }
 

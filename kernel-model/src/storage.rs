@@ -4,11 +4,14 @@
 //! them its locks, go only when its last operation has ended, as on Linux; so who has the lock has no stray writes.
 
 mod effect;
+mod nth;
 mod power;
 
 use crate::calls::{Call, CallRates};
 use crate::faults::{self, Fault, FaultPlan, IO_FAULT, IO_LATE, IoOp, Rates, SyncErrors, decode};
 use crate::inode::{Content, Inode};
+pub use nth::{Concerned, NthFailure};
+use nth::{Nth, NthCounts};
 use sim::{Entity, Sim, Timed, text_hash};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -27,7 +30,7 @@ pub struct StorageConfig {
     pub zeroing: bool,
     /// fdatasync says ok and does nothing: a canary.
     pub flush_lies: bool,
-    /// Fails one operation, or all from one on; reads, writes and synchronisations are counted together.
+    /// Fails operations by number.
     pub nth_failure: Option<NthFailure>,
     /// What offsets and lengths of direct files are multiples of, in bytes: the sector of the drive below (512 or 4096).
     pub direct_align_bytes: u32,
@@ -47,19 +50,6 @@ impl Default for StorageConfig {
             write_back_bytes: 16 << 20,
         }
     }
-}
-
-/// The n-th operation fails: a sweep over `n` reaches every one.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct NthFailure {
-    /// Which, counted from 1 over all reads, writes and synchronisations.
-    pub n: u64,
-    /// Whether all after it fail too, until faults stop.
-    pub sticky: bool,
-    /// How much of a write lands: 0 nothing, 255 everything.
-    pub effect: u8,
-    /// The error.
-    pub error: Errno,
 }
 
 /// Counts of what went to the host's files.
@@ -171,6 +161,7 @@ pub(crate) struct Inner {
     stopped: Cell<bool>,
     calm: Cell<bool>,
     full: Cell<bool>,
+    nth_counts: NthCounts,
     hook: RefCell<Option<Hook>>,
 }
 
@@ -202,6 +193,7 @@ impl Storage {
             stopped: Cell::new(false),
             calm: Cell::new(false),
             full: Cell::new(false),
+            nth_counts: NthCounts::default(),
             hook: RefCell::default(),
         }))
     }
@@ -501,29 +493,18 @@ impl Inner {
             return Fault::None;
         }
         let counts = self.count(op);
-        if let Some(nth) = self.config.borrow().nth_failure
-            && !self.stopped.get()
-        {
-            let n = counts.reads + counts.writes + counts.syncs;
-            // A full disk can still be read, and holes made in it.
-            let concerned = nth.error != Errno::ENOSPC || op.takes_space();
-            if concerned && (n == nth.n || nth.sticky && n > nth.n) {
-                return match (op, nth.error) {
-                    (IoOp::Zero(ZeroMode::Keep), Errno::ENOSPC) if nth.effect > 0 => {
-                        Fault::DropsPages(nth.effect < 255)
-                    }
-                    _ => Fault::Error(nth.error, nth.effect),
-                };
-            }
+        let nth = self.nth(op, counts.reads + counts.writes + counts.syncs);
+        if let Nth::Fails(fault) = nth {
+            return fault;
         }
         if !self.rates.any(op) && !self.sim.has_given_decisions() {
             return Fault::None;
         }
-        decode(
-            self.sim.fault(io, &IO_FAULT, 1_000_000, |d| self.rates.draw_fault(op, d)),
-            self.config.borrow().faults,
-            op,
-        )
+        let value = self.sim.fault(io, &IO_FAULT, 1_000_000, |d| self.rates.draw_fault(op, d));
+        match (decode(value, self.config.borrow().faults, op), nth) {
+            (Fault::Error(Errno::EAGAIN | Errno::EINTR, _) | Fault::Nothing, Nth::Spared) => Fault::None,
+            (fault, _) => fault,
+        }
     }
 
     pub(crate) fn poll(&self, index: u32, waker: &Waker) -> Poll<(Result<usize, Errno>, IoVec)> {

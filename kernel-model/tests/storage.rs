@@ -1,7 +1,7 @@
 //! The storage model's own promises.
 
 use kernel_model::faults::{FaultPlan, SyncErrors};
-use kernel_model::{FILE_BYTES_MAX, Kernel, NthFailure, Process, Storage, StorageConfig, to_bufs};
+use kernel_model::{Concerned, FILE_BYTES_MAX, Kernel, NthFailure, Process, Storage, StorageConfig, to_bufs};
 use sim::{Config, Sim};
 use tap_host::{Errno, File, Files, IoBuf, IoVec, LockKind, OpenMode, Tasks};
 
@@ -68,7 +68,7 @@ fn a_dead_process_has_no_effect() {
 
 #[test]
 fn the_nth_operation_fails_with_a_part_of_its_effect() {
-    let failure = NthFailure { n: 2, sticky: false, effect: 128, error: Errno::EIO };
+    let failure = NthFailure { n: 2, times: 1, of: Concerned::All, effect: 128, error: Errno::EIO };
     let config = StorageConfig { nth_failure: Some(failure), ..quiet() };
     world(1, config, |_, kernel| async move {
         kernel.storage().put_bytes("/a", &[0; 2048]);
@@ -111,7 +111,7 @@ fn a_power_cut_keeps_what_was_synchronised_and_any_part_of_the_rest() {
 #[test]
 fn a_failed_sync_on_linux_is_reported_once_and_loses_data() {
     let config = StorageConfig {
-        nth_failure: Some(NthFailure { n: 2, sticky: false, effect: 0, error: Errno::EIO }),
+        nth_failure: Some(NthFailure { n: 2, times: 1, of: Concerned::All, effect: 0, error: Errno::EIO }),
         sync_errors: SyncErrors::Linux,
         ..quiet()
     };
@@ -192,7 +192,8 @@ fn a_file_has_a_largest_size() {
 
 #[test]
 fn while_it_is_calm_nothing_fails_and_nothing_is_counted() {
-    let failure = NthFailure { n: 1, sticky: true, effect: 0, error: Errno::EIO };
+    let failure =
+        NthFailure { n: 1, times: NthFailure::FOR_GOOD, of: Concerned::All, effect: 0, error: Errno::EIO };
     let config = StorageConfig { faults: FaultPlan::ALL, nth_failure: Some(failure), ..quiet() };
     world(7, config, |_, kernel| async move {
         kernel.storage().put_bytes("/a", &[0; 512]);

@@ -11,7 +11,7 @@
 //! lost", "the L2 entry holds that". So inputs need no format of their own: whatever bytes they are, they mean a run,
 //! and most small changes of bytes are small changes of the run.
 
-use crate::catalog::{crash, damage, nbd, ring};
+use crate::catalog::{crash, damage, failures, nbd, ring};
 use crate::guest::NBD_TRICK;
 use crate::run::{Outcome, RunSpec, Scenario, run};
 use crate::workload::{OP, OP_FORM};
@@ -89,7 +89,7 @@ static QCOW_KINDS: [Kind; 17] = [
     kind(&OP_FORM, 160, 3),
     kind(&SETTING, 16, 3),
     kind(&SETTING, 16, 2),
-    kind(&crash::FAIL_NTH, 1, 7),
+    kind(&failures::FAIL_NTH, 1, 7),
     kind(&crash::CRASH_AT, 3, 7),
     kind(&LOST, 256, 8),
     kind(&LOST, 64, 8),

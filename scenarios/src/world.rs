@@ -88,7 +88,7 @@ impl World {
             || storage.faults.no_space
             || storage.faults.sync_errors
             || storage.faults.calls
-            || storage.nth_failure.is_some();
+            || storage.nth_failure.is_some_and(|nth| !nth.is_passing());
         let storage = Storage::new(sim, storage);
         let kernel = Kernel::new(sim, &storage);
         if let Some(bug) = options.bug {

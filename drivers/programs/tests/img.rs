@@ -2,7 +2,7 @@
 
 use clap::Parser;
 use kernel_model::faults::FaultPlan;
-use kernel_model::{Kernel, NthFailure, Storage, StorageConfig};
+use kernel_model::{Concerned, Kernel, NthFailure, Storage, StorageConfig};
 use sim::{Config, Sim};
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -323,7 +323,13 @@ fn an_image_in_use_is_left_alone() {
 
 #[test]
 fn a_full_disk_is_told_and_the_source_stays() {
-    let failure = NthFailure { n: 30, sticky: true, effect: 0, error: Errno::ENOSPC };
+    let failure = NthFailure {
+        n: 30,
+        times: NthFailure::FOR_GOOD,
+        of: Concerned::All,
+        effect: 0,
+        error: Errno::ENOSPC,
+    };
     let plan = FaultPlan { no_space: true, ..FaultPlan::default() };
     let config = StorageConfig { faults: plan, nth_failure: Some(failure), ..StorageConfig::default() };
     let machine = Machine::new(config);

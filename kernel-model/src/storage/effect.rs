@@ -14,9 +14,16 @@ impl Inner {
         counts.bytes += len as u64;
         self.counts.set(counts);
         let device = running.open.file.device.get();
-        let zeroing = matches!(running.op, IoOp::Zero(_));
-        if device && zeroing && matches!(running.fault, Fault::Error(error, _) if error != Errno::EAGAIN) {
-            self.drop_pages(running);
+        if let Fault::Error(error, _) = running.fault {
+            let drops = match running.op {
+                IoOp::Zero(_) if device => error != Errno::EAGAIN,
+                // Of a hole a file writes back what is dirty, before it makes it.
+                IoOp::Zero(ZeroMode::Keep) => error == Errno::EIO,
+                _ => false,
+            };
+            if drops {
+                self.drop_pages(running);
+            }
         }
         let landed = match running.fault {
             Fault::None | Fault::Stuck => len,

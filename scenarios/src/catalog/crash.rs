@@ -6,6 +6,7 @@
 //!        ╳ power cut        ╳ power cut         no faults any more
 //! ```
 
+use super::failures::{self, passing_storage};
 use super::setup::{Setup, cut_after_close, workload};
 use crate::check::oracle::{Oracle, is_broken};
 use crate::check::{BeforeCut, Invariant, lost_to_error};
@@ -16,8 +17,8 @@ use crate::stack::{Stack, StackLimits};
 use crate::workload::{Op, Shape, operations};
 use crate::world::{World, setting};
 use kernel_model::SimHost;
+use kernel_model::StorageConfig;
 use kernel_model::faults::{FaultPlan, SyncErrors};
-use kernel_model::{NthFailure, StorageConfig};
 use sim::{Entity, Label, Sim};
 use std::cell::Cell;
 use std::future::{Future, poll_fn};
@@ -31,18 +32,14 @@ use tap_host::{Errno, IoKind, SECTOR_BYTES, SectorRange};
 /// After how many operations on the host's files the power is cut; 0 is when everything has come to rest.
 pub static CRASH_AT: Label = Label::new("crash-at", "the power is cut after {} host operations");
 
-/// Which operation on the host's files fails, from 1; 0 is none.
-pub static FAIL_NTH: Label = Label::new("fail-nth", "host operation number {} fails");
-
 /// qcow without backing file.
 pub static QCOW_POWER_CUT: Scenario = Scenario {
     name: "qcow-power-cut",
     about: "qcow under load, power cut at any host operation, recovery checked sector by sector",
     storage: |sim| StorageConfig {
-        faults: FaultPlan::PASSING,
         zeroing: zeroing(sim),
         direct_align_bytes: direct_align(sim),
-        ..StorageConfig::default()
+        ..passing_storage(sim)
     },
     body: |w| Box::pin(power_cuts(w, Plan { cuts: 1, ops: 40, ..PLAIN })),
 };
@@ -65,10 +62,9 @@ pub static RAW_POWER_CUT: Scenario = Scenario {
     name: "raw-power-cut",
     about: "raw under load with zeros and discards, power cut at any host operation, every sector checked",
     storage: |sim| StorageConfig {
-        faults: FaultPlan::PASSING,
         zeroing: zeroing(sim),
         direct_align_bytes: direct_align(sim),
-        ..StorageConfig::default()
+        ..passing_storage(sim)
     },
     body: |w| Box::pin(power_cuts(w, Plan { raw: true, cuts: 2, ops: 40, ..PLAIN })),
 };
@@ -159,22 +155,9 @@ fn error_storage(sim: &Sim) -> StorageConfig {
         sync_errors: setting(sim, "sync-errors", &modes),
         zeroing: zeroing(sim),
         direct_align_bytes: direct_align(sim),
-        nth_failure: nth_failure(sim),
+        nth_failure: failures::lasting(sim),
         ..StorageConfig::default()
     }
-}
-
-/// In half of the seeds one operation fails, wherever else faults are drawn.
-fn nth_failure(sim: &Sim) -> Option<NthFailure> {
-    let entity = Entity::WORLD.child("nth-failure", 0);
-    let n = sim.decide(entity, &FAIL_NTH, 0, |d| if d.below(2) == 0 { 0 } else { 1 + d.below(120) });
-    sim.name_entity(entity, || "storage".into());
-    (n > 0).then(|| NthFailure {
-        n,
-        sticky: setting(sim, "failure-lasts", &[false, false, false, true]),
-        effect: setting(sim, "failure-effect", &[0, 255, 128]),
-        error: setting(sim, "failure-error", &[Errno::EIO, Errno::ENOSPC]),
-    })
 }
 
 /// The shape of a scenario.

@@ -1,6 +1,7 @@
 //! The life of a disk under load: paused, resumed and closed while requests run, some of which are given up half way.
 
 use super::crash::{either, last_epoch};
+use super::failures::passing_storage;
 use super::setup::{Setup, workload};
 use crate::check::Invariant;
 use crate::guest::{DirectDisk, Guest, GuestDisk, Manners};
@@ -8,8 +9,7 @@ use crate::run::Scenario;
 use crate::stack::{Stack, StackLimits};
 use crate::workload::{Workload, operations};
 use crate::world::World;
-use kernel_model::faults::FaultPlan;
-use kernel_model::{SimHost, StorageConfig};
+use kernel_model::SimHost;
 use sim::{Entity, Label};
 use std::cell::Cell;
 use std::future::{Future, poll_fn};
@@ -24,7 +24,7 @@ use tap_host::{Errno, SectorRange, Tasks, Time};
 pub static DISK_LIFE: Scenario = Scenario {
     name: "disk-life",
     about: "a disk is paused, resumed and closed under load, and requests are given up half way; power cut at the close",
-    storage: |_| StorageConfig { faults: FaultPlan::PASSING, ..StorageConfig::default() },
+    storage: passing_storage,
     body: |w| Box::pin(disk_life(w)),
 };
 

@@ -4,6 +4,7 @@ pub mod absent;
 pub mod away;
 pub mod crash;
 pub mod damage;
+pub mod failures;
 pub mod latch;
 pub mod life;
 pub mod nbd;
@@ -108,7 +109,7 @@ pub fn shares(scenarios: &[&Scenario], runs: u64) -> Vec<u64> {
 /// The labels of scenarios.
 pub static LABELS: &[&Label] = &[
     &crash::CRASH_AT,
-    &crash::FAIL_NTH,
+    &failures::FAIL_NTH,
     &ring::KILL_AFTER,
     &ring::RECONNECT_AT,
     &life::GIVE_UP,

@@ -15,6 +15,7 @@ mod disk;
 mod reports;
 
 use super::crash::{CRASH_AT, either, power};
+use super::failures::passing_storage;
 use crate::check::Invariant;
 use crate::program::Printed;
 use crate::run::Scenario;
@@ -32,7 +33,7 @@ use tap_programs::img::{Cli, run};
 pub static IMAGE_TOOLS: Scenario = Scenario {
     name: "image-tools",
     about: "tap-img makes, copies, maps, compares and checks images, with transient errors and short transfers; power cuts",
-    storage: |_| StorageConfig { faults: FaultPlan::PASSING, ..StorageConfig::default() },
+    storage: passing_storage,
     body: |w| Box::pin(tools(w)),
 };
 

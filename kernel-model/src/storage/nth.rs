@@ -1,0 +1,128 @@
+//! Failures by number: from the n-th operation on, so many that it concerns fail.
+
+use super::Inner;
+use crate::calls::Call;
+use crate::faults::{Fault, IoOp};
+use std::cell::Cell;
+use tap_host::{Errno, ZeroMode};
+
+/// The operations from the n-th on fail: a sweep over `n` reaches every one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct NthFailure {
+    /// From which on, counted from 1 over all reads, writes and synchronisations; calls are counted by themselves.
+    pub n: u64,
+    /// How many of those that it concerns fail in a row; [`NthFailure::FOR_GOOD`] until faults stop.
+    pub times: u64,
+    /// Which it concerns.
+    pub of: Concerned,
+    /// How much of a write lands: 0 nothing, 255 everything.
+    pub effect: u8,
+    /// The error. `EAGAIN` is what the host says for now: of a synchronisation or a call that is `EINTR`. Once so many
+    /// have ended in it, the next ones are spared: patience has an end.
+    pub error: Errno,
+}
+
+/// What a failure by number concerns.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Concerned {
+    /// Every operation.
+    All,
+    /// All but synchronisations: what was accepted gets to the medium, and nothing takes its place.
+    ButSyncs,
+    /// Ranges made zeros, and holes.
+    Zeros,
+    /// Synchronisations.
+    Syncs,
+    /// Calls that are no transfers, of those that can be interrupted.
+    Calls,
+}
+
+impl NthFailure {
+    /// As [`NthFailure::times`]: until faults stop.
+    pub const FOR_GOOD: u64 = u64::MAX;
+
+    /// Whether who asks again gets it done.
+    pub fn is_passing(&self) -> bool {
+        self.error == Errno::EAGAIN
+    }
+}
+
+/// Operations after a row of passing failures that no passing failure meets.
+const SPARED: u64 = 64;
+
+/// How many have failed by number, and how many were spared.
+#[derive(Default)]
+pub(super) struct NthCounts {
+    failed: Cell<u64>,
+    spared: Cell<u64>,
+    calls: Cell<u64>,
+}
+
+/// What a failure by number means to one operation.
+pub(super) enum Nth {
+    Fails(Fault),
+    /// No passing failure, drawn or not.
+    Spared,
+    Nothing,
+}
+
+impl Inner {
+    /// What the failure by number, if there is one, does to operation number `n`.
+    pub(super) fn nth(&self, op: IoOp, n: u64) -> Nth {
+        let Some(nth) = self.config.borrow().nth_failure.filter(|_| !self.stopped.get()) else {
+            return Nth::Nothing;
+        };
+        let concerned = match nth.of {
+            // A full disk can still be read, and holes made in it.
+            _ if nth.error == Errno::ENOSPC && !op.takes_space() => false,
+            Concerned::All => true,
+            Concerned::ButSyncs => op != IoOp::Sync,
+            Concerned::Zeros => matches!(op, IoOp::Zero(_)),
+            Concerned::Syncs => op == IoOp::Sync,
+            Concerned::Calls => false,
+        };
+        if n < nth.n || !concerned {
+            return Nth::Nothing;
+        }
+        if !self.one_more(nth) {
+            return if self.spares(nth) { Nth::Spared } else { Nth::Nothing };
+        }
+        Nth::Fails(match (op, nth.error) {
+            (IoOp::Zero(ZeroMode::Keep), Errno::ENOSPC) if nth.effect > 0 => {
+                Fault::DropsPages(nth.effect < 255)
+            }
+            (IoOp::Sync, Errno::EAGAIN) => Fault::Error(Errno::EINTR, 0),
+            (_, error) => Fault::Error(error, nth.effect),
+        })
+    }
+
+    /// Whether `call` is interrupted by number: `Some(false)` is that it is spared.
+    pub(crate) fn nth_call(&self, call: Call) -> Option<bool> {
+        let nth = self.config.borrow().nth_failure.filter(|nth| nth.of == Concerned::Calls)?;
+        if self.stopped.get() || !call.is_interruptible() {
+            return None;
+        }
+        let calls = &self.nth_counts.calls;
+        calls.set(calls.get() + 1);
+        if calls.get() < nth.n {
+            return None;
+        }
+        if self.one_more(nth) {
+            return Some(true);
+        }
+        self.spares(nth).then_some(false)
+    }
+
+    fn one_more(&self, nth: NthFailure) -> bool {
+        let failed = &self.nth_counts.failed;
+        let fails = failed.get() < nth.times;
+        failed.set(failed.get() + u64::from(fails));
+        fails
+    }
+
+    fn spares(&self, nth: NthFailure) -> bool {
+        let spared = &self.nth_counts.spared;
+        spared.set(spared.get() + 1);
+        nth.is_passing() && spared.get() <= SPARED
+    }
+}

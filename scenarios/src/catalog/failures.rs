@@ -1,0 +1,54 @@
+//! Failures by number: which operations of the host fail in a row, and how.
+
+use crate::world::setting;
+use kernel_model::faults::FaultPlan;
+use kernel_model::{Concerned, NthFailure, StorageConfig};
+use sim::{Draw, Entity, Label, Sim};
+use tap_host::Errno;
+
+/// Which operation on the host's files fails, from 1; 0 is none.
+pub static FAIL_NTH: Label = Label::new("fail-nth", "host operation number {} fails");
+
+/// Most that fail for now, one after another: fewer than any part of the stack has patience for.
+const PASSING_IN_A_ROW: [u64; 4] = [5, 3, 4, 2];
+
+/// In half of the seeds operations fail, wherever else faults are drawn: one, some in a row, or all from one on.
+pub(super) fn lasting(sim: &Sim) -> Option<NthFailure> {
+    const FOR_GOOD: u64 = NthFailure::FOR_GOOD;
+    let n = number(sim, |d| if d.below(2) == 0 { 0 } else { 1 + d.below(120) });
+    (n > 0).then(|| NthFailure {
+        n,
+        times: setting(sim, "failure-lasts", &[1, 1, 1, FOR_GOOD, 24, FOR_GOOD]),
+        of: setting(sim, "failure-of", &[Concerned::All, Concerned::ButSyncs, Concerned::Zeros]),
+        effect: setting(sim, "failure-effect", &[0, 255, 128]),
+        error: setting(sim, "failure-error", &[Errno::EIO, Errno::ENOSPC]),
+    })
+}
+
+/// Where nothing fails for good: in half of the seeds some operations in a row fail for now.
+pub(super) fn passing(sim: &Sim) -> Option<NthFailure> {
+    let n = number(sim, |d| if d.below(2) == 0 { 0 } else { 1 + d.magnitude(9) });
+    (n > 0).then(|| NthFailure {
+        n,
+        times: setting(sim, "passing-in-a-row", &PASSING_IN_A_ROW),
+        of: setting(
+            sim,
+            "passing-of",
+            &[Concerned::All, Concerned::Syncs, Concerned::Calls, Concerned::Zeros],
+        ),
+        effect: 0,
+        error: Errno::EAGAIN,
+    })
+}
+
+/// Storage on which nothing fails for good, and some operations fail in a row.
+pub(super) fn passing_storage(sim: &Sim) -> StorageConfig {
+    StorageConfig { faults: FaultPlan::PASSING, nth_failure: passing(sim), ..StorageConfig::default() }
+}
+
+fn number(sim: &Sim, draw: impl FnOnce(&mut Draw) -> u64) -> u64 {
+    let entity = Entity::WORLD.child("nth-failure", 0);
+    let n = sim.decide(entity, &FAIL_NTH, 0, draw);
+    sim.name_entity(entity, || "storage".into());
+    n
+}
