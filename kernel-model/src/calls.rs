@@ -3,7 +3,7 @@
 //! | kind | error | of | and yet it has happened |
 //! |---|---|---|---|
 //! | 1 | `EINTR` | opening, sizing, removing, locking, looking for holes, synchronising a directory | a new file; a size; a removal |
-//! | 2 | `EIO` | all | a size; a removal |
+//! | 2 | `EIO` | all, also asking the file system what it lost, whose answer is gone then | a size; a removal |
 //! | 3 | `EMFILE`, `ENOSPC`, `EBUSY`, `ENOLCK` | opening, sizing, removing, locking | |
 //! | 4 | `ENOENT` of a file that is there: its storage is away for a moment | opening | |
 
@@ -37,6 +37,7 @@ pub(crate) enum Call {
     Info,
     Extent,
     SyncName,
+    SyncAll,
 }
 
 impl Call {
@@ -51,13 +52,14 @@ impl Call {
             Call::Info => "look-call",
             Call::Extent => "hole-call",
             Call::SyncName => "directory-call",
+            Call::SyncAll => "file-system-call",
         }
     }
 
     /// The error of a kind; `None` where this call has no such fault.
     fn error(self, kind: u64) -> Option<Errno> {
         match (kind, self) {
-            (KIND_EINTR, Call::Info) => None,
+            (KIND_EINTR, Call::Info | Call::SyncAll) => None,
             (KIND_EINTR, _) => Some(Errno::EINTR),
             (KIND_EIO, _) => Some(Errno::EIO),
             (KIND_LACK, Call::Open | Call::Create) => Some(Errno::EMFILE),
@@ -204,6 +206,14 @@ impl Inner {
             open.file.inode.borrow_mut().resize(size_bytes);
         }
         failed.map_or(Ok(()), |f| Err(f.error))
+    }
+
+    /// Synchronises the file system of `open`, which tells whether it lost anything before: the answer, and how long that
+    /// takes in nanoseconds. One that fails has told nobody, and tells it to nobody else.
+    pub(crate) fn ask_file_system(&self, open: &OpenFile) -> (Result<bool, Errno>, u64) {
+        let failed = self.call_fault(Call::SyncAll, "");
+        let lost = self.lost(open);
+        (failed.map_or(Ok(lost), |f| Err(f.error)), self.sync_takes_ns(Call::SyncAll.role()))
     }
 
     /// A call that only looks at a file.

@@ -2,7 +2,7 @@
 //!
 //! | fault | what the caller sees | what happens to the bytes |
 //! |---|---|---|
-//! | error | EIO | of a write: nothing, everything, or a part landed |
+//! | error | EIO | of a write: nothing, everything, or a part landed; zeros that keep their space drop dirty pages first |
 //! | no space | ENOSPC | nothing landed |
 //! | pages dropped | ENOSPC from zeros that keep their space | the range's dirty pages are gone, as on ext4 |
 //! | short | fewer bytes than asked for, no error | a prefix of whole sectors landed |

@@ -463,15 +463,21 @@ impl File for ProcessFile {
         let file = self.clone();
         async move {
             let (node, kernel) = (file.process.node.clone(), file.process.kernel.clone());
-            let (dying, before) = (node.clone(), node.steps());
+            let (dying, answered) = (node.clone(), Rc::new(Cell::new(None)));
+            let at = Rc::clone(&answered);
             node.on_death(move || {
-                // It has done nothing but ask, or not even that: who notes the worst before has left it.
-                if dying.steps() <= before + 1 {
+                // It has not been answered, or has done nothing since: who notes the worst before has left it.
+                if at.get().is_none_or(|steps| dying.steps() <= steps + 1) {
                     kernel.0.answers_lost.set(true);
                 }
             });
             file.process.alive().await;
-            Ok(file.process.kernel.0.storage.0.lost(&file.open))
+            let storage = &file.process.kernel.0.storage.0;
+            let (answer, takes_ns) = storage.ask_file_system(&file.open);
+            // Who dies meanwhile has asked all the same, and takes the answer along.
+            file.process.kernel.0.sim.sleep_ns(takes_ns).await;
+            answered.set(Some(node.steps()));
+            answer
         }
     }
 

@@ -420,13 +420,7 @@ impl Inner {
             IoOp::Write | IoOp::Zero(_) => WRITE_NS,
             IoOp::Sync => SYNC_NS,
         };
-        let late = if self.calm.get() {
-            0
-        } else if self.rates.any_late() || self.sim.has_given_decisions() {
-            self.sim.fault(io, &IO_LATE, 1_000_000, |d| self.rates.draw_late(d))
-        } else {
-            0
-        };
+        let late = self.late_ns(io);
         let stuck = match fault {
             Fault::Stuck => STUCK_NS,
             Fault::DropsPages(true) => FULL_SEARCH_NS,
@@ -463,6 +457,21 @@ impl Inner {
         let timed: Rc<dyn Timed> = self.clone();
         self.sim.call_at(self.sim.now_ns() + base + late + stuck, timed, u64::from(index));
         index
+    }
+
+    /// How much longer than the least it takes.
+    fn late_ns(&self, io: Entity) -> u64 {
+        if self.calm.get() || !self.rates.any_late() && !self.sim.has_given_decisions() {
+            return 0;
+        }
+        self.sim.fault(io, &IO_LATE, 1_000_000, |d| self.rates.draw_late(d))
+    }
+
+    /// How long a synchronisation of everything takes.
+    pub(crate) fn sync_takes_ns(&self, role: &'static str) -> u64 {
+        let io = self.sim.derive(role, 1);
+        self.sim.name_entity(io, || format!("{role} of {}", self.sim.name_of(self.sim.current())));
+        SYNC_NS + self.late_ns(io)
     }
 
     fn no_space(&self, op: IoOp) -> Fault {

@@ -21,6 +21,8 @@ pub struct StackLimits {
     pub guest_depth: usize,
     /// Requests that a ring takes before others have their turn.
     pub ring_batch: u32,
+    /// Sectors in each buffer of a guest without a ring; 0 where a request has one buffer.
+    pub piece_sectors: u32,
     /// O_DIRECT.
     pub direct: bool,
     /// The image is opened for reading only; not drawn.
@@ -44,6 +46,7 @@ impl StackLimits {
             pool_bytes: world.setting("pool", &[4 << 20, 256 << 10, 64 << 10]),
             guest_depth: world.setting("guest-depth", &[8, 32, 2, 1]),
             ring_batch: world.setting("ring-batch", &[32, 4, 1]),
+            piece_sectors: world.setting("direct-pieces", &[0, 8, 1, 3]),
             direct: world.setting("direct", &[false, true]),
             read_only: false,
             memory_bytes: world.setting("memory", &[64 << 20, 4 << 20, 0]),
@@ -108,7 +111,7 @@ impl Stack {
             memory: memory.clone(),
         };
         let image = open_image(host, spec, &options).await?;
-        let image = Contract::new(world, host.process.node(), image, limits.scheduler);
+        let image = Contract::new(world, host.process.node(), image, limits);
         let scheduler = Rc::new(Scheduler::new(host.clone(), image, limits.scheduler));
         let report = Rc::downgrade(&scheduler);
         world.sim.on_stall(move || {

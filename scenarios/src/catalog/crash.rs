@@ -354,7 +354,7 @@ async fn work(
         errors_allowed: world.errors_allowed(),
         reads: if recovered { after_cut(flush_failed.get()) } else { Invariant::G1 },
     };
-    let disk = DirectDisk::new(stack.node(), limits.pool_bytes);
+    let disk = DirectDisk::new(stack.node(), limits.pool_bytes).in_pieces(limits.piece_sectors);
     let guest = Guest::new(world, disk, Rc::clone(&setup.history), manners);
     if recovered {
         // Some of it is looked at, the rest stays open to what comes.
@@ -399,7 +399,8 @@ pub(super) async fn last_epoch(
     setup.check_length(world);
     setup.check_locks(world, false);
     let manners = Manners { retries: 0, errors_allowed: false, reads: after_cut(flush_failed) };
-    let disk = DirectDisk::new(stack.node(), limits.pool_bytes.max(256 << 10));
+    let disk =
+        DirectDisk::new(stack.node(), limits.pool_bytes.max(256 << 10)).in_pieces(limits.piece_sectors);
     let guest = Guest::new(world, disk, Rc::clone(&setup.history), manners);
     if let Err(error) = guest.read_all().await {
         world.fail(Invariant::G11, format!("reading the disk after recovery failed with {error:?}"));

@@ -1,6 +1,6 @@
 //! Synchronisations that fail and processes that die, together: what a flush said holds for all who come later.
 
-use super::ring::{DISK_BYTES, in_guest, kills, next_guest, operations_of, start};
+use super::ring::{DISK_BYTES, in_guest, kills, next_guests, operations_of, start};
 use super::setup::Setup;
 use crate::check::Invariant;
 use crate::guest::Manners;
@@ -9,6 +9,7 @@ use crate::world::World;
 use kernel_model::StorageConfig;
 use kernel_model::faults::{FaultPlan, SyncErrors};
 use std::rc::Rc;
+use tap_core::wait::oneshot;
 
 /// Failed flushes, a tapdisk that dies, a power cut.
 pub static FLUSH_ERRORS_AND_DEATHS: Scenario = Scenario {
@@ -28,25 +29,48 @@ pub static FLUSH_ERRORS_AND_DEATHS: Scenario = Scenario {
 };
 
 async fn flush_errors_and_deaths(world: World) {
-    let qcow = world.setting("image", &["raw", "qcow"]) == "qcow";
-    let setup =
-        if qcow { Setup::qcow(&world, 0, DISK_BYTES, false) } else { Setup::raw(&world, 0, DISK_BYTES) };
-    let Some((machine, guests)) = start(&world, vec![setup.clone()]).await else { return };
-    let (attached, guest) = &guests[0];
+    let first = if world.setting("image", &["raw", "qcow"]) == "qcow" {
+        Setup::qcow(&world, 0, DISK_BYTES, false)
+    } else {
+        Setup::raw(&world, 0, DISK_BYTES)
+    };
+    // The file system is asked by each, and tells the first of them only.
+    let second = world.setting("disks", &[1, 2]) == 2;
+    let setups: Vec<Setup> =
+        std::iter::once(first).chain(second.then(|| Setup::raw(&world, 1, DISK_BYTES))).collect();
+    let Some((machine, guests)) = start(&world, setups.clone()).await else { return };
     let retries = world.setting("guest-retries", &[3, 0, 1]);
-    guest.set_manners(Manners { retries, errors_allowed: true, reads: Invariant::P1 });
-    guest.history.borrow_mut().relax_order();
     machine.allow_deafness();
+    for (_, guest) in &guests {
+        guest.set_manners(Manners { retries, errors_allowed: true, reads: Invariant::P1 });
+        guest.history.borrow_mut().relax_order();
+    }
     world.sim.spawn("supervisor", 0, Rc::clone(&machine).supervise(kills(&world, 4, 400)));
-    let ops = operations_of(&world, attached, 0, 80);
-    let (g, depth) = (guest.clone(), world.setting("ring-depth", &[8, 32, 1]));
-    in_guest(attached, async move { g.run(&ops, depth).await }).await;
+    let depth = world.setting("ring-depth", &[8, 32, 1]);
+    let count = if second { 40 } else { 80 };
+    let mut running = Vec::new();
+    for (number, (attached, guest)) in guests.iter().enumerate() {
+        let ops = operations_of(&world, attached, number as u64, count);
+        let (g, (done, finished)) = (guest.clone(), oneshot());
+        attached.node.spawn("main", 0, async move {
+            g.run(&ops, depth).await;
+            let _ = done.send(());
+        });
+        running.push(finished);
+    }
+    for finished in running {
+        let _ = finished.await;
+    }
     machine.spare();
     // What a flush that says ok now promises, holds.
-    let g = guest.clone();
-    in_guest(attached, async move { _ = g.flush().await }).await;
+    for (attached, guest) in &guests {
+        let g = guest.clone();
+        in_guest(attached, async move { _ = g.flush().await }).await;
+    }
     machine.power_cut().await;
     world.sim.stop_faults();
-    setup.check(&world, "after the power cut").await;
-    next_guest(&world, setup, depth, "after the power cut").await;
+    for setup in &setups {
+        setup.check(&world, "after the power cut").await;
+    }
+    next_guests(&world, setups, depth, "after the power cut").await;
 }

@@ -166,7 +166,10 @@ async fn live(world: &World, setup: &Setup, host: &SimHost, limits: &StackLimits
         paused: Cell::new(false),
         done: Flag::new(),
     });
-    let disk = Fickle { disk: DirectDisk::new(stack.node(), limits.pool_bytes), life: Rc::clone(&life) };
+    let disk = Fickle {
+        disk: DirectDisk::new(stack.node(), limits.pool_bytes).in_pieces(limits.piece_sectors),
+        life: Rc::clone(&life),
+    };
     let manners = Manners { retries: 0, errors_allowed: true, reads: Invariant::G1 };
     let guest = Guest::new(world, disk, Rc::clone(&setup.history), manners);
     let shape = Workload { zeroes: true, ..workload(world, setup.size_sectors, 120, 88) };

@@ -281,18 +281,25 @@ async fn ring_power_cut(world: World) {
 
 /// Another machine and another guest on the disk of one whose history has ended.
 pub(super) async fn next_guest(world: &World, setup: Setup, depth: usize, when: &'static str) {
-    let Some((machine, guests)) = start(world, vec![setup]).await else { return };
-    let (attached, guest) = &guests[0];
-    guest.set_manners(Manners { reads: Invariant::G7, ..NO_ERRORS });
-    let (w, g, ops) = (world.clone(), guest.clone(), operations_of(world, attached, 1, 20));
-    in_guest(attached, async move {
-        if let Err(error) = g.read_all().await {
-            w.fail(Invariant::G11, format!("reading the disk {when} failed with {error:?}"));
-        }
-        g.set_manners(NO_ERRORS);
-        g.run(&ops, depth).await;
-    })
-    .await;
+    next_guests(world, vec![setup], depth, when).await;
+}
+
+/// The same for several disks.
+pub(super) async fn next_guests(world: &World, setups: Vec<Setup>, depth: usize, when: &'static str) {
+    let first = setups.len() as u64;
+    let Some((machine, guests)) = start(world, setups).await else { return };
+    for (number, (attached, guest)) in (first..).zip(&guests) {
+        guest.set_manners(Manners { reads: Invariant::G7, ..NO_ERRORS });
+        let (w, g, ops) = (world.clone(), guest.clone(), operations_of(world, attached, number, 20));
+        in_guest(attached, async move {
+            if let Err(error) = g.read_all().await {
+                w.fail(Invariant::G11, format!("reading the disk {when} failed with {error:?}"));
+            }
+            g.set_manners(NO_ERRORS);
+            g.run(&ops, depth).await;
+        })
+        .await;
+    }
     finish(world, &machine, &guests).await;
 }
 

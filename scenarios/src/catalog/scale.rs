@@ -210,7 +210,8 @@ async fn serve(
             return None;
         }
     };
-    let disk = DirectDisk::new(stack.node(), limits.pool_bytes.max(256 << 10));
+    let disk =
+        DirectDisk::new(stack.node(), limits.pool_bytes.max(256 << 10)).in_pieces(limits.piece_sectors);
     let manners = manners(true, reads);
     let guest = Guest::new(world, disk, Rc::clone(&setup.history), manners);
     Some(Served { stack, guest, reads })
@@ -272,14 +273,15 @@ async fn scale(world: World) {
     let size_bytes = world.setting("scale-size", &[(6 << 20) + 1536, (1 << 20) + 512, 3 << 20]);
     let l2_bits = world.setting("scale-l2-bits", &[12, 6, 9]);
     let setup = Setup::qcow_of(&world, 0, size_bytes, false, 9, l2_bits);
-    let limits = StackLimits::draw(&world);
+    // Its requests are larger than those that merging makes.
+    let limits = StackLimits { piece_sectors: 0, ..StackLimits::draw(&world) };
     let host = SimHost::start(&world.kernel, &world.xen, "tapdisk", 0);
     let stack = match Stack::open(&host, &world, &setup.spec, &limits).await {
         Ok(stack) => stack,
         Err(error) => return world.fail(Invariant::G11, format!("failed to open the image: {error}")),
     };
     let manners = Manners { retries: 0, errors_allowed: false, reads: Invariant::G1 };
-    let disk = DirectDisk::new(stack.node(), limits.pool_bytes.max(4 << 20));
+    let disk = DirectDisk::new(stack.node(), limits.pool_bytes.max(4 << 20)).in_pieces(limits.piece_sectors);
     let guest = Guest::new(&world, disk, Rc::clone(&setup.history), manners);
     guest.run(&scattered(&world, setup.size_sectors, l2_bits), 1).await;
     let ops = at_once(&world, setup.size_sectors);

@@ -243,6 +243,10 @@ pub fn cut_after_close<'a>(world: &World, paths: impl IntoIterator<Item = &'a st
     if world.verdict.is_broken() || world.kernel.answers_lost() {
         return;
     }
+    let paths: Vec<&str> = paths.into_iter().collect();
+    for path in &paths {
+        check_last_cluster(world, path);
+    }
     let is_open = |inode: &Inode| !inode.pending.is_empty() || !inode.pending_sizes.is_empty();
     // Of a file of which everything is durable a cut takes nothing.
     let open: Vec<(&str, Option<Vec<u8>>)> = paths
@@ -259,6 +263,17 @@ pub fn cut_after_close<'a>(world: &World, paths: impl IntoIterator<Item = &'a st
                 format!("{path} was closed, and lost something in a power cut after that"),
             );
         }
+    }
+}
+
+/// A qcow image that was closed ends with a whole cluster at the least: others put what is new at the end of the file.
+fn check_last_cluster(world: &World, path: &str) {
+    let content = world.storage.content(path).unwrap_or_default();
+    if let Ok(map) = walker::walk(&content)
+        && map.end > content.size
+    {
+        let text = format!("{path} was closed with {} bytes, and {} of it are in use", content.size, map.end);
+        world.fail(Invariant::Q2, text);
     }
 }
 

@@ -9,11 +9,15 @@
 //! and the layer is closed once, when nothing of it is in use.
 
 use super::Invariant;
+use crate::stack::StackLimits;
 use crate::world::World;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, SchedulerLimits};
 use tap_host::{Errno, SectorRange};
+
+/// Most buffers of one request, here where no guest has as many: merging stops in front of what one call takes.
+const MERGED_BUFFERS: usize = 512;
 
 /// A node that passes everything on, and fails the world where something is asked that must not be.
 pub struct Contract(Rc<Inner>);
@@ -24,6 +28,8 @@ struct Inner {
     process: sim::Node,
     lower: Rc<dyn Node>,
     limits: SchedulerLimits,
+    /// Requests that were not merged have several buffers as well.
+    in_pieces: bool,
     running: RefCell<Vec<Running>>,
     /// Looks at extents.
     looks: Cell<u32>,
@@ -38,13 +44,14 @@ struct Running {
 }
 
 impl Contract {
-    /// Between a scheduler with `limits` and `lower`, in `process`.
-    pub fn new(world: &World, process: &sim::Node, lower: Rc<dyn Node>, limits: SchedulerLimits) -> Rc<Self> {
+    /// Between a scheduler with these `limits` and `lower`, in `process`.
+    pub fn new(world: &World, process: &sim::Node, lower: Rc<dyn Node>, limits: &StackLimits) -> Rc<Self> {
         Rc::new(Self(Rc::new(Inner {
             world: world.clone(),
             process: process.clone(),
             lower,
-            limits,
+            limits: limits.scheduler,
+            in_pieces: limits.piece_sectors > 0,
             running: RefCell::default(),
             looks: Cell::new(0),
             next: Cell::new(0),
@@ -70,8 +77,11 @@ impl Inner {
             self.broken(format!("{op:?} {range} reaches a disk of {info:?}"));
         }
         let most = u64::from(self.limits.merge_sectors) * tap_host::SECTOR_BYTES;
-        if request.bufs.len() > 1 && range.len_bytes() > most {
+        if request.bufs.len() > 1 && !self.in_pieces && range.len_bytes() > most {
             self.broken(format!("{op:?} {range} is larger than merged requests may be"));
+        }
+        if request.bufs.len() > MERGED_BUFFERS {
+            self.broken(format!("{op:?} {range} has {} buffers", request.bufs.len()));
         }
         let running = self.running.borrow();
         let exclusive = |one: &Running| one.op.is_write() || op.is_write();
@@ -194,10 +204,11 @@ mod tests {
     }
 
     fn broken<F: Future<Output = ()>>(run: impl FnOnce(Rc<Contract>) -> F + 'static) -> bool {
-        let limits = SchedulerLimits { depth: 2, merge_sectors: 4, ..SchedulerLimits::default() };
         let found = broken_by(move |world| async move {
+            let scheduler = SchedulerLimits { depth: 2, merge_sectors: 4, ..SchedulerLimits::default() };
+            let limits = StackLimits { scheduler, ..StackLimits::draw(&world) };
             let host = kernel_model::SimHost::start(&world.kernel, &world.xen, "tapdisk", 0);
-            run(Contract::new(&world, host.process.node(), Rc::new(Nothing), limits)).await;
+            run(Contract::new(&world, host.process.node(), Rc::new(Nothing), &limits)).await;
         });
         assert!(matches!(found, None | Some(Invariant::D2)), "{found:?}");
         found.is_some()
