@@ -292,12 +292,17 @@ impl<H: ImageHost> ImageFile<H> {
         })
     }
 
+    /// Whether a write that ended with `result` found that its place cannot be written. A file that was given up refuses all.
+    pub(crate) fn spoils(&self, result: Result<(), Errno>) -> bool {
+        result == Err(Errno::EIO) && !self.kept.gave_up()
+    }
+
     /// Makes durable what was written before; shared by all who wait for it.
     pub(crate) async fn sync(&self) -> Result<(), Errno> {
         self.sync_again(self.repeats).await
     }
 
-    /// The same before the file is closed: nobody repeats a close.
+    /// The same before the file is closed, or served: nobody repeats that.
     pub(crate) async fn sync_to_close(&self) -> Result<(), Errno> {
         self.sync_again(LONE_REPEATS).await
     }

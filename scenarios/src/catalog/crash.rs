@@ -83,7 +83,7 @@ fn direct_align(sim: &Sim) -> u32 {
 pub static RECOVERY_CRASH: Scenario = Scenario {
     name: "qcow-recovery-crash",
     about: "power cut, then again and again within the first host operations of each recovery",
-    storage: |_| StorageConfig::default(),
+    storage: passing_storage,
     body: |w| {
         let overlay = w.setting("overlay", &[false, true]);
         Box::pin(power_cuts(w, Plan { overlay, cuts: 4, ops: 24, recovery_only: true, ..PLAIN }))

@@ -76,16 +76,9 @@ impl Allocator {
         host < self.dirty_until
     }
 
-    /// Takes `len` bytes from `host` on back, whose write failed with `error` and to which nothing can refer.
-    pub(super) fn take_back_after(&mut self, error: Errno, host: u64, len: u64) {
-        if error != Errno::EIO {
-            self.take_back(host, len);
-        }
-    }
-
-    /// Takes `len` bytes from `host` on back. What is the last of the file is new again; the
+    /// Takes `len` bytes from `host` on back, to which nothing can refer. What is the last of the file is new again; the
     /// rest goes to who needs so much next, a request that is repeated above all.
-    fn take_back(&mut self, host: u64, len: u64) {
+    pub(super) fn take_back(&mut self, host: u64, len: u64) {
         let (mut host, mut end) = (host, host + len);
         if let Some(after) = self.returned.remove(&end) {
             end += after;
@@ -226,9 +219,7 @@ mod tests {
         allocator.take_back(9 << 12, 1 << 12);
         assert_eq!(allocator.frontier, 8 << 12, "what is last is taken back with all that is free before it");
         assert!(allocator.is_dirty(9 << 12) && !allocator.is_dirty(10 << 12));
-        allocator.take_back_after(Errno::EIO, 7 << 12, 1 << 12);
-        assert_eq!(allocator.frontier, 8 << 12, "a bad place is nobody's again");
-        allocator.take_back_after(Errno::ENOSPC, 7 << 12, 1 << 12);
+        allocator.take_back(7 << 12, 1 << 12);
         assert_eq!(allocator.frontier, 7 << 12);
         for place in 0..2 * MAX_RETURNED as u64 {
             allocator.take_back(place << 14, 1 << 12);

@@ -246,8 +246,12 @@ async fn reach_all<H: ImageHost>(host: &H, front: &mut Front<H>, walked: &Walked
     info.size_bytes = walked.frontier;
     host.mark(Mark::SizeRecovered);
     front.file.set_size(walked.frontier).await?;
-    // One that fails is remembered: no flush of this file succeeds any more, and so none promises what is written there.
-    front.file.sync().await.or(Ok(()))
+    match front.file.sync_to_close().await {
+        // Nothing was given up, and nothing is remembered: the size is what it was before.
+        Err(Errno::EINTR) => Err(Errno::EINTR),
+        // One that fails is remembered: no flush of this file succeeds any more, and so none promises what is written there.
+        _ => Ok(()),
+    }
 }
 
 /// The checksum of Xen's extended header covers the L1 table and is not kept up.

@@ -254,10 +254,11 @@ impl<H: ImageHost> Image<H> {
             }
             None => self.allocate(clusters)?,
         };
-        if let Err(error) = self.write_empty_table(offset).await {
-            if known.is_none() {
+        let (written, spoilt) = self.write_empty_table(offset).await;
+        if let Err(error) = written {
+            if known.is_none() && !spoilt {
                 let len = clusters * self.geometry.cluster_bytes();
-                self.allocator.borrow_mut().take_back_after(error, offset, len);
+                self.allocator.borrow_mut().take_back(offset, len);
             }
             return Err(error);
         }
@@ -272,10 +273,17 @@ impl<H: ImageHost> Image<H> {
         Ok(table)
     }
 
-    async fn write_empty_table(&self, offset: u64) -> Result<(), Errno> {
-        let mut zeros: IoBuf = self.file.buffer(self.geometry.table_bytes() as usize).await?;
+    /// Also gives whether the medium failed at that place.
+    async fn write_empty_table(&self, offset: u64) -> (Result<(), Errno>, bool) {
+        let mut zeros: IoBuf = match self.file.buffer(self.geometry.table_bytes() as usize).await {
+            Ok(zeros) => zeros,
+            Err(error) => return (Err(error), false),
+        };
         zeros.fill(0);
-        self.file.write(offset, smallvec![zeros]).await.0?;
-        if self.host.bug(Bug::L1BeforeL2) { Ok(()) } else { self.file.sync().await }
+        let written = self.file.write(offset, smallvec![zeros]).await.0;
+        if written.is_err() || self.host.bug(Bug::L1BeforeL2) {
+            return (written, self.file.spoils(written));
+        }
+        (self.file.sync().await, false)
     }
 }

@@ -239,7 +239,7 @@ impl<H: ImageHost> Image<H> {
             }
         };
         let group = Group { host, ..group };
-        let (result, bufs) = self.write_new(table, group, cluster, start, (bufs, fill)).await;
+        let (result, spoilt, bufs) = self.write_new(table, group, cluster, start, (bufs, fill)).await;
         // Only a mapping that was tried can be there after a crash; till then a new place is nobody's.
         let doubt = match result {
             Ok(()) => self.doubt().await,
@@ -248,9 +248,9 @@ impl<H: ImageHost> Image<H> {
         let doubt = match doubt {
             Ok(doubt) => doubt,
             Err(e) => {
-                if group.place == Place::New && !self.host.bug(Bug::PlaceLost) {
+                if group.place == Place::New && !spoilt && !self.host.bug(Bug::PlaceLost) {
                     let len = (group.count as u64) << self.geometry.cluster_bits;
-                    self.allocator.borrow_mut().take_back_after(e, host, len);
+                    self.allocator.borrow_mut().take_back(host, len);
                 }
                 return (Err(e), bufs);
             }
@@ -269,7 +269,8 @@ impl<H: ImageHost> Image<H> {
     }
 
     /// Writes data to a place that is about to be mapped, and makes it durable where losing it would show other bytes
-    /// than zeros.
+    /// than zeros. Also gives whether the medium failed at that place; what is read for it, and what makes it durable, says
+    /// nothing of the place.
     async fn write_new(
         &self,
         table: &Rc<Table>,
@@ -277,24 +278,25 @@ impl<H: ImageHost> Image<H> {
         cluster: u64,
         start: u64,
         (bufs, fill): (IoVec, Share),
-    ) -> (Result<(), Errno>, IoVec) {
+    ) -> (Result<(), Errno>, bool, IoVec) {
         let group_start = cluster << self.geometry.cluster_bits;
         let covered = self.backing_shows(group_start) || group.compressed;
         // The place may hold other bytes than zeros.
         let dirty = group.place == Place::Again || self.allocator.borrow().is_dirty(group.host);
-        let (result, bufs) = if covered || dirty {
+        let (result, spoilt, bufs) = if covered || dirty {
             self.write_whole(table, group, group_start, start, (bufs, fill)).await
         } else {
-            self.file.write(group.host + (start - group_start), bufs).await
+            let (result, bufs) = self.file.write(group.host + (start - group_start), bufs).await;
+            (result, self.file.spoils(result), bufs)
         };
         if result.is_ok()
             && (covered || dirty)
             && !self.host.bug(Bug::DataAfterMapping)
             && let Err(e) = self.file.sync().await
         {
-            return (Err(e), bufs);
+            return (Err(e), false, bufs);
         }
-        (result, bufs)
+        (result, spoilt, bufs)
     }
 
     /// Writes all of the group's clusters: what the request does not cover is filled with what the disk shows there.
@@ -305,22 +307,23 @@ impl<H: ImageHost> Image<H> {
         group_start: u64,
         start: u64,
         (bufs, mut fill): (IoVec, Share),
-    ) -> (Result<(), Errno>, IoVec) {
+    ) -> (Result<(), Errno>, bool, IoVec) {
         let end = start + bytes_of(&bufs) as u64;
         let group_end = group_start + ((group.count as u64) << self.geometry.cluster_bits);
         let (before, after) = ((start - group_start) as usize, (group_end - end) as usize);
         if (before == 0 && after == 0) || self.host.bug(Bug::OverlayDropsRest) {
-            return self.file.write(group.host + before as u64, bufs).await;
+            let (result, bufs) = self.file.write(group.host + before as u64, bufs).await;
+            return (result, self.file.spoils(result), bufs);
         }
         self.host.mark(Mark::CopyUp);
         let (head, tail) = match self.rest(table, (group_start, before), (end, after), &mut fill).await {
             Ok(rest) => rest,
-            Err(e) => return (Err(e), bufs),
+            Err(e) => return (Err(e), false, bufs),
         };
         let (skip, count) = (head.len(), bufs.len());
         let all: IoVec = head.into_iter().chain(bufs).chain(tail).collect();
         let (result, all) = self.file.write(group.host, all).await;
-        (result, all.into_iter().skip(skip).take(count).collect())
+        (result, self.file.spoils(result), all.into_iter().skip(skip).take(count).collect())
     }
 
     /// What the disk shows in so many bytes before, and in so many bytes after.

@@ -1,6 +1,7 @@
 //! Without errors and crashes: an image is a disk.
 
 use super::*;
+use crate::testing::{Effect, Fault};
 use proptest::prelude::*;
 use tap_host::{Mark, copy_to_slice};
 
@@ -141,6 +142,24 @@ fn only_a_new_cluster_of_zeros_goes_without_a_sync() {
         world.block_on(write(&qcow, 2, 2, 1)).result.unwrap();
         assert_eq!(world.ops() - before, 1 + syncs, "data, mapping, and a sync where old bytes would show");
     }
+}
+
+/// What makes data durable, or is read for it, says nothing of the place that it was written to.
+#[test]
+fn a_failed_sync_costs_no_place() {
+    let world = World::new(1);
+    let setup = Setup { base_sectors: Some(256), ..SMALL };
+    setup.create(&world);
+    let qcow = setup.open(&world);
+    world.block_on(write(&qcow, 0, 2, 1)).result.unwrap();
+    let size = world.bytes(PATH).len();
+    // The data goes through; what makes it durable fails, and so does everything that asks later.
+    let nth = world.ops() + 1;
+    world.fail(Some(Fault { nth, error: Errno::EIO, effect: Effect::All, sticky: false }));
+    for _ in 0..20 {
+        assert_eq!(world.block_on(write(&qcow, 4, 2, 2)).result, Err(Errno::EIO));
+    }
+    assert!(world.bytes(PATH).len() <= size + 1024, "each write takes another place");
 }
 
 #[test]
