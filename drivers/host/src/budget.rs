@@ -51,7 +51,7 @@ pub struct BudgetFigures {
 
 struct Shared {
     limit: Cell<usize>,
-    /// Each guarantee raises the limit by as much.
+    /// Each guarantee raises the limit by as much, as long as its stage is there.
     least: bool,
     /// Sum over the stages of the larger of what each has and its guarantee.
     held: Cell<usize>,
@@ -300,7 +300,13 @@ impl Stage {
 impl Drop for StageInner {
     fn drop(&mut self) {
         let budget = &self.budget.0;
-        budget.held.set(budget.held.get() - self.guarantee);
+        let held = budget.held.get() - self.guarantee;
+        budget.held.set(held);
+        if budget.least {
+            let limit = budget.limit.get() - self.guarantee;
+            budget.limit.set(limit);
+            budget.kept.borrow_mut().shed(limit - held);
+        }
         self.budget.wake(None);
     }
 }

@@ -116,6 +116,7 @@ list! {
         IndexBeforeResponse = "the index of responses is stored before the responses",
         TurnWithoutEnd = "requests that are answered at once do not count towards the end of a turn",
         NbdWrongCookie = "a reply carries the cookie of the latest request",
+        NbdInletAnew = "an NBD client that connects again asks for memory that those who wait for it may hold",
         NbdFlushOwn = "a flush on a connection that wrote nothing is answered without being carried out",
         NbdFuaIgnored = "the flag FUA is ignored",
         NbdRequestCut = "the first bytes of a request that was received in two parts are lost",
@@ -132,6 +133,7 @@ list! {
         SyncJoined = "a flush is answered by a synchronisation that had begun before it",
         CloseUnsynced = "a raw image is closed without being synchronised",
         NbdPartSentEnds = "a connection that takes a reply in parts is taken as a broken one",
+        NbdAnnouncedKept = "an NBD client that announced a large write and stopped sending it keeps the memory for it",
         NbdDeafKept = "a client that sends no more and takes no reply keeps its place",
     }
 }

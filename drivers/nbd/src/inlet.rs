@@ -6,6 +6,8 @@
 //! ```
 
 use crate::bell::Bell;
+use std::cell::Cell;
+use std::rc::Rc;
 use tap_host::{Errno, IoBuf, PAGE_BYTES, Stage, Stream, cost_of};
 
 /// Why nothing more is received.
@@ -25,6 +27,8 @@ pub(crate) struct Inlet<S> {
     buf: Option<IoBuf>,
     start: usize,
     end: usize,
+    /// Receives that have ended.
+    receives: Rc<Cell<u64>>,
 }
 
 impl<S: Stream> Inlet<S> {
@@ -32,7 +36,19 @@ impl<S: Stream> Inlet<S> {
     /// there is no room for it.
     pub(crate) fn new(stream: S, bytes: usize, memory: &Stage) -> Option<Self> {
         let buf = buffer(bytes.max(PAGE_BYTES), memory)?;
-        Some(Self { stream, buf: Some(buf), start: 0, end: 0 })
+        Some(Self { stream, buf: Some(buf), start: 0, end: 0, receives: Rc::default() })
+    }
+
+    /// Counts the receives that end in `receives`, for who watches whether something moves.
+    pub(crate) fn count_receives(&mut self, receives: Rc<Cell<u64>>) {
+        self.receives = receives;
+    }
+
+    /// Receives once into `buf` from byte `from` on.
+    async fn receive(&self, buf: IoBuf, from: usize, bell: &Bell) -> Option<(Result<usize, Errno>, IoBuf)> {
+        let received = bell.unless_rung(self.stream.recv(buf, from)).await;
+        self.receives.set(self.receives.get() + 1);
+        received
     }
 
     /// Lets it hold `bytes`, if that is more and `memory` has them: not what others need to begin with.
@@ -70,7 +86,7 @@ impl<S: Stream> Inlet<S> {
         buf.copy_within(self.start..self.end, 0);
         (self.start, self.end) = (0, self.end - self.start);
         assert!(self.end < buf.len(), "a full buffer cannot be filled");
-        let Some((result, buf)) = bell.unless_rung(self.stream.recv(buf, self.end)).await else {
+        let Some((result, buf)) = self.receive(buf, self.end, bell).await else {
             self.end = 0;
             return Err(End::Rung);
         };
@@ -102,7 +118,7 @@ impl<S: Stream> Inlet<S> {
         self.take(count);
         at += count;
         while at < buf.len() {
-            let Some((result, back)) = bell.unless_rung(self.stream.recv(buf, at)).await else {
+            let Some((result, back)) = self.receive(buf, at, bell).await else {
                 return (Err(End::Rung), None);
             };
             buf = back;

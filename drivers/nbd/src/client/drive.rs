@@ -98,7 +98,9 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
                 self.give_up(Errno::EIO);
             }
             // Where it is not there, or not as it should be, another attempt will tell.
-            let Ok((terms, stream, inlet)) = open(&self.host, &self.config).await else { continue };
+            let Ok((terms, stream, inlet)) = open(&self.host, &self.config, &self.memory).await else {
+                continue;
+            };
             let Some(why) = self.terms.broken_by(&terms) else {
                 self.attempt.set(Some(attempt));
                 return Some((self.resume(stream, terms.context), inlet));

@@ -40,7 +40,7 @@ use crate::outbox::Outbox;
 use covered::Covered;
 use drive::Attempt;
 use link::{Link, Pending};
-use negotiate::{Terms, negotiate};
+use negotiate::{Memory, Terms, negotiate};
 use smallvec::SmallVec;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -172,6 +172,7 @@ struct Inner<H: Sockets> {
     replies: Cell<u64>,
     attempt: Cell<Option<Attempt>>,
     connections: Cell<u64>,
+    memory: Memory,
     /// Parts of requests that are larger than the server takes, and zeros for one that cannot make them.
     parts: Stage,
 }
@@ -219,7 +220,8 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Client<H> {
     /// # Errors
     /// [`ClientError`]; a first connection that fails is not tried again.
     pub async fn connect(host: H, config: ClientConfig) -> Result<Self, ClientError> {
-        let (terms, stream, inlet) = open(&host, &config).await?;
+        let memory = Memory::of(&config)?;
+        let (terms, stream, inlet) = open(&host, &config, &memory).await?;
         let part = cost_of(terms.request_bytes.min(PART_BYTES_MAX) as usize);
         let parts = config.memory.stage(part).map_err(|_| ClientError::Memory(config.address.clone()))?;
         let inner = Rc::new(Inner {
@@ -240,6 +242,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Client<H> {
             replies: Cell::new(0),
             attempt: Cell::new(None),
             connections: Cell::new(0),
+            memory,
             parts,
         });
         let link = inner.start(stream, terms.context);
@@ -262,15 +265,16 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Client<H> {
 type Opened<S> = (Terms, S, crate::inlet::Inlet<S>);
 
 /// One attempt to reach the export.
-async fn open<H>(host: &H, config: &ClientConfig) -> Result<Opened<H::Stream>, ClientError>
+async fn open<H>(host: &H, config: &ClientConfig, memory: &Memory) -> Result<Opened<H::Stream>, ClientError>
 where
-    H: Sockets + Time,
+    H: Sockets + Time + Probe,
 {
     let address = &config.address;
     let mut patience = pin!(host.sleep_ns(config.connect_ns));
     let attempt = async {
         let stream = host.connect(address).await.map_err(|e| ClientError::Connect(address.clone(), e))?;
-        let agreed = negotiate(&stream, config).await;
+        let anew = if host.bug(Bug::NbdInletAnew) { Some(Memory::of(config)?) } else { None };
+        let agreed = negotiate(&stream, config, anew.as_ref().unwrap_or(memory)).await;
         if agreed.is_err() {
             stream.shutdown();
         }

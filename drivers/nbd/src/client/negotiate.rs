@@ -10,7 +10,7 @@ use tap_abi::nbd::{
     OPTION_MAGIC, OPTION_REPLY_MAGIC, OptionHeader, OptionReply, REP_ACK, REP_ERR_UNSUP, REP_ERROR, REP_INFO,
     REP_META_CONTEXT, STRING_BYTES_MAX, export, handshake,
 };
-use tap_host::{Errno, SECTOR_BYTES, SendList, Stream, cost_of};
+use tap_host::{Errno, SECTOR_BYTES, SendList, Stage, Stream, cost_of};
 use zerocopy::byteorder::big_endian::U32;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -78,16 +78,33 @@ struct Talk<'a, S> {
 /// The least receive buffer, in bytes.
 const RECEIVE_BYTES_MIN: usize = 16 << 10;
 
+/// What receive buffers are taken of: promised before there is a request, since those that wait for the next connection
+/// may hold all the rest.
+pub(super) struct Memory {
+    /// The least that a connection begins with; there is room for two, as the last one ends after the next has begun.
+    inlets: Stage,
+    /// Larger ones, where there is room.
+    spare: Stage,
+}
+
+impl Memory {
+    pub(super) fn of(config: &ClientConfig) -> Result<Self, ClientError> {
+        let stage =
+            |bytes| config.memory.stage(bytes).map_err(|_| ClientError::Memory(config.address.clone()));
+        Ok(Self { inlets: stage(2 * cost_of(RECEIVE_BYTES_MIN))?, spare: stage(0)? })
+    }
+}
+
 /// Agrees with the server at the other end of `stream` about the export.
 pub(super) async fn negotiate<S: Stream>(
     stream: &S,
     config: &ClientConfig,
+    memory: &Memory,
 ) -> Result<(Terms, Inlet<S>), ClientError> {
     let receive_bytes = config.receive_bytes.clamp(RECEIVE_BYTES_MIN, 4 << 20);
     let short = || ClientError::Memory(config.address.clone());
-    let memory = config.memory.stage(cost_of(RECEIVE_BYTES_MIN)).map_err(|_| short())?;
-    let mut inlet = Inlet::new(stream.clone(), RECEIVE_BYTES_MIN, &memory).ok_or_else(short)?;
-    inlet.grow(receive_bytes, &memory);
+    let mut inlet = Inlet::new(stream.clone(), RECEIVE_BYTES_MIN, &memory.inlets).ok_or_else(short)?;
+    inlet.grow(receive_bytes, &memory.spare);
     let mut talk = Talk { stream, inlet, bell: Bell::default() };
     match talk.run(&config.export).await {
         Ok(terms) => Ok((terms, talk.inlet)),

@@ -92,6 +92,7 @@ where
             return ("the client took too long to choose an export", 0);
         }
     };
+    inlet.count_receives(Rc::clone(&flow.receives));
     inlet.grow(server.limits.receive_bytes, &server.memory.spare);
     let Some(own) = server.memory.seats.borrow_mut().pop() else {
         // Somebody who has given its place up is still there.
@@ -232,7 +233,10 @@ where
                     bufs = self.buffers(job.range.len_bytes() as usize).await?;
                 }
                 if payload > 0 {
-                    bufs = self.receive(bufs, payload, inlet).await?;
+                    self.flow.receiving.set(!self.host().bug(Bug::NbdAnnouncedKept));
+                    let received = self.receive(bufs, payload, inlet).await;
+                    self.flow.receiving.set(false);
+                    bufs = received?;
                     self.writes.set(self.writes.get() + 1);
                 }
                 self.submit(job, op, bufs);

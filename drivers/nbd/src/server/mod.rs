@@ -18,8 +18,8 @@
 //! * **Several connections**: a flush covers what was answered on all of them, because every connection hands it to the
 //!   same node, whose contract says so.
 //! * **Memory** is taken of the one budget of the process. Each connection has some that nobody else can take, enough for
-//!   usual requests; what is larger takes its turn where there is no more. Who holds that and takes no reply for
-//!   [`ServerLimits::grace_ns`] while somebody waits for it is closed.
+//!   usual requests; what is larger takes its turn where there is no more. While somebody waits for it, the oldest whose
+//!   client takes no reply, or sends nothing of what it announced, for [`ServerLimits::grace_ns`] is closed.
 //! * **Limits**: each connection has memory, requests in flight and a receive buffer of its own, and is not read from
 //!   while any of them is used up. So a client that sends too much, or takes no replies, holds up itself only. All of it
 //!   together is bounded, see [`ServerLimits::memory_bytes`].
@@ -217,9 +217,9 @@ struct Memory {
 
 impl Memory {
     fn new(limits: &ServerLimits, budget: &Budget) -> Result<Self, Errno> {
-        // Those that end may not have ended when the next are there.
         let own = connection::cost_of_pieces(limits.own_bytes(budget));
         let seats = (0..limits.connections).map(|_| budget.stage(own)).collect::<Result<Vec<_>, _>>()?;
+        // Twice: those that end may not have ended when the next are there.
         let inlets = 2 * (limits.negotiating + limits.connections) * RECEIVE_BYTES_MIN;
         Ok(Self {
             seats: RefCell::new(seats),
@@ -240,24 +240,40 @@ pub(crate) struct Open {
     flow: Rc<Flow>,
 }
 
-/// How its client takes replies.
+/// How its client takes replies, and sends what it has announced.
 #[derive(Default)]
 pub(crate) struct Flow {
     /// A send is under way.
     sending: Cell<bool>,
     /// Sends that have ended.
     sends: Cell<u64>,
+    /// Data of a write are awaited, in memory that is taken.
+    receiving: Cell<bool>,
+    /// Receives that have ended.
+    receives: Rc<Cell<u64>>,
+}
+
+/// The transfers that were under way at one time: how many of each direction had ended before.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Transfers {
+    send: Option<u64>,
+    receive: Option<u64>,
 }
 
 impl Flow {
-    /// What is different as soon as the client has taken something.
-    fn seen(&self) -> (bool, u64) {
-        (self.sending.get(), self.sends.get())
+    /// What is different as soon as the client has taken or sent something.
+    fn seen(&self) -> Transfers {
+        Transfers {
+            send: self.sending.get().then(|| self.sends.get()),
+            receive: self.receiving.get().then(|| self.receives.get()),
+        }
     }
 
-    /// Whether a send has been under way since `before` was seen.
-    fn is_stuck(&self, before: (bool, u64)) -> bool {
-        before.0 && self.seen() == before
+    /// Whether a transfer has been under way since `before` was seen, and nothing of it moved.
+    fn is_stuck(&self, before: Transfers) -> bool {
+        let now = self.seen();
+        (before.send.is_some() && now.send == before.send)
+            || (before.receive.is_some() && now.receive == before.receive)
     }
 }
 
@@ -399,7 +415,7 @@ impl<H: Log + Tasks + Time + Probe> Inner<H> {
         false
     }
 
-    /// Has somebody look for a connection whose client takes nothing, on behalf of connection `number`.
+    /// Has somebody look for a connection on which nothing moves, on behalf of connection `number`.
     fn look_for_place(self: &Rc<Self>, number: u64) {
         if !self.looking.replace(true) {
             let own = Rc::clone(self);
@@ -432,7 +448,8 @@ impl<H: Log + Tasks + Time + Probe> Inner<H> {
         }
     }
 
-    /// Takes the place of the oldest connection whose client takes no reply for [`ServerLimits::grace_ns`].
+    /// Takes the place of the oldest connection on which nothing moves for [`ServerLimits::grace_ns`]: its client takes no
+    /// reply, or announced data that it does not send.
     async fn free_place(self: Rc<Self>) {
         let seen = |open: &BTreeMap<u64, Open>| -> Vec<_> {
             open.iter().map(|(n, o)| (*n, o.flow.seen())).collect()
@@ -443,7 +460,7 @@ impl<H: Log + Tasks + Time + Probe> Inner<H> {
         let open = self.open.borrow();
         let deaf = before.iter().find_map(|(n, seen)| open.get(n).filter(|o| o.flow.is_stuck(*seen)));
         if let Some(deaf) = deaf.filter(|_| !self.host.bug(Bug::NbdDeafKept)) {
-            deaf.bell.ring("it took no reply while others wanted its place");
+            deaf.bell.ring("it took no reply, or sent no data, while others wanted its place");
         }
     }
 }

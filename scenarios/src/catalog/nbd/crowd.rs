@@ -10,7 +10,7 @@ use kernel_model::{ProcessStream, SimHost, StorageConfig};
 use sim::{Entity, Label};
 use std::cell::Cell;
 use std::rc::Rc;
-use tap_abi::nbd::{CMD_DISC, CMD_READ};
+use tap_abi::nbd::{CMD_DISC, CMD_READ, CMD_WRITE};
 use tap_core::Node;
 use tap_host::{SECTOR_BYTES, SectorRange, Sockets};
 
@@ -18,13 +18,13 @@ use tap_host::{SECTOR_BYTES, SectorRange, Sockets};
 pub static CROWD: Label = Label::new(
     "crowd",
     "it is of kind {}: 1 silent, 2 speaks half, 3 never reads, 4 reads slowly, 5 and 6 read, 7 never reads and stays, \
-     8 does so with large requests",
+     8 does so with large requests, 9 stops in the middle of a large write",
 );
 
 /// Clients that want nothing, or take nothing.
 pub static NBD_CROWD: Scenario = Scenario {
     name: "nbd-crowd",
-    about: "a crowd that connects and never speaks, or asks and never reads; who comes to read is served soon",
+    about: "a crowd that connects and never speaks, asks and never reads, or stops in a write; who comes to read is served soon",
     // Nothing is stuck for ten seconds: who waits for whom is what is measured.
     storage: |_| StorageConfig {
         faults: FaultPlan { stuck: false, ..FaultPlan::LATENCY },
@@ -44,7 +44,7 @@ const SLOW_LOOKS: u64 = 6;
 const SLOW_NS: u64 = 400_000_000;
 const READS: u64 = 200;
 const READ_BYTES: u32 = 4096;
-/// Sectors of a large read.
+/// Sectors of a large read or write.
 const LARGE_SECTORS: u32 = 1024;
 
 async fn crowd(world: World) {
@@ -54,10 +54,15 @@ async fn crowd(world: World) {
     let Some(served) = plan.serve(&plan.process("tapdisk", 0)).await else { return };
     let over = Rc::new(Cell::new(false));
     let mut hosts = Vec::new();
+    // In some worlds most want the same, so that they wait for one another too.
+    let usual = world.setting("crowd-kind", &[0, 3, 7, 8, 9]);
     for who in 0..CROWD_SIZE {
         let entity = Entity::WORLD.child("crowd", who);
         world.sim.name_entity(entity, || format!("client {who} of the crowd"));
-        let kind = world.sim.decide(entity, &CROWD, 0, |d| d.below(9));
+        let kind = world.sim.decide(entity, &CROWD, 0, |d| match d.below(2) {
+            0 if usual > 0 => usual,
+            _ => d.below(10),
+        });
         if kind > 0 {
             let host = plan.process("crowd", who);
             host.process.node().spawn(
@@ -118,7 +123,7 @@ async fn come_again(world: World, host: SimHost, kind: u64, over: Rc<Cell<bool>>
     }
 }
 
-/// Bytes of a large read that this server takes.
+/// Bytes of a large read or write that this server takes.
 fn large_bytes(world: &World) -> u32 {
     server_limits(world).request_bytes.min(LARGE_SECTORS * SECTOR_BYTES as u32)
 }
@@ -138,8 +143,12 @@ async fn be_there(world: &World, raw: RawNbd<ProcessStream>, kind: u64) -> bool 
     }
     let mut requests = NbdScript(Vec::new());
     let read_bytes = if kind == 8 { large_bytes(world) } else { READ_BYTES };
-    for n in 0..READS {
+    for n in 0..if kind == 9 { 0 } else { READS } {
         requests.request(CMD_READ, 0, n, 0, read_bytes, &[]);
+    }
+    if kind == 9 {
+        // Less than it announces, so nothing of it is ever written.
+        requests.request(CMD_WRITE, 0, 0, 0, large_bytes(world), &[0; SECTOR_BYTES as usize]);
     }
     if kind == 6 {
         requests.request(CMD_DISC, 0, 0, 0, 0, &[]);

@@ -133,7 +133,6 @@ async fn split_reads(world: World) {
 
 async fn client_dies(world: World) {
     let (plan, setup) = Plan::draw(&world);
-    let config = client_config(&world);
     let Some(served) = plan.serve(&plan.process("tapdisk", 0)).await else { return };
     let mut gone = Vec::new();
     for who in 1..=3 {
@@ -143,7 +142,7 @@ async fn client_dies(world: World) {
         let steps = world.sim.decide(entity, &CLIENT_DIES, 0, |d| 1 + d.below(400));
         host.process.node().kill_after_steps(steps);
         let ops = plan.operations(who, setup.size_sectors, 30);
-        let (p, h, s, c) = (plan.clone(), host.clone(), setup.clone(), config.clone());
+        let (p, h, s, c) = (plan.clone(), host.clone(), setup.clone(), client_config(&world));
         host.process.node().spawn("main", 0, async move {
             let (disk, _clients) = p.spread(&h, &c, 1).await;
             p.guest(disk, &s, Invariant::G1).run(&ops, p.limits.guest_depth).await;
@@ -152,7 +151,7 @@ async fn client_dies(world: World) {
     }
     let host = plan.process("client", 0);
     let ops = plan.operations(0, setup.size_sectors, 40);
-    let (disk, clients) = plan.spread(&host, &config, 1).await;
+    let (disk, clients) = plan.spread(&host, &client_config(&world), 1).await;
     let guest = plan.guest(disk, &setup, Invariant::G1);
     let (g, depth) = (guest.clone(), plan.limits.guest_depth);
     within(&host, async move { g.run(&ops, depth).await }).await;

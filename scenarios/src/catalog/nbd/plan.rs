@@ -14,7 +14,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use tap_core::wait::{Receiver, oneshot};
 use tap_core::{Node, Scheduler, Vbd};
-use tap_host::{Budget, Mark, SocketAddress, Sockets, VbdId};
+use tap_host::{Budget, Mark, Share, SocketAddress, Sockets, VbdId};
 use tap_images::ImageError;
 use tap_nbd::{Client, ClientConfig, Export, Server, ServerLimits};
 
@@ -65,6 +65,8 @@ pub(super) struct Plan {
     pub(super) disks: Vec<(&'static str, Setup)>,
     pub(super) limits: StackLimits,
     pub(super) server: ServerLimits,
+    /// Memory that others have for themselves.
+    taken: Rc<RefCell<Vec<Share>>>,
 }
 
 /// A server that runs.
@@ -148,6 +150,7 @@ impl Plan {
             disks: vec![(DISK, setup.clone())],
             limits: StackLimits::draw(world),
             server: server_limits(world),
+            taken: Rc::default(),
         };
         (plan, setup)
     }
@@ -155,7 +158,13 @@ impl Plan {
     /// Without a disk of ours: somebody else is the server.
     pub(super) fn alone(world: &World) -> Self {
         let limits = StackLimits::draw(world);
-        Self { world: world.clone(), disks: Vec::new(), limits, server: ServerLimits::default() }
+        Self {
+            world: world.clone(),
+            disks: Vec::new(),
+            limits,
+            server: ServerLimits::default(),
+            taken: Rc::default(),
+        }
     }
 
     /// Starts a server in `host`, which opens the images and listens. `None` if that fails.
@@ -248,6 +257,18 @@ impl Plan {
         }
     }
 
+    /// In some worlds others have all memory that nobody was promised, from now on: requests of other disks, say. Whoever is
+    /// served already goes on.
+    fn fill(&self, config: &ClientConfig) {
+        if !self.world.setting("client-memory-is-taken", &[false, true]) {
+            return;
+        }
+        let figures = config.memory.figures();
+        let others = config.memory.stage(0).expect("nothing fits always");
+        let free = figures.limit_bytes - (figures.used_bytes - figures.kept_bytes);
+        self.taken.borrow_mut().extend(others.try_take(free));
+    }
+
     /// A disk over `connections` connections.
     pub(super) async fn spread(
         &self,
@@ -261,6 +282,7 @@ impl Plan {
             disks.push(DirectDisk::new(Rc::clone(&client) as Rc<dyn Node>, self.limits.pool_bytes));
             clients.push(client);
         }
+        self.fill(config);
         (Spread::new(disks), clients)
     }
 
@@ -422,6 +444,7 @@ pub(super) async fn client_stack(
     config: &ClientConfig,
 ) -> (Rc<Client<SimHost>>, Rc<dyn Node>) {
     let client = plan.connect(host, config).await;
+    plan.fill(config);
     let below = Rc::clone(&client) as Rc<dyn Node>;
     let scheduler = Scheduler::new(host.clone(), below, plan.limits.scheduler);
     (client, Rc::new(Vbd::new(host.clone(), VbdId(0), Rc::new(scheduler) as Rc<dyn Node>)))
