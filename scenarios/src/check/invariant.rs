@@ -47,6 +47,8 @@ pub enum Invariant {
     N1,
     /// What an NBD server says of its disk.
     N2,
+    /// What an NBD client asks for.
+    N3,
     /// Pauses and closes of a disk.
     D1,
     /// What layers ask of each other.
@@ -75,7 +77,7 @@ pub enum Invariant {
 
 impl Invariant {
     /// All of them.
-    pub const ALL: [Invariant; 34] = [
+    pub const ALL: [Invariant; 35] = [
         Self::G1,
         Self::G7,
         Self::G9,
@@ -98,6 +100,7 @@ impl Invariant {
         Self::H2,
         Self::N1,
         Self::N2,
+        Self::N3,
         Self::D1,
         Self::D2,
         Self::I1,
@@ -141,6 +144,9 @@ impl Invariant {
             Self::H2 => "a guest that misbehaves does not disturb another",
             Self::N1 => "an NBD connection breaks only where one of its ends dies or misbehaves",
             Self::N2 => "every answer of an NBD server keeps to the protocol and is true of its disk",
+            Self::N3 => {
+                "an NBD client asks a server for what it offers and what its caller wants, and for nothing else"
+            }
             Self::D1 => "a paused disk does nothing, and a closed one takes nothing",
             Self::D2 => {
                 "a layer of a disk is asked only for what it may be asked for, and closed once, when it rests"

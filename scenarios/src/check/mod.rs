@@ -1,5 +1,6 @@
 //! What must hold, and how it is told when it does not.
 
+mod asks;
 mod contract;
 mod frontier;
 mod history;
@@ -11,6 +12,7 @@ mod space;
 mod verdict;
 pub mod walker;
 
+pub use asks::Asks;
 pub use contract::Contract;
 pub use frontier::{Block, Clock, NEVER, Order, Version};
 pub use history::{BlockHistory, Initial, WriteId, Wrong};

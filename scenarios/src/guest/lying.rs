@@ -10,15 +10,16 @@
 //! of a read was named once reads right bytes or gets an error.
 
 use super::RawNbd;
+use super::offer::{Agreed, CONTEXT, LESS_BITS, NBD_LESS, Offer};
+use crate::check::Invariant;
+use crate::world::World;
 use sim::{Entity, Label, Sim};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use tap_abi::nbd::{
-    BASE_ALLOCATION, CHUNK_BLOCK_STATUS, CHUNK_ERROR, CHUNK_NONE, CHUNK_OFFSET_DATA, CHUNK_OFFSET_HOLE,
-    CMD_BLOCK_STATUS, CMD_DISC, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, ChunkHeader, ErrorHead,
-    Hello, INFO_BLOCK_SIZE, INFO_EXPORT, InfoBlockSize, InfoExport, OPT_GO, OPT_SET_META_CONTEXT,
-    OPT_STRUCTURED_REPLY, OptionHeader, OptionReply, REP_ACK, REP_ERR_UNSUP, REP_INFO, REP_META_CONTEXT,
-    RequestHeader, SimpleReply, error, export, handshake,
+    CHUNK_BLOCK_STATUS, CHUNK_ERROR, CHUNK_NONE, CHUNK_OFFSET_DATA, CHUNK_OFFSET_HOLE, CMD_BLOCK_STATUS,
+    CMD_DISC, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, ChunkHeader, ErrorHead, Hello,
+    OptionHeader, RequestHeader, SimpleReply, command, error, handshake,
 };
 use tap_core::wait::Event;
 use tap_host::Stream;
@@ -31,18 +32,54 @@ pub static NBD_SHAPE: Label = Label::packed("nbd-shape", "answer {n} has shape {
 /// What is wrong with an answer: kind in 4 bits, a place in 16; 0 is nothing.
 pub static NBD_LIE: Label = Label::packed("nbd-lie", "answer {n} is wrong: {}", &[4, 16]);
 
-/// The number of `base:allocation` here.
-const CONTEXT: u32 = 7;
-const SECTOR: usize = 512;
+/// How a server that means well says that a request failed: an error in 3 bits (0 none), bytes of text in 6, and what
+/// of the data of a read comes all the same in 2 (nothing, before, behind it).
+pub static NBD_REFUSE: Label = Label::packed("nbd-refuse", "request {n} fails: {}", &[3, 6, 2]);
+
+/// After how many requests a connection a server that means well hangs up.
+pub static NBD_HANG_UP: Label = Label::new("nbd-hang-up", "the server hangs up at request {} of it");
 
 /// What the server has and how it behaves.
 pub struct LyingServer {
+    pub(super) world: World,
     sim: Sim,
     disk: RefCell<Vec<u8>>,
-    structured: bool,
-    request_bytes: u32,
+    /// What would be left without power.
+    durable: RefCell<Vec<u8>>,
+    /// What differs between them.
+    dirty: RefCell<Vec<(usize, usize)>>,
+    offer: Offer,
+    manner: Manner,
     honest: Cell<bool>,
+    shut: Cell<bool>,
     connections: Cell<u64>,
+    counts: Cell<Counts>,
+}
+
+/// How a server is wrong, if it is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Manner {
+    /// Its answers are lies.
+    Lies,
+    /// It keeps to the protocol, in all the ways that the protocol leaves open; whether it hangs up now and then, and
+    /// whether it refuses requests.
+    Modest {
+        /// Connections end after some requests.
+        hangs_up: bool,
+        /// The next may then offer less.
+        lessens: bool,
+        /// Requests fail.
+        refuses: bool,
+    },
+}
+
+/// What a server was asked for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Counts {
+    /// Flushes.
+    pub flushes: u64,
+    /// Trims.
+    pub trims: u64,
 }
 
 /// One message of an answer.
@@ -56,17 +93,18 @@ struct Chunk {
 }
 
 /// A request as it came.
-#[derive(Clone, Copy)]
-struct Asked {
-    command: u16,
-    cookie: u64,
-    offset: u64,
-    len: usize,
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Asked {
+    pub(super) command: u16,
+    pub(super) flags: u16,
+    pub(super) cookie: u64,
+    pub(super) offset: u64,
+    pub(super) len: usize,
 }
 
 /// What waits to be sent on one connection.
 #[derive(Default)]
-struct Queue {
+pub(super) struct Queue {
     bytes: RefCell<Vec<u8>>,
     some: Event,
     /// Hung up after what is in it.
@@ -74,7 +112,7 @@ struct Queue {
 }
 
 impl Queue {
-    fn put(&self, bytes: &[u8]) {
+    pub(super) fn put(&self, bytes: &[u8]) {
         if !self.over.get() {
             self.bytes.borrow_mut().extend_from_slice(bytes);
             self.some.set();
@@ -88,16 +126,27 @@ impl Queue {
 }
 
 impl LyingServer {
-    /// With a disk of `size_bytes` zeros; `structured` says whether it knows structured replies.
-    pub fn new(sim: &Sim, size_bytes: usize, structured: bool, request_bytes: u32) -> Rc<Self> {
+    /// With a disk of zeros.
+    pub fn new(world: &World, offer: Offer, manner: Manner) -> Rc<Self> {
+        let disk = vec![0; offer.size_bytes as usize];
         Rc::new(Self {
-            sim: sim.clone(),
-            disk: RefCell::new(vec![0; size_bytes]),
-            structured,
-            request_bytes,
+            world: world.clone(),
+            sim: world.sim.clone(),
+            durable: RefCell::new(disk.clone()),
+            disk: RefCell::new(disk),
+            dirty: RefCell::default(),
+            offer,
+            manner,
             honest: Cell::new(false),
+            shut: Cell::new(false),
             connections: Cell::new(0),
+            counts: Cell::default(),
         })
+    }
+
+    /// From now on it takes connections and closes them.
+    pub fn shut(&self, shut: bool) {
+        self.shut.set(shut);
     }
 
     /// From now on it means well.
@@ -105,11 +154,32 @@ impl LyingServer {
         self.honest.set(true);
     }
 
+    /// Connections that were made.
+    pub fn connections(&self) -> u64 {
+        self.connections.get()
+    }
+
+    /// What it was asked for.
+    pub fn counts(&self) -> Counts {
+        self.counts.get()
+    }
+
+    /// Its machine loses power: what was not flushed is gone.
+    pub fn power_cut(&self) {
+        let mut disk = self.disk.borrow_mut();
+        for (from, to) in self.dirty.take() {
+            disk[from..to].copy_from_slice(&self.durable.borrow()[from..to]);
+        }
+    }
+
     /// Serves one connection to its end.
     pub async fn serve<S: Stream>(self: Rc<Self>, stream: S) {
         let number = self.connections.get() + 1;
         self.connections.set(number);
         let raw = RawNbd::new(stream);
+        if self.shut.get() {
+            return raw.close();
+        }
         let queue = Rc::new(Queue::default());
         let (sends, sender) = (Rc::clone(&queue), raw.clone());
         self.sim.spawn("lies", number, async move {
@@ -126,6 +196,18 @@ impl LyingServer {
         queue.hang_up();
     }
 
+    /// What connection `number` is offered.
+    fn offered(&self, entity: Entity, number: u64) -> Offer {
+        let Manner::Modest { lessens: true, .. } = self.manner else { return self.offer };
+        if number == 1 || self.honest.get() {
+            return self.offer;
+        }
+        let bits = self
+            .sim
+            .decide(entity, &NBD_LESS, 0, |d| if d.below(4) > 0 { 0 } else { 1 << d.below(LESS_BITS) });
+        self.offer.less(bits)
+    }
+
     /// `None` when the client has gone.
     async fn converse<S: Stream>(
         self: &Rc<Self>,
@@ -133,22 +215,35 @@ impl LyingServer {
         raw: &RawNbd<S>,
         queue: &Rc<Queue>,
     ) -> Option<()> {
-        queue.put(Hello::new(handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES).as_bytes());
-        raw.take(4).await?;
-        loop {
-            let head = OptionHeader::read_from_bytes(&raw.take(OptionHeader::BYTES).await?).ok()?;
-            raw.take(head.len.get() as usize).await?;
-            self.option(head.option.get(), queue);
-            if head.option.get() == OPT_GO {
-                break;
-            }
-        }
         let entity = Entity::WORLD.child("lying-server", number);
         self.sim.name_entity(entity, || format!("the server on connection {number}"));
+        let offer = self.offered(entity, number);
+        queue.put(Hello::new(offer.hello).as_bytes());
+        let flags = u32::from_be_bytes(raw.take(4).await?.try_into().ok()?);
+        let known = u32::from(offer.hello & (handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES));
+        if flags & !known != 0 {
+            self.world
+                .fail(Invariant::N3, format!("handshake flags {flags:#x} where {known:#x} are offered"));
+        }
+        let mut agreed = Agreed::default();
+        while !agreed.chosen {
+            let head = OptionHeader::read_from_bytes(&raw.take(OptionHeader::BYTES).await?).ok()?;
+            raw.take(head.len.get() as usize).await?;
+            self.option(&offer, head.option.get(), &mut agreed, queue);
+        }
+        let modest = match self.manner {
+            Manner::Lies => None,
+            Manner::Modest { hangs_up, .. } => Some(hangs_up && !self.honest.get()),
+        };
+        let last = match modest {
+            Some(true) => self.sim.decide(entity, &NBD_HANG_UP, 0, |d| d.below(40)),
+            _ => 0,
+        };
         for n in 0.. {
             let head = RequestHeader::read_from_bytes(&raw.take(RequestHeader::BYTES).await?).ok()?;
             let asked = Asked {
                 command: head.command.get(),
+                flags: head.flags.get(),
                 cookie: head.cookie.get(),
                 offset: head.offset.get(),
                 len: head.len.get() as usize,
@@ -158,62 +253,87 @@ impl LyingServer {
             if asked.command == CMD_DISC || self.connections.get() != number {
                 return None;
             }
-            self.answer(entity, n, &asked, &data, queue);
+            if let Some(why) = offer.judge(&asked, agreed.context) {
+                self.world.fail(Invariant::N3, format!("{why}: {asked:?} of {offer:?}"));
+                return None;
+            }
+            self.answer(entity, n, &asked, (agreed, &data), queue);
+            if last > 0 && u64::from(n) + 1 >= last {
+                return None;
+            }
         }
         None
     }
 
-    fn option(&self, option: u32, queue: &Queue) {
-        let reply = |kind: u32, data: &[u8]| {
-            queue.put(OptionReply::new(option, kind, data.len() as u32).as_bytes());
-            queue.put(data);
-        };
-        match option {
-            OPT_STRUCTURED_REPLY if self.structured => reply(REP_ACK, &[]),
-            OPT_SET_META_CONTEXT if self.structured => {
-                reply(REP_META_CONTEXT, &[&CONTEXT.to_be_bytes(), BASE_ALLOCATION.as_bytes()].concat());
-                reply(REP_ACK, &[]);
+    /// Does what a request says to the disk.
+    fn carry_out(&self, asked: &Asked, data: &[u8]) {
+        let (from, to) = (asked.offset as usize, asked.offset as usize + asked.len);
+        let mut disk = self.disk.borrow_mut();
+        let mut counts = self.counts.get();
+        match asked.command {
+            CMD_WRITE => disk[from..to].copy_from_slice(data),
+            CMD_WRITE_ZEROES | CMD_TRIM => disk[from..to].fill(0),
+            _ => {}
+        }
+        counts.trims += u64::from(asked.command == CMD_TRIM);
+        counts.flushes += u64::from(asked.command == CMD_FLUSH);
+        self.counts.set(counts);
+        if [CMD_WRITE, CMD_WRITE_ZEROES, CMD_TRIM].contains(&asked.command) {
+            let own = asked.flags & command::FUA != 0 || !self.offer.caches();
+            if own {
+                self.durable.borrow_mut()[from..to].copy_from_slice(&disk[from..to]);
+            } else {
+                self.dirty.borrow_mut().push((from, to));
             }
-            OPT_GO => {
-                let flags =
-                    export::HAS_FLAGS | export::SEND_FLUSH | export::SEND_TRIM | export::SEND_WRITE_ZEROES;
-                let size = self.disk.borrow().len() as u64;
-                let info = InfoExport { kind: INFO_EXPORT.into(), size: size.into(), flags: flags.into() };
-                reply(REP_INFO, info.as_bytes());
-                let sizes = InfoBlockSize {
-                    kind: INFO_BLOCK_SIZE.into(),
-                    minimum: 1.into(),
-                    preferred: 4096.into(),
-                    maximum: self.request_bytes.into(),
-                };
-                reply(REP_INFO, sizes.as_bytes());
-                reply(REP_ACK, &[]);
+        } else if asked.command == CMD_FLUSH {
+            for (from, to) in self.dirty.take() {
+                self.durable.borrow_mut()[from..to].copy_from_slice(&disk[from..to]);
             }
-            _ => reply(REP_ERR_UNSUP, &[]),
         }
     }
 
+    /// How request `n` fails; 0 where it does not.
+    fn refusal(&self, entity: Entity, n: u32) -> u64 {
+        let Manner::Modest { refuses: true, .. } = self.manner else { return 0 };
+        let value = self.sim.decide(entity, &NBD_REFUSE, n, |d| {
+            if d.below(8) > 0 { 0 } else { (1 + d.below(7)) | d.below(64) << 3 | d.below(3) << 9 }
+        });
+        if self.honest.get() { 0 } else { value }
+    }
+
     /// Carries request `n` of a connection out, and says something about it.
-    fn answer(&self, entity: Entity, n: u32, asked: &Asked, data: &[u8], queue: &Rc<Queue>) {
+    fn answer(
+        &self,
+        entity: Entity,
+        n: u32,
+        asked: &Asked,
+        (agreed, data): (Agreed, &[u8]),
+        queue: &Rc<Queue>,
+    ) {
         let shape = self.sim.decide(entity, &NBD_SHAPE, n, |d| {
             if d.below(3) > 0 { 0 } else { d.below(64) | (d.below(12) << 6) }
         });
-        let lie = self.sim.decide(entity, &NBD_LIE, n, |d| {
-            if d.below(6) > 0 { 0 } else { (1 + d.below(15)) | (d.below(1 << 16) << 4) }
-        });
+        let lie = match self.manner {
+            Manner::Lies => self.sim.decide(entity, &NBD_LIE, n, |d| {
+                if d.below(6) > 0 { 0 } else { (1 + d.below(15)) | (d.below(1 << 16) << 4) }
+            }),
+            Manner::Modest { .. } => 0,
+        };
         let lie = if self.honest.get() { 0 } else { lie };
-        let (from, len) = (asked.offset as usize, asked.len);
-        let mut disk = self.disk.borrow_mut();
-        match asked.command {
-            CMD_WRITE => disk[from..from + len].copy_from_slice(data),
-            CMD_WRITE_ZEROES | CMD_TRIM => disk[from..from + len].fill(0),
-            _ => {}
+        let refusal = self.refusal(entity, n);
+        if refusal == 0 {
+            self.carry_out(asked, data);
         }
-        let structured = self.structured && (asked.command == CMD_READ || asked.command == CMD_BLOCK_STATUS);
-        let bytes = if structured {
+        let (from, len) = (asked.offset as usize, asked.len);
+        let disk = self.disk.borrow();
+        let structured =
+            agreed.structured && (asked.command == CMD_READ || asked.command == CMD_BLOCK_STATUS);
+        let bytes = if refusal != 0 {
+            refused(asked, refusal, agreed.structured)
+        } else if structured {
             let mut chunks = match asked.command {
                 CMD_READ => shaped(asked, &disk[from..from + len], shape),
-                _ => vec![status(asked, &disk[from..from + len])],
+                _ => vec![status(asked, &disk[from..from + len], self.offer.grain_bytes)],
             };
             spoil(&mut chunks, asked, &disk, lie);
             wire(&chunks, asked, lie)
@@ -274,11 +394,11 @@ fn shaped(asked: &Asked, bytes: &[u8], shape: u64) -> Vec<Chunk> {
     chunks
 }
 
-/// What is known of the disk, sector by sector.
-fn status(asked: &Asked, bytes: &[u8]) -> Chunk {
+/// What is known of the disk, in units of `grain` bytes.
+fn status(asked: &Asked, bytes: &[u8], grain: usize) -> Chunk {
     let mut payload = CONTEXT.to_be_bytes().to_vec();
     let mut runs: Vec<(u32, u32)> = Vec::new();
-    for sector in bytes.chunks(SECTOR) {
+    for sector in bytes.chunks(grain) {
         let state = if sector.iter().all(|byte| *byte == 0) { 3 } else { 0 };
         match runs.last_mut() {
             Some((len, last)) if *last == state => *len += sector.len() as u32,
@@ -307,14 +427,20 @@ fn spoil(chunks: &mut Vec<Chunk>, asked: &Asked, disk: &[u8], lie: u64) {
         2 if read => chunks.insert(one, part(from + half / 2, half)),
         // Somewhere else: before the request, or past its end.
         3 if read => {
-            let at = if place & 1 == 0 { from.saturating_sub(SECTOR) } else { from + SECTOR };
+            let at = if place & 1 == 0 { from.saturating_sub(512) } else { from + 512 };
             chunks[one] = part(at.min(disk.len() - asked.len), asked.len);
         }
         4 if chunks.len() > 1 || read => drop(chunks.remove(one)),
         5 => chunks[one].cookie ^= 1 << (place % 6),
         6 => chunks[one].longer = if place & 1 == 0 { -1 } else { 1 + place as i32 },
         // What failed has data as well; the client is told, so this is none.
-        7 => chunks.insert(one, Chunk::new(asked, CHUNK_ERROR, failed(error::EIO))),
+        7 => {
+            let mut error = failed(error::EIO, place % 48);
+            if place % 5 == 4 {
+                error.truncate(place % 6);
+            }
+            chunks.insert(one, Chunk::new(asked, CHUNK_ERROR, error));
+        }
         8 => chunks.push(Chunk::new(asked, CHUNK_NONE, Vec::new())),
         // Half, with an overlap as large as what is missing.
         10 if read => {
@@ -327,8 +453,30 @@ fn spoil(chunks: &mut Vec<Chunk>, asked: &Asked, disk: &[u8], lie: u64) {
     }
 }
 
-fn failed(error: u32) -> Vec<u8> {
-    ErrorHead { error: error.into(), message_len: 0.into() }.as_bytes().to_vec()
+/// An error with a text of `text` bytes.
+fn failed(error: u32, text: usize) -> Vec<u8> {
+    let head = ErrorHead { error: error.into(), message_len: (text as u16).into() };
+    [head.as_bytes(), &b"there is no reason for that, or none that anybody would know of...."[..text]]
+        .concat()
+}
+
+/// The bytes of an answer that says that the request failed, as any server may say it; see [`NBD_REFUSE`].
+fn refused(asked: &Asked, how: u64, structured: bool) -> Vec<u8> {
+    let errors =
+        [error::EIO, error::ENOSPC, error::ENOMEM, error::EPERM, error::EINVAL, error::ENOTSUP, 9999];
+    let error = errors[(how & 7) as usize - 1];
+    if !structured {
+        return SimpleReply::new(asked.cookie, error).as_bytes().to_vec();
+    }
+    let mut chunks = vec![Chunk::new(asked, CHUNK_ERROR, failed(error, (how >> 3) as usize & 63))];
+    // All of it, and none of it right: whoever is told of an error looks at nothing else.
+    let garbage = || Chunk::data(asked, asked.offset, &vec![0x6b; asked.len]);
+    match (how >> 9) & 3 {
+        1 if asked.command == CMD_READ => chunks.insert(0, garbage()),
+        2 if asked.command == CMD_READ => chunks.push(garbage()),
+        _ => {}
+    }
+    wire(&chunks, asked, 0)
 }
 
 /// The bytes of an answer in chunks.

@@ -4,6 +4,7 @@ mod direct;
 mod hostile;
 mod lying;
 mod nbd;
+mod offer;
 mod ring;
 mod speaker;
 
@@ -11,8 +12,9 @@ pub use direct::DirectDisk;
 pub use hostile::{
     FLOOD, HONEST_SECTORS, Hostile, KEYS, SCRIBBLE, TOGETHER, TRICK, describe_keys, describe_trick,
 };
-pub use lying::{LyingServer, NBD_LIE, NBD_SHAPE, describe_nbd_lie};
+pub use lying::{LyingServer, Manner, NBD_HANG_UP, NBD_LIE, NBD_REFUSE, NBD_SHAPE, describe_nbd_lie};
 pub use nbd::{NBD_TRICK, NbdScript, RawNbd, Spread, describe_nbd_trick};
+pub use offer::{NBD_LESS, Offer};
 pub use ring::RingDisk;
 pub use speaker::{NBD_STEP, Speaker, Step, steps};
 
@@ -371,13 +373,14 @@ impl<D: GuestDisk> Guest<D> {
         result
     }
 
-    /// Asks `node`, the disk, what `range` is like. What it calls zeros is looked at as a read of zeros.
+    /// Asks `node`, the disk, what `range` is like, with at most `most` extents. What it calls zeros is looked at as a
+    /// read of zeros.
     ///
     /// # Errors
     /// As the node's.
-    pub async fn extents(&self, node: &dyn Node, range: SectorRange) -> Result<(), Errno> {
+    pub async fn extents(&self, node: &dyn Node, range: SectorRange, most: usize) -> Result<(), Errno> {
         let inv = self.history.borrow_mut().begin_read();
-        let found = node.extents(range, 4096).await;
+        let found = node.extents(range, most).await;
         self.remark(|| format!("extents of {range}: {:?}", found.as_ref().map(Vec::len)));
         let mut history = self.history.borrow_mut();
         history.end_read(inv);
@@ -399,6 +402,11 @@ impl<D: GuestDisk> Guest<D> {
             self.world.fail(Invariant::N2, format!("no extents of {range}"));
         }
         Ok(())
+    }
+
+    /// Waits for so many nanoseconds.
+    pub async fn pause(&self, ns: u64) {
+        self.world.sim.sleep_ns(ns).await;
     }
 
     /// Reads the whole disk in large pieces.

@@ -53,6 +53,11 @@ impl Step {
         Some(Self { command, flags: (value >> 4) as u16 & legal, range, wrong: (value >> 31) & 7 })
     }
 
+    /// Whether a disk is flushed for it.
+    pub fn flushes(self) -> bool {
+        self.command == CMD_FLUSH || self.changes() && self.flags & command::FUA != 0
+    }
+
     fn changes(self) -> bool {
         matches!(self.command, CMD_WRITE | CMD_TRIM | CMD_WRITE_ZEROES)
     }

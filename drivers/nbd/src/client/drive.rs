@@ -101,7 +101,8 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
             let Ok((terms, stream, inlet)) = open(&self.host, &self.config, &self.memory).await else {
                 continue;
             };
-            let Some(why) = self.terms.broken_by(&terms) else {
+            let less = self.terms.broken_by(&terms).filter(|_| !self.host.bug(Bug::NbdLessIgnored));
+            let Some(why) = less else {
                 self.attempt.set(Some(attempt));
                 return Some((self.resume(stream, terms.context), inlet));
             };

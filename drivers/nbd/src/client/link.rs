@@ -186,7 +186,8 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
             }
             kind if kind & CHUNK_ERROR_BIT != 0 && len >= ErrorHead::BYTES => {
                 let head: ErrorHead = self.value().await?;
-                let rest = len - ErrorHead::BYTES;
+                let left = self.inner.host.bug(Bug::NbdErrorTextLeft);
+                let rest = if left { 0 } else { len - ErrorHead::BYTES };
                 self.inlet.skip(rest, self.bell).await.map_err(why)?;
                 self.with(cookie, |call| call.error = Some(errno_of(head.error.get())));
             }

@@ -1,8 +1,8 @@
 //! Every command of the protocol, with every flag that may stand beside it; and a server that is stopped under load.
 
 use super::plan::{
-    DISK, DISK_BYTES, NO_ERRORS, Plan, Running, address, client_config, client_stack, cut_power, last_look,
-    within,
+    DISK, DISK_BYTES, NO_ERRORS, Plan, Running, address, check_looks, client_config, client_stack, cut_power,
+    last_look, within,
 };
 use crate::catalog::crash::arm_power_cut;
 use crate::catalog::setup::Setup;
@@ -65,7 +65,7 @@ async fn every_command(world: World) {
     let all = steps(&world, entity, 70, setup.size_sectors, most);
     let structured = world.setting("nbd-structured", &[true, false]);
     let (w, h, s, depth) = (world.clone(), host.clone(), setup.clone(), plan.limits.guest_depth);
-    let still = frozen.clone();
+    let (still, steps) = (frozen.clone(), all.clone());
     within(&host, async move {
         let mut speakers = Vec::new();
         // The last one is of the other kind, and on the disk that stays as it is.
@@ -73,11 +73,21 @@ async fn every_command(world: World) {
             speakers.extend(speaker(&w, &h, name, structured).await);
         }
         if speakers.len() == 3 {
-            speak(&h, &speakers, &[s.clone(), s, still], &all, depth).await;
+            speak(&h, &speakers, &[s.clone(), s, still], &steps, depth).await;
             speakers.iter().for_each(Speaker::leave);
         }
     })
     .await;
+    check_looks(&world, &served, 2);
+    let flushes =
+        |who: usize| all.iter().skip(who).step_by(3).flatten().filter(|step| step.flushes()).count();
+    let most = [flushes(0) + flushes(1), flushes(2)];
+    for (asks, most) in served.asks.iter().zip(most) {
+        if asks.flushes() > most as u64 {
+            let text = format!("{} flushes for {most} requests that need one", asks.flushes());
+            world.fail(Invariant::N2, text);
+        }
+    }
     cut_power(&world, &setup, &[&served.host, &host]).await;
     if world.storage.bytes(&frozen.spec.path) != before {
         world.fail(Invariant::N2, "a read-only export has changed");
@@ -121,7 +131,9 @@ async fn speak(
 }
 
 async fn server_stopped(world: World) {
-    let (plan, setup) = Plan::draw(&world);
+    let (mut plan, setup) = Plan::draw(&world);
+    // Also less than the disk takes for a request: then it ends without its reply, and is asked for again.
+    plan.server.grace_ns = world.setting("nbd-grace", &[5_000_000_000, 1_000_000]);
     let Some(first) = Running::start(&plan, plan.process("tapdisk", 0)).await else { return };
     let host = plan.process("client", 0);
     let config = ClientConfig { breaks: Breaks::Keep, ..client_config(&world) };

@@ -2,7 +2,7 @@
 
 use super::plan::{DISK_BYTES, NO_ERRORS, Plan, address, client_config, client_stack, within};
 use crate::check::{BlockHistory, Initial, Invariant};
-use crate::guest::{DirectDisk, Guest, LyingServer, Manners};
+use crate::guest::{DirectDisk, Guest, LyingServer, Manner, Manners, Offer};
 use crate::run::Scenario;
 use crate::world::World;
 use kernel_model::StorageConfig;
@@ -24,7 +24,8 @@ async fn hostile_server(world: World) {
     let plan = Plan::alone(&world);
     let structured = world.setting("nbd-structured", &[true, false]);
     let request_bytes = world.setting("nbd-server-request", &[32 << 20, 64 << 10, 4096]);
-    let server = LyingServer::new(&world.sim, DISK_BYTES as usize, structured, request_bytes);
+    let offer = Offer::plain(DISK_BYTES, structured, request_bytes);
+    let server = LyingServer::new(&world, offer, Manner::Lies);
     let far = plan.process("server", 0);
     let Ok(listener) = far.listen(&address()).await else { return };
     let own = Rc::clone(&server);
@@ -59,7 +60,7 @@ async fn hostile_server(world: World) {
             for at in 0..16 {
                 let range = SectorRange::new(at * 128, (size_sectors - at * 128) as u32);
                 // What fails here fails for the guest as well.
-                let _ = g.extents(&*node, range).await;
+                let _ = g.extents(&*node, range, 4096).await;
                 sim.sleep_ns(200_000).await;
             }
             done.set();

@@ -8,11 +8,13 @@
 mod crowd;
 mod every;
 mod lying;
+mod modest;
 mod plan;
 
 pub use crowd::{CROWD, NBD_CROWD};
 pub use every::{NBD_EVERY_COMMAND, NBD_SERVER_STOPPED, STOP_AFTER};
 pub use lying::NBD_HOSTILE_SERVER;
+pub use modest::NBD_MODEST_SERVER;
 
 use super::crash::arm_power_cut;
 use super::ring::kills;
@@ -24,12 +26,12 @@ use crate::world::World;
 use kernel_model::StorageConfig;
 use kernel_model::faults::{FaultPlan, SyncErrors};
 use plan::{
-    DISK, DISK_BYTES, NO_ERRORS, Plan, Supervisor, address, bury, check_connected, check_idle,
+    DISK, DISK_BYTES, NO_ERRORS, Plan, Supervisor, address, bury, check_connected, check_idle, check_looks,
     check_unbroken, client_config, client_stack, cut_power, end, last_look, send_all, within,
 };
 use sim::{Entity, Label};
 use std::rc::Rc;
-use tap_abi::nbd::{CMD_READ, CMD_WRITE};
+use tap_abi::nbd::{CMD_BLOCK_STATUS, CMD_READ, CMD_WRITE};
 use tap_core::wait::Event;
 use tap_host::Sockets;
 use tap_images::ImageFormat;
@@ -168,6 +170,7 @@ async fn slow_client(world: World) {
     let slow = plan.process("slow", 0);
     let awake = Rc::new(Event::new());
     let writes = world.setting("slow-client-writes", &[false, true]);
+    let looks = !writes && world.setting("slow-client-looks", &[false, true]);
     // What is there, far from what the guest does to the disk.
     let mut there = vec![0; 4096];
     if let (ImageFormat::Raw, Some(image)) = (setup.spec.format, world.storage.content(&setup.spec.path)) {
@@ -180,6 +183,10 @@ async fn slow_client(world: World) {
         let mut script = NbdScript::negotiation(DISK, false);
         for n in 0..200 {
             let data = if writes { &there[..] } else { &[] };
+            if looks {
+                script.request(CMD_BLOCK_STATUS, 0, n, 0, DISK_BYTES as u32, &[]);
+                continue;
+            }
             let command = if writes { CMD_WRITE } else { CMD_READ };
             script.request(command, 0, n, DISK_BYTES - 4096, 4096, data);
         }
@@ -213,6 +220,7 @@ async fn slow_client(world: World) {
     world.sim.sleep_ns(600_000_000_000).await;
     check_connected(&world, &clients);
     check_idle(&world, &served, 2);
+    check_looks(&world, &served, 1);
     slow.process.node().kill();
     slow.process.node().dead().await;
     if let Err(error) = guest.read_all().await {

@@ -2,7 +2,7 @@
 
 use crate::catalog::crash::either;
 use crate::catalog::setup::{Setup, cut_after_close, workload};
-use crate::check::Invariant;
+use crate::check::{Asks, Invariant};
 use crate::guest::{DirectDisk, Guest, GuestDisk, Manners, RawNbd, Spread};
 use crate::program::{named, tapdisk};
 use crate::stack::{Stack, StackLimits};
@@ -74,6 +74,8 @@ pub(super) struct Served {
     pub(super) host: SimHost,
     pub(super) server: Server<SimHost>,
     stacks: Vec<Stack>,
+    /// What the server asked of each disk.
+    pub(super) asks: Vec<Rc<Asks>>,
 }
 
 impl Served {
@@ -170,7 +172,7 @@ impl Plan {
     /// Starts a server in `host`, which opens the images and listens. `None` if that fails.
     pub(super) async fn serve(&self, host: &SimHost) -> Option<Served> {
         let mut exports = Vec::new();
-        let mut stacks = Vec::new();
+        let (mut stacks, mut asks) = (Vec::new(), Vec::new());
         for (name, setup) in &self.disks {
             let stack = loop {
                 match Stack::open(host, &self.world, &setup.spec, &self.limits).await {
@@ -180,7 +182,8 @@ impl Plan {
                     Err(error) => return self.failed(host, &format!("open its image: {error}")),
                 }
             };
-            let (name, node) = (String::from(*name), stack.node());
+            let (name, node) = (String::from(*name), Asks::new(&self.world, stack.node()));
+            asks.push(Rc::clone(&node));
             let read_only = name.starts_with("frozen");
             exports.push(Export { name, description: String::new(), node, read_only });
             stacks.push(stack);
@@ -195,7 +198,7 @@ impl Plan {
         };
         let own = server.clone();
         host.process.node().spawn("serve", 0, async move { own.serve(listener).await });
-        Some(Served { host: host.clone(), server, stacks })
+        Some(Served { host: host.clone(), server, stacks, asks })
     }
 
     /// The memory of a server's connections.
@@ -357,6 +360,16 @@ pub(super) async fn end(plan: &Plan, served: Served, clients: &Clients, setup: &
 pub(super) fn check_connected(world: &World, clients: &Clients) {
     if clients.iter().any(|client| client.connections() != 1) {
         world.fail(Invariant::N1, "a client had to connect again although its server lived");
+    }
+}
+
+/// No more looks at extents at one time than connections asked for them: each has one answer about extents at most in
+/// the making, whatever its client asks for.
+pub(super) fn check_looks(world: &World, served: &Served, connections: u32) {
+    let most = served.asks.iter().map(|asks| asks.most_looks()).max().unwrap_or_default();
+    if most > connections {
+        let text = format!("{most} answers about extents were made at once for {connections} connections");
+        world.fail(Invariant::M1, text);
     }
 }
 

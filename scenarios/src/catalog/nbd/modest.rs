@@ -1,0 +1,189 @@
+//! A server that keeps to the protocol, in all the ways that the protocol leaves open, below our client.
+
+use super::plan::{Clients, DISK_BYTES, NO_ERRORS, Plan, address, client_config, client_stack, within};
+use crate::check::{BlockHistory, Initial, Invariant};
+use crate::guest::{DirectDisk, Guest, LyingServer, Manner, Manners, Offer};
+use crate::run::Scenario;
+use crate::workload::Op;
+use crate::world::World;
+use kernel_model::{SimHost, StorageConfig};
+use std::cell::RefCell;
+use std::rc::Rc;
+use tap_core::Node;
+use tap_host::{IoKind, Listener, SECTOR_BYTES, SectorRange, Sockets};
+use tap_nbd::{Breaks, Client, ClientConfig};
+
+/// Servers of any kind.
+pub static NBD_MODEST_SERVER: Scenario = Scenario {
+    name: "nbd-modest-server",
+    about: "our NBD client on servers that keep to the protocol but can do less, fail requests, hang up or come back with less; power cut",
+    storage: |_| StorageConfig::default(),
+    body: |w| Box::pin(modest_server(w)),
+};
+
+/// How long it is looked at whether a client that is closed connects again, in nanoseconds.
+const QUIET_NS: u64 = 20_000_000_000;
+
+/// Attempts to connect in that time: pauses double from 100 µs to 1 s.
+const ATTEMPTS_MAX: u64 = 14 + 20;
+
+/// Lets `server` serve in a process of its own. `None` if that fails.
+async fn listen(plan: &Plan, server: &Rc<LyingServer>, key: u64) -> Option<SimHost> {
+    let far = plan.process("server", key);
+    let listener = far.listen(&address()).await.ok()?;
+    let (own, process) = (Rc::clone(server), far.process.clone());
+    far.process.node().spawn("serve", 0, async move {
+        while let Ok(stream) = listener.accept().await {
+            process.node().spawn("connection", 0, Rc::clone(&own).serve(stream));
+        }
+    });
+    Some(far)
+}
+
+async fn modest_server(world: World) {
+    let plan = Plan::alone(&world);
+    let offer = Offer::draw(&world, DISK_BYTES);
+    let hangs_up = world.setting("nbd-hangs-up", &[false, true]);
+    let lessens = hangs_up && world.setting("nbd-lessens", &[false, true]);
+    let refuses = world.setting("nbd-refuses", &[false, true]);
+    let server = LyingServer::new(&world, offer, Manner::Modest { hangs_up, lessens, refuses });
+    let Some(far) = listen(&plan, &server, 0).await else { return };
+    let size_sectors = DISK_BYTES / SECTOR_BYTES;
+    let mut history =
+        BlockHistory::new(size_sectors, 1, Initial::Zero, world.setting("bodies", &[false, true]));
+    history.relax_order();
+    let history = Rc::new(RefCell::new(history));
+    let write_through = world.setting("write-through", &[false, true]);
+    let read_only = world.setting("opened-read-only", &[false, false, false, true]);
+    let config = ClientConfig { breaks: Breaks::Keep, write_through, read_only, ..client_config(&world) };
+    let errors_allowed = lessens || refuses || read_only || offer.is_read_only();
+    let ops = plan.operations(0, size_sectors, 60);
+    let host = plan.process("client", 0);
+    let left = Rc::new(RefCell::new(None));
+    let (p, h, past, all, keep) =
+        (plan.clone(), host.clone(), Rc::clone(&history), ops.clone(), Rc::clone(&left));
+    within(&host, async move {
+        let (client, node) = client_stack(&p, &h, &config).await;
+        let disk = DirectDisk::new(Rc::clone(&node), p.limits.pool_bytes);
+        let guest = Guest::new(&p.world, disk, past, Manners { errors_allowed, ..NO_ERRORS });
+        if write_through {
+            guest.write_through();
+        }
+        h.process.node().spawn("looks", 0, looks(guest.clone(), Rc::clone(&node), size_sectors));
+        guest.run(&all, p.limits.guest_depth).await;
+        *keep.borrow_mut() = Some((client, node));
+    })
+    .await;
+    let Some((client, node)) = left.take() else { return };
+    if !hangs_up && client.connections() != 1 {
+        world.fail(Invariant::N1, "a client had to connect again to a server that keeps to the protocol");
+    }
+    check_counts(&world, &server, &offer, &ops, errors_allowed || hangs_up);
+    if world.setting("leaves", &[false, true]) {
+        leave(&plan, &server, &far, &offer, &client, &node, &history).await;
+    }
+    host.process.node().kill();
+    far.process.node().kill();
+    far.process.node().dead().await;
+    server.shut(false);
+    server.reform();
+    server.power_cut();
+    history.borrow_mut().power_cut();
+    world.count(|s| s.crashes += 1);
+    world.sim.stop_faults();
+    let Some(_far) = listen(&plan, &server, 2).await else { return };
+    let host = plan.process("client", 1);
+    let config = ClientConfig { breaks: Breaks::Keep, ..client_config(&world) };
+    let (disk, clients): (_, Clients) = plan.spread(&host, &config, 1).await;
+    let guest = Guest::new(&world, disk, history, Manners { reads: Invariant::G7, ..NO_ERRORS });
+    if let Err(error) = guest.read_all().await {
+        world.fail(Invariant::E4, format!("reading the whole disk failed with {error:?}"));
+    }
+    if clients.iter().any(|client| client.in_flight() > 0) || guest.disk().buffers_out() > 0 {
+        world.fail(Invariant::K1, "requests or buffers of the client are left");
+    }
+}
+
+/// Asks for extents beside everything else.
+async fn looks(guest: Guest<DirectDisk>, node: Rc<dyn Node>, size_sectors: u64) {
+    for at in 0..12 {
+        let from = at * 160 + at;
+        let range = SectorRange::new(from, (size_sectors - from).min(400) as u32);
+        // What fails here fails for the guest as well.
+        let _ = guest.extents(&*node, range, [4096, 1, 3][at as usize % 3]).await;
+        guest.pause(200_000).await;
+    }
+}
+
+/// What the guest asked for reached the server, and what nobody asked for did not.
+fn check_counts(world: &World, server: &LyingServer, offer: &Offer, ops: &[Option<Op>], uncertain: bool) {
+    if uncertain {
+        return;
+    }
+    let of = |kind| ops.iter().flatten().filter(|op| op.kind == kind).count() as u64;
+    let (asked, counts) = (of(IoKind::Flush), server.counts());
+    // A server that can do more is not asked for more.
+    let through = world.setting("write-through", &[false, true]) && !offer.has_fua();
+    if counts.flushes > asked && !through || counts.flushes == 0 && asked > 0 && offer.caches() {
+        let text = format!("{} flushes reached the server, {asked} were asked for", counts.flushes);
+        world.fail(Invariant::N3, text);
+    }
+    // Those that lie side by side are one.
+    let trims = if offer.has_trim() { of(IoKind::Discard) } else { 0 };
+    if counts.trims > trims || counts.trims == 0 && trims > 0 {
+        world.fail(Invariant::N3, format!("{} trims of {trims} reached the server", counts.trims));
+    }
+}
+
+/// The client ends in order, perhaps while its server is away; it does not come again.
+async fn leave(
+    plan: &Plan,
+    server: &Rc<LyingServer>,
+    far: &SimHost,
+    offer: &Offer,
+    client: &Client<SimHost>,
+    node: &Rc<dyn Node>,
+    history: &Rc<RefCell<BlockHistory>>,
+) {
+    let world = &plan.world;
+    let away = world.setting("server-away", &["not", "dead", "shut"]);
+    let mut again = None;
+    if away != "not" {
+        far.process.node().kill();
+        far.process.node().dead().await;
+    }
+    if away == "shut" {
+        server.shut(true);
+        again = listen(plan, server, 1).await;
+        let before = server.connections();
+        world.sim.sleep_ns(QUIET_NS).await;
+        let attempts = server.connections() - before;
+        if attempts > ATTEMPTS_MAX {
+            let text = format!("{attempts} attempts to connect in 20 s to a server that does not want to");
+            world.fail(Invariant::N3, text);
+        }
+    }
+    let inv = history.borrow_mut().begin_flush();
+    if node.close().await.is_ok() {
+        history.borrow_mut().end_flush(inv);
+    }
+    if client.in_flight() > 0 {
+        world.fail(Invariant::K1, "requests of a client that is closed are left");
+    }
+    let range = SectorRange::new(0, 8);
+    if offer.context && offer.go && client.extents(range, 8).await.is_ok() {
+        world.fail(Invariant::D1, "a client that is closed tells what its disk is like");
+    }
+    let before = server.connections();
+    if away == "dead" {
+        again = listen(plan, server, 1).await;
+    }
+    world.sim.sleep_ns(QUIET_NS).await;
+    if server.connections() != before {
+        world.fail(Invariant::N3, "a client that is closed connects again");
+    }
+    if let Some(again) = again {
+        again.process.node().kill();
+        again.process.node().dead().await;
+    }
+}

@@ -1,0 +1,293 @@
+//! What an NBD server that means well offers: the protocol leaves it many ways to do so, and to do less. Whoever asks it
+//! for what it did not offer breaks N3.
+
+use super::LyingServer;
+use super::lying::{Asked, Queue};
+use crate::check::Invariant;
+use crate::world::World;
+use sim::Label;
+use tap_abi::nbd::{
+    BASE_ALLOCATION, CMD_BLOCK_STATUS, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES,
+    EXPORT_PADDING_BYTES, ExportReply, INFO_BLOCK_SIZE, INFO_EXPORT, InfoBlockSize, InfoExport,
+    OPT_EXPORT_NAME, OPT_GO, OPT_SET_META_CONTEXT, OPT_STRUCTURED_REPLY, OptionReply, REP_ACK, REP_ERR_UNSUP,
+    REP_ERROR, REP_INFO, REP_META_CONTEXT, command, export, handshake,
+};
+use tap_host::SECTOR_BYTES;
+use zerocopy::IntoBytes;
+
+/// What a server offers less on a connection after the first, bit by bit: flushes, `FUA`, trims, zeroes, writes, half of
+/// its disk, half of its requests, structured replies, contexts; 0 is as before.
+pub static NBD_LESS: Label = Label::new("nbd-less", "the server comes back with less: {}");
+
+/// The bits of [`NBD_LESS`].
+pub(super) const LESS_BITS: u64 = 9;
+
+/// The number of `base:allocation` here.
+pub(super) const CONTEXT: u32 = 7;
+/// `INFO` of a kind that no client asks for, and a server may send all the same.
+const INFO_DESCRIPTION: [u8; 6] = [0, 2, b'd', b'i', b's', b'k'];
+
+/// What is offered on a connection.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Offer {
+    /// Flags of the handshake.
+    pub hello: u16,
+    /// Flags of the export.
+    pub flags: u16,
+    /// Bytes of the disk.
+    pub size_bytes: u64,
+    /// Most bytes of one read or write.
+    pub request_bytes: u32,
+    /// Structured replies.
+    pub structured: bool,
+    /// `base:allocation`.
+    pub context: bool,
+    /// The option `GO`.
+    pub go: bool,
+    /// The smallest unit of extents in bytes: a divisor of 512.
+    pub grain_bytes: usize,
+}
+
+const CHANGES: u16 =
+    export::SEND_TRIM | export::SEND_WRITE_ZEROES | export::SEND_FAST_ZERO | export::SEND_FUA;
+
+impl Offer {
+    /// What [`LyingServer`] offers where it is the answers that are wrong.
+    pub fn plain(size_bytes: u64, structured: bool, request_bytes: u32) -> Self {
+        Self {
+            hello: handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES,
+            flags: export::HAS_FLAGS | export::SEND_FLUSH | export::SEND_TRIM | export::SEND_WRITE_ZEROES,
+            size_bytes,
+            request_bytes,
+            structured,
+            context: structured,
+            go: true,
+            grain_bytes: SECTOR_BYTES as usize,
+        }
+    }
+
+    /// One as any server may have it.
+    pub fn draw(world: &World, size_bytes: u64) -> Self {
+        let structured = world.setting("nbd-structured", &[true, false]);
+        let request_bytes = world.setting("nbd-server-request", &[32 << 20, 64 << 10, 4096]);
+        let (all, fixed) = (handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES, handshake::FIXED_NEWSTYLE);
+        let flags = export::HAS_FLAGS | export::SEND_FLUSH | CHANGES;
+        let lacks = world.setting(
+            "nbd-lacks",
+            &[
+                0,
+                export::SEND_FUA,
+                export::SEND_FLUSH,
+                export::SEND_FLUSH | export::SEND_FUA,
+                export::SEND_TRIM,
+                export::SEND_WRITE_ZEROES,
+                export::SEND_FAST_ZERO,
+                CHANGES,
+                u16::MAX,
+            ],
+        );
+        let read_only = world.setting("nbd-read-only", &[0, 0, 0, export::READ_ONLY]);
+        let mut offer = Self {
+            hello: world.setting("nbd-hello", &[all, all, fixed, handshake::NO_ZEROES, 0]),
+            flags: (flags & !lacks) | read_only,
+            context: structured && world.setting("nbd-context", &[true, false]),
+            go: world.setting("nbd-go", &[true, false]),
+            grain_bytes: world.setting("nbd-grain", &[512, 128]),
+            ..Self::plain(size_bytes, structured, request_bytes)
+        };
+        if offer.hello & handshake::FIXED_NEWSTYLE == 0 {
+            (offer.structured, offer.context, offer.go) = (false, false, false);
+        }
+        if !offer.go {
+            // There is no other way to tell.
+            offer.request_bytes = 32 << 20;
+        }
+        offer
+    }
+
+    /// What is left of it on a later connection.
+    pub(super) fn less(self, bits: u64) -> Self {
+        let lost = [export::SEND_FLUSH, export::SEND_FUA, export::SEND_TRIM, export::SEND_WRITE_ZEROES];
+        let mut offer = self;
+        for (i, flag) in lost.into_iter().enumerate() {
+            if bits & 1 << i != 0 {
+                offer.flags &= !flag;
+            }
+        }
+        if bits & 16 != 0 {
+            offer.flags |= export::READ_ONLY;
+        }
+        if bits & 32 != 0 {
+            offer.size_bytes /= 2;
+        }
+        if bits & 64 != 0 && offer.go {
+            offer.request_bytes = (offer.request_bytes / 2).max(512);
+        }
+        if bits & 128 != 0 {
+            (offer.structured, offer.context) = (false, false);
+        }
+        if bits & 256 != 0 {
+            offer.context = false;
+        }
+        offer
+    }
+
+    /// Whether it can be asked for changes that are durable when answered.
+    pub fn has_fua(&self) -> bool {
+        self.has(export::SEND_FUA)
+    }
+
+    /// Whether it takes trims.
+    pub fn has_trim(&self) -> bool {
+        self.has(export::SEND_TRIM)
+    }
+
+    /// Whether it takes no changes.
+    pub fn is_read_only(&self) -> bool {
+        self.has(export::READ_ONLY)
+    }
+
+    fn has(&self, flags: u16) -> bool {
+        // Without the first flag the others mean nothing.
+        self.flags & flags == flags && self.flags & export::HAS_FLAGS != 0
+    }
+
+    /// Whether writes are kept in memory until a flush.
+    pub fn caches(&self) -> bool {
+        self.has(export::SEND_FLUSH)
+    }
+
+    /// What is wrong with a request, if anything: `context` says whether `base:allocation` was chosen.
+    pub(super) fn judge(&self, asked: &Asked, context: bool) -> Option<&'static str> {
+        let end = asked.offset.saturating_add(asked.len as u64);
+        let data = asked.command == CMD_READ || asked.command == CMD_WRITE;
+        let changes = [CMD_WRITE, CMD_TRIM, CMD_WRITE_ZEROES].contains(&asked.command);
+        let offered = match asked.command {
+            CMD_READ | CMD_WRITE => true,
+            CMD_FLUSH => self.has(export::SEND_FLUSH),
+            CMD_TRIM => self.has(export::SEND_TRIM),
+            CMD_WRITE_ZEROES => self.has(export::SEND_WRITE_ZEROES),
+            CMD_BLOCK_STATUS => context,
+            _ => false,
+        };
+        let fua = if changes && self.has(export::SEND_FUA) { command::FUA } else { 0 };
+        let fast = if self.has(export::SEND_FAST_ZERO) { command::FAST_ZERO } else { 0 };
+        let allowed = match asked.command {
+            CMD_WRITE_ZEROES => fua | fast | command::NO_HOLE,
+            CMD_BLOCK_STATUS => command::REQ_ONE,
+            _ => fua,
+        };
+        if !offered {
+            Some("a command that was not offered")
+        } else if asked.flags & !allowed != 0 {
+            Some("a flag that was not offered")
+        } else if changes && self.has(export::READ_ONLY) {
+            Some("a change of a read-only export")
+        } else if end > self.size_bytes || (asked.len == 0) != (asked.command == CMD_FLUSH) {
+            Some("a range that cannot be")
+        } else if data && asked.len > self.request_bytes as usize {
+            Some("more bytes than it takes")
+        } else {
+            None
+        }
+    }
+}
+
+/// How far a negotiation has come.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(super) struct Agreed {
+    pub(super) structured: bool,
+    pub(super) context: bool,
+    pub(super) chosen: bool,
+}
+
+impl LyingServer {
+    /// Answers an option.
+    pub(super) fn option(&self, offer: &Offer, option: u32, agreed: &mut Agreed, queue: &Queue) {
+        let reply = |kind: u32, data: &[u8]| {
+            queue.put(OptionReply::new(option, kind, data.len() as u32).as_bytes());
+            queue.put(data);
+        };
+        if offer.hello & handshake::FIXED_NEWSTYLE == 0 && option != OPT_EXPORT_NAME {
+            let text = format!("option {option} to a server that knows one option");
+            return self.world.fail(Invariant::N3, text);
+        }
+        match option {
+            OPT_STRUCTURED_REPLY if offer.structured => {
+                agreed.structured = true;
+                reply(REP_ACK, &[]);
+            }
+            OPT_SET_META_CONTEXT if agreed.structured => {
+                if offer.context {
+                    agreed.context = true;
+                    reply(REP_META_CONTEXT, &[&CONTEXT.to_be_bytes(), BASE_ALLOCATION.as_bytes()].concat());
+                }
+                reply(REP_ACK, &[]);
+            }
+            OPT_GO if offer.go => {
+                let (size, flags) = (offer.size_bytes, offer.flags);
+                let info = InfoExport { kind: INFO_EXPORT.into(), size: size.into(), flags: flags.into() };
+                reply(REP_INFO, info.as_bytes());
+                reply(REP_INFO, &INFO_DESCRIPTION);
+                let sizes = InfoBlockSize {
+                    kind: INFO_BLOCK_SIZE.into(),
+                    minimum: 1.into(),
+                    preferred: 4096.into(),
+                    maximum: offer.request_bytes.into(),
+                };
+                reply(REP_INFO, sizes.as_bytes());
+                reply(REP_ACK, &[]);
+                agreed.chosen = true;
+            }
+            OPT_EXPORT_NAME => {
+                let (size, flags) = (offer.size_bytes, offer.flags);
+                queue.put(ExportReply { size: size.into(), flags: flags.into() }.as_bytes());
+                if offer.hello & handshake::NO_ZEROES == 0 {
+                    queue.put(&[0; EXPORT_PADDING_BYTES]);
+                }
+                agreed.chosen = true;
+            }
+            // Some give a reason.
+            OPT_GO => reply(REP_ERR_UNSUP, b"what is that?"),
+            OPT_SET_META_CONTEXT => reply(REP_ERROR | 3, &[]),
+            _ => reply(REP_ERR_UNSUP, &[]),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_not_offered_is_noticed() {
+        let offer = Offer::plain(1 << 20, true, 4096);
+        let asked = |command, flags, offset, len| Asked { command, flags, cookie: 1, offset, len };
+        for fine in [
+            asked(CMD_READ, 0, 0, 4096),
+            asked(CMD_FLUSH, 0, 0, 0),
+            asked(CMD_TRIM, 0, 512, 1 << 19),
+            asked(CMD_WRITE_ZEROES, command::NO_HOLE, 0, 512),
+            asked(CMD_BLOCK_STATUS, 0, 0, 1 << 20),
+        ] {
+            assert_eq!(offer.judge(&fine, true), None, "{fine:?}");
+        }
+        for wrong in [
+            asked(CMD_READ, 0, 0, 8192),
+            asked(CMD_READ, 0, 1 << 20, 512),
+            asked(CMD_WRITE, command::FUA, 0, 512),
+            asked(CMD_WRITE_ZEROES, command::FAST_ZERO, 0, 512),
+            asked(CMD_FLUSH, 0, 0, 512),
+            asked(CMD_WRITE, 0, 0, 0),
+            asked(9, 0, 0, 512),
+        ] {
+            assert!(offer.judge(&wrong, true).is_some(), "{wrong:?}");
+        }
+        let status = asked(CMD_BLOCK_STATUS, 0, 0, 512);
+        assert!(offer.judge(&status, false).is_some(), "without a context");
+        assert!(offer.less(1).judge(&asked(CMD_FLUSH, 0, 0, 0), true).is_some());
+        assert!(offer.less(16).judge(&asked(CMD_WRITE, 0, 0, 512), true).is_some());
+        assert!(offer.less(32).judge(&asked(CMD_READ, 0, 1 << 19, 512), true).is_some());
+        assert!(offer.less(64).judge(&asked(CMD_READ, 0, 0, 4096), true).is_some());
+    }
+}
