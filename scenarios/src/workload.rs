@@ -126,8 +126,8 @@ pub struct Workload {
     pub max_sectors: u32,
     /// Some writes are zeros or discards.
     pub zeroes: bool,
-    /// Some writes are flushes with data.
-    pub flushes: bool,
+    /// One of so many writes is a flush with data; 0 is none.
+    pub flushes: u64,
 }
 
 struct Stream(ChaCha8Rng);
@@ -157,8 +157,9 @@ pub fn operations(sim: &Sim, guest: Entity, stream: u64, workload: &Workload) ->
             let mut op = Op::decode(value, workload.size_sectors)?;
             // A decision from elsewhere may ask for more than this guest can.
             op.range.count = op.range.count.min(workload.max_sectors);
-            if workload.flushes && op.kind == IoKind::Write {
-                op.flushes = sim.decide(guest, &OP_FLUSHES, i, |d| u64::from(d.below(12) == 0)) != 0;
+            if workload.flushes > 0 && op.kind == IoKind::Write {
+                op.flushes =
+                    sim.decide(guest, &OP_FLUSHES, i, |d| u64::from(d.below(workload.flushes) == 0)) != 0;
             }
             if !workload.zeroes || op.kind != IoKind::Write {
                 return Some(op);
@@ -250,7 +251,7 @@ mod tests {
                 size_sectors: 1000,
                 max_sectors: 88,
                 zeroes: false,
-                flushes: false,
+                flushes: 0,
             };
             for op in draw(7, 1, &w) {
                 assert_eq!(Op::decode(op.encode(), w.size_sectors), Some(op));
@@ -269,7 +270,7 @@ mod tests {
             size_sectors: 8192,
             max_sectors: 88,
             zeroes: false,
-            flushes: false,
+            flushes: 0,
         };
         let ops = operations(&Sim::new(&Config::new(1)), Entity(1), 0, &w);
         let text: Vec<String> = ops.iter().map(|o| o.map_or("-".into(), |o| o.to_string())).collect();

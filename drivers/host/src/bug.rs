@@ -122,6 +122,8 @@ list! {
         NbdRequestCut = "the first bytes of a request that was received in two parts are lost",
         NbdFlushAfterBreak = "a flush succeeds although the connection broke between it and a write that was answered",
         NbdLostAtBreak = "writes that were in flight when the connection broke are not sent again but answered",
+        FlushDataEarly = "the data of a flush is written before what the flush covers is durable",
+        PaceIgnored = "a front end that begins anew in a loop is served as often as it likes",
         NbdStatusAtOnce = "all answers about extents that a connection asks for are made at once",
         NbdErrorTextLeft = "the text of an error is left in the stream",
         NbdLessIgnored = "a server that comes back and can do less is used as before",

@@ -21,7 +21,7 @@ pub static BACK_AFTER: Label = Label::new("back-after", "tapdisk is back after {
 /// No tapdisk runs for a while.
 pub static TAPDISK_AWAY: Scenario = Scenario {
     name: "tapdisk-away",
-    about: "tapdisk dies and stays away; its guest waits, starts another kernel, or is destroyed meanwhile or while its ring is taken up, and another may get its number; nothing is left",
+    about: "tapdisk dies and stays away; its guest waits, starts another kernel, is saved and restored, or is destroyed meanwhile or while its ring is taken up, and another may get its number; nothing is left",
     storage: |sim| with_errors(sim, FaultPlan { stuck: false, ..FaultPlan::LATENCY }),
     body: |w| Box::pin(tapdisk_away(w)),
 };
@@ -62,6 +62,7 @@ async fn tapdisk_away(world: World) {
             "is destroyed while it is taken up",
             "starts another kernel",
             "is destroyed and another has its number",
+            "is saved and goes on in another domain",
         ],
     );
     let away_ns = world.setting("away-ns", &[10_000, 1_000_000_000, 60_000_000_000]);
@@ -84,6 +85,9 @@ async fn tapdisk_away(world: World) {
             let after_ns = world.sim.decide(entity, &DESTROY_AFTER, 0, |d| d.magnitude(20));
             world.sim.sleep_ns(after_ns).await;
             machine.destroy(&disk).await;
+        }
+        "is saved and goes on in another domain" => {
+            saved_and_restored(&world, &machine, &disk, &guest, away_ns).await;
         }
         "starts another kernel" => another_kernel(&world, &machine, &disk, &guest, away_ns).await,
         _ => setups.push(another_guest(&world, &machine, &disk, away_ns).await),
@@ -177,6 +181,38 @@ async fn another_kernel(
     let (g, ops) = (guest.clone(), operations_of(world, &second, 1, 20));
     in_guest(&second, async move { g.run(&ops, 8).await }).await;
     end_in_order(world, machine, &second, &guest).await;
+}
+
+/// The guest is saved: its domain ends, and it goes on in another, on the same image, with a ring of its own. What had no
+/// answer has happened or not, and nobody may carry it out later.
+async fn saved_and_restored(
+    world: &World,
+    machine: &Rc<Machine>,
+    disk: &Attached,
+    before: &Guest<RingDisk>,
+    away_ns: u64,
+) {
+    machine.destroy_alone(disk).await;
+    before.retire();
+    let entity = Entity::WORLD.child("back", 0);
+    world.sim.name_entity(entity, || "administrator".into());
+    let after_ns = world.sim.decide(entity, &BACK_AFTER, 0, |d| d.magnitude(22));
+    let (m, s) = (Rc::clone(machine), world.sim.clone());
+    world.sim.spawn("start", 0, async move {
+        s.sleep_ns(away_ns.min(1_000_000_000)).await;
+        back_after(&m, after_ns).await;
+    });
+    let next = machine.new_guest(disk.setup.clone(), 1);
+    machine.plug(&next).await;
+    let Some(guest) = next.boot(world, NO_ERRORS).await else { return };
+    guest.set_manners(manners(world, Invariant::P1));
+    let (g, ops) = (guest.clone(), operations_of(world, &next, 1, 20));
+    in_guest(&next, async move {
+        let _ = g.read_all().await;
+        g.run(&ops, 8).await;
+    })
+    .await;
+    end_in_order(world, machine, &next, &guest).await;
 }
 
 /// The guest is destroyed, and one with another disk comes that has the number of the first. Gives its disk.

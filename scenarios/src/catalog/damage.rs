@@ -364,7 +364,7 @@ impl Damaged {
             size_sectors,
             max_sectors: 24,
             zeroes: false,
-            flushes: false,
+            flushes: 0,
         };
         let ops = operations(&self.world.sim, entity, 0, &workload);
         for (i, op) in ops.iter().enumerate().filter_map(|(i, op)| op.map(|op| (i, op))) {

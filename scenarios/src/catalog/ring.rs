@@ -7,10 +7,10 @@ use crate::guest::{Guest, HONEST_SECTORS, Hostile, Manners, RingDisk};
 use crate::machine::{Attached, Machine};
 use crate::run::Scenario;
 use crate::stack::StackLimits;
-use crate::workload::{Workload, operations};
+use crate::workload::{Shape, Workload, operations};
 use crate::world::{World, setting};
-use kernel_model::StorageConfig;
 use kernel_model::faults::FaultPlan;
+use kernel_model::{Blkfront, StorageConfig};
 use sim::{Entity, Label, Sim};
 use std::rc::Rc;
 use tap_core::wait::oneshot;
@@ -108,7 +108,12 @@ pub(super) fn operations_of(
     let writer = guest.setup.history.borrow().writer();
     let again = if number + 1 == u64::from(writer) { "" } else { " again" };
     world.sim.name_entity(entity, || format!("guest {writer}{again}"));
-    let w = Workload { flushes: true, ..workload(world, guest.setup.size_sectors, count, 88) };
+    let flushes = world.setting("fences", &[12, 12, 12, 2]);
+    let mut w = Workload { flushes, ..workload(world, guest.setup.size_sectors, count, 88) };
+    if flushes == 2 {
+        // So that what follows such a flush on the ring has to wait for it.
+        w.shape = Shape::Overlapping;
+    }
     operations(&world.sim, entity, number, &w)
 }
 
@@ -212,9 +217,11 @@ async fn frontend_reconnect(world: World) {
     setup.history.borrow_mut().relax_order();
     let Some((machine, guests)) = start(&world, vec![setup]).await else { return };
     let (attached, guest) = &guests[0];
-    if world.setting("deaths-too", &[false, true]) {
+    let deaths = world.setting("deaths-too", &[false, true]);
+    if deaths {
         world.sim.spawn("supervisor", 0, Rc::clone(&machine).supervise(kills(&world, 3, 600)));
     }
+    let in_a_loop = !deaths && world.setting("reconnects-in-a-loop", &[false, false, false, true]);
     let ops = operations_of(&world, attached, 0, 60);
     let (g, depth) = (guest.clone(), world.setting("ring-depth", &[32, 8, 1]));
     let (w, front, (done, reconnected)) = (world.clone(), guest.disk().front().clone(), oneshot());
@@ -232,12 +239,33 @@ async fn frontend_reconnect(world: World) {
                 w.fail(Invariant::L1, format!("the front end failed to connect again: {error:?}"));
             }
         }
+        if in_a_loop {
+            reconnect_in_a_loop(&w, &front).await;
+        }
         let _ = done.send(());
     });
     in_guest(attached, async move { g.run(&ops, depth).await }).await;
     let _ = reconnected.await;
     machine.spare();
     finish(&world, &machine, &guests).await;
+}
+
+/// How often a front end begins anew that does nothing else, and how long that takes at least, in nanoseconds: each time
+/// costs xenstored, which all domains share, a dozen transactions of the back end's domain.
+const LOOPS: u64 = 24;
+const LOOPS_NS: u64 = 5_000_000_000;
+
+async fn reconnect_in_a_loop(world: &World, front: &Blkfront) {
+    let began_ns = world.sim.now_ns();
+    for _ in 0..LOOPS {
+        if let Err(error) = front.reconnect().await {
+            world.fail(Invariant::L1, format!("the front end failed to connect again: {error:?}"));
+        }
+    }
+    let took_ns = world.sim.now_ns() - began_ns;
+    if took_ns < LOOPS_NS {
+        world.fail(Invariant::H2, format!("a front end began anew {LOOPS} times in {took_ns} ns"));
+    }
 }
 
 async fn two_guests(world: World) {

@@ -238,6 +238,21 @@ impl Block {
         self.versions.len() > 1
     }
 
+    /// The writes that cannot come back where all that was answered before `flush_inv` is durable.
+    pub fn hidden_by_flush(&self, flush_inv: Clock, order: Order) -> SmallVec<[u64; 2]> {
+        let durable = self.versions.iter().filter(|w| !w.failed && w.res < flush_inv);
+        let Some(latest) = durable.max_by_key(|w| w.inv) else { return SmallVec::new() };
+        self.versions.iter().filter(|v| v.before(latest, order)).map(|v| v.write).collect()
+    }
+
+    /// After a power cut it turns out that `write` cannot be what the medium holds. Gives whether that was seen already.
+    pub fn rule_out(&mut self, write: u64) -> bool {
+        if self.versions.len() > 1 {
+            self.versions.retain(|v| v.write != write || !v.unresolved);
+        }
+        self.is_settled() && self.versions[0].write == write
+    }
+
     /// The answer to `write` promised that it is durable itself.
     pub fn hardened(&mut self, write: u64, oldest_read: Clock, order: Order) {
         let Some(durable) = self.versions.iter().find(|v| v.write == write).copied() else { return };

@@ -316,7 +316,9 @@ impl<D: GuestDisk> Guest<D> {
     async fn write_and_flush(&self, range: SectorRange) -> Result<(), Errno> {
         let (flush, write) = {
             let mut history = self.history.borrow_mut();
-            (history.begin_flush(), history.begin_write(range))
+            let (flush, write) = (history.begin_flush(), history.begin_write(range));
+            history.fence(write, range, flush);
+            (flush, write)
         };
         self.remark(|| format!("submits flush {flush} with write {write} to {range}"));
         let fill = |bytes: &mut [u8]| self.payload(write, range, bytes);
@@ -413,6 +415,11 @@ impl<D: GuestDisk> Guest<D> {
     pub async fn read_all(&self) -> Result<(), Errno> {
         let size = self.history.borrow().size_sectors();
         let step = u64::from(self.disk.max_sectors());
+        // What these hold says what all others must hold.
+        let fenced = self.history.borrow().fenced();
+        for range in fenced {
+            self.read(range).await?;
+        }
         let mut at = 0;
         while at < size && !self.world.verdict.is_broken() {
             let n = step.min(size - at);
