@@ -8,7 +8,7 @@
 use crate::catalog::setup::Setup;
 use crate::check::Invariant;
 use crate::check::oracle::{Oracle, is_broken};
-use crate::program::tapdisk;
+use crate::program::{named, tapdisk};
 use crate::stack::{Stack, StackLimits};
 use crate::world::World;
 use kernel_model::SimHost;
@@ -65,8 +65,10 @@ pub struct Machine {
     pub(crate) disks: RefCell<Vec<Attached>>,
     /// tapdisk finds its disks by their script.
     watching: bool,
-    /// tapdisk is the program that ships, `tapdisk xen --watch`, with the limits that it has.
+    /// tapdisk is the program that ships, `tapdisk xen`, with the limits that it has.
     shipped: bool,
+    /// It is told to make writes durable before it answers them.
+    writes_through: bool,
     tapdisk: RefCell<Option<SimHost>>,
     starts: Rc<Cell<u32>>,
     /// What the running tapdisk has to end yet: its back ends, or the watch for them.
@@ -97,6 +99,16 @@ impl Machine {
         Self::with(world, limits, false)
     }
 
+    /// The same, whose tapdisk may be the program that ships, with its disks on the command line.
+    pub fn named(world: &World, limits: StackLimits) -> Rc<Self> {
+        let mut machine = Self::with(world, limits, false);
+        if let Some(own) = Rc::get_mut(&mut machine) {
+            own.shipped = world.setting("shipped-program", &[false, true]);
+            own.writes_through = own.shipped && world.setting("program-cache", &[false, true]);
+        }
+        machine
+    }
+
     /// A machine without guests, whose tapdisk finds by itself what to serve.
     pub fn watching(world: &World, limits: StackLimits) -> Rc<Self> {
         Self::with(world, limits, true)
@@ -112,6 +124,7 @@ impl Machine {
             disks: RefCell::default(),
             watching,
             shipped: watching && world.setting("shipped-program", &[false, true]),
+            writes_through: false,
             tapdisk: RefCell::default(),
             starts: Rc::default(),
             running: Cell::new(0),
@@ -211,7 +224,8 @@ impl Machine {
         if self.may_go_deaf.get() {
             host.port.allow_deafness();
         }
-        self.running.set(if self.watching { 1 } else { self.disks.borrow().len() });
+        let one = self.watching || self.shipped;
+        self.running.set(if one { 1 } else { self.disks.borrow().len() });
         let leave = Rc::<wait::Event>::default();
         let (stopped, event) = (host.process.asked_to_stop(), Rc::clone(&leave));
         host.spawn("stop", 0, async move {
@@ -277,14 +291,34 @@ impl Machine {
         self.one_ended();
     }
 
-    /// `tapdisk xen --watch`, from its command line to its exit status.
+    /// Whether writes are durable when they are answered.
+    pub fn writes_through(&self) -> bool {
+        self.writes_through
+    }
+
+    /// `tapdisk xen`, from its command line to its exit status.
     async fn program(self: Rc<Self>, host: SimHost) {
-        let line = format!("xen --watch --script {SCRIPT} {}", self.limits.images());
+        let cache = if self.writes_through { "--cache writethrough" } else { "" };
+        let what = if self.watching {
+            format!("--watch --script {SCRIPT}")
+        } else {
+            let named = |disk: &Attached| format!("{}/xvda={}", disk.dom.0, named(&disk.setup.spec));
+            self.disks.borrow().iter().map(named).collect::<Vec<_>>().join(" ")
+        };
+        let line = format!("xen {} {cache} {what}", self.limits.images());
         let (status, why) = tapdisk(&host, &line).await;
         if status != 0 && host.port.is_deaf() {
             self.respawn(&host);
             return;
         }
+        // A supervisor starts it again where its image could not be opened: a dead one may have it for ten seconds, and
+        // what fails once may work the next time.
+        let not_opened = why.contains("in use") || self.world.errors_allowed() && !why.contains("close");
+        if status != 0 && !self.watching && host.process.node().is_alive() && not_opened {
+            self.respawn(&host);
+            return;
+        }
+        self.close_failed.set(self.close_failed.get() || status != 0);
         // Where operations fail, closing a disk may.
         if status != 0 && host.process.node().is_alive() && !self.world.errors_allowed() {
             self.world.fail(Invariant::L1, format!("tapdisk {line} ended with status {status}: {why}"));

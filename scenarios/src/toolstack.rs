@@ -95,7 +95,7 @@ impl Machine {
     /// Gives the reason if the disk is refused: xl's script finds it, and fails.
     async fn try_plug(&self, disk: &Attached) -> Result<Option<String>, Errno> {
         let (port, back) = (&self.toolstack.port, &disk.paths.backend);
-        attach_vbd(port, disk.dom, disk.vbd, &disk.paths, false).await?;
+        attach_vbd(port, disk.dom, disk.vbd, &disk.paths, disk.read_only).await?;
         port.write(&format!("{back}/params"), named(&disk.setup.spec).as_bytes()).await?;
         // In one transaction with the others for xl; here it is what makes the disk tapdisk's, so it comes last.
         port.write(&format!("{back}/script"), format!("/etc/xen/scripts/{SCRIPT}").as_bytes()).await?;

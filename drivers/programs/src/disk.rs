@@ -158,7 +158,14 @@ pub async fn open_disk<H: ImageHost>(
             result => break result?,
         }
     };
-    Ok(options.cache.over(Rc::new(Scheduler::new(host.clone(), image, options.scheduler))))
+    Ok(ordered(host, image, options))
+}
+
+/// The scheduler is on top: a write that is answered once it is durable is in the way of what overlaps it until then.
+/// Were later ones carried out and answered meanwhile, a successor of this process, which finds the first one without
+/// an answer, would write it again over them.
+fn ordered<H: ImageHost>(host: &H, disk: Rc<dyn Node>, options: &DiskOptions) -> Rc<dyn Node> {
+    Rc::new(Scheduler::new(host.clone(), options.cache.over(disk), options.scheduler))
 }
 
 /// What any disk asks of a host.
@@ -184,8 +191,7 @@ pub async fn open_any<H: DiskHost>(
                 ..ClientConfig::new(address.clone())
             };
             let client = Client::connect(host.clone(), config).await.map_err(|e| e.to_string())?;
-            let scheduler = Scheduler::new(host.clone(), Rc::new(client), options.scheduler);
-            Ok(options.cache.over(Rc::new(scheduler)))
+            Ok(ordered(host, Rc::new(client), options))
         }
     }
 }

@@ -156,7 +156,8 @@ pub(super) async fn start(
     setups: Vec<Setup>,
 ) -> Option<(Rc<Machine>, Vec<(Attached, Guest<RingDisk>)>)> {
     let limits = StackLimits::draw(world);
-    let machine = Machine::new(world, limits);
+    // Where the program cannot serve one of several disks it goes on with the others.
+    let machine = if setups.len() == 1 { Machine::named(world, limits) } else { Machine::new(world, limits) };
     let mut attached = Vec::new();
     for (number, setup) in setups.into_iter().enumerate() {
         attached.push(machine.attach(setup, number as u64).await);
@@ -165,6 +166,9 @@ pub(super) async fn start(
     let mut guests = Vec::new();
     for one in attached {
         let guest = one.boot(world, NO_ERRORS).await?;
+        if machine.writes_through() {
+            guest.write_through();
+        }
         guests.push((one, guest));
     }
     Some((machine, guests))

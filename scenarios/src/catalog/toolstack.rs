@@ -6,15 +6,17 @@ use super::ring::{
 };
 use super::setup::Setup;
 use crate::check::Invariant;
-use crate::guest::{Guest, RingDisk};
+use crate::guest::{Guest, GuestDisk, RingDisk};
 use crate::machine::{Attached, Machine, XVDB};
 use crate::run::Scenario;
 use crate::stack::StackLimits;
+use crate::workload::Op;
 use crate::world::World;
 use kernel_model::faults::FaultPlan;
 use sim::{Draw, Entity, Label};
 use std::rc::Rc;
 use tap_core::wait::oneshot;
+use tap_host::IoKind;
 use xen_model::VbdPaths;
 
 /// After what time tapdisk is asked to stop.
@@ -193,6 +195,7 @@ async fn hot_plug(world: World) {
         vbd: XVDB,
         paths: VbdPaths::new("vbd", first.dom, XVDB),
         setup: Setup::raw(&world, 1, DISK_BYTES),
+        read_only: world.setting("second-read-only", &[false, false, true]),
         ..first.clone()
     };
     let Some(guest) = first.boot(&world, NO_ERRORS).await else { return };
@@ -229,6 +232,15 @@ async fn hot_plug(world: World) {
     first.setup.check_bytes(&world, "in the end");
 }
 
+/// What a toolstack gives to be read only is not written to.
+async fn refuse(world: &World, guest: &Guest<RingDisk>, ops: &[Option<Op>]) {
+    for op in ops.iter().flatten().filter(|op| op.kind == IoKind::Write) {
+        if guest.disk().write(op.range, |bytes| bytes.fill(0x5a)).await.is_ok() {
+            world.fail(Invariant::H1, format!("{op} was carried out on a disk that may only be read"));
+        }
+    }
+}
+
 /// A disk is plugged in, used, and plugged out again.
 async fn live_once(world: &World, machine: &Rc<Machine>, disk: &Attached, life: u64) -> bool {
     machine.plug(disk).await;
@@ -248,7 +260,11 @@ async fn live_once(world: &World, machine: &Rc<Machine>, disk: &Attached, life: 
         {
             w.fail(Invariant::E4, format!("reading a disk that was plugged in failed with {error:?}"));
         }
-        g.run(&ops, 4).await;
+        if d.read_only {
+            refuse(&w, &g, &ops).await;
+        } else {
+            g.run(&ops, 4).await;
+        }
         d.shut_down(&w, &g as &Guest<RingDisk>).await;
     })
     .await;

@@ -112,11 +112,15 @@ async fn split_reads(world: World) {
     let (plan, setup) = Plan::draw(&world);
     let connections = world.setting("nbd-connections", &[2, 3, 1]);
     let write_through = world.setting("write-through", &[false, true]);
-    let config = ClientConfig { write_through, ..client_config(&world) };
+    let mut config = ClientConfig { write_through, ..client_config(&world) };
     let Some(served) = plan.serve(&plan.process("tapdisk", 0)).await else { return };
+    let proxy = plan.process("proxy", 0);
+    if world.setting("proxy", &[false, false, true]) {
+        config.address = plan.proxy(&proxy);
+    }
     let host = plan.process("client", 0);
     let ops = plan.operations(0, setup.size_sectors, 60);
-    let nodes = [served.host.process.node().clone(), host.process.node().clone()];
+    let nodes = [&served.host, &proxy, &host].map(|host| host.process.node().clone());
     arm_power_cut(&world, &setup, 0, 240, move || nodes.iter().for_each(sim::Node::kill));
     let (p, h, s) = (plan.clone(), host.clone(), setup.clone());
     within(&host, async move {
@@ -129,7 +133,7 @@ async fn split_reads(world: World) {
     })
     .await;
     check_unbroken(&world);
-    cut_power(&world, &setup, &[&served.host, &host]).await;
+    cut_power(&world, &setup, &[&served.host, &proxy, &host]).await;
     last_look(&plan, &setup, Invariant::G7).await;
 }
 

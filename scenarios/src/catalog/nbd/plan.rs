@@ -227,6 +227,24 @@ impl Plan {
         }
     }
 
+    /// `tapdisk serve` in `host` whose disk is the export of this plan's server: gives where it listens.
+    pub(super) fn proxy(&self, host: &SimHost) -> SocketAddress {
+        let address = SocketAddress::Tcp { host: "::1".into(), port: 10809 };
+        // The export and the socket as URIs have them.
+        let disk = "disk=nbd+unix:///d%69s%6b?socket=/run/tapdisk%2Enbd";
+        let listen = "--nbd tcp:[::1]:10809 --nbd unix:/run/proxy.nbd";
+        let line = format!("serve {listen} --connections 3 {} {disk}", self.limits.images());
+        let (world, own) = (self.world.clone(), host.clone());
+        host.process.node().spawn("main", 0, async move {
+            let (status, why) = tapdisk(&own, &line).await;
+            if own.process.node().is_alive() {
+                let text = format!("tapdisk {line} ended with status {status}: {why}");
+                world.fail(Invariant::L1, text);
+            }
+        });
+        address
+    }
+
     fn failed(&self, host: &SimHost, what: &str) -> Option<Served> {
         // A dying process may see anything.
         if host.process.node().is_alive() {
