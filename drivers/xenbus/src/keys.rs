@@ -121,4 +121,12 @@ mod tests {
             assert_eq!(number(bad.as_bytes()), None, "{bad:?}");
         }
     }
+
+    #[test]
+    fn values_may_be_as_long_as_they_may_be() {
+        assert_eq!(known(Ok(vec![b'1'; 4]), 4), Ok(Some(vec![b'1'; 4])));
+        assert_eq!(known(Ok(vec![b'1'; 5]), 4), Ok(Some(Vec::new())), "as good as nonsense");
+        assert_eq!(known(Err(Errno::EACCES), 4), Ok(None));
+        assert_eq!(known(Err(Errno::EIO), 4), Err(Errno::EIO));
+    }
 }

@@ -41,3 +41,40 @@ impl Pace {
         self.last_ns = now_ns;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    #[derive(Clone)]
+    struct Clock(Cell<u64>);
+
+    impl Time for Clock {
+        fn now_ns(&self) -> u64 {
+            self.0.get()
+        }
+        fn sleep_ns(&self, _: u64) -> impl Future<Output = ()> + 'static {
+            std::future::ready(())
+        }
+    }
+
+    #[test]
+    fn the_first_are_free_and_pauses_double_up_to_a_second() {
+        let (host, mut pace) = (Clock(Cell::new(0)), Pace::default());
+        let mut waits_ms = Vec::new();
+        for _ in 0..18 {
+            let wait_ns = pace.wait_ns(&host);
+            waits_ms.push(wait_ns / 1_000_000);
+            host.0.set(host.0.get() + wait_ns);
+            pace.offered(&host);
+        }
+        let mut all = vec![0; FREE as usize];
+        all.extend([10, 20, 40, 80, 160, 320, 640, 1000, 1000, 1000]);
+        assert_eq!(waits_ms, all);
+        host.0.set(host.0.get() + APART_NS);
+        assert_eq!(pace.wait_ns(&host), 0, "what is far apart is not in a row");
+        pace.offered(&host);
+        assert_eq!(pace.wait_ns(&host), 0);
+    }
+}
