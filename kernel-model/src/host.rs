@@ -79,6 +79,9 @@ impl Files for SimHost {
     fn remove(&self, path: &str) -> impl Future<Output = Result<(), Errno>> {
         Files::remove(&self.process, path)
     }
+    fn closed(&self) -> impl Future<Output = ()> {
+        self.process.closed()
+    }
 }
 
 impl Sockets for SimHost {

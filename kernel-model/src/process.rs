@@ -273,6 +273,10 @@ impl Files for Process {
         self.alive().await;
         self.kernel.0.storage.0.remove(path)
     }
+
+    async fn closed(&self) {
+        // A file of the model is closed as soon as it is dropped.
+    }
 }
 
 impl Process {

@@ -35,6 +35,7 @@ errnos! {
     ENOTDIR = 20, "not a directory";
     EISDIR = 21, "is a directory";
     EINVAL = 22, "invalid argument";
+    ENFILE = 23, "too many open files in the system";
     EMFILE = 24, "too many open files";
     EFBIG = 27, "file too large";
     ENOSPC = 28, "no space left on device";

@@ -98,6 +98,9 @@ pub trait Files: Clone + 'static {
     /// # Errors
     /// As unlink(2).
     fn remove(&self, path: &str) -> impl Future<Output = Result<(), Errno>>;
+    /// Completes when the files whose last clones were dropped before are closed and their locks gone, however long the host
+    /// takes over that; until then another process may find them in use.
+    fn closed(&self) -> impl Future<Output = ()>;
 }
 
 /// An open file. Closed when the last clone is dropped and its operations have ended; only then do its locks go.

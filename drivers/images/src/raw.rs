@@ -142,12 +142,16 @@ impl<H: ImageHost> Node for Raw<H> {
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
         let (open, read_only) = (self.open.take(), self.info.read_only);
         Box::pin(async move {
-            match open {
-                Some(inner) if !read_only && !inner.host.bug(Bug::CloseUnsynced) => {
-                    inner.file.sync_to_close().await
-                }
-                _ => Ok(()),
-            }
+            let Some(inner) = open else { return Ok(()) };
+            let synced = match read_only || inner.host.bug(Bug::CloseUnsynced) {
+                true => Ok(()),
+                false => inner.file.sync_to_close().await,
+            };
+            // Who is told that it is closed may take the file for something else.
+            let host = inner.host.clone();
+            drop(inner);
+            host.closed().await;
+            synced
         })
     }
 }

@@ -18,7 +18,7 @@ const BOOT: usize = 0;
 /// Where the state is: a number.
 const STATE: usize = 16;
 
-/// Attempts to open a page on a host that is short of memory.
+/// Attempts to open a page on a host that is short of memory or descriptors.
 const ATTEMPTS: u32 = 11;
 /// Before the second of them, in nanoseconds; it doubles with each.
 const PAUSE_NS: u64 = 1_000_000;
@@ -38,7 +38,7 @@ impl<H: ImageHost> SyncRecord<H> {
     /// The page of the file `id`, which `open` opens by its name.
     ///
     /// # Errors
-    /// `ENOMEM` where it may be there and cannot be had; any other on a host that keeps none for us.
+    /// One that [`may_pass`] where the page may be there and cannot be had; any other on a host that keeps none for us.
     async fn of(
         host: &H,
         what: &str,
@@ -63,7 +63,7 @@ impl<H: ImageHost> SyncRecord<H> {
         let record = match Self::of(host, "sync", info.id, |name| host.region(name)).await {
             Ok(record) => record,
             // What a predecessor left cannot be looked at. A host without space has none there already.
-            Err(error) => return (None, error == Errno::ENOMEM),
+            Err(error) => return (None, may_pass(error)),
         };
         let lost = match record.page.load_u32(STATE) {
             CLEAN => false,
@@ -94,7 +94,13 @@ impl<H: ImageHost> Drop for SyncRecord<H> {
     }
 }
 
-/// A page that `open` opens; waits about a second for a host that is short of memory, and for another owner to its end.
+/// Whether a page may be there that cannot be had at the moment: for want of memory or a descriptor, or as it cannot be
+/// read.
+fn may_pass(error: Errno) -> bool {
+    matches!(error, Errno::ENOMEM | Errno::EMFILE | Errno::ENFILE | Errno::EINTR | Errno::EIO)
+}
+
+/// A page that `open` opens; waits about a second for a host that is short of something, and for another owner to its end.
 async fn page<H: ImageHost>(
     host: &H,
     open: impl Fn() -> Result<H::Region, Errno>,
@@ -102,7 +108,7 @@ async fn page<H: ImageHost>(
     let (mut pause_ns, mut attempts) = (PAUSE_NS, ATTEMPTS);
     loop {
         match open() {
-            Err(Errno::ENOMEM) if attempts > 1 => {
+            Err(error) if may_pass(error) && attempts > 1 => {
                 host.sleep_ns(pause_ns).await;
                 (pause_ns, attempts) = (pause_ns * 2, attempts - 1);
             }

@@ -388,6 +388,7 @@ impl Files for World {
     async fn remove(&self, path: &str) -> Result<(), Errno> {
         self.0.files.borrow_mut().remove(path).map(drop).ok_or(Errno::ENOENT)
     }
+    async fn closed(&self) {}
 }
 
 #[derive(Clone)]

@@ -76,7 +76,8 @@ struct Inner {
     no_locks: Cell<bool>,
     xen: OnceCell<Xen>,
     run_folder: Option<PathBuf>,
-    regions: OnceCell<Result<Regions, Errno>>,
+    /// Once there is a folder for them.
+    regions: OnceCell<Regions>,
 }
 
 /// The panic of a task, for [`run`] to pass on.

@@ -185,6 +185,10 @@ impl<H: ImageHost> Node for Qcow<H> {
                 Some(backing) => backing.close().await,
                 None => Ok(()),
             };
+            // Who is told that it is closed may take the file for something else.
+            let host = image.host.clone();
+            drop(image);
+            host.closed().await;
             flushed.and(closed)
         })
     }

@@ -1,33 +1,92 @@
 //! Descriptors that are being closed on other threads.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::runtime::Handle;
-use tokio::task::JoinHandle;
+use tokio::task::{Id, JoinHandle};
+
+/// Between two looks at what is being closed: most is closed in less.
+const LOOK: Duration = Duration::from_millis(1);
 
 /// Those of one host.
 #[derive(Default)]
-pub(crate) struct Closing(RefCell<Vec<JoinHandle<()>>>);
+pub(crate) struct Closing {
+    running: RefCell<Vec<JoinHandle<()>>>,
+    begun: Cell<u64>,
+}
+
+/// What was being closed at one time.
+#[derive(Clone, Copy)]
+pub(crate) struct Seen {
+    begun: u64,
+    any: bool,
+}
 
 impl Closing {
     /// Closes `fd` where it may wait, unless somebody else has it as well, who closes it then.
     pub(crate) fn close(&self, fd: Arc<OwnedFd>) {
         // After the program's end there is nothing left that it could hold up.
         let Ok(runtime) = Handle::try_current() else { return drop(fd) };
-        let mut running = self.0.borrow_mut();
+        let mut running = self.running.borrow_mut();
         running.retain(|task| !task.is_finished());
         running.push(runtime.spawn_blocking(move || drop(fd)));
+        self.begun.set(self.begun.get() + 1);
     }
 
-    /// Waits for what is being closed now; false if that is nothing.
-    pub(crate) async fn ended(&self) -> bool {
-        let running = self.0.take();
-        let any = !running.is_empty();
-        for task in running {
-            // A close cannot fail in a way that anybody could do something about.
-            let _closed = task.await;
+    /// What is being closed now.
+    pub(crate) fn seen(&self) -> Seen {
+        Seen { begun: self.begun.get(), any: !self.unfinished().is_empty() }
+    }
+
+    /// Waits for what is being closed now. Several may wait, and may be given up.
+    pub(crate) async fn ended(&self) {
+        let waited_for = self.unfinished();
+        while self.unfinished().iter().any(|id| waited_for.contains(id)) {
+            tokio::time::sleep(LOOK).await;
         }
-        any
+    }
+
+    /// The same; gives whether anything was being closed since `before` was seen.
+    pub(crate) async fn ended_since(&self, before: Seen) -> bool {
+        self.ended().await;
+        before.any || self.begun.get() != before.begun
+    }
+
+    fn unfinished(&self) -> Vec<Id> {
+        self.running.borrow().iter().filter(|task| !task.is_finished()).map(JoinHandle::id).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::rc::Rc;
+
+    #[test]
+    fn everybody_waits_for_what_is_being_closed() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        runtime.block_on(async {
+            let closing = Rc::new(Closing::default());
+            let nothing = closing.seen();
+            assert!(!closing.ended_since(nothing).await);
+            let (release, held) = std::sync::mpsc::channel::<()>();
+            closing.running.borrow_mut().push(tokio::task::spawn_blocking(move || _ = held.recv()));
+            let seen = closing.seen();
+            let mut one = Box::pin(closing.ended_since(seen));
+            let mut other = Box::pin(closing.ended_since(seen));
+            let soon = tokio::time::sleep(LOOK * 3);
+            tokio::pin!(soon);
+            std::future::poll_fn(|cx| {
+                assert!(one.as_mut().poll(cx).is_pending() && other.as_mut().poll(cx).is_pending());
+                soon.as_mut().poll(cx)
+            })
+            .await;
+            drop(one);
+            release.send(()).unwrap();
+            assert!(other.await);
+            assert!(!closing.ended_since(closing.seen()).await);
+        });
     }
 }

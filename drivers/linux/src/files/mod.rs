@@ -306,9 +306,10 @@ impl File for LinuxFile {
         let file = self.clone();
         async move {
             loop {
+                let before = file.open.closing.seen();
                 let result = file.try_lock(kind).await;
                 // What this program has closed may hold the lock until the kernel has closed it, too.
-                if result != Err(Errno::EAGAIN) || !file.open.closing.ended().await {
+                if result != Err(Errno::EAGAIN) || !file.open.closing.ended_since(before).await {
                     return result;
                 }
             }
@@ -372,6 +373,10 @@ impl Files for LinuxHost {
     async fn remove(&self, path: &str) -> Result<(), Errno> {
         let path = path.to_owned();
         blocking(move || rustix::fs::unlink(path).map_err(of_rustix)).await
+    }
+
+    async fn closed(&self) {
+        self.closing().ended().await;
     }
 }
 

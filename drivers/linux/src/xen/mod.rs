@@ -127,7 +127,12 @@ impl LinuxHost {
             return Ok(&xen.regions);
         }
         let folder = self.0.run_folder.as_deref().ok_or(Errno::ENODEV)?;
-        self.0.regions.get_or_init(|| Regions::open(folder)).as_ref().map_err(|error| *error)
+        if let Some(regions) = self.0.regions.get() {
+            return Ok(regions);
+        }
+        // What failed once may work the next time.
+        let regions = Regions::open(folder)?;
+        Ok(self.0.regions.get_or_init(|| regions))
     }
 
     fn xen(&self) -> Result<&Xen, Errno> {

@@ -175,7 +175,9 @@ pub enum ExportError {
     #[error("export '{0}': its name or description is longer than 4096 bytes; choose a shorter one")]
     TooLong(String),
     /// The memory of the process is not enough.
-    #[error("serve: its memory of {0} bytes is not enough; give more (--memory), or serve fewer disks")]
+    #[error(
+        "serve: its memory of {0} bytes is not enough; give more (--memory), serve fewer disks, or take fewer clients (--connections)"
+    )]
     Memory(usize),
     /// Two exports have one name.
     #[error("export '{0}' twice; give each export a name of its own")]
