@@ -280,6 +280,11 @@ impl Storage {
         self.0.ops.get()
     }
 
+    /// Synchronisations of buffered files that failed so far.
+    pub fn losses(&self) -> u64 {
+        self.0.losses.get()
+    }
+
     /// Calls `hook` after each effect.
     pub fn set_hook(&self, hook: Option<Hook>) {
         *self.0.hook.borrow_mut() = hook;

@@ -4,10 +4,13 @@ use super::ring::{DISK_BYTES, in_guest, kills, next_guests, operations_of, start
 use super::setup::Setup;
 use crate::check::Invariant;
 use crate::guest::Manners;
+use crate::machine::Machine;
 use crate::run::Scenario;
 use crate::world::World;
 use kernel_model::StorageConfig;
 use kernel_model::faults::{FaultPlan, SyncErrors};
+use sim::{Entity, Label};
+use std::cell::Cell;
 use std::rc::Rc;
 use tap_core::wait::oneshot;
 
@@ -28,6 +31,30 @@ pub static FLUSH_ERRORS_AND_DEATHS: Scenario = Scenario {
     body: |w| Box::pin(flush_errors_and_deaths(w)),
 };
 
+/// A synchronisation fails, and nobody is left to hear it.
+static DIES_IN_SYNC: Label =
+    Label::new("dies-in-sync", "tapdisk dies before it hears that a synchronisation failed");
+
+/// Some synchronisations that fail find their tapdisk dead.
+fn die_in_syncs(world: &World, machine: &Rc<Machine>) {
+    let (w, machine, seen) = (world.clone(), Rc::clone(machine), Cell::new(world.storage.losses()));
+    let entity = Entity::WORLD.child("killer", 1);
+    world.sim.name_entity(entity, || "killer in syncs".into());
+    // The power cut takes the hook away.
+    world.storage.set_hook(Some(Rc::new(move |_| {
+        let losses = w.storage.losses();
+        if seen.replace(losses) == losses || machine.spared.get() {
+            return;
+        }
+        if w.sim.decide(entity, &DIES_IN_SYNC, losses as u32, |d| u64::from(d.below(4) == 0)) > 0
+            && let Some(host) = machine.tapdisk()
+        {
+            host.process.node().kill();
+            machine.respawn(&host);
+        }
+    })));
+}
+
 async fn flush_errors_and_deaths(world: World) {
     let first = if world.setting("image", &["raw", "qcow"]) == "qcow" {
         Setup::qcow(&world, 0, DISK_BYTES, false)
@@ -41,6 +68,7 @@ async fn flush_errors_and_deaths(world: World) {
     let Some((machine, guests)) = start(&world, setups.clone()).await else { return };
     let retries = world.setting("guest-retries", &[3, 0, 1]);
     machine.allow_deafness();
+    die_in_syncs(&world, &machine);
     for (_, guest) in &guests {
         guest.set_manners(Manners { retries, errors_allowed: true, reads: Invariant::P1 });
         guest.history.borrow_mut().relax_order();
