@@ -311,15 +311,14 @@ impl Machine {
             self.respawn(&host);
             return;
         }
-        // A supervisor starts it again where its image could not be opened: a dead one may have it for ten seconds, and
-        // what fails once may work the next time.
-        let not_opened = why.contains("in use") || self.world.errors_allowed() && !why.contains("close");
         // A ring that nobody can take up stays so, however often it is tried.
-        let not_taken = why.contains("nothing was changed");
-        if not_taken && !self.watching && host.process.node().is_alive() {
+        if why.contains("nothing was changed") && !self.watching && host.process.node().is_alive() {
             self.world.fail(Invariant::L1, format!("tapdisk complains: {why}"));
             return;
         }
+        // A supervisor starts it again where its image could not be opened: a dead one may have it for ten seconds, and
+        // what fails once may work the next time.
+        let not_opened = why.contains("in use") || self.world.errors_allowed() && !why.contains("close");
         if status != 0 && !self.watching && host.process.node().is_alive() && not_opened {
             self.respawn(&host);
             return;

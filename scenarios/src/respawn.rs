@@ -51,7 +51,7 @@ impl Machine {
         self.tapdisk().iter().for_each(|host| host.port.allow_deafness());
     }
 
-    /// `host` has ended, as it hears nothing any more: another takes over, unless one has already.
+    /// `host` has ended, or dies now: another takes over, unless one has already.
     pub(crate) fn respawn(self: &Rc<Self>, host: &SimHost) {
         let (machine, host) = (Rc::clone(self), host.clone());
         let node = host.process.node().clone();

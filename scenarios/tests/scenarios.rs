@@ -27,7 +27,7 @@ use scenarios::hunt::{Quarry, Unexpected, check_saved};
 use scenarios::run::{Outcome, RunSpec, Scenario, prepare, run, run_recorded, shrink_run};
 use scenarios::sweep::SweepSpec;
 use scenarios::world::RunOptions;
-use sim::{Source, TraceLevel, guard};
+use sim::{RunFile, Source, TraceLevel, guard};
 use std::fmt::Write as _;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -254,7 +254,10 @@ fn deterministic(scenario: &'static Scenario) -> Result<(), Failed> {
         if first.trace.hash != bare.trace.hash {
             return Err(format!("seed {seed}: the trace differs with the guard on and off").into());
         }
-        let again = guarded(&RunSpec { source: Source::Replay(first.decisions), ..spec }, run);
+        // As from a file: what a run decides can be saved and read again.
+        let file = spec.to_file(&first, "none");
+        let read = RunFile::parse(&file.print()).map_err(|e| format!("seed {seed}: {e}"))?;
+        let again = guarded(&RunSpec { source: Source::Replay(read.decisions), ..spec }, run);
         if first.trace.hash != again.trace.hash {
             return Err(
                 format!("seed {seed}: the trace differs when it is replayed from its decisions").into()

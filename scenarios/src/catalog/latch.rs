@@ -32,7 +32,7 @@ pub static FLUSH_ERRORS_AND_DEATHS: Scenario = Scenario {
 };
 
 /// A synchronisation fails, and nobody is left to hear it.
-static DIES_IN_SYNC: Label =
+pub static DIES_IN_SYNC: Label =
     Label::new("dies-in-sync", "tapdisk dies before it hears that a synchronisation failed");
 
 /// Some synchronisations that fail find their tapdisk dead.

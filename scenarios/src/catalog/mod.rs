@@ -121,6 +121,7 @@ pub static LABELS: &[&Label] = &[
     &toolstack::SECOND_AFTER,
     &toolstack::DESTROY_AFTER,
     &away::BACK_AFTER,
+    &latch::DIES_IN_SYNC,
     &absent::ABSENT_FOR,
     &front::FRONT_KEYS,
     &front::LINGERS,

@@ -3,12 +3,14 @@
 //! Blocks of eight sectors are kept as one as long as every request treats them alike, so that 4 KiB requests cost one
 //! step; the first request that does not splits them.
 
+mod fences;
+
 use super::Invariant;
 use super::frontier::{Block, Clock, Order};
 use super::oracle::{Oracle, is_broken};
 use crate::tag::{Found, Tag};
+use fences::Fences;
 use kernel_model::PageMap;
-use std::collections::BTreeMap;
 use tap_host::{SECTOR_BYTES, SectorRange};
 
 const BLOCK: u64 = 8;
@@ -99,10 +101,7 @@ pub struct BlockHistory {
     reads: Vec<Clock>,
     /// Writes that run.
     running: Vec<(WriteId, SectorRange)>,
-    /// Writes that are flushes as well and are not known to be durable: where, and when they were submitted.
-    fences: BTreeMap<WriteId, (SectorRange, Clock)>,
-    /// After a power cut: what cannot be there where one of them is.
-    hidden: BTreeMap<WriteId, Vec<(SectorRange, WriteId)>>,
+    fences: Fences,
     /// Cells with versions that are not durable, and for each cell whether it is among them.
     dirty: Vec<u64>,
     is_dirty: Vec<bool>,
@@ -133,8 +132,7 @@ impl BlockHistory {
             next_write: 1,
             reads: Vec::new(),
             running: Vec::new(),
-            fences: BTreeMap::new(),
-            hidden: BTreeMap::new(),
+            fences: Fences::default(),
             dirty: Vec::new(),
             is_dirty: vec![false; size_sectors.div_ceil(BLOCK) as usize],
             full,
@@ -267,20 +265,9 @@ impl BlockHistory {
         }
     }
 
-    /// `write` is a flush as well, which was submitted at `inv`: its data reaches the medium after what was answered
-    /// before that, whatever becomes of it.
-    pub fn fence(&mut self, write: WriteId, range: SectorRange, inv: Clock) {
-        self.fences.insert(write, (range, inv));
-    }
-
-    /// Where the medium may hold the data of flushes that had no good answer before the power was cut.
-    pub fn fenced(&self) -> Vec<SectorRange> {
-        self.fences.iter().filter(|(write, _)| self.hidden.contains_key(write)).map(|(_, f)| f.0).collect()
-    }
-
     /// The answer to `write` of `range` promised that it is durable.
     pub fn harden(&mut self, write: WriteId, range: SectorRange) {
-        self.fences.remove(&write);
+        self.fences.lift(write);
         let (oldest, order) = (self.oldest_read(), self.order);
         self.each(range, |b| b.hardened(write, oldest, order));
     }
@@ -345,26 +332,8 @@ impl BlockHistory {
         Ok(())
     }
 
-    /// The data of a flush is there: so is all that the flush covers.
-    fn look_behind(&mut self, fence: WriteId) -> Result<(), Wrong> {
-        for (range, write) in self.hidden.remove(&fence).unwrap_or_default() {
-            let mut seen = false;
-            self.each(range, |b| seen |= b.rule_out(write));
-            if seen {
-                let text = format!(
-                    "sector {} holds write {write}, and write {fence}, a flush with data, is on the medium",
-                    range.start.0
-                );
-                return Err(Wrong::Version(text));
-            }
-        }
-        Ok(())
-    }
-
     fn see(&mut self, range: SectorRange, seen: Seen, inv: Clock, res: Clock) -> Result<(), Wrong> {
-        if let Seen::Write(write) = seen
-            && self.hidden.contains_key(&write)
-        {
+        if let Seen::Write(write) = seen {
             self.look_behind(write)?;
         }
         let mut bad = None;
@@ -493,30 +462,9 @@ impl BlockHistory {
         self.settled.replace(Vec::new()).unwrap_or_default()
     }
 
-    /// What cannot be on the medium where all that was answered before `inv` is.
-    fn hidden_by(&self, inv: Clock) -> Vec<(SectorRange, WriteId)> {
-        let mut all = Vec::new();
-        for cell in &self.dirty {
-            let start = cell * BLOCK;
-            let mut add = |block: &Block, range| {
-                all.extend(block.hidden_by_flush(inv, self.order).into_iter().map(|write| (range, write)));
-            };
-            match &self.cells[*cell as usize] {
-                Cell::Whole(block) => {
-                    add(block, SectorRange::new(start, (self.size_sectors - start).min(BLOCK) as u32));
-                }
-                Cell::Split(blocks) => {
-                    let sectors = (start..self.size_sectors).zip(blocks.iter());
-                    sectors.for_each(|(sector, block)| add(block, SectorRange::new(sector, 1)));
-                }
-            }
-        }
-        all
-    }
-
     /// The power was cut, and with it everything that ran.
     pub fn power_cut(&mut self) {
-        self.hidden = self.fences.iter().map(|(write, (_, inv))| (*write, self.hidden_by(*inv))).collect();
+        self.cut_fences();
         let now = self.tick();
         self.was_cut = true;
         self.running.clear();
@@ -547,34 +495,12 @@ impl BlockHistory {
 mod tests {
     use super::*;
 
-    fn sector_of(history: &BlockHistory, write: WriteId, sector: u64) -> [u8; 512] {
+    pub(super) fn sector_of(history: &BlockHistory, write: WriteId, sector: u64) -> [u8; 512] {
         let mut bytes = [0; 512];
         if write > 0 {
             history.payload(write, sector, &mut bytes);
         }
         bytes
-    }
-
-    #[test]
-    fn where_the_data_of_a_flush_is_there_is_what_it_covers() {
-        for (survives, look_first, fine) in [(true, 8, true), (false, 8, false), (false, 64, false)] {
-            let mut h = BlockHistory::new(100, 1, Initial::Zero, false);
-            let (one, two) = (SectorRange::new(8, 1), SectorRange::new(64, 1));
-            let write = h.begin_write(one);
-            h.end_write(write, true);
-            let flush = h.begin_flush();
-            let fence = h.begin_write(two);
-            h.fence(fence, two, flush);
-            h.power_cut();
-            assert_eq!(h.fenced(), [two]);
-            let there = sector_of(&h, if survives { write } else { 0 }, 8);
-            let data = sector_of(&h, fence, 64);
-            let mut look = |at: u64| {
-                let inv = h.begin_read();
-                h.check_read(inv, SectorRange::new(at, 1), if at == 8 { &there } else { &data }).is_ok()
-            };
-            assert_eq!(look(look_first) & look(72 - look_first), fine, "{survives}, {look_first} first");
-        }
     }
 
     #[test]
