@@ -2,7 +2,8 @@
 //!
 //! Decisions are sparse and keyed, so any subset of a failing run's decisions is a run: passes leave out halves, then
 //! quarters, down to single ones, then lower values (whole, or field by field where a label packs several), until a
-//! whole round changes nothing.
+//! whole round changes nothing. A decision that is keyed by a count (of accesses, of events) means another moment when
+//! something before it is left out: so where much is left, decisions are left out while one of those moves ahead.
 
 use crate::decide::{DecisionMap, Key};
 
@@ -42,6 +43,7 @@ pub fn shrink(
         s.drop_by_label();
         s.drop_chunks();
         s.lower_values();
+        s.slide();
         if s.best == before || s.exhausted() {
             break;
         }
@@ -49,6 +51,13 @@ pub fn shrink(
     let complete = !s.exhausted();
     Shrunk { decisions: s.best, runs: s.runs, complete }
 }
+
+/// From so many decisions on it is worth to move decisions ahead.
+const SLIDES_FROM: usize = 16;
+/// How far: more than one request takes of anything that is counted.
+const SLIDE_MOST: u32 = 32;
+/// What is keyed by a count and matters is rare. There are more of what makes the load of a run.
+const RARE: usize = 6;
 
 struct Shrinker<F> {
     best: DecisionMap,
@@ -110,6 +119,35 @@ impl<F: FnMut(&DecisionMap) -> Option<DecisionMap>> Shrinker<F> {
             }
             size = size.div_ceil(2);
         }
+    }
+
+    /// Leaves single decisions out while another, of a count, moves ahead.
+    fn slide(&mut self) {
+        if self.best.len() < SLIDES_FROM {
+            return;
+        }
+        for gone in self.in_time_order().into_iter().rev() {
+            let many = |label| self.best.keys().filter(|k| std::ptr::eq(k.label, label)).count() > RARE;
+            let late = |k: &Key| k.attempt > 0 && *k != gone && !many(k.label);
+            let late: Vec<Key> = self.in_time_order().into_iter().rev().filter(late).collect();
+            let slid = late.into_iter().any(|key| self.slide_without(&gone, key));
+            if self.exhausted() || (slid && self.best.len() < SLIDES_FROM) {
+                return;
+            }
+        }
+    }
+
+    fn slide_without(&mut self, gone: &Key, key: Key) -> bool {
+        (1..=SLIDE_MOST.min(key.attempt)).any(|by| {
+            let mut candidate = self.best.clone();
+            let moved = Key { attempt: key.attempt - by, ..key };
+            if candidate.remove(gone).is_none() || candidate.contains_key(&moved) {
+                return false;
+            }
+            let Some(decision) = candidate.remove(&key) else { return false };
+            candidate.insert(moved, decision);
+            self.try_candidate(&candidate)
+        })
     }
 
     fn in_time_order(&self) -> Vec<Key> {
@@ -196,6 +234,20 @@ mod tests {
         assert_eq!(left, [(77, 10), (300, 1)]);
         assert!(out.complete);
         assert!(out.runs < 200, "{} runs", out.runs);
+    }
+
+    #[test]
+    fn what_is_counted_moves_ahead_of_what_is_left_out() {
+        // Each request takes five accesses; the failure is at the second access of the last one.
+        let mut start = map(&(0..30).map(|i| (i, &A, 1)).collect::<Vec<_>>());
+        let key = |attempt| Key { entity: Entity(99), label: &PACKED, attempt };
+        start.insert(key(147), Decision { value: 1, at_ns: 99, entity_name: String::new() });
+        let fails = |m: &DecisionMap| {
+            let requests = m.len() as u32 - 1;
+            (requests > 0 && m.contains_key(&key(5 * (requests - 1) + 2))).then(|| m.clone())
+        };
+        let out = shrink(&start, ShrinkLimits::default(), fails);
+        assert_eq!(out.decisions.len(), SLIDES_FROM - 1, "in {} runs", out.runs);
     }
 
     #[test]

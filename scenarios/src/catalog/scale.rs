@@ -281,7 +281,7 @@ async fn scale(world: World) {
         Err(error) => return world.fail(Invariant::G11, format!("failed to open the image: {error}")),
     };
     let manners = Manners { retries: 0, errors_allowed: false, reads: Invariant::G1 };
-    let disk = DirectDisk::new(stack.node(), limits.pool_bytes.max(4 << 20)).in_pieces(limits.piece_sectors);
+    let disk = DirectDisk::new(stack.node(), limits.pool_bytes.max(4 << 20));
     let guest = Guest::new(&world, disk, Rc::clone(&setup.history), manners);
     guest.run(&scattered(&world, setup.size_sectors, l2_bits), 1).await;
     let ops = at_once(&world, setup.size_sectors);
