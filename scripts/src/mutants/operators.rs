@@ -51,7 +51,7 @@ const SHOWN: usize = 110;
 /// Why the text is not Rust.
 pub(crate) fn slips(source: &str) -> Result<Vec<Slip>, String> {
     let file = syn::parse_file(source).map_err(|e| format!("line {}: {e}", e.span().start().line))?;
-    let mut finder = Finder { source, slips: Vec::new(), gives: Vec::new() };
+    let mut finder = Finder { source, slips: Vec::new(), gives: Vec::new(), ends: Vec::new() };
     finder.visit_file(&file);
     Ok(finder.slips)
 }
@@ -71,6 +71,8 @@ struct Finder<'a> {
     slips: Vec<Slip>,
     /// Of the functions around, and `Other` for closures and async blocks.
     gives: Vec<Gives>,
+    /// Where the last expression of each of these functions begins, if it has one.
+    ends: Vec<usize>,
 }
 
 fn text(text: &str) -> Piece {
@@ -153,10 +155,14 @@ impl Finder<'_> {
             }
         };
         self.gives.push(gives);
+        let mut end = usize::MAX;
         if let Some(Stmt::Expr(tail, None)) = block.stmts.last() {
+            end = range(tail.span()).start;
             self.tail(tail, gives);
         }
+        self.ends.push(end);
         visit(self);
+        self.ends.pop();
         self.gives.pop();
     }
 
@@ -215,7 +221,8 @@ impl Finder<'_> {
 
     fn statements(&mut self, block: &Block) {
         for (i, statement) in block.stmts.iter().enumerate() {
-            if !felt::ends_anyway(self.source, statement, &block.stmts[i + 1..]) {
+            let (before, after) = (&block.stmts[..i], &block.stmts[i + 1..]);
+            if !felt::ends_anyway(self.source, before, statement, after) {
                 self.statement(statement);
             }
             if i > 0 {
@@ -278,7 +285,12 @@ impl Finder<'_> {
         for arm in &all.arms {
             let body = range(arm.body.span());
             let empty = matches!(&*arm.body, Expr::Block(b) if b.block.stmts.is_empty());
-            if empty || self.is_said(body.clone()) || self.source[body.clone()].starts_with("unreachable!") {
+            let seeded = matches!(&arm.pat, Pat::Guard(guard) if felt::takes_bug(&guard.guard));
+            if empty
+                || seeded
+                || self.is_said(body.clone())
+                || self.source[body.clone()].starts_with("unreachable!")
+            {
                 continue;
             }
             let mut pieces = vec![text("{ ")];
@@ -318,8 +330,9 @@ impl Finder<'_> {
             Some(Gives::Bool) => (" { return false; } ", "return false; before it"),
             _ => return,
         };
-        // Before a return it would be the same.
-        if self.source[at..].starts_with("return") {
+        // Before a return, or the end of a function that gives back the same, it would be the same.
+        let ends = |value: &str| self.ends.last() == Some(&at) && self.source[at..].starts_with(value);
+        if self.source[at..].starts_with("return") || ends("false") || ends("Ok(())") {
             return;
         }
         let pieces = vec![text("if "), Piece::Selected, text(back)];
@@ -504,7 +517,17 @@ impl<'ast> Visit<'ast> for Finder<'_> {
         if i.else_branch.is_none() && then.iter().all(|s| self.is_said(range(s.span()))) {
             return;
         }
-        self.condition(&i.cond);
+        // Nor what runs with a seeded bug only.
+        if felt::takes_bug(&i.cond) {
+            self.visit_expr(&i.cond);
+            if let Some((_, otherwise)) = &i.else_branch {
+                self.visit_expr(otherwise);
+            }
+            return;
+        }
+        if !felt::chooses_words(i) {
+            self.condition(&i.cond);
+        }
         visit::visit_expr_if(self, i);
     }
     fn visit_expr_while(&mut self, i: &'ast syn::ExprWhile) {

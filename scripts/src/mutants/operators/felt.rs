@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use syn::spanned::Spanned;
-use syn::{Expr, Stmt};
+use syn::{Block, Expr, ExprIf, Lit, Stmt};
 
 fn range(statement: &Stmt) -> Range<usize> {
     statement.span().byte_range()
@@ -15,20 +15,64 @@ pub(super) fn order(source: &str, first: &Stmt, second: &Stmt) -> bool {
     !said && !only_wakes(a, b) && !only_wakes(b, a) && meet((first, a), (second, b))
 }
 
-/// Whether somebody may feel that `value` was read before `action`: not what is new memory, or about another name.
+/// Whether somebody may feel that `value` was read before `action`: not what is new memory, or about another name, or of
+/// another cell than the one that the action changes. The clock stands still within a turn.
 pub(super) fn stale(action: &str, value: &str) -> bool {
     let receiver = action.split(['.', '(', ' ']).next().unwrap_or_default();
-    let shared = ["self", "get()", "borrow", "load_", "now_ns"].iter().any(|word| value.contains(word));
+    let shared = ["self", "get()", "borrow", "load_"].iter().any(|word| value.contains(word));
     let apart = !action.contains(".await") && !shared && !words(value).contains(&receiver);
-    !apart && !value.contains("::with_capacity(")
+    let cells = changed_cell(action).is_some_and(|cell| read_cell(value).is_some_and(|read| read != cell));
+    !apart && !cells && !value.contains("::with_capacity(")
 }
 
-/// `drop(name);` in front of nothing but wake-ups: those who wake have their turn when the block is left.
-pub(super) fn ends_anyway(source: &str, statement: &Stmt, rest: &[Stmt]) -> bool {
+/// The cell that an expression reads, such as `self.all` of `self.all.borrow().len()`.
+fn read_cell(value: &str) -> Option<&str> {
+    let at = [".borrow()", ".get()"].iter().filter_map(|read| value.find(read)).min()?;
+    let name = &value[..at];
+    name.chars().all(|c| c.is_alphanumeric() || matches!(c, '_' | '.')).then_some(name)
+}
+
+/// `drop(name);` in front of nothing but wake-ups: those who wake have their turn when the block is left. At the end of
+/// the block in which the name is given it says what happens anyway.
+pub(super) fn ends_anyway(source: &str, before: &[Stmt], statement: &Stmt, after: &[Stmt]) -> bool {
     let code = &source[range(statement)];
-    let name = code.strip_prefix("drop(").and_then(|rest| rest.strip_suffix(");"));
-    let one = name.is_some_and(|name| name.chars().all(|c| c.is_alphanumeric() || c == '_'));
-    one && !rest.is_empty() && rest.iter().all(|s| wakes(&source[range(s)]))
+    let Some(dropped) = code.strip_prefix("drop(").and_then(|rest| rest.strip_suffix(");")) else {
+        return false;
+    };
+    if !dropped.chars().all(|c| c.is_alphanumeric() || matches!(c, '_' | '(' | ')' | ',' | ' ')) {
+        return false;
+    }
+    let lets: Vec<&str> = before
+        .iter()
+        .filter_map(|s| {
+            if let Stmt::Local(local) = s { Some(&source[local.pat.span().byte_range()]) } else { None }
+        })
+        .flat_map(words)
+        .collect();
+    match after {
+        [] => words(dropped).iter().all(|name| name.is_empty() || lets.contains(name)),
+        after => after.iter().all(|s| wakes(&source[range(s)])),
+    }
+}
+
+/// Whether `cond` holds with a seeded bug only.
+pub(super) fn takes_bug(cond: &Expr) -> bool {
+    match cond {
+        Expr::MethodCall(call) => call.method == "bug",
+        Expr::Binary(e) if matches!(e.op, syn::BinOp::And(_)) => takes_bug(&e.left) || takes_bug(&e.right),
+        Expr::Paren(e) => takes_bug(&e.expr),
+        _ => false,
+    }
+}
+
+/// Whether an `if` chooses between two texts.
+pub(super) fn chooses_words(choice: &ExprIf) -> bool {
+    let text = |block: &Block| {
+        let [Stmt::Expr(Expr::Lit(one), None)] = block.stmts.as_slice() else { return false };
+        matches!(one.lit, Lit::Str(_))
+    };
+    let Some((_, otherwise)) = &choice.else_branch else { return false };
+    text(&choice.then_branch) && matches!(&**otherwise, Expr::Block(b) if text(&b.block))
 }
 
 fn wakes(code: &str) -> bool {

@@ -70,13 +70,38 @@ fn slips_that_nothing_could_feel_are_left_out() {
     assert_eq!(count("if a { h.mark(M); }", "condition true"), 0);
     assert_eq!(count("drop(line); next.wake();", "release lost"), 0);
     assert_eq!(count("drop(line); next.wake(); b();", "release lost"), 1);
+    assert_eq!(count("let (a, b) = c(); d(); drop((a, b));", "release lost"), 0);
+    assert_eq!(count("let b = c(); d(); drop((a, b));", "release lost"), 1);
+    assert_eq!(count("if a && h.bug(B) { b(); }", "call lost"), 0);
+    assert_eq!(count("if a && !h.bug(B) { b(); }", "call lost"), 1);
+    assert_eq!(count("match a { A if h.bug(B) => b(), C => {} };", "arm lost"), 0);
+    assert_eq!(count("let a = if b { \"x\" } else { \"y\" };", "condition true"), 0);
+    assert_eq!(count("let a = if b { 1 } else { 2 };", "condition true"), 1);
     assert_eq!(count("list.push(a); let n = why.len();", "stale copy"), 0);
     assert_eq!(count("list.push(a); let n = list.len();", "stale copy"), 1);
     assert_eq!(count("a.go().await; let n = why.len();", "stale copy"), 1);
     assert_eq!(count("self.go(); let n = self.list.len();", "stale copy"), 1);
+    assert_eq!(count("self.a.set(1); let n = self.b.borrow().len();", "stale copy"), 0);
+    assert_eq!(count("self.a.set(1); let n = self.a.get();", "stale copy"), 1);
+    assert_eq!(count("self.a.set(1); let n = f(self.b.get());", "stale copy"), 1);
+    assert_eq!(count("go(p); let n = h.now_ns();", "stale copy"), 0);
+    assert_eq!(count("go(p).await; let n = h.now_ns();", "stale copy"), 1);
     assert_eq!(count("if a > 0 && b { h.mark(M); }", "condition lost"), 0);
     assert_eq!(count("if a { h.mark(M); } else { b(); }", "condition true"), 1);
     assert_eq!(count("if a { h.mark(M); b(); }", "condition true"), 1);
+}
+
+#[test]
+fn a_return_of_what_is_given_back_anyway_is_no_slip() {
+    let early = |source: &str| made(source, "early return").len();
+    assert_eq!(early("fn f() -> bool { a(); false }"), 0);
+    assert_eq!(early("fn f() -> bool { a(); true }"), 1);
+    assert_eq!(
+        early("fn f() -> bool { let x = { a(); false }; x }"),
+        2,
+        "before the block's end and the function's"
+    );
+    assert_eq!(early("fn f() -> Result<(), E> { a()?; Ok(()) }"), 0);
 }
 
 #[test]
