@@ -1,6 +1,6 @@
 //! A small executor with a clock that is moved by hand, and a host for tests.
 
-use crate::{LocalBoxFuture, Node, NodeInfo, Op, Request, Response};
+use crate::{Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, Source};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::future::{Future, poll_fn};
@@ -275,6 +275,11 @@ impl Node for Script {
             }
             Response { result: script.result(request.range), bufs: request.bufs }
         })
+    }
+    fn extents(&self, range: SectorRange, _: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
+        let count = u64::from(range.count);
+        let all = Extent { count, source: Source::Nothing, zero: true, allocated: false };
+        Box::pin(std::future::ready(self.result(range).map(|()| vec![all])))
     }
     fn info(&self) -> NodeInfo {
         NodeInfo { size_sectors: 1000, read_only: self.0.read_only.get() }

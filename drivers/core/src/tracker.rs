@@ -316,8 +316,6 @@ impl State {
                 }
             }
         }
-        before.sort_unstable();
-        before.dedup();
         before
     }
 

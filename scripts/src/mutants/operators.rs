@@ -310,7 +310,10 @@ impl Finder<'_> {
         let value = || Piece::Source(span.clone());
         let without =
             vec![text("(if "), Piece::Selected, text(" { None } else { Some("), value(), text(") })")];
-        self.slip("guard lost", span.clone(), without, "left out".into());
+        // A variable that is there already lives on, whether it is given another name or not.
+        if !matches!(&*init.expr, Expr::Path(_)) {
+            self.slip("guard lost", span.clone(), without, "left out".into());
+        }
         let early = vec![
             text("(if "),
             Piece::Selected,

@@ -27,6 +27,27 @@ fn readers_share_and_a_writer_waits_for_all_of_them() {
     assert!(tracker.report().is_empty());
 }
 
+proptest! {
+    #[test]
+    fn a_union_covers_what_was_added_and_has_no_range_too_many(
+        ranges in proptest::collection::vec((0..40_u64, 1..9_u64), 1..30)
+    ) {
+        let (mut union, mut there) = (Union::default(), [false; 50]);
+        for (start, len) in ranges {
+            union.add(start, start + len);
+            there[start as usize..(start + len) as usize].fill(true);
+            for start in 0..there.len() {
+                for end in start + 1..=there.len() {
+                    let all = there[start..end].iter().all(|there| *there);
+                    prop_assert_eq!(union.covers(start as u64, end as u64), all, "{} to {}", start, end);
+                }
+            }
+            let runs = there.windows(2).filter(|pair| !pair[0] && pair[1]).count() + usize::from(there[0]);
+            prop_assert_eq!(union.0.len(), runs);
+        }
+    }
+}
+
 #[test]
 fn spaces_do_not_meet_and_a_ticket_does_not_meet_itself() {
     let tracker = Tracker::new();

@@ -137,16 +137,16 @@ pub(super) async fn extents<H: Tasks>(
         // Who wants one extent mostly gets it from the first two.
         let ask = if one && looks == 1 { 2 } else { EXTENTS_AT_ONCE };
         for extent in node.extents(asked, ask).await? {
-            let count = extent.count.min(asked_end - at);
             let hole = if extent.allocated { 0 } else { STATE_HOLE };
             let state = hole | if extent.zero { STATE_ZERO } else { 0 };
-            let len = (count * SECTOR_BYTES) as u32;
+            let len = (extent.count * SECTOR_BYTES) as u32;
             match found.last_mut() {
                 Some(last) if last.state.get() == state => last.len += len,
                 _ => found.push(StatusExtent { len: len.into(), state: state.into() }),
             }
-            at += count;
+            at += extent.count;
         }
+        assert!(at <= asked_end, "a node tells of no more sectors than it is asked about");
         if at == before {
             return Err(Errno::EIO);
         }

@@ -2,7 +2,7 @@
 
 use super::plan::{DISK, NO_ERRORS, Plan, Served, address, bury, client_config, end, server_limits};
 use crate::check::Invariant;
-use crate::guest::{DirectDisk, Manners, NbdScript, RawNbd};
+use crate::guest::{DirectDisk, Guest, Manners, NbdScript, RawNbd};
 use crate::run::Scenario;
 use crate::world::World;
 use kernel_model::faults::FaultPlan;
@@ -12,7 +12,7 @@ use std::cell::Cell;
 use std::rc::Rc;
 use tap_abi::nbd::{CMD_DISC, CMD_READ, CMD_WRITE};
 use tap_core::Node;
-use tap_host::{SECTOR_BYTES, SectorRange, Sockets};
+use tap_host::{Mark, SECTOR_BYTES, SectorRange, Sockets};
 
 /// What one of a crowd does.
 pub static CROWD: Label = Label::new(
@@ -76,7 +76,8 @@ async fn crowd(world: World) {
     world.sim.sleep_ns(1_000_000_000).await;
     let host = plan.process("client", 0);
     let asked_ns = world.sim.now_ns();
-    let (w, since) = (world.clone(), Rc::clone(&over));
+    let soon = Rc::new(Cell::new(false));
+    let (w, since) = (world.clone(), Rc::clone(&soon));
     world.sim.spawn("patience", 0, async move {
         w.sim.sleep_ns(WITHIN_NS).await;
         if !since.get() {
@@ -93,13 +94,31 @@ async fn crowd(world: World) {
             world.fail(Invariant::H2, format!("reading failed with {error:?}"));
         }
     }
-    over.set(true);
+    soon.set(true);
     let waited_ms = (world.sim.now_ns() - asked_ns) / 1_000_000;
     world.sim.remark("client", || format!("was served within {waited_ms} ms"));
+    rest(&world, &guest).await;
+    over.set(true);
     check_bounds(&world, &served);
     bury(&world, &hosts, &served, 1).await;
     let clients = vec![client];
     end(&plan, served, &clients, &setup).await;
+}
+
+/// Writes, and then wants nothing while the others want its place: it keeps that.
+async fn rest(world: &World, guest: &Guest<DirectDisk>) {
+    if let Err(error) = guest.write(SectorRange::new(0, 1)).await {
+        world.fail(Invariant::H2, format!("writing failed with {error:?}"));
+    }
+    let back = || world.kernel.marks()[Mark::NbdServerBack as usize];
+    let before = back();
+    world.sim.sleep_ns(world.setting("rest", &[3 * GRACE_NS, 0])).await;
+    if let Err(error) = guest.read(SectorRange::new(0, 1)).await {
+        world.fail(Invariant::H2, format!("reading after a rest failed with {error:?}"));
+    }
+    if back() != before {
+        world.fail(Invariant::H2, "a client that wanted nothing for a while was sent away");
+    }
 }
 
 /// No more is open, and no more memory used, than the limits say.

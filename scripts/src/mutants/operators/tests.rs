@@ -68,6 +68,7 @@ fn slips_that_nothing_could_feel_are_left_out() {
     assert_eq!((count("a(); return;", "early return"), count("a(); b();", "early return")), (0, 1));
     assert_eq!(count("if thread::panicking() {}", "condition false"), 0);
     assert_eq!(count("if a { h.mark(M); }", "condition true"), 0);
+    assert_eq!((count("let _g = a;", "guard lost"), count("let _g = a();", "guard lost")), (0, 1));
     assert_eq!(count("drop(line); next.wake();", "release lost"), 0);
     assert_eq!(count("drop(line); next.wake(); b();", "release lost"), 1);
     assert_eq!(count("let (a, b) = c(); d(); drop((a, b));", "release lost"), 0);

@@ -158,6 +158,19 @@ fn transient_errors_are_retried_and_lasting_ones_are_not() {
 }
 
 #[test]
+fn extents_are_asked_for_again_after_the_same_pauses() {
+    let bench = Bench::new(Script::default(), FEW);
+    bench.script.answer((0, 1), &[Step::Fail(Errno::EAGAIN), Step::Fail(Errno::ENOMEM), Step::Ok]);
+    bench.script.answer((90, 1), &[Step::Fail(Errno::EBUSY); 9]);
+    let look = |at| bench.pool.start(bench.scheduler.extents(SectorRange::new(at, 1), 1));
+    let (passing, lasting) = (look(0), look(90));
+    bench.pool.run_through_time();
+    assert_eq!(passing.take().unwrap().unwrap().len(), 1);
+    assert_eq!(lasting.take().unwrap().unwrap_err(), Errno::EBUSY);
+    assert_eq!(bench.pool.now_ns(), 10 + 20 + 40);
+}
+
+#[test]
 fn pauses_of_one_request_are_bounded_in_sum() {
     let bench = Bench::new(Script::default(), SchedulerLimits { retries: 50, backoff_total_ns: 70, ..FEW });
     bench.script.answer((0, 1), &[Step::Fail(Errno::EINTR); 60]);
