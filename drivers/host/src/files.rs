@@ -69,7 +69,7 @@ pub struct FileInfo {
     pub size_bytes: u64,
     /// Bytes of storage that it takes up; less than the size where it has holes.
     pub allocated_bytes: u64,
-    /// Alignment in bytes that offset, length and memory must have; 1 for buffered files.
+    /// Alignment in bytes that offset, length and memory must have: a power of two, 1 for buffered files.
     pub align_bytes: u32,
     /// Opened with [`OpenMode::direct`].
     pub direct: bool,

@@ -103,7 +103,6 @@ impl<H: ImageHost> ImageFile<H> {
             error => ImageError::io("lock", path)(error),
         })?;
         let info = file.info().await.map_err(ImageError::io("look at", path))?;
-        let info = FileInfo { align_bytes: info.align_bytes.max(1), ..info };
         let memory = FileStages::new(&Budget::default(), path, info.align_bytes as usize)?;
         let sync = GroupSync::of(host, &file, &info, write).await;
         Ok(Self {

@@ -161,35 +161,37 @@ impl<H: ImageHost> Image<H> {
         }
     }
 
-    /// The guest clusters from `first` on are mapped. What is in doubt is looked up for those only that are not, so that
-    /// runs may lose them at their ends alone.
+    /// The guest clusters from `first` on are mapped.
     pub(super) fn settled(&self, first: u64, count: usize) {
         let mut allocator = self.allocator.borrow_mut();
-        let end = first + count as u64;
-        let before = |at: u64, suspects: &BTreeMap<u64, (u64, u64)>| {
-            let (start, (count, host)) = suspects.range(..at).next_back()?;
-            (start + count > first).then_some((*start, *count, *host))
-        };
-        let mut at = end;
-        while let Some((start, count, host)) = before(at, &allocator.suspects) {
-            at = start;
-            if start < first {
-                let left = if start + count <= end { first - start } else { count };
-                allocator.suspects.insert(start, (left, host));
-            } else {
-                allocator.suspects.remove(&start);
-                let gone = end.min(start + count) - start;
-                if gone < count {
-                    let host = host + gone * self.geometry.cluster_bytes();
-                    allocator.suspects.insert(end, (count - gone, host));
-                }
-            }
-        }
+        allocator.settle(first, first + count as u64, self.geometry.cluster_bytes());
         allocator.fit_share();
     }
 }
 
 impl Allocator {
+    /// Guest clusters from `first` to before `end` are mapped. What is in doubt is looked up for those only that are not,
+    /// so a run loses clusters at its ends alone: one more run would need memory.
+    fn settle(&mut self, first: u64, end: u64, cluster_bytes: u64) {
+        let from = self.suspects.range(..first).next_back().map_or(first, |(start, _)| *start);
+        let meet: Vec<(u64, u64, u64)> = self
+            .suspects
+            .range(from..end)
+            .map(|(start, (count, host))| (*start, *count, *host))
+            .filter(|(start, count, _)| start + count > first && !(*start < first && start + count > end))
+            .collect();
+        for (start, count, host) in meet {
+            self.suspects.remove(&start);
+            if start < first {
+                self.suspects.insert(start, (first - start, host));
+            }
+            if start + count > end {
+                let gone = end - start;
+                self.suspects.insert(end, (count - gone, host + gone * cluster_bytes));
+            }
+        }
+    }
+
     /// Gives back what the suspects no longer need.
     fn fit_share(&mut self) {
         let need = self.suspects.len() * SUSPECT_BYTES;
@@ -203,6 +205,38 @@ impl Allocator {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn clusters_stay_in_doubt_until_they_are_mapped(
+            runs in proptest::collection::vec((any::<bool>(), 0..40_u64, 1..9_u64), 1..40)
+        ) {
+            let mut allocator = Allocator::new(0, None);
+            // The place of each cluster in doubt; 0 once it is mapped.
+            let mut naive = BTreeMap::new();
+            for (number, (doubt, first, count)) in runs.into_iter().enumerate() {
+                let clusters = first..first + count;
+                if !doubt {
+                    allocator.settle(first, first + count, 1 << 12);
+                    naive.extend(clusters.map(|cluster| (cluster, 0)));
+                } else if clusters.clone().all(|cluster| !naive.contains_key(&cluster)) {
+                    let host = (number as u64 + 1) << 20;
+                    allocator.suspects.insert(first, (count, host));
+                    naive.extend(clusters.map(|cluster| (cluster, host + ((cluster - first) << 12))));
+                }
+                let runs = allocator.suspects.len();
+                for cluster in (0..50).filter(|cluster| naive.get(cluster) != Some(&0)) {
+                    prop_assert_eq!(allocator.suspect_of(cluster, 1 << 12), naive.get(&cluster).copied());
+                    prop_assert_eq!(allocator.any_suspect(cluster, cluster), naive.contains_key(&cluster));
+                }
+                allocator.settle(0, 0, 1 << 12);
+                prop_assert_eq!(allocator.suspects.len(), runs);
+            }
+            allocator.settle(0, 50, 1 << 12);
+            prop_assert!(allocator.suspects.is_empty());
+        }
+    }
 
     #[test]
     fn what_is_given_back_is_used_before_anything_new() {

@@ -104,3 +104,42 @@ pub(super) fn is_zero(bytes: &[u8]) -> bool {
     let (chunks, rest) = bytes.as_chunks::<64>();
     chunks.iter().all(|chunk| *chunk == [0; 64]) && rest.iter().all(|b| *b == 0)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+    use std::future::{pending, ready};
+    use std::pin::pin;
+    use std::task::{Context, Poll, Waker};
+
+    #[test]
+    fn every_byte_counts() {
+        for len in [0, 1, 63, 64, 65, 200] {
+            assert!(is_zero(&vec![0; len]));
+            for at in 0..len {
+                let mut bytes = vec![0; len];
+                bytes[at] = 1;
+                assert!(!is_zero(&bytes), "byte {at} of {len}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_crew_is_no_larger_than_it_may_be() {
+        let started = Cell::new(0);
+        let mut crew = Crew::new(2);
+        let mut work = pin!(async {
+            for _ in 0..3 {
+                crew.start(pending::<()>()).await;
+                started.set(started.get() + 1);
+            }
+        });
+        let mut cx = Context::from_waker(Waker::noop());
+        assert_eq!((work.as_mut().poll(&mut cx), started.get()), (Poll::Pending, 2));
+        let mut crew = Crew::new(1);
+        let mut work =
+            pin!(async { (crew.start(ready(1)).await, crew.start(ready(2)).await, crew.finish().await) });
+        assert_eq!(work.as_mut().poll(&mut cx), Poll::Ready((None, Some(1), Some(2))));
+    }
+}

@@ -3,6 +3,7 @@
 mod behaviour;
 mod bugs;
 mod chains;
+mod faults;
 mod hostile;
 mod reach;
 mod trial;

@@ -1,0 +1,143 @@
+//! One operation of the host fails, at every place that there is.
+
+use super::*;
+use crate::testing::{Effect, Fault};
+
+fn failing(world: &World, nth: u64, sticky: bool, effect: Effect) {
+    world.fail(Some(Fault { nth: world.ops() + nth, error: Errno::EIO, effect, sticky }));
+}
+
+/// An L1 table that the first read of opening does not reach the end of.
+const LONG: Setup = Setup { sectors: 80_000, cluster_bits: 9, l2_bits: 6, ..SMALL };
+
+#[test]
+fn an_image_that_cannot_be_read_is_not_opened_as_an_empty_one() {
+    let world = World::new(1);
+    LONG.create(&world);
+    let qcow = LONG.open(&world);
+    for at in [0, 70_000, 79_999] {
+        world.block_on(write(&qcow, at, 1, 5)).result.unwrap();
+    }
+    world.block_on(qcow.close()).unwrap();
+    drop(qcow);
+    let mut opened = 0;
+    for nth in 0.. {
+        let bytes = world.bytes(PATH);
+        let world = World::new(1);
+        world.put(PATH, bytes);
+        failing(&world, nth, false, Effect::None);
+        let before = world.ops();
+        let Ok(qcow) = LONG.try_open(&world, true) else { continue };
+        let fired = world.ops() > before + nth;
+        world.fail(None);
+        for at in [0, 70_000, 79_999] {
+            assert_eq!(world.block_on(fills(&qcow, at, 1)), Ok(vec![Some(5)]), "sector {at}, {nth}");
+        }
+        opened += 1;
+        if !fired {
+            break;
+        }
+    }
+    assert!(opened > 0);
+}
+
+#[test]
+fn an_image_is_made_whole_or_not_at_all() {
+    for device in [false, true] {
+        let options = CreateOptions {
+            cluster_bits: Some(9),
+            l2_bits: Some(6),
+            backing: None,
+            existing: Some(Vec::new()),
+        };
+        for nth in 0.. {
+            let world = World::new(1);
+            let garbage = vec![0xa5; 3 << 20];
+            if device {
+                world.put_device(PATH, garbage)
+            } else {
+                world.put(PATH, garbage)
+            }
+            failing(&world, nth, false, Effect::None);
+            let before = world.ops();
+            let (host, options) = (world.clone(), options.clone());
+            // 2 MiB of L1 table: it is written in many parts.
+            let made = world.block_on(async move { create(&host, PATH, 8 << 30, &options).await });
+            if world.ops() > before + nth {
+                assert!(made.is_err(), "operation {nth} failed, and nobody said so");
+                continue;
+            }
+            made.unwrap();
+            world.fail(None);
+            let setup = Setup { sectors: (8 << 30) / 512, cluster_bits: 9, l2_bits: 6, ..SMALL };
+            let qcow = setup.open(&world);
+            for at in [0, 1 << 20, setup.sectors - 1] {
+                assert_eq!(world.block_on(fills(&qcow, at, 1)), Ok(vec![Some(0)]), "sector {at}");
+            }
+            world.block_on(qcow.close()).unwrap();
+            drop(qcow);
+            assert_eq!(checked(&world).problems, Vec::<String>::new());
+            break;
+        }
+    }
+}
+
+/// Where the L2 entry of `cluster` is in the file, which has its table.
+fn entry(bytes: &[u8], setup: &Setup, cluster: u64) -> usize {
+    let l1 = format::parse(bytes, bytes.len() as u64).unwrap().geometry.l1_offset as usize;
+    let at = l1 + (cluster >> setup.l2_bits) as usize * 8;
+    let table = u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
+    table + (cluster & ((1 << setup.l2_bits) - 1)) as usize * 8
+}
+
+/// A write that failed is not told of later by a successor either, as long as the file can be written.
+#[test]
+fn a_mapping_that_failed_is_taken_back_in_the_file() {
+    let mut taken_back = 0;
+    for nth in 0..8 {
+        let world = World::new(1);
+        SMALL.create(&world);
+        let qcow = SMALL.open(&world);
+        world.block_on(write(&qcow, 0, 1, 5)).result.unwrap();
+        failing(&world, nth, false, Effect::All);
+        let answer = world.block_on(write(&qcow, 20, 1, 6));
+        world.fail(None);
+        let bytes = world.bytes(PATH);
+        let at = entry(&bytes, &SMALL, 10);
+        if answer.result.is_err() {
+            assert_eq!(bytes[at..at + 8], [0; 8], "operation {nth}");
+            taken_back += 1;
+        }
+    }
+    assert!(taken_back > 1, "the data's write fails, and the mapping's");
+}
+
+#[test]
+fn a_checksum_that_is_cleared_is_not_written_again() {
+    let world = World::new(1);
+    SMALL.create(&world);
+    let mut bytes = world.bytes(PATH);
+    let xen = [0x5845_4efb_u32, 0x1234_5678, 1, 2].map(u32::to_be_bytes).concat();
+    bytes[48..64].copy_from_slice(&xen);
+    world.put(PATH, bytes);
+    let opening = || {
+        let before = world.ops();
+        drop(SMALL.open(&world));
+        world.ops() - before
+    };
+    let (first, second) = (opening(), opening());
+    assert_eq!(second, first - 1);
+}
+
+/// Compressed bytes share clusters of the file, and so does what is counted of them.
+#[test]
+fn the_rest_of_a_cluster_of_compressed_bytes_is_not_lost() {
+    let world = World::new(1);
+    let setup = Setup { compressed: true, ..SMALL };
+    setup.create(&world);
+    let qcow = setup.open(&world);
+    world.block_on(write(&qcow, 40, 1, 6)).result.unwrap();
+    world.block_on(qcow.close()).unwrap();
+    let report = checked(&world);
+    assert_eq!((report.compressed_clusters, report.plain_clusters, report.leaked_clusters), (3, 1, 0));
+}
