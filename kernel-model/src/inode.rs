@@ -182,15 +182,27 @@ impl Inode {
         self.next_seq += 1;
     }
 
-    /// Drops what is dirty in the whole pages of a range: the medium's bytes show again, as far as it has any.
-    pub fn drop_pages(&mut self, offset: u64, len: u64) {
-        let end = offset.saturating_add(len).min(self.live.size) / PAGE as u64;
-        let pages = offset.div_ceil(PAGE as u64)..end;
-        self.pending.retain(|p| !pages.contains(&p.page));
-        for page in pages {
-            let old = self.base.pages.get(page).cloned();
-            self.live.pages.set(page, old);
+    /// Drops what is dirty in a range, in whole blocks of `block` bytes (a multiple of a sector, at most a page): the
+    /// medium's bytes show again, as far as it has any.
+    pub fn drop_pages(&mut self, offset: u64, len: u64, block: u64) {
+        let end = offset.saturating_add(len).min(self.live.size) / block * block;
+        let mut at = offset.next_multiple_of(block);
+        while at < end {
+            let (page, within) = (at / PAGE as u64, (at % PAGE as u64) as usize);
+            let n = (end - at).min((PAGE - within) as u64) as usize;
+            let gone = sectors_of(within, n);
+            self.pending.iter_mut().filter(|p| p.page == page).for_each(|p| p.sectors &= !gone);
+            if gone == 0xff {
+                let old = self.base.pages.get(page).cloned();
+                self.live.pages.set(page, old);
+            } else {
+                let mut old = [0; PAGE];
+                self.base.pages.read(at, &mut old[..n]);
+                self.live.pages.write_in_page(page, within, &old[..n]);
+            }
+            at += n as u64;
         }
+        self.pending.retain(|p| p.sectors != 0);
     }
 
     /// The run of pages from byte `offset` on that are all there, or all holes; in bytes, and `true` for data.
@@ -411,11 +423,17 @@ mod tests {
         file.write(Entity(1), 0, &[1; 2 * PAGE]);
         file.harden(file.seq());
         file.write(Entity(2), 0, &[2; 4 * PAGE]);
-        file.drop_pages(512, 3 * PAGE as u64);
+        file.drop_pages(512, 3 * PAGE as u64, PAGE as u64);
         let now = bytes(&file.live);
         assert_eq!([now[PAGE - 1], now[PAGE], now[2 * PAGE], now[3 * PAGE]], [2, 1, 0, 2]);
         file.harden(file.seq());
         assert_eq!(bytes(&file.base), now, "what was dropped never reaches the medium");
+        file.write(Entity(3), 0, &[3; PAGE]);
+        file.drop_pages(100, 1500, 512);
+        let now = bytes(&file.live);
+        assert_eq!([now[511], now[512], now[1535], now[1536]], [3, 2, 2, 3], "whole sectors, of a device");
+        file.harden(file.seq());
+        assert_eq!(bytes(&file.base), now);
     }
 
     #[test]

@@ -525,6 +525,7 @@ impl ProcessFile {
             size_bytes,
             allocated_bytes: if block_device { size_bytes } else { present() },
             align_bytes: self.align(),
+            zero_align_bytes: if block_device { self.process.kernel.0.storage.0.direct_align() } else { 1 },
             direct: self.open.direct,
             block_device,
             id: FileId { device, inode, generation: file.born },

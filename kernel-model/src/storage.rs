@@ -67,6 +67,8 @@ pub struct IoCounts {
     pub syncs: u64,
     /// Bytes read and written.
     pub bytes: u64,
+    /// Bytes that writes stored.
+    pub written_bytes: u64,
 }
 
 const READ_NS: u64 = 8_000;

@@ -13,12 +13,15 @@ use tap_host::{IoKind, SectorRange};
 pub static OP: Label = Label::packed("op", "operation {}", &[2, 8, 54]);
 
 /// What becomes of a write where the disk has more than writes: 0 a write, 1 zeros, 2 zeros whose space may go, 3 zeros
-/// only if that is fast, 4 a discard.
+/// only if that is fast, 4 a discard; 5 to 8 the same of more sectors than one write has, see [`LONG`].
 pub static OP_FORM: Label =
     Label::new("op-form", "operation {n} is no write but form {}: zeros or a discard");
 
 /// Whether a write is a flush as well.
 pub static OP_FLUSHES: Label = Label::new("op-flushes", "operation {n} is a flush with data");
+
+/// How many times as many sectors a long form has.
+const LONG: u32 = 24;
 
 /// One operation.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -44,8 +47,13 @@ impl Op {
         Self::new(IoKind::Flush, SectorRange::default())
     }
 
-    /// The write as an [`OP_FORM`] value has it.
-    fn formed(self, form: u64) -> Self {
+    /// The write as an [`OP_FORM`] value has it, on a disk of `size_sectors`.
+    fn formed(self, form: u64, size_sectors: u64) -> Self {
+        if form > 4 {
+            let room = (size_sectors - self.range.start.0).min(u64::from(u32::MAX)) as u32;
+            let range = SectorRange::new(self.range.start.0, (self.range.count * LONG).min(room));
+            return Self { range, ..self }.formed(form - 4, size_sectors);
+        }
         let (kind, unmap, fast) = match form {
             1 => (IoKind::WriteZeroes, false, false),
             2 => (IoKind::WriteZeroes, true, false),
@@ -126,6 +134,8 @@ pub struct Workload {
     pub max_sectors: u32,
     /// Some writes are zeros or discards.
     pub zeroes: bool,
+    /// One in three of these is of more than a write can be of.
+    pub long_zeroes: bool,
     /// One of so many writes is a flush with data; 0 is none.
     pub flushes: u64,
 }
@@ -164,9 +174,12 @@ pub fn operations(sim: &Sim, guest: Entity, stream: u64, workload: &Workload) ->
             if !workload.zeroes || op.kind != IoKind::Write {
                 return Some(op);
             }
-            let form = sim
-                .decide(guest, &OP_FORM, i, |d| if d.below(zeroes_one_in) == 0 { 1 + d.below(4) } else { 0 });
-            Some(op.formed(form))
+            let form = sim.decide(guest, &OP_FORM, i, |d| match d.below(zeroes_one_in) {
+                0 => 1 + d.below(4) + if workload.long_zeroes && d.below(3) == 0 { 4 } else { 0 },
+                _ => 0,
+            });
+            let form = if form > 4 && !workload.long_zeroes { form - 4 } else { form };
+            Some(op.formed(form, workload.size_sectors))
         })
         .collect()
 }
@@ -251,6 +264,7 @@ mod tests {
                 size_sectors: 1000,
                 max_sectors: 88,
                 zeroes: false,
+                long_zeroes: false,
                 flushes: 0,
             };
             for op in draw(7, 1, &w) {
@@ -270,6 +284,7 @@ mod tests {
             size_sectors: 8192,
             max_sectors: 88,
             zeroes: false,
+            long_zeroes: false,
             flushes: 0,
         };
         let ops = operations(&Sim::new(&Config::new(1)), Entity(1), 0, &w);

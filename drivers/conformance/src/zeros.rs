@@ -15,6 +15,7 @@ pub fn on_disks<H: FileHost>() -> Vec<Test<Place<H>>> {
     tests![
         zeros_fill_their_range_only,
         zeros_of_no_range_are_refused,
+        zeros_of_parts_of_sectors_change_nothing,
         extents_cover_the_disk,
         extents_show_what_was_written,
         extents_after_zeros_hide_no_data,
@@ -65,6 +66,22 @@ async fn zeros_of_no_range_are_refused<H: FileHost>(place: Place<H>) -> Outcome 
         same("more than there can be", beyond, Err(Errno::EINVAL))?;
     }
     same_bytes("the disk", &read(&file, 0, BLOCK).await?, &pattern(1, BLOCK))
+}
+
+async fn zeros_of_parts_of_sectors_change_nothing<H: FileHost>(place: Place<H>) -> Outcome {
+    let file = place.disk(4).await?;
+    let info = file.info().await.or_fail("look")?;
+    let sector = info.zero_align_bytes as usize;
+    same("what zeros are aligned to on a device", info.block_device, sector > 1)?;
+    same("sectors in the device", info.size_bytes % sector as u64, 0)?;
+    write(&file, 0, &pattern(1, 4 * BLOCK)).await?;
+    for mode in MODES.into_iter().filter(|_| sector > 1) {
+        for (offset, len) in [(512, sector - 256), (sector / 2, 3 * BLOCK), (0, BLOCK + sector / 2)] {
+            let refused = file.zero_at(offset as u64, len as u64, mode).await;
+            same("zeros of parts of sectors", refused, Err(Errno::EOPNOTSUPP))?;
+        }
+    }
+    same_bytes("what was not synchronised", &read(&file, 0, 4 * BLOCK).await?, &pattern(1, 4 * BLOCK))
 }
 
 async fn zeros_end_with_the_file<H: FileHost>(place: Place<H>) -> Outcome {

@@ -71,6 +71,9 @@ pub struct FileInfo {
     pub allocated_bytes: u64,
     /// Alignment in bytes that offset, length and memory must have: a power of two, 1 for buffered files.
     pub align_bytes: u32,
+    /// What ranges that are made zeros ([`File::zero_at`]) begin and end with multiples of, in bytes: the sector of a
+    /// block device, also of a buffered one; 1 for a file.
+    pub zero_align_bytes: u32,
     /// Opened with [`OpenMode::direct`].
     pub direct: bool,
     /// A block device: its size is fixed, and unwritten space holds old bytes rather than zeros.
@@ -141,9 +144,8 @@ pub trait File: Clone + 'static {
     ///
     /// # Errors
     /// `EOPNOTSUPP` where the file cannot do it this way, with nothing changed: write zeros instead. (On a block device with
-    /// a page cache what was written to whole blocks of the range since the last synchronisation may be gone, after this
-    /// and after any other error.) Else as
-    /// fallocate(2); any part of the range may then read as zeros. With [`ZeroMode::Keep`] on a buffered file, whole blocks
+    /// a page cache what was written to the range since the last synchronisation may be gone, after this and after any
+    /// other error; but not if the range is refused for [`FileInfo::zero_align_bytes`].) Else as fallocate(2); any part of the range may then read as zeros. With [`ZeroMode::Keep`] on a buffered file, whole blocks
     /// may also show older bytes again: what was written since the last synchronisation is gone (ext4, out of space).
     fn zero_at(
         &self,

@@ -4,29 +4,26 @@
 //! sizes or locks a file, and where it is made by a tool there is no second try of the whole either.
 
 use crate::ImageHost;
+use crate::patience::Patience;
 use std::future::Future;
 use tap_host::{Errno, File, FileId, Mark, OpenMode};
 
 /// Repetitions of one call that was interrupted.
 const REPEATS: u32 = 8;
-/// Before the first of them, in nanoseconds; it doubles with each.
-const PAUSE_NS: u64 = 1_000_000;
 
 /// Makes `call`, again after `EINTR`. A call that was interrupted may have had its effect all the same.
 pub(crate) async fn uninterrupted<H: ImageHost, T, F: Future<Output = Result<T, Errno>>>(
     host: &H,
     call: impl Fn() -> F,
 ) -> Result<T, Errno> {
-    let mut pause_ns = PAUSE_NS;
-    for _ in 0..REPEATS {
-        match call().await {
-            Err(Errno::EINTR) => host.mark(Mark::OperationRepeated),
-            result => return result,
+    let mut patience = Patience::of(REPEATS);
+    loop {
+        let result = call().await;
+        if !matches!(result, Err(Errno::EINTR)) || !patience.again(host).await {
+            return result;
         }
-        host.sleep_ns(pause_ns).await;
-        pause_ns *= 2;
+        host.mark(Mark::OperationRepeated);
     }
-    call().await
 }
 
 /// Which file `path` is; `None` where there is none.

@@ -11,16 +11,20 @@
 //!
 //! A read past the end of the file gives zeros: after a crash a mapping may be there before the size is.
 
+mod keep;
+mod zero;
+
 use crate::calls::uninterrupted;
-use crate::keep::KeptZeros;
 use crate::memory::{FileStages, PART_BYTES};
+use crate::patience::Patience;
 use crate::sync::GroupSync;
 use crate::{ImageError, ImageHost};
+use keep::KeptZeros;
 use smallvec::smallvec;
 use tap_core::{Access, Space, Tracker};
 use tap_host::{
-    Budget, Bug, Errno, File, FileId, FileInfo, Files, IoBuf, IoVec, LockKind, Mark, OpenMode, ZeroMode,
-    bytes_of, copy_from_slice, copy_to_slice,
+    Budget, Bug, Errno, File, FileId, FileInfo, Files, IoBuf, IoVec, LockKind, Mark, OpenMode, bytes_of,
+    copy_from_slice, copy_to_slice,
 };
 
 /// Repetitions of one operation after transient errors, within a request. The scheduler repeats whole requests: where one
@@ -28,12 +32,8 @@ use tap_host::{
 const REPEATS: u32 = 2;
 /// The same while an image is being made or closed, where there is no scheduler.
 const LONE_REPEATS: u32 = 8;
-/// Before the first of them, in nanoseconds; it doubles with each.
-const REPEAT_PAUSE_NS: u64 = 1_000_000;
 /// Repetitions of a read while an image is being opened.
-const READ_RETRIES: u32 = 8;
-/// Before the first of them, in nanoseconds; it doubles with each.
-const READ_PAUSE_NS: u64 = 1_000_000;
+const READ_REPEATS: u32 = 8;
 
 /// An open, locked file.
 pub(crate) struct ImageFile<H: ImageHost> {
@@ -160,17 +160,14 @@ impl<H: ImageHost> ImageFile<H> {
     /// As [`ImageFile::read`], repeated after transient errors: for opening, where no scheduler does that yet. Each read
     /// has its own patience, or a long chain of reads would hardly ever get through.
     pub(crate) async fn read_patiently(&self, offset: u64, mut bufs: IoVec) -> (Result<(), Errno>, IoVec) {
-        let mut pause_ns = READ_PAUSE_NS;
-        for _ in 0..READ_RETRIES {
+        let mut patience = Patience::of(READ_REPEATS);
+        loop {
             let (result, back) = self.read(offset, bufs).await;
-            if !result.is_err_and(is_transient) {
+            if !result.is_err_and(is_transient) || !patience.again(&self.host).await {
                 return (result, back);
             }
             bufs = back;
-            self.host.sleep_ns(pause_ns).await;
-            pause_ns *= 2;
         }
-        self.read(offset, bufs).await
     }
 
     /// Stores `bufs` from byte `offset` on.
@@ -216,73 +213,6 @@ impl<H: ImageHost> ImageFile<H> {
         Ok(())
     }
 
-    /// Makes `len` bytes from `offset` on read as zeros, however that is done. `fast`: refuses with `EOPNOTSUPP`, nothing
-    /// changed, if they would have to be written. What lies behind the end of the file has no space in either mode, unless
-    /// `mode` asks for it.
-    pub(crate) async fn zero(&self, offset: u64, len: u64, mode: ZeroMode, fast: bool) -> Result<(), Errno> {
-        match self.zero_in_place(offset, len, mode).await {
-            Err(Errno::EOPNOTSUPP) if !fast => self.write_zeros(offset, len).await,
-            Ok(()) if mode == ZeroMode::Keep && !self.info.block_device => {
-                let (size, end) = (self.size().await?, offset + len);
-                let from = size.max(offset);
-                if from < end { self.write_zeros(from, end - from).await } else { Ok(()) }
-            }
-            result => result,
-        }
-    }
-
-    async fn zero_in_place(&self, offset: u64, len: u64, mode: ZeroMode) -> Result<(), Errno> {
-        let mode = match mode {
-            ZeroMode::Keep if self.host.bug(Bug::KeptGivenBack) => ZeroMode::Unmap,
-            ZeroMode::Unmap if self.host.bug(Bug::GivenBackKept) => ZeroMode::Keep,
-            mode => mode,
-        };
-        let align = u64::from(self.info.align_bytes);
-        let edges = !offset.is_multiple_of(align) || !len.is_multiple_of(align);
-        let ticket = self.tracker.ticket("zeros in block", offset / align);
-        if edges {
-            // Who rewrites a block whole must not bring back what is zeros by now.
-            let blocks = offset / align..(offset + len).div_ceil(align);
-            let claimed = ticket.claim(Space::HostBlocks, blocks, Access::Exclusive);
-            claimed.expect("nobody waits for a ticket that is new");
-            ticket.ready().await;
-        }
-        let mut pause_ns = REPEAT_PAUSE_NS;
-        for _ in 0..self.repeats {
-            match self.zero_once(offset, len, mode).await {
-                Err(e) if is_transient(e) => self.host.mark(Mark::OperationRepeated),
-                result => return result,
-            }
-            self.host.sleep_ns(pause_ns).await;
-            pause_ns *= 2;
-        }
-        self.zero_once(offset, len, mode).await
-    }
-
-    async fn zero_once(&self, offset: u64, len: u64, mode: ZeroMode) -> Result<(), Errno> {
-        if !KeptZeros::concerns(&self.info, mode) {
-            return self.file.zero_at(offset, len, mode).await;
-        }
-        let (of, range) = ((&self.file, &self.info), (offset, len, mode));
-        self.kept.zero(&self.host, of, range, || self.write_zeros(offset, len)).await
-    }
-
-    async fn write_zeros(&self, offset: u64, len: u64) -> Result<(), Errno> {
-        let mut buf = self.buffer(len.min(PART_BYTES as u64) as usize).await?;
-        buf.fill(0);
-        let mut bufs: IoVec = smallvec![buf];
-        let mut done = 0;
-        while done < len {
-            bufs[0].truncate((len - done).min(PART_BYTES as u64) as usize);
-            let part = bufs[0].len() as u64;
-            let (result, back) = self.write(offset + done, bufs).await;
-            result?;
-            bufs = back;
-            done += part;
-        }
-        Ok(())
-    }
-
     /// The run of data or hole from byte `offset` on, at most `len` bytes; a hole at and behind the end of the file.
     pub(crate) async fn extent(&self, offset: u64, len: u64) -> Result<(u64, bool), Errno> {
         Ok(match uninterrupted(&self.host, || self.file.extent_at(offset)).await? {
@@ -307,15 +237,13 @@ impl<H: ImageHost> ImageFile<H> {
     }
 
     async fn sync_again(&self, most: u32) -> Result<(), Errno> {
-        let (mut repeats, mut pause_ns) = (0, REPEAT_PAUSE_NS);
+        let mut patience = Patience::of(most);
         loop {
             let failures = self.kept.failures();
             match self.sync.sync(&self.host, &self.file, self.info.direct).await {
                 // Nothing was given up: see `sync.rs`.
-                Err(Errno::EINTR) if repeats < most => {
-                    (repeats, pause_ns) = (repeats + 1, pause_ns * 2);
+                Err(Errno::EINTR) if patience.again(&self.host).await => {
                     self.host.mark(Mark::OperationRepeated);
-                    self.host.sleep_ns(pause_ns / 2).await;
                     continue;
                 }
                 result => result?,
@@ -470,15 +398,10 @@ impl<H: ImageHost> ImageFile<H> {
         error: Errno,
         mut bufs: IoVec,
     ) -> (Result<usize, Errno>, IoVec) {
-        let (mut result, mut pause_ns) = (Err(error), REPEAT_PAUSE_NS);
-        for _ in 0..self.repeats {
+        let (mut result, mut patience) = (Err(error), Patience::of(self.repeats));
+        while result.is_err_and(is_transient) && patience.again(&self.host).await {
             self.host.mark(Mark::OperationRepeated);
-            self.host.sleep_ns(pause_ns).await;
             (result, bufs) = self.operate_once(way, at, bufs).await;
-            if !result.is_err_and(is_transient) {
-                break;
-            }
-            pause_ns *= 2;
         }
         (result, bufs)
     }

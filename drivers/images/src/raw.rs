@@ -114,11 +114,7 @@ impl<H: ImageHost> Node for Raw<H> {
                 Response { result, bufs: request.bufs }
             }),
             Op::Discard => Box::pin(async move {
-                // Where zeros would have to be written it is not worth it.
-                let result = match inner.file.zero(offset, len, ZeroMode::Unmap, true).await {
-                    Err(Errno::EOPNOTSUPP) => Ok(()),
-                    result => result,
-                };
+                let result = inner.file.discard(offset, len).await.map(drop);
                 Response { result, bufs: request.bufs }
             }),
             Op::Flush => Box::pin(async move {

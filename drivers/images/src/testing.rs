@@ -560,6 +560,7 @@ impl File for MemFile {
             size_bytes,
             allocated_bytes: size_bytes,
             align_bytes: self.0.align(),
+            zero_align_bytes: 1,
             direct: self.0.mode.direct,
             block_device: self.0.store.device.get(),
         }))

@@ -3,6 +3,7 @@
 use super::{DriveLoss, FileState, Inner, IoCounts, OpenFile, Running, Slot};
 use crate::faults::{Fault, IoOp, SYNC_LOST, SyncErrors};
 use crate::inode::Pending;
+use crate::pages::PAGE;
 use sim::{Entity, Timed};
 use std::rc::Rc;
 use tap_host::{Errno, SECTOR_BYTES, ZeroMode};
@@ -93,6 +94,9 @@ impl Inner {
         if inode.pending_bytes() > self.config.borrow().write_back_bytes {
             inode.write_back_half();
         }
+        drop(inode);
+        let counts = self.counts.get();
+        self.counts.set(IoCounts { written_bytes: counts.written_bytes + landed as u64, ..counts });
         landed
     }
 
@@ -115,7 +119,9 @@ impl Inner {
         if !open.direct {
             let counts = self.counts.get();
             self.counts.set(IoCounts { dropped: counts.dropped + 1, ..counts });
-            open.file.inode.borrow_mut().drop_pages(offset, len);
+            // Of a page of which a device drops a part, it forgets the sectors in that part.
+            let block = if open.file.device.get() { SECTOR_BYTES } else { PAGE as u64 };
+            open.file.inode.borrow_mut().drop_pages(offset, len, block);
         }
     }
 

@@ -241,6 +241,8 @@ async fn epoch(
     world.sim.name_entity(guest, || format!("guest 1, epoch {cut}"));
     let mut workload = workload(world, setup.size_sectors, count, plan.most_sectors());
     workload.zeroes = !plan.fills;
+    // On a device they are made part by part.
+    workload.long_zeroes = workload.zeroes && world.storage.is_device(&setup.spec.path);
     if plan.fills {
         workload.shape = Shape::Filling;
     }
@@ -413,6 +415,9 @@ pub(super) async fn last_epoch(
     if let Err(error) = probe(&guest, setup.size_sectors).await {
         world.fail(Invariant::G11, format!("reading what was written after recovery failed with {error:?}"));
     }
+    if world.storage.is_device(&setup.spec.path) {
+        check_discards(world, &guest, setup.size_sectors).await;
+    }
     match stack.vbd.close().await {
         Ok(()) => cut_after_close(world, [setup.spec.path.as_str()]),
         Err(error) => world.fail(Invariant::G11, format!("closing after recovery failed with {error:?}")),
@@ -444,6 +449,28 @@ async fn probe(guest: &Guest<DirectDisk>, size_sectors: u64) -> Result<(), Errno
     guest.run(&ops, 8).await;
     guest.one(Op::flush()).await;
     guest.read_all().await
+}
+
+/// Most bytes that all discards of a disk write together, for as long as it is open.
+const DISCARDS_WRITE: u64 = 64 << 10;
+
+/// Discards nearly all of the disk, twice: what cannot be given back is left as it is, instead of written full of zeros,
+/// and what was written before is not lost.
+async fn check_discards(world: &World, guest: &Guest<DirectDisk>, size_sectors: u64) {
+    let most = SectorRange::new(1, size_sectors as u32 - 2);
+    let mut written = 0;
+    for _ in 0..2 {
+        guest.one(Op::new(IoKind::Write, SectorRange::new(3, 20))).await;
+        let before = world.storage.counts().written_bytes;
+        guest.one(Op::new(IoKind::Discard, most)).await;
+        written += world.storage.counts().written_bytes - before;
+        if written > DISCARDS_WRITE {
+            world.fail(Invariant::M4, format!("discards of {most} wrote {written} bytes"));
+        }
+        if guest.read(SectorRange::new(0, 48)).await.is_err() {
+            world.fail(Invariant::G11, "reading what was discarded failed");
+        }
+    }
 }
 
 /// A crash may lose the clusters of writes that were not flushed, an error, or a repetition, those of its request;

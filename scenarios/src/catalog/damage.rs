@@ -364,6 +364,7 @@ impl Damaged {
             size_sectors,
             max_sectors: 24,
             zeroes: false,
+            long_zeroes: false,
             flushes: 0,
         };
         let ops = operations(&self.world.sim, entity, 0, &workload);

@@ -305,7 +305,7 @@ fn base_bytes(size_bytes: u64, view: &mut PageMap) -> Vec<u8> {
 /// The operations of one epoch: their character is the seed's.
 pub fn workload(world: &World, size_sectors: u64, count: u32, max_sectors: u32) -> Workload {
     let shape = Shape::ALL[world.mood("shape", Shape::ALL.len() as u64) as usize];
-    Workload { shape, count, size_sectors, max_sectors, zeroes: false, flushes: 0 }
+    Workload { shape, count, size_sectors, max_sectors, zeroes: false, long_zeroes: false, flushes: 0 }
 }
 
 #[cfg(test)]

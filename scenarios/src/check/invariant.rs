@@ -65,6 +65,8 @@ pub enum Invariant {
     M2,
     /// Memory.
     M3,
+    /// What a discard costs.
+    M4,
     /// Space that is promised is there.
     S1,
     /// Space that is given back is gone.
@@ -77,7 +79,7 @@ pub enum Invariant {
 
 impl Invariant {
     /// All of them.
-    pub const ALL: [Invariant; 35] = [
+    pub const ALL: [Invariant; 36] = [
         Self::G1,
         Self::G7,
         Self::G9,
@@ -109,6 +111,7 @@ impl Invariant {
         Self::M1,
         Self::M2,
         Self::M3,
+        Self::M4,
         Self::S1,
         Self::S2,
         Self::T1,
@@ -157,6 +160,7 @@ impl Invariant {
             Self::M1 => "one turn does, and one request has running, no more than a fixed amount",
             Self::M2 => "the order of requests costs no more than each of them once for each in flight",
             Self::M3 => "a disk that is closed holds no memory of the budget",
+            Self::M4 => "a discard writes next to nothing, also where it can give nothing back",
             Self::S1 => "a write to what was written, or made zeros that keep their space, needs no space",
             Self::S2 => "zeros that give their space back leave a hole, where the file can have one",
             Self::T1 => "a task does a bounded amount of work before others have their turn",

@@ -79,6 +79,9 @@ pub struct Manners {
     pub reads: Invariant,
 }
 
+/// Most sectors of a write in place of zeros that the disk does not make, or of a look at what they left.
+const PART_SECTORS: u64 = 88;
+
 /// A guest with its memory of what it did.
 pub struct Guest<D> {
     world: World,
@@ -245,7 +248,9 @@ impl<D: GuestDisk> Guest<D> {
             let changes = !matches!(op.kind, IoKind::Read | IoKind::Flush);
             if changes && self.world.setting("looks-after-failure", &[false, true]) {
                 // What a failed request left is old or new, at once and not only after the next that succeeds.
-                let _ = self.read(op.range).await;
+                for part in parts(op.range) {
+                    let _ = self.read(part).await;
+                }
             }
             if left == 0 {
                 return;
@@ -347,7 +352,15 @@ impl<D: GuestDisk> Guest<D> {
         self.history.borrow_mut().end_write(write, result.is_ok());
         self.settle(result);
         self.remark(|| format!("zeros {write} to {range} {}", ended(result)));
-        if result == Err(Errno::EOPNOTSUPP) { self.write(range).await } else { result }
+        if result == Err(Errno::EOPNOTSUPP) { self.write_parts(range).await } else { result }
+    }
+
+    /// Writes, of more than one request may have.
+    async fn write_parts(&self, range: SectorRange) -> Result<(), Errno> {
+        for part in parts(range) {
+            self.write(part).await?;
+        }
+        Ok(())
     }
 
     /// A discard: an answer of it promises nothing.
@@ -429,6 +442,13 @@ impl<D: GuestDisk> Guest<D> {
         }
         Ok(())
     }
+}
+
+/// Parts of a range of zeros that may be longer than a read or a write.
+fn parts(range: SectorRange) -> impl Iterator<Item = SectorRange> {
+    let (start, end) = (range.start.0, range.start.0 + u64::from(range.count));
+    let part = move |at: u64| SectorRange::new(at, (end - at).min(PART_SECTORS) as u32);
+    (start..end).step_by(PART_SECTORS as usize).map(part)
 }
 
 /// The end of a request in words.

@@ -72,7 +72,12 @@ impl<H: ImageHost> Image<H> {
             // Refused before anything has changed.
             let mut rest = Rest::new(start, len);
             while let Some(runs) = self.runs(&mut rest, mode).await? {
-                if runs.iter().any(|run| run.work == Work::Write) {
+                let written = |run: &Run| match run.work {
+                    Work::Nothing => false,
+                    Work::InPlace(offset) => !self.file.is_whole(offset, run.len),
+                    Work::Write => true,
+                };
+                if runs.iter().any(written) {
                     return Err(Errno::EOPNOTSUPP);
                 }
             }
@@ -96,9 +101,8 @@ impl<H: ImageHost> Image<H> {
         while let Some(runs) = self.runs(&mut rest, ZeroMode::Unmap).await? {
             for run in runs {
                 let Work::InPlace(offset) = run.work else { continue };
-                match self.file.zero(offset, run.len, ZeroMode::Unmap, true).await {
-                    Err(Errno::EOPNOTSUPP) => return Ok(()),
-                    result => result?,
+                if !self.file.discard(offset, run.len).await? {
+                    return Ok(());
                 }
             }
         }

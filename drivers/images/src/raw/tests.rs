@@ -246,3 +246,25 @@ fn zeros_are_made_in_place_or_written_and_seen_as_holes() {
         assert_eq!(zero(15, 2, false), Err(Errno::EINVAL));
     }
 }
+
+#[test]
+fn a_device_that_makes_no_holes_is_asked_once_and_keeps_its_bytes() {
+    const SECTORS: u32 = 16 << 11;
+    let world = World::new(10);
+    world.put_device("/disk", vec![7; SECTORS as usize * 512]);
+    world.refuse_zeroing();
+    let raw = open(&world, true, false).unwrap();
+    let whole = SectorRange::new(0, SECTORS);
+    let fast = ZeroFlags { unmap: true, fast: true };
+    assert_eq!(world.block_on(raw.submit(Request::write_zeroes(whole, fast))).result, Err(Errno::EOPNOTSUPP));
+    // A part is read, and put back.
+    assert_eq!((world.ops(), world.bytes("/disk").iter().all(|b| *b == 7)), (2, true));
+    for range in [whole, SectorRange::new(1, 5)] {
+        assert_eq!(world.block_on(raw.submit(Request::discard(range))).result, Ok(()));
+        assert_eq!(
+            world.block_on(raw.submit(Request::write_zeroes(range, fast))).result,
+            Err(Errno::EOPNOTSUPP)
+        );
+    }
+    assert_eq!((world.ops(), world.bytes("/disk").iter().all(|b| *b == 7)), (2, true));
+}

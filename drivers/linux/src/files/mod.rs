@@ -81,6 +81,8 @@ pub(crate) struct OpenFile {
     id: FileId,
     /// Alignment in bytes of offset, length and memory.
     align_bytes: u32,
+    /// Of ranges made zeros, in bytes: the sector of a device.
+    zero_align_bytes: u32,
     /// Lives in memory: no call waits.
     in_memory: bool,
     /// What is known of it has to be asked for elsewhere, as on NFS.
@@ -169,7 +171,7 @@ impl OpenFile {
         let end = end.ok_or(Errno::EINVAL)?.min(if offset < size { there } else { size });
         let len = end.saturating_sub(offset);
         if self.block_device {
-            let sector = u64::from(open::sector_bytes(self.fd())?);
+            let sector = u64::from(self.zero_align_bytes);
             if !offset.is_multiple_of(sector) || !len.is_multiple_of(sector) {
                 return Err(Errno::EOPNOTSUPP);
             }
@@ -290,13 +292,21 @@ impl File for LinuxFile {
     fn info(&self) -> impl Future<Output = Result<FileInfo, Errno>> + 'static {
         let open = Rc::clone(&self.open);
         async move {
-            let OpenFile { id, align_bytes, direct, block_device, .. } = *open;
+            let OpenFile { id, align_bytes, zero_align_bytes, direct, block_device, .. } = *open;
             let look = move |fd: &OwnedFd| {
                 let stat = rustix::fs::fstat(fd).map_err(of_rustix)?;
                 let size_bytes = open::size_bytes(fd, block_device)?;
                 // st_blocks counts units of 512; a device has all of its space.
                 let allocated_bytes = if block_device { size_bytes } else { stat.st_blocks as u64 * 512 };
-                Ok(FileInfo { size_bytes, allocated_bytes, align_bytes, direct, block_device, id })
+                Ok(FileInfo {
+                    size_bytes,
+                    allocated_bytes,
+                    align_bytes,
+                    zero_align_bytes,
+                    direct,
+                    block_device,
+                    id,
+                })
             };
             open.ask(look).await
         }

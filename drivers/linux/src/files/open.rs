@@ -30,6 +30,7 @@ pub(crate) struct Found {
     mode: OpenMode,
     block_device: bool,
     align_bytes: u32,
+    zero_align_bytes: u32,
     in_memory: bool,
     remote: bool,
     id: FileId,
@@ -45,6 +46,7 @@ impl Found {
             block_device: self.block_device,
             id: self.id,
             align_bytes: self.align_bytes,
+            zero_align_bytes: self.zero_align_bytes,
             in_memory: self.in_memory,
             remote: self.remote,
             // O_DIRECT goes to the device: it always waits.
@@ -82,9 +84,10 @@ pub(crate) fn open(path: &str, mode: OpenMode) -> Result<Found, Errno> {
     // A device node says nothing of what is behind it.
     let in_memory = !block_device && (magic == TMPFS || magic == RAMFS);
     let remote = !block_device && !in_memory && !LOCAL.contains(&magic);
+    let zero_align_bytes = if block_device { sector_bytes(&fd)? } else { 1 };
     let align_bytes = match (mode.direct, block_device) {
         (false, _) => 1,
-        (true, true) => sector_bytes(&fd)?,
+        (true, true) => zero_align_bytes,
         (true, false) if in_memory => SECTOR_BYTES,
         (true, false) => direct_align_bytes(&fd),
     };
@@ -93,7 +96,7 @@ pub(crate) fn open(path: &str, mode: OpenMode) -> Result<Found, Errno> {
         true => FileId { device: stat.st_rdev, inode: 0, generation: disk_number(stat.st_rdev) },
         false => FileId { device: stat.st_dev, inode: stat.st_ino, generation: born_ns(&fd) },
     };
-    Ok(Found { fd, mode, block_device, align_bytes, in_memory, remote, id })
+    Ok(Found { fd, mode, block_device, align_bytes, zero_align_bytes, in_memory, remote, id })
 }
 
 /// When a file was made, in nanoseconds: the number of one that was removed may be given to another.
@@ -132,7 +135,7 @@ fn direct_align_bytes(fd: &OwnedFd) -> u32 {
 }
 
 /// Bytes in a logical sector of a block device.
-pub(crate) fn sector_bytes(fd: &OwnedFd) -> Result<u32, Errno> {
+fn sector_bytes(fd: &OwnedFd) -> Result<u32, Errno> {
     ioctl_blksszget(fd).map_err(of_rustix)
 }
 

@@ -1,0 +1,218 @@
+//! Zeros made where there is a page cache, when a failure takes accepted writes back.
+//!
+//! ```text
+//!   write v2 ──accepted──┐
+//!   zeros: drop dirty pages ─► no space, no such command, an error ─► told        reads show v1 again
+//!   settle: punch a hole ─► else write zeros ─► else give the file up             reads show zeros: allowed
+//! ```
+//!
+//! | file | zeros that keep their space | holes |
+//! |---|---|---|
+//! | a file | ext4 drops the dirty pages of the whole blocks before it looks for space (xfs does not) | safe |
+//! | a block device | Linux drops the dirty pages before it asks the drive | the same, also where the drive cannot |
+//! | with O_DIRECT | safe: there are no dirty pages | safe |
+//!
+//! v2 is gone then, and v1 must not come back, so the range is made what the failed request may have left: zeros. A hole
+//! takes no space.
+//!
+//! Whether a drive can make holes is known once it was asked, after the pages are gone. So the first question is about a
+//! small part, whose bytes are read before and put back where the drive refuses: then nothing has changed, whatever
+//! the size of the request. It is not asked again. Of ranges that are not whole sectors it is not asked at all.
+//!
+//! While a part is settled, synchronisations wait; so a request is cut into parts. One that runs beside a failure may have
+//! missed the pages that were dropped, and what it said of them is void. It is repeated once the part is settled, so that
+//! the zeros, or what was put back, are durable in their place.
+
+use super::{ImageFile, is_transient};
+use crate::ImageHost;
+use crate::memory::PART_BYTES;
+use crate::patience::Patience;
+use smallvec::smallvec;
+use std::cell::Cell;
+use tap_core::{Access, Space, Tracker};
+use tap_host::{Bug, Errno, File, FileInfo, IoVec, Mark, Probe, ZeroMode};
+
+/// Repetitions of what settles a part, while the host answers with errors.
+const REPEATS: u32 = 7;
+/// Most bytes that are made zeros in one operation, once the drive is known to do it: what is settled if it fails, while
+/// synchronisations wait.
+const MOST_AT_ONCE_BYTES: u64 = 64 << 20;
+
+/// The zeros of one file that may cost dirty pages.
+#[derive(Default)]
+pub(super) struct KeptZeros {
+    /// What a block device has answered: for holes, and for zeros that keep their space.
+    answers: [Cell<Answer>; 2],
+    /// Orders zeros (shared) and the end of a synchronisation beside them (exclusive).
+    order: Tracker,
+    running: Cell<u32>,
+    /// Failures that may have cost dirty pages, and are settled or given up.
+    failures: Cell<u64>,
+    /// Accepted writes are gone and nothing could be put in their place.
+    given_up: Cell<bool>,
+}
+
+/// Whether a block device makes zeros in one way.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+enum Answer {
+    /// It has not been asked.
+    #[default]
+    Unknown,
+    Yes,
+    No,
+}
+
+impl KeptZeros {
+    /// Whether the file no longer holds what was answered, so that nothing of it may be used.
+    pub(super) fn gave_up(&self) -> bool {
+        self.given_up.get()
+    }
+
+    /// Whether making zeros of the file in `mode` may cost dirty pages when it fails.
+    pub(super) fn concerns(info: &FileInfo, mode: ZeroMode) -> bool {
+        !info.direct && (info.block_device || mode == ZeroMode::Keep)
+    }
+
+    fn answer(&self, mode: ZeroMode) -> &Cell<Answer> {
+        &self.answers[usize::from(mode == ZeroMode::Keep)]
+    }
+
+    /// Most bytes to be made zeros in one operation.
+    pub(super) fn most_at_once(&self, info: &FileInfo, mode: ZeroMode) -> u64 {
+        match self.answer(mode).get() {
+            _ if !Self::concerns(info, mode) => u64::MAX,
+            Answer::Unknown if info.block_device => PART_BYTES as u64,
+            _ => MOST_AT_ONCE_BYTES,
+        }
+    }
+
+    /// How many failures there were; to be noted before a synchronisation.
+    pub(super) fn failures(&self) -> u64 {
+        self.failures.get()
+    }
+
+    /// Whether zeros failed since `failures` was noted, or fail among those that run now: what was synchronised meanwhile
+    /// may not be durable.
+    pub(super) async fn failed_since(&self, host: &impl Probe, failures: u64) -> bool {
+        if self.running.get() > 0 && !host.bug(Bug::FlushPassesZeros) {
+            let ticket = self.order.ticket("synchronisation", 0);
+            ticket.claim(Space::HostBlocks, 0..1, Access::Exclusive).expect("a new ticket waits for none");
+            ticket.ready().await;
+        }
+        self.failures.get() != failures
+    }
+}
+
+impl<H: ImageHost> ImageFile<H> {
+    /// Makes a part of at most [`KeptZeros::most_at_once`] zeros where that may cost dirty pages.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` where the file cannot do it, with nothing changed. After others the part reads as zeros, or the file is
+    /// given up.
+    pub(super) async fn zero_kept(&self, offset: u64, len: u64, mode: ZeroMode) -> Result<(), Errno> {
+        let (kept, host) = (&self.kept, &self.host);
+        let answer = kept.answer(mode);
+        if answer.get() == Answer::No {
+            return Err(Errno::EOPNOTSUPP);
+        }
+        let ticket = kept.order.ticket("zeros", offset);
+        ticket.claim(Space::HostBlocks, 0..1, Access::Shared).expect("a new ticket waits for none");
+        ticket.ready().await;
+        let _running = Running::new(&kept.running);
+        let before = match self.bytes_to_put_back(offset, len, mode).await {
+            Ok(before) => before,
+            // What is there cannot be read, so it could not be put back. The drive is asked another time.
+            Err(error) => return Err(if is_transient(error) { error } else { Errno::EOPNOTSUPP }),
+        };
+        let result = self.file.zero_at(offset, len, mode).await;
+        let Err(error) = result else {
+            answer.set(Answer::Yes);
+            return result;
+        };
+        let refused = error == Errno::EOPNOTSUPP;
+        // The file cannot do it, or the call did not begin: nothing was changed.
+        if error == Errno::EAGAIN || refused && (!self.info.block_device || host.bug(Bug::DeviceTrusted)) {
+            return result;
+        }
+        if host.bug(Bug::FailedZerosLeft) {
+            return result;
+        }
+        if refused && !host.bug(Bug::HolesAskedAgain) {
+            answer.set(Answer::No);
+        }
+        let restored = before.is_some() && refused;
+        let settled = match before {
+            Some(bufs) if refused => self.put_back(offset, bufs).await,
+            before => {
+                drop(before);
+                host.mark(Mark::FailedZerosSettled);
+                self.settle_as_zeros(offset, len).await
+            }
+        };
+        if settled.is_err() {
+            kept.given_up.set(true);
+        }
+        // Only now: a synchronisation that began while the part was being settled has missed the end of that.
+        if !host.bug(Bug::FlushBesideFailedZeros) {
+            kept.failures.set(kept.failures.get() + 1);
+        }
+        match settled {
+            Err(_) if refused => Err(Errno::EIO),
+            // What a drive refuses that did it before has been done by writing.
+            Ok(()) if refused && !restored => Ok(()),
+            _ => result,
+        }
+    }
+
+    /// What a part holds that a block device is asked about for the first time.
+    async fn bytes_to_put_back(&self, offset: u64, len: u64, mode: ZeroMode) -> Result<Option<IoVec>, Errno> {
+        if !self.info.block_device || self.kept.answer(mode).get() != Answer::Unknown {
+            return Ok(None);
+        }
+        let bufs: IoVec = smallvec![self.buffer(len as usize).await?];
+        let (result, bufs) = self.read(offset, bufs).await;
+        result.map(|()| Some(bufs))
+    }
+
+    /// Puts the bytes of a part back whose dirty pages may be gone.
+    async fn put_back(&self, offset: u64, mut bufs: IoVec) -> Result<(), Errno> {
+        let mut patience = Patience::of(REPEATS);
+        loop {
+            let (result, back) = self.write(offset, bufs).await;
+            if result.is_ok() || !patience.again(&self.host).await {
+                return result;
+            }
+            bufs = back;
+        }
+    }
+
+    /// Zeros in a part whose dirty pages may be gone.
+    async fn settle_as_zeros(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        let mut patience = Patience::of(REPEATS);
+        loop {
+            let hole = self.file.zero_at(offset, len, ZeroMode::Unmap).await;
+            if hole.is_ok() || self.write_zeros(offset, len).await.is_ok() {
+                return Ok(());
+            }
+            if !patience.again(&self.host).await {
+                return hole;
+            }
+        }
+    }
+}
+
+/// Counts zeros that run.
+struct Running<'a>(&'a Cell<u32>);
+
+impl<'a> Running<'a> {
+    fn new(count: &'a Cell<u32>) -> Self {
+        count.set(count.get() + 1);
+        Self(count)
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
+    }
+}

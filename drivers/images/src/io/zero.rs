@@ -1,0 +1,111 @@
+//! Zeros and discards of ranges of a file.
+
+use super::keep::KeptZeros;
+use super::{ImageFile, is_transient};
+use crate::ImageHost;
+use crate::memory::PART_BYTES;
+use crate::patience::Patience;
+use smallvec::smallvec;
+use tap_core::{Access, Space};
+use tap_host::{Bug, Errno, File, IoVec, Mark, ZeroMode};
+
+impl<H: ImageHost> ImageFile<H> {
+    /// Makes `len` bytes from `offset` on read as zeros, however that is done. `fast`: refuses with `EOPNOTSUPP`, nothing
+    /// changed, if they would have to be written. What lies behind the end of the file has no space in either mode, unless
+    /// `mode` asks for it.
+    pub(crate) async fn zero(&self, offset: u64, len: u64, mode: ZeroMode, fast: bool) -> Result<(), Errno> {
+        let done = match self.is_whole(offset, len) {
+            true => self.zero_in_place(offset, len, mode).await?,
+            false => 0,
+        };
+        if done == 0 && fast {
+            return Err(Errno::EOPNOTSUPP);
+        }
+        if done < len {
+            return self.write_zeros(offset + done, len - done).await;
+        }
+        if mode == ZeroMode::Keep && !self.info.block_device {
+            let (size, end) = (self.size().await?, offset + len);
+            let from = size.max(offset);
+            return if from < end { self.write_zeros(from, end - from).await } else { Ok(()) };
+        }
+        Ok(())
+    }
+
+    /// Gives back what space of `len` bytes from `offset` on can be given back without writing: that part reads as zeros
+    /// then, the rest as before. Gives whether any of the file can be given back at all.
+    pub(crate) async fn discard(&self, offset: u64, len: u64) -> Result<bool, Errno> {
+        let sector = u64::from(self.info.zero_align_bytes);
+        let (start, end) = (offset.next_multiple_of(sector), (offset + len) / sector * sector);
+        if start >= end {
+            return Ok(true);
+        }
+        Ok(self.zero_in_place(start, end - start, ZeroMode::Unmap).await? > 0)
+    }
+
+    /// Whether a range is one that can be made zeros without writing them.
+    pub(crate) fn is_whole(&self, offset: u64, len: u64) -> bool {
+        let sector = u64::from(self.info.zero_align_bytes);
+        offset.is_multiple_of(sector) && len.is_multiple_of(sector)
+    }
+
+    /// Makes a range zeros without writing them; gives how many bytes of it until the file refused.
+    async fn zero_in_place(&self, offset: u64, len: u64, mode: ZeroMode) -> Result<u64, Errno> {
+        let mode = match mode {
+            ZeroMode::Keep if self.host.bug(Bug::KeptGivenBack) => ZeroMode::Unmap,
+            ZeroMode::Unmap if self.host.bug(Bug::GivenBackKept) => ZeroMode::Keep,
+            mode => mode,
+        };
+        let align = u64::from(self.info.align_bytes);
+        let edges = !offset.is_multiple_of(align) || !len.is_multiple_of(align);
+        let ticket = self.tracker.ticket("zeros in block", offset / align);
+        if edges {
+            // Who rewrites a block whole must not bring back what is zeros by now.
+            let blocks = offset / align..(offset + len).div_ceil(align);
+            let claimed = ticket.claim(Space::HostBlocks, blocks, Access::Exclusive);
+            claimed.expect("nobody waits for a ticket that is new");
+            ticket.ready().await;
+        }
+        let mut done = 0;
+        while done < len {
+            let part = (len - done).min(self.kept.most_at_once(&self.info, mode));
+            match self.zero_part(offset + done, part, mode).await {
+                Err(Errno::EOPNOTSUPP) => break,
+                result => result?,
+            }
+            done += part;
+        }
+        Ok(done)
+    }
+
+    /// Makes a part zeros, again after transient errors.
+    async fn zero_part(&self, offset: u64, len: u64, mode: ZeroMode) -> Result<(), Errno> {
+        let mut patience = Patience::of(self.repeats);
+        loop {
+            let result = match KeptZeros::concerns(&self.info, mode) {
+                true => self.zero_kept(offset, len, mode).await,
+                false => self.file.zero_at(offset, len, mode).await,
+            };
+            if !result.is_err_and(is_transient) || !patience.again(&self.host).await {
+                return result;
+            }
+            self.host.mark(Mark::OperationRepeated);
+        }
+    }
+
+    pub(super) async fn write_zeros(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        let mut buf = self.buffer(len.min(PART_BYTES as u64) as usize).await?;
+        buf.fill(0);
+        let mut bufs: IoVec = smallvec![buf];
+        let mut done = 0;
+        while done < len {
+            bufs[0].truncate((len - done).min(PART_BYTES as u64) as usize);
+            let part = bufs[0].len() as u64;
+            let (result, back) = self.write(offset + done, bufs).await;
+            result?;
+            bufs = back;
+            done += part;
+        }
+        Ok(())
+    }
+}
