@@ -36,9 +36,9 @@ fn bytes(writer: u32, size: usize) -> Vec<u8> {
 }
 
 impl Disk {
-    /// The source of this world.
-    pub(super) fn source(world: &World) -> Self {
-        let size: usize = world.setting("tools-size", &[1 << 20, 587 * 512, 3 << 20, 512]);
+    /// The source of this world, of one of these sizes.
+    pub(super) fn source(world: &World, sizes: &[usize]) -> Self {
+        let size = world.setting("tools-size", sizes);
         let kind = world.setting("tools-source", &["raw", "qcow", "overlay"]);
         if kind == "raw" {
             return Self::raw(world, BASE, bytes(1000, size));
@@ -108,48 +108,98 @@ pub(super) struct Made {
     pub(super) cluster_bytes: Option<u64>,
     /// Its header is written last: what is there as an image is whole, or what was there before.
     whole_or_nothing: bool,
+    /// It must not be made.
+    pub(super) refused: bool,
     /// What the image shows that was there before.
     old: Option<Vec<u8>>,
 }
 
-impl Made {
-    pub(super) fn draw(world: &World, source: &Disk, work: Work, epoch: u32) -> Self {
-        if work == Work::Onto {
-            return Self::onto(world, source);
-        }
+/// What is at the path of what is to be made.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Old {
+    /// Nothing.
+    New,
+    /// A disk of one sector.
+    Shorter,
+    /// One three times as large.
+    Longer,
+    /// What the command before has left there, which the power has been cut after.
+    Left,
+}
+
+/// How a command is to make its image.
+pub(super) struct Wish {
+    pub(super) work: Work,
+    /// Part of the path of what is made.
+    pub(super) place: u32,
+    pub(super) format: ImageFormat,
+    /// Options of a copy.
+    pub(super) crew: &'static str,
+    pub(super) sparse: &'static str,
+    /// The size of a cluster, in bytes.
+    pub(super) cluster: Option<u64>,
+    pub(super) old: Old,
+}
+
+pub(super) const CREWS: [&str; 3] = ["-m 8", "-m 1", "-m 3"];
+pub(super) const SPARSE: [&str; 4] = ["-S 4k", "-S 0", "-S 512", "-S 64k"];
+pub(super) const CLUSTERS: [Option<u64>; 3] = [None, Some(512), Some(65536)];
+
+impl Wish {
+    /// By the settings of this world.
+    pub(super) fn settings(world: &World, work: Work, epoch: u32) -> Self {
         let of = |first: &'static str, second: &'static str| if epoch == 0 { first } else { second };
-        let qcow = work == Work::Overlay
-            || world.setting(of("tool-format-first", "tool-format-second"), &["raw", "qcow"]) == "qcow";
-        let format = if qcow { ImageFormat::Qcow } else { ImageFormat::Raw };
-        let spec = ImageSpec { format, path: format!("/images/target{epoch}") };
+        let raw = work != Work::Overlay
+            && world.setting(of("tool-format-first", "tool-format-second"), &["raw", "qcow"]) == "raw";
+        let copies = matches!(work, Work::Convert | Work::Into);
+        let option = |name, choices: &[&'static str]| if copies { world.setting(name, choices) } else { "" };
+        let old = world.setting(of("tool-target-first", "tool-target-second"), &["new", "shorter", "longer"]);
+        Self {
+            work,
+            place: epoch,
+            format: if raw { ImageFormat::Raw } else { ImageFormat::Qcow },
+            crew: option(of("tool-crew-first", "tool-crew-second"), &CREWS),
+            sparse: option(of("tool-sparse-first", "tool-sparse-second"), &SPARSE),
+            cluster: world.setting(of("tool-cluster-first", "tool-cluster-second"), &CLUSTERS),
+            old: match old {
+                "shorter" => Old::Shorter,
+                "longer" => Old::Longer,
+                _ => Old::New,
+            },
+        }
+    }
+}
+
+impl Made {
+    pub(super) fn new(world: &World, source: &Disk, wish: &Wish) -> Self {
+        let Wish { work, format, .. } = *wish;
+        let spec = ImageSpec { format, path: format!("/images/target{}", wish.place) };
         let size = source.view.len() as u64;
         let mut args: Vec<String> = Vec::new();
         let mut add = |words: &str| args.extend(words.split_whitespace().map(str::to_owned));
         add(if matches!(work, Work::Create | Work::Overlay) { "create" } else { "convert" });
         if matches!(work, Work::Convert | Work::Into) {
-            add(world.setting(of("tool-crew-first", "tool-crew-second"), &["-m 8", "-m 1", "-m 3"]));
-            let sparse = ["-S 4k", "-S 0", "-S 512", "-S 64k"];
-            add(world.setting(of("tool-sparse-first", "tool-sparse-second"), &sparse));
+            add(wish.crew);
+            add(wish.sparse);
             add("--backing raw");
         }
-        let cluster =
-            world.setting(of("tool-cluster-first", "tool-cluster-second"), &[None, Some(512), Some(65536)]);
-        let cluster_bytes = cluster.filter(|_| qcow && work != Work::Into);
+        let qcow = format == ImageFormat::Qcow;
+        let cluster_bytes = wish.cluster.filter(|_| qcow && work != Work::Into);
         if let Some(bytes) = cluster_bytes {
             add(&format!("-o cluster_size={bytes}"));
         }
-        let old = world.setting(of("tool-target-first", "tool-target-second"), &["new", "shorter", "longer"]);
         let mut view = source.view.clone();
-        let old = match work {
-            Work::Into => {
+        let old = match (work, wish.old) {
+            (Work::Into, _) => {
                 add("-n");
                 let old = put(world, &spec, view.len() + 4096);
                 view.extend(&old[view.len()..]);
                 None
             }
-            _ if old == "shorter" => Some(put(world, &spec, 512)),
-            _ if old == "longer" => Some(put(world, &spec, 3 * view.len())),
-            _ => None,
+            (_, Old::New) => None,
+            (_, Old::Shorter) => Some(put(world, &spec, 512)),
+            (_, Old::Longer) => Some(put(world, &spec, 3 * view.len())),
+            (_, Old::Left) => shown(world, &spec, source).ok(),
         };
         match work {
             Work::Create => {
@@ -165,15 +215,24 @@ impl Made {
                 add(&named(&spec));
             }
             Work::Convert | Work::Into => add(&format!("{} {}", source.arg(), named(&spec))),
-            Work::Onto => unreachable!("it has a draw of its own"),
+            Work::Onto => unreachable!("it is made by a function of its own"),
         }
         let whole_or_nothing = qcow && matches!(work, Work::Create | Work::Overlay);
-        Self { args, spec, view, overlay: work == Work::Overlay, cluster_bytes, whole_or_nothing, old }
+        Self {
+            args,
+            spec,
+            view,
+            overlay: work == Work::Overlay,
+            cluster_bytes,
+            whole_or_nothing,
+            refused: false,
+            old,
+        }
     }
 
-    /// A new image over `source` that would be `source` itself, or the file below it.
-    fn onto(world: &World, source: &Disk) -> Self {
-        let below = source.base.as_ref().filter(|_| world.setting("tools-onto-base", &[false, true]));
+    /// A new image over `source` that would be `source` itself, or, with `base`, the file below it.
+    pub(super) fn onto(source: &Disk, base: bool) -> Self {
+        let below = source.base.as_ref().filter(|_| base);
         let path = below.map_or_else(|| source.spec.path.clone(), |(path, _)| path.clone());
         let spec = ImageSpec { format: ImageFormat::Qcow, path };
         let args = ["create", "-b", &source.spec.path, &named(&spec)].map(str::to_owned).to_vec();
@@ -184,6 +243,7 @@ impl Made {
             overlay: false,
             cluster_bytes: None,
             whole_or_nothing: false,
+            refused: true,
             old: None,
         }
     }

@@ -12,6 +12,7 @@
 //! no code with them.
 
 mod disk;
+mod remade;
 mod reports;
 
 use super::crash::{CRASH_AT, either, power};
@@ -21,13 +22,16 @@ use crate::program::Printed;
 use crate::run::Scenario;
 use crate::world::World;
 use clap::Parser as _;
-use disk::{Disk, Made, shown};
+use disk::{Disk, Made, Wish, shown};
 use kernel_model::StorageConfig;
 use kernel_model::faults::FaultPlan;
+use sim::Draw;
 use std::cell::RefCell;
 use std::rc::Rc;
 use tap_core::wait::oneshot;
 use tap_programs::img::{Cli, run};
+
+pub use remade::{IMAGE_REMADE, ROUND};
 
 /// Nothing fails for good: each command must succeed.
 pub static IMAGE_TOOLS: Scenario = Scenario {
@@ -66,8 +70,10 @@ const SECOND: [Work; 5] = [Work::Overlay, Work::Create, Work::Convert, Work::Int
 /// Operations after which the power may be cut: of a copy, and of what makes an empty image.
 const OPERATIONS: [u64; 2] = [400, 12];
 
+const SIZES: [usize; 4] = [1 << 20, 587 * 512, 3 << 20, 512];
+
 async fn tools(world: World) {
-    let source = Disk::source(&world);
+    let source = Disk::source(&world, &SIZES);
     for (epoch, choice) in [("tool-first", FIRST), ("tool-second", SECOND)].into_iter().enumerate() {
         let work = world.setting(choice.0, &choice.1);
         one(&world, &source, work, epoch as u32).await;
@@ -142,30 +148,56 @@ impl Tool {
 
 /// One command that makes something, perhaps a power cut, and what the tools say of what was made.
 async fn one(world: &World, source: &Disk, work: Work, epoch: u32) {
-    let made = Made::draw(world, source, work, epoch);
+    let made = match work {
+        Work::Onto => {
+            Made::onto(source, source.base.is_some() && world.setting("tools-onto-base", &[false, true]))
+        }
+        _ => Made::new(world, source, &Wish::settings(world, work, epoch)),
+    };
+    let most = OPERATIONS[usize::from(!matches!(work, Work::Convert | Work::Into))];
+    let cut = cut_after(world, epoch, |d| if d.below(3) == 0 { 1 + d.below(most) } else { 0 });
+    let cut_then = || world.setting(CUT_AFTER[epoch as usize], &[true, false]);
+    if make(world, source, &made, cut, cut_then).await {
+        reports::check(world, source, &made, epoch).await;
+        source.check_unchanged(world);
+    }
+}
+
+/// The operation of the storage after which the power is cut, if it is.
+fn cut_after(world: &World, epoch: u32, draw: impl FnOnce(&mut Draw) -> u64) -> Option<u64> {
     let entity = power(epoch);
     world.sim.name_entity(entity, || format!("power, epoch {epoch}"));
-    let most = OPERATIONS[usize::from(!matches!(work, Work::Convert | Work::Into))];
-    let cut = world.sim.decide(entity, &CRASH_AT, 0, |d| if d.below(3) == 0 { 1 + d.below(most) } else { 0 });
-    let tool = Tool::run(world, &made.args, (cut > 0).then_some(cut)).await;
+    Some(world.sim.decide(entity, &CRASH_AT, 0, draw)).filter(|after| *after > 0)
+}
+
+/// Lets a command make its image. The power is cut after `cut` operations, or, if `cut_then` says so, when it has ended.
+/// Gives whether the image is made and shows what it should.
+async fn make(
+    world: &World,
+    source: &Disk,
+    made: &Made,
+    cut: Option<u64>,
+    cut_then: impl FnOnce() -> bool,
+) -> bool {
+    let tool = Tool::run(world, &made.args, cut).await;
     let worked = match &tool {
-        Some(tool) if work == Work::Onto => {
+        Some(tool) if made.refused => {
             tool.refused(world, &made.args);
             Some(false)
         }
         tool => tool.as_ref().map(|tool| tool.worked(world, &made.args)),
     };
-    if worked.is_none() || world.setting(CUT_AFTER[epoch as usize], &[true, false]) {
+    if worked.is_none() || cut_then() {
         world.storage.power_cut();
         world.count(|s| s.crashes += 1);
     }
     source.check_unchanged(world);
     world.count(|s| s.requests += 1);
     if worked != Some(true) && !world.verdict.is_broken() {
-        disk::check_unfinished(world, &made, source);
+        disk::check_unfinished(world, made, source);
     }
     if worked != Some(true) || world.verdict.is_broken() {
-        return;
+        return false;
     }
     match shown(world, &made.spec, source) {
         Err((invariant, text)) => world.fail(invariant, format!("{}: {text}", made.line())),
@@ -180,9 +212,9 @@ async fn one(world: &World, source: &Disk, work: Work, epoch: u32) {
             );
             world.fail(Invariant::I1, text);
         }
-        Ok(_) => reports::check(world, source, &made, epoch).await,
+        Ok(_) => return true,
     }
-    source.check_unchanged(world);
+    false
 }
 
 const CUT_AFTER: [&str; 2] = ["cut-after-first", "cut-after-second"];

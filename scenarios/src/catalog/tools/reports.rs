@@ -11,10 +11,15 @@ use tap_images::ImageFormat;
 
 /// Asks every tool about what was made.
 pub(super) async fn check(world: &World, source: &Disk, made: &Made, epoch: u32) {
-    info(world, source, made).await;
-    check_command(world, made).await;
+    brief(world, source, made).await;
     map(world, source, made).await;
     compare(world, made, epoch).await;
+}
+
+/// Asks the tools that read little.
+pub(super) async fn brief(world: &World, source: &Disk, made: &Made) {
+    info(world, source, made).await;
+    check_command(world, made).await;
 }
 
 /// Runs a command that reads; `None` if it failed, as it may where errors are, or has been reported.
