@@ -30,7 +30,7 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
-use trial::{Limit, Selection, Sweep, Usage};
+use trial::{Limit, Marks, Selection, Sweep, Usage};
 use xshell::{Shell, cmd};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -150,13 +150,31 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
     Ok(())
 }
 
+/// A mark that was reached and is no more: a sweep of all scenarios fails then.
+fn missed_mark<'a>(
+    before: impl Iterator<Item = &'a Marks>,
+    now: impl Iterator<Item = &'a Marks>,
+) -> Option<String> {
+    let reached: BTreeSet<&String> = now.flatten().filter(|(_, n)| **n > 0).map(|(mark, _)| mark).collect();
+    before.flatten().find(|(mark, n)| **n > 0 && !reached.contains(mark)).map(|(mark, _)| mark.clone())
+}
+
 /// What is tried on every mutant.
 struct Trials<'a> {
     options: &'a Options,
     scratch: &'a Scratch,
     tapsim: PathBuf,
-    /// Which mutants each scenario reaches, and what it takes without one.
-    scenarios: BTreeMap<String, (BTreeSet<u32>, Usage)>,
+    /// Of each scenario without a mutant.
+    scenarios: BTreeMap<String, Baseline>,
+}
+
+/// What a scenario does without a mutant.
+struct Baseline {
+    /// The mutants that it reaches.
+    reached: BTreeSet<u32>,
+    usage: Usage,
+    /// How often it reaches each mark.
+    marks: Marks,
 }
 
 impl<'a> Trials<'a> {
@@ -185,7 +203,8 @@ impl<'a> Trials<'a> {
                 return Err(format!("{name} fails without a mutant, seed {:?}: {}", f.seed, f.how).into());
             }
             bar.step();
-            scenarios.insert(name, (trial::reached(&reached), usage));
+            let marks = trial::marks(&folder.join("baseline.json")).map_err(|e| e.to_string())?;
+            scenarios.insert(name, Baseline { reached: trial::reached(&reached), usage, marks });
         }
         Ok(Self { options, scratch, tapsim, scenarios })
     }
@@ -240,27 +259,39 @@ impl<'a> Trials<'a> {
     }
 
     fn is_swept(&self, mutant: &Mutant) -> bool {
-        self.scenarios.values().any(|(reached, _)| reached.contains(&mutant.number))
+        self.scenarios.values().any(|one| one.reached.contains(&mutant.number))
     }
 
     fn sweep(
         &self,
         mutant: &Mutant,
     ) -> std::result::Result<Option<trial::Finding>, Box<dyn std::error::Error + Send + Sync>> {
-        let that_reach =
-            || self.scenarios.iter().filter(|(_, (reached, _))| reached.contains(&mutant.number));
-        let scenarios: Vec<String> = that_reach().map(|(name, _)| name.clone()).collect();
-        if scenarios.is_empty() {
+        let (that_reach, others): (Vec<_>, Vec<_>) =
+            self.scenarios.iter().partition(|(_, one)| one.reached.contains(&mutant.number));
+        if that_reach.is_empty() {
             return Ok(None);
         }
-        let sum = |of: fn(&Usage) -> Duration| that_reach().map(|(_, (_, usage))| of(usage)).sum();
+        let scenarios: Vec<String> = that_reach.iter().map(|(name, _)| (*name).clone()).collect();
+        let sum = |of: fn(&Usage) -> Duration| that_reach.iter().map(|(_, one)| of(&one.usage)).sum();
         // The sweeps without a mutant had all cores.
         let wall = sum(|u| u.wall) * self.options.jobs as u32;
         let limit = Limit::after(Usage { cpu: sum(|u| u.cpu), wall });
         let sweep = Sweep { tapsim: &self.tapsim, scenarios, seeds: &self.options.seeds, jobs: 1 };
         let selection = Selection { mutant: mutant.number, reached: None };
         let name = format!("mutant-{}", mutant.number);
-        Ok(sweep.run(&self.scratch.folder(), &name, &selection, limit)?.0)
+        let finding = sweep.run(&self.scratch.folder(), &name, &selection, limit)?.0;
+        if finding.is_some() {
+            return Ok(finding);
+        }
+        let left = trial::marks(&self.scratch.folder().join(format!("{name}.json")))?;
+        let others = others.iter().map(|(_, one)| &one.marks).chain([&left]);
+        let mark = missed_mark(that_reach.iter().map(|(_, one)| &one.marks), others);
+        let finding = |mark| trial::Finding {
+            scenario: sweep.scenarios.join(" "),
+            seed: None,
+            how: format!("no run reaches the mark {mark}"),
+        };
+        Ok(mark.map(finding))
     }
 
     /// Builds the tests and runs them without a mutant.
@@ -356,5 +387,20 @@ impl<'a> Bar<'a> {
             *said = Instant::now();
             eprintln!("  {done} of {} {}, {seconds} s", self.total, self.what);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mark_that_nobody_reaches_any_more_is_a_finding() {
+        let marks =
+            |all: &[(&str, u64)]| all.iter().map(|(name, n)| ((*name).to_owned(), *n)).collect::<Marks>();
+        let (before, now) = (marks(&[("a", 2), ("b", 1), ("c", 0)]), marks(&[("a", 1), ("b", 0), ("c", 0)]));
+        assert_eq!(missed_mark([&before].into_iter(), [&now].into_iter()), Some("b".into()));
+        let others = marks(&[("b", 7)]);
+        assert_eq!(missed_mark([&before].into_iter(), [&now, &others].into_iter()), None);
     }
 }

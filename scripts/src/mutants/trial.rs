@@ -2,7 +2,7 @@
 
 use super::scratch::Executable;
 use serde_json::Value;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::process::CommandExt as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
@@ -180,6 +180,15 @@ impl Sweep<'_> {
     }
 }
 
+/// How often a sweep reached each mark, by name.
+pub(crate) type Marks = BTreeMap<String, u64>;
+
+/// The marks that a sweep reports.
+pub(crate) fn marks(json: &Path) -> Result<Marks> {
+    let report: Value = serde_json::from_str(&std::fs::read_to_string(json)?)?;
+    Ok(serde_json::from_value::<Vec<(String, u64)>>(report["marks"].clone())?.into_iter().collect())
+}
+
 /// The first failure that a sweep reports.
 fn first_failure(json: &Path) -> Option<Finding> {
     let report: Value = serde_json::from_str(&std::fs::read_to_string(json).ok()?).ok()?;
@@ -248,6 +257,8 @@ mod tests {
         assert_eq!((found.scenario.as_str(), found.seed, found.how.as_str()), ("b", Some(2), "G7"));
         std::fs::write(&json, "3\n12\n3\n").unwrap();
         assert_eq!(reached(&json), BTreeSet::from([3, 12]));
+        std::fs::write(&json, r#"{"marks": [["a", 3], ["b", 0]]}"#).unwrap();
+        assert_eq!(marks(&json).unwrap(), BTreeMap::from([("a".into(), 3), ("b".into(), 0)]));
         std::fs::write(&json, "test a::b ... ok\ntest a::c ... FAILED\n").unwrap();
         assert_eq!(failed_test(&json), Some("a::c".into()));
     }
