@@ -15,6 +15,13 @@ use tap_host::{Errno, LockKind};
 /// Which fault a call meets: kind in the low 3 bits; the next says that it has happened all the same.
 pub static CALL_FAULT: Label = Label::packed("call-fault", "the call meets fault {}", &[3, 1]);
 
+/// How long a call takes.
+pub static CALL_LATE: Label = Label::new("call-late", "the call takes {} ns");
+/// How long after a file was dropped it is closed.
+pub static CLOSE_LATE: Label = Label::new("file-close-late", "the file is closed {} ns after it was dropped");
+
+static CALL_SLOW: FaultKind = FaultKind { name: "slow-call", max_ppm: 200_000 };
+static CLOSE_SLOW: FaultKind = FaultKind { name: "slow-close", max_ppm: 300_000 };
 static CALL_ERROR: FaultKind = FaultKind { name: "call-error", max_ppm: 100_000 };
 /// There are few of these.
 static DIRECTORY_ERROR: FaultKind = FaultKind { name: "directory-error", max_ppm: 400_000 };
@@ -91,6 +98,8 @@ pub(crate) struct CallRates {
     error: u32,
     directory: u32,
     interrupted: u32,
+    slow: u32,
+    pub(crate) close_late: u32,
 }
 
 impl CallRates {
@@ -100,6 +109,8 @@ impl CallRates {
             error: rate(plan.calls, &CALL_ERROR),
             directory: rate(plan.calls, &DIRECTORY_ERROR),
             interrupted: rate(plan.calls_interrupted, &CALL_INTERRUPTED),
+            slow: rate(plan.latency, &CALL_SLOW),
+            close_late: rate(plan.latency, &CLOSE_SLOW),
         }
     }
 
@@ -131,10 +142,23 @@ pub(crate) struct Failed {
 }
 
 impl Inner {
+    /// How long `call` about `name` takes before it takes effect, in nanoseconds.
+    pub(crate) fn call_late_ns(&self, call: Call, name: &str) -> u64 {
+        let rate = self.call_rates.slow;
+        if self.is_calm() || rate == 0 && !self.sim.has_given_decisions() {
+            return 0;
+        }
+        let entity: Entity = self.sim.derive("slow-call", text_hash(name) ^ text_hash(call.role()));
+        self.sim.name_entity(entity, || {
+            format!("{} of {} about {name}", call.role(), self.sim.name_of(self.sim.current()))
+        });
+        self.sim.fault(entity, &CALL_LATE, rate, |d| d.magnitude(25))
+    }
+
     /// The fault that `call` meets, about the file or directory `name`; none where the plan does not have it, whatever a
     /// decision file says.
     pub(crate) fn call_fault(&self, call: Call, name: &str) -> Option<Failed> {
-        let CallRates { error, directory, interrupted } = self.call_rates;
+        let CallRates { error, directory, interrupted, .. } = self.call_rates;
         if self.is_calm() {
             return None;
         }
@@ -188,6 +212,7 @@ impl Inner {
         if let Some(failed) = self.call_fault(Call::Lock, &open.file.name) {
             return Err(failed.error);
         }
+        self.close_due();
         let mut locks = open.file.locks.borrow_mut();
         let conflict = |l: &(u64, LockKind)| {
             l.0 != open.id && (kind == LockKind::Exclusive || l.1 == LockKind::Exclusive)

@@ -50,6 +50,8 @@ pub static LABELS: &[&Label] = &[
     &SYNC_LOST,
     &NAME_LOST,
     &crate::calls::CALL_FAULT,
+    &crate::calls::CALL_LATE,
+    &crate::calls::CLOSE_LATE,
     &crate::sockets::SEND_CUT,
     &crate::sockets::ARRIVE_LATE,
     &crate::sockets::RECV_CUT,

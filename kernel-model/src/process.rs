@@ -4,7 +4,7 @@ use crate::calls::Call;
 use crate::faults::IoOp;
 use crate::pages::PAGE;
 use crate::sockets::Network;
-use crate::storage::{OpenFile, Storage};
+use crate::storage::{Descriptor, Storage};
 use sim::{Node, Sim, Sleep, TraceEvent};
 use std::cell::{Cell, RefCell};
 use std::future::{Future, pending, poll_fn};
@@ -109,7 +109,12 @@ impl Kernel {
 
     /// Starts a process that does nothing yet.
     pub fn process(&self, name: impl Into<String>, key: u64) -> Process {
-        Process { kernel: self.clone(), node: self.0.sim.node(name, key), stop: Rc::default() }
+        Process {
+            kernel: self.clone(),
+            node: self.0.sim.node(name, key),
+            stop: Rc::default(),
+            closed_at_ns: Rc::default(),
+        }
     }
 
     /// The storage.
@@ -124,6 +129,8 @@ pub struct Process {
     kernel: Kernel,
     node: Node,
     stop: Rc<Stop>,
+    /// When all files that it has dropped are closed.
+    closed_at_ns: Rc<Cell<u64>>,
 }
 
 /// Whether the process was asked to end, and who wants to know.
@@ -259,23 +266,29 @@ impl Files for Process {
     type File = ProcessFile;
 
     async fn open(&self, path: &str, mode: OpenMode) -> Result<ProcessFile, Errno> {
+        let storage = &self.kernel.0.storage.0;
+        self.takes(if mode.create_new { Call::Create } else { Call::Open }, path).await;
         self.alive().await;
-        let open = self.kernel.0.storage.0.open(path, mode.create_new, mode.write, mode.direct)?;
-        Ok(ProcessFile { process: self.clone(), open })
+        let open = storage.open(path, mode.create_new, mode.write, mode.direct)?;
+        Ok(ProcessFile { process: self.clone(), open: storage.descriptor(open, &self.closed_at_ns) })
     }
 
     async fn sync_parent(&self, path: &str) -> Result<(), Errno> {
+        self.takes(Call::SyncName, path).await;
         self.alive().await;
         self.kernel.0.storage.0.sync_name(path)
     }
 
     async fn remove(&self, path: &str) -> Result<(), Errno> {
+        self.takes(Call::Remove, path).await;
         self.alive().await;
         self.kernel.0.storage.0.remove(path)
     }
 
     async fn closed(&self) {
-        // A file of the model is closed as soon as it is dropped.
+        if self.is_closing() {
+            self.sleep_ns(self.closed_at_ns.get() - self.now_ns()).await;
+        }
     }
 }
 
@@ -286,13 +299,26 @@ impl Process {
             pending::<()>().await;
         }
     }
+
+    /// Whether something that it has dropped is not closed yet.
+    fn is_closing(&self) -> bool {
+        self.closed_at_ns.get() > self.now_ns()
+    }
+
+    /// Waits as long as a call about a file takes.
+    async fn takes(&self, call: Call, name: &str) {
+        let late_ns = self.kernel.0.storage.0.call_late_ns(call, name);
+        if late_ns > 0 {
+            self.sim().sleep_ns(late_ns).await;
+        }
+    }
 }
 
 /// A file that a process has open.
 #[derive(Clone)]
 pub struct ProcessFile {
     process: Process,
-    open: Rc<OpenFile>,
+    open: Rc<Descriptor>,
 }
 
 enum IoState {
@@ -324,7 +350,7 @@ impl Future for Io {
                 return Poll::Ready((Err(error), bufs));
             }
             let storage = &this.file.process.kernel.0.storage.0;
-            this.state = IoState::Running(storage.start(op, &this.file.open, offset, len, bufs));
+            this.state = IoState::Running(storage.start(op, this.file.open.open_file(), offset, len, bufs));
             this.file.process.kernel.0.load.start();
         }
         match this.state {
@@ -433,23 +459,20 @@ impl File for ProcessFile {
 
     fn set_size(&self, size_bytes: u64) -> impl Future<Output = Result<(), Errno>> + 'static {
         let file = self.clone();
-        let mut done = false;
-        poll_fn(move |_| {
-            if done || !file.process.node.step() {
-                return Poll::Pending;
-            }
-            done = true;
+        async move {
+            file.takes(Call::SetSize).await;
+            file.process.alive().await;
             if !file.open.write {
-                return Poll::Ready(Err(Errno::EBADF));
+                return Err(Errno::EBADF);
             }
             if file.open.file.device.get() {
-                return Poll::Ready(Err(Errno::EINVAL));
+                return Err(Errno::EINVAL);
             }
             if size_bytes > FILE_BYTES_MAX {
-                return Poll::Ready(Err(Errno::EFBIG));
+                return Err(Errno::EFBIG);
             }
-            Poll::Ready(file.process.kernel.0.storage.0.set_size(&file.open, size_bytes))
-        })
+            file.process.kernel.0.storage.0.set_size(&file.open, size_bytes)
+        }
     }
 
     fn zero_at(
@@ -488,6 +511,7 @@ impl File for ProcessFile {
     fn extent_at(&self, offset: u64) -> impl Future<Output = Result<Option<FileExtent>, Errno>> + 'static {
         let file = self.clone();
         async move {
+            file.takes(Call::Extent).await;
             file.process.alive().await;
             file.process.kernel.0.storage.0.look(Call::Extent, &file.open)?;
             let inode = file.open.file.inode.borrow();
@@ -502,19 +526,35 @@ impl File for ProcessFile {
 
     fn info(&self) -> impl Future<Output = Result<FileInfo, Errno>> + 'static {
         let file = self.clone();
-        async move { file.look() }
+        async move {
+            file.takes(Call::Info).await;
+            file.look()
+        }
     }
 
     fn lock(&self, kind: LockKind) -> impl Future<Output = Result<(), Errno>> + 'static {
         let file = self.clone();
         async move {
-            file.process.alive().await;
-            file.process.kernel.0.storage.0.lock(&file.open, kind)
+            file.takes(Call::Lock).await;
+            loop {
+                file.process.alive().await;
+                let result = file.process.kernel.0.storage.0.lock(&file.open, kind);
+                // As tap-linux: what the process itself has dropped is waited for.
+                let drops = result == Err(Errno::EAGAIN) && file.process.is_closing();
+                if !drops {
+                    return result;
+                }
+                file.process.closed().await;
+            }
         }
     }
 }
 
 impl ProcessFile {
+    async fn takes(&self, call: Call) {
+        self.process.takes(call, &self.open.file.name).await;
+    }
+
     fn look(&self) -> Result<FileInfo, Errno> {
         self.process.kernel.0.storage.0.look(Call::Info, &self.open)?;
         let file = &self.open.file;

@@ -3,6 +3,7 @@
 //! Operations are the device's, not the process's: a process that dies leaves them to land. Its descriptors, and with
 //! them its locks, go only when its last operation has ended, as on Linux; so who has the lock has no stray writes.
 
+mod closing;
 mod effect;
 mod nth;
 mod power;
@@ -10,6 +11,7 @@ mod power;
 use crate::calls::{Call, CallRates};
 use crate::faults::{self, Fault, FaultPlan, IO_FAULT, IO_LATE, IoOp, Rates, SyncErrors, decode};
 use crate::inode::{Content, Inode};
+pub(crate) use closing::Descriptor;
 pub use nth::{Concerned, NthFailure};
 use nth::{Nth, NthCounts};
 use sim::{Entity, Sim, Timed, text_hash};
@@ -164,6 +166,8 @@ pub(crate) struct Inner {
     calm: Cell<bool>,
     full: Cell<bool>,
     nth_counts: NthCounts,
+    /// What was dropped and is not closed yet, and when it is.
+    closing: RefCell<Vec<(u64, Rc<OpenFile>)>>,
     hook: RefCell<Option<Hook>>,
 }
 
@@ -196,6 +200,7 @@ impl Storage {
             calm: Cell::new(false),
             full: Cell::new(false),
             nth_counts: NthCounts::default(),
+            closing: RefCell::default(),
             hook: RefCell::default(),
         }))
     }
@@ -250,8 +255,15 @@ impl Storage {
 
     /// The locks that open files hold on it.
     pub fn locks(&self, name: &str) -> Vec<LockKind> {
+        self.0.close_due();
         let files = self.0.files.borrow();
         files.get(name).map_or(Vec::new(), |f| f.locks.borrow().iter().map(|l| l.1).collect())
+    }
+
+    /// Whether some process has dropped the file and it is not closed yet.
+    pub fn is_closing(&self, name: &str) -> bool {
+        self.0.close_due();
+        self.0.closing.borrow().iter().any(|(_, open)| open.file.name == name)
     }
 
     /// The file's bytes as reads see them now.

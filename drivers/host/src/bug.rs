@@ -45,6 +45,7 @@ list! {
         FlushBesideFailedZeros = "a flush that ran beside zeros that failed is taken as good",
         FailedZerosLeft = "zeros that failed leave the range as the host left it",
         DeviceTrusted = "a block device that cannot make holes is taken to have changed nothing when it says so",
+        CloseUnawaited = "a disk is said to be closed while the host still closes its file",
         HolesAskedAgain = "a block device that cannot make holes is asked with each discard",
         KeptUnmapped = "zeros that are to keep their space are left out where nothing is mapped",
         KeptGivenBack = "zeros that are to keep their space give it back",

@@ -171,7 +171,8 @@ pub trait File: Clone + 'static {
     /// # Errors
     /// As fstat(2).
     fn info(&self) -> impl Future<Output = Result<FileInfo, Errno>> + 'static;
-    /// Takes or changes this open file's lock without waiting for who holds it.
+    /// Takes or changes this open file's lock without waiting for who holds it; but what this process has dropped, and
+    /// is not closed yet, is waited for.
     ///
     /// # Errors
     /// `EAGAIN` while another open file holds a conflicting lock.

@@ -6,7 +6,7 @@
 use crate::ImageHost;
 use crate::patience::Patience;
 use std::future::Future;
-use tap_host::{Errno, File, FileId, Mark, OpenMode};
+use tap_host::{Bug, Errno, File, FileId, Mark, OpenMode};
 
 /// Repetitions of one call that was interrupted.
 const REPEATS: u32 = 8;
@@ -23,6 +23,13 @@ pub(crate) async fn uninterrupted<H: ImageHost, T, F: Future<Output = Result<T, 
             return result;
         }
         host.mark(Mark::OperationRepeated);
+    }
+}
+
+/// Completes when what was dropped is closed: who is told that an image is closed may take its file for something else.
+pub(crate) async fn closed<H: ImageHost>(host: &H) {
+    if !host.bug(Bug::CloseUnawaited) {
+        host.closed().await;
     }
 }
 

@@ -1,9 +1,13 @@
 //! How often, and after which pauses, something is tried that may pass.
+//!
+//! Pauses double from 1 ms on, and end at a second, where what is waited for is no longer a moment's trouble.
 
 use tap_host::Time;
 
 /// Before the second try, in nanoseconds; it doubles with each.
 const PAUSE_NS: u64 = 1_000_000;
+/// The longest pause, in nanoseconds.
+const PAUSE_MAX_NS: u64 = 1_000_000_000;
 
 /// What is left of the patience with one operation.
 pub(crate) struct Patience {
@@ -24,7 +28,7 @@ impl Patience {
         }
         host.sleep_ns(self.pause_ns).await;
         self.repeats -= 1;
-        self.pause_ns *= 2;
+        self.pause_ns = (self.pause_ns * 2).min(PAUSE_MAX_NS);
         true
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! A file that does not end with a whole sector opens read-only; its last sector is filled up with zeros.
 
+use crate::calls::closed;
 use crate::io::{ImageFile, sync_name};
 use crate::{ImageError, ImageHost, OpenOptions};
 use std::cell::RefCell;
@@ -143,10 +144,9 @@ impl<H: ImageHost> Node for Raw<H> {
                 true => Ok(()),
                 false => inner.file.sync_to_close().await,
             };
-            // Who is told that it is closed may take the file for something else.
             let host = inner.host.clone();
             drop(inner);
-            host.closed().await;
+            closed(&host).await;
             synced
         })
     }

@@ -11,6 +11,7 @@
 //! its name), and holds for one boot: what was lost is gone for good with the page cache, and a guest has to look.
 
 use crate::ImageHost;
+use crate::patience::Patience;
 use tap_host::{Bug, Errno, File, FileId, FileInfo, SharedPage};
 
 /// Where in the page the number of the boot is: 16 bytes.
@@ -18,10 +19,10 @@ const BOOT: usize = 0;
 /// Where the state is: a number.
 const STATE: usize = 16;
 
-/// Attempts to open a page on a host that is short of memory or descriptors.
-const ATTEMPTS: u32 = 11;
-/// Before the second of them, in nanoseconds; it doubles with each.
-const PAUSE_NS: u64 = 1_000_000;
+/// Repetitions of opening a page on a host that is short of memory or descriptors: about a second.
+const LACK_REPEATS: u32 = 10;
+/// Repetitions while somebody else owns the page, who writes back all of a file system meanwhile: about two minutes.
+const OWNER_REPEATS: u32 = 130;
 
 const CLEAN: u32 = 0;
 const BEGUN: u32 = 1;
@@ -100,20 +101,24 @@ fn may_pass(error: Errno) -> bool {
     matches!(error, Errno::ENOMEM | Errno::EMFILE | Errno::ENFILE | Errno::EINTR | Errno::EIO)
 }
 
-/// A page that `open` opens; waits about a second for a host that is short of something, and for another owner to its end.
+/// A page that `open` opens; waits about a second for a host that is short of something, and two minutes for another owner.
+///
+/// # Errors
+/// As `open`'s; `EBUSY` where the other owner does not come to an end.
 async fn page<H: ImageHost>(
     host: &H,
     open: impl Fn() -> Result<H::Region, Errno>,
 ) -> Result<H::Region, Errno> {
-    let (mut pause_ns, mut attempts) = (PAUSE_NS, ATTEMPTS);
+    let (mut lack, mut owner) = (Patience::of(LACK_REPEATS), Patience::of(OWNER_REPEATS));
     loop {
-        match open() {
-            Err(error) if may_pass(error) && attempts > 1 => {
-                host.sleep_ns(pause_ns).await;
-                (pause_ns, attempts) = (pause_ns * 2, attempts - 1);
-            }
-            Err(Errno::EBUSY) => host.sleep_ns(PAUSE_NS).await,
-            result => return result,
+        let result = open();
+        let again = match &result {
+            Err(Errno::EBUSY) => owner.again(host).await,
+            Err(error) if may_pass(*error) => lack.again(host).await,
+            _ => false,
+        };
+        if !again {
+            return result;
         }
     }
 }
@@ -135,4 +140,39 @@ async fn died_in_it<H: ImageHost>(host: &H, file: &H::File, info: &FileInfo) -> 
     let lost = file.file_system_lost().await.unwrap_or(true) || before;
     told.ended(lost);
     lost
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::World;
+    use tap_host::{Files, OpenMode};
+
+    /// Whether the file of a process that died in a synchronisation may be lost, while somebody else owns the page about the
+    /// file system for so many looks.
+    fn lost_while_owned(looks: u32) -> bool {
+        let world = World::new(1);
+        world.put("/disk", vec![0; 512]);
+        world.owned_by_another(looks);
+        world.block_on({
+            let world = world.clone();
+            async move {
+                let file = world.open("/disk", OpenMode::WRITE).await.unwrap();
+                let info = file.info().await.unwrap();
+                let (record, _) = SyncRecord::take_up(&world, &file, &info).await;
+                record.as_ref().unwrap().begun();
+                // As a death leaves it.
+                std::mem::forget(record);
+                SyncRecord::take_up(&world, &file, &info).await.1
+            }
+        })
+    }
+
+    #[test]
+    fn another_owner_is_waited_for_and_not_for_ever() {
+        assert!(!lost_while_owned(0));
+        assert!(!lost_while_owned(OWNER_REPEATS));
+        assert!(lost_while_owned(OWNER_REPEATS + 1), "where nothing can be said, nothing is promised");
+        assert!(lost_while_owned(u32::MAX));
+    }
 }

@@ -49,6 +49,8 @@ struct Inner {
     shuffle: Cell<bool>,
     align: Cell<u32>,
     pages: RefCell<BTreeMap<String, MemPage>>,
+    /// For how many looks more another process owns every page.
+    owned: Cell<u32>,
     bugs: RefCell<BTreeSet<Bug>>,
     marks: RefCell<Vec<Mark>>,
 }
@@ -133,6 +135,11 @@ impl World {
         self.0.align.set(align);
     }
     /// Files cannot make ranges zeros by themselves.
+    /// Another process owns every page for so many looks.
+    pub(crate) fn owned_by_another(&self, looks: u32) {
+        self.0.owned.set(looks);
+    }
+
     pub(crate) fn refuse_zeroing(&self) {
         self.0.no_zeroing.set(true);
     }
@@ -353,9 +360,14 @@ impl SharedPages for World {
         let new = || MemPage(Rc::new(RefCell::new(vec![0; 4096])));
         Ok(self.0.pages.borrow_mut().entry(name.to_owned()).or_insert_with(new).clone())
     }
-    /// Images own none.
-    fn own_region(&self, _: &str) -> Result<MemPage, Errno> {
-        Err(Errno::EOPNOTSUPP)
+    fn own_region(&self, name: &str) -> Result<MemPage, Errno> {
+        match self.0.owned.get().checked_sub(1) {
+            Some(left) => {
+                self.0.owned.set(left);
+                Err(Errno::EBUSY)
+            }
+            None => self.region(name),
+        }
     }
     fn boot_id(&self) -> Result<[u8; 16], Errno> {
         Ok([1; 16])

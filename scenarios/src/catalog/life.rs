@@ -177,10 +177,10 @@ async fn live(world: &World, setup: &Setup, host: &SimHost, limits: &StackLimits
     world.sim.name_entity(who, || "guest 1".into());
     let ops = operations(&world.sim, who, 0, &shape);
     let (closed, close) = oneshot();
-    let (s, g, l) = (Rc::clone(&stack), guest.clone(), Rc::clone(&life));
+    let (s, g, l, images) = (Rc::clone(&stack), guest.clone(), Rc::clone(&life), setup.clone());
     host.spawn("controller", 0, async move {
         pauses(&l, &s).await;
-        close_under_load(&l, &s, &g).await;
+        close_under_load(&l, &s, &g, &images).await;
         let _ = closed.send(());
     });
     let (l, top, size_sectors) = (Rc::clone(&life), stack.node(), setup.size_sectors);
@@ -269,7 +269,7 @@ async fn pauses(life: &Life, stack: &Stack) {
 }
 
 /// Closes the disk while the guest goes on. What was answered before is durable then.
-async fn close_under_load(life: &Life, stack: &Stack, guest: &Guest<Fickle>) {
+async fn close_under_load(life: &Life, stack: &Stack, guest: &Guest<Fickle>, setup: &Setup) {
     let (world, vbd) = (&life.world, &stack.vbd);
     let after = world.sim.decide(life.entity, &CLOSE_AFTER, 0, |d| d.magnitude(24));
     if world.setting("close-when-done", &[false, true]) {
@@ -309,6 +309,7 @@ async fn close_under_load(life: &Life, stack: &Stack, guest: &Guest<Fickle>) {
         if closes.is_empty() { Poll::Ready(()) } else { Poll::Pending }
     })
     .await;
+    setup.check_closed(world);
     let result = results[0];
     if results.iter().any(|other| *other != result) {
         world.fail(Invariant::D1, format!("two closes at once end with {results:?}"));

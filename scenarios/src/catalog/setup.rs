@@ -186,6 +186,17 @@ impl Setup {
         }
     }
 
+    /// Who is told that a disk is closed may take its files for something else.
+    pub fn check_closed(&self, world: &World) {
+        let paths = self.base.iter().map(|(path, _)| path).chain(&self.below).chain([&self.spec.path]);
+        if let Some(path) = paths.into_iter().find(|path| world.storage.is_closing(path)) {
+            world.fail(
+                Invariant::D1,
+                format!("a disk is said to be closed, and {path} is still being closed"),
+            );
+        }
+    }
+
     /// Looks at the bytes of the image and of what it is based on.
     pub fn check_bytes(&self, world: &World, when: &str) {
         if let Some((path, bytes)) = &self.base

@@ -39,6 +39,7 @@ mod zero;
 pub use check::{CheckReport, check};
 pub use create::{CreateOptions, create};
 
+use crate::calls::closed;
 use crate::io::ImageFile;
 use crate::memory::ImageStages;
 use crate::{ImageError, ImageHost, OpenOptions};
@@ -181,15 +182,14 @@ impl<H: ImageHost> Node for Qcow<H> {
         Box::pin(async move {
             let Some(image) = open else { return Ok(()) };
             let flushed = if read_only { Ok(()) } else { image.finish().await };
-            let closed = match &image.backing {
+            let below = match &image.backing {
                 Some(backing) => backing.close().await,
                 None => Ok(()),
             };
-            // Who is told that it is closed may take the file for something else.
             let host = image.host.clone();
             drop(image);
-            host.closed().await;
-            flushed.and(closed)
+            closed(&host).await;
+            flushed.and(below)
         })
     }
 }

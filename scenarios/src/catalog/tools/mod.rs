@@ -29,6 +29,7 @@ use sim::Draw;
 use std::cell::RefCell;
 use std::rc::Rc;
 use tap_core::wait::oneshot;
+use tap_host::Files;
 use tap_programs::img::{Cli, run};
 
 pub use remade::{IMAGE_REMADE, ROUND};
@@ -101,7 +102,9 @@ impl Tool {
         let ((done, ended), status) = (oneshot(), Rc::new(RefCell::new(None)));
         let (p, s) = (Rc::clone(&printed), Rc::clone(&status));
         process.node().spawn("main", 0, async move {
-            let status = run(host, cli, &*p).await;
+            let status = run(host.clone(), cli, &*p).await;
+            // Who waits for a process to end finds its files closed.
+            host.closed().await;
             *s.borrow_mut() = Some(status);
             let _ = done.send(());
         });
