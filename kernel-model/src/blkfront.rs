@@ -103,6 +103,8 @@ struct Inner {
     /// Somebody takes responses.
     serving: Cell<bool>,
     server: RefCell<Option<Waker>>,
+    /// Who goes on at the next interrupt.
+    idle: RefCell<Vec<Waker>>,
     /// Who waits for that to end.
     closer: RefCell<Option<Waker>>,
 }
@@ -135,6 +137,7 @@ impl Blkfront {
             closing: Cell::new(false),
             serving: Cell::new(false),
             server: RefCell::default(),
+            idle: RefCell::default(),
             closer: RefCell::default(),
         }))
     }
@@ -241,6 +244,8 @@ impl Blkfront {
     async fn next_response(&self, ring: &GuestRing) -> Option<Result<RawResponse, Errno>> {
         let mut next = pin!(ring.next());
         poll_fn(|cx| {
+            let idle = std::mem::take(&mut *self.0.idle.borrow_mut());
+            idle.into_iter().for_each(Waker::wake);
             if self.0.closing.get() {
                 return Poll::Ready(None);
             }
@@ -349,6 +354,21 @@ impl Blkfront {
             page.end(&self.0.port).map_err(|e| format!("{gref} cannot be taken back: {e:?}"))?;
         }
         Ok(())
+    }
+
+    /// Waits for the next interrupt, one without a response included, and `most_ns` at most: programs go on when their
+    /// CPU has time for them, and that may be between any two steps of a back end on another one.
+    pub async fn idle(&self, most_ns: u64) {
+        let mut late = pin!(self.0.port.xen().sim().sleep_ns(most_ns));
+        let mut waited = false;
+        poll_fn(|cx| {
+            if std::mem::replace(&mut waited, true) {
+                return Poll::Ready(());
+            }
+            self.0.idle.borrow_mut().push(cx.waker().clone());
+            late.as_mut().poll(cx)
+        })
+        .await;
     }
 
     async fn slot(&self) -> usize {

@@ -111,6 +111,8 @@ pub enum Shape {
     FlushHeavy,
     /// Reads first in runs, then scattered small writes, as a system that starts.
     BootLike,
+    /// Whole blocks at a few places that are written, made zeros and flushed at once.
+    Zeroing,
     /// Large writes that reach every part of the disk, hardly ever flushed.
     Filling,
 }
@@ -159,7 +161,11 @@ impl Stream {
 /// Draws the operations of `guest` and takes each as a decision. Positions of left-out operations are `None`.
 pub fn operations(sim: &Sim, guest: Entity, stream: u64, workload: &Workload) -> Vec<Option<Op>> {
     // How many of a seed's writes are zeros or discards; it only shapes how decisions are drawn.
-    let zeroes_one_in = [6, 2][mix2(sim.swarm().seed(), stream) as usize % 2];
+    let (zeroes_one_in, forms) = match workload.shape {
+        // Zeros that keep their space are those that fail in the middle.
+        Shape::Zeroing => (2, [1, 1, 1, 1, 2, 2, 3, 4]),
+        _ => ([6, 2][mix2(sim.swarm().seed(), stream) as usize % 2], [1, 1, 2, 2, 3, 3, 4, 4]),
+    };
     let drawn = if sim.is_replaying() { Vec::new() } else { draw(sim.swarm().seed(), stream, workload) };
     (0..workload.count)
         .map(|i| {
@@ -175,7 +181,7 @@ pub fn operations(sim: &Sim, guest: Entity, stream: u64, workload: &Workload) ->
                 return Some(op);
             }
             let form = sim.decide(guest, &OP_FORM, i, |d| match d.below(zeroes_one_in) {
-                0 => 1 + d.below(4) + if workload.long_zeroes && d.below(3) == 0 { 4 } else { 0 },
+                0 => forms[d.below(8) as usize] + if workload.long_zeroes && d.below(3) == 0 { 4 } else { 0 },
                 _ => 0,
             });
             let form = if form > 4 && !workload.long_zeroes { form - 4 } else { form };
@@ -221,6 +227,7 @@ fn draw_one(rng: &mut Stream, w: &Workload, i: u32, hot: &[u64], cursor: &mut u6
         Shape::Overlapping => (chance(5), chance(30)),
         Shape::FlushHeavy => (chance(40), chance(10)),
         Shape::BootLike => (i > w.count / 2 && chance(15), i < w.count / 2 || chance(20)),
+        Shape::Zeroing => (chance(25), chance(10)),
         Shape::Filling => (chance(2), chance(4)),
     };
     match w.shape {
@@ -238,6 +245,7 @@ fn draw_one(rng: &mut Stream, w: &Workload, i: u32, hot: &[u64], cursor: &mut u6
             let part = (u64::from(i) * ((parts * 5 / 8) | 1) + rng.below(2)) % parts;
             at = w.size_sectors / parts * part + rng.below(w.size_sectors / parts);
         }
+        Shape::Zeroing if at % 8 != 0 => at = hot[0] / 8 * 8,
         Shape::Overlapping => at = hot[0].saturating_add(rng.below(12)) % w.size_sectors,
         _ => {}
     }

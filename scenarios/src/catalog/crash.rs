@@ -7,7 +7,7 @@
 //! ```
 
 use super::failures::{self, passing_storage};
-use super::setup::{Setup, cut_after_close, workload};
+use super::setup::{Setup, cut_after_close, cut_after_drop, workload};
 use crate::check::oracle::{Oracle, is_broken};
 use crate::check::{BeforeCut, Invariant, lost_to_error};
 use crate::explore::Explorer;
@@ -120,6 +120,15 @@ pub static RAW_ERRORS: Scenario = Scenario {
     body: |w| Box::pin(power_cuts(w, Plan { raw: true, cuts: 2, ..PLAIN })),
 };
 
+/// A few blocks of a raw disk, which are written, made zeros and flushed again and again: what a host drops of its cache
+/// before zeros fail is all that there is to lose.
+pub static RAW_ZEROS: Scenario = Scenario {
+    name: "raw-zeros",
+    about: "a few blocks of a raw disk are written, made zeros and flushed at once, and zeros fail in every way; power cuts",
+    storage: error_storage,
+    body: |w| Box::pin(power_cuts(w, Plan { raw: true, cuts: 6, ops: 20, zeros: true, ..PLAIN })),
+};
+
 /// What crash states are counted on: 8 MiB in 4 KiB clusters.
 pub static EXPLORE_QCOW: Scenario = Scenario {
     name: "explore-qcow",
@@ -169,15 +178,20 @@ struct Plan {
     ops: u32,
     /// The disk is filled to its last cluster, again after every cut.
     fills: bool,
+    /// It is small, and much of it is made zeros.
+    zeros: bool,
     /// After the first, power is cut within the first operations of the recovery.
     recovery_only: bool,
 }
 
-const PLAIN: Plan = Plan { raw: false, overlay: false, cuts: 1, ops: 40, fills: false, recovery_only: false };
+const PLAIN: Plan =
+    Plan { raw: false, overlay: false, cuts: 1, ops: 40, fills: false, zeros: false, recovery_only: false };
 
 const DISK_BYTES: u64 = 1 << 20;
 /// Size of a disk that is filled: larger than the slack that a format's bounds may have.
 const FILLED_BYTES: u64 = 4 << 20;
+/// Size of a disk that is made zeros.
+const ZEROS_BYTES: u64 = 96 << 10;
 /// Sectors in one write of those that fill it.
 const FILL_SECTORS: u32 = 256;
 /// Size of the disk whose crash states are counted.
@@ -195,7 +209,7 @@ async fn power_cuts(world: World, plan: Plan) {
             let cluster_bits = world.setting("filled-cluster-bits", &[12, 11, 10]);
             Setup::qcow_of(&world, 0, FILLED_BYTES, plan.overlay, cluster_bits, 13)
         }
-        None if plan.raw => Setup::raw(&world, 0, DISK_BYTES),
+        None if plan.raw => Setup::raw(&world, 0, if plan.zeros { ZEROS_BYTES } else { DISK_BYTES }),
         None => Setup::qcow(&world, 0, DISK_BYTES, plan.overlay),
     };
     let on_file = plan.fills || world.options.explore || world.options.image.is_some();
@@ -221,7 +235,11 @@ async fn power_cuts(world: World, plan: Plan) {
 impl Plan {
     /// Sectors in the largest request.
     fn most_sectors(self) -> u32 {
-        if self.fills { FILL_SECTORS } else { 88 }
+        match self {
+            Self { fills: true, .. } => FILL_SECTORS,
+            Self { zeros: true, .. } => 24,
+            _ => 88,
+        }
     }
 }
 
@@ -245,12 +263,17 @@ async fn epoch(
     workload.long_zeroes = workload.zeroes && world.storage.is_device(&setup.spec.path);
     if plan.fills {
         workload.shape = Shape::Filling;
+    } else if plan.zeros {
+        workload.shape = Shape::Zeroing;
     }
     let ops = operations(&world.sim, guest, u64::from(cut), &workload);
-    arm_power_cut(world, setup, cut, if recovering { 24 } else { u64::from(plan.ops) * 4 }, {
-        let node = node.clone();
-        move || node.kill()
-    });
+    let own = node.clone();
+    if plan.zeros && cut % 2 == 1 {
+        cut_after_drop(world, cut, move || own.kill());
+    } else {
+        let most = if recovering { 24 } else { u64::from(plan.ops) * 4 };
+        arm_power_cut(world, setup, cut, most, move || own.kill());
+    }
     let (done, finished) = oneshot();
     let (w, s, l, f) = (world.clone(), setup.clone(), *limits, Rc::clone(flush_failed));
     let h = host.clone();

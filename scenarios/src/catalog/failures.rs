@@ -46,6 +46,18 @@ pub(super) fn passing_storage(sim: &Sim) -> StorageConfig {
     StorageConfig { faults: FaultPlan::PASSING, nth_failure: passing(sim), ..StorageConfig::default() }
 }
 
+/// In half of the seeds some synchronisations fail, one or a few in a row.
+pub(super) fn losing_syncs(sim: &Sim) -> Option<NthFailure> {
+    let n = number(sim, |d| if d.below(2) == 0 { 0 } else { 1 + d.below(200) });
+    (n > 0).then(|| NthFailure {
+        n,
+        times: setting(sim, "failure-lasts", &[1, 1, 2, 5]),
+        of: Concerned::Syncs,
+        effect: 0,
+        error: Errno::EIO,
+    })
+}
+
 fn number(sim: &Sim, draw: impl FnOnce(&mut Draw) -> u64) -> u64 {
     let entity = Entity::WORLD.child("nth-failure", 0);
     let n = sim.decide(entity, &FAIL_NTH, 0, draw);

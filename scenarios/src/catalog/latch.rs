@@ -1,5 +1,6 @@
 //! Synchronisations that fail and processes that die, together: what a flush said holds for all who come later.
 
+use super::failures::losing_syncs;
 use super::ring::{DISK_BYTES, in_guest, kills, next_guests, operations_of, start};
 use super::setup::Setup;
 use crate::check::Invariant;
@@ -18,7 +19,7 @@ use tap_core::wait::oneshot;
 pub static FLUSH_ERRORS_AND_DEATHS: Scenario = Scenario {
     name: "flush-errors-and-deaths",
     about: "syncs fail and lose data once, tapdisk dies in and after them; no later flush says ok before a reboot",
-    storage: |_| StorageConfig {
+    storage: |sim| StorageConfig {
         faults: FaultPlan {
             sync_errors: true,
             sync_interrupted: true,
@@ -26,6 +27,7 @@ pub static FLUSH_ERRORS_AND_DEATHS: Scenario = Scenario {
             ..FaultPlan::LATENCY
         },
         sync_errors: SyncErrors::Linux,
+        nth_failure: losing_syncs(sim),
         ..StorageConfig::default()
     },
     body: |w| Box::pin(flush_errors_and_deaths(w)),
@@ -46,7 +48,7 @@ fn die_in_syncs(world: &World, machine: &Rc<Machine>) {
         if seen.replace(losses) == losses || machine.spared.get() {
             return;
         }
-        if w.sim.decide(entity, &DIES_IN_SYNC, losses as u32, |d| u64::from(d.below(4) == 0)) > 0
+        if w.sim.decide(entity, &DIES_IN_SYNC, losses as u32, |d| u64::from(d.below(2) == 0)) > 0
             && let Some(host) = machine.tapdisk()
         {
             host.process.node().kill();
@@ -97,6 +99,7 @@ async fn flush_errors_and_deaths(world: World) {
     }
     machine.power_cut().await;
     world.sim.stop_faults();
+    world.storage.stop_failures();
     for setup in &setups {
         setup.check(&world, "after the power cut").await;
     }

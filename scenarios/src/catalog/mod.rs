@@ -31,6 +31,7 @@ pub static ALL: &[&Scenario] = &[
     &crash::RECOVERY_CRASH,
     &crash::QCOW_ERRORS,
     &crash::RAW_ERRORS,
+    &crash::RAW_ZEROS,
     &ring::FRONTEND_RECONNECT,
     &ring::HOSTILE_FRONTEND,
     &ring::TWO_GUESTS,

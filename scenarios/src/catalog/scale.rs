@@ -7,8 +7,8 @@
 //!                               small reads at the end       ┘
 //! ```
 
-use super::crash::{CRASH_AT, arm_power_cut, power};
-use super::setup::{Setup, cut_after_close, workload};
+use super::crash::arm_power_cut;
+use super::setup::{Setup, cut_after_close, cut_after_drop, workload};
 use crate::check::{Invariant, walker};
 use crate::guest::{DirectDisk, Guest, Manners};
 use crate::run::Scenario;
@@ -18,7 +18,6 @@ use crate::world::{World, setting};
 use kernel_model::faults::FaultPlan;
 use kernel_model::{Inode, PAGE, SimHost, StorageConfig};
 use sim::{Entity, Label};
-use std::cell::Cell;
 use std::rc::Rc;
 use tap_core::wait::oneshot;
 use tap_core::{Node, ZeroFlags};
@@ -167,20 +166,6 @@ async fn without_space(
     setup.history.borrow_mut().power_cut();
     setup.check(world, "after a power cut while there was no space").await;
     None
-}
-
-/// Calls `cut` some operations after the first zeros that drop dirty pages.
-fn cut_after_drop(world: &World, epoch: u32, cut: impl Fn() + 'static) {
-    let after = world.sim.decide(power(epoch), &CRASH_AT, 0, |d| 1 + d.below(12));
-    let (storage, dropped, at) = (world.storage.clone(), world.storage.counts().dropped, Cell::new(None));
-    world.storage.set_hook(Some(Rc::new(move |op| {
-        if at.get().is_none() && storage.counts().dropped > dropped {
-            at.set(Some(op + after));
-        }
-        if at.get() == Some(op) {
-            cut();
-        }
-    })));
 }
 
 /// A disk that is served, and its guest.

@@ -1,11 +1,13 @@
 //! What crash scenarios start from: an image, its backing file, the history of its disk.
 
+use super::crash;
 use crate::check::{BlockHistory, Initial, Invariant, shipped, walker};
 use crate::image::{QcowShape, RealImage, Stored, layer_cluster, make_qcow};
 use crate::workload::{Shape, Workload};
 use crate::world::World;
 use kernel_model::{Content, Inode, PAGE, PageMap};
-use std::cell::RefCell;
+use sim::Draw;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use tap_host::{LockKind, SECTOR_BYTES};
 use tap_images::{ImageFormat, ImageSpec};
@@ -311,6 +313,25 @@ fn base_bytes(size_bytes: u64, view: &mut PageMap) -> Vec<u8> {
     bytes.truncate(len);
     view.write(0, &bytes);
     bytes
+}
+
+/// Calls `cut` some operations after the first zeros that drop dirty pages.
+pub(super) fn cut_after_drop(world: &World, epoch: u32, cut: impl Fn() + 'static) {
+    let draw = |d: &mut Draw| {
+        // Most that goes wrong does so while they are mended.
+        let most = [4, 12][d.below(2) as usize];
+        1 + d.below(most)
+    };
+    let after = world.sim.decide(crash::power(epoch), &crash::CRASH_AT, 0, draw);
+    let (storage, dropped, at) = (world.storage.clone(), world.storage.counts().dropped, Cell::new(None));
+    world.storage.set_hook(Some(Rc::new(move |op| {
+        if at.get().is_none() && storage.counts().dropped > dropped {
+            at.set(Some(op + after));
+        }
+        if at.get() == Some(op) {
+            cut();
+        }
+    })));
 }
 
 /// The operations of one epoch: their character is the seed's.

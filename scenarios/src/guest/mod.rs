@@ -64,6 +64,10 @@ pub trait GuestDisk: Clone + 'static {
         let _ = range;
         async { Err(Errno::EOPNOTSUPP) }
     }
+    /// Lets a program be idle for a while, where that means anything to a back end.
+    fn idle(&self) -> impl Future<Output = ()> {
+        std::future::ready(())
+    }
     /// Sectors that one request may have at most.
     fn max_sectors(&self) -> u32;
 }
@@ -207,12 +211,16 @@ impl<D: GuestDisk> Guest<D> {
     /// Runs all operations, `depth` at a time, each as a task of its own, so that one left out changes no other.
     pub async fn run(&self, ops: &[Option<Op>], depth: usize) {
         let gate = Gate::default();
+        let idles = self.world.setting("guest-idles", &[false, false, false, true]);
         for (i, op) in ops.iter().enumerate() {
             let Some(op) = *op else { continue };
             gate.below(depth.max(1)).await;
             gate.enter();
             let (guest, gate) = (self.clone(), gate.clone());
             self.world.sim.spawn_once("op", i as u64, async move {
+                if idles && i % 2 == 1 {
+                    guest.disk.idle().await;
+                }
                 guest.one(op).await;
                 gate.leave();
             });

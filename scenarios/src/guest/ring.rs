@@ -6,6 +6,9 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use tap_host::{Errno, IoKind, SectorRange};
 
+/// How long a program is idle, at most.
+const IDLE_NS: u64 = 30_000;
+
 /// A disk behind a ring.
 #[derive(Clone)]
 pub struct RingDisk {
@@ -76,6 +79,10 @@ impl GuestDisk for RingDisk {
 
     async fn flush(&self) -> Result<(), Errno> {
         self.front.io(IoKind::Flush, SectorRange::default(), |_| {}, |_| {}).await
+    }
+
+    async fn idle(&self) {
+        self.front.idle(IDLE_NS).await;
     }
 
     fn max_sectors(&self) -> u32 {
