@@ -21,7 +21,7 @@ pub static OP_FORM: Label =
 pub static OP_FLUSHES: Label = Label::new("op-flushes", "operation {n} is a flush with data");
 
 /// How many times as many sectors a long form has.
-const LONG: u32 = 24;
+pub const LONG: u32 = 24;
 
 /// One operation.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

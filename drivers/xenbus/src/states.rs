@@ -5,6 +5,10 @@ use crate::patience::patiently;
 use tap_abi::xenbus::XenbusState;
 use tap_host::{Errno, Probe, Time, Transaction, Xenstore};
 
+/// Most bytes of a value: what is longer is a sentence for people. A driver domain may have no more than 2048, and a
+/// message has to hold the path as well; one that is too long looks like a quota that is used up, and is never written.
+const VALUE_BYTES_MAX: usize = 1024;
+
 /// Keys beside the state, relative to the directory.
 pub(crate) type Keys<'a> = &'a [(&'a str, String)];
 
@@ -65,7 +69,8 @@ async fn attempt<H: Xenstore>(
         tx.remove(&format!("{dir}/error")).await?;
     }
     for (key, value) in keys {
-        tx.write(&format!("{dir}/{key}"), value.as_bytes()).await?;
+        let end = value.floor_char_boundary(VALUE_BYTES_MAX);
+        tx.write(&format!("{dir}/{key}"), &value.as_bytes()[..end]).await?;
     }
     tx.write(&path, state.as_bytes()).await?;
     tx.commit().await?;

@@ -14,7 +14,7 @@ use crate::explore::Explorer;
 use crate::guest::{DirectDisk, Guest, Manners};
 use crate::run::Scenario;
 use crate::stack::{Stack, StackLimits};
-use crate::workload::{Op, Shape, operations};
+use crate::workload::{LONG, Op, Shape, operations};
 use crate::world::{World, setting};
 use kernel_model::SimHost;
 use kernel_model::StorageConfig;
@@ -229,7 +229,9 @@ async fn power_cuts(world: World, plan: Plan) {
     let tail = if limits.direct { u64::from(world.storage.direct_align_bytes()) } else { 0 };
     // A file that is direct ends with a whole block; who opens it next begins behind that, as nobody knows what it holds.
     let tails = world.stats().crashes * (tail >> setup.cluster_bits).saturating_sub(1);
-    check_leaks(&world, &setup, leaked_before + tails, plan.most_sectors());
+    // Zeros of a device may be long.
+    let most_sectors = plan.most_sectors() * if on_device { LONG } else { 1 };
+    check_leaks(&world, &setup, leaked_before + tails, most_sectors);
 }
 
 impl Plan {
@@ -393,8 +395,22 @@ async fn work(
         }
     }
     guest.set_manners(Manners { reads: if recovered { manners.reads } else { Invariant::G1 }, ..manners });
-    guest.run(ops, limits.guest_depth).await;
+    let first = if world.storage.is_device(&setup.spec.path) { flush_beside_discard(world) } else { 0 };
+    if first > 0 {
+        let range = SectorRange::new(0, 64);
+        guest.one(Op::new(IoKind::Write, range)).await;
+        guest.run(&[Some(Op::flush()), Some(Op::new(IoKind::Discard, range))], 2).await;
+    }
+    if first < 2 {
+        guest.run(ops, limits.guest_depth).await;
+    }
     flush_failed.set(flush_failed.get() || guest.flush_failed());
+}
+
+/// Whether a guest of a device begins with a flush and a discard at once (1), after which the power is cut (2): what a
+/// drive refuses for the first time costs dirty pages.
+fn flush_beside_discard(world: &World) -> u32 {
+    world.setting("flush-beside-discard", &[0, 1, 2, 2])
 }
 
 fn guest_window(world: &World) -> u32 {
@@ -503,8 +519,9 @@ fn check_leaks(world: &World, setup: &Setup, leaked_before: u64, most_sectors: u
     let stats = world.stats();
     let content = setup.content(world);
     // A place where the medium failed is not used again, also where the request got through by another. One that was
-    // given back by a request that is repeated is known to the process only; a crash loses it.
-    let repeated = world.kernel.marks()[Mark::RequestRetried as usize];
+    // given back by a request that is repeated, as a whole or by its parts, is known to the process only; a crash loses it.
+    let marks = world.kernel.marks();
+    let repeated = marks[Mark::RequestRetried as usize] + marks[Mark::MergedSplit as usize];
     let errors = stats.errors + world.storage.counts().failed;
     let bound =
         leaked_before + stats.lost_clusters + (errors + repeated) * lost_to_error(&content, most_sectors);

@@ -248,6 +248,20 @@ fn zeros_are_made_in_place_or_written_and_seen_as_holes() {
 }
 
 #[test]
+fn a_device_that_makes_holes_is_believed_from_then_on() {
+    const SECTORS: u32 = 16 << 11;
+    let world = World::new(11);
+    world.put_device("/disk", vec![7; SECTORS as usize * 512]);
+    let raw = open(&world, true, false).unwrap();
+    let whole = SectorRange::new(0, SECTORS);
+    for ops in [3, 4] {
+        assert_eq!(world.block_on(raw.submit(Request::discard(whole))).result, Ok(()));
+        assert_eq!(world.ops(), ops, "a part, what it held, and the rest; then all at once");
+        assert!(world.bytes("/disk").iter().all(|b| *b == 0));
+    }
+}
+
+#[test]
 fn a_device_that_makes_no_holes_is_asked_once_and_keeps_its_bytes() {
     const SECTORS: u32 = 16 << 11;
     let world = World::new(10);

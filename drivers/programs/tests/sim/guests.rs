@@ -278,7 +278,9 @@ fn a_watcher_tells_the_toolstack_why_it_cannot() {
         let tools = Toolstack::new(&sim, &kernel, &xen);
         let daemon = Daemon::start(&kernel, &xen, 1, "xen --watch");
         tools.settle().await;
+        let long = format!("raw:/{}", "ä".repeat(2010));
         for (params, why) in [
+            (long.as_str(), "ää"),
             ("raw:/gone", "/gone"),
             ("/a", "raw:/a or qcow:/a"),
             ("vhd:/a", "no format"),
