@@ -337,8 +337,13 @@ impl<H: ImageHost> ImageFile<H> {
             return Ok(false);
         }
         *done -= rest;
-        // Less than one block was moved: it would be no more the next time.
-        if *done == 0 { Err(Errno::EIO) } else { Ok(true) }
+        match way {
+            _ if *done > 0 => Ok(true),
+            // The file ended here and has grown since.
+            Way::Read => Err(Errno::EAGAIN),
+            // Less than one block was moved: it would be no more the next time.
+            Way::Write => Err(Errno::EIO),
+        }
     }
 
     /// One operation from byte `done` of the transfer on; gives how far it came.
