@@ -5,6 +5,7 @@
 mod bench;
 mod ci;
 mod mutants;
+mod tidy;
 mod xen_host;
 
 use std::process::ExitCode;
@@ -20,6 +21,8 @@ Tasks:
   bench     measures tapdisk against other servers; `cargo xtask bench --help`
   mutants   puts slips of engineers into a copy of the stack and counts which of them sweeps and tests notice;
             `cargo xtask mutants --help`
+  tidy      looks for long files and functions, circles between files, public items that nothing names, and documents
+            that name what is not there
   xen-host  boots a real Xen host under QEMU's emulation and runs tests, a script or a shell in its dom0;
             `cargo xtask xen-host --help`
   help      this text
@@ -32,6 +35,7 @@ fn main() -> ExitCode {
         "ci" => ci::run(),
         "bench" => bench::run(&args[1..]),
         "mutants" => mutants::run(&args[1..]),
+        "tidy" => tidy::run(&args[1..]),
         // Its exit status is the one of what ran inside.
         "xen-host" => return xen_host::main(&args[1..]),
         "help" | "--help" | "-h" => {
