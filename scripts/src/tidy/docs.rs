@@ -3,6 +3,8 @@
 use super::Finding;
 use super::sources::Sources;
 
+/// Has the list of all scenarios.
+const CATALOG: &str = "scenarios/src/catalog/mod.rs";
 /// Endings of what is taken for a path.
 const ENDINGS: [&str; 5] = [".rs", ".md", ".toml", ".sh", ".run"];
 
@@ -39,7 +41,11 @@ fn paths(line: &str) -> Vec<&str> {
             && !word.contains("target/")
             && word.chars().any(|c| c.is_ascii_lowercase())
     };
-    marked.filter(is_path).filter(|word| !word.contains("NAME")).collect()
+    // A word in capitals stands for any.
+    let any = |word: &&str| {
+        word.split(['/', '.']).any(|part| part.len() > 1 && part.chars().all(|c| c.is_ascii_uppercase()))
+    };
+    marked.filter(is_path).filter(|word| !any(word)).collect()
 }
 
 /// A path may leave out the folders that the text is about.
@@ -56,18 +62,21 @@ fn count_before(line: &str, word: &str) -> Option<usize> {
     digits.parse().ok()
 }
 
-/// Statics that are a scenario.
+/// How many scenarios the list of all has.
 fn scenarios(sources: &Sources) -> usize {
-    let catalog = sources.rust.iter().filter(|(path, _)| path.starts_with("scenarios/src/catalog"));
-    catalog
-        .flat_map(|(_, rust)| &rust.tree.items)
-        .filter(|item| match item {
-            syn::Item::Static(item) => {
-                matches!(&*item.ty, syn::Type::Path(ty) if ty.path.is_ident("Scenario"))
-            }
-            _ => false,
-        })
-        .count()
+    let items = sources.rust.get(CATALOG).into_iter().flat_map(|rust| &rust.tree.items);
+    let lists = items.filter_map(|item| match item {
+        syn::Item::Static(list) if list.ident == "ALL" => Some(&*list.expr),
+        _ => None,
+    });
+    let elements = lists.filter_map(|expr| match expr {
+        syn::Expr::Reference(list) => match &*list.expr {
+            syn::Expr::Array(array) => Some(array.elems.len()),
+            _ => None,
+        },
+        _ => None,
+    });
+    elements.sum()
 }
 
 #[cfg(test)]
@@ -77,8 +86,8 @@ mod tests {
     #[test]
     fn paths_and_counts_that_are_not_there_are_found() {
         let mut sources = Sources::default();
-        let catalog = "pub static A: Scenario = B;\npub static C: Other = D;\n";
-        sources.put("scenarios/src/catalog/a.rs", catalog.into()).unwrap();
+        sources.put(CATALOG, "pub static ALL: &[&Scenario] = &[&a::A];".into()).unwrap();
+        sources.put("scenarios/src/catalog/a.rs", String::new()).unwrap();
         let text =
             "`catalog/a.rs` and `a.rs`, not `b.rs` or `log/a.rs`\n12 scenarios, `target/b.rs`, 1 scenarios\n";
         sources.put("x.md", text.into()).unwrap();

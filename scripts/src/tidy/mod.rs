@@ -7,8 +7,8 @@
 //!   docs       paths and counts that documents name
 //! ```
 //!
-//! What has to stay all the same stands in `scripts/tidy.toml`, with its reason. An exception that nothing needs any more
-//! is a finding, too.
+//! What has to stay all the same stands in `scripts/tidy.toml`, with its reason. An exception that nothing needs any
+//! more is a finding, too.
 
 mod circles;
 mod dead;
