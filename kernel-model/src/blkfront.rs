@@ -399,8 +399,8 @@ impl Blkfront {
         }
     }
 
-    /// One request. `fill` puts the bytes of a write into pieces of granted pages, `look` sees those of a read in them. A
-    /// flush of some sectors is one with data: everything before is durable with the answer, and so is the data.
+    /// One request. `fill` puts the bytes of a write into pieces of granted pages, `look` sees those of a read in them.
+    /// A flush of some sectors is one with data: everything before is durable with the answer, and so is the data.
     ///
     /// # Errors
     /// `EIO` when the back end answers with an error, `EOPNOTSUPP` when it does not know the operation.
@@ -428,52 +428,9 @@ impl Blkfront {
     ) -> Result<(), Errno> {
         let layout = self.0.layout.borrow().clone().map_or(SegmentLayout::WHOLE, |layout| layout(range));
         let pages = pages_for(range.count, layout);
-        let mut segments = [Segment { gref: 0, first: 0, last: 0 }; MAX_SEGMENTS];
-        let request = {
-            let mut shadows = self.0.shadow.borrow_mut();
-            let shadow = &mut shadows[slot];
-            while shadow.pages.len() < pages {
-                let page = GrantedPage::new(&self.0.port, self.0.back, false)?;
-                poison(&page);
-                shadow.pages.push(page);
-            }
-            if !shadow.pages[..pages].iter().all(is_poisoned) {
-                (self.0.complain)("a page was written after its request was answered".into());
-            }
-            let pieces = pieces(&shadow.pages[..pages], range.count, layout);
-            segments.iter_mut().zip(&pieces).for_each(|(segment, piece)| *segment = piece.segment());
-            if kind != IoKind::Read {
-                fill(&pieces);
-            }
-            shadow.turn += 1;
-            let op = match kind {
-                IoKind::Read => BlkifOp::Read,
-                IoKind::Write => BlkifOp::Write,
-                IoKind::Flush => BlkifOp::Flush,
-                IoKind::WriteZeroes | IoKind::Discard => return Err(Errno::EOPNOTSUPP),
-            };
-            let id = slot as u64 | shadow.turn << 8;
-            let request =
-                BlkifRequest::new(id, op, range.start.0, &segments[..pages]).map_err(|_| Errno::EINVAL)?;
-            shadow.status = None;
-            shadow.request = Some(request);
-            request
-        };
+        let request = self.prepare(slot, kind, range, (layout, pages), fill)?;
         if self.0.open.get() {
-            let ring = self.0.ring.borrow().clone();
-            if let Some(ring) = ring {
-                if !ring.put(&request) {
-                    (self.0.complain)("the ring is full although a slot is free".into());
-                }
-                if !ring.publish() {
-                    let me = self.0.clone();
-                    ring.watch_sleep(move |text| {
-                        if me.open.get() {
-                            (me.complain)(text);
-                        }
-                    });
-                }
-            }
+            self.post(&request);
         }
         let status = poll_fn(|cx| {
             let mut shadows = self.0.shadow.borrow_mut();
@@ -504,6 +461,65 @@ impl Blkfront {
             STATUS_OKAY => Ok(()),
             STATUS_EOPNOTSUPP => Err(Errno::EOPNOTSUPP),
             _ => Err(Errno::EIO),
+        }
+    }
+}
+
+/// The steps of one request.
+impl Blkfront {
+    /// Fills the pages of `slot` and makes the request.
+    fn prepare(
+        &self,
+        slot: usize,
+        kind: IoKind,
+        range: SectorRange,
+        (layout, pages): (SegmentLayout, usize),
+        fill: impl FnOnce(&[DataPiece<'_>]),
+    ) -> Result<BlkifRequest, Errno> {
+        let mut segments = [Segment { gref: 0, first: 0, last: 0 }; MAX_SEGMENTS];
+        let mut shadows = self.0.shadow.borrow_mut();
+        let shadow = &mut shadows[slot];
+        while shadow.pages.len() < pages {
+            let page = GrantedPage::new(&self.0.port, self.0.back, false)?;
+            poison(&page);
+            shadow.pages.push(page);
+        }
+        if !shadow.pages[..pages].iter().all(is_poisoned) {
+            (self.0.complain)("a page was written after its request was answered".into());
+        }
+        let pieces = pieces(&shadow.pages[..pages], range.count, layout);
+        segments.iter_mut().zip(&pieces).for_each(|(segment, piece)| *segment = piece.segment());
+        if kind != IoKind::Read {
+            fill(&pieces);
+        }
+        shadow.turn += 1;
+        let op = match kind {
+            IoKind::Read => BlkifOp::Read,
+            IoKind::Write => BlkifOp::Write,
+            IoKind::Flush => BlkifOp::Flush,
+            IoKind::WriteZeroes | IoKind::Discard => return Err(Errno::EOPNOTSUPP),
+        };
+        let id = slot as u64 | shadow.turn << 8;
+        let request =
+            BlkifRequest::new(id, op, range.start.0, &segments[..pages]).map_err(|_| Errno::EINVAL)?;
+        shadow.status = None;
+        shadow.request = Some(request);
+        Ok(request)
+    }
+
+    /// Puts a request on the ring, if there is one.
+    fn post(&self, request: &BlkifRequest) {
+        let Some(ring) = self.0.ring.borrow().clone() else { return };
+        if !ring.put(request) {
+            (self.0.complain)("the ring is full although a slot is free".into());
+        }
+        if !ring.publish() {
+            let me = self.0.clone();
+            ring.watch_sleep(move |text| {
+                if me.open.get() {
+                    (me.complain)(text);
+                }
+            });
         }
     }
 }

@@ -70,8 +70,8 @@ pub struct Options {
     pub store_late_bits: u32,
     /// Longest time that a dead process keeps a port, as a power of two of nanoseconds.
     pub close_late_bits: u32,
-    /// Domains run on CPUs of their own: others move between two accesses of shared memory, and stores arrive late. Else
-    /// all of the machine is one CPU, which sees its own stores at once.
+    /// Domains run on CPUs of their own: others move between two accesses of shared memory, and stores arrive late.
+    /// Else all of the machine is one CPU, which sees its own stores at once.
     pub other_cpus: bool,
 }
 
@@ -302,14 +302,6 @@ impl Xen {
         self.table(dom, |table| table.allocate(grant))
     }
 
-    /// Changes what an entry permits, or takes it back (`None`), whoever has it mapped; mappings stay.
-    ///
-    /// # Errors
-    /// `EINVAL` without such an entry.
-    pub fn set_grant(&self, dom: DomId, gref: GrantRef, grant: Option<Grant>) -> Result<(), Errno> {
-        self.table(dom, |table| table.set(gref, grant))
-    }
-
     /// Frees an entry.
     ///
     /// # Errors
@@ -415,8 +407,8 @@ impl Xen {
         }
     }
 
-    /// Closes a port of a dead process, now or later: a kernel gives back one thing after the other, and a successor may
-    /// be there before that is over.
+    /// Closes a port of a dead process, now or later: a kernel gives back one thing after the other, and a successor
+    /// may be there before that is over.
     pub(crate) fn close_port_of_dead(&self, id: PortId, process: Entity) {
         let late_ns = self.0.sim.decide(process, &CLOSE_LATE, id.port.0, |draw| {
             if draw.ppm(self.0.rates.close_late) { draw.magnitude(self.0.options.close_late_bits) } else { 0 }

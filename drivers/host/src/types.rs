@@ -9,13 +9,6 @@ pub const SECTOR_BYTES: u64 = 512;
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct Sector(pub u64);
 
-impl Sector {
-    /// The byte offset of the sector's start, or `None` above 2^64.
-    pub fn byte_offset(self) -> Option<u64> {
-        self.0.checked_mul(SECTOR_BYTES)
-    }
-}
-
 /// `count` sectors from `start`; may be empty.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub struct SectorRange {

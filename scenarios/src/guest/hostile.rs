@@ -344,64 +344,7 @@ impl Hostile {
         segments[count as usize - 1].gref = gref;
         let request = BlkifRequest::new(id, op, detail % (HONEST_SECTORS - 8 * count), &segments);
         let mut e = request.map(|r| r.encode()).unwrap_or([0; ENTRY_BYTES]);
-        let sector =
-            |e: &mut [u8; ENTRY_BYTES], s: u64| e[SECTOR..SECTOR + 8].copy_from_slice(&s.to_le_bytes());
-        let size = self.attached.setup.size_sectors;
-        let expect = match trick {
-            1 | 2 => Expect::Ok,
-            3 => {
-                e[NR_SEGMENTS] = 0;
-                Expect::Error
-            }
-            4 => {
-                e[NR_SEGMENTS] = 12 + (detail % 240) as u8;
-                Expect::Error
-            }
-            5 => {
-                (e[at + FIRST], e[at + LAST]) = (5, 2);
-                Expect::Error
-            }
-            6 => {
-                e[at + LAST] = 8 + (detail % 240) as u8;
-                Expect::Error
-            }
-            7 => {
-                sector(&mut e, size - detail % 7);
-                Expect::Error
-            }
-            8 => {
-                sector(&mut e, u64::MAX - detail % 16);
-                Expect::Error
-            }
-            9 => {
-                e[at + 24..at + 28].copy_from_slice(&(5000 + (detail as u32 & 0xfff_ffff)).to_le_bytes());
-                Expect::Error
-            }
-            10 => Expect::Error,
-            11 => {
-                e[OP] = UNKNOWN_OPS[(detail % 5) as usize];
-                Expect::Error
-            }
-            12 => {
-                // Nothing that it could mean lies outside of what is honest, but for the id.
-                let mut draw = sim::Draw::new(detail);
-                let keep = (e[SECTOR..SECTOR + 8].to_vec(), e[8..16].to_vec());
-                e.iter_mut().for_each(|b| *b = draw.bits() as u8);
-                e[SECTOR..SECTOR + 8].copy_from_slice(&keep.0);
-                e[8..16].copy_from_slice(&keep.1);
-                Expect::Any
-            }
-            13 => {
-                // A page of another table, or of nobody.
-                e[at + 24..at + 28].copy_from_slice(&[0xff; 4]);
-                Expect::Error
-            }
-            _ => {
-                e[OP] = 3;
-                e[NR_SEGMENTS] = 0;
-                Expect::Ok
-            }
-        };
+        let expect = spoil(&mut e, trick, detail, at, self.attached.setup.size_sectors);
         (e, expect)
     }
 
@@ -497,5 +440,65 @@ impl Hostile {
             self.world.fail(Invariant::K1, "the back end keeps pages of a closed front end mapped");
         }
         Ok(())
+    }
+}
+
+/// Makes `e`, whose last segment is at byte `at`, what `trick` says, and tells what must come of it.
+fn spoil(e: &mut [u8; ENTRY_BYTES], trick: u64, detail: u64, at: usize, size_sectors: u64) -> Expect {
+    let sector = |e: &mut [u8; ENTRY_BYTES], s: u64| e[SECTOR..SECTOR + 8].copy_from_slice(&s.to_le_bytes());
+    match trick {
+        1 | 2 => Expect::Ok,
+        3 => {
+            e[NR_SEGMENTS] = 0;
+            Expect::Error
+        }
+        4 => {
+            e[NR_SEGMENTS] = 12 + (detail % 240) as u8;
+            Expect::Error
+        }
+        5 => {
+            (e[at + FIRST], e[at + LAST]) = (5, 2);
+            Expect::Error
+        }
+        6 => {
+            e[at + LAST] = 8 + (detail % 240) as u8;
+            Expect::Error
+        }
+        7 => {
+            sector(e, size_sectors - detail % 7);
+            Expect::Error
+        }
+        8 => {
+            sector(e, u64::MAX - detail % 16);
+            Expect::Error
+        }
+        9 => {
+            e[at + 24..at + 28].copy_from_slice(&(5000 + (detail as u32 & 0xfff_ffff)).to_le_bytes());
+            Expect::Error
+        }
+        10 => Expect::Error,
+        11 => {
+            e[OP] = UNKNOWN_OPS[(detail % 5) as usize];
+            Expect::Error
+        }
+        12 => {
+            // Nothing that it could mean lies outside of what is honest, but for the id.
+            let mut draw = sim::Draw::new(detail);
+            let keep = (e[SECTOR..SECTOR + 8].to_vec(), e[8..16].to_vec());
+            e.iter_mut().for_each(|b| *b = draw.bits() as u8);
+            e[SECTOR..SECTOR + 8].copy_from_slice(&keep.0);
+            e[8..16].copy_from_slice(&keep.1);
+            Expect::Any
+        }
+        13 => {
+            // A page of another table, or of nobody.
+            e[at + 24..at + 28].copy_from_slice(&[0xff; 4]);
+            Expect::Error
+        }
+        _ => {
+            e[OP] = 3;
+            e[NR_SEGMENTS] = 0;
+            Expect::Ok
+        }
     }
 }
