@@ -20,6 +20,8 @@ pub(crate) fn run() -> Result<()> {
     step("lints", || {
         Ok(cmd!(sh, "cargo clippy --workspace --all-targets --locked -- --deny warnings").run()?)
     })?;
+    step("tidy", || crate::tidy::run(&[]))?;
+    step("documentation", || Ok(cmd!(sh, "cargo doc --workspace --no-deps --locked --quiet").run()?))?;
     step("tests", || Ok(cmd!(sh, "cargo test").run()?))?;
     step("build without the guard", || {
         // An environment RUSTFLAGS, even an empty one, hides the cfg of .cargo/config.toml.

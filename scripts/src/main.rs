@@ -16,8 +16,8 @@ House scripts.
 Usage: cargo xtask TASK
 
 Tasks:
-  ci        everything that must hold before a change lands: format, lints, tests, the build without the guard's cfg,
-            what ships, a guest on a real Xen host under emulation, and a release sweep whose seeds come from the commit
+  ci        everything that must hold before a change lands: format, lints, tidy, tests, the build without the guard's
+            cfg, what ships, a guest on a real Xen host under emulation, and a release sweep whose seeds come from the commit
   bench     measures tapdisk against other servers; `cargo xtask bench --help`
   mutants   puts slips of engineers into a copy of the stack and counts which of them sweeps and tests notice;
             `cargo xtask mutants --help`

@@ -4,7 +4,6 @@
 //!   request ─► cache mode ─► scheduler (order, merging, retry) ─► image, and what is below it
 //! ```
 
-use crate::img::BackingArg;
 use crate::size::{parse_size, show_size};
 use crate::spec::DiskSpec;
 use clap::{Args, ValueEnum};
@@ -32,6 +31,37 @@ pub struct DiskOptions {
     pub patience_ns: u64,
     /// What the memory of the image, and of everything below it, is taken of.
     pub memory: Budget,
+}
+
+/// What may be opened below an image.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
+pub enum BackingArg {
+    /// Nothing: an image that names a backing file is refused
+    #[default]
+    Refuse,
+    /// Any file, as raw
+    Raw,
+    /// Any file, as qcow
+    Qcow,
+    /// Any file, as what it looks like; not for files that a guest could write as raw disks
+    Probe,
+}
+
+impl BackingArg {
+    /// As what a backing file is opened; `None` where none is.
+    pub(crate) fn format(self) -> Option<ImageFormat> {
+        match self {
+            BackingArg::Refuse => None,
+            BackingArg::Raw => Some(ImageFormat::Raw),
+            BackingArg::Qcow => Some(ImageFormat::Qcow),
+            BackingArg::Probe => Some(ImageFormat::Probe),
+        }
+    }
+
+    /// The policy for opening.
+    pub fn policy(self) -> BackingPolicy {
+        self.format().map_or(BackingPolicy::Refuse, BackingPolicy::any)
+    }
 }
 
 /// How a program that serves disks opens them.

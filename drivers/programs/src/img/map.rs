@@ -1,9 +1,9 @@
 //! `tap-img map`.
 
 use super::pump::{Extents, Run};
-use super::{BackingArg, BackingArgs, Failure, FormatArg, Outcome, Output};
+use super::{BackingArgs, Failure, FormatArg, Outcome, Output};
 use crate::Console;
-use crate::disk::{DiskHost, DiskOptions, open_any};
+use crate::disk::{BackingArg, DiskHost, DiskOptions, open_any};
 use crate::spec::DiskSpec;
 use clap::Args;
 use serde::Serialize;

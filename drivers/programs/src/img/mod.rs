@@ -12,11 +12,11 @@ mod pump;
 mod target;
 
 use crate::Console;
-use crate::disk::DiskHost;
+use crate::disk::{BackingArg, DiskHost};
 use crate::spec::DiskSpec;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::fmt::Display;
-use tap_images::{BackingPolicy, ImageFormat, ImageSpec};
+use tap_images::{ImageFormat, ImageSpec};
 
 /// The command line of `tap-img`.
 #[derive(Parser, Debug)]
@@ -74,37 +74,6 @@ impl From<FormatArg> for ImageFormat {
             FormatArg::Raw => ImageFormat::Raw,
             FormatArg::Qcow => ImageFormat::Qcow,
         }
-    }
-}
-
-/// What may be opened below an image.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
-pub enum BackingArg {
-    /// Nothing: an image that names a backing file is refused
-    #[default]
-    Refuse,
-    /// Any file, as raw
-    Raw,
-    /// Any file, as qcow
-    Qcow,
-    /// Any file, as what it looks like; not for files that a guest could write as raw disks
-    Probe,
-}
-
-impl BackingArg {
-    /// As what a backing file is opened; `None` where none is.
-    fn format(self) -> Option<ImageFormat> {
-        match self {
-            BackingArg::Refuse => None,
-            BackingArg::Raw => Some(ImageFormat::Raw),
-            BackingArg::Qcow => Some(ImageFormat::Qcow),
-            BackingArg::Probe => Some(ImageFormat::Probe),
-        }
-    }
-
-    /// The policy for opening.
-    pub fn policy(self) -> BackingPolicy {
-        self.format().map_or(BackingPolicy::Refuse, BackingPolicy::any)
     }
 }
 
