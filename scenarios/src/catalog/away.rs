@@ -10,6 +10,7 @@ use crate::machine::{Attached, Machine};
 use crate::run::Scenario;
 use crate::stack::StackLimits;
 use crate::world::World;
+use kernel_model::SimHost;
 use kernel_model::faults::FaultPlan;
 use sim::{Entity, Label};
 use std::rc::Rc;
@@ -25,6 +26,16 @@ pub static TAPDISK_AWAY: Scenario = Scenario {
     storage: |sim| with_errors(sim, FaultPlan { stuck: false, ..FaultPlan::LATENCY }),
     body: |w| Box::pin(tapdisk_away(w)),
 };
+
+/// What the guest does while nobody serves it.
+const MEANWHILE: [&str; 6] = [
+    "waits",
+    "is destroyed",
+    "is destroyed while it is taken up",
+    "starts another kernel",
+    "is destroyed and another has its number",
+    "is saved and goes on in another domain",
+];
 
 async fn tapdisk_away(world: World) {
     let machine = Machine::watching(&world, StackLimits::draw(&world));
@@ -43,28 +54,11 @@ async fn tapdisk_away(world: World) {
         g.run(&ops, 16).await;
         let _ = done.send(());
     });
-    let entity = Entity::WORLD.child("killer", 0);
-    world.sim.name_entity(entity, || "killer".into());
-    let after = world.sim.decide(entity, &KILL_AFTER, 0, |d| 1 + d.below(600));
-    first.process.node().kill_after_steps(after);
-    // With nothing to do it would never get so far.
-    either(first.process.node().dead(), world.sim.sleep_ns(20_000_000_000)).await;
-    first.process.node().kill();
-    first.process.node().dead().await;
+    kill(&world, &first).await;
     guest.history.borrow_mut().server_died();
     neighbour.iter().for_each(|(_, guest)| guest.history.borrow_mut().server_died());
     world.count(|s| s.crashes += 1);
-    let end = world.setting(
-        "guest-meanwhile",
-        &[
-            "waits",
-            "is destroyed",
-            "is destroyed while it is taken up",
-            "starts another kernel",
-            "is destroyed and another has its number",
-            "is saved and goes on in another domain",
-        ],
-    );
+    let end = world.setting("guest-meanwhile", &MEANWHILE);
     let away_ns = world.setting("away-ns", &[10_000, 1_000_000_000, 60_000_000_000]);
     let mut setups = vec![setup];
     match end {
@@ -80,10 +74,7 @@ async fn tapdisk_away(world: World) {
         }
         "is destroyed while it is taken up" => {
             back_after(&machine, away_ns).await;
-            let entity = Entity::WORLD.child("destroyer", 0);
-            world.sim.name_entity(entity, || "administrator".into());
-            let after_ns = world.sim.decide(entity, &DESTROY_AFTER, 0, |d| d.magnitude(20));
-            world.sim.sleep_ns(after_ns).await;
+            wait_for_destroyer(&world).await;
             machine.destroy(&disk).await;
         }
         "is saved and goes on in another domain" => {
@@ -109,6 +100,26 @@ async fn tapdisk_away(world: World) {
     for setup in setups {
         setup.check(&world, "in the end").await;
     }
+}
+
+/// Until somebody destroys the domain.
+async fn wait_for_destroyer(world: &World) {
+    let entity = Entity::WORLD.child("destroyer", 0);
+    world.sim.name_entity(entity, || "administrator".into());
+    let after_ns = world.sim.decide(entity, &DESTROY_AFTER, 0, |d| d.magnitude(20));
+    world.sim.sleep_ns(after_ns).await;
+}
+
+/// Kills tapdisk when it has done so much, or has nothing to do.
+async fn kill(world: &World, tapdisk: &SimHost) {
+    let entity = Entity::WORLD.child("killer", 0);
+    world.sim.name_entity(entity, || "killer".into());
+    let after = world.sim.decide(entity, &KILL_AFTER, 0, |d| 1 + d.below(600));
+    tapdisk.process.node().kill_after_steps(after);
+    // With nothing to do it would never get so far.
+    either(tapdisk.process.node().dead(), world.sim.sleep_ns(20_000_000_000)).await;
+    tapdisk.process.node().kill();
+    tapdisk.process.node().dead().await;
 }
 
 /// In half of the seeds another guest is there, whose number is lower; it has done something and waits.
