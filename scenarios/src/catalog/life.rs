@@ -1,7 +1,8 @@
 //! The life of a disk under load: paused, resumed and closed while requests run, some of which are given up half way.
 
-use super::crash::{either, last_epoch};
+use super::crash::either;
 use super::failures::passing_storage;
+use super::recovered::last_epoch;
 use super::setup::{Setup, workload};
 use crate::check::Invariant;
 use crate::guest::{DirectDisk, Guest, GuestDisk, Manners};

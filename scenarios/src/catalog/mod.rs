@@ -9,6 +9,7 @@ pub mod latch;
 pub mod life;
 pub mod nbd;
 pub mod read_only;
+pub mod recovered;
 pub mod ring;
 pub mod scale;
 pub mod setup;

@@ -1,0 +1,164 @@
+//! What must hold of a disk that was recovered: it opens and can be read and written to its last sector, and little is
+//! lost.
+
+use super::setup::{Setup, cut_after_close};
+use crate::check::oracle::{Oracle, is_broken};
+use crate::check::{Invariant, lost_to_error};
+use crate::guest::{DirectDisk, Guest, Manners};
+use crate::stack::{Stack, StackLimits};
+use crate::workload::Op;
+use crate::world::World;
+use kernel_model::SimHost;
+use std::rc::Rc;
+use tap_core::Node;
+use tap_host::{Errno, IoKind, Mark, SectorRange};
+
+/// Sectors in one write of those that fill the disk.
+pub(super) const FILL_SECTORS: u32 = 256;
+
+/// A wrong version after a power cut breaks G7; if a flush had failed before, the later ones did not cover it (E2).
+pub(super) fn after_cut(flush_failed: bool) -> Invariant {
+    if flush_failed { Invariant::E2 } else { Invariant::G7 }
+}
+
+/// The disk after the last crash, without faults: it opens, holds what it may hold, is written, flushed, read and
+/// closed.
+pub(super) async fn last_epoch(
+    world: &World,
+    setup: &Setup,
+    limits: &StackLimits,
+    fills: bool,
+    flush_failed: bool,
+) {
+    let host = SimHost::start(&world.kernel, &world.xen, "tapdisk", 1000);
+    let stack = match Stack::open(&host, world, &setup.spec, limits).await {
+        Ok(stack) => stack,
+        Err(error) => {
+            world.fail(Invariant::G11, format!("failed to open the image after the last crash: {error}"));
+            return;
+        }
+    };
+    setup.check_length(world);
+    setup.check_locks(world, false);
+    let manners = Manners { retries: 0, errors_allowed: false, reads: after_cut(flush_failed) };
+    let disk =
+        DirectDisk::new(stack.node(), limits.pool_bytes.max(256 << 10)).in_pieces(limits.piece_sectors);
+    let guest = Guest::new(world, disk, Rc::clone(&setup.history), manners);
+    if let Err(error) = guest.read_all().await {
+        world.fail(Invariant::G11, format!("reading the disk after recovery failed with {error:?}"));
+        return;
+    }
+    guest.set_manners(Manners { reads: Invariant::G1, ..manners });
+    if fills {
+        fill(&guest, setup.size_sectors).await;
+    }
+    if let Err(error) = probe(&guest, setup.size_sectors).await {
+        world.fail(Invariant::G11, format!("reading what was written after recovery failed with {error:?}"));
+    }
+    if world.storage.is_device(&setup.spec.path) {
+        check_discards(world, &guest, setup.size_sectors).await;
+    }
+    match stack.vbd.close().await {
+        Ok(()) => cut_after_close(world, [setup.spec.path.as_str()]),
+        Err(error) => world.fail(Invariant::G11, format!("closing after recovery failed with {error:?}")),
+    }
+    if guest.disk().buffers_out() > 0 {
+        world.fail(
+            Invariant::K1,
+            format!("{} bytes of buffers were not given back", guest.disk().buffers_out()),
+        );
+    }
+    setup.check(world, "after recovery").await;
+}
+
+/// Writes the whole disk, so that every cluster is mapped.
+async fn fill(guest: &Guest<DirectDisk>, size_sectors: u64) {
+    let step = u64::from(FILL_SECTORS);
+    let range = |at: u64| SectorRange::new(at, (size_sectors - at).min(step) as u32);
+    let starts = (0..size_sectors).step_by(step as usize);
+    let ops: Vec<Option<Op>> = starts.map(|at| Some(Op::new(IoKind::Write, range(at)))).collect();
+    guest.run(&ops, 8).await;
+    guest.one(Op::flush()).await;
+}
+
+/// Writes all over the disk: what recovery got wrong about free space shows now.
+async fn probe(guest: &Guest<DirectDisk>, size_sectors: u64) -> Result<(), Errno> {
+    let step = size_sectors / 61;
+    let write = |i: u64| Op::new(IoKind::Write, SectorRange::new(i * step, 1 + (i % 9) as u32));
+    let ops: Vec<Option<Op>> = (0..60).map(|i| Some(write(i))).collect();
+    guest.run(&ops, 8).await;
+    guest.one(Op::flush()).await;
+    guest.read_all().await
+}
+
+/// Most bytes that all discards of a disk write together, for as long as it is open.
+const DISCARDS_WRITE: u64 = 64 << 10;
+
+/// Discards nearly all of the disk, twice: what cannot be given back is left as it is, instead of written full of
+/// zeros, and what was written before is not lost.
+async fn check_discards(world: &World, guest: &Guest<DirectDisk>, size_sectors: u64) {
+    let most = SectorRange::new(1, size_sectors as u32 - 2);
+    let mut written = 0;
+    for _ in 0..2 {
+        guest.one(Op::new(IoKind::Write, SectorRange::new(3, 20))).await;
+        let before = world.storage.counts().written_bytes;
+        guest.one(Op::new(IoKind::Discard, most)).await;
+        written += world.storage.counts().written_bytes - before;
+        if written > DISCARDS_WRITE {
+            world.fail(Invariant::M4, format!("discards of {most} wrote {written} bytes"));
+        }
+        if guest.read(SectorRange::new(0, 48)).await.is_err() {
+            world.fail(Invariant::G11, "reading what was discarded failed");
+        }
+    }
+}
+
+/// A crash may lose the clusters of writes that were not flushed, an error, or a repetition, those of its request;
+/// nothing else may.
+pub(super) fn check_leaks(world: &World, setup: &Setup, leaked_before: u64, most_sectors: u32) {
+    let leaked = setup.leaked(world);
+    let stats = world.stats();
+    let content = setup.content(world);
+    // A place where the medium failed is not used again, also where the request got through by another. One that was
+    // given back by a request that is repeated, as a whole or by its parts, is known to the process only; a crash loses
+    // it.
+    let marks = world.kernel.marks();
+    let repeated = marks[Mark::RequestRetried as usize] + marks[Mark::MergedSplit as usize];
+    let errors = stats.errors + world.storage.counts().failed;
+    let bound =
+        leaked_before + stats.lost_clusters + (errors + repeated) * lost_to_error(&content, most_sectors);
+    if leaked > bound && !is_broken(Oracle::LeaksIgnored) {
+        let after = format!("{} crashes, {errors} errors and {repeated} repeated requests", stats.crashes);
+        let text = format!("{leaked} clusters are lost after {after}");
+        world.fail(Invariant::G13, format!("{text}, at most {bound} may be"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::world::broken_by;
+
+    const DISK_BYTES: u64 = 1 << 20;
+
+    /// What the last epoch reports of an image after `damage`.
+    fn reported(damage: impl FnOnce(&mut kernel_model::Content) + 'static) -> Option<Invariant> {
+        broken_by(|world| async move {
+            let limits = StackLimits::draw(&world);
+            let setup = Setup::qcow(&world, 0, DISK_BYTES, false);
+            let mut content = world.storage.content(&setup.spec.path).unwrap();
+            damage(&mut content);
+            let before = setup.leaked(&world);
+            world.storage.put(&setup.spec.path, content);
+            last_epoch(&world, &setup, &limits, false, false).await;
+            check_leaks(&world, &setup, before, 88);
+        })
+    }
+
+    #[test]
+    fn an_image_must_open_and_may_not_have_lost_much() {
+        assert_eq!(reported(|_| {}), None);
+        assert_eq!(reported(|c| c.pages.write(0, b"garbage!")), Some(Invariant::G11));
+        assert_eq!(reported(|c| c.size += 3 << 20), Some(Invariant::G13), "768 clusters nobody owns");
+    }
+}
