@@ -155,8 +155,8 @@ impl Inner {
         self.sim.fault(entity, &CALL_LATE, rate, |d| d.magnitude(25))
     }
 
-    /// The fault that `call` meets, about the file or directory `name`; none where the plan does not have it, whatever a
-    /// decision file says.
+    /// The fault that `call` meets, about the file or directory `name`; none where the plan does not have it, whatever
+    /// a decision file says.
     pub(crate) fn call_fault(&self, call: Call, name: &str) -> Option<Failed> {
         let CallRates { error, directory, interrupted, .. } = self.call_rates;
         if self.is_calm() {
@@ -233,8 +233,8 @@ impl Inner {
         failed.map_or(Ok(()), |f| Err(f.error))
     }
 
-    /// Synchronises the file system of `open`, which tells whether it lost anything before: the answer, and how long that
-    /// takes in nanoseconds. One that fails has told nobody, and tells it to nobody else.
+    /// Synchronises the file system of `open`, which tells whether it lost anything before: the answer, and how long
+    /// that takes in nanoseconds. One that fails has told nobody, and tells it to nobody else.
     pub(crate) fn ask_file_system(&self, open: &OpenFile) -> (Result<bool, Errno>, u64) {
         let failed = self.call_fault(Call::SyncAll, "");
         let lost = self.lost(open);

@@ -13,8 +13,8 @@
 //! | sync interrupted | EINTR from fdatasync | nothing is lost: all of it stays pending |
 //! | power cut | everything ends | any subset of the sectors that were not synchronised; a prefix of the size changes |
 //!
-//! Never injected here: a medium that returns other bytes than were written, and a synchronisation that lies. (The lying
-//! drive exists as a canary, [`crate::StorageConfig::flush_lies`]: with it on, the checkers must report a loss.)
+//! Never injected here: a medium that returns other bytes than were written, and a synchronisation that lies. (The
+//! lying drive exists as a canary, [`crate::StorageConfig::flush_lies`]: with it on, the checkers must report a loss.)
 
 use sim::{Draw, FaultKind, Label, Sim};
 use tap_host::{Errno, ZeroMode};
@@ -179,8 +179,8 @@ pub(crate) enum Fault {
     None,
     /// The error, and how much of a write lands: 0 nothing, 255 everything.
     Error(Errno, u8),
-    /// No space, found after the dirty pages of the range's whole blocks were dropped: what had been written back shows.
-    /// That happens when the operation begins (`true`), or when it ends.
+    /// No space, found after the dirty pages of the range's whole blocks were dropped: what had been written back
+    /// shows. That happens when the operation begins (`true`), or when it ends.
     DropsPages(bool),
     /// How much of the transfer happens: 1..=254 of 255.
     Short(u8),

@@ -160,7 +160,8 @@ impl Inode {
         self.next_seq += 1;
     }
 
-    /// Makes a run of bytes read as zeros, as far as the file goes; whole pages become holes, or keep space without bytes.
+    /// Makes a run of bytes read as zeros, as far as the file goes; whole pages become holes, or keep space without
+    /// bytes.
     pub fn zero(&mut self, io: Entity, mut offset: u64, len: u64, mode: ZeroMode) {
         let end = offset.saturating_add(len).min(self.live.size);
         while offset < end {
@@ -289,8 +290,8 @@ impl Inode {
     }
 
     /// What the medium holds after a power cut: the base, of each pending write the sectors that `keep` says, the first
-    /// `sizes_kept` size changes, and `partly` bytes of the growth that comes next: the blocks of one write may be added
-    /// one by one.
+    /// `sizes_kept` size changes, and `partly` bytes of the growth that comes next: the blocks of one write may be
+    /// added one by one.
     pub fn after_power_cut(
         &self,
         sizes_kept: usize,

@@ -9,8 +9,9 @@
 //!   sockets: streams between processes, cut and late, closed by death
 //! ```
 //!
-//! The fault model is written where faults are made: see [`faults`] and [`sockets`]. The model takes the seam's vocabulary from
-//! `tap-host` and nothing from the stack: both sides are written apart, or the simulator would agree with its own bugs.
+//! The fault model is written where faults are made: see [`faults`] and [`sockets`]. The model takes the seam's
+//! vocabulary from `tap-host` and nothing from the stack: both sides are written apart, or the simulator would agree
+//! with its own bugs.
 
 mod blkfront;
 pub mod calls;

@@ -17,8 +17,8 @@
 //! | abort | what was on the way is lost, and the peer is told |
 //! | reset | the peer's death breaks the stream, and what was on the way is lost; otherwise it arrives, and then the end |
 //!
-//! Who closes a stream with bytes in it that nobody has received resets it, as Linux does. Nothing is ever lost, doubled
-//! or changed on a stream that lives.
+//! Who closes a stream with bytes in it that nobody has received resets it, as Linux does. Nothing is ever lost,
+//! doubled or changed on a stream that lives.
 
 use crate::process::Process;
 use sim::{Draw, Entity, FaultKind, Label, Sim, Timed, text_hash};

@@ -34,7 +34,8 @@ pub struct StorageConfig {
     pub flush_lies: bool,
     /// Fails operations by number.
     pub nth_failure: Option<NthFailure>,
-    /// What offsets and lengths of direct files are multiples of, in bytes: the sector of the drive below (512 or 4096).
+    /// What offsets and lengths of direct files are multiples of, in bytes: the sector of the drive below (512 or
+    /// 4096).
     pub direct_align_bytes: u32,
     /// Pending bytes per file above which the kernel writes back by itself.
     pub write_back_bytes: usize,
@@ -498,8 +499,8 @@ impl Inner {
         Fault::Error(Errno::ENOSPC, 0)
     }
 
-    /// How zeros end that keep their space, while there is none. Those of whole blocks drop what is dirty before that is
-    /// found out, as on ext4; and what has its space may want more of it for the list of its extents.
+    /// How zeros end that keep their space, while there is none. Those of whole blocks drop what is dirty before that
+    /// is found out, as on ext4; and what has its space may want more of it for the list of its extents.
     fn full_zeros(&self, io: Entity, has_space: bool) -> Fault {
         self.count(IoOp::Zero(ZeroMode::Keep));
         faults::full(self.sim.fault(io, &IO_FAULT, 1_000_000, |d| faults::draw_full(d, has_space)), has_space)

@@ -1,4 +1,5 @@
-//! The conformance suite on the models: the same bodies that drivers/linux/tests/conformance.rs runs on the real kernel.
+//! The conformance suite on the models: the same bodies that drivers/linux/tests/conformance.rs runs on the real
+//! kernel.
 //!
 //! Each body runs in a few worlds: a quiet one, then ones with short transfers and late turns, which every caller must
 //! take.

@@ -1,9 +1,9 @@
-//! Measuring the testbed: simulated requests per second of CPU, memory, and what merging saves. A fixed loop measures the
-//! machine, so that figures of different machines, and of one with busy neighbours, can be compared.
+//! Measuring the testbed: simulated requests per second of CPU, memory, and what merging saves. A fixed loop measures
+//! the machine, so that figures of different machines, and of one with busy neighbours, can be compared.
 //!
 //! The reference world is one guest with 32 requests of 4 KiB in flight at random places of a 4 MiB disk, half of them
-//! reads, a flush after every 64, on a blkif ring, through scheduler and image, on the drive model, with every check on.
-//! Time is the CPU time of the thread that runs it.
+//! reads, a flush after every 64, on a blkif ring, through scheduler and image, on the drive model, with every check
+//! on. Time is the CPU time of the thread that runs it.
 
 use crate::catalog::setup::Setup;
 use crate::check::Invariant;

@@ -7,9 +7,9 @@
 //! ```
 //!
 //! An input is one byte for the scenario and then records of seven: kind, ordinal, value. "The third operation of the
-//! guest writes there", "the fortieth I/O fails", "the power is cut at the ninetieth", "the seventh unsynchronised page is
-//! lost", "the L2 entry holds that". So inputs need no format of their own: whatever bytes they are, they mean a run,
-//! and most small changes of bytes are small changes of the run.
+//! guest writes there", "the fortieth I/O fails", "the power is cut at the ninetieth", "the seventh unsynchronised page
+//! is lost", "the L2 entry holds that". So inputs need no format of their own: whatever bytes they are, they mean a
+//! run, and most small changes of bytes are small changes of the run.
 
 use crate::catalog::{crash, damage, failures, nbd, ring};
 use crate::guest::NBD_TRICK;

@@ -1,5 +1,5 @@
-//! Hunting seeded bugs: which scenario finds one, how fast, and how small it becomes; and whether a saved run still does
-//! what it was saved for.
+//! Hunting seeded bugs: which scenario finds one, how fast, and how small it becomes; and whether a saved run still
+//! does what it was saved for.
 
 use crate::catalog;
 use crate::run::{Outcome, RunSpec, Scenario, run, run_recorded, shrink_run};

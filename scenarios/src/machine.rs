@@ -201,8 +201,8 @@ impl Machine {
         self.absences.set(true);
     }
 
-    /// How often a tapdisk that watches has tried to open an image, and has told why a disk is not served; of the program
-    /// that ships nothing is known.
+    /// How often a tapdisk that watches has tried to open an image, and has told why a disk is not served; of the
+    /// program that ships nothing is known.
     pub fn attempts(&self) -> Option<(u32, u32)> {
         (!self.shipped).then(|| (self.opened.get(), self.told.get()))
     }

@@ -1,8 +1,8 @@
 //! What guests write: sectors that say who wrote them.
 //!
-//! The first 32 bytes of a sector are a tag (guest, write, place, check word); the rest is zero, or in one seed of eight
-//! pseudo-random bytes that follow from the tag. So a sector that was read tells its version without any search, and a
-//! foreign, misplaced or torn one is recognised as such.
+//! The first 32 bytes of a sector are a tag (guest, write, place, check word); the rest is zero, or in one seed of
+//! eight pseudo-random bytes that follow from the tag. So a sector that was read tells its version without any search,
+//! and a foreign, misplaced or torn one is recognised as such.
 
 use crate::check::oracle::{Oracle, is_broken};
 use sim::{mix, mix2};

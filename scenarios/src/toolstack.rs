@@ -44,7 +44,8 @@ impl Machine {
         }
     }
 
-    /// Tries to give `disk` to its guest while its image is away: the toolstack is told why, and takes the disk away again.
+    /// Tries to give `disk` to its guest while its image is away: the toolstack is told why, and takes the disk away
+    /// again.
     pub async fn plug_in_vain(&self, disk: &Attached) {
         self.disks.borrow_mut().push(disk.clone());
         let why = match self.try_plug(disk).await {

@@ -1,5 +1,5 @@
-//! Every kind of decision that a model or a scenario makes is known to the reader of decision files: what is saved can be
-//! read again.
+//! Every kind of decision that a model or a scenario makes is known to the reader of decision files: what is saved can
+//! be read again.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};

@@ -13,11 +13,11 @@
 //! | `MADSIM_TEST_SEED`, `MADSIM_TEST_NUM` | the first seed and how many |
 //! | `TAPSIM_REPLAY` | a decision file: runs that and nothing else |
 //!
-//! `scenarios/regressions` holds one shrunk run per seeded bug, named after it, which proves that the bug is still caught
-//! and that the same decisions are harmless without it; a bug without one fails. `cargo tapsim bugs --stale --save` makes
-//! those that are missing or do not show their bug any more. (That each bug is found from seeds alone is what `cargo tapsim
-//! bugs` shows.) A run that once found a real bug is kept there too: without a bug it must pass. A file can say what must
-//! come out of it with a line `option expect=pass` or `option expect=fail`.
+//! `scenarios/regressions` holds one shrunk run per seeded bug, named after it, which proves that the bug is still
+//! caught and that the same decisions are harmless without it; a bug without one fails. `cargo tapsim bugs --stale
+//! --save` makes those that are missing or do not show their bug any more. (That each bug is found from seeds alone is
+//! what `cargo tapsim bugs` shows.) A run that once found a real bug is kept there too: without a bug it must pass. A
+//! file can say what must come out of it with a line `option expect=pass` or `option expect=fail`.
 
 use kernel_model::StorageConfig;
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -290,8 +290,8 @@ static FALLS_TWICE: Scenario = Scenario {
     },
 };
 
-/// A panic that meets another is a finding, and the sweep goes on. Not a test of the library: the threads that are given
-/// up keep the hook of panics, which the usual harness wants back at its end.
+/// A panic that meets another is a finding, and the sweep goes on. Not a test of the library: the threads that are
+/// given up keep the hook of panics, which the usual harness wants back at its end.
 fn panics() -> Result<(), Failed> {
     for guarded in [false, true] {
         let spec = SweepSpec {

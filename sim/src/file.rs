@@ -13,8 +13,8 @@
 //! ```
 //!
 //! A decision has five parts: entity, label, attempt, value, virtual time in nanoseconds. Everything after ` # ` is for
-//! people. The end carries the number of decisions, so that a file that was cut off is not taken for a smaller run. Keys
-//! name what a decision is about, so files survive changes of the code that a bare seed would not; a decision that
+//! people. The end carries the number of decisions, so that a file that was cut off is not taken for a smaller run.
+//! Keys name what a decision is about, so files survive changes of the code that a bare seed would not; a decision that
 //! nothing asks for any more is left unused.
 
 use crate::decide::{Decision, DecisionMap, Key, label_by_name};

@@ -1,7 +1,8 @@
 //! Pages of other domains: mapped and copied, and what the hypervisor and the kernel refuse.
 //!
-//! The segments of a copy each have a status of their own: where one fails, the others are done all the same, before and
-//! behind it. The kernel repeats what would go well later (`GNTST_eagain`) by itself; what it gives back has failed.
+//! The segments of a copy each have a status of their own: where one fails, the others are done all the same, before
+//! and behind it. The kernel repeats what would go well later (`GNTST_eagain`) by itself; what it gives back has
+//! failed.
 
 use crate::mapping::{MappedGrant, Mapping, Origin};
 use crate::page::Page;

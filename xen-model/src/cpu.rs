@@ -1,9 +1,9 @@
 //! Shared memory as the CPUs of a machine see it: others go on between any two accesses, and stores may be late.
 //!
-//! Before each access of a page that two domains share, a decision may let tasks of the other domains run. Each
-//! process has a store buffer, as x86 has it (TSO): a decision keeps a store in the buffer, later ones queue up after it,
-//! loads of the own CPU see through it, and a full barrier, a grant copy or an event empties it in order. At the latest
-//! it is empty before time moves on.
+//! Before each access of a page that two domains share, a decision may let tasks of the other domains run. Each process
+//! has a store buffer, as x86 has it (TSO): a decision keeps a store in the buffer, later ones queue up after it, loads
+//! of the own CPU see through it, and a full barrier, a grant copy or an event empties it in order. At the latest it is
+//! empty before time moves on.
 
 use crate::page::Page;
 use crate::port::XenPort;

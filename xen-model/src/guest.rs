@@ -50,8 +50,8 @@ impl GrantedPage {
 /// What a front end says of its ring besides where it is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct FrontKeys {
-    /// It says how many pages and queues it has, one each; the grant is in `ring-ref0` then, and what an earlier one had
-    /// said in `ring-ref` stays.
+    /// It says how many pages and queues it has, one each; the grant is in `ring-ref0` then, and what an earlier one
+    /// had said in `ring-ref` stays.
     pub counted: bool,
     /// A front end before it had more queues and pages, and left keys that only such a one has.
     pub leftovers: bool,

@@ -79,8 +79,8 @@ impl Page {
         *self.0.hook.borrow_mut() = hook;
     }
 
-    /// Calls `hook(offset, len)` after every store of a mapping or ring became visible, as another CPU of the owner that
-    /// waits for just that; `None` ends it.
+    /// Calls `hook(offset, len)` after every store of a mapping or ring became visible, as another CPU of the owner
+    /// that waits for just that; `None` ends it.
     pub fn on_shared_store(&self, hook: Option<Rc<dyn Fn(usize, usize)>>) {
         self.0.stores_hooked.set(hook.is_some());
         *self.0.store_hook.borrow_mut() = hook;

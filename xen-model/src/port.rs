@@ -94,7 +94,8 @@ impl XenPort {
         &self.0.copy_errors
     }
 
-    /// From now on this process may at some time hear no event any more, and be told so, as when reads of its device fail.
+    /// From now on this process may at some time hear no event any more, and be told so, as when reads of its device
+    /// fail.
     pub fn allow_deafness(&self) {
         self.0.may_go_deaf.set(true);
         self.may_go_deaf_soon();

@@ -9,8 +9,8 @@
 //!                                                                WATCH_EVENT  .  .  ..  "/a/b\0token\0"
 //! ```
 //!
-//! Follows Xen's `io/xs_wire.h` and `docs/misc/xenstore.txt`. Numbers are little-endian, strings end in a NUL, values are
-//! any bytes. A reply has the kind and the request number of its request, or the kind [`MessageKind::Error`] and an
+//! Follows Xen's `io/xs_wire.h` and `docs/misc/xenstore.txt`. Numbers are little-endian, strings end in a NUL, values
+//! are any bytes. A reply has the kind and the request number of its request, or the kind [`MessageKind::Error`] and an
 //! error's name; events come in between as they like.
 
 use std::mem::{offset_of, size_of};

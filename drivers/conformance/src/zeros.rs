@@ -24,8 +24,8 @@ pub fn on_disks<H: FileHost>() -> Vec<Test<Place<H>>> {
 
 const MODES: [ZeroMode; 2] = [ZeroMode::Unmap, ZeroMode::Keep];
 
-/// Makes zeros, by writing them where the file cannot do better; fails if it then changed anything (a block device with a
-/// page cache may have lost what was not synchronised).
+/// Makes zeros, by writing them where the file cannot do better; fails if it then changed anything (a block device with
+/// a page cache may have lost what was not synchronised).
 async fn zero<F: File>(file: &F, offset: u64, len: usize, mode: ZeroMode) -> Outcome {
     let before = read(file, offset, len).await?;
     match file.zero_at(offset, len as u64, mode).await {

@@ -53,16 +53,16 @@ pub enum Source {
 /// | vbd, scheduler | `tap-core` |
 /// | raw, qcow | `tap-images` |
 ///
-/// `submit` starts nothing before the future is polled, but it is where a request gets its place in the order: who calls
-/// it polls the future or drops it. Requests of one node may run concurrently and finish in any
-/// order; overlapping ones are kept in order by the scheduler above, not by formats. A request outside the disk is
-/// answered with `EINVAL`.
+/// `submit` starts nothing before the future is polled, but it is where a request gets its place in the order: who
+/// calls it polls the future or drops it. Requests of one node may run concurrently and finish in any order;
+/// overlapping ones are kept in order by the scheduler above, not by formats. A request outside the disk is answered
+/// with `EINVAL`.
 pub trait Node: 'static {
     /// Answers `request`, once.
     fn submit(&self, request: Request) -> LocalBoxFuture<Response>;
-    /// What sectors are like from `range.start` on: at most `most` extents (at least 1), one after the other, that cover at
-    /// least one sector and at most `range`, which is within the disk and not empty. How they are cut means nothing. Requests in flight are seen
-    /// or not. A node that knows nothing better says that all is data.
+    /// What sectors are like from `range.start` on: at most `most` extents (at least 1), one after the other, that
+    /// cover at least one sector and at most `range`, which is within the disk and not empty. How they are cut means
+    /// nothing. Requests in flight are seen or not. A node that knows nothing better says that all is data.
     fn extents(&self, range: SectorRange, most: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
         let _ = most;
         let source = Source::Image { depth: 0, offset: None, compressed: false };

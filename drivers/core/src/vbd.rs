@@ -14,8 +14,9 @@
 //!   waits like any other. From `close` on all are refused with `ESHUTDOWN`, also those that wait.
 //! * `Paused` is reached when no request is in flight, whether or not anybody waits in [`Vbd::pause`] for it.
 //! * The lower node is closed once, with no request in flight.
-//! * A request whose future is dropped after it went down is carried to its end by a task, and counts as in flight until
-//!   then: its effect may still come, and nothing that overlaps it may overtake that. One that waits is forgotten.
+//! * A request whose future is dropped after it went down is carried to its end by a task, and counts as in flight
+//!   until then: its effect may still come, and nothing that overlaps it may overtake that. One that waits is
+//!   forgotten.
 
 use crate::wait::{Event as Flag, Line, Semaphore};
 use crate::{Extent, LocalBoxFuture, Node, NodeInfo, Request, Response};

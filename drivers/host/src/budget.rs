@@ -18,7 +18,8 @@
 //!   [`Share::split`] and [`Share::buffer`]. Takes that wait are at most the guarantee; [`Stage::try_take`] takes more
 //!   when there is room and refuses otherwise.
 //! * First come, first served within a stage. A dropped future gives its place up.
-//! * What outlives requests (caches) is taken with [`Stage::try_keep`], which leaves a quarter of the limit to the rest.
+//! * What outlives requests (caches) is taken with [`Stage::try_keep`], which leaves a quarter of the limit to the
+//!   rest.
 
 use crate::Errno;
 use crate::buf::{IoBuf, Kept, MAX_BUF_BYTES, Pages, cost_of};
@@ -118,8 +119,8 @@ impl Budget {
         }))
     }
 
-    /// What one piece of work may take at most, so that there is room for others: a quarter of the limit, or anything where
-    /// each guarantee raises it.
+    /// What one piece of work may take at most, so that there is room for others: a quarter of the limit, or anything
+    /// where each guarantee raises it.
     pub fn most_for_one_bytes(&self) -> usize {
         if self.0.least { usize::MAX } else { self.limit() / 4 }
     }

@@ -255,8 +255,8 @@ impl BufPool {
         Ok(buf)
     }
 
-    /// Room for buffers of `lens` bytes, as soon as the pool has it for all of them; who takes buffers one after the other
-    /// could wait for who does the same. More than the pool's limit is served when the pool is otherwise empty.
+    /// Room for buffers of `lens` bytes, as soon as the pool has it for all of them; who takes buffers one after the
+    /// other could wait for who does the same. More than the pool's limit is served when the pool is otherwise empty.
     pub async fn room(&self, lens: impl Iterator<Item = usize>) -> Room {
         let pages = lens.map(|len| 1 << class_of(len)).sum();
         Room(self.place(pages).await)

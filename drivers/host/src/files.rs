@@ -101,8 +101,8 @@ pub trait Files: Clone + 'static {
     /// # Errors
     /// As unlink(2).
     fn remove(&self, path: &str) -> impl Future<Output = Result<(), Errno>>;
-    /// Completes when the files whose last clones were dropped before are closed and their locks gone, however long the host
-    /// takes over that; until then another process may find them in use.
+    /// Completes when the files whose last clones were dropped before are closed and their locks gone, however long the
+    /// host takes over that; until then another process may find them in use.
     fn closed(&self) -> impl Future<Output = ()>;
 }
 
@@ -143,10 +143,11 @@ pub trait File: Clone + 'static {
     /// what of the range lies behind the end is ignored. Durable after [`File::sync_data`], like a write.
     ///
     /// # Errors
-    /// `EOPNOTSUPP` where the file cannot do it this way, with nothing changed: write zeros instead. (On a block device with
-    /// a page cache what was written to the range since the last synchronisation may be gone, after this and after any
-    /// other error; but not if the range is refused for [`FileInfo::zero_align_bytes`].) Else as fallocate(2); any part of the range may then read as zeros. With [`ZeroMode::Keep`] on a buffered file, whole blocks
-    /// may also show older bytes again: what was written since the last synchronisation is gone (ext4, out of space).
+    /// `EOPNOTSUPP` where the file cannot do it this way, with nothing changed: write zeros instead. (On a block device
+    /// with a page cache what was written to the range since the last synchronisation may be gone, after this and after
+    /// any other error; but not if the range is refused for [`FileInfo::zero_align_bytes`].) Else as fallocate(2); any
+    /// part of the range may then read as zeros. With [`ZeroMode::Keep`] on a buffered file, whole blocks may also show
+    /// older bytes again: what was written since the last synchronisation is gone (ext4, out of space).
     fn zero_at(
         &self,
         offset: u64,

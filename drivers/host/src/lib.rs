@@ -10,8 +10,8 @@
 //!     simulated host      real host             (two types, chosen by the program)
 //! ```
 //!
-//! A crate bounds on the traits it uses (`images` on [`Files`] and [`Time`]); [`Host`] is their sum and is named only by
-//! programs. Dispatch is static, futures are `!Send` and run on one thread.
+//! A crate bounds on the traits it uses (`images` on [`Files`] and [`Time`]); [`Host`] is their sum and is named only
+//! by programs. Dispatch is static, futures are `!Send` and run on one thread.
 //!
 //! # Contract
 //!

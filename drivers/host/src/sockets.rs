@@ -155,7 +155,8 @@ impl SendList {
             .enumerate()
             .map(move |(i, p)| &p.bytes()[if i == 0 { skip } else { 0 }..])
     }
-    /// Takes `count` bytes off the front; pieces that were sent whole are dropped. `count` is at most [`SendList::len`].
+    /// Takes `count` bytes off the front; pieces that were sent whole are dropped. `count` is at most
+    /// [`SendList::len`].
     pub fn advance(&mut self, count: usize) {
         assert!(count <= self.len, "{count} bytes sent out of {}", self.len);
         self.len -= count;
@@ -177,8 +178,8 @@ pub trait Sockets: Clone + 'static {
     type Listener: Listener<Stream = Self::Stream>;
     /// A connected socket.
     type Stream: Stream;
-    /// Listens at `address`. The path of a unix socket that nobody listens at any more is taken over; it is removed when
-    /// the listener is dropped.
+    /// Listens at `address`. The path of a unix socket that nobody listens at any more is taken over; it is removed
+    /// when the listener is dropped.
     ///
     /// # Errors
     /// As bind(2) and listen(2): `EADDRINUSE`, `EACCES`, `ENOENT` for a path without directory, `EADDRNOTAVAIL`.
@@ -221,8 +222,8 @@ pub trait Stream: Clone + 'static {
     fn send(&self, list: SendList) -> impl Future<Output = (Result<(), Errno>, SendList)> + 'static;
     /// Ends both directions: the peer sees the end, and running operations here end. What was sent still arrives.
     fn shutdown(&self);
-    /// As [`Stream::shutdown`], and what was sent and has not arrived at the peer's machine never will: afterwards nothing
-    /// of this stream can come behind what is sent on another one, but for what waits there to be received.
+    /// As [`Stream::shutdown`], and what was sent and has not arrived at the peer's machine never will: afterwards
+    /// nothing of this stream can come behind what is sent on another one, but for what waits there to be received.
     fn abort(&self);
 }
 

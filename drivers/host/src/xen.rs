@@ -88,8 +88,8 @@ pub trait SharedPages: Clone + 'static {
     /// # Errors
     /// `ENOMEM`, `EACCES`.
     fn region(&self, name: &str) -> Result<Self::Region, Errno>;
-    /// As [`SharedPages::region`], and the page is ours alone to own until the last clone of what this gives is dropped,
-    /// or our process has died. Who does not ask for ownership can open it meanwhile.
+    /// As [`SharedPages::region`], and the page is ours alone to own until the last clone of what this gives is
+    /// dropped, or our process has died. Who does not ask for ownership can open it meanwhile.
     ///
     /// # Errors
     /// `EBUSY` while it is owned, also by ourselves; `ENOMEM`, `EACCES`.

@@ -5,9 +5,9 @@
 //!    written             read only            read only
 //! ```
 //!
-//! The name of a backing file stands in the image, and a guest that once wrote a whole raw disk could have put it there.
-//! So an image by itself opens nothing: a [`BackingPolicy`] of the caller decides about every file, and about the format
-//! it is read as. Formats are recognised by content only where the caller says so.
+//! The name of a backing file stands in the image, and a guest that once wrote a whole raw disk could have put it
+//! there. So an image by itself opens nothing: a [`BackingPolicy`] of the caller decides about every file, and about
+//! the format it is read as. Formats are recognised by content only where the caller says so.
 
 use crate::io::{ImageFile, is_transient as passes};
 use crate::qcow::{Qcow, QcowLimits};

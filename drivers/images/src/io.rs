@@ -6,8 +6,8 @@
 //!                          with its blocks claimed, so that neighbours do not undo each other
 //! ```
 //!
-//! An operation that a transient error refuses is repeated in place, twice at most; then its request learns of it, and its
-//! scheduler repeats the whole of it. While an image is made or closed there is no scheduler, and more patience.
+//! An operation that a transient error refuses is repeated in place, twice at most; then its request learns of it, and
+//! its scheduler repeats the whole of it. While an image is made or closed there is no scheduler, and more patience.
 //!
 //! A read past the end of the file gives zeros: after a crash a mapping may be there before the size is.
 
@@ -27,8 +27,8 @@ use tap_host::{
     copy_from_slice, copy_to_slice,
 };
 
-/// Repetitions of one operation after transient errors, within a request. The scheduler repeats whole requests: where one
-/// operation in ten is refused, that alone would hardly ever get a request of many operations through.
+/// Repetitions of one operation after transient errors, within a request. The scheduler repeats whole requests: where
+/// one operation in ten is refused, that alone would hardly ever get a request of many operations through.
 const REPEATS: u32 = 2;
 /// The same while an image is being made or closed, where there is no scheduler.
 const LONE_REPEATS: u32 = 8;
@@ -65,8 +65,8 @@ impl<H: ImageHost> ImageFile<H> {
         Self::locked(host, path, file, write).await
     }
 
-    /// Creates and locks `path`; or locks and empties what is there, unless it is one of the files in `existing`. A block
-    /// device keeps its bytes.
+    /// Creates and locks `path`; or locks and empties what is there, unless it is one of the files in `existing`. A
+    /// block device keeps its bytes.
     pub(crate) async fn create(
         host: &H,
         path: &str,
@@ -157,8 +157,8 @@ impl<H: ImageHost> ImageFile<H> {
         }
     }
 
-    /// As [`ImageFile::read`], repeated after transient errors: for opening, where no scheduler does that yet. Each read
-    /// has its own patience, or a long chain of reads would hardly ever get through.
+    /// As [`ImageFile::read`], repeated after transient errors: for opening, where no scheduler does that yet. Each
+    /// read has its own patience, or a long chain of reads would hardly ever get through.
     pub(crate) async fn read_patiently(&self, offset: u64, mut bufs: IoVec) -> (Result<(), Errno>, IoVec) {
         let mut patience = Patience::of(READ_REPEATS);
         loop {
@@ -221,7 +221,8 @@ impl<H: ImageHost> ImageFile<H> {
         })
     }
 
-    /// Whether a write that ended with `result` found that its place cannot be written. A file that was given up refuses all.
+    /// Whether a write that ended with `result` found that its place cannot be written. A file that was given up
+    /// refuses all.
     pub(crate) fn spoils(&self, result: Result<(), Errno>) -> bool {
         result == Err(Errno::EIO) && !self.kept.gave_up()
     }

@@ -32,7 +32,8 @@ pub(crate) fn buffers(share: &mut Share, mut len: usize) -> Result<IoVec, Errno>
     Ok(bufs)
 }
 
-/// `want_bytes`, at most [`MOST_BYTES`], or fewer, but not fewer than the guarantee of `stage` if so much is wanted; waits for that only.
+/// `want_bytes`, at most [`MOST_BYTES`], or fewer, but not fewer than the guarantee of `stage` if so much is wanted;
+/// waits for that only.
 pub(crate) async fn take_some(stage: &Stage, want_bytes: usize) -> Result<Share, Errno> {
     let want_bytes = want_bytes.min(MOST_BYTES);
     if want_bytes == 0 {

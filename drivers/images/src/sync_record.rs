@@ -101,7 +101,8 @@ fn may_pass(error: Errno) -> bool {
     matches!(error, Errno::ENOMEM | Errno::EMFILE | Errno::ENFILE | Errno::EINTR | Errno::EIO)
 }
 
-/// A page that `open` opens; waits about a second for a host that is short of something, and two minutes for another owner.
+/// A page that `open` opens; waits about a second for a host that is short of something, and two minutes for another
+/// owner.
 ///
 /// # Errors
 /// As `open`'s; `EBUSY` where the other owner does not come to an end.
@@ -148,8 +149,8 @@ mod tests {
     use crate::testing::World;
     use tap_host::{Files, OpenMode};
 
-    /// Whether the file of a process that died in a synchronisation may be lost, while somebody else owns the page about the
-    /// file system for so many looks.
+    /// Whether the file of a process that died in a synchronisation may be lost, while somebody else owns the page
+    /// about the file system for so many looks.
     fn lost_while_owned(looks: u32) -> bool {
         let world = World::new(1);
         world.put("/disk", vec![0; 512]);

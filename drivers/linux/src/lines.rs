@@ -5,10 +5,10 @@
 //!                    └─ full: the line is dropped and counted
 //! ```
 //!
-//! Whoever reads a service's log may stop reading. A write to the full pipe would then wait, and with it every disk that
-//! the process serves. So lines are put into a queue that is bounded, and what finds no room is dropped; the next line
-//! that finds room comes behind the count of those that did not. The descriptor itself is left as it is: its mode is
-//! shared with whoever gave it to us.
+//! Whoever reads a service's log may stop reading. A write to the full pipe would then wait, and with it every disk
+//! that the process serves. So lines are put into a queue that is bounded, and what finds no room is dropped; the next
+//! line that finds room comes behind the count of those that did not. The descriptor itself is left as it is: its mode
+//! is shared with whoever gave it to us.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};

@@ -14,7 +14,8 @@ pub struct Options {
     pub log_level: Level,
     /// Where log lines go.
     pub log_to: LogTo,
-    /// How long to look for what comes before going to sleep, at most, where the last wait was no longer; zero is never.
+    /// How long to look for what comes before going to sleep, at most, where the last wait was no longer; zero is
+    /// never.
     pub poll: Duration,
     /// The folder of [`tap_host::SharedPages`] for programs without Xen: on a tmpfs, ours alone. It is made when it is
     /// first needed. Without one, or where it cannot be used, there are no such pages.

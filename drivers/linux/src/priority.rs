@@ -7,8 +7,8 @@ const IOPRIO_WHO_PROCESS: i64 = 1;
 /// Where the class begins in the priority.
 const IOPRIO_CLASS_SHIFT: u8 = 13;
 
-/// Sets the priority of the calling thread, and of those that it starts from now on: class 1 (realtime), 2 (best effort)
-/// or 3 (idle), level 0 (first) to 7 (last).
+/// Sets the priority of the calling thread, and of those that it starts from now on: class 1 (realtime), 2 (best
+/// effort) or 3 (idle), level 0 (first) to 7 (last).
 ///
 /// # Errors
 /// `EPERM` for realtime without the right to it, `EINVAL` for a class or level that does not exist.

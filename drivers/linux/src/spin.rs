@@ -8,8 +8,8 @@
 //!
 //! A guest that waits for each answer before it asks again comes back within microseconds. Sleeping in between saves
 //! hardly any CPU then, and being woken takes longer than the answer: on an idle virtual machine a request took 43 us
-//! with sleeping and 19 us with looking, at the same CPU. So after a wait that turned out to be short the next one begins
-//! with looking; after a long one it does not.
+//! with sleeping and 19 us with looking, at the same CPU. So after a wait that turned out to be short the next one
+//! begins with looking; after a long one it does not.
 //!
 //! Looked at are the sockets that are open and the completions of file operations, as long as there are few of them.
 

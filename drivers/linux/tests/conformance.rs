@@ -7,8 +7,8 @@
 //!   tasks
 //! ```
 //!
-//! What this machine does not allow (loop devices without root, io_uring under a filter) is reported as ignored with the
-//! reason.
+//! What this machine does not allow (loop devices without root, io_uring under a filter) is reported as ignored with
+//! the reason.
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use std::path::Path;
@@ -23,7 +23,8 @@ fn main() -> ExitCode {
     let devices = [512, 4096].map(|sector| Arc::new(Mutex::new(Device::new(sector))));
     if !args.list {
         for device in &devices {
-            // Now, since a child that starts while tests run holds their locks for a moment. Who needs it hears why not.
+            // Now, since a child that starts while tests run holds their locks for a moment. Who needs it hears why
+            // not.
             let _attached = lock(device).attach();
         }
     }

@@ -1,7 +1,8 @@
 //! The sending side of a stream: what is put in during one turn of the executor goes out in one send.
 //!
-//! Whoever has something to say puts it in and wakes the writer. The executor runs tasks in the order of their wake-ups,
-//! so the writer comes after everybody who was ready at the same time, and takes what all of them have put in.
+//! Whoever has something to say puts it in and wakes the writer. The executor runs tasks in the order of their
+//! wake-ups, so the writer comes after everybody who was ready at the same time, and takes what all of them have put
+//! in.
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;

@@ -415,7 +415,8 @@ fn status(done: bool, lens: &[u32]) -> Vec<u8> {
     bytes
 }
 
-/// More status chunks than were asked for would be memory without a limit: the connection breaks, the next one is asked.
+/// More status chunks than were asked for would be memory without a limit: the connection breaks, the next one is
+/// asked.
 #[test]
 fn a_block_status_comes_once() {
     world(1, false, |w| async move {

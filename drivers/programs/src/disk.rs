@@ -79,7 +79,8 @@ pub struct ImageArgs {
     /// Which backing files may be opened, and as what
     #[arg(long, value_enum, default_value_t, value_name = "HOW")]
     backing: BackingArg,
-    /// Most memory for buffers of requests and connections and for tables of images, of all disks together; at least 16M
+    /// Most memory for buffers of requests and connections and for tables of images, of all disks together; at least
+    /// 16M
     #[arg(long, default_value = "256M", value_name = "SIZE", value_parser = memory_size)]
     memory: usize,
 }

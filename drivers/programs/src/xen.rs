@@ -6,8 +6,8 @@
 //!   --watch            a back end for every vbd of our script ┘
 //! ```
 //!
-//! At SIGTERM the guests' requests in flight are answered, the images are closed, and the vbds stay as they are: the next
-//! `tapdisk xen` takes them up, and the guests notice a pause. The same holds after a crash.
+//! At SIGTERM the guests' requests in flight are answered, the images are closed, and the vbds stay as they are: the
+//! next `tapdisk xen` takes them up, and the guests notice a pause. The same holds after a crash.
 
 use crate::Console;
 use crate::disk::{DiskOptions, ImageArgs, open_any, says_its_format, tell_memory};

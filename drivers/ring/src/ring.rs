@@ -79,8 +79,8 @@ pub(crate) struct Inner<H: Grants + Events + SharedPages> {
     taken: Cell<u32>,
     done: RefCell<VecDeque<Done>>,
     free_slots: RefCell<Vec<u8>>,
-    /// Where flushes with data write once what was answered before is durable. What overlaps one waits for its end: were
-    /// it answered before, a successor of this process would write the older data again, over what is newer.
+    /// Where flushes with data write once what was answered before is durable. What overlaps one waits for its end:
+    /// were it answered before, a successor of this process would write the older data again, over what is newer.
     pub(crate) fenced: RefCell<SmallVec<[(u8, SectorRange); 2]>>,
     /// Requests of a dead process, to be executed before any other.
     resumed: RefCell<VecDeque<Slot>>,
@@ -183,10 +183,10 @@ where
         RingCloser(Rc::clone(&self.0.signal))
     }
 
-    /// Serves the ring until it is closed or left, or refused because of what the guest wrote. Then waits for the requests
-    /// in flight, removes the in-flight record unless somebody is to go on with it, unmaps the ring and closes its channel.
-    /// The record of a ring that is refused stays until the front end has been told, which is the caller's to do: who dies
-    /// before leaves a ring that can be taken up, and is refused again.
+    /// Serves the ring until it is closed or left, or refused because of what the guest wrote. Then waits for the
+    /// requests in flight, removes the in-flight record unless somebody is to go on with it, unmaps the ring and closes
+    /// its channel. The record of a ring that is refused stays until the front end has been told, which is the caller's
+    /// to do: who dies before leaves a ring that can be taken up, and is refused again.
     pub async fn run(self) -> RingEnd {
         let ring = &self.0;
         let end = ring.serve().await;
@@ -355,9 +355,9 @@ where
         Some(buf.await.expect("88 sectors are far below the largest buffer"))
     }
 
-    /// Waits for flushes with data that are before `job` on the ring and whose data it overlaps: the disk learns of that
-    /// data only when their first half is done, and keeps the order in which it learns of requests. Responses go out
-    /// meanwhile.
+    /// Waits for flushes with data that are before `job` on the ring and whose data it overlaps: the disk learns of
+    /// that data only when their first half is done, and keeps the order in which it learns of requests. Responses go
+    /// out meanwhile.
     async fn after_fences(self: &Rc<Self>, job: &Result<Job, Malformed>) {
         let Ok(job) = job else { return };
         if self.fenced.borrow().is_empty() || self.parts.host.bug(Bug::FlushDataUnordered) {

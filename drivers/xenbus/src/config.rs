@@ -42,8 +42,9 @@ pub struct BackendConfig {
     pub physical_sector_bytes: u32,
     /// Who reports the hotplug status.
     pub hotplug: Hotplug,
-    /// How long to wait for a port that a predecessor holds, and with [`lead`](crate::lead) for its disk, in nanoseconds: a process that was killed gives back what
-    /// it had one after the other, and its image may be free before its ports are.
+    /// How long to wait for a port that a predecessor holds, and with [`lead`](crate::lead) for its disk, in
+    /// nanoseconds: a process that was killed gives back what it had one after the other, and its image may be free
+    /// before its ports are.
     pub bind_patience_ns: u64,
 }
 

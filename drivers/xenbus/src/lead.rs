@@ -30,9 +30,9 @@ const PAUSE_MAX_NS: u64 = 30_000_000_000;
 /// Leads a disk to its end. `open` opens its image, and says what is wrong with it if that fails; `tell` is told each
 /// reason why the disk is not served.
 ///
-/// A device that is new is refused then: `hotplug-error` has the reason, which xl shows when its script fails. One that a
-/// guest is connected to is tried again until it works, as whoever mends what is wrong wants it: its image may be on a
-/// server that is away, or another process may be serving it.
+/// A device that is new is refused then: `hotplug-error` has the reason, which xl shows when its script fails. One that
+/// a guest is connected to is tried again until it works, as whoever mends what is wrong wants it: its image may be on
+/// a server that is away, or another process may be serving it.
 ///
 /// # Errors
 /// Those of [`BackendError`] that have nothing to do with this disk.

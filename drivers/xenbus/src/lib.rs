@@ -21,11 +21,11 @@
 //! * A state is written in a transaction that checks that the directory is there and that nobody else moved on, so a
 //!   removed device is not made again and a toolstack's 5 is not overwritten.
 //! * Who is asked to leave answers what is in flight and goes, without a word to the front end.
-//! * A front end that says 5 may still use its disk: one that is mounted is not let go of. What a toolstack wishes changes
-//!   nothing for a front end in use; it takes its nodes away if it means it.
+//! * A front end that says 5 may still use its disk: one that is mounted is not let go of. What a toolstack wishes
+//!   changes nothing for a front end in use; it takes its nodes away if it means it.
 //! * A front end that begins anew in a loop is made to wait, up to a second each time.
-//! * A ring that is served, and cannot be taken up by us, is left alone: nothing is written. One process leads a disk: the
-//!   owner of the lock beside its record.
+//! * A ring that is served, and cannot be taken up by us, is left alone: nothing is written. One process leads a disk:
+//!   the owner of the lock beside its record.
 //! * A process that finds its device connected takes the ring up again without a word to the front end
 //!   (see [`tap_ring::record`]).
 //!

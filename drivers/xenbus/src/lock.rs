@@ -1,8 +1,8 @@
 //! One process leads a disk: who has its lock.
 //!
-//! The lock is a page beside the in-flight record, owned from before the first look at the device until nothing of it is
-//! in use: the ring is unmapped and the image closed. Its owner's death frees it. Of what is left then, the last word in
-//! xenstore, nobody else has a part. Whoever never had the lock writes nothing, in xenstore or anywhere else.
+//! The lock is a page beside the in-flight record, owned from before the first look at the device until nothing of it
+//! is in use: the ring is unmapped and the image closed. Its owner's death frees it. Of what is left then, the last
+//! word in xenstore, nobody else has a part. Whoever never had the lock writes nothing, in xenstore or anywhere else.
 
 use crate::config::{BackendConfig, BackendEnd, BackendError, XenHost};
 use std::cell::{Cell, RefCell};
@@ -71,9 +71,10 @@ impl<H: XenHost> Lock<H> {
         }
     }
 
-    /// Gives up the lock of a device that is gone, and removes its name: before the last word about it, since who dies in
-    /// between leaves that to somebody who takes the lock anew. With it goes the record, which a predecessor may have left
-    /// for a device that we never came to serve. Both are somebody else's from then on: nothing is removed twice.
+    /// Gives up the lock of a device that is gone, and removes its name: before the last word about it, since who dies
+    /// in between leaves that to somebody who takes the lock anew. With it goes the record, which a predecessor may
+    /// have left for a device that we never came to serve. Both are somebody else's from then on: nothing is removed
+    /// twice.
     pub(crate) fn give_up(&self, host: &H, end: &Result<BackendEnd, BackendError>) {
         if !is_over(end) {
             return;

@@ -51,14 +51,14 @@ pub struct Backend<H: XenHost> {
 }
 
 impl<H: XenHost> Backend<H> {
-    /// Leads the disk through its life until it ends, or until `leave` is set; then the ring is drained and unmapped, and
-    /// the node is closed, before a toolstack that waits for that is told. `open` is asked for the disk once it is ours:
-    /// what an image says while another process writes it is soon wrong.
+    /// Leads the disk through its life until it ends, or until `leave` is set; then the ring is drained and unmapped,
+    /// and the node is closed, before a toolstack that waits for that is told. `open` is asked for the disk once it is
+    /// ours: what an image says while another process writes it is soon wrong.
     ///
     /// # Errors
     /// See [`BackendError`]; [`BackendError::NotTaken`] if another process leads the disk and goes on to,
-    /// [`BackendError::Open`] with what `open` says. What the front end does wrong is no error here: it is told in xenstore
-    /// and closed.
+    /// [`BackendError::Open`] with what `open` says. What the front end does wrong is no error here: it is told in
+    /// xenstore and closed.
     pub async fn run<F: Future<Output = Result<Rc<dyn Node>, String>>>(
         host: H,
         config: BackendConfig,
@@ -135,7 +135,8 @@ impl<H: XenHost> Backend<H> {
         })
     }
 
-    /// A toolstack that takes a disk away, by force or not, waits for state 6, and may then do with the image as it likes.
+    /// A toolstack that takes a disk away, by force or not, waits for state 6, and may then do with the image as it
+    /// likes.
     async fn say_the_last_word(&mut self, end: Option<&BackendEnd>) -> Result<(), BackendError> {
         let waited_for = match end {
             Some(BackendEnd::Offline) => true,
@@ -185,7 +186,8 @@ impl<H: XenHost> Backend<H> {
         }
     }
 
-    /// The ring of a predecessor cannot be taken up. An end that has gone meanwhile is the reason, and the device's end.
+    /// The ring of a predecessor cannot be taken up. An end that has gone meanwhile is the reason, and the device's
+    /// end.
     async fn not_taken(&self, why: String) -> Result<BackendEnd, BackendError> {
         match next(Phase::Serving, &self.look().await?) {
             Action::End(end) if !self.host.bug(Bug::GoneNotSeen) => Ok(end),
@@ -242,8 +244,8 @@ impl<H: XenHost> Backend<H> {
         .map_err(|error| self.watch_failed(error))
     }
 
-    /// Lets a front end wait that begins anew too often. What it does meanwhile is looked at afterwards; a toolstack, and
-    /// who asks us to leave, need not wait.
+    /// Lets a front end wait that begins anew too often. What it does meanwhile is looked at afterwards; a toolstack,
+    /// and who asks us to leave, need not wait.
     async fn hold_back(&self) -> Result<(), BackendError> {
         let mut pause = pin!(self.host.sleep_ns(self.pace.wait_ns(&self.host)));
         let (mut leave, mut backend) = (pin!(self.leave.wait()), pin!(self.watches[0].next()));
@@ -485,8 +487,8 @@ fn info_of(read_only: bool) -> u32 {
     if read_only { INFO_READ_ONLY } else { 0 }
 }
 
-/// How a back end ended whose disk was closed like this. An error that ended it stays the one to go by; of a disk that was
-/// not `served` nothing can be lost.
+/// How a back end ended whose disk was closed like this. An error that ended it stays the one to go by; of a disk that
+/// was not `served` nothing can be lost.
 fn with_close(
     end: Result<BackendEnd, BackendError>,
     closed: Result<(), Errno>,

@@ -12,8 +12,8 @@ use tap_host::{Bug, DomId, Event, VbdId};
 /// How long to wait for a host that is short of memory, in nanoseconds.
 const PATIENCE_NS: u64 = 2_000_000_000;
 
-/// Removes the records named `prefix-DOMAIN-VBD`, and their locks, whose device is not in `root` of xenstore any more, or has lost its front
-/// end's directory. Records of devices that are there stay, whoever serves them.
+/// Removes the records named `prefix-DOMAIN-VBD`, and their locks, whose device is not in `root` of xenstore any more,
+/// or has lost its front end's directory. Records of devices that are there stay, whoever serves them.
 ///
 /// # Errors
 /// [`BackendError::Store`]; [`BackendError::Records`] if they cannot be listed.

@@ -5,8 +5,8 @@
 //!   pause    none            │ 10ms 20ms  40ms   ... 1 s
 //! ```
 //!
-//! Each connection costs xenstored, which all domains share, some ten transactions of ours. A guest that boots, or takes
-//! its disk away and back, begins anew a few times; one that does so in a loop is made to wait.
+//! Each connection costs xenstored, which all domains share, some ten transactions of ours. A guest that boots, or
+//! takes its disk away and back, begins anew a few times; one that does so in a loop is made to wait.
 
 use tap_host::Time;
 

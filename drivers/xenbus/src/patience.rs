@@ -9,8 +9,8 @@ const PAUSE_NS: u64 = 1_000_000;
 /// Longest pause between two attempts.
 const PAUSE_MAX_NS: u64 = 1_000_000_000;
 
-/// Whether xenstored, or the way to it, may be well again the next time: it was busy or short of memory, a quota was used
-/// up, or a message was lost. A connection that is gone for good is `ESHUTDOWN`.
+/// Whether xenstored, or the way to it, may be well again the next time: it was busy or short of memory, a quota was
+/// used up, or a message was lost. A connection that is gone for good is `ESHUTDOWN`.
 pub(crate) fn is_transient(error: Errno) -> bool {
     matches!(error, Errno::EBUSY | Errno::ENOMEM | Errno::ENOSPC | Errno::EIO | Errno::EINTR)
 }

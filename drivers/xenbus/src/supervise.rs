@@ -6,8 +6,8 @@
 //!        └───────── state 1: the next life of a directory ◄───────────────────────┘
 //! ```
 //!
-//! A device is served once per life of its directory: a life begins when a toolstack makes it (state 1), or when we come
-//! and it is there. Which image it is of comes from the toolstack, too (`params`); guests cannot write there.
+//! A device is served once per life of its directory: a life begins when a toolstack makes it (state 1), or when we
+//! come and it is there. Which image it is of comes from the toolstack, too (`params`); guests cannot write there.
 
 use crate::config::{BackendError, XenHost};
 use crate::keys;
@@ -70,7 +70,8 @@ enum News {
 }
 
 /// Runs `serve` in a task of its own for every device of `whose`, until `leave` is set and all of them have ended.
-/// `serve` leads its device out of state 1 or ends when it is gone: one that ends and leaves it in state 1 is run again.
+/// `serve` leads its device out of state 1 or ends when it is gone: one that ends and leaves it in state 1 is run
+/// again.
 ///
 /// # Errors
 /// [`BackendError::Store`]; the tasks go on then.

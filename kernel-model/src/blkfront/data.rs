@@ -4,9 +4,9 @@
 //!   page 0   ▒▒████▒▒     page 1   ▒▒████▒▒     page 2   ▒▒██▒▒▒▒        ████ the request's sectors, ▒▒ poison
 //! ```
 //!
-//! While no request uses a page, each of its sectors begins with poison: bytes that no disk holds. So a read that brings
-//! nothing shows, and so do bytes beside the segments, a write to a page whose request was answered, and data that was
-//! copied from such a page too late.
+//! While no request uses a page, each of its sectors begins with poison: bytes that no disk holds. So a read that
+//! brings nothing shows, and so do bytes beside the segments, a write to a page whose request was answered, and data
+//! that was copied from such a page too late.
 
 use super::PAGE_SECTORS;
 use tap_abi::blkif::{MAX_SEGMENTS, Segment};

@@ -109,8 +109,8 @@ impl Inner {
         landed
     }
 
-    /// What ext4 does to a buffered file before it finds that the space for zeros is missing, and Linux to a block device
-    /// before it asks the drive.
+    /// What ext4 does to a buffered file before it finds that the space for zeros is missing, and Linux to a block
+    /// device before it asks the drive.
     pub(super) fn drop_pages(&self, running: &Running) {
         self.drop_range(&running.open, running.offset, running.len);
     }

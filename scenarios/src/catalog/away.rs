@@ -194,8 +194,8 @@ async fn another_kernel(
     end_in_order(world, machine, &second, &guest).await;
 }
 
-/// The guest is saved: its domain ends, and it goes on in another, on the same image, with a ring of its own. What had no
-/// answer has happened or not, and nobody may carry it out later.
+/// The guest is saved: its domain ends, and it goes on in another, on the same image, with a ring of its own. What had
+/// no answer has happened or not, and nobody may carry it out later.
 async fn saved_and_restored(
     world: &World,
     machine: &Rc<Machine>,

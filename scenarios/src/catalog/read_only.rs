@@ -1,4 +1,5 @@
-//! A read-only disk on a ring: nothing that a guest asks for changes a byte, whoever dies, and reads are served all along.
+//! A read-only disk on a ring: nothing that a guest asks for changes a byte, whoever dies, and reads are served all
+//! along.
 
 use super::ring::{DISK_BYTES, NO_ERRORS, finish, in_guest, kills, not_stuck, operations_of};
 use super::setup::Setup;

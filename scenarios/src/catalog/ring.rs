@@ -254,8 +254,8 @@ async fn frontend_reconnect(world: World) {
     finish(&world, &machine, &guests).await;
 }
 
-/// How often a front end begins anew that does nothing else, and how long that takes at least, in nanoseconds: each time
-/// costs xenstored, which all domains share, a dozen transactions of the back end's domain.
+/// How often a front end begins anew that does nothing else, and how long that takes at least, in nanoseconds: each
+/// time costs xenstored, which all domains share, a dozen transactions of the back end's domain.
 const LOOPS: u64 = 24;
 const LOOPS_NS: u64 = 5_000_000_000;
 

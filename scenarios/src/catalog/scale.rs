@@ -115,8 +115,8 @@ async fn full(world: World, raw: bool) {
     }
 }
 
-/// Requests with space, then without. Gives the disk, and how many clusters nothing referred to before; `None` where the
-/// power was cut, or the world is broken.
+/// Requests with space, then without. Gives the disk, and how many clusters nothing referred to before; `None` where
+/// the power was cut, or the world is broken.
 async fn without_space(
     world: &World,
     setup: &Setup,
@@ -224,8 +224,8 @@ async fn with_space_again(world: &World, setup: &Setup, limits: &StackLimits, se
     setup.check(world, "at the end").await;
 }
 
-/// Whole pages that the guest gave back are holes of the file. (Zeros over a backing file have to be written; once a request
-/// has failed, so have those over what it may have left.)
+/// Whole pages that the guest gave back are holes of the file. (Zeros over a backing file have to be written; once a
+/// request has failed, so have those over what it may have left.)
 fn check_given_back(world: &World, setup: &Setup, guest: &Guest<DirectDisk>) {
     const PAGE_SECTORS: u64 = 8;
     let clusters = setup.spec.format == ImageFormat::Qcow;

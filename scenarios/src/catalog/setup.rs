@@ -106,8 +106,8 @@ impl Setup {
         Self::with_history(world, ImageFormat::Raw, number, size_bytes, initial, None)
     }
 
-    /// The same on a block device: of the same size under a raw disk; a qcow image has more behind it, which holds the bytes
-    /// of whoever had the device before.
+    /// The same on a block device: of the same size under a raw disk; a qcow image has more behind it, which holds the
+    /// bytes of whoever had the device before.
     pub fn on_device(self, world: &World) -> Self {
         let path = &self.spec.path;
         let mut content = world.storage.content(path).unwrap_or_default();
@@ -170,8 +170,8 @@ impl Setup {
         }
     }
 
-    /// While the image is served, nobody else may open it, or write to it if it is open for reading; and what it is based
-    /// on nobody may write to.
+    /// While the image is served, nobody else may open it, or write to it if it is open for reading; and what it is
+    /// based on nobody may write to.
     pub fn check_locks(&self, world: &World, read_only: bool) {
         let top = if read_only { LockKind::Shared } else { LockKind::Exclusive };
         let mut wrong =

@@ -5,8 +5,8 @@
 //! ```
 //!
 //! The contracts are those of `tap_core`'s `Node` and of the scheduler: overlapping requests come one after the other,
-//! no more at once than the depth, merged ones no larger than they may be, extents cover a part of what was asked about,
-//! and the layer is closed once, when nothing of it is in use.
+//! no more at once than the depth, merged ones no larger than they may be, extents cover a part of what was asked
+//! about, and the layer is closed once, when nothing of it is in use.
 
 use super::Invariant;
 use crate::stack::StackLimits;

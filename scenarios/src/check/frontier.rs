@@ -122,8 +122,8 @@ impl Block {
         });
     }
 
-    /// A write was answered. `oldest_read` is the submission of the oldest read that still runs. Gives whether a read has
-    /// shown before that it did not succeed, although it did.
+    /// A write was answered. `oldest_read` is the submission of the oldest read that still runs. Gives whether a read
+    /// has shown before that it did not succeed, although it did.
     pub fn end(&mut self, write: u64, res: Clock, ok: bool, oldest_read: Clock, order: Order) -> bool {
         let Some(at) = self.versions.iter().position(|v| v.write == write) else { return false };
         self.versions[at].res = res;
@@ -245,7 +245,8 @@ impl Block {
         self.versions.iter().filter(|v| v.before(latest, order)).map(|v| v.write).collect()
     }
 
-    /// After a power cut it turns out that `write` cannot be what the medium holds. Gives whether that was seen already.
+    /// After a power cut it turns out that `write` cannot be what the medium holds. Gives whether that was seen
+    /// already.
     pub fn rule_out(&mut self, write: u64) -> bool {
         if self.versions.len() > 1 {
             self.versions.retain(|v| v.write != write || !v.unresolved);

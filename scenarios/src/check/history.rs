@@ -110,7 +110,7 @@ pub struct BlockHistory {
     size_sectors: u64,
     order: Order,
     was_cut: bool,
-    /// Reads that were submitted up to here may have been carried out a second time, by the successor of a dead process.
+    /// Reads that were submitted up to here may have been executed twice, by the successor of a dead process.
     repeated_to: Clock,
     /// Whether writes may fail.
     may_fail: bool,

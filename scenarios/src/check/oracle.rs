@@ -1,8 +1,8 @@
 //! Checkers that are broken on purpose: who checks that a checker looks?
 //!
 //! A run can ask for one broken oracle ([`crate::world::RunOptions::oracle`]), and so can the environment variable
-//! `TAPSIM_ORACLE`, for unit tests. `tapsim bugs --oracles` breaks each in turn; the saved run of a seeded bug must then
-//! come out otherwise, or a test of the checkers must fail.
+//! `TAPSIM_ORACLE`, for unit tests. `tapsim bugs --oracles` breaks each in turn; the saved run of a seeded bug must
+//! then come out otherwise, or a test of the checkers must fail.
 
 use super::Invariant;
 use std::cell::Cell;

@@ -12,7 +12,8 @@ use tap_images::qcow::{CheckReport, check};
 /// Bytes at the front of a file that the shipped check takes as used, whatever the size of clusters.
 const FRONT_BYTES: u64 = 4096;
 
-/// What the two say differently, if they do: whether the image is sound, how many clusters are mapped, how many are lost.
+/// What the two say differently, if they do: whether the image is sound, how many clusters are mapped, how many are
+/// lost.
 pub fn difference(
     walked: &Result<QcowMap, Broken>,
     checked: &Result<CheckReport, ImageError>,

@@ -185,8 +185,8 @@ pub(crate) fn print_table(report: &SweepReport) {
     }
 }
 
-/// Runs the failing `spec` again, shrinks and saves it, and says how to replay it. A run that takes its thread with it is
-/// saved as it is.
+/// Runs the failing `spec` again, shrinks and saves it, and says how to replay it. A run that takes its thread with it
+/// is saved as it is.
 pub(crate) fn report_failure(common: &Common, spec: &RunSpec) -> Result<PathBuf, Stop> {
     let (guarded, seed) = (common.guarded(), spec.seed);
     let mine = RunSpec { record: true, trace: TraceLevel::Events, ..spec.clone() };

@@ -25,8 +25,8 @@ use tap_core::wait::Event;
 use tap_host::Stream;
 use zerocopy::{FromBytes, IntoBytes};
 
-/// How a true answer is cut: pieces less one in 3 bits, last piece first in 1, its end in a chunk of its own in 1, zeros
-/// as holes in 1, how long it is kept in 4 (powers of four in ns); 0 is one chunk at once.
+/// How a true answer is cut: pieces less one in 3 bits, last piece first in 1, its end in a chunk of its own in 1,
+/// zeros as holes in 1, how long it is kept in 4 (powers of four in ns); 0 is one chunk at once.
 pub static NBD_SHAPE: Label = Label::packed("nbd-shape", "answer {n} has shape {}", &[3, 1, 1, 1, 4]);
 
 /// What is wrong with an answer: kind in 4 bits, a place in 16; 0 is nothing.

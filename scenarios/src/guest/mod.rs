@@ -43,7 +43,8 @@ pub trait GuestDisk: Clone + 'static {
         range: SectorRange,
         fill: impl FnOnce(&mut [u8]),
     ) -> impl Future<Output = Result<(), Errno>>;
-    /// Writes what `fill` puts into the bytes of `range`; with the answer that is durable, and all that was answered before.
+    /// Writes what `fill` puts into the bytes of `range`; with the answer that is durable, and all that was answered
+    /// before.
     fn write_and_flush(
         &self,
         range: SectorRange,

@@ -1,5 +1,5 @@
-//! What an NBD server that means well offers: the protocol leaves it many ways to do so, and to do less. Whoever asks it
-//! for what it did not offer breaks N3.
+//! What an NBD server that means well offers: the protocol leaves it many ways to do so, and to do less. Whoever asks
+//! it for what it did not offer breaks N3.
 
 use super::LyingServer;
 use super::lying::{Asked, Queue};
@@ -15,8 +15,8 @@ use tap_abi::nbd::{
 use tap_host::SECTOR_BYTES;
 use zerocopy::IntoBytes;
 
-/// What a server offers less on a connection after the first, bit by bit: flushes, `FUA`, trims, zeroes, writes, half of
-/// its disk, half of its requests, structured replies, contexts; 0 is as before.
+/// What a server offers less on a connection after the first, bit by bit: flushes, `FUA`, trims, zeroes, writes, half
+/// of its disk, half of its requests, structured replies, contexts; 0 is as before.
 pub static NBD_LESS: Label = Label::new("nbd-less", "the server comes back with less: {}");
 
 /// The bits of [`NBD_LESS`].

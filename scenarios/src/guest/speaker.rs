@@ -1,5 +1,6 @@
 //! An NBD client that says everything the protocol has: every command, every flag that may stand beside it, every place
-//! and size, and what a server must refuse. It reads replies without the code of the stack, and knows what they must be.
+//! and size, and what a server must refuse. It reads replies without the code of the stack, and knows what they must
+//! be.
 
 use super::RawNbd;
 use crate::check::{BlockHistory, Invariant};

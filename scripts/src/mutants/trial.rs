@@ -150,7 +150,8 @@ pub(crate) struct Sweep<'a> {
 }
 
 impl Sweep<'_> {
-    /// Sweeps until something fails: what it was, and what it took. `name` names the files that the trial leaves in `folder`.
+    /// Sweeps until something fails: what it was, and what it took. `name` names the files that the trial leaves in
+    /// `folder`.
     pub(crate) fn run(
         &self,
         folder: &Path,

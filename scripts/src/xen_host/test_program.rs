@@ -1,6 +1,7 @@
 //! Test programs of this repository that run in dom0: built as `cargo test` builds them, and copied in.
 //!
-//! A test that wants one says so in its file, as `# test program: PACKAGE TEST`. It finds it in its path as PACKAGE-TEST.
+//! A test that wants one says so in its file, as `# test program: PACKAGE TEST`. It finds it in its path as
+//! PACKAGE-TEST.
 
 use super::Result;
 use serde_json::Value;

@@ -12,16 +12,16 @@
 //! | a block device | Linux drops the dirty pages before it asks the drive | the same, also where the drive cannot |
 //! | with O_DIRECT | safe: there are no dirty pages | safe |
 //!
-//! v2 is gone then, and v1 must not come back, so the range is made what the failed request may have left: zeros. A hole
-//! takes no space.
+//! v2 is gone then, and v1 must not come back, so the range is made what the failed request may have left: zeros. A
+//! hole takes no space.
 //!
-//! Whether a drive can make holes is known once it was asked, after the pages are gone. So the first question is about a
-//! small part, whose bytes are read before and put back where the drive refuses: then nothing has changed, whatever
+//! Whether a drive can make holes is known once it was asked, after the pages are gone. So the first question is about
+//! a small part, whose bytes are read before and put back where the drive refuses: then nothing has changed, whatever
 //! the size of the request. It is not asked again. Of ranges that are not whole sectors it is not asked at all.
 //!
-//! While a part is settled, synchronisations wait; so a request is cut into parts. One that runs beside a failure may have
-//! missed the pages that were dropped, and what it said of them is void. It is repeated once the part is settled, so that
-//! the zeros, or what was put back, are durable in their place.
+//! While a part is settled, synchronisations wait; so a request is cut into parts. One that runs beside a failure may
+//! have missed the pages that were dropped, and what it said of them is void. It is repeated once the part is settled,
+//! so that the zeros, or what was put back, are durable in their place.
 
 use super::{ImageFile, is_transient};
 use crate::ImageHost;
@@ -34,8 +34,8 @@ use tap_host::{Bug, Errno, File, FileInfo, IoVec, Mark, Probe, ZeroMode};
 
 /// Repetitions of what settles a part, while the host answers with errors.
 const REPEATS: u32 = 7;
-/// Most bytes that are made zeros in one operation, once the drive is known to do it: what is settled if it fails, while
-/// synchronisations wait.
+/// Most bytes that are made zeros in one operation, once the drive is known to do it: what is settled if it fails,
+/// while synchronisations wait.
 const MOST_AT_ONCE_BYTES: u64 = 64 << 20;
 
 /// The zeros of one file that may cost dirty pages.
@@ -91,8 +91,8 @@ impl KeptZeros {
         self.failures.get()
     }
 
-    /// Whether zeros failed since `failures` was noted, or fail among those that run now: what was synchronised meanwhile
-    /// may not be durable.
+    /// Whether zeros failed since `failures` was noted, or fail among those that run now: what was synchronised
+    /// meanwhile may not be durable.
     pub(super) async fn failed_since(&self, host: &impl Probe, failures: u64) -> bool {
         if self.running.get() > 0 && !host.bug(Bug::FlushPassesZeros) {
             let ticket = self.order.ticket("synchronisation", 0);
@@ -107,8 +107,8 @@ impl<H: ImageHost> ImageFile<H> {
     /// Makes a part of at most [`KeptZeros::most_at_once`] zeros where that may cost dirty pages.
     ///
     /// # Errors
-    /// `EOPNOTSUPP` where the file cannot do it, with nothing changed. After others the part reads as zeros, or the file is
-    /// given up.
+    /// `EOPNOTSUPP` where the file cannot do it, with nothing changed. After others the part reads as zeros, or the
+    /// file is given up.
     pub(super) async fn zero_kept(&self, offset: u64, len: u64, mode: ZeroMode) -> Result<(), Errno> {
         let (kept, host) = (&self.kept, &self.host);
         let answer = kept.answer(mode);

@@ -10,9 +10,9 @@ use tap_core::{Access, Space};
 use tap_host::{Bug, Errno, File, IoVec, Mark, ZeroMode};
 
 impl<H: ImageHost> ImageFile<H> {
-    /// Makes `len` bytes from `offset` on read as zeros, however that is done. `fast`: refuses with `EOPNOTSUPP`, nothing
-    /// changed, if they would have to be written. What lies behind the end of the file has no space in either mode, unless
-    /// `mode` asks for it.
+    /// Makes `len` bytes from `offset` on read as zeros, however that is done. `fast`: refuses with `EOPNOTSUPP`,
+    /// nothing changed, if they would have to be written. What lies behind the end of the file has no space in either
+    /// mode, unless `mode` asks for it.
     pub(crate) async fn zero(&self, offset: u64, len: u64, mode: ZeroMode, fast: bool) -> Result<(), Errno> {
         let done = match self.is_whole(offset, len) {
             true => self.zero_in_place(offset, len, mode).await?,
@@ -32,8 +32,8 @@ impl<H: ImageHost> ImageFile<H> {
         Ok(())
     }
 
-    /// Gives back what space of `len` bytes from `offset` on can be given back without writing: that part reads as zeros
-    /// then, the rest as before. Gives whether any of the file can be given back at all.
+    /// Gives back what space of `len` bytes from `offset` on can be given back without writing: that part reads as
+    /// zeros then, the rest as before. Gives whether any of the file can be given back at all.
     pub(crate) async fn discard(&self, offset: u64, len: u64) -> Result<bool, Errno> {
         let sector = u64::from(self.info.zero_align_bytes);
         let (start, end) = (offset.next_multiple_of(sector), (offset + len) / sector * sector);

@@ -76,8 +76,8 @@ impl Allocator {
         host < self.dirty_until
     }
 
-    /// Takes `len` bytes from `host` on back, to which nothing can refer. What is the last of the file is new again; the
-    /// rest goes to who needs so much next, a request that is repeated above all.
+    /// Takes `len` bytes from `host` on back, to which nothing can refer. What is the last of the file is new again;
+    /// the rest goes to who needs so much next, a request that is repeated above all.
     pub(super) fn take_back(&mut self, host: u64, len: u64) {
         let (mut host, mut end) = (host, host + len);
         if let Some(after) = self.returned.remove(&end) {
@@ -170,8 +170,8 @@ impl<H: ImageHost> Image<H> {
 }
 
 impl Allocator {
-    /// Guest clusters from `first` to before `end` are mapped. What is in doubt is looked up for those only that are not,
-    /// so a run loses clusters at its ends alone: one more run would need memory.
+    /// Guest clusters from `first` to before `end` are mapped. What is in doubt is looked up for those only that are
+    /// not, so a run loses clusters at its ends alone: one more run would need memory.
     fn settle(&mut self, first: u64, end: u64, cluster_bytes: u64) {
         let from = self.suspects.range(..first).next_back().map_or(first, |(start, _)| *start);
         let meet: Vec<(u64, u64, u64)> = self

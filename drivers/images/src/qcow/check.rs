@@ -45,8 +45,8 @@ impl Report for CheckReport {
     }
 }
 
-/// Walks the image at `path`, which is opened read-only, and decompresses every compressed cluster. Memory is bounded by
-/// what is mapped: a bit for each cluster.
+/// Walks the image at `path`, which is opened read-only, and decompresses every compressed cluster. Memory is bounded
+/// by what is mapped: a bit for each cluster.
 ///
 /// # Errors
 /// [`ImageError`] when any of it cannot be read, or it is not a qcow image at all. What cannot be read is not damage.

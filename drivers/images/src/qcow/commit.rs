@@ -8,8 +8,8 @@
 //! ```
 //!
 //! A write that failed may have reached the file. Its entries are not published but taken back in the file, if that is
-//! still possible. In any case each of the guest's clusters keeps the place in the file that such an entry points to (see
-//! [`super::alloc`]), and what is there is one of the allowed versions.
+//! still possible. In any case each of the guest's clusters keeps the place in the file that such an entry points to
+//! (see [`super::alloc`]), and what is there is one of the allowed versions.
 
 use super::Image;
 use super::table::Table;

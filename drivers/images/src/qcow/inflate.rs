@@ -8,7 +8,8 @@ use smallvec::smallvec;
 use std::rc::Rc;
 use tap_host::{Errno, Mark};
 
-/// Keeps the last cluster, as guests read one cluster in several requests, and the state of the decoder, which is large.
+/// Keeps the last cluster, as guests read one cluster in several requests, and the state of the decoder, which is
+/// large.
 #[derive(Default)]
 pub(super) struct Inflater {
     last: Option<(Compressed, Rc<[u8]>)>,

@@ -20,8 +20,9 @@
 //!
 //! Clusters of 512 bytes to 64 KiB, L2 tables of 64 to 8192 entries, compressed clusters (read, and replaced when
 //! written), backing files. Not encryption. Images with Xen's extended header open as what they also are, plain qcow;
-//! opening for writing clears the header's checksum, which covers the L1 table and would be stale, so that other readers
-//! ignore the extension as they do after a crash. Old ones whose L1 table is in the byte order of a PC open read-only.
+//! opening for writing clears the header's checksum, which covers the L1 table and would be stale, so that other
+//! readers ignore the extension as they do after a crash. Old ones whose L1 table is in the byte order of a PC open
+//! read-only.
 
 mod alloc;
 mod check;

@@ -235,9 +235,9 @@ async fn walk<H: ImageHost>(
     Ok(Walked { cache, end: referred, frontier: end.next_multiple_of(geometry.cluster_bytes()) })
 }
 
-/// A crash may have left references to what lies behind the end of the file. The file gets as long as they are, durably,
-/// before anything is served: all bounds on where references may lead count from the size, and would be passed by what
-/// is written now, or by what the next crash leaves.
+/// A crash may have left references to what lies behind the end of the file. The file gets as long as they are,
+/// durably, before anything is served: all bounds on where references may lead count from the size, and would be passed
+/// by what is written now, or by what the next crash leaves.
 async fn reach_all<H: ImageHost>(host: &H, front: &mut Front<H>, walked: &Walked) -> Result<(), Errno> {
     let info = &mut front.file.info;
     if info.block_device || walked.end <= info.size_bytes || host.bug(Bug::SizeBehind) {
@@ -249,7 +249,8 @@ async fn reach_all<H: ImageHost>(host: &H, front: &mut Front<H>, walked: &Walked
     match front.file.sync_to_close().await {
         // Nothing was given up, and nothing is remembered: the size is what it was before.
         Err(Errno::EINTR) => Err(Errno::EINTR),
-        // One that fails is remembered: no flush of this file succeeds any more, and so none promises what is written there.
+        // One that fails is remembered: no flush of this file succeeds any more, and so none promises what is written
+        // there.
         _ => Ok(()),
     }
 }

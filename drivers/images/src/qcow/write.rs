@@ -1,7 +1,7 @@
 //! Writing.
 //!
-//! What is mapped and not compressed is written in place, without claims. Everything else claims its clusters, so that a
-//! second writer of a cluster waits and then finds it mapped.
+//! What is mapped and not compressed is written in place, without claims. Everything else claims its clusters, so that
+//! a second writer of a cluster waits and then finds it mapped.
 
 use super::Image;
 use super::format::Mapping;
@@ -269,8 +269,8 @@ impl<H: ImageHost> Image<H> {
     }
 
     /// Writes data to a place that is about to be mapped, and makes it durable where losing it would show other bytes
-    /// than zeros. Also gives whether the medium failed at that place; what is read for it, and what makes it durable, says
-    /// nothing of the place.
+    /// than zeros. Also gives whether the medium failed at that place; what is read for it, and what makes it durable,
+    /// says nothing of the place.
     async fn write_new(
         &self,
         table: &Rc<Table>,

@@ -5,10 +5,10 @@
 //!   reap ◄──────────── completion queue ◄── posted by the kernel; no system call looks at it
 //! ```
 //!
-//! The ring's descriptor is readable when completions are there; the event loop watches it like a socket. That rules out
-//! IORING_SETUP_DEFER_TASKRUN, under which it is not (seen on Linux 6.18) and an eventfd must be registered: measured,
-//! that costs more than it saves (4.3 against 3.1 us of CPU for a direct read at depth 32, and one more system call for
-//! each batch).
+//! The ring's descriptor is readable when completions are there; the event loop watches it like a socket. That rules
+//! out IORING_SETUP_DEFER_TASKRUN, under which it is not (seen on Linux 6.18) and an eventfd must be registered:
+//! measured, that costs more than it saves (4.3 against 3.1 us of CPU for a direct read at depth 32, and one more
+//! system call for each batch).
 
 use super::call::{Call, Memory, errno, zero_flags};
 use super::engine::Submit;

@@ -6,8 +6,8 @@
 //!                     └──────── number written: unmasked ◄── next wait ◄── wait ends, pending cleared
 //! ```
 //!
-//! A port that was queued stays masked until it is waited for again, so a guest that raises events without end costs one
-//! of them per turn of its ring. What it raises meanwhile is kept by Xen and comes with the unmasking.
+//! A port that was queued stays masked until it is waited for again, so a guest that raises events without end costs
+//! one of them per turn of its ring. What it raises meanwhile is kept by Xen and comes with the unmasking.
 
 use super::ioctl::{BindInterdomain, Notify, Reset, Unbind, call};
 use crate::files::{errno, of_rustix};

@@ -8,8 +8,8 @@
 //!                                           ../xenstore/
 //! ```
 //!
-//! Opened by [`crate::run`] for programs that ask for it ([`crate::Options::xen`]). Elsewhere every call here fails with
-//! `ENODEV`.
+//! Opened by [`crate::run`] for programs that ask for it ([`crate::Options::xen`]). Elsewhere every call here fails
+//! with `ENODEV`.
 
 mod evtchn;
 mod gntdev;

@@ -8,8 +8,8 @@
 //! | payload, bytes | 4096 | 4080: with its header a message has a page |
 //! | requests at a time | any | one, see below |
 //!
-//! So writes to the device are made by another thread; nobody waits for a poll before one. Read from are both in the same
-//! way.
+//! So writes to the device are made by another thread; nobody waits for a poll before one. Read from are both in the
+//! same way.
 //!
 //! While a watch is set or removed, Linux 6.1 holds a lock of the open device that it also needs to hand out the answer
 //! to an earlier request. If there is one, the kernel's only thread that talks to xenstored waits for ever, and with it

@@ -9,7 +9,8 @@
 //!
 //! # Contract
 //!
-//! * Requests are sent in the order in which they are made; to a socket without waiting for the answers of earlier ones.
+//! * Requests are sent in the order in which they are made; to a socket without waiting for the answers of earlier
+//!   ones.
 //! * Dropping the future of a request does not take it back. What it would have given is let go of: a transaction is
 //!   ended without effect, a watch removed.
 //! * Dropping a watcher or a transaction tells xenstored, and waits for nothing.

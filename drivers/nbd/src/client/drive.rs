@@ -78,8 +78,8 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         }
     }
 
-    /// Tries until there is a connection again; `None` if the server cannot be the same any more. Connections that break
-    /// before anything is answered are no progress: pauses grow on, and patience ends.
+    /// Tries until there is a connection again; `None` if the server cannot be the same any more. Connections that
+    /// break before anything is answered are no progress: pauses grow on, and patience ends.
     async fn reconnect(self: &Rc<Self>) -> Option<Connected<H>> {
         let answered = self.replies.get();
         let mut attempt = self.attempt.take().filter(|a| a.replies == answered).unwrap_or(Attempt {

@@ -279,8 +279,8 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
         Ok(())
     }
 
-    /// Receives straight into the buffer that byte `at` of the request is in, if the data goes to its end. Gives how many
-    /// bytes that were.
+    /// Receives straight into the buffer that byte `at` of the request is in, if the data goes to its end. Gives how
+    /// many bytes that were.
     async fn direct(&mut self, cookie: u64, at: usize, left: usize) -> Result<Option<usize>, Why> {
         let mut found = None;
         self.with(cookie, |call| {

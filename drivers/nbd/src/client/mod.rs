@@ -9,26 +9,26 @@
 //!
 //! # Contract
 //!
-//! * Connects with `GO`, structured replies and `base:allocation` where the server has them, else with `EXPORT_NAME` and
-//!   simple replies. What the server cannot do is done without it: zeros are written, discards are dropped, a flush
+//! * Connects with `GO`, structured replies and `base:allocation` where the server has them, else with `EXPORT_NAME`
+//!   and simple replies. What the server cannot do is done without it: zeros are written, discards are dropped, a flush
 //!   without `FLUSH` is nothing, extents without `base:allocation` are data. Larger requests than it takes are split.
-//! * **A connection that breaks** is made again, after pauses that double, and what was in flight is sent again. Requests
-//!   wait for it, until [`ClientConfig::reconnect_ns`] is over; from then on they fail with `EIO`, while attempts go on.
-//!   A request that is not answered within [`ClientConfig::request_ns`] breaks the connection. A server that came back
-//!   with another size, or able to do less, is another disk: every request fails from then on.
+//! * **A connection that breaks** is made again, after pauses that double, and what was in flight is sent again.
+//!   Requests wait for it, until [`ClientConfig::reconnect_ns`] is over; from then on they fail with `EIO`, while
+//!   attempts go on. A request that is not answered within [`ClientConfig::request_ns`] breaks the connection. A server
+//!   that came back with another size, or able to do less, is another disk: every request fails from then on.
 //! * **Repeated requests**: the caller keeps overlapping requests apart, so a request that is carried out twice changes
 //!   nothing. Only a server that still carries out what it had read from a broken connection, later than what it reads
-//!   from a new one, could bring back old bytes. The protocol has no fence against it. A broken connection is aborted, so
-//!   nothing arrives late that is still under way; a server that died carries nothing out, and ours starts nothing more
-//!   once it sees that the connection broke. What is left are requests that wait in the server's receive buffer.
+//!   from a new one, could bring back old bytes. The protocol has no fence against it. A broken connection is aborted,
+//!   so nothing arrives late that is still under way; a server that died carries nothing out, and ours starts nothing
+//!   more once it sees that the connection broke. What is left are requests that wait in the server's receive buffer.
 //! * **A server that lies** is no disk: a read has every byte once, or fails. What does not fit its request (another
 //!   place, bytes that came before, more pieces than make sense, an unknown cookie) breaks the connection.
-//! * **Flush**: a flush makes durable what was answered before. If the connection breaks in between, the server may have
-//!   died and come back without writes that it had answered, and a flush on the new connection would say nothing about
-//!   them. So with [`Breaks::MayLose`] each flush that should cover such writes fails with `EIO`, and, as what was lost
-//!   stays lost, so does every flush after it, until the disk is opened anew. With [`Breaks::Keep`] the
-//!   caller knows that the server's machine lives on, and with it everything that was answered: a server on the same
-//!   machine that accepts writes into the host's page cache before it answers, as ours does. With
+//! * **Flush**: a flush makes durable what was answered before. If the connection breaks in between, the server may
+//!   have died and come back without writes that it had answered, and a flush on the new connection would say nothing
+//!   about them. So with [`Breaks::MayLose`] each flush that should cover such writes fails with `EIO`, and, as what
+//!   was lost stays lost, so does every flush after it, until the disk is opened anew. With [`Breaks::Keep`] the caller
+//!   knows that the server's machine lives on, and with it everything that was answered: a server on the same machine
+//!   that accepts writes into the host's page cache before it answers, as ours does. With
 //!   [`ClientConfig::write_through`] no write is answered before it is durable, and nothing is lost either way.
 
 mod covered;
@@ -86,8 +86,8 @@ pub struct ClientConfig {
     pub receive_bytes: usize,
     /// Longest time for connecting and choosing the export, in nanoseconds.
     pub connect_ns: u64,
-    /// Longest time for one request in nanoseconds. A flush, or zeros over a large range, may take a server minutes; that
-    /// its machine is gone is found out sooner by the host (TCP keepalive).
+    /// Longest time for one request in nanoseconds. A flush, or zeros over a large range, may take a server minutes;
+    /// that its machine is gone is found out sooner by the host (TCP keepalive).
     pub request_ns: u64,
     /// First pause between two attempts to connect again, in nanoseconds; doubles up to `pause_most_ns`.
     pub pause_ns: u64,

@@ -109,8 +109,8 @@ const EXTENTS_MAX: usize = 1024;
 /// What a node is asked about at once, in sectors: bounds the list that it makes.
 const STATUS_SECTORS: u64 = (64 << 20) / SECTOR_BYTES;
 
-/// Extents that a node is asked for at once, and how often for one answer: an answer may be short, and nobody waits long
-/// behind it.
+/// Extents that a node is asked for at once, and how often for one answer: an answer may be short, and nobody waits
+/// long behind it.
 const EXTENTS_AT_ONCE: usize = 128;
 const LOOKS_MAX: usize = 32;
 

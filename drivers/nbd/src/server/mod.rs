@@ -17,12 +17,12 @@
 //!   Offsets and lengths are multiples of 512 bytes, anything else is answered with `EINVAL`.
 //! * **Several connections**: a flush covers what was answered on all of them, because every connection hands it to the
 //!   same node, whose contract says so.
-//! * **Memory** is taken of the one budget of the process. Each connection has some that nobody else can take, enough for
-//!   usual requests; what is larger takes its turn where there is no more. While somebody waits for it, the oldest whose
-//!   client takes no reply, or sends nothing of what it announced, for [`ServerLimits::grace_ns`] is closed.
+//! * **Memory** is taken of the one budget of the process. Each connection has some that nobody else can take, enough
+//!   for usual requests; what is larger takes its turn where there is no more. While somebody waits for it, the oldest
+//!   whose client takes no reply, or sends nothing of what it announced, for [`ServerLimits::grace_ns`] is closed.
 //! * **Limits**: each connection has memory, requests in flight and a receive buffer of its own, and is not read from
-//!   while any of them is used up. So a client that sends too much, or takes no replies, holds up itself only. All of it
-//!   together is bounded, see [`ServerLimits::memory_bytes`].
+//!   while any of them is used up. So a client that sends too much, or takes no replies, holds up itself only. All of
+//!   it together is bounded, see [`ServerLimits::memory_bytes`].
 //! * **Places**: who has chosen an export has one of [`ServerLimits::connections`]; who finds none is told so and may
 //!   try again. Who has not chosen yet has one of [`ServerLimits::negotiating`], and of more the oldest is closed. A
 //!   client that sends no more gets what it asked for, and loses its place when it takes nothing of it for
@@ -140,9 +140,9 @@ impl ServerLimits {
         OWN_BYTES.min(share).max(PAGE_BYTES).min(self.request_bytes as usize)
     }
 
-    /// Most bytes of memory for data that clients can make the server hold. Apart from it each request costs some hundred
-    /// bytes, an answer about extents up to 8 KiB (one at a time is made for each connection), and zeros that have to be
-    /// written as data 1 MiB while they are.
+    /// Most bytes of memory for data that clients can make the server hold. Apart from it each request costs some
+    /// hundred bytes, an answer about extents up to 8 KiB (one at a time is made for each connection), and zeros that
+    /// have to be written as data 1 MiB while they are.
     pub fn memory_bytes(&self) -> usize {
         // One that gives its place up may not have ended when the next is there.
         let negotiating = 2 * self.negotiating * RECEIVE_BYTES_MIN;
@@ -450,8 +450,8 @@ impl<H: Log + Tasks + Time + Probe> Inner<H> {
         }
     }
 
-    /// Takes the place of the oldest connection on which nothing moves for [`ServerLimits::grace_ns`]: its client takes no
-    /// reply, or announced data that it does not send.
+    /// Takes the place of the oldest connection on which nothing moves for [`ServerLimits::grace_ns`]: its client takes
+    /// no reply, or announced data that it does not send.
     async fn free_place(self: Rc<Self>) {
         let seen = |open: &BTreeMap<u64, Open>| -> Vec<_> {
             open.iter().map(|(n, o)| (*n, o.flow.seen())).collect()

@@ -1,8 +1,8 @@
 //! A new image is none of the files that it is made from.
 //!
 //! A name says little: links, `..` and relative paths lead to the same file. What counts is which file is opened
-//! ([`FileId`]), and a file that cannot be looked at may be any. A name that leads nowhere now may lead somewhere later, so
-//! whoever empties a file compares once more what it has opened.
+//! ([`FileId`]), and a file that cannot be looked at may be any. A name that leads nowhere now may lead somewhere
+//! later, so whoever empties a file compares once more what it has opened.
 
 use tap_host::{Bug, Errno, FileId};
 use tap_images::{ImageError, ImageFormat, ImageHost, ImageSpec, describe, file_id};

@@ -278,8 +278,8 @@ impl Plan {
         }
     }
 
-    /// In some worlds others have all memory that nobody was promised, from now on: requests of other disks, say. Whoever is
-    /// served already goes on.
+    /// In some worlds others have all memory that nobody was promised, from now on: requests of other disks, say.
+    /// Whoever is served already goes on.
     fn fill(&self, config: &ClientConfig) {
         if !self.world.setting("client-memory-is-taken", &[false, true]) {
             return;

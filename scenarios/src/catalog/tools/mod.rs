@@ -173,8 +173,8 @@ fn cut_after(world: &World, epoch: u32, draw: impl FnOnce(&mut Draw) -> u64) -> 
     Some(world.sim.decide(entity, &CRASH_AT, 0, draw)).filter(|after| *after > 0)
 }
 
-/// Lets a command make its image. The power is cut after `cut` operations, or, if `cut_then` says so, when it has ended.
-/// Gives whether the image is made and shows what it should.
+/// Lets a command make its image. The power is cut after `cut` operations, or, if `cut_then` says so, when it has
+/// ended. Gives whether the image is made and shows what it should.
 async fn make(
     world: &World,
     source: &Disk,

@@ -1,7 +1,8 @@
-//! Small images made again and again, over what is there: each command may be stopped anywhere, and everything may fail.
+//! Small images made again and again, over what is there: each command may be stopped anywhere, and everything may
+//! fail.
 //!
-//! What a command over an old image, or over a file that it is made from, must not do shows in a few operations out of a
-//! dozen; so there are several such commands in one run, and none that takes long.
+//! What a command over an old image, or over a file that it is made from, must not do shows in a few operations out of
+//! a dozen; so there are several such commands in one run, and none that takes long.
 
 use super::disk::{CLUSTERS, CREWS, Disk, Made, Old, SPARSE, Wish};
 use super::{Work, cut_after, make, reports};
@@ -20,8 +21,8 @@ pub static IMAGE_REMADE: Scenario = Scenario {
     body: |w| Box::pin(remade(w)),
 };
 
-/// A command: what it does, onto what, of which format, how large its clusters are, how it copies, and whether the power
-/// stays on after it.
+/// A command: what it does, onto what, of which format, how large its clusters are, how it copies, and whether the
+/// power stays on after it.
 pub static ROUND: Label = Label::packed("remade-round", "is run (settings {})", &[3, 2, 1, 2, 2, 2, 1]);
 
 const ROUNDS: u32 = 16;

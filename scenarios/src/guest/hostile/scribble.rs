@@ -1,7 +1,7 @@
 //! What the back end alone writes, written by the guest: the page is the guest's memory, too.
 //!
-//! A back end that lives knows all of it by itself. One that takes up the ring of a dead one has to read some of it, and
-//! may refuse a ring that contradicts its record; what it must not do is believe it.
+//! A back end that lives knows all of it by itself. One that takes up the ring of a dead one has to read some of it,
+//! and may refuse a ring that contradicts its record; what it must not do is believe it.
 
 use super::{Hostile, PATIENCE_NS, RSP_PROD};
 use crate::check::Invariant;
@@ -55,8 +55,8 @@ impl Hostile {
         }
     }
 
-    /// What it wrote in an earlier life, and nothing has put right, counts on. Where nobody has the ring yet, who takes it
-    /// up has to read it.
+    /// What it wrote in an earlier life, and nothing has put right, counts on. Where nobody has the ring yet, who takes
+    /// it up has to read it.
     fn has_scribbled(&self) {
         let lives = self.lives.get();
         let life = if self.is_mapped() { lives } else { lives.wrapping_sub(1) };

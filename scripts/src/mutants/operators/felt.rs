@@ -15,8 +15,8 @@ pub(super) fn order(source: &str, first: &Stmt, second: &Stmt) -> bool {
     !said && !only_wakes(a, b) && !only_wakes(b, a) && meet((first, a), (second, b))
 }
 
-/// Whether somebody may feel that `value` was read before `action`: not what is new memory, or about another name, or of
-/// another cell than the one that the action changes. The clock stands still within a turn.
+/// Whether somebody may feel that `value` was read before `action`: not what is new memory, or about another name, or
+/// of another cell than the one that the action changes. The clock stands still within a turn.
 pub(super) fn stale(action: &str, value: &str) -> bool {
     let receiver = action.split(['.', '(', ' ']).next().unwrap_or_default();
     let shared = ["self", "get()", "borrow", "load_"].iter().any(|word| value.contains(word));

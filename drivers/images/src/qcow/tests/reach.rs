@@ -58,7 +58,8 @@ fn after_a_crash_that_left_a_reference_behind_the_end_the_whole_disk_can_be_writ
     );
 }
 
-/// The same crash twice: nothing is durable of what was written the second time but one L2 sector. Each state is allowed, so the image opens.
+/// The same crash twice: nothing is durable of what was written the second time but one L2 sector. Each state is
+/// allowed, so the image opens.
 #[test]
 fn two_crashes_with_the_size_behind_leave_an_image_that_opens() {
     let (world, qcow) = with_tables();
