@@ -267,6 +267,11 @@ impl Storage {
         self.0.closing.borrow().iter().any(|(_, open)| open.file.name == name)
     }
 
+    /// Closes what was dropped and is to be closed late: every process that dropped it has ended, and was waited for.
+    pub fn close_all(&self) {
+        self.0.closing.borrow_mut().clear();
+    }
+
     /// The file's bytes as reads see them now.
     pub fn bytes(&self, name: &str) -> Option<Vec<u8>> {
         let content = self.content(name)?;

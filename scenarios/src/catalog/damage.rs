@@ -269,6 +269,7 @@ impl Damaged {
         let checked = self.check().await;
         let spec = ImageSpec { format: ImageFormat::Qcow, path: PATH.into() };
         let read = self.read_only(&spec).await;
+        self.wait_for_the_last();
         let host = SimHost::start(&self.world.kernel, &self.world.xen, "tapdisk", 2);
         let stack = Stack::open(&host, &self.world, &spec, &self.limits).await?;
         let disk = DirectDisk::new(stack.node(), self.limits.pool_bytes);
@@ -285,6 +286,7 @@ impl Damaged {
             Err(_) => {}
         }
         drop((disk, stack));
+        self.wait_for_the_last();
         let host = SimHost::start(&self.world.kernel, &self.world.xen, "tapdisk", 3);
         match Stack::open(&host, &self.world, &spec, &self.limits).await {
             Ok(stack) => {
@@ -301,6 +303,7 @@ impl Damaged {
 
     /// The shipped check and the walker look at the same bytes.
     async fn check(&self) -> Result<(), ImageError> {
+        self.wait_for_the_last();
         let host = SimHost::start(&self.world.kernel, &self.world.xen, "tap-img", 0);
         let report = qcow::check(&host, PATH).await?;
         let content = self.world.storage.content(PATH).unwrap_or_default();
@@ -311,7 +314,13 @@ impl Damaged {
         Ok(())
     }
 
+    /// Who waits for a process to end finds its files closed.
+    fn wait_for_the_last(&self) {
+        self.world.storage.close_all();
+    }
+
     async fn read_only(&self, spec: &ImageSpec) -> Result<(), ImageError> {
+        self.wait_for_the_last();
         let host = SimHost::start(&self.world.kernel, &self.world.xen, "tapdisk", 1);
         let options = OpenOptions {
             qcow: self.limits.qcow,
