@@ -28,8 +28,10 @@ impl Server {
 
     /// Starts it, without waiting.
     pub(crate) fn begin(socket: &Path, args: &[&str], err: Stdio) -> Result<Self, Failed> {
-        let mut command = Command::new(TAPDISK);
-        command.arg("serve").arg("--nbd").arg(format!("unix:{}", socket.display())).args(args);
+        // Whoever runs the tests may ignore hang-ups (nohup), and children inherit that.
+        let mut command = Command::new("env");
+        let address = format!("unix:{}", socket.display());
+        command.args(["--default-signal=HUP", TAPDISK, "serve", "--nbd", &address]).args(args);
         let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(err).spawn()?;
         Ok(Self { child, socket: socket.to_owned() })
     }
