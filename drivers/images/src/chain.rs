@@ -90,7 +90,7 @@ pub struct OpenOptions {
 }
 
 /// Most images in one chain.
-const MAX_CHAIN: usize = 64;
+pub const MAX_CHAIN: usize = 64;
 
 /// Opens the image `spec` and everything below it.
 ///

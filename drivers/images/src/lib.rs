@@ -39,8 +39,8 @@ mod testing;
 
 pub use calls::file_id;
 pub use chain::{
-    BackingGate, BackingPolicy, Description, ImageFormat, ImageSpec, OpenOptions, describe, open_image,
-    resolve,
+    BackingGate, BackingPolicy, Description, ImageFormat, ImageSpec, MAX_CHAIN, OpenOptions, describe,
+    open_image, resolve,
 };
 pub use error::ImageError;
 pub use qcow::QcowLimits;

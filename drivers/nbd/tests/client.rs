@@ -87,7 +87,10 @@ async fn everything(w: World, limits: ServerLimits) {
     assert_eq!(client.submit(Request::write_zeroes(range(3, 4096), zeroes)).await.result, Ok(()));
     assert_eq!(client.submit(Request::discard(range(11, 512))).await.result, Ok(()));
     assert_eq!(flush(&client).await, Ok(()));
-    assert_eq!((disk.count(Op::WriteZeroes(zeroes)), disk.count(Op::Discard)), (1, 1));
+    let kept = ZeroFlags { unmap: false, fast: false };
+    assert_eq!(client.submit(Request::write_zeroes(range(3, 4096), kept)).await.result, Ok(()));
+    let made = [Op::WriteZeroes(zeroes), Op::WriteZeroes(kept), Op::Discard].map(|op| disk.count(op));
+    assert_eq!(made, [1, 1, 1]);
     let extents = client.extents(range(0, 3 * MIB), 1024).await.unwrap();
     let found: Vec<_> = extents.iter().map(|e| (e.count, e.zero, e.allocated)).collect();
     assert_eq!(found, [(2048, false, true), (2048, true, false), (2048, false, true)]);
@@ -472,6 +475,53 @@ fn the_words_of_an_error_are_passed_over() {
         w.sim.sleep_ns(1).await;
         assert_eq!(flush(&client).await, Ok(()));
         assert_eq!((connections.get(), client.in_flight()), (1, 0));
+    });
+}
+
+/// What a connection said of a request before it broke is not what the next one says.
+#[test]
+fn an_error_of_a_connection_that_broke_is_forgotten() {
+    world(1, false, |w| async move {
+        let answer = |number| {
+            let head = ErrorHead { error: error::EIO.into(), message_len: 0.into() };
+            let failed = ChunkHeader::new(1, CHUNK_ERROR, false, ErrorHead::BYTES as u32);
+            match number {
+                1 => [failed.as_bytes(), head.as_bytes(), b"no reply begins like this"].concat(),
+                _ => ChunkHeader::new(1, CHUNK_NONE, true, 0).as_bytes().to_vec(),
+            }
+        };
+        let connections = answers(&w, answer, |_| greeting(true)).await;
+        let client = Client::connect(w.process("client"), config()).await.unwrap();
+        assert_eq!((flush(&client).await, connections.get()), (Ok(()), 2));
+    });
+}
+
+/// Some servers end a connection when it does, not when they are told so.
+#[test]
+fn a_client_that_is_closed_ends_its_stream() {
+    world(1, false, |w| async move {
+        let process = w.process("server");
+        let listener = process.listen(&address()).await.unwrap();
+        let ended = Rc::new(Cell::new(false));
+        let own = Rc::clone(&ended);
+        process.node().spawn("serve", 0, async move {
+            let stream = listener.accept().await.unwrap();
+            let mut list = SendList::new();
+            list.push_bytes(&greeting(true));
+            stream.send(list).await.0.unwrap();
+            let mut buf = IoBuf::unpooled(4096).unwrap();
+            loop {
+                let (received, back) = stream.recv(buf, 0).await;
+                if received.unwrap() == 0 {
+                    break own.set(true);
+                }
+                buf = back;
+            }
+        });
+        let client = Client::connect(w.process("client"), config()).await.unwrap();
+        assert_eq!(client.close().await, Ok(()));
+        w.sim.sleep_ns(1_000_000_000).await;
+        assert!(ended.get());
     });
 }
 

@@ -41,6 +41,10 @@ fn options_are_answered() {
         assert_eq!(raw.reply().await.0, REP_ERR_INVALID);
         raw.option(77, &vec![0; 100_000]).await;
         assert_eq!(raw.reply().await.0, REP_ERR_TOO_BIG);
+        for (bytes, reply) in [(8 << 10, REP_ERR_UNSUP), ((8 << 10) + 1, REP_ERR_TOO_BIG)] {
+            raw.option(77, &vec![0; bytes]).await;
+            assert_eq!(raw.reply().await.0, reply, "{bytes} bytes");
+        }
         raw.option(OPT_SET_META_CONTEXT, &meta("disk", &[BASE_ALLOCATION])).await;
         assert_eq!(raw.reply().await.0, REP_ERR_INVALID, "structured replies come first");
         raw.option(OPT_LIST_META_CONTEXT, &meta("disk", &[])).await;
@@ -50,6 +54,10 @@ fn options_are_answered() {
         assert_eq!(raw.reply().await.0, REP_ACK);
         raw.option(OPT_SET_META_CONTEXT, &meta("disk", &["qemu:x", BASE_ALLOCATION])).await;
         assert_eq!(raw.replies().await, [context(1), (REP_ACK, vec![])]);
+        raw.option(OPT_SET_META_CONTEXT, &meta("disk", &["base:"])).await;
+        assert_eq!(raw.replies().await, [(REP_ACK, vec![])], "a whole namespace cannot be chosen");
+        raw.option(OPT_LIST_META_CONTEXT, &meta("disk", &["base:"])).await;
+        assert_eq!(raw.replies().await, [context(0), (REP_ACK, vec![])]);
         raw.option(OPT_INFO, &go("nobody", &[])).await;
         assert_eq!(raw.reply().await.0, REP_ERR_UNKNOWN);
         raw.option(OPT_GO, b"\0").await;
@@ -277,6 +285,26 @@ fn connections_requests_and_memory_are_bounded() {
             assert_eq!(large.answer(0).await.data.len(), 8 + 8192);
         }
         assert_eq!(server.connections(), 2);
+    });
+}
+
+#[test]
+fn limits_of_nothing_are_the_least() {
+    world(1, false, |w| async move {
+        let disk = Disk::new(MIB);
+        let limits = ServerLimits {
+            connections: 0,
+            negotiating: 0,
+            requests: 0,
+            request_bytes: 0,
+            connection_bytes: 0,
+            receive_bytes: 0,
+            ..ServerLimits::LEAST
+        };
+        w.serve(vec![export("disk", &disk)], limits).await;
+        let raw = w.client("client", "disk", true).await;
+        raw.request(CMD_READ, 0, 1, 0, 512, b"").await;
+        assert_eq!(raw.answer(512).await.error, 0);
     });
 }
 

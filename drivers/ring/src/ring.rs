@@ -375,10 +375,9 @@ where
         .await;
     }
 
-    /// The flush in `slot` has ended.
+    /// The flush in `slot` has ended. Its answer, which comes in the same turn, wakes the ring's task.
     pub(crate) fn lift_fence(&self, slot: u8) {
         self.fenced.borrow_mut().retain(|(fenced, _)| *fenced != slot);
-        self.signal.wake();
     }
 
     /// Starts a request that was taken, or answers it if it is malformed.

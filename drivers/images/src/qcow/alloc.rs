@@ -159,6 +159,7 @@ impl<H: ImageHost> Image<H> {
             Some(share) => share.join(doubt),
             none => *none = Some(doubt),
         }
+        allocator.fit_share();
     }
 
     /// The guest clusters from `first` on are mapped.
@@ -192,12 +193,13 @@ impl Allocator {
         }
     }
 
-    /// Gives back what the suspects no longer need.
+    /// Gives back what the suspects do not need.
     fn fit_share(&mut self) {
         let need = self.suspects.len() * SUSPECT_BYTES;
-        let Some(share) = &mut self.share else { return };
-        if let Some(more) = share.bytes().checked_sub(need) {
-            drop(share.split(more));
+        let has = self.share.as_ref().map_or(0, Share::bytes);
+        assert!(has >= need, "{} clusters in doubt are counted with {has} bytes", self.suspects.len());
+        if let Some(share) = &mut self.share {
+            drop(share.split(has - need));
         }
     }
 }

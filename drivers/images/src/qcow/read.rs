@@ -53,7 +53,7 @@ impl Piece {
 impl<H: ImageHost> Image<H> {
     pub(super) async fn read(&self, start: u64, bufs: IoVec) -> Response {
         let len = tap_host::bytes_of(&bufs) as u64;
-        let (mut pieces, mut covered) = match self.pieces(start, len).await {
+        let (pieces, mut covered) = match self.pieces(start, len).await {
             Ok(found) => found,
             Err(e) => return Response { result: Err(e), bufs },
         };
@@ -67,14 +67,13 @@ impl<H: ImageHost> Image<H> {
         let mut result = self.read_pieces(start, pieces, &mut carver).await;
         while covered < len && result.is_ok() {
             self.host.yield_now().await;
-            match self.pieces(start + covered, len - covered).await {
-                Ok((next, more)) => (pieces, covered) = (next, covered + more),
-                Err(e) => {
-                    result = Err(e);
-                    break;
+            result = match self.pieces(start + covered, len - covered).await {
+                Ok((next, more)) => {
+                    covered += more;
+                    self.read_pieces(start, next, &mut carver).await
                 }
-            }
-            result = self.read_pieces(start, pieces, &mut carver).await;
+                Err(error) => Err(error),
+            };
         }
         Response { result, bufs: carver.finish() }
     }

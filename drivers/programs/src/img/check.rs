@@ -85,7 +85,7 @@ impl Check {
             ));
         }
         if self.output == Output::Json {
-            print_json(console, &shown)?;
+            print_json(console, &shown);
         } else if status != 0 || !self.quiet {
             for problem in &report.problems {
                 console.out(&format!("ERROR {problem}"));

@@ -6,7 +6,7 @@ use crate::size::show_size;
 use crate::spec::format_name;
 use clap::Args;
 use serde::Serialize;
-use tap_images::{Description, ImageFormat, ImageHost, ImageSpec, describe};
+use tap_images::{Description, ImageFormat, ImageHost, ImageSpec, MAX_CHAIN, describe};
 
 #[derive(Args, Debug)]
 pub(super) struct Info {
@@ -40,9 +40,6 @@ struct Shown<'a> {
     dirty_flag: bool,
 }
 
-/// Most images that are shown of one chain.
-const MAX_CHAIN: usize = 64;
-
 impl Info {
     pub(super) async fn run<H: ImageHost>(&self, host: &H, console: &dyn Console) -> Outcome {
         let mut next = Some(super::image(&self.file, self.format).map_err(Failure::new)?);
@@ -61,8 +58,8 @@ impl Info {
         }
         let all: Vec<Shown> = chain.iter().map(|(path, image)| shown(path, image)).collect();
         match self.output {
-            Output::Json if self.backing_chain => print_json(console, &all)?,
-            Output::Json => print_json(console, &all[0])?,
+            Output::Json if self.backing_chain => print_json(console, &all),
+            Output::Json => print_json(console, &all[0]),
             Output::Human => {
                 for (i, image) in all.iter().enumerate() {
                     if i > 0 {

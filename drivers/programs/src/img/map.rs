@@ -9,7 +9,7 @@ use clap::Args;
 use serde::Serialize;
 use tap_core::Source;
 use tap_host::SECTOR_BYTES;
-use tap_images::{ImageHost, ImageSpec, describe};
+use tap_images::{ImageHost, ImageSpec, MAX_CHAIN, describe};
 
 #[derive(Args, Debug)]
 pub(super) struct Map {
@@ -148,14 +148,11 @@ impl Printer<'_> {
 async fn files<H: ImageHost>(host: &H, spec: DiskSpec, backing: BackingArg) -> Result<Vec<String>, Failure> {
     let DiskSpec::Image(spec) = spec else { return Ok(vec![spec.to_string()]) };
     let (mut files, mut next) = (Vec::new(), Some(spec));
-    // Opening has found the chain to be of bounded length.
-    while let Some(spec) = next {
+    // Opening has found the chain to be of bounded length; it may be another one by now.
+    while let Some(spec) = next.filter(|_| files.len() < MAX_CHAIN) {
         let image = describe(host, &spec).await.map_err(Failure::new)?;
         files.push(spec.path);
         next = backing.format().zip(image.backing_path).map(|(format, path)| ImageSpec { format, path });
-        if files.len() > 64 {
-            break;
-        }
     }
     Ok(files)
 }

@@ -93,6 +93,12 @@ fn meet((first, a): (&Stmt, &str), (second, b): (&Stmt, &str)) -> bool {
     if apart(first, b) || apart(second, a) {
         return false;
     }
+    if let (Some(one), Some(other)) = (changed_place(first, a), changed_place(second, b))
+        && !a.contains(other)
+        && !b.contains(one)
+    {
+        return false;
+    }
     match (changed_cell(a), changed_cell(b)) {
         (Some(one), Some(other)) => b.contains(one) || a.contains(other),
         _ => true,
@@ -119,6 +125,38 @@ fn changed_cell(code: &str) -> Option<&str> {
     let name = &code[..at];
     let plain = name.chars().all(|c| c.is_alphanumeric() || matches!(c, '_' | '.'));
     (plain && !code.contains(".await") && !code.contains('?')).then_some(name)
+}
+
+/// The place that a statement changes by itself and does nothing else, such as `self.end` of `self.end += 1;` or
+/// `list[0]` of `list[0].push(x);`. Nobody has a look between it and its neighbour.
+fn changed_place<'a>(statement: &Stmt, code: &'a str) -> Option<&'a str> {
+    let Stmt::Expr(expr, Some(_)) = statement else { return None };
+    let (place, quiet) = match expr {
+        Expr::Assign(e) => (&e.left, is_quiet(&e.right)),
+        Expr::Binary(e) => (&e.left, is_quiet(&e.right)),
+        Expr::MethodCall(e) => (&e.receiver, e.method == "push" && e.args.iter().all(is_quiet)),
+        _ => return None,
+    };
+    let start = statement.span().byte_range().start;
+    let range = place.span().byte_range();
+    (quiet && is_quiet(place)).then(|| &code[range.start - start..range.end - start])
+}
+
+/// An expression that changes nothing and does not wait: as [`is_plain`], places in lists, the larger of two.
+fn is_quiet(expr: &Expr) -> bool {
+    match expr {
+        Expr::Index(e) => is_quiet(&e.expr) && is_quiet(&e.index),
+        Expr::Unary(e) => is_quiet(&e.expr),
+        Expr::Field(e) => is_quiet(&e.base),
+        Expr::Cast(e) => is_quiet(&e.expr),
+        Expr::Paren(e) => is_quiet(&e.expr),
+        Expr::Binary(e) => is_quiet(&e.left) && is_quiet(&e.right),
+        Expr::MethodCall(e) => {
+            let known = e.method == "max" || e.method == "min" || e.method == "len";
+            known && is_quiet(&e.receiver) && e.args.iter().all(is_quiet)
+        }
+        other => is_plain(other),
+    }
 }
 
 /// A statement that only fails, never acts.

@@ -51,6 +51,9 @@ fn slips_that_nothing_could_feel_are_left_out() {
         "a.into_iter().for_each(Waker::wake); drop(b);",
         "a.set(1); b.wake();",
         "self.a.set(1); self.b.borrow_mut().push(2);",
+        "self.a = A::B; self.b += 1;",
+        "s.a[i as usize].push(x); s.b[self.i].n += 1;",
+        "self.n += c as u64; self.end = self.end.max(o + c as u64 * b);",
     ] {
         assert_eq!(count(apart, "order turned round"), 0, "{apart}");
     }
@@ -62,6 +65,8 @@ fn slips_that_nothing_could_feel_are_left_out() {
         "self.waker.set(w); a.wake();",
         "self.a.set(1); self.b.set(self.a.get());",
         "self.a.set(1); self.b();",
+        "self.a = 1; self.b = self.a + 1;",
+        "self.a += 1; self.b = f();",
     ] {
         assert_eq!(count(together, "order turned round"), 1, "{together}");
     }
