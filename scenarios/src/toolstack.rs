@@ -20,6 +20,9 @@ use xen_model::{VbdPaths, attach_vbd, remove_vbd};
 /// How long xl waits for a state of the back end, in nanoseconds.
 const XL_WAITS_NS: u64 = 10_000_000_000;
 
+/// What tapdisk has to do once a guest is gone is done after so many nanoseconds, and nothing comes after it.
+const HALT_NS: [u64; 2] = [4_000_000_000, 500_000_000];
+
 impl Machine {
     /// Gives `disk` to its guest, with a script; the tapdisk that watches has to find it.
     pub async fn plug(&self, disk: &Attached) {
@@ -149,6 +152,9 @@ impl Machine {
         disk.node.kill();
         disk.node.dead().await;
         let result = async {
+            if self.is_watching() && self.world.setting("toolstack-halts", &[false, true]) {
+                self.halt(disk).await?;
+            }
             self.force_offline(disk).await?;
             self.wait_for_back(disk, b"6").await?;
             self.check_unmapped(disk);
@@ -159,6 +165,19 @@ impl Machine {
         }
         self.world.xen.destroy_domain(disk.dom);
         self.disks.borrow_mut().retain(|d| d.dom != disk.dom);
+    }
+
+    /// The toolstack dies once the front end's nodes are gone, and somebody ends its work later. The tapdisk that
+    /// served the disk closes it, and leaves it at that.
+    async fn halt(&self, disk: &Attached) -> Result<(), Errno> {
+        self.toolstack.port.remove(&disk.paths.frontend).await?;
+        self.world.sim.sleep_ns(HALT_NS[0]).await;
+        let before = self.world.storage.counts();
+        self.world.sim.sleep_ns(HALT_NS[1]).await;
+        if self.world.storage.counts() != before {
+            self.world.fail(Invariant::D1, "files are used although no guest is left that is at work");
+        }
+        Ok(())
     }
 
     /// State 6 was said: of a disk that is taken away, nothing is in use any more.

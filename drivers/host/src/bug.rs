@@ -95,6 +95,7 @@ list! {
         PauseStays = "the pause between two attempts to serve a disk does not grow",
         RefusalUntold = "a disk that cannot be served is neither refused nor served",
         ForeignEndsLook = "the look for disks ends at the first that another program serves",
+        ServedAgain = "a device whose serving has ended is served again while its directory is there",
         DiskNotCompared = "a disk of another size or mode is taken up under a guest",
         RingLeftBehind = "a back end says that it is closed while its ring is still being served",
         ReadOnlyUntold = "a disk whose image can only be read is told to be writable",

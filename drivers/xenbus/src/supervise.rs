@@ -109,7 +109,7 @@ pub async fn supervise<H: XenHost, F: Future<Output = ()> + 'static>(
             let Some((device, state)) = found.filter(|_| !crew.running.borrow().contains(&id)) else {
                 continue;
             };
-            if state == XenbusState::Initialising || lived.insert(id) {
+            if state == XenbusState::Initialising || lived.insert(id) || host.bug(Bug::ServedAgain) {
                 lived.insert(id);
                 start(host, &crew, id, serve(device));
             }

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test program uses a part")]
 
+pub mod asking;
+
 use kernel_model::{Kernel, Process, ProcessStream, Storage, StorageConfig};
 use sim::{Config, Sim};
 use std::cell::{Cell, RefCell};
