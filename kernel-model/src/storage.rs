@@ -30,6 +30,9 @@ pub struct StorageConfig {
     pub sync_errors: SyncErrors,
     /// The file system can make ranges zeros (fallocate); otherwise it refuses.
     pub zeroing: bool,
+    /// A file writes back what is dirty where it makes a hole, before it makes it. ext4 does not since Linux 6.14: what
+    /// it has dropped by then is gone if the hole fails.
+    pub holes_write_back: bool,
     /// fdatasync says ok and does nothing: a canary.
     pub flush_lies: bool,
     /// Fails operations by number.
@@ -47,6 +50,7 @@ impl Default for StorageConfig {
             faults: FaultPlan::LATENCY,
             sync_errors: SyncErrors::Retryable,
             zeroing: true,
+            holes_write_back: true,
             flush_lies: false,
             nth_failure: None,
             direct_align_bytes: crate::process::DIRECT_ALIGN_BYTES,

@@ -43,6 +43,7 @@ list! {
         CompressedInPlace = "a write to a compressed cluster goes into the compressed bytes",
         FlushPassesZeros = "a flush does not wait for zeros that run, and may yet fail",
         FlushBesideFailedZeros = "a flush that ran beside zeros that failed is taken as good",
+        HolesTrusted = "a hole that could not be made is taken to have left its file as it was",
         FailedZerosLeft = "zeros that failed leave the range as the host left it",
         DeviceTrusted = "a block device that cannot make holes is taken to have changed nothing when it says so",
         CloseUnawaited = "a disk is said to be closed while the host still closes its file",

@@ -18,8 +18,8 @@ impl Inner {
         if let Fault::Error(error, _) = running.fault {
             let drops = match running.op {
                 IoOp::Zero(_) if device => error != Errno::EAGAIN,
-                // Of a hole a file writes back what is dirty, before it makes it.
                 IoOp::Zero(ZeroMode::Keep) => error == Errno::EIO,
+                IoOp::Zero(ZeroMode::Unmap) => error == Errno::EIO && !self.config.borrow().holes_write_back,
                 _ => false,
             };
             if drops {

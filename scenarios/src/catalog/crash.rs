@@ -162,6 +162,7 @@ fn error_storage(sim: &Sim) -> StorageConfig {
         faults: FaultPlan::ALL,
         sync_errors: setting(sim, "sync-errors", &modes),
         zeroing: zeroing(sim),
+        holes_write_back: setting(sim, "holes-write-back", &[true, false]),
         direct_align_bytes: direct_align(sim),
         nth_failure: failures::lasting(sim),
         ..StorageConfig::default()

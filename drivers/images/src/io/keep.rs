@@ -1,4 +1,4 @@
-//! Zeros made where there is a page cache, when a failure takes accepted writes back.
+//! Zeros made in place where there is a page cache, when a failure takes accepted writes back.
 //!
 //! ```text
 //!   write v2 ──accepted──┐
@@ -8,9 +8,11 @@
 //!
 //! | file | zeros that keep their space | holes |
 //! |---|---|---|
-//! | a file | ext4 drops the dirty pages of the whole blocks before it looks for space (xfs does not) | safe |
+//! | ext4 | drops the dirty pages of the whole blocks before it looks for space | drops them before it asks its journal |
+//! | ext4 before 6.14 | the same | safe, but for stable kernels with that change: writes them back first |
+//! | xfs | safe | safe: writes the dirty pages back first |
 //! | a block device | Linux drops the dirty pages before it asks the drive | the same, also where the drive cannot |
-//! | with O_DIRECT | safe: there are no dirty pages | safe |
+//! | any with O_DIRECT | safe: there are no dirty pages | safe |
 //!
 //! v2 is gone then, and v1 must not come back, so the range is made what the failed request may have left: zeros. A
 //! hole takes no space.
@@ -68,9 +70,10 @@ impl KeptZeros {
         self.given_up.get()
     }
 
-    /// Whether making zeros of the file in `mode` may cost dirty pages when it fails.
-    pub(super) fn concerns(info: &FileInfo, mode: ZeroMode) -> bool {
-        !info.direct && (info.block_device || mode == ZeroMode::Keep)
+    /// Whether making zeros in place may cost dirty pages of the file when it fails.
+    pub(super) fn concerns(host: &impl Probe, info: &FileInfo, mode: ZeroMode) -> bool {
+        let trusted = !info.block_device && mode == ZeroMode::Unmap && host.bug(Bug::HolesTrusted);
+        !info.direct && !trusted
     }
 
     fn answer(&self, mode: ZeroMode) -> &Cell<Answer> {
@@ -78,9 +81,9 @@ impl KeptZeros {
     }
 
     /// Most bytes to be made zeros in one operation.
-    pub(super) fn most_at_once(&self, info: &FileInfo, mode: ZeroMode) -> u64 {
+    pub(super) fn most_at_once(&self, host: &impl Probe, info: &FileInfo, mode: ZeroMode) -> u64 {
         match self.answer(mode).get() {
-            _ if !Self::concerns(info, mode) => u64::MAX,
+            _ if !Self::concerns(host, info, mode) => u64::MAX,
             Answer::Unknown if info.block_device => PART_BYTES as u64,
             _ => MOST_AT_ONCE_BYTES,
         }

@@ -68,7 +68,7 @@ impl<H: ImageHost> ImageFile<H> {
         }
         let mut done = 0;
         while done < len {
-            let part = (len - done).min(self.kept.most_at_once(&self.info, mode));
+            let part = (len - done).min(self.kept.most_at_once(&self.host, &self.info, mode));
             match self.zero_part(offset + done, part, mode).await {
                 Err(Errno::EOPNOTSUPP) => break,
                 result => result?,
@@ -82,7 +82,7 @@ impl<H: ImageHost> ImageFile<H> {
     async fn zero_part(&self, offset: u64, len: u64, mode: ZeroMode) -> Result<(), Errno> {
         let mut patience = Patience::of(self.repeats);
         loop {
-            let result = match KeptZeros::concerns(&self.info, mode) {
+            let result = match KeptZeros::concerns(&self.host, &self.info, mode) {
                 true => self.zero_kept(offset, len, mode).await,
                 false => self.file.zero_at(offset, len, mode).await,
             };

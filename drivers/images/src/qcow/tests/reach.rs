@@ -1,6 +1,7 @@
 //! What crashes leave behind the end of the file.
 
 use super::*;
+use tap_host::Mark;
 
 const SETUP: Setup = Setup { sectors: 16384, cluster_bits: 12, l2_bits: 9, tables: 8, ..SMALL };
 
@@ -81,4 +82,17 @@ fn two_crashes_with_the_size_behind_leave_an_image_that_opens() {
     }
     let opened = SETUP.try_open(&world, true).err().map(|e| e.to_string());
     assert_eq!(opened, None);
+}
+
+/// A file that ends within a cluster that nothing refers to has nothing to recover: opening it for writing leaves its
+/// size as it is.
+#[test]
+fn opening_a_whole_image_does_not_change_its_size() {
+    let world = World::new(1);
+    SETUP.create(&world);
+    let before = [world.bytes(PATH), vec![0; 512]].concat();
+    let size = before.len();
+    world.put(PATH, before);
+    drop(SETUP.open(&world));
+    assert_eq!((world.bytes(PATH).len(), world.marked(Mark::SizeRecovered)), (size, 0));
 }
