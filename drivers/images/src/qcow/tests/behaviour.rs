@@ -313,3 +313,24 @@ proptest! {
         run_steps(setup, steps, compressed, seed, align);
     }
 }
+
+/// Runs of many lengths in one request, with memory for some of them at a time: what does not fit is not passed over.
+#[test]
+fn a_large_write_over_runs_of_many_lengths_is_whole() {
+    const RUNS: [u64; 8] = [1, 15, 1, 9, 2, 14, 3, 1];
+    let setup = Setup { sectors: 4096, cluster_bits: 12, l2_bits: 9, tables: 1, ..SMALL };
+    let world = World::new(1);
+    setup.create(&world);
+    let qcow = setup.open(&world);
+    // From the last to the first, so that no run lies behind its neighbour in the file.
+    let mut end = 512_u64;
+    for run in RUNS.iter().cycle() {
+        let Some(start) = end.checked_sub(*run) else { break };
+        world.block_on(write(&qcow, start * 8, *run as u32 * 8, 1)).result.unwrap();
+        end = start;
+    }
+    for (start, sectors, fill) in [(0, 4096, 2), (5, 4000, 3)] {
+        world.block_on(write(&qcow, start, sectors, fill)).result.unwrap();
+        assert_eq!(world.block_on(fills(&qcow, start, sectors)).unwrap(), vec![Some(fill); sectors as usize]);
+    }
+}
