@@ -54,6 +54,7 @@ list! {
         ZeroesSkippedBelow = "zeros over a backing file are left out where nothing is mapped above it",
         ZeroesUnyielding = "a request of zeros looks at all of its tables in one turn",
         MemoryForgotten = "the memory that a mapping in doubt would need is not given back when it is not needed",
+        ClaimTooWide = "zeros and discards are waited for by all that lies after them, not only by what they touch",
         PlaceLost = "a place whose data could not be written is not taken back",
         PiecesUnbounded = "all pieces of a scattered read are asked for at once",
         MergedErrorLost = "the error of a merged request reaches only its head",

@@ -20,8 +20,8 @@ use kernel_model::{Inode, PAGE, SimHost, StorageConfig};
 use sim::{Entity, Label};
 use std::rc::Rc;
 use tap_core::wait::oneshot;
-use tap_core::{Node, ZeroFlags};
-use tap_host::{IoKind, SectorRange};
+use tap_core::{Node, Request, ZeroFlags};
+use tap_host::{IoBuf, IoKind, IoVec, SECTOR_BYTES, SectorRange};
 use tap_images::ImageFormat;
 
 /// What a large request does; 0 is none.
@@ -40,6 +40,13 @@ const TAIL_SECTORS: u64 = 16;
 const WORK_PER_TURN: u64 = 2 * 4096;
 /// Most file operations of one large request at one time: its pieces, and what they need besides.
 const OPERATIONS_PER_REQUEST: u64 = 70;
+
+/// Small reads beside the large requests, and how far apart they are, in nanoseconds.
+const SMALL_READS: u32 = 16;
+const SMALL_READ_EVERY_NS: u64 = 5_000;
+/// The longest that a small read may take where no file operation takes more than 12,000 ns: a table, the data, and
+/// what those do who have the memory for it. A large request takes a hundred times as long.
+const SMALL_READ_NS: u64 = 200_000;
 
 /// qcow in small clusters, large requests.
 pub static QCOW_SCALE: Scenario = Scenario {
@@ -270,8 +277,25 @@ async fn scale(world: World) {
     let guest = Guest::new(&world, disk, Rc::clone(&setup.history), manners);
     guest.run(&scattered(&world, setup.size_sectors, l2_bits), 1).await;
     let ops = at_once(&world, setup.size_sectors);
+    // A host that is never late shows how long requests wait for each other.
+    let even = world.setting("host-is-even", &[false, true]);
+    if even {
+        world.sim.stop_faults();
+    }
+    let (done, waited) = oneshot();
+    let (w, node, at) = (world.clone(), stack.node(), setup.size_sectors - TAIL_SECTORS / 2);
+    world.sim.spawn("small reads", 0, async move {
+        let _ = done.send(longest_small_read(&w, &*node, at).await);
+    });
     guest.run(&ops, usize::MAX).await;
     check_costs(&world, &stack, &ops);
+    let longest_ns = waited.await.unwrap_or_default();
+    // Those for one block go down one by one: with the large ones, fewer than this are below the scheduler at once.
+    let has_room = limits.scheduler.depth >= 2 * LARGE_REQUESTS as usize;
+    if even && has_room && longest_ns > SMALL_READ_NS {
+        let text = format!("beside large requests, a read of one sector took {longest_ns} ns");
+        world.fail(Invariant::M5, text);
+    }
     world.sim.stop_faults();
     if let Err(error) = guest.read_all().await {
         return world.fail(Invariant::L1, format!("reading the disk failed with {error:?}"));
@@ -287,6 +311,22 @@ async fn scale(world: World) {
         world.fail(Invariant::M3, format!("the disk is closed, and its memory is {figures:?}"));
     }
     setup.check(&world, "at the end").await;
+}
+
+/// Reads of a sector at `at`, one after the other; how long the longest took, in nanoseconds.
+async fn longest_small_read(world: &World, node: &dyn Node, at: u64) -> u64 {
+    let mut longest_ns = 0;
+    for _ in 0..SMALL_READS {
+        world.sim.sleep_ns(SMALL_READ_EVERY_NS).await;
+        let began_ns = world.sim.now_ns();
+        let buf = IoBuf::unpooled(SECTOR_BYTES as usize).expect("a sector is not too large");
+        let response = node.submit(Request::read(SectorRange::new(at, 1), IoVec::from_iter([buf]))).await;
+        if let Err(error) = response.result {
+            world.fail(Invariant::E4, format!("a read of a sector failed with {error:?}"));
+        }
+        longest_ns = longest_ns.max(world.sim.now_ns() - began_ns);
+    }
+    longest_ns
 }
 
 /// Writes that leave neighbours of the disk apart in the file, and one for each of the first tables.

@@ -67,6 +67,8 @@ pub enum Invariant {
     M3,
     /// What a discard costs.
     M4,
+    /// How long small requests wait for large ones.
+    M5,
     /// Space that is promised is there.
     S1,
     /// Space that is given back is gone.
@@ -79,7 +81,7 @@ pub enum Invariant {
 
 impl Invariant {
     /// All of them.
-    pub const ALL: [Invariant; 36] = [
+    pub const ALL: [Invariant; 37] = [
         Self::G1,
         Self::G7,
         Self::G9,
@@ -112,6 +114,7 @@ impl Invariant {
         Self::M2,
         Self::M3,
         Self::M4,
+        Self::M5,
         Self::S1,
         Self::S2,
         Self::T1,
@@ -161,6 +164,7 @@ impl Invariant {
             Self::M2 => "the order of requests costs no more than each of them once for each in flight",
             Self::M3 => "a disk that is closed holds no memory of the budget",
             Self::M4 => "a discard writes next to nothing, also where it can give nothing back",
+            Self::M5 => "a small request waits for no large one that has nothing to do with it",
             Self::S1 => "a write to what was written, or made zeros that keep their space, needs no space",
             Self::S2 => "zeros that give their space back leave a hole, where the file can have one",
             Self::T1 => "a task does a bounded amount of work before others have their turn",

@@ -203,11 +203,12 @@ impl<H: Time + Tasks + Log + Probe> Inner<H> {
         let start = request.range.start.0;
         let steps = self.tracker.steps();
         let ticket = self.tracker.ticket(name, start);
-        let end = start + u64::from(request.range.count);
+        let wide = !matches!(request.op, Op::Read | Op::Write) && self.host.bug(Bug::ClaimTooWide);
+        let count = if wide { u64::MAX - start } else { u64::from(request.range.count) };
         let pieces = if self.host.bug(Bug::ClaimInPieces) { 64 } else { 1 };
-        let step = request.range.count.div_ceil(pieces).max(1);
+        let (end, step) = (start + count, count.div_ceil(pieces).max(1));
         for from in (start..end).step_by(step as usize) {
-            let claimed = ticket.claim(Space::Sectors, from..end.min(from + u64::from(step)), access);
+            let claimed = ticket.claim(Space::Sectors, from..end.min(from.saturating_add(step)), access);
             claimed.expect("nobody waits for a ticket that is new");
         }
         self.host.work(self.tracker.steps() - steps);
