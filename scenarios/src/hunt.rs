@@ -41,7 +41,7 @@ pub struct Hunted {
     pub spec: RunSpec,
     /// What comes of it.
     pub outcome: Outcome,
-    /// Seeds tried until the first catch.
+    /// Seeds tried until the first catch, in the scenario that is near or else in all.
     pub seeds: u64,
     /// CPU nanoseconds until the first catch, over all scenarios.
     pub find_cpu_ns: u64,
@@ -58,12 +58,21 @@ pub const DECISIONS_MAX: usize = 20;
 /// Catches that are shrunk until one is that small.
 const CATCHES: usize = 3;
 
-/// Tries `within` seeds, each in every scenario, until one fails that passes without the quarry, and shrinks it. Where
-/// shrinking ends far from the smallest run, the next catches are tried too, and the smallest is what is given.
-pub fn hunt(quarry: Quarry, within: u64, guarded: bool, shrink_runs: u64) -> Option<Hunted> {
+/// Tries `within` seeds in the scenario `near`, which found it before, then as many in every scenario, until one fails
+/// that passes without the quarry, and shrinks it. Where shrinking ends far from the smallest run, the next catches are
+/// tried too, and the smallest is what is given.
+pub fn hunt(
+    quarry: Quarry,
+    near: Option<&'static Scenario>,
+    within: u64,
+    guarded: bool,
+    shrink_runs: u64,
+) -> Option<Hunted> {
     guard::run(guarded, 0, move || {
         let start = cpu_ns();
-        let specs = (0..within).flat_map(|seed| catalog::ALL.iter().map(move |s| spec_of(quarry, s, seed)));
+        let at = move |seed| near.into_iter().map(move |s| spec_of(quarry, s, seed));
+        let everywhere = move |seed| catalog::ALL.iter().map(move |s| spec_of(quarry, s, seed));
+        let specs = (0..within).flat_map(at).chain((0..within).flat_map(everywhere));
         let mut caught = specs.filter(is_caught);
         let first = caught.next()?;
         let found = cpu_ns();

@@ -212,7 +212,7 @@ pub(crate) struct FileArgs {
 pub(crate) struct BugsArgs {
     /// Seeded bugs [default: all, and the canary]; with --oracles, broken oracles
     pub bugs: Vec<String>,
-    /// Seeds that are tried at most, per bug
+    /// Seeds that are tried at most, per bug: in the scenario of its saved run first, then in all
     #[arg(long, default_value_t = 2000, value_name = "N")]
     pub within: u64,
     /// Saves each shrunk run as SAVED/BUG.run, which `cargo test` replays

@@ -48,7 +48,8 @@ pub(crate) fn bugs_command(common: &Common, args: &BugsArgs) -> Result<Exit, Sto
     let mut missed = 0;
     let mut json = Vec::new();
     for (i, quarry) in quarries.iter().enumerate() {
-        let hunted = hunt(*quarry, args.within, common.guarded(), SHRINK_RUNS);
+        let near = load_run(&args.saved.join(saved_name(*quarry))).ok().map(|(_, spec)| spec.scenario);
+        let hunted = hunt(*quarry, near, args.within, common.guarded(), SHRINK_RUNS);
         let good = hunted.as_ref().is_some_and(|h| h.outcome.decisions.len() <= DECISIONS_MAX);
         missed += u64::from(!good);
         print_row(common, *quarry, hunted.as_ref(), args.within)?;
@@ -126,7 +127,7 @@ pub(crate) fn demo_command(common: &Common) -> Result<Exit, Stop> {
     let bug = Bug::DataAfterMapping;
     println!("1. A bug is switched on in the qcow driver: {}.", bug.sentence());
     println!("2. Seeds are tried in {} scenarios ...", catalog::ALL.len());
-    let hunted = hunt(Quarry::Bug(bug), 2000, common.guarded(), SHRINK_RUNS);
+    let hunted = hunt(Quarry::Bug(bug), None, 2000, common.guarded(), SHRINK_RUNS);
     let Some(h) = hunted else {
         return Err(Stop::harness("the seeded bug was not found, so the testbed is broken"));
     };
