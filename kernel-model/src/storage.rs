@@ -4,6 +4,7 @@
 //! them its locks, go only when its last operation has ended, as on Linux; so who has the lock has no stray writes.
 
 mod closing;
+mod config;
 mod effect;
 mod nth;
 mod power;
@@ -12,6 +13,7 @@ use crate::calls::{Call, CallRates};
 use crate::faults::{self, Fault, FaultPlan, IO_FAULT, IO_LATE, IoOp, Rates, SyncErrors, decode};
 use crate::inode::{Content, Inode};
 pub(crate) use closing::Descriptor;
+pub use config::{IoCounts, StorageConfig};
 pub use nth::{Concerned, NthFailure};
 use nth::{Nth, NthCounts};
 use sim::{Entity, Sim, Timed, text_hash};
@@ -20,63 +22,6 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
 use tap_host::{Errno, IoVec, LockKind, ZeroMode, copy_from_slice};
-
-/// What the storage is like.
-#[derive(Clone, Copy, Debug)]
-pub struct StorageConfig {
-    /// Faults that may be drawn.
-    pub faults: FaultPlan,
-    /// What a failed fdatasync of a buffered file leaves.
-    pub sync_errors: SyncErrors,
-    /// The file system can make ranges zeros (fallocate); otherwise it refuses.
-    pub zeroing: bool,
-    /// A file writes back what is dirty where it makes a hole, before it makes it. ext4 does not since Linux 6.14: what
-    /// it has dropped by then is gone if the hole fails.
-    pub holes_write_back: bool,
-    /// fdatasync says ok and does nothing: a canary.
-    pub flush_lies: bool,
-    /// Fails operations by number.
-    pub nth_failure: Option<NthFailure>,
-    /// What offsets and lengths of direct files are multiples of, in bytes: the sector of the drive below (512 or
-    /// 4096).
-    pub direct_align_bytes: u32,
-    /// Pending bytes per file above which the kernel writes back by itself.
-    pub write_back_bytes: usize,
-}
-
-impl Default for StorageConfig {
-    fn default() -> Self {
-        Self {
-            faults: FaultPlan::LATENCY,
-            sync_errors: SyncErrors::Retryable,
-            zeroing: true,
-            holes_write_back: true,
-            flush_lies: false,
-            nth_failure: None,
-            direct_align_bytes: crate::process::DIRECT_ALIGN_BYTES,
-            write_back_bytes: 16 << 20,
-        }
-    }
-}
-
-/// Counts of what went to the host's files.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct IoCounts {
-    /// Reads, writes and zeros that ended with an error of the medium.
-    pub failed: u64,
-    /// Zeros that found no space after the dirty pages of their range were gone.
-    pub dropped: u64,
-    /// Reads.
-    pub reads: u64,
-    /// Writes, and ranges made zeros.
-    pub writes: u64,
-    /// Synchronisations.
-    pub syncs: u64,
-    /// Bytes read and written.
-    pub bytes: u64,
-    /// Bytes that writes stored.
-    pub written_bytes: u64,
-}
 
 const READ_NS: u64 = 8_000;
 const WRITE_NS: u64 = 12_000;

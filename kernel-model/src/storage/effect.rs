@@ -141,6 +141,8 @@ impl Inner {
         if error == Errno::EINTR {
             return Err(error);
         }
+        let counts = self.counts.get();
+        self.counts.set(IoCounts { failed_syncs: counts.failed_syncs + 1, ..counts });
         // Nobody can ask a drive what became of a flush whose caller died before it could note the answer: not in the
         // fault model. So what it gave up counts when the caller has the answer.
         if !running.open.direct {

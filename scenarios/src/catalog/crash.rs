@@ -357,6 +357,7 @@ async fn work(
     recovered: bool,
 ) {
     let mut tries = if world.errors_allowed() { world.setting("open-tries", &[1, 4]) } else { 1 };
+    let failed_syncs = world.storage.counts().failed_syncs;
     let stack = loop {
         tries -= 1;
         match Stack::open(host, world, &setup.spec, limits).await {
@@ -370,10 +371,7 @@ async fn work(
             }
         }
     };
-    // One that could not be made durable is served, and its flushes fail.
-    if !world.errors_allowed() {
-        setup.check_length(world);
-    }
+    setup.check_length(world, failed_syncs);
     setup.check_locks(world, false);
     let manners = Manners {
         retries: if world.errors_allowed() { world.setting("guest-retries", &[3, 0, 1]) } else { 0 },

@@ -31,6 +31,7 @@ pub(super) async fn last_epoch(
     flush_failed: bool,
 ) {
     let host = SimHost::start(&world.kernel, &world.xen, "tapdisk", 1000);
+    let failed_syncs = world.storage.counts().failed_syncs;
     let stack = match Stack::open(&host, world, &setup.spec, limits).await {
         Ok(stack) => stack,
         Err(error) => {
@@ -38,7 +39,7 @@ pub(super) async fn last_epoch(
             return;
         }
     };
-    setup.check_length(world);
+    setup.check_length(world, failed_syncs);
     setup.check_locks(world, false);
     let manners = Manners { retries: 0, errors_allowed: false, reads: after_cut(flush_failed) };
     let disk =

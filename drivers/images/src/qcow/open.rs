@@ -238,6 +238,9 @@ async fn walk<H: ImageHost>(
 /// A crash may have left references to what lies behind the end of the file. The file gets as long as they are,
 /// durably, before anything is served: all bounds on where references may lead count from the size, and would be passed
 /// by what is written now, or by what the next crash leaves.
+///
+/// It gets nearly as long first. Who dies before that is durable, or is told of an error although it has happened,
+/// leaves a file that is still too short for its references, so that the next one begins anew.
 async fn reach_all<H: ImageHost>(host: &H, front: &mut Front<H>, walked: &Walked) -> Result<(), Errno> {
     let info = &mut front.file.info;
     if info.block_device || walked.end <= info.size_bytes || host.bug(Bug::SizeBehind) {
@@ -245,14 +248,15 @@ async fn reach_all<H: ImageHost>(host: &H, front: &mut Front<H>, walked: &Walked
     }
     info.size_bytes = walked.frontier;
     host.mark(Mark::SizeRecovered);
-    front.file.set_size(walked.frontier).await?;
-    match front.file.sync_to_close().await {
-        // Nothing was given up, and nothing is remembered: the size is what it was before.
-        Err(Errno::EINTR) => Err(Errno::EINTR),
-        // One that fails is remembered: no flush of this file succeeds any more, and so none promises what is written
-        // there.
-        _ => Ok(()),
+    for size in [walked.end - 1, walked.frontier] {
+        front.file.set_size(size).await?;
+        // One that fails otherwise is remembered: no flush of this file succeeds any more, and so none promises what is
+        // written there. After this one nothing was given up, and nothing is remembered.
+        if front.file.sync_to_close().await == Err(Errno::EINTR) {
+            return Err(Errno::EINTR);
+        }
     }
+    Ok(())
 }
 
 /// The checksum of Xen's extended header covers the L1 table and is not kept up.
