@@ -307,6 +307,15 @@ impl Block {
         })
     }
 
+    /// The process that serves the disk died. A failed write that nothing was written over may be in the file, whatever
+    /// that process showed since.
+    pub fn server_died(&mut self, order: Order) {
+        let versions = self.versions.clone();
+        let written_over =
+            |v: &Version| versions.iter().any(|w| !w.failed && w.res != NEVER && v.before(w, order));
+        self.versions.iter_mut().filter(|v| v.failed && !written_over(v)).for_each(|v| v.stale_at = NEVER);
+    }
+
     /// The power was cut at `now`: what may survive is left, each as good as the other until somebody looks.
     pub fn power_cut(&mut self, now: Clock) {
         self.versions.retain(|v| !v.superseded);
@@ -387,6 +396,14 @@ mod tests {
         assert!(other.read(1, 3, 4, ANY));
         assert!(!other.read(0, 5, 6, ANY));
         assert!(b.may_survive(1), "but the medium may hold it");
+        b.server_died(ANY);
+        let mut overwritten = b.clone();
+        assert!(b.read(1, 7, 8, ANY), "and so may the file, which the next process goes by");
+        assert!(!b.read(0, 9, 10, ANY));
+        overwritten.begin(2, 7, false);
+        overwritten.end(2, 8, true, NEVER, ANY);
+        overwritten.server_died(ANY);
+        assert!(!overwritten.read(1, 9, 10, ANY));
     }
 
     #[test]

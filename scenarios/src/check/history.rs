@@ -3,6 +3,7 @@
 //! Blocks of eight sectors are kept as one as long as every request treats them alike, so that 4 KiB requests cost one
 //! step; the first request that does not splits them.
 
+mod endings;
 mod fences;
 
 use super::Invariant;
@@ -151,12 +152,6 @@ impl BlockHistory {
     /// carried out before.
     pub fn relax_order(&mut self) {
         self.order = Order::Answer;
-    }
-
-    /// The process that serves the disk died: its successor carries out what has no answer again, in the same order. A
-    /// read that runs now may see a write that was submitted after it and is carried out already.
-    pub fn server_died(&mut self) {
-        self.repeated_to = self.clock;
     }
 
     /// What order a read promises that was submitted at `inv`.
@@ -329,6 +324,10 @@ impl BlockHistory {
             }
             at += n;
         }
+        if inv <= self.repeated_to {
+            // What it saw may be what the process before knew.
+            self.revive_failed();
+        }
         Ok(())
     }
 
@@ -460,29 +459,6 @@ impl BlockHistory {
     /// call on.
     pub fn take_settled(&mut self) -> Vec<SectorRange> {
         self.settled.replace(Vec::new()).unwrap_or_default()
-    }
-
-    /// The power was cut, and with it everything that ran.
-    pub fn power_cut(&mut self) {
-        self.cut_fences();
-        let now = self.tick();
-        self.was_cut = true;
-        self.running.clear();
-        self.reads.clear();
-        for cell in &self.dirty {
-            match &mut self.cells[*cell as usize] {
-                Cell::Whole(block) => block.power_cut(now),
-                Cell::Split(blocks) => blocks.iter_mut().for_each(|b| b.power_cut(now)),
-            }
-        }
-    }
-
-    /// The guest ended, and nobody waits any more for what it had in flight: that has happened or has not.
-    pub fn guest_died(&mut self) {
-        self.reads.clear();
-        for (write, _) in self.running.clone() {
-            self.end_write(write, false);
-        }
     }
 
     /// Logical time: changes whenever anything happened.
