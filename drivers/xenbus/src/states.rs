@@ -1,6 +1,7 @@
 //! Writing our state, and what belongs to it, all at once or not at all.
 
 use crate::config::BackendError;
+use crate::keys;
 use crate::patience::patiently;
 use tap_abi::xenbus::XenbusState;
 use tap_host::{Errno, Probe, Time, Transaction, Xenstore};
@@ -22,7 +23,8 @@ pub(crate) enum Written {
 }
 
 /// Writes `keys` and `state` in `dir` if the state there is still `expected`. A state of closing is written whatever is
-/// there, but for a device that is new: its predecessor's end is none of its.
+/// there, but for a device that is new: its predecessor's end is none of its. A device that is being closed is offered
+/// anew only while it is online: what the caller knows of that may be older than the state.
 pub(crate) async fn write<H: Xenstore + Time + Probe>(
     host: &H,
     dir: &str,
@@ -63,6 +65,13 @@ async fn attempt<H: Xenstore>(
     }
     if now != expected && !closing {
         return Ok(Written::No);
+    }
+    if state == XenbusState::InitWait && now == XenbusState::Closing {
+        // A toolstack may have written it meanwhile, which does so once the device is offline.
+        let online = keys::known(tx.read(&format!("{dir}/online")).await, keys::MAX_VALUE_BYTES)?;
+        if keys::is_offline(online.as_deref()) {
+            return Ok(Written::No);
+        }
     }
     if state == XenbusState::InitWait {
         // A new beginning: what went wrong before is history.
