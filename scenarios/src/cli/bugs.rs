@@ -1,6 +1,7 @@
 //! `bugs` and `demo`: the testbed proves itself.
 
 use super::args::{BugsArgs, Common};
+use super::in_order::in_order;
 use super::output::{Progress, SHRINK_RUNS, load_run, revision, save_json, save_run, save_run_as};
 use super::replay::bug;
 use super::{Exit, Stop};
@@ -47,9 +48,11 @@ pub(crate) fn bugs_command(common: &Common, args: &BugsArgs) -> Result<Exit, Sto
     let mut progress = Progress::new(Some(quarries.len() as u64));
     let mut missed = 0;
     let mut json = Vec::new();
-    for (i, quarry) in quarries.iter().enumerate() {
+    let work = |quarry: &Quarry| {
         let near = load_run(&args.saved.join(saved_name(*quarry))).ok().map(|(_, spec)| spec.scenario);
-        let hunted = hunt(*quarry, near, args.within, common.guarded(), SHRINK_RUNS);
+        hunt(*quarry, near, args.within, common.guarded(), SHRINK_RUNS)
+    };
+    in_order(common.threads(), &quarries, work, |quarry, hunted| {
         let good = hunted.as_ref().is_some_and(|h| h.outcome.decisions.len() <= DECISIONS_MAX);
         missed += u64::from(!good);
         print_row(common, *quarry, hunted.as_ref(), args.within)?;
@@ -57,8 +60,9 @@ pub(crate) fn bugs_command(common: &Common, args: &BugsArgs) -> Result<Exit, Sto
             save_run_as(&args.saved.join(saved_name(*quarry)), &h.spec, &h.outcome)?;
         }
         json.push(row(*quarry, hunted.as_ref(), args.within));
-        progress.at(i as u64 + 1, missed);
-    }
+        progress.at(json.len() as u64, missed);
+        Ok(())
+    })?;
     progress.finish();
     if let Some(path) = &common.json {
         save_json(path, &json)?;

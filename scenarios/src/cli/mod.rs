@@ -5,6 +5,7 @@ mod bench;
 mod bugs;
 mod crash;
 mod fuzz;
+mod in_order;
 mod oracles;
 mod output;
 mod replay;

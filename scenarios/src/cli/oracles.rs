@@ -1,6 +1,7 @@
 //! `bugs --oracles`: breaks each checker in turn, and asks who notices.
 
 use super::args::{BugsArgs, Common};
+use super::in_order::in_order;
 use super::output::{Progress, load_run, save_json};
 use super::{Exit, Stop};
 use crate::check::Oracle;
@@ -41,26 +42,38 @@ pub(super) fn oracles_command(common: &Common, args: &BugsArgs) -> Result<Exit, 
     println!("{:<22} {:<12} which", "broken oracle", "noticed by");
     let mut progress = Progress::new(Some(oracles.len() as u64));
     let (mut json, mut missed) = (Vec::new(), 0);
-    for (i, oracle) in oracles.iter().enumerate() {
-        let mut noticed = changed_run(common, &saved, *oracle).map(|which| ("seeded bug", which));
-        if noticed.is_none() {
-            noticed = failing_test(&tests, Some(*oracle))?.map(|which| ("test", which));
-        }
-        if noticed.is_none() {
-            noticed = oracle.excuse().map(|why| ("(excused)", why.into()));
-        }
+    let work = |oracle: &Oracle| who_notices(common, &saved, &tests, *oracle);
+    in_order(common.threads(), &oracles, work, |oracle, noticed| {
+        let noticed = noticed?;
         missed += u64::from(noticed.is_none());
         let (by, which) = noticed.unzip();
         println!("{:<22} {:<12} {}", oracle.name(), by.unwrap_or("nobody"), which.as_deref().unwrap_or(""));
         json.push(JsonOracle { oracle: oracle.name(), noticed_by: by, which: which.unwrap_or_default() });
-        progress.at(i as u64 + 1, missed);
-    }
+        progress.at(json.len() as u64, missed);
+        Ok(())
+    })?;
     progress.finish();
     if let Some(path) = &common.json {
         save_json(path, &json)?;
     }
     println!("{} passed, {missed} failed", oracles.len() as u64 - missed);
     Ok(if missed > 0 { Exit::Broken } else { Exit::Ok })
+}
+
+/// What notices that `oracle` is broken, and which one of these; or why nothing has to.
+fn who_notices(
+    common: &Common,
+    saved: &[(Quarry, RunFile, RunSpec)],
+    tests: &Path,
+    oracle: Oracle,
+) -> Result<Option<(&'static str, String)>, Stop> {
+    if let Some(which) = changed_run(common, saved, oracle) {
+        return Ok(Some(("seeded bug", which)));
+    }
+    if let Some(which) = failing_test(tests, Some(oracle))? {
+        return Ok(Some(("test", which)));
+    }
+    Ok(oracle.excuse().map(|why| ("(excused)", why.into())))
 }
 
 /// The saved runs of seeded bugs.
