@@ -26,7 +26,7 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 use tap_core::{Node, Request};
 use tap_host::{Bug, IoBuf, IoVec, SECTOR_BYTES, SectorRange};
-use tap_images::{BackingPolicy, ImageFormat, ImageSpec, OpenOptions, open_image};
+use tap_images::{BackingPolicy, Formats, ImageFormat, ImageSpec, OpenOptions};
 use walker::QcowMap;
 
 /// What exploring came to.
@@ -426,7 +426,8 @@ async fn read_all(
 ) -> Result<(), String> {
     let backing = BackingPolicy::any(ImageFormat::Probe);
     let options = OpenOptions { write: true, backing, ..OpenOptions::default() };
-    let node: Rc<dyn Node> = open_image(process, spec, &options)
+    let node: Rc<dyn Node> = Formats::shipped()
+        .open(process, spec, &options)
         .await
         .map_err(|e| format!("failed to open the image after a crash: {e}"))?;
     for range in ranges {

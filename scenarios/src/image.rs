@@ -8,6 +8,12 @@ use std::cell::RefCell;
 use std::path::Path;
 use std::rc::Rc;
 use tap_host::SECTOR_BYTES;
+use tap_images::{ImageFormat, qcow, raw};
+
+/// The format of raw images.
+pub const RAW: ImageFormat = ImageFormat::As(raw::FORMAT);
+/// The format of qcow images.
+pub const QCOW: ImageFormat = ImageFormat::As(qcow::FORMAT);
 
 /// How a cluster is stored.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -4,7 +4,7 @@ use clap::Parser as _;
 use kernel_model::SimHost;
 use std::cell::RefCell;
 use std::rc::Rc;
-use tap_images::{ImageFormat, ImageSpec};
+use tap_images::ImageSpec;
 use tap_programs::Console;
 use tap_programs::daemon::{Cli, run};
 
@@ -40,6 +40,5 @@ pub async fn tapdisk(host: &SimHost, line: &str) -> (u8, String) {
 
 /// An image as an argument of a program: its format is named.
 pub fn named(spec: &ImageSpec) -> String {
-    let format = if spec.format == ImageFormat::Raw { "raw" } else { "qcow" };
-    format!("{format}:{}", spec.path)
+    format!("{}:{}", spec.format.name(), spec.path)
 }

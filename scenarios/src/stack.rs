@@ -6,15 +6,15 @@ use kernel_model::SimHost;
 use std::rc::Rc;
 use tap_core::{Node, Scheduler, SchedulerLimits, SchedulerStats, Vbd};
 use tap_host::{Budget, VbdId};
-use tap_images::{BackingPolicy, ImageError, ImageFormat, ImageSpec, OpenOptions, QcowLimits, open_image};
+use tap_images::{BackingPolicy, Formats, ImageError, ImageFormat, ImageSpec, OpenOptions};
 
 /// Limits that a seed draws; each may be as low as it goes.
 #[derive(Clone, Copy, Debug)]
 pub struct StackLimits {
     /// Of the scheduler.
     pub scheduler: SchedulerLimits,
-    /// Of qcow images.
-    pub qcow: QcowLimits,
+    /// Tables of one image that are kept in memory.
+    pub tables: usize,
     /// Buffers in bytes.
     pub pool_bytes: usize,
     /// Requests that the guest has running at once.
@@ -39,10 +39,10 @@ impl StackLimits {
             merge_sectors: world.setting("merge", &[1024, 0, 16]),
             ..SchedulerLimits::default()
         };
-        let qcow = QcowLimits { l2_tables: world.setting("l2-tables", &[64, 2, 1]) };
+        let tables = world.setting("l2-tables", &[64, 2, 1]);
         Self {
             scheduler,
-            qcow,
+            tables,
             pool_bytes: world.setting("pool", &[4 << 20, 256 << 10, 64 << 10]),
             guest_depth: world.setting("guest-depth", &[8, 32, 2, 1]),
             ring_batch: world.setting("ring-batch", &[32, 4, 1]),
@@ -106,11 +106,11 @@ impl Stack {
         let options = OpenOptions {
             write: !limits.read_only,
             direct: limits.direct,
-            qcow: limits.qcow,
+            tables: limits.tables,
             backing: BackingPolicy::any(ImageFormat::Probe),
             memory: memory.clone(),
         };
-        let image = open_image(host, spec, &options).await?;
+        let image = Formats::shipped().open(host, spec, &options).await?;
         let image = Contract::new(world, host.process.node(), image, limits);
         let scheduler = Rc::new(Scheduler::new(host.clone(), image, limits.scheduler));
         let report = Rc::downgrade(&scheduler);

@@ -14,6 +14,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use scenarios::check::walker;
 use scenarios::guest::{DirectDisk, GuestDisk};
+use scenarios::image::QCOW;
 use scenarios::stack::{Stack, StackLimits};
 use scenarios::world::{RunOptions, World};
 use sim::{Config, Sim};
@@ -22,8 +23,7 @@ use std::process::{Command, ExitCode};
 use std::rc::Rc;
 use tap_core::Node;
 use tap_host::SectorRange;
-use tap_images::qcow::{CreateOptions, create};
-use tap_images::{ImageFormat, ImageSpec};
+use tap_images::{Formats, ImageSpec, NewImage, qcow};
 
 const SECTOR: u64 = 512;
 const TOP: &str = "/images/top.qcow";
@@ -219,7 +219,7 @@ fn simulate<F: Future<Output = Result<(), Failed>> + 'static>(
 
 async fn open(world: &World) -> Result<(Stack, DirectDisk), Failed> {
     let host = SimHost::start(&world.kernel, &world.xen, "tapdisk", 0);
-    let spec = ImageSpec { format: ImageFormat::Qcow, path: TOP.into() };
+    let spec = ImageSpec { format: QCOW, path: TOP.into() };
     let stack = Stack::open(&host, world, &spec, &StackLimits::draw(world)).await?;
     let disk = DirectDisk::new(Rc::clone(&stack.vbd) as Rc<dyn Node>, 1 << 20);
     Ok((stack, disk))
@@ -294,9 +294,14 @@ fn makes(case: Case) -> Result<(), Failed> {
         simulate(seed, |world| async move {
             bench.load(&world)?;
             let backing = case.backing.then(|| "base.raw".to_owned());
-            let options = CreateOptions { cluster_bits, l2_bits, backing, ..CreateOptions::default() };
+            let option =
+                |name: &str, bits: Option<u32>| Some((name.to_owned(), (1_u32 << bits?).to_string()));
+            let options =
+                option("cluster_size", cluster_bits).into_iter().chain(option("l2_entries", l2_bits));
+            let options = options.collect();
+            let image = NewImage { size_bytes: case.size, backing, existing: None, options };
             let host = SimHost::start(&world.kernel, &world.xen, "tap-img", 0);
-            create(&host, TOP, case.size, &options).await?;
+            Formats::shipped().create(&host, qcow::FORMAT, TOP, image).await?;
             let (stack, disk) = open(&world).await?;
             bench.work(&disk, &mut expected).await?;
             stack.vbd.close().await?;

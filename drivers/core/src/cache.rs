@@ -6,7 +6,7 @@
 //!   unsafe          flushes are answered and not carried out; only closing makes durable
 //! ```
 
-use crate::{Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response};
+use crate::{Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, WaitReport};
 use std::rc::Rc;
 use tap_host::{Errno, SectorRange};
 
@@ -61,6 +61,10 @@ impl Node for Cached {
 
     fn info(&self) -> NodeInfo {
         self.lower.info()
+    }
+
+    fn wait_report(&self) -> Vec<WaitReport> {
+        self.lower.wait_report()
     }
 
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {

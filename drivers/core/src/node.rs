@@ -1,6 +1,6 @@
 //! The one object-safe trait: anything that answers block requests.
 
-use crate::{Request, Response};
+use crate::{Request, Response, WaitReport};
 use std::future::Future;
 use std::pin::Pin;
 use tap_host::{Errno, SectorRange};
@@ -51,7 +51,8 @@ pub enum Source {
 /// | node | crate |
 /// |---|---|
 /// | vbd, scheduler | `tap-core` |
-/// | raw, qcow | `tap-images` |
+/// | image formats | `tap-images` |
+/// | NBD client | `tap-nbd` |
 ///
 /// `submit` starts nothing before the future is polled, but it is where a request gets its place in the order: who
 /// calls it polls the future or drops it. Requests of one node may run concurrently and finish in any order;
@@ -71,6 +72,10 @@ pub trait Node: 'static {
     }
     /// Size and mode.
     fn info(&self) -> NodeInfo;
+    /// What waits for what here and below: what to print when nothing moves any more.
+    fn wait_report(&self) -> Vec<WaitReport> {
+        Vec::new()
+    }
     /// Makes everything durable and lets go of files and locks. Called once, when no request is in flight.
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>>;
 }

@@ -19,7 +19,7 @@
 //!   forgotten.
 
 use crate::wait::{Event as Flag, Line, Semaphore};
-use crate::{Extent, LocalBoxFuture, Node, NodeInfo, Request, Response};
+use crate::{Extent, LocalBoxFuture, Node, NodeInfo, Request, Response, WaitReport};
 use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
@@ -317,6 +317,10 @@ impl<H: Log + Tasks + Probe> Node for Vbd<H> {
 
     fn info(&self) -> NodeInfo {
         self.0.lower.info()
+    }
+
+    fn wait_report(&self) -> Vec<WaitReport> {
+        self.0.lower.wait_report()
     }
 
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {

@@ -1,9 +1,12 @@
 //! Image formats: files of the host as disks of a guest.
 //!
 //! ```text
-//!   Request ──► Raw, Qcow ──► ImageFile ──► tap_host::File
-//!               where bytes    whole transfers, alignment,
-//!               live           shared and remembered synchronisation
+//!   name, or first bytes ──► Formats ──► Driver ──► open, create, describe, check
+//!                            registry    a format's row
+//!
+//!   Request ──► an image ──► ImageFile ──► tap_host::File
+//!               where bytes   whole transfers, alignment,
+//!               live          shared and remembered synchronisation
 //! ```
 //!
 //! # Contract
@@ -16,34 +19,33 @@
 //! * What a file says is checked before it is used: a hostile image gives errors, never a panic, and never makes
 //!   the process allocate more than the limits say.
 //! * An image opened for writing is locked against every other process, one opened for reading against writers.
-//!
-//! | module | format |
-//! |---|---|
-//! | [`raw`] | the file is the disk |
-//! | [`qcow`] | QEMU copy-on-write, version 1, with Xen's extended header |
 
 mod calls;
 mod carve;
 mod chain;
 mod error;
+mod format;
+mod formats;
 mod io;
 mod memory;
 mod patience;
-pub mod qcow;
-pub mod raw;
+mod registry;
 mod sync;
 mod sync_record;
+mod units;
 
 #[cfg(test)]
 mod testing;
 
 pub use calls::file_id;
-pub use chain::{
-    BackingGate, BackingPolicy, Description, ImageFormat, ImageSpec, MAX_CHAIN, OpenOptions, describe,
-    open_image, resolve,
-};
+pub use chain::{BackingGate, BackingPolicy, MAX_CHAIN, OpenOptions, resolve};
 pub use error::ImageError;
-pub use qcow::QcowLimits;
+pub use format::{
+    CheckReport, Description, Format, FormatInfo, ImageFormat, ImageSpec, NewImage, OptionInfo,
+};
+pub use formats::{SHIPPED, format_called, qcow, raw};
+pub use registry::{Driver, Formats, HEAD_BYTES, OpenImage};
+pub use units::{parse_size, show_size};
 
 use tap_core::{NodeInfo, Request};
 use tap_host::{Errno, Files, Log, Probe, SharedPages, Tasks, Time};

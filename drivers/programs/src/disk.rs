@@ -4,13 +4,16 @@
 //!   request ─► cache mode ─► scheduler (order, merging, retry) ─► image, and what is below it
 //! ```
 
-use crate::size::{parse_size, show_size};
 use crate::spec::DiskSpec;
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use std::rc::Rc;
 use tap_core::{CacheMode, Node, Scheduler, SchedulerLimits};
 use tap_host::{Budget, Sockets};
-use tap_images::{BackingPolicy, ImageError, ImageFormat, ImageHost, ImageSpec, OpenOptions, open_image};
+use tap_images::{
+    BackingPolicy, Format, Formats, ImageError, ImageFormat, ImageHost, ImageSpec, OpenOptions, SHIPPED,
+    format_called, parse_size, show_size,
+};
 use tap_nbd::{Client, ClientConfig};
 
 /// How to open disks.
@@ -33,35 +36,56 @@ pub struct DiskOptions {
     pub memory: Budget,
 }
 
-/// What may be opened below an image.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
-pub enum BackingArg {
-    /// Nothing: an image that names a backing file is refused
-    #[default]
-    Refuse,
-    /// Any file, as raw
-    Raw,
-    /// Any file, as qcow
-    Qcow,
-    /// Any file, as what it looks like; not for files that a guest could write as raw disks
-    Probe,
+/// The formats as values of an option.
+fn format_values() -> impl Iterator<Item = PossibleValue> {
+    let value = |f: &Format| PossibleValue::new(f.name()).help(f.info().about).aliases(f.info().aliases);
+    SHIPPED.iter().map(value)
 }
+
+/// Reads the name of a format.
+pub(crate) fn format_parser() -> impl TypedValueParser<Value = Format> {
+    // The parser lets through what has a format.
+    PossibleValuesParser::new(format_values()).try_map(|name| format_called(&name).ok_or("it is no format"))
+}
+
+/// What may be opened below an image, and as what; `None`: nothing.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct BackingArg(Option<ImageFormat>);
 
 impl BackingArg {
     /// As what a backing file is opened; `None` where none is.
     pub(crate) fn format(self) -> Option<ImageFormat> {
-        match self {
-            BackingArg::Refuse => None,
-            BackingArg::Raw => Some(ImageFormat::Raw),
-            BackingArg::Qcow => Some(ImageFormat::Qcow),
-            BackingArg::Probe => Some(ImageFormat::Probe),
-        }
+        self.0
     }
 
     /// The policy for opening.
     pub fn policy(self) -> BackingPolicy {
         self.format().map_or(BackingPolicy::Refuse, BackingPolicy::any)
     }
+}
+
+/// In options: no backing file may be opened.
+pub(crate) const REFUSE: &str = "refuse";
+/// In options: the format of a backing file is found out.
+const PROBE: &str = "probe";
+
+/// Reads what may be opened below an image.
+pub(crate) fn backing_parser() -> impl TypedValueParser<Value = BackingArg> {
+    let refuse = PossibleValue::new(REFUSE).help("Nothing: an image that names a backing file is refused");
+    let probe = PossibleValue::new(PROBE)
+        .help("Any file, as what it looks like; not for files that a guest could write as raw disks");
+    let known = format_values().map(|value| {
+        let name = value.get_name().to_owned();
+        value.help(format!("Any file, as {name}"))
+    });
+    PossibleValuesParser::new([refuse].into_iter().chain(known).chain([probe])).try_map(|name| {
+        let format = match name.as_str() {
+            REFUSE => None,
+            PROBE => Some(ImageFormat::Probe),
+            name => Some(ImageFormat::As(format_called(name).ok_or("it is no format")?)),
+        };
+        Ok::<_, &str>(BackingArg(format))
+    })
 }
 
 /// How a program that serves disks opens them.
@@ -77,7 +101,7 @@ pub struct ImageArgs {
     #[arg(long)]
     pub read_only: bool,
     /// Which backing files may be opened, and as what
-    #[arg(long, value_enum, default_value_t, value_name = "HOW")]
+    #[arg(long, value_parser = backing_parser(), default_value = REFUSE, value_name = "HOW")]
     backing: BackingArg,
     /// Most memory for buffers of requests and connections and for tables of images, of all disks together; at least
     /// 16M
@@ -155,7 +179,8 @@ pub(crate) fn tell_memory(memory: &Budget) -> String {
 pub fn says_its_format(spec: &DiskSpec) -> Result<(), String> {
     match spec {
         DiskSpec::Image(ImageSpec { format: ImageFormat::Probe, path }) => {
-            Err(format!("serve {path}: say what it is, raw:{path} or qcow:{path}"))
+            let names: Vec<String> = SHIPPED.iter().map(|format| format!("{format}:{path}")).collect();
+            Err(format!("serve {path}: say what it is, {}", names.join(" or ")))
         }
         DiskSpec::Image(_) | DiskSpec::Nbd { .. } => Ok(()),
     }
@@ -182,7 +207,7 @@ pub async fn open_disk<H: ImageHost>(
     };
     let deadline_ns = host.now_ns().saturating_add(options.patience_ns);
     let image = loop {
-        match open_image(host, spec, &open).await {
+        match Formats::shipped().open(host, spec, &open).await {
             Err(error) if error.is_in_use() && host.now_ns() < deadline_ns => {
                 host.sleep_ns(IN_USE_PAUSE_NS).await;
             }

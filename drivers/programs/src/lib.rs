@@ -30,7 +30,6 @@ pub mod daemon;
 pub mod disk;
 pub mod img;
 pub mod serve;
-pub mod size;
 pub mod spec;
 pub mod usage;
 pub mod vdev;

@@ -6,7 +6,6 @@
 
 use crate::Console;
 use crate::disk::{DiskHost, ImageArgs, open_any, says_its_format, tell_memory};
-use crate::size::show_size;
 use crate::spec::DiskSpec;
 use clap::Args;
 use futures_util::future::join_all;
@@ -15,6 +14,7 @@ use std::rc::Rc;
 use std::str::FromStr;
 use tap_core::Node;
 use tap_host::{Budget, Errno, Listener, SECTOR_BYTES, Signals, SocketAddress};
+use tap_images::show_size;
 use tap_nbd::{Export, Server, ServerLimits};
 
 /// What serving asks of a host.

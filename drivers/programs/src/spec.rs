@@ -1,7 +1,7 @@
 //! How disks are named.
 //!
 //! ```text
-//!   raw:PATH   qcow:PATH        a file, or a block device, as this format
+//!   FORMAT:PATH                 a file, or a block device, as this format
 //!   PATH                        a file whose format is found out, where the command allows that
 //!   nbd:ADDRESS                 the default export of an NBD server: nbd:unix:/run/x.sock, nbd:host:10809
 //!   nbd://HOST[:PORT]/EXPORT    as the NBD project writes it
@@ -11,7 +11,7 @@
 use std::fmt;
 use std::str::FromStr;
 use tap_host::SocketAddress;
-use tap_images::{ImageFormat, ImageSpec};
+use tap_images::{ImageFormat, ImageSpec, SHIPPED, format_called};
 
 /// The port of NBD.
 pub const NBD_PORT: u16 = 10809;
@@ -44,13 +44,10 @@ impl FromStr for DiskSpec {
             return Ok(DiskSpec::Nbd { address: address.parse()?, export: String::new() });
         }
         let (format, path) = match text.split_once(':') {
-            Some(("raw", path)) => (ImageFormat::Raw, path),
-            Some(("qcow", path)) => (ImageFormat::Qcow, path),
-            Some((other, _)) if is_scheme(other) => {
-                return Err(format!(
-                    "'{other}' is no format; there are raw, qcow and nbd (a file called that is ./{text})"
-                ));
-            }
+            Some((name, path)) if is_scheme(name) => match format_called(name) {
+                Some(format) => (ImageFormat::As(format), path),
+                None => return Err(unknown_format(name, text)),
+            },
             _ => (ImageFormat::Probe, text),
         };
         if path.is_empty() || path.contains('\0') {
@@ -58,6 +55,11 @@ impl FromStr for DiskSpec {
         }
         Ok(DiskSpec::Image(ImageSpec { format, path: path.to_owned() }))
     }
+}
+
+fn unknown_format(name: &str, text: &str) -> String {
+    let known: Vec<&str> = SHIPPED.iter().map(|format| format.name()).collect();
+    format!("'{name}' is no format; there are {} and nbd (a file called that is ./{text})", known.join(", "))
 }
 
 /// What stands in front of a colon and is meant as a format, not as a part of a path.
@@ -106,20 +108,11 @@ impl fmt::Display for DiskSpec {
         match self {
             DiskSpec::Image(image) => match image.format {
                 ImageFormat::Probe => f.write_str(&image.path),
-                format => write!(f, "{}:{}", format_name(format), image.path),
+                ImageFormat::As(format) => write!(f, "{format}:{}", image.path),
             },
             DiskSpec::Nbd { address, export } if export.is_empty() => write!(f, "nbd:{address}"),
             DiskSpec::Nbd { address, export } => write!(f, "export '{export}' of nbd:{address}"),
         }
-    }
-}
-
-/// The name of a format, as options have it.
-pub fn format_name(format: ImageFormat) -> &'static str {
-    match format {
-        ImageFormat::Raw => "raw",
-        ImageFormat::Qcow => "qcow",
-        ImageFormat::Probe => "probe",
     }
 }
 
@@ -129,6 +122,18 @@ mod tests {
 
     fn image(format: ImageFormat, path: &str) -> DiskSpec {
         DiskSpec::Image(ImageSpec { format, path: path.to_owned() })
+    }
+
+    #[test]
+    fn every_format_names_images() {
+        for format in SHIPPED {
+            for name in [format.name()].iter().chain(format.info().aliases) {
+                let spec: DiskSpec = format!("{name}:/a").parse().unwrap();
+                assert_eq!(spec, image((*format).into(), "/a"));
+                assert_eq!(spec.to_string(), format!("{format}:/a"));
+                assert!(format!("{name}:").parse::<DiskSpec>().is_err(), "{name}");
+            }
+        }
     }
 
     #[test]
@@ -142,8 +147,7 @@ mod tests {
             export: export.into(),
         };
         for (text, spec) in [
-            ("qcow:/a", image(ImageFormat::Qcow, "/a")),
-            ("raw:a:b", image(ImageFormat::Raw, "a:b")),
+            ("raw:a:b", image(tap_images::raw::FORMAT.into(), "a:b")),
             ("/dev/vg/lv", image(ImageFormat::Probe, "/dev/vg/lv")),
             ("./odd:name", image(ImageFormat::Probe, "./odd:name")),
             ("nbd:unix:/run/x y", unix("")),
@@ -153,7 +157,7 @@ mod tests {
         ] {
             assert_eq!(text.parse(), Ok(spec), "{text}");
         }
-        for bad in ["", "qcow:", "vhd:/a", "nbd:", "nbd+unix:///x", "nbd://:7/", "nbd+unix:///%g?socket=/a"] {
+        for bad in ["", "raw:", "vhd:/a", "nbd:", "nbd+unix:///x", "nbd://:7/", "nbd+unix:///%g?socket=/a"] {
             assert!(DiskSpec::from_str(bad).is_err(), "{bad}");
         }
         assert!(DiskSpec::from_str("vhd:/a").unwrap_err().contains("no format"));

@@ -12,7 +12,6 @@
 use crate::Console;
 use crate::disk::{DiskOptions, ImageArgs, open_any, says_its_format, tell_memory};
 use crate::serve::ServeHost;
-use crate::size::show_size;
 use crate::spec::DiskSpec;
 use crate::vdev;
 use clap::Args;
@@ -23,6 +22,7 @@ use std::rc::Rc;
 use std::str::FromStr;
 use tap_core::{Node, wait};
 use tap_host::{Budget, DomId, Errno, SECTOR_BYTES, VbdId};
+use tap_images::show_size;
 use tap_xenbus::{
     Backend, BackendConfig, BackendEnd, BackendError, Device, Hotplug, Whose, XenHost, lead, patiently,
     supervise,

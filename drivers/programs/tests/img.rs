@@ -258,7 +258,7 @@ fn bad_input_gets_one_clear_line() {
         ("create /new", 1, "size is missing"),
         ("create -f qcow /new 12x", 1, "'12x' is no size"),
         ("create -f qcow -o shape=round /new 1M", 1, "no option 'shape'"),
-        ("create -f qcow -o cluster_size=3k /new 1M", 1, "no power of two"),
+        ("create -f qcow -o cluster_size=3k /new 1M", 1, "not a power of two from 512 to 65536"),
         (
             "create /new 18446744073709551615",
             1,
@@ -267,7 +267,7 @@ fn bad_input_gets_one_clear_line() {
         ("create -f qcow -b gone /new 1M", 1, "open /gone"),
         ("info /v3.qcow", 1, "it is of version 3, not 1"),
         ("convert /v3.qcow /new", 1, "it is of version 3, not 1"),
-        ("create -b disk /new 1M", 1, "a raw image has no backing file"),
+        ("create -b disk /new 1M", 1, "it has no backing file; use -f qcow"),
         ("create -f qcow -b gone /new", 1, "open /gone"),
         ("check /disk", 63, "no metadata"),
         ("check /gone", 1, "open /gone"),

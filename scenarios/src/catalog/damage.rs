@@ -12,6 +12,7 @@
 use super::setup::cut_after_close;
 use crate::check::{Invariant, walker};
 use crate::guest::{DirectDisk, GuestDisk};
+use crate::image::{QCOW, RAW};
 use crate::image::{QcowShape, Stored, layer_cluster, make_qcow};
 use crate::run::Scenario;
 use crate::stack::{Stack, StackLimits};
@@ -24,7 +25,7 @@ use sim::{Entity, Label};
 use std::rc::Rc;
 use tap_core::Node;
 use tap_host::{IoKind, SECTOR_BYTES, SectorRange};
-use tap_images::{BackingPolicy, ImageError, ImageFormat, ImageSpec, OpenOptions, open_image, qcow};
+use tap_images::{BackingPolicy, Formats, ImageError, ImageSpec, OpenOptions};
 
 /// One damage: its kind in 3 bits, which place in 13, what is put there in 48.
 pub static DAMAGE: Label =
@@ -267,7 +268,7 @@ impl Damaged {
     /// Everything that can be done with the image. An error is a refusal.
     async fn look(&self) -> Result<(), ImageError> {
         let checked = self.check().await;
-        let spec = ImageSpec { format: ImageFormat::Qcow, path: PATH.into() };
+        let spec = ImageSpec { format: QCOW, path: PATH.into() };
         let read = self.read_only(&spec).await;
         self.wait_for_the_last();
         let host = SimHost::start(&self.world.kernel, &self.world.xen, "tapdisk", 2);
@@ -305,7 +306,8 @@ impl Damaged {
     async fn check(&self) -> Result<(), ImageError> {
         self.wait_for_the_last();
         let host = SimHost::start(&self.world.kernel, &self.world.xen, "tap-img", 0);
-        let report = qcow::check(&host, PATH).await?;
+        let spec = ImageSpec { format: QCOW, path: PATH.into() };
+        let report = Formats::shipped().check(&host, &spec).await?.unwrap_or_default();
         let content = self.world.storage.content(PATH).unwrap_or_default();
         if self.view.size <= WALKED_BYTES && walks(&content) && report.problem_count > 0 {
             let text = format!("the walker finds nothing where check finds: {}", report.problems.join("; "));
@@ -323,11 +325,11 @@ impl Damaged {
         self.wait_for_the_last();
         let host = SimHost::start(&self.world.kernel, &self.world.xen, "tapdisk", 1);
         let options = OpenOptions {
-            qcow: self.limits.qcow,
-            backing: BackingPolicy::any(ImageFormat::Raw),
+            tables: self.limits.tables,
+            backing: BackingPolicy::any(RAW),
             ..OpenOptions::default()
         };
-        let node: Rc<dyn Node> = open_image(&host, spec, &options).await?;
+        let node: Rc<dyn Node> = Formats::shipped().open(&host, spec, &options).await?;
         let disk = DirectDisk::new(node, self.limits.pool_bytes);
         self.read_all(&disk, &self.view.sectors, "opened to read").await;
         Ok(())

@@ -11,6 +11,7 @@ use super::crash::arm_power_cut;
 use super::setup::{Setup, cut_after_close, cut_after_drop, workload};
 use crate::check::{Invariant, walker};
 use crate::guest::{DirectDisk, Guest, Manners};
+use crate::image::QCOW;
 use crate::run::Scenario;
 use crate::stack::{Stack, StackLimits};
 use crate::workload::{Op, Shape, Workload, operations};
@@ -22,7 +23,6 @@ use std::rc::Rc;
 use tap_core::wait::oneshot;
 use tap_core::{Node, Request, ZeroFlags};
 use tap_host::{IoBuf, IoKind, IoVec, SECTOR_BYTES, SectorRange};
-use tap_images::ImageFormat;
 
 /// What a large request does; 0 is none.
 pub static LARGE: Label = Label::new(
@@ -235,7 +235,7 @@ async fn with_space_again(world: &World, setup: &Setup, limits: &StackLimits, se
 /// request has failed, so have those over what it may have left.)
 fn check_given_back(world: &World, setup: &Setup, guest: &Guest<DirectDisk>) {
     const PAGE_SECTORS: u64 = 8;
-    let clusters = setup.spec.format == ImageFormat::Qcow;
+    let clusters = setup.spec.format == QCOW;
     if !world.storage.makes_holes() || clusters && (setup.is_overlay() || setup.cluster_bits < 12) {
         return;
     }

@@ -2,6 +2,7 @@
 
 use super::crash;
 use crate::check::{BlockHistory, Initial, Invariant, shipped, walker};
+use crate::image::{QCOW, RAW};
 use crate::image::{QcowShape, RealImage, Stored, layer_cluster, make_qcow};
 use crate::workload::{Shape, Workload};
 use crate::world::World;
@@ -63,7 +64,7 @@ impl Setup {
         }
         world.storage.put_bytes(&path(number), &file);
         let initial = if overlay { Initial::Bytes(view) } else { Initial::Zero };
-        let setup = Self::with_history(world, ImageFormat::Qcow, number, size_bytes, initial, base);
+        let setup = Self::with_history(world, QCOW, number, size_bytes, initial, base);
         Self { cluster_bits, ..setup }
     }
 
@@ -74,10 +75,10 @@ impl Setup {
             world.storage.put(path, content.clone());
         }
         let initial = Initial::Bytes(loaded.view.clone());
-        let setup = Self::with_history(world, ImageFormat::Qcow, 0, loaded.size_bytes, initial, None);
+        let setup = Self::with_history(world, QCOW, 0, loaded.size_bytes, initial, None);
         let below = loaded.files[1..].iter().map(|(path, _)| path.clone()).collect();
         Self {
-            spec: ImageSpec { format: ImageFormat::Qcow, path: loaded.files[0].0.clone() },
+            spec: ImageSpec { format: QCOW, path: loaded.files[0].0.clone() },
             cluster_bits: loaded.cluster_bits,
             below,
             ..setup
@@ -103,7 +104,7 @@ impl Setup {
             initial = Initial::Bytes(content.pages.clone());
         }
         world.storage.put(&path(number), content);
-        Self::with_history(world, ImageFormat::Raw, number, size_bytes, initial, None)
+        Self::with_history(world, RAW, number, size_bytes, initial, None)
     }
 
     /// The same on a block device: of the same size under a raw disk; a qcow image has more behind it, which holds the
@@ -111,7 +112,7 @@ impl Setup {
     pub fn on_device(self, world: &World) -> Self {
         let path = &self.spec.path;
         let mut content = world.storage.content(path).unwrap_or_default();
-        if self.spec.format == ImageFormat::Qcow {
+        if self.spec.format == QCOW {
             let first = content.size.div_ceil(PAGE as u64);
             content.size = (first * PAGE as u64) + 2 * self.size_sectors * SECTOR_BYTES + DEVICE_SLACK_BYTES;
             let old = Rc::new([0xd7; PAGE]);
@@ -150,8 +151,8 @@ impl Setup {
     /// As [`Setup::check_bytes`], and lets the shipped check look at a qcow image too. Nobody has it open for writing.
     pub async fn check(&self, world: &World, when: &str) {
         self.check_bytes(world, when);
-        if self.spec.format == ImageFormat::Qcow && !world.verdict.is_broken() {
-            shipped::agree(world, &self.spec.path, when).await;
+        if self.spec.format == QCOW && !world.verdict.is_broken() {
+            shipped::agree(world, &self.spec, when).await;
         }
     }
 
@@ -159,7 +160,7 @@ impl Setup {
     /// not after the next crash. Where a synchronisation failed since there were `failed_syncs` of them, the length
     /// need not be durable: all that follow fail. The last byte may come later, when it is durable that it is missing.
     pub fn check_length(&self, world: &World, failed_syncs: u64) {
-        if self.spec.format != ImageFormat::Qcow || world.storage.counts().failed_syncs > failed_syncs {
+        if self.spec.format != QCOW || world.storage.counts().failed_syncs > failed_syncs {
             return;
         }
         let tenses = |inode: &Inode| (walker::walk(&inode.base), inode.base.size);
@@ -207,7 +208,7 @@ impl Setup {
         {
             world.fail(Invariant::C1, format!("{when} the backing file has other bytes than before"));
         }
-        if self.spec.format != ImageFormat::Qcow {
+        if self.spec.format != QCOW {
             return;
         }
         let Some(content) = world.storage.content(&self.spec.path) else {

@@ -13,7 +13,7 @@ use crate::stack::StackLimits;
 use crate::world::World;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
-use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, SchedulerLimits};
+use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, SchedulerLimits, WaitReport};
 use tap_host::{Errno, SectorRange};
 
 /// Most buffers of one request, here where no guest has as many: merging stops in front of what one call takes.
@@ -160,6 +160,10 @@ impl Node for Contract {
 
     fn info(&self) -> NodeInfo {
         self.0.lower.info()
+    }
+
+    fn wait_report(&self) -> Vec<WaitReport> {
+        self.0.lower.wait_report()
     }
 
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {

@@ -6,8 +6,7 @@ use super::walker::{Broken, QcowMap};
 use crate::catalog::setup::used_content;
 use crate::world::World;
 use kernel_model::SimHost;
-use tap_images::ImageError;
-use tap_images::qcow::{CheckReport, check};
+use tap_images::{CheckReport, Formats, ImageError, ImageSpec};
 
 /// Bytes at the front of a file that the shipped check takes as used, whatever the size of clusters.
 const FRONT_BYTES: u64 = 4096;
@@ -47,9 +46,10 @@ pub fn difference(
         .then(|| format!("the shipped check counts {lost} lost clusters, the walker {}", map.leaked))
 }
 
-/// Runs the shipped check on the image at `path`, which nobody has open for writing, in a process of its own; reports
+/// Runs the shipped check on the image `spec`, which nobody has open for writing, in a process of its own; reports
 /// V1 unless it agrees with the walker.
-pub async fn agree(world: &World, path: &str, when: &str) {
+pub async fn agree(world: &World, spec: &ImageSpec, when: &str) {
+    let path = &spec.path;
     let walked = match world.storage.content(path) {
         Some(_) => super::walker::walk_whole(&used_content(world, path)),
         None => return world.fail(Invariant::G11, format!("{when} the image is gone")),
@@ -57,12 +57,16 @@ pub async fn agree(world: &World, path: &str, when: &str) {
     // It looks at the medium, not at the drive's moods.
     world.storage.set_calm(true);
     let host = SimHost::start(&world.kernel, &world.xen, "check", 0);
-    let checked = check(&host, path).await;
+    let checked = check(&host, spec).await;
     host.process.node().kill();
     world.storage.set_calm(false);
     if let Some(text) = difference(&walked, &checked) {
         world.fail(Invariant::V1, format!("{when} {text}"));
     }
+}
+
+async fn check(host: &SimHost, spec: &ImageSpec) -> Result<CheckReport, ImageError> {
+    Ok(Formats::shipped().check(host, spec).await?.unwrap_or_default())
 }
 
 #[cfg(test)]
@@ -88,7 +92,7 @@ mod tests {
             damage(&mut content);
             world.storage.put(&setup.spec.path, content.clone());
             let host = SimHost::start(&world.kernel, &world.xen, "check", 0);
-            *slot.borrow_mut() = Some((walk(&content), check(&host, &setup.spec.path).await));
+            *slot.borrow_mut() = Some((walk(&content), check(&host, &setup.spec).await));
         });
         assert_eq!(broken, None);
         out.take().unwrap()
@@ -136,12 +140,12 @@ mod tests {
     fn a_disagreement_breaks_v1() {
         let broken = broken_by(|world| async move {
             let setup = Setup::qcow(&world, 0, 1 << 20, false);
-            agree(&world, &setup.spec.path, "here").await;
+            agree(&world, &setup.spec, "here").await;
             assert!(!world.verdict.is_broken());
             // The shipped check refuses what somebody else may be writing to; the walker does not care.
             let host = SimHost::start(&world.kernel, &world.xen, "tapdisk", 0);
             let stack = Stack::open(&host, &world, &setup.spec, &StackLimits::draw(&world)).await.unwrap();
-            agree(&world, &setup.spec.path, "here").await;
+            agree(&world, &setup.spec, "here").await;
             drop(stack);
         });
         assert_eq!(broken, Some(Invariant::V1));

@@ -67,10 +67,15 @@ mod tests {
     fn an_error_ends_it() {
         let items: Vec<u32> = (0..1_000_000).collect();
         let mut told = 0;
-        let ended = in_order(4, &items, |n| *n, |item, _| {
-            told += 1;
-            if *item == 3 { Err("enough") } else { Ok(()) }
-        });
+        let ended = in_order(
+            4,
+            &items,
+            |n| *n,
+            |item, _| {
+                told += 1;
+                if *item == 3 { Err("enough") } else { Ok(()) }
+            },
+        );
         assert_eq!((ended, told), (Err("enough"), 4));
         let nothing: Result<(), ()> = in_order(4, &[], |n: &u32| *n, |_, _| Err(()));
         assert_eq!(nothing, Ok(()));

@@ -131,11 +131,6 @@ impl<H: Time + Tasks + Log + Probe> Scheduler<H> {
     pub fn stats(&self) -> SchedulerStats {
         *self.0.stats.borrow()
     }
-
-    /// Requests that wait for overlapping ones, and for which.
-    pub fn wait_report(&self) -> Vec<WaitReport> {
-        self.0.tracker.report()
-    }
 }
 
 impl<H: Time + Tasks + Log + Probe> Node for Scheduler<H> {
@@ -177,6 +172,13 @@ impl<H: Time + Tasks + Log + Probe> Node for Scheduler<H> {
 
     fn info(&self) -> NodeInfo {
         self.0.lower.info()
+    }
+
+    /// Requests that wait for overlapping ones, and what waits below.
+    fn wait_report(&self) -> Vec<WaitReport> {
+        let mut all = self.0.tracker.report();
+        all.extend(self.0.lower.wait_report());
+        all
     }
 
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {

@@ -5,10 +5,7 @@
 //! later, so whoever empties a file compares once more what it has opened.
 
 use tap_host::{Bug, Errno, FileId};
-use tap_images::{ImageError, ImageFormat, ImageHost, ImageSpec, describe, file_id};
-
-/// As many images as one chain can have.
-const CHAIN_MAX: usize = 64;
+use tap_images::{Formats, ImageError, ImageFormat, ImageHost, ImageSpec, MAX_CHAIN, file_id};
 
 /// Refuses `target` if it is the file `from`, or, with `follow`, one that `from` is based on; gives all these files. A
 /// target that is not there is none of them.
@@ -28,7 +25,7 @@ pub(super) async fn apart<H: ImageHost>(
     };
     let mut files = Vec::new();
     let mut next = Some(from.clone());
-    for _ in 0..CHAIN_MAX {
+    for _ in 0..MAX_CHAIN {
         let Some(spec) = next.take() else { break };
         let look = |e: Errno| format!("open {}: {e}", spec.path);
         // One that is not there now may be there when it is opened.
@@ -41,7 +38,7 @@ pub(super) async fn apart<H: ImageHost>(
         }
         files.push(other);
         if follow {
-            next = match describe(host, &spec).await {
+            next = match Formats::shipped().describe(host, &spec).await {
                 Ok(image) => image.backing_path.map(|path| ImageSpec { format: ImageFormat::Probe, path }),
                 // What is no image of its format leads to no other; that is told where it is opened.
                 Err(ImageError::Refused { .. }) => None,

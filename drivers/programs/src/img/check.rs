@@ -1,17 +1,17 @@
 //! `tap-img check`.
 
-use super::{Failure, FormatArg, Outcome, Output, print_json};
+use super::{Failure, Outcome, Output, print_json};
 use crate::Console;
-use crate::spec::format_name;
+use crate::disk::format_parser;
 use clap::Args;
 use serde::Serialize;
-use tap_images::{ImageFormat, ImageHost, describe, qcow};
+use tap_images::{Format, Formats, ImageHost, ImageSpec};
 
 #[derive(Args, Debug)]
 pub(super) struct Check {
     /// Format of the image, instead of finding it out
-    #[arg(short, long, value_enum, value_name = "FORMAT")]
-    format: Option<FormatArg>,
+    #[arg(short, long, value_parser = format_parser(), value_name = "FORMAT")]
+    format: Option<Format>,
     /// How to print it
     #[arg(long, value_enum, default_value_t)]
     output: Output,
@@ -50,13 +50,14 @@ const NOTHING_TO_CHECK: u8 = 63;
 impl Check {
     pub(super) async fn run<H: ImageHost>(&self, host: &H, console: &dyn Console) -> Outcome {
         let spec = super::image(&self.file, self.format).map_err(Failure::new)?;
-        let image = describe(host, &spec).await.map_err(Failure::new)?;
-        if image.format != ImageFormat::Qcow {
-            let text =
-                format!("check {}: the format {} has no metadata", spec.path, format_name(image.format));
+        let formats = Formats::shipped();
+        let image = formats.describe(host, &spec).await.map_err(Failure::new)?;
+        // As what was described, not as what it may have become.
+        let spec = ImageSpec { format: image.format.into(), ..spec };
+        let Some(report) = formats.check(host, &spec).await.map_err(Failure::new)? else {
+            let text = format!("check {}: the format {} has no metadata", spec.path, image.format);
             return Err(Failure { status: NOTHING_TO_CHECK, text });
-        }
-        let report = qcow::check(host, &spec.path).await.map_err(Failure::new)?;
+        };
         let total = image.cluster_bytes.map_or(0, |bytes| image.disk_bytes.div_ceil(bytes));
         // What a file that was cut off does not have is not lost in it.
         let missing_bytes = report.end_bytes.saturating_sub(report.file_bytes);
@@ -70,7 +71,7 @@ impl Check {
             allocated_clusters: report.plain_clusters + report.compressed_clusters,
             compressed_clusters: report.compressed_clusters,
             filename: &spec.path,
-            format: format_name(image.format),
+            format: image.format.name(),
         };
         let status = match (shown.corruptions, shown.leaks) {
             (0, 0) => 0,

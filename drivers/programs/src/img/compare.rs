@@ -1,22 +1,23 @@
 //! `tap-img compare`.
 
 use super::pump::{Crew, Extents, PIECE_SECTORS, Run, is_zero, read};
-use super::{BackingArgs, Failure, FormatArg, Outcome};
+use super::{BackingArgs, Failure, Outcome};
 use crate::Console;
-use crate::disk::{DiskHost, DiskOptions, open_any};
+use crate::disk::{DiskHost, DiskOptions, format_parser, open_any};
 use clap::Args;
 use std::rc::Rc;
 use tap_core::Node;
 use tap_host::{BufPool, Errno, SECTOR_BYTES};
+use tap_images::Format;
 
 #[derive(Args, Debug)]
 pub(super) struct Compare {
     /// Format of the first image, instead of finding it out
-    #[arg(short, long, value_enum, value_name = "FORMAT")]
-    format: Option<FormatArg>,
+    #[arg(short, long, value_parser = format_parser(), value_name = "FORMAT")]
+    format: Option<Format>,
     /// Format of the second image
-    #[arg(short = 'F', long, value_enum, value_name = "FORMAT")]
-    second_format: Option<FormatArg>,
+    #[arg(short = 'F', long, value_parser = format_parser(), value_name = "FORMAT")]
+    second_format: Option<Format>,
     /// Disks of different sizes differ, even if what one has more is zeros
     #[arg(short, long)]
     strict: bool,

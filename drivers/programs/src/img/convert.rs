@@ -3,26 +3,25 @@
 use super::apart::apart;
 use super::pump::{Crew, Extents, PIECE_SECTORS, is_zero, read};
 use super::target::{Target, TargetOptions};
-use super::{BackingArgs, Failure, FormatArg, Outcome};
+use super::{BackingArgs, Failure, Outcome};
 use crate::Console;
-use crate::disk::{DiskHost, DiskOptions, open_any};
-use crate::size::parse_size;
+use crate::disk::{DiskHost, DiskOptions, format_parser, open_any};
 use crate::spec::DiskSpec;
 use clap::Args;
 use smallvec::smallvec;
 use std::rc::Rc;
 use tap_core::{CacheMode, LocalBoxFuture, Node, Request, ZeroFlags};
 use tap_host::{BufPool, Bug, Errno, FileId, IoBuf, SECTOR_BYTES, SectorRange};
-use tap_images::ImageFormat;
+use tap_images::{Format, ImageFormat, parse_size};
 
 #[derive(Args, Debug)]
 pub(super) struct Convert {
     /// Format of the source, instead of finding it out
-    #[arg(short, long, value_enum, value_name = "FORMAT")]
-    format: Option<FormatArg>,
+    #[arg(short, long, value_parser = format_parser(), value_name = "FORMAT")]
+    format: Option<Format>,
     /// Format of the new image
-    #[arg(short = 'O', long, value_enum, default_value = "raw", value_name = "FORMAT")]
-    output_format: FormatArg,
+    #[arg(short = 'O', long, value_parser = format_parser(), default_value = "raw", value_name = "FORMAT")]
+    output_format: Format,
     #[command(flatten)]
     options: TargetOptions,
     /// Write into the image that is there instead of making a new one; it must be large enough
@@ -104,16 +103,18 @@ impl Convert {
         apart: Vec<FileId>,
     ) -> Result<Rc<dyn Node>, Failure> {
         let mut spec = super::disk(&self.target, None).map_err(Failure::new)?;
-        if let DiskSpec::Image(image) = &mut spec
-            && image.format == ImageFormat::Probe
-        {
-            image.format = self.output_format.into();
+        let mut format = self.output_format;
+        if let DiskSpec::Image(image) = &mut spec {
+            match image.format {
+                ImageFormat::As(named) => format = named,
+                ImageFormat::Probe => image.format = format.into(),
+            }
         }
         match &spec {
             _ if self.no_create => {}
             DiskSpec::Image(image) => {
-                let size_bytes = size_sectors * SECTOR_BYTES;
-                let target = Target { spec: image.clone(), size_bytes, backing: None, apart };
+                let (path, size_bytes) = (image.path.clone(), size_sectors * SECTOR_BYTES);
+                let target = Target { format, path, size_bytes, backing: None, apart };
                 target.create(host, &self.options).await.map_err(Failure::new)?;
             }
             DiskSpec::Nbd { .. } => {

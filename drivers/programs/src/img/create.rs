@@ -2,25 +2,24 @@
 
 use super::apart::apart;
 use super::target::{Target, TargetOptions};
-use super::{Failure, FormatArg, Outcome};
+use super::{Failure, Outcome};
 use crate::Console;
-use crate::size::parse_size;
-use crate::spec::format_name;
+use crate::disk::format_parser;
 use clap::Args;
 use tap_host::SECTOR_BYTES;
-use tap_images::{ImageFormat, ImageHost, ImageSpec, describe, resolve};
+use tap_images::{Format, Formats, ImageFormat, ImageHost, ImageSpec, parse_size, resolve};
 
 #[derive(Args, Debug)]
 pub(super) struct Create {
     /// Format of the new image
-    #[arg(short, long, value_enum, default_value = "raw", value_name = "FORMAT")]
-    format: FormatArg,
+    #[arg(short, long, value_parser = format_parser(), default_value = "raw", value_name = "FORMAT")]
+    format: Format,
     /// File that shows where nothing was written; a relative name is relative to the image
     #[arg(short, long, value_name = "FILE")]
     backing: Option<String>,
     /// Format of that file
-    #[arg(short = 'F', long, value_enum, value_name = "FORMAT")]
-    backing_format: Option<FormatArg>,
+    #[arg(short = 'F', long, value_parser = format_parser(), value_name = "FORMAT")]
+    backing_format: Option<Format>,
     #[command(flatten)]
     options: TargetOptions,
     /// Say nothing
@@ -40,14 +39,18 @@ impl Create {
             None => None,
         };
         let spec = super::image(&self.file, None).map_err(Failure::new)?;
-        let format = if spec.format == ImageFormat::Probe { self.format.into() } else { spec.format };
+        let format = match spec.format {
+            ImageFormat::As(format) => format,
+            ImageFormat::Probe => self.format,
+        };
+        let formats = Formats::shipped();
         let (below_bytes, apart) = match &self.backing {
             // Also shows that the file is there.
             Some(name) => {
-                let format = self.backing_format.map_or(ImageFormat::Probe, ImageFormat::from);
+                let format = self.backing_format.map_or(ImageFormat::Probe, ImageFormat::As);
                 let below = ImageSpec { format, path: resolve(&spec.path, name) };
                 let files = apart(host, &spec.path, &below, true).await.map_err(create)?;
-                (Some(describe(host, &below).await.map_err(Failure::new)?.disk_bytes), files)
+                (Some(formats.describe(host, &below).await.map_err(Failure::new)?.disk_bytes), files)
             }
             None => (None, Vec::new()),
         };
@@ -57,16 +60,10 @@ impl Create {
         let Some(size_bytes) = size.checked_next_multiple_of(SECTOR_BYTES) else {
             return Err(create(format!("a disk of {size} bytes is larger than a file can be")));
         };
-        let spec = ImageSpec { format, path: spec.path };
-        let target = Target { spec, size_bytes, backing: self.backing.clone(), apart };
+        let target = Target { format, path: spec.path, size_bytes, backing: self.backing.clone(), apart };
         target.create(host, &self.options).await.map_err(Failure::new)?;
         if !self.quiet {
-            console.out(&format!(
-                "Formatting '{}', fmt={} size={}",
-                target.spec.path,
-                format_name(format),
-                target.size_bytes
-            ));
+            console.out(&format!("Formatting '{}', fmt={format} size={size_bytes}", target.path));
         }
         Ok(0)
     }

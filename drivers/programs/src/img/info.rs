@@ -1,18 +1,17 @@
 //! `tap-img info`.
 
-use super::{Failure, FormatArg, Outcome, Output, print_json};
+use super::{Failure, Outcome, Output, print_json};
 use crate::Console;
-use crate::size::show_size;
-use crate::spec::format_name;
+use crate::disk::format_parser;
 use clap::Args;
 use serde::Serialize;
-use tap_images::{Description, ImageFormat, ImageHost, ImageSpec, MAX_CHAIN, describe};
+use tap_images::{Description, Format, Formats, ImageFormat, ImageHost, ImageSpec, MAX_CHAIN, show_size};
 
 #[derive(Args, Debug)]
 pub(super) struct Info {
     /// Format of the image, instead of finding it out
-    #[arg(short, long, value_enum, value_name = "FORMAT")]
-    format: Option<FormatArg>,
+    #[arg(short, long, value_parser = format_parser(), value_name = "FORMAT")]
+    format: Option<Format>,
     /// How to print it
     #[arg(long, value_enum, default_value_t)]
     output: Output,
@@ -49,7 +48,7 @@ impl Info {
                 let text = format!("show {}: there are more than {MAX_CHAIN} images below it", self.file);
                 return Err(Failure::new(text));
             }
-            let image = describe(host, &spec).await.map_err(Failure::new)?;
+            let image = Formats::shipped().describe(host, &spec).await.map_err(Failure::new)?;
             if self.backing_chain {
                 let below = image.backing_path.clone();
                 next = below.map(|path| ImageSpec { format: ImageFormat::Probe, path });
@@ -78,7 +77,7 @@ fn shown<'a>(path: &'a str, image: &'a Description) -> Shown<'a> {
         virtual_size: image.disk_bytes,
         filename: path,
         cluster_size: image.cluster_bytes,
-        format: format_name(image.format),
+        format: image.format.name(),
         actual_size: image.allocated_bytes,
         full_backing_filename: image.backing_path.as_deref(),
         backing_filename: image.backing.as_deref(),

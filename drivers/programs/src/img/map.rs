@@ -1,21 +1,21 @@
 //! `tap-img map`.
 
 use super::pump::{Extents, Run};
-use super::{BackingArgs, Failure, FormatArg, Outcome, Output};
+use super::{BackingArgs, Failure, Outcome, Output};
 use crate::Console;
-use crate::disk::{BackingArg, DiskHost, DiskOptions, open_any};
+use crate::disk::{BackingArg, DiskHost, DiskOptions, format_parser, open_any};
 use crate::spec::DiskSpec;
 use clap::Args;
 use serde::Serialize;
 use tap_core::Source;
 use tap_host::SECTOR_BYTES;
-use tap_images::{ImageHost, ImageSpec, MAX_CHAIN, describe};
+use tap_images::{Format, Formats, ImageHost, ImageSpec, MAX_CHAIN};
 
 #[derive(Args, Debug)]
 pub(super) struct Map {
     /// Format of the image, instead of finding it out
-    #[arg(short, long, value_enum, value_name = "FORMAT")]
-    format: Option<FormatArg>,
+    #[arg(short, long, value_parser = format_parser(), value_name = "FORMAT")]
+    format: Option<Format>,
     /// How to print it
     #[arg(long, value_enum, default_value_t)]
     output: Output,
@@ -150,7 +150,7 @@ async fn files<H: ImageHost>(host: &H, spec: DiskSpec, backing: BackingArg) -> R
     let (mut files, mut next) = (Vec::new(), Some(spec));
     // Opening has found the chain to be of bounded length; it may be another one by now.
     while let Some(spec) = next.filter(|_| files.len() < MAX_CHAIN) {
-        let image = describe(host, &spec).await.map_err(Failure::new)?;
+        let image = Formats::shipped().describe(host, &spec).await.map_err(Failure::new)?;
         files.push(spec.path);
         next = backing.format().zip(image.backing_path).map(|(format, path)| ImageSpec { format, path });
     }

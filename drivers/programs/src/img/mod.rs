@@ -12,11 +12,11 @@ mod pump;
 mod target;
 
 use crate::Console;
-use crate::disk::{BackingArg, DiskHost};
+use crate::disk::{BackingArg, DiskHost, REFUSE, backing_parser};
 use crate::spec::DiskSpec;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::fmt::Display;
-use tap_images::{ImageFormat, ImageSpec};
+use tap_images::{Format, ImageFormat, ImageSpec};
 
 /// The command line of `tap-img`.
 #[derive(Parser, Debug)]
@@ -59,24 +59,6 @@ enum Command {
     Convert(convert::Convert),
 }
 
-/// A format on a command line.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-pub enum FormatArg {
-    /// The file is the disk
-    Raw,
-    /// QEMU copy-on-write, version 1
-    Qcow,
-}
-
-impl From<FormatArg> for ImageFormat {
-    fn from(arg: FormatArg) -> Self {
-        match arg {
-            FormatArg::Raw => ImageFormat::Raw,
-            FormatArg::Qcow => ImageFormat::Qcow,
-        }
-    }
-}
-
 /// How results are printed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
 enum Output {
@@ -91,7 +73,7 @@ enum Output {
 #[derive(Args, Clone, Copy, Debug)]
 struct BackingArgs {
     /// Which backing files may be opened, and as what
-    #[arg(long, value_enum, default_value_t, value_name = "HOW")]
+    #[arg(long, value_parser = backing_parser(), default_value = REFUSE, value_name = "HOW")]
     backing: BackingArg,
 }
 
@@ -129,12 +111,12 @@ pub async fn run<H: DiskHost>(host: H, cli: Cli, console: &dyn Console) -> u8 {
 }
 
 /// The disk called `file`, which may name its format itself; `format` is what an option says.
-fn disk(file: &str, format: Option<FormatArg>) -> Result<DiskSpec, String> {
+fn disk(file: &str, format: Option<Format>) -> Result<DiskSpec, String> {
     let spec = match file.parse::<DiskSpec>().map_err(|why| format!("use {file}: {why}"))? {
         DiskSpec::Image(spec) => spec,
         nbd => return Ok(nbd),
     };
-    match (format.map(ImageFormat::from), spec.format) {
+    match (format.map(ImageFormat::As), spec.format) {
         (None, _) => Ok(DiskSpec::Image(spec)),
         (Some(format), ImageFormat::Probe) => Ok(DiskSpec::Image(ImageSpec { format, ..spec })),
         (Some(format), named) if format == named => Ok(DiskSpec::Image(spec)),
@@ -143,7 +125,7 @@ fn disk(file: &str, format: Option<FormatArg>) -> Result<DiskSpec, String> {
 }
 
 /// As [`disk`], for what needs a file.
-fn image(file: &str, format: Option<FormatArg>) -> Result<ImageSpec, String> {
+fn image(file: &str, format: Option<Format>) -> Result<ImageSpec, String> {
     match disk(file, format)? {
         DiskSpec::Image(spec) => Ok(spec),
         DiskSpec::Nbd { .. } => Err(format!("use {file}: this needs a file")),

@@ -21,6 +21,7 @@ use super::ring::kills;
 use super::setup::Setup;
 use crate::check::Invariant;
 use crate::guest::{DirectDisk, Manners, NbdScript, RawNbd};
+use crate::image::RAW;
 use crate::run::Scenario;
 use crate::world::World;
 use kernel_model::StorageConfig;
@@ -34,7 +35,6 @@ use std::rc::Rc;
 use tap_abi::nbd::{CMD_BLOCK_STATUS, CMD_READ, CMD_WRITE};
 use tap_core::wait::Event;
 use tap_host::Sockets;
-use tap_images::ImageFormat;
 use tap_nbd::{Breaks, ClientConfig};
 
 /// After how many of its effects a client is killed.
@@ -177,7 +177,9 @@ async fn slow_client(world: World) {
     let looks = !writes && world.setting("slow-client-looks", &[false, true]);
     // What is there, far from what the guest does to the disk.
     let mut there = vec![0; 4096];
-    if let (ImageFormat::Raw, Some(image)) = (setup.spec.format, world.storage.content(&setup.spec.path)) {
+    if setup.spec.format == RAW
+        && let Some(image) = world.storage.content(&setup.spec.path)
+    {
         image.pages.read(DISK_BYTES - 4096, &mut there);
     }
     let (h, w, a) = (slow.clone(), world.clone(), Rc::clone(&awake));

@@ -2,6 +2,7 @@
 
 use super::Work;
 use crate::check::{Invariant, walker};
+use crate::image::{QCOW, RAW};
 use crate::image::{QcowShape, Stored, layer_cluster, make_qcow};
 use crate::program::named;
 use crate::world::World;
@@ -72,14 +73,14 @@ impl Disk {
         let mut shown = vec![0; size];
         view.read(0, &mut shown);
         let files = base.iter().cloned().chain([(path.clone(), file)]).collect();
-        Self { spec: ImageSpec { format: ImageFormat::Qcow, path }, view: shown, base, files }
+        Self { spec: ImageSpec { format: QCOW, path }, view: shown, base, files }
     }
 
     /// A raw disk of these bytes.
     pub(super) fn raw(world: &World, path: &str, view: Vec<u8>) -> Self {
         world.storage.put_bytes(path, &view);
         let files = vec![(path.to_owned(), view.clone())];
-        Self { spec: ImageSpec { format: ImageFormat::Raw, path: path.to_owned() }, view, base: None, files }
+        Self { spec: ImageSpec { format: RAW, path: path.to_owned() }, view, base: None, files }
     }
 
     /// As an argument of a tool.
@@ -157,7 +158,7 @@ impl Wish {
         Self {
             work,
             place: epoch,
-            format: if raw { ImageFormat::Raw } else { ImageFormat::Qcow },
+            format: if raw { RAW } else { QCOW },
             crew: option(of("tool-crew-first", "tool-crew-second"), &CREWS),
             sparse: option(of("tool-sparse-first", "tool-sparse-second"), &SPARSE),
             cluster: world.setting(of("tool-cluster-first", "tool-cluster-second"), &CLUSTERS),
@@ -183,7 +184,7 @@ impl Made {
             add(wish.sparse);
             add("--backing raw");
         }
-        let qcow = format == ImageFormat::Qcow;
+        let qcow = format == QCOW;
         let cluster_bytes = wish.cluster.filter(|_| qcow && work != Work::Into);
         if let Some(bytes) = cluster_bytes {
             add(&format!("-o cluster_size={bytes}"));
@@ -234,7 +235,7 @@ impl Made {
     pub(super) fn onto(source: &Disk, base: bool) -> Self {
         let below = source.base.as_ref().filter(|_| base);
         let path = below.map_or_else(|| source.spec.path.clone(), |(path, _)| path.clone());
-        let spec = ImageSpec { format: ImageFormat::Qcow, path };
+        let spec = ImageSpec { format: QCOW, path };
         let args = ["create", "-b", &source.spec.path, &named(&spec)].map(str::to_owned).to_vec();
         Self {
             args,
@@ -276,7 +277,7 @@ pub(super) fn check_unfinished(world: &World, made: &Made, source: &Disk) {
 /// Puts an image of so many bytes there, which a tool is to replace or to fill; gives what it shows.
 fn put(world: &World, spec: &ImageSpec, size: usize) -> Vec<u8> {
     let mut bytes = vec![0xa5; size];
-    if spec.format == ImageFormat::Raw {
+    if spec.format == RAW {
         world.storage.put_bytes(&spec.path, &bytes);
         return bytes;
     }
@@ -298,7 +299,7 @@ fn put(world: &World, spec: &ImageSpec, size: usize) -> Vec<u8> {
 pub(super) fn shown(world: &World, spec: &ImageSpec, below: &Disk) -> Result<Vec<u8>, walker::Broken> {
     let gone = || (Invariant::I1, format!("{} is gone after a tool had made it", spec.path));
     let content = world.storage.content(&spec.path).ok_or_else(gone)?;
-    if spec.format == ImageFormat::Raw {
+    if spec.format == RAW {
         let mut bytes = vec![0; content.size as usize];
         content.pages.read(0, &mut bytes);
         return Ok(bytes);

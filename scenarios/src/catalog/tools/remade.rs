@@ -6,12 +6,12 @@
 
 use super::disk::{CLUSTERS, CREWS, Disk, Made, Old, SPARSE, Wish};
 use super::{Work, cut_after, make, reports};
+use crate::image::{QCOW, RAW};
 use crate::run::Scenario;
 use crate::world::World;
 use kernel_model::StorageConfig;
 use kernel_model::faults::FaultPlan;
 use sim::{Draw, Entity, Label};
-use tap_images::ImageFormat;
 
 /// As `image-tools-errors`, in small.
 pub static IMAGE_REMADE: Scenario = Scenario {
@@ -80,7 +80,7 @@ fn made(
     let wish = Wish {
         work,
         place: left.filter(|_| old == Old::Left).unwrap_or(n),
-        format: if work == Work::Overlay || format == 1 { ImageFormat::Qcow } else { ImageFormat::Raw },
+        format: if work == Work::Overlay || format == 1 { QCOW } else { RAW },
         crew: pick(&CREWS, crew),
         sparse: pick(&SPARSE, sparse),
         cluster: pick(&CLUSTERS, cluster),

@@ -3,11 +3,11 @@
 use super::Tool;
 use super::disk::{Disk, Made};
 use crate::check::{Invariant, walker};
+use crate::image::RAW;
 use crate::program::named;
 use crate::world::World;
 use serde_json::Value;
 use tap_host::SECTOR_BYTES;
-use tap_images::ImageFormat;
 
 /// Asks every tool about what was made.
 pub(super) async fn check(world: &World, source: &Disk, made: &Made, epoch: u32) {
@@ -52,9 +52,8 @@ async fn info(world: &World, source: &Disk, made: &Made) {
     let words = format!("info --output json {}", named(&made.spec));
     let Some(tool) = ask(world, &words, &[0]).await else { return };
     let Some(value) = json(world, &tool, &words) else { return };
-    let qcow = made.spec.format == ImageFormat::Qcow;
     expect(world, &words, &value, "virtual-size", made.view.len().into());
-    expect(world, &words, &value, "format", if qcow { "qcow" } else { "raw" }.into());
+    expect(world, &words, &value, "format", made.spec.format.name().into());
     let backing = if made.overlay { source.spec.path.as_str().into() } else { Value::Null };
     expect(world, &words, &value, "full-backing-filename", backing);
     if let Some(bytes) = made.cluster_bytes {
@@ -64,7 +63,7 @@ async fn info(world: &World, source: &Disk, made: &Made) {
 
 async fn check_command(world: &World, made: &Made) {
     let words = format!("check --output json {}", named(&made.spec));
-    if made.spec.format == ImageFormat::Raw {
+    if made.spec.format == RAW {
         let Some(tool) = ask(world, &words, &[63]).await else { return };
         if tool.status != 63 {
             wrong(world, format!("tap-img {words}: status {}, not 63", tool.status));
@@ -129,10 +128,10 @@ async fn map(world: &World, source: &Disk, made: &Made) {
 
 /// How the files below what was made are to be opened.
 fn below(source: &Disk, made: &Made) -> &'static str {
-    match (made.overlay, source.spec.format, &source.base) {
-        (true, ImageFormat::Qcow, Some(_)) => "probe",
-        (true, ImageFormat::Qcow, None) => "qcow",
-        _ => "raw",
+    match (made.overlay, &source.base) {
+        (true, Some(_)) => "probe",
+        (true, None) => source.spec.format.name(),
+        (false, _) => "raw",
     }
 }
 

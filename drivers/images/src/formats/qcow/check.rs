@@ -4,7 +4,7 @@ use super::format::Mapping;
 use super::inflate::Unreadable;
 use super::open::{Front, TableReader, Walked};
 use super::walk::{Report, Walk};
-use crate::{ImageError, ImageHost};
+use crate::{CheckReport, ImageError, ImageHost};
 use tap_host::Budget;
 
 /// Most problems that are told in words; the others are counted.
@@ -12,28 +12,6 @@ const MAX_TOLD: usize = 100;
 
 /// Header and L1 table are usually followed by unused bytes up to here or a multiple.
 const FRONT_ALIGN: u64 = 4096;
-
-/// What a check found.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct CheckReport {
-    /// Problems, the first hundred in words.
-    pub problems: Vec<String>,
-    /// Number of problems.
-    pub problem_count: u64,
-    /// L2 tables.
-    pub tables: u64,
-    /// Plain clusters that are mapped.
-    pub plain_clusters: u64,
-    /// Compressed clusters that are mapped.
-    pub compressed_clusters: u64,
-    /// Clusters of the file that nothing refers to: lost by a crash or an error, and harmless. An estimate when there
-    /// are problems or compressed clusters. What would lie between the end of the file and `end_bytes` counts as there.
-    pub leaked_clusters: u64,
-    /// Size of the file in bytes.
-    pub file_bytes: u64,
-    /// The end in bytes of the last thing that is referred to; above `file_bytes` only after a crash.
-    pub end_bytes: u64,
-}
 
 impl Report for CheckReport {
     fn problem(&mut self, what: String) -> bool {
@@ -50,7 +28,7 @@ impl Report for CheckReport {
 ///
 /// # Errors
 /// [`ImageError`] when any of it cannot be read, or it is not a qcow image at all. What cannot be read is not damage.
-pub async fn check<H: ImageHost>(host: &H, path: &str) -> Result<CheckReport, ImageError> {
+pub(super) async fn check<H: ImageHost>(host: &H, path: &str) -> Result<CheckReport, ImageError> {
     let mut report = CheckReport::default();
     let front = Front::read(host, path, false, false, &Budget::default()).await?;
     let geometry = front.header.geometry;

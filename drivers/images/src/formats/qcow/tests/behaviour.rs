@@ -52,15 +52,15 @@ fn backing_files_are_opened_only_if_allowed() {
     let setup = Setup { base_sectors: Some(10), ..SMALL };
     setup.create(&world);
     let (host, options) = (world.clone(), OpenOptions::default());
-    let refused = world.block_on(async move { Qcow::open(&host, PATH, &options).await.err() }).unwrap();
+    let refused = world.block_on(async move { open(&host, &options).await.err() }).unwrap();
     let text = "open /image as qcow: it is based on /base, which may not be opened; \
-                allow it (--backing raw or --backing qcow), or flatten the image";
+                allow it with --backing FORMAT, or flatten the image";
     assert_eq!(refused.to_string(), text);
     // An image that is its own backing file ends at the limit, or at the lock.
     let (host, mut options) = (world.clone(), setup.options(false));
-    options.backing = BackingPolicy::Ask(Rc::new(|_| Some(ImageFormat::Qcow)));
+    options.backing = BackingPolicy::Ask(Rc::new(|_| Some(QCOW)));
     world.put(BASE, world.bytes(PATH));
-    let refused = world.block_on(async move { Qcow::open(&host, PATH, &options).await.err() }).unwrap();
+    let refused = world.block_on(async move { open(&host, &options).await.err() }).unwrap();
     let text = "use /base below /image: open /base as qcow: there are more than 64 images above /base; \
                 merge some of them";
     assert_eq!(refused.to_string(), text, "the outer pair and the cause, not 64 levels");
@@ -74,18 +74,18 @@ fn probing_finds_qcow_and_takes_all_else_as_raw() {
     for (path, sectors) in [(PATH, 256), (BASE, 4)] {
         let (host, spec) =
             (world.clone(), crate::ImageSpec { format: ImageFormat::Probe, path: path.to_owned() });
-        let node =
-            world.block_on(async move { crate::open_image(&host, &spec, &OpenOptions::default()).await });
+        let node = world
+            .block_on(async move { Formats::shipped().open(&host, &spec, &OpenOptions::default()).await });
         assert_eq!(node.unwrap().info().size_sectors, sectors);
     }
     // Of another version it is refused: raw, its header would be the start of a disk.
     let mut newer = world.bytes(PATH);
     newer[4..8].copy_from_slice(&3_u32.to_be_bytes());
     world.put(BASE, newer);
-    for (format, refused) in [(ImageFormat::Probe, true), (ImageFormat::Raw, false)] {
+    for (format, refused) in [(ImageFormat::Probe, true), (RAW, false)] {
         let (host, spec) = (world.clone(), crate::ImageSpec { format, path: BASE.to_owned() });
-        let node =
-            world.block_on(async move { crate::open_image(&host, &spec, &OpenOptions::default()).await });
+        let node = world
+            .block_on(async move { Formats::shipped().open(&host, &spec, &OpenOptions::default()).await });
         let text = node.err().map(|e| e.to_string());
         assert_eq!(
             text.as_ref().is_some_and(|t| t.contains("it is of version 3, not 1")),

@@ -4,14 +4,55 @@
 
 use crate::calls::closed;
 use crate::io::{ImageFile, sync_name};
-use crate::{ImageError, ImageHost, OpenOptions};
+use crate::{Description, Format, FormatInfo, ImageError, ImageHost, NewImage, OpenImage};
 use std::cell::RefCell;
 use std::rc::Rc;
 use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, Source};
 use tap_host::{Bug, Errno, FileId, IoVec, SECTOR_BYTES, SectorRange, ZeroMode};
 
+/// The format.
+pub const FORMAT: Format = Format::new(&FormatInfo {
+    name: "raw",
+    aliases: &[],
+    about: "The file is the disk",
+    options: &[],
+    has_backing: false,
+});
+
+/// Its row in a registry.
+pub struct Driver;
+
+impl<H: ImageHost> crate::Driver<H> for Driver {
+    fn format(&self) -> Format {
+        FORMAT
+    }
+
+    fn open(&self, host: H, image: OpenImage<H>) -> LocalBoxFuture<Result<Rc<dyn Node>, ImageError>> {
+        Box::pin(async move { Ok(Rc::new(Raw::open(&host, &image).await?) as Rc<dyn Node>) })
+    }
+
+    fn create(&self, host: H, path: String, image: NewImage) -> LocalBoxFuture<Result<(), ImageError>> {
+        Box::pin(async move { create(&host, &path, image.size_bytes, image.existing.as_deref()).await })
+    }
+
+    fn describe(&self, host: H, path: String) -> LocalBoxFuture<Result<Description, ImageError>> {
+        Box::pin(async move {
+            let file = ImageFile::open(&host, &path, false, false).await?;
+            Ok(Description {
+                format: FORMAT,
+                disk_bytes: file.info.size_bytes.next_multiple_of(SECTOR_BYTES),
+                cluster_bytes: None,
+                backing: None,
+                backing_path: None,
+                file_bytes: file.info.size_bytes,
+                allocated_bytes: file.info.allocated_bytes,
+            })
+        })
+    }
+}
+
 /// An open raw image.
-pub struct Raw<H: ImageHost> {
+struct Raw<H: ImageHost> {
     /// `None` once closed.
     open: RefCell<Option<Rc<Inner<H>>>>,
     info: NodeInfo,
@@ -27,7 +68,7 @@ struct Inner<H: ImageHost> {
 ///
 /// # Errors
 /// [`ImageError`]; what was created by then stays.
-pub async fn create<H: ImageHost>(
+async fn create<H: ImageHost>(
     host: &H,
     path: &str,
     size_bytes: u64,
@@ -35,12 +76,12 @@ pub async fn create<H: ImageHost>(
 ) -> Result<(), ImageError> {
     if !size_bytes.is_multiple_of(SECTOR_BYTES) || size_bytes > i64::MAX as u64 {
         let what = format!("a size of {size_bytes} bytes is not a multiple of {SECTOR_BYTES}, or too large");
-        return Err(ImageError::Options { path: path.to_owned(), format: "raw", what });
+        return Err(ImageError::Options { path: path.to_owned(), format: FORMAT.name(), what });
     }
     let file = ImageFile::create(host, path, existing).await?;
     if file.info.block_device {
         let what = "it is a block device, a raw image as it stands; write into it with convert -n".to_owned();
-        return Err(ImageError::Options { path: path.to_owned(), format: "raw", what });
+        return Err(ImageError::Options { path: path.to_owned(), format: FORMAT.name(), what });
     }
     file.set_size(size_bytes).await.map_err(ImageError::io("size", path))?;
     file.sync().await.map_err(ImageError::io("synchronise", path))?;
@@ -48,17 +89,12 @@ pub async fn create<H: ImageHost>(
 }
 
 impl<H: ImageHost> Raw<H> {
-    /// Opens the image at `path`.
-    ///
-    /// # Errors
-    /// [`ImageError`].
-    pub async fn open(host: &H, path: &str, options: &OpenOptions) -> Result<Self, ImageError> {
+    async fn open(host: &H, image: &OpenImage<H>) -> Result<Self, ImageError> {
+        let (path, options) = (&image.path, &image.options);
         let write = options.write;
         let file = ImageFile::open(host, path, write, options.direct).await?.within(&options.memory, path)?;
         let (size, align) = (file.info.size_bytes, u64::from(file.info.align_bytes));
-        let refused = |what: String, advice: &'static str| {
-            Err(ImageError::Refused { path: path.to_owned(), format: "raw", what, advice })
-        };
+        let refused = |what, advice| Err(image.refused(what, advice));
         if write && !size.is_multiple_of(SECTOR_BYTES) {
             let what = format!("its size of {size} bytes is not a multiple of {SECTOR_BYTES}");
             return refused(what, "extend it to a whole sector, or open it read-only");

@@ -1,4 +1,5 @@
 use super::*;
+use crate::OpenOptions;
 use crate::testing::{Effect, Fault, World};
 use smallvec::smallvec;
 use std::future::Future;
@@ -8,7 +9,8 @@ use tap_host::{IoBuf, Mark};
 fn open(world: &World, write: bool, direct: bool) -> Result<Rc<Raw<World>>, ImageError> {
     let host = world.clone();
     let options = OpenOptions { write, direct, ..OpenOptions::default() };
-    world.block_on(async move { Raw::open(&host, "/disk", &options).await.map(Rc::new) })
+    let image = OpenImage::alone("/disk", FORMAT, crate::Formats::shipped(), &options);
+    world.block_on(async move { Raw::open(&host, &image).await.map(Rc::new) })
 }
 
 fn submit(raw: &Raw<World>, op: Op, start: u64, bytes: &[u8]) -> impl Future<Output = Response> + use<> {

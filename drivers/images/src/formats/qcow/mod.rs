@@ -37,13 +37,12 @@ mod walk;
 mod write;
 mod zero;
 
-pub use check::{CheckReport, check};
-pub use create::{CreateOptions, create};
-
 use crate::calls::closed;
 use crate::io::ImageFile;
 use crate::memory::ImageStages;
-use crate::{ImageError, ImageHost, OpenOptions};
+use crate::{
+    CheckReport, Description, Format, FormatInfo, ImageError, ImageHost, NewImage, OpenImage, OptionInfo,
+};
 use alloc::Allocator;
 use format::{COMPRESSED, Geometry};
 use inflate::Inflater;
@@ -54,23 +53,66 @@ use std::rc::Rc;
 use table::{Cache, Table};
 use tap_core::wait::Semaphore;
 use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, WaitReport};
-use tap_host::{Budget, Bug, Errno, FileInfo, SECTOR_BYTES, SectorRange};
+use tap_host::{Budget, Bug, Errno, SECTOR_BYTES, SectorRange};
 
-/// Bounds of an open qcow image.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct QcowLimits {
-    /// L2 tables kept in memory, at least 1, while the memory budget has room for them; those in use come on top.
-    pub l2_tables: usize,
-}
+/// The format.
+pub const FORMAT: Format = Format::new(&FormatInfo {
+    name: "qcow",
+    aliases: &[],
+    about: "QEMU copy-on-write, version 1",
+    options: &[
+        OptionInfo { name: create::CLUSTER_SIZE, values: "512 to 64k" },
+        OptionInfo { name: create::L2_ENTRIES, values: "64 to 8192" },
+    ],
+    has_backing: true,
+});
 
-impl Default for QcowLimits {
-    fn default() -> Self {
-        Self { l2_tables: 1024 }
+/// Its row in a registry.
+pub struct Driver;
+
+impl<H: ImageHost> crate::Driver<H> for Driver {
+    fn format(&self) -> Format {
+        FORMAT
+    }
+
+    fn recognises(&self, head: &[u8]) -> bool {
+        format::is_qcow(head)
+    }
+
+    fn open(&self, host: H, image: OpenImage<H>) -> LocalBoxFuture<Result<Rc<dyn Node>, ImageError>> {
+        Box::pin(async move { Ok(Rc::new(Qcow::open(&host, &image).await?) as Rc<dyn Node>) })
+    }
+
+    fn create(&self, host: H, path: String, image: NewImage) -> LocalBoxFuture<Result<(), ImageError>> {
+        Box::pin(async move { create::create(&host, &path, &image).await })
+    }
+
+    fn describe(&self, host: H, path: String) -> LocalBoxFuture<Result<Description, ImageError>> {
+        Box::pin(async move { describe(&host, &path).await })
+    }
+
+    fn check(&self, host: H, path: String) -> Option<LocalBoxFuture<Result<CheckReport, ImageError>>> {
+        Some(Box::pin(async move { check::check(&host, &path).await }))
     }
 }
 
+async fn describe<H: ImageHost>(host: &H, path: &str) -> Result<Description, ImageError> {
+    let front = Front::read(host, path, false, false, &Budget::default()).await?;
+    let (geometry, info) = (front.header.geometry, front.file.info);
+    let backing = front.backing_name.map(|name| String::from_utf8_lossy(&name).into_owned());
+    Ok(Description {
+        format: FORMAT,
+        disk_bytes: geometry.size_bytes,
+        cluster_bytes: Some(geometry.cluster_bytes()),
+        backing_path: backing.as_deref().map(|name| crate::resolve(path, name)),
+        backing,
+        file_bytes: info.size_bytes,
+        allocated_bytes: info.allocated_bytes,
+    })
+}
+
 /// An open qcow image.
-pub struct Qcow<H: ImageHost> {
+struct Qcow<H: ImageHost> {
     /// `None` once closed.
     image: RefCell<Option<Rc<Image<H>>>>,
     info: NodeInfo,
@@ -93,42 +135,6 @@ struct Image<H: ImageHost> {
     inflater: RefCell<Inflater>,
     /// Tables that [`Bug::MappingInMemory`] did not write.
     unwritten: RefCell<Vec<Rc<Table>>>,
-}
-
-impl<H: ImageHost> Qcow<H> {
-    /// Opens the image at `path`, and what it is based on.
-    ///
-    /// # Errors
-    /// [`ImageError`].
-    pub async fn open(host: &H, path: &str, options: &OpenOptions) -> Result<Self, ImageError> {
-        Self::open_at_level(host, path, options, 1).await
-    }
-
-    /// Allocations and tables that wait for others, and for which: what to print when nothing moves any more.
-    pub fn wait_report(&self) -> Vec<WaitReport> {
-        self.image.borrow().as_ref().map(|image| image.file.tracker().report()).unwrap_or_default()
-    }
-
-    /// Size of the disk and of a cluster in bytes, the backing file's name, and what holds for the file.
-    pub(crate) async fn describe(
-        host: &H,
-        path: &str,
-    ) -> Result<(u64, u64, Option<Vec<u8>>, FileInfo), ImageError> {
-        let front = Front::read(host, path, false, false, &Budget::default()).await?;
-        let geometry = front.header.geometry;
-        Ok((geometry.size_bytes, geometry.cluster_bytes(), front.backing_name, front.file.info))
-    }
-
-    /// Whether the file at `path` begins like a qcow image of version 1.
-    ///
-    /// # Errors
-    /// [`ImageError`] when it cannot be read.
-    pub async fn probe(host: &H, path: &str) -> Result<bool, ImageError> {
-        let file = ImageFile::open(host, path, false, false).await?;
-        let mut head = [0; 48];
-        file.read_bytes(0, &mut head).await.map_err(ImageError::io("read", path))?;
-        Ok(format::is_qcow(&head))
-    }
 }
 
 impl<H: ImageHost> Node for Qcow<H> {
@@ -176,6 +182,14 @@ impl<H: ImageHost> Node for Qcow<H> {
 
     fn info(&self) -> NodeInfo {
         self.info
+    }
+
+    /// Allocations and tables that wait for others, and what waits below.
+    fn wait_report(&self) -> Vec<WaitReport> {
+        let Some(image) = self.image.borrow().clone() else { return Vec::new() };
+        let mut all = image.file.tracker().report();
+        all.extend(image.backing.iter().flat_map(|backing| backing.wait_report()));
+        all
     }
 
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {

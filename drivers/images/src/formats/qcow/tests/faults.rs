@@ -44,11 +44,12 @@ fn an_image_that_cannot_be_read_is_not_opened_as_an_empty_one() {
 #[test]
 fn an_image_is_made_whole_or_not_at_all() {
     for device in [false, true] {
-        let options = CreateOptions {
-            cluster_bits: Some(9),
-            l2_bits: Some(6),
+        // 2 MiB of L1 table: it is written in many parts.
+        let image = NewImage {
+            size_bytes: 8 << 30,
             backing: None,
             existing: Some(Vec::new()),
+            options: layout(9, 6),
         };
         for nth in 0.. {
             let world = World::new(1);
@@ -60,9 +61,7 @@ fn an_image_is_made_whole_or_not_at_all() {
             }
             failing(&world, nth, false, Effect::None);
             let before = world.ops();
-            let (host, options) = (world.clone(), options.clone());
-            // 2 MiB of L1 table: it is written in many parts.
-            let made = world.block_on(async move { create(&host, PATH, 8 << 30, &options).await });
+            let made = make(&world, PATH, image.clone());
             if world.ops() > before + nth {
                 assert!(made.is_err(), "operation {nth} failed, and nobody said so");
                 continue;

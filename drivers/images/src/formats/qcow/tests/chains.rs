@@ -1,28 +1,27 @@
 //! Chains of images: how long they may be, who else may open their files, and that reading changes none of them.
 
 use super::*;
-use crate::{ImageSpec, open_image};
+use crate::ImageSpec;
 use tap_core::ZeroFlags;
 
 /// Makes `count` images, each the backing file of the one before: `/0` is the top.
 fn chain(world: &World, count: usize) {
     for level in (0..count).rev() {
-        let options = CreateOptions {
-            cluster_bits: Some(9),
-            l2_bits: Some(6),
+        let image = NewImage {
+            size_bytes: 4096,
             backing: (level + 1 < count).then(|| (level + 1).to_string()),
             existing: None,
+            options: layout(9, 6),
         };
-        let host = world.clone();
-        world.block_on(async move { create(&host, &format!("/{level}"), 4096, &options).await }).unwrap();
+        make(world, &format!("/{level}"), image).unwrap();
     }
 }
 
 fn open_file(world: &World, path: &str, write: bool) -> Result<Rc<dyn Node>, ImageError> {
-    let spec = ImageSpec { format: ImageFormat::Qcow, path: path.to_owned() };
-    let backing = BackingPolicy::any(ImageFormat::Qcow);
+    let spec = ImageSpec { format: QCOW, path: path.to_owned() };
+    let backing = BackingPolicy::any(QCOW);
     let (host, options) = (world.clone(), OpenOptions { write, backing, ..OpenOptions::default() });
-    world.block_on(async move { open_image(&host, &spec, &options).await })
+    world.block_on(async move { Formats::shipped().open(&host, &spec, &options).await })
 }
 
 #[test]

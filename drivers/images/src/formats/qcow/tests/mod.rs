@@ -11,7 +11,7 @@ mod zero;
 
 use super::*;
 use crate::testing::World;
-use crate::{BackingPolicy, ImageFormat};
+use crate::{BackingPolicy, Formats, ImageFormat, NewImage, OpenImage, OpenOptions};
 use std::future::Future;
 use tap_host::{Budget, IoBuf, IoVec, SectorRange};
 
@@ -49,6 +49,26 @@ pub(super) const SMALL: Setup = Setup {
     compressed: false,
 };
 
+pub(super) const RAW: ImageFormat = ImageFormat::As(crate::raw::FORMAT);
+pub(super) const QCOW: ImageFormat = ImageFormat::As(FORMAT);
+
+/// Options of a new image.
+pub(super) fn layout(cluster_bits: u32, l2_bits: u32) -> Vec<(String, String)> {
+    let option = |name: &str, bits: u32| (name.to_owned(), (1_u32 << bits).to_string());
+    vec![option(create::CLUSTER_SIZE, cluster_bits), option(create::L2_ENTRIES, l2_bits)]
+}
+
+/// Makes an image, as programs do.
+pub(super) fn make(world: &World, path: &str, image: NewImage) -> Result<(), ImageError> {
+    let (host, path) = (world.clone(), path.to_owned());
+    world.block_on(async move { Formats::shipped().create(&host, FORMAT, &path, image).await })
+}
+
+/// Opens the image at [`PATH`].
+pub(super) async fn open(host: &World, options: &OpenOptions) -> Result<Qcow<World>, ImageError> {
+    Qcow::open(host, &OpenImage::alone(PATH, FORMAT, Formats::shipped(), options)).await
+}
+
 /// What the base file holds in a sector; never zero.
 pub(super) fn base_fill(sector: u64) -> u8 {
     (sector % 100) as u8 + 100
@@ -63,14 +83,13 @@ impl Setup {
         if let Some(bytes) = self.device {
             world.put_device(PATH, (0..bytes).map(|i| (i * 7 + i / 512) as u8 | 1).collect());
         }
-        let options = CreateOptions {
-            cluster_bits: Some(self.cluster_bits),
-            l2_bits: Some(self.l2_bits),
+        let image = NewImage {
+            size_bytes: self.sectors * 512,
             backing: self.base_sectors.map(|_| "base".to_owned()),
             existing: self.device.is_some().then(Vec::new),
+            options: layout(self.cluster_bits, self.l2_bits),
         };
-        let (host, bytes) = (world.clone(), self.sectors * 512);
-        world.block_on(async move { create(&host, PATH, bytes, &options).await }).unwrap();
+        make(world, PATH, image).unwrap();
         for cluster in COMPRESSED_CLUSTERS.into_iter().filter(|_| self.compressed) {
             put_compressed(world, self, cluster, COMPRESSED_FILL);
         }
@@ -80,16 +99,16 @@ impl Setup {
         OpenOptions {
             write,
             direct: self.direct,
-            qcow: QcowLimits { l2_tables: self.tables },
+            tables: self.tables,
             // Where little is kept, there is little memory as well.
             memory: if self.tables == 1 { Budget::least() } else { Budget::default() },
-            backing: BackingPolicy::any(ImageFormat::Raw),
+            backing: BackingPolicy::any(RAW),
         }
     }
 
     pub(super) fn try_open(&self, world: &World, write: bool) -> Result<Rc<Qcow<World>>, ImageError> {
         let (host, options) = (world.clone(), self.options(write));
-        world.block_on(async move { Qcow::open(&host, PATH, &options).await.map(Rc::new) })
+        world.block_on(async move { open(&host, &options).await.map(Rc::new) })
     }
 
     pub(super) fn open(&self, world: &World) -> Rc<Qcow<World>> {
@@ -151,7 +170,7 @@ pub(super) fn all(world: &World, qcow: &Qcow<World>) -> Vec<Option<u8>> {
 
 pub(super) fn checked(world: &World) -> CheckReport {
     let host = world.clone();
-    world.block_on(async move { check(&host, PATH).await }).unwrap()
+    world.block_on(async move { check::check(&host, PATH).await }).unwrap()
 }
 
 /// Writes a compressed cluster of `fill` into an image that is not open, the way QEMU does: at the end of the file.

@@ -8,55 +8,39 @@
 
 use super::format::{self, Geometry, MAX_L1_BYTES, MAX_NAME_BYTES};
 use crate::io::{ImageFile, sync_name};
-use crate::{ImageError, ImageHost};
-use tap_host::{Bug, FileId, SECTOR_BYTES};
+use crate::{ImageError, ImageHost, NewImage, parse_size};
+use std::ops::RangeInclusive;
+use tap_host::{Bug, SECTOR_BYTES};
 use zerocopy::IntoBytes;
 
 /// The L1 table begins here or at a multiple: away from the header, whatever a drive writes at once.
 const L1_ALIGN: u64 = 4096;
 
-/// How to lay out a new image. `None` takes the usual value.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct CreateOptions {
-    /// Clusters of 2^n bytes, 9 to 16. Usual: 12, and 9 with a backing file.
-    pub cluster_bits: Option<u32>,
-    /// L2 tables of 2^n entries, 6 to 13. Usual: 9, and 12 with a backing file.
-    pub l2_bits: Option<u32>,
-    /// Name of the file that shows where nothing was written; relative to the image's directory.
-    pub backing: Option<String>,
-    /// Write the image into the file that is at the path, whose content is lost, or onto the block device there; unless
-    /// it is one of these.
-    pub existing: Option<Vec<FileId>>,
-}
+/// Name of the option for the size of clusters, in bytes. Usual: 4 KiB, and 512 with a backing file.
+pub(super) const CLUSTER_SIZE: &str = "cluster_size";
+/// Name of the option for the number of entries of an L2 table. Usual: 512, and 4096 with a backing file.
+pub(super) const L2_ENTRIES: &str = "l2_entries";
 
-/// Creates an empty image of a disk of `size_bytes`, a multiple of 512. The image is durable, and so is its name.
+/// Creates an empty image, durable together with its name.
 ///
 /// # Errors
 /// [`ImageError`]; after an error a file may be left at `path`.
-pub async fn create<H: ImageHost>(
-    host: &H,
-    path: &str,
-    size_bytes: u64,
-    options: &CreateOptions,
-) -> Result<(), ImageError> {
-    let name = options.backing.as_deref().unwrap_or_default();
-    let geometry = layout(size_bytes, options, name.len() as u64).map_err(|what| ImageError::Options {
-        path: path.to_owned(),
-        format: "qcow",
-        what,
-    })?;
-    let file = ImageFile::create(host, path, options.existing.as_deref()).await?;
+pub(super) async fn create<H: ImageHost>(host: &H, path: &str, image: &NewImage) -> Result<(), ImageError> {
+    let refused = |what| ImageError::Options { path: path.to_owned(), format: super::FORMAT.name(), what };
+    let name = image.backing.as_deref().unwrap_or_default();
+    let geometry = layout(image, name.len() as u64).map_err(refused)?;
+    let file = ImageFile::create(host, path, image.existing.as_deref()).await?;
     let front_bytes = geometry.l1_end().next_multiple_of(L1_ALIGN);
     if file.info.block_device && front_bytes > file.info.size_bytes {
-        let what = format!("the device has {} bytes and {front_bytes} are needed", file.info.size_bytes);
-        return Err(ImageError::Options { path: path.to_owned(), format: "qcow", what });
+        let have = file.info.size_bytes;
+        return Err(refused(format!("the device has {have} bytes and {front_bytes} are needed")));
     }
     let mut head = format::encode(&geometry, name.len() as u32).as_bytes().to_vec();
     head.extend(name.as_bytes());
     head.resize(head.len().next_multiple_of(SECTOR_BYTES as usize), 0);
     let (first, rest) = head.split_at(SECTOR_BYTES as usize);
     let write = async {
-        if options.existing.is_some() && !host.bug(Bug::OldHeaderStays) {
+        if image.existing.is_some() && !host.bug(Bug::OldHeaderStays) {
             // What is there must not show as an image once its tables are overwritten.
             if file.info.block_device {
                 file.write_bytes(0, &[0; SECTOR_BYTES as usize]).await?;
@@ -78,14 +62,12 @@ pub async fn create<H: ImageHost>(
     sync_name(host, path).await
 }
 
-fn layout(size_bytes: u64, options: &CreateOptions, name_bytes: u64) -> Result<Geometry, String> {
-    let (usual_cluster, usual_l2) = if options.backing.is_some() { (9, 12) } else { (12, 9) };
-    let cluster_bits = options.cluster_bits.unwrap_or(usual_cluster);
-    let l2_bits = options.l2_bits.unwrap_or(usual_l2);
-    if !(9..=16).contains(&cluster_bits) || !(6..=13).contains(&l2_bits) {
-        return Err(format!("cluster_bits {cluster_bits} must be 9 to 16, l2_bits {l2_bits} 6 to 13"));
-    }
-    if name_bytes > u64::from(MAX_NAME_BYTES) || (options.backing.is_some() && name_bytes == 0) {
+fn layout(image: &NewImage, name_bytes: u64) -> Result<Geometry, String> {
+    let size_bytes = image.size_bytes;
+    let (usual_cluster, usual_l2) = if image.backing.is_some() { (9, 12) } else { (12, 9) };
+    let cluster_bits = power_of_two(image, CLUSTER_SIZE, 9..=16)?.unwrap_or(usual_cluster);
+    let l2_bits = power_of_two(image, L2_ENTRIES, 6..=13)?.unwrap_or(usual_l2);
+    if name_bytes > u64::from(MAX_NAME_BYTES) || (image.backing.is_some() && name_bytes == 0) {
         return Err(format!(
             "the name of the backing file has {name_bytes} bytes, not 1 to {MAX_NAME_BYTES}"
         ));
@@ -104,4 +86,17 @@ fn layout(size_bytes: u64, options: &CreateOptions, name_bytes: u64) -> Result<G
         ));
     }
     Ok(geometry)
+}
+
+/// The exponent of the option `name`, which is a power of two with an exponent in `bits`.
+fn power_of_two(image: &NewImage, name: &str, bits: RangeInclusive<u32>) -> Result<Option<u32>, String> {
+    let Some((_, text)) = image.options.iter().rfind(|option| option.0 == name) else { return Ok(None) };
+    let value = parse_size(text)?;
+    match value.trailing_zeros() {
+        exponent if value.is_power_of_two() && bits.contains(&exponent) => Ok(Some(exponent)),
+        _ => {
+            let (least, most) = (1_u64 << bits.start(), 1_u64 << bits.end());
+            Err(format!("{name} is {text}, not a power of two from {least} to {most}"))
+        }
+    }
 }

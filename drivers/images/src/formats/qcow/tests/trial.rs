@@ -135,7 +135,7 @@ async fn reopen(
     // The history goes on as on a host without a folder for what outlives a process: with one, no flush would succeed
     // before the host is booted again.
     world.forget_pages();
-    Rc::new(Qcow::open(world, PATH, &setup.options(true)).await.expect("an image opens again"))
+    Rc::new(open(world, &setup.options(true)).await.expect("an image opens again"))
 }
 
 impl Trial {

@@ -6,10 +6,9 @@ use super::inflate::Inflater;
 use super::table::{Cache, Table, cache_bytes, table_cost};
 use super::walk::{FirstProblem, Walk};
 use super::{Image, Qcow};
-use crate::chain::open_backing;
 use crate::io::ImageFile;
 use crate::memory::ImageStages;
-use crate::{ImageError, ImageHost, OpenOptions};
+use crate::{ImageError, ImageHost, OpenImage};
 use smallvec::smallvec;
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -44,7 +43,7 @@ impl Walked {
 }
 
 pub(super) fn refused(path: &str, what: String, advice: &'static str) -> ImageError {
-    ImageError::Refused { path: path.to_owned(), format: "qcow", what, advice }
+    ImageError::Refused { path: path.to_owned(), format: super::FORMAT.name(), what, advice }
 }
 
 impl<H: ImageHost> Front<H> {
@@ -162,25 +161,21 @@ impl<'a, H: ImageHost> TableReader<'a, H> {
 }
 
 impl<H: ImageHost> Qcow<H> {
-    pub(crate) async fn open_at_level(
-        host: &H,
-        path: &str,
-        options: &OpenOptions,
-        level: usize,
-    ) -> Result<Self, ImageError> {
+    pub(super) async fn open(host: &H, image: &OpenImage<H>) -> Result<Self, ImageError> {
+        let (path, options) = (&image.path, &image.options);
         let mut front = Front::read(host, path, options.write, options.direct, &options.memory).await?;
         let backing = match &front.backing_name {
-            Some(name) => Some(open_backing(host, path, name, options, level).await?),
+            Some(name) => Some(image.backing(host, name).await?),
             None => None,
         };
         let memory = front.memory(path)?;
         let walked = if options.write {
-            let walked = walk(host, path, &front, &memory, options.qcow.l2_tables).await?;
+            let walked = walk(host, path, &front, &memory, options.tables).await?;
             reach_all(host, &mut front, &walked).await.map_err(ImageError::io("lengthen", path))?;
             clear_checksum(&front).await.map_err(ImageError::io("clear the checksum of", path))?;
             walked
         } else {
-            Walked::not_at_all(front.l1.len(), options.qcow.l2_tables)
+            Walked::not_at_all(front.l1.len(), options.tables)
         };
         let geometry = front.header.geometry;
         let info =

@@ -1,0 +1,252 @@
+//! The registry: who opens, makes, describes and checks an image of which format.
+//!
+//! ```text
+//!   name on a command line ─► Format ─┐
+//!   first bytes of a file ────────────┴► Formats ─► Driver ─► open ─► what it is based on, by Formats again
+//!                                        a row each       └─► create, describe, check
+//! ```
+//!
+//! A format is one [`Driver`] in one row. Nothing else asks which format an image has.
+
+use crate::chain::{BackingPolicy, MAX_CHAIN, OpenOptions, resolve};
+use crate::format::{CheckReport, Description, Format, FormatInfo, ImageFormat, ImageSpec, NewImage};
+use crate::io::{ImageFile, is_transient as passes};
+use crate::{ImageError, ImageHost};
+use std::rc::Rc;
+use tap_core::{LocalBoxFuture, Node};
+
+/// One format: a row of the registry.
+///
+/// Every image that it opens keeps the contract of this crate.
+pub trait Driver<H: ImageHost> {
+    /// What it is.
+    fn format(&self) -> Format;
+
+    /// Whether a file that begins with `head` claims to be of this format, of whatever version. `head` has
+    /// [`HEAD_BYTES`], zeros past the end of the file.
+    fn recognises(&self, head: &[u8]) -> bool {
+        let _ = head;
+        false
+    }
+
+    /// Opens `image`, and what it is based on.
+    fn open(&self, host: H, image: OpenImage<H>) -> LocalBoxFuture<Result<Rc<dyn Node>, ImageError>>;
+
+    /// Makes an empty image at `path`. It is durable, and so is its name. After an error a file may be left there that
+    /// is no image.
+    fn create(&self, host: H, path: String, image: NewImage) -> LocalBoxFuture<Result<(), ImageError>>;
+
+    /// Reads what the image at `path` says of itself.
+    fn describe(&self, host: H, path: String) -> LocalBoxFuture<Result<Description, ImageError>>;
+
+    /// Checks the metadata of the image at `path` without changing it; `None` where there are none. What cannot be read
+    /// is an error, not damage.
+    fn check(&self, host: H, path: String) -> Option<LocalBoxFuture<Result<CheckReport, ImageError>>> {
+        let _ = (host, path);
+        None
+    }
+}
+
+/// An image that is to be opened, as its driver is told of it.
+pub struct OpenImage<H: 'static> {
+    /// Its file.
+    pub path: String,
+    /// How.
+    pub options: OpenOptions,
+    format: Format,
+    formats: Formats<H>,
+    /// 1 for the image that was asked for, one more with each below it.
+    level: usize,
+}
+
+/// What of a file is looked at to recognise its format, in bytes.
+pub const HEAD_BYTES: usize = 48;
+
+/// A registry of formats. The first row is what a file is that no other recognises.
+pub struct Formats<H: 'static>(&'static [&'static dyn Driver<H>]);
+
+impl<H> Clone for Formats<H> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<H> Copy for Formats<H> {}
+
+impl<H: ImageHost> Formats<H> {
+    /// A registry of `rows`.
+    ///
+    /// # Panics
+    /// Without a row.
+    pub const fn new(rows: &'static [&'static dyn Driver<H>]) -> Self {
+        assert!(!rows.is_empty(), "a registry has a format for files that no other recognises");
+        Self(rows)
+    }
+
+    /// The driver of the image `spec`, which is looked at where its format is open.
+    ///
+    /// # Errors
+    /// [`ImageError`] when the file cannot be read, or there is no driver for the format.
+    pub(crate) async fn driver(
+        self,
+        host: &H,
+        spec: &ImageSpec,
+    ) -> Result<&'static dyn Driver<H>, ImageError> {
+        let path = &spec.path;
+        match spec.format {
+            ImageFormat::As(format) => self.row(format, path),
+            ImageFormat::Probe => {
+                let file = ImageFile::open(host, path, false, false).await?;
+                let mut head = [0; HEAD_BYTES];
+                file.read_bytes(0, &mut head).await.map_err(ImageError::io("read", path))?;
+                Ok(*self.0.iter().find(|row| row.recognises(&head)).unwrap_or(&self.0[0]))
+            }
+        }
+    }
+
+    fn row(self, format: Format, path: &str) -> Result<&'static dyn Driver<H>, ImageError> {
+        let row = self.0.iter().find(|row| row.format() == format);
+        row.copied().ok_or_else(|| ImageError::Refused {
+            path: path.to_owned(),
+            format: format.name(),
+            what: "there is no driver for this format".to_owned(),
+            advice: "use a program that has one",
+        })
+    }
+
+    /// Reads what the image `spec` says of itself.
+    ///
+    /// # Errors
+    /// [`ImageError`].
+    pub async fn describe(self, host: &H, spec: &ImageSpec) -> Result<Description, ImageError> {
+        self.driver(host, spec).await?.describe(host.clone(), spec.path.clone()).await
+    }
+
+    /// Checks the metadata of the image `spec` without changing it; `None` where its format has none.
+    ///
+    /// # Errors
+    /// [`ImageError`] when any of it cannot be read. What cannot be read is not damage.
+    pub async fn check(self, host: &H, spec: &ImageSpec) -> Result<Option<CheckReport>, ImageError> {
+        match self.driver(host, spec).await?.check(host.clone(), spec.path.clone()) {
+            Some(check) => check.await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Makes an empty image of `format` at `path`, durable together with its name.
+    ///
+    /// # Errors
+    /// [`ImageError`]; after one a file may be left at `path`.
+    pub async fn create(
+        self,
+        host: &H,
+        format: Format,
+        path: &str,
+        image: NewImage,
+    ) -> Result<(), ImageError> {
+        let row = self.row(format, path)?;
+        let refused = |what| Err(ImageError::Options { path: path.to_owned(), format: format.name(), what });
+        let info = format.info();
+        if let Some((name, _)) = image.options.iter().find(|o| info.options.iter().all(|i| i.name != o.0)) {
+            return refused(format!("there is no option '{name}'; {}", options_of(info)));
+        }
+        if image.backing.is_some() && !info.has_backing {
+            let all = self.0.iter().map(|row| row.format().info()).filter(|info| info.has_backing);
+            let able: Vec<&str> = all.map(|info| info.name).collect();
+            return refused(format!("it has no backing file; use -f {}", able.join(" or -f ")));
+        }
+        row.create(host.clone(), path.to_owned(), image).await
+    }
+}
+
+fn options_of(info: &FormatInfo) -> String {
+    let names: Vec<&str> = info.options.iter().map(|o| o.name).collect();
+    if names.is_empty() { "it has none".to_owned() } else { format!("it has {}", names.join(", ")) }
+}
+
+/// Requests are repeated after transient errors by the scheduler; while an image is being opened there is none yet.
+const OPEN_RETRIES: u32 = 8;
+/// Before the first repetition, in nanoseconds; it doubles with each.
+const OPEN_PAUSE_NS: u64 = 1_000_000;
+
+fn is_transient(error: &ImageError) -> bool {
+    !error.is_in_use() && passes(error.errno())
+}
+
+impl<H: ImageHost> Formats<H> {
+    /// Opens the image `spec` and everything below it.
+    ///
+    /// # Errors
+    /// [`ImageError`] with the path of the file that is to blame.
+    pub async fn open(
+        self,
+        host: &H,
+        spec: &ImageSpec,
+        options: &OpenOptions,
+    ) -> Result<Rc<dyn Node>, ImageError> {
+        let mut pause_ns = OPEN_PAUSE_NS;
+        for _ in 0..OPEN_RETRIES {
+            match self.open_level(host.clone(), spec.clone(), options.clone(), 1).await {
+                Err(error) if is_transient(&error) => host.sleep_ns(pause_ns).await,
+                other => return other,
+            }
+            pause_ns *= 2;
+        }
+        self.open_level(host.clone(), spec.clone(), options.clone(), 1).await
+    }
+
+    fn open_level(
+        self,
+        host: H,
+        spec: ImageSpec,
+        options: OpenOptions,
+        level: usize,
+    ) -> LocalBoxFuture<Result<Rc<dyn Node>, ImageError>> {
+        Box::pin(async move {
+            let driver = self.driver(&host, &spec).await?;
+            let format = driver.format();
+            driver.open(host, OpenImage { path: spec.path, options, format, formats: self, level }).await
+        })
+    }
+}
+
+impl<H: ImageHost> OpenImage<H> {
+    /// The image at `path`, of `format`, alone: what is below it is of one of `formats`.
+    #[cfg(test)]
+    pub(crate) fn alone(path: &str, format: Format, formats: Formats<H>, options: &OpenOptions) -> Self {
+        Self { path: path.to_owned(), options: options.clone(), format, formats, level: 1 }
+    }
+
+    /// What opening fails with because of what is in the file; `advice` says what to do.
+    pub fn refused(&self, what: String, advice: &'static str) -> ImageError {
+        ImageError::Refused { path: self.path.clone(), format: self.format.name(), what, advice }
+    }
+
+    /// Opens the file `name` that the image says it is based on, if the options allow it.
+    ///
+    /// # Errors
+    /// [`ImageError`].
+    pub async fn backing(&self, host: &H, name: &[u8]) -> Result<Rc<dyn Node>, ImageError> {
+        let Some(name) = std::str::from_utf8(name).ok().filter(|n| !n.is_empty() && !n.contains('\0')) else {
+            let what = "the name of its backing file is not text".to_owned();
+            return Err(self.refused(what, "restore the image from a backup"));
+        };
+        let backing = resolve(&self.path, name);
+        if self.level >= MAX_CHAIN {
+            let what = format!("there are more than {MAX_CHAIN} images above {backing}");
+            return Err(self.refused(what, "merge some of them"));
+        }
+        let format = match &self.options.backing {
+            BackingPolicy::Refuse => None,
+            BackingPolicy::Ask(allowed) => allowed(&backing),
+        };
+        let Some(format) = format else {
+            let what = format!("it is based on {backing}, which may not be opened");
+            return Err(self.refused(what, "allow it with --backing FORMAT, or flatten the image"));
+        };
+        let spec = ImageSpec { format, path: backing.clone() };
+        let below = OpenOptions { write: false, ..self.options.clone() };
+        let opened = self.formats.open_level(host.clone(), spec, below, self.level + 1).await;
+        let path = self.path.clone();
+        opened.map_err(|error| ImageError::Backing { path, backing, error: Box::new(error) })
+    }
+}
