@@ -2,7 +2,8 @@
 //! requests for one block. What that costs is an invariant like any other.
 //!
 //! ```text
-//!   write clusters backwards ─► large reads, zeros, discards ┐
+//!   write clusters backwards ─► large reads, writes, zeros,  ┐
+//!   or by turns                 discards                     │
 //!                               writes of one block          ├─ at once ─► read all, close, count
 //!                               small reads at the end       ┘
 //! ```
@@ -27,13 +28,13 @@ use tap_host::{IoBuf, IoKind, IoVec, SECTOR_BYTES, SectorRange};
 /// What a large request does; 0 is none.
 pub static LARGE: Label = Label::new(
     "large",
-    "large request {n} has form {}: 1 a read, 2 zeros, 3 zeros whose space may go, 4 a discard, 5 zeros if fast",
+    "large request {n} has form {}: 1 a read, 2 zeros, 3 zeros whose space may go, 4 a discard, 5 zeros if fast, 6 a write",
 );
 
 /// Large requests, at most.
 const LARGE_REQUESTS: u32 = 4;
-/// The largest read, in sectors.
-const READ_SECTORS: u64 = 1024;
+/// The largest read or write, in sectors.
+const DATA_SECTORS: u64 = 1024;
 /// The last sectors, which no large request touches.
 const TAIL_SECTORS: u64 = 16;
 /// Most work in one turn: one table of the largest kind that the images here have, twice.
@@ -329,13 +330,17 @@ async fn longest_small_read(world: &World, node: &dyn Node, at: u64) -> u64 {
     longest_ns
 }
 
-/// Writes that leave neighbours of the disk apart in the file, and one for each of the first tables.
+/// Writes that leave neighbours of the disk apart in the file, and one for each of the first tables. Backwards, nothing
+/// goes on where something else ends; by turns, the next but one does.
 fn scattered(world: &World, size_sectors: u64, l2_bits: u32) -> Vec<Option<Op>> {
-    let count = world.setting("scattered", &[300, 0, 40]);
+    let count: u64 = world.setting("scattered", &[300, 0, 40]);
     let spans = (0..8).map(|table| table << l2_bits).filter(|at| at + TAIL_SECTORS < size_sectors);
-    let backwards = (1..=count).rev();
+    let clusters: Vec<u64> = match world.setting("scattered-by-turns", &[false, true]) {
+        true => (1..=count).step_by(2).chain((2..=count).step_by(2)).collect(),
+        false => (1..=count).rev().collect(),
+    };
     let write = |at| Some(Op::new(IoKind::Write, SectorRange::new(at, 1)));
-    spans.chain(backwards).map(write).collect()
+    spans.chain(clusters).map(write).collect()
 }
 
 /// Large requests, many of one block, and small ones.
@@ -343,16 +348,18 @@ fn at_once(world: &World, size_sectors: u64) -> Vec<Option<Op>> {
     let body = size_sectors - TAIL_SECTORS;
     let mut ops: Vec<Option<Op>> = (0..LARGE_REQUESTS)
         .map(|i| {
-            let form = world.sim.decide(Entity::WORLD.child("large", 0), &LARGE, i, |d| d.below(6));
+            let form = world.sim.decide(Entity::WORLD.child("large", 0), &LARGE, i, |d| d.below(7));
             let all = SectorRange::new(0, body as u32);
             let zeroes =
                 |unmap, fast| Op { zeroes: ZeroFlags { unmap, fast }, ..Op::new(IoKind::WriteZeroes, all) };
+            let data = |kind| Op::new(kind, SectorRange::new(0, DATA_SECTORS.min(body) as u32));
             match form {
-                1 => Some(Op::new(IoKind::Read, SectorRange::new(0, READ_SECTORS.min(body) as u32))),
+                1 => Some(data(IoKind::Read)),
                 2 => Some(zeroes(false, false)),
                 3 => Some(zeroes(true, false)),
                 4 => Some(Op::new(IoKind::Discard, all)),
                 5 => Some(zeroes(true, true)),
+                6 => Some(data(IoKind::Write)),
                 _ => None,
             }
         })
