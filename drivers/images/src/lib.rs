@@ -27,6 +27,7 @@ mod error;
 mod format;
 mod formats;
 mod io;
+mod map;
 mod memory;
 mod patience;
 mod registry;

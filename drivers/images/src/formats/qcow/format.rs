@@ -9,6 +9,7 @@
 //!             length in bytes from bit 63 - cluster_bits on, byte offset below
 //! ```
 
+use crate::map::{Compressed, Geometry, Mapping};
 use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -58,76 +59,24 @@ struct RawXenHeader {
     flags: U32,
 }
 
-/// Where things are in an image.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Geometry {
-    pub(super) size_bytes: u64,
-    pub(super) cluster_bits: u32,
-    pub(super) l2_bits: u32,
-    pub(super) l1_offset: u64,
+/// Above every byte that an image of `geometry` can use, when `file_bytes` of its file are used or lost: no crash
+/// leaves a reference further out.
+pub(super) fn reach(geometry: &Geometry, file_bytes: u64) -> u64 {
+    let tables = geometry.root_entries() * geometry.table_bytes().next_multiple_of(geometry.cluster_bytes());
+    let all = geometry.clusters() * geometry.cluster_bytes() + tables + (1 << 20);
+    file_bytes.max(geometry.root_end()).saturating_add(all)
 }
 
-impl Geometry {
-    pub(super) fn cluster_bytes(&self) -> u64 {
-        1 << self.cluster_bits
-    }
-    /// Entries of an L2 table.
-    pub(super) fn l2_entries(&self) -> usize {
-        1 << self.l2_bits
-    }
-    pub(super) fn table_bytes(&self) -> u64 {
-        8 << self.l2_bits
-    }
-    /// Bytes of the disk that one L2 table maps.
-    pub(super) fn table_span(&self) -> u64 {
-        1 << (self.cluster_bits + self.l2_bits)
-    }
-    pub(super) fn l1_entries(&self) -> u64 {
-        self.size_bytes.div_ceil(self.table_span())
-    }
-    pub(super) fn l1_end(&self) -> u64 {
-        self.l1_offset + self.l1_entries() * 8
-    }
-    /// Clusters of the disk.
-    pub(super) fn clusters(&self) -> u64 {
-        self.size_bytes.div_ceil(self.cluster_bytes())
-    }
-    /// Above every byte that an image of this geometry can use, when `file_bytes` of its file are used or lost: no
-    /// crash leaves a reference further out.
-    pub(super) fn reach(&self, file_bytes: u64) -> u64 {
-        let tables = self.l1_entries() * self.table_bytes().next_multiple_of(self.cluster_bytes());
-        let all = self.clusters() * self.cluster_bytes() + tables + (1 << 20);
-        file_bytes.max(self.l1_end()).saturating_add(all)
-    }
-}
-
-/// What an L2 entry says.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Mapping {
-    Unmapped,
-    /// Byte offset of the cluster.
-    Plain(u64),
-    Compressed(Compressed),
-}
-
-/// A run of compressed bytes.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Compressed {
-    pub(super) offset: u64,
-    pub(super) len: u64,
-}
-
-impl Mapping {
-    pub(super) fn of(entry: u64, cluster_bits: u32) -> Self {
-        if entry & COMPRESSED != 0 {
-            let shift = 63 - cluster_bits;
-            let len = (entry & !COMPRESSED) >> shift;
-            Mapping::Compressed(Compressed { offset: entry & ((1 << shift) - 1), len })
-        } else if entry == 0 {
-            Mapping::Unmapped
-        } else {
-            Mapping::Plain(entry)
-        }
+/// What an L2 entry says, in an image with clusters of `2^cluster_bits` bytes.
+pub(super) fn mapping(entry: u64, cluster_bits: u32) -> Mapping {
+    if entry & COMPRESSED != 0 {
+        let shift = 63 - cluster_bits;
+        let len = (entry & !COMPRESSED) >> shift;
+        Mapping::Compressed(Compressed { offset: entry & ((1 << shift) - 1), len })
+    } else if entry == 0 {
+        Mapping::Unmapped
+    } else {
+        Mapping::Plain(entry)
     }
 }
 
@@ -172,7 +121,7 @@ pub(super) fn parse(head: &[u8], file_bytes: u64) -> Result<Header, String> {
     }
     let backing = backing(&raw, file_bytes)?;
     let xen = RawXenHeader::read_from_prefix(rest).ok().map(|(xen, _)| xen);
-    let xen = xen.filter(|x| x.magic == XEN_MAGIC && geometry.l1_offset.is_multiple_of(XEN_L1_ALIGN));
+    let xen = xen.filter(|x| x.magic == XEN_MAGIC && geometry.root_at.is_multiple_of(XEN_L1_ALIGN));
     let xen = xen
         .map(|x| Xen { checksum: x.checksum.get(), l1_big_endian: x.flags.get() & XEN_L1_BIG_ENDIAN != 0 });
     Ok(Header { geometry, backing, xen })
@@ -186,16 +135,20 @@ fn geometry(raw: &RawHeader, file_bytes: u64) -> Result<Geometry, String> {
     if !(6..=13).contains(&l2_bits) {
         return Err(format!("L2 tables of 2^{l2_bits} entries are outside 2^6 to 2^13"));
     }
-    let geometry =
-        Geometry { size_bytes: raw.size_bytes.get(), cluster_bits, l2_bits, l1_offset: raw.l1_offset.get() };
-    let (size, l1_offset) = (geometry.size_bytes, geometry.l1_offset);
+    let geometry = Geometry {
+        size_bytes: raw.size_bytes.get(),
+        cluster_bits,
+        table_bits: l2_bits,
+        root_at: raw.l1_offset.get(),
+    };
+    let (size, l1_offset) = (geometry.size_bytes, geometry.root_at);
     if !(512..=i64::MAX as u64).contains(&size) {
         return Err(format!("a disk of {size} bytes is smaller than a sector or larger than a file can be"));
     }
-    if geometry.l1_entries() * 8 > MAX_L1_BYTES {
+    if geometry.root_entries() * 8 > MAX_L1_BYTES {
         return Err(format!("a disk of {size} bytes would need an L1 table above {MAX_L1_BYTES} bytes"));
     }
-    let inside = l1_offset <= file_bytes && geometry.l1_end() <= file_bytes;
+    let inside = l1_offset <= file_bytes && geometry.root_end() <= file_bytes;
     if l1_offset < size_of::<RawHeader>() as u64 || !l1_offset.is_multiple_of(8) || !inside {
         return Err(format!("its L1 table at byte {l1_offset} is not inside the file of {file_bytes} bytes"));
     }
@@ -227,16 +180,11 @@ pub(super) fn encode(geometry: &Geometry, backing_len: u32) -> RawHeader {
         backing_mtime: 0.into(),
         size_bytes: geometry.size_bytes.into(),
         cluster_bits: geometry.cluster_bits as u8,
-        l2_bits: geometry.l2_bits as u8,
+        l2_bits: geometry.table_bits as u8,
         padding: [0; 2],
         crypt_method: 0.into(),
-        l1_offset: geometry.l1_offset.into(),
+        l1_offset: geometry.root_at.into(),
     }
-}
-
-/// Big-endian entries as numbers.
-pub(super) fn decode_entries(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
-    bytes.as_chunks::<8>().0.iter().map(|b| u64::from_be_bytes(*b))
 }
 
 #[cfg(test)]
@@ -245,7 +193,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn sample() -> (Geometry, Vec<u8>) {
-        let geometry = Geometry { size_bytes: 8 << 20, cluster_bits: 12, l2_bits: 9, l1_offset: 4096 };
+        let geometry = Geometry { size_bytes: 8 << 20, cluster_bits: 12, table_bits: 9, root_at: 4096 };
         (geometry, encode(&geometry, 0).as_bytes().to_vec())
     }
 
@@ -280,7 +228,7 @@ mod tests {
     #[test]
     fn compressed_entries_keep_the_length_above_the_offset() {
         let entry = COMPRESSED | 1234 << (63 - 12) | 0x5678;
-        assert_eq!(Mapping::of(entry, 12), Mapping::Compressed(Compressed { offset: 0x5678, len: 1234 }));
+        assert_eq!(mapping(entry, 12), Mapping::Compressed(Compressed { offset: 0x5678, len: 1234 }));
     }
 
     proptest! {
@@ -289,7 +237,7 @@ mod tests {
             size in 512_u64..1 << 40, cluster_bits in 12_u32..=16, l2_bits in 9_u32..=13,
             l1 in 6_u64..1 << 20, name in 0_u32..=1023,
         ) {
-            let geometry = Geometry { size_bytes: size, cluster_bits, l2_bits, l1_offset: l1 * 8 };
+            let geometry = Geometry { size_bytes: size, cluster_bits, table_bits: l2_bits, root_at: l1 * 8 };
             let raw = encode(&geometry, name);
             let header = parse(raw.as_bytes(), u64::MAX / 2).unwrap();
             prop_assert_eq!(header.geometry, geometry);
@@ -303,7 +251,7 @@ mod tests {
             let n = head.len().min(9);
             head[..n].copy_from_slice(&good[..n]);
             if let Ok(header) = parse(&head, file) {
-                prop_assert!(header.geometry.l1_end() <= file && header.geometry.l1_entries() * 8 <= MAX_L1_BYTES);
+                prop_assert!(header.geometry.root_end() <= file && header.geometry.root_entries() * 8 <= MAX_L1_BYTES);
             }
         }
     }

@@ -1,20 +1,18 @@
 //! Opening.
 
-use super::alloc::{Allocator, DOUBTS, SUSPECT_BYTES};
-use super::format::{self, Geometry, Header, XEN_CHECKSUM_AT, decode_entries};
-use super::inflate::Inflater;
-use super::table::{Cache, Table, cache_bytes, table_cost};
-use super::walk::{FirstProblem, Walk};
-use super::{Image, Qcow};
+use super::format::{self, Header, XEN_CHECKSUM_AT};
+use super::{Qcow, Qcow1};
 use crate::io::ImageFile;
+use crate::map::{
+    Cache, DOUBTS, Frontier, Image, MappedDisk, Owners, Parts, SUSPECT_BYTES, Stopped, Walked, cache_bytes,
+    decode_entries, table_cost, walk,
+};
 use crate::memory::ImageStages;
 use crate::{ImageError, ImageHost, OpenImage};
 use smallvec::smallvec;
-use std::cell::RefCell;
 use std::rc::Rc;
-use tap_core::wait::Semaphore;
-use tap_core::{Node, NodeInfo};
-use tap_host::{Budget, Bug, Errno, IoBuf, Mark, SECTOR_BYTES, cost_of};
+use tap_core::Node;
+use tap_host::{Budget, Bug, Errno, IoBuf, Mark};
 
 /// Read at once: the header, the backing file's name and the L1 table of most images.
 const HEAD_BYTES: u64 = 8192;
@@ -23,23 +21,9 @@ const HEAD_BYTES: u64 = 8192;
 pub(super) struct Front<H: ImageHost> {
     pub(super) file: ImageFile<H>,
     pub(super) header: Header,
-    pub(super) l1: Vec<u64>,
+    /// Byte offsets of L2 tables.
+    pub(super) root: Vec<u64>,
     pub(super) backing_name: Option<Vec<u8>>,
-}
-
-/// An image that was walked: its cache is filled as far as it goes.
-pub(super) struct Walked {
-    cache: Cache,
-    /// The end of the last thing that is referred to.
-    end: u64,
-    frontier: u64,
-}
-
-impl Walked {
-    /// For reading nothing needs to be known.
-    pub(super) fn not_at_all(l1_entries: usize, limit: usize) -> Self {
-        Self { cache: Cache::new(l1_entries, limit), end: 0, frontier: 0 }
-    }
 }
 
 pub(super) fn refused(path: &str, what: String, advice: &'static str) -> ImageError {
@@ -60,8 +44,8 @@ impl<H: ImageHost> Front<H> {
         let head = read_head(&file).await.map_err(io)?;
         let header = format::parse(&head, file.info.size_bytes)
             .map_err(|what| refused(path, what, "check that this is the right file"))?;
-        let l1_bytes = header.geometry.l1_entries() * 8;
-        let l1 = bytes_at(&file, &head, header.geometry.l1_offset, l1_bytes).await.map_err(io)?;
+        let l1_bytes = header.geometry.root_entries() * 8;
+        let l1 = bytes_at(&file, &head, header.geometry.root_at, l1_bytes).await.map_err(io)?;
         let mut l1: Vec<u64> = decode_entries(&l1).collect();
         if header.xen.is_some_and(|xen| !xen.l1_big_endian) {
             if write {
@@ -74,42 +58,40 @@ impl<H: ImageHost> Front<H> {
             Some((offset, len)) => Some(bytes_at(&file, &head, offset, u64::from(len)).await.map_err(io)?),
             None => None,
         };
-        Ok(Self { file, header, l1, backing_name })
+        Ok(Self { file, header, root: l1, backing_name })
     }
 
     /// The memory that the image needs to be open.
     pub(super) fn memory(&self, path: &str) -> Result<ImageStages, ImageError> {
         let geometry = &self.header.geometry;
-        let front = self.l1.len() * 8 + cache_bytes(self.l1.len());
-        let (table, cluster) = (table_cost(geometry.l2_entries()), geometry.cluster_bytes() as usize);
+        let front = self.root.len() * 8 + cache_bytes(self.root.len());
+        let (table, cluster) = (table_cost(geometry.table_entries()), geometry.cluster_bytes() as usize);
         ImageStages::new(self.file.budget(), path, (front, table, cluster, DOUBTS * SUSPECT_BYTES))
+    }
+
+    /// What is no cluster, and has an owner.
+    pub(super) fn owners(&self, memory: &ImageStages) -> Owners<Qcow1> {
+        let (header, geometry) = (&self.header, self.header.geometry);
+        let header_end = if header.xen.is_some() { 64 } else { 48 };
+        let name = header.backing.map(|(at, len)| (at..at + u64::from(len), "the name of the backing file"));
+        let fixed = [(0..header_end, "the header"), (geometry.root_at..geometry.root_end(), "the L1 table")];
+        let file_bytes = self.file.info.size_bytes;
+        let fixed = fixed.into_iter().chain(name);
+        Owners::new(geometry, (file_bytes, format::reach(&geometry, file_bytes)), fixed, &memory.fixed)
     }
 
     pub(super) fn into_image(
         self,
         host: &H,
         mut memory: ImageStages,
-        walked: Walked,
+        cache: Cache,
+        space: Frontier,
         backing: Option<Rc<dyn Node>>,
-    ) -> Image<H> {
+    ) -> Image<H, Qcow1> {
         memory.walked();
-        let info = self.file.info;
-        let device_bytes = info.block_device.then_some(info.size_bytes);
-        Image {
-            host: host.clone(),
-            reach: self.header.geometry.reach(info.size_bytes),
-            file: self.file,
-            geometry: self.header.geometry,
-            l1: RefCell::new(self.l1),
-            l1_turn: Semaphore::new(1),
-            memory,
-            cache: RefCell::new(walked.cache),
-            allocator: RefCell::new(Allocator::new(walked.frontier, device_bytes)),
-            backing_bytes: backing.as_ref().map_or(0, |b| b.info().size_sectors * SECTOR_BYTES),
-            backing,
-            inflater: RefCell::new(Inflater::default()),
-            unwritten: RefCell::default(),
-        }
+        let Self { file, header: Header { geometry, .. }, root, .. } = self;
+        let reach = format::reach(&geometry, file.info.size_bytes);
+        Image::new(host, Parts { file, geometry, reach, root, memory, cache, space, backing })
     }
 }
 
@@ -137,97 +119,54 @@ async fn bytes_at<H: ImageHost>(
     Ok(bytes)
 }
 
-/// Reads table after table in the order of the file; each is a buffer that is used again.
-pub(super) struct TableReader<'a, H: ImageHost> {
-    file: &'a ImageFile<H>,
-    buf: Option<IoBuf>,
+/// Opens an image, and what it is based on.
+pub(super) async fn open<H: ImageHost>(host: &H, image: &OpenImage<H>) -> Result<Qcow<H>, ImageError> {
+    let (path, options) = (&image.path, &image.options);
+    let mut front = Front::read(host, path, options.write, options.direct, &options.memory).await?;
+    let backing = match &front.backing_name {
+        Some(name) => Some(image.backing(host, name).await?),
+        None => None,
+    };
+    let memory = front.memory(path)?;
+    let (cache, frontier) = if options.write {
+        let walked = walk_all(host, path, &front, &memory, options.tables).await?;
+        let frontier = frontier(host, &front, walked.end);
+        reach_all(host, &mut front, walked.end, frontier).await.map_err(ImageError::io("lengthen", path))?;
+        clear_checksum(&front).await.map_err(ImageError::io("clear the checksum of", path))?;
+        (walked.cache, frontier)
+    } else {
+        // For reading nothing needs to be known.
+        (Cache::new(front.root.len(), options.tables), 0)
+    };
+    let info = front.file.info;
+    let space = Frontier::new(frontier, info.block_device.then_some(info.size_bytes));
+    Ok(MappedDisk::new(front.into_image(host, memory, cache, space, backing), !options.write))
 }
 
-impl<'a, H: ImageHost> TableReader<'a, H> {
-    pub(super) async fn new(file: &'a ImageFile<H>, geometry: &Geometry) -> Result<Self, Errno> {
-        // A stage of its own: it is held while compressed clusters are read.
-        let bytes = geometry.table_bytes() as usize;
-        let buf = file.budget().stage(cost_of(bytes))?.buffer(bytes).await?;
-        Ok(Self { file, buf: Some(buf) })
-    }
-
-    pub(super) async fn read(&mut self, offset: u64) -> Result<impl Iterator<Item = u64> + '_, Errno> {
-        let buf = self.buf.take().ok_or(Errno::EIO)?;
-        let (result, mut bufs) = self.file.read_patiently(offset, smallvec![buf]).await;
-        self.buf = bufs.pop();
-        result?;
-        Ok(decode_entries(self.buf.as_deref().unwrap_or_default()))
-    }
-}
-
-impl<H: ImageHost> Qcow<H> {
-    pub(super) async fn open(host: &H, image: &OpenImage<H>) -> Result<Self, ImageError> {
-        let (path, options) = (&image.path, &image.options);
-        let mut front = Front::read(host, path, options.write, options.direct, &options.memory).await?;
-        let backing = match &front.backing_name {
-            Some(name) => Some(image.backing(host, name).await?),
-            None => None,
-        };
-        let memory = front.memory(path)?;
-        let walked = if options.write {
-            let walked = walk(host, path, &front, &memory, options.tables).await?;
-            reach_all(host, &mut front, &walked).await.map_err(ImageError::io("lengthen", path))?;
-            clear_checksum(&front).await.map_err(ImageError::io("clear the checksum of", path))?;
-            walked
-        } else {
-            Walked::not_at_all(front.l1.len(), options.tables)
-        };
-        let geometry = front.header.geometry;
-        let info =
-            NodeInfo { size_sectors: geometry.size_bytes.div_ceil(SECTOR_BYTES), read_only: !options.write };
-        let image = front.into_image(host, memory, walked, backing);
-        Ok(Self { image: RefCell::new(Some(Rc::new(image))), info })
-    }
-}
-
-/// Looks at every reference, to know where new clusters may go.
-async fn walk<H: ImageHost>(
+/// Looks at every reference.
+async fn walk_all<H: ImageHost>(
     host: &H,
     path: &str,
     front: &Front<H>,
     memory: &ImageStages,
     limit: usize,
 ) -> Result<Walked, ImageError> {
-    let geometry = front.header.geometry;
-    let mut walk = Walk::new(&front.header, front.file.info.size_bytes, &memory.fixed);
-    let mut cache = Cache::new(front.l1.len(), limit);
-    let mut problem = FirstProblem::default();
-    let io = |error| ImageError::io("read the tables of", path)(error);
-    if let Some(tables) = walk.take_l1(&front.l1, &mut problem) {
-        let mut reader = TableReader::new(&front.file, &geometry).await.map_err(io)?;
-        for (index, offset) in tables {
-            if host.bug(Bug::FrontierFromLastL1) && front.l1[index + 1..].iter().any(|entry| *entry != 0) {
-                continue;
-            }
-            let entries: Box<[u64]> = reader.read(offset).await.map_err(io)?.collect();
-            if walk.take_l2(index, &entries, &mut problem).is_none() {
-                break;
-            }
-            if cache.has_room()
-                && let Some(share) = memory.tables.try_keep(table_cost(entries.len()))
-            {
-                cache.insert(&Table::new(index, offset, entries, share), true);
-            }
+    let image = (&front.file, &front.header.geometry, &front.root[..]);
+    walk(host, image, front.owners(memory), memory, limit).await.map_err(|stopped| match stopped {
+        Stopped::Failed(error) => ImageError::io("read the tables of", path)(error),
+        Stopped::Damaged(what) => {
+            refused(path, what, "open it read-only and copy what can be read to a new image")
         }
-    }
-    if problem.0.is_none() {
-        walk.finish(&mut problem);
-    }
-    if let Some(what) = problem.0 {
-        return Err(refused(path, what, "open it read-only and copy what can be read to a new image"));
-    }
-    let referred = walk.end;
-    let mut end = referred;
+    })
+}
+
+/// Where new clusters may go, with `end` as the end of the last thing that is referred to.
+fn frontier<H: ImageHost>(host: &H, front: &Front<H>, end: u64) -> u64 {
+    let info = &front.file.info;
     // A device has no end of its own: what is behind the last reference is free, and holds anything.
-    if !front.file.info.block_device && !host.bug(Bug::FrontierFromLastL1) {
-        end = end.max(front.file.info.size_bytes);
-    }
-    Ok(Walked { cache, end: referred, frontier: end.next_multiple_of(geometry.cluster_bytes()) })
+    let goes_on = info.block_device || host.bug(Bug::FrontierFromLastL1);
+    let end = if goes_on { end } else { end.max(info.size_bytes) };
+    end.next_multiple_of(front.header.geometry.cluster_bytes())
 }
 
 /// A crash may have left references to what lies behind the end of the file. The file gets as long as they are,
@@ -236,14 +175,19 @@ async fn walk<H: ImageHost>(
 ///
 /// It gets nearly as long first. Who dies before that is durable, or is told of an error although it has happened,
 /// leaves a file that is still too short for its references, so that the next one begins anew.
-async fn reach_all<H: ImageHost>(host: &H, front: &mut Front<H>, walked: &Walked) -> Result<(), Errno> {
+async fn reach_all<H: ImageHost>(
+    host: &H,
+    front: &mut Front<H>,
+    end: u64,
+    frontier: u64,
+) -> Result<(), Errno> {
     let info = &mut front.file.info;
-    if info.block_device || walked.end <= info.size_bytes || host.bug(Bug::SizeBehind) {
+    if info.block_device || end <= info.size_bytes || host.bug(Bug::SizeBehind) {
         return Ok(());
     }
-    info.size_bytes = walked.frontier;
+    info.size_bytes = frontier;
     host.mark(Mark::SizeRecovered);
-    for size in [walked.end - 1, walked.frontier] {
+    for size in [end - 1, frontier] {
         front.file.set_size(size).await?;
         // One that fails otherwise is remembered: no flush of this file succeeds any more, and so none promises what is
         // written there. After this one nothing was given up, and nothing is remembered.

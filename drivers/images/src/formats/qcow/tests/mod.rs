@@ -12,8 +12,10 @@ mod zero;
 use super::*;
 use crate::testing::World;
 use crate::{BackingPolicy, Formats, ImageFormat, NewImage, OpenImage, OpenOptions};
+use std::cell::RefCell;
 use std::future::Future;
-use tap_host::{Budget, IoBuf, IoVec, SectorRange};
+use tap_core::{NodeInfo, Op, Request, Response};
+use tap_host::{Bug, Errno, IoBuf, IoVec, SectorRange};
 
 pub(super) const PATH: &str = "/image";
 pub(super) const BASE: &str = "/base";
@@ -66,7 +68,7 @@ pub(super) fn make(world: &World, path: &str, image: NewImage) -> Result<(), Ima
 
 /// Opens the image at [`PATH`].
 pub(super) async fn open(host: &World, options: &OpenOptions) -> Result<Qcow<World>, ImageError> {
-    Qcow::open(host, &OpenImage::alone(PATH, FORMAT, Formats::shipped(), options)).await
+    super::open::open(host, &OpenImage::alone(PATH, FORMAT, Formats::shipped(), options)).await
 }
 
 /// What the base file holds in a sector; never zero.
@@ -179,7 +181,7 @@ pub(super) fn put_compressed(world: &World, setup: &Setup, cluster: u64, fill: u
     let mut image = world.bytes(PATH);
     let geometry = format::parse(&image, image.len() as u64).unwrap().geometry;
     let (l1, l2) = ((cluster >> setup.l2_bits) as usize, (cluster & ((1 << setup.l2_bits) - 1)) as usize);
-    let l1_at = geometry.l1_offset as usize + l1 * 8;
+    let l1_at = geometry.root_at as usize + l1 * 8;
     let mut table = u64::from_be_bytes(image[l1_at..l1_at + 8].try_into().unwrap()) as usize;
     if table == 0 {
         table = image.len().next_multiple_of(1 << setup.cluster_bits);

@@ -4,7 +4,8 @@
 //! a second writer of a cluster waits and then finds it mapped.
 
 use super::Image;
-use super::format::Mapping;
+use super::layout::{Layout, Mapping};
+use super::space::Allocator;
 use super::table::Table;
 use crate::ImageHost;
 use crate::carve::Carver;
@@ -42,7 +43,7 @@ struct Group {
     compressed: bool,
 }
 
-impl<H: ImageHost> Image<H> {
+impl<H: ImageHost, L: Layout> Image<H, L> {
     pub(super) async fn write(self: Rc<Self>, start: u64, bufs: IoVec) -> Response {
         let len = bytes_of(&bufs) as u64;
         let mut tables = self.by_table(start, len);
@@ -124,7 +125,7 @@ impl<H: ImageHost> Image<H> {
     ) -> Result<u64, Errno> {
         let (first, last) = (self.cluster(from), self.cluster(end - 1));
         let groups = self.groups(table, first, (last - first) as usize + 1);
-        let base = (table.l1_index as u64) << self.geometry.l2_bits;
+        let base = (table.index as u64) << self.geometry.table_bits;
         // Of each group: first cluster, and its bytes.
         let span = |group: &Group| {
             let cluster = base | group.first as u64;
@@ -184,11 +185,11 @@ impl<H: ImageHost> Image<H> {
     /// Splits `count` clusters from `first` on by what has to be done with them, into at most [`MAX_GROUPS`].
     fn groups(&self, table: &Table, first: u64, count: usize) -> SmallVec<[Group; 2]> {
         let cluster_bytes = self.geometry.cluster_bytes();
-        let allocator = self.allocator.borrow();
+        let suspects = self.suspects.borrow();
         let mut groups: SmallVec<[Group; 2]> = SmallVec::new();
         let start = self.split(first).1;
         for (at, cluster) in (start..start + count).zip(first..) {
-            let mapping = table.mapping(at, self.geometry.cluster_bits);
+            let mapping = table.mapping::<L>(at, &self.geometry);
             let compressed = matches!(mapping, Mapping::Compressed(_));
             let (place, host) = match mapping {
                 Mapping::Plain(host) => (Place::Mapped, host),
@@ -196,7 +197,7 @@ impl<H: ImageHost> Image<H> {
                     (Place::Mapped, run.offset)
                 }
                 Mapping::Unmapped | Mapping::Compressed(_) => {
-                    match allocator.suspect_of(cluster, cluster_bytes) {
+                    match suspects.place_of(cluster, cluster_bytes) {
                         Some(host) => (Place::Again, host),
                         None => (Place::New, 0),
                     }
@@ -256,7 +257,7 @@ impl<H: ImageHost> Image<H> {
             Err(e) => {
                 if group.place == Place::New && !spoilt && !self.host.bug(Bug::PlaceLost) {
                     let len = (group.count as u64) << self.geometry.cluster_bits;
-                    self.allocator.borrow_mut().take_back(host, len);
+                    self.space.borrow_mut().take_back(host, len);
                 }
                 return (Err(e), bufs);
             }
@@ -288,7 +289,7 @@ impl<H: ImageHost> Image<H> {
         let group_start = cluster << self.geometry.cluster_bits;
         let covered = self.backing_shows(group_start) || group.compressed;
         // The place may hold other bytes than zeros.
-        let dirty = group.place == Place::Again || self.allocator.borrow().is_dirty(group.host);
+        let dirty = group.place == Place::Again || self.space.borrow().is_dirty(group.host);
         let (result, spoilt, bufs) = if covered || dirty {
             self.write_whole(table, group, group_start, start, (bufs, fill)).await
         } else {

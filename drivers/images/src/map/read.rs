@@ -1,7 +1,7 @@
 //! Reading: a request as pieces that each come from one place.
 
 use super::Image;
-use super::format::{Compressed, Mapping};
+use super::layout::{Compressed, Layout, Mapping};
 use super::table::Table;
 use crate::ImageHost;
 use crate::carve::Carver;
@@ -50,7 +50,7 @@ impl Piece {
     }
 }
 
-impl<H: ImageHost> Image<H> {
+impl<H: ImageHost, L: Layout> Image<H, L> {
     pub(super) async fn read(&self, start: u64, bufs: IoVec) -> Response {
         let len = tap_host::bytes_of(&bufs) as u64;
         let (pieces, mut covered) = match self.pieces(start, len).await {
@@ -139,7 +139,7 @@ impl<H: ImageHost> Image<H> {
             let within = at % cluster_bytes;
             let len = (cluster_bytes - within).min(end - at) as usize;
             let index = self.split(self.cluster(at)).1;
-            match table.mapping(index, self.geometry.cluster_bits) {
+            match table.mapping::<L>(index, &self.geometry) {
                 Mapping::Unmapped => self.unmapped(at, len, pieces),
                 Mapping::Plain(host) => append(pieces, at, len, Source::File(host + within)),
                 Mapping::Compressed(run) => append(pieces, at, len, Source::Compressed(run, within as usize)),

@@ -1,7 +1,7 @@
 //! Compressed clusters: raw deflate that gives one whole cluster.
 
 use super::Image;
-use super::format::Compressed;
+use super::layout::{Compressed, Layout};
 use crate::ImageHost;
 use flate2::{Decompress, FlushDecompress};
 use smallvec::smallvec;
@@ -27,14 +27,14 @@ impl Inflater {
 }
 
 /// Why a compressed cluster has no content.
-pub(super) enum Unreadable {
+pub(crate) enum Unreadable {
     /// What is stored is not a whole cluster.
     Damaged,
     /// It could not be read.
     Failed(Errno),
 }
 
-impl<H: ImageHost> Image<H> {
+impl<H: ImageHost, L: Layout> Image<H, L> {
     /// The content of a compressed cluster.
     pub(super) async fn inflate(&self, run: Compressed) -> Result<Rc<[u8]>, Errno> {
         self.inflate_or_why(run).await.map_err(|why| match why {
@@ -44,7 +44,7 @@ impl<H: ImageHost> Image<H> {
     }
 
     /// As [`Image::inflate`]; tells damage from errors.
-    pub(super) async fn inflate_or_why(&self, run: Compressed) -> Result<Rc<[u8]>, Unreadable> {
+    pub(crate) async fn inflate_or_why(&self, run: Compressed) -> Result<Rc<[u8]>, Unreadable> {
         self.host.mark(Mark::CompressedRead);
         if let Some((last, bytes)) = &self.inflater.borrow().last
             && *last == run

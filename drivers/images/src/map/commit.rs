@@ -9,9 +9,10 @@
 //!
 //! A write that failed may have reached the file. Its entries are not published but taken back in the file, if that is
 //! still possible. In any case each of the guest's clusters keeps the place in the file that such an entry points to
-//! (see [`super::alloc`]), and what is there is one of the allowed versions.
+//! (see [`super::doubt`]), and what is there is one of the allowed versions.
 
 use super::Image;
+use super::layout::{Layout, encode_entries};
 use super::table::Table;
 use crate::ImageHost;
 use smallvec::smallvec;
@@ -32,7 +33,7 @@ pub(super) struct Commit {
     result: Cell<Option<Result<(), Errno>>>,
 }
 
-impl<H: ImageHost> Image<H> {
+impl<H: ImageHost, L: Layout> Image<H, L> {
     /// Maps `entries` of `table` to the clusters from byte `host` on, in the file and then in memory. Runs in a task
     /// that is not dropped half way: a write that lands late would undo a later one.
     pub(super) async fn commit(
@@ -75,7 +76,7 @@ impl<H: ImageHost> Image<H> {
         let mut entries = table.entries.borrow_mut();
         for commit in batch {
             for (i, entry) in entries[commit.entries.clone()].iter_mut().enumerate() {
-                *entry = commit.entry(i, self.geometry.cluster_bytes());
+                *entry = commit.entry::<L>(i, self.geometry.cluster_bytes());
             }
         }
     }
@@ -87,56 +88,49 @@ impl<H: ImageHost> Image<H> {
         entries: Range<usize>,
         batch: &[Rc<Commit>],
     ) -> Result<(), Errno> {
-        let end = entries.end.next_multiple_of(SECTOR_ENTRIES).min(self.geometry.l2_entries());
+        let end = entries.end.next_multiple_of(SECTOR_ENTRIES).min(self.geometry.table_entries());
         let span = entries.start - entries.start % SECTOR_ENTRIES..end;
         let mut buf = self.file.buffer(span.len() * 8).await?;
-        put_numbers(&mut buf, &table.entries.borrow()[span.clone()]);
-        let numbers = buf.as_chunks_mut::<8>().0;
+        encode_entries(&mut buf, table.entries.borrow()[span.clone()].iter().copied());
         for commit in batch {
-            let at = commit.entries.start - span.start;
-            for (i, number) in numbers[at..at + commit.entries.len()].iter_mut().enumerate() {
-                *number = commit.entry(i, self.geometry.cluster_bytes()).to_be_bytes();
-            }
+            let at = (commit.entries.start - span.start) * 8;
+            let entries = 0..commit.entries.len();
+            let numbers = entries.map(|i| commit.entry::<L>(i, self.geometry.cluster_bytes()));
+            encode_entries(&mut buf[at..], numbers);
         }
         self.file.write(table.offset + span.start as u64 * 8, smallvec![buf]).await.0
     }
 
-    /// Enters the L2 table at `offset` in the L1 table, in the file and then in memory.
-    pub(super) async fn write_l1(&self, index: usize, offset: u64) -> Result<(), Errno> {
+    /// Enters the table at `offset` in the root, in the file and then in memory.
+    pub(super) async fn write_root(&self, index: usize, offset: u64) -> Result<(), Errno> {
         // Two writes of one sector must not cross.
-        let _turn = self.l1_turn.acquire().await;
+        let _turn = self.root_turn.acquire().await;
         // Where the sectors of the file begin depends on where the table does; it need not be at one of them.
-        let shift = (self.geometry.l1_offset % SECTOR_BYTES / 8) as usize;
+        let shift = (self.geometry.root_at % SECTOR_BYTES / 8) as usize;
         let start = ((index + shift) / SECTOR_ENTRIES * SECTOR_ENTRIES).saturating_sub(shift);
         let end = (index + shift + 1).next_multiple_of(SECTOR_ENTRIES) - shift;
-        let span = start..end.min(self.l1.borrow().len());
-        let result = self.write_l1_span(span.clone(), Some((index, offset))).await;
+        let span = start..end.min(self.root.borrow().len());
+        let result = self.write_root_span(span.clone(), Some((index, offset))).await;
         match result {
-            Ok(()) => self.l1.borrow_mut()[index] = offset,
-            // As for L2 entries.
-            Err(_) => self.write_l1_span(span, None).await.unwrap_or_default(),
+            Ok(()) => self.root.borrow_mut()[index] = offset,
+            // As for entries of tables.
+            Err(_) => self.write_root_span(span, None).await.unwrap_or_default(),
         }
         result
     }
 
-    async fn write_l1_span(&self, span: Range<usize>, entry: Option<(usize, u64)>) -> Result<(), Errno> {
+    async fn write_root_span(&self, span: Range<usize>, entry: Option<(usize, u64)>) -> Result<(), Errno> {
         let mut buf = self.file.buffer(span.len() * 8).await?;
-        put_numbers(&mut buf, &self.l1.borrow()[span.clone()]);
+        encode_entries(&mut buf, self.root.borrow()[span.clone()].iter().copied());
         if let Some((index, offset)) = entry {
-            put_numbers(&mut buf[(index - span.start) * 8..], &[offset]);
+            encode_entries(&mut buf[(index - span.start) * 8..], [offset]);
         }
-        self.file.write(self.geometry.l1_offset + span.start as u64 * 8, smallvec![buf]).await.0
+        self.file.write(self.geometry.root_at + span.start as u64 * 8, smallvec![buf]).await.0
     }
 }
 
 impl Commit {
-    fn entry(&self, i: usize, cluster_bytes: u64) -> u64 {
-        self.host + i as u64 * cluster_bytes
-    }
-}
-
-fn put_numbers(bytes: &mut [u8], numbers: &[u64]) {
-    for (to, number) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(numbers) {
-        *to = number.to_be_bytes();
+    fn entry<L: Layout>(&self, i: usize, cluster_bytes: u64) -> u64 {
+        L::entry(self.host + i as u64 * cluster_bytes)
     }
 }

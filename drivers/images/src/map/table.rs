@@ -1,4 +1,4 @@
-//! L2 tables in memory.
+//! Tables in memory.
 //!
 //! ```text
 //!   kept ──a newer one needs its room──► loose: in memory as long as somebody works with it ──► gone
@@ -11,7 +11,8 @@
 
 use super::Image;
 use super::commit::Commit;
-use super::format::{Mapping, decode_entries};
+use super::layout::{Geometry, Layout, Mapping, decode_entries};
+use super::space::Allocator;
 use crate::ImageHost;
 use smallvec::smallvec;
 use std::cell::{Cell, RefCell};
@@ -21,9 +22,10 @@ use tap_core::wait::Semaphore;
 use tap_core::{Access, Space, Ticket};
 use tap_host::{Bug, Errno, Event, IoBuf, Mark, Share};
 
-/// An L2 table.
-pub(super) struct Table {
-    pub(super) l1_index: usize,
+/// A table.
+pub(crate) struct Table {
+    /// Its index in the root.
+    pub(super) index: usize,
     /// Byte offset in the file.
     pub(super) offset: u64,
     /// What is published: what stands in the file, or stood there before a write that failed.
@@ -40,14 +42,14 @@ pub(super) struct Table {
 const TABLE_OVERHEAD: usize = 256;
 
 /// What a table of `entries` entries takes of the budget, in bytes.
-pub(super) fn table_cost(entries: usize) -> usize {
+pub(crate) fn table_cost(entries: usize) -> usize {
     entries * 8 + TABLE_OVERHEAD
 }
 
 impl Table {
-    pub(super) fn new(l1_index: usize, offset: u64, entries: Box<[u64]>, share: Share) -> Rc<Self> {
+    pub(crate) fn new(index: usize, offset: u64, entries: Box<[u64]>, share: Share) -> Rc<Self> {
         Rc::new(Self {
-            l1_index,
+            index,
             offset,
             entries: RefCell::new(entries),
             pending: RefCell::default(),
@@ -58,14 +60,14 @@ impl Table {
     }
 
     /// What entry `index` says.
-    pub(super) fn mapping(&self, index: usize, cluster_bits: u32) -> Mapping {
-        Mapping::of(self.entries.borrow()[index], cluster_bits)
+    pub(super) fn mapping<L: Layout>(&self, index: usize, geometry: &Geometry) -> Mapping {
+        L::mapping(self.entries.borrow()[index], geometry)
     }
 }
 
 /// The tables in memory.
-pub(super) struct Cache {
-    /// For each L1 entry the number of its place, plus 1; 0 where it has none.
+pub(crate) struct Cache {
+    /// For each entry of the root the number of its place, plus 1; 0 where it has none.
     by_index: Vec<u32>,
     places: Vec<Place>,
     unused: Vec<u32>,
@@ -83,14 +85,14 @@ struct Place {
 }
 
 /// Bytes of a [`Cache`] without tables.
-pub(super) fn cache_bytes(l1_entries: usize) -> usize {
-    l1_entries * size_of::<u32>()
+pub(crate) fn cache_bytes(root_entries: usize) -> usize {
+    root_entries * size_of::<u32>()
 }
 
 impl Cache {
-    pub(super) fn new(l1_entries: usize, limit: usize) -> Self {
+    pub(crate) fn new(root_entries: usize, limit: usize) -> Self {
         Self {
-            by_index: vec![0; l1_entries],
+            by_index: vec![0; root_entries],
             places: Vec::new(),
             unused: Vec::new(),
             order: VecDeque::new(),
@@ -99,11 +101,11 @@ impl Cache {
         }
     }
 
-    pub(super) fn has_room(&self) -> bool {
+    pub(crate) fn has_room(&self) -> bool {
         self.order.len() < self.limit
     }
 
-    /// The table of L1 entry `index`, if it is in memory.
+    /// The table of entry `index` of the root, if it is in memory.
     pub(super) fn get(&self, index: usize) -> Option<Rc<Table>> {
         let place = &self.places[self.by_index[index].checked_sub(1)? as usize];
         let table = match &place.kept {
@@ -115,9 +117,9 @@ impl Cache {
     }
 
     /// Makes `table` one that is found, and keeps it if `keep`.
-    pub(super) fn insert(&mut self, table: &Rc<Table>, keep: bool) {
-        let index = table.l1_index;
-        assert!(self.get(index).is_none(), "L2 table {index} is in memory twice");
+    pub(crate) fn insert(&mut self, table: &Rc<Table>, keep: bool) {
+        let index = table.index;
+        assert!(self.get(index).is_none(), "table {index} is in memory twice");
         self.forget_ended();
         let place = self.by_index[index].checked_sub(1).or_else(|| self.unused.pop());
         let place = place.unwrap_or_else(|| {
@@ -132,7 +134,7 @@ impl Cache {
             self.loose.retain(|other| *other != index);
             self.places[place as usize].kept = Some(Rc::clone(table));
             self.order.push_back(index);
-            assert!(self.order.len() <= self.limit, "more L2 tables are kept than may be");
+            assert!(self.order.len() <= self.limit, "more tables are kept than may be");
         }
     }
 
@@ -172,30 +174,30 @@ impl Cache {
     }
 }
 
-impl<H: ImageHost> Image<H> {
-    /// The table of L1 entry `index`, or `None` where there is none.
+impl<H: ImageHost, L: Layout> Image<H, L> {
+    /// The table of entry `index` of the root, or `None` where there is none.
     pub(super) async fn table(&self, index: usize) -> Result<Option<Rc<Table>>, Errno> {
         if let Some(table) = self.cache.borrow().get(index) {
             return Ok(Some(table));
         }
-        if self.l1.borrow()[index] == 0 {
+        if self.root.borrow()[index] == 0 {
             return Ok(None);
         }
         let _ticket = self.claim_table(index).await;
         self.load(index).await.map(Some)
     }
 
-    /// The table of L1 entry `index`, made now if there is none.
+    /// The table of entry `index` of the root, made now if there is none.
     pub(super) async fn table_or_new(&self, index: usize) -> Result<Rc<Table>, Errno> {
         if let Some(table) = self.cache.borrow().get(index) {
             return Ok(table);
         }
         let _ticket = self.claim_table(index).await;
-        if self.l1.borrow()[index] == 0 { self.create_table(index).await } else { self.load(index).await }
+        if self.root.borrow()[index] == 0 { self.create_table(index).await } else { self.load(index).await }
     }
 
     async fn claim_table(&self, index: usize) -> Ticket {
-        let ticket = self.file.tracker().ticket("L2 table", index as u64);
+        let ticket = self.file.tracker().ticket(L::TABLE, index as u64);
         let number = index as u64;
         let claimed = ticket.claim(Space::Tables, number..number + 1, Access::Exclusive);
         claimed.expect("nobody waits for a ticket that is new");
@@ -208,7 +210,7 @@ impl<H: ImageHost> Image<H> {
         if let Some(table) = self.cache.borrow().get(index) {
             return Ok(table);
         }
-        let offset = self.l1.borrow()[index];
+        let offset = self.root.borrow()[index];
         let end = offset.checked_add(self.geometry.table_bytes());
         // Opening for writing has looked at all of them; reading finds out here.
         if end.is_none_or(|end| end > self.reach) {
@@ -225,7 +227,7 @@ impl<H: ImageHost> Image<H> {
 
     /// Memory for one more table.
     async fn table_share(&self) -> Result<Share, Errno> {
-        let (stage, cost) = (&self.memory.tables, table_cost(self.geometry.l2_entries()));
+        let (stage, cost) = (&self.memory.tables, table_cost(self.geometry.table_entries()));
         loop {
             if let Some(share) = stage.try_keep(cost) {
                 return Ok(share);
@@ -242,10 +244,10 @@ impl<H: ImageHost> Image<H> {
         self.cache.borrow_mut().insert(table, !self.memory.tables.is_waited_for());
     }
 
-    /// With the table claimed: zeros in the file, durable, and only then the L1 entry that makes them a table.
+    /// With the table claimed: zeros in the file, durable, and only then the entry of the root that makes them a table.
     async fn create_table(&self, index: usize) -> Result<Rc<Table>, Errno> {
         let share = self.table_share().await?;
-        let known = self.allocator.borrow().table_suspects.get(&index).copied();
+        let known = self.suspects.borrow().table(index);
         let clusters = self.geometry.table_bytes().div_ceil(self.geometry.cluster_bytes());
         let offset = match known {
             Some(offset) => {
@@ -258,15 +260,15 @@ impl<H: ImageHost> Image<H> {
         if let Err(error) = written {
             if known.is_none() && !spoilt {
                 let len = clusters * self.geometry.cluster_bytes();
-                self.allocator.borrow_mut().take_back(offset, len);
+                self.space.borrow_mut().take_back(offset, len);
             }
             return Err(error);
         }
         // From now on the place belongs to this table and no other, whatever fails.
-        self.allocator.borrow_mut().table_suspects.insert(index, offset);
-        self.write_l1(index, offset).await?;
-        self.allocator.borrow_mut().table_suspects.remove(&index);
-        let table = Table::new(index, offset, vec![0; self.geometry.l2_entries()].into(), share);
+        self.suspects.borrow_mut().suspect_table(index, offset);
+        self.write_root(index, offset).await?;
+        self.suspects.borrow_mut().settle_table(index);
+        let table = Table::new(index, offset, vec![0; self.geometry.table_entries()].into(), share);
         self.found(&table);
         self.host.mark(Mark::L2TableAllocated);
         self.host.log(Event::L2Mapped { l1_index: index as u64, host_offset: offset });

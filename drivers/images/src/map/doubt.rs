@@ -1,0 +1,176 @@
+//! Clusters of which nobody knows whether they are mapped.
+//!
+//! A cluster whose mapping was tried and failed may be mapped all the same, as far as the file is concerned. It stays
+//! with its guest cluster, as a suspect, and the next try for that guest cluster uses it; nobody else ever does.
+
+use super::Image;
+use super::layout::Layout;
+use super::space::Allocator;
+use crate::ImageHost;
+use std::collections::BTreeMap;
+use tap_host::{Bug, Errno, Share};
+
+/// Most runs in doubt; allocations are refused where there are so many.
+const MAX_SUSPECTS: usize = 1 << 16;
+/// What one takes of the memory budget, in bytes.
+pub(crate) const SUSPECT_BYTES: usize = 64;
+/// Commits that can always have memory to remember their failure.
+pub(crate) const DOUBTS: usize = 1024;
+
+/// Places whose mapping is in doubt.
+#[derive(Default)]
+pub(super) struct Suspects {
+    /// By first guest cluster: how many, and the byte offset of the first. Some of a run may be mapped by now.
+    runs: BTreeMap<u64, (u64, u64)>,
+    /// Index in the root to byte offset.
+    tables: BTreeMap<usize, u64>,
+    /// Memory of the runs.
+    share: Option<Share>,
+}
+
+impl Suspects {
+    /// The place in doubt of guest cluster `cluster`, which is not mapped.
+    pub(super) fn place_of(&self, cluster: u64, cluster_bytes: u64) -> Option<u64> {
+        let (first, (count, host)) = self.runs.range(..=cluster).next_back()?;
+        (cluster - first < *count).then(|| host + (cluster - first) * cluster_bytes)
+    }
+
+    /// Whether a guest cluster from `first` to `last` may be in doubt.
+    pub(super) fn any(&self, first: u64, last: u64) -> bool {
+        self.runs.range(..=last).next_back().is_some_and(|(at, (count, _))| at + count > first)
+    }
+
+    /// The place in doubt of the table of entry `index` of the root, which has none.
+    pub(super) fn table(&self, index: usize) -> Option<u64> {
+        self.tables.get(&index).copied()
+    }
+
+    /// From now on the place at `offset` is for table `index` alone.
+    pub(super) fn suspect_table(&mut self, index: usize, offset: u64) {
+        self.tables.insert(index, offset);
+    }
+
+    /// The entry of table `index` was written.
+    pub(super) fn settle_table(&mut self, index: usize) {
+        self.tables.remove(&index);
+    }
+
+    /// Guest clusters from `first` to before `end` are mapped. What is in doubt is looked up for those only that are
+    /// not, so a run loses clusters at its ends alone: one more run would need memory.
+    fn settle(&mut self, first: u64, end: u64, cluster_bytes: u64) {
+        let from = self.runs.range(..first).next_back().map_or(first, |(start, _)| *start);
+        let meet: Vec<(u64, u64, u64)> = self
+            .runs
+            .range(from..end)
+            .map(|(start, (count, host))| (*start, *count, *host))
+            .filter(|(start, count, _)| start + count > first && !(*start < first && start + count > end))
+            .collect();
+        for (start, count, host) in meet {
+            self.runs.remove(&start);
+            if start < first {
+                self.runs.insert(start, (first - start, host));
+            }
+            if start + count > end {
+                let gone = end - start;
+                self.runs.insert(end, (count - gone, host + gone * cluster_bytes));
+            }
+        }
+    }
+
+    /// Gives back what the suspects do not need.
+    fn fit_share(&mut self) {
+        let need = self.runs.len() * SUSPECT_BYTES;
+        let has = self.share.as_ref().map_or(0, Share::bytes);
+        assert!(has >= need, "{} clusters in doubt are counted with {has} bytes", self.runs.len());
+        if let Some(share) = &mut self.share {
+            drop(share.split(has - need));
+        }
+    }
+}
+
+impl<H: ImageHost, L: Layout> Image<H, L> {
+    /// The byte offset of `clusters` contiguous new clusters.
+    pub(super) fn allocate(&self, clusters: u64) -> Result<u64, Errno> {
+        let mut space = self.space.borrow_mut();
+        let len = clusters.checked_mul(self.geometry.cluster_bytes()).ok_or(Errno::ENOSPC)?;
+        let host = space.allocate(len)?;
+        if self.host.bug(Bug::ClusterLeaked) {
+            space.allocate(self.geometry.cluster_bytes())?;
+        }
+        Ok(host)
+    }
+
+    /// Memory to remember a run with, should its mapping fail. Waits for commits in flight, not for what is in doubt.
+    ///
+    /// # Errors
+    /// `ENOMEM` where too much is in doubt already.
+    pub(super) async fn doubt(&self) -> Result<Share, Errno> {
+        let (stage, many) = (&self.memory.doubts, self.suspects.borrow().runs.len());
+        let share = match many {
+            MAX_SUSPECTS.. => None,
+            _ if many < DOUBTS / 2 => Some(stage.take(SUSPECT_BYTES).await?),
+            _ => stage.try_keep(SUSPECT_BYTES),
+        };
+        share.ok_or(Errno::ENOMEM)
+    }
+
+    /// Leaves `count` places from `host` on to the guest clusters from `first` on, whose mapping was tried and failed.
+    pub(super) fn suspect(&self, first: u64, count: usize, host: u64, doubt: Share) {
+        if self.host.bug(Bug::FailedClusterReused) {
+            let mut space = self.space.borrow_mut();
+            let len = space.end() - host;
+            return space.take_back(host, len);
+        }
+        let mut suspects = self.suspects.borrow_mut();
+        suspects.runs.insert(first, (count as u64, host));
+        match &mut suspects.share {
+            Some(share) => share.join(doubt),
+            none => *none = Some(doubt),
+        }
+        suspects.fit_share();
+    }
+
+    /// The guest clusters from `first` on are mapped.
+    pub(super) fn settled(&self, first: u64, count: usize) {
+        let mut suspects = self.suspects.borrow_mut();
+        suspects.settle(first, first + count as u64, self.geometry.cluster_bytes());
+        suspects.fit_share();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn clusters_stay_in_doubt_until_they_are_mapped(
+            runs in proptest::collection::vec((any::<bool>(), 0..40_u64, 1..9_u64), 1..40)
+        ) {
+            let mut suspects = Suspects::default();
+            // The place of each cluster in doubt; 0 once it is mapped.
+            let mut naive = BTreeMap::new();
+            for (number, (doubt, first, count)) in runs.into_iter().enumerate() {
+                let clusters = first..first + count;
+                if !doubt {
+                    suspects.settle(first, first + count, 1 << 12);
+                    naive.extend(clusters.map(|cluster| (cluster, 0)));
+                } else if clusters.clone().all(|cluster| !naive.contains_key(&cluster)) {
+                    let host = (number as u64 + 1) << 20;
+                    suspects.runs.insert(first, (count, host));
+                    naive.extend(clusters.map(|cluster| (cluster, host + ((cluster - first) << 12))));
+                }
+                let runs = suspects.runs.len();
+                for cluster in (0..50).filter(|cluster| naive.get(cluster) != Some(&0)) {
+                    prop_assert_eq!(suspects.place_of(cluster, 1 << 12), naive.get(&cluster).copied());
+                    prop_assert_eq!(suspects.any(cluster, cluster), naive.contains_key(&cluster));
+                }
+                suspects.settle(0, 0, 1 << 12);
+                prop_assert_eq!(suspects.runs.len(), runs);
+            }
+            suspects.settle(0, 50, 1 << 12);
+            prop_assert!(suspects.runs.is_empty());
+        }
+    }
+}

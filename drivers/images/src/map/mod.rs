@@ -1,0 +1,287 @@
+//! The map engine: disks that are mapped to a file cluster by cluster, through tables that a root names.
+//!
+//! ```text
+//!   byte of the disk ─► index in the root ─► table ─► entry ─► cluster of the file
+//!
+//!   read   mapped ─► file       compressed ─► inflate      unmapped ─► backing file, or zeros
+//!   write  mapped ─► in place
+//!          else   ─► claim the clusters ─► table there? ─► place ─► data ─► [sync] ─► entries ─► answer
+//!   zeros, discards: see `zero`
+//! ```
+//!
+//! A format brings its [`Layout`] (what entries say) and its [`Allocator`] (where new clusters go), reads its header
+//! and its root, and makes an [`Image`] of them. Reading, splitting, zeroes, copying up, compressed clusters, what a
+//! range is like, tables in memory and the writing of mappings are here, once.
+//!
+//! # Order of writes
+//!
+//! * A new table: zeros, sync, entry of the root. Only when that was accepted does anybody see the table.
+//! * A new cluster: data, then its entry. Where losing the data would show anything but the zeros that were there
+//!   before, a sync comes between: above a backing file, in place of a compressed cluster, on a block device, and in a
+//!   place that a failed try has used.
+//! * A write is answered when data and mapping were accepted by the file. A flush makes both durable.
+//! * Writes that allocate run in a task of their own: dropping the request does not stop them half way.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`layout`] | geometry, what an entry says |
+//! | [`table`] | tables in memory, loaded once |
+//! | [`commit`] | writing mappings, several at a time |
+//! | [`space`], [`doubt`] | where new clusters go; places of which nobody knows whether they are mapped |
+//! | [`read`], [`write`], [`zero`], [`extents`], [`inflate`] | requests |
+//! | [`walk`], [`owners`], [`bits`] | all tables: to open for writing, to check; who owns which bytes |
+
+mod bits;
+mod commit;
+mod doubt;
+mod extents;
+mod inflate;
+mod layout;
+mod owners;
+mod read;
+mod space;
+mod table;
+mod walk;
+mod write;
+mod zero;
+
+pub(crate) use doubt::{DOUBTS, SUSPECT_BYTES};
+pub(crate) use inflate::Unreadable;
+pub(crate) use layout::{Compressed, Geometry, Layout, Mapping, decode_entries};
+pub(crate) use owners::Owners;
+pub(crate) use space::{Allocator, Frontier};
+pub(crate) use table::{Cache, Table, cache_bytes, table_cost};
+pub(crate) use walk::{Stopped, Walked, walk};
+
+use crate::ImageHost;
+use crate::calls::closed;
+use crate::io::ImageFile;
+use crate::memory::ImageStages;
+use doubt::Suspects;
+use inflate::Inflater;
+use std::cell::RefCell;
+use std::future::Future;
+use std::rc::Rc;
+use tap_core::wait::Semaphore;
+use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, WaitReport};
+use tap_host::{Bug, Errno, SECTOR_BYTES, SectorRange};
+
+/// An open image as a node.
+pub(crate) struct MappedDisk<H: ImageHost, L: Layout> {
+    /// `None` once closed.
+    image: RefCell<Option<Rc<Image<H, L>>>>,
+    info: NodeInfo,
+}
+
+/// What a format has read of an image to open it.
+pub(crate) struct Parts<H: ImageHost, L: Layout> {
+    pub(crate) file: ImageFile<H>,
+    pub(crate) geometry: Geometry,
+    /// No reference may reach further: byte offset in the file.
+    pub(crate) reach: u64,
+    /// Byte offsets of tables; 0 where there is none.
+    pub(crate) root: Vec<u64>,
+    pub(crate) memory: ImageStages,
+    pub(crate) cache: Cache,
+    pub(crate) space: L::Allocator,
+    pub(crate) backing: Option<Rc<dyn Node>>,
+}
+
+/// An open image.
+pub(crate) struct Image<H: ImageHost, L: Layout> {
+    host: H,
+    pub(crate) file: ImageFile<H>,
+    geometry: Geometry,
+    reach: u64,
+    /// Byte offsets of tables, as published.
+    root: RefCell<Vec<u64>>,
+    root_turn: Semaphore,
+    memory: ImageStages,
+    cache: RefCell<Cache>,
+    space: RefCell<L::Allocator>,
+    suspects: RefCell<Suspects>,
+    backing: Option<Rc<dyn Node>>,
+    backing_bytes: u64,
+    inflater: RefCell<Inflater>,
+    /// Tables that [`Bug::MappingInMemory`] did not write.
+    unwritten: RefCell<Vec<Rc<Table>>>,
+}
+
+impl<H: ImageHost, L: Layout> MappedDisk<H, L> {
+    pub(crate) fn new(image: Image<H, L>, read_only: bool) -> Self {
+        let size_sectors = image.geometry.size_bytes.div_ceil(SECTOR_BYTES);
+        Self { image: RefCell::new(Some(Rc::new(image))), info: NodeInfo { size_sectors, read_only } }
+    }
+}
+
+impl<H: ImageHost, L: Layout> Node for MappedDisk<H, L> {
+    fn submit(&self, request: Request) -> LocalBoxFuture<Response> {
+        let open = self.image.borrow().clone().ok_or(Errno::ESHUTDOWN);
+        let image = match crate::check_request(&request, self.info).and(open) {
+            Ok(image) => image,
+            Err(e) => return Box::pin(std::future::ready(Response { result: Err(e), bufs: request.bufs })),
+        };
+        let (start, len) = (request.range.start.0 * SECTOR_BYTES, request.range.len_bytes());
+        match request.op {
+            Op::Read => Box::pin(async move {
+                if let Some(offset) = image.cached_extent(start, len) {
+                    let (result, bufs) = image.file.read(offset, request.bufs).await;
+                    return Response { result, bufs };
+                }
+                Box::pin(image.read(start, request.bufs)).await
+            }),
+            Op::Write => Box::pin(async move {
+                if let Some(offset) = image.cached_extent(start, len) {
+                    let (result, bufs) = image.file.write(offset, request.bufs).await;
+                    return Response { result, bufs };
+                }
+                Box::pin(image.write(start, request.bufs)).await
+            }),
+            Op::WriteZeroes(flags) => Box::pin(async move {
+                let result = image.write_zeroes(start, len, flags).await;
+                Response { result, bufs: request.bufs }
+            }),
+            Op::Discard => {
+                Box::pin(
+                    async move { Response { result: image.discard(start, len).await, bufs: request.bufs } },
+                )
+            }
+            Op::Flush => {
+                Box::pin(async move { Response { result: image.flush().await, bufs: request.bufs } })
+            }
+        }
+    }
+
+    fn extents(&self, range: SectorRange, most: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
+        let open = self.image.borrow().clone();
+        Box::pin(async move { open.ok_or(Errno::ESHUTDOWN)?.extents(range, most).await })
+    }
+
+    fn info(&self) -> NodeInfo {
+        self.info
+    }
+
+    /// Allocations and tables that wait for others, and what waits below.
+    fn wait_report(&self) -> Vec<WaitReport> {
+        let Some(image) = self.image.borrow().clone() else { return Vec::new() };
+        let mut all = image.file.tracker().report();
+        all.extend(image.backing.iter().flat_map(|backing| backing.wait_report()));
+        all
+    }
+
+    fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
+        let (open, read_only) = (self.image.take(), self.info.read_only);
+        Box::pin(async move {
+            let Some(image) = open else { return Ok(()) };
+            let flushed = if read_only { Ok(()) } else { image.finish().await };
+            let below = match &image.backing {
+                Some(backing) => backing.close().await,
+                None => Ok(()),
+            };
+            let host = image.host.clone();
+            drop(image);
+            closed(&host).await;
+            flushed.and(below)
+        })
+    }
+}
+
+impl<H: ImageHost, L: Layout> Image<H, L> {
+    pub(crate) fn new(host: &H, parts: Parts<H, L>) -> Self {
+        let Parts { file, geometry, reach, root, memory, cache, space, backing } = parts;
+        Self {
+            host: host.clone(),
+            file,
+            geometry,
+            reach,
+            root: RefCell::new(root),
+            root_turn: Semaphore::new(1),
+            memory,
+            cache: RefCell::new(cache),
+            space: RefCell::new(space),
+            suspects: RefCell::default(),
+            backing_bytes: backing.as_ref().map_or(0, |b| b.info().size_sectors * SECTOR_BYTES),
+            backing,
+            inflater: RefCell::default(),
+            unwritten: RefCell::default(),
+        }
+    }
+
+    /// Where `len` bytes of the disk from `start` on are in the file, if they are in one piece, uncompressed, and
+    /// their table is in memory.
+    fn cached_extent(&self, start: u64, len: u64) -> Option<u64> {
+        let (first, last) = (self.cluster(start), self.cluster(start + len.checked_sub(1)?));
+        let (index, at) = self.split(first);
+        if self.split(last).0 != index {
+            return None;
+        }
+        let cache = self.cache.borrow();
+        let table = cache.get(index)?;
+        let entries = table.entries.borrow();
+        let Mapping::Plain(host) = L::mapping(entries[at], &self.geometry) else { return None };
+        if host > self.reach {
+            return None;
+        }
+        let cluster_bytes = self.geometry.cluster_bytes();
+        let mut places = (host..).step_by(cluster_bytes as usize).map(L::entry);
+        let contiguous = entries[at..=at + (last - first) as usize].iter().all(|e| Some(*e) == places.next());
+        contiguous.then_some(host + start % cluster_bytes)
+    }
+
+    async fn flush(&self) -> Result<(), Errno> {
+        self.flush_by(self.file.sync()).await
+    }
+
+    async fn flush_by(&self, sync: impl Future<Output = Result<(), Errno>>) -> Result<(), Errno> {
+        if self.host.bug(Bug::FlushEarly) {
+            return Ok(());
+        }
+        for table in self.unwritten.take() {
+            self.write_entries(&table, 0..self.geometry.table_entries(), &[]).await?;
+        }
+        // Every mapping was written before its request was answered.
+        sync.await
+    }
+
+    /// Leaves a file that ends where its last cluster does: others put new clusters, or compressed bytes, at its end.
+    async fn finish(&self) -> Result<(), Errno> {
+        // What was written is made durable whether or not that succeeds.
+        let sized = self.reach_frontier().await;
+        self.flush_by(self.file.sync_to_close()).await.and(sized)
+    }
+
+    async fn reach_frontier(&self) -> Result<(), Errno> {
+        let frontier = self.space.borrow().end();
+        if !self.file.info.block_device && self.file.size().await? < frontier {
+            self.file.set_size(frontier).await?;
+        }
+        Ok(())
+    }
+
+    /// The cluster that holds byte `at` of the disk.
+    fn cluster(&self, at: u64) -> u64 {
+        at >> self.geometry.cluster_bits
+    }
+
+    /// Index in the root, and index in the table, of a cluster.
+    fn split(&self, cluster: u64) -> (usize, usize) {
+        let bits = self.geometry.table_bits;
+        ((cluster >> bits) as usize, (cluster & ((1 << bits) - 1)) as usize)
+    }
+
+    /// Whether the backing file has bytes for the disk from byte `start` on.
+    fn backing_shows(&self, start: u64) -> bool {
+        self.backing.is_some() && start < self.backing_bytes
+    }
+
+    /// Cuts `len` bytes from `start` on where one table ends and the next begins: index in the root, start, length.
+    fn by_table(&self, start: u64, len: u64) -> impl Iterator<Item = (usize, u64, usize)> + use<H, L> {
+        let (span, end) = (self.geometry.table_span(), start + len);
+        let mut at = start;
+        std::iter::from_fn(move || {
+            let (index, from) = (at / span, at);
+            at = end.min((index + 1).saturating_mul(span));
+            (from < end).then_some((index as usize, from, (at - from) as usize))
+        })
+    }
+}

@@ -1,0 +1,215 @@
+//! Who owns which bytes of the file: every table and cluster is visited once.
+//!
+//! ```text
+//!   root ──► tables, sorted: none may overlap another, the header or the root
+//!    └───► each table's entries ──► plain clusters: one bit per cluster of the file, set twice = owned twice
+//!                               └─► compressed runs: a second bit, which may be set often, but not with the first
+//! ```
+//!
+//! Opening for writing walks to find the end of what is used; `check` walks to report. Problems go to a [`Report`] that
+//! decides whether to go on. Memory grows with what is mapped, one bit per cluster, as long as the budget has room.
+
+use super::bits::{Bits, Taken};
+use super::layout::{Compressed, Geometry, Layout, Mapping};
+use std::marker::PhantomData;
+use std::ops::Range;
+use tap_host::Stage;
+
+/// What is told of an image that is walked.
+pub(crate) trait Report {
+    /// A problem; `false` stops the walk.
+    fn problem(&mut self, what: String) -> bool;
+}
+
+/// The first problem is the last.
+#[derive(Default)]
+pub(crate) struct FirstProblem(pub(crate) Option<String>);
+
+impl Report for FirstProblem {
+    fn problem(&mut self, what: String) -> bool {
+        self.0.get_or_insert(what);
+        false
+    }
+}
+
+/// What a range of the file that is not a cluster is for.
+enum Owner {
+    Fixed(&'static str),
+    Table(usize),
+}
+
+impl Owner {
+    fn name<L: Layout>(&self) -> String {
+        match self {
+            Owner::Fixed(name) => (*name).to_owned(),
+            Owner::Table(index) => format!("{} {index}", L::TABLE),
+        }
+    }
+}
+
+/// A walk in progress, and what it found.
+pub(crate) struct Owners<L: Layout> {
+    geometry: Geometry,
+    file_bytes: u64,
+    /// No reference may reach further.
+    reach: u64,
+    /// What is no cluster, by offset.
+    tables: Vec<(Range<u64>, Owner)>,
+    plain: Bits,
+    compressed: Bits,
+    /// The highest end of anything that is referenced.
+    pub(crate) end: u64,
+    /// Plain clusters that are mapped.
+    pub(crate) plain_clusters: u64,
+    /// Compressed clusters that are mapped.
+    pub(crate) compressed_clusters: u64,
+    /// Bytes of compressed clusters.
+    pub(crate) compressed_bytes: u64,
+    layout: PhantomData<L>,
+}
+
+impl<L: Layout> Owners<L> {
+    /// For a file of `file_bytes`, in which the ranges of `fixed` belong to what their names say.
+    pub(crate) fn new(
+        geometry: Geometry,
+        (file_bytes, reach): (u64, u64),
+        fixed: impl IntoIterator<Item = (Range<u64>, &'static str)>,
+        memory: &Stage,
+    ) -> Self {
+        let fixed = fixed.into_iter().map(|(range, name)| (range, Owner::Fixed(name)));
+        let tables: Vec<_> = fixed.collect();
+        Self {
+            geometry,
+            file_bytes,
+            reach,
+            plain: Bits::new(memory),
+            compressed: Bits::new(memory),
+            end: tables.iter().map(|t| t.0.end).max().unwrap_or(0),
+            tables,
+            plain_clusters: 0,
+            compressed_clusters: 0,
+            compressed_bytes: 0,
+            layout: PhantomData,
+        }
+    }
+
+    /// Takes the root. Gives the indices and offsets of the tables that can be read, by offset.
+    pub(crate) fn take_root(&mut self, root: &[u64], report: &mut impl Report) -> Option<Vec<(usize, u64)>> {
+        for (index, offset) in root.iter().copied().enumerate().filter(|(_, offset)| *offset != 0) {
+            let end = offset.checked_add(self.geometry.table_bytes()).filter(|end| *end <= self.reach);
+            match end {
+                Some(end) if offset.is_multiple_of(512) => {
+                    self.end = self.end.max(end);
+                    self.tables.push((offset..end, Owner::Table(index)));
+                }
+                _ => {
+                    let table = L::TABLE;
+                    let what =
+                        format!("{table} {index} at byte {offset} is misplaced or far behind the file's end");
+                    if !report.problem(what) {
+                        return None;
+                    }
+                }
+            }
+        }
+        self.tables.sort_unstable_by_key(|t| t.0.start);
+        for pair in self.tables.windows(2).filter(|pair| pair[1].0.start < pair[0].0.end) {
+            if !report.problem(format!("{} and {} overlap", pair[0].1.name::<L>(), pair[1].1.name::<L>())) {
+                return None;
+            }
+        }
+        let readable = self.tables.iter().filter_map(|(range, owner)| match owner {
+            Owner::Table(index) => Some((*index, range.start)),
+            _ => None,
+        });
+        Some(readable.collect())
+    }
+
+    /// Takes the entries of table `index`; `None` when the report wants no more.
+    pub(crate) fn take_table(
+        &mut self,
+        index: usize,
+        entries: &[u64],
+        report: &mut impl Report,
+    ) -> Option<()> {
+        let mut at = 0;
+        while let Some(entry) = entries.get(at) {
+            let (taken, problem) = match L::mapping(*entry, &self.geometry) {
+                Mapping::Unmapped => (1, None),
+                Mapping::Plain(offset) => self.take_plain(offset, &entries[at..]),
+                Mapping::Compressed(run) => (1, self.take_compressed(run).err()),
+            };
+            at += taken;
+            let Some(problem) = problem else { continue };
+            let (cluster, entry) = (index * entries.len() + at - 1, entries[at - 1]);
+            if !report.problem(format!("cluster {cluster} ({entry:#x}) {problem}")) {
+                return None;
+            }
+        }
+        Some(())
+    }
+
+    /// Takes the run of contiguous clusters that `entries` begin with. Gives how many entries that was, and what is
+    /// wrong with the last of them. Images that were filled in order are all runs.
+    fn take_plain(&mut self, offset: u64, entries: &[u64]) -> (usize, Option<&'static str>) {
+        let bytes = self.geometry.cluster_bytes();
+        let fits = self.reach.saturating_sub(offset) / bytes;
+        if !offset.is_multiple_of(bytes) || fits == 0 {
+            return (1, Some("is misplaced or far behind the file's end"));
+        }
+        let places = (offset..).step_by(bytes as usize).take(fits as usize);
+        let alike = entries.iter().zip(places).take_while(|(entry, place)| **entry == L::entry(*place));
+        let count = alike.count();
+        let (count, problem) = match self.plain.set(offset / bytes, count as u64) {
+            Ok(()) => (count, None),
+            Err((before, taken)) => (before as usize + 1, Some(taken.text())),
+        };
+        self.plain_clusters += count as u64;
+        self.end = self.end.max(offset + count as u64 * bytes);
+        (count, problem)
+    }
+
+    fn take_compressed(&mut self, run: Compressed) -> Result<(), &'static str> {
+        let end = run.offset + run.len;
+        if run.len == 0 || end > self.file_bytes {
+            return Err("is compressed and not inside the file");
+        }
+        let at = self.tables.partition_point(|t| t.0.end <= run.offset);
+        if self.tables.get(at).is_some_and(|t| t.0.start < end) {
+            return Err("is compressed and overlaps a table");
+        }
+        for unit in run.offset / self.geometry.cluster_bytes()..end.div_ceil(self.geometry.cluster_bytes()) {
+            // Compressed runs may share.
+            if let Err((_, taken @ Taken::NoRoom)) = self.compressed.set(unit, 1) {
+                return Err(taken.text());
+            }
+        }
+        self.end = self.end.max(end);
+        self.compressed_clusters += 1;
+        self.compressed_bytes += run.len;
+        Ok(())
+    }
+
+    /// Compares clusters with tables and compressed runs, once all tables were taken.
+    pub(crate) fn finish(&self, report: &mut impl Report) -> Option<()> {
+        let bytes = self.geometry.cluster_bytes();
+        if let Some(unit) = self.plain.common(&self.compressed)
+            && !report.problem(format!("compressed bytes lie in the cluster at byte {}", unit * bytes))
+        {
+            return None;
+        }
+        for table in &self.tables {
+            let hit = (table.0.start / bytes..table.0.end.div_ceil(bytes)).find(|unit| self.plain.has(*unit));
+            if let Some(unit) = hit
+                && !report.problem(format!(
+                    "{} and the cluster at byte {} overlap",
+                    table.1.name::<L>(),
+                    unit * bytes
+                ))
+            {
+                return None;
+            }
+        }
+        Some(())
+    }
+}

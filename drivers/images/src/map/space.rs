@@ -1,0 +1,141 @@
+//! Where new clusters go.
+
+use std::collections::BTreeMap;
+use tap_host::Errno;
+
+/// The space of a file. What is taken is not durable before what refers to it; what was given back can be taken again.
+pub(crate) trait Allocator: 'static {
+    /// Takes `len` contiguous bytes, a multiple of the size of clusters; gives the byte offset of the first.
+    ///
+    /// # Errors
+    /// `ENOSPC`.
+    fn allocate(&mut self, len: u64) -> Result<u64, Errno>;
+
+    /// Takes `len` bytes from `host` on back, to which nothing can refer. A request that is repeated finds them first.
+    fn take_back(&mut self, host: u64, len: u64);
+
+    /// Whether a new cluster at byte `host` may hold other bytes than zeros.
+    fn is_dirty(&self, host: u64) -> bool;
+
+    /// Where the file has to end at least, in bytes.
+    fn end(&self) -> u64;
+}
+
+/// Most places that are given back and not the last. Beyond, those that lie first are lost.
+const MAX_RETURNED: usize = 256;
+
+/// The space of formats without a list of what is free: it is taken from the end only.
+///
+/// ```text
+///   header  root  tables and clusters, live and lost │ frontier ──► never used
+/// ```
+///
+/// On a file, what is behind the frontier reads as zeros; on a block device it holds anything. What a failed write of
+/// data leaves is taken back: to it, or to the next who needs so much. It is then no longer known to be zeros. Where
+/// the medium failed, the place is lost: the next would fail there as well.
+pub(crate) struct Frontier {
+    /// Byte offset, a multiple of the cluster size.
+    frontier: u64,
+    /// Byte offset of the end of a block device.
+    limit: u64,
+    /// Below this byte offset what was never mapped may hold anything.
+    dirty_until: u64,
+    /// Places that were given back and have others behind them: byte offset and length.
+    returned: BTreeMap<u64, u64>,
+}
+
+impl Frontier {
+    pub(crate) fn new(frontier: u64, device_bytes: Option<u64>) -> Self {
+        let limit = device_bytes.unwrap_or(i64::MAX as u64);
+        let dirty_until = if device_bytes.is_some() { u64::MAX } else { 0 };
+        Self { frontier, limit, dirty_until, returned: BTreeMap::new() }
+    }
+
+    /// The first place of `len` bytes that was given back. It may hold anything.
+    fn reuse(&mut self, len: u64) -> Option<u64> {
+        let (host, there) = self.returned.iter().find(|(_, there)| **there >= len)?;
+        let (host, there) = (*host, *there);
+        self.returned.remove(&host);
+        if there > len {
+            self.returned.insert(host + len, there - len);
+        }
+        self.dirty_until = self.dirty_until.max(host + len);
+        Some(host)
+    }
+}
+
+impl Allocator for Frontier {
+    fn allocate(&mut self, len: u64) -> Result<u64, Errno> {
+        if let Some(host) = self.reuse(len) {
+            return Ok(host);
+        }
+        let offset = self.frontier;
+        match offset.checked_add(len) {
+            Some(end) if end <= self.limit => {
+                self.frontier = end;
+                Ok(offset)
+            }
+            _ => Err(Errno::ENOSPC),
+        }
+    }
+
+    /// What is the last of the file is new again; the rest goes to who needs so much next.
+    fn take_back(&mut self, host: u64, len: u64) {
+        let (mut host, mut end) = (host, host + len);
+        if let Some(after) = self.returned.remove(&end) {
+            end += after;
+        }
+        if let Some((before, len)) = self.returned.range(..host).next_back().map(|(at, len)| (*at, *len))
+            && before + len == host
+        {
+            self.returned.remove(&before);
+            host = before;
+        }
+        if end == self.frontier {
+            self.frontier = host;
+            self.dirty_until = self.dirty_until.max(end);
+            return;
+        }
+        self.returned.insert(host, end - host);
+        if self.returned.len() > MAX_RETURNED {
+            self.returned.pop_first();
+        }
+    }
+
+    fn is_dirty(&self, host: u64) -> bool {
+        host < self.dirty_until
+    }
+
+    fn end(&self) -> u64 {
+        self.frontier
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_given_back_is_used_before_anything_new() {
+        let mut allocator = Frontier::new(10 << 12, None);
+        allocator.take_back(2 << 12, 1 << 12);
+        allocator.take_back(4 << 12, 1 << 12);
+        assert_eq!(allocator.reuse(2 << 12), None, "there is something between");
+        allocator.take_back(3 << 12, 1 << 12);
+        assert_eq!(allocator.reuse(2 << 12), Some(2 << 12));
+        assert!(allocator.is_dirty(2 << 12), "a part of the write that failed may be there");
+        assert_eq!(allocator.reuse(1 << 12), Some(4 << 12));
+        assert_eq!((allocator.reuse(1 << 12), allocator.frontier), (None, 10 << 12));
+        allocator.take_back(8 << 12, 1 << 12);
+        allocator.take_back(9 << 12, 1 << 12);
+        assert_eq!(allocator.frontier, 8 << 12, "what is last is taken back with all that is free before it");
+        assert!(allocator.is_dirty(9 << 12) && !allocator.is_dirty(10 << 12));
+        allocator.take_back(7 << 12, 1 << 12);
+        assert_eq!(allocator.frontier, 7 << 12);
+        for place in 0..2 * MAX_RETURNED as u64 {
+            allocator.take_back(place << 14, 1 << 12);
+            allocator.frontier = u64::MAX << 12;
+        }
+        assert_eq!(allocator.returned.len(), MAX_RETURNED);
+    }
+}

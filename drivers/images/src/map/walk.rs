@@ -1,0 +1,140 @@
+//! Walking all tables of an image: to open it for writing, and to check it.
+
+use super::layout::{Geometry, Layout, Mapping, decode_entries};
+use super::owners::{FirstProblem, Owners, Report};
+use super::table::{Cache, Table, table_cost};
+use super::{Image, Unreadable};
+use crate::io::ImageFile;
+use crate::memory::ImageStages;
+use crate::{CheckReport, ImageHost};
+use smallvec::smallvec;
+use tap_host::{Bug, Errno, IoBuf, cost_of};
+
+/// Most problems that are told in words; the others are counted.
+const MAX_TOLD: usize = 100;
+
+/// What the tables of an image say: its cache is filled as far as it goes.
+pub(crate) struct Walked {
+    pub(crate) cache: Cache,
+    /// Byte offset of the end of the last thing that is referred to.
+    pub(crate) end: u64,
+}
+
+/// Why a walk has no result.
+pub(crate) enum Stopped {
+    /// What is wrong with the image.
+    Damaged(String),
+    /// It could not be read.
+    Failed(Errno),
+}
+
+/// Reads table after table in the order of the file; each is a buffer that is used again.
+struct TableReader<'a, H: ImageHost> {
+    file: &'a ImageFile<H>,
+    buf: Option<IoBuf>,
+}
+
+impl<'a, H: ImageHost> TableReader<'a, H> {
+    async fn new(file: &'a ImageFile<H>, geometry: &Geometry) -> Result<Self, Errno> {
+        // A stage of its own: it is held while compressed clusters are read.
+        let bytes = geometry.table_bytes() as usize;
+        let buf = file.budget().stage(cost_of(bytes))?.buffer(bytes).await?;
+        Ok(Self { file, buf: Some(buf) })
+    }
+
+    async fn read(&mut self, offset: u64) -> Result<impl Iterator<Item = u64> + '_, Errno> {
+        let buf = self.buf.take().ok_or(Errno::EIO)?;
+        let (result, mut bufs) = self.file.read_patiently(offset, smallvec![buf]).await;
+        self.buf = bufs.pop();
+        result?;
+        Ok(decode_entries(self.buf.as_deref().unwrap_or_default()))
+    }
+}
+
+/// Looks at every reference, to know where new clusters may go. Keeps up to `limit` tables.
+pub(crate) async fn walk<H: ImageHost, L: Layout>(
+    host: &H,
+    (file, geometry, root): (&ImageFile<H>, &Geometry, &[u64]),
+    mut owners: Owners<L>,
+    memory: &ImageStages,
+    limit: usize,
+) -> Result<Walked, Stopped> {
+    let mut cache = Cache::new(root.len(), limit);
+    let mut problem = FirstProblem::default();
+    if let Some(tables) = owners.take_root(root, &mut problem) {
+        let mut reader = TableReader::new(file, geometry).await.map_err(Stopped::Failed)?;
+        for (index, offset) in tables {
+            if host.bug(Bug::FrontierFromLastL1) && root[index + 1..].iter().any(|entry| *entry != 0) {
+                continue;
+            }
+            let entries: Box<[u64]> = reader.read(offset).await.map_err(Stopped::Failed)?.collect();
+            if owners.take_table(index, &entries, &mut problem).is_none() {
+                break;
+            }
+            if cache.has_room()
+                && let Some(share) = memory.tables.try_keep(table_cost(entries.len()))
+            {
+                cache.insert(&Table::new(index, offset, entries, share), true);
+            }
+        }
+    }
+    if problem.0.is_none() {
+        owners.finish(&mut problem);
+    }
+    match problem.0 {
+        Some(what) => Err(Stopped::Damaged(what)),
+        None => Ok(Walked { cache, end: owners.end }),
+    }
+}
+
+impl Report for CheckReport {
+    fn problem(&mut self, what: String) -> bool {
+        self.problem_count += 1;
+        if self.problems.len() < MAX_TOLD {
+            self.problems.push(what);
+        }
+        true
+    }
+}
+
+impl<H: ImageHost, L: Layout> Image<H, L> {
+    /// Takes the tables of `root` into `owners`, and decompresses every compressed cluster; counts in `report` what is
+    /// there. Memory is bounded by what is mapped.
+    ///
+    /// # Errors
+    /// When any of it cannot be read, what that was. What cannot be read is not damage.
+    pub(crate) async fn check(
+        &self,
+        root: &[u64],
+        owners: &mut Owners<L>,
+        report: &mut CheckReport,
+    ) -> Result<(), (&'static str, Errno)> {
+        let failed = |error| ("read the tables of", error);
+        let tables = owners.take_root(root, report).unwrap_or_default();
+        report.tables = tables.len() as u64;
+        let mut reader = TableReader::new(&self.file, &self.geometry).await.map_err(failed)?;
+        for (index, offset) in tables {
+            let entries: Vec<u64> = reader.read(offset).await.map_err(failed)?.collect();
+            owners.take_table(index, &entries, report);
+            for (at, entry) in entries.iter().enumerate() {
+                if let Mapping::Compressed(run) = L::mapping(*entry, &self.geometry) {
+                    match self.inflate_or_why(run).await {
+                        Ok(_) => {}
+                        Err(Unreadable::Damaged) => {
+                            let cluster = index * entries.len() + at;
+                            report.problem(format!("cluster {cluster} cannot be decompressed"));
+                        }
+                        Err(Unreadable::Failed(error)) => {
+                            return Err(("read compressed clusters of", error));
+                        }
+                    }
+                }
+            }
+        }
+        owners.finish(report);
+        report.plain_clusters = owners.plain_clusters;
+        report.compressed_clusters = owners.compressed_clusters;
+        report.end_bytes = owners.end;
+        Ok(())
+    }
+}
