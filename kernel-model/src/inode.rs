@@ -226,6 +226,12 @@ impl Inode {
                 .all(|page| self.live.pages.get(page).is_some() || self.live.reserved.contains(&page))
     }
 
+    /// Whether any page of a range has storage.
+    pub(crate) fn has_some_space(&self, offset: u64, len: u64) -> bool {
+        let mut pages = offset / PAGE as u64..offset.saturating_add(len).div_ceil(PAGE as u64);
+        pages.any(|page| self.live.pages.get(page).is_some() || self.live.reserved.contains(&page))
+    }
+
     /// Changes the size.
     pub fn resize(&mut self, size: u64) {
         self.live.set_size(size);

@@ -385,6 +385,9 @@ impl Inner {
         let full = self.full.get() && op.takes_space();
         let has_space = !full || open.file.device.get() || open.file.inode.borrow().has_space(offset, len);
         let fault = match op {
+            IoOp::Zero(ZeroMode::Unmap) if self.hole_wants_space(open, offset, len) => {
+                self.no_space_for_hole()
+            }
             IoOp::Zero(_) if full => self.full_zeros(io, has_space),
             _ if !has_space => self.no_space(op),
             _ => self.draw_fault(op, io),
@@ -451,6 +454,17 @@ impl Inner {
     fn no_space(&self, op: IoOp) -> Fault {
         self.count(op);
         Fault::Error(Errno::ENOSPC, 0)
+    }
+
+    fn hole_wants_space(&self, open: &OpenFile, offset: u64, len: u64) -> bool {
+        let splits = || !open.file.device.get() && open.file.inode.borrow().has_some_space(offset, len);
+        self.full.get() && self.config.borrow().holes_want_space && splits()
+    }
+
+    /// Where dirty pages are dropped before a hole is made, they are gone by then.
+    fn no_space_for_hole(&self) -> Fault {
+        let fault = self.no_space(IoOp::Zero(ZeroMode::Unmap));
+        if self.config.borrow().holes_write_back { fault } else { Fault::DropsPages(false) }
     }
 
     /// How zeros end that keep their space, while there is none. Those of whole blocks drop what is dirty before that

@@ -249,7 +249,7 @@ impl<H: ImageHost> ImageFile<H> {
                 }
                 result => result?,
             }
-            if self.kept.gave_up() {
+            if self.kept.gave_up() && !self.host.bug(Bug::UnsettledForgotten) {
                 return Err(Errno::EIO);
             }
             if !self.kept.failed_since(&self.host, failures).await {

@@ -149,8 +149,7 @@ impl Job {
         let first = own.parts.node.submit(Request::flush());
         own.fenced.borrow_mut().push((slot, range));
         async move {
-            let early = own.parts.host.bug(Bug::FlushDataEarly);
-            let flushed = if early { Ok(()) } else { first.await.result };
+            let flushed = if own.parts.host.bug(Bug::FlushDataEarly) { Ok(()) } else { first.await.result };
             let result = own.after_flush(flushed, range, data).await;
             own.lift_fence(slot);
             result

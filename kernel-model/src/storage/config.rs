@@ -15,6 +15,9 @@ pub struct StorageConfig {
     /// A file writes back what is dirty where it makes a hole, before it makes it. ext4 does not since Linux 6.14: what
     /// it has dropped by then is gone if the hole fails.
     pub holes_write_back: bool,
+    /// A full file system has no room for the longer list of extents that a hole makes of a range with storage: it fails
+    /// with ENOSPC, as on ext4.
+    pub holes_want_space: bool,
     /// fdatasync says ok and does nothing: a canary.
     pub flush_lies: bool,
     /// Fails operations by number.
@@ -33,6 +36,7 @@ impl Default for StorageConfig {
             sync_errors: SyncErrors::Retryable,
             zeroing: true,
             holes_write_back: true,
+            holes_want_space: false,
             flush_lies: false,
             nth_failure: None,
             direct_align_bytes: crate::process::DIRECT_ALIGN_BYTES,

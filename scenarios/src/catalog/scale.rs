@@ -75,6 +75,8 @@ pub static RAW_FULL: Scenario = Scenario {
     storage: |sim| StorageConfig {
         faults: FaultPlan { short: true, transient: true, ..FaultPlan::LATENCY },
         zeroing: setting(sim, "host-zeroes", &[true, true, false]),
+        holes_want_space: setting(sim, "holes-want-space", &[false, true]),
+        holes_write_back: setting(sim, "holes-write-back", &[true, false]),
         ..StorageConfig::default()
     },
     body: |world| Box::pin(full(world, true)),

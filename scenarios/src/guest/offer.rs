@@ -84,6 +84,8 @@ impl Offer {
                 export::SEND_FAST_ZERO,
                 CHANGES,
                 u16::MAX,
+                // The others then mean nothing.
+                export::HAS_FLAGS,
             ],
         );
         let read_only = world.setting("nbd-read-only", &[0, 0, 0, export::READ_ONLY]);

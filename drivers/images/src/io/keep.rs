@@ -153,6 +153,7 @@ impl<H: ImageHost> ImageFile<H> {
             }
         };
         if settled.is_err() {
+            host.mark(Mark::FileGivenUp);
             kept.given_up.set(true);
         }
         // Only now: a synchronisation that began while the part was being settled has missed the end of that.
@@ -194,13 +195,29 @@ impl<H: ImageHost> ImageFile<H> {
         let mut patience = Patience::of(REPEATS);
         loop {
             let hole = self.file.zero_at(offset, len, ZeroMode::Unmap).await;
-            if hole.is_ok() || self.write_zeros(offset, len).await.is_ok() {
+            if hole.is_ok() || self.write_zeros_over_data(offset, len).await.is_ok() {
                 return Ok(());
             }
             if !patience.again(&self.host).await {
                 return hole;
             }
         }
+    }
+
+    /// Writes zeros where the part has data: what is a hole of a file reads as zeros, and takes no space.
+    async fn write_zeros_over_data(&self, mut offset: u64, len: u64) -> Result<(), Errno> {
+        let end = offset + len;
+        while offset < end {
+            let (run, data) = match self.info.block_device {
+                true => (end - offset, true),
+                false => self.extent(offset, end - offset).await?,
+            };
+            if data {
+                self.write_zeros(offset, run).await?;
+            }
+            offset += run;
+        }
+        Ok(())
     }
 }
 

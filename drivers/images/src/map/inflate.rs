@@ -37,14 +37,19 @@ pub(crate) enum Unreadable {
 impl<H: ImageHost, L: Layout> Image<H, L> {
     /// The content of a compressed cluster.
     pub(super) async fn inflate(&self, run: Compressed) -> Result<Rc<[u8]>, Errno> {
-        self.inflate_or_why(run).await.map_err(|why| match why {
+        self.inflate_or_why(run, false).await.map_err(|why| match why {
             Unreadable::Damaged => Errno::EIO,
             Unreadable::Failed(error) => error,
         })
     }
 
-    /// As [`Image::inflate`]; tells damage from errors.
-    pub(crate) async fn inflate_or_why(&self, run: Compressed) -> Result<Rc<[u8]>, Unreadable> {
+    /// As [`Image::inflate`]; tells damage from errors. Where no scheduler repeats what failed for now, it is read
+    /// `patiently`.
+    pub(crate) async fn inflate_or_why(
+        &self,
+        run: Compressed,
+        patiently: bool,
+    ) -> Result<Rc<[u8]>, Unreadable> {
         self.host.mark(Mark::CompressedRead);
         if let Some((last, bytes)) = &self.inflater.borrow().last
             && *last == run
@@ -56,7 +61,11 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
             return Err(Unreadable::Damaged);
         }
         let buf = self.file.buffer(run.len as usize).await.map_err(Unreadable::Failed)?;
-        let (result, bufs) = self.file.read(run.offset, smallvec![buf]).await;
+        let bufs = smallvec![buf];
+        let (result, bufs) = match patiently {
+            true => self.file.read_patiently(run.offset, bufs).await,
+            false => self.file.read(run.offset, bufs).await,
+        };
         result.map_err(Unreadable::Failed)?;
         let mut inflater = self.inflater.borrow_mut();
         let bytes = inflater.inflate(&bufs[0], self.geometry.cluster_bytes() as usize);

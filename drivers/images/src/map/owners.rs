@@ -63,8 +63,8 @@ pub(crate) struct Owners<L: Layout> {
     pub(crate) plain_clusters: u64,
     /// Compressed clusters that are mapped.
     pub(crate) compressed_clusters: u64,
-    /// Bytes of compressed clusters.
-    pub(crate) compressed_bytes: u64,
+    /// Clusters of the file in which compressed bytes lie.
+    pub(crate) compressed_units: u64,
     layout: PhantomData<L>,
 }
 
@@ -88,7 +88,7 @@ impl<L: Layout> Owners<L> {
             tables,
             plain_clusters: 0,
             compressed_clusters: 0,
-            compressed_bytes: 0,
+            compressed_units: 0,
             layout: PhantomData,
         }
     }
@@ -179,14 +179,15 @@ impl<L: Layout> Owners<L> {
             return Err("is compressed and overlaps a table");
         }
         for unit in run.offset / self.geometry.cluster_bytes()..end.div_ceil(self.geometry.cluster_bytes()) {
-            // Compressed runs may share.
-            if let Err((_, taken @ Taken::NoRoom)) = self.compressed.set(unit, 1) {
-                return Err(taken.text());
+            match self.compressed.set(unit, 1) {
+                Ok(()) => self.compressed_units += 1,
+                // Compressed runs may share.
+                Err((_, Taken::Before)) => {}
+                Err((_, taken @ Taken::NoRoom)) => return Err(taken.text()),
             }
         }
         self.end = self.end.max(end);
         self.compressed_clusters += 1;
-        self.compressed_bytes += run.len;
         Ok(())
     }
 

@@ -118,7 +118,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
             owners.take_table(index, &entries, report);
             for (at, entry) in entries.iter().enumerate() {
                 if let Mapping::Compressed(run) = L::mapping(*entry, &self.geometry) {
-                    match self.inflate_or_why(run).await {
+                    match self.inflate_or_why(run, true).await {
                         Ok(_) => {}
                         Err(Unreadable::Damaged) => {
                             let cluster = index * entries.len() + at;

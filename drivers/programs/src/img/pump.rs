@@ -68,8 +68,9 @@ pub(super) struct Crew<F: Future> {
 }
 
 impl<F: Future> Crew<F> {
+    /// At most `most` pieces at once; 0 is as 1, since the first one runs in any case.
     pub(super) fn new(most: usize) -> Self {
-        Self { running: FuturesUnordered::new(), most: most.max(1) }
+        Self { running: FuturesUnordered::new(), most }
     }
 
     /// Starts `work`, once there is room for it; gives the result of what made room.

@@ -1,12 +1,13 @@
 //! What the tools work on, and what they are to make of it.
 
 use super::Work;
+use crate::catalog::setup::used_content;
 use crate::check::{Invariant, walker};
 use crate::image::{QCOW, RAW};
 use crate::image::{QcowShape, Stored, layer_cluster, make_qcow};
 use crate::program::named;
 use crate::world::World;
-use kernel_model::PageMap;
+use kernel_model::{PAGE, PageMap};
 use tap_images::{ImageFormat, ImageSpec};
 
 /// A disk, as the testbed's own code has made it.
@@ -140,8 +141,12 @@ pub(super) struct Wish {
     /// The size of a cluster, in bytes.
     pub(super) cluster: Option<u64>,
     pub(super) old: Old,
+    /// A longer image that was there before is on a block device.
+    pub(super) device: bool,
 }
 
+/// Whether old images are on block devices.
+pub(super) const ON_DEVICE: &str = "old-on-device";
 pub(super) const CREWS: [&str; 3] = ["-m 8", "-m 1", "-m 3"];
 pub(super) const SPARSE: [&str; 4] = ["-S 4k", "-S 0", "-S 512", "-S 64k"];
 pub(super) const CLUSTERS: [Option<u64>; 3] = [None, Some(512), Some(65536)];
@@ -167,6 +172,7 @@ impl Wish {
                 "longer" => Old::Longer,
                 _ => Old::New,
             },
+            device: world.setting(ON_DEVICE, &[false, true]),
         }
     }
 }
@@ -199,7 +205,14 @@ impl Made {
             }
             (_, Old::New) => None,
             (_, Old::Shorter) => Some(put(world, &spec, 512)),
-            (_, Old::Longer) => Some(put(world, &spec, 3 * view.len())),
+            (_, Old::Longer) => {
+                let old = put(world, &spec, 3 * view.len());
+                // What has a size of its own shows more than a raw copy of less.
+                if qcow && wish.device {
+                    to_device(world, &spec.path);
+                }
+                Some(old)
+            }
             (_, Old::Left) => shown(world, &spec, source).ok(),
         };
         match work {
@@ -295,10 +308,21 @@ fn put(world: &World, spec: &ImageSpec, size: usize) -> Vec<u8> {
     bytes
 }
 
+/// Makes a file a block device with the same bytes, and some more.
+fn to_device(world: &World, path: &str) {
+    let mut content = world.storage.content(path).unwrap_or_default();
+    content.size = content.size.next_multiple_of(PAGE as u64) + DEVICE_SLACK_BYTES;
+    world.storage.put_device(path, content);
+}
+
+/// Room on a device for what a copy of other clusters than the old image's needs more than that.
+const DEVICE_SLACK_BYTES: u64 = 1 << 20;
+
 /// What an image shows, by its bytes. What is not in it is the view of `below`, if that is its backing file.
 pub(super) fn shown(world: &World, spec: &ImageSpec, below: &Disk) -> Result<Vec<u8>, walker::Broken> {
     let gone = || (Invariant::I1, format!("{} is gone after a tool had made it", spec.path));
-    let content = world.storage.content(&spec.path).ok_or_else(gone)?;
+    world.storage.inode(&spec.path).ok_or_else(gone)?;
+    let content = used_content(world, &spec.path);
     if spec.format == RAW {
         let mut bytes = vec![0; content.size as usize];
         content.pages.read(0, &mut bytes);

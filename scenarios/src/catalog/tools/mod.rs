@@ -75,6 +75,7 @@ const SIZES: [usize; 4] = [1 << 20, 587 * 512, 3 << 20, 512];
 
 async fn tools(world: World) {
     let source = Disk::source(&world, &SIZES);
+    reports::of_source(&world, &source).await;
     for (epoch, choice) in [("tool-first", FIRST), ("tool-second", SECOND)].into_iter().enumerate() {
         let work = world.setting(choice.0, &choice.1);
         one(&world, &source, work, epoch as u32).await;

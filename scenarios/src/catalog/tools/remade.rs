@@ -4,7 +4,7 @@
 //! What a command over an old image, or over a file that it is made from, must not do shows in a few operations out of
 //! a dozen; so there are several such commands in one run, and none that takes long.
 
-use super::disk::{CLUSTERS, CREWS, Disk, Made, Old, SPARSE, Wish};
+use super::disk::{CLUSTERS, CREWS, Disk, Made, ON_DEVICE, Old, SPARSE, Wish};
 use super::{Work, cut_after, make, reports};
 use crate::image::{QCOW, RAW};
 use crate::run::Scenario;
@@ -85,6 +85,7 @@ fn made(
         sparse: pick(&SPARSE, sparse),
         cluster: pick(&CLUSTERS, cluster),
         old,
+        device: world.setting(ON_DEVICE, &[false, true]),
     };
     Some((work, wish.place, Made::new(world, source, &wish)))
 }

@@ -2,12 +2,14 @@
 
 use super::Tool;
 use super::disk::{Disk, Made};
+use crate::catalog::setup::used_content;
 use crate::check::{Invariant, walker};
 use crate::image::RAW;
 use crate::program::named;
 use crate::world::World;
 use serde_json::Value;
 use tap_host::SECTOR_BYTES;
+use tap_images::ImageSpec;
 
 /// Asks every tool about what was made.
 pub(super) async fn check(world: &World, source: &Disk, made: &Made, epoch: u32) {
@@ -19,7 +21,12 @@ pub(super) async fn check(world: &World, source: &Disk, made: &Made, epoch: u32)
 /// Asks the tools that read little.
 pub(super) async fn brief(world: &World, source: &Disk, made: &Made) {
     info(world, source, made).await;
-    check_command(world, made).await;
+    check_command(world, &made.spec, made.view.len()).await;
+}
+
+/// Asks `check` about the source, which has compressed clusters if it is no raw disk.
+pub(super) async fn of_source(world: &World, source: &Disk) {
+    check_command(world, &source.spec, source.view.len()).await;
 }
 
 /// Runs a command that reads; `None` if it failed, as it may where errors are, or has been reported.
@@ -61,9 +68,9 @@ async fn info(world: &World, source: &Disk, made: &Made) {
     }
 }
 
-async fn check_command(world: &World, made: &Made) {
-    let words = format!("check --output json {}", named(&made.spec));
-    if made.spec.format == RAW {
+async fn check_command(world: &World, spec: &ImageSpec, size: usize) {
+    let words = format!("check --output json {}", named(spec));
+    if spec.format == RAW {
         let Some(tool) = ask(world, &words, &[63]).await else { return };
         if tool.status != 63 {
             wrong(world, format!("tap-img {words}: status {}, not 63", tool.status));
@@ -73,10 +80,10 @@ async fn check_command(world: &World, made: &Made) {
     // Without the clusters that a failed or repeated write has lost, which both must count alike.
     let Some(tool) = ask(world, &words, &[0, 3]).await else { return };
     let Some(value) = json(world, &tool, &words) else { return };
-    let content = world.storage.content(&made.spec.path).unwrap_or_default();
+    let content = used_content(world, &spec.path);
     let Ok(seen) = walker::walk(&content) else { return };
     expect(world, &words, &value, "allocated-clusters", seen.mapped.into());
-    expect(world, &words, &value, "total-clusters", made.view.len().div_ceil(1 << seen.cluster_bits).into());
+    expect(world, &words, &value, "total-clusters", size.div_ceil(1 << seen.cluster_bits).into());
     // What lies between the header and the table is lost to nobody: it keeps the two apart.
     let head = 48 + seen.backing.as_ref().map_or(0, |name| name.len() as u64);
     let apart = (seen.l1_offset >> seen.cluster_bits).saturating_sub(head.div_ceil(1 << seen.cluster_bits));

@@ -27,8 +27,8 @@ pub(super) async fn check<H: ImageHost>(host: &H, path: &str) -> Result<CheckRep
     checked.map_err(|(action, error)| ImageError::io(action, path)(error))?;
     report.file_bytes = file_bytes;
     let bytes = geometry.cluster_bytes();
-    let used = report.plain_clusters * bytes + owners.compressed_bytes.next_multiple_of(bytes);
-    let used = used + report.tables * geometry.table_bytes().next_multiple_of(bytes);
+    let used = (report.plain_clusters + owners.compressed_units) * bytes
+        + report.tables * geometry.table_bytes().next_multiple_of(bytes);
     let front = geometry.root_end().next_multiple_of(FRONT_ALIGN.max(bytes));
     // A device goes on behind what is in use.
     let there = if image.file.info.block_device { 0 } else { file_bytes };

@@ -162,6 +162,32 @@ fn a_failed_sync_costs_no_place() {
     assert!(world.bytes(PATH).len() <= size + 1024, "each write takes another place");
 }
 
+/// A device that is full keeps its size, which nobody can set, and is closed like any other.
+#[test]
+fn a_full_device_is_closed() {
+    let mut full = 0;
+    // One that ends within the cluster of the header is full from the beginning.
+    let small = (16 << 10..24 << 10).step_by(512).map(|bytes| (bytes, SMALL.cluster_bits));
+    for (bytes, cluster_bits) in small.chain([(8 << 10, 16)]) {
+        let world = World::new(1);
+        let setup = Setup { device: Some(bytes), cluster_bits, ..SMALL };
+        setup.create(&world);
+        let qcow = setup.open(&world);
+        for start in (0..256).step_by(2) {
+            match world.block_on(write(&qcow, start, 2, 9)).result {
+                Ok(()) => {}
+                Err(error) => {
+                    assert_eq!(error, Errno::ENOSPC);
+                    full += 1;
+                }
+            }
+        }
+        world.block_on(qcow.close()).unwrap();
+        assert_eq!(world.bytes(PATH).len(), bytes);
+    }
+    assert!(full > 0);
+}
+
 #[test]
 fn who_waits_for_whom_can_be_told() {
     let world = World::new(1);

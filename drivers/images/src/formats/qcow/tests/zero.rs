@@ -64,6 +64,18 @@ fn zeros_without_anything_below_cost_nothing() {
     assert_eq!(world.block_on(zero(&qcow, 250, 7, PLAIN)).result, Err(Errno::EINVAL));
 }
 
+/// A backing file shows nothing from its end on, also where a cluster begins there.
+#[test]
+fn zeros_behind_what_is_below_cost_nothing() {
+    let world = World::new(4);
+    overlay().create(&world);
+    let qcow = overlay().open(&world);
+    let (size, ops) = (world.bytes(PATH).len(), world.ops());
+    world.block_on(zero(&qcow, 200, 56, FAST)).result.unwrap();
+    assert_eq!((world.bytes(PATH).len(), world.ops()), (size, ops), "no operation of the host");
+    assert_eq!(world.block_on(zero(&qcow, 198, 58, FAST)).result, Err(Errno::EOPNOTSUPP));
+}
+
 /// The entry of a write that failed may be in the file all the same, and show up after a crash: zeros that are answered
 /// take its place instead of relying on what is told.
 #[test]
