@@ -48,6 +48,7 @@ list! {
         UnsettledForgotten = "a flush of a file that was given up, as failed zeros could not be settled, says ok",
         DeviceTrusted = "a block device that cannot make holes is taken to have changed nothing when it says so",
         TableKept = "a write keeps the memory of its table from its first part to its last",
+        SlotKept = "a request that was merged keeps its place in the line once it is answered",
         ClusterPassedOver = "a write in as many pieces as are written at once goes on behind a cluster that it leaves out",
         CloseUnawaited = "a disk is said to be closed while the host still closes its file",
         HolesAskedAgain = "a block device that cannot make holes is asked with each discard",
@@ -147,6 +148,7 @@ list! {
         CloseUnsynced = "a raw image is closed without being synchronised",
         NbdPartSentEnds = "a connection that takes a reply in parts is taken as a broken one",
         NbdAnnouncedKept = "an NBD client that announced a large write and stopped sending it keeps the memory for it",
+        NbdSeatLost = "a connection that does not end in order keeps the memory that the next one needs",
         NbdDeafKept = "a client that sends no more and takes no reply keeps its place",
     }
 }

@@ -130,6 +130,27 @@ fn a_close_does_not_wait_for_a_buffer() {
     });
 }
 
+#[test]
+fn answers_go_out_while_a_request_waits_for_a_buffer() {
+    let limits = Limits { buffer_bytes: PAGE_BYTES, batch: 32 };
+    world(&quiet(), async move |b| {
+        b.disk.hold_writes(true);
+        b.serve(RingConfig { limits, ..ring_config(&b.front, Some("record")) });
+        let write = |id| BlkifRequest::new(id, BlkifOp::Write, 0, &[b.front.segment(0, 0, 7)]).unwrap();
+        let flush = BlkifRequest::new(2, BlkifOp::Flush, 0, &[]).unwrap();
+        for request in [write(1), flush, write(3)] {
+            assert!(b.front.ring.put(&request));
+        }
+        b.front.ring.publish();
+        b.settle().await;
+        assert_eq!(b.front.ring.take().unwrap().map(|answer| answer.id.get()), Some(2));
+        assert!(b.front.ring.take().unwrap().is_none());
+        b.disk.hold_writes(false);
+        b.settle().await;
+        assert!(b.front.ring.take().unwrap().is_some() && b.front.ring.take().unwrap().is_some());
+    });
+}
+
 /// Entries that are nearly right, with random bytes in random places.
 fn almost(front: &Front, bits: u64) -> [u8; 112] {
     let count = 1 + (bits >> 8) % 11;

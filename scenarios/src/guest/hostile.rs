@@ -159,6 +159,10 @@ impl Hostile {
         self.attached.port.write(&format!("{}/{key}", self.attached.paths.frontend), value.as_bytes()).await
     }
 
+    async fn told_error(&self) -> Result<Vec<u8>, Errno> {
+        self.attached.port.read(&format!("{}/error", self.attached.paths.backend)).await
+    }
+
     /// Bad keys first, if the seed says so, then good ones.
     pub async fn connect(&self) -> Result<(), Errno> {
         self.wait_back(|s| s == 2).await;
@@ -172,8 +176,7 @@ impl Hostile {
         if !self.wait_back(|s| s == 4).await {
             self.world.fail(Invariant::H1, "a front end with good keys is not connected");
         }
-        let error = self.attached.port.read(&format!("{}/error", self.attached.paths.backend)).await;
-        if error != Err(Errno::ENOENT) {
+        if self.told_error().await != Err(Errno::ENOENT) {
             self.world.fail(Invariant::F1, "a front end that is connected is told of an error");
         }
         self.write("state", "4").await?;
@@ -217,8 +220,15 @@ impl Hostile {
         if let Some((_, key, _)) = counted {
             self.attached.port.remove(&format!("{}/{key}", self.attached.paths.frontend)).await?;
         }
+        let told = self.told_error().await;
+        if !matches!(&told, Ok(text) if text.starts_with(b"failed to ")) {
+            let text = format!("a front end that was refused is told of {told:?}, and not of what failed");
+            self.world.fail(Invariant::F1, text);
+        }
         self.write("state", "1").await?;
-        self.wait_back(|s| s == 2).await;
+        if self.wait_back(|s| s == 2).await && self.told_error().await != Err(Errno::ENOENT) {
+            self.world.fail(Invariant::F1, "a front end that begins anew is told of an earlier error");
+        }
         Ok(())
     }
 

@@ -182,6 +182,9 @@ impl<H: Time + Tasks + Log + Probe> Node for Scheduler<H> {
     }
 
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
+        let Inner { line, limits, tracker, .. } = &*self.0;
+        let idle = line.borrow().is_idle(limits.depth) && tracker.is_empty();
+        assert!(idle, "a disk is closed, and its scheduler holds requests");
         self.0.lower.close()
     }
 }

@@ -100,6 +100,26 @@ mod tests {
         assert_eq!(got.take(), Some(None));
     }
 
+    /// Whoever is woken may be dropped at once, and with it what it waited for.
+    #[test]
+    fn who_is_told_may_be_gone_with_the_receiver() {
+        thread_local! {
+            static RECEIVER: RefCell<Option<Receiver<u8>>> = const { RefCell::new(None) };
+        }
+        struct Drops;
+        impl std::task::Wake for Drops {
+            fn wake(self: std::sync::Arc<Self>) {
+                RECEIVER.take();
+            }
+        }
+        let (sender, mut receiver) = oneshot();
+        let waker = Waker::from(std::sync::Arc::new(Drops));
+        assert!(Pin::new(&mut receiver).poll(&mut Context::from_waker(&waker)).is_pending());
+        RECEIVER.set(Some(receiver));
+        drop(sender);
+        assert!(RECEIVER.take().is_none());
+    }
+
     #[test]
     fn a_value_nobody_waits_for_comes_back() {
         let (sender, receiver) = oneshot();

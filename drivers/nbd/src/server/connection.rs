@@ -119,7 +119,9 @@ where
     server.host.spawn("nbd-replies", number, async move { sender.send_replies().await });
     let Err(why) = connection.read(&mut inlet).await;
     connection.drain(why).await;
-    server.memory.seats.borrow_mut().push(connection.own.clone());
+    if why == LEFT || !server.host.bug(Bug::NbdSeatLost) {
+        server.memory.seats.borrow_mut().push(connection.own.clone());
+    }
     (why, connection.requests.get())
 }
 

@@ -402,6 +402,13 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
         self.0.stopping.set();
         self.0.open.borrow().values().for_each(|open| open.bell.ring(STOPPED));
         self.0.idle.wait().await;
+        let (open, seats) = (self.0.open.borrow().len(), self.0.memory.seats.borrow().len());
+        assert_eq!(
+            (open, seats),
+            (0, self.0.limits.connections),
+            "connections, and places for them, at the end"
+        );
+        assert!(self.0.negotiating.borrow().is_empty(), "somebody negotiates without a connection");
     }
 }
 

@@ -51,6 +51,8 @@ struct DiskState {
     submitted: u32,
     /// Closing takes until this ends.
     close_held: bool,
+    /// Writes take until this ends.
+    writes_held: bool,
 }
 
 /// A disk in memory that outlives its processes. Requests take effect when they start and take a decided time.
@@ -71,11 +73,15 @@ impl Disk {
             fail: None,
             submitted: 0,
             close_held: false,
+            writes_held: false,
         };
         Self { sim: sim.clone(), state: Rc::new(RefCell::new(state)), read_only: false, instant: false }
     }
     pub fn log(&self) -> Vec<(Op, u64, u32)> {
         self.state.borrow().log.clone()
+    }
+    pub fn hold_writes(&self, held: bool) {
+        self.state.borrow_mut().writes_held = held;
     }
     pub fn hold_close(&self, held: bool) {
         self.state.borrow_mut().close_held = held;
@@ -115,6 +121,9 @@ impl Node for Disk {
             let late = disk.sim.decide(disk.sim.current(), &DISK_LATE, nth, |d| d.magnitude(16));
             if !disk.instant {
                 disk.sim.sleep_ns(10_000 + late).await;
+            }
+            while op == Op::Write && disk.state.borrow().writes_held {
+                disk.sim.sleep_ns(100_000).await;
             }
             if op == Op::Read {
                 let state = disk.state.borrow();

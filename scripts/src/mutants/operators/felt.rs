@@ -127,14 +127,17 @@ fn changed_cell(code: &str) -> Option<&str> {
     (plain && !code.contains(".await") && !code.contains('?')).then_some(name)
 }
 
-/// The place that a statement changes by itself and does nothing else, such as `self.end` of `self.end += 1;` or
-/// `list[0]` of `list[0].push(x);`. Nobody has a look between it and its neighbour.
+/// The place that a statement changes by itself and does nothing else, such as `self.end` of `self.end += 1;`, or
+/// `list[0]` of `list[0].push(x);` and `list[0].clear();`. Nobody has a look between it and its neighbour.
 fn changed_place<'a>(statement: &Stmt, code: &'a str) -> Option<&'a str> {
     let Stmt::Expr(expr, Some(_)) = statement else { return None };
     let (place, quiet) = match expr {
         Expr::Assign(e) => (&e.left, is_quiet(&e.right)),
         Expr::Binary(e) => (&e.left, is_quiet(&e.right)),
-        Expr::MethodCall(e) => (&e.receiver, e.method == "push" && e.args.iter().all(is_quiet)),
+        Expr::MethodCall(e) => {
+            let changes = e.method == "push" || e.method == "clear" && e.args.is_empty();
+            (&e.receiver, changes && e.args.iter().all(is_quiet))
+        }
         _ => return None,
     };
     let start = statement.span().byte_range().start;

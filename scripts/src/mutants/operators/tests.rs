@@ -52,6 +52,7 @@ fn slips_that_nothing_could_feel_are_left_out() {
         "a.set(1); b.wake();",
         "self.a.set(1); self.b.borrow_mut().push(2);",
         "self.a = A::B; self.b += 1;",
+        "call.error = None; call.extents.clear();",
         "s.a[i as usize].push(x); s.b[self.i].n += 1;",
         "self.n += c as u64; self.end = self.end.max(o + c as u64 * b);",
     ] {
@@ -67,6 +68,7 @@ fn slips_that_nothing_could_feel_are_left_out() {
         "self.a.set(1); self.b();",
         "self.a = 1; self.b = self.a + 1;",
         "self.a += 1; self.b = f();",
+        "self.list = taken; self.list.clear();",
     ] {
         assert_eq!(count(together, "order turned round"), 1, "{together}");
     }

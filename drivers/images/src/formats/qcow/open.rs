@@ -12,7 +12,7 @@ use crate::{ImageError, ImageHost, OpenImage};
 use smallvec::smallvec;
 use std::rc::Rc;
 use tap_core::Node;
-use tap_host::{Budget, Bug, Errno, IoBuf, Mark};
+use tap_host::{Budget, Bug, Errno, IoBuf, Mark, SECTOR_BYTES};
 
 /// Read at once: the header, the backing file's name and the L1 table of most images.
 const HEAD_BYTES: u64 = 8192;
@@ -174,7 +174,8 @@ fn frontier<H: ImageHost>(host: &H, front: &Front<H>, end: u64) -> u64 {
 /// by what is written now, or by what the next crash leaves.
 ///
 /// It gets nearly as long first. Who dies before that is durable, or is told of an error although it has happened,
-/// leaves a file that is still too short for its references, so that the next one begins anew.
+/// leaves a file that is still too short for its references, so that the next one begins anew. It ends between two
+/// sectors then: what is written there later has no sector of which a part is behind the end.
 async fn reach_all<H: ImageHost>(
     host: &H,
     front: &mut Front<H>,
@@ -185,9 +186,10 @@ async fn reach_all<H: ImageHost>(
     if info.block_device || end <= info.size_bytes || host.bug(Bug::SizeBehind) {
         return Ok(());
     }
+    let nearly = ((end - 1) / SECTOR_BYTES * SECTOR_BYTES).max(info.size_bytes);
     info.size_bytes = frontier;
     host.mark(Mark::SizeRecovered);
-    for size in [end - 1, frontier] {
+    for size in [nearly, frontier] {
         front.file.set_size(size).await?;
         // One that fails otherwise is remembered: no flush of this file succeeds any more, and so none promises what is
         // written there. After this one nothing was given up, and nothing is remembered.
