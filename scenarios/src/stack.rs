@@ -4,7 +4,7 @@ use crate::check::Contract;
 use crate::world::World;
 use kernel_model::SimHost;
 use std::rc::Rc;
-use tap_core::{Node, Scheduler, SchedulerLimits, SchedulerStats, Vbd};
+use tap_core::{CacheMode, Disk, DiskConfig, Node, SchedulerLimits};
 use tap_host::{Budget, VbdId};
 use tap_images::{BackingPolicy, Formats, ImageError, ImageFormat, ImageSpec, OpenOptions};
 
@@ -69,12 +69,10 @@ impl StackLimits {
 
 /// A disk of a tapdisk: what requests are submitted to.
 pub struct Stack {
-    /// The top.
-    pub vbd: Rc<Vbd<SimHost>>,
+    /// What programs build.
+    pub disk: Disk<SimHost>,
     /// What its memory is taken of.
     pub memory: Budget,
-    /// Below it.
-    pub scheduler: Rc<Scheduler<SimHost>>,
 }
 
 impl Stack {
@@ -112,23 +110,16 @@ impl Stack {
         };
         let image = Formats::shipped().open(host, spec, &options).await?;
         let image = Contract::new(world, host.process.node(), image, limits);
-        let scheduler = Rc::new(Scheduler::new(host.clone(), image, limits.scheduler));
-        let report = Rc::downgrade(&scheduler);
-        world.sim.on_stall(move || {
-            let lines = report.upgrade().map(|s| s.wait_report()).unwrap_or_default();
-            lines.iter().map(|line| line.to_string()).collect()
-        });
-        let vbd = Rc::new(Vbd::new(host.clone(), VbdId(51712), Rc::clone(&scheduler) as Rc<dyn Node>));
-        Ok(Self { vbd, memory, scheduler })
+        let config =
+            DiskConfig { id: VbdId(51712), cache: CacheMode::WriteBack, scheduler: limits.scheduler };
+        let disk = Disk::new(host, image, config);
+        let report = disk.wait_report();
+        world.sim.on_stall(move || report().iter().map(|line| line.to_string()).collect());
+        Ok(Self { disk, memory })
     }
 
     /// The top as a node.
     pub fn node(&self) -> Rc<dyn Node> {
-        Rc::clone(&self.vbd) as Rc<dyn Node>
-    }
-
-    /// What the scheduler counted.
-    pub fn stats(&self) -> SchedulerStats {
-        self.scheduler.stats()
+        self.disk.node()
     }
 }

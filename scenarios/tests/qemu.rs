@@ -20,8 +20,6 @@ use scenarios::world::{RunOptions, World};
 use sim::{Config, Sim};
 use std::path::Path;
 use std::process::{Command, ExitCode};
-use std::rc::Rc;
-use tap_core::Node;
 use tap_host::SectorRange;
 use tap_images::{Formats, ImageSpec, NewImage, qcow};
 
@@ -221,7 +219,7 @@ async fn open(world: &World) -> Result<(Stack, DirectDisk), Failed> {
     let host = SimHost::start(&world.kernel, &world.xen, "tapdisk", 0);
     let spec = ImageSpec { format: QCOW, path: TOP.into() };
     let stack = Stack::open(&host, world, &spec, &StackLimits::draw(world)).await?;
-    let disk = DirectDisk::new(Rc::clone(&stack.vbd) as Rc<dyn Node>, 1 << 20);
+    let disk = DirectDisk::new(stack.node(), 1 << 20);
     Ok((stack, disk))
 }
 
@@ -256,7 +254,7 @@ fn reads(case: Case) -> Result<(), Failed> {
             bench.load(&world)?;
             let (stack, disk) = open(&world).await?;
             first_difference(&read_all(&disk, case.size).await?, &expected)?;
-            Ok(stack.vbd.close().await?)
+            Ok(stack.disk.close().await?)
         })?;
     }
     Ok(())
@@ -273,7 +271,7 @@ fn writes(case: Case) -> Result<(), Failed> {
             let (stack, disk) = open(&world).await?;
             bench.work(&disk, &mut expected).await?;
             first_difference(&read_all(&disk, case.size).await?, &expected)?;
-            stack.vbd.close().await?;
+            stack.disk.close().await?;
             bench.compare(&world, &expected)
         })?;
     }
@@ -304,7 +302,7 @@ fn makes(case: Case) -> Result<(), Failed> {
             Formats::shipped().create(&host, qcow::FORMAT, TOP, image).await?;
             let (stack, disk) = open(&world).await?;
             bench.work(&disk, &mut expected).await?;
-            stack.vbd.close().await?;
+            stack.disk.close().await?;
             bench.compare(&world, &expected)
         })?;
     }

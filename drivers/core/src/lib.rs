@@ -1,9 +1,10 @@
 //! The request engine: what every disk has, whatever its format and wherever its requests come from.
 //!
 //! ```text
-//!   ring ──► Vbd ──► Scheduler ──► (graph) ──► image
-//!            life    order, depth,             any Node
+//!   ring ──► Vbd ──► Scheduler ──► cache mode ──► (graph) ──► image
+//!            life    order, depth,                            any Node
 //!            cycle   merging, retry
+//!           └──────────── a Disk ────────────┘
 //! ```
 //!
 //! # Contract
@@ -16,6 +17,7 @@
 //! primitives in [`wait`].
 
 mod cache;
+mod disk;
 mod node;
 mod request;
 mod scheduler;
@@ -27,6 +29,7 @@ pub mod wait;
 mod testing;
 
 pub use cache::CacheMode;
+pub use disk::{Disk, DiskConfig};
 pub use node::{Extent, LocalBoxFuture, Node, NodeInfo, Source};
 pub use request::{Op, Request, Response, ZeroFlags};
 pub use scheduler::{Scheduler, SchedulerLimits, SchedulerStats};

@@ -1,15 +1,11 @@
-//! A named disk as a node.
-//!
-//! ```text
-//!   request ─► cache mode ─► scheduler (order, merging, retry) ─► image, and what is below it
-//! ```
+//! A named disk, opened.
 
 use crate::spec::DiskSpec;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use std::rc::Rc;
-use tap_core::{CacheMode, Node, Scheduler, SchedulerLimits};
-use tap_host::{Budget, Sockets};
+use tap_core::{CacheMode, Disk, DiskConfig, Node, SchedulerLimits, SchedulerStats};
+use tap_host::{Budget, SECTOR_BYTES, Sockets, VbdId};
 use tap_images::{
     BackingPolicy, Format, Formats, ImageError, ImageFormat, ImageHost, ImageSpec, OpenOptions, SHIPPED,
     format_called, parse_size, show_size,
@@ -27,8 +23,6 @@ pub struct DiskOptions {
     pub cache: CacheMode,
     /// What may be opened below an image.
     pub backing: BackingPolicy,
-    /// Bounds of the scheduler.
-    pub scheduler: SchedulerLimits,
     /// How long to wait for an image that is in use, in nanoseconds. The kernel lets go of the files of a process that
     /// was killed only when its last operations have ended, which may be after it is gone from the process table.
     pub patience_ns: u64,
@@ -160,7 +154,6 @@ impl ImageArgs {
             backing: self.backing.policy(),
             patience_ns: IN_USE_PATIENCE_NS,
             memory: memory.clone(),
-            ..DiskOptions::default()
         }
     }
 }
@@ -170,6 +163,26 @@ pub(crate) fn tell_memory(memory: &Budget) -> String {
     let figures = memory.figures();
     let (peak, limit) = (show_size(figures.peak_bytes as u64), show_size(figures.limit_bytes as u64));
     format!("memory: at most {peak} of {limit} in use")
+}
+
+/// What a program says of what a disk has done.
+pub(crate) fn tell_stats(stats: &SchedulerStats) -> String {
+    let moved = |requests: u64, what: &str, sectors: u64| {
+        (requests > 0).then(|| format!("{what} {requests} ({})", show_size(sectors * SECTOR_BYTES)))
+    };
+    let counted = |requests: u64, what: &str| (requests > 0).then(|| format!("{what} {requests}"));
+    let parts = [
+        moved(stats.reads, "reads", stats.sectors_read),
+        moved(stats.writes, "writes", stats.sectors_written),
+        moved(stats.zeroes, "zeroes", stats.sectors_zeroed),
+        moved(stats.discards, "discards", stats.sectors_discarded),
+        counted(stats.flushes, "flushes"),
+        counted(stats.merged, "merged"),
+        counted(stats.retries, "repeated"),
+        counted(stats.errors, "errors"),
+    ];
+    let parts: Vec<String> = parts.into_iter().flatten().collect();
+    if parts.is_empty() { "no requests".to_owned() } else { parts.join(", ") }
 }
 
 /// Refuses a name that leaves the format open: found out by content, it would be the choice of whoever wrote the disk.
@@ -189,11 +202,37 @@ pub fn says_its_format(spec: &DiskSpec) -> Result<(), String> {
 /// Pause between two looks at an image that is in use, in nanoseconds.
 const IN_USE_PAUSE_NS: u64 = 10_000_000;
 
-/// Opens the image `spec` with its scheduler.
+/// What any disk asks of a host.
+pub trait DiskHost: ImageHost + Sockets {}
+impl<T: ImageHost + Sockets> DiskHost for T {}
+
+/// Opens whatever `spec` names as the disk `id`.
 ///
 /// # Errors
-/// [`ImageError`].
-pub async fn open_disk<H: ImageHost>(
+/// A sentence that reads on after "failed to".
+pub async fn open_disk<H: DiskHost>(
+    host: &H,
+    id: VbdId,
+    spec: &DiskSpec,
+    options: &DiskOptions,
+) -> Result<Disk<H>, String> {
+    let image = match spec {
+        DiskSpec::Image(image) => open_image(host, image, options).await.map_err(|e| e.to_string())?,
+        DiskSpec::Nbd { address, export } => {
+            let config = ClientConfig {
+                export: export.clone(),
+                read_only: !options.write,
+                memory: options.memory.clone(),
+                ..ClientConfig::new(address.clone())
+            };
+            Rc::new(Client::connect(host.clone(), config).await.map_err(|e| e.to_string())?)
+        }
+    };
+    let config = DiskConfig { id, cache: options.cache, scheduler: SchedulerLimits::default() };
+    Ok(Disk::new(host, image, config))
+}
+
+async fn open_image<H: ImageHost>(
     host: &H,
     spec: &ImageSpec,
     options: &DiskOptions,
@@ -206,48 +245,12 @@ pub async fn open_disk<H: ImageHost>(
         ..OpenOptions::default()
     };
     let deadline_ns = host.now_ns().saturating_add(options.patience_ns);
-    let image = loop {
+    loop {
         match Formats::shipped().open(host, spec, &open).await {
             Err(error) if error.is_in_use() && host.now_ns() < deadline_ns => {
                 host.sleep_ns(IN_USE_PAUSE_NS).await;
             }
-            result => break result?,
-        }
-    };
-    Ok(ordered(host, image, options))
-}
-
-/// The scheduler is on top: a write that is answered once it is durable is in the way of what overlaps it until then.
-/// Were later ones carried out and answered meanwhile, a successor of this process, which finds the first one without
-/// an answer, would write it again over them.
-fn ordered<H: ImageHost>(host: &H, disk: Rc<dyn Node>, options: &DiskOptions) -> Rc<dyn Node> {
-    Rc::new(Scheduler::new(host.clone(), options.cache.over(disk), options.scheduler))
-}
-
-/// What any disk asks of a host.
-pub trait DiskHost: ImageHost + Sockets {}
-impl<T: ImageHost + Sockets> DiskHost for T {}
-
-/// Opens whatever `spec` names.
-///
-/// # Errors
-/// A sentence that reads on after "failed to".
-pub async fn open_any<H: DiskHost>(
-    host: &H,
-    spec: &DiskSpec,
-    options: &DiskOptions,
-) -> Result<Rc<dyn Node>, String> {
-    match spec {
-        DiskSpec::Image(image) => open_disk(host, image, options).await.map_err(|e| e.to_string()),
-        DiskSpec::Nbd { address, export } => {
-            let config = ClientConfig {
-                export: export.clone(),
-                read_only: !options.write,
-                memory: options.memory.clone(),
-                ..ClientConfig::new(address.clone())
-            };
-            let client = Client::connect(host.clone(), config).await.map_err(|e| e.to_string())?;
-            Ok(ordered(host, Rc::new(client), options))
+            result => return result,
         }
     }
 }

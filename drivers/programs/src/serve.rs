@@ -5,15 +5,14 @@
 //! ```
 
 use crate::Console;
-use crate::disk::{DiskHost, ImageArgs, open_any, says_its_format, tell_memory};
+use crate::disk::{DiskHost, ImageArgs, open_disk, says_its_format, tell_memory, tell_stats};
 use crate::spec::DiskSpec;
 use clap::Args;
 use futures_util::future::join_all;
 use std::path::PathBuf;
-use std::rc::Rc;
 use std::str::FromStr;
-use tap_core::Node;
-use tap_host::{Budget, Errno, Listener, SECTOR_BYTES, Signals, SocketAddress};
+use tap_core::{Disk, Node};
+use tap_host::{Budget, Errno, Listener, SECTOR_BYTES, Signals, SocketAddress, VbdId};
 use tap_images::show_size;
 use tap_nbd::{Export, Server, ServerLimits};
 
@@ -63,10 +62,10 @@ impl FromStr for NamedDisk {
 }
 
 /// A disk that is open.
-struct Open {
+struct Open<H> {
     name: String,
     spec: DiskSpec,
-    node: Rc<dyn Node>,
+    disk: Disk<H>,
 }
 
 /// Runs `tapdisk serve` until it is asked to stop, and gives its exit status.
@@ -78,6 +77,9 @@ pub async fn run<H: ServeHost>(host: H, args: ServeArgs, console: &dyn Console) 
         outcome = args.serve(&host, &disks, console, &memory).await;
     }
     if outcome.is_ok() {
+        for disk in &disks {
+            console.out(&format!("export '{}': {}", disk.name, tell_stats(&disk.disk.stats())));
+        }
         console.out(&tell_memory(&memory));
     }
     let mut status = 0;
@@ -86,7 +88,7 @@ pub async fn run<H: ServeHost>(host: H, args: ServeArgs, console: &dyn Console) 
         status = 1;
     }
     for disk in disks {
-        if let Err(error) = disk.node.close().await {
+        if let Err(error) = disk.disk.close().await {
             console.err(&format!(
                 "tapdisk: failed to close {}: {error}; what was written since the last flush may be lost",
                 disk.spec
@@ -101,19 +103,20 @@ impl ServeArgs {
     async fn open<H: ServeHost>(
         &self,
         host: &H,
-        disks: &mut Vec<Open>,
+        disks: &mut Vec<Open<H>>,
         memory: &Budget,
     ) -> Result<(), String> {
         let options = self.images.options(!self.images.read_only, memory);
-        for disk in &self.disks {
+        for (disk, id) in self.disks.iter().zip(0..) {
             let name = match &disk.name {
                 Some(name) => name.clone(),
                 None if self.disks.len() == 1 => String::new(),
                 None => return Err(format!("serve {}: several disks need names: NAME=SPEC", disk.spec)),
             };
             says_its_format(&disk.spec)?;
-            let node = open_any(host, &disk.spec, &options).await?;
-            disks.push(Open { name, spec: disk.spec.clone(), node });
+            let spec = disk.spec.clone();
+            let disk = open_disk(host, VbdId(id), &spec, &options).await?;
+            disks.push(Open { name, spec, disk });
         }
         Ok(())
     }
@@ -138,14 +141,14 @@ impl ServeArgs {
     async fn serve<H: ServeHost>(
         &self,
         host: &H,
-        disks: &[Open],
+        disks: &[Open<H>],
         console: &dyn Console,
         memory: &Budget,
     ) -> Result<(), String> {
         let exports = disks.iter().map(|disk| Export {
             name: disk.name.clone(),
             description: disk.spec.to_string(),
-            node: Rc::clone(&disk.node),
+            node: disk.disk.node(),
             read_only: self.images.read_only,
         });
         let limits = ServerLimits { connections: usize::from(self.connections), ..ServerLimits::default() };
@@ -153,7 +156,7 @@ impl ServeArgs {
         let server = server.map_err(|e| e.to_string())?;
         let listeners = self.listen(host).await?;
         for disk in disks {
-            let info = disk.node.info();
+            let info = disk.disk.vbd().info();
             console.out(&format!(
                 "export '{}': {}, {}{}",
                 disk.name,

@@ -10,17 +10,18 @@
 //! next `tapdisk xen` takes them up, and the guests notice a pause. The same holds after a crash.
 
 use crate::Console;
-use crate::disk::{DiskOptions, ImageArgs, open_any, says_its_format, tell_memory};
+use crate::disk::{DiskOptions, ImageArgs, open_disk, says_its_format, tell_memory, tell_stats};
 use crate::serve::ServeHost;
 use crate::spec::DiskSpec;
 use crate::vdev;
 use clap::Args;
 use futures_util::future::join_all;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::str::FromStr;
-use tap_core::{Node, wait};
+use tap_core::{Node, SchedulerStats, wait};
 use tap_host::{Budget, DomId, Errno, SECTOR_BYTES, VbdId};
 use tap_images::show_size;
 use tap_xenbus::{
@@ -97,6 +98,8 @@ struct Shared<H> {
     leave: Rc<wait::Event>,
     /// Of all disks together.
     memory: Budget,
+    /// What disks have done, by path of their back end.
+    stats: RefCell<BTreeMap<String, Box<dyn Fn() -> SchedulerStats>>>,
     /// Whether anything failed.
     failed: Cell<bool>,
 }
@@ -110,7 +113,8 @@ pub async fn run<H: GuestHost>(host: H, args: XenArgs, console: Rc<dyn Console>)
         event.set();
     });
     let memory = args.images.budget();
-    let shared = Rc::new(Shared { host, args, console, leave, memory, failed: Cell::new(false) });
+    let (stats, failed) = (RefCell::default(), Cell::new(false));
+    let shared = Rc::new(Shared { host, args, console, leave, memory, stats, failed });
     let outcome = if shared.args.watch { shared.watch().await } else { shared.serve_all().await };
     if let Err(why) = outcome {
         shared.fail(&why);
@@ -181,11 +185,13 @@ impl<H: GuestHost> Shared<H> {
         }
         let options =
             DiskOptions { patience_ns: IN_USE_PATIENCE_NS, ..self.args.images.options(write, &self.memory) };
-        let node = open_any(&self.host, spec, &options).await?;
-        let info = node.info();
+        let disk = open_disk(&self.host, config.vbd, spec, &options).await?;
+        let info = disk.vbd().info();
         let size = show_size(info.size_sectors * SECTOR_BYTES);
         let read_only = if info.read_only { ", read-only" } else { "" };
         self.console.out(&format!("serving {}: {spec}, {size}{read_only}", name(config)));
+        let node = disk.node();
+        self.stats.borrow_mut().insert(path.clone(), Box::new(disk.stats_later()));
         Ok(node)
     }
 
@@ -194,7 +200,11 @@ impl<H: GuestHost> Shared<H> {
         self.console.err(&format!("tapdisk: {}: failed to {why}", name(config)));
     }
 
+    /// Says how the disk ended, and what it has done.
     fn tell_end(&self, config: &BackendConfig, end: Result<BackendEnd, BackendError>) {
+        if let Some(stats) = self.stats.borrow_mut().remove(&config.backend_path) {
+            self.console.out(&format!("{}: {}", name(config), tell_stats(&stats())));
+        }
         let how = match end {
             Ok(BackendEnd::Offline) => "closed",
             Ok(BackendEnd::FrontendGone) => "closed: its front end was taken away",

@@ -467,6 +467,9 @@ impl<H: XenHost> Backend<H> {
 
     /// Whatever happened: no request of the guest is in flight and nothing of it is mapped when we are gone.
     async fn let_go_of_ring(&mut self, left: bool) {
+        if self.host.bug(Bug::RingLeftBehind) {
+            return;
+        }
         if let Some(Serving { closer, ended }) = self.ring.take() {
             if left {
                 closer.leave();
@@ -475,8 +478,7 @@ impl<H: XenHost> Backend<H> {
             }
             poll_fn(|cx| {
                 ended.waker.set(Some(cx.waker().clone()));
-                let over = ended.end.get().is_some() || self.host.bug(Bug::RingLeftBehind);
-                if over { Poll::Ready(()) } else { Poll::Pending }
+                if ended.end.get().is_some() { Poll::Ready(()) } else { Poll::Pending }
             })
             .await;
         }

@@ -278,7 +278,7 @@ impl Damaged {
         self.read_all(&disk, &known, "opened to write").await;
         self.write(&disk, &mut known).await;
         self.read_all(&disk, &known, "after writes").await;
-        let closed = stack.vbd.close().await;
+        let closed = stack.disk.close().await;
         match closed {
             Ok(()) => cut_after_close(&self.world, [PATH]),
             Err(error) if !self.damaged => {

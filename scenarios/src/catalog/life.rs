@@ -196,8 +196,9 @@ async fn live(world: &World, setup: &Setup, host: &SimHost, limits: &StackLimits
     // The storage ends what nobody waits for any more.
     host.sleep_ns(world.setting("rest", &[REST_NS, 0])).await;
     let out = guest.disk().disk.buffers_out();
-    if world.setting("rest", &[REST_NS, 0]) > 0 && out + stack.vbd.in_flight() > 0 {
-        let text = format!("{out} bytes of buffers are out, {} requests in flight", stack.vbd.in_flight());
+    if world.setting("rest", &[REST_NS, 0]) > 0 && out + stack.disk.vbd().in_flight() > 0 {
+        let text =
+            format!("{out} bytes of buffers are out, {} requests in flight", stack.disk.vbd().in_flight());
         world.fail(Invariant::K1, format!("{text}, long after the close"));
     }
 }
@@ -235,7 +236,7 @@ fn few(n: u64) -> usize {
 
 /// Pauses and resumes the disk a few times.
 async fn pauses(life: &Life, stack: &Stack) {
-    let (world, vbd) = (&life.world, &stack.vbd);
+    let (world, vbd) = (&life.world, stack.disk.vbd());
     for n in 0..world.setting("pauses", &[2, 0, 5]) {
         let value = world.sim.decide(life.entity, &PAUSE, n, |d| {
             d.magnitude(23) | d.magnitude(23) << 24 | d.below(3).min(1) << 48
@@ -271,7 +272,7 @@ async fn pauses(life: &Life, stack: &Stack) {
 
 /// Closes the disk while the guest goes on. What was answered before is durable then.
 async fn close_under_load(life: &Life, stack: &Stack, guest: &Guest<Fickle>, setup: &Setup) {
-    let (world, vbd) = (&life.world, &stack.vbd);
+    let (world, vbd) = (&life.world, stack.disk.vbd());
     let after = world.sim.decide(life.entity, &CLOSE_AFTER, 0, |d| d.magnitude(24));
     if world.setting("close-when-done", &[false, true]) {
         // What a pause held back goes on by itself.

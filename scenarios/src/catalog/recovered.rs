@@ -10,7 +10,6 @@ use crate::workload::Op;
 use crate::world::World;
 use kernel_model::SimHost;
 use std::rc::Rc;
-use tap_core::Node;
 use tap_host::{Errno, IoKind, Mark, SectorRange};
 
 /// Sectors in one write of those that fill the disk.
@@ -59,7 +58,7 @@ pub(super) async fn last_epoch(
     if world.storage.is_device(&setup.spec.path) {
         check_discards(world, &guest, setup.size_sectors).await;
     }
-    match stack.vbd.close().await {
+    match stack.disk.close().await {
         Ok(()) => cut_after_close(world, [setup.spec.path.as_str()]),
         Err(error) => world.fail(Invariant::G11, format!("closing after recovery failed with {error:?}")),
     }

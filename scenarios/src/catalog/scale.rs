@@ -227,7 +227,7 @@ async fn with_space_again(world: &World, setup: &Setup, limits: &StackLimits, se
     let Served { stack, guest, reads } = served;
     guest.set_manners(manners(false, reads));
     guest.run(&full_operations(world, setup, 2 * FULL_CUTS, 10), limits.guest_depth).await;
-    if guest.read_all().await.is_err() || stack.vbd.close().await.is_err() {
+    if guest.read_all().await.is_err() || stack.disk.close().await.is_err() {
         return world.fail(Invariant::L1, "with space again, the disk cannot be read and closed");
     }
     cut_after_close(world, [setup.spec.path.as_str()]);
@@ -303,7 +303,7 @@ async fn scale(world: World) {
     if let Err(error) = guest.read_all().await {
         return world.fail(Invariant::L1, format!("reading the disk failed with {error:?}"));
     }
-    if let Err(error) = stack.vbd.close().await {
+    if let Err(error) = stack.disk.close().await {
         return world.fail(Invariant::L1, format!("closing failed with {error:?}"));
     }
     cut_after_close(&world, [setup.spec.path.as_str()]);
@@ -387,9 +387,9 @@ fn check_costs(world: &World, stack: &Stack, ops: &[Option<Op>]) {
             format!("{running} file operations ran at once for {requests} requests, {large} of them large");
         world.fail(Invariant::M1, text);
     }
-    let stats = stack.stats();
+    let stats = stack.disk.stats();
     let answered = stats.reads + stats.writes + stats.zeroes + stats.discards;
-    let (steps, most) = (stack.scheduler.order_steps(), answered * (3 * requests + 8));
+    let (steps, most) = (stack.disk.order_steps(), answered * (3 * requests + 8));
     if steps > most {
         let text = format!("the order of {answered} requests took {steps} steps, {requests} of them at once");
         world.fail(Invariant::M2, text);

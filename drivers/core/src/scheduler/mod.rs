@@ -105,7 +105,7 @@ struct Inner<H> {
     limits: SchedulerLimits,
     tracker: Tracker,
     line: RefCell<Line>,
-    stats: RefCell<SchedulerStats>,
+    stats: Rc<RefCell<SchedulerStats>>,
 }
 
 impl<H: Time + Tasks + Log + Probe> Scheduler<H> {
@@ -118,7 +118,7 @@ impl<H: Time + Tasks + Log + Probe> Scheduler<H> {
             limits,
             tracker: Tracker::new(),
             line: RefCell::new(Line::new(limits.depth)),
-            stats: RefCell::default(),
+            stats: Rc::default(),
         }))
     }
 
@@ -130,6 +130,12 @@ impl<H: Time + Tasks + Log + Probe> Scheduler<H> {
     /// Counters.
     pub fn stats(&self) -> SchedulerStats {
         *self.0.stats.borrow()
+    }
+
+    /// The counters, also of a scheduler that is gone; does not keep it alive.
+    pub(crate) fn stats_later(&self) -> impl Fn() -> SchedulerStats + use<H> {
+        let stats = Rc::clone(&self.0.stats);
+        move || *stats.borrow()
     }
 }
 

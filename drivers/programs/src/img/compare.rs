@@ -1,9 +1,10 @@
 //! `tap-img compare`.
 
+use super::open_node;
 use super::pump::{Crew, Extents, PIECE_SECTORS, Run, is_zero, read};
 use super::{BackingArgs, Failure, Outcome};
 use crate::Console;
-use crate::disk::{DiskHost, DiskOptions, format_parser, open_any};
+use crate::disk::{DiskHost, DiskOptions, format_parser};
 use clap::Args;
 use std::rc::Rc;
 use tap_core::Node;
@@ -48,7 +49,7 @@ impl Compare {
         for (file, format) in [(&self.first, self.format), (&self.second, self.second_format)] {
             let spec = super::disk(file, format).map_err(Failure::with(CANNOT_OPEN))?;
             let options = DiskOptions { backing: self.backing.backing.policy(), ..DiskOptions::default() };
-            disks.push(open_any(host, &spec, &options).await.map_err(Failure::with(CANNOT_OPEN))?);
+            disks.push(open_node(host, &spec, &options).await.map_err(Failure::with(CANNOT_OPEN))?);
         }
         let say = |line: &str| {
             if !self.quiet {

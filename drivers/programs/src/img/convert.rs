@@ -1,11 +1,12 @@
 //! `tap-img convert`.
 
 use super::apart::apart;
+use super::open_node;
 use super::pump::{Crew, Extents, PIECE_SECTORS, is_zero, read};
 use super::target::{Target, TargetOptions};
 use super::{BackingArgs, Failure, Outcome};
 use crate::Console;
-use crate::disk::{DiskHost, DiskOptions, format_parser, open_any};
+use crate::disk::{DiskHost, DiskOptions, format_parser};
 use crate::spec::DiskSpec;
 use clap::Args;
 use smallvec::smallvec;
@@ -70,7 +71,7 @@ impl Convert {
         }
         let source = super::disk(&self.source, self.format).map_err(Failure::new)?;
         let options = DiskOptions { backing: self.backing.backing.policy(), ..DiskOptions::default() };
-        let from = open_any(host, &source, &options).await.map_err(Failure::new)?;
+        let from = open_node(host, &source, &options).await.map_err(Failure::new)?;
         let mut files = Vec::new();
         if let (DiskSpec::Image(from), Ok(DiskSpec::Image(to))) = (&source, super::disk(&self.target, None)) {
             let follow = options.backing.is_asked();
@@ -125,7 +126,7 @@ impl Convert {
         // Durable at the end: a crash before that leaves a copy that nobody was told is one.
         let cache = CacheMode::Unsafe;
         let options = DiskOptions { write: true, cache, ..DiskOptions::default() };
-        let node = open_any(host, &spec, &options).await.map_err(Failure::new)?;
+        let node = open_node(host, &spec, &options).await.map_err(Failure::new)?;
         let have = node.info().size_sectors;
         if have < size_sectors {
             let text = format!(

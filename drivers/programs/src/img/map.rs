@@ -1,9 +1,10 @@
 //! `tap-img map`.
 
+use super::open_node;
 use super::pump::{Extents, Run};
 use super::{BackingArgs, Failure, Outcome, Output};
 use crate::Console;
-use crate::disk::{BackingArg, DiskHost, DiskOptions, format_parser, open_any};
+use crate::disk::{BackingArg, DiskHost, DiskOptions, format_parser};
 use crate::spec::DiskSpec;
 use clap::Args;
 use serde::Serialize;
@@ -57,7 +58,7 @@ impl Map {
         let spec = super::disk(&self.file, self.format).map_err(Failure::new)?;
         let backing = self.backing.backing;
         let options = DiskOptions { backing: backing.policy(), ..DiskOptions::default() };
-        let node = open_any(host, &spec, &options).await.map_err(Failure::new)?;
+        let node = open_node(host, &spec, &options).await.map_err(Failure::new)?;
         let files = match self.output {
             Output::Json => None,
             Output::Human => Some(files(host, spec.clone(), backing).await?),

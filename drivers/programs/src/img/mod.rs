@@ -12,10 +12,13 @@ mod pump;
 mod target;
 
 use crate::Console;
-use crate::disk::{BackingArg, DiskHost, REFUSE, backing_parser};
+use crate::disk::{BackingArg, DiskHost, DiskOptions, REFUSE, backing_parser, open_disk};
 use crate::spec::DiskSpec;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::fmt::Display;
+use std::rc::Rc;
+use tap_core::Node;
+use tap_host::VbdId;
 use tap_images::{Format, ImageFormat, ImageSpec};
 
 /// The command line of `tap-img`.
@@ -122,6 +125,15 @@ fn disk(file: &str, format: Option<Format>) -> Result<DiskSpec, String> {
         (Some(format), named) if format == named => Ok(DiskSpec::Image(spec)),
         (Some(_), _) => Err(format!("use {file}: it is named as another format than the option says")),
     }
+}
+
+/// Opens a disk for a tool: it ends with the tool, so it needs no name.
+async fn open_node<H: DiskHost>(
+    host: &H,
+    spec: &DiskSpec,
+    options: &DiskOptions,
+) -> Result<Rc<dyn Node>, String> {
+    Ok(open_disk(host, VbdId(0), spec, options).await?.node())
 }
 
 /// As [`disk`], for what needs a file.

@@ -118,9 +118,11 @@ fn named_disks_are_served_until_the_toolstack_takes_them_away() {
         two.close().await;
         tools.settle().await;
         assert_eq!(*daemon.status.borrow(), Some(0));
-        let said = "serving 1/xvda: raw:/a, 1 MiB\nserving 2/xvda: raw:/b, 1 MiB\n1/xvda: closed\n2/xvda: closed\nmemory: ";
+        let said = "serving 1/xvda: raw:/a, 1 MiB\nserving 2/xvda: raw:/b, 1 MiB\n\
+                    1/xvda: reads 2 (1 KiB), writes 1 (512 B)\n1/xvda: closed\n\
+                    2/xvda: reads 3 (1.5 KiB)\n2/xvda: closed\nmemory: ";
         let (text, end) = (daemon.said(), " of 256 MiB in use");
-        assert!(text.starts_with(said) && text.ends_with(end) && text.lines().count() == 5, "{text}");
+        assert!(text.starts_with(said) && text.ends_with(end) && text.lines().count() == 7, "{text}");
         kernel.storage().power_cut();
         assert_eq!(kernel.storage().bytes("/a").unwrap()[3 * 512..4 * 512], [7; 512]);
     });

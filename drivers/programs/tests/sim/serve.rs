@@ -5,13 +5,14 @@ use kernel_model::Kernel;
 use smallvec::smallvec;
 use std::rc::Rc;
 use tap_core::{Node, Request, ZeroFlags};
-use tap_host::{Errno, IoBuf, IoVec, SectorRange};
-use tap_programs::disk::{DiskOptions, open_any};
+use tap_host::{Errno, IoBuf, IoVec, SectorRange, VbdId};
+use tap_programs::disk::{DiskOptions, open_disk};
 
 async fn client(kernel: &Kernel, name: &str) -> Result<Rc<dyn Node>, String> {
     let host = kernel.process(format!("client of {name}"), 77);
     let options = DiskOptions { write: true, ..DiskOptions::default() };
-    open_any(&host, &format!("nbd+unix:///{name}?socket=/run/s").parse()?, &options).await
+    let spec = format!("nbd+unix:///{name}?socket=/run/s").parse()?;
+    Ok(open_disk(&host, VbdId(0), &spec, &options).await?.node())
 }
 
 fn bytes(fill: u8, sectors: usize) -> IoVec {
@@ -44,6 +45,9 @@ fn disks_are_served_until_the_process_is_asked_to_stop() {
         daemon.host.process.ask_to_stop();
         sim.sleep_ns(10_000_000_000).await;
         assert_eq!(*daemon.status.borrow(), Some(0));
+        let said = daemon.said();
+        let told = "export 'a': reads 1 (2 KiB), writes 1 (1 KiB), zeroes 1 (512 B)\nexport 'b': reads 1 (512 B)\nmemory";
+        assert!(said.contains(told), "{said}");
         // What was written is durable, though nobody flushed.
         kernel.storage().power_cut();
         assert_eq!(kernel.storage().bytes("/a").unwrap()[3 * 512..5 * 512], [[7; 512], [0; 512]].concat());

@@ -13,7 +13,7 @@ use sim::Entity;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use tap_core::wait::{Receiver, oneshot};
-use tap_core::{Node, Scheduler, Vbd};
+use tap_core::{CacheMode, Disk, DiskConfig, Node};
 use tap_host::{Budget, Mark, Share, SocketAddress, Sockets, VbdId};
 use tap_images::ImageError;
 use tap_nbd::{Client, ClientConfig, Export, Server, ServerLimits};
@@ -85,7 +85,7 @@ impl Served {
         check_idle(world, &self, 0);
         let inv = setup.history.borrow_mut().begin_flush();
         for stack in &self.stacks {
-            if let Err(error) = stack.vbd.close().await {
+            if let Err(error) = stack.disk.close().await {
                 world.fail(Invariant::G11, format!("closing the disk failed with {error:?}"));
             }
         }
@@ -366,7 +366,7 @@ pub(super) async fn end(plan: &Plan, served: Served, clients: &Clients, setup: &
     served.server.stop().await;
     check_idle(world, &served, 0);
     for stack in &served.stacks {
-        if let Err(error) = stack.vbd.close().await {
+        if let Err(error) = stack.disk.close().await {
             world.fail(Invariant::G11, format!("closing the disk failed with {error:?}"));
         }
     }
@@ -402,7 +402,7 @@ pub(super) fn check_unbroken(world: &World) {
 /// Nothing is in flight any more, and only `connections` are open.
 pub(super) fn check_idle(world: &World, served: &Served, connections: usize) {
     let (open, used) = (served.server.connections(), served.server.used_bytes());
-    let in_flight: usize = served.stacks.iter().map(|stack| stack.vbd.in_flight()).sum();
+    let in_flight: usize = served.stacks.iter().map(|stack| stack.disk.vbd().in_flight()).sum();
     if (open, used, in_flight) != (connections, 0, 0) {
         let text = format!("{open} connections, {used} bytes and {in_flight} requests are left");
         world.fail(Invariant::K1, format!("{text}; {connections} connections and nothing else should be"));
@@ -477,8 +477,9 @@ pub(super) async fn client_stack(
     let client = plan.connect(host, config).await;
     plan.fill(config);
     let below = Rc::clone(&client) as Rc<dyn Node>;
-    let scheduler = Scheduler::new(host.clone(), below, plan.limits.scheduler);
-    (client, Rc::new(Vbd::new(host.clone(), VbdId(0), Rc::new(scheduler) as Rc<dyn Node>)))
+    let scheduler = plan.limits.scheduler;
+    let config = DiskConfig { id: VbdId(0), cache: CacheMode::WriteBack, scheduler };
+    (client, Disk::new(host, below, config).node())
 }
 
 /// Sends `messages` to the server, takes every reply, and hangs up when the server has.
