@@ -3,6 +3,7 @@
 use super::*;
 use crate::testing::{Effect, Fault};
 use tap_core::{Source, ZeroFlags};
+use tap_host::Mark;
 
 fn zero(qcow: &Qcow<World>, start: u64, sectors: u32, flags: ZeroFlags) -> LocalBoxFuture<Response> {
     qcow.submit(Request::write_zeroes(SectorRange::new(start, sectors), flags))
@@ -103,6 +104,26 @@ fn zeros_are_written_where_a_failed_write_may_have_left_bytes() {
     flush(&world, &qcow).unwrap();
     let world = world.as_seen();
     assert_eq!(all(&world, &SMALL.open(&world))[20..22], [Some(0); 2]);
+}
+
+/// Nothing of what follows was tried, so nothing of it found a bad place.
+#[test]
+fn a_file_that_was_given_up_costs_no_place() {
+    let world = World::new(7);
+    SMALL.create(&world);
+    let qcow = SMALL.open(&world);
+    world.block_on(write(&qcow, 0, 2, 7)).result.unwrap();
+    flush(&world, &qcow).unwrap();
+    let size = world.bytes(PATH).len();
+    world.fail(Some(Fault { nth: world.ops(), error: Errno::EIO, effect: Effect::None, sticky: true }));
+    assert_eq!(world.block_on(zero(&qcow, 0, 2, PLAIN)).result, Err(Errno::EIO));
+    world.fail(None);
+    assert_eq!(world.marked(Mark::FileGivenUp), 1);
+    for start in (10..120).step_by(2) {
+        assert_eq!(world.block_on(write(&qcow, start, 2, 8)).result, Err(Errno::EIO));
+    }
+    assert_eq!(world.block_on(qcow.close()), Err(Errno::EIO));
+    assert_eq!(world.bytes(PATH).len(), size);
 }
 
 #[test]
