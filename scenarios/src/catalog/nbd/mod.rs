@@ -223,7 +223,8 @@ async fn slow_client(world: World) {
     }
     world.sim.stop_faults();
     // Nobody wants its place, so it keeps that for as long as it takes nothing.
-    world.sim.sleep_ns(world.setting("slow-for-ns", &[0, 4 * plan.server.grace_ns])).await;
+    let long_ns = 4 * plan.server.grace_ns;
+    world.sim.sleep_ns(world.setting("slow-for-ns", &[0, long_ns, long_ns, long_ns])).await;
     awake.set();
     world.sim.sleep_ns(600_000_000_000).await;
     check_connected(&world, &clients);
