@@ -49,6 +49,7 @@ list! {
         DeviceTrusted = "a block device that cannot make holes is taken to have changed nothing when it says so",
         TableKept = "a write keeps the memory of its table from its first part to its last",
         SlotKept = "a request that was merged keeps its place in the line once it is answered",
+        CommitKept = "a mapping whose write failed stays in the list of those that are to be written",
         ClusterPassedOver = "a write in as many pieces as are written at once goes on behind a cluster that it leaves out",
         CloseUnawaited = "a disk is said to be closed while the host still closes its file",
         HolesAskedAgain = "a block device that cannot make holes is asked with each discard",
@@ -149,6 +150,7 @@ list! {
         NbdPartSentEnds = "a connection that takes a reply in parts is taken as a broken one",
         NbdAnnouncedKept = "an NBD client that announced a large write and stopped sending it keeps the memory for it",
         NbdSeatLost = "a connection that does not end in order keeps the memory that the next one needs",
+        NbdOneKept = "an NBD client that ends forgets to answer the oldest request",
         NbdDeafKept = "a client that sends no more and takes no reply keeps its place",
     }
 }

@@ -69,6 +69,9 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
             self.publish(table, &batch);
         }
         batch.iter().for_each(|commit| commit.result.set(Some(result)));
+        if result.is_err() && self.host.bug(Bug::CommitKept) {
+            table.pending.borrow_mut().push(own);
+        }
         result
     }
 

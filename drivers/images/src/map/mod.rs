@@ -245,6 +245,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
 
     /// Leaves a file that ends where its last cluster does: others put new clusters, or compressed bytes, at its end.
     async fn finish(&self) -> Result<(), Errno> {
+        assert!(self.cache.borrow().is_at_rest(), "an image is closed while entries of its tables wait");
         // What was written is made durable whether or not that succeeds.
         let sized = self.reach_frontier().await;
         self.flush_by(self.file.sync_to_close()).await.and(sized)

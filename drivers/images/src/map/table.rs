@@ -101,6 +101,12 @@ impl Cache {
         }
     }
 
+    /// Whether no entry of a table waits to be written.
+    pub(super) fn is_at_rest(&self) -> bool {
+        let tables = self.places.iter().filter_map(|place| place.found.upgrade());
+        tables.into_iter().all(|table| table.pending.borrow().is_empty())
+    }
+
     pub(crate) fn has_room(&self) -> bool {
         self.order.len() < self.limit
     }

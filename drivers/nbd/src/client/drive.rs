@@ -40,11 +40,20 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         link
     }
 
-    /// Runs connection after connection.
-    pub(super) async fn drive(self: Rc<Self>, mut link: Rc<Link<H::Stream>>, mut inlet: Inlet<H::Stream>) {
+    /// Runs connection after connection, until there can be none any more. Every request is answered then.
+    pub(super) async fn drive(self: Rc<Self>, link: Rc<Link<H::Stream>>, inlet: Inlet<H::Stream>) {
+        self.connect_again_and_again(link, inlet).await;
+        assert!(self.pending.borrow().is_empty(), "a client that has ended holds requests");
+    }
+
+    async fn connect_again_and_again(
+        self: &Rc<Self>,
+        mut link: Rc<Link<H::Stream>>,
+        mut inlet: Inlet<H::Stream>,
+    ) {
         loop {
             let bell = Bell::default();
-            let receiver = Receiver { inner: &self, link: &link, inlet: &mut inlet, bell: &bell };
+            let receiver = Receiver { inner: self, link: &link, inlet: &mut inlet, bell: &bell };
             let why = receiver.run().await;
             self.disconnected(&link, why);
             if self.closed.get() {
@@ -155,7 +164,8 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
     pub(super) fn give_up(&self, error: Errno) {
         self.refusal.set(Some(error));
         let cookies: Vec<u64> = self.pending.borrow().keys().copied().collect();
-        cookies.into_iter().for_each(|cookie| self.finish(cookie, Err(error)));
+        let kept = usize::from(self.host.bug(Bug::NbdOneKept));
+        cookies.into_iter().skip(kept).for_each(|cookie| self.finish(cookie, Err(error)));
     }
 
     /// Breaks `link` when a request has waited too long.
