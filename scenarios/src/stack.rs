@@ -8,13 +8,16 @@ use tap_core::{CacheMode, Disk, DiskConfig, Node, SchedulerLimits};
 use tap_host::{Budget, VbdId};
 use tap_images::{BackingPolicy, Formats, ImageError, ImageFormat, ImageSpec, OpenOptions};
 
+/// Room for two tables of 512 entries, in bytes.
+const TWO_TABLES: usize = 2 * (512 * 8 + 256);
+
 /// Limits that a seed draws; each may be as low as it goes.
 #[derive(Clone, Copy, Debug)]
 pub struct StackLimits {
     /// Of the scheduler.
     pub scheduler: SchedulerLimits,
-    /// Tables of one image that are kept in memory.
-    pub tables: usize,
+    /// Memory for the tables of one image that are kept, in bytes.
+    pub table_bytes: usize,
     /// Buffers in bytes.
     pub pool_bytes: usize,
     /// Requests that the guest has running at once.
@@ -39,10 +42,10 @@ impl StackLimits {
             merge_sectors: world.setting("merge", &[1024, 0, 16]),
             ..SchedulerLimits::default()
         };
-        let tables = world.setting("l2-tables", &[64, 2, 1]);
+        let table_bytes = world.setting("l2-tables", &[1 << 20, TWO_TABLES, 1]);
         Self {
             scheduler,
-            tables,
+            table_bytes,
             pool_bytes: world.setting("pool", &[4 << 20, 256 << 10, 64 << 10]),
             guest_depth: world.setting("guest-depth", &[8, 32, 2, 1]),
             ring_batch: world.setting("ring-batch", &[32, 4, 1]),
@@ -104,7 +107,7 @@ impl Stack {
         let options = OpenOptions {
             write: !limits.read_only,
             direct: limits.direct,
-            tables: limits.tables,
+            table_bytes: limits.table_bytes,
             backing: BackingPolicy::any(ImageFormat::Probe),
             memory: memory.clone(),
         };

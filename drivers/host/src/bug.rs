@@ -35,7 +35,7 @@ list! {
         FrontierFromLastL1 = "the allocator frontier at open is taken from the last L1 entry",
         SizeBehind = "an image whose references a crash left behind the end of its file is served as it is",
         ClusterLeaked = "each allocation takes one cluster more than it uses",
-        MappingInMemory = "a new mapping is kept in memory until the next flush",
+        MappingInMemory = "a new mapping is kept in memory and not written",
         OverlayDropsRest = "a partial write to a new overlay cluster drops the rest of the cluster",
         DataAfterMapping = "a cluster is mapped before its data is durable although losing the data exposes old bytes",
         FailedClusterReused = "a cluster whose L2 write failed is handed to another owner",

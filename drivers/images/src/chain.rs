@@ -56,9 +56,9 @@ pub struct OpenOptions {
     pub write: bool,
     /// Without the host's page cache.
     pub direct: bool,
-    /// Tables of one image that are kept in memory, at least 1, while the budget has room for them; those in use come
-    /// on top.
-    pub tables: usize,
+    /// Memory for the tables of one image that are kept, in bytes, while the budget has room for them. One is always
+    /// kept; those in use come on top.
+    pub table_bytes: usize,
     /// What may be opened below the image.
     pub backing: BackingPolicy,
     /// What all memory of the image, and of everything below it, is taken of.
@@ -70,12 +70,15 @@ impl Default for OpenOptions {
         Self {
             write: false,
             direct: false,
-            tables: 1024,
+            table_bytes: TABLE_BYTES,
             backing: BackingPolicy::default(),
             memory: Budget::default(),
         }
     }
 }
+
+/// The tables of 8 GiB of disk in clusters of 4 KiB, or of 128 GiB in clusters of 64 KiB.
+const TABLE_BYTES: usize = 17 << 20;
 
 /// Most images in one chain.
 pub const MAX_CHAIN: usize = 64;

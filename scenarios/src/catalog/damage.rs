@@ -325,7 +325,7 @@ impl Damaged {
         self.wait_for_the_last();
         let host = SimHost::start(&self.world.kernel, &self.world.xen, "tapdisk", 1);
         let options = OpenOptions {
-            tables: self.limits.tables,
+            table_bytes: self.limits.table_bytes,
             backing: BackingPolicy::any(RAW),
             ..OpenOptions::default()
         };

@@ -50,7 +50,7 @@ pub(crate) use inflate::Unreadable;
 pub(crate) use layout::{Compressed, Geometry, Layout, Mapping, decode_entries};
 pub(crate) use owners::Owners;
 pub(crate) use space::{Allocator, Frontier};
-pub(crate) use table::{Cache, Table, cache_bytes, table_cost};
+pub(crate) use table::{Cache, cache_bytes, table_cost};
 pub(crate) use walk::{Stopped, Walked, walk};
 
 use crate::ImageHost;
@@ -103,8 +103,6 @@ pub(crate) struct Image<H: ImageHost, L: Layout> {
     backing: Option<Rc<dyn Node>>,
     backing_bytes: u64,
     inflater: RefCell<Inflater>,
-    /// Tables that [`Bug::MappingInMemory`] did not write.
-    unwritten: RefCell<Vec<Rc<Table>>>,
 }
 
 impl<H: ImageHost, L: Layout> MappedDisk<H, L> {
@@ -203,7 +201,6 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
             backing_bytes: backing.as_ref().map_or(0, |b| b.info().size_sectors * SECTOR_BYTES),
             backing,
             inflater: RefCell::default(),
-            unwritten: RefCell::default(),
         }
     }
 
@@ -235,9 +232,6 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
     async fn flush_by(&self, sync: impl Future<Output = Result<(), Errno>>) -> Result<(), Errno> {
         if self.host.bug(Bug::FlushEarly) {
             return Ok(());
-        }
-        for table in self.unwritten.take() {
-            self.write_entries(&table, 0..self.geometry.table_entries(), &[]).await?;
         }
         // Every mapping was written before its request was answered.
         sync.await

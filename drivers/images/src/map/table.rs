@@ -90,14 +90,15 @@ pub(crate) fn cache_bytes(root_entries: usize) -> usize {
 }
 
 impl Cache {
-    pub(crate) fn new(root_entries: usize, limit: usize) -> Self {
+    /// For a root of so many entries; tables of `bytes` are kept, and one at the least.
+    pub(crate) fn new(root_entries: usize, geometry: &Geometry, bytes: usize) -> Self {
         Self {
             by_index: vec![0; root_entries],
             places: Vec::new(),
             unused: Vec::new(),
             order: VecDeque::new(),
             loose: Vec::new(),
-            limit: limit.max(1),
+            limit: (bytes / table_cost(geometry.table_entries())).max(1),
         }
     }
 

@@ -51,15 +51,15 @@ impl<'a, H: ImageHost> TableReader<'a, H> {
     }
 }
 
-/// Looks at every reference, to know where new clusters may go. Keeps up to `limit` tables.
+/// Looks at every reference, to know where new clusters may go. Keeps up to `table_bytes` of tables.
 pub(crate) async fn walk<H: ImageHost, L: Layout>(
     host: &H,
     (file, geometry, root): (&ImageFile<H>, &Geometry, &[u64]),
     mut owners: Owners<L>,
     memory: &ImageStages,
-    limit: usize,
+    table_bytes: usize,
 ) -> Result<Walked, Stopped> {
-    let mut cache = Cache::new(root.len(), limit);
+    let mut cache = Cache::new(root.len(), geometry, table_bytes);
     let mut problem = FirstProblem::default();
     if let Some(tables) = owners.take_root(root, &mut problem) {
         let mut reader = TableReader::new(file, geometry).await.map_err(Stopped::Failed)?;

@@ -22,7 +22,7 @@ pub(super) async fn check<H: ImageHost>(host: &H, path: &str) -> Result<CheckRep
     let mut owners = front.owners(&memory);
     let root = front.root.clone();
     // Without what is below: only this file is checked.
-    let image = front.into_image(host, memory, Cache::new(0, 0), Frontier::new(0, None), None);
+    let image = front.into_image(host, memory, Cache::new(0, &geometry, 0), Frontier::new(0, None), None);
     let checked = image.check(&root, &mut owners, &mut report).await;
     checked.map_err(|(action, error)| ImageError::io(action, path)(error))?;
     report.file_bytes = file_bytes;

@@ -129,14 +129,14 @@ pub(super) async fn open<H: ImageHost>(host: &H, image: &OpenImage<H>) -> Result
     };
     let memory = front.memory(path)?;
     let (cache, frontier) = if options.write {
-        let walked = walk_all(host, path, &front, &memory, options.tables).await?;
+        let walked = walk_all(host, path, &front, &memory, options.table_bytes).await?;
         let frontier = frontier(host, &front, walked.end);
         reach_all(host, &mut front, walked.end, frontier).await.map_err(ImageError::io("lengthen", path))?;
         clear_checksum(&front).await.map_err(ImageError::io("clear the checksum of", path))?;
         (walked.cache, frontier)
     } else {
         // For reading nothing needs to be known.
-        (Cache::new(front.root.len(), options.tables), 0)
+        (Cache::new(front.root.len(), &front.header.geometry, options.table_bytes), 0)
     };
     let info = front.file.info;
     let space = Frontier::new(frontier, info.block_device.then_some(info.size_bytes));
@@ -149,10 +149,10 @@ async fn walk_all<H: ImageHost>(
     path: &str,
     front: &Front<H>,
     memory: &ImageStages,
-    limit: usize,
+    table_bytes: usize,
 ) -> Result<Walked, ImageError> {
     let image = (&front.file, &front.header.geometry, &front.root[..]);
-    walk(host, image, front.owners(memory), memory, limit).await.map_err(|stopped| match stopped {
+    walk(host, image, front.owners(memory), memory, table_bytes).await.map_err(|stopped| match stopped {
         Stopped::Failed(error) => ImageError::io("read the tables of", path)(error),
         Stopped::Damaged(what) => {
             refused(path, what, "open it read-only and copy what can be read to a new image")

@@ -101,7 +101,7 @@ impl Setup {
         OpenOptions {
             write,
             direct: self.direct,
-            tables: self.tables,
+            table_bytes: self.tables * crate::map::table_cost(1 << self.l2_bits),
             // Where little is kept, there is little memory as well.
             memory: if self.tables == 1 { Budget::least() } else { Budget::default() },
             backing: BackingPolicy::any(RAW),
