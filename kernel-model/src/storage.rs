@@ -419,21 +419,26 @@ impl Inner {
         if fault == Fault::DropsPages(true) {
             self.drop_pages(&running);
         }
-        let slot = Slot::Running(running);
-        let index = match self.free.borrow_mut().pop() {
-            Some(index) => {
-                self.slots.borrow_mut()[index as usize] = slot;
-                index
-            }
-            None => {
-                let mut slots = self.slots.borrow_mut();
-                slots.push(slot);
-                (slots.len() - 1) as u32
-            }
-        };
+        let index = self.keep(running);
         let timed: Rc<dyn Timed> = self.clone();
         self.sim.call_at(self.sim.now_ns() + base + late + stuck, timed, u64::from(index));
         index
+    }
+
+    /// Keeps an operation that runs; gives the index of its slot.
+    fn keep(&self, running: Running) -> u32 {
+        let slot = Slot::Running(running);
+        let mut slots = self.slots.borrow_mut();
+        match self.free.borrow_mut().pop() {
+            Some(index) => {
+                slots[index as usize] = slot;
+                index
+            }
+            None => {
+                slots.push(slot);
+                (slots.len() - 1) as u32
+            }
+        }
     }
 
     /// How much longer than the least it takes.

@@ -12,11 +12,11 @@ pub struct StorageConfig {
     pub sync_errors: SyncErrors,
     /// The file system can make ranges zeros (fallocate); otherwise it refuses.
     pub zeroing: bool,
-    /// A file writes back what is dirty where it makes a hole, before it makes it. ext4 does not since Linux 6.14: what
-    /// it has dropped by then is gone if the hole fails.
+    /// A file writes back what is dirty where it makes a hole, before it makes it. ext4 does not since Linux 6.14:
+    /// what it has dropped by then is gone if the hole fails.
     pub holes_write_back: bool,
-    /// A full file system has no room for the longer list of extents that a hole makes of a range with storage: it fails
-    /// with ENOSPC, as on ext4.
+    /// A full file system has no room for the longer list of extents that a hole makes of a range with storage: it
+    /// fails with ENOSPC, as on ext4.
     pub holes_want_space: bool,
     /// fdatasync says ok and does nothing: a canary.
     pub flush_lies: bool,
