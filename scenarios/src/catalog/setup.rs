@@ -158,14 +158,15 @@ impl Setup {
 
     /// A crash may leave references behind the end of the file; once the image is open for writing none may be, also
     /// not after the next crash. Where a synchronisation failed since there were `failed_syncs` of them, the length
-    /// need not be durable: all that follow fail. The last byte may come later, when it is durable that it is missing.
+    /// need not be durable: all that follow fail. The last sector may come later, when it is durable that it is
+    /// missing.
     pub fn check_length(&self, world: &World, failed_syncs: u64) {
         if self.spec.format != QCOW || world.storage.counts().failed_syncs > failed_syncs {
             return;
         }
         let tenses = |inode: &Inode| (walker::walk(&inode.base), inode.base.size);
         if let Some((Ok(map), size)) = world.storage.with_inode(&self.spec.path, tenses)
-            && map.end > size + 1
+            && map.end > size + SECTOR_BYTES
         {
             let text = format!("an image is served of which {size} bytes are durable and {} in use", map.end);
             world.fail(Invariant::Q2, text);
