@@ -1,8 +1,8 @@
 //! Which files below an image may be opened, and how.
 //!
 //! ```text
-//!   top.qcow ──names──► base.qcow ──names──► base.raw
-//!    written             read only            read only
+//!   top ──names──► middle ──names──► base
+//!   written         read only         read only
 //! ```
 //!
 //! The name of a backing file stands in the image, and a guest that once wrote a whole raw disk could have put it
@@ -97,9 +97,9 @@ mod tests {
 
     #[test]
     fn relative_names_are_relative_to_the_image() {
-        assert_eq!(resolve("/disks/top.qcow", "base"), "/disks/base");
-        assert_eq!(resolve("/disks/top.qcow", "/other/base"), "/other/base");
-        assert_eq!(resolve("top.qcow", "base"), "base");
-        assert_eq!(resolve("/top.qcow", "d/base"), "/d/base");
+        assert_eq!(resolve("/disks/top.img", "base"), "/disks/base");
+        assert_eq!(resolve("/disks/top.img", "/other/base"), "/other/base");
+        assert_eq!(resolve("top.img", "base"), "base");
+        assert_eq!(resolve("/top.img", "d/base"), "/d/base");
     }
 }

@@ -1,7 +1,7 @@
 //! The stages at which an image asks for memory, in the order in which one request may hold several of them.
 //!
 //! ```text
-//!   qcow   tables ─► zeros ─► parts ─► doubts ─┐             fixed: what an open image always has
+//!   map    tables ─► zeros ─► parts ─► doubts ─┐             fixed: what an open image always has
 //!   file                                       └─► single ─► bounce ─► rest
 //! ```
 //!
@@ -107,7 +107,7 @@ fn bounce_cost(len: usize, align: usize) -> usize {
     cost_of(len + 2 * (align - 1))
 }
 
-/// Stages of an open qcow image, in front of those of its file.
+/// Stages of an open image of the map engine, in front of those of its file.
 pub(crate) struct ImageStages {
     /// What it always has: the L1 table, where to find L2 tables, the decoder; and what a walk needs.
     pub(crate) fixed: Stage,

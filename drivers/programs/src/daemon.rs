@@ -1,6 +1,7 @@
 //! The command line of `tapdisk`.
 
 use crate::Console;
+use crate::help;
 use crate::serve::{self, ServeArgs};
 use crate::xen::{self, GuestHost, XenArgs};
 use clap::{Parser, Subcommand, ValueEnum};
@@ -31,30 +32,10 @@ pub struct Cli {
 #[derive(Subcommand, Debug)]
 pub enum Command {
     /// Serves disks over NBD until it is asked to stop (SIGTERM, SIGINT, SIGHUP)
-    #[command(
-        after_help = "Specs: raw:PATH, qcow:PATH, nbd:ADDRESS, nbd://HOST/EXPORT, nbd+unix:///EXPORT?socket=PATH
-
-Examples:
-  tapdisk serve --nbd unix:/run/disk.sock qcow:/images/disk.qcow
-  tapdisk serve --nbd 127.0.0.1:10809 --read-only a=raw:/images/a.img b=qcow:/images/b.qcow
-  nbdinfo 'nbd+unix:///?socket=/run/disk.sock'"
-    )]
+    #[command(after_help = help::serve())]
     Serve(ServeArgs),
     /// Serves disks of Xen's guests until they are closed, or until it is asked to stop (SIGTERM, SIGINT, SIGHUP)
-    #[command(
-        after_help = "A DOMAIN is a number, a VDEV a disk as guests name it (xvda, sdb1) or its number (51712), a SPEC as for serve.
-
-What is asked to stop answers what is in flight and leaves the vbds as they are: the next tapdisk xen with the same
---run-dir takes them up, and the guests notice a pause. The same holds after a crash.
-
-With --watch it serves guests of xl, whose configuration says
-  disk = [ 'script=block-tapdisk,vdev=xvda,access=w,target=qcow:/images/a.qcow' ]
-with the script block-tapdisk in /etc/xen/scripts. xen-blkback must not be loaded: it takes every vbd.
-
-Examples:
-  tapdisk xen --watch
-  tapdisk xen 3/xvda=qcow:/images/a.qcow 3/xvdb=raw:/images/b.img"
-    )]
+    #[command(after_help = help::xen())]
     Xen(XenArgs),
 }
 

@@ -28,6 +28,7 @@
 mod console;
 pub mod daemon;
 pub mod disk;
+mod help;
 pub mod img;
 pub mod serve;
 pub mod spec;

@@ -186,10 +186,10 @@ mod tests {
     #[test]
     fn disks_may_have_names() {
         let disk = |text: &str| NamedDisk::from_str(text).unwrap();
-        assert_eq!(disk("qcow:/a=b").name, None);
-        assert_eq!(disk("a=qcow:/b=c").name.as_deref(), Some("a"));
+        assert_eq!(disk("raw:/a=b").name, None);
+        assert_eq!(disk("a=raw:/b=c").name.as_deref(), Some("a"));
         assert_eq!(disk("=raw:/b").name.as_deref(), Some(""));
-        assert_eq!(disk("a=qcow:/b=c").spec, "qcow:/b=c".parse().unwrap());
+        assert_eq!(disk("a=raw:/b=c").spec, "raw:/b=c".parse().unwrap());
         assert!(NamedDisk::from_str("a=").is_err());
     }
 }

@@ -81,7 +81,7 @@ impl FromStr for GuestDisk {
     fn from_str(text: &str) -> Result<Self, String> {
         let parts = text.split_once('=').and_then(|(vbd, spec)| Some((vbd.split_once('/')?, spec)));
         let Some(((dom, vdev), spec)) = parts else {
-            return Err("it is written DOMAIN/VDEV=SPEC, like 3/xvda=qcow:/images/a.qcow".to_owned());
+            return Err("it is written DOMAIN/VDEV=SPEC, like 3/xvda=raw:/images/a.img".to_owned());
         };
         let dom = dom.parse().map_err(|_| format!("'{dom}' is no domain id; `xl domid NAME` tells it"))?;
         let disk = Self { dom: DomId(dom), vbd: vdev::parse(vdev)?, spec: spec.parse()? };
@@ -268,15 +268,15 @@ mod tests {
     #[test]
     fn vbds_and_their_disks() {
         let disk = |text: &str| GuestDisk::from_str(text);
-        let spec = "qcow:/a=b/c".parse().unwrap();
-        assert_eq!(disk("3/xvda=qcow:/a=b/c"), Ok(GuestDisk { dom: DomId(3), vbd: VbdId(51712), spec }));
+        let spec = "raw:/a=b/c".parse().unwrap();
+        assert_eq!(disk("3/xvda=raw:/a=b/c"), Ok(GuestDisk { dom: DomId(3), vbd: VbdId(51712), spec }));
         for (bad, why) in [
             ("xvda=raw:/a", "DOMAIN/VDEV=SPEC"),
             ("3/xvda", "DOMAIN/VDEV=SPEC"),
             ("web/xvda=raw:/a", "xl domid"),
             ("70000/xvda=raw:/a", "xl domid"),
             ("3/vda=raw:/a", "no disk of a guest"),
-            ("3/xvda=/a", "raw:/a or qcow:/a"),
+            ("3/xvda=/a", "say what it is, raw:/a or "),
             ("3/xvda=vhd:/a", "no format"),
         ] {
             let text = disk(bad).unwrap_err();

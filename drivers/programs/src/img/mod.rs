@@ -13,6 +13,7 @@ mod target;
 
 use crate::Console;
 use crate::disk::{BackingArg, DiskHost, DiskOptions, REFUSE, backing_parser, open_disk};
+use crate::help;
 use crate::spec::DiskSpec;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::fmt::Display;
@@ -24,16 +25,7 @@ use tap_images::{Format, ImageFormat, ImageSpec};
 /// The command line of `tap-img`.
 #[derive(Parser, Debug)]
 #[command(name = "tap-img", version, about = "Creates, shows, checks, compares and converts disk images")]
-#[command(after_help = "Examples:
-  tap-img create -f qcow disk.qcow 20G
-  tap-img create -f qcow -b base.raw overlay.qcow
-  tap-img info --output json disk.qcow
-  tap-img check disk.qcow
-  tap-img convert -p -O raw disk.qcow disk.raw
-  tap-img compare disk.qcow disk.raw
-
-A file may also be written as FORMAT:PATH. Formats: raw, qcow (version 1). map, compare and convert also take exports
-of NBD servers: nbd:unix:PATH, nbd://HOST/EXPORT; convert writes to one with -n.")]
+#[command(after_help = help::img())]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,

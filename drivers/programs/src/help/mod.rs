@@ -1,0 +1,40 @@
+//! Help texts: files beside this one, in which the formats of the registry are filled in.
+
+use tap_images::{Format, SHIPPED};
+
+/// After the help of `tapdisk serve`.
+pub(crate) fn serve() -> String {
+    filled(include_str!("serve.txt"))
+}
+
+/// After the help of `tapdisk xen`.
+pub(crate) fn xen() -> String {
+    filled(include_str!("xen.txt"))
+}
+
+/// After the help of `tap-img`.
+pub(crate) fn img() -> String {
+    filled(include_str!("img.txt"))
+}
+
+/// `{specs}` are images as they are named, `{formats}` the formats with a word on each.
+fn filled(text: &str) -> String {
+    let all = |show: fn(&Format) -> String| SHIPPED.iter().map(show).collect::<Vec<_>>().join(", ");
+    let specs = all(|format| format!("{format}:PATH"));
+    let formats = all(|format| format!("{format} ({})", format.info().about));
+    text.trim_end().replace("{specs}", &specs).replace("{formats}", &formats)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_format_is_told_and_no_gap_is_left() {
+        let [serve, xen, img] = [serve(), xen(), img()];
+        for format in SHIPPED {
+            assert!(serve.contains(&format!("{format}:PATH")) && img.contains(&format!("{format} (")));
+        }
+        assert!([serve, xen, img].iter().all(|text| !text.contains('{') && !text.ends_with('\n')));
+    }
+}
