@@ -20,7 +20,7 @@ use std::task::{Poll, Waker};
 use tap_core::wait;
 use tap_host::{Budget, DomId, Errno, Signals, Tasks, VbdId, Xenstore};
 use tap_images::ImageError;
-use tap_xenbus::{Backend, BackendConfig, BackendError, Hotplug, Whose, lead, supervise};
+use tap_xenbus::{Backend, BackendConfig, BackendError, DeviceFilter, Hotplug, lead, supervise};
 use xen_model::{VbdPaths, XenPort, attach_vbd, remove_vbd};
 
 /// The number of xvda.
@@ -261,8 +261,11 @@ impl Machine {
 
     /// Serves what the toolstack marks with [`SCRIPT`]; with `twin` instead of the image, if there is one.
     async fn watch(self: Rc<Self>, host: SimHost, leave: Rc<wait::Event>, twin: Option<Setup>) {
-        let whose =
-            Whose { root: "/local/domain/0/backend/vbd".into(), script: SCRIPT.into(), records: "ring" };
+        let filter = DeviceFilter {
+            root: "/local/domain/0/backend/vbd".into(),
+            script: SCRIPT.into(),
+            records: "ring",
+        };
         let (machine, h, l) = (Rc::clone(&self), host.clone(), Rc::clone(&leave));
         let serve = move |device: tap_xenbus::Device| {
             let (machine, h, l, twin) = (Rc::clone(&machine), h.clone(), Rc::clone(&l), twin.clone());
@@ -282,7 +285,7 @@ impl Machine {
                 }
             }
         };
-        let end = supervise(&host, &whose, &leave, serve).await;
+        let end = supervise(&host, &filter, &leave, serve).await;
         if let Err(error) = end
             && host.process.node().is_alive()
         {

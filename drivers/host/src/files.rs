@@ -82,7 +82,7 @@ pub struct FileInfo {
     pub id: FileId,
 }
 
-/// Names to files.
+/// Opens, removes and syncs files by path.
 pub trait Files: Clone + 'static {
     /// An open file; clones share the descriptor.
     type File: File;
@@ -132,7 +132,7 @@ pub trait File: Clone + 'static {
     ///
     /// # Errors
     /// As fdatasync(2). On buffered files an error may be reported once and then forgotten, although the data is lost:
-    /// who cares must remember it.
+    /// callers that care must remember it.
     fn sync_data(&self) -> impl Future<Output = Result<(), Errno>> + 'static;
     /// Sets the size in bytes; growth reads as zeros.
     ///

@@ -87,7 +87,7 @@ pub trait Entropy: Clone + 'static {
     fn fill(&self, buf: &mut [u8]);
 }
 
-/// Requests of the one who started the process that it end.
+/// Shutdown requests (SIGTERM, SIGINT, SIGHUP).
 pub trait Signals: Clone + 'static {
     /// Completes once the process was asked to end (SIGTERM or SIGINT), at once if that was before the call.
     fn asked_to_stop(&self) -> impl Future<Output = ()> + 'static;

@@ -51,7 +51,7 @@ pub(crate) struct ImageFile<H: ImageHost> {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Way {
+enum Direction {
     Read,
     Write,
 }
@@ -147,12 +147,12 @@ impl<H: ImageHost> ImageFile<H> {
             return Box::pin(self.read_around(offset, bufs)).await;
         }
         let want = bytes_of(&bufs);
-        let (got, bufs) = self.operate_once(Way::Read, offset, bufs).await;
+        let (got, bufs) = self.operate_once(Direction::Read, offset, bufs).await;
         match got {
             Ok(n) if n == want => (Ok(()), bufs),
             // At the first byte nothing was moved: the whole of it is the rest.
-            Err(e) if is_transient(e) => Box::pin(self.repeat(Way::Read, offset, e, bufs)).await,
-            Ok(n) => Box::pin(self.resume(Way::Read, offset, n, bufs)).await,
+            Err(e) if is_transient(e) => Box::pin(self.repeat(Direction::Read, offset, e, bufs)).await,
+            Ok(n) => Box::pin(self.resume(Direction::Read, offset, n, bufs)).await,
             Err(e) => (Err(e), bufs),
         }
     }
@@ -183,8 +183,8 @@ impl<H: ImageHost> ImageFile<H> {
         match got {
             Ok(n) if n == want => (Ok(()), bufs),
             // At the first byte nothing was moved: the whole of it is the rest.
-            Err(e) if is_transient(e) => Box::pin(self.repeat(Way::Write, offset, e, bufs)).await,
-            Ok(n) => Box::pin(self.resume(Way::Write, offset, n, bufs)).await,
+            Err(e) if is_transient(e) => Box::pin(self.repeat(Direction::Write, offset, e, bufs)).await,
+            Ok(n) => Box::pin(self.resume(Direction::Write, offset, n, bufs)).await,
             Err(e) => (Err(e), bufs),
         }
     }
@@ -279,11 +279,17 @@ impl<H: ImageHost> ImageFile<H> {
     }
 
     /// A transfer that a transient error refused: once more from its first byte on.
-    async fn repeat(&self, way: Way, offset: u64, error: Errno, bufs: IoVec) -> (Result<(), Errno>, IoVec) {
+    async fn repeat(
+        &self,
+        direction: Direction,
+        offset: u64,
+        error: Errno,
+        bufs: IoVec,
+    ) -> (Result<(), Errno>, IoVec) {
         let want = bytes_of(&bufs);
-        match self.operate_again(way, offset, error, bufs).await {
+        match self.operate_again(direction, offset, error, bufs).await {
             (Ok(n), bufs) if n == want => (Ok(()), bufs),
-            (Ok(n), bufs) => self.resume(way, offset, n, bufs).await,
+            (Ok(n), bufs) => self.resume(direction, offset, n, bufs).await,
             (Err(e), bufs) => (Err(e), bufs),
         }
     }
@@ -291,7 +297,7 @@ impl<H: ImageHost> ImageFile<H> {
     /// The rest of a transfer of which `done` bytes were made.
     async fn resume(
         &self,
-        way: Way,
+        direction: Direction,
         offset: u64,
         mut done: usize,
         mut bufs: IoVec,
@@ -301,7 +307,7 @@ impl<H: ImageHost> ImageFile<H> {
             return (Ok(()), bufs);
         }
         loop {
-            match self.settle(way, offset, &mut done).await {
+            match self.settle(direction, offset, &mut done).await {
                 Ok(true) => {}
                 Ok(false) => {
                     zero_from(&mut bufs, done);
@@ -312,13 +318,13 @@ impl<H: ImageHost> ImageFile<H> {
             if done == total {
                 return (Ok(()), bufs);
             }
-            match self.step(way, offset, done, &mut bufs).await {
+            match self.step(direction, offset, done, &mut bufs).await {
                 Err(e) => return (Err(e), bufs),
-                Ok(0) if way == Way::Read => {
+                Ok(0) if direction == Direction::Read => {
                     zero_from(&mut bufs, done);
                     return (Ok(()), bufs);
                 }
-                // A file that takes nothing and gives no reason would be asked for ever.
+                // A zero-byte write would loop forever.
                 Ok(0) => return (Err(Errno::EIO), bufs),
                 Ok(n) => {
                     self.host.mark(Mark::ShortResumed);
@@ -329,26 +335,32 @@ impl<H: ImageHost> ImageFile<H> {
     }
 
     /// Rounds `done` to where a direct file can go on; `false` if a read ended there because the file does.
-    async fn settle(&self, way: Way, offset: u64, done: &mut usize) -> Result<bool, Errno> {
+    async fn settle(&self, direction: Direction, offset: u64, done: &mut usize) -> Result<bool, Errno> {
         let rest = *done % self.info.align_bytes as usize;
         if rest == 0 {
             return Ok(true);
         }
-        if way == Way::Read && offset + *done as u64 >= self.file.info().await?.size_bytes {
+        if direction == Direction::Read && offset + *done as u64 >= self.file.info().await?.size_bytes {
             return Ok(false);
         }
         *done -= rest;
-        match way {
+        match direction {
             _ if *done > 0 => Ok(true),
             // The file ended here and has grown since.
-            Way::Read => Err(Errno::EAGAIN),
+            Direction::Read => Err(Errno::EAGAIN),
             // Less than one block was moved: it would be no more the next time.
-            Way::Write => Err(Errno::EIO),
+            Direction::Write => Err(Errno::EIO),
         }
     }
 
     /// One operation from byte `done` of the transfer on; gives how far it came.
-    async fn step(&self, way: Way, offset: u64, done: usize, bufs: &mut IoVec) -> Result<usize, Errno> {
+    async fn step(
+        &self,
+        direction: Direction,
+        offset: u64,
+        done: usize,
+        bufs: &mut IoVec,
+    ) -> Result<usize, Errno> {
         let (mut index, mut inner) = (0, done);
         while inner >= bufs[index].len() {
             inner -= bufs[index].len();
@@ -357,7 +369,7 @@ impl<H: ImageHost> ImageFile<H> {
         let at = offset + done as u64;
         if inner == 0 {
             let rest: IoVec = bufs.drain(index..).collect();
-            let (result, rest) = self.operate(way, at, rest).await;
+            let (result, rest) = self.operate(direction, at, rest).await;
             bufs.extend(rest);
             return result;
         }
@@ -366,23 +378,28 @@ impl<H: ImageHost> ImageFile<H> {
         let len = (bufs[index].len() - inner).min(stage.guarantee_bytes());
         let mut bounce = stage.buffer(len).await?;
         bounce.copy_from_slice(&bufs[index][inner..inner + len]);
-        let (result, bounce) = self.operate(way, at, smallvec![bounce]).await;
+        let (result, bounce) = self.operate(direction, at, smallvec![bounce]).await;
         let n = result?;
-        if way == Way::Read {
+        if direction == Direction::Read {
             bufs[index][inner..inner + n].copy_from_slice(&bounce[0][..n]);
         }
         Ok(n)
     }
 
-    async fn operate(&self, way: Way, at: u64, bufs: IoVec) -> (Result<usize, Errno>, IoVec) {
-        match self.operate_once(way, at, bufs).await {
-            (Err(e), bufs) if is_transient(e) => self.operate_again(way, at, e, bufs).await,
+    async fn operate(&self, direction: Direction, at: u64, bufs: IoVec) -> (Result<usize, Errno>, IoVec) {
+        match self.operate_once(direction, at, bufs).await {
+            (Err(e), bufs) if is_transient(e) => self.operate_again(direction, at, e, bufs).await,
             answer => answer,
         }
     }
 
-    async fn operate_once(&self, way: Way, at: u64, bufs: IoVec) -> (Result<usize, Errno>, IoVec) {
-        if way == Way::Write {
+    async fn operate_once(
+        &self,
+        direction: Direction,
+        at: u64,
+        bufs: IoVec,
+    ) -> (Result<usize, Errno>, IoVec) {
+        if direction == Direction::Write {
             return self.file.write_at(at, bufs).await;
         }
         let (result, bufs) = self.file.read_at(at, bufs).await;
@@ -399,7 +416,7 @@ impl<H: ImageHost> ImageFile<H> {
     /// Repeats an operation that `error` has refused.
     async fn operate_again(
         &self,
-        way: Way,
+        direction: Direction,
         at: u64,
         error: Errno,
         mut bufs: IoVec,
@@ -407,7 +424,7 @@ impl<H: ImageHost> ImageFile<H> {
         let (mut result, mut patience) = (Err(error), Patience::of(self.repeats));
         while result.is_err_and(is_transient) && patience.again(&self.host).await {
             self.host.mark(Mark::OperationRepeated);
-            (result, bufs) = self.operate_once(way, at, bufs).await;
+            (result, bufs) = self.operate_once(direction, at, bufs).await;
         }
         (result, bufs)
     }

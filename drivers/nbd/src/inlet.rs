@@ -5,7 +5,7 @@
 //!                       start                                      end
 //! ```
 
-use crate::bell::Bell;
+use crate::stop::StopSignal;
 use std::cell::Cell;
 use std::rc::Rc;
 use tap_host::{Errno, IoBuf, PAGE_BYTES, Stage, Stream, cost_of};
@@ -17,8 +17,8 @@ pub(crate) enum End {
     Closed,
     /// The stream is broken.
     Broken(Errno),
-    /// The bell was rung.
-    Rung,
+    /// The stop signal was set.
+    Stopped,
 }
 
 pub(crate) struct Inlet<S> {
@@ -45,8 +45,13 @@ impl<S: Stream> Inlet<S> {
     }
 
     /// Receives once into `buf` from byte `from` on.
-    async fn receive(&self, buf: IoBuf, from: usize, bell: &Bell) -> Option<(Result<usize, Errno>, IoBuf)> {
-        let received = bell.unless_rung(self.stream.recv(buf, from)).await;
+    async fn receive(
+        &self,
+        buf: IoBuf,
+        from: usize,
+        stop: &StopSignal,
+    ) -> Option<(Result<usize, Errno>, IoBuf)> {
+        let received = stop.unless_stopped(self.stream.recv(buf, from)).await;
         self.receives.set(self.receives.get() + 1);
         received
     }
@@ -80,15 +85,15 @@ impl<S: Stream> Inlet<S> {
     }
 
     /// Receives once.
-    pub(crate) async fn fill(&mut self, bell: &Bell) -> Result<(), End> {
-        let Some(mut buf) = self.buf.take() else { return Err(End::Rung) };
+    pub(crate) async fn fill(&mut self, stop: &StopSignal) -> Result<(), End> {
+        let Some(mut buf) = self.buf.take() else { return Err(End::Stopped) };
         // What is left is less than a request and its small payload.
         buf.copy_within(self.start..self.end, 0);
         (self.start, self.end) = (0, self.end - self.start);
         assert!(self.end < buf.len(), "a full buffer cannot be filled");
-        let Some((result, buf)) = self.receive(buf, self.end, bell).await else {
+        let Some((result, buf)) = self.receive(buf, self.end, stop).await else {
             self.end = 0;
-            return Err(End::Rung);
+            return Err(End::Stopped);
         };
         self.buf = Some(buf);
         self.end += received(result)?;
@@ -96,20 +101,20 @@ impl<S: Stream> Inlet<S> {
     }
 
     /// Receives until `count` bytes are unread; at most [`Inlet::capacity`].
-    pub(crate) async fn need(&mut self, count: usize, bell: &Bell) -> Result<(), End> {
+    pub(crate) async fn need(&mut self, count: usize, stop: &StopSignal) -> Result<(), End> {
         while self.unread().len() < count {
-            self.fill(bell).await?;
+            self.fill(stop).await?;
         }
         Ok(())
     }
 
     /// Fills `buf` from byte `at` on: with what is unread first, then straight from the stream. On an error the buffer
-    /// comes back too, unless the bell was rung.
+    /// comes back too, unless the stop signal was set.
     pub(crate) async fn fill_buf(
         &mut self,
         buf: IoBuf,
         mut at: usize,
-        bell: &Bell,
+        stop: &StopSignal,
     ) -> (Result<(), End>, Option<IoBuf>) {
         let mut buf = buf;
         let have = self.unread();
@@ -118,8 +123,8 @@ impl<S: Stream> Inlet<S> {
         self.take(count);
         at += count;
         while at < buf.len() {
-            let Some((result, back)) = self.receive(buf, at, bell).await else {
-                return (Err(End::Rung), None);
+            let Some((result, back)) = self.receive(buf, at, stop).await else {
+                return (Err(End::Stopped), None);
             };
             buf = back;
             match received(result) {
@@ -131,7 +136,7 @@ impl<S: Stream> Inlet<S> {
     }
 
     /// Takes `count` bytes that nobody wants.
-    pub(crate) async fn skip(&mut self, mut count: usize, bell: &Bell) -> Result<(), End> {
+    pub(crate) async fn skip(&mut self, mut count: usize, stop: &StopSignal) -> Result<(), End> {
         loop {
             let part = count.min(self.unread().len());
             self.take(part);
@@ -139,7 +144,7 @@ impl<S: Stream> Inlet<S> {
             if count == 0 {
                 return Ok(());
             }
-            self.fill(bell).await?;
+            self.fill(stop).await?;
         }
     }
 }

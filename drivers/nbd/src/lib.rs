@@ -18,11 +18,11 @@
 //! * Addresses of disks are sectors of 512 bytes. The server asks for such requests and refuses others with `EINVAL`;
 //!   the client refuses servers that want larger ones.
 
-mod bell;
 pub mod client;
 mod inlet;
 mod outbox;
 pub mod server;
+mod stop;
 
 pub use client::{Breaks, Client, ClientConfig, ClientError};
 pub use server::{Export, ExportError, Server, ServerLimits};

@@ -39,7 +39,8 @@ fn format_values() -> impl Iterator<Item = PossibleValue> {
 /// Reads the name of a format.
 pub(crate) fn format_parser() -> impl TypedValueParser<Value = Format> {
     // The parser lets through what has a format.
-    PossibleValuesParser::new(format_values()).try_map(|name| format_called(&name).ok_or("it is no format"))
+    PossibleValuesParser::new(format_values())
+        .try_map(|name| format_called(&name).ok_or("it is not a known format"))
 }
 
 /// What may be opened below an image, and as what; `None`: nothing.
@@ -76,7 +77,7 @@ pub(crate) fn backing_parser() -> impl TypedValueParser<Value = BackingArg> {
         let format = match name.as_str() {
             REFUSE => None,
             PROBE => Some(ImageFormat::Probe),
-            name => Some(ImageFormat::As(format_called(name).ok_or("it is no format")?)),
+            name => Some(ImageFormat::As(format_called(name).ok_or("it is not a known format")?)),
         };
         Ok::<_, &str>(BackingArg(format))
     })

@@ -59,7 +59,10 @@ impl FromStr for DiskSpec {
 
 fn unknown_format(name: &str, text: &str) -> String {
     let known: Vec<&str> = SHIPPED.iter().map(|format| format.name()).collect();
-    format!("'{name}' is no format; there are {} and nbd (a file called that is ./{text})", known.join(", "))
+    format!(
+        "'{name}' is not a known format; there are {} and nbd (a file called that is ./{text})",
+        known.join(", ")
+    )
 }
 
 /// What stands in front of a colon and is meant as a format, not as a part of a path.
@@ -160,6 +163,6 @@ mod tests {
         for bad in ["", "raw:", "vhd:/a", "nbd:", "nbd+unix:///x", "nbd://:7/", "nbd+unix:///%g?socket=/a"] {
             assert!(DiskSpec::from_str(bad).is_err(), "{bad}");
         }
-        assert!(DiskSpec::from_str("vhd:/a").unwrap_err().contains("no format"));
+        assert!(DiskSpec::from_str("vhd:/a").unwrap_err().contains("not a known format"));
     }
 }

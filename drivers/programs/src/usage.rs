@@ -66,8 +66,7 @@ mod tests {
     fn each_error_is_one_line_that_names_what_is_wrong() {
         let formats: Vec<&str> = tap_images::SHIPPED.iter().map(|format| format.name()).collect();
         let formats = formats.join(", ");
-        let no_format =
-            format!("invalid value 'vhd' for '--format <FORMAT>' [possible values: {formats}]");
+        let no_format = format!("invalid value 'vhd' for '--format <FORMAT>' [possible values: {formats}]");
         for (args, words) in [
             ("", "a command is missing"),
             ("shrink", "unrecognized subcommand 'shrink'"),

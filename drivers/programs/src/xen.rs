@@ -25,8 +25,8 @@ use tap_core::{Node, SchedulerStats, wait};
 use tap_host::{Budget, DomId, Errno, SECTOR_BYTES, VbdId};
 use tap_images::show_size;
 use tap_xenbus::{
-    Backend, BackendConfig, BackendEnd, BackendError, Device, Hotplug, Whose, XenHost, lead, patiently,
-    supervise,
+    Backend, BackendConfig, BackendEnd, BackendError, Device, DeviceFilter, Hotplug, XenHost, lead,
+    patiently, supervise,
 };
 
 /// How long to wait for an image that is in use, in nanoseconds. A guest that reboots gets a new vbd while the image of
@@ -221,13 +221,14 @@ impl<H: GuestHost> Shared<H> {
 
     /// Serves whatever a toolstack gives us.
     async fn watch(self: &Rc<Self>) -> Result<(), String> {
-        let whose = Whose { root: self.root().await?, script: self.args.script.clone(), records: RECORDS };
-        self.console.out(&format!("watching {} for vbds with the script {}", whose.root, whose.script));
+        let filter =
+            DeviceFilter { root: self.root().await?, script: self.args.script.clone(), records: RECORDS };
+        self.console.out(&format!("watching {} for vbds with the script {}", filter.root, filter.script));
         let serve = |device| {
             let shared = Rc::clone(self);
             async move { shared.serve_device(device).await }
         };
-        supervise(&self.host, &whose, &self.leave, serve).await.map_err(|error| error.to_string())
+        supervise(&self.host, &filter, &self.leave, serve).await.map_err(|error| error.to_string())
     }
 
     async fn serve_device(&self, device: Device) {
@@ -277,7 +278,7 @@ mod tests {
             ("70000/xvda=raw:/a", "xl domid"),
             ("3/vda=raw:/a", "no disk of a guest"),
             ("3/xvda=/a", "say what it is, raw:/a or "),
-            ("3/xvda=vhd:/a", "no format"),
+            ("3/xvda=vhd:/a", "not a known format"),
         ] {
             let text = disk(bad).unwrap_err();
             assert!(text.contains(why), "{bad}: {text}");

@@ -252,7 +252,7 @@ fn bad_input_gets_one_clear_line() {
         ("info /gone", 1, "open /gone: no such file"),
         ("info -f qcow /disk", 1, "does not begin with the magic bytes"),
         ("info -f qcow /cut.qcow", 1, "it has only 40 bytes"),
-        ("info vhd:/disk", 1, "no format"),
+        ("info vhd:/disk", 1, "not a known format"),
         ("info -f raw qcow:/a.qcow", 1, "another format than the option says"),
         ("info nbd:localhost:1", 1, "needs a file"),
         ("create /new", 1, "size is missing"),

@@ -40,7 +40,7 @@ pub(crate) fn plan(content: Content, rsp_prod: u32) -> Result<Plan, &'static str
             SlotState::Answering { response, status } => match response.wrapping_sub(rsp_prod) {
                 ahead if ahead < RING_ENTRIES => begun.push((ahead, Begun { slot, status })),
                 behind if behind.wrapping_neg() <= RING_ENTRIES => plan.given.push(slot),
-                _ => return Err("a response in the record is nowhere near the ring's"),
+                _ => return Err("a response in the record is outside the ring's window"),
             },
         }
     }

@@ -47,4 +47,4 @@ pub use config::{BackendConfig, BackendEnd, BackendError, Hotplug, XenHost};
 pub use lead::lead;
 pub use machine::Backend;
 pub use patience::patiently;
-pub use supervise::{Device, Whose, supervise};
+pub use supervise::{Device, DeviceFilter, supervise};

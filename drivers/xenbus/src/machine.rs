@@ -94,10 +94,10 @@ impl<H: XenHost> Backend<H> {
         };
         let end = backend.live().await;
         // After an error nothing is known of the disk's fate: it is as if we had been asked to leave.
-        backend.let_go_of_ring(!is_over(&end)).await;
+        backend.release_ring(!is_over(&end)).await;
         let closed = node.close().await;
         lock.give_up(&host, &end);
-        let said = backend.say_the_last_word(end.as_ref().ok()).await;
+        let said = backend.publish_closed(end.as_ref().ok()).await;
         if let Err(error) = closed
             && backend.host.bug(Bug::CloseErrorFirst)
         {
@@ -137,7 +137,7 @@ impl<H: XenHost> Backend<H> {
 
     /// A toolstack that takes a disk away, by force or not, waits for state 6, and may then do with the image as it
     /// likes.
-    async fn say_the_last_word(&mut self, end: Option<&BackendEnd>) -> Result<(), BackendError> {
+    async fn publish_closed(&mut self, end: Option<&BackendEnd>) -> Result<(), BackendError> {
         let waited_for = match end {
             Some(BackendEnd::Offline) => true,
             Some(BackendEnd::FrontendGone) => !self.host.bug(Bug::GoneNotClosed),
@@ -410,14 +410,16 @@ impl<H: XenHost> Backend<H> {
     /// Takes up the ring of a predecessor; nothing is written, as the front end is not to notice.
     async fn resume(&mut self) -> Result<Result<(), String>, BackendError> {
         let read_only = self.read_only().await?;
-        if let Some(why) = self.differs(read_only).await?.filter(|_| !self.host.bug(Bug::DiskNotCompared)) {
+        if let Some(why) =
+            self.mismatch_with_published(read_only).await?.filter(|_| !self.host.bug(Bug::DiskNotCompared))
+        {
             return Ok(Err(why));
         }
         Ok(self.ring_from_keys(read_only).await?.map(|ring| self.serve(ring)))
     }
 
     /// How our disk differs from the one that the front end was told of.
-    async fn differs(&self, read_only: bool) -> Result<Option<String>, BackendError> {
+    async fn mismatch_with_published(&self, read_only: bool) -> Result<Option<String>, BackendError> {
         let dir = &self.config.backend_path;
         let told = async |key| keys::read(&self.host, dir, key).await;
         let size = self.node.info().size_sectors.to_string();
@@ -466,7 +468,7 @@ impl<H: XenHost> Backend<H> {
     }
 
     /// Whatever happened: no request of the guest is in flight and nothing of it is mapped when we are gone.
-    async fn let_go_of_ring(&mut self, left: bool) {
+    async fn release_ring(&mut self, left: bool) {
         if self.host.bug(Bug::RingLeftBehind) {
             return;
         }

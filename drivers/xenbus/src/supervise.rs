@@ -41,9 +41,9 @@ pub struct Device {
     pub read_only: bool,
 }
 
-/// Whose devices are served.
+/// Which devices are served.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Whose {
+pub struct DeviceFilter {
     /// The directory with all back ends of a type: `/local/domain/0/backend/vbd`.
     pub root: StorePath,
     /// The file name of the script that marks ours.
@@ -55,7 +55,7 @@ pub struct Whose {
 type Id = (DomId, VbdId);
 
 #[derive(Default)]
-struct Crew {
+struct TaskSet {
     running: RefCell<BTreeSet<Id>>,
     /// Tasks that ended and were not looked at since.
     ended: RefCell<BTreeSet<Id>>,
@@ -63,13 +63,13 @@ struct Crew {
 }
 
 /// What to look at again.
-enum News {
+enum Wakeup {
     Everything,
     These(BTreeSet<Id>),
     Leave,
 }
 
-/// Runs `serve` in a task of its own for every device of `whose`, until `leave` is set and all of them have ended.
+/// Runs `serve` in a task of its own for every device of `filter`, until `leave` is set and all of them have ended.
 /// `serve` leads its device out of state 1 or ends when it is gone: one that ends and leaves it in state 1 is run
 /// again.
 ///
@@ -77,72 +77,77 @@ enum News {
 /// [`BackendError::Store`]; the tasks go on then.
 pub async fn supervise<H: XenHost, F: Future<Output = ()> + 'static>(
     host: &H,
-    whose: &Whose,
+    filter: &DeviceFilter,
     leave: &wait::Event,
     serve: impl Fn(Device) -> F,
 ) -> Result<(), BackendError> {
-    let root = &whose.root;
+    let root = &filter.root;
     let watch_failed = |error| BackendError::Store { what: "watch", path: root.clone(), error };
     let watch = patiently(host, async || host.watch(root).await).await.map_err(watch_failed)?;
-    remove_orphans(host, root, whose.records).await?;
-    let crew = Rc::<Crew>::default();
+    remove_orphans(host, root, filter.records).await?;
+    let tasks = Rc::<TaskSet>::default();
     let mut lived = BTreeSet::new();
     loop {
-        let ids = match news(&watch, &crew, leave, root).await.map_err(watch_failed)? {
-            News::Everything => {
+        let ids = match next_wakeup(&watch, &tasks, leave, root).await.map_err(watch_failed)? {
+            Wakeup::Everything => {
                 let ids = all(host, root).await?;
                 lived.retain(|id| ids.contains(id));
                 ids
             }
-            News::These(ids) => ids,
-            News::Leave => break,
+            Wakeup::These(ids) => ids,
+            Wakeup::Leave => break,
         };
         for id in ids {
-            let found = look(host, whose, id).await?;
+            let found = look(host, filter, id).await?;
             if found.is_none() {
                 lived.remove(&id);
                 if host.bug(Bug::ForeignEndsLook) {
                     break;
                 }
             }
-            // Who runs sees for himself; his end is news.
-            let Some((device, state)) = found.filter(|_| !crew.running.borrow().contains(&id)) else {
+            // A running task watches its own device; we are notified when it ends.
+            let Some((device, state)) = found.filter(|_| !tasks.running.borrow().contains(&id)) else {
                 continue;
             };
             if state == XenbusState::Initialising || lived.insert(id) || host.bug(Bug::ServedAgain) {
                 lived.insert(id);
-                start(host, &crew, id, serve(device));
+                start(host, &tasks, id, serve(device));
             }
         }
     }
-    while !crew.running.borrow().is_empty() {
-        crew.bell.clear();
-        crew.bell.wait().await;
+    while !tasks.running.borrow().is_empty() {
+        tasks.bell.clear();
+        tasks.bell.wait().await;
     }
     Ok(())
 }
 
-fn start<H: XenHost>(host: &H, crew: &Rc<Crew>, id: Id, serving: impl Future<Output = ()> + 'static) {
-    crew.running.borrow_mut().insert(id);
-    let crew = Rc::clone(crew);
+fn start<H: XenHost>(host: &H, tasks: &Rc<TaskSet>, id: Id, serving: impl Future<Output = ()> + 'static) {
+    tasks.running.borrow_mut().insert(id);
+    let tasks = Rc::clone(tasks);
     let key = u64::from(id.0.0) << 32 | u64::from(id.1.0);
     host.spawn("vbd", key, async move {
         serving.await;
-        crew.running.borrow_mut().remove(&id);
-        crew.ended.borrow_mut().insert(id);
-        crew.bell.set();
+        tasks.running.borrow_mut().remove(&id);
+        tasks.ended.borrow_mut().insert(id);
+        tasks.bell.set();
     });
 }
 
-async fn news(watch: &impl Watcher, crew: &Crew, leave: &wait::Event, root: &str) -> Result<News, Errno> {
-    let (mut changed, mut left, mut rung) = (pin!(watch.next()), pin!(leave.wait()), pin!(crew.bell.wait()));
+async fn next_wakeup(
+    watch: &impl Watcher,
+    tasks: &TaskSet,
+    leave: &wait::Event,
+    root: &str,
+) -> Result<Wakeup, Errno> {
+    let (mut changed, mut left, mut rung) = (pin!(watch.next()), pin!(leave.wait()), pin!(tasks.bell.wait()));
     poll_fn(|cx| {
         if left.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(Ok(News::Leave));
+            return Poll::Ready(Ok(Wakeup::Leave));
         }
         if rung.as_mut().poll(cx).is_ready() {
-            crew.bell.clear();
-            return Poll::Ready(Ok(News::These(std::mem::take(&mut *crew.ended.borrow_mut()))));
+            tasks.bell.clear();
+            return Poll::Ready(Ok(Wakeup::These(std::mem::take(&mut *tasks.ended.borrow_mut()))));
         }
         changed.as_mut().poll(cx).map(|event| event.map(|event| of_path(&event.path, root)))
     })
@@ -150,20 +155,20 @@ async fn news(watch: &impl Watcher, crew: &Crew, leave: &wait::Event, root: &str
 }
 
 /// What a change at `path` is news of.
-fn of_path(path: &str, root: &str) -> News {
+fn of_path(path: &str, root: &str) -> Wakeup {
     let Some(below) = path.strip_prefix(root).and_then(|rest| rest.strip_prefix('/')) else {
-        return News::Everything;
+        return Wakeup::Everything;
     };
     let mut parts = below.split('/');
     let (dom, vbd, key) = (parts.next(), parts.next(), parts.next());
     match (dom.and_then(parse_dom), vbd.map(parse_vbd)) {
         // A whole domain.
-        (_, None) => News::Everything,
+        (_, None) => Wakeup::Everything,
         (Some(dom), Some(Some(vbd))) if key.is_none_or(|key| KEYS.contains(&key)) => {
-            News::These(BTreeSet::from([(dom, vbd)]))
+            Wakeup::These(BTreeSet::from([(dom, vbd)]))
         }
         // Another key, or no device.
-        _ => News::These(BTreeSet::new()),
+        _ => Wakeup::These(BTreeSet::new()),
     }
 }
 
@@ -202,14 +207,14 @@ async fn names<H: XenHost>(host: &H, path: &str) -> Result<Vec<String>, BackendE
 /// made again meanwhile.
 async fn look<H: XenHost>(
     host: &H,
-    whose: &Whose,
+    filter: &DeviceFilter,
     id: Id,
 ) -> Result<Option<(Device, XenbusState)>, BackendError> {
-    let path = format!("{}/{}/{}", whose.root, id.0.0, id.1.0);
+    let path = format!("{}/{}/{}", filter.root, id.0.0, id.1.0);
     loop {
         let seen = async || {
             let tx = host.transaction().await?;
-            let found = look_in(&tx, whose, id, &path).await?;
+            let found = look_in(&tx, filter, id, &path).await?;
             tx.commit().await?;
             Ok(found)
         };
@@ -222,7 +227,7 @@ async fn look<H: XenHost>(
 
 async fn look_in(
     tx: &impl Transaction,
-    whose: &Whose,
+    filter: &DeviceFilter,
     (dom, vbd): Id,
     path: &str,
 ) -> Result<Option<(Device, XenbusState)>, Errno> {
@@ -232,7 +237,7 @@ async fn look_in(
     let Some(script) = read("script", short).await? else { return Ok(None) };
     let file_name = script.rsplit(|byte| *byte == b'/').next();
     // Without a front end it is not written to its end; its coming is news.
-    if file_name != Some(whose.script.as_bytes()) || read("frontend", short).await?.is_none() {
+    if file_name != Some(filter.script.as_bytes()) || read("frontend", short).await?.is_none() {
         return Ok(None);
     }
     let state = keys::state_of(&state);
@@ -260,9 +265,9 @@ mod tests {
     fn what_a_change_is_news_of() {
         let root = "/local/domain/0/backend/vbd";
         let one = |path: &str| match of_path(&format!("{root}{path}"), root) {
-            News::Everything => None,
-            News::These(ids) => Some(ids.into_iter().map(|(dom, vbd)| (dom.0, vbd.0)).collect::<Vec<_>>()),
-            News::Leave => unreachable!(),
+            Wakeup::Everything => None,
+            Wakeup::These(ids) => Some(ids.into_iter().map(|(dom, vbd)| (dom.0, vbd.0)).collect::<Vec<_>>()),
+            Wakeup::Leave => unreachable!(),
         };
         for everything in ["", "/3", "x", "/nonsense"] {
             assert_eq!(one(everything), None, "{everything}");

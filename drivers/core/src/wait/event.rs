@@ -41,7 +41,7 @@ impl Event {
         let mut place = Place { event: self, id: None };
         poll_fn(|cx| {
             let mut line = self.line.borrow_mut();
-            // Somebody who had a place and has none now was let go by `set`.
+            // A waiter no longer queued was released by `set`.
             if self.set.get() || (place.id.is_some() && !line.has(place.id)) {
                 return Poll::Ready(());
             }

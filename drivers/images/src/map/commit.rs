@@ -4,7 +4,7 @@
 //!   A: entry 3 ─┐
 //!   B: entry 9 ─┼─► the first to get the table's turn writes the sectors that hold 3 … 9:
 //!   C: entry 5 ─┘   what is published, and 3, 5, 9
-//!                   success: publish them;  failure: none of them is there, as far as anybody is told
+//!                   success: publish them;  failure: none becomes visible
 //! ```
 //!
 //! A write that failed may have reached the file. Its entries are not published but taken back in the file, if that is

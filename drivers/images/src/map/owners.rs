@@ -104,8 +104,9 @@ impl<L: Layout> Owners<L> {
                 }
                 _ => {
                     let table = L::TABLE;
-                    let what =
-                        format!("{table} {index} at byte {offset} is misplaced or far behind the file's end");
+                    let what = format!(
+                        "{table} {index} at byte {offset} is misplaced or far past the end of the file"
+                    );
                     if !report.problem(what) {
                         return None;
                     }
@@ -155,7 +156,7 @@ impl<L: Layout> Owners<L> {
         let bytes = self.geometry.cluster_bytes();
         let fits = self.reach.saturating_sub(offset) / bytes;
         if !offset.is_multiple_of(bytes) || fits == 0 {
-            return (1, Some("is misplaced or far behind the file's end"));
+            return (1, Some("is misplaced or far past the end of the file"));
         }
         let places = (offset..).step_by(bytes as usize).take(fits as usize);
         let alike = entries.iter().zip(places).take_while(|(entry, place)| **entry == L::entry(*place));

@@ -20,9 +20,9 @@ const SEGMENTS_MAX: usize = 256;
 #[derive(Clone)]
 pub(super) struct Gntdev(Rc<OwnedFd>);
 
-/// Which way bytes go.
+/// Which direction bytes go.
 #[derive(Clone, Copy)]
-enum Way {
+enum Direction {
     In,
     Out,
 }
@@ -56,7 +56,7 @@ impl Gntdev {
     ) -> Result<(), Errno> {
         let memory = private.as_mut_ptr().expose_provenance();
         // SAFETY: the kernel writes to `private` alone, which nobody else has.
-        unsafe { self.copy(dom, segments, memory, private.len(), Way::In) }
+        unsafe { self.copy(dom, segments, memory, private.len(), Direction::In) }
     }
 
     /// See [`tap_host::Grants::copy_out`].
@@ -68,19 +68,19 @@ impl Gntdev {
     ) -> Result<(), Errno> {
         let memory = private.as_ptr().expose_provenance();
         // SAFETY: the kernel reads `private`.
-        unsafe { self.copy(dom, segments, memory, private.len(), Way::Out) }
+        unsafe { self.copy(dom, segments, memory, private.len(), Direction::Out) }
     }
 
     /// # Safety
     ///
-    /// `len` bytes at the address `memory` may be read, or written on the way in.
+    /// `len` bytes at the address `memory` may be read, or written on the direction in.
     unsafe fn copy(
         &self,
         dom: DomId,
         segments: &[GrantSegment],
         memory: usize,
         len: usize,
-        way: Way,
+        direction: Direction,
     ) -> Result<(), Errno> {
         let within = |s: &GrantSegment| usize::from(s.offset) + usize::from(s.len) <= PAGE_BYTES;
         let sum: usize = segments.iter().map(|segment| usize::from(segment.len)).sum();
@@ -92,9 +92,9 @@ impl Gntdev {
             let mut list: SmallVec<[CopySegment; 16]> = SmallVec::new();
             for segment in part.iter().filter(|segment| segment.len > 0) {
                 let theirs = foreign(dom, *segment);
-                let (source, dest, flags) = match way {
-                    Way::In => (theirs, at, GNTCOPY_SOURCE_GREF),
-                    Way::Out => (at, theirs, GNTCOPY_DEST_GREF),
+                let (source, dest, flags) = match direction {
+                    Direction::In => (theirs, at, GNTCOPY_SOURCE_GREF),
+                    Direction::Out => (at, theirs, GNTCOPY_DEST_GREF),
                 };
                 list.push(CopySegment { source, dest, len: segment.len, flags, status: GNTST_OKAY });
                 at += u64::from(segment.len);

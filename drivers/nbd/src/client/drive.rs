@@ -8,8 +8,8 @@
 
 use super::link::{Link, Receiver};
 use super::{Breaks, Inner, open};
-use crate::bell::Bell;
 use crate::inlet::Inlet;
+use crate::stop::StopSignal;
 use std::rc::Rc;
 use tap_abi::nbd::CMD_FLUSH;
 use tap_host::{Bug, Errno, Event, Log, Mark, Probe, Sockets, Stream, Tasks, Time};
@@ -52,14 +52,14 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         mut inlet: Inlet<H::Stream>,
     ) {
         loop {
-            let bell = Bell::default();
-            let receiver = Receiver { inner: self, link: &link, inlet: &mut inlet, bell: &bell };
+            let stop = StopSignal::default();
+            let receiver = Receiver { inner: self, link: &link, inlet: &mut inlet, stop: &stop };
             let why = receiver.run().await;
             self.disconnected(&link, why);
             if self.closed.get() {
                 return;
             }
-            match self.bell.unless_rung(self.reconnect()).await {
+            match self.stop.unless_stopped(self.reconnect()).await {
                 Some(Some(next)) => (link, inlet) = next,
                 _ => return,
             }

@@ -1,9 +1,9 @@
 //! One connection of a client, from the end of its negotiation on.
 
 use super::{Call, Inner};
-use crate::bell::Bell;
 use crate::inlet::{End, Inlet};
 use crate::outbox::{Outbox, send_all};
+use crate::stop::StopSignal;
 use std::cell::Cell;
 use std::convert::Infallible;
 use std::rc::Rc;
@@ -94,8 +94,8 @@ pub(super) struct Receiver<'a, H: Sockets> {
     pub(super) inner: &'a Inner<H>,
     pub(super) link: &'a Link<H::Stream>,
     pub(super) inlet: &'a mut Inlet<H::Stream>,
-    /// Never rung: a connection is given up by closing it, so that buffers come back.
-    pub(super) bell: &'a Bell,
+    /// Never set: a connection is given up by closing it, so that buffers come back.
+    pub(super) stop: &'a StopSignal,
 }
 
 type Why = &'static str;
@@ -122,7 +122,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
     }
 
     async fn need(&mut self, count: usize) -> Result<(), Why> {
-        self.inlet.need(count, self.bell).await.map_err(why)
+        self.inlet.need(count, self.stop).await.map_err(why)
     }
 
     async fn value<T: FromBytes + Immutable + KnownLayout + Unaligned>(&mut self) -> Result<T, Why> {
@@ -188,7 +188,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
                 let head: ErrorHead = self.value().await?;
                 let left = self.inner.host.bug(Bug::NbdErrorTextLeft);
                 let rest = if left { 0 } else { len - ErrorHead::BYTES };
-                self.inlet.skip(rest, self.bell).await.map_err(why)?;
+                self.inlet.skip(rest, self.stop).await.map_err(why)?;
                 self.with(cookie, |call| call.error = Some(errno_of(head.error.get())));
             }
             _ => return Err("a chunk that does not fit its request"),
@@ -241,7 +241,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
             left -= StatusExtent::BYTES;
             self.with(cookie, |call| call.extents.push(extent));
         }
-        self.inlet.skip(left, self.bell).await.map_err(why)
+        self.inlet.skip(left, self.stop).await.map_err(why)
     }
 
     fn zeros(&self, cookie: u64, at: usize, len: usize) {
@@ -273,7 +273,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
                 at += count;
                 left -= count;
             } else {
-                self.inlet.fill(self.bell).await.map_err(why)?;
+                self.inlet.fill(self.stop).await.map_err(why)?;
             }
         }
         Ok(())
@@ -302,7 +302,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
         });
         let Some((index, from, count, buf)) = found else { return Ok(None) };
         self.inner.host.mark(Mark::NbdDataDirect);
-        let (result, buf) = self.inlet.fill_buf(buf, from, self.bell).await;
+        let (result, buf) = self.inlet.fill_buf(buf, from, self.stop).await;
         self.with(cookie, |call| {
             if let Some(buf) = buf {
                 call.bufs[index] = buf;
@@ -325,7 +325,7 @@ fn why(end: End) -> Why {
         End::Closed => "it closed the connection",
         End::Broken(Errno::ECONNRESET) => "it reset the connection",
         End::Broken(_) => "the connection broke",
-        End::Rung => "the connection was given up",
+        End::Stopped => "the connection was given up",
     }
 }
 

@@ -161,8 +161,8 @@ struct Inner<H: Sockets> {
     /// Why requests are answered with an error.
     refusal: Cell<Option<Errno>>,
     closed: Cell<bool>,
-    /// Rung by `close`, for the driving task between two connections.
-    bell: crate::bell::Bell,
+    /// Set by `close`, for the driving task between two connections.
+    stop: crate::stop::StopSignal,
     /// Writes that were answered, and how many of them a flush has covered.
     answered: Cell<u64>,
     flushed: Cell<u64>,
@@ -235,7 +235,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Client<H> {
             next: Cell::new(1),
             refusal: Cell::new(None),
             closed: Cell::new(false),
-            bell: crate::bell::Bell::default(),
+            stop: crate::stop::StopSignal::default(),
             answered: Cell::new(0),
             flushed: Cell::new(0),
             lost: Cell::new(false),
@@ -281,7 +281,7 @@ where
         agreed.map(|(terms, inlet)| (terms, stream, inlet))
     };
     let late = || ClientError::Negotiation(address.clone(), "it took too long");
-    crate::bell::first(patience.as_mut(), attempt).await.unwrap_or_else(|| Err(late()))
+    crate::stop::first(patience.as_mut(), attempt).await.unwrap_or_else(|| Err(late()))
 }
 
 impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
@@ -502,7 +502,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
             None => self.flush().await,
         };
         self.closed.set(true);
-        self.bell.ring("the client is closed");
+        self.stop.set("the client is closed");
         self.give_up(Errno::ESHUTDOWN);
         let link = self.link.borrow_mut().take();
         if let Some(link) = link {

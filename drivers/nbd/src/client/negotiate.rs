@@ -1,9 +1,9 @@
 //! The client's half of a negotiation.
 
 use super::{ClientConfig, ClientError};
-use crate::bell::Bell;
 use crate::inlet::{End, Inlet};
 use crate::outbox::send_all;
+use crate::stop::StopSignal;
 use tap_abi::nbd::{
     BASE_ALLOCATION, EXPORT_PADDING_BYTES, ExportReply, HELLO_MAGIC, Hello, INFO_BLOCK_SIZE, INFO_EXPORT,
     InfoBlockSize, InfoExport, OPT_EXPORT_NAME, OPT_GO, OPT_SET_META_CONTEXT, OPT_STRUCTURED_REPLY,
@@ -71,8 +71,8 @@ impl From<End> for Stop {
 struct Talk<'a, S> {
     stream: &'a S,
     inlet: Inlet<S>,
-    /// Never rung: who loses patience drops the whole negotiation.
-    bell: Bell,
+    /// Never set: who loses patience drops the whole negotiation.
+    stop: StopSignal,
 }
 
 /// The least receive buffer, in bytes.
@@ -105,7 +105,7 @@ pub(super) async fn negotiate<S: Stream>(
     let short = || ClientError::Memory(config.address.clone());
     let mut inlet = Inlet::new(stream.clone(), RECEIVE_BYTES_MIN, &memory.inlets).ok_or_else(short)?;
     inlet.grow(receive_bytes, &memory.spare);
-    let mut talk = Talk { stream, inlet, bell: Bell::default() };
+    let mut talk = Talk { stream, inlet, stop: StopSignal::default() };
     match talk.run(&config.export).await {
         Ok(terms) => Ok((terms, talk.inlet)),
         Err(Stop::Broken(why)) => Err(ClientError::Negotiation(config.address.clone(), why)),
@@ -206,7 +206,7 @@ impl<S: Stream> Talk<'_, S> {
         self.option(OPT_EXPORT_NAME, &[name.as_bytes()]).await?;
         let reply: ExportReply = self.value().await?;
         if flags & handshake::NO_ZEROES == 0 {
-            self.inlet.skip(EXPORT_PADDING_BYTES, &self.bell).await?;
+            self.inlet.skip(EXPORT_PADDING_BYTES, &self.stop).await?;
         }
         let terms = checked(reply.size.get(), reply.flags.get(), REQUEST_BYTES)?;
         Ok(Terms { structured, ..terms })
@@ -230,7 +230,7 @@ impl<S: Stream> Talk<'_, S> {
     where
         T: FromBytes + Immutable + KnownLayout + Unaligned,
     {
-        self.inlet.need(size_of::<T>(), &self.bell).await?;
+        self.inlet.need(size_of::<T>(), &self.stop).await?;
         let Ok((value, _)) = T::read_from_prefix(self.inlet.unread()) else { return Err(NOT_NBD) };
         self.inlet.take(size_of::<T>());
         Ok(value)
@@ -246,7 +246,7 @@ impl<S: Stream> Talk<'_, S> {
         if len > self.inlet.capacity() {
             return Err(Stop::Broken("it answers with more than any option needs"));
         }
-        self.inlet.need(len, &self.bell).await?;
+        self.inlet.need(len, &self.stop).await?;
         let data = self.inlet.unread()[..len].to_vec();
         self.inlet.take(len);
         Ok((head.reply.get(), data))

@@ -84,7 +84,7 @@ impl Job {
         let range = SectorRange::new(header.offset.get() / SECTOR_BYTES, len / sector_bytes);
         if !range.fits(export.size_sectors()) {
             let error = if writes { error::ENOSPC } else { error::EINVAL };
-            return Err(Refusal(error, "the request reaches behind the end of the export"));
+            return Err(Refusal(error, "the request extends past the end of the export"));
         }
         Ok(Self { range, ..job })
     }

@@ -3,9 +3,9 @@
 use super::command::{Job, Kind, Refusal, error_of, extents};
 use super::negotiate::{ALLOCATION_ID, Agreed, CLOSED, Negotiation, why};
 use super::{Export, Flow, Inner, Open, STOPPED};
-use crate::bell::{Bell, first};
 use crate::inlet::Inlet;
 use crate::outbox::Outbox;
+use crate::stop::{StopSignal, first};
 use std::cell::Cell;
 use std::convert::Infallible;
 use std::future::poll_fn;
@@ -54,8 +54,8 @@ struct Connection<H, S> {
     agreed: Agreed,
     pool: BufPool,
     out: Outbox,
-    /// Rung when no request may be taken any more.
-    bell: Rc<Bell>,
+    /// Set when no request may be taken any more.
+    stop: Rc<StopSignal>,
     /// Requests taken whose replies are not sent.
     in_flight: Cell<u32>,
     /// The reading task waits until fewer are in flight.
@@ -73,19 +73,19 @@ where
     H: Time + Tasks + Log + Probe,
     S: Stream,
 {
-    let Open { bell, pool, flow } = open;
+    let Open { stop, pool, flow } = open;
     // The least, until it is worth more.
     let Some(mut inlet) = Inlet::new(stream.clone(), super::RECEIVE_BYTES_MIN, &server.memory.inlets) else {
         stream.shutdown();
         return (NO_MEMORY, 0);
     };
     let mut patience = pin!(server.host.sleep_ns(server.limits.negotiation_ns));
-    let negotiation = Negotiation::new(server, number, &stream, &mut inlet, &bell).run();
+    let negotiation = Negotiation::new(server, number, &stream, &mut inlet, &stop).run();
     let agreed = match first(patience.as_mut(), negotiation).await {
         Some(Ok(agreed)) => agreed,
         Some(Err(why)) => {
             stream.shutdown();
-            return (bell.why().unwrap_or(why), 0);
+            return (stop.why().unwrap_or(why), 0);
         }
         None => {
             stream.shutdown();
@@ -107,7 +107,7 @@ where
         agreed,
         pool,
         out: Outbox::default(),
-        bell,
+        stop,
         in_flight: Cell::new(0),
         waits: Cell::new(false),
         requests: Cell::new(0),
@@ -140,7 +140,7 @@ where
     /// Takes requests for as long as that goes.
     async fn read(self: &Rc<Self>, inlet: &mut Inlet<S>) -> Result<Infallible, Why> {
         loop {
-            if let Some(why) = self.bell.why() {
+            if let Some(why) = self.stop.why() {
                 return Err(why);
             }
             let have = inlet.unread().len();
@@ -150,7 +150,7 @@ where
                     inlet.take(have);
                 }
             }
-            inlet.need(RequestHeader::BYTES, &self.bell).await.map_err(|end| self.why(end))?;
+            inlet.need(RequestHeader::BYTES, &self.stop).await.map_err(|end| self.why(end))?;
             let (bytes, _) = <[u8; RequestHeader::BYTES]>::read_from_prefix(inlet.unread())
                 .map_err(|_| "a request was cut")?;
             let header = RequestHeader::parse(&bytes)?;
@@ -164,9 +164,9 @@ where
         }
     }
 
-    /// The reason of the bell, or that of the stream.
+    /// The reason of the stop signal, or that of the stream.
     fn why(&self, end: crate::inlet::End) -> Why {
-        self.bell.why().unwrap_or_else(|| why(end))
+        self.stop.why().unwrap_or_else(|| why(end))
     }
 
     /// Waits until one more request may be in flight, and counts it.
@@ -174,9 +174,9 @@ where
         let most = self.server.limits.requests;
         if self.in_flight.get() >= most {
             self.host().mark(Mark::NbdRoomWaited);
-            self.bell.unless_rung(self.fewer_than(most)).await;
+            self.stop.unless_stopped(self.fewer_than(most)).await;
         }
-        if let Some(why) = self.bell.why() {
+        if let Some(why) = self.stop.why() {
             return Err(why);
         }
         self.in_flight.set(self.in_flight.get() + 1);
@@ -190,7 +190,7 @@ where
             if !waits {
                 return Poll::Ready(());
             }
-            self.bell.listen(cx.waker());
+            self.stop.listen(cx.waker());
             Poll::Pending
         })
         .await;
@@ -200,7 +200,7 @@ where
     fn release(&self, count: u32) {
         self.in_flight.set(self.in_flight.get() - count);
         if self.waits.get() {
-            self.bell.wake();
+            self.stop.wake();
         }
     }
 
@@ -216,7 +216,7 @@ where
             Ok(job) => self.start(job, payload, inlet).await,
             Err(_) if payload > limits.request_bytes as usize => Err("a write larger than the maximum"),
             Err(refusal) => {
-                let skipped = inlet.skip(payload, &self.bell).await.map_err(|end| self.why(end));
+                let skipped = inlet.skip(payload, &self.stop).await.map_err(|end| self.why(end));
                 skipped.map(|()| self.refuse(header, refusal))
             }
         };
@@ -259,24 +259,24 @@ where
             let mut share = self.server.memory_for(self.number, &self.own, cost_of_pieces(bytes)).await?;
             pieces(bytes).map(|piece| room.buffer(&mut share, piece)).collect::<Result<IoVec, Errno>>()
         };
-        let bufs = match self.bell.unless_rung(taken).await {
+        let bufs = match self.stop.unless_stopped(taken).await {
             Some(Ok(bufs)) => bufs,
             Some(Err(_)) => return Err("a request is larger than a buffer can be"),
-            None => return Err(self.bell.why().unwrap_or(STOPPED)),
+            None => return Err(self.stop.why().unwrap_or(STOPPED)),
         };
         // While this task waited, the connection may have broken: then nothing more is started.
-        self.bell.why().map_or(Ok(bufs), Err)
+        self.stop.why().map_or(Ok(bufs), Err)
     }
 
     async fn receive(&self, bufs: IoVec, payload: usize, inlet: &mut Inlet<S>) -> Result<IoVec, Why> {
         if payload <= SMALL_BYTES.min(inlet.capacity() - RequestHeader::BYTES) {
-            inlet.need(payload, &self.bell).await.map_err(|end| self.why(end))?;
+            inlet.need(payload, &self.stop).await.map_err(|end| self.why(end))?;
         } else if inlet.unread().len() < payload {
             self.host().mark(Mark::NbdPayloadDirect);
         }
         let mut filled = IoVec::new();
         for buf in bufs {
-            let (result, buf) = inlet.fill_buf(buf, 0, &self.bell).await;
+            let (result, buf) = inlet.fill_buf(buf, 0, &self.stop).await;
             result.map_err(|end| self.why(end))?;
             filled.extend(buf);
         }
@@ -400,7 +400,7 @@ where
             self.flow.sending.set(false);
             if result.is_err() || (parts > 1 && self.host().bug(Bug::NbdPartSentEnds)) {
                 // Before the count goes down: the reading task must not start another request.
-                self.bell.ring("a reply could not be sent");
+                self.stop.set("a reply could not be sent");
                 list = SendList::new();
             }
             self.release(replies);
@@ -426,7 +426,7 @@ where
     /// Lets everything in flight end and be sent, and closes the stream.
     async fn drain(&self, why: Why) {
         let ended = [LEFT, CLOSED].contains(&why);
-        if ended && self.bell.unless_rung(self.taken()).await == Some(false) {
+        if ended && self.stop.unless_stopped(self.taken()).await == Some(false) {
             self.stream.shutdown();
         } else if self.in_flight.get() > 0 {
             let mut grace = pin!(self.host().sleep_ns(self.server.limits.grace_ns));

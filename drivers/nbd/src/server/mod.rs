@@ -38,7 +38,7 @@ mod command;
 mod connection;
 mod negotiate;
 
-use crate::bell::{Bell, first};
+use crate::stop::{StopSignal, first};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::pin::pin;
@@ -236,7 +236,7 @@ impl Memory {
 #[derive(Clone)]
 pub(crate) struct Open {
     /// Tells it to end.
-    bell: Rc<Bell>,
+    stop: Rc<StopSignal>,
     /// Memory of its requests.
     pool: BufPool,
     flow: Rc<Flow>,
@@ -379,7 +379,7 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
         inner.make_room();
         let number = inner.next.replace(inner.next.get() + 1);
         let pool = BufPool::new(inner.limits.connection_bytes);
-        let open = Open { bell: Rc::default(), pool, flow: Rc::default() };
+        let open = Open { stop: Rc::default(), pool, flow: Rc::default() };
         inner.open.borrow_mut().insert(number, open.clone());
         inner.negotiating.borrow_mut().insert(number);
         inner.idle.clear();
@@ -400,7 +400,7 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
     /// [`ServerLimits::grace_ns`] are dropped.
     pub async fn stop(&self) {
         self.0.stopping.set();
-        self.0.open.borrow().values().for_each(|open| open.bell.ring(STOPPED));
+        self.0.open.borrow().values().for_each(|open| open.stop.set(STOPPED));
         self.0.idle.wait().await;
         let (open, seats) = (self.0.open.borrow().len(), self.0.memory.seats.borrow().len());
         assert_eq!(
@@ -469,7 +469,7 @@ impl<H: Log + Tasks + Time + Probe> Inner<H> {
         let open = self.open.borrow();
         let deaf = before.iter().find_map(|(n, seen)| open.get(n).filter(|o| o.flow.is_stuck(*seen)));
         if let Some(deaf) = deaf.filter(|_| !self.host.bug(Bug::NbdDeafKept)) {
-            deaf.bell.ring("it took no reply, or sent no data, while others wanted its place");
+            deaf.stop.set("it took no reply, or sent no data, while others wanted its place");
         }
     }
 }
@@ -489,7 +489,7 @@ impl<H: Log> Inner<H> {
         let Some(oldest) = oldest else { return };
         self.negotiating.borrow_mut().remove(&oldest);
         if let Some(open) = self.open.borrow().get(&oldest) {
-            open.bell.ring("others wanted to choose an export meanwhile");
+            open.stop.set("others wanted to choose an export meanwhile");
         }
     }
 

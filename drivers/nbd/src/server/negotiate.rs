@@ -1,9 +1,9 @@
 //! From the first byte to the chosen export.
 
 use super::{Export, FULL, Inner};
-use crate::bell::Bell;
 use crate::inlet::{End, Inlet};
 use crate::outbox::send_all;
+use crate::stop::StopSignal;
 use std::rc::Rc;
 use tap_abi::nbd::{
     BASE_ALLOCATION, EXPORT_PADDING_BYTES, ExportReply, Hello, INFO_BLOCK_SIZE, INFO_DESCRIPTION,
@@ -43,7 +43,7 @@ pub(super) fn why(end: End) -> Why {
     match end {
         End::Closed => CLOSED,
         End::Broken(_) => "it broke",
-        End::Rung => "it was given up",
+        End::Stopped => "it was given up",
     }
 }
 
@@ -51,7 +51,7 @@ pub(super) struct Negotiation<'a, H, S> {
     pub(super) server: &'a Rc<Inner<H>>,
     pub(super) stream: &'a S,
     pub(super) inlet: &'a mut Inlet<S>,
-    pub(super) bell: &'a Bell,
+    pub(super) stop: &'a StopSignal,
     number: u64,
     no_zeroes: bool,
     structured: bool,
@@ -72,9 +72,9 @@ impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
         number: u64,
         stream: &'a S,
         inlet: &'a mut Inlet<S>,
-        bell: &'a Bell,
+        stop: &'a StopSignal,
     ) -> Self {
-        Self { server, stream, inlet, bell, number, no_zeroes: false, structured: false, status: None }
+        Self { server, stream, inlet, stop, number, no_zeroes: false, structured: false, status: None }
     }
 
     /// Speaks with the client until it has chosen.
@@ -82,7 +82,7 @@ impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
         let mut hello = SendList::new();
         hello.push_bytes(Hello::new(handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES).as_bytes());
         self.send(hello).await?;
-        self.inlet.need(4, self.bell).await.map_err(why)?;
+        self.inlet.need(4, self.stop).await.map_err(why)?;
         let flags = U32::read_from_prefix(self.inlet.unread()).map_or(0, |(flags, _)| flags.get());
         self.inlet.take(4);
         if flags & !u32::from(handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES) != 0 {
@@ -102,16 +102,16 @@ impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
     }
 
     async fn send(&self, list: SendList) -> Result<(), Why> {
-        match self.bell.unless_rung(send_all(self.stream, list)).await {
+        match self.stop.unless_stopped(send_all(self.stream, list)).await {
             Some((Ok(()), _)) => Ok(()),
             Some((Err(error), _)) => Err(why(End::Broken(error))),
-            None => Err(why(End::Rung)),
+            None => Err(why(End::Stopped)),
         }
     }
 
     /// One option and its reply.
     async fn option(&mut self) -> Result<Next, Why> {
-        self.inlet.need(OptionHeader::BYTES, self.bell).await.map_err(why)?;
+        self.inlet.need(OptionHeader::BYTES, self.stop).await.map_err(why)?;
         let Ok((header, _)) = OptionHeader::read_from_prefix(self.inlet.unread()) else {
             return Err("an option without header");
         };
@@ -124,13 +124,13 @@ impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
             if option == OPT_EXPORT_NAME {
                 return Err("an export name longer than 4096 bytes");
             }
-            self.inlet.skip(len, self.bell).await.map_err(why)?;
+            self.inlet.skip(len, self.stop).await.map_err(why)?;
             let mut replies = Replies::new(option);
             replies.refuse(REP_ERR_TOO_BIG, "the option has more data than any known option needs");
             self.send(replies.list).await?;
             return Ok(Next::More);
         }
-        self.inlet.need(len, self.bell).await.map_err(why)?;
+        self.inlet.need(len, self.stop).await.map_err(why)?;
         let mut replies = Replies::new(option);
         let next = self.answer(len, &mut replies);
         self.inlet.take(len);

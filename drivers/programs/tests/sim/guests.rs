@@ -285,7 +285,7 @@ fn a_watcher_tells_the_toolstack_why_it_cannot() {
             (long.as_str(), "ää"),
             ("raw:/gone", "/gone"),
             ("/a", "raw:/a or qcow:/a"),
-            ("vhd:/a", "no format"),
+            ("vhd:/a", "not a known format"),
             ("", "names no file"),
         ] {
             let guest = tools.guest();

@@ -50,7 +50,7 @@ fn bad_references_are_refused_for_writing_and_named() {
         (l1, 4096, "overlap"),
         (l2, cluster, "cluster 5 (0x2400) lies where another cluster lies"),
         (l2, cluster + 512, "cluster 5 (0x2600) is misplaced"),
-        (l2, 1 << 61, "far behind"),
+        (l2, 1 << 61, "far past"),
         (l2, table, "L2 table 0 and the cluster at byte 8192 overlap"),
         (l2, format::COMPRESSED | 5, "is compressed and not inside"),
         (l2, format::COMPRESSED | 5 << 53 | 4096, "is compressed and overlaps a table"),

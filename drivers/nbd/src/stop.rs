@@ -5,28 +5,28 @@ use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::task::{Poll, Waker};
 
-/// Rung once, for one listening task, with a reason.
+/// Set once, for one listening task, with a reason.
 #[derive(Default)]
-pub(crate) struct Bell {
+pub(crate) struct StopSignal {
     why: Cell<Option<&'static str>>,
     waker: Cell<Option<Waker>>,
 }
 
-impl Bell {
-    /// Rings; only the first reason counts.
-    pub(crate) fn ring(&self, why: &'static str) {
+impl StopSignal {
+    /// Sets it; only the first reason counts.
+    pub(crate) fn set(&self, why: &'static str) {
         if self.why.get().is_none() {
             self.why.set(Some(why));
         }
         self.wake();
     }
 
-    /// Why it was rung.
+    /// Why it was set.
     pub(crate) fn why(&self) -> Option<&'static str> {
         self.why.get()
     }
 
-    /// Lets the listening task look again, without ringing.
+    /// Lets the listening task look again, without setting it.
     pub(crate) fn wake(&self) {
         if let Some(waker) = self.waker.take() {
             waker.wake();
@@ -39,8 +39,8 @@ impl Bell {
         self.waker.set(Some(own.unwrap_or_else(|| waker.clone())));
     }
 
-    /// What `future` comes to, or `None` if the bell rings before; `future` is then dropped.
-    pub(crate) async fn unless_rung<T>(&self, future: impl Future<Output = T>) -> Option<T> {
+    /// What `future` comes to, or `None` if the signal is set first; `future` is then dropped.
+    pub(crate) async fn unless_stopped<T>(&self, future: impl Future<Output = T>) -> Option<T> {
         let mut future = pin!(future);
         poll_fn(|cx| {
             if self.why.get().is_some() {
