@@ -16,7 +16,8 @@
 //! power is cut, and what it takes.
 
 use crate::catalog::crash::{CRASH_AT, power};
-use crate::check::{BlockHistory, Invariant, Wrong, walker};
+use crate::check::{BlockHistory, Invariant, Wrong};
+use crate::formats::{self, Broken, ImageMap};
 use crate::run::{Outcome, RunSpec, run};
 use kernel_model::faults::FaultPlan;
 use kernel_model::{Content, Inode, Kernel, Pending, Process, Storage, StorageConfig};
@@ -27,7 +28,6 @@ use std::rc::Rc;
 use tap_core::{Node, Request};
 use tap_host::{Bug, IoBuf, IoVec, SECTOR_BYTES, SectorRange};
 use tap_images::{BackingPolicy, Formats, ImageFormat, ImageSpec, OpenOptions};
-use walker::QcowMap;
 
 /// What exploring came to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -100,7 +100,7 @@ pub struct Explorer {
     /// The number that the next write got at the last operation.
     newest: Cell<u64>,
     /// The mapping of the living disk then.
-    live_map: RefCell<Option<Rc<QcowMap>>>,
+    live_map: RefCell<Option<Rc<ImageMap>>>,
 }
 
 /// Content hashes by page, kept from operation to operation.
@@ -163,11 +163,11 @@ struct Choice {
 #[derive(Clone)]
 struct Anchor {
     choice: Choice,
-    map: Rc<QcowMap>,
+    map: Rc<ImageMap>,
 }
 
 impl Anchor {
-    fn of(choice: Choice, map: QcowMap) -> Self {
+    fn of(choice: Choice, map: ImageMap) -> Self {
         Self { choice, map: Rc::new(map) }
     }
     fn distance(&self, choice: &Choice) -> usize {
@@ -225,7 +225,7 @@ impl Explorer {
         let flushed = self.follow_base(&inode);
         let settled = self.history.borrow_mut().take_settled();
         let history = self.history.borrow();
-        let anchors = match (walker::walk(&inode.base), walker::walk(&inode.live)) {
+        let anchors = match (self.walk(&inode.base), self.walk(&inode.live)) {
             (Ok(base), Ok(live)) => [Anchor::of(nothing(&inode), base), Anchor::of(everything(&inode), live)],
             (Err((invariant, text)), _) => return self.report(op, &inode, &nothing(&inode), invariant, text),
             (_, Err((invariant, text))) => {
@@ -254,6 +254,12 @@ impl Explorer {
             }
             self.visit(op, &inode, &choice, &history, &anchors);
         }
+    }
+
+    /// The map of an image; only formats that have metadata are explored.
+    fn walk(&self, content: &Content) -> Result<ImageMap, Broken> {
+        let nothing = || Err((Invariant::Q2, "images of its format have no metadata to explore".to_owned()));
+        formats::of(self.spec.format).walk(content).unwrap_or_else(nothing)
     }
 
     /// Looks at a state unless it was seen.
@@ -341,7 +347,7 @@ impl Explorer {
     ) {
         self.count(|e| e.states += 1);
         let content = inode.after_power_cut(choice.sizes, 0, |i, _| choice.keep[i]);
-        let map = match walker::walk(&content) {
+        let map = match self.walk(&content) {
             Ok(map) => map,
             Err((invariant, text)) => return self.report(op, inode, choice, invariant, text),
         };
@@ -507,7 +513,7 @@ fn sector_hashes(p: &Pending) -> [u64; 8] {
 }
 
 /// Guest sectors whose bytes or mapping differ from the anchor's.
-fn affected(inode: &Inode, choice: &Choice, anchor: &Anchor, map: &QcowMap, size: u64) -> Vec<SectorRange> {
+fn affected(inode: &Inode, choice: &Choice, anchor: &Anchor, map: &ImageMap, size: u64) -> Vec<SectorRange> {
     let per_cluster = (1_u64 << map.cluster_bits) / SECTOR_BYTES;
     let mut clusters: Vec<u64> = Vec::new();
     // Another mapping.

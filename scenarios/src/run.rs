@@ -3,7 +3,7 @@
 use crate::check::oracle::{Oracle, break_for_run, is_broken};
 use crate::check::{Failure, Invariant};
 use crate::explore::{BadState, Explored};
-use crate::image::RealImage;
+use crate::formats::RealImage;
 use crate::world::{RunOptions, Stats, World};
 use crate::{catalog, front, panics, workload, world};
 use kernel_model::StorageConfig;

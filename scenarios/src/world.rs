@@ -2,7 +2,7 @@
 
 use crate::check::{Invariant, Oracle, Verdict};
 use crate::explore::Explorer;
-use crate::image::RealImage;
+use crate::formats::RealImage;
 use kernel_model::{Kernel, Storage, StorageConfig};
 use sim::{Entity, Label, Sim, text_hash};
 use std::cell::{Cell, RefCell};

@@ -12,9 +12,9 @@ use kernel_model::SimHost;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
-use scenarios::check::walker;
+use scenarios::formats::QCOW;
+use scenarios::formats::qcow::walk;
 use scenarios::guest::{DirectDisk, GuestDisk};
-use scenarios::image::QCOW;
 use scenarios::stack::{Stack, StackLimits};
 use scenarios::world::{RunOptions, World};
 use sim::{Config, Sim};
@@ -175,7 +175,7 @@ impl Bench {
             return Err(text.into());
         }
         let content = world.storage.content(TOP).ok_or("the image is gone")?;
-        walker::walk(&content).map_err(|(rule, text)| format!("{rule}: {text}"))?;
+        walk(&content).map_err(|(rule, text)| format!("{rule}: {text}"))?;
         Ok(())
     }
 

@@ -291,7 +291,7 @@ async fn epoch(
     node.kill();
     node.dead().await;
     let live = world.storage.content(&setup.spec.path).unwrap_or_default();
-    let before = BeforeCut::look(&live, setup.history.borrow().running());
+    let before = BeforeCut::look(setup.model(), &live, setup.history.borrow().running());
     world.storage.power_cut();
     let left = world.storage.content(&setup.spec.path).unwrap_or_default();
     world.count(|s| {

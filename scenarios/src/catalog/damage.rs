@@ -10,10 +10,9 @@
 //! clusters share may be refused, but if it is opened for writing, the sharing must not show.
 
 use super::setup::cut_after_close;
-use crate::check::{Invariant, walker};
+use crate::check::Invariant;
+use crate::formats::{self, ImageShape, QCOW, RAW, Stored, layer_cluster};
 use crate::guest::{DirectDisk, GuestDisk};
-use crate::image::{QCOW, RAW};
-use crate::image::{QcowShape, Stored, layer_cluster, make_qcow};
 use crate::run::Scenario;
 use crate::stack::{Stack, StackLimits};
 use crate::tag::Tag;
@@ -69,9 +68,9 @@ async fn damaged_image(world: World) {
 }
 
 /// An image with clusters of all kinds, and what is below it.
-fn make(world: &World) -> (Vec<u8>, Vec<u8>, QcowShape) {
+fn make(world: &World) -> (Vec<u8>, Vec<u8>, ImageShape) {
     let cluster_bits = world.setting("cluster-bits", &[12, 16, 9, 14]);
-    let l2_bits = world.setting("l2-bits", &[9, 6, 13]);
+    let table_bits = world.setting("l2-bits", &[9, 6, 13]);
     let overlay = world.setting("overlay", &[false, true]);
     let last = (DISK_BYTES >> cluster_bits) - 1;
     let mut clusters: Vec<(u64, Stored)> = [
@@ -88,13 +87,14 @@ fn make(world: &World) -> (Vec<u8>, Vec<u8>, QcowShape) {
     clusters.sort_unstable_by_key(|c| c.0);
     clusters.dedup_by_key(|c| c.0);
     let backing = overlay.then(|| "below.raw".to_owned());
-    let shape = QcowShape { cluster_bits, l2_bits, size: DISK_BYTES, backing, clusters, writer: 1001 };
+    let size = DISK_BYTES;
+    let shape = ImageShape { cluster_bits, table_bits, size, backing, clusters, writer: 1001 };
     let below: Vec<u8> = (0..DISK_BYTES / 8192).flat_map(|i| layer_cluster(1000, i, 4096)).collect();
-    (make_qcow(&shape, &mut PageMap::default()), below, shape)
+    (formats::of(QCOW).make(&shape, &mut PageMap::default()), below, shape)
 }
 
 /// Damages `bytes` as decided; says whether it did.
-fn damage(world: &World, bytes: &mut Vec<u8>, shape: &QcowShape) -> bool {
+fn damage(world: &World, bytes: &mut Vec<u8>, shape: &ImageShape) -> bool {
     let entity = Entity::WORLD.child("damage", 0);
     world.sim.name_entity(entity, || "damage".into());
     let good = Layout::of(bytes, shape);
@@ -125,11 +125,11 @@ struct Layout {
 }
 
 impl Layout {
-    fn of(bytes: &[u8], shape: &QcowShape) -> Self {
+    fn of(bytes: &[u8], shape: &ImageShape) -> Self {
         let l1 = number(bytes, 40);
-        let l1_entries = shape.size.div_ceil(1 << (shape.cluster_bits + shape.l2_bits));
+        let l1_entries = shape.size.div_ceil(1 << (shape.cluster_bits + shape.table_bits));
         let tables = (0..l1_entries).map(|i| number(bytes, l1 + i * 8)).filter(|at| *at != 0).collect();
-        Self { cluster_bits: shape.cluster_bits, l1, l1_entries, l2_entries: 1 << shape.l2_bits, tables }
+        Self { cluster_bits: shape.cluster_bits, l1, l1_entries, l2_entries: 1 << shape.table_bits, tables }
     }
 
     /// An offset that is likely to matter.
@@ -413,9 +413,7 @@ impl Damaged {
 
 /// Whether the walker has nothing against the metadata and the compressed clusters.
 fn walks(content: &Content) -> bool {
-    let Ok(map) = walker::walk(content) else { return false };
+    let Some(Ok(map)) = formats::of(QCOW).walk(content) else { return false };
     let mut out = vec![0; 1 << map.cluster_bits];
-    (0..map.entries.len() as u64)
-        .filter(|cluster| map.compressed(*cluster).is_some())
-        .all(|cluster| walker::read_cluster(content, &map, cluster, &mut out).is_ok())
+    map.packed.iter().all(|(cluster, ..)| map.read_cluster(content, *cluster, &mut out).is_ok())
 }

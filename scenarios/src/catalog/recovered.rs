@@ -125,8 +125,9 @@ pub(super) fn check_leaks(world: &World, setup: &Setup, leaked_before: u64, most
     let marks = world.kernel.marks();
     let repeated = marks[Mark::RequestRetried as usize] + marks[Mark::MergedSplit as usize];
     let errors = stats.errors + world.storage.counts().failed;
-    let bound =
-        leaked_before + stats.lost_clusters + (errors + repeated) * lost_to_error(&content, most_sectors);
+    let bound = leaked_before
+        + stats.lost_clusters
+        + (errors + repeated) * lost_to_error(setup.model(), &content, most_sectors);
     if leaked > bound && !is_broken(Oracle::LeaksIgnored) {
         let after = format!("{} crashes, {errors} errors and {repeated} repeated requests", stats.crashes);
         let text = format!("{leaked} clusters are lost after {after}");

@@ -10,9 +10,8 @@
 
 use super::crash::arm_power_cut;
 use super::setup::{Setup, cut_after_close, cut_after_drop, workload};
-use crate::check::{Invariant, walker};
+use crate::check::Invariant;
 use crate::guest::{DirectDisk, Guest, Manners};
-use crate::image::QCOW;
 use crate::run::Scenario;
 use crate::stack::{Stack, StackLimits};
 use crate::workload::{Op, Shape, Workload, operations};
@@ -238,12 +237,12 @@ async fn with_space_again(world: &World, setup: &Setup, limits: &StackLimits, se
 /// request has failed, so have those over what it may have left.)
 fn check_given_back(world: &World, setup: &Setup, guest: &Guest<DirectDisk>) {
     const PAGE_SECTORS: u64 = 8;
-    let clusters = setup.spec.format == QCOW;
+    let clusters = setup.has_metadata();
     if !world.storage.makes_holes() || clusters && (setup.is_overlay() || setup.cluster_bits < 12) {
         return;
     }
     let content = world.storage.content(&setup.spec.path).unwrap_or_default();
-    let map = if clusters { walker::walk(&content).ok() } else { None };
+    let map = setup.model().walk(&content).and_then(Result::ok);
     for page in 0..setup.size_sectors / PAGE_SECTORS {
         if !guest.gave_back(SectorRange::new(page * PAGE_SECTORS, PAGE_SECTORS as u32)) {
             continue;

@@ -1,9 +1,8 @@
 //! What crash scenarios start from: an image, its backing file, the history of its disk.
 
 use super::crash;
-use crate::check::{BlockHistory, Initial, Invariant, shipped, walker};
-use crate::image::{QCOW, RAW};
-use crate::image::{QcowShape, RealImage, Stored, layer_cluster, make_qcow};
+use crate::check::{BlockHistory, Initial, Invariant, shipped};
+use crate::formats::{self, FormatModel, ImageShape, QCOW, RAW, RealImage, Stored, layer_cluster};
 use crate::workload::{Shape, Workload};
 use crate::world::World;
 use kernel_model::{Content, Inode, PAGE, PageMap};
@@ -57,8 +56,9 @@ impl Setup {
             clusters = vec![(0, Stored::Compressed), (last / 2, Stored::Plain), (last, Stored::Compressed)];
         }
         let backing = overlay.then_some(base_name);
-        let shape = QcowShape { cluster_bits, l2_bits, size: size_bytes, backing, clusters, writer: 1001 };
-        let file = make_qcow(&shape, &mut view);
+        let (table_bits, size) = (l2_bits, size_bytes);
+        let shape = ImageShape { cluster_bits, table_bits, size, backing, clusters, writer: 1001 };
+        let file = formats::of(QCOW).make(&shape, &mut view);
         if let Some((path, bytes)) = &base {
             world.storage.put_bytes(path, bytes);
         }
@@ -95,24 +95,29 @@ impl Setup {
     /// Makes raw image `number`: of zeros, or a disk that was in use before. On one of zeros, bytes that come from
     /// nowhere and bytes that were taken back look like what was there.
     pub fn raw(world: &World, number: u32, size_bytes: u64) -> Self {
-        let mut content = Content { size: size_bytes, ..Content::default() };
-        let mut initial = Initial::Zero;
-        if world.setting("raw-in-use", &[false, true]) {
-            for at in 0..size_bytes / USED_BYTES {
-                content.pages.write(at * USED_BYTES, &layer_cluster(1002, at, USED_BYTES as usize));
-            }
-            initial = Initial::Bytes(content.pages.clone());
-        }
-        world.storage.put(&path(number), content);
+        let in_use = world.setting("raw-in-use", &[false, true]);
+        let clusters = if in_use { size_bytes >> USED_BITS } else { 0 };
+        let shape = ImageShape {
+            cluster_bits: USED_BITS,
+            table_bits: 0,
+            size: size_bytes,
+            backing: None,
+            clusters: (0..clusters).map(|cluster| (cluster, Stored::Plain)).collect(),
+            writer: 1002,
+        };
+        let mut view = PageMap::default();
+        let file = formats::of(RAW).make(&shape, &mut view);
+        world.storage.put(&path(number), formats::content_of(&file));
+        let initial = if in_use { Initial::Bytes(view) } else { Initial::Zero };
         Self::with_history(world, RAW, number, size_bytes, initial, None)
     }
 
-    /// The same on a block device: of the same size under a raw disk; a qcow image has more behind it, which holds the
-    /// bytes of whoever had the device before.
+    /// The same on a block device: of the same size under a raw disk; an image with metadata has more behind it, which
+    /// holds the bytes of whoever had the device before.
     pub fn on_device(self, world: &World) -> Self {
         let path = &self.spec.path;
         let mut content = world.storage.content(path).unwrap_or_default();
-        if self.spec.format == QCOW {
+        if self.has_metadata() {
             let first = content.size.div_ceil(PAGE as u64);
             content.size = (first * PAGE as u64) + 2 * self.size_sectors * SECTOR_BYTES + DEVICE_SLACK_BYTES;
             let old = Rc::new([0xd7; PAGE]);
@@ -124,7 +129,7 @@ impl Setup {
 
     /// The image's file as it is now; of a device what is in use, as if it ended there.
     pub fn content(&self, world: &World) -> Content {
-        used_content(world, &self.spec.path)
+        used_content(world, &self.spec)
     }
 
     fn with_history(
@@ -148,10 +153,20 @@ impl Setup {
         }
     }
 
-    /// As [`Setup::check_bytes`], and lets the shipped check look at a qcow image too. Nobody has it open for writing.
+    /// What the testbed knows of the image's format.
+    pub fn model(&self) -> &'static dyn FormatModel {
+        formats::of(self.spec.format)
+    }
+
+    /// Whether the format has anything beside the bytes of the disk.
+    pub fn has_metadata(&self) -> bool {
+        self.spec.format != RAW
+    }
+
+    /// As [`Setup::check_bytes`], and lets the shipped check look at the image too. Nobody has it open for writing.
     pub async fn check(&self, world: &World, when: &str) {
         self.check_bytes(world, when);
-        if self.spec.format == QCOW && !world.verdict.is_broken() {
+        if !world.verdict.is_broken() {
             shipped::agree(world, &self.spec, when).await;
         }
     }
@@ -161,11 +176,11 @@ impl Setup {
     /// need not be durable: all that follow fail. The last sector may come later, when it is durable that it is
     /// missing.
     pub fn check_length(&self, world: &World, failed_syncs: u64) {
-        if self.spec.format != QCOW || world.storage.counts().failed_syncs > failed_syncs {
+        if world.storage.counts().failed_syncs > failed_syncs {
             return;
         }
-        let tenses = |inode: &Inode| (walker::walk(&inode.base), inode.base.size);
-        if let Some((Ok(map), size)) = world.storage.with_inode(&self.spec.path, tenses)
+        let tenses = |inode: &Inode| (self.model().walk(&inode.base), inode.base.size);
+        if let Some((Some(Ok(map)), size)) = world.storage.with_inode(&self.spec.path, tenses)
             && map.end > size + SECTOR_BYTES
         {
             let text = format!("an image is served of which {size} bytes are durable and {} in use", map.end);
@@ -209,14 +224,14 @@ impl Setup {
         {
             world.fail(Invariant::C1, format!("{when} the backing file has other bytes than before"));
         }
-        if self.spec.format != QCOW {
+        if !self.has_metadata() {
             return;
         }
         let Some(content) = world.storage.content(&self.spec.path) else {
             world.fail(Invariant::G11, format!("{when} the image is gone"));
             return;
         };
-        if let Err((invariant, text)) = walker::walk_whole(&content) {
+        if let Some(Err((invariant, text))) = self.model().walk_whole(&content) {
             world.fail(invariant, format!("{when} {text}"));
         }
     }
@@ -229,24 +244,24 @@ impl Setup {
     /// Clusters that hold compressed bytes; those of what is rewritten belong to nobody from then on.
     pub fn compressed_clusters(&self, world: &World) -> u64 {
         let content = self.content(world);
-        let Ok(map) = walker::walk(&content) else { return 0 };
-        let runs = (0..map.entries.len() as u64).filter_map(|cluster| map.compressed(cluster));
-        runs.map(|(_, len)| len.div_ceil(1 << map.cluster_bits) + 1).sum()
+        let Some(Ok(map)) = self.model().walk(&content) else { return 0 };
+        map.packed.iter().map(|(.., len)| len.div_ceil(1 << map.cluster_bits) + 1).sum()
     }
 
     /// Clusters of the image that nothing refers to.
     pub fn leaked(&self, world: &World) -> u64 {
         let content = self.content(world);
-        walker::walk(&content).map_or(0, |map| map.leaked)
+        self.model().walk(&content).map_or(0, |walked| walked.map_or(0, |map| map.leaked))
     }
 }
 
-/// What the image at `path` is in: a file, or the part of a block device that ends where the last thing does that is
+/// What the image `spec` is in: a file, or the part of a block device that ends where the last thing does that is
 /// referred to.
-pub fn used_content(world: &World, path: &str) -> Content {
+pub fn used_content(world: &World, spec: &ImageSpec) -> Content {
+    let path = &spec.path;
     let mut content = world.storage.content(path).unwrap_or_default();
     if world.storage.is_device(path)
-        && let Ok(map) = walker::walk(&content)
+        && let Some(Ok(map)) = formats::of(spec.format).walk(&content)
     {
         content.size = map.end.next_multiple_of(1 << map.cluster_bits).min(content.size);
     }
@@ -282,10 +297,11 @@ pub fn cut_after_close<'a>(world: &World, paths: impl IntoIterator<Item = &'a st
     }
 }
 
-/// A qcow image that was closed ends with a whole cluster at the least: others put what is new at the end of the file.
+/// An image that was closed ends with a whole cluster at the least: others put what is new at the end of the file.
 fn check_last_cluster(world: &World, path: &str) {
     let content = world.storage.content(path).unwrap_or_default();
-    if let Ok(map) = walker::walk(&content)
+    let maps = formats::ALL.iter().filter_map(|model| model.walk(&content)?.ok());
+    if let Some(map) = maps.into_iter().next()
         && map.end > content.size
     {
         let text = format!("{path} was closed with {} bytes, and {} of it are in use", content.size, map.end);
@@ -300,8 +316,8 @@ fn path(number: u32) -> String {
 /// Bytes of a device beyond twice the disk that lies on it: for tables, and for what is lost.
 const DEVICE_SLACK_BYTES: u64 = 3 << 20;
 
-/// Bytes of a disk in use that are made at once.
-const USED_BYTES: u64 = 4096;
+/// A disk in use is made in parts of 2^n bytes.
+const USED_BITS: u32 = 12;
 
 /// A base that is shorter than the disk by a few sectors, with holes of zeros.
 fn base_bytes(size_bytes: u64, view: &mut PageMap) -> Vec<u8> {
@@ -371,7 +387,7 @@ mod tests {
         assert_eq!(reported(base, |c| c.size += 1), Some(Invariant::C1));
         assert_eq!(reported(None, |c| c.pages.write(0, &[0])), Some(Invariant::Q2));
         let in_place = |c: &mut Content| {
-            let (offset, _) = walker::walk(c).unwrap().compressed(0).unwrap();
+            let (offset, _) = formats::qcow::walk(c).unwrap().compressed(0).unwrap();
             c.pages.write(offset, &[0xff; 32]);
         };
         assert_eq!(reported(None, in_place), Some(Invariant::Q3), "written into the compressed bytes");

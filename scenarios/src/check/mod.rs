@@ -10,7 +10,6 @@ pub mod oracle;
 pub mod shipped;
 mod space;
 mod verdict;
-pub mod walker;
 
 pub use asks::Asks;
 pub use contract::Contract;
@@ -19,5 +18,6 @@ pub use history::{BlockHistory, Initial, WriteId, Wrong};
 pub use invariant::Invariant;
 pub use loss::{BeforeCut, lost_to_error};
 pub use oracle::Oracle;
+pub(crate) use oracle::is_broken;
 pub use space::{Space, Wish};
 pub use verdict::{Failure, Verdict};

@@ -2,8 +2,8 @@
 
 use super::Invariant;
 use super::oracle::{Oracle, is_broken};
-use super::walker::{Broken, QcowMap};
 use crate::catalog::setup::used_content;
+use crate::formats::{self, Broken, ImageMap};
 use crate::world::World;
 use kernel_model::SimHost;
 use tap_images::{CheckReport, Formats, ImageError, ImageSpec};
@@ -14,7 +14,7 @@ const FRONT_BYTES: u64 = 4096;
 /// What the two say differently, if they do: whether the image is sound, how many clusters are mapped, how many are
 /// lost.
 pub fn difference(
-    walked: &Result<QcowMap, Broken>,
+    walked: &Result<ImageMap, Broken>,
     checked: &Result<CheckReport, ImageError>,
 ) -> Option<String> {
     if is_broken(Oracle::ShippedIgnored) {
@@ -50,10 +50,10 @@ pub fn difference(
 /// V1 unless it agrees with the walker.
 pub async fn agree(world: &World, spec: &ImageSpec, when: &str) {
     let path = &spec.path;
-    let walked = match world.storage.content(path) {
-        Some(_) => super::walker::walk_whole(&used_content(world, path)),
-        None => return world.fail(Invariant::G11, format!("{when} the image is gone")),
-    };
+    if world.storage.content(path).is_none() {
+        return world.fail(Invariant::G11, format!("{when} the image is gone"));
+    }
+    let Some(walked) = formats::of(spec.format).walk_whole(&used_content(world, spec)) else { return };
     // It looks at the medium, not at the drive's moods.
     world.storage.set_calm(true);
     let host = SimHost::start(&world.kernel, &world.xen, "check", 0);
@@ -71,9 +71,9 @@ async fn check(host: &SimHost, spec: &ImageSpec) -> Result<CheckReport, ImageErr
 
 #[cfg(test)]
 mod tests {
-    use super::super::walker::walk;
     use super::*;
     use crate::catalog::setup::Setup;
+    use crate::formats::qcow::walk;
     use crate::stack::{Stack, StackLimits};
     use crate::world::broken_by;
     use kernel_model::Content;
@@ -83,7 +83,7 @@ mod tests {
     /// What both say of a small image after `damage`.
     fn both(
         damage: impl FnOnce(&mut Content) + 'static,
-    ) -> (Result<QcowMap, Broken>, Result<CheckReport, ImageError>) {
+    ) -> (Result<ImageMap, Broken>, Result<CheckReport, ImageError>) {
         let out = Rc::new(RefCell::new(None));
         let slot = Rc::clone(&out);
         let broken = broken_by(|world| async move {
@@ -100,7 +100,7 @@ mod tests {
 
     /// Byte offset of the L2 entry of `cluster` in an image with one table.
     fn entry_at(content: &Content, cluster: u64) -> u64 {
-        walk(content).unwrap().l1[0] + cluster * 8
+        walk(content).unwrap().tables[0] + cluster * 8
     }
 
     #[test]
@@ -127,7 +127,7 @@ mod tests {
         assert!(difference(&sound, &Ok(finds)).unwrap().contains("a problem"));
         let counts = CheckReport { plain_clusters: report.plain_clusters + 1, ..report.clone() };
         assert!(difference(&sound, &Ok(counts)).unwrap().contains("mapped"));
-        let plain = QcowMap { mapped: 4, leaked: 3, cluster_bits: 12, ..QcowMap::default() };
+        let plain = ImageMap { mapped: 4, leaked: 3, cluster_bits: 12, ..ImageMap::default() };
         let agrees = CheckReport { plain_clusters: 4, leaked_clusters: 2, ..CheckReport::default() };
         assert_eq!(difference(&Ok(plain.clone()), &Ok(agrees.clone())), None, "unused bytes at the front");
         let loses = CheckReport { leaked_clusters: 1, ..agrees };

@@ -5,7 +5,7 @@ use super::output::{Progress, print_failure, print_table, report_failure, save_r
 use super::{Exit, Stop};
 use crate::catalog::crash::REAL_IMAGE;
 use crate::explore::{Explored, explore_run};
-use crate::image::RealImage;
+use crate::formats::RealImage;
 use crate::run::{RunSpec, run_recorded, shrink_run};
 use crate::sweep::{SweepSpec, cpu_ns, sweep};
 use crate::world::RunOptions;

@@ -2,9 +2,8 @@
 
 use super::Work;
 use crate::catalog::setup::used_content;
-use crate::check::{Invariant, walker};
-use crate::image::{QCOW, RAW};
-use crate::image::{QcowShape, Stored, layer_cluster, make_qcow};
+use crate::check::Invariant;
+use crate::formats::{self, Broken, ImageShape, QCOW, RAW, Stored, layer_cluster};
 use crate::program::named;
 use crate::world::World;
 use kernel_model::{PAGE, PageMap};
@@ -60,15 +59,15 @@ impl Disk {
         if !clusters.iter().any(|(c, _)| *c == last) {
             clusters.push((last, Stored::Plain));
         }
-        let shape = QcowShape {
+        let shape = ImageShape {
             cluster_bits,
-            l2_bits: world.setting("l2-bits", &[9, 6, 13]),
+            table_bits: world.setting("l2-bits", &[9, 6, 13]),
             size: size as u64,
             backing: base.as_ref().map(|_| BASE.to_owned()),
             clusters,
             writer: 1001,
         };
-        let file = make_qcow(&shape, &mut view);
+        let file = formats::of(QCOW).make(&shape, &mut view);
         let path = "/images/source.qcow".to_owned();
         world.storage.put_bytes(&path, &file);
         let mut shown = vec![0; size];
@@ -294,16 +293,16 @@ fn put(world: &World, spec: &ImageSpec, size: usize) -> Vec<u8> {
         world.storage.put_bytes(&spec.path, &bytes);
         return bytes;
     }
-    let shape = QcowShape {
+    let shape = ImageShape {
         cluster_bits: 12,
-        l2_bits: 9,
+        table_bits: 9,
         size: size as u64,
         backing: None,
         clusters: (0..(size as u64).div_ceil(4096)).map(|c| (c, Stored::Plain)).collect(),
         writer: 1003,
     };
     let mut view = PageMap::default();
-    world.storage.put_bytes(&spec.path, &make_qcow(&shape, &mut view));
+    world.storage.put_bytes(&spec.path, &formats::of(spec.format).make(&shape, &mut view));
     view.read(0, &mut bytes);
     bytes
 }
@@ -319,16 +318,16 @@ fn to_device(world: &World, path: &str) {
 const DEVICE_SLACK_BYTES: u64 = 1 << 20;
 
 /// What an image shows, by its bytes. What is not in it is the view of `below`, if that is its backing file.
-pub(super) fn shown(world: &World, spec: &ImageSpec, below: &Disk) -> Result<Vec<u8>, walker::Broken> {
+pub(super) fn shown(world: &World, spec: &ImageSpec, below: &Disk) -> Result<Vec<u8>, Broken> {
     let gone = || (Invariant::I1, format!("{} is gone after a tool had made it", spec.path));
     world.storage.inode(&spec.path).ok_or_else(gone)?;
-    let content = used_content(world, &spec.path);
-    if spec.format == RAW {
+    let content = used_content(world, spec);
+    let Some(map) = formats::of(spec.format).walk_whole(&content) else {
         let mut bytes = vec![0; content.size as usize];
         content.pages.read(0, &mut bytes);
         return Ok(bytes);
-    }
-    let map = walker::walk_whole(&content)?;
+    };
+    let map = map?;
     let mut bytes = vec![0; map.size as usize];
     if let Some(name) = &map.backing {
         if *name != below.spec.path {
@@ -339,7 +338,7 @@ pub(super) fn shown(world: &World, spec: &ImageSpec, below: &Disk) -> Result<Vec
     }
     let mut whole = vec![0; 1 << map.cluster_bits];
     for (cluster, part) in (0..).zip(bytes.chunks_mut(1 << map.cluster_bits)) {
-        if walker::read_cluster(&content, &map, cluster, &mut whole)?.is_some() {
+        if map.read_cluster(&content, cluster, &mut whole)?.is_some() {
             part.copy_from_slice(&whole[..part.len()]);
         }
     }

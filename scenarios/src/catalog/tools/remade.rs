@@ -6,7 +6,7 @@
 
 use super::disk::{CLUSTERS, CREWS, Disk, Made, ON_DEVICE, Old, SPARSE, Wish};
 use super::{Work, cut_after, make, reports};
-use crate::image::{QCOW, RAW};
+use crate::formats::{QCOW, RAW};
 use crate::run::Scenario;
 use crate::world::World;
 use kernel_model::StorageConfig;

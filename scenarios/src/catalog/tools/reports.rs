@@ -3,8 +3,8 @@
 use super::Tool;
 use super::disk::{Disk, Made};
 use crate::catalog::setup::used_content;
-use crate::check::{Invariant, walker};
-use crate::image::RAW;
+use crate::check::Invariant;
+use crate::formats::{self, RAW};
 use crate::program::named;
 use crate::world::World;
 use serde_json::Value;
@@ -80,13 +80,14 @@ async fn check_command(world: &World, spec: &ImageSpec, size: usize) {
     // Without the clusters that a failed or repeated write has lost, which both must count alike.
     let Some(tool) = ask(world, &words, &[0, 3]).await else { return };
     let Some(value) = json(world, &tool, &words) else { return };
-    let content = used_content(world, &spec.path);
-    let Ok(seen) = walker::walk(&content) else { return };
+    let model = formats::of(spec.format);
+    let content = used_content(world, spec);
+    let Some(Ok(seen)) = model.walk(&content) else { return };
     expect(world, &words, &value, "allocated-clusters", seen.mapped.into());
     expect(world, &words, &value, "total-clusters", size.div_ceil(1 << seen.cluster_bits).into());
     // What lies between the header and the table is lost to nobody: it keeps the two apart.
-    let head = 48 + seen.backing.as_ref().map_or(0, |name| name.len() as u64);
-    let apart = (seen.l1_offset >> seen.cluster_bits).saturating_sub(head.div_ceil(1 << seen.cluster_bits));
+    let head = model.head_bytes(seen.backing.as_ref().map_or(0, |name| name.len() as u64));
+    let apart = (seen.root_at >> seen.cluster_bits).saturating_sub(head.div_ceil(1 << seen.cluster_bits));
     let lost = seen.leaked - apart.min(seen.leaked);
     expect(world, &words, &value, "leaks", if lost > 0 { lost.into() } else { Value::Null });
     if (tool.status == 3) != (lost > 0) {

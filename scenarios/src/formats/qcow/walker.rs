@@ -6,59 +6,15 @@
 //! Layout (big endian): header of 48 bytes, L1 table of u64 file offsets, L2 tables of 2^l2_bits entries; bit 63 of an
 //! entry marks a compressed cluster whose size in bytes stands in the bits above (63 - cluster_bits).
 
-use super::Invariant;
-use super::oracle::{Oracle, is_broken};
+use crate::check::{Invariant, Oracle, is_broken};
+use crate::formats::{Broken, COMPRESSED, ImageMap};
 use kernel_model::Content;
-use std::fmt::Write as _;
 use tap_host::SECTOR_BYTES;
 
 const MAGIC: u32 = 0x5146_49fb;
 const HEADER_BYTES: u64 = 48;
-const COMPRESSED: u64 = 1 << 63;
 /// Larger tables are not made by anything that runs here.
 const L1_ENTRIES_MAX: u64 = 1 << 22;
-
-/// What the bytes say.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct QcowMap {
-    /// Bytes in a cluster, as a power of two.
-    pub cluster_bits: u32,
-    /// Entries in an L2 table, as a power of two.
-    pub l2_bits: u32,
-    /// Size of the disk in bytes.
-    pub size: u64,
-    /// L2 entry of each cluster; 0 is unmapped. Entries of absent tables are 0.
-    pub entries: Vec<u64>,
-    /// Offsets of L2 tables; 0 is absent.
-    pub l1: Vec<u64>,
-    /// Where the L1 table begins.
-    pub l1_offset: u64,
-    /// Name of the backing file.
-    pub backing: Option<String>,
-    /// Host clusters of the file that nothing refers to.
-    pub leaked: u64,
-    /// Where the last thing ends that is referred to, in bytes of the file.
-    pub end: u64,
-    /// Data clusters that are mapped (compressed ones too).
-    pub mapped: u64,
-}
-
-/// What is wrong with the metadata.
-pub type Broken = (Invariant, String);
-
-impl QcowMap {
-    /// The host byte offset of a cluster that is stored plainly.
-    pub fn host_offset(&self, cluster: u64) -> Option<u64> {
-        let entry = *self.entries.get(cluster as usize)?;
-        (entry != 0 && entry & COMPRESSED == 0).then_some(entry)
-    }
-
-    /// Offset and length in bytes of a compressed cluster's extent.
-    pub fn compressed(&self, cluster: u64) -> Option<(u64, u64)> {
-        let entry = *self.entries.get(cluster as usize)?;
-        (entry & COMPRESSED != 0).then(|| extent(entry, self.cluster_bits))
-    }
-}
 
 fn extent(entry: u64, cluster_bits: u32) -> (u64, u64) {
     let shift = 63 - cluster_bits;
@@ -134,7 +90,7 @@ impl Owners {
 }
 
 /// The header, and where the name of the backing file is: offset and length in bytes.
-fn header(content: &Content) -> Result<(QcowMap, Option<(u64, u64)>), Broken> {
+fn header(content: &Content) -> Result<(ImageMap, Option<(u64, u64)>), Broken> {
     let mut raw = [0; 48];
     content.pages.read(0, &mut raw);
     let u32_at = |at: usize| u32::from_be_bytes(raw[at..at + 4].try_into().expect("four bytes"));
@@ -160,13 +116,14 @@ fn header(content: &Content) -> Result<(QcowMap, Option<(u64, u64)>), Broken> {
         Some(String::from_utf8_lossy(&name).into_owned())
     };
     let name = backing.is_some().then_some((backing_offset, backing_len));
-    let map = QcowMap {
+    let map = ImageMap {
         cluster_bits,
-        l2_bits,
+        table_bits: l2_bits,
+        table_bytes: 8 << l2_bits,
         size: u64_at(24),
-        l1_offset: u64_at(40),
+        root_at: u64_at(40),
         backing,
-        ..QcowMap::default()
+        ..ImageMap::default()
     };
     Ok((map, name))
 }
@@ -175,12 +132,12 @@ fn header(content: &Content) -> Result<(QcowMap, Option<(u64, u64)>), Broken> {
 ///
 /// # Errors
 /// The first broken invariant.
-pub fn walk(content: &Content) -> Result<QcowMap, Broken> {
+pub fn walk(content: &Content) -> Result<ImageMap, Broken> {
     let (mut map, name) = header(content)?;
-    let (cluster_bits, l2_bits) = (map.cluster_bits, map.l2_bits);
+    let (cluster_bits, l2_bits) = (map.cluster_bits, map.table_bits);
     let clusters = map.size.div_ceil(1 << cluster_bits);
     let l1_entries = clusters.div_ceil(1 << l2_bits);
-    if l1_entries > L1_ENTRIES_MAX || map.l1_offset.saturating_add(l1_entries * 8) > content.size {
+    if l1_entries > L1_ENTRIES_MAX || map.root_at.saturating_add(l1_entries * 8) > content.size {
         return broken(
             Invariant::Q2,
             format!("the L1 table of {l1_entries} entries does not lie in the file"),
@@ -189,19 +146,19 @@ pub fn walk(content: &Content) -> Result<QcowMap, Broken> {
     let mut owners =
         Owners { cluster_bits, bits: Vec::new(), extents: Vec::new(), owned: 0, end: 0, end_bytes: 0 };
     // Header and L1 lie together at the front; the name of the backing file lies between them, or has space of its own.
-    let front = map.l1_offset + (l1_entries * 8).max(1);
+    let front = map.root_at + (l1_entries * 8).max(1);
     owners.take(0, front, || "the header".into())?;
     if let Some((at, len)) = name
-        && (at < HEADER_BYTES || at + len > map.l1_offset)
+        && (at < HEADER_BYTES || at + len > map.root_at)
     {
         owners.take(at, len.max(1), || "the name of the backing file".into())?;
     }
     let mut table = vec![0; (l1_entries * 8) as usize];
-    content.pages.read(map.l1_offset, &mut table);
-    map.l1 = be_words(&table).collect();
+    content.pages.read(map.root_at, &mut table);
+    map.tables = be_words(&table).collect();
     map.entries = vec![0; clusters as usize];
     let mut table = vec![0; 8 << l2_bits];
-    for (index, l2_offset) in map.l1.clone().into_iter().enumerate() {
+    for (index, l2_offset) in map.tables.clone().into_iter().enumerate() {
         if l2_offset != 0 {
             walk_l2(content, &mut map, &mut owners, index as u64, l2_offset, &mut table)?;
         }
@@ -216,7 +173,7 @@ pub fn walk(content: &Content) -> Result<QcowMap, Broken> {
 
 fn walk_l2(
     content: &Content,
-    map: &mut QcowMap,
+    map: &mut ImageMap,
     owners: &mut Owners,
     index: u64,
     l2_offset: u64,
@@ -243,7 +200,7 @@ fn walk_l2(
     owners.take(l2_offset, table.len() as u64, || format!("L2 table {index}"))?;
     content.pages.read(l2_offset, table);
     for (i, entry) in be_words(table).enumerate() {
-        let cluster = (index << map.l2_bits) + i as u64;
+        let cluster = (index << map.table_bits) + i as u64;
         if entry == 0 {
             continue;
         }
@@ -263,6 +220,7 @@ fn walk_l2(
                     format!("the compressed extent of cluster {cluster} leaves the file"),
                 );
             }
+            map.packed.push((cluster, offset, len));
             owners.extents.push((offset, len));
         } else if (entry % cluster_size != 0 || entry > far - cluster_size) && !is_broken(Oracle::WildEntries)
         {
@@ -279,56 +237,6 @@ fn walk_l2(
 
 fn be_words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
     bytes.chunks_exact(8).map(|w| u64::from_be_bytes(w.try_into().expect("eight bytes")))
-}
-
-/// Compressed clusters that are inflated at most; of more, some.
-const INFLATED_MAX: usize = 64;
-
-/// As [`walk`], and inflates compressed clusters.
-///
-/// # Errors
-/// The first broken invariant.
-pub fn walk_whole(content: &Content) -> Result<QcowMap, Broken> {
-    let map = walk(content)?;
-    let compressed = |c: &u64| map.compressed(*c).is_some();
-    let packed: Vec<u64> = (0..map.entries.len() as u64).filter(compressed).collect();
-    let mut bytes = vec![0; if packed.is_empty() { 0 } else { 1 << map.cluster_bits }];
-    for cluster in packed.iter().step_by(packed.len() / INFLATED_MAX + 1) {
-        read_cluster(content, &map, *cluster, &mut bytes)?;
-    }
-    Ok(map)
-}
-
-/// Reads the guest's view of a cluster that the image itself holds; `None` where the backing file shows.
-///
-/// # Errors
-/// A compressed cluster that does not inflate to a whole cluster.
-pub fn read_cluster(
-    content: &Content,
-    map: &QcowMap,
-    cluster: u64,
-    out: &mut [u8],
-) -> Result<Option<()>, Broken> {
-    if let Some(offset) = map.host_offset(cluster) {
-        content.pages.read(offset, out);
-        return Ok(Some(()));
-    }
-    let Some((offset, len)) = map.compressed(cluster) else { return Ok(None) };
-    let mut packed = vec![0; len as usize];
-    content.pages.read(offset, &mut packed);
-    let mut inflate = flate2::Decompress::new(false);
-    let done = inflate.decompress(&packed, out, flate2::FlushDecompress::Finish);
-    let whole = done.is_ok() && inflate.total_out() == out.len() as u64;
-    if !whole && !is_broken(Oracle::NothingInflated) {
-        let mut text = String::new();
-        let _ = write!(
-            text,
-            "compressed cluster {cluster} at {offset:#x} inflates to {} bytes",
-            inflate.total_out()
-        );
-        return broken(Invariant::Q3, text);
-    }
-    Ok(Some(()))
 }
 
 #[cfg(test)]

@@ -1,0 +1,36 @@
+//! Raw images: the file is the disk.
+
+use super::{Broken, FormatModel, ImageMap, ImageShape, layer_cluster};
+use kernel_model::{Content, PageMap};
+use tap_images::{Format, raw};
+
+/// The model.
+pub(super) struct Raw;
+
+impl FormatModel for Raw {
+    fn format(&self) -> Format {
+        raw::FORMAT
+    }
+
+    /// Clusters that the image does not hold are zeros.
+    fn make(&self, shape: &ImageShape, view: &mut PageMap) -> Vec<u8> {
+        let mut file = vec![0; shape.size as usize];
+        let bytes = 1 << shape.cluster_bits;
+        for (cluster, _) in &shape.clusters {
+            let at = cluster * bytes;
+            let held =
+                &layer_cluster(shape.writer, *cluster, bytes as usize)[..bytes.min(shape.size - at) as usize];
+            file[at as usize..][..held.len()].copy_from_slice(held);
+            view.write(at, held);
+        }
+        file
+    }
+
+    fn walk(&self, _: &Content) -> Option<Result<ImageMap, Broken>> {
+        None
+    }
+
+    fn head_bytes(&self, _: u64) -> u64 {
+        0
+    }
+}

@@ -1,0 +1,144 @@
+//! An image from a real file, with those it is based on.
+
+use super::qcow::walk;
+use kernel_model::{Content, PAGE, PageMap};
+use std::cell::RefCell;
+use std::path::Path;
+use std::rc::Rc;
+use tap_host::SECTOR_BYTES;
+
+/// Largest disk that a real image may have here: histories are kept per sector.
+const REAL_DISK_MAX: u64 = 2 << 30;
+/// Largest file that is loaded.
+const REAL_FILE_MAX: u64 = 1 << 30;
+/// Longest chain of backing files.
+const CHAIN_MAX: usize = 8;
+
+/// An image from a real file, with those it is based on.
+#[derive(Debug)]
+pub struct RealImage {
+    path: String,
+    /// Names as the simulated host has them, and bytes; the image itself comes first.
+    files: Vec<(String, Vec<u8>)>,
+}
+
+/// A real image as one thread's worlds share it.
+pub struct LoadedImage {
+    /// Files by name; the image itself comes first.
+    pub files: Vec<(String, Content)>,
+    /// What the guest sees.
+    pub view: PageMap,
+    /// Size of the disk in bytes.
+    pub size_bytes: u64,
+    /// Bytes in a cluster, as a power of two.
+    pub cluster_bits: u32,
+}
+
+thread_local! {
+    static LOADED: RefCell<Option<(String, Rc<LoadedImage>)>> = const { RefCell::new(None) };
+}
+
+impl RealImage {
+    /// Reads the qcow image at `path` and the files below it.
+    ///
+    /// # Errors
+    /// One line on what is wrong with which file.
+    pub fn load(path: &Path) -> Result<Self, String> {
+        let mut image = Self { path: path.display().to_string(), files: Vec::new() };
+        let mut next = Some(path.to_path_buf());
+        while let Some(path) = next.take() {
+            if image.files.len() == CHAIN_MAX {
+                return Err(format!("{} has more than {CHAIN_MAX} files below it", image.path));
+            }
+            let shown = path.display().to_string();
+            let size = std::fs::metadata(&path).map_err(|e| format!("failed to open {shown}: {e}"))?.len();
+            if size > REAL_FILE_MAX {
+                return Err(format!("{shown} is {size} bytes long, at most {REAL_FILE_MAX} are loaded"));
+            }
+            let bytes = std::fs::read(&path).map_err(|e| format!("failed to read {shown}: {e}"))?;
+            let is_qcow = bytes.starts_with(b"QFI\xfb\0\0\0\x01");
+            if !is_qcow && image.files.is_empty() {
+                return Err(format!("{shown} is not a qcow image of version 1"));
+            }
+            if is_qcow {
+                let map =
+                    walk(&content_of(&bytes)).map_err(|(rule, text)| format!("{shown}: {rule}: {text}"))?;
+                if map.size > REAL_DISK_MAX || map.size == 0 || !map.size.is_multiple_of(SECTOR_BYTES) {
+                    return Err(format!(
+                        "{shown} has a disk of {} bytes, which is none or too large here",
+                        map.size
+                    ));
+                }
+                next = map.backing.map(|name| path.parent().unwrap_or(Path::new("")).join(name));
+            }
+            image.files.push((shown, bytes));
+        }
+        Ok(image)
+    }
+
+    /// One line on what it is.
+    pub fn describe(&self) -> String {
+        let loaded = self.loaded();
+        let map = walk(&loaded.files[0].1).unwrap_or_default();
+        let packed = (0..map.entries.len() as u64).filter(|c| map.compressed(*c).is_some()).count();
+        let below = match &self.files[1..] {
+            [] => "no backing file".to_string(),
+            files => {
+                format!("over {}", files.iter().map(|f| f.0.as_str()).collect::<Vec<_>>().join(" over "))
+            }
+        };
+        format!(
+            "{}: qcow, {} bytes, clusters of {}, {} mapped ({packed} compressed), {below}",
+            self.path,
+            loaded.size_bytes,
+            1 << loaded.cluster_bits,
+            map.mapped
+        )
+    }
+
+    /// Where it came from.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// The image as worlds of this thread share it.
+    pub fn loaded(&self) -> Rc<LoadedImage> {
+        if let Some(loaded) =
+            LOADED.with_borrow(|l| l.as_ref().filter(|l| l.0 == self.path).map(|l| Rc::clone(&l.1)))
+        {
+            return loaded;
+        }
+        let files: Vec<(String, Content)> =
+            self.files.iter().map(|(name, bytes)| (name.clone(), content_of(bytes))).collect();
+        let mut view = PageMap::default();
+        let mut top = (0, 9);
+        for (_, content) in files.iter().rev() {
+            // From the bottom to the top, each covers what it holds. What does not walk is raw.
+            match walk(content) {
+                Ok(map) => {
+                    let mut cluster_bytes = vec![0; 1 << map.cluster_bits];
+                    for cluster in 0..map.entries.len() as u64 {
+                        if let Ok(Some(())) = map.read_cluster(content, cluster, &mut cluster_bytes) {
+                            view.write(cluster << map.cluster_bits, &cluster_bytes);
+                        }
+                    }
+                    top = (map.size, map.cluster_bits);
+                }
+                Err(_) => view = content.pages.clone(),
+            }
+        }
+        view.truncate(top.0);
+        let loaded = Rc::new(LoadedImage { files, view, size_bytes: top.0, cluster_bits: top.1 });
+        LOADED.with_borrow_mut(|l| *l = Some((self.path.clone(), Rc::clone(&loaded))));
+        loaded
+    }
+}
+
+/// A file of these bytes; pages of zeros are holes.
+pub fn content_of(bytes: &[u8]) -> Content {
+    let mut content = Content { size: bytes.len() as u64, ..Content::default() };
+    for (i, page) in bytes.chunks(PAGE).enumerate().filter(|(_, page)| page.iter().any(|b| *b != 0)) {
+        content.pages.write((i * PAGE) as u64, page);
+    }
+    content
+}
