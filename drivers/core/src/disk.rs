@@ -24,16 +24,10 @@ pub struct DiskConfig {
     pub scheduler: SchedulerLimits,
 }
 
-/// A disk; clones share it.
+/// A disk.
 pub struct Disk<H> {
     vbd: Vbd<H>,
     scheduler: Rc<Scheduler<H>>,
-}
-
-impl<H> Clone for Disk<H> {
-    fn clone(&self) -> Self {
-        Self { vbd: self.vbd.clone(), scheduler: Rc::clone(&self.scheduler) }
-    }
 }
 
 impl<H: Time + Tasks + Log + Probe> Disk<H> {

@@ -300,8 +300,7 @@ pub fn cut_after_close<'a>(world: &World, paths: impl IntoIterator<Item = &'a st
 /// An image that was closed ends with a whole cluster at the least: others put what is new at the end of the file.
 fn check_last_cluster(world: &World, path: &str) {
     let content = world.storage.content(path).unwrap_or_default();
-    let maps = formats::ALL.iter().filter_map(|model| model.walk(&content)?.ok());
-    if let Some(map) = maps.into_iter().next()
+    if let Some(map) = formats::ALL.iter().find_map(|model| model.walk(&content)?.ok())
         && map.end > content.size
     {
         let text = format!("{path} was closed with {} bytes, and {} of it are in use", content.size, map.end);
