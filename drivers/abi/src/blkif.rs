@@ -5,7 +5,7 @@
 //!   0  op u8                                        0  id u64
 //!   1  nr_segments u8, 1..=11                       8  op u8
 //!   2  handle u16                                  10  status i16: 0, -1 error, -2 not supported
-//!   8  id u64, the front end's, given back
+//!   8 id u64, the front end's, returned
 //!   16 sector u64
 //!   24 segments [11]: gref u32, first u8, last u8, padding u16
 //! ```
@@ -20,7 +20,7 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 /// Entries of a ring of one page.
 pub const RING_ENTRIES: u32 = 32;
-/// Bytes of a slot: a request, or a response and what is left of the request.
+/// Bytes of a slot: a request, or a response and the rest of the request that it overwrote.
 pub const ENTRY_BYTES: usize = 112;
 /// Bytes of a response.
 pub const RESPONSE_BYTES: usize = 16;
@@ -33,7 +33,7 @@ pub const SECTORS_PER_PAGE: u8 = 8;
 pub const OP_READ: u8 = 0;
 /// Write sectors.
 pub const OP_WRITE: u8 = 1;
-/// Write behind everything before and in front of everything after.
+/// Write after everything before it and before everything after it.
 pub const OP_WRITE_BARRIER: u8 = 2;
 /// Make completed writes durable.
 pub const OP_FLUSH_DISKCACHE: u8 = 3;
@@ -79,7 +79,7 @@ pub struct RawRequest {
     pub op: u8,
     /// How many of `segments` count.
     pub nr_segments: u8,
-    /// Which of the front end's disks; the ring already says it, so nobody looks.
+    /// Which of the front end's disks; the ring already says it, so it is ignored.
     pub handle: U16,
     /// Unused.
     pub padding: U32,
@@ -99,7 +99,7 @@ pub struct RawResponse {
     pub id: U64,
     /// The request's.
     pub op: u8,
-    /// Zero: whatever lies here can be read by the guest.
+    /// Zero: the guest can read whatever is here.
     pub padding: u8,
     /// `STATUS_*`.
     pub status: I16,
@@ -129,7 +129,7 @@ impl RawResponse {
     }
 }
 
-/// Operations that a back end here can be asked for.
+/// Operations that this back end accepts.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
 pub enum BlkifOp {
@@ -161,7 +161,7 @@ impl Segment {
 
 const TOO_MANY_SEGMENTS: &str = "more than 11 segments";
 
-/// A request that obeys the protocol. Whether it fits the disk is for the back end to say.
+/// A request that obeys the protocol. The back end checks whether it fits the disk.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct BlkifRequest {
     /// Comes back in the response.
@@ -176,7 +176,7 @@ pub struct BlkifRequest {
     nr_segments: u8,
 }
 
-/// What is wrong with a request, and what its answer needs.
+/// What is wrong with a request, and what its response needs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Malformed {
     /// The front end's identifier.
@@ -226,8 +226,8 @@ impl BlkifRequest {
     /// Parses a private copy of a ring entry.
     ///
     /// # Errors
-    /// [`Malformed`] for an unknown operation, a segment count outside 1..=11 (0 is a flush's right) or a segment that
-    /// does not lie in its page.
+    /// [`Malformed`] for an unknown operation, a segment count outside 1..=11 (a flush may also have 0) or a segment
+    /// that does not lie in its page.
     pub fn parse(entry: &[u8; ENTRY_BYTES]) -> Result<Self, Malformed> {
         let raw: RawRequest = zerocopy::transmute!(*entry);
         let bad = |status, why| Malformed { id: raw.id.get(), op: raw.op, status, why };

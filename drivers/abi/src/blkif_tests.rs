@@ -102,7 +102,7 @@ proptest! {
     #[test]
     fn any_bytes_are_refused_or_obey_the_protocol(mut bytes: [u8; 16], rest in prop::collection::vec(any::<u8>(), 96), few: bool) {
         if few {
-            // Else hardly any case gets past the operation and the segment count.
+            // Otherwise hardly any case gets past the operation and the segment count.
             bytes[0] %= 4;
             bytes[1] %= 13;
         }

@@ -1,4 +1,4 @@
-//! Bytes and numbers that others defined: what a guest, xenstore or a control tool puts on the wire.
+//! Bytes and numbers defined elsewhere: what a guest, xenstore or a control tool puts on the wire.
 //!
 //! ```text
 //!   shared memory ──copy──► [u8; 112] ──parse──► BlkifRequest ──► back end
@@ -9,7 +9,7 @@
 //!
 //! Bytes only: no I/O, no policy, no allocation. Every layout has const size and offset asserts and a golden test
 //! that spells its bytes out. Parsers take a private copy, accept any bytes and never panic; whatever they return was
-//! checked, so that code behind them need not look again.
+//! checked, so that their callers need not check again.
 //!
 //! | module | follows |
 //! |---|---|

@@ -33,7 +33,7 @@ pub const CHUNK_MAGIC: u32 = 0x668e_33ef;
 
 /// Longest name, description, query or message in bytes.
 pub const STRING_BYTES_MAX: usize = 4096;
-/// Zeros behind the reply to [`OPT_EXPORT_NAME`], unless both sides set `NO_ZEROES`.
+/// Zeros after the reply to [`OPT_EXPORT_NAME`], unless both sides set `NO_ZEROES`.
 pub const EXPORT_PADDING_BYTES: usize = 124;
 /// The one metadata context known here.
 pub const BASE_ALLOCATION: &str = "base:allocation";
@@ -42,7 +42,7 @@ pub const BASE_ALLOCATION: &str = "base:allocation";
 pub mod handshake {
     /// Options are answered, and unknown ones refused without ending the connection.
     pub const FIXED_NEWSTYLE: u16 = 1 << 0;
-    /// No zeros behind the reply to `EXPORT_NAME`.
+    /// No zeros after the reply to `EXPORT_NAME`.
     pub const NO_ZEROES: u16 = 1 << 1;
 }
 
@@ -50,17 +50,17 @@ pub mod handshake {
 pub const OPT_EXPORT_NAME: u32 = 1;
 /// End the connection.
 pub const OPT_ABORT: u32 = 2;
-/// Name all exports.
+/// List all exports.
 pub const OPT_LIST: u32 = 3;
 /// Encrypt.
 pub const OPT_STARTTLS: u32 = 5;
-/// Tell about an export.
+/// Describe an export.
 pub const OPT_INFO: u32 = 6;
-/// Tell about an export and begin.
+/// Describe an export and begin.
 pub const OPT_GO: u32 = 7;
 /// Use structured replies.
 pub const OPT_STRUCTURED_REPLY: u32 = 8;
-/// Name metadata contexts.
+/// List metadata contexts.
 pub const OPT_LIST_META_CONTEXT: u32 = 9;
 /// Choose metadata contexts.
 pub const OPT_SET_META_CONTEXT: u32 = 10;
@@ -90,7 +90,7 @@ pub const REP_ERR_TOO_BIG: u32 = REP_ERROR | 9;
 
 /// Size and flags; always sent.
 pub const INFO_EXPORT: u16 = 0;
-/// The name as the server has it.
+/// The export's name on the server.
 pub const INFO_NAME: u16 = 1;
 /// A description for people.
 pub const INFO_DESCRIPTION: u16 = 2;
@@ -129,13 +129,13 @@ pub const CMD_WRITE: u16 = 1;
 pub const CMD_DISC: u16 = 2;
 /// Make what was answered durable.
 pub const CMD_FLUSH: u16 = 3;
-/// Forget bytes.
+/// Discard bytes.
 pub const CMD_TRIM: u16 = 4;
 /// Read ahead.
 pub const CMD_CACHE: u16 = 5;
 /// Write zeros.
 pub const CMD_WRITE_ZEROES: u16 = 6;
-/// Tell what is allocated.
+/// Report what is allocated.
 pub const CMD_BLOCK_STATUS: u16 = 7;
 
 /// Flags of requests.
@@ -223,7 +223,7 @@ wire!(
     }
 );
 wire!(
-    /// What stands before an option's data.
+    /// What precedes an option's data.
     OptionHeader, 16 {
         /// [`OPTION_MAGIC`].
         magic: U64 = 0,
@@ -234,7 +234,7 @@ wire!(
     }
 );
 wire!(
-    /// What stands before the data of a reply to an option.
+    /// What precedes the data of a reply to an option.
     OptionReply, 20 {
         /// [`OPTION_REPLY_MAGIC`].
         magic: U64 = 0,
@@ -308,7 +308,7 @@ wire!(
     }
 );
 wire!(
-    /// What stands before the payload of a chunk.
+    /// What precedes the payload of a chunk.
     ChunkHeader, 20 {
         /// [`CHUNK_MAGIC`].
         magic: U32 = 0,
@@ -323,7 +323,7 @@ wire!(
     }
 );
 wire!(
-    /// What stands before the data of [`CHUNK_OFFSET_DATA`].
+    /// What precedes the data of [`CHUNK_OFFSET_DATA`].
     OffsetData, 8 {
         /// Where the data belongs, in bytes of the export.
         offset: U64 = 0,
@@ -339,7 +339,7 @@ wire!(
     }
 );
 wire!(
-    /// What stands before the message of [`CHUNK_ERROR`].
+    /// What precedes the message of [`CHUNK_ERROR`].
     ErrorHead, 6 {
         /// [`mod@error`], not 0.
         error: U32 = 0,
@@ -418,7 +418,7 @@ fn take<T: FromBytes + Unaligned + Immutable + KnownLayout>(data: &[u8]) -> Opti
     T::read_from_prefix(data).ok()
 }
 
-/// Takes a string with its length (u32) before it off the front of `data`.
+/// Takes a string, preceded by its length (u32), off the front of `data`.
 fn take_string(data: &[u8]) -> Result<(&str, &[u8]), &'static str> {
     let (len, rest) = take::<U32>(data).ok_or("the option ends before the length of a string")?;
     let len = len.get() as usize;
@@ -434,7 +434,7 @@ fn take_string(data: &[u8]) -> Result<(&str, &[u8]), &'static str> {
 pub struct InfoQuery<'a> {
     /// The export's name.
     pub name: &'a str,
-    /// The kinds of information that are asked for.
+    /// The kinds of information asked for.
     kinds: &'a [U16],
 }
 
@@ -499,7 +499,7 @@ impl RequestHeader {
     /// Parses a private copy of a request's header.
     ///
     /// # Errors
-    /// When it does not begin with [`REQUEST_MAGIC`]; what follows in the stream is then lost.
+    /// When it does not begin with [`REQUEST_MAGIC`]; the rest of the stream is then unusable.
     pub fn parse(bytes: &[u8; 28]) -> Result<Self, &'static str> {
         let header: Self = zerocopy::transmute!(*bytes);
         if header.magic.get() == REQUEST_MAGIC {

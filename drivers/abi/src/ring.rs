@@ -7,16 +7,16 @@
 //!   +---------+----------+---------+----------+---------+----------------------+
 //! ```
 //!
-//! Indices are u32, never reduced to the ring's size and wrap at 2^32; entry `i` lives in slot `i mod entries`. Each
-//! slot holds a request until the back end writes a response over it. Of the four numbers each is written by one side:
-//! `req_prod` and `rsp_event` by the front end, `rsp_prod` and `req_event` by the back end. A fresh ring has both
-//! producers at 0 and both events at 1.
+//! Indices are u32, wrap at 2^32 and are never reduced to the ring's size; entry `i` lives in slot `i mod entries`.
+//! Each slot holds a request until the back end writes a response over it. Each of the four numbers is written by one
+//! side: `req_prod` and `rsp_event` by the front end, `rsp_prod` and `req_event` by the back end. A fresh ring has
+//! both producers at 0 and both events at 1.
 
-/// Byte offset of the index behind the last request, written by the front end.
+/// Byte offset of the index after the last request, written by the front end.
 pub const REQ_PROD: usize = 0;
 /// Byte offset of the request index at which the back end wants an event, written by the back end.
 pub const REQ_EVENT: usize = 4;
-/// Byte offset of the index behind the last response, written by the back end.
+/// Byte offset of the index after the last response, written by the back end.
 pub const RSP_PROD: usize = 8;
 /// Byte offset of the response index at which the front end wants an event, written by the front end.
 pub const RSP_EVENT: usize = 12;
@@ -24,7 +24,7 @@ pub const RSP_EVENT: usize = 12;
 pub const HEADER_BYTES: usize = 64;
 
 /// How many entries lie between a consumer at `cons` and a producer at `prod`. More than the ring has means that one
-/// of the two lies.
+/// of the two indices is wrong.
 pub const fn unconsumed(prod: u32, cons: u32) -> u32 {
     prod.wrapping_sub(cons)
 }

@@ -1,4 +1,4 @@
-//! The states through which both ends of a device lead each other, as xenstore has them: a decimal number.
+//! The states of both ends of a device, each of which reacts to the other's; a decimal number in xenstore.
 
 /// One end's state.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -16,7 +16,7 @@ pub enum XenbusState {
     Connected = 4,
     /// No new requests.
     Closing = 5,
-    /// Everything let go of.
+    /// Everything released.
     Closed = 6,
     /// Being changed.
     Reconfiguring = 7,
@@ -38,7 +38,7 @@ impl XenbusState {
         Self::Reconfigured,
     ];
 
-    /// Its number, as events have it.
+    /// Its number, as used in events.
     pub const fn number(self) -> u8 {
         self as u8
     }
@@ -49,8 +49,8 @@ impl XenbusState {
         &b"012345678"[digit..=digit]
     }
 
-    /// The state that xenstore's `value` means: one decimal digit, which may end in a NUL as some front ends write it.
-    /// `None` for anything else.
+    /// The state that `value` in xenstore stands for: one decimal digit, possibly followed by the NUL that some front
+    /// ends write. `None` for anything else.
     pub fn parse(value: &[u8]) -> Option<Self> {
         match value {
             [digit] | [digit, 0] => Self::ALL.get(usize::from(digit.wrapping_sub(b'0'))).copied(),

@@ -11,19 +11,19 @@
 //!
 //! Follows Xen's `io/xs_wire.h` and `docs/misc/xenstore.txt`. Numbers are little-endian, strings end in a NUL, values
 //! are any bytes. A reply has the kind and the request number of its request, or the kind [`MessageKind::Error`] and an
-//! error's name; events come in between as they like.
+//! error's name; events may come in between at any point.
 
 use std::mem::{offset_of, size_of};
 use zerocopy::little_endian::U32;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-/// Most bytes of payload of one message. Whoever exceeds it is cut off.
+/// Most bytes of payload of one message. A client that exceeds it is disconnected.
 pub const PAYLOAD_BYTES_MAX: usize = 4096;
 /// Longest absolute path in bytes, without its NUL.
 pub const ABSOLUTE_PATH_BYTES_MAX: usize = 3072;
 /// Longest path in bytes that is relative to a domain's own directory, without its NUL.
 pub const RELATIVE_PATH_BYTES_MAX: usize = 2048;
-/// The transaction of whatever belongs to none.
+/// The transaction number of messages outside any transaction.
 pub const NO_TRANSACTION: u32 = 0;
 
 macro_rules! kinds {
@@ -34,7 +34,7 @@ macro_rules! kinds {
         pub enum MessageKind { $($(#[$doc])* $name = $number,)* }
 
         impl MessageKind {
-            /// All of them, by number. 20 is of the past.
+            /// All of them, by number. 20 is obsolete.
             pub const ALL: &[Self] = &[$(Self::$name,)*];
         }
     };
@@ -55,7 +55,7 @@ kinds! {
     Unwatch = 5,
     /// An empty string: the number of a new transaction, in decimal.
     TransactionStart = 6,
-    /// `T` to keep, `F` to forget what the transaction did.
+    /// `T` commits the transaction, `F` aborts it.
     TransactionEnd = 7,
     /// Makes a domain known.
     Introduce = 8,
@@ -67,7 +67,7 @@ kinds! {
     Write = 11,
     /// Path: makes it, without a value.
     Mkdir = 12,
-    /// Path: removes it with all below.
+    /// Path: removes it and everything below.
     Rm = 13,
     /// Path, permissions.
     SetPerms = 14,
@@ -83,8 +83,8 @@ kinds! {
     SetTarget = 19,
     /// Forgets all watches and transactions of this connection.
     ResetWatches = 21,
-    /// Path, offset in bytes: generation of the list of children, and what of it there is from the offset on. An empty
-    /// string ends the list.
+    /// Path, offset in bytes: generation of the list of children, and the part of the list from the offset on. An
+    /// empty string ends the list.
     DirectoryPart = 22,
 }
 
@@ -94,13 +94,13 @@ impl MessageKind {
         self as u32
     }
 
-    /// The kind with this number; `None` for one that is not known.
+    /// The kind with this number; `None` for an unknown one.
     pub fn from_number(number: u32) -> Option<Self> {
         Self::ALL.iter().copied().find(|kind| kind.number() == number)
     }
 }
 
-/// What stands before the payload.
+/// What precedes the payload.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct MessageHeader {
@@ -156,7 +156,7 @@ impl MessageHeader {
         zerocopy::transmute!(self)
     }
 
-    /// What the message is about; the number if that is not known.
+    /// What the message is about; the number if the kind is unknown.
     ///
     /// # Errors
     /// The kind's number.
@@ -181,7 +181,7 @@ impl MessageHeader {
     }
 }
 
-/// The errors that xenstored knows, by name, with Linux's numbers.
+/// The errors that xenstored reports, by name, with Linux's numbers.
 pub const ERRORS: [(&str, i32); 16] = [
     ("EINVAL", 22),
     ("EACCES", 13),
@@ -201,13 +201,13 @@ pub const ERRORS: [(&str, i32); 16] = [
     ("EPERM", 1),
 ];
 
-/// Linux's number of the error in the payload of a [`MessageKind::Error`]; `None` for a name that is not known.
+/// Linux's number of the error in the payload of a [`MessageKind::Error`]; `None` for an unknown name.
 pub fn error_number(payload: &[u8]) -> Option<i32> {
     let (name, _) = split_string(payload)?;
     ERRORS.iter().find(|(known, _)| known.as_bytes() == name).map(|(_, number)| *number)
 }
 
-/// The string that `payload` begins with, without its NUL, and what is behind it; `None` without a NUL.
+/// The string that `payload` begins with, without its NUL, and what follows it; `None` without a NUL.
 pub fn split_string(payload: &[u8]) -> Option<(&[u8], &[u8])> {
     let end = payload.iter().position(|byte| *byte == 0)?;
     Some((&payload[..end], &payload[end + 1..]))
@@ -239,7 +239,7 @@ mod tests {
         for unknown in [20, 23, 0xffff, u32::MAX] {
             assert_eq!(MessageKind::from_number(unknown), None);
         }
-        // Counted out in the header, where most have no number of their own.
+        // Counted by hand in the header, where most have no explicit number.
         let some = [
             (MessageKind::Directory, 1),
             (MessageKind::Watch, 4),

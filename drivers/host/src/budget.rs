@@ -6,20 +6,20 @@
 //!     ├─ stage "parts"      guarantee 0.5 MiB ─take──► Share          │ holds its share and asks
 //!     └─ stage "bounces"    guarantee 0.3 MiB ─take──► Share ◄────────┘ stages further down only
 //!
-//!   in use = for every stage the larger of what it has and what it was guaranteed, and what is kept for reuse
+//!   in use = for every stage the larger of what it has and what it was guaranteed, plus what is kept for reuse
 //! ```
 //!
 //! # Contract
 //!
 //! * What is in use never exceeds the limit. A guarantee counts from the moment the stage is made until it is dropped,
-//!   so that a stage can always give its guarantee out. [`Budget::stage`] refuses what no longer fits.
-//! * **Nobody waits for ever**, as long as who holds a share asks for more at a later stage only, never at its own and
-//!   never at an earlier one. So one piece of work takes all that it needs of one stage at once, and divides it with
-//!   [`Share::split`] and [`Share::buffer`]. Takes that wait are at most the guarantee; [`Stage::try_take`] takes more
-//!   when there is room and refuses otherwise.
-//! * First come, first served within a stage. A dropped future gives its place up.
-//! * What outlives requests (caches) is taken with [`Stage::try_keep`], which leaves a quarter of the limit to the
-//!   rest.
+//!   so that a stage can always hand out its guarantee. [`Budget::stage`] refuses what no longer fits.
+//! * **No take waits forever**, as long as a holder of a share asks for more only at later stages, never at its own or
+//!   an earlier one. So one piece of work takes all that it needs from one stage at once, and divides it with
+//!   [`Share::split`] and [`Share::buffer`]. Takes that wait are limited to the guarantee; [`Stage::try_take`] takes
+//!   more when there is room and refuses otherwise.
+//! * First come, first served within a stage. A dropped future gives up its place.
+//! * Memory that outlives requests (caches) is taken with [`Stage::try_keep`], which leaves a quarter of the limit
+//!   to the rest.
 
 use crate::Errno;
 use crate::buf::{IoBuf, Kept, MAX_BUF_BYTES, Pages, cost_of};
@@ -30,19 +30,19 @@ use std::future::poll_fn;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
 
-/// What is kept for reuse is at most this part of the limit.
+/// What is kept for reuse is at most the limit divided by this.
 const KEPT_PART: usize = 8;
 
-/// Bytes that all memory of variable size of one process stays within; clones share it.
+/// The limit in bytes on all memory of variable size in one process; clones share it.
 #[derive(Clone)]
 pub struct Budget(Rc<Shared>);
 
 /// How much of a [`Budget`] is in use, in bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct BudgetFigures {
-    /// In use now, guarantees and what is kept for reuse included.
+    /// In use now, including guarantees and what is kept for reuse.
     pub used_bytes: usize,
-    /// Of it, what is kept for reuse and makes room for anything else.
+    /// The part of it that is kept for reuse and makes room for anything else.
     pub kept_bytes: usize,
     /// The most that was in use at one time.
     pub peak_bytes: usize,
@@ -52,7 +52,7 @@ pub struct BudgetFigures {
 
 struct Shared {
     limit: Cell<usize>,
-    /// Each guarantee raises the limit by as much, as long as its stage is there.
+    /// Each guarantee raises the limit by its size for as long as its stage exists.
     least: bool,
     /// Sum over the stages of the larger of what each has and its guarantee.
     held: Cell<usize>,
@@ -63,7 +63,7 @@ struct Shared {
 
 #[derive(Default)]
 struct Stages {
-    /// By number, the lines of those that somebody waits at.
+    /// The queues of stages that have waiters, by the stage's number.
     waiting: BTreeMap<u64, VecDeque<Waiter>>,
     next_stage: u64,
     next_ticket: u64,
@@ -76,7 +76,7 @@ struct Waiter {
     waker: Waker,
 }
 
-/// Those who need memory at the same point of a request's way; clones share it.
+/// The users of memory at one point of a request's path; clones share it.
 #[derive(Clone)]
 pub struct Stage(Rc<StageInner>);
 
@@ -87,14 +87,14 @@ struct StageInner {
     used: Cell<usize>,
 }
 
-/// Bytes of a [`Budget`]; given back when dropped.
+/// Bytes of a [`Budget`]; returned when dropped.
 pub struct Share {
     stage: Stage,
     bytes: usize,
 }
 
 impl Budget {
-    /// What a process has where nothing else is said: 256 MiB.
+    /// The default limit of a process: 256 MiB.
     pub const DEFAULT_BYTES: usize = 256 << 20;
 
     /// A budget of `limit_bytes`.
@@ -102,8 +102,8 @@ impl Budget {
         Self::with(limit_bytes, false)
     }
 
-    /// A budget that has just what its stages are guaranteed, however many there are: the least that any program can do
-    /// with, for trying it out.
+    /// A budget of exactly what its stages are guaranteed, however many there are: the minimum that any program can run
+    /// with, for tests.
     pub fn least() -> Self {
         Self::with(0, true)
     }
@@ -119,8 +119,8 @@ impl Budget {
         }))
     }
 
-    /// What one piece of work may take at most, so that there is room for others: a quarter of the limit, or anything
-    /// where each guarantee raises it.
+    /// The most that one piece of work may take, so that there is room for others: a quarter of the limit, or no
+    /// bound where each guarantee raises the limit.
     pub fn most_for_one_bytes(&self) -> usize {
         if self.0.least { usize::MAX } else { self.limit() / 4 }
     }
@@ -135,7 +135,7 @@ impl Budget {
         }
     }
 
-    /// A stage that can always give out `guarantee_bytes`.
+    /// A stage that can always hand out `guarantee_bytes`.
     ///
     /// # Errors
     /// `ENOMEM` where the guarantee does not fit into what is left.
@@ -174,7 +174,7 @@ impl Budget {
         self.0.peak.set(self.0.peak.get().max(used));
     }
 
-    /// Wakes those first in their lines for whom there is room, at stage `only` or at all.
+    /// Wakes the first waiters for which there is room, at stage `only` or at all stages.
     fn wake(&self, only: Option<u64>) {
         let stages = self.0.stages.borrow();
         if stages.waiting.is_empty() {
@@ -212,7 +212,7 @@ impl fmt::Debug for Budget {
 }
 
 impl Stage {
-    /// Bytes that it can always give out.
+    /// Bytes that it can always hand out.
     pub fn guarantee_bytes(&self) -> usize {
         self.0.guarantee
     }
@@ -222,18 +222,18 @@ impl Stage {
         self.0.used.get()
     }
 
-    /// Whether somebody waits in [`Stage::take`].
+    /// Whether a caller waits in [`Stage::take`].
     pub fn is_waited_for(&self) -> bool {
         self.0.budget.0.stages.borrow().waiting.contains_key(&self.0.number)
     }
 
-    /// `bytes`, if there is room for them and nobody waits.
+    /// `bytes`, if there is room for them and no caller waits.
     pub fn try_take(&self, bytes: usize) -> Option<Share> {
         if self.is_waited_for() { None } else { self.claim(bytes, self.0.budget.limit()) }
     }
 
-    /// As [`Stage::try_take`], for what is kept when its request has ended: within the guarantee, or within three
-    /// quarters of the limit.
+    /// As [`Stage::try_take`], for memory that outlives its request: within the guarantee, or within three quarters
+    /// of the limit.
     pub fn try_keep(&self, bytes: usize) -> Option<Share> {
         let limit = self.0.budget.limit();
         if self.is_waited_for() { None } else { self.claim(bytes, limit - limit / 4) }
@@ -247,7 +247,7 @@ impl Stage {
     /// `bytes` as soon as there is room for them, in turn.
     ///
     /// # Errors
-    /// `EINVAL` above the guarantee: that could wait for ever.
+    /// `EINVAL` above the guarantee: that could wait forever.
     pub async fn take(&self, bytes: usize) -> Result<Share, Errno> {
         if bytes > self.0.guarantee {
             return Err(Errno::EINVAL);
@@ -267,7 +267,7 @@ impl Stage {
         self.take(cost_of(len_bytes)).await?.buffer(len_bytes)
     }
 
-    /// By how much the budget would hold more with `bytes` more here.
+    /// By how much the budget's total would grow with `bytes` more here.
     fn more(&self, bytes: usize) -> Option<usize> {
         let (used, guarantee) = (self.0.used.get(), self.0.guarantee);
         Some(used.checked_add(bytes)?.max(guarantee) - used.max(guarantee))
@@ -318,7 +318,7 @@ impl Share {
         self.bytes
     }
 
-    /// The stage that it is of.
+    /// The stage that it belongs to.
     pub fn stage(&self) -> &Stage {
         &self.stage
     }
@@ -351,7 +351,7 @@ impl Share {
         Ok(IoBuf::with_share(pages, len_bytes, share))
     }
 
-    /// Keeps `pages` for the next buffer of that size where there is room, and gives the bytes back.
+    /// Keeps `pages` for the next buffer of that size if there is room, and returns the bytes.
     pub(crate) fn end_with(self, pages: Pages) {
         let budget = self.stage.0.budget.clone();
         drop(self);
@@ -417,7 +417,7 @@ impl Drop for Turn<'_> {
         }
         drop(stages);
         drop(left);
-        // There may be room for the next as well, or the turn was given to this one and not used.
+        // There may be room for the next as well, or this one was woken and did not use its turn.
         inner.budget.wake(Some(inner.number));
     }
 }

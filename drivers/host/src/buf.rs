@@ -38,10 +38,10 @@ pub struct IoBuf {
     share: Option<Share>,
 }
 
-/// The memory of a buffer: a power of two of pages, where it is of a pool or a budget.
+/// The memory of a buffer: a power-of-two number of pages if it comes from a pool or a budget.
 pub(crate) type Pages = Box<[Page]>;
 
-/// What a buffer of `len_bytes` takes of a pool or of a [`Budget`](crate::Budget), in bytes: whole size classes.
+/// What a buffer of `len_bytes` costs a pool or a [`Budget`](crate::Budget), in bytes: whole size classes.
 pub fn cost_of(len_bytes: usize) -> usize {
     PAGE_BYTES << class_of(len_bytes)
 }
@@ -68,7 +68,7 @@ impl IoBuf {
         Ok(buf)
     }
 
-    /// `pages` as a buffer that gives `share` back when it is dropped.
+    /// `pages` as a buffer that returns `share` when it is dropped.
     pub(crate) fn with_share(pages: Pages, len_bytes: usize, share: Share) -> Self {
         Self { pages, len: len_bytes, home: None, share: Some(share) }
     }
@@ -121,7 +121,7 @@ pub fn bytes_of(bufs: &[IoBuf]) -> usize {
     bufs.iter().map(|b| b.len()).sum()
 }
 
-/// Copies `src` into `bufs` from byte `at` of their concatenation on. `src` must fit.
+/// Copies `src` into `bufs`, starting at byte `at` of their concatenation. `src` must fit.
 pub fn copy_from_slice(bufs: &mut [IoBuf], mut at: usize, mut src: &[u8]) {
     for buf in bufs {
         if at >= buf.len() {
@@ -139,7 +139,7 @@ pub fn copy_from_slice(bufs: &mut [IoBuf], mut at: usize, mut src: &[u8]) {
     assert!(src.is_empty(), "copy of {} bytes past the end of the buffers", src.len());
 }
 
-/// Fills `dst` from byte `at` of the concatenation of `bufs` on. `dst` must not reach past their end.
+/// Fills `dst`, starting at byte `at` of the concatenation of `bufs`. `dst` must not reach past their end.
 pub fn copy_to_slice(bufs: &[IoBuf], mut at: usize, mut dst: &mut [u8]) {
     for buf in bufs {
         if at >= buf.len() {
@@ -157,7 +157,7 @@ pub fn copy_to_slice(bufs: &[IoBuf], mut at: usize, mut dst: &mut [u8]) {
     assert!(dst.is_empty(), "copy of {} bytes past the end of the buffers", dst.len());
 }
 
-/// Memory that waits to be used again, by size class.
+/// Memory kept for reuse, by size class.
 #[derive(Default)]
 pub(crate) struct Kept {
     free: [Vec<Pages>; CLASSES],
@@ -169,14 +169,14 @@ impl Kept {
         self.pages * PAGE_BYTES
     }
 
-    /// Memory of `bytes`, a size class: of a buffer before, or new.
+    /// Memory of `bytes`, a size class: reused from an earlier buffer, or new.
     pub(crate) fn take(&mut self, bytes: usize) -> Pages {
         let reused = self.free.get_mut(class_of(bytes)).and_then(Vec::pop);
         self.pages -= reused.as_ref().map_or(0, |pages| pages.len());
         reused.unwrap_or_else(|| new_pages(bytes / PAGE_BYTES))
     }
 
-    /// Keeps `pages` if what is kept stays within both `room_bytes` and `most_bytes`.
+    /// Keeps `pages` if the total kept stays within both `room_bytes` and `most_bytes`.
     pub(crate) fn put(&mut self, pages: Pages, room_bytes: usize, most_bytes: usize) {
         if (self.pages + pages.len()) * PAGE_BYTES <= room_bytes.min(most_bytes) {
             self.pages += pages.len();
@@ -202,7 +202,7 @@ pub struct BufPool(Rc<PoolInner>);
 
 struct PoolInner {
     limit_pages: usize,
-    /// Where the memory comes from, if it is of a budget.
+    /// Where the memory comes from, if it comes from a budget.
     stage: Option<Stage>,
     state: RefCell<PoolState>,
 }
@@ -210,9 +210,9 @@ struct PoolInner {
 #[derive(Default)]
 struct PoolState {
     used_pages: usize,
-    /// With what is handed out it stays within the limit.
+    /// Together with what is handed out it stays within the limit.
     kept: Kept,
-    /// First come, first served: a large request is not starved by small ones behind it.
+    /// First come, first served: a large request is not starved by small ones after it.
     waiting: VecDeque<(u64, Waker)>,
     next_ticket: u64,
 }
@@ -223,8 +223,9 @@ impl BufPool {
         Self::with(limit_bytes, None)
     }
 
-    /// As [`BufPool::new`], with memory that is taken of `stage`. What [`Stage::take`] asks of those who wait holds for
-    /// [`BufPool::alloc`] as well: no buffer above the stage's guarantee, and who holds one asks for no other here.
+    /// As [`BufPool::new`], with memory taken from `stage`. The rules of [`Stage::take`] for waiting callers hold for
+    /// [`BufPool::alloc`] as well: no buffer above the stage's guarantee, and a caller that holds one asks for no other
+    /// here.
     pub fn of_stage(limit_bytes: usize, stage: Stage) -> Self {
         Self::with(limit_bytes, Some(stage))
     }
@@ -240,7 +241,7 @@ impl BufPool {
     }
 
     /// A buffer of `len_bytes` with unspecified content, as soon as the pool has room. A request above the pool's
-    /// limit is served when the pool is otherwise empty, so that no size waits for ever.
+    /// limit is served when the pool is otherwise empty, so that no size waits forever.
     ///
     /// # Errors
     /// `EINVAL` above 4 MiB.
@@ -255,8 +256,8 @@ impl BufPool {
         Ok(buf)
     }
 
-    /// Room for buffers of `lens` bytes, as soon as the pool has it for all of them; who takes buffers one after the
-    /// other could wait for who does the same. More than the pool's limit is served when the pool is otherwise empty.
+    /// Room for buffers of `lens` bytes, as soon as the pool has it for all of them; two callers that take buffers
+    /// one by one could wait for each other. More than the pool's limit is served when the pool is otherwise empty.
     pub async fn room(&self, lens: impl Iterator<Item = usize>) -> Room {
         let pages = lens.map(|len| 1 << class_of(len)).sum();
         Room(self.place(pages).await)
@@ -302,7 +303,7 @@ impl Room {
     }
 }
 
-/// Room in a pool that is taken, before there is a buffer.
+/// Room taken from a pool, before there is a buffer.
 struct Place {
     home: Option<Rc<PoolInner>>,
     pages: usize,
@@ -320,7 +321,7 @@ impl Place {
         IoBuf { pages, len, home: Some(home), share: None }
     }
 
-    /// The pool, which the one who asks has to tell when the room is free again.
+    /// The pool; the caller must tell it when the room is free again.
     fn taken(mut self) -> Rc<PoolInner> {
         self.home.take().expect("a place is taken once")
     }
@@ -344,7 +345,7 @@ impl PoolInner {
         Some(Place { home: Some(Rc::clone(self)), pages })
     }
 
-    /// `count` pages less are handed out; `pages`, if any, may be used again.
+    /// `count` fewer pages are handed out; `pages`, if any, may be reused.
     fn give_back(&self, count: usize, pages: Pages) {
         let mut state = self.state.borrow_mut();
         state.used_pages -= count;
@@ -397,7 +398,7 @@ impl Drop for Turn<'_> {
         let Some(ticket) = self.ticket else { return };
         let mut state = self.pool.state.borrow_mut();
         state.waiting.retain(|w| w.0 != ticket);
-        // Room may be left for the next in line, or the turn was given to this one and not used.
+        // There may be room for the next in line, or this one was woken and did not use its turn.
         if let Some((_, waker)) = state.waiting.front() {
             waker.wake_by_ref();
         }

@@ -1,4 +1,4 @@
-//! What the stack says of itself: typed, so that a trace can be hashed without being printed.
+//! What the stack reports about itself: typed, so that a trace can be hashed without being printed.
 
 use crate::{DomId, Errno, SectorRange, VbdId};
 use std::fmt;
@@ -15,7 +15,7 @@ pub enum IoKind {
     Flush,
     /// Make sectors read as zeros.
     WriteZeroes,
-    /// Give sectors up.
+    /// Deallocate sectors.
     Discard,
 }
 
@@ -63,7 +63,7 @@ pub enum Event {
         /// Why.
         why: &'static str,
     },
-    /// A request in flight was taken up from the record of a dead process.
+    /// A request in flight was taken over from the record of a dead process.
     RequestResumed {
         /// The disk.
         vbd: VbdId,
@@ -125,7 +125,7 @@ pub enum Event {
         /// The new state's number.
         state: u8,
     },
-    /// A front end was told that it cannot be served; why is in xenstore.
+    /// A front end was told that it cannot be served; the reason is in xenstore.
     FrontendRefused {
         /// The guest.
         dom: DomId,
@@ -139,7 +139,7 @@ pub enum Event {
         /// The disk.
         vbd: VbdId,
     },
-    /// A disk began or ended something in its life.
+    /// The state of a disk changed.
     VbdState {
         /// The disk.
         vbd: VbdId,
@@ -162,7 +162,7 @@ pub enum Event {
     },
     /// The NBD server did not take a connection.
     NbdRefused {
-        /// The number that it would have had.
+        /// The number that it would have got.
         connection: u64,
         /// Why.
         why: &'static str,
@@ -189,7 +189,7 @@ fn ok(result: Result<(), Errno>) -> i32 {
 }
 
 impl Event {
-    /// The event as numbers that differ when the event does; what a trace hash is made of.
+    /// The event as numbers that differ when the event does; the input of a trace hash.
     pub fn words(&self) -> [u64; 4] {
         fn range(r: SectorRange) -> u64 {
             r.start.0 << 16 ^ u64::from(r.count)

@@ -51,14 +51,15 @@ pub struct FileExtent {
     pub data: bool,
 }
 
-/// Which file it is, whatever its name: the same for all who open it for as long as it exists, and no other file's.
+/// Identifies a file whatever its name: the same for every open of it as long as it exists, and never that of
+/// another file.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct FileId {
     /// The device that holds the file; for a block device itself.
     pub device: u64,
     /// The number of the file there; 0 for a block device.
     pub inode: u64,
-    /// Tells it from earlier ones with the same numbers, as far as the host can; 0 where it cannot.
+    /// Distinguishes it from earlier files with the same numbers, as far as the host can; 0 where it cannot.
     pub generation: u64,
 }
 
@@ -71,8 +72,8 @@ pub struct FileInfo {
     pub allocated_bytes: u64,
     /// Alignment in bytes that offset, length and memory must have: a power of two, 1 for buffered files.
     pub align_bytes: u32,
-    /// What ranges that are made zeros ([`File::zero_at`]) begin and end with multiples of, in bytes: the sector of a
-    /// block device, also of a buffered one; 1 for a file.
+    /// Ranges for [`File::zero_at`] begin and end at multiples of this, in bytes: the sector of a block device, also
+    /// of a buffered one; 1 for a file.
     pub zero_align_bytes: u32,
     /// Opened with [`OpenMode::direct`].
     pub direct: bool,
@@ -108,8 +109,8 @@ pub trait Files: Clone + 'static {
 
 /// An open file. Closed when the last clone is dropped and its operations have ended; only then do its locks go.
 pub trait File: Clone + 'static {
-    /// Reads into `bufs` from `offset` (bytes). Gives the count of bytes read, which may be short for no reason; 0 at
-    /// or past the end of the file, but not only there: where it is, [`File::info`] says.
+    /// Reads into `bufs` from `offset` (bytes). Returns the count of bytes read, which may be short for no reason; 0
+    /// at or past the end of the file, but not only there: [`File::info`] says where the end is.
     ///
     /// # Errors
     /// As preadv(2). What the buffers hold after an error is unspecified.
@@ -118,8 +119,8 @@ pub trait File: Clone + 'static {
         offset: u64,
         bufs: IoVec,
     ) -> impl Future<Output = (Result<usize, Errno>, IoVec)> + 'static;
-    /// Writes `bufs` at `offset` (bytes), growing the file; a gap reads as zeros. Gives the count of bytes written,
-    /// which may be short for no reason.
+    /// Writes `bufs` at `offset` (bytes), growing the file; a gap reads as zeros. Returns the count of bytes
+    /// written, which may be short for no reason.
     ///
     /// # Errors
     /// As pwritev(2). After an error any part of the range may hold the new bytes.
@@ -140,12 +141,12 @@ pub trait File: Clone + 'static {
     /// As ftruncate(2).
     fn set_size(&self, size_bytes: u64) -> impl Future<Output = Result<(), Errno>> + 'static;
     /// Makes `len` bytes from `offset` on read as zeros, without writing them one by one and without changing the size;
-    /// what of the range lies behind the end is ignored. Durable after [`File::sync_data`], like a write.
+    /// the part of the range past the end is ignored. Durable after [`File::sync_data`], like a write.
     ///
     /// # Errors
     /// `EOPNOTSUPP` where the file cannot do it this way, with nothing changed: write zeros instead. (On a block device
-    /// with a page cache what was written to the range since the last synchronisation may be gone, after this and after
-    /// any other error; but not if the range is refused for [`FileInfo::zero_align_bytes`].) Else as fallocate(2); any
+    /// with a page cache, this and any other error may lose what was written to the range since the last
+    /// synchronisation, unless the range is refused for [`FileInfo::zero_align_bytes`].) Otherwise as fallocate(2); any
     /// part of the range may then read as zeros. With [`ZeroMode::Keep`] on a buffered file, whole blocks may also show
     /// older bytes again: what was written since the last synchronisation is gone (ext4, out of space).
     fn zero_at(
@@ -154,12 +155,12 @@ pub trait File: Clone + 'static {
         len: u64,
         mode: ZeroMode,
     ) -> impl Future<Output = Result<(), Errno>> + 'static;
-    /// Whether the host gave up something that was written to the file system of this file, buffered. It tells once: an
-    /// error that was told to somebody who asked in this way is not told to who opens a file later. May take as long as
+    /// Whether the host gave up buffered data that was written to the file system of this file. An error is reported
+    /// once: after one caller was told in this way, a caller that opens a file later is not told. May take as long as
     /// writing everything back.
     ///
     /// # Errors
-    /// `EOPNOTSUPP` where it cannot tell (block devices; Linux before 5.8), else as syncfs(2).
+    /// `EOPNOTSUPP` where it cannot tell (block devices; Linux before 5.8), otherwise as syncfs(2).
     fn file_system_lost(&self) -> impl Future<Output = Result<bool, Errno>> + 'static;
     /// The run of data or hole that byte `offset` is in, from there on; `None` at or past the end of the file. A file
     /// that does not know its holes is one run of data.
@@ -172,8 +173,8 @@ pub trait File: Clone + 'static {
     /// # Errors
     /// As fstat(2).
     fn info(&self) -> impl Future<Output = Result<FileInfo, Errno>> + 'static;
-    /// Takes or changes this open file's lock without waiting for who holds it; but what this process has dropped, and
-    /// is not closed yet, is waited for.
+    /// Takes or changes this open file's lock without waiting for a holder; but it does wait for files that this
+    /// process has dropped and that are not closed yet.
     ///
     /// # Errors
     /// `EAGAIN` while another open file holds a conflicting lock.

@@ -10,17 +10,17 @@
 //!     simulated host      real host             (two types, chosen by the program)
 //! ```
 //!
-//! A crate bounds on the traits it uses (`images` on [`Files`] and [`Time`]); [`Host`] is their sum and is named only
-//! by programs. Dispatch is static, futures are `!Send` and run on one thread.
+//! A crate bounds its types on the traits it uses (`images` on [`Files`] and [`Time`]); [`Host`] is their sum and is
+//! named only by programs. Dispatch is static, futures are `!Send` and run on one thread.
 //!
 //! # Contract
 //!
-//! * **Buffers are owned.** An operation takes [`IoVec`]s and gives them back with its result. Dropping the future of
-//!   an operation neither frees the buffers early nor takes the effect back: a write may still land.
+//! * **Buffers are owned.** An operation takes [`IoVec`]s and returns them with its result. Dropping the future of an
+//!   operation neither frees the buffers early nor undoes the effect: a write may still land.
 //! * **Shared memory is a type.** [`SharedPage`] has ordered loads, stores and copies; no reference to memory that
 //!   another domain can write ever exists. Entries are copied out once and parsed from the copy.
 //! * **Errors are [`Errno`]s** at this level; the crates above turn them into sentences.
-//! * **Seeded bugs** are asked for through [`Probe::bug`], which answers `false` everywhere but in a simulated host.
+//! * **Seeded bugs** are asked for through [`Probe::bug`], which returns `false` everywhere but in a simulated host.
 //!
 //! # Implementers
 //!
@@ -69,9 +69,10 @@ pub trait Time: Clone + 'static {
 /// Tasks on the one thread of the process.
 pub trait Tasks: Clone + 'static {
     /// Starts `task`. `role` names its kind in traces ("request"); `key` tells tasks of one role apart and should be a
-    /// property of the work (a sector, a domain), not a running number, so that it stays the same when other work goes.
+    /// property of the work (a sector, a domain), not a running number, so that it stays the same when other work is
+    /// removed.
     fn spawn(&self, role: &'static str, key: u64, task: impl Future<Output = ()> + 'static);
-    /// Completes after every task that is ready now had its turn.
+    /// Completes after every task that is ready now has had its turn.
     fn yield_now(&self) -> impl Future<Output = ()> + 'static;
 }
 
@@ -89,7 +90,7 @@ pub trait Entropy: Clone + 'static {
 
 /// Shutdown requests (SIGTERM, SIGINT, SIGHUP).
 pub trait Signals: Clone + 'static {
-    /// Completes once the process was asked to end (SIGTERM or SIGINT), at once if that was before the call.
+    /// Completes when the process is asked to end (SIGTERM or SIGINT), at once if it was asked before the call.
     fn asked_to_stop(&self) -> impl Future<Output = ()> + 'static;
 }
 

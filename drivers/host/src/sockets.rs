@@ -6,8 +6,8 @@
 //!                                   send: a list of small pieces and whole buffers, as much as goes
 //! ```
 //!
-//! Streams are what stream sockets are: bytes in order, cut anywhere. A peer may stop reading, send half of a message,
-//! or be gone at any moment.
+//! Streams behave as stream sockets do: bytes in order, split anywhere. A peer may stop reading, send half of a
+//! message, or disappear at any moment.
 
 use crate::{Errno, IoBuf};
 use smallvec::SmallVec;
@@ -71,14 +71,14 @@ impl FromStr for SocketAddress {
     }
 }
 
-/// One piece of what is to be sent.
+/// One piece of data to send.
 #[derive(Debug)]
 pub enum Piece {
     /// Bytes that live in the list, such as a header.
     Bytes(SmallVec<[u8; 32]>),
     /// A whole buffer.
     Buf(IoBuf),
-    /// A whole buffer that somebody keeps, to send it again if it gets lost.
+    /// A whole buffer that its owner keeps, to send it again if it gets lost.
     Shared(Rc<IoBuf>),
 }
 
@@ -93,7 +93,7 @@ impl Piece {
     }
 }
 
-/// What is to be sent, in order: small pieces and whole buffers, of the first of which some bytes may be gone already.
+/// Data to send, in order: small pieces and whole buffers. Some bytes of the first one may have been sent already.
 #[derive(Debug, Default)]
 pub struct SendList {
     pieces: VecDeque<Piece>,
@@ -131,7 +131,7 @@ impl SendList {
     /// Appends everything that `other` has left.
     pub fn append(&mut self, mut other: SendList) {
         if other.skip > 0 {
-            // The rest of a piece that was begun becomes a piece.
+            // The rest of a piece that was partly sent becomes a piece of its own.
             let rest = SmallVec::from_slice(&other.pieces[0].bytes()[other.skip..]);
             other.pieces[0] = Piece::Bytes(rest);
         }
@@ -178,7 +178,7 @@ pub trait Sockets: Clone + 'static {
     type Listener: Listener<Stream = Self::Stream>;
     /// A connected socket.
     type Stream: Stream;
-    /// Listens at `address`. The path of a unix socket that nobody listens at any more is taken over; it is removed
+    /// Listens at `address`. The path of a unix socket that has no listener any more is taken over; it is removed
     /// when the listener is dropped.
     ///
     /// # Errors
@@ -187,7 +187,7 @@ pub trait Sockets: Clone + 'static {
     /// Connects to `address`.
     ///
     /// # Errors
-    /// As connect(2): `ECONNREFUSED`, `ENOENT`, `EHOSTUNREACH` (also for a name that is not known), `ETIMEDOUT`.
+    /// As connect(2): `ECONNREFUSED`, `ENOENT`, `EHOSTUNREACH` (also for an unknown name), `ETIMEDOUT`.
     fn connect(&self, address: &SocketAddress) -> impl Future<Output = Result<Self::Stream, Errno>>;
     /// Listening sockets that the process was started with (LISTEN_FDS), once; empty without any.
     fn inherited(&self) -> Vec<Self::Listener>;
@@ -209,21 +209,22 @@ pub trait Listener: 'static {
 /// A connected socket; clones share it, and it is closed when the last one is dropped. One receive and one send may run
 /// at the same time.
 pub trait Stream: Clone + 'static {
-    /// Receives at least one byte into `buf[from..]`, which is not empty. Gives the count; 0 when the peer will send no
-    /// more. A future that is dropped may have taken bytes along.
+    /// Receives at least one byte into `buf[from..]`, which is not empty. Returns the count; 0 when the peer will send
+    /// no more. A future that is dropped may have consumed bytes.
     ///
     /// # Errors
     /// As recv(2): `ECONNRESET`, `ETIMEDOUT`.
     fn recv(&self, buf: IoBuf, from: usize) -> impl Future<Output = (Result<usize, Errno>, IoBuf)> + 'static;
-    /// Sends at least one byte of a list that is not empty, and takes off what was sent.
+    /// Sends at least one byte of a list that is not empty, and removes what was sent.
     ///
     /// # Errors
     /// As send(2): `EPIPE` (without a signal), `ECONNRESET`.
     fn send(&self, list: SendList) -> impl Future<Output = (Result<(), Errno>, SendList)> + 'static;
     /// Ends both directions: the peer sees the end, and running operations here end. What was sent still arrives.
     fn shutdown(&self);
-    /// As [`Stream::shutdown`], and what was sent and has not arrived at the peer's machine never will: afterwards
-    /// nothing of this stream can come behind what is sent on another one, but for what waits there to be received.
+    /// As [`Stream::shutdown`], and data that was sent and has not arrived at the peer's machine never will:
+    /// afterwards nothing of this stream can arrive later than what is sent on another one, except data that
+    /// already waits there to be received.
     fn abort(&self);
 }
 

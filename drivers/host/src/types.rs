@@ -1,4 +1,4 @@
-//! Newtypes for what is counted: mixing sectors with bytes, or ports with grants, does not compile.
+//! Newtypes for quantities and identifiers: mixing sectors with bytes, or ports with grants, does not compile.
 
 use std::fmt;
 
@@ -23,7 +23,7 @@ impl SectorRange {
     pub fn new(start: u64, count: u32) -> Self {
         Self { start: Sector(start), count }
     }
-    /// The first sector behind the range, or `None` above 2^64.
+    /// The first sector past the range, or `None` above 2^64.
     pub fn end(self) -> Option<u64> {
         self.start.0.checked_add(u64::from(self.count))
     }
@@ -58,7 +58,7 @@ pub struct ByteRange {
 }
 
 impl ByteRange {
-    /// The first byte behind the range, or `None` above 2^64.
+    /// The first byte past the range, or `None` above 2^64.
     pub fn end(self) -> Option<u64> {
         self.offset.checked_add(self.len)
     }
@@ -95,6 +95,6 @@ number!(
     GrantRef(u32), "gref"
 );
 number!(
-    /// A virtual block device's number as xenstore has it (202 << 8 is xvda).
+    /// A virtual block device's number as it appears in xenstore (202 << 8 is xvda).
     VbdId(u32), "vbd"
 );

@@ -7,18 +7,18 @@ use std::future::Future;
 /// counting `/local/domain/N/`.
 pub type StorePath = String;
 
-/// 4096 bytes that somebody else can write at any moment. No reference into it ever exists.
+/// 4096 bytes that another party can write at any moment. No reference into it ever exists.
 pub trait SharedPage: Clone + 'static {
     /// The little-endian u32 at byte `offset` (a multiple of 4 below 4096), with acquire ordering.
     fn load_u32(&self, offset: usize) -> u32;
     /// Stores a little-endian u32 at byte `offset` (a multiple of 4 below 4096), with release ordering.
     fn store_u32(&self, offset: usize, value: u32);
-    /// Copies bytes from `offset` on out of the page into private memory.
+    /// Copies bytes out of the page, from `offset` on, into private memory.
     fn copy_in(&self, offset: usize, private: &mut [u8]);
     /// Copies private bytes into the page from `offset` on.
     fn copy_out(&self, offset: usize, private: &[u8]);
-    /// A full barrier: stores before it are seen before loads after it. Between a consumer's `event` store and its
-    /// last look at the producer's index.
+    /// A full barrier: stores before it are seen before loads after it. It belongs between a consumer's `event`
+    /// store and its last look at the producer's index.
     fn full_barrier(&self);
 }
 
@@ -88,18 +88,18 @@ pub trait SharedPages: Clone + 'static {
     /// # Errors
     /// `ENOMEM`, `EACCES`.
     fn region(&self, name: &str) -> Result<Self::Region, Errno>;
-    /// As [`SharedPages::region`], and the page is ours alone to own until the last clone of what this gives is
-    /// dropped, or our process has died. Who does not ask for ownership can open it meanwhile.
+    /// As [`SharedPages::region`], and the page is owned by us alone until the last clone of the returned region is
+    /// dropped, or our process has died. Callers that do not ask for ownership can still open it.
     ///
     /// # Errors
     /// `EBUSY` while it is owned, also by ourselves; `ENOMEM`, `EACCES`.
     fn own_region(&self, name: &str) -> Result<Self::Region, Errno>;
-    /// The number of the host's boot: another one whenever it went down, the same for all its processes.
+    /// The identifier of the host's boot: a new one each time the host comes up, the same for all its processes.
     ///
     /// # Errors
     /// As the host's.
     fn boot_id(&self) -> Result<[u8; 16], Errno>;
-    /// Removes the name, if it exists. Who owns the page owns nothing of that name any more.
+    /// Removes the name, if it exists. An owner of the page then no longer owns anything of that name.
     fn remove_region(&self, name: &str);
     /// The names that exist, sorted.
     ///
@@ -175,7 +175,7 @@ pub trait Transaction {
 /// One firing of a watch.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct WatchEvent {
-    /// The path that changed or was registered. The path that is watched may stand for anything below it.
+    /// The path that changed or was registered. The watched path may stand for anything below it.
     pub path: StorePath,
 }
 

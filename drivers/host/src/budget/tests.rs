@@ -44,7 +44,7 @@ fn guarantees_are_in_use_from_the_start_and_refused_where_they_do_not_fit() {
     assert!(a.try_take(1).is_none() && b.try_take(1).is_none());
     drop((x, y, a));
     assert_eq!(budget.figures().used_bytes, 40);
-    assert!(b.try_take(100).is_some(), "what no stage was promised is anybody's");
+    assert!(b.try_take(100).is_some(), "memory that no stage was promised is free for all");
 }
 
 #[test]
@@ -56,7 +56,7 @@ fn a_take_waits_for_its_turn_and_no_longer() {
     let first = a.try_take(30).unwrap();
     let mut second = take(&a, 30, &woken[0]).err().unwrap();
     let mut third = take(&a, 5, &woken[1]).err().unwrap();
-    assert!(a.try_take(1).is_none(), "nobody overtakes");
+    assert!(a.try_take(1).is_none(), "no take overtakes another");
     assert_eq!(a.take(51).now().err(), Some(Errno::EINVAL));
     drop(all);
     assert_eq!([0, 1].map(|i| woken[i].0.load(Ordering::Relaxed)), [1, 0], "there is room elsewhere");
@@ -120,7 +120,7 @@ fn buffers_of_a_share_cost_size_classes_and_are_used_again() {
     assert_eq!(cost_of(1), PAGE_BYTES);
 }
 
-/// Requests that hold a share of one stage and ask for one of the next, more at once than the budget has room for.
+/// Requests that hold a share of one stage and ask for one of the next, more of them than the budget has room for.
 #[test]
 fn whoever_asks_downwards_only_goes_on() {
     for seed in 0_u64..200 {
@@ -157,7 +157,10 @@ fn whoever_asks_downwards_only_goes_on() {
             works.rotate_left(first);
             works.retain_mut(|w| w.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
             left -= works.len();
-            assert!(left > 0 || woken.0.load(Ordering::Relaxed) > before, "seed {seed}: nobody goes on");
+            assert!(
+                left > 0 || woken.0.load(Ordering::Relaxed) > before,
+                "seed {seed}: no request makes progress"
+            );
         }
         assert!(budget.figures().peak_bytes <= 300);
         assert_eq!(budget.figures().used_bytes, 180);
