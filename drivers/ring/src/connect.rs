@@ -1,4 +1,4 @@
-//! Connecting: mapping, binding, and taking up what a dead process left.
+//! Connecting: mapping, binding, and taking over what a dead process left.
 
 use crate::record::{EPOCH_AT, Identity, Record};
 use crate::resume::{Plan, plan};
@@ -15,7 +15,7 @@ use tap_host::{
 /// What a ring may use.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Limits {
-    /// Bytes of data buffers at a time. A request larger than this is served alone.
+    /// Bytes of data buffers in use at a time. A request larger than this is served alone.
     pub buffer_bytes: usize,
     /// Most requests taken before responses are published and other tasks have their turn; at least 1.
     pub batch: u32,
@@ -39,13 +39,13 @@ pub struct RingConfig {
     pub ring_ref: GrantRef,
     /// The guest's port.
     pub port: Port,
-    /// Name of the in-flight record ([`SharedPages`]); without one a ring cannot be taken up after a restart.
+    /// Name of the in-flight record ([`SharedPages`]); without one a ring cannot be taken over after a restart.
     pub record: Option<String>,
     /// Memory and fairness.
     pub limits: Limits,
-    /// Writes are refused, also when the node would take them.
+    /// Writes are refused, even if the node would accept them.
     pub read_only: bool,
-    /// What the memory of data buffers is taken of, within the limits.
+    /// The budget from which data buffers are taken, within the limits.
     pub memory: Budget,
 }
 
@@ -83,7 +83,7 @@ pub enum ConnectError {
     /// There is no memory for a single request.
     #[error("take memory for the ring: {0}; give more (--memory), or serve fewer disks")]
     Memory(Errno),
-    /// The ring was served before by somebody who left no record of it.
+    /// The ring was served before by a process that left no record of it.
     #[error("connect a ring that is in use and has no in-flight record: the front end has to make a new one")]
     InUse,
     /// The record contradicts the ring.
@@ -92,13 +92,13 @@ pub enum ConnectError {
 }
 
 impl ConnectError {
-    /// Whether the host was short of what it takes, which may be otherwise soon; the front end has no part in it.
+    /// Whether the host lacked a resource, which may be temporary; the front end did nothing wrong.
     pub fn passes(&self) -> bool {
         match self {
             Self::Map { error, .. } | Self::Bind { error, .. } | Self::Region { error, .. } => {
                 matches!(*error, Errno::ENOMEM | Errno::ENOSPC | Errno::EINTR)
             }
-            // What other disks have may be given back.
+            // Other disks may release memory.
             Self::Memory(_) => true,
             Self::InUse | Self::Record(_) => false,
         }
@@ -109,14 +109,14 @@ impl<H> BlkifRing<H>
 where
     H: Time + Tasks + Log + Probe + Grants + Events + SharedPages,
 {
-    /// Maps the ring and binds its channel. A ring with a matching record is taken up where the dead process stopped;
-    /// any other has to be fresh. Nothing is served before [`BlkifRing::run`].
+    /// Maps the ring and binds its channel. A ring with a matching record is continued where the dead process
+    /// stopped; any other has to be fresh. Nothing is served before [`BlkifRing::run`].
     ///
     /// # Errors
-    /// See [`ConnectError`]; nothing stays mapped or bound then.
+    /// See [`ConnectError`]; after an error nothing stays mapped or bound.
     pub fn connect(host: H, config: RingConfig, node: Rc<dyn Node>) -> Result<Self, ConnectError> {
         let RingConfig { dom, ring_ref: gref, port, .. } = config;
-        // Each request has one buffer, and nobody who has one asks for another.
+        // Each request has one buffer, and a request that has one never asks for another.
         let stage = config.memory.stage(cost_of(MAX_SEGMENTS * PAGE_BYTES)).map_err(ConnectError::Memory)?;
         let pool = BufPool::of_stage(config.limits.buffer_bytes, stage);
         let page = host.map(dom, gref, true).map_err(|error| ConnectError::Map { dom, gref, error })?;
@@ -136,7 +136,7 @@ where
                     host.region(name).map_err(|error| ConnectError::Region { name: name.clone(), error })?;
                 let record = Record::new(region);
                 let plan = open_record(&host, &config, &page, &record).inspect_err(|error| {
-                    // One of another ring. What contradicts itself is kept for those who want to know why.
+                    // The record is of another ring. One that contradicts itself is kept for debugging.
                     if *error == ConnectError::InUse {
                         host.remove_region(name);
                     }
@@ -155,7 +155,8 @@ where
     fn resume(parts: Parts<H>, plan: Plan, rsp_prod: u32) -> Self {
         let host = parts.host.clone();
         if let Some(record) = &parts.record {
-            // The last request may be noted and not counted; once it is answered nothing else would tell.
+            // The last request may be noted but not counted in `req_cons`; after its answer no trace of it would be
+            // left.
             record.set_req_cons(plan.req_cons);
         }
         let forget = parts.record.as_ref().filter(|_| host.bug(Bug::ResumedForgotten));
@@ -182,7 +183,7 @@ where
     }
 }
 
-/// Finds out how to go on, or starts a record for a fresh ring.
+/// Finds out how to continue, or starts a record for a fresh ring.
 fn open_record<H: Time + Probe, P: SharedPage, R: SharedPage>(
     host: &H,
     config: &RingConfig,
@@ -199,7 +200,7 @@ fn open_record<H: Time + Probe, P: SharedPage, R: SharedPage>(
         return Ok(Some((plan(content, rsp_prod).map_err(ConnectError::Record)?, rsp_prod)));
     }
     fresh(page)?;
-    // Any number that a ring before is unlikely to have had.
+    // Any number that an earlier ring is unlikely to have had.
     let epoch = (host.now_ns() >> 10) as u32 ^ epoch.wrapping_add(1) | 1;
     record.reset(identity(epoch));
     page.store_u32(EPOCH_AT, epoch);

@@ -13,15 +13,16 @@
 //!
 //! # Contract
 //!
-//! * The guest may write anything anywhere at any time. Each entry is copied out once and only the copy is looked at;
-//!   a request that breaks the protocol is answered with an error; indices that cannot be close the ring.
-//! * Each request that was taken is answered once, also across deaths of the process: see [`record`].
-//! * No more requests are held than the ring has entries and no more memory than [`Limits`] says. Lack of buffers
-//!   delays taking, never answering.
+//! * The guest may write anything anywhere at any time. Each entry is copied out once and only the copy is read; a
+//!   request that breaks the protocol is answered with an error; impossible indices close the ring.
+//! * Each request that was taken is answered exactly once, even if the process dies and is replaced: see
+//!   [`record`].
+//! * No more requests are held than the ring has entries, and no more memory than [`Limits`] allows. A lack of
+//!   buffers delays taking requests, never answering them.
 //! * Responses are published together, and the guest is notified only when it asked to be.
 //!
 //! Follows Xen's `io/ring.h` and `io/blkif.h`: one page, x86_64 layout, READ, WRITE and FLUSH_DISKCACHE. A flush with
-//! data flushes, writes and flushes again, the strongest of the readings in use.
+//! data flushes, writes and flushes again, the strongest interpretation in use.
 
 mod connect;
 pub mod record;

@@ -1,7 +1,7 @@
-//! The in-flight record: what a new process must know to go on where a dead one stopped.
+//! The in-flight record: what a new process must know to continue where a dead one stopped.
 //!
 //! Responses overwrite request slots and come out of order, so the ring alone does not say which requests were taken
-//! and not answered. One page of memory outside the process does:
+//! and not answered. A page of memory outside the process does:
 //!
 //! ```text
 //!   0   magic, version, dom, vbd, ring_ref, port, epoch, req_cons    u32 each, little-endian
@@ -19,11 +19,11 @@
 //!
 //! * take: slot body, state = taken, `req_cons`. A request counts as taken from the second store on.
 //! * answer: response index, state = answering, the response itself, the ring's `rsp_prod` for the whole batch,
-//!   state = free. A response counts as given from the fourth store on.
+//!   state = free. A response counts as delivered from the fourth store on.
 //! * new record: magic last.
 //!
 //! The epoch is also in the last word of the ring header's padding, which front ends clear in a new ring and never
-//! look at: it tells a ring from its successor with the same grant and port.
+//! read: it distinguishes a ring from its successor with the same grant and port.
 
 use tap_abi::blkif::{ENTRY_BYTES, MAX_SEGMENTS, RING_ENTRIES};
 use tap_host::{DomId, GrantRef, PAGE_BYTES, Port, SharedPage, VbdId};
@@ -41,7 +41,7 @@ const BODY_AT: usize = 4;
 const RESPONSE_AT: usize = 8;
 const TAKEN: u32 = 1;
 const ANSWERING: u32 = 2;
-/// Bytes of a request in front of its identifier: operation and count are kept, handle and padding are not.
+/// Bytes of a request before its identifier: operation and count are kept, handle and padding are not.
 const ENTRY_HEAD: usize = 8;
 const BODY_BYTES: usize = 12 + ENTRY_BYTES - ENTRY_HEAD;
 
@@ -65,7 +65,7 @@ pub struct Identity {
     pub ring_ref: GrantRef,
     /// The guest's end of the channel.
     pub port: Port,
-    /// Not 0; differs from that of any ring before.
+    /// Not 0; differs from that of any earlier ring.
     pub epoch: u32,
 }
 
@@ -106,7 +106,7 @@ pub struct Slot {
 /// The content of a record.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Content {
-    /// Ring index behind the last request known to be taken.
+    /// Ring index after the last request known to be taken.
     pub req_cons: u32,
     /// Slots in use, by number.
     pub slots: Vec<Slot>,
@@ -141,7 +141,7 @@ impl<P: SharedPage> Record<P> {
         })
     }
 
-    /// Starts an empty record of a ring of which nothing was taken.
+    /// Starts an empty record of a ring from which nothing was taken.
     pub fn reset(&self, identity: Identity) {
         self.0.store_u32(MAGIC_AT, 0);
         self.0.copy_out(VERSION_AT, &[0; PAGE_BYTES - VERSION_AT]);
@@ -155,7 +155,7 @@ impl<P: SharedPage> Record<P> {
     /// Reads everything.
     ///
     /// # Errors
-    /// What is wrong with a slot that no process of this version can have written.
+    /// What is wrong, for a slot that no process of this version can have written.
     pub fn load(&self) -> Result<Content, &'static str> {
         let mut page = [0; PAGE_BYTES];
         self.0.copy_in(0, &mut page);
@@ -273,7 +273,7 @@ mod tests {
 
     #[test]
     fn the_layout_is_frozen() {
-        // Another version of the program reads what this one wrote.
+        // Other versions of the program read what this one wrote.
         let (memory, record) = record(0);
         record.reset(IDENTITY);
         record.take(1, 2, &[9; ENTRY_BYTES]);

@@ -10,7 +10,7 @@ pub(crate) struct Begun {
     pub(crate) status: i16,
 }
 
-/// How to go on.
+/// How to continue.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Plan {
     /// Ring index of the next request to take.
@@ -19,7 +19,7 @@ pub(crate) struct Plan {
     pub(crate) taken: Vec<Slot>,
     /// Responses to write again, from the ring's `rsp_prod` on.
     pub(crate) begun: Vec<Begun>,
-    /// Slots whose response the guest has.
+    /// Slots whose response the guest already has.
     pub(crate) given: Vec<Slot>,
 }
 
@@ -50,7 +50,7 @@ pub(crate) fn plan(content: Content, rsp_prod: u32) -> Result<Plan, &'static str
         SlotState::Answering { .. } => 0,
     };
     plan.taken.sort_by_key(|slot| std::cmp::Reverse(age(slot)));
-    // A slow request may be any number of fast ones behind, but never ahead.
+    // A slow request may lag any number of fast ones, but never be ahead.
     if plan.taken.iter().any(|slot| !(1..=u32::MAX / 2).contains(&age(slot)))
         || plan.taken.windows(2).any(|pair| age(&pair[0]) == age(&pair[1]))
     {

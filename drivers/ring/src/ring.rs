@@ -22,7 +22,7 @@ use tap_host::{
 };
 use zerocopy::IntoBytes;
 
-/// What a ring is made of.
+/// The parts of a ring.
 pub(crate) struct Parts<H: Grants + Events + SharedPages> {
     pub(crate) host: H,
     pub(crate) config: RingConfig,
@@ -34,7 +34,7 @@ pub(crate) struct Parts<H: Grants + Events + SharedPages> {
     pub(crate) pool: BufPool,
 }
 
-/// A request whose fate is known.
+/// A request with its result.
 pub(crate) struct Done {
     pub(crate) slot: u8,
     pub(crate) id: u64,
@@ -42,10 +42,10 @@ pub(crate) struct Done {
     pub(crate) status: i16,
 }
 
-/// What wakes the ring's own task, and who may tell it to end.
+/// What wakes the ring's own task, and the order to end.
 #[derive(Default)]
 struct Signal {
-    /// How it is to end.
+    /// How the ring should end.
     end: Cell<Option<RingEnd>>,
     waker: Cell<Option<Waker>>,
 }
@@ -79,8 +79,9 @@ pub(crate) struct Inner<H: Grants + Events + SharedPages> {
     taken: Cell<u32>,
     done: RefCell<VecDeque<Done>>,
     free_slots: RefCell<Vec<u8>>,
-    /// Where flushes with data write once what was answered before is durable. What overlaps one waits for its end:
-    /// were it answered before, a successor of this process would write the older data again, over what is newer.
+    /// Where flushes with data will write, once what was answered before is durable. A request that overlaps one
+    /// waits for its end: if it were answered earlier, a successor of this process would write the flush's older
+    /// data again, over newer data.
     pub(crate) fenced: RefCell<SmallVec<[(u8, SectorRange); 2]>>,
     /// Requests of a dead process, to be executed before any other.
     resumed: RefCell<VecDeque<Slot>>,
@@ -95,13 +96,13 @@ pub struct BlkifRing<H: Grants + Events + SharedPages>(Rc<Inner<H>>);
 pub struct RingCloser(Rc<Signal>);
 
 impl RingCloser {
-    /// Lets the ring take no further request. [`BlkifRing::run`] ends once those in flight are answered.
+    /// Makes the ring take no further requests. [`BlkifRing::run`] ends once those in flight are answered.
     pub fn close(&self) {
         self.0.end.set(Some(RingEnd::Closed));
         self.0.wake();
     }
 
-    /// As [`RingCloser::close`], but the ring stays in use: its record is kept, and another process takes it up where
+    /// As [`RingCloser::close`], but the ring stays in use: its record is kept, and another process continues where
     /// this one ends. Does nothing to a ring that is being closed.
     pub fn leave(&self) {
         if !self.0.is_ending() {
@@ -111,16 +112,16 @@ impl RingCloser {
     }
 }
 
-/// Why a ring is not served any more.
+/// Why a ring is no longer served.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum RingEnd {
     /// [`RingCloser::close`] was called; every request that was taken is answered.
     Closed,
     /// [`RingCloser::leave`] was called; every request that was taken is answered, and the record tells a successor.
     Left,
-    /// The guest's indices cannot be; nothing was answered since.
+    /// The guest's indices are impossible; nothing has been answered since.
     Refused(&'static str),
-    /// The event channel cannot be used any more; the record tells a successor.
+    /// The event channel is no longer usable; the record tells a successor.
     ChannelGone,
 }
 
@@ -138,7 +139,7 @@ where
             req_cons: Cell::new(req_cons),
             rsp_prod: Cell::new(rsp_prod),
             in_flight: Cell::new(0),
-            // No index that will be asked for soon: the event index is written at the first sleep.
+            // An index that will not come soon: the event index is written at the first sleep.
             armed: Cell::new(req_cons.wrapping_sub(1)),
             taken: Cell::new(0),
             done: RefCell::new(VecDeque::with_capacity(RING_ENTRIES as usize)),
@@ -162,7 +163,7 @@ where
         self.0.in_flight.set(self.0.in_flight.get() + 1);
     }
 
-    /// Answers the request in `slot` with `status`, which a dead process had begun.
+    /// Answers the request in `slot` with `status`, as a dead process had begun to do.
     pub(crate) fn answer_again(&self, slot: &Slot, status: i16) {
         self.occupy(slot);
         let (id, op) = match BlkifRequest::parse(&slot.entry) {
@@ -184,9 +185,9 @@ where
     }
 
     /// Serves the ring until it is closed or left, or refused because of what the guest wrote. Then waits for the
-    /// requests in flight, removes the in-flight record unless somebody is to go on with it, unmaps the ring and closes
-    /// its channel. The record of a ring that is refused stays until the front end has been told, which is the caller's
-    /// to do: who dies before leaves a ring that can be taken up, and is refused again.
+    /// requests in flight, removes the in-flight record unless another process will continue with it, unmaps the ring
+    /// and closes its channel. The record of a refused ring stays until the caller has told the front end: if this
+    /// process dies earlier, the ring can be taken over, and is refused again.
     pub async fn run(self) -> RingEnd {
         let ring = &self.0;
         let end = ring.serve().await;
@@ -222,7 +223,7 @@ where
 {
     async fn serve(self: &Rc<Self>) -> RingEnd {
         let Parts { channel, .. } = &self.parts;
-        // A guest that was told nothing by a dying process must not wait for ever; one event too many does no harm.
+        // A guest that a dying process did not notify must not wait forever; one event too many does no harm.
         channel.notify();
         self.serve_resumed().await;
         let mut event = pin!(channel.wait());
@@ -277,7 +278,7 @@ where
                     return Ok(());
                 }
                 if self.taken.get() >= self.parts.config.limits.batch {
-                    // Counted across calls: requests that are answered at once would keep this task for ever.
+                    // Counted across calls: requests answered at once would keep this task running forever.
                     self.publish();
                     self.parts.host.yield_now().await;
                     self.taken.set(0);
@@ -337,7 +338,7 @@ where
         }
     }
 
-    /// The buffer that a request needs. While there is none, responses still go out.
+    /// The buffer that a request needs. While it waits for one, responses still go out.
     async fn buffer(self: &Rc<Self>, job: &Result<Job, Malformed>) -> Option<IoBuf> {
         let bytes = u64::from(job.as_ref().map_or(0, |job| job.0.count())) * SECTOR_BYTES;
         if bytes == 0 {
@@ -355,9 +356,9 @@ where
         Some(buf.await.expect("88 sectors are far below the largest buffer"))
     }
 
-    /// Waits for flushes with data that are before `job` on the ring and whose data it overlaps: the disk learns of
-    /// that data only when their first half is done, and keeps the order in which it learns of requests. Responses go
-    /// out meanwhile.
+    /// Waits for flushes with data that precede `job` on the ring and whose data it overlaps: the disk sees that data
+    /// only when their first half is done, and keeps requests in the order in which it sees them. Responses go out
+    /// meanwhile.
     async fn after_fences(self: &Rc<Self>, job: &Result<Job, Malformed>) {
         let Ok(job) = job else { return };
         if self.fenced.borrow().is_empty() || self.parts.host.bug(Bug::FlushDataUnordered) {
@@ -442,7 +443,7 @@ where
         }
     }
 
-    /// Asks for an event at the next request. `false` when that is already there.
+    /// Asks for an event at the next request. `false` if a request is already there.
     fn arm(&self) -> bool {
         let Parts { host, page, .. } = &self.parts;
         let cons = self.req_cons.get();
@@ -470,7 +471,7 @@ where
         .await
     }
 
-    /// Waits for the requests in flight. A ring that was refused gets no more responses.
+    /// Waits for the requests in flight. A refused ring gets no more responses.
     async fn drain(&self, end: RingEnd) {
         poll_fn(|cx| {
             let last = self.done.borrow().len() as u32 == self.in_flight.get();
@@ -491,7 +492,7 @@ where
 }
 
 enum Woken {
-    /// Responses wait, or the ring is to be closed.
+    /// Responses wait, or the ring should be closed.
     Work,
     /// The guest's event, or the end of the channel.
     Event(Result<(), Errno>),
@@ -505,7 +506,7 @@ fn result_of(status: i16) -> Result<(), Errno> {
     }
 }
 
-/// The status that a guest is told for the result of a request.
+/// The status that the guest gets for the result of a request.
 pub(crate) fn status_of(result: Result<(), Errno>) -> i16 {
     match result {
         Ok(()) => STATUS_OKAY,

@@ -65,8 +65,8 @@ impl Job {
             .collect()
     }
 
-    /// Hands the request to the node, in the order of the calls, and spawns what is left. Data of writes is copied
-    /// from the guest here, once.
+    /// Hands the request to the node, in the order of the calls, and spawns a task for the rest. The data of a
+    /// write is copied from the guest here, once.
     pub(crate) fn start<H>(self, ring: &Rc<Inner<H>>, slot: u8, buf: Option<IoBuf>)
     where
         H: Time + Tasks + Log + Probe + Grants + Events + SharedPages,
@@ -90,8 +90,7 @@ impl Job {
                 return host.spawn("flush", key, async move { self.end(&own, slot, all.await) });
             }
         };
-        // One block without inner futures: a task of each request is made, moved and freed half a million times a
-        // second.
+        // One block without inner futures: such a task is made, moved and freed half a million times a second.
         host.spawn(role, key, async move {
             let result = self.answer(&own, first.await);
             self.end(&own, slot, result);
@@ -118,7 +117,7 @@ impl Job {
         ring.done(Done { slot, id: self.id, op: self.op as u8, status: status_of(result) });
     }
 
-    /// What is left to do when the node has answered.
+    /// The rest of the work, after the node has answered.
     fn answer<H>(&self, ring: &Inner<H>, response: Response) -> Result<(), Errno>
     where
         H: Time + Tasks + Log + Probe + Grants + Events + SharedPages,

@@ -1,4 +1,4 @@
-//! Processes that die between any two effects, and their successors: the guest notices a pause and nothing else.
+//! Processes that die between any two effects, and their successors: the guest notices nothing but a pause.
 
 mod common;
 
@@ -25,7 +25,7 @@ struct Outcome {
     responses_resumed: u64,
 }
 
-/// Runs the workload on processes that die after so many effects each, and then on one that does not.
+/// Runs the workload on processes that die after the given numbers of effects, and then on one that does not.
 fn run(seed: u64, depth: usize, deaths: &[u64], bug: Option<Bug>) -> Outcome {
     let config = Config { scheduling: Scheduling::Random { one_in: 4, bits: 14 }, ..Config::new(seed) };
     let config = Config { limits: sim::Limits { time_ns: 2_000_000_000, ..config.limits }, ..config };
@@ -49,7 +49,7 @@ fn run(seed: u64, depth: usize, deaths: &[u64], bug: Option<Bug>) -> Outcome {
         let result = workload(world.sim.clone(), front, REQUESTS, depth, seed).await;
         shared.borrow_mut().served = result.is_ok();
         let held = world.xen.counts(DomId(0));
-        assert!(held.maps <= 1 && held.channels <= 1, "the dead still hold something: {held:?}");
+        assert!(held.maps <= 1 && held.channels <= 1, "dead processes still hold something: {held:?}");
     };
     let ended = world.sim.run(body);
     let mut outcome = outcome.take();
@@ -78,7 +78,7 @@ async fn supervise(
         node.spawn("ring", 0, async move {
             let ring = loop {
                 match BlkifRing::connect(host.clone(), config.clone(), disk.node()) {
-                    // The dead one still holds it.
+                    // The dead process still holds it.
                     Err(ConnectError::Bind { error: Errno::EINVAL, .. }) if process.is_alive() => {
                         host.sleep_ns(1_000_000).await;
                     }
@@ -179,7 +179,7 @@ fn the_record_of_another_ring_is_replaced() {
         let host = world.process("tapdisk", 1);
         let ring = BlkifRing::connect(host.clone(), ring_config(&old, Some("record")), disk.node()).unwrap();
         drop(ring);
-        // Another ring altogether.
+        // A different ring altogether.
         let new = Front::new(&world.guest());
         let ring = BlkifRing::connect(host.clone(), ring_config(&new, Some("record")), disk.node()).unwrap();
         host.process.node().spawn("ring", 0, async move {
@@ -199,7 +199,7 @@ fn a_damaged_record_is_refused_and_kept() {
             let host = world.process("tapdisk", 1);
             let refused = BlkifRing::connect(host, ring_config(&front, Some("record")), disk.node()).err();
             assert!(matches!(refused, Some(ConnectError::Record(_))), "{offset} {value}: {refused:?}");
-            assert_eq!(world.xen.regions(), ["record"], "for those who want to know why");
+            assert_eq!(world.xen.regions(), ["record"], "the record is kept for debugging");
             assert_eq!(world.xen.counts(DomId(0)).maps, 0);
         });
     }

@@ -203,7 +203,7 @@ fn whatever_a_guest_writes_the_disk_sees_only_what_is_right() {
             b.settle().await;
             assert!(b.end.get().is_some(), "seed {seed}");
             assert_eq!(b.world.xen.counts(DomId(0)), Counts::default());
-            // The hook holds the ring that holds the hook.
+            // The hook holds the ring, which holds the hook.
             b.front.ring.page().on_foreign_load(None);
         });
         refused += world.marked(Mark::RequestRefused);
@@ -321,7 +321,7 @@ fn impossible_indices_close_the_ring() {
             b.settle().await;
             assert!(matches!(b.end.get(), Some(RingEnd::Refused(_))), "{producer}");
             assert_eq!(b.world.xen.counts(DomId(0)), Counts::default());
-            // The next process is to refuse it, too, if this one dies before the front end is told.
+            // The next process must refuse it, too, if this one dies before the front end is told.
             assert_eq!(b.world.xen.regions(), ["record"]);
         });
         assert_eq!(world.marked(Mark::RingRefused), 1);

@@ -1,4 +1,4 @@
-//! What a back end is told, and how it ends.
+//! The settings of a back end, and the ways it can end.
 
 use tap_host::{
     Budget, DomId, Errno, Events, Grants, Log, Probe, SharedPages, StorePath, Tasks, Time, VbdId, Xenstore,
@@ -9,15 +9,15 @@ use tap_ring::Limits;
 pub trait XenHost: Time + Tasks + Log + Probe + Grants + Events + SharedPages + Xenstore {}
 impl<T: Time + Tasks + Log + Probe + Grants + Events + SharedPages + Xenstore> XenHost for T {}
 
-/// Who says that the disk's other end in dom0 is ready (`hotplug-status`).
+/// Which side reports that the disk is set up in dom0 (`hotplug-status`).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Hotplug {
-    /// Nobody; the key is left alone.
+    /// Neither; the key is left alone.
     Ignore,
     /// We do, with the features.
     #[default]
     Write,
-    /// A hotplug script; the ring is not connected before it wrote `connected`.
+    /// A hotplug script; the ring is not connected before it has written `connected`.
     Wait,
 }
 
@@ -30,26 +30,26 @@ pub struct BackendConfig {
     pub dom: DomId,
     /// The disk's number.
     pub vbd: VbdId,
-    /// Name of the in-flight record; without one a ring cannot be taken up after a restart.
+    /// Name of the in-flight record; without one a ring cannot be taken over after a restart.
     pub record: Option<String>,
     /// What the ring may use.
     pub limits: Limits,
-    /// What the memory of its buffers is taken of.
+    /// The budget from which its buffers are taken.
     pub memory: Budget,
     /// Whether flushes are offered.
     pub flush_cache: bool,
-    /// Physical sector size in bytes that the guest is told.
+    /// Physical sector size in bytes, as told to the guest.
     pub physical_sector_bytes: u32,
-    /// Who reports the hotplug status.
+    /// Which side reports the hotplug status.
     pub hotplug: Hotplug,
     /// How long to wait for a port that a predecessor holds, and with [`lead`](crate::lead) for its disk, in
-    /// nanoseconds: a process that was killed gives back what it had one after the other, and its image may be free
-    /// before its ports are.
+    /// nanoseconds: a process that was killed releases its resources one by one, and its image may be free before
+    /// its ports are.
     pub bind_patience_ns: u64,
 }
 
 impl BackendConfig {
-    /// The usual: flushes offered, our own hotplug status, two seconds for a dying predecessor.
+    /// The defaults: flushes offered, hotplug status written by us, two seconds for a dying predecessor.
     pub fn new(backend_path: impl Into<StorePath>, dom: DomId, vbd: VbdId) -> Self {
         Self {
             backend_path: backend_path.into(),
@@ -66,7 +66,7 @@ impl BackendConfig {
     }
 }
 
-/// Why a back end ended. Nothing is mapped, bound or watched then, and the disk is closed.
+/// Why a back end ended. By then nothing is mapped, bound or watched, and the disk is closed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum BackendEnd {
     /// The toolstack took the device offline, and it is closed.
@@ -79,7 +79,7 @@ pub enum BackendEnd {
     Left,
 }
 
-/// Why a back end could not go on.
+/// Why a back end could not continue.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum BackendError {
     /// xenstore refused.
@@ -98,8 +98,8 @@ pub enum BackendError {
         /// A sentence that reads on after "failed to".
         why: String,
     },
-    /// Somebody else leads the disk, or a front end is connected whose ring cannot be taken up. Nothing was changed:
-    /// somebody else may be able to.
+    /// Another process drives the disk, or a front end is connected whose ring cannot be taken over. Nothing was
+    /// changed: another process may be able to serve it.
     #[error("serve {path}: {why}; nothing was changed")]
     NotTaken {
         /// The back end's directory.
@@ -107,7 +107,7 @@ pub enum BackendError {
         /// What is in the way.
         why: String,
     },
-    /// Events of guests do not reach us any more. The ring is left to another process.
+    /// Events of guests no longer reach us. The ring is left to another process.
     #[error("serve {path}: its event channel cannot be heard any more")]
     Deaf {
         /// The back end's directory.
@@ -127,7 +127,7 @@ pub enum BackendError {
         /// Why.
         error: Errno,
     },
-    /// What ended the back end, and the disk could not be closed either.
+    /// An error ended the back end, and the disk could not be closed either.
     #[error(
         "{first}; its disk failed to close, too: {close}; what was written since the last flush may be lost"
     )]
@@ -150,7 +150,7 @@ pub enum BackendError {
 }
 
 impl BackendError {
-    /// What ended the back end, whatever else went wrong then: what to do next goes by this.
+    /// The error that ended the back end, whatever else went wrong then: it decides what to do next.
     pub fn first(&self) -> &Self {
         match self {
             Self::AndClose { first, .. } => first,

@@ -1,4 +1,4 @@
-//! Values from xenstore: short, decimal, and possibly anything.
+//! Values from xenstore: supposed to be short and decimal, but possibly anything.
 
 use crate::config::BackendError;
 use crate::patience::patiently;
@@ -17,10 +17,10 @@ pub(crate) fn number(value: &[u8]) -> Option<u32> {
     std::str::from_utf8(digits).ok()?.parse().ok()
 }
 
-/// The value at `dir/key`; `None` when there is none, or it is not ours to read.
+/// The value at `dir/key`; `None` when there is none, or we may not read it.
 ///
 /// # Errors
-/// What else xenstore says.
+/// Any other error of xenstore.
 pub(crate) async fn read<H: Xenstore + Time + Probe>(
     host: &H,
     dir: &str,
@@ -31,18 +31,18 @@ pub(crate) async fn read<H: Xenstore + Time + Probe>(
     known(value, MAX_VALUE_BYTES).map_err(|error| BackendError::Store { what: "read", path, error })
 }
 
-/// What was read, as [`read`] gives it, with values of up to `most` bytes.
+/// A value as [`read`] returns it, of up to `most` bytes.
 pub(crate) fn known(value: Result<Vec<u8>, Errno>, most: usize) -> Result<Option<Vec<u8>>, Errno> {
     match value {
         Ok(value) if value.len() <= most => Ok(Some(value)),
-        // Too long for anything that is asked for here: as good as nonsense.
+        // Too long for any key read here: treated as nonsense.
         Ok(_) => Ok(Some(Vec::new())),
         Err(Errno::ENOENT | Errno::EACCES) => Ok(None),
         Err(error) => Err(error),
     }
 }
 
-/// What `mode` says: what is not clearly writable is not written.
+/// What `mode` says: a disk that is not clearly writable is read-only.
 pub(crate) fn is_read_only(mode: Option<&[u8]>) -> bool {
     mode.is_some_and(|mode| !mode.starts_with(b"w"))
 }
@@ -60,12 +60,12 @@ pub(crate) async fn state<H: Xenstore + Time + Probe>(
     Ok(read(host, dir, "state").await?.map(|value| state_of(&value)))
 }
 
-/// What a value of the key `state` means; [`XenbusState::Unknown`] for nonsense.
+/// The state that a value of the key `state` stands for; [`XenbusState::Unknown`] for nonsense.
 pub(crate) fn state_of(value: &[u8]) -> XenbusState {
     XenbusState::parse(value).unwrap_or(XenbusState::Unknown)
 }
 
-/// What the front end says of its ring.
+/// What the front end says about its ring.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct RingKeys {
     pub(crate) ring_ref: GrantRef,
@@ -75,7 +75,7 @@ pub(crate) struct RingKeys {
 /// Reads all keys of the front end that describe its ring.
 ///
 /// # Errors
-/// The outer from xenstore; the inner for what we cannot or will not serve.
+/// The outer one from xenstore; the inner one for what we cannot or will not serve.
 pub(crate) async fn ring<H: Xenstore + Time + Probe>(
     host: &H,
     frontend: &str,
@@ -85,7 +85,7 @@ pub(crate) async fn ring<H: Xenstore + Time + Probe>(
         None | Some(b"x86_64-abi") => {}
         Some(_) => return Ok(Err("protocol is not x86_64-abi, which is the only one served")),
     }
-    // One page and one queue are all that was offered.
+    // Only one page and one queue were offered.
     for (name, least, why) in [
         ("ring-page-order", 0, "ring-page-order is not 0, the only one offered"),
         ("num-ring-pages", 1, "num-ring-pages is not 1, the only number offered"),
@@ -95,7 +95,8 @@ pub(crate) async fn ring<H: Xenstore + Time + Probe>(
             return Ok(Err(why));
         }
     }
-    // Who counts its pages has the first in ring-ref0. Where nobody counts, that is of an earlier front end.
+    // A front end that states its number of pages has the first one in ring-ref0. Without that number, ring-ref0 is
+    // left over from an earlier front end.
     let counts = key("ring-page-order").await?.is_some() || host.bug(Bug::StaleRingRef);
     let first = if counts { key("ring-ref0").await? } else { None };
     let ring_ref = if first.is_some() { first } else { key("ring-ref").await? };
@@ -125,7 +126,7 @@ mod tests {
     #[test]
     fn values_may_be_as_long_as_they_may_be() {
         assert_eq!(known(Ok(vec![b'1'; 4]), 4), Ok(Some(vec![b'1'; 4])));
-        assert_eq!(known(Ok(vec![b'1'; 5]), 4), Ok(Some(Vec::new())), "as good as nonsense");
+        assert_eq!(known(Ok(vec![b'1'; 5]), 4), Ok(Some(Vec::new())), "treated as nonsense");
         assert_eq!(known(Err(Errno::EACCES), 4), Ok(None));
         assert_eq!(known(Err(Errno::EIO), 4), Err(Errno::EIO));
     }

@@ -1,4 +1,4 @@
-//! A disk that a toolstack gave to us, from opening its image to its end, whatever stands in the way.
+//! Serves one disk that a toolstack assigned to us, from opening its image to its end, and retries whatever fails.
 //!
 //! ```text
 //!   open the image ──► Backend::run ──► its end
@@ -27,12 +27,12 @@ const PAUSE_NS: u64 = 1_000_000_000;
 /// Longest pause between two attempts.
 const PAUSE_MAX_NS: u64 = 30_000_000_000;
 
-/// Leads a disk to its end. `open` opens its image, and says what is wrong with it if that fails; `tell` is told each
-/// reason why the disk is not served.
+/// Drives a disk to its end. `open` opens its image, and returns what is wrong with it if that fails; `tell` is
+/// called with each reason why the disk is not served.
 ///
-/// A device that is new is refused then: `hotplug-error` has the reason, which xl shows when its script fails. One that
-/// a guest is connected to is tried again until it works, as whoever mends what is wrong wants it: its image may be on
-/// a server that is away, or another process may be serving it.
+/// A new device is refused then: `hotplug-error` has the reason, which xl shows when its script fails. A device that a
+/// guest is connected to is tried again until it works, because the operator expects it to recover by itself: its image
+/// may be on a server that is unreachable, or another process may be serving it.
 ///
 /// # Errors
 /// Those of [`BackendError`] that have nothing to do with this disk.
@@ -47,7 +47,7 @@ pub async fn lead<H: XenHost, F: Future<Output = Result<Rc<dyn Node>, String>>>(
     let mut told = String::new();
     let mut lock = None;
     let end = loop {
-        // Before the image is looked at: what is read of one that another process writes is soon wrong.
+        // Before the image is opened: what is read of an image that another process writes is soon wrong.
         let mut why = None;
         if lock.as_ref().is_none_or(Lock::is_given_up) {
             lock = None;
@@ -75,13 +75,13 @@ pub async fn lead<H: XenHost, F: Future<Output = Result<Rc<dyn Node>, String>>>(
             tell(&why);
             told.clone_from(&why);
         }
-        // Who does not have the lock writes nothing, whatever the reason.
+        // A process without the lock writes nothing, whatever the reason.
         let leads = lock.as_ref().is_some_and(|lock| !lock.is_given_up());
         let refusal = (leads && !host.bug(Bug::RefusalUntold)).then(|| format!("failed to {why}"));
         match stand_by(host, config, refusal.as_deref(), pause_ns, leave).await {
             Ok(Some(end)) => break Ok(end),
             Ok(None) => {}
-            // Nothing can be seen at the moment, and nothing needs to be done at once.
+            // Xenstore cannot be read at the moment, and nothing is urgent.
             Err(error) if passes(&error) && !leave.is_set() => host.sleep_ns(pause_ns).await,
             Err(error) => break Err(error),
         }
@@ -104,8 +104,8 @@ fn passes(error: &BackendError) -> bool {
     }
 }
 
-/// Waits for the end of a device that is not served, or, where a guest is connected to it, for a pause. A new one is
-/// refused for `why`; without it another process leads the device, and nothing is written.
+/// Waits for the end of a device that is not served or, if a guest is connected to it, for a pause. A new device is
+/// refused with the reason `why`; without one, another process drives the device, and nothing is written.
 async fn stand_by<H: XenHost>(
     host: &H,
     config: &BackendConfig,
@@ -119,7 +119,7 @@ async fn stand_by<H: XenHost>(
     let until_ns = host.now_ns().saturating_add(pause_ns);
     let mut refused = false;
     loop {
-        // The state last: what is not there any more when it is read, has not been offline either.
+        // The state is read last: a device that is gone by then was not offline either.
         let offline = keys::is_offline(keys::read(host, path, "online").await?.as_deref());
         let Some(state) = keys::state(host, path).await? else { return Ok(Some(BackendEnd::BackendGone)) };
         match state {
@@ -151,7 +151,7 @@ async fn is_in_use<H: XenHost>(host: &H, path: &str) -> Result<bool, BackendErro
     Ok(matches!(state, Some(XenbusState::Initialised | XenbusState::Connected | XenbusState::Closing)))
 }
 
-/// Completes when a watch fires, `leave` is set, or the time has come, unless `for_good`.
+/// Completes when a watch fires, `leave` is set, or (unless `for_good`) the pause is over.
 async fn wait_for_any<H: XenHost>(
     host: &H,
     watch: &impl Watcher,

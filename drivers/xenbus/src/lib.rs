@@ -15,19 +15,19 @@
 //!
 //! # Contract
 //!
-//! * Acts on values, not on events: a watch only means "look again". Whatever a front end skips, repeats or takes back
+//! * Acts on values, not on events: a watch only means "look again". Whatever a front end skips, repeats or undoes
 //!   leads to one of the states above or changes nothing.
-//! * Every key of the front end is read anew at every connect, with limits, and never trusted.
-//! * A state is written in a transaction that checks that the directory is there and that nobody else moved on, so a
-//!   removed device is not made again and a toolstack's 5 is not overwritten.
-//! * Who is asked to leave answers what is in flight and goes, without a word to the front end.
-//! * A front end that says 5 may still use its disk: one that is mounted is not let go of. What a toolstack wishes
-//!   changes nothing for a front end in use; it takes its nodes away if it means it.
-//! * A front end that begins anew in a loop is made to wait, up to a second each time.
-//! * A ring that is served, and cannot be taken up by us, is left alone: nothing is written. One process leads a disk:
-//!   the owner of the lock beside its record.
-//! * A process that finds its device connected takes the ring up again without a word to the front end
-//!   (see [`tap_ring::record`]).
+//! * Every key of the front end is read again at every connect, with limits, and never trusted.
+//! * A state is written in a transaction that checks that the directory exists and that nothing else has changed the
+//!   state, so a removed device is not recreated and a toolstack's 5 is not overwritten.
+//! * A back end that is asked to leave answers what is in flight and ends, without telling the front end.
+//! * A front end in state 5 may still use its disk: a mounted disk is not released. A toolstack's request to close
+//!   changes nothing for a front end in use; a toolstack that insists removes its nodes.
+//! * A front end that reconnects in a loop is made to wait, up to a second each time.
+//! * A ring in use that we cannot take over is left alone: nothing is written. One process drives a disk: the owner of
+//!   the lock beside its record.
+//! * A process that finds its device connected takes over the ring without telling the front end (see
+//!   [`tap_ring::record`]).
 //!
 //! Follows Xen's `io/xenbus.h` and `io/blkif.h`.
 

@@ -1,8 +1,9 @@
-//! One process leads a disk: who has its lock.
+//! Only one process drives a disk: the one that has its lock.
 //!
-//! The lock is a page beside the in-flight record, owned from before the first look at the device until nothing of it
-//! is in use: the ring is unmapped and the image closed. Its owner's death frees it. Of what is left then, the last
-//! word in xenstore, nobody else has a part. Whoever never had the lock writes nothing, in xenstore or anywhere else.
+//! The lock is a page beside the in-flight record. It is owned from before the device is first examined until nothing
+//! of it is in use: the ring is unmapped and the image closed. Its owner's death frees it. What remains then, the
+//! final state in xenstore, concerns no other process. A process that never had the lock writes nothing, in xenstore
+//! or anywhere else.
 
 use crate::config::{BackendConfig, BackendEnd, BackendError, XenHost};
 use std::cell::{Cell, RefCell};
@@ -11,21 +12,21 @@ use tap_host::{Bug, Errno};
 /// First pause before the lock is tried again, in nanoseconds; each further one is twice as long.
 const PAUSE_NS: u64 = 1_000_000;
 
-/// What a record's name is followed by in that of its lock.
+/// What is appended to a record's name to name its lock.
 pub(crate) const SUFFIX: &str = ".lock";
 
 /// A disk that is ours alone, until this is dropped.
 pub(crate) struct Lock<H: XenHost> {
-    /// The name, and what keeps it ours; nothing for a disk without a record, and once the lock was given up.
+    /// The name, and the page that we own; `None` for a disk without a record, and once the lock was given up.
     page: RefCell<Option<(String, H::Region)>>,
     given_up: Cell<bool>,
 }
 
 /// Why a disk is not ours.
 pub(crate) enum NotOurs {
-    /// Another process leads it.
+    /// Another process drives it.
     Led,
-    /// The lock's page cannot be had.
+    /// The lock's page cannot be opened.
     Page(String),
 }
 
@@ -40,7 +41,7 @@ impl NotOurs {
 }
 
 impl<H: XenHost> Lock<H> {
-    /// Takes the lock of a disk; waits up to `patience_ns` for a process that is about to end.
+    /// Takes the lock of a disk; waits up to `patience_ns` for a process that is ending.
     pub(crate) async fn take(host: &H, config: &BackendConfig, patience_ns: u64) -> Result<Self, NotOurs> {
         let record = config.record.as_ref().filter(|_| !host.bug(Bug::DiskNotOwned));
         let Some(name) = record.map(|record| format!("{record}{SUFFIX}")) else {
@@ -62,7 +63,7 @@ impl<H: XenHost> Lock<H> {
         self.given_up.get()
     }
 
-    /// Removes the name of the lock of a device that is none of ours.
+    /// Removes the name of the lock of a device that is not ours.
     pub(crate) fn forget(&self, host: &H) {
         if let Some((name, owned)) = self.page.take() {
             self.given_up.set(true);
@@ -71,10 +72,10 @@ impl<H: XenHost> Lock<H> {
         }
     }
 
-    /// Gives up the lock of a device that is gone, and removes its name: before the last word about it, since who dies
-    /// in between leaves that to somebody who takes the lock anew. With it goes the record, which a predecessor may
-    /// have left for a device that we never came to serve. Both are somebody else's from then on: nothing is removed
-    /// twice.
+    /// Gives up the lock of a device that is gone, and removes its name. This comes before the device's final state is
+    /// written: if the process dies in between, the next owner of the lock writes it. The record is removed, too: a
+    /// predecessor may have left one for a device that we never served. From then on both names may belong to another
+    /// process: nothing is removed twice.
     pub(crate) fn give_up(&self, host: &H, end: &Result<BackendEnd, BackendError>) {
         if !is_over(end) {
             return;
@@ -88,7 +89,7 @@ impl<H: XenHost> Lock<H> {
     }
 }
 
-/// Owns the page called `name`; waits up to `patience_ns` while `passes` likes the error.
+/// Owns the page called `name`; waits up to `patience_ns` while `passes` accepts the error.
 ///
 /// # Errors
 /// The last one.
@@ -116,7 +117,7 @@ pub(crate) fn is_short(error: Errno) -> bool {
     matches!(error, Errno::ENOMEM | Errno::ENOSPC)
 }
 
-/// Whether nobody will ask for this device again.
+/// Whether this device is gone for good.
 pub(crate) fn is_over(end: &Result<BackendEnd, BackendError>) -> bool {
     matches!(end, Ok(BackendEnd::Offline | BackendEnd::FrontendGone | BackendEnd::BackendGone))
 }

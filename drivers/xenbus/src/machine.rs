@@ -22,7 +22,7 @@ use tap_ring::{BlkifRing, ConnectError, RingCloser, RingConfig, RingEnd};
 /// Pause before a second attempt to bind a port, in nanoseconds; each further one is twice as long.
 const BIND_PAUSE_NS: u64 = 1_000_000;
 
-/// A ring that is served by a task of its own.
+/// A ring and the task that serves it.
 struct Serving {
     closer: RingCloser,
     ended: Rc<Ended>,
@@ -51,14 +51,14 @@ pub struct Backend<H: XenHost> {
 }
 
 impl<H: XenHost> Backend<H> {
-    /// Leads the disk through its life until it ends, or until `leave` is set; then the ring is drained and unmapped,
-    /// and the node is closed, before a toolstack that waits for that is told. `open` is asked for the disk once it is
-    /// ours: what an image says while another process writes it is soon wrong.
+    /// Drives the disk through its life until it ends, or until `leave` is set; then the ring is drained and unmapped
+    /// and the node is closed, before a toolstack that waits for that is told. `open` is called once the disk is ours:
+    /// what is read of an image while another process writes it is soon wrong.
     ///
     /// # Errors
-    /// See [`BackendError`]; [`BackendError::NotTaken`] if another process leads the disk and goes on to,
-    /// [`BackendError::Open`] with what `open` says. What the front end does wrong is no error here: it is told in
-    /// xenstore and closed.
+    /// See [`BackendError`]; [`BackendError::NotTaken`] if another process drives the disk and continues to,
+    /// [`BackendError::Open`] with the error of `open`. A front end's mistake is not an error here: it is reported
+    /// in xenstore and the device is closed.
     pub async fn run<F: Future<Output = Result<Rc<dyn Node>, String>>>(
         host: H,
         config: BackendConfig,
@@ -75,7 +75,7 @@ impl<H: XenHost> Backend<H> {
         end
     }
 
-    /// As [`Backend::run`], for a disk whose lock the caller has.
+    /// As [`Backend::run`], for a disk whose lock the caller holds.
     pub(crate) async fn run_owned(
         host: H,
         config: BackendConfig,
@@ -93,7 +93,7 @@ impl<H: XenHost> Backend<H> {
             }
         };
         let end = backend.live().await;
-        // After an error nothing is known of the disk's fate: it is as if we had been asked to leave.
+        // After an error we do not know what will become of the disk: proceed as if we had been asked to leave.
         backend.release_ring(!is_over(&end)).await;
         let closed = node.close().await;
         lock.give_up(&host, &end);
@@ -106,7 +106,7 @@ impl<H: XenHost> Backend<H> {
         with_close(end.and_then(|end| said.map(|()| end)), closed, path, backend.connects > 0)
     }
 
-    /// The back end of a disk whose directory is there; how it ends otherwise.
+    /// The back end of a disk whose directory exists; otherwise the reason to end.
     async fn find(
         host: H,
         config: BackendConfig,
@@ -135,8 +135,7 @@ impl<H: XenHost> Backend<H> {
         })
     }
 
-    /// A toolstack that takes a disk away, by force or not, waits for state 6, and may then do with the image as it
-    /// likes.
+    /// A toolstack that removes a disk, forcibly or not, waits for state 6 and may then do anything with the image.
     async fn publish_closed(&mut self, end: Option<&BackendEnd>) -> Result<(), BackendError> {
         let waited_for = match end {
             Some(BackendEnd::Offline) => true,
@@ -186,8 +185,8 @@ impl<H: XenHost> Backend<H> {
         }
     }
 
-    /// The ring of a predecessor cannot be taken up. An end that has gone meanwhile is the reason, and the device's
-    /// end.
+    /// The ring of a predecessor cannot be taken over. If one end has disappeared meanwhile, that is the reason,
+    /// and it ends the device.
     async fn not_taken(&self, why: String) -> Result<BackendEnd, BackendError> {
         match next(Phase::Serving, &self.look().await?) {
             Action::End(end) if !self.host.bug(Bug::GoneNotSeen) => Ok(end),
@@ -221,7 +220,7 @@ impl<H: XenHost> Backend<H> {
         }
     }
 
-    /// Completes when a watch fires, we are to leave, or the ring ended.
+    /// Completes when a watch fires, we are asked to leave, or the ring ended.
     async fn change(&self, seen: &Seen) -> Result<Option<RingEnd>, BackendError> {
         let mut leave = pin!(async { if seen.leave { pending().await } else { self.leave.wait().await } });
         let [backend, frontend] = &self.watches;
@@ -244,8 +243,8 @@ impl<H: XenHost> Backend<H> {
         .map_err(|error| self.watch_failed(error))
     }
 
-    /// Lets a front end wait that begins anew too often. What it does meanwhile is looked at afterwards; a toolstack,
-    /// and who asks us to leave, need not wait.
+    /// Delays a front end that reconnects too often. What it does meanwhile is examined afterwards; a toolstack and a
+    /// request to leave need not wait.
     async fn hold_back(&self) -> Result<(), BackendError> {
         let mut pause = pin!(self.host.sleep_ns(self.pace.wait_ns(&self.host)));
         let (mut leave, mut backend) = (pin!(self.leave.wait()), pin!(self.watches[0].next()));
@@ -269,7 +268,7 @@ impl<H: XenHost> Backend<H> {
                 self.phase = Phase::Drained;
                 Ok(())
             }
-            // The rules end it: what a successor finds is what there is now.
+            // The rules end it: a successor finds what is there now.
             RingEnd::Left => {
                 self.phase = Phase::Waiting;
                 Ok(())
@@ -283,7 +282,7 @@ impl<H: XenHost> Backend<H> {
         }
     }
 
-    /// Writes our state with `keys`. After [`Written::No`] nothing happened and the rules look again.
+    /// Writes our state with `keys`. After [`Written::No`] nothing has changed and the rules are applied again.
     async fn write_state(&mut self, state: XenbusState, keys: Keys<'_>) -> Result<Written, BackendError> {
         let written = states::write(&self.host, &self.config.backend_path, self.state, state, keys).await?;
         if written == Written::Yes {
@@ -303,7 +302,7 @@ impl<H: XenHost> Backend<H> {
         if self.config.hotplug == Hotplug::Write {
             keys.push(("hotplug-status", "connected".into()));
         }
-        // Not written when the toolstack closed it before it was offered.
+        // Not written if the toolstack closed the device before it was offered.
         let written = self.write_state(XenbusState::InitWait, &keys).await?;
         self.phase = if written == Written::Yes { Phase::Waiting } else { Phase::Failed };
         Ok(())
@@ -342,7 +341,7 @@ impl<H: XenHost> Backend<H> {
         Ok(self.bind_ring(config).await.map_err(|e| e.to_string()))
     }
 
-    /// Connects; waits a while for a port that is held by somebody, and for a host that is short of memory.
+    /// Connects; waits a while for a port that is still held, and for a host that is short of memory.
     async fn bind_ring(&self, config: RingConfig) -> Result<BlkifRing<H>, ConnectError> {
         let until_ns = self.host.now_ns().saturating_add(self.config.bind_patience_ns);
         let mut pause_ns = BIND_PAUSE_NS;
@@ -382,10 +381,10 @@ impl<H: XenHost> Backend<H> {
             Err(why) => {
                 let seen = self.look().await?;
                 if seen.backend == Some(XenbusState::Connected) && self.state != XenbusState::Connected {
-                    // By somebody who has no lock of ours: an older version, or another program.
+                    // Held by a process that does not use our lock: an older version, or another program.
                     return Err(BackendError::NotTaken { path: self.config.backend_path.clone(), why });
                 }
-                // What has changed meanwhile may be what was in the way.
+                // What was in the way may have changed meanwhile.
                 return if next(self.phase, &seen) == Action::Connect {
                     self.fail(&why).await
                 } else {
@@ -401,13 +400,13 @@ impl<H: XenHost> Backend<H> {
         ];
         match self.write_state(XenbusState::Connected, &keys).await? {
             Written::Yes => self.serve(ring),
-            // Somebody closed it meanwhile.
+            // It was closed meanwhile.
             Written::No => self.phase = Phase::Failed,
         }
         Ok(())
     }
 
-    /// Takes up the ring of a predecessor; nothing is written, as the front end is not to notice.
+    /// Takes over the ring of a predecessor; nothing is written, because the front end must not notice.
     async fn resume(&mut self) -> Result<Result<(), String>, BackendError> {
         let read_only = self.read_only().await?;
         if let Some(why) =
@@ -418,7 +417,7 @@ impl<H: XenHost> Backend<H> {
         Ok(self.ring_from_keys(read_only).await?.map(|ring| self.serve(ring)))
     }
 
-    /// How our disk differs from the one that the front end was told of.
+    /// How our disk differs from the one that the front end was told about.
     async fn mismatch_with_published(&self, read_only: bool) -> Result<Option<String>, BackendError> {
         let dir = &self.config.backend_path;
         let told = async |key| keys::read(&self.host, dir, key).await;
@@ -467,7 +466,7 @@ impl<H: XenHost> Backend<H> {
         }
     }
 
-    /// Whatever happened: no request of the guest is in flight and nothing of it is mapped when we are gone.
+    /// Whatever happened, when we are gone no request of the guest is in flight and none of its pages is mapped.
     async fn release_ring(&mut self, left: bool) {
         if self.host.bug(Bug::RingLeftBehind) {
             return;
@@ -491,8 +490,8 @@ fn info_of(read_only: bool) -> u32 {
     if read_only { INFO_READ_ONLY } else { 0 }
 }
 
-/// How a back end ended whose disk was closed like this. An error that ended it stays the one to go by; of a disk that
-/// was not `served` nothing can be lost.
+/// How a back end ended, given the result of closing its disk. An error that ended it takes precedence; a disk that
+/// was not `served` has lost nothing.
 fn with_close(
     end: Result<BackendEnd, BackendError>,
     closed: Result<(), Errno>,
@@ -511,7 +510,7 @@ async fn watch<H: XenHost>(host: &H, path: StorePath) -> Result<H::Watcher, Back
     watching.map_err(|error| BackendError::Store { what: "watch", path, error })
 }
 
-/// The front end's directory, as the toolstack wrote it; `None` without a back end's directory.
+/// The front end's directory, as the toolstack wrote it; `None` if the back end has no directory.
 async fn find_frontend<H: XenHost>(
     host: &H,
     config: &BackendConfig,

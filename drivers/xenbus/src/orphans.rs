@@ -1,7 +1,7 @@
-//! In-flight records that nobody will ask for again.
+//! In-flight records that will never be used again.
 //!
-//! A guest that is destroyed while no tapdisk runs leaves the record of its ring. A record names its device, so whoever
-//! starts next can see that the device is gone. The lock of such a device goes with it.
+//! A guest that is destroyed while no tapdisk runs leaves the record of its ring. A record names its device, so the
+//! next process to start can see that the device is gone. The lock of such a device is removed with it.
 
 use crate::config::{BackendError, XenHost};
 use crate::keys;
@@ -13,7 +13,7 @@ use tap_host::{Bug, DomId, Event, VbdId};
 const PATIENCE_NS: u64 = 2_000_000_000;
 
 /// Removes the records named `prefix-DOMAIN-VBD`, and their locks, whose device is not in `root` of xenstore any more,
-/// or has lost its front end's directory. Records of devices that are there stay, whoever serves them.
+/// or has lost its front end's directory. Records of devices that exist stay, whichever process serves them.
 ///
 /// # Errors
 /// [`BackendError::Store`]; [`BackendError::Records`] if they cannot be listed.
@@ -31,7 +31,7 @@ pub(crate) async fn remove_orphans<H: XenHost>(
         }
         let record = format!("{prefix}-{}-{}", dom.0, vbd.0);
         let lock = format!("{record}{}", lock::SUFFIX);
-        // Somebody who is still at its end removes both by himself.
+        // A process that is still ending this device removes both itself.
         let Ok(_ours) = lock::own(host, &lock, PATIENCE_NS, lock::is_short).await else { continue };
         host.log(Event::OrphanRemoved { dom, vbd });
         host.remove_region(&record);
@@ -45,7 +45,7 @@ async fn has_front_end<H: XenHost>(host: &H, path: &str) -> Result<bool, Backend
     Ok(keys::state(host, &String::from_utf8_lossy(&frontend)).await?.is_some())
 }
 
-/// The device that a record, or a lock, of this name is about.
+/// The device that a record or lock of this name belongs to.
 fn device_of(name: &str, prefix: &str) -> Option<(DomId, VbdId)> {
     let (dom, vbd) = name.strip_prefix(prefix)?.strip_prefix('-')?.split_once('-')?;
     let vbd = vbd.strip_suffix(lock::SUFFIX).unwrap_or(vbd);

@@ -1,12 +1,12 @@
-//! How often a front end may begin anew.
+//! How often a front end may reconnect.
 //!
 //! ```text
-//!   offers   1 2 3 4 5 6 7 8 │ 9   10    11      ...                 one a second, for as long as it goes on so
+//!   offers   1 2 3 4 5 6 7 8 │ 9   10    11      ...                 one a second, for as long as it continues
 //!   pause    none            │ 10ms 20ms  40ms   ... 1 s
 //! ```
 //!
-//! Each connection costs xenstored, which all domains share, some ten transactions of ours. A guest that boots, or
-//! takes its disk away and back, begins anew a few times; one that does so in a loop is made to wait.
+//! Each connection costs xenstored, which all domains share, about ten of our transactions. A guest that boots, or
+//! detaches and reattaches its disk, reconnects a few times; one that does so in a loop is made to wait.
 
 use tap_host::Time;
 
@@ -16,10 +16,10 @@ const FREE: u32 = 8;
 const PAUSE_NS: u64 = 10_000_000;
 /// The longest pause.
 const PAUSE_MAX_NS: u64 = 1_000_000_000;
-/// Offers that are so far apart, in nanoseconds, are not in a row.
+/// Offers that are this far apart, in nanoseconds, do not count as in a row.
 const APART_NS: u64 = 10_000_000_000;
 
-/// What is known of the offers to one front end.
+/// The history of the offers to one front end.
 #[derive(Default)]
 pub(crate) struct Pace {
     last_ns: u64,
@@ -73,7 +73,7 @@ mod tests {
         all.extend([10, 20, 40, 80, 160, 320, 640, 1000, 1000, 1000]);
         assert_eq!(waits_ms, all);
         host.0.set(host.0.get() + APART_NS);
-        assert_eq!(pace.wait_ns(&host), 0, "what is far apart is not in a row");
+        assert_eq!(pace.wait_ns(&host), 0, "offers far apart do not count as in a row");
         pace.offered(&host);
         assert_eq!(pace.wait_ns(&host), 0);
     }

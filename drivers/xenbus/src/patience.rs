@@ -1,21 +1,21 @@
-//! Errors of xenstored that go away by themselves.
+//! Errors of xenstored that are transient.
 
 use tap_host::{Bug, Errno, Probe, Time};
 
-/// Attempts at one operation, for half a minute in all.
+/// Attempts at one operation, half a minute in total.
 const ATTEMPTS: u32 = 40;
-/// Before the second of them, in nanoseconds; it doubles with each, up to [`PAUSE_MAX_NS`].
+/// Pause before the second attempt, in nanoseconds; it doubles each time, up to [`PAUSE_MAX_NS`].
 const PAUSE_NS: u64 = 1_000_000;
 /// Longest pause between two attempts.
 const PAUSE_MAX_NS: u64 = 1_000_000_000;
 
-/// Whether xenstored, or the way to it, may be well again the next time: it was busy or short of memory, a quota was
-/// used up, or a message was lost. A connection that is gone for good is `ESHUTDOWN`.
+/// Whether a retry may succeed: xenstored was busy or short of memory, a quota was used up, or a message was lost. A
+/// connection that is gone for good is `ESHUTDOWN`.
 pub(crate) fn is_transient(error: Errno) -> bool {
     matches!(error, Errno::EBUSY | Errno::ENOMEM | Errno::ENOSPC | Errno::EIO | Errno::EINTR)
 }
 
-/// Repeats `operation`, which must do no harm twice, after transient errors.
+/// Repeats `operation`, which must be safe to run twice, after transient errors.
 ///
 /// # Errors
 /// The last one.

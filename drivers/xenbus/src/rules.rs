@@ -1,4 +1,4 @@
-//! What to do next: a function of what is and what is seen.
+//! What to do next: a function of our phase and of what xenstore says.
 
 use crate::config::BackendEnd;
 use tap_abi::xenbus::XenbusState;
@@ -12,7 +12,7 @@ pub(crate) enum Phase {
     Serving,
     /// The ring takes no more requests.
     Draining,
-    /// The front end has let go of its ring, and so have we.
+    /// The front end has released its ring, and so have we.
     Drained,
     /// The ring takes no more requests; another process will.
     Leaving,
@@ -30,9 +30,9 @@ pub(crate) struct Seen {
     /// The front end's; `None` when its directory is gone.
     pub(crate) frontend: Option<XenbusState>,
     pub(crate) online: bool,
-    /// The hotplug script is done, or nobody waits for it.
+    /// The hotplug script is done, or there is none to wait for.
     pub(crate) hotplugged: bool,
-    /// We are to leave the disk to another process.
+    /// We should leave the disk to another process.
     pub(crate) leave: bool,
 }
 
@@ -64,27 +64,28 @@ pub(crate) enum Action {
     End(BackendEnd),
 }
 
-/// How a process begins that finds these states.
+/// How a process that finds these states begins.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Start {
-    /// Nothing was connected: as [`Action::Offer`].
+    /// Nothing was connected: the same as [`Action::Offer`].
     Offer,
-    /// A predecessor served this ring: take it up.
+    /// A predecessor served this ring: take it over.
     Resume,
-    /// Go on as if in this phase.
+    /// Continue as if in this phase.
     In(Phase),
 }
 
 pub(crate) fn start(seen: &Seen) -> Start {
     use XenbusState::*;
     match (seen.backend, seen.frontend) {
-        // Also where the end of it was begun, by the front end or the toolstack: it has its ring until it says 6.
+        // Also if the front end or the toolstack has begun to close it: the front end has its ring until it says 6.
         (Some(Connected), Some(Connected | Closing)) | (Some(Closing), Some(Closing)) => Start::Resume,
         (Some(Closing), Some(Connected)) if !seen.online => Start::Resume,
-        // The predecessor published the disk, or the front end made another ring since: both connect now.
+        // The predecessor published the disk, or the front end has made another ring since: in both cases connect
+        // now.
         (Some(Connected), Some(Initialised)) => Start::In(Phase::Waiting),
-        // The predecessor died between the two ends of closing, or the front end began anew: it has no ring, and a
-        // state 6 now would have it close again.
+        // The predecessor died half way through closing, or the front end started over: it has no ring, and a state
+        // 6 now would make it close again.
         (Some(Connected | Closing | Reconfiguring | Reconfigured), Some(Initialising)) if seen.online => {
             Start::Offer
         }
@@ -96,7 +97,7 @@ pub(crate) fn start(seen: &Seen) -> Start {
 
 pub(crate) fn next(phase: Phase, seen: &Seen) -> Action {
     use XenbusState::*;
-    // We wrote a state before; who finds the first one has another device in the same directory.
+    // We have already written a state; if the first one is back, another device is in the same directory.
     if matches!(seen.backend, None | Some(Initialising)) {
         return Action::End(BackendEnd::BackendGone);
     }
@@ -108,7 +109,7 @@ pub(crate) fn next(phase: Phase, seen: &Seen) -> Action {
         Phase::Waiting if matches!(front, Initialised | Connected) && seen.hotplugged => Action::Connect,
         Phase::Serving if front == Closed => Action::Drain,
         Phase::Serving if seen.leave => Action::Leave,
-        // Linux before 5.15 says so of a disk that is mounted, and goes on using it.
+        // Linux before 5.15 says this of a mounted disk, and continues to use it.
         Phase::Serving if front == Closing && seen.backend == Some(Connected) => Action::Echo,
         Phase::Failed if closing || front == Initialising || seen.asked_to_close() => close(seen),
         Phase::Drained => close(seen),
@@ -123,7 +124,7 @@ pub(crate) fn next(phase: Phase, seen: &Seen) -> Action {
     }
 }
 
-/// State 6: at once for a front end that may come again, otherwise when all is let go of.
+/// State 6: at once for a front end that may return, otherwise when everything is released.
 fn close(seen: &Seen) -> Action {
     if seen.online { Action::Close } else { Action::End(BackendEnd::Offline) }
 }
@@ -203,7 +204,11 @@ mod tests {
     fn who_leaves_does_not_change_what_others_see() {
         let leave = |back, front| Seen { leave: true, ..seen(back, front) };
         assert_eq!(next(Phase::Serving, &leave(Connected, Connected)), Action::Leave);
-        assert_eq!(next(Phase::Serving, &leave(Connected, Closed)), Action::Drain, "what was begun is ended");
+        assert_eq!(
+            next(Phase::Serving, &leave(Connected, Closed)),
+            Action::Drain,
+            "a close that was begun is finished"
+        );
         assert_eq!(next(Phase::Serving, &leave(Closing, Closing)), Action::Leave);
         assert_eq!(next(Phase::Draining, &leave(Closing, Closing)), Action::Wait);
         for (phase, back) in [(Phase::Waiting, InitWait), (Phase::Failed, Closing), (Phase::Closed, Closed)] {

@@ -1,4 +1,4 @@
-//! Writing our state, and what belongs to it, all at once or not at all.
+//! Writing our state and the keys that belong to it, all at once or not at all.
 
 use crate::config::BackendError;
 use crate::keys;
@@ -6,8 +6,8 @@ use crate::patience::patiently;
 use tap_abi::xenbus::XenbusState;
 use tap_host::{Errno, Probe, Time, Transaction, Xenstore};
 
-/// Most bytes of a value: what is longer is a sentence for people. A driver domain may have no more than 2048, and a
-/// message has to hold the path as well; one that is too long looks like a quota that is used up, and is never written.
+/// Most bytes of a value; only sentences for people can be longer. A driver domain may have no more than 2048, and a
+/// message has to hold the path as well; one that is too long fails like an exhausted quota, and is never written.
 const VALUE_BYTES_MAX: usize = 1024;
 
 /// Keys beside the state, relative to the directory.
@@ -18,13 +18,13 @@ pub(crate) type Keys<'a> = &'a [(&'a str, String)];
 pub(crate) enum Written {
     /// Done.
     Yes,
-    /// The directory is gone, or somebody else wrote a state: look again.
+    /// The directory is gone, or another party wrote a state: look again.
     No,
 }
 
-/// Writes `keys` and `state` in `dir` if the state there is still `expected`. A state of closing is written whatever is
-/// there, but for a device that is new: its predecessor's end is none of its. A device that is being closed is offered
-/// anew only while it is online: what the caller knows of that may be older than the state.
+/// Writes `keys` and `state` in `dir` if the state there is still `expected`. A closing state is written whatever is
+/// there, except over a new device: its predecessor's end does not concern it. A device that is being closed is offered
+/// again only while it is online: what the caller knows about that may be older than the state.
 pub(crate) async fn write<H: Xenstore + Time + Probe>(
     host: &H,
     dir: &str,
@@ -36,7 +36,7 @@ pub(crate) async fn write<H: Xenstore + Time + Probe>(
     loop {
         match patiently(host, async || attempt(host, dir, expected, state, keys).await).await {
             Ok(written) => return Ok(written),
-            // Somebody else was at the same nodes; nothing of ours has happened.
+            // Another party changed the same nodes; none of our writes took effect.
             Err(Errno::EAGAIN) => {}
             Err(error) => return Err(failed(error)),
         }
@@ -60,14 +60,14 @@ async fn attempt<H: Xenstore>(
     let own = now != XenbusState::Initialising;
     let closing = matches!(state, XenbusState::Closing | XenbusState::Closed) && own;
     if now == state && now != XenbusState::Closing {
-        // An attempt whose answer was lost: nobody else says this of us.
+        // An earlier attempt whose answer was lost: nothing else writes this state for us.
         return Ok(Written::Yes);
     }
     if now != expected && !closing {
         return Ok(Written::No);
     }
     if state == XenbusState::InitWait && now == XenbusState::Closing {
-        // A toolstack may have written it meanwhile, which does so once the device is offline.
+        // A toolstack may have written it meanwhile; it does so once the device is offline.
         let online = keys::known(tx.read(&format!("{dir}/online")).await, keys::MAX_VALUE_BYTES)?;
         if keys::is_offline(online.as_deref()) {
             return Ok(Written::No);

@@ -1,4 +1,4 @@
-//! All disks that a toolstack gives to us, as they come and go.
+//! All disks that a toolstack assigns to us, as they come and go.
 //!
 //! ```text
 //!   ROOT/DOM/VBD  with our script in it ──► Device ──► a task that serves it ──► its end
@@ -7,7 +7,7 @@
 //! ```
 //!
 //! A device is served once per life of its directory: a life begins when a toolstack makes it (state 1), or when we
-//! come and it is there. Which image it is of comes from the toolstack, too (`params`); guests cannot write there.
+//! start and find it. The toolstack also names the image (`params`); guests cannot write there.
 
 use crate::config::{BackendError, XenHost};
 use crate::keys;
@@ -23,7 +23,7 @@ use tap_abi::xenbus::XenbusState;
 use tap_core::wait;
 use tap_host::{Bug, DomId, Errno, StorePath, Transaction, VbdId, Watcher};
 
-/// Longest `params` in bytes; a path has at most so many.
+/// Longest `params` in bytes; no path is longer.
 const MAX_PARAMS_BYTES: usize = 4096;
 
 /// A disk that a toolstack wants served.
@@ -35,9 +35,9 @@ pub struct Device {
     pub vbd: VbdId,
     /// The back end's directory.
     pub path: StorePath,
-    /// What the toolstack says of the image; anything.
+    /// What the toolstack says about the image; any text.
     pub params: String,
-    /// The guest is not to write.
+    /// The guest may not write.
     pub read_only: bool,
 }
 
@@ -48,7 +48,7 @@ pub struct DeviceFilter {
     pub root: StorePath,
     /// The file name of the script that marks ours.
     pub script: String,
-    /// How the names of in-flight records begin: those named `records-DOMAIN-VBD` of devices that are gone are removed.
+    /// Prefix of the names of in-flight records: those named `records-DOMAIN-VBD` of devices that are gone are removed.
     pub records: &'static str,
 }
 
@@ -57,12 +57,12 @@ type Id = (DomId, VbdId);
 #[derive(Default)]
 struct TaskSet {
     running: RefCell<BTreeSet<Id>>,
-    /// Tasks that ended and were not looked at since.
+    /// Tasks that ended and whose devices were not examined since.
     ended: RefCell<BTreeSet<Id>>,
     bell: wait::Event,
 }
 
-/// What to look at again.
+/// What to examine again.
 enum Wakeup {
     Everything,
     These(BTreeSet<Id>),
@@ -70,11 +70,11 @@ enum Wakeup {
 }
 
 /// Runs `serve` in a task of its own for every device of `filter`, until `leave` is set and all of them have ended.
-/// `serve` leads its device out of state 1 or ends when it is gone: one that ends and leaves it in state 1 is run
-/// again.
+/// `serve` must take its device out of state 1 or end when the device is gone: if it ends and leaves the device in
+/// state 1, it is run again.
 ///
 /// # Errors
-/// [`BackendError::Store`]; the tasks go on then.
+/// [`BackendError::Store`]; the tasks continue then.
 pub async fn supervise<H: XenHost, F: Future<Output = ()> + 'static>(
     host: &H,
     filter: &DeviceFilter,
@@ -154,7 +154,7 @@ async fn next_wakeup(
     .await
 }
 
-/// What a change at `path` is news of.
+/// What a change at `path` affects.
 fn of_path(path: &str, root: &str) -> Wakeup {
     let Some(below) = path.strip_prefix(root).and_then(|rest| rest.strip_prefix('/')) else {
         return Wakeup::Everything;
@@ -172,7 +172,7 @@ fn of_path(path: &str, root: &str) -> Wakeup {
     }
 }
 
-/// What a device is found by.
+/// The keys that identify a device.
 const KEYS: [&str; 4] = ["script", "frontend", "online", "state"];
 
 fn parse_dom(name: &str) -> Option<DomId> {
@@ -197,14 +197,14 @@ async fn all<H: XenHost>(host: &H, root: &str) -> Result<BTreeSet<Id>, BackendEr
 
 async fn names<H: XenHost>(host: &H, path: &str) -> Result<Vec<String>, BackendError> {
     match patiently(host, async || host.directory(path).await).await {
-        // The first device makes it.
+        // The first device creates it.
         Err(Errno::ENOENT) => Ok(Vec::new()),
         result => result.map_err(|error| BackendError::Store { what: "list", path: path.to_owned(), error }),
     }
 }
 
-/// The device `id` with its state, if it is ours and not taken away already. Seen all at once: it may be taken away and
-/// made again meanwhile.
+/// The device `id` with its state, if it is ours and not already removed. All keys are read in one transaction: the
+/// device may be removed and made again meanwhile.
 async fn look<H: XenHost>(
     host: &H,
     filter: &DeviceFilter,
@@ -236,7 +236,7 @@ async fn look_in(
     let Some(state) = read("state", short).await? else { return Ok(None) };
     let Some(script) = read("script", short).await? else { return Ok(None) };
     let file_name = script.rsplit(|byte| *byte == b'/').next();
-    // Without a front end it is not written to its end; its coming is news.
+    // Without the key `frontend` the directory is incomplete; the key's arrival fires the watch.
     if file_name != Some(filter.script.as_bytes()) || read("frontend", short).await?.is_none() {
         return Ok(None);
     }

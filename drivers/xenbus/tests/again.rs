@@ -1,4 +1,4 @@
-//! A front end that begins anew, again and again.
+//! A front end that reconnects again and again.
 
 mod device;
 
@@ -19,7 +19,7 @@ fn a_front_end_that_begins_anew_in_a_loop_is_made_to_wait() {
             d.set_front("state", "1").await;
             took_ms.push((world.sim.now_ns() - before_ns) / 1_000_000);
         }
-        assert!(took_ms[..8].iter().all(|ms| *ms < 5), "a few times are nobody's concern: {took_ms:?}");
+        assert!(took_ms[..8].iter().all(|ms| *ms < 5), "a few reconnects are not delayed: {took_ms:?}");
         assert!(took_ms[16..].iter().all(|ms| (950..1050).contains(ms)), "{took_ms:?}");
         d.set_back("online", "0").await;
         d.settle().await;

@@ -58,7 +58,7 @@ fn a_device_lives_twice_and_is_taken_away() {
     }
 }
 
-/// Everything a guest does with a device, on back ends that die after so many effects each.
+/// Everything that a guest does with a device, on back ends that die after the given numbers of effects.
 fn live_with_deaths(seed: u64, deaths: Vec<u64>) -> (u64, World) {
     let steps = Rc::new(RefCell::new(0));
     let first_steps = Rc::clone(&steps);
@@ -169,7 +169,7 @@ fn what_a_front_end_must_not_say_is_told_and_closed() {
             d.start(0);
             d.until_back(XenbusState::InitWait).await;
             let front = Front::new(&d.guest);
-            // Wrong before it is ready: nobody looks earlier.
+            // Wrong until it is ready: the keys are not read earlier.
             front.ring.publish_in_store(&format!("{}/elsewhere", d.paths.frontend)).await.unwrap();
             for own in ["ring-ref", "event-channel", "protocol"] {
                 let right = d.read(&format!("{}/elsewhere", d.paths.frontend), own).await.unwrap();
@@ -181,7 +181,7 @@ fn what_a_front_end_must_not_say_is_told_and_closed() {
             let error = d.back("error").await.unwrap();
             assert!(error.starts_with("failed to ") && error.len() > 20, "{key} {value}: {error}");
             assert_eq!(world.xen.mapped_from(d.guest.dom()), 0);
-            // The next driver does it right.
+            // The next driver behaves.
             d.set_front("state", "6").await;
             d.until_back(XenbusState::Closed).await;
             d.guest.remove(&format!("{}/{key}", d.paths.frontend)).await.unwrap();
@@ -246,7 +246,7 @@ fn ends_that_vanish() {
             assert_eq!(d.end(), Some(Ok(end)));
             let left = d.toolstack.read(&d.paths.backend).await;
             assert_eq!(left.is_ok(), front_end, "a removed directory is not made again");
-            // Who takes the front end away by force waits for this.
+            // A toolstack that removes the front end by force waits for this.
             assert_eq!(d.back("state").await.as_deref(), front_end.then_some("6"));
             d.assert_nothing_held();
         });
@@ -274,7 +274,11 @@ fn a_process_that_leaves_is_followed_by_another_and_the_front_end_does_not_notic
                 d.settle().await;
                 assert_eq!(d.ends.borrow_mut().pop(), Some(Ok(BackendEnd::Left)));
                 assert_eq!((d.back("state").await.as_deref(), d.back("error").await), (Some("4"), None));
-                assert_eq!(world.xen.counts(DomId(0)), Counts::default(), "nothing is held in between");
+                assert_eq!(
+                    world.xen.counts(DomId(0)),
+                    Counts::default(),
+                    "nothing is held between processes"
+                );
                 leaver.leave.clear();
                 d.start(nth);
             }
@@ -285,7 +289,7 @@ fn a_process_that_leaves_is_followed_by_another_and_the_front_end_does_not_notic
         assert!(world.marked(Mark::RingLeft) == 3, "{}", world.marked(Mark::RingLeft));
         resumed += world.marked(Mark::RecordResumed);
     }
-    assert_eq!(resumed, 0, "who leaves in order leaves nothing in flight");
+    assert_eq!(resumed, 0, "an orderly leave leaves nothing in flight");
 }
 
 #[test]
@@ -332,7 +336,7 @@ fn a_disk_in_use_is_served_for_as_long_as_its_front_end_uses_it() {
         d.set_back("state", "5").await;
         world.sim.sleep_ns(60_000_000_000).await;
         d.work(&front, 20).await;
-        // It would close, and does not: its disk is mounted.
+        // It was asked to close, and does not: its disk is mounted.
         d.set_front("state", "5").await;
         world.sim.sleep_ns(60_000_000_000).await;
         d.work(&front, 20).await;

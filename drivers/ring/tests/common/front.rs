@@ -55,7 +55,7 @@ impl Front {
         self.ring.publish();
         let response = self.ring.next().await.unwrap();
         let bytes = zerocopy::IntoBytes::as_bytes(&response).to_vec();
-        assert!(bytes[9] == 0 && bytes[12..].iter().all(|b| *b == 0), "padding tells something: {bytes:?}");
+        assert!(bytes[9] == 0 && bytes[12..].iter().all(|b| *b == 0), "padding is not zero: {bytes:?}");
         response
     }
 
@@ -93,7 +93,7 @@ pub async fn workload(sim: Sim, front: Rc<Front>, count: u64, depth: usize, seed
         front.ring.publish();
         let mut next = Some(front.ring.next().await.map_err(|e| e.to_string())?);
         while let Some(response) = next {
-            let expected = waiting.remove(&response.id.get()).ok_or("an answer to nothing that was asked")?;
+            let expected = waiting.remove(&response.id.get()).ok_or("an answer without a request")?;
             if response.status.get() != 0 {
                 return Err(format!("request {:#x} failed", response.id.get()));
             }
@@ -102,7 +102,7 @@ pub async fn workload(sim: Sim, front: Rc<Front>, count: u64, depth: usize, seed
                 front.pages[expected.slot].page.read(0, &mut got);
                 let at = sector as usize * 512;
                 if got != front.expected.borrow()[at..at + got.len()] {
-                    return Err(format!("read of {sector}+{sectors} brought something else"));
+                    return Err(format!("read of {sector}+{sectors} returned other data"));
                 }
             }
             free.push(expected.slot);
@@ -110,11 +110,11 @@ pub async fn workload(sim: Sim, front: Rc<Front>, count: u64, depth: usize, seed
             next = front.ring.take().map_err(|e| e.to_string())?;
         }
     }
-    // Time for an answer too many.
+    // Leave time for a surplus answer.
     sim.sleep_ns(10_000_000).await;
     match front.ring.take() {
         Ok(None) => Ok(()),
-        _ => Err("an answer too many".into()),
+        _ => Err("a surplus answer".into()),
     }
 }
 

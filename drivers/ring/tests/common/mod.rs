@@ -1,4 +1,4 @@
-//! A host and a disk for tests: the models' processes, joined, and a node in memory.
+//! A host and a disk for tests: the models' processes combined, and a node in memory.
 
 #![allow(dead_code, unreachable_pub, reason = "each test program uses a part")]
 

@@ -98,7 +98,7 @@ impl Device {
         }
     }
 
-    /// What a front end does from 1 to 4.
+    /// What a front end does from state 1 to 4.
     pub async fn connect(&self) -> Rc<Front> {
         self.until_back(XenbusState::InitWait).await;
         let front = Front::new(&self.guest);
@@ -113,14 +113,14 @@ impl Device {
         workload(self.world.sim.clone(), Rc::clone(front), count, 16, count).await.unwrap();
     }
 
-    /// What a front end does from 4 to 6; the ring is its own again afterwards.
+    /// What a front end does from state 4 to 6; afterwards it has its ring for itself again.
     pub async fn disconnect(&self, front: Rc<Front>) {
         self.set_front("state", "5").await;
         self.until_back(XenbusState::Closing).await;
         self.set_front("state", "6").await;
         self.until_back(XenbusState::Closed).await;
-        let Ok(Front { ring, .. }) = Rc::try_unwrap(front) else { panic!("somebody uses the ring") };
-        ring.end().expect("nobody has it mapped");
+        let Ok(Front { ring, .. }) = Rc::try_unwrap(front) else { panic!("the ring is still in use") };
+        ring.end().expect("the page is no longer mapped");
     }
 
     pub async fn settle(&self) {
