@@ -1,4 +1,4 @@
-//! The receiving side of a stream: one large buffer, filled by one receive at a time and looked at in place.
+//! The receiving side of a stream: one large buffer, filled by one receive at a time and read in place.
 //!
 //! ```text
 //!   buffer  │ taken ░░░░│ unread: whole requests ... a part of one │ free ───────────│
@@ -23,7 +23,7 @@ pub(crate) enum End {
 
 pub(crate) struct Inlet<S> {
     stream: S,
-    /// Gone for good when a receive was given up.
+    /// `None` for good once a receive was abandoned.
     buf: Option<IoBuf>,
     start: usize,
     end: usize,
@@ -32,19 +32,19 @@ pub(crate) struct Inlet<S> {
 }
 
 impl<S: Stream> Inlet<S> {
-    /// An inlet that holds at most `bytes` (a page to 4 MiB) of what was received, in memory of `memory`; `None` where
-    /// there is no room for it.
+    /// An inlet that holds at most `bytes` (a page to 4 MiB) of received data, in memory from `memory`; `None` if there
+    /// is no room for it.
     pub(crate) fn new(stream: S, bytes: usize, memory: &Stage) -> Option<Self> {
         let buf = buffer(bytes.max(PAGE_BYTES), memory)?;
         Some(Self { stream, buf: Some(buf), start: 0, end: 0, receives: Rc::default() })
     }
 
-    /// Counts the receives that end in `receives`, for who watches whether something moves.
+    /// Counts receives that end in `receives`, so that others can see whether anything moves.
     pub(crate) fn count_receives(&mut self, receives: Rc<Cell<u64>>) {
         self.receives = receives;
     }
 
-    /// Receives once into `buf` from byte `from` on.
+    /// Receives once into `buf`, from byte `from` on.
     async fn receive(
         &self,
         buf: IoBuf,
@@ -56,7 +56,8 @@ impl<S: Stream> Inlet<S> {
         received
     }
 
-    /// Lets it hold `bytes`, if that is more and `memory` has them: not what others need to begin with.
+    /// Enlarges it to `bytes`, if that is more and `memory` has them without using what other connections need to
+    /// begin.
     pub(crate) fn grow(&mut self, bytes: usize, memory: &Stage) {
         if bytes <= self.capacity() {
             return;
@@ -73,7 +74,7 @@ impl<S: Stream> Inlet<S> {
         self.buf.as_ref().map_or(0, |buf| buf.len())
     }
 
-    /// What was received and not taken.
+    /// Bytes received and not taken.
     pub(crate) fn unread(&self) -> &[u8] {
         self.buf.as_ref().map_or(&[], |buf| &buf[self.start..self.end])
     }
@@ -87,7 +88,7 @@ impl<S: Stream> Inlet<S> {
     /// Receives once.
     pub(crate) async fn fill(&mut self, stop: &StopSignal) -> Result<(), End> {
         let Some(mut buf) = self.buf.take() else { return Err(End::Stopped) };
-        // What is left is less than a request and its small payload.
+        // The rest is less than a request and its small payload.
         buf.copy_within(self.start..self.end, 0);
         (self.start, self.end) = (0, self.end - self.start);
         assert!(self.end < buf.len(), "a full buffer cannot be filled");
@@ -108,8 +109,8 @@ impl<S: Stream> Inlet<S> {
         Ok(())
     }
 
-    /// Fills `buf` from byte `at` on: with what is unread first, then straight from the stream. On an error the buffer
-    /// comes back too, unless the stop signal was set.
+    /// Fills `buf` from byte `at` on: with unread bytes first, then straight from the stream. The buffer is returned on
+    /// an error too, unless the stop signal was set.
     pub(crate) async fn fill_buf(
         &mut self,
         buf: IoBuf,
@@ -135,7 +136,7 @@ impl<S: Stream> Inlet<S> {
         (Ok(()), Some(buf))
     }
 
-    /// Takes `count` bytes that nobody wants.
+    /// Takes and discards `count` bytes.
     pub(crate) async fn skip(&mut self, mut count: usize, stop: &StopSignal) -> Result<(), End> {
         loop {
             let part = count.min(self.unread().len());

@@ -11,10 +11,10 @@
 //!
 //! # Contract
 //!
-//! * Over the seam only: a stream is cut anywhere, and every byte of a peer is checked before it is believed. What a
-//!   peer sends never panics, and never takes more memory than the limits say.
-//! * Requests and replies are moved in batches: one receive takes what has arrived, one send takes every reply that
-//!   was ready by then. Payload is copied at most once on its way in, and not at all on its way out.
+//! * Uses only the seam: a stream may be split anywhere, and every byte of a peer is checked before it is trusted. What
+//!   a peer sends never causes a panic, and never takes more memory than the limits allow.
+//! * Requests and replies are moved in batches: one receive takes everything that has arrived, one send takes every
+//!   reply that is ready. Payload is copied at most once on its way in, and not at all on its way out.
 //! * Addresses of disks are sectors of 512 bytes. The server asks for such requests and refuses others with `EINVAL`;
 //!   the client refuses servers that want larger ones.
 

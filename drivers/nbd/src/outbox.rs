@@ -1,8 +1,7 @@
-//! The sending side of a stream: what is put in during one turn of the executor goes out in one send.
+//! The sending side of a stream: messages put in during one turn of the executor go out in one send.
 //!
-//! Whoever has something to say puts it in and wakes the writer. The executor runs tasks in the order of their
-//! wake-ups, so the writer comes after everybody who was ready at the same time, and takes what all of them have put
-//! in.
+//! A task with a message puts it in and wakes the writer. The executor runs tasks in the order of their wake-ups, so
+//! the writer runs after every task that was ready at the same time, and takes what all of them have put in.
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
@@ -19,7 +18,7 @@ pub(crate) struct Outbox {
 }
 
 impl Outbox {
-    /// Puts one message in; drops it where the outbox is closed.
+    /// Puts one message in; drops it if the outbox is closed.
     pub(crate) fn put(&self, message: impl FnOnce(&mut SendList)) {
         if self.closed.get() {
             return;
@@ -35,7 +34,7 @@ impl Outbox {
         self.wake();
     }
 
-    /// Drops what is not sent, and its buffers with it, and lets the writer end.
+    /// Drops everything unsent, including its buffers, and lets the writer end.
     pub(crate) fn discard(&self) {
         drop(self.list.take());
         self.messages.set(0);
@@ -48,8 +47,8 @@ impl Outbox {
         }
     }
 
-    /// Swaps everything that is to be sent with `spare`, an empty list, and gives the number of messages; `None` when
-    /// the outbox is closed and empty.
+    /// Swaps everything to be sent with `spare`, an empty list, and returns the number of messages; `None` when the
+    /// outbox is closed and empty.
     pub(crate) async fn next(&self, spare: &mut SendList) -> Option<u32> {
         poll_fn(|cx| {
             let messages = self.messages.take();
@@ -67,7 +66,7 @@ impl Outbox {
     }
 }
 
-/// Sends all of `list`; gives it back, empty after success.
+/// Sends all of `list`; returns it, empty after success.
 pub(crate) async fn send_all<S: Stream>(stream: &S, mut list: SendList) -> (Result<(), Errno>, SendList) {
     while !list.is_empty() {
         let (result, rest) = stream.send(list).await;

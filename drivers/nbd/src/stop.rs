@@ -1,4 +1,4 @@
-//! Tells a task that it has to stop what it is waiting for.
+//! Tells a task to stop waiting.
 
 use std::cell::Cell;
 use std::future::{Future, poll_fn};
@@ -26,20 +26,20 @@ impl StopSignal {
         self.why.get()
     }
 
-    /// Lets the listening task look again, without setting it.
+    /// Makes the listening task check again, without setting the signal.
     pub(crate) fn wake(&self) {
         if let Some(waker) = self.waker.take() {
             waker.wake();
         }
     }
 
-    /// Makes `waker` that of the listening task.
+    /// Registers `waker` as that of the listening task.
     pub(crate) fn listen(&self, waker: &Waker) {
         let own = self.waker.take().filter(|own| own.will_wake(waker));
         self.waker.set(Some(own.unwrap_or_else(|| waker.clone())));
     }
 
-    /// What `future` comes to, or `None` if the signal is set first; `future` is then dropped.
+    /// The output of `future`, or `None` if the signal is set first; `future` is then dropped.
     pub(crate) async fn unless_stopped<T>(&self, future: impl Future<Output = T>) -> Option<T> {
         let mut future = pin!(future);
         poll_fn(|cx| {
@@ -56,7 +56,7 @@ impl StopSignal {
     }
 }
 
-/// What `future` comes to, or `None` if `limit` completes before; `future` is then dropped.
+/// The output of `future`, or `None` if `limit` completes before; `future` is then dropped.
 pub(crate) async fn first<T>(
     mut limit: Pin<&mut impl Future<Output = ()>>,
     future: impl Future<Output = T>,

@@ -1,4 +1,4 @@
-//! The client against our server, against poorer ones, and against servers that die, lie or change.
+//! The client against our server, against servers with fewer features, and against servers that die, lie or change.
 
 mod common;
 
@@ -140,7 +140,7 @@ fn a_server_that_can_little_is_enough() {
             assert!(bytes[512 + 2 * MIB..].iter().all(|b| *b == 7));
             assert!(client.extents(range(0, 4 * MIB), 1024).await.unwrap()[0].allocated);
             assert_eq!(flush(&client).await, Ok(()));
-            // One for each write where they are to be durable, and the one that was asked for.
+            // One for each write if writes must be durable, and the one that was requested.
             let flushes = if write_through { 1 + 2 + 1 } else { 0 };
             assert_eq!(disk.count(Op::Flush), flushes);
         });
@@ -206,7 +206,7 @@ fn a_server_that_dies_and_comes_back_is_a_pause() {
     }
 }
 
-/// A write, perhaps a flush, then the server dies and comes back; what a flush then says, twice.
+/// A write, perhaps a flush, then the server dies and comes back; the results of two flushes after that.
 fn flushes_after_a_break(config: ClientConfig, flush_before: bool) -> [Result<(), Errno>; 2] {
     let results = Rc::new(std::cell::Cell::new(None));
     let out = Rc::clone(&results);
@@ -300,7 +300,7 @@ fn a_request_that_takes_too_long_is_sent_again() {
     });
 }
 
-/// Nobody is left who tries to reach a server that is away.
+/// No task is left that tries to reach a server that is away.
 #[test]
 fn a_client_that_is_closed_tries_no_more() {
     world(1, false, |w| async move {

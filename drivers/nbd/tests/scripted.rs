@@ -1,4 +1,4 @@
-//! The client against servers that say what a test wants them to say.
+//! The client against servers that send what a test tells them to.
 
 mod common;
 
@@ -13,7 +13,7 @@ use tap_host::{Errno, IoBuf, Listener, SendList, Sockets, Stream, Time};
 use tap_nbd::{Client, ClientConfig};
 use zerocopy::IntoBytes;
 
-/// Sends `bytes` to whoever connects, again and again.
+/// Sends `bytes` to every client that connects.
 fn against_garbage(bytes: Vec<u8>) {
     world(1, false, |w| async move {
         let process = w.process("server");
@@ -40,8 +40,8 @@ fn against_garbage(bytes: Vec<u8>) {
     });
 }
 
-/// A server that answers the first request of each connection with `answer`, given the number of the connection.
-/// Gives how many connections there were.
+/// A server that answers the first request of each connection with `answer` for the number of the connection. Returns
+/// how many connections there were.
 async fn answers(
     w: &World,
     answer: impl Fn(u32) -> Vec<u8> + 'static,
@@ -61,7 +61,7 @@ async fn answers(
                 stream.send(list)
             };
             say(greeting(count.get())).await.0.unwrap();
-            // The request is there by then.
+            // The request has arrived by then.
             host.sleep_ns(1_000_000).await;
             say(answer(count.get())).await.0.unwrap();
             open.push(stream);
@@ -82,8 +82,8 @@ fn status(done: bool, lens: &[u32]) -> Vec<u8> {
     bytes
 }
 
-/// More status chunks than were asked for would be memory without a limit: the connection breaks, the next one is
-/// asked.
+/// More status chunks than were asked for would use memory without limit: the connection breaks, and the request goes
+/// to the next one.
 #[test]
 fn a_block_status_comes_once() {
     world(1, false, |w| async move {
@@ -99,7 +99,7 @@ fn a_block_status_comes_once() {
     });
 }
 
-/// No more than was asked for, nothing behind the range, and nothing behind a piece that ends within a sector.
+/// No more than was asked for, nothing past the range, and nothing past a piece that ends within a sector.
 #[test]
 fn a_block_status_is_cut_to_what_was_asked_for() {
     let found = |lens: &'static [u32], most: usize| {
@@ -120,7 +120,7 @@ fn a_block_status_is_cut_to_what_was_asked_for() {
     assert_eq!(found(&[100, 1024], 9), [(1, false)], "less than a sector may be anything");
 }
 
-/// What a server says of an error is for people: the next reply comes behind it.
+/// A server's error message is for people: the next reply follows it.
 #[test]
 fn the_words_of_an_error_are_passed_over() {
     world(1, false, |w| async move {
@@ -142,7 +142,7 @@ fn the_words_of_an_error_are_passed_over() {
     });
 }
 
-/// What a connection said of a request before it broke is not what the next one says.
+/// An error that arrived before the connection broke does not hold for the next connection.
 #[test]
 fn an_error_of_a_connection_that_broke_is_forgotten() {
     world(1, false, |w| async move {
@@ -160,7 +160,7 @@ fn an_error_of_a_connection_that_broke_is_forgotten() {
     });
 }
 
-/// Some servers end a connection when it does, not when they are told so.
+/// Some servers end a connection when the stream ends, not when they get a disconnect.
 #[test]
 fn a_client_that_is_closed_ends_its_stream() {
     world(1, false, |w| async move {
@@ -189,7 +189,7 @@ fn a_client_that_is_closed_ends_its_stream() {
     });
 }
 
-/// A server that knows less than before is another one: what was asked of the first cannot be asked of it.
+/// A server that can do less than before is a different one: requests made for the first cannot go to it.
 #[test]
 fn a_server_that_comes_back_with_less_is_refused() {
     for (first, then) in [(greeting(true), greeting(false)), (greeting(true), without_context())] {
@@ -208,7 +208,7 @@ fn a_server_that_comes_back_with_less_is_refused() {
     }
 }
 
-/// As [`greeting`] with everything, but for the allocation of the disk.
+/// As [`greeting`] with everything except `base:allocation`.
 fn without_context() -> Vec<u8> {
     let mut bytes = Hello::new(handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES).as_bytes().to_vec();
     let flags = (export::HAS_FLAGS | export::SEND_FLUSH).into();
@@ -220,7 +220,7 @@ fn without_context() -> Vec<u8> {
     bytes
 }
 
-/// A server's words up to the first request: it knows nothing but `EXPORT_NAME`, or everything.
+/// What a server sends up to the first request: it knows only `EXPORT_NAME`, or everything.
 fn greeting(structured: bool) -> Vec<u8> {
     let mut bytes = Hello::new(handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES).as_bytes().to_vec();
     let flags = (export::HAS_FLAGS | export::SEND_FLUSH).into();

@@ -90,7 +90,7 @@ fn the_old_way_in_and_the_ways_out() {
         raw.send(&0_u32.to_be_bytes()).await.unwrap();
         let reply = raw.export_name("").await;
         assert_eq!((reply.size.get(), reply.flags.get() & export::SEND_DF), (MIB as u64, 0));
-        assert_eq!(raw.take(124).await, [0; 124], "zeros unless both sides do without");
+        assert_eq!(raw.take(124).await, [0; 124], "zeros unless both sides opt out");
         raw.request(CMD_READ, 0, 1, 0, 512, b"").await;
         assert_eq!(raw.answer(512).await.data, [0; 512]);
         raw.request(CMD_DISC, 0, 0, 0, 0, b"").await;
@@ -112,7 +112,7 @@ fn the_old_way_in_and_the_ways_out() {
     });
 }
 
-/// Everything that changes or shows the disk, over streams that are cut anywhere.
+/// Every command that changes or reads the disk, over streams that are split anywhere.
 async fn commands(w: World, structured: bool, len: usize) {
     let disk = Disk::new(8 * MIB);
     let (process, _) = w.serve(vec![export("disk", &disk)], ServerLimits::default()).await;
@@ -239,7 +239,7 @@ fn garbage_ends_one_connection_only() {
         let bad = w.client("bad", "disk", true).await;
         bad.request(CMD_READ, 0, 1, 0, 512, b"").await;
         bad.send(&[0xaa; 60]).await.unwrap();
-        assert_eq!(bad.answer(0).await.cookie, 1, "what came before is answered");
+        assert_eq!(bad.answer(0).await.cookie, 1, "earlier requests are answered");
         assert_eq!(bad.take(1).await, b"");
         let huge = w.client("huge", "disk", true).await;
         huge.request(CMD_WRITE, 0, 1, 0, u32::MAX - 511, b"").await;
@@ -321,7 +321,7 @@ fn who_says_nothing_does_not_keep_others_out() {
             w.sim.sleep_ns(1_000_000).await;
             assert!(server.connections() <= 1 + 3);
         }
-        assert_eq!(mute[6].take(100).await.len(), 18, "the oldest are closed, behind their greeting");
+        assert_eq!(mute[6].take(100).await.len(), 18, "the oldest are closed, after their greeting");
         served.stream.shutdown();
         w.sim.sleep_ns(1_000_000).await;
         let next = w.client("next", "disk", true).await;
@@ -351,7 +351,7 @@ fn who_sends_no_more_gets_its_replies_or_loses_its_place() {
         assert_eq!(patient.answer(0).await.data.len(), 8 + (1 << 20));
         assert_eq!(patient.take(1).await, b"");
         w.sim.sleep_ns(2_100_000_000).await;
-        assert_eq!((server.connections(), server.used_bytes()), (0, 0), "it had taken nothing");
+        assert_eq!((server.connections(), server.used_bytes()), (0, 0), "it took no memory");
     });
 }
 
@@ -397,7 +397,11 @@ fn a_client_that_dies_leaves_nothing_and_starts_nothing() {
         disk.go.set();
         w.sim.sleep_ns(10_000_000).await;
         assert_eq!((server.connections(), disk.in_flight.get()), (0, 0));
-        assert_eq!(disk.count(Op::Write), 2, "what was not started when the client went is not started then");
+        assert_eq!(
+            disk.count(Op::Write),
+            2,
+            "requests not started when the client left are not started later"
+        );
     });
 }
 
@@ -430,7 +434,7 @@ fn stopping_is_orderly() {
         assert_eq!(raw.answer(0).await, ok(1));
         assert_eq!(raw.take(1).await, b"", "the second one came too late");
         stopped.wait().await;
-        assert!(w.sim.now_ns() - before <= 1_001_000_000, "whoever reads nothing is given up");
+        assert!(w.sim.now_ns() - before <= 1_001_000_000, "a client that reads nothing is given up");
         assert_eq!((server.connections(), disk.count(Op::Flush)), (0, 0));
         assert_eq!(disk.seen.borrow()[0], (Op::Write, SectorRange::new(0, 1)));
     });

@@ -1,23 +1,23 @@
-//! Which bytes of a read have come: each once, in any order, in memory that is bounded.
+//! Which bytes of a read have arrived: each once, in any order, in bounded memory.
 
 use smallvec::SmallVec;
 
-/// Most runs of bytes with gaps between them. A server that sends a read's parts in any order has a few; one that
-/// leaves out every second byte would have millions.
+/// Most runs of bytes with gaps between them. A server that sends a read's parts in any order leaves a few; one that
+/// skips every second byte would leave millions.
 const RUNS_MAX: usize = 4096;
 
-/// The bytes that have come, as runs in order that do not touch.
+/// The bytes that have arrived, as ordered runs that do not touch.
 #[derive(Debug, Default)]
 pub(super) struct Covered(SmallVec<[(u32, u32); 2]>);
 
 impl Covered {
-    /// Notes that bytes `from..to` come now; `to` is larger than `from`.
+    /// Notes that bytes `from..to` arrive now; `to` is larger than `from`.
     ///
     /// # Errors
-    /// Where some of them have come before, or there are too many gaps.
+    /// If some of them have arrived before, or there are too many gaps.
     pub(super) fn add(&mut self, from: u32, to: u32) -> Result<(), &'static str> {
         let at = self.0.partition_point(|run| run.1 < from);
-        // The first run that ends at or after the new one's beginning: the new one may touch it, and the one behind it.
+        // The first run that ends at or after the new one's beginning: the new one may touch it, and the one after it.
         let touches_before = self.0.get(at).is_some_and(|run| run.1 == from);
         let behind = at + usize::from(touches_before);
         let next = self.0.get(behind).copied();
@@ -38,7 +38,7 @@ impl Covered {
         Ok(())
     }
 
-    /// Whether bytes `0..len` have come.
+    /// Whether bytes `0..len` have arrived.
     pub(super) fn is_whole(&self, len: u32) -> bool {
         self.0.as_slice() == [(0, len)]
     }
@@ -80,6 +80,6 @@ mod tests {
             assert_eq!(covered.add(2 * i, 2 * i + 1), Ok(()));
         }
         assert!(covered.add(1 << 20, (1 << 20) + 1).is_err());
-        assert_eq!(covered.add(1, 2), Ok(()), "a gap that is filled needs no room");
+        assert_eq!(covered.add(1, 2), Ok(()), "filling a gap needs no room");
     }
 }

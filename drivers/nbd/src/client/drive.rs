@@ -1,9 +1,9 @@
-//! The life of a client: a connection, the next one when it breaks, and what happens to requests in between.
+//! The life of a client: a connection, the next one when it breaks, and the requests in between.
 //!
 //! ```text
 //!   connected ──breaks──► waiting ──► connected: everything in flight is sent again
-//!                            │  reconnect_ns are over: requests fail, attempts go on
-//!                            └──► the server came back as another disk: requests fail for ever
+//!                            │  reconnect_ns are over: requests fail, attempts continue
+//!                            └──► the server came back as another disk: requests fail forever
 //! ```
 
 use super::link::{Link, Receiver};
@@ -16,10 +16,10 @@ use tap_host::{Bug, Errno, Event, Log, Mark, Probe, Sockets, Stream, Tasks, Time
 
 type Connected<H> = (Rc<Link<<H as Sockets>::Stream>>, Inlet<<H as Sockets>::Stream>);
 
-/// How far the attempts to connect again have come.
+/// The progress of the attempts to reconnect.
 #[derive(Clone, Copy)]
 pub(super) struct Attempt {
-    /// What the server had answered when they began.
+    /// Replies received when the attempts began.
     replies: u64,
     /// The next pause in nanoseconds.
     pause_ns: u64,
@@ -40,7 +40,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         link
     }
 
-    /// Runs connection after connection, until there can be none any more. Every request is answered then.
+    /// Runs connection after connection, until there can be no more. By then every request is answered.
     pub(super) async fn drive(self: Rc<Self>, link: Rc<Link<H::Stream>>, inlet: Inlet<H::Stream>) {
         self.connect_again_and_again(link, inlet).await;
         assert!(self.pending.borrow().is_empty(), "a client that has ended holds requests");
@@ -68,9 +68,9 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
 
     fn disconnected(&self, link: &Link<H::Stream>, why: &'static str) {
         link.ended.set(true);
-        // Nothing that was sent on it may come behind what is sent again.
+        // Nothing that was sent on it may arrive after the requests that are sent again.
         link.stream.abort();
-        // Others hold the link for longer than it lives; the buffers in it are wanted.
+        // The link is referenced for longer than it lives; its buffers are needed now.
         if !self.host.bug(Bug::NbdBufferKept) {
             link.out.discard();
         }
@@ -87,8 +87,8 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         }
     }
 
-    /// Tries until there is a connection again; `None` if the server cannot be the same any more. Connections that
-    /// break before anything is answered are no progress: pauses grow on, and patience ends.
+    /// Tries until there is a connection again; `None` if the server is no longer the same disk. Connections that break
+    /// before anything is answered do not count as progress: pauses continue to grow, and the deadline stays.
     async fn reconnect(self: &Rc<Self>) -> Option<Connected<H>> {
         let answered = self.replies.get();
         let mut attempt = self.attempt.take().filter(|a| a.replies == answered).unwrap_or(Attempt {
@@ -106,7 +106,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
                 self.host.log(Event::NbdServerGone { why: "it was away for too long" });
                 self.give_up(Errno::EIO);
             }
-            // Where it is not there, or not as it should be, another attempt will tell.
+            // The server is unreachable or misbehaves: try again.
             let Ok((terms, stream, inlet)) = open(&self.host, &self.config, &self.memory).await else {
                 continue;
             };
@@ -122,7 +122,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         }
     }
 
-    /// Sends everything again that was not answered, in its order.
+    /// Resends everything that was not answered, in the original order.
     fn resume(self: &Rc<Self>, stream: H::Stream, context: Option<u32>) -> Rc<Link<H::Stream>> {
         let link = self.start(stream, context);
         self.refusal.set(None);
@@ -156,7 +156,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         if result.is_ok() && call.command == CMD_FLUSH {
             self.flushed.set(self.flushed.get().max(call.covers));
         }
-        // Who asked may not wait any more; the buffers are then dropped here.
+        // The caller may no longer be waiting; the buffers are then dropped here.
         let _ = pending.tell.send((result, call));
     }
 

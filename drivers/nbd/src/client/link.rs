@@ -19,7 +19,7 @@ use tap_host::{
 use zerocopy::byteorder::big_endian::U32;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-/// A request that is not answered.
+/// An unanswered request.
 pub(super) struct Pending {
     pub(super) call: Call,
     pub(super) tell: Sender<(Result<(), Errno>, Call)>,
@@ -31,12 +31,12 @@ pub(super) struct Link<S> {
     pub(super) out: Outbox,
     /// The number of `base:allocation` on this connection.
     context: Option<u32>,
-    /// Why it was broken from here.
+    /// Why we broke it.
     broken: Cell<Option<&'static str>>,
     pub(super) ended: Cell<bool>,
 }
 
-/// Data of at least so many bytes is received straight into its buffer.
+/// Data of at least this many bytes is received straight into its buffer.
 const DIRECT_BYTES: usize = 4096;
 /// Extents of one answer that are kept.
 const EXTENTS_MAX: usize = 4096;
@@ -53,7 +53,7 @@ impl<S: Stream> Link<S> {
         Self { stream, out: Outbox::default(), context, broken: Cell::new(None), ended: Cell::new(false) }
     }
 
-    /// Breaks the connection; whoever receives then learns why.
+    /// Breaks the connection; the receiver then sees the reason.
     pub(super) fn give_up(&self, why: &'static str) {
         if self.broken.get().is_none() {
             self.broken.set(Some(why));
@@ -61,7 +61,7 @@ impl<S: Stream> Link<S> {
         self.stream.abort();
     }
 
-    /// Says good-bye; the writer closes the stream behind it.
+    /// Sends a disconnect; the writer closes the stream after it.
     pub(super) fn leave(&self) {
         self.out.put(|list| list.push_bytes(RequestHeader::new(CMD_DISC, 0, 0, 0, 0).as_bytes()));
         self.out.close();
@@ -82,19 +82,19 @@ impl<S: Stream> Link<S> {
     }
 }
 
-/// What a reader wants to know about a request that a reply is for.
+/// What a reader needs to know about the request that a reply belongs to.
 struct Target {
     command: u16,
     offset: u64,
     len: u64,
 }
 
-/// The receiving half of a link at work.
+/// The receiving half of a link.
 pub(super) struct Receiver<'a, H: Sockets> {
     pub(super) inner: &'a Inner<H>,
     pub(super) link: &'a Link<H::Stream>,
     pub(super) inlet: &'a mut Inlet<H::Stream>,
-    /// Never set: a connection is given up by closing it, so that buffers come back.
+    /// Never set: a connection is given up by closing it, so that buffers are returned.
     pub(super) stop: &'a StopSignal,
 }
 
@@ -103,7 +103,7 @@ type Why = &'static str;
 const UNKNOWN_COOKIE: Why = "it answered what nobody had asked";
 
 impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
-    /// Receives replies until the connection ends; why it did.
+    /// Receives replies until the connection ends; returns the reason.
     pub(super) async fn run(mut self) -> Why {
         let Err(why) = self.replies().await;
         self.link.broken.get().unwrap_or(why)
@@ -212,7 +212,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
         self.inner.finish(cookie, result);
     }
 
-    /// Notes that `len` bytes from byte `at` of a read on come now: each comes once.
+    /// Notes that `len` bytes of a read, from byte `at` on, arrive now: each arrives once.
     fn covers(&self, cookie: u64, at: usize, len: usize) -> Result<(), Why> {
         let mut result = Ok(());
         self.with(cookie, |call| result = call.got.add(at as u32, (at + len) as u32));
@@ -229,7 +229,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
         }
     }
 
-    /// The extents of a block status: what is kept of them, and the rest.
+    /// The extents of a block status: those that are kept, and the rest.
     async fn status(&mut self, cookie: u64, len: usize) -> Result<(), Why> {
         let context: U32 = self.value().await?;
         let mut left = len - size_of::<U32>();
@@ -279,8 +279,8 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
         Ok(())
     }
 
-    /// Receives straight into the buffer that byte `at` of the request is in, if the data goes to its end. Gives how
-    /// many bytes that were.
+    /// Receives straight into the buffer that contains byte `at` of the request, if the data fills it to its end.
+    /// Returns the number of bytes.
     async fn direct(&mut self, cookie: u64, at: usize, left: usize) -> Result<Option<usize>, Why> {
         let mut found = None;
         self.with(cookie, |call| {
@@ -329,7 +329,7 @@ fn why(end: End) -> Why {
     }
 }
 
-/// The error that the protocol's number stands for; a failure of input or output where it stands for none.
+/// The error that the protocol's number stands for; an input/output error for an unknown number.
 fn errno_of(number: u32) -> Errno {
     const KNOWN: [u32; 8] = [
         error::EPERM,

@@ -4,31 +4,34 @@
 //!   submit ──► Call ──► pending, by cookie ──► Link: Outbox ──► stream
 //!                           │     ▲                  Inlet  ◄──
 //!                           │     └── answered ◄───────┘
-//!                           └── sent again after the connection broke
+//!                           └── sent again when the connection broke
 //! ```
 //!
 //! # Contract
 //!
-//! * Connects with `GO`, structured replies and `base:allocation` where the server has them, else with `EXPORT_NAME`
-//!   and simple replies. What the server cannot do is done without it: zeros are written, discards are dropped, a flush
-//!   without `FLUSH` is nothing, extents without `base:allocation` are data. Larger requests than it takes are split.
-//! * **A connection that breaks** is made again, after pauses that double, and what was in flight is sent again.
-//!   Requests wait for it, until [`ClientConfig::reconnect_ns`] is over; from then on they fail with `EIO`, while
-//!   attempts go on. A request that is not answered within [`ClientConfig::request_ns`] breaks the connection. A server
-//!   that came back with another size, or able to do less, is another disk: every request fails from then on.
-//! * **Repeated requests**: the caller keeps overlapping requests apart, so a request that is carried out twice changes
-//!   nothing. Only a server that still carries out what it had read from a broken connection, later than what it reads
-//!   from a new one, could bring back old bytes. The protocol has no fence against it. A broken connection is aborted,
-//!   so nothing arrives late that is still under way; a server that died carries nothing out, and ours starts nothing
-//!   more once it sees that the connection broke. What is left are requests that wait in the server's receive buffer.
-//! * **A server that lies** is no disk: a read has every byte once, or fails. What does not fit its request (another
-//!   place, bytes that came before, more pieces than make sense, an unknown cookie) breaks the connection.
+//! * Connects with `GO`, structured replies and `base:allocation` where the server has them, otherwise with
+//!   `EXPORT_NAME` and simple replies. What the server cannot do is substituted: zeros are written, discards are
+//!   dropped, a flush without `FLUSH` does nothing, extents without `base:allocation` are data. Requests larger than it
+//!   accepts are split.
+//! * **A connection that breaks** is re-established, after pauses that double, and what was in flight is sent again.
+//!   Requests wait for it until [`ClientConfig::reconnect_ns`] is over; from then on they fail with `EIO`, while
+//!   attempts continue. A request that is not answered within [`ClientConfig::request_ns`] breaks the connection. A
+//!   server that comes back with a different size or fewer capabilities is another disk: every request fails from then
+//!   on.
+//! * **Repeated requests**: the caller keeps overlapping requests apart, so carrying out a request twice changes
+//!   nothing. Only a server that still carries out requests of a broken connection, later than those of a new one,
+//!   could bring back old bytes. The protocol has no fence against that. A broken connection is aborted, so nothing
+//!   still in transit arrives late; a server that died carries nothing out, and ours starts nothing more once it sees
+//!   that the connection broke. That leaves the requests that wait in the server's receive buffer.
+//! * **A server that lies** is not believed: a read gets every byte exactly once, or fails. A reply that does not fit
+//!   its request (the wrong place, bytes that arrived before, too many pieces, an unknown cookie) breaks the
+//!   connection.
 //! * **Flush**: a flush makes durable what was answered before. If the connection breaks in between, the server may
 //!   have died and come back without writes that it had answered, and a flush on the new connection would say nothing
-//!   about them. So with [`Breaks::MayLose`] each flush that should cover such writes fails with `EIO`, and, as what
-//!   was lost stays lost, so does every flush after it, until the disk is opened anew. With [`Breaks::Keep`] the caller
-//!   knows that the server's machine lives on, and with it everything that was answered: a server on the same machine
-//!   that accepts writes into the host's page cache before it answers, as ours does. With
+//!   about them. So with [`Breaks::MayLose`] each flush that should cover such writes fails with `EIO`, and, because
+//!   what was lost stays lost, so does every later flush, until the disk is opened again. With [`Breaks::Keep`] the
+//!   caller asserts that the server's machine lives on, and with it everything that was answered: a server on the same
+//!   machine that accepts writes into the host's page cache before it answers, as ours does. With
 //!   [`ClientConfig::write_through`] no write is answered before it is durable, and nothing is lost either way.
 
 mod covered;
@@ -67,14 +70,14 @@ pub enum Breaks {
     Keep,
 }
 
-/// How to reach a server, and how to bear with it.
+/// How to reach a server, and how long to wait for it.
 #[derive(Clone, Debug)]
 pub struct ClientConfig {
     /// Where it listens.
     pub address: SocketAddress,
     /// The export's name; empty for the default one.
     pub export: String,
-    /// Writes are refused, also where the server takes them.
+    /// Writes are refused, even if the server accepts them.
     pub read_only: bool,
     /// Every write is durable when answered (`FUA`).
     pub write_through: bool,
@@ -87,20 +90,20 @@ pub struct ClientConfig {
     /// Longest time for connecting and choosing the export, in nanoseconds.
     pub connect_ns: u64,
     /// Longest time for one request in nanoseconds. A flush, or zeros over a large range, may take a server minutes;
-    /// that its machine is gone is found out sooner by the host (TCP keepalive).
+    /// the host detects a dead machine sooner (TCP keepalive).
     pub request_ns: u64,
     /// First pause between two attempts to connect again, in nanoseconds; doubles up to `pause_most_ns`.
     pub pause_ns: u64,
     /// Longest pause between two attempts in nanoseconds.
     pub pause_most_ns: u64,
-    /// How long requests wait for a server that went away, or answers nothing any more, in nanoseconds.
+    /// How long requests wait for a server that went away or stopped answering, in nanoseconds.
     pub reconnect_ns: u64,
-    /// What the memory of the receive buffer, and of parts of requests, is taken of.
+    /// The budget from which the receive buffer and parts of requests are taken.
     pub memory: Budget,
 }
 
 impl ClientConfig {
-    /// The default export at `address`, with patience for a server that starts again.
+    /// The default export at `address`, with timeouts that survive a restart of the server.
     pub fn new(address: SocketAddress) -> Self {
         Self {
             address,
@@ -120,10 +123,10 @@ impl ClientConfig {
     }
 }
 
-/// Why there is no client.
+/// Why a client could not be made.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nobody answers.
+    /// No server answers.
     #[error("connect to {0}: {1}; is the server running?")]
     Connect(SocketAddress, Errno),
     /// The memory of the process is not enough.
@@ -137,7 +140,7 @@ pub enum ClientError {
     Refused(SocketAddress, String, String),
 }
 
-/// A disk behind a server; clones share it. Ends with [`Node::close`].
+/// A disk served over NBD; clones share it. Ends with [`Node::close`].
 pub struct Client<H: Sockets>(Rc<Inner<H>>);
 
 impl<H: Sockets> Clone for Client<H> {
@@ -149,31 +152,31 @@ impl<H: Sockets> Clone for Client<H> {
 struct Inner<H: Sockets> {
     host: H,
     config: ClientConfig,
-    /// What the first connection agreed on; later ones offer no less.
+    /// What the first connection negotiated; later ones offer no less.
     terms: Terms,
     link: RefCell<Option<Rc<Link<H::Stream>>>>,
-    /// Requests that are not answered, sent or not.
+    /// Unanswered requests, sent or not.
     pending: RefCell<BTreeMap<u64, Pending>>,
     /// Set while there are any.
     busy: Flag,
     next: Cell<u64>,
     permits: Semaphore,
-    /// Why requests are answered with an error.
+    /// The error with which all requests are answered.
     refusal: Cell<Option<Errno>>,
     closed: Cell<bool>,
-    /// Set by `close`, for the driving task between two connections.
+    /// Set by `close`, for the task of `drive` while it is between two connections.
     stop: crate::stop::StopSignal,
     /// Writes that were answered, and how many of them a flush has covered.
     answered: Cell<u64>,
     flushed: Cell<u64>,
     /// Answered writes may be gone.
     lost: Cell<bool>,
-    /// Replies of the server.
+    /// Replies received from the server.
     replies: Cell<u64>,
     attempt: Cell<Option<Attempt>>,
     connections: Cell<u64>,
     memory: Memory,
-    /// Parts of requests that are larger than the server takes, and zeros for one that cannot make them.
+    /// Memory for parts of requests larger than the server accepts, and for zeros if it cannot make them.
     parts: Stage,
 }
 
@@ -190,10 +193,10 @@ struct Call {
     payload: SmallVec<[Rc<IoBuf>; 1]>,
     /// The answer to a block status.
     extents: Vec<StatusExtent>,
-    /// The bytes of a read that have come.
+    /// The bytes of a read that have arrived.
     got: Covered,
     error: Option<Errno>,
-    /// Of a flush: the writes that it covers.
+    /// For a flush: the writes that it covers.
     covers: u64,
     sent_ns: u64,
 }
@@ -208,17 +211,17 @@ impl Call {
     }
 }
 
-/// Most bytes of one request that carries none: small enough for every server.
+/// Most bytes of one request without payload: small enough for every server.
 const RANGE_BYTES_MAX: u32 = 1 << 30;
 /// Most bytes of the buffer that a split request goes through.
 const PART_BYTES_MAX: u32 = 1 << 20;
 const SECTOR: u32 = SECTOR_BYTES as u32;
 
 impl<H: Sockets + Time + Tasks + Log + Probe> Client<H> {
-    /// Connects, and gives the export as a node.
+    /// Connects, and returns the export as a node.
     ///
     /// # Errors
-    /// [`ClientError`]; a first connection that fails is not tried again.
+    /// [`ClientError`]; a failed first connection is not retried.
     pub async fn connect(host: H, config: ClientConfig) -> Result<Self, ClientError> {
         let memory = Memory::of(&config)?;
         let (terms, stream, inlet) = open(&host, &config, &memory).await?;
@@ -251,12 +254,12 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Client<H> {
         Ok(Self(inner))
     }
 
-    /// Connections that were made, the first one included.
+    /// Connections made so far, including the first one.
     pub fn connections(&self) -> u64 {
         self.0.connections.get()
     }
 
-    /// Requests that are not answered.
+    /// Unanswered requests.
     pub fn in_flight(&self) -> usize {
         self.0.pending.borrow().len()
     }
@@ -329,14 +332,14 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         let payload = bufs.into_iter().map(Rc::new).collect();
         let call = Call { payload, ..Call::new(CMD_WRITE, self.fua(), range) };
         let (result, call) = self.call(call).await;
-        // A host that lets go of what it has sent only later has the original; it goes back to its pool from there.
+        // If the host still holds what it has sent, this returns a copy; the original returns to its pool from there.
         let back = |buf| Rc::try_unwrap(buf).or_else(|shared: Rc<IoBuf>| IoBuf::copy_of(&shared)).ok();
         let bufs: IoVec = call.payload.into_iter().filter_map(back).collect();
         let result = if result.is_ok() { self.durable().await } else { result };
         Response { result, bufs }
     }
 
-    /// A request that is larger than the server takes, part by part through a buffer.
+    /// A request larger than the server accepts, part by part through a buffer.
     async fn split(self: &Rc<Self>, request: Request) -> Response {
         let Request { op, range, mut bufs } = request;
         let part_sectors = self.terms.request_bytes.min(PART_BYTES_MAX) / SECTOR;
@@ -382,7 +385,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         self.ranges(CMD_WRITE_ZEROES, keep | fast | self.fua(), range).await
     }
 
-    /// Zeros for a server that cannot make them.
+    /// Writes zeros as data, for a server that cannot make them.
     async fn write_as_data(self: &Rc<Self>, range: SectorRange) -> Result<(), Errno> {
         let part_sectors = self.terms.request_bytes.min(PART_BYTES_MAX) / SECTOR;
         let mut at = 0;
@@ -415,7 +418,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         self.durable().await
     }
 
-    /// Where writes are to be durable when answered, a server without `FUA` is flushed after each.
+    /// If writes must be durable when answered, a server without `FUA` is flushed after each.
     async fn durable(self: &Rc<Self>) -> Result<(), Errno> {
         let needed = self.config.write_through && !self.terms.has(export::SEND_FUA);
         if needed { self.flush().await } else { Ok(()) }
@@ -464,7 +467,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         Ok(found)
     }
 
-    /// Sends a request, again if need be, and waits for its answer.
+    /// Sends a request, repeatedly if needed, and waits for its answer.
     async fn call(self: &Rc<Self>, call: Call) -> (Result<(), Errno>, Call) {
         let permit = self.permits.acquire().await;
         if let Some(error) = self.refusal.get() {
@@ -480,7 +483,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         told.await.unwrap_or_else(|| (Err(Errno::EIO), Call::default()))
     }
 
-    /// Puts a request that is pending on its way.
+    /// Puts a pending request into the outbox.
     fn put(&self, out: &Outbox, cookie: u64) {
         let mut pending = self.pending.borrow_mut();
         let Some(Pending { call, .. }) = pending.get_mut(&cookie) else { return };
@@ -497,7 +500,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
             _ if self.info().read_only => Ok(()),
             Some(error) if unflushed => Err(error),
             Some(_) => Ok(()),
-            // A server that is away is not waited for where there is nothing to tell it.
+            // Do not wait for an unreachable server if there is nothing to flush.
             None if !unflushed && !self.lost.get() => Ok(()),
             None => self.flush().await,
         };

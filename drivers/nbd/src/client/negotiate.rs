@@ -26,7 +26,7 @@ pub(super) struct Terms {
     pub(super) context: Option<u32>,
 }
 
-/// Where a server does not say how much it takes.
+/// Assumed when a server does not say how much it accepts.
 const REQUEST_BYTES: u32 = 32 << 20;
 
 impl Terms {
@@ -35,7 +35,7 @@ impl Terms {
         self.flags & flags == flags
     }
 
-    /// Why requests that were made for `self` cannot go to a server with `other` terms.
+    /// Why requests made for `self` cannot go to a server with the terms `other`.
     pub(super) fn broken_by(&self, other: &Terms) -> Option<&'static str> {
         let lost = self.flags & !other.flags & !export::READ_ONLY;
         if other.size_bytes != self.size_bytes {
@@ -71,19 +71,20 @@ impl From<End> for Stop {
 struct Talk<'a, S> {
     stream: &'a S,
     inlet: Inlet<S>,
-    /// Never set: who loses patience drops the whole negotiation.
+    /// Never set: a timeout drops the whole negotiation.
     stop: StopSignal,
 }
 
-/// The least receive buffer, in bytes.
+/// The smallest receive buffer, in bytes.
 const RECEIVE_BYTES_MIN: usize = 16 << 10;
 
-/// What receive buffers are taken of: promised before there is a request, since those that wait for the next connection
-/// may hold all the rest.
+/// Where receive buffers come from. It is reserved before there are requests, because the requests that wait for the
+/// next connection may hold all the rest.
 pub(super) struct Memory {
-    /// The least that a connection begins with; there is room for two, as the last one ends after the next has begun.
+    /// The minimum that a connection begins with; there is room for two, because the last connection ends after the
+    /// next has begun.
     inlets: Stage,
-    /// Larger ones, where there is room.
+    /// Larger ones, if there is room.
     spare: Stage,
 }
 
@@ -157,7 +158,7 @@ impl<S: Stream> Talk<'_, S> {
                     }
                 }
                 REP_ACK => return Ok(context),
-                // Done without.
+                // Continue without it.
                 _ if reply & REP_ERROR != 0 => return Ok(None),
                 _ => return Err(NOT_NBD),
             }
@@ -253,7 +254,7 @@ impl<S: Stream> Talk<'_, S> {
     }
 }
 
-/// The terms of a server that says what makes sense.
+/// The terms of a server, if they make sense.
 fn checked(size_bytes: u64, flags: u16, request_bytes: u32) -> Result<Terms, Stop> {
     let request_bytes = request_bytes - request_bytes % SECTOR_BYTES as u32;
     if request_bytes == 0 || size_bytes > i64::MAX as u64 {

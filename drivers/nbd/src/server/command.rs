@@ -1,4 +1,4 @@
-//! What a request asks for, and whether it may have it.
+//! What a request asks for, and whether it is allowed.
 
 use super::Export;
 use tap_abi::nbd::{
@@ -8,7 +8,7 @@ use tap_abi::nbd::{
 use tap_core::{Node, Op, ZeroFlags};
 use tap_host::{Errno, SECTOR_BYTES, SectorRange, Tasks};
 
-/// What is to be done.
+/// What to do.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Kind {
     /// An operation of the node.
@@ -29,7 +29,7 @@ pub(super) struct Job {
     pub(super) fua: bool,
 }
 
-/// Why a request is not carried out: the protocol's error, and a sentence.
+/// Why a request is refused: the protocol's error number, and a sentence.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Refusal(pub(super) u32, pub(super) &'static str);
 
@@ -37,8 +37,8 @@ const KNOWN_FLAGS: u16 =
     command::FUA | command::NO_HOLE | command::DF | command::REQ_ONE | command::FAST_ZERO;
 
 impl Job {
-    /// Checks a request against the export. `request_bytes` is the most that a read or write may have, `status` says
-    /// whether block status was agreed on.
+    /// Checks a request against the export. `request_bytes` is the maximum of a read or write, `status` says whether
+    /// block status was negotiated.
     pub(super) fn check(
         header: &RequestHeader,
         export: &Export,
@@ -90,7 +90,7 @@ impl Job {
     }
 }
 
-/// The protocol's number for an error of a node. It knows few, and all others are failures of input or output.
+/// The protocol's number for an error of a node. It has few; all others become input/output errors.
 pub(super) fn error_of(errno: Errno) -> u32 {
     match errno {
         Errno::EPERM | Errno::EROFS | Errno::EACCES => error::EPERM,
@@ -104,17 +104,18 @@ pub(super) fn error_of(errno: Errno) -> u32 {
     }
 }
 
-/// Most extents of one answer.
+/// Most extents in one reply.
 const EXTENTS_MAX: usize = 1024;
-/// What a node is asked about at once, in sectors: bounds the list that it makes.
+/// Sectors of one query to a node: bounds the list that it makes.
 const STATUS_SECTORS: u64 = (64 << 20) / SECTOR_BYTES;
 
-/// Extents that a node is asked for at once, and how often for one answer: an answer may be short, and nobody waits
-/// long behind it.
+/// Extents of one query to a node, and queries for one reply: a reply may be short, so that no other request waits
+/// long.
 const EXTENTS_AT_ONCE: usize = 128;
 const LOOKS_MAX: usize = 32;
 
-/// The extents of `range`, or of a part from its start on: at most one if `one`. Others have their turn in between.
+/// The extents of `range`, or of a part from its start on: at most one if `one`. Other tasks have their turn in
+/// between.
 pub(super) async fn extents<H: Tasks>(
     host: &H,
     node: &dyn Node,
@@ -125,7 +126,7 @@ pub(super) async fn extents<H: Tasks>(
     let mut found: Vec<StatusExtent> = Vec::new();
     let (mut at, end) = (range.start.0, range.start.0 + u64::from(range.count));
     let mut looks = 0;
-    // One more than is sent, so that the last one is whole, unless it is cut short.
+    // One more than is sent, so that the last one sent is complete, unless the query ends early.
     while at < end && found.len() <= most && looks < LOOKS_MAX {
         if looks > 0 {
             host.yield_now().await;
@@ -134,7 +135,7 @@ pub(super) async fn extents<H: Tasks>(
         let asked_end = end.min(at + STATUS_SECTORS);
         let before = at;
         let asked = SectorRange::new(at, (asked_end - at) as u32);
-        // Who wants one extent mostly gets it from the first two.
+        // A client that wants one extent mostly gets it from the first two.
         let ask = if one && looks == 1 { 2 } else { EXTENTS_AT_ONCE };
         for extent in node.extents(asked, ask).await? {
             let hole = if extent.allocated { 0 } else { STATE_HOLE };
@@ -146,7 +147,7 @@ pub(super) async fn extents<H: Tasks>(
             }
             at += extent.count;
         }
-        assert!(at <= asked_end, "a node tells of no more sectors than it is asked about");
+        assert!(at <= asked_end, "a node reports no more sectors than it is asked about");
         if at == before {
             return Err(Errno::EIO);
         }

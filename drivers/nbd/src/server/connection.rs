@@ -23,8 +23,8 @@ use tap_host::{
 };
 use zerocopy::{FromBytes, IntoBytes};
 
-/// Payload up to this size in bytes waits in the receive buffer until it is whole: receiving it for itself would cost
-/// more than copying it.
+/// Payload up to this size in bytes stays in the receive buffer until it is complete: a receive of its own would cost
+/// more than the copy.
 const SMALL_BYTES: usize = 16 << 10;
 /// Most bytes of one piece of memory.
 const PIECE_BYTES: usize = 4 << 20;
@@ -34,12 +34,12 @@ fn pieces(bytes: usize) -> impl Iterator<Item = usize> {
     (0..bytes.div_ceil(PIECE_BYTES)).map(move |i| (bytes - i * PIECE_BYTES).min(PIECE_BYTES))
 }
 
-/// What they take of a budget.
+/// What these pieces cost a budget.
 pub(super) fn cost_of_pieces(bytes: usize) -> usize {
     pieces(bytes).map(cost_of).sum()
 }
 
-/// Why a connection is refused that could not even receive.
+/// Why a connection without memory for a receive buffer is refused.
 const NO_MEMORY: Why = "there is no memory for it";
 
 /// Why a connection ends.
@@ -48,33 +48,33 @@ type Why = &'static str;
 struct Connection<H, S> {
     server: Rc<Inner<H>>,
     number: u64,
-    /// Memory that nobody else can take.
+    /// Memory reserved for this connection.
     own: Stage,
     stream: S,
     agreed: Agreed,
     pool: BufPool,
     out: Outbox,
-    /// Set when no request may be taken any more.
+    /// Set when no more requests may be taken.
     stop: Rc<StopSignal>,
-    /// Requests taken whose replies are not sent.
+    /// Requests taken whose replies have not been sent.
     in_flight: Cell<u32>,
     /// The reading task waits until fewer are in flight.
     waits: Cell<bool>,
     requests: Cell<u64>,
     writes: Cell<u64>,
     flow: Rc<Flow>,
-    /// One list of extents at a time.
+    /// Allows one list of extents at a time.
     status_turn: Semaphore,
 }
 
-/// Serves `stream` to its end. Gives why it ended, and how many requests were taken.
+/// Serves `stream` to its end. Returns why it ended, and how many requests were taken.
 pub(super) async fn run<H, S>(server: &Rc<Inner<H>>, number: u64, stream: S, open: Open) -> (Why, u64)
 where
     H: Time + Tasks + Log + Probe,
     S: Stream,
 {
     let Open { stop, pool, flow } = open;
-    // The least, until it is worth more.
+    // The minimum, until the client has chosen an export.
     let Some(mut inlet) = Inlet::new(stream.clone(), super::RECEIVE_BYTES_MIN, &server.memory.inlets) else {
         stream.shutdown();
         return (NO_MEMORY, 0);
@@ -95,7 +95,7 @@ where
     inlet.count_receives(Rc::clone(&flow.receives));
     inlet.grow(server.limits.receive_bytes, &server.memory.spare);
     let Some(own) = server.memory.seats.borrow_mut().pop() else {
-        // Somebody who has given its place up is still there.
+        // A connection that has given up its place is still open.
         stream.shutdown();
         return (NO_MEMORY, 0);
     };
@@ -125,7 +125,7 @@ where
     (why, connection.requests.get())
 }
 
-/// The client has ended the connection in order.
+/// The client has ended the connection in an orderly way.
 const LEFT: Why = "the client left";
 
 impl<H, S> Connection<H, S>
@@ -137,7 +137,7 @@ where
         &self.server.host
     }
 
-    /// Takes requests for as long as that goes.
+    /// Takes requests until the connection ends.
     async fn read(self: &Rc<Self>, inlet: &mut Inlet<S>) -> Result<Infallible, Why> {
         loop {
             if let Some(why) = self.stop.why() {
@@ -196,7 +196,7 @@ where
         .await;
     }
 
-    /// Counts replies that were sent, or can not be.
+    /// Counts replies that were sent, or cannot be sent.
     fn release(&self, count: u32) {
         self.in_flight.set(self.in_flight.get() - count);
         if self.waits.get() {
@@ -221,7 +221,7 @@ where
             }
         };
         if taken.is_err() {
-            // It has no reply, so nobody else will count it.
+            // It has no reply, so it is counted nowhere else.
             self.release(1);
         }
         taken
@@ -252,7 +252,7 @@ where
         Ok(())
     }
 
-    /// Memory of `bytes`, all of it at once.
+    /// `bytes` of memory, all of it at once.
     async fn buffers(&self, bytes: usize) -> Result<IoVec, Why> {
         let taken = async {
             let mut room = self.pool.room(pieces(bytes)).await;
@@ -283,7 +283,7 @@ where
         Ok(filled)
     }
 
-    /// Hands a request to the node, in the order of the stream. What is answered at once needs no task.
+    /// Hands a request to the node, in the order of the stream. A request that is answered at once needs no task.
     fn submit(self: &Rc<Self>, job: Job, op: Op, bufs: IoVec) {
         if op == Op::Flush && self.host().bug(Bug::NbdFlushOwn) && self.writes.get() == 0 {
             return self.done(job, Ok(()));
@@ -362,7 +362,7 @@ where
         }
     }
 
-    /// What the reply to `job` is told by.
+    /// The cookie that identifies the reply to `job`.
     fn cookie(&self, job: Job) -> u64 {
         if self.host().bug(Bug::NbdWrongCookie) { self.requests.get() } else { job.cookie }
     }
@@ -408,8 +408,8 @@ where
     }
 
     /// Completes when every reply is sent, or with false when the client takes nothing for
-    /// [`ServerLimits::grace_ns`](super::ServerLimits::grace_ns). How long the disk takes is not counted: a client may
-    /// send no more and wait for it.
+    /// [`ServerLimits::grace_ns`](super::ServerLimits::grace_ns). Time that the disk takes is not counted: a client may
+    /// have stopped sending and be waiting for it.
     async fn taken(&self) -> bool {
         loop {
             let before = self.flow.seen();
@@ -423,7 +423,7 @@ where
         }
     }
 
-    /// Lets everything in flight end and be sent, and closes the stream.
+    /// Waits until everything in flight has ended and was sent, and closes the stream.
     async fn drain(&self, why: Why) {
         let ended = [LEFT, CLOSED].contains(&why);
         if ended && self.stop.unless_stopped(self.taken()).await == Some(false) {

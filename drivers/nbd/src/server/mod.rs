@@ -1,38 +1,40 @@
-//! The server: exports nodes to anybody who connects.
+//! The server: exports nodes to any client that connects.
 //!
 //! ```text
 //!   serve(listener) ──► connection task: negotiate, then read requests ──► Node::submit ──┐ ready at once, or
-//!                       reply task: send what has collected ◄─── Outbox ◄────────────────┘ a task per request
+//!                       reply task: send what has queued up ◄─── Outbox ◄────────────────┘ a task per request
 //! ```
 //!
 //! # Contract
 //!
 //! * **Options**: `LIST`, `INFO`, `GO`, `EXPORT_NAME`, `ABORT`, `STRUCTURED_REPLY`, `LIST_META_CONTEXT` and
 //!   `SET_META_CONTEXT` (`base:allocation`). `STARTTLS` is refused with a sentence: encryption needs certificates,
-//!   their renewal and a policy, which belong to a tunnel (stunnel, ssh, WireGuard) rather than into the process that
-//!   holds the disk. All others are answered with `ERR_UNSUP`. The empty name is the first export, unless one is called
-//!   so.
+//!   their renewal and a policy, which belong in a tunnel (stunnel, ssh, WireGuard) rather than in the process that
+//!   holds the disk. All others are answered with `ERR_UNSUP`. The empty name is the first export, unless an export has
+//!   that name.
 //! * **Commands**: `READ` (always one chunk, so `DF` changes nothing), `WRITE`, `FLUSH`, `TRIM`, `WRITE_ZEROES`,
 //!   `CACHE` (answered, nothing is read), `BLOCK_STATUS`, `DISC`. `FUA` is the operation and then a flush of the node.
-//!   Offsets and lengths are multiples of 512 bytes, anything else is answered with `EINVAL`.
-//! * **Several connections**: a flush covers what was answered on all of them, because every connection hands it to the
-//!   same node, whose contract says so.
-//! * **Memory** is taken of the one budget of the process. Each connection has some that nobody else can take, enough
-//!   for usual requests; what is larger takes its turn where there is no more. While somebody waits for it, the oldest
-//!   whose client takes no reply, or sends nothing of what it announced, for [`ServerLimits::grace_ns`] is closed.
+//!   Offsets and lengths are multiples of 512 bytes; anything else is answered with `EINVAL`.
+//! * **Several connections**: a flush covers what was answered on all of them, because every connection passes it to
+//!   the same node, whose contract guarantees that.
+//! * **Memory** comes from the one budget of the process. Each connection has a reserve of its own, enough for usual
+//!   requests; larger requests wait their turn when there is no more. While one waits, the oldest connection whose
+//!   client takes no reply, or sends none of the data it announced, for [`ServerLimits::grace_ns`] is closed.
 //! * **Limits**: each connection has memory, requests in flight and a receive buffer of its own, and is not read from
-//!   while any of them is used up. So a client that sends too much, or takes no replies, holds up itself only. All of
-//!   it together is bounded, see [`ServerLimits::memory_bytes`].
-//! * **Places**: who has chosen an export has one of [`ServerLimits::connections`]; who finds none is told so and may
-//!   try again. Who has not chosen yet has one of [`ServerLimits::negotiating`], and of more the oldest is closed. A
-//!   client that sends no more gets what it asked for, and loses its place when it takes nothing of it for
-//!   [`ServerLimits::grace_ns`]; any other that takes nothing loses it when somebody else wants it.
-//! * **Errors**: a client that breaks the protocol loses its connection, with one event that says why. What it had
-//!   asked for before is finished.
-//! * **After a broken connection** nothing more of it is started: once a reply could not be sent, what the client had
-//!   sent before and was not yet read is dropped. A client that connects anew and repeats requests relies on it.
-//! * [`Server::stop`] ends in order: no connection and no request is taken any more, those in flight end, their
-//!   replies are sent, streams are closed. Nodes are left to their owner.
+//!   while any of them is used up. So a client that sends too much, or takes no replies, holds up only itself. The
+//!   total is bounded, see [`ServerLimits::memory_bytes`].
+//! * **Places**: a client that has chosen an export has one of [`ServerLimits::connections`]; if there is none left, it
+//!   is told so and may try again. A client that has not chosen yet has one of [`ServerLimits::negotiating`]; if there
+//!   are more, the oldest is closed. A client that has stopped sending gets the replies it asked for, and loses its
+//!   place when it takes none of them for [`ServerLimits::grace_ns`]; any other client that takes nothing loses its
+//!   place when another wants it.
+//! * **Errors**: a client that breaks the protocol loses its connection, with one event that says why. The requests
+//!   that it sent before are finished.
+//! * **After a broken connection** no more of its requests are started: once a reply could not be sent, requests that
+//!   the client had sent and that were not yet read are dropped. A client that reconnects and repeats requests relies
+//!   on this.
+//! * [`Server::stop`] ends in an orderly way: no new connection or request is taken, those in flight end, their replies
+//!   are sent, streams are closed. Nodes are left to their owner.
 
 mod command;
 mod connection;
@@ -52,13 +54,13 @@ use tap_host::{
 /// A node that clients can choose.
 #[derive(Clone)]
 pub struct Export {
-    /// What clients ask for; at most 4096 bytes.
+    /// The name that clients ask for; at most 4096 bytes.
     pub name: String,
     /// For people; at most 4096 bytes.
     pub description: String,
-    /// What answers.
+    /// The node that serves it.
     pub node: Rc<dyn Node>,
-    /// Writes are refused, also where the node takes them.
+    /// Writes are refused, even if the node accepts them.
     pub read_only: bool,
 }
 
@@ -72,12 +74,12 @@ impl Export {
     }
 }
 
-/// What a server gives its clients at most.
+/// The limits that a server sets its clients.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ServerLimits {
     /// Connections at one time that have chosen an export, at least 1.
     pub connections: usize,
-    /// Connections at one time that have not chosen yet, at least 1. Of more the oldest is closed.
+    /// Connections at one time that have not chosen yet, at least 1. If there are more, the oldest is closed.
     pub negotiating: usize,
     /// Requests of one connection that are not answered, at least 1.
     pub requests: u32,
@@ -89,7 +91,7 @@ pub struct ServerLimits {
     pub receive_bytes: usize,
     /// How long a client may take to choose an export, in nanoseconds.
     pub negotiation_ns: u64,
-    /// How long a client whose connection is to end may take none of its last replies, in nanoseconds.
+    /// How long a client whose connection is ending may take none of its last replies, in nanoseconds.
     pub grace_ns: u64,
 }
 
@@ -108,15 +110,15 @@ impl Default for ServerLimits {
     }
 }
 
-/// What the protocol expects of every server.
+/// The request size that the protocol expects every server to accept.
 const REQUEST_BYTES_MAX: u32 = 32 << 20;
 const RECEIVE_BYTES_MIN: usize = 16 << 10;
 const RECEIVE_BYTES_MAX: usize = 4 << 20;
-/// What each connection has for itself at most, in bytes.
+/// The most memory reserved for one connection, in bytes.
 const OWN_BYTES: usize = 256 << 10;
 
 impl ServerLimits {
-    /// The least of everything.
+    /// The minimum of every limit.
     pub const LEAST: Self = Self {
         connections: 1,
         negotiating: 1,
@@ -128,28 +130,28 @@ impl ServerLimits {
         grace_ns: 1_000_000,
     };
 
-    /// With the largest request that fits well into `memory`.
+    /// With the largest request that `memory` can reasonably hold.
     fn within(self, memory: &Budget) -> Self {
         let request_bytes = memory.most_for_one_bytes().clamp(PAGE_BYTES, REQUEST_BYTES_MAX as usize) as u32;
         Self { request_bytes: self.request_bytes.min(1 << request_bytes.ilog2()), ..self }
     }
 
-    /// Memory that one connection always has, in bytes.
+    /// Memory reserved for one connection, in bytes.
     fn own_bytes(&self, memory: &Budget) -> usize {
         let share = memory.most_for_one_bytes() / self.connections;
         OWN_BYTES.min(share).max(PAGE_BYTES).min(self.request_bytes as usize)
     }
 
-    /// Most bytes of memory for data that clients can make the server hold. Apart from it each request costs some
-    /// hundred bytes, an answer about extents up to 8 KiB (one at a time is made for each connection), and zeros that
-    /// have to be written as data 1 MiB while they are.
+    /// Most bytes of memory for data that clients can make the server hold. In addition each request costs a few
+    /// hundred bytes, a block status reply up to 8 KiB (one at a time is built for each connection), and zeros that
+    /// have to be written as data 1 MiB while they are written.
     pub fn memory_bytes(&self) -> usize {
-        // One that gives its place up may not have ended when the next is there.
+        // A connection that gives up its place may not have ended when the next one begins.
         let negotiating = 2 * self.negotiating * RECEIVE_BYTES_MIN;
         self.connections * (self.connection_bytes + self.receive_bytes) + negotiating
     }
 
-    /// With every value brought into its range.
+    /// With every value clamped to its range.
     fn in_range(self) -> Self {
         let request_bytes = self.request_bytes.clamp(PAGE_BYTES as u32, REQUEST_BYTES_MAX);
         let request_bytes = 1 << request_bytes.ilog2();
@@ -165,7 +167,7 @@ impl ServerLimits {
     }
 }
 
-/// Why a server cannot have its exports.
+/// Why a server cannot be built from its exports.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum ExportError {
     /// There is none.
@@ -179,7 +181,7 @@ pub enum ExportError {
         "serve: its memory of {0} bytes is not enough; give more (--memory), serve fewer disks, or take fewer clients (--connections)"
     )]
     Memory(usize),
-    /// Two exports have one name.
+    /// Two exports have the same name.
     #[error("export '{0}' twice; give each export a name of its own")]
     Twice(String),
 }
@@ -194,26 +196,26 @@ pub(crate) struct Inner<H> {
     next: Cell<u64>,
     /// Every connection that is open.
     open: RefCell<BTreeMap<u64, Open>>,
-    /// Those that have not chosen an export.
+    /// The connections that have not chosen an export.
     negotiating: RefCell<BTreeSet<u64>>,
     /// Set by [`Server::stop`].
     stopping: Flag,
     /// Set while no connection is open.
     idle: Flag,
-    /// Somebody is looking for places of those who take nothing.
+    /// A task is looking for connections on which nothing moves.
     looking: Cell<bool>,
     memory: Memory,
 }
 
-/// What the memory of all connections is taken of.
+/// The stages that the memory of all connections comes from.
 struct Memory {
-    /// What connections have for themselves, of those that there may be and are not there.
+    /// The reserves of connections that are allowed but not open.
     seats: RefCell<Vec<Stage>>,
-    /// Receive buffers as everybody begins with one.
+    /// Receive buffers of the size that every connection begins with.
     inlets: Stage,
-    /// Larger ones, where there is room: of what nobody was promised.
+    /// Larger receive buffers, if there is room: from memory that is not promised to any stage.
     spare: Stage,
-    /// Requests that are larger than what a connection has for itself, when there is no room: one after the other.
+    /// Requests larger than the reserve of a connection, when there is no room: one after the other.
     large: Stage,
 }
 
@@ -221,7 +223,7 @@ impl Memory {
     fn new(limits: &ServerLimits, budget: &Budget) -> Result<Self, Errno> {
         let own = connection::cost_of_pieces(limits.own_bytes(budget));
         let seats = (0..limits.connections).map(|_| budget.stage(own)).collect::<Result<Vec<_>, _>>()?;
-        // Twice: those that end may not have ended when the next are there.
+        // Twice: connections that are ending may not have ended when the next ones begin.
         let inlets = 2 * (limits.negotiating + limits.connections) * RECEIVE_BYTES_MIN;
         Ok(Self {
             seats: RefCell::new(seats),
@@ -242,20 +244,20 @@ pub(crate) struct Open {
     flow: Rc<Flow>,
 }
 
-/// How its client takes replies, and sends what it has announced.
+/// Whether its client takes replies, and sends the data it announced.
 #[derive(Default)]
 pub(crate) struct Flow {
     /// A send is under way.
     sending: Cell<bool>,
     /// Sends that have ended.
     sends: Cell<u64>,
-    /// Data of a write are awaited, in memory that is taken.
+    /// The data of a write is awaited, with its memory already taken.
     receiving: Cell<bool>,
     /// Receives that have ended.
     receives: Rc<Cell<u64>>,
 }
 
-/// The transfers that were under way at one time: how many of each direction had ended before.
+/// The transfers under way at some moment: for each direction, how many had ended before.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Transfers {
     send: Option<u64>,
@@ -263,7 +265,7 @@ pub(crate) struct Transfers {
 }
 
 impl Flow {
-    /// What is different as soon as the client has taken or sent something.
+    /// A value that changes as soon as the client has taken or sent something.
     fn seen(&self) -> Transfers {
         Transfers {
             send: self.sending.get().then(|| self.sends.get()),
@@ -271,7 +273,7 @@ impl Flow {
         }
     }
 
-    /// Whether a transfer has been under way since `before` was seen, and nothing of it moved.
+    /// Whether a transfer has been under way since `before` was recorded, without progress.
     fn is_stuck(&self, before: Transfers) -> bool {
         let now = self.seen();
         (before.send.is_some() && now.send == before.send)
@@ -285,7 +287,7 @@ impl<H> Clone for Server<H> {
     }
 }
 
-/// Why a client that has chosen is sent away.
+/// Why a client that has chosen an export is refused.
 pub(crate) const FULL: &str = "there are too many connections";
 
 /// How long the server waits after a connection could not be accepted, in nanoseconds.
@@ -295,7 +297,7 @@ const ACCEPT_PAUSE_NS: u64 = 100_000_000;
 pub(crate) const STOPPED: &str = "the server stops";
 
 impl<H: Time + Tasks + Log + Probe> Server<H> {
-    /// A server of `exports`, with memory of `memory`; values of `limits` that are out of range are brought into it.
+    /// A server of `exports`, with memory from `memory`; values of `limits` that are out of range are clamped.
     ///
     /// # Errors
     /// [`ExportError`].
@@ -335,7 +337,7 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
         })))
     }
 
-    /// What holds for clients.
+    /// The limits that apply to clients.
     pub fn limits(&self) -> ServerLimits {
         self.0.limits
     }
@@ -369,7 +371,7 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
         }
     }
 
-    /// Serves one connected stream in a task of its own; closes it where the limits or a stop say so.
+    /// Serves one connected stream in a task of its own; closes it if the limits or a stop require that.
     pub fn take<S: Stream>(&self, stream: S) {
         let inner = &self.0;
         if inner.stopping.is_set() {
@@ -396,7 +398,7 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
         });
     }
 
-    /// Ends in order; completes when every connection is closed. Replies that a client does not receive within
+    /// Ends in an orderly way; completes when every connection is closed. Replies that a client does not receive within
     /// [`ServerLimits::grace_ns`] are dropped.
     pub async fn stop(&self) {
         self.0.stopping.set();
@@ -408,13 +410,13 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
             (0, self.0.limits.connections),
             "connections, and places for them, at the end"
         );
-        assert!(self.0.negotiating.borrow().is_empty(), "somebody negotiates without a connection");
+        assert!(self.0.negotiating.borrow().is_empty(), "a negotiation without a connection");
     }
 }
 
 impl<H: Log + Tasks + Time + Probe> Inner<H> {
-    /// Takes one of the places of those who have chosen for connection `number`; false if all are taken. Somebody then
-    /// looks whether all are wanted.
+    /// Takes a place among the clients that have chosen, for connection `number`; false if all are taken. In that case
+    /// a search starts for a place that is not in use.
     pub(crate) fn seat(self: &Rc<Self>, number: u64) -> bool {
         let seated = self.open.borrow().len() - self.negotiating.borrow().len();
         if seated < self.limits.connections {
@@ -424,7 +426,7 @@ impl<H: Log + Tasks + Time + Probe> Inner<H> {
         false
     }
 
-    /// Has somebody look for a connection on which nothing moves, on behalf of connection `number`.
+    /// Starts a search for a connection on which nothing moves, on behalf of connection `number`.
     fn look_for_place(self: &Rc<Self>, number: u64) {
         if !self.looking.replace(true) {
             let own = Rc::clone(self);
@@ -432,7 +434,7 @@ impl<H: Log + Tasks + Time + Probe> Inner<H> {
         }
     }
 
-    /// Memory of `bytes` for a request of connection `number`, which has `own` for itself.
+    /// `bytes` of memory for a request of connection `number`, whose reserve is `own`.
     pub(crate) async fn memory_for(
         self: &Rc<Self>,
         number: u64,
@@ -458,7 +460,7 @@ impl<H: Log + Tasks + Time + Probe> Inner<H> {
     }
 
     /// Takes the place of the oldest connection on which nothing moves for [`ServerLimits::grace_ns`]: its client takes
-    /// no reply, or announced data that it does not send.
+    /// no reply, or does not send the data it announced.
     async fn free_place(self: Rc<Self>) {
         let seen = |open: &BTreeMap<u64, Open>| -> Vec<_> {
             open.iter().map(|(n, o)| (*n, o.flow.seen())).collect()
@@ -479,8 +481,8 @@ impl<H: Log> Inner<H> {
         self.host.log(Event::NbdRefused { connection: self.next.get(), why });
     }
 
-    /// Closes the oldest connection that has not chosen yet, where there are as many as there may be: it has had the
-    /// longest time, and whoever says nothing must not keep out who would.
+    /// Closes the oldest connection that has not chosen yet, if their number is at its limit: it has had the longest
+    /// time, and a silent client must not keep out others.
     fn make_room(&self) {
         let oldest = self.negotiating.borrow().first().copied();
         if self.negotiating.borrow().len() < self.limits.negotiating {

@@ -28,12 +28,12 @@ pub(super) struct Agreed {
 
 /// The number that stands for `base:allocation` on every connection.
 pub(super) const ALLOCATION_ID: u32 = 1;
-/// Multiples of it are fast: a page.
+/// Preferred block size: a page.
 const PREFERRED_BYTES: u32 = 4096;
-/// Room for the longest name and some hundred information requests.
+/// Room for the longest name and several hundred information requests.
 const OPTION_BYTES_MAX: usize = 8 << 10;
 
-/// Why there is no agreement.
+/// Why the negotiation failed.
 type Why = &'static str;
 
 /// The client has sent its last byte; it may still read.
@@ -59,7 +59,7 @@ pub(super) struct Negotiation<'a, H, S> {
     status: Option<Rc<Export>>,
 }
 
-/// What became of an option.
+/// The outcome of an option.
 enum Next {
     More,
     Begin(Rc<Export>),
@@ -77,7 +77,7 @@ impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
         Self { server, stream, inlet, stop, number, no_zeroes: false, structured: false, status: None }
     }
 
-    /// Speaks with the client until it has chosen.
+    /// Talks to the client until it has chosen.
     pub(super) async fn run(mut self) -> Result<Agreed, Why> {
         let mut hello = SendList::new();
         hello.push_bytes(Hello::new(handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES).as_bytes());
@@ -176,7 +176,7 @@ impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
         Next::More
     }
 
-    /// `EXPORT_NAME`: the data is the name, and there is no way to refuse but to hang up.
+    /// `EXPORT_NAME`: the data is the name, and the only way to refuse is to disconnect.
     fn export_name(&self, data: &[u8], replies: &mut Replies) -> Next {
         let name = std::str::from_utf8(data).ok().filter(|name| name.len() <= STRING_BYTES_MAX);
         let Some(export) = name.and_then(|name| self.server.export(name)) else {
@@ -219,7 +219,7 @@ impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
                 replies.push(REP_INFO, &[U16::new(kind).as_bytes(), text.as_bytes()]);
             }
         }
-        // Sent unasked too: a client that does not look would not know why its requests fail.
+        // Sent even if not asked for: otherwise a client would not know why its requests fail.
         let sizes = InfoBlockSize {
             kind: INFO_BLOCK_SIZE.into(),
             minimum: (SECTOR_BYTES as u32).into(),
@@ -231,7 +231,7 @@ impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
         if replies.option == OPT_GO { Next::Begin(Rc::clone(export)) } else { Next::More }
     }
 
-    /// `LIST_META_CONTEXT` and `SET_META_CONTEXT`: the export, if `base:allocation` was among the answers.
+    /// `LIST_META_CONTEXT` and `SET_META_CONTEXT`: the export, if `base:allocation` was among the replies.
     fn contexts(&self, data: &[u8], replies: &mut Replies) -> Option<Rc<Export>> {
         let choosing = replies.option == OPT_SET_META_CONTEXT;
         if choosing && !self.structured {
@@ -292,7 +292,7 @@ impl Replies {
         parts.iter().for_each(|part| self.list.push_bytes(part));
     }
 
-    /// Refuses, and says why to whoever reads it. `EXPORT_NAME` cannot be answered so.
+    /// Refuses, with the reason as text for people. `EXPORT_NAME` cannot be refused this way.
     fn refuse(&mut self, error: u32, why: &str) {
         self.push(error, &[why.as_bytes()]);
     }

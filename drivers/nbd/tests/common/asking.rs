@@ -1,11 +1,11 @@
-//! Asking a disk, and a client whose patience suits virtual time.
+//! Requests to a disk, and a client whose timeouts suit virtual time.
 
 use super::address;
 use tap_core::{Node, Request};
 use tap_host::{Errno, IoBuf, IoVec, SECTOR_BYTES, SectorRange, bytes_of};
 use tap_nbd::ClientConfig;
 
-/// Patience that suits virtual time.
+/// Timeouts that suit virtual time.
 pub fn config() -> ClientConfig {
     ClientConfig {
         request_ns: 1_000_000_000,
@@ -36,13 +36,13 @@ pub fn range(start: u64, bytes: usize) -> SectorRange {
 
 pub async fn write(node: &dyn Node, start: u64, len: usize, byte: u8) -> Result<(), Errno> {
     let response = node.submit(Request::write(range(start, len), bufs(&[len], byte))).await;
-    assert_eq!((response.bufs.len(), bytes_of(&response.bufs)), (1, len), "buffers come back");
+    assert_eq!((response.bufs.len(), bytes_of(&response.bufs)), (1, len), "buffers are returned");
     response.result
 }
 
 pub async fn read(node: &dyn Node, start: u64, len: usize) -> Result<Vec<u8>, Errno> {
     let response = node.submit(Request::read(range(start, len), bufs(&[len], 0xee))).await;
-    assert_eq!(bytes_of(&response.bufs), len, "buffers come back");
+    assert_eq!(bytes_of(&response.bufs), len, "buffers are returned");
     response.result.map(|()| joined(&response.bufs))
 }
 

@@ -27,7 +27,7 @@ pub fn address() -> SocketAddress {
     SocketAddress::Unix("/run/nbd".into())
 }
 
-/// A disk in memory that counts, and can be held.
+/// A disk in memory that counts requests and can hold them.
 pub struct Disk {
     pub bytes: RefCell<Vec<u8>>,
     pub read_only: Cell<bool>,
@@ -174,7 +174,7 @@ impl World {
     }
 }
 
-/// Runs `body` to its end; `faults` says whether streams are cut and late.
+/// Runs `body` to its end; `faults` says whether streams are split and delayed.
 pub fn world<F: Future<Output = ()> + 'static>(
     seed: u64,
     faults: bool,
@@ -300,7 +300,7 @@ impl Raw {
         self.send(&bytes).await.unwrap();
     }
 
-    /// The next reply; `len` is how long its data is if it is simple and succeeded.
+    /// The next reply; `len` is the length of its data if it is simple and succeeded.
     pub async fn answer(&self, len: usize) -> Reply {
         let magic: [u8; 4] = self.value().await;
         let mut bytes = magic.to_vec();
