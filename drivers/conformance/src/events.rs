@@ -38,7 +38,7 @@ async fn heard(time: &impl Time, what: &str, channel: &impl EventChannel) -> Out
     soon(time, what, channel.wait()).await?.or_fail("wait for an event")
 }
 
-/// Takes what comes until nothing does; how many that were.
+/// Takes events until none comes; returns their number.
 async fn drain(time: &impl Time, channel: &impl EventChannel) -> Result<u32, String> {
     for count in 0..EVENTS_MAX {
         match within_ns(time, QUIET_NS, channel.wait()).await {
@@ -101,7 +101,7 @@ async fn an_event_waits_to_be_taken<H: XenHost, P: Peer>(pair: Pair<H, P>) -> Ou
     near.notify();
     far.notify();
     pair.host.sleep_ns(QUIET_NS).await;
-    heard(&pair.host, "an event that came before anybody looked", &near).await?;
+    heard(&pair.host, "an event raised before the wait", &near).await?;
     heard(&pair.host, "the same at the peer", &far).await
 }
 
@@ -123,7 +123,7 @@ async fn events_merge_and_the_last_is_heard<H: XenHost, P: Peer>(pair: Pair<H, P
         }
         let count = drain(&pair.host, &near).await?;
         holds(
-            &format!("in round {round} 100 notifications give 1 to 100 events"),
+            &format!("in round {round} 100 notifications make 1 to 100 events"),
             (1..=100).contains(&count),
         )?;
     }
@@ -134,7 +134,7 @@ async fn events_merge_and_the_last_is_heard<H: XenHost, P: Peer>(pair: Pair<H, P
 async fn a_dropped_wait_takes_no_event<H: XenHost, P: Peer>(pair: Pair<H, P>) -> Outcome {
     let (near, far) = quiet_channel(&pair).await?;
     for _ in 0..10 {
-        same("an event that nobody raised", begin(near.wait()).await, None)?;
+        same("an event that was not raised", begin(near.wait()).await, None)?;
         {
             let mut wait = pin!(near.wait());
             let waits = poll_fn(|cx| Poll::Ready(wait.as_mut().poll(cx).is_pending())).await;
@@ -230,7 +230,7 @@ async fn a_missing_port_is_not_bound<H: XenHost, P: Peer>(pair: Pair<H, P>) -> O
     let far = pair.unbound()?;
     let port = far.local_port();
     let bound = pair.host.bind_interdomain(pair.stranger, port).err();
-    same("bind a port of a domain that is not there", bound, Some(Errno::ESRCH))?;
+    same("bind a port of a domain that does not exist", bound, Some(Errno::ESRCH))?;
     drop(far);
     same("bind a closed port", pair.host.bind_interdomain(dom, port).err(), Some(Errno::EINVAL))
 }
@@ -282,7 +282,7 @@ async fn an_event_to_a_closed_end_is_swallowed<H: XenHost, P: Peer>(pair: Pair<H
     near.notify();
     match within_ns(&pair.host, QUIET_NS, near.wait()).await {
         None | Some(Err(Errno::ESHUTDOWN)) => Ok(()),
-        other => Err(format!("a wait whose peer is gone gives {other:?}")),
+        other => Err(format!("a wait whose peer is gone returns {other:?}")),
     }
 }
 

@@ -113,7 +113,7 @@ async fn reads_stop_at_the_end<H: FileHost>(place: Place<H>) -> Outcome {
     )?;
     for blocks in [2, 3, 1000] {
         let (count, _) = file.read_at((blocks * BLOCK) as u64, buffers(&[BLOCK])?).await;
-        same("a read behind the end", count, Ok(0))?;
+        same("a read past the end", count, Ok(0))?;
     }
     same("size", file.info().await.or_fail("look")?.size_bytes, 2 * BLOCK as u64)
 }
@@ -260,7 +260,7 @@ async fn lists_longer_than_a_call_takes_are_resumed<H: FileHost>(place: Place<H>
         let (count, _) = file.write_at(done as u64, bufs).await;
         let count = count.or_fail("write a long list")?;
         holds("progress", count > 0)?;
-        // A transfer that is cut in a block is begun again with that block.
+        // A transfer that ends within a block is continued from the start of that block.
         done += count / BLOCK * BLOCK;
         holds("whole blocks", count >= BLOCK)?;
     }
@@ -282,11 +282,11 @@ async fn buffers_come_back_with_the_result<H: FileHost>(place: Place<H>) -> Outc
     let bufs = buffers_of(&pattern(1, 2 * BLOCK))?;
     let address = bufs[0].as_ptr();
     let (_, bufs): (_, IoVec) = file.write_at(0, bufs).await;
-    holds("the same buffer comes back", bufs.len() == 1 && bufs[0].as_ptr() == address)?;
+    holds("the same buffer is returned", bufs.len() == 1 && bufs[0].as_ptr() == address)?;
     same_bytes("a buffer that was written", &content(&bufs), &pattern(1, 2 * BLOCK))?;
     let (count, bufs) = file.read_at(u64::MAX / BLOCK as u64 * BLOCK as u64, bufs).await;
     holds("an offset out of range is refused", count.is_err())?;
-    holds("and the buffer comes back", bufs.len() == 1 && bufs[0].as_ptr() == address)
+    holds("and the buffer is returned", bufs.len() == 1 && bufs[0].as_ptr() == address)
 }
 
 async fn alignment_is_asked_for_as_information_says<H: FileHost>(place: Place<H>) -> Outcome {
@@ -351,7 +351,7 @@ async fn a_file_is_the_same_under_every_open<H: FileHost>(place: Place<H>) -> Ou
     same("the file, opened again", id(&again).await?, id(&one).await?)?;
     holds("another file has another identity", id(&other).await? != id(&one).await?)?;
     match one.file_system_lost().await {
-        // Where it cannot tell; and what others wrote may have been given up.
+        // It may be unable to tell, and the host may have given up writes of other programs.
         Err(Errno::EOPNOTSUPP) | Ok(_) => Ok(()),
         Err(error) => Err(format!("asking for losses failed with {error}")),
     }

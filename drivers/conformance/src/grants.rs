@@ -51,13 +51,13 @@ fn refused<H: XenHost, P: Peer>(pair: &Pair<H, P>, dom: DomId, gref: GrantRef) -
     same(&format!("copy out to {gref} of {dom}"), copied, Err(Errno::EINVAL))
 }
 
-/// Ends a grant that nobody has mapped.
+/// Ends a grant that is not mapped.
 async fn end<H: XenHost, P: Peer>(pair: &Pair<H, P>, gref: GrantRef) -> Outcome {
     pair.peer.end_access(gref).or_fail("end a grant that is not mapped")?;
     gone(pair, gref).await
 }
 
-/// Lets a grant go that was taken back.
+/// Waits until a grant that was ended can no longer be used.
 async fn gone<H: XenHost, P: Peer>(pair: &Pair<H, P>, gref: GrantRef) -> Outcome {
     let dom = pair.peer.dom();
     until(&pair.host, "the end of a grant", || pair.host.map(dom, gref, false).is_err()).await?;
@@ -129,7 +129,7 @@ async fn a_mapping_outlives_its_grant<H: XenHost, P: Peer>(pair: Pair<H, P>) -> 
     far.copy_out(0, &pattern(3, PAGE_BYTES));
     let near = pair.map(gref, true)?;
     drop(far);
-    // A peer may be told that the page is in use, or may be left to find out.
+    // A peer may or may not be told that the page is in use.
     let ended = pair.peer.end_access(gref);
     if ended.is_err() {
         same("end a grant that is mapped", ended, Err(Errno::EBUSY))?;
@@ -198,7 +198,7 @@ async fn copies_put_segments_in_their_order<H: XenHost, P: Peer>(pair: Pair<H, P
     let pages = [pair.grant(true)?, pair.grant(true)?];
     let mut want = [pattern(1, PAGE_BYTES), pattern(2, PAGE_BYTES)];
     pages.iter().zip(&want).for_each(|((_, far), bytes)| far.copy_out(0, bytes));
-    // Without the first page's last part, which overlaps another: their order among each other is nobody's promise.
+    // Without the first page's last part, which overlaps another: the order between them is not promised.
     let parts = [(0, 512, 1024), (1, 0, 3), (1, 10, 4086), (0, 4095, 1), (0, 0, 1)];
     let segments = parts.map(|(page, offset, len)| segment(pages[page].0, offset, len));
     let private = pattern(9, parts.iter().map(|(_, _, len)| len).sum());
@@ -216,7 +216,7 @@ async fn copies_put_segments_in_their_order<H: XenHost, P: Peer>(pair: Pair<H, P
 async fn copies_of_many_segments_are_whole<H: XenHost, P: Peer>(pair: Pair<H, P>) -> Outcome {
     let (gref, far) = pair.grant(true)?;
     far.copy_out(0, &pattern(5, PAGE_BYTES));
-    // More than any system call takes along, from the end to the start.
+    // More than any system call takes at once, from the end to the start.
     let segments: Vec<_> = (0..512).rev().map(|i| segment(gref, i * 8, 8)).collect();
     let reversed = |bytes: &[u8]| bytes.chunks(8).rev().flatten().copied().collect::<Vec<u8>>();
     let mut got = vec![0; PAGE_BYTES];
@@ -263,7 +263,7 @@ async fn one_bad_segment_fails_a_copy<H: XenHost, P: Peer>(pair: Pair<H, P>) -> 
         same("copy in", host.copy_in(dom, &segments, &mut [0; 1536]), Err(Errno::EINVAL))?;
         same("copy out", host.copy_out(dom, &segments, &[1; 1536]), Err(Errno::EINVAL))?;
     }
-    same_bytes("what no segment names", &content(&far)[1536..], &[0; PAGE_BYTES - 1536])
+    same_bytes("bytes outside all segments", &content(&far)[1536..], &[0; PAGE_BYTES - 1536])
 }
 
 async fn a_read_only_grant_is_copied_from_only<H: XenHost, P: Peer>(pair: Pair<H, P>) -> Outcome {

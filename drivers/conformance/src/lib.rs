@@ -8,11 +8,11 @@
 //!     (virtual time)
 //! ```
 //!
-//! A body sees the seam only, and asks for what its documentation promises, no more: where hosts may differ, a body
-//! takes every answer that the contract allows. It is given a [`Place`] of its own, or a [`Pair`] where another domain
-//! takes part. Results come as sentences; nothing depends on how long anything takes.
+//! A body sees only the seam, and requires what its documentation promises, no more: where hosts may differ, a body
+//! accepts every answer that the contract allows. It gets a [`Place`] of its own, or a [`Pair`] if another domain takes
+//! part. Results come as sentences; nothing depends on how long anything takes.
 //!
-//! The list of bodies, and what a host does not pass with the reason, is docs/testing/conformance.md.
+//! The list of bodies, and those that a host does not pass with the reasons, is in docs/testing/conformance.md.
 
 pub mod events;
 pub mod files;
@@ -39,7 +39,7 @@ use tap_host::{
     copy_to_slice,
 };
 
-/// Unit of the bodies in bytes: aligned for every sector size there is.
+/// Unit of the bodies in bytes: a multiple of every existing sector size.
 pub const BLOCK: usize = 4096;
 
 /// How a body ends: a sentence says what is wrong.
@@ -61,12 +61,12 @@ pub struct Test<P> {
 pub struct Place<H> {
     /// The host under test.
     pub host: H,
-    /// An empty folder, without a slash at its end; for bodies about xenstore one of xenstore, outside of /local. No
-    /// other body has the same, and pages are named after it.
+    /// An empty folder, without a slash at its end; for bodies about xenstore a directory of xenstore, outside of
+    /// /local. No other body uses it, and pages are named after it.
     pub folder: String,
     /// Whether files are opened with [`OpenMode::direct`].
     pub direct: bool,
-    /// A block device of at least [`DEVICE_BYTES`] to be used instead of new files; its content is lost.
+    /// A block device of at least [`DEVICE_BYTES`] to use instead of new files; its content is lost.
     pub device: Option<String>,
     /// Whether sockets are TCP on 127.0.0.1 instead of unix.
     pub tcp: bool,
@@ -75,7 +75,7 @@ pub struct Place<H> {
 /// Least size in bytes of a block device for the bodies that run on one.
 pub const DEVICE_BYTES: u64 = 5 << 20;
 
-/// What bodies about files ask of a host.
+/// What bodies about files need from a host.
 pub trait FileHost: Files + Time + Tasks {}
 impl<T: Files + Time + Tasks> FileHost for T {}
 
@@ -122,22 +122,22 @@ impl<H: FileHost> Place<H> {
         Ok(file)
     }
 
-    /// The disk of [`Place::disk`] once more.
+    /// The disk of [`Place::disk`], opened again.
     async fn disk_again(&self) -> Result<H::File, String> {
         let path = self.device.clone().unwrap_or_else(|| self.path("disk"));
         self.host.open(&path, self.mode(OpenMode::WRITE)).await.or_fail("open the disk again")
     }
 
-    /// Lets others run until `there` says so.
+    /// Lets other tasks run until `there` returns true.
     async fn until(&self, what: &str, there: impl FnMut() -> bool) -> Outcome {
         until(&self.host, what, there).await
     }
 }
 
-/// Milliseconds after which something is said never to happen; nothing takes nearly as long.
+/// Milliseconds after which something counts as never happening; nothing takes nearly as long.
 const PATIENCE_MS: u32 = 60_000;
 
-/// Lets others run until `there` says so.
+/// Lets other tasks run until `there` returns true.
 async fn until(time: &impl Time, what: &str, mut there: impl FnMut() -> bool) -> Outcome {
     for _ in 0..PATIENCE_MS {
         if there() {
@@ -148,7 +148,7 @@ async fn until(time: &impl Time, what: &str, mut there: impl FnMut() -> bool) ->
     Err(format!("{what} never happens"))
 }
 
-/// What `future` gives within `ns` nanoseconds; it is dropped if that is not enough.
+/// The output of `future` within `ns` nanoseconds; it is dropped if that is not enough.
 async fn within_ns<T>(time: &impl Time, ns: u64, future: impl Future<Output = T>) -> Option<T> {
     let (mut future, mut end) = (pin!(future), pin!(time.sleep_ns(ns)));
     poll_fn(|cx| match future.as_mut().poll(cx) {
@@ -158,14 +158,14 @@ async fn within_ns<T>(time: &impl Time, ns: u64, future: impl Future<Output = T>
     .await
 }
 
-/// What `future` gives, unless it never does.
+/// The output of `future`, or an error if it never completes.
 async fn soon<T>(time: &impl Time, what: &str, future: impl Future<Output = T>) -> Result<T, String> {
     let given = within_ns(time, u64::from(PATIENCE_MS) * 1_000_000, future).await;
     given.ok_or_else(|| format!("{what} never comes"))
 }
 
-/// Nanoseconds in which what was on its way arrives. Where it takes longer, a body may pass that should fail, never the
-/// reverse.
+/// Nanoseconds within which anything in transit arrives. If it takes longer, a body may pass that should fail, never
+/// the reverse.
 const QUIET_NS: u64 = 20_000_000;
 
 /// More events than any body causes.
@@ -200,7 +200,7 @@ fn same_bytes(what: &str, got: &[u8], want: &[u8]) -> Outcome {
     }
 }
 
-/// `len` bytes that tell their places and `tag`.
+/// `len` bytes that encode their position and `tag`.
 fn pattern(tag: u8, len: usize) -> Vec<u8> {
     (0..len).map(|i| tag.wrapping_mul(31) ^ (i as u8) ^ ((i >> 8) as u8).wrapping_mul(7)).collect()
 }
@@ -225,7 +225,7 @@ fn content(bufs: &IoVec) -> Vec<u8> {
     bytes
 }
 
-/// Writes everything, going on after short transfers.
+/// Writes everything, continuing after short transfers.
 async fn write<F: File>(file: &F, offset: u64, bytes: &[u8]) -> Outcome {
     let mut done = 0;
     while done < bytes.len() {
@@ -237,16 +237,16 @@ async fn write<F: File>(file: &F, offset: u64, bytes: &[u8]) -> Outcome {
     Ok(())
 }
 
-/// Reads up to `len` bytes, going on after short transfers, until the end of the file.
+/// Reads up to `len` bytes, continuing after short transfers, until the end of the file.
 async fn read<F: File>(file: &F, offset: u64, len: usize) -> Result<Vec<u8>, String> {
     let align = file.info().await.or_fail("look")?.align_bytes as usize;
     let mut bytes = Vec::new();
-    // Only the end of a file cuts a direct read within a sector, and behind it none can begin.
+    // Only the end of a file ends a direct read within a sector, and no read can begin past it.
     while bytes.len() < len && bytes.len().is_multiple_of(align) {
         let bufs = buffers_of(&vec![0xee; len - bytes.len()])?;
         let (count, bufs) = file.read_at(offset + bytes.len() as u64, bufs).await;
         let count = count.or_fail("read")?;
-        holds("a read gives no more than was asked for", count <= len - bytes.len())?;
+        holds("a read returns no more than was asked for", count <= len - bytes.len())?;
         if count == 0 {
             break;
         }

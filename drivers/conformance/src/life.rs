@@ -1,4 +1,4 @@
-//! Names that go while files are open, and operations that nobody waits for.
+//! Names that disappear while files are open, and operations that are not waited for.
 
 use crate::{
     BLOCK, FileHost, OrFail, Outcome, Place, Test, begin, buffers_of, pattern, read, same, same_bytes, tests,
@@ -48,7 +48,7 @@ async fn a_dropped_write_lands_as_a_whole<H: FileHost>(place: Place<H>) -> Outco
         place.host.sleep_ns(1_000_000).await;
         size = file.info().await.or_fail("look")?.size_bytes;
     }
-    // Its size may show before its last byte; whoever comes behind it in the file's order sees all.
+    // Its size may show before its last byte; a write after it in the file's order sees all of it.
     write(&file, bytes.len() as u64, &pattern(8, BLOCK)).await?;
     file.sync_data().await.or_fail("synchronise")?;
     same_bytes("the file", &read(&file, 0, bytes.len()).await?, &bytes)
@@ -74,11 +74,11 @@ async fn dropped_reads_disturb_nobody<H: FileHost>(place: Place<H>) -> Outcome {
     for _ in 0..50 {
         let buf = pool.alloc(BLOCK).await.or_fail("have a buffer")?;
         begin(file.read_at(0, IoVec::from_iter([buf]))).await;
-        // This one may get memory that the read before would still write to, were it free already.
+        // This one may get memory that the earlier read would still write to, if it had been freed too early.
         let mut buf = pool.alloc(BLOCK).await.or_fail("have a buffer")?;
         buf.fill(0x55);
         place.host.sleep_ns(0).await;
-        same_bytes("a buffer of somebody else", &buf, &[0x55; BLOCK])?;
+        same_bytes("a buffer of another owner", &buf, &[0x55; BLOCK])?;
     }
     place.until("the return of all buffers", || pool.used_bytes() == 0).await
 }

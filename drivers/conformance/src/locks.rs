@@ -95,7 +95,7 @@ async fn a_lock_outlives_its_last_operation<H: FileHost>(place: Place<H>) -> Out
     bufs[0].copy_from_slice(&bytes);
     let ended = begin(one.write_at(0, bufs)).await;
     drop(one);
-    // The lock may be had at once or later, but never before the write has landed.
+    // The lock may be available at once or later, but never before the write has landed.
     while two.lock(Exclusive).await.is_err() {
         place.host.sleep_ns(1_000_000).await;
     }

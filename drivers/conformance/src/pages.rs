@@ -22,7 +22,7 @@ pub fn all<H: SharedPages>() -> Vec<Test<Place<H>>> {
     ]
 }
 
-/// A page's name; nobody else's.
+/// A page's name, unique to the place.
 fn name<H>(place: &Place<H>, name: &str) -> String {
     format!("conformance-{}-{name}", place.folder.rsplit('/').next().unwrap_or_default())
 }
@@ -42,7 +42,7 @@ fn content(page: &impl SharedPage) -> Vec<u8> {
     bytes
 }
 
-/// Copies of all alignments, seen by another who looks at the same page.
+/// Copies of all alignments, checked through another view of the same page.
 pub(crate) fn bytes_come_back(page: &impl SharedPage, other: &impl SharedPage) -> Outcome {
     let mut want = pattern(1, PAGE_BYTES);
     page.copy_out(0, &want);
@@ -62,7 +62,7 @@ pub(crate) fn bytes_come_back(page: &impl SharedPage, other: &impl SharedPage) -
     same_bytes("the whole page", &content(other), &want)
 }
 
-/// Numbers against bytes, one storing and one looking.
+/// Numbers against bytes, stored through one view and read through another.
 pub(crate) fn numbers_are_little_endian(page: &impl SharedPage, other: &impl SharedPage) -> Outcome {
     for offset in [0, 4, 8, 2044, 4092] {
         page.store_u32(offset, 0x0403_0201);
@@ -175,7 +175,7 @@ async fn a_page_has_one_owner<H: SharedPages>(place: Place<H>) -> Outcome {
     same("owned twice", own(&place, "a").err(), Some(Errno::EBUSY))?;
     own(&place, "b").or_fail("own another page")?;
     page.store_u32(0, 1);
-    same("seen by who does not own it", open(&place, "a")?.load_u32(0), 1)?;
+    same("seen through a page opened without ownership", open(&place, "a")?.load_u32(0), 1)?;
     let clone = page.clone();
     drop(page);
     same("owned by the clone", own(&place, "a").err(), Some(Errno::EBUSY))?;

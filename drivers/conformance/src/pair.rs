@@ -1,26 +1,26 @@
-//! Two domains: the host under test, and another that lets it use pages and channels.
+//! Two domains: the host under test, and another one that grants it pages and offers it channels.
 //!
 //! ```text
 //!     Pair
 //!      ├─ host   the seam under test            own ────────── map, copy, bind
-//!      └─ peer   a domain of the runner's       dom() ──────── grant, alloc_unbound, end_access
+//!      └─ peer   a domain of the runner       dom() ──────── grant, alloc_unbound, end_access
 //! ```
 //!
-//! The seam has only the back end's half of grants and channels, so the runner brings the other: on the model a guest,
-//! on a real host dom0 itself, through /dev/xen/gntalloc and /dev/xen/evtchn.
+//! The seam has only the back end's half of grants and channels, so the runner provides the other: on the model a
+//! guest, on a real host dom0 itself, through /dev/xen/gntalloc and /dev/xen/evtchn.
 
 use tap_host::{
     DomId, Errno, EventChannel, Events, GrantRef, Grants, Port, SharedPage, SharedPages, Tasks, Time,
     Xenstore,
 };
 
-/// What bodies about Xen ask of a host.
+/// What bodies about Xen need from a host.
 pub trait XenHost: Grants + Events + SharedPages + Xenstore + Time + Tasks {}
 impl<T: Grants + Events + SharedPages + Xenstore + Time + Tasks> XenHost for T {}
 
 /// The domain at the other end.
 pub trait Peer: Clone + 'static {
-    /// Its own view of a page that it granted; may be let go of while others use the page.
+    /// Its own view of a page that it granted; may be dropped while others use the page.
     type Page: SharedPage;
     /// Its end of a channel; closed when dropped.
     type Channel: EventChannel;
@@ -29,18 +29,18 @@ pub trait Peer: Clone + 'static {
     /// Lets `to` use a new page of zeros.
     ///
     /// # Errors
-    /// What the system says.
+    /// The system's error.
     fn grant(&self, to: DomId, writable: bool) -> Result<(GrantRef, Self::Page), Errno>;
-    /// Takes a grant back. The caller has let go of the page. Once nobody has it mapped, nobody can map it any more;
+    /// Revokes a grant. The caller has dropped the page. Once it is not mapped any more, it cannot be mapped again;
     /// that may take the peer a moment.
     ///
     /// # Errors
-    /// `EBUSY` while it is mapped, from systems that tell; the grant then stays.
+    /// `EBUSY` while it is mapped, on systems that report this; the grant then stays.
     fn end_access(&self, gref: GrantRef) -> Result<(), Errno>;
     /// A new channel that waits for `remote` to bind it.
     ///
     /// # Errors
-    /// What the system says.
+    /// The system's error.
     fn alloc_unbound(&self, remote: DomId) -> Result<Self::Channel, Errno>;
 }
 
@@ -82,7 +82,7 @@ impl<H: XenHost, P: Peer> Pair<H, P> {
         bound.map_err(|e| format!("failed to bind {port}: {e}"))
     }
 
-    /// A bound channel, as Xen gives it: pending at the host's end.
+    /// A bound channel in its initial state under Xen: pending at the host's end.
     pub(crate) fn channel(&self) -> Result<Ends<H, P>, String> {
         let far = self.unbound()?;
         let near = self.bind(far.local_port())?;

@@ -6,7 +6,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use tap_host::{Errno, IoBuf, Listener, SendList, SocketAddress, Sockets, Stream};
 
-/// What bodies about sockets ask of a host.
+/// What bodies about sockets need from a host.
 pub trait SocketHost: Sockets + TaskHost {}
 impl<T: Sockets + TaskHost> SocketHost for T {}
 
@@ -35,7 +35,7 @@ pub fn all<H: SocketHost>() -> Vec<Test<Place<H>>> {
 
 type Pair<H> = (<H as Sockets>::Stream, <H as Sockets>::Stream);
 
-/// Both ends of a connection: who connected, and who accepted.
+/// Both ends of a connection: the one that connected, and the one that accepted.
 async fn pair<H: SocketHost>(place: &Place<H>) -> Result<Pair<H>, String> {
     let listener = place.host.listen(&place.address("socket")).await.or_fail("listen")?;
     let address = listener.address();
@@ -70,7 +70,7 @@ async fn send<S: Stream>(stream: &S, mut list: SendList) -> Result<(), Errno> {
 fn send_beside<H: SocketHost>(place: &Place<H>, stream: &H::Stream, bytes: Vec<u8>) {
     let stream = stream.clone();
     place.host.spawn("sender", bytes.len() as u64, async move {
-        // What is missing is missed by who receives.
+        // The receiver notices if anything is missing.
         let _sent = send_bytes(&stream, &bytes).await;
     });
 }
@@ -84,13 +84,13 @@ async fn send_bytes<S: Stream>(stream: &S, bytes: &[u8]) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Receives until `len` bytes are there or the peer ends, at most `cut` at a time.
+/// Receives until `len` bytes have arrived or the peer ends, at most `cut` at a time.
 async fn receive<S: Stream>(stream: &S, len: usize, cut: usize) -> Result<Vec<u8>, Errno> {
     let mut bytes = Vec::new();
     let cut = cut.min(len);
     let mut buf = IoBuf::unpooled(cut)?;
     while bytes.len() < len {
-        // Into the end of the buffer, so that no more comes than is wanted.
+        // Into the end of the buffer, so that no more arrives than is wanted.
         let from = cut - cut.min(len - bytes.len());
         let (count, back) = stream.recv(buf, from).await;
         buf = back;
@@ -168,13 +168,13 @@ async fn a_receive_fills_a_part_of_its_buffer<H: SocketHost>(place: Place<H>) ->
     while have < 10 {
         let (count, back) = far.recv(buf, have).await;
         let count = count.or_fail("receive")?;
-        holds("a receive gives at least one byte", count > 0)?;
+        holds("a receive returns at least one byte", count > 0)?;
         have += count;
         buf = back;
     }
     same_bytes("before the part", &buf[..4], b"....")?;
     same_bytes("the part", &buf[4..10], b"abcdef")?;
-    same_bytes("behind what came", &buf[10..], b"......")
+    same_bytes("after the received bytes", &buf[10..], b"......")
 }
 
 async fn bytes_wait_to_be_received_in_any_cut<H: SocketHost>(place: Place<H>) -> Outcome {
@@ -232,7 +232,7 @@ async fn the_end_comes_behind_the_last_byte<H: SocketHost>(place: Place<H>) -> O
     place.host.spawn("sender", 0, async move {
         let _sent = send_bytes(&near, &pattern(1, 3000)).await;
         near.shutdown();
-        // Open until the other end has seen the end.
+        // Stays open until the other side has seen the end.
         drop(receive(&near, 1, 1).await);
     });
     same_bytes("what came", &receive(&far, 9999, 1000).await.or_fail("receive")?, &pattern(1, 3000))?;
@@ -247,7 +247,7 @@ async fn an_aborted_stream_ends_at_both_ends<H: SocketHost>(place: Place<H>) -> 
     send_bytes(&near, &pattern(1, 64)).await.or_fail("send")?;
     same_bytes("before", &receive(&far, 64, 64).await.or_fail("receive")?, &pattern(1, 64))?;
     near.abort();
-    // Whether as an end or as an error.
+    // Either an end or an error.
     let after = receive(&far, 1, 1).await;
     holds("nothing comes afterwards", after.is_err() || after == Ok(Vec::new()))?;
     holds("nor here", !receive(&near, 1, 1).await.is_ok_and(|bytes| !bytes.is_empty()))?;
@@ -267,7 +267,7 @@ async fn a_running_receive_ends_with_its_stream<H: SocketHost>(place: Place<H>) 
     for stream in [near.clone(), far] {
         let ended = Rc::clone(&ended);
         place.host.spawn("receive", 0, async move {
-            // At both ends: whether as an end or as an error.
+            // At both ends, either an end or an error.
             if !receive(&stream, 1, 1).await.is_ok_and(|bytes| !bytes.is_empty()) {
                 ended.set(ended.get() + 1);
             }
@@ -287,7 +287,7 @@ async fn a_running_receive_ends_with_its_stream<H: SocketHost>(place: Place<H>) 
 async fn who_sends_to_nobody_is_told<H: SocketHost>(place: Place<H>) -> Outcome {
     let (near, far) = pair(&place).await?;
     drop(far);
-    // TCP learns it from the answer to what it sends first.
+    // TCP learns this from the reply to its first segment.
     let mut ended = Ok(());
     while ended.is_ok() {
         ended = send_bytes(&near, b"is anybody there?").await;
@@ -322,7 +322,7 @@ async fn a_slow_reader_holds_its_writer_back<H: SocketHost>(place: Place<H>) -> 
     while ended.get().is_none() {
         place.host.sleep_ns(1_000_000).await;
     }
-    holds("a writer that is held back learns of the end", sent.get() < LEN)
+    holds("a blocked writer sees the end", sent.get() < LEN)
 }
 
 async fn both_directions_run_at_once<H: SocketHost>(place: Place<H>) -> Outcome {
@@ -374,7 +374,7 @@ async fn connections_do_not_mix<H: SocketHost>(place: Place<H>) -> Outcome {
     }
     for (tag, stream) in streams.iter().enumerate().rev() {
         let echo = receive(stream, 500, 500).await.or_fail("receive")?;
-        same_bytes("the echo of one's own", &echo, &pattern(tag as u8, 500))?;
+        same_bytes("the echo of the own bytes", &echo, &pattern(tag as u8, 500))?;
     }
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use tap_host::{Errno, Tasks, Time, Xenstore};
 
-/// What bodies about xenstore ask of a host.
+/// What bodies about xenstore need from a host.
 pub trait StoreHost: Xenstore + Time + Tasks {}
 impl<T: Xenstore + Time + Tasks> StoreHost for T {}
 
@@ -142,7 +142,7 @@ async fn names_are_sorted<H: StoreHost>(place: Place<H>) -> Outcome {
 }
 
 async fn a_large_directory_is_listed_whole<H: StoreHost>(place: Place<H>) -> Outcome {
-    // Some 9000 bytes of names: more than two messages hold.
+    // About 9000 bytes of names: more than two messages hold.
     let names: Vec<String> = (0..150).map(|i| format!("{i:04}-{}", "n".repeat(i % 100 + 5))).collect();
     for name in names.iter().rev() {
         write(&place, &place.path(name), b"").await?;
@@ -183,8 +183,8 @@ async fn operations_at_once_get_their_own_answers<H: StoreHost>(place: Place<H>)
             answers.borrow_mut().push(right);
         });
     }
-    until(&place.host, "an answer to everybody", || answers.borrow().len() == COUNT).await?;
-    holds("everybody got his own answer", answers.borrow().iter().all(|right| *right))
+    until(&place.host, "an answer to every request", || answers.borrow().len() == COUNT).await?;
+    holds("every request got its own answer", answers.borrow().iter().all(|right| *right))
 }
 
 async fn dropped_operations_disturb_nobody<H: StoreHost>(place: Place<H>) -> Outcome {

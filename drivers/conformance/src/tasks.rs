@@ -6,7 +6,7 @@ use std::future::Future;
 use std::rc::Rc;
 use tap_host::{Tasks, Time};
 
-/// What bodies about tasks ask of a host.
+/// What bodies about tasks need from a host.
 pub trait TaskHost: Time + Tasks {}
 impl<T: Time + Tasks> TaskHost for T {}
 
@@ -85,7 +85,7 @@ async fn a_dropped_sleep_wakes_nobody<H: TaskHost>(place: Place<H>) -> Outcome {
     .await;
     drop(sleep);
     place.host.sleep_ns(1_000_000).await;
-    holds("time goes on", place.host.now_ns() > before)
+    holds("time advances", place.host.now_ns() > before)
 }
 
 async fn tasks_begin_in_order_and_not_at_once<H: TaskHost>(place: Place<H>) -> Outcome {

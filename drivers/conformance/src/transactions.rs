@@ -1,7 +1,7 @@
 //! Xenstore: reads and writes that take effect together or not at all.
 //!
-//! A store may refuse any transaction and say that it be started again, so bodies about what a transaction does repeat
-//! it until it is taken; only where the seam promises a conflict is a refusal asked for.
+//! A store may refuse any transaction and ask for it to be started again, so bodies about the effects of a transaction
+//! repeat it until it is accepted; a refusal is required only where the seam promises a conflict.
 
 use crate::store::{StoreHost, missing, read, remove, write};
 use crate::{OrFail, Outcome, Place, Test, holds, same, same_bytes, tests, until};
@@ -33,7 +33,7 @@ async fn start<H: StoreHost>(place: &Place<H>) -> Result<Tx<H>, String> {
     place.host.transaction().await.or_fail("start a transaction")
 }
 
-/// Ends one; whether it took effect.
+/// Ends one; returns whether it took effect.
 async fn commit<T: Transaction>(tx: T) -> Result<bool, String> {
     match tx.commit().await {
         Ok(()) => Ok(true),
@@ -47,7 +47,7 @@ async fn conflicts<T: Transaction>(tx: T) -> Outcome {
     same("commit", tx.commit().await, Err(Errno::EAGAIN))
 }
 
-/// How often a transaction is started again before that is said to have no end.
+/// How often a transaction is started again before a body gives up.
 const TRIES: u32 = 1000;
 
 async fn a_transaction_is_seen_at_its_end_only<H: StoreHost>(place: Place<H>) -> Outcome {
@@ -67,7 +67,7 @@ async fn a_transaction_is_seen_at_its_end_only<H: StoreHost>(place: Place<H>) ->
         same_bytes("after a refused commit", &read(&place, &old).await?, b"1")?;
         missing(&place, &new).await?;
     }
-    Err("no transaction is ever taken".into())
+    Err("no transaction is ever accepted".into())
 }
 
 async fn a_transaction_sees_its_own_changes<H: StoreHost>(place: Place<H>) -> Outcome {
@@ -116,7 +116,7 @@ async fn what_a_transaction_removes_is_gone_at_its_end<H: StoreHost>(place: Plac
             return missing(&place, &a).await;
         }
     }
-    Err("no transaction is ever taken".into())
+    Err("no transaction is ever accepted".into())
 }
 
 async fn a_node_that_was_read_and_changed_conflicts<H: StoreHost>(place: Place<H>) -> Outcome {
@@ -172,7 +172,7 @@ async fn of_two_transactions_one_has_to_be_repeated<H: StoreHost>(place: Place<H
         tx.write(&a, value).await.or_fail("write")?;
     }
     let taken = [commit(two).await?, commit(one).await?];
-    holds("both are not taken", taken != [true, true])?;
+    holds("they are not both accepted", taken != [true, true])?;
     let want = match taken {
         [true, _] => b"2",
         [_, true] => b"1",
@@ -191,7 +191,7 @@ async fn changes_elsewhere_may_conflict_and_lose_nothing<H: StoreHost>(place: Pl
         let taken = commit(tx).await?;
         same_bytes("the other's value", &read(&place, &other).await?, &[i])?;
         let value = read(&place, &own).await?;
-        holds("what was taken is there, what was refused is not", (value == [i]) == taken)?;
+        holds("an accepted write is there, a refused one is not", (value == [i]) == taken)?;
     }
     Ok(())
 }
@@ -206,7 +206,7 @@ async fn increment<H: StoreHost>(place: &Place<H>, path: &str) -> Outcome {
             return Ok(());
         }
     }
-    Err("no transaction is ever taken".into())
+    Err("no transaction is ever accepted".into())
 }
 
 async fn repeated_transactions_lose_no_change<H: StoreHost>(place: Place<H>) -> Outcome {
@@ -241,5 +241,5 @@ async fn errors_within_a_transaction_leave_it_usable<H: StoreHost>(place: Place<
             return same_bytes("the value", &read(&place, &path).await?, b"1");
         }
     }
-    Err("no transaction is ever taken".into())
+    Err("no transaction is ever accepted".into())
 }

@@ -1,7 +1,7 @@
 //! Xenstore: watches.
 //!
-//! Events may be spurious, and one may stand for several changes. So a body first takes what has nothing to do with the
-//! change, makes the change, and asks for an event.
+//! Events may be spurious, and one may stand for several changes. So a body first takes unrelated events, makes the
+//! change, and then requires an event.
 
 use crate::store::{StoreHost, read, remove, write};
 use crate::{
@@ -35,7 +35,7 @@ pub fn all<H: StoreHost>() -> Vec<Test<Place<H>>> {
     ]
 }
 
-/// A watch, with the path that it is for.
+/// A watch, with its path.
 struct Watching<H: StoreHost> {
     place: Place<H>,
     path: String,
@@ -43,7 +43,7 @@ struct Watching<H: StoreHost> {
 }
 
 impl<H: StoreHost> Watching<H> {
-    /// Registers it and takes what comes for that.
+    /// Registers it and takes the event of the registration.
     async fn start(place: &Place<H>, name: &str) -> Result<Self, String> {
         let path = if name.is_empty() { place.folder.clone() } else { place.path(name) };
         let watcher = place.host.watch(&path).await.or_fail("watch")?;
@@ -58,7 +58,7 @@ impl<H: StoreHost> Watching<H> {
         let event = soon(&self.place.host, what, self.watcher.next()).await?.or_fail("hear of a change")?;
         let below = event.path.strip_prefix(&self.path);
         let within = below.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
-        holds(&format!("{} is watched by who watches {}", event.path, self.path), within)?;
+        holds(&format!("{} is at or below {}, which is watched", event.path, self.path), within)?;
         Ok(event.path)
     }
 
@@ -171,7 +171,7 @@ async fn a_watch_fires_for_committed_transactions<H: StoreHost>(place: Place<H>)
 async fn a_watch_tells_of_nothing_elsewhere<H: StoreHost>(place: Place<H>) -> Outcome {
     write(&place, &place.path("a/b"), b"").await?;
     let watching = Watching::start(&place, "a").await?;
-    // Every event is asked where it comes from.
+    // The origin of every event is checked.
     for name in ["ab", "b", "a-b", "b/a"] {
         write(&place, &place.path(name), b"").await?;
         remove(&place, &place.path(name)).await?;
@@ -240,7 +240,7 @@ async fn a_dropped_look_takes_no_event<H: StoreHost>(place: Place<H>) -> Outcome
             let waits = poll_fn(|cx| Poll::Ready(next.as_mut().poll(cx).is_pending())).await;
             holds("nothing has changed", waits)?;
             write(&place, &place.path("a"), &[i]).await?;
-            // The event comes, and who waits for it goes without having looked.
+            // The event arrives, and the waiting future is dropped without having seen it.
             place.host.sleep_ns(QUIET_NS / 4).await;
         }
         watching.until("a").await?;
@@ -260,7 +260,7 @@ async fn impatient_looks_lose_no_event<H: StoreHost>(place: Place<H>) -> Outcome
                 Some(event) => break event.or_fail("hear of a change")?,
                 None => patience_ns *= 2,
             }
-            holds("an event comes after all", patience_ns < u64::from(PATIENCE_MS) * 1_000_000)?;
+            holds("an event comes eventually", patience_ns < u64::from(PATIENCE_MS) * 1_000_000)?;
         };
         same("its path", event.path, place.path("a"))?;
         watching.drain().await?;

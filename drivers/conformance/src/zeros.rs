@@ -24,8 +24,8 @@ pub fn on_disks<H: FileHost>() -> Vec<Test<Place<H>>> {
 
 const MODES: [ZeroMode; 2] = [ZeroMode::Unmap, ZeroMode::Keep];
 
-/// Makes zeros, by writing them where the file cannot do better; fails if it then changed anything (a block device with
-/// a page cache may have lost what was not synchronised).
+/// Makes zeros, by writing them if the file cannot do better; fails if the refused call changed anything (a block
+/// device with a page cache may have lost what was not synchronised).
 async fn zero<F: File>(file: &F, offset: u64, len: usize, mode: ZeroMode) -> Outcome {
     let before = read(file, offset, len).await?;
     match file.zero_at(offset, len as u64, mode).await {
@@ -94,7 +94,7 @@ async fn zeros_end_with_the_file<H: FileHost>(place: Place<H>) -> Outcome {
         let want = [&pattern(1, 4 * BLOCK)[..3 * BLOCK], &[0; BLOCK]].concat();
         same_bytes("the file", &read(&file, 0, 8 * BLOCK).await?, &want)?;
         file.set_size(6 * BLOCK as u64).await.or_fail("grow")?;
-        same_bytes("behind the old end", &read(&file, 4 * BLOCK as u64, 4 * BLOCK).await?, &[0; 2 * BLOCK])?;
+        same_bytes("past the old end", &read(&file, 4 * BLOCK as u64, 4 * BLOCK).await?, &[0; 2 * BLOCK])?;
         file.set_size(4 * BLOCK as u64).await.or_fail("shrink")?;
     }
     Ok(())
@@ -129,7 +129,7 @@ async fn a_hole_may_be_written_again<H: FileHost>(place: Place<H>) -> Outcome {
     same_bytes("the file", &read(&file, 0, want.len()).await?, &want)
 }
 
-/// Which blocks of the first `blocks` lie in data, even in part. Checks that extents follow each other without end.
+/// Which of the first `blocks` blocks contain data, even in part. Checks that the extents are contiguous.
 async fn data_blocks<F: File>(file: &F, blocks: usize) -> Result<Vec<bool>, String> {
     let size = file.info().await.or_fail("look")?.size_bytes;
     let mut data = vec![false; blocks];
@@ -153,7 +153,7 @@ async fn extents_cover_the_disk<H: FileHost>(place: Place<H>) -> Outcome {
     let size = file.info().await.or_fail("look")?.size_bytes;
     data_blocks(&file, 16).await?;
     for offset in [size, size + 1, u64::MAX >> 1] {
-        same("an extent behind the end", file.extent_at(offset).await, Ok(None))?;
+        same("an extent past the end", file.extent_at(offset).await, Ok(None))?;
     }
     let last = file.extent_at(size - 1).await.or_fail("look for the last extent")?;
     same("the length of the last byte", last.map(|e| e.len_bytes), Some(1))
@@ -183,7 +183,7 @@ async fn extents_after_zeros_hide_no_data<H: FileHost>(place: Place<H>) -> Outco
         write(&file, 0, &pattern(1, 64 * BLOCK)).await?;
         zero(&file, 8 * BLOCK as u64, 16 * BLOCK, mode).await?;
         let data = data_blocks(&file, 64).await?;
-        holds("what was not made zeros is data", data[..8].iter().chain(&data[24..]).all(|d| *d))?;
+        holds("the rest is data", data[..8].iter().chain(&data[24..]).all(|d| *d))?;
     }
     Ok(())
 }
