@@ -1,4 +1,4 @@
-//! What file operations of 4 KiB cost: CPU per operation, with the threads and kernel workers of this process.
+//! The cost of file operations of 4 KiB: CPU per operation, including threads and kernel workers of this process.
 //!
 //! `cargo run --release -p tap-linux --example file_cost -- FOLDER [io_uring|threads] [direct]`
 

@@ -5,7 +5,7 @@ use std::future::Future;
 use std::time::{Duration, Instant};
 use tap_host::Time;
 
-/// The start that times are counted from.
+/// The instant from which times are counted.
 pub(crate) struct Clock(Instant);
 
 impl Clock {

@@ -16,9 +16,9 @@
 //!
 //! # Contract
 //!
-//! * [`run`] builds everything, runs the program to its end, drops what tasks are left, and waits for file operations
+//! * [`run`] builds everything, runs the program to its end, drops the remaining tasks, and waits for file operations
 //!   in flight: the kernel may be writing to our memory.
-//! * A task that panics ends the program with its panic. Going on without it would lose a request in silence.
+//! * A task that panics ends the program with its panic. Continuing without it would silently lose a request.
 //! * A host belongs to the thread that runs it.
 
 mod clock;
@@ -76,11 +76,11 @@ struct Inner {
     no_locks: Cell<bool>,
     xen: OnceCell<Xen>,
     run_folder: Option<PathBuf>,
-    /// Once there is a folder for them.
+    /// Set once there is a folder for them.
     regions: OnceCell<Regions>,
 }
 
-/// The panic of a task, for [`run`] to pass on.
+/// The panic of a task, which [`run`] resumes.
 #[derive(Default)]
 struct Panicked {
     payload: Option<Box<dyn Any + Send>>,
@@ -101,7 +101,7 @@ impl LinuxHost {
         self.0.engine.kind()
     }
 
-    /// Writes one line to the log, if `level` is to be logged.
+    /// Writes one line to the log, if `level` is enabled.
     pub fn say(&self, level: Level, text: fmt::Arguments<'_>) {
         self.0.logger.line(level, text);
     }
@@ -115,13 +115,13 @@ impl LinuxHost {
     }
 }
 
-/// How long the end waits for who reads the log.
+/// How long to wait at the end for the reader of the log.
 const LAST_LINES: Duration = Duration::from_secs(1);
 
 /// Runs a program on this thread to its end.
 ///
 /// # Errors
-/// What of the host could not be set up, and why.
+/// Which part of the host could not be set up, and why.
 ///
 /// # Panics
 /// With the panic of the program or of any of its tasks.
@@ -158,12 +158,12 @@ where
     }
     let local = LocalSet::new();
     let result = runtime.block_on(local.run_until(host.clone().root(options, program)));
-    // Tasks go first, while the runtime that their sockets and timers belong to is still there.
+    // Tasks are dropped first, while the runtime that owns their sockets and timers still exists.
     let entered = runtime.enter();
     drop(local);
     drop(host);
     drop(entered);
-    // What is said at the end is read by whoever reads at all.
+    // Give a reader that still reads the time to receive the last lines.
     Lines::stderr().finish(LAST_LINES);
     result
 }
@@ -183,7 +183,7 @@ impl LinuxHost {
         let result = Rc::new(RefCell::new(None));
         let (main, keep) = (program(self.clone()), Rc::clone(&result));
         let host = self.clone();
-        // A task like the others: what polls the root, polls it for every wake-up of any task.
+        // A task like the others: a root future would be polled for every wake-up of any task.
         self.spawn("main", 0, async move {
             *keep.borrow_mut() = Some(main.await);
             host.wake_root();
@@ -223,13 +223,13 @@ async fn watched(task: impl Future<Output = ()>, host: LinuxHost) {
 
 impl Tasks for LinuxHost {
     fn spawn(&self, _role: &'static str, _key: u64, task: impl Future<Output = ()> + 'static) {
-        // Nobody joins a task of the seam.
+        // Tasks of the seam are not joined.
         drop(spawn_local(watched(task, self.clone())));
     }
 
     fn yield_now(&self) -> impl Future<Output = ()> + 'static {
-        // Waking oneself means the end of the queue, behind all that are ready. tokio's own yield_now asks the
-        // kernel for events first, which costs a system call each time.
+        // A task that wakes itself goes to the end of the queue, after all that are ready. tokio's own yield_now asks
+        // the kernel for events first, which costs a system call each time.
         let mut yielded = false;
         poll_fn(move |cx| {
             if yielded {
@@ -255,7 +255,7 @@ impl Entropy for LinuxHost {
             match rustix::rand::getrandom(&mut buf[at..], rustix::rand::GetRandomFlags::empty()) {
                 Ok(count) => at += count,
                 Err(rustix::io::Errno::INTR) => {}
-                // Since Linux 3.17 there is nothing else that it can fail with; identifiers must not be guessed.
+                // Fails only on kernels before Linux 3.17; identifiers must not be guessable.
                 Err(error) => panic!("the kernel gives no random bytes: {error}"),
             }
         }

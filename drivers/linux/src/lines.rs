@@ -1,21 +1,21 @@
-//! Lines for standard output and standard error that nobody waits for.
+//! Lines for standard output and standard error, written without making the program wait.
 //!
 //! ```text
 //!   put(line) ──► queue, bounded ──► a thread of its own ──write──► the descriptor
 //!                    └─ full: the line is dropped and counted
 //! ```
 //!
-//! Whoever reads a service's log may stop reading. A write to the full pipe would then wait, and with it every disk
-//! that the process serves. So lines are put into a queue that is bounded, and what finds no room is dropped; the next
-//! line that finds room comes behind the count of those that did not. The descriptor itself is left as it is: its mode
-//! is shared with whoever gave it to us.
+//! The reader of a service's log may stop reading. A write to the full pipe would then wait, and with it every disk
+//! that the process serves. So lines go into a bounded queue, and lines without room are dropped; the next line that
+//! has room is preceded by the number of dropped ones. The descriptor's mode is not changed: it is shared with the
+//! process that gave it to us.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Bytes that wait to be written at most.
+/// Most bytes that wait to be written.
 const QUEUE_BYTES: usize = 256 << 10;
 
 /// Lines that are written by a thread of their own.
@@ -32,14 +32,14 @@ struct State {
     queue: VecDeque<String>,
     bytes: usize,
     dropped: u64,
-    /// A line has been taken out and is not written yet.
+    /// A line has been taken out and is not yet written.
     writing: bool,
-    /// Something could not be written, and the reader has not gone.
+    /// A write failed, for another reason than that the reader is gone.
     failed: bool,
 }
 
 impl Lines {
-    /// Lines for `to`. Where there is no thread to be had, every line is dropped.
+    /// Lines for `to`. If no thread can be started, every line is dropped.
     pub fn new(to: impl Write + Send + 'static) -> Self {
         let shared = Arc::new(Shared { state: Mutex::default(), changed: Condvar::new() });
         let own = Arc::clone(&shared);
@@ -60,7 +60,7 @@ impl Lines {
         LINES.get_or_init(|| Self::new(io::stderr()))
     }
 
-    /// Puts in a line, without its end; never waits for who reads.
+    /// Queues a line, without its newline; never waits for the reader.
     pub fn put(&self, line: String) {
         let mut state = self.0.lock();
         if state.bytes + line.len() > QUEUE_BYTES {
@@ -75,8 +75,8 @@ impl Lines {
         self.0.changed.notify_all();
     }
 
-    /// Waits until everything is written, or `most` is over. Gives whether nothing was lost but to a reader that has
-    /// gone.
+    /// Waits until everything is written, or `most` is over. Returns whether nothing was lost, other than to a reader
+    /// that is gone.
     pub fn finish(&self, most: Duration) -> bool {
         let deadline = Instant::now() + most;
         let mut state = self.0.lock();
@@ -100,7 +100,7 @@ impl State {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Nothing panics with the lock held; the state would be whole all the same.
+        // Nothing panics with the lock held; the state would still be consistent.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -132,7 +132,7 @@ mod tests {
     use std::io::{BufRead as _, BufReader};
     use std::os::unix::net::UnixStream;
 
-    /// A reader that stops reading stops nobody; when it goes on it learns how much it has missed.
+    /// A reader that stops reading stops no one else; when it continues it learns how many lines it missed.
     #[test]
     fn nobody_waits_for_who_reads() {
         let (near, far) = UnixStream::pair().expect("sockets");
@@ -142,7 +142,7 @@ mod tests {
         for _ in 0..8192 {
             lines.put(line.clone());
         }
-        assert!(!lines.finish(Duration::from_millis(10)), "nobody has read");
+        assert!(!lines.finish(Duration::from_millis(10)), "nothing was read");
         let reader = std::thread::spawn(move || {
             let lines = BufReader::new(far).lines().map_while(Result::ok);
             lines.take_while(|line| line != "last").collect::<Vec<_>>()
@@ -153,7 +153,7 @@ mod tests {
         lines.put("last".into());
         assert!(lines.finish(Duration::from_secs(60)));
         let read = reader.join().expect("the reader ends");
-        // Told as soon as there is room again, so perhaps more than once.
+        // Reported as soon as there is room again, so perhaps more than once.
         let missing_of = |text: &String| {
             let number = text.strip_suffix(" lines were left out: nobody read them")?;
             number.parse::<usize>().ok()

@@ -1,14 +1,14 @@
-//! The log: one line for each event of the stack, and for what a program says, on standard error.
+//! The log: one line on standard error for each event of the stack and each message of a program.
 //!
 //! ```text
 //!   2026-11-24T08:15:00.123Z warning: vbd51712 refuses #7: too many segments
 //!   <4>vbd51712 refuses #7: too many segments                                  under systemd (JOURNAL_STREAM)
 //! ```
 //!
-//! Requests one by one are of level debug; that they are switched off costs a comparison. What a guest or a client can
-//! cause at will is limited to bursts of 20 lines for each kind of event, refilled with one every half second; the next
-//! line of the kind that is printed is preceded by the count of those that were not. Nobody waits for who reads the log
-//! (see [`Lines`]).
+//! Single requests are logged at level debug; while that is off, each costs one comparison. Events that a guest or a
+//! client can cause at will are limited to bursts of 20 lines for each kind of event, refilled with one every half
+//! second; the next line of the kind that is printed is preceded by the count of those that were not. Logging never
+//! waits for a reader of the log (see [`Lines`]).
 
 use crate::Lines;
 use std::cell::Cell;
@@ -21,7 +21,7 @@ use tap_host::Event;
 pub enum Level {
     /// Something failed.
     Error,
-    /// Something is not as it should be.
+    /// Something is wrong, but nothing failed.
     Warning,
     /// What an administrator wants to know.
     #[default]
@@ -53,19 +53,19 @@ impl Level {
 /// Where lines go.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum LogTo {
-    /// Standard error, in the journal's way if it is the journal (JOURNAL_STREAM is set).
+    /// Standard error, in the journal's format if it is connected to the journal (JOURNAL_STREAM is set).
     #[default]
     Auto,
     /// Standard error, with time and level.
     Stderr,
-    /// Standard error, each line with its priority, for journald to stamp.
+    /// Standard error, each line with its priority; journald adds the time.
     Journal,
 }
 
-/// What is known of an event before it is printed.
+/// The properties of a kind of event.
 struct Kind {
     level: Level,
-    /// Index among the kinds that are limited.
+    /// Index among the kinds that are rate limited.
     limit: Option<usize>,
 }
 
@@ -94,7 +94,7 @@ fn kind_of(event: &Event) -> Kind {
 
 /// Lines of one kind that may be printed at once.
 const BURST: u32 = 20;
-/// One more after this time.
+/// One more is allowed after this time.
 const REFILL: Duration = Duration::from_millis(500);
 
 /// How often one kind of event may be printed.
@@ -110,7 +110,7 @@ impl Limit {
         Self { left: BURST, since: now, suppressed: 0 }
     }
 
-    /// Whether a line may be printed now, and how many were not since the last one.
+    /// Whether a line may be printed now (`Some`), with the number of lines suppressed since the last one.
     fn admit(&mut self, now: Instant) -> Option<u64> {
         let periods = now.duration_since(self.since).as_nanos() / REFILL.as_nanos();
         if periods > 0 {
@@ -145,7 +145,7 @@ impl Logger {
         Self { level, journal, limits }
     }
 
-    /// Prints an event, if its level is wanted and its kind not used up.
+    /// Prints an event, if its level is enabled and its kind is within its limit.
     pub(crate) fn event(&self, event: Event) {
         let Kind { level, limit } = kind_of(&event);
         if level > self.level {
@@ -164,7 +164,7 @@ impl Logger {
         self.line(level, format_args!("{event}"));
     }
 
-    /// Prints a line, if its level is wanted.
+    /// Prints a line, if its level is enabled.
     pub(crate) fn line(&self, level: Level, text: fmt::Arguments<'_>) {
         if level > self.level {
             return;
@@ -176,12 +176,12 @@ impl Logger {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
             write!(line, "{} {}: {text}", Stamp(now), level.name())
         };
-        debug_assert!(printed.is_ok(), "a string takes everything");
+        debug_assert!(printed.is_ok(), "writing to a string does not fail");
         Lines::stderr().put(line);
     }
 }
 
-/// A time since 1970 as ISO 8601 has it, in UTC, to the millisecond.
+/// A time since 1970 in ISO 8601 format, in UTC, to the millisecond.
 struct Stamp(Duration);
 
 impl fmt::Display for Stamp {

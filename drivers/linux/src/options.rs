@@ -1,30 +1,29 @@
-//! What a program chooses when it starts.
+//! The options that a program sets when it starts.
 
 use crate::{AioEngine, Level, LogTo, XenError, XenOptions};
 use std::path::PathBuf;
 use std::time::Duration;
 use tap_host::Errno;
 
-/// How the host is to be; [`Options::default`] is right for a daemon.
+/// How to set up the host; [`Options::default`] suits a daemon.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Who executes file operations that may wait.
+    /// What executes file operations that may wait.
     pub aio: AioEngine,
     /// The least important level that is logged.
     pub log_level: Level,
     /// Where log lines go.
     pub log_to: LogTo,
-    /// How long to look for what comes before going to sleep, at most, where the last wait was no longer; zero is
-    /// never.
+    /// How long to poll, at most, before going to sleep, if the last wait was no longer than that; zero means never.
     pub poll: Duration,
     /// The folder of [`tap_host::SharedPages`] for programs without Xen: on a tmpfs, ours alone. It is made when it is
-    /// first needed. Without one, or where it cannot be used, there are no such pages.
+    /// first needed. Without one, or if it cannot be used, there are no such pages.
     pub run_folder: Option<PathBuf>,
     /// Xen, for programs that serve its domains.
     pub xen: Option<XenOptions>,
 }
 
-/// The look before sleeping, unless something else is asked for.
+/// The default time to poll before sleeping.
 pub const POLL_DEFAULT: Duration = Duration::from_micros(32);
 
 impl Default for Options {
@@ -40,12 +39,12 @@ pub enum StartError {
     /// The event loop.
     #[error("set up the event loop: {0}")]
     Runtime(Errno),
-    /// The engine asked for.
+    /// The requested engine.
     #[error("{}", aio_text(*aio, *error))]
     Aio {
-        /// Which was asked for.
+        /// The engine requested.
         aio: AioEngine,
-        /// What the kernel said.
+        /// The kernel's error.
         error: Errno,
     },
     /// Xen.

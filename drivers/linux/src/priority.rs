@@ -1,20 +1,20 @@
-//! The priority of a process at its drives (ioprio_set(2)).
+//! The I/O priority of a process (ioprio_set(2)).
 
 use tap_host::Errno;
 
-/// Who is meant: one thread, by its number.
+/// The target is one thread, by its number.
 const IOPRIO_WHO_PROCESS: i64 = 1;
 /// Where the class begins in the priority.
 const IOPRIO_CLASS_SHIFT: u8 = 13;
 
-/// Sets the priority of the calling thread, and of those that it starts from now on: class 1 (realtime), 2 (best
+/// Sets the I/O priority of the calling thread and of threads that it starts from now on: class 1 (realtime), 2 (best
 /// effort) or 3 (idle), level 0 (first) to 7 (last).
 ///
 /// # Errors
-/// `EPERM` for realtime without the right to it, `EINVAL` for a class or level that does not exist.
+/// `EPERM` for realtime without permission, `EINVAL` for a class or level that does not exist.
 pub fn set_io_priority(class: u8, level: u8) -> Result<(), Errno> {
     if level > 7 {
-        // Linux from 6.5 on takes the bits above for a hint of another kind.
+        // Linux 6.5 and later interpret the higher bits as a hint of another kind.
         return Err(Errno::EINVAL);
     }
     let priority = i64::from(class) << IOPRIO_CLASS_SHIFT | i64::from(level);

@@ -1,6 +1,6 @@
-//! SIGTERM, SIGINT and SIGHUP: the first asks the program to end in order, a second one ends it at once. A SIGHUP that
-//! whoever started the program had it ignore (nohup) stays ignored. Sockets that were passed by a parent (LISTEN_FDS)
-//! are served for as long as that parent lives, unless it is process 1.
+//! SIGTERM, SIGINT and SIGHUP: the first one asks the program to end in an orderly way, a second one ends it at once. A
+//! SIGHUP that was ignored when the program started (nohup) stays ignored. Sockets that were passed by a parent
+//! (LISTEN_FDS) are served for as long as that parent lives, unless it is process 1.
 
 use crate::watch::watch;
 use crate::{Level, LinuxHost};
@@ -14,11 +14,11 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{Signal, signal};
 
-/// Whether the program was asked to stop. Until somebody waits for that, the signals end the process as usual.
+/// Whether the program was asked to stop. Until the program waits for that, the signals end the process as usual.
 #[derive(Default)]
 pub(crate) struct Stop {
     asked: Cell<bool>,
-    /// Readable once the parent has ended whose sockets are served.
+    /// Readable once the parent whose sockets are served has ended.
     parent: RefCell<Option<Rc<AsyncFd<OwnedFd>>>>,
 }
 
@@ -26,7 +26,7 @@ impl Stop {
     /// From now on the end of the parent asks the program to stop.
     pub(crate) fn with_parent(&self) {
         let Some(parent) = rustix::process::getppid().filter(|pid| *pid != Pid::INIT) else { return };
-        // Where the kernel knows no such descriptors, or the parent has just gone, it is as it was without.
+        // If the kernel does not support such descriptors, or the parent has just ended, its end is not watched.
         let Ok(fd) = pidfd_open(parent, PidfdFlags::NONBLOCK) else { return };
         if rustix::process::getppid() == Some(parent)
             && let Ok(fd) = watch(fd, Interest::READABLE)
@@ -39,12 +39,12 @@ impl Stop {
 impl Signals for LinuxHost {
     fn asked_to_stop(&self) -> impl Future<Output = ()> + 'static {
         let host = self.clone();
-        // Registered by the call, so that none is missed between it and the first poll.
+        // Registered by the call, so that no signal is missed between it and the first poll.
         let signals: Result<Vec<Signal>, _> = handled().into_iter().map(|n| signal(n.into())).collect();
         let parent = self.0.stop.parent.borrow().clone();
         async move {
             let Ok(mut signals) = signals else {
-                // Without handlers the signals end the process, which is the best there is.
+                // Without handlers the signals end the process, which is the best we can do.
                 host.say(
                     Level::Warning,
                     format_args!("signals cannot be watched: they end the process at once"),
@@ -69,9 +69,9 @@ fn handled() -> Vec<libc::c_int> {
 }
 
 fn is_ignored(number: libc::c_int) -> bool {
-    // SAFETY: a sigaction of zeros is one, and the kernel fills it in during the call.
+    // SAFETY: a sigaction of zeros is valid, and the kernel fills it in during the call.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
-    // SAFETY: `action` is whole, and nothing is changed.
+    // SAFETY: `action` is valid, and no action is changed.
     let told = unsafe { libc::sigaction(number, std::ptr::null(), &raw mut action) };
     told == 0 && action.sa_sigaction == libc::SIG_IGN
 }
@@ -92,7 +92,7 @@ async fn any(signals: &mut [Signal], parent: Option<&AsyncFd<OwnedFd>>) {
 fn by_default() {
     // A hangup that follows a hangup comes from the same closed terminal.
     for number in [libc::SIGTERM, libc::SIGINT] {
-        // SAFETY: the default action is no function of ours.
+        // SAFETY: the default action runs no function of ours.
         let old = unsafe { libc::signal(number, libc::SIG_DFL) };
         debug_assert_ne!(old, libc::SIG_ERR, "both signals can be set");
     }

@@ -1,34 +1,34 @@
-//! Looking again before going to sleep.
+//! Polling for a short time before going to sleep.
 //!
 //! ```text
 //!   nothing to do ─► were the last waits short? ──no──► sleep until the kernel wakes us
-//!                        └─yes─► ask the kernel a few times whether something has come ──yes──► go on
-//!                                    └─ not within the time ─► sleep; and do not look next time
+//!                        └─yes─► ask the kernel a few times whether something has come ──yes──► continue
+//!                                    └─ not within the time ─► sleep; and do not poll next time
 //! ```
 //!
-//! A guest that waits for each answer before it asks again comes back within microseconds. Sleeping in between saves
-//! hardly any CPU then, and being woken takes longer than the answer: on an idle virtual machine a request took 43 us
-//! with sleeping and 19 us with looking, at the same CPU. So after a wait that turned out to be short the next one
-//! begins with looking; after a long one it does not.
+//! A guest that waits for each answer before it sends the next request comes back within microseconds. Sleeping in
+//! between then saves hardly any CPU, and being woken takes longer than the answer: on an idle virtual machine a
+//! request took 43 us with sleeping and 19 us with polling, for the same CPU time. So after a short wait the next one
+//! begins with polling; after a long one it does not.
 //!
-//! Looked at are the sockets that are open and the completions of file operations, as long as there are few of them.
+//! Open sockets and the completions of file operations are polled, as long as there are few of them.
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::cell::RefCell;
 use std::os::fd::{BorrowedFd, RawFd};
 use std::time::{Duration, Instant};
 
-/// With more descriptors than these a look costs too much, and something is always there anyway.
+/// With more descriptors than this a poll costs too much, and there is nearly always something ready anyway.
 const FDS_MAX: usize = 5;
 
 thread_local! {
-    /// Of the one thread that runs a host; elsewhere it stays empty.
+    /// Used by the one thread that runs a host; on others it stays empty.
     static SPIN: RefCell<Spin> = const { RefCell::new(Spin::new()) };
 }
 
 struct Spin {
     fds: Vec<RawFd>,
-    /// A wait up to this is short, and so long is looked for.
+    /// A wait up to this long is short, and polling lasts at most this long.
     most: Duration,
     /// The last wait was short.
     look: bool,
@@ -50,20 +50,20 @@ impl Spin {
             .fds
             .iter()
             .map(|fd| {
-                // SAFETY: whoever listed it keeps it open until it has taken it off the list.
+                // SAFETY: the owner of the `Listed` keeps it open until it is removed from the list.
                 let fd = unsafe { BorrowedFd::borrow_raw(*fd) };
                 PollFd::from_borrowed_fd(fd, PollFlags::IN)
             })
             .collect();
-        // An error ends the looking like an event: going to sleep is always right.
+        // An error ends the polling like an event: going to sleep is always correct.
         while matches!(poll(&mut fds, Some(&at_once)), Ok(0)) && since.elapsed() < self.most {
-            // Who is to send something may wait for this very processor.
+            // The sender may be waiting for this very processor.
             std::thread::yield_now();
         }
     }
 }
 
-/// Sets how long to look at most; zero is never.
+/// Sets how long to poll at most; zero means never.
 pub(crate) fn set(most: Duration) {
     SPIN.with_borrow_mut(|spin| *spin = Spin { most, ..Spin::new() });
 }
@@ -83,7 +83,7 @@ pub(crate) fn before_park() {
     });
 }
 
-/// The thread goes on.
+/// The thread continues.
 pub(crate) fn after_park() {
     SPIN.with_borrow_mut(|spin| {
         if let Some(since) = spin.since.take() {
@@ -92,7 +92,7 @@ pub(crate) fn after_park() {
     });
 }
 
-/// A descriptor that is looked at while this lives.
+/// A descriptor that is polled while this lives.
 pub(crate) struct Listed(RawFd);
 
 impl Listed {

@@ -9,9 +9,9 @@ use tokio::io::unix::AsyncFd;
 /// Watches a descriptor of our own, which does not block.
 ///
 /// # Errors
-/// `EMFILE` or the like where it cannot be watched.
+/// `EMFILE` or the like if it cannot be watched.
 pub(crate) fn watch(fd: OwnedFd, interest: Interest) -> Result<AsyncFd<OwnedFd>, Errno> {
-    // SAFETY: an `OwnedFd` is open, always the same one, and stays so while the `AsyncFd` owns it.
+    // SAFETY: an `OwnedFd` is always the same open descriptor, and stays open while the `AsyncFd` owns it.
     let watched = unsafe { AsyncFd::register_with_interest(fd, interest) };
     watched.map_err(|refused| errno(&refused.into_parts().1))
 }

@@ -7,8 +7,8 @@
 //!   tasks
 //! ```
 //!
-//! What this machine does not allow (loop devices without root, io_uring under a filter) is reported as ignored with
-//! the reason.
+//! Tests that this machine does not allow (loop devices without root, io_uring under a filter) are reported as ignored,
+//! with the reason.
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use std::path::Path;
@@ -23,8 +23,8 @@ fn main() -> ExitCode {
     let devices = [512, 4096].map(|sector| Arc::new(Mutex::new(Device::new(sector))));
     if !args.list {
         for device in &devices {
-            // Now, since a child that starts while tests run holds their locks for a moment. Who needs it hears why
-            // not.
+            // Now, because a child that starts while tests run holds their locks for a moment. Tests that need the
+            // device report why there is none.
             let _attached = lock(device).attach();
         }
     }
@@ -81,7 +81,7 @@ fn documented() -> Result<(), Failed> {
         .map(|test: Test<Place<LinuxHost>>| test.name)
         .collect();
     names.sort_unstable();
-    // What follows about Xen is xen-model's to check.
+    // The part about Xen is checked by xen-model.
     let linux = text.split_once("\n# Xen\n").ok_or("there is no part about Xen")?.0;
     let mut rows: Vec<_> =
         linux.lines().filter_map(|l| l.strip_prefix("| `")?.split_once('`')).map(|(n, _)| n).collect();
@@ -116,7 +116,7 @@ fn on_files(
     let Ok(folder) = tempfile::tempdir_in(folder) else {
         return Ok(Completion::ignored_with(format!("{} cannot be written", folder.display())));
     };
-    let path = folder.path().to_str().ok_or("the path is no text")?.to_owned();
+    let path = folder.path().to_str().ok_or("the path is not UTF-8")?.to_owned();
     if direct && !takes_direct(&path) {
         return Ok(Completion::ignored_with(format!("O_DIRECT is refused in {path}")));
     }
@@ -145,11 +145,11 @@ fn on_device(
 
 fn on_sockets(test: Test<Place<LinuxHost>>, tcp: bool) -> Result<(), Failed> {
     let folder = tempfile::tempdir()?;
-    let path = folder.path().to_str().ok_or("the path is no text")?.to_owned();
+    let path = folder.path().to_str().ok_or("the path is not UTF-8")?.to_owned();
     on_host(test, AioEngine::Auto, |host| Place { host, folder: path, direct: false, device: None, tcp })
 }
 
-/// Why the kernel does not give us this engine.
+/// Why the kernel refuses this engine.
 fn refused(aio: AioEngine) -> Option<String> {
     run(&Options { aio, ..Options::default() }, |_| async {}).err().map(|e| format!("failed to {e}"))
 }
@@ -172,7 +172,7 @@ impl Device {
         Self { sector_bytes, state: None }
     }
 
-    /// The device's path, or why there is none.
+    /// The device's path, or why there is no device.
     fn attach(&mut self) -> Result<String, String> {
         let sector = self.sector_bytes;
         let state = self.state.get_or_insert_with(|| {

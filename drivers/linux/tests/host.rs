@@ -1,4 +1,4 @@
-//! What is particular to the real host, beside the conformance suite.
+//! Tests specific to the real host, in addition to the conformance suite.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -18,7 +18,7 @@ fn with<R: 'static, F: Future<Output = R> + 'static>(aio: AioEngine, body: impl 
     run(&Options { aio, ..Options::default() }, body).unwrap()
 }
 
-/// A path on the local file system, which is no tmpfs where these tests are worth most.
+/// A path on the local file system; these tests are worth most if that is not a tmpfs.
 fn path(dir: &tempfile::TempDir, name: &str) -> String {
     dir.path().join(name).to_str().unwrap().to_owned()
 }
@@ -190,10 +190,10 @@ fn locks_keep_a_second_writer_out() {
     });
 }
 
-/// Threads that may wait, as tokio has them where nothing else is said.
+/// tokio's default number of blocking threads.
 const WAITING_THREADS: usize = 512;
 
-/// Where files are that do not live in memory.
+/// A folder whose files do not live in memory.
 const ON_DISK: &str = env!("CARGO_TARGET_TMPDIR");
 
 #[test]
@@ -212,7 +212,7 @@ fn closing_a_file_never_holds_up_the_program() {
         file.write_at(0, one(0, 4096)).await.0.unwrap();
         assert_eq!(file.lock(LockKind::Exclusive).await, Ok(()));
         let second = host.open(&path, OpenMode::WRITE).await.unwrap();
-        // As if every other thread waited for storage.
+        // All other threads are blocked, as if they waited for storage.
         let gate = std::sync::Arc::new(std::sync::RwLock::new(()));
         let shut = gate.write().unwrap();
         for _ in 0..WAITING_THREADS {
@@ -228,7 +228,7 @@ fn closing_a_file_never_holds_up_the_program() {
     });
 }
 
-/// What the peer receives of a TCP stream whose sender has filled the buffers on the way and then ends it.
+/// How much the peer receives of a TCP stream whose sender has filled all buffers and then ends it.
 fn received_after(end: impl Fn(&tap_linux::LinuxStream) + 'static) -> (usize, usize) {
     with(AioEngine::Auto, |host| async move {
         let nearby = SocketAddress::Tcp { host: "127.0.0.1".to_owned(), port: 0 };
@@ -252,7 +252,7 @@ fn received_after(end: impl Fn(&tap_linux::LinuxStream) + 'static) -> (usize, us
                 }
             }
         });
-        // Nobody receives, so it comes to a stand.
+        // The peer does not receive, so sending stalls.
         let mut before = usize::MAX;
         while std::mem::replace(&mut before, *sent.borrow()) != *sent.borrow() || before == 0 {
             host.sleep_ns(50_000_000).await;

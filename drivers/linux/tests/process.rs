@@ -1,6 +1,6 @@
-//! What needs a process of its own: signals, and sockets that a service manager passes.
+//! Tests that need a process of their own: signals, and sockets that a service manager passes.
 //!
-//! The test starts itself again with `TAP_LINUX_CHILD` set, and looks at what that process does.
+//! The test starts itself again with `TAP_LINUX_CHILD` set, and watches what that process does.
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -21,7 +21,7 @@ fn main() -> ExitCode {
             // Latched: asking again gives the same answer at once.
             host.asked_to_stop().await;
             say("stopping");
-            // Too busy to look: a second signal must not depend on this thread.
+            // Too busy to react: a second signal must not depend on this thread.
             loop {
                 std::thread::park();
             }
@@ -115,7 +115,7 @@ fn second_signal() -> Result<(), Failed> {
     Ok(())
 }
 
-/// Starts the child through a shell, which knows the number that the process will have.
+/// Starts the child through a shell, which knows the process number in advance.
 fn with_socket(listener: UnixListener, pid: &str) -> Result<(Vec<String>, String, ExitStatus), Failed> {
     let path = listener.local_addr()?.as_pathname().ok_or("a path")?.to_owned();
     let mut command = Command::new("sh");
@@ -141,7 +141,7 @@ fn inherits() -> Result<(), Failed> {
     assert_eq!(said, ["1 then 0".to_owned(), format!("unix:{}", path.display())]);
     assert_eq!(got, "hello");
     assert!(status.success());
-    assert!(path.exists(), "the path is the service manager's");
+    assert!(path.exists(), "the path belongs to the service manager");
     Ok(())
 }
 
@@ -156,7 +156,7 @@ fn inherits_nothing() -> Result<(), Failed> {
 fn takes_over() -> Result<(), Failed> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("socket");
-    // The standard library leaves the path behind, as a process does that dies.
+    // The standard library leaves the path in place, as a dying process does.
     drop(UnixListener::bind(&path)?);
     let address = SocketAddress::Unix(path.to_str().ok_or("a path")?.to_owned());
     run(&Options::default(), |host| async move {
@@ -168,7 +168,7 @@ fn takes_over() -> Result<(), Failed> {
         let buf = IoBuf::unpooled(8).expect("memory");
         assert_eq!(far.expect("a connection").recv(buf, 0).await.0, Ok(1));
     })?;
-    assert!(!path.exists(), "a listener takes its path along");
+    assert!(!path.exists(), "a listener removes its path");
     Ok(())
 }
 

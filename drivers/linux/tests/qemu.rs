@@ -1,6 +1,6 @@
-//! Locks against QEMU's tools, both ways: who comes second is refused, and readers share.
+//! Locks against QEMU's tools, both ways: the second writer is refused, and readers share.
 //!
-//! Where qemu-img or qemu-io is missing the tests are reported as ignored.
+//! If qemu-img or qemu-io is missing the tests are reported as ignored.
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use std::io::{BufRead, BufReader, Write};
@@ -12,8 +12,8 @@ use tap_linux::{LinuxFile, LinuxHost, Options, run};
 type Body = fn(&str) -> Result<(), Failed>;
 
 fn main() -> ExitCode {
-    // One after the other: a process that another test is just starting holds our descriptors, and with them our locks,
-    // until it has become the tool.
+    // One after the other: a process that another test is starting holds our descriptors, and with them our locks,
+    // until it has executed the tool.
     let args = Arguments { test_threads: Some(1), ..Arguments::from_args() };
     let mut trials = Vec::new();
     let tests: [(&str, Body); 3] = [
@@ -54,10 +54,10 @@ fn close(file: LinuxFile) {
     std::thread::sleep(std::time::Duration::from_millis(100));
 }
 
-/// What a run of a tool says on standard error; empty if it succeeded.
+/// What a run of a tool prints if it failed; empty if it succeeded.
 fn qemu(tool: &str, args: &[&str]) -> String {
     let output = Command::new(tool).args(args).output().expect("the tool starts");
-    // qemu-io says what failed and succeeds.
+    // qemu-io prints what failed and exits with 0.
     let text = [output.stdout, output.stderr].concat();
     let text = String::from_utf8_lossy(&text).into_owned();
     if output.status.success() && !text.contains("lock") { String::new() } else { text }
@@ -79,7 +79,7 @@ fn compare(path: &str) -> String {
 fn our_writer(path: &str) -> Result<(), Failed> {
     let name = path.to_owned();
     with_file(path, OpenMode::WRITE, async move |file| {
-        assert_eq!((write(&name), compare(&name)), (String::new(), String::new()), "nobody has it yet");
+        assert_eq!((write(&name), compare(&name)), (String::new(), String::new()), "not locked yet");
         assert_eq!(file.lock(LockKind::Exclusive).await, Ok(()));
         assert!(write(&name).contains("lock"), "a second writer");
         assert!(read(&name).contains("lock"), "a reader");
@@ -112,7 +112,7 @@ impl Holder {
         command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().expect("qemu-io starts");
         let mut input = child.stdin.take().expect("its input");
-        // Its answer shows that it has the image open.
+        // Its reply shows that it has the image open.
         input.write_all(b"length\n").expect("it listens");
         let mut output = BufReader::new(child.stdout.take().expect("its output"));
         let mut line = String::new();

@@ -1,4 +1,4 @@
-//! The client of xenstored against a small one, on a socket.
+//! The client against a small xenstored, on a socket.
 
 mod xenstored;
 
@@ -25,7 +25,7 @@ where
     run(&Options::default(), program).unwrap();
 }
 
-/// Waits until xenstored is as `condition` says.
+/// Waits until xenstored's state fulfils `condition`.
 async fn until(host: &LinuxHost, server: &Xenstored, condition: impl Fn(&State) -> bool) {
     while !condition(&server.state()) {
         host.sleep_ns(1_000_000).await;
@@ -85,12 +85,12 @@ fn directories_are_sorted_and_may_be_large() {
             server.state().tree.write(&format!("/large/{name}"), b"").unwrap();
         }
         assert_eq!(store.directory("/large").await.as_ref(), Ok(&names));
-        // Changed in the middle it is read again.
+        // A directory that changes while it is read is read again.
         server.state().disturbances = 3;
         names.splice(0..0, (0..3).map(|i| format!("disturbance-{i}")));
         assert_eq!(store.directory("/large").await.as_ref(), Ok(&names));
         assert_eq!(server.state().disturbances, 0);
-        // But not for ever.
+        // But not forever.
         server.state().disturbances = u32::MAX;
         assert_eq!(store.directory("/large").await, Err(Errno::EAGAIN));
         server.state().disturbances = 0;
@@ -150,7 +150,7 @@ fn watches_fire_for_what_others_change() {
         assert!(once(pin!(leaf.next())).await.is_pending());
         drop(top);
         until(&host, &server, |state| state.watch_count() == 1).await;
-        // Several may wait for one watch; whoever is dropped takes nothing along.
+        // Several may wait for one watch; a dropped waiter takes no event with it.
         let mut dropped = Box::pin(leaf.next());
         assert!(once(dropped.as_mut()).await.is_pending());
         let mut waits = pin!(leaf.next());
@@ -172,7 +172,7 @@ fn whoever_gives_up_leaves_nothing_behind() {
             assert!(once(pin!(store.write("/b", b"2"))).await.is_pending());
             assert_eq!(store.read("/a").await, Ok(b"1".to_vec()), "answers stay with their requests");
         }
-        // The answer is there, and nobody has looked at it.
+        // The answer has arrived and was not taken.
         let mut transaction = Box::pin(store.transaction());
         assert!(once(transaction.as_mut()).await.is_pending());
         store.read("/a").await.unwrap();
@@ -181,7 +181,7 @@ fn whoever_gives_up_leaves_nothing_behind() {
         let count = |kind| server.state().kinds().into_iter().filter(|(asked, _)| *asked == kind).count();
         assert_eq!((count(MessageKind::TransactionStart), count(MessageKind::TransactionEnd)), (51, 51));
         assert_eq!((count(MessageKind::Watch), count(MessageKind::Unwatch)), (50, 50));
-        assert_eq!(store.read("/b").await, Ok(b"2".to_vec()), "dropping does not take a request back");
+        assert_eq!(store.read("/b").await, Ok(b"2".to_vec()), "dropping does not cancel a request");
     });
 }
 
@@ -216,7 +216,7 @@ fn answers_may_come_byte_by_byte() {
         server.state().byte_by_byte = true;
         let watcher = store.watch("/crowd").await.unwrap();
         crowd(&host, &store).await;
-        assert_eq!(next(&watcher).await, "/crowd", "a registration, or more than are kept");
+        assert_eq!(next(&watcher).await, "/crowd", "a registration, or more events than are kept");
     });
 }
 
@@ -233,7 +233,7 @@ fn a_slow_xenstored_is_waited_for() {
             });
         }
         host.yield_now().await;
-        // More than any socket takes.
+        // More than any socket buffers.
         let mut last = pin!(store.read("/slow/299"));
         for _ in 0..20 {
             assert!(once(last.as_mut()).await.is_pending());

@@ -1,16 +1,17 @@
-//! One operation on a descriptor, as the ring, a thread or the caller itself executes it.
+//! One operation on a descriptor, executed by the ring, a thread or the caller itself.
 //!
-//! This is where memory meets the kernel: an operation reads or writes the buffers behind its `iovec`s. Whoever
-//! executes one vouches that the buffers live, and that nobody else touches them, until it has ended.
+//! This is where memory is passed to the kernel: an operation reads or writes the buffers that its `iovec`s point to.
+//! The code that executes one guarantees that the buffers stay alive, and that nothing else touches them, until it has
+//! ended.
 
 use smallvec::SmallVec;
 use std::os::fd::RawFd;
 use tap_host::{Errno, IoVec, ZeroMode};
 
-/// Most pieces of memory in one call (UIO_MAXIOV); what is behind them is left for the next.
+/// Most pieces of memory in one call (UIO_MAXIOV); the rest is left for the next.
 pub(crate) const IOV_MAX: usize = 1024;
 
-/// What to do, without the memory that it is done with.
+/// What to do, without the memory to do it with.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Call {
     /// preadv at a byte offset.
@@ -25,11 +26,11 @@ pub(crate) enum Call {
     Zero { offset: u64, len: u64, mode: ZeroMode },
 }
 
-/// Where the bytes of an operation are. Several pieces are on the heap, so that a slot can move while the kernel reads
-/// them.
+/// Where the bytes of an operation are. A list of several pieces is on the heap, so that a slot can move while the
+/// kernel reads it.
 pub(crate) type Memory = SmallVec<[libc::iovec; 1]>;
 
-/// The memory of `bufs`, as far as one call takes it.
+/// The memory of `bufs`, as much as one call takes.
 pub(crate) fn memory_of<A: smallvec::Array<Item = libc::iovec>>(bufs: &mut IoVec) -> SmallVec<A> {
     bufs.iter_mut()
         .take(IOV_MAX)
@@ -51,15 +52,15 @@ pub(crate) fn zero_flags(mode: ZeroMode) -> i32 {
 pub(crate) enum Wait {
     /// It may.
     Allowed,
-    /// `EAGAIN` instead (RWF_NOWAIT); reads only. A count of 0 says nothing then.
+    /// `EAGAIN` instead (RWF_NOWAIT); reads only. A count of 0 then means nothing.
     Never,
 }
 
 impl Call {
-    /// Executes the operation on this thread and gives its count.
+    /// Executes the operation on this thread and returns its count.
     ///
     /// # Safety
-    /// `memory` is valid, for writing too if this is a read, and not touched by anybody else meanwhile.
+    /// `memory` is valid, for writing too if this is a read, and not touched by anything else meanwhile.
     pub(crate) unsafe fn execute(
         self,
         fd: RawFd,
@@ -67,7 +68,7 @@ impl Call {
         wait: Wait,
     ) -> Result<usize, Errno> {
         loop {
-            // SAFETY: as of this function; the other arguments are plain numbers.
+            // SAFETY: by this function's contract; the other arguments are plain numbers.
             let result = unsafe { self.system_call(fd, memory, wait) };
             match usize::try_from(result) {
                 Ok(count) => return Ok(count),
@@ -82,28 +83,28 @@ impl Call {
     /// # Safety
     /// As [`Call::execute`].
     unsafe fn system_call(self, fd: RawFd, memory: &[libc::iovec], wait: Wait) -> isize {
-        // As for loff_t; `LinuxFile` refuses what is larger.
+        // Fits loff_t; `LinuxFile` refuses larger values.
         let off = |offset: u64| offset as libc::off_t;
         let count = memory.len() as libc::c_int;
         match (self, memory) {
             (Call::Read(offset), _) if wait == Wait::Never => {
-                // SAFETY: of the caller.
+                // SAFETY: by this function's contract.
                 unsafe { libc::preadv2(fd, memory.as_ptr(), count, off(offset), libc::RWF_NOWAIT) }
             }
             (Call::Read(offset), [one]) => {
-                // SAFETY: of the caller.
+                // SAFETY: by this function's contract.
                 unsafe { libc::pread(fd, one.iov_base, one.iov_len, off(offset)) }
             }
             (Call::Read(offset), _) => {
-                // SAFETY: of the caller.
+                // SAFETY: by this function's contract.
                 unsafe { libc::preadv(fd, memory.as_ptr(), count, off(offset)) }
             }
             (Call::Write(offset), [one]) => {
-                // SAFETY: of the caller.
+                // SAFETY: by this function's contract.
                 unsafe { libc::pwrite(fd, one.iov_base, one.iov_len, off(offset)) }
             }
             (Call::Write(offset), _) => {
-                // SAFETY: of the caller.
+                // SAFETY: by this function's contract.
                 unsafe { libc::pwritev(fd, memory.as_ptr(), count, off(offset)) }
             }
             (Call::SyncData, _) => {
@@ -127,7 +128,7 @@ pub(crate) fn last_error() -> Errno {
     errno(&std::io::Error::last_os_error())
 }
 
-/// The number of an error of the standard library; `EIO` where it has none.
+/// The error number of a standard library error; `EIO` if it has none.
 pub(crate) fn errno(error: &std::io::Error) -> Errno {
     error.raw_os_error().map_or(Errno::EIO, Errno)
 }

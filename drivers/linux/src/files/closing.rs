@@ -7,17 +7,17 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::task::{Id, JoinHandle};
 
-/// Between two looks at what is being closed: most is closed in less.
+/// The interval between two checks of what is being closed; most descriptors are closed sooner.
 const LOOK: Duration = Duration::from_millis(1);
 
-/// Those of one host.
+/// The descriptors of one host that are being closed.
 #[derive(Default)]
 pub(crate) struct Closing {
     running: RefCell<Vec<JoinHandle<()>>>,
     begun: Cell<u64>,
 }
 
-/// What was being closed at one time.
+/// A snapshot of what is being closed.
 #[derive(Clone, Copy)]
 pub(crate) struct Seen {
     begun: u64,
@@ -25,9 +25,9 @@ pub(crate) struct Seen {
 }
 
 impl Closing {
-    /// Closes `fd` where it may wait, unless somebody else has it as well, who closes it then.
+    /// Closes `fd` on a thread that may wait. If `fd` is shared, its last owner closes it.
     pub(crate) fn close(&self, fd: Arc<OwnedFd>) {
-        // After the program's end there is nothing left that it could hold up.
+        // After the program's end a wait here delays nothing.
         let Ok(runtime) = Handle::try_current() else { return drop(fd) };
         let mut running = self.running.borrow_mut();
         running.retain(|task| !task.is_finished());
@@ -40,7 +40,7 @@ impl Closing {
         Seen { begun: self.begun.get(), any: !self.unfinished().is_empty() }
     }
 
-    /// Waits for what is being closed now. Several may wait, and may be given up.
+    /// Waits for what is being closed now. Several tasks may wait, and the future may be dropped.
     pub(crate) async fn ended(&self) {
         let waited_for = self.unfinished();
         while self.unfinished().iter().any(|id| waited_for.contains(id)) {
@@ -48,7 +48,7 @@ impl Closing {
         }
     }
 
-    /// The same; gives whether anything was being closed since `before` was seen.
+    /// As [`Closing::ended`]; returns whether anything was being closed at `before` or since.
     pub(crate) async fn ended_since(&self, before: Seen) -> bool {
         self.ended().await;
         before.any || self.begun.get() != before.begun

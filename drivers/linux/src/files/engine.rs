@@ -1,4 +1,4 @@
-//! Operations in flight: one slot table above the ring or the threads.
+//! Operations in flight: one slot table for the ring or the threads.
 //!
 //! ```text
 //!   Op (future) ──start──► slot, queue ─┐
@@ -9,9 +9,9 @@
 //! # Contract
 //!
 //! * A slot owns the buffers and keeps the file open from the first poll of the operation until its completion was
-//!   reaped. Dropping the future only marks the slot as an orphan's.
-//! * The first operation that is queued in a turn wakes the driver task, which so runs behind every task that is ready
-//!   then; what those queue goes to the kernel with it.
+//!   reaped. Dropping the future only marks the slot as orphaned.
+//! * The first operation that is queued in a turn wakes the driver task, which therefore runs after every task that is
+//!   ready by then; what those tasks queue goes to the kernel together.
 //! * Dropping the engine waits for what is in flight: the kernel may be writing to our memory.
 
 use super::call::{Call, Memory, Wait, memory_of};
@@ -33,26 +33,26 @@ use tap_host::{Errno, IoVec};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// Who executes operations.
+/// Executes operations.
 pub(crate) trait Submit {
     /// Readable when completions wait to be reaped.
     fn fd(&self) -> BorrowedFd<'_>;
     /// Whether one more may be pushed.
     fn has_room(&self) -> bool;
-    /// Whether it knows this operation.
+    /// Whether it supports this operation.
     fn does(&self, call: Call) -> bool;
     /// Adds an operation, to be started by the next `submit`.
     ///
     /// # Safety
     /// `fd` stays open, and the memory valid and untouched, until the completion of `index` was reaped.
     unsafe fn push(&mut self, index: u32, call: Call, fd: RawFd, memory: &Memory);
-    /// Starts what was pushed; what cannot be started now stays pushed.
+    /// Starts what was pushed; what cannot be started now stays queued.
     fn submit(&mut self) -> Result<(), Errno>;
     /// Appends completions: slot, and count or negative error number.
     fn reap(&mut self, done: &mut Vec<(u32, i32)>);
     /// Blocks until there is something to reap.
     fn wait(&mut self) -> Result<(), Errno>;
-    /// Whether something that was pushed was not started yet.
+    /// Whether something pushed has not been started yet.
     fn unsubmitted(&mut self) -> bool;
 }
 
@@ -88,10 +88,10 @@ pub(crate) struct Engine {
 }
 
 impl Engine {
-    /// An engine of the kind asked for; for [`AioEngine::Auto`] also why io_uring is not used, if it is not.
+    /// An engine of the requested kind; for [`AioEngine::Auto`] also why io_uring is not used, if it is not.
     ///
     /// # Errors
-    /// Why the kind asked for is refused.
+    /// Why the requested kind is refused.
     pub(crate) fn new(kind: AioEngine) -> Result<(Self, Option<Errno>), Errno> {
         let with = |submit: Box<dyn Submit>, kind| {
             let (slots, free, queue) = (Vec::new(), Vec::new(), VecDeque::new());
@@ -127,7 +127,7 @@ impl Engine {
             Some(index) => index,
             None => {
                 state.slots.push(Slot::Free);
-                // Bounded by the buffers there are, far below 2^32.
+                // Bounded by the number of buffers, far below 2^32.
                 (state.slots.len() - 1) as u32
             }
         };
@@ -162,7 +162,7 @@ impl Engine {
         }
     }
 
-    /// Nobody waits for the result any more; the effect still happens.
+    /// The result is no longer waited for; the effect still happens.
     fn abandon(&self, index: u32) {
         let mut state = self.state.borrow_mut();
         let slot = &mut state.slots[index as usize];
@@ -177,12 +177,12 @@ impl Engine {
                 (None, old)
             }
         };
-        // What is dropped may wake somebody who looks in here.
+        // Dropping buffers may wake a task that accesses this state.
         drop(state);
         drop(dropped);
     }
 
-    /// Pushes what is queued as far as there is room, and starts it.
+    /// Pushes as much of the queue as there is room for, and starts it.
     fn flush(&self) -> Result<(), Errno> {
         let mut state = self.state.borrow_mut();
         let State { slots, queue, in_flight, submit, .. } = &mut *state;
@@ -192,14 +192,14 @@ impl Engine {
             let Slot::Running(running) = &slots[index as usize] else {
                 unreachable!("what is queued has not ended")
             };
-            // SAFETY: the slot keeps file and buffers, and touches neither, until its completion was reaped.
+            // SAFETY: the slot keeps the file and the buffers, and touches neither, until its completion was reaped.
             unsafe { submit.push(index, running.call, running.file.fd().as_raw_fd(), &running.memory) };
             *in_flight += 1;
         }
         submit.submit()
     }
 
-    /// Takes completions and wakes who waits for them; gives how many there were.
+    /// Takes completions and wakes the tasks that wait for them; returns how many there were.
     fn reap(&self, done: &mut Vec<(u32, i32)>) -> usize {
         self.state.borrow_mut().submit.reap(done);
         let count = done.len();
@@ -234,10 +234,10 @@ impl Engine {
 
     /// One turn of the driver task.
     ///
-    /// An error of the ring itself, which nothing documents for our use of it, stops the process: operations are in
-    /// unknown states.
+    /// An error of the ring itself, for which no cause is documented in our use of it, stops the process: operations
+    /// are in unknown states.
     fn drive(&self, turn: &mut Driver, cx: &mut Context<'_>) {
-        // Cleared before reaping: what completes from here on is an event of its own, and wakes this task.
+        // Cleared before reaping: a later completion raises a new event, which wakes this task.
         while let Poll::Ready(ready) = turn.event.poll_read_ready(cx) {
             ready.unwrap_or_else(|e| panic!("failed to wait for file operations: {e}")).clear_ready();
         }
@@ -252,17 +252,17 @@ impl Engine {
         keep(&mut state.driver, cx.waker());
         let retry = state.submit.unsubmitted();
         drop(state);
-        // The kernel was short of memory; nothing else tells when it is not any more.
+        // The kernel was short of memory; nothing signals when it has some again.
         while retry && turn.retry.as_mut().poll(cx).is_ready() {
             turn.retry.as_mut().reset(tokio::time::Instant::now() + RETRY_AFTER);
         }
     }
 }
 
-/// How long an operation waits that the kernel had no memory to start.
+/// How long to wait before retrying an operation that the kernel had no memory to start.
 const RETRY_AFTER: Duration = Duration::from_millis(2);
 
-/// What the driver task has of its own.
+/// The driver task's own state.
 struct Driver {
     // Taken off the list before it is closed.
     _listed: Listed,
@@ -295,9 +295,9 @@ impl Drop for Engine {
 /// The driver task of `engine`; runs until it is dropped.
 ///
 /// # Errors
-/// `EMFILE` or the like where the descriptor cannot be watched.
+/// `EMFILE` or the like if the descriptor cannot be watched.
 pub(crate) fn driver(engine: Rc<Engine>) -> Result<impl Future<Output = ()> + 'static, Errno> {
-    // A descriptor of its own for the same ring or event, so that the two owners need not know of each other.
+    // A separate descriptor of the same ring or event, so that the two owners are independent.
     let event = fcntl_dupfd_cloexec(engine.state.borrow().submit.fd(), 0).map_err(of_rustix)?;
     let event = watch(event, Interest::READABLE)?;
     let listed = Listed::new(event.as_raw_fd());
@@ -315,7 +315,7 @@ enum OpState {
     Done,
 }
 
-/// An operation: starts when first polled, goes on when dropped.
+/// An operation: starts when first polled, continues when dropped.
 pub(crate) struct Op {
     engine: Rc<Engine>,
     file: Rc<OpenFile>,
@@ -328,15 +328,16 @@ impl Op {
         Self { engine: Rc::clone(engine), file: Rc::clone(file), state: OpState::Start(call, bufs) }
     }
 
-    /// Tries it on this thread, where that does not wait for a device.
+    /// Tries it on this thread, if that does not wait for a device.
     fn in_place(&self, call: Call, bufs: &mut IoVec) -> Option<Result<usize, Errno>> {
         let wait = self.file.in_place(call)?;
         let memory = memory_of::<[libc::iovec; 16]>(bufs);
-        // SAFETY: `bufs` is borrowed for the length of the call, and its bytes are nobody else's.
+        // SAFETY: `bufs` is borrowed for the duration of the call, and its bytes are accessed by no one else.
         let result = unsafe { call.execute(self.file.fd().as_raw_fd(), &memory, wait) };
         match result {
             Err(Errno::EAGAIN) if wait == Wait::Never => None,
-            // Not the end of the file on Linux 5.9 and 5.10 (preadv2(2), BUGS): only a read that may wait knows.
+            // On Linux 5.9 and 5.10 this may not be the end of the file (preadv2(2), BUGS): only a read that may wait
+            // can tell.
             Ok(0) if wait == Wait::Never => None,
             Err(Errno::EOPNOTSUPP) if wait == Wait::Never => {
                 self.file.never_nowait();
@@ -351,7 +352,7 @@ impl Future for Op {
     type Output = (Result<usize, Errno>, IoVec);
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         if let OpState::Start(call, ref mut bufs) = self.state {
-            // One that always finds its data at once must let others run too.
+            // An operation that always finds its data at once must let other tasks run, too.
             let proceed = ready!(tokio::task::coop::poll_proceed(cx));
             proceed.made_progress();
             let mut bufs = std::mem::take(bufs);

@@ -1,14 +1,14 @@
-//! Locks at the byte positions that QEMU uses, so that its tools and we refuse each other.
+//! Locks at the byte positions that QEMU uses, so that its tools and ours exclude each other.
 //!
 //! ```text
-//!   byte 100 + n   held by who uses permission n          n: 0 consistent read, 1 write,
-//!   byte 200 + n   held by who does not share it             2 write unchanged, 3 resize
+//!   byte 100 + n   held by users of permission n          n: 0 consistent read, 1 write,
+//!   byte 200 + n   held by those who do not share it         2 write unchanged, 3 resize
 //! ```
 //!
-//! All locks are read locks, so any number of processes can hold a byte. One takes its bytes first and looks then
-//! whether anybody uses what it does not share, or does not share what it uses; of two that come at the same time at
-//! least one sees the other. They are locks of the open file (F_OFD_SETLK): closing another descriptor of the same
-//! file does not lose them, as POSIX locks do.
+//! All locks are read locks, so any number of processes can hold a byte. A process first takes its bytes and then
+//! checks whether another one uses what it does not share, or does not share what it uses; of two that do so at the
+//! same time at least one sees the other. The locks belong to the open file (F_OFD_SETLK): unlike POSIX locks they are
+//! not lost when another descriptor of the same file is closed.
 //!
 //! Specification: QEMU's `block/file-posix.c` and the section "Image locking" of its manual.
 
@@ -26,7 +26,7 @@ const WRITE: u8 = 2;
 const WRITE_UNCHANGED: u8 = 4;
 const RESIZE: u8 = 8;
 
-/// Permissions as sets of bits: what is used, and what nobody else may use.
+/// Permissions as bit sets: those used, and those that no other process may use.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Claim {
     used: u8,
@@ -49,8 +49,8 @@ impl Claim {
 /// Takes the lock of an open file, or changes it from `before`.
 ///
 /// # Errors
-/// `EAGAIN` in conflict with another open file; the lock is then as before. What the file system says where it has no
-/// such locks.
+/// `EAGAIN` in conflict with another open file; the lock is then as before. The file system's error if it has no such
+/// locks.
 pub(crate) fn take(fd: RawFd, before: Option<LockKind>, kind: LockKind) -> Result<(), Errno> {
     let before = before.map_or(Claim::NONE, Claim::of);
     let claim = Claim::of(kind);
@@ -71,11 +71,11 @@ fn apply(fd: RawFd, claim: Claim) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Whether nobody else stands against `claim`.
+/// Checks that no other process conflicts with `claim`.
 fn look(fd: RawFd, claim: Claim) -> Result<(), Errno> {
     for (base, bits) in [(UNSHARED_BASE, claim.used), (USED_BASE, claim.unshared)] {
         for n in (0..PERMISSIONS).filter(|n| bits >> n & 1 == 1) {
-            // Would a write lock be in conflict? Then somebody holds the byte.
+            // If a write lock would conflict, another process holds the byte.
             if fcntl_byte(fd, libc::F_OFD_GETLK, libc::F_WRLCK, base + n)? != libc::F_UNLCK {
                 return Err(Errno::EAGAIN);
             }
@@ -84,7 +84,7 @@ fn look(fd: RawFd, claim: Claim) -> Result<(), Errno> {
     Ok(())
 }
 
-/// One lock call about one byte; gives the kind that the kernel wrote back.
+/// One lock call on one byte; returns the kind that the kernel wrote back.
 fn fcntl_byte(fd: RawFd, command: libc::c_int, kind: libc::c_int, byte: i64) -> Result<libc::c_int, Errno> {
     let mut lock = libc::flock {
         l_type: kind as libc::c_short,
@@ -93,11 +93,11 @@ fn fcntl_byte(fd: RawFd, command: libc::c_int, kind: libc::c_int, byte: i64) -> 
         l_len: 1,
         l_pid: 0,
     };
-    // SAFETY: `lock` is a whole flock, which the kernel reads and writes during the call only.
+    // SAFETY: `lock` is a valid flock, which the kernel reads and writes only during the call.
     let result = unsafe { libc::fcntl(fd, command, &raw mut lock) };
     match result {
         0 => Ok(libc::c_int::from(lock.l_type)),
-        // POSIX allows either for a conflict.
+        // POSIX allows either error for a conflict.
         _ => match last_error() {
             Errno::EACCES => Err(Errno::EAGAIN),
             error => Err(error),

@@ -5,14 +5,14 @@
 //!                      └─ engine: io_uring, or a pool of threads
 //! ```
 //!
-//! On file systems that live in memory every call is made in place: it costs least, and nothing in it waits for a
-//! device. Elsewhere a read is tried in place with RWF_NOWAIT, which succeeds when the page cache has the bytes;
-//! everything else, and what would wait, goes to the engine. An operation in place counts against tokio's budget, so
-//! that a task which always finds its data lets others run.
+//! On file systems that live in memory every call is made in place: that is cheapest, and no call waits for a device.
+//! Elsewhere a read is tried in place with RWF_NOWAIT, which succeeds when the page cache has the bytes; everything
+//! else, and any read that would wait, goes to the engine. An operation in place counts against tokio's budget, so that
+//! a task that always finds its data lets others run.
 //!
-//! Closing may write back what is dirty (a block device), free what was removed, or talk to a server: it happens on
-//! another thread, except in memory. What is asked about a file (fstat, locks) is known at once on the file systems of
-//! this machine, and asked for on another thread everywhere else.
+//! Closing may write back dirty pages (a block device), free a removed file, or talk to a server: it happens on another
+//! thread, except for files in memory. Queries about a file (fstat, locks) are answered at once on local file systems,
+//! and made on another thread for all others.
 //!
 //! Measured with `examples/file_cost.rs` on Linux 6.18 with two virtual CPUs; microseconds of CPU for a random transfer
 //! of 4 KiB, kernel workers and threads included:
@@ -29,7 +29,7 @@
 //! | ext4, O_DIRECT | **io_uring** | 30 / 3.1 | 32 / 3.5 |
 //! | ext4, O_DIRECT | threads | 55 / 14 | 58 / 14 |
 //!
-//! At depth 1 most of a figure is what going to sleep and waking up costs.
+//! At depth 1 most of a figure is the cost of going to sleep and waking up.
 
 mod call;
 mod closing;
@@ -71,8 +71,8 @@ const BLOCK_BYTES_MAX: u64 = 64 << 10;
 
 /// What all clones of an open file share.
 pub(crate) struct OpenFile {
-    /// Shared with calls on other threads, so that the descriptor, and with it the lock, outlives them. Gone only while
-    /// this is dropped.
+    /// Shared with calls on other threads, so that the descriptor, and with it the lock, outlives them. `None` only
+    /// while this is dropped.
     fd: Option<Arc<OwnedFd>>,
     closing: Rc<Closing>,
     write: bool,
@@ -81,13 +81,13 @@ pub(crate) struct OpenFile {
     id: FileId,
     /// Alignment in bytes of offset, length and memory.
     align_bytes: u32,
-    /// Of ranges made zeros, in bytes: the sector of a device.
+    /// Alignment in bytes of ranges to be made zeros: the sector of a device.
     zero_align_bytes: u32,
     /// Lives in memory: no call waits.
     in_memory: bool,
-    /// What is known of it has to be asked for elsewhere, as on NFS.
+    /// Queries about it go to another machine, as on NFS.
     remote: bool,
-    /// RWF_NOWAIT is worth a try.
+    /// Whether to try RWF_NOWAIT.
     nowait: Cell<bool>,
     lock: Cell<Option<LockKind>>,
 }
@@ -115,12 +115,12 @@ impl OpenFile {
         }
     }
 
-    /// The file system does not know RWF_NOWAIT.
+    /// Notes that the file system does not support RWF_NOWAIT.
     fn never_nowait(&self) {
         self.nowait.set(false);
     }
 
-    /// Refuses what the seam refuses, before Linux decides otherwise from case to case.
+    /// Refuses what the seam refuses; Linux would decide from case to case.
     fn check(&self, offset: u64, bufs: &IoVec, write: bool) -> Result<(), Errno> {
         if write && !self.write {
             return Err(Errno::EBADF);
@@ -135,11 +135,11 @@ impl OpenFile {
         if !aligned {
             return Err(Errno::EINVAL);
         }
-        // As for loff_t.
+        // The limit of loff_t.
         if end > i64::MAX as u64 { Err(Errno::EFBIG) } else { Ok(()) }
     }
 
-    /// As `call`, where asking does not wait; else on another thread.
+    /// Runs `call` here if it does not wait, otherwise on another thread.
     async fn ask<R: Send + 'static>(
         &self,
         call: impl FnOnce(&OwnedFd) -> Result<R, Errno> + Send + 'static,
@@ -156,7 +156,7 @@ impl OpenFile {
         self.ask(move |fd| open::size_bytes(fd, block_device)).await
     }
 
-    /// What is left of a range to be made zeros once it is cut at the end of the file.
+    /// The length of a range to be made zeros, cut at the end of the file.
     async fn zero_range(&self, offset: u64, len: u64, mode: ZeroMode) -> Result<u64, Errno> {
         if !self.write {
             return Err(Errno::EBADF);
@@ -164,7 +164,7 @@ impl OpenFile {
         let end = offset.checked_add(len).filter(|end| len > 0 && *end <= i64::MAX as u64);
         let size = self.size_bytes().await?;
         let there = match mode {
-            // A hole has no end within a block, or the last block would stay.
+            // The end of the hole is rounded up to a block; otherwise the last block would stay allocated.
             ZeroMode::Unmap if !self.block_device => size.next_multiple_of(BLOCK_BYTES_MAX),
             ZeroMode::Unmap | ZeroMode::Keep => size,
         };
@@ -296,7 +296,7 @@ impl File for LinuxFile {
             let look = move |fd: &OwnedFd| {
                 let stat = rustix::fs::fstat(fd).map_err(of_rustix)?;
                 let size_bytes = open::size_bytes(fd, block_device)?;
-                // st_blocks counts units of 512; a device has all of its space.
+                // st_blocks counts units of 512; a device always has all of its space.
                 let allocated_bytes = if block_device { size_bytes } else { stat.st_blocks as u64 * 512 };
                 Ok(FileInfo {
                     size_bytes,
@@ -318,7 +318,7 @@ impl File for LinuxFile {
             loop {
                 let before = file.open.closing.seen();
                 let result = file.try_lock(kind).await;
-                // What this program has closed may hold the lock until the kernel has closed it, too.
+                // A file that this program has dropped may hold the lock until the kernel has closed it.
                 if result != Err(Errno::EAGAIN) || !file.open.closing.ended_since(before).await {
                     return result;
                 }
@@ -348,9 +348,9 @@ fn extent(fd: &OwnedFd, block_device: bool, offset: u64) -> Result<Option<FileEx
     let run = |len_bytes: u64, data| Ok(Some(FileExtent { len_bytes: len_bytes.min(left), data }));
     let data = match seek(fd, SeekFrom::Data(offset)).map_err(of_rustix) {
         Ok(data) => data,
-        // No data behind here.
+        // No data from here on.
         Err(Errno(libc::ENXIO)) => return run(left, false),
-        // It does not know its holes.
+        // The file system does not know its holes.
         Err(Errno::EINVAL | Errno::EOPNOTSUPP) => return run(left, true),
         Err(error) => return Err(error),
     };
@@ -359,7 +359,7 @@ fn extent(fd: &OwnedFd, block_device: bool, offset: u64) -> Result<Option<FileEx
     }
     match seek(fd, SeekFrom::Hole(offset)).map_err(of_rustix) {
         Ok(hole) if hole > offset => run(hole - offset, true),
-        // Somebody changed the file between the two looks: bytes may be there.
+        // The file changed between the two calls: there may be data.
         Ok(_) | Err(Errno(libc::ENXIO)) => run(1, true),
         Err(error) => Err(error),
     }
@@ -390,7 +390,7 @@ impl Files for LinuxHost {
     }
 }
 
-/// Makes a call that may wait, on another thread. It ends also when the future is dropped.
+/// Makes a call that may wait on another thread. The call runs to its end even if the future is dropped.
 pub(crate) async fn blocking<R: Send + 'static>(
     call: impl FnOnce() -> Result<R, Errno> + Send + 'static,
 ) -> Result<R, Errno> {
@@ -398,7 +398,7 @@ pub(crate) async fn blocking<R: Send + 'static>(
         Ok(result) => result,
         Err(ended) => match ended.try_into_panic() {
             Ok(panic) => std::panic::resume_unwind(panic),
-            // The runtime ends, and with it everybody who could want to know.
+            // The runtime is ending, and every task that could use the result with it.
             Err(_) => Err(Errno::ESHUTDOWN),
         },
     }

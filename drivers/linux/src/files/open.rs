@@ -1,4 +1,4 @@
-//! Opening, and what can be learned of an open file: kind, size, alignment, and whether it lives in memory.
+//! Opening, and the properties of an open file: kind, size, alignment, and whether it lives in memory.
 
 use super::{Closing, OpenFile, of_rustix};
 use rustix::fs::{
@@ -12,19 +12,20 @@ use std::rc::Rc;
 use std::sync::Arc;
 use tap_host::{Errno, FileId, OpenMode};
 
-/// What O_DIRECT asks for where the file system does not say.
+/// Assumed alignment for O_DIRECT if the file system does not report one.
 const DIRECT_ALIGN_BYTES: u32 = 4096;
-/// What we ask for where the file system would take anything.
+/// The alignment that we require if the file system would accept any.
 const SECTOR_BYTES: u32 = 512;
 
 /// statfs(2)'s magic numbers of file systems that live in memory.
 const TMPFS: i64 = 0x0102_1994;
 const RAMFS: i64 = 0x8584_58f6;
 
-/// Of file systems whose files this kernel knows all about: ext2 to ext4, XFS, btrfs, F2FS, ZFS.
+/// Magic numbers of local file systems, about whose files the kernel knows everything: ext2 to ext4, XFS, btrfs, F2FS,
+/// ZFS.
 const LOCAL: [i64; 5] = [0xef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010, 0x2fc1_2fc1];
 
-/// An open file and what was found out about it.
+/// An open file and its properties.
 pub(crate) struct Found {
     fd: OwnedFd,
     mode: OpenMode,
@@ -49,7 +50,7 @@ impl Found {
             zero_align_bytes: self.zero_align_bytes,
             in_memory: self.in_memory,
             remote: self.remote,
-            // O_DIRECT goes to the device: it always waits.
+            // O_DIRECT goes to the device, so it always waits.
             nowait: Cell::new(!self.mode.direct),
             lock: Cell::new(None),
         }
@@ -59,7 +60,7 @@ impl Found {
 /// Opens a regular file or a block device.
 ///
 /// # Errors
-/// As open(2); `EISDIR` for a directory, `EINVAL` for what is neither file nor block device.
+/// As open(2); `EISDIR` for a directory, `EINVAL` if it is neither a file nor a block device.
 pub(crate) fn open(path: &str, mode: OpenMode) -> Result<Found, Errno> {
     // Non-blocking until the kind is known, so that a FIFO does not wait for its other end.
     let mut flags = OFlags::CLOEXEC | OFlags::NONBLOCK;
@@ -78,10 +79,10 @@ pub(crate) fn open(path: &str, mode: OpenMode) -> Result<Found, Errno> {
         FileType::Directory => return Err(Errno::EISDIR),
         _ => return Err(Errno::EINVAL),
     };
-    // io_uring would hand EAGAIN back instead of waiting.
+    // io_uring would return EAGAIN instead of waiting.
     fcntl_setfl(&fd, flags & OFlags::DIRECT).map_err(of_rustix)?;
     let magic = fstatfs(&fd).map_err(of_rustix)?.f_type as i64;
-    // A device node says nothing of what is behind it.
+    // The file system of a device node says nothing about the device.
     let in_memory = !block_device && (magic == TMPFS || magic == RAMFS);
     let remote = !block_device && !in_memory && !LOCAL.contains(&magic);
     let zero_align_bytes = if block_device { sector_bytes(&fd)? } else { 1 };
@@ -92,14 +93,14 @@ pub(crate) fn open(path: &str, mode: OpenMode) -> Result<Found, Errno> {
         (true, false) => direct_align_bytes(&fd),
     };
     let id = match block_device {
-        // Nodes of one device are many; the device is one.
+        // A device can have many nodes; it is identified by its number.
         true => FileId { device: stat.st_rdev, inode: 0, generation: disk_number(stat.st_rdev) },
         false => FileId { device: stat.st_dev, inode: stat.st_ino, generation: born_ns(&fd) },
     };
     Ok(Found { fd, mode, block_device, align_bytes, zero_align_bytes, in_memory, remote, id })
 }
 
-/// When a file was made, in nanoseconds: the number of one that was removed may be given to another.
+/// When a file was created, in nanoseconds: the inode number of a removed file may be reused.
 fn born_ns(fd: &OwnedFd) -> u64 {
     let known = statx(fd, "", AtFlags::EMPTY_PATH, StatxFlags::BTIME).ok();
     let known = known.filter(|s| StatxFlags::from_bits_retain(s.stx_mask).contains(StatxFlags::BTIME));
@@ -108,7 +109,8 @@ fn born_ns(fd: &OwnedFd) -> u64 {
     })
 }
 
-/// The number that Linux (5.15) gives to what is in a drive or loop device; of the whole disk for a partition.
+/// The sequence number that Linux (5.15) gives to the medium of a drive or loop device; for a partition that of the
+/// whole disk.
 fn disk_number(device: u64) -> u64 {
     let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
     ["diskseq", "../diskseq"]
@@ -118,19 +120,19 @@ fn disk_number(device: u64) -> u64 {
         .unwrap_or(0)
 }
 
-/// Whether syncfs(2) tells of writes that were given up: since Linux 5.8.
+/// Whether syncfs(2) reports writes that were given up: since Linux 5.8.
 pub(crate) fn syncfs_tells() -> bool {
     let system = rustix::system::uname();
     let mut numbers = system.release().to_str().unwrap_or("").split(['.', '-']).map_while(|n| n.parse().ok());
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= (5_u32, 8_u32)
 }
 
-/// What the file system says that O_DIRECT needs here (STATX_DIOALIGN, Linux 6.1).
+/// The alignment that the file system reports for O_DIRECT (STATX_DIOALIGN, Linux 6.1).
 fn direct_align_bytes(fd: &OwnedFd) -> u32 {
     let known = statx(fd, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok();
     let known = known.filter(|s| StatxFlags::from_bits_retain(s.stx_mask).contains(StatxFlags::DIOALIGN));
     let align = known.map(|s| s.stx_dio_mem_align.max(s.stx_dio_offset_align));
-    // 0: this file cannot; its reads and writes will say so. Buffers are aligned to 4096.
+    // 0 means that this file does not support it; its reads and writes will fail. Buffers are aligned to 4096.
     align.filter(|a| a.is_power_of_two() && *a <= DIRECT_ALIGN_BYTES).unwrap_or(DIRECT_ALIGN_BYTES)
 }
 
@@ -139,7 +141,7 @@ fn sector_bytes(fd: &OwnedFd) -> Result<u32, Errno> {
     ioctl_blksszget(fd).map_err(of_rustix)
 }
 
-/// Size in bytes; a block device's is the end that lseek finds.
+/// Size in bytes; for a block device the end that lseek finds.
 pub(crate) fn size_bytes(fd: &OwnedFd, block_device: bool) -> Result<u64, Errno> {
     if block_device {
         return seek(fd, SeekFrom::End(0)).map_err(of_rustix);

@@ -2,13 +2,13 @@
 //!
 //! ```text
 //!   push, push, push ──► submission queue ── io_uring_enter ──► kernel
-//!   reap ◄──────────── completion queue ◄── posted by the kernel; no system call looks at it
+//!   reap ◄──────────── completion queue ◄── posted by the kernel; read without a system call
 //! ```
 //!
-//! The ring's descriptor is readable when completions are there; the event loop watches it like a socket. That rules
-//! out IORING_SETUP_DEFER_TASKRUN, under which it is not (seen on Linux 6.18) and an eventfd must be registered:
-//! measured, that costs more than it saves (4.3 against 3.1 us of CPU for a direct read at depth 32, and one more
-//! system call for each batch).
+//! The ring's descriptor is readable when there are completions; the event loop watches it like a socket. That rules
+//! out IORING_SETUP_DEFER_TASKRUN, under which it does not become readable (seen on Linux 6.18) and an eventfd must be
+//! registered: measured, that costs more than it saves (4.3 against 3.1 us of CPU for a direct read at depth 32, and
+//! one more system call for each batch).
 
 use super::call::{Call, Memory, errno, zero_flags};
 use super::engine::Submit;
@@ -20,7 +20,7 @@ use tap_host::Errno;
 
 /// Operations that the kernel has at a time; the rest wait in our queue.
 const IN_FLIGHT_MAX: u32 = 256;
-/// IORING_ENTER_GETEVENTS: have completions posted that wait for this thread.
+/// IORING_ENTER_GETEVENTS: post completions that wait for this thread.
 const GET_EVENTS: u32 = 1;
 
 /// A ring with its count of operations in flight.
@@ -34,7 +34,7 @@ impl Ring {
     /// A ring for this thread.
     ///
     /// # Errors
-    /// Where the kernel refuses io_uring: `ENOSYS`, `EPERM`; or lacks operations that we need: `EOPNOTSUPP`.
+    /// `ENOSYS`, `EPERM` if the kernel refuses io_uring; `EOPNOTSUPP` if it lacks operations that we need.
     pub(crate) fn new() -> Result<Self, Errno> {
         let uring = Self::build().map_err(|e| errno(&e))?;
         let mut probe = io_uring::Probe::new();
@@ -62,7 +62,7 @@ impl Ring {
 
     fn entry(call: Call, fd: RawFd, memory: &Memory) -> squeue::Entry {
         let fd = Fd(fd);
-        // UIO_MAXIOV bounds the count, MAX_RW_COUNT what a call takes of a length.
+        // UIO_MAXIOV bounds the count, MAX_RW_COUNT the bytes of one call.
         let count = memory.len() as u32;
         let len = |one: &libc::iovec| one.iov_len as u32;
         match (call, memory.as_slice()) {
@@ -92,7 +92,7 @@ impl Ring {
             unsafe { self.uring.submitter().enter::<libc::sigset_t>(queued, min_complete, GET_EVENTS, None) };
         match entered.map_err(|e| errno(&e)) {
             Ok(_) => Ok(()),
-            // Not for ever: what was not taken stays in the submission queue, and the next turn tries again.
+            // Transient: what was not taken stays in the submission queue, and the next turn tries again.
             Err(Errno::EINTR | Errno::EAGAIN | Errno::EBUSY) => Ok(()),
             Err(error) => Err(error),
         }

@@ -1,4 +1,4 @@
-//! A small pool of threads that make plain system calls, where io_uring is refused.
+//! A small pool of threads that make plain system calls, for use where io_uring is refused.
 //!
 //! ```text
 //!   push ──► jobs ──► up to 16 threads ──► done ──► eventfd ──► reap
@@ -49,16 +49,16 @@ struct Shared {
     done: Done,
 }
 
-/// The pool; dropping it lets every job end first.
+/// The pool; dropping it waits for every job to end.
 pub(crate) struct Threads {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
-    /// Pushed and not yet handed over, so that one turn takes the lock once.
+    /// Jobs pushed and not yet handed over, so that one turn takes the lock once.
     fresh: Vec<Job>,
     in_flight: usize,
 }
 
-/// Nobody panics while holding one of these locks, so the value is whole.
+/// No thread panics while holding one of these locks, so the value is intact.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -95,7 +95,7 @@ impl Done {
         drop(results);
         self.changed.notify_one();
         if first {
-            // Fails only with a counter near 2^64: it holds at most one per reaping.
+            // Fails only if the counter is near 2^64: it is at most 1 between two reaps.
             let told = rustix::io::write(&self.event, &1_u64.to_ne_bytes());
             debug_assert!(told.is_ok(), "an eventfd can be written");
         }
@@ -156,7 +156,7 @@ impl Submit for Threads {
             if self.threads.len() < THREADS_MAX
                 && let Err(error) = self.start_thread()
             {
-                // Those that run are enough; without any nothing would ever end.
+                // The threads that already run are enough; without any, no job would ever end.
                 return if self.threads.is_empty() { Err(error) } else { Ok(()) };
             }
         }
@@ -188,7 +188,7 @@ impl Drop for Threads {
         lock(&self.shared.queue).stop = true;
         self.shared.work.notify_all();
         for thread in self.threads.drain(..) {
-            // A worker that panicked has printed its message, and there is nobody left to tell.
+            // A worker that panicked has already printed its message.
             drop(thread.join());
         }
     }

@@ -1,7 +1,7 @@
-//! Unix and TCP stream sockets: listening, connecting, and what the process was started with.
+//! Unix and TCP stream sockets: listening, connecting, and sockets that the process was started with.
 //!
-//! Names are resolved on another thread. A unix path that nobody listens at is taken over; the path is removed with its
-//! listener if it is still the same one.
+//! Names are resolved on another thread. A unix path without a listener is taken over; a listener removes its path when
+//! it ends, if it is still the same one.
 
 mod stream;
 
@@ -23,9 +23,10 @@ use tap_host::{Errno, Listener, SocketAddress, Sockets};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// How long a connect waits before it tries again while the listener's queue is full; nothing tells when it is not.
+/// How long a connect waits before it tries again while the listener's queue is full; nothing signals when there is
+/// room.
 const QUEUE_FULL_RETRY: Duration = Duration::from_millis(5);
-/// How often, and after which time each, a directory is locked again that somebody else has locked.
+/// How often, and after which time each, to retry locking a directory that another process has locked.
 const ALONE_TRIES: u32 = 200;
 const ALONE_RETRY: Duration = Duration::from_millis(5);
 /// The first descriptor that a service manager passes.
@@ -38,7 +39,7 @@ pub struct LinuxListener {
     _path: Option<BoundPath>,
 }
 
-/// A path that we made, to be removed if it is still that one.
+/// A path that we made, to be removed if it is still the same one.
 struct BoundPath {
     path: String,
     device: u64,
@@ -54,7 +55,7 @@ impl BoundPath {
 
 impl Drop for BoundPath {
     fn drop(&mut self) {
-        // What is gone already, or was taken over by somebody else, is none of ours.
+        // A path that is gone already, or was taken over by another process, is not ours.
         if lstat(&self.path).is_ok_and(|s| (s.st_dev, s.st_ino) == (self.device, self.inode)) {
             let _removed = rustix::fs::unlink(&self.path);
         }
@@ -69,8 +70,8 @@ impl LinuxListener {
     }
 
     async fn unix(path: &str) -> Result<Self, Errno> {
-        // Between the look at a path that nobody listens at and its removal, and between a bind and its listen, another
-        // server could come and lose its own.
+        // Between checking that a path has no listener and removing it, and between a bind and its listen, another
+        // server could start and lose its path.
         let _alone = Alone::at(path).await;
         let listener = match UnixListener::bind(path).map_err(|e| errno(&e)) {
             Err(Errno::EADDRINUSE) if is_stale(path) => {
@@ -103,9 +104,10 @@ impl LinuxListener {
 
     /// A socket that a service manager listens at for us.
     fn inherited(fd: RawFd) -> Result<Self, Errno> {
-        // SAFETY: nothing but the kernel looks at the number, and it says so if that is not open.
+        // SAFETY: only the kernel uses the number, and it returns an error if it is not open.
         let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
-        // Where less was passed than was said, the number is one of our own by now: left alone.
+        // If fewer sockets were passed than announced, the number may be one of our own descriptors by now: it is left
+        // alone.
         if !sockopt::socket_acceptconn(borrowed).map_err(of_rustix)? {
             return Err(Errno::EINVAL);
         }
@@ -125,14 +127,14 @@ impl LinuxListener {
     }
 }
 
-/// A lock of the directory of a socket, which all of us take to begin listening there.
+/// A lock on a socket's directory, which every tapdisk takes before it begins to listen there.
 struct Alone {
     _directory: Option<OwnedFd>,
 }
 
 impl Alone {
-    /// Waits for its turn, for a while: others may have reasons of their own to lock a directory, and not every file
-    /// system can.
+    /// Waits for its turn, for a limited time: others may have reasons of their own to lock a directory, and not every
+    /// file system supports it.
     async fn at(path: &str) -> Self {
         let parent = Path::new(path).parent().filter(|parent| !parent.as_os_str().is_empty());
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -148,7 +150,7 @@ impl Alone {
     }
 }
 
-/// Whether `path` is a socket that nobody listens at.
+/// Whether `path` is a socket without a listener.
 fn is_stale(path: &str) -> bool {
     let socket = lstat(path).is_ok_and(|s| FileType::from_raw_mode(s.st_mode) == FileType::Socket);
     socket && try_connect_unix(path).is_err_and(|e| e == Errno::ECONNREFUSED)
@@ -182,7 +184,7 @@ fn try_connect_unix(path: &str) -> Result<OwnedFd, Errno> {
 /// The addresses of a host.
 ///
 /// # Errors
-/// `EHOSTUNREACH` for a name that is not known.
+/// `EHOSTUNREACH` for an unknown name.
 async fn resolve(host: &str, port: u16) -> Result<Vec<SocketAddr>, Errno> {
     if let Ok(ip) = host.parse::<IpAddr>() {
         return Ok(vec![SocketAddr::new(ip, port)]);
@@ -236,7 +238,8 @@ impl Sockets for LinuxHost {
             match LinuxListener::inherited(fd) {
                 Ok(listener) => listeners.push(listener),
                 Err(error) => {
-                    let text = format_args!("descriptor {fd} of LISTEN_FDS is no listening socket: {error}");
+                    let text =
+                        format_args!("descriptor {fd} of LISTEN_FDS is not a listening socket: {error}");
                     self.say(Level::Warning, text);
                 }
             }
@@ -259,7 +262,7 @@ impl Listener for LinuxListener {
                     return LinuxStream::new(socket, matches!(self.address, SocketAddress::Tcp { .. }));
                 }
                 Err(Errno::EAGAIN) => ready.clear_ready(),
-                // One that gave up before its turn came is no failure of the listener.
+                // A client that gave up before it was accepted is not an error of the listener.
                 Err(Errno::EINTR | Errno::ECONNABORTED) => {}
                 Err(error) => return Err(error),
             }

@@ -1,8 +1,8 @@
 //! A connected socket.
 //!
-//! One receive takes what is there with one recv. What falls short of the buffer has emptied the socket, so the next
-//! receive waits for the kernel's event instead of asking for an `EAGAIN`; events are edges, and whatever arrives from
-//! then on is a new one. The same holds for sends.
+//! One receive takes what has arrived with one recv. A short receive has emptied the socket, so the next one waits for
+//! the kernel's event instead of provoking an `EAGAIN`; events are edge-triggered, and anything that arrives from then
+//! on raises a new one. The same holds for sends.
 
 use crate::files::{errno, of_rustix};
 use crate::spin::Listed;
@@ -33,17 +33,17 @@ struct Socket {
     tcp: bool,
 }
 
-/// A TCP peer that does not answer is asked after this time, in seconds, and again at the next constant's distance; it
-/// is gone when it has not answered so often, or has left sent bytes unacknowledged for [`UNANSWERED_MS`].
+/// A silent TCP peer is probed after this time, in seconds, and again at the interval of the next constant; it is gone
+/// when it has not answered that many probes, or has left sent bytes unacknowledged for [`UNANSWERED_MS`].
 const KEEPALIVE_S: u64 = 30;
 const KEEPALIVE_AGAIN_S: u64 = 10;
 const KEEPALIVE_TIMES: u32 = 3;
 const UNANSWERED_MS: u32 = 60_000;
 
 fn set_up_tcp(socket: &OwnedFd) -> rustix::io::Result<()> {
-    // A reply waits for nothing.
+    // A reply is sent at once.
     sockopt::set_tcp_nodelay(socket, true)?;
-    // A machine that lost its power says nothing: its connections would be held open for ever.
+    // A machine that lost power sends nothing: its connections would stay open forever.
     sockopt::set_socket_keepalive(socket, true)?;
     sockopt::set_tcp_keepidle(socket, Duration::from_secs(KEEPALIVE_S))?;
     sockopt::set_tcp_keepintvl(socket, Duration::from_secs(KEEPALIVE_AGAIN_S))?;
@@ -96,7 +96,7 @@ impl LinuxStream {
         }
     }
 
-    /// Sends what goes; gives how much that was, and of how much.
+    /// Sends as much as the socket takes; returns the bytes sent and the bytes offered.
     fn send_now(&self, list: &SendList) -> Result<(usize, usize), Errno> {
         let slices: SmallVec<[IoSlice<'_>; 64]> = list.slices(SLICES_MAX).map(IoSlice::new).collect();
         let offered = slices.iter().map(|s| s.len()).sum();
@@ -129,15 +129,15 @@ impl Stream for LinuxStream {
 
     fn abort(&self) {
         if self.0.tcp {
-            // Empties the send queue and tells the peer by a reset; a mere shutdown leaves the kernel sending on, for
-            // as long as the network needs. Fails only where there is nothing left to send.
+            // Empties the send queue and sends the peer a reset; after a mere shutdown the kernel continues sending,
+            // for as long as the network needs. Fails only if there is nothing left to send.
             let _aborted = rustix::net::connect_unspec(&self.0.fd);
         }
         self.shutdown();
     }
 
     fn shutdown(&self) {
-        // Fails only where the connection is gone already, which is what was wanted.
+        // Fails only if the connection is gone already, which is the goal.
         let _shut = rustix::net::shutdown(&self.0.fd, Shutdown::Both);
     }
 }

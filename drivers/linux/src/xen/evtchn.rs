@@ -1,13 +1,13 @@
 //! Event channels: /dev/xen/evtchn, one descriptor for all channels of the process.
 //!
 //! ```text
-//!   Xen ─► kernel masks the port, queues its number ─► read by one task ─► pending, whoever waits is woken
+//!   Xen ─► kernel masks the port, queues its number ─► read by one task ─► pending, the waiter is woken
 //!                     ▲                                                                 │
 //!                     └──────── number written: unmasked ◄── next wait ◄── wait ends, pending cleared
 //! ```
 //!
-//! A port that was queued stays masked until it is waited for again, so a guest that raises events without end costs
-//! one of them per turn of its ring. What it raises meanwhile is kept by Xen and comes with the unmasking.
+//! A port that was queued stays masked until it is waited for again, so a guest that raises events endlessly costs one
+//! of them per turn of its ring. Xen keeps what it raises meanwhile and delivers it when the port is unmasked.
 
 use super::ioctl::{BindInterdomain, Notify, Reset, Unbind, call};
 use crate::files::{errno, of_rustix};
@@ -29,13 +29,13 @@ const PORT_BYTES: usize = size_of::<u32>();
 /// Numbers that are read at a time.
 const PORTS_AT_A_TIME: usize = 64;
 
-/// The device with the channels that are open.
+/// The device and its open channels.
 pub(super) struct Evtchn {
-    // Taken off the list before it is closed.
+    // Removed from the list before it is closed.
     _listed: Listed,
     fd: AsyncFd<OwnedFd>,
     channels: RefCell<BTreeMap<u32, Rc<Channel>>>,
-    /// Events cannot be read any more: every channel is deaf, also one that is bound later.
+    /// Events can no longer be read: every channel is deaf, including those bound later.
     lost: Cell<bool>,
 }
 
@@ -89,12 +89,12 @@ impl Evtchn {
         channel
     }
 
-    /// Reads events for all channels, for ever.
+    /// Reads events for all channels, forever.
     pub(super) async fn read_all(self: Rc<Self>, host: LinuxHost) {
         loop {
             let error = match self.fd.readable().await {
                 Ok(mut ready) => match self.read() {
-                    // Read until there is none: the kernel tells of an event only when its queue was empty.
+                    // Read until there is none: the kernel reports readiness only when its queue was empty before.
                     Ok(()) => continue,
                     Err(Errno::EAGAIN) => {
                         ready.clear_ready();
@@ -120,7 +120,7 @@ impl Evtchn {
             Ok(count) => {
                 let channels = self.channels.borrow();
                 for number in bytes[..count].as_chunks::<PORT_BYTES>().0 {
-                    // One that was closed meanwhile is not there.
+                    // A channel that was closed meanwhile is not in the map.
                     if let Some(channel) = channels.get(&u32::from_ne_bytes(*number)) {
                         channel.raise();
                     }
@@ -192,7 +192,7 @@ impl Drop for LinuxChannel {
         let mut unbind = Unbind { port: self.port.0 };
         // SAFETY: the device is evtchn; the structure has no addresses.
         let closed = unsafe { call(self.device.fd.get_ref(), &mut unbind) };
-        assert!(closed.is_ok() || std::thread::panicking(), "a port of our own cannot be closed: {closed:?}");
+        assert!(closed.is_ok() || std::thread::panicking(), "failed to close our own port: {closed:?}");
     }
 }
 
@@ -208,7 +208,7 @@ mod tests {
         run(&Options::default(), |host| async move {
             let (fd, peer) = UnixStream::pair().unwrap();
             fd.set_nonblocking(true).unwrap();
-            // A peer that goes with something unread makes the next read an error, as a device that is lost.
+            // A peer that disappears with unread data makes the next read fail, as a lost device does.
             (&fd).write_all(b"unread").unwrap();
             drop(peer);
             let device = Evtchn::new(fd.into()).unwrap();

@@ -1,7 +1,7 @@
 //! Pages of other domains: /dev/xen/gntdev.
 //!
-//! A mapped grant stays valid until we unmap it, whatever its owner does, and even when the owner is gone: Xen holds
-//! the page for us. Copies go through the hypervisor, which checks the grant each time.
+//! A mapped grant stays valid until we unmap it, whatever its owner does, even if the owner is gone: Xen holds the page
+//! for us. Copies go through the hypervisor, which checks the grant each time.
 
 use super::ioctl::{
     CopySegment, GNTCOPY_DEST_GREF, GNTCOPY_SOURCE_GREF, GNTST_OKAY, GrantCopy, MapGrantRef, UnmapGrantRef,
@@ -13,14 +13,14 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use tap_host::{DomId, Errno, GrantRef, GrantSegment, PAGE_BYTES};
 
-/// Segments of one ioctl at most; the kernel takes any number, at the price of memory.
+/// Most segments of one ioctl; the kernel takes any number, at the cost of memory.
 const SEGMENTS_MAX: usize = 256;
 
 /// The device.
 #[derive(Clone)]
 pub(super) struct Gntdev(Rc<OwnedFd>);
 
-/// Which direction bytes go.
+/// The direction of a copy.
 #[derive(Clone, Copy)]
 enum Direction {
     In,
@@ -42,7 +42,7 @@ impl Gntdev {
             let mut unmap = UnmapGrantRef { index, count: 1, pad: 0 };
             // SAFETY: the device is gntdev; the structure has no addresses.
             let given_back = unsafe { call(&*device.0, &mut unmap) };
-            assert!(given_back.is_ok(), "a grant of our own mapping cannot be given back: {given_back:?}");
+            assert!(given_back.is_ok(), "failed to unmap our own grant mapping: {given_back:?}");
         };
         LinuxPage::map(&*self.0, map.index, write, Some(Box::new(unmapped)))
     }
@@ -55,7 +55,7 @@ impl Gntdev {
         private: &mut [u8],
     ) -> Result<(), Errno> {
         let memory = private.as_mut_ptr().expose_provenance();
-        // SAFETY: the kernel writes to `private` alone, which nobody else has.
+        // SAFETY: the kernel writes only to `private`, which we borrow exclusively.
         unsafe { self.copy(dom, segments, memory, private.len(), Direction::In) }
     }
 
@@ -73,7 +73,7 @@ impl Gntdev {
 
     /// # Safety
     ///
-    /// `len` bytes at the address `memory` may be read, or written on the direction in.
+    /// `len` bytes at the address `memory` may be read, or written if the direction is `In`.
     unsafe fn copy(
         &self,
         dom: DomId,
@@ -103,8 +103,8 @@ impl Gntdev {
                 continue;
             }
             let mut copy = GrantCopy { count: list.len() as u32, segments: list.as_mut_ptr() };
-            // SAFETY: the device is gntdev; there are `count` segments, whose addresses lie in `memory`, of which the
-            // caller says that it is ours.
+            // SAFETY: the device is gntdev; there are `count` segments, whose addresses lie in `memory`, which is ours
+            // by the caller's promise.
             unsafe { call(&*self.0, &mut copy)? };
             if list.iter().any(|segment| segment.status != GNTST_OKAY) {
                 return Err(Errno::EINVAL);

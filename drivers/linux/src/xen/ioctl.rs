@@ -1,6 +1,6 @@
-//! What the ioctls of Xen's devices take: numbers and structures, from Linux's `xen/gntdev.h` and `xen/evtchn.h`.
+//! The ioctls of Xen's devices: numbers and structures, from Linux's `xen/gntdev.h` and `xen/evtchn.h`.
 //!
-//! Xen's numbers have no direction, though the structures go in and out, and some answer with the return value.
+//! Xen's numbers encode no direction, although the structures go in and out; some ioctls answer with the return value.
 
 use crate::files::of_rustix;
 use rustix::ioctl::{Direction, Ioctl, IoctlOutput, Opcode, ioctl, opcode::from_components};
@@ -13,7 +13,7 @@ use tap_host::{DomId, Errno, GrantSegment};
 ///
 /// # Safety
 ///
-/// The ioctl `OPCODE` reads and writes nothing but one `Self`, and what its addresses point to.
+/// The ioctl `OPCODE` accesses nothing but one `Self` and the memory that its addresses point to.
 pub(super) unsafe trait Argument {
     /// The ioctl's number.
     const OPCODE: Opcode;
@@ -33,7 +33,7 @@ pub(super) struct MapGrantRef {
     pub(super) gref: u32,
 }
 
-/// Gives pages back.
+/// Unmaps pages.
 #[repr(C)]
 pub(super) struct UnmapGrantRef {
     pub(super) index: u64,
@@ -48,7 +48,7 @@ pub(super) struct GrantCopy {
     pub(super) segments: *mut CopySegment,
 }
 
-/// One segment: an address of ours or a place in a granted page, on each side.
+/// One segment: on each side an address of ours or a place in a granted page.
 #[repr(C)]
 pub(super) struct CopySegment {
     pub(super) source: u64,
@@ -97,7 +97,7 @@ pub(super) struct Notify {
 #[repr(C)]
 pub(super) struct Reset;
 
-// SAFETY: gntdev reads the structure, with the one reference that it has room for, and writes `index`.
+// SAFETY: gntdev reads the structure, including the one reference that it has room for, and writes `index`.
 unsafe impl Argument for MapGrantRef {
     const OPCODE: Opcode = number::<Self>(b'G', 0);
 }
@@ -121,7 +121,7 @@ unsafe impl Argument for Unbind {
 unsafe impl Argument for Notify {
     const OPCODE: Opcode = number::<Self>(b'E', 4);
 }
-// SAFETY: evtchn looks at no argument.
+// SAFETY: evtchn ignores the argument.
 unsafe impl Argument for Reset {
     const OPCODE: Opcode = number::<Self>(b'E', 5);
 }
@@ -147,15 +147,15 @@ unsafe impl<T: Argument> Ioctl for Call<'_, T> {
     }
 }
 
-/// Does it; the return value of the ioctl.
+/// Performs the ioctl and returns its return value.
 ///
 /// # Errors
-/// What the device says.
+/// The device's error.
 ///
 /// # Safety
 ///
-/// `fd` is the device that this ioctl is of, and what addresses in `argument` point to may be read or written as the
-/// structure says.
+/// `fd` is the device that this ioctl belongs to, and the memory at addresses in `argument` may be read or written as
+/// the structure says.
 pub(super) unsafe fn call<T: Argument>(fd: impl AsFd, argument: &mut T) -> Result<i32, Errno> {
     let call = Call { argument: std::ptr::from_mut(argument), lives: PhantomData };
     // SAFETY: the caller's promise, and that of `Argument`.

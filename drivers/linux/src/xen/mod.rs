@@ -1,4 +1,4 @@
-//! Xen as its devices show it to a domain's user space.
+//! Xen, as its devices present it to a domain's user space.
 //!
 //! ```text
 //!   Grants       /dev/xen/gntdev            gntdev.rs
@@ -35,7 +35,7 @@ use tap_host::{DomId, Errno, Events, GrantRef, GrantSegment, Grants, Port, Share
 /// How Xen is used.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct XenOptions {
-    /// The folder of [`SharedPages`]: on a tmpfs, ours alone. It is made if it is not there.
+    /// The folder of [`SharedPages`]: on a tmpfs, ours alone. It is made if it does not exist.
     pub run_folder: PathBuf,
     /// Where xenstored is.
     pub store: StorePlaces,
@@ -58,7 +58,7 @@ pub enum XenError {
         /// Why.
         error: Errno,
     },
-    /// The folder for what outlives the process.
+    /// The folder for pages that outlive the process.
     #[error("use {folder} for what outlives the process: {error}{}", folder_hint(*error))]
     Folder {
         /// The folder.
@@ -88,7 +88,7 @@ fn folder_hint(error: Errno) -> &'static str {
     }
 }
 
-/// What of Xen is open.
+/// The open devices of Xen.
 pub(crate) struct Xen {
     gntdev: Gntdev,
     evtchn: Rc<Evtchn>,
@@ -121,7 +121,7 @@ fn device(path: &'static str) -> Result<OwnedFd, XenError> {
 }
 
 impl LinuxHost {
-    /// The folder of pages that outlive the process; made when it is first asked for.
+    /// The folder of pages that outlive the process; made when it is first needed.
     fn regions(&self) -> Result<&Regions, Errno> {
         if let Ok(xen) = self.xen() {
             return Ok(&xen.regions);
@@ -130,7 +130,7 @@ impl LinuxHost {
         if let Some(regions) = self.0.regions.get() {
             return Ok(regions);
         }
-        // What failed once may work the next time.
+        // A failure is not remembered: the next attempt may succeed.
         let regions = Regions::open(folder)?;
         Ok(self.0.regions.get_or_init(|| regions))
     }

@@ -1,7 +1,7 @@
-//! A page that others can write at any moment.
+//! A page that other domains can write at any moment.
 //!
 //! No reference to its bytes ever exists: a number is loaded and stored atomically, bytes are copied word by word with
-//! volatile accesses, so that the compiler neither reads a byte twice nor takes for granted what it read.
+//! volatile accesses, so that the compiler neither reads a byte twice nor assumes that it still holds what was read.
 
 use crate::files::of_rustix;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
@@ -11,7 +11,7 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicU32, Ordering, fence};
 use tap_host::{Errno, PAGE_BYTES, SharedPage};
 
-/// What is done when a page is not mapped any more.
+/// Called when a page is no longer mapped.
 type Unmapped = Box<dyn Fn()>;
 
 /// A mapped page; clones share the mapping.
@@ -25,10 +25,10 @@ struct Inner {
 }
 
 impl LinuxPage {
-    /// Maps the page of `fd` at `offset`. `unmapped` is called once the mapping is gone, also if it never was there.
+    /// Maps the page of `fd` at `offset`. `unmapped` is called once the mapping is gone, and also if mapping fails.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// The kernel's error.
     pub(super) fn map(
         fd: impl AsFd,
         offset: u64,
@@ -36,11 +36,11 @@ impl LinuxPage {
         unmapped: Option<Unmapped>,
     ) -> Result<Self, Errno> {
         let access = if writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
-        // SAFETY: the kernel chooses the place, so nothing of ours is mapped over.
+        // SAFETY: the kernel chooses the address, so no mapping of ours is replaced.
         let start = unsafe { mmap(std::ptr::null_mut(), PAGE_BYTES, access, MapFlags::SHARED, fd, offset) };
         match start.map(|start| NonNull::new(start.cast())) {
             Ok(Some(start)) => Ok(Self(Rc::new(Inner { start, writable, unmapped }))),
-            Ok(None) => unreachable!("the kernel maps nothing at address 0 of its own accord"),
+            Ok(None) => unreachable!("the kernel never chooses address 0 for a mapping"),
             Err(error) => {
                 if let Some(unmapped) = unmapped {
                     unmapped();
@@ -58,14 +58,14 @@ impl LinuxPage {
     }
 
     fn writable_at(&self, offset: usize, len: usize) -> *mut u8 {
-        assert!(self.0.writable, "a page that is mapped for reading is written");
+        assert!(self.0.writable, "write to a page that is mapped read-only");
         self.at(offset, len)
     }
 
     fn number(&self, start: *mut u8) -> &AtomicU32 {
-        assert!(start.addr().is_multiple_of(align_of::<AtomicU32>()), "a number that is not aligned");
-        // SAFETY: aligned, in the page (`at`), which stays mapped while `self` lives. Within this process it is
-        // accessed by one thread only; what other domains do to it are atomic accesses of their processors.
+        assert!(start.addr().is_multiple_of(align_of::<AtomicU32>()), "an unaligned number");
+        // SAFETY: aligned, in the page (`at`), which stays mapped while `self` lives. Within this process only one
+        // thread accesses it; other domains access it with atomic instructions of their processors.
         unsafe { AtomicU32::from_ptr(start.cast()) }
     }
 }
@@ -131,7 +131,7 @@ impl SharedPage for LinuxPage {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        // SAFETY: mapped by `map` with this size, and nobody has its address any more.
+        // SAFETY: mapped by `map` with this size, and its address is not used any more.
         let gone = unsafe { munmap(self.start.as_ptr().cast(), PAGE_BYTES) };
         assert!(
             gone.is_ok() || std::thread::panicking(),

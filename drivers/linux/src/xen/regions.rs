@@ -14,10 +14,10 @@ use tap_host::{Errno, PAGE_BYTES};
 pub(crate) struct Regions(OwnedFd);
 
 impl Regions {
-    /// Opens the folder, making it (and what is above it) if it is not there.
+    /// Opens the folder; makes it and its parents if it does not exist.
     ///
     /// # Errors
-    /// What the kernel says; `EACCES` where others could put their own files into it.
+    /// What the kernel says; `EACCES` if others could put their own files into it.
     pub(super) fn open(folder: &Path) -> Result<Self, Errno> {
         make(folder)?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -44,7 +44,7 @@ impl Regions {
                 Err(Errno::EAGAIN) => return Err(Errno::EBUSY),
                 Err(error) => return Err(error),
             }
-            // The owner before may have removed the name between our two calls: what is locked has none then.
+            // The previous owner may have removed the name between our two calls: the locked file then has no name.
             if fstat(&fd).map_err(of_rustix)?.st_nlink > 0 {
                 return map(&fd);
             }
@@ -61,7 +61,7 @@ impl Regions {
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile || !expected {
             return Err(Errno::EINVAL);
         }
-        // Memory that is not there now would be a SIGBUS later.
+        // Memory that is missing now would raise SIGBUS later.
         fallocate(&fd, FallocateFlags::empty(), 0, page).map_err(of_rustix)?;
         Ok(fd)
     }
@@ -69,7 +69,7 @@ impl Regions {
     /// See [`tap_host::SharedPages::remove_region`].
     ///
     /// # Errors
-    /// What the kernel says, except that there is none.
+    /// The kernel's error, except `ENOENT`.
     pub(super) fn remove(&self, name: &str) -> Result<(), Errno> {
         match unlinkat(&self.0, file_name(name)?, AtFlags::empty()).map_err(of_rustix) {
             Err(Errno::ENOENT) => Ok(()),
@@ -85,7 +85,7 @@ impl Regions {
         let mut names = Vec::new();
         for entry in Dir::read_from(&self.0).map_err(of_rustix)? {
             let entry = entry.map_err(of_rustix)?;
-            // What has another kind of name is not ours.
+            // Files with other kinds of names are not ours.
             if let Ok(name) = entry.file_name().to_str()
                 && file_name(name).is_ok()
             {
@@ -153,7 +153,7 @@ mod tests {
         assert_eq!(again.load_u32(4092), 7);
         regions.remove("x").unwrap();
         regions.remove("x").unwrap();
-        assert_eq!(again.load_u32(4092), 7, "removing a name leaves who has it mapped alone");
+        assert_eq!(again.load_u32(4092), 7, "removing a name does not affect existing mappings");
         assert_eq!(regions.region("x").unwrap().load_u32(4092), 0);
     }
 
@@ -165,7 +165,7 @@ mod tests {
         let page = one.own("x").unwrap();
         let clone = page.clone();
         drop(page);
-        assert_eq!(other.own("x").err(), Some(Errno::EBUSY), "the file is closed, and still mapped");
+        assert_eq!(other.own("x").err(), Some(Errno::EBUSY), "the file is closed but still mapped");
         other.region("x").unwrap();
         drop(clone);
         let again = other.own("x").unwrap();

@@ -1,12 +1,12 @@
-//! Requests that were made and are not done with.
+//! Requests that were made and are not finished.
 //!
 //! ```text
 //!   begin ─► waiting ──answer──► answered ──poll──► gone
 //!               └─give_up─► unwanted ──answer──► gone
 //! ```
 //!
-//! A request that nobody waits for any more keeps its number until its answer has come, so that the answers of others
-//! stay theirs. A transaction that begins for nobody is told to the caller, for ending it.
+//! A request that is no longer waited for keeps its number until its answer has arrived, so that answers are not mixed
+//! up. A transaction that begins for a dropped request is returned to the caller, which ends it.
 
 use super::StoreLost;
 use std::collections::BTreeMap;
@@ -14,10 +14,10 @@ use std::task::{Context, Poll, Waker};
 use tap_abi::xenstore::{MessageHeader, MessageKind, error_number, split_string};
 use tap_host::Errno;
 
-/// Requests at a time; who wants more is told so. That many wait only where xenstored does not answer.
+/// Requests at a time; more are refused. So many wait only if xenstored does not answer.
 const CALLS_MAX: usize = 4096;
 
-/// What an answer says, or why there is none.
+/// The payload of an answer, or the error.
 pub(super) type Answer = Result<Vec<u8>, Errno>;
 
 struct Call {
@@ -31,21 +31,21 @@ enum State {
     Unwanted,
 }
 
-/// Whether somebody will ask for the answer.
+/// Whether the answer will be taken.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Wanted {
     Yes,
     No,
 }
 
-/// What an answer leads to.
+/// What to do after an answer.
 #[derive(Debug)]
 pub(super) enum Then {
     /// Nothing.
     Done,
-    /// Somebody can go on.
+    /// Wake the waiting request.
     Wake(Waker),
-    /// Nobody wants this transaction.
+    /// End this transaction, which no caller wants.
     EndTransaction(u32),
 }
 
@@ -57,7 +57,7 @@ pub(super) struct Calls {
 }
 
 impl Calls {
-    /// Whether no more should be begun but what lets go of something.
+    /// Whether no more requests should be begun, except those that release something.
     pub(super) fn is_full(&self) -> bool {
         self.open.len() >= CALLS_MAX
     }
@@ -66,7 +66,7 @@ impl Calls {
     pub(super) fn begin(&mut self, kind: MessageKind, wanted: Wanted) -> u32 {
         loop {
             self.last = self.last.wrapping_add(1);
-            // After 2^32 requests the numbers come again, and an old one may still be in use.
+            // After 2^32 requests the numbers repeat, and an old one may still be in use.
             if self.last != 0 && !self.open.contains_key(&self.last) {
                 break;
             }
@@ -93,7 +93,7 @@ impl Calls {
         }
     }
 
-    /// Nobody waits for `request` any more, if anybody did. Gives the transaction that it began.
+    /// `request` is no longer waited for, if it was. Returns the transaction that it began, if any.
     pub(super) fn give_up(&mut self, request: u32) -> Option<u32> {
         let call = self.open.get_mut(&request)?;
         match std::mem::replace(&mut call.state, State::Unwanted) {
@@ -109,7 +109,7 @@ impl Calls {
     /// xenstored has answered.
     ///
     /// # Errors
-    /// An answer to nothing that was asked, or of another kind.
+    /// An answer to a request that was not made, or of another kind.
     pub(super) fn answer(&mut self, header: &MessageHeader, payload: &[u8]) -> Result<Then, StoreLost> {
         let request = header.request();
         let asked = self.open.get(&request).filter(|call| !matches!(call.state, State::Answered(_)));
@@ -127,7 +127,7 @@ impl Calls {
         self.settle(request, Err(error))
     }
 
-    /// There will be no answers at all. Gives everybody who waits for one.
+    /// There will be no answers at all. Returns the wakers of all waiting requests.
     pub(super) fn refuse_all(&mut self, error: Errno) -> Vec<Waker> {
         let open: Vec<u32> = self.open.keys().copied().collect();
         let all = open.into_iter().map(|request| self.refuse(request, error));

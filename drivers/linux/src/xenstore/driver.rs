@@ -1,4 +1,4 @@
-//! The task behind a connection: sends what is queued, and hands out what arrives.
+//! The task of a connection: sends what is queued, and distributes what arrives.
 
 use super::StoreLost;
 use super::inbox::Inbox;
@@ -9,7 +9,7 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::task::Poll;
 
-/// One end of the connection, and what its users share with it. Dropping it is the end of the connection.
+/// Our end of the connection, and the state shared with its users. Dropping it ends the connection.
 pub(super) struct Driver {
     link: Link,
     shared: Rc<Shared>,
@@ -20,10 +20,10 @@ impl Driver {
         Self { link, shared }
     }
 
-    /// Works until nobody uses the connection any more.
+    /// Runs until the connection has no more users.
     ///
     /// # Errors
-    /// Why it cannot go on.
+    /// Why it cannot continue.
     pub(super) async fn run(self) -> Result<(), StoreLost> {
         let (mut send, mut receive) = (pin!(self.send()), pin!(self.receive()));
         poll_fn(|cx| match send.as_mut().poll(cx) {

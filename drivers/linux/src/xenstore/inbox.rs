@@ -1,4 +1,4 @@
-//! Messages out of a stream of bytes that arrives in any pieces.
+//! Messages out of a byte stream that arrives in arbitrary pieces.
 
 use super::StoreLost;
 use tap_abi::xenstore::{MessageHeader, PAYLOAD_BYTES_MAX};
@@ -6,7 +6,7 @@ use tap_abi::xenstore::{MessageHeader, PAYLOAD_BYTES_MAX};
 /// Room for a few messages of the largest size; most are far smaller.
 const BUFFER_BYTES: usize = 4 * (MessageHeader::BYTES + PAYLOAD_BYTES_MAX);
 
-/// What has arrived and was not looked at yet.
+/// Bytes that have arrived and were not parsed yet.
 pub(super) struct Inbox {
     buffer: Box<[u8]>,
     start: usize,
@@ -34,7 +34,7 @@ impl Inbox {
     /// Takes out the next message, if all of it is there.
     ///
     /// # Errors
-    /// A header that cannot be.
+    /// An impossible header.
     pub(super) fn next(&mut self) -> Result<Option<(MessageHeader, &[u8])>, StoreLost> {
         let arrived = &self.buffer[self.start..self.end];
         let Some((header, rest)) = arrived.split_first_chunk() else { return Ok(None) };

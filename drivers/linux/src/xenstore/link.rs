@@ -1,19 +1,18 @@
-//! The descriptor behind a connection: xenstored's socket, or the kernel's device.
+//! The descriptor of a connection: xenstored's socket, or the kernel's device.
 //!
 //! | | socket | /dev/xen/xenbus |
 //! |---|---|---|
-//! | a write | may take a part; the rest waits until there is room | takes a whole message in one call, or refuses it |
+//! | a write | may take a part; the rest waits for room | takes a whole message in one call, or refuses it |
 //! | waits in the call | never | for xenstored, when it sets or removes a watch |
-//! | says that it can be written | yes | never, to no poll |
-//! | payload, bytes | 4096 | 4080: with its header a message has a page |
+//! | polls as writable | yes | never |
+//! | payload, bytes | 4096 | 4080: with its header a message fits in a page |
 //! | requests at a time | any | one, see below |
 //!
-//! So writes to the device are made by another thread; nobody waits for a poll before one. Read from are both in the
-//! same way.
+//! So writes to the device are made by another thread, without a poll before them. Reads work the same way for both.
 //!
 //! While a watch is set or removed, Linux 6.1 holds a lock of the open device that it also needs to hand out the answer
-//! to an earlier request. If there is one, the kernel's only thread that talks to xenstored waits for ever, and with it
-//! the whole domain. Xen's own client makes one request at a time, so nothing else was ever tried on many kernels.
+//! to an earlier request. If there is one, the kernel's only thread that talks to xenstored waits forever, and with it
+//! the whole domain. Xen's own client makes one request at a time, so anything else is untested on many kernels.
 
 use crate::files::{blocking, errno, of_rustix};
 use crate::sockets::connect_unix;
@@ -31,9 +30,9 @@ use tokio::io::unix::AsyncFd;
 pub(super) enum Link {
     /// A stream socket of xenstored.
     Socket(AsyncFd<OwnedFd>),
-    /// The kernel, which passes on what it is told.
+    /// The kernel's device, which forwards messages.
     Device {
-        /// Watched for what arrives.
+        /// Polled for arriving data.
         read: AsyncFd<OwnedFd>,
         /// The same device, for a thread that may outlive the connection.
         write: Arc<OwnedFd>,
@@ -45,16 +44,16 @@ pub(super) enum Link {
 pub(super) struct Limits {
     /// Most bytes of payload of one message.
     pub(super) payload_bytes: usize,
-    /// A request is sent when the one before has its answer.
+    /// A request is sent when the previous one has its answer.
     pub(super) one_at_a_time: bool,
 }
 
 /// Why a message was not sent.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Unsent {
-    /// This one was refused; the next may be taken.
+    /// This one was refused; the next may be accepted.
     Refused(Errno),
-    /// Nothing can be sent any more.
+    /// Nothing more can be sent.
     Lost(Errno),
 }
 
@@ -62,7 +61,7 @@ impl Link {
     /// Opens the socket or device called `place`.
     ///
     /// # Errors
-    /// As stat(2), connect(2) and open(2); `ENODEV` for what is neither socket nor device.
+    /// As stat(2), connect(2) and open(2); `ENODEV` if it is neither socket nor device.
     pub(super) async fn open(place: &str) -> Result<Self, Errno> {
         let mode = stat(place).map_err(of_rustix)?.st_mode;
         match FileType::from_raw_mode(mode) {
@@ -78,10 +77,10 @@ impl Link {
         }
     }
 
-    /// Over a descriptor that takes a message with each write, and does not block reads.
+    /// A link over a descriptor that takes one message per write, and whose reads do not block.
     pub(super) fn device(device: OwnedFd) -> Result<Self, Errno> {
         let write = Arc::new(device.try_clone().map_err(|e| errno(&e))?);
-        // What is no device to wait for, like /dev/null, is refused with `EPERM`: rights would not help.
+        // A device that cannot be polled, like /dev/null, is refused with `EPERM`, although permissions would not help.
         let refused = |error| if error == Errno::EPERM { Errno::ENODEV } else { error };
         Ok(Self::Device { read: watch(device, Interest::READABLE).map_err(refused)?, write })
     }
@@ -96,7 +95,7 @@ impl Link {
         }
     }
 
-    /// Waits for bytes and puts them into `buffer`; gives how many, 0 at the end of the stream.
+    /// Waits for bytes and puts them into `buffer`; returns the count, 0 at the end of the stream.
     ///
     /// # Errors
     /// As read(2).
@@ -116,7 +115,7 @@ impl Link {
     /// Sends a whole message.
     ///
     /// # Errors
-    /// What becomes of the connection, and why.
+    /// Whether the connection survives, and the error.
     pub(super) async fn send(&self, message: Vec<u8>) -> Result<(), Unsent> {
         match self {
             Self::Socket(fd) => send_all(fd, &message).await.map_err(Unsent::Lost),

@@ -1,6 +1,7 @@
-//! What is particular to each kind of link.
+//! Tests of what differs between the kinds of link.
 //!
-//! The kernel's device is played by a socket that keeps messages apart: each write is one, as for the device.
+//! A socket that preserves message boundaries stands in for the kernel's device: each write is a message, as for the
+//! device.
 
 use super::link::Link;
 use super::*;
@@ -20,7 +21,7 @@ use tap_abi::xenstore::{MessageHeader, PAYLOAD_BYTES_MAX};
 use tap_host::Time;
 use tokio::io::Interest;
 
-/// Runs `program` on a client of a device that `kernel` plays on a thread of its own.
+/// Runs `program` on a client of a device that `kernel` simulates on a thread of its own.
 fn with<R, F>(kernel: impl FnOnce(&Kernel) + Send + 'static, program: impl FnOnce(StoreClient) -> F) -> R
 where
     R: 'static,
@@ -59,7 +60,7 @@ impl Kernel {
 
     fn send(&self, kind: MessageKind, request: u32, payload: &[u8]) {
         let header = MessageHeader::new(kind, request, 0, payload.len());
-        // As the device gives them: in pieces.
+        // In pieces, as the device delivers them.
         for piece in [&header.to_bytes()[..], payload] {
             assert_eq!(send(&self.0, piece, SendFlags::empty()), Ok(piece.len()));
         }
@@ -89,7 +90,7 @@ fn the_device_has_one_request_at_a_time() {
         for kind in [MessageKind::Read, MessageKind::TransactionStart, MessageKind::Watch] {
             let (header, _) = kernel.take();
             assert_eq!(header.kind(), Ok(kind));
-            // The event is none, and does not let another one through.
+            // An event is not an answer, so it does not release the next request.
             kernel.send(MessageKind::WatchEvent, header.request(), b"/a\x001\0");
             std::thread::sleep(std::time::Duration::from_millis(20));
             let mut packet = [0; 1];
@@ -97,7 +98,7 @@ fn the_device_has_one_request_at_a_time() {
             assert_eq!(more.err(), Some(rustix::io::Errno::AGAIN), "{kind:?} was not answered yet");
             kernel.send(kind, header.request(), b"7\0");
         }
-        // What the two that nobody waited for have begun is let go of, still one by one.
+        // What the two dropped requests had begun is released, still one by one.
         let rest = [MessageKind::Unwatch, MessageKind::Read, MessageKind::TransactionEnd, MessageKind::Read];
         for kind in rest {
             let (header, _) = kernel.take();
@@ -141,7 +142,7 @@ fn a_message_has_a_page_with_its_header() {
 fn a_refused_write_is_one_requests_failure() {
     let kernel = |kernel: &Kernel| {
         let (header, _) = kernel.take();
-        // From now on every write to the device fails, and what it has to tell still arrives.
+        // From now on every write to the device fails, while what it sends still arrives.
         shutdown(&kernel.0, Shutdown::Read).unwrap();
         kernel.send(MessageKind::Watch, header.request(), b"OK\0");
         kernel.send(MessageKind::WatchEvent, 0, b"/a/b\x001\0");
@@ -159,8 +160,8 @@ fn a_socket_may_take_a_part() {
     const MESSAGES: usize = 50;
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
-    // The kernel's least. A message of the largest size goes in two pieces, and the second one has to wait while
-    // anything is before the first.
+    // The kernel's minimum. A message of the largest size is sent in two pieces, and the second one has to wait while
+    // the first is still queued.
     sockopt::set_socket_send_buffer_size(&ours, 1).unwrap();
     let (full, is_full) = std::sync::mpsc::channel();
     let server = std::thread::spawn(move || {
@@ -173,7 +174,7 @@ fn a_socket_may_take_a_part() {
             theirs.read_exact(&mut payload).unwrap();
             let answer = MessageHeader::new(MessageKind::Write, header.request(), 0, 3).to_bytes();
             theirs.write_all(&[&answer[..], b"OK\0"].concat()).unwrap();
-            let value = payload.strip_prefix(b"/a\0").expect("the path in front");
+            let value = payload.strip_prefix(b"/a\0").expect("the path first");
             assert_eq!(value.len(), i % 2 * 4000);
             assert!(value.iter().enumerate().all(|(at, byte)| *byte == at as u8));
         }
@@ -191,7 +192,7 @@ fn a_socket_may_take_a_part() {
                 left.set(left.get() - 1);
             });
         }
-        // The writers have their turn, and then the driver.
+        // The writers get their turn, and then the driver.
         host.yield_now().await;
         host.yield_now().await;
         full.send(()).unwrap();

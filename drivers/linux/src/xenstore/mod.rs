@@ -11,19 +11,19 @@
 //!
 //! * Requests are sent in the order in which they are made; to a socket without waiting for the answers of earlier
 //!   ones.
-//! * Dropping the future of a request does not take it back. What it would have given is let go of: a transaction is
-//!   ended without effect, a watch removed.
-//! * Dropping a watcher or a transaction tells xenstored, and waits for nothing.
-//! * No event is lost: the same one twice may become one, and many different ones an event of the watched path.
-//! * Whatever xenstored sends that cannot be, ends the connection. Once it has ended, all who wait and all who come
-//!   later get `ESHUTDOWN`, and the log has a line. Xen has no way to take a connection up again.
-//! * Memory is bounded: by 4096 requests without answer (one more fails with `EBUSY`) of a message each, as many that
-//!   let go of what those began, 64 paths for each watch, and 1 MiB of names in a directory.
-//! * A directory that does not fit into a message and changes again and again while it is read gives `EAGAIN`.
-//! * Events of a relative path are relative, as xenstored has them.
-//! * Nothing waits in a system call on the thread of the program.
+//! * Dropping the future of a request does not cancel the request. Its result is released: a transaction is ended
+//!   without effect, a watch is removed.
+//! * Dropping a watcher or a transaction tells xenstored, without waiting.
+//! * No event is lost: equal events may be merged into one, and many different ones into an event of the watched path.
+//! * An impossible message from xenstored ends the connection. Once it has ended, all waiting and all later requests
+//!   fail with `ESHUTDOWN`, and a line is logged. Xen has no way to resume a connection.
+//! * Memory is bounded: 4096 unanswered requests (one more fails with `EBUSY`) of a message each, as many requests that
+//!   release what those began, 64 paths for each watch, and 1 MiB of names in a directory.
+//! * Reading a directory that does not fit into a message and keeps changing while it is read fails with `EAGAIN`.
+//! * Events of a relative path are relative, as xenstored sends them.
+//! * No system call waits on the thread of the program.
 //!
-//! The wire is [`tap_abi::xenstore`]; what Xen's own client does differently for sockets and devices is in `link.rs`.
+//! The wire format is [`tap_abi::xenstore`]; the differences between sockets and devices are in `link.rs`.
 
 mod calls;
 mod driver;
@@ -57,7 +57,7 @@ use tap_host::{Errno, Tasks, Transaction, WatchEvent, Watcher, Xenstore};
 #[derive(Clone)]
 pub struct StoreClient(Session);
 
-/// What holds the connection open: users hold it, the driver does not.
+/// Keeps the connection open: users hold it, the driver does not.
 struct Client(Rc<Shared>);
 
 impl Drop for Client {
@@ -84,11 +84,11 @@ enum StoreLost {
 }
 
 impl StoreClient {
-    /// Connects to the first of `places` where that is possible, and starts a task on `host` that serves the connection
-    /// until its last user is gone. To be called on the thread of `host`, by a program that [`crate::run`] runs.
+    /// Connects to the first of `places` that works, and starts a task on `host` that serves the connection until its
+    /// last user is gone. Call it on the thread of `host`, in a program that [`crate::run`] runs.
     ///
     /// # Errors
-    /// What was tried, and what to do.
+    /// The places that were tried, and what to do.
     pub async fn open(host: &LinuxHost, places: &StorePlaces) -> Result<Self, StoreOpenError> {
         let (link, place) = places.open().await?;
         Ok(Self::over(host, link, place))
@@ -133,7 +133,7 @@ impl Xenstore for StoreClient {
     async fn watch(&self, path: &str) -> Result<StoreWatcher, Errno> {
         paths::check(path)?;
         let session = self.0.clone();
-        // Events may come before the answer does.
+        // Events may arrive before the answer.
         let token = session.shared().add_watch(path);
         let mut watcher = StoreWatcher { session, token, told: false };
         let text = token.to_string();
@@ -155,7 +155,7 @@ impl Xenstore for StoreClient {
 /// A running transaction; ended without effect when dropped without commit.
 pub struct StoreTransaction {
     session: Session,
-    /// xenstored was told what is to become of it.
+    /// xenstored was told how it ends.
     ended: bool,
 }
 
@@ -174,7 +174,7 @@ impl Transaction for StoreTransaction {
 
     async fn commit(mut self) -> Result<(), Errno> {
         let asked = self.session.ask(MessageKind::TransactionEnd, &[b"T\0"])?;
-        // Whatever the answer will be, xenstored has forgotten the transaction then.
+        // Whatever the answer is, xenstored has forgotten the transaction by then.
         self.ended = true;
         asked.await?;
         Ok(())
@@ -193,7 +193,7 @@ impl Drop for StoreTransaction {
 pub struct StoreWatcher {
     session: Session,
     token: u64,
-    /// xenstored knows of it, or will.
+    /// xenstored knows it, or will.
     told: bool,
 }
 
@@ -203,7 +203,7 @@ impl Watcher for StoreWatcher {
     }
 }
 
-/// The next event, waited for by one of those who may wait for it.
+/// The future of one waiter for the next event.
 struct Next<'a> {
     watcher: &'a StoreWatcher,
     waiter: Option<u64>,

@@ -1,16 +1,16 @@
-//! Where xenstored is looked for, and what is said when it is not there.
+//! Where to look for xenstored, and the error when it is not there.
 
 use super::link::Link;
 use std::fmt;
 use std::path::Path;
 use tap_host::Errno;
 
-/// What names another place, as for Xen's own tools.
+/// The variable that names another place, as for Xen's own tools.
 const PATH_VARIABLE: &str = "XENSTORED_PATH";
 /// The socket of a xenstored in this domain; a domain without one has the kernel's device.
 const USUAL: [&str; 3] = ["/run/xenstored/socket", "/var/run/xenstored/socket", "/dev/xen/xenbus"];
 
-/// The sockets and devices at which xenstored may be reached, the first one first.
+/// The sockets and devices at which xenstored may be reached, in the order in which they are tried.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct StorePlaces(Vec<String>);
 
@@ -28,7 +28,7 @@ impl StorePlaces {
         Self(vec![path.into()])
     }
 
-    /// Opens the first one that can be; gives its name.
+    /// Opens the first one that can be opened; returns its name too.
     pub(super) async fn open(&self) -> Result<(Link, &str), StoreOpenError> {
         let mut tried = Vec::new();
         for place in &self.0 {
@@ -41,7 +41,7 @@ impl StorePlaces {
     }
 }
 
-/// Whether Linux runs on Xen, as far as it says so.
+/// Whether Linux says that it runs on Xen.
 fn is_on_xen() -> bool {
     let hypervisor = std::fs::read("/sys/hypervisor/type").unwrap_or_default();
     hypervisor.trim_ascii() == b"xen" || Path::new("/proc/xen").exists()

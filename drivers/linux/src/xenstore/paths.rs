@@ -1,9 +1,9 @@
-//! Paths, as far as a message can carry them. What characters they may have is xenstored's business.
+//! Checks that a message can carry a path. Which characters are allowed is for xenstored to decide.
 
 use tap_abi::xenstore::{ABSOLUTE_PATH_BYTES_MAX, RELATIVE_PATH_BYTES_MAX};
 use tap_host::Errno;
 
-/// Refuses what would be another message than the one that is meant.
+/// Refuses a path that would change the meaning of the message.
 ///
 /// # Errors
 /// `EINVAL` for a path that is empty, has a NUL, or is too long.

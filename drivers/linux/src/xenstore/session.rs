@@ -1,4 +1,4 @@
-//! What can be asked, inside a transaction or outside.
+//! The requests, inside or outside a transaction.
 
 use super::shared::Shared;
 use super::{Client, paths};
@@ -11,7 +11,7 @@ use tap_host::Errno;
 
 /// Most bytes of names of one directory. A guest's own has far fewer, by its quota of nodes.
 const DIRECTORY_BYTES_MAX: usize = 1 << 20;
-/// How often a large directory is read again because it changed meanwhile.
+/// How often a large directory is read again because it changed while it was read.
 const DIRECTORY_ROUNDS_MAX: u32 = 100;
 
 /// A connection, and the transaction in which requests are made.
@@ -31,10 +31,10 @@ impl Session {
         &self.client.0
     }
 
-    /// Makes a request whose payload is `parts` one after the other, and completes with the payload of the answer.
+    /// Makes a request whose payload is the concatenation of `parts`, and completes with the payload of the answer.
     ///
     /// # Errors
-    /// As [`Shared::request`] at once, and what xenstored says later.
+    /// At once those of [`Shared::request`], later those of xenstored.
     pub(super) fn ask(&self, kind: MessageKind, parts: &[&[u8]]) -> Result<Asked, Errno> {
         let request = self.shared().request(kind, self.transaction, parts)?;
         Ok(Asked { client: Rc::clone(&self.client), request: Some(request) })
@@ -69,7 +69,7 @@ impl Session {
         names(&list)
     }
 
-    /// The list of a directory that does not fit into one message, out of pieces of the same generation.
+    /// The list of a directory that does not fit into one message, assembled from pieces of the same generation.
     async fn large_directory(&self, path: &str) -> Result<Vec<u8>, Errno> {
         let (mut generation, mut list) = (Vec::new(), Vec::new());
         let mut rounds = 1;
@@ -102,10 +102,10 @@ impl Session {
     }
 }
 
-/// The names in a list in which each ends in a NUL, sorted.
+/// The names in a list of NUL-terminated names, sorted.
 ///
 /// # Errors
-/// `EPROTO` for what is no such list of texts.
+/// `EPROTO` if it is not such a list, or not text.
 fn names(mut list: &[u8]) -> Result<Vec<String>, Errno> {
     let mut names = Vec::new();
     while !list.is_empty() {
@@ -117,10 +117,10 @@ fn names(mut list: &[u8]) -> Result<Vec<String>, Errno> {
     Ok(names)
 }
 
-/// An answer that is waited for. Dropping it does not take the request back.
+/// A pending answer. Dropping it does not cancel the request.
 pub(super) struct Asked {
     client: Rc<Client>,
-    /// `None` once it is there.
+    /// `None` once it has arrived.
     request: Option<u32>,
 }
 

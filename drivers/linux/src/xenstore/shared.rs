@@ -1,11 +1,11 @@
-//! What the users of a connection and its driver share.
+//! The state shared by the users of a connection and its driver.
 //!
 //! ```text
 //!   users ──► outbox ──► driver ──► xenstored
 //!      ▲ calls, watches ◄── driver ◄──┘
 //! ```
 //!
-//! Nobody is woken while this is borrowed.
+//! No task is woken while this is borrowed.
 
 use super::StoreLost;
 use super::calls::{Answer, Calls, Then, Wanted};
@@ -20,7 +20,7 @@ use tap_host::Errno;
 
 /// A message on its way out.
 pub(super) struct Outgoing {
-    /// The number of the request that it is.
+    /// The number of its request.
     pub(super) request: u32,
     /// Header and payload.
     pub(super) bytes: Vec<u8>,
@@ -30,9 +30,9 @@ pub(super) struct Outgoing {
 enum Stage {
     /// In use.
     Open,
-    /// Nobody is left to use it.
+    /// No user is left.
     Closing,
-    /// xenstored cannot be reached any more.
+    /// xenstored can no longer be reached.
     Lost,
 }
 
@@ -53,7 +53,7 @@ struct State {
 }
 
 impl State {
-    /// Queues a message. Gives its request's number, and who has to send it.
+    /// Queues a message. Returns its request's number, and the waker of the driver that must send it.
     fn send(
         &mut self,
         kind: MessageKind,
@@ -71,12 +71,12 @@ impl State {
         (request, self.sender.take())
     }
 
-    /// Ends a transaction that nobody wants.
+    /// Ends a transaction that no caller wants.
     fn abort(&mut self, transaction: u32) -> Option<Waker> {
         self.send(MessageKind::TransactionEnd, transaction, &[b"F\0"], Wanted::No).1
     }
 
-    /// `request` is done with, and this follows. Gives who can go on.
+    /// `request` is finished, and `then` follows. Returns the wakers of tasks that can continue.
     fn done(&mut self, request: u32, then: Then) -> Vec<Waker> {
         let next =
             self.unanswered.take_if(|unanswered| *unanswered == request).and_then(|_| self.sender.take());
@@ -97,7 +97,7 @@ impl Shared {
         Self { state: RefCell::new(state), limits }
     }
 
-    /// Changes the state, and then wakes whoever `change` says.
+    /// Changes the state, and then wakes the wakers that `change` returns.
     fn change<R, W: IntoIterator<Item = Waker>>(&self, change: impl FnOnce(&mut State) -> (R, W)) -> R {
         let (result, wakers) = change(&mut self.state.borrow_mut());
         wakers.into_iter().for_each(Waker::wake);
@@ -109,11 +109,11 @@ impl Shared {
         self.limits.payload_bytes
     }
 
-    /// Makes a request whose payload is `parts` one after the other; gives its number, for [`Shared::poll_answer`] or
-    /// [`Shared::give_up`].
+    /// Makes a request whose payload is the concatenation of `parts`; returns its number, for [`Shared::poll_answer`]
+    /// or [`Shared::give_up`].
     ///
     /// # Errors
-    /// `ESHUTDOWN` once the connection is lost, `EBUSY` while too many requests are not answered, `E2BIG`.
+    /// `ESHUTDOWN` once the connection is lost, `EBUSY` while too many requests are unanswered, `E2BIG`.
     pub(super) fn request(&self, kind: MessageKind, transaction: u32, parts: &[&[u8]]) -> Result<u32, Errno> {
         self.change(|state| {
             let payload_bytes: usize = parts.iter().map(|part| part.len()).sum();
@@ -136,7 +136,7 @@ impl Shared {
         self.state.borrow_mut().calls.poll(request, cx)
     }
 
-    /// Nobody wants the answer to a request, which may have been taken already.
+    /// The answer to a request is not wanted any more; it may have been taken already.
     pub(super) fn give_up(&self, request: u32) {
         self.change(|state| {
             let begun = state.calls.give_up(request);
@@ -152,7 +152,7 @@ impl Shared {
         });
     }
 
-    /// Events with the token that is given are kept from now on.
+    /// Events with the returned token are kept from now on.
     pub(super) fn add_watch(&self, path: &str) -> u64 {
         self.state.borrow_mut().watches.add(path)
     }
@@ -170,7 +170,7 @@ impl Shared {
         });
     }
 
-    /// Completes with the next event of a watch. While it does not, `waiter` tells apart who waits, until
+    /// Completes with the next event of a watch. Until then `waiter` identifies the waiter, until
     /// [`Shared::forget_waiter`].
     pub(super) fn poll_event(
         &self,
@@ -185,12 +185,12 @@ impl Shared {
         state.watches.poll(token, waiter, cx).map(Ok)
     }
 
-    /// Somebody who waited for an event does not any more.
+    /// A waiter no longer waits for an event.
     pub(super) fn forget_waiter(&self, token: u64, waiter: u64) {
         self.state.borrow_mut().watches.forget_waiter(token, waiter);
     }
 
-    /// Nobody is left who could make a request. What is queued is still sent.
+    /// No more requests will be made. What is queued is still sent.
     pub(super) fn close(&self) {
         self.change(|state| {
             if state.stage == Stage::Open {
@@ -229,7 +229,7 @@ impl Shared {
     /// For the driver: a message has arrived.
     ///
     /// # Errors
-    /// One that cannot be; after it nothing that arrives can be trusted.
+    /// An impossible message; nothing that arrives after it can be trusted.
     pub(super) fn arrived(&self, header: &MessageHeader, payload: &[u8]) -> Result<(), StoreLost> {
         if header.kind() == Ok(MessageKind::WatchEvent) {
             let (path, token) = event(payload).ok_or(StoreLost::BadEvent)?;
@@ -242,7 +242,7 @@ impl Shared {
         })
     }
 
-    /// For the driver: there is no connection any more. Everybody is told.
+    /// For the driver: the connection is gone. All users are told.
     pub(super) fn lost(&self) {
         self.change(|state| {
             state.stage = Stage::Lost;

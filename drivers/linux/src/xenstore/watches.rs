@@ -1,7 +1,7 @@
-//! Watches, and what fired and was not taken yet.
+//! Watches, and the events that were not taken yet.
 //!
-//! Nothing is dropped and nothing grows: an event that is already there is not added again, and with too many different
-//! ones they become a single event of the watched path itself, which stands for all.
+//! Nothing is dropped and nothing grows without limit: an event that is already queued is not added again, and too many
+//! different ones become a single event of the watched path itself, which stands for all.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::task::{Context, Poll, Waker};
@@ -12,9 +12,9 @@ const EVENTS_MAX: usize = 64;
 struct Watch {
     path: String,
     fired: VecDeque<String>,
-    /// There is one event, and it stands for any that come.
+    /// There is one event, and it stands for all that come.
     merged: bool,
-    /// By a number of their own.
+    /// By the number of the waiter.
     waiting: BTreeMap<u64, Waker>,
 }
 
@@ -22,12 +22,12 @@ struct Watch {
 #[derive(Default)]
 pub(super) struct Watches {
     all: BTreeMap<u64, Watch>,
-    /// The last number that was given to a watch, or to somebody who waits for one.
+    /// The last number given to a watch or to a waiter.
     last: u64,
 }
 
 impl Watches {
-    /// Adds a watch; gives its token, which never comes again.
+    /// Adds a watch; returns its token, which is never reused.
     pub(super) fn add(&mut self, path: &str) -> u64 {
         self.last += 1;
         let (fired, waiting) = Default::default();
@@ -35,20 +35,20 @@ impl Watches {
         self.last
     }
 
-    /// Removes a watch; gives its path.
+    /// Removes a watch; returns its path.
     pub(super) fn remove(&mut self, token: u64) -> Option<String> {
         self.all.remove(&token).map(|watch| watch.path)
     }
 
-    /// `path` has changed. A watch that is removed may still fire for a while. Gives who can go on.
+    /// `path` has changed. A removed watch may still fire for a while. Returns the wakers of its waiters.
     pub(super) fn fire(&mut self, token: u64, path: &[u8]) -> Vec<Waker> {
         let Some(watch) = self.all.get_mut(&token) else { return Vec::new() };
         watch.add(path);
         std::mem::take(&mut watch.waiting).into_values().collect()
     }
 
-    /// Completes with the first event that is there of a watch. Several may wait for one watch, each with a number that
-    /// it gets here: all are woken, and whoever comes first takes the event.
+    /// Completes with the first queued event of a watch. Several callers may wait for one watch, each with a number
+    /// assigned here: all are woken, and the first to run takes the event.
     pub(super) fn poll(&mut self, token: u64, waiter: &mut Option<u64>, cx: &Context<'_>) -> Poll<String> {
         let Some(watch) = self.all.get_mut(&token) else { unreachable!("a watcher has its watch") };
         if let Some(path) = watch.fired.pop_front() {
@@ -63,14 +63,14 @@ impl Watches {
         Poll::Pending
     }
 
-    /// Whoever got this number does not wait any more.
+    /// The waiter with this number no longer waits.
     pub(super) fn forget_waiter(&mut self, token: u64, waiter: u64) {
         if let Some(watch) = self.all.get_mut(&token) {
             watch.waiting.remove(&waiter);
         }
     }
 
-    /// Everybody who waits for any watch.
+    /// The wakers of all waiters of all watches.
     pub(super) fn everybody(&mut self) -> Vec<Waker> {
         self.all.values_mut().flat_map(|watch| std::mem::take(&mut watch.waiting).into_values()).collect()
     }
@@ -78,7 +78,7 @@ impl Watches {
 
 impl Watch {
     fn add(&mut self, path: &[u8]) {
-        // Paths are ASCII. Of one that is not is known that something below the watch has changed.
+        // Paths are ASCII. One that is not only tells that something below the watch has changed.
         let path = std::str::from_utf8(path).unwrap_or(&self.path);
         if self.merged || self.fired.iter().any(|fired| fired == path) {
             return;
@@ -132,7 +132,7 @@ mod tests {
         }
         assert_eq!(taken(&mut watches, token), ["/a"]);
         watches.fire(token, b"/a/new");
-        assert_eq!(taken(&mut watches, token), ["/a/new"], "what comes after it is told again");
+        assert_eq!(taken(&mut watches, token), ["/a/new"], "later events are reported again");
     }
 
     #[test]

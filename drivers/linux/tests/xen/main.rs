@@ -18,17 +18,17 @@ use tap_conformance::{Pair, Place, Test, events, grants, pages, store, transacti
 use tap_host::{DomId, Xenstore};
 use tap_linux::{LinuxHost, Options, StorePlaces, XenOptions, run};
 
-/// What has to be there.
+/// The devices that these tests need.
 const DEVICES: [&str; 4] = ["/dev/xen/gntdev", "/dev/xen/gntalloc", "/dev/xen/evtchn", XENBUS];
-/// What a domain without a xenstored of its own speaks to.
+/// The device through which a domain without its own xenstored reaches it.
 const XENBUS: &str = "/dev/xen/xenbus";
 const OWN: DomId = DomId(0);
-/// Not there.
+/// A domain that does not exist.
 const STRANGER: DomId = DomId(0x7000);
 
 fn main() -> ExitCode {
     let mut args = Arguments::from_args();
-    // All are one domain: a grant that one has ended may be another's next.
+    // All tests share one domain: a grant that one has ended may be reused by another.
     args.test_threads = Some(1);
     let mut trials = Vec::new();
     for (kind, list) in [("grants", grants::all()), ("events", events::all())] {

@@ -1,9 +1,9 @@
-//! The other end of grants and channels in dom0: dom0 itself, through the devices for those who grant.
+//! The other end of grants and channels in dom0: dom0 itself, through the devices for the granting side.
 //!
 //! ```text
 //!     grant           /dev/xen/gntalloc: allocates a page with its grant; mmap at the index that it answers with
-//!     end_access      takes the grant back; the kernel goes on trying for as long as somebody has the page mapped
-//!     alloc_unbound   /dev/xen/evtchn, opened anew for each channel
+//!     end_access      revokes the grant; the kernel keeps trying for as long as the page is mapped
+//!     alloc_unbound   /dev/xen/evtchn, opened once per channel
 //! ```
 //!
 //! Numbers and structures are those of Linux's `xen/gntalloc.h` and `xen/evtchn.h`.
@@ -79,13 +79,13 @@ unsafe fn ioctl<T>(device: &File, number: c_ulong, argument: &mut T) -> Result<c
     if answer < 0 { Err(errno(&io::Error::last_os_error())) } else { Ok(answer) }
 }
 
-/// dom0 as the one who grants; clones are the same.
+/// dom0 as the granting side; clones share it.
 #[derive(Clone)]
 pub(crate) struct Dom0(Rc<Inner>);
 
 struct Inner {
     gntalloc: File,
-    /// Where the device has the page of a grant.
+    /// The device's offset for the page of each grant.
     indices: RefCell<BTreeMap<GrantRef, u64>>,
 }
 
@@ -108,7 +108,7 @@ impl Peer for Dom0 {
     fn grant(&self, to: DomId, writable: bool) -> Result<(GrantRef, OwnPage), Errno> {
         let flags = if writable { WRITABLE } else { 0 };
         let mut alloc = AllocGref { dom: to.0, flags, count: 1, index: 0, gref: 0 };
-        // SAFETY: of gntalloc.
+        // SAFETY: an ioctl of gntalloc.
         unsafe { ioctl(&self.0.gntalloc, ALLOC_GREF, &mut alloc)? };
         let gref = GrantRef(alloc.gref);
         self.0.indices.borrow_mut().insert(gref, alloc.index);
@@ -118,7 +118,7 @@ impl Peer for Dom0 {
     fn end_access(&self, gref: GrantRef) -> Result<(), Errno> {
         let index = self.0.indices.borrow_mut().remove(&gref).ok_or(Errno::EINVAL)?;
         let mut dealloc = DeallocGref { index, count: 1 };
-        // SAFETY: of gntalloc.
+        // SAFETY: an ioctl of gntalloc.
         unsafe { ioctl(&self.0.gntalloc, DEALLOC_GREF, &mut dealloc)? };
         Ok(())
     }
@@ -139,7 +139,7 @@ impl OwnPage {
         let access = libc::PROT_READ | libc::PROT_WRITE;
         let offset = index.cast_signed();
         let fd = gntalloc.as_raw_fd();
-        // SAFETY: the kernel chooses the place.
+        // SAFETY: the kernel chooses the address.
         let start =
             unsafe { libc::mmap(std::ptr::null_mut(), PAGE_BYTES, access, libc::MAP_SHARED, fd, offset) };
         if start == libc::MAP_FAILED {
@@ -188,9 +188,9 @@ impl SharedPage for OwnPage {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: mapped by `OwnPage::map` with this size, and nobody has its address any more.
+        // SAFETY: mapped by `OwnPage::map` with this size, and its address is not used any more.
         let gone = unsafe { libc::munmap(self.0.as_ptr().cast(), PAGE_BYTES) };
-        assert!(gone == 0, "a page of our own cannot be unmapped: {}", io::Error::last_os_error());
+        assert!(gone == 0, "failed to unmap our own page: {}", io::Error::last_os_error());
     }
 }
 
@@ -206,9 +206,9 @@ impl OwnChannel {
         let device = open.read(true).write(true).custom_flags(libc::O_NONBLOCK).open(EVTCHN);
         let device = device.map_err(|e| errno(&e))?;
         let mut bind = BindUnboundPort { remote_dom: remote.0.into() };
-        // SAFETY: of evtchn.
+        // SAFETY: an ioctl of evtchn.
         let port = unsafe { ioctl(&device, BIND_UNBOUND_PORT, &mut bind)? };
-        // SAFETY: a `File` is open, always the same one, and stays so while the `AsyncFd` owns it.
+        // SAFETY: a `File` is always the same open descriptor, and stays open while the `AsyncFd` owns it.
         let device = unsafe { AsyncFd::register_with_interest(device, Interest::READABLE) };
         let device = device.map_err(|refused| errno(&refused.into_parts().1))?;
         Ok(Self { device, port: Port(port.cast_unsigned()) })
@@ -226,9 +226,9 @@ impl OwnChannel {
 impl EventChannel for OwnChannel {
     fn notify(&self) {
         let mut notify = Notify { port: self.port.0 };
-        // SAFETY: of evtchn.
+        // SAFETY: an ioctl of evtchn.
         let sent = unsafe { ioctl(self.device.get_ref(), NOTIFY, &mut notify) };
-        assert!(sent.is_ok(), "a port of our own cannot be notified: {sent:?}");
+        assert!(sent.is_ok(), "failed to notify our own port: {sent:?}");
     }
 
     async fn wait(&self) -> Result<(), Errno> {

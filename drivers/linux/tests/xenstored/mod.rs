@@ -1,5 +1,5 @@
 //! A small xenstored for tests, on threads of its own: a tree, watches and transactions by the rules that a client can
-//! see, a record of what was asked, and bad manners on request.
+//! see, a record of the requests, and misbehaviour on demand.
 
 pub(crate) mod tree;
 
@@ -13,11 +13,12 @@ use tree::Tree;
 
 /// A read of this path gets no answer.
 pub(crate) const SILENCE: &str = "/bad/silence";
-/// A read of this path makes each watch of the connection fire for so many different paths, and is answered then.
+/// A read of this path makes each watch of the connection fire for [`STORM_EVENTS`] different paths, and is then
+/// answered.
 pub(crate) const STORM: &str = "/bad/storm";
 /// Events of a storm, for each watch.
 pub(crate) const STORM_EVENTS: usize = 5000;
-/// A read of this path and a kind of end.
+/// A read of one of these paths ends the connection, each in a different way.
 pub(crate) const ENDS: [&str; 7] = [
     "/bad/close",
     "/bad/close-within",
@@ -28,7 +29,7 @@ pub(crate) const ENDS: [&str; 7] = [
     "/bad/event",
 ];
 
-/// What was asked: kind, transaction, payload.
+/// A request: kind, transaction, payload.
 pub(crate) type Asked = (MessageKind, u32, Vec<u8>);
 
 #[derive(Default)]
@@ -48,14 +49,14 @@ pub(crate) struct State {
     pub(crate) asked: Vec<Asked>,
     /// Answers go out byte by byte.
     pub(crate) byte_by_byte: bool,
-    /// So many times a large directory changes while it is read.
+    /// How many times a large directory changes while it is read.
     pub(crate) disturbances: u32,
     /// Nothing is read.
     paused: bool,
 }
 
 impl State {
-    /// Kinds and transactions of what was asked.
+    /// Kinds and transactions of the requests.
     pub(crate) fn kinds(&self) -> Vec<(MessageKind, u32)> {
         self.asked.iter().map(|(kind, transaction, _)| (*kind, *transaction)).collect()
     }
@@ -75,7 +76,7 @@ impl State {
     fn send(&mut self, connection: u64, bytes: &[u8]) {
         let piece = if self.byte_by_byte { 1 } else { bytes.len().max(1) };
         let Some(mut stream) = self.connections.get(&connection) else { return };
-        // Who has hung up needs no answer.
+        // A client that has disconnected needs no answer.
         drop(bytes.chunks(piece).try_for_each(|piece| stream.write_all(piece)));
     }
 
@@ -107,7 +108,7 @@ impl State {
         }
     }
 
-    /// Bad manners. False where there are none.
+    /// Misbehaves, if `path` asks for it; otherwise returns false.
     fn misbehave(&mut self, connection: u64, request: u32, path: &str) -> bool {
         match path {
             SILENCE => {}
@@ -249,7 +250,7 @@ impl Server {
             if stream.read_exact(&mut header).is_err() {
                 break;
             }
-            let header = MessageHeader::parse(&header).expect("nobody sends too much");
+            let header = MessageHeader::parse(&header).expect("no message is too large");
             let mut payload = vec![0; header.payload_bytes()];
             if stream.read_exact(&mut payload).is_err() {
                 break;
@@ -272,7 +273,7 @@ impl Xenstored {
         let listener = UnixListener::bind(folder.path().join("socket")).unwrap();
         let server = Arc::new(Server::default());
         let accepts = Arc::clone(&server);
-        // Ends with the process of the tests.
+        // Runs until the process of the tests ends.
         std::thread::spawn(move || {
             for (connection, stream) in (0..).zip(listener.incoming()) {
                 let stream = stream.unwrap();
@@ -289,7 +290,7 @@ impl Xenstored {
         StorePlaces::only(self.folder.path().join("socket").to_str().unwrap())
     }
 
-    /// To look at, and to change. Everything waits meanwhile.
+    /// For inspection and changes. Everything waits meanwhile.
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         self.server.state.lock().unwrap()
     }
@@ -299,7 +300,7 @@ impl Xenstored {
         self.state().paused = true;
     }
 
-    /// Reading goes on.
+    /// Reading continues.
     pub(crate) fn resume(&self) {
         self.state().paused = false;
         self.server.resumed.notify_all();

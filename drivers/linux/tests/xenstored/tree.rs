@@ -1,4 +1,4 @@
-//! The nodes, and what can be done to them.
+//! The nodes and the operations on them.
 
 use std::collections::BTreeMap;
 use tap_abi::xenstore::{MessageKind, PAYLOAD_BYTES_MAX};
@@ -31,7 +31,7 @@ pub(crate) fn within(path: &str, top: &str) -> bool {
 }
 
 impl Tree {
-    /// What a client may do in a transaction and outside.
+    /// The operations that a client may do both inside and outside a transaction.
     pub(crate) fn apply(
         &mut self,
         kind: MessageKind,
@@ -75,7 +75,7 @@ impl Tree {
         self.changed.push(path.to_owned());
     }
 
-    /// What has changed since it was asked the last time.
+    /// What has changed since the last call.
     pub(crate) fn changed(&mut self) -> Vec<String> {
         std::mem::take(&mut self.changed)
     }
@@ -109,7 +109,7 @@ impl Tree {
         Ok(answer)
     }
 
-    /// Makes what was done in a copy one's own, unless anything has happened since; gives what has changed.
+    /// Takes over the changes made in a copy, unless anything has changed here since; returns what has changed.
     pub(crate) fn take_over(&mut self, mut copy: Tree) -> Result<Vec<String>, &'static str> {
         if copy.generation - copy.changed.len() as u64 != self.generation {
             return Err("EAGAIN");
