@@ -1,7 +1,7 @@
 //! What the mains of `tapdisk` and `tap-img` share: the console of a real process.
 //!
-//! The programs themselves are functions over the seam, in `tap-programs`, so that a simulated world starts the same
-//! ones. Only this package knows both them and the real host.
+//! The programs themselves are functions over the seam, in `tap-programs`, so that a simulated world can start the same
+//! ones. Only this package knows both the programs and the real host.
 
 mod terminal;
 

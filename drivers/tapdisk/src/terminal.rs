@@ -11,16 +11,16 @@ use tap_programs::Console;
 pub struct Terminal {
     /// Whether bars are drawn.
     draws: bool,
-    /// Nobody waits for who reads: disks are served meanwhile.
+    /// Printing must not wait for a reader: disks are being served.
     serves: bool,
     bar: RefCell<Option<ProgressBar>>,
-    /// Tenths that were printed as lines.
+    /// Tenths of the progress that were printed as lines.
     tenths: Cell<u64>,
     /// Something could not be printed.
     failed: Cell<bool>,
 }
 
-/// How long the end waits for who reads.
+/// How long to wait at the end for a reader.
 const LAST_LINES: Duration = Duration::from_secs(1);
 
 /// Fits into 80 columns, whatever the sizes.
@@ -45,12 +45,12 @@ impl Terminal {
         }
     }
 
-    /// The console of a program that serves disks: what it prints never waits for who reads, see [`Lines`].
+    /// The console of a program that serves disks: printing never waits for a reader, see [`Lines`].
     pub fn of_service() -> Self {
         Self { draws: false, serves: true, ..Self::new() }
     }
 
-    /// The exit status of a program that wants to end with `status`: not 0 if what it printed was lost.
+    /// The exit status of a program that wants to end with `status`: not 0 if output was lost.
     pub fn status(&self, status: u8) -> u8 {
         let lost = self.serves && !Lines::stdout().finish(LAST_LINES);
         status.max(u8::from(lost || self.failed.get()))
@@ -65,7 +65,7 @@ impl Terminal {
         bar.set_position(done_bytes);
     }
 
-    /// Leaves the bar as it is, and goes on below it.
+    /// Leaves the bar as it is, and continues below it.
     fn leave_bar(&self) {
         if let Some(bar) = self.bar.take() {
             bar.abandon();
@@ -74,7 +74,7 @@ impl Terminal {
     }
 
     fn print(&self, line: &str, to: &mut dyn Write) {
-        // One message is enough, and none if the reader has gone: nobody is left to be told.
+        // One message is enough, and none if the reader is gone.
         if let Err(error) = writeln!(to, "{line}").and_then(|()| to.flush())
             && error.kind() != io::ErrorKind::BrokenPipe
             && !self.failed.replace(true)
@@ -98,7 +98,7 @@ impl Console for Terminal {
             return Lines::stderr().put(line.to_owned());
         }
         self.leave_bar();
-        // There is no place left to say that this failed.
+        // There is nowhere left to report that this failed.
         let _ = writeln!(stderr(), "{line}");
     }
 

@@ -7,7 +7,7 @@ use tap_programs::img::{Cli, run};
 use tap_programs::usage;
 use tapdisk::Terminal;
 
-/// As `qemu-img`: 2 has a meaning of its own there.
+/// The same as for `qemu-img`, where 2 has another meaning.
 const UNUSABLE: u8 = 1;
 
 fn main() -> ExitCode {

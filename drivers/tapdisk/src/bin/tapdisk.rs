@@ -10,7 +10,7 @@ use tap_programs::daemon::{AioArg, Cli, Command, run};
 use tap_programs::usage;
 use tapdisk::Terminal;
 
-/// Exit status where the command line cannot be parsed.
+/// Exit status if the command line cannot be parsed.
 const UNUSABLE: u8 = 2;
 
 fn main() -> ExitCode {
@@ -38,7 +38,7 @@ fn main() -> ExitCode {
         },
         ..Options::default()
     };
-    // Before there are threads: they inherit it.
+    // Set before there are threads: they inherit it.
     if let Some(nice) = cli.ionice
         && let Err(error) = set_io_priority(nice.class, nice.level)
     {

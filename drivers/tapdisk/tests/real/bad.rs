@@ -1,4 +1,4 @@
-//! Bad input: one clear line and a status, or an NBD error; nothing is lost and the server goes on.
+//! Bad input: one clear line and a status, or an NBD error; nothing is lost and the server continues.
 
 use crate::client::{Client, WRITE};
 use crate::server::{Server, TAP_IMG, TAPDISK, tool};
@@ -116,7 +116,7 @@ fn locked() -> Done {
     Ok(())
 }
 
-/// What would be lost is refused, by whatever name it goes, and nothing of it changes.
+/// Overwriting an input is refused under any of its names, and no file changes.
 fn itself() -> Done {
     let folder = tempfile::tempdir()?;
     let path = |name: &str| folder.path().join(name).display().to_string();
@@ -154,7 +154,7 @@ fn itself() -> Done {
     Ok(())
 }
 
-/// A pipe that is full from the beginning, and never read.
+/// Standard error is a pipe that is full from the start and never read.
 fn unread_log() -> Done {
     let folder = tempfile::tempdir()?;
     let path = |name: &str| folder.path().join(name).display().to_string();
@@ -190,7 +190,7 @@ fn hangup() -> Done {
     Ok(())
 }
 
-/// Several servers at a socket that a dead one left: one listens there, and it is the one that the path leads to.
+/// Several servers start at a socket that a dead one left: exactly one listens, and the path leads to it.
 fn at_once() -> Done {
     let folder = tempfile::tempdir()?;
     let path = |name: &str| folder.path().join(name).display().to_string();
@@ -213,7 +213,7 @@ fn orphan() -> Done {
     let folder = tempfile::tempdir()?;
     let path = |name: &str| folder.path().join(name).display().to_string();
     tool(TAP_IMG, &["create", "-q", &path("disk"), "1M"])?;
-    // A shell with a listening socket is not easily had; a server of ours passes its own on to the next by its name.
+    // A shell cannot easily make a listening socket, so the test passes one of its own to the server.
     let listener = std::os::unix::net::UnixListener::bind(path("socket"))?;
     let script = "exec 3<&0 </dev/null; LISTEN_FDS=1 sh -c 'LISTEN_PID=$$ exec \"$@\"' sh \"$@\" & echo $! >\"$PIDFILE\"; wait $!";
     let mut parent = Command::new("sh")
@@ -232,7 +232,7 @@ fn orphan() -> Done {
     let pid: u32 = std::fs::read_to_string(path("pid"))?.trim().parse()?;
     parent.kill()?;
     parent.wait()?;
-    // It ends: the test's own limit is that of whoever runs it.
+    // It must end; the test runner sets the time limit.
     while std::fs::read_link(format!("/proc/{pid}/exe")).is_ok() {
         std::thread::yield_now();
     }

@@ -1,4 +1,4 @@
-//! A plain NBD client: requests go out as they are asked for, replies come back in any order.
+//! A plain NBD client: requests are sent at once, replies come back in any order.
 
 use libtest_mimic::Failed;
 use std::io::{Read, Write};
@@ -18,7 +18,7 @@ pub(crate) struct Client {
     pub(crate) size_bytes: u64,
 }
 
-/// The answer to the request with this cookie.
+/// The reply to the request with this cookie.
 pub(crate) struct Reply {
     pub(crate) cookie: u64,
     /// An error number of NBD, or 0.
@@ -45,7 +45,8 @@ impl Client {
         Ok(Self { stream, size_bytes })
     }
 
-    /// Sends a request; `data` is what a write writes, `len` what any other is about. Zeros keep their space.
+    /// Sends a request; `data` is the payload of a write, `len` the length of any other request. Zeros keep their
+    /// space.
     pub(crate) fn send(
         &mut self,
         command: u16,
@@ -87,13 +88,13 @@ impl Client {
         Ok(data)
     }
 
-    /// Makes `len` bytes zeros that keep their space, while nothing else is in flight; the error of the answer.
+    /// Makes `len` bytes zeros that keep their space, while nothing else is in flight; returns the error of the reply.
     pub(crate) fn zero(&mut self, offset: u64, len: u32) -> Result<u32, Failed> {
         self.send(WRITE_ZEROES, 1, offset, len, &[])?;
         Ok(self.reply()?.error)
     }
 
-    /// One request without an answer but its error, while nothing else is in flight.
+    /// One request whose reply has only an error, while nothing else is in flight.
     pub(crate) fn ask(&mut self, command: u16, offset: u64, data: &[u8]) -> Result<u32, Failed> {
         self.send(command, 1, offset, 0, data)?;
         Ok(self.reply()?.error)

@@ -1,7 +1,7 @@
-//! tapdisk is killed at any moment, again and again: what was answered is there when it is back.
+//! tapdisk is killed at random moments, again and again: what was answered is there when it is back.
 //!
-//! The page cache outlives the process, so every answered write counts, flushed or not. A write in flight may have
-//! happened or not; which, is remembered once it was seen.
+//! The page cache outlives the process, so every answered write counts, flushed or not. A write in flight may or may
+//! not have taken effect; which one is remembered once it was seen.
 
 use crate::client::{Client, FLUSH, WRITE};
 use crate::server::{Server, TAP_IMG, tool};
@@ -32,7 +32,7 @@ struct Model {
     rng: ChaCha8Rng,
 }
 
-/// A write that was not answered.
+/// An unanswered write.
 struct Flying {
     number: u64,
     start: u64,
@@ -54,7 +54,7 @@ impl Model {
         (start..start + count).flat_map(sector).collect()
     }
 
-    /// A range that meets no write in flight: what overlaps may go either way.
+    /// A range that overlaps no write in flight: the result of overlapping writes is not determined.
     fn place(&mut self, flying: &BTreeMap<u64, Flying>) -> Option<(u64, u64)> {
         let count = 1 + self.below(24);
         let start = if self.below(2) == 0 { self.below(SECTORS / 16) } else { self.below(SECTORS) };
@@ -63,7 +63,7 @@ impl Model {
         (!flying.values().any(meets)).then_some((start, count))
     }
 
-    /// Writes until a number of answers has come, and gives what was in flight then.
+    /// Writes until `answers` replies have arrived, and returns the writes then in flight.
     fn write_until(&mut self, client: &mut Client, answers: u64) -> Result<BTreeMap<u64, Flying>, Failed> {
         let mut flying = BTreeMap::new();
         let (mut answered, mut sent) = (0, 0_u64);
@@ -89,7 +89,9 @@ impl Model {
                 sent += 1;
             }
             let reply = client.reply()?;
-            let Some(done) = flying.remove(&reply.cookie) else { return Err("an answer to nothing".into()) };
+            let Some(done) = flying.remove(&reply.cookie) else {
+                return Err("a reply without a request".into());
+            };
             if reply.error != 0 {
                 return Err(format!("a request failed with {}", reply.error).into());
             }
@@ -149,7 +151,7 @@ fn killed(kind: &str, direct: bool) -> Done {
     let socket = path("socket");
     let mut flying = BTreeMap::new();
     for round in 0..=KILLS {
-        // The path of the socket of a dead process is taken over.
+        // The socket path of a dead process is taken over.
         let server = Server::start(&socket, &args)?;
         let mut client = Client::connect(server.socket())?;
         assert_eq!(client.size_bytes, SECTORS * SECTOR as u64);
@@ -165,7 +167,7 @@ fn killed(kind: &str, direct: bool) -> Done {
     if format == "qcow" {
         let output = std::process::Command::new(TAP_IMG).args(["check", &show(&image)]).output()?;
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
-        // Clusters that a kill took before they were mapped are lost, and harmless.
+        // Clusters that were allocated but not yet mapped at a kill are leaked, which is harmless.
         assert!(matches!(output.status.code(), Some(0 | 3)), "{}: {said}", output.status);
     }
     Ok(())

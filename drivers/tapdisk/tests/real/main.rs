@@ -1,6 +1,6 @@
 //! The programs on this machine: real files, real sockets, real signals.
 //!
-//! What a test needs and the machine lacks (QEMU's tools, libnbd's tools, the right to mount) makes it report itself
+//! A test that needs something the machine lacks (QEMU's tools, libnbd's tools, permission to mount) reports itself
 //! ignored, with the reason.
 
 mod bad;
@@ -13,7 +13,7 @@ mod space;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use std::process::{Command, ExitCode};
 
-/// What a test answers.
+/// The result of a test.
 type Done = Result<(), Failed>;
 
 fn main() -> ExitCode {
@@ -34,7 +34,7 @@ fn main() -> ExitCode {
     libtest_mimic::run(&args, trials).exit_code()
 }
 
-/// Takes a test by its name and the tools that it needs.
+/// Adds a test, with its name and the tools that it needs.
 type Add<'a> = &'a mut dyn FnMut(String, &'static [&'static str], Box<dyn FnOnce() -> Done + Send>);
 
 fn is_there(tool: &str) -> bool {

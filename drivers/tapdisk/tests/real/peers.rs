@@ -1,4 +1,4 @@
-//! Tools that others wrote, on our server and on our images, in both directions.
+//! Third-party tools on our server and on our images, in both directions.
 //!
 //! ```text
 //!   random requests ─┬─ qemu-io over NBD ─► tapdisk serve ─► image ──┐
@@ -50,7 +50,7 @@ impl Place {
         Ok(Self { folder: tempfile::tempdir()?, rng: ChaCha8Rng::seed_from_u64(seed) })
     }
 
-    /// In memory, where that is possible: QEMU's qcow driver synchronises with every cluster.
+    /// In memory if possible: QEMU's qcow driver synchronises with every cluster.
     fn in_memory(seed: u64) -> Result<Self, Failed> {
         let folder = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir())?;
         Ok(Self { folder, rng: ChaCha8Rng::seed_from_u64(seed) })
@@ -68,7 +68,7 @@ impl Place {
         self.rng.next_u64() % n
     }
 
-    /// An image of `kind` and a raw file that shows the same; gives its format.
+    /// Makes an image of `kind` and a raw file with the same content; returns its format.
     fn make(&mut self, kind: &str, tool_of: &str) -> Result<&'static str, Failed> {
         let size = DISK_BYTES.to_string();
         tool(TAP_IMG, &["create", "-q", &self.text("twin"), &size])?;
@@ -109,7 +109,7 @@ impl Place {
                 0..2 => writeln!(script, "flush"),
                 2..10 => writeln!(script, "write -q -z {at} {len}"),
                 10..20 => writeln!(script, "write -q -z -u {at} {len}"),
-                // What a discard leaves is not said: zeros make it certain.
+                // The content after a discard is unspecified: zeros make it certain.
                 20..30 => writeln!(script, "discard -q {at} {len}\nwrite -q -z {at} {len}"),
                 30..32 => writeln!(script, "write -q -f -P {} {at} {len}", i % 255 + 1),
                 32..45 => writeln!(script, "read -q {at} {len}"),
@@ -120,7 +120,7 @@ impl Place {
     }
 }
 
-/// Lets qemu-io carry out a script (by itself it would flush after every write).
+/// Runs a script with qemu-io (by default it would flush after every write).
 fn qemu_io(target: &str, format: &str, script: &str) -> Done {
     let mut command = Command::new("qemu-io");
     command.args(["-f", format, "-t", "writeback", "-d", "unmap", target]).stdin(Stdio::piped());
@@ -151,7 +151,7 @@ fn through_server(kind: &'static str, aio: &str) -> Done {
     same_as_twin(&place, format)
 }
 
-/// The image by itself, through QEMU's driver and ours, and its metadata.
+/// Compares the image, read through QEMU's driver and ours, with its twin, and checks its metadata.
 fn same_as_twin(place: &Place, format: &str) -> Done {
     let (disk, twin) = (place.text("disk"), place.text("twin"));
     tool("qemu-img", &["compare", "-q", "-f", format, "-F", "raw", &disk, &twin])?;
@@ -174,7 +174,7 @@ fn shows_qemus(kind: &'static str) -> Done {
     let compare = ["compare", "-q", "-f", "raw", "-F", "raw"];
     tool("qemu-img", &[&compare[..], &[&server.uri(), &place.text("twin")]].concat())?;
     assert!(server.stop()?.success());
-    // QEMU leaves clusters that only it can explain; what they show is what counts.
+    // QEMU leaves clusters that only it can explain; only their content counts.
     let ours = format!("{format}:{}", place.text("disk"));
     tool(TAP_IMG, &["compare", "-q", "--backing", "raw", &ours, &format!("raw:{}", place.text("twin"))])?;
     Ok(())
@@ -200,7 +200,7 @@ fn libnbd() -> Done {
     }
     let map = tool("nbdinfo", &["--map", &uri("disk")])?;
     assert!(map.contains("data") && map.contains("zero"), "{map}");
-    assert!(tool("nbdinfo", &[&uri("nobody")]).is_err(), "an export that is not there");
+    assert!(tool("nbdinfo", &[&uri("nobody")]).is_err(), "an export that does not exist");
     tool("nbdcopy", &[&uri("disk"), &place.text("copy")])?;
     tool(
         TAP_IMG,
@@ -237,7 +237,7 @@ fn tools_agree() -> Done {
         let runs = value.as_array().cloned().unwrap_or_default();
         let number = |run: &serde_json::Value, key: &str| run[key].as_u64().unwrap_or(u64::MAX);
         let zero = |run: &serde_json::Value| run["zero"].as_bool().unwrap_or(false);
-        // Which level zeros come from is told in different ways; neighbours that look alike then are one.
+        // The tools report the level of zeros differently; neighbours that then look alike are merged.
         let mut merged: Vec<(u64, u64, u64, bool)> = Vec::new();
         for run in &runs {
             let depth = if zero(run) { 0 } else { number(run, "depth") };

@@ -16,7 +16,7 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// Starts it at `socket` and waits until it says that it listens.
+    /// Starts it at `socket` and waits until it reports that it listens.
     pub(crate) fn start(socket: &Path, args: &[&str]) -> Result<Self, Failed> {
         Self::start_with(socket, args, Stdio::inherit())
     }
@@ -28,7 +28,7 @@ impl Server {
 
     /// Starts it, without waiting.
     pub(crate) fn begin(socket: &Path, args: &[&str], err: Stdio) -> Result<Self, Failed> {
-        // Whoever runs the tests may ignore hang-ups (nohup), and children inherit that.
+        // The tests may run with SIGHUP ignored (nohup), and children inherit that.
         let mut command = Command::new("env");
         let address = format!("unix:{}", socket.display());
         command.args(["--default-signal=HUP", TAPDISK, "serve", "--nbd", &address]).args(args);
@@ -36,7 +36,7 @@ impl Server {
         Ok(Self { child, socket: socket.to_owned() })
     }
 
-    /// Waits until it says that it listens.
+    /// Waits until it reports that it listens.
     pub(crate) fn listens(mut self) -> Result<Self, Failed> {
         let out = self.child.stdout.take().ok_or("no output")?;
         for line in BufReader::new(out).lines() {
@@ -56,7 +56,7 @@ impl Server {
         &self.socket
     }
 
-    /// No goodbye.
+    /// SIGKILL.
     pub(crate) fn kill(mut self) -> Result<(), Failed> {
         self.child.kill()?;
         let status = self.child.wait()?;
@@ -67,12 +67,12 @@ impl Server {
         }
     }
 
-    /// SIGTERM, and how it ends.
+    /// Sends SIGTERM; returns how it ends.
     pub(crate) fn stop(mut self) -> Result<ExitStatus, Failed> {
         self.signal("TERM")
     }
 
-    /// A signal that ends it, and how it ends.
+    /// Sends a signal that ends it; returns how it ends.
     pub(crate) fn signal(&mut self, name: &str) -> Result<ExitStatus, Failed> {
         let done = Command::new("kill").args(["-s", name, &self.child.id().to_string()]).status()?;
         if !done.success() {
@@ -90,7 +90,7 @@ impl Drop for Server {
     }
 }
 
-/// Runs a tool and gives what it says; a status other than 0, or the word "failed", is a failure.
+/// Runs a tool and returns its output; a status other than 0, or the word "failed", is a failure.
 pub(crate) fn tool(program: &str, args: &[&str]) -> Result<String, Failed> {
     let output = Command::new(program).args(args).stdin(Stdio::null()).output()?;
     let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);

@@ -1,4 +1,4 @@
-//! A file system runs full under a disk, and has space again.
+//! A file system under a disk runs full, and later has space again.
 
 use crate::Done;
 use crate::client::{Client, FLUSH, WRITE};
@@ -7,7 +7,7 @@ use libtest_mimic::{Completion, Failed, Trial};
 use std::path::Path;
 use std::process::Command;
 
-/// NBD's number for it.
+/// NBD's error number.
 const ENOSPC: u32 = 28;
 
 /// A small file system in memory; unmounted when dropped.
@@ -26,7 +26,7 @@ pub(crate) fn tests() -> Vec<Trial> {
     vec![passing(), zeros("threads"), zeros("io_uring")]
 }
 
-/// ext4 drops the dirty pages of a range before it finds that zeros of it have no space.
+/// ext4 drops the dirty pages of a range before it finds that there is no space to zero it.
 fn zeros(engine: &'static str) -> Result<Completion, Failed> {
     let folder = tempfile::tempdir()?;
     let (device, at) = (folder.path().join("ext4.img"), folder.path().join("mnt"));
@@ -64,7 +64,7 @@ fn zeros_on_full(folder: &Path, outside: &Path, engine: &str, format: &str) -> D
     let full = full.arg(format!("of={}", filler.display())).output()?;
     assert!(!full.status.success(), "the file system is not full");
     assert_eq!(client.ask(WRITE, AT, &filled(2))?, 0, "an overwrite takes no space");
-    // On a raw disk space is missing for a hole of the file, in front of what was written.
+    // On a raw disk the missing space is that of a hole in the file, before what was written.
     let refused = client.zero(0, AT as u32 + LEN)?;
     let now = client.read(AT, LEN)?;
     let old = now.iter().position(|byte| *byte == 1);
@@ -100,7 +100,7 @@ fn full(folder: &Path) -> Done {
     let image = path("disk.qcow");
     tool(TAP_IMG, &["create", "-q", "-f", "qcow", &image, "64M"])?;
     std::fs::write(path("filler"), vec![1; 5 << 20])?;
-    // The socket needs no space, but a place that is not full.
+    // The socket takes no space, but must be in a place that is not full.
     let outside = tempfile::tempdir()?;
     let server = Server::start(&outside.path().join("socket"), &[&format!("qcow:{image}")])?;
     let mut client = Client::connect(server.socket())?;
@@ -116,7 +116,7 @@ fn full(folder: &Path) -> Done {
     };
     assert_eq!(refused, ENOSPC);
     assert!(written > 20, "{written} pieces fitted");
-    // What was answered is there, and the server goes on.
+    // What was answered is there, and the server continues.
     for n in 0..written {
         assert_eq!(client.read(n * 65536, 65536)?, payload(n), "piece {n}");
     }
