@@ -3,14 +3,14 @@
 use crate::decide::Source;
 use crate::trace::TraceLevel;
 
-/// Which order ready tasks run in.
+/// The order in which ready tasks run.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Scheduling {
     /// In the order in which they were woken.
     #[default]
     Fifo,
-    /// As [`Scheduling::Fifo`], but each turn may be put back by a while of virtual time, one in `one_in` turns, up to
-    /// 2^`bits` ns. (A decision per turn: 0 is in order.)
+    /// As [`Scheduling::Fifo`], but one in `one_in` turns is delayed in virtual time, by up to 2^`bits` ns. (A decision
+    /// per turn: 0 is in order.)
     Random {
         /// How rare.
         one_in: u32,
@@ -79,7 +79,7 @@ pub enum StallKind {
     TimeLimit,
 }
 
-/// A run that did not end, with who waits.
+/// A run that did not end, with the waiting tasks.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Stall {
     /// Why.

@@ -56,12 +56,12 @@ pub fn label_by_name(name: &str) -> Option<&'static Label> {
 /// What a decision is about.
 #[derive(Clone, Copy)]
 pub struct Key {
-    /// Whom.
+    /// The entity.
     pub entity: Entity,
-    /// Which kind.
+    /// The kind.
     pub label: &'static Label,
-    /// Tells decisions of this kind about this entity apart: a count that whoever asks keeps, such as the number of an
-    /// operation or of a wake-up; 0 where there is one only.
+    /// Distinguishes decisions of this kind about this entity: a count that the caller keeps, such as the number of an
+    /// operation or of a wake-up; 0 if there is only one.
     pub attempt: u32,
 }
 
@@ -99,14 +99,14 @@ pub struct Decision {
     pub value: u64,
     /// Virtual time in nanoseconds at which it was drawn.
     pub at_ns: u64,
-    /// The entity in words; empty where names were not kept (see [`crate::Config::record`]).
+    /// The entity in words; empty if names were not kept (see [`crate::Config::record`]).
     pub entity_name: String,
 }
 
 /// The non-zero decisions of a run.
 pub type DecisionMap = BTreeMap<Key, Decision>;
 
-/// Values by name of the label and by how many decisions of that label came before, for whomever.
+/// Values by the name of the label and by how many decisions of that label came before, for any entity.
 pub type Script = BTreeMap<(&'static str, u32), u64>;
 
 /// Where decisions come from.
@@ -116,14 +116,15 @@ pub enum Source {
     Seed,
     /// Taken from a map; what is not in it is 0.
     Replay(DecisionMap),
-    /// Taken from a map where it has the key, else drawn from the seed: replay that goes on, or forces single choices.
+    /// Taken from a map if it has the key, otherwise drawn from the seed: a replay that continues, or forces single
+    /// choices.
     Force(DecisionMap),
-    /// Taken from a script; what is not in it is 0. This is how bytes become a run: nobody needs to know beforehand who
-    /// will ask. What was recorded of it replays as any other run.
+    /// Taken from a script; what is not in it is 0. This is how bytes become a run: they need not name the entities
+    /// beforehand. The recorded decisions replay like those of any other run.
     Script(Script),
 }
 
-/// Hash bits for one decision; as many as asked for.
+/// Hash bits for one decision; as many as needed.
 pub struct Draw(u64);
 
 impl Draw {
@@ -143,7 +144,7 @@ impl Draw {
     pub fn below(&mut self, n: u64) -> u64 {
         ((u128::from(self.bits()) * u128::from(n)) >> 64) as u64
     }
-    /// True with `ppm` in a million.
+    /// True with a probability of `ppm` in a million.
     #[inline]
     pub fn ppm(&mut self, ppm: u32) -> bool {
         ppm > 0 && self.below(1_000_000) < u64::from(ppm)
@@ -158,7 +159,7 @@ impl Draw {
 pub(crate) struct Decisions {
     seed: u64,
     given: FixedMap<(u64, u64, u32), u64>,
-    /// Per label: how many were asked for, and the values that are left, the last first.
+    /// Per label: how many were asked for, and the remaining values, the last one first.
     script: FixedMap<u64, (u32, Vec<(u32, u64)>)>,
     draw_missing: bool,
     record: Option<DecisionMap>,
@@ -223,7 +224,7 @@ impl Decisions {
         let nth = *asked;
         *asked += 1;
         let value = left.pop_if(|(n, _)| *n == nth).map_or(0, |(_, value)| value);
-        // Who asks again about the same gets the same answer, as from every other source.
+        // A repeated question gets the same answer, as from every other source.
         self.given.insert((entity.0, label.id, attempt), value);
         value
     }
@@ -258,7 +259,7 @@ impl Decisions {
         self.names.as_ref()?.get(&entity.0).map(String::as_str)
     }
 
-    /// What was recorded, with the names that are known by now.
+    /// The recorded decisions, with the names known by now.
     pub(crate) fn take_record(&mut self) -> DecisionMap {
         let mut record = self.record.take().unwrap_or_default();
         for (key, decision) in &mut record {

@@ -17,10 +17,10 @@ use std::future::{Future, poll_fn};
 use std::rc::Rc;
 use std::task::{Context, Poll};
 
-/// How far the turn of a woken task is put back.
+/// How far the turn of a woken task is delayed.
 pub static WAKE: Label = Label::new("wake", "its turn {n} is put back by {} ns");
 
-/// Shells of ended tasks that are kept.
+/// Shells of ended tasks that are kept for reuse.
 const SHELLS_MAX: usize = 256;
 
 type Reporter = Box<dyn Fn() -> Vec<String>>;
@@ -45,7 +45,7 @@ pub(crate) struct Core {
     /// What the running turn has done so far.
     pub(crate) work: Cell<u64>,
     pub(crate) longest: Cell<Work>,
-    /// Tasks of other nodes run inside a turn.
+    /// Set while tasks of other nodes run inside a turn.
     pub(crate) nested: Cell<bool>,
     reporters: RefCell<Vec<Reporter>>,
 }
@@ -97,7 +97,7 @@ impl Sim {
         Sleep::new(Rc::clone(&self.0), self.now_ns().saturating_add(ns))
     }
 
-    /// Lets every task that is ready now have its turn.
+    /// Gives every task that is ready now its turn.
     pub fn yield_now(&self) -> impl Future<Output = ()> + 'static {
         let mut yielded = false;
         poll_fn(move |cx| {
@@ -109,13 +109,13 @@ impl Sim {
         })
     }
 
-    /// Calls `timed` with `token` at `at_ns` (now, if that has passed), whatever is killed until then.
+    /// Calls `timed` with `token` at `at_ns` (now, if that has passed), whatever is killed in the meantime.
     pub fn call_at(&self, at_ns: u64, timed: Rc<dyn Timed>, token: u64) {
         self.0.timers.borrow_mut().add(at_ns.max(self.now_ns()), Action::Call(timed, token));
     }
 
-    /// When the last turn that was put back on any node but `except` is due; `None` when none is to come. A check that
-    /// something does not move looks again then: a task whose turn was put back is awake.
+    /// When the last delayed turn of any node other than `except` is due; `None` when there is none. A check that
+    /// nothing moves must look again then, because a task whose turn was delayed is not asleep.
     pub fn put_back_until_ns(&self, except: &Node) -> Option<u64> {
         let nodes = self.0.nodes.borrow();
         let others = nodes.iter().filter(|node| node.entity != except.entity());
@@ -148,13 +148,13 @@ impl Sim {
         self.0.start(entity, node, role, key, Box::pin(task));
     }
 
-    /// The entity of the running task; the world's outside of tasks.
+    /// The entity of the running task; outside of tasks, the world's entity.
     pub fn current(&self) -> Entity {
         self.0.current.borrow().as_ref().map_or(Entity::WORLD, |t| t.entity)
     }
 
-    /// An entity for a piece of work of the running task: (task, role, key, how often it had this pair). It has no name
-    /// yet.
+    /// An entity for a piece of work of the running task: (task, role, key, how often the task used this pair). It has
+    /// no name yet.
     #[inline]
     pub fn derive(&self, role: &'static str, key: u64) -> Entity {
         let current = self.0.current.borrow();
@@ -162,7 +162,7 @@ impl Sim {
         self.0.ordinal_child(task, role, key)
     }
 
-    /// Takes the decision about (`entity`, `label`, `attempt`); `draw` makes it from hash bits where no stored one
+    /// Takes the decision about (`entity`, `label`, `attempt`); `draw` makes it from hash bits if no stored one
     /// applies. 0 is the boring answer.
     #[inline]
     pub fn decide(
@@ -175,7 +175,7 @@ impl Sim {
         self.0.decisions.borrow_mut().decide(entity, label, attempt, self.0.now.get(), draw)
     }
 
-    /// As [`Sim::decide`] for a fault with the given rate: once faults are stopped, none is drawn any more.
+    /// As [`Sim::decide`] for a fault with the given rate: once faults are stopped, no more are drawn.
     #[inline]
     pub fn fault(
         &self,
@@ -187,7 +187,7 @@ impl Sim {
         self.nth_fault(entity, label, 0, rate_ppm, draw)
     }
 
-    /// As [`Sim::fault`] where an entity is asked more than once.
+    /// As [`Sim::fault`], for an entity that is asked more than once.
     #[inline]
     pub fn nth_fault(
         &self,
@@ -210,18 +210,18 @@ impl Sim {
         )
     }
 
-    /// Whether decisions come from a map only: nothing is drawn.
+    /// Whether decisions come only from a map: nothing is drawn.
     pub fn is_replaying(&self) -> bool {
         self.0.decisions.borrow().is_replaying()
     }
 
-    /// Whether some decisions are given, so that one must be asked for even where none would be drawn.
+    /// Whether some decisions are given, so that a decision must be asked for even if none would be drawn.
     #[inline]
     pub fn has_given_decisions(&self) -> bool {
         self.0.decisions.borrow().has_given()
     }
 
-    /// Ends the time of faults: what is in flight must drain now.
+    /// Ends the fault phase: what is in flight must now drain.
     pub fn stop_faults(&self) {
         self.0.decisions.borrow_mut().faults_stopped = true;
         self.0.scheduling.set(Scheduling::Fifo);
@@ -232,7 +232,7 @@ impl Sim {
         self.0.swarm
     }
 
-    /// Gives an entity a name for people, unless it has one; evaluated only while names are kept.
+    /// Gives an entity a readable name, unless it has one; evaluated only while names are kept.
     #[inline]
     pub fn name_entity(&self, entity: Entity, name: impl FnOnce() -> String) {
         if self.0.decisions.borrow().naming() {
@@ -241,7 +241,7 @@ impl Sim {
         }
     }
 
-    /// The name of an entity; a number where names are not kept, or it has none.
+    /// The name of an entity; a number if names are not kept or it has none.
     pub fn name_of(&self, entity: Entity) -> String {
         let decisions = self.0.decisions.borrow();
         decisions.name_of(entity).map_or_else(|| format!("{:016x}", entity.0), str::to_string)
@@ -253,7 +253,7 @@ impl Sim {
         self.0.trace.borrow_mut().event(self.0.now.get(), who, event);
     }
 
-    /// Adds a line for people to the trace; no part of the hash, and evaluated only where lines are kept.
+    /// Adds a readable line to the trace; not part of the hash, and evaluated only if lines are kept.
     #[inline]
     pub fn remark(&self, who: &str, text: impl FnOnce() -> String) {
         if self.0.trace.borrow().keeps_lines() {
@@ -275,7 +275,7 @@ impl Sim {
     /// Runs `root` to its end.
     ///
     /// # Errors
-    /// A [`Stall`] when nothing can go on, or a limit is reached.
+    /// A [`Stall`] when nothing can continue, or a limit is reached.
     pub fn run<T: 'static>(&self, root: impl Future<Output = T> + 'static) -> Result<T, Stall> {
         let _own = WokenScope(swap_woken(VecDeque::new()));
         let out = Rc::new(RefCell::new(None));
@@ -293,12 +293,12 @@ impl Sim {
         result
     }
 
-    /// Ends the world: the trace, and the recorded decisions.
+    /// Ends the world; returns the trace and the recorded decisions.
     pub fn finish(&self) -> (TraceReport, DecisionMap) {
         (self.0.trace.borrow_mut().take(), self.0.decisions.borrow_mut().take_record())
     }
 
-    /// As [`Sim::finish`], from wherever a run was left: `None` where the engine was in the middle of changing them.
+    /// As [`Sim::finish`], from wherever a run stopped: `None` if the engine was in the middle of changing them.
     pub fn salvage(&self) -> Option<(TraceReport, DecisionMap)> {
         let (mut trace, mut decisions) =
             (self.0.trace.try_borrow_mut().ok()?, self.0.decisions.try_borrow_mut().ok()?);
@@ -311,7 +311,7 @@ impl Sim {
     }
 }
 
-/// Gives the outer run its list of woken tasks back, also when a panic passes.
+/// Restores the outer run's list of woken tasks, also when a panic unwinds.
 struct WokenScope(VecDeque<u64>);
 impl Drop for WokenScope {
     fn drop(&mut self) {
@@ -329,7 +329,7 @@ impl Core {
     }
 
     pub(crate) fn spawn(&self, node: u32, role: &'static str, key: u64, future: BoxedTask) {
-        // Spawned from within: the running task is the parent. From outside: the node is.
+        // When spawned by a task, that task is the parent; otherwise the node is.
         let current = self.current.borrow();
         let entity = match current.as_ref().filter(|t| t.node == node) {
             Some(parent) => self.ordinal_child(parent, role, key),
@@ -364,7 +364,7 @@ impl Core {
         push_woken(id);
     }
 
-    /// Keeps the shell of an ended task, unless somebody may still wake it.
+    /// Keeps the shell of an ended task for reuse, unless a waker of it is still held.
     fn retire(&self, task: Rc<Task>) {
         let mut shells = self.shells.borrow_mut();
         if Rc::strong_count(&task) == 1 && task.is_reusable() && shells.len() < SHELLS_MAX {
@@ -372,7 +372,7 @@ impl Core {
         }
     }
 
-    /// Runs one task or timer. `Some` when the run cannot go on.
+    /// Runs one task or timer. `Some` when the run cannot continue.
     fn turn(&self) -> Option<StallKind> {
         let Some((id, cleared)) = pop_woken() else { return self.advance() };
         let task = self.task(id)?;
@@ -384,13 +384,13 @@ impl Core {
         stall
     }
 
-    /// The living task of this number.
+    /// The living task with this number.
     pub(crate) fn task(&self, id: u64) -> Option<Rc<Task>> {
         let tasks = self.tasks.borrow();
         tasks.get((id & 0xffff_ffff) as usize)?.as_ref().filter(|task| task.id == id).cloned()
     }
 
-    /// One turn of `task`, unless it is put back or runs already.
+    /// One turn of `task`, unless it is delayed or already running.
     pub(crate) fn turn_of(&self, task: Rc<Task>, cleared: bool) -> Option<StallKind> {
         let slot = (task.id & 0xffff_ffff) as usize;
         if cleared {
@@ -404,7 +404,7 @@ impl Core {
         self.trace
             .borrow_mut()
             .turn(task.entity.0, self.now.get(), || format!("{} {:#x} runs", task.role, task.key));
-        // A task that wakes itself while it runs is polled again later, never within itself.
+        // A task that wakes itself while it runs is polled again later, never recursively.
         let mut future = task.future.borrow_mut().take()?;
         let outer = self.current.replace(Some(Rc::clone(&task)));
         let poll = future.as_mut().poll(&mut Context::from_waker(&task.waker));
@@ -482,7 +482,7 @@ impl Core {
         }
     }
 
-    /// Drops everything that is left: tasks hold the engine and the engine holds the tasks.
+    /// Drops everything that remains: tasks hold the engine and the engine holds the tasks.
     fn clear(&self) {
         for node in self.nodes.borrow().iter() {
             node.alive.set(false);

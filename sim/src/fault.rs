@@ -1,7 +1,7 @@
-//! Fault switches: which kinds of trouble a seed has at all, and how much.
+//! Fault switches: which kinds of faults a seed has, and at which rates.
 //!
 //! Swarm testing: a run with every fault at a low rate finds less than many runs that each have a few kinds at a high
-//! rate. So per seed each kind is off with probability one half; else its rate is drawn from a wide range.
+//! rate. So per seed each kind is off with probability one half; otherwise its rate is drawn from a wide range.
 
 use crate::decide::Draw;
 use crate::mix::{mix2, text_hash};
@@ -14,7 +14,7 @@ pub struct FaultKind {
     pub max_ppm: u32,
 }
 
-/// The fault rates of one seed. Not decisions themselves: single faults are, so a replay needs no rates.
+/// The fault rates of one seed. They are not decisions (single faults are), so a replay needs no rates.
 #[derive(Clone, Copy, Debug)]
 pub struct Swarm {
     seed: u64,

@@ -13,28 +13,28 @@
 //! ```
 //!
 //! A decision has five parts: entity, label, attempt, value, virtual time in nanoseconds. Everything after ` # ` is for
-//! people. The end carries the number of decisions, so that a file that was cut off is not taken for a smaller run.
-//! Keys name what a decision is about, so files survive changes of the code that a bare seed would not; a decision that
-//! nothing asks for any more is left unused.
+//! people. The end line carries the number of decisions, so that a truncated file is not taken for a smaller run. Keys
+//! name what a decision is about, so files survive code changes that a bare seed would not; a decision that is no
+//! longer asked for is left unused.
 
 use crate::decide::{Decision, DecisionMap, Key, label_by_name};
 use crate::mix::Entity;
 use std::fmt::Write as _;
 
 const VERSION: u32 = 1;
-/// A shrunk run has tens of decisions, an unshrunk one some thousands; a file above this is not ours.
+/// A shrunk run has tens of decisions, an unshrunk one thousands; a file above this is not ours.
 const DECISIONS_MAX: usize = 1_000_000;
 
-/// A run, as it is stored.
+/// A stored run.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct RunFile {
     /// Name of the scenario.
     pub scenario: String,
     /// The seed it was found with.
     pub seed: u64,
-    /// The revision of the code it was found with.
+    /// The revision of the code that it was found with.
     pub revision: String,
-    /// The invariant it breaks; empty for a run that is kept because it once did.
+    /// The invariant that it breaks; empty for a run that is kept because it once broke one.
     pub invariant: String,
     /// The trace hash at that revision.
     pub trace_hash: u64,
@@ -53,7 +53,7 @@ pub enum RunFileError {
     NotARun,
     /// Another version of the format.
     Version(String),
-    /// A line that makes no sense: its number and what is wrong.
+    /// An invalid line: its number and what is wrong.
     Line(usize, String),
 }
 

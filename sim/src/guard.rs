@@ -1,13 +1,13 @@
 //! The guard: worlds run inside madsim, where the real clock, real randomness and threads cannot be reached.
 //!
 //! madsim replaces `clock_gettime`, `getrandom` and thread creation of the process for the thread that runs inside it.
-//! Nothing in a world should ask for them; if something does, it gets simulated answers, the same in every run. A run
-//! is the same with the guard on and off, or something is wrong.
+//! Nothing in a world should use them; if something does, it gets simulated answers, the same in every run. A run that
+//! differs with the guard on and off is a bug.
 
 /// Whether this build has the guard. An environment RUSTFLAGS hides the cfg that selects it (see .cargo/config.toml).
 pub const AVAILABLE: bool = cfg!(madsim);
 
-/// Runs `work` on a thread of its own, inside the guard if `on` and available. A panic in `work` goes on in the caller.
+/// Runs `work` on a thread of its own, inside the guard if `on` and available. A panic in `work` resumes in the caller.
 pub fn run<T: Send + 'static>(on: bool, seed: u64, work: impl FnOnce() -> T + Send + 'static) -> T {
     let body = move || if on { inside(seed, work) } else { work() };
     let thread = std::thread::Builder::new().name(format!("world-{seed}")).stack_size(8 << 20).spawn(body);

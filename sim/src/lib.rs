@@ -5,20 +5,20 @@
 //!                                              │ keyed by (entity, label, attempt); 0 is the boring answer
 //!   Sim: tasks on one thread ◄── timers (ns) ──┘
 //!     │                                            ┌─► trace hash: equal runs have equal hashes
-//!     └─ events ──────────────────────────────────-┴─► lines, when somebody wants to read them
+//!     └─ events ──────────────────────────────────-┴─► lines, when they are to be read
 //! ```
 //!
 //! # Contract
 //!
-//! * A run is a function of its scenario and its decisions. Nothing else (no clock, no thread, no address, no iteration
-//!   order of a hash map) may decide anything.
+//! * A run is a function of its scenario and its decisions. Nothing else (no clock, thread, address or iteration order
+//!   of a hash map) may decide anything.
 //! * A decision is keyed by what it is about, not by when it is drawn, and only non-zero ones are stored. So any subset
 //!   of a run's decisions is a run, and leaving one out does not shift the others: this is what makes shrinking work.
 //! * Time is virtual, in nanoseconds, and moves only when no task is ready.
-//! * Killing a [`Node`] first makes its handles dead ([`Node::step`] answers `false`), then drops its tasks: nothing
-//!   that a destructor does has an effect.
+//! * Killing a [`Node`] first makes its handles dead ([`Node::step`] returns `false`), then drops its tasks:
+//!   destructors have no effect.
 //! * [`guard`] runs worlds inside madsim, which takes away the real clock, real randomness and threads. The trace hash
-//!   is the same with and without it, which is checked.
+//!   is the same with and without it; this is checked.
 
 mod config;
 mod decide;

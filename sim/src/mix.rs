@@ -31,8 +31,8 @@ pub const fn text_hash(text: &str) -> u64 {
     mix(h)
 }
 
-/// Whom a decision is about: a guest, a task, an I/O. Derived from its parent, so that it stays the same when work
-/// around it comes or goes.
+/// What a decision is about: a guest, a task, an I/O. Derived from its parent, so that it stays the same when other
+/// work is added or removed.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Entity(pub u64);
 
@@ -40,7 +40,7 @@ impl Entity {
     /// The world itself.
     pub const WORLD: Entity = Entity(0);
 
-    /// The part of `self` in `role`, told apart by `key`.
+    /// The part of `self` in `role`, distinguished by `key`.
     #[inline]
     pub const fn child(self, role: &str, key: u64) -> Self {
         Self(mix2(mix2(self.0, text_hash(role)), key))
@@ -79,7 +79,7 @@ impl Hasher for MixHasher {
     }
 }
 
-/// A hash map whose order is the same in every process. For look-ups only; sort what comes out of it.
+/// A hash map whose order is the same in every process. For look-ups only; sort the results of an iteration.
 #[expect(clippy::disallowed_types, reason = "the hasher is fixed here, which is what the ban asks for")]
 pub type FixedMap<K, V> = std::collections::HashMap<K, V, BuildHasherDefault<MixHasher>>;
 

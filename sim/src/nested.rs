@@ -1,18 +1,18 @@
-//! Other CPUs: tasks of other nodes that run between two steps of a turn; and how much one turn does.
+//! Other CPUs: tasks of other nodes that run between two steps of a turn; and the amount of work in one turn.
 //!
-//! A turn is no instant: the other CPUs of a machine go on while it runs. Where a model says so, ready tasks of other
-//! nodes have their turns inside the running one. The running task's own node does not move (it is one thread), time
-//! does not move, and there is no second level: who runs inside is not interrupted.
+//! A turn is not instantaneous: the other CPUs of a machine continue while it runs. At points chosen by a model, ready
+//! tasks of other nodes have their turns inside the running one. The running task's own node does not move (it is one
+//! thread), time does not move, and there is no second level: a nested turn is not interrupted.
 
 use crate::exec::{Core, Sim};
 use crate::mix::Entity;
 use crate::task::{Task, pop_woken, push_front, push_woken};
 use std::rc::Rc;
 
-/// What a task may do in one turn before the engine gives it up as one that never ends.
+/// The work that a task may do in one turn before the engine concludes that the turn never ends.
 const ENDLESS: u64 = 4_000_000;
 
-/// How much a turn did: steps of its node and loads of shared memory.
+/// The work of a turn: steps of its node and loads of shared memory.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Work {
     /// How much.
@@ -24,8 +24,8 @@ pub struct Work {
 }
 
 impl Sim {
-    /// Gives up to `most` ready tasks of other living nodes their turn now, inside the running one. Nothing may be
-    /// borrowed that they could want. Does nothing outside of tasks, or inside of such a turn.
+    /// Gives up to `most` ready tasks of other living nodes their turn now, inside the running one. The caller must
+    /// hold no borrow that they might need. Does nothing outside of tasks, or inside of such a turn.
     pub fn run_others(&self, most: u64) {
         let core = &self.0;
         let Some(me) = core.current.borrow().clone() else { return };
@@ -43,7 +43,7 @@ impl Sim {
             }
             left -= 1;
             core.work.set(0);
-            // A limit that is reached here is reached again outside.
+            // A limit that is reached here will be noticed again outside.
             if core.turn_of(task, cleared).is_some() {
                 push_woken(id);
                 break;
@@ -56,8 +56,8 @@ impl Sim {
         core.nested.set(false);
     }
 
-    /// The running task and the number of its accesses so far, this one included; `None` outside of tasks, and where a
-    /// turn runs inside another.
+    /// The running task and the number of its accesses so far, this one included; `None` outside of tasks, and inside a
+    /// nested turn.
     pub fn next_access(&self) -> Option<(Entity, u32)> {
         if self.0.nested.get() {
             return None;
@@ -77,7 +77,7 @@ impl Sim {
         self.0.count_work();
     }
 
-    /// The turn that did most so far.
+    /// The turn with the most work so far.
     pub fn longest_turn(&self) -> Work {
         self.0.longest.get()
     }

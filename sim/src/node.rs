@@ -1,4 +1,4 @@
-//! Nodes: what is killed together, such as a process or a guest.
+//! Nodes: units that are killed as a whole, such as a process or a guest.
 
 use crate::exec::Core;
 use crate::mix::Entity;
@@ -16,7 +16,7 @@ pub(crate) struct NodeInner {
     steps_left: Cell<u64>,
     steps: Cell<u64>,
     reaped: Cell<bool>,
-    /// When the last of its turns that were put back so far is due.
+    /// When the last of its turns delayed so far is due.
     pub(crate) put_back_until_ns: Cell<u64>,
     watchers: RefCell<Vec<Waker>>,
     on_death: RefCell<Vec<Box<dyn FnOnce()>>>,
@@ -37,13 +37,14 @@ impl NodeInner {
             on_death: RefCell::default(),
         }
     }
-    /// At the end of the world nothing is cleaned up after anybody; hooks only let go of what they hold.
+    /// At the end of the world there is no clean-up; hooks are only dropped, with what they hold.
     pub(crate) fn finish_quietly(&self) {
         let hooks = std::mem::take(&mut *self.on_death.borrow_mut());
         drop(hooks);
         self.watchers.borrow_mut().clear();
     }
-    /// After the tasks are gone: what the kernel does for a dead process, then those who wait for it.
+    /// After the tasks are gone: runs what the kernel does for a dead process, then wakes those that wait for its
+    /// death.
     pub(crate) fn finish(&self) {
         for hook in std::mem::take(&mut *self.on_death.borrow_mut()) {
             hook();
@@ -53,7 +54,7 @@ impl NodeInner {
     }
 }
 
-/// A group of tasks that die together. Handles of models hold one and ask [`Node::step`] before every effect.
+/// A group of tasks that die together. Handles of models hold one and call [`Node::step`] before every effect.
 #[derive(Clone)]
 pub struct Node {
     core: Rc<Core>,
@@ -88,8 +89,8 @@ impl Node {
         self.inner.alive.get()
     }
 
-    /// Asked by every seam handle of the node before an effect. `false` means that the node is dead, perhaps since this
-    /// very step: the effect must not happen.
+    /// Called by every seam handle of the node before an effect. `false` means that the node is dead, perhaps since
+    /// this very step: the effect must not happen.
     #[inline]
     #[must_use]
     pub fn step(&self) -> bool {
@@ -109,18 +110,18 @@ impl Node {
         true
     }
 
-    /// Effects so far; the step at which it died had none.
+    /// Effects so far; the step at which it died had no effect.
     pub fn steps(&self) -> u64 {
         self.inner.steps.get()
     }
 
-    /// Lets the node die at its `n`-th step from now on (0 is the next one): a kill between any two effects, also where
-    /// the code in between cannot be interrupted by the scheduler.
+    /// Makes the node die at its `n`-th step from now on (0 is the next one): a kill between any two effects, even if
+    /// the scheduler cannot interrupt the code in between.
     pub fn kill_after_steps(&self, n: u64) {
         self.inner.steps_left.set(n);
     }
 
-    /// Puts a death at its next step off by one: for a model that rules out a death between two effects.
+    /// Postpones a death at its next step by one: for a model that rules out a death between two effects.
     pub fn spare_next_step(&self) {
         if self.inner.steps_left.get() == 0 {
             self.inner.steps_left.set(1);
@@ -139,7 +140,7 @@ impl Node {
         self.inner.on_death.borrow_mut().push(Box::new(hook));
     }
 
-    /// Completes when the node is dead and everything of it is gone.
+    /// Completes when the node is dead and all of its tasks and handles are cleaned up.
     pub fn dead(&self) -> impl Future<Output = ()> + 'static {
         let inner = Rc::clone(&self.inner);
         poll_fn(move |cx| {

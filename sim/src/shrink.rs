@@ -2,8 +2,9 @@
 //!
 //! Decisions are sparse and keyed, so any subset of a failing run's decisions is a run: passes leave out halves, then
 //! quarters, down to single ones, then lower values (whole, or field by field where a label packs several), until a
-//! whole round changes nothing. A decision that is keyed by a count (of accesses, of events) means another moment when
-//! something before it is left out: so where much is left, decisions are left out while one of those moves ahead.
+//! whole round changes nothing. A decision that is keyed by a count (of accesses, of events) refers to a different
+//! moment when something before it is left out: so while many decisions remain, some are left out while one of those
+//! moves ahead.
 
 use crate::decide::{DecisionMap, Key};
 
@@ -23,7 +24,7 @@ impl Default for ShrinkLimits {
 /// A shrunk run.
 #[derive(Clone, Debug)]
 pub struct Shrunk {
-    /// What is left.
+    /// The remaining decisions.
     pub decisions: DecisionMap,
     /// Runs tried.
     pub runs: u64,
@@ -31,7 +32,7 @@ pub struct Shrunk {
     pub complete: bool,
 }
 
-/// Shrinks `start`. `fails` runs a candidate and, if it fails in the wanted way, gives the decisions that it used.
+/// Shrinks `start`. `fails` runs a candidate and, if it fails in the wanted way, returns the decisions that it used.
 pub fn shrink(
     start: &DecisionMap,
     limits: ShrinkLimits,
@@ -52,11 +53,11 @@ pub fn shrink(
     Shrunk { decisions: s.best, runs: s.runs, complete }
 }
 
-/// From so many decisions on it is worth to move decisions ahead.
+/// From this many decisions on it is worth moving decisions ahead.
 const SLIDES_FROM: usize = 16;
-/// How far: more than one request takes of anything that is counted.
+/// How far: more than the count by which one request advances anything.
 const SLIDE_MOST: u32 = 32;
-/// What is keyed by a count and matters is rare. There are more of what makes the load of a run.
+/// Decisions that are keyed by a count and matter are rare. Those that make up the load of a run are more frequent.
 const RARE: usize = 6;
 
 struct Shrinker<F> {
@@ -86,7 +87,7 @@ impl<F: FnMut(&DecisionMap) -> Option<DecisionMap>> Shrinker<F> {
         }
     }
 
-    /// Whole kinds at once: all late turns, all latencies. Usually most of a run goes here.
+    /// Drops whole kinds at once: all late turns, all latencies. This usually removes most of a run.
     fn drop_by_label(&mut self) {
         let mut labels: Vec<&'static str> = self.best.keys().map(|k| k.label.name).collect();
         labels.sort_unstable();
@@ -101,7 +102,7 @@ impl<F: FnMut(&DecisionMap) -> Option<DecisionMap>> Shrinker<F> {
     fn drop_chunks(&mut self) {
         let mut size = self.best.len().div_ceil(2).max(1);
         loop {
-            // From the end: what comes late matters least, and its going changes nothing before it.
+            // From the end: late decisions matter least, and removing them changes nothing before them.
             let mut end = self.best.len();
             while end > 0 && !self.exhausted() {
                 let start = end.saturating_sub(size);
@@ -121,7 +122,7 @@ impl<F: FnMut(&DecisionMap) -> Option<DecisionMap>> Shrinker<F> {
         }
     }
 
-    /// Leaves single decisions out while another, of a count, moves ahead.
+    /// Leaves out single decisions while another one, keyed by a count, moves ahead.
     fn slide(&mut self) {
         if self.best.len() < SLIDES_FROM {
             return;

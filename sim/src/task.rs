@@ -14,7 +14,7 @@ thread_local! {
     static WOKEN: RefCell<VecDeque<u64>> = const { RefCell::new(VecDeque::new()) };
 }
 
-/// Set in an identifier whose turn was already put back: it runs without asking again.
+/// Set in an identifier whose turn was already delayed: it runs without another decision.
 const CLEARED: u64 = 1 << 63;
 
 pub(crate) fn push_woken(id: u64) {
@@ -23,7 +23,7 @@ pub(crate) fn push_woken(id: u64) {
 pub(crate) fn push_cleared(id: u64) {
     push_woken(id | CLEARED);
 }
-/// Puts an identifier back to where it was taken from.
+/// Puts an identifier back at the front, where it was taken from.
 pub(crate) fn push_front(id: u64, cleared: bool) {
     WOKEN.with_borrow_mut(|q| q.push_front(if cleared { id | CLEARED } else { id }));
 }
@@ -41,7 +41,8 @@ pub(crate) fn task_id(slot: u32, generation: u32) -> u64 {
     u64::from(slot) | u64::from(generation & 0x7fff_ffff) << 32
 }
 
-/// The identifier changes when the shell is used for another task, which happens only when nobody else has the waker.
+/// The identifier changes when the shell is used for another task, which happens only when nothing else holds the
+/// waker.
 struct TaskWaker(AtomicU64);
 
 impl Wake for TaskWaker {
@@ -55,7 +56,7 @@ impl Wake for TaskWaker {
 
 pub(crate) type BoxedTask = Pin<Box<dyn Future<Output = ()>>>;
 
-/// A task, or the shell of one that has ended and may be used again.
+/// A task, or the shell of one that has ended and may be reused.
 pub(crate) struct Task {
     pub(crate) id: u64,
     pub(crate) entity: Entity,
@@ -66,14 +67,14 @@ pub(crate) struct Task {
     pub(crate) waker: Waker,
     pub(crate) future: RefCell<Option<BoxedTask>>,
     pub(crate) wakes: Cell<u32>,
-    /// Put back and waiting for its timer: further wakes change nothing.
+    /// Delayed and waiting for its timer: further wakes change nothing.
     pub(crate) put_back: Cell<bool>,
     pub(crate) ordinals: RefCell<Ordinals>,
     /// Accesses of shared memory so far.
     pub(crate) accesses: Cell<u32>,
 }
 
-/// What a task is: everything but its future.
+/// Everything about a task except its future.
 #[derive(Clone, Copy)]
 pub(crate) struct Identity {
     pub(crate) id: u64,

@@ -11,13 +11,13 @@ use std::task::{Context, Poll, Waker};
 /// Something that acts at a time of its own, such as a drive that finishes an operation. Unlike a task it belongs to
 /// no node and outlives every kill.
 pub trait Timed {
-    /// Called once at the time that was asked for, with the token that was given.
+    /// Called once at the requested time, with the given token.
     fn fire(self: Rc<Self>, token: u64);
 }
 
 pub(crate) enum Action {
     Wake(Waker),
-    /// A task whose turn was put back.
+    /// A task whose turn was delayed.
     Run(u64),
     Call(Rc<dyn Timed>, u64),
 }
@@ -27,8 +27,8 @@ struct Slot {
     action: Option<Action>,
 }
 
-/// A heap of (time, sequence, slot); a cancelled slot leaves its heap entry behind until it surfaces or the heap is
-/// cleaned, so that a long sleep in a loop does not pile up.
+/// A heap of (time, sequence, slot); a cancelled slot leaves its heap entry until that surfaces or the heap is cleaned,
+/// so that cancelled long sleeps in a loop do not accumulate.
 #[derive(Default)]
 pub(crate) struct Timers {
     heap: BinaryHeap<Reverse<(u64, u64, u32)>>,

@@ -3,7 +3,7 @@
 use crate::mix::mix2;
 use std::fmt::Display;
 
-/// Something that happened, as numbers for the hash and as words for people.
+/// Something that happened, as numbers for the hash and as text for people.
 pub trait TraceEvent: Display {
     /// Numbers that differ whenever the event does.
     fn words(&self) -> [u64; 4];
@@ -28,7 +28,7 @@ pub(crate) struct Trace {
     lines: Vec<String>,
 }
 
-/// More lines than anybody reads; a run that prints more is cut at the front.
+/// More lines than anyone reads; a run that prints more loses its first lines.
 const LINES_MAX: usize = 400_000;
 
 /// A finished trace.
@@ -93,7 +93,7 @@ impl Trace {
     }
 }
 
-/// The first line in which two traces differ: its number and both texts (empty where one trace has ended).
+/// The first line in which two traces differ: its number and both texts (empty if one trace has ended).
 pub fn first_difference(a: &TraceReport, b: &TraceReport) -> Option<(usize, String, String)> {
     let n = a.lines.len().max(b.lines.len());
     (0..n).find_map(|i| {

@@ -52,7 +52,7 @@ fn a_killed_node_has_no_effects_and_is_cleaned_up_after() {
             let _guard = guard;
             loop {
                 if !n.step() {
-                    // Even code that goes on after its death stops at the next await.
+                    // Even code that continues after its death stops at the next await.
                     s2.sleep_ns(1).await;
                     unreachable!("a dead node got a turn");
                 }
