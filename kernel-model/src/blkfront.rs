@@ -1,4 +1,4 @@
-//! Linux's block front end, as far as a back end can tell: a ring, a shadow of every request on it, and the xenbus
+//! Linux's block front end, as far as a back end can see it: a ring, a shadow of every request on it, and the xenbus
 //! states.
 //!
 //! ```text
@@ -7,14 +7,14 @@
 //!        └──────── 6 Closed ◄─ (back end 5 or 6) ◄─ 5 Closing ◄── reconnect(), close() ────────┘
 //! ```
 //!
-//! The shadow keeps each request until its response has come. A new ring (after a driver reload, or a resume) gets
-//! every request of the shadow again, the same ones, as Linux does; so a back end may see a request that its
-//! predecessor had already carried out.
+//! The shadow keeps each request until its response has arrived. As in Linux, every request of the shadow is put
+//! unchanged on a new ring (after a driver reload, or a resume); so a back end may see a request that its predecessor
+//! had already carried out.
 //!
-//! The pages of a request that was answered hold nothing that a disk holds; `data.rs` says what that brings to light.
+//! The pages of an answered request hold nothing that a disk holds; `data.rs` says what that reveals.
 //!
-//! A response that nobody waits for is reported as a broken promise of the back end, and so is a ring whose indices
-//! cannot be.
+//! A response that is not waited for is reported as a protocol violation of the back end, and so is a ring with
+//! impossible indices.
 
 mod data;
 mod reset;
@@ -40,13 +40,13 @@ const PAGE_SECTORS: u32 = 8;
 /// Sectors of the largest request: eleven pages.
 pub const BLKFRONT_MAX_SECTORS: u32 = MAX_SEGMENTS as u32 * PAGE_SECTORS;
 
-/// What a back end did that it must not do.
+/// Reports a protocol violation of the back end.
 pub type Complaint = Rc<dyn Fn(String)>;
-/// How the sectors of a request shall lie in its pages.
+/// Chooses how the sectors of a request lie in its pages.
 pub type LayoutOf = Rc<dyn Fn(SectorRange) -> SegmentLayout>;
-/// How long it goes on using its disk after it has said that it is closing, in nanoseconds, at its n-th connect.
+/// How long it continues to use its disk after it has said that it is closing, in nanoseconds, at its n-th connect.
 pub type LingersOf = Rc<dyn Fn(u32) -> u64>;
-/// What a back end says of its disk once it has connected.
+/// What a back end publishes about its disk once it has connected.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Told {
     /// `sectors`, of 512 bytes.
@@ -57,19 +57,19 @@ pub struct Told {
     pub read_only: Option<bool>,
     /// `feature-flush-cache`.
     pub flushes: bool,
-    /// `error`, which tells of an earlier attempt.
+    /// `error`, which is left from an earlier attempt.
     pub error: Option<String>,
-    /// `hotplug-status`, which toolstacks look at.
+    /// `hotplug-status`, which toolstacks read.
     pub hotplug: Option<String>,
 }
-/// Is shown that at each connect.
+/// Called with it at each connect.
 pub type LookAtTold = Rc<dyn Fn(&Told)>;
-/// What it says in xenstore at its n-th connect, from 0.
+/// What it writes to xenstore at its n-th connect, from 0.
 pub type KeysOf = Rc<dyn Fn(u32) -> FrontKeys>;
 
 #[derive(Default)]
 struct Shadow {
-    /// Grows with every use, so that an answer to an earlier use is told apart.
+    /// Grows with every use, to distinguish an answer to an earlier use.
     turn: u64,
     pages: Vec<GrantedPage>,
     request: Option<BlkifRequest>,
@@ -87,9 +87,9 @@ struct Inner {
     keys: RefCell<Option<KeysOf>>,
     lingers: RefCell<Option<LingersOf>>,
     look_at_told: RefCell<Option<LookAtTold>>,
-    /// The front end before counted its pages.
+    /// The previous front end stated its number of pages.
     counted: Cell<bool>,
-    /// Pages are taken back when their request is answered.
+    /// Grants are ended when their request is answered.
     revokes: Cell<bool>,
     ring: RefCell<Option<Rc<GuestRing>>>,
     /// Requests may go on the ring.
@@ -98,23 +98,23 @@ struct Inner {
     free: RefCell<Vec<usize>>,
     waiting: RefCell<VecDeque<Waker>>,
     connects: Cell<u32>,
-    /// The ring is being given up: who takes responses stops.
+    /// The ring is being given up: the task that takes responses stops.
     closing: Cell<bool>,
-    /// Somebody takes responses.
+    /// A task takes responses.
     serving: Cell<bool>,
     server: RefCell<Option<Waker>>,
-    /// Who goes on at the next interrupt.
+    /// Wakers for the next interrupt.
     idle: RefCell<Vec<Waker>>,
-    /// Who waits for that to end.
+    /// Waits for that to end.
     closer: RefCell<Option<Waker>>,
 }
 
-/// A block front end; clones are the same.
+/// A block front end; clones share it.
 #[derive(Clone)]
 pub struct Blkfront(Rc<Inner>);
 
 impl Blkfront {
-    /// A front end that is not connected yet. `complain` is told what the back end does wrong.
+    /// A front end that is not connected yet. `complain` is called with each violation by the back end.
     pub fn new(port: &XenPort, node: &Node, back: DomId, paths: VbdPaths, complain: Complaint) -> Self {
         Self(Rc::new(Inner {
             port: port.clone(),
@@ -142,27 +142,28 @@ impl Blkfront {
         }))
     }
 
-    /// Lets `layout` say how the sectors of each request lie in its pages; else pages are whole.
+    /// Sets `layout` to choose how the sectors of each request lie in its pages; by default pages are whole.
     pub fn set_layout(&self, layout: LayoutOf) {
         *self.0.layout.borrow_mut() = Some(layout);
     }
 
-    /// Lets `keys` say in which words each connect is told; else the fewest.
+    /// Sets `keys` to choose the keys of each connect; by default the minimum.
     pub fn set_keys(&self, keys: KeysOf) {
         *self.0.keys.borrow_mut() = Some(keys);
     }
 
-    /// Lets `lingers` say how long the disk is used on at each close, as Linux did before 5.15 while it was mounted.
+    /// Sets `lingers` to choose how long the disk is still used at each close, as Linux before 5.15 did while it was
+    /// mounted.
     pub fn set_lingers(&self, lingers: LingersOf) {
         *self.0.lingers.borrow_mut() = Some(lingers);
     }
 
-    /// Shows `look` at each connect what the back end says of its disk.
+    /// Calls `look` at each connect with what the back end says about its disk.
     pub fn on_told(&self, look: LookAtTold) {
         *self.0.look_at_told.borrow_mut() = Some(look);
     }
 
-    /// From now on a page is taken back when its request is answered, as Linux does; else it stays granted.
+    /// From now on the grant of a page is ended when its request is answered, as in Linux; otherwise it stays granted.
     pub fn revoke_pages(&self) {
         self.0.revokes.set(true);
     }
@@ -172,7 +173,7 @@ impl Blkfront {
         self.0.connects.get()
     }
 
-    /// Requests without an answer.
+    /// Unanswered requests.
     pub fn outstanding(&self) -> usize {
         self.0.shadow.borrow().iter().filter(|s| s.request.is_some() && s.status.is_none()).count()
     }
@@ -206,7 +207,7 @@ impl Blkfront {
             }
         }
         ring.publish();
-        // Who waited for a ring goes on.
+        // Tasks that waited for a ring continue.
         let waiting = std::mem::take(&mut *this.waiting.borrow_mut());
         waiting.into_iter().for_each(Waker::wake);
         let (me, responses) = (self.clone(), Rc::clone(&ring));
@@ -232,7 +233,7 @@ impl Blkfront {
                 Err(_) => break,
             }
         }
-        // What was answered before the ring was given up counts.
+        // Answers from before the ring was given up count.
         while let Ok(Some(response)) = ring.take() {
             self.answer(response.id.get(), response.status.get());
         }
@@ -279,8 +280,8 @@ impl Blkfront {
         }
     }
 
-    /// Closes the ring in order and connects a new one, as a driver that is loaded anew: requests that have no answer
-    /// by then are put on the new ring again.
+    /// Closes the ring in an orderly way and connects a new one, as a reloaded driver does: requests that are
+    /// unanswered by then are put on the new ring.
     ///
     /// # Errors
     /// As [`Blkfront::connect`].
@@ -290,7 +291,7 @@ impl Blkfront {
         self.connect().await
     }
 
-    /// Closes the ring in order: no request goes on it any more, the back end gives up what it has mapped.
+    /// Closes the ring in an orderly way: no more requests are put on it, and the back end unmaps what it has mapped.
     ///
     /// # Errors
     /// As xenstore's.
@@ -310,7 +311,7 @@ impl Blkfront {
         Ok(())
     }
 
-    /// Lets go of the ring. What the back end still has mapped of it is a leak of the back end's.
+    /// Releases the ring. Anything that the back end still has mapped is a leak of the back end.
     async fn drop_ring(&self) {
         self.0.closing.set(true);
         wake(&self.0.server);
@@ -323,7 +324,7 @@ impl Blkfront {
         })
         .await;
         let ring = self.0.ring.borrow_mut().take().and_then(Rc::into_inner);
-        // It may have looked at one more when it was told to take none.
+        // It may have read one more request when it was told to take none.
         if let Some(unanswered) = ring.as_ref().and_then(GuestRing::unanswered).filter(|n| *n > 1) {
             (self.0.complain)(format!(
                 "the back end closed its ring, and {unanswered} requests that it had looked at have no answer"
@@ -334,7 +335,7 @@ impl Blkfront {
         }
     }
 
-    /// Takes every granted page back, once nothing is outstanding.
+    /// Ends every grant, once nothing is outstanding.
     ///
     /// # Errors
     /// What is still mapped.
@@ -356,8 +357,8 @@ impl Blkfront {
         Ok(())
     }
 
-    /// Waits for the next interrupt, one without a response included, and `most_ns` at most: programs go on when their
-    /// CPU has time for them, and that may be between any two steps of a back end on another one.
+    /// Waits for the next interrupt, even one without a response, and at most `most_ns`: programs continue when their
+    /// CPU has time for them, and that may be between any two steps of a back end on another CPU.
     pub async fn idle(&self, most_ns: u64) {
         let mut late = pin!(self.0.port.xen().sim().sleep_ns(most_ns));
         let mut waited = false;
@@ -379,7 +380,7 @@ impl Blkfront {
             {
                 return Poll::Ready(slot);
             }
-            // The one that was woken and found nothing goes first again.
+            // A task that was woken and found nothing is first in line again.
             let mut waiting = self.0.waiting.borrow_mut();
             if waited {
                 waiting.push_front(cx.waker().clone());
@@ -400,7 +401,7 @@ impl Blkfront {
     }
 
     /// One request. `fill` puts the bytes of a write into pieces of granted pages, `look` sees those of a read in them.
-    /// A flush of some sectors is one with data: everything before is durable with the answer, and so is the data.
+    /// A flush with sectors carries data: with the answer everything before it and the data are durable.
     ///
     /// # Errors
     /// `EIO` when the back end answers with an error, `EOPNOTSUPP` when it does not know the operation.
@@ -529,7 +530,7 @@ impl Inner {
         self.port.write(&format!("{}/state", self.paths.frontend), state.to_string().as_bytes()).await
     }
 
-    /// What Linux reads before it makes a disk of it.
+    /// The keys that Linux reads before it creates the disk.
     async fn told(&self) -> Result<Told, Errno> {
         let read = async |key: &str| match self.port.read(&format!("{}/{key}", self.paths.backend)).await {
             Ok(value) => Ok(Some(String::from_utf8_lossy(&value).into_owned())),
@@ -549,7 +550,7 @@ impl Inner {
         })
     }
 
-    /// Waits until the back end's state is one that `wanted` likes.
+    /// Waits until `wanted` accepts the back end's state.
     async fn wait_back(&self, wanted: impl Fn(u8) -> bool) -> Result<u8, Errno> {
         let path = format!("{}/state", self.paths.backend);
         let watch = self.port.watch(&path).await?;

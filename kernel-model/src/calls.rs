@@ -1,18 +1,18 @@
-//! Faults of the calls that are no transfers: opening, sizing, removing, locking, looking, synchronising a directory.
+//! Faults of calls other than transfers: opening, sizing, removing, locking, looking, synchronising a directory.
 //!
-//! | kind | error | of | and yet it has happened |
+//! | kind | error | of | may take effect all the same |
 //! |---|---|---|---|
 //! | 1 | `EINTR` | opening, sizing, removing, locking, looking for holes, synchronising a directory | a new file; a size; a removal |
-//! | 2 | `EIO` | all, also asking the file system what it lost, whose answer is gone then | a size; a removal |
+//! | 2 | `EIO` | all, including asking the file system what it lost, whose answer is then gone | a size; a removal |
 //! | 3 | `EMFILE`, `ENOSPC`, `EBUSY`, `ENOLCK` | opening, sizing, removing, locking | |
-//! | 4 | `ENOENT` of a file that is there: its storage is away for a moment | opening | |
+//! | 4 | `ENOENT` of an existing file: its storage is temporarily away | opening | |
 
 use crate::faults::{FaultPlan, SyncErrors};
 use crate::storage::{Inner, OpenFile};
 use sim::{Draw, Entity, FaultKind, Label, Sim, text_hash};
 use tap_host::{Errno, LockKind};
 
-/// Which fault a call meets: kind in the low 3 bits; the next says that it has happened all the same.
+/// Which fault a call meets: kind in the low 3 bits; the next bit says that the call took effect all the same.
 pub static CALL_FAULT: Label = Label::packed("call-fault", "the call meets fault {}", &[3, 1]);
 
 /// How long a call takes.
@@ -23,7 +23,7 @@ pub static CLOSE_LATE: Label = Label::new("file-close-late", "the file is closed
 static CALL_SLOW: FaultKind = FaultKind { name: "slow-call", max_ppm: 200_000 };
 static CLOSE_SLOW: FaultKind = FaultKind { name: "slow-close", max_ppm: 300_000 };
 static CALL_ERROR: FaultKind = FaultKind { name: "call-error", max_ppm: 100_000 };
-/// There are few of these.
+/// The rate is high because there are few of these calls.
 static DIRECTORY_ERROR: FaultKind = FaultKind { name: "directory-error", max_ppm: 400_000 };
 static CALL_INTERRUPTED: FaultKind = FaultKind { name: "call-interrupted", max_ppm: 100_000 };
 
@@ -48,7 +48,7 @@ pub(crate) enum Call {
 }
 
 impl Call {
-    /// What decides about it, in words; frozen, as keys of decisions are made of it.
+    /// The role of its decisions; frozen, because keys of decisions contain it.
     fn role(self) -> &'static str {
         match self {
             Call::Open => "open-call",
@@ -63,7 +63,7 @@ impl Call {
         }
     }
 
-    /// The error of a kind; `None` where this call has no such fault.
+    /// The error of a kind; `None` if this call has no such fault.
     fn error(self, kind: u64) -> Option<Errno> {
         match (kind, self) {
             (KIND_EINTR, Call::Info | Call::SyncAll) => None,
@@ -78,12 +78,12 @@ impl Call {
         }
     }
 
-    /// Whether it may end with `EINTR`.
+    /// Whether it may fail with `EINTR`.
     pub(crate) fn is_interruptible(self) -> bool {
         self.error(KIND_EINTR).is_some()
     }
 
-    /// Whether it may have happened although it is told to have failed so.
+    /// Whether it may have taken effect although it fails in this way.
     fn may_happen(self, kind: u64) -> bool {
         match self {
             Call::Create => kind == KIND_EINTR,
@@ -137,7 +137,7 @@ impl CallRates {
 #[derive(Clone, Copy)]
 pub(crate) struct Failed {
     pub(crate) error: Errno,
-    /// And yet it has happened.
+    /// It took effect all the same.
     pub(crate) happened: bool,
 }
 
@@ -155,8 +155,8 @@ impl Inner {
         self.sim.fault(entity, &CALL_LATE, rate, |d| d.magnitude(25))
     }
 
-    /// The fault that `call` meets, about the file or directory `name`; none where the plan does not have it, whatever
-    /// a decision file says.
+    /// The fault that `call` meets, about the file or directory `name`; none if the plan does not have it, whatever a
+    /// decision file says.
     pub(crate) fn call_fault(&self, call: Call, name: &str) -> Option<Failed> {
         let CallRates { error, directory, interrupted, .. } = self.call_rates;
         if self.is_calm() {
@@ -189,7 +189,7 @@ impl Inner {
         for (_, file) in self.files.borrow().iter().filter(|(other, _)| directory(other) == dir) {
             match failed {
                 None if !file.name_given_up.get() => file.name_durable.set(true),
-                // As with a file: told once, and taken as written from then on.
+                // As with a file: reported once, and treated as written from then on.
                 Some(f) if f.error != Errno::EINTR && self.sync_errors() != SyncErrors::Retryable => {
                     file.name_given_up.set(!file.name_durable.get());
                 }
@@ -233,15 +233,15 @@ impl Inner {
         failed.map_or(Ok(()), |f| Err(f.error))
     }
 
-    /// Synchronises the file system of `open`, which tells whether it lost anything before: the answer, and how long
-    /// that takes in nanoseconds. One that fails has told nobody, and tells it to nobody else.
+    /// Synchronises the file system of `open`, which reports whether it lost anything before; returns the answer, and
+    /// how long that takes in nanoseconds. If it fails, the answer is lost: no later caller gets it.
     pub(crate) fn ask_file_system(&self, open: &OpenFile) -> (Result<bool, Errno>, u64) {
         let failed = self.call_fault(Call::SyncAll, "");
         let lost = self.lost(open);
         (failed.map_or(Ok(lost), |f| Err(f.error)), self.sync_takes_ns(Call::SyncAll.role()))
     }
 
-    /// A call that only looks at a file.
+    /// A call that only queries a file.
     pub(crate) fn look(&self, call: Call, open: &OpenFile) -> Result<(), Errno> {
         self.call_fault(call, &open.file.name).map_or(Ok(()), |f| Err(f.error))
     }

@@ -1,8 +1,9 @@
-//! The faults of the host's storage: which there are, and what may not be injected.
+//! The faults of the host's storage: those that exist, and those that must not be injected.
 //!
 //! | fault | what the caller sees | what happens to the bytes |
 //! |---|---|---|
-//! | error | EIO | of a write: nothing, everything, or a part landed; zeros that keep their space drop dirty pages first |
+//! | error | EIO | for a write: nothing, everything, or a part landed; zeros that keep their space drop dirty pages
+//! first |
 //! | no space | ENOSPC | nothing landed |
 //! | pages dropped | ENOSPC from zeros that keep their space | the range's dirty pages are gone, as on ext4 |
 //! | short | fewer bytes than asked for, no error | a prefix of whole sectors landed |
@@ -11,7 +12,7 @@
 //! | slow, stuck | nothing for milliseconds, or for ten seconds | as usual |
 //! | sync error | EIO from fdatasync, or ENOMEM | see [`SyncErrors`] |
 //! | sync interrupted | EINTR from fdatasync | nothing is lost: all of it stays pending |
-//! | power cut | everything ends | any subset of the sectors that were not synchronised; a prefix of the size changes |
+//! | power cut | everything ends | any subset of the unsynchronised sectors remains; a prefix of the size changes |
 //!
 //! Never injected here: a medium that returns other bytes than were written, and a synchronisation that lies. (The
 //! lying drive exists as a canary, [`crate::StorageConfig::flush_lies`]: with it on, the checkers must report a loss.)
@@ -21,16 +22,16 @@ use tap_host::{Errno, ZeroMode};
 
 /// Which fault an I/O meets: kind in the low 3 bits, detail in the next 8.
 pub static IO_FAULT: Label = Label::packed("io-fault", "the I/O meets fault {}", &[3, 8]);
-/// How long an I/O takes beyond the least.
+/// How long an I/O takes beyond the minimum.
 pub static IO_LATE: Label = Label::new("io-late", "the I/O takes {} ns longer");
 /// Which sectors of a pending write a power cut takes.
 pub static LOST: Label = Label::new("lost", "the power cut takes sectors {} of the page (mask)");
 /// How many of the pending size changes a power cut takes.
 pub static SIZES_LOST: Label = Label::new("sizes-lost", "the power cut takes the last {} size changes");
-/// A run of sectors of the file of which a power cut takes everything that is pending: its length, and the first.
+/// A run of sectors in which a power cut takes everything pending: its length, and its first sector.
 pub static RUN_LOST: Label =
     Label::packed("run-lost", "the power cut takes all that is pending in a run of sectors ({})", &[24, 40]);
-/// How many sectors of the growth that the first lost size change would have been are there all the same.
+/// How many sectors of the first lost growth remain all the same.
 pub static SIZE_PARTLY: Label =
     Label::new("size-partly", "the power cut leaves {} sectors of the growth that it takes first");
 /// Which sectors of a write a failed synchronisation loses.
@@ -39,7 +40,7 @@ pub static SYNC_LOST: Label =
 /// Whether a new name is lost in a power cut.
 pub static NAME_LOST: Label = Label::new("name-lost", "the power cut takes the file's name");
 
-/// The labels of this crate, to be registered.
+/// The labels of this crate, for registration.
 pub static LABELS: &[&Label] = &[
     &IO_FAULT,
     &IO_LATE,
@@ -71,45 +72,45 @@ static SYNC_INTERRUPTED: FaultKind = FaultKind { name: "sync-interrupted", max_p
 static DROPS: FaultKind = FaultKind { name: "pages-dropped", max_ppm: 900_000 };
 static JITTER: FaultKind = FaultKind { name: "io-jitter", max_ppm: 500_000 };
 
-/// What a failed fdatasync leaves behind. A direct file has no pages that could be forgotten, but a drive with a cache:
-/// one that failed a flush may have lost what was in it (it was reset, or went away and came back), and its next flush
-/// says ok.
+/// What a failed fdatasync leaves. A direct file has no pages that could be forgotten, but its drive has a cache: a
+/// drive that failed a flush may have lost the content of its cache (it was reset, or went away and came back), and its
+/// next flush succeeds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum SyncErrors {
     /// Everything stays pending; a later one may succeed.
     #[default]
     Retryable,
-    /// As ext4 and XFS: pages are marked clean, reads still show them, the next one says ok; what had not reached the
+    /// As ext4 and XFS: pages are marked clean, reads still show them, the next one succeeds; what had not reached the
     /// medium is lost at the next power cut.
     Linux,
     /// As btrfs: reads show the old bytes again.
     Reverts,
-    /// It fails for ever.
+    /// It fails forever.
     Latched,
 }
 
-/// Which kinds of fault a world has at all.
+/// Which kinds of fault a world may have.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct FaultPlan {
     /// EIO on reads and writes.
     pub errors: bool,
     /// ENOSPC on writes.
     pub no_space: bool,
-    /// Short transfers; of buffered reads also such as give nothing before the end of the file, as reads that do not
-    /// wait give on Linux 5.9 and 5.10.
+    /// Short transfers; for buffered reads also empty ones before the end of the file, as returned by non-waiting reads
+    /// on Linux 5.9 and 5.10.
     pub short: bool,
     /// EAGAIN.
     pub transient: bool,
-    /// Slow I/O, and jitter that lets I/Os overtake each other.
+    /// Slow I/O, and jitter that makes I/Os overtake each other.
     pub latency: bool,
     /// I/O that is stuck for ten seconds.
     pub stuck: bool,
     /// fdatasync errors.
     pub sync_errors: bool,
-    /// fdatasync that ends with EINTR, after which a repetition is as good as the first; where there are errors of
-    /// fdatasync, as often with ENOMEM, which is such an error.
+    /// fdatasync that ends with EINTR, after which a retry is as good as the first attempt; if `sync_errors` is set,
+    /// equally often with ENOMEM, which counts as a sync error.
     pub sync_interrupted: bool,
-    /// Errors of the calls that are no transfers: see [`crate::calls`].
+    /// Errors of calls other than transfers: see [`crate::calls`].
     pub calls: bool,
     /// EINTR of these calls.
     pub calls_interrupted: bool,
@@ -129,7 +130,7 @@ impl FaultPlan {
         calls: false,
         calls_interrupted: false,
     };
-    /// What goes away by itself: nothing fails for good.
+    /// Transient faults only: nothing fails for good.
     pub const PASSING: Self = Self {
         short: true,
         transient: true,
@@ -162,12 +163,12 @@ pub(crate) enum IoOp {
 }
 
 impl IoOp {
-    /// It may need space that the file does not have yet. A hole needs none.
+    /// Whether it may need space that the file does not have yet. A hole needs none.
     pub(crate) fn takes_space(self) -> bool {
         matches!(self, IoOp::Write | IoOp::Zero(ZeroMode::Keep))
     }
 
-    /// It changes bytes of the file.
+    /// Whether it changes bytes of the file.
     pub(crate) fn changes(self) -> bool {
         matches!(self, IoOp::Write | IoOp::Zero(_))
     }
@@ -179,12 +180,12 @@ pub(crate) enum Fault {
     None,
     /// The error, and how much of a write lands: 0 nothing, 255 everything.
     Error(Errno, u8),
-    /// No space, found after the dirty pages of the range's whole blocks were dropped: what had been written back
-    /// shows. That happens when the operation begins (`true`), or when it ends.
+    /// No space, detected after the dirty pages of the range's whole blocks were dropped: what had been written back
+    /// shows. The pages are dropped when the operation begins (`true`), or when it ends.
     DropsPages(bool),
     /// How much of the transfer happens: 1..=254 of 255.
     Short(u8),
-    /// A buffered read gives nothing.
+    /// A buffered read returns nothing.
     Nothing,
     /// It takes ten seconds.
     Stuck,
@@ -197,7 +198,7 @@ const KIND_TRANSIENT: u64 = 4;
 const KIND_STUCK: u64 = 5;
 const KIND_SYNC: u64 = 6;
 const KIND_DROPS: u64 = 7;
-/// Of reads.
+/// For reads.
 const KIND_NOTHING: u64 = KIND_DROPS;
 
 /// The rates of one seed, looked up once.
@@ -276,7 +277,7 @@ impl Rates {
         0
     }
 
-    /// The rate at which any fault of `op` comes.
+    /// Whether `op` can meet any fault.
     pub(crate) fn any(&self, op: IoOp) -> bool {
         match op {
             IoOp::Read => self.eio | self.short | self.nothing | self.transient | self.stuck != 0,
@@ -302,17 +303,17 @@ impl Rates {
     }
 }
 
-/// How much of an operation happens, where that says anything.
+/// How much of an operation happens, if that applies.
 fn draw_detail(op: IoOp, kind: u64, d: &mut Draw) -> u64 {
     match (op, kind) {
         // EINTR or ENOMEM.
         (IoOp::Sync, KIND_TRANSIENT) => return d.below(2),
-        // The pages go when it ends, or when it begins.
+        // The pages are dropped when it ends, or when it begins.
         (IoOp::Zero(_), KIND_DROPS) => return d.below(2),
         (IoOp::Write | IoOp::Zero(_), KIND_EIO) | (_, KIND_SHORT) => {}
         _ => return 0,
     }
-    // Nothing and everything are as likely as all that lies between.
+    // Nothing, everything and something in between are equally likely.
     match d.below(3) {
         0 => 0,
         1 => 255,
@@ -320,7 +321,7 @@ fn draw_detail(op: IoOp, kind: u64, d: &mut Draw) -> u64 {
     }
 }
 
-/// The value of the [`IO_FAULT`] decision of zeros that meet a full file system.
+/// The value of the [`IO_FAULT`] decision for zeros on a full file system.
 pub(crate) fn draw_full(d: &mut Draw, has_space: bool) -> u64 {
     if has_space && d.below(2) == 0 { 0 } else { KIND_DROPS | d.below(2) << 3 }
 }
@@ -334,7 +335,7 @@ pub(crate) fn full(value: u64, has_space: bool) -> Fault {
     }
 }
 
-/// The fault of an [`IO_FAULT`] value; none where the plan does not have it, whatever a decision file says.
+/// The fault of an [`IO_FAULT`] value; none if the plan does not have it, whatever a decision file says.
 pub(crate) fn decode(value: u64, plan: FaultPlan, op: IoOp) -> Fault {
     let fault = match decode_any(value) {
         Fault::Error(Errno::EAGAIN, detail) if op == IoOp::Sync => {
@@ -376,7 +377,7 @@ fn decode_any(value: u64) -> Fault {
 pub fn describe_fault(value: u64) -> String {
     match decode_any(value) {
         Fault::None => "meets no fault".into(),
-        // What a failed synchronisation leaves is a setting of the world.
+        // What a failed synchronisation leaves is a setting of the world, not part of the value.
         Fault::Error(Errno::EIO, _) if value & 7 == KIND_SYNC => "fails with EIO".into(),
         Fault::Error(Errno::EIO, 0) => "fails with EIO and has no effect".into(),
         Fault::Error(Errno::EIO, 255) => "fails with EIO although all of it took effect".into(),

@@ -3,11 +3,11 @@
 //! ```text
 //!   live     base + every write so far           (page cache, or the drive's view)
 //!   pending  the writes since, page by page       each may reach the medium or not, sector by sector
-//!   base     what a power cut cannot take
+//!   base     what survives a power cut
 //! ```
 //!
 //! Size changes are entries of their own, ordered among themselves but not against data: after a power cut the file
-//! may be long without its data, or have lost data because it is short.
+//! may be long without its data, or may have lost data because it is short.
 
 use crate::pages::{PAGE, Page, PageMap, recycle};
 use sim::Entity;
@@ -18,7 +18,7 @@ use tap_host::{SECTOR_BYTES, ZeroMode};
 const SECTORS: usize = PAGE / SECTOR_BYTES as usize;
 
 thread_local! {
-    /// What a page of a hole holds once it is written down as pending.
+    /// The content of a hole's page once it is recorded as pending.
     static ZERO_PAGE: Rc<Page> = Rc::new([0; PAGE]);
 }
 
@@ -29,7 +29,7 @@ fn sectors_of(within: usize, len: usize) -> u8 {
     (0xff_u8 << first) & (0xff_u8 >> (SECTORS - 1 - last))
 }
 
-/// A write to one page that is not known to be durable.
+/// A write to one page that is not yet known to be durable.
 #[derive(Clone)]
 pub struct Pending {
     /// Order of writes to this file.
@@ -44,7 +44,7 @@ pub struct Pending {
     pub bytes: Rc<Page>,
 }
 
-/// A change of size that is not known to be durable.
+/// A change of size that is not yet known to be durable.
 #[derive(Clone, Copy)]
 pub struct PendingSize {
     /// Order, shared with writes.
@@ -60,7 +60,7 @@ pub struct Content {
     pub pages: PageMap,
     /// Size in bytes.
     pub size: u64,
-    /// Pages that have space and no bytes: they read as zeros, and look like holes.
+    /// Pages that have space but no bytes: they read as zeros, and look like holes.
     pub reserved: Rc<BTreeSet<u64>>,
 }
 
@@ -98,7 +98,7 @@ impl Content {
 pub struct Inode {
     /// What reads see.
     pub live: Content,
-    /// What a power cut leaves at least.
+    /// The minimum that a power cut leaves.
     pub base: Content,
     /// Writes in order.
     pub pending: Vec<Pending>,
@@ -113,7 +113,7 @@ impl Inode {
         Self { live: content.clone(), base: content, ..Self::default() }
     }
 
-    /// The number that the next write gets; writes below it have happened.
+    /// The number of the next write; writes below it have happened.
     pub fn seq(&self) -> u64 {
         self.next_seq
     }
@@ -129,7 +129,7 @@ impl Inode {
     }
 
     /// Writes the first `len` bytes of `pieces`, which are one operation: it is pending once per page, however its
-    /// bytes are cut into pieces.
+    /// bytes are divided into pieces.
     pub fn write_pieces<'a>(
         &mut self,
         io: Entity,
@@ -167,7 +167,7 @@ impl Inode {
         while offset < end {
             let (page, within) = (offset / PAGE as u64, (offset % PAGE as u64) as usize);
             let n = (end - offset).min((PAGE - within) as u64) as usize;
-            // The last page goes as a whole, though the file ends within it.
+            // The last page becomes a hole as a whole, although the file ends within it.
             let whole = n == PAGE || within == 0 && offset + n as u64 == self.live.size;
             let after = if whole {
                 self.live.pages.set(page, None);
@@ -183,8 +183,8 @@ impl Inode {
         self.next_seq += 1;
     }
 
-    /// Drops what is dirty in a range, in whole blocks of `block` bytes (a multiple of a sector, at most a page): the
-    /// medium's bytes show again, as far as it has any.
+    /// Drops dirty data in a range, in whole blocks of `block` bytes (a multiple of a sector, at most a page): the
+    /// medium's bytes show again, if it has any.
     pub fn drop_pages(&mut self, offset: u64, len: u64, block: u64) {
         let end = offset.saturating_add(len).min(self.live.size) / block * block;
         let mut at = offset.next_multiple_of(block);
@@ -206,7 +206,8 @@ impl Inode {
         self.pending.retain(|p| p.sectors != 0);
     }
 
-    /// The run of pages from byte `offset` on that are all there, or all holes; in bytes, and `true` for data.
+    /// The run of pages from byte `offset` on that are all present or all holes: its length in bytes, and `true` for
+    /// data.
     pub fn extent(&self, offset: u64) -> Option<(u64, bool)> {
         let left = self.live.size.checked_sub(offset).filter(|left| *left > 0)?;
         let page = offset / PAGE as u64;
@@ -257,7 +258,7 @@ impl Inode {
         self.base.reserved = Rc::clone(&self.live.reserved);
     }
 
-    /// Takes the oldest half of what is pending to the medium, as a kernel does when much is dirty.
+    /// Writes the oldest half of what is pending to the medium, as a kernel does when much is dirty.
     pub fn write_back_half(&mut self) {
         if let Some(p) = self.pending.get(self.pending.len() / 2) {
             let seq = p.seq;
@@ -266,7 +267,7 @@ impl Inode {
     }
 
     /// Forgets pending writes below `seq` after a failed synchronisation, keeping for each sector what `keep` says
-    /// reached the medium. What reads see stays, unless `revert`.
+    /// reached the medium. What reads see stays the same, unless `revert`.
     pub fn forget(&mut self, seq: u64, revert: bool, mut keep: impl FnMut(&Pending) -> u8) {
         let split = self.pending.partition_point(|p| p.seq < seq);
         let gone: Vec<Pending> = self.pending.drain(..split).collect();
@@ -296,8 +297,8 @@ impl Inode {
     }
 
     /// What the medium holds after a power cut: the base, of each pending write the sectors that `keep` says, the first
-    /// `sizes_kept` size changes, and `partly` bytes of the growth that comes next: the blocks of one write may be
-    /// added one by one.
+    /// `sizes_kept` size changes, and `partly` bytes of the next growth: the blocks of one write may be added one by
+    /// one.
     pub fn after_power_cut(
         &self,
         sizes_kept: usize,
@@ -322,7 +323,7 @@ impl Inode {
         );
         let size = size + partly;
         content.size = size;
-        // Data beyond the size belongs to nobody.
+        // Data beyond the size does not exist.
         content.pages.truncate(size);
         content
     }

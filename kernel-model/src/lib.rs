@@ -1,17 +1,17 @@
 //! Simulated Linux, as far as a tapdisk in dom0 and a block front end in a guest see it.
 //!
 //! ```text
-//!   Process (Time, Tasks, Files, Log, Probe)     dies as a whole; its I/O in flight lands all the same
+//!   Process (Time, Tasks, Files, Log, Probe)     dies as a whole; its I/O in flight still lands
 //!        │ read, write, fdatasync
 //!   Storage ── Inode: live / pending / base      page cache and volatile drive cache in one: what is not
 //!        │                                       synchronised may be lost, sector by sector
 //!   power cut: keeps the base and any part of what is pending
-//!   sockets: streams between processes, cut and late, closed by death
+//!   sockets: streams between processes, split and delayed, closed by death
 //! ```
 //!
-//! The fault model is written where faults are made: see [`faults`] and [`sockets`]. The model takes the seam's
-//! vocabulary from `tap-host` and nothing from the stack: both sides are written apart, or the simulator would agree
-//! with its own bugs.
+//! The fault model is documented where faults are made: see [`faults`] and [`sockets`]. The model takes the seam's
+//! vocabulary from `tap-host` and nothing from the stack: both sides are written separately, or the simulator would
+//! agree with its own bugs.
 
 mod blkfront;
 pub mod calls;

@@ -1,4 +1,4 @@
-//! Sparse copy-on-write bytes: what files are made of. A fork costs one pointer per 256 KiB.
+//! Sparse copy-on-write bytes, the storage of files. A fork costs one pointer per 256 KiB.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -12,18 +12,18 @@ const CHUNK: usize = 64;
 pub type Page = [u8; PAGE];
 
 thread_local! {
-    /// Pages that nobody uses any more, last one first: it is still in the cache.
+    /// Unused pages; the last one is taken first, because it is still in the CPU's cache.
     static SPARE: RefCell<Vec<Rc<Page>>> = const { RefCell::new(Vec::new()) };
 }
 /// Spare pages kept per thread: 4 MiB.
 const SPARE_MAX: usize = 1024;
 
-/// A page of unspecified bytes that nobody else has.
+/// An unshared page of unspecified bytes.
 fn spare_page() -> Rc<Page> {
     SPARE.with_borrow_mut(Vec::pop).unwrap_or_else(|| Rc::new([0; PAGE]))
 }
 
-/// Gives a page back, if nobody else has it.
+/// Returns a page for reuse, if it is not shared.
 pub fn recycle(page: Rc<Page>) {
     if Rc::strong_count(&page) == 1 {
         SPARE.with_borrow_mut(|spare| {
@@ -73,7 +73,7 @@ impl PageMap {
         }
     }
 
-    /// Makes page `index` one that nobody else has; its bytes are kept if `keep`, else unspecified.
+    /// Makes page `index` unshared; its bytes are kept if `keep`, otherwise unspecified.
     fn own(slot: &mut Option<Rc<Page>>, keep: bool) -> &mut Rc<Page> {
         if slot.as_mut().is_none_or(|page| Rc::get_mut(page).is_none()) {
             let mut fresh = spare_page();
@@ -103,7 +103,7 @@ impl PageMap {
         }
     }
 
-    /// Stores `bytes` within page `index` from `within` on, and gives the page.
+    /// Stores `bytes` within page `index` from `within` on, and returns the page.
     pub fn write_in_page(&mut self, index: u64, within: usize, bytes: &[u8]) -> &Rc<Page> {
         let page = Self::own(self.slot(index), bytes.len() < PAGE);
         if let Some(page) = Rc::get_mut(page) {

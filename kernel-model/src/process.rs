@@ -1,4 +1,4 @@
-//! Processes: the seam as a program of dom0 sees it. Whatever a dead process's code still does has no effect.
+//! Processes: the seam as a program of dom0 sees it. Code of a dead process that still runs has no effect.
 
 use crate::calls::Call;
 use crate::faults::IoOp;
@@ -17,7 +17,7 @@ use tap_host::{
 };
 use xen_model::Mapping;
 
-/// Alignment in bytes that O_DIRECT asks for, unless the storage says otherwise.
+/// Alignment in bytes that O_DIRECT requires, unless the storage says otherwise.
 pub const DIRECT_ALIGN_BYTES: u32 = 512;
 
 /// Size in bytes of the largest file; file systems have such a limit, most of them a higher one.
@@ -38,7 +38,7 @@ struct KernelInner {
     answers_lost: Cell<bool>,
 }
 
-/// What processes do at once.
+/// What the processes are doing at one time.
 #[derive(Default)]
 struct Load {
     /// The turn that counts now, and its work so far.
@@ -68,22 +68,22 @@ impl Load {
 }
 
 impl Kernel {
-    /// Whether a process died with the answer to whether its file system has given up writes: nobody can know it now.
+    /// Whether a process died with the answer to whether its file system gave up writes: the answer is then lost.
     pub fn answers_lost(&self) -> bool {
         self.0.answers_lost.get()
     }
 
-    /// The most work that was counted in one turn of a task ([`Probe::work`]).
+    /// The most work counted in one turn of a task ([`Probe::work`]).
     pub fn most_work(&self) -> u64 {
         self.0.load.most_work.get()
     }
 
-    /// The most file operations that were awaited at one time.
+    /// The most file operations awaited at one time.
     pub fn most_running(&self) -> u64 {
         self.0.load.most_running.get()
     }
 
-    /// A kernel above `storage`.
+    /// A kernel over `storage`.
     pub fn new(sim: &Sim, storage: &Storage) -> Self {
         Self(Rc::new(KernelInner {
             sim: sim.clone(),
@@ -129,11 +129,11 @@ pub struct Process {
     kernel: Kernel,
     node: Node,
     stop: Rc<Stop>,
-    /// When all files that it has dropped are closed.
+    /// When all files that it has dropped will be closed.
     closed_at_ns: Rc<Cell<u64>>,
 }
 
-/// Whether the process was asked to end, and who wants to know.
+/// Whether the process was asked to end, and the tasks that wait for that.
 #[derive(Default)]
 struct Stop {
     asked: Cell<bool>,
@@ -197,7 +197,7 @@ impl Tasks for Process {
     }
 }
 
-/// An event of the stack, as the trace has it.
+/// An event of the stack, for the trace.
 struct Traced(Event);
 impl std::fmt::Display for Traced {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -293,19 +293,19 @@ impl Files for Process {
 }
 
 impl Process {
-    /// One effect of the process; never completes once it is dead.
+    /// Counts one effect of the process; never completes once it is dead.
     async fn alive(&self) {
         if !self.node.step() {
             pending::<()>().await;
         }
     }
 
-    /// Whether something that it has dropped is not closed yet.
+    /// Whether a file that it has dropped is not closed yet.
     fn is_closing(&self) -> bool {
         self.closed_at_ns.get() > self.now_ns()
     }
 
-    /// Waits as long as a call about a file takes.
+    /// Waits for as long as a call on a file takes.
     async fn takes(&self, call: Call, name: &str) {
         let late_ns = self.kernel.0.storage.0.call_late_ns(call, name);
         if late_ns > 0 {
@@ -314,7 +314,7 @@ impl Process {
     }
 }
 
-/// A file that a process has open.
+/// An open file of a process.
 #[derive(Clone)]
 pub struct ProcessFile {
     process: Process,
@@ -324,12 +324,12 @@ pub struct ProcessFile {
 enum IoState {
     Start(IoOp, u64, u64, IoVec),
     Running(u32),
-    /// The process died before it could start: nothing ever comes back.
+    /// The process died before the operation could start: it never completes.
     Never,
     Done,
 }
 
-/// An operation: starts when first polled, goes on when dropped.
+/// An operation: starts when first polled, continues when dropped.
 struct Io {
     file: ProcessFile,
     state: IoState,
@@ -401,8 +401,8 @@ impl ProcessFile {
                 if !offset.is_multiple_of(sector) || !len.is_multiple_of(sector) {
                     return Err(Errno::EOPNOTSUPP);
                 }
-                // Linux writes zeros that keep their space itself. Of the others it knows whether the drive makes them
-                // only when it has dropped what is dirty.
+                // Zeros that keep their space are written by Linux itself. For the others it learns whether the drive
+                // supports them only after it has dropped the dirty pages.
                 if !storage.can_zero() && mode == ZeroMode::Unmap {
                     storage.drop_range(&self.open, offset, len);
                     return Err(Errno::EOPNOTSUPP);
@@ -415,7 +415,7 @@ impl ProcessFile {
         if op != IoOp::Sync && (unaligned(offset) || bufs.iter().any(|b| unaligned(b.len() as u64))) {
             return Err(Errno::EINVAL);
         }
-        // As Linux's loff_t, and as a file system's own limit.
+        // The limit of Linux's loff_t, and a file system's own limit.
         let max = if op == IoOp::Write { FILE_BYTES_MAX } else { i64::MAX as u64 };
         if offset.checked_add(len).is_none_or(|end| end > max) {
             return Err(Errno::EFBIG);
@@ -450,7 +450,7 @@ impl File for ProcessFile {
         async move {
             let result = io.await.0.map(|_| ());
             if result.is_err() && file.open.direct {
-                // Until the caller has noted it, nobody knows: see the storage's fault model.
+                // Only the caller knows the answer until it has noted it: see the storage's fault model.
                 file.process.node.spare_next_step();
             }
             result
@@ -493,7 +493,8 @@ impl File for ProcessFile {
             let (dying, answered) = (node.clone(), Rc::new(Cell::new(None)));
             let at = Rc::clone(&answered);
             node.on_death(move || {
-                // It has not been answered, or has done nothing since: who notes the worst before has left it.
+                // The call was not answered, or the process did nothing since: a process that notes the worst case
+                // beforehand has left that note.
                 if at.get().is_none_or(|steps| dying.steps() <= steps + 1) {
                     kernel.0.answers_lost.set(true);
                 }
@@ -501,7 +502,7 @@ impl File for ProcessFile {
             file.process.alive().await;
             let storage = &file.process.kernel.0.storage.0;
             let (answer, takes_ns) = storage.ask_file_system(&file.open);
-            // Who dies meanwhile has asked all the same, and takes the answer along.
+            // If the process dies meanwhile, the call was made all the same, and its answer is lost.
             file.process.kernel.0.sim.sleep_ns(takes_ns).await;
             answered.set(Some(node.steps()));
             answer
@@ -539,7 +540,7 @@ impl File for ProcessFile {
             loop {
                 file.process.alive().await;
                 let result = file.process.kernel.0.storage.0.lock(&file.open, kind);
-                // As tap-linux: what the process itself has dropped is waited for.
+                // As in tap-linux: files that the process itself has dropped are waited for.
                 let drops = result == Err(Errno::EAGAIN) && file.process.is_closing();
                 if !drops {
                     return result;

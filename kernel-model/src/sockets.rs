@@ -1,5 +1,5 @@
-//! Stream sockets between processes of the simulated hosts. Unix paths and TCP names are alike, but for what is left
-//! behind: a unix path outlives its dead listener and is taken over by the next.
+//! Stream sockets between processes of the simulated hosts. Unix paths and TCP names behave alike, except that a unix
+//! path outlives its dead listener and is taken over by the next.
 //!
 //! ```text
 //!   send ──cut──► [ on the way ──late──► [ arrived ──cut──► recv        a Pipe for each direction
@@ -8,17 +8,18 @@
 //!
 //! # Faults
 //!
-//! | fault | what is seen |
+//! | fault | effect |
 //! |---|---|
 //! | send cut | a send takes only the first bytes |
 //! | late | bytes arrive later; never out of order |
-//! | receive cut | a receive gives only the first of the bytes that are there |
+//! | receive cut | a receive returns only the first of the available bytes |
 //! | small buffer | a connection holds 208 KiB in each direction, or 64 KiB, 4 KiB, 512 bytes |
-//! | abort | what was on the way is lost, and the peer is told |
-//! | reset | the peer's death breaks the stream, and what was on the way is lost; otherwise it arrives, and then the end |
+//! | abort | bytes in transit are lost, and the peer is told |
+//! | reset | the peer's death breaks the stream, and bytes in transit are lost; otherwise they arrive, and then the end
+//! |
 //!
-//! Who closes a stream with bytes in it that nobody has received resets it, as Linux does. Nothing is ever lost,
-//! doubled or changed on a stream that lives.
+//! Closing a stream with unreceived bytes resets it, as on Linux. Nothing is ever lost, duplicated or changed on a
+//! living stream.
 
 use crate::process::Process;
 use sim::{Draw, Entity, FaultKind, Label, Sim, Timed, text_hash};
@@ -31,13 +32,13 @@ use tap_host::{Errno, IoBuf, Listener, SendList, SocketAddress, Sockets, Stream}
 
 /// How many bytes a send takes.
 pub static SEND_CUT: Label = Label::new("send-cut", "only {} bytes are taken");
-/// How much longer than the least bytes are on their way.
+/// How much longer than the minimum bytes are in transit.
 pub static ARRIVE_LATE: Label = Label::new("arrive-late", "the bytes arrive {} ns later");
-/// How many bytes a receive gives.
+/// How many bytes a receive returns.
 pub static RECV_CUT: Label = Label::new("recv-cut", "only {} bytes are given");
 /// How large the buffers of a connection are.
 pub static SOCKET_BUFFER: Label = Label::new("socket-buffer", "its buffers have size {} (0 is the largest)");
-/// How a stream ends whose other end died.
+/// Whether the death of the other end resets a stream.
 pub static PEER_RESET: Label = Label::new("peer-reset", "the death of the other end resets the stream");
 
 static CUT: FaultKind = FaultKind { name: "socket-cut", max_ppm: 500_000 };
@@ -49,9 +50,9 @@ static RESET: FaultKind = FaultKind { name: "socket-reset", max_ppm: 700_000 };
 const BUFFER_BYTES: [usize; 4] = [208 << 10, 64 << 10, 4096, 512];
 /// Least time from a send to a receive in nanoseconds.
 const TRANSIT_NS: u64 = 3_000;
-/// Connections that wait to be accepted at most.
+/// Most connections that wait to be accepted.
 const BACKLOG: usize = 128;
-/// The first port that is chosen where none is asked for.
+/// The first port that is chosen if none is requested.
 const FIRST_FREE_PORT: u16 = 32_768;
 
 /// All sockets of the simulated hosts.
@@ -88,7 +89,7 @@ impl Wire {
         Wire { inward: Rc::clone(&self.outward), outward: Rc::clone(&self.inward) }
     }
 
-    /// This end ends the stream, and takes back what has not arrived.
+    /// This end ends the stream, and discards what has not arrived.
     fn abort(&self) {
         if self.outward.closed.replace(true) {
             return;
@@ -123,7 +124,7 @@ impl Wire {
     }
 }
 
-/// What is on its way.
+/// An item in transit.
 enum Item {
     Bytes(Vec<u8>),
     End { reset: bool },
@@ -141,7 +142,7 @@ struct Pipe {
     arrived: RefCell<VecDeque<u8>>,
     /// Bytes in both.
     held: Cell<usize>,
-    /// Nothing more will arrive: the result of the next receive.
+    /// The result of the next receive, once nothing more will arrive.
     ended: Cell<Option<Result<usize, Errno>>>,
     /// The sending end was closed.
     closed: Cell<bool>,
@@ -243,7 +244,7 @@ impl Pipe {
         Poll::Ready(Ok(()))
     }
 
-    /// Sets something on its way.
+    /// Sends an item on its way.
     fn put(self: &Rc<Self>, item: Item) {
         let late = match item {
             Item::Bytes(_) => {
@@ -258,7 +259,7 @@ impl Pipe {
         self.sim.call_at(at_ns, Rc::clone(self) as Rc<dyn Timed>, 0);
     }
 
-    /// What is on its way, or was not received, is lost.
+    /// Loses what is in transit or was not received.
     fn lose(&self) {
         self.arrived.borrow_mut().clear();
         self.lose_on_the_way();
@@ -306,7 +307,7 @@ impl Timed for Pipe {
     fn fire(self: Rc<Self>, _: u64) {
         let item = self.on_the_way.borrow_mut().pop_front();
         match item {
-            // Who has given up gets nothing any more.
+            // A receiver that has given up gets nothing more.
             _ if self.given_up.get() => {}
             Some(Item::Bytes(bytes)) => self.arrived.borrow_mut().extend(bytes),
             Some(Item::End { reset }) => {
@@ -345,7 +346,7 @@ impl Drop for Endpoint {
 }
 
 impl ProcessStream {
-    /// Ends the own direction alone: the peer sees the end, and may still answer.
+    /// Ends only our direction: the peer sees the end, and may still answer.
     pub fn finish(&self) {
         if self.0.process.node().step() {
             self.0.wire.finish();
@@ -418,7 +419,7 @@ impl Listener for ProcessListener {
     }
 }
 
-/// Nobody accepts at `door` any more.
+/// No more connections are accepted at `door`.
 fn shut(door: &Door, died: bool) {
     door.open.set(false);
     let waiting = std::mem::take(&mut *door.waiting.borrow_mut());
@@ -461,7 +462,7 @@ impl Sockets for Process {
         listeners.insert(address.clone(), Rc::clone(&door));
         let own = Rc::downgrade(&door);
         self.node().on_death(move || {
-            // The path stays, with nobody behind it.
+            // The path stays, without a listener.
             if let Some(door) = Weak::upgrade(&own) {
                 shut(&door, true);
             }

@@ -1,7 +1,8 @@
 //! Host storage: named files, their I/O in virtual time, power cuts.
 //!
-//! Operations are the device's, not the process's: a process that dies leaves them to land. Its descriptors, and with
-//! them its locks, go only when its last operation has ended, as on Linux; so who has the lock has no stray writes.
+//! Operations belong to the device, not to the process: when a process dies, they still land. Its descriptors, and with
+//! them its locks, are closed only when its last operation has ended, as on Linux; so the next owner of the lock sees
+//! no stray writes.
 
 mod closing;
 mod config;
@@ -25,7 +26,7 @@ use tap_host::{Errno, IoVec, LockKind, ZeroMode, copy_from_slice};
 
 const READ_NS: u64 = 8_000;
 const WRITE_NS: u64 = 12_000;
-/// How long a file system looks for space before it finds that there is none.
+/// How long a file system searches for space before it finds that there is none.
 const FULL_SEARCH_NS: u64 = 400_000;
 const SYNC_NS: u64 = 80_000;
 const STUCK_NS: u64 = 10_000_000_000;
@@ -35,31 +36,31 @@ pub(crate) struct FileState {
     pub(crate) inode: RefCell<Inode>,
     entity: Entity,
     pub(crate) name_durable: Cell<bool>,
-    /// A failed synchronisation of the directory has given the new name up: no later one makes it durable.
+    /// A failed synchronisation of the directory has given up the new name: no later one makes it durable.
     pub(crate) name_given_up: Cell<bool>,
     /// (open file, kind).
     pub(crate) locks: RefCell<Vec<(u64, LockKind)>>,
     sync_latched: Cell<bool>,
-    /// A block device: its size is fixed, and all of its space is there.
+    /// A block device: its size is fixed, and all of its space is allocated.
     pub(crate) device: Cell<bool>,
-    /// Number of its creation: tells it from earlier files of that name.
+    /// Sequence number of its creation: distinguishes it from earlier files of that name.
     pub(crate) born: u64,
 }
 
 impl FileState {
-    /// What tells it from all others; a name that is made again has the same, as inodes are used again.
+    /// What distinguishes it from all others; a recreated name has the same number, because inodes are reused.
     pub(crate) fn number(&self) -> u64 {
         self.entity.0
     }
 }
 
-/// A descriptor's open file: what locks belong to.
+/// A descriptor's open file, which owns its locks.
 pub(crate) struct OpenFile {
     pub(crate) id: u64,
     pub(crate) file: Rc<FileState>,
     pub(crate) direct: bool,
     pub(crate) write: bool,
-    /// Losses of the file system that this one need not be told of.
+    /// Losses of the file system that this open file need not report.
     losses_told: Cell<u64>,
 }
 
@@ -74,7 +75,7 @@ struct Running {
     open: Rc<OpenFile>,
     io: Entity,
     offset: u64,
-    /// Bytes that it is about.
+    /// Its length in bytes.
     len: u64,
     bufs: IoVec,
     fault: Fault,
@@ -90,7 +91,7 @@ enum Slot {
     Done(Result<usize, Errno>, IoVec, Option<DriveLoss>),
 }
 
-/// What a drive gave up of its cache; it counts from when the caller of the synchronisation learns of it.
+/// What a drive gave up of its cache; it counts from the moment when the caller of the synchronisation learns of it.
 struct DriveLoss {
     file: Rc<FileState>,
     covers: u64,
@@ -108,7 +109,7 @@ pub(crate) struct Inner {
     counts: Cell<IoCounts>,
     ops: Cell<u64>,
     born: Cell<u64>,
-    /// Failed synchronisations of buffered files, and how many of them somebody was told of as losses.
+    /// Failed synchronisations of buffered files, and how many of them were reported as losses.
     losses: Cell<u64>,
     losses_seen: Cell<u64>,
     power_cuts: Cell<u32>,
@@ -116,12 +117,12 @@ pub(crate) struct Inner {
     calm: Cell<bool>,
     full: Cell<bool>,
     nth_counts: NthCounts,
-    /// What was dropped and is not closed yet, and when it is.
+    /// Files that were dropped and are not closed yet, and when they will be.
     closing: RefCell<Vec<(u64, Rc<OpenFile>)>>,
     hook: RefCell<Option<Hook>>,
 }
 
-/// Called after each operation took effect, with its number; crash exploration looks at the files then.
+/// Called after each operation took effect, with its number; crash exploration then examines the files.
 pub type Hook = Rc<dyn Fn(u64)>;
 
 /// The host's storage; clones share it.
@@ -178,7 +179,7 @@ impl Storage {
         self.put(name, content);
     }
 
-    /// Lets a file be known by another name only, as an administrator may; who has it open keeps it.
+    /// Renames a file, as an administrator may; open descriptors keep it.
     pub fn rename(&self, name: &str, to: &str) {
         let mut files = self.0.files.borrow_mut();
         if let Some(file) = files.remove(name) {
@@ -186,7 +187,7 @@ impl Storage {
         }
     }
 
-    /// What reads of the file see now.
+    /// The content that reads of the file see now.
     pub fn content(&self, name: &str) -> Option<Content> {
         self.0.files.borrow().get(name).map(|f| f.inode.borrow().live.clone())
     }
@@ -196,7 +197,7 @@ impl Storage {
         self.0.files.borrow().get(name).map(|f| f.inode.borrow().clone())
     }
 
-    /// Shows the file in all tenses.
+    /// Calls `look` with the file in all tenses.
     pub fn with_inode<R>(&self, name: &str, look: impl FnOnce(&Inode) -> R) -> Option<R> {
         let file = self.0.files.borrow().get(name).cloned()?;
         let inode = file.inode.borrow();
@@ -216,7 +217,8 @@ impl Storage {
         self.0.closing.borrow().iter().any(|(_, open)| open.file.name == name)
     }
 
-    /// Closes what was dropped and is to be closed late: every process that dropped it has ended, and was waited for.
+    /// Closes all files that were dropped and would be closed later: every process that dropped one has ended, and was
+    /// waited for.
     pub fn close_all(&self) {
         self.0.closing.borrow_mut().clear();
     }
@@ -229,12 +231,12 @@ impl Storage {
         Some(out)
     }
 
-    /// What offsets and lengths of direct files are multiples of, in bytes.
+    /// The alignment of offsets and lengths of direct files, in bytes.
     pub fn direct_align_bytes(&self) -> u32 {
         self.0.direct_align()
     }
 
-    /// Whether files can be made zeros by range.
+    /// Whether ranges of files can be made zeros.
     pub fn makes_holes(&self) -> bool {
         self.0.can_zero()
     }
@@ -264,12 +266,13 @@ impl Storage {
         self.0.stopped.set(true);
     }
 
-    /// From now on nothing that takes new space succeeds, or there is space again. What a file has may be written.
+    /// From now on no operation that takes new space succeeds (`true`), or there is space again (`false`). Space that a
+    /// file already has can be written.
     pub fn set_full(&self, full: bool) {
         self.0.full.set(full);
     }
 
-    /// While it is calm, no operation fails, none is late, and none is counted: for looking at files beside the run.
+    /// While it is calm, no operation fails, none is late, and none is counted: for examining files outside the run.
     pub fn set_calm(&self, calm: bool) {
         self.0.calm.set(calm);
     }
@@ -343,13 +346,13 @@ impl Inner {
             return Err(failed.error);
         }
         let id = self.next_open.replace(self.next_open.get() + 1);
-        // As Linux samples: what nobody has been told yet is told to the next who opens a file.
+        // As Linux samples errors: one that was not reported to anyone yet is reported to the next that opens a file.
         let seen = self.losses_seen.get() == self.losses.get();
         let losses_told = Cell::new(if seen { self.losses.get() } else { self.losses_seen.get() });
         Ok(Rc::new(OpenFile { id, file, direct, write, losses_told }))
     }
 
-    /// Whether anything buffered was given up that this open file has not been told of.
+    /// Whether anything buffered was given up that this open file was not told about.
     pub(crate) fn lost(&self, open: &OpenFile) -> bool {
         let losses = self.losses.get();
         self.losses_seen.set(losses);
@@ -361,7 +364,7 @@ impl Inner {
     }
 
     /// Starts an operation on `len` bytes, which are those of `bufs` for reads and writes; it ends whatever happens to
-    /// the one who asked.
+    /// its caller.
     pub(crate) fn start(
         self: &Rc<Self>,
         op: IoOp,
@@ -425,7 +428,7 @@ impl Inner {
         index
     }
 
-    /// Keeps an operation that runs; gives the index of its slot.
+    /// Stores a running operation; returns the index of its slot.
     fn keep(&self, running: Running) -> u32 {
         let slot = Slot::Running(running);
         let mut slots = self.slots.borrow_mut();
@@ -441,7 +444,7 @@ impl Inner {
         }
     }
 
-    /// How much longer than the least it takes.
+    /// How much longer than the minimum it takes.
     fn late_ns(&self, io: Entity) -> u64 {
         if self.calm.get() || !self.rates.any_late() && !self.sim.has_given_decisions() {
             return 0;
@@ -466,14 +469,15 @@ impl Inner {
         self.full.get() && self.config.borrow().holes_want_space && splits()
     }
 
-    /// Where dirty pages are dropped before a hole is made, they are gone by then.
+    /// If dirty pages are dropped before a hole is made, they are gone when it fails.
     fn no_space_for_hole(&self) -> Fault {
         let fault = self.no_space(IoOp::Zero(ZeroMode::Unmap));
         if self.config.borrow().holes_write_back { fault } else { Fault::DropsPages(false) }
     }
 
-    /// How zeros end that keep their space, while there is none. Those of whole blocks drop what is dirty before that
-    /// is found out, as on ext4; and what has its space may want more of it for the list of its extents.
+    /// How zeros that keep their space end while there is no space. For whole blocks, dirty pages are dropped before
+    /// the lack of space is found, as on ext4; and a range that has its space may need more for the list of its
+    /// extents.
     fn full_zeros(&self, io: Entity, has_space: bool) -> Fault {
         self.count(IoOp::Zero(ZeroMode::Keep));
         faults::full(self.sim.fault(io, &IO_FAULT, 1_000_000, |d| faults::draw_full(d, has_space)), has_space)
@@ -535,7 +539,7 @@ impl Inner {
         }
     }
 
-    /// Nobody waits for the result any more; the effect still happens.
+    /// The result is no longer waited for; the effect still happens.
     pub(crate) fn abandon(&self, index: u32) {
         let mut slots = self.slots.borrow_mut();
         let slot = &mut slots[index as usize];

@@ -2,7 +2,7 @@
 //! kernel.
 //!
 //! Each body runs in a few worlds: a quiet one, then ones with short transfers and late turns, which every caller must
-//! take.
+//! handle.
 
 use kernel_model::faults::FaultPlan;
 use kernel_model::{Content, DIRECT_ALIGN_BYTES, Kernel, Process, Storage, StorageConfig};
@@ -11,7 +11,7 @@ use sim::{Config, Sim};
 use std::process::ExitCode;
 use tap_conformance::{DEVICE_BYTES, Outcome, Place, Test, files, life, locks, sockets, tasks, zeros};
 
-/// What the models do not do, and why; the list that docs/testing/conformance.md has.
+/// The bodies that the models do not pass, and why; docs/testing/conformance.md has the same list.
 const DIFFERENT: &[(&str, &str)] = &[(
     "a_folder_that_is_missing_holds_no_file",
     "the storage model knows names, not folders: every path can be created",
@@ -50,9 +50,9 @@ fn main() -> ExitCode {
 #[derive(Clone, Copy)]
 struct Disk {
     direct: bool,
-    /// A block device with sectors of so many bytes.
+    /// A block device with sectors of this many bytes.
     device: Option<u32>,
-    /// Its drive makes no zeros.
+    /// Its drive does not support making zeros.
     refuses: bool,
     tcp: bool,
 }

@@ -1,4 +1,4 @@
-//! What the socket model promises beyond what every kernel does: bounds, and what death leaves.
+//! What the socket model promises beyond what every kernel does: bounds, and the state that a death leaves.
 
 use kernel_model::{Kernel, Process, ProcessStream, Storage, StorageConfig};
 use sim::{Config, Sim};
@@ -26,7 +26,7 @@ async fn pair(server: &Process, client: &Process) -> (ProcessStream, ProcessStre
     (listener.accept().await.unwrap(), far)
 }
 
-/// Sends once; how many bytes went.
+/// Sends once; returns the number of bytes sent.
 async fn send(stream: &ProcessStream, bytes: &[u8]) -> Result<usize, Errno> {
     let mut list = SendList::new();
     list.push_bytes(bytes);
@@ -34,7 +34,7 @@ async fn send(stream: &ProcessStream, bytes: &[u8]) -> Result<usize, Errno> {
     result.map(|()| bytes.len() - rest.len())
 }
 
-/// Receives to the end; the bytes, and how it ended.
+/// Receives to the end; returns the bytes, and how the stream ended.
 async fn drain(stream: &ProcessStream) -> (Vec<u8>, Result<(), Errno>) {
     let mut all = Vec::new();
     loop {
@@ -73,7 +73,7 @@ fn a_buffer_is_bounded_and_makes_room_when_read() {
         let taken = send(&far, &bytes).await.unwrap();
         assert_eq!(taken, 208 << 10);
         client.spawn("sends", 0, async move {
-            assert_eq!(send(&far, &bytes[..1000]).await, Ok(600), "what there is room for");
+            assert_eq!(send(&far, &bytes[..1000]).await, Ok(600), "as much as there is room for");
         });
         sim.sleep_ns(1_000_000).await;
         let (got, _) = near.recv(IoBuf::unpooled(600).unwrap(), 0).await;
@@ -114,7 +114,7 @@ fn unread_bytes_reset_the_sender() {
         send(&far, b"nobody reads this").await.unwrap();
         near.shutdown();
         assert_eq!(drain(&far).await, (vec![], Err(Errno::ECONNRESET)));
-        assert_eq!(drain(&near).await, (vec![], Ok(())), "the own end is just closed");
+        assert_eq!(drain(&near).await, (vec![], Ok(())), "the stream just ends at this side");
     });
 }
 
@@ -131,7 +131,7 @@ fn a_path_outlives_its_listener_and_is_taken_over() {
         let again = client.listen(&path()).await.unwrap();
         assert!(client.connect(&path()).await.is_ok());
         drop(again);
-        assert_eq!(client.connect(&path()).await.err(), Some(Errno::ENOENT), "it takes its path along");
+        assert_eq!(client.connect(&path()).await.err(), Some(Errno::ENOENT), "it removes its path");
     });
 }
 

@@ -1,4 +1,4 @@
-//! The storage model's own promises.
+//! The guarantees of the storage model itself.
 
 use kernel_model::faults::{FaultPlan, SyncErrors};
 use kernel_model::{Concerned, FILE_BYTES_MAX, Kernel, NthFailure, Process, Storage, StorageConfig, to_bufs};

@@ -1,12 +1,12 @@
-//! The pages of a request: how its sectors lie in them, and what shows that a back end touched more than its share.
+//! The pages of a request: how its sectors lie in them, and how to detect that a back end touched anything else.
 //!
 //! ```text
 //!   page 0   ▒▒████▒▒     page 1   ▒▒████▒▒     page 2   ▒▒██▒▒▒▒        ████ the request's sectors, ▒▒ poison
 //! ```
 //!
-//! While no request uses a page, each of its sectors begins with poison: bytes that no disk holds. So a read that
-//! brings nothing shows, and so do bytes beside the segments, a write to a page whose request was answered, and data
-//! that was copied from such a page too late.
+//! While no request uses a page, each of its sectors begins with poison: bytes that no disk holds. That reveals a read
+//! that delivers nothing, a write outside the segments, a write to a page whose request was answered, and data that was
+//! copied from such a page too late.
 
 use super::PAGE_SECTORS;
 use tap_abi::blkif::{MAX_SEGMENTS, Segment};
@@ -28,7 +28,7 @@ impl SegmentLayout {
     /// Whole pages.
     pub const WHOLE: Self = Self { per_page: PAGE_SECTORS, first: 0 };
 
-    /// As asked for, as far as a request of `count` sectors allows.
+    /// As requested, as far as a request of `count` sectors allows.
     fn fitted(self, count: u32) -> Self {
         let per_page = self.per_page.clamp(1, PAGE_SECTORS);
         if count.div_ceil(per_page) > MAX_SEGMENTS as u32 {
@@ -56,13 +56,13 @@ impl DataPiece<'_> {
         self.first as usize * SECTOR_BYTES as usize
     }
 
-    /// Shows its bytes.
+    /// Calls `look` with its bytes.
     pub fn with<R>(&self, look: impl FnOnce(&[u8]) -> R) -> R {
         let range = self.offset()..self.offset() + self.len_bytes();
         self.page.page.with(|bytes| look(&bytes[range]))
     }
 
-    /// Lets its bytes be changed.
+    /// Calls `change` with its bytes, to change them.
     pub fn with_mut<R>(&self, change: impl FnOnce(&mut [u8]) -> R) -> R {
         let range = self.offset()..self.offset() + self.len_bytes();
         self.page.page.with_mut(|bytes| change(&mut bytes[range]))
@@ -73,7 +73,7 @@ impl DataPiece<'_> {
         Segment { gref: self.page.gref.0, first: self.first as u8, last: last as u8 }
     }
 
-    /// Whether everything of the page beside this piece is poison still.
+    /// Whether the rest of the page is still poison.
     pub(super) fn is_alone(&self) -> bool {
         let own = self.first..self.first + self.count;
         (0..PAGE_SECTORS).filter(|sector| !own.contains(sector)).all(|sector| has_poison(self.page, sector))

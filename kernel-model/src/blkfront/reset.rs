@@ -1,6 +1,7 @@
-//! A kernel that begins in a guest whose devices are connected: it was started by another kernel, not by a toolstack.
+//! A kernel that starts in a guest whose devices are connected, because another kernel started it (kexec), not a
+//! toolstack.
 //!
-//! Linux's `xenbus_reset_frontend`: each state in turn, and for each it gives the back end so long and no longer.
+//! Linux's `xenbus_reset_frontend`: each state in turn, each with a limited time for the back end.
 
 use super::Blkfront;
 use std::future::{Future, poll_fn};
@@ -12,7 +13,7 @@ use tap_host::{Errno, Xenstore};
 const WAITS_NS: u64 = 5_000_000_000;
 
 impl Blkfront {
-    /// Leads both ends from wherever the kernel before has left them towards a new beginning.
+    /// Takes both ends from the state that the previous kernel left back to the beginning.
     ///
     /// # Errors
     /// As xenstore's.
@@ -28,7 +29,7 @@ impl Blkfront {
             self.0.set_state(*own).await?;
             self.wait_a_while(*other).await?;
         }
-        // What is there of the kernel before is not this one's.
+        // What the previous kernel left does not belong to this one.
         self.0.set_state(1).await
     }
 

@@ -1,8 +1,8 @@
 //! Descriptors that are closed late.
 //!
-//! Linux closes a file when the last call that uses it has ended, and what closes it may wait: for what is dirty, for a
-//! server, for the kernel's own threads, which end the rings of a process that was killed. Until then the lock is held,
-//! also by a process that is gone from everybody's view.
+//! Linux closes a file when the last call that uses it has ended, and closing may wait: for dirty data, for a server,
+//! for the kernel's own threads, which tear down the rings of a killed process. Until then the lock is held, even by a
+//! process that is no longer visible.
 
 use super::{Inner, OpenFile};
 use crate::calls::CLOSE_LATE;
@@ -11,12 +11,12 @@ use std::cell::Cell;
 use std::ops::Deref;
 use std::rc::Rc;
 
-/// A descriptor of a process. Its open file is closed when it was dropped and some time has passed.
+/// A descriptor of a process. Its open file is closed some time after it was dropped.
 pub(crate) struct Descriptor {
     storage: Rc<Inner>,
     open: Rc<OpenFile>,
     late_ns: u64,
-    /// When everything that the process has dropped is closed.
+    /// When everything that the process has dropped will be closed.
     process: Rc<Cell<u64>>,
 }
 
@@ -44,7 +44,7 @@ impl Drop for Descriptor {
 }
 
 impl Inner {
-    /// A descriptor of the process that `process` belongs to, to be closed as late as is decided now.
+    /// A descriptor of the process that `process` belongs to, to be closed with a delay that is decided now.
     pub(crate) fn descriptor(self: &Rc<Self>, open: Rc<OpenFile>, process: &Rc<Cell<u64>>) -> Rc<Descriptor> {
         let late_ns = self.close_late_ns(&open.file.name);
         Rc::new(Descriptor { storage: Rc::clone(self), open, late_ns, process: Rc::clone(process) })
@@ -61,7 +61,7 @@ impl Inner {
         self.sim.fault(entity, &CLOSE_LATE, rate, |d| d.magnitude(24))
     }
 
-    /// Closes what is due; in a calm that which is not, too.
+    /// Closes what is due; while it is calm, everything.
     pub(crate) fn close_due(&self) {
         let now_ns = self.sim.now_ns();
         let mut closing = self.closing.borrow_mut();

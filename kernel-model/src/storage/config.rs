@@ -1,19 +1,19 @@
-//! What storage is like, and what went to it.
+//! The properties of storage, and counts of its operations.
 
 use super::nth::NthFailure;
 use crate::faults::{FaultPlan, SyncErrors};
 
-/// What the storage is like.
+/// The properties of the storage.
 #[derive(Clone, Copy, Debug)]
 pub struct StorageConfig {
     /// Faults that may be drawn.
     pub faults: FaultPlan,
     /// What a failed fdatasync of a buffered file leaves.
     pub sync_errors: SyncErrors,
-    /// The file system can make ranges zeros (fallocate); otherwise it refuses.
+    /// The file system supports making ranges zeros (fallocate); otherwise it refuses.
     pub zeroing: bool,
-    /// A file writes back what is dirty where it makes a hole, before it makes it. ext4 does not since Linux 6.14:
-    /// what it has dropped by then is gone if the hole fails.
+    /// A file writes back dirty data in a range before it makes a hole there. ext4 does not since Linux 6.14: what it
+    /// has dropped by then is gone if the hole fails.
     pub holes_write_back: bool,
     /// A full file system has no room for the longer list of extents that a hole makes of a range with storage: it
     /// fails with ENOSPC, as on ext4.
@@ -22,8 +22,7 @@ pub struct StorageConfig {
     pub flush_lies: bool,
     /// Fails operations by number.
     pub nth_failure: Option<NthFailure>,
-    /// What offsets and lengths of direct files are multiples of, in bytes: the sector of the drive below (512 or
-    /// 4096).
+    /// The alignment of offsets and lengths of direct files, in bytes: the sector of the drive below (512 or 4096).
     pub direct_align_bytes: u32,
     /// Pending bytes per file above which the kernel writes back by itself.
     pub write_back_bytes: usize,
@@ -45,7 +44,7 @@ impl Default for StorageConfig {
     }
 }
 
-/// Counts of what went to the host's files.
+/// Counts of operations on the host's files.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct IoCounts {
     /// Reads, writes and zeros that ended with an error of the medium.

@@ -1,4 +1,4 @@
-//! What operations do to files, at the moment at which they end.
+//! The effects of operations on files, at the moment when they end.
 
 use super::{DriveLoss, FileState, Inner, IoCounts, OpenFile, Running, Slot};
 use crate::faults::{Fault, IoOp, SYNC_LOST, SyncErrors};
@@ -46,7 +46,7 @@ impl Inner {
             }
         };
         let landed = if device && running.op == IoOp::Write {
-            // The space of a device ends.
+            // The space of a device is finite.
             let room = running.open.file.inode.borrow().live.size.saturating_sub(running.offset);
             if room == 0 && landed > 0 {
                 return Err(Errno::ENOSPC);
@@ -109,8 +109,8 @@ impl Inner {
         landed
     }
 
-    /// What ext4 does to a buffered file before it finds that the space for zeros is missing, and Linux to a block
-    /// device before it asks the drive.
+    /// Drops dirty pages, as ext4 does for a buffered file before it finds that there is no space for zeros, and Linux
+    /// for a block device before it asks the drive.
     pub(super) fn drop_pages(&self, running: &Running) {
         self.drop_range(&running.open, running.offset, running.len);
     }
@@ -119,7 +119,7 @@ impl Inner {
         if !open.direct {
             let counts = self.counts.get();
             self.counts.set(IoCounts { dropped: counts.dropped + 1, ..counts });
-            // Of a page of which a device drops a part, it forgets the sectors in that part.
+            // If a device drops a part of a page, it forgets the sectors in that part.
             let block = if open.file.device.get() { SECTOR_BYTES } else { PAGE as u64 };
             open.file.inode.borrow_mut().drop_pages(offset, len, block);
         }
@@ -143,8 +143,8 @@ impl Inner {
         }
         let counts = self.counts.get();
         self.counts.set(IoCounts { failed_syncs: counts.failed_syncs + 1, ..counts });
-        // Nobody can ask a drive what became of a flush whose caller died before it could note the answer: not in the
-        // fault model. So what it gave up counts when the caller has the answer.
+        // A drive cannot be asked for the result of a flush whose caller died before it could note the answer, so that
+        // is not in the fault model. What the drive gave up counts once the caller has the answer.
         if !running.open.direct {
             self.losses.set(self.losses.get() + 1);
             self.give_up(file, running.covers);

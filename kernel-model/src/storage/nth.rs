@@ -1,4 +1,4 @@
-//! Failures by number: from the n-th operation on, so many that it concerns fail.
+//! Failures by number: from the n-th operation on, a number of the concerned operations fail.
 
 use super::Inner;
 use crate::calls::Call;
@@ -6,19 +6,20 @@ use crate::faults::{Fault, IoOp};
 use std::cell::Cell;
 use tap_host::{Errno, ZeroMode};
 
-/// The operations from the n-th on fail: a sweep over `n` reaches every one.
+/// Operations from the n-th on fail: a sweep over `n` reaches every one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct NthFailure {
-    /// From which on, counted from 1 over all reads, writes and synchronisations; calls are counted by themselves.
+    /// The first one that may fail, counted from 1 over all reads, writes and synchronisations; calls are counted
+    /// separately.
     pub n: u64,
-    /// How many of those that it concerns fail in a row; [`NthFailure::FOR_GOOD`] until faults stop.
+    /// How many of the concerned operations fail in a row; [`NthFailure::FOR_GOOD`] until faults stop.
     pub times: u64,
-    /// Which it concerns.
+    /// Which operations it concerns.
     pub of: Concerned,
     /// How much of a write lands: 0 nothing, 255 everything.
     pub effect: u8,
-    /// The error. `EAGAIN` is what the host says for now: of a synchronisation or a call that is `EINTR`. Once so many
-    /// have ended in it, the next ones are spared: patience has an end.
+    /// The error. `EAGAIN` means a transient error of the host: for a synchronisation or a call that is `EINTR`. Once
+    /// `times` operations have failed with it, the next ones are spared, because callers retry only so often.
     pub error: Errno,
 }
 
@@ -27,13 +28,13 @@ pub struct NthFailure {
 pub enum Concerned {
     /// Every operation.
     All,
-    /// All but synchronisations: what was accepted gets to the medium, and nothing takes its place.
+    /// All but synchronisations: what was accepted reaches the medium, and nothing takes its place.
     ButSyncs,
     /// Ranges made zeros, and holes.
     Zeros,
     /// Synchronisations.
     Syncs,
-    /// Calls that are no transfers, of those that can be interrupted.
+    /// Calls other than transfers that can be interrupted.
     Calls,
 }
 
@@ -41,16 +42,16 @@ impl NthFailure {
     /// As [`NthFailure::times`]: until faults stop.
     pub const FOR_GOOD: u64 = u64::MAX;
 
-    /// Whether who asks again gets it done.
+    /// Whether a retry succeeds.
     pub fn is_passing(&self) -> bool {
         self.error == Errno::EAGAIN
     }
 }
 
-/// Operations after a row of passing failures that no passing failure meets.
+/// Operations after a row of transient failures that are spared from them.
 const SPARED: u64 = 64;
 
-/// How many have failed by number, and how many were spared.
+/// How many operations have failed by number, and how many were spared.
 #[derive(Default)]
 pub(super) struct NthCounts {
     failed: Cell<u64>,
@@ -58,10 +59,10 @@ pub(super) struct NthCounts {
     calls: Cell<u64>,
 }
 
-/// What a failure by number means to one operation.
+/// The effect of a failure by number on one operation.
 pub(super) enum Nth {
     Fails(Fault),
-    /// No passing failure, drawn or not.
+    /// No transient failure, drawn or not.
     Spared,
     Nothing,
 }
@@ -73,7 +74,7 @@ impl Inner {
             return Nth::Nothing;
         };
         let concerned = match nth.of {
-            // A full disk can still be read, and holes made in it.
+            // A full disk can still be read, and holes can be made in it.
             _ if nth.error == Errno::ENOSPC && !op.takes_space() => false,
             Concerned::All => true,
             Concerned::ButSyncs => op != IoOp::Sync,
@@ -96,7 +97,7 @@ impl Inner {
         })
     }
 
-    /// Whether `call` is interrupted by number: `Some(false)` is that it is spared.
+    /// Whether `call` is interrupted by number: `Some(false)` means that it is spared.
     pub(crate) fn nth_call(&self, call: Call) -> Option<bool> {
         let nth = self.config.borrow().nth_failure.filter(|nth| nth.of == Concerned::Calls)?;
         if self.stopped.get() || !call.is_interruptible() {

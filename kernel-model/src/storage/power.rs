@@ -1,4 +1,4 @@
-//! Power cuts: what they take of each file, as decisions.
+//! Power cuts: what each file loses, as decisions.
 
 use super::{Inner, Slot, Storage};
 use crate::faults::{IoOp, LOST, NAME_LOST, RUN_LOST, SIZE_PARTLY, SIZES_LOST};
@@ -51,12 +51,12 @@ impl Storage {
     }
 
     /// Cuts the power: per file a decision for every pending write and size change. Writes in flight count as pending.
-    /// What was open stays open on files that nobody will find again; call it when every process is dead.
+    /// Open descriptors stay open on files that can no longer be found; call it when every process is dead.
     pub fn power_cut(&self) {
         let inner = &self.0;
         inner.sim.remark("power", || "the power is cut".into());
         inner.land_in_flight();
-        // A file lives through many power cuts; each of them is a decision of its own.
+        // A file may live through several power cuts; each is a separate decision.
         let cut = inner.power_cuts.replace(inner.power_cuts.get() + 1);
         let old = std::mem::take(&mut *inner.files.borrow_mut());
         for (name, file) in old {
@@ -74,12 +74,12 @@ impl Storage {
             let run = LostRun(sim.decide(file.entity, &RUN_LOST, cut, |d| LostRun::draw(&inode, d)));
             let mut mood = PowerCutMood::draw(sim, file.entity);
             if run.0 != 0 {
-                // Then it is the run that matters.
+                // With a lost run, that run is what matters.
                 mood.lose_of_8 = mood.lose_of_8.saturating_sub(6);
             }
             let mut left = Left { name: text_hash(&name), hash: 0, pages: 0, size: 0 };
             let kept = (sizes - lost.min(sizes)) as usize;
-            // In whole sectors, as file systems grow by their blocks: less would tear a sector that is old or new.
+            // In whole sectors, because file systems grow by blocks: less would tear a sector that must be old or new.
             let growth = inode.growth(kept) / SECTOR_BYTES;
             let partly = |d: &mut sim::Draw| if growth > 0 && d.below(4) == 0 { d.below(growth) } else { 0 };
             let partly = sim.decide(file.entity, &SIZE_PARTLY, cut, partly).min(growth);
@@ -100,10 +100,10 @@ impl Storage {
     }
 }
 
-/// What a power cut left of one file: two runs with the same trace have the same bytes.
+/// What a power cut left of one file, for the trace: two runs with the same trace have the same bytes.
 struct Left {
     name: u64,
-    /// Of what was kept of each pending write, in order.
+    /// Hash of what was kept of each pending write, in order.
     hash: u64,
     pages: u64,
     size: u64,
@@ -140,11 +140,11 @@ impl TraceEvent for Left {
     }
 }
 
-/// Sectors of a file that go back together, as a [`RUN_LOST`] value has them.
+/// Sectors of a file that revert together, from a [`RUN_LOST`] value.
 struct LostRun(u64);
 
 impl LostRun {
-    /// In one cut of three: a run around something that is pending.
+    /// In one cut of three: a run around a pending write.
     fn draw(inode: &Inode, d: &mut sim::Draw) -> u64 {
         let pages = inode.pending.len() as u64;
         if pages == 0 || d.below(3) != 0 {
@@ -164,7 +164,7 @@ impl LostRun {
     }
 }
 
-/// How a seed likes its power cuts: everything kept, everything lost, or a mix; single sectors torn or not.
+/// The character of a seed's power cuts: everything kept, everything lost, or a mix; single sectors torn or not.
 struct PowerCutMood {
     lose_of_8: u64,
     torn: bool,
@@ -187,7 +187,7 @@ impl PowerCutMood {
 }
 
 impl Inner {
-    /// The power goes while operations run: writes count as written and not synchronised.
+    /// Power fails while operations run: writes count as written and not synchronised.
     fn land_in_flight(&self) {
         let mut slots = self.slots.borrow_mut();
         for slot in slots.iter_mut() {
@@ -197,7 +197,7 @@ impl Inner {
                 IoOp::Zero(mode) => _ = self.effect_zero(running, mode, running.len as usize),
                 IoOp::Read | IoOp::Sync => {}
             }
-            // Its timer finds nothing more to do.
+            // Its timer then finds nothing to do.
             running.op = IoOp::Read;
             running.len = 0;
             running.bufs = IoVec::new();
