@@ -7,8 +7,8 @@
 //!                                 Bound{dom0, port} ──────────────────┘
 //! ```
 //!
-//! When one end goes, the other waits again for the same domain: that is how a restarted back end gets its channel
-//! back without the guest's help.
+//! When one end closes, the other waits again for the same domain: this is how a restarted back end rebinds its channel
+//! without the guest's help.
 
 use std::task::Waker;
 use tap_host::{DomId, Errno, Port};
@@ -31,7 +31,7 @@ enum State {
 
 struct Slot {
     state: State,
-    /// Tells uses of one port number apart.
+    /// Distinguishes uses of one port number.
     generation: u32,
     pending: bool,
     /// Events raised through this port number.
@@ -106,7 +106,7 @@ impl Channels {
         let own = self.allocate(dom, State::Bound { remote, port })?;
         let far = self.slot(remote, port).expect("looked at above");
         far.state = State::Bound { remote: dom, port: own.port };
-        // The event may have been raised before anybody could hear it.
+        // The event may have been raised before the channel was bound.
         self.live(own).expect("made above").pending = true;
         Ok(own)
     }
@@ -118,7 +118,7 @@ impl Channels {
         Some(PortId { dom: remote, port, generation })
     }
 
-    /// Counts an event through `id`: which one it is, and where it goes.
+    /// Counts an event through `id`; returns its number and its destination.
     pub(crate) fn count_raised(&mut self, id: PortId) -> Option<(u32, PortId)> {
         let peer = self.peer(id)?;
         let slot = self.live(id)?;
@@ -126,7 +126,7 @@ impl Channels {
         Some((slot.raised, peer))
     }
 
-    /// Makes the event at `id` pending; gives the waker of who waits for it.
+    /// Makes the event at `id` pending; returns the waker of its waiter.
     pub(crate) fn raise(&mut self, id: PortId) -> Option<Waker> {
         let slot = self.live(id)?;
         slot.pending = true;
@@ -146,7 +146,7 @@ impl Channels {
         Ok(false)
     }
 
-    /// Frees the port; its peer waits for the same domain again. Gives the waker of who waited on it.
+    /// Frees the port; its peer waits for the same domain again. Returns the waker of its waiter.
     pub(crate) fn close(&mut self, id: PortId) -> Option<Waker> {
         let peer = self.peer(id);
         let slot = self.live(id)?;

@@ -1,8 +1,7 @@
-//! Pages of other domains: mapped and copied, and what the hypervisor and the kernel refuse.
+//! Pages of other domains: mapping, copying, and the errors of hypervisor and kernel.
 //!
-//! The segments of a copy each have a status of their own: where one fails, the others are done all the same, before
-//! and behind it. The kernel repeats what would go well later (`GNTST_eagain`) by itself; what it gives back has
-//! failed.
+//! Each segment of a copy has its own status: if one fails, the others, before and after it, are still copied. The
+//! kernel itself retries segments that may succeed later (`GNTST_eagain`); what it reports has failed.
 
 use crate::mapping::{MappedGrant, Mapping, Origin};
 use crate::page::Page;
@@ -19,13 +18,13 @@ pub(crate) static NO_MEMORY: Label =
 pub(crate) static COPY_ERROR_KIND: FaultKind = FaultKind { name: "copy-error", max_ppm: 100_000 };
 pub(crate) static NO_MEMORY_KIND: FaultKind = FaultKind { name: "no-memory", max_ppm: 100_000 };
 
-/// How long the kernel is short of memory, in nanoseconds, when it is for more than a moment.
+/// How long the kernel is short of memory, in nanoseconds, if not only for a moment.
 const SHORT_NS: u64 = 500_000_000;
-/// For how long it is not again.
+/// How long after that it is not short of memory again.
 const CALM_NS: u64 = 10_000_000_000;
 
 impl Xen {
-    /// The control domain's kernel has no memory for mappings, ports and named pages for so many nanoseconds.
+    /// The control domain's kernel has no memory for mappings, ports and named pages for `for_ns` nanoseconds.
     pub fn run_short(&self, for_ns: u64) {
         self.0.short_until_ns.set(self.0.sim.now_ns() + for_ns);
     }
@@ -96,10 +95,10 @@ impl XenPort {
     }
 }
 
-/// Where each segment begins in private memory of `len` bytes.
+/// The offset of each segment in private memory of `len` bytes.
 ///
 /// # Errors
-/// `EINVAL` if one leaves its page, or their sum is another.
+/// `EINVAL` if one exceeds its page, or their sum is not `len`.
 fn places(segments: &[GrantSegment], len: usize) -> Result<impl Iterator<Item = usize>, Errno> {
     let within = |s: &GrantSegment| usize::from(s.offset) + usize::from(s.len) <= PAGE_BYTES;
     let sum: usize = segments.iter().map(|s| usize::from(s.len)).sum();
@@ -152,7 +151,7 @@ impl Grants for XenPort {
         let (fails, mut result) = (self.failing(segments), Ok(()));
         for (i, (at, segment)) in places(segments, private.len())?.zip(segments).enumerate() {
             self.other_cpus();
-            // Each page is a step: a process can die with half of a copy done.
+            // Each page is a step: a process can die in the middle of a copy.
             if !self.node().step() {
                 return Err(Errno::ESHUTDOWN);
             }

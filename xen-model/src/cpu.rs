@@ -1,9 +1,9 @@
-//! Shared memory as the CPUs of a machine see it: others go on between any two accesses, and stores may be late.
+//! Shared memory as the CPUs of a machine see it: others run between any two accesses, and stores may be late.
 //!
 //! Before each access of a page that two domains share, a decision may let tasks of the other domains run. Each process
-//! has a store buffer, as x86 has it (TSO): a decision keeps a store in the buffer, later ones queue up after it, loads
-//! of the own CPU see through it, and a full barrier, a grant copy or an event empties it in order. At the latest it is
-//! empty before time moves on.
+//! has a store buffer, as on x86 (TSO): a decision keeps a store in the buffer, later ones queue up after it, loads of
+//! the same CPU see its content, and a full barrier, a grant copy or an event empties it in order. It is emptied at the
+//! latest before time advances.
 
 use crate::page::Page;
 use crate::port::XenPort;
@@ -12,7 +12,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
 
-/// How many turns of others come before an access, in 4 bits, and whether the other side has a spurious event first.
+/// How many turns of others run before an access, in 4 bits, and whether the other side gets a spurious event first.
 pub(crate) static OTHER_CPUS: Label = Label::packed(
     "other-cpus",
     "before access {n} other CPUs go on: turns, and 16 for an event ({})",
@@ -39,7 +39,7 @@ pub(crate) struct StoreBuffer {
 }
 
 impl XenPort {
-    /// The other CPUs may go on here. No model may be borrowed.
+    /// The other CPUs may run here. No model may be borrowed.
     pub(crate) fn other_cpus(&self) {
         let xen = &self.xen().0;
         if !xen.rates.cpus {
@@ -112,7 +112,7 @@ impl XenPort {
     }
 }
 
-/// Time is about to move on.
+/// Empties the buffer before time advances.
 struct Drain(XenPort);
 
 impl Timed for Drain {

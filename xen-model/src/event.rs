@@ -1,4 +1,4 @@
-//! What the model does, for traces.
+//! What the model did, for traces.
 
 use sim::{TraceEvent, text_hash};
 use std::fmt;
@@ -89,7 +89,7 @@ pub enum XenEvent<'a> {
 
 impl TraceEvent for XenEvent<'_> {
     fn words(&self) -> [u64; 4] {
-        // Numbers apart from those of the stack's own events.
+        // Numbers distinct from those of the stack's own events.
         let n = |tag: u64, dom: DomId| tag << 32 | u64::from(dom.0);
         match *self {
             Self::DomainCreated { dom } => [n(101, dom), 0, 0, 0],

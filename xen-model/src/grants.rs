@@ -1,7 +1,7 @@
 //! Grant tables, version 1: what a domain lets others map or copy.
 //!
-//! An entry names a page, one other domain and whether it may write. Taking the permission back does not undo a
-//! mapping that exists: the page stays reachable through it, and the entry cannot be reused before it is unmapped.
+//! An entry names a page, one other domain and whether it may write. Revoking the permission does not undo an existing
+//! mapping: the page stays reachable through it, and the entry cannot be reused before it is unmapped.
 
 use crate::Page;
 use tap_host::{DomId, Errno, GrantRef};
@@ -27,7 +27,7 @@ struct Entry {
     grant: Option<Grant>,
     maps: u32,
     in_use: bool,
-    /// A process died that had it mapped.
+    /// A process died while it had it mapped.
     torn: bool,
 }
 
@@ -67,7 +67,7 @@ impl GrantTable {
         Ok(())
     }
 
-    /// The page behind `gref` if `who` may use it so.
+    /// The page of `gref`, if `who` may use it in this way.
     pub(crate) fn page(&self, gref: GrantRef, who: DomId, write: bool) -> Result<&Page, Errno> {
         gref.0
             .checked_sub(RESERVED)
@@ -89,18 +89,18 @@ impl GrantTable {
         entry.maps = entry.maps.checked_sub(1).expect("unmapped more often than mapped");
     }
 
-    /// Notes that a process died that had `gref` mapped.
+    /// Notes that a process died while it had `gref` mapped.
     pub(crate) fn tear(&mut self, gref: GrantRef) {
         self.entry(gref).into_iter().for_each(|entry| entry.torn = true);
     }
 
-    /// Whether a process died that had `gref` mapped.
+    /// Whether a process died while it had `gref` mapped.
     pub(crate) fn is_torn(&self, gref: GrantRef) -> bool {
         let index = gref.0.checked_sub(RESERVED);
         index.and_then(|i| self.entries.get(i as usize)).is_some_and(|e| e.torn)
     }
 
-    /// How often `gref` is mapped now.
+    /// The number of mappings of `gref` now.
     pub(crate) fn maps(&self, gref: GrantRef) -> u32 {
         let index = gref.0.checked_sub(RESERVED);
         index.and_then(|i| self.entries.get(i as usize)).map_or(0, |e| e.maps)

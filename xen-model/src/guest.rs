@@ -1,4 +1,4 @@
-//! The raw side of a guest: a ring it owns, pages it grants, and nothing that keeps it from lying.
+//! The raw side of a guest: a ring that it owns, pages that it grants, and nothing that prevents it from lying.
 
 use crate::grants::Grant;
 use crate::page::Page;
@@ -38,7 +38,7 @@ impl GrantedPage {
         Ok(Self { page, gref: port.xen().grant(port.dom(), grant)? })
     }
 
-    /// Takes it back.
+    /// Ends the grant.
     ///
     /// # Errors
     /// `EBUSY` while it is mapped.
@@ -47,22 +47,22 @@ impl GrantedPage {
     }
 }
 
-/// What a front end says of its ring besides where it is.
+/// What a front end says about its ring besides where it is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct FrontKeys {
-    /// It says how many pages and queues it has, one each; the grant is in `ring-ref0` then, and what an earlier one
-    /// had said in `ring-ref` stays.
+    /// It states its number of pages and queues, one each; the grant is then in `ring-ref0`, and an earlier front end's
+    /// `ring-ref` stays.
     pub counted: bool,
-    /// A front end before it had more queues and pages, and left keys that only such a one has.
+    /// An earlier front end had more queues and pages, and left keys that only such a front end has.
     pub leftovers: bool,
 }
 
-/// The keys that count, and what they say of one page and one queue.
+/// The keys that state numbers, and their values for one page and one queue.
 const COUNTS: [(&str, &str); 3] =
     [("ring-page-order", "0"), ("num-ring-pages", "1"), ("multi-queue-num-queues", "1")];
 
-/// A guest's block ring of one page. What it does is what a well-behaved front end does; everything else can be done
-/// to [`GuestRing::page`].
+/// A guest's block ring of one page. Its methods do what a well-behaved front end does; anything else can be done
+/// through [`GuestRing::page`].
 pub struct GuestRing {
     port: XenPort,
     shared: GrantedPage,
@@ -70,7 +70,7 @@ pub struct GuestRing {
     produced: Cell<u32>,
     published: Cell<u32>,
     consumed: Cell<u32>,
-    /// What was published when the last event was raised.
+    /// The index published when the last event was raised.
     told: Cell<u32>,
 }
 
@@ -112,11 +112,11 @@ impl GuestRing {
     pub fn channel(&self) -> &Channel {
         &self.channel
     }
-    /// Closes the guest's end of the event channel: nobody hears the other any more.
+    /// Closes the guest's end of the event channel: neither side receives events any more.
     pub fn close_channel(&self) {
         self.port.xen().close_port(self.channel.id());
     }
-    /// Requests that were put on the ring and whose responses were not taken.
+    /// Requests put on the ring whose responses were not taken.
     pub fn outstanding(&self) -> u32 {
         self.produced.get().wrapping_sub(self.consumed.get())
     }
@@ -126,16 +126,17 @@ impl GuestRing {
         self.consumed.get()
     }
 
-    /// Tells xenstore where the ring is and that the front end in `frontend` is ready (state 3), all at once.
+    /// Writes to xenstore where the ring is and that the front end in `frontend` is ready (state 3), in one
+    /// transaction.
     ///
     /// # Errors
-    /// As xenstore's, except `EAGAIN`, after which it starts again.
+    /// As xenstore's, except `EAGAIN`, after which it retries.
     pub async fn publish_in_store(&self, frontend: &str) -> Result<(), Errno> {
         self.publish_as(frontend, FrontKeys::default(), false).await
     }
 
-    /// The same in the words of another kind of front end. With `after_counted` the one before counted its pages; what
-    /// only it would say is removed then, and no more.
+    /// The same with the keys of another kind of front end. With `after_counted` the previous front end stated its
+    /// number of pages; the keys that only that kind writes are then removed, and no others.
     ///
     /// # Errors
     /// As [`GuestRing::publish_in_store`].
@@ -192,7 +193,7 @@ impl GuestRing {
         self.produced.set(index.wrapping_add(1));
     }
 
-    /// Publishes what was put, and raises the event if the back end asked for it. Tells whether it did.
+    /// Publishes what was put, and raises the event if the back end asked for it; returns whether it did.
     pub fn publish(&self) -> bool {
         let (old, new) = (self.published.get(), self.produced.get());
         self.published.set(new);
@@ -208,9 +209,9 @@ impl GuestRing {
         passed
     }
 
-    /// Looks, once everything that can happen now has happened, whether the back end sleeps over what was published
-    /// last: it asked for an event at a request that it has not looked at, and the request had come before it asked.
-    /// Call this after a [`GuestRing::publish`] that raised no event.
+    /// Checks, once everything that can happen now has happened, whether the back end sleeps although requests are
+    /// published: it asked for an event at a request that it has not read, and the request had been published before it
+    /// asked. Call this after a [`GuestRing::publish`] that raised no event.
     pub fn watch_sleep(self: &Rc<Self>, overslept: impl Fn(String) + 'static) {
         let sim = self.port.xen().sim();
         let look = SleepLook { ring: Rc::downgrade(self), overslept };
@@ -222,13 +223,13 @@ impl GuestRing {
         let asked = page.load_u32(REQ_EVENT).wrapping_sub(1);
         let mapped = self.port.xen().maps(self.port.dom(), self.shared.gref) > 0;
         mapped
-            // An event that is on its way tells of it.
+            // An event in transit will announce the request.
             && (0..=SLOTS).contains(&asked.wrapping_sub(self.told.get()))
             && (1..=SLOTS).contains(&self.published.get().wrapping_sub(asked))
             && !page.was_loaded(middle(asked), false)
     }
 
-    /// How many requests the back end has looked at and not answered; `None` if one died that had the ring.
+    /// How many requests the back end has read and not answered; `None` if a back end that had the ring died.
     pub fn unanswered(&self) -> Option<u32> {
         if self.port.xen().is_torn(self.port.dom(), self.shared.gref) {
             return None;
@@ -240,7 +241,7 @@ impl GuestRing {
         Some(open - unseen.count() as u32)
     }
 
-    /// Goes on from what the page says, after another CPU of the guest has used the ring.
+    /// Continues from the indices in the page, after another CPU of the guest has used the ring.
     pub fn catch_up(&self) {
         let produced = self.shared.page.load_u32(REQ_PROD);
         self.produced.set(produced);
@@ -306,7 +307,7 @@ impl GuestRing {
         self.port.drain_stores();
     }
 
-    /// Lets go of the ring: the port is closed and the page taken back.
+    /// Releases the ring: the port is closed and the grant is ended.
     ///
     /// # Errors
     /// `EBUSY` while the back end has it mapped; it then stays granted for good.
@@ -330,7 +331,7 @@ impl<F: Fn(String) + 'static> Timed for SleepLook<F> {
         }
         let sim = ring.port.xen().sim();
         match sim.put_back_until_ns(ring.port.node()) {
-            // The back end may be awake, and its turn to come.
+            // The back end may be awake, with its turn delayed.
             Some(due_ns) => sim.call_at(due_ns, self, published),
             None => {
                 (self.overslept)(format!(

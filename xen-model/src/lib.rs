@@ -15,13 +15,13 @@
 //! * [`Xen`] holds all state; [`XenPort`] is one process's access to it and implements the seam.
 //! * A process that is killed has no further effect: its port asks [`sim::Node::step`] before each store, copy, event
 //!   and xenstore operation. Afterwards the model cleans up as the kernel would: mappings, channels, watches and
-//!   transactions go, named pages stay.
+//!   transactions are released, named pages stay.
 //! * Guests are not trusted and not checked: [`Page`]s take any bytes at any time, and [`Page::on_foreign_load`] lets
 //!   a guest change them between two loads of a back end.
-//! * Latencies and conflicts are decisions ([`LABELS`]); 0 is at once and without conflict.
+//! * Latencies and conflicts are decisions ([`LABELS`]); 0 means at once and without conflict.
 //!
-//! This side of a ring is written from Xen's headers and shares no logic with the back end, else both would agree on
-//! the same mistakes.
+//! This side of a ring is written from Xen's headers and shares no logic with the back end, otherwise both would agree
+//! on the same mistakes.
 
 mod channels;
 mod copies;

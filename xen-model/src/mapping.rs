@@ -6,11 +6,11 @@ use std::cell::Cell;
 use std::rc::Rc;
 use tap_host::{DomId, GrantRef, PAGE_BYTES, SharedPage};
 
-/// What has to be undone when a mapping ends.
+/// What to undo when a mapping ends.
 pub(crate) enum Origin {
-    /// A page that another domain granted. The key is the mapping's among those of its process.
+    /// A page that another domain granted. The key identifies the mapping within its process.
     Grant { key: u64, write: bool },
-    /// A named page: it stays, and is nobody's if it was owned.
+    /// A named page: it stays, and its ownership ends.
     Region { owned: Option<Rc<Cell<bool>>> },
 }
 
@@ -39,7 +39,7 @@ impl Mapping {
     }
 
     fn store(&self, offset: usize, bytes: &[u8]) {
-        // The real thing would be a fault in the middle of nowhere.
+        // On real hardware this would be a page fault.
         assert!(
             !matches!(self.0.origin, Origin::Grant { write: false, .. }),
             "store into a read-only mapping"
@@ -48,7 +48,7 @@ impl Mapping {
         if self.0.port.node().step() {
             match self.0.origin {
                 Origin::Grant { .. } => self.0.port.shared_store(&self.0.page, offset, bytes),
-                // Read by others only once this process is dead, and a dead CPU has no buffer.
+                // Others read it only once this process is dead, when no store is left in its buffer.
                 Origin::Region { .. } => self.0.page.write(offset, bytes),
             }
         }
@@ -95,7 +95,7 @@ impl Drop for Inner {
     }
 }
 
-/// A mapped grant among those of a process.
+/// A grant mapped by a process.
 #[derive(Clone, Copy)]
 pub(crate) struct MappedGrant {
     pub(crate) dom: DomId,

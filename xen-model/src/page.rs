@@ -1,23 +1,23 @@
-//! A page of memory that several parties see.
+//! A page of memory that several parties share.
 
 use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::rc::Rc;
 use tap_host::PAGE_BYTES;
 
-/// Bytes of a page for which loads are noted together.
+/// Bytes of a page whose loads are recorded together.
 const PIECE: usize = PAGE_BYTES / 128;
 
 type Hook = Rc<dyn Fn(usize, usize)>;
 
-/// 4096 bytes; clones are the same page. What its owner does to it goes through these methods and counts as nothing
-/// but memory; what a back end does goes through a mapping ([`crate::Mapping`]).
+/// 4096 bytes; clones are the same page. Its owner accesses it through these methods, which are plain memory accesses;
+/// a back end accesses it through a mapping ([`crate::Mapping`]).
 #[derive(Clone)]
 pub struct Page(Rc<Inner>);
 
 struct Inner {
     bytes: RefCell<[u8; PAGE_BYTES]>,
-    /// Which pieces of 32 bytes others have loaded since it was asked for.
+    /// Which pieces of 32 bytes others have loaded since that was last asked.
     loaded: Cell<u128>,
     hooked: Cell<bool>,
     stores_hooked: Cell<bool>,
@@ -45,12 +45,12 @@ impl Page {
         into.copy_from_slice(&self.0.bytes.borrow()[offset..offset + into.len()]);
     }
 
-    /// Shows the whole page to its owner.
+    /// Calls `look` with the whole page, for its owner.
     pub fn with<R>(&self, look: impl FnOnce(&[u8; PAGE_BYTES]) -> R) -> R {
         look(&self.0.bytes.borrow())
     }
 
-    /// Lets its owner change the page.
+    /// Calls `change` with the whole page, for its owner.
     pub fn with_mut<R>(&self, change: impl FnOnce(&mut [u8; PAGE_BYTES]) -> R) -> R {
         change(&mut self.0.bytes.borrow_mut())
     }
@@ -72,15 +72,15 @@ impl Page {
         self.write(offset, &value.to_le_bytes());
     }
 
-    /// Calls `hook(offset, len)` before every load that somebody else's mapping or copy does, so that a hostile owner
-    /// can change the page between two loads; `None` ends that.
+    /// Calls `hook(offset, len)` before every load through another party's mapping or copy, so that a hostile owner can
+    /// change the page between two loads; `None` ends that.
     pub fn on_foreign_load(&self, hook: Option<Rc<dyn Fn(usize, usize)>>) {
         self.0.hooked.set(hook.is_some());
         *self.0.hook.borrow_mut() = hook;
     }
 
-    /// Calls `hook(offset, len)` after every store of a mapping or ring became visible, as another CPU of the owner
-    /// that waits for just that; `None` ends it.
+    /// Calls `hook(offset, len)` after every store of a mapping or ring became visible, like another CPU of the owner
+    /// that polls for it; `None` ends that.
     pub fn on_shared_store(&self, hook: Option<Rc<dyn Fn(usize, usize)>>) {
         self.0.stores_hooked.set(hook.is_some());
         *self.0.store_hook.borrow_mut() = hook;
@@ -101,7 +101,7 @@ impl Page {
         Rc::ptr_eq(&self.0, &other.0)
     }
 
-    /// Whether somebody else has loaded the 32 bytes around `offset`; `forget` makes it start over.
+    /// Whether another party has loaded the 32 bytes around `offset`; `forget` makes it start over.
     pub(crate) fn was_loaded(&self, offset: usize, forget: bool) -> bool {
         let (loaded, bit) = (self.0.loaded.get(), 1 << (offset / PIECE));
         if forget {

@@ -19,28 +19,28 @@ struct Inner {
     client: Client,
     entity: Entity,
     store_ops: Cell<u32>,
-    /// xenstored may refuse what this process asks.
+    /// xenstored may refuse requests of this process.
     store_errors: Cell<bool>,
-    /// Until when it refuses everything, in nanoseconds.
+    /// The time until which it refuses everything, in nanoseconds.
     store_away_ns: Cell<u64>,
     /// Copies may fail for some of their segments.
     copy_errors: Cell<bool>,
-    /// The device for events may fail.
+    /// The event device may fail.
     may_go_deaf: Cell<bool>,
-    /// It has failed: no channel is heard any more.
+    /// It has failed: no channel delivers events any more.
     deaf: Cell<bool>,
     next_map: Cell<u64>,
     maps: RefCell<BTreeMap<u64, MappedGrant>>,
     channels: RefCell<Vec<PortId>>,
-    /// Whether each named page that it owns is owned.
+    /// The ownership flags of the named pages that it owns.
     owned: RefCell<Vec<Rc<Cell<bool>>>>,
     stores: StoreBuffer,
     /// Stores to shared pages so far.
     stored: Cell<u32>,
 }
 
-/// What one process of a domain has open in Xen; clones are the same. Dies with its node: handles first, then the
-/// model unmaps, closes and disconnects what it had.
+/// One process's access to Xen; clones share it. Dies with its node: handles first, then the model unmaps, closes and
+/// disconnects what it had.
 #[derive(Clone)]
 pub struct XenPort(Rc<Inner>);
 
@@ -80,8 +80,8 @@ impl XenPort {
         &self.0.xen
     }
 
-    /// From now on xenstored may answer this process with errors that pass, and the kernel be short of memory for
-    /// mappings, ports and named pages. Most programs take none.
+    /// From now on xenstored may answer this process with transient errors, and the kernel may be short of memory for
+    /// mappings, ports and named pages. Most programs cannot handle that.
     pub fn allow_store_errors(&self) {
         self.0.store_errors.set(true);
     }
@@ -94,14 +94,14 @@ impl XenPort {
         &self.0.copy_errors
     }
 
-    /// From now on this process may at some time hear no event any more, and be told so, as when reads of its device
+    /// From now on this process may at some time stop receiving events, and be told so, as when reads of its device
     /// fail.
     pub fn allow_deafness(&self) {
         self.0.may_go_deaf.set(true);
         self.may_go_deaf_soon();
     }
 
-    /// Whether it hears no events any more.
+    /// Whether it no longer receives events.
     pub fn is_deaf(&self) -> bool {
         self.0.deaf.get()
     }
@@ -120,7 +120,7 @@ impl XenPort {
         }
     }
 
-    /// Keeps a mapping until it is undone; gives its number.
+    /// Records a mapping until it is undone; returns its number.
     pub(crate) fn note_mapping(&self, mapped: MappedGrant) -> u64 {
         let key = self.0.next_map.get();
         self.0.next_map.set(key + 1);
@@ -158,7 +158,7 @@ impl XenPort {
         &self.0.stores
     }
 
-    /// The number of the store that comes now.
+    /// The number of the current store.
     pub(crate) fn store_buffer_count(&self) -> u32 {
         self.0.stored.set(self.0.stored.get().wrapping_add(1));
         self.0.stored.get()
@@ -190,7 +190,7 @@ impl XenPort {
     }
 
     pub(crate) fn unmap(&self, key: u64) {
-        // Already gone when the process died in between.
+        // Already gone if the process died in between.
         if let Some(map) = self.0.maps.borrow_mut().remove(&key) {
             self.0.xen.unmap(self.dom(), map.dom, map.gref);
         }
@@ -303,7 +303,7 @@ impl EventChannel for Channel {
     }
 }
 
-/// The device fails.
+/// Makes the event device fail.
 struct GoDeaf(XenPort);
 
 impl Timed for GoDeaf {

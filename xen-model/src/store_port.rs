@@ -1,4 +1,4 @@
-//! The seam's xenstore: immediate operations with time around them.
+//! The seam's xenstore: immediate operations, with delays added.
 
 use crate::event::XenEvent;
 use crate::port::XenPort;
@@ -9,13 +9,13 @@ use std::future::{pending, poll_fn};
 use std::task::{Poll, Waker};
 use tap_host::{Errno, Transaction, WatchEvent, Watcher, Xenstore};
 
-/// How long xenstored refuses everything that one process asks.
+/// How long xenstored refuses all requests of one process.
 const STORE_AWAY_NS: u64 = 1_500_000_000;
-/// How long after that it does not do so again: toolstacks give a disk ten seconds to come up, and one that is away for
-/// all of them leaves a back end no chance.
+/// How long after that it does not do so again: toolstacks give a disk ten seconds to come up, and a xenstored that is
+/// away all that time leaves a back end no chance.
 const STORE_CALM_NS: u64 = 10_000_000_000;
 
-/// What an operation asks of xenstored.
+/// The kind of an operation, as far as its errors depend on it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Asks {
     Look,
@@ -24,7 +24,7 @@ enum Asks {
 }
 
 impl XenPort {
-    /// Waits for xenstored's turn. A process that died meanwhile never gets there.
+    /// Waits until xenstored processes the request. If the process dies meanwhile, this never completes.
     async fn turn(&self) {
         let xen = &self.xen().0;
         let late_ns = xen.sim.decide(self.entity(), &STORE_LATE, self.next_store_op(), |draw| {
@@ -36,12 +36,13 @@ impl XenPort {
         }
     }
 
-    /// As [`XenPort::turn`]; xenstored may be busy, short of memory, or unable to answer, and does nothing then.
+    /// As [`XenPort::turn`]; xenstored may be busy, short of memory, or unable to answer, in which case it does
+    /// nothing.
     async fn turn_that_may_fail(&self) -> Result<(), Errno> {
         self.turn_for(Asks::Look).await
     }
 
-    /// The same for what takes from a quota, which may be used up.
+    /// The same for an operation that counts against a quota, which may be used up.
     async fn turn_that_takes(&self) -> Result<(), Errno> {
         self.turn_for(Asks::Take).await
     }
@@ -54,7 +55,8 @@ impl XenPort {
         }
     }
 
-    /// The error that xenstored answers with, and whether the operation was carried out, which only a commit can be.
+    /// The error that xenstored answers with, and whether the operation was carried out all the same, which only a
+    /// commit can be.
     fn store_error(&self, asks: Asks) -> Option<(Errno, bool)> {
         let xen = &self.xen().0;
         let (sim, rate) = (&xen.sim, xen.rates.store_error);
@@ -83,7 +85,7 @@ impl XenPort {
                 }
                 Some((Errno::EBUSY, false))
             }
-            // The quota of a driver domain, which is no control domain to xenstored.
+            // The quota of a driver domain, which xenstored does not treat as a control domain.
             6 => takes.then_some((Errno::ENOSPC, false)),
             kind => Some((Errno::EIO, commit && kind == 5)),
         }
@@ -240,7 +242,7 @@ impl Watcher for StoreWatcher {
             if draw.ppm(xen.rates.store_late) { draw.magnitude(xen.options.store_late_bits) } else { 0 }
         });
         if late_ns > 0 {
-            // The event stays queued meanwhile, so that it is not lost with a dropped future.
+            // The event stays queued meanwhile, so that dropping the future does not lose it.
             xen.sim.sleep_ns(late_ns).await;
         }
         let path = xen.store.borrow_mut().take_watch(self.id)?;

@@ -1,4 +1,4 @@
-//! The model through its public face, in small worlds.
+//! The model through its public interface, in small worlds.
 
 use crate::*;
 use sim::{Config, Sim};
@@ -106,17 +106,17 @@ fn death_ends_effects_and_then_everything_held() {
         assert_eq!(w.xen.counts(DOM0), Counts { maps: 2, channels: 1, watches: 1, transactions: 1 });
         w.back_node.kill_after_steps(1);
         region.store_u32(0, 7);
-        map.store_u32(100, 7); // the step at which it dies
+        map.store_u32(100, 7); // it dies at this step
         region.store_u32(4, 7);
         channel.notify();
         drop((map, channel, watch, tx));
-        assert_eq!(w.xen.counts(DOM0).maps, 2, "destructors of the dead do nothing");
+        assert_eq!(w.xen.counts(DOM0).maps, 2, "destructors of a dead process do nothing");
         w.back_node.dead().await;
         assert_eq!(w.xen.counts(DOM0), Counts::default());
         assert_eq!(w.xen.mapped_from(dom), 0);
         assert_eq!((ring.page().load_u32(100), w.xen.notified()), (0, 0));
         let left = w.xen.region_page("r").unwrap();
-        assert_eq!((left.load_u32(0), left.load_u32(4)), (7, 0), "what was named stays");
+        assert_eq!((left.load_u32(0), left.load_u32(4)), (7, 0), "named pages stay");
 
         let again = w.xen.attach(DOM0, &w.sim.node("back", 1));
         let channel = again.bind_interdomain(dom, ring.event_port()).unwrap();
@@ -196,7 +196,7 @@ fn every_event_arrives_whatever_the_latency_and_a_run_repeats() {
                 channel.wait().await.unwrap();
                 let tx = w.back.transaction().await.unwrap();
                 tx.write("/n", b"1").await.unwrap();
-                // A conflict with nobody is a decision.
+                // A conflict without another party is a decision.
                 assert!(matches!(tx.commit().await, Ok(()) | Err(Errno::EAGAIN)));
             }
         })

@@ -1,4 +1,4 @@
-//! What the toolstack does for a disk: directories of both ends in xenstore.
+//! The toolstack's work for a disk: the directories of both ends in xenstore.
 
 use crate::port::XenPort;
 use crate::store::Perms;
@@ -23,8 +23,8 @@ impl VbdPaths {
     }
 }
 
-/// Makes both directories of a disk, with the permissions that xl gives them and both ends in state 1. `toolstack` is
-/// of the control domain.
+/// Makes both directories of a disk, with the permissions that xl gives them and both ends in state 1. `toolstack`
+/// belongs to the control domain.
 ///
 /// # Errors
 /// As xenstore's.
@@ -38,7 +38,7 @@ pub async fn attach_vbd(
     let (back, own) = (&paths.backend, toolstack.dom());
     toolstack.write(back, b"").await?;
     toolstack.write(&paths.frontend, b"").await?;
-    // Children inherit what their parent has when they are made.
+    // Children inherit the permissions that their parent has when they are created.
     toolstack.set_perms(back, Perms::readable(own, guest)).await?;
     toolstack.set_perms(&paths.frontend, Perms::readable(guest, own)).await?;
     let write = async |dir: &str, key: &str, value: &str| {

@@ -1,4 +1,4 @@
-//! The machine: domains and everything that outlives a process.
+//! The machine: domains and all state that outlives a process.
 
 use crate::channels::{Channels, PortId};
 use crate::copies::{COPY_ERROR, COPY_ERROR_KIND, NO_MEMORY, NO_MEMORY_KIND};
@@ -52,26 +52,26 @@ static STORE_CONFLICT_KIND: FaultKind = FaultKind { name: "store-conflict", max_
 static STORE_ERROR_KIND: FaultKind = FaultKind { name: "store-error", max_ppm: 30_000 };
 static CLOSE_LATE_KIND: FaultKind = FaultKind { name: "close-late", max_ppm: 500_000 };
 
-/// Whose children the ports of all domains are, in decisions.
+/// The parent entity of the ports of all domains.
 const PORTS: Entity = Entity::WORLD.child("event-channel", 0);
 
-/// What a machine is like.
+/// The properties of a machine.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
     /// xenstored's limits for guests.
     pub quota: Quota,
-    /// Least nanoseconds of a xenstore operation.
+    /// Minimum duration of a xenstore operation in nanoseconds.
     pub store_ns: u64,
-    /// Latest arrival of an event, as a power of two of nanoseconds.
+    /// Longest delay of an event, as a power of two of nanoseconds.
     pub event_late_bits: u32,
-    /// Events may come a second time for nothing.
+    /// Spurious events may follow an event.
     pub events_again: bool,
     /// Longest delay of xenstored, as a power of two of nanoseconds.
     pub store_late_bits: u32,
     /// Longest time that a dead process keeps a port, as a power of two of nanoseconds.
     pub close_late_bits: u32,
     /// Domains run on CPUs of their own: others move between two accesses of shared memory, and stores arrive late.
-    /// Else all of the machine is one CPU, which sees its own stores at once.
+    /// Otherwise the whole machine has one CPU, which sees its own stores at once.
     pub other_cpus: bool,
 }
 
@@ -89,12 +89,12 @@ impl Default for Options {
     }
 }
 
-/// What a domain holds of others, for a checker of leaks.
+/// The resources of others that a domain holds, for leak checks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Counts {
     /// Mapped grants.
     pub maps: u32,
-    /// Event channel ports, but for those of dead processes.
+    /// Event channel ports, except those of dead processes.
     pub channels: u32,
     /// Watches.
     pub watches: u32,
@@ -114,15 +114,15 @@ pub(crate) struct Rates {
     pub(crate) no_memory: u32,
     pub(crate) other_cpus: u32,
     pub(crate) store_buffered: u32,
-    /// Whether one of the two above may happen.
+    /// Whether either of the two above can happen.
     pub(crate) cpus: bool,
 }
 
-/// A named page outside of processes.
+/// A named page outside processes.
 #[derive(Clone, Default)]
 pub(crate) struct Region {
     pub(crate) page: Page,
-    /// Whether a process owns it; goes with the page, not with the name.
+    /// Whether a process owns it; belongs to the page, not to the name.
     pub(crate) owned: Rc<Cell<bool>>,
 }
 
@@ -136,9 +136,9 @@ pub(crate) struct Inner {
     pub(crate) store: RefCell<Store>,
     pub(crate) regions: RefCell<BTreeMap<String, Region>>,
     pub(crate) maps_held: RefCell<BTreeMap<DomId, u32>>,
-    /// Ports of dead processes that the kernel is about to close.
+    /// Ports of dead processes that the kernel has yet to close.
     dying: RefCell<BTreeSet<PortId>>,
-    /// Until when the control domain's kernel has no memory, in nanoseconds.
+    /// The time until which the control domain's kernel has no memory, in nanoseconds.
     pub(crate) short_until_ns: Cell<u64>,
     next_conn: Cell<u64>,
     /// How often the host went down.
@@ -151,7 +151,7 @@ pub(crate) struct Inner {
 pub struct Xen(pub(crate) Rc<Inner>);
 
 impl Xen {
-    /// A machine with the control domain only.
+    /// A machine with only the control domain.
     pub fn new(sim: &Sim, options: Options) -> Self {
         let swarm = sim.swarm();
         let (other_cpus, store_buffered) =
@@ -192,7 +192,7 @@ impl Xen {
         &self.0.sim
     }
 
-    /// Makes a domain; numbers are never used twice.
+    /// Makes a domain; numbers are never reused.
     pub fn create_domain(&self) -> DomId {
         let mut grants = self.0.grants.borrow_mut();
         let dom = DomId(u16::try_from(grants.len()).expect("fewer than 65536 domains per world"));
@@ -203,10 +203,10 @@ impl Xen {
         dom
     }
 
-    /// Makes a domain with the number of one that is gone, as Xen does once it has used all of them.
+    /// Makes a domain with the number of one that is gone, as Xen does once it has used all numbers.
     ///
     /// # Panics
-    /// If that domain was never there, or is still.
+    /// If that domain never existed, or still exists.
     pub fn create_domain_again(&self, dom: DomId) {
         let gone = self.0.grants.borrow_mut()[usize::from(dom.0)].replace(GrantTable::default());
         assert!(gone.is_none(), "{dom} is there");
@@ -214,17 +214,17 @@ impl Xen {
         self.fire_special("@introduceDomain");
     }
 
-    /// The domain's table is as new: another kernel has begun in it.
+    /// Resets the domain's grant table: another kernel has started in it.
     ///
     /// # Panics
-    /// If something of it is mapped.
+    /// If any of its grants is mapped.
     pub fn reset_grants(&self, dom: DomId) {
         let table = self.0.grants.borrow_mut()[usize::from(dom.0)].replace(GrantTable::default());
         assert!(table.is_none_or(|table| table.mapped() == 0), "a grant of {dom} is mapped");
     }
 
-    /// Ends a domain: its grants and ports are gone. Pages that others have mapped stay as long as the mappings.
-    /// The caller kills the guest's node first; xenstore's directories are the toolstack's to remove.
+    /// Ends a domain: its grants and ports are gone. Pages that others have mapped live as long as the mappings. The
+    /// caller kills the guest's node first; the toolstack removes xenstore's directories.
     pub fn destroy_domain(&self, dom: DomId) {
         self.0.grants.borrow_mut()[usize::from(dom.0)] = None;
         let ports = self.0.channels.borrow().of(dom);
@@ -239,7 +239,7 @@ impl Xen {
         for dom in (1..count).filter(|dom| self.0.grants.borrow()[*dom].is_some()) {
             self.destroy_domain(DomId(dom as u16));
         }
-        // Those of dead processes that a kernel had yet to close: that kernel is gone.
+        // Ports of dead processes that the kernel had yet to close: that kernel is gone.
         let ports = self.0.channels.borrow().of(DomId(0));
         ports.into_iter().for_each(|id| self.close_port(id));
         *self.0.store.borrow_mut() = Store::new(self.0.options.quota);
@@ -262,7 +262,7 @@ impl Xen {
         self.0.regions.borrow().keys().cloned().collect()
     }
 
-    /// The named page, to look at or to damage.
+    /// The named page, for inspection or damage.
     pub fn region_page(&self, name: &str) -> Option<Page> {
         self.0.regions.borrow().get(name).map(|region| region.page.clone())
     }
@@ -284,7 +284,7 @@ impl Xen {
         self.0.grants.borrow().get(usize::from(dom.0)).and_then(Option::as_ref).map_or(0, GrantTable::mapped)
     }
 
-    /// Events raised since the start, to compare with requests.
+    /// Events raised since the start, for comparison with requests.
     pub fn notified(&self) -> u32 {
         self.0.notified.get()
     }
@@ -297,7 +297,7 @@ impl Xen {
     /// Lets a domain use a page of `dom`.
     ///
     /// # Errors
-    /// `ENOSPC` when the table is full, `EINVAL` without such a domain.
+    /// `ENOSPC` when the table is full, `EINVAL` if there is no such domain.
     pub fn grant(&self, dom: DomId, grant: Grant) -> Result<GrantRef, Errno> {
         self.table(dom, |table| table.allocate(grant))
     }
@@ -305,22 +305,22 @@ impl Xen {
     /// Frees an entry.
     ///
     /// # Errors
-    /// `EBUSY` while it is mapped, `EINVAL` without such an entry.
+    /// `EBUSY` while it is mapped, `EINVAL` if there is no such entry.
     pub fn end_access(&self, dom: DomId, gref: GrantRef) -> Result<(), Errno> {
         self.table(dom, |table| table.end_access(gref))
     }
 
-    /// How often an entry is mapped.
+    /// The number of mappings of an entry.
     pub fn maps(&self, dom: DomId, gref: GrantRef) -> u32 {
         self.table(dom, |table| Ok(table.maps(gref))).unwrap_or(0)
     }
 
-    /// Whether a process died that had an entry mapped.
+    /// Whether a process died while it had an entry mapped.
     pub(crate) fn is_torn(&self, dom: DomId, gref: GrantRef) -> bool {
         self.table(dom, |table| Ok(table.is_torn(gref))).unwrap_or(false)
     }
 
-    /// A process died that had this mapped.
+    /// Unmaps a grant of a process that died.
     pub(crate) fn unmap_of_dead(&self, by: DomId, dom: DomId, gref: GrantRef) {
         let torn = self.table(dom, |table| {
             table.tear(gref);
@@ -407,8 +407,8 @@ impl Xen {
         }
     }
 
-    /// Closes a port of a dead process, now or later: a kernel gives back one thing after the other, and a successor
-    /// may be there before that is over.
+    /// Closes a port of a dead process, now or later: a kernel releases resources one by one, and a successor may start
+    /// before that is finished.
     pub(crate) fn close_port_of_dead(&self, id: PortId, process: Entity) {
         let late_ns = self.0.sim.decide(process, &CLOSE_LATE, id.port.0, |draw| {
             if draw.ppm(self.0.rates.close_late) { draw.magnitude(self.0.options.close_late_bits) } else { 0 }
@@ -445,7 +445,7 @@ impl Timed for LateClose {
     fn fire(self: Rc<Self>, token: u64) {
         let id = PortId::from_token(token);
         self.0.0.dying.borrow_mut().remove(&id);
-        // Does nothing to one that went with its domain.
+        // Does nothing for a port that is gone with its domain.
         self.0.close_port(id);
     }
 }

@@ -4,8 +4,8 @@
 //!     SimHost   a process of the control domain       Guest   the domain that grants and makes channels
 //! ```
 //!
-//! Each body runs in several worlds: a quiet one, then ones with late events, a slow xenstored, transactions that have
-//! to be repeated, and late turns.
+//! Each body runs in several worlds: a quiet one, then ones with late events, a slow xenstored, transactions that must
+//! be retried, and late turns.
 
 use kernel_model::{Kernel, SimHost, Storage, StorageConfig};
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -21,11 +21,11 @@ use tap_host::{DomId, Errno, GrantRef, SharedPage, Xenstore};
 use xen_model::{Channel, GrantedPage, Options, Page, Xen, XenPort};
 
 const DOM0: DomId = DomId(0);
-/// Not there.
+/// A domain that does not exist.
 const STRANGER: DomId = DomId(77);
-/// Of xenstore.
+/// In xenstore.
 const FOLDER: &str = "/conformance/folder";
-/// Beside the quiet one. Half of the faults are off in each.
+/// Worlds in addition to the quiet one. Half of the faults are off in each.
 const SEEDS: u64 = 12;
 
 fn main() -> ExitCode {
@@ -89,7 +89,7 @@ fn trial<P: 'static>(
 
 fn in_world<P>(config: &Config, test: &Test<P>, place: impl Fn(SimHost, Guest) -> P) -> Outcome {
     let sim = Sim::new(config);
-    // Both ends of a body are on the CPU that runs it.
+    // Both ends of a body run on the same CPU.
     let xen = Xen::new(&sim, Options { other_cpus: false, ..Options::default() });
     let kernel = Kernel::new(&sim, &Storage::new(&sim, StorageConfig::default()));
     let host = SimHost::start(&kernel, &xen, "conformance", 1);

@@ -2,10 +2,10 @@
 //!
 //! Follows the rules of Xen's C xenstored as far as a client can see them: permissions are inherited at creation,
 //! missing parents are created, removing takes the whole subtree, and a transaction fails with `EAGAIN` when any node
-//! that it looked at or changed was changed by somebody else since it first touched it. Creating or removing a child
-//! changes the parent (its list of children), writing a value does not.
+//! that it read or changed was changed by another party since it first touched it. Creating or removing a child changes
+//! the parent (its list of children), writing a value does not.
 //!
-//! Everything here is immediate; [`crate::XenPort`] adds time.
+//! Everything here is immediate; [`crate::XenPort`] adds delays.
 
 mod path;
 mod perms;
@@ -44,7 +44,7 @@ impl Default for Quota {
 /// What a message holds: a path, a zero and a value.
 const MESSAGE_BYTES: usize = 4096;
 
-/// Who asks: a connection of a domain.
+/// The requester: a connection of a domain.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(crate) struct Client {
     pub(crate) dom: DomId,
@@ -60,7 +60,7 @@ pub(crate) struct Store {
     quota: Quota,
 }
 
-/// Wakers of clients whose watches fired; to be woken once nothing is borrowed.
+/// Wakers of clients whose watches fired; wake them once nothing is borrowed.
 pub(crate) type Wakers = Vec<Waker>;
 
 impl Store {
@@ -210,7 +210,7 @@ impl Store {
         self.watches.fire(&[Change::special(name)])
     }
 
-    /// Ends a connection: its transactions are aborted and its watches go.
+    /// Ends a connection: its transactions are aborted and its watches removed.
     pub(crate) fn disconnect(&mut self, conn: u64) -> Wakers {
         self.transactions.retain(|_, tx| tx.client.conn != conn);
         self.watches.disconnect(conn)

@@ -2,10 +2,10 @@
 
 use tap_host::{DomId, Errno};
 
-/// Longest path in bytes, without a domain's own directory in front.
+/// Longest path in bytes, without a leading `/local/domain/N/`.
 const PATH_BYTES_MAX: usize = 2048;
 
-/// The absolute form of `path` as `dom` means it.
+/// The absolute form of `path`, as used by `dom`.
 pub(crate) fn absolute(dom: DomId, path: &str) -> Result<String, Errno> {
     let legal = |c: u8| c.is_ascii_alphanumeric() || b"-/_@".contains(&c);
     let whole = match path.as_bytes().first() {
@@ -69,7 +69,7 @@ mod tests {
         }
     }
 
-    /// As Xen 4.17's xenstored was seen to do.
+    /// Observed with the xenstored of Xen 4.17.
     #[test]
     fn a_domains_directory_does_not_count() {
         for prefix in

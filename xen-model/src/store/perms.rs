@@ -30,19 +30,19 @@ impl Access {
 pub struct Perms {
     /// The owner, whose quota the node counts against.
     pub owner: DomId,
-    /// For domains that are not named.
+    /// For domains without an entry.
     pub others: Access,
-    /// For these.
+    /// For the domains with an entry.
     pub named: Vec<(DomId, Access)>,
 }
 
 impl Perms {
-    /// Only `owner` (and the control domain) gets at it.
+    /// Only `owner` (and the control domain) has access.
     pub fn private(owner: DomId) -> Self {
         Self { owner, others: Access::None, named: Vec::new() }
     }
 
-    /// Owned by `owner`, readable by `reader`: what both ends of a device have.
+    /// Owned by `owner`, readable by `reader`, as for both ends of a device.
     pub fn readable(owner: DomId, reader: DomId) -> Self {
         Self { owner, others: Access::None, named: vec![(reader, Access::Read)] }
     }

@@ -1,4 +1,4 @@
-//! Rules one by one, then transactions against a naive model.
+//! Each rule by itself, then transactions against a naive model.
 
 use super::*;
 use proptest::prelude::*;
@@ -165,7 +165,7 @@ enum Op {
 #[derive(Clone, Debug)]
 enum Step {
     Start(usize),
-    /// Within the transaction in a slot, or without any.
+    /// Within the transaction in a slot, or outside any.
     Do(Option<usize>, Op),
     Commit(usize),
 }
@@ -238,13 +238,13 @@ fn run(store: &mut Store, tx: Option<u64>, op: &Op) -> Answer {
 struct Running {
     id: u64,
     log: Vec<(Op, Answer)>,
-    /// Nothing else happened since the start.
+    /// Nothing else has happened since its start.
     alone: bool,
 }
 
 proptest! {
-    /// A transaction that commits saw and did what it would have seen and done all at once at its end; one that does
-    /// not has no effect; and one that ran alone commits.
+    /// A committed transaction saw and did what it would have seen and done if run as a whole at its end; one that
+    /// fails to commit has no effect; and one that ran alone commits.
     #[test]
     fn transactions_are_serial(steps in prop::collection::vec(step(), 1..60)) {
         let mut store = Store::new(Quota::default());
@@ -281,7 +281,7 @@ proptest! {
                         }
                         Err(e) => {
                             prop_assert_eq!(e, Errno::EAGAIN);
-                            prop_assert!(!tx.alone, "a conflict with nobody");
+                            prop_assert!(!tx.alone, "a conflict without another party");
                         }
                     }
                 }

@@ -1,4 +1,4 @@
-//! Nodes, and the operations on them, whoever holds them: the store itself or a transaction's copy.
+//! Nodes and the operations on them, whether in the store itself or in a transaction's copy.
 
 use super::{Perms, Quota, path};
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,13 +13,14 @@ pub(crate) struct TreeNode {
     pub(crate) generation: u64,
 }
 
-/// What a watch may want to hear of.
+/// A change that may fire watches.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Change {
     pub(crate) path: String,
-    /// The node's permissions (before its removal): only who may read it hears of it. `None` for special watches.
+    /// The node's permissions (before its removal): only domains that may read it are notified. `None` for special
+    /// watches.
     pub(crate) perms: Option<Perms>,
-    /// Heard at this very path only: a node that went with its parent.
+    /// Fires only watches at this exact path: a node that was removed with its parent.
     pub(crate) exact: bool,
 }
 
@@ -32,7 +33,7 @@ impl Change {
 /// A set of nodes that operations work on.
 pub(crate) trait View {
     fn get(&mut self, path: &str) -> Option<TreeNode>;
-    /// Stores or removes a node. The view gives the generation.
+    /// Stores or removes a node. The view assigns the generation.
     fn put(&mut self, path: &str, node: Option<TreeNode>);
     fn quota(&self) -> Quota;
     /// Nodes that `dom` owns.
@@ -92,7 +93,7 @@ impl View for Tree {
     }
 }
 
-/// What a missing node means to `dom`: nothing is told to who may not read where it would be.
+/// The error of a missing node for `dom`: a domain that may not read its parent learns nothing.
 fn missing(view: &mut dyn View, dom: DomId, path: &str) -> Errno {
     let mut at = path;
     loop {
@@ -125,8 +126,7 @@ pub(crate) fn write(view: &mut dyn View, dom: DomId, path: &str, value: &[u8]) -
     Ok(vec![Change { path: path.into(), perms: Some(perms), exact: false }])
 }
 
-/// Creates `path` and the parents that are missing, and links the topmost to its parent; the node itself is left for
-/// the caller to store.
+/// Creates the missing parents of `path`, and links the topmost one to its parent; the caller stores the node itself.
 fn create(view: &mut dyn View, dom: DomId, path: &str) -> Result<TreeNode, Errno> {
     let mut chain = vec![path.to_string()];
     let mut above = path::parent(path).to_string();
@@ -144,7 +144,7 @@ fn create(view: &mut dyn View, dom: DomId, path: &str) -> Result<TreeNode, Errno
     }
     let mut perms = top.perms.clone();
     if dom != DomId(0) {
-        // A guest's nodes are its own, and count against it, wherever it was allowed to make them.
+        // A guest's nodes belong to it and count against its quota, wherever it was allowed to create them.
         perms.owner = dom;
         if view.owned(dom) + chain.len() > view.quota().nodes {
             return Err(Errno::ENOSPC);
@@ -166,7 +166,7 @@ pub(crate) fn remove(view: &mut dyn View, dom: DomId, path: &str) -> Result<Vec<
         return Err(Errno::EINVAL);
     }
     let Some(node) = view.get(path) else {
-        // Gone is what was asked for, as long as there is a place where it could have been.
+        // Removing an absent node succeeds if its parent exists.
         let why = missing(view, dom, path);
         let has_parent = view.get(path::parent(path)).is_some();
         return if why == Errno::ENOENT && has_parent { Ok(Vec::new()) } else { Err(why) };

@@ -8,7 +8,7 @@ use tap_host::{DomId, Errno};
 struct Touched {
     /// The generation at first touch; `None` when there was no such node.
     base: Option<u64>,
-    /// The transaction's own version, once it changed the node.
+    /// The transaction's own version, once it has changed the node.
     own: Option<Option<TreeNode>>,
 }
 
@@ -32,7 +32,7 @@ impl Tx {
         TxView { touched: &mut self.touched, tree }
     }
 
-    /// Makes the changes, which are given back for the watches.
+    /// Applies the changes, and returns them for the watches.
     pub(crate) fn commit(self, tree: &mut Tree) -> Result<Vec<Change>, Errno> {
         let moved = |(path, touched): (&String, &Touched)| {
             tree.peek(path).map(|node| node.generation) != touched.base
@@ -60,7 +60,8 @@ impl TxView<'_> {
 
 impl View for TxView<'_> {
     fn get(&mut self, path: &str) -> Option<TreeNode> {
-        // The store may have moved on since the first touch: what is seen then is mixed, and the end says EAGAIN.
+        // The store may have changed since the first touch: the view is then inconsistent, and the commit fails with
+        // EAGAIN.
         if let Some(own) = &self.touch(path).own {
             return own.clone();
         }

@@ -1,7 +1,7 @@
-//! Watches: each has a queue of its own that loses nothing.
+//! Watches: each has its own queue, which loses nothing.
 //!
-//! An event that is already in it is not added again, and too many different ones become one of the watched path, which
-//! stands for all: so does the client of the real host, which has to hold them somewhere.
+//! An event that is already queued is not added again, and too many different ones become a single event of the watched
+//! path, which stands for all: the real host's client does the same, because its memory is bounded.
 
 use super::tree::Change;
 use super::{Client, Wakers, path};
@@ -16,7 +16,7 @@ struct Watch {
     client: Client,
     path: String,
     queue: VecDeque<String>,
-    /// There is one event, and it stands for any that come.
+    /// There is one event, and it stands for all that come.
     merged: bool,
     waker: Option<Waker>,
 }
@@ -70,7 +70,7 @@ impl Watches {
         watch.queue.pop_front().ok_or(Errno::EAGAIN)
     }
 
-    /// Queues `changes` at every watch that is at or above them; gives the wakers of those that were empty.
+    /// Queues `changes` at every watch that is at or above them; returns the wakers of those whose queue was empty.
     pub(crate) fn fire(&mut self, changes: &[Change]) -> Wakers {
         let mut wakers = Wakers::new();
         for change in changes {
