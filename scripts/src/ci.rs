@@ -46,7 +46,7 @@ fn step(name: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
     Ok(())
 }
 
-/// With RUSTFLAGS set, worlds would run unguarded and nobody would notice.
+/// With RUSTFLAGS set, worlds would silently run unguarded.
 fn refuse_hidden_cfg() -> Result<()> {
     for name in ["RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS"] {
         if std::env::var_os(name).is_some() {
@@ -56,7 +56,7 @@ fn refuse_hidden_cfg() -> Result<()> {
     Ok(())
 }
 
-/// The tests against QEMU's and libnbd's tools report themselves ignored where these are missing; here they should run.
+/// The tests against QEMU's and libnbd's tools report themselves ignored if these are missing; here they should run.
 fn install_peers(sh: &Shell) {
     let there = |tool: &str| cmd!(sh, "which {tool}").quiet().ignore_stdout().ignore_stderr().run().is_ok();
     let packages = [("qemu-utils", ["qemu-img", "qemu-io"]), ("libnbd-bin", ["nbdinfo", "nbdcopy"])];
@@ -71,8 +71,8 @@ fn install_peers(sh: &Shell) {
     }
 }
 
-/// What ships has nothing of the simulator in it: madsim replaces functions of libc for the whole process, and a seeded
-/// bug must not be there to be switched on.
+/// Checks that what ships contains nothing of the simulator: madsim replaces functions of libc for the whole process,
+/// and there must be no seeded bug to switch on.
 fn release_programs(sh: &Shell) -> Result<()> {
     cmd!(sh, "cargo build --release --locked -p tapdisk").run()?;
     let tree = cmd!(sh, "cargo tree --locked -p tapdisk -e normal,build --prefix none").read()?;
@@ -89,7 +89,7 @@ fn release_programs(sh: &Shell) -> Result<()> {
             }
         }
         let bytes = sh.read_binary_file(format!("target/release/{program}"))?;
-        // The sentence of a seeded bug: only who can switch bugs on has a use for it.
+        // The sentence of a seeded bug: only a program that can switch bugs on contains it.
         let sentence = b"is kept in memory and not written";
         if bytes.windows(sentence.len()).any(|window| window == sentence) {
             return Err(format!("{program} has seeded bugs in it").into());
@@ -98,8 +98,8 @@ fn release_programs(sh: &Shell) -> Result<()> {
     Ok(())
 }
 
-/// A guest of a real Xen host, under emulation, on a qcow image. Where such a machine cannot be had (no packages, too
-/// little memory) that is said, and is no failure of the change.
+/// A guest of a real Xen host, under emulation, on a qcow image. If such a machine cannot be started (no packages, too
+/// little memory) this is reported, but does not fail the check.
 fn real_guest() -> Result<()> {
     let args = ["xtask", "xen-host", "test", "guest-qcow", "--programs", "target/release"];
     let status = Command::new("cargo").args(args).status()?;
@@ -115,7 +115,7 @@ const SIMULATOR: [&str; 5] = ["madsim", "sim ", "kernel-model", "xen-model", "sc
 /// Functions of libc that the guard replaces.
 const REPLACED: [&str; 5] = ["clock_gettime", "gettimeofday", "getrandom", "getentropy", "pthread_attr_init"];
 
-/// New seeds with every commit, the same for everybody who runs that commit.
+/// New seeds with every commit, the same on every machine for that commit.
 fn sweep(sh: &Shell) -> Result<()> {
     let commit = cmd!(sh, "git rev-parse HEAD").read()?;
     let first = (u64::from_str_radix(&commit[..8], 16)? * SEEDS_MAX).to_string();

@@ -1,6 +1,6 @@
 //! House scripts, as one program: `cargo xtask TASK`.
 //!
-//! It depends on no other crate of the workspace, so that it builds in seconds and works while they do not.
+//! It depends on no other crate of the workspace, so that it builds in seconds and works when they do not build.
 
 mod bench;
 mod ci;
@@ -36,14 +36,14 @@ fn main() -> ExitCode {
         "bench" => bench::run(&args[1..]),
         "mutants" => mutants::run(&args[1..]),
         "tidy" => tidy::run(&args[1..]),
-        // Its exit status is the one of what ran inside.
+        // Its exit status is that of the script that ran inside.
         "xen-host" => return xen_host::main(&args[1..]),
         "help" | "--help" | "-h" => {
             print!("{HELP}");
             Ok(())
         }
         other => {
-            eprintln!("xtask: unknown task {other:?}: `cargo xtask help` shows those there are");
+            eprintln!("xtask: unknown task {other:?}: `cargo xtask help` lists the tasks");
             return ExitCode::from(2);
         }
     };

@@ -1,4 +1,5 @@
-//! Who may know whom (see ARCHITECTURE.md): read from cargo's own account of normal and build dependencies.
+//! Which crate may depend on which (see ARCHITECTURE.md), checked against normal and build dependencies from cargo
+//! metadata.
 
 use serde_json::Value;
 use std::collections::BTreeMap;

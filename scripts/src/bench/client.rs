@@ -1,7 +1,7 @@
-//! A load client: one NBD connection, a fixed number of requests in flight, everything that can go out together does.
+//! A load client: one NBD connection, a fixed number of requests in flight, sent in batches where possible.
 //!
-//! It is as cheap as it can be, so that the server is what is measured, and knows only as much of the protocol as it
-//! needs: fixed newstyle negotiation with `GO`, simple and structured replies.
+//! It is as cheap as possible, so that the server is what is measured, and implements only what it needs of the
+//! protocol: fixed newstyle negotiation with `GO`, simple and structured replies.
 
 use super::Result;
 use std::io::{ErrorKind, Read, Write};
@@ -29,7 +29,7 @@ pub(super) enum Kind {
 pub(super) enum Order {
     /// Anywhere, a fixed pseudo-random sequence.
     Random,
-    /// Every piece once, in an order that jumps about.
+    /// Every piece once, in an order without locality.
     Scattered,
     /// One after the other.
     Sequential,
@@ -45,7 +45,7 @@ pub(super) struct Load {
     pub(super) requests: u64,
 }
 
-/// What a load took, as the client saw it.
+/// The duration and median latency of a load, as seen by the client.
 pub(super) struct Seen {
     pub(super) requests: u64,
     pub(super) elapsed: Duration,
@@ -61,7 +61,7 @@ pub(super) struct Client {
 }
 
 impl Client {
-    /// Connects, as soon as the server is there, and chooses the default export.
+    /// Connects, as soon as the server listens, and chooses the default export.
     pub(super) fn connect(socket: &Path, patience: Duration) -> Result<Self> {
         let start = Instant::now();
         let stream = loop {
@@ -155,7 +155,7 @@ impl Client {
         Ok(Seen { requests: done, elapsed, p50 })
     }
 
-    /// Receives what there is, and gives the slots of the replies that are whole.
+    /// Receives what has arrived, and returns the slots of the complete replies.
     fn replies(&mut self, plan: &mut Plan) -> Result<Vec<usize>> {
         let mut slots = Vec::new();
         while slots.is_empty() {
@@ -183,11 +183,11 @@ struct Plan {
     load: Load,
     pieces: u64,
     next: u64,
-    /// A multiplier without a common factor with `pieces`.
+    /// A multiplier coprime to `pieces`.
     stride: u64,
     random: u64,
     payload: Vec<u8>,
-    /// By slot: the request in flight is a read.
+    /// Whether the request in flight is a read, by slot.
     reads: Vec<bool>,
     flush_due: Vec<bool>,
 }
@@ -248,7 +248,7 @@ impl Plan {
         true
     }
 
-    /// The first reply in `bytes`: its slot if it ends a request, and its length. `None` if it is not whole yet.
+    /// The first reply in `bytes`: its slot if it ends a request, and its length. `None` if it is not complete yet.
     fn parse(&self, bytes: &[u8]) -> Result<Option<(Option<usize>, usize)>> {
         let word = |at: usize| u32::from_be_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
         if bytes.len() < 16 {

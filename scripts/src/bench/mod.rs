@@ -5,9 +5,8 @@
 //!                         CPU of the server process / requests, from first request to last reply
 //! ```
 //!
-//! What counts is the server's CPU per request and its system calls per request: wall-clock figures of a shared machine
-//! scatter by a factor of two, these stay. Comparisons are made round by round, and their median is printed with its
-//! range.
+//! What counts is the server's CPU and system calls per request: wall-clock figures of a shared machine vary by a
+//! factor of two, these are stable. Comparisons are made round by round, and their median is printed with its range.
 
 mod client;
 mod report;
@@ -154,7 +153,7 @@ fn nbd(options: Options) -> Result<()> {
     std::fs::create_dir_all(&place)?;
     let bench = Bench { sh, options, servers, programs, place };
     let report = bench.all();
-    // Images are large: they go whatever happened.
+    // Images are large: they are removed whatever happened.
     std::fs::remove_dir_all(&bench.place)?;
     let report = report?;
     report.print();
@@ -208,7 +207,7 @@ impl Bench {
         let mut rows: Vec<Row> =
             self.servers.iter().map(|s| Row::new(format, workload.name, &s.name)).collect();
         for round in 0..=self.options.rounds {
-            // The last one only counts calls: counting costs time.
+            // The last round only counts calls, because counting costs time.
             let counting = round == self.options.rounds;
             let mut turn: Vec<usize> = (0..self.servers.len()).collect();
             if round % 2 == 1 {
@@ -248,7 +247,7 @@ impl Bench {
         if load.order == Order::Scattered {
             load.requests = load.requests.min(pieces);
         } else {
-            // Caches are warm, threads are there.
+            // Warms up caches and threads.
             client.run(&Load { requests: load.requests / 20 + load.depth as u64, ..load })?;
         }
         let calls = if counting { running.count_calls() } else { None };

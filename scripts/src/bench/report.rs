@@ -5,7 +5,7 @@ use std::time::Duration;
 
 /// One run of one server.
 pub(super) struct Measured {
-    /// System calls were counted, which makes the times worthless.
+    /// System calls were counted, which invalidates the times.
     pub(super) counting: bool,
     pub(super) requests: u64,
     pub(super) cpu: Duration,
@@ -51,14 +51,14 @@ impl Row {
     }
 }
 
-/// All rows; the first server of each workload is what the others are compared with.
+/// All rows; the first server of each workload is the reference for the others.
 #[derive(Default)]
 pub(super) struct Report {
     pub(super) rows: Vec<Row>,
 }
 
 impl Report {
-    /// CPU of the first server against that of `row`, round by round.
+    /// Ratio of the first server's CPU to that of `row`, round by round.
     fn ratios(&self, row: &Row) -> Vec<f64> {
         let same = |r: &&Row| r.format == row.format && r.workload == row.workload;
         let first = self.rows.iter().find(same);

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// A server to measure: a command line in which `{socket}`, `{image}` and `{format}` stand for what they say.
+/// A server to measure: a command line with the placeholders `{socket}`, `{image}` and `{format}`.
 #[derive(Clone, Debug)]
 pub(super) struct ServerSpec {
     pub(super) name: String,
@@ -20,7 +20,7 @@ impl ServerSpec {
 
     /// Starts it with a socket and an image.
     pub(super) fn start(&self, socket: &Path, image: &Path, format: &str) -> Result<Running> {
-        // A socket of an earlier run would be connected to.
+        // Otherwise the client would connect to the socket of an earlier run.
         let _ = fs::remove_file(socket);
         let fill = |part: &String| {
             part.replace("{socket}", &socket.display().to_string())
@@ -36,7 +36,7 @@ impl ServerSpec {
     }
 }
 
-/// A server that runs; killed when dropped.
+/// A running server; killed when dropped.
 pub(super) struct Running {
     child: Child,
     socket: PathBuf,
@@ -57,7 +57,7 @@ impl Running {
         Ok(Duration::from_nanos(ns))
     }
 
-    /// Counts system calls from now on, where `perf` can.
+    /// Counts system calls from now on, if `perf` can.
     pub(super) fn count_calls(&self) -> Option<CallCounter> {
         CallCounter::start(self.pid())
     }
@@ -65,7 +65,7 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // Asked first: servers remove their socket then. One that does not listen is killed.
+        // SIGTERM first, so that the server removes its socket. One that does not react is killed.
         let _ = Command::new("kill").arg(self.pid().to_string()).status();
         let start = Instant::now();
         while matches!(self.child.try_wait(), Ok(None)) {
@@ -90,12 +90,12 @@ impl CallCounter {
         let mut perf = Command::new("perf");
         perf.args(["stat", "-x", ",", "-e", "raw_syscalls:sys_enter", "-p", &pid.to_string(), "-o"]);
         let perf = perf.arg(&output).stdout(Stdio::null()).stderr(Stdio::null()).spawn().ok()?;
-        // It says nowhere when it has attached.
+        // It does not report when it has attached.
         std::thread::sleep(Duration::from_millis(300));
         Some(Self { perf, output })
     }
 
-    /// How many there were; `None` where this machine cannot count them.
+    /// How many there were; `None` if this machine cannot count them.
     pub(super) fn stop(mut self) -> Option<u64> {
         Command::new("kill").args(["-INT", &self.perf.id().to_string()]).status().ok()?;
         self.perf.wait().ok()?;

@@ -1,4 +1,4 @@
-//! Mutants that are set aside: what they change cannot be seen, and why.
+//! Mutants that are set aside because their change cannot be seen, with the proofs.
 
 use super::sample::Mutant;
 use serde::Deserialize;
@@ -9,7 +9,7 @@ pub(crate) const FILE: &str = "scripts/mutants-equivalent.toml";
 /// Shortest text that can be a proof, in bytes.
 const PROOF_LEAST: usize = 40;
 
-/// One that is set aside.
+/// A mutant that is set aside.
 #[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Equivalent {
@@ -17,9 +17,9 @@ pub(crate) struct Equivalent {
     pub file: String,
     /// The kind of slip.
     pub operator: String,
-    /// The source line where it begins, without the space around it.
+    /// The source line where it begins, without surrounding whitespace.
     pub line: String,
-    /// What the code says with it; absent where all of that kind on that line are meant.
+    /// The code with the slip; absent if all of that kind on that line are meant.
     pub becomes: Option<String>,
     /// Why nothing can notice.
     pub proof: String,
@@ -42,7 +42,7 @@ impl Equivalent {
     }
 }
 
-/// Those of the tree at `top`.
+/// The equivalents of the tree at `top`.
 ///
 /// # Errors
 /// What is wrong with the list.

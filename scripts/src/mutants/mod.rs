@@ -11,7 +11,7 @@
 //!                     those that no sweep noticed: the tests that reach them
 //! ```
 //!
-//! A mutant that is not reached cannot change anything, so leaving those runs out loses nothing.
+//! A mutant that is not reached cannot change anything, so leaving out those runs loses nothing.
 
 mod equivalents;
 mod operators;
@@ -51,7 +51,7 @@ Options:
   --json FILE     writes the result as JSON, too
 ";
 
-/// What was asked for.
+/// The options of the command line.
 struct Options {
     sample: usize,
     seed: Option<u64>,
@@ -115,7 +115,7 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
     let places = all.len();
     let stale = equivalents.iter().filter(|e| options.only == "drivers/" && !all.iter().any(|m| e.is(m)));
     let stale: Vec<String> = stale.map(|e| format!("{} in {}: {}", e.operator, e.file, e.line)).collect();
-    // Some will not compile; those that are too many are not tried.
+    // Some will not compile; the surplus is not tried.
     let more = if options.list { options.sample } else { options.sample + options.sample / 2 + 10 };
     let chosen = sample::sample(all, more, seed);
     if options.list {
@@ -129,7 +129,7 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
     let (mut kept, gone) = scratch.keep_what_compiles(chosen, |round, dropped| {
         eprintln!("  round {round}: {dropped} mutants do not compile");
     })?;
-    // Those that were dropped to get at the sample, in its order.
+    // The mutants that were dropped to reach the sample, in its order.
     kept.truncate(options.sample);
     let last = kept.last().map_or(0, |m| m.number);
     let dropped = gone.iter().filter(|m| m.number <= last).count();
@@ -150,7 +150,7 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// A mark that was reached and is no more: a sweep of all scenarios fails then.
+/// A mark that was reached before and is not any more: a sweep of all scenarios would fail.
 fn missed_mark<'a>(
     before: impl Iterator<Item = &'a Marks>,
     now: impl Iterator<Item = &'a Marks>,
@@ -159,16 +159,16 @@ fn missed_mark<'a>(
     before.flatten().find(|(mark, n)| **n > 0 && !reached.contains(mark)).map(|(mark, _)| mark.clone())
 }
 
-/// What is tried on every mutant.
+/// Everything needed to try a mutant.
 struct Trials<'a> {
     options: &'a Options,
     scratch: &'a Scratch,
     tapsim: PathBuf,
-    /// Of each scenario without a mutant.
+    /// For each scenario, its results without a mutant.
     scenarios: BTreeMap<String, Baseline>,
 }
 
-/// What a scenario does without a mutant.
+/// The results of a scenario without a mutant.
 struct Baseline {
     /// The mutants that it reaches.
     reached: BTreeSet<u32>,
@@ -232,7 +232,7 @@ impl<'a> Trials<'a> {
         Ok(fates)
     }
 
-    /// `work` on each mutant, so many at a time as were asked for.
+    /// Runs `work` on each mutant, with the requested number of jobs.
     fn each<T: Send>(
         &self,
         what: &str,
@@ -343,12 +343,12 @@ impl<'a> Trials<'a> {
     }
 }
 
-/// Between two lines of progress where there is no terminal.
+/// The interval between lines of progress without a terminal.
 const SAY_EVERY: Duration = Duration::from_secs(10);
 /// Width of the bar in characters.
 const WIDTH: usize = 40;
 
-/// Progress: a bar on a terminal, a line now and then elsewhere.
+/// Progress: a bar on a terminal, otherwise an occasional line.
 struct Bar<'a> {
     what: &'a str,
     total: usize,

@@ -1,4 +1,4 @@
-//! The slips: what engineers do to code without wanting to, found as places in a syntax tree.
+//! The slips: mistakes that engineers make by accident, found as places in a syntax tree.
 
 mod felt;
 
@@ -9,20 +9,20 @@ use syn::spanned::Spanned;
 use syn::visit::{self, Visit};
 use syn::{BinOp, Block, Expr, ExprMatch, Pat, ReturnType, Signature, Stmt};
 
-/// A slip that could be made at one place.
+/// A possible slip at one place.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Slip {
     /// Its kind.
     pub operator: &'static str,
     /// The edit that makes it.
     pub edit: Edit,
-    /// What the code says, on one line.
+    /// The original code, on one line.
     pub was: String,
-    /// What it says with the slip.
+    /// The code with the slip.
     pub becomes: String,
 }
 
-/// Functions that only speak to people.
+/// Functions that only produce output for people.
 const TALK: [&str; 14] = [
     "fmt",
     "describe",
@@ -39,7 +39,7 @@ const TALK: [&str; 14] = [
     "print",
     "words",
 ];
-/// Calls that only speak to people, or to the testbed.
+/// Calls that only produce output for people, or for the testbed.
 const SAID: [&str; 8] =
     [".log(", ".mark(", ".work(", "bug(Bug::", "print!", "println!", ".stats", "thread::panicking()"];
 /// Longest code that a report shows, in characters.
@@ -56,7 +56,7 @@ pub(crate) fn slips(source: &str) -> Result<Vec<Slip>, String> {
     Ok(finder.slips)
 }
 
-/// What a function gives back, as far as a slip has to know.
+/// What a function returns, as far as slips depend on it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Gives {
     Nothing,
@@ -69,7 +69,7 @@ enum Gives {
 struct Finder<'a> {
     source: &'a str,
     slips: Vec<Slip>,
-    /// Of the functions around, and `Other` for closures and async blocks.
+    /// Return kinds of the enclosing functions, and `Other` for closures and async blocks.
     gives: Vec<Gives>,
     /// Where the last expression of each of these functions begins, if it has one.
     ends: Vec<usize>,
@@ -122,7 +122,7 @@ impl Finder<'_> {
         self.slips.push(Slip { operator, edit: Edit { span, pieces }, was, becomes });
     }
 
-    /// A place in an expression that says `becomes` instead.
+    /// Replaces an expression by `mutated`.
     fn expression(&mut self, operator: &'static str, span: Range<usize>, mutated: Vec<Piece>) {
         let becomes: String = mutated
             .iter()
@@ -188,11 +188,11 @@ impl Finder<'_> {
         }
     }
 
-    /// A statement that is not executed.
+    /// Skips a statement.
     fn lost(&mut self, expr: &Expr, span: Range<usize>) {
         let code = &self.source[span.clone()];
         let has = |words: &[&str]| words.iter().any(|word| code.contains(word));
-        // The kind goes by the words: what is synchronised, woken or released is lost most easily.
+        // The kind is chosen by words in the code: what is synchronised, woken or released is most easily forgotten.
         let operator = match expr {
             Expr::Assign(_) | Expr::Binary(_) => "assignment lost",
             _ if has(&["wake", "notify", ".signal"]) => "wake lost",
@@ -271,7 +271,7 @@ impl Finder<'_> {
         }
     }
 
-    /// `return Err(..)` where success has no value.
+    /// `return Err(..)` in a function whose success has no value.
     fn error_returned(&mut self, back: &syn::ExprReturn, whole: Range<usize>) {
         let fails = back.expr.as_ref().is_some_and(|e| self.source[range(e.span())].starts_with("Err("));
         if fails && self.gives.last() == Some(&Gives::Done) {
@@ -280,7 +280,7 @@ impl Finder<'_> {
         }
     }
 
-    /// Arms of a match whose value nobody uses.
+    /// Arms of a match whose value is not used.
     fn arms(&mut self, all: &ExprMatch) {
         for arm in &all.arms {
             let body = range(arm.body.span());
@@ -300,7 +300,7 @@ impl Finder<'_> {
         }
     }
 
-    /// `let _turn = ..`: what is held until the end of the block.
+    /// `let _turn = ..`: a value held until the end of the block.
     fn guard(&mut self, local: &syn::Local) {
         let (Pat::Ident(name), Some(init)) = (&local.pat, &local.init) else { return };
         if !name.ident.to_string().starts_with('_') || init.diverge.is_some() {
@@ -310,7 +310,7 @@ impl Finder<'_> {
         let value = || Piece::Source(span.clone());
         let without =
             vec![text("(if "), Piece::Selected, text(" { None } else { Some("), value(), text(") })")];
-        // A variable that is there already lives on, whether it is given another name or not.
+        // An existing variable lives on, whether it gets another name or not.
         if !matches!(&*init.expr, Expr::Path(_)) {
             self.slip("guard lost", span.clone(), without, "left out".into());
         }
@@ -333,7 +333,7 @@ impl Finder<'_> {
             Some(Gives::Bool) => (" { return false; } ", "return false; before it"),
             _ => return,
         };
-        // Before a return, or the end of a function that gives back the same, it would be the same.
+        // Before a return, or at the end of a function, of the same value, it would change nothing.
         let ends = |value: &str| self.ends.last() == Some(&at) && self.source[at..].starts_with(value);
         if self.source[at..].starts_with("return") || ends("false") || ends("Ok(())") {
             return;
@@ -365,7 +365,7 @@ impl Finder<'_> {
         }
     }
 
-    /// What was read after an action is read before it.
+    /// A value read after an action is read before it instead.
     fn stale(&mut self, action: Range<usize>, read: Range<usize>, local: &syn::Local) {
         let Some(init) = &local.init else { return };
         let value = range(init.expr.span());
@@ -434,7 +434,7 @@ impl Finder<'_> {
     }
 }
 
-/// A statement without a name of its own that goes on to the next one.
+/// A statement that binds no name and continues to the next one.
 fn is_action(statement: &Stmt) -> bool {
     let Stmt::Expr(expr, Some(_)) = statement else { return false };
     matches!(
@@ -487,7 +487,7 @@ impl<'ast> Visit<'ast> for Finder<'_> {
             self.function(&i.sig, &i.block, |s| visit::visit_impl_item_fn(s, i));
         }
     }
-    // Not executed, or executed by the compiler.
+    // Not executed, or executed at compile time.
     fn visit_item_const(&mut self, _: &'ast syn::ItemConst) {}
     fn visit_item_static(&mut self, _: &'ast syn::ItemStatic) {}
     fn visit_impl_item_const(&mut self, _: &'ast syn::ImplItemConst) {}
@@ -515,12 +515,12 @@ impl<'ast> Visit<'ast> for Finder<'_> {
         visit::visit_block(self, i);
     }
     fn visit_expr_if(&mut self, i: &'ast syn::ExprIf) {
-        // What is only said, nobody feels.
+        // A slip in output alone has no effect.
         let then = &i.then_branch.stmts;
         if i.else_branch.is_none() && then.iter().all(|s| self.is_said(range(s.span()))) {
             return;
         }
-        // Nor what runs with a seeded bug only.
+        // Nor has one in code that runs only with a seeded bug.
         if felt::takes_bug(&i.cond) {
             self.visit_expr(&i.cond);
             if let Some((_, otherwise)) = &i.else_branch {

@@ -1,14 +1,14 @@
 //! Mutants as edits of a source text, and the text with a set of them in it.
 //!
-//! An edit replaces a range by pieces; a piece may be a range of the original again, in which further edits are
-//! applied. So edits nest, and a mutant inside a statement that another mutant duplicates is in both copies.
+//! An edit replaces a range by pieces; a piece may be a range of the original, in which further edits are applied. So
+//! edits nest, and a mutant inside a statement that another mutant duplicates is in both copies.
 
 use std::ops::Range;
 
-/// Part of what an edit puts in.
+/// A part of an edit's replacement.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) enum Piece {
-    /// Text as it is.
+    /// Literal text.
     Text(String),
     /// The expression that is true when this mutant is selected.
     Selected,
@@ -21,11 +21,11 @@ pub(crate) enum Piece {
 pub(crate) struct Edit {
     /// What is replaced; may be empty.
     pub span: Range<usize>,
-    /// By what.
+    /// The replacement.
     pub pieces: Vec<Piece>,
 }
 
-/// Whether two edits can be in one text: one lies in the other, or they are apart.
+/// Whether two edits can be in one text: one lies inside the other, or they are disjoint.
 pub(crate) fn compatible(a: &Range<usize>, b: &Range<usize>) -> bool {
     let within = |x: &Range<usize>, y: &Range<usize>| y.start <= x.start && x.end <= y.end;
     a.end <= b.start || b.end <= a.start || within(a, b) || within(b, a)
@@ -36,12 +36,12 @@ pub(crate) fn compatible(a: &Range<usize>, b: &Range<usize>) -> bool {
 pub(crate) struct Rendered {
     /// The text.
     pub text: String,
-    /// Where in it mutant numbers have an effect, in the order of their beginning.
+    /// The ranges of the text in which mutants have an effect, ordered by start.
     pub places: Vec<(Range<usize>, u32)>,
 }
 
 impl Rendered {
-    /// The innermost mutant whose text has the byte `at`.
+    /// The innermost mutant whose text contains the byte `at`.
     pub(crate) fn innermost(&self, at: usize) -> Option<u32> {
         let around = self.places.iter().filter(|(place, _)| place.contains(&at));
         around.min_by_key(|(place, _)| place.len()).map(|(_, number)| *number)
@@ -51,7 +51,7 @@ impl Rendered {
 /// Puts `edits`, each with its mutant's number, into `source`. All must be [`compatible`].
 pub(crate) fn render(source: &str, edits: &[(u32, Edit)]) -> Rendered {
     let mut order: Vec<&(u32, Edit)> = edits.iter().collect();
-    // The outer one first; an insertion belongs into what begins where it stands.
+    // The outer one first; an insertion belongs to a range that begins at its position.
     order.sort_by_key(|(number, edit)| (edit.span.start, std::cmp::Reverse(edit.span.end), *number));
     let mut out = Rendered::default();
     write(source, 0..source.len(), &order, &mut out);
@@ -62,7 +62,7 @@ pub(crate) fn render(source: &str, edits: &[(u32, Edit)]) -> Rendered {
 fn write(source: &str, range: Range<usize>, edits: &[&(u32, Edit)], out: &mut Rendered) {
     let mut at = range.start;
     for (i, (number, edit)) in edits.iter().enumerate() {
-        // What is inserted at the end stands before what follows.
+        // An insertion at the end of a range belongs before what follows.
         let follows = edit.span.is_empty() && edit.span.start == range.end;
         if edit.span.start < at || edit.span.end > range.end || follows {
             continue;

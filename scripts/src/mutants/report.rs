@@ -1,4 +1,4 @@
-//! What came of the mutants: a table, the survivors, JSON.
+//! The results of the mutants: a table, the survivors, JSON.
 
 use super::sample::Mutant;
 use super::trial::Finding;
@@ -6,16 +6,16 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-/// What became of a mutant.
+/// The fate of a mutant.
 #[derive(Clone, Debug)]
 pub(crate) enum Fate {
     /// A sweep noticed it.
     Sweep(Finding),
-    /// A test did: executable and test.
+    /// A test noticed it: executable and test.
     Test(String, String),
-    /// Nothing did. Whether a sweep, and whether a test, at least reached it.
+    /// Nothing noticed it. Whether a sweep, and whether a test, at least reached it.
     Survived { swept: bool, tested: bool },
-    /// It is known to change nothing; the proof.
+    /// It is known to change nothing, with the proof.
     Equivalent(String),
 }
 
@@ -28,9 +28,9 @@ pub(crate) struct Report {
     pub places: usize,
     /// Mutants that do not compile.
     pub dropped: usize,
-    /// Entries of the list of equivalents that no place of the code fits any more.
+    /// Entries of the list of equivalents that match no place in the code any more.
     pub stale: Vec<String>,
-    /// Every mutant that was tried, and what became of it.
+    /// Every mutant that was tried, with its fate.
     pub fates: Vec<(Mutant, Fate)>,
     /// Whether tests were run.
     pub with_tests: bool,
@@ -53,7 +53,7 @@ impl Sums {
             Fate::Equivalent(_) => self.equivalent += 1,
         }
     }
-    /// Per hundred of those that are not set aside.
+    /// Percentage of the mutants that are not set aside.
     fn percent(&self, n: usize) -> f64 {
         let all = self.sweep + self.test + self.survived;
         if all == 0 { 100.0 } else { n as f64 * 100.0 / all as f64 }
@@ -137,7 +137,7 @@ impl Report {
         out
     }
 
-    /// Those that nothing noticed, with what they change.
+    /// The mutants that nothing noticed, with what they change.
     pub(crate) fn survivors(&self) -> String {
         let mut out = String::from("Survived:\n");
         for (mutant, fate) in &self.fates {

@@ -1,4 +1,4 @@
-//! Which mutants are made: a sample over all kinds of slips, the same for everybody who has the same code.
+//! Which mutants are made: a sample over all kinds of slips, the same on every machine for the same code.
 
 use super::operators::{Slip, slips};
 use super::render::compatible;
@@ -10,7 +10,7 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 /// Crates of the stack that have mutants.
 const CRATES: [&str; 6] = ["core", "images", "nbd", "programs", "ring", "xenbus"];
-/// Files that test, or only speak to people.
+/// Files of tests, or that only produce output for people.
 const LEFT_OUT: [&str; 9] = [
     "/tests/",
     "/tests.rs",
@@ -32,9 +32,9 @@ pub(crate) struct Mutant {
     pub file: String,
     /// Line of the file, from 1.
     pub line: usize,
-    /// That line, without the space around it.
+    /// That line, without surrounding whitespace.
     pub source_line: String,
-    /// What is done there.
+    /// The slip there.
     pub slip: Slip,
 }
 
@@ -45,7 +45,7 @@ impl Mutant {
     }
 }
 
-/// A number that tells texts apart, the same on every machine.
+/// A hash of a text, the same on every machine.
 pub(crate) fn hash(seed: u64, text: &str) -> u64 {
     let mut h = seed ^ 0xcbf2_9ce4_8422_2325;
     for byte in text.bytes() {
@@ -83,7 +83,7 @@ pub(crate) fn all(sh: &Shell, top: &Path, only: &str) -> Result<Vec<Mutant>> {
     Ok(found)
 }
 
-/// Up to `count` of `all`, from every kind of slip in turn, so that rare kinds are there as well; numbered from 1.
+/// Up to `count` of `all`, from every kind of slip in turn, so that rare kinds are included; numbered from 1.
 pub(crate) fn sample(all: Vec<Mutant>, count: usize, seed: u64) -> Vec<Mutant> {
     let mut kinds: BTreeMap<&'static str, Vec<(u64, Mutant)>> = BTreeMap::new();
     for mutant in all {
@@ -97,7 +97,7 @@ pub(crate) fn sample(all: Vec<Mutant>, count: usize, seed: u64) -> Vec<Mutant> {
     let mut chosen: Vec<Mutant> = Vec::new();
     while chosen.len() < count && kinds.values().any(|kind| !kind.is_empty()) {
         for kind in kinds.values_mut() {
-            // Two edits that cross cannot be in one binary.
+            // Two overlapping edits cannot be in one binary.
             while let Some((_, mutant)) = kind.pop() {
                 let span = &mutant.slip.edit.span;
                 let apart =

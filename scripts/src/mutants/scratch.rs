@@ -1,4 +1,4 @@
-//! The scratch copy: the tree with all mutants of a sample in it, and what of them the compiler takes.
+//! The scratch copy: the tree with those mutants of a sample that compile.
 
 use super::render::{Edit, Rendered, render};
 use super::sample::Mutant;
@@ -12,14 +12,14 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 /// The copy's folder, from the top of the tree.
 const FOLDER: &str = "target/mutants";
-/// The crate that all crates with mutants know.
+/// The crate that all crates with mutants depend on.
 const HOST_LIB: &str = "drivers/host/src/lib.rs";
 /// Its module that says which mutant is selected, in the copy only.
 const SELECTOR_FILE: &str = "drivers/host/src/mutant.rs";
-/// Rounds of compiling and dropping; each finds what the compiler complains of in one phase.
+/// Rounds of compiling and dropping; each finds the errors of one compiler phase.
 const ROUNDS: usize = 60;
 
-/// What the copy's `tap-host` has on top: which mutant is selected, and which were reached.
+/// What is added to the copy's `tap-host`: which mutant is selected, and which were reached.
 const SELECTOR: &str = r#"//! Which mutant is selected.
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -54,7 +54,7 @@ pub(crate) struct Scratch {
 }
 
 impl Scratch {
-    /// Copies the tree at `top`: everything that is tracked or could be.
+    /// Copies the tree at `top`: everything tracked, or untracked and not ignored.
     pub(crate) fn new(sh: &Shell, top: &Path) -> Result<Self> {
         let (tree, target) = (top.join(FOLDER).join("tree"), top.join(FOLDER).join("target"));
         std::fs::create_dir_all(&tree)?;
@@ -86,7 +86,7 @@ impl Scratch {
             .current_dir(&self.tree)
             .env("CARGO_TARGET_DIR", &self.target)
             .stderr(std::process::Stdio::null());
-        // Built once and run for minutes: what matters is how soon it is there.
+        // Built once and run for minutes: the build time matters most.
         for (name, value) in
             [("LTO", "off"), ("CODEGEN_UNITS", "64"), ("DEBUG", "0"), ("INCREMENTAL", "true")]
         {
@@ -95,7 +95,7 @@ impl Scratch {
         cargo
     }
 
-    /// Writes `mutants` into the copy and takes those out again that do not compile: what is left, and what not.
+    /// Writes `mutants` into the copy and removes those that do not compile; returns those that remain, and the others.
     pub(crate) fn keep_what_compiles(
         &self,
         mutants: Vec<Mutant>,
@@ -130,7 +130,7 @@ impl Scratch {
         Err(format!("the copy does not compile after {ROUNDS} rounds").into())
     }
 
-    /// Runs cargo; gives the compiler's errors.
+    /// Runs cargo; returns the compiler's errors.
     fn errors(&self, args: &[&str]) -> Result<Vec<Value>> {
         let output = self.cargo(args).output()?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -195,8 +195,8 @@ pub(crate) struct Executable {
     pub folder: PathBuf,
 }
 
-/// Which mutants an error of the compiler is about: those around its main place, else around any other, else the one
-/// nearest to it.
+/// Which mutants a compiler error is about: those around its primary location, otherwise around any other, otherwise
+/// the nearest one.
 fn blamed(error: &Value, written: &BTreeMap<String, Rendered>) -> Vec<u32> {
     let spans = error["spans"].as_array().cloned().unwrap_or_default();
     let children = error["children"].as_array().cloned().unwrap_or_default();
@@ -223,7 +223,7 @@ fn blamed(error: &Value, written: &BTreeMap<String, Rendered>) -> Vec<u32> {
     main.iter().filter_map(nearest).collect()
 }
 
-/// Writes a file unless it is that already: cargo goes by the time of files.
+/// Writes a file unless its content is unchanged: cargo goes by modification times.
 fn write_changed(path: &Path, bytes: &[u8]) -> Result<()> {
     if std::fs::read(path).is_ok_and(|old| old == bytes) {
         return Ok(());
@@ -234,7 +234,7 @@ fn write_changed(path: &Path, bytes: &[u8]) -> Result<()> {
     std::fs::write(path, bytes).map_err(|e| format!("failed to write {}: {e}", path.display()).into())
 }
 
-/// Removes what an earlier copy had and the tree has not.
+/// Removes files of an earlier copy that are not in the tree.
 fn remove_others(top: &Path, folder: &Path, files: &BTreeSet<&str>) -> Result<()> {
     for entry in std::fs::read_dir(folder)? {
         let entry = entry?;

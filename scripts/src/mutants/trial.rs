@@ -11,11 +11,11 @@ use std::time::{Duration, Instant};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
-/// Memory of a trial, in KiB of address space: a mutant may ask for all there is.
+/// Memory of a trial, in KiB of address space: a mutant may allocate without limit.
 const MEMORY_KIB: u64 = 6 << 20;
 /// Ticks per second in `/proc/PID/stat`.
 const TICKS: u64 = 100;
-/// Between two looks at a trial.
+/// The interval between two checks of a trial.
 const LOOK: Duration = Duration::from_millis(10);
 
 /// How a trial ended.
@@ -29,17 +29,17 @@ pub(crate) enum End {
     TooLong,
 }
 
-/// Most that a trial may take.
+/// The limits of a trial.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limit {
     /// Processor time.
     pub cpu: Duration,
-    /// Time, also where nothing runs.
+    /// Wall-clock time.
     pub wall: Duration,
 }
 
 impl Limit {
-    /// For what usually takes `usual`: more than a slow moment of the machine, less than for ever.
+    /// For a trial that usually takes `usual`: enough for a slow machine, but finite.
     pub(crate) fn after(usual: Usage) -> Self {
         Self { cpu: usual.cpu * 4 + Duration::from_secs(10), wall: usual.wall * 10 + Duration::from_secs(60) }
     }
@@ -47,7 +47,7 @@ impl Limit {
     pub(crate) const FIRST: Self = Self { cpu: Duration::from_secs(1800), wall: Duration::from_secs(3600) };
 }
 
-/// What a trial took.
+/// The time that a trial took.
 #[derive(Clone, Copy, Default, Debug)]
 pub(crate) struct Usage {
     /// Processor time.
@@ -56,7 +56,7 @@ pub(crate) struct Usage {
     pub wall: Duration,
 }
 
-/// Which mutant is selected, and where those that are reached are written down.
+/// Which mutant is selected, and where reached mutants are recorded.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Selection {
     /// Number of the mutant; 0 is none.
@@ -65,7 +65,7 @@ pub(crate) struct Selection {
     pub reached: Option<PathBuf>,
 }
 
-/// Runs `program` to its end; what it says goes to the file `output`.
+/// Runs `program` to its end; its output goes to the file `output`.
 pub(crate) fn run(
     program: &Path,
     args: &[String],
@@ -103,7 +103,7 @@ pub(crate) fn run(
     }
 }
 
-/// Ends a trial and what it started.
+/// Ends a trial and the processes that it started.
 fn stop(child: &mut Child) -> Result<()> {
     // The group has the number of its first process.
     Command::new("kill").args(["-KILL", "--", &format!("-{}", child.id())]).stderr(Stdio::null()).status()?;
@@ -113,7 +113,7 @@ fn stop(child: &mut Child) -> Result<()> {
 
 fn cpu_time(pid: u32) -> Option<Duration> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name may hold anything, also spaces and parentheses; what follows is numbers.
+    // The name may contain anything, including spaces and parentheses; numbers follow it.
     let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
     let ticks = fields.next()?.parse::<u64>().ok()? + fields.next()?.parse::<u64>().ok()?;
     Some(Duration::from_millis(ticks * 1000 / TICKS))
@@ -130,7 +130,7 @@ pub(crate) fn reached(path: &Path) -> BTreeSet<u32> {
 pub(crate) struct Finding {
     /// The scenario.
     pub scenario: String,
-    /// The seed, where there is one.
+    /// The seed, if there is one.
     pub seed: Option<u64>,
     /// What broke.
     pub how: String,
@@ -150,8 +150,8 @@ pub(crate) struct Sweep<'a> {
 }
 
 impl Sweep<'_> {
-    /// Sweeps until something fails: what it was, and what it took. `name` names the files that the trial leaves in
-    /// `folder`.
+    /// Sweeps until something fails; returns the failure and the time taken. `name` names the files that the trial
+    /// leaves in `folder`.
     pub(crate) fn run(
         &self,
         folder: &Path,
@@ -200,7 +200,7 @@ fn first_failure(json: &Path) -> Option<Finding> {
     Some(Finding { scenario: scenario.into(), seed: failure["seed"].as_u64(), how })
 }
 
-/// Runs the tests of one executable: whether they notice the mutant, and what they took.
+/// Runs the tests of one executable; returns whether they notice the mutant, and the time taken.
 pub(crate) fn test(
     tests: &Executable,
     folder: &Path,

@@ -1,11 +1,11 @@
-//! Files of one crate that use one another in a circle.
+//! Circular dependencies between files of one crate.
 //!
 //! ```text
 //!   use crate::check::Invariant;      check/mod.rs says `pub use invariant::Invariant`:  an edge to check/invariant.rs
 //!   super::setup::Setup::new()        an edge to setup.rs
 //! ```
 //!
-//! A module and the modules inside it are one room: they may know one another. Tests are left out.
+//! A module and the modules inside it count as one: they may use one another. Tests are left out.
 
 use super::Finding;
 use super::exceptions::Exceptions;
@@ -43,7 +43,7 @@ pub(super) fn look(sources: &Sources, exceptions: &mut Exceptions) -> Vec<Findin
     findings
 }
 
-/// The module that a file of `src` is; `None` for tests, and for programs of their own.
+/// The module of a file of `src`; `None` for tests, and for separate programs.
 fn module_of(inside: &str) -> Option<Path> {
     let mut parts: Path = inside.strip_suffix(".rs")?.split('/').map(str::to_owned).collect();
     if parts.iter().any(|part| ["tests", "testing", "bin"].contains(&part.as_str())) {
@@ -58,9 +58,9 @@ fn module_of(inside: &str) -> Option<Path> {
 
 struct File {
     path: String,
-    /// What it names, from the top of the crate.
+    /// The paths that it names, from the top of the crate.
     used: BTreeSet<Path>,
-    /// What it passes on under a name, or whole (`*`).
+    /// What it re-exports under a name, or as a whole (`*`).
     passed_on: Vec<(String, Path)>,
 }
 
@@ -69,7 +69,7 @@ struct File {
 struct Crate(BTreeMap<Path, File>);
 
 impl Crate {
-    /// The module in which `path` is written down.
+    /// The module that defines `path`.
     fn home(&self, path: &[String], depth: usize) -> Option<&Path> {
         let len = (0..=path.len()).rev().find(|len| self.0.contains_key(&path[..*len]))?;
         let (module, file) = self.0.get_key_value(&path[..len])?;
@@ -141,7 +141,7 @@ impl Names {
                 }
                 self.used.insert(path);
             }
-            // Of a module inside this one, or of another crate, which is found nowhere.
+            // A path of a module inside this one, or of another crate, which is not found.
             None if public => self.passed_on.push((as_name, [self.module.clone(), path].concat())),
             None => {}
         }
@@ -167,7 +167,7 @@ impl<'ast> Visit<'ast> for Names {
     }
 }
 
-/// Sets of modules that can all be reached from one another.
+/// Sets of modules that can all reach one another.
 fn circles<'a>(edges: &BTreeMap<&'a Path, BTreeSet<&'a Path>>) -> Vec<BTreeSet<&'a Path>> {
     let reach: BTreeMap<&Path, BTreeSet<&Path>> = edges
         .keys()

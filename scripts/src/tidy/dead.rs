@@ -1,6 +1,7 @@
-//! Public items that nothing names: not their own crate, not another one, not a test.
+//! Public items that are named nowhere: not in their own crate, in another one, or in a test.
 //!
-//! It goes by words alone, so a name that stands for something else as well is not found. What is found is dead.
+//! It compares words only, so an item whose name is also used for something else is not found. Whatever is found is
+//! dead.
 
 use super::Finding;
 use super::exceptions::Exceptions;
@@ -12,7 +13,7 @@ use syn::{Ident, Visibility};
 pub(super) fn look(sources: &Sources, exceptions: &mut Exceptions) -> Vec<Finding> {
     let mut times: BTreeMap<&str, usize> = BTreeMap::new();
     for rust in sources.rust.values() {
-        // A comment keeps nothing alive.
+        // A mention in a comment does not count as a use.
         for line in rust.text.lines().map(without_comment) {
             let words = line.split(|c: char| !c.is_alphanumeric() && c != '_');
             words.for_each(|word| *times.entry(word).or_default() += 1);

@@ -1,11 +1,11 @@
-//! What documents say of the tree: paths in code marks, and how many scenarios there are.
+//! What documents say about the tree: paths in code marks, and the number of scenarios.
 
 use super::Finding;
 use super::sources::Sources;
 
-/// Has the list of all scenarios.
+/// The file with the list of all scenarios.
 const CATALOG: &str = "scenarios/src/catalog/mod.rs";
-/// Endings of what is taken for a path.
+/// Endings of words that are taken for paths.
 const ENDINGS: [&str; 5] = [".rs", ".md", ".toml", ".sh", ".run"];
 
 pub(super) fn look(sources: &Sources) -> Vec<Finding> {
@@ -29,8 +29,7 @@ pub(super) fn look(sources: &Sources) -> Vec<Finding> {
     findings
 }
 
-/// Paths in code marks: words with a slash or an ending that a source file has. Patterns, and what stands for something
-/// else, are left alone.
+/// Paths in code marks: words with a slash or an ending that a source file has. Patterns and placeholders are ignored.
 fn paths(line: &str) -> Vec<&str> {
     let marked = line.split('`').skip(1).step_by(2);
     let is_path = |word: &&str| {
@@ -41,28 +40,28 @@ fn paths(line: &str) -> Vec<&str> {
             && !word.contains("target/")
             && word.chars().any(|c| c.is_ascii_lowercase())
     };
-    // A word in capitals stands for any.
+    // A word in capitals is a placeholder.
     let any = |word: &&str| {
         word.split(['/', '.']).any(|part| part.len() > 1 && part.chars().all(|c| c.is_ascii_uppercase()))
     };
     marked.filter(is_path).filter(|word| !any(word)).collect()
 }
 
-/// A path may leave out the folders that the text is about.
+/// A path may omit leading folders.
 fn is_there(sources: &Sources, path: &str) -> bool {
     sources
         .files()
         .any(|file| file == path || file.strip_suffix(path).is_some_and(|rest| rest.ends_with('/')))
 }
 
-/// The number in front of `word`.
+/// The number before `word`.
 fn count_before(line: &str, word: &str) -> Option<usize> {
     let before = &line[..line.find(word)?];
     let digits = before.rfind(|c: char| !c.is_ascii_digit()).map_or(before, |at| &before[at + 1..]);
     digits.parse().ok()
 }
 
-/// How many scenarios the list of all has.
+/// The number of scenarios in the list.
 fn scenarios(sources: &Sources) -> usize {
     let items = sources.rust.get(CATALOG).into_iter().flat_map(|rust| &rust.tree.items);
     let lists = items.filter_map(|item| match item {

@@ -1,4 +1,4 @@
-//! What may stay although it breaks a rule: `scripts/tidy.toml`.
+//! The exceptions to the rules: `scripts/tidy.toml`.
 
 use super::{Finding, Result, Sources};
 use serde::Deserialize;
@@ -17,7 +17,7 @@ struct List {
 struct Exception {
     /// `long-function`, `circle` or `dead`.
     rule: String,
-    /// What it is about, as the rule names it.
+    /// The subject, as the rule names it.
     what: String,
     /// Why it stays.
     reason: String,
@@ -25,7 +25,7 @@ struct Exception {
     used: bool,
 }
 
-/// The list, and which of them were needed.
+/// The list, and which entries were needed.
 pub(super) struct Exceptions(Vec<Exception>);
 
 impl Exceptions {
@@ -44,13 +44,13 @@ impl Exceptions {
         Ok(Self(list.exception))
     }
 
-    /// Whether `what` may break `rule`.
+    /// Whether `what` is allowed to break `rule`.
     pub(super) fn allow(&mut self, rule: &str, what: &str) -> bool {
         let found = self.0.iter_mut().find(|one| one.rule == rule && one.what == what);
         found.map(|one| one.used = true).is_some()
     }
 
-    /// Those that nothing needed.
+    /// The exceptions that were not needed.
     pub(super) fn unused(&self) -> Vec<Finding> {
         let unused = self.0.iter().filter(|one| !one.used);
         unused.map(|one| Finding::new(PATH, 0, format!("nothing needs {} {}", one.rule, one.what))).collect()

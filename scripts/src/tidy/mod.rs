@@ -1,14 +1,14 @@
 //! `cargo xtask tidy`: rules of the house that neither the compiler nor clippy knows.
 //!
 //! ```text
-//!   shape      files up to 600 lines, functions up to 70, lines as wide as rustfmt and readers like them
-//!   circles    files of a crate that use one another in a circle; a module and what is inside it are one room
+//!   shape      files up to 600 lines, functions up to 70, line widths
+//!   circles    circular dependencies between files of a crate; a module and what is inside it count as one
 //!   dead       public items that nothing names
 //!   docs       paths and counts that documents name
 //! ```
 //!
-//! What has to stay all the same stands in `scripts/tidy.toml`, with its reason. An exception that nothing needs any
-//! more is a finding, too.
+//! Exceptions are in `scripts/tidy.toml`, each with its reason. An exception that is no longer needed is a finding,
+//! too.
 
 mod circles;
 mod dead;
@@ -37,7 +37,7 @@ Exceptions are in scripts/tidy.toml, each with its reason. Ends with 1 where the
 struct Finding {
     /// Relative to the top of the tree.
     file: String,
-    /// From 1; 0 where the whole file is meant.
+    /// From 1; 0 if the whole file is meant.
     line: usize,
     what: String,
 }

@@ -1,4 +1,4 @@
-//! How long files and functions are, and how wide their comments.
+//! The length of files and functions, and the width of comments.
 
 use super::Finding;
 use super::exceptions::Exceptions;
@@ -9,7 +9,7 @@ use syn::{Block, Signature};
 
 const FILE_LINES: usize = 600;
 const FUNCTION_LINES: usize = 70;
-/// Code is as wide as rustfmt makes it.
+/// The width of code is rustfmt's job.
 const PROSE_COLUMNS: usize = 120;
 
 pub(super) fn look(sources: &Sources, exceptions: &mut Exceptions) -> Vec<Finding> {
@@ -43,7 +43,7 @@ fn file(path: &str, rust: &Rust) -> Vec<Finding> {
     findings
 }
 
-/// Tables, addresses and blocks of code are as wide as they are.
+/// Tables, URLs and blocks of code may have any width.
 fn prose(path: &str, text: &str) -> Vec<Finding> {
     let (mut findings, mut code) = (Vec::new(), false);
     for (i, line) in text.lines().enumerate() {

@@ -1,4 +1,4 @@
-//! The files of the tree that git knows.
+//! The files of the tree, as git lists them.
 
 use super::Result;
 use std::collections::BTreeMap;
@@ -10,25 +10,25 @@ pub(super) struct Rust {
     pub(super) tree: syn::File,
 }
 
-/// Everything that is looked at, by path relative to the top.
+/// Everything that is checked, by path relative to the top.
 #[derive(Default)]
 pub(super) struct Sources {
     pub(super) rust: BTreeMap<String, Rust>,
     /// Markdown.
     pub(super) prose: BTreeMap<String, String>,
-    /// All others, whose text does not matter.
+    /// All other files, whose text does not matter.
     pub(super) others: Vec<String>,
 }
 
 impl Sources {
-    /// Those of the working tree.
+    /// The files of the working tree.
     pub(super) fn of_tree() -> Result<Self> {
         let sh = Shell::new()?;
         let top = cmd!(sh, "git rev-parse --show-toplevel").quiet().read()?;
         sh.change_dir(&top);
         let listed = cmd!(sh, "git ls-files --cached --others --exclude-standard").quiet().read()?;
         let mut sources = Self::default();
-        // A file that was removed and not yet committed is listed, too.
+        // A removed file whose removal is not committed is listed, too.
         for path in listed.lines().filter(|path| sh.path_exists(path)) {
             if path.ends_with(".rs") || path.ends_with(".md") {
                 sources.put(path, sh.read_file(path)?)?;
@@ -42,7 +42,7 @@ impl Sources {
     /// Adds a file with this text.
     ///
     /// # Errors
-    /// Where it is not Rust.
+    /// If it is not valid Rust.
     pub(super) fn put(&mut self, path: &str, text: String) -> Result<()> {
         if path.ends_with(".md") {
             self.prose.insert(path.to_owned(), text);

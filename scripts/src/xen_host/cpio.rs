@@ -4,9 +4,9 @@
 //!   header (110 characters of hex) | name, NUL | pad to 4 | data | pad to 4      ...      TRAILER!!!
 //! ```
 //!
-//! Written here and not by `cpio`, because it can then hold device nodes and files of root without anybody being root.
-//! Follows Documentation/driver-api/early-userspace/buffer-format.rst of Linux. The kernel reads several archives one
-//! after the other, and what comes later goes over what came before.
+//! Written here and not by `cpio`, because this way it can contain device nodes and files owned by root without root
+//! privileges. Follows Documentation/driver-api/early-userspace/buffer-format.rst of Linux. The kernel reads several
+//! archives one after the other, and later files replace earlier ones.
 
 use super::Result;
 use std::collections::BTreeSet;
@@ -20,8 +20,8 @@ const FILE: u32 = 0o100_000;
 const LINK: u32 = 0o120_000;
 const CHARACTERS: u32 = 0o020_000;
 
-/// An archive that is being written. Paths are relative to the root, without a slash in front; missing directories
-/// above a path are made; what has a name already is left out.
+/// An archive that is being written. Paths are relative to the root, without a leading slash; missing parent
+/// directories are made; an entry whose path is already present is left out.
 pub(super) struct Archive<W> {
     to: W,
     names: BTreeSet<String>,
@@ -37,13 +37,13 @@ impl<W: Write> Archive<W> {
         self.add(&path, DIRECTORY | 0o755, (0, 0), &[])
     }
 
-    /// `mode` is the permission bits alone.
+    /// `mode` is only the permission bits.
     pub(super) fn file(&mut self, path: &str, mode: u32, data: &[u8]) -> Result<()> {
         let path = merged(path);
         self.add(&path, FILE | mode & 0o7777, (0, 0), data)
     }
 
-    /// A symbolic link. Its own path is taken as it is, so that the links of a merged /usr can be made.
+    /// A symbolic link. Its own path is used unchanged, so that the links of a merged /usr can be made.
     pub(super) fn link(&mut self, path: &str, target: &str) -> Result<()> {
         self.add(path, LINK | 0o777, (0, 0), target.as_bytes())
     }
@@ -59,7 +59,7 @@ impl<W: Write> Archive<W> {
         self.file(path, mode, &fs::read(from).map_err(say)?)
     }
 
-    /// A directory of this machine with all that is in it.
+    /// A directory of this machine with all its contents.
     pub(super) fn tree(&mut self, path: &str, from: &Path) -> Result<()> {
         let say = |e| format!("read {}: {e}", from.display());
         let mut entries =
@@ -82,7 +82,7 @@ impl<W: Write> Archive<W> {
         Ok(())
     }
 
-    /// Writes the end; without it the kernel reads on into what follows.
+    /// Writes the trailer; without it the kernel would read past the end of the archive.
     pub(super) fn finish(mut self) -> Result<W> {
         self.entry("TRAILER!!!", 0, (0, 0), &[])?;
         Ok(self.to)

@@ -1,13 +1,13 @@
-//! What boots: Xen, the kernel, and the root file systems of dom0 and of guests, made from the pool.
+//! The boot files: Xen, the kernel, and the root file systems of dom0 and of guests, made from the pool.
 //!
 //! ```text
-//!   pool -> CACHE/image/xen         the hypervisor, as QEMU's multiboot loader takes it
+//!   pool -> CACHE/image/xen         the hypervisor, for QEMU's multiboot loader
 //!           CACHE/image/vmlinux     dom0's kernel; unpacked here, because under emulation that takes minutes
 //!           CACHE/image/dom0.cpio   Xen's tools, busybox, modules, and in /domu the same kernel and a guest's files
-//!         + a layer for each run    /init, the scripts of scripts/xen-host, programs, what the user copies in
+//!         + a layer for each run    /init, the scripts of scripts/xen-host, programs, files that the user copies in
 //! ```
 //!
-//! dom0 is an initramfs: no disk, nothing to install, new at each boot. Everything of this repository is in the layer,
+//! dom0 is an initramfs: no disk, no installation, fresh at each boot. Everything from this repository is in the layer,
 //! so that changing a script does not rebuild the image; changing this file or the packages does.
 
 use super::cpio::Archive;
@@ -21,10 +21,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use xshell::{Shell, cmd};
 
-/// Of /usr.
+/// Programs from /usr.
 const PROGRAMS: [&str; 5] =
     ["bin/bash", "bin/flock", "sbin/nbd-client", "sbin/e2fsck", "libexec/xen-qemu-system-i386"];
-/// Of /usr/lib/xen-VERSION/bin.
+/// Programs from /usr/lib/xen-VERSION/bin.
 const XEN_PROGRAMS: [&str; 8] = [
     "xl",
     "xenstored",
@@ -60,7 +60,7 @@ pub(super) struct Image {
 }
 
 impl Image {
-    /// The image of a cache, made first if it is missing or made from something else.
+    /// The image of a cache, made first if it is missing or was made from other inputs.
     pub(super) fn open(sh: &Shell, cache: &Path, pool: &Pool) -> Result<Self> {
         let folder = cache.join("image");
         let image =
@@ -87,7 +87,7 @@ impl Image {
     }
 }
 
-/// Changes with the packages and with the code that makes the image.
+/// A key that changes with the packages and with the code that makes the image.
 fn key(contents: &str) -> String {
     let mut hasher = DefaultHasher::new();
     (contents, include_str!("image.rs"), include_str!("cpio.rs")).hash(&mut hasher);
@@ -121,17 +121,17 @@ impl Builder<'_> {
         for entry in fs::read_dir(root.join("usr/bin"))? {
             let path = entry?.path();
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            // xenstore-control is a script around one of the programs that are left out.
+            // xenstore-control is a wrapper script for a program that is left out.
             if name.starts_with("xenstore") && name != "xenstore-control" {
                 archive.copy(&format!("usr/bin/{name}"), &path)?;
                 programs.push(path);
             }
         }
         archive.tree("etc/xen", &root.join("etc/xen"))?;
-        // xl always asks qemu for a VNC server, and that for a keyboard.
+        // xl always starts qemu with a VNC server, which needs a keyboard map.
         let keyboard = root.join("usr/share/qemu/keymaps/en-us");
         archive.copy(&in_root(root, &keyboard)?, &keyboard)?;
-        // What a Rust program asks for, besides what Xen's tools do.
+        // Libraries that Rust programs need, in addition to those of Xen's tools.
         let mut libraries: BTreeSet<PathBuf> =
             ["libgcc_s.so.1", "libm.so.6", "libc.so.6"].map(|name| self.pool.libraries().join(name)).into();
         for program in &programs {
@@ -156,7 +156,7 @@ impl Builder<'_> {
         Ok(archive.finish()?.flush()?)
     }
 
-    /// Directories, busybox, modules: all that a guest has.
+    /// Directories, busybox, modules: everything that a guest has.
     fn skeleton(&self, archive: &mut Archive<impl Write>, modules: &[&str]) -> Result<()> {
         for name in ["bin", "sbin", "lib", "lib64"] {
             archive.directory(&format!("usr/{name}"))?;
@@ -210,7 +210,7 @@ fn in_root(root: &Path, path: &Path) -> Result<String> {
     Ok(path.strip_prefix(root)?.display().to_string())
 }
 
-/// The one entry of a folder with such a name.
+/// The only entry of a folder whose name matches.
 fn find(folder: &Path, prefix: &str, suffix: &str) -> Result<PathBuf> {
     let entries = fs::read_dir(folder).map_err(|e| format!("read {}: {e}", folder.display()))?;
     for entry in entries {
@@ -253,7 +253,7 @@ impl Modules {
         Ok(Self { release, files, builtin })
     }
 
-    /// Adds modules, what they depend on, and the list of that for modprobe.
+    /// Adds modules, their dependencies, and the dependency list for modprobe.
     fn add(&self, archive: &mut Archive<impl Write>, wanted: &[&str]) -> Result<()> {
         let mut todo: Vec<String> = wanted.iter().map(|name| name.replace('-', "_")).collect();
         let mut direct: BTreeMap<String, Vec<String>> = BTreeMap::new();
@@ -291,11 +291,11 @@ fn depends(module: &[u8]) -> Vec<String> {
     names.split(',').filter(|name| !name.is_empty()).map(|name| name.replace('-', "_")).collect()
 }
 
-/// Each line has a module and all that it needs, what is needed last coming first after the colon.
+/// Each line has a module and, after the colon, all modules that it needs, in reverse order of loading.
 fn modules_dep(direct: &BTreeMap<String, Vec<String>>) -> String {
     fn collect(of: &str, direct: &BTreeMap<String, Vec<String>>, found: &mut Vec<String>) {
         for name in direct.get(of).into_iter().flatten().filter(|name| direct.contains_key(*name)) {
-            // Behind what was found for others: modprobe loads from the end.
+            // Moved to the end of the list: modprobe loads from the end.
             found.retain(|other| other != name);
             found.push(name.clone());
             collect(name, direct, found);
@@ -321,7 +321,7 @@ fn payload(image: &[u8]) -> Result<&[u8]> {
     let found = || {
         let setup_sectors = usize::from(*image.get(0x1f1)?);
         let start = (setup_sectors + 1) * 512 + word(0x248)?;
-        // The last four bytes are the size of what is unpacked.
+        // The last four bytes are the unpacked size.
         image.get(start..start + word(0x24c)?.checked_sub(4)?)
     };
     if image.get(0x202..0x206) != Some(b"HdrS") {
@@ -339,7 +339,7 @@ fn unpacker(payload: &[u8]) -> Result<&'static [&'static str]> {
     }
 }
 
-/// What `command` makes of `data`.
+/// The output of `command` for the input `data`.
 fn unpacked(command: &[&str], data: &[u8]) -> Result<Vec<u8>> {
     let say = |e| format!("run {} (install the package of that name): {e}", command[0]);
     let mut process = Command::new(command[0])
@@ -350,7 +350,7 @@ fn unpacked(command: &[&str], data: &[u8]) -> Result<Vec<u8>> {
         .map_err(say)?;
     let mut input = process.stdin.take().ok_or("write to a process")?;
     let output = std::thread::scope(|scope| {
-        // Its failure shows in the status: the program then got less than all.
+        // A failure shows in the exit status, because the program then gets incomplete input.
         scope.spawn(move || input.write_all(data));
         process.wait_with_output()
     })?;

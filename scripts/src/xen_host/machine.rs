@@ -1,14 +1,14 @@
-//! The emulated machine: booted, listened to, ended.
+//! The emulated machine: boots it, reads its console, and ends it.
 //!
 //! ```text
-//!   QEMU --- console of dom0 ---> a thread that reads lines ---> events ---> what the user sees, and the exit status
+//!   QEMU --- console of dom0 ---> a thread that reads lines ---> events ---> the user's terminal, and the exit status
 //!     |                                                            ^ until the time is up
-//!     +-- virtio disk: what dom0 leaves in /out comes back as a tar
+//!     +-- virtio disk: what dom0 leaves in /out is returned as a tar
 //! ```
 //!
-//! dom0 says what happens in lines with [`MARK`] in them, see [`Event`]; everything else on its console is passed on.
-//! No process is left behind: QEMU is killed when the time is up, and by the kernel when this process dies of
-//! whatever cause, for which `setpriv --pdeathsig` asks.
+//! dom0 reports what happens in lines that contain [`MARK`], see [`Event`]; everything else on its console is passed
+//! through. No process is left over: QEMU is killed when the time is up, and by the kernel (`setpriv --pdeathsig`) when
+//! this process dies for any reason.
 
 use super::image::Image;
 use super::packages::Pool;
@@ -20,13 +20,13 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-/// Begins what dom0 says to this program; the rest of the line is said to it as well.
+/// Marks a message of dom0 to this program; the rest of the line is the message.
 const MARK: &str = "@xen-host ";
 /// Exit status when the time was up.
 pub(super) const TIME_IS_UP: u8 = 124;
-/// Exit status when the machine ended and dom0 had not said any.
+/// Exit status if the machine ended without one from dom0.
 pub(super) const NO_STATUS: u8 = 125;
-/// Room for what comes back from /out. The file is sparse.
+/// Space for the content of /out. The file is sparse.
 const OUT_SIZE_BYTES: u64 = 1 << 30;
 
 /// What a line on the console means.
@@ -34,9 +34,9 @@ const OUT_SIZE_BYTES: u64 = 1 << 30;
 pub(super) enum Event {
     /// `ready`: xenstored answers.
     Ready,
-    /// `out`: what was in /out is on the disk.
+    /// `out`: the content of /out is on the disk.
     Out,
-    /// `exit STATUS`: of the script.
+    /// `exit STATUS`: the exit status of the script.
     Exit(u8),
     /// `test NAME starts`
     TestStarts(String),
@@ -47,7 +47,7 @@ pub(super) enum Event {
 }
 
 impl Event {
-    /// Xen may have put a message of its own in front on the same line.
+    /// Xen may have written a message of its own before it on the same line.
     pub(super) fn parse(line: &str) -> Self {
         let text = || Self::Text(line.to_owned());
         let Some((_, said)) = line.split_once(MARK) else { return text() };
@@ -66,7 +66,7 @@ impl Event {
     }
 }
 
-/// What a machine is made of.
+/// The parts of a machine.
 pub(super) struct Machine<'a> {
     pub(super) pool: &'a Pool,
     pub(super) image: &'a Image,
@@ -74,9 +74,9 @@ pub(super) struct Machine<'a> {
     pub(super) run: &'a Path,
     pub(super) memory_mib: u64,
     pub(super) cpus: u32,
-    /// The clock counts instructions.
+    /// The clock counts instructions (`-icount`).
     pub(super) icount: bool,
-    /// From the start; for ever without.
+    /// Counted from the start; `None` means no limit.
     pub(super) timeout: Option<Duration>,
     /// The console is the user's terminal, not a stream of lines.
     pub(super) terminal: bool,
@@ -84,14 +84,14 @@ pub(super) struct Machine<'a> {
 
 /// How a machine ended.
 pub(super) struct Ended {
-    /// Of the script, or [`TIME_IS_UP`] or [`NO_STATUS`].
+    /// The exit status of the script, or [`TIME_IS_UP`] or [`NO_STATUS`].
     pub(super) status: u8,
-    /// Everything that dom0 said, in order.
+    /// All messages of dom0, in order.
     pub(super) events: Vec<Event>,
 }
 
 impl Machine<'_> {
-    /// Boots, and returns when the machine has ended. `watch` sees every event as it comes.
+    /// Boots, and returns when the machine has ended. `watch` is called with every event as it arrives.
     pub(super) fn boot(&self, mut watch: impl FnMut(&Event)) -> Result<Ended> {
         File::create(self.out())?.set_len(OUT_SIZE_BYTES)?;
         let mut command = self.command();
@@ -140,7 +140,7 @@ impl Machine<'_> {
         self.run.join("out.img")
     }
 
-    /// QEMU's command line. It takes commas in file names of -initrd for the end of one, so these are relative.
+    /// QEMU's command line. In -initrd a comma separates file names, so the names are relative.
     pub(super) fn command(&self) -> Command {
         let root = &self.pool.root;
         let cpus = self.cpus.to_string();
@@ -154,7 +154,7 @@ impl Machine<'_> {
         command.env("QEMU_MODULE_DIR", self.pool.libraries().join("qemu")).current_dir(self.run);
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-M", "pc"]);
         let accel: &[_] = match self.icount {
-            // 8 ns each, about as fast as without; idle time passes at once.
+            // 8 ns per instruction, about as fast as without -icount; idle time is skipped.
             true => &["-accel", "tcg,thread=single", "-icount", "shift=3,sleep=off"],
             false => &["-accel", "tcg,thread=multi"],
         };
@@ -167,9 +167,9 @@ impl Machine<'_> {
             "-serial",
             "chardev:console",
         ]);
-        // dom0 ends the machine by a byte to this port.
+        // dom0 ends the machine by writing a byte to this port.
         command.args(["-device", "isa-debug-exit,iobase=0x501,iosize=1"]);
-        // A full disk is dom0's to report; QEMU's default is to stop the machine.
+        // dom0 should report a full disk; QEMU's default is to stop the machine.
         command.args(["-drive", "file=out.img,format=raw,if=none,id=out,cache=unsafe,werror=report"]);
         command.args(["-device", "virtio-blk-pci,drive=out,disable-legacy=on"]);
         command.arg("-kernel").arg(&self.image.xen).arg("-append").arg(format!(
@@ -206,7 +206,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // It may be gone already, which is as good.
+        // It may have exited already, which is fine.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -218,7 +218,7 @@ fn lines(from: impl Read + Send + 'static) -> Receiver<String> {
     std::thread::spawn(move || {
         let mut from = BufReader::new(from);
         let mut line = Vec::new();
-        // A console that cannot be read any more, and nobody who listens, are both its end.
+        // Ends when the console can no longer be read, or the receiver is gone.
         while from.read_until(b'\n', &mut line).is_ok_and(|n| n > 0) {
             if send.send(String::from_utf8_lossy(&line).trim_end().to_owned()).is_err() {
                 break;
@@ -229,7 +229,7 @@ fn lines(from: impl Read + Send + 'static) -> Receiver<String> {
     receive
 }
 
-/// Hands on events until there are no more; false if the deadline came first.
+/// Passes on events until there are no more; false if the deadline came first.
 fn follow(lines: &Receiver<String>, deadline: Option<Instant>, mut to: impl FnMut(Event)) -> bool {
     loop {
         let line = match deadline {

@@ -1,12 +1,12 @@
-//! `cargo xtask xen-host`: a real Xen host in software, to run things in.
+//! `cargo xtask xen-host`: a real Xen host under emulation, to run scripts and tests in.
 //!
 //! ```text
 //!   packages -> image -> machine -> console, /out, exit status
 //!   (Debian)   (once)    (QEMU)          suite: named tests in one boot, and their table
 //! ```
 //!
-//! Downloads and images are kept in a cache folder. One process at a time uses a cache: it holds a lock that ends with
-//! it. The folder `run` in it belongs to the last run: its console log, and what came back.
+//! Downloads and images are kept in a cache folder. One process at a time uses a cache: it holds a lock until it ends.
+//! The folder `run` in it belongs to the last run: it has the console log and the returned files.
 
 mod cpio;
 mod image;
@@ -32,13 +32,13 @@ use xshell::{Shell, cmd};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-/// Exit status when nothing could be built or started.
+/// Exit status if something could not be built or started.
 pub(crate) const NOT_STARTED: u8 = 126;
 /// Free space that a cache without packages needs: downloads, their unpacked files, images.
 const CACHE_SIZE_MIB: u64 = 1024;
-/// Free space that a run needs: its initrd, and what comes back.
+/// Free space that a run needs: its initrd, and the returned files.
 const RUN_SIZE_MIB: u64 = 512;
-/// What QEMU needs besides the machine's memory.
+/// Memory that QEMU needs in addition to the machine's.
 const QEMU_MEMORY_MIB: u64 = 300;
 
 /// Prints a line of progress.
@@ -173,7 +173,7 @@ fn boot(sh: &Shell, options: &Options, script: &[u8], tests: &[Test]) -> Result<
     Ok(ended)
 }
 
-/// The programs that go into dom0, built first if they are this repository's.
+/// The programs that go into dom0, built first if they belong to this repository.
 fn programs(sh: &Shell, options: &Options) -> Result<Vec<PathBuf>> {
     if !options.take_programs {
         return Ok(Vec::new());
@@ -198,13 +198,13 @@ fn programs(sh: &Shell, options: &Options) -> Result<Vec<PathBuf>> {
     }
 }
 
-/// The programs that only these tests run, by their names in dom0.
+/// The programs that only these tests need, by their names in dom0.
 fn test_programs(sh: &Shell, tests: &[Test]) -> Result<BTreeMap<String, PathBuf>> {
     let wanted = tests.iter().filter_map(|test| test.program.as_ref());
     wanted.map(|program| Ok((program.name(), program.build(sh)?))).collect()
 }
 
-/// What goes over dom0's image for this run alone.
+/// The layer over dom0's image for this run only.
 fn layer(
     options: &Options,
     programs: &[PathBuf],
@@ -250,7 +250,7 @@ fn bring_back(sh: &Shell, tar: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// `meminfo` is what /proc/meminfo says.
+/// `meminfo` is the content of /proc/meminfo.
 fn need_memory(meminfo: &str, needed_mib: u64) -> Result<()> {
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
     let kib: u64 = line

@@ -41,7 +41,7 @@ Examples:
   cargo xtask xen-host shell
 ";
 
-/// What is to be done.
+/// What to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Action {
     Help,
@@ -123,7 +123,7 @@ impl Options {
             Action::Run(_) => Some(600),
             _ => None,
         };
-        // Who is at a shell says by `exit` when it is enough.
+        // A shell has no time limit: the user ends it with `exit`.
         if !options.shell {
             options.timeout = options.timeout.or(limit.map(Duration::from_secs));
         }

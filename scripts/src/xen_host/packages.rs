@@ -1,13 +1,13 @@
-//! Debian's packages: which are needed, downloaded into the cache, and unpacked there.
+//! Debian's packages: finds those needed, downloads them into the cache, and unpacks them there.
 //!
 //! ```text
 //!   apt-cache depends  ->  names  ->  apt-get download  ->  CACHE/debs  ->  dpkg-deb, tar  ->  CACHE/pool
 //! ```
 //!
 //! Nothing is installed. On a machine with a qemu-utils from backports, installing stable's qemu-system-x86 would
-//! remove it; and unpacking wants no root. The pool is complete with its own libc, so a program in it runs as
-//! `pool's ld.so --library-path pool's libraries PROGRAM`. What takes a while runs under `setpriv --pdeathsig`, so that
-//! it ends when this process does.
+//! remove it; and unpacking needs no root. The pool is complete with its own libc, so a program in it runs as `pool's
+//! ld.so --library-path pool's libraries PROGRAM`. Long-running commands run under `setpriv --pdeathsig`, so that they
+//! end when this process does.
 
 use super::{Result, progress};
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use xshell::{Shell, cmd};
 
-/// Packages whose names stand for whatever version is current; what they depend on is taken.
+/// Metapackages for the current versions; their dependencies are used.
 const META: [&str; 2] = ["xen-system-amd64", "linux-image-amd64"];
 /// For dom0 and for the emulator.
 const NAMED: [&str; 13] = [
@@ -38,7 +38,7 @@ const NAMED: [&str; 13] = [
     "qemu-system-data",
     "seabios",
 ];
-/// Never used here, and most of the bytes.
+/// Never used here, and most of the size.
 const LEFT_OUT: [&str; 14] = [
     "./usr/share/doc",
     "./usr/share/man",
@@ -61,19 +61,19 @@ type Graph = BTreeMap<String, Vec<String>>;
 
 /// Unpacked packages.
 pub(super) struct Pool {
-    /// What would be `/`.
+    /// The directory that stands for `/`.
     pub(super) root: PathBuf,
-    /// The packages with their versions: when it changes, so does what is built from them.
+    /// The packages with their versions: when this changes, what is built from them is rebuilt.
     pub(super) contents: String,
 }
 
 impl Pool {
-    /// The pool of a cache, made first if it is not there.
+    /// The pool of a cache, made first if it does not exist.
     pub(super) fn open(sh: &Shell, cache: &Path) -> Result<Self> {
         let root = cache.join("pool");
-        // Written last, so a pool that has it is whole.
+        // Written last, so a pool that has it is complete.
         let stamp = root.join("contents");
-        // A pool from before this list was changed is made anew.
+        // A pool made before this list was changed is made again.
         let wanted = format!("{META:?} {NAMED:?} {LEFT_OUT:?}\n");
         if let Ok(contents) = fs::read_to_string(&stamp)
             && contents.starts_with(&wanted)
@@ -109,7 +109,7 @@ impl Pool {
     }
 }
 
-/// Has every package's file in the cache; those that are there are not fetched again.
+/// Downloads every package into the cache, except those that are already there.
 fn download(sh: &Shell, cache: &Path) -> Result<Vec<PathBuf>> {
     let first = match try_download(sh, cache) {
         Ok(debs) => return Ok(debs),
@@ -142,7 +142,7 @@ fn try_download(sh: &Shell, cache: &Path) -> Result<Vec<PathBuf>> {
     let graph =
         apt(graph).map_err(|e| format!("find Debian's packages (it takes a Debian, with apt): {e}"))?;
     let names = needed(&parse_graph(&graph))?;
-    // Asked in a folder without packages: apt-get says nothing of those that it sees.
+    // Run in a folder without packages: apt-get does not print those that it finds there.
     let in_cache = sh.push_dir(cache);
     let uris = apt(cmd!(sh, "apt-get -qq --print-uris download {names...}"))?;
     drop(in_cache);
@@ -174,13 +174,13 @@ fn unpack(deb: &Path, root: &Path) -> Result<()> {
     let archive = Command::new("dpkg-deb").arg("--fsys-tarfile").arg(deb).stdout(Stdio::piped()).spawn();
     let mut archive = archive.map_err(|e| format!("run dpkg-deb: {e}"))?;
     let stream = archive.stdout.take().ok_or("read from dpkg-deb")?;
-    // dpkg-deb ends with its reader.
+    // dpkg-deb ends when its reader does.
     let mut tar = Command::new("setpriv");
     tar.args(["--pdeathsig", "KILL", "tar", "-x", "--keep-directory-symlink", "--no-same-owner", "-C"])
         .arg(root);
     tar.args(LEFT_OUT.iter().map(|pattern| format!("--exclude={pattern}")));
     let unpacked = tar.stdin(stream).status();
-    // Waited for in any case, or it would stay as a zombie.
+    // Waited for in any case, otherwise it would stay as a zombie.
     let read = archive.wait()?;
     if unpacked.map_err(|e| format!("run tar: {e}"))?.success() && read.success() {
         return Ok(());
@@ -214,7 +214,8 @@ fn parse_uris(text: &str) -> Result<Vec<Deb>> {
 }
 
 /// What `apt-cache depends --recurse` prints: a name at the margin, below it lines like `  Depends: NAME` and
-/// ` |PreDepends: NAME`. Virtual packages stand in angle brackets; who provides them is printed below and not used.
+/// ` |PreDepends: NAME`. Virtual packages are in angle brackets; their providers are printed below them and are not
+/// used.
 fn parse_graph(text: &str) -> Graph {
     let mut graph = Graph::new();
     let mut current = None;

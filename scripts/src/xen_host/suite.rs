@@ -1,8 +1,8 @@
 //! Named tests: one boot, one script each, a table at the end.
 //!
-//! A test is a file `scripts/xen-host/tests/NAME.sh`. Its first lines are comments, the first of which says what it
-//! proves. It runs in dom0 as root, by `bash -eu` in an empty folder, with the functions of `lib.sh`; it passes when
-//! it exits with 0. Tests do not depend on each other: each leaves dom0 as it was. A comment may ask for a program
+//! A test is a file `scripts/xen-host/tests/NAME.sh`. It begins with comments; the first one says what it proves. It
+//! runs in dom0 as root, with `bash -eu` in an empty folder, with the functions of `lib.sh`; it passes if its exit
+//! status is zero. Tests do not depend on each other: each leaves dom0 as it was. A comment may request a program
 //! (`test_program.rs`).
 
 use super::Result;
@@ -17,16 +17,16 @@ pub(super) struct Test {
     pub(super) name: String,
     /// What it proves, in one line.
     pub(super) about: String,
-    /// What it runs, besides what each of them may.
+    /// A program that it runs, besides those available to all tests.
     pub(super) program: Option<TestProgram>,
 }
 
-/// Scripts of dom0.
+/// The folder with dom0's scripts.
 pub(super) fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("xen-host")
 }
 
-/// All there are, by name.
+/// All tests, by name.
 fn all() -> Result<Vec<Test>> {
     let folder = folder().join("tests");
     let mut tests = Vec::new();
@@ -68,7 +68,7 @@ pub(super) fn list() -> Result<()> {
     Ok(())
 }
 
-/// What dom0 runs.
+/// The script that dom0 runs.
 pub(super) fn script(tests: &[Test]) -> String {
     let names: Vec<&str> = tests.iter().map(|test| test.name.as_str()).collect();
     format!("exec bash /xen-host/run-tests {}\n", names.join(" "))

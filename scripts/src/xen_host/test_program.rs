@@ -1,7 +1,6 @@
 //! Test programs of this repository that run in dom0: built as `cargo test` builds them, and copied in.
 //!
-//! A test that wants one says so in its file, as `# test program: PACKAGE TEST`. It finds it in its path as
-//! PACKAGE-TEST.
+//! A test requests one in its file with `# test program: PACKAGE TEST`, and finds it in its PATH as PACKAGE-TEST.
 
 use super::Result;
 use serde_json::Value;
@@ -16,7 +15,7 @@ pub(super) struct TestProgram {
 }
 
 impl TestProgram {
-    /// What a line of a test's file asks for; nothing if it is another line.
+    /// The program that a line of a test's file requests; `None` for other lines.
     pub(super) fn parse(line: &str) -> Result<Option<Self>> {
         let Some(words) = line.strip_prefix("# test program:") else { return Ok(None) };
         match words.split_whitespace().collect::<Vec<_>>().as_slice() {
@@ -30,10 +29,10 @@ impl TestProgram {
         format!("{}-{}", self.package, self.test)
     }
 
-    /// Builds it; where it is.
+    /// Builds it; returns its path.
     pub(super) fn build(&self, sh: &Shell) -> Result<PathBuf> {
         let Self { package, test } = self;
-        // Like tapdisk itself, since a debug build takes long under emulation.
+        // In release mode like tapdisk itself, because a debug build runs slowly under emulation.
         let messages = cmd!(
             sh,
             "cargo test --release --locked -p {package} --test {test} --no-run --message-format json-render-diagnostics"
@@ -44,7 +43,7 @@ impl TestProgram {
     }
 }
 
-/// What cargo says, in lines of JSON, that it built of a test.
+/// The executable of a test, from cargo's messages in lines of JSON.
 fn executable(messages: &str, test: &str) -> Option<PathBuf> {
     let messages = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     let mut built = messages.filter(|m| m["target"]["name"] == test && m["target"]["kind"][0] == "test");

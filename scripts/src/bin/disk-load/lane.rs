@@ -9,20 +9,20 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
-/// Sectors of a lane in a row: a prime, so that borders of lanes are no borders of anything else.
+/// Consecutive sectors of a lane: a prime, so that borders of lanes coincide with no other borders.
 pub(crate) const STRIPE_SECTORS: u64 = 259;
-/// 128 KiB, of which blkfront makes more than one request.
+/// 128 KiB, which blkfront splits into more than one request.
 pub(crate) const LARGEST_SECTORS: u64 = 256;
 const SMALLEST_SECTORS: u64 = 8;
-/// Mismatches that are described; all are counted.
+/// The first mismatches are described; all are counted.
 const DESCRIBED: u64 = 20;
 
-/// What lanes tell the outside, and it them.
+/// The state shared by lanes and the main thread.
 #[derive(Default)]
 pub(crate) struct Shared {
     pub(crate) stop: AtomicBool,
     pub(crate) mismatches: AtomicU64,
-    /// Requests that were begun, to stop at the right number.
+    /// Requests begun so far, to stop at the right number.
     begun: AtomicU64,
     done: AtomicU64,
     longest_ms: AtomicU64,
@@ -57,7 +57,7 @@ impl<'a> Lane<'a> {
         options: &'a Options,
         shared: &'a Shared,
     ) -> Self {
-        // What is behind the last whole stripe is nobody's: never written, and compared at the end.
+        // Sectors after the last whole stripe belong to no lane: they are never written, and compared at the end.
         let all = size_sectors / STRIPE_SECTORS;
         let stripes = all / options.depth + u64::from(number < all % options.depth);
         Self {
@@ -77,7 +77,7 @@ impl<'a> Lane<'a> {
         }
     }
 
-    /// Makes requests until it is to stop.
+    /// Makes requests until it should stop.
     pub(crate) fn run(&mut self) -> Result<()> {
         let limit = self.options.requests.unwrap_or(u64::MAX);
         while !self.shared.stop.load(Relaxed) && self.shared.begun.fetch_add(1, Relaxed) < limit {
@@ -100,7 +100,7 @@ impl<'a> Lane<'a> {
         let stripes = self.known.generations.len() as u64 / STRIPE_SECTORS;
         let stripe = self.random.below(stripes) * self.options.depth + self.number;
         let at = stripe * STRIPE_SECTORS + self.random.below(STRIPE_SECTORS - sectors + 1);
-        // A transfer need not begin with a page of the guest's memory.
+        // A transfer need not begin at a page boundary of the guest's memory.
         let skip = self.random.below(9);
         match kind {
             0 => Ok(self.device.sync_data().map_err(|e| format!("flush: {e}"))?),
@@ -134,14 +134,14 @@ impl<'a> Lane<'a> {
 
 /// What the sectors of a lane must hold.
 pub(crate) struct Known {
-    /// Of each sector of the lane's stripes, one stripe after the other; 0: never written.
+    /// The generation of each sector of the lane's stripes, one stripe after the other; 0: never written.
     generations: Vec<u32>,
     depth: u64,
     seed: u64,
 }
 
 impl Known {
-    /// Fills `bytes` with what a write to the sectors from `at` on is to bring, and remembers it.
+    /// Fills `bytes` with the data for a write to the sectors from `at` on, and remembers it.
     fn write(&mut self, at: u64, bytes: &mut [u8], generation: u32) {
         for (sector, bytes) in (at..).zip(bytes.chunks_exact_mut(SECTOR_BYTES)) {
             fill(bytes, self.seed, sector, generation);
@@ -165,7 +165,7 @@ impl Known {
     }
 }
 
-/// Where a sector stands in its lane's list, if as many lanes as `depth` share the device.
+/// The position of a sector in its lane's list, if `depth` lanes share the device.
 fn place(sector: u64, depth: u64) -> usize {
     let stripe = sector / STRIPE_SECTORS / depth;
     (stripe * STRIPE_SECTORS + sector % STRIPE_SECTORS) as usize

@@ -1,4 +1,4 @@
-//! `disk-load`: load for a block device, and the memory of what the device must hold.
+//! `disk-load`: load for a block device, with a record of what the device must hold.
 //!
 //! ```text
 //!   device   |  lane 0  |  lane 1  |  lane 2  |  lane 0  |  lane 1  | ...      stripes of 259 sectors
@@ -12,12 +12,12 @@
 //! # Contract
 //!
 //! * No sector is in two requests at once, so each lane knows what each of its sectors must hold. Stripes end in the
-//!   middle of pages and clusters, so that lanes still meet in them.
-//! * `verify` compares every read, and the whole device at the end. A sector says of itself which one it is and which
-//!   generation; one that was never written must be zero, so the disk has to be a new one.
+//!   middle of pages and clusters, so that lanes still share them.
+//! * `verify` compares every read, and the whole device at the end. A sector contains its own number and generation;
+//!   one that was never written must be zero, so the disk has to be new.
 //! * `measure` makes requests of one size, half of them reads, and compares nothing.
 //! * What it prints begins with `@load`. Exit status: 0 if nothing was wrong, 1 after a mismatch or an error of the
-//!   device, 2 if the command line makes no sense.
+//!   device, 2 if the command line is invalid.
 
 mod lane;
 mod options;
@@ -34,7 +34,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-/// O_DIRECT of Linux on x86-64: past the guest's page cache.
+/// O_DIRECT of Linux on x86-64: bypasses the guest's page cache.
 const DIRECT: i32 = 0o40_000;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
@@ -58,7 +58,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs the load; false if something was read that had not been written.
+/// Runs the load; false if a read returned something other than what was written.
 fn load(options: &Options) -> Result<bool> {
     let name = &options.device;
     let say = |e| format!("open {name}: {e}");
@@ -68,7 +68,7 @@ fn load(options: &Options) -> Result<bool> {
     if size_sectors / STRIPE_SECTORS < options.depth {
         return Err(format!("use {name}: {size_sectors} sectors are too few for that depth").into());
     }
-    // Lives as long as the process: the thread that listens may never end.
+    // Lives as long as the process: the thread that reads standard input may never end.
     let shared: &'static Shared = Box::leak(Box::default());
     if options.until_told {
         std::thread::spawn(|| match std::io::stdin().read_line(&mut String::new()) {
@@ -89,7 +89,7 @@ fn load(options: &Options) -> Result<bool> {
     Ok(shared.mismatches.load(Relaxed) == 0)
 }
 
-/// Runs each lane on a thread until it is to stop, and says every second how it goes.
+/// Runs each lane on a thread until it should stop, and prints progress every second.
 fn run<'a>(lanes: Vec<Lane<'a>>, options: &Options, shared: &Shared) -> Result<Vec<Lane<'a>>> {
     let (running, ended) = channel::<()>();
     let end = options.seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
@@ -111,7 +111,7 @@ fn run<'a>(lanes: Vec<Lane<'a>>, options: &Options, shared: &Shared) -> Result<V
             if end.is_some_and(|end| Instant::now() >= end) {
                 shared.stop.store(true, Relaxed);
             }
-            // Silent when measuring: a line costs the host more than a request.
+            // Silent while measuring: a line costs the host more than a request.
             if options.verify {
                 println!("@load goes on: {shared}");
             }
@@ -145,7 +145,7 @@ mod tests {
 
     const SIZE_SECTORS: u64 = 8000;
 
-    /// Loads a file, changes one sector behind the load's back, and returns the mismatches before and after.
+    /// Loads a file, changes one sector without the load's knowledge, and returns the mismatches before and after.
     fn mismatches(depth: u64, changed_sector: u64) -> (u64, u64) {
         let device = tempfile::tempfile().expect("a file");
         device.set_len(SIZE_SECTORS * SECTOR_BYTES as u64).expect("made larger");
@@ -167,7 +167,7 @@ mod tests {
     fn a_changed_byte_is_seen_and_nothing_else() {
         for depth in [1, 5] {
             assert_eq!(mismatches(depth, 4000), (0, 1), "depth {depth}");
-            // Behind the last whole stripe.
+            // After the last whole stripe.
             assert_eq!(mismatches(depth, SIZE_SECTORS - 1), (0, 1), "depth {depth}");
         }
     }

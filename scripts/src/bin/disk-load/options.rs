@@ -28,7 +28,7 @@ pub(crate) struct Options {
     pub(crate) requests: Option<u64>,
     pub(crate) seconds: Option<u64>,
     pub(crate) until_told: bool,
-    /// Of a request that is measured, 2 to [`LARGEST_SECTORS`].
+    /// Sectors of a measured request, 2 to [`LARGEST_SECTORS`].
     pub(crate) size_sectors: u64,
     pub(crate) seed: u64,
 }

@@ -1,12 +1,12 @@
-//! What sectors hold, and memory for them.
+//! The content of sectors, and memory for them.
 
-/// Of a sector, the unit of a block device.
+/// Bytes of a sector, the unit of a block device.
 pub(crate) const SECTOR_BYTES: usize = 512;
 const PAGE_BYTES: usize = 4096;
 const WORD_BYTES: usize = 8;
 
-/// Fills a sector. Its first two words say which one it is and which generation; the others follow from them, so that
-/// a part of another sector or of another generation shows.
+/// Fills a sector. Its first two words are its number and its generation; the others are derived from them, so that a
+/// part of another sector or of another generation is detected.
 pub(crate) fn fill(bytes: &mut [u8], seed: u64, sector: u64, generation: u32) {
     let mut random = Random(seed ^ sector.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ u64::from(generation) << 40);
     for (n, word) in bytes.chunks_exact_mut(WORD_BYTES).enumerate() {
@@ -19,7 +19,7 @@ pub(crate) fn fill(bytes: &mut [u8], seed: u64, sector: u64, generation: u32) {
     }
 }
 
-/// What a sector says that it is.
+/// What a sector claims to be.
 pub(crate) fn described(bytes: &[u8]) -> String {
     let word = |n: usize| {
         let word = bytes[n * WORD_BYTES..].first_chunk().copied();
@@ -48,10 +48,10 @@ impl Random {
     }
 }
 
-/// Memory that a direct transfer can use.
+/// Memory for direct transfers.
 pub(crate) struct Buffer {
     bytes: Vec<u8>,
-    /// Of the first page that is whole.
+    /// Offset of the first whole page.
     start: usize,
 }
 
@@ -86,7 +86,7 @@ mod tests {
         assert_eq!(described(&[0; SECTOR_BYTES]), "zeros");
         assert_eq!(one, filled(1, 7, 3));
         for other in [filled(2, 7, 3), filled(1, 8, 3), filled(1, 7, 4)] {
-            // Each word of the body by itself tells them apart.
+            // Every single word of the body differs.
             assert!(one.chunks(8).zip(other.chunks(8)).skip(2).all(|(a, b)| a != b));
         }
     }

@@ -1,4 +1,4 @@
-//! Slips that nothing could feel, by their form alone: they are left out.
+//! Slips that cannot have an effect, judged by their form alone: they are left out.
 
 use std::ops::Range;
 use syn::spanned::Spanned;
@@ -8,15 +8,15 @@ fn range(statement: &Stmt) -> Range<usize> {
     statement.span().byte_range()
 }
 
-/// Whether somebody may feel the order of two neighbours.
+/// Whether the order of two neighbours may matter.
 pub(super) fn order(source: &str, first: &Stmt, second: &Stmt) -> bool {
     let (a, b) = (&source[range(first)], &source[range(second)]);
     let said = is_asserted(first) || is_asserted(second);
     !said && !only_wakes(a, b) && !only_wakes(b, a) && meet((first, a), (second, b))
 }
 
-/// Whether somebody may feel that `value` was read before `action`: not what is new memory, or about another name, or
-/// of another cell than the one that the action changes. The clock stands still within a turn.
+/// Whether it may matter that `value` was read before `action`: not if it is new memory, or about another name, or of
+/// another cell than the one that the action changes. The clock does not advance within a turn.
 pub(super) fn stale(action: &str, value: &str) -> bool {
     let receiver = action.split(['.', '(', ' ']).next().unwrap_or_default();
     let shared = ["self", "get()", "borrow", "load_"].iter().any(|word| value.contains(word));
@@ -32,8 +32,8 @@ fn read_cell(value: &str) -> Option<&str> {
     name.chars().all(|c| c.is_alphanumeric() || matches!(c, '_' | '.')).then_some(name)
 }
 
-/// `drop(name);` in front of nothing but wake-ups: those who wake have their turn when the block is left. At the end of
-/// the block in which the name is given it says what happens anyway.
+/// `drop(name);` followed only by wake-ups: woken tasks have their turn after the block is left. At the end of the
+/// block that binds the name, the drop happens anyway.
 pub(super) fn ends_anyway(source: &str, before: &[Stmt], statement: &Stmt, after: &[Stmt]) -> bool {
     let code = &source[range(statement)];
     let Some(dropped) = code.strip_prefix("drop(").and_then(|rest| rest.strip_suffix(");")) else {
@@ -55,7 +55,7 @@ pub(super) fn ends_anyway(source: &str, before: &[Stmt], statement: &Stmt, after
     }
 }
 
-/// Whether `cond` holds with a seeded bug only.
+/// Whether `cond` holds only with a seeded bug.
 pub(super) fn takes_bug(cond: &Expr) -> bool {
     match cond {
         Expr::MethodCall(call) => call.method == "bug",
@@ -79,13 +79,13 @@ fn wakes(code: &str) -> bool {
     code.contains("Waker::wake") || code.ends_with(".wake();")
 }
 
-/// Whether one of two statements only wakes a task, which has its turn after both of them.
+/// Whether one of two statements only wakes a task, whose turn comes after both of them.
 fn only_wakes(one: &str, other: &str) -> bool {
     wakes(one) && !one.contains("&&") && !other.contains(".await") && !other.contains("waker")
 }
 
-/// Whether one of two statements may feel the other: not where one only counts in a variable of its own, or where both
-/// change cells and these are not the same.
+/// Whether one of two statements may affect the other: not if one only counts in a variable of its own, or if both
+/// change cells and these are different.
 fn meet((first, a): (&Stmt, &str), (second, b): (&Stmt, &str)) -> bool {
     let apart = |one: &Stmt, other: &str| {
         counted(one).is_some_and(|name| !words(other).contains(&name.to_string().as_str()))
@@ -109,7 +109,8 @@ fn words(code: &str) -> Vec<&str> {
     code.split(|c: char| !c.is_alphanumeric() && c != '_').collect()
 }
 
-/// The cell that a statement changes and does nothing else, such as `self.free` of `self.free.borrow_mut().clear();`.
+/// The cell that a statement changes, if it does nothing else, such as `self.free` of
+/// `self.free.borrow_mut().clear();`.
 fn changed_cell(code: &str) -> Option<&str> {
     const CHANGES: [&str; 8] = [
         ".set(",
@@ -127,8 +128,8 @@ fn changed_cell(code: &str) -> Option<&str> {
     (plain && !code.contains(".await") && !code.contains('?')).then_some(name)
 }
 
-/// The place that a statement changes by itself and does nothing else, such as `self.end` of `self.end += 1;`, or
-/// `list[0]` of `list[0].push(x);` and `list[0].clear();`. Nobody has a look between it and its neighbour.
+/// The place that a statement changes by itself, if it does nothing else, such as `self.end` of `self.end += 1;`, or
+/// `list[0]` of `list[0].push(x);` and `list[0].clear();`. Nothing reads it between the statement and its neighbour.
 fn changed_place<'a>(statement: &Stmt, code: &'a str) -> Option<&'a str> {
     let Stmt::Expr(expr, Some(_)) = statement else { return None };
     let (place, quiet) = match expr {
@@ -162,13 +163,13 @@ fn is_quiet(expr: &Expr) -> bool {
     }
 }
 
-/// A statement that only fails, never acts.
+/// A statement that can only fail, and has no effect.
 fn is_asserted(statement: &Stmt) -> bool {
     let Stmt::Expr(Expr::MethodCall(call), Some(_)) = statement else { return false };
     call.method == "expect" || call.method == "unwrap"
 }
 
-/// The local variable that a statement without calls of functions sets or changes.
+/// The local variable that a statement without function calls sets or changes.
 fn counted(statement: &Stmt) -> Option<&syn::Ident> {
     let Stmt::Expr(expr, Some(_)) = statement else { return None };
     let (left, right) = match expr {
@@ -180,7 +181,7 @@ fn counted(statement: &Stmt) -> Option<&syn::Ident> {
     if is_plain(right) { name.path.get_ident() } else { None }
 }
 
-/// An expression that acts on nothing: names, fields, numbers, and how long something is.
+/// An expression without effects: names, fields, numbers, and lengths.
 fn is_plain(expr: &Expr) -> bool {
     match expr {
         Expr::Path(_) | Expr::Lit(_) => true,

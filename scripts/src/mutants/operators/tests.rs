@@ -120,7 +120,7 @@ fn what_speaks_to_people_or_tests_is_left_alone() {
         #[cfg(test)] mod tests { fn f() { a(); } }
         #[test] fn g() { a(); }";
     let all: Vec<_> = slips(source).unwrap().into_iter().map(|s| (s.operator, s.was)).collect();
-    // That an action is reached at all is asked.
+    // Whether an action is reached at all is still tested.
     assert!(all.iter().all(|(operator, _)| *operator == "early return"), "{all:?}");
     assert!(slips("fn f( {").is_err());
 }
