@@ -3,9 +3,10 @@
 use crate::check::Contract;
 use crate::world::World;
 use kernel_model::SimHost;
+use std::cell::RefCell;
 use std::rc::Rc;
-use tap_core::{CacheMode, Disk, DiskConfig, Node, SchedulerLimits};
-use tap_host::{Budget, VbdId};
+use tap_core::{CacheMode, Disk, DiskConfig, ExchangeError, Lease, Node, SchedulerLimits};
+use tap_host::{Budget, Errno, VbdId};
 use tap_images::{BackingPolicy, Formats, ImageError, ImageFormat, ImageSpec, OpenOptions};
 
 /// Room for two tables of 512 entries, in bytes.
@@ -76,6 +77,8 @@ pub struct Stack {
     pub disk: Disk<SimHost>,
     /// What its memory is taken of.
     pub memory: Budget,
+    /// Above the image that the disk has now.
+    contract: RefCell<Rc<Contract>>,
 }
 
 impl Stack {
@@ -115,10 +118,32 @@ impl Stack {
         let image = Contract::new(world, host.process.node(), image, limits);
         let config =
             DiskConfig { id: VbdId(51712), cache: CacheMode::WriteBack, scheduler: limits.scheduler };
-        let disk = Disk::new(host, image, config);
+        let disk = Disk::new(host, Rc::clone(&image) as Rc<dyn Node>, config);
         let report = disk.wait_report();
         world.sim.on_stall(move || report().iter().map(|line| line.to_string()).collect());
-        Ok(Self { disk, memory })
+        Ok(Self { disk, memory, contract: RefCell::new(image) })
+    }
+
+    /// Exchanges the image for the one that `change` makes: see [`Disk::exchange`].
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn exchange<E>(
+        &self,
+        host: &SimHost,
+        world: &World,
+        limits: &StackLimits,
+        change: impl AsyncFnOnce(Lease) -> Result<Rc<dyn Node>, E>,
+    ) -> Result<Result<(), Errno>, ExchangeError<E>> {
+        let change = async |lease| {
+            let before = Rc::clone(&self.contract.borrow());
+            before.has_others_above(true);
+            let image = change(lease).await.inspect_err(|_| before.has_others_above(false))?;
+            let contract = Contract::new(world, host.process.node(), image, limits);
+            *self.contract.borrow_mut() = Rc::clone(&contract);
+            Ok(contract as Rc<dyn Node>)
+        };
+        self.disk.exchange(change).await
     }
 
     /// The top as a node.

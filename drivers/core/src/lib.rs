@@ -1,10 +1,10 @@
 //! The request engine: what every disk has, whatever its format and wherever its requests come from.
 //!
 //! ```text
-//!   ring ──► Vbd ──► Scheduler ──► cache mode ──► (graph) ──► image
-//!            life    order, depth,                            any Node
-//!            cycle   merging, retry
-//!           └──────────── a Disk ────────────┘
+//!   ring ──► Slot ──► Scheduler ──► cache mode ──► (graph) ──► image
+//!            life     order, depth,                            any Node
+//!            cycle    merging, retry
+//!           └──────────── a Disk ─────────────┘
 //! ```
 //!
 //! # Contract
@@ -18,11 +18,12 @@
 
 mod cache;
 mod disk;
+mod lease;
 mod node;
 mod request;
 mod scheduler;
+mod slot;
 mod tracker;
-mod vbd;
 pub mod wait;
 
 #[cfg(test)]
@@ -30,8 +31,9 @@ mod testing;
 
 pub use cache::CacheMode;
 pub use disk::{Disk, DiskConfig};
+pub use lease::Lease;
 pub use node::{Extent, LocalBoxFuture, Node, NodeInfo, Source};
 pub use request::{Op, Request, Response, ZeroFlags};
 pub use scheduler::{Scheduler, SchedulerLimits, SchedulerStats};
+pub use slot::{ExchangeError, Slot};
 pub use tracker::{Access, Cycle, Space, Ticket, TicketName, Tracker, WaitReport};
-pub use vbd::Vbd;

@@ -218,6 +218,11 @@ impl Script {
         script.0.hold.set(true);
         script
     }
+    /// Holds all that comes.
+    pub(crate) fn hold(&self) {
+        self.0.hold.set(true);
+        self.0.go.clear();
+    }
     /// Lets everything go that is in flight, and all that comes.
     pub(crate) fn release(&self) {
         self.0.hold.set(false);

@@ -12,10 +12,32 @@
 use crate::format::ImageFormat;
 use std::fmt;
 use std::rc::Rc;
+use tap_core::Node;
 use tap_host::Budget;
 
-/// Gives the format of the file at a path, or `None` to refuse it.
-pub type BackingGate = Rc<dyn Fn(&str) -> Option<ImageFormat>>;
+/// What to take as a backing file.
+#[derive(Clone)]
+pub enum Backing {
+    /// The file, read as an image of this format.
+    File(ImageFormat),
+    /// A node that has the file open already, such as the lease of an image that is being snapshotted. The image that
+    /// is opened above closes it.
+    Open {
+        /// The node.
+        node: Rc<dyn Node>,
+        /// Images in its chain, itself included.
+        images: usize,
+    },
+}
+
+impl From<ImageFormat> for Backing {
+    fn from(format: ImageFormat) -> Self {
+        Self::File(format)
+    }
+}
+
+/// Says what to take as the backing file at a path, or `None` to refuse it. Asked again when opening is retried.
+pub type BackingGate = Rc<dyn Fn(&str) -> Option<Backing>>;
 
 /// Which backing files may be opened.
 #[derive(Clone, Default)]
@@ -31,7 +53,7 @@ pub enum BackingPolicy {
 impl BackingPolicy {
     /// Any file, as `format`. For images that come from a trusted place.
     pub fn any(format: ImageFormat) -> Self {
-        Self::Ask(Rc::new(move |_| Some(format)))
+        Self::Ask(Rc::new(move |_| Some(format.into())))
     }
 
     /// Whether any file may be opened at all.

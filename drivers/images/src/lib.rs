@@ -39,7 +39,7 @@ mod units;
 mod testing;
 
 pub use calls::file_id;
-pub use chain::{BackingGate, BackingPolicy, MAX_CHAIN, OpenOptions, resolve};
+pub use chain::{Backing, BackingGate, BackingPolicy, MAX_CHAIN, OpenOptions, resolve};
 pub use error::ImageError;
 pub use format::{
     CheckReport, Description, Format, FormatInfo, ImageFormat, ImageSpec, NewImage, OptionInfo,

@@ -8,7 +8,7 @@
 //!
 //! A format is one [`Driver`] in one row. Nothing else asks which format an image has.
 
-use crate::chain::{BackingPolicy, MAX_CHAIN, OpenOptions, resolve};
+use crate::chain::{Backing, BackingPolicy, MAX_CHAIN, OpenOptions, resolve};
 use crate::format::{CheckReport, Description, Format, FormatInfo, ImageFormat, ImageSpec, NewImage};
 use crate::io::{ImageFile, is_transient as passes};
 use crate::{ImageError, ImageHost};
@@ -231,22 +231,39 @@ impl<H: ImageHost> OpenImage<H> {
             return Err(self.refused(what, "restore the image from a backup"));
         };
         let backing = resolve(&self.path, name);
-        if self.level >= MAX_CHAIN {
-            let what = format!("there are more than {MAX_CHAIN} images above {backing}");
-            return Err(self.refused(what, "merge some of them"));
-        }
-        let format = match &self.options.backing {
+        self.below_limit(1, &backing)?;
+        let allowed = match &self.options.backing {
             BackingPolicy::Refuse => None,
             BackingPolicy::Ask(allowed) => allowed(&backing),
         };
-        let Some(format) = format else {
-            let what = format!("it is based on {backing}, which may not be opened");
-            return Err(self.refused(what, "allow it with --backing FORMAT, or flatten the image"));
+        let format = match allowed {
+            Some(Backing::File(format)) => format,
+            Some(Backing::Open { node, images }) => {
+                self.below_limit(images, &backing)?;
+                return Ok(node);
+            }
+            None => {
+                let what = format!("it is based on {backing}, which may not be opened");
+                return Err(self.refused(what, "allow it with --backing FORMAT, or flatten the image"));
+            }
         };
         let spec = ImageSpec { format, path: backing.clone() };
         let below = OpenOptions { write: false, ..self.options.clone() };
         let opened = self.formats.open_level(host.clone(), spec, below, self.level + 1).await;
         let path = self.path.clone();
         opened.map_err(|error| ImageError::Backing { path, backing, error: Box::new(error) })
+    }
+
+    /// Refuses to have `images` more below this one when that makes the chain too long.
+    fn below_limit(&self, images: usize, backing: &str) -> Result<(), ImageError> {
+        if self.level + images <= MAX_CHAIN {
+            return Ok(());
+        }
+        let what = if images == 1 {
+            format!("there are more than {MAX_CHAIN} images above {backing}")
+        } else {
+            format!("its chain of {} images would be longer than {MAX_CHAIN}", self.level + images)
+        };
+        Err(self.refused(what, "merge some of them"))
     }
 }

@@ -156,7 +156,7 @@ impl ServeArgs {
         let server = server.map_err(|e| e.to_string())?;
         let listeners = self.listen(host).await?;
         for disk in disks {
-            let info = disk.disk.vbd().info();
+            let info = disk.disk.slot().info();
             console.out(&format!(
                 "export '{}': {}, {}{}",
                 disk.name,

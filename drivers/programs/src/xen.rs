@@ -186,7 +186,7 @@ impl<H: GuestHost> Shared<H> {
         let options =
             DiskOptions { patience_ns: IN_USE_PATIENCE_NS, ..self.args.images.options(write, &self.memory) };
         let disk = open_disk(&self.host, config.vbd, spec, &options).await?;
-        let info = disk.vbd().info();
+        let info = disk.slot().info();
         let size = show_size(info.size_sectors * SECTOR_BYTES);
         let read_only = if info.read_only { ", read-only" } else { "" };
         self.console.out(&format!("serving {}: {spec}, {size}{read_only}", name(config)));

@@ -56,6 +56,8 @@ impl Storage {
         let inner = &self.0;
         inner.sim.remark("power", || "the power is cut".into());
         inner.land_in_flight();
+        // What the kernel had yet to close is closed.
+        drop(inner.closing.take());
         // A file may live through several power cuts; each is a separate decision.
         let cut = inner.power_cuts.replace(inner.power_cuts.get() + 1);
         let old = std::mem::take(&mut *inner.files.borrow_mut());

@@ -155,7 +155,7 @@ pub static REAL_IMAGE: Scenario = Scenario {
     body: |w| Box::pin(power_cuts(w, Plan { cuts: 2, ops: 40, ..PLAIN })),
 };
 
-fn error_storage(sim: &Sim) -> StorageConfig {
+pub(super) fn error_storage(sim: &Sim) -> StorageConfig {
     // Not `SyncErrors::Reverts`: it takes answered writes back from a living disk, and nothing above can prevent that.
     let modes = [SyncErrors::Retryable, SyncErrors::Linux, SyncErrors::Latched];
     StorageConfig {
@@ -356,25 +356,9 @@ async fn work(
     flush_failed: &Cell<bool>,
     recovered: bool,
 ) {
-    let mut tries = if world.errors_allowed() { world.setting("open-tries", &[1, 4]) } else { 1 };
-    let failed_syncs = world.storage.counts().failed_syncs;
-    let stack = loop {
-        tries -= 1;
-        match Stack::open(host, world, &setup.spec, limits).await {
-            Ok(stack) => break stack,
-            // With errors about, opening may fail; it is tried again after the next power cut.
-            Err(_) if world.errors_allowed() && tries == 0 => return,
-            Err(_) if world.errors_allowed() => world.sim.sleep_ns(1_000_000).await,
-            Err(error) => {
-                world.fail(Invariant::G11, format!("failed to open the image after a crash: {error}"));
-                return;
-            }
-        }
-    };
-    setup.check_length(world, failed_syncs);
-    setup.check_locks(world, false);
+    let Some(stack) = open_under_errors(world, setup, limits, host).await else { return };
     let manners = Manners {
-        retries: if world.errors_allowed() { world.setting("guest-retries", &[3, 0, 1]) } else { 0 },
+        retries: guest_retries(world),
         errors_allowed: world.errors_allowed(),
         reads: if recovered { after_cut(flush_failed.get()) } else { Invariant::G1 },
     };
@@ -408,6 +392,39 @@ async fn work(
 /// drive refuses for the first time costs dirty pages.
 fn flush_beside_discard(world: &World) -> u32 {
     world.setting("flush-beside-discard", &[0, 1, 2, 2])
+}
+
+/// Opens a disk, which may have to be tried again where operations fail; `None` where that does not help before the
+/// next power cut.
+pub(super) async fn open_under_errors(
+    world: &World,
+    setup: &Setup,
+    limits: &StackLimits,
+    host: &SimHost,
+) -> Option<Stack> {
+    let mut tries = if world.errors_allowed() { world.setting("open-tries", &[1, 4]) } else { 1 };
+    let failed_syncs = world.storage.counts().failed_syncs;
+    loop {
+        tries -= 1;
+        match Stack::open(host, world, &setup.spec, limits).await {
+            Ok(stack) => {
+                setup.check_length(world, failed_syncs);
+                setup.check_locks(world, false);
+                return Some(stack);
+            }
+            Err(_) if world.errors_allowed() && tries == 0 => return None,
+            Err(_) if world.errors_allowed() => world.sim.sleep_ns(1_000_000).await,
+            Err(error) => {
+                world.fail(Invariant::G11, format!("failed to open the image after a crash: {error}"));
+                return None;
+            }
+        }
+    }
+}
+
+/// How often a guest repeats what failed.
+pub(super) fn guest_retries(world: &World) -> u32 {
+    if world.errors_allowed() { world.setting("guest-retries", &[3, 0, 1]) } else { 0 }
 }
 
 fn guest_window(world: &World) -> u32 {

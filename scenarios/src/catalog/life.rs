@@ -196,9 +196,9 @@ async fn live(world: &World, setup: &Setup, host: &SimHost, limits: &StackLimits
     // The storage ends what nobody waits for any more.
     host.sleep_ns(world.setting("rest", &[REST_NS, 0])).await;
     let out = guest.disk().disk.buffers_out();
-    if world.setting("rest", &[REST_NS, 0]) > 0 && out + stack.disk.vbd().in_flight() > 0 {
+    if world.setting("rest", &[REST_NS, 0]) > 0 && out + stack.disk.slot().in_flight() > 0 {
         let text =
-            format!("{out} bytes of buffers are out, {} requests in flight", stack.disk.vbd().in_flight());
+            format!("{out} bytes of buffers are out, {} requests in flight", stack.disk.slot().in_flight());
         world.fail(Invariant::K1, format!("{text}, long after the close"));
     }
 }
@@ -236,7 +236,7 @@ fn few(n: u64) -> usize {
 
 /// Pauses and resumes the disk a few times.
 async fn pauses(life: &Life, stack: &Stack) {
-    let (world, vbd) = (&life.world, stack.disk.vbd());
+    let (world, slot) = (&life.world, stack.disk.slot());
     for n in 0..world.setting("pauses", &[2, 0, 5]) {
         let value = world.sim.decide(life.entity, &PAUSE, n, |d| {
             d.magnitude(23) | d.magnitude(23) << 24 | d.below(3).min(1) << 48
@@ -248,23 +248,23 @@ async fn pauses(life: &Life, stack: &Stack) {
         life.paused.set(true);
         if value >> 48 & 1 != 0 {
             // One look, and nobody stays to wait.
-            let mut pause = Box::pin(vbd.pause());
+            let mut pause = Box::pin(slot.pause());
             poll_fn(|cx| Poll::Ready(_ = pause.as_mut().poll(cx))).await;
             drop(pause);
             world.sim.sleep_ns(value >> 24 & 0xff_ffff).await;
-        } else if let Err(error) = vbd.pause().await {
+        } else if let Err(error) = slot.pause().await {
             world.fail(Invariant::D1, format!("pausing the disk failed with {error:?}"));
         } else {
             let before = world.storage.counts();
             world.sim.sleep_ns(value >> 24 & 0xff_ffff).await;
             let after = world.storage.counts();
-            if vbd.in_flight() > 0 || (before.reads, before.writes) != (after.reads, after.writes) {
-                let text = format!("a paused disk has {} requests in flight", vbd.in_flight());
+            if slot.in_flight() > 0 || (before.reads, before.writes) != (after.reads, after.writes) {
+                let text = format!("a paused disk has {} requests in flight", slot.in_flight());
                 world.fail(Invariant::D1, format!("{text}; I/O went on from {before:?} to {after:?}"));
             }
         }
         life.paused.set(false);
-        if let Err(error) = vbd.resume() {
+        if let Err(error) = slot.resume() {
             world.fail(Invariant::D1, format!("resuming the disk failed with {error:?}"));
         }
     }
@@ -272,7 +272,7 @@ async fn pauses(life: &Life, stack: &Stack) {
 
 /// Closes the disk while the guest goes on. What was answered before is durable then.
 async fn close_under_load(life: &Life, stack: &Stack, guest: &Guest<Fickle>, setup: &Setup) {
-    let (world, vbd) = (&life.world, stack.disk.vbd());
+    let (world, slot) = (&life.world, stack.disk.slot());
     let after = world.sim.decide(life.entity, &CLOSE_AFTER, 0, |d| d.magnitude(24));
     if world.setting("close-when-done", &[false, true]) {
         // What a pause held back goes on by itself.
@@ -280,15 +280,15 @@ async fn close_under_load(life: &Life, stack: &Stack, guest: &Guest<Fickle>, set
     }
     world.sim.sleep_ns(after).await;
     if world.setting("close-paused", &[false, true]) {
-        let mut pause = Box::pin(vbd.pause());
+        let mut pause = Box::pin(slot.pause());
         poll_fn(|cx| Poll::Ready(_ = pause.as_mut().poll(cx))).await;
     }
     let inv = guest.history.borrow_mut().begin_flush();
     // Looks that have just begun.
     let mut looks: Vec<_> = (0..world.setting("looks-at-close", &[4, 0]))
         .map(|n| {
-            let at = vbd.info().size_sectors / 4 * n;
-            vbd.extents(SectorRange::new(at, (vbd.info().size_sectors - at) as u32), few(n))
+            let at = slot.info().size_sectors / 4 * n;
+            slot.extents(SectorRange::new(at, (slot.info().size_sectors - at) as u32), few(n))
         })
         .collect();
     poll_fn(|cx| {
@@ -297,7 +297,7 @@ async fn close_under_load(life: &Life, stack: &Stack, guest: &Guest<Fickle>, set
     })
     .await;
     life.closing.set(true);
-    let mut closes: Vec<_> = (0..world.setting("closes", &[1, 2])).map(|_| vbd.close()).collect();
+    let mut closes: Vec<_> = (0..world.setting("closes", &[1, 2])).map(|_| slot.close()).collect();
     let mut results = Vec::new();
     poll_fn(|cx| {
         looks.retain_mut(|look| look.as_mut().poll(cx).is_pending());
@@ -323,10 +323,10 @@ async fn close_under_load(life: &Life, stack: &Stack, guest: &Guest<Fickle>, set
         Ok(()) => guest.history.borrow_mut().end_flush(inv),
         Err(error) => world.fail(Invariant::G11, format!("closing the disk failed with {error:?}")),
     }
-    if vbd.close().await != result {
+    if slot.close().await != result {
         world.fail(Invariant::D1, "a second close has another result");
     }
-    if vbd.pause().await != Err(Errno::ESHUTDOWN) || vbd.resume() != Err(Errno::ESHUTDOWN) {
+    if slot.pause().await != Err(Errno::ESHUTDOWN) || slot.resume() != Err(Errno::ESHUTDOWN) {
         world.fail(Invariant::D1, "a closed disk can be paused or resumed");
     }
 }

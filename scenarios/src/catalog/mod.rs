@@ -4,6 +4,7 @@ pub mod absent;
 pub mod away;
 pub mod crash;
 pub mod damage;
+pub mod exchange;
 pub mod failures;
 pub mod latch;
 pub mod life;
@@ -45,6 +46,7 @@ pub static ALL: &[&Scenario] = &[
     &away::TAPDISK_AWAY,
     &absent::IMAGE_ABSENT,
     &life::DISK_LIFE,
+    &exchange::IMAGE_EXCHANGED,
     &damage::DAMAGED_IMAGE,
     &scale::QCOW_SCALE,
     &scale::QCOW_FULL,
@@ -120,6 +122,7 @@ pub static LABELS: &[&Label] = &[
     &life::PAUSE,
     &life::CLOSE_AFTER,
     &life::LOOK,
+    &exchange::EXCHANGE,
     &toolstack::REPLACE_AFTER,
     &toolstack::SECOND_AFTER,
     &toolstack::DESTROY_AFTER,

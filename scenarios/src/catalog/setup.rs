@@ -153,6 +153,23 @@ impl Setup {
         }
     }
 
+    /// The same disk with `spec` as its image, which is based on the one that it has now.
+    pub fn above(&self, spec: ImageSpec) -> Self {
+        let below = [&self.spec.path].into_iter().chain(&self.below).cloned().collect();
+        Self { spec, below, ..self.clone() }
+    }
+
+    /// The same disk with `spec` as its image, and nothing below that.
+    pub fn alone(&self, spec: ImageSpec) -> Self {
+        Self { spec, base: None, below: Vec::new(), ..self.clone() }
+    }
+
+    /// The files of the image and of what it is based on.
+    pub fn files(&self) -> impl Iterator<Item = &String> {
+        let base = self.base.iter().map(|(path, _)| path);
+        [&self.spec.path].into_iter().chain(base).chain(&self.below)
+    }
+
     /// What the testbed knows of the image's format.
     pub fn model(&self) -> &'static dyn FormatModel {
         formats::of(self.spec.format)

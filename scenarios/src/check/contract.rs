@@ -35,6 +35,8 @@ struct Inner {
     looks: Cell<u32>,
     next: Cell<u64>,
     closed: Cell<bool>,
+    /// The node is below another image, or is being copied: not all requests come from one scheduler.
+    others: Cell<bool>,
 }
 
 struct Running {
@@ -56,7 +58,13 @@ impl Contract {
             looks: Cell::new(0),
             next: Cell::new(0),
             closed: Cell::new(false),
+            others: Cell::new(false),
         })))
+    }
+
+    /// Whether others than one scheduler ask from now on: an image above, or a copy.
+    pub fn has_others_above(&self, others: bool) {
+        self.0.others.set(others);
     }
 }
 
@@ -75,6 +83,9 @@ impl Inner {
         }
         if !request.is_well_formed(info.size_sectors) || info.read_only && op.is_write() {
             self.broken(format!("{op:?} {range} reaches a disk of {info:?}"));
+        }
+        if self.others.get() {
+            return;
         }
         let most = u64::from(self.limits.merge_sectors) * tap_host::SECTOR_BYTES;
         if request.bufs.len() > 1 && !self.in_pieces && range.len_bytes() > most {

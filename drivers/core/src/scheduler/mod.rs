@@ -111,6 +111,16 @@ struct Inner<H> {
 impl<H: Time + Tasks + Log + Probe> Scheduler<H> {
     /// A scheduler above `lower`. A depth of 0 is taken as 1.
     pub fn new(host: H, lower: Rc<dyn Node>, limits: SchedulerLimits) -> Self {
+        Self::counting(host, lower, limits, Rc::default())
+    }
+
+    /// The same, counted together with those that counted in `stats` before.
+    pub(crate) fn counting(
+        host: H,
+        lower: Rc<dyn Node>,
+        limits: SchedulerLimits,
+        stats: Rc<RefCell<SchedulerStats>>,
+    ) -> Self {
         let limits = SchedulerLimits { depth: limits.depth.max(1), ..limits };
         Self(Rc::new(Inner {
             host,
@@ -118,7 +128,7 @@ impl<H: Time + Tasks + Log + Probe> Scheduler<H> {
             limits,
             tracker: Tracker::new(),
             line: RefCell::new(Line::new(limits.depth)),
-            stats: Rc::default(),
+            stats,
         }))
     }
 
@@ -127,15 +137,9 @@ impl<H: Time + Tasks + Log + Probe> Scheduler<H> {
         self.0.tracker.steps()
     }
 
-    /// Counters.
+    /// What it has done.
     pub fn stats(&self) -> SchedulerStats {
         *self.0.stats.borrow()
-    }
-
-    /// The counters, also of a scheduler that is gone; does not keep it alive.
-    pub(crate) fn stats_later(&self) -> impl Fn() -> SchedulerStats + use<H> {
-        let stats = Rc::clone(&self.0.stats);
-        move || *stats.borrow()
     }
 }
 

@@ -402,7 +402,7 @@ pub(super) fn check_unbroken(world: &World) {
 /// Nothing is in flight any more, and only `connections` are open.
 pub(super) fn check_idle(world: &World, served: &Served, connections: usize) {
     let (open, used) = (served.server.connections(), served.server.used_bytes());
-    let in_flight: usize = served.stacks.iter().map(|stack| stack.disk.vbd().in_flight()).sum();
+    let in_flight: usize = served.stacks.iter().map(|stack| stack.disk.slot().in_flight()).sum();
     if (open, used, in_flight) != (connections, 0, 0) {
         let text = format!("{open} connections, {used} bytes and {in_flight} requests are left");
         world.fail(Invariant::K1, format!("{text}; {connections} connections and nothing else should be"));

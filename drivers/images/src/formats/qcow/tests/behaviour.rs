@@ -58,7 +58,7 @@ fn backing_files_are_opened_only_if_allowed() {
     assert_eq!(refused.to_string(), text);
     // An image that is its own backing file ends at the limit, or at the lock.
     let (host, mut options) = (world.clone(), setup.options(false));
-    options.backing = BackingPolicy::Ask(Rc::new(|_| Some(QCOW)));
+    options.backing = BackingPolicy::any(QCOW);
     world.put(BASE, world.bytes(PATH));
     let refused = world.block_on(async move { open(&host, &options).await.err() }).unwrap();
     let text = "use /base below /image: open /base as qcow: there are more than 64 images above /base; \

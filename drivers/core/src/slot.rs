@@ -1,0 +1,472 @@
+//! A place in a graph of nodes whose lower node can be paused, exchanged and closed under load.
+//!
+//! ```text
+//!             pause, exchange        last request ends
+//!   Running ─────────────────► Draining ─────────────► Paused ──► exchange: flush, change, next lower node
+//!      ▲                          │ resume                │ resume, exchange done
+//!      └──────────────────────────┴───────────────────────┘
+//!   any of them ──close──► Closing ──last request ends, lower node closed──► Closed
+//! ```
+//!
+//! The top of every disk is a slot: its life cycle is the disk's. A live snapshot, a coalesce and a change of the graph
+//! are all an exchange.
+//!
+//! # Contract
+//!
+//! * Requests and looks at extents that arrive while the slot is draining or paused wait, and go down in their order
+//!   once it runs again; a flush waits like any other. After `close` all are refused with `ESHUTDOWN`, also those that
+//!   wait.
+//! * `Paused` is reached when nothing is in flight, whether or not a caller waits in [`Slot::pause`] for it.
+//! * An exchange is seen by no request: each goes down to the old node or to the new one. What was answered before the
+//!   exchange is durable before the first request reaches the new node, so that a flush of the new node alone covers
+//!   it. After an error the old node stays.
+//! * Changes of one slot, and its close, run one after the other. A slot that was paused before an exchange is paused
+//!   after it.
+//! * The lower node is closed once, with nothing in flight.
+//! * A request whose future is dropped after it went down is carried to its end by a task, and counts as in flight
+//!   until then: its effect may still come, and nothing that overlaps it may overtake that. One that waits is
+//!   forgotten.
+
+use crate::wait::{Event as Flag, Line, Semaphore};
+use crate::{Extent, LocalBoxFuture, Node, NodeInfo, Request, Response, WaitReport};
+use std::cell::{Cell, RefCell};
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::rc::{Rc, Weak};
+use std::task::{Context, Poll, Waker, ready};
+use tap_host::{Bug, Errno, Event, Log, Mark, Probe, SectorRange, Tasks, VbdId};
+
+/// A [`Node`] whose lower node can be paused, exchanged and closed; clones share it.
+pub struct Slot<H>(Rc<Inner<H>>);
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Stage {
+    Running,
+    Draining,
+    Paused,
+    Closing,
+    Closed,
+}
+
+impl Stage {
+    fn text(self) -> &'static str {
+        match self {
+            Stage::Running => "running",
+            Stage::Draining => "draining",
+            Stage::Paused => "paused",
+            Stage::Closing => "closing",
+            Stage::Closed => "closed",
+        }
+    }
+    fn is_over(self) -> bool {
+        matches!(self, Stage::Closing | Stage::Closed)
+    }
+}
+
+struct Inner<H> {
+    host: H,
+    id: VbdId,
+    lower: RefCell<Rc<dyn Node>>,
+    stage: Cell<Stage>,
+    /// By [`Slot::pause`].
+    paused: Cell<bool>,
+    /// The lower node is being exchanged.
+    changing: Cell<bool>,
+    in_flight: Cell<usize>,
+    /// Set when there is no request in flight.
+    idle: Flag,
+    /// Set at every change of `stage` or `paused`, for those who wait in `pause` and `exchange`.
+    changed: Flag,
+    /// Requests that wait until the slot runs again.
+    held: RefCell<Line>,
+    /// Exchanges and the close come one after the other.
+    turn: Semaphore,
+    close_result: Cell<Option<Result<(), Errno>>>,
+}
+
+impl<H> Clone for Slot<H> {
+    fn clone(&self) -> Self {
+        Self(Rc::clone(&self.0))
+    }
+}
+
+/// Why an exchange failed. The old node is still there.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum ExchangeError<E> {
+    /// The slot is closed, or is being closed.
+    #[error("the disk is closed")]
+    Closed,
+    /// What was answered before could not be made durable.
+    #[error("flush the disk: {0}")]
+    Flush(Errno),
+    /// There is no new node.
+    #[error(transparent)]
+    Change(E),
+}
+
+impl<H: Log + Tasks + Probe> Slot<H> {
+    /// A running slot of the disk `id` above `lower`.
+    pub fn new(host: H, id: VbdId, lower: Rc<dyn Node>) -> Self {
+        let idle = Flag::new();
+        idle.set();
+        host.log(Event::VbdState { vbd: id, state: Stage::Running.text() });
+        Self(Rc::new(Inner {
+            host,
+            id,
+            lower: RefCell::new(lower),
+            stage: Cell::new(Stage::Running),
+            paused: Cell::new(false),
+            changing: Cell::new(false),
+            in_flight: Cell::new(0),
+            idle,
+            changed: Flag::new(),
+            held: RefCell::default(),
+            turn: Semaphore::new(1),
+            close_result: Cell::new(None),
+        }))
+    }
+
+    /// Stops admission and completes when nothing is in flight. Dropping the future does not resume the slot.
+    ///
+    /// # Errors
+    /// `EINTR` when the slot was resumed before it was drained, `ESHUTDOWN` when it is closed.
+    pub async fn pause(&self) -> Result<(), Errno> {
+        let inner = &self.0;
+        inner.paused.set(true);
+        inner.update();
+        loop {
+            match inner.stage.get() {
+                Stage::Closing | Stage::Closed => return Err(Errno::ESHUTDOWN),
+                _ if !inner.paused.get() => return Err(Errno::EINTR),
+                Stage::Paused => return Ok(()),
+                Stage::Running | Stage::Draining => inner.changed.wait().await,
+            }
+        }
+    }
+
+    /// Lets requests in again, those first that waited; during an exchange, once that is over. Does nothing on a
+    /// running slot.
+    ///
+    /// # Errors
+    /// `ESHUTDOWN` when the slot is closed.
+    pub fn resume(&self) -> Result<(), Errno> {
+        if self.0.stage.get().is_over() {
+            return Err(Errno::ESHUTDOWN);
+        }
+        self.0.paused.set(false);
+        self.0.update();
+        self.0.notify();
+        Ok(())
+    }
+
+    /// Drains the slot, makes durable what was answered, and puts the node that `change` makes of the lower one in its
+    /// place; returns the old one, which is not closed. Requests that arrive meanwhile wait. Dropping the future before
+    /// its end leaves the old node in place.
+    ///
+    /// # Errors
+    /// [`ExchangeError`]; the old node stays.
+    ///
+    /// # Panics
+    /// When the new node has another size or mode than the old one.
+    pub async fn exchange<E>(
+        &self,
+        change: impl AsyncFnOnce(Rc<dyn Node>) -> Result<Rc<dyn Node>, E>,
+    ) -> Result<Rc<dyn Node>, ExchangeError<E>> {
+        let inner = &self.0;
+        let _turn = inner.turn.acquire().await;
+        let _changing = Changing::begin(inner);
+        loop {
+            match inner.stage.get() {
+                Stage::Closing | Stage::Closed => return Err(ExchangeError::Closed),
+                Stage::Paused => break,
+                Stage::Running | Stage::Draining => inner.changed.wait().await,
+            }
+        }
+        let old = inner.lower();
+        if !inner.host.bug(Bug::ExchangeUnflushed) {
+            old.submit(Request::flush()).await.result.map_err(ExchangeError::Flush)?;
+        }
+        let new = change(Rc::clone(&old)).await.map_err(ExchangeError::Change)?;
+        assert_eq!(new.info(), old.info(), "a node is exchanged for one of the same size and mode");
+        inner.host.mark(if inner.held.borrow().is_empty() { Mark::Exchanged } else { Mark::ExchangeHeld });
+        *inner.lower.borrow_mut() = new;
+        Ok(old)
+    }
+
+    /// Requests and looks at extents that were admitted and not answered.
+    pub fn in_flight(&self) -> usize {
+        self.0.in_flight.get()
+    }
+
+    /// What it is doing: `running`, `draining`, `paused`, `closing` or `closed`.
+    pub fn state(&self) -> &'static str {
+        self.0.stage.get().text()
+    }
+
+    /// Returns what waits for what below, while the slot exists; does not keep it alive.
+    pub(crate) fn wait_report_later(&self) -> impl Fn() -> Vec<WaitReport> + use<H> {
+        let inner: Weak<Inner<H>> = Rc::downgrade(&self.0);
+        move || inner.upgrade().map(|inner| inner.lower().wait_report()).unwrap_or_default()
+    }
+
+    async fn close_once(&self) -> Result<(), Errno> {
+        let inner = &self.0;
+        if !inner.stage.get().is_over() {
+            inner.enter(Stage::Closing);
+            let refused = inner.held.borrow_mut().take_all();
+            refused.into_iter().for_each(|(_, waker)| waker.wake());
+        }
+        let _turn = inner.turn.acquire().await;
+        if let Some(result) = inner.close_result.get() {
+            return result;
+        }
+        inner.idle.wait().await;
+        // If this future is dropped now, nobody learns how closing went, and nobody may close again.
+        inner.close_result.set(Some(Err(Errno::EINTR)));
+        let result = inner.lower().close().await;
+        inner.close_result.set(Some(result));
+        inner.enter(Stage::Closed);
+        result
+    }
+}
+
+/// An exchange that runs; the slot is held until it is dropped.
+struct Changing<'a, H: Log + Probe>(&'a Inner<H>);
+
+impl<'a, H: Log + Probe> Changing<'a, H> {
+    fn begin(inner: &'a Inner<H>) -> Self {
+        inner.changing.set(true);
+        inner.update();
+        Self(inner)
+    }
+}
+
+impl<H: Log + Probe> Drop for Changing<'_, H> {
+    fn drop(&mut self) {
+        // A panic must not meet another one here: it ends everything anyway.
+        if !std::thread::panicking() {
+            self.0.changing.set(false);
+            self.0.update();
+        }
+    }
+}
+
+impl<H> Inner<H> {
+    fn lower(&self) -> Rc<dyn Node> {
+        Rc::clone(&self.lower.borrow())
+    }
+
+    fn notify(&self) {
+        self.changed.set();
+        self.changed.clear();
+    }
+}
+
+impl<H: Log + Probe> Inner<H> {
+    fn enter(&self, stage: Stage) {
+        self.stage.set(stage);
+        self.host.log(Event::VbdState { vbd: self.id, state: stage.text() });
+        self.notify();
+    }
+
+    /// Begins to drain, or lets requests in again.
+    fn update(&self) {
+        let held = self.paused.get() || self.changing.get();
+        match self.stage.get() {
+            Stage::Running if held => {
+                self.enter(Stage::Draining);
+                self.settle();
+            }
+            Stage::Draining | Stage::Paused if !held => {
+                self.enter(Stage::Running);
+                let first = self.held.borrow().first();
+                first.into_iter().for_each(Waker::wake);
+            }
+            _ => {}
+        }
+    }
+
+    /// A draining slot without requests in flight is paused.
+    fn settle(&self) {
+        let idle = self.in_flight.get() == 0 || self.host.bug(Bug::PauseUnwatched);
+        if self.stage.get() == Stage::Draining && idle {
+            self.enter(Stage::Paused);
+        }
+    }
+
+    fn admit(self: &Rc<Self>) -> Admitted<H> {
+        self.in_flight.set(self.in_flight.get() + 1);
+        self.idle.clear();
+        Admitted(Rc::clone(self))
+    }
+
+    /// Admits a request at once, makes it wait, or refuses it.
+    fn admission(self: &Rc<Self>) -> Admission<H> {
+        match self.stage.get() {
+            Stage::Closing | Stage::Closed => Admission::Refused,
+            Stage::Running if self.held.borrow().is_empty() => Admission::Now(self.admit()),
+            _ => Admission::Later(Held::new(Rc::clone(self))),
+        }
+    }
+}
+
+/// What becomes of a request that arrives.
+enum Admission<H: Log + Probe> {
+    Now(Admitted<H>),
+    Later(Held<H>),
+    Refused,
+}
+
+/// One request in flight.
+struct Admitted<H: Log + Probe>(Rc<Inner<H>>);
+
+impl<H: Log + Probe> Drop for Admitted<H> {
+    fn drop(&mut self) {
+        // A panic must not meet another one here: it ends everything anyway.
+        if std::thread::panicking() {
+            return;
+        }
+        let left = self.0.in_flight.get() - 1;
+        self.0.in_flight.set(left);
+        if left == 0 {
+            self.0.idle.set();
+            self.0.settle();
+        }
+    }
+}
+
+/// A request that went down. Dropped before its end, it goes on without anybody who waits for it.
+struct Below<H: Log + Tasks + Probe>(Option<(Admitted<H>, LocalBoxFuture<Response>)>);
+
+impl<H: Log + Tasks + Probe> Below<H> {
+    fn new(admitted: Admitted<H>, request: Request) -> Self {
+        let answer = admitted.0.lower.borrow().submit(request);
+        Self(Some((admitted, answer)))
+    }
+}
+
+impl<H: Log + Tasks + Probe> Future for Below<H> {
+    type Output = Response;
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Response> {
+        let (_, answer) = self.0.as_mut().expect("polled after its end");
+        let response = ready!(answer.as_mut().poll(cx));
+        self.0 = None;
+        Poll::Ready(response)
+    }
+}
+
+impl<H: Log + Tasks + Probe> Drop for Below<H> {
+    fn drop(&mut self) {
+        let Some((admitted, answer)) = self.0.take() else { return };
+        let inner = Rc::clone(&admitted.0);
+        if std::thread::panicking() || inner.host.bug(Bug::GivenUpForgotten) {
+            return;
+        }
+        inner.host.spawn("given up", u64::from(inner.id.0), async move {
+            drop(answer.await);
+            drop(admitted);
+        });
+    }
+}
+
+/// A place among the requests that wait for `resume`.
+struct Held<H: Log + Probe> {
+    inner: Rc<Inner<H>>,
+    place: Option<u64>,
+}
+
+impl<H: Log + Probe> Held<H> {
+    fn new(inner: Rc<Inner<H>>) -> Self {
+        // The place is taken now, not at the first poll, so that the order is that of submission.
+        let mut place = None;
+        inner.held.borrow_mut().wait(&mut place, Waker::noop());
+        Self { inner, place }
+    }
+
+    /// `None` when the disk is closed.
+    async fn admitted(&mut self) -> Option<Admitted<H>> {
+        poll_fn(|cx| {
+            let mut held = self.inner.held.borrow_mut();
+            match self.inner.stage.get() {
+                Stage::Closing | Stage::Closed => Poll::Ready(None),
+                Stage::Running if held.is_first(self.place) => Poll::Ready(Some(self.inner.admit())),
+                _ => {
+                    held.wait(&mut self.place, cx.waker());
+                    Poll::Pending
+                }
+            }
+        })
+        .await
+    }
+}
+
+impl<H: Log + Probe> Drop for Held<H> {
+    fn drop(&mut self) {
+        // A panic must not meet another one here: it ends everything anyway.
+        if std::thread::panicking() {
+            return;
+        }
+        let mut held = self.inner.held.borrow_mut();
+        let was_first = held.is_first(self.place);
+        held.leave(&mut self.place);
+        let next = if was_first && self.inner.stage.get() == Stage::Running { held.first() } else { None };
+        drop(held);
+        next.into_iter().for_each(Waker::wake);
+    }
+}
+
+impl<H: Log + Tasks + Probe> Node for Slot<H> {
+    fn submit(&self, request: Request) -> LocalBoxFuture<Response> {
+        let refuse = |request: Request| Response { result: Err(Errno::ESHUTDOWN), bufs: request.bufs };
+        match self.0.admission() {
+            Admission::Refused => Box::pin(std::future::ready(refuse(request))),
+            Admission::Now(admitted) => Box::pin(Below::new(admitted, request)),
+            Admission::Later(mut held) => Box::pin(async move {
+                let Some(admitted) = held.admitted().await else { return refuse(request) };
+                let below = Below::new(admitted, request);
+                drop(held);
+                below.await
+            }),
+        }
+    }
+
+    fn extents(&self, range: SectorRange, most: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
+        // Counted like a request: the lower node is not closed or exchanged under it.
+        let look = move |admitted: Admitted<H>| {
+            let inner = &admitted.0;
+            let answer = inner.lower.borrow().extents(range, most);
+            let counted = !inner.host.bug(Bug::LooksUncounted);
+            let admitted = counted.then_some(admitted);
+            async move {
+                let _admitted = admitted;
+                answer.await
+            }
+        };
+        match self.0.admission() {
+            Admission::Refused => Box::pin(std::future::ready(Err(Errno::ESHUTDOWN))),
+            Admission::Now(admitted) => Box::pin(look(admitted)),
+            Admission::Later(mut held) => Box::pin(async move {
+                let admitted = held.admitted().await.ok_or(Errno::ESHUTDOWN)?;
+                let look = look(admitted);
+                drop(held);
+                look.await
+            }),
+        }
+    }
+
+    fn info(&self) -> NodeInfo {
+        self.0.lower.borrow().info()
+    }
+
+    fn wait_report(&self) -> Vec<WaitReport> {
+        self.0.lower().wait_report()
+    }
+
+    fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
+        let slot = self.clone();
+        Box::pin(async move { slot.close_once().await })
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,229 @@
+use super::*;
+use crate::testing::{Outcome, Pool, Script, read, write};
+use crate::{Op, Scheduler, SchedulerLimits};
+
+fn slot(pool: &Pool, script: &Script) -> Slot<Pool> {
+    Slot::new(pool.clone(), VbdId(1), Rc::new(script.clone()))
+}
+
+fn pause(pool: &Pool, slot: &Slot<Pool>) -> Outcome<Result<(), Errno>> {
+    let slot = slot.clone();
+    pool.start(async move { slot.pause().await })
+}
+
+fn states(pool: &Pool) -> Vec<&'static str> {
+    let state = |e: &Event| match e {
+        Event::VbdState { state, .. } => Some(*state),
+        _ => None,
+    };
+    pool.logged().iter().filter_map(state).collect()
+}
+
+#[test]
+fn pause_drains_and_resume_lets_waiters_in_by_order() {
+    let (pool, script) = (Pool::new(), Script::held());
+    let slot = slot(&pool, &script);
+    let before = pool.start(slot.submit(write(1, 1)));
+    let paused = pause(&pool, &slot);
+    let waiting: Vec<_> = (2..5).map(|i| pool.start(slot.submit(write(i, 1)))).collect();
+    assert!(paused.get().is_none() && slot.in_flight() == 1);
+    script.release();
+    pool.run();
+    assert_eq!(paused.take(), Some(Ok(())));
+    assert!(before.get().is_some() && waiting.iter().all(|w| w.get().is_none()));
+    assert_eq!(script.seen().len(), 1, "nothing goes down while paused");
+
+    slot.resume().unwrap();
+    // Comes after resume, but before those that waited had their turn.
+    let late = pool.start(slot.submit(read(9, 1)));
+    assert!(late.get().is_some() && waiting.iter().all(|w| w.get().is_some()));
+    let order: Vec<u64> = script.seen().iter().map(|s| s.1.start.0).collect();
+    assert_eq!(order, [1, 2, 3, 4, 9]);
+    assert_eq!(states(&pool), ["running", "draining", "paused", "running"]);
+}
+
+#[test]
+fn resume_ends_a_pause_that_was_not_reached() {
+    let (pool, script) = (Pool::new(), Script::held());
+    let slot = slot(&pool, &script);
+    let request = pool.start(slot.submit(write(1, 1)));
+    let paused = pause(&pool, &slot);
+    slot.resume().unwrap();
+    pool.run();
+    assert_eq!(paused.take(), Some(Err(Errno::EINTR)));
+    // A pause that nobody waits for is reached all the same.
+    let dropped = pause(&pool, &slot);
+    pool.cancel(dropped.task);
+    script.release();
+    pool.run();
+    assert!(request.get().is_some());
+    assert_eq!(states(&pool).last(), Some(&"paused"));
+}
+
+#[test]
+fn close_refuses_drains_and_closes_below_once() {
+    let (pool, script) = (Pool::new(), Script::held());
+    let slot = slot(&pool, &script);
+    let running = pool.start(slot.submit(write(1, 1)));
+    let paused = pause(&pool, &slot);
+    let waiting = pool.start(slot.submit(write(2, 1)));
+    let closes = [pool.start(slot.close()), pool.start(slot.close())];
+    let late = pool.start(slot.submit(write(3, 1)));
+    assert_eq!(waiting.take().unwrap().result, Err(Errno::ESHUTDOWN));
+    assert_eq!(late.take().unwrap().result, Err(Errno::ESHUTDOWN));
+    assert_eq!(paused.take(), Some(Err(Errno::ESHUTDOWN)));
+    assert!(closes.iter().all(|c| c.get().is_none()) && script.times_closed() == 0);
+    script.release();
+    pool.run();
+    assert_eq!(running.take().unwrap().result, Ok(()));
+    assert!(closes.iter().all(|c| c.take() == Some(Ok(()))));
+    assert_eq!(script.times_closed(), 1);
+    assert_eq!(slot.resume(), Err(Errno::ESHUTDOWN));
+}
+
+#[test]
+fn a_request_that_is_given_up_counts_until_it_ends_and_one_that_waits_is_forgotten() {
+    let (pool, script) = (Pool::new(), Script::held());
+    let slot = slot(&pool, &script);
+    let stuck = pool.start(slot.submit(write(1, 1)));
+    let paused = pause(&pool, &slot);
+    let waiting: Vec<_> = (2..5).map(|i| pool.start(slot.submit(write(i, 1)))).collect();
+    pool.cancel(stuck.task);
+    pool.run();
+    assert!(paused.get().is_none() && slot.in_flight() == 1, "its effect may still come");
+    pool.cancel(waiting[0].task);
+    script.release();
+    pool.run();
+    assert_eq!(paused.take(), Some(Ok(())));
+    slot.resume().unwrap();
+    pool.run();
+    assert!(waiting[1..].iter().all(|w| w.get().is_some()));
+    assert_eq!(slot.in_flight(), 0);
+}
+
+#[test]
+fn the_whole_stack_answers() {
+    let (pool, script) = (Pool::new(), Script::default());
+    let scheduler = Scheduler::new(pool.clone(), Rc::new(script.clone()), SchedulerLimits::default());
+    let slot = Slot::new(pool.clone(), VbdId(1), Rc::new(scheduler));
+    let answers = [read(0, 8), write(8, 8), Request::flush()].map(|r| pool.start(slot.submit(r)));
+    assert!(answers.iter().all(|a| a.take().unwrap().result == Ok(())));
+    assert!(script.seen().iter().any(|s| s.0 == Op::Flush));
+    assert_eq!(pool.start(slot.close()).take(), Some(Ok(())));
+}
+
+/// Exchanges what is in `slot` for `next`, or fails with what `next` is.
+fn exchange(
+    pool: &Pool,
+    slot: &Slot<Pool>,
+    next: Result<&Script, Errno>,
+) -> Outcome<Result<usize, ExchangeError<Errno>>> {
+    let (slot, next) = (slot.clone(), next.cloned());
+    pool.start(async move {
+        let mut calls = 0;
+        let change = async |_| {
+            calls += 1;
+            next.map(|script| Rc::new(script) as Rc<dyn Node>)
+        };
+        slot.exchange(change).await.map(|_| calls)
+    })
+}
+
+#[test]
+fn an_exchange_drains_and_flushes_the_old_node_and_what_waits_reaches_the_new_one_in_order() {
+    let (pool, old, new) = (Pool::new(), Script::held(), Script::default());
+    let slot = slot(&pool, &old);
+    let before = pool.start(slot.submit(write(1, 1)));
+    let done = exchange(&pool, &slot, Ok(&new));
+    let waiting: Vec<_> = (2..5).map(|i| pool.start(slot.submit(write(i, 1)))).collect();
+    let look = pool.start(slot.extents(SectorRange::new(0, 8), 1));
+    assert!(done.get().is_none() && look.get().is_none(), "a look waits like a request");
+    old.release_now();
+    pool.run();
+    assert!(before.get().is_some() && done.get().is_none(), "the flush is not answered");
+    assert_eq!(old.seen().last().map(|s| s.0), Some(Op::Flush));
+    old.release();
+    pool.run();
+    assert_eq!(done.take(), Some(Ok(1)));
+    assert!(waiting.iter().all(|w| w.take().unwrap().result == Ok(())) && look.get().is_some());
+    assert_eq!(old.seen().len(), 2, "nothing reaches the old node any more");
+    assert_eq!(new.seen().iter().map(|s| s.1.start.0).collect::<Vec<_>>(), [2, 3, 4]);
+    assert_eq!(states(&pool), ["running", "draining", "paused", "running"]);
+    assert_eq!(pool.start(slot.close()).take(), Some(Ok(())));
+    assert_eq!((old.times_closed(), new.times_closed()), (0, 1));
+    assert_eq!(exchange(&pool, &slot, Ok(&old)).take(), Some(Err(ExchangeError::Closed)));
+}
+
+#[test]
+fn an_exchange_that_fails_or_is_given_up_leaves_the_old_node() {
+    let (pool, old, new) = (Pool::new(), Script::default(), Script::default());
+    let slot = slot(&pool, &old);
+    let failed = exchange(&pool, &slot, Err(Errno::ENOSPC));
+    assert_eq!(failed.take(), Some(Err(ExchangeError::Change(Errno::ENOSPC))));
+    old.answer((0, 0), &[crate::testing::Step::Fail(Errno::EIO)]);
+    let unflushed = exchange(&pool, &slot, Ok(&new));
+    assert_eq!(unflushed.take(), Some(Err(ExchangeError::Flush(Errno::EIO))));
+    let endless = {
+        let slot = slot.clone();
+        pool.start(async move {
+            let change = async |_| std::future::pending::<Result<Rc<dyn Node>, Errno>>().await;
+            slot.exchange(change).await.map(drop)
+        })
+    };
+    let waits = pool.start(slot.submit(write(1, 1)));
+    assert!(waits.get().is_none());
+    pool.cancel(endless.task);
+    pool.run();
+    assert!(waits.get().is_some() && slot.state() == "running");
+    assert!(new.seen().is_empty());
+}
+
+#[test]
+fn a_paused_slot_stays_paused_after_an_exchange_and_a_resume_waits_for_its_end() {
+    let (pool, old, new) = (Pool::new(), Script::default(), Script::default());
+    let slot = slot(&pool, &old);
+    assert_eq!(pause(&pool, &slot).take(), Some(Ok(())));
+    assert_eq!(exchange(&pool, &slot, Ok(&new)).take(), Some(Ok(1)));
+    let waits = pool.start(slot.submit(write(1, 1)));
+    assert!(waits.get().is_none() && slot.state() == "paused");
+    slot.resume().unwrap();
+    pool.run();
+    assert!(waits.get().is_some());
+
+    // Resumed while an exchange drains: it runs once that has ended.
+    new.hold();
+    let running = pool.start(slot.submit(write(2, 1)));
+    let (paused, done) = (pause(&pool, &slot), exchange(&pool, &slot, Ok(&old)));
+    slot.resume().unwrap();
+    pool.run();
+    assert_eq!(paused.take(), Some(Err(Errno::EINTR)));
+    assert!(done.get().is_none() && slot.state() == "draining");
+    new.release();
+    pool.run();
+    assert!(running.get().is_some() && done.take() == Some(Ok(1)) && slot.state() == "running");
+}
+
+#[test]
+fn a_close_waits_for_an_exchange_and_closes_the_new_node() {
+    let (pool, old, new) = (Pool::new(), Script::default(), Script::default());
+    let slot = slot(&pool, &old);
+    let (go, ready) = crate::wait::oneshot::<()>();
+    let done = {
+        let (slot, new) = (slot.clone(), new.clone());
+        pool.start(async move {
+            let change = async |_| {
+                let _ = ready.await;
+                Ok::<_, Errno>(Rc::new(new) as Rc<dyn Node>)
+            };
+            slot.exchange(change).await.map(drop)
+        })
+    };
+    let closed = pool.start(slot.close());
+    let drained = exchange(&pool, &slot, Ok(&old));
+    assert!(done.get().is_none() && closed.get().is_none());
+    go.send(()).unwrap();
+    pool.run();
+    assert_eq!((done.take(), closed.take()), (Some(Ok(())), Some(Ok(()))));
+    assert_eq!((old.times_closed(), new.times_closed()), (0, 1));
+    assert_eq!(drained.take(), Some(Err(ExchangeError::Closed)));
+}

@@ -1,0 +1,326 @@
+//! The image of a disk is exchanged under load.
+//!
+//! ```text
+//!   snapshot   disk ─► image              copy   disk ─► image
+//!              disk ─► overlay ─► image          disk ─► copy
+//! ```
+//!
+//! A snapshot keeps the old image below the new one, by a lease; a copy takes its place. No request may notice either,
+//! what was answered before is durable then, what lies below an overlay does not change any more, and an image that is
+//! replaced is closed. Operations of the host fail, and the power is cut: what is opened next is the image that the
+//! disk had last.
+
+use super::crash::{arm_power_cut, either, error_storage, guest_retries, open_under_errors};
+use super::recovered::{after_cut, last_epoch};
+use super::setup::{Setup, workload};
+use crate::check::Invariant;
+use crate::formats::{QCOW, RAW};
+use crate::guest::{DirectDisk, Guest, Manners};
+use crate::run::Scenario;
+use crate::stack::{Stack, StackLimits};
+use crate::workload::{Workload, operations};
+use crate::world::World;
+use kernel_model::SimHost;
+use sim::{Entity, Label};
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use tap_core::wait::oneshot;
+use tap_core::{ExchangeError, Lease, Node, Request, Scheduler, SchedulerLimits};
+use tap_host::{Budget, Errno, IoBuf, SECTOR_BYTES, SectorRange};
+use tap_images::{
+    Backing, BackingPolicy, Formats, ImageError, ImageFormat, ImageSpec, NewImage, OpenOptions,
+};
+
+/// Snapshots and copies of a disk in use.
+pub static IMAGE_EXCHANGED: Scenario = Scenario {
+    name: "image-exchanged",
+    about: "under load a disk gets snapshots, and copies in place of its image; operations fail; power cuts",
+    storage: error_storage,
+    body: |w| Box::pin(exchanged(w)),
+};
+
+/// An exchange: how long the disk is left alone before, in 24 bits, and what is done: 1 a snapshot, 2 a copy.
+pub static EXCHANGE: Label = Label::packed(
+    "exchange",
+    "exchange {n}: after so many ns, by a snapshot (1) or a copy (2) ({})",
+    &[24, 2],
+);
+
+const DISK_BYTES: u64 = 1 << 20;
+/// Sectors that are copied at once.
+const COPY_SECTORS: u32 = 256;
+
+/// The disk: its image, and what that is based on.
+struct Chain {
+    world: World,
+    limits: StackLimits,
+    /// With the image that the disk has now.
+    setup: RefCell<Setup>,
+    /// Images below it that the disk wrote to before, and what they held when it was done with them.
+    kept: RefCell<Vec<(String, Vec<u8>)>>,
+    /// Images in the chain.
+    images: Cell<usize>,
+    /// Numbers new files.
+    next: Cell<u32>,
+    flush_failed: Cell<bool>,
+}
+
+async fn exchanged(world: World) {
+    let limits = StackLimits::draw(&world);
+    let setup = match world.setting("image", &["raw", "qcow", "overlay"]) {
+        "raw" => Setup::raw(&world, 0, DISK_BYTES),
+        image => Setup::qcow(&world, 0, DISK_BYTES, image == "overlay"),
+    };
+    let images = 1 + usize::from(setup.is_overlay());
+    let chain = Rc::new(Chain {
+        world: world.clone(),
+        limits,
+        setup: RefCell::new(setup),
+        kept: RefCell::default(),
+        images: Cell::new(images),
+        next: Cell::new(1),
+        flush_failed: Cell::new(false),
+    });
+    for cut in 0..2 {
+        epoch(&chain, cut).await;
+        if world.verdict.is_broken() {
+            return;
+        }
+    }
+    world.sim.stop_faults();
+    world.storage.stop_failures();
+    let setup = chain.setup.borrow().clone();
+    last_epoch(&world, &setup, &limits, false, chain.flush_failed.get()).await;
+    chain.check_kept("after recovery");
+}
+
+async fn epoch(chain: &Rc<Chain>, cut: u32) {
+    let world = &chain.world;
+    let setup = chain.setup.borrow().clone();
+    let host = SimHost::start(&world.kernel, &world.xen, "tapdisk", u64::from(cut));
+    let node = host.process.node().clone();
+    let own = node.clone();
+    arm_power_cut(world, &setup, cut, 240, move || own.kill());
+    let (done, finished) = oneshot();
+    let (c, h) = (Rc::clone(chain), host.clone());
+    node.spawn("main", 0, async move {
+        work(&c, &h, cut).await;
+        let _ = done.send(());
+    });
+    either(node.dead(), finished).await;
+    world.storage.set_hook(None);
+    node.kill();
+    node.dead().await;
+    world.storage.power_cut();
+    world.count(|s| s.crashes += 1);
+    setup.history.borrow_mut().power_cut();
+    let when = format!("after power cut {}", cut + 1);
+    let setup = chain.setup.borrow().clone();
+    setup.check(world, &when).await;
+    chain.check_kept(&when);
+}
+
+/// From opening the disk until all operations and exchanges have ended, or the power is cut.
+async fn work(chain: &Rc<Chain>, host: &SimHost, cut: u32) {
+    let (world, limits) = (&chain.world, &chain.limits);
+    let setup = chain.setup.borrow().clone();
+    let Some(stack) = open_under_errors(world, &setup, limits, host).await else { return };
+    let stack = Rc::new(stack);
+    let reads = if cut > 0 { after_cut(chain.flush_failed.get()) } else { Invariant::G1 };
+    let manners = Manners { retries: guest_retries(world), errors_allowed: world.errors_allowed(), reads };
+    let disk = DirectDisk::new(stack.node(), limits.pool_bytes).in_pieces(limits.piece_sectors);
+    let guest = Guest::new(world, disk, Rc::clone(&setup.history), manners);
+    let who = Entity::WORLD.child("guest", u64::from(cut));
+    world.sim.name_entity(who, || format!("guest 1, epoch {cut}"));
+    let shape = Workload { zeroes: true, ..workload(world, setup.size_sectors, 60, 88) };
+    let ops = operations(&world.sim, who, u64::from(cut), &shape);
+    let (ended, end) = oneshot();
+    let (c, s, h) = (Rc::clone(chain), Rc::clone(&stack), host.clone());
+    host.process.node().spawn("exchanges", 0, async move {
+        exchanges(&c, &s, &h, cut).await;
+        let _ = ended.send(());
+    });
+    guest.run(&ops, limits.guest_depth).await;
+    let _ = end.await;
+    if guest.flush_failed() {
+        chain.flush_failed.set(true);
+    }
+}
+
+/// Exchanges the image a few times.
+async fn exchanges(chain: &Rc<Chain>, stack: &Stack, host: &SimHost, cut: u32) {
+    let world = &chain.world;
+    let entity = Entity::WORLD.child("exchanges", u64::from(cut));
+    world.sim.name_entity(entity, || format!("exchanges, epoch {cut}"));
+    for n in 0..world.setting("exchanges", &[2, 1, 4]) {
+        let value = world.sim.decide(entity, &EXCHANGE, n, |d| d.magnitude(22) | (1 + d.below(2)) << 24);
+        let is_copy = match value >> 24 {
+            0 => continue,
+            1 => false,
+            _ => true,
+        };
+        world.sim.sleep_ns(value & 0xff_ffff).await;
+        exchange(chain, stack, host, is_copy).await;
+    }
+}
+
+async fn exchange(chain: &Rc<Chain>, stack: &Stack, host: &SimHost, is_copy: bool) {
+    let world = &chain.world;
+    let old = chain.setup.borrow().clone();
+    let inv = old.history.borrow_mut().begin_flush();
+    let change = async |image: Lease| {
+        let memory = &stack.memory;
+        let made = match is_copy {
+            true => chain.copy(host, memory, image).await,
+            false => chain.snapshot(host, memory, image).await,
+        };
+        made.map_err(|error| (is_passing(&error), error.to_string()))
+    };
+    let bad = |text: String| {
+        if !world.errors_allowed() {
+            world.fail(Invariant::E4, text);
+        }
+    };
+    match stack.exchange(host, world, &chain.limits, change).await {
+        Ok(closed) => {
+            old.history.borrow_mut().end_flush(inv);
+            if let Err(error) = closed {
+                bad(format!("closing an image that was replaced failed with {error:?}"));
+            }
+            if is_copy {
+                chain.check_left(&old);
+            }
+        }
+        Err(ExchangeError::Closed) => world.fail(Invariant::D1, "an exchange finds its disk closed"),
+        Err(ExchangeError::Flush(error)) => {
+            chain.flush_failed.set(true);
+            bad(format!("the flush of an exchange failed with {error:?}"));
+        }
+        Err(ExchangeError::Change((passing, text))) => {
+            if !passing {
+                bad(format!("failed to {text}"));
+            }
+        }
+    }
+}
+
+/// A passing error ends what is not repeated.
+fn is_passing(error: &ImageError) -> bool {
+    matches!(error.errno(), Errno::EAGAIN | Errno::EINTR | Errno::ENOMEM | Errno::EBUSY)
+}
+
+impl Chain {
+    /// A new image above `old`.
+    async fn snapshot(
+        &self,
+        host: &SimHost,
+        memory: &Budget,
+        old: Lease,
+    ) -> Result<Rc<dyn Node>, ImageError> {
+        let setup = self.setup.borrow().clone();
+        let (at, images) = (setup.spec.path.clone(), self.images.get());
+        let name = at.rsplit('/').next().unwrap_or(&at).to_owned();
+        let spec = self.create(host, QCOW, Some(name)).await?;
+        let path = at.clone();
+        let gate = move |path: &str| {
+            let open = Backing::Open { node: Rc::new(old.share()), images };
+            Some(if path == at { open } else { ImageFormat::Probe.into() })
+        };
+        let image = self.open(host, memory, &spec, BackingPolicy::Ask(Rc::new(gate))).await?;
+        let held = self.world.storage.bytes(&path).unwrap_or_default();
+        self.kept.borrow_mut().push((path, held));
+        *self.setup.borrow_mut() = setup.above(spec);
+        self.images.set(images + 1);
+        Ok(image)
+    }
+
+    /// A new image that holds, durably, what `old` does.
+    async fn copy(&self, host: &SimHost, memory: &Budget, old: Lease) -> Result<Rc<dyn Node>, ImageError> {
+        let world = &self.world;
+        let format = world.setting("copy-format", &[QCOW, RAW]);
+        let spec = self.create(host, format, None).await?;
+        let image = self.open(host, memory, &spec, BackingPolicy::Refuse).await?;
+        let copied = copy_all(host, Rc::new(old), Rc::clone(&image)).await;
+        copied.map_err(|error| ImageError::Io { action: "copy to", path: spec.path.clone(), error })?;
+        let setup = self.setup.borrow().alone(spec);
+        *self.setup.borrow_mut() = setup;
+        self.kept.borrow_mut().clear();
+        self.images.set(1);
+        Ok(image)
+    }
+
+    async fn create(
+        &self,
+        host: &SimHost,
+        format: ImageFormat,
+        backing: Option<String>,
+    ) -> Result<ImageSpec, ImageError> {
+        let number = self.next.replace(self.next.get() + 1);
+        let path = format!("/images/next{number}.img");
+        let ImageFormat::As(known) = format else { unreachable!("new images have a format") };
+        let size_bytes = self.setup.borrow().size_sectors * SECTOR_BYTES;
+        let image = NewImage { size_bytes, backing, ..NewImage::default() };
+        Formats::shipped().create(host, known, &path, image).await?;
+        Ok(ImageSpec { format, path })
+    }
+
+    async fn open(
+        &self,
+        host: &SimHost,
+        memory: &Budget,
+        spec: &ImageSpec,
+        backing: BackingPolicy,
+    ) -> Result<Rc<dyn Node>, ImageError> {
+        let limits = &self.limits;
+        let options = OpenOptions {
+            write: true,
+            direct: limits.direct,
+            table_bytes: limits.table_bytes,
+            backing,
+            memory: memory.clone(),
+        };
+        Formats::shipped().open(host, spec, &options).await
+    }
+
+    /// What lies below an overlay stays as it was. A file may have become longer when it was closed.
+    fn check_kept(&self, when: &str) {
+        for (path, held) in self.kept.borrow().iter() {
+            let now = self.world.storage.bytes(path).unwrap_or_default();
+            let same = now.get(..held.len()) == Some(held) && now[held.len()..].iter().all(|b| *b == 0);
+            if !same {
+                self.world.fail(Invariant::C1, format!("{when} {path}, below a snapshot, has other bytes"));
+            }
+        }
+    }
+
+    /// What was replaced is closed, with everything below it.
+    fn check_left(&self, old: &Setup) {
+        old.check_closed(&self.world);
+        for path in old.files() {
+            let locks = self.world.storage.locks(path);
+            if !locks.is_empty() {
+                let text = format!("{path} was replaced, and has the locks {locks:?}");
+                self.world.fail(Invariant::C2, text);
+            }
+        }
+    }
+}
+
+/// Copies all of `from` to `to`, which holds it durably then.
+async fn copy_all(host: &SimHost, from: Rc<dyn Node>, to: Rc<dyn Node>) -> Result<(), Errno> {
+    let limits = SchedulerLimits::default();
+    let size_sectors = from.info().size_sectors;
+    // For their patience.
+    let from = Scheduler::new(host.clone(), from, limits);
+    let to = Scheduler::new(host.clone(), to, limits);
+    let mut at = 0;
+    while at < size_sectors {
+        let range = SectorRange::new(at, (size_sectors - at).min(u64::from(COPY_SECTORS)) as u32);
+        let buf = IoBuf::unpooled(range.len_bytes() as usize)?;
+        let read = from.submit(Request::read(range, [buf].into_iter().collect())).await;
+        read.result?;
+        to.submit(Request::write(range, read.bufs)).await.result?;
+        at += u64::from(range.count);
+    }
+    to.submit(Request::flush()).await.result
+}
