@@ -6,7 +6,7 @@ fail() {
     exit 1
 }
 
-# wait_for SECONDS COMMAND...: until the command succeeds.
+# # wait_for SECONDS COMMAND...: waits until the command succeeds.
 wait_for() {
     local left=$(($1 * 5))
     shift
@@ -26,7 +26,7 @@ hash_of() {
     fi
 }
 
-# guest_create NAME SCRIPT [LINE...]: makes a paused PV guest that runs SCRIPT (by sh -eu) and powers off. Each LINE
+# # guest_create NAME SCRIPT [LINE...]: makes a paused PV guest that runs SCRIPT (with sh -eu) and powers off. Each LINE
 # goes into its xl configuration: disk = [ 'phy:/dev/loop0,xvda,w' ]. Its domain id is in $GUEST_ID. SCRIPT has the
 # functions of guest-lib.sh, and the program disk-load.
 guest_create() {
@@ -39,7 +39,7 @@ guest_create() {
     cp /xen-host/guest-lib.sh "$folder/root"
     [ ! -f /usr/local/bin/disk-load ] || cp /usr/local/bin/disk-load "$folder/root/usr/bin"
     cp "$script" "$folder/root/run.sh"
-    # Archives in a row: what is in the later goes over the earlier.
+    # # Concatenated archives: files of the later one replace those of the earlier one.
     (cd "$folder/root" && find . | cpio -o -H newc 2> /dev/null) | cat /domu/base.cpio - > "$folder/initrd"
     {
         printf '%s\n' "name = '$name'" "type = 'pv'" "kernel = '/domu/vmlinux'" "ramdisk = '$folder/initrd'"
@@ -52,10 +52,10 @@ guest_create() {
 
 guest_gone() { ! xl domid "$1"; }
 
-# guest_log NAME: what it wrote to its console.
+# # guest_log NAME: prints what it wrote to its console.
 guest_log() { tr -d '\r' < "/var/log/xen/guest-$1.log"; }
 
-# guest_run NAME SECONDS: lets it run to its end, shows its console; succeeds if its script did.
+# # guest_run NAME SECONDS: runs it to its end, shows its console; succeeds if its script did.
 guest_run() {
     xl unpause "$1"
     wait_for "$2" guest_gone "$1"
@@ -65,21 +65,21 @@ guest_run() {
 
 guest_said() { guest_log "$1" | grep -q -- "$2"; }
 
-# guest_wait NAME SECONDS PATTERN: until it has said such a line.
+# # guest_wait NAME SECONDS PATTERN: waits until it has printed a matching line.
 guest_wait() {
     wait_for "$2" guest_said "$1" "$3"
 }
 
-# guest_tty NAME: the terminal that is its console.
+# # guest_tty NAME: prints the terminal of its console.
 guest_tty() { xenstore-read "/local/domain/$(xl domid "$1")/console/tty"; }
 
-# guest_tell NAME LINE: writes a line to its console, as if somebody typed it.
+# # guest_tell NAME LINE: writes a line to its console, as if typed.
 guest_tell() { echo "$2" > "$(guest_tty "$1")"; }
 
-# guest_hash NAME DISK: the sha256 that its disk_hash said last.
+# # guest_hash NAME DISK: prints the sha256 that its disk_hash printed last.
 guest_hash() { guest_log "$1" | sed -n "s/^@guest sha256 of $2: //p" | tail -n 1; }
 
-# blkback on|off: whether the kernel's own back end is there. It takes every vbd whose type is `vbd`.
+# # blkback on|off: loads or unloads the kernel's own back end. It takes every vbd whose type is `vbd`.
 blkback() {
     case $1 in
         on) modprobe xen-blkback ;;
@@ -94,15 +94,15 @@ vbd_number() {
     echo $((51712 + 16 * ${#before}))
 }
 
-# vbd_make DOMAIN_ID DISK [TYPE]: the nodes of a disk, as a toolstack makes them, without xl. The domain may run
-# already. TYPE is the directory of the back end (vbd); any does that nobody else claims.
-# Sets $BACK and $FRONT to the two directories.
+# # vbd_make DOMAIN_ID DISK [TYPE]: makes the nodes of a disk, as a toolstack does, without xl. The domain may already
+# be running. TYPE is the directory of the back end (vbd); any name will do that no other back end claims. Sets $BACK
+# and $FRONT to the two directories.
 vbd_make() {
     local domain=$1 number
     number=$(vbd_number "$2")
     BACK=/local/domain/0/backend/${3:-vbd}/$domain/$number
     FRONT=/local/domain/$domain/device/vbd/$number
-    # What is made below a directory gets its permissions: n is the owner, r may read.
+    # # Nodes made below a directory inherit its permissions: n is the owner, r may read.
     xenstore-write "$BACK" "" "$FRONT" ""
     xenstore-chmod "$BACK" n0 "r$domain"
     xenstore-chmod "$FRONT" "n$domain" r0
@@ -114,7 +114,7 @@ vbd_make() {
 
 vbd_has_state() { [ "$(xenstore-read "$1/state")" = "$2" ]; }
 
-# vbd_wait DIRECTORY STATE SECONDS: until that end is in that state (4: connected, 6: closed).
+# # vbd_wait DIRECTORY STATE SECONDS: waits until that end is in that state (4: connected, 6: closed).
 vbd_wait() { wait_for "$3" vbd_has_state "$1" "$2"; }
 
 # vbd_unplug: asks both ends of $BACK and $FRONT to close, and waits for it.
@@ -123,24 +123,24 @@ vbd_unplug() {
     vbd_wait "$BACK" 6 30
 }
 
-# vbd_remove: takes the nodes of $BACK and $FRONT away. Those of a guest that is gone are gone already.
+# # vbd_remove: removes the nodes of $BACK and $FRONT. Those of a guest that is gone are already gone.
 vbd_remove() {
     xenstore-rm "$FRONT" 2> /dev/null || true
-    # With the directories above that are empty then.
+    # # Including parent directories that are then empty.
     xenstore-rm -t "$BACK"
 }
 
-# tapdisk_start ARGUMENT...: `tapdisk xen ARGUMENT...` in the background; its process is $TAPDISK, and what it says is
-# added to ./tapdisk.log.
+# # tapdisk_start ARGUMENT...: starts `tapdisk xen ARGUMENT...` in the background; its process is $TAPDISK, and its
+# output is added to ./tapdisk.log.
 tapdisk_start() {
     tapdisk xen "$@" >> tapdisk.log 2>&1 &
     TAPDISK=$!
 }
 
-# tapdisk_wait [STATUS]: until it has ended, with that status (0).
+# # tapdisk_wait [STATUS]: waits until it has ended, with that status (0).
 tapdisk_wait() {
     local status=0 left=150
-    # Without what the shell itself has to say of who was killed.
+    # # Without the shell's own message about a killed process.
     while [ "$left" -gt 0 ] && kill -0 "$TAPDISK"; do
         left=$((left - 1))
         usleep 200000
@@ -151,8 +151,8 @@ tapdisk_wait() {
     [ "$status" = "${1-0}" ] || fail "tapdisk ended with $status: $(tail -n 20 tapdisk.log)"
 }
 
-# guest_clean_up NAME [COMMAND...]: at the end of a test. After a failure it shows what there is to see; it takes
-# everything of the guest away, runs the command, and exits with the status that it found.
+# # guest_clean_up NAME [COMMAND...]: at the end of a test. After a failure it shows logs and xenstore; it removes
+# everything of the guest, runs the command, and exits with the status that it found.
 guest_clean_up() {
     local status=$? name=$1
     shift
@@ -177,8 +177,8 @@ guest_clean_up() {
     exit "$status"
 }
 
-# guest_on_image NAME SCRIPT SPEC SECONDS: runs a guest to its end. Its xvda is SPEC, served by tapdisk; the vbd is made
-# by hand.
+# # guest_on_image NAME SCRIPT SPEC SECONDS: runs a guest to its end. Its xvda is SPEC, served by tapdisk; the vbd is
+# made by hand.
 guest_on_image() {
     blkback off
     guest_create "$1" "$2"

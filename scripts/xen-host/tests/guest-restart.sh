@@ -5,7 +5,7 @@ cat > guest.sh <<'GUEST'
 . /guest-lib.sh
 disk_wait xvda
 disk_wait xvdb
-# Open at both ends, so that nobody waits for the other.
+# # Open at both ends, so that neither side waits for the other.
 mkfifo /tmp/stop
 exec 3<> /tmp/stop
 disk-load verify /dev/xvdb --depth 2 --until-told --seed 2 < /tmp/stop > /tmp/other 2>&1 &
@@ -18,7 +18,7 @@ disk_hash xvda
 disk_hash xvdb
 GUEST
 
-# Requests that the guest's load has done; the last word of it, 0 before the first.
+# # Requests that the guest's load has done, from its last report; 0 before the first.
 done_requests() {
     local done
     done=$(guest_log restart | sed -n 's/^@load goes on: requests \([0-9]*\),.*/\1/p' | tail -n 1)
@@ -39,12 +39,12 @@ xl unpause restart
 
 for n in $(seq 21); do
     if [ $((n % 4)) != 0 ]; then
-        # The first word after a restart may be of before it; from the second on the load goes on.
+        # # The first report after a restart may be from before it; the second one shows that the load continues.
         for word in 1 2; do
             wait_for 100 has_done_more_than "$(done_requests)"
         done
     fi
-    # Up to a third of a second: without words before, some are killed while they take the ring up.
+    # # Up to a third of a second, without waiting for a report: some are killed while they take over the ring.
     usleep $((RANDOM * 10))
     signal=KILL status=137
     if [ "$n" = 11 ]; then

@@ -1,13 +1,13 @@
 # what a request costs dom0: the same guest on xen-blkback, QEMU's qdisk and tapdisk, dom0's CPU time side by side
-#
-# dom0 ms is all that dom0 used, process ms what the process of the back end did of it (the kernel's has none).
+## dom0 ms is everything that dom0 used, process ms the part of it used by the back end's process (the kernel's has
+# none).
 . /xen-host/lib.sh
 
 cat > guest.sh <<'GUEST'
 . /guest-lib.sh
 for disk in xvda xvdb xvdc xvdd; do
     disk_wait $disk
-    # Requests rewrite what is there: no back end has to find room.
+    # # Requests rewrite existing data: no back end has to allocate space.
     dd if=/dev/zero of=/dev/$disk bs=128k oflag=direct 2> /dev/null || true
 done
 echo "@guest is ready"
@@ -18,7 +18,7 @@ done
 GUEST
 mkfifo never
 
-# until_said TEXT SECONDS: as guest_wait, but without a process: what waits would be measured too.
+# # until_said TEXT SECONDS: as guest_wait, but without a process: a waiting process would be measured too.
 until_said() {
     local said= left=$(($2 * 2))
     until [[ $said = *"$1"* ]]; do
@@ -29,15 +29,15 @@ until_said() {
     done
 }
 
-# CPU time of dom0 so far, in milliseconds, as Xen gives it to the last 100 ms. Linux, which looks at a tick who is
-# running, was seen to miss half of short bursts.
+# # CPU time of dom0 so far, in milliseconds, as reported by Xen with a resolution of 100 ms. Linux, which samples at
+# ticks, was seen to miss half of short bursts.
 dom0_ms() {
     local seconds
     seconds=$(xl list 0 | awk 'END { print $NF }')
     echo "${seconds/./}00"
 }
 
-# What asking costs itself.
+# # The cost of the measurement itself.
 asking_ms=$(dom0_ms)
 for n in 1 2 3 4 5 6 7 8 9; do dom0_ms; done > /dev/null
 asking_ms=$((($(dom0_ms) - asking_ms) / 10))
@@ -76,7 +76,7 @@ trap 'guest_clean_up peers losetup -d "$loop"' EXIT
 blkback on
 guest_create peers guest.sh "disk = [ 'phy:$loop,xvda,w',
     'format=raw,vdev=xvdb,access=rw,backendtype=qdisk,target=$PWD/qdisk.raw' ]"
-# Where xen-blkback does not look.
+# # A directory that xen-blkback does not watch.
 vbd_make "$GUEST_ID" xvdc tap
 vbd_make "$GUEST_ID" xvdd tap
 tapdisk_start --type tap "$GUEST_ID/xvdc=raw:$PWD/tapdisk.raw" "$GUEST_ID/xvdd=qcow:$PWD/tapdisk.qcow"
