@@ -16,13 +16,13 @@ House scripts.
 Usage: cargo xtask TASK
 
 Tasks:
-  ci        everything that must hold before a change lands: format, lints, tidy, tests, the build without the guard's
-            cfg, what ships, a guest on a real Xen host under emulation, and a release sweep whose seeds come from the commit
+  ci        all checks before a change lands: format, lints, tidy, tests, the build without the guard's
+            cfg, the shipped programs, a guest on an emulated Xen host, and a release sweep whose seeds come from the commit
   bench     measures tapdisk against other servers; `cargo xtask bench --help`
-  mutants   puts slips of engineers into a copy of the stack and counts which of them sweeps and tests notice;
+  mutants   puts typical slips into a copy of the stack and counts which of them sweeps and tests notice;
             `cargo xtask mutants --help`
-  tidy      looks for long files and functions, circles between files, public items that nothing names, and documents
-            that name what is not there
+  tidy      looks for long files and functions, circular dependencies between files, unused public items, and documents
+            that name missing things
   xen-host  boots a real Xen host under QEMU's emulation and runs tests, a script or a shell in its dom0;
             `cargo xtask xen-host --help`
   help      this text

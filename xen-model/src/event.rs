@@ -19,7 +19,7 @@ pub enum XenEvent<'a> {
     },
     /// A granted page was mapped.
     Mapped {
-        /// Who mapped it.
+        /// The domain that mapped it.
         by: DomId,
         /// Whose page.
         dom: DomId,
@@ -28,7 +28,7 @@ pub enum XenEvent<'a> {
     },
     /// A mapping ended.
     Unmapped {
-        /// Who had mapped it.
+        /// The domain that had mapped it.
         by: DomId,
         /// Whose page.
         dom: DomId,
@@ -37,7 +37,7 @@ pub enum XenEvent<'a> {
     },
     /// An event channel was bound.
     Bound {
-        /// Who bound it.
+        /// The domain that bound it.
         dom: DomId,
         /// At which port.
         port: Port,
@@ -48,7 +48,7 @@ pub enum XenEvent<'a> {
     },
     /// An event channel was closed.
     Closed {
-        /// Who closed it.
+        /// The domain that closed it.
         dom: DomId,
         /// Which port.
         port: Port,

@@ -158,7 +158,7 @@ impl Logger {
             match admitted {
                 None => return,
                 Some(0) => {}
-                Some(count) => self.line(level, format_args!("{count} lines like the next were left out")),
+                Some(count) => self.line(level, format_args!("{count} lines like the next one were omitted")),
             }
         }
         self.line(level, format_args!("{event}"));

@@ -1,4 +1,4 @@
-//! Who may read and write a node.
+//! Permissions of nodes.
 
 use tap_host::DomId;
 
