@@ -26,8 +26,8 @@ Options:
   --timeout N      seconds from start to end of the machine (run: 600, test: 1200, shell: none)
   --memory MIB     memory of the machine (2048), half of which is dom0's
   --cpus N         virtual CPUs (1; with more, programs in dom0 were seen to crash at random)
-  --icount         the machine's clock counts instructions, 8 ns each: figures of CPU time do not depend on what else
-                   this machine does. Half as fast
+  --icount         the machine's clock counts instructions, 8 ns each: CPU times do not depend on the load of this
+                   machine. Half as fast
   --list           test: list the tests and do nothing
 
 Exit status: the script's; or 124 when the time was up, 125 when the machine ended without one, 126 when it could not
