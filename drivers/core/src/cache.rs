@@ -2,11 +2,11 @@
 //!
 //! ```text
 //!   write back      as it is: durable after a flush       (no node needed)
-//!   write through   every answered write is durable: a flush follows it
-//!   unsafe          flushes are answered and not carried out; only closing makes durable
+//!   write through   every answered write is durable: it is sent down with FUA
+//!   unsafe          flushes are answered and not carried out, FUA is left out; only closing makes durable
 //! ```
 
-use crate::{Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, WaitReport};
+use crate::{Child, Durable, Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response};
 use std::rc::Rc;
 use tap_host::{Errno, SectorRange};
 
@@ -40,16 +40,9 @@ impl Node for Cached {
             (CacheMode::Unsafe, Op::Flush) => {
                 Box::pin(std::future::ready(Response { result: Ok(()), bufs: request.bufs }))
             }
-            (CacheMode::WriteThrough, op) if op.is_write() => {
-                let (answer, lower) = (self.lower.submit(request), Rc::clone(&self.lower));
-                Box::pin(async move {
-                    let response = answer.await;
-                    if response.result.is_err() {
-                        return response;
-                    }
-                    let result = lower.submit(Request::flush()).await.result;
-                    Response { result, bufs: response.bufs }
-                })
+            (mode, op) if op.is_write() => {
+                let fua = mode == CacheMode::WriteThrough || mode == CacheMode::WriteBack && request.fua;
+                self.lower.submit(request.with_fua(fua))
             }
             _ => self.lower.submit(request),
         }
@@ -60,11 +53,16 @@ impl Node for Cached {
     }
 
     fn info(&self) -> NodeInfo {
-        self.lower.info()
+        let durable = match self.mode {
+            CacheMode::WriteBack => self.lower.info().durable,
+            CacheMode::WriteThrough => Durable::AtAnswer,
+            CacheMode::Unsafe => Durable::AtClose,
+        };
+        NodeInfo { durable, ..self.lower.info() }
     }
 
-    fn wait_report(&self) -> Vec<WaitReport> {
-        self.lower.wait_report()
+    fn children(&self) -> Vec<Child> {
+        vec![Child::lower(Rc::clone(&self.lower))]
     }
 
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
@@ -81,25 +79,26 @@ mod tests {
     use std::task::{Context, Poll, Waker};
 
     struct Notes {
-        seen: RefCell<Vec<Op>>,
+        seen: RefCell<Vec<(Op, bool)>>,
         write: Result<(), Errno>,
     }
 
     impl Node for Notes {
         fn submit(&self, request: Request) -> LocalBoxFuture<Response> {
-            self.seen.borrow_mut().push(request.op);
+            self.seen.borrow_mut().push((request.op, request.fua));
             let result = if request.op.is_write() { self.write } else { Ok(()) };
             Box::pin(std::future::ready(Response { result, bufs: request.bufs }))
         }
         fn info(&self) -> NodeInfo {
-            NodeInfo { size_sectors: 8, read_only: false }
+            NodeInfo::new(8, false)
         }
         fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
             Box::pin(std::future::ready(Ok(())))
         }
     }
 
-    fn seen(mode: CacheMode, write: Result<(), Errno>) -> (Vec<Op>, Result<(), Errno>) {
+    /// What goes down of a discard, one with FUA if `fua`, and a flush; and how the discard ends.
+    fn seen(mode: CacheMode, fua: bool, write: Result<(), Errno>) -> (Vec<(Op, bool)>, Result<(), Errno>) {
         let notes = Rc::new(Notes { seen: RefCell::default(), write });
         let node = mode.over(Rc::clone(&notes) as Rc<dyn Node>);
         let ask = |request| {
@@ -110,18 +109,19 @@ mod tests {
             };
             response.result
         };
-        let result = ask(Request::discard(SectorRange::new(0, 1)));
+        let result = ask(Request::discard(SectorRange::new(0, 1)).with_fua(fua));
         assert_eq!(ask(Request::flush()), Ok(()));
         (notes.seen.take(), result)
     }
 
     #[test]
-    fn writes_are_flushed_or_flushes_are_left_out() {
-        let flush = Op::Flush;
-        assert_eq!(seen(CacheMode::WriteBack, Ok(())).0, [Op::Discard, flush]);
-        assert_eq!(seen(CacheMode::WriteThrough, Ok(())).0, [Op::Discard, flush, flush]);
-        assert_eq!(seen(CacheMode::Unsafe, Ok(())).0, [Op::Discard]);
-        let failed = seen(CacheMode::WriteThrough, Err(Errno::EIO));
-        assert_eq!(failed, (vec![Op::Discard, flush], Err(Errno::EIO)), "a failed write is not flushed");
+    fn writes_are_made_durable_or_flushes_are_left_out() {
+        let (discard, flush) = (|fua| (Op::Discard, fua), (Op::Flush, false));
+        for fua in [false, true] {
+            assert_eq!(seen(CacheMode::WriteBack, fua, Ok(())).0, [discard(fua), flush]);
+            assert_eq!(seen(CacheMode::WriteThrough, fua, Ok(())).0, [discard(true), flush]);
+            assert_eq!(seen(CacheMode::Unsafe, fua, Ok(())).0, [discard(false)]);
+        }
+        assert_eq!(seen(CacheMode::WriteThrough, false, Err(Errno::EIO)).1, Err(Errno::EIO));
     }
 }

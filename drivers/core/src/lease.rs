@@ -19,7 +19,7 @@
 //!   disk B (slot, scheduler) ──► Lease ─┴─► Scheduler ──► image
 //! ```
 
-use crate::{Extent, LocalBoxFuture, Node, NodeInfo, Request, Response, WaitReport};
+use crate::{Child, Extent, LocalBoxFuture, Node, NodeInfo, Request, Response};
 use std::cell::Cell;
 use std::rc::Rc;
 use tap_host::{Errno, SectorRange};
@@ -83,8 +83,8 @@ impl Node for Lease {
         self.shared.node.info()
     }
 
-    fn wait_report(&self) -> Vec<WaitReport> {
-        self.shared.node.wait_report()
+    fn children(&self) -> Vec<Child> {
+        if self.held.get() { vec![Child::lower(Rc::clone(&self.shared.node))] } else { Vec::new() }
     }
 
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {

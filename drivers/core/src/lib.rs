@@ -32,7 +32,9 @@ mod testing;
 pub use cache::CacheMode;
 pub use disk::{Disk, DiskConfig};
 pub use lease::Lease;
-pub use node::{Extent, LocalBoxFuture, Node, NodeInfo, Source};
+pub use node::{
+    Child, Durable, Extent, LocalBoxFuture, Node, NodeInfo, NodeName, Source, nodes, wait_report,
+};
 pub use request::{Op, Request, Response, ZeroFlags};
 pub use scheduler::{Scheduler, SchedulerLimits, SchedulerStats};
 pub use slot::{ExchangeError, Slot};

@@ -1,24 +1,91 @@
 //! The one object-safe trait: anything that answers block requests.
 
 use crate::{Request, Response, WaitReport};
+use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
-use tap_host::{Errno, SectorRange};
+use std::rc::Rc;
+use tap_host::{Errno, SECTOR_BYTES, SectorRange};
 
 /// A boxed future of one thread.
 pub type LocalBoxFuture<T> = Pin<Box<dyn Future<Output = T> + 'static>>;
 
-/// What holds for a node.
+/// What holds for a node for as long as it is open.
+///
+/// Requests are in sectors of 512 bytes whatever the block sizes are: those say what is fast.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct NodeInfo {
     /// Size of the disk in sectors of 512 bytes.
     pub size_sectors: u64,
     /// Writes are refused with `EROFS`.
     pub read_only: bool,
+    /// Block in bytes, a power of two of at least 512: a write of less, or one that is not aligned to it, has to read
+    /// first.
+    pub physical_block_bytes: u32,
+    /// Granularity of discards in bytes, a power of two of at least 512: what is not aligned to it gives back no space.
+    pub discard_bytes: u32,
+    /// Sectors that one read or write is carried out with as it is; a larger one is split, which may cost a copy. At
+    /// least 1.
+    pub max_sectors: u32,
+    /// What makes an answered write durable.
+    pub durable: Durable,
+}
+
+/// What makes an answered write durable.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Durable {
+    /// Its answer. A flush succeeds all the same.
+    AtAnswer,
+    /// A flush, or its own flag FUA.
+    AtFlush,
+    /// Closing the node; flushes are answered and not carried out.
+    AtClose,
+}
+
+impl NodeInfo {
+    /// A node of `size_sectors` that works in sectors of 512 bytes, takes requests of any size, and flushes.
+    pub fn new(size_sectors: u64, read_only: bool) -> Self {
+        Self {
+            size_sectors,
+            read_only,
+            physical_block_bytes: SECTOR_BYTES as u32,
+            discard_bytes: SECTOR_BYTES as u32,
+            max_sectors: u32::MAX,
+            durable: Durable::AtFlush,
+        }
+    }
+}
+
+/// What a node is called: the path of its file, or the address of its server. Nodes of one graph that hold bytes have
+/// names of their own. Clones share the text.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct NodeName(Rc<str>);
+
+impl NodeName {
+    /// The node that is called `name`.
+    pub fn new(name: &str) -> Self {
+        Self(name.into())
+    }
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for NodeName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.0, f)
+    }
+}
+
+impl fmt::Display for NodeName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
 }
 
 /// What a run of sectors is like.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Extent {
     /// Sectors, at least 1.
     pub count: u64,
@@ -31,19 +98,40 @@ pub struct Extent {
 }
 
 /// Where the bytes of a run of sectors come from.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Source {
     /// Nowhere: no image says anything about it, so it reads as zeros.
     Nothing,
-    /// The image `depth` levels below the top one (0 is the top one).
-    Image {
-        /// Levels below the top.
-        depth: u32,
-        /// Byte offset in that image's file, where the bytes stand there as they are.
+    /// A node, which is the one that was asked or one below it; `None` where the node does not know.
+    Node {
+        /// Which one.
+        name: Option<NodeName>,
+        /// Byte offset in its file, where the bytes stand there as they are.
         offset: Option<u64>,
         /// They stand there compressed.
         compressed: bool,
     },
+}
+
+impl Source {
+    /// A node that does not say more.
+    pub const UNKNOWN: Source = Source::Node { name: None, offset: None, compressed: false };
+}
+
+/// A node below another.
+#[derive(Clone)]
+pub struct Child {
+    /// What it is to its parent: `lower`, `backing`.
+    pub role: &'static str,
+    /// The node.
+    pub node: Rc<dyn Node>,
+}
+
+impl Child {
+    /// The one node below a filter.
+    pub fn lower(node: Rc<dyn Node>) -> Self {
+        Self { role: "lower", node }
+    }
 }
 
 /// Anything that answers block requests.
@@ -66,16 +154,46 @@ pub trait Node: 'static {
     /// nothing. Requests in flight are seen or not. A node that knows nothing better says that all is data.
     fn extents(&self, range: SectorRange, most: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
         let _ = most;
-        let source = Source::Image { depth: 0, offset: None, compressed: false };
-        let all = Extent { count: u64::from(range.count), source, zero: false, allocated: true };
+        let count = u64::from(range.count);
+        let all = Extent { count, source: Source::UNKNOWN, zero: false, allocated: true };
         Box::pin(std::future::ready(Ok(vec![all])))
     }
-    /// Size and mode.
+    /// Size, mode, and what else holds for it.
     fn info(&self) -> NodeInfo;
-    /// What waits for what here and below: what to print when nothing moves any more.
-    fn wait_report(&self) -> Vec<WaitReport> {
+    /// What it is called, where it holds bytes itself. Filters have no name.
+    fn name(&self) -> Option<NodeName> {
+        None
+    }
+    /// The nodes directly below it; none once it is closed.
+    fn children(&self) -> Vec<Child> {
+        Vec::new()
+    }
+    /// What waits for what in this node; [`wait_report`] has those below it too.
+    fn waits(&self) -> Vec<WaitReport> {
         Vec::new()
     }
     /// Makes everything durable and lets go of files and locks. Called once, when no request is in flight.
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>>;
+}
+
+/// Most nodes that a walk over a graph visits.
+const MAX_NODES: usize = 4096;
+
+/// `node` and all nodes below it, each with how many nodes that hold bytes are above it, from the top down. A node that
+/// several parents have is visited with each of them.
+pub fn nodes(node: Rc<dyn Node>) -> Vec<(usize, Rc<dyn Node>)> {
+    let mut found = vec![(0, node)];
+    let mut at = 0;
+    while at < found.len() && found.len() < MAX_NODES {
+        let (depth, node) = found[at].clone();
+        let below = depth + usize::from(node.name().is_some());
+        found.extend(node.children().into_iter().map(|child| (below, child.node)));
+        at += 1;
+    }
+    found
+}
+
+/// What waits for what in `node` and below: what to print when nothing moves any more.
+pub fn wait_report(node: Rc<dyn Node>) -> Vec<WaitReport> {
+    nodes(node).iter().flat_map(|(_, node)| node.waits()).collect()
 }

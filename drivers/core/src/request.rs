@@ -50,37 +50,45 @@ pub struct Request {
     pub range: SectorRange,
     /// Memory of exactly the range's length for reads and writes; empty for all others.
     pub bufs: IoVec,
+    /// Force unit access: what the request changes is durable when it is answered. Of requests that change something
+    /// only.
+    pub fua: bool,
 }
 
 impl Request {
     /// A read into `bufs`.
     pub fn read(range: SectorRange, bufs: IoVec) -> Self {
         debug_assert_eq!(bytes_of(&bufs) as u64, range.len_bytes());
-        Self { op: Op::Read, range, bufs }
+        Self { op: Op::Read, range, bufs, fua: false }
     }
     /// A write of `bufs`.
     pub fn write(range: SectorRange, bufs: IoVec) -> Self {
         debug_assert_eq!(bytes_of(&bufs) as u64, range.len_bytes());
-        Self { op: Op::Write, range, bufs }
+        Self { op: Op::Write, range, bufs, fua: false }
     }
     /// Zeros.
     pub fn write_zeroes(range: SectorRange, flags: ZeroFlags) -> Self {
-        Self { op: Op::WriteZeroes(flags), range, bufs: IoVec::new() }
+        Self { op: Op::WriteZeroes(flags), range, bufs: IoVec::new(), fua: false }
     }
     /// A discard.
     pub fn discard(range: SectorRange) -> Self {
-        Self { op: Op::Discard, range, bufs: IoVec::new() }
+        Self { op: Op::Discard, range, bufs: IoVec::new(), fua: false }
     }
-    /// Whether range and buffers are such as `op` has, and within a disk of `size_sectors`.
+    /// The same request, durable when answered if `fua`.
+    pub fn with_fua(self, fua: bool) -> Self {
+        Self { fua, ..self }
+    }
+    /// Whether range, buffers and `fua` are such as `op` has, and within a disk of `size_sectors`.
     pub fn is_well_formed(&self, size_sectors: u64) -> bool {
         let data_bytes = if self.op.has_data() { self.range.len_bytes() } else { 0 };
         (self.range.count == 0) == (self.op == Op::Flush)
             && bytes_of(&self.bufs) as u64 == data_bytes
+            && (!self.fua || self.op.is_write())
             && (self.op == Op::Flush || self.range.fits(size_sectors.min(u64::MAX / SECTOR_BYTES)))
     }
     /// A flush.
     pub fn flush() -> Self {
-        Self { op: Op::Flush, range: SectorRange::default(), bufs: IoVec::new() }
+        Self { op: Op::Flush, range: SectorRange::default(), bufs: IoVec::new(), fua: false }
     }
 }
 

@@ -28,7 +28,7 @@
 //!   forgotten.
 
 use crate::wait::{Event as Flag, Line, Semaphore};
-use crate::{Extent, LocalBoxFuture, Node, NodeInfo, Request, Response, WaitReport};
+use crate::{Child, Extent, LocalBoxFuture, Node, NodeInfo, Request, Response, WaitReport, wait_report};
 use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
@@ -206,7 +206,7 @@ impl<H: Log + Tasks + Probe> Slot<H> {
     /// Returns what waits for what below, while the slot exists; does not keep it alive.
     pub(crate) fn wait_report_later(&self) -> impl Fn() -> Vec<WaitReport> + use<H> {
         let inner: Weak<Inner<H>> = Rc::downgrade(&self.0);
-        move || inner.upgrade().map(|inner| inner.lower().wait_report()).unwrap_or_default()
+        move || inner.upgrade().map(|inner| wait_report(inner.lower())).unwrap_or_default()
     }
 
     async fn close_once(&self) -> Result<(), Errno> {
@@ -458,8 +458,8 @@ impl<H: Log + Tasks + Probe> Node for Slot<H> {
         self.0.lower.borrow().info()
     }
 
-    fn wait_report(&self) -> Vec<WaitReport> {
-        self.0.lower().wait_report()
+    fn children(&self) -> Vec<Child> {
+        if self.0.stage.get() == Stage::Closed { Vec::new() } else { vec![Child::lower(self.0.lower())] }
     }
 
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {

@@ -201,6 +201,8 @@ pub(crate) struct Script(Rc<ScriptInner>);
 #[derive(Default)]
 struct ScriptInner {
     seen: RefCell<Vec<(Op, SectorRange)>>,
+    /// Ranges of requests with FUA.
+    durable: RefCell<Vec<SectorRange>>,
     /// Answers to requests by (first sector, count); all others succeed.
     answers: RefCell<BTreeMap<(u64, u32), VecDeque<Step>>>,
     bad_sector: Cell<Option<u64>>,
@@ -246,6 +248,9 @@ impl Script {
     pub(crate) fn seen(&self) -> Vec<(Op, SectorRange)> {
         self.0.seen.borrow().clone()
     }
+    pub(crate) fn durable(&self) -> Vec<SectorRange> {
+        self.0.durable.borrow().clone()
+    }
     pub(crate) fn most_in_flight(&self) -> usize {
         self.0.most_in_flight.get()
     }
@@ -269,6 +274,9 @@ impl Node for Script {
         Box::pin(async move {
             let inner = &script.0;
             inner.seen.borrow_mut().push((request.op, request.range));
+            if request.fua {
+                inner.durable.borrow_mut().push(request.range);
+            }
             inner.in_flight.set(inner.in_flight.get() + 1);
             inner.most_in_flight.set(inner.most_in_flight.get().max(inner.in_flight.get()));
             if inner.hold.get() {
@@ -287,7 +295,7 @@ impl Node for Script {
         Box::pin(std::future::ready(self.result(range).map(|()| vec![all])))
     }
     fn info(&self) -> NodeInfo {
-        NodeInfo { size_sectors: 1000, read_only: self.0.read_only.get() }
+        NodeInfo::new(1000, self.0.read_only.get())
     }
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
         self.0.closed.set(self.0.closed.get() + 1);

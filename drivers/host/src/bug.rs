@@ -66,6 +66,7 @@ list! {
         NothingReadEnds = "a read that returns nothing is taken as the end of the file, wherever it is",
         ShortTransfer = "a short transfer is taken as complete",
         ResponseTwice = "a request that ended while the ring was reconnecting is answered twice",
+        FuaUnsynced = "a write with FUA is answered before it is durable",
         FlushEarly = "a flush is acknowledged before the file was synchronised",
         FlushForgets = "a flush succeeds after an earlier one failed",
         DirectFlushForgets = "a flush of a direct file succeeds after an earlier one failed",

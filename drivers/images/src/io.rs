@@ -21,10 +21,10 @@ use crate::sync::GroupSync;
 use crate::{ImageError, ImageHost};
 use keep::KeptZeros;
 use smallvec::smallvec;
-use tap_core::{Access, Space, Tracker};
+use tap_core::{Access, NodeInfo, NodeName, Space, Tracker};
 use tap_host::{
-    Budget, Bug, Errno, File, FileId, FileInfo, Files, IoBuf, IoVec, LockKind, Mark, OpenMode, bytes_of,
-    copy_from_slice, copy_to_slice,
+    Budget, Bug, Errno, File, FileId, FileInfo, Files, IoBuf, IoVec, LockKind, Mark, OpenMode, SECTOR_BYTES,
+    bytes_of, copy_from_slice, copy_to_slice,
 };
 
 /// Repetitions of one operation after transient errors, within a request. The scheduler repeats whole requests: where
@@ -41,6 +41,8 @@ pub(crate) struct ImageFile<H: ImageHost> {
     sync: GroupSync<H>,
     host: H,
     file: H::File,
+    /// Its path.
+    pub(crate) name: NodeName,
     /// Size as it was when the file was opened; the rest does not change.
     pub(crate) info: FileInfo,
     tracker: Tracker,
@@ -56,7 +58,22 @@ enum Direction {
     Write,
 }
 
+/// The page of the host's cache, and the usual block of a file system, in bytes.
+const PAGE_BYTES: u32 = 4096;
+
 impl<H: ImageHost> ImageFile<H> {
+    /// What holds for a disk of `size_sectors` whose sectors lie in this file, and are written through it.
+    pub(crate) fn node_info(&self, size_sectors: u64) -> NodeInfo {
+        let info = &self.info;
+        let sector = SECTOR_BYTES as u32;
+        let discard_bytes = if info.block_device { info.zero_align_bytes.max(sector) } else { PAGE_BYTES };
+        NodeInfo {
+            physical_block_bytes: if info.direct { info.align_bytes.max(sector) } else { PAGE_BYTES },
+            discard_bytes,
+            ..NodeInfo::new(size_sectors, false)
+        }
+    }
+
     /// Opens and locks `path`: alone for writing, together with other readers otherwise.
     pub(crate) async fn open(host: &H, path: &str, write: bool, direct: bool) -> Result<Self, ImageError> {
         let mode = OpenMode { write, create_new: false, direct };
@@ -108,6 +125,7 @@ impl<H: ImageHost> ImageFile<H> {
         Ok(Self {
             host: host.clone(),
             file,
+            name: NodeName::new(path),
             info,
             tracker: Tracker::new(),
             sync,

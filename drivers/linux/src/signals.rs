@@ -41,7 +41,6 @@ impl Signals for LinuxHost {
         let host = self.clone();
         // Registered by the call, so that no signal is missed between it and the first poll.
         let signals: Result<Vec<Signal>, _> = handled().into_iter().map(|n| signal(n.into())).collect();
-        let parent = self.0.stop.parent.borrow().clone();
         async move {
             let Ok(mut signals) = signals else {
                 // Without handlers the signals end the process, which is the best we can do.
@@ -51,6 +50,8 @@ impl Signals for LinuxHost {
                 );
                 return std::future::pending().await;
             };
+            // Known once the sockets that the parent passed were taken, which may be after the call.
+            let parent = host.0.stop.parent.borrow().clone();
             if !host.0.stop.asked.get() {
                 any(&mut signals, parent.as_deref()).await;
                 host.0.stop.asked.set(true);

@@ -7,7 +7,7 @@ use common::{Disk, World, address, export, world};
 use kernel_model::{Process, ProcessStream};
 use std::rc::Rc;
 use tap_abi::nbd::*;
-use tap_core::{Node, Op, Request, ZeroFlags};
+use tap_core::{CacheMode, Node, Op, Request, ZeroFlags};
 use tap_host::{Errno, Listener, Mark, SectorRange, Sockets, bytes_of, copy_from_slice, copy_to_slice};
 use tap_nbd::{Breaks, Client, ClientConfig, ClientError, Export, ServerLimits};
 use zerocopy::{FromBytes, IntoBytes};
@@ -128,18 +128,19 @@ fn a_server_that_can_little_is_enough() {
                 let stream = listener.accept().await.unwrap();
                 poor_server(own, stream, flags, d).await;
             });
-            let config = ClientConfig { write_through, ..config() };
-            let client = Client::connect(w.process("client"), config).await.unwrap();
-            write(&client, 0, 3 * MIB, 7).await.unwrap();
+            let cache = if write_through { CacheMode::WriteThrough } else { CacheMode::WriteBack };
+            let client = Client::connect(w.process("client"), config()).await.unwrap();
+            let client = cache.over(Rc::new(client));
+            write(&*client, 0, 3 * MIB, 7).await.unwrap();
             let zeroes = |fast| Request::write_zeroes(range(1, 2 * MIB), ZeroFlags { unmap: true, fast });
             assert_eq!(client.submit(zeroes(true)).await.result, Err(Errno::EOPNOTSUPP));
             assert_eq!(client.submit(zeroes(false)).await.result, Ok(()));
             assert_eq!(client.submit(Request::discard(range(0, 512))).await.result, Ok(()));
-            let bytes = read(&client, 0, 3 * MIB).await.unwrap();
+            let bytes = read(&*client, 0, 3 * MIB).await.unwrap();
             assert!(bytes[..512] == [7; 512] && bytes[512..512 + 2 * MIB].iter().all(|b| *b == 0));
             assert!(bytes[512 + 2 * MIB..].iter().all(|b| *b == 7));
             assert!(client.extents(range(0, 4 * MIB), 1024).await.unwrap()[0].allocated);
-            assert_eq!(flush(&client).await, Ok(()));
+            assert_eq!(flush(&*client).await, Ok(()));
             // One for each write if writes must be durable, and the one that was requested.
             let flushes = if write_through { 1 + 2 + 1 } else { 0 };
             assert_eq!(disk.count(Op::Flush), flushes);
@@ -207,23 +208,28 @@ fn a_server_that_dies_and_comes_back_is_a_pause() {
 }
 
 /// A write, perhaps a flush, then the server dies and comes back; the results of two flushes after that.
-fn flushes_after_a_break(config: ClientConfig, flush_before: bool) -> [Result<(), Errno>; 2] {
+fn flushes_after_a_break(
+    config: ClientConfig,
+    cache: CacheMode,
+    flush_before: bool,
+) -> [Result<(), Errno>; 2] {
     let results = Rc::new(std::cell::Cell::new(None));
     let out = Rc::clone(&results);
     world(1, false, move |w| async move {
         let disk = Disk::new(MIB);
         let (process, _) = w.serve(vec![export("disk", &disk)], ServerLimits::default()).await;
         let client = Client::connect(w.process("client"), config).await.unwrap();
-        write(&client, 0, 4096, 1).await.unwrap();
+        let client = cache.over(Rc::new(client));
+        write(&*client, 0, 4096, 1).await.unwrap();
         if flush_before {
-            flush(&client).await.unwrap();
+            flush(&*client).await.unwrap();
         }
         process.node().kill();
         process.node().dead().await;
         w.serve(vec![export("disk", &disk)], ServerLimits::default()).await;
         w.sim.sleep_ns(100_000_000).await;
-        write(&client, 8, 4096, 1).await.unwrap();
-        out.set(Some([flush(&client).await, flush(&client).await]));
+        write(&*client, 8, 4096, 1).await.unwrap();
+        out.set(Some([flush(&*client).await, flush(&*client).await]));
     });
     results.take().unwrap()
 }
@@ -231,11 +237,11 @@ fn flushes_after_a_break(config: ClientConfig, flush_before: bool) -> [Result<()
 #[test]
 fn a_flush_promises_nothing_that_a_dead_server_may_have_lost() {
     let keep = ClientConfig { breaks: Breaks::Keep, ..config() };
-    let through = ClientConfig { write_through: true, ..config() };
-    assert_eq!(flushes_after_a_break(config(), false), [Err(Errno::EIO); 2]);
-    assert_eq!(flushes_after_a_break(config(), true), [Ok(()); 2]);
-    assert_eq!(flushes_after_a_break(keep, false), [Ok(()); 2]);
-    assert_eq!(flushes_after_a_break(through, false), [Ok(()); 2]);
+    let (back, through) = (CacheMode::WriteBack, CacheMode::WriteThrough);
+    assert_eq!(flushes_after_a_break(config(), back, false), [Err(Errno::EIO); 2]);
+    assert_eq!(flushes_after_a_break(config(), back, true), [Ok(()); 2]);
+    assert_eq!(flushes_after_a_break(keep, back, false), [Ok(()); 2]);
+    assert_eq!(flushes_after_a_break(config(), through, false), [Ok(()); 2]);
 }
 
 #[test]

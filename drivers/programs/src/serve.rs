@@ -154,6 +154,8 @@ impl ServeArgs {
         let limits = ServerLimits { connections: usize::from(self.connections), ..ServerLimits::default() };
         let server = Server::new(host.clone(), exports.collect(), limits, memory);
         let server = server.map_err(|e| e.to_string())?;
+        // Registered before there is a socket: a process that sees it may send a signal.
+        let stopped = host.asked_to_stop();
         let listeners = self.listen(host).await?;
         for disk in disks {
             let info = disk.disk.slot().info();
@@ -171,7 +173,7 @@ impl ServeArgs {
             accepting.push(server.serve(listener));
         }
         let stop = async {
-            host.asked_to_stop().await;
+            stopped.await;
             server.stop().await;
         };
         futures_util::future::join(join_all(accepting), stop).await;

@@ -38,8 +38,6 @@ pub struct BackendConfig {
     pub memory: Budget,
     /// Whether flushes are offered.
     pub flush_cache: bool,
-    /// Physical sector size in bytes, as told to the guest.
-    pub physical_sector_bytes: u32,
     /// Which side reports the hotplug status.
     pub hotplug: Hotplug,
     /// How long to wait for a port that a predecessor holds, and with [`lead`](crate::lead) for its disk, in
@@ -59,7 +57,6 @@ impl BackendConfig {
             limits: Limits::default(),
             memory: Budget::default(),
             flush_cache: true,
-            physical_sector_bytes: 512,
             hotplug: Hotplug::default(),
             bind_patience_ns: 2_000_000_000,
         }

@@ -392,10 +392,11 @@ impl<H: XenHost> Backend<H> {
                 };
             }
         };
+        let disk = self.node.info();
         let keys = [
-            ("sectors", self.node.info().size_sectors.to_string()),
+            ("sectors", disk.size_sectors.to_string()),
             ("sector-size", SECTOR_BYTES.to_string()),
-            ("physical-sector-size", self.config.physical_sector_bytes.to_string()),
+            ("physical-sector-size", disk.physical_block_bytes.to_string()),
             ("info", info_of(read_only).to_string()),
         ];
         match self.write_state(XenbusState::Connected, &keys).await? {

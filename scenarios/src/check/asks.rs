@@ -7,7 +7,7 @@ use super::Invariant;
 use crate::world::World;
 use std::cell::Cell;
 use std::rc::Rc;
-use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response};
+use tap_core::{Child, Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response};
 use tap_host::{Errno, SectorRange};
 
 /// A node that passes everything on and counts.
@@ -106,6 +106,10 @@ impl Node for Asks {
 
     fn info(&self) -> NodeInfo {
         self.0.lower.info()
+    }
+
+    fn children(&self) -> Vec<Child> {
+        vec![Child::lower(Rc::clone(&self.0.lower))]
     }
 
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {

@@ -13,7 +13,7 @@ use crate::stack::StackLimits;
 use crate::world::World;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
-use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, SchedulerLimits, WaitReport};
+use tap_core::{Child, Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, SchedulerLimits};
 use tap_host::{Errno, SectorRange};
 
 /// Most buffers of one request, here where no guest has as many: merging stops in front of what one call takes.
@@ -173,8 +173,8 @@ impl Node for Contract {
         self.0.lower.info()
     }
 
-    fn wait_report(&self) -> Vec<WaitReport> {
-        self.0.lower.wait_report()
+    fn children(&self) -> Vec<Child> {
+        if self.0.closed.get() { Vec::new() } else { vec![Child::lower(Rc::clone(&self.0.lower))] }
     }
 
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
@@ -211,7 +211,7 @@ mod tests {
             Box::pin(async move { Ok(vec![one; most + usize::from(range.start.0 == 9)]) })
         }
         fn info(&self) -> NodeInfo {
-            NodeInfo { size_sectors: 64, read_only: false }
+            NodeInfo::new(64, false)
         }
         fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
             Box::pin(async { Ok(()) })

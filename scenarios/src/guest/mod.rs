@@ -516,7 +516,7 @@ mod tests {
 
     impl Node for Answers {
         fn info(&self) -> NodeInfo {
-            NodeInfo { size_sectors: 64, read_only: false }
+            NodeInfo::new(64, false)
         }
         fn submit(&self, mut request: Request) -> LocalBoxFuture<Response> {
             request.bufs.iter_mut().for_each(|buf| buf.fill(0));

@@ -33,7 +33,8 @@ pub(super) struct Line {
 struct Queued {
     start: u64,
     end: u64,
-    op: Op,
+    /// What only requests of one kind may be merged by: the operation, and whether it is durable when answered.
+    kind: (Op, bool),
     slot: u32,
 }
 
@@ -60,7 +61,7 @@ impl Line {
     }
 
     fn enqueue(&mut self, request: Request) -> u32 {
-        let (start, op) = (request.range.start.0, request.op);
+        let (start, kind) = (request.range.start.0, (request.op, request.fua));
         let end = start + u64::from(request.range.count);
         let filled = Slot { stage: Stage::Queued(request), waker: None, abandoned: None, batch: None };
         let slot = match self.unused.pop() {
@@ -73,7 +74,7 @@ impl Line {
                 (self.slots.len() - 1) as u32
             }
         };
-        self.queue.push_back(Queued { start, end, op, slot });
+        self.queue.push_back(Queued { start, end, kind, slot });
         slot
     }
 
@@ -104,7 +105,7 @@ impl Line {
         let first = self.queue.pop_front().expect("the leader is the first in line");
         let mut parts: SmallVec<[(u32, Request); 1]> = smallvec![(first.slot, self.take_request(first.slot))];
         let (mut start, mut end, mut bufs) = (first.start, first.end, parts[0].1.bufs.len());
-        while let Some(at) = self.neighbour(first.op, start, end, merge_sectors) {
+        while let Some(at) = self.neighbour(first.kind, start, end, merge_sectors) {
             let Stage::Queued(next) = &self.slots[self.queue[at].slot as usize].stage else { break };
             bufs += next.bufs.len();
             if bufs > MERGE_BUFS {
@@ -124,8 +125,9 @@ impl Line {
     }
 
     /// Where in the queue a request stands that goes on where `start..end` begins or ends.
-    fn neighbour(&self, op: Op, start: u64, end: u64, merge_sectors: u32) -> Option<usize> {
-        let fits = |q: &Queued| q.op == op && q.end.max(end) - q.start.min(start) <= u64::from(merge_sectors);
+    fn neighbour(&self, kind: (Op, bool), start: u64, end: u64, merge_sectors: u32) -> Option<usize> {
+        let fits =
+            |q: &Queued| q.kind == kind && q.end.max(end) - q.start.min(start) <= u64::from(merge_sectors);
         let touches = |q: &Queued| (q.start == end || q.end == start) && fits(q);
         let (front, back) = self.queue.as_slices();
         // Every request looks at all that wait: two plain loops, not one over both halves.

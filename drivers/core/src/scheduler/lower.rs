@@ -16,11 +16,13 @@ pub(super) struct Part {
     /// How many buffers of the merged request are this part's.
     count: usize,
     op: crate::Op,
+    fua: bool,
 }
 
 impl Part {
     pub(super) fn new(slot: u32, request: Request) -> Self {
-        Self { slot, range: request.range, count: request.bufs.len(), bufs: request.bufs, op: request.op }
+        let Request { op, range, bufs, fua } = request;
+        Self { slot, range, count: bufs.len(), bufs, op, fua }
     }
 }
 
@@ -37,7 +39,7 @@ pub(super) struct Batch<H: Time + Tasks + Log + Probe> {
 impl<H: Time + Tasks + Log + Probe> Inner<H> {
     /// Sends `request` down, again after transient errors.
     pub(super) async fn attempt(&self, mut request: Request) -> Response {
-        let (op, range) = (request.op, request.range);
+        let (op, range, fua) = (request.op, request.range, request.fua);
         let mut patience = Patience::new(&self.limits);
         loop {
             self.count(|s| s.lower_requests += 1);
@@ -48,7 +50,7 @@ impl<H: Time + Tasks + Log + Probe> Inner<H> {
             self.host.log(Event::Retried { range, error });
             self.count(|s| s.retries += 1);
             self.host.sleep_ns(pause_ns).await;
-            request = Request { op, range, bufs: response.bufs };
+            request = Request { op, range, bufs: response.bufs, fua };
         }
     }
 }
@@ -98,11 +100,11 @@ impl<H: Time + Tasks + Log + Probe> Batch<H> {
 
     fn merge(&mut self) -> Request {
         let first = &self.parts[0];
-        let (op, start) = (first.op, first.range.start.0);
+        let (op, start, fua) = (first.op, first.range.start.0, first.fua);
         let count = self.parts.iter().map(|p| p.range.count).sum();
         assert!(count <= self.inner.limits.merge_sectors, "{count} sectors are more than may be merged");
         let bufs = self.parts.iter_mut().flat_map(|p| p.bufs.drain(..)).collect();
-        Request { op, range: SectorRange::new(start, count), bufs }
+        Request { op, range: SectorRange::new(start, count), bufs, fua }
     }
 
     fn hand_back(&mut self, bufs: IoVec) {
@@ -116,7 +118,8 @@ impl<H: Time + Tasks + Log + Probe> Batch<H> {
     async fn repeat_alone(&mut self) {
         self.inner.host.mark(Mark::MergedSplit);
         while let Some(part) = self.parts.get_mut(self.answered) {
-            let request = Request { op: part.op, range: part.range, bufs: std::mem::take(&mut part.bufs) };
+            let bufs = std::mem::take(&mut part.bufs);
+            let request = Request { op: part.op, range: part.range, bufs, fua: part.fua };
             let response = self.inner.attempt(request).await;
             self.answer_next(response);
         }

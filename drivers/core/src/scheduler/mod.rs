@@ -15,7 +15,8 @@
 //!   future. Reads share.
 //! * **Depth.** At most `depth` reads and writes are below at once; the others wait in a line, first come, first
 //!   served, but for those that are taken along as neighbours of an earlier one.
-//! * **Merging.** Contiguous requests of one kind that stand in the line together go down as one, without copying.
+//! * **Merging.** Contiguous requests of one kind, FUA or not, that stand in the line together go down as one, without
+//!   copying.
 //!   An error of the whole is found out part by part: each part is sent again alone, so that an error reaches those
 //!   requests whose sectors fail, and no other.
 //! * **Flush** overtakes everything and is never merged: it covers what was answered before it was submitted.
@@ -28,7 +29,8 @@ mod line;
 mod lower;
 
 use crate::{
-    Access, Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, Space, Ticket, Tracker, WaitReport,
+    Access, Child, Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, Space, Ticket, Tracker,
+    WaitReport,
 };
 use line::{Line, Place};
 use lower::Patience;
@@ -121,7 +123,9 @@ impl<H: Time + Tasks + Log + Probe> Scheduler<H> {
         limits: SchedulerLimits,
         stats: Rc<RefCell<SchedulerStats>>,
     ) -> Self {
-        let limits = SchedulerLimits { depth: limits.depth.max(1), ..limits };
+        // What a node would split again is not merged.
+        let merge_sectors = limits.merge_sectors.min(lower.info().max_sectors);
+        let limits = SchedulerLimits { depth: limits.depth.max(1), merge_sectors, ..limits };
         Self(Rc::new(Inner {
             host,
             lower,
@@ -184,11 +188,13 @@ impl<H: Time + Tasks + Log + Probe> Node for Scheduler<H> {
         self.0.lower.info()
     }
 
-    /// Requests that wait for overlapping ones, and what waits below.
-    fn wait_report(&self) -> Vec<WaitReport> {
-        let mut all = self.0.tracker.report();
-        all.extend(self.0.lower.wait_report());
-        all
+    fn children(&self) -> Vec<Child> {
+        vec![Child::lower(Rc::clone(&self.0.lower))]
+    }
+
+    /// Requests that wait for overlapping ones.
+    fn waits(&self) -> Vec<WaitReport> {
+        self.0.tracker.report()
     }
 
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {

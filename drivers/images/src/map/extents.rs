@@ -50,9 +50,9 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
                     Mapping::Unmapped => self.extents_below(at, len, most, &mut out).await?,
                     Mapping::Plain(host) => {
                         let offset = Some(host + at % self.geometry.cluster_bytes());
-                        out.push(own(len, offset, false));
+                        out.push(self.own(len, offset, false));
                     }
-                    Mapping::Compressed(_) => out.push(own(len, None, true)),
+                    Mapping::Compressed(_) => out.push(self.own(len, None, true)),
                 }
                 at += len;
             }
@@ -104,7 +104,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
                 for extent in backing.extents(range, most - out.len()).await? {
                     at += extent.count;
                     below -= extent.count;
-                    out.push(one_deeper(extent));
+                    out.push(extent);
                 }
             }
         }
@@ -113,17 +113,10 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         }
         Ok(())
     }
-}
 
-fn own(len_bytes: u64, offset: Option<u64>, compressed: bool) -> Extent {
-    let source = Source::Image { depth: 0, offset, compressed };
-    Extent { count: len_bytes / SECTOR_BYTES, source, zero: false, allocated: true }
-}
-
-fn one_deeper(extent: Extent) -> Extent {
-    let source = match extent.source {
-        Source::Nothing => Source::Nothing,
-        Source::Image { depth, offset, compressed } => Source::Image { depth: depth + 1, offset, compressed },
-    };
-    Extent { source, ..extent }
+    /// So many bytes of this image.
+    fn own(&self, len_bytes: u64, offset: Option<u64>, compressed: bool) -> Extent {
+        let source = Source::Node { name: Some(self.file.name.clone()), offset, compressed };
+        Extent { count: len_bytes / SECTOR_BYTES, source, zero: false, allocated: true }
+    }
 }

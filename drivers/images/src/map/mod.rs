@@ -63,8 +63,8 @@ use std::cell::RefCell;
 use std::future::Future;
 use std::rc::Rc;
 use tap_core::wait::Semaphore;
-use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, WaitReport};
-use tap_host::{Bug, Errno, SECTOR_BYTES, SectorRange};
+use tap_core::{Child, Extent, LocalBoxFuture, Node, NodeInfo, NodeName, Op, Request, Response, WaitReport};
+use tap_host::{Bug, Errno, IoVec, SECTOR_BYTES, SectorRange};
 
 /// An open image as a node.
 pub(crate) struct MappedDisk<H: ImageHost, L: Layout> {
@@ -108,7 +108,42 @@ pub(crate) struct Image<H: ImageHost, L: Layout> {
 impl<H: ImageHost, L: Layout> MappedDisk<H, L> {
     pub(crate) fn new(image: Image<H, L>, read_only: bool) -> Self {
         let size_sectors = image.geometry.size_bytes.div_ceil(SECTOR_BYTES);
-        Self { image: RefCell::new(Some(Rc::new(image))), info: NodeInfo { size_sectors, read_only } }
+        let info = NodeInfo { read_only, ..image.file.node_info(size_sectors) };
+        Self { image: RefCell::new(Some(Rc::new(image))), info }
+    }
+
+    /// Carries out a request that keeps to the disk, in the order of the calls.
+    fn execute(
+        image: Rc<Image<H, L>>,
+        op: Op,
+        start: u64,
+        len: u64,
+        bufs: IoVec,
+    ) -> LocalBoxFuture<Response> {
+        match op {
+            Op::Read => Box::pin(async move {
+                if let Some(offset) = image.cached_extent(start, len) {
+                    let (result, bufs) = image.file.read(offset, bufs).await;
+                    return Response { result, bufs };
+                }
+                Box::pin(image.read(start, bufs)).await
+            }),
+            Op::Write => Box::pin(async move {
+                if let Some(offset) = image.cached_extent(start, len) {
+                    let (result, bufs) = image.file.write(offset, bufs).await;
+                    return Response { result, bufs };
+                }
+                Box::pin(image.write(start, bufs)).await
+            }),
+            Op::WriteZeroes(flags) => Box::pin(async move {
+                let result = image.write_zeroes(start, len, flags).await;
+                Response { result, bufs }
+            }),
+            Op::Discard => {
+                Box::pin(async move { Response { result: image.discard(start, len).await, bufs } })
+            }
+            Op::Flush => Box::pin(async move { Response { result: image.flush().await, bufs } }),
+        }
     }
 }
 
@@ -120,34 +155,16 @@ impl<H: ImageHost, L: Layout> Node for MappedDisk<H, L> {
             Err(e) => return Box::pin(std::future::ready(Response { result: Err(e), bufs: request.bufs })),
         };
         let (start, len) = (request.range.start.0 * SECTOR_BYTES, request.range.len_bytes());
-        match request.op {
-            Op::Read => Box::pin(async move {
-                if let Some(offset) = image.cached_extent(start, len) {
-                    let (result, bufs) = image.file.read(offset, request.bufs).await;
-                    return Response { result, bufs };
-                }
-                Box::pin(image.read(start, request.bufs)).await
-            }),
-            Op::Write => Box::pin(async move {
-                if let Some(offset) = image.cached_extent(start, len) {
-                    let (result, bufs) = image.file.write(offset, request.bufs).await;
-                    return Response { result, bufs };
-                }
-                Box::pin(image.write(start, request.bufs)).await
-            }),
-            Op::WriteZeroes(flags) => Box::pin(async move {
-                let result = image.write_zeroes(start, len, flags).await;
-                Response { result, bufs: request.bufs }
-            }),
-            Op::Discard => {
-                Box::pin(
-                    async move { Response { result: image.discard(start, len).await, bufs: request.bufs } },
-                )
-            }
-            Op::Flush => {
-                Box::pin(async move { Response { result: image.flush().await, bufs: request.bufs } })
-            }
+        if !request.fua {
+            return Self::execute(image, request.op, start, len, request.bufs);
         }
+        let answer = Self::execute(Rc::clone(&image), request.op, start, len, request.bufs);
+        Box::pin(async move {
+            let Response { result, bufs } = answer.await;
+            let synced = result.is_err() || image.host.bug(Bug::FuaUnsynced);
+            let result = if synced { result } else { image.flush().await };
+            Response { result, bufs }
+        })
     }
 
     fn extents(&self, range: SectorRange, most: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
@@ -159,12 +176,18 @@ impl<H: ImageHost, L: Layout> Node for MappedDisk<H, L> {
         self.info
     }
 
-    /// Allocations and tables that wait for others, and what waits below.
-    fn wait_report(&self) -> Vec<WaitReport> {
-        let Some(image) = self.image.borrow().clone() else { return Vec::new() };
-        let mut all = image.file.tracker().report();
-        all.extend(image.backing.iter().flat_map(|backing| backing.wait_report()));
-        all
+    fn name(&self) -> Option<NodeName> {
+        self.image.borrow().as_ref().map(|image| image.file.name.clone())
+    }
+
+    fn children(&self) -> Vec<Child> {
+        let backing = self.image.borrow().as_ref().and_then(|image| image.backing.clone());
+        backing.into_iter().map(|node| Child { role: "backing", node }).collect()
+    }
+
+    /// Allocations and tables that wait for others.
+    fn waits(&self) -> Vec<WaitReport> {
+        self.image.borrow().as_ref().map_or_else(Vec::new, |image| image.file.tracker().report())
     }
 
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {

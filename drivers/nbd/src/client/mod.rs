@@ -31,8 +31,8 @@
 //!   about them. So with [`Breaks::MayLose`] each flush that should cover such writes fails with `EIO`, and, because
 //!   what was lost stays lost, so does every later flush, until the disk is opened again. With [`Breaks::Keep`] the
 //!   caller asserts that the server's machine lives on, and with it everything that was answered: a server on the same
-//!   machine that accepts writes into the host's page cache before it answers, as ours does. With
-//!   [`ClientConfig::write_through`] no write is answered before it is durable, and nothing is lost either way.
+//!   machine that accepts writes into the host's page cache before it answers, as ours does. A
+//!   write with FUA is durable when it is answered, and is not lost either way.
 
 mod covered;
 mod drive;
@@ -54,7 +54,7 @@ use tap_abi::nbd::{
     StatusExtent, command, export,
 };
 use tap_core::wait::{Event as Flag, Semaphore, oneshot};
-use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, Source, ZeroFlags};
+use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, NodeName, Op, Request, Response, Source, ZeroFlags};
 use tap_host::{
     Budget, Bug, Errno, IoBuf, IoVec, Log, Mark, Probe, SECTOR_BYTES, SectorRange, SocketAddress, Sockets,
     Stage, Stream, Tasks, Time, copy_from_slice, copy_to_slice, cost_of,
@@ -79,8 +79,6 @@ pub struct ClientConfig {
     pub export: String,
     /// Writes are refused, even if the server accepts them.
     pub read_only: bool,
-    /// Every write is durable when answered (`FUA`).
-    pub write_through: bool,
     /// What a broken connection means for answered writes.
     pub breaks: Breaks,
     /// Requests on the wire at one time, at least 1.
@@ -109,7 +107,6 @@ impl ClientConfig {
             address,
             export: String::new(),
             read_only: false,
-            write_through: false,
             breaks: Breaks::default(),
             requests: 64,
             receive_bytes: 256 << 10,
@@ -153,6 +150,7 @@ struct Inner<H: Sockets> {
     host: H,
     config: ClientConfig,
     /// What the first connection negotiated; later ones offer no less.
+    name: NodeName,
     terms: Terms,
     link: RefCell<Option<Rc<Link<H::Stream>>>>,
     /// Unanswered requests, sent or not.
@@ -224,6 +222,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Client<H> {
     /// [`ClientError`]; a failed first connection is not retried.
     pub async fn connect(host: H, config: ClientConfig) -> Result<Self, ClientError> {
         let memory = Memory::of(&config)?;
+        let name = NodeName::new(&config.address.to_string());
         let (terms, stream, inlet) = open(&host, &config, &memory).await?;
         let part = cost_of(terms.request_bytes.min(PART_BYTES_MAX) as usize);
         let parts = config.memory.stage(part).map_err(|_| ClientError::Memory(config.address.clone()))?;
@@ -231,6 +230,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Client<H> {
             permits: Semaphore::new(config.requests.max(1)),
             host,
             config,
+            name,
             terms,
             link: RefCell::default(),
             pending: RefCell::default(),
@@ -290,17 +290,23 @@ where
 impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
     fn info(&self) -> NodeInfo {
         let read_only = self.config.read_only || self.terms.has(export::READ_ONLY);
-        NodeInfo { size_sectors: self.terms.size_bytes / SECTOR_BYTES, read_only }
+        NodeInfo {
+            physical_block_bytes: self.terms.block_bytes,
+            discard_bytes: self.terms.block_bytes,
+            max_sectors: self.terms.request_bytes / SECTOR,
+            ..NodeInfo::new(self.terms.size_bytes / SECTOR_BYTES, read_only)
+        }
     }
 
-    /// Flag for requests that change the disk.
-    fn fua(&self) -> u16 {
-        if self.config.write_through && self.terms.has(export::SEND_FUA) { command::FUA } else { 0 }
+    /// Flag for requests that change the disk, durable when answered if `fua`.
+    fn flag(&self, fua: bool) -> u16 {
+        if fua && self.terms.has(export::SEND_FUA) { command::FUA } else { 0 }
     }
 
     async fn execute(self: &Rc<Self>, request: Request) -> Response {
         let info = self.info();
         let (op, range) = (request.op, request.range);
+        let fua = request.fua;
         if !request.is_well_formed(info.size_sectors) {
             return Response { result: Err(Errno::EINVAL), bufs: request.bufs };
         }
@@ -310,15 +316,15 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         match op {
             Op::Read | Op::Write if range.len_bytes() > u64::from(self.terms.request_bytes) => {
                 self.host.mark(Mark::NbdSplit);
-                self.split(request).await
+                self.split(request, fua).await
             }
             Op::Read => self.read(range, request.bufs).await,
-            Op::Write => self.write(range, request.bufs).await,
+            Op::Write => self.write(range, request.bufs, fua).await,
             Op::Flush => Response { result: self.flush().await, bufs: request.bufs },
             Op::WriteZeroes(flags) => {
-                Response { result: self.write_zeroes(range, flags).await, bufs: request.bufs }
+                Response { result: self.write_zeroes(range, flags, fua).await, bufs: request.bufs }
             }
-            Op::Discard => Response { result: self.discard(range).await, bufs: request.bufs },
+            Op::Discard => Response { result: self.discard(range, fua).await, bufs: request.bufs },
         }
     }
 
@@ -328,26 +334,26 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         Response { result, bufs: call.bufs }
     }
 
-    async fn write(self: &Rc<Self>, range: SectorRange, bufs: IoVec) -> Response {
+    async fn write(self: &Rc<Self>, range: SectorRange, bufs: IoVec, fua: bool) -> Response {
         let payload = bufs.into_iter().map(Rc::new).collect();
-        let call = Call { payload, ..Call::new(CMD_WRITE, self.fua(), range) };
+        let call = Call { payload, ..Call::new(CMD_WRITE, self.flag(fua), range) };
         let (result, call) = self.call(call).await;
         // If the host still holds what it has sent, this returns a copy; the original returns to its pool from there.
         let back = |buf| Rc::try_unwrap(buf).or_else(|shared: Rc<IoBuf>| IoBuf::copy_of(&shared)).ok();
         let bufs: IoVec = call.payload.into_iter().filter_map(back).collect();
-        let result = if result.is_ok() { self.durable().await } else { result };
+        let result = if result.is_ok() { self.durable(fua).await } else { result };
         Response { result, bufs }
     }
 
     /// A request larger than the server accepts, part by part through a buffer.
-    async fn split(self: &Rc<Self>, request: Request) -> Response {
-        let Request { op, range, mut bufs } = request;
+    async fn split(self: &Rc<Self>, request: Request, fua: bool) -> Response {
+        let Request { op, range, mut bufs, .. } = request;
         let part_sectors = self.terms.request_bytes.min(PART_BYTES_MAX) / SECTOR;
         let (mut at, mut result) = (0, Ok(()));
         while at < range.count && result.is_ok() {
             let part = SectorRange::new(range.start.0 + u64::from(at), part_sectors.min(range.count - at));
             let from = at as usize * SECTOR as usize;
-            result = self.part(op, part, from, &mut bufs).await;
+            result = self.part((op, fua), part, from, &mut bufs).await;
             at += part.count;
         }
         Response { result, bufs }
@@ -355,7 +361,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
 
     async fn part(
         self: &Rc<Self>,
-        op: Op,
+        (op, fua): (Op, bool),
         part: SectorRange,
         from: usize,
         bufs: &mut IoVec,
@@ -369,45 +375,57 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
             return Ok(());
         }
         copy_to_slice(bufs, from, &mut own);
-        self.write(part, IoVec::from_iter([own])).await.result
+        self.write(part, IoVec::from_iter([own]), fua).await.result
     }
 
-    async fn write_zeroes(self: &Rc<Self>, range: SectorRange, flags: ZeroFlags) -> Result<(), Errno> {
+    async fn write_zeroes(
+        self: &Rc<Self>,
+        range: SectorRange,
+        flags: ZeroFlags,
+        fua: bool,
+    ) -> Result<(), Errno> {
         let can_be_fast = self.terms.has(export::SEND_WRITE_ZEROES | export::SEND_FAST_ZERO);
         if flags.fast && !can_be_fast {
             return Err(Errno::EOPNOTSUPP);
         }
         if !self.terms.has(export::SEND_WRITE_ZEROES) {
-            return self.write_as_data(range).await;
+            return self.write_as_data(range, fua).await;
         }
         let keep = if flags.unmap { 0 } else { command::NO_HOLE };
         let fast = if flags.fast { command::FAST_ZERO } else { 0 };
-        self.ranges(CMD_WRITE_ZEROES, keep | fast | self.fua(), range).await
+        self.ranges(CMD_WRITE_ZEROES, keep | fast, range, fua).await
     }
 
     /// Writes zeros as data, for a server that cannot make them.
-    async fn write_as_data(self: &Rc<Self>, range: SectorRange) -> Result<(), Errno> {
+    async fn write_as_data(self: &Rc<Self>, range: SectorRange, fua: bool) -> Result<(), Errno> {
         let part_sectors = self.terms.request_bytes.min(PART_BYTES_MAX) / SECTOR;
         let mut at = 0;
         while at < range.count {
             let part = SectorRange::new(range.start.0 + u64::from(at), part_sectors.min(range.count - at));
             let mut zeros = self.parts.buffer(part.len_bytes() as usize).await?;
             zeros.fill(0);
-            self.write(part, IoVec::from_iter([zeros])).await.result?;
+            self.write(part, IoVec::from_iter([zeros]), fua).await.result?;
             at += part.count;
         }
         Ok(())
     }
 
-    async fn discard(self: &Rc<Self>, range: SectorRange) -> Result<(), Errno> {
+    async fn discard(self: &Rc<Self>, range: SectorRange, fua: bool) -> Result<(), Errno> {
         if !self.terms.has(export::SEND_TRIM) {
             return Ok(());
         }
-        self.ranges(CMD_TRIM, self.fua(), range).await
+        self.ranges(CMD_TRIM, 0, range, fua).await
     }
 
     /// A request without data over a range of any length, piece by piece.
-    async fn ranges(self: &Rc<Self>, command: u16, flags: u16, range: SectorRange) -> Result<(), Errno> {
+    async fn ranges(
+        self: &Rc<Self>,
+        command: u16,
+        flags: u16,
+        range: SectorRange,
+        fua: bool,
+    ) -> Result<(), Errno> {
+        let flags = flags | self.flag(fua);
         let part_sectors = RANGE_BYTES_MAX / SECTOR;
         let mut at = 0;
         while at < range.count {
@@ -415,12 +433,12 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
             self.call(Call::new(command, flags, part)).await.0?;
             at += part.count;
         }
-        self.durable().await
+        self.durable(fua).await
     }
 
     /// If writes must be durable when answered, a server without `FUA` is flushed after each.
-    async fn durable(self: &Rc<Self>) -> Result<(), Errno> {
-        let needed = self.config.write_through && !self.terms.has(export::SEND_FUA);
+    async fn durable(self: &Rc<Self>, fua: bool) -> Result<(), Errno> {
+        let needed = fua && !self.terms.has(export::SEND_FUA);
         if needed { self.flush().await } else { Ok(()) }
     }
 
@@ -438,8 +456,8 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
     }
 
     async fn extents(self: &Rc<Self>, range: SectorRange, most: usize) -> Result<Vec<Extent>, Errno> {
-        let source = Source::Image { depth: 0, offset: None, compressed: false };
-        let data = |count| Extent { count, source, zero: false, allocated: true };
+        let source = Source::Node { name: Some(self.name.clone()), offset: None, compressed: false };
+        let data = |count| Extent { count, source: source.clone(), zero: false, allocated: true };
         if self.terms.context.is_none() {
             return Ok(vec![data(u64::from(range.count))]);
         }
@@ -453,7 +471,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
             let count = u64::from(len / SECTOR).min(left);
             let (zero, allocated) = (state & STATE_ZERO != 0, state & STATE_HOLE == 0);
             if count > 0 {
-                found.push(Extent { count, source, zero, allocated });
+                found.push(Extent { count, source: source.clone(), zero, allocated });
                 left -= count;
             }
             if left == 0 || found.len() >= most || !len.is_multiple_of(SECTOR) {
@@ -526,6 +544,9 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Node for Client<H> {
     }
     fn info(&self) -> NodeInfo {
         self.0.info()
+    }
+    fn name(&self) -> Option<NodeName> {
+        Some(self.0.name.clone())
     }
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
         let inner = Rc::clone(&self.0);

@@ -21,11 +21,15 @@ pub(super) struct Terms {
     flags: u16,
     /// Most bytes of one read or write, in whole sectors.
     pub(super) request_bytes: u32,
+    /// Block that the server prefers, in bytes: a power of two of at least 512.
+    pub(super) block_bytes: u32,
     pub(super) structured: bool,
     /// The number of `base:allocation`.
     pub(super) context: Option<u32>,
 }
 
+/// Largest block that a server may prefer, in bytes; more is taken as this.
+const BLOCK_BYTES_MAX: u32 = 1 << 20;
 /// Assumed when a server does not say how much it accepts.
 const REQUEST_BYTES: u32 = 32 << 20;
 
@@ -170,7 +174,7 @@ impl<S: Stream> Talk<'_, S> {
         let (len, kinds) = ((name.len() as u32).to_be_bytes(), [0, 1, 0, INFO_BLOCK_SIZE as u8]);
         self.option(OPT_GO, &[&len, name.as_bytes(), &kinds]).await?;
         let mut terms = None;
-        let mut request_bytes = REQUEST_BYTES;
+        let (mut request_bytes, mut block_bytes) = (REQUEST_BYTES, SECTOR_BYTES as u32);
         loop {
             let (reply, data) = self.reply(OPT_GO).await?;
             match reply {
@@ -186,11 +190,16 @@ impl<S: Stream> Talk<'_, S> {
                             return Err(Stop::Refused("it wants blocks of more than 512 bytes".into()));
                         }
                         request_bytes = request_bytes.min(sizes.maximum.get());
+                        let preferred = sizes.preferred.get();
+                        if preferred.is_power_of_two() {
+                            block_bytes = preferred.clamp(SECTOR_BYTES as u32, BLOCK_BYTES_MAX);
+                        }
                     }
                 }
                 REP_ACK => {
                     let Some((size_bytes, flags)) = terms else { return Err(NOT_NBD) };
-                    return checked(size_bytes, flags, request_bytes).map(Some);
+                    let terms = checked(size_bytes, flags, request_bytes)?;
+                    return Ok(Some(Terms { block_bytes, ..terms }));
                 }
                 REP_ERR_UNSUP => return Ok(None),
                 _ if reply & REP_ERROR != 0 => {
@@ -261,5 +270,6 @@ fn checked(size_bytes: u64, flags: u16, request_bytes: u32) -> Result<Terms, Sto
         return Err(Stop::Refused("its size, or that of its requests, cannot be".into()));
     }
     let flags = if flags & export::HAS_FLAGS == 0 { 0 } else { flags };
-    Ok(Terms { size_bytes, flags, request_bytes, structured: false, context: None })
+    let block_bytes = SECTOR_BYTES as u32;
+    Ok(Terms { size_bytes, flags, request_bytes, block_bytes, structured: false, context: None })
 }

@@ -291,8 +291,8 @@ where
         let early = matches!(op, Op::WriteZeroes(_)) && self.host().bug(Bug::NbdZeroesEarly);
         let fua = job.fua && !early && !self.host().bug(Bug::NbdFuaIgnored);
         let node = &self.agreed.export.node;
-        let mut answer = node.submit(Request { op, range: job.range, bufs });
-        if !fua && let Poll::Ready(response) = answer.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+        let mut answer = node.submit(Request { op, range: job.range, bufs, fua });
+        if let Poll::Ready(response) = answer.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
             return self.answered(job, op, response);
         }
         let own = Rc::clone(self);
@@ -304,11 +304,7 @@ where
             Op::Discard => "nbd-trim",
         };
         self.host().spawn(role, job.range.start.0, async move {
-            let mut response = answer.await;
-            if fua && response.result.is_ok() {
-                response.result = own.agreed.export.node.submit(Request::flush()).await.result;
-            }
-            own.answered(job, op, response);
+            own.answered(job, op, answer.await);
         });
     }
 

@@ -13,7 +13,7 @@
 //!   holds the disk. All others are answered with `ERR_UNSUP`. The empty name is the first export, unless an export has
 //!   that name.
 //! * **Commands**: `READ` (always one chunk, so `DF` changes nothing), `WRITE`, `FLUSH`, `TRIM`, `WRITE_ZEROES`,
-//!   `CACHE` (answered, nothing is read), `BLOCK_STATUS`, `DISC`. `FUA` is the operation and then a flush of the node.
+//!   `CACHE` (answered, nothing is read), `BLOCK_STATUS`, `DISC`. `FUA` goes down with the request.
 //!   Offsets and lengths are multiples of 512 bytes; anything else is answered with `EINVAL`.
 //! * **Several connections**: a flush covers what was answered on all of them, because every connection passes it to
 //!   the same node, whose contract guarantees that.

@@ -223,7 +223,7 @@ impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
         let sizes = InfoBlockSize {
             kind: INFO_BLOCK_SIZE.into(),
             minimum: (SECTOR_BYTES as u32).into(),
-            preferred: PREFERRED_BYTES.into(),
+            preferred: export.node.info().physical_block_bytes.max(PREFERRED_BYTES).into(),
             maximum: self.server.limits.request_bytes.into(),
         };
         replies.push(REP_INFO, &[sizes.as_bytes()]);

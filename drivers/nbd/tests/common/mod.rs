@@ -37,6 +37,8 @@ pub struct Disk {
     pub in_flight: Cell<usize>,
     pub most_in_flight: Cell<usize>,
     pub seen: RefCell<Vec<(Op, SectorRange)>>,
+    /// Requests with FUA.
+    pub durable: Cell<usize>,
     pub fail: Cell<Option<Errno>>,
     /// Sectors that were never written.
     pub holes: Cell<bool>,
@@ -52,6 +54,7 @@ impl Disk {
             in_flight: Cell::new(0),
             most_in_flight: Cell::new(0),
             seen: RefCell::default(),
+            durable: Cell::new(0),
             fail: Cell::new(None),
             holes: Cell::new(false),
         })
@@ -87,6 +90,7 @@ impl Node for DiskNode {
         Box::pin(async move {
             assert!(request.is_well_formed(disk.bytes.borrow().len() as u64 / SECTOR_BYTES), "{request:?}");
             disk.seen.borrow_mut().push((request.op, request.range));
+            disk.durable.set(disk.durable.get() + usize::from(request.fua));
             disk.in_flight.set(disk.in_flight.get() + 1);
             disk.most_in_flight.set(disk.most_in_flight.get().max(disk.in_flight.get()));
             if disk.hold.get() {
@@ -99,11 +103,10 @@ impl Node for DiskNode {
     }
     fn extents(&self, range: SectorRange, _most: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
         let holes = self.0.holes.get();
-        let source = Source::Image { depth: 0, offset: None, compressed: false };
         let extent = |at: u64, count| {
             // Every second MiB is a hole.
             let hole = holes && at / 2048 % 2 == 1;
-            Extent { count, source, zero: hole, allocated: !hole }
+            Extent { count, source: Source::UNKNOWN, zero: hole, allocated: !hole }
         };
         let mut found = Vec::new();
         let (mut at, end) = (range.start.0, range.start.0 + u64::from(range.count));
@@ -116,7 +119,7 @@ impl Node for DiskNode {
     }
     fn info(&self) -> NodeInfo {
         let size_sectors = self.0.bytes.borrow().len() as u64 / SECTOR_BYTES;
-        NodeInfo { size_sectors, read_only: self.0.read_only.get() }
+        NodeInfo::new(size_sectors, self.0.read_only.get())
     }
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
         Box::pin(std::future::ready(Ok(())))

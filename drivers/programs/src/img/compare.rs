@@ -142,15 +142,18 @@ impl Walk {
         if self.left.1.is_none() {
             self.left.1 = self.b.next(PIECE_SECTORS).await?;
         }
-        let ends = [self.left.0, self.left.1].into_iter().flatten().map(|run| run.start + run.count);
+        let ends = [&self.left.0, &self.left.1].into_iter().flatten().map(|run| run.start + run.count);
         let end = ends.min().unwrap_or(self.total);
         let start = std::mem::replace(&mut self.at, end);
-        let has_data = |run: &Option<Run>| run.is_some_and(|run| !run.extent.zero);
+        let has_data = |run: &Option<Run>| run.as_ref().is_some_and(|run| !run.extent.zero);
         let parts = (has_data(&self.left.0), has_data(&self.left.1));
         for left in [&mut self.left.0, &mut self.left.1] {
             if let Some(run) = left {
                 let rest = run.start + run.count - end;
-                *left = (rest > 0).then_some(Run { start: end, count: rest, ..*run });
+                (run.start, run.count) = (end, rest);
+                if rest == 0 {
+                    *left = None;
+                }
             }
         }
         Ok(Some((start, end - start, parts)))

@@ -4,13 +4,15 @@ use super::open_node;
 use super::pump::{Extents, Run};
 use super::{BackingArgs, Failure, Outcome, Output};
 use crate::Console;
-use crate::disk::{BackingArg, DiskHost, DiskOptions, format_parser};
+use crate::disk::{DiskHost, DiskOptions, format_parser};
 use crate::spec::DiskSpec;
 use clap::Args;
 use serde::Serialize;
-use tap_core::Source;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use tap_core::{Node, NodeName, Source, nodes};
 use tap_host::SECTOR_BYTES;
-use tap_images::{Format, Formats, ImageHost, ImageSpec, MAX_CHAIN};
+use tap_images::Format;
 
 #[derive(Args, Debug)]
 pub(super) struct Map {
@@ -28,7 +30,7 @@ pub(super) struct Map {
 
 /// The keys of `qemu-img map --output=json`.
 #[derive(Serialize, Clone, Copy)]
-struct Shown {
+struct Shown<'a> {
     start: u64,
     length: u64,
     depth: u32,
@@ -38,11 +40,14 @@ struct Shown {
     compressed: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     offset: Option<u64>,
+    /// For people.
+    #[serde(skip)]
+    file: &'a str,
 }
 
-impl Shown {
+impl Shown<'_> {
     /// Whether `next`, which begins where this ends, is more of the same.
-    fn goes_on_with(&self, next: &Shown) -> bool {
+    fn goes_on_with(&self, next: &Shown<'_>) -> bool {
         let same = (self.depth, self.present, self.zero, self.data, self.compressed)
             == (next.depth, next.present, next.zero, next.data, next.compressed);
         let place_goes_on = match (self.offset, next.offset) {
@@ -56,19 +61,16 @@ impl Shown {
 impl Map {
     pub(super) async fn run<H: DiskHost>(&self, host: &H, console: &dyn Console) -> Outcome {
         let spec = super::disk(&self.file, self.format).map_err(Failure::new)?;
-        let backing = self.backing.backing;
-        let options = DiskOptions { backing: backing.policy(), ..DiskOptions::default() };
+        let options = DiskOptions { backing: self.backing.backing.policy(), ..DiskOptions::default() };
         let node = open_node(host, &spec, &options).await.map_err(Failure::new)?;
-        let files = match self.output {
-            Output::Json => None,
-            Output::Human => Some(files(host, spec.clone(), backing).await?),
-        };
-        let mut printer = Printer { console, files, before: None, count: 0 };
+        let sources = Sources::of(&node, &spec);
+        let is_json = self.output == Output::Json;
+        let mut printer = Printer { console, is_json, before: None, count: 0 };
         printer.start();
         let mut extents = Extents::new(&node);
         loop {
             match extents.next(u64::MAX).await {
-                Ok(Some(run)) => printer.take(shown(&run))?,
+                Ok(Some(run)) => printer.take(sources.shown(&run))?,
                 Ok(None) => break,
                 // An array that was begun stays open: nobody takes a part of the map for the whole.
                 Err(e) => return Err(Failure::new(format!("read the map of {spec}: {e}"))),
@@ -83,22 +85,22 @@ impl Map {
 /// Prints runs as they come, those that go on as one. A map may have millions of them, so only the last is kept.
 struct Printer<'a> {
     console: &'a dyn Console,
-    /// The files of the chain, for people; `None` for JSON.
-    files: Option<Vec<String>>,
+    /// Not for people.
+    is_json: bool,
     /// What is not printed yet, because it may go on.
-    before: Option<Shown>,
+    before: Option<Shown<'a>>,
     /// Objects of the array that were printed.
     count: u64,
 }
 
-impl Printer<'_> {
+impl<'a> Printer<'a> {
     fn start(&self) {
-        if self.files.is_some() {
+        if !self.is_json {
             self.console.out(&format!("{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to"));
         }
     }
 
-    fn take(&mut self, run: Shown) -> Result<(), Failure> {
+    fn take(&mut self, run: Shown<'a>) -> Result<(), Failure> {
         match &mut self.before {
             Some(before) if before.goes_on_with(&run) => before.length += run.length,
             before => {
@@ -114,7 +116,7 @@ impl Printer<'_> {
         match self.before.take() {
             Some(last) => self.print(&last, "]"),
             None => {
-                if self.files.is_none() {
+                if self.is_json {
                     self.console.out("[]");
                 }
                 Ok(())
@@ -123,55 +125,62 @@ impl Printer<'_> {
     }
 
     /// Prints one run; `after` follows it in the array.
-    fn print(&mut self, run: &Shown, after: &str) -> Result<(), Failure> {
-        let Some(files) = &self.files else {
+    fn print(&mut self, run: &Shown<'_>, after: &str) -> Result<(), Failure> {
+        if self.is_json {
             let text = serde_json::to_string(run).map_err(|e| Failure::new(format!("print JSON: {e}")))?;
             let open = if self.count == 0 { "[" } else { "" };
             self.console.out(&format!("{open}{text}{after}"));
             self.count += 1;
             return Ok(());
-        };
+        }
         if run.data {
             let place = match run.offset {
                 Some(offset) => format!("{offset:#x}"),
                 None if run.compressed => "compressed".to_owned(),
                 None => "-".to_owned(),
             };
-            let file = files.get(run.depth as usize).map_or("", String::as_str);
             let (start, length) = (format!("{:#x}", run.start), format!("{:#x}", run.length));
-            self.console.out(&format!("{start:<16}{length:<16}{place:<16}{file}"));
+            self.console.out(&format!("{start:<16}{length:<16}{place:<16}{}", run.file));
         }
         Ok(())
     }
 }
 
-/// The paths of the chain, the image first, each read as it was opened.
-async fn files<H: ImageHost>(host: &H, spec: DiskSpec, backing: BackingArg) -> Result<Vec<String>, Failure> {
-    let DiskSpec::Image(spec) = spec else { return Ok(vec![spec.to_string()]) };
-    let (mut files, mut next) = (Vec::new(), Some(spec));
-    // Opening has found the chain to be of bounded length; it may be another one by now.
-    while let Some(spec) = next.filter(|_| files.len() < MAX_CHAIN) {
-        let image = Formats::shipped().describe(host, &spec).await.map_err(Failure::new)?;
-        files.push(spec.path);
-        next = backing.format().zip(image.backing_path).map(|(format, path)| ImageSpec { format, path });
-    }
-    Ok(files)
-}
+/// The nodes that bytes come from.
+struct Sources(BTreeMap<NodeName, (u32, String)>);
 
-fn shown(run: &Run) -> Shown {
-    let (depth, present, compressed, offset) = match run.extent.source {
-        Source::Nothing => (0, false, false, None),
-        Source::Image { depth, offset, compressed } => (depth, true, compressed, offset),
-    };
-    Shown {
-        start: run.start * SECTOR_BYTES,
-        length: run.count * SECTOR_BYTES,
-        depth,
-        present,
-        zero: run.extent.zero,
-        data: run.extent.allocated && !run.extent.zero,
-        compressed,
-        offset,
+impl Sources {
+    /// Those of a graph: how deep each lies, and what people call it. The first one is the disk that was asked for.
+    fn of(top: &Rc<dyn Node>, spec: &DiskSpec) -> Self {
+        let mut found = BTreeMap::new();
+        for (depth, node) in nodes(Rc::clone(top)) {
+            let Some(name) = node.name() else { continue };
+            let text = match spec {
+                DiskSpec::Nbd { .. } if depth == 0 => spec.to_string(),
+                _ => name.to_string(),
+            };
+            found.entry(name).or_insert((depth as u32, text));
+        }
+        Self(found)
+    }
+
+    fn shown(&self, run: &Run) -> Shown<'_> {
+        let (name, present, compressed, offset) = match &run.extent.source {
+            Source::Nothing => (None, false, false, None),
+            Source::Node { name, offset, compressed } => (name.as_ref(), true, *compressed, *offset),
+        };
+        let known = name.and_then(|name| self.0.get(name));
+        Shown {
+            start: run.start * SECTOR_BYTES,
+            length: run.count * SECTOR_BYTES,
+            depth: known.map_or(0, |(depth, _)| *depth),
+            present,
+            zero: run.extent.zero,
+            data: run.extent.allocated && !run.extent.zero,
+            compressed,
+            offset,
+            file: known.map_or("", |(_, text)| text),
+        }
     }
 }
 
@@ -194,9 +203,9 @@ mod tests {
     }
 
     /// What is printed for runs of 512 bytes: offset, and whether compressed.
-    fn printed(files: Option<Vec<String>>, runs: &[(Option<u64>, bool)]) -> Vec<String> {
+    fn printed(is_json: bool, runs: &[(Option<u64>, bool)]) -> Vec<String> {
         let lines = Lines::default();
-        let mut printer = Printer { console: &lines, files, before: None, count: 0 };
+        let mut printer = Printer { console: &lines, is_json, before: None, count: 0 };
         printer.start();
         for (start, (offset, compressed)) in (0..).step_by(512).zip(runs.iter().copied()) {
             let run = Shown {
@@ -208,6 +217,7 @@ mod tests {
                 data: true,
                 compressed,
                 offset,
+                file: "/a",
             };
             assert!(printer.take(run).is_ok());
         }
@@ -218,7 +228,7 @@ mod tests {
     #[test]
     fn places_that_are_not_known_are_not_called_compressed() {
         let runs = [(Some(4096), false), (Some(4608), false), (None, true), (None, false)];
-        let lines = printed(Some(vec!["/a".to_owned()]), &runs);
+        let lines = printed(false, &runs);
         let places = lines.iter().map(|l| l.split_whitespace().skip(1).collect::<Vec<_>>().join(" "));
         let want = ["Length Mapped to File", "0x400 0x1000 /a", "0x200 compressed /a", "0x200 - /a"];
         assert_eq!(places.collect::<Vec<_>>(), want);
@@ -226,9 +236,9 @@ mod tests {
 
     #[test]
     fn every_array_is_closed() {
-        assert_eq!(printed(None, &[]), ["[]"]);
+        assert_eq!(printed(true, &[]), ["[]"]);
         for count in 1..4 {
-            let lines = printed(None, &[(Some(0), false), (None, false), (Some(0), false)][..count]);
+            let lines = printed(true, &[(Some(0), false), (None, false), (Some(0), false)][..count]);
             let all: Vec<serde_json::Value> = serde_json::from_str(&lines.join("\n")).unwrap();
             assert_eq!((all.len(), lines.len()), (count, count), "{lines:?}");
         }

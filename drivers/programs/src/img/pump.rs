@@ -15,7 +15,7 @@ pub(super) const PIECE_SECTORS: u64 = 2048;
 const MAX_EXTENTS: usize = 1024;
 
 /// A run of a disk.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(super) struct Run {
     /// First sector.
     pub(super) start: u64,
@@ -51,7 +51,7 @@ impl Extents {
         let first = self.known.front_mut().ok_or(Errno::EIO)?;
         let most = if first.zero { u64::from(u32::MAX) } else { most };
         let count = first.count.min(most).min(left);
-        let run = Run { start: self.at, count, extent: *first };
+        let run = Run { start: self.at, count, extent: first.clone() };
         first.count -= count;
         if first.count == 0 {
             self.known.pop_front();

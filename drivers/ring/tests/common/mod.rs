@@ -101,7 +101,7 @@ impl Node for Disk {
     fn submit(&self, request: Request) -> LocalBoxFuture<Response> {
         let disk = self.clone();
         Box::pin(async move {
-            let Request { op, range, mut bufs } = request;
+            let Request { op, range, mut bufs, .. } = request;
             let (nth, fail) = {
                 let mut state = disk.state.borrow_mut();
                 state.submitted += 1;
@@ -134,7 +134,7 @@ impl Node for Disk {
         })
     }
     fn info(&self) -> NodeInfo {
-        NodeInfo { size_sectors: self.state.borrow().bytes.len() as u64 / 512, read_only: self.read_only }
+        NodeInfo::new(self.state.borrow().bytes.len() as u64 / 512, self.read_only)
     }
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
         let disk = self.clone();

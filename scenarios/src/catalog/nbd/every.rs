@@ -15,6 +15,7 @@ use kernel_model::{ProcessStream, SimHost, StorageConfig};
 use sim::{Entity, Label, Sim};
 use std::cell::RefCell;
 use std::rc::Rc;
+use tap_core::CacheMode;
 use tap_core::wait::Event;
 use tap_host::{SECTOR_BYTES, Sockets};
 use tap_nbd::{Breaks, ClientConfig};
@@ -146,7 +147,7 @@ async fn server_stopped(world: World) {
     });
     let (p, h, s) = (plan.clone(), host.clone(), setup.clone());
     within(&host, async move {
-        let (_, node) = client_stack(&p, &h, &config).await;
+        let (_, node) = client_stack(&p, &h, &config, CacheMode::WriteBack).await;
         let disk = DirectDisk::new(node, p.limits.pool_bytes);
         let guest = p.guest(disk, &s, Invariant::P1);
         guest.set_manners(Manners { reads: Invariant::P1, ..NO_ERRORS });

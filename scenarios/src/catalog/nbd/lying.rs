@@ -8,6 +8,7 @@ use crate::world::World;
 use kernel_model::StorageConfig;
 use std::cell::RefCell;
 use std::rc::Rc;
+use tap_core::CacheMode;
 use tap_core::wait::Event;
 use tap_host::{Listener, SECTOR_BYTES, SectorRange, Sockets};
 use tap_nbd::{Breaks, ClientConfig};
@@ -50,7 +51,7 @@ async fn hostile_server(world: World) {
     let ops = plan.operations(0, size_sectors, 60);
     let (p, h, w, past) = (plan.clone(), host.clone(), world.clone(), Rc::clone(&history));
     within(&host, async move {
-        let (client, node) = client_stack(&p, &h, &config).await;
+        let (client, node) = client_stack(&p, &h, &config, CacheMode::WriteBack).await;
         let disk = DirectDisk::new(Rc::clone(&node), p.limits.pool_bytes);
         let manners = Manners { errors_allowed: true, reads: Invariant::G1, ..NO_ERRORS };
         let guest = Guest::new(&w, disk, past, manners);

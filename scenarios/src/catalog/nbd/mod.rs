@@ -33,6 +33,7 @@ use plan::{
 use sim::{Entity, Label};
 use std::rc::Rc;
 use tap_abi::nbd::{CMD_BLOCK_STATUS, CMD_READ, CMD_WRITE};
+use tap_core::CacheMode;
 use tap_core::wait::Event;
 use tap_host::Sockets;
 use tap_nbd::{Breaks, ClientConfig};
@@ -112,7 +113,8 @@ async fn split_reads(world: World) {
     let (plan, setup) = Plan::draw(&world);
     let connections = world.setting("nbd-connections", &[2, 3, 1]);
     let write_through = world.setting("write-through", &[false, true]);
-    let mut config = ClientConfig { write_through, ..client_config(&world) };
+    let cache = if write_through { CacheMode::WriteThrough } else { CacheMode::WriteBack };
+    let mut config = client_config(&world);
     let Some(served) = plan.serve(&plan.process("tapdisk", 0)).await else { return };
     let proxy = plan.process("proxy", 0);
     if world.setting("proxy", &[false, false, true]) {
@@ -124,7 +126,7 @@ async fn split_reads(world: World) {
     arm_power_cut(&world, &setup, 0, 240, move || nodes.iter().for_each(sim::Node::kill));
     let (p, h, s) = (plan.clone(), host.clone(), setup.clone());
     within(&host, async move {
-        let (disk, _clients) = p.spread(&h, &config, connections).await;
+        let (disk, _clients) = p.spread(&h, &config, connections, cache).await;
         let guest = p.guest(disk, &s, Invariant::G1);
         if write_through {
             guest.write_through();
@@ -150,14 +152,14 @@ async fn client_dies(world: World) {
         let ops = plan.operations(who, setup.size_sectors, 30);
         let (p, h, s, c) = (plan.clone(), host.clone(), setup.clone(), client_config(&world));
         host.process.node().spawn("main", 0, async move {
-            let (disk, _clients) = p.spread(&h, &c, 1).await;
+            let (disk, _clients) = p.spread(&h, &c, 1, CacheMode::WriteBack).await;
             p.guest(disk, &s, Invariant::G1).run(&ops, p.limits.guest_depth).await;
         });
         gone.push(host);
     }
     let host = plan.process("client", 0);
     let ops = plan.operations(0, setup.size_sectors, 40);
-    let (disk, clients) = plan.spread(&host, &client_config(&world), 1).await;
+    let (disk, clients) = plan.spread(&host, &client_config(&world), 1, CacheMode::WriteBack).await;
     let guest = plan.guest(disk, &setup, Invariant::G1);
     let (g, depth) = (guest.clone(), plan.limits.guest_depth);
     within(&host, async move { g.run(&ops, depth).await }).await;
@@ -212,7 +214,7 @@ async fn slow_client(world: World) {
     });
     let host = plan.process("client", 0);
     let ops = plan.operations(0, setup.size_sectors - 8, 60);
-    let (disk, clients) = plan.spread(&host, &client_config(&world), 1).await;
+    let (disk, clients) = plan.spread(&host, &client_config(&world), 1, CacheMode::WriteBack).await;
     let guest = plan.guest(disk, &setup, Invariant::G1);
     let (g, depth) = (guest.clone(), plan.limits.guest_depth);
     // This ends although the other client takes nothing.
@@ -247,7 +249,7 @@ async fn server_restarts(world: World) {
     world.sim.spawn("supervisor", 0, supervisor.clone().run(kills(&world, 4, 400)));
     let (p, h, s) = (plan.clone(), host.clone(), setup.clone());
     within(&host, async move {
-        let (_, node) = client_stack(&p, &h, &config).await;
+        let (_, node) = client_stack(&p, &h, &config, CacheMode::WriteBack).await;
         let disk = DirectDisk::new(node, p.limits.pool_bytes);
         p.guest(disk, &s, Invariant::P1).run(&ops, p.limits.guest_depth).await;
     })
@@ -266,7 +268,7 @@ async fn flush_errors_and_deaths(world: World) {
     world.sim.spawn("supervisor", 0, supervisor.clone().run(kills(&world, 4, 400)));
     let (p, h, s) = (plan.clone(), host.clone(), setup.clone());
     within(&host, async move {
-        let (_, node) = client_stack(&p, &h, &config).await;
+        let (_, node) = client_stack(&p, &h, &config, CacheMode::WriteBack).await;
         let guest = p.guest(DirectDisk::new(node, p.limits.pool_bytes), &s, Invariant::P1);
         guest.set_manners(Manners { retries, errors_allowed: true, reads: Invariant::P1 });
         guest.run(&ops, p.limits.guest_depth).await;
@@ -283,7 +285,7 @@ async fn server_power_cut(world: World) {
     let (plan, setup) = Plan::draw(&world);
     let Some(served) = plan.serve(&plan.process("tapdisk", 0)).await else { return };
     let host = plan.process("client", 0);
-    let (_, node) = client_stack(&plan, &host, &client_config(&world)).await;
+    let (_, node) = client_stack(&plan, &host, &client_config(&world), CacheMode::WriteBack).await;
     let guest = plan.guest(DirectDisk::new(node, plan.limits.pool_bytes), &setup, Invariant::G1);
     let ops = plan.operations(0, setup.size_sectors, 30);
     let (g, depth) = (guest.clone(), plan.limits.guest_depth);
@@ -349,7 +351,7 @@ async fn hostile_client(world: World) {
     }
     let host = plan.process("client", 0);
     let ops = plan.operations(0, setup.size_sectors, 40);
-    let (disk, clients) = plan.spread(&host, &client_config(&world), 1).await;
+    let (disk, clients) = plan.spread(&host, &client_config(&world), 1, CacheMode::WriteBack).await;
     let guest = plan.guest(disk, &setup, Invariant::H2);
     let (g, depth) = (guest.clone(), plan.limits.guest_depth);
     within(&host, async move { g.run(&ops, depth).await }).await;

@@ -9,7 +9,7 @@ use crate::world::World;
 use kernel_model::{SimHost, StorageConfig};
 use std::cell::RefCell;
 use std::rc::Rc;
-use tap_core::Node;
+use tap_core::{CacheMode, Node};
 use tap_host::{IoKind, Listener, SECTOR_BYTES, SectorRange, Sockets};
 use tap_nbd::{Breaks, Client, ClientConfig};
 
@@ -55,7 +55,8 @@ async fn modest_server(world: World) {
     let history = Rc::new(RefCell::new(history));
     let write_through = world.setting("write-through", &[false, true]);
     let read_only = world.setting("opened-read-only", &[false, false, false, true]);
-    let config = ClientConfig { breaks: Breaks::Keep, write_through, read_only, ..client_config(&world) };
+    let config = ClientConfig { breaks: Breaks::Keep, read_only, ..client_config(&world) };
+    let cache = if write_through { CacheMode::WriteThrough } else { CacheMode::WriteBack };
     let errors_allowed = lessens || refuses || read_only || offer.is_read_only();
     let ops = plan.operations(0, size_sectors, 60);
     let host = plan.process("client", 0);
@@ -63,7 +64,7 @@ async fn modest_server(world: World) {
     let (p, h, past, all, keep) =
         (plan.clone(), host.clone(), Rc::clone(&history), ops.clone(), Rc::clone(&left));
     within(&host, async move {
-        let (client, node) = client_stack(&p, &h, &config).await;
+        let (client, node) = client_stack(&p, &h, &config, cache).await;
         let disk = DirectDisk::new(Rc::clone(&node), p.limits.pool_bytes);
         let guest = Guest::new(&p.world, disk, past, Manners { errors_allowed, ..NO_ERRORS });
         if write_through {
@@ -94,7 +95,7 @@ async fn modest_server(world: World) {
     let Some(_far) = listen(&plan, &server, 2).await else { return };
     let host = plan.process("client", 1);
     let config = ClientConfig { breaks: Breaks::Keep, ..client_config(&world) };
-    let (disk, clients): (_, Clients) = plan.spread(&host, &config, 1).await;
+    let (disk, clients): (_, Clients) = plan.spread(&host, &config, 1, CacheMode::WriteBack).await;
     let guest = Guest::new(&world, disk, history, Manners { reads: Invariant::G7, ..NO_ERRORS });
     if let Err(error) = guest.read_all().await {
         world.fail(Invariant::E4, format!("reading the whole disk failed with {error:?}"));

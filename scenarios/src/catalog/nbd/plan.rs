@@ -296,11 +296,13 @@ impl Plan {
         host: &SimHost,
         config: &ClientConfig,
         connections: usize,
+        cache: CacheMode,
     ) -> (Spread, Clients) {
         let (mut disks, mut clients) = (Vec::new(), Vec::new());
         for _ in 0..connections {
             let client = self.connect(host, config).await;
-            disks.push(DirectDisk::new(Rc::clone(&client) as Rc<dyn Node>, self.limits.pool_bytes));
+            let node = cache.over(Rc::clone(&client) as Rc<dyn Node>);
+            disks.push(DirectDisk::new(node, self.limits.pool_bytes));
             clients.push(client);
         }
         self.fill(config);
@@ -343,7 +345,7 @@ pub(super) async fn last_look(plan: &Plan, setup: &Setup, reads: Invariant) {
     world.sim.stop_faults();
     let Some(served) = plan.serve(&plan.process("tapdisk", 1000)).await else { return };
     let host = plan.process("client", 1000);
-    let (disk, clients) = plan.spread(&host, &client_config(world), 1).await;
+    let (disk, clients) = plan.spread(&host, &client_config(world), 1, CacheMode::WriteBack).await;
     let guest = plan.guest(disk, setup, reads);
     if let Err(error) = guest.read_all().await {
         world.fail(Invariant::G11, format!("reading the whole disk failed with {error:?}"));
@@ -473,12 +475,13 @@ pub(super) async fn client_stack(
     plan: &Plan,
     host: &SimHost,
     config: &ClientConfig,
+    cache: CacheMode,
 ) -> (Rc<Client<SimHost>>, Rc<dyn Node>) {
     let client = plan.connect(host, config).await;
     plan.fill(config);
     let below = Rc::clone(&client) as Rc<dyn Node>;
     let scheduler = plan.limits.scheduler;
-    let config = DiskConfig { id: VbdId(0), cache: CacheMode::WriteBack, scheduler };
+    let config = DiskConfig { id: VbdId(0), cache, scheduler };
     (client, Disk::new(host, below, config).node())
 }
 

@@ -71,6 +71,19 @@ fn contiguous_requests_merge_both_ways_and_get_their_own_bytes() {
 }
 
 #[test]
+fn requests_merge_with_those_of_their_own_durability() {
+    let bench = Bench::new(Script::default(), FEW);
+    let durable = |start| write(start, 8).with_fua(true);
+    let got = bench.batch(vec![write(0, 8), durable(8), durable(16), write(24, 8)]);
+    assert_eq!(bench.lower(), [(Op::Write, 0, 8), (Op::Write, 8, 16), (Op::Write, 24, 8)]);
+    assert_eq!(results(&got), [Some(Ok(())); 4]);
+    assert_eq!(bench.script.durable(), [SectorRange::new(8, 16)]);
+    let refused = bench.batch(vec![read(0, 1).with_fua(true), Request::flush().with_fua(true)]);
+    assert_eq!(results(&refused), [Some(Err(Errno::EINVAL)); 2]);
+    bench.assert_idle();
+}
+
+#[test]
 fn merging_stops_at_its_limit_and_can_be_off() {
     let bench = Bench::new(Script::default(), SchedulerLimits { merge_sectors: 16, ..FEW });
     bench.batch(vec![write(0, 8), write(8, 8), write(16, 8)]);
@@ -105,7 +118,7 @@ fn overlapping_requests_run_in_submission_order_and_reads_share() {
     let bench = Bench::new(Script::held(), SchedulerLimits { merge_sectors: 0, ..FEW });
     let got = bench.batch(vec![write(0, 8), read(4, 2), read(4, 4), write(6, 8)]);
     assert_eq!(bench.lower(), [(Op::Write, 0, 8)]);
-    assert_eq!(bench.scheduler.wait_report().len(), 3);
+    assert_eq!(bench.scheduler.waits().len(), 3);
     bench.script.release_now();
     bench.pool.run();
     assert_eq!(bench.lower()[1..], [(Op::Read, 4, 2), (Op::Read, 4, 4)]);
@@ -191,7 +204,8 @@ fn a_flush_overtakes_what_is_in_flight() {
 fn bad_requests_are_refused() {
     let bench = Bench::new(Script::default(), FEW);
     let empty = Request::read(SectorRange::new(0, 0), Default::default());
-    let short = Request { op: Op::Read, range: SectorRange::new(0, 2), bufs: crate::testing::sectors(1) };
+    let short =
+        Request { op: Op::Read, range: SectorRange::new(0, 2), bufs: crate::testing::sectors(1), fua: false };
     let refused = bench.batch(vec![read(1000, 1), read(999, 2), read(u64::MAX, 1), empty, short]);
     assert!(results(&refused).iter().all(|r| *r == Some(Err(Errno::EINVAL))));
     bench.script.make_read_only();
@@ -272,7 +286,7 @@ impl Node for Falls {
         Box::pin(async { panic!("a broken node") })
     }
     fn info(&self) -> crate::NodeInfo {
-        crate::NodeInfo { size_sectors: 1 << 20, read_only: false }
+        crate::NodeInfo::new(1 << 20, false)
     }
     fn close(&self) -> crate::LocalBoxFuture<Result<(), Errno>> {
         Box::pin(async { Ok(()) })

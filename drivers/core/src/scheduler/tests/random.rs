@@ -74,7 +74,7 @@ impl Node for DiskNode {
         })
     }
     fn info(&self) -> NodeInfo {
-        NodeInfo { size_sectors: SECTORS, read_only: false }
+        NodeInfo::new(SECTORS, false)
     }
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
         Box::pin(std::future::ready(Ok(())))

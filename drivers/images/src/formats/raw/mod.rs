@@ -7,7 +7,7 @@ use crate::io::{ImageFile, sync_name};
 use crate::{Description, Format, FormatInfo, ImageError, ImageHost, NewImage, OpenImage};
 use std::cell::RefCell;
 use std::rc::Rc;
-use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, Source};
+use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, NodeName, Op, Request, Response, Source};
 use tap_host::{Bug, Errno, FileId, IoVec, SECTOR_BYTES, SectorRange, ZeroMode};
 
 /// The format.
@@ -105,12 +105,21 @@ impl<H: ImageHost> Raw<H> {
                 format!("its size of {size} bytes is not a multiple of the {align} bytes direct I/O wants");
             return refused(what, "extend it, or open it without direct I/O");
         }
-        let info = NodeInfo { size_sectors: size.div_ceil(SECTOR_BYTES), read_only: !write };
-        Ok(Self { open: RefCell::new(Some(Rc::new(Inner { host: host.clone(), file }))), info })
+        let info = NodeInfo { read_only: !write, ..file.node_info(size.div_ceil(SECTOR_BYTES)) };
+        let inner = Inner { host: host.clone(), file };
+        Ok(Self { open: RefCell::new(Some(Rc::new(inner))), info })
     }
 }
 
 impl<H: ImageHost> Inner<H> {
+    /// The answer to what changed the file with `result`: with `fua` it is durable by then.
+    async fn settled(&self, result: Result<(), Errno>, fua: bool) -> Result<(), Errno> {
+        if !fua || result.is_err() || self.host.bug(Bug::FuaUnsynced) {
+            return result;
+        }
+        self.file.sync().await
+    }
+
     /// Holes and data of the file.
     async fn extents(&self, range: SectorRange, most: usize) -> Result<Vec<Extent>, Errno> {
         let (mut at, end) = (range.start.0 * SECTOR_BYTES, range.end().unwrap_or(0) * SECTOR_BYTES);
@@ -120,7 +129,8 @@ impl<H: ImageHost> Inner<H> {
             // A sector that is partly data is data.
             let len = if data { len.next_multiple_of(SECTOR_BYTES) } else { len - len % SECTOR_BYTES };
             let (len, data) = if len == 0 { (SECTOR_BYTES, true) } else { (len, data) };
-            let source = Source::Image { depth: 0, offset: Some(at), compressed: false };
+            let source =
+                Source::Node { name: Some(self.file.name.clone()), offset: Some(at), compressed: false };
             out.push(Extent { count: len / SECTOR_BYTES, source, zero: !data, allocated: data });
             at += len;
         }
@@ -135,7 +145,8 @@ impl<H: ImageHost> Node for Raw<H> {
             Ok(inner) => inner,
             Err(e) => return Box::pin(std::future::ready(Response { result: Err(e), bufs: request.bufs })),
         };
-        let (offset, len) = (request.range.start.0 * SECTOR_BYTES, request.range.len_bytes());
+        let (offset, len, fua) =
+            (request.range.start.0 * SECTOR_BYTES, request.range.len_bytes(), request.fua);
         match request.op {
             Op::Read => Box::pin(async move {
                 let (result, bufs) = inner.file.read(offset, request.bufs).await;
@@ -143,16 +154,16 @@ impl<H: ImageHost> Node for Raw<H> {
             }),
             Op::Write => Box::pin(async move {
                 let (result, bufs) = inner.file.write(offset, request.bufs).await;
-                Response { result, bufs }
+                Response { result: inner.settled(result, fua).await, bufs }
             }),
             Op::WriteZeroes(flags) => Box::pin(async move {
                 let mode = if flags.unmap { ZeroMode::Unmap } else { ZeroMode::Keep };
                 let result = inner.file.zero(offset, len, mode, flags.fast).await;
-                Response { result, bufs: request.bufs }
+                Response { result: inner.settled(result, fua).await, bufs: request.bufs }
             }),
             Op::Discard => Box::pin(async move {
                 let result = inner.file.discard(offset, len).await.map(drop);
-                Response { result, bufs: request.bufs }
+                Response { result: inner.settled(result, fua).await, bufs: request.bufs }
             }),
             Op::Flush => Box::pin(async move {
                 if inner.host.bug(Bug::FlushEarly) {
@@ -170,6 +181,10 @@ impl<H: ImageHost> Node for Raw<H> {
 
     fn info(&self) -> NodeInfo {
         self.info
+    }
+
+    fn name(&self) -> Option<NodeName> {
+        self.open.borrow().as_ref().map(|inner| inner.file.name.clone())
     }
 
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {

@@ -16,7 +16,7 @@ fn open(world: &World, write: bool, direct: bool) -> Result<Rc<Raw<World>>, Imag
 fn submit(raw: &Raw<World>, op: Op, start: u64, bytes: &[u8]) -> impl Future<Output = Response> + use<> {
     let bufs: IoVec = if op == Op::Flush { IoVec::new() } else { smallvec![IoBuf::copy_of(bytes).unwrap()] };
     let range = SectorRange::new(start, (bytes.len() as u64 / SECTOR_BYTES) as u32);
-    raw.submit(Request { op, range, bufs })
+    raw.submit(Request { op, range, bufs, fua: false })
 }
 
 #[test]
@@ -29,7 +29,8 @@ fn a_created_image_reads_zeros_and_keeps_what_is_written() {
     let again = world.block_on(async move { create(&host, "/disk", 64 * 512, None).await }).unwrap_err();
     assert_eq!(again.to_string(), "create /disk: file exists (EEXIST)");
     let raw = open(&world, true, false).unwrap();
-    assert_eq!(raw.info(), NodeInfo { size_sectors: 64, read_only: false });
+    let blocks = NodeInfo { physical_block_bytes: 4096, discard_bytes: 4096, ..NodeInfo::new(64, false) };
+    assert_eq!(raw.info(), blocks);
     let got = world.block_on(submit(&raw, Op::Read, 0, &[1; 64 * 512]));
     assert!(got.result.is_ok() && got.bufs[0].iter().all(|b| *b == 0));
     for (start, fill) in (0..16).zip(1..) {
@@ -58,7 +59,7 @@ fn one_operation_is_repeated_after_transient_errors_twice_at_most() {
             let range = SectorRange::new(0, 8);
             let bufs =
                 if bytes.is_empty() { IoVec::new() } else { smallvec![IoBuf::copy_of(&bytes).unwrap()] };
-            let result = world.block_on(raw.submit(Request { op, range, bufs })).result;
+            let result = world.block_on(raw.submit(Request { op, range, bufs, fua: false })).result;
             (result, world.ops() - before)
         };
         assert_eq!(answer(Errno::EAGAIN, false), (Ok(()), 2), "{op:?}");
@@ -286,4 +287,23 @@ fn a_device_that_makes_no_holes_is_asked_once_and_keeps_its_bytes() {
         );
     }
     assert_eq!((world.ops(), world.bytes("/disk").iter().all(|b| *b == 7)), (2, true));
+}
+
+#[test]
+fn what_is_changed_with_fua_is_durable_when_answered() {
+    for op in [Op::Write, Op::WriteZeroes(ZeroFlags { unmap: false, fast: false })] {
+        let world = World::new(1);
+        world.put("/disk", vec![7; 8192]);
+        let raw = open(&world, true, false).unwrap();
+        let request = || {
+            let bufs =
+                if op.has_data() { smallvec![IoBuf::copy_of(&[0; 512]).unwrap()] } else { IoVec::new() };
+            Request { op, range: SectorRange::new(3, 1), bufs, fua: false }
+        };
+        let left = |world: &World| world.after_crash(0).bytes("/disk")[1536..2048].to_vec();
+        world.block_on(raw.submit(request())).result.unwrap();
+        assert_eq!(left(&world), [7; 512], "{op:?}: a power cut may take it");
+        world.block_on(raw.submit(request().with_fua(true))).result.unwrap();
+        assert_eq!(left(&world), [0; 512], "{op:?}");
+    }
 }

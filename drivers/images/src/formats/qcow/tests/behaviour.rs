@@ -10,7 +10,8 @@ fn an_empty_image_reads_zeros_and_allocates_on_write() {
     let world = World::new(1);
     SMALL.create(&world);
     let qcow = SMALL.open(&world);
-    assert_eq!(qcow.info(), NodeInfo { size_sectors: 256, read_only: false });
+    let blocks = NodeInfo { physical_block_bytes: 4096, discard_bytes: 4096, ..NodeInfo::new(256, false) };
+    assert_eq!(qcow.info(), blocks);
     assert!(all(&world, &qcow).iter().all(|s| *s == Some(0)));
     // Spans three clusters, unaligned, then again in place.
     for fill in [1, 2] {
@@ -197,13 +198,13 @@ fn who_waits_for_whom_can_be_told() {
     world.stop_at(world.ops());
     let writes = [write(&qcow, 0, 1, 1), write(&qcow, 1, 1, 1), write(&qcow, 2, 1, 1)];
     assert!(world.run(futures_util::future::join_all(writes)).is_none());
-    let told: Vec<String> = qcow.wait_report().iter().map(|w| w.to_string()).collect();
+    let told: Vec<String> = qcow.waits().iter().map(|w| w.to_string()).collect();
     assert_eq!(
         told,
         ["L2 table 0 waits for L2 table 0", "allocation of cluster 0 waits for allocation of cluster 0",]
     );
     world.kill_tasks();
-    assert!(qcow.wait_report().is_empty());
+    assert!(qcow.waits().is_empty());
 }
 
 #[test]
@@ -359,4 +360,25 @@ fn a_large_write_over_runs_of_many_lengths_is_whole() {
         world.block_on(write(&qcow, start, sectors, fill)).result.unwrap();
         assert_eq!(world.block_on(fills(&qcow, start, sectors)).unwrap(), vec![Some(fill); sectors as usize]);
     }
+}
+
+#[test]
+fn a_write_with_fua_is_durable_with_its_mapping_and_a_graph_names_its_nodes() {
+    let world = World::new(1);
+    let setup = Setup { base_sectors: Some(10), ..SMALL };
+    setup.create(&world);
+    let qcow = setup.open(&world);
+    let write = Request { fua: true, ..request(Op::Write, 7, &[1], 9) };
+    world.block_on(qcow.submit(write)).result.unwrap();
+    let after = world.after_crash(0);
+    let reader = setup.open(&after);
+    assert_eq!(after.block_on(reader.submit(request(Op::Read, 7, &[1], 0))).bufs[0][..], [9; 512]);
+
+    let top = qcow as Rc<dyn tap_core::Node>;
+    let names = tap_core::nodes(Rc::clone(&top));
+    let names: Vec<_> =
+        names.iter().map(|(depth, node)| (*depth, node.name().unwrap().to_string())).collect();
+    assert_eq!(names, [(0, PATH.to_owned()), (1, BASE.to_owned())]);
+    world.block_on(top.close()).unwrap();
+    assert!(top.children().is_empty() && top.name().is_none(), "a closed image names nothing");
 }

@@ -64,7 +64,7 @@ fn no_command_changes_an_image_that_is_open_for_reading() {
     let flags = [(false, false), (true, false), (false, true), (true, true)];
     let zeroes = flags.map(|(unmap, fast)| Op::WriteZeroes(ZeroFlags { unmap, fast }));
     for op in zeroes.into_iter().chain([Op::Discard]) {
-        let request = Request { op, range: SectorRange::new(1, 4), bufs: IoVec::new() };
+        let request = Request { op, range: SectorRange::new(1, 4), bufs: IoVec::new(), fua: false };
         assert_eq!(world.block_on(top.submit(request)).result, Err(Errno::EROFS), "{op:?}");
     }
     assert_eq!(world.block_on(top.submit(request(Op::Write, 1, &[2], 9))).result, Err(Errno::EROFS));

@@ -136,7 +136,7 @@ pub(super) fn request(op: Op, start: u64, parts: &[u32], fill: u8) -> Request {
             buf
         })
         .collect();
-    Request { op, range: SectorRange::new(start, parts.iter().sum()), bufs }
+    Request { op, range: SectorRange::new(start, parts.iter().sum()), bufs, fua: false }
 }
 
 pub(super) fn write(qcow: &Qcow<World>, start: u64, sectors: u32, fill: u8) -> LocalBoxFuture<Response> {

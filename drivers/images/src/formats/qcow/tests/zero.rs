@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::testing::{Effect, Fault};
-use tap_core::{Source, ZeroFlags};
+use tap_core::{NodeName, Source, ZeroFlags};
 use tap_host::Mark;
 
 fn zero(qcow: &Qcow<World>, start: u64, sectors: u32, flags: ZeroFlags) -> LocalBoxFuture<Response> {
@@ -100,7 +100,10 @@ fn zeros_are_written_where_a_failed_write_may_have_left_bytes() {
     assert_eq!(answer.result, Err(Errno::EIO));
     world.block_on(zero(&qcow, 20, 2, PLAIN)).result.unwrap();
     let extents = world.block_on(qcow.extents(SectorRange::new(20, 2), 1024)).unwrap();
-    assert!(matches!(extents[0].source, Source::Image { depth: 0, .. }), "{extents:?}");
+    assert!(
+        matches!(&extents[0].source, Source::Node { name: Some(name), .. } if name.as_str() == PATH),
+        "{extents:?}"
+    );
     flush(&world, &qcow).unwrap();
     let world = world.as_seen();
     assert_eq!(all(&world, &SMALL.open(&world))[20..22], [Some(0); 2]);
@@ -136,27 +139,32 @@ fn extents_say_where_bytes_come_from() {
     let mut at = 0;
     while at < 256 {
         for extent in world.block_on(qcow.extents(SectorRange::new(at, (256 - at) as u32), 1024)).unwrap() {
-            let depth = match extent.source {
+            let from = match extent.source {
                 Source::Nothing => None,
-                Source::Image { depth, compressed, .. } => Some((depth, compressed)),
+                Source::Node { name, compressed, .. } => {
+                    Some((if name == Some(NodeName::new(PATH)) { "top" } else { "base" }, compressed))
+                }
             };
-            seen.push((at, extent.count, depth, extent.zero));
+            seen.push((at, extent.count, from, extent.zero));
             at += extent.count;
         }
     }
     assert_eq!(at, 256);
     let of = |sector: u64| *seen.iter().find(|s| s.0 <= sector && sector < s.0 + s.1).unwrap();
-    assert_eq!(of(0).2, Some((0, true)), "compressed");
-    assert_eq!(of(2).2, Some((1, false)), "from the base");
-    assert_eq!(of(13).2, Some((0, false)), "our own");
+    assert_eq!(of(0).2, Some(("top", true)), "compressed");
+    assert_eq!(of(2).2, Some(("base", false)), "from the base");
+    assert_eq!(of(13).2, Some(("top", false)), "our own");
     assert_eq!(
         (of(199).2, of(200).2, of(200).3),
-        (Some((1, false)), None, true),
+        (Some(("base", false)), None, true),
         "behind the end of the base"
     );
     // An image that was opened for reading says the same.
     world.block_on(qcow.close()).unwrap();
     let reader = overlay().try_open(&world, false).unwrap();
     let first = world.block_on(reader.extents(SectorRange::new(0, 256), 1024)).unwrap();
-    assert_eq!(first[0].source, Source::Image { depth: 0, offset: None, compressed: true });
+    assert_eq!(
+        first[0].source,
+        Source::Node { name: Some(NodeName::new(PATH)), offset: None, compressed: true }
+    );
 }
