@@ -390,7 +390,7 @@ impl ProcessFile {
         if let IoOp::Zero(mode) = op {
             let storage = &self.process.kernel.0.storage.0;
             if !storage.can_zero() && !device {
-                return Err(Errno::EOPNOTSUPP);
+                return Err(storage.refuse_zeros());
             }
             let valid = len > 0 && offset.checked_add(len).is_some_and(|end| end <= i64::MAX as u64);
             if !valid {
@@ -405,7 +405,7 @@ impl ProcessFile {
                 // supports them only after it has dropped the dirty pages.
                 if !storage.can_zero() && mode == ZeroMode::Unmap {
                     storage.drop_range(&self.open, offset, len);
-                    return Err(Errno::EOPNOTSUPP);
+                    return Err(storage.refuse_zeros());
                 }
             }
             return Ok(());

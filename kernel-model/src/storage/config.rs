@@ -63,4 +63,6 @@ pub struct IoCounts {
     pub bytes: u64,
     /// Bytes that writes stored.
     pub written_bytes: u64,
+    /// Zeros that were refused because files cannot be made zeros by range.
+    pub refused_zeros: u64,
 }

@@ -115,6 +115,13 @@ impl Inner {
         self.drop_range(&running.open, running.offset, running.len);
     }
 
+    /// Counts zeros that are refused.
+    pub(crate) fn refuse_zeros(&self) -> Errno {
+        let counts = self.counts.get();
+        self.counts.set(IoCounts { refused_zeros: counts.refused_zeros + 1, ..counts });
+        Errno::EOPNOTSUPP
+    }
+
     pub(crate) fn drop_range(&self, open: &OpenFile, offset: u64, len: u64) {
         if !open.direct {
             let counts = self.counts.get();
