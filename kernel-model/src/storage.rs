@@ -116,6 +116,7 @@ pub(crate) struct Inner {
     stopped: Cell<bool>,
     calm: Cell<bool>,
     full: Cell<bool>,
+    refusing: Cell<bool>,
     nth_counts: NthCounts,
     /// Files that were dropped and are not closed yet, and when they will be.
     closing: RefCell<Vec<(u64, Rc<OpenFile>)>>,
@@ -150,6 +151,7 @@ impl Storage {
             stopped: Cell::new(false),
             calm: Cell::new(false),
             full: Cell::new(false),
+            refusing: Cell::new(false),
             nth_counts: NthCounts::default(),
             closing: RefCell::default(),
             hook: RefCell::default(),
@@ -270,6 +272,11 @@ impl Storage {
     /// file already has can be written.
     pub fn set_full(&self, full: bool) {
         self.0.full.set(full);
+    }
+
+    /// While it refuses, every write fails and stores nothing: the path to the drive is down, or a part of it is bad.
+    pub fn set_refusing(&self, refusing: bool) {
+        self.0.refusing.set(refusing);
     }
 
     /// While it is calm, no operation fails, none is late, and none is counted: for examining files outside the run.
@@ -499,6 +506,9 @@ impl Inner {
             return Fault::None;
         }
         let counts = self.count(op);
+        if self.refusing.get() && op == IoOp::Write {
+            return Fault::Error(Errno::EIO, 0);
+        }
         let nth = self.nth(op, counts.reads + counts.writes + counts.syncs);
         if let Nth::Fails(fault) = nth {
             return fault;

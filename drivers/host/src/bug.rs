@@ -60,6 +60,7 @@ list! {
         ZeroesUnyielding = "a request of zeros looks at all of its tables in one turn",
         MemoryForgotten = "the memory reserved for a mapping in doubt is not returned when it is not needed",
         ClaimTooWide = "everything past zeros and discards waits for them, not only what they touch",
+        OutOfReach = "a new cluster is placed further out than an image is opened with after a crash",
         PlaceLost = "a place whose data could not be written is not returned to the allocator",
         PiecesUnbounded = "all pieces of a scattered read are asked for at once",
         MergedErrorLost = "the error of a merged request reaches only its head",

@@ -26,7 +26,7 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::task::Poll;
 use tap_core::wait::oneshot;
-use tap_host::{IoKind, SECTOR_BYTES, SectorRange};
+use tap_host::{IoKind, Mark, SECTOR_BYTES, SectorRange};
 
 /// After how many operations on the host's files the power is cut; 0 is when everything has come to rest.
 pub static CRASH_AT: Label = Label::new("crash-at", "the power is cut after {} host operations");
@@ -284,6 +284,7 @@ async fn epoch(
     });
     either(node.dead(), finished).await;
     world.storage.set_hook(None);
+    world.storage.set_refusing(false);
     if let Some(explorer) = world.explorer().filter(|_| cut == 0) {
         // No operation may have followed what was flushed last.
         look(world, &explorer, 0);
@@ -382,10 +383,48 @@ async fn work(
         guest.one(Op::new(IoKind::Write, range)).await;
         guest.run(&[Some(Op::flush()), Some(Op::new(IoKind::Discard, range))], 2).await;
     }
+    let on_file = world.errors_allowed() && !world.storage.is_device(&setup.spec.path);
+    if on_file {
+        write_in_vain(world, &guest, setup.size_sectors).await;
+    }
     if first < 2 {
         guest.run(ops, limits.guest_depth).await;
     }
+    if on_file && world.setting("filled-after-errors", &[false, true]) {
+        fill(world, &guest, setup.size_sectors).await;
+    }
     flush_failed.set(flush_failed.get() || guest.flush_failed());
+}
+
+/// In some worlds all writes fail for a while: each may cost the place that it was to have.
+async fn write_in_vain(world: &World, guest: &Guest<DirectDisk>, size_sectors: u64) {
+    let count = world.setting("written-in-vain", &[0, 0, 24, 12]);
+    world.storage.set_refusing(count > 0);
+    for n in 0..count {
+        guest.one(Op::new(IoKind::Write, SectorRange::new(n * 88 % (size_sectors - 88), 88))).await;
+    }
+    world.storage.set_refusing(false);
+}
+
+/// Writes all of the disk once nothing fails in a row any more, and reads it: what errors cost in space must leave room
+/// for the rest.
+async fn fill(world: &World, guest: &Guest<DirectDisk>, size_sectors: u64) {
+    world.storage.stop_failures();
+    let part = |at: u64| SectorRange::new(at, (size_sectors - at).min(64) as u32);
+    for at in (0..size_sectors).step_by(64) {
+        guest.one(Op::new(IoKind::Write, part(at))).await;
+    }
+    world.storage.set_calm(true);
+    for at in (0..size_sectors).step_by(64) {
+        let given_up = world.kernel.marks()[Mark::FileGivenUp as usize] > 0;
+        if let Err(error) = guest.read(part(at)).await
+            && !given_up
+        {
+            let text = format!("reading {} failed with {error:?} although nothing below it did", part(at));
+            return world.fail(Invariant::E4, text);
+        }
+    }
+    world.storage.set_calm(false);
 }
 
 /// Whether a guest of a device begins with a flush and a discard at once (1), after which the power is cut (2): what a

@@ -89,11 +89,17 @@ impl Suspects {
 }
 
 impl<H: ImageHost, L: Layout> Image<H, L> {
-    /// The byte offset of `clusters` contiguous new clusters.
+    /// The byte offset of `clusters` contiguous new clusters, within reach: a crash may take the size of the file back
+    /// to what it was at open, and what lies further from it than any disk needs is then taken for damage. So a medium
+    /// that fails again and again has a disk without space, until the image is opened again.
     pub(super) fn allocate(&self, clusters: u64) -> Result<u64, Errno> {
         let mut space = self.space.borrow_mut();
         let len = clusters.checked_mul(self.geometry.cluster_bytes()).ok_or(Errno::ENOSPC)?;
         let host = space.allocate(len)?;
+        if host + len > self.reach && !self.host.bug(Bug::OutOfReach) {
+            space.take_back(host, len);
+            return Err(Errno::ENOSPC);
+        }
         if self.host.bug(Bug::ClusterLeaked) {
             space.allocate(self.geometry.cluster_bytes())?;
         }

@@ -140,3 +140,32 @@ fn the_rest_of_a_cluster_of_compressed_bytes_is_not_lost() {
     let report = checked(&world);
     assert_eq!((report.compressed_clusters, report.plain_clusters, report.leaked_clusters), (3, 1, 0));
 }
+
+/// Each write that the medium refuses costs its place. References that lay further out than any disk needs would be
+/// taken for damage once a crash has taken the size of the file back.
+#[test]
+fn a_medium_that_fails_again_and_again_leaves_no_reference_out_of_reach() {
+    let setup = Setup { sectors: 4 * 128, cluster_bits: 16, l2_bits: 6, ..SMALL };
+    let world = World::new(1);
+    setup.create(&world);
+    let qcow = setup.open(&world);
+    world.block_on(write(&qcow, 0, 1, 1)).result.unwrap();
+    flush(&world, &qcow).unwrap();
+    let durable = world.bytes(PATH);
+    for _ in 0..30 {
+        failing(&world, 0, false, Effect::None);
+        assert!(world.block_on(write(&qcow, 128, 1, 2)).result.is_err());
+    }
+    world.fail(None);
+    assert_eq!(world.block_on(write(&qcow, 128, 1, 3)).result, Err(Errno::ENOSPC), "1 MiB is lost");
+    assert_eq!(world.block_on(fills(&qcow, 128, 1)), Ok(vec![Some(0)]));
+    drop(qcow);
+    // The size goes back, the tables need not.
+    let mut left = world.bytes(PATH);
+    left.truncate(durable.len());
+    let world = World::new(2);
+    world.put(PATH, left);
+    let qcow = setup.open(&world);
+    world.block_on(write(&qcow, 128, 1, 4)).result.unwrap();
+    assert_eq!(world.block_on(fills(&qcow, 128, 1)), Ok(vec![Some(4)]));
+}
