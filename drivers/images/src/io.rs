@@ -468,9 +468,6 @@ impl<H: ImageHost> ImageFile<H> {
         let total = bytes_of(&bufs);
         let mut done = 0;
         while done < total {
-            if done > 0 {
-                self.host.yield_now().await;
-            }
             match self.read_piece_around(offset + done as u64, total - done).await {
                 Ok((bounce, skip, len)) => {
                     copy_from_slice(&mut bufs, done, &bounce[skip..skip + len]);
@@ -510,9 +507,6 @@ impl<H: ImageHost> ImageFile<H> {
         }
         let mut done = 0;
         while done < total {
-            if done > 0 {
-                self.host.yield_now().await;
-            }
             done += self.rewrite_piece(offset + done as u64, bufs, done).await?;
         }
         Ok(())

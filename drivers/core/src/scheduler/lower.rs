@@ -90,10 +90,11 @@ impl<H: Time + Tasks + Log + Probe> Batch<H> {
         self.inner.count(|s| s.merged += self.parts.len() as u64 - 1);
         let response = self.inner.attempt(merged).await;
         self.hand_back(response.bufs);
-        let forget = self.inner.host.bug(Bug::MergedErrorLost);
         match response.result {
             Ok(()) => self.answer_all(|_| Ok(())),
-            Err(e) if forget => self.answer_all(|part| if part == 0 { Err(e) } else { Ok(()) }),
+            Err(e) if self.inner.host.bug(Bug::MergedErrorLost) => {
+                self.answer_all(|part| if part == 0 { Err(e) } else { Ok(()) });
+            }
             Err(_) => self.repeat_alone().await,
         }
     }

@@ -227,7 +227,7 @@ impl<H: Time + Tasks + Log + Probe> Inner<H> {
         let wide = !matches!(request.op, Op::Read | Op::Write) && self.host.bug(Bug::ClaimTooWide);
         let count = if wide { u64::MAX - start } else { u64::from(request.range.count) };
         let pieces = if self.host.bug(Bug::ClaimInPieces) { 64 } else { 1 };
-        let (end, step) = (start + count, count.div_ceil(pieces).max(1));
+        let (end, step) = (start + count, count.div_ceil(pieces));
         for from in (start..end).step_by(step as usize) {
             let claimed = ticket.claim(Space::Sectors, from..end.min(from.saturating_add(step)), access);
             claimed.expect("nobody waits for a ticket that is new");

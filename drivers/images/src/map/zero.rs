@@ -36,6 +36,14 @@ enum Work {
     Write,
 }
 
+/// Where a part of at most `room` bytes ends that begins at byte `at` of what ends at `end`: with a cluster of `cluster`
+/// bytes if it reaches one, since each part would fill the rest of its last cluster.
+fn end_of_part((at, end): (u64, u64), room: u64, cluster: u64) -> u64 {
+    let most = at + room.min(end - at);
+    let whole = most - most % cluster;
+    if most < end && whole > at { whole } else { most }
+}
+
 #[derive(Clone, Copy)]
 struct Run {
     start: u64,
@@ -116,9 +124,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         let (mut at, end) = (start, start + len);
         loop {
             let room = share.bytes() as u64;
-            // Whole clusters, but for the edges: else each part would fill the rest of its last one.
-            let most = at + room.min(end - at);
-            let to = if most < end && most - most % cluster > at { most - most % cluster } else { most };
+            let to = end_of_part((at, end), room, cluster);
             let mut buf = share.buffer((to - at) as usize)?;
             buf.fill(0);
             Rc::clone(&self).write(at, smallvec![buf]).await.result?;
@@ -208,5 +214,20 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
                 if mapped || shows_below || in_doubt { Work::Write } else { Work::Nothing }
             }
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::end_of_part;
+
+    #[test]
+    fn parts_end_with_clusters_and_go_on() {
+        assert_eq!(end_of_part((5000, 90_000), 65_536, 4096), 69_632);
+        assert_eq!(end_of_part((4096, 8192), 65_536, 4096), 8192, "the end");
+        assert_eq!(end_of_part((4096, 9000), 65_536, 4096), 9000, "within a cluster");
+        // Less room than a cluster has: no part is empty.
+        assert_eq!(end_of_part((4096, 8192), 512, 4096), 4608);
+        assert_eq!(end_of_part((4608, 8192), 512, 4096), 5120);
     }
 }

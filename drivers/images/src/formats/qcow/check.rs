@@ -14,10 +14,10 @@ const FRONT_ALIGN: u64 = 4096;
 /// # Errors
 /// [`ImageError`] when any of it cannot be read, or it is not a qcow image at all. What cannot be read is not damage.
 pub(super) async fn check<H: ImageHost>(host: &H, path: &str) -> Result<CheckReport, ImageError> {
-    let mut report = CheckReport::default();
     let front = Front::read(host, path, false, false, &Budget::default()).await?;
     let geometry = front.header.geometry;
     let file_bytes = front.file.info.size_bytes;
+    let mut report = CheckReport { file_bytes, ..CheckReport::default() };
     let memory = front.memory(path)?;
     let mut owners = front.owners(&memory);
     let root = front.root.clone();
@@ -25,7 +25,6 @@ pub(super) async fn check<H: ImageHost>(host: &H, path: &str) -> Result<CheckRep
     let image = front.into_image(host, memory, Cache::new(0, &geometry, 0), Frontier::new(0, None), None);
     let checked = image.check(&root, &mut owners, &mut report).await;
     checked.map_err(|(action, error)| ImageError::io(action, path)(error))?;
-    report.file_bytes = file_bytes;
     let bytes = geometry.cluster_bytes();
     let used = (report.plain_clusters + owners.compressed_units) * bytes
         + report.tables * geometry.table_bytes().next_multiple_of(bytes);

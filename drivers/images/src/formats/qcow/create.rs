@@ -101,3 +101,19 @@ fn power_of_two(image: &NewImage, name: &str, bits: RangeInclusive<u32>) -> Resu
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_is_as_large_as_its_l1_table_may_be() {
+        let options = [(CLUSTER_SIZE, "512"), (L2_ENTRIES, "64")].map(|(n, v)| (n.to_owned(), v.to_owned()));
+        let most_bytes = (MAX_L1_BYTES / 8) << (9 + 6);
+        let of = |size_bytes| {
+            layout(&NewImage { size_bytes, options: options.to_vec(), ..NewImage::default() }, 0)
+        };
+        assert_eq!(of(most_bytes).unwrap().root_entries() * 8, MAX_L1_BYTES);
+        assert!(of(most_bytes + SECTOR_BYTES).unwrap_err().contains("too large for clusters of 2^9 bytes"));
+    }
+}

@@ -225,6 +225,19 @@ mod tests {
         assert!(parse(&good[..47], 8192).is_err());
     }
 
+    /// Tables take whole clusters, as everything else does.
+    #[test]
+    fn a_disk_that_is_full_lies_within_reach() {
+        for (cluster_bits, table_bits) in [(16, 6), (9, 13), (12, 9)] {
+            let geometry = Geometry { size_bytes: 4 << 30, cluster_bits, table_bits, root_at: 4096 };
+            let cluster = geometry.cluster_bytes();
+            let front = geometry.root_end().next_multiple_of(cluster);
+            let tables = geometry.root_entries() * geometry.table_bytes().next_multiple_of(cluster);
+            let end = front + tables + geometry.clusters() * cluster;
+            assert!(end <= reach(&geometry, geometry.root_end()), "{cluster_bits} {table_bits}");
+        }
+    }
+
     #[test]
     fn compressed_entries_keep_the_length_above_the_offset() {
         let entry = COMPRESSED | 1234 << (63 - 12) | 0x5678;

@@ -307,3 +307,18 @@ fn what_is_changed_with_fua_is_durable_when_answered() {
         assert_eq!(left(&world), [0; 512], "{op:?}");
     }
 }
+
+#[test]
+fn a_large_write_reads_only_the_blocks_that_it_covers_in_part() {
+    let world = World::new(12);
+    world.put("/disk", vec![7; 4 << 20]);
+    world.set_align(4096);
+    let raw = open(&world, true, true).unwrap();
+    let before = world.ops();
+    assert_eq!(world.block_on(submit(&raw, Op::Write, 1, &vec![9; 2 << 20])).result, Ok(()));
+    assert_eq!(world.ops() - before, 3 + 2, "three pieces, of which the one in the middle is whole blocks");
+    let bytes = world.bytes("/disk");
+    let (edge, end) = (512, 512 + (2 << 20));
+    assert!(bytes[..edge].iter().chain(&bytes[end..]).all(|b| *b == 7));
+    assert!(bytes[edge..end].iter().all(|b| *b == 9));
+}
