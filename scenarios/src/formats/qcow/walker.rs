@@ -180,8 +180,8 @@ fn walk_l2(
     table: &mut [u8],
 ) -> Result<(), Broken> {
     let cluster_size = 1_u64 << map.cluster_bits;
-    // A power cut may take the size of the file away, but nothing was ever so far out: all clusters and tables, and what
-    // may be lost.
+    // A power cut may take the size of the file away, but nothing was ever so far out: all clusters and tables, and
+    // what may be lost.
     let tables = map.tables.len() as u64 * map.table_bytes.next_multiple_of(cluster_size);
     let disk = map.size.next_multiple_of(cluster_size).saturating_add(tables);
     let far = content.size.saturating_add(disk).saturating_add(1 << 20);
