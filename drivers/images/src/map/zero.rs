@@ -36,8 +36,8 @@ enum Work {
     Write,
 }
 
-/// Where a part of at most `room` bytes ends that begins at byte `at` of a range up to `end`: with a cluster of `cluster`
-/// bytes where it can, since each part would fill the rest of its last cluster.
+/// Where a part of at most `room` bytes ends that begins at byte `at` of a range up to `end`: with a cluster of
+/// `cluster` bytes where it can, since each part would fill the rest of its last cluster.
 fn end_of_part((at, end): (u64, u64), room: u64, cluster: u64) -> u64 {
     let most = at + room.min(end - at);
     let whole = most - most % cluster;
