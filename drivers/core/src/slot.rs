@@ -75,7 +75,7 @@ struct Inner<H> {
     in_flight: Cell<usize>,
     /// Set when there is no request in flight.
     idle: Flag,
-    /// Set at every change of `stage` or `paused`, for those who wait in `pause` and `exchange`.
+    /// Set at every change of `stage`, `paused` or `changing`, for those who wait in `pause` and `exchange`.
     changed: Flag,
     /// Requests that wait until the slot runs again.
     held: RefCell<Line>,
@@ -126,7 +126,8 @@ impl<H: Log + Tasks + Probe> Slot<H> {
         }))
     }
 
-    /// Stops admission and completes when nothing is in flight. Dropping the future does not resume the slot.
+    /// Stops admission and completes when nothing is in flight, and no exchange runs. Dropping the future does not resume
+    /// the slot.
     ///
     /// # Errors
     /// `EINTR` when the slot was resumed before it was drained, `ESHUTDOWN` when it is closed.
@@ -138,8 +139,10 @@ impl<H: Log + Tasks + Probe> Slot<H> {
             match inner.stage.get() {
                 Stage::Closing | Stage::Closed => return Err(Errno::ESHUTDOWN),
                 _ if !inner.paused.get() => return Err(Errno::EINTR),
-                Stage::Paused => return Ok(()),
-                Stage::Running | Stage::Draining => inner.changed.wait().await,
+                Stage::Paused if !inner.changing.get() || inner.host.bug(Bug::PauseBesideExchange) => {
+                    return Ok(());
+                }
+                Stage::Running | Stage::Draining | Stage::Paused => inner.changed.wait().await,
             }
         }
     }
@@ -247,6 +250,7 @@ impl<H: Log + Probe> Drop for Changing<'_, H> {
         if !std::thread::panicking() {
             self.0.changing.set(false);
             self.0.update();
+            self.0.notify();
         }
     }
 }

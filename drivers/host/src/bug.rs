@@ -86,6 +86,7 @@ list! {
         LooksUncounted = "a query for extents does not count as a request in flight",
         PauseUnwatched = "a disk counts as paused while requests are in flight",
         ExchangeUnflushed = "what was answered before an exchange need not be durable after it",
+        PauseBesideExchange = "a disk counts as paused while its image is being exchanged",
         LeaseUncounted = "the old image is closed after an exchange although the new one is based on it",
         EdgeDropped = "a write does not wait for an overlapping request in flight",
         FlushDataUnordered = "a request that overlaps the data of an earlier flush with data does not wait for it",

@@ -46,6 +46,13 @@ pub static EXCHANGE: Label = Label::packed(
     &[24, 2],
 );
 
+/// A pause beside them: how long the disk is left alone before, in 24 bits, and for how long it is paused, in 24 bits.
+pub static PAUSE_BESIDE: Label = Label::packed(
+    "pause-beside",
+    "pause {n} beside exchanges: after so many ns, for so many ({})",
+    &[24, 24],
+);
+
 const DISK_BYTES: u64 = 1 << 20;
 /// Sectors that are copied at once.
 const COPY_SECTORS: u32 = 256;
@@ -63,6 +70,10 @@ struct Chain {
     /// Numbers new files.
     next: Cell<u32>,
     flush_failed: Cell<bool>,
+    /// Exchanges that began, and that ended.
+    exchanges: Cell<(u32, u32)>,
+    /// One is making the new image.
+    changing: Cell<bool>,
 }
 
 async fn exchanged(world: World) {
@@ -80,8 +91,11 @@ async fn exchanged(world: World) {
         images: Cell::new(images),
         next: Cell::new(1),
         flush_failed: Cell::new(false),
+        exchanges: Cell::default(),
+        changing: Cell::new(false),
     });
     for cut in 0..2 {
+        chain.changing.set(false);
         epoch(&chain, cut).await;
         if world.verdict.is_broken() {
             return;
@@ -140,6 +154,8 @@ async fn work(chain: &Rc<Chain>, host: &SimHost, cut: u32) {
         exchanges(&c, &s, &h, cut).await;
         let _ = ended.send(());
     });
+    let (c, s) = (Rc::clone(chain), Rc::clone(&stack));
+    host.process.node().spawn("pauses", 0, async move { pauses(&c, &s, cut).await });
     guest.run(&ops, limits.guest_depth).await;
     let _ = end.await;
     if guest.flush_failed() {
@@ -164,16 +180,49 @@ async fn exchanges(chain: &Rc<Chain>, stack: &Stack, host: &SimHost, cut: u32) {
     }
 }
 
+/// Pauses the disk a few times: it does nothing then, but for an exchange that begins meanwhile.
+async fn pauses(chain: &Chain, stack: &Stack, cut: u32) {
+    let world = &chain.world;
+    let entity = Entity::WORLD.child("pauses", u64::from(cut));
+    world.sim.name_entity(entity, || format!("pauses, epoch {cut}"));
+    let slot = stack.disk.slot();
+    for n in 0..world.setting("pauses-beside", &[0, 3]) {
+        let value = world.sim.decide(entity, &PAUSE_BESIDE, n, |d| d.magnitude(22) | d.magnitude(20) << 24);
+        world.sim.sleep_ns(value & 0xff_ffff).await;
+        if let Err(error) = slot.pause().await {
+            world.fail(Invariant::D1, format!("pausing the disk failed with {error:?}"));
+        }
+        if chain.changing.get() {
+            world.fail(Invariant::D1, "a disk is paused while its image is being exchanged");
+        }
+        let (before, (begun, ended)) = (world.storage.counts(), chain.exchanges.get());
+        world.sim.sleep_ns(value >> 24).await;
+        let after = world.storage.counts();
+        let alone = begun == ended && chain.exchanges.get() == (begun, ended);
+        let moved = (before.reads, before.writes, before.syncs) != (after.reads, after.writes, after.syncs);
+        if alone && moved || slot.in_flight() > 0 || slot.state() != "paused" {
+            let text = format!("a paused disk is {}, {} requests in flight", slot.state(), slot.in_flight());
+            world.fail(Invariant::D1, format!("{text}; I/O continued from {before:?} to {after:?}"));
+        }
+        if let Err(error) = slot.resume() {
+            world.fail(Invariant::D1, format!("resuming the disk failed with {error:?}"));
+        }
+    }
+}
+
 async fn exchange(chain: &Rc<Chain>, stack: &Stack, host: &SimHost, is_copy: bool) {
     let world = &chain.world;
     let old = chain.setup.borrow().clone();
     let inv = old.history.borrow_mut().begin_flush();
+    chain.exchanges.set((chain.exchanges.get().0 + 1, chain.exchanges.get().1));
     let change = async |image: Lease| {
         let memory = &stack.memory;
+        chain.changing.set(true);
         let made = match is_copy {
             true => chain.copy(host, memory, image).await,
             false => chain.snapshot(host, memory, image).await,
         };
+        chain.changing.set(false);
         made.map_err(|error| (is_passing(&error), error.to_string()))
     };
     let bad = |text: String| {
@@ -181,7 +230,9 @@ async fn exchange(chain: &Rc<Chain>, stack: &Stack, host: &SimHost, is_copy: boo
             world.fail(Invariant::E4, text);
         }
     };
-    match stack.exchange(host, world, &chain.limits, change).await {
+    let exchanged = stack.exchange(host, world, &chain.limits, change).await;
+    chain.exchanges.set((chain.exchanges.get().0, chain.exchanges.get().1 + 1));
+    match exchanged {
         Ok(closed) => {
             old.history.borrow_mut().end_flush(inv);
             if let Err(error) = closed {

@@ -123,6 +123,7 @@ pub static LABELS: &[&Label] = &[
     &life::CLOSE_AFTER,
     &life::LOOK,
     &exchange::EXCHANGE,
+    &exchange::PAUSE_BESIDE,
     &toolstack::REPLACE_AFTER,
     &toolstack::SECOND_AFTER,
     &toolstack::DESTROY_AFTER,

@@ -227,3 +227,26 @@ fn a_close_waits_for_an_exchange_and_closes_the_new_node() {
     assert_eq!((old.times_closed(), new.times_closed()), (0, 1));
     assert_eq!(drained.take(), Some(Err(ExchangeError::Closed)));
 }
+
+#[test]
+fn a_pause_beside_an_exchange_is_reached_once_that_has_ended() {
+    let (pool, old, new) = (Pool::new(), Script::default(), Script::default());
+    let slot = slot(&pool, &old);
+    let (go, ready) = crate::wait::oneshot::<()>();
+    let done = {
+        let (slot, new) = (slot.clone(), new.clone());
+        pool.start(async move {
+            let change = async |_| {
+                let _ = ready.await;
+                Ok::<_, Errno>(Rc::new(new) as Rc<dyn Node>)
+            };
+            slot.exchange(change).await.map(drop)
+        })
+    };
+    let paused = pause(&pool, &slot);
+    assert!(paused.get().is_none(), "the exchange still does I/O");
+    go.send(()).unwrap();
+    pool.run();
+    assert_eq!((done.take(), paused.take()), (Some(Ok(())), Some(Ok(()))));
+    assert_eq!(slot.state(), "paused");
+}
