@@ -126,8 +126,8 @@ impl<H: Log + Tasks + Probe> Slot<H> {
         }))
     }
 
-    /// Stops admission and completes when nothing is in flight, and no exchange runs. Dropping the future does not resume
-    /// the slot.
+    /// Stops admission and completes when nothing is in flight, and no exchange runs. Dropping the future does not
+    /// resume the slot.
     ///
     /// # Errors
     /// `EINTR` when the slot was resumed before it was drained, `ESHUTDOWN` when it is closed.
