@@ -36,7 +36,7 @@ const LONE_REPEATS: u32 = 8;
 const READ_REPEATS: u32 = 8;
 
 /// An open, locked file.
-pub(crate) struct ImageFile<H: ImageHost> {
+pub struct ImageFile<H: ImageHost> {
     /// First, so that its record is put away before the lock goes with the file.
     sync: GroupSync<H>,
     host: H,
@@ -44,7 +44,7 @@ pub(crate) struct ImageFile<H: ImageHost> {
     /// Its path.
     pub(crate) name: NodeName,
     /// Size as it was when the file was opened; the rest does not change.
-    pub(crate) info: FileInfo,
+    pub info: FileInfo,
     tracker: Tracker,
     kept: KeptZeros,
     memory: FileStages,
@@ -75,7 +75,7 @@ impl<H: ImageHost> ImageFile<H> {
     }
 
     /// Opens and locks `path`: alone for writing, together with other readers otherwise.
-    pub(crate) async fn open(host: &H, path: &str, write: bool, direct: bool) -> Result<Self, ImageError> {
+    pub async fn open(host: &H, path: &str, write: bool, direct: bool) -> Result<Self, ImageError> {
         let mode = OpenMode { write, create_new: false, direct };
         let file =
             uninterrupted(host, || host.open(path, mode)).await.map_err(ImageError::io("open", path))?;
@@ -84,11 +84,7 @@ impl<H: ImageHost> ImageFile<H> {
 
     /// Creates and locks `path`; or locks and empties what is there, unless it is one of the files in `existing`. A
     /// block device keeps its bytes.
-    pub(crate) async fn create(
-        host: &H,
-        path: &str,
-        existing: Option<&[FileId]>,
-    ) -> Result<Self, ImageError> {
+    pub async fn create(host: &H, path: &str, existing: Option<&[FileId]>) -> Result<Self, ImageError> {
         let mode = if existing.is_some() { OpenMode::WRITE } else { OpenMode::CREATE };
         let file = uninterrupted(host, || host.open(path, mode)).await;
         let file = file.map_err(ImageError::io("create", path))?;
@@ -136,7 +132,7 @@ impl<H: ImageHost> ImageFile<H> {
     }
 
     /// Takes its memory of `budget` from now on, instead of one of its own.
-    pub(crate) fn within(mut self, budget: &Budget, path: &str) -> Result<Self, ImageError> {
+    pub fn within(mut self, budget: &Budget, path: &str) -> Result<Self, ImageError> {
         self.memory = FileStages::new(budget, path, self.info.align_bytes as usize)?;
         Ok(self)
     }
@@ -208,7 +204,7 @@ impl<H: ImageHost> ImageFile<H> {
     }
 
     /// Reads `dst.len()` bytes into ordinary memory.
-    pub(crate) async fn read_bytes(&self, offset: u64, dst: &mut [u8]) -> Result<(), Errno> {
+    pub async fn read_bytes(&self, offset: u64, dst: &mut [u8]) -> Result<(), Errno> {
         let mut at = offset;
         for part in dst.chunks_mut(PART_BYTES) {
             let (result, bufs) = self.read_patiently(at, smallvec![self.buffer(part.len()).await?]).await;
@@ -220,7 +216,7 @@ impl<H: ImageHost> ImageFile<H> {
     }
 
     /// Writes bytes from ordinary memory.
-    pub(crate) async fn write_bytes(&self, offset: u64, src: &[u8]) -> Result<(), Errno> {
+    pub async fn write_bytes(&self, offset: u64, src: &[u8]) -> Result<(), Errno> {
         let mut at = offset;
         for part in src.chunks(PART_BYTES) {
             let mut buf = self.buffer(part.len()).await?;
@@ -246,7 +242,7 @@ impl<H: ImageHost> ImageFile<H> {
     }
 
     /// Makes durable what was written before; shared by all who wait for it.
-    pub(crate) async fn sync(&self) -> Result<(), Errno> {
+    pub async fn sync(&self) -> Result<(), Errno> {
         self.sync_again(self.repeats).await
     }
 
@@ -282,7 +278,7 @@ impl<H: ImageHost> ImageFile<H> {
     }
 
     /// Sets the size in bytes.
-    pub(crate) async fn set_size(&self, size_bytes: u64) -> Result<(), Errno> {
+    pub async fn set_size(&self, size_bytes: u64) -> Result<(), Errno> {
         match uninterrupted(&self.host, || self.file.set_size(size_bytes)).await {
             Err(_) if self.host.bug(Bug::SizeBelieved) => Ok(()),
             result => result,
@@ -530,7 +526,7 @@ impl<H: ImageHost> ImageFile<H> {
 }
 
 /// Makes the name of a new image durable.
-pub(crate) async fn sync_name<H: ImageHost>(host: &H, path: &str) -> Result<(), ImageError> {
+pub async fn sync_name<H: ImageHost>(host: &H, path: &str) -> Result<(), ImageError> {
     if host.bug(Bug::NameUnsynced) {
         return Ok(());
     }

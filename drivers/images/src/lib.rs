@@ -27,7 +27,7 @@ mod error;
 mod format;
 mod formats;
 mod io;
-mod map;
+pub mod map;
 mod memory;
 mod patience;
 mod registry;
@@ -44,7 +44,8 @@ pub use error::ImageError;
 pub use format::{
     CheckReport, Description, Format, FormatInfo, ImageFormat, ImageSpec, NewImage, OptionInfo,
 };
-pub use formats::{SHIPPED, format_called, qcow, raw};
+pub use formats::*;
+pub use io::{ImageFile, sync_name};
 pub use registry::{Driver, Formats, HEAD_BYTES, OpenImage};
 pub use units::{parse_size, show_size};
 

@@ -4,66 +4,83 @@ use super::Allocator;
 
 /// Where things are in an image of two levels of tables.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Geometry {
+pub struct Geometry {
     /// Size of the disk in bytes.
-    pub(crate) size_bytes: u64,
+    pub size_bytes: u64,
     /// Clusters have 2^n bytes.
-    pub(crate) cluster_bits: u32,
+    pub cluster_bits: u32,
     /// Tables have 2^n entries.
-    pub(crate) table_bits: u32,
-    /// Byte offset of the root in the file.
-    pub(crate) root_at: u64,
+    pub table_bits: u32,
+    /// Byte offset of the root in the file. Where all tables are at fixed places there is none in the file, and nothing
+    /// is written there.
+    pub root_at: u64,
 }
 
 /// Bytes of an entry of a table, and of the root.
 pub(crate) const ENTRY_BYTES: u64 = 8;
 
 impl Geometry {
-    pub(crate) fn cluster_bytes(&self) -> u64 {
+    /// Bytes of a cluster.
+    pub fn cluster_bytes(&self) -> u64 {
         1 << self.cluster_bits
     }
     /// Entries of a table.
-    pub(crate) fn table_entries(&self) -> usize {
+    pub fn table_entries(&self) -> usize {
         1 << self.table_bits
     }
-    pub(crate) fn table_bytes(&self) -> u64 {
+    /// Bytes of a table in the file.
+    pub fn table_bytes(&self) -> u64 {
         ENTRY_BYTES << self.table_bits
     }
     /// Bytes of the disk that one table maps.
-    pub(crate) fn table_span(&self) -> u64 {
+    pub fn table_span(&self) -> u64 {
         1 << (self.cluster_bits + self.table_bits)
     }
-    pub(crate) fn root_entries(&self) -> u64 {
+    /// Entries of the root: how many tables there can be.
+    pub fn root_entries(&self) -> u64 {
         self.size_bytes.div_ceil(self.table_span())
     }
-    pub(crate) fn root_end(&self) -> u64 {
+    /// Byte offset of the end of the root in the file.
+    pub fn root_end(&self) -> u64 {
         self.root_at + self.root_entries() * ENTRY_BYTES
     }
     /// Clusters of the disk.
-    pub(crate) fn clusters(&self) -> u64 {
+    pub fn clusters(&self) -> u64 {
         self.size_bytes.div_ceil(self.cluster_bytes())
+    }
+
+    /// Above every byte that an image can use, when `file_bytes` of its file are used or lost: no crash leaves a
+    /// reference further out.
+    pub(super) fn reach(&self, file_bytes: u64) -> u64 {
+        let tables = self.root_entries() * self.table_bytes().next_multiple_of(self.cluster_bytes());
+        let all = self.clusters() * self.cluster_bytes() + tables + (1 << 20);
+        file_bytes.max(self.root_end()).saturating_add(all)
     }
 }
 
 /// What an entry of a table says.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Mapping {
+pub enum Mapping {
+    /// Nothing: the backing file shows, or zeros.
     Unmapped,
-    /// Byte offset of the cluster.
+    /// Byte offset of the cluster in the file.
     Plain(u64),
+    /// It is held compressed.
     Compressed(Compressed),
 }
 
-/// A run of compressed bytes.
+/// A run of compressed bytes: raw deflate of one cluster.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Compressed {
-    pub(crate) offset: u64,
-    pub(crate) len: u64,
+pub struct Compressed {
+    /// Byte offset in the file.
+    pub offset: u64,
+    /// Length in bytes.
+    pub len: u64,
 }
 
 /// The tables of a format. Entries are numbers of 64 bits, big endian in the file; 0 says that nothing is mapped.
-pub(crate) trait Layout: 'static {
-    /// What a table is called.
+pub trait Layout: 'static {
+    /// What a table is called in messages.
     const TABLE: &'static str;
     /// Where new clusters go.
     type Allocator: Allocator;
@@ -76,7 +93,7 @@ pub(crate) trait Layout: 'static {
 }
 
 /// Big-endian entries as numbers.
-pub(crate) fn decode_entries(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
+pub fn decode_entries(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
     bytes.as_chunks::<8>().0.iter().map(|b| u64::from_be_bytes(*b))
 }
 
@@ -84,5 +101,23 @@ pub(crate) fn decode_entries(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
 pub(super) fn encode_entries(bytes: &mut [u8], numbers: impl IntoIterator<Item = u64>) {
     for (to, number) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(numbers) {
         *to = number.to_be_bytes();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Tables take whole clusters, as everything else does.
+    #[test]
+    fn a_disk_that_is_full_lies_within_reach() {
+        for (cluster_bits, table_bits) in [(16, 6), (9, 13), (12, 9)] {
+            let geometry = Geometry { size_bytes: 4 << 30, cluster_bits, table_bits, root_at: 4096 };
+            let cluster = geometry.cluster_bytes();
+            let front = geometry.root_end().next_multiple_of(cluster);
+            let tables = geometry.root_entries() * geometry.table_bytes().next_multiple_of(cluster);
+            let end = front + tables + geometry.clusters() * cluster;
+            assert!(end <= geometry.reach(geometry.root_end()), "{cluster_bits} {table_bits}");
+        }
     }
 }

@@ -10,8 +10,8 @@
 //! ```
 //!
 //! A format brings its [`Layout`] (what entries say) and its [`Allocator`] (where new clusters go), reads its header
-//! and its root, and makes an [`Image`] of them. Reading, splitting, zeroes, copying up, compressed clusters, what a
-//! range is like, tables in memory and the writing of mappings are here, once.
+//! and its root, and hands them over as a [`Front`], of which a disk is made. Reading, splitting, zeroes, copying up,
+//! compressed clusters, what a range is like, tables in memory and the writing of mappings are here, once.
 //!
 //! # Order of writes
 //!
@@ -24,12 +24,13 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | [`layout`] | geometry, what an entry says |
-//! | [`table`] | tables in memory, loaded once |
-//! | [`commit`] | writing mappings, several at a time |
-//! | [`space`], [`doubt`] | where new clusters go; places of which nobody knows whether they are mapped |
-//! | [`read`], [`write`], [`zero`], [`extents`], [`inflate`] | requests |
-//! | [`walk`], [`owners`], [`bits`] | all tables: to open for writing, to check; who owns which bytes |
+//! | `layout` | geometry, what an entry says |
+//! | `open` | from what a format has read to a disk, or to what a check says |
+//! | `table` | tables in memory, loaded once |
+//! | `commit` | writing mappings, several at a time |
+//! | `space`, `doubt` | where new clusters go; places of which nobody knows whether they are mapped |
+//! | `read`, `write`, `zero`, `extents`, `inflate` | requests |
+//! | `walk`, `owners`, `bits` | all tables: to open for writing, to check; who owns which bytes |
 
 mod bits;
 mod commit;
@@ -37,6 +38,7 @@ mod doubt;
 mod extents;
 mod inflate;
 mod layout;
+mod open;
 mod owners;
 mod read;
 mod space;
@@ -45,52 +47,53 @@ mod walk;
 mod write;
 mod zero;
 
-pub(crate) use doubt::{DOUBTS, SUSPECT_BYTES};
+pub use layout::{Compressed, Geometry, Layout, Mapping, decode_entries};
+pub use open::{Front, Surveyed};
+pub use space::{Allocator, Frontier};
+
 pub(crate) use inflate::Unreadable;
-pub(crate) use layout::{Compressed, Geometry, Layout, Mapping, decode_entries};
-pub(crate) use owners::Owners;
-pub(crate) use space::{Allocator, Frontier};
-pub(crate) use table::{Cache, cache_bytes, table_cost};
-pub(crate) use walk::{Stopped, Walked, walk};
+#[cfg(test)]
+pub(crate) use table::table_cost;
 
 use crate::ImageHost;
 use crate::calls::closed;
 use crate::io::ImageFile;
 use crate::memory::ImageStages;
-use doubt::Suspects;
+use doubt::{DOUBTS, SUSPECT_BYTES, Suspects};
 use inflate::Inflater;
 use std::cell::RefCell;
 use std::future::Future;
 use std::rc::Rc;
+use table::Cache;
 use tap_core::wait::Semaphore;
 use tap_core::{Child, Extent, LocalBoxFuture, Node, NodeInfo, NodeName, Op, Request, Response, WaitReport};
 use tap_host::{Bug, Errno, IoVec, SECTOR_BYTES, SectorRange};
 
 /// An open image as a node.
-pub(crate) struct MappedDisk<H: ImageHost, L: Layout> {
+pub struct MappedDisk<H: ImageHost, L: Layout> {
     /// `None` once closed.
     image: RefCell<Option<Rc<Image<H, L>>>>,
     info: NodeInfo,
 }
 
-/// What a format has read of an image to open it.
-pub(crate) struct Parts<H: ImageHost, L: Layout> {
-    pub(crate) file: ImageFile<H>,
-    pub(crate) geometry: Geometry,
+/// What an open image is made of.
+struct Parts<H: ImageHost, L: Layout> {
+    file: ImageFile<H>,
+    geometry: Geometry,
     /// No reference may reach further: byte offset in the file.
-    pub(crate) reach: u64,
+    reach: u64,
     /// Byte offsets of tables; 0 where there is none.
-    pub(crate) root: Vec<u64>,
-    pub(crate) memory: ImageStages,
-    pub(crate) cache: Cache,
-    pub(crate) space: L::Allocator,
-    pub(crate) backing: Option<Rc<dyn Node>>,
+    root: Vec<u64>,
+    memory: ImageStages,
+    cache: Cache,
+    space: L::Allocator,
+    backing: Option<Rc<dyn Node>>,
 }
 
 /// An open image.
-pub(crate) struct Image<H: ImageHost, L: Layout> {
+struct Image<H: ImageHost, L: Layout> {
     host: H,
-    pub(crate) file: ImageFile<H>,
+    file: ImageFile<H>,
     geometry: Geometry,
     reach: u64,
     /// Byte offsets of tables, as published.
@@ -106,7 +109,7 @@ pub(crate) struct Image<H: ImageHost, L: Layout> {
 }
 
 impl<H: ImageHost, L: Layout> MappedDisk<H, L> {
-    pub(crate) fn new(image: Image<H, L>, read_only: bool) -> Self {
+    fn new(image: Image<H, L>, read_only: bool) -> Self {
         let size_sectors = image.geometry.size_bytes.div_ceil(SECTOR_BYTES);
         let info = NodeInfo { read_only, ..image.file.node_info(size_sectors) };
         Self { image: RefCell::new(Some(Rc::new(image))), info }
@@ -208,7 +211,7 @@ impl<H: ImageHost, L: Layout> Node for MappedDisk<H, L> {
 }
 
 impl<H: ImageHost, L: Layout> Image<H, L> {
-    pub(crate) fn new(host: &H, parts: Parts<H, L>) -> Self {
+    fn new(host: &H, parts: Parts<H, L>) -> Self {
         let Parts { file, geometry, reach, root, memory, cache, space, backing } = parts;
         Self {
             host: host.clone(),

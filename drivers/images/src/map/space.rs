@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use tap_host::Errno;
 
 /// The space of a file. What is taken is not durable before what refers to it; what was given back can be taken again.
-pub(crate) trait Allocator: 'static {
+pub trait Allocator: 'static {
     /// Takes `len` contiguous bytes, a multiple of the size of clusters; gives the byte offset of the first.
     ///
     /// # Errors
@@ -33,7 +33,7 @@ const MAX_RETURNED: usize = 256;
 /// On a file, what is behind the frontier reads as zeros; on a block device it holds anything. What a failed write of
 /// data leaves is taken back: to it, or to the next who needs so much. It is then no longer known to be zeros. Where
 /// the medium failed, the place is lost: the next would fail there as well.
-pub(crate) struct Frontier {
+pub struct Frontier {
     /// Byte offset, a multiple of the cluster size.
     frontier: u64,
     /// Byte offset of the end of a block device.
@@ -45,7 +45,9 @@ pub(crate) struct Frontier {
 }
 
 impl Frontier {
-    pub(crate) fn new(frontier: u64, device_bytes: Option<u64>) -> Self {
+    /// The space from byte `frontier` on, a multiple of the cluster size; of a block device of `device_bytes`, if it is
+    /// one.
+    pub fn new(frontier: u64, device_bytes: Option<u64>) -> Self {
         let limit = device_bytes.unwrap_or(i64::MAX as u64);
         let dirty_until = if device_bytes.is_some() { u64::MAX } else { 0 };
         Self { frontier, limit, dirty_until, returned: BTreeMap::new() }

@@ -59,14 +59,6 @@ struct RawXenHeader {
     flags: U32,
 }
 
-/// Above every byte that an image of `geometry` can use, when `file_bytes` of its file are used or lost: no crash
-/// leaves a reference further out.
-pub(super) fn reach(geometry: &Geometry, file_bytes: u64) -> u64 {
-    let tables = geometry.root_entries() * geometry.table_bytes().next_multiple_of(geometry.cluster_bytes());
-    let all = geometry.clusters() * geometry.cluster_bytes() + tables + (1 << 20);
-    file_bytes.max(geometry.root_end()).saturating_add(all)
-}
-
 /// What an L2 entry says, in an image with clusters of `2^cluster_bits` bytes.
 pub(super) fn mapping(entry: u64, cluster_bits: u32) -> Mapping {
     if entry & COMPRESSED != 0 {
@@ -223,19 +215,6 @@ mod tests {
         }
         assert!(parse(&good, 4096).is_err(), "the L1 table is behind the end");
         assert!(parse(&good[..47], 8192).is_err());
-    }
-
-    /// Tables take whole clusters, as everything else does.
-    #[test]
-    fn a_disk_that_is_full_lies_within_reach() {
-        for (cluster_bits, table_bits) in [(16, 6), (9, 13), (12, 9)] {
-            let geometry = Geometry { size_bytes: 4 << 30, cluster_bits, table_bits, root_at: 4096 };
-            let cluster = geometry.cluster_bytes();
-            let front = geometry.root_end().next_multiple_of(cluster);
-            let tables = geometry.root_entries() * geometry.table_bytes().next_multiple_of(cluster);
-            let end = front + tables + geometry.clusters() * cluster;
-            assert!(end <= reach(&geometry, geometry.root_end()), "{cluster_bits} {table_bits}");
-        }
     }
 
     #[test]

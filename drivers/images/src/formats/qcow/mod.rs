@@ -11,7 +11,6 @@
 //! readers ignore the extension as they do after a crash. Old ones whose L1 table is in the byte order of a PC open
 //! read-only.
 
-mod check;
 mod create;
 mod format;
 mod open;
@@ -62,7 +61,7 @@ impl<H: ImageHost> crate::Driver<H> for Driver {
     }
 
     fn check(&self, host: H, path: String) -> Option<LocalBoxFuture<Result<CheckReport, ImageError>>> {
-        Some(Box::pin(async move { check::check(&host, &path).await }))
+        Some(Box::pin(async move { check(&host, &path).await }))
     }
 }
 
@@ -79,6 +78,11 @@ async fn describe<H: ImageHost>(host: &H, path: &str) -> Result<Description, Ima
         file_bytes: info.size_bytes,
         allocated_bytes: info.allocated_bytes,
     })
+}
+
+async fn check<H: ImageHost>(host: &H, path: &str) -> Result<CheckReport, ImageError> {
+    let front = Front::read(host, path, false, false, &Budget::default()).await?;
+    front.into_map().check(host, path).await
 }
 
 /// An open qcow image.

@@ -172,7 +172,7 @@ pub(super) fn all(world: &World, qcow: &Qcow<World>) -> Vec<Option<u8>> {
 
 pub(super) fn checked(world: &World) -> CheckReport {
     let host = world.clone();
-    world.block_on(async move { check::check(&host, PATH).await }).unwrap()
+    world.block_on(async move { check(&host, PATH).await }).unwrap()
 }
 
 /// Writes a compressed cluster of `fill` into an image that is not open, the way QEMU does: at the end of the file.
