@@ -2,11 +2,15 @@
 
 use crate::{Kernel, Process, ProcessFile, ProcessListener, ProcessStream};
 use std::future::Future;
+use std::rc::Rc;
 use tap_host::{
     Bug, DomId, Entropy, Errno, Event, Events, Files, GrantRef, GrantSegment, Grants, Log, Mark, OpenMode,
     Port, Probe, SharedPages, Signals, SocketAddress, Sockets, Tasks, Time, Xenstore,
 };
 use xen_model::{Channel, Mapping, StoreTransaction, StoreWatcher, Xen, XenPort};
+
+/// Where processes have their shared pages unless they say otherwise.
+const USUAL_FOLDER: &str = "/run/tapdisk";
 
 /// A process of the control domain.
 #[derive(Clone)]
@@ -15,6 +19,8 @@ pub struct SimHost {
     pub process: Process,
     /// Its Xen side.
     pub port: XenPort,
+    /// What the names of its shared pages begin with, where they are not in the [usual folder](USUAL_FOLDER).
+    folder: Rc<str>,
 }
 
 impl SimHost {
@@ -22,7 +28,17 @@ impl SimHost {
     pub fn start(kernel: &Kernel, xen: &Xen, name: &str, key: u64) -> Self {
         let process = kernel.process(name, key);
         let port = xen.attach(DomId(0), process.node());
-        Self { process, port }
+        Self { process, port, folder: "".into() }
+    }
+
+    /// With its shared pages in `folder`, apart from those of processes that have theirs elsewhere.
+    pub fn with_run_folder(self, folder: &str) -> Self {
+        let folder = if folder == USUAL_FOLDER { "".into() } else { format!("{folder}/").into() };
+        Self { folder, ..self }
+    }
+
+    fn page(&self, name: &str) -> String {
+        format!("{}{name}", self.folder)
     }
 }
 
@@ -127,10 +143,10 @@ impl Events for SimHost {
 impl SharedPages for SimHost {
     type Region = Mapping;
     fn region(&self, name: &str) -> Result<Mapping, Errno> {
-        self.port.region(name)
+        self.port.region(&self.page(name))
     }
     fn own_region(&self, name: &str) -> Result<Mapping, Errno> {
-        self.port.own_region(name)
+        self.port.own_region(&self.page(name))
     }
     fn boot_id(&self) -> Result<[u8; 16], Errno> {
         let mut id = self.port.boot_id()?;
@@ -138,10 +154,14 @@ impl SharedPages for SimHost {
         Ok(id)
     }
     fn remove_region(&self, name: &str) {
-        self.port.remove_region(name);
+        self.port.remove_region(&self.page(name));
     }
     fn region_names(&self) -> Result<Vec<String>, Errno> {
-        self.port.region_names()
+        let own = |name: String| {
+            let name = name.strip_prefix(&*self.folder)?;
+            (!name.contains('/')).then(|| name.to_owned())
+        };
+        Ok(self.port.region_names()?.into_iter().filter_map(own).collect())
     }
 }
 

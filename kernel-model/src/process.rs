@@ -36,7 +36,11 @@ struct KernelInner {
     entropy: Cell<u64>,
     network: Network,
     answers_lost: Cell<bool>,
+    listeners: RefCell<Vec<Listener>>,
 }
+
+/// Is called with each event and the process that logs it.
+type Listener = Rc<dyn Fn(&Node, Event)>;
 
 /// What the processes are doing at one time.
 #[derive(Default)]
@@ -94,6 +98,7 @@ impl Kernel {
             entropy: Cell::new(sim.swarm().seed()),
             network: Network::default(),
             answers_lost: Cell::new(false),
+            listeners: RefCell::default(),
         }))
     }
 
@@ -105,6 +110,11 @@ impl Kernel {
     /// How often each mark was reached, in the order of [`Mark::ALL`].
     pub fn marks(&self) -> Vec<u64> {
         self.0.marks.iter().map(Cell::get).collect()
+    }
+
+    /// Tells `listener` of each event that a living process logs from now on, as a reader of the journal would be.
+    pub fn on_event(&self, listener: impl Fn(&Node, Event) + 'static) {
+        self.0.listeners.borrow_mut().push(Rc::new(listener));
     }
 
     /// Starts a process that does nothing yet.
@@ -214,6 +224,7 @@ impl Log for Process {
     fn log(&self, event: Event) {
         if self.node.is_alive() {
             self.sim().trace(self.node.name(), &Traced(event));
+            self.kernel.0.listeners.borrow().iter().for_each(|listener| listener(&self.node, event));
         }
     }
 }

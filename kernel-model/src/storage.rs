@@ -107,6 +107,7 @@ pub(crate) struct Inner {
     free: RefCell<Vec<u32>>,
     next_open: Cell<u64>,
     counts: Cell<IoCounts>,
+    missing: Cell<u64>,
     ops: Cell<u64>,
     born: Cell<u64>,
     /// Failed synchronisations of buffered files, and how many of them were reported as losses.
@@ -143,6 +144,7 @@ impl Storage {
             free: RefCell::default(),
             next_open: Cell::new(1),
             counts: Cell::default(),
+            missing: Cell::default(),
             ops: Cell::new(0),
             born: Cell::new(0),
             losses: Cell::new(0),
@@ -248,6 +250,11 @@ impl Storage {
         self.0.counts.get()
     }
 
+    /// Attempts to open a file that is not there.
+    pub fn missing(&self) -> u64 {
+        self.0.missing.get()
+    }
+
     /// Operations that took effect so far.
     pub fn ops(&self) -> u64 {
         self.0.ops.get()
@@ -342,7 +349,10 @@ impl Inner {
         let file = match (found, create_new) {
             (Some(_), true) => return Err(Errno::EEXIST),
             (Some(file), false) => file,
-            (None, false) => return Err(Errno::ENOENT),
+            (None, false) => {
+                self.missing.set(self.missing.get() + 1);
+                return Err(Errno::ENOENT);
+            }
             (None, true) => {
                 let file = self.new_file(name, Inode::default(), false);
                 self.files.borrow_mut().insert(name.into(), Rc::clone(&file));

@@ -19,6 +19,7 @@ pub mod run;
 pub mod stack;
 pub mod sweep;
 pub mod tag;
+mod tapdisk;
 mod toolstack;
 pub mod workload;
 pub mod world;

@@ -1,15 +1,17 @@
 //! A whole machine: a toolstack, a tapdisk that may die and come back, guests with front ends.
 //!
 //! ```text
-//!   guest node          Xen           tapdisk node (restarted by its supervisor)
-//!   Guest ─ Blkfront ═ ring ═ Backend ─ Vbd ─ Scheduler ─ image ─ Storage
+//!   guest node          Xen      tapdisk node: `tapdisk xen` (restarted by its supervisor)
+//!   Guest ─ Blkfront ═ ring ═ Backend ─ disk ─ image ─ Storage
 //! ```
+//!
+//! This file has the machine and its guests; `tapdisk.rs` runs the program, `respawn.rs` ends it and starts another,
+//! `toolstack.rs` plugs disks in and out.
 
 use crate::catalog::setup::Setup;
 use crate::check::Invariant;
 use crate::check::oracle::{Oracle, is_broken};
-use crate::program::{named, tapdisk};
-use crate::stack::{Stack, StackLimits};
+use crate::stack::StackLimits;
 use crate::world::World;
 use kernel_model::SimHost;
 use sim::Node;
@@ -17,10 +19,8 @@ use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
-use tap_core::wait;
-use tap_host::{Budget, DomId, Errno, Signals, Tasks, VbdId, Xenstore};
-use tap_images::ImageError;
-use tap_xenbus::{Backend, BackendConfig, BackendError, DeviceFilter, Hotplug, lead, supervise};
+use tap_core::CacheMode;
+use tap_host::{DomId, Errno, VbdId, Xenstore};
 use xen_model::{VbdPaths, XenPort, attach_vbd, remove_vbd};
 
 /// The number of xvda.
@@ -30,11 +30,18 @@ pub const XVDB: VbdId = VbdId(202 << 8 | 1 << 4);
 /// The script that marks disks for a tapdisk that watches.
 pub const SCRIPT: &str = "block-tapdisk";
 
+/// What an administrator may call the first disk of a guest, and its number.
+const NAMES: [(&str, VbdId); 6] = [
+    ("xvda", XVDA),
+    ("51712", XVDA),
+    ("0xca00", XVDA),
+    ("sda", VbdId(8 << 8)),
+    ("hdc", VbdId(22 << 8)),
+    ("d20p3", VbdId(1 << 28 | 20 << 8 | 3)),
+];
+
 /// The number of a guest's node that follows another in its domain.
 const NEXT_GUEST: u64 = 1 << 16;
-
-/// How long to wait for an image that a dead process still has: its I/O may be stuck for ten seconds.
-const IN_USE_PATIENCE_NS: u64 = 15_000_000_000;
 
 /// One disk of one guest, attached.
 #[derive(Clone)]
@@ -59,72 +66,69 @@ pub struct Attached {
 pub struct Machine {
     pub(crate) world: World,
     /// Tells machines of one world apart: a new one starts after a power cut.
-    boot: u64,
-    limits: StackLimits,
+    pub(crate) boot: u64,
+    pub(crate) limits: StackLimits,
+    /// When writes become durable.
+    pub(crate) cache: CacheMode,
     pub(crate) toolstack: SimHost,
     pub(crate) disks: RefCell<Vec<Attached>>,
+    /// All disks that it ever had, and whether they were opened for reading only.
+    pub(crate) setups: RefCell<Vec<(Setup, bool)>>,
     /// tapdisk finds its disks by their script.
-    watching: bool,
-    /// tapdisk is the program that ships, `tapdisk xen`, with the limits that it has.
-    shipped: bool,
-    /// It is told to make writes durable before it answers them.
-    writes_through: bool,
-    tapdisk: RefCell<Option<SimHost>>,
-    starts: Rc<Cell<u32>>,
-    /// What the running tapdisk has to end yet: its back ends, or the watch for them.
-    running: Cell<usize>,
+    pub(crate) watching: bool,
+    /// How the disks of its guests are called on a command line, and their number.
+    pub(crate) vdev: (&'static str, VbdId),
+    pub(crate) tapdisk: RefCell<Option<SimHost>>,
+    pub(crate) starts: Rc<Cell<u32>>,
+    /// Processes that serve disks and have not ended yet.
+    pub(crate) running: Cell<usize>,
     waiter: RefCell<Option<Waker>>,
     /// Nobody is killed any more.
     pub(crate) spared: Cell<bool>,
     /// Two processes were told to serve one disk at once: one of them does.
-    rivals: Cell<bool>,
+    pub(crate) rivals: Cell<bool>,
     /// The guest whose ring may be one that nobody can take up.
-    broken: Cell<Option<DomId>>,
+    pub(crate) broken: Cell<Option<DomId>>,
     /// Images may not be there: to say so is right.
-    absences: Cell<bool>,
-    /// How often a tapdisk that watches has tried to open an image, and has told why a disk is not served.
-    opened: Cell<u32>,
-    told: Cell<u32>,
+    pub(crate) absences: Cell<bool>,
+    /// How often tapdisk has complained of something.
+    pub(crate) told: Cell<u32>,
     /// A tapdisk may hear no events any more, and end; another is started.
     pub(crate) may_go_deaf: Cell<bool>,
     /// The power is off: nothing starts any more.
     pub(crate) off: Cell<bool>,
     /// An image could not be closed; what it lost was told.
-    close_failed: Cell<bool>,
+    pub(crate) close_failed: Cell<bool>,
 }
 
 impl Machine {
     /// A machine without guests, whose tapdisk is told what to serve.
     pub fn new(world: &World, limits: StackLimits) -> Rc<Self> {
-        Self::with(world, limits, false)
+        Self::with(world, limits, CacheMode::WriteBack, false)
     }
 
-    /// The same, whose tapdisk may be the program that ships, with its disks on the command line.
-    pub fn named(world: &World, limits: StackLimits) -> Rc<Self> {
-        let mut machine = Self::with(world, limits, false);
-        if let Some(own) = Rc::get_mut(&mut machine) {
-            own.shipped = world.setting("shipped-program", &[false, true]);
-            own.writes_through = own.shipped && world.setting("program-cache", &[false, true]);
-        }
-        machine
+    /// The same, with another meaning of an answered write.
+    pub fn caching(world: &World, limits: StackLimits, cache: CacheMode) -> Rc<Self> {
+        Self::with(world, limits, cache, false)
     }
 
     /// A machine without guests, whose tapdisk finds by itself what to serve.
     pub fn watching(world: &World, limits: StackLimits) -> Rc<Self> {
-        Self::with(world, limits, true)
+        Self::with(world, limits, CacheMode::WriteBack, true)
     }
 
-    fn with(world: &World, limits: StackLimits, watching: bool) -> Rc<Self> {
+    fn with(world: &World, limits: StackLimits, cache: CacheMode, watching: bool) -> Rc<Self> {
         let boot = world.next_boot();
         Rc::new(Self {
             toolstack: SimHost::start(&world.kernel, &world.xen, "toolstack", boot),
             boot,
             world: world.clone(),
             limits,
+            cache,
+            setups: RefCell::default(),
             disks: RefCell::default(),
             watching,
-            shipped: watching && world.setting("shipped-program", &[false, true]),
-            writes_through: false,
+            vdev: if watching { NAMES[0] } else { world.setting("vdev", &NAMES) },
             tapdisk: RefCell::default(),
             starts: Rc::default(),
             running: Cell::new(0),
@@ -134,7 +138,6 @@ impl Machine {
             broken: Cell::new(None),
             may_go_deaf: Cell::new(false),
             absences: Cell::new(false),
-            opened: Cell::new(0),
             told: Cell::new(0),
             off: Cell::new(false),
             close_failed: Cell::new(false),
@@ -153,12 +156,26 @@ impl Machine {
 
     async fn attach_with(&self, setup: Setup, number: u64, read_only: bool) -> Attached {
         let attached = Attached { read_only, ..self.new_guest(setup, number) };
-        let Attached { dom, paths, .. } = &attached;
-        if let Err(error) = attach_vbd(&self.toolstack.port, *dom, XVDA, paths, read_only).await {
+        let Attached { dom, vbd, paths, .. } = &attached;
+        let port = &self.toolstack.port;
+        if self.world.setting("domain-id-known", &[false, true])
+            && let Err(error) = port.write("/local/domain/0/domid", b"0").await
+        {
+            self.world.fail(Invariant::K1, format!("the toolstack failed to write our domain id: {error:?}"));
+        }
+        if let Err(error) = attach_vbd(port, *dom, *vbd, paths, read_only).await {
             self.world.fail(Invariant::K1, format!("the toolstack failed to attach a disk: {error:?}"));
         }
-        self.disks.borrow_mut().push(attached.clone());
+        self.add(&attached);
         attached
+    }
+
+    /// From now on `disk` is one of ours.
+    pub(crate) fn add(&self, disk: &Attached) {
+        self.disks.borrow_mut().push(disk.clone());
+        // Told by its name, it is opened as the program says; told by the toolstack, as that says.
+        let read_only = self.limits.read_only || self.watching && disk.read_only;
+        self.setups.borrow_mut().push((disk.setup.clone(), read_only));
     }
 
     /// A new guest without a disk; what it will have as xvda is `setup`.
@@ -177,8 +194,8 @@ impl Machine {
         let port = self.world.xen.attach(dom, &node);
         Attached {
             dom,
-            vbd: XVDA,
-            paths: VbdPaths::new("vbd", dom, XVDA),
+            vbd: self.vdev.1,
+            paths: VbdPaths::new("vbd", dom, self.vdev.1),
             setup,
             read_only: false,
             node,
@@ -201,10 +218,9 @@ impl Machine {
         self.absences.set(true);
     }
 
-    /// How often a tapdisk that watches has tried to open an image, and has told why a disk is not served; of the
-    /// program that ships nothing is known.
-    pub fn attempts(&self) -> Option<(u32, u32)> {
-        (!self.shipped).then(|| (self.opened.get(), self.told.get()))
+    /// How often tapdisk has tried to open an image that is away, and has complained.
+    pub fn attempts(&self) -> (u64, u32) {
+        (self.world.storage.missing(), self.told.get())
     }
 
     /// The ring of `dom` may be one that nobody can take up; to say so is right.
@@ -212,41 +228,9 @@ impl Machine {
         self.broken.set(Some(dom));
     }
 
-    /// Starts the tapdisk process, which serves all attached disks.
-    pub fn start_tapdisk(self: &Rc<Self>) -> SimHost {
-        let start = self.starts.replace(self.starts.get() + 1);
-        let key = self.boot << 32 | u64::from(start);
-        let host = SimHost::start(&self.world.kernel, &self.world.xen, "tapdisk", key);
-        host.port.allow_store_errors();
-        if self.world.draws_errors() {
-            host.port.allow_copy_errors();
-        }
-        if self.may_go_deaf.get() {
-            host.port.allow_deafness();
-        }
-        let one = self.watching || self.shipped;
-        self.running.set(if one { 1 } else { self.disks.borrow().len() });
-        let leave = Rc::<wait::Event>::default();
-        let (stopped, event) = (host.process.asked_to_stop(), Rc::clone(&leave));
-        host.spawn("stop", 0, async move {
-            stopped.await;
-            event.set();
-        });
-        if self.shipped {
-            host.spawn("main", 0, Rc::clone(self).program(host.clone()));
-        } else if self.watching {
-            host.spawn("main", 0, Rc::clone(self).watch(host.clone(), leave, None));
-        } else {
-            for disk in self.disks.borrow().iter() {
-                let (key, serving) = (u64::from(disk.dom.0), Rc::clone(self));
-                host.spawn("serve", key, serving.serve(host.clone(), disk.clone(), Rc::clone(&leave)));
-            }
-        }
-        *self.tapdisk.borrow_mut() = Some(host.clone());
-        if self.running.get() == 0 {
-            self.waiter.take().into_iter().for_each(Waker::wake);
-        }
-        host
+    /// When writes become durable.
+    pub fn cache(&self) -> CacheMode {
+        self.cache
     }
 
     /// Whether tapdisk finds by itself what to serve.
@@ -259,220 +243,8 @@ impl Machine {
         Rc::clone(&self.starts)
     }
 
-    /// Serves what the toolstack marks with [`SCRIPT`]; with `twin` instead of the image, if there is one.
-    async fn watch(self: Rc<Self>, host: SimHost, leave: Rc<wait::Event>, twin: Option<Setup>) {
-        let filter = DeviceFilter {
-            root: "/local/domain/0/backend/vbd".into(),
-            script: SCRIPT.into(),
-            records: "ring",
-        };
-        let (machine, h, l) = (Rc::clone(&self), host.clone(), Rc::clone(&leave));
-        let serve = move |device: tap_xenbus::Device| {
-            let (machine, h, l, twin) = (Rc::clone(&machine), h.clone(), Rc::clone(&l), twin.clone());
-            async move {
-                let disks = machine.disks.borrow().clone();
-                match disks.into_iter().find(|d| (d.dom, d.vbd) == (device.dom, device.vbd)) {
-                    Some(disk) => {
-                        let setup = twin.unwrap_or_else(|| disk.setup.clone());
-                        machine.serve(h, Attached { setup, ..disk }, l).await;
-                    }
-                    // It was taken away while tapdisk looked at it; a tapdisk would find that out.
-                    None if h.port.read(&format!("{}/state", device.path)).await.is_err() => {}
-                    None => {
-                        let text = format!("tapdisk serves {}, which is nobody's", device.path);
-                        machine.world.fail(Invariant::K1, text);
-                    }
-                }
-            }
-        };
-        let end = supervise(&host, &filter, &leave, serve).await;
-        if let Err(error) = end
-            && host.process.node().is_alive()
-        {
-            self.world.fail(Invariant::L1, format!("tapdisk gave up: {error}"));
-        }
-        self.one_ended();
-    }
-
-    /// Whether writes are durable when they are answered.
-    pub fn writes_through(&self) -> bool {
-        self.writes_through
-    }
-
-    /// `tapdisk xen`, from its command line to its exit status.
-    async fn program(self: Rc<Self>, host: SimHost) {
-        let cache = if self.writes_through { "--cache writethrough" } else { "" };
-        let what = if self.watching {
-            format!("--watch --script {SCRIPT}")
-        } else {
-            let named = |disk: &Attached| format!("{}/xvda={}", disk.dom.0, named(&disk.setup.spec));
-            self.disks.borrow().iter().map(named).collect::<Vec<_>>().join(" ")
-        };
-        let line = format!("xen {} {cache} {what}", self.limits.images());
-        let (status, why) = tapdisk(&host, &line).await;
-        if status != 0 && host.port.is_deaf() {
-            self.respawn(&host);
-            return;
-        }
-        // A ring that nobody can take up stays so, however often it is tried.
-        if why.contains("nothing was changed") && !self.watching && host.process.node().is_alive() {
-            self.world.fail(Invariant::L1, format!("tapdisk complains: {why}"));
-            return;
-        }
-        // A supervisor starts it again where its image could not be opened: a dead one may have it for ten seconds, and
-        // what fails once may work the next time.
-        let not_opened = why.contains("in use") || self.world.errors_allowed() && !why.contains("close");
-        if status != 0 && !self.watching && host.process.node().is_alive() && not_opened {
-            self.respawn(&host);
-            return;
-        }
-        self.close_failed.set(self.close_failed.get() || status != 0);
-        // Where operations fail, closing a disk may.
-        if status != 0 && host.process.node().is_alive() && !self.world.errors_allowed() {
-            self.world.fail(Invariant::L1, format!("tapdisk {line} ended with status {status}: {why}"));
-        }
-        self.one_ended();
-    }
-
-    /// One disk, from opening its image to the end of its back end.
-    async fn serve(self: Rc<Self>, host: SimHost, disk: Attached, leave: Rc<wait::Event>) {
-        let mut config = BackendConfig::new(disk.paths.backend.clone(), disk.dom, disk.vbd);
-        config.record = Some(format!("ring-{}-{}", disk.dom.0, disk.vbd.0));
-        config.hotplug = if self.watching { Hotplug::Wait } else { Hotplug::Write };
-        config.limits.buffer_bytes = self.limits.pool_bytes;
-        config.limits.batch = self.limits.ring_batch;
-        let memory = self.limits.budget();
-        config.memory = memory.clone();
-        let end = if self.watching {
-            // Where nobody else leads the disk, every ring can be taken up, or has no guest any more.
-            let tell = |why: &str| {
-                self.told.set(self.told.get() + 1);
-                if why.is_empty() && host.process.node().is_alive() {
-                    self.world.fail(Invariant::L1, "tapdisk complains of nothing");
-                }
-                if why.ends_with("nothing was changed")
-                    && !self.rivals.get()
-                    && self.broken.get() != Some(disk.dom)
-                    && host.process.node().is_alive()
-                {
-                    self.world.fail(Invariant::L1, format!("tapdisk complains: failed to {why}"));
-                }
-            };
-            lead(&host, &config, &leave, || self.open(&host, &disk, &memory), tell).await
-        } else {
-            Backend::run(host.clone(), config, || self.open(&host, &disk, &memory), leave).await
-        };
-        if !host.process.node().is_alive() {
-            return;
-        }
-        if let Err(BackendError::Close { .. } | BackendError::AndClose { .. }) = &end {
-            self.close_failed.set(true);
-        }
-        match end.map_err(first_of) {
-            Ok(_) => {}
-            // It has been told.
-            Err(BackendError::Open { .. }) => return,
-            Err(BackendError::NotTaken { .. }) if self.rivals.get() => {}
-            Err(BackendError::Deaf { .. }) if self.may_go_deaf.get() => self.respawn(&host),
-            Err(BackendError::Close { .. }) if self.world.errors_allowed() => {}
-            Err(error @ BackendError::Close { .. }) => self.world.fail(Invariant::G11, error.to_string()),
-            Err(error) => self.world.fail(Invariant::L1, format!("the back end gave up: {error}")),
-        }
-        if !self.watching {
-            self.one_ended();
-        }
-    }
-
-    /// Opens the image of a disk; all of them can be opened.
-    async fn open(
-        &self,
-        host: &SimHost,
-        disk: &Attached,
-        memory: &Budget,
-    ) -> Result<Rc<dyn tap_core::Node>, String> {
-        let until_ns = self.world.sim.now_ns() + IN_USE_PATIENCE_NS;
-        self.opened.set(self.opened.get() + 1);
-        loop {
-            let (spec, memory) = (&disk.setup.spec, memory.clone());
-            match Stack::open_within(host, &self.world, spec, &self.limits, memory).await {
-                Ok(stack) => {
-                    if host.process.node().is_alive() {
-                        disk.setup.check_locks(&self.world, self.limits.read_only);
-                    }
-                    return Ok(stack.node());
-                }
-                // The lock of a dead predecessor goes when its last operation has landed.
-                Err(ImageError::InUse { .. }) if self.world.sim.now_ns() < until_ns => {
-                    self.world.sim.sleep_ns(200_000).await;
-                }
-                Err(error) if self.absences.get() && error.errno() == Errno::ENOENT => {
-                    return Err(format!("open the image: {error}"));
-                }
-                // What failed may work the next time; a supervisor starts a program again.
-                Err(error) if self.world.errors_allowed() && error.errno() != Errno::EUCLEAN => {
-                    self.world.sim.sleep_ns(1_000_000).await;
-                }
-                Err(error) => {
-                    // A dying process may see anything.
-                    if host.process.node().is_alive() {
-                        self.world.fail(Invariant::G11, format!("tapdisk failed to open its image: {error}"));
-                    }
-                    return Err(error.to_string());
-                }
-            }
-        }
-    }
-
-    /// Has another process try to serve `disk`, which is served, with another image; it must not be able to.
-    pub async fn try_to_serve(&self, disk: &Attached, image: &Setup, number: u32, read_only: bool) {
-        let host = SimHost::start(&self.world.kernel, &self.world.xen, "second", u64::from(number));
-        let limits = StackLimits { read_only, ..self.limits };
-        let (world, h) = (self.world.clone(), host.clone());
-        let (disk, spec, (done, ended)) = (disk.clone(), image.spec.clone(), wait::oneshot());
-        host.spawn("main", 0, async move {
-            let mut config = BackendConfig::new(disk.paths.backend.clone(), disk.dom, disk.vbd);
-            // Another program knows nothing of ours.
-            config.record = (!world.setting("second-is-another-program", &[false, true]))
-                .then(|| format!("ring-{}-{}", disk.dom.0, disk.vbd.0));
-            let open = async || {
-                let stack = Stack::open(&h, &world, &spec, &limits).await;
-                stack.map(|stack| stack.node()).map_err(|error| error.to_string())
-            };
-            if let Ok(end) = Backend::run(h.clone(), config, open, Rc::default()).await {
-                world
-                    .fail(Invariant::L1, format!("a second tapdisk served the disk, and ended with {end:?}"));
-            }
-            let _ = done.send(());
-        });
-        let _ = ended.await;
-        host.process.node().kill();
-    }
-
-    /// Starts another process that is to serve `disk` with `twin`, an image of the same bytes.
-    pub fn start_rival(self: &Rc<Self>, disk: &Attached, twin: &Setup) -> SimHost {
-        self.rivals.set(true);
-        self.running.set(self.running.get() + 1);
-        let host = SimHost::start(&self.world.kernel, &self.world.xen, "second", self.boot);
-        let leave = Rc::<wait::Event>::default();
-        let (stopped, event) = (host.process.asked_to_stop(), Rc::clone(&leave));
-        host.spawn("stop", 0, async move {
-            stopped.await;
-            event.set();
-        });
-        if self.watching {
-            host.spawn("main", 0, Rc::clone(self).watch(host.clone(), leave, Some(twin.clone())));
-        } else {
-            let disk = Attached { setup: twin.clone(), ..disk.clone() };
-            host.spawn("serve", 0, Rc::clone(self).serve(host.clone(), disk, leave));
-        }
-        host
-    }
-
-    fn one_ended(&self) {
-        self.running.set(self.running.get() - 1);
-        if let Some(waker) = self.waiter.borrow_mut().take() {
-            waker.wake();
-        }
+    pub(crate) fn wake_waiter(&self) {
+        self.waiter.take().into_iter().for_each(Waker::wake);
     }
 
     /// The running tapdisk.
@@ -575,19 +347,12 @@ impl Machine {
             self.world.fail(Invariant::K1, format!("the control domain still has {counts:?}"));
         }
         let mut regions = self.world.xen.regions();
-        // What is known of a file's synchronisations stays as long as the host is up.
-        regions.retain(|name| !name.starts_with("sync-"));
+        // What is known of a file's synchronisations stays as long as the host is up. And a process with a run folder of
+        // its own that was refused the disk leaves the page of its lock there.
+        regions.retain(|name| !name.starts_with("sync-") && !name.contains('/'));
         if !regions.is_empty() {
             self.world
                 .fail(Invariant::K1, format!("in-flight records are left over: {}", regions.join(", ")));
         }
-    }
-}
-
-/// What ended a back end, whether or not its disk could be closed then.
-fn first_of(error: BackendError) -> BackendError {
-    match error {
-        BackendError::AndClose { first, .. } => *first,
-        other => other,
     }
 }

@@ -2,43 +2,106 @@
 
 use clap::Parser as _;
 use kernel_model::SimHost;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use tap_core::{CacheMode, wait};
 use tap_images::ImageSpec;
-use tap_programs::Console;
-use tap_programs::daemon::{Cli, run};
+use tap_programs::daemon::{Cli, Command, run};
+use tap_programs::{Console, Tuning};
+
+/// Looks at a line as it is printed.
+type Reader = Box<dyn Fn(&str)>;
 
 /// What a program prints, line by line.
 #[derive(Default)]
 pub(crate) struct Printed {
     pub(crate) out: RefCell<Vec<String>>,
     pub(crate) err: RefCell<Vec<String>>,
+    /// Reads standard error.
+    reader: Option<Reader>,
+    /// Set with each line on standard output, and at the end.
+    news: wait::Event,
+    status: Cell<Option<u8>>,
+}
+
+impl Printed {
+    /// With somebody who reads standard error as it comes.
+    pub(crate) fn read_by(reader: impl Fn(&str) + 'static) -> Self {
+        Self { reader: Some(Box::new(reader)), ..Self::default() }
+    }
+
+    /// Waits until a line on standard output begins with `start`; false if the program has ended without one.
+    pub(crate) async fn says(&self, start: &str) -> bool {
+        loop {
+            if self.out.borrow().iter().any(|line| line.starts_with(start)) {
+                return true;
+            }
+            if self.status.get().is_some() {
+                return false;
+            }
+            self.news.clear();
+            self.news.wait().await;
+        }
+    }
+
+    /// The program has ended with `status`.
+    pub(crate) fn end(&self, status: u8) {
+        self.status.set(Some(status));
+        self.news.set();
+    }
+
+    /// Its exit status, once it has ended.
+    pub(crate) fn status(&self) -> Option<u8> {
+        self.status.get()
+    }
+
+    /// Waits until it has ended.
+    pub(crate) async fn ended(&self) {
+        while self.status.get().is_none() {
+            self.news.clear();
+            self.news.wait().await;
+        }
+    }
 }
 
 impl Console for Printed {
     fn out(&self, line: &str) {
         self.out.borrow_mut().push(line.to_owned());
+        self.news.set();
     }
     fn err(&self, line: &str) {
         self.err.borrow_mut().push(line.to_owned());
+        self.reader.iter().for_each(|read| read(line));
     }
     fn progress(&self, _: u64, _: u64) {}
 }
 
-/// Runs `tapdisk` with the arguments of `line` in the process of `host` until it ends: its exit status, and what it has
-/// printed on standard error.
+/// Runs `tapdisk` with the arguments of `line` in the process of `host` until it ends, and returns its exit status.
 ///
 /// # Panics
 /// When the command line cannot be parsed.
-pub async fn tapdisk(host: &SimHost, line: &str) -> (u8, String) {
+pub(crate) async fn tapdisk(host: &SimHost, line: &str, tuning: Tuning, said: &Rc<Printed>) -> u8 {
     let cli = Cli::try_parse_from(std::iter::once("tapdisk").chain(line.split_whitespace()));
     let cli = cli.unwrap_or_else(|e| panic!("tapdisk {line}: {e}"));
-    let said = Rc::new(Printed::default());
-    let status = run(host.clone(), cli, Rc::clone(&said) as Rc<dyn Console>).await;
-    (status, said.err.take().join("; "))
+    // As the main does.
+    let folder = match &cli.command {
+        Command::Serve(args) => &args.run_dir,
+        Command::Xen(args) => &args.run_dir,
+    };
+    let host = host.clone().with_run_folder(&folder.to_string_lossy());
+    run(host, cli, tuning, Rc::clone(said) as Rc<dyn Console>).await
 }
 
 /// An image as an argument of a program: its format is named.
 pub fn named(spec: &ImageSpec) -> String {
     format!("{}:{}", spec.format.name(), spec.path)
+}
+
+/// When writes become durable, as an option.
+pub(crate) fn option_of(cache: CacheMode) -> &'static str {
+    match cache {
+        CacheMode::WriteBack => "",
+        CacheMode::WriteThrough => "--cache writethrough",
+        CacheMode::Unsafe => "--cache unsafe",
+    }
 }

@@ -1,13 +1,18 @@
-//! The stack as a tapdisk builds it: image, scheduler, disk.
+//! The bounds of a stack that a seed draws, and a disk under them as programs build it.
 
 use crate::check::Contract;
 use crate::world::World;
 use kernel_model::SimHost;
 use std::cell::RefCell;
 use std::rc::Rc;
-use tap_core::{CacheMode, Disk, DiskConfig, ExchangeError, Lease, Node, SchedulerLimits};
+use tap_core::{CacheMode, Disk, ExchangeError, Lease, Node, SchedulerLimits, WaitReport, wait_report};
 use tap_host::{Budget, Errno, VbdId};
-use tap_images::{BackingPolicy, Formats, ImageError, ImageFormat, ImageSpec, OpenOptions};
+use tap_images::{BackingPolicy, ImageError, ImageFormat, ImageSpec};
+use tap_programs::Tuning;
+use tap_programs::disk::{DiskOptions, OpenError, open_disk};
+use tap_programs::spec::DiskSpec;
+use tap_programs::tuning::Layer;
+use tap_xenbus::RingLimits;
 
 /// Room for two tables of 512 entries, in bytes.
 const TWO_TABLES: usize = 2 * (512 * 8 + 256);
@@ -58,20 +63,58 @@ impl StackLimits {
     }
 }
 
+/// Least memory that a program can be told to do with, in bytes.
+const PROGRAM_BYTES: usize = 16 << 20;
+
 impl StackLimits {
-    /// As options of a program, as far as it has them.
-    pub fn images(&self) -> String {
+    /// As options of a program that serves disks, as far as it has them.
+    pub fn options(&self) -> String {
         let direct = if self.direct { "--direct" } else { "" };
-        format!("--backing probe --memory {}M {direct}", (self.memory_bytes >> 20).max(16))
+        let read_only = if self.read_only { "--read-only" } else { "" };
+        let memory = match self.memory_bytes {
+            PROGRAM_BYTES.. => format!("--memory {}M", self.memory_bytes >> 20),
+            _ => String::new(),
+        };
+        format!("--backing probe {direct} {read_only} {memory}")
+    }
+
+    /// What a program in `process` has no options for. Checkers are put between its parts, and it tells what waits for
+    /// what if the run is stuck. `memory` is that of all disks together, in bytes; 0 is the least that they can have.
+    pub fn tuning(&self, world: &World, process: &sim::Node, memory: usize) -> Tuning {
+        let (w, node, limits) = (world.clone(), process.clone(), *self);
+        let over_image: Layer = Rc::new(move |_, image| Contract::new(&w, &node, image, &limits));
+        let sim = world.sim.clone();
+        let over_disk: Layer = Rc::new(move |_, disk| {
+            let top = Rc::downgrade(&disk);
+            sim.on_stall(move || lines(top.upgrade().map(wait_report).unwrap_or_default()));
+            disk
+        });
+        Tuning {
+            scheduler: self.scheduler,
+            table_bytes: self.table_bytes,
+            ring: RingLimits { buffer_bytes: self.pool_bytes, batch: self.ring_batch },
+            memory: (self.memory_bytes < PROGRAM_BYTES).then(|| budget_of(memory)),
+            over_image: Some(over_image),
+            over_disk: Some(over_disk),
+            ..Tuning::default()
+        }
     }
 
     /// The memory of one disk.
     pub fn budget(&self) -> Budget {
-        if self.memory_bytes == 0 { Budget::least() } else { Budget::new(self.memory_bytes) }
+        budget_of(self.memory_bytes)
     }
 }
 
-/// A disk of a tapdisk: what requests are submitted to.
+fn budget_of(bytes: usize) -> Budget {
+    if bytes == 0 { Budget::least() } else { Budget::new(bytes) }
+}
+
+fn lines(report: Vec<WaitReport>) -> Vec<String> {
+    report.iter().map(ToString::to_string).collect()
+}
+
+/// A disk as programs build it, without a program around it: what requests are submitted to.
 pub struct Stack {
     /// What programs build.
     pub disk: Disk<SimHost>,
@@ -93,35 +136,33 @@ impl Stack {
         spec: &ImageSpec,
         limits: &StackLimits,
     ) -> Result<Self, ImageError> {
-        Self::open_within(host, world, spec, limits, limits.budget()).await
-    }
-
-    /// As [`Stack::open`], with a budget that others have a part of.
-    ///
-    /// # Errors
-    /// As the image's.
-    pub async fn open_within(
-        host: &SimHost,
-        world: &World,
-        spec: &ImageSpec,
-        limits: &StackLimits,
-        memory: Budget,
-    ) -> Result<Self, ImageError> {
-        let options = OpenOptions {
+        let memory = limits.budget();
+        let seen = Rc::new(RefCell::new(None));
+        let (w, node, l, out) = (world.clone(), host.process.node().clone(), *limits, Rc::clone(&seen));
+        let over_image: Layer = Rc::new(move |_, image| {
+            let contract = Contract::new(&w, &node, image, &l);
+            *out.borrow_mut() = Some(Rc::clone(&contract));
+            contract
+        });
+        let tuning = limits.tuning(world, host.process.node(), limits.memory_bytes);
+        let options = DiskOptions {
             write: !limits.read_only,
             direct: limits.direct,
-            table_bytes: limits.table_bytes,
+            cache: CacheMode::WriteBack,
             backing: BackingPolicy::any(ImageFormat::Probe),
+            patience_ns: 0,
             memory: memory.clone(),
+            tuning: Tuning { over_image: Some(over_image), ..tuning },
         };
-        let image = Formats::shipped().open(host, spec, &options).await?;
-        let image = Contract::new(world, host.process.node(), image, limits);
-        let config =
-            DiskConfig { id: VbdId(51712), cache: CacheMode::WriteBack, scheduler: limits.scheduler };
-        let disk = Disk::new(host, Rc::clone(&image) as Rc<dyn Node>, config);
+        let disk = match open_disk(host, VbdId(51712), &DiskSpec::Image(spec.clone()), &options).await {
+            Ok(disk) => disk,
+            Err(OpenError::Image(error)) => return Err(error),
+            Err(OpenError::Server(error)) => unreachable!("an image is no export: {error}"),
+        };
         let report = disk.wait_report();
-        world.sim.on_stall(move || report().iter().map(|line| line.to_string()).collect());
-        Ok(Self { disk, memory, contract: RefCell::new(image) })
+        world.sim.on_stall(move || lines(report()));
+        let contract = seen.take().expect("an image that was opened has a contract");
+        Ok(Self { disk, memory, contract: RefCell::new(contract) })
     }
 
     /// Exchanges the image for the one that `change` makes: see [`Disk::exchange`].

@@ -26,7 +26,7 @@ const HALT_NS: [u64; 2] = [4_000_000_000, 500_000_000];
 impl Machine {
     /// Gives `disk` to its guest, with a script; the tapdisk that watches has to find it.
     pub async fn plug(&self, disk: &Attached) {
-        self.disks.borrow_mut().push(disk.clone());
+        self.add(disk);
         loop {
             match self.try_plug(disk).await {
                 Ok(None) => return,
@@ -50,7 +50,7 @@ impl Machine {
     /// Tries to give `disk` to its guest while its image is away: the toolstack is told why, and takes the disk away
     /// again.
     pub async fn plug_in_vain(&self, disk: &Attached) {
-        self.disks.borrow_mut().push(disk.clone());
+        self.add(disk);
         let why = match self.try_plug(disk).await {
             Ok(Some(why)) if why.contains(&disk.setup.spec.path) => None,
             Ok(Some(why)) => {

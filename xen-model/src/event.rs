@@ -19,7 +19,7 @@ pub enum XenEvent<'a> {
     },
     /// A granted page was mapped.
     Mapped {
-        /// The domain that mapped it.
+        /// Who mapped it.
         by: DomId,
         /// Whose page.
         dom: DomId,
@@ -28,7 +28,7 @@ pub enum XenEvent<'a> {
     },
     /// A mapping ended.
     Unmapped {
-        /// The domain that had mapped it.
+        /// Who had mapped it.
         by: DomId,
         /// Whose page.
         dom: DomId,
@@ -37,7 +37,7 @@ pub enum XenEvent<'a> {
     },
     /// An event channel was bound.
     Bound {
-        /// The domain that bound it.
+        /// Who bound it.
         dom: DomId,
         /// At which port.
         port: Port,
@@ -48,7 +48,7 @@ pub enum XenEvent<'a> {
     },
     /// An event channel was closed.
     Closed {
-        /// The domain that closed it.
+        /// Who closed it.
         dom: DomId,
         /// Which port.
         port: Port,

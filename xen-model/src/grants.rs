@@ -16,7 +16,7 @@ const MAX_ENTRIES: usize = 32 * 512;
 pub struct Grant {
     /// The page.
     pub page: Page,
-    /// The domain that may use it.
+    /// Who may use it.
     pub to: DomId,
     /// The other side may not write.
     pub read_only: bool,

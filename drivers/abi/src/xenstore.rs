@@ -77,7 +77,7 @@ kinds! {
     Error = 16,
     /// A domain's number: whether it is known.
     IsDomainIntroduced = 17,
-    /// A domain resumes after it was suspended.
+    /// A domain goes on after it was suspended.
     Resume = 18,
     /// Gives one domain another's rights.
     SetTarget = 19,

@@ -15,7 +15,7 @@ use crate::{
 };
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
-use tap_host::{Bug, Errno, Log, Probe, Tasks, Time, VbdId};
+use tap_host::{Bug, Errno, Log, Mark, Probe, Tasks, Time, VbdId};
 
 /// How to build a disk over an image.
 #[derive(Clone, Copy, Debug)]
@@ -49,6 +49,11 @@ struct Below<H> {
 impl<H: Time + Tasks + Log + Probe> Disk<H> {
     /// Builds a running disk over `image`.
     pub fn new(host: &H, image: Rc<dyn Node>, config: DiskConfig) -> Self {
+        match config.cache {
+            CacheMode::WriteBack => {}
+            CacheMode::WriteThrough => host.mark(Mark::WritesThrough),
+            CacheMode::Unsafe => host.mark(Mark::FlushesLeftOut),
+        }
         let stats = Rc::default();
         let below = Below::new(host, image, &config, &stats);
         let slot = Slot::new(host.clone(), config.id, Rc::clone(&below.scheduler) as Rc<dyn Node>);

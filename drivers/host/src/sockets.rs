@@ -58,14 +58,14 @@ impl FromStr for SocketAddress {
             };
         }
         let Some((host, port)) = text.strip_prefix("tcp:").unwrap_or(text).rsplit_once(':') else {
-            return Err(format!("'{text}' is not an address: write unix:PATH or HOST:PORT"));
+            return Err(format!("'{text}' is no address: write unix:PATH or HOST:PORT"));
         };
         let Ok(port) = port.parse() else {
             return Err(format!("the port '{port}' is not a number from 0 to 65535"));
         };
         let host = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
         if host.is_empty() {
-            return Err(format!("'{text}' has no host: write for example 127.0.0.1:{port}"));
+            return Err(format!("'{text}' names no host: write for example 127.0.0.1:{port}"));
         }
         Ok(SocketAddress::Tcp { host: host.to_owned(), port })
     }

@@ -108,7 +108,8 @@ impl LinuxHost {
 
     fn warn_no_locks(&self, error: Errno) {
         if !self.0.no_locks.replace(true) {
-            let text = format_args!("file locks do not work here ({error}): a second writer is not kept out");
+            let text =
+                format_args!("file locks do not work here ({error}): nothing keeps a second writer out");
             self.say(Level::Warning, text);
         }
     }
@@ -255,7 +256,7 @@ impl Entropy for LinuxHost {
                 Ok(count) => at += count,
                 Err(rustix::io::Errno::INTR) => {}
                 // Fails only on kernels before Linux 3.17; identifiers must not be guessable.
-                Err(error) => panic!("the kernel returns no random bytes: {error}"),
+                Err(error) => panic!("the kernel gives no random bytes: {error}"),
             }
         }
     }

@@ -69,7 +69,7 @@ impl Lines {
         }
         match std::mem::take(&mut state.dropped) {
             0 => {}
-            n => state.push(format!("{n} lines were dropped: they were not read")),
+            n => state.push(format!("{n} lines were left out: nobody read them")),
         }
         state.push(line);
         self.0.changed.notify_all();
@@ -155,7 +155,7 @@ mod tests {
         let read = reader.join().expect("the reader ends");
         // Reported as soon as there is room again, so perhaps more than once.
         let missing_of = |text: &String| {
-            let number = text.strip_suffix(" lines were dropped: they were not read")?;
+            let number = text.strip_suffix(" lines were left out: nobody read them")?;
             number.parse::<usize>().ok()
         };
         let missing: usize = read.iter().filter_map(missing_of).sum();

@@ -158,7 +158,7 @@ impl Logger {
             match admitted {
                 None => return,
                 Some(0) => {}
-                Some(count) => self.line(level, format_args!("{count} lines like the next one were omitted")),
+                Some(count) => self.line(level, format_args!("{count} lines like the next were left out")),
             }
         }
         self.line(level, format_args!("{event}"));

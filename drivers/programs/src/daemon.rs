@@ -1,9 +1,9 @@
 //! The command line of `tapdisk`.
 
-use crate::Console;
 use crate::help;
 use crate::serve::{self, ServeArgs};
 use crate::xen::{self, GuestHost, XenArgs};
+use crate::{Console, Tuning};
 use clap::{Parser, Subcommand, ValueEnum};
 use std::rc::Rc;
 
@@ -91,10 +91,10 @@ impl std::str::FromStr for IoNice {
 }
 
 /// Runs `tapdisk` and gives its exit status.
-pub async fn run<H: GuestHost>(host: H, cli: Cli, console: Rc<dyn Console>) -> u8 {
+pub async fn run<H: GuestHost>(host: H, cli: Cli, tuning: Tuning, console: Rc<dyn Console>) -> u8 {
     match cli.command {
-        Command::Serve(args) => serve::run(host, args, &*console).await,
-        Command::Xen(args) => xen::run(host, args, console).await,
+        Command::Serve(args) => serve::run(host, args, tuning, &*console).await,
+        Command::Xen(args) => xen::run(host, args, tuning, console).await,
     }
 }
 

@@ -1,16 +1,17 @@
 //! A named disk, opened.
 
+use crate::Tuning;
 use crate::spec::DiskSpec;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use std::rc::Rc;
-use tap_core::{CacheMode, Disk, DiskConfig, Node, SchedulerLimits, SchedulerStats};
-use tap_host::{Budget, SECTOR_BYTES, Sockets, VbdId};
+use tap_core::{CacheMode, Disk, DiskConfig, Node, SchedulerStats};
+use tap_host::{Budget, Mark, SECTOR_BYTES, Sockets, VbdId};
 use tap_images::{
     BackingPolicy, Format, Formats, ImageError, ImageFormat, ImageHost, ImageSpec, OpenOptions, SHIPPED,
     format_called, parse_size, show_size,
 };
-use tap_nbd::{Client, ClientConfig};
+use tap_nbd::{Client, ClientConfig, ClientError};
 
 /// How to open disks.
 #[derive(Clone, Debug, Default)]
@@ -28,6 +29,8 @@ pub struct DiskOptions {
     pub patience_ns: u64,
     /// What the memory of the image, and of everything below it, is taken of.
     pub memory: Budget,
+    /// Bounds, and what is put over the image.
+    pub tuning: Tuning,
 }
 
 /// The formats as values of an option.
@@ -142,12 +145,12 @@ const IN_USE_PATIENCE_NS: u64 = 2_000_000_000;
 
 impl ImageArgs {
     /// The memory of the process, for all of its disks.
-    pub fn budget(&self) -> Budget {
-        Budget::new(self.memory)
+    pub fn budget(&self, tuning: &Tuning) -> Budget {
+        tuning.memory.clone().unwrap_or_else(|| Budget::new(self.memory))
     }
 
     /// The same as options, for writing or not, with memory of `memory`.
-    pub fn options(&self, write: bool, memory: &Budget) -> DiskOptions {
+    pub fn options(&self, write: bool, memory: &Budget, tuning: &Tuning) -> DiskOptions {
         DiskOptions {
             write,
             direct: self.direct,
@@ -155,6 +158,7 @@ impl ImageArgs {
             backing: self.backing.policy(),
             patience_ns: IN_USE_PATIENCE_NS,
             memory: memory.clone(),
+            tuning: tuning.clone(),
         }
     }
 }
@@ -207,18 +211,29 @@ const IN_USE_PAUSE_NS: u64 = 10_000_000;
 pub trait DiskHost: ImageHost + Sockets {}
 impl<T: ImageHost + Sockets> DiskHost for T {}
 
+/// Why a disk cannot be opened; reads on after "failed to".
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Its image cannot.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The server that has it refuses, or does not answer.
+    #[error(transparent)]
+    Server(#[from] ClientError),
+}
+
 /// Opens whatever `spec` names as the disk `id`.
 ///
 /// # Errors
-/// A sentence that reads on after "failed to".
+/// [`OpenError`].
 pub async fn open_disk<H: DiskHost>(
     host: &H,
     id: VbdId,
     spec: &DiskSpec,
     options: &DiskOptions,
-) -> Result<Disk<H>, String> {
+) -> Result<Disk<H>, OpenError> {
     let image = match spec {
-        DiskSpec::Image(image) => open_image(host, image, options).await.map_err(|e| e.to_string())?,
+        DiskSpec::Image(image) => open_image(host, image, options).await?,
         DiskSpec::Nbd { address, export } => {
             let config = ClientConfig {
                 export: export.clone(),
@@ -226,11 +241,12 @@ pub async fn open_disk<H: DiskHost>(
                 memory: options.memory.clone(),
                 ..ClientConfig::new(address.clone())
             };
-            Rc::new(Client::connect(host.clone(), config).await.map_err(|e| e.to_string())?)
+            host.mark(Mark::ServerAsDisk);
+            Rc::new(Client::connect(host.clone(), config).await?)
         }
     };
-    let config = DiskConfig { id, cache: options.cache, scheduler: SchedulerLimits::default() };
-    Ok(Disk::new(host, image, config))
+    let config = DiskConfig { id, cache: options.cache, scheduler: options.tuning.scheduler };
+    Ok(Disk::new(host, options.tuning.image(spec, image), config))
 }
 
 async fn open_image<H: ImageHost>(
@@ -243,12 +259,13 @@ async fn open_image<H: ImageHost>(
         direct: options.direct,
         backing: options.backing.clone(),
         memory: options.memory.clone(),
-        ..OpenOptions::default()
+        table_bytes: options.tuning.table_bytes,
     };
     let deadline_ns = host.now_ns().saturating_add(options.patience_ns);
     loop {
         match Formats::shipped().open(host, spec, &open).await {
             Err(error) if error.is_in_use() && host.now_ns() < deadline_ns => {
+                host.mark(Mark::ImageAwaited);
                 host.sleep_ns(IN_USE_PAUSE_NS).await;
             }
             result => return result,

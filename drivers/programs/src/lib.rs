@@ -4,7 +4,7 @@
 //!   main (drivers/tapdisk)                a simulated world
 //!     builds the real host                  has a host
 //!          └────► serve::run, xen::run, img::run ◄────┘
-//!                 arguments, host, console ─► exit status
+//!                 arguments, tuning, host, console ─► exit status
 //! ```
 //!
 //! # Contract
@@ -21,6 +21,7 @@
 //! | [`daemon`] | `tapdisk` |
 //! | [`serve`] | `tapdisk serve` |
 //! | [`xen`] | `tapdisk xen` |
+//! | [`tuning`] | what the command line does not say |
 //! | [`vdev`] | disks as guests name them |
 //! | [`img`] | `tap-img` |
 //! | [`usage`] | command lines that cannot be parsed |
@@ -32,8 +33,10 @@ mod help;
 pub mod img;
 pub mod serve;
 pub mod spec;
+pub mod tuning;
 pub mod usage;
 pub mod vdev;
 pub mod xen;
 
 pub use console::Console;
+pub use tuning::Tuning;

@@ -4,15 +4,15 @@
 //!   open every disk ─► listen ─► say so ─► serve ─── asked to stop ─► answer what is in flight ─► flush and close
 //! ```
 
-use crate::Console;
 use crate::disk::{DiskHost, ImageArgs, open_disk, says_its_format, tell_memory, tell_stats};
 use crate::spec::DiskSpec;
+use crate::{Console, Tuning};
 use clap::Args;
 use futures_util::future::join_all;
 use std::path::PathBuf;
 use std::str::FromStr;
 use tap_core::{Disk, Node};
-use tap_host::{Budget, Errno, Listener, SECTOR_BYTES, Signals, SocketAddress, VbdId};
+use tap_host::{Budget, Errno, Listener, Mark, SECTOR_BYTES, Signals, SocketAddress, VbdId};
 use tap_images::show_size;
 use tap_nbd::{Export, Server, ServerLimits};
 
@@ -69,12 +69,14 @@ struct Open<H> {
 }
 
 /// Runs `tapdisk serve` until it is asked to stop, and gives its exit status.
-pub async fn run<H: ServeHost>(host: H, args: ServeArgs, console: &dyn Console) -> u8 {
+pub async fn run<H: ServeHost>(host: H, args: ServeArgs, tuning: Tuning, console: &dyn Console) -> u8 {
     let mut disks = Vec::new();
-    let memory = args.images.budget();
-    let mut outcome = args.open(&host, &mut disks, &memory).await;
-    if outcome.is_ok() {
-        outcome = args.serve(&host, &disks, console, &memory).await;
+    let memory = args.images.budget(&tuning);
+    let mut outcome = args.open(&host, &mut disks, &memory, &tuning).await;
+    if outcome.is_err() {
+        host.mark(Mark::ServeRefused);
+    } else {
+        outcome = args.serve(&host, &disks, console, &memory, &tuning).await;
     }
     if outcome.is_ok() {
         for disk in &disks {
@@ -105,8 +107,9 @@ impl ServeArgs {
         host: &H,
         disks: &mut Vec<Open<H>>,
         memory: &Budget,
+        tuning: &Tuning,
     ) -> Result<(), String> {
-        let options = self.images.options(!self.images.read_only, memory);
+        let options = self.images.options(!self.images.read_only, memory, tuning);
         for (disk, id) in self.disks.iter().zip(0..) {
             let name = match &disk.name {
                 Some(name) => name.clone(),
@@ -115,7 +118,7 @@ impl ServeArgs {
             };
             says_its_format(&disk.spec)?;
             let spec = disk.spec.clone();
-            let disk = open_disk(host, VbdId(id), &spec, &options).await?;
+            let disk = open_disk(host, VbdId(id), &spec, &options).await.map_err(|e| e.to_string())?;
             disks.push(Open { name, spec, disk });
         }
         Ok(())
@@ -144,14 +147,15 @@ impl ServeArgs {
         disks: &[Open<H>],
         console: &dyn Console,
         memory: &Budget,
+        tuning: &Tuning,
     ) -> Result<(), String> {
         let exports = disks.iter().map(|disk| Export {
             name: disk.name.clone(),
             description: disk.spec.to_string(),
-            node: disk.disk.node(),
+            node: tuning.disk(&disk.spec, disk.disk.node()),
             read_only: self.images.read_only,
         });
-        let limits = ServerLimits { connections: usize::from(self.connections), ..ServerLimits::default() };
+        let limits = ServerLimits { connections: usize::from(self.connections), ..tuning.server };
         let server = Server::new(host.clone(), exports.collect(), limits, memory);
         let server = server.map_err(|e| e.to_string())?;
         // Registered before there is a socket: a process that sees it may send a signal.
@@ -167,6 +171,7 @@ impl ServeArgs {
                 if info.read_only { ", read-only" } else { "" }
             ));
         }
+        host.mark(Mark::ExportsServed);
         let mut accepting = Vec::new();
         for listener in listeners {
             console.out(&format!("listening at {}", listener.address()));
@@ -174,6 +179,7 @@ impl ServeArgs {
         }
         let stop = async {
             stopped.await;
+            host.mark(Mark::ServeStopped);
             server.stop().await;
         };
         futures_util::future::join(join_all(accepting), stop).await;

@@ -9,11 +9,11 @@
 //! At SIGTERM the guests' requests in flight are answered, the images are closed, and the vbds stay as they are: the
 //! next `tapdisk xen` takes them up, and the guests notice a pause. The same holds after a crash.
 
-use crate::Console;
 use crate::disk::{DiskOptions, ImageArgs, open_disk, says_its_format, tell_memory, tell_stats};
 use crate::serve::ServeHost;
 use crate::spec::DiskSpec;
 use crate::vdev;
+use crate::{Console, Tuning};
 use clap::Args;
 use futures_util::future::join_all;
 use std::cell::{Cell, RefCell};
@@ -22,7 +22,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::str::FromStr;
 use tap_core::{Node, SchedulerStats, wait};
-use tap_host::{Budget, DomId, Errno, SECTOR_BYTES, VbdId};
+use tap_host::{Budget, DomId, Errno, Mark, SECTOR_BYTES, VbdId};
 use tap_images::show_size;
 use tap_xenbus::{
     Backend, BackendConfig, BackendEnd, BackendError, Device, DeviceFilter, Hotplug, XenHost, lead,
@@ -94,6 +94,7 @@ impl FromStr for GuestDisk {
 struct Shared<H> {
     host: H,
     args: XenArgs,
+    tuning: Tuning,
     console: Rc<dyn Console>,
     leave: Rc<wait::Event>,
     /// Of all disks together.
@@ -105,16 +106,16 @@ struct Shared<H> {
 }
 
 /// Runs `tapdisk xen` until every disk is closed or it is asked to stop, and gives its exit status.
-pub async fn run<H: GuestHost>(host: H, args: XenArgs, console: Rc<dyn Console>) -> u8 {
+pub async fn run<H: GuestHost>(host: H, args: XenArgs, tuning: Tuning, console: Rc<dyn Console>) -> u8 {
     let leave = Rc::<wait::Event>::default();
     let (stopped, event) = (host.asked_to_stop(), Rc::clone(&leave));
     host.spawn("stop", 0, async move {
         stopped.await;
         event.set();
     });
-    let memory = args.images.budget();
+    let memory = args.images.budget(&tuning);
     let (stats, failed) = (RefCell::default(), Cell::new(false));
-    let shared = Rc::new(Shared { host, args, console, leave, memory, stats, failed });
+    let shared = Rc::new(Shared { host, args, tuning, console, leave, memory, stats, failed });
     let outcome = if shared.args.watch { shared.watch().await } else { shared.serve_all().await };
     if let Err(why) = outcome {
         shared.fail(&why);
@@ -147,6 +148,7 @@ impl<H: GuestHost> Shared<H> {
         BackendConfig {
             record: Some(format!("{RECORDS}-{}-{}", dom.0, vbd.0)),
             hotplug,
+            limits: self.tuning.ring,
             memory: self.memory.clone(),
             ..BackendConfig::new(path, dom, vbd)
         }
@@ -156,6 +158,7 @@ impl<H: GuestHost> Shared<H> {
     async fn serve_all(&self) -> Result<(), String> {
         let root = self.root().await?;
         let serving = self.args.disks.iter().map(|disk| async {
+            self.host.mark(Mark::VbdNamed);
             let path = format!("{root}/{}/{}", disk.dom.0, disk.vbd.0);
             let config = self.config(&path, disk.dom, disk.vbd, Hotplug::Write);
             let open = || self.open(&config, &disk.spec, !self.args.images.read_only);
@@ -183,14 +186,16 @@ impl<H: GuestHost> Shared<H> {
             }
             Err(error) => return Err(format!("read {path}/frontend in xenstore: {error}")),
         }
-        let options =
-            DiskOptions { patience_ns: IN_USE_PATIENCE_NS, ..self.args.images.options(write, &self.memory) };
-        let disk = open_disk(&self.host, config.vbd, spec, &options).await?;
+        let options = DiskOptions {
+            patience_ns: IN_USE_PATIENCE_NS,
+            ..self.args.images.options(write, &self.memory, &self.tuning)
+        };
+        let disk = open_disk(&self.host, config.vbd, spec, &options).await.map_err(|e| e.to_string())?;
         let info = disk.slot().info();
         let size = show_size(info.size_sectors * SECTOR_BYTES);
         let read_only = if info.read_only { ", read-only" } else { "" };
         self.console.out(&format!("serving {}: {spec}, {size}{read_only}", name(config)));
-        let node = disk.node();
+        let node = self.tuning.disk(spec, disk.node());
         self.stats.borrow_mut().insert(path.clone(), Box::new(disk.stats_later()));
         Ok(node)
     }
@@ -205,17 +210,19 @@ impl<H: GuestHost> Shared<H> {
         if let Some(stats) = self.stats.borrow_mut().remove(&config.backend_path) {
             self.console.out(&format!("{}: {}", name(config), tell_stats(&stats())));
         }
-        let how = match end {
-            Ok(BackendEnd::Offline) => "closed",
-            Ok(BackendEnd::FrontendGone) => "closed: its front end was taken away",
-            Ok(BackendEnd::BackendGone) => "closed: it was taken away",
-            Ok(BackendEnd::Left) => "left as it is",
+        let (how, mark) = match end {
+            Ok(BackendEnd::Offline) => ("closed", None),
+            Ok(BackendEnd::FrontendGone) => ("closed: its front end was taken away", None),
+            Ok(BackendEnd::BackendGone) => ("closed: it was taken away", Some(Mark::VbdGone)),
+            Ok(BackendEnd::Left) => ("left as it is", Some(Mark::VbdLeft)),
             Err(error) => {
+                self.host.mark(Mark::VbdFailed);
                 self.tell(config, &error.to_string());
                 self.failed.set(true);
                 return;
             }
         };
+        mark.into_iter().for_each(|mark| self.host.mark(mark));
         self.console.out(&format!("{}: {how}", name(config)));
     }
 
@@ -233,10 +240,14 @@ impl<H: GuestHost> Shared<H> {
 
     async fn serve_device(&self, device: Device) {
         let config = self.config(&device.path, device.dom, device.vbd, Hotplug::Wait);
+        self.host.mark(Mark::VbdFound);
         let write = !(device.read_only || self.args.images.read_only);
         let open = async || self.open(&config, &named(&device.params)?, write).await;
         // One disk of many is no reason for us to fail.
-        let tell = |why: &str| self.tell(&config, why);
+        let tell = |why: &str| {
+            self.host.mark(Mark::VbdRefused);
+            self.tell(&config, why);
+        };
         let end = lead(&self.host, &config, &self.leave, open, tell).await;
         self.leave_if_deaf(&end);
         self.tell_end(&config, end);
@@ -245,6 +256,7 @@ impl<H: GuestHost> Shared<H> {
     /// A process that hears no events can serve no disk any more, also none that nobody uses yet: another is to.
     fn leave_if_deaf(&self, end: &Result<BackendEnd, BackendError>) {
         if end.as_ref().is_err_and(|error| matches!(error.first(), BackendError::Deaf { .. })) {
+            self.host.mark(Mark::LeftDeaf);
             self.leave.set();
         }
     }

@@ -48,3 +48,4 @@ pub use lead::lead;
 pub use machine::Backend;
 pub use patience::patiently;
 pub use supervise::{Device, DeviceFilter, supervise};
+pub use tap_ring::Limits as RingLimits;

@@ -99,12 +99,10 @@ async fn die(world: &World, machine: &Rc<Machine>, guest: &Guest<RingDisk>) {
 }
 
 /// It is tried now and then, and told once.
-fn check_attempts(world: &World, machine: &Machine, before: Option<(u32, u32)>, absent_ns: u64) {
-    let (Some((opened, told)), Some((opened_before, told_before))) = (machine.attempts(), before) else {
-        return;
-    };
+fn check_attempts(world: &World, machine: &Machine, before: (u64, u32), absent_ns: u64) {
+    let ((opened, told), (opened_before, told_before)) = (machine.attempts(), before);
     let most = FIRST_ATTEMPTS + absent_ns / (LONGEST_PAUSE_NS / 2);
-    if u64::from(opened - opened_before) > most {
+    if opened - opened_before > most {
         let text = format!("{} attempts in {absent_ns} ns to open an image", opened - opened_before);
         world.fail(Invariant::L1, text);
     }

@@ -67,6 +67,7 @@ pub static ALL: &[&Scenario] = &[
     &nbd::NBD_CROWD,
     &nbd::NBD_EVERY_COMMAND,
     &nbd::NBD_SERVER_STOPPED,
+    &nbd::NBD_SERVE_REFUSED,
 ];
 
 /// Scenarios that have been swept for long. The others are new, and `tapsim sweep --runs` gives each of them

@@ -13,6 +13,7 @@ use kernel_model::faults::FaultPlan;
 use kernel_model::{Blkfront, StorageConfig};
 use sim::{Entity, Label, Sim};
 use std::rc::Rc;
+use tap_core::CacheMode;
 use tap_core::wait::oneshot;
 use tap_host::SECTOR_BYTES;
 
@@ -150,14 +151,26 @@ pub(super) async fn finish(world: &World, machine: &Rc<Machine>, guests: &[(Atta
     }
 }
 
+/// Where no power cut comes before a disk is closed.
+const ALL_CACHES: [CacheMode; 3] = [CacheMode::WriteBack, CacheMode::WriteThrough, CacheMode::Unsafe];
+
 /// The usual life: attach, start, boot.
 pub(super) async fn start(
     world: &World,
     setups: Vec<Setup>,
 ) -> Option<(Rc<Machine>, Vec<(Attached, Guest<RingDisk>)>)> {
+    start_with(world, setups, &[CacheMode::WriteBack, CacheMode::WriteThrough]).await
+}
+
+/// As [`start`], with one of `caches`.
+async fn start_with(
+    world: &World,
+    setups: Vec<Setup>,
+    caches: &[CacheMode],
+) -> Option<(Rc<Machine>, Vec<(Attached, Guest<RingDisk>)>)> {
     let limits = StackLimits::draw(world);
-    // Where the program cannot serve one of several disks it goes on with the others.
-    let machine = if setups.len() == 1 { Machine::named(world, limits) } else { Machine::new(world, limits) };
+    let cache = world.setting("program-cache", caches);
+    let machine = Machine::caching(world, limits, cache);
     let mut attached = Vec::new();
     for (number, setup) in setups.into_iter().enumerate() {
         attached.push(machine.attach(setup, number as u64).await);
@@ -166,7 +179,7 @@ pub(super) async fn start(
     let mut guests = Vec::new();
     for one in attached {
         let guest = one.boot(world, NO_ERRORS).await?;
-        if machine.writes_through() {
+        if cache == CacheMode::WriteThrough {
             guest.write_through();
         }
         guests.push((one, guest));
@@ -176,11 +189,15 @@ pub(super) async fn start(
 
 async fn ring_raw(world: World) {
     let setup = Setup::raw(&world, 0, DISK_BYTES);
-    let Some((machine, guests)) = start(&world, vec![setup]).await else { return };
+    let Some((machine, guests)) = start_with(&world, vec![setup], &ALL_CACHES).await else { return };
     let (attached, guest) = &guests[0];
     let ops = operations_of(&world, attached, 0, 120);
     let (g, depth) = (guest.clone(), world.setting("ring-depth", &[32, 8, 1]));
     in_guest(attached, async move { g.run(&ops, depth).await }).await;
+    let syncs = world.storage.counts().syncs;
+    if machine.cache() == CacheMode::Unsafe && syncs > 0 {
+        world.fail(Invariant::D2, format!("{syncs} flushes of a disk that carries none out"));
+    }
     finish(&world, &machine, &guests).await;
 }
 
@@ -203,7 +220,7 @@ pub(super) fn kills(world: &World, most: u32, steps: u64) -> Vec<u64> {
 
 async fn tapdisk_killed(world: World) {
     let setup = Setup::qcow(&world, 0, DISK_BYTES, world.setting("overlay", &[false, true]));
-    let Some((machine, guests)) = start(&world, vec![setup]).await else { return };
+    let Some((machine, guests)) = start_with(&world, vec![setup], &ALL_CACHES).await else { return };
     let (attached, guest) = &guests[0];
     guest.set_manners(manners(&world, Invariant::P1));
     machine.allow_deafness();

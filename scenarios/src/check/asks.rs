@@ -21,6 +21,8 @@ struct Inner {
     /// How long a look takes at least, in nanoseconds: tables that are not in memory.
     late_ns: u64,
     flushes: Cell<u64>,
+    /// Requests and looks that have not ended.
+    running: Cell<u32>,
     looks: Cell<u32>,
     most_looks: Cell<u32>,
     /// The turn in which the last look ended.
@@ -36,6 +38,7 @@ impl Asks {
             cut_sectors: world.setting("extents-cut", &[0, 8, 40]),
             late_ns: world.setting("extents-late", &[0, 20_000, 20_000]),
             flushes: Cell::new(0),
+            running: Cell::new(0),
             looks: Cell::new(0),
             most_looks: Cell::new(0),
             turn: Cell::new(u64::MAX),
@@ -47,9 +50,30 @@ impl Asks {
         self.0.flushes.get()
     }
 
+    /// Requests and looks at extents that have not ended.
+    pub fn in_flight(&self) -> u32 {
+        self.0.running.get()
+    }
+
     /// Most looks at extents at one time.
     pub fn most_looks(&self) -> u32 {
         self.0.most_looks.get()
+    }
+}
+
+/// A request or a look, until its end.
+struct Runs(Rc<Inner>);
+
+impl Runs {
+    fn begin(inner: &Rc<Inner>) -> Self {
+        inner.running.set(inner.running.get() + 1);
+        Self(Rc::clone(inner))
+    }
+}
+
+impl Drop for Runs {
+    fn drop(&mut self) {
+        self.0.running.set(self.0.running.get() - 1);
     }
 }
 
@@ -85,11 +109,21 @@ impl Drop for Looks {
 impl Node for Asks {
     fn submit(&self, request: Request) -> LocalBoxFuture<Response> {
         self.0.flushes.set(self.0.flushes.get() + u64::from(request.op == Op::Flush));
-        self.0.lower.submit(request)
+        if request.op.is_write() && self.0.lower.info().read_only {
+            let text =
+                format!("a disk that may only be read is asked for {:?} {}", request.op, request.range);
+            self.0.world.fail(Invariant::N2, text);
+        }
+        let (runs, answer) = (Runs::begin(&self.0), self.0.lower.submit(request));
+        Box::pin(async move {
+            let response = answer.await;
+            drop(runs);
+            response
+        })
     }
 
     fn extents(&self, range: SectorRange, most: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
-        let looks = Looks::begin(&self.0);
+        let (runs, looks) = (Runs::begin(&self.0), Looks::begin(&self.0));
         let answer = self.0.lower.extents(range, most);
         Box::pin(async move {
             let inner = &looks.0;
@@ -100,6 +134,7 @@ impl Node for Asks {
             if let Ok(found) = &mut found {
                 looks.end(found);
             }
+            drop(runs);
             found
         })
     }

@@ -1,4 +1,4 @@
-//! Permissions of nodes.
+//! Who may read and write a node.
 
 use tap_host::DomId;
 

@@ -59,7 +59,7 @@ pub enum XenError {
         error: Errno,
     },
     /// The folder for pages that outlive the process.
-    #[error("use {folder} for pages that outlive the process: {error}{}", folder_hint(*error))]
+    #[error("use {folder} for what outlives the process: {error}{}", folder_hint(*error))]
     Folder {
         /// The folder.
         folder: PathBuf,
@@ -74,16 +74,16 @@ pub enum XenError {
 fn hint(error: Errno) -> &'static str {
     match error {
         Errno::ENOENT | Errno::ENODEV | Errno::ENXIO => {
-            "; it exists in a Xen domain with the modules xen-gntdev and xen-evtchn"
+            "; it is there in a domain of Xen with the modules xen-gntdev and xen-evtchn"
         }
-        Errno::EACCES | Errno::EPERM => "; this needs root",
+        Errno::EACCES | Errno::EPERM => "; it takes root",
         _ => "",
     }
 }
 
 fn folder_hint(error: Errno) -> &'static str {
     match error {
-        Errno::EACCES => "; it must be owned by this user, and not be writable by others",
+        Errno::EACCES => "; it has to be ours, and nobody else may write to it",
         _ => "",
     }
 }

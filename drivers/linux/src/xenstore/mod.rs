@@ -75,7 +75,7 @@ enum StoreLost {
     Io(Errno),
     #[error("it sent a message of {0} bytes, more than there can be")]
     TooLong(u32),
-    #[error("it answered request {0}, which was never made")]
+    #[error("it answered request {0}, which nobody had made")]
     NotAsked(u32),
     #[error("it answered a request of kind {0:?} with another kind")]
     OtherKind(MessageKind),
@@ -101,7 +101,7 @@ impl StoreClient {
         host.spawn("xenstore", 0, async move {
             if let Err(lost) = driver.run().await {
                 let text = format_args!(
-                    "lost xenstored at {place}: {lost}; start this program again once it is back"
+                    "xenstored at {place} is lost: {lost}; start this program again once it is there"
                 );
                 log.say(Level::Error, text);
             }

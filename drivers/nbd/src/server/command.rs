@@ -37,11 +37,12 @@ const KNOWN_FLAGS: u16 =
     command::FUA | command::NO_HOLE | command::DF | command::REQ_ONE | command::FAST_ZERO;
 
 impl Job {
-    /// Checks a request against the export. `request_bytes` is the maximum of a read or write, `status` says whether
+    /// Checks a request against the export, which may be `read_only`. `request_bytes` is the maximum of a read or write, `status` says whether
     /// block status was negotiated.
     pub(super) fn check(
         header: &RequestHeader,
         export: &Export,
+        read_only: bool,
         request_bytes: u32,
         status: bool,
     ) -> Result<Self, Refusal> {
@@ -70,7 +71,7 @@ impl Job {
         if kind == Kind::Op(Op::Flush) {
             return Ok(job);
         }
-        if writes && export.is_read_only() {
+        if writes && read_only {
             return Err(Refusal(error::EPERM, "the export is read-only"));
         }
         let sector_bytes = SECTOR_BYTES as u32;

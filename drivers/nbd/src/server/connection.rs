@@ -2,7 +2,7 @@
 
 use super::command::{Job, Kind, Refusal, error_of, extents};
 use super::negotiate::{ALLOCATION_ID, Agreed, CLOSED, Negotiation, why};
-use super::{Export, Flow, Inner, Open, STOPPED};
+use super::{Flow, Inner, Open, STOPPED};
 use crate::inlet::Inlet;
 use crate::outbox::Outbox;
 use crate::stop::{StopSignal, first};
@@ -209,9 +209,8 @@ where
         let (limits, agreed) = (&self.server.limits, &self.agreed);
         let payload = if header.command.get() == CMD_WRITE { header.len.get() as usize } else { 0 };
         let thaw = header.command.get() == CMD_TRIM && self.host().bug(Bug::NbdTrimFrozen);
-        let thawed = thaw.then(|| Export { read_only: false, ..Export::clone(&agreed.export) });
-        let export = thawed.as_ref().unwrap_or(&agreed.export);
-        let job = Job::check(header, export, limits.request_bytes, agreed.status);
+        let (export, read_only) = (&agreed.export, agreed.export.is_read_only() && !thaw);
+        let job = Job::check(header, export, read_only, limits.request_bytes, agreed.status);
         let taken = match job {
             Ok(job) => self.start(job, payload, inlet).await,
             Err(_) if payload > limits.request_bytes as usize => Err("a write larger than the maximum"),

@@ -125,7 +125,8 @@ async fn open_node<H: DiskHost>(
     spec: &DiskSpec,
     options: &DiskOptions,
 ) -> Result<Rc<dyn Node>, String> {
-    Ok(open_disk(host, VbdId(0), spec, options).await?.node())
+    let disk = open_disk(host, VbdId(0), spec, options).await.map_err(|e| e.to_string())?;
+    Ok(disk.node())
 }
 
 /// As [`disk`], for what needs a file.

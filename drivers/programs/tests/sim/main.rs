@@ -10,8 +10,8 @@ use sim::{Config, Sim};
 use std::cell::RefCell;
 use std::rc::Rc;
 use tap_host::Tasks;
-use tap_programs::Console;
 use tap_programs::daemon::{Cli, run};
+use tap_programs::{Console, Tuning};
 use xen_model::Xen;
 
 #[derive(Default)]
@@ -41,7 +41,7 @@ impl Daemon {
         let host = SimHost::start(kernel, xen, "tapdisk", key);
         let (printed, status) = (Rc::new(Printed::default()), Rc::new(RefCell::new(None)));
         let (h, p, s) = (host.clone(), Rc::clone(&printed), Rc::clone(&status));
-        host.spawn("main", 0, async move { *s.borrow_mut() = Some(run(h, cli, p).await) });
+        host.spawn("main", 0, async move { *s.borrow_mut() = Some(run(h, cli, Tuning::default(), p).await) });
         Self { host, printed, status }
     }
 

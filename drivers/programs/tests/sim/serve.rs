@@ -12,7 +12,8 @@ async fn client(kernel: &Kernel, name: &str) -> Result<Rc<dyn Node>, String> {
     let host = kernel.process(format!("client of {name}"), 77);
     let options = DiskOptions { write: true, ..DiskOptions::default() };
     let spec = format!("nbd+unix:///{name}?socket=/run/s").parse()?;
-    Ok(open_disk(&host, VbdId(0), &spec, &options).await?.node())
+    let disk = open_disk(&host, VbdId(0), &spec, &options).await.map_err(|e| e.to_string())?;
+    Ok(disk.node())
 }
 
 fn bytes(fill: u8, sectors: usize) -> IoVec {

@@ -5,9 +5,9 @@ use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::Duration;
 use tap_linux::{AioEngine, Level, Options, XenOptions, set_io_priority};
-use tap_programs::Console;
 use tap_programs::daemon::{AioArg, Cli, Command, run};
 use tap_programs::usage;
+use tap_programs::{Console, Tuning};
 use tapdisk::Terminal;
 
 /// Exit status if the command line cannot be parsed.
@@ -47,7 +47,7 @@ fn main() -> ExitCode {
     }
     let run = |host| async move {
         let terminal = Rc::new(Terminal::of_service());
-        let status = run(host, cli, Rc::clone(&terminal) as Rc<dyn Console>).await;
+        let status = run(host, cli, Tuning::default(), Rc::clone(&terminal) as Rc<dyn Console>).await;
         terminal.status(status)
     };
     match tap_linux::run(&options, run) {

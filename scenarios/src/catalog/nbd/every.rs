@@ -1,7 +1,7 @@
 //! Every command of the protocol, with every flag that may stand beside it; and a server that is stopped under load.
 
 use super::plan::{
-    DISK, DISK_BYTES, NO_ERRORS, Plan, Running, address, check_looks, client_config, client_stack, cut_power,
+    DISK, DISK_BYTES, NO_ERRORS, Plan, Served, address, check_looks, client_config, client_stack, cut_power,
     last_look, within,
 };
 use crate::catalog::crash::arm_power_cut;
@@ -17,7 +17,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use tap_core::CacheMode;
 use tap_core::wait::Event;
-use tap_host::{SECTOR_BYTES, Sockets};
+use tap_host::{SECTOR_BYTES, SocketAddress, Sockets};
 use tap_nbd::{Breaks, ClientConfig};
 
 /// When a server is asked to stop.
@@ -48,17 +48,22 @@ fn storage(sim: &Sim) -> StorageConfig {
 
 const FROZEN: &str = "frozen";
 
+fn frozen_address() -> SocketAddress {
+    SocketAddress::Unix("/run/frozen.nbd".into())
+}
+
 async fn every_command(world: World) {
-    let (mut plan, setup) = Plan::draw(&world);
+    let (plan, setup) = Plan::draw(&world);
     let frozen = Setup::raw(&world, 1, DISK_BYTES);
     frozen.history.borrow_mut().relax_order();
-    plan.disks.push((FROZEN, frozen.clone()));
+    let still = plan.other(FROZEN, &frozen, frozen_address()).frozen();
     let before = world.storage.bytes(&frozen.spec.path);
     world.storage.set_calm(true);
     let Some(served) = plan.serve(&plan.process("tapdisk", 0)).await else { return };
+    let Some(other) = still.serve(&plan.process("frozen", 0)).await else { return };
     world.storage.set_calm(false);
     let host = plan.process("client", 0);
-    let nodes = [served.host.process.node().clone(), host.process.node().clone()];
+    let nodes = [&served.host, &other.host, &host].map(|host| host.process.node().clone());
     arm_power_cut(&world, &setup, 0, 240, move || nodes.iter().for_each(sim::Node::kill));
     let most = (plan.server.request_bytes / SECTOR_BYTES as u32).min(1024);
     let entity = Entity::WORLD.child("speaker", 0);
@@ -71,7 +76,8 @@ async fn every_command(world: World) {
         let mut speakers = Vec::new();
         // The last one is of the other kind, and on the disk that stays as it is.
         for (name, structured) in [(DISK, structured), (DISK, !structured), (FROZEN, structured)] {
-            speakers.extend(speaker(&w, &h, name, structured).await);
+            let address = if name == FROZEN { frozen_address() } else { address() };
+            speakers.extend(speaker(&w, &h, &address, name, structured).await);
         }
         if speakers.len() == 3 {
             speak(&h, &speakers, &[s.clone(), s, still], &steps, depth).await;
@@ -83,13 +89,13 @@ async fn every_command(world: World) {
     let flushes =
         |who: usize| all.iter().skip(who).step_by(3).flatten().filter(|step| step.flushes()).count();
     let most = [flushes(0) + flushes(1), flushes(2)];
-    for (asks, most) in served.asks.iter().zip(most) {
+    for (asks, most) in served.asks().iter().chain(&other.asks()).zip(most) {
         if asks.flushes() > most as u64 {
             let text = format!("{} flushes for {most} requests that need one", asks.flushes());
             world.fail(Invariant::N2, text);
         }
     }
-    cut_power(&world, &setup, &[&served.host, &host]).await;
+    cut_power(&world, &setup, &[&served.host, &other.host, &host]).await;
     if world.storage.bytes(&frozen.spec.path) != before {
         world.fail(Invariant::N2, "a read-only export has changed");
     }
@@ -99,10 +105,11 @@ async fn every_command(world: World) {
 async fn speaker(
     world: &World,
     host: &SimHost,
+    address: &SocketAddress,
     name: &str,
     structured: bool,
 ) -> Option<Speaker<ProcessStream>> {
-    let raw = RawNbd::new(host.connect(&address()).await.ok()?);
+    let raw = RawNbd::new(host.connect(address).await.ok()?);
     let speaker = Speaker::agree(world, raw, name, structured, DISK_BYTES).await?;
     host.process.node().spawn("listens", 0, speaker.clone().listen());
     Some(speaker)
@@ -135,7 +142,7 @@ async fn server_stopped(world: World) {
     let (mut plan, setup) = Plan::draw(&world);
     // Also less than the disk takes for a request: then it ends without its reply, and is asked for again.
     plan.server.grace_ns = world.setting("nbd-grace", &[5_000_000_000, 1_000_000]);
-    let Some(first) = Running::start(&plan, plan.process("tapdisk", 0)).await else { return };
+    let Some(first) = plan.serve(&plan.process("tapdisk", 0)).await else { return };
     let host = plan.process("client", 0);
     let config = ClientConfig { breaks: Breaks::Keep, ..client_config(&world) };
     let ops = plan.operations(0, setup.size_sectors, 60);
@@ -156,12 +163,12 @@ async fn server_stopped(world: World) {
     .await;
     done.wait().await;
     let Some(served) = last.take() else { return };
-    cut_power(&world, &setup, &[&host, served.host()]).await;
+    cut_power(&world, &setup, &[&host, &served.host]).await;
     last_look(&plan, &setup, Invariant::G7).await;
 }
 
 /// Stops the server, cuts the power of its machine, and starts the next; gives the last one.
-async fn stops(plan: &Plan, setup: &Setup, first: Running) -> Option<Running> {
+async fn stops(plan: &Plan, setup: &Setup, first: Served) -> Option<Served> {
     let (world, mut served) = (&plan.world, first);
     for n in 1..=3 {
         let entity = Entity::WORLD.child("stop", n);
@@ -172,7 +179,7 @@ async fn stops(plan: &Plan, setup: &Setup, first: Running) -> Option<Running> {
             served.stop(world, setup).await;
             world.storage.power_cut();
             world.count(|s| s.crashes += 1);
-            served = Running::start(plan, plan.process("tapdisk", n)).await?;
+            served = plan.serve(&plan.process("tapdisk", n)).await?;
         }
     }
     Some(served)

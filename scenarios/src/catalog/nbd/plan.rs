@@ -4,19 +4,20 @@ use crate::catalog::crash::either;
 use crate::catalog::setup::{Setup, cut_after_close, workload};
 use crate::check::{Asks, Invariant};
 use crate::guest::{DirectDisk, Guest, GuestDisk, Manners, RawNbd, Spread};
-use crate::program::{named, tapdisk};
-use crate::stack::{Stack, StackLimits};
+use crate::program::{Printed, named, option_of, tapdisk};
+use crate::stack::StackLimits;
 use crate::workload::{Op, Workload, operations};
 use crate::world::World;
 use kernel_model::SimHost;
 use sim::Entity;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
-use tap_core::wait::{Receiver, oneshot};
+use tap_core::wait::{Event, oneshot};
 use tap_core::{CacheMode, Disk, DiskConfig, Node};
-use tap_host::{Budget, Mark, Share, SocketAddress, Sockets, VbdId};
-use tap_images::ImageError;
-use tap_nbd::{Client, ClientConfig, Export, Server, ServerLimits};
+use tap_host::{Event as LogEvent, Mark, Share, SocketAddress, Sockets, VbdId};
+use tap_nbd::{Client, ClientConfig, ServerLimits};
+use tap_programs::Tuning;
+use tap_programs::spec::DiskSpec;
 
 pub(super) const DISK_BYTES: u64 = 1 << 20;
 /// Nothing below fails, so nothing above may.
@@ -28,12 +29,7 @@ pub(super) fn address() -> SocketAddress {
     SocketAddress::Unix("/run/tapdisk.nbd".into())
 }
 
-/// Whether the server is the program that ships, with the limits that it has.
-pub(super) fn shipped(world: &World) -> bool {
-    world.setting("shipped-program", &[false, true])
-}
-
-/// The least memory of a server's connections: some of every size.
+/// Memory for the connections of a server, in bytes: some of every size.
 const SERVER_BYTES: usize = 8 << 20;
 
 pub(super) fn server_limits(world: &World) -> ServerLimits {
@@ -57,6 +53,19 @@ pub(super) fn client_config(world: &World) -> ClientConfig {
     }
 }
 
+/// Where the server listens whose disk is that of another, so that URIs can name it.
+pub(super) fn tcp_address() -> SocketAddress {
+    SocketAddress::Tcp { host: "::1".into(), port: 10810 }
+}
+
+/// The export of guests, as a disk: with percent signs as URIs have them, and without a name, as the only one.
+const PROXIED: [&str; 4] = [
+    "nbd+unix:///d%69s%6b?socket=/run/tapdisk%2Enbd",
+    "nbd:unix:/run/tapdisk.nbd",
+    "nbd://[::1]:10810/disk",
+    "nbd:[::1]:10810",
+];
+
 /// What a server of this world serves, and how.
 #[derive(Clone)]
 pub(super) struct Plan {
@@ -64,78 +73,75 @@ pub(super) struct Plan {
     /// Names and disks.
     pub(super) disks: Vec<(&'static str, Setup)>,
     pub(super) limits: StackLimits,
+    /// When writes become durable.
+    cache: CacheMode,
     pub(super) server: ServerLimits,
+    /// Where the server listens.
+    pub(super) addresses: Vec<SocketAddress>,
     /// Memory that others have for themselves.
     taken: Rc<RefCell<Vec<Share>>>,
 }
 
-/// A server that runs.
+/// `tapdisk serve` in a process.
 pub(super) struct Served {
     pub(super) host: SimHost,
-    pub(super) server: Server<SimHost>,
-    stacks: Vec<Stack>,
-    /// What the server asked of each disk.
-    pub(super) asks: Vec<Rc<Asks>>,
+    said: Rc<Printed>,
+    /// Connections that are open, and whether there is none.
+    open: Rc<Cell<usize>>,
+    idle: Rc<Event>,
+    /// What the server asks of each disk, in the order of the command line.
+    asks: Rc<RefCell<Vec<Rc<Asks>>>>,
 }
 
 impl Served {
+    /// What the server has asked of each disk.
+    pub(super) fn asks(&self) -> Vec<Rc<Asks>> {
+        self.asks.borrow().clone()
+    }
+
+    /// Connections that are open.
+    pub(super) fn connections(&self) -> usize {
+        self.open.get()
+    }
+
+    /// Counts what the server says of its connections.
+    fn count_connections(&self, world: &World) {
+        let (own, open, idle) = (self.host.process.node().entity(), self.open.clone(), self.idle.clone());
+        idle.set();
+        world.kernel.on_event(move |node, event| match event {
+            LogEvent::NbdConnected { .. } if node.entity() == own => {
+                open.set(open.get() + 1);
+                idle.clear();
+            }
+            LogEvent::NbdClosed { .. } if node.entity() == own => {
+                open.set(open.get() - 1);
+                if open.get() == 0 {
+                    idle.set();
+                }
+            }
+            _ => {}
+        });
+    }
+
     /// Ends in order. What was answered before the disks are closed is durable once they are.
     pub(super) async fn stop(self, world: &World, setup: &Setup) {
-        self.server.stop().await;
-        check_idle(world, &self, 0);
+        self.host.process.ask_to_stop();
+        let node = self.host.process.node();
+        either(node.dead(), self.idle.wait()).await;
         let inv = setup.history.borrow_mut().begin_flush();
-        for stack in &self.stacks {
-            if let Err(error) = stack.disk.close().await {
-                world.fail(Invariant::G11, format!("closing the disk failed with {error:?}"));
+        either(node.dead(), self.said.ended()).await;
+        // What is wrong has been told.
+        match self.said.status() {
+            Some(status) => {
+                check_idle(world, &self, 0);
+                if status == 0 {
+                    setup.history.borrow_mut().end_flush(inv);
+                }
             }
+            None => setup.history.borrow_mut().server_died(),
         }
-        setup.history.borrow_mut().end_flush(inv);
         self.host.process.node().kill();
         self.host.process.node().dead().await;
-    }
-}
-
-/// A server that can be stopped: made of its parts, or the program that ships.
-pub(super) enum Running {
-    Parts(Served),
-    Program(SimHost, Receiver<()>),
-}
-
-impl Running {
-    /// Starts one in `host`. `None` if that fails.
-    pub(super) async fn start(plan: &Plan, host: SimHost) -> Option<Self> {
-        if !shipped(&plan.world) {
-            return plan.serve(&host).await.map(Self::Parts);
-        }
-        let (done, ended) = oneshot();
-        let (plan, own) = (plan.clone(), host.clone());
-        host.process.node().spawn("main", 0, async move {
-            plan.program(&own).await;
-            let _ = done.send(());
-        });
-        Some(Self::Program(host, ended))
-    }
-
-    pub(super) fn host(&self) -> &SimHost {
-        match self {
-            Self::Parts(served) => &served.host,
-            Self::Program(host, _) => host,
-        }
-    }
-
-    /// As [`Served::stop`]; a program is asked to.
-    pub(super) async fn stop(self, world: &World, setup: &Setup) {
-        match self {
-            Self::Parts(served) => served.stop(world, setup).await,
-            Self::Program(host, ended) => {
-                let inv = setup.history.borrow_mut().begin_flush();
-                host.process.ask_to_stop();
-                let _ = ended.await;
-                setup.history.borrow_mut().end_flush(inv);
-                host.process.node().kill();
-                host.process.node().dead().await;
-            }
-        }
     }
 }
 
@@ -151,7 +157,9 @@ impl Plan {
             world: world.clone(),
             disks: vec![(DISK, setup.clone())],
             limits: StackLimits::draw(world),
+            cache: world.setting("program-cache", &[CacheMode::WriteBack, CacheMode::WriteThrough]),
             server: server_limits(world),
+            addresses: vec![address()],
             taken: Rc::default(),
         };
         (plan, setup)
@@ -164,93 +172,116 @@ impl Plan {
             world: world.clone(),
             disks: Vec::new(),
             limits,
+            cache: CacheMode::WriteBack,
             server: ServerLimits::default(),
+            addresses: vec![address()],
             taken: Rc::default(),
         }
     }
 
-    /// Starts a server in `host`, which opens the images and listens. `None` if that fails.
-    pub(super) async fn serve(&self, host: &SimHost) -> Option<Served> {
-        let mut exports = Vec::new();
-        let (mut stacks, mut asks) = (Vec::new(), Vec::new());
-        for (name, setup) in &self.disks {
-            let stack = loop {
-                match Stack::open(host, &self.world, &setup.spec, &self.limits).await {
-                    Ok(stack) => break stack,
-                    // The lock of a dead predecessor goes when its last operation has landed.
-                    Err(ImageError::InUse { .. }) => self.world.sim.sleep_ns(200_000).await,
-                    Err(error) => return self.failed(host, &format!("open its image: {error}")),
-                }
-            };
-            let (name, node) = (String::from(*name), Asks::new(&self.world, stack.node()));
-            asks.push(Rc::clone(&node));
-            let read_only = name.starts_with("frozen");
-            exports.push(Export { name, description: String::new(), node, read_only });
-            stacks.push(stack);
-        }
-        let server = match Server::new(host.clone(), exports, self.server, &self.memory()) {
-            Ok(server) => server,
-            Err(error) => return self.failed(host, &error.to_string()),
-        };
-        let listener = match host.listen(&address()).await {
-            Ok(listener) => listener,
-            Err(error) => return self.failed(host, &format!("listen: {error}")),
-        };
-        let own = server.clone();
-        host.process.node().spawn("serve", 0, async move { own.serve(listener).await });
-        Some(Served { host: host.clone(), server, stacks, asks })
+    /// The same for one more disk, of another server at `address`.
+    pub(super) fn other(&self, name: &'static str, setup: &Setup, address: SocketAddress) -> Self {
+        Self { disks: vec![(name, setup.clone())], addresses: vec![address], ..self.clone() }
     }
 
-    /// The memory of a server's connections.
-    fn memory(&self) -> Budget {
+    /// With disks that are only read.
+    pub(super) fn frozen(self) -> Self {
+        Self { limits: StackLimits { read_only: true, ..self.limits }, ..self }
+    }
+
+    /// Starts a server in `host` and waits until it listens. `None` if it ends before.
+    pub(super) async fn serve(&self, host: &SimHost) -> Option<Served> {
+        let served = self.start(host);
+        let listens = Cell::new(false);
+        let said = async { listens.set(served.said.says("listening at").await) };
+        either(said, host.process.node().dead()).await;
+        listens.get().then_some(served)
+    }
+
+    /// Starts a server in `host`.
+    pub(super) fn start(&self, host: &SimHost) -> Served {
+        let (said, asks) = (Rc::<Printed>::default(), Rc::default());
+        let (open, idle) = (Rc::default(), Rc::default());
+        let served =
+            Served { host: host.clone(), said: Rc::clone(&said), open, idle, asks: Rc::clone(&asks) };
+        served.count_connections(&self.world);
+        host.process.node().spawn("main", 0, self.clone().program(host.clone(), said, asks));
+        served
+    }
+
+    /// Bytes for everything that a server has, if that is bounded at all; 0 is the least.
+    fn memory_bytes(&self) -> usize {
         match self.limits.memory_bytes {
-            0 => Budget::least(),
-            bytes => Budget::new(bytes.max(SERVER_BYTES)),
+            0 => 0,
+            bytes => SERVER_BYTES + bytes * self.disks.len().max(1),
         }
+    }
+
+    /// What a server has no options for; what it asks of its disks is counted in `asks`.
+    fn tuning(&self, host: &SimHost, asks: Rc<RefCell<Vec<Rc<Asks>>>>) -> Tuning {
+        let tuning = self.limits.tuning(&self.world, host.process.node(), self.memory_bytes());
+        let (world, over) = (self.world.clone(), tuning.over_disk);
+        let over_disk = Rc::new(move |spec: &DiskSpec, disk: Rc<dyn Node>| {
+            let disk = match &over {
+                Some(over) => over(spec, disk),
+                None => disk,
+            };
+            let node = Asks::new(&world, disk);
+            asks.borrow_mut().push(Rc::clone(&node));
+            node as Rc<dyn Node>
+        });
+        Tuning { server: self.server, over_disk: Some(over_disk), ..tuning }
+    }
+
+    fn line(&self) -> String {
+        let addresses: Vec<String> = self.addresses.iter().map(|at| format!("--nbd {at}")).collect();
+        let disks = self.disks.iter().map(|(name, setup)| match *name {
+            "" => named(&setup.spec),
+            name => format!("{name}={}", named(&setup.spec)),
+        });
+        let (disks, connections): (Vec<String>, _) = (disks.collect(), self.server.connections);
+        let (addresses, options) = (addresses.join(" "), self.limits.options());
+        let cache = option_of(self.cache);
+        format!("serve {addresses} --connections {connections} {options} {cache} {}", disks.join(" "))
     }
 
     /// `tapdisk serve` with the disks of this plan, started again while an image is in use by a predecessor whose last
     /// operation is under way. Ends when it is asked to stop.
-    pub(super) async fn program(&self, host: &SimHost) {
-        let disks = self.disks.iter().map(|(name, setup)| format!("{name}={}", named(&setup.spec)));
-        let disks: Vec<String> = disks.collect();
-        let line = format!("serve --nbd {} {} {}", address(), self.limits.images(), disks.join(" "));
+    async fn program(self, host: SimHost, said: Rc<Printed>, asks: Rc<RefCell<Vec<Rc<Asks>>>>) {
+        let line = self.line();
         loop {
-            let (status, why) = tapdisk(host, &line).await;
-            if status == 0 || !host.process.node().is_alive() {
-                return;
+            let status = tapdisk(&host, &line, self.tuning(&host, Rc::clone(&asks)), &said).await;
+            let why = said.err.take().join("; ");
+            if status != 0 && why.contains("in use") {
+                continue;
             }
-            if !why.contains("in use") {
+            let lost = self.world.errors_allowed() && why.contains("may be lost");
+            if (status != 0 || !why.is_empty()) && !lost && host.process.node().is_alive() {
                 let text = format!("tapdisk {line} ended with status {status}: {why}");
-                return self.world.fail(Invariant::L1, text);
+                self.world.fail(Invariant::L1, text);
             }
+            return said.end(status);
         }
     }
 
     /// `tapdisk serve` in `host` whose disk is the export of this plan's server: gives where it listens.
     pub(super) fn proxy(&self, host: &SimHost) -> SocketAddress {
         let address = SocketAddress::Tcp { host: "::1".into(), port: 10809 };
-        // The export and the socket as URIs have them.
-        let disk = "disk=nbd+unix:///d%69s%6b?socket=/run/tapdisk%2Enbd";
+        let disk = self.world.setting("proxied", &PROXIED);
         let listen = "--nbd tcp:[::1]:10809 --nbd unix:/run/proxy.nbd";
-        let line = format!("serve {listen} --connections 3 {} {disk}", self.limits.images());
+        let line = format!("serve {listen} --connections 3 {} disk={disk}", self.limits.options());
+        let tuning = self.limits.tuning(&self.world, host.process.node(), self.memory_bytes());
         let (world, own) = (self.world.clone(), host.clone());
         host.process.node().spawn("main", 0, async move {
-            let (status, why) = tapdisk(&own, &line).await;
+            let said = Rc::<Printed>::default();
+            let status = tapdisk(&own, &line, tuning, &said).await;
             if own.process.node().is_alive() {
+                let why = said.err.take().join("; ");
                 let text = format!("tapdisk {line} ended with status {status}: {why}");
                 world.fail(Invariant::L1, text);
             }
         });
         address
-    }
-
-    fn failed(&self, host: &SimHost, what: &str) -> Option<Served> {
-        // A dying process may see anything.
-        if host.process.node().is_alive() {
-            self.world.fail(Invariant::G11, format!("tapdisk failed to {what}"));
-        }
-        None
     }
 
     pub(super) fn process(&self, name: &str, key: u64) -> SimHost {
@@ -310,7 +341,11 @@ impl Plan {
     }
 
     pub(super) fn guest<D: GuestDisk>(&self, disk: D, setup: &Setup, reads: Invariant) -> Guest<D> {
-        Guest::new(&self.world, disk, Rc::clone(&setup.history), Manners { reads, ..NO_ERRORS })
+        let guest = Guest::new(&self.world, disk, Rc::clone(&setup.history), Manners { reads, ..NO_ERRORS });
+        if self.cache == CacheMode::WriteThrough {
+            guest.write_through();
+        }
+        guest
     }
 }
 
@@ -365,13 +400,7 @@ pub(super) async fn end(plan: &Plan, served: Served, clients: &Clients, setup: &
             world.fail(Invariant::E4, format!("closing a client failed with {error:?}"));
         }
     }
-    served.server.stop().await;
-    check_idle(world, &served, 0);
-    for stack in &served.stacks {
-        if let Err(error) = stack.disk.close().await {
-            world.fail(Invariant::G11, format!("closing the disk failed with {error:?}"));
-        }
-    }
+    served.stop(world, setup).await;
     cut_after_close(world, [setup.spec.path.as_str()]);
     setup.check(world, "in the end").await;
 }
@@ -386,7 +415,7 @@ pub(super) fn check_connected(world: &World, clients: &Clients) {
 /// No more looks at extents at one time than connections asked for them: each has one answer about extents at most in
 /// the making, whatever its client asks for.
 pub(super) fn check_looks(world: &World, served: &Served, connections: u32) {
-    let most = served.asks.iter().map(|asks| asks.most_looks()).max().unwrap_or_default();
+    let most = served.asks().iter().map(|asks| asks.most_looks()).max().unwrap_or_default();
     if most > connections {
         let text = format!("{most} answers about extents were made at once for {connections} connections");
         world.fail(Invariant::M1, text);
@@ -403,10 +432,10 @@ pub(super) fn check_unbroken(world: &World) {
 
 /// Nothing is in flight any more, and only `connections` are open.
 pub(super) fn check_idle(world: &World, served: &Served, connections: usize) {
-    let (open, used) = (served.server.connections(), served.server.used_bytes());
-    let in_flight: usize = served.stacks.iter().map(|stack| stack.disk.slot().in_flight()).sum();
-    if (open, used, in_flight) != (connections, 0, 0) {
-        let text = format!("{open} connections, {used} bytes and {in_flight} requests are left");
+    let open = served.connections();
+    let in_flight: u32 = served.asks().iter().map(|asks| asks.in_flight()).sum();
+    if (open, in_flight) != (connections, 0) {
+        let text = format!("{open} connections and {in_flight} requests are left");
         world.fail(Invariant::K1, format!("{text}; {connections} connections and nothing else should be"));
     }
 }
@@ -415,7 +444,7 @@ pub(super) fn check_idle(world: &World, served: &Served, connections: usize) {
 #[derive(Clone)]
 pub(super) struct Supervisor {
     plan: Plan,
-    current: Rc<RefCell<SimHost>>,
+    current: Rc<RefCell<Option<Served>>>,
     /// Nobody is started any more.
     done: Rc<Cell<bool>>,
 }
@@ -423,8 +452,7 @@ pub(super) struct Supervisor {
 impl Supervisor {
     /// With a server that starts.
     pub(super) fn new(plan: &Plan) -> Self {
-        let current = Rc::new(RefCell::new(plan.process("unused", 0)));
-        let supervisor = Self { plan: plan.clone(), current, done: Rc::default() };
+        let supervisor = Self { plan: plan.clone(), current: Rc::default(), done: Rc::default() };
         supervisor.start(0);
         supervisor
     }
@@ -432,7 +460,7 @@ impl Supervisor {
     /// Kills the server as often as `after` has numbers, each time after so many of its effects.
     pub(super) async fn run(self, after: Vec<u64>) {
         for (i, steps) in after.into_iter().enumerate() {
-            let host = self.current.borrow().clone();
+            let Some(host) = self.current.borrow().as_ref().map(|served| served.host.clone()) else { return };
             host.process.node().kill_after_steps(steps);
             host.process.node().dead().await;
             if self.done.get() {
@@ -449,24 +477,13 @@ impl Supervisor {
         if self.done.get() {
             return;
         }
-        let host = self.plan.process("tapdisk", key);
-        *self.current.borrow_mut() = host.clone();
-        let plan = self.plan.clone();
-        host.clone().process.node().spawn("main", 0, async move {
-            if self::shipped(&plan.world) {
-                return plan.program(&host).await;
-            }
-            let served = plan.serve(&host).await;
-            // Its disks live as long as the process.
-            std::future::pending::<()>().await;
-            drop(served);
-        });
+        *self.current.borrow_mut() = Some(self.plan.start(&self.plan.process("tapdisk", key)));
     }
 
     /// The server that is left; it has no successor.
-    pub(super) fn retire(&self) -> SimHost {
+    pub(super) fn retire(&self) -> Served {
         self.done.set(true);
-        self.current.borrow().clone()
+        self.current.take().expect("a supervisor has a server until it retires")
     }
 }
 

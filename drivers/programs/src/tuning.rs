@@ -1,0 +1,84 @@
+//! What the command line of a program does not say: bounds of its parts, and what whoever embeds it puts between them.
+//!
+//! ```text
+//!   ring, NBD ──► [over_disk] ──► Disk ──► [over_image] ──► image
+//! ```
+//!
+//! The mains pass the default, which is what ships. What an operator may want to set is an option of the command line
+//! instead.
+
+use crate::spec::DiskSpec;
+use std::fmt;
+use std::rc::Rc;
+use tap_core::{Node, SchedulerLimits};
+use tap_host::Budget;
+use tap_images::OpenOptions;
+use tap_nbd::ServerLimits;
+use tap_xenbus::RingLimits;
+
+/// Returns what stands in place of the given node of the disk called so.
+pub type Layer = Rc<dyn Fn(&DiskSpec, Rc<dyn Node>) -> Rc<dyn Node>>;
+
+/// How the parts of a program are bounded, and what is put between them.
+#[derive(Clone)]
+pub struct Tuning {
+    /// Bounds of the scheduler of each disk.
+    pub scheduler: SchedulerLimits,
+    /// Memory for the tables of one image that are kept, in bytes.
+    pub table_bytes: usize,
+    /// Bounds of the ring of each guest.
+    pub ring: RingLimits,
+    /// Bounds of the NBD server; the number of connections is an option of the command line.
+    pub server: ServerLimits,
+    /// The memory of the process, in place of one of the size that the command line says.
+    pub memory: Option<Budget>,
+    /// Put over each image that is opened, below its scheduler.
+    pub over_image: Option<Layer>,
+    /// Put over each disk that is served.
+    pub over_disk: Option<Layer>,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        Self {
+            scheduler: SchedulerLimits::default(),
+            table_bytes: OpenOptions::default().table_bytes,
+            ring: RingLimits::default(),
+            server: ServerLimits::default(),
+            memory: None,
+            over_image: None,
+            over_disk: None,
+        }
+    }
+}
+
+impl Tuning {
+    pub(crate) fn image(&self, spec: &DiskSpec, image: Rc<dyn Node>) -> Rc<dyn Node> {
+        through(self.over_image.as_ref(), spec, image)
+    }
+
+    pub(crate) fn disk(&self, spec: &DiskSpec, disk: Rc<dyn Node>) -> Rc<dyn Node> {
+        through(self.over_disk.as_ref(), spec, disk)
+    }
+}
+
+fn through(layer: Option<&Layer>, spec: &DiskSpec, node: Rc<dyn Node>) -> Rc<dyn Node> {
+    match layer {
+        Some(layer) => layer(spec, node),
+        None => node,
+    }
+}
+
+impl fmt::Debug for Tuning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let layers = (self.over_image.is_some(), self.over_disk.is_some());
+        f.debug_struct("Tuning")
+            .field("scheduler", &self.scheduler)
+            .field("table_bytes", &self.table_bytes)
+            .field("ring", &self.ring)
+            .field("server", &self.server)
+            .field("memory", &self.memory)
+            .field("layers", &layers)
+            .finish()
+    }
+}
