@@ -4,6 +4,7 @@
 
 mod bench;
 mod ci;
+mod coverage;
 mod mutants;
 mod tidy;
 mod xen_host;
@@ -16,13 +17,14 @@ House scripts.
 Usage: cargo xtask TASK
 
 Tasks:
-  ci        all checks before a change lands: format, lints, tidy, tests, the build without the guard's
-            cfg, the shipped programs, a guest on an emulated Xen host, and a release sweep whose seeds come from the commit
+  ci        everything that must hold before a change lands: format, lints, tidy, tests, the build without the guard's
+            cfg, what ships, a guest on a real Xen host under emulation, and a release sweep whose seeds come from the commit
   bench     measures tapdisk against other servers; `cargo xtask bench --help`
-  mutants   puts typical slips into a copy of the stack and counts which of them sweeps and tests notice;
+  coverage  shows which lines no sweep executes; `cargo xtask coverage --help`
+  mutants   puts slips of engineers into a copy of the stack and counts which of them sweeps and tests notice;
             `cargo xtask mutants --help`
-  tidy      looks for long files and functions, circular dependencies between files, unused public items, and documents
-            that name missing things
+  tidy      looks for long files and functions, circles between files, public items that nothing names, and documents
+            that name what is not there
   xen-host  boots a real Xen host under QEMU's emulation and runs tests, a script or a shell in its dom0;
             `cargo xtask xen-host --help`
   help      this text
@@ -34,6 +36,7 @@ fn main() -> ExitCode {
     let result = match task.as_str() {
         "ci" => ci::run(),
         "bench" => bench::run(&args[1..]),
+        "coverage" => coverage::run(&args[1..]),
         "mutants" => mutants::run(&args[1..]),
         "tidy" => tidy::run(&args[1..]),
         // Its exit status is that of the script that ran inside.

@@ -46,9 +46,9 @@ Options:
   --only PATH     files whose path begins like this, such as drivers/ring
   --seeds A..B    seeds of each scenario [default: 0..200]
   --jobs N        trials at a time [default: all cores]
-  --sweeps-only   do not run tests for mutants that the sweeps missed
-  --list          only list the sample; build nothing
-  --json FILE     write the result as JSON, too
+  --sweeps-only   no tests for what the sweeps missed
+  --list          only lists the sample; builds nothing
+  --json FILE     writes the result as JSON, too
 ";
 
 /// The options of the command line.

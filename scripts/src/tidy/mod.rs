@@ -24,12 +24,12 @@ use std::fmt;
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 const HELP: &str = "\
-Checks the house rules: finds long files and functions, wide lines, circular dependencies between files,
-unused public items, and documents that name missing files or wrong counts.
+Looks for what breaks the rules of the house: long files and functions, wide lines, files that use one another in a circle,
+public items that nothing names, and documents that name files or counts that are not there.
 
 Usage: cargo xtask tidy
 
-Exceptions are in scripts/tidy.toml, each with its reason. Exits with 1 if there is a finding.
+Exceptions are in scripts/tidy.toml, each with its reason. Ends with 1 where there is a finding.
 ";
 
 /// Something that breaks a rule.

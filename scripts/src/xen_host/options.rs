@@ -5,33 +5,33 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 pub(super) const HELP: &str = "\
-A real Xen host under emulation: Debian's Xen with a Debian dom0 in QEMU. Needs no root.
+A real Xen host in software: Debian's Xen with a Debian dom0 under QEMU's emulation. Needs no root.
 
 Usage: cargo xtask xen-host build|run SCRIPT|shell|test [NAME...] [OPTIONS]
 
   build            download Debian's packages and make dom0's image, if the cache does not have them
-  run SCRIPT       boot, run a bash script in dom0 as root, return what it left in /out; exits with its status
+  run SCRIPT       boot, run a bash script in dom0 as root, bring back what it left in /out; exits with its status
   shell            boot, and open a shell on dom0's console; `exit` ends the machine
   test [NAME...]   boot once and run the tests in scripts/xen-host/tests, or those named; ends with a table
 
 Options:
   --cache DIR      downloads and images (target/xen-host, 0.55 GB); one machine at a time uses a cache
   --programs DIR   where tapdisk and tap-img are (target/release, after building them); they go to dom0's /usr/local/bin
-  --no-programs    copy no programs into dom0
+  --no-programs    take no programs along
   --copy FILE      copy a file into dom0's /root, where scripts start; repeatable
-  -x, --tree DIR   copy the contents of DIR over dom0's /; repeatable
-  --out DIR        where to put dom0's /out (CACHE/run/out)
-  --shell          open a shell after the script or the tests; `exit` continues
+  -x, --tree DIR   copy what is in DIR over dom0's /; repeatable
+  --out DIR        where /out of dom0 goes (CACHE/run/out)
+  --shell          open a shell after the script or the tests; `exit` goes on
   --keep           keep the initrd and disk of the run, and print QEMU's command line
   --timeout N      seconds from start to end of the machine (run: 600, test: 1200, shell: none)
   --memory MIB     memory of the machine (2048), half of which is dom0's
   --cpus N         virtual CPUs (1; with more, programs in dom0 were seen to crash at random)
-  --icount         the machine's clock counts instructions, 8 ns each: CPU times do not depend on the load of this
-                   machine. Half as fast
+  --icount         the machine's clock counts instructions, 8 ns each: figures of CPU time do not depend on what else
+                   this machine does. Half as fast
   --list           test: list the tests and do nothing
 
 Exit status: the script's; or 124 when the time was up, 125 when the machine ended without one, 126 when it could not
-be built or started. `test`: 0 if all passed, otherwise 1.
+be built or started. `test`: 0 when all passed, 1 when not.
 
 Examples:
   cargo xtask xen-host test

@@ -1,4 +1,4 @@
-# a guest saved and restored by xl under load, and a checkpoint after which it continues: every read is right
+# a guest saved and restored by xl under load, and a checkpoint that it goes on after: every read is right
 . /xen-host/lib.sh
 
 cat > guest.sh <<'GUEST'
@@ -29,7 +29,7 @@ load_goes_on
 xl save moved "$saved" 2>> xl.log
 if xl domid moved 2> /dev/null; then fail "the guest is there after it was saved"; fi
 xl restore "$saved" 2>> xl.log
-[ "$(xl domid moved)" != "$first_id" ] || fail "the guest was not recreated"
+[ "$(xl domid moved)" != "$first_id" ] || fail "the guest was not made anew"
 load_goes_on
 
 guest_tell moved stop

@@ -36,7 +36,7 @@ if (guest_create stock guest.sh "disk = [ '$(disk xvda "qcow:$PWD/missing.qcow")
 fi
 cat xl.log
 grep -q 'missing.qcow: no such file' xl.log || fail "xl does not say which image is missing"
-if xl domid stock 2> /dev/null; then fail "the guest exists all the same"; fi
+if xl domid stock 2> /dev/null; then fail "the guest is there all the same"; fi
 
 # # The kernel's back end would take the disk: xl reports that.
 blkback on
@@ -50,7 +50,7 @@ guest_create stock guest.sh "disk = [ '$(disk xvda "qcow:$PWD/first.qcow")' ]"
 first_id=$GUEST_ID
 xl unpause stock
 guest_wait stock 200 '^@guest wants another disk$'
-[ "$(xl domid stock)" != "$first_id" ] || fail "the guest was not recreated"
+[ "$(xl domid stock)" != "$first_id" ] || fail "the guest was not made anew"
 
 # The daemon dies, and the next one finds the guest's disk by itself.
 kill -9 "$TAPDISK"

@@ -1,4 +1,4 @@
-# # what a request costs dom0: the same guest on xen-blkback, QEMU's qdisk and tapdisk, dom0's CPU time compared
+# what a request costs dom0: the same guest on xen-blkback, QEMU's qdisk and tapdisk, dom0's CPU time side by side
 ## dom0 ms is everything that dom0 used, process ms the part of it used by the back end's process (the kernel's has
 # none).
 . /xen-host/lib.sh

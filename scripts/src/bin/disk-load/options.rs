@@ -6,16 +6,16 @@ use super::lane::LARGEST_SECTORS;
 pub(crate) const HELP: &str = "\
 Usage: disk-load verify|measure DEVICE [OPTIONS]
 
-  verify     random writes, reads and flushes of 4 to 128 KiB; every read, and the whole device at the end, is compared
+  verify     random writes, reads and flushes of 4 to 128 KiB; every read and at last the whole device are compared
   measure    random reads and writes of one size, not compared
 
 Options:
   --depth N      requests in flight (1)
-  --requests N   end after N requests
-  --seconds N    end after N seconds
-  --until-told   end when a line arrives on standard input
+  --requests N   ends after so many requests
+  --seconds N    ends after so many seconds
+  --until-told   ends when a line comes on standard input
   --size-kib N   measure: size of a request, at most 128 (4)
-  --seed N       seed of the sequence (1)";
+  --seed N       another sequence (1)";
 
 /// What the command line says.
 #[derive(Clone, Debug, PartialEq, Eq)]
