@@ -347,8 +347,8 @@ impl Machine {
             self.world.fail(Invariant::K1, format!("the control domain still has {counts:?}"));
         }
         let mut regions = self.world.xen.regions();
-        // What is known of a file's synchronisations stays as long as the host is up. And a process with a run folder of
-        // its own that was refused the disk leaves the page of its lock there.
+        // What is known of a file's synchronisations stays as long as the host is up. And a process with a run folder
+        // of its own that was refused the disk leaves the page of its lock there.
         regions.retain(|name| !name.starts_with("sync-") && !name.contains('/'));
         if !regions.is_empty() {
             self.world

@@ -37,8 +37,8 @@ const KNOWN_FLAGS: u16 =
     command::FUA | command::NO_HOLE | command::DF | command::REQ_ONE | command::FAST_ZERO;
 
 impl Job {
-    /// Checks a request against the export, which may be `read_only`. `request_bytes` is the maximum of a read or write, `status` says whether
-    /// block status was negotiated.
+    /// Checks a request against the export, which may be `read_only`. `request_bytes` is the maximum of a read or
+    /// write, `status` says whether block status was negotiated.
     pub(super) fn check(
         header: &RequestHeader,
         export: &Export,
