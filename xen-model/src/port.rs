@@ -29,6 +29,8 @@ struct Inner {
     may_go_deaf: Cell<bool>,
     /// It has failed: no channel delivers events any more.
     deaf: Cell<bool>,
+    /// It cannot list the named pages.
+    hides_regions: Cell<bool>,
     next_map: Cell<u64>,
     maps: RefCell<BTreeMap<u64, MappedGrant>>,
     channels: RefCell<Vec<PortId>>,
@@ -60,6 +62,7 @@ impl Xen {
             store_away_ns: Cell::new(0),
             copy_errors: Cell::new(false),
             may_go_deaf: Cell::new(false),
+            hides_regions: Cell::new(false),
             deaf: Cell::new(false),
             next_map: Cell::new(0),
             maps: RefCell::default(),
@@ -84,6 +87,11 @@ impl XenPort {
     /// mappings, ports and named pages. Most programs cannot handle that.
     pub fn allow_store_errors(&self) {
         self.0.store_errors.set(true);
+    }
+
+    /// From now on this process cannot list the named pages.
+    pub fn hide_regions(&self) {
+        self.0.hides_regions.set(true);
     }
 
     pub(crate) fn store_away_ns(&self) -> &Cell<u64> {
@@ -259,7 +267,7 @@ impl SharedPages for XenPort {
     }
 
     fn region_names(&self) -> Result<Vec<String>, Errno> {
-        Ok(self.0.xen.regions())
+        if self.0.hides_regions.get() { Err(Errno::EACCES) } else { Ok(self.0.xen.regions()) }
     }
 }
 

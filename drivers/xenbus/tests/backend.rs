@@ -10,8 +10,9 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use tap_abi::blkif::{BlkifOp, BlkifRequest};
 use tap_abi::xenbus::XenbusState;
-use tap_host::{DomId, Errno, Mark, Xenstore};
-use tap_xenbus::{BackendEnd, BackendError, Hotplug};
+use tap_core::wait;
+use tap_host::{DomId, Errno, Mark, Transaction, Xenstore};
+use tap_xenbus::{BackendEnd, BackendError, DeviceFilter, Hotplug, supervise};
 use xen_model::Counts;
 
 fn quiet() -> Config {
@@ -326,6 +327,32 @@ fn a_guest_that_is_destroyed_leaves_nothing_mapped() {
     });
 }
 
+/// A process starts where its predecessor died while the front end closed, and offers the device again. The state that
+/// the toolstack writes to have it closed is the one that is there already.
+#[test]
+fn a_device_that_is_taken_offline_meanwhile_is_not_offered_anew() {
+    for after_ns in (0..100_000).step_by(500) {
+        world(&quiet(), async move |world| {
+            let d = Device::new(&world, false).await;
+            d.set_back("state", "5").await;
+            d.start(0);
+            world.sim.sleep_ns(after_ns).await;
+            loop {
+                let tx = d.toolstack.transaction().await.unwrap();
+                tx.write(&format!("{}/online", d.paths.backend), b"0").await.unwrap();
+                tx.write(&format!("{}/state", d.paths.backend), b"5").await.unwrap();
+                // Both write the same nodes.
+                if tx.commit().await != Err(Errno::EAGAIN) {
+                    break;
+                }
+            }
+            d.settle().await;
+            assert_eq!(d.end(), Some(Ok(BackendEnd::Offline)), "offline after {after_ns} ns");
+            assert_eq!(d.back("state").await.as_deref(), Some("6"));
+        });
+    }
+}
+
 #[test]
 fn a_disk_in_use_is_served_for_as_long_as_its_front_end_uses_it() {
     world(&quiet(), async |world| {
@@ -467,4 +494,19 @@ fn whatever_a_front_end_does_nothing_is_left() {
             d.assert_nothing_held();
         });
     }
+}
+
+#[test]
+fn records_that_cannot_be_listed_end_a_tapdisk_that_watches() {
+    world(&quiet(), async |world| {
+        let host = world.process("tapdisk", 0);
+        host.port.hide_regions();
+        let filter = DeviceFilter {
+            root: "/local/domain/0/backend/vbd".into(),
+            script: "block-tapdisk".into(),
+            records: "ring",
+        };
+        let end = supervise(&host, &filter, &wait::Event::new(), |_| std::future::ready(())).await;
+        assert_eq!(end, Err(BackendError::Records { error: Errno::EACCES }));
+    });
 }
