@@ -35,8 +35,8 @@ pub trait FormatModel: Sync {
     /// Reads all metadata of `content`; `None` where the format has none.
     fn walk(&self, content: &Content) -> Option<Result<ImageMap, Broken>>;
 
-    /// Bytes in front of everything that is mapped, of an image whose backing file has a name of so many bytes.
-    fn head_bytes(&self, name_bytes: u64) -> u64;
+    /// What is in front of all clusters may be filled up to a multiple of so many bytes.
+    fn front_align_bytes(&self) -> u64;
 
     /// As [`FormatModel::walk`], and inflates compressed clusters.
     fn walk_whole(&self, content: &Content) -> Option<Result<ImageMap, Broken>> {

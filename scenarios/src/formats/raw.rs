@@ -30,7 +30,7 @@ impl FormatModel for Raw {
         None
     }
 
-    fn head_bytes(&self, _: u64) -> u64 {
+    fn front_align_bytes(&self) -> u64 {
         0
     }
 }

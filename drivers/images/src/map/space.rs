@@ -42,6 +42,8 @@ pub struct Frontier {
     dirty_until: u64,
     /// Places that were given back and have others behind them: byte offset and length.
     returned: BTreeMap<u64, u64>,
+    /// Bytes of them.
+    returned_bytes: u64,
 }
 
 impl Frontier {
@@ -50,7 +52,7 @@ impl Frontier {
     pub fn new(frontier: u64, device_bytes: Option<u64>) -> Self {
         let limit = device_bytes.unwrap_or(i64::MAX as u64);
         let dirty_until = if device_bytes.is_some() { u64::MAX } else { 0 };
-        Self { frontier, limit, dirty_until, returned: BTreeMap::new() }
+        Self { frontier, limit, dirty_until, returned: BTreeMap::new(), returned_bytes: 0 }
     }
 
     /// The first place of `len` bytes that was given back. It may hold anything.
@@ -61,8 +63,16 @@ impl Frontier {
         if there > len {
             self.returned.insert(host + len, there - len);
         }
+        self.returned_bytes -= len;
         self.dirty_until = self.dirty_until.max(host + len);
         Some(host)
+    }
+
+    /// No place that was given back is lost, and none is in the list twice.
+    fn check(&self) {
+        let (count, bytes) = (self.returned.len(), self.returned.values().sum::<u64>());
+        assert!(count <= MAX_RETURNED, "{count} places that were given back are remembered");
+        assert_eq!(bytes, self.returned_bytes, "bytes of places that were given back");
     }
 }
 
@@ -93,15 +103,20 @@ impl Allocator for Frontier {
             self.returned.remove(&before);
             host = before;
         }
+        self.returned_bytes += len;
         if end == self.frontier {
             self.frontier = host;
+            self.returned_bytes -= end - host;
             self.dirty_until = self.dirty_until.max(end);
-            return;
+        } else {
+            self.returned.insert(host, end - host);
         }
-        self.returned.insert(host, end - host);
-        if self.returned.len() > MAX_RETURNED {
-            self.returned.pop_first();
+        if self.returned.len() > MAX_RETURNED
+            && let Some((_, lost)) = self.returned.pop_first()
+        {
+            self.returned_bytes -= lost;
         }
+        self.check();
     }
 
     fn is_dirty(&self, host: u64) -> bool {

@@ -23,6 +23,8 @@ pub(super) struct Disk {
 /// Bytes of a raw disk that are alike: data or zeros.
 const STEP: usize = 8192;
 const BASE: &str = "/images/base.raw";
+/// Repeated, a path that takes more than the first sector of an image that is based on it.
+const LONG_FOLDER: &str = "disks-of-a-customer-with-long-names/";
 
 /// Data with holes of zeros, `size` bytes.
 fn bytes(writer: u32, size: usize) -> Vec<u8> {
@@ -41,8 +43,13 @@ impl Disk {
     pub(super) fn source(world: &World, sizes: &[usize]) -> Self {
         let size = world.setting("tools-size", sizes);
         let kind = world.setting("tools-source", &["raw", "qcow", "overlay"]);
+        let path = |name: &str| {
+            let long = world.setting("tools-long-names", &[false, true]);
+            let folder = if long { LONG_FOLDER.repeat(15) } else { String::new() };
+            format!("/images/{folder}{name}")
+        };
         if kind == "raw" {
-            return Self::raw(world, BASE, bytes(1000, size));
+            return Self::raw(world, &path("base.raw"), bytes(1000, size));
         }
         let mut view = PageMap::default();
         let base = (kind == "overlay").then(|| (BASE.to_owned(), bytes(1000, size - size / 4 / 512 * 512)));
@@ -68,7 +75,7 @@ impl Disk {
             writer: 1001,
         };
         let file = formats::of(QCOW).make(&shape, &mut view);
-        let path = "/images/source.qcow".to_owned();
+        let path = path("source.qcow");
         world.storage.put_bytes(&path, &file);
         let mut shown = vec![0; size];
         view.read(0, &mut shown);
@@ -109,6 +116,8 @@ pub(super) struct Made {
     pub(super) cluster_bytes: Option<u64>,
     /// Its header is written last: what is there as an image is whole, or what was there before.
     whole_or_nothing: bool,
+    /// A line tells what is made.
+    pub(super) told: bool,
     /// It must not be made.
     pub(super) refused: bool,
     /// What the image shows that was there before.
@@ -142,6 +151,8 @@ pub(super) struct Wish {
     pub(super) old: Old,
     /// A longer image that was there before is on a block device.
     pub(super) device: bool,
+    /// Nothing is to be said of what is created.
+    pub(super) quiet: bool,
 }
 
 /// Whether old images are on block devices.
@@ -172,6 +183,7 @@ impl Wish {
                 _ => Old::New,
             },
             device: world.setting(ON_DEVICE, &[false, true]),
+            quiet: world.setting("tools-quiet", &[false, true]),
         }
     }
 }
@@ -183,7 +195,11 @@ impl Made {
         let size = source.view.len() as u64;
         let mut args: Vec<String> = Vec::new();
         let mut add = |words: &str| args.extend(words.split_whitespace().map(str::to_owned));
-        add(if matches!(work, Work::Create | Work::Overlay) { "create" } else { "convert" });
+        let creates = matches!(work, Work::Create | Work::Overlay);
+        add(if creates { "create" } else { "convert" });
+        if creates && wish.quiet {
+            add("-q");
+        }
         if matches!(work, Work::Convert | Work::Into) {
             add(wish.crew);
             add(wish.sparse);
@@ -238,6 +254,7 @@ impl Made {
             overlay: work == Work::Overlay,
             cluster_bytes,
             whole_or_nothing,
+            told: creates && !wish.quiet,
             refused: false,
             old,
         }
@@ -256,6 +273,7 @@ impl Made {
             overlay: false,
             cluster_bytes: None,
             whole_or_nothing: false,
+            told: false,
             refused: true,
             old: None,
         }

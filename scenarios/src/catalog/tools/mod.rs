@@ -191,6 +191,11 @@ async fn make(
         }
         tool => tool.as_ref().map(|tool| tool.worked(world, &made.args)),
     };
+    if let (Some(tool), Some(true)) = (&tool, worked)
+        && tool.out.is_empty() == made.told
+    {
+        world.fail(Invariant::I2, format!("{} has said: {}", made.line(), tool.out.join("; ")));
+    }
     if worked.is_none() || cut_then() {
         world.storage.power_cut();
         world.count(|s| s.crashes += 1);

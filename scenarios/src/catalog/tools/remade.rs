@@ -86,6 +86,7 @@ fn made(
         cluster: pick(&CLUSTERS, cluster),
         old,
         device: world.setting(ON_DEVICE, &[false, true]),
+        quiet: false,
     };
     Some((work, wish.place, Made::new(world, source, &wish)))
 }

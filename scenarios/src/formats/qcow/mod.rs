@@ -25,8 +25,8 @@ impl FormatModel for Qcow {
         Some(walk(content))
     }
 
-    fn head_bytes(&self, name_bytes: u64) -> u64 {
-        48 + name_bytes
+    fn front_align_bytes(&self) -> u64 {
+        4096
     }
 }
 
