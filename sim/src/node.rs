@@ -140,6 +140,12 @@ impl Node {
         self.inner.on_death.borrow_mut().push(Box::new(hook));
     }
 
+    /// The roles of its tasks that have not ended.
+    pub fn tasks(&self) -> Vec<&'static str> {
+        let tasks = self.core.tasks.borrow();
+        tasks.iter().flatten().filter(|task| task.node == self.inner.id).map(|task| task.role).collect()
+    }
+
     /// Completes when the node is dead and all of its tasks and handles are cleaned up.
     pub fn dead(&self) -> impl Future<Output = ()> + 'static {
         let inner = Rc::clone(&self.inner);

@@ -154,6 +154,7 @@ list! {
         CloseUnsynced = "a raw image is closed without being synchronised",
         NbdPartSentEnds = "a connection that takes a reply in parts is taken as broken",
         NbdAnnouncedKept = "an NBD client that announced a large write and stopped sending it keeps the memory for it",
+        NbdWriterKept = "the task that sends the replies of a connection outlives it",
         NbdSeatLost = "a connection that does not end in order keeps the memory that the next one needs",
         NbdOneKept = "an NBD client that ends forgets to answer the oldest request",
         NbdDeafKept = "a client that has stopped sending and takes no replies keeps its place",

@@ -118,6 +118,9 @@ impl GuestDisk for Fickle {
     async fn discard(&self, range: SectorRange) -> Result<(), Errno> {
         self.patiently(self.disk.discard(range)).await
     }
+    fn makes_zeros(&self) -> bool {
+        true
+    }
     fn max_sectors(&self) -> u32 {
         self.disk.max_sectors()
     }

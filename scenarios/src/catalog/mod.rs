@@ -17,6 +17,7 @@ pub mod setup;
 pub mod tools;
 pub mod toolstack;
 
+use crate::check;
 use crate::front;
 use crate::guest;
 use crate::run::Scenario;
@@ -146,6 +147,8 @@ pub static LABELS: &[&Label] = &[
     &guest::NBD_REFUSE,
     &guest::NBD_HANG_UP,
     &guest::NBD_LESS,
+    &guest::NBD_OPTION,
+    &check::LOOK_FAILS,
     &scale::LARGE,
     &nbd::CLIENT_DIES,
     &nbd::CROWD,

@@ -1,15 +1,16 @@
 //! What must hold of a disk that was recovered: it opens and can be read and written to its last sector, and little is
 //! lost.
 
-use super::setup::{Setup, cut_after_close};
+use super::setup::{Setup, check_at_rest, cut_after_close};
 use crate::check::oracle::{Oracle, is_broken};
 use crate::check::{Invariant, lost_to_error};
-use crate::guest::{DirectDisk, Guest, Manners};
+use crate::guest::{DirectDisk, Guest, GuestDisk, Manners};
 use crate::stack::{Stack, StackLimits};
 use crate::workload::Op;
 use crate::world::World;
 use kernel_model::SimHost;
 use std::rc::Rc;
+use tap_core::ZeroFlags;
 use tap_host::{Errno, IoKind, Mark, SectorRange};
 
 /// Sectors in one write of those that fill the disk.
@@ -55,6 +56,7 @@ pub(super) async fn last_epoch(
     if let Err(error) = probe(&guest, setup.size_sectors).await {
         world.fail(Invariant::G11, format!("reading what was written after recovery failed with {error:?}"));
     }
+    check_fast_zeros(world, &guest, setup.size_sectors).await;
     if world.storage.is_device(&setup.spec.path) {
         check_discards(world, &guest, setup.size_sectors).await;
     }
@@ -68,6 +70,7 @@ pub(super) async fn last_epoch(
             format!("{} bytes of buffers were not given back", guest.disk().buffers_out()),
         );
     }
+    check_at_rest(world, host.process.node()).await;
     setup.check(world, "after recovery").await;
 }
 
@@ -89,6 +92,26 @@ async fn probe(guest: &Guest<DirectDisk>, size_sectors: u64) -> Result<(), Errno
     guest.run(&ops, 8).await;
     guest.one(Op::flush()).await;
     guest.read_all().await
+}
+
+/// Makes most of the disk zeros if that is fast: what is done then is not done by writing them.
+async fn check_fast_zeros(world: &World, guest: &Guest<DirectDisk>, size_sectors: u64) {
+    let most = SectorRange::new(8, size_sectors as u32 - 16);
+    let write = guest.history.borrow_mut().begin_zeros(most);
+    let before = world.storage.counts().written_bytes;
+    let result = guest.disk().write_zeroes(most, ZeroFlags { unmap: true, fast: true }).await;
+    guest.history.borrow_mut().end_write(write, result.is_ok());
+    let written = world.storage.counts().written_bytes - before;
+    match result {
+        Ok(()) if written > 0 => {
+            world.fail(Invariant::M4, format!("fast zeros to {most} wrote {written} bytes"));
+        }
+        Ok(()) | Err(Errno::EOPNOTSUPP) => {}
+        Err(error) => world.fail(Invariant::E4, format!("fast zeros to {most} failed with {error:?}")),
+    }
+    if guest.read_all().await.is_err() {
+        world.fail(Invariant::G11, "reading what was made zeros failed");
+    }
 }
 
 /// Most bytes that all discards of a disk write together, for as long as it is open.

@@ -6,7 +6,7 @@ use crate::formats::{self, FormatModel, ImageShape, QCOW, RAW, RealImage, Stored
 use crate::workload::{Shape, Workload};
 use crate::world::World;
 use kernel_model::{Content, Inode, PAGE, PageMap};
-use sim::Draw;
+use sim::{Draw, Node};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use tap_host::{LockKind, SECTOR_BYTES};
@@ -311,6 +311,20 @@ pub fn cut_after_close<'a>(world: &World, paths: impl IntoIterator<Item = &'a st
                 format!("{path} was closed, and lost something in a power cut after that"),
             );
         }
+    }
+}
+
+/// How long what waits in a process may take to end by itself, in nanoseconds.
+const REST_NS: u64 = 60_000_000_000;
+
+/// All that `process` served is closed: no task of it is left. One that waits for what never comes would keep what it
+/// holds for as long as the process lives.
+pub async fn check_at_rest(world: &World, process: &Node) {
+    world.sim.sleep_ns(REST_NS).await;
+    let left = process.tasks();
+    if !left.is_empty() && process.is_alive() {
+        let text = format!("{} has ended its work and has tasks: {}", process.name(), left.join(", "));
+        world.fail(Invariant::K1, text);
     }
 }
 

@@ -1,20 +1,25 @@
 //! What an NBD server asks of a disk, counted between them.
 //!
 //! A look at extents gives as few of them as a disk may, and takes as long, if the world says so: an answer about many
-//! takes many looks then.
+//! takes many looks then. Where operations may fail, a look may as well: tables that cannot be read.
 
 use super::Invariant;
 use crate::world::World;
+use sim::{Draw, Entity, Label};
 use std::cell::Cell;
 use std::rc::Rc;
 use tap_core::{Child, Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response};
 use tap_host::{Errno, SectorRange};
+
+/// Whether a look at extents fails.
+pub static LOOK_FAILS: Label = Label::new("look-fails", "look {n} at extents fails");
 
 /// A node that passes everything on and counts.
 pub struct Asks(Rc<Inner>);
 
 struct Inner {
     world: World,
+    entity: Entity,
     lower: Rc<dyn Node>,
     /// Most sectors that a look tells about; 0 is all that the disk does.
     cut_sectors: u64,
@@ -25,15 +30,20 @@ struct Inner {
     running: Cell<u32>,
     looks: Cell<u32>,
     most_looks: Cell<u32>,
+    /// Looks that have begun.
+    begun: Cell<u32>,
     /// The turn in which the last look ended.
     turn: Cell<u64>,
 }
 
 impl Asks {
-    /// Above `lower`.
-    pub fn new(world: &World, lower: Rc<dyn Node>) -> Rc<Self> {
+    /// Above `lower`, which is disk `number` of `process`.
+    pub fn new(world: &World, process: &sim::Node, number: u64, lower: Rc<dyn Node>) -> Rc<Self> {
+        let entity = process.entity().child("asks", number);
+        world.sim.name_entity(entity, || format!("disk {number} of {}", process.name()));
         Rc::new(Self(Rc::new(Inner {
             world: world.clone(),
+            entity,
             lower,
             cut_sectors: world.setting("extents-cut", &[0, 8, 40]),
             late_ns: world.setting("extents-late", &[0, 20_000, 20_000]),
@@ -41,6 +51,7 @@ impl Asks {
             running: Cell::new(0),
             looks: Cell::new(0),
             most_looks: Cell::new(0),
+            begun: Cell::new(0),
             turn: Cell::new(u64::MAX),
         })))
     }
@@ -74,6 +85,15 @@ impl Runs {
 impl Drop for Runs {
     fn drop(&mut self) {
         self.0.running.set(self.0.running.get() - 1);
+    }
+}
+
+impl Inner {
+    /// Whether the next look fails.
+    fn fails(&self) -> bool {
+        let n = self.begun.replace(self.begun.get() + 1);
+        let draw = |d: &mut Draw| u64::from(d.below(8) == 0);
+        self.world.errors_allowed() && self.world.sim.decide(self.entity, &LOOK_FAILS, n, draw) != 0
     }
 }
 
@@ -131,6 +151,9 @@ impl Node for Asks {
                 inner.world.sim.sleep_ns(inner.late_ns).await;
             }
             let mut found = answer.await;
+            if inner.fails() {
+                return Err(Errno::EIO);
+            }
             if let Ok(found) = &mut found {
                 looks.end(found);
             }

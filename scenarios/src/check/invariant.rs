@@ -163,7 +163,9 @@ impl Invariant {
             Self::M1 => "one turn does, and one request has running, no more than a fixed amount",
             Self::M2 => "the order of requests costs no more than each of them once for each in flight",
             Self::M3 => "a disk that is closed holds no memory of the budget",
-            Self::M4 => "a discard writes next to nothing, and asks once, where it can give nothing back",
+            Self::M4 => {
+                "discards and fast zeros write next to nothing, and a discard asks a device once for what it cannot do"
+            }
             Self::M5 => "a small request waits for no large one that has nothing to do with it",
             Self::S1 => "a write to what was written, or made zeros that keep their space, needs no space",
             Self::S2 => "zeros that give their space back leave a hole, where the file can have one",

@@ -11,7 +11,7 @@ pub mod shipped;
 mod space;
 mod verdict;
 
-pub use asks::Asks;
+pub use asks::{Asks, LOOK_FAILS};
 pub use contract::Contract;
 pub use frontier::{Block, Clock, NEVER, Order, Version};
 pub use history::{BlockHistory, Initial, WriteId, Wrong};

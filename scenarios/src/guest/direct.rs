@@ -95,6 +95,10 @@ impl GuestDisk for DirectDisk {
         self.node.submit(Request::discard(range)).await.result
     }
 
+    fn makes_zeros(&self) -> bool {
+        true
+    }
+
     fn max_sectors(&self) -> u32 {
         128
     }

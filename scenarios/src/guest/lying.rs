@@ -22,7 +22,7 @@ use tap_abi::nbd::{
     OptionHeader, RequestHeader, SimpleReply, command, error, handshake,
 };
 use tap_core::wait::Event;
-use tap_host::Stream;
+use tap_host::{SECTOR_BYTES, SectorRange, Stream};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// How a true answer is cut: pieces less one in 3 bits, last piece first in 1, its end in a chunk of its own in 1,
@@ -54,6 +54,7 @@ pub struct LyingServer {
     shut: Cell<bool>,
     connections: Cell<u64>,
     counts: Cell<Counts>,
+    zeroes: RefCell<Vec<(SectorRange, bool)>>,
 }
 
 /// How a server is wrong, if it is.
@@ -70,6 +71,10 @@ pub enum Manner {
         lessens: bool,
         /// Requests fail.
         refuses: bool,
+        /// Of these only; 0 is any.
+        only: u16,
+        /// A client that takes its leave closes the connection itself.
+        stays_open: bool,
     },
 }
 
@@ -80,6 +85,8 @@ pub struct Counts {
     pub flushes: u64,
     /// Trims.
     pub trims: u64,
+    /// Reads, writes, zeros, trims and flushes that were refused for good: nobody asks for them again.
+    pub refused: u64,
 }
 
 /// One message of an answer.
@@ -141,6 +148,7 @@ impl LyingServer {
             shut: Cell::new(false),
             connections: Cell::new(0),
             counts: Cell::default(),
+            zeroes: RefCell::default(),
         })
     }
 
@@ -162,6 +170,11 @@ impl LyingServer {
     /// What it was asked for.
     pub fn counts(&self) -> Counts {
         self.counts.get()
+    }
+
+    /// Where zeros were asked for, and whether their space was to stay.
+    pub fn zeroes(&self) -> Vec<(SectorRange, bool)> {
+        self.zeroes.borrow().clone()
     }
 
     /// Its machine loses power: what was not flushed is gone.
@@ -250,6 +263,9 @@ impl LyingServer {
             };
             let data = if asked.command == CMD_WRITE { raw.take(asked.len).await? } else { Vec::new() };
             // What was left of an older connection comes to nothing.
+            if asked.command == CMD_DISC && matches!(self.manner, Manner::Modest { stays_open: true, .. }) {
+                raw.drain().await;
+            }
             if asked.command == CMD_DISC || self.connections.get() != number {
                 return None;
             }
@@ -293,12 +309,28 @@ impl LyingServer {
     }
 
     /// How request `n` fails; 0 where it does not.
-    fn refusal(&self, entity: Entity, n: u32) -> u64 {
-        let Manner::Modest { refuses: true, .. } = self.manner else { return 0 };
+    fn refusal(&self, entity: Entity, n: u32, command: u16) -> u64 {
+        let Manner::Modest { refuses: true, only, .. } = self.manner else { return 0 };
+        let one_in = if only == 0 { 8 } else { 2 };
         let value = self.sim.decide(entity, &NBD_REFUSE, n, |d| {
-            if d.below(8) > 0 { 0 } else { (1 + d.below(7)) | d.below(64) << 3 | d.below(3) << 9 }
+            if d.below(one_in) > 0 { 0 } else { (1 + d.below(7)) | d.below(64) << 3 | d.below(3) << 9 }
         });
-        if self.honest.get() { 0 } else { value }
+        let spared = self.honest.get() || only != 0 && only != command;
+        if spared { 0 } else { value }
+    }
+
+    /// Notes what becomes of a request.
+    fn note(&self, asked: &Asked, refusal: u64) {
+        let mut counts = self.counts.get();
+        let passing = [error::ENOMEM, error::ENOTSUP].contains(&refusal_error(refusal));
+        let data = [CMD_READ, CMD_WRITE, CMD_WRITE_ZEROES, CMD_TRIM, CMD_FLUSH].contains(&asked.command);
+        counts.refused += u64::from(refusal != 0 && !passing && data);
+        self.counts.set(counts);
+        if asked.command == CMD_WRITE_ZEROES {
+            let range =
+                SectorRange::new(asked.offset / SECTOR_BYTES, (asked.len as u64 / SECTOR_BYTES) as u32);
+            self.zeroes.borrow_mut().push((range, asked.flags & command::NO_HOLE != 0));
+        }
     }
 
     /// Carries request `n` of a connection out, and says something about it.
@@ -320,7 +352,8 @@ impl LyingServer {
             Manner::Modest { .. } => 0,
         };
         let lie = if self.honest.get() { 0 } else { lie };
-        let refusal = self.refusal(entity, n);
+        let refusal = self.refusal(entity, n, asked.command);
+        self.note(asked, refusal);
         if refusal == 0 {
             self.carry_out(asked, data);
         }
@@ -460,11 +493,16 @@ fn failed(error: u32, text: usize) -> Vec<u8> {
         .concat()
 }
 
+/// The error of an [`NBD_REFUSE`] value; 0 for none.
+fn refusal_error(how: u64) -> u32 {
+    let errors =
+        [0, error::EIO, error::ENOSPC, error::ENOMEM, error::EPERM, error::EINVAL, error::ENOTSUP, 9999];
+    errors[(how & 7) as usize]
+}
+
 /// The bytes of an answer that says that the request failed, as any server may say it; see [`NBD_REFUSE`].
 fn refused(asked: &Asked, how: u64, structured: bool) -> Vec<u8> {
-    let errors =
-        [error::EIO, error::ENOSPC, error::ENOMEM, error::EPERM, error::EINVAL, error::ENOTSUP, 9999];
-    let error = errors[(how & 7) as usize - 1];
+    let error = refusal_error(how);
     if !structured {
         return SimpleReply::new(asked.cookie, error).as_bytes().to_vec();
     }

@@ -5,6 +5,7 @@ mod hostile;
 mod lying;
 mod nbd;
 mod offer;
+mod options;
 mod ring;
 mod speaker;
 
@@ -15,6 +16,7 @@ pub use hostile::{
 pub use lying::{LyingServer, Manner, NBD_HANG_UP, NBD_LIE, NBD_REFUSE, NBD_SHAPE, describe_nbd_lie};
 pub use nbd::{NBD_TRICK, NbdScript, RawNbd, Spread, describe_nbd_trick};
 pub use offer::{NBD_LESS, Offer};
+pub use options::NBD_OPTION;
 pub use ring::RingDisk;
 pub use speaker::{NBD_STEP, Speaker, Step, steps};
 
@@ -64,6 +66,10 @@ pub trait GuestDisk: Clone + 'static {
     fn discard(&self, range: SectorRange) -> impl Future<Output = Result<(), Errno>> {
         let _ = range;
         async { Err(Errno::EOPNOTSUPP) }
+    }
+    /// Whether it makes zeros: only those that must be fast may then be refused as slow.
+    fn makes_zeros(&self) -> bool {
+        false
     }
     /// Lets a program be idle for a while, where that means anything to a back end.
     fn idle(&self) -> impl Future<Output = ()> {
@@ -361,6 +367,11 @@ impl<D: GuestDisk> Guest<D> {
         self.history.borrow_mut().end_write(write, result.is_ok());
         self.settle(result);
         self.remark(|| format!("zeros {write} to {range} {}", ended(result)));
+        let slow = result == Err(Errno::EOPNOTSUPP);
+        if slow && !flags.fast && self.disk.makes_zeros() && !self.manners.get().errors_allowed {
+            self.world
+                .fail(Invariant::E4, format!("zeros to {range} are refused as slow, and need not be fast"));
+        }
         if result == Err(Errno::EOPNOTSUPP) { self.write_parts(range).await } else { result }
     }
 

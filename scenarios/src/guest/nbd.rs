@@ -60,6 +60,9 @@ impl GuestDisk for Spread {
     async fn discard(&self, range: SectorRange) -> Result<(), Errno> {
         self.writer(range).discard(range).await
     }
+    fn makes_zeros(&self) -> bool {
+        true
+    }
     fn max_sectors(&self) -> u32 {
         128
     }

@@ -2,7 +2,7 @@
 //! and size, and what a server must refuse. It reads replies without the code of the stack, and knows what they must
 //! be.
 
-use super::RawNbd;
+use super::{RawNbd, options};
 use crate::check::{BlockHistory, Invariant};
 use crate::world::World;
 use sim::{Entity, Label};
@@ -10,9 +10,9 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use tap_abi::nbd::{
-    BASE_ALLOCATION, CHUNK_BLOCK_STATUS, CHUNK_ERROR_BIT, CHUNK_MAGIC, CHUNK_OFFSET_DATA, CMD_BLOCK_STATUS,
-    CMD_CACHE, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, OPT_EXPORT_NAME, OPT_GO,
-    OPT_SET_META_CONTEXT, OPT_STRUCTURED_REPLY, OptionHeader, REP_ACK, RequestHeader, SIMPLE_MAGIC,
+    CHUNK_BLOCK_STATUS, CHUNK_ERROR_BIT, CHUNK_MAGIC, CHUNK_OFFSET_DATA, CMD_BLOCK_STATUS, CMD_CACHE,
+    CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, EXPORT_PADDING_BYTES, OPT_EXPORT_NAME,
+    OPT_GO, OPT_SET_META_CONTEXT, OPT_STRUCTURED_REPLY, OptionHeader, RequestHeader, SIMPLE_MAGIC,
     STATE_HOLE, STATE_ZERO, command, error, export, handshake,
 };
 use tap_core::wait::{Semaphore, Sender, oneshot};
@@ -120,26 +120,30 @@ impl<S: Stream> Speaker<S> {
     pub async fn agree(
         world: &World,
         raw: RawNbd<S>,
+        who: Entity,
         name: &str,
         structured: bool,
         size_bytes: u64,
     ) -> Option<Self> {
         raw.take(18).await?;
-        let flags = u32::from(handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES);
-        raw.send(&flags.to_be_bytes()).await.ok()?;
-        let len = |n: usize| (n as u32).to_be_bytes();
-        let named = [&len(name.len())[..], name.as_bytes()].concat();
+        let padded = world.setting("nbd-padding", &[false, true]);
+        let offered =
+            if padded { handshake::FIXED_NEWSTYLE } else { handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES };
+        raw.send(&u32::from(offered).to_be_bytes()).await.ok()?;
+        options::be_curious(world, &raw, who, name).await?;
         let (size, flags) = if structured {
-            option(&raw, OPT_STRUCTURED_REPLY, &[]).await?;
-            let query = [&len(1)[..], &len(BASE_ALLOCATION.len()), BASE_ALLOCATION.as_bytes()].concat();
-            option(&raw, OPT_SET_META_CONTEXT, &[&named[..], &query].concat()).await?;
-            let info = option(&raw, OPT_GO, &[&named[..], &[0, 0]].concat()).await?;
-            let export = info.into_iter().find(|data| data.len() == 12 && data[..2] == [0, 0])?;
+            options::ask(&raw, OPT_STRUCTURED_REPLY, &[]).await?;
+            options::ask(&raw, OPT_SET_META_CONTEXT, &options::query(name)).await?;
+            let (_, info) = options::ask(&raw, OPT_GO, &options::choice(name)).await?;
+            let export = info.into_iter().find(|(_, data)| data.len() == 12 && data[..2] == [0, 0])?.1;
             (export[2..10].to_vec(), export[10..].to_vec())
         } else {
             let head = OptionHeader::new(OPT_EXPORT_NAME, name.len() as u32);
             raw.send(&[head.as_bytes(), name.as_bytes()].concat()).await.ok()?;
             let export = raw.take(10).await?;
+            if padded && raw.take(EXPORT_PADDING_BYTES).await? != [0; EXPORT_PADDING_BYTES] {
+                return None;
+            }
             (export[..8].to_vec(), export[8..].to_vec())
         };
         let flags = u16::from_be_bytes(flags.try_into().ok()?);
@@ -404,22 +408,5 @@ impl<S: Stream> Speaker<S> {
     /// Leaves in order.
     pub fn leave(&self) {
         self.0.raw.close();
-    }
-}
-
-/// One option; the data of the replies before the last, which agrees.
-async fn option<S: Stream>(raw: &RawNbd<S>, option: u32, data: &[u8]) -> Option<Vec<Vec<u8>>> {
-    let head = OptionHeader::new(option, data.len() as u32);
-    raw.send(&[head.as_bytes(), data].concat()).await.ok()?;
-    let mut all = Vec::new();
-    loop {
-        let head = raw.take(20).await?;
-        let word = |at: usize| u32::from_be_bytes(head[at..at + 4].try_into().unwrap_or_default());
-        let data = raw.take(word(16) as usize).await?;
-        match word(12) {
-            REP_ACK => return Some(all),
-            error if error >> 31 == 1 => return None,
-            _ => all.push(data),
-        }
     }
 }

@@ -9,7 +9,8 @@
 use super::link::{Link, Receiver};
 use super::{Breaks, Inner, open};
 use crate::inlet::Inlet;
-use crate::stop::StopSignal;
+use crate::stop::{StopSignal, first};
+use std::pin::pin;
 use std::rc::Rc;
 use tap_abi::nbd::CMD_FLUSH;
 use tap_host::{Bug, Errno, Event, Log, Mark, Probe, Sockets, Stream, Tasks, Time};
@@ -36,7 +37,9 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         let own = Rc::clone(&link);
         self.host.spawn("nbd-requests", 0, async move { own.send_requests().await });
         let (inner, own) = (Rc::clone(self), Rc::clone(&link));
-        self.host.spawn("nbd-patience", 0, async move { inner.watch(&own).await });
+        self.host.spawn("nbd-patience", 0, async move {
+            first(pin!(own.ended.wait()), inner.watch(&own)).await;
+        });
         link
     }
 
@@ -67,7 +70,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
     }
 
     fn disconnected(&self, link: &Link<H::Stream>, why: &'static str) {
-        link.ended.set(true);
+        link.ended.set();
         // Nothing that was sent on it may arrive after the requests that are sent again.
         link.stream.abort();
         // The link is referenced for longer than it lives; its buffers are needed now.
@@ -170,7 +173,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
 
     /// Breaks `link` when a request has waited too long.
     async fn watch(&self, link: &Link<H::Stream>) {
-        while !link.ended.get() {
+        loop {
             let oldest = self.pending.borrow().values().map(|p| p.call.sent_ns).min();
             let Some(sent_ns) = oldest else {
                 self.busy.wait().await;

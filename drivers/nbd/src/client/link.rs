@@ -12,7 +12,7 @@ use tap_abi::nbd::{
     CHUNK_OFFSET_HOLE, CMD_BLOCK_STATUS, CMD_DISC, CMD_READ, ChunkHeader, ErrorHead, OffsetData, OffsetHole,
     RequestHeader, SIMPLE_MAGIC, SimpleReply, StatusExtent, error,
 };
-use tap_core::wait::{Permit, Sender};
+use tap_core::wait::{Event, Permit, Sender};
 use tap_host::{
     Bug, Errno, IoBuf, Log, Mark, Probe, SendList, Sockets, Stream, Tasks, Time, copy_from_slice,
 };
@@ -33,7 +33,8 @@ pub(super) struct Link<S> {
     context: Option<u32>,
     /// Why we broke it.
     broken: Cell<Option<&'static str>>,
-    pub(super) ended: Cell<bool>,
+    /// Set once nothing is received any more.
+    pub(super) ended: Event,
 }
 
 /// Data of at least this many bytes is received straight into its buffer.
@@ -50,7 +51,7 @@ pub(super) fn write_request(list: &mut SendList, cookie: u64, call: &Call) {
 
 impl<S: Stream> Link<S> {
     pub(super) fn new(stream: S, context: Option<u32>) -> Self {
-        Self { stream, out: Outbox::default(), context, broken: Cell::new(None), ended: Cell::new(false) }
+        Self { stream, out: Outbox::default(), context, broken: Cell::new(None), ended: Event::new() }
     }
 
     /// Breaks the connection; the receiver then sees the reason.

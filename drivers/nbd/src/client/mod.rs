@@ -57,7 +57,7 @@ use tap_core::wait::{Event as Flag, Semaphore, oneshot};
 use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, NodeName, Op, Request, Response, Source, ZeroFlags};
 use tap_host::{
     Budget, Bug, Errno, IoBuf, IoVec, Log, Mark, Probe, SECTOR_BYTES, SectorRange, SocketAddress, Sockets,
-    Stage, Stream, Tasks, Time, copy_from_slice, copy_to_slice, cost_of,
+    Stage, Tasks, Time, copy_from_slice, copy_to_slice, cost_of,
 };
 
 /// What becomes of answered writes that were not flushed when the connection breaks.
@@ -277,11 +277,8 @@ where
     let attempt = async {
         let stream = host.connect(address).await.map_err(|e| ClientError::Connect(address.clone(), e))?;
         let anew = if host.bug(Bug::NbdInletAnew) { Some(Memory::of(config)?) } else { None };
-        let agreed = negotiate(&stream, config, anew.as_ref().unwrap_or(memory)).await;
-        if agreed.is_err() {
-            stream.shutdown();
-        }
-        agreed.map(|(terms, inlet)| (terms, stream, inlet))
+        let (terms, inlet) = negotiate(&stream, config, anew.as_ref().unwrap_or(memory)).await?;
+        Ok((terms, stream, inlet))
     };
     let late = || ClientError::Negotiation(address.clone(), "it took too long");
     crate::stop::first(patience.as_mut(), attempt).await.unwrap_or_else(|| Err(late()))

@@ -67,7 +67,7 @@ struct Connection<H, S> {
     status_turn: Semaphore,
 }
 
-/// Serves `stream` to its end. Returns why it ended, and how many requests were taken.
+/// Serves `stream` to its end, and closes it. Returns why it ended, and how many requests were taken.
 pub(super) async fn run<H, S>(server: &Rc<Inner<H>>, number: u64, stream: S, open: Open) -> (Why, u64)
 where
     H: Time + Tasks + Log + Probe,
@@ -76,27 +76,19 @@ where
     let Open { stop, pool, flow } = open;
     // The minimum, until the client has chosen an export.
     let Some(mut inlet) = Inlet::new(stream.clone(), super::RECEIVE_BYTES_MIN, &server.memory.inlets) else {
-        stream.shutdown();
         return (NO_MEMORY, 0);
     };
     let mut patience = pin!(server.host.sleep_ns(server.limits.negotiation_ns));
     let negotiation = Negotiation::new(server, number, &stream, &mut inlet, &stop).run();
     let agreed = match first(patience.as_mut(), negotiation).await {
         Some(Ok(agreed)) => agreed,
-        Some(Err(why)) => {
-            stream.shutdown();
-            return (stop.why().unwrap_or(why), 0);
-        }
-        None => {
-            stream.shutdown();
-            return ("the client took too long to choose an export", 0);
-        }
+        Some(Err(why)) => return (stop.why().unwrap_or(why), 0),
+        None => return ("the client took too long to choose an export", 0),
     };
     inlet.count_receives(Rc::clone(&flow.receives));
     inlet.grow(server.limits.receive_bytes, &server.memory.spare);
     let Some(own) = server.memory.seats.borrow_mut().pop() else {
         // A connection that has given up its place is still open.
-        stream.shutdown();
         return (NO_MEMORY, 0);
     };
     let connection = Rc::new(Connection {
@@ -430,7 +422,9 @@ where
             }
         }
         self.fewer_than(1).await;
-        self.out.close();
+        if !self.host().bug(Bug::NbdWriterKept) {
+            self.out.close();
+        }
         self.stream.shutdown();
     }
 }

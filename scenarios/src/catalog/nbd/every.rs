@@ -75,9 +75,11 @@ async fn every_command(world: World) {
     within(&host, async move {
         let mut speakers = Vec::new();
         // The last one is of the other kind, and on the disk that stays as it is.
-        for (name, structured) in [(DISK, structured), (DISK, !structured), (FROZEN, structured)] {
+        for (who, name, structured) in
+            [(1, DISK, structured), (2, DISK, !structured), (3, FROZEN, structured)]
+        {
             let address = if name == FROZEN { frozen_address() } else { address() };
-            speakers.extend(speaker(&w, &h, &address, name, structured).await);
+            speakers.extend(speaker(&w, &h, (who, &address), name, structured).await);
         }
         if speakers.len() == 3 {
             speak(&h, &speakers, &[s.clone(), s, still], &steps, depth).await;
@@ -105,12 +107,17 @@ async fn every_command(world: World) {
 async fn speaker(
     world: &World,
     host: &SimHost,
-    address: &SocketAddress,
+    (number, address): (u64, &SocketAddress),
     name: &str,
     structured: bool,
 ) -> Option<Speaker<ProcessStream>> {
+    let who = Entity::WORLD.child("speaker", number);
+    world.sim.name_entity(who, || format!("connection {number} of the client"));
     let raw = RawNbd::new(host.connect(address).await.ok()?);
-    let speaker = Speaker::agree(world, raw, name, structured, DISK_BYTES).await?;
+    let Some(speaker) = Speaker::agree(world, raw, who, name, structured, DISK_BYTES).await else {
+        world.fail(Invariant::N2, "the server ended a negotiation that keeps to the protocol");
+        return None;
+    };
     host.process.node().spawn("listens", 0, speaker.clone().listen());
     Some(speaker)
 }

@@ -1,6 +1,7 @@
 //! A server that keeps to the protocol, in all the ways that the protocol leaves open, below our client.
 
 use super::plan::{Clients, DISK_BYTES, NO_ERRORS, Plan, address, client_config, client_stack, within};
+use crate::catalog::setup::check_at_rest;
 use crate::check::{BlockHistory, Initial, Invariant};
 use crate::guest::{DirectDisk, Guest, LyingServer, Manner, Manners, Offer};
 use crate::run::Scenario;
@@ -9,6 +10,7 @@ use crate::world::World;
 use kernel_model::{SimHost, StorageConfig};
 use std::cell::RefCell;
 use std::rc::Rc;
+use tap_abi::nbd::{CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES};
 use tap_core::{CacheMode, Node};
 use tap_host::{IoKind, Listener, SECTOR_BYTES, SectorRange, Sockets};
 use tap_nbd::{Breaks, Client, ClientConfig};
@@ -26,6 +28,9 @@ const QUIET_NS: u64 = 20_000_000_000;
 
 /// Attempts to connect in that time: pauses double from 100 µs to 1 s.
 const ATTEMPTS_MAX: u64 = 14 + 20;
+
+/// The only command that a server refuses; 0 is any.
+const REFUSED: [u16; 6] = [0, CMD_TRIM, CMD_WRITE_ZEROES, CMD_FLUSH, CMD_WRITE, CMD_READ];
 
 /// Lets `server` serve in a process of its own. `None` if that fails.
 async fn listen(plan: &Plan, server: &Rc<LyingServer>, key: u64) -> Option<SimHost> {
@@ -46,7 +51,10 @@ async fn modest_server(world: World) {
     let hangs_up = world.setting("nbd-hangs-up", &[false, true]);
     let lessens = hangs_up && world.setting("nbd-lessens", &[false, true]);
     let refuses = world.setting("nbd-refuses", &[false, true]);
-    let server = LyingServer::new(&world, offer, Manner::Modest { hangs_up, lessens, refuses });
+    let only = if refuses { world.setting("nbd-refuses-only", &REFUSED) } else { 0 };
+    let stays_open = world.setting("nbd-stays-open", &[false, true]);
+    let manner = Manner::Modest { hangs_up, lessens, refuses, only, stays_open };
+    let server = LyingServer::new(&world, offer, manner);
     let Some(far) = listen(&plan, &server, 0).await else { return };
     let size_sectors = DISK_BYTES / SECTOR_BYTES;
     let mut history =
@@ -80,8 +88,11 @@ async fn modest_server(world: World) {
         world.fail(Invariant::N1, "a client had to connect again to a server that keeps to the protocol");
     }
     check_counts(&world, &server, &offer, &ops, errors_allowed || hangs_up);
+    check_zeroes(&world, &server, &ops);
+    check_refused(&world, &server, hangs_up || plan.limits.scheduler.merge_sectors > 0);
     if world.setting("leaves", &[false, true]) {
         leave(&plan, &server, &far, &offer, &client, &node, &history).await;
+        check_at_rest(&world, host.process.node()).await;
     }
     host.process.node().kill();
     far.process.node().kill();
@@ -133,6 +144,29 @@ fn check_counts(world: &World, server: &LyingServer, offer: &Offer, ops: &[Optio
     let trims = if offer.has_trim() { of(IoKind::Discard) } else { 0 };
     if counts.trims > trims || counts.trims == 0 && trims > 0 {
         world.fail(Invariant::N3, format!("{} trims of {trims} reached the server", counts.trims));
+    }
+}
+
+/// What the server refused failed for the guest as well. `uncertain`: merged requests are tried one by one, and each of
+/// them may succeed; so may one that is sent again.
+fn check_refused(world: &World, server: &LyingServer, uncertain: bool) {
+    let refused = server.counts().refused;
+    if !uncertain && refused > 0 && world.stats().errors == 0 {
+        world.fail(Invariant::N3, format!("{refused} requests were refused, and none has failed"));
+    }
+}
+
+/// Zeros keep their space where the guest wants that, and only there.
+fn check_zeroes(world: &World, server: &LyingServer, ops: &[Option<Op>]) {
+    let wanted = |range: SectorRange, keep: bool| {
+        let alike = |op: &&Op| op.kind == IoKind::WriteZeroes && op.zeroes.unmap != keep;
+        ops.iter().flatten().filter(alike).any(|op| op.range.overlaps(range))
+    };
+    if let Some((range, keep)) = server.zeroes().into_iter().find(|(range, keep)| !wanted(*range, *keep)) {
+        world.fail(
+            Invariant::N3,
+            format!("zeros to {range} reached the server with their space kept: {keep}"),
+        );
     }
 }
 

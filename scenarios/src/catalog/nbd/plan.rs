@@ -1,7 +1,7 @@
 //! What the scenarios of NBD are made of: servers and clients in processes, their beginning and their end.
 
 use crate::catalog::crash::either;
-use crate::catalog::setup::{Setup, cut_after_close, workload};
+use crate::catalog::setup::{Setup, check_at_rest, cut_after_close, workload};
 use crate::check::{Asks, Invariant};
 use crate::guest::{DirectDisk, Guest, GuestDisk, Manners, RawNbd, Spread};
 use crate::program::{Printed, named, option_of, tapdisk};
@@ -45,7 +45,7 @@ pub(super) fn server_limits(world: &World) -> ServerLimits {
 pub(super) fn client_config(world: &World) -> ClientConfig {
     ClientConfig {
         export: DISK.into(),
-        requests: world.setting("nbd-client-requests", &[64, 4, 1]),
+        requests: world.setting("nbd-client-requests", &[64, 4, 1, 0]),
         receive_bytes: world.setting("nbd-client-receive", &[256 << 10, 16 << 10]),
         pause_ns: 100_000,
         pause_most_ns: 1_000_000_000,
@@ -80,6 +80,8 @@ pub(super) struct Plan {
     pub(super) addresses: Vec<SocketAddress>,
     /// Memory that others have for themselves.
     taken: Rc<RefCell<Vec<Share>>>,
+    /// Processes with clients of ours.
+    clients: Rc<RefCell<Vec<SimHost>>>,
 }
 
 /// `tapdisk serve` in a process.
@@ -125,6 +127,13 @@ impl Served {
 
     /// Ends in order. What was answered before the disks are closed is durable once they are.
     pub(super) async fn stop(self, world: &World, setup: &Setup) {
+        self.leave(world, setup).await;
+        self.host.process.node().kill();
+        self.host.process.node().dead().await;
+    }
+
+    /// The same, but for the process itself.
+    async fn leave(&self, world: &World, setup: &Setup) {
         self.host.process.ask_to_stop();
         let node = self.host.process.node();
         either(node.dead(), self.idle.wait()).await;
@@ -133,15 +142,13 @@ impl Served {
         // What is wrong has been told.
         match self.said.status() {
             Some(status) => {
-                check_idle(world, &self, 0);
+                check_idle(world, self, 0);
                 if status == 0 {
                     setup.history.borrow_mut().end_flush(inv);
                 }
             }
             None => setup.history.borrow_mut().server_died(),
         }
-        self.host.process.node().kill();
-        self.host.process.node().dead().await;
     }
 }
 
@@ -161,6 +168,7 @@ impl Plan {
             server: server_limits(world),
             addresses: vec![address()],
             taken: Rc::default(),
+            clients: Rc::default(),
         };
         (plan, setup)
     }
@@ -176,6 +184,7 @@ impl Plan {
             server: ServerLimits::default(),
             addresses: vec![address()],
             taken: Rc::default(),
+            clients: Rc::default(),
         }
     }
 
@@ -220,13 +229,13 @@ impl Plan {
     /// What a server has no options for; what it asks of its disks is counted in `asks`.
     fn tuning(&self, host: &SimHost, asks: Rc<RefCell<Vec<Rc<Asks>>>>) -> Tuning {
         let tuning = self.limits.tuning(&self.world, host.process.node(), self.memory_bytes());
-        let (world, over) = (self.world.clone(), tuning.over_disk);
+        let (world, over, process) = (self.world.clone(), tuning.over_disk, host.process.node().clone());
         let over_disk = Rc::new(move |spec: &DiskSpec, disk: Rc<dyn Node>| {
             let disk = match &over {
                 Some(over) => over(spec, disk),
                 None => disk,
             };
-            let node = Asks::new(&world, disk);
+            let node = Asks::new(&world, &process, asks.borrow().len() as u64, disk);
             asks.borrow_mut().push(Rc::clone(&node));
             node as Rc<dyn Node>
         });
@@ -298,6 +307,7 @@ impl Plan {
 
     /// Connects as often as it takes.
     pub(super) async fn connect(&self, host: &SimHost, config: &ClientConfig) -> Rc<Client<SimHost>> {
+        self.clients.borrow_mut().push(host.clone());
         loop {
             match Client::connect(host.clone(), config.clone()).await {
                 Ok(client) => return Rc::new(client),
@@ -400,7 +410,12 @@ pub(super) async fn end(plan: &Plan, served: Served, clients: &Clients, setup: &
             world.fail(Invariant::E4, format!("closing a client failed with {error:?}"));
         }
     }
-    served.stop(world, setup).await;
+    served.leave(world, setup).await;
+    for host in plan.clients.take().iter().chain([&served.host]) {
+        check_at_rest(world, host.process.node()).await;
+    }
+    served.host.process.node().kill();
+    served.host.process.node().dead().await;
     cut_after_close(world, [setup.spec.path.as_str()]);
     setup.check(world, "in the end").await;
 }

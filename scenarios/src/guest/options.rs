@@ -1,0 +1,147 @@
+//! What an NBD client may ask before it chooses an export, right and wrong, and what a server has to say to it.
+
+use super::RawNbd;
+use crate::check::Invariant;
+use crate::world::World;
+use sim::{Entity, Label};
+use tap_abi::nbd::{
+    BASE_ALLOCATION, OPT_GO, OPT_INFO, OPT_LIST, OPT_LIST_META_CONTEXT, OPT_SET_META_CONTEXT, OPT_STARTTLS,
+    OPT_STRUCTURED_REPLY, OPTION_REPLY_MAGIC, OptionHeader, REP_ACK, REP_ERR_INVALID, REP_ERR_POLICY,
+    REP_ERR_TOO_BIG, REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_INFO, REP_META_CONTEXT, REP_SERVER,
+};
+use tap_host::Stream;
+use zerocopy::IntoBytes;
+
+/// An option that a client asks for before it chooses; 0 none, else one of [`Question::ALL`].
+pub static NBD_OPTION: Label = Label::new("nbd-option", "asks option {n} before the choice: {}");
+
+/// Options that one client asks for at most.
+const ASKED_MAX: u32 = 3;
+
+/// An option, and the replies that belong to it.
+struct Question {
+    option: u32,
+    data: Data,
+    /// Kind of the replies before the last, and how many.
+    before: (u32, usize),
+    last: u32,
+}
+
+/// What comes with an option.
+#[derive(Clone, Copy)]
+enum Data {
+    Nothing,
+    /// Bytes that no such option has.
+    Odd,
+    /// More than any option has.
+    Much,
+    /// The name of the export, or of none, and these bytes.
+    Named(&'static [u8]),
+    Unknown(&'static [u8]),
+    /// The name of the export, and a query for its allocation.
+    Query,
+}
+
+const NONE: (u32, usize) = (0, 0);
+
+impl Question {
+    const fn new(option: u32, data: Data, before: (u32, usize), last: u32) -> Self {
+        Self { option, data, before, last }
+    }
+
+    const ALL: [Self; 15] = [
+        Self::new(OPT_INFO, Data::Named(&[0, 0]), (REP_INFO, 2), REP_ACK),
+        Self::new(OPT_INFO, Data::Odd, NONE, REP_ERR_INVALID),
+        Self::new(OPT_INFO, Data::Unknown(&[0, 0]), NONE, REP_ERR_UNKNOWN),
+        Self::new(OPT_INFO, Data::Much, NONE, REP_ERR_TOO_BIG),
+        Self::new(OPT_GO, Data::Odd, NONE, REP_ERR_INVALID),
+        Self::new(OPT_GO, Data::Unknown(&[0, 0]), NONE, REP_ERR_UNKNOWN),
+        Self::new(OPT_LIST, Data::Nothing, (REP_SERVER, 1), REP_ACK),
+        Self::new(OPT_LIST, Data::Odd, NONE, REP_ERR_INVALID),
+        Self::new(OPT_STARTTLS, Data::Nothing, NONE, REP_ERR_POLICY),
+        Self::new(OPT_STRUCTURED_REPLY, Data::Odd, NONE, REP_ERR_INVALID),
+        // Structured replies come first.
+        Self::new(OPT_SET_META_CONTEXT, Data::Query, NONE, REP_ERR_INVALID),
+        Self::new(OPT_LIST_META_CONTEXT, Data::Odd, NONE, REP_ERR_INVALID),
+        Self::new(OPT_LIST_META_CONTEXT, Data::Unknown(&[0; 4]), NONE, REP_ERR_UNKNOWN),
+        Self::new(OPT_LIST_META_CONTEXT, Data::Query, (REP_META_CONTEXT, 1), REP_ACK),
+        Self::new(0x7a70, Data::Odd, NONE, REP_ERR_UNSUP),
+    ];
+}
+
+fn named(name: &str) -> Vec<u8> {
+    [&(name.len() as u32).to_be_bytes()[..], name.as_bytes()].concat()
+}
+
+/// The export `name`, and a query for `base:allocation`.
+pub(super) fn query(name: &str) -> Vec<u8> {
+    [named(name), 1_u32.to_be_bytes().to_vec(), named(BASE_ALLOCATION)].concat()
+}
+
+/// The export `name`, without a request for information.
+pub(super) fn choice(name: &str) -> Vec<u8> {
+    [named(name), vec![0, 0]].concat()
+}
+
+impl Data {
+    fn bytes(self, name: &str) -> Vec<u8> {
+        match self {
+            Self::Nothing => Vec::new(),
+            Self::Odd => vec![0xff; 3],
+            Self::Much => vec![0; 9000],
+            Self::Named(rest) => [&named(name)[..], rest].concat(),
+            Self::Unknown(rest) => [&named("no such disk")[..], rest].concat(),
+            Self::Query => query(name),
+        }
+    }
+}
+
+/// The replies to one option: the kind of the last, and kind and data of those before it. `None` if the stream ends or
+/// is not what it should be.
+pub(super) async fn ask<S: Stream>(
+    raw: &RawNbd<S>,
+    option: u32,
+    data: &[u8],
+) -> Option<(u32, Vec<(u32, Vec<u8>)>)> {
+    let head = OptionHeader::new(option, data.len() as u32);
+    raw.send(&[head.as_bytes(), data].concat()).await.ok()?;
+    let mut before = Vec::new();
+    loop {
+        let head = raw.take(20).await?;
+        let word = |at: usize| u32::from_be_bytes(head[at..at + 4].try_into().unwrap_or_default());
+        if u64::from(word(0)) << 32 | u64::from(word(4)) != OPTION_REPLY_MAGIC || word(8) != option {
+            return None;
+        }
+        let (kind, data) = (word(12), raw.take(word(16) as usize).await?);
+        if kind == REP_ACK || kind >> 31 == 1 {
+            return Some((kind, before));
+        }
+        before.push((kind, data));
+    }
+}
+
+/// Asks what is decided for `who`, and looks at each answer. `None` if the connection ends.
+pub(super) async fn be_curious<S: Stream>(
+    world: &World,
+    raw: &RawNbd<S>,
+    who: Entity,
+    name: &str,
+) -> Option<()> {
+    for n in 0..ASKED_MAX {
+        let kinds = Question::ALL.len() as u64;
+        let kind =
+            world.sim.decide(who, &NBD_OPTION, n, |d| if d.below(2) == 0 { 0 } else { 1 + d.below(kinds) });
+        let Some(question) = kind.checked_sub(1).and_then(|at| Question::ALL.get(at as usize)) else {
+            continue;
+        };
+        let (last, before) = ask(raw, question.option, &question.data.bytes(name)).await?;
+        let (kind, count) = question.before;
+        if last != question.last || before.len() != count || before.iter().any(|(other, _)| *other != kind) {
+            let kinds: Vec<u32> = before.iter().map(|(kind, _)| *kind).collect();
+            let text = format!("option {} is answered with {kinds:?} and {last:#x}", question.option);
+            world.fail(Invariant::N2, text);
+            return None;
+        }
+    }
+    Some(())
+}
