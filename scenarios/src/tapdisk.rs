@@ -200,7 +200,7 @@ impl Machine {
             Some(Complaint::NotTaken) => {
                 self.rivals.get() || self.broken.get().is_some_and(|dom| is_of(line, dom.0))
             }
-            Some(Complaint::Deaf) => self.may_go_deaf.get(),
+            Some(Complaint::Deaf) => self.may_go_deaf.get() && host.port.is_deaf(),
             // One that was told of a disk by the toolstack tries again.
             Some(Complaint::Store) => self.watching,
             Some(Complaint::NoVbd) => {

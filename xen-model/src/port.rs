@@ -109,6 +109,11 @@ impl XenPort {
         self.may_go_deaf_soon();
     }
 
+    /// Whether it no longer receives events.
+    pub fn is_deaf(&self) -> bool {
+        self.0.deaf.get()
+    }
+
     fn may_go_deaf_soon(&self) {
         let xen = &self.0.xen.0;
         let (sim, rate) = (&xen.sim, xen.rates.deaf);
