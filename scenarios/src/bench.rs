@@ -7,6 +7,7 @@
 
 use crate::catalog::setup::Setup;
 use crate::check::Invariant;
+use crate::formats::Kind;
 use crate::guest::Manners;
 use crate::machine::Machine;
 use crate::stack::StackLimits;
@@ -30,20 +31,11 @@ const FLUSH_EVERY: u64 = 64;
 /// Depth below the scheduler where merging is measured.
 const SHALLOW: usize = 4;
 
-/// What lies below the ring.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Disk {
-    /// The file is the disk.
-    Raw,
-    /// qcow with 4 KiB clusters, empty in the beginning.
-    Qcow,
-}
-
 /// One measurement.
 #[derive(Clone, Copy, Debug)]
 pub struct BenchSpec {
-    /// What lies below the ring.
-    pub disk: Disk,
+    /// What lies below the ring, with clusters of 4 KiB where it has any, and empty in the beginning.
+    pub disk: Kind,
     /// Requests to be made.
     pub requests: u64,
     /// One after the other instead of anywhere, with four at a time below the scheduler.
@@ -144,10 +136,7 @@ async fn reference(world: World, spec: BenchSpec) -> (u64, u64, i64) {
     if !spec.merging {
         limits.scheduler.merge_sectors = 0;
     }
-    let setup = match spec.disk {
-        Disk::Raw => Setup::raw(&world, 0, DISK_BYTES),
-        Disk::Qcow => Setup::qcow(&world, 0, DISK_BYTES, false),
-    };
+    let setup = Setup::new(&world, spec.disk, 0, DISK_BYTES);
     let size = setup.size_sectors;
     let machine = Machine::new(&world, limits);
     let attached = machine.attach(setup, 0).await;

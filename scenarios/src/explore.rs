@@ -27,7 +27,7 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 use tap_core::{Node, Request};
 use tap_host::{Bug, IoBuf, IoVec, SECTOR_BYTES, SectorRange};
-use tap_images::{BackingPolicy, Formats, ImageFormat, ImageSpec, OpenOptions};
+use tap_images::{BackingPolicy, ImageFormat, ImageSpec, OpenOptions};
 
 /// What exploring came to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -432,7 +432,7 @@ async fn read_all(
 ) -> Result<(), String> {
     let backing = BackingPolicy::any(ImageFormat::Probe);
     let options = OpenOptions { write: true, backing, ..OpenOptions::default() };
-    let node: Rc<dyn Node> = Formats::shipped()
+    let node: Rc<dyn Node> = formats::drivers()
         .open(process, spec, &options)
         .await
         .map_err(|e| format!("failed to open the image after a crash: {e}"))?;
@@ -554,10 +554,12 @@ fn affected(inode: &Inode, choice: &Choice, anchor: &Anchor, map: &ImageMap, siz
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::catalog::crash::{OVERLAY_POWER_CUT, QCOW_POWER_CUT};
-    use crate::run::Scenario;
+    use crate::catalog::crash::{OVERLAY_POWER_CUT, POWER_CUT};
+    use crate::catalog::of_format::OfFormat;
+    use crate::formats::Kind;
 
-    fn first_bad(scenario: &'static Scenario, bug: Option<Bug>) -> Option<(u64, Invariant, RunSpec)> {
+    fn first_bad(scenario: &OfFormat, bug: Option<Bug>) -> Option<(u64, Invariant, RunSpec)> {
+        let scenario = scenario.of(Kind::mapped(false).model).unwrap();
         (0..12).find_map(|seed| {
             let (outcome, replay) = explore_run(&RunSpec::new(scenario, seed).with_bug(bug));
             Some((seed, outcome.bad_state?.invariant, replay?))
@@ -566,7 +568,7 @@ mod tests {
 
     #[test]
     fn good_drivers_have_no_bad_states() {
-        for scenario in [&QCOW_POWER_CUT, &OVERLAY_POWER_CUT] {
+        for scenario in [&POWER_CUT, &OVERLAY_POWER_CUT] {
             assert!(first_bad(scenario, None).is_none());
         }
     }
@@ -574,8 +576,8 @@ mod tests {
     #[test]
     fn a_bad_state_is_found_and_becomes_a_run_that_fails_alike() {
         for (bug, scenario) in [
-            (Bug::L1BeforeL2, &QCOW_POWER_CUT),
-            (Bug::FlushEarly, &QCOW_POWER_CUT),
+            (Bug::L1BeforeL2, &POWER_CUT),
+            (Bug::FlushEarly, &POWER_CUT),
             (Bug::DataAfterMapping, &OVERLAY_POWER_CUT),
         ] {
             let (seed, invariant, replay) =

@@ -12,8 +12,10 @@
 //! run, and most small changes of bytes are small changes of the run.
 
 use crate::catalog::{crash, damage, failures, nbd, ring};
+use crate::formats::{self, FormatModel};
 use crate::guest::NBD_TRICK;
-use crate::run::{Outcome, RunSpec, Scenario, run};
+use crate::run::{Outcome, RunSpec, run};
+use crate::scenario::Scenario;
 use crate::workload::{OP, OP_FORM};
 use crate::world::SETTING;
 use arbitrary::{Arbitrary, Unstructured};
@@ -23,14 +25,14 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use sim::{DecisionMap, Label, Script, Source, WAKE, guard};
 use std::collections::BTreeSet;
-use std::sync::Mutex;
+use std::sync::{LazyLock, Mutex};
 use tap_host::Bug;
 
 /// What can be fuzzed.
 pub struct Subject {
     /// Its name.
     pub name: &'static str,
-    scenarios: &'static [&'static Scenario],
+    scenarios: Vec<&'static Scenario>,
     kinds: &'static [Kind],
 }
 
@@ -40,25 +42,30 @@ impl std::fmt::Debug for Subject {
     }
 }
 
-/// Images of qcow.
-pub static QCOW: Subject = Subject {
-    name: "qcow",
-    scenarios: &[
+/// What can be fuzzed: the images of each format that ships and has metadata, and at last clients and servers of NBD.
+pub static SUBJECTS: LazyLock<Vec<Subject>> = LazyLock::new(|| {
+    let formats = formats::ALL.iter().filter(|model| model.has_metadata() && model.is_shipped());
+    formats.map(|model| images(*model)).chain([nbd()]).collect()
+});
+
+/// Images of a format.
+fn images(model: &'static dyn FormatModel) -> Subject {
+    let of_format = [
         &crash::OVERLAY_POWER_CUT,
         &damage::DAMAGED_IMAGE,
-        &crash::QCOW_ERRORS,
-        &crash::QCOW_POWER_CUT,
+        &crash::ERRORS,
+        &crash::POWER_CUT,
         &crash::RECOVERY_CRASH,
         &ring::TAPDISK_KILLED,
-        &ring::FRONTEND_RECONNECT,
-    ],
-    kinds: &QCOW_KINDS,
-};
+    ];
+    let scenarios = of_format.into_iter().filter_map(|scenario| scenario.of(model));
+    let scenarios = scenarios.chain([&ring::FRONTEND_RECONNECT]).collect();
+    Subject { name: model.format().name(), scenarios, kinds: &IMAGE_KINDS }
+}
 
 /// Clients and servers of NBD.
-pub static NBD: Subject = Subject {
-    name: "nbd",
-    scenarios: &[
+fn nbd() -> Subject {
+    let scenarios = [
         &nbd::NBD_HOSTILE_CLIENT,
         &nbd::NBD_SPLIT_READS,
         &nbd::NBD_HOSTILE_CLIENT,
@@ -66,9 +73,9 @@ pub static NBD: Subject = Subject {
         &nbd::NBD_CLIENT_DIES,
         &nbd::NBD_SLOW_CLIENT,
         &nbd::NBD_SERVER_POWER_CUT,
-    ],
-    kinds: &NBD_KINDS,
-};
+    ];
+    Subject { name: "nbd", scenarios: scenarios.to_vec(), kinds: &NBD_KINDS }
+}
 
 /// A kind of record: the label, how many of its first decisions are worth a value, and the bits that a value may have.
 struct Kind {
@@ -82,7 +89,7 @@ const fn kind(label: &'static Label, first: u32, bits: u32) -> Kind {
 }
 
 /// Kinds of records; what there is more of in a run comes more often.
-static QCOW_KINDS: [Kind; 17] = [
+static IMAGE_KINDS: [Kind; 17] = [
     kind(&OP, 160, 22),
     kind(&OP, 40, 22),
     kind(&OP, 16, 22),
@@ -139,7 +146,7 @@ const RECORDS_MAX: usize = 400;
 
 /// The run of `subject` that `bytes` mean.
 pub fn spec_of(subject: &Subject, bytes: &[u8], bug: Option<Bug>) -> RunSpec {
-    let (scenarios, kinds) = (subject.scenarios, subject.kinds);
+    let (scenarios, kinds) = (&subject.scenarios, subject.kinds);
     let mut input = Unstructured::new(bytes);
     let scenario = scenarios[input.arbitrary::<u8>().map_or(0, usize::from) % scenarios.len()];
     let mut script = Script::new();
@@ -165,12 +172,12 @@ pub fn run_bytes(subject: &Subject, bytes: &[u8], bug: Option<Bug>) -> (RunSpec,
     (spec, outcome)
 }
 
-/// One target for any fuzzer: runs `bytes`.
+/// One target for any fuzzer: runs `bytes` on images of the first format.
 ///
 /// # Panics
 /// If an invariant is broken, with the decision file in the message.
-pub fn target(subject: &Subject, bytes: &[u8]) {
-    let (spec, outcome) = run_bytes(subject, bytes, None);
+pub fn image_target(bytes: &[u8]) {
+    let (spec, outcome) = run_bytes(&SUBJECTS[0], bytes, None);
     if outcome.failure.is_some() {
         panic!("a run is broken; its decision file:\n{}", spec.to_file(&outcome, "fuzz").print());
     }
@@ -422,7 +429,7 @@ mod tests {
     #[test]
     fn any_bytes_are_a_run_that_replays() {
         crate::run::prepare();
-        for subject in [&QCOW, &NBD] {
+        for subject in SUBJECTS.iter() {
             let mut maker = Maker::new(1, 0);
             let mut replayed = 0;
             for len in [0, 1, 2, 7, 8, 100, 400, 401, 402, 403, 404, 405, 406] {
@@ -459,7 +466,8 @@ mod tests {
     #[test]
     fn a_planted_bug_is_found() {
         crate::run::prepare();
-        for (subject, bug) in [(&QCOW, Bug::OverlayDropsRest), (&NBD, Bug::NbdWrongCookie)] {
+        let last = SUBJECTS.last().unwrap();
+        for (subject, bug) in [(&SUBJECTS[0], Bug::OverlayDropsRest), (last, Bug::NbdWrongCookie)] {
             let spec = FuzzSpec { subject, seed: 1, jobs: 1, guarded: false, bug: Some(bug) };
             let report = fuzz(&spec, |runs, _| runs < 2000);
             let (run_spec, outcome) = &report.findings[0];

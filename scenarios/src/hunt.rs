@@ -2,7 +2,8 @@
 //! does what it was saved for.
 
 use crate::catalog;
-use crate::run::{Outcome, RunSpec, Scenario, run, run_recorded, shrink_run};
+use crate::run::{Outcome, RunSpec, run, run_recorded, shrink_run};
+use crate::scenario::Scenario;
 use crate::sweep::cpu_ns;
 use sim::{RunFile, TraceLevel, guard};
 use tap_host::Bug;

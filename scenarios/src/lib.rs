@@ -16,6 +16,7 @@ mod panics;
 pub mod program;
 mod respawn;
 pub mod run;
+pub mod scenario;
 pub mod stack;
 pub mod sweep;
 pub mod tag;

@@ -4,35 +4,15 @@ use crate::check::oracle::{Oracle, break_for_run, is_broken};
 use crate::check::{Failure, Invariant};
 use crate::explore::{BadState, Explored};
 use crate::formats::RealImage;
+use crate::scenario::Scenario;
 use crate::world::{RunOptions, Stats, World};
 use crate::{catalog, front, panics, workload, world};
-use kernel_model::StorageConfig;
 use sim::{
     Config, DecisionMap, Limits, RunFile, Scheduling, Sim, Source, StallKind, TraceLevel, TraceReport,
     register_labels,
 };
-use std::future::Future;
-use std::pin::Pin;
 use std::sync::{Arc, Once};
 use tap_host::Bug;
-
-/// A catalogued scenario.
-pub struct Scenario {
-    /// Its name, kebab case.
-    pub name: &'static str,
-    /// One line: what happens and what is looked at.
-    pub about: &'static str,
-    /// What the host's storage is like in a seed.
-    pub storage: fn(&Sim) -> StorageConfig,
-    /// The world's life.
-    pub body: fn(World) -> Pin<Box<dyn Future<Output = ()>>>,
-}
-
-impl std::fmt::Debug for Scenario {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.name)
-    }
-}
 
 /// What to run.
 #[derive(Clone, Debug)]
@@ -270,12 +250,13 @@ pub fn run_recorded(spec: &RunSpec, trace: TraceLevel) -> Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use kernel_model::StorageConfig;
 
     static PANICS: Scenario = Scenario {
         name: "panics",
         about: "a task that panics",
-        storage: |_| StorageConfig::default(),
-        body: |w| {
+        storage: &|_| StorageConfig::default(),
+        body: &|w| {
             Box::pin(async move {
                 w.sim.spawn("task", 0, async { assert_eq!(1, 2, "a broken promise") });
                 w.sim.sleep_ns(1).await;
@@ -305,8 +286,8 @@ mod tests {
     static FALLS_AT_THE_END: Scenario = Scenario {
         name: "falls-at-the-end",
         about: "a task panics, and what another holds does when the world is taken down",
-        storage: |_| StorageConfig::default(),
-        body: |w| {
+        storage: &|_| StorageConfig::default(),
+        body: &|w| {
             Box::pin(async move {
                 let falls = Falls;
                 w.sim.spawn("holder", 0, async move {

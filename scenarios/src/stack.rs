@@ -1,6 +1,7 @@
 //! The bounds of a stack that a seed draws, and a disk under them as programs build it.
 
 use crate::check::Contract;
+use crate::formats;
 use crate::world::World;
 use kernel_model::SimHost;
 use std::cell::RefCell;
@@ -154,7 +155,8 @@ impl Stack {
             memory: memory.clone(),
             tuning: Tuning { over_image: Some(over_image), ..tuning },
         };
-        let disk = match open_disk(host, VbdId(51712), &DiskSpec::Image(spec.clone()), &options).await {
+        let image = DiskSpec::Image(spec.clone());
+        let disk = match open_disk(host, formats::drivers(), VbdId(51712), &image, &options).await {
             Ok(disk) => disk,
             Err(OpenError::Image(error)) => return Err(error),
             Err(OpenError::Server(error)) => unreachable!("an image is no export: {error}"),

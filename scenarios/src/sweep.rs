@@ -2,7 +2,8 @@
 
 use crate::check::Failure;
 use crate::panics::apart;
-use crate::run::{Outcome, RunSpec, Scenario, run};
+use crate::run::{Outcome, RunSpec, run};
+use crate::scenario::Scenario;
 use crate::world::{RunOptions, Stats};
 use sim::mix2;
 use std::ops::Range;

@@ -12,8 +12,7 @@ use kernel_model::SimHost;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
-use scenarios::formats::QCOW;
-use scenarios::formats::qcow::walk;
+use scenarios::formats;
 use scenarios::guest::{DirectDisk, GuestDisk};
 use scenarios::stack::{Stack, StackLimits};
 use scenarios::world::{RunOptions, World};
@@ -175,7 +174,8 @@ impl Bench {
             return Err(text.into());
         }
         let content = world.storage.content(TOP).ok_or("the image is gone")?;
-        walk(&content).map_err(|(rule, text)| format!("{rule}: {text}"))?;
+        let walked = formats::of(qcow::FORMAT.into()).walk(&content).ok_or("qcow has metadata")?;
+        walked.map_err(|(rule, text)| format!("{rule}: {text}"))?;
         Ok(())
     }
 
@@ -217,7 +217,7 @@ fn simulate<F: Future<Output = Result<(), Failed>> + 'static>(
 
 async fn open(world: &World) -> Result<(Stack, DirectDisk), Failed> {
     let host = SimHost::start(&world.kernel, &world.xen, "tapdisk", 0);
-    let spec = ImageSpec { format: QCOW, path: TOP.into() };
+    let spec = ImageSpec { format: qcow::FORMAT.into(), path: TOP.into() };
     let stack = Stack::open(&host, world, &spec, &StackLimits::draw(world)).await?;
     let disk = DirectDisk::new(stack.node(), 1 << 20);
     Ok((stack, disk))

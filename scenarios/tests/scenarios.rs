@@ -24,7 +24,8 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use scenarios::catalog;
 use scenarios::cli::{load_run, revision, seeds_or_one};
 use scenarios::hunt::{Quarry, Unexpected, check_saved};
-use scenarios::run::{Outcome, RunSpec, Scenario, prepare, run, run_recorded, shrink_run};
+use scenarios::run::{Outcome, RunSpec, prepare, run, run_recorded, shrink_run};
+use scenarios::scenario::Scenario;
 use scenarios::sweep::SweepSpec;
 use scenarios::world::RunOptions;
 use sim::{RunFile, Source, TraceLevel, guard};
@@ -131,6 +132,7 @@ fn trials(env: impl Fn(&str) -> Option<String>) -> Result<Vec<Trial>, String> {
     }
     trials.push(Trial::test("environment", environment));
     trials.push(Trial::test("panics", panics));
+    trials.push(Trial::test("documents", documents));
     Ok(trials)
 }
 
@@ -147,6 +149,37 @@ fn regressions() -> Result<Vec<PathBuf>, String> {
     }
     files.sort();
     Ok(files)
+}
+
+/// Documents that say how many scenarios there are say it right.
+fn documents() -> Result<(), Failed> {
+    let top = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("");
+    let mut files: Vec<PathBuf> =
+        ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"].map(|f| top.join(f)).into();
+    let list = |folder: &Path| -> Result<Vec<PathBuf>, String> {
+        let entries =
+            std::fs::read_dir(folder).map_err(|e| format!("failed to list {}: {e}", folder.display()))?;
+        Ok(entries.filter_map(|entry| entry.ok().map(|entry| entry.path())).collect())
+    };
+    for folder in list(&top.join("docs"))? {
+        files.extend(list(&folder)?);
+    }
+    let mut seen = 0;
+    for file in files {
+        let text =
+            std::fs::read_to_string(&file).map_err(|e| format!("failed to read {}: {e}", file.display()))?;
+        for (before, _) in text.match_indices(" scenarios").map(|(at, _)| text.split_at(at)) {
+            let digits = before.rfind(|c: char| !c.is_ascii_digit()).map_or(0, |at| at + 1);
+            let Ok(count) = before[digits..].parse::<usize>() else { continue };
+            // Less is said of some of them.
+            if count > 9 && count != catalog::ALL.len() {
+                let there = catalog::ALL.len();
+                return Err(format!("{}: {count} scenarios, and there are {there}", file.display()).into());
+            }
+            seen += 1;
+        }
+    }
+    if seen == 0 { Err("no document says how many scenarios there are".into()) } else { Ok(()) }
 }
 
 /// Runs `work` on `spec` inside the guard.
@@ -277,8 +310,8 @@ impl Drop for Falls {
 static FALLS_TWICE: Scenario = Scenario {
     name: "falls-twice",
     about: "a panic meets another one in a destructor, in every fourth seed",
-    storage: |_| StorageConfig::default(),
-    body: |w| {
+    storage: &|_| StorageConfig::default(),
+    body: &|w| {
         Box::pin(async move {
             let falls = w.setting("falls", &[false, false, false, true]);
             w.sim.spawn("task", 0, async move {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! tapsim-run 1
-//! scenario qcow-power-cut
+//! scenario raw-power-cut
 //! seed 145
 //! revision 4f2a91c
 //! invariant G7

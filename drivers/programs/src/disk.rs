@@ -222,18 +222,19 @@ pub enum OpenError {
     Server(#[from] ClientError),
 }
 
-/// Opens whatever `spec` names as the disk `id`.
+/// Opens whatever `spec` names as the disk `id`; images have the formats of `formats`.
 ///
 /// # Errors
 /// [`OpenError`].
 pub async fn open_disk<H: DiskHost>(
     host: &H,
+    formats: Formats<H>,
     id: VbdId,
     spec: &DiskSpec,
     options: &DiskOptions,
 ) -> Result<Disk<H>, OpenError> {
     let image = match spec {
-        DiskSpec::Image(image) => open_image(host, image, options).await?,
+        DiskSpec::Image(image) => open_image(host, formats, image, options).await?,
         DiskSpec::Nbd { address, export } => {
             let config = ClientConfig {
                 export: export.clone(),
@@ -251,6 +252,7 @@ pub async fn open_disk<H: DiskHost>(
 
 async fn open_image<H: ImageHost>(
     host: &H,
+    formats: Formats<H>,
     spec: &ImageSpec,
     options: &DiskOptions,
 ) -> Result<Rc<dyn Node>, ImageError> {
@@ -263,7 +265,7 @@ async fn open_image<H: ImageHost>(
     };
     let deadline_ns = host.now_ns().saturating_add(options.patience_ns);
     loop {
-        match Formats::shipped().open(host, spec, &open).await {
+        match formats.open(host, spec, &open).await {
             Err(error) if error.is_in_use() && host.now_ns() < deadline_ns => {
                 host.mark(Mark::ImageAwaited);
                 host.sleep_ns(IN_USE_PAUSE_NS).await;

@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use tap_core::{Disk, Node};
 use tap_host::{Budget, Errno, Listener, Mark, SECTOR_BYTES, Signals, SocketAddress, VbdId};
-use tap_images::show_size;
+use tap_images::{Formats, show_size};
 use tap_nbd::{Export, Server, ServerLimits};
 
 /// What serving asks of a host.
@@ -118,7 +118,9 @@ impl ServeArgs {
             };
             says_its_format(&disk.spec)?;
             let spec = disk.spec.clone();
-            let disk = open_disk(host, VbdId(id), &spec, &options).await.map_err(|e| e.to_string())?;
+            let disk = open_disk(host, Formats::shipped(), VbdId(id), &spec, &options)
+                .await
+                .map_err(|e| e.to_string())?;
             disks.push(Open { name, spec, disk });
         }
         Ok(())

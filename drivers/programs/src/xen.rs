@@ -23,7 +23,7 @@ use std::rc::Rc;
 use std::str::FromStr;
 use tap_core::{Node, SchedulerStats, wait};
 use tap_host::{Budget, DomId, Errno, Mark, SECTOR_BYTES, VbdId};
-use tap_images::show_size;
+use tap_images::{Formats, show_size};
 use tap_xenbus::{
     Backend, BackendConfig, BackendEnd, BackendError, Device, DeviceFilter, Hotplug, XenHost, lead,
     patiently, supervise,
@@ -190,7 +190,9 @@ impl<H: GuestHost> Shared<H> {
             patience_ns: IN_USE_PATIENCE_NS,
             ..self.args.images.options(write, &self.memory, &self.tuning)
         };
-        let disk = open_disk(&self.host, config.vbd, spec, &options).await.map_err(|e| e.to_string())?;
+        let disk = open_disk(&self.host, Formats::shipped(), config.vbd, spec, &options)
+            .await
+            .map_err(|e| e.to_string())?;
         let info = disk.slot().info();
         let size = show_size(info.size_sectors * SECTOR_BYTES);
         let read_only = if info.read_only { ", read-only" } else { "" };

@@ -7,7 +7,7 @@ use super::setup::Setup;
 use crate::check::Invariant;
 use crate::guest::{Guest, Manners, RingDisk};
 use crate::machine::{Attached, Machine};
-use crate::run::Scenario;
+use crate::scenario::Scenario;
 use crate::stack::StackLimits;
 use crate::world::World;
 use sim::{Entity, Label};
@@ -21,8 +21,8 @@ pub static ABSENT_FOR: Label = Label::new("absent-for", "the image is away for {
 pub static IMAGE_ABSENT: Scenario = Scenario {
     name: "image-absent",
     about: "a disk is plugged in without its image and refused; tapdisk comes back and the image of its guest is away: it is tried again, the guest is destroyed, or tapdisk replaced",
-    storage: |_| not_stuck(),
-    body: |w| Box::pin(image_absent(w)),
+    storage: &|_| not_stuck(),
+    body: &|w| Box::pin(image_absent(w)),
 };
 
 /// Longest pause between two attempts to serve a disk, in nanoseconds, with what xenstored may take on top.
@@ -36,7 +36,7 @@ async fn image_absent(world: World) {
     let machine = Machine::watching(&world, StackLimits::draw(&world));
     machine.expect_absences();
     machine.start_tapdisk();
-    let setup = Setup::qcow(&world, 0, DISK_BYTES, world.setting("overlay", &[false, true]));
+    let setup = Setup::mapped(&world, 0, DISK_BYTES, world.setting("overlay", &[false, true]));
     let disk = machine.new_guest(setup.clone(), 0);
     let image = setup.spec.path.clone();
     let aside = format!("{image}-aside");

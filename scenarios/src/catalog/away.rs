@@ -7,7 +7,7 @@ use super::toolstack::DESTROY_AFTER;
 use crate::check::Invariant;
 use crate::guest::{Guest, RingDisk};
 use crate::machine::{Attached, Machine};
-use crate::run::Scenario;
+use crate::scenario::Scenario;
 use crate::stack::StackLimits;
 use crate::world::World;
 use kernel_model::SimHost;
@@ -23,8 +23,8 @@ pub static BACK_AFTER: Label = Label::new("back-after", "tapdisk is back after {
 pub static TAPDISK_AWAY: Scenario = Scenario {
     name: "tapdisk-away",
     about: "tapdisk dies and stays away; its guest waits, starts another kernel, is saved and restored, or is destroyed meanwhile or while its ring is taken up, and another may get its number; nothing is left",
-    storage: |sim| with_errors(sim, FaultPlan { stuck: false, ..FaultPlan::LATENCY }),
-    body: |w| Box::pin(tapdisk_away(w)),
+    storage: &|sim| with_errors(sim, FaultPlan { stuck: false, ..FaultPlan::LATENCY }),
+    body: &|w| Box::pin(tapdisk_away(w)),
 };
 
 /// What the guest does while nobody serves it.
@@ -43,7 +43,7 @@ async fn tapdisk_away(world: World) {
     let foreign =
         if world.setting("foreign-disk", &[false, true]) { Some(machine.plug_foreign().await) } else { None };
     let neighbour = neighbour(&world, &machine).await;
-    let setup = Setup::qcow(&world, 0, DISK_BYTES, world.setting("overlay", &[false, true]));
+    let setup = Setup::mapped(&world, 0, DISK_BYTES, world.setting("overlay", &[false, true]));
     let disk = machine.new_guest(setup.clone(), 0);
     machine.plug(&disk).await;
     let Some(guest) = disk.boot(&world, NO_ERRORS).await else { return };
@@ -230,7 +230,7 @@ async fn saved_and_restored(
 async fn another_guest(world: &World, machine: &Rc<Machine>, disk: &Attached, away_ns: u64) -> Setup {
     machine.destroy_alone(disk).await;
     world.sim.sleep_ns(away_ns).await;
-    let next = machine.guest_with_number(Setup::qcow(world, 1, DISK_BYTES, false), disk.dom);
+    let next = machine.guest_with_number(Setup::mapped(world, 1, DISK_BYTES, false), disk.dom);
     let entity = Entity::WORLD.child("back", 0);
     world.sim.name_entity(entity, || "administrator".into());
     let after_ns = world.sim.decide(entity, &BACK_AFTER, 0, |d| d.magnitude(22));

@@ -7,12 +7,14 @@
 //! ```
 
 use super::failures::{self, passing_storage};
+use super::of_format::OfFormat;
 use super::recovered::{FILL_SECTORS, after_cut, check_leaks, last_epoch};
 use super::setup::{Setup, cut_after_drop, workload};
 use crate::check::{BeforeCut, Invariant};
 use crate::explore::Explorer;
+use crate::formats::{self, FormatModel, Kind, RAW};
 use crate::guest::{DirectDisk, Guest, Manners};
-use crate::run::Scenario;
+use crate::scenario::Scenario;
 use crate::stack::{Stack, StackLimits};
 use crate::workload::{LONG, Op, Shape, operations};
 use crate::world::{World, setting};
@@ -31,41 +33,37 @@ use tap_host::{IoKind, Mark, SECTOR_BYTES, SectorRange};
 /// After how many operations on the host's files the power is cut; 0 is when everything has come to rest.
 pub static CRASH_AT: Label = Label::new("crash-at", "the power is cut after {} host operations");
 
-/// qcow without backing file.
-pub static QCOW_POWER_CUT: Scenario = Scenario {
-    name: "qcow-power-cut",
-    about: "qcow under load, power cut at any host operation, recovery checked sector by sector",
-    storage: |sim| StorageConfig {
+/// One power cut, or two where a recovery has nothing to do: nothing lies between the guest and a raw file, and the
+/// rules are the same.
+pub static POWER_CUT: OfFormat = OfFormat {
+    name: "FORMAT-power-cut",
+    about: "FORMAT under load with zeros and discards, power cut at any host operation, recovery checked sector by sector",
+    fits: |_| true,
+    storage: |sim, _| StorageConfig {
         zeroing: zeroing(sim),
         direct_align_bytes: direct_align(sim),
         ..passing_storage(sim)
     },
-    body: |w| Box::pin(power_cuts(w, Plan { cuts: 1, ops: 40, ..PLAIN })),
+    body: |w, model| {
+        let cuts = if model.has_metadata() { 1 } else { 2 };
+        Box::pin(power_cuts(w, model, Plan { cuts, ..PLAIN }))
+    },
+    settled: true,
 };
 
-/// qcow over a raw backing file, some clusters compressed.
-pub static OVERLAY_POWER_CUT: Scenario = Scenario {
-    name: "qcow-overlay-power-cut",
-    about: "qcow over a backing file, with compressed clusters: partial writes copy up, power cut, recovery checked",
-    storage: |sim| StorageConfig {
+/// Above a raw backing file, some clusters compressed.
+pub static OVERLAY_POWER_CUT: OfFormat = OfFormat {
+    name: "FORMAT-overlay-power-cut",
+    about: "FORMAT over a backing file, with compressed clusters: partial writes copy up, power cut, recovery checked",
+    fits: |model| model.format().info().has_backing,
+    storage: |sim, _| StorageConfig {
         faults: FaultPlan { short: true, ..FaultPlan::LATENCY },
         zeroing: zeroing(sim),
         direct_align_bytes: direct_align(sim),
         ..StorageConfig::default()
     },
-    body: |w| Box::pin(power_cuts(w, Plan { overlay: true, cuts: 1, ops: 30, ..PLAIN })),
-};
-
-/// A raw image: nothing lies between the guest and the file, and the rules are the same.
-pub static RAW_POWER_CUT: Scenario = Scenario {
-    name: "raw-power-cut",
-    about: "raw under load with zeros and discards, power cut at any host operation, every sector checked",
-    storage: |sim| StorageConfig {
-        zeroing: zeroing(sim),
-        direct_align_bytes: direct_align(sim),
-        ..passing_storage(sim)
-    },
-    body: |w| Box::pin(power_cuts(w, Plan { raw: true, cuts: 2, ops: 40, ..PLAIN })),
+    body: |w, model| Box::pin(power_cuts(w, model, Plan { overlay: true, ops: 30, ..PLAIN })),
+    settled: true,
 };
 
 /// Whether files can be made zeros by range.
@@ -79,80 +77,100 @@ fn direct_align(sim: &Sim) -> u32 {
 }
 
 /// Crashes while recovering from a crash.
-pub static RECOVERY_CRASH: Scenario = Scenario {
-    name: "qcow-recovery-crash",
-    about: "power cut, then again and again within the first host operations of each recovery",
-    storage: passing_storage,
-    body: |w| {
-        let overlay = w.setting("overlay", &[false, true]);
-        Box::pin(power_cuts(w, Plan { overlay, cuts: 4, ops: 24, recovery_only: true, ..PLAIN }))
+pub static RECOVERY_CRASH: OfFormat = OfFormat {
+    name: "FORMAT-recovery-crash",
+    about: "power cut, then again and again within the first host operations of each recovery of a FORMAT image",
+    fits: |model| model.has_metadata(),
+    storage: |sim, _| passing_storage(sim),
+    body: |w, model| {
+        let overlay = may_overlay(&w, model);
+        Box::pin(power_cuts(w, model, Plan { overlay, cuts: 4, ops: 24, recovery_only: true, ..PLAIN }))
     },
+    settled: true,
 };
 
 /// A disk that is filled to its last cluster, again after each cut: what bounds a format has must hold by then.
-pub static FILLED_POWER_CUT: Scenario = Scenario {
-    name: "qcow-filled-power-cut",
-    about: "a qcow disk is filled, power cut; filled again to its last cluster, and every sector read",
-    storage: |_| StorageConfig {
+pub static FILLED_POWER_CUT: OfFormat = OfFormat {
+    name: "FORMAT-filled-power-cut",
+    about: "a FORMAT disk is filled, power cut; filled again to its last cluster, and every sector read",
+    fits: |model| model.has_metadata(),
+    storage: |_, _| StorageConfig {
         faults: FaultPlan { short: true, ..FaultPlan::LATENCY },
         ..StorageConfig::default()
     },
-    body: |w| Box::pin(power_cuts(w, Plan { cuts: 2, ops: 40, fills: true, ..PLAIN })),
+    body: |w, model| Box::pin(power_cuts(w, model, Plan { cuts: 2, fills: true, ..PLAIN })),
+    settled: false,
 };
 
-/// Errors of every kind, with a guest that repeats what failed.
-pub static QCOW_ERRORS: Scenario = Scenario {
-    name: "qcow-errors",
-    about: "every host operation may fail, once or for good, with any part of its effect; the guest repeats; then a power cut",
-    storage: error_storage,
-    body: |w| {
-        let overlay = w.setting("overlay", &[false, true]);
-        Box::pin(power_cuts(w, Plan { overlay, cuts: 2, ops: 40, ..PLAIN }))
+/// Errors of every kind, with a guest that repeats what failed. Where the file is the disk, what the host leaves of a
+/// failed call is all that the guest has.
+pub static ERRORS: OfFormat = OfFormat {
+    name: "FORMAT-errors",
+    about: "FORMAT, every host operation may fail, once or for good, with any part of its effect; the guest repeats; then a power cut",
+    fits: |_| true,
+    storage: |sim, _| error_storage(sim),
+    body: |w, model| {
+        let overlay = may_overlay(&w, model);
+        Box::pin(power_cuts(w, model, Plan { overlay, cuts: 2, ..PLAIN }))
     },
+    settled: true,
 };
 
-/// Errors of every kind under a raw image: what the host leaves of a failed call is all that the guest has.
-pub static RAW_ERRORS: Scenario = Scenario {
-    name: "raw-errors",
-    about: "raw with zeros and discards; every host operation may fail with any part of its effect; then a power cut",
-    storage: error_storage,
-    body: |w| Box::pin(power_cuts(w, Plan { raw: true, cuts: 2, ..PLAIN })),
-};
-
-/// A few blocks of a raw disk, which are written, made zeros and flushed again and again: what a host drops of its
-/// cache before zeros fail is all that there is to lose.
-pub static RAW_ZEROS: Scenario = Scenario {
-    name: "raw-zeros",
-    about: "a few blocks of a raw disk are written, made zeros and flushed at once, and zeros fail in every way; power cuts",
-    storage: error_storage,
-    body: |w| Box::pin(power_cuts(w, Plan { raw: true, cuts: 6, ops: 20, zeros: true, ..PLAIN })),
+/// A few blocks of a disk, which are written, made zeros and flushed again and again: what a host drops of its cache
+/// before zeros fail is all that there is to lose where the file is the disk.
+pub static ZEROS: OfFormat = OfFormat {
+    name: "FORMAT-zeros",
+    about: "a few blocks of a FORMAT disk are written, made zeros and flushed at once, and zeros fail in every way; power cuts",
+    fits: |model| !model.has_metadata(),
+    storage: |sim, _| error_storage(sim),
+    body: |w, model| Box::pin(power_cuts(w, model, Plan { cuts: 6, ops: 20, zeros: true, ..PLAIN })),
+    settled: false,
 };
 
 /// What crash states are counted on: 8 MiB in 4 KiB clusters.
-pub static EXPLORE_QCOW: Scenario = Scenario {
-    name: "explore-qcow",
-    about: "qcow of 8 MiB in clusters of 4 KiB, every crash state looked at",
-    storage: |_| StorageConfig::default(),
-    body: |w| Box::pin(power_cuts(w, Plan { cuts: 1, ops: 120, ..PLAIN })),
+pub static EXPLORE: OfFormat = OfFormat {
+    name: "explore-FORMAT",
+    about: "FORMAT of 8 MiB in clusters of 4 KiB, every crash state looked at",
+    fits: |model| model.has_metadata(),
+    storage: |_, _| StorageConfig::default(),
+    body: |w, model| Box::pin(power_cuts(w, model, Plan { ops: 120, ..PLAIN })),
+    settled: true,
 };
 
 /// The same over a backing file.
-pub static EXPLORE_OVERLAY: Scenario = Scenario {
-    name: "explore-qcow-overlay",
-    about: "qcow of 8 MiB in clusters of 4 KiB over a backing file, every crash state looked at",
-    storage: |_| StorageConfig::default(),
-    body: |w| Box::pin(power_cuts(w, Plan { overlay: true, cuts: 1, ops: 120, ..PLAIN })),
+pub static EXPLORE_OVERLAY: OfFormat = OfFormat {
+    name: "explore-FORMAT-overlay",
+    about: "FORMAT of 8 MiB in clusters of 4 KiB over a backing file, every crash state looked at",
+    fits: |model| model.format().info().has_backing,
+    storage: |_, _| StorageConfig::default(),
+    body: |w, model| Box::pin(power_cuts(w, model, Plan { overlay: true, ops: 120, ..PLAIN })),
+    settled: true,
 };
+
+/// Small clusters, of which a filled disk has many.
+fn filled(world: &World, model: &dyn FormatModel) -> u32 {
+    let bits = model.metadata().map_or(9..=9, |metadata| metadata.cluster_bits());
+    world.setting("filled-cluster-bits", &formats::fitting(&bits, &[12, 11, 10]))
+}
+
+/// Some images of a format that can are above a backing file.
+pub(super) fn may_overlay(world: &World, model: &dyn FormatModel) -> bool {
+    model.format().info().has_backing && world.setting("overlay", &[false, true])
+}
 
 /// An image that somebody else made.
 pub static REAL_IMAGE: Scenario = Scenario {
     name: "real-image",
     about: "a given image under load, power cut at any host operation, recovery checked sector by sector",
-    storage: |_| StorageConfig {
+    storage: &|_| StorageConfig {
         faults: FaultPlan { short: true, ..FaultPlan::LATENCY },
         ..StorageConfig::default()
     },
-    body: |w| Box::pin(power_cuts(w, Plan { cuts: 2, ops: 40, ..PLAIN })),
+    body: &|w| {
+        let image = w.options.image.clone();
+        let model = image.map_or(formats::of(RAW), |image| image.loaded().model);
+        Box::pin(power_cuts(w, model, Plan { cuts: 2, ..PLAIN }))
+    },
 };
 
 pub(super) fn error_storage(sim: &Sim) -> StorageConfig {
@@ -172,7 +190,6 @@ pub(super) fn error_storage(sim: &Sim) -> StorageConfig {
 /// The shape of a scenario.
 #[derive(Clone, Copy)]
 struct Plan {
-    raw: bool,
     overlay: bool,
     cuts: u32,
     ops: u32,
@@ -185,7 +202,7 @@ struct Plan {
 }
 
 const PLAIN: Plan =
-    Plan { raw: false, overlay: false, cuts: 1, ops: 40, fills: false, zeros: false, recovery_only: false };
+    Plan { overlay: false, cuts: 1, ops: 40, fills: false, zeros: false, recovery_only: false };
 
 const DISK_BYTES: u64 = 1 << 20;
 /// Size of a disk that is filled: larger than the slack that a format's bounds may have.
@@ -195,20 +212,17 @@ const ZEROS_BYTES: u64 = 96 << 10;
 /// Size of the disk whose crash states are counted.
 const EXPLORED_BYTES: u64 = 8 << 20;
 
-async fn power_cuts(world: World, plan: Plan) {
+async fn power_cuts(world: World, model: &'static dyn FormatModel, plan: Plan) {
     let mut limits = StackLimits::draw(&world);
     if plan.fills {
         limits.pool_bytes = limits.pool_bytes.max(2 * FILL_SECTORS as usize * SECTOR_BYTES as usize);
     }
+    let kind = Kind { model, overlay: plan.overlay };
     let setup = match world.options.image.clone() {
         Some(image) => Setup::real(&world, &image),
-        None if world.options.explore => Setup::qcow_of(&world, 0, EXPLORED_BYTES, plan.overlay, 12, 9),
-        None if plan.fills => {
-            let cluster_bits = world.setting("filled-cluster-bits", &[12, 11, 10]);
-            Setup::qcow_of(&world, 0, FILLED_BYTES, plan.overlay, cluster_bits, 13)
-        }
-        None if plan.raw => Setup::raw(&world, 0, if plan.zeros { ZEROS_BYTES } else { DISK_BYTES }),
-        None => Setup::qcow(&world, 0, DISK_BYTES, plan.overlay),
+        None if world.options.explore => Setup::with_bits(&world, kind, 0, EXPLORED_BYTES, (12, 9)),
+        None if plan.fills => Setup::with_bits(&world, kind, 0, FILLED_BYTES, (filled(&world, model), 13)),
+        None => Setup::new(&world, kind, 0, if plan.zeros { ZEROS_BYTES } else { DISK_BYTES }),
     };
     let on_file = plan.fills || world.options.explore || world.options.image.is_some();
     let on_device = !on_file && world.setting("on-device", &[false, false, true]);
@@ -493,7 +507,9 @@ mod tests {
     /// A power cut asks once for each page of each operation, and the trace hash covers what it leaves.
     #[test]
     fn replays_of_power_cuts_leave_the_same_bytes() {
-        for scenario in [&RAW_POWER_CUT, &QCOW_POWER_CUT, &OVERLAY_POWER_CUT, &RECOVERY_CRASH, &QCOW_ERRORS] {
+        let mapped = [&POWER_CUT, &OVERLAY_POWER_CUT, &RECOVERY_CRASH, &ERRORS]
+            .map(|scenario| scenario.of(Kind::mapped(false).model).unwrap());
+        for scenario in mapped.into_iter().chain(POWER_CUT.of(Kind::raw().model)) {
             for seed in 0..40 {
                 let first = run_recorded(&RunSpec::new(scenario, seed), TraceLevel::Hash);
                 let source = Source::Replay(first.decisions);
@@ -506,8 +522,10 @@ mod tests {
     #[test]
     fn the_last_flush_is_looked_at_though_no_operation_follows() {
         static FEW: Scenario = Scenario {
-            body: |w| Box::pin(power_cuts(w, Plan { cuts: 1, ops: 3, ..PLAIN })),
-            ..QCOW_POWER_CUT
+            name: "few",
+            about: "a power cut after few operations",
+            storage: &passing_storage,
+            body: &|w| Box::pin(power_cuts(w, Kind::mapped(false).model, Plan { ops: 3, ..PLAIN })),
         };
         let found = (0..200).find_map(|seed| {
             let (outcome, replay) =

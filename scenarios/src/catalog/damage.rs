@@ -9,11 +9,13 @@
 //! What the bytes say is found out here once more, entry by entry and without any rule about owners: an image that two
 //! clusters share may be refused, but if it is opened for writing, the sharing must not show.
 
-use super::setup::cut_after_close;
+use super::of_format::OfFormat;
+use super::setup::{CLUSTER_BITS, TABLE_BITS, cut_after_close};
 use crate::check::Invariant;
-use crate::formats::{self, ImageShape, QCOW, RAW, Stored, layer_cluster};
+use crate::formats::{
+    self, Bytes, Claimed, FormatModel, ImageShape, Metadata, Places, RAW, Stored, layer_cluster,
+};
 use crate::guest::{DirectDisk, GuestDisk};
-use crate::run::Scenario;
 use crate::stack::{Stack, StackLimits};
 use crate::tag::Tag;
 use crate::workload::{Shape, Workload, operations};
@@ -24,21 +26,22 @@ use sim::{Entity, Label};
 use std::rc::Rc;
 use tap_core::Node;
 use tap_host::{IoKind, SECTOR_BYTES, SectorRange};
-use tap_images::{BackingPolicy, Formats, ImageError, ImageSpec, OpenOptions};
+use tap_images::{BackingPolicy, ImageError, ImageSpec, OpenOptions};
 
 /// One damage: its kind in 3 bits, which place in 13, what is put there in 48.
 pub static DAMAGE: Label =
     Label::packed("damage", "the image is damaged (kind, place, value: {})", &[3, 13, 48]);
 
 /// An image with some nonsense in it.
-pub static DAMAGED_IMAGE: Scenario = Scenario {
-    name: "qcow-damaged-image",
-    about: "a qcow image with damaged header, tables and data: refused, or served as exactly what its bytes say",
-    storage: |_| StorageConfig::default(),
-    body: |w| Box::pin(damaged_image(w)),
+pub static DAMAGED_IMAGE: OfFormat = OfFormat {
+    name: "FORMAT-damaged-image",
+    about: "a FORMAT image with damaged header, tables and data: refused, or served as exactly what its bytes say",
+    fits: |model| model.has_metadata(),
+    storage: |_, _| StorageConfig::default(),
+    body: |w, model| Box::pin(damaged_image(w, model)),
+    settled: true,
 };
 
-const PATH: &str = "/images/damaged.qcow";
 const BASE: &str = "/images/below.raw";
 const DISK_BYTES: u64 = 256 << 10;
 /// A damaged size may be anything; this much of the disk is looked at.
@@ -49,13 +52,17 @@ const DAMAGES: u32 = 6;
 /// Sectors that are read at once.
 const STEP: u64 = 8;
 
-async fn damaged_image(world: World) {
+async fn damaged_image(world: World, model: &'static dyn FormatModel) {
+    let Some(metadata) = model.metadata() else { return };
     let limits = StackLimits::draw(&world);
-    let (mut bytes, below, shape) = make(&world);
-    let damaged = damage(&world, &mut bytes, &shape);
-    world.storage.put_bytes(PATH, &bytes);
+    let (mut bytes, below, shape) = make(&world, model, metadata);
+    let damaged = damage(&world, &mut bytes, &shape, metadata);
+    let spec =
+        ImageSpec { format: model.format().into(), path: format!("/images/damaged.{}", model.format()) };
+    world.storage.put_bytes(&spec.path, &bytes);
     world.storage.put_bytes(BASE, &below);
-    let disk = Damaged { world, limits, damaged, view: View::of(&bytes, &below) };
+    let disk =
+        Damaged { world, limits, damaged, spec, view: View::of(metadata, Bytes(&bytes), Bytes(&below)) };
     let done = disk.look().await;
     if let Err(error) = done
         && !damaged
@@ -68,19 +75,21 @@ async fn damaged_image(world: World) {
 }
 
 /// An image with clusters of all kinds, and what is below it.
-fn make(world: &World) -> (Vec<u8>, Vec<u8>, ImageShape) {
-    let cluster_bits = world.setting("cluster-bits", &[12, 16, 9, 14]);
-    let table_bits = world.setting("l2-bits", &[9, 6, 13]);
-    let overlay = world.setting("overlay", &[false, true]);
+fn make(world: &World, model: &dyn FormatModel, metadata: &dyn Metadata) -> (Vec<u8>, Vec<u8>, ImageShape) {
+    let cluster_bits =
+        world.setting("cluster-bits", &formats::fitting(&metadata.cluster_bits(), &CLUSTER_BITS));
+    let table_bits = world.setting("l2-bits", &formats::fitting(&metadata.table_bits(), &TABLE_BITS));
+    let overlay = model.format().info().has_backing && world.setting("overlay", &[false, true]);
     let last = (DISK_BYTES >> cluster_bits) - 1;
+    let odd = if metadata.compresses() { Stored::Compressed } else { Stored::Plain };
     let mut clusters: Vec<(u64, Stored)> = [
         (0, Stored::Plain),
-        (1, Stored::Compressed),
+        (1, odd),
         (2, Stored::Plain),
-        (5, Stored::Compressed),
+        (5, odd),
         (9, Stored::Plain),
         (last / 2, Stored::Plain),
-        (last, Stored::Compressed),
+        (last, odd),
     ]
     .into();
     clusters.retain(|c| c.0 <= last);
@@ -90,14 +99,14 @@ fn make(world: &World) -> (Vec<u8>, Vec<u8>, ImageShape) {
     let size = DISK_BYTES;
     let shape = ImageShape { cluster_bits, table_bits, size, backing, clusters, writer: 1001 };
     let below: Vec<u8> = (0..DISK_BYTES / 8192).flat_map(|i| layer_cluster(1000, i, 4096)).collect();
-    (formats::of(QCOW).make(&shape, &mut PageMap::default()), below, shape)
+    (model.make(&shape, &mut PageMap::default()), below, shape)
 }
 
 /// Damages `bytes` as decided; says whether it did.
-fn damage(world: &World, bytes: &mut Vec<u8>, shape: &ImageShape) -> bool {
+fn damage(world: &World, bytes: &mut Vec<u8>, shape: &ImageShape, metadata: &dyn Metadata) -> bool {
     let entity = Entity::WORLD.child("damage", 0);
     world.sim.name_entity(entity, || "damage".into());
-    let good = Layout::of(bytes, shape);
+    let good = Good { places: metadata.places(Bytes(bytes), shape), metadata };
     let mut damaged = false;
     for i in 0..DAMAGES {
         let value = world.sim.decide(entity, &DAMAGE, i, |d| {
@@ -111,37 +120,22 @@ fn damage(world: &World, bytes: &mut Vec<u8>, shape: &ImageShape) -> bool {
     damaged
 }
 
-/// Byte offset and width of each header field.
-const FIELDS: [(usize, usize); 11] =
-    [(0, 4), (4, 4), (8, 8), (16, 4), (20, 4), (24, 8), (32, 1), (33, 1), (36, 4), (40, 8), (48, 4)];
-
-/// Where things are in the image before it is damaged.
-struct Layout {
-    cluster_bits: u32,
-    l1: u64,
-    l1_entries: u64,
-    l2_entries: u64,
-    tables: Vec<u64>,
+/// An image before it is damaged.
+struct Good<'a> {
+    places: Places,
+    metadata: &'a dyn Metadata,
 }
 
-impl Layout {
-    fn of(bytes: &[u8], shape: &ImageShape) -> Self {
-        let l1 = number(bytes, 40);
-        let l1_entries = shape.size.div_ceil(1 << (shape.cluster_bits + shape.table_bits));
-        let tables = (0..l1_entries).map(|i| number(bytes, l1 + i * 8)).filter(|at| *at != 0).collect();
-        Self { cluster_bits: shape.cluster_bits, l1, l1_entries, l2_entries: 1 << shape.table_bits, tables }
-    }
-
+impl Good<'_> {
     /// An offset that is likely to matter.
     fn place(&self, value: u64, len: u64) -> u64 {
+        let (tables, cluster_bits) = (&self.places.tables, self.places.cluster_bits);
         let (how, value) = (value & 7, value >> 3);
         match how {
             0 => value,
-            1 | 2 => (value % (2 * (len >> self.cluster_bits) + 2)) << self.cluster_bits,
+            1 | 2 => (value % (2 * (len >> cluster_bits) + 2)) << cluster_bits,
             3 => len.saturating_sub(value % 1024),
-            4 => {
-                self.tables.get(value as usize % self.tables.len().max(1)).map_or(0, |at| at + value % 3 * 8)
-            }
+            4 => tables.get(value as usize % tables.len().max(1)).map_or(0, |at| at + value % 3 * 8),
             5 => value << 20,
             6 => value % (len + 1),
             _ => 0,
@@ -150,30 +144,31 @@ impl Layout {
 
     /// Byte offset of one of the first entries of a table.
     fn entry(&self, which: u64) -> usize {
-        let table = self.tables.get(which as usize % self.tables.len().max(1)).copied().unwrap_or(self.l1);
-        (table + (which / 8 % 16 % self.l2_entries) * 8) as usize
+        let Places { tables, root, table_entries, .. } = &self.places;
+        let table = tables.get(which as usize % tables.len().max(1)).copied().unwrap_or(root.0);
+        (table + (which / 8 % 16 % table_entries) * 8) as usize
     }
 
     fn apply(&self, bytes: &mut Vec<u8>, damage: u64) {
+        let Places { fields, root, cluster_bits, .. } = self.places;
         let (which, value) = (damage >> 3 & 0x1fff, damage >> 16);
         let len = bytes.len() as u64;
         let place = self.place(value, len);
         match damage & 7 {
             1 => {
-                let (at, width) = FIELDS[which as usize % FIELDS.len()];
+                let (at, width) = fields[which as usize % fields.len()];
                 put(bytes, at, &place.to_be_bytes()[8 - width..]);
             }
-            2 => put(bytes, (self.l1 + which % self.l1_entries * 8) as usize, &place.to_be_bytes()),
-            3 => put(bytes, self.entry(which), &place.to_be_bytes()),
+            2 if root.1 > 0 => put(bytes, (root.0 + which % root.1 * 8) as usize, &place.to_be_bytes()),
+            2 | 3 => put(bytes, self.entry(which), &place.to_be_bytes()),
             4 => {
-                let shift = 63 - self.cluster_bits;
-                let packed = 1 << 63 | (which << shift & !(1 << 63)) | place & ((1 << shift) - 1);
-                put(bytes, self.entry(which), &packed.to_be_bytes());
+                let odd = self.metadata.odd_entry(cluster_bits, which, place);
+                put(bytes, self.entry(which), &odd.to_be_bytes());
             }
             5 => bytes[(value % len) as usize] ^= which.max(1) as u8 | 1,
             6 => bytes.truncate((value % len) as usize),
             _ => {
-                let from = number(bytes, self.entry(value) as u64);
+                let from = Bytes(bytes).number(self.entry(value) as u64);
                 put(bytes, self.entry(which), &from.to_be_bytes());
             }
         }
@@ -189,19 +184,6 @@ fn put(bytes: &mut [u8], at: usize, new: &[u8]) {
     }
 }
 
-/// Bytes of a file; zeros behind its end.
-fn window(bytes: &[u8], at: u64, out: &mut [u8]) {
-    let from = usize::try_from(at).unwrap_or(usize::MAX).min(bytes.len());
-    let len = out.len().min(bytes.len() - from);
-    out[..len].copy_from_slice(&bytes[from..from + len]);
-}
-
-fn number(bytes: &[u8], at: u64) -> u64 {
-    let mut raw = [0; 8];
-    window(bytes, at, &mut raw);
-    u64::from_be_bytes(raw)
-}
-
 /// What the bytes of an image say about the first sectors of its disk; `None` for a sector of which they say nothing.
 struct View {
     sectors: Vec<Option<[u8; SECTOR_BYTES as usize]>>,
@@ -210,32 +192,24 @@ struct View {
 }
 
 impl View {
-    fn of(bytes: &[u8], below: &[u8]) -> Self {
-        let size = number(bytes, 24);
-        let (cluster_bits, l2_bits) = (u32::from(byte(bytes, 32)), u32::from(byte(bytes, 33)));
+    fn of(metadata: &dyn Metadata, image: Bytes<'_>, below: Bytes<'_>) -> Self {
+        let claims = metadata.claims(image);
+        let size = claims.size;
         let mut view = Self { sectors: vec![None; (size.min(SEEN_BYTES) / SECTOR_BYTES) as usize], size };
-        if !(9..=16).contains(&cluster_bits) || !(6..=13).contains(&l2_bits) {
-            return view;
-        }
-        let (l1, has_base) = (number(bytes, 40), number(bytes, 8) != 0);
+        let Some(cluster_bits) = claims.cluster_bits else { return view };
         let mut cluster = vec![0; 1 << cluster_bits];
         let per_cluster = cluster.len() / SECTOR_BYTES as usize;
-        for (index, sectors) in view.sectors.chunks_mut(per_cluster).enumerate() {
-            let index = index as u64;
-            let table = number(bytes, l1.saturating_add((index >> l2_bits) * 8));
-            let slot = table.saturating_add(index % (1 << l2_bits) * 8);
-            let entry = if table == 0 { 0 } else { number(bytes, slot) };
+        for (index, sectors) in (0..).zip(view.sectors.chunks_mut(per_cluster)) {
             cluster.fill(0);
-            if entry == 0 && has_base {
-                window(below, index << cluster_bits, &mut cluster);
-            } else if entry >> 63 != 0 {
-                let shift = 63 - cluster_bits;
-                let len = (entry << 1 >> 1) >> shift;
-                if !inflate(bytes, entry & ((1 << shift) - 1), len, &mut cluster) {
-                    continue;
+            match metadata.claimed(image, index) {
+                Claimed::Unmapped if claims.has_backing => below.window(index << cluster_bits, &mut cluster),
+                Claimed::Unmapped => {}
+                Claimed::At(offset) => image.window(offset, &mut cluster),
+                Claimed::Compressed(offset, len) => {
+                    if !inflate(image, offset, len, &mut cluster) {
+                        continue;
+                    }
                 }
-            } else if entry != 0 {
-                window(bytes, entry, &mut cluster);
             }
             for (sector, bytes) in sectors.iter_mut().zip(cluster.as_chunks().0) {
                 *sector = Some(*bytes);
@@ -245,13 +219,9 @@ impl View {
     }
 }
 
-fn byte(bytes: &[u8], at: usize) -> u8 {
-    bytes.get(at).copied().unwrap_or(0)
-}
-
-fn inflate(bytes: &[u8], at: u64, len: u64, out: &mut [u8]) -> bool {
+fn inflate(image: Bytes<'_>, at: u64, len: u64, out: &mut [u8]) -> bool {
     let mut packed = vec![0; len as usize];
-    window(bytes, at, &mut packed);
+    image.window(at, &mut packed);
     let mut inflate = flate2::Decompress::new(false);
     let done = inflate.decompress(&packed, out, flate2::FlushDecompress::Finish);
     done.is_ok() && inflate.total_out() == out.len() as u64
@@ -261,6 +231,7 @@ struct Damaged {
     world: World,
     limits: StackLimits,
     damaged: bool,
+    spec: ImageSpec,
     view: View,
 }
 
@@ -268,11 +239,11 @@ impl Damaged {
     /// Everything that can be done with the image. An error is a refusal.
     async fn look(&self) -> Result<(), ImageError> {
         let checked = self.check().await;
-        let spec = ImageSpec { format: QCOW, path: PATH.into() };
-        let read = self.read_only(&spec).await;
+        let spec = &self.spec;
+        let read = self.read_only().await;
         self.wait_for_the_last();
         let host = SimHost::start(&self.world.kernel, &self.world.xen, "tapdisk", 2);
-        let stack = Stack::open(&host, &self.world, &spec, &self.limits).await?;
+        let stack = Stack::open(&host, &self.world, spec, &self.limits).await?;
         let disk = DirectDisk::new(stack.node(), self.limits.pool_bytes);
         let mut known = self.view.sectors.clone();
         self.read_all(&disk, &known, "opened to write").await;
@@ -280,7 +251,7 @@ impl Damaged {
         self.read_all(&disk, &known, "after writes").await;
         let closed = stack.disk.close().await;
         match closed {
-            Ok(()) => cut_after_close(&self.world, [PATH]),
+            Ok(()) => cut_after_close(&self.world, [spec.path.as_str()]),
             Err(error) if !self.damaged => {
                 self.world.fail(Invariant::G11, format!("closing failed with {error:?}"));
             }
@@ -289,7 +260,7 @@ impl Damaged {
         drop((disk, stack));
         self.wait_for_the_last();
         let host = SimHost::start(&self.world.kernel, &self.world.xen, "tapdisk", 3);
-        match Stack::open(&host, &self.world, &spec, &self.limits).await {
+        match Stack::open(&host, &self.world, spec, &self.limits).await {
             Ok(stack) => {
                 let disk = DirectDisk::new(stack.node(), self.limits.pool_bytes);
                 self.read_all(&disk, &known, "opened again").await;
@@ -306,10 +277,9 @@ impl Damaged {
     async fn check(&self) -> Result<(), ImageError> {
         self.wait_for_the_last();
         let host = SimHost::start(&self.world.kernel, &self.world.xen, "tap-img", 0);
-        let spec = ImageSpec { format: QCOW, path: PATH.into() };
-        let report = Formats::shipped().check(&host, &spec).await?.unwrap_or_default();
-        let content = self.world.storage.content(PATH).unwrap_or_default();
-        if self.view.size <= WALKED_BYTES && walks(&content) && report.problem_count > 0 {
+        let report = formats::drivers().check(&host, &self.spec).await?.unwrap_or_default();
+        let content = self.world.storage.content(&self.spec.path).unwrap_or_default();
+        if self.view.size <= WALKED_BYTES && self.walks(&content) && report.problem_count > 0 {
             let text = format!("the walker finds nothing where check finds: {}", report.problems.join("; "));
             self.world.fail(Invariant::V1, text);
         }
@@ -321,7 +291,7 @@ impl Damaged {
         self.world.storage.close_all();
     }
 
-    async fn read_only(&self, spec: &ImageSpec) -> Result<(), ImageError> {
+    async fn read_only(&self) -> Result<(), ImageError> {
         self.wait_for_the_last();
         let host = SimHost::start(&self.world.kernel, &self.world.xen, "tapdisk", 1);
         let options = OpenOptions {
@@ -329,7 +299,7 @@ impl Damaged {
             backing: BackingPolicy::any(RAW),
             ..OpenOptions::default()
         };
-        let node: Rc<dyn Node> = Formats::shipped().open(&host, spec, &options).await?;
+        let node: Rc<dyn Node> = formats::drivers().open(&host, &self.spec, &options).await?;
         let disk = DirectDisk::new(node, self.limits.pool_bytes);
         self.read_all(&disk, &self.view.sectors, "opened to read").await;
         Ok(())
@@ -409,11 +379,11 @@ impl Damaged {
             }
         }
     }
-}
 
-/// Whether the walker has nothing against the metadata and the compressed clusters.
-fn walks(content: &Content) -> bool {
-    let Some(Ok(map)) = formats::of(QCOW).walk(content) else { return false };
-    let mut out = vec![0; 1 << map.cluster_bits];
-    map.packed.iter().all(|(cluster, ..)| map.read_cluster(content, *cluster, &mut out).is_ok())
+    /// Whether the walker has nothing against the metadata and the compressed clusters.
+    fn walks(&self, content: &Content) -> bool {
+        let Some(Ok(map)) = formats::of(self.spec.format).walk(content) else { return false };
+        let mut out = vec![0; 1 << map.cluster_bits];
+        map.packed.iter().all(|(cluster, ..)| map.read_cluster(content, *cluster, &mut out).is_ok())
+    }
 }

@@ -14,9 +14,9 @@ use super::crash::{arm_power_cut, either, error_storage, guest_retries, open_und
 use super::recovered::{after_cut, last_epoch};
 use super::setup::{Setup, workload};
 use crate::check::Invariant;
-use crate::formats::{QCOW, RAW};
+use crate::formats::{self, Kind};
 use crate::guest::{DirectDisk, Guest, Manners};
-use crate::run::Scenario;
+use crate::scenario::Scenario;
 use crate::stack::{Stack, StackLimits};
 use crate::workload::{Workload, operations};
 use crate::world::World;
@@ -27,16 +27,14 @@ use std::rc::Rc;
 use tap_core::wait::oneshot;
 use tap_core::{ExchangeError, Lease, Node, Request, Scheduler, SchedulerLimits};
 use tap_host::{Budget, Errno, IoBuf, SECTOR_BYTES, SectorRange};
-use tap_images::{
-    Backing, BackingPolicy, Formats, ImageError, ImageFormat, ImageSpec, NewImage, OpenOptions,
-};
+use tap_images::{Backing, BackingPolicy, ImageError, ImageFormat, ImageSpec, NewImage, OpenOptions};
 
 /// Snapshots and copies of a disk in use.
 pub static IMAGE_EXCHANGED: Scenario = Scenario {
     name: "image-exchanged",
     about: "under load a disk gets snapshots, and copies in place of its image; operations fail; power cuts",
-    storage: error_storage,
-    body: |w| Box::pin(exchanged(w)),
+    storage: &error_storage,
+    body: &|w| Box::pin(exchanged(w)),
 };
 
 /// An exchange: how long the disk is left alone before, in 24 bits, and what is done: 1 a snapshot, 2 a copy.
@@ -78,10 +76,7 @@ struct Chain {
 
 async fn exchanged(world: World) {
     let limits = StackLimits::draw(&world);
-    let setup = match world.setting("image", &["raw", "qcow", "overlay"]) {
-        "raw" => Setup::raw(&world, 0, DISK_BYTES),
-        image => Setup::qcow(&world, 0, DISK_BYTES, image == "overlay"),
-    };
+    let setup = Setup::new(&world, world.setting("image", &Kind::all()), 0, DISK_BYTES);
     let images = 1 + usize::from(setup.is_overlay());
     let chain = Rc::new(Chain {
         world: world.clone(),
@@ -271,7 +266,7 @@ impl Chain {
         let setup = self.setup.borrow().clone();
         let (at, images) = (setup.spec.path.clone(), self.images.get());
         let name = at.rsplit('/').next().unwrap_or(&at).to_owned();
-        let spec = self.create(host, QCOW, Some(name)).await?;
+        let spec = self.create(host, Kind::mapped(true), Some(name)).await?;
         let path = at.clone();
         let gate = move |path: &str| {
             let open = Backing::Open { node: Rc::new(old.share()), images };
@@ -288,8 +283,10 @@ impl Chain {
     /// A new image that holds, durably, what `old` does.
     async fn copy(&self, host: &SimHost, memory: &Budget, old: Lease) -> Result<Rc<dyn Node>, ImageError> {
         let world = &self.world;
-        let format = world.setting("copy-format", &[QCOW, RAW]);
-        let spec = self.create(host, format, None).await?;
+        let mapped = Kind::mapped(false);
+        let others = Kind::plain().into_iter().filter(|kind| kind.model.format() != mapped.model.format());
+        let kinds: Vec<Kind> = std::iter::once(mapped).chain(others).collect();
+        let spec = self.create(host, world.setting("copy-format", &kinds), None).await?;
         let image = self.open(host, memory, &spec, BackingPolicy::Refuse).await?;
         let copied = copy_all(host, Rc::new(old), Rc::clone(&image)).await;
         copied.map_err(|error| ImageError::Io { action: "copy to", path: spec.path.clone(), error })?;
@@ -303,16 +300,16 @@ impl Chain {
     async fn create(
         &self,
         host: &SimHost,
-        format: ImageFormat,
+        kind: Kind,
         backing: Option<String>,
     ) -> Result<ImageSpec, ImageError> {
         let number = self.next.replace(self.next.get() + 1);
         let path = format!("/images/next{number}.img");
-        let ImageFormat::As(known) = format else { unreachable!("new images have a format") };
         let size_bytes = self.setup.borrow().size_sectors * SECTOR_BYTES;
         let image = NewImage { size_bytes, backing, ..NewImage::default() };
-        Formats::shipped().create(host, known, &path, image).await?;
-        Ok(ImageSpec { format, path })
+        let format = kind.model.format();
+        formats::drivers().create(host, format, &path, image).await?;
+        Ok(ImageSpec { format: format.into(), path })
     }
 
     async fn open(
@@ -330,7 +327,7 @@ impl Chain {
             backing,
             memory: memory.clone(),
         };
-        Formats::shipped().open(host, spec, &options).await
+        formats::drivers().open(host, spec, &options).await
     }
 
     /// What lies below an overlay stays as it was. A file may have become longer when it was closed.

@@ -4,9 +4,10 @@ use super::failures::losing_syncs;
 use super::ring::{DISK_BYTES, in_guest, kills, next_guests, operations_of, start};
 use super::setup::Setup;
 use crate::check::Invariant;
+use crate::formats::Kind;
 use crate::guest::Manners;
 use crate::machine::Machine;
-use crate::run::Scenario;
+use crate::scenario::Scenario;
 use crate::world::World;
 use kernel_model::StorageConfig;
 use kernel_model::faults::{FaultPlan, SyncErrors};
@@ -19,7 +20,7 @@ use tap_core::wait::oneshot;
 pub static FLUSH_ERRORS_AND_DEATHS: Scenario = Scenario {
     name: "flush-errors-and-deaths",
     about: "syncs fail and lose data once, tapdisk dies in and after them; no later flush says ok before a reboot",
-    storage: |sim| StorageConfig {
+    storage: &|sim| StorageConfig {
         faults: FaultPlan {
             sync_errors: true,
             sync_interrupted: true,
@@ -30,7 +31,7 @@ pub static FLUSH_ERRORS_AND_DEATHS: Scenario = Scenario {
         nth_failure: losing_syncs(sim),
         ..StorageConfig::default()
     },
-    body: |w| Box::pin(flush_errors_and_deaths(w)),
+    body: &|w| Box::pin(flush_errors_and_deaths(w)),
 };
 
 /// A synchronisation fails, and nobody is left to hear it.
@@ -58,11 +59,7 @@ fn die_in_syncs(world: &World, machine: &Rc<Machine>) {
 }
 
 async fn flush_errors_and_deaths(world: World) {
-    let first = if world.setting("image", &["raw", "qcow"]) == "qcow" {
-        Setup::qcow(&world, 0, DISK_BYTES, false)
-    } else {
-        Setup::raw(&world, 0, DISK_BYTES)
-    };
+    let first = Setup::new(&world, world.setting("image", &Kind::plain()), 0, DISK_BYTES);
     // The file system is asked by each, and tells the first of them only.
     let second = world.setting("disks", &[1, 2]) == 2;
     let setups: Vec<Setup> =

@@ -5,8 +5,9 @@ use super::failures::passing_storage;
 use super::recovered::last_epoch;
 use super::setup::{Setup, workload};
 use crate::check::Invariant;
+use crate::formats::Kind;
 use crate::guest::{DirectDisk, Guest, GuestDisk, Manners};
-use crate::run::Scenario;
+use crate::scenario::Scenario;
 use crate::stack::{Stack, StackLimits};
 use crate::workload::{Workload, operations};
 use crate::world::World;
@@ -25,8 +26,8 @@ use tap_host::{Errno, SectorRange, Tasks, Time};
 pub static DISK_LIFE: Scenario = Scenario {
     name: "disk-life",
     about: "a disk is paused, resumed and closed under load, and requests are given up half way; power cut at the close",
-    storage: passing_storage,
-    body: |w| Box::pin(disk_life(w)),
+    storage: &passing_storage,
+    body: &|w| Box::pin(disk_life(w)),
 };
 
 /// When a request is given up: 0 never.
@@ -128,10 +129,7 @@ impl GuestDisk for Fickle {
 
 async fn disk_life(world: World) {
     let limits = StackLimits::draw(&world);
-    let setup = match world.setting("image", &["raw", "qcow", "overlay"]) {
-        "raw" => Setup::raw(&world, 0, DISK_BYTES),
-        image => Setup::qcow(&world, 0, DISK_BYTES, image == "overlay"),
-    };
+    let setup = Setup::new(&world, world.setting("image", &Kind::all()), 0, DISK_BYTES);
     let host = SimHost::start(&world.kernel, &world.xen, "tapdisk", 0);
     let node = host.process.node().clone();
     let (done, finished) = oneshot();

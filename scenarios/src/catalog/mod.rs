@@ -9,6 +9,7 @@ pub mod failures;
 pub mod latch;
 pub mod life;
 pub mod nbd;
+pub mod of_format;
 pub mod read_only;
 pub mod recovered;
 pub mod ring;
@@ -20,21 +21,20 @@ pub mod toolstack;
 use crate::check;
 use crate::front;
 use crate::guest;
-use crate::run::Scenario;
+use crate::scenario::Scenario;
+use of_format::Made;
 use sim::Label;
+use std::sync::LazyLock;
 
-/// All scenarios, in the order in which they are listed and run.
-pub static ALL: &[&Scenario] = &[
+/// All scenarios, in the order in which they are listed and run: those that each format goes through, and the others.
+pub static ALL: LazyLock<Vec<&'static Scenario>> =
+    LazyLock::new(|| OF_FORMATS.iter().map(|made| made.scenario).chain(OTHERS.iter().copied()).collect());
+
+static OF_FORMATS: LazyLock<Vec<Made>> = LazyLock::new(of_format::all);
+
+/// Scenarios that are not about one format.
+static OTHERS: &[&Scenario] = &[
     &ring::RING_RAW,
-    &ring::TAPDISK_KILLED,
-    &crash::RAW_POWER_CUT,
-    &crash::QCOW_POWER_CUT,
-    &crash::OVERLAY_POWER_CUT,
-    &crash::FILLED_POWER_CUT,
-    &crash::RECOVERY_CRASH,
-    &crash::QCOW_ERRORS,
-    &crash::RAW_ERRORS,
-    &crash::RAW_ZEROS,
     &ring::FRONTEND_RECONNECT,
     &ring::HOSTILE_FRONTEND,
     &ring::TWO_GUESTS,
@@ -48,10 +48,6 @@ pub static ALL: &[&Scenario] = &[
     &absent::IMAGE_ABSENT,
     &life::DISK_LIFE,
     &exchange::IMAGE_EXCHANGED,
-    &damage::DAMAGED_IMAGE,
-    &scale::QCOW_SCALE,
-    &scale::QCOW_FULL,
-    &scale::RAW_FULL,
     &read_only::RING_READ_ONLY,
     &tools::IMAGE_TOOLS,
     &tools::IMAGE_TOOLS_ERRORS,
@@ -71,16 +67,10 @@ pub static ALL: &[&Scenario] = &[
     &nbd::NBD_SERVE_REFUSED,
 ];
 
-/// Scenarios that have been swept for long. The others are new, and `tapsim sweep --runs` gives each of them
-/// [`NEW_WEIGHT`] times as many runs.
+/// Those of [`OTHERS`] that have been swept for long. What is neither here nor marked as such where it is declared is
+/// new, and `tapsim sweep --runs` gives it [`NEW_WEIGHT`] times as many runs.
 static SETTLED: &[&str] = &[
     "ring-raw",
-    "qcow-tapdisk-killed",
-    "raw-power-cut",
-    "qcow-power-cut",
-    "qcow-overlay-power-cut",
-    "qcow-recovery-crash",
-    "qcow-errors",
     "frontend-reconnect",
     "hostile-frontend",
     "two-guests",
@@ -88,7 +78,6 @@ static SETTLED: &[&str] = &[
     "tapdisk-replaced",
     "guest-destroyed",
     "hot-plug",
-    "qcow-damaged-image",
     "nbd-split-reads",
     "nbd-client-dies",
     "nbd-slow-client",
@@ -98,15 +87,14 @@ static SETTLED: &[&str] = &[
 ];
 const NEW_WEIGHT: u64 = 3;
 
+fn is_settled(scenario: &Scenario) -> bool {
+    let of_format = OF_FORMATS.iter().find(|made| made.scenario.name == scenario.name);
+    of_format.map_or_else(|| SETTLED.contains(&scenario.name), |made| made.settled)
+}
+
 /// How many of `runs` runs each of `scenarios` gets; at least one, so the sum may be a little more.
 pub fn shares(scenarios: &[&Scenario], runs: u64) -> Vec<u64> {
-    let weights: Vec<u64> = scenarios
-        .iter()
-        .map(|s| match s.name {
-            name if SETTLED.contains(&name) => 1,
-            _ => NEW_WEIGHT,
-        })
-        .collect();
+    let weights: Vec<u64> = scenarios.iter().map(|s| if is_settled(s) { 1 } else { NEW_WEIGHT }).collect();
     let sum: u64 = weights.iter().sum();
     weights
         .iter()
@@ -172,7 +160,7 @@ mod tests {
         assert!(SETTLED.iter().all(|name| names.contains(name)), "a settled scenario is not there any more");
         let (old, new) = (find("ring-raw").unwrap(), find("second-tapdisk").unwrap());
         assert_eq!(shares(&[old, new], 4000), [1000, 3000]);
-        let all = shares(ALL, 60_000);
+        let all = shares(&ALL, 60_000);
         let sum: u64 = all.iter().sum();
         assert!((60_000..60_000 + ALL.len() as u64).contains(&sum) && all.iter().all(|n| *n > 0), "{sum}");
     }

@@ -4,9 +4,10 @@
 use super::ring::{DISK_BYTES, NO_ERRORS, finish, in_guest, kills, not_stuck, operations_of};
 use super::setup::Setup;
 use crate::check::Invariant;
+use crate::formats::Kind;
 use crate::guest::{Gate, Guest, GuestDisk, RingDisk};
 use crate::machine::{Attached, Machine};
-use crate::run::Scenario;
+use crate::scenario::Scenario;
 use crate::stack::StackLimits;
 use crate::workload::Op;
 use crate::world::World;
@@ -17,18 +18,15 @@ use tap_host::IoKind;
 pub static RING_READ_ONLY: Scenario = Scenario {
     name: "ring-read-only",
     about: "a guest reads, writes and flushes a read-only disk on a ring while tapdisk dies: no byte of any file changes",
-    storage: |_| not_stuck(),
-    body: |w| Box::pin(read_only(w)),
+    storage: &|_| not_stuck(),
+    body: &|w| Box::pin(read_only(w)),
 };
 
 /// What a guest tries to put there.
 const FOREIGN: u8 = 0x5a;
 
 async fn read_only(world: World) {
-    let setup = match world.setting("image", &["raw", "qcow", "overlay"]) {
-        "raw" => Setup::raw(&world, 0, DISK_BYTES),
-        kind => Setup::qcow(&world, 0, DISK_BYTES, kind == "overlay"),
-    };
+    let setup = Setup::new(&world, world.setting("image", &Kind::all()), 0, DISK_BYTES);
     let path = setup.spec.path.clone();
     let before = world.storage.bytes(&path);
     // The toolstack says so, or the image, or both.

@@ -175,7 +175,7 @@ mod tests {
     fn reported(damage: impl FnOnce(&mut kernel_model::Content) + 'static) -> Option<Invariant> {
         broken_by(|world| async move {
             let limits = StackLimits::draw(&world);
-            let setup = Setup::qcow(&world, 0, DISK_BYTES, false);
+            let setup = Setup::mapped(&world, 0, DISK_BYTES, false);
             let mut content = world.storage.content(&setup.spec.path).unwrap();
             damage(&mut content);
             let before = setup.leaked(&world);

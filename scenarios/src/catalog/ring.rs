@@ -1,11 +1,13 @@
 //! Guests on rings: traffic, death of tapdisk, reconnects, several guests.
 
-use super::crash::{arm_power_cut, either};
+use super::crash::{arm_power_cut, either, may_overlay};
+use super::of_format::OfFormat;
 use super::setup::{Setup, cut_after_close, workload};
 use crate::check::Invariant;
+use crate::formats::{FormatModel, Kind};
 use crate::guest::{Guest, HONEST_SECTORS, Hostile, Manners, RingDisk};
 use crate::machine::{Attached, Machine};
-use crate::run::Scenario;
+use crate::scenario::Scenario;
 use crate::stack::StackLimits;
 use crate::workload::{Shape, Workload, operations};
 use crate::world::{World, setting};
@@ -26,54 +28,56 @@ pub static RECONNECT_AT: Label = Label::new("reconnect-at", "the front end conne
 pub static RING_RAW: Scenario = Scenario {
     name: "ring-raw",
     about: "a guest on a blkif ring with a raw disk: order, merging, short transfers; everything given back at the end",
-    storage: |_| StorageConfig {
+    storage: &|_| StorageConfig {
         faults: FaultPlan { short: true, transient: true, ..FaultPlan::LATENCY },
         ..StorageConfig::default()
     },
-    body: |w| Box::pin(ring_raw(w)),
+    body: &|w| Box::pin(ring_raw(w)),
 };
 
 /// tapdisk dies and comes back under a living guest.
-pub static TAPDISK_KILLED: Scenario = Scenario {
-    name: "qcow-tapdisk-killed",
-    about: "qcow on a ring, tapdisk killed between any two of its effects and started again; the guest sees a pause only",
-    storage: |sim| with_errors(sim, FaultPlan::LATENCY),
-    body: |w| Box::pin(tapdisk_killed(w)),
+pub static TAPDISK_KILLED: OfFormat = OfFormat {
+    name: "FORMAT-tapdisk-killed",
+    about: "FORMAT on a ring, tapdisk killed between any two of its effects and started again; the guest sees a pause only",
+    fits: |model| model.has_metadata(),
+    storage: |sim, _| with_errors(sim, FaultPlan::LATENCY),
+    body: |w, model| Box::pin(tapdisk_killed(w, model)),
+    settled: true,
 };
 
 /// The front end connects anew with requests in flight.
 pub static FRONTEND_RECONNECT: Scenario = Scenario {
     name: "frontend-reconnect",
     about: "the front end closes and connects anew under load, and puts what had no answer on the new ring",
-    storage: |_| StorageConfig::default(),
-    body: |w| Box::pin(frontend_reconnect(w)),
+    storage: &|_| StorageConfig::default(),
+    body: &|w| Box::pin(frontend_reconnect(w)),
 };
 
 /// Two guests on one tapdisk.
 pub static TWO_GUESTS: Scenario = Scenario {
     name: "two-guests",
     about: "two guests with a disk each on one tapdisk, which dies once; neither sees anything of the other",
-    storage: |sim| with_errors(sim, FaultPlan::LATENCY),
-    body: |w| Box::pin(two_guests(w)),
+    storage: &|sim| with_errors(sim, FaultPlan::LATENCY),
+    body: &|w| Box::pin(two_guests(w)),
 };
 
 /// The whole host goes down under a guest.
 pub static RING_POWER_CUT: Scenario = Scenario {
     name: "ring-power-cut",
-    about: "qcow on a ring, power cut of the whole host at any host operation; a new machine and a new guest go on",
-    storage: |_| StorageConfig {
+    about: "a guest on a ring, power cut of the whole host at any host operation; a new machine and a new guest go on",
+    storage: &|_| StorageConfig {
         faults: FaultPlan { short: true, transient: true, ..FaultPlan::LATENCY },
         ..StorageConfig::default()
     },
-    body: |w| Box::pin(ring_power_cut(w)),
+    body: &|w| Box::pin(ring_power_cut(w)),
 };
 
 /// A front end that breaks every rule, beside one that does not.
 pub static HOSTILE_FRONTEND: Scenario = Scenario {
     name: "hostile-frontend",
     about: "a front end with bad keys, malformed requests, impossible indices; refused, without disturbing its neighbour",
-    storage: |_| not_stuck(),
-    body: |w| Box::pin(hostile_frontend(w)),
+    storage: &|_| not_stuck(),
+    body: &|w| Box::pin(hostile_frontend(w)),
 };
 
 /// A toolstack waits for ten seconds; a drive that is stuck for as long is not tapdisk's fault.
@@ -218,8 +222,9 @@ pub(super) fn kills(world: &World, most: u32, steps: u64) -> Vec<u64> {
     (0..most).map(draw).filter(|n| *n > 0).collect()
 }
 
-async fn tapdisk_killed(world: World) {
-    let setup = Setup::qcow(&world, 0, DISK_BYTES, world.setting("overlay", &[false, true]));
+async fn tapdisk_killed(world: World, model: &'static dyn FormatModel) {
+    let kind = Kind { model, overlay: may_overlay(&world, model) };
+    let setup = Setup::new(&world, kind, 0, DISK_BYTES);
     let Some((machine, guests)) = start_with(&world, vec![setup], &ALL_CACHES).await else { return };
     let (attached, guest) = &guests[0];
     guest.set_manners(manners(&world, Invariant::P1));
@@ -233,7 +238,7 @@ async fn tapdisk_killed(world: World) {
 }
 
 async fn frontend_reconnect(world: World) {
-    let setup = Setup::qcow(&world, 0, DISK_BYTES, false);
+    let setup = Setup::mapped(&world, 0, DISK_BYTES, false);
     // What is put on the new ring again may be carried out twice, and in another order.
     setup.history.borrow_mut().relax_order();
     let Some((machine, guests)) = start(&world, vec![setup]).await else { return };
@@ -290,7 +295,7 @@ async fn reconnect_in_a_loop(world: &World, front: &Blkfront) {
 }
 
 async fn two_guests(world: World) {
-    let one = Setup::qcow(&world, 0, DISK_BYTES, false);
+    let one = Setup::mapped(&world, 0, DISK_BYTES, false);
     let two = Setup::raw(&world, 1, DISK_BYTES);
     let Some((machine, guests)) = start(&world, vec![one, two]).await else { return };
     for (_, guest) in &guests {
@@ -316,7 +321,7 @@ async fn two_guests(world: World) {
 }
 
 async fn ring_power_cut(world: World) {
-    let setup = Setup::qcow(&world, 0, DISK_BYTES, world.setting("overlay", &[false, true]));
+    let setup = Setup::mapped(&world, 0, DISK_BYTES, world.setting("overlay", &[false, true]));
     let Some((machine, guests)) = start(&world, vec![setup.clone()]).await else { return };
     let depth = world.setting("ring-depth", &[4, 32, 1]);
     let ops = operations_of(&world, &guests[0].0, 0, 60);

@@ -8,11 +8,12 @@
 //!                               small reads at the end       ┘
 //! ```
 
-use super::crash::arm_power_cut;
+use super::crash::{arm_power_cut, may_overlay};
+use super::of_format::OfFormat;
 use super::setup::{Setup, cut_after_close, cut_after_drop, workload};
 use crate::check::Invariant;
+use crate::formats::{FormatModel, Kind, fitting};
 use crate::guest::{DirectDisk, Guest, Manners};
-use crate::run::Scenario;
 use crate::stack::{Stack, StackLimits};
 use crate::workload::{Op, Shape, Workload, operations};
 use crate::world::{World, setting};
@@ -48,37 +49,36 @@ const SMALL_READ_EVERY_NS: u64 = 5_000;
 /// what those do who have the memory for it. A large request takes a hundred times as long.
 const SMALL_READ_NS: u64 = 200_000;
 
-/// qcow in small clusters, large requests.
-pub static QCOW_SCALE: Scenario = Scenario {
-    name: "qcow-scale",
-    about: "large requests on a qcow image that is scattered over its file, beside many for one block; costs are bounded",
-    storage: |_| StorageConfig {
+/// An image in clusters as small as they can be, large requests.
+pub static SCALE: OfFormat = OfFormat {
+    name: "FORMAT-scale",
+    about: "large requests on a FORMAT image that is scattered over its file, beside many for one block; costs are bounded",
+    fits: |model| model.has_metadata(),
+    storage: |_, _| StorageConfig {
         faults: FaultPlan { short: true, ..FaultPlan::LATENCY },
         ..StorageConfig::default()
     },
-    body: |world| Box::pin(scale(world)),
+    body: |world, model| Box::pin(scale(world, model)),
+    settled: false,
 };
 
-/// qcow on a file system that is full for a while.
-pub static QCOW_FULL: Scenario = Scenario {
-    name: "qcow-full",
-    about: "the host's file system is full for long, then has space again: nothing is lost, and hardly anything leaks",
-    storage: |_| StorageConfig { faults: FaultPlan::LATENCY, ..StorageConfig::default() },
-    body: |world| Box::pin(full(world, false)),
-};
-
-/// A sparse raw disk on a file system that is full for a while.
-pub static RAW_FULL: Scenario = Scenario {
-    name: "raw-full",
-    about: "a sparse raw disk, or one in use, on a file system that is full for long: what is answered stays, zeros included",
-    storage: |sim| StorageConfig {
-        faults: FaultPlan { short: true, transient: true, ..FaultPlan::LATENCY },
-        zeroing: setting(sim, "host-zeroes", &[true, true, false]),
-        holes_want_space: setting(sim, "holes-want-space", &[false, true]),
-        holes_write_back: setting(sim, "holes-write-back", &[true, false]),
-        ..StorageConfig::default()
+/// A file system that is full for a while. A file that is the disk is sparse, or in use.
+pub static FULL: OfFormat = OfFormat {
+    name: "FORMAT-full",
+    about: "FORMAT on a file system that is full for long, then has space again: nothing is lost, what is answered stays, and hardly anything leaks",
+    fits: |_| true,
+    storage: |sim, model| match model.has_metadata() {
+        true => StorageConfig { faults: FaultPlan::LATENCY, ..StorageConfig::default() },
+        false => StorageConfig {
+            faults: FaultPlan { short: true, transient: true, ..FaultPlan::LATENCY },
+            zeroing: setting(sim, "host-zeroes", &[true, true, false]),
+            holes_want_space: setting(sim, "holes-want-space", &[false, true]),
+            holes_write_back: setting(sim, "holes-write-back", &[true, false]),
+            ..StorageConfig::default()
+        },
     },
-    body: |world| Box::pin(full(world, true)),
+    body: |world, model| Box::pin(full(world, model)),
+    settled: false,
 };
 
 /// Most clusters that may be lost while there is no space.
@@ -88,12 +88,10 @@ const FULL_REQUESTS: u32 = 40;
 /// Power cuts while there is none.
 const FULL_CUTS: u32 = 6;
 
-async fn full(world: World, raw: bool) {
+async fn full(world: World, model: &'static dyn FormatModel) {
     const DISK_BYTES: u64 = (1 << 20) + 1536;
-    let setup = match raw {
-        true => Setup::raw(&world, 0, DISK_BYTES),
-        false => Setup::qcow(&world, 0, DISK_BYTES, world.setting("overlay", &[false, true])),
-    };
+    let overlay = may_overlay(&world, model);
+    let setup = Setup::new(&world, Kind { model, overlay }, 0, DISK_BYTES);
     let limits = StackLimits::draw(&world);
     let depth = world.setting("full-depth", &[1, 8]);
     // How often the power is cut while there is no space.
@@ -263,10 +261,11 @@ fn check_given_back(world: &World, setup: &Setup, guest: &Guest<DirectDisk>) {
     }
 }
 
-async fn scale(world: World) {
+async fn scale(world: World, model: &'static dyn FormatModel) {
     let size_bytes = world.setting("scale-size", &[(6 << 20) + 1536, (1 << 20) + 512, 3 << 20]);
-    let l2_bits = world.setting("scale-l2-bits", &[12, 6, 9]);
-    let setup = Setup::qcow_of(&world, 0, size_bytes, false, 9, l2_bits);
+    let Some(metadata) = model.metadata() else { return };
+    let table_bits = world.setting("scale-l2-bits", &fitting(&metadata.table_bits(), &[12, 6, 9]));
+    let setup = Setup::with_bits(&world, Kind::alone(model), 0, size_bytes, (9, table_bits));
     // Its requests are larger than those that merging makes.
     let limits = StackLimits { piece_sectors: 0, ..StackLimits::draw(&world) };
     let host = SimHost::start(&world.kernel, &world.xen, "tapdisk", 0);
@@ -277,7 +276,7 @@ async fn scale(world: World) {
     let manners = Manners { retries: 0, errors_allowed: false, reads: Invariant::G1 };
     let disk = DirectDisk::new(stack.node(), limits.pool_bytes.max(4 << 20));
     let guest = Guest::new(&world, disk, Rc::clone(&setup.history), manners);
-    guest.run(&scattered(&world, setup.size_sectors, l2_bits), 1).await;
+    guest.run(&scattered(&world, &setup, table_bits), 1).await;
     let ops = at_once(&world, setup.size_sectors);
     // A host that is never late shows how long requests wait for each other.
     let even = world.setting("host-is-even", &[false, true]);
@@ -333,15 +332,17 @@ async fn longest_small_read(world: &World, node: &dyn Node, at: u64) -> u64 {
 
 /// Writes that leave neighbours of the disk apart in the file, and one for each of the first tables. Backwards, nothing
 /// goes on where something else ends; by turns, the next but one does.
-fn scattered(world: &World, size_sectors: u64, l2_bits: u32) -> Vec<Option<Op>> {
+fn scattered(world: &World, setup: &Setup, table_bits: u32) -> Vec<Option<Op>> {
     let count: u64 = world.setting("scattered", &[300, 0, 40]);
-    let spans = (0..8).map(|table| table << l2_bits).filter(|at| at + TAIL_SECTORS < size_sectors);
+    let cluster_sectors = (1 << setup.cluster_bits) / SECTOR_BYTES;
+    let is_body = |at: &u64| at + TAIL_SECTORS < setup.size_sectors;
     let clusters: Vec<u64> = match world.setting("scattered-by-turns", &[false, true]) {
         true => (1..=count).step_by(2).chain((2..=count).step_by(2)).collect(),
         false => (1..=count).rev().collect(),
     };
     let write = |at| Some(Op::new(IoKind::Write, SectorRange::new(at, 1)));
-    spans.chain(clusters).map(write).collect()
+    let all = (0..8).map(|table| table << table_bits).chain(clusters);
+    all.map(|cluster| cluster * cluster_sectors).filter(is_body).map(write).collect()
 }
 
 /// Large requests, many of one block, and small ones.

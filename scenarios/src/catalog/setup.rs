@@ -2,7 +2,7 @@
 
 use super::crash;
 use crate::check::{BlockHistory, Initial, Invariant, shipped};
-use crate::formats::{self, FormatModel, ImageShape, QCOW, RAW, RealImage, Stored, layer_cluster};
+use crate::formats::{self, FormatModel, ImageShape, Kind, RealImage, Stored, fitting, layer_cluster};
 use crate::workload::{Shape, Workload};
 use crate::world::World;
 use kernel_model::{Content, Inode, PAGE, PageMap};
@@ -10,7 +10,12 @@ use sim::{Draw, Node};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use tap_host::{LockKind, SECTOR_BYTES};
-use tap_images::{ImageFormat, ImageSpec};
+use tap_images::ImageSpec;
+
+/// Sizes that clusters and tables may have, as powers of two: of those, what a format can.
+pub const CLUSTER_BITS: [u32; 4] = [12, 16, 9, 14];
+/// See [`CLUSTER_BITS`].
+pub const TABLE_BITS: [u32; 3] = [9, 6, 13];
 
 /// A disk to be tested.
 #[derive(Clone)]
@@ -30,42 +35,52 @@ pub struct Setup {
 }
 
 impl Setup {
-    /// Makes qcow image `number` of `size_bytes`, with a backing file and compressed clusters if `overlay`.
-    pub fn qcow(world: &World, number: u32, size_bytes: u64, overlay: bool) -> Self {
-        let cluster_bits = world.setting("cluster-bits", &[12, 16, 9, 14]);
-        let l2_bits = world.setting("l2-bits", &[9, 6, 13]);
-        Self::qcow_of(world, number, size_bytes, overlay, cluster_bits, l2_bits)
+    /// Makes image `number`, of `size_bytes`.
+    pub fn new(world: &World, kind: Kind, number: u32, size_bytes: u64) -> Self {
+        let Some(metadata) = kind.model.metadata() else {
+            return Self::bare(world, kind, number, size_bytes);
+        };
+        let cluster_bits = world.setting("cluster-bits", &fitting(&metadata.cluster_bits(), &CLUSTER_BITS));
+        let table_bits = world.setting("l2-bits", &fitting(&metadata.table_bits(), &TABLE_BITS));
+        Self::with_bits(world, kind, number, size_bytes, (cluster_bits, table_bits))
     }
 
-    /// As [`Setup::qcow`], with clusters and tables of a given size.
-    pub fn qcow_of(
-        world: &World,
-        number: u32,
-        size_bytes: u64,
-        overlay: bool,
-        cluster_bits: u32,
-        l2_bits: u32,
-    ) -> Self {
+    /// As [`Setup::new`], of a format with metadata, and with clusters and tables of about these sizes.
+    pub fn with_bits(world: &World, kind: Kind, number: u32, size_bytes: u64, bits: (u32, u32)) -> Self {
+        let (model, overlay) = (kind.model, kind.overlay);
+        let metadata = model.metadata().expect("a format of clusters has metadata");
+        let cluster_bits = fitting(&metadata.cluster_bits(), &[bits.0])[0];
+        let table_bits = fitting(&metadata.table_bits(), &[bits.1])[0];
         let mut view = PageMap::default();
         let base_name = format!("base{number}.raw");
         let base =
             overlay.then(|| (format!("/images/{base_name}"), Rc::new(base_bytes(size_bytes, &mut view))));
         let mut clusters = Vec::new();
-        if overlay && world.setting("compressed", &[true, false]) {
+        if overlay && metadata.compresses() && world.setting("compressed", &[true, false]) {
             let last = (size_bytes >> cluster_bits) - 1;
             clusters = vec![(0, Stored::Compressed), (last / 2, Stored::Plain), (last, Stored::Compressed)];
         }
         let backing = overlay.then_some(base_name);
-        let (table_bits, size) = (l2_bits, size_bytes);
+        let size = size_bytes;
         let shape = ImageShape { cluster_bits, table_bits, size, backing, clusters, writer: 1001 };
-        let file = formats::of(QCOW).make(&shape, &mut view);
+        let file = model.make(&shape, &mut view);
         if let Some((path, bytes)) = &base {
             world.storage.put_bytes(path, bytes);
         }
         world.storage.put_bytes(&path(number), &file);
         let initial = if overlay { Initial::Bytes(view) } else { Initial::Zero };
-        let setup = Self::with_history(world, QCOW, number, size_bytes, initial, base);
+        let setup = Self::with_history(world, kind, number, size_bytes, initial, base);
         Self { cluster_bits, ..setup }
+    }
+
+    /// As [`Setup::new`], of the format that scenarios take which are about something else.
+    pub fn mapped(world: &World, number: u32, size_bytes: u64, overlay: bool) -> Self {
+        Self::new(world, Kind::mapped(overlay), number, size_bytes)
+    }
+
+    /// An image that is there and of which all bytes of the disk are zeros.
+    pub fn empty(world: &World, model: &'static dyn FormatModel, number: u32, size_bytes: u64) -> Self {
+        Self::with_history(world, Kind::alone(model), number, size_bytes, Initial::Zero, None)
     }
 
     /// Starts from an image that somebody else made.
@@ -75,10 +90,11 @@ impl Setup {
             world.storage.put(path, content.clone());
         }
         let initial = Initial::Bytes(loaded.view.clone());
-        let setup = Self::with_history(world, QCOW, 0, loaded.size_bytes, initial, None);
+        let kind = Kind::alone(loaded.model);
+        let setup = Self::with_history(world, kind, 0, loaded.size_bytes, initial, None);
         let below = loaded.files[1..].iter().map(|(path, _)| path.clone()).collect();
         Self {
-            spec: ImageSpec { format: QCOW, path: loaded.files[0].0.clone() },
+            spec: ImageSpec { path: loaded.files[0].0.clone(), ..setup.spec },
             cluster_bits: loaded.cluster_bits,
             below,
             ..setup
@@ -92,9 +108,14 @@ impl Setup {
         paths.filter_map(|path| world.storage.content(&path).map(|content| (path, content))).collect()
     }
 
-    /// Makes raw image `number`: of zeros, or a disk that was in use before. On one of zeros, bytes that come from
-    /// nowhere and bytes that were taken back look like what was there.
+    /// Makes raw image `number`.
     pub fn raw(world: &World, number: u32, size_bytes: u64) -> Self {
+        Self::new(world, Kind::raw(), number, size_bytes)
+    }
+
+    /// An image without metadata: of zeros, or a disk that was in use before. On one of zeros, bytes that come from
+    /// nowhere and bytes that were taken back look like what was there.
+    fn bare(world: &World, kind: Kind, number: u32, size_bytes: u64) -> Self {
         let in_use = world.setting("raw-in-use", &[false, true]);
         let clusters = if in_use { size_bytes >> USED_BITS } else { 0 };
         let shape = ImageShape {
@@ -106,10 +127,10 @@ impl Setup {
             writer: 1002,
         };
         let mut view = PageMap::default();
-        let file = formats::of(RAW).make(&shape, &mut view);
+        let file = kind.model.make(&shape, &mut view);
         world.storage.put(&path(number), formats::content_of(&file));
         let initial = if in_use { Initial::Bytes(view) } else { Initial::Zero };
-        Self::with_history(world, RAW, number, size_bytes, initial, None)
+        Self::with_history(world, kind, number, size_bytes, initial, None)
     }
 
     /// The same on a block device: of the same size under a raw disk; an image with metadata has more behind it, which
@@ -134,7 +155,7 @@ impl Setup {
 
     fn with_history(
         world: &World,
-        format: ImageFormat,
+        kind: Kind,
         number: u32,
         size_bytes: u64,
         initial: Initial,
@@ -144,7 +165,7 @@ impl Setup {
         let full = world.setting("bodies", &[false, false, false, false, false, false, false, true]);
         let history = BlockHistory::new(size_sectors, number + 1, initial, full);
         Self {
-            spec: ImageSpec { format, path: path(number) },
+            spec: ImageSpec { format: kind.model.format().into(), path: path(number) },
             history: Rc::new(RefCell::new(history)),
             size_sectors,
             cluster_bits: 9,
@@ -177,7 +198,7 @@ impl Setup {
 
     /// Whether the format has anything beside the bytes of the disk.
     pub fn has_metadata(&self) -> bool {
-        self.spec.format != RAW
+        self.model().has_metadata()
     }
 
     /// As [`Setup::check_bytes`], and lets the shipped check look at the image too. Nobody has it open for writing.
@@ -400,7 +421,7 @@ mod tests {
         damage: impl FnOnce(&mut Content) + 'static,
     ) -> Option<Invariant> {
         broken_by(move |world| async move {
-            let setup = Setup::qcow(&world, 0, 1 << 20, true);
+            let setup = Setup::mapped(&world, 0, 1 << 20, true);
             let path = name.unwrap_or(&setup.spec.path);
             let mut content = world.storage.content(path).unwrap();
             damage(&mut content);
@@ -417,7 +438,7 @@ mod tests {
         assert_eq!(reported(base, |c| c.size += 1), Some(Invariant::C1));
         assert_eq!(reported(None, |c| c.pages.write(0, &[0])), Some(Invariant::Q2));
         let in_place = |c: &mut Content| {
-            let (offset, _) = formats::qcow::walk(c).unwrap().compressed(0).unwrap();
+            let (offset, _) = Kind::mapped(true).model.walk(c).unwrap().unwrap().compressed(0).unwrap();
             c.pages.write(offset, &[0xff; 32]);
         };
         assert_eq!(reported(None, in_place), Some(Invariant::Q3), "written into the compressed bytes");
@@ -426,7 +447,7 @@ mod tests {
     #[test]
     fn an_image_that_is_gone_is_missed() {
         let broken = broken_by(|world| async move {
-            let setup = Setup::qcow(&world, 0, 1 << 20, false);
+            let setup = Setup::mapped(&world, 0, 1 << 20, false);
             let other = Setup { spec: ImageSpec { path: path(9), ..setup.spec.clone() }, ..setup };
             other.check_bytes(&world, "here");
         });

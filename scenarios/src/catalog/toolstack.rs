@@ -8,7 +8,7 @@ use super::setup::Setup;
 use crate::check::Invariant;
 use crate::guest::{Guest, GuestDisk, RingDisk};
 use crate::machine::{Attached, Machine, XVDB};
-use crate::run::Scenario;
+use crate::scenario::Scenario;
 use crate::stack::StackLimits;
 use crate::workload::Op;
 use crate::world::World;
@@ -34,36 +34,36 @@ pub static UNUSED: Label = Label::new("unused", "the disk is taken away before t
 pub static SECOND_TAPDISK: Scenario = Scenario {
     name: "second-tapdisk",
     about: "a second tapdisk is told to serve a disk that is served, with another image, or two begin at once; who comes second changes nothing",
-    storage: |_| not_stuck(),
-    body: |w| Box::pin(second_tapdisk(w)),
+    storage: &|_| not_stuck(),
+    body: &|w| Box::pin(second_tapdisk(w)),
 };
 
 /// tapdisk is replaced under a living guest.
 pub static TAPDISK_REPLACED: Scenario = Scenario {
     name: "tapdisk-replaced",
-    about: "qcow on a ring, tapdisk asked to stop under load and followed by another; the guest sees a pause only",
-    storage: |sim| with_errors(sim, FaultPlan::LATENCY),
-    body: |w| Box::pin(tapdisk_replaced(w)),
+    about: "a guest on a ring, tapdisk asked to stop under load and followed by another; the guest sees a pause only",
+    storage: &|sim| with_errors(sim, FaultPlan::LATENCY),
+    body: &|w| Box::pin(tapdisk_replaced(w)),
 };
 
 /// A guest is destroyed under load.
 pub static GUEST_DESTROYED: Scenario = Scenario {
     name: "guest-destroyed",
     about: "a guest destroyed with requests in flight; the toolstack need not wait, and the next guest finds what was flushed",
-    storage: |_| not_stuck(),
-    body: |w| Box::pin(guest_destroyed(w)),
+    storage: &|_| not_stuck(),
+    body: &|w| Box::pin(guest_destroyed(w)),
 };
 
 /// A second disk comes and goes.
 pub static HOT_PLUG: Scenario = Scenario {
     name: "hot-plug",
     about: "a tapdisk that watches xenstore; a guest's second disk is plugged in and out beside a busy first, tapdisk dies now and then",
-    storage: |sim| with_errors(sim, FaultPlan { stuck: false, ..FaultPlan::LATENCY }),
-    body: |w| Box::pin(hot_plug(w)),
+    storage: &|sim| with_errors(sim, FaultPlan { stuck: false, ..FaultPlan::LATENCY }),
+    body: &|w| Box::pin(hot_plug(w)),
 };
 
 async fn tapdisk_replaced(world: World) {
-    let setup = Setup::qcow(&world, 0, DISK_BYTES, world.setting("overlay", &[false, true]));
+    let setup = Setup::mapped(&world, 0, DISK_BYTES, world.setting("overlay", &[false, true]));
     let Some((machine, guests)) = start(&world, vec![setup]).await else { return };
     let (attached, guest) = &guests[0];
     guest.set_manners(manners(&world, Invariant::G1));
@@ -89,8 +89,8 @@ async fn two_begin(world: World) {
     let limits = StackLimits::draw(&world);
     let watching = world.setting("rivals-watch", &[false, true]);
     let machine = if watching { Machine::watching(&world, limits) } else { Machine::new(&world, limits) };
-    let setup = Setup::qcow(&world, 0, DISK_BYTES, false);
-    let twin = Setup::qcow(&world, 1, DISK_BYTES, false);
+    let setup = Setup::mapped(&world, 0, DISK_BYTES, false);
+    let twin = Setup::mapped(&world, 1, DISK_BYTES, false);
     let disk = if watching { machine.new_guest(setup, 0) } else { machine.attach(setup, 0).await };
     let first = machine.start_tapdisk();
     let (m, d, w, (done, started)) = (Rc::clone(&machine), disk.clone(), world.clone(), oneshot());
@@ -131,7 +131,7 @@ async fn second_tapdisk(world: World) {
     if world.setting("second-at-start", &[false, true]) {
         return two_begin(world).await;
     }
-    let setup = Setup::qcow(&world, 0, DISK_BYTES, false);
+    let setup = Setup::mapped(&world, 0, DISK_BYTES, false);
     // Of the same size: what it is not, cannot be seen from outside.
     let wrong = Setup::raw(&world, 1, DISK_BYTES);
     let Some((machine, guests)) = start(&world, vec![setup]).await else { return };
@@ -158,7 +158,7 @@ async fn second_tapdisk(world: World) {
 }
 
 async fn guest_destroyed(world: World) {
-    let setup = Setup::qcow(&world, 0, DISK_BYTES, world.setting("overlay", &[false, true]));
+    let setup = Setup::mapped(&world, 0, DISK_BYTES, world.setting("overlay", &[false, true]));
     let Some((machine, guests)) = start(&world, vec![setup.clone()]).await else { return };
     let (attached, guest) = &guests[0];
     let ops = operations_of(&world, attached, 0, 60);
@@ -189,7 +189,7 @@ async fn guest_destroyed(world: World) {
 async fn hot_plug(world: World) {
     let machine = Machine::watching(&world, StackLimits::draw(&world));
     machine.start_tapdisk();
-    let first = machine.new_guest(Setup::qcow(&world, 0, DISK_BYTES, false), 0);
+    let first = machine.new_guest(Setup::mapped(&world, 0, DISK_BYTES, false), 0);
     machine.plug(&first).await;
     let second = Attached {
         vbd: XVDB,

@@ -29,11 +29,11 @@ pub enum Invariant {
     F1,
     /// Grants, channels, pages, requests are given back.
     K1,
-    /// Metadata of qcow.
+    /// Metadata of images.
     Q2,
-    /// Compressed clusters of qcow.
+    /// Compressed clusters.
     Q3,
-    /// Order of qcow's metadata.
+    /// Order of writes of metadata.
     Q5,
     /// A parent never changes.
     C1,
@@ -141,7 +141,9 @@ impl Invariant {
             Self::L1 => "every request ends once faults have ended",
             Self::F1 => "a front end is told the truth about its disk",
             Self::K1 => "every grant, event channel, buffer and request is given back",
-            Self::Q2 => "every qcow table and cluster lies in the file, aligned, and belongs to one owner",
+            Self::Q2 => {
+                "every table and cluster of an image lies in the file, aligned, and belongs to one owner"
+            }
             Self::Q3 => "every compressed cluster lies in the file and inflates to a whole cluster",
             Self::Q5 => "an L2 table is on the medium before the L1 entry that names it",
             Self::C1 => "a backing file never changes",

@@ -6,7 +6,7 @@ use crate::catalog::setup::used_content;
 use crate::formats::{self, Broken, ImageMap};
 use crate::world::World;
 use kernel_model::SimHost;
-use tap_images::{CheckReport, Formats, ImageError, ImageSpec};
+use tap_images::{CheckReport, ImageError, ImageSpec};
 
 /// Bytes at the front of a file that the shipped check takes as used, whatever the size of clusters.
 const FRONT_BYTES: u64 = 4096;
@@ -66,19 +66,23 @@ pub async fn agree(world: &World, spec: &ImageSpec, when: &str) {
 }
 
 async fn check(host: &SimHost, spec: &ImageSpec) -> Result<CheckReport, ImageError> {
-    Ok(Formats::shipped().check(host, spec).await?.unwrap_or_default())
+    Ok(formats::drivers().check(host, spec).await?.unwrap_or_default())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::catalog::setup::Setup;
-    use crate::formats::qcow::walk;
+    use crate::formats::Kind;
     use crate::stack::{Stack, StackLimits};
     use crate::world::broken_by;
     use kernel_model::Content;
     use std::cell::RefCell;
     use std::rc::Rc;
+
+    fn walk(content: &Content) -> Result<ImageMap, Broken> {
+        Kind::mapped(true).model.walk(content).unwrap()
+    }
 
     /// What both say of a small image after `damage`.
     fn both(
@@ -87,7 +91,7 @@ mod tests {
         let out = Rc::new(RefCell::new(None));
         let slot = Rc::clone(&out);
         let broken = broken_by(|world| async move {
-            let setup = Setup::qcow(&world, 0, 1 << 20, true);
+            let setup = Setup::mapped(&world, 0, 1 << 20, true);
             let mut content = world.storage.content(&setup.spec.path).unwrap();
             damage(&mut content);
             world.storage.put(&setup.spec.path, content.clone());
@@ -139,7 +143,7 @@ mod tests {
     #[test]
     fn a_disagreement_breaks_v1() {
         let broken = broken_by(|world| async move {
-            let setup = Setup::qcow(&world, 0, 1 << 20, false);
+            let setup = Setup::mapped(&world, 0, 1 << 20, false);
             agree(&world, &setup.spec, "here").await;
             assert!(!world.verdict.is_broken());
             // The shipped check refuses what somebody else may be writing to; the walker does not care.

@@ -1,5 +1,8 @@
 //! What can be asked on the command line.
 
+use crate::formats;
+use crate::fuzz::SUBJECTS;
+use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::ops::Range;
 use std::path::PathBuf;
@@ -11,11 +14,11 @@ Examples:
   tapsim demo                         switch a bug on, find it, shrink it, tell its story
   tapsim list                         the scenarios
   tapsim sweep --seeds 0..2000        these seeds of every scenario
-  tapsim sweep qcow-power-cut --for 60s
-  tapsim run qcow-power-cut 145       one seed
+  tapsim sweep raw-power-cut --for 60s
+  tapsim run raw-power-cut 145        one seed
   tapsim replay FILE --log full       a saved failure, with every line of its trace
   tapsim explain FILE                 a saved failure as a story
-  tapsim fuzz --format qcow --for 60s fuzz an image format
+  tapsim fuzz --for 60s               fuzz an image format
   tapsim bugs                         every seeded bug must be found
 
 Exit status: 0 ok, 1 an invariant is broken, 2 wrong usage, 3 two runs of one seed differ, 4 nothing ran,
@@ -107,28 +110,23 @@ pub(crate) enum Command {
     Demo,
 }
 
-/// Formats that can be taken from outside.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-pub(crate) enum Format {
-    /// qcow, version 1
-    Qcow,
+/// Formats of which images can be taken from outside.
+fn formats_outside() -> PossibleValuesParser {
+    let walkable = formats::ALL.iter().filter(|model| model.has_metadata());
+    walkable.map(|model| PossibleValue::new(model.format().name())).collect::<Vec<_>>().into()
 }
 
 /// What can be fuzzed.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-pub(crate) enum FuzzFormat {
-    /// Images of qcow, version 1
-    Qcow,
-    /// Clients and servers of NBD
-    Nbd,
+fn subjects() -> PossibleValuesParser {
+    SUBJECTS.iter().map(|subject| PossibleValue::new(subject.name)).collect::<Vec<_>>().into()
 }
 
 /// `crash`
 #[derive(Args, Debug, Clone)]
 pub(crate) struct CrashArgs {
     /// Format of the image
-    #[arg(long, value_enum)]
-    pub format: Format,
+    #[arg(long, value_parser = formats_outside())]
+    pub format: String,
     /// The image; it is read into memory and never written to, as are the files below it
     #[arg(long, value_name = "FILE")]
     pub image: PathBuf,
@@ -232,9 +230,9 @@ pub(crate) struct BugsArgs {
 /// `fuzz`
 #[derive(Args, Debug, Clone)]
 pub(crate) struct FuzzArgs {
-    /// The image format
-    #[arg(long, value_enum, default_value = "qcow")]
-    pub format: FuzzFormat,
+    /// The image format, or the protocol [default: the first]
+    #[arg(long, value_parser = subjects())]
+    pub format: Option<String>,
     /// How long, such as 60s or 5m
     #[arg(long = "for", value_name = "TIME", value_parser = parse_time, default_value = "60s", id = "time")]
     pub time: Duration,

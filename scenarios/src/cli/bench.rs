@@ -4,14 +4,15 @@ use super::args::{BenchArgs, Common};
 use super::crash::{ExploreRate, explore_rate};
 use super::output::save_json;
 use super::{Exit, Stop};
-use crate::bench::{BenchResult, BenchSpec, Disk, calibrate, measure};
-use crate::catalog::crash::{EXPLORE_OVERLAY, EXPLORE_QCOW};
+use crate::bench::{BenchResult, BenchSpec, calibrate, measure};
+use crate::catalog::of_format;
+use crate::formats::Kind;
 use serde::Serialize;
 use sim::guard;
 
 #[derive(Serialize)]
 struct JsonRow {
-    name: &'static str,
+    name: String,
     requests_per_cpu_second: u64,
     calibration: u64,
     requests_per_thousand_rounds: f64,
@@ -25,14 +26,12 @@ struct JsonRow {
 /// `tapsim bench`
 pub(crate) fn bench_command(common: &Common, args: &BenchArgs) -> Result<Exit, Stop> {
     let spec = |disk, sequential, merging| BenchSpec { disk, requests: args.requests, sequential, merging };
-    let rows = [
-        ("raw, random", spec(Disk::Raw, false, true)),
-        ("qcow, random", spec(Disk::Qcow, false, true)),
-        ("raw, sequential, merged", spec(Disk::Raw, true, true)),
-        ("raw, sequential, not merged", spec(Disk::Raw, true, false)),
-        ("qcow, sequential, merged", spec(Disk::Qcow, true, true)),
-        ("qcow, sequential, not merged", spec(Disk::Qcow, true, false)),
-    ];
+    let random = Kind::plain().into_iter().map(|disk| (disk, "random", spec(disk, false, true)));
+    let sequential = Kind::plain().into_iter().flat_map(|disk| {
+        let merged = (disk, "sequential, merged", spec(disk, true, true));
+        [merged, (disk, "sequential, not merged", spec(disk, true, false))]
+    });
+    let rows = random.chain(sequential).map(|(disk, what, spec)| (format!("{disk:?}, {what}"), spec));
     println!(
         "1 guest, 32 requests of 4 KiB in flight, half reads, a flush every 64, 4 MiB disk, all checks on, {}",
         if common.guarded() { "guarded" } else { "not guarded" }
@@ -55,7 +54,7 @@ pub(crate) fn bench_command(common: &Common, args: &BenchArgs) -> Result<Exit, S
             return Err(Stop(Exit::Broken, format!("{name}: {failure}")));
         }
         let row = JsonRow {
-            name,
+            name: name.clone(),
             requests_per_cpu_second: result.rate(),
             calibration,
             requests_per_thousand_rounds: per_thousand(result.rate(), calibration),
@@ -111,7 +110,7 @@ fn explored(common: &Common, args: &BenchArgs) -> Result<Vec<JsonStates>, Stop> 
         "crash states", "states/s", "ns/state", "duplicates", "sectors each", "per 1k rounds"
     );
     let mut out = Vec::new();
-    for scenario in [&EXPLORE_QCOW, &EXPLORE_OVERLAY] {
+    for scenario in of_format::explored().iter().copied() {
         let (states, calibration) = (args.states, calibrate());
         let rate = guard::run(common.guarded(), 1, move || explore_rate(scenario, states));
         let rate = rate.map_err(|text| Stop(Exit::Broken, text))?;

@@ -129,7 +129,7 @@ fn row(quarry: Quarry, hunted: Option<&Hunted>, within: u64) -> JsonBug {
 /// `tapsim demo`
 pub(crate) fn demo_command(common: &Common) -> Result<Exit, Stop> {
     let bug = Bug::DataAfterMapping;
-    println!("1. A bug is switched on in the qcow driver: {}.", bug.sentence());
+    println!("1. A bug is switched on in an image driver: {}.", bug.sentence());
     println!("2. Seeds are tried in {} scenarios ...", catalog::ALL.len());
     let hunted = hunt(Quarry::Bug(bug), None, 2000, common.guarded(), SHRINK_RUNS);
     let Some(h) = hunted else {

@@ -1,6 +1,6 @@
 //! `crash`: power cuts on a given image.
 
-use super::args::{Common, CrashArgs, Format};
+use super::args::{Common, CrashArgs};
 use super::output::{Progress, print_failure, print_table, report_failure, save_run, write_json};
 use super::{Exit, Stop};
 use crate::catalog::crash::REAL_IMAGE;
@@ -17,8 +17,11 @@ const SHRINK_RUNS: u64 = 3000;
 
 /// `tapsim crash`
 pub(crate) fn crash_command(common: &Common, args: &CrashArgs) -> Result<Exit, Stop> {
-    let Format::Qcow = args.format;
     let image = Arc::new(RealImage::load(&args.image).map_err(Stop::usage)?);
+    let format = image.loaded().model.format();
+    if format.name() != args.format {
+        return Err(Stop::usage(format!("{} is an image of {format}", image.path())));
+    }
     println!("{}", image.describe());
     let options = RunOptions { image: Some(Arc::clone(&image)), ..RunOptions::default() };
     let spec = SweepSpec {
@@ -111,7 +114,7 @@ pub(crate) struct ExploreRate {
 
 /// Explores seeds of `scenario` until `states` are reached.
 pub(crate) fn explore_rate(
-    scenario: &'static crate::run::Scenario,
+    scenario: &'static crate::scenario::Scenario,
     states: u64,
 ) -> Result<ExploreRate, String> {
     let mut rate = ExploreRate::default();

@@ -1,10 +1,10 @@
 //! `fuzz`: bytes instead of seeds.
 
-use super::args::{Common, FuzzArgs, FuzzFormat};
+use super::args::{Common, FuzzArgs};
 use super::output::{Progress, SHRINK_RUNS, print_failure, revision, save_json};
 use super::replay::bug;
 use super::{Exit, Stop};
-use crate::fuzz::{FuzzReport, FuzzSpec, NBD, QCOW, fuzz};
+use crate::fuzz::{FuzzReport, FuzzSpec, SUBJECTS, fuzz};
 use crate::run::{Outcome, RunSpec, run_recorded, shrink_run};
 use serde::Serialize;
 use sim::{TraceLevel, guard, text_hash};
@@ -33,10 +33,11 @@ struct JsonFinding {
 
 /// `tapsim fuzz`
 pub(super) fn fuzz_command(common: &Common, args: &FuzzArgs) -> Result<Exit, Stop> {
-    let subject = match args.format {
-        FuzzFormat::Qcow => &QCOW,
-        FuzzFormat::Nbd => &NBD,
+    let subject = match &args.format {
+        Some(name) => SUBJECTS.iter().find(|subject| subject.name == name),
+        None => SUBJECTS.first(),
     };
+    let subject = subject.ok_or_else(|| Stop::usage("there is nothing to fuzz"))?;
     let spec = FuzzSpec {
         subject,
         seed: args.seed,

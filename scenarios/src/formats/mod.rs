@@ -3,26 +3,30 @@
 //! ```text
 //!   a shape ─► make ─► bytes of an image       (no driver has written them)
 //!   bytes, also of a crash ─► walk ─► ImageMap (what they say, or which invariant they break)
+//!   bytes ─► places ─► damaged bytes ─► claims (what they say without any rule)
 //! ```
 //!
-//! A format is one [`FormatModel`]. Scenarios and checks ask the model of the image at hand.
+//! A format is one [`FormatModel`], which has [`Metadata`] where there is anything beside the bytes of the disk, and one
+//! line in this file: see [`ALL`]. Scenarios and checks ask the model of the image at hand. What every format goes
+//! through is in `catalog/of_format.rs`.
 
-pub mod qcow;
+mod metadata;
+mod qcow;
 mod raw;
 mod real;
 
+pub use metadata::{Broken, Bytes, COMPRESSED, Claimed, Claims, ImageMap, Metadata, Places, fitting};
 pub use real::{LoadedImage, RealImage, content_of};
 
-use crate::check::{Invariant, Oracle, is_broken};
 use crate::tag::Tag;
 use kernel_model::{Content, PageMap};
+use std::fmt;
+use std::marker::PhantomData;
 use tap_host::SECTOR_BYTES;
-use tap_images::{Format, ImageFormat};
+use tap_images::{Driver, Format, Formats, ImageFormat, ImageHost, SHIPPED};
 
 /// The format of raw images.
 pub const RAW: ImageFormat = ImageFormat::As(tap_images::raw::FORMAT);
-/// The format of qcow images.
-pub const QCOW: ImageFormat = ImageFormat::As(tap_images::qcow::FORMAT);
 
 /// A format.
 pub trait FormatModel: Sync {
@@ -32,14 +36,28 @@ pub trait FormatModel: Sync {
     /// Makes an image of `shape`; also puts what its clusters hold into `view`, the guest's bytes.
     fn make(&self, shape: &ImageShape, view: &mut PageMap) -> Vec<u8>;
 
+    /// What is known of its metadata; `None` where the file is the disk.
+    fn metadata(&self) -> Option<&dyn Metadata>;
+}
+
+impl dyn FormatModel + '_ {
+    /// Whether the format has anything beside the bytes of the disk.
+    pub fn has_metadata(&self) -> bool {
+        self.metadata().is_some()
+    }
+
+    /// Whether the programs that ship know it.
+    pub fn is_shipped(&self) -> bool {
+        SHIPPED.contains(&self.format())
+    }
+
     /// Reads all metadata of `content`; `None` where the format has none.
-    fn walk(&self, content: &Content) -> Option<Result<ImageMap, Broken>>;
+    pub fn walk(&self, content: &Content) -> Option<Result<ImageMap, Broken>> {
+        Some(self.metadata()?.walk(content))
+    }
 
-    /// What is in front of all clusters may be filled up to a multiple of so many bytes.
-    fn front_align_bytes(&self) -> u64;
-
-    /// As [`FormatModel::walk`], and inflates compressed clusters.
-    fn walk_whole(&self, content: &Content) -> Option<Result<ImageMap, Broken>> {
+    /// The same, and inflates compressed clusters.
+    pub fn walk_whole(&self, content: &Content) -> Option<Result<ImageMap, Broken>> {
         Some(self.walk(content)?.and_then(|map| {
             map.inflate_some(content)?;
             Ok(map)
@@ -47,8 +65,30 @@ pub trait FormatModel: Sync {
     }
 }
 
-/// All formats.
-pub static ALL: [&dyn FormatModel; 2] = [&raw::Raw, &qcow::Qcow];
+/// What registers formats: models, and drivers.
+macro_rules! formats {
+    ($($model:expr => $driver:expr),+ $(,)?) => {
+        /// The models of all formats.
+        pub static ALL: &[&dyn FormatModel] = &[$(&$model),+];
+
+        impl<H: ImageHost> Drivers<H> {
+            const ALL: &'static [&'static dyn Driver<H>] = &[$(&$driver),+];
+        }
+    };
+}
+
+struct Drivers<H>(PhantomData<H>);
+
+/// The registry of worlds: it knows what ships and what does not.
+pub const fn drivers<H: ImageHost>() -> Formats<H> {
+    Formats::new(Drivers::ALL)
+}
+
+// A line for each. What no other recognises is the first.
+formats! {
+    raw::Raw => tap_images::raw::Driver,
+    qcow::Qcow => tap_images::qcow::Driver,
+}
 
 /// The model of `format`.
 ///
@@ -57,6 +97,57 @@ pub static ALL: [&dyn FormatModel; 2] = [&raw::Raw, &qcow::Qcow];
 pub fn of(format: ImageFormat) -> &'static dyn FormatModel {
     let found = ALL.iter().find(|model| ImageFormat::As(model.format()) == format);
     *found.unwrap_or_else(|| panic!("no model of images of the format {}", format.name()))
+}
+
+/// A kind of image.
+#[derive(Clone, Copy)]
+pub struct Kind {
+    /// Its format.
+    pub model: &'static dyn FormatModel,
+    /// It is above a raw file, and may have compressed clusters.
+    pub overlay: bool,
+}
+
+impl Kind {
+    /// An image of `model` that stands alone.
+    pub fn alone(model: &'static dyn FormatModel) -> Self {
+        Self { model, overlay: false }
+    }
+
+    /// The file is the disk.
+    pub fn raw() -> Self {
+        Self::alone(of(RAW))
+    }
+
+    /// What scenarios take that are about something else than formats: the first format with metadata.
+    pub fn mapped(overlay: bool) -> Self {
+        let model = shipped().find(|model| model.has_metadata()).expect("one that ships has metadata");
+        Self { model, overlay }
+    }
+
+    /// Of each format that ships, an image that stands alone.
+    pub fn plain() -> Vec<Self> {
+        shipped().map(Self::alone).collect()
+    }
+
+    /// The same, and one above a raw file where the format can.
+    pub fn all() -> Vec<Self> {
+        let of = |model: &'static dyn FormatModel| {
+            let overlay = model.format().info().has_backing.then_some(Self { model, overlay: true });
+            std::iter::once(Self::alone(model)).chain(overlay)
+        };
+        shipped().flat_map(of).collect()
+    }
+}
+
+impl fmt::Debug for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}{}", self.model.format(), if self.overlay { " over raw" } else { "" })
+    }
+}
+
+fn shipped() -> impl Iterator<Item = &'static dyn FormatModel> {
+    ALL.iter().copied().filter(|model| model.is_shipped())
 }
 
 /// How a cluster is stored.
@@ -95,130 +186,67 @@ pub fn layer_cluster(writer: u32, cluster: u64, cluster_bytes: usize) -> Vec<u8>
     bytes
 }
 
-/// What the bytes say.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ImageMap {
-    /// Bytes in a cluster, as a power of two.
-    pub cluster_bits: u32,
-    /// Entries in a table, as a power of two.
-    pub table_bits: u32,
-    /// Bytes of a table.
-    pub table_bytes: u64,
-    /// Size of the disk in bytes.
-    pub size: u64,
-    /// The byte offset of each cluster in the file; 0 is unmapped. [`COMPRESSED`] marks those that are.
-    pub entries: Vec<u64>,
-    /// Compressed clusters in their order: number, byte offset and length of the extent.
-    pub packed: Vec<(u64, u64, u64)>,
-    /// Byte offsets of tables; 0 is absent.
-    pub tables: Vec<u64>,
-    /// Where the root begins that names the tables.
-    pub root_at: u64,
-    /// Name of the backing file.
-    pub backing: Option<String>,
-    /// Host clusters of the file that nothing refers to.
-    pub leaked: u64,
-    /// Where the last thing ends that is referred to, in bytes of the file.
-    pub end: u64,
-    /// Data clusters that are mapped (compressed ones too).
-    pub mapped: u64,
-}
-
-/// What is wrong with the metadata.
-pub type Broken = (Invariant, String);
-
-impl ImageMap {
-    /// The host byte offset of a cluster that is stored plainly.
-    pub fn host_offset(&self, cluster: u64) -> Option<u64> {
-        let entry = *self.entries.get(cluster as usize)?;
-        (entry != 0 && entry & COMPRESSED == 0).then_some(entry)
-    }
-
-    /// Offset and length in bytes of a compressed cluster's extent.
-    pub fn compressed(&self, cluster: u64) -> Option<(u64, u64)> {
-        let at = self.packed.binary_search_by_key(&cluster, |packed| packed.0).ok()?;
-        Some((self.packed[at].1, self.packed[at].2))
-    }
-
-    /// Inflates compressed clusters: at most [`INFLATED_MAX`], of more some.
-    fn inflate_some(&self, content: &Content) -> Result<(), Broken> {
-        let mut bytes = vec![0; if self.packed.is_empty() { 0 } else { 1 << self.cluster_bits }];
-        for (cluster, ..) in self.packed.iter().step_by(self.packed.len() / INFLATED_MAX + 1) {
-            self.read_cluster(content, *cluster, &mut bytes)?;
-        }
-        Ok(())
-    }
-
-    /// Reads the guest's view of a cluster that the image itself holds; `None` where the backing file shows.
-    ///
-    /// # Errors
-    /// A compressed cluster that does not inflate to a whole cluster.
-    pub fn read_cluster(
-        &self,
-        content: &Content,
-        cluster: u64,
-        out: &mut [u8],
-    ) -> Result<Option<()>, Broken> {
-        if let Some(offset) = self.host_offset(cluster) {
-            content.pages.read(offset, out);
-            return Ok(Some(()));
-        }
-        let Some((offset, len)) = self.compressed(cluster) else { return Ok(None) };
-        let mut packed = vec![0; len as usize];
-        content.pages.read(offset, &mut packed);
-        let mut inflate = flate2::Decompress::new(false);
-        let done = inflate.decompress(&packed, out, flate2::FlushDecompress::Finish);
-        let whole = done.is_ok() && inflate.total_out() == out.len() as u64;
-        if !whole && !is_broken(Oracle::NothingInflated) {
-            let inflated = inflate.total_out();
-            let text = format!("compressed cluster {cluster} at {offset:#x} inflates to {inflated} bytes");
-            return Err((Invariant::Q3, text));
-        }
-        Ok(Some(()))
-    }
-}
-
-/// Marks entries of compressed clusters.
-pub const COMPRESSED: u64 = 1 << 63;
-
-/// Compressed clusters that are inflated at most.
-const INFLATED_MAX: usize = 64;
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn what_a_model_makes_shows_what_it_says_it_does() {
-        for (model, cluster_bits) in ALL.iter().flat_map(|model| [9, 12, 16].map(|bits| (model, bits))) {
-            let (plain, compressed) = (Stored::Plain, Stored::Compressed);
+        for (model, bits) in ALL.iter().flat_map(|model| [9, 12, 16].map(|bits| (model, bits))) {
+            let has_backing = model.format().info().has_backing;
+            let bits =
+                model.metadata().map_or(bits, |metadata| fitting(&metadata.cluster_bits(), &[bits])[0]);
+            let table_bits = model.metadata().map_or(0, |metadata| *metadata.table_bits().start());
+            let odd = match model.metadata().is_some_and(Metadata::compresses) {
+                true => Stored::Compressed,
+                false => Stored::Plain,
+            };
             let shape = ImageShape {
-                cluster_bits,
-                table_bits: 6,
+                cluster_bits: bits,
+                table_bits,
                 size: 8 << 20,
-                backing: Some("base.raw".into()),
-                clusters: vec![(0, plain), (3, compressed), (70, compressed), (90, plain)],
+                backing: has_backing.then(|| "base.raw".into()),
+                clusters: vec![(0, Stored::Plain), (3, odd), (70, odd), (90, Stored::Plain)],
                 writer: 7,
             };
             let mut view = PageMap::default();
             let file = model.make(&shape, &mut view);
             let content = content_of(&file);
             let map = model.walk_whole(&content).transpose().unwrap();
-            for (cluster, _) in shape.clusters {
-                let held = layer_cluster(7, cluster, 1 << cluster_bits);
-                let at = cluster << cluster_bits;
+            for (cluster, _) in &shape.clusters {
+                let held = layer_cluster(7, *cluster, 1 << bits);
+                let at = cluster << bits;
                 let (mut told, mut shown) = (held.clone(), held.clone());
                 view.read(at, &mut told);
                 match &map {
-                    Some(map) => map.read_cluster(&content, cluster, &mut shown).unwrap().unwrap(),
+                    Some(map) => map.read_cluster(&content, *cluster, &mut shown).unwrap().unwrap(),
                     None => content.pages.read(at, &mut shown),
                 }
                 assert!(told == held && shown == held, "cluster {cluster} of {}", model.format());
             }
-            let walked = map.map(|map| (map.mapped, map.backing));
-            let expected =
-                (model.format() != tap_images::raw::FORMAT).then(|| (4, Some("base.raw".to_owned())));
-            assert_eq!(walked, expected);
+            let walked = map.map(|map| (map.mapped, map.backing, map.leaked));
+            assert_eq!(walked, model.has_metadata().then(|| (4, shape.backing.clone(), 0)));
+            // What is read without any rule says the same of an image that is in order.
+            let Some(metadata) = model.metadata() else { continue };
+            let image = Bytes(&file);
+            assert!(metadata.recognises(&file[..48]) && !metadata.recognises(&[0; 48]));
+            let claims = metadata.claims(image);
+            assert_eq!(
+                (claims.size, claims.cluster_bits, claims.has_backing),
+                (8 << 20, Some(bits), has_backing)
+            );
+            for cluster in 0..100 {
+                let held = shape.clusters.iter().any(|held| held.0 == cluster);
+                assert_eq!(metadata.claimed(image, cluster) != Claimed::Unmapped, held, "cluster {cluster}");
+            }
+            assert!(!metadata.places(image, &shape).tables.is_empty());
         }
+    }
+
+    #[test]
+    fn choices_that_a_format_cannot_have_become_such_that_it_can() {
+        assert_eq!(fitting(&(9..=16), &[12, 16, 9, 14]), [12, 16, 9, 14]);
+        assert_eq!(fitting(&(12..=12), &[12, 16, 9]), [12]);
+        assert_eq!(fitting(&(10..=12), &[16, 12, 9]), [12, 10]);
     }
 }

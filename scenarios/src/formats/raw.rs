@@ -1,7 +1,7 @@
 //! Raw images: the file is the disk.
 
-use super::{Broken, FormatModel, ImageMap, ImageShape, layer_cluster};
-use kernel_model::{Content, PageMap};
+use super::{FormatModel, ImageShape, Metadata, layer_cluster};
+use kernel_model::PageMap;
 use tap_images::{Format, raw};
 
 /// The model.
@@ -26,11 +26,7 @@ impl FormatModel for Raw {
         file
     }
 
-    fn walk(&self, _: &Content) -> Option<Result<ImageMap, Broken>> {
+    fn metadata(&self) -> Option<&dyn Metadata> {
         None
-    }
-
-    fn front_align_bytes(&self) -> u64 {
-        0
     }
 }

@@ -1,11 +1,12 @@
 //! An image from a real file, with those it is based on.
 
-use super::qcow::walk;
+use super::{ALL, Broken, FormatModel, ImageMap};
 use kernel_model::{Content, PAGE, PageMap};
 use std::cell::RefCell;
 use std::path::Path;
 use std::rc::Rc;
 use tap_host::SECTOR_BYTES;
+use tap_images::HEAD_BYTES;
 
 /// Largest disk that a real image may have here: histories are kept per sector.
 const REAL_DISK_MAX: u64 = 2 << 30;
@@ -26,6 +27,8 @@ pub struct RealImage {
 pub struct LoadedImage {
     /// Files by name; the image itself comes first.
     pub files: Vec<(String, Content)>,
+    /// The format of the image itself.
+    pub model: &'static dyn FormatModel,
     /// What the guest sees.
     pub view: PageMap,
     /// Size of the disk in bytes.
@@ -39,7 +42,7 @@ thread_local! {
 }
 
 impl RealImage {
-    /// Reads the qcow image at `path` and the files below it.
+    /// Reads the image at `path`, of a format with metadata, and the files below it.
     ///
     /// # Errors
     /// One line on what is wrong with which file.
@@ -56,13 +59,13 @@ impl RealImage {
                 return Err(format!("{shown} is {size} bytes long, at most {REAL_FILE_MAX} are loaded"));
             }
             let bytes = std::fs::read(&path).map_err(|e| format!("failed to read {shown}: {e}"))?;
-            let is_qcow = bytes.starts_with(b"QFI\xfb\0\0\0\x01");
-            if !is_qcow && image.files.is_empty() {
-                return Err(format!("{shown} is not a qcow image of version 1"));
+            let walked = walk(&content_of(&bytes));
+            if walked.is_none() && image.files.is_empty() {
+                let known: Vec<&str> = walkable().map(|model| model.format().name()).collect();
+                return Err(format!("{shown} does not begin as an image of {}", known.join(" or ")));
             }
-            if is_qcow {
-                let map =
-                    walk(&content_of(&bytes)).map_err(|(rule, text)| format!("{shown}: {rule}: {text}"))?;
+            if let Some((_, walked)) = walked {
+                let map = walked.map_err(|(rule, text)| format!("{shown}: {rule}: {text}"))?;
                 if map.size > REAL_DISK_MAX || map.size == 0 || !map.size.is_multiple_of(SECTOR_BYTES) {
                     return Err(format!(
                         "{shown} has a disk of {} bytes, which is none or too large here",
@@ -79,7 +82,7 @@ impl RealImage {
     /// One line on what it is.
     pub fn describe(&self) -> String {
         let loaded = self.loaded();
-        let map = walk(&loaded.files[0].1).unwrap_or_default();
+        let map = walk(&loaded.files[0].1).and_then(|(_, map)| map.ok()).unwrap_or_default();
         let packed = (0..map.entries.len() as u64).filter(|c| map.compressed(*c).is_some()).count();
         let below = match &self.files[1..] {
             [] => "no backing file".to_string(),
@@ -88,8 +91,9 @@ impl RealImage {
             }
         };
         format!(
-            "{}: qcow, {} bytes, clusters of {}, {} mapped ({packed} compressed), {below}",
+            "{}: {}, {} bytes, clusters of {}, {} mapped ({packed} compressed), {below}",
             self.path,
+            loaded.model.format(),
             loaded.size_bytes,
             1 << loaded.cluster_bits,
             map.mapped
@@ -111,27 +115,42 @@ impl RealImage {
         let files: Vec<(String, Content)> =
             self.files.iter().map(|(name, bytes)| (name.clone(), content_of(bytes))).collect();
         let mut view = PageMap::default();
-        let mut top = (0, 9);
+        let mut top = (super::of(super::RAW), 0, 9);
         for (_, content) in files.iter().rev() {
             // From the bottom to the top, each covers what it holds. What does not walk is raw.
             match walk(content) {
-                Ok(map) => {
+                Some((model, Ok(map))) => {
                     let mut cluster_bytes = vec![0; 1 << map.cluster_bits];
                     for cluster in 0..map.entries.len() as u64 {
                         if let Ok(Some(())) = map.read_cluster(content, cluster, &mut cluster_bytes) {
                             view.write(cluster << map.cluster_bits, &cluster_bytes);
                         }
                     }
-                    top = (map.size, map.cluster_bits);
+                    top = (model, map.size, map.cluster_bits);
                 }
-                Err(_) => view = content.pages.clone(),
+                _ => view = content.pages.clone(),
             }
         }
-        view.truncate(top.0);
-        let loaded = Rc::new(LoadedImage { files, view, size_bytes: top.0, cluster_bits: top.1 });
+        let (model, size_bytes, cluster_bits) = top;
+        view.truncate(size_bytes);
+        let loaded = Rc::new(LoadedImage { files, model, view, size_bytes, cluster_bits });
         LOADED.with_borrow_mut(|l| *l = Some((self.path.clone(), Rc::clone(&loaded))));
         loaded
     }
+}
+
+fn walkable() -> impl Iterator<Item = &'static dyn FormatModel> {
+    ALL.iter().copied().filter(|model| model.has_metadata())
+}
+
+/// The format that a file calls itself, if that has metadata, and what they say.
+fn walk(content: &Content) -> Option<(&'static dyn FormatModel, Result<ImageMap, Broken>)> {
+    let mut head = vec![0; HEAD_BYTES.min(content.size as usize)];
+    content.pages.read(0, &mut head);
+    walkable().find_map(|model| {
+        let metadata = model.metadata().filter(|metadata| metadata.recognises(&head))?;
+        Some((model, metadata.walk(content)))
+    })
 }
 
 /// A file of these bytes; pages of zeros are holes.

@@ -1,28 +1,19 @@
-//! What documents say about the tree: paths in code marks, and the number of scenarios.
+//! What documents say about the tree: paths in code marks.
 
 use super::Finding;
 use super::sources::Sources;
 
-/// The file with the list of all scenarios.
-const CATALOG: &str = "scenarios/src/catalog/mod.rs";
 /// Endings of words that are taken for paths.
 const ENDINGS: [&str; 5] = [".rs", ".md", ".toml", ".sh", ".run"];
 
 pub(super) fn look(sources: &Sources) -> Vec<Finding> {
     let mut findings = Vec::new();
-    let scenarios = scenarios(sources);
     for (file, text) in &sources.prose {
         for (i, line) in text.lines().enumerate() {
             for path in paths(line) {
                 if !is_there(sources, path) {
                     findings.push(Finding::new(file, i + 1, format!("there is no `{path}`")));
                 }
-            }
-            if let Some(count) =
-                count_before(line, " scenarios").filter(|count| *count > 9 && *count != scenarios)
-            {
-                let text = format!("{count} scenarios are named, and there are {scenarios}");
-                findings.push(Finding::new(file, i + 1, text));
             }
         }
     }
@@ -54,50 +45,17 @@ fn is_there(sources: &Sources, path: &str) -> bool {
         .any(|file| file == path || file.strip_suffix(path).is_some_and(|rest| rest.ends_with('/')))
 }
 
-/// The number before `word`.
-fn count_before(line: &str, word: &str) -> Option<usize> {
-    let before = &line[..line.find(word)?];
-    let digits = before.rfind(|c: char| !c.is_ascii_digit()).map_or(before, |at| &before[at + 1..]);
-    digits.parse().ok()
-}
-
-/// The number of scenarios in the list.
-fn scenarios(sources: &Sources) -> usize {
-    let items = sources.rust.get(CATALOG).into_iter().flat_map(|rust| &rust.tree.items);
-    let lists = items.filter_map(|item| match item {
-        syn::Item::Static(list) if list.ident == "ALL" => Some(&*list.expr),
-        _ => None,
-    });
-    let elements = lists.filter_map(|expr| match expr {
-        syn::Expr::Reference(list) => match &*list.expr {
-            syn::Expr::Array(array) => Some(array.elems.len()),
-            _ => None,
-        },
-        _ => None,
-    });
-    elements.sum()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn paths_and_counts_that_are_not_there_are_found() {
+    fn paths_that_are_not_there_are_found() {
         let mut sources = Sources::default();
-        sources.put(CATALOG, "pub static ALL: &[&Scenario] = &[&a::A];".into()).unwrap();
         sources.put("scenarios/src/catalog/a.rs", String::new()).unwrap();
-        let text =
-            "`catalog/a.rs` and `a.rs`, not `b.rs` or `log/a.rs`\n12 scenarios, `target/b.rs`, 1 scenarios\n";
+        let text = "`catalog/a.rs` and `a.rs`, not `b.rs` or `log/a.rs`\n`target/b.rs`\n";
         sources.put("x.md", text.into()).unwrap();
         let found: Vec<String> = look(&sources).iter().map(ToString::to_string).collect();
-        assert_eq!(
-            found,
-            [
-                "x.md:1: there is no `b.rs`",
-                "x.md:1: there is no `log/a.rs`",
-                "x.md:2: 12 scenarios are named, and there are 1",
-            ]
-        );
+        assert_eq!(found, ["x.md:1: there is no `b.rs`", "x.md:1: there is no `log/a.rs`"]);
     }
 }

@@ -4,7 +4,7 @@
 //!   shape      files up to 600 lines, functions up to 70, line widths
 //!   circles    circular dependencies between files of a crate; a module and what is inside it count as one
 //!   dead       public items that nothing names
-//!   docs       paths and counts that documents name
+//!   docs       paths that documents name
 //! ```
 //!
 //! Exceptions are in `scripts/tidy.toml`, each with its reason. An exception that is no longer needed is a finding,

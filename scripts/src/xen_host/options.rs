@@ -37,7 +37,7 @@ Examples:
   cargo xtask xen-host test
   cargo xtask xen-host test nbd-kernel --programs /usr/local/bin
   cargo xtask xen-host test peers --icount
-  cargo xtask xen-host run my.sh --copy disk.qcow --out /tmp/out
+  cargo xtask xen-host run my.sh --copy disk.img --out /tmp/out
   cargo xtask xen-host shell
 ";
 

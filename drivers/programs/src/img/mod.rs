@@ -20,7 +20,7 @@ use std::fmt::Display;
 use std::rc::Rc;
 use tap_core::Node;
 use tap_host::VbdId;
-use tap_images::{Format, ImageFormat, ImageSpec};
+use tap_images::{Format, Formats, ImageFormat, ImageSpec};
 
 /// The command line of `tap-img`.
 #[derive(Parser, Debug)]
@@ -125,7 +125,8 @@ async fn open_node<H: DiskHost>(
     spec: &DiskSpec,
     options: &DiskOptions,
 ) -> Result<Rc<dyn Node>, String> {
-    let disk = open_disk(host, VbdId(0), spec, options).await.map_err(|e| e.to_string())?;
+    let disk =
+        open_disk(host, Formats::shipped(), VbdId(0), spec, options).await.map_err(|e| e.to_string())?;
     Ok(disk.node())
 }
 

@@ -6,13 +6,15 @@ use smallvec::smallvec;
 use std::rc::Rc;
 use tap_core::{Node, Request, ZeroFlags};
 use tap_host::{Errno, IoBuf, IoVec, SectorRange, VbdId};
+use tap_images::Formats;
 use tap_programs::disk::{DiskOptions, open_disk};
 
 async fn client(kernel: &Kernel, name: &str) -> Result<Rc<dyn Node>, String> {
     let host = kernel.process(format!("client of {name}"), 77);
     let options = DiskOptions { write: true, ..DiskOptions::default() };
     let spec = format!("nbd+unix:///{name}?socket=/run/s").parse()?;
-    let disk = open_disk(&host, VbdId(0), &spec, &options).await.map_err(|e| e.to_string())?;
+    let disk =
+        open_disk(&host, Formats::shipped(), VbdId(0), &spec, &options).await.map_err(|e| e.to_string())?;
     Ok(disk.node())
 }
 

@@ -3,7 +3,7 @@
 use super::plan::{DISK, NO_ERRORS, Plan, Served, address, bury, client_config, end, server_limits};
 use crate::check::Invariant;
 use crate::guest::{DirectDisk, Guest, Manners, NbdScript, RawNbd};
-use crate::run::Scenario;
+use crate::scenario::Scenario;
 use crate::world::World;
 use kernel_model::faults::FaultPlan;
 use kernel_model::{ProcessStream, SimHost, StorageConfig};
@@ -26,11 +26,11 @@ pub static NBD_CROWD: Scenario = Scenario {
     name: "nbd-crowd",
     about: "a crowd that connects and never speaks, asks and never reads, or stops in a write; who comes to read is served soon",
     // Nothing is stuck for ten seconds: who waits for whom is what is measured.
-    storage: |_| StorageConfig {
+    storage: &|_| StorageConfig {
         faults: FaultPlan { stuck: false, ..FaultPlan::LATENCY },
         ..StorageConfig::default()
     },
-    body: |w| Box::pin(crowd(w)),
+    body: &|w| Box::pin(crowd(w)),
 };
 
 /// How long somebody may wait who wants to be served, in nanoseconds: some slow ones before, and twice what a client

@@ -8,7 +8,7 @@ use crate::catalog::crash::arm_power_cut;
 use crate::catalog::setup::Setup;
 use crate::check::Invariant;
 use crate::guest::{DirectDisk, Gate, Manners, RawNbd, Speaker, Step, steps};
-use crate::run::Scenario;
+use crate::scenario::Scenario;
 use crate::world::{World, setting};
 use kernel_model::faults::FaultPlan;
 use kernel_model::{ProcessStream, SimHost, StorageConfig};
@@ -27,16 +27,16 @@ pub static STOP_AFTER: Label = Label::new("stop-after", "the server is asked to 
 pub static NBD_EVERY_COMMAND: Scenario = Scenario {
     name: "nbd-every-command",
     about: "every NBD command with every flag, right and wrong, on a disk and on a read-only one, with I/O errors; power cut",
-    storage,
-    body: |w| Box::pin(every_command(w)),
+    storage: &storage,
+    body: &|w| Box::pin(every_command(w)),
 };
 
 /// A server that ends in order, again and again.
 pub static NBD_SERVER_STOPPED: Scenario = Scenario {
     name: "nbd-server-stopped",
     about: "a server is stopped under load and its machine loses its power at once: what was answered is there, the rest comes again",
-    storage: |_| StorageConfig::default(),
-    body: |w| Box::pin(server_stopped(w)),
+    storage: &|_| StorageConfig::default(),
+    body: &|w| Box::pin(server_stopped(w)),
 };
 
 fn storage(sim: &Sim) -> StorageConfig {

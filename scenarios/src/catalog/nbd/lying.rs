@@ -3,7 +3,7 @@
 use super::plan::{DISK_BYTES, NO_ERRORS, Plan, address, client_config, client_stack, within};
 use crate::check::{BlockHistory, Initial, Invariant};
 use crate::guest::{DirectDisk, Guest, LyingServer, Manner, Manners, Offer};
-use crate::run::Scenario;
+use crate::scenario::Scenario;
 use crate::world::World;
 use kernel_model::StorageConfig;
 use std::cell::RefCell;
@@ -17,8 +17,8 @@ use tap_nbd::{Breaks, ClientConfig};
 pub static NBD_HOSTILE_SERVER: Scenario = Scenario {
     name: "nbd-hostile-server",
     about: "our NBD client on a server whose answers are doubled, missing, misplaced or cut: a read has every byte or fails",
-    storage: |_| StorageConfig::default(),
-    body: |w| Box::pin(hostile_server(w)),
+    storage: &|_| StorageConfig::default(),
+    body: &|w| Box::pin(hostile_server(w)),
 };
 
 async fn hostile_server(world: World) {

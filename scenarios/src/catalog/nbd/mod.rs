@@ -24,7 +24,7 @@ use super::setup::Setup;
 use crate::check::Invariant;
 use crate::formats::RAW;
 use crate::guest::{DirectDisk, Manners, NbdScript, RawNbd};
-use crate::run::Scenario;
+use crate::scenario::Scenario;
 use crate::world::World;
 use kernel_model::StorageConfig;
 use kernel_model::faults::{FaultPlan, SyncErrors};
@@ -47,68 +47,68 @@ pub static CLIENT_DIES: Label = Label::new("client-dies", "the client is killed 
 pub static NBD_SPLIT_READS: Scenario = Scenario {
     name: "nbd-split-reads",
     about: "several NBD connections to one export over streams that are cut and late; a flush on one covers all; power cut",
-    storage: |_| StorageConfig::default(),
-    body: |w| Box::pin(split_reads(w)),
+    storage: &|_| StorageConfig::default(),
+    body: &|w| Box::pin(split_reads(w)),
 };
 
 /// Clients that die.
 pub static NBD_CLIENT_DIES: Scenario = Scenario {
     name: "nbd-client-dies",
     about: "NBD clients die in the middle of requests; another goes on, and nothing of the dead is left",
-    storage: |_| StorageConfig::default(),
-    body: |w| Box::pin(client_dies(w)),
+    storage: &|_| StorageConfig::default(),
+    body: &|w| Box::pin(client_dies(w)),
 };
 
 /// A client that takes no replies.
 pub static NBD_SLOW_CLIENT: Scenario = Scenario {
     name: "nbd-slow-client",
     about: "an NBD client asks for much and takes no replies; others are not held up, and memory is bounded",
-    storage: |_| StorageConfig::default(),
-    body: |w| Box::pin(slow_client(w)),
+    storage: &|_| StorageConfig::default(),
+    body: &|w| Box::pin(slow_client(w)),
 };
 
 /// A server that dies under its client.
 pub static NBD_SERVER_RESTARTS: Scenario = Scenario {
     name: "nbd-server-restarts",
     about: "tapdisk is killed between any two of its effects under an NBD client and started again; the guest sees a pause",
-    storage: |_| StorageConfig::default(),
-    body: |w| Box::pin(server_restarts(w)),
+    storage: &|_| StorageConfig::default(),
+    body: &|w| Box::pin(server_restarts(w)),
 };
 
 /// A server whose syncs fail and that dies.
 pub static NBD_FLUSH_ERRORS_AND_DEATHS: Scenario = Scenario {
     name: "nbd-flush-errors-and-deaths",
     about: "syncs fail and lose data once, the NBD server dies in and after them; no later flush says ok before a reboot",
-    storage: |_| StorageConfig {
+    storage: &|_| StorageConfig {
         faults: FaultPlan { sync_errors: true, sync_interrupted: true, ..FaultPlan::LATENCY },
         sync_errors: SyncErrors::Linux,
         ..StorageConfig::default()
     },
-    body: |w| Box::pin(flush_errors_and_deaths(w)),
+    body: &|w| Box::pin(flush_errors_and_deaths(w)),
 };
 
 /// A server whose machine goes down under its client.
 pub static NBD_SERVER_POWER_CUT: Scenario = Scenario {
     name: "nbd-server-power-cut",
     about: "the server's machine loses its power while the NBD client lives; no flush then says that nothing is lost",
-    storage: |_| StorageConfig::default(),
-    body: |w| Box::pin(server_power_cut(w)),
+    storage: &|_| StorageConfig::default(),
+    body: &|w| Box::pin(server_power_cut(w)),
 };
 
 /// A client that sends garbage.
 pub static NBD_HOSTILE_CLIENT: Scenario = Scenario {
     name: "nbd-hostile-client",
     about: "an NBD client whose messages are changed, cut and mixed with garbage; its neighbour notices nothing",
-    storage: |_| StorageConfig::default(),
-    body: |w| Box::pin(hostile_client(w)),
+    storage: &|_| StorageConfig::default(),
+    body: &|w| Box::pin(hostile_client(w)),
 };
 
 /// A client that sends given bytes; not listed.
 pub static NBD_STREAM: Scenario = Scenario {
     name: "nbd-stream",
     about: "an NBD client that sends given bytes, which a fuzzer makes",
-    storage: |_| StorageConfig::default(),
-    body: |w| Box::pin(stream(w)),
+    storage: &|_| StorageConfig::default(),
+    body: &|w| Box::pin(stream(w)),
 };
 
 async fn split_reads(world: World) {

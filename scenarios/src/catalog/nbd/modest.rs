@@ -4,7 +4,7 @@ use super::plan::{Clients, DISK_BYTES, NO_ERRORS, Plan, address, client_config, 
 use crate::catalog::setup::check_at_rest;
 use crate::check::{BlockHistory, Initial, Invariant};
 use crate::guest::{DirectDisk, Guest, LyingServer, Manner, Manners, Offer};
-use crate::run::Scenario;
+use crate::scenario::Scenario;
 use crate::workload::Op;
 use crate::world::World;
 use kernel_model::{SimHost, StorageConfig};
@@ -19,8 +19,8 @@ use tap_nbd::{Breaks, Client, ClientConfig};
 pub static NBD_MODEST_SERVER: Scenario = Scenario {
     name: "nbd-modest-server",
     about: "our NBD client on servers that keep to the protocol but can do less, fail requests, hang up or come back with less; power cut",
-    storage: |_| StorageConfig::default(),
-    body: |w| Box::pin(modest_server(w)),
+    storage: &|_| StorageConfig::default(),
+    body: &|w| Box::pin(modest_server(w)),
 };
 
 /// How long it is looked at whether a client that is closed connects again, in nanoseconds.

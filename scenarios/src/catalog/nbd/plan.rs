@@ -3,6 +3,7 @@
 use crate::catalog::crash::either;
 use crate::catalog::setup::{Setup, check_at_rest, cut_after_close, workload};
 use crate::check::{Asks, Invariant};
+use crate::formats::Kind;
 use crate::guest::{DirectDisk, Guest, GuestDisk, Manners, RawNbd, Spread};
 use crate::program::{Printed, named, option_of, tapdisk};
 use crate::stack::StackLimits;
@@ -155,9 +156,8 @@ impl Served {
 impl Plan {
     /// Draws the limits for one disk called [`DISK`].
     pub(super) fn draw(world: &World) -> (Self, Setup) {
-        let qcow = world.setting("image", &["raw", "qcow"]) == "qcow";
-        let setup =
-            if qcow { Setup::qcow(world, 0, DISK_BYTES, false) } else { Setup::raw(world, 0, DISK_BYTES) };
+        let kind = world.setting("image", &Kind::plain());
+        let setup = Setup::new(world, kind, 0, DISK_BYTES);
         // Requests on several connections, or repeated ones, may go either way.
         setup.history.borrow_mut().relax_order();
         let plan = Self {

@@ -4,7 +4,7 @@ use super::plan::{DISK_BYTES, Plan, address, client_config, end, within};
 use crate::catalog::setup::Setup;
 use crate::check::Invariant;
 use crate::program::{Printed, named, tapdisk};
-use crate::run::Scenario;
+use crate::scenario::Scenario;
 use crate::world::World;
 use kernel_model::StorageConfig;
 use std::rc::Rc;
@@ -18,8 +18,8 @@ use tap_programs::Tuning;
 pub static NBD_SERVE_REFUSED: Scenario = Scenario {
     name: "nbd-serve-refused",
     about: "tapdisk serve cannot do what it is told: it says why, gives everything back, and disturbs no other; told right, it serves",
-    storage: |_| StorageConfig::default(),
-    body: |w| Box::pin(serve_refused(w)),
+    storage: &|_| StorageConfig::default(),
+    body: &|w| Box::pin(serve_refused(w)),
 };
 
 /// What is wrong with the command line.

@@ -1,13 +1,13 @@
 //! What the tools work on, and what they are to make of it.
 
 use super::Work;
-use crate::catalog::setup::used_content;
+use crate::catalog::setup::{TABLE_BITS, used_content};
 use crate::check::Invariant;
-use crate::formats::{self, Broken, ImageShape, QCOW, RAW, Stored, layer_cluster};
+use crate::formats::{self, Broken, FormatModel, ImageShape, Kind, RAW, Stored, fitting, layer_cluster};
 use crate::program::named;
 use crate::world::World;
 use kernel_model::{PAGE, PageMap};
-use tap_images::{ImageFormat, ImageSpec};
+use tap_images::{HEAD_BYTES, ImageSpec};
 
 /// A disk, as the testbed's own code has made it.
 pub(super) struct Disk {
@@ -42,45 +42,46 @@ impl Disk {
     /// The source of this world, of one of these sizes.
     pub(super) fn source(world: &World, sizes: &[usize]) -> Self {
         let size = world.setting("tools-size", sizes);
-        let kind = world.setting("tools-source", &["raw", "qcow", "overlay"]);
+        let kind = world.setting("tools-source", &Kind::all());
         let path = |name: &str| {
             let long = world.setting("tools-long-names", &[false, true]);
             let folder = if long { LONG_FOLDER.repeat(15) } else { String::new() };
             format!("/images/{folder}{name}")
         };
-        if kind == "raw" {
+        let Some(metadata) = kind.model.metadata() else {
             return Self::raw(world, &path("base.raw"), bytes(1000, size));
-        }
+        };
         let mut view = PageMap::default();
-        let base = (kind == "overlay").then(|| (BASE.to_owned(), bytes(1000, size - size / 4 / 512 * 512)));
+        let base = kind.overlay.then(|| (BASE.to_owned(), bytes(1000, size - size / 4 / 512 * 512)));
         if let Some((path, bytes)) = &base {
             world.storage.put_bytes(path, bytes);
             view.write(0, bytes);
         }
-        let cluster_bits = world.setting("cluster-bits", &[12, 16, 9]);
+        let cluster_bits = world.setting("cluster-bits", &fitting(&metadata.cluster_bits(), &[12, 16, 9]));
+        let packs = |c: u64| metadata.compresses() && c % 7 == 1;
         let last = ((size as u64).div_ceil(1 << cluster_bits)) - 1;
         let mut clusters: Vec<(u64, Stored)> = (0..=last)
             .filter(|c| c % 7 < 3)
-            .map(|c| (c, if c % 7 == 1 { Stored::Compressed } else { Stored::Plain }))
+            .map(|c| (c, if packs(c) { Stored::Compressed } else { Stored::Plain }))
             .collect();
         if !clusters.iter().any(|(c, _)| *c == last) {
             clusters.push((last, Stored::Plain));
         }
         let shape = ImageShape {
             cluster_bits,
-            table_bits: world.setting("l2-bits", &[9, 6, 13]),
+            table_bits: world.setting("l2-bits", &fitting(&metadata.table_bits(), &TABLE_BITS)),
             size: size as u64,
             backing: base.as_ref().map(|_| BASE.to_owned()),
             clusters,
             writer: 1001,
         };
-        let file = formats::of(QCOW).make(&shape, &mut view);
-        let path = path("source.qcow");
+        let file = kind.model.make(&shape, &mut view);
+        let path = path(&format!("source.{}", kind.model.format()));
         world.storage.put_bytes(&path, &file);
         let mut shown = vec![0; size];
         view.read(0, &mut shown);
         let files = base.iter().cloned().chain([(path.clone(), file)]).collect();
-        Self { spec: ImageSpec { format: QCOW, path }, view: shown, base, files }
+        Self { spec: ImageSpec { format: kind.model.format().into(), path }, view: shown, base, files }
     }
 
     /// A raw disk of these bytes.
@@ -142,7 +143,7 @@ pub(super) struct Wish {
     pub(super) work: Work,
     /// Part of the path of what is made.
     pub(super) place: u32,
-    pub(super) format: ImageFormat,
+    pub(super) model: &'static dyn FormatModel,
     /// Options of a copy.
     pub(super) crew: &'static str,
     pub(super) sparse: &'static str,
@@ -165,15 +166,17 @@ impl Wish {
     /// By the settings of this world.
     pub(super) fn settings(world: &World, work: Work, epoch: u32) -> Self {
         let of = |first: &'static str, second: &'static str| if epoch == 0 { first } else { second };
-        let raw = work != Work::Overlay
-            && world.setting(of("tool-format-first", "tool-format-second"), &["raw", "qcow"]) == "raw";
+        let kind = match work {
+            Work::Overlay => Kind::mapped(true),
+            _ => world.setting(of("tool-format-first", "tool-format-second"), &Kind::plain()),
+        };
         let copies = matches!(work, Work::Convert | Work::Into);
         let option = |name, choices: &[&'static str]| if copies { world.setting(name, choices) } else { "" };
         let old = world.setting(of("tool-target-first", "tool-target-second"), &["new", "shorter", "longer"]);
         Self {
             work,
             place: epoch,
-            format: if raw { RAW } else { QCOW },
+            model: kind.model,
             crew: option(of("tool-crew-first", "tool-crew-second"), &CREWS),
             sparse: option(of("tool-sparse-first", "tool-sparse-second"), &SPARSE),
             cluster: world.setting(of("tool-cluster-first", "tool-cluster-second"), &CLUSTERS),
@@ -190,8 +193,8 @@ impl Wish {
 
 impl Made {
     pub(super) fn new(world: &World, source: &Disk, wish: &Wish) -> Self {
-        let Wish { work, format, .. } = *wish;
-        let spec = ImageSpec { format, path: format!("/images/target{}", wish.place) };
+        let Wish { work, model, .. } = *wish;
+        let spec = ImageSpec { format: model.format().into(), path: format!("/images/target{}", wish.place) };
         let size = source.view.len() as u64;
         let mut args: Vec<String> = Vec::new();
         let mut add = |words: &str| args.extend(words.split_whitespace().map(str::to_owned));
@@ -205,8 +208,8 @@ impl Made {
             add(wish.sparse);
             add("--backing raw");
         }
-        let qcow = format == QCOW;
-        let cluster_bytes = wish.cluster.filter(|_| qcow && work != Work::Into);
+        let has_clusters = model.format().info().options.iter().any(|option| option.name == "cluster_size");
+        let cluster_bytes = wish.cluster.filter(|_| has_clusters && work != Work::Into);
         if let Some(bytes) = cluster_bytes {
             add(&format!("-o cluster_size={bytes}"));
         }
@@ -223,7 +226,7 @@ impl Made {
             (_, Old::Longer) => {
                 let old = put(world, &spec, 3 * view.len());
                 // What has a size of its own shows more than a raw copy of less.
-                if qcow && wish.device {
+                if model.has_metadata() && wish.device {
                     to_device(world, &spec.path);
                 }
                 Some(old)
@@ -246,7 +249,7 @@ impl Made {
             Work::Convert | Work::Into => add(&format!("{} {}", source.arg(), named(&spec))),
             Work::Onto => unreachable!("it is made by a function of its own"),
         }
-        let whole_or_nothing = qcow && matches!(work, Work::Create | Work::Overlay);
+        let whole_or_nothing = model.has_metadata() && matches!(work, Work::Create | Work::Overlay);
         Self {
             args,
             spec,
@@ -264,7 +267,7 @@ impl Made {
     pub(super) fn onto(source: &Disk, base: bool) -> Self {
         let below = source.base.as_ref().filter(|_| base);
         let path = below.map_or_else(|| source.spec.path.clone(), |(path, _)| path.clone());
-        let spec = ImageSpec { format: QCOW, path };
+        let spec = ImageSpec { format: Kind::mapped(true).model.format().into(), path };
         let args = ["create", "-b", &source.spec.path, &named(&spec)].map(str::to_owned).to_vec();
         Self {
             args,
@@ -290,9 +293,9 @@ pub(super) fn check_unfinished(world: &World, made: &Made, source: &Disk) {
     let Some(content) = world.storage.content(&made.spec.path).filter(|_| made.whole_or_nothing) else {
         return;
     };
-    let mut magic = [0; 4];
-    content.pages.read(0, &mut magic);
-    if content.size < 4 || magic != *b"QFI\xfb" {
+    let mut head = vec![0; HEAD_BYTES.min(content.size as usize)];
+    content.pages.read(0, &mut head);
+    if !formats::of(made.spec.format).metadata().is_some_and(|metadata| metadata.recognises(&head)) {
         return;
     }
     let what = match shown(world, &made.spec, source) {

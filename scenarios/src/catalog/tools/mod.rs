@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   source (made by the testbed's own code)      target
-//!     raw, qcow, or qcow over raw   ── tap-img ──►  raw or qcow, new, replaced, or written into
+//!     any format, some over raw     ── tap-img ──►  any format, new, replaced, or written into
 //!                                       │
 //!        unchanged, whatever happens    │   status 0: shows the expected bytes, also after a power cut
 //!                                       └── info, check, map, compare: true of the bytes that are there
@@ -19,7 +19,7 @@ use super::crash::{CRASH_AT, either, power};
 use super::failures::passing_storage;
 use crate::check::Invariant;
 use crate::program::Printed;
-use crate::run::Scenario;
+use crate::scenario::Scenario;
 use crate::world::World;
 use clap::Parser as _;
 use disk::{Disk, Made, Wish, shown};
@@ -38,16 +38,16 @@ pub use remade::{IMAGE_REMADE, ROUND};
 pub static IMAGE_TOOLS: Scenario = Scenario {
     name: "image-tools",
     about: "tap-img makes, copies, maps, compares and checks images, with transient errors and short transfers; power cuts",
-    storage: passing_storage,
-    body: |w| Box::pin(tools(w)),
+    storage: &passing_storage,
+    body: &|w| Box::pin(tools(w)),
 };
 
 /// Everything may fail: what says that it has succeeded has.
 pub static IMAGE_TOOLS_ERRORS: Scenario = Scenario {
     name: "image-tools-errors",
     about: "as image-tools, with I/O errors, no space and failed syncs: a command that ends with 0 has done its work",
-    storage: |_| StorageConfig { faults: FaultPlan::ALL, ..StorageConfig::default() },
-    body: |w| Box::pin(tools(w)),
+    storage: &|_| StorageConfig { faults: FaultPlan::ALL, ..StorageConfig::default() },
+    body: &|w| Box::pin(tools(w)),
 };
 
 /// What a command does, one per epoch.

@@ -6,8 +6,8 @@
 
 use super::disk::{CLUSTERS, CREWS, Disk, Made, ON_DEVICE, Old, SPARSE, Wish};
 use super::{Work, cut_after, make, reports};
-use crate::formats::{QCOW, RAW};
-use crate::run::Scenario;
+use crate::formats::Kind;
+use crate::scenario::Scenario;
 use crate::world::World;
 use kernel_model::StorageConfig;
 use kernel_model::faults::FaultPlan;
@@ -17,8 +17,8 @@ use sim::{Draw, Entity, Label};
 pub static IMAGE_REMADE: Scenario = Scenario {
     name: "image-remade",
     about: "tap-img makes small images again and again over what is there, stopped anywhere; everything may fail",
-    storage: |_| StorageConfig { faults: FaultPlan::ALL, ..StorageConfig::default() },
-    body: |w| Box::pin(remade(w)),
+    storage: &|_| StorageConfig { faults: FaultPlan::ALL, ..StorageConfig::default() },
+    body: &|w| Box::pin(remade(w)),
 };
 
 /// A command: what it does, onto what, of which format, how large its clusters are, how it copies, and whether the
@@ -80,7 +80,7 @@ fn made(
     let wish = Wish {
         work,
         place: left.filter(|_| old == Old::Left).unwrap_or(n),
-        format: if work == Work::Overlay || format == 1 { QCOW } else { RAW },
+        model: if work == Work::Overlay { Kind::mapped(true) } else { pick(&Kind::plain(), format) }.model,
         crew: pick(&CREWS, crew),
         sparse: pick(&SPARSE, sparse),
         cluster: pick(&CLUSTERS, cluster),

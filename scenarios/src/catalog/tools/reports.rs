@@ -4,7 +4,7 @@ use super::Tool;
 use super::disk::{Disk, Made};
 use crate::catalog::setup::used_content;
 use crate::check::Invariant;
-use crate::formats::{self, RAW};
+use crate::formats;
 use crate::program::named;
 use crate::world::World;
 use serde_json::Value;
@@ -70,25 +70,24 @@ async fn info(world: &World, source: &Disk, made: &Made) {
 
 async fn check_command(world: &World, spec: &ImageSpec, size: usize) {
     let words = format!("check --output json {}", named(spec));
-    if spec.format == RAW {
+    let Some(metadata) = formats::of(spec.format).metadata() else {
         let Some(tool) = ask(world, &words, &[63]).await else { return };
         if tool.status != 63 {
             wrong(world, format!("tap-img {words}: status {}, not 63", tool.status));
         }
         return;
-    }
+    };
     // Without the clusters that a failed or repeated write has lost, which both must count alike.
     let Some(tool) = ask(world, &words, &[0, 3]).await else { return };
     let Some(value) = json(world, &tool, &words) else { return };
-    let model = formats::of(spec.format);
     let content = used_content(world, spec);
-    let Some(Ok(seen)) = model.walk(&content) else { return };
+    let Ok(seen) = metadata.walk(&content) else { return };
     expect(world, &words, &value, "allocated-clusters", seen.mapped.into());
     expect(world, &words, &value, "total-clusters", size.div_ceil(1 << seen.cluster_bits).into());
     // What fills the front up is lost to nobody.
     let (cluster, front) = (1 << seen.cluster_bits, seen.root_at + seen.tables.len() as u64 * 8);
     let filled =
-        front.next_multiple_of(model.front_align_bytes().max(cluster)) - front.next_multiple_of(cluster);
+        front.next_multiple_of(metadata.front_align_bytes().max(cluster)) - front.next_multiple_of(cluster);
     let lost = seen.leaked.saturating_sub(filled / cluster);
     expect(world, &words, &value, "leaks", if lost > 0 { lost.into() } else { Value::Null });
     if (tool.status == 3) != (lost > 0) {

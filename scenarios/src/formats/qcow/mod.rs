@@ -2,15 +2,19 @@
 
 mod walker;
 
-pub use walker::walk;
+use walker::walk;
 
-use super::{Broken, FormatModel, ImageMap, ImageShape, Stored, layer_cluster};
+use super::{
+    Broken, Bytes, COMPRESSED, Claimed, Claims, FormatModel, ImageMap, ImageShape, Metadata, Places, Stored,
+    layer_cluster,
+};
 use flate2::{Compress, Compression, FlushCompress};
 use kernel_model::{Content, PageMap};
+use std::ops::RangeInclusive;
 use tap_images::{Format, qcow};
 
 /// The model.
-pub struct Qcow;
+pub(super) struct Qcow;
 
 impl FormatModel for Qcow {
     fn format(&self) -> Format {
@@ -21,12 +25,72 @@ impl FormatModel for Qcow {
         make(shape, view)
     }
 
-    fn walk(&self, content: &Content) -> Option<Result<ImageMap, Broken>> {
-        Some(walk(content))
+    fn metadata(&self) -> Option<&dyn Metadata> {
+        Some(self)
+    }
+}
+
+/// Byte offset and width of each field of the header.
+const FIELDS: [(usize, usize); 11] =
+    [(0, 4), (4, 4), (8, 8), (16, 4), (20, 4), (24, 8), (32, 1), (33, 1), (36, 4), (40, 8), (48, 4)];
+
+impl Metadata for Qcow {
+    fn recognises(&self, head: &[u8]) -> bool {
+        head.starts_with(b"QFI\xfb")
+    }
+
+    fn cluster_bits(&self) -> RangeInclusive<u32> {
+        9..=16
+    }
+
+    fn table_bits(&self) -> RangeInclusive<u32> {
+        6..=13
+    }
+
+    fn compresses(&self) -> bool {
+        true
     }
 
     fn front_align_bytes(&self) -> u64 {
         4096
+    }
+
+    fn walk(&self, content: &Content) -> Result<ImageMap, Broken> {
+        walk(content)
+    }
+
+    fn places(&self, image: Bytes<'_>, shape: &ImageShape) -> Places {
+        let root = (image.number(40), shape.size.div_ceil(1 << (shape.cluster_bits + shape.table_bits)));
+        let tables = (0..root.1).map(|i| image.number(root.0 + i * 8)).filter(|at| *at != 0).collect();
+        let (table_entries, cluster_bits) = (1 << shape.table_bits, shape.cluster_bits);
+        Places { fields: &FIELDS, root, tables, table_entries, cluster_bits }
+    }
+
+    /// That of a compressed cluster.
+    fn odd_entry(&self, cluster_bits: u32, number: u64, place: u64) -> u64 {
+        let shift = 63 - cluster_bits;
+        COMPRESSED | (number << shift & !COMPRESSED) | place & ((1 << shift) - 1)
+    }
+
+    fn claims(&self, image: Bytes<'_>) -> Claims {
+        let (cluster_bits, l2_bits) = (u32::from(image.byte(32)), u32::from(image.byte(33)));
+        let sane = self.cluster_bits().contains(&cluster_bits) && self.table_bits().contains(&l2_bits);
+        let has_backing = image.number(8) != 0;
+        Claims { size: image.number(24), cluster_bits: sane.then_some(cluster_bits), has_backing }
+    }
+
+    fn claimed(&self, image: Bytes<'_>, cluster: u64) -> Claimed {
+        let (cluster_bits, l2_bits) = (u32::from(image.byte(32)), u32::from(image.byte(33)));
+        let table = image.number(image.number(40).saturating_add((cluster >> l2_bits) * 8));
+        let slot = table.saturating_add(cluster % (1 << l2_bits) * 8);
+        match if table == 0 { 0 } else { image.number(slot) } {
+            0 => Claimed::Unmapped,
+            entry if entry & COMPRESSED != 0 => {
+                let shift = 63 - cluster_bits;
+                Claimed::Compressed(entry & ((1 << shift) - 1), (entry & !COMPRESSED) >> shift)
+            }
+            entry => Claimed::At(entry),
+        }
     }
 }
 

@@ -132,7 +132,7 @@ fn header(content: &Content) -> Result<(ImageMap, Option<(u64, u64)>), Broken> {
 ///
 /// # Errors
 /// The first broken invariant.
-pub fn walk(content: &Content) -> Result<ImageMap, Broken> {
+pub(super) fn walk(content: &Content) -> Result<ImageMap, Broken> {
     let (mut map, name) = header(content)?;
     let (cluster_bits, l2_bits) = (map.cluster_bits, map.table_bits);
     let clusters = map.size.div_ceil(1 << cluster_bits);

@@ -1,4 +1,0 @@
-//! libFuzzer's way into the same runs that `tapsim fuzz` makes.
-#![no_main]
-
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| scenarios::fuzz::target(&scenarios::fuzz::QCOW, bytes));

@@ -1,0 +1,101 @@
+//! What every format goes through: a body each, of which a scenario is made for each format that it fits.
+//!
+//! ```text
+//!   formats::ALL  ×  ALL  ──fits──►  "FORMAT-power-cut", "FORMAT-errors", ...
+//! ```
+
+use super::{crash, damage, ring, scale};
+use crate::catalog;
+use crate::formats::{self, FormatModel};
+use crate::scenario::{Life, Scenario};
+use crate::world::World;
+use kernel_model::StorageConfig;
+use sim::Sim;
+use std::sync::LazyLock;
+
+/// A scenario of formats.
+pub struct OfFormat {
+    /// Its name, with FORMAT where that of the format stands.
+    pub name: &'static str,
+    /// The same in one line: what happens and what is looked at.
+    pub about: &'static str,
+    /// Whether it makes sense for a format.
+    pub fits: fn(&dyn FormatModel) -> bool,
+    /// What the host's storage is like in a seed.
+    pub storage: fn(&Sim, &dyn FormatModel) -> StorageConfig,
+    /// The world's life.
+    pub body: fn(World, &'static dyn FormatModel) -> Life,
+    /// It has been swept for long.
+    pub settled: bool,
+}
+
+/// All of them.
+static ALL: [&OfFormat; 9] = [
+    &crash::POWER_CUT,
+    &crash::OVERLAY_POWER_CUT,
+    &crash::FILLED_POWER_CUT,
+    &crash::RECOVERY_CRASH,
+    &crash::ERRORS,
+    &crash::ZEROS,
+    &damage::DAMAGED_IMAGE,
+    &scale::SCALE,
+    &scale::FULL,
+];
+
+/// Those on a ring, which run the programs that ship.
+static ON_RING: [&OfFormat; 1] = [&ring::TAPDISK_KILLED];
+
+/// Those of which every crash state is looked at; they are neither listed nor found by name.
+static EXPLORED: [&OfFormat; 2] = [&crash::EXPLORE, &crash::EXPLORE_OVERLAY];
+
+/// A scenario of a format.
+pub(super) struct Made {
+    pub(super) scenario: &'static Scenario,
+    /// Few runs of it are enough: it has been swept for long, or the format is an example.
+    pub(super) settled: bool,
+}
+
+impl OfFormat {
+    /// The scenario of a format, where it fits.
+    pub fn of(&self, model: &dyn FormatModel) -> Option<&'static Scenario> {
+        catalog::find(&named(self.name, model))
+    }
+}
+
+fn named(text: &str, model: &dyn FormatModel) -> String {
+    text.replace("FORMAT", model.format().name())
+}
+
+/// Made once, and kept.
+fn make(scenario: &'static OfFormat, model: &'static dyn FormatModel) -> Made {
+    let made = Scenario {
+        name: named(scenario.name, model).leak(),
+        about: named(scenario.about, model).leak(),
+        storage: Box::leak(Box::new(move |sim: &Sim| (scenario.storage)(sim, model))),
+        body: Box::leak(Box::new(move |world| (scenario.body)(world, model))),
+    };
+    Made { scenario: Box::leak(Box::new(made)), settled: scenario.settled || !model.is_shipped() }
+}
+
+fn each(
+    scenarios: &'static [&'static OfFormat],
+    fits: fn(&dyn FormatModel) -> bool,
+) -> impl Iterator<Item = Made> {
+    let of = move |model: &'static dyn FormatModel| {
+        let fit = scenarios.iter().filter(move |scenario| fits(model) && (scenario.fits)(model));
+        fit.map(move |scenario| make(scenario, model))
+    };
+    formats::ALL.iter().flat_map(move |model| of(*model))
+}
+
+/// The scenarios of all formats.
+pub(super) fn all() -> Vec<Made> {
+    each(&ALL, |_| true).chain(each(&ON_RING, |model| model.is_shipped())).collect()
+}
+
+/// Those of formats that ship, of which every crash state is looked at.
+pub fn explored() -> &'static [&'static Scenario] {
+    static MADE: LazyLock<Vec<&Scenario>> =
+        LazyLock::new(|| each(&EXPLORED, |model| model.is_shipped()).map(|made| made.scenario).collect());
+    &MADE
+}

@@ -1,0 +1,28 @@
+//! What a scenario is: a name, the storage that its world has, and what happens there.
+
+use crate::world::World;
+use kernel_model::StorageConfig;
+use sim::Sim;
+use std::future::Future;
+use std::pin::Pin;
+
+/// A world's life.
+pub type Life = Pin<Box<dyn Future<Output = ()>>>;
+
+/// A catalogued scenario.
+pub struct Scenario {
+    /// Its name, kebab case.
+    pub name: &'static str,
+    /// One line: what happens and what is looked at.
+    pub about: &'static str,
+    /// What the host's storage is like in a seed.
+    pub storage: &'static (dyn Fn(&Sim) -> StorageConfig + Sync),
+    /// The world's life.
+    pub body: &'static (dyn Fn(World) -> Life + Sync),
+}
+
+impl std::fmt::Debug for Scenario {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name)
+    }
+}
