@@ -3,7 +3,7 @@
 use crate::guest::{
     KEYS, NBD_LIE, NBD_TRICK, TRICK, describe_keys, describe_nbd_lie, describe_nbd_trick, describe_trick,
 };
-use crate::run::{Outcome, RunSpec};
+use crate::spec::{Outcome, RunSpec};
 use crate::workload::{OP, Op};
 use crate::world::SETTING;
 use kernel_model::calls::{CALL_FAULT, describe_call_fault};

@@ -11,11 +11,13 @@
 //! is lost", "the L2 entry holds that". So inputs need no format of their own: whatever bytes they are, they mean a
 //! run, and most small changes of bytes are small changes of the run.
 
-use crate::catalog::{crash, damage, failures, nbd, ring};
+use crate::catalog::{crash, damage, failures, nbd, of_format, ring};
 use crate::formats::{self, FormatModel};
 use crate::guest::NBD_TRICK;
-use crate::run::{Outcome, RunSpec, run};
+use crate::power;
+use crate::run::run;
 use crate::scenario::Scenario;
+use crate::spec::{Outcome, RunSpec};
 use crate::workload::{OP, OP_FORM};
 use crate::world::SETTING;
 use arbitrary::{Arbitrary, Unstructured};
@@ -58,7 +60,7 @@ fn images(model: &'static dyn FormatModel) -> Subject {
         &crash::RECOVERY_CRASH,
         &ring::TAPDISK_KILLED,
     ];
-    let scenarios = of_format.into_iter().filter_map(|scenario| scenario.of(model));
+    let scenarios = of_format.into_iter().filter_map(|scenario| of_format::of(scenario, model));
     let scenarios = scenarios.chain([&ring::FRONTEND_RECONNECT]).collect();
     Subject { name: model.format().name(), scenarios, kinds: &IMAGE_KINDS }
 }
@@ -97,7 +99,7 @@ static IMAGE_KINDS: [Kind; 17] = [
     kind(&SETTING, 16, 3),
     kind(&SETTING, 16, 2),
     kind(&failures::FAIL_NTH, 1, 7),
-    kind(&crash::CRASH_AT, 3, 7),
+    kind(&power::CRASH_AT, 3, 7),
     kind(&LOST, 256, 8),
     kind(&LOST, 64, 8),
     kind(&SIZES_LOST, 8, 4),
@@ -125,7 +127,7 @@ static NBD_KINDS: [Kind; 17] = [
     kind(&sockets::PEER_RESET, 8, 1),
     kind(&nbd::CLIENT_DIES, 3, 9),
     kind(&ring::KILL_AFTER, 4, 9),
-    kind(&crash::CRASH_AT, 3, 8),
+    kind(&power::CRASH_AT, 3, 8),
     kind(&WAKE, 4096, 17),
 ];
 /// Where front ends connect anew, the same kind of record says when.

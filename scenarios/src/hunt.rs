@@ -2,8 +2,9 @@
 //! does what it was saved for.
 
 use crate::catalog;
-use crate::run::{Outcome, RunSpec, run, run_recorded, shrink_run};
+use crate::run::{run, run_recorded, shrink_run};
 use crate::scenario::Scenario;
+use crate::spec::{Outcome, RunSpec};
 use crate::sweep::cpu_ns;
 use sim::{RunFile, TraceLevel, guard};
 use tap_host::Bug;

@@ -11,7 +11,7 @@
 use crate::catalog::setup::Setup;
 use crate::check::Invariant;
 use crate::check::oracle::{Oracle, is_broken};
-use crate::stack::StackLimits;
+use crate::limits::StackLimits;
 use crate::world::World;
 use kernel_model::SimHost;
 use sim::Node;

@@ -8,7 +8,7 @@
 //! ```
 
 use crate::check::{Failure, Invariant};
-use crate::run::{Outcome, RunSpec};
+use crate::spec::{Outcome, RunSpec};
 use sim::{Sim, Source, guard};
 use std::cell::{Cell, RefCell};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};

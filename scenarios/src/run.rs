@@ -2,127 +2,12 @@
 
 use crate::check::oracle::{Oracle, break_for_run, is_broken};
 use crate::check::{Failure, Invariant};
-use crate::explore::{BadState, Explored};
-use crate::formats::RealImage;
-use crate::scenario::Scenario;
-use crate::world::{RunOptions, Stats, World};
+use crate::explore::Explored;
+use crate::spec::{Outcome, RunSpec};
+use crate::world::World;
 use crate::{catalog, front, panics, workload, world};
-use sim::{
-    Config, DecisionMap, Limits, RunFile, Scheduling, Sim, Source, StallKind, TraceLevel, TraceReport,
-    register_labels,
-};
-use std::sync::{Arc, Once};
-use tap_host::Bug;
-
-/// What to run.
-#[derive(Clone, Debug)]
-pub struct RunSpec {
-    /// Which scenario.
-    pub scenario: &'static Scenario,
-    /// The seed.
-    pub seed: u64,
-    /// Where decisions come from.
-    pub source: Source,
-    /// Settings beside decisions.
-    pub options: RunOptions,
-    /// How much of the trace is kept.
-    pub trace: TraceLevel,
-    /// Whether decisions are recorded.
-    pub record: bool,
-}
-
-impl RunSpec {
-    /// A plain run of `seed`.
-    pub fn new(scenario: &'static Scenario, seed: u64) -> Self {
-        Self {
-            scenario,
-            seed,
-            source: Source::Seed,
-            options: RunOptions::default(),
-            trace: TraceLevel::Hash,
-            record: false,
-        }
-    }
-
-    /// With a seeded bug.
-    pub fn with_bug(mut self, bug: Option<Bug>) -> Self {
-        self.options.bug = bug;
-        self
-    }
-
-    /// As a decision file says.
-    ///
-    /// # Errors
-    /// What the file asks for that is not there.
-    pub fn from_file(file: &RunFile) -> Result<Self, String> {
-        let scenario = catalog::find(&file.scenario).ok_or_else(|| {
-            format!("unknown scenario {:?}: `tapsim list` shows those there are", file.scenario)
-        })?;
-        let mut spec = Self::new(scenario, file.seed);
-        if let Some(name) = file.option("bug") {
-            let bug = Bug::ALL.iter().find(|b| b.name() == name);
-            spec.options.bug = Some(*bug.ok_or_else(|| format!("unknown seeded bug {name:?}"))?);
-        }
-        spec.options.canary = file.option("canary") == Some("on");
-        if let Some(name) = file.option("oracle") {
-            spec.options.oracle = Some(Oracle::find(name).ok_or_else(|| format!("unknown oracle {name:?}"))?);
-        }
-        if let Some(path) = file.option("image") {
-            spec.options.image = Some(Arc::new(RealImage::load(path.as_ref())?));
-        }
-        spec.source = Source::Replay(file.decisions.clone());
-        Ok(spec)
-    }
-
-    /// The decision file of a run.
-    pub fn to_file(&self, outcome: &Outcome, revision: &str) -> RunFile {
-        let mut options = Vec::new();
-        if let Some(bug) = self.options.bug {
-            options.push(("bug".into(), bug.name()));
-        }
-        if self.options.canary {
-            options.push(("canary".into(), "on".into()));
-        }
-        if let Some(oracle) = self.options.oracle {
-            options.push(("oracle".into(), oracle.name()));
-        }
-        if let Some(image) = &self.options.image {
-            options.push(("image".into(), image.path().into()));
-        }
-        let story = outcome.failure.iter().map(|f| format!("{}: {}", f.invariant, f.detail));
-        RunFile {
-            scenario: self.scenario.name.into(),
-            seed: self.seed,
-            revision: revision.into(),
-            invariant: outcome.failure.as_ref().map_or(String::new(), |f| f.invariant.to_string()),
-            trace_hash: outcome.trace.hash,
-            options,
-            story: story.collect(),
-            decisions: outcome.decisions.clone(),
-        }
-    }
-}
-
-/// What came of a run.
-#[derive(Clone, Debug, Default)]
-pub struct Outcome {
-    /// The first broken invariant.
-    pub failure: Option<Failure>,
-    /// The trace.
-    pub trace: TraceReport,
-    /// The non-zero decisions, if recorded.
-    pub decisions: DecisionMap,
-    /// How often each mark was reached.
-    pub marks: Vec<u64>,
-    /// Counts.
-    pub stats: Stats,
-    /// Virtual nanoseconds.
-    pub virtual_ns: u64,
-    /// What exploring crash states came to.
-    pub explored: Explored,
-    /// The bad state that exploring found.
-    pub bad_state: Option<BadState>,
-}
+use sim::{Config, DecisionMap, Limits, Scheduling, Sim, Source, StallKind, TraceLevel, register_labels};
+use std::sync::Once;
 
 /// Turns and virtual time after which a run counts as stuck: far above what any scenario needs.
 const LIMITS: Limits = Limits { turns: 20_000_000, time_ns: 4_000_000_000_000 };
@@ -250,6 +135,7 @@ pub fn run_recorded(spec: &RunSpec, trace: TraceLevel) -> Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::scenario::Scenario;
     use kernel_model::StorageConfig;
 
     static PANICS: Scenario = Scenario {

@@ -1,5 +1,6 @@
 //! What a scenario is: a name, the storage that its world has, and what happens there.
 
+use crate::formats::FormatModel;
 use crate::world::World;
 use kernel_model::StorageConfig;
 use sim::Sim;
@@ -25,4 +26,20 @@ impl std::fmt::Debug for Scenario {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.name)
     }
+}
+
+/// A scenario of every format that it fits.
+pub struct OfFormat {
+    /// Its name, with FORMAT where that of the format stands.
+    pub name: &'static str,
+    /// The same in one line: what happens and what is looked at.
+    pub about: &'static str,
+    /// Whether it makes sense for a format.
+    pub fits: fn(&dyn FormatModel) -> bool,
+    /// What the host's storage is like in a seed.
+    pub storage: fn(&Sim, &dyn FormatModel) -> StorageConfig,
+    /// The world's life.
+    pub body: fn(World, &'static dyn FormatModel) -> Life,
+    /// It has been swept for long.
+    pub settled: bool,
 }

@@ -2,8 +2,9 @@
 
 use crate::check::Failure;
 use crate::panics::apart;
-use crate::run::{Outcome, RunSpec, run};
+use crate::run::run;
 use crate::scenario::Scenario;
+use crate::spec::{Outcome, RunSpec};
 use crate::world::{RunOptions, Stats};
 use sim::mix2;
 use std::ops::Range;

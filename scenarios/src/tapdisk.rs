@@ -9,9 +9,9 @@
 
 use crate::catalog::setup::Setup;
 use crate::check::Invariant;
+use crate::limits::StackLimits;
 use crate::machine::{Attached, Machine, SCRIPT};
 use crate::program::{Printed, named, option_of, tapdisk};
-use crate::stack::StackLimits;
 use kernel_model::SimHost;
 use std::cell::Cell;
 use std::rc::Rc;

@@ -7,21 +7,22 @@
 //! ```
 
 use super::failures::{self, passing_storage};
-use super::of_format::OfFormat;
 use super::recovered::{FILL_SECTORS, after_cut, check_leaks, last_epoch};
 use super::setup::{Setup, cut_after_drop, workload};
 use crate::check::{BeforeCut, Invariant};
 use crate::explore::Explorer;
 use crate::formats::{self, FormatModel, Kind, RAW};
 use crate::guest::{DirectDisk, Guest, Manners};
-use crate::scenario::Scenario;
-use crate::stack::{Stack, StackLimits};
+use crate::limits::StackLimits;
+use crate::power::{CRASH_AT, power};
+use crate::scenario::{OfFormat, Scenario};
+use crate::stack::Stack;
 use crate::workload::{LONG, Op, Shape, operations};
 use crate::world::{World, setting};
 use kernel_model::SimHost;
 use kernel_model::StorageConfig;
 use kernel_model::faults::{FaultPlan, SyncErrors};
-use sim::{Entity, Label, Sim};
+use sim::{Entity, Sim};
 use std::cell::Cell;
 use std::future::{Future, poll_fn};
 use std::pin::pin;
@@ -29,9 +30,6 @@ use std::rc::Rc;
 use std::task::Poll;
 use tap_core::wait::oneshot;
 use tap_host::{IoKind, Mark, SECTOR_BYTES, SectorRange};
-
-/// After how many operations on the host's files the power is cut; 0 is when everything has come to rest.
-pub static CRASH_AT: Label = Label::new("crash-at", "the power is cut after {} host operations");
 
 /// One power cut, or two where a recovery has nothing to do: nothing lies between the guest and a raw file, and the
 /// rules are the same.
@@ -336,11 +334,6 @@ pub(super) fn arm_power_cut(world: &World, setup: &Setup, epoch: u32, most: u64,
     }
 }
 
-/// Who decides about the power in an epoch.
-pub fn power(epoch: u32) -> Entity {
-    Entity::WORLD.child("power", u64::from(epoch))
-}
-
 /// Looks at all crash states from now on; the power itself is not cut before everything has come to rest.
 fn explore(world: &World, setup: &Setup) {
     let below = setup.below(world);
@@ -500,16 +493,18 @@ pub async fn either(a: impl Future, b: impl Future) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::explore::explore_run;
-    use crate::run::{RunSpec, run, run_recorded};
+    use crate::catalog::of_format;
+    use crate::crash_states::explore_run;
+    use crate::run::{run, run_recorded};
+    use crate::spec::RunSpec;
     use sim::{Source, TraceLevel};
 
     /// A power cut asks once for each page of each operation, and the trace hash covers what it leaves.
     #[test]
     fn replays_of_power_cuts_leave_the_same_bytes() {
         let mapped = [&POWER_CUT, &OVERLAY_POWER_CUT, &RECOVERY_CRASH, &ERRORS]
-            .map(|scenario| scenario.of(Kind::mapped(false).model).unwrap());
-        for scenario in mapped.into_iter().chain(POWER_CUT.of(Kind::raw().model)) {
+            .map(|scenario| of_format::of(scenario, Kind::mapped(false).model).unwrap());
+        for scenario in mapped.into_iter().chain(of_format::of(&POWER_CUT, Kind::raw().model)) {
             for seed in 0..40 {
                 let first = run_recorded(&RunSpec::new(scenario, seed), TraceLevel::Hash);
                 let source = Source::Replay(first.decisions);

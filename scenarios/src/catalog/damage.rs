@@ -9,14 +9,15 @@
 //! What the bytes say is found out here once more, entry by entry and without any rule about owners: an image that two
 //! clusters share may be refused, but if it is opened for writing, the sharing must not show.
 
-use super::of_format::OfFormat;
 use super::setup::{CLUSTER_BITS, TABLE_BITS, cut_after_close};
 use crate::check::Invariant;
 use crate::formats::{
     self, Bytes, Claimed, FormatModel, ImageShape, Metadata, Places, RAW, Stored, layer_cluster,
 };
 use crate::guest::{DirectDisk, GuestDisk};
-use crate::stack::{Stack, StackLimits};
+use crate::limits::StackLimits;
+use crate::scenario::OfFormat;
+use crate::stack::Stack;
 use crate::tag::Tag;
 use crate::workload::{Shape, Workload, operations};
 use crate::world::World;

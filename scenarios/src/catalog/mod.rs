@@ -21,16 +21,15 @@ pub mod toolstack;
 use crate::check;
 use crate::front;
 use crate::guest;
+use crate::power;
 use crate::scenario::Scenario;
-use of_format::Made;
 use sim::Label;
 use std::sync::LazyLock;
 
 /// All scenarios, in the order in which they are listed and run: those that each format goes through, and the others.
-pub static ALL: LazyLock<Vec<&'static Scenario>> =
-    LazyLock::new(|| OF_FORMATS.iter().map(|made| made.scenario).chain(OTHERS.iter().copied()).collect());
-
-static OF_FORMATS: LazyLock<Vec<Made>> = LazyLock::new(of_format::all);
+pub static ALL: LazyLock<Vec<&'static Scenario>> = LazyLock::new(|| {
+    of_format::all().iter().map(|made| made.scenario).chain(OTHERS.iter().copied()).collect()
+});
 
 /// Scenarios that are not about one format.
 static OTHERS: &[&Scenario] = &[
@@ -88,7 +87,7 @@ static SETTLED: &[&str] = &[
 const NEW_WEIGHT: u64 = 3;
 
 fn is_settled(scenario: &Scenario) -> bool {
-    let of_format = OF_FORMATS.iter().find(|made| made.scenario.name == scenario.name);
+    let of_format = of_format::all().iter().find(|made| made.scenario.name == scenario.name);
     of_format.map_or_else(|| SETTLED.contains(&scenario.name), |made| made.settled)
 }
 
@@ -104,7 +103,7 @@ pub fn shares(scenarios: &[&Scenario], runs: u64) -> Vec<u64> {
 
 /// The labels of scenarios.
 pub static LABELS: &[&Label] = &[
-    &crash::CRASH_AT,
+    &power::CRASH_AT,
     &failures::FAIL_NTH,
     &ring::KILL_AFTER,
     &ring::RECONNECT_AT,

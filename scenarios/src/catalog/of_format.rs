@@ -5,29 +5,10 @@
 //! ```
 
 use super::{crash, damage, ring, scale};
-use crate::catalog;
 use crate::formats::{self, FormatModel};
-use crate::scenario::{Life, Scenario};
-use crate::world::World;
-use kernel_model::StorageConfig;
+use crate::scenario::{OfFormat, Scenario};
 use sim::Sim;
 use std::sync::LazyLock;
-
-/// A scenario of formats.
-pub struct OfFormat {
-    /// Its name, with FORMAT where that of the format stands.
-    pub name: &'static str,
-    /// The same in one line: what happens and what is looked at.
-    pub about: &'static str,
-    /// Whether it makes sense for a format.
-    pub fits: fn(&dyn FormatModel) -> bool,
-    /// What the host's storage is like in a seed.
-    pub storage: fn(&Sim, &dyn FormatModel) -> StorageConfig,
-    /// The world's life.
-    pub body: fn(World, &'static dyn FormatModel) -> Life,
-    /// It has been swept for long.
-    pub settled: bool,
-}
 
 /// All of them.
 static ALL: [&OfFormat; 9] = [
@@ -55,11 +36,10 @@ pub(super) struct Made {
     pub(super) settled: bool,
 }
 
-impl OfFormat {
-    /// The scenario of a format, where it fits.
-    pub fn of(&self, model: &dyn FormatModel) -> Option<&'static Scenario> {
-        catalog::find(&named(self.name, model))
-    }
+/// The scenario that `of_format` is for `model`, where it fits.
+pub fn of(of_format: &OfFormat, model: &dyn FormatModel) -> Option<&'static Scenario> {
+    let name = named(of_format.name, model);
+    all().iter().map(|made| made.scenario).find(|scenario| scenario.name == name)
 }
 
 fn named(text: &str, model: &dyn FormatModel) -> String {
@@ -89,8 +69,10 @@ fn each(
 }
 
 /// The scenarios of all formats.
-pub(super) fn all() -> Vec<Made> {
-    each(&ALL, |_| true).chain(each(&ON_RING, |model| model.is_shipped())).collect()
+pub(super) fn all() -> &'static [Made] {
+    static MADE: LazyLock<Vec<Made>> =
+        LazyLock::new(|| each(&ALL, |_| true).chain(each(&ON_RING, |model| model.is_shipped())).collect());
+    &MADE
 }
 
 /// Those of formats that ship, of which every crash state is looked at.

@@ -1,14 +1,13 @@
 //! Guests on rings: traffic, death of tapdisk, reconnects, several guests.
 
 use super::crash::{arm_power_cut, either, may_overlay};
-use super::of_format::OfFormat;
 use super::setup::{Setup, cut_after_close, workload};
 use crate::check::Invariant;
 use crate::formats::{FormatModel, Kind};
 use crate::guest::{Guest, HONEST_SECTORS, Hostile, Manners, RingDisk};
+use crate::limits::StackLimits;
 use crate::machine::{Attached, Machine};
-use crate::scenario::Scenario;
-use crate::stack::StackLimits;
+use crate::scenario::{OfFormat, Scenario};
 use crate::workload::{Shape, Workload, operations};
 use crate::world::{World, setting};
 use kernel_model::faults::FaultPlan;

@@ -9,12 +9,13 @@
 //! ```
 
 use super::crash::{arm_power_cut, may_overlay};
-use super::of_format::OfFormat;
 use super::setup::{Setup, cut_after_close, cut_after_drop, workload};
 use crate::check::Invariant;
 use crate::formats::{FormatModel, Kind, fitting};
 use crate::guest::{DirectDisk, Guest, Manners};
-use crate::stack::{Stack, StackLimits};
+use crate::limits::StackLimits;
+use crate::scenario::OfFormat;
+use crate::stack::Stack;
 use crate::workload::{Op, Shape, Workload, operations};
 use crate::world::{World, setting};
 use kernel_model::faults::FaultPlan;

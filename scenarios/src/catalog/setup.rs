@@ -1,8 +1,8 @@
 //! What crash scenarios start from: an image, its backing file, the history of its disk.
 
-use super::crash;
 use crate::check::{BlockHistory, Initial, Invariant, shipped};
 use crate::formats::{self, FormatModel, ImageShape, Kind, RealImage, Stored, fitting, layer_cluster};
+use crate::power;
 use crate::workload::{Shape, Workload};
 use crate::world::World;
 use kernel_model::{Content, Inode, PAGE, PageMap};
@@ -150,7 +150,7 @@ impl Setup {
 
     /// The image's file as it is now; of a device what is in use, as if it ended there.
     pub fn content(&self, world: &World) -> Content {
-        used_content(world, &self.spec)
+        formats::used_content(&world.storage, &self.spec)
     }
 
     fn with_history(
@@ -293,19 +293,6 @@ impl Setup {
     }
 }
 
-/// What the image `spec` is in: a file, or the part of a block device that ends where the last thing does that is
-/// referred to.
-pub fn used_content(world: &World, spec: &ImageSpec) -> Content {
-    let path = &spec.path;
-    let mut content = world.storage.content(path).unwrap_or_default();
-    if world.storage.is_device(path)
-        && let Some(Ok(map)) = formats::of(spec.format).walk(&content)
-    {
-        content.size = map.end.next_multiple_of(1 << map.cluster_bits).min(content.size);
-    }
-    content
-}
-
 /// Cuts the power after the images at `paths` were closed with success: each must be what it was.
 pub fn cut_after_close<'a>(world: &World, paths: impl IntoIterator<Item = &'a str>) {
     // Where nobody can know what was lost, a close fails as a flush does.
@@ -392,7 +379,7 @@ pub(super) fn cut_after_drop(world: &World, epoch: u32, cut: impl Fn() + 'static
         let most = [4, 12][d.below(2) as usize];
         1 + d.below(most)
     };
-    let after = world.sim.decide(crash::power(epoch), &crash::CRASH_AT, 0, draw);
+    let after = world.sim.decide(power::power(epoch), &power::CRASH_AT, 0, draw);
     let (storage, dropped, at) = (world.storage.clone(), world.storage.counts().dropped, Cell::new(None));
     world.storage.set_hook(Some(Rc::new(move |op| {
         if at.get().is_none() && storage.counts().dropped > dropped {

@@ -7,9 +7,9 @@ use super::ring::{
 use super::setup::Setup;
 use crate::check::Invariant;
 use crate::guest::{Guest, GuestDisk, RingDisk};
+use crate::limits::StackLimits;
 use crate::machine::{Attached, Machine, XVDB};
 use crate::scenario::Scenario;
-use crate::stack::StackLimits;
 use crate::workload::Op;
 use crate::world::World;
 use kernel_model::faults::FaultPlan;

@@ -9,7 +9,7 @@
 //! about, and the layer is closed once, when nothing of it is in use.
 
 use super::Invariant;
-use crate::stack::StackLimits;
+use crate::limits::StackLimits;
 use crate::world::World;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;

@@ -2,7 +2,6 @@
 
 use super::Invariant;
 use super::oracle::{Oracle, is_broken};
-use crate::catalog::setup::used_content;
 use crate::formats::{self, Broken, ImageMap};
 use crate::world::World;
 use kernel_model::SimHost;
@@ -53,7 +52,10 @@ pub async fn agree(world: &World, spec: &ImageSpec, when: &str) {
     if world.storage.content(path).is_none() {
         return world.fail(Invariant::G11, format!("{when} the image is gone"));
     }
-    let Some(walked) = formats::of(spec.format).walk_whole(&used_content(world, spec)) else { return };
+    let Some(walked) = formats::of(spec.format).walk_whole(&formats::used_content(&world.storage, spec))
+    else {
+        return;
+    };
     // It looks at the medium, not at the drive's moods.
     world.storage.set_calm(true);
     let host = SimHost::start(&world.kernel, &world.xen, "check", 0);
@@ -74,7 +76,8 @@ mod tests {
     use super::*;
     use crate::catalog::setup::Setup;
     use crate::formats::Kind;
-    use crate::stack::{Stack, StackLimits};
+    use crate::limits::StackLimits;
+    use crate::stack::Stack;
     use crate::world::broken_by;
     use kernel_model::Content;
     use std::cell::RefCell;

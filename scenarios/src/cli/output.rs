@@ -3,7 +3,8 @@
 use super::args::{Common, LogLevel};
 use super::{Exit, Stop};
 use crate::panics::apart;
-use crate::run::{Outcome, RunSpec, run, shrink_run};
+use crate::run::{run, shrink_run};
+use crate::spec::{Outcome, RunSpec};
 use crate::sweep::SweepReport;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;

@@ -31,8 +31,8 @@ pub trait Metadata: Sync {
     /// Where the fields are of `image`, which was made with `shape`.
     fn places(&self, image: Bytes<'_>, shape: &ImageShape) -> Places;
 
-    /// An entry of a table that is unlike those of plain clusters, made of two numbers; any entry where there is only one
-    /// kind.
+    /// An entry of a table that is unlike those of plain clusters, made of two numbers; any entry where there is only
+    /// one kind.
     fn odd_entry(&self, cluster_bits: u32, number: u64, place: u64) -> u64;
 
     /// What the header of `image` says, in order or not.

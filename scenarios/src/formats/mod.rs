@@ -6,8 +6,8 @@
 //!   bytes ─► places ─► damaged bytes ─► claims (what they say without any rule)
 //! ```
 //!
-//! A format is one [`FormatModel`], which has [`Metadata`] where there is anything beside the bytes of the disk, and one
-//! line in this file: see [`ALL`]. Scenarios and checks ask the model of the image at hand. What every format goes
+//! A format is one [`FormatModel`] and one line in this file: see [`ALL`]. It has [`Metadata`] where there is anything
+//! beside the bytes of the disk. Scenarios and checks ask the model of the image at hand. What every format goes
 //! through is in `catalog/of_format.rs`.
 
 mod metadata;
@@ -19,11 +19,11 @@ pub use metadata::{Broken, Bytes, COMPRESSED, Claimed, Claims, ImageMap, Metadat
 pub use real::{LoadedImage, RealImage, content_of};
 
 use crate::tag::Tag;
-use kernel_model::{Content, PageMap};
+use kernel_model::{Content, PageMap, Storage};
 use std::fmt;
 use std::marker::PhantomData;
 use tap_host::SECTOR_BYTES;
-use tap_images::{Driver, Format, Formats, ImageFormat, ImageHost, SHIPPED};
+use tap_images::{Driver, Format, Formats, ImageFormat, ImageHost, ImageSpec, SHIPPED};
 
 /// The format of raw images.
 pub const RAW: ImageFormat = ImageFormat::As(tap_images::raw::FORMAT);
@@ -97,6 +97,19 @@ formats! {
 pub fn of(format: ImageFormat) -> &'static dyn FormatModel {
     let found = ALL.iter().find(|model| ImageFormat::As(model.format()) == format);
     *found.unwrap_or_else(|| panic!("no model of images of the format {}", format.name()))
+}
+
+/// What the image `spec` is in: a file, or the part of a block device that ends where the last thing does that is
+/// referred to.
+pub fn used_content(storage: &Storage, spec: &ImageSpec) -> Content {
+    let path = &spec.path;
+    let mut content = storage.content(path).unwrap_or_default();
+    if storage.is_device(path)
+        && let Some(Ok(map)) = of(spec.format).walk(&content)
+    {
+        content.size = map.end.next_multiple_of(1 << map.cluster_bits).min(content.size);
+    }
+    content
 }
 
 /// A kind of image.

@@ -25,7 +25,7 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 const HELP: &str = "\
 Looks for what breaks the rules of the house: long files and functions, wide lines, files that use one another in a circle,
-public items that nothing names, and documents that name files or counts that are not there.
+public items that nothing names, and documents that name files that are not there.
 
 Usage: cargo xtask tidy
 

@@ -1,7 +1,7 @@
 //! What the tools work on, and what they are to make of it.
 
 use super::Work;
-use crate::catalog::setup::{TABLE_BITS, used_content};
+use crate::catalog::setup::TABLE_BITS;
 use crate::check::Invariant;
 use crate::formats::{self, Broken, FormatModel, ImageShape, Kind, RAW, Stored, fitting, layer_cluster};
 use crate::program::named;
@@ -342,7 +342,7 @@ const DEVICE_SLACK_BYTES: u64 = 1 << 20;
 pub(super) fn shown(world: &World, spec: &ImageSpec, below: &Disk) -> Result<Vec<u8>, Broken> {
     let gone = || (Invariant::I1, format!("{} is gone after a tool had made it", spec.path));
     world.storage.inode(&spec.path).ok_or_else(gone)?;
-    let content = used_content(world, spec);
+    let content = formats::used_content(&world.storage, spec);
     let Some(map) = formats::of(spec.format).walk_whole(&content) else {
         let mut bytes = vec![0; content.size as usize];
         content.pages.read(0, &mut bytes);

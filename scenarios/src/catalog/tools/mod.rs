@@ -15,9 +15,10 @@ mod disk;
 mod remade;
 mod reports;
 
-use super::crash::{CRASH_AT, either, power};
+use super::crash::either;
 use super::failures::passing_storage;
 use crate::check::Invariant;
+use crate::power::{CRASH_AT, power};
 use crate::program::Printed;
 use crate::scenario::Scenario;
 use crate::world::World;

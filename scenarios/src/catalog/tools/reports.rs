@@ -2,7 +2,6 @@
 
 use super::Tool;
 use super::disk::{Disk, Made};
-use crate::catalog::setup::used_content;
 use crate::check::Invariant;
 use crate::formats;
 use crate::program::named;
@@ -80,7 +79,7 @@ async fn check_command(world: &World, spec: &ImageSpec, size: usize) {
     // Without the clusters that a failed or repeated write has lost, which both must count alike.
     let Some(tool) = ask(world, &words, &[0, 3]).await else { return };
     let Some(value) = json(world, &tool, &words) else { return };
-    let content = used_content(world, spec);
+    let content = formats::used_content(&world.storage, spec);
     let Ok(seen) = metadata.walk(&content) else { return };
     expect(world, &words, &value, "allocated-clusters", seen.mapped.into());
     expect(world, &words, &value, "total-clusters", size.div_ceil(1 << seen.cluster_bits).into());
