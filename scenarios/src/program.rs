@@ -6,8 +6,8 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use tap_core::{CacheMode, wait};
 use tap_images::ImageSpec;
-use tap_programs::daemon::{Cli, Command, run};
-use tap_programs::{Console, Tuning};
+use tap_programs::daemon::{Cli, Command, DISKS_MAX, run};
+use tap_programs::{Console, Disks, Tuning};
 
 /// Looks at a line as it is printed.
 type Reader = Box<dyn Fn(&str)>;
@@ -89,7 +89,8 @@ pub(crate) async fn tapdisk(host: &SimHost, line: &str, tuning: Tuning, said: &R
         Command::Xen(args) => &args.run_dir,
     };
     let host = host.clone().with_run_folder(&folder.to_string_lossy());
-    run(host, cli, tuning, Rc::clone(said) as Rc<dyn Console>).await
+    let disks = Disks::new(host.clone(), DISKS_MAX);
+    run(host, cli, tuning, disks, Rc::clone(said) as Rc<dyn Console>).await
 }
 
 /// An image as an argument of a program: its format is named.

@@ -48,6 +48,8 @@ enum Complaint {
     NoVbd,
     /// xenstored has refused something.
     Store,
+    /// It has a disk of this name already, or too many.
+    Listed,
     /// Another process has the image.
     InUse,
     /// What is in the image is wrong.
@@ -67,6 +69,7 @@ impl Complaint {
             () if why.contains("may be lost") => Self::Close,
             () if why.contains("a toolstack makes it") => Self::NoVbd,
             () if why.contains(" in xenstore: ") => Self::Store,
+            () if why.starts_with("serve '") => Self::Listed,
             () if why.contains("it is in use by another process") => Self::InUse,
             () if why.starts_with("open ") && why.contains(" as ") => Self::Refused,
             () => Self::Open,
@@ -196,7 +199,7 @@ impl Machine {
         heard.any.set(true);
         let complaint = Complaint::of(line);
         let is_right = match complaint {
-            None | Some(Complaint::Whole | Complaint::Refused) => false,
+            None | Some(Complaint::Whole | Complaint::Listed | Complaint::Refused) => false,
             Some(Complaint::NotTaken) => {
                 self.rivals.get() || self.broken.get().is_some_and(|dom| is_of(line, dom.0))
             }
@@ -262,6 +265,7 @@ mod tests {
             ("tapdisk: 1/xvda: failed to open /a as qcow: it is torn; restore it", Some(Complaint::Refused)),
             ("tapdisk: 1/xvda: failed to write /x in xenstore: EIO", Some(Complaint::Store)),
             ("tapdisk: 1/xvda: failed to open /a: ENOENT", Some(Complaint::Open)),
+            ("tapdisk: 1/xvda: failed to serve '1/xvda' twice; give each", Some(Complaint::Listed)),
             (
                 &format!("tapdisk: 1/xvda: failed to find {path} in xenstore; a toolstack makes it"),
                 Some(Complaint::NoVbd),

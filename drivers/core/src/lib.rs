@@ -18,6 +18,7 @@
 
 mod cache;
 mod disk;
+mod disks;
 mod lease;
 mod node;
 mod request;
@@ -31,6 +32,7 @@ mod testing;
 
 pub use cache::CacheMode;
 pub use disk::{Disk, DiskConfig};
+pub use disks::{DiskStatus, Disks, ListError, Listed};
 pub use lease::Lease;
 pub use node::{
     Child, Durable, Extent, LocalBoxFuture, Node, NodeInfo, NodeName, Source, nodes, wait_report,

@@ -77,6 +77,8 @@ struct Inner<H> {
     idle: Flag,
     /// Set at every change of `stage`, `paused` or `changing`, for those who wait in `pause` and `exchange`.
     changed: Flag,
+    /// Called at every change of `stage`.
+    listener: RefCell<Option<Rc<dyn Fn()>>>,
     /// Requests that wait until the slot runs again.
     held: RefCell<Line>,
     /// Exchanges and the close come one after the other.
@@ -120,6 +122,7 @@ impl<H: Log + Tasks + Probe> Slot<H> {
             in_flight: Cell::new(0),
             idle,
             changed: Flag::new(),
+            listener: RefCell::default(),
             held: RefCell::default(),
             turn: Semaphore::new(1),
             close_result: Cell::new(None),
@@ -206,6 +209,16 @@ impl<H: Log + Tasks + Probe> Slot<H> {
         self.0.stage.get().text()
     }
 
+    /// Whether it is closed, whatever that has come to.
+    pub fn is_closed(&self) -> bool {
+        self.0.stage.get() == Stage::Closed
+    }
+
+    /// Calls `listener` at every change of [`Slot::state`], from within the change; the one before is forgotten.
+    pub fn on_change(&self, listener: impl Fn() + 'static) {
+        *self.0.listener.borrow_mut() = Some(Rc::new(listener));
+    }
+
     /// Returns what waits for what below, while the slot exists; does not keep it alive.
     pub(crate) fn wait_report_later(&self) -> impl Fn() -> Vec<WaitReport> + use<H> {
         let inner: Weak<Inner<H>> = Rc::downgrade(&self.0);
@@ -271,6 +284,8 @@ impl<H: Log + Probe> Inner<H> {
         self.stage.set(stage);
         self.host.log(Event::VbdState { vbd: self.id, state: stage.text() });
         self.notify();
+        let listener = self.listener.borrow().clone();
+        listener.iter().for_each(|listener| listener());
     }
 
     /// Begins to drain, or lets requests in again.

@@ -211,6 +211,7 @@ struct ScriptInner {
     in_flight: Cell<usize>,
     most_in_flight: Cell<usize>,
     closed: Cell<usize>,
+    close_error: Cell<Option<Errno>>,
     read_only: Cell<bool>,
 }
 
@@ -241,6 +242,10 @@ impl Script {
     /// Every request that covers `sector` fails with `EIO`.
     pub(crate) fn break_sector(&self, sector: u64) {
         self.0.bad_sector.set(Some(sector));
+    }
+    /// It cannot be closed without `error`.
+    pub(crate) fn fail_close(&self, error: Errno) {
+        self.0.close_error.set(Some(error));
     }
     pub(crate) fn make_read_only(&self) {
         self.0.read_only.set(true);
@@ -299,7 +304,7 @@ impl Node for Script {
     }
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
         self.0.closed.set(self.0.closed.get() + 1);
-        Box::pin(std::future::ready(Ok(())))
+        Box::pin(std::future::ready(self.0.close_error.get().map_or(Ok(()), Err)))
     }
 }
 

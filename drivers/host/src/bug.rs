@@ -84,6 +84,7 @@ list! {
         ExtentsJoined = "a map reports clusters that lie apart in the file as one run",
         GivenUpForgotten = "a request that is dropped half way is no longer waited for",
         LooksUncounted = "a query for extents does not count as a request in flight",
+        PlaceKept = "the name of a disk that is gone stays taken in its process",
         PauseUnwatched = "a disk counts as paused while requests are in flight",
         ExchangeUnflushed = "what was answered before an exchange need not be durable after it",
         PauseBesideExchange = "a disk counts as paused while its image is being exchanged",

@@ -6,6 +6,10 @@ use crate::xen::{self, GuestHost, XenArgs};
 use crate::{Console, Tuning};
 use clap::{Parser, Subcommand, ValueEnum};
 use std::rc::Rc;
+use tap_core::Disks;
+
+/// Disks that one `tapdisk` serves at the most.
+pub const DISKS_MAX: usize = 1024;
 
 /// The command line of `tapdisk`.
 #[derive(Parser, Debug)]
@@ -91,10 +95,18 @@ impl std::str::FromStr for IoNice {
 }
 
 /// Runs `tapdisk` and gives its exit status.
-pub async fn run<H: GuestHost>(host: H, cli: Cli, tuning: Tuning, console: Rc<dyn Console>) -> u8 {
+///
+/// The disks that it serves are in `disks`, for whoever looks after it.
+pub async fn run<H: GuestHost>(
+    host: H,
+    cli: Cli,
+    tuning: Tuning,
+    disks: Disks<H>,
+    console: Rc<dyn Console>,
+) -> u8 {
     match cli.command {
-        Command::Serve(args) => serve::run(host, args, tuning, &*console).await,
-        Command::Xen(args) => xen::run(host, args, tuning, console).await,
+        Command::Serve(args) => serve::run(host, args, tuning, &disks, &*console).await,
+        Command::Xen(args) => xen::run(host, args, tuning, disks, console).await,
     }
 }
 

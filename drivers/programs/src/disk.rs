@@ -5,7 +5,7 @@ use crate::spec::DiskSpec;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use std::rc::Rc;
-use tap_core::{CacheMode, Disk, DiskConfig, Node, SchedulerStats};
+use tap_core::{CacheMode, Disk, DiskConfig, DiskStatus, Node, SchedulerStats};
 use tap_host::{Budget, Mark, SECTOR_BYTES, Sockets, VbdId};
 use tap_images::{
     BackingPolicy, Format, Formats, ImageError, ImageFormat, ImageHost, ImageSpec, OpenOptions, SHIPPED,
@@ -168,6 +168,13 @@ pub(crate) fn tell_memory(memory: &Budget) -> String {
     let figures = memory.figures();
     let (peak, limit) = (show_size(figures.peak_bytes as u64), show_size(figures.limit_bytes as u64));
     format!("memory: at most {peak} of {limit} in use")
+}
+
+/// What a program says of a disk that it serves.
+pub(crate) fn tell_disk(disk: &DiskStatus) -> String {
+    let size = show_size(disk.info.size_sectors * SECTOR_BYTES);
+    let read_only = if disk.info.read_only { ", read-only" } else { "" };
+    format!("{}, {size}{read_only}", disk.about)
 }
 
 /// What a program says of what a disk has done.

@@ -39,4 +39,5 @@ pub mod vdev;
 pub mod xen;
 
 pub use console::Console;
+pub use tap_core::Disks;
 pub use tuning::Tuning;

@@ -4,16 +4,17 @@
 //!   open every disk ─► listen ─► say so ─► serve ─── asked to stop ─► answer what is in flight ─► flush and close
 //! ```
 
-use crate::disk::{DiskHost, ImageArgs, open_disk, says_its_format, tell_memory, tell_stats};
+use crate::disk::{DiskHost, ImageArgs, open_disk, says_its_format, tell_disk, tell_memory, tell_stats};
 use crate::spec::DiskSpec;
 use crate::{Console, Tuning};
 use clap::Args;
 use futures_util::future::join_all;
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::str::FromStr;
-use tap_core::{Disk, Node};
-use tap_host::{Budget, Errno, Listener, Mark, SECTOR_BYTES, Signals, SocketAddress, VbdId};
-use tap_images::{Formats, show_size};
+use tap_core::{Disks, Listed};
+use tap_host::{Budget, Errno, Listener, Mark, Signals, SocketAddress, VbdId};
+use tap_images::Formats;
 use tap_nbd::{Export, Server, ServerLimits};
 
 /// What serving asks of a host.
@@ -61,26 +62,26 @@ impl FromStr for NamedDisk {
     }
 }
 
-/// A disk that is open.
-struct Open<H> {
-    name: String,
-    spec: DiskSpec,
-    disk: Disk<H>,
-}
-
 /// Runs `tapdisk serve` until it is asked to stop, and gives its exit status.
-pub async fn run<H: ServeHost>(host: H, args: ServeArgs, tuning: Tuning, console: &dyn Console) -> u8 {
-    let mut disks = Vec::new();
+pub async fn run<H: ServeHost>(
+    host: H,
+    args: ServeArgs,
+    tuning: Tuning,
+    disks: &Disks<H>,
+    console: &dyn Console,
+) -> u8 {
+    let mut listed = Vec::new();
     let memory = args.images.budget(&tuning);
-    let mut outcome = args.open(&host, &mut disks, &memory, &tuning).await;
-    if outcome.is_err() {
-        host.mark(Mark::ServeRefused);
-    } else {
-        outcome = args.serve(&host, &disks, console, &memory, &tuning).await;
-    }
+    let outcome = match args.open(&host, disks, &mut listed, &memory, &tuning).await {
+        Ok(exports) => args.serve(&host, disks, exports, console, &memory, &tuning).await,
+        Err(why) => {
+            host.mark(Mark::ServeRefused);
+            Err(why)
+        }
+    };
     if outcome.is_ok() {
-        for disk in &disks {
-            console.out(&format!("export '{}': {}", disk.name, tell_stats(&disk.disk.stats())));
+        for disk in disks.list().0 {
+            console.out(&format!("export '{}': {}", disk.name, tell_stats(&disk.stats)));
         }
         console.out(&tell_memory(&memory));
     }
@@ -89,26 +90,27 @@ pub async fn run<H: ServeHost>(host: H, args: ServeArgs, tuning: Tuning, console
         console.err(&format!("tapdisk: failed to {text}"));
         status = 1;
     }
-    for disk in disks {
-        if let Err(error) = disk.disk.close().await {
-            console.err(&format!(
-                "tapdisk: failed to close {}: {error}; what was written since the last flush may be lost",
-                disk.spec
-            ));
-            status = 1;
-        }
+    for (disk, error) in disks.close_all().await {
+        console.err(&format!(
+            "tapdisk: failed to close {}: {error}; what was written since the last flush may be lost",
+            disk.about
+        ));
+        status = 1;
     }
     status
 }
 
 impl ServeArgs {
+    /// Opens all disks and puts them in the list; they are exported as this returns.
     async fn open<H: ServeHost>(
         &self,
         host: &H,
-        disks: &mut Vec<Open<H>>,
+        disks: &Disks<H>,
+        listed: &mut Vec<Listed<H>>,
         memory: &Budget,
         tuning: &Tuning,
-    ) -> Result<(), String> {
+    ) -> Result<Vec<Export>, String> {
+        let mut exports = Vec::new();
         let options = self.images.options(!self.images.read_only, memory, tuning);
         for (disk, id) in self.disks.iter().zip(0..) {
             let name = match &disk.name {
@@ -117,13 +119,16 @@ impl ServeArgs {
                 None => return Err(format!("serve {}: several disks need names: NAME=SPEC", disk.spec)),
             };
             says_its_format(&disk.spec)?;
-            let spec = disk.spec.clone();
-            let disk = open_disk(host, Formats::shipped(), VbdId(id), &spec, &options)
-                .await
-                .map_err(|e| e.to_string())?;
-            disks.push(Open { name, spec, disk });
+            let mut place = disks.reserve(&name).map_err(|e| e.to_string())?;
+            let (spec, description) = (&disk.spec, disk.spec.to_string());
+            let disk = open_disk(host, Formats::shipped(), VbdId(id), spec, &options).await;
+            let disk = Rc::new(disk.map_err(|e| e.to_string())?);
+            place.fill(&description, &disk);
+            listed.push(place);
+            let (node, read_only) = (tuning.disk(spec, disk.node()), self.images.read_only);
+            exports.push(Export { name, description, node, read_only });
         }
-        Ok(())
+        Ok(exports)
     }
 
     async fn listen<H: ServeHost>(&self, host: &H) -> Result<Vec<H::Listener>, String> {
@@ -146,32 +151,20 @@ impl ServeArgs {
     async fn serve<H: ServeHost>(
         &self,
         host: &H,
-        disks: &[Open<H>],
+        disks: &Disks<H>,
+        exports: Vec<Export>,
         console: &dyn Console,
         memory: &Budget,
         tuning: &Tuning,
     ) -> Result<(), String> {
-        let exports = disks.iter().map(|disk| Export {
-            name: disk.name.clone(),
-            description: disk.spec.to_string(),
-            node: tuning.disk(&disk.spec, disk.disk.node()),
-            read_only: self.images.read_only,
-        });
         let limits = ServerLimits { connections: usize::from(self.connections), ..tuning.server };
-        let server = Server::new(host.clone(), exports.collect(), limits, memory);
+        let server = Server::new(host.clone(), exports, limits, memory);
         let server = server.map_err(|e| e.to_string())?;
         // Registered before there is a socket: a process that sees it may send a signal.
         let stopped = host.asked_to_stop();
         let listeners = self.listen(host).await?;
-        for disk in disks {
-            let info = disk.disk.slot().info();
-            console.out(&format!(
-                "export '{}': {}, {}{}",
-                disk.name,
-                disk.spec,
-                show_size(info.size_sectors * SECTOR_BYTES),
-                if info.read_only { ", read-only" } else { "" }
-            ));
+        for disk in disks.list().0 {
+            console.out(&format!("export '{}': {}", disk.name, tell_disk(&disk)));
         }
         host.mark(Mark::ExportsServed);
         let mut accepting = Vec::new();

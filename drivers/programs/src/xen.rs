@@ -9,7 +9,7 @@
 //! At SIGTERM the guests' requests in flight are answered, the images are closed, and the vbds stay as they are: the
 //! next `tapdisk xen` takes them up, and the guests notice a pause. The same holds after a crash.
 
-use crate::disk::{DiskOptions, ImageArgs, open_disk, says_its_format, tell_memory, tell_stats};
+use crate::disk::{DiskOptions, ImageArgs, open_disk, says_its_format, tell_disk, tell_memory, tell_stats};
 use crate::serve::ServeHost;
 use crate::spec::DiskSpec;
 use crate::vdev;
@@ -17,13 +17,12 @@ use crate::{Console, Tuning};
 use clap::Args;
 use futures_util::future::join_all;
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::str::FromStr;
-use tap_core::{Node, SchedulerStats, wait};
-use tap_host::{Budget, DomId, Errno, Mark, SECTOR_BYTES, VbdId};
-use tap_images::{Formats, show_size};
+use tap_core::{Disks, Listed, Node, wait};
+use tap_host::{Budget, DomId, Errno, Mark, VbdId};
+use tap_images::Formats;
 use tap_xenbus::{
     Backend, BackendConfig, BackendEnd, BackendError, Device, DeviceFilter, Hotplug, XenHost, lead,
     patiently, supervise,
@@ -90,6 +89,9 @@ impl FromStr for GuestDisk {
     }
 }
 
+/// The place in the list of the disk of one vbd, once it was opened.
+type Place<H> = RefCell<Option<Listed<H>>>;
+
 /// What all disks of a process share.
 struct Shared<H> {
     host: H,
@@ -99,14 +101,20 @@ struct Shared<H> {
     leave: Rc<wait::Event>,
     /// Of all disks together.
     memory: Budget,
-    /// What disks have done, by path of their back end.
-    stats: RefCell<BTreeMap<String, Box<dyn Fn() -> SchedulerStats>>>,
+    /// Those that are open, by guest and vbd.
+    disks: Disks<H>,
     /// Whether anything failed.
     failed: Cell<bool>,
 }
 
 /// Runs `tapdisk xen` until every disk is closed or it is asked to stop, and gives its exit status.
-pub async fn run<H: GuestHost>(host: H, args: XenArgs, tuning: Tuning, console: Rc<dyn Console>) -> u8 {
+pub async fn run<H: GuestHost>(
+    host: H,
+    args: XenArgs,
+    tuning: Tuning,
+    disks: Disks<H>,
+    console: Rc<dyn Console>,
+) -> u8 {
     let leave = Rc::<wait::Event>::default();
     let (stopped, event) = (host.asked_to_stop(), Rc::clone(&leave));
     host.spawn("stop", 0, async move {
@@ -114,8 +122,8 @@ pub async fn run<H: GuestHost>(host: H, args: XenArgs, tuning: Tuning, console: 
         event.set();
     });
     let memory = args.images.budget(&tuning);
-    let (stats, failed) = (RefCell::default(), Cell::new(false));
-    let shared = Rc::new(Shared { host, args, tuning, console, leave, memory, stats, failed });
+    let failed = Cell::new(false);
+    let shared = Rc::new(Shared { host, args, tuning, console, leave, memory, disks, failed });
     let outcome = if shared.args.watch { shared.watch().await } else { shared.serve_all().await };
     if let Err(why) = outcome {
         shared.fail(&why);
@@ -161,22 +169,24 @@ impl<H: GuestHost> Shared<H> {
             self.host.mark(Mark::VbdNamed);
             let path = format!("{root}/{}/{}", disk.dom.0, disk.vbd.0);
             let config = self.config(&path, disk.dom, disk.vbd, Hotplug::Write);
-            let open = || self.open(&config, &disk.spec, !self.args.images.read_only);
+            let place = Place::default();
+            let open = || self.open(&config, &disk.spec, !self.args.images.read_only, &place);
             let (host, leave) = (self.host.clone(), Rc::clone(&self.leave));
             let end = Backend::run(host, config.clone(), open, leave).await;
             self.leave_if_deaf(&end);
-            self.tell_end(&config, end);
+            self.tell_end(&config, &place, end);
         });
         join_all(serving).await;
         Ok(())
     }
 
-    /// Opens the disk of a vbd that is there.
+    /// Opens the disk of a vbd that is there, once more if it did not last, and lists it at `place`.
     async fn open(
         &self,
         config: &BackendConfig,
         spec: &DiskSpec,
         write: bool,
+        place: &Place<H>,
     ) -> Result<Rc<dyn Node>, String> {
         let path = &config.backend_path;
         match patiently(&self.host, async || self.host.read(&format!("{path}/frontend")).await).await {
@@ -186,20 +196,19 @@ impl<H: GuestHost> Shared<H> {
             }
             Err(error) => return Err(format!("read {path}/frontend in xenstore: {error}")),
         }
+        place.take();
+        let name = name(config);
+        let mut listed = self.disks.reserve(&name).map_err(|error| error.to_string())?;
         let options = DiskOptions {
             patience_ns: IN_USE_PATIENCE_NS,
             ..self.args.images.options(write, &self.memory, &self.tuning)
         };
-        let disk = open_disk(&self.host, Formats::shipped(), config.vbd, spec, &options)
-            .await
-            .map_err(|e| e.to_string())?;
-        let info = disk.slot().info();
-        let size = show_size(info.size_sectors * SECTOR_BYTES);
-        let read_only = if info.read_only { ", read-only" } else { "" };
-        self.console.out(&format!("serving {}: {spec}, {size}{read_only}", name(config)));
-        let node = self.tuning.disk(spec, disk.node());
-        self.stats.borrow_mut().insert(path.clone(), Box::new(disk.stats_later()));
-        Ok(node)
+        let disk = open_disk(&self.host, Formats::shipped(), config.vbd, spec, &options).await;
+        let disk = Rc::new(disk.map_err(|e| e.to_string())?);
+        let status = listed.fill(&spec.to_string(), &disk);
+        place.replace(Some(listed));
+        self.console.out(&format!("serving {name}: {}", tell_disk(&status)));
+        Ok(self.tuning.disk(spec, disk.node()))
     }
 
     /// Says what is wrong with one disk.
@@ -208,9 +217,9 @@ impl<H: GuestHost> Shared<H> {
     }
 
     /// Says how the disk ended, and what it has done.
-    fn tell_end(&self, config: &BackendConfig, end: Result<BackendEnd, BackendError>) {
-        if let Some(stats) = self.stats.borrow_mut().remove(&config.backend_path) {
-            self.console.out(&format!("{}: {}", name(config), tell_stats(&stats())));
+    fn tell_end(&self, config: &BackendConfig, place: &Place<H>, end: Result<BackendEnd, BackendError>) {
+        if let Some(stats) = place.take().and_then(|listed| listed.stats()) {
+            self.console.out(&format!("{}: {}", name(config), tell_stats(&stats)));
         }
         let (how, mark) = match end {
             Ok(BackendEnd::Offline) => ("closed", None),
@@ -244,7 +253,8 @@ impl<H: GuestHost> Shared<H> {
         let config = self.config(&device.path, device.dom, device.vbd, Hotplug::Wait);
         self.host.mark(Mark::VbdFound);
         let write = !(device.read_only || self.args.images.read_only);
-        let open = async || self.open(&config, &named(&device.params)?, write).await;
+        let place = Place::default();
+        let open = async || self.open(&config, &named(&device.params)?, write, &place).await;
         // One disk of many is no reason for us to fail.
         let tell = |why: &str| {
             self.host.mark(Mark::VbdRefused);
@@ -252,7 +262,7 @@ impl<H: GuestHost> Shared<H> {
         };
         let end = lead(&self.host, &config, &self.leave, open, tell).await;
         self.leave_if_deaf(&end);
-        self.tell_end(&config, end);
+        self.tell_end(&config, &place, end);
     }
 
     /// A process that hears no events can serve no disk any more, also none that nobody uses yet: another is to.

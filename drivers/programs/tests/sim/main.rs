@@ -10,8 +10,8 @@ use sim::{Config, Sim};
 use std::cell::RefCell;
 use std::rc::Rc;
 use tap_host::Tasks;
-use tap_programs::daemon::{Cli, run};
-use tap_programs::{Console, Tuning};
+use tap_programs::daemon::{Cli, DISKS_MAX, run};
+use tap_programs::{Console, Disks, Tuning};
 use xen_model::Xen;
 
 #[derive(Default)]
@@ -30,19 +30,28 @@ impl Console for Printed {
 /// A process that runs `tapdisk` with these arguments.
 struct Daemon {
     host: SimHost,
+    disks: Disks<SimHost>,
     printed: Rc<Printed>,
     status: Rc<RefCell<Option<u8>>>,
 }
 
 impl Daemon {
     fn start(kernel: &Kernel, xen: &Xen, key: u64, line: &str) -> Self {
+        Self::start_with(kernel, xen, key, line, DISKS_MAX)
+    }
+
+    /// With another limit of disks.
+    fn start_with(kernel: &Kernel, xen: &Xen, key: u64, line: &str, limit: usize) -> Self {
         let cli = Cli::try_parse_from(std::iter::once("tapdisk").chain(line.split_whitespace()));
         let cli = cli.unwrap_or_else(|e| panic!("{line}: {e}"));
         let host = SimHost::start(kernel, xen, "tapdisk", key);
         let (printed, status) = (Rc::new(Printed::default()), Rc::new(RefCell::new(None)));
-        let (h, p, s) = (host.clone(), Rc::clone(&printed), Rc::clone(&status));
-        host.spawn("main", 0, async move { *s.borrow_mut() = Some(run(h, cli, Tuning::default(), p).await) });
-        Self { host, printed, status }
+        let disks = Disks::new(host.clone(), limit);
+        let (h, d, p, s) = (host.clone(), disks.clone(), Rc::clone(&printed), Rc::clone(&status));
+        host.spawn("main", 0, async move {
+            *s.borrow_mut() = Some(run(h, cli, Tuning::default(), d, p).await);
+        });
+        Self { host, disks, printed, status }
     }
 
     fn said(&self) -> String {

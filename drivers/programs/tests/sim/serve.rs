@@ -45,9 +45,13 @@ fn disks_are_served_until_the_process_is_asked_to_stop() {
         let other = client(&kernel, "b").await.unwrap();
         let read = other.submit(Request::read(SectorRange::new(0, 1), bytes(0, 1))).await;
         assert_eq!(read.bufs[0][0], 2);
+        let (listed, seen) = daemon.disks.list();
+        let told: Vec<_> = listed.iter().map(|disk| (&*disk.name, disk.state, disk.stats.reads)).collect();
+        assert_eq!(told, [("a", "running", 1), ("b", "running", 1)]);
         daemon.host.process.ask_to_stop();
         sim.sleep_ns(10_000_000_000).await;
         assert_eq!(*daemon.status.borrow(), Some(0));
+        assert!(daemon.disks.list().0.is_empty() && daemon.disks.watch(seen).await > seen);
         let said = daemon.said();
         let told = "export 'a': reads 1 (2 KiB), writes 1 (1 KiB), zeroes 1 (512 B)\nexport 'b': reads 1 (512 B)\nmemory";
         assert!(said.contains(told), "{said}");
@@ -79,6 +83,24 @@ fn unsafe_and_writethrough_mean_what_they_say() {
             assert!(kernel.storage().inode("/a").unwrap().pending.is_empty(), "ending makes durable");
         });
     }
+}
+
+#[test]
+fn a_process_has_no_more_disks_than_it_may_have() {
+    world(|sim, kernel, xen| async move {
+        kernel.storage().put_bytes("/a", &[1; 65536]);
+        for (disks, why) in [
+            ("a=raw:/a b=raw:/b", "serve 'b': there are 1 disks already"),
+            ("a=raw:/a a=raw:/b", "serve 'a' twice"),
+        ] {
+            let line = format!("serve --nbd unix:/run/s {disks}");
+            let daemon = Daemon::start_with(&kernel, &xen, 1, &line, 1);
+            sim.sleep_ns(1_000_000_000).await;
+            assert_eq!(*daemon.status.borrow(), Some(1));
+            assert!(daemon.said().contains(why), "{}", daemon.said());
+            assert!(daemon.disks.reserve("c").is_ok(), "all are closed and given up");
+        }
+    });
 }
 
 #[test]

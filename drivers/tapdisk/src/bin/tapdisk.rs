@@ -4,10 +4,10 @@ use std::env::args_os;
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::Duration;
-use tap_linux::{AioEngine, Level, Options, XenOptions, set_io_priority};
-use tap_programs::daemon::{AioArg, Cli, Command, run};
+use tap_linux::{AioEngine, Level, LinuxHost, Options, XenOptions, set_io_priority};
+use tap_programs::daemon::{AioArg, Cli, Command, DISKS_MAX, run};
 use tap_programs::usage;
-use tap_programs::{Console, Tuning};
+use tap_programs::{Console, Disks, Tuning};
 use tapdisk::Terminal;
 
 /// Exit status if the command line cannot be parsed.
@@ -45,9 +45,10 @@ fn main() -> ExitCode {
         eprintln!("tapdisk: failed to set the priority at the drives: {error}");
         return ExitCode::FAILURE;
     }
-    let run = |host| async move {
+    let run = |host: LinuxHost| async move {
         let terminal = Rc::new(Terminal::of_service());
-        let status = run(host, cli, Tuning::default(), Rc::clone(&terminal) as Rc<dyn Console>).await;
+        let (disks, console) = (Disks::new(host.clone(), DISKS_MAX), Rc::clone(&terminal) as Rc<dyn Console>);
+        let status = run(host, cli, Tuning::default(), disks, console).await;
         terminal.status(status)
     };
     match tap_linux::run(&options, run) {

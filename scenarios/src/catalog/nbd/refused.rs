@@ -47,9 +47,7 @@ fn wrong(why: &str, own: &str, used: &str) -> (String, &'static str) {
         }
         "an image is in use" => (format!("--nbd {here} a={own} b={used}"), "it is in use by another process"),
         "an address is in use" => (format!("--nbd {here} --nbd {there} a={own}"), "another server is there"),
-        "a name stands twice" => {
-            (format!("--nbd {here} a={own} a=raw:/images/disk2.img"), "export 'a' twice")
-        }
+        "a name stands twice" => (format!("--nbd {here} a={own} a=raw:/images/disk2.img"), "serve 'a' twice"),
         "a name is missing" => (format!("--nbd {here} a={own} raw:/images/disk2.img"), "need names"),
         "there is no address" => (format!("a={own}"), "there is no address"),
         "a format is missing" => (format!("--nbd {here} a={own} b=/images/disk2.img"), "say what it is"),

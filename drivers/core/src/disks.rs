@@ -1,0 +1,343 @@
+//! The disks of a process, by name.
+//!
+//! ```text
+//!   program ──reserve──► Listed ──fill──► Disks ◄── list, watch, get ── whoever looks after the process
+//!      └───────────────── Disk ─────────────┘
+//! ```
+//!
+//! A program opens disks and serves them. Whatever else looks at them or acts on them meanwhile finds them here.
+//!
+//! # Contract
+//!
+//! * A name is taken from [`Disks::reserve`] until what that returned is dropped. In between the disk is in the list
+//!   from [`Listed::fill`] until it is closed: the list has no closed disk, and keeps none alive.
+//! * There are no more disks than the limit, those that are being opened included.
+//! * The list is in the order of the names.
+//! * [`Disks::watch`] misses nothing: it completes if a disk came, went or changed its state since the number that it
+//!   is called with.
+
+use crate::wait::Event as Flag;
+use crate::{Disk, Node, NodeInfo, SchedulerStats};
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use tap_host::{Bug, Errno, Log, Probe, Tasks, Time};
+
+/// The disks of a process; clones share them.
+pub struct Disks<H>(Rc<Inner<H>>);
+
+struct Inner<H> {
+    host: H,
+    limit: usize,
+    /// By name; `None` while it is not open.
+    all: RefCell<BTreeMap<String, Option<Open<H>>>>,
+    changes: Cell<u64>,
+    changed: Flag,
+}
+
+/// A disk that is open.
+struct Open<H> {
+    about: String,
+    disk: Rc<Disk<H>>,
+}
+
+impl<H> Clone for Disks<H> {
+    fn clone(&self) -> Self {
+        Self(Rc::clone(&self.0))
+    }
+}
+
+/// Why a disk cannot be in the list.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum ListError {
+    /// Another disk has the name.
+    #[error("serve '{0}' twice; give each disk a name of its own")]
+    Taken(String),
+    /// The process has all the disks that it may have.
+    #[error(
+        "serve '{name}': there are {limit} disks already, the most for one process; start another for it"
+    )]
+    Full {
+        /// What is one too many.
+        name: String,
+        /// Most disks.
+        limit: usize,
+    },
+}
+
+/// What a disk is, does, and has done.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DiskStatus {
+    /// Its name in the list.
+    pub name: String,
+    /// Where its bytes are, for people.
+    pub about: String,
+    /// `running`, `draining`, `paused`, `closing` or `closed`.
+    pub state: &'static str,
+    /// Requests and looks at extents in flight.
+    pub in_flight: usize,
+    /// Size, mode and block sizes.
+    pub info: NodeInfo,
+    /// What it has done.
+    pub stats: SchedulerStats,
+}
+
+/// A name in the list; free again when this is dropped.
+pub struct Listed<H: Time + Tasks + Log + Probe> {
+    disks: Rc<Inner<H>>,
+    name: String,
+    stats: Option<Box<dyn Fn() -> SchedulerStats>>,
+}
+
+impl<H> Inner<H> {
+    fn notify(&self) {
+        self.changes.set(self.changes.get() + 1);
+        self.changed.set();
+        self.changed.clear();
+    }
+}
+
+impl<H: Time + Tasks + Log + Probe> Inner<H> {
+    /// The disk of `name` has changed its state.
+    fn note(&self, name: &str) {
+        let is_closed = |open: &mut Open<H>| open.disk.slot().is_closed();
+        let closed = self.all.borrow_mut().get_mut(name).and_then(|open| open.take_if(is_closed));
+        // Dropped only now: that may call anything.
+        drop(closed);
+        self.notify();
+    }
+}
+
+impl<H: Time + Tasks + Log + Probe> Disks<H> {
+    /// No disks yet, of a process that has `limit` at the most.
+    pub fn new(host: H, limit: usize) -> Self {
+        let (all, changes, changed) = (RefCell::default(), Cell::new(0), Flag::new());
+        Self(Rc::new(Inner { host, limit, all, changes, changed }))
+    }
+
+    /// Takes `name` for a disk that is to be opened.
+    ///
+    /// # Errors
+    /// [`ListError`].
+    pub fn reserve(&self, name: &str) -> Result<Listed<H>, ListError> {
+        let mut all = self.0.all.borrow_mut();
+        if all.contains_key(name) {
+            return Err(ListError::Taken(name.to_owned()));
+        }
+        if all.len() >= self.0.limit {
+            return Err(ListError::Full { name: name.to_owned(), limit: self.0.limit });
+        }
+        all.insert(name.to_owned(), None);
+        Ok(Listed { disks: Rc::clone(&self.0), name: name.to_owned(), stats: None })
+    }
+
+    /// The disk called `name`.
+    pub fn get(&self, name: &str) -> Option<Rc<Disk<H>>> {
+        self.0.all.borrow().get(name)?.as_ref().map(|open| Rc::clone(&open.disk))
+    }
+
+    /// All that are open, and the number of changes so far.
+    pub fn list(&self) -> (Vec<DiskStatus>, u64) {
+        let all = self.0.all.borrow();
+        let open = all.iter().filter_map(|(name, open)| Some(open.as_ref()?.status(name)));
+        (open.collect(), self.0.changes.get())
+    }
+
+    /// Closes all that are open, one after the other. Returns those that could not be closed, as they were before.
+    pub async fn close_all(&self) -> Vec<(DiskStatus, Errno)> {
+        let mut failed = Vec::new();
+        for disk in self.list().0 {
+            if let Some(open) = self.get(&disk.name)
+                && let Err(error) = open.close().await
+            {
+                failed.push((disk, error));
+            }
+        }
+        failed
+    }
+
+    /// Completes once there were more than `seen` changes, and returns their number.
+    pub async fn watch(&self, seen: u64) -> u64 {
+        if self.0.changes.get() <= seen {
+            self.0.changed.wait().await;
+        }
+        self.0.changes.get()
+    }
+}
+
+impl<H: Time + Tasks + Log + Probe> Open<H> {
+    fn status(&self, name: &str) -> DiskStatus {
+        let slot = self.disk.slot();
+        DiskStatus {
+            name: name.to_owned(),
+            about: self.about.clone(),
+            state: slot.state(),
+            in_flight: slot.in_flight(),
+            info: slot.info(),
+            stats: self.disk.stats(),
+        }
+    }
+}
+
+impl<H: Time + Tasks + Log + Probe> Listed<H> {
+    /// Puts `disk` in the list, which has its bytes where `about` says, and returns what is known of it.
+    pub fn fill(&mut self, about: &str, disk: &Rc<Disk<H>>) -> DiskStatus {
+        self.stats = Some(Box::new(disk.stats_later()));
+        let open = Open { about: about.to_owned(), disk: Rc::clone(disk) };
+        let status = open.status(&self.name);
+        self.disks.all.borrow_mut().insert(self.name.clone(), Some(open));
+        let (disks, name) = (Rc::downgrade(&self.disks), self.name.clone());
+        disk.slot().on_change(move || disks.upgrade().iter().for_each(|disks| disks.note(&name)));
+        self.disks.notify();
+        status
+    }
+
+    /// What the disk has done, also one that is closed; `None` if it was never open.
+    pub fn stats(&self) -> Option<SchedulerStats> {
+        self.stats.as_ref().map(|stats| stats())
+    }
+}
+
+impl<H: Time + Tasks + Log + Probe> Drop for Listed<H> {
+    fn drop(&mut self) {
+        // A panic must not meet another one here: it ends everything anyway.
+        if std::thread::panicking() || self.disks.host.bug(Bug::PlaceKept) {
+            return;
+        }
+        let place = self.disks.all.borrow_mut().remove(&self.name);
+        if let Some(open) = place.expect("a name is taken until it is given up") {
+            open.disk.slot().on_change(|| {});
+            self.disks.notify();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Pool, Script, write};
+    use crate::{CacheMode, DiskConfig, SchedulerLimits};
+    use tap_host::VbdId;
+
+    fn disk(pool: &Pool, script: &Script) -> Rc<Disk<Pool>> {
+        let config =
+            DiskConfig { id: VbdId(1), cache: CacheMode::WriteBack, scheduler: SchedulerLimits::default() };
+        Rc::new(Disk::new(pool, Rc::new(script.clone()), config))
+    }
+
+    fn listed(disks: &Disks<Pool>, name: &str, disk: &Rc<Disk<Pool>>) -> Listed<Pool> {
+        let mut listed = disks.reserve(name).unwrap();
+        listed.fill(&format!("raw:/{name}"), disk);
+        listed
+    }
+
+    fn states(disks: &Disks<Pool>) -> Vec<(String, &'static str)> {
+        disks.list().0.into_iter().map(|disk| (disk.name, disk.state)).collect()
+    }
+
+    #[test]
+    fn disks_are_listed_by_name_until_they_are_given_up() {
+        let (pool, script) = (Pool::new(), Script::held());
+        let disks = Disks::new(pool.clone(), 3);
+        let [a, b] = [disk(&pool, &script), disk(&pool, &script)];
+        let (second, _first) = (listed(&disks, "b", &b), listed(&disks, "a", &a));
+        assert_eq!(disks.reserve("b").err(), Some(ListError::Taken("b".into())));
+        let answer = pool.start(disks.get("b").unwrap().node().submit(write(0, 8)));
+        assert_eq!(states(&disks), [("a".into(), "running"), ("b".into(), "running")]);
+        assert_eq!(disks.list().0[1].in_flight, 1);
+        script.release();
+        pool.run();
+        assert!(answer.get().is_some());
+        let status = disks.list().0.remove(1);
+        assert_eq!((status.stats.writes, &*status.about, status.info.size_sectors), (1, "raw:/b", 1000));
+        drop(second);
+        assert!(disks.get("b").is_none());
+        assert_eq!(disks.list().0.len(), 1);
+        let _again = listed(&disks, "b", &b);
+        assert_eq!(disks.list().0.len(), 2);
+    }
+
+    #[test]
+    fn there_are_no_more_disks_than_the_limit() {
+        let (pool, script) = (Pool::new(), Script::default());
+        let disks = Disks::new(pool.clone(), 2);
+        let _first = listed(&disks, "a", &disk(&pool, &script));
+        let opening = disks.reserve("b").unwrap();
+        let error = disks.reserve("c").err().unwrap();
+        assert_eq!(
+            error.to_string(),
+            "serve 'c': there are 2 disks already, the most for one process; start another for it"
+        );
+        assert_eq!(disks.list().0.len(), 1, "one that is being opened is not shown");
+        drop(opening);
+        assert!(disks.reserve("c").is_ok());
+    }
+
+    #[test]
+    fn a_closed_disk_is_neither_shown_nor_kept_and_what_it_has_done_stays_known() {
+        let (pool, script) = (Pool::new(), Script::default());
+        let disks = Disks::new(pool.clone(), 1);
+        let open = disk(&pool, &script);
+        let listed = listed(&disks, "a", &open);
+        assert!(pool.start(open.node().submit(write(0, 8))).get().is_some());
+        let (top, alive) = (open.node(), Rc::downgrade(&open));
+        drop(open);
+        assert!(alive.upgrade().is_some());
+        assert_eq!(pool.start(top.close()).take(), Some(Ok(())));
+        assert!(states(&disks).is_empty() && disks.get("a").is_none() && alive.upgrade().is_none());
+        assert_eq!(listed.stats().map(|stats| stats.writes), Some(1));
+        assert!(disks.reserve("a").is_err(), "its name is taken until it is given up");
+        drop(listed);
+        assert_eq!(disks.reserve("a").ok().and_then(|listed| listed.stats()), None);
+    }
+
+    #[test]
+    fn a_watch_misses_no_change() {
+        let (pool, script) = (Pool::new(), Script::default());
+        let disks = Disks::new(pool.clone(), 1);
+        let watch = |seen| {
+            let disks = disks.clone();
+            pool.start(async move { disks.watch(seen).await })
+        };
+        let first = watch(0);
+        assert!(first.get().is_none());
+        let disk = disk(&pool, &script);
+        let listed = listed(&disks, "a", &disk);
+        pool.run();
+        let seen = first.take().unwrap();
+        let (next, own) = (watch(seen), Rc::clone(&disk));
+        assert!(next.get().is_none());
+        assert_eq!(pool.start(async move { own.slot().pause().await }).take(), Some(Ok(())));
+        pool.run();
+        assert!(next.take().unwrap() > seen);
+        let (listing, seen) = disks.list();
+        assert_eq!(listing[0].state, "paused");
+        // A change before the call is not waited for.
+        drop(listed);
+        assert!(watch(seen).take().unwrap() > seen);
+        // It is not in the list any more.
+        let last = watch(disks.list().1);
+        disk.slot().resume().unwrap();
+        pool.run();
+        assert!(last.get().is_none());
+    }
+
+    #[test]
+    fn all_disks_are_closed_and_those_that_could_not_be_are_named() {
+        let pool = Pool::new();
+        let disks = Disks::new(pool.clone(), 3);
+        let scripts = [Script::default(), Script::default(), Script::default()];
+        let _listed: Vec<_> = ["a", "b", "c"]
+            .iter()
+            .zip(&scripts)
+            .map(|(name, s)| listed(&disks, name, &disk(&pool, s)))
+            .collect();
+        scripts[1].fail_close(Errno::EIO);
+        let all = disks.clone();
+        let failed = pool.start(async move { all.close_all().await }).take().unwrap();
+        let failed: Vec<_> = failed.iter().map(|(disk, error)| (&*disk.about, *error)).collect();
+        assert_eq!(failed, [("raw:/b", Errno::EIO)]);
+        assert!(states(&disks).is_empty());
+        assert!(scripts.iter().all(|script| script.times_closed() == 1));
+    }
+}
