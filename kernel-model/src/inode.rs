@@ -242,8 +242,14 @@ impl Inode {
 
     /// Makes writes and sizes with a number below `seq` durable.
     pub fn harden(&mut self, seq: u64) {
+        let split = self.pending_sizes.partition_point(|p| p.seq < seq);
+        let mut sizes = self.pending_sizes.drain(..split).peekable();
         let split = self.pending.partition_point(|p| p.seq < seq);
         for p in self.pending.drain(..split) {
+            // What a shorter file loses was written before it became shorter.
+            while let Some(s) = sizes.next_if(|s| s.seq < p.seq) {
+                self.base.set_size(s.size);
+            }
             if p.sectors == 0xff {
                 self.base.pages.set(p.page, Some(p.bytes));
             } else {
@@ -251,10 +257,7 @@ impl Inode {
                 recycle(p.bytes);
             }
         }
-        let split = self.pending_sizes.partition_point(|p| p.seq < seq);
-        for s in self.pending_sizes.drain(..split) {
-            self.base.set_size(s.size);
-        }
+        sizes.for_each(|s| self.base.set_size(s.size));
         self.base.reserved = Rc::clone(&self.live.reserved);
     }
 
@@ -271,14 +274,16 @@ impl Inode {
     pub fn forget(&mut self, seq: u64, revert: bool, mut keep: impl FnMut(&Pending) -> u8) {
         let split = self.pending.partition_point(|p| p.seq < seq);
         let gone: Vec<Pending> = self.pending.drain(..split).collect();
+        let split = self.pending_sizes.partition_point(|p| p.seq < seq);
+        let mut sizes = self.pending_sizes.drain(..split).peekable();
         for p in &gone {
+            while let Some(s) = sizes.next_if(|s| s.seq < p.seq) {
+                self.base.set_size(s.size);
+            }
             let kept = keep(p) & p.sectors;
             apply(&mut self.base.pages, p, kept);
         }
-        let split = self.pending_sizes.partition_point(|p| p.seq < seq);
-        for s in self.pending_sizes.drain(..split) {
-            self.base.set_size(s.size);
-        }
+        sizes.for_each(|s| self.base.set_size(s.size));
         if revert {
             for p in &gone {
                 let page = self.base.pages.get(p.page).cloned();
@@ -306,25 +311,20 @@ impl Inode {
         mut keep: impl FnMut(usize, &Pending) -> u8,
     ) -> Content {
         let mut content = self.base.clone();
+        let mut sizes = self.pending_sizes[..sizes_kept.min(self.pending_sizes.len())].iter().peekable();
         for (i, p) in self.pending.iter().enumerate() {
+            while let Some(s) = sizes.next_if(|s| s.seq < p.seq) {
+                content.set_size(s.size);
+            }
             let kept = keep(i, p) & p.sectors;
             if kept != 0 {
                 apply(&mut content.pages, p, kept);
             }
         }
-        let size = self.pending_sizes[..sizes_kept.min(self.pending_sizes.len())].iter().fold(
-            content.size,
-            |size, s| {
-                if s.size < size {
-                    content.pages.truncate(s.size);
-                }
-                s.size
-            },
-        );
-        let size = size + partly;
-        content.size = size;
+        sizes.for_each(|s| content.set_size(s.size));
+        content.size += partly;
         // Data beyond the size does not exist.
-        content.pages.truncate(size);
+        content.pages.truncate(content.size);
         content
     }
 }
@@ -375,6 +375,25 @@ mod tests {
         assert_eq!(bytes(&long_without_data), [vec![1; 1024], vec![0; 512]].concat());
         let short_with_data = file.after_power_cut(0, 0, |_, _| 0xff);
         assert_eq!(bytes(&short_with_data), [vec![1; 512], vec![2; 512]].concat());
+    }
+
+    #[test]
+    fn a_shorter_file_loses_what_was_written_before_and_not_after() {
+        let old = Content { size: 3 * PAGE as u64, ..Content::default() };
+        let mut file = Inode::durable(old);
+        file.write(Entity(1), 0, &[1; 2 * PAGE]);
+        file.resize(0);
+        file.resize(PAGE as u64);
+        file.write(Entity(2), 0, &[2; 512]);
+        let now = [vec![2; 512], vec![0; PAGE - 512]].concat();
+        assert_eq!(bytes(&file.live), now);
+        assert_eq!(bytes(&file.after_power_cut(2, 0, |_, p| p.sectors)), now, "all of it is kept");
+        let longer = bytes(&file.after_power_cut(0, 0, |_, p| p.sectors));
+        assert_eq!([longer[0], longer[512], longer[PAGE], longer[2 * PAGE]], [2, 1, 1, 0], "no size is kept");
+        let mut failed = file.clone();
+        failed.forget(failed.seq(), false, |p| p.sectors);
+        file.harden(file.seq());
+        assert_eq!((bytes(&file.base), bytes(&failed.base)), (now.clone(), now));
     }
 
     #[test]
