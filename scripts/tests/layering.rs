@@ -38,6 +38,7 @@ fn allowed(package: &str) -> &'static [&'static str] {
         "tap-images" => {
             &["tap-host", "tap-core", "smallvec", "thiserror", "zerocopy", "flate2", "futures-util"]
         }
+        "tap-example" => &["tap-host", "tap-core", "tap-images"],
         "tap-ring" => &["tap-host", "tap-abi", "tap-core", "smallvec", "thiserror", "zerocopy"],
         "tap-nbd" => &["tap-host", "tap-abi", "tap-core", "smallvec", "thiserror", "zerocopy"],
         "tap-xenbus" => &["tap-host", "tap-abi", "tap-core", "tap-ring", "thiserror"],

@@ -79,6 +79,7 @@ list! {
         DirectoryBelieved = "a directory that could not be synchronised is not reported",
         SizeBelieved = "a size that could not be set is taken as set",
         OldHeaderStays = "an image that is created over an old one keeps the old header until the new one is written",
+        ExampleHeaderEarly = "a new image of the example format gets its header before its empty table is durable",
         UnknownFileApart = "a file that cannot be examined is taken as a different file",
         CopyUnclosed = "a copy is reported done before its target is closed",
         ExtentsJoined = "a map reports clusters that lie apart in the file as one run",

@@ -57,7 +57,8 @@ pub enum ImageError {
 }
 
 impl ImageError {
-    pub(crate) fn io(action: &'static str, path: &str) -> impl FnOnce(Errno) -> ImageError {
+    /// Makes the error of an operation of the host that was to do `action` ("open") to the file at `path`.
+    pub fn io(action: &'static str, path: &str) -> impl FnOnce(Errno) -> ImageError {
         let path = path.to_owned();
         move |error| ImageError::Io { action, path, error }
     }

@@ -112,7 +112,8 @@ pub struct NewImage {
     /// Name of the file that shows where nothing was written; relative to the image's directory.
     pub backing: Option<String>,
     /// Make it of the file that is at the path, whose content is lost, or on the block device there; unless it is one
-    /// of these. `None`: nothing may be there.
+    /// of these. `None`: nothing may be there. A host that interrupts that (`EINTR`) may have made the file: then it is
+    /// there (`EEXIST`), empty.
     pub existing: Option<Vec<FileId>>,
     /// Names and values of options of the format.
     pub options: Vec<(String, String)>,

@@ -77,7 +77,7 @@ fn direct_align(sim: &Sim) -> u32 {
 /// Crashes while recovering from a crash.
 pub static RECOVERY_CRASH: OfFormat = OfFormat {
     name: "FORMAT-recovery-crash",
-    about: "power cut, then again and again within the first host operations of each recovery of a FORMAT image",
+    about: "power cut, then again and again within the first host operations of each recovery of FORMAT",
     fits: |model| model.has_metadata(),
     storage: |sim, _| passing_storage(sim),
     body: |w, model| {
@@ -90,7 +90,7 @@ pub static RECOVERY_CRASH: OfFormat = OfFormat {
 /// A disk that is filled to its last cluster, again after each cut: what bounds a format has must hold by then.
 pub static FILLED_POWER_CUT: OfFormat = OfFormat {
     name: "FORMAT-filled-power-cut",
-    about: "a FORMAT disk is filled, power cut; filled again to its last cluster, and every sector read",
+    about: "a disk in FORMAT is filled, power cut; filled again to its last cluster, and every sector read",
     fits: |model| model.has_metadata(),
     storage: |_, _| StorageConfig {
         faults: FaultPlan { short: true, ..FaultPlan::LATENCY },

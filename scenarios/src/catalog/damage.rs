@@ -36,7 +36,7 @@ pub static DAMAGE: Label =
 /// An image with some nonsense in it.
 pub static DAMAGED_IMAGE: OfFormat = OfFormat {
     name: "FORMAT-damaged-image",
-    about: "a FORMAT image with damaged header, tables and data: refused, or served as exactly what its bytes say",
+    about: "FORMAT with damaged header, tables and data: refused, or served as exactly what its bytes say",
     fits: |model| model.has_metadata(),
     storage: |_, _| StorageConfig::default(),
     body: |w, model| Box::pin(damaged_image(w, model)),

@@ -3,6 +3,7 @@
 pub mod absent;
 pub mod away;
 pub mod crash;
+pub mod created;
 pub mod damage;
 pub mod exchange;
 pub mod failures;
@@ -15,6 +16,7 @@ pub mod recovered;
 pub mod ring;
 pub mod scale;
 pub mod setup;
+mod shown;
 pub mod tools;
 pub mod toolstack;
 
@@ -120,6 +122,7 @@ pub static LABELS: &[&Label] = &[
     &latch::DIES_IN_SYNC,
     &absent::ABSENT_FOR,
     &tools::ROUND,
+    &created::ROUND,
     &front::FRONT_KEYS,
     &front::LINGERS,
     &toolstack::UNUSED,

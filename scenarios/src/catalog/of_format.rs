@@ -4,14 +4,14 @@
 //!   formats::ALL  ×  ALL  ──fits──►  "FORMAT-power-cut", "FORMAT-errors", ...
 //! ```
 
-use super::{crash, damage, ring, scale};
+use super::{crash, created, damage, ring, scale};
 use crate::formats::{self, FormatModel};
 use crate::scenario::{OfFormat, Scenario};
 use sim::Sim;
 use std::sync::LazyLock;
 
 /// All of them.
-static ALL: [&OfFormat; 9] = [
+static ALL: [&OfFormat; 10] = [
     &crash::POWER_CUT,
     &crash::OVERLAY_POWER_CUT,
     &crash::FILLED_POWER_CUT,
@@ -21,6 +21,7 @@ static ALL: [&OfFormat; 9] = [
     &damage::DAMAGED_IMAGE,
     &scale::SCALE,
     &scale::FULL,
+    &created::CREATED,
 ];
 
 /// Those on a ring, which run the programs that ship.

@@ -53,7 +53,7 @@ const SMALL_READ_NS: u64 = 200_000;
 /// An image in clusters as small as they can be, large requests.
 pub static SCALE: OfFormat = OfFormat {
     name: "FORMAT-scale",
-    about: "large requests on a FORMAT image that is scattered over its file, beside many for one block; costs are bounded",
+    about: "large requests on FORMAT that is scattered over its file, beside many for one block; costs are bounded",
     fits: |model| model.has_metadata(),
     storage: |_, _| StorageConfig {
         faults: FaultPlan { short: true, ..FaultPlan::LATENCY },

@@ -10,7 +10,9 @@
 //! beside the bytes of the disk. Scenarios and checks ask the model of the image at hand. What every format goes
 //! through is in `catalog/of_format.rs`.
 
+mod example;
 mod metadata;
+mod owners;
 mod qcow;
 mod raw;
 mod real;
@@ -88,6 +90,7 @@ pub const fn drivers<H: ImageHost>() -> Formats<H> {
 formats! {
     raw::Raw => tap_images::raw::Driver,
     qcow::Qcow => tap_images::qcow::Driver,
+    example::Example => tap_example::Driver,
 }
 
 /// The model of `format`.

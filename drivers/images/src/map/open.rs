@@ -13,7 +13,7 @@ use super::walk::{Stopped, Walked, walk};
 use super::{Cache, DOUBTS, Frontier, Geometry, Image, Layout, MappedDisk, Parts, SUSPECT_BYTES};
 use crate::io::ImageFile;
 use crate::memory::ImageStages;
-use crate::{CheckReport, ImageError, ImageHost, OpenImage};
+use crate::{CheckReport, Description, Format, ImageError, ImageHost, OpenImage};
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::rc::Rc;
@@ -61,6 +61,19 @@ impl<H: ImageHost, L: Layout<Allocator = Frontier>> Front<H, L> {
     ) -> Self {
         self.fixed.extend(fixed);
         Self { front_bytes, ..self }
+    }
+
+    /// What the image says of itself, without a backing file.
+    pub fn describe(&self, format: Format) -> Description {
+        Description {
+            format,
+            disk_bytes: self.geometry.size_bytes,
+            cluster_bytes: Some(self.geometry.cluster_bytes()),
+            backing: None,
+            backing_path: None,
+            file_bytes: self.file.info.size_bytes,
+            allocated_bytes: self.file.info.allocated_bytes,
+        }
     }
 
     /// Looks at every reference of an image that is opened for writing, and makes its file as long as they reach.

@@ -2,12 +2,13 @@
 
 use super::Work;
 use crate::catalog::setup::TABLE_BITS;
+use crate::catalog::shown::{calls_itself_image, shown};
 use crate::check::Invariant;
-use crate::formats::{self, Broken, FormatModel, ImageShape, Kind, RAW, Stored, fitting, layer_cluster};
+use crate::formats::{self, FormatModel, ImageShape, Kind, RAW, Stored, fitting, layer_cluster};
 use crate::program::named;
 use crate::world::World;
 use kernel_model::{PAGE, PageMap};
-use tap_images::{HEAD_BYTES, ImageSpec};
+use tap_images::ImageSpec;
 
 /// A disk, as the testbed's own code has made it.
 pub(super) struct Disk {
@@ -39,6 +40,11 @@ fn bytes(writer: u32, size: usize) -> Vec<u8> {
 }
 
 impl Disk {
+    /// What an image above it shows where it has nothing itself.
+    pub(super) fn below(&self) -> (&str, &[u8]) {
+        (&self.spec.path, &self.view)
+    }
+
     /// The source of this world, of one of these sizes.
     pub(super) fn source(world: &World, sizes: &[usize]) -> Self {
         let size = world.setting("tools-size", sizes);
@@ -231,7 +237,7 @@ impl Made {
                 }
                 Some(old)
             }
-            (_, Old::Left) => shown(world, &spec, source).ok(),
+            (_, Old::Left) => shown(world, &spec, Some(source.below())).ok(),
         };
         match work {
             Work::Create => {
@@ -290,15 +296,10 @@ impl Made {
 
 /// What was made by a command that has failed or was stopped: no half image says that it is one.
 pub(super) fn check_unfinished(world: &World, made: &Made, source: &Disk) {
-    let Some(content) = world.storage.content(&made.spec.path).filter(|_| made.whole_or_nothing) else {
-        return;
-    };
-    let mut head = vec![0; HEAD_BYTES.min(content.size as usize)];
-    content.pages.read(0, &mut head);
-    if !formats::of(made.spec.format).metadata().is_some_and(|metadata| metadata.recognises(&head)) {
+    if !made.whole_or_nothing || !calls_itself_image(world, &made.spec) {
         return;
     }
-    let what = match shown(world, &made.spec, source) {
+    let what = match shown(world, &made.spec, Some(source.below())) {
         Ok(bytes) if bytes == made.view || made.old.as_ref() == Some(&bytes) => return,
         Ok(bytes) => format!("an image of {} other bytes is there", bytes.len()),
         Err((_, text)) => text,
@@ -337,31 +338,3 @@ fn to_device(world: &World, path: &str) {
 
 /// Room on a device for what a copy of other clusters than the old image's needs more than that.
 const DEVICE_SLACK_BYTES: u64 = 1 << 20;
-
-/// What an image shows, by its bytes. What is not in it is the view of `below`, if that is its backing file.
-pub(super) fn shown(world: &World, spec: &ImageSpec, below: &Disk) -> Result<Vec<u8>, Broken> {
-    let gone = || (Invariant::I1, format!("{} is gone after a tool had made it", spec.path));
-    world.storage.inode(&spec.path).ok_or_else(gone)?;
-    let content = formats::used_content(&world.storage, spec);
-    let Some(map) = formats::of(spec.format).walk_whole(&content) else {
-        let mut bytes = vec![0; content.size as usize];
-        content.pages.read(0, &mut bytes);
-        return Ok(bytes);
-    };
-    let map = map?;
-    let mut bytes = vec![0; map.size as usize];
-    if let Some(name) = &map.backing {
-        if *name != below.spec.path {
-            return Err((Invariant::I1, format!("{} names the backing file {name}", spec.path)));
-        }
-        let shared = bytes.len().min(below.view.len());
-        bytes[..shared].copy_from_slice(&below.view[..shared]);
-    }
-    let mut whole = vec![0; 1 << map.cluster_bits];
-    for (cluster, part) in (0..).zip(bytes.chunks_mut(1 << map.cluster_bits)) {
-        if map.read_cluster(&content, cluster, &mut whole)?.is_some() {
-            part.copy_from_slice(&whole[..part.len()]);
-        }
-    }
-    Ok(bytes)
-}

@@ -17,13 +17,14 @@ mod reports;
 
 use super::crash::either;
 use super::failures::passing_storage;
+use super::shown::shown;
 use crate::check::Invariant;
 use crate::power::{CRASH_AT, power};
 use crate::program::Printed;
 use crate::scenario::Scenario;
 use crate::world::World;
 use clap::Parser as _;
-use disk::{Disk, Made, Wish, shown};
+use disk::{Disk, Made, Wish};
 use kernel_model::StorageConfig;
 use kernel_model::faults::FaultPlan;
 use sim::Draw;
@@ -209,7 +210,7 @@ async fn make(
     if worked != Some(true) || world.verdict.is_broken() {
         return false;
     }
-    match shown(world, &made.spec, source) {
+    match shown(world, &made.spec, Some(source.below())) {
         Err((invariant, text)) => world.fail(invariant, format!("{}: {text}", made.line())),
         Ok(bytes) if bytes != made.view => {
             let at = bytes.iter().zip(&made.view).position(|(a, b)| a != b);

@@ -7,6 +7,7 @@
 //! entry marks a compressed cluster whose size in bytes stands in the bits above (63 - cluster_bits).
 
 use crate::check::{Invariant, Oracle, is_broken};
+use crate::formats::owners::{Owners, be_words, broken};
 use crate::formats::{Broken, COMPRESSED, ImageMap};
 use kernel_model::Content;
 use tap_host::SECTOR_BYTES;
@@ -19,74 +20,6 @@ const L1_ENTRIES_MAX: u64 = 1 << 22;
 fn extent(entry: u64, cluster_bits: u32) -> (u64, u64) {
     let shift = 63 - cluster_bits;
     ((entry & ((1 << shift) - 1)), (entry & !COMPRESSED) >> shift)
-}
-
-fn broken<T>(invariant: Invariant, text: String) -> Result<T, Broken> {
-    Err((invariant, text))
-}
-
-/// Host space by owner: whole clusters as bits, compressed extents as ranges.
-struct Owners {
-    cluster_bits: u32,
-    bits: Vec<u64>,
-    extents: Vec<(u64, u64)>,
-    owned: u64,
-    /// The first cluster behind everything that is owned.
-    end: u64,
-    /// The same in bytes: a table need not fill its clusters.
-    end_bytes: u64,
-}
-
-impl Owners {
-    fn take(&mut self, offset: u64, len: u64, what: impl Fn() -> String) -> Result<(), Broken> {
-        let first = offset >> self.cluster_bits;
-        let last = (offset + len - 1) >> self.cluster_bits;
-        if (last / 64 + 1) as usize > self.bits.len() {
-            self.bits.resize((last / 64 + 1) as usize, 0);
-        }
-        self.end = self.end.max(last + 1);
-        self.end_bytes = self.end_bytes.max(offset + len);
-        for cluster in first..=last {
-            let (word, bit) = ((cluster / 64) as usize, 1 << (cluster % 64));
-            if self.bits[word] & bit != 0 && !is_broken(Oracle::SharedClusters) {
-                return broken(
-                    Invariant::Q2,
-                    format!("{} lies on host cluster {cluster}, which has another owner", what()),
-                );
-            }
-            self.bits[word] |= bit;
-            self.owned += 1;
-        }
-        Ok(())
-    }
-
-    /// Compressed extents share clusters with each other, never bytes, and never a cluster with anything else.
-    fn finish(mut self) -> Result<Self, Broken> {
-        self.extents.sort_unstable();
-        for pair in self.extents.windows(2) {
-            if pair[0].0 + pair[0].1 > pair[1].0 && !is_broken(Oracle::OverlappingExtents) {
-                return broken(
-                    Invariant::Q2,
-                    format!("compressed extents at {:#x} and {:#x} overlap", pair[0].0, pair[1].0),
-                );
-            }
-        }
-        let mut last_cluster = None;
-        for (offset, len) in std::mem::take(&mut self.extents) {
-            let first = offset >> self.cluster_bits;
-            let end = (offset + len.max(1) - 1) >> self.cluster_bits;
-            for cluster in first..=end {
-                if last_cluster == Some(cluster) {
-                    continue;
-                }
-                last_cluster = Some(cluster);
-                self.take(cluster << self.cluster_bits, 1, || {
-                    format!("the compressed extent at {offset:#x}")
-                })?;
-            }
-        }
-        Ok(self)
-    }
 }
 
 /// The header, and where the name of the backing file is: offset and length in bytes.
@@ -143,8 +76,7 @@ pub(super) fn walk(content: &Content) -> Result<ImageMap, Broken> {
             format!("the L1 table of {l1_entries} entries does not lie in the file"),
         );
     }
-    let mut owners =
-        Owners { cluster_bits, bits: Vec::new(), extents: Vec::new(), owned: 0, end: 0, end_bytes: 0 };
+    let mut owners = Owners::new(cluster_bits);
     // Header and L1 lie together at the front; the name of the backing file lies between them, or has space of its own.
     let front = map.root_at + (l1_entries * 8).max(1);
     owners.take(0, front, || "the header".into())?;
@@ -163,11 +95,7 @@ pub(super) fn walk(content: &Content) -> Result<ImageMap, Broken> {
             walk_l2(content, &mut map, &mut owners, index as u64, l2_offset, &mut table)?;
         }
     }
-    let owners = owners.finish()?;
-    // After a crash the file may be shorter than what it maps.
-    let clusters = content.size.div_ceil(1 << cluster_bits).max(owners.end);
-    map.leaked = clusters - owners.owned;
-    map.end = owners.end_bytes;
+    owners.finish(content, &mut map)?;
     Ok(map)
 }
 
@@ -224,7 +152,7 @@ fn walk_l2(
                 );
             }
             map.packed.push((cluster, offset, len));
-            owners.extents.push((offset, len));
+            owners.take_extent(offset, len);
         } else if (entry % cluster_size != 0 || entry > far - cluster_size) && !is_broken(Oracle::WildEntries)
         {
             return broken(
@@ -236,10 +164,6 @@ fn walk_l2(
         }
     }
     Ok(())
-}
-
-fn be_words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
-    bytes.chunks_exact(8).map(|w| u64::from_be_bytes(w.try_into().expect("eight bytes")))
 }
 
 #[cfg(test)]

@@ -67,17 +67,9 @@ impl<H: ImageHost> crate::Driver<H> for Driver {
 
 async fn describe<H: ImageHost>(host: &H, path: &str) -> Result<Description, ImageError> {
     let front = Front::read(host, path, false, false, &Budget::default()).await?;
-    let (geometry, info) = (front.header.geometry, front.file.info);
-    let backing = front.backing_name.map(|name| String::from_utf8_lossy(&name).into_owned());
-    Ok(Description {
-        format: FORMAT,
-        disk_bytes: geometry.size_bytes,
-        cluster_bytes: Some(geometry.cluster_bytes()),
-        backing_path: backing.as_deref().map(|name| crate::resolve(path, name)),
-        backing,
-        file_bytes: info.size_bytes,
-        allocated_bytes: info.allocated_bytes,
-    })
+    let backing = front.backing_name.as_deref().map(|name| String::from_utf8_lossy(name).into_owned());
+    let backing_path = backing.as_deref().map(|name| crate::resolve(path, name));
+    Ok(Description { backing, backing_path, ..front.into_map().describe(FORMAT) })
 }
 
 async fn check<H: ImageHost>(host: &H, path: &str) -> Result<CheckReport, ImageError> {

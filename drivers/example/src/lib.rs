@@ -1,0 +1,147 @@
+//! An example of a driver: a format of its own in a crate of its own. `docs/dev/writing-a-driver.md` walks through it.
+//!
+//! ```text
+//!   byte 0      header: magic, size of the disk in bytes; nothing else in the first 4096 bytes
+//!   byte 4096   table: for each cluster of the disk the byte offset of its cluster in the file; 0 where it has none
+//!   then        clusters of 4096 bytes, in the order in which they were first written
+//! ```
+//!
+//! Numbers have 64 bits and are big endian. The table is as long as the disk needs, rounded up to pages of 512 entries:
+//! each is a table of the map engine ([`tap_images::map`]), which serves all requests. Nothing names the pages, as they
+//! are at fixed places: their root is computed when an image is opened. There are no backing files.
+//!
+//! # Order of writes
+//!
+//! * A new image: its length, sync, header, sync, its name. Before the header is there it is no image, and when it is
+//!   there, the table is zeros, whatever the file held before.
+//! * A new cluster: data, then its entry, as the map engine has it.
+
+use std::rc::Rc;
+use tap_core::{LocalBoxFuture, Node};
+use tap_host::{Bug, SECTOR_BYTES};
+use tap_images::map::{Front, Frontier, Geometry, Layout, Mapping};
+use tap_images::{CheckReport, Description, Format, FormatInfo, ImageError, ImageFile, ImageHost};
+use tap_images::{NewImage, OpenImage, OpenOptions, sync_name};
+
+/// The format.
+pub const FORMAT: Format = Format::new(&FormatInfo {
+    name: "example",
+    aliases: &[],
+    about: "A header and one table of clusters",
+    options: &[],
+    has_backing: false,
+});
+
+const MAGIC: [u8; 8] = *b"TAPTABLE";
+const HEADER_BYTES: u64 = 16;
+const TABLE_AT: u64 = 4096;
+/// The pages of a disk of this size have 4 MiB of offsets in memory.
+const MAX_DISK_BYTES: u64 = 1 << 40;
+
+/// What entries say.
+struct Table;
+
+impl Layout for Table {
+    const TABLE: &'static str = "page";
+    type Allocator = Frontier;
+
+    fn mapping(entry: u64, _: &Geometry) -> Mapping {
+        if entry == 0 { Mapping::Unmapped } else { Mapping::Plain(entry) }
+    }
+
+    fn entry(host: u64) -> u64 {
+        host
+    }
+}
+
+/// The one of a disk of so many bytes; or what is wrong with that size.
+fn geometry(size_bytes: u64) -> Result<Geometry, String> {
+    let fits = (SECTOR_BYTES..=MAX_DISK_BYTES).contains(&size_bytes);
+    if !fits || !size_bytes.is_multiple_of(SECTOR_BYTES) {
+        let range = format!("{SECTOR_BYTES} to {MAX_DISK_BYTES}, a multiple of {SECTOR_BYTES}");
+        return Err(format!("a disk of {size_bytes} bytes is not of {range}"));
+    }
+    // The root is not in the file.
+    Ok(Geometry { size_bytes, cluster_bits: 12, table_bits: 9, root_at: 0 })
+}
+
+/// Byte offset of the end of the table.
+fn table_end(geometry: &Geometry) -> u64 {
+    TABLE_AT + geometry.root_entries() * geometry.table_bytes()
+}
+
+/// Opens the file at `path` and reads its header. What the file says is checked here, the table by the map engine.
+async fn read<H: ImageHost>(host: &H, path: &str, how: &OpenOptions) -> Result<Front<H, Table>, ImageError> {
+    let file = ImageFile::open(host, path, how.write, how.direct).await?.within(&how.memory, path)?;
+    let mut header = [0; HEADER_BYTES as usize];
+    file.read_bytes(0, &mut header).await.map_err(ImageError::io("read", path))?;
+    let (magic, size) = header.split_at(MAGIC.len());
+    let size_bytes = size.iter().fold(0, |number, byte| number << 8 | u64::from(*byte));
+    let file_bytes = file.info.size_bytes;
+    let checked = match geometry(size_bytes) {
+        _ if magic != MAGIC => Err("it does not begin with the magic bytes of the format".to_owned()),
+        Ok(geometry) if table_end(&geometry) > file_bytes => {
+            Err(format!("its table does not lie in the file of {file_bytes} bytes"))
+        }
+        other => other,
+    };
+    let advice = "check that this is the right file";
+    let refused = |what| ImageError::Refused { path: path.to_owned(), format: FORMAT.name(), what, advice };
+    let geometry = checked.map_err(refused)?;
+    let pages = (0..geometry.root_entries()).map(|page| TABLE_AT + page * geometry.table_bytes()).collect();
+    Ok(Front::new(file, geometry, pages).with_fixed(TABLE_AT, [(0..HEADER_BYTES, "the header")]))
+}
+
+async fn create<H: ImageHost>(host: &H, path: &str, image: &NewImage) -> Result<(), ImageError> {
+    let refused = |what| ImageError::Options { path: path.to_owned(), format: FORMAT.name(), what };
+    let geometry = geometry(image.size_bytes).map_err(refused)?;
+    let file = ImageFile::create(host, path, image.existing.as_deref()).await?;
+    if file.info.block_device {
+        return Err(refused("a block device is not empty; create it in a file".to_owned()));
+    }
+    let write = async {
+        // The file is empty: what it gets now reads as zeros.
+        file.set_size(table_end(&geometry)).await?;
+        if !host.bug(Bug::ExampleHeaderEarly) {
+            file.sync().await?;
+        }
+        file.write_bytes(0, &[MAGIC, geometry.size_bytes.to_be_bytes()].concat()).await?;
+        file.sync().await
+    };
+    write.await.map_err(ImageError::io("write", path))?;
+    sync_name(host, path).await
+}
+
+/// Its row in a registry.
+pub struct Driver;
+
+impl<H: ImageHost> tap_images::Driver<H> for Driver {
+    fn format(&self) -> Format {
+        FORMAT
+    }
+
+    fn recognises(&self, head: &[u8]) -> bool {
+        head.starts_with(&MAGIC)
+    }
+
+    fn open(&self, host: H, image: OpenImage<H>) -> LocalBoxFuture<Result<Rc<dyn Node>, ImageError>> {
+        Box::pin(async move {
+            let front = read(&host, &image.path, &image.options).await?;
+            Ok(Rc::new(front.survey(&host, &image).await?.into_disk(&host, None)) as Rc<dyn Node>)
+        })
+    }
+
+    fn create(&self, host: H, path: String, image: NewImage) -> LocalBoxFuture<Result<(), ImageError>> {
+        Box::pin(async move { create(&host, &path, &image).await })
+    }
+
+    fn describe(&self, host: H, path: String) -> LocalBoxFuture<Result<Description, ImageError>> {
+        Box::pin(async move { Ok(read(&host, &path, &OpenOptions::default()).await?.describe(FORMAT)) })
+    }
+
+    fn check(&self, host: H, path: String) -> Option<LocalBoxFuture<Result<CheckReport, ImageError>>> {
+        Some(Box::pin(
+            async move { read(&host, &path, &OpenOptions::default()).await?.check(&host, &path).await },
+        ))
+    }
+}

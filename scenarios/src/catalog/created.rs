@@ -1,0 +1,224 @@
+//! New images of a format, made over whatever is there.
+//!
+//! ```text
+//!   nothing, other bytes, an image, what the last round left ──create──► ... cut? ... ──► done: empty and durable
+//!                                                                                     └─► else: no image, an empty
+//!                                                                                         one, or the one before
+//! ```
+
+use super::crash::either;
+use super::shown::{calls_itself_image, shown};
+use crate::check::{Invariant, shipped};
+use crate::formats::{self, FormatModel, ImageShape, Stored, fitting};
+use crate::power::{CRASH_AT, power};
+use crate::scenario::OfFormat;
+use crate::world::{World, setting};
+use kernel_model::faults::FaultPlan;
+use kernel_model::{PageMap, SimHost, StorageConfig};
+use sim::{Draw, Entity, Label};
+use std::cell::RefCell;
+use std::rc::Rc;
+use tap_core::wait::oneshot;
+use tap_host::{Errno, Files};
+use tap_images::{Format, ImageError, ImageSpec, NewImage};
+
+/// Images made again and again.
+pub static CREATED: OfFormat = OfFormat {
+    name: "FORMAT-created",
+    about: "empty FORMAT images are made over what is there, power cut at any host operation: whole and durable, or no image",
+    fits: |model| model.has_metadata(),
+    storage: |sim, _| {
+        let errors = setting(sim, "create-errors", &[false, true]);
+        let faults = if errors { FaultPlan::ALL } else { FaultPlan::PASSING };
+        StorageConfig { faults, ..StorageConfig::default() }
+    },
+    body: |world, model| Box::pin(created(world, model)),
+    settled: false,
+};
+
+/// A round: what is there before (0: there is no round), how large the disk is, and whether the power is cut after it.
+pub static ROUND: Label = Label::packed("create-round", "is made (settings {})", &[3, 2, 1]);
+
+const ROUNDS: u32 = 8;
+/// Of the disk, in bytes.
+const SIZES: [u64; 4] = [64 << 10, 512, 67 * 512, (2 << 20) + 4096];
+/// Operations after which the power may be cut.
+const OPERATIONS: u64 = 12;
+
+fn draw(d: &mut Draw) -> u64 {
+    (1 + d.below(4)) | d.below(4) << 3 | u64::from(d.below(4) == 0) << 5
+}
+
+async fn created(world: World, model: &'static dyn FormatModel) {
+    // Where the last round was to make its image, and what a power cut may bring back there.
+    let (mut left, mut may_show) = (0, Vec::new());
+    for n in 0..ROUNDS {
+        let entity = Entity::WORLD.child("create-round", u64::from(n));
+        let value = world.sim.decide(entity, &ROUND, 0, draw);
+        let (old, size_bytes, cut_then) = (value & 7, SIZES[(value >> 3 & 3) as usize], value >> 5 & 1 == 1);
+        if old == 0 {
+            continue;
+        }
+        if old != 4 {
+            left = n;
+            may_show = Vec::new();
+        }
+        let mut round = Round::new(&world, model, (n, left), old, size_bytes);
+        round.may_show.append(&mut may_show);
+        world.sim.name_entity(entity, || format!("{} of {size_bytes} bytes", round.spec.path));
+        let made = round.run(&world, model.format(), cut_then).await;
+        if world.verdict.is_broken() {
+            return;
+        }
+        may_show = if made { Vec::new() } else { round.may_show };
+    }
+}
+
+/// One image that is to be made.
+struct Round {
+    number: u32,
+    spec: ImageSpec,
+    size_bytes: u64,
+    /// What it may show if it is not made: as long as nothing has become durable, all that was there.
+    may_show: Vec<Vec<u8>>,
+}
+
+impl Round {
+    /// Puts there what is there before: for 2 other bytes, for 3 an image.
+    fn new(
+        world: &World,
+        model: &'static dyn FormatModel,
+        (number, place): (u32, u32),
+        old: u64,
+        size_bytes: u64,
+    ) -> Self {
+        let path = format!("/images/new{place}.img");
+        match old {
+            2 => world.storage.put_bytes(&path, &vec![0xa5; 3 * size_bytes as usize]),
+            3 => world.storage.put_bytes(&path, &used_image(model, size_bytes)),
+            _ => {}
+        }
+        let spec = ImageSpec { format: model.format().into(), path };
+        let is_image = calls_itself_image(world, &spec);
+        let before = is_image.then(|| shown(world, &spec, None).ok()).flatten();
+        let may_show = before.into_iter().chain([vec![0; size_bytes as usize]]).collect();
+        Self { number, spec, size_bytes, may_show }
+    }
+
+    /// Gives whether it was made.
+    async fn run(&self, world: &World, format: Format, cut_then: bool) -> bool {
+        let made = self.make(world, format).await;
+        world.count(|s| s.requests += 1);
+        if made.is_none() || cut_then {
+            world.storage.power_cut();
+            world.count(|s| s.crashes += 1);
+        }
+        let succeeded = matches!(made, Some(Ok(())));
+        match made {
+            Some(Ok(())) => self.check_made(world).await,
+            Some(Err(error)) if !world.errors_allowed() => {
+                world.fail(Invariant::I1, format!("failed to create {}: {error}", self.spec.path));
+            }
+            Some(Err(_)) => {
+                world.count(|s| s.errors += 1);
+                self.check_unfinished(world);
+            }
+            None => self.check_unfinished(world),
+        }
+        succeeded
+    }
+
+    /// Lets the driver make it; `None` if the power was cut meanwhile.
+    async fn make(&self, world: &World, format: Format) -> Option<Result<(), ImageError>> {
+        let size_bytes = self.size_bytes;
+        let host = SimHost::start(&world.kernel, &world.xen, "maker", u64::from(self.number));
+        let node = host.process.node().clone();
+        let entity = power(self.number);
+        world.sim.name_entity(entity, || format!("power, round {}", self.number));
+        let after = world
+            .sim
+            .decide(entity, &CRASH_AT, 0, |d| if d.below(2) == 0 { 0 } else { 1 + d.below(OPERATIONS) });
+        if after > 0 {
+            let (at, own) = (world.storage.ops() + after, node.clone());
+            world.storage.set_hook(Some(Rc::new(move |op| {
+                if op == at {
+                    own.kill();
+                }
+            })));
+        }
+        let ((done, ended), result) = (oneshot(), Rc::new(RefCell::new(None)));
+        let (path, out) = (self.spec.path.clone(), Rc::clone(&result));
+        node.spawn("main", 0, async move {
+            let made = create(&host, format, &path, size_bytes).await;
+            host.closed().await;
+            *out.borrow_mut() = Some(made);
+            let _ = done.send(());
+        });
+        either(node.dead(), ended).await;
+        world.storage.set_hook(None);
+        node.kill();
+        node.dead().await;
+        result.take()
+    }
+
+    /// It is there, empty, and as large as it should be.
+    async fn check_made(&self, world: &World) {
+        match shown(world, &self.spec, None) {
+            Ok(bytes) if bytes.len() as u64 == self.size_bytes && bytes.iter().all(|b| *b == 0) => {}
+            Ok(bytes) => {
+                let (len, wanted) = (bytes.len(), self.size_bytes);
+                let text = format!(
+                    "{} was made of {wanted} zeros, and is of {len} bytes, some others",
+                    self.spec.path
+                );
+                return world.fail(Invariant::I1, text);
+            }
+            Err((invariant, text)) => return world.fail(invariant, format!("{}: {text}", self.spec.path)),
+        }
+        shipped::agree(world, &self.spec, "after it was made").await;
+    }
+
+    /// No half image says that it is one.
+    fn check_unfinished(&self, world: &World) {
+        if !calls_itself_image(world, &self.spec) {
+            return;
+        }
+        let what = match shown(world, &self.spec, None) {
+            Ok(bytes) if self.may_show.contains(&bytes) => return,
+            Ok(bytes) => format!("an image of {} other bytes is there", bytes.len()),
+            Err((_, text)) => text,
+        };
+        let text = format!(
+            "making {} did not succeed, and what it left calls itself an image: {what}",
+            self.spec.path
+        );
+        world.fail(Invariant::I1, text);
+    }
+}
+
+/// As `tap-img create` does: over what is there only once it is known that something is.
+async fn create(host: &SimHost, format: Format, path: &str, size_bytes: u64) -> Result<(), ImageError> {
+    let image = NewImage { size_bytes, ..NewImage::default() };
+    match formats::drivers().create(host, format, path, image.clone()).await {
+        Err(error) if error.errno() == Errno::EEXIST => {
+            let image = NewImage { existing: Some(Vec::new()), ..image };
+            formats::drivers().create(host, format, path, image).await
+        }
+        result => result,
+    }
+}
+
+/// An image of which every cluster is in use.
+fn used_image(model: &dyn FormatModel, size: u64) -> Vec<u8> {
+    let metadata = model.metadata().expect("a format of images that are empty has metadata");
+    let cluster_bits = fitting(&metadata.cluster_bits(), &[12])[0];
+    let shape = ImageShape {
+        cluster_bits,
+        table_bits: fitting(&metadata.table_bits(), &[9])[0],
+        size,
+        backing: None,
+        clusters: (0..size.div_ceil(1 << cluster_bits)).map(|cluster| (cluster, Stored::Plain)).collect(),
+        writer: 1003,
+    };
+    model.make(&shape, &mut PageMap::default())
+}

@@ -1,0 +1,99 @@
+//! What walkers have in common: who owns which space of an image's file.
+
+use super::{Broken, ImageMap};
+use crate::check::{Invariant, Oracle, is_broken};
+use kernel_model::Content;
+
+/// Host space by owner: whole clusters as bits, compressed extents as ranges.
+pub(super) struct Owners {
+    cluster_bits: u32,
+    bits: Vec<u64>,
+    extents: Vec<(u64, u64)>,
+    owned: u64,
+    /// The first cluster behind everything that is owned.
+    end: u64,
+    /// The same in bytes: a table need not fill its clusters.
+    end_bytes: u64,
+}
+
+impl Owners {
+    pub(super) fn new(cluster_bits: u32) -> Self {
+        Self { cluster_bits, bits: Vec::new(), extents: Vec::new(), owned: 0, end: 0, end_bytes: 0 }
+    }
+
+    /// Gives bytes of the file to an owner of their clusters.
+    ///
+    /// # Errors
+    /// They have one.
+    pub(super) fn take(&mut self, offset: u64, len: u64, what: impl Fn() -> String) -> Result<(), Broken> {
+        let first = offset >> self.cluster_bits;
+        let last = (offset + len - 1) >> self.cluster_bits;
+        if (last / 64 + 1) as usize > self.bits.len() {
+            self.bits.resize((last / 64 + 1) as usize, 0);
+        }
+        self.end = self.end.max(last + 1);
+        self.end_bytes = self.end_bytes.max(offset + len);
+        for cluster in first..=last {
+            let (word, bit) = ((cluster / 64) as usize, 1 << (cluster % 64));
+            if self.bits[word] & bit != 0 && !is_broken(Oracle::SharedClusters) {
+                return broken(
+                    Invariant::Q2,
+                    format!("{} lies on host cluster {cluster}, which has another owner", what()),
+                );
+            }
+            self.bits[word] |= bit;
+            self.owned += 1;
+        }
+        Ok(())
+    }
+
+    /// Gives bytes of the file to a compressed cluster. They share clusters with each other, never bytes, and never a
+    /// cluster with anything else.
+    pub(super) fn take_extent(&mut self, offset: u64, len: u64) {
+        self.extents.push((offset, len));
+    }
+
+    /// Tells `map` what nobody owns, and where everything ends.
+    ///
+    /// # Errors
+    /// A compressed extent has bytes or clusters of others.
+    pub(super) fn finish(mut self, content: &Content, map: &mut ImageMap) -> Result<(), Broken> {
+        self.extents.sort_unstable();
+        for pair in self.extents.windows(2) {
+            if pair[0].0 + pair[0].1 > pair[1].0 && !is_broken(Oracle::OverlappingExtents) {
+                return broken(
+                    Invariant::Q2,
+                    format!("compressed extents at {:#x} and {:#x} overlap", pair[0].0, pair[1].0),
+                );
+            }
+        }
+        let mut last_cluster = None;
+        for (offset, len) in std::mem::take(&mut self.extents) {
+            let first = offset >> self.cluster_bits;
+            let end = (offset + len.max(1) - 1) >> self.cluster_bits;
+            for cluster in first..=end {
+                if last_cluster == Some(cluster) {
+                    continue;
+                }
+                last_cluster = Some(cluster);
+                self.take(cluster << self.cluster_bits, 1, || {
+                    format!("the compressed extent at {offset:#x}")
+                })?;
+            }
+        }
+        // After a crash the file may be shorter than what it maps.
+        let clusters = content.size.div_ceil(1 << self.cluster_bits).max(self.end);
+        map.leaked = clusters - self.owned;
+        map.end = self.end_bytes;
+        Ok(())
+    }
+}
+
+pub(super) fn broken<T>(invariant: Invariant, text: String) -> Result<T, Broken> {
+    Err((invariant, text))
+}
+
+/// The entries of a table.
+pub(super) fn be_words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
+    bytes.chunks_exact(8).map(|w| u64::from_be_bytes(w.try_into().expect("eight bytes")))
+}
