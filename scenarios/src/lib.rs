@@ -14,6 +14,7 @@ pub mod guest;
 pub mod hunt;
 pub mod limits;
 pub mod machine;
+mod overseer;
 mod panics;
 pub mod power;
 pub mod program;

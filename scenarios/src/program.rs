@@ -1,5 +1,7 @@
 //! `tapdisk`, the program that ships, in a process of a world.
 
+use crate::overseer::Overseer;
+use crate::world::World;
 use clap::Parser as _;
 use kernel_model::SimHost;
 use std::cell::{Cell, RefCell};
@@ -80,7 +82,13 @@ impl Console for Printed {
 ///
 /// # Panics
 /// When the command line cannot be parsed.
-pub(crate) async fn tapdisk(host: &SimHost, line: &str, tuning: Tuning, said: &Rc<Printed>) -> u8 {
+pub(crate) async fn tapdisk(
+    world: &World,
+    host: &SimHost,
+    line: &str,
+    tuning: Tuning,
+    said: &Rc<Printed>,
+) -> u8 {
     let cli = Cli::try_parse_from(std::iter::once("tapdisk").chain(line.split_whitespace()));
     let cli = cli.unwrap_or_else(|e| panic!("tapdisk {line}: {e}"));
     // As the main does.
@@ -90,7 +98,12 @@ pub(crate) async fn tapdisk(host: &SimHost, line: &str, tuning: Tuning, said: &R
     };
     let host = host.clone().with_run_folder(&folder.to_string_lossy());
     let disks = Disks::new(host.clone(), DISKS_MAX);
-    run(host, cli, tuning, disks, Rc::clone(said) as Rc<dyn Console>).await
+    let overseer = Overseer::start(world, &host, &disks);
+    let status = run(host, cli, tuning, disks, Rc::clone(said) as Rc<dyn Console>).await;
+    if let Some(overseer) = overseer {
+        overseer.end().await;
+    }
+    status
 }
 
 /// An image as an argument of a program: its format is named.

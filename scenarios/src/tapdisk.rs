@@ -114,7 +114,7 @@ impl Machine {
         let (w, h, (done, ended)) = (world.clone(), host.clone(), wait::oneshot());
         host.spawn("main", 0, async move {
             let said = Rc::<Printed>::default();
-            if tapdisk(&h, &line, tuning, &said).await == 0 {
+            if tapdisk(&w, &h, &line, tuning, &said).await == 0 {
                 let text = format!("a second tapdisk served the disk: {}", said.out.take().join("; "));
                 w.fail(Invariant::L1, text);
             }
@@ -183,7 +183,7 @@ impl Machine {
         let heard = Rc::<Heard>::default();
         let (machine, own, all) = (Rc::clone(&self), host.clone(), Rc::clone(&heard));
         let said = Rc::new(Printed::read_by(move |line| machine.heed(&own, &all, line)));
-        let status = tapdisk(&host, &line, tuning, &said).await;
+        let status = tapdisk(&self.world, &host, &line, tuning, &said).await;
         if host.process.node().is_alive() {
             self.ended(&host, &heard, status);
         }

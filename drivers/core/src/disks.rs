@@ -100,7 +100,8 @@ impl<H> Inner<H> {
 impl<H: Time + Tasks + Log + Probe> Inner<H> {
     /// The disk of `name` has changed its state.
     fn note(&self, name: &str) {
-        let is_closed = |open: &mut Open<H>| open.disk.slot().is_closed();
+        let is_closed =
+            |open: &mut Open<H>| open.disk.slot().is_closed() && !self.host.bug(Bug::ClosedListed);
         let closed = self.all.borrow_mut().get_mut(name).and_then(|open| open.take_if(is_closed));
         // Dropped only now: that may call anything.
         drop(closed);
@@ -158,7 +159,7 @@ impl<H: Time + Tasks + Log + Probe> Disks<H> {
 
     /// Completes once there were more than `seen` changes, and returns their number.
     pub async fn watch(&self, seen: u64) -> u64 {
-        if self.0.changes.get() <= seen {
+        if self.0.changes.get() <= seen || self.0.host.bug(Bug::ChangeMissed) {
             self.0.changed.wait().await;
         }
         self.0.changes.get()

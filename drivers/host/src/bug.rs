@@ -85,6 +85,8 @@ list! {
         ExtentsJoined = "a map reports clusters that lie apart in the file as one run",
         GivenUpForgotten = "a request that is dropped half way is no longer waited for",
         LooksUncounted = "a query for extents does not count as a request in flight",
+        ClosedListed = "a disk that is closed stays in the list of its process",
+        ChangeMissed = "a change of the list of disks is missed by whoever was not waiting for it",
         PlaceKept = "the name of a disk that is gone stays taken in its process",
         PauseUnwatched = "a disk counts as paused while requests are in flight",
         ExchangeUnflushed = "what was answered before an exchange need not be durable after it",

@@ -23,6 +23,7 @@ pub mod toolstack;
 use crate::check;
 use crate::front;
 use crate::guest;
+use crate::overseer;
 use crate::power;
 use crate::scenario::Scenario;
 use sim::Label;
@@ -131,6 +132,7 @@ pub static LABELS: &[&Label] = &[
     &guest::FLOOD,
     &guest::TOGETHER,
     &guest::KEYS,
+    &overseer::OVERSEE,
     &guest::NBD_TRICK,
     &guest::NBD_SHAPE,
     &guest::NBD_LIE,

@@ -53,6 +53,8 @@ pub enum Invariant {
     D1,
     /// What layers ask of each other.
     D2,
+    /// The list of a program's disks.
+    D3,
     /// What a tool has made.
     I1,
     /// What a tool says.
@@ -81,7 +83,7 @@ pub enum Invariant {
 
 impl Invariant {
     /// All of them.
-    pub const ALL: [Invariant; 37] = [
+    pub const ALL: [Invariant; 38] = [
         Self::G1,
         Self::G7,
         Self::G9,
@@ -107,6 +109,7 @@ impl Invariant {
         Self::N3,
         Self::D1,
         Self::D2,
+        Self::D3,
         Self::I1,
         Self::I2,
         Self::V1,
@@ -158,6 +161,9 @@ impl Invariant {
             Self::D1 => "a paused disk does nothing, and a closed one takes nothing",
             Self::D2 => {
                 "a layer of a disk is asked only for what it may be asked for, and closed once, when it rests"
+            }
+            Self::D3 => {
+                "the list of a program's disks has no closed one, and whoever watches it misses no change"
             }
             Self::I1 => "what a tool says it has made is there, also after a power cut",
             Self::I2 => "what a tool says of an image is true",

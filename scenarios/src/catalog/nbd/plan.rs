@@ -259,7 +259,8 @@ impl Plan {
     async fn program(self, host: SimHost, said: Rc<Printed>, asks: Rc<RefCell<Vec<Rc<Asks>>>>) {
         let line = self.line();
         loop {
-            let status = tapdisk(&host, &line, self.tuning(&host, Rc::clone(&asks)), &said).await;
+            let tuning = self.tuning(&host, Rc::clone(&asks));
+            let status = tapdisk(&self.world, &host, &line, tuning, &said).await;
             let why = said.err.take().join("; ");
             if status != 0 && why.contains("in use") {
                 continue;
@@ -283,7 +284,7 @@ impl Plan {
         let (world, own) = (self.world.clone(), host.clone());
         host.process.node().spawn("main", 0, async move {
             let said = Rc::<Printed>::default();
-            let status = tapdisk(&own, &line, tuning, &said).await;
+            let status = tapdisk(&world, &own, &line, tuning, &said).await;
             if own.process.node().is_alive() {
                 let why = said.err.take().join("; ");
                 let text = format!("tapdisk {line} ended with status {status}: {why}");

@@ -87,7 +87,7 @@ async fn refuse(world: &World, plan: &Plan, setup: &Setup, own: &Setup) {
     let line = format!("serve {arguments}");
     let own = own.clone();
     within(&host, async move {
-        let status = tapdisk(&h, &line, tuning, &said).await;
+        let status = tapdisk(&w, &h, &line, tuning, &said).await;
         let lines = said.err.take();
         let is_said = |line: &String| line.starts_with("tapdisk: failed to ") && line.contains(text);
         if status != 1 || lines.len() != 1 || !is_said(&lines[0]) {
