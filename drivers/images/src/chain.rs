@@ -22,12 +22,7 @@ pub enum Backing {
     File(ImageFormat),
     /// A node that has the file open already, such as the lease of an image that is being snapshotted. The image that
     /// is opened above closes it.
-    Open {
-        /// The node.
-        node: Rc<dyn Node>,
-        /// Images in its chain, itself included.
-        images: usize,
-    },
+    Open(Rc<dyn Node>),
 }
 
 impl From<ImageFormat> for Backing {

@@ -13,7 +13,7 @@ use crate::format::{CheckReport, Description, Format, FormatInfo, ImageFormat, I
 use crate::io::{ImageFile, is_transient as passes};
 use crate::{ImageError, ImageHost};
 use std::rc::Rc;
-use tap_core::{LocalBoxFuture, Node};
+use tap_core::{LocalBoxFuture, Node, nodes};
 
 /// One format: a row of the registry.
 ///
@@ -238,7 +238,10 @@ impl<H: ImageHost> OpenImage<H> {
         };
         let format = match allowed {
             Some(Backing::File(format)) => format,
-            Some(Backing::Open { node, images }) => {
+            Some(Backing::Open(node)) => {
+                let depth =
+                    |(above, node): &(usize, Rc<dyn Node>)| above + usize::from(node.name().is_some());
+                let images = nodes(Rc::clone(&node)).iter().map(depth).max().unwrap_or(0);
                 self.below_limit(images, &backing)?;
                 return Ok(node);
             }

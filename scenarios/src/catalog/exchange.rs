@@ -64,8 +64,6 @@ struct Chain {
     setup: RefCell<Setup>,
     /// Images below it that the disk wrote to before, and what they held when it was done with them.
     kept: RefCell<Vec<(String, Vec<u8>)>>,
-    /// Images in the chain.
-    images: Cell<usize>,
     /// Numbers new files.
     next: Cell<u32>,
     flush_failed: Cell<bool>,
@@ -78,13 +76,11 @@ struct Chain {
 async fn exchanged(world: World) {
     let limits = StackLimits::draw(&world);
     let setup = Setup::new(&world, world.setting("image", &Kind::all()), 0, DISK_BYTES);
-    let images = 1 + usize::from(setup.is_overlay());
     let chain = Rc::new(Chain {
         world: world.clone(),
         limits,
         setup: RefCell::new(setup),
         kept: RefCell::default(),
-        images: Cell::new(images),
         next: Cell::new(1),
         flush_failed: Cell::new(false),
         exchanges: Cell::default(),
@@ -265,19 +261,18 @@ impl Chain {
         old: Lease,
     ) -> Result<Rc<dyn Node>, ImageError> {
         let setup = self.setup.borrow().clone();
-        let (at, images) = (setup.spec.path.clone(), self.images.get());
+        let at = setup.spec.path.clone();
         let name = at.rsplit('/').next().unwrap_or(&at).to_owned();
         let spec = self.create(host, Kind::mapped(true), Some(name)).await?;
         let path = at.clone();
         let gate = move |path: &str| {
-            let open = Backing::Open { node: Rc::new(old.share()), images };
-            Some(if path == at { open } else { ImageFormat::Probe.into() })
+            let open = || Backing::Open(Rc::new(old.share()));
+            Some(if path == at { open() } else { ImageFormat::Probe.into() })
         };
         let image = self.open(host, memory, &spec, BackingPolicy::Ask(Rc::new(gate))).await?;
         let held = self.world.storage.bytes(&path).unwrap_or_default();
         self.kept.borrow_mut().push((path, held));
         *self.setup.borrow_mut() = setup.above(spec);
-        self.images.set(images + 1);
         Ok(image)
     }
 
@@ -294,7 +289,6 @@ impl Chain {
         let setup = self.setup.borrow().alone(spec);
         *self.setup.borrow_mut() = setup;
         self.kept.borrow_mut().clear();
-        self.images.set(1);
         Ok(image)
     }
 

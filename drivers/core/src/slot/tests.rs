@@ -1,5 +1,6 @@
 use super::*;
 use crate::testing::{Outcome, Pool, Script, read, write};
+use crate::wait::{Sender, oneshot};
 use crate::{Op, Scheduler, SchedulerLimits};
 
 fn slot(pool: &Pool, script: &Script) -> Slot<Pool> {
@@ -129,6 +130,24 @@ fn exchange(
     })
 }
 
+/// Exchanges what is in `slot` for `next` once the sender says so.
+fn slow_exchange(
+    pool: &Pool,
+    slot: &Slot<Pool>,
+    next: &Script,
+) -> (Sender<()>, Outcome<Result<(), ExchangeError<Errno>>>) {
+    let (go, ready) = oneshot();
+    let (slot, next) = (slot.clone(), next.clone());
+    let done = pool.start(async move {
+        let change = async |_| {
+            let _ = ready.await;
+            Ok(Rc::new(next) as Rc<dyn Node>)
+        };
+        slot.exchange(change).await.map(drop)
+    });
+    (go, done)
+}
+
 #[test]
 fn an_exchange_drains_and_flushes_the_old_node_and_what_waits_reaches_the_new_one_in_order() {
     let (pool, old, new) = (Pool::new(), Script::held(), Script::default());
@@ -207,17 +226,7 @@ fn a_paused_slot_stays_paused_after_an_exchange_and_a_resume_waits_for_its_end()
 fn a_close_waits_for_an_exchange_and_closes_the_new_node() {
     let (pool, old, new) = (Pool::new(), Script::default(), Script::default());
     let slot = slot(&pool, &old);
-    let (go, ready) = crate::wait::oneshot::<()>();
-    let done = {
-        let (slot, new) = (slot.clone(), new.clone());
-        pool.start(async move {
-            let change = async |_| {
-                let _ = ready.await;
-                Ok::<_, Errno>(Rc::new(new) as Rc<dyn Node>)
-            };
-            slot.exchange(change).await.map(drop)
-        })
-    };
+    let (go, done) = slow_exchange(&pool, &slot, &new);
     let closed = pool.start(slot.close());
     let drained = exchange(&pool, &slot, Ok(&old));
     assert!(done.get().is_none() && closed.get().is_none());
@@ -232,17 +241,7 @@ fn a_close_waits_for_an_exchange_and_closes_the_new_node() {
 fn a_pause_beside_an_exchange_is_reached_once_that_has_ended() {
     let (pool, old, new) = (Pool::new(), Script::default(), Script::default());
     let slot = slot(&pool, &old);
-    let (go, ready) = crate::wait::oneshot::<()>();
-    let done = {
-        let (slot, new) = (slot.clone(), new.clone());
-        pool.start(async move {
-            let change = async |_| {
-                let _ = ready.await;
-                Ok::<_, Errno>(Rc::new(new) as Rc<dyn Node>)
-            };
-            slot.exchange(change).await.map(drop)
-        })
-    };
+    let (go, done) = slow_exchange(&pool, &slot, &new);
     let paused = pause(&pool, &slot);
     assert!(paused.get().is_none(), "the exchange still does I/O");
     go.send(()).unwrap();

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   client process                                  server process (may be killed and started again)
-//!   Guest ─ [Vbd ─ Scheduler ─] Client ═ stream ═ Server ─ Vbd ─ Scheduler ─ image ─ Storage
+//!   Guest ─ [Slot ─ Scheduler ─] Client ═ stream ═ Server ─ Slot ─ Scheduler ─ image ─ Storage
 //! ```
 
 mod crowd;

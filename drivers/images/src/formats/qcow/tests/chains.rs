@@ -1,15 +1,21 @@
 //! Chains of images: how long they may be, who else may open their files, and that reading changes none of them.
 
 use super::*;
-use crate::ImageSpec;
+use crate::{Backing, ImageSpec};
 use tap_core::ZeroFlags;
 
 /// Makes `count` images, each the backing file of the one before: `/0` is the top.
 fn chain(world: &World, count: usize) {
-    for level in (0..count).rev() {
+    part_of_chain(world, 0..count, None);
+}
+
+/// The same from one number to another; the last is above `below`.
+fn part_of_chain(world: &World, levels: std::ops::Range<usize>, below: Option<&str>) {
+    for level in levels.clone().rev() {
+        let next = (level + 1 < levels.end).then(|| (level + 1).to_string());
         let image = NewImage {
             size_bytes: 4096,
-            backing: (level + 1 < count).then(|| (level + 1).to_string()),
+            backing: next.or(below.map(str::to_owned)),
             existing: None,
             options: layout(9, 6),
         };
@@ -35,6 +41,29 @@ fn sixty_four_images_are_a_chain_and_one_more_is_refused() {
     chain(&world, 65);
     let refused = open_file(&world, "/0", true).err().unwrap().to_string();
     assert!(refused.contains("more than 64 images above /64"), "{refused}");
+}
+
+#[test]
+fn a_chain_that_is_open_already_counts() {
+    for (above, told) in [(24, None), (25, Some("its chain of 65 images would be longer than 64"))] {
+        let world = World::new(1);
+        chain(&world, 40);
+        part_of_chain(&world, 100..100 + above, Some("0"));
+        let open = open_file(&world, "/0", false).unwrap();
+        let gate = move |path: &str| match path {
+            "/0" => Some(Backing::Open(Rc::clone(&open))),
+            _ => Some(QCOW.into()),
+        };
+        let backing = BackingPolicy::Ask(Rc::new(gate));
+        let (host, options) = (world.clone(), OpenOptions { backing, ..OpenOptions::default() });
+        let spec = ImageSpec { format: QCOW, path: "/100".to_owned() };
+        let opened = world.block_on(async move { Formats::shipped().open(&host, &spec, &options).await });
+        match (opened, told) {
+            (Ok(_), None) => {}
+            (Err(error), Some(told)) => assert!(error.to_string().contains(told), "{error}"),
+            (other, _) => panic!("{above} above 40: {:?}", other.map(|node| node.info())),
+        }
+    }
 }
 
 #[test]
