@@ -114,12 +114,7 @@ async fn epoch(chain: &Rc<Chain>, cut: u32) {
         let _ = done.send(());
     });
     either(node.dead(), finished).await;
-    world.storage.set_hook(None);
-    node.kill();
-    node.dead().await;
-    world.storage.power_cut();
-    world.count(|s| s.crashes += 1);
-    setup.history.borrow_mut().power_cut();
+    setup.cut_power(world, &[&node]).await;
     let when = format!("after power cut {}", cut + 1);
     let setup = chain.setup.borrow().clone();
     setup.check(world, &when).await;

@@ -140,11 +140,7 @@ async fn disk_life(world: World) {
         let _ = done.send(());
     });
     either(node.dead(), finished).await;
-    node.kill();
-    node.dead().await;
-    world.storage.power_cut();
-    world.count(|s| s.crashes += 1);
-    setup.history.borrow_mut().power_cut();
+    setup.cut_power(&world, &[&node]).await;
     setup.check(&world, "after the power cut").await;
     if world.verdict.is_broken() {
         return;

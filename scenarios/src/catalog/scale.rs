@@ -166,12 +166,7 @@ async fn without_space(
         return left;
     }
     drop(left);
-    world.storage.set_hook(None);
-    node.kill();
-    node.dead().await;
-    world.storage.power_cut();
-    world.count(|s| s.crashes += 1);
-    setup.history.borrow_mut().power_cut();
+    setup.cut_power(world, &[&node]).await;
     setup.check(world, "after a power cut while there was no space").await;
     None
 }

@@ -201,6 +201,18 @@ impl Setup {
         self.model().has_metadata()
     }
 
+    /// Cuts the power: what runs at `nodes` stops at once, and of the bytes that were not durable any may be left.
+    pub async fn cut_power(&self, world: &World, nodes: &[&Node]) {
+        world.storage.set_hook(None);
+        for node in nodes {
+            node.kill();
+            node.dead().await;
+        }
+        world.storage.power_cut();
+        world.count(|s| s.crashes += 1);
+        self.history.borrow_mut().power_cut();
+    }
+
     /// As [`Setup::check_bytes`], and lets the shipped check look at the image too. Nobody has it open for writing.
     pub async fn check(&self, world: &World, when: &str) {
         self.check_bytes(world, when);

@@ -138,9 +138,13 @@ fn one_that_is_asked_to_stop_is_followed_by_another() {
         let first = Daemon::start(&kernel, &xen, 1, "xen 1/xvda=raw:/a");
         guest.front.connect().await.unwrap();
         guest.write(3, 7).await.unwrap();
+        let listed = first.disks.list().0;
+        let told: Vec<_> = listed.iter().map(|d| (&*d.name, &*d.about, d.state, d.stats.writes)).collect();
+        assert_eq!(told, [("1/xvda", "raw:/a", "running", 1)]);
         first.host.process.ask_to_stop();
         tools.settle().await;
         assert_eq!(*first.status.borrow(), Some(0));
+        assert!(first.disks.list().0.is_empty() && first.disks.reserve("1/xvda").is_ok());
         assert!(first.said().contains("\n1/xvda: left as it is\nmemory: "), "{}", first.said());
         assert_eq!(xen.counts(DomId(0)), Counts::default());
         assert_eq!(tools.back(&guest, "state").await.as_deref(), Some("4"));

@@ -374,14 +374,8 @@ pub(super) async fn within(host: &SimHost, work: impl Future<Output = ()> + 'sta
 
 /// Cuts the power of everything that is in `hosts`.
 pub(super) async fn cut_power(world: &World, setup: &Setup, hosts: &[&SimHost]) {
-    world.storage.set_hook(None);
-    for host in hosts {
-        host.process.node().kill();
-        host.process.node().dead().await;
-    }
-    world.storage.power_cut();
-    setup.history.borrow_mut().power_cut();
-    world.count(|s| s.crashes += 1);
+    let nodes: Vec<_> = hosts.iter().map(|host| host.process.node()).collect();
+    setup.cut_power(world, &nodes).await;
     setup.check(world, "after the power cut").await;
 }
 
