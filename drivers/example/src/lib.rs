@@ -19,7 +19,7 @@
 use std::rc::Rc;
 use tap_core::{LocalBoxFuture, Node};
 use tap_host::{Bug, SECTOR_BYTES};
-use tap_images::map::{Front, Frontier, Geometry, Layout, Mapping};
+use tap_images::map::{Front, Frontier, Geometry, HostOffset, Layout, Mapping};
 use tap_images::{CheckReport, Description, Format, FormatInfo, ImageError, ImageFile, ImageHost};
 use tap_images::{NewImage, OpenImage, OpenOptions, sync_name};
 
@@ -46,11 +46,11 @@ impl Layout for Table {
     type Allocator = Frontier;
 
     fn mapping(entry: u64, _: &Geometry) -> Mapping {
-        if entry == 0 { Mapping::Unmapped } else { Mapping::Plain(entry) }
+        if entry == 0 { Mapping::Unmapped } else { Mapping::Plain(HostOffset(entry)) }
     }
 
-    fn entry(host: u64) -> u64 {
-        host
+    fn entry(host: HostOffset) -> u64 {
+        host.0
     }
 }
 
@@ -62,7 +62,7 @@ fn geometry(size_bytes: u64) -> Result<Geometry, String> {
         return Err(format!("a disk of {size_bytes} bytes is not of {range}"));
     }
     // The root is not in the file.
-    Ok(Geometry { size_bytes, cluster_bits: 12, table_bits: 9, root_at: 0 })
+    Ok(Geometry { size_bytes, cluster_bits: 12, table_bits: 9, root_at: HostOffset(0) })
 }
 
 /// Byte offset of the end of the table.
@@ -88,8 +88,9 @@ async fn read<H: ImageHost>(host: &H, path: &str, how: &OpenOptions) -> Result<F
     let advice = "check that this is the right file";
     let refused = |what| ImageError::Refused { path: path.to_owned(), format: FORMAT.name(), what, advice };
     let geometry = checked.map_err(refused)?;
-    let pages = (0..geometry.root_entries()).map(|page| TABLE_AT + page * geometry.table_bytes()).collect();
-    Ok(Front::new(file, geometry, pages).with_fixed(TABLE_AT, [(0..HEADER_BYTES, "the header")]))
+    let pages = (0..geometry.root_entries()).map(|page| HostOffset(TABLE_AT + page * geometry.table_bytes()));
+    let header = (HostOffset(0)..HostOffset(HEADER_BYTES), "the header");
+    Ok(Front::new(file, geometry, pages.collect()).with_fixed(TABLE_AT, [header]))
 }
 
 async fn create<H: ImageHost>(host: &H, path: &str, image: &NewImage) -> Result<(), ImageError> {

@@ -11,6 +11,7 @@
 //! still possible. In any case each of the guest's clusters keeps the place in the file that such an entry points to
 //! (see [`super::doubt`]), and what is there is one of the allowed versions.
 
+use super::HostOffset;
 use super::Image;
 use super::layout::{Layout, encode_entries};
 use super::table::Table;
@@ -28,19 +29,19 @@ const SECTOR_ENTRIES: usize = SECTOR_BYTES as usize / 8;
 pub(super) struct Commit {
     /// Indices in the table.
     entries: Range<usize>,
-    /// Byte offset of the cluster of the first.
-    host: u64,
+    /// Where the cluster of the first is.
+    host: HostOffset,
     result: Cell<Option<Result<(), Errno>>>,
 }
 
 impl<H: ImageHost, L: Layout> Image<H, L> {
-    /// Maps `entries` of `table` to the clusters from byte `host` on, in the file and then in memory. Runs in a task
+    /// Maps `entries` of `table` to the clusters from `host` on, in the file and then in memory. Runs in a task
     /// that is not dropped half way: a write that lands late would undo a later one.
     pub(super) async fn commit(
         &self,
         table: &Rc<Table>,
         entries: Range<usize>,
-        host: u64,
+        host: HostOffset,
     ) -> Result<(), Errno> {
         let own = Rc::new(Commit { entries, host, result: Cell::new(None) });
         table.pending.borrow_mut().push(Rc::clone(&own));
@@ -99,15 +100,15 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
             let numbers = entries.map(|i| commit.entry::<L>(i, self.geometry.cluster_bytes()));
             encode_entries(&mut buf[at..], numbers);
         }
-        self.file.write(table.offset + span.start as u64 * 8, smallvec![buf]).await.0
+        self.file.write((table.offset + span.start as u64 * 8).0, smallvec![buf]).await.0
     }
 
     /// Enters the table at `offset` in the root, in the file and then in memory.
-    pub(super) async fn write_root(&self, index: usize, offset: u64) -> Result<(), Errno> {
+    pub(super) async fn write_root(&self, index: usize, offset: HostOffset) -> Result<(), Errno> {
         // Two writes of one sector must not cross.
         let _turn = self.root_turn.acquire().await;
         // Where the sectors of the file begin depends on where the table does; it need not be at one of them.
-        let shift = (self.geometry.root_at % SECTOR_BYTES / 8) as usize;
+        let shift = (self.geometry.root_at.0 % SECTOR_BYTES / 8) as usize;
         let start = ((index + shift) / SECTOR_ENTRIES * SECTOR_ENTRIES).saturating_sub(shift);
         let end = (index + shift + 1).next_multiple_of(SECTOR_ENTRIES) - shift;
         let span = start..end.min(self.root.borrow().len());
@@ -120,13 +121,17 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         result
     }
 
-    async fn write_root_span(&self, span: Range<usize>, entry: Option<(usize, u64)>) -> Result<(), Errno> {
+    async fn write_root_span(
+        &self,
+        span: Range<usize>,
+        entry: Option<(usize, HostOffset)>,
+    ) -> Result<(), Errno> {
         let mut buf = self.file.buffer(span.len() * 8).await?;
-        encode_entries(&mut buf, self.root.borrow()[span.clone()].iter().copied());
+        encode_entries(&mut buf, self.root.borrow()[span.clone()].iter().map(|table| table.0));
         if let Some((index, offset)) = entry {
-            encode_entries(&mut buf[(index - span.start) * 8..], [offset]);
+            encode_entries(&mut buf[(index - span.start) * 8..], [offset.0]);
         }
-        self.file.write(self.geometry.root_at + span.start as u64 * 8, smallvec![buf]).await.0
+        self.file.write((self.geometry.root_at + span.start as u64 * 8).0, smallvec![buf]).await.0
     }
 }
 

@@ -6,6 +6,7 @@
 use super::Image;
 use super::layout::Layout;
 use super::space::Allocator;
+use super::{GuestCluster, HostOffset};
 use crate::ImageHost;
 use std::collections::BTreeMap;
 use tap_host::{Bug, Errno, Share};
@@ -20,33 +21,33 @@ pub(crate) const DOUBTS: usize = 1024;
 /// Places whose mapping is in doubt.
 #[derive(Default)]
 pub(super) struct Suspects {
-    /// By first guest cluster: how many, and the byte offset of the first. Some of a run may be mapped by now.
-    runs: BTreeMap<u64, (u64, u64)>,
-    /// Index in the root to byte offset.
-    tables: BTreeMap<usize, u64>,
+    /// By first guest cluster: how many, and where the first is. Some of a run may be mapped by now.
+    runs: BTreeMap<GuestCluster, (u64, HostOffset)>,
+    /// Index in the root to the table's place.
+    tables: BTreeMap<usize, HostOffset>,
     /// Memory of the runs.
     share: Option<Share>,
 }
 
 impl Suspects {
     /// The place in doubt of guest cluster `cluster`, which is not mapped.
-    pub(super) fn place_of(&self, cluster: u64, cluster_bytes: u64) -> Option<u64> {
+    pub(super) fn place_of(&self, cluster: GuestCluster, cluster_bytes: u64) -> Option<HostOffset> {
         let (first, (count, host)) = self.runs.range(..=cluster).next_back()?;
-        (cluster - first < *count).then(|| host + (cluster - first) * cluster_bytes)
+        (cluster - *first < *count).then(|| *host + (cluster - *first) * cluster_bytes)
     }
 
     /// Whether a guest cluster from `first` to `last` may be in doubt.
-    pub(super) fn any(&self, first: u64, last: u64) -> bool {
-        self.runs.range(..=last).next_back().is_some_and(|(at, (count, _))| at + count > first)
+    pub(super) fn any(&self, first: GuestCluster, last: GuestCluster) -> bool {
+        self.runs.range(..=last).next_back().is_some_and(|(at, (count, _))| *at + *count > first)
     }
 
     /// The place in doubt of the table of entry `index` of the root, which has none.
-    pub(super) fn table(&self, index: usize) -> Option<u64> {
+    pub(super) fn table(&self, index: usize) -> Option<HostOffset> {
         self.tables.get(&index).copied()
     }
 
     /// From now on the place at `offset` is for table `index` alone.
-    pub(super) fn suspect_table(&mut self, index: usize, offset: u64) {
+    pub(super) fn suspect_table(&mut self, index: usize, offset: HostOffset) {
         self.tables.insert(index, offset);
     }
 
@@ -57,13 +58,13 @@ impl Suspects {
 
     /// Guest clusters from `first` to before `end` are mapped. What is in doubt is looked up for those only that are
     /// not, so a run loses clusters at its ends alone: one more run would need memory.
-    fn settle(&mut self, first: u64, end: u64, cluster_bytes: u64) {
+    fn settle(&mut self, first: GuestCluster, end: GuestCluster, cluster_bytes: u64) {
         let from = self.runs.range(..first).next_back().map_or(first, |(start, _)| *start);
-        let meet: Vec<(u64, u64, u64)> = self
+        let meet: Vec<(GuestCluster, u64, HostOffset)> = self
             .runs
             .range(from..end)
             .map(|(start, (count, host))| (*start, *count, *host))
-            .filter(|(start, count, _)| start + count > first && !(*start < first && start + count > end))
+            .filter(|(start, count, _)| *start + *count > first && !(*start < first && *start + *count > end))
             .collect();
         for (start, count, host) in meet {
             self.runs.remove(&start);
@@ -89,10 +90,10 @@ impl Suspects {
 }
 
 impl<H: ImageHost, L: Layout> Image<H, L> {
-    /// The byte offset of `clusters` contiguous new clusters, within reach: a crash may take the size of the file back
+    /// Where `clusters` contiguous new clusters begin, within reach: a crash may take the size of the file back
     /// to what it was at open, and what lies further from it than any disk needs is then taken for damage. So a medium
     /// that fails again and again has a disk without space, until the image is opened again.
-    pub(super) fn allocate(&self, clusters: u64) -> Result<u64, Errno> {
+    pub(super) fn allocate(&self, clusters: u64) -> Result<HostOffset, Errno> {
         let mut space = self.space.borrow_mut();
         let len = clusters.checked_mul(self.geometry.cluster_bytes()).ok_or(Errno::ENOSPC)?;
         let host = space.allocate(len)?;
@@ -121,7 +122,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
     }
 
     /// Leaves `count` places from `host` on to the guest clusters from `first` on, whose mapping was tried and failed.
-    pub(super) fn suspect(&self, first: u64, count: usize, host: u64, doubt: Share) {
+    pub(super) fn suspect(&self, first: GuestCluster, count: usize, host: HostOffset, doubt: Share) {
         if self.host.bug(Bug::FailedClusterReused) {
             let mut space = self.space.borrow_mut();
             let len = space.end() - host;
@@ -137,7 +138,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
     }
 
     /// The guest clusters from `first` on are mapped.
-    pub(super) fn settled(&self, first: u64, count: usize) {
+    pub(super) fn settled(&self, first: GuestCluster, count: usize) {
         let mut suspects = self.suspects.borrow_mut();
         suspects.settle(first, first + count as u64, self.geometry.cluster_bytes());
         suspects.fit_share();
@@ -160,22 +161,23 @@ mod tests {
             for (number, (doubt, first, count)) in runs.into_iter().enumerate() {
                 let clusters = first..first + count;
                 if !doubt {
-                    suspects.settle(first, first + count, 1 << 12);
+                    suspects.settle(GuestCluster(first), GuestCluster(first + count), 1 << 12);
                     naive.extend(clusters.map(|cluster| (cluster, 0)));
                 } else if clusters.clone().all(|cluster| !naive.contains_key(&cluster)) {
                     let host = (number as u64 + 1) << 20;
-                    suspects.runs.insert(first, (count, host));
+                    suspects.runs.insert(GuestCluster(first), (count, HostOffset(host)));
                     naive.extend(clusters.map(|cluster| (cluster, host + ((cluster - first) << 12))));
                 }
                 let runs = suspects.runs.len();
                 for cluster in (0..50).filter(|cluster| naive.get(cluster) != Some(&0)) {
-                    prop_assert_eq!(suspects.place_of(cluster, 1 << 12), naive.get(&cluster).copied());
-                    prop_assert_eq!(suspects.any(cluster, cluster), naive.contains_key(&cluster));
+                    let (guest, place) = (GuestCluster(cluster), naive.get(&cluster).copied());
+                    prop_assert_eq!(suspects.place_of(guest, 1 << 12), place.map(HostOffset));
+                    prop_assert_eq!(suspects.any(guest, guest), place.is_some());
                 }
-                suspects.settle(0, 0, 1 << 12);
+                suspects.settle(GuestCluster(0), GuestCluster(0), 1 << 12);
                 prop_assert_eq!(suspects.runs.len(), runs);
             }
-            suspects.settle(0, 50, 1 << 12);
+            suspects.settle(GuestCluster(0), GuestCluster(50), 1 << 12);
             prop_assert!(suspects.runs.is_empty());
         }
     }

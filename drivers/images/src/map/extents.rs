@@ -3,13 +3,14 @@
 use super::Image;
 use super::layout::{Layout, Mapping};
 use super::table::Table;
+use super::{GuestOffset, HostOffset};
 use crate::ImageHost;
 use tap_core::{Extent, Source};
 use tap_host::{Bug, Errno, SECTOR_BYTES, SectorRange};
 
 impl<H: ImageHost, L: Layout> Image<H, L> {
-    /// What the table says of byte `at` of the disk.
-    pub(super) fn mapping_at(&self, table: Option<&Table>, at: u64) -> Result<Mapping, Errno> {
+    /// What the table says of the byte at `at`.
+    pub(super) fn mapping_at(&self, table: Option<&Table>, at: GuestOffset) -> Result<Mapping, Errno> {
         let index = self.split(self.cluster(at)).1;
         match table.map_or(Mapping::Unmapped, |t| t.mapping::<L>(index, &self.geometry)) {
             // An image that was not opened for writing was not looked through.
@@ -21,13 +22,13 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
     /// Calls `look` with each part of a cluster in `len` bytes from `start` on: first byte and length.
     fn each_cluster(
         &self,
-        start: u64,
+        start: GuestOffset,
         len: u64,
-        mut look: impl FnMut(u64, u64) -> Result<(), Errno>,
+        mut look: impl FnMut(GuestOffset, u64) -> Result<(), Errno>,
     ) -> Result<(), Errno> {
         let (mut at, end, cluster_bytes) = (start, start + len, self.geometry.cluster_bytes());
         while at < end {
-            let len = (cluster_bytes - at % cluster_bytes).min(end - at);
+            let len = (cluster_bytes - at.0 % cluster_bytes).min(end - at);
             look(at, len)?;
             at += len;
         }
@@ -37,7 +38,8 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
     /// What `range` is like, from its start on.
     pub(super) async fn extents(&self, range: SectorRange, most: usize) -> Result<Vec<Extent>, Errno> {
         let mut out: Vec<Extent> = Vec::new();
-        for (index, start, len) in self.by_table(range.start.0 * SECTOR_BYTES, range.len_bytes()) {
+        for (index, start, len) in self.by_table(GuestOffset(range.start.0 * SECTOR_BYTES), range.len_bytes())
+        {
             let table = self.table(index).await?;
             let (mut at, end) = (start, start + len as u64);
             while at < end {
@@ -49,7 +51,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
                     // Ends early only when there is no room for more, which ends all of it.
                     Mapping::Unmapped => self.extents_below(at, len, most, &mut out).await?,
                     Mapping::Plain(host) => {
-                        let offset = Some(host + at % self.geometry.cluster_bytes());
+                        let offset = Some(host + at.0 % self.geometry.cluster_bytes());
                         out.push(self.own(len, offset, false));
                     }
                     Mapping::Compressed(_) => out.push(self.own(len, None, true)),
@@ -61,7 +63,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
     }
 
     /// How many bytes from `at` on, before `end`, are mapped in the same way and without a jump.
-    fn mapped_alike(&self, table: Option<&Table>, at: u64, end: u64) -> Result<u64, Errno> {
+    fn mapped_alike(&self, table: Option<&Table>, at: GuestOffset, end: GuestOffset) -> Result<u64, Errno> {
         let cluster_bytes = self.geometry.cluster_bytes();
         let (mut last, mut len) = (None, 0);
         let done = self.each_cluster(at, end - at, |at, part| {
@@ -87,14 +89,14 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
     /// What is seen through `len` unmapped bytes from `start` on.
     async fn extents_below(
         &self,
-        start: u64,
+        start: GuestOffset,
         len: u64,
         most: usize,
         out: &mut Vec<Extent>,
     ) -> Result<(), Errno> {
-        let mut below = self.backing_bytes.saturating_sub(start).min(len) / SECTOR_BYTES;
+        let mut below = self.backing_bytes.saturating_sub(start.0).min(len) / SECTOR_BYTES;
         let nothing = len / SECTOR_BYTES - below;
-        let mut at = start / SECTOR_BYTES;
+        let mut at = start.0 / SECTOR_BYTES;
         if let Some(backing) = &self.backing {
             while below > 0 {
                 if out.len() >= most {
@@ -115,8 +117,9 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
     }
 
     /// So many bytes of this image.
-    fn own(&self, len_bytes: u64, offset: Option<u64>, compressed: bool) -> Extent {
-        let source = Source::Node { name: Some(self.file.name.clone()), offset, compressed };
+    fn own(&self, len_bytes: u64, offset: Option<HostOffset>, compressed: bool) -> Extent {
+        let (name, offset) = (Some(self.file.name.clone()), offset.map(|offset| offset.0));
+        let source = Source::Node { name, offset, compressed };
         Extent { count: len_bytes / SECTOR_BYTES, source, zero: false, allocated: true }
     }
 }

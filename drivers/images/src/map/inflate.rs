@@ -63,8 +63,8 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         let buf = self.file.buffer(run.len as usize).await.map_err(Unreadable::Failed)?;
         let bufs = smallvec![buf];
         let (result, bufs) = match patiently {
-            true => self.file.read_patiently(run.offset, bufs).await,
-            false => self.file.read(run.offset, bufs).await,
+            true => self.file.read_patiently(run.offset.0, bufs).await,
+            false => self.file.read(run.offset.0, bufs).await,
         };
         result.map_err(Unreadable::Failed)?;
         let mut inflater = self.inflater.borrow_mut();

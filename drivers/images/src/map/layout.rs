@@ -1,6 +1,6 @@
 //! What a format says of its tables.
 
-use super::Allocator;
+use super::{Allocator, HostOffset};
 
 /// Where things are in an image of two levels of tables.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -11,9 +11,9 @@ pub struct Geometry {
     pub cluster_bits: u32,
     /// Tables have 2^n entries.
     pub table_bits: u32,
-    /// Byte offset of the root in the file. Where all tables are at fixed places there is none in the file, and nothing
-    /// is written there.
-    pub root_at: u64,
+    /// Where the root is in the file. Where all tables are at fixed places there is none in the file, and nothing is
+    /// written there.
+    pub root_at: HostOffset,
 }
 
 /// Bytes of an entry of a table, and of the root.
@@ -40,8 +40,8 @@ impl Geometry {
     pub fn root_entries(&self) -> u64 {
         self.size_bytes.div_ceil(self.table_span())
     }
-    /// Byte offset of the end of the root in the file.
-    pub fn root_end(&self) -> u64 {
+    /// Where the root ends in the file.
+    pub fn root_end(&self) -> HostOffset {
         self.root_at + self.root_entries() * ENTRY_BYTES
     }
     /// Clusters of the disk.
@@ -51,10 +51,10 @@ impl Geometry {
 
     /// Above every byte that an image can use, when `file_bytes` of its file are used or lost: no crash leaves a
     /// reference further out.
-    pub(super) fn reach(&self, file_bytes: u64) -> u64 {
+    pub(super) fn reach(&self, file_bytes: u64) -> HostOffset {
         let tables = self.root_entries() * self.table_bytes().next_multiple_of(self.cluster_bytes());
         let all = self.clusters() * self.cluster_bytes() + tables + (1 << 20);
-        file_bytes.max(self.root_end()).saturating_add(all)
+        HostOffset(file_bytes.max(self.root_end().0).saturating_add(all))
     }
 }
 
@@ -63,8 +63,8 @@ impl Geometry {
 pub enum Mapping {
     /// Nothing: the backing file shows, or zeros.
     Unmapped,
-    /// Byte offset of the cluster in the file.
-    Plain(u64),
+    /// Where the cluster is in the file.
+    Plain(HostOffset),
     /// It is held compressed.
     Compressed(Compressed),
 }
@@ -72,8 +72,8 @@ pub enum Mapping {
 /// A run of compressed bytes: raw deflate of one cluster.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Compressed {
-    /// Byte offset in the file.
-    pub offset: u64,
+    /// Where they begin in the file.
+    pub offset: HostOffset,
     /// Length in bytes.
     pub len: u64,
 }
@@ -88,8 +88,8 @@ pub trait Layout: 'static {
     /// What an entry of a table says.
     fn mapping(entry: u64, geometry: &Geometry) -> Mapping;
 
-    /// The entry that maps a whole cluster to the one at byte `host` of the file.
-    fn entry(host: u64) -> u64;
+    /// The entry that maps a whole cluster to the one at `host` in the file.
+    fn entry(host: HostOffset) -> u64;
 }
 
 /// Big-endian entries as numbers.
@@ -112,12 +112,13 @@ mod tests {
     #[test]
     fn a_disk_that_is_full_lies_within_reach() {
         for (cluster_bits, table_bits) in [(16, 6), (9, 13), (12, 9)] {
-            let geometry = Geometry { size_bytes: 4 << 30, cluster_bits, table_bits, root_at: 4096 };
+            let geometry =
+                Geometry { size_bytes: 4 << 30, cluster_bits, table_bits, root_at: HostOffset(4096) };
             let cluster = geometry.cluster_bytes();
-            let front = geometry.root_end().next_multiple_of(cluster);
+            let front = geometry.root_end().0.next_multiple_of(cluster);
             let tables = geometry.root_entries() * geometry.table_bytes().next_multiple_of(cluster);
             let end = front + tables + geometry.clusters() * cluster;
-            assert!(end <= geometry.reach(geometry.root_end()), "{cluster_bits} {table_bits}");
+            assert!(end <= geometry.reach(geometry.root_end().0).0, "{cluster_bits} {table_bits}");
         }
     }
 }

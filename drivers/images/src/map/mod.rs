@@ -25,6 +25,7 @@
 //! | module | what |
 //! |---|---|
 //! | `layout` | geometry, what an entry says |
+//! | `offset` | places on the disk and in the file, told apart by their types |
 //! | `open` | from what a format has read to a disk, or to what a check says |
 //! | `table` | tables in memory, loaded once |
 //! | `commit` | writing mappings, several at a time |
@@ -38,6 +39,7 @@ mod doubt;
 mod extents;
 mod inflate;
 mod layout;
+mod offset;
 mod open;
 mod owners;
 mod read;
@@ -48,6 +50,7 @@ mod write;
 mod zero;
 
 pub use layout::{Compressed, Geometry, Layout, Mapping, decode_entries};
+pub use offset::{GuestCluster, GuestOffset, HostOffset};
 pub use open::{Front, Surveyed};
 pub use space::{Allocator, Frontier};
 
@@ -80,10 +83,10 @@ pub struct MappedDisk<H: ImageHost, L: Layout> {
 struct Parts<H: ImageHost, L: Layout> {
     file: ImageFile<H>,
     geometry: Geometry,
-    /// No reference may reach further: byte offset in the file.
-    reach: u64,
-    /// Byte offsets of tables; 0 where there is none.
-    root: Vec<u64>,
+    /// No reference may reach further.
+    reach: HostOffset,
+    /// Where the tables are; 0 where there is none.
+    root: Vec<HostOffset>,
     memory: ImageStages,
     cache: Cache,
     space: L::Allocator,
@@ -95,9 +98,9 @@ struct Image<H: ImageHost, L: Layout> {
     host: H,
     file: ImageFile<H>,
     geometry: Geometry,
-    reach: u64,
-    /// Byte offsets of tables, as published.
-    root: RefCell<Vec<u64>>,
+    reach: HostOffset,
+    /// Where the tables are, as published.
+    root: RefCell<Vec<HostOffset>>,
     root_turn: Semaphore,
     memory: ImageStages,
     cache: RefCell<Cache>,
@@ -119,21 +122,21 @@ impl<H: ImageHost, L: Layout> MappedDisk<H, L> {
     fn execute(
         image: Rc<Image<H, L>>,
         op: Op,
-        start: u64,
+        start: GuestOffset,
         len: u64,
         bufs: IoVec,
     ) -> LocalBoxFuture<Response> {
         match op {
             Op::Read => Box::pin(async move {
                 if let Some(offset) = image.cached_extent(start, len) {
-                    let (result, bufs) = image.file.read(offset, bufs).await;
+                    let (result, bufs) = image.file.read(offset.0, bufs).await;
                     return Response { result, bufs };
                 }
                 Box::pin(image.read(start, bufs)).await
             }),
             Op::Write => Box::pin(async move {
                 if let Some(offset) = image.cached_extent(start, len) {
-                    let (result, bufs) = image.file.write(offset, bufs).await;
+                    let (result, bufs) = image.file.write(offset.0, bufs).await;
                     return Response { result, bufs };
                 }
                 Box::pin(image.write(start, bufs)).await
@@ -157,7 +160,8 @@ impl<H: ImageHost, L: Layout> Node for MappedDisk<H, L> {
             Ok(image) => image,
             Err(e) => return Box::pin(std::future::ready(Response { result: Err(e), bufs: request.bufs })),
         };
-        let (start, len) = (request.range.start.0 * SECTOR_BYTES, request.range.len_bytes());
+        let start = GuestOffset(request.range.start.0 * SECTOR_BYTES);
+        let len = request.range.len_bytes();
         if !request.fua {
             return Self::execute(image, request.op, start, len, request.bufs);
         }
@@ -232,7 +236,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
 
     /// Where `len` bytes of the disk from `start` on are in the file, if they are in one piece, uncompressed, and
     /// their table is in memory.
-    fn cached_extent(&self, start: u64, len: u64) -> Option<u64> {
+    fn cached_extent(&self, start: GuestOffset, len: u64) -> Option<HostOffset> {
         let (first, last) = (self.cluster(start), self.cluster(start + len.checked_sub(1)?));
         let (index, at) = self.split(first);
         if self.split(last).0 != index {
@@ -246,9 +250,9 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
             return None;
         }
         let cluster_bytes = self.geometry.cluster_bytes();
-        let mut places = (host..).step_by(cluster_bytes as usize).map(L::entry);
-        let contiguous = entries[at..=at + (last - first) as usize].iter().all(|e| Some(*e) == places.next());
-        contiguous.then_some(host + start % cluster_bytes)
+        let run = &entries[at..=at + (last - first) as usize];
+        let contiguous = (0..).zip(run).all(|(n, entry)| *entry == L::entry(host + n * cluster_bytes));
+        contiguous.then_some(host + start.0 % cluster_bytes)
     }
 
     async fn flush(&self) -> Result<(), Errno> {
@@ -273,35 +277,44 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
 
     async fn reach_frontier(&self) -> Result<(), Errno> {
         let frontier = self.space.borrow().end();
-        if !self.file.info.block_device && self.file.size().await? < frontier {
-            self.file.set_size(frontier).await?;
+        if !self.file.info.block_device && self.file.size().await? < frontier.0 {
+            self.file.set_size(frontier.0).await?;
         }
         Ok(())
     }
 
-    /// The cluster that holds byte `at` of the disk.
-    fn cluster(&self, at: u64) -> u64 {
-        at >> self.geometry.cluster_bits
+    /// The cluster that holds the byte at `at`.
+    fn cluster(&self, at: GuestOffset) -> GuestCluster {
+        GuestCluster(at.0 >> self.geometry.cluster_bits)
+    }
+
+    /// Where `cluster` begins on the disk.
+    fn start_of(&self, cluster: GuestCluster) -> GuestOffset {
+        GuestOffset(cluster.0 << self.geometry.cluster_bits)
     }
 
     /// Index in the root, and index in the table, of a cluster.
-    fn split(&self, cluster: u64) -> (usize, usize) {
+    fn split(&self, cluster: GuestCluster) -> (usize, usize) {
         let bits = self.geometry.table_bits;
-        ((cluster >> bits) as usize, (cluster & ((1 << bits) - 1)) as usize)
+        ((cluster.0 >> bits) as usize, (cluster.0 & ((1 << bits) - 1)) as usize)
     }
 
     /// Whether the backing file has bytes for the disk from byte `start` on.
-    fn backing_shows(&self, start: u64) -> bool {
-        self.backing.is_some() && start < self.backing_bytes
+    fn backing_shows(&self, start: GuestOffset) -> bool {
+        self.backing.is_some() && start.0 < self.backing_bytes
     }
 
     /// Cuts `len` bytes from `start` on where one table ends and the next begins: index in the root, start, length.
-    fn by_table(&self, start: u64, len: u64) -> impl Iterator<Item = (usize, u64, usize)> + use<H, L> {
+    fn by_table(
+        &self,
+        start: GuestOffset,
+        len: u64,
+    ) -> impl Iterator<Item = (usize, GuestOffset, usize)> + use<H, L> {
         let (span, end) = (self.geometry.table_span(), start + len);
         let mut at = start;
         std::iter::from_fn(move || {
-            let (index, from) = (at / span, at);
-            at = end.min((index + 1).saturating_mul(span));
+            let (index, from) = (at.0 / span, at);
+            at = end.min(GuestOffset((index + 1).saturating_mul(span)));
             (from < end).then_some((index as usize, from, (at - from) as usize))
         })
     }

@@ -10,7 +10,7 @@
 use super::owners::Owners;
 use super::table::{cache_bytes, table_cost};
 use super::walk::{Stopped, Walked, walk};
-use super::{Cache, DOUBTS, Frontier, Geometry, Image, Layout, MappedDisk, Parts, SUSPECT_BYTES};
+use super::{Cache, DOUBTS, Frontier, Geometry, HostOffset, Image, Layout, MappedDisk, Parts, SUSPECT_BYTES};
 use crate::io::ImageFile;
 use crate::memory::ImageStages;
 use crate::{CheckReport, Description, Format, ImageError, ImageHost, OpenImage};
@@ -24,10 +24,10 @@ use tap_host::{Bug, Errno, Mark, SECTOR_BYTES};
 pub struct Front<H: ImageHost, L: Layout> {
     file: ImageFile<H>,
     geometry: Geometry,
-    /// Byte offsets of the tables; 0 where there is none.
-    root: Vec<u64>,
-    /// What belongs to the format itself: ranges of bytes in the file, and names.
-    fixed: Vec<(Range<u64>, &'static str)>,
+    /// Where the tables are; 0 where there is none.
+    root: Vec<HostOffset>,
+    /// What belongs to the format itself: ranges of the file, and names.
+    fixed: Vec<(Range<HostOffset>, &'static str)>,
     /// What comes before all tables and clusters, in bytes.
     front_bytes: u64,
     layout: PhantomData<L>,
@@ -46,18 +46,18 @@ pub struct Surveyed<H: ImageHost, L: Layout> {
 const FRONT_ALIGN: u64 = 4096;
 
 impl<H: ImageHost, L: Layout<Allocator = Frontier>> Front<H, L> {
-    /// Of an image in `file`, which is open and locked. `root` has the byte offsets of its tables, as many as the
+    /// Of an image in `file`, which is open and locked. `root` says where its tables are, as many as the
     /// geometry says; 0 where there is none.
-    pub fn new(file: ImageFile<H>, geometry: Geometry, root: Vec<u64>) -> Self {
+    pub fn new(file: ImageFile<H>, geometry: Geometry, root: Vec<HostOffset>) -> Self {
         Self { file, geometry, root, fixed: Vec::new(), front_bytes: 0, layout: PhantomData }
     }
 
-    /// With ranges of bytes in the file that belong to the format itself, and what each is called in messages.
+    /// With ranges of the file that belong to the format itself, and what each is called in messages.
     /// `front_bytes` are before all tables and clusters.
     pub fn with_fixed(
         mut self,
         front_bytes: u64,
-        fixed: impl IntoIterator<Item = (Range<u64>, &'static str)>,
+        fixed: impl IntoIterator<Item = (Range<HostOffset>, &'static str)>,
     ) -> Self {
         self.fixed.extend(fixed);
         Self { front_bytes, ..self }
@@ -97,7 +97,7 @@ impl<H: ImageHost, L: Layout<Allocator = Frontier>> Front<H, L> {
             self.reach_all(host, end, frontier).await.map_err(ImageError::io("lengthen", path))?;
             (cache, frontier)
         } else {
-            (Cache::new(self.root.len(), &self.geometry, options.table_bytes), 0)
+            (Cache::new(self.root.len(), &self.geometry, options.table_bytes), HostOffset(0))
         };
         let info = self.file.info;
         let space = Frontier::new(frontier, info.block_device.then_some(info.size_bytes));
@@ -116,7 +116,7 @@ impl<H: ImageHost, L: Layout<Allocator = Frontier>> Front<H, L> {
         let mut owners = self.owners(&memory);
         let root = self.root.clone();
         // Without what is below: only this file is checked.
-        let (cache, space) = (Cache::new(0, &geometry, 0), Frontier::new(0, None));
+        let (cache, space) = (Cache::new(0, &geometry, 0), Frontier::new(HostOffset(0), None));
         let image = Surveyed { front: self, memory, cache, space, read_only: true }.into_image(host, None);
         let checked = image.check(&root, &mut owners, &mut report).await;
         checked.map_err(|(action, error)| ImageError::io(action, path)(error))?;
@@ -126,7 +126,7 @@ impl<H: ImageHost, L: Layout<Allocator = Frontier>> Front<H, L> {
         let front = front_bytes.next_multiple_of(FRONT_ALIGN.max(bytes));
         // A device goes on behind what is in use.
         let there = if info.block_device { 0 } else { info.size_bytes };
-        report.leaked_clusters = there.max(owners.end).saturating_sub(front + used).div_ceil(bytes);
+        report.leaked_clusters = there.max(owners.end.0).saturating_sub(front + used).div_ceil(bytes);
         Ok(report)
     }
 
@@ -146,12 +146,12 @@ impl<H: ImageHost, L: Layout<Allocator = Frontier>> Front<H, L> {
     }
 
     /// Where new clusters may go, with `end` as the end of the last thing that is referred to.
-    fn frontier(&self, host: &H, end: u64) -> u64 {
+    fn frontier(&self, host: &H, end: HostOffset) -> HostOffset {
         let info = &self.file.info;
         // A device has no end of its own: what is behind the last reference is free, and holds anything.
         let goes_on = info.block_device || host.bug(Bug::FrontierFromLastL1);
-        let end = if goes_on { end } else { end.max(info.size_bytes) };
-        end.next_multiple_of(self.geometry.cluster_bytes())
+        let end = if goes_on { end.0 } else { end.0.max(info.size_bytes) };
+        HostOffset(end.next_multiple_of(self.geometry.cluster_bytes()))
     }
 
     /// A crash may have left references to what lies behind the end of the file. The file gets as long as they are,
@@ -161,15 +161,15 @@ impl<H: ImageHost, L: Layout<Allocator = Frontier>> Front<H, L> {
     /// It gets nearly as long first. Who dies before that is durable, or is told of an error although it has happened,
     /// leaves a file that is still too short for its references, so that the next one begins anew. It ends between two
     /// sectors then: what is written there later has no sector of which a part is behind the end.
-    async fn reach_all(&mut self, host: &H, end: u64, frontier: u64) -> Result<(), Errno> {
+    async fn reach_all(&mut self, host: &H, end: HostOffset, frontier: HostOffset) -> Result<(), Errno> {
         let info = &mut self.file.info;
-        if info.block_device || end <= info.size_bytes || host.bug(Bug::SizeBehind) {
+        if info.block_device || end.0 <= info.size_bytes || host.bug(Bug::SizeBehind) {
             return Ok(());
         }
-        let nearly = ((end - 1) / SECTOR_BYTES * SECTOR_BYTES).max(info.size_bytes);
-        info.size_bytes = frontier;
+        let nearly = ((end.0 - 1) / SECTOR_BYTES * SECTOR_BYTES).max(info.size_bytes);
+        info.size_bytes = frontier.0;
         host.mark(Mark::SizeRecovered);
-        for size in [nearly, frontier] {
+        for size in [nearly, frontier.0] {
             self.file.set_size(size).await?;
             // One that fails otherwise is remembered: no flush of this file succeeds any more, and so none promises
             // what is written there. After this one nothing was given up, and nothing is remembered.

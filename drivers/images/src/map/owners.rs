@@ -9,6 +9,7 @@
 //! Opening for writing walks to find the end of what is used; `check` walks to report. Problems go to a [`Report`] that
 //! decides whether to go on. Memory grows with what is mapped, one bit per cluster, as long as the budget has room.
 
+use super::HostOffset;
 use super::bits::{Bits, Taken};
 use super::layout::{Compressed, Geometry, Layout, Mapping};
 use std::marker::PhantomData;
@@ -52,13 +53,13 @@ pub(crate) struct Owners<L: Layout> {
     geometry: Geometry,
     file_bytes: u64,
     /// No reference may reach further.
-    reach: u64,
+    reach: HostOffset,
     /// What is no cluster, by offset.
-    tables: Vec<(Range<u64>, Owner)>,
+    tables: Vec<(Range<HostOffset>, Owner)>,
     plain: Bits,
     compressed: Bits,
     /// The highest end of anything that is referenced.
-    pub(crate) end: u64,
+    pub(crate) end: HostOffset,
     /// Plain clusters that are mapped.
     pub(crate) plain_clusters: u64,
     /// Compressed clusters that are mapped.
@@ -72,8 +73,8 @@ impl<L: Layout> Owners<L> {
     /// For a file of `file_bytes`, in which the ranges of `fixed` belong to what their names say.
     pub(crate) fn new(
         geometry: Geometry,
-        (file_bytes, reach): (u64, u64),
-        fixed: impl IntoIterator<Item = (Range<u64>, &'static str)>,
+        (file_bytes, reach): (u64, HostOffset),
+        fixed: impl IntoIterator<Item = (Range<HostOffset>, &'static str)>,
         memory: &Stage,
     ) -> Self {
         let fixed = fixed.into_iter().map(|(range, name)| (range, Owner::Fixed(name)));
@@ -84,7 +85,7 @@ impl<L: Layout> Owners<L> {
             reach,
             plain: Bits::new(memory),
             compressed: Bits::new(memory),
-            end: tables.iter().map(|t| t.0.end).max().unwrap_or(0),
+            end: tables.iter().map(|t| t.0.end).max().unwrap_or_default(),
             tables,
             plain_clusters: 0,
             compressed_clusters: 0,
@@ -94,18 +95,24 @@ impl<L: Layout> Owners<L> {
     }
 
     /// Takes the root. Gives the indices and offsets of the tables that can be read, by offset.
-    pub(crate) fn take_root(&mut self, root: &[u64], report: &mut impl Report) -> Option<Vec<(usize, u64)>> {
-        for (index, offset) in root.iter().copied().enumerate().filter(|(_, offset)| *offset != 0) {
-            let end = offset.checked_add(self.geometry.table_bytes()).filter(|end| *end <= self.reach);
+    pub(crate) fn take_root(
+        &mut self,
+        root: &[HostOffset],
+        report: &mut impl Report,
+    ) -> Option<Vec<(usize, HostOffset)>> {
+        for (index, offset) in root.iter().copied().enumerate().filter(|(_, at)| *at != HostOffset(0)) {
+            let end = offset.0.checked_add(self.geometry.table_bytes()).map(HostOffset);
+            let end = end.filter(|end| *end <= self.reach);
             match end {
-                Some(end) if offset.is_multiple_of(512) => {
+                Some(end) if offset.0.is_multiple_of(512) => {
                     self.end = self.end.max(end);
                     self.tables.push((offset..end, Owner::Table(index)));
                 }
                 _ => {
                     let table = L::TABLE;
                     let what = format!(
-                        "{table} {index} at byte {offset} is misplaced or far past the end of the file"
+                        "{table} {index} at byte {} is misplaced or far past the end of the file",
+                        offset.0
                     );
                     if !report.problem(what) {
                         return None;
@@ -152,16 +159,16 @@ impl<L: Layout> Owners<L> {
 
     /// Takes the run of contiguous clusters that `entries` begin with. Gives how many entries that was, and what is
     /// wrong with the last of them. Images that were filled in order are all runs.
-    fn take_plain(&mut self, offset: u64, entries: &[u64]) -> (usize, Option<&'static str>) {
+    fn take_plain(&mut self, offset: HostOffset, entries: &[u64]) -> (usize, Option<&'static str>) {
         let bytes = self.geometry.cluster_bytes();
-        let fits = self.reach.saturating_sub(offset) / bytes;
-        if !offset.is_multiple_of(bytes) || fits == 0 {
+        let fits = self.reach.0.saturating_sub(offset.0) / bytes;
+        if !offset.0.is_multiple_of(bytes) || fits == 0 {
             return (1, Some("is misplaced or far past the end of the file"));
         }
-        let places = (offset..).step_by(bytes as usize).take(fits as usize);
+        let places = (0..fits).map(|n| offset + n * bytes);
         let alike = entries.iter().zip(places).take_while(|(entry, place)| **entry == L::entry(*place));
         let count = alike.count();
-        let (count, problem) = match self.plain.set(offset / bytes, count as u64) {
+        let (count, problem) = match self.plain.set(offset.0 / bytes, count as u64) {
             Ok(()) => (count, None),
             Err((before, taken)) => (before as usize + 1, Some(taken.text())),
         };
@@ -172,14 +179,16 @@ impl<L: Layout> Owners<L> {
 
     fn take_compressed(&mut self, run: Compressed) -> Result<(), &'static str> {
         let end = run.offset + run.len;
-        if run.len == 0 || end > self.file_bytes {
+        if run.len == 0 || end.0 > self.file_bytes {
             return Err("is compressed and not inside the file");
         }
         let at = self.tables.partition_point(|t| t.0.end <= run.offset);
         if self.tables.get(at).is_some_and(|t| t.0.start < end) {
             return Err("is compressed and overlaps a table");
         }
-        for unit in run.offset / self.geometry.cluster_bytes()..end.div_ceil(self.geometry.cluster_bytes()) {
+        for unit in
+            run.offset.0 / self.geometry.cluster_bytes()..end.0.div_ceil(self.geometry.cluster_bytes())
+        {
             match self.compressed.set(unit, 1) {
                 Ok(()) => self.compressed_units += 1,
                 // Compressed runs may share.
@@ -201,7 +210,8 @@ impl<L: Layout> Owners<L> {
             return None;
         }
         for table in &self.tables {
-            let hit = (table.0.start / bytes..table.0.end.div_ceil(bytes)).find(|unit| self.plain.has(*unit));
+            let hit =
+                (table.0.start.0 / bytes..table.0.end.0.div_ceil(bytes)).find(|unit| self.plain.has(*unit));
             if let Some(unit) = hit
                 && !report.problem(format!(
                     "{} and the cluster at byte {} overlap",

@@ -3,6 +3,7 @@
 use super::Image;
 use super::layout::{Compressed, Layout, Mapping};
 use super::table::Table;
+use super::{GuestOffset, HostOffset};
 use crate::ImageHost;
 use crate::carve::Carver;
 use crate::memory::{PART_BYTES, buffers, take_some};
@@ -15,8 +16,8 @@ use tap_host::{Bug, Errno, IoVec, SECTOR_BYTES, SectorRange, Share, copy_from_sl
 /// Where bytes of the disk come from.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Source {
-    /// Byte offset in the file.
-    File(u64),
+    /// From there on in the file.
+    File(HostOffset),
     /// The same place of the backing file.
     Backing,
     Zeros,
@@ -24,10 +25,10 @@ enum Source {
     Compressed(Compressed, usize),
 }
 
-/// `len` bytes from byte `start` of the disk on.
+/// `len` bytes of the disk from `start` on.
 #[derive(Clone, Copy)]
 struct Piece {
-    start: u64,
+    start: GuestOffset,
     len: usize,
     source: Source,
 }
@@ -51,7 +52,7 @@ impl Piece {
 }
 
 impl<H: ImageHost, L: Layout> Image<H, L> {
-    pub(super) async fn read(&self, start: u64, bufs: IoVec) -> Response {
+    pub(super) async fn read(&self, start: GuestOffset, bufs: IoVec) -> Response {
         let len = tap_host::bytes_of(&bufs) as u64;
         let (pieces, mut covered) = match self.pieces(start, len).await {
             Ok(found) => found,
@@ -78,8 +79,13 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         Response { result, bufs: carver.finish() }
     }
 
-    /// Reads `pieces` of a request that starts at byte `start`, as many at once as there is memory for.
-    async fn read_pieces(&self, start: u64, pieces: Pieces, carver: &mut Carver) -> Result<(), Errno> {
+    /// Reads `pieces` of a request that starts at `start`, as many at once as there is memory for.
+    async fn read_pieces(
+        &self,
+        start: GuestOffset,
+        pieces: Pieces,
+        carver: &mut Carver,
+    ) -> Result<(), Errno> {
         let at = |piece: &Piece| (piece.start - start) as usize;
         let mut left: VecDeque<Piece> = pieces.into_iter().collect();
         while !left.is_empty() {
@@ -114,7 +120,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
     }
 
     /// Where the first of `len` bytes from `start` on come from, and how many of them that is.
-    async fn pieces(&self, start: u64, len: u64) -> Result<(Pieces, u64), Errno> {
+    async fn pieces(&self, start: GuestOffset, len: u64) -> Result<(Pieces, u64), Errno> {
         let mut pieces = Pieces::new();
         for (index, start, len) in self.by_table(start, len) {
             match self.table(index).await? {
@@ -130,13 +136,13 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
     }
 
     /// Appends where bytes of one table come from, until there are [`MAX_PIECES`].
-    fn map(&self, table: &Table, start: u64, len: usize, pieces: &mut Pieces) {
+    fn map(&self, table: &Table, start: GuestOffset, len: usize, pieces: &mut Pieces) {
         let cluster_bytes = self.geometry.cluster_bytes();
         let end = start + len as u64;
         let mut at = start;
         let most = if self.host.bug(Bug::PiecesUnbounded) { usize::MAX } else { MAX_PIECES };
         while at < end && pieces.len() < most {
-            let within = at % cluster_bytes;
+            let within = at.0 % cluster_bytes;
             let len = (cluster_bytes - within).min(end - at) as usize;
             let index = self.split(self.cluster(at)).1;
             match table.mapping::<L>(index, &self.geometry) {
@@ -149,9 +155,9 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         self.host.work((at - start).div_ceil(cluster_bytes));
     }
 
-    fn unmapped(&self, start: u64, len: usize, pieces: &mut Pieces) {
+    fn unmapped(&self, start: GuestOffset, len: usize, pieces: &mut Pieces) {
         let below = match &self.backing {
-            Some(_) => self.backing_bytes.saturating_sub(start).min(len as u64) as usize,
+            Some(_) => self.backing_bytes.saturating_sub(start.0).min(len as u64) as usize,
             None => 0,
         };
         append(pieces, start, below, Source::Backing);
@@ -162,7 +168,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         match piece.source {
             // An image that was not opened for writing was not looked through.
             Source::File(offset) if offset > self.reach => (Err(Errno::EIO), bufs),
-            Source::File(offset) => self.file.read(offset, bufs).await,
+            Source::File(offset) => self.file.read(offset.0, bufs).await,
             Source::Backing => self.read_backing(piece.start, bufs).await,
             Source::Zeros => {
                 bufs.iter_mut().for_each(|b| b.fill(0));
@@ -179,10 +185,10 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
     }
 
     /// Reads whole sectors that the backing file has.
-    async fn read_backing(&self, start: u64, bufs: IoVec) -> (Result<(), Errno>, IoVec) {
+    async fn read_backing(&self, start: GuestOffset, bufs: IoVec) -> (Result<(), Errno>, IoVec) {
         let Some(backing) = &self.backing else { return (Err(Errno::EIO), bufs) };
         let sectors = tap_host::bytes_of(&bufs) as u64 / SECTOR_BYTES;
-        let range = SectorRange::new(start / SECTOR_BYTES, sectors as u32);
+        let range = SectorRange::new(start.0 / SECTOR_BYTES, sectors as u32);
         let response = backing.submit(Request::read(range, bufs)).await;
         (response.result, response.bufs)
     }
@@ -191,7 +197,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
     pub(super) async fn shown(
         &self,
         table: &Table,
-        start: u64,
+        start: GuestOffset,
         len: usize,
         share: &mut Share,
     ) -> Result<IoVec, Errno> {
@@ -209,7 +215,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
 }
 
 /// Adds a piece, to the last one if it goes on where that ends.
-fn append(pieces: &mut Pieces, start: u64, len: usize, source: Source) {
+fn append(pieces: &mut Pieces, start: GuestOffset, len: usize, source: Source) {
     if len == 0 {
         return;
     }

@@ -1,24 +1,25 @@
 //! Where new clusters go.
 
+use super::HostOffset;
 use std::collections::BTreeMap;
 use tap_host::Errno;
 
 /// The space of a file. What is taken is not durable before what refers to it; what was given back can be taken again.
 pub trait Allocator: 'static {
-    /// Takes `len` contiguous bytes, a multiple of the size of clusters; gives the byte offset of the first.
+    /// Takes `len` contiguous bytes, a multiple of the size of clusters; gives where they begin.
     ///
     /// # Errors
     /// `ENOSPC`.
-    fn allocate(&mut self, len: u64) -> Result<u64, Errno>;
+    fn allocate(&mut self, len: u64) -> Result<HostOffset, Errno>;
 
     /// Takes `len` bytes from `host` on back, to which nothing can refer. A request that is repeated finds them first.
-    fn take_back(&mut self, host: u64, len: u64);
+    fn take_back(&mut self, host: HostOffset, len: u64);
 
-    /// Whether a new cluster at byte `host` may hold other bytes than zeros.
-    fn is_dirty(&self, host: u64) -> bool;
+    /// Whether a new cluster at `host` may hold other bytes than zeros.
+    fn is_dirty(&self, host: HostOffset) -> bool;
 
-    /// Where the file has to end at least, in bytes.
-    fn end(&self) -> u64;
+    /// Where the file has to end at least.
+    fn end(&self) -> HostOffset;
 }
 
 /// Most places that are given back and not the last. Beyond, those that lie first are lost.
@@ -34,29 +35,29 @@ const MAX_RETURNED: usize = 256;
 /// data leaves is taken back: to it, or to the next who needs so much. It is then no longer known to be zeros. Where
 /// the medium failed, the place is lost: the next would fail there as well.
 pub struct Frontier {
-    /// Byte offset, a multiple of the cluster size.
-    frontier: u64,
-    /// Byte offset of the end of a block device.
-    limit: u64,
-    /// Below this byte offset what was never mapped may hold anything.
-    dirty_until: u64,
-    /// Places that were given back and have others behind them: byte offset and length.
-    returned: BTreeMap<u64, u64>,
+    /// A multiple of the cluster size.
+    frontier: HostOffset,
+    /// The end of a block device.
+    limit: HostOffset,
+    /// Below this what was never mapped may hold anything.
+    dirty_until: HostOffset,
+    /// Places that were given back and have others behind them, and how many bytes each has.
+    returned: BTreeMap<HostOffset, u64>,
     /// Bytes of them.
     returned_bytes: u64,
 }
 
 impl Frontier {
-    /// The space from byte `frontier` on, a multiple of the cluster size; of a block device of `device_bytes`, if it is
+    /// The space from `frontier` on, a multiple of the cluster size; of a block device of `device_bytes`, if it is
     /// one.
-    pub fn new(frontier: u64, device_bytes: Option<u64>) -> Self {
-        let limit = device_bytes.unwrap_or(i64::MAX as u64);
-        let dirty_until = if device_bytes.is_some() { u64::MAX } else { 0 };
+    pub fn new(frontier: HostOffset, device_bytes: Option<u64>) -> Self {
+        let limit = HostOffset(device_bytes.unwrap_or(i64::MAX as u64));
+        let dirty_until = HostOffset(if device_bytes.is_some() { u64::MAX } else { 0 });
         Self { frontier, limit, dirty_until, returned: BTreeMap::new(), returned_bytes: 0 }
     }
 
     /// The first place of `len` bytes that was given back. It may hold anything.
-    fn reuse(&mut self, len: u64) -> Option<u64> {
+    fn reuse(&mut self, len: u64) -> Option<HostOffset> {
         let (host, there) = self.returned.iter().find(|(_, there)| **there >= len)?;
         let (host, there) = (*host, *there);
         self.returned.remove(&host);
@@ -77,12 +78,12 @@ impl Frontier {
 }
 
 impl Allocator for Frontier {
-    fn allocate(&mut self, len: u64) -> Result<u64, Errno> {
+    fn allocate(&mut self, len: u64) -> Result<HostOffset, Errno> {
         if let Some(host) = self.reuse(len) {
             return Ok(host);
         }
         let offset = self.frontier;
-        match offset.checked_add(len) {
+        match offset.0.checked_add(len).map(HostOffset) {
             Some(end) if end <= self.limit => {
                 self.frontier = end;
                 Ok(offset)
@@ -92,7 +93,7 @@ impl Allocator for Frontier {
     }
 
     /// What is the last of the file is new again; the rest goes to who needs so much next.
-    fn take_back(&mut self, host: u64, len: u64) {
+    fn take_back(&mut self, host: HostOffset, len: u64) {
         let (mut host, mut end) = (host, host + len);
         if let Some(after) = self.returned.remove(&end) {
             end += after;
@@ -119,11 +120,11 @@ impl Allocator for Frontier {
         self.check();
     }
 
-    fn is_dirty(&self, host: u64) -> bool {
+    fn is_dirty(&self, host: HostOffset) -> bool {
         host < self.dirty_until
     }
 
-    fn end(&self) -> u64 {
+    fn end(&self) -> HostOffset {
         self.frontier
     }
 }
@@ -132,26 +133,35 @@ impl Allocator for Frontier {
 mod tests {
     use super::*;
 
+    /// Place number `n`, of 4096 bytes.
+    fn place(n: u64) -> HostOffset {
+        HostOffset(n << 12)
+    }
+
     #[test]
     fn what_is_given_back_is_used_before_anything_new() {
-        let mut allocator = Frontier::new(10 << 12, None);
-        allocator.take_back(2 << 12, 1 << 12);
-        allocator.take_back(4 << 12, 1 << 12);
+        let mut allocator = Frontier::new(place(10), None);
+        allocator.take_back(place(2), 1 << 12);
+        allocator.take_back(place(4), 1 << 12);
         assert_eq!(allocator.reuse(2 << 12), None, "there is something between");
-        allocator.take_back(3 << 12, 1 << 12);
-        assert_eq!(allocator.reuse(2 << 12), Some(2 << 12));
-        assert!(allocator.is_dirty(2 << 12), "a part of the write that failed may be there");
-        assert_eq!(allocator.reuse(1 << 12), Some(4 << 12));
-        assert_eq!((allocator.reuse(1 << 12), allocator.frontier), (None, 10 << 12));
-        allocator.take_back(8 << 12, 1 << 12);
-        allocator.take_back(9 << 12, 1 << 12);
-        assert_eq!(allocator.frontier, 8 << 12, "what is last is taken back with all that is free before it");
-        assert!(allocator.is_dirty(9 << 12) && !allocator.is_dirty(10 << 12));
-        allocator.take_back(7 << 12, 1 << 12);
-        assert_eq!(allocator.frontier, 7 << 12);
-        for place in 0..2 * MAX_RETURNED as u64 {
-            allocator.take_back(place << 14, 1 << 12);
-            allocator.frontier = u64::MAX << 12;
+        allocator.take_back(place(3), 1 << 12);
+        assert_eq!(allocator.reuse(2 << 12), Some(place(2)));
+        assert!(allocator.is_dirty(place(2)), "a part of the write that failed may be there");
+        assert_eq!(allocator.reuse(1 << 12), Some(place(4)));
+        assert_eq!((allocator.reuse(1 << 12), allocator.frontier), (None, place(10)));
+        allocator.take_back(place(8), 1 << 12);
+        allocator.take_back(place(9), 1 << 12);
+        assert_eq!(
+            allocator.frontier,
+            place(8),
+            "what is last is taken back with all that is free before it"
+        );
+        assert!(allocator.is_dirty(place(9)) && !allocator.is_dirty(place(10)));
+        allocator.take_back(place(7), 1 << 12);
+        assert_eq!(allocator.frontier, place(7));
+        for n in 0..2 * MAX_RETURNED as u64 {
+            allocator.take_back(place(4 * n), 1 << 12);
+            allocator.frontier = HostOffset(u64::MAX << 12);
         }
         assert_eq!(allocator.returned.len(), MAX_RETURNED);
     }

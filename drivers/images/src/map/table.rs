@@ -9,6 +9,7 @@
 //! if that does not help, the next in line waits until those who work with tables are done. Loading and creating a
 //! table claim its number in the tracker; whoever comes meanwhile waits and then finds it.
 
+use super::HostOffset;
 use super::Image;
 use super::commit::Commit;
 use super::layout::{Geometry, Layout, Mapping, decode_entries};
@@ -26,8 +27,8 @@ use tap_host::{Bug, Errno, Event, IoBuf, Mark, Share};
 pub(crate) struct Table {
     /// Its index in the root.
     pub(super) index: usize,
-    /// Byte offset in the file.
-    pub(super) offset: u64,
+    /// Where it is in the file.
+    pub(super) offset: HostOffset,
     /// What is published: what stands in the file, or stood there before a write that failed.
     pub(super) entries: RefCell<Box<[u64]>>,
     /// Entries that wait to be written.
@@ -47,7 +48,7 @@ pub(crate) fn table_cost(entries: usize) -> usize {
 }
 
 impl Table {
-    pub(crate) fn new(index: usize, offset: u64, entries: Box<[u64]>, share: Share) -> Rc<Self> {
+    pub(crate) fn new(index: usize, offset: HostOffset, entries: Box<[u64]>, share: Share) -> Rc<Self> {
         Rc::new(Self {
             index,
             offset,
@@ -187,7 +188,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         if let Some(table) = self.cache.borrow().get(index) {
             return Ok(Some(table));
         }
-        if self.root.borrow()[index] == 0 {
+        if self.root.borrow()[index] == HostOffset(0) {
             return Ok(None);
         }
         let _ticket = self.claim_table(index).await;
@@ -200,7 +201,11 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
             return Ok(table);
         }
         let _ticket = self.claim_table(index).await;
-        if self.root.borrow()[index] == 0 { self.create_table(index).await } else { self.load(index).await }
+        if self.root.borrow()[index] == HostOffset(0) {
+            self.create_table(index).await
+        } else {
+            self.load(index).await
+        }
     }
 
     async fn claim_table(&self, index: usize) -> Ticket {
@@ -218,14 +223,14 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
             return Ok(table);
         }
         let offset = self.root.borrow()[index];
-        let end = offset.checked_add(self.geometry.table_bytes());
+        let end = offset.0.checked_add(self.geometry.table_bytes());
         // Opening for writing has looked at all of them; reading finds out here.
-        if end.is_none_or(|end| end > self.reach) {
+        if end.is_none_or(|end| HostOffset(end) > self.reach) {
             return Err(Errno::EIO);
         }
         let share = self.table_share().await?;
         let buf = self.file.buffer(self.geometry.table_bytes() as usize).await?;
-        let (result, bufs) = self.file.read(offset, smallvec![buf]).await;
+        let (result, bufs) = self.file.read(offset.0, smallvec![buf]).await;
         result?;
         let table = Table::new(index, offset, decode_entries(&bufs[0]).collect(), share);
         self.found(&table);
@@ -278,18 +283,18 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         let table = Table::new(index, offset, vec![0; self.geometry.table_entries()].into(), share);
         self.found(&table);
         self.host.mark(Mark::L2TableAllocated);
-        self.host.log(Event::L2Mapped { l1_index: index as u64, host_offset: offset });
+        self.host.log(Event::L2Mapped { l1_index: index as u64, host_offset: offset.0 });
         Ok(table)
     }
 
     /// Also gives whether the medium failed at that place.
-    async fn write_empty_table(&self, offset: u64) -> (Result<(), Errno>, bool) {
+    async fn write_empty_table(&self, offset: HostOffset) -> (Result<(), Errno>, bool) {
         let mut zeros: IoBuf = match self.file.buffer(self.geometry.table_bytes() as usize).await {
             Ok(zeros) => zeros,
             Err(error) => return (Err(error), false),
         };
         zeros.fill(0);
-        let written = self.file.write(offset, smallvec![zeros]).await.0;
+        let written = self.file.write(offset.0, smallvec![zeros]).await.0;
         if written.is_err() || self.host.bug(Bug::L1BeforeL2) {
             return (written, self.file.spoils(written));
         }

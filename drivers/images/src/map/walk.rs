@@ -3,7 +3,7 @@
 use super::layout::{Geometry, Layout, Mapping, decode_entries};
 use super::owners::{FirstProblem, Owners, Report};
 use super::table::{Cache, Table, table_cost};
-use super::{Image, Unreadable};
+use super::{HostOffset, Image, Unreadable};
 use crate::io::ImageFile;
 use crate::memory::ImageStages;
 use crate::{CheckReport, ImageHost};
@@ -16,8 +16,8 @@ const MAX_TOLD: usize = 100;
 /// What the tables of an image say: its cache is filled as far as it goes.
 pub(crate) struct Walked {
     pub(crate) cache: Cache,
-    /// Byte offset of the end of the last thing that is referred to.
-    pub(crate) end: u64,
+    /// The end of the last thing that is referred to.
+    pub(crate) end: HostOffset,
 }
 
 /// Why a walk has no result.
@@ -42,9 +42,9 @@ impl<'a, H: ImageHost> TableReader<'a, H> {
         Ok(Self { file, buf: Some(buf) })
     }
 
-    async fn read(&mut self, offset: u64) -> Result<impl Iterator<Item = u64> + '_, Errno> {
+    async fn read(&mut self, offset: HostOffset) -> Result<impl Iterator<Item = u64> + '_, Errno> {
         let buf = self.buf.take().ok_or(Errno::EIO)?;
-        let (result, mut bufs) = self.file.read_patiently(offset, smallvec![buf]).await;
+        let (result, mut bufs) = self.file.read_patiently(offset.0, smallvec![buf]).await;
         self.buf = bufs.pop();
         result?;
         Ok(decode_entries(self.buf.as_deref().unwrap_or_default()))
@@ -54,7 +54,7 @@ impl<'a, H: ImageHost> TableReader<'a, H> {
 /// Looks at every reference, to know where new clusters may go. Keeps up to `table_bytes` of tables.
 pub(crate) async fn walk<H: ImageHost, L: Layout>(
     host: &H,
-    (file, geometry, root): (&ImageFile<H>, &Geometry, &[u64]),
+    (file, geometry, root): (&ImageFile<H>, &Geometry, &[HostOffset]),
     mut owners: Owners<L>,
     memory: &ImageStages,
     table_bytes: usize,
@@ -64,7 +64,9 @@ pub(crate) async fn walk<H: ImageHost, L: Layout>(
     if let Some(tables) = owners.take_root(root, &mut problem) {
         let mut reader = TableReader::new(file, geometry).await.map_err(Stopped::Failed)?;
         for (index, offset) in tables {
-            if host.bug(Bug::FrontierFromLastL1) && root[index + 1..].iter().any(|entry| *entry != 0) {
+            if host.bug(Bug::FrontierFromLastL1)
+                && root[index + 1..].iter().any(|table| *table != HostOffset(0))
+            {
                 continue;
             }
             let entries: Box<[u64]> = reader.read(offset).await.map_err(Stopped::Failed)?.collect();
@@ -105,7 +107,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
     /// When any of it cannot be read, what that was. What cannot be read is not damage.
     pub(crate) async fn check(
         &self,
-        root: &[u64],
+        root: &[HostOffset],
         owners: &mut Owners<L>,
         report: &mut CheckReport,
     ) -> Result<(), (&'static str, Errno)> {
@@ -134,7 +136,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         owners.finish(report);
         report.plain_clusters = owners.plain_clusters;
         report.compressed_clusters = owners.compressed_clusters;
-        report.end_bytes = owners.end;
+        report.end_bytes = owners.end.0;
         Ok(())
     }
 }

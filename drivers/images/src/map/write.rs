@@ -7,6 +7,7 @@ use super::Image;
 use super::layout::{Layout, Mapping};
 use super::space::Allocator;
 use super::table::Table;
+use super::{GuestCluster, GuestOffset, HostOffset};
 use crate::ImageHost;
 use crate::carve::Carver;
 use crate::memory::{PART_BYTES, take_some};
@@ -37,14 +38,14 @@ struct Group {
     /// Index of the first in the table.
     first: usize,
     count: usize,
-    /// Byte offset in the file; of no meaning for [`Place::New`].
-    host: u64,
+    /// Where they are in the file; of no meaning for [`Place::New`].
+    host: HostOffset,
     /// Some of them are compressed now.
     compressed: bool,
 }
 
 impl<H: ImageHost, L: Layout> Image<H, L> {
-    pub(super) async fn write(self: Rc<Self>, start: u64, bufs: IoVec) -> Response {
+    pub(super) async fn write(self: Rc<Self>, start: GuestOffset, bufs: IoVec) -> Response {
         let len = bytes_of(&bufs) as u64;
         let mut tables = self.by_table(start, len);
         if let (Some((index, ..)), None) = (tables.next(), tables.next()) {
@@ -52,7 +53,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
             match self.table(index).await {
                 Ok(_table) => {
                     if let Some(offset) = self.cached_extent(start, len) {
-                        let (result, bufs) = self.file.write(offset, bufs).await;
+                        let (result, bufs) = self.file.write(offset.0, bufs).await;
                         return Response { result, bufs };
                     }
                 }
@@ -61,7 +62,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         }
         let (sender, receiver) = oneshot();
         let image = Rc::clone(&self);
-        self.host.spawn("allocate", self.cluster(start), async move {
+        self.host.spawn("allocate", self.cluster(start).0, async move {
             let response = image.write_all(start, bufs).await;
             // The request may have been dropped; its effect was not.
             drop(sender.send(response));
@@ -70,7 +71,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         receiver.await.unwrap_or_else(|| Response { result: Err(Errno::EIO), bufs: IoVec::new() })
     }
 
-    async fn write_all(&self, start: u64, bufs: IoVec) -> Response {
+    async fn write_all(&self, start: GuestOffset, bufs: IoVec) -> Response {
         let len = bytes_of(&bufs) as u64;
         let mut carver = Carver::new(Op::Write, bufs);
         let mut result = Ok(());
@@ -87,15 +88,15 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
     async fn write_table(
         &self,
         index: usize,
-        start: u64,
+        start: GuestOffset,
         len: usize,
         at: usize,
         carver: &mut Carver,
     ) -> Result<(), Errno> {
-        let (first, last) = (self.cluster(start), self.cluster(start + len as u64 - 1));
-        let ticket = self.file.tracker().ticket("allocation of cluster", first);
+        let (first, last) = (self.cluster(start), self.cluster(GuestOffset(start.0 + len as u64 - 1)));
+        let ticket = self.file.tracker().ticket("allocation of cluster", first.0);
         if !self.host.bug(Bug::DoubleAllocation) {
-            let claimed = ticket.claim(Space::Clusters, first..last + 1, Access::Exclusive);
+            let claimed = ticket.claim(Space::Clusters, first.0..last.0 + 1, Access::Exclusive);
             claimed.expect("nobody waits for a ticket that is new");
         }
         ticket.ready().await;
@@ -114,25 +115,25 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
     }
 
     /// Writes bytes of `table` from `from` on, as many before `end` as there is memory for; gives where it ended. Byte
-    /// `at.0` of the request is byte `at.1` of the disk.
+    /// `at.0` of the request is at `at.1` on the disk.
     async fn write_some(
         &self,
         table: &Rc<Table>,
-        from: u64,
-        end: u64,
-        at: (usize, u64),
+        from: GuestOffset,
+        end: GuestOffset,
+        at: (usize, GuestOffset),
         carver: &mut Carver,
-    ) -> Result<u64, Errno> {
-        let (first, last) = (self.cluster(from), self.cluster(end - 1));
+    ) -> Result<GuestOffset, Errno> {
+        let (first, last) = (self.cluster(from), self.cluster(GuestOffset(end.0 - 1)));
         let groups = self.groups(table, first, (last - first) as usize + 1);
         let base = (table.index as u64) << self.geometry.table_bits;
         // Of each group: first cluster, and its bytes.
         let span = |group: &Group| {
-            let cluster = base | group.first as u64;
-            let after = (cluster + group.count as u64) << self.geometry.cluster_bits;
-            (cluster, (cluster << self.geometry.cluster_bits).max(from), after.min(end))
+            let cluster = GuestCluster(base | group.first as u64);
+            let after = self.start_of(cluster + group.count as u64);
+            (cluster, self.start_of(cluster).max(from), after.min(end))
         };
-        let part_at = |start: u64| at.0 + (start - at.1) as usize;
+        let part_at = |start: GuestOffset| at.0 + (start - at.1) as usize;
         let cost = |carver: &Carver, group: &Group| {
             let (_, start, end) = span(group);
             let fill = self.fill_cost(group, start, end);
@@ -174,21 +175,21 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         result.map(|()| done)
     }
 
-    /// Memory to fill the rest of the clusters of `group` with, of which bytes `start` to `end` are written.
-    fn fill_cost(&self, group: &Group, start: u64, end: u64) -> usize {
+    /// Memory to fill the rest of the clusters of `group` with, of which `start` to `end` is written.
+    fn fill_cost(&self, group: &Group, start: GuestOffset, end: GuestOffset) -> usize {
         let cluster = self.geometry.cluster_bytes();
-        let whole = start.is_multiple_of(cluster) && end.is_multiple_of(cluster);
+        let whole = start.0.is_multiple_of(cluster) && end.0.is_multiple_of(cluster);
         // What is around the bytes may come from two places each.
         if whole || group.place == Place::Mapped { 0 } else { 4 * cost_of(cluster as usize) }
     }
 
     /// Splits `count` clusters from `first` on by what has to be done with them, into at most [`MAX_GROUPS`].
-    fn groups(&self, table: &Table, first: u64, count: usize) -> SmallVec<[Group; 2]> {
+    fn groups(&self, table: &Table, first: GuestCluster, count: usize) -> SmallVec<[Group; 2]> {
         let cluster_bytes = self.geometry.cluster_bytes();
         let suspects = self.suspects.borrow();
         let mut groups: SmallVec<[Group; 2]> = SmallVec::new();
         let start = self.split(first).1;
-        for (at, cluster) in (start..start + count).zip(first..) {
+        for (at, cluster) in (start..start + count).zip((first.0..).map(GuestCluster)) {
             let mapping = table.mapping::<L>(at, &self.geometry);
             let compressed = matches!(mapping, Mapping::Compressed(_));
             let (place, host) = match mapping {
@@ -199,7 +200,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
                 Mapping::Unmapped | Mapping::Compressed(_) => {
                     match suspects.place_of(cluster, cluster_bytes) {
                         Some(host) => (Place::Again, host),
-                        None => (Place::New, 0),
+                        None => (Place::New, HostOffset(0)),
                     }
                 }
             };
@@ -221,20 +222,20 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         groups
     }
 
-    /// Writes buffers at byte `start` of the disk, within the clusters of `group`, the first of which is `cluster`; the
+    /// Writes buffers at `start` of the disk, within the clusters of `group`, the first of which is `cluster`; the
     /// share is for what fills the rest of them.
     async fn write_group(
         &self,
         table: &Rc<Table>,
         group: Group,
-        cluster: u64,
-        start: u64,
+        cluster: GuestCluster,
+        start: GuestOffset,
         (bufs, fill): (IoVec, Share),
     ) -> (Result<(), Errno>, IoVec) {
         let host = match group.place {
             Place::Mapped => {
-                let skip = start - (cluster << self.geometry.cluster_bits);
-                return self.file.write(group.host + skip, bufs).await;
+                let skip = start - self.start_of(cluster);
+                return self.file.write((group.host + skip).0, bufs).await;
             }
             Place::New => match self.allocate(group.count as u64) {
                 Ok(host) => host,
@@ -282,18 +283,18 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         &self,
         table: &Rc<Table>,
         group: Group,
-        cluster: u64,
-        start: u64,
+        cluster: GuestCluster,
+        start: GuestOffset,
         (bufs, fill): (IoVec, Share),
     ) -> (Result<(), Errno>, bool, IoVec) {
-        let group_start = cluster << self.geometry.cluster_bits;
+        let group_start = self.start_of(cluster);
         let covered = self.backing_shows(group_start) || group.compressed;
         // The place may hold other bytes than zeros.
         let dirty = group.place == Place::Again || self.space.borrow().is_dirty(group.host);
         let (result, spoilt, bufs) = if covered || dirty {
             self.write_whole(table, group, group_start, start, (bufs, fill)).await
         } else {
-            let (result, bufs) = self.file.write(group.host + (start - group_start), bufs).await;
+            let (result, bufs) = self.file.write((group.host + (start - group_start)).0, bufs).await;
             (result, self.file.spoils(result), bufs)
         };
         if result.is_ok()
@@ -311,15 +312,15 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         &self,
         table: &Table,
         group: Group,
-        group_start: u64,
-        start: u64,
+        group_start: GuestOffset,
+        start: GuestOffset,
         (bufs, mut fill): (IoVec, Share),
     ) -> (Result<(), Errno>, bool, IoVec) {
         let end = start + bytes_of(&bufs) as u64;
         let group_end = group_start + ((group.count as u64) << self.geometry.cluster_bits);
         let (before, after) = ((start - group_start) as usize, (group_end - end) as usize);
         if (before == 0 && after == 0) || self.host.bug(Bug::OverlayDropsRest) {
-            let (result, bufs) = self.file.write(group.host + before as u64, bufs).await;
+            let (result, bufs) = self.file.write((group.host + before as u64).0, bufs).await;
             return (result, self.file.spoils(result), bufs);
         }
         self.host.mark(Mark::CopyUp);
@@ -329,7 +330,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         };
         let (skip, count) = (head.len(), bufs.len());
         let all: IoVec = head.into_iter().chain(bufs).chain(tail).collect();
-        let (result, all) = self.file.write(group.host, all).await;
+        let (result, all) = self.file.write(group.host.0, all).await;
         (result, self.file.spoils(result), all.into_iter().skip(skip).take(count).collect())
     }
 
@@ -337,23 +338,23 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
     async fn rest(
         &self,
         table: &Table,
-        before: (u64, usize),
-        after: (u64, usize),
+        before: (GuestOffset, usize),
+        after: (GuestOffset, usize),
         fill: &mut Share,
     ) -> Result<(IoVec, IoVec), Errno> {
         let head = self.shown(table, before.0, before.1, fill).await?;
         Ok((head, self.shown(table, after.0, after.1, fill).await?))
     }
 
-    fn mapped(&self, group: Group, first: u64) {
+    fn mapped(&self, group: Group, first: GuestCluster) {
         self.settled(first, group.count);
         self.host.mark(Mark::ClusterAllocated);
         if group.compressed {
             self.host.mark(Mark::CompressedRewritten);
         }
-        let places = (group.host..).step_by(self.geometry.cluster_bytes() as usize);
-        for (cluster, host_offset) in (first..).zip(places).take(group.count) {
-            self.host.log(Event::ClusterMapped { cluster, host_offset });
+        for n in 0..group.count as u64 {
+            let host_offset = (group.host + n * self.geometry.cluster_bytes()).0;
+            self.host.log(Event::ClusterMapped { cluster: (first + n).0, host_offset });
         }
     }
 }

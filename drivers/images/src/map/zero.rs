@@ -13,6 +13,7 @@
 use super::Image;
 use super::layout::{Layout, Mapping};
 use super::table::Table;
+use super::{GuestOffset, HostOffset};
 use crate::ImageHost;
 use crate::memory::{MOST_BYTES, take_some};
 use smallvec::smallvec;
@@ -30,31 +31,31 @@ const EMPTY_LOOKS: u32 = 256;
 enum Work {
     /// It reads as zeros.
     Nothing,
-    /// Zeros from this byte of the file on.
-    InPlace(u64),
+    /// Zeros from there on in the file.
+    InPlace(HostOffset),
     /// Zeros have to be written as data.
     Write,
 }
 
-/// Where a part of at most `room` bytes ends that begins at byte `at` of a range up to `end`: with a cluster of
+/// Where a part of at most `room` bytes ends that begins at `at` of a range up to `end`: with a cluster of
 /// `cluster` bytes where it can, since each part would fill the rest of its last cluster.
-fn end_of_part((at, end): (u64, u64), room: u64, cluster: u64) -> u64 {
+fn end_of_part((at, end): (GuestOffset, GuestOffset), room: u64, cluster: u64) -> GuestOffset {
     let most = at + room.min(end - at);
-    let whole = most - most % cluster;
+    let whole = GuestOffset(most.0 - most.0 % cluster);
     if most < end && whole > at { whole } else { most }
 }
 
 #[derive(Clone, Copy)]
 struct Run {
-    start: u64,
+    start: GuestOffset,
     len: u64,
     work: Work,
 }
 
 /// What is left of a request.
 struct Rest {
-    at: u64,
-    end: u64,
+    at: GuestOffset,
+    end: GuestOffset,
     /// Tables that were looked at.
     looks: u32,
     /// The last one was not there.
@@ -62,7 +63,7 @@ struct Rest {
 }
 
 impl Rest {
-    fn new(start: u64, len: u64) -> Self {
+    fn new(start: GuestOffset, len: u64) -> Self {
         Self { at: start, end: start + len, looks: 0, was_empty: false }
     }
 }
@@ -71,7 +72,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
     /// Makes `len` bytes from `start` on zeros.
     pub(super) async fn write_zeroes(
         self: Rc<Self>,
-        start: u64,
+        start: GuestOffset,
         len: u64,
         flags: ZeroFlags,
     ) -> Result<(), Errno> {
@@ -82,7 +83,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
             while let Some(runs) = self.runs(&mut rest, mode).await? {
                 let written = |run: &Run| match run.work {
                     Work::Nothing => false,
-                    Work::InPlace(offset) => !self.file.is_whole(offset, run.len),
+                    Work::InPlace(offset) => !self.file.is_whole(offset.0, run.len),
                     Work::Write => true,
                 };
                 if runs.iter().any(written) {
@@ -95,7 +96,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
             for run in runs {
                 match run.work {
                     Work::Nothing => {}
-                    Work::InPlace(offset) => self.file.zero(offset, run.len, mode, flags.fast).await?,
+                    Work::InPlace(offset) => self.file.zero(offset.0, run.len, mode, flags.fast).await?,
                     Work::Write => Rc::clone(&self).write_zeros(run.start, run.len).await?,
                 }
             }
@@ -104,12 +105,12 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
     }
 
     /// Gives back what space of `len` bytes from `start` on can be given back without writing anything.
-    pub(super) async fn discard(&self, start: u64, len: u64) -> Result<(), Errno> {
+    pub(super) async fn discard(&self, start: GuestOffset, len: u64) -> Result<(), Errno> {
         let mut rest = Rest::new(start, len);
         while let Some(runs) = self.runs(&mut rest, ZeroMode::Unmap).await? {
             for run in runs {
                 let Work::InPlace(offset) = run.work else { continue };
-                if !self.file.discard(offset, run.len).await? {
+                if !self.file.discard(offset.0, run.len).await? {
                     return Ok(());
                 }
             }
@@ -117,7 +118,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         Ok(())
     }
 
-    async fn write_zeros(self: Rc<Self>, start: u64, len: u64) -> Result<(), Errno> {
+    async fn write_zeros(self: Rc<Self>, start: GuestOffset, len: u64) -> Result<(), Errno> {
         let want = cost_of(len.min(MOST_BYTES as u64) as usize);
         let mut share = take_some(&self.memory.zeros, want).await?;
         let cluster = self.geometry.cluster_bytes();
@@ -165,23 +166,23 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
     }
 
     /// Whether a cluster within a range is in doubt.
-    fn any_doubt(&self, start: u64, end: u64) -> bool {
-        self.suspects.borrow().any(self.cluster(start), self.cluster(end - 1))
+    fn any_doubt(&self, start: GuestOffset, end: GuestOffset) -> bool {
+        self.suspects.borrow().any(self.cluster(start), self.cluster(GuestOffset(end.0 - 1)))
     }
 
     /// At most [`MAX_RUNS`] runs of one table, and where they end.
     fn runs_of(
         &self,
         table: Option<&Table>,
-        start: u64,
-        end: u64,
+        start: GuestOffset,
+        end: GuestOffset,
         mapped: bool,
-    ) -> Result<(Vec<Run>, u64), Errno> {
+    ) -> Result<(Vec<Run>, GuestOffset), Errno> {
         let mut runs: Vec<Run> = Vec::new();
         let cluster_bytes = self.geometry.cluster_bytes();
         let mut at = start;
         while at < end {
-            let len = (cluster_bytes - at % cluster_bytes).min(end - at);
+            let len = (cluster_bytes - at.0 % cluster_bytes).min(end - at);
             let work = self.work_at(table, at, mapped)?;
             let goes_on = runs.last().is_some_and(|last| match (last.work, work) {
                 (Work::InPlace(a), Work::InPlace(b)) => a + last.len == b,
@@ -201,14 +202,14 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
     }
 
     /// `mapped`: the zeros must have space of their own.
-    fn work_at(&self, table: Option<&Table>, at: u64, mapped: bool) -> Result<Work, Errno> {
+    fn work_at(&self, table: Option<&Table>, at: GuestOffset, mapped: bool) -> Result<Work, Errno> {
         let cluster = self.cluster(at);
         Ok(match self.mapping_at(table, at)? {
-            Mapping::Plain(host) => Work::InPlace(host + at % self.geometry.cluster_bytes()),
+            Mapping::Plain(host) => Work::InPlace(host + at.0 % self.geometry.cluster_bytes()),
             Mapping::Compressed(_) => Work::Write,
             Mapping::Unmapped => {
-                let shows_below = self.backing_shows(cluster << self.geometry.cluster_bits)
-                    && !self.host.bug(Bug::ZeroesSkippedBelow);
+                let shows_below =
+                    self.backing_shows(self.start_of(cluster)) && !self.host.bug(Bug::ZeroesSkippedBelow);
                 // What a failed try left may be found at the place after a crash.
                 let in_doubt = self.suspects.borrow().any(cluster, cluster);
                 if mapped || shows_below || in_doubt { Work::Write } else { Work::Nothing }
@@ -219,15 +220,16 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
 
 #[cfg(test)]
 mod tests {
-    use super::end_of_part;
+    use super::{GuestOffset, end_of_part};
 
     #[test]
     fn parts_end_with_clusters_and_go_on() {
-        assert_eq!(end_of_part((5000, 90_000), 65_536, 4096), 69_632);
-        assert_eq!(end_of_part((4096, 8192), 65_536, 4096), 8192, "the end");
-        assert_eq!(end_of_part((4096, 9000), 65_536, 4096), 9000, "within a cluster");
+        let end = |at, end, room| end_of_part((GuestOffset(at), GuestOffset(end)), room, 4096).0;
+        assert_eq!(end(5000, 90_000, 65_536), 69_632);
+        assert_eq!(end(4096, 8192, 65_536), 8192, "the end");
+        assert_eq!(end(4096, 9000, 65_536), 9000, "within a cluster");
         // Less room than a cluster has: no part is empty.
-        assert_eq!(end_of_part((4096, 8192), 512, 4096), 4608);
-        assert_eq!(end_of_part((4608, 8192), 512, 4096), 5120);
+        assert_eq!(end(4096, 8192, 512), 4608);
+        assert_eq!(end(4608, 8192, 512), 5120);
     }
 }

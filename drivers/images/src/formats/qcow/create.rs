@@ -8,7 +8,7 @@
 
 use super::format::{self, MAX_L1_BYTES, MAX_NAME_BYTES};
 use crate::io::{ImageFile, sync_name};
-use crate::map::Geometry;
+use crate::map::{Geometry, HostOffset};
 use crate::{ImageError, ImageHost, NewImage, parse_size};
 use std::ops::RangeInclusive;
 use tap_host::{Bug, SECTOR_BYTES};
@@ -31,7 +31,7 @@ pub(super) async fn create<H: ImageHost>(host: &H, path: &str, image: &NewImage)
     let name = image.backing.as_deref().unwrap_or_default();
     let geometry = layout(image, name.len() as u64).map_err(refused)?;
     let file = ImageFile::create(host, path, image.existing.as_deref()).await?;
-    let front_bytes = geometry.root_end().next_multiple_of(L1_ALIGN);
+    let front_bytes = geometry.root_end().0.next_multiple_of(L1_ALIGN);
     if file.info.block_device && front_bytes > file.info.size_bytes {
         let have = file.info.size_bytes;
         return Err(refused(format!("the device has {have} bytes and {front_bytes} are needed")));
@@ -52,8 +52,8 @@ pub(super) async fn create<H: ImageHost>(host: &H, path: &str, image: &NewImage)
             file.set_size(front_bytes).await?;
         }
         file.write_bytes(SECTOR_BYTES, rest).await?;
-        let l1 = vec![0; (front_bytes - geometry.root_at) as usize];
-        file.write_bytes(geometry.root_at, &l1).await?;
+        let l1 = vec![0; (front_bytes - geometry.root_at.0) as usize];
+        file.write_bytes(geometry.root_at.0, &l1).await?;
         // Nor must old content show as an image with a new header.
         file.sync().await?;
         file.write_bytes(0, first).await?;
@@ -80,7 +80,7 @@ fn layout(image: &NewImage, name_bytes: u64) -> Result<Geometry, String> {
         ));
     }
     let l1_offset = (size_of::<format::RawHeader>() as u64 + name_bytes).next_multiple_of(L1_ALIGN);
-    let geometry = Geometry { size_bytes, cluster_bits, table_bits: l2_bits, root_at: l1_offset };
+    let geometry = Geometry { size_bytes, cluster_bits, table_bits: l2_bits, root_at: HostOffset(l1_offset) };
     if geometry.root_entries() * 8 > MAX_L1_BYTES {
         return Err(format!(
             "a size of {size_bytes} bytes is too large for clusters of 2^{cluster_bits} bytes"

@@ -9,7 +9,7 @@
 //!             length in bytes from bit 63 - cluster_bits on, byte offset below
 //! ```
 
-use crate::map::{Compressed, Geometry, Mapping};
+use crate::map::{Compressed, Geometry, HostOffset, Mapping};
 use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -64,11 +64,11 @@ pub(super) fn mapping(entry: u64, cluster_bits: u32) -> Mapping {
     if entry & COMPRESSED != 0 {
         let shift = 63 - cluster_bits;
         let len = (entry & !COMPRESSED) >> shift;
-        Mapping::Compressed(Compressed { offset: entry & ((1 << shift) - 1), len })
+        Mapping::Compressed(Compressed { offset: HostOffset(entry & ((1 << shift) - 1)), len })
     } else if entry == 0 {
         Mapping::Unmapped
     } else {
-        Mapping::Plain(entry)
+        Mapping::Plain(HostOffset(entry))
     }
 }
 
@@ -113,7 +113,7 @@ pub(super) fn parse(head: &[u8], file_bytes: u64) -> Result<Header, String> {
     }
     let backing = backing(&raw, file_bytes)?;
     let xen = RawXenHeader::read_from_prefix(rest).ok().map(|(xen, _)| xen);
-    let xen = xen.filter(|x| x.magic == XEN_MAGIC && geometry.root_at.is_multiple_of(XEN_L1_ALIGN));
+    let xen = xen.filter(|x| x.magic == XEN_MAGIC && geometry.root_at.0.is_multiple_of(XEN_L1_ALIGN));
     let xen = xen
         .map(|x| Xen { checksum: x.checksum.get(), l1_big_endian: x.flags.get() & XEN_L1_BIG_ENDIAN != 0 });
     Ok(Header { geometry, backing, xen })
@@ -131,16 +131,16 @@ fn geometry(raw: &RawHeader, file_bytes: u64) -> Result<Geometry, String> {
         size_bytes: raw.size_bytes.get(),
         cluster_bits,
         table_bits: l2_bits,
-        root_at: raw.l1_offset.get(),
+        root_at: HostOffset(raw.l1_offset.get()),
     };
-    let (size, l1_offset) = (geometry.size_bytes, geometry.root_at);
+    let (size, l1_offset) = (geometry.size_bytes, raw.l1_offset.get());
     if !(512..=i64::MAX as u64).contains(&size) {
         return Err(format!("a disk of {size} bytes is smaller than a sector or larger than a file can be"));
     }
     if geometry.root_entries() * 8 > MAX_L1_BYTES {
         return Err(format!("a disk of {size} bytes would need an L1 table above {MAX_L1_BYTES} bytes"));
     }
-    let inside = l1_offset <= file_bytes && geometry.root_end() <= file_bytes;
+    let inside = l1_offset <= file_bytes && geometry.root_end().0 <= file_bytes;
     if l1_offset < size_of::<RawHeader>() as u64 || !l1_offset.is_multiple_of(8) || !inside {
         return Err(format!("its L1 table at byte {l1_offset} is not inside the file of {file_bytes} bytes"));
     }
@@ -175,7 +175,7 @@ pub(super) fn encode(geometry: &Geometry, backing_len: u32) -> RawHeader {
         l2_bits: geometry.table_bits as u8,
         padding: [0; 2],
         crypt_method: 0.into(),
-        l1_offset: geometry.root_at.into(),
+        l1_offset: geometry.root_at.0.into(),
     }
 }
 
@@ -185,7 +185,8 @@ mod tests {
     use proptest::prelude::*;
 
     fn sample() -> (Geometry, Vec<u8>) {
-        let geometry = Geometry { size_bytes: 8 << 20, cluster_bits: 12, table_bits: 9, root_at: 4096 };
+        let geometry =
+            Geometry { size_bytes: 8 << 20, cluster_bits: 12, table_bits: 9, root_at: HostOffset(4096) };
         (geometry, encode(&geometry, 0).as_bytes().to_vec())
     }
 
@@ -220,7 +221,10 @@ mod tests {
     #[test]
     fn compressed_entries_keep_the_length_above_the_offset() {
         let entry = COMPRESSED | 1234 << (63 - 12) | 0x5678;
-        assert_eq!(mapping(entry, 12), Mapping::Compressed(Compressed { offset: 0x5678, len: 1234 }));
+        assert_eq!(
+            mapping(entry, 12),
+            Mapping::Compressed(Compressed { offset: HostOffset(0x5678), len: 1234 })
+        );
     }
 
     proptest! {
@@ -229,7 +233,7 @@ mod tests {
             size in 512_u64..1 << 40, cluster_bits in 12_u32..=16, l2_bits in 9_u32..=13,
             l1 in 6_u64..1 << 20, name in 0_u32..=1023,
         ) {
-            let geometry = Geometry { size_bytes: size, cluster_bits, table_bits: l2_bits, root_at: l1 * 8 };
+            let geometry = Geometry { size_bytes: size, cluster_bits, table_bits: l2_bits, root_at: HostOffset(l1 * 8) };
             let raw = encode(&geometry, name);
             let header = parse(raw.as_bytes(), u64::MAX / 2).unwrap();
             prop_assert_eq!(header.geometry, geometry);
@@ -243,7 +247,7 @@ mod tests {
             let n = head.len().min(9);
             head[..n].copy_from_slice(&good[..n]);
             if let Ok(header) = parse(&head, file) {
-                prop_assert!(header.geometry.root_end() <= file && header.geometry.root_entries() * 8 <= MAX_L1_BYTES);
+                prop_assert!(header.geometry.root_end().0 <= file && header.geometry.root_entries() * 8 <= MAX_L1_BYTES);
             }
         }
     }

@@ -15,7 +15,7 @@ mod create;
 mod format;
 mod open;
 
-use crate::map::{Frontier, Geometry, Layout, MappedDisk, Mapping};
+use crate::map::{Frontier, Geometry, HostOffset, Layout, MappedDisk, Mapping};
 use crate::{
     CheckReport, Description, Format, FormatInfo, ImageError, ImageHost, NewImage, OpenImage, OptionInfo,
 };
@@ -91,8 +91,8 @@ impl Layout for Qcow1 {
         format::mapping(entry, geometry.cluster_bits)
     }
 
-    fn entry(host: u64) -> u64 {
-        host
+    fn entry(host: HostOffset) -> u64 {
+        host.0
     }
 }
 

@@ -3,7 +3,7 @@
 use super::format::{self, Header, XEN_CHECKSUM_AT, Xen};
 use super::{Qcow, Qcow1};
 use crate::io::ImageFile;
-use crate::map::{self, decode_entries};
+use crate::map::{self, HostOffset, decode_entries};
 use crate::{ImageError, ImageHost, OpenImage};
 use smallvec::smallvec;
 use tap_host::{Budget, Errno, IoBuf};
@@ -39,7 +39,7 @@ impl<H: ImageHost> Front<H> {
         let header = format::parse(&head, file.info.size_bytes)
             .map_err(|what| refused(path, what, "check that this is the right file"))?;
         let l1_bytes = header.geometry.root_entries() * 8;
-        let l1 = bytes_at(&file, &head, header.geometry.root_at, l1_bytes).await.map_err(io)?;
+        let l1 = bytes_at(&file, &head, header.geometry.root_at.0, l1_bytes).await.map_err(io)?;
         let mut l1: Vec<u64> = decode_entries(&l1).collect();
         if header.xen.is_some_and(|xen| !xen.l1_big_endian) {
             if write {
@@ -59,10 +59,16 @@ impl<H: ImageHost> Front<H> {
     pub(super) fn into_map(self) -> map::Front<H, Qcow1> {
         let Header { geometry, backing, xen } = self.header;
         let header_end = if xen.is_some() { 64 } else { 48 };
-        let name = backing.map(|(at, len)| (at..at + u64::from(len), "the name of the backing file"));
-        let fixed = [(0..header_end, "the header"), (geometry.root_at..geometry.root_end(), "the L1 table")];
-        map::Front::new(self.file, geometry, self.root)
-            .with_fixed(geometry.root_end(), fixed.into_iter().chain(name))
+        let name = backing.map(|(at, len)| {
+            (HostOffset(at)..HostOffset(at + u64::from(len)), "the name of the backing file")
+        });
+        let fixed = [
+            (HostOffset(0)..HostOffset(header_end), "the header"),
+            (geometry.root_at..geometry.root_end(), "the L1 table"),
+        ];
+        let root = self.root.into_iter().map(HostOffset).collect();
+        map::Front::new(self.file, geometry, root)
+            .with_fixed(geometry.root_end().0, fixed.into_iter().chain(name))
     }
 }
 

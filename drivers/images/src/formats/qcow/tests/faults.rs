@@ -83,7 +83,7 @@ fn an_image_is_made_whole_or_not_at_all() {
 
 /// Where the L2 entry of `cluster` is in the file, which has its table.
 fn entry(bytes: &[u8], setup: &Setup, cluster: u64) -> usize {
-    let l1 = format::parse(bytes, bytes.len() as u64).unwrap().geometry.root_at as usize;
+    let l1 = format::parse(bytes, bytes.len() as u64).unwrap().geometry.root_at.0 as usize;
     let at = l1 + (cluster >> setup.l2_bits) as usize * 8;
     let table = u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
     table + (cluster & ((1 << setup.l2_bits) - 1)) as usize * 8

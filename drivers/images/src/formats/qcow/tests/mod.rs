@@ -181,7 +181,7 @@ pub(super) fn put_compressed(world: &World, setup: &Setup, cluster: u64, fill: u
     let mut image = world.bytes(PATH);
     let geometry = format::parse(&image, image.len() as u64).unwrap().geometry;
     let (l1, l2) = ((cluster >> setup.l2_bits) as usize, (cluster & ((1 << setup.l2_bits) - 1)) as usize);
-    let l1_at = geometry.root_at as usize + l1 * 8;
+    let l1_at = geometry.root_at.0 as usize + l1 * 8;
     let mut table = u64::from_be_bytes(image[l1_at..l1_at + 8].try_into().unwrap()) as usize;
     if table == 0 {
         table = image.len().next_multiple_of(1 << setup.cluster_bits);

@@ -19,7 +19,7 @@ fn with_tables() -> (World, Rc<Qcow<World>>) {
 
 /// Where the L2 entry of `cluster` is.
 fn entry_of(bytes: &[u8], cluster: u64) -> usize {
-    let l1 = format::parse(bytes, bytes.len() as u64).unwrap().geometry.root_at as usize;
+    let l1 = format::parse(bytes, bytes.len() as u64).unwrap().geometry.root_at.0 as usize;
     let at = l1 + (cluster >> 9) as usize * 8;
     let table = u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
     table + (cluster & 511) as usize * 8
