@@ -129,6 +129,29 @@ fn named_disks_are_served_until_the_toolstack_takes_them_away() {
 }
 
 #[test]
+fn a_disk_too_many_is_not_opened_and_the_others_are_served() {
+    world(|sim, kernel, xen| async move {
+        kernel.storage().put_bytes("/a", &[1; MIB]);
+        let tools = Toolstack::new(&sim, &kernel, &xen);
+        let guests = [tools.guest(), tools.guest()];
+        for guest in &guests {
+            tools.attach(guest).await;
+        }
+        // An image that is not there would be another reason.
+        let daemon = Daemon::start_with(&kernel, &xen, 1, "xen 1/xvda=raw:/a 2/xvda=raw:/b", 1);
+        guests[0].front.connect().await.unwrap();
+        guests[0].write(3, 7).await.unwrap();
+        assert_eq!(guests[0].read(3).await, 7);
+        let why = "tapdisk: 2/xvda: failed to serve '2/xvda': there are 1 disks already";
+        assert!(daemon.said().contains(why), "{}", daemon.said());
+        assert_eq!(daemon.disks.list().0.len(), 1);
+        daemon.host.process.ask_to_stop();
+        tools.settle().await;
+        assert_eq!(*daemon.status.borrow(), Some(1));
+    });
+}
+
+#[test]
 fn one_that_is_asked_to_stop_is_followed_by_another() {
     world(|sim, kernel, xen| async move {
         kernel.storage().put_bytes("/a", &[1; MIB]);
