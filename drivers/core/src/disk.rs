@@ -132,7 +132,12 @@ impl<H: Time + Tasks + Log + Probe> Disk<H> {
 impl<H: Time + Tasks + Log + Probe> Below<H> {
     fn new(host: &H, image: Rc<dyn Node>, config: &DiskConfig, stats: &Rc<RefCell<SchedulerStats>>) -> Self {
         let image = Rc::new(Lease::new(image));
-        let lower = config.cache.over(Rc::clone(&image) as Rc<dyn Node>);
+        let cache = match config.cache {
+            CacheMode::WriteThrough if host.bug(Bug::WrittenThroughLater) => CacheMode::WriteBack,
+            CacheMode::Unsafe if host.bug(Bug::UnsafeFlushed) => CacheMode::WriteBack,
+            cache => cache,
+        };
+        let lower = cache.over(Rc::clone(&image) as Rc<dyn Node>);
         let scheduler = Scheduler::counting(host.clone(), lower, config.scheduler, Rc::clone(stats));
         Self { scheduler: Rc::new(scheduler), image }
     }

@@ -77,6 +77,8 @@ list! {
         LostOutlivesBoot = "a loss in a synchronisation is still held against the disk after a reboot",
         NameUnsynced = "the name of a new image is not made durable",
         DirectoryBelieved = "a directory that could not be synchronised is not reported",
+        WrittenThroughLater = "a disk that writes through answers writes before they are durable",
+        UnsafeFlushed = "a disk whose flushes are to be left out carries them out",
         SizeBelieved = "a size that could not be set is taken as set",
         OldHeaderStays = "an image that is created over an old one keeps the old header until the new one is written",
         ExampleHeaderEarly = "a new image of the example format gets its header before its empty table is durable",
