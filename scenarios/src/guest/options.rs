@@ -12,7 +12,7 @@ use tap_abi::nbd::{
 use tap_host::Stream;
 use zerocopy::IntoBytes;
 
-/// An option that a client asks for before it chooses; 0 none, else one of [`Question::ALL`].
+/// An option that a client asks for before it chooses; 0 none, else one of `Question::ALL`.
 pub static NBD_OPTION: Label = Label::new("nbd-option", "asks option {n} before the choice: {}");
 
 /// Options that one client asks for at most.
