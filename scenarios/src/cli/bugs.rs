@@ -42,7 +42,7 @@ pub(crate) fn bugs_command(common: &Common, args: &BugsArgs) -> Result<Exit, Sto
         quarries.retain(|quarry| is_stale(common, args, *quarry));
     }
     println!(
-        "{:<24} {:<26} {:>4} {:>6} {:>10} {:>16} {:>7} {:>10}",
+        "{:<24} {:<28} {:>4} {:>6} {:>10} {:>16} {:>7} {:>10}",
         "seeded bug", "found by", "rule", "seeds", "find ms", "decisions", "runs", "shrink ms"
     );
     let mut progress = Progress::new(Some(quarries.len() as u64));
@@ -97,7 +97,7 @@ fn print_row(common: &Common, quarry: Quarry, hunted: Option<&Hunted>, within: u
     save_run(common, &h.spec, &h.outcome)?;
     let rule = h.outcome.failure.as_ref().map_or(String::new(), |f| f.invariant.to_string());
     println!(
-        "{:<24} {:<26} {:>4} {:>6} {:>10.1} {:>16} {:>7} {:>10.1}{}",
+        "{:<24} {:<28} {:>4} {:>6} {:>10.1} {:>16} {:>7} {:>10.1}{}",
         quarry.name(),
         h.spec.scenario.name,
         rule,

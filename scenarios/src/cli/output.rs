@@ -165,14 +165,14 @@ pub(crate) fn save_json(path: &Path, value: &impl Serialize) -> Result<(), Stop>
 /// Prints the table of a sweep.
 pub(crate) fn print_table(report: &SweepReport) {
     println!(
-        "{:<26} {:>7} {:>7} {:>10} {:>8} {:>10} {:>9} {:>12}  trace hash",
+        "{:<28} {:>7} {:>7} {:>10} {:>8} {:>10} {:>9} {:>12}  trace hash",
         "scenario", "passed", "failed", "requests", "crashes", "host I/O", "CPU ms", "requests/s"
     );
     for (scenario, r) in &report.scenarios {
         let rate =
             if r.cpu_ns > 0 { r.stats.requests as u128 * 1_000_000_000 / u128::from(r.cpu_ns) } else { 0 };
         println!(
-            "{:<26} {:>7} {:>7} {:>10} {:>8} {:>10} {:>9} {:>12}  {:#018x}",
+            "{:<28} {:>7} {:>7} {:>10} {:>8} {:>10} {:>9} {:>12}  {:#018x}",
             scenario.name,
             r.passed,
             r.failed,

@@ -195,7 +195,7 @@ pub(crate) fn list_command(common: &Common) -> Result<Exit, Stop> {
     {
         println!("{title}:");
         for entry in entries {
-            println!("  {:<26} {}", entry.name, entry.about);
+            println!("  {:<28} {}", entry.name, entry.about);
         }
         println!();
     }
