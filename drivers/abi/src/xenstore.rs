@@ -104,9 +104,13 @@ impl MessageKind {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct MessageHeader {
+    /// What the message is: a number of [`MessageKind`].
     kind: U32,
+    /// The client's number for its request, which the answer repeats.
     request: U32,
+    /// The transaction that it belongs to; 0 for none.
     transaction: U32,
+    /// Bytes of the payload that follow.
     len: U32,
 }
 

@@ -30,20 +30,32 @@ pub(super) const MAX_NAME_BYTES: u32 = 1023;
 /// Set in L2 entries of compressed clusters.
 pub(super) const COMPRESSED: u64 = 1 << 63;
 
-/// The header, as it stands at byte 0.
+/// The header, as it stands at byte 0. Of a field that is not used here, what it holds does not matter.
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub(super) struct RawHeader {
+    /// [`MAGIC`].
     pub(super) magic: U32,
+    /// 1.
     pub(super) version: U32,
+    /// Byte offset of the name of the backing file in this file; 0 where there is none.
     pub(super) backing_offset: U64,
+    /// Length of that name in bytes, at most [`MAX_NAME_BYTES`]. The name has no NUL at its end.
     pub(super) backing_len: U32,
+    /// When the backing file was last changed, in seconds since 1970. Not used: copies change it.
     pub(super) backing_mtime: U32,
+    /// Size of the disk in bytes.
     pub(super) size_bytes: U64,
+    /// Bytes in a cluster, as a power of two: 9 to 16.
     pub(super) cluster_bits: u8,
+    /// Entries in an L2 table, as a power of two: 6 to 13.
     pub(super) l2_bits: u8,
+    /// Not used.
     pub(super) padding: [u8; 2],
+    /// 0: not encrypted. 1 stands for AES, which is refused.
     pub(super) crypt_method: U32,
+    /// Byte offset of the L1 table in this file, a multiple of 8. It has an entry for each L2 table that the disk can
+    /// have.
     pub(super) l1_offset: U64,
 }
 
@@ -53,9 +65,14 @@ const _: () = assert!(size_of::<RawHeader>() == 48);
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Debug)]
 #[repr(C)]
 struct RawXenHeader {
+    /// [`XEN_MAGIC`].
     magic: U32,
+    /// The first four bytes of the MD5 of the L1 table. Other programs ignore the whole header where it is wrong. It is
+    /// cleared when the image is opened for writing, as it would be wrong after the first new L2 table.
     checksum: U32,
+    /// How many clusters tapdisk allocated at once. Not used.
     min_cluster_alloc: U32,
+    /// Bit 0: the file is sparse. Bit 1: [`XEN_L1_BIG_ENDIAN`].
     flags: U32,
 }
 
