@@ -187,6 +187,8 @@ mod tests {
         assert!(refused(&[(0, 0x1000)]).contains("another owner"), "data on the table");
         assert!(refused(&[(0, 0x2200)]).contains("not a cluster's offset"));
         assert!(refused(&[(0, 1 << 40)]).contains("not a cluster's offset"));
+        let mut owners = Owners::new(BLOCK_BITS);
+        assert!(owners.take(u64::MAX - BLOCK, BLOCK, || "it".into()).unwrap_err().1.contains("far out"));
         assert!(refused(&[(300, 0x2000)]).contains("beyond the disk's end"));
         let mut odd = image(&[], 0x5000);
         odd.pages.write(8, &[0xff]);

@@ -4,6 +4,9 @@ use super::{Broken, ImageMap};
 use crate::check::{Invariant, Oracle, is_broken};
 use kernel_model::Content;
 
+/// Most clusters of a file that are told apart: 128 MiB of bits. No image here has as many.
+const CLUSTERS_MAX: u64 = 1 << 30;
+
 /// Host space by owner: whole clusters as bits, compressed extents as ranges.
 pub(super) struct Owners {
     cluster_bits: u32,
@@ -28,6 +31,9 @@ impl Owners {
     pub(super) fn take(&mut self, offset: u64, len: u64, what: impl Fn() -> String) -> Result<(), Broken> {
         let first = offset >> self.cluster_bits;
         let last = (offset + len - 1) >> self.cluster_bits;
+        if last >= CLUSTERS_MAX {
+            return broken(Invariant::Q2, format!("{} lies on host cluster {last}, far out", what()));
+        }
         if (last / 64 + 1) as usize > self.bits.len() {
             self.bits.resize((last / 64 + 1) as usize, 0);
         }
