@@ -59,6 +59,7 @@ const FIRST_FREE_PORT: u16 = 32_768;
 #[derive(Default)]
 pub(crate) struct Network {
     listeners: RefCell<BTreeMap<SocketAddress, Rc<Door>>>,
+    established: Cell<u64>,
 }
 
 /// Where connections wait to be accepted.
@@ -436,6 +437,13 @@ impl Drop for ProcessListener {
     }
 }
 
+impl Process {
+    /// Connections that were established on this machine so far, accepted or not.
+    pub fn connections_established(&self) -> u64 {
+        self.network().established.get()
+    }
+}
+
 impl Sockets for Process {
     type Listener = ProcessListener;
     type Stream = ProcessStream;
@@ -494,6 +502,7 @@ impl Sockets for Process {
         let inward = Pipe::new(sim, entity, "from the listener", capacity);
         let wire = Wire { inward, outward };
         door.waiting.borrow_mut().push_back(wire.other_end());
+        self.network().established.set(self.network().established.get() + 1);
         door.wake();
         Ok(Endpoint::open(self, wire))
     }

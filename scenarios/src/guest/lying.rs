@@ -162,11 +162,6 @@ impl LyingServer {
         self.honest.set(true);
     }
 
-    /// Connections that were made.
-    pub fn connections(&self) -> u64 {
-        self.connections.get()
-    }
-
     /// What it was asked for.
     pub fn counts(&self) -> Counts {
         self.counts.get()
