@@ -6,20 +6,17 @@
 //!                                                                                         one, or the one before
 //! ```
 
-use super::crash::either;
-use super::shown::{calls_itself_image, shown};
+use super::shown::{calls_itself_image, put_used, shown};
+use super::until_cut::run_until_cut;
 use crate::check::{Invariant, shipped};
-use crate::formats::{self, FormatModel, ImageShape, Stored, fitting};
+use crate::formats::{self, FormatModel};
 use crate::power::{CRASH_AT, power};
 use crate::scenario::OfFormat;
 use crate::world::{World, setting};
 use kernel_model::faults::FaultPlan;
-use kernel_model::{PageMap, SimHost, StorageConfig};
+use kernel_model::{SimHost, StorageConfig};
 use sim::{Draw, Entity, Label};
-use std::cell::RefCell;
-use std::rc::Rc;
-use tap_core::wait::oneshot;
-use tap_host::{Errno, Files};
+use tap_host::Errno;
 use tap_images::{Format, ImageError, ImageSpec, NewImage};
 
 /// Images made again and again.
@@ -92,13 +89,12 @@ impl Round {
         old: u64,
         size_bytes: u64,
     ) -> Self {
-        let path = format!("/images/new{place}.img");
+        let spec = ImageSpec { format: model.format().into(), path: format!("/images/new{place}.img") };
         match old {
-            2 => world.storage.put_bytes(&path, &vec![0xa5; 3 * size_bytes as usize]),
-            3 => world.storage.put_bytes(&path, &used_image(model, size_bytes)),
+            2 => world.storage.put_bytes(&spec.path, &vec![0xa5; 3 * size_bytes as usize]),
+            3 => drop(put_used(world, &spec, size_bytes)),
             _ => {}
         }
-        let spec = ImageSpec { format: model.format().into(), path };
         let is_image = calls_itself_image(world, &spec);
         let before = is_image.then(|| shown(world, &spec, None).ok()).flatten();
         let may_show = before.into_iter().chain([vec![0; size_bytes as usize]]).collect();
@@ -132,33 +128,15 @@ impl Round {
     async fn make(&self, world: &World, format: Format) -> Option<Result<(), ImageError>> {
         let size_bytes = self.size_bytes;
         let host = SimHost::start(&world.kernel, &world.xen, "maker", u64::from(self.number));
-        let node = host.process.node().clone();
         let entity = power(self.number);
         world.sim.name_entity(entity, || format!("power, round {}", self.number));
         let after = world
             .sim
             .decide(entity, &CRASH_AT, 0, |d| if d.below(2) == 0 { 0 } else { 1 + d.below(OPERATIONS) });
-        if after > 0 {
-            let (at, own) = (world.storage.ops() + after, node.clone());
-            world.storage.set_hook(Some(Rc::new(move |op| {
-                if op == at {
-                    own.kill();
-                }
-            })));
-        }
-        let ((done, ended), result) = (oneshot(), Rc::new(RefCell::new(None)));
-        let (path, out) = (self.spec.path.clone(), Rc::clone(&result));
-        node.spawn("main", 0, async move {
-            let made = create(&host, format, &path, size_bytes).await;
-            host.closed().await;
-            *out.borrow_mut() = Some(made);
-            let _ = done.send(());
-        });
-        either(node.dead(), ended).await;
-        world.storage.set_hook(None);
-        node.kill();
-        node.dead().await;
-        result.take()
+        let path = self.spec.path.clone();
+        let process = host.process.clone();
+        let main = async move { create(&host, format, &path, size_bytes).await };
+        run_until_cut(world, &process, Some(after).filter(|after| *after > 0), main).await
     }
 
     /// It is there, empty, and as large as it should be.
@@ -206,19 +184,4 @@ async fn create(host: &SimHost, format: Format, path: &str, size_bytes: u64) -> 
         }
         result => result,
     }
-}
-
-/// An image of which every cluster is in use.
-fn used_image(model: &dyn FormatModel, size: u64) -> Vec<u8> {
-    let metadata = model.metadata().expect("a format of images that are empty has metadata");
-    let cluster_bits = fitting(&metadata.cluster_bits(), &[12])[0];
-    let shape = ImageShape {
-        cluster_bits,
-        table_bits: fitting(&metadata.table_bits(), &[9])[0],
-        size,
-        backing: None,
-        clusters: (0..size.div_ceil(1 << cluster_bits)).map(|cluster| (cluster, Stored::Plain)).collect(),
-        writer: 1003,
-    };
-    model.make(&shape, &mut PageMap::default())
 }

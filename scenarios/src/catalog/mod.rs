@@ -19,6 +19,7 @@ pub mod setup;
 mod shown;
 pub mod tools;
 pub mod toolstack;
+mod until_cut;
 
 use crate::check;
 use crate::front;

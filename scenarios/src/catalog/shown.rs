@@ -1,8 +1,9 @@
-//! What a file says that is an image: read by its bytes alone.
+//! Images made and read by their bytes alone, without the driver.
 
 use crate::check::Invariant;
-use crate::formats::{self, Broken};
+use crate::formats::{self, Broken, ImageShape, Stored, fitting};
 use crate::world::World;
+use kernel_model::PageMap;
 use tap_images::{HEAD_BYTES, ImageSpec};
 
 /// Whether the file at the image's path begins as images of its format do.
@@ -46,4 +47,27 @@ pub(super) fn shown(
         }
     }
     Ok(bytes)
+}
+
+/// Puts an image of `size_bytes` at the image's path in which every cluster is in use; returns the bytes of its disk.
+pub(super) fn put_used(world: &World, spec: &ImageSpec, size_bytes: u64) -> Vec<u8> {
+    let mut bytes = vec![0xa5; size_bytes as usize];
+    let model = formats::of(spec.format);
+    let Some(metadata) = model.metadata() else {
+        world.storage.put_bytes(&spec.path, &bytes);
+        return bytes;
+    };
+    let cluster_bits = fitting(&metadata.cluster_bits(), &[12])[0];
+    let shape = ImageShape {
+        cluster_bits,
+        table_bits: fitting(&metadata.table_bits(), &[9])[0],
+        size: size_bytes,
+        backing: None,
+        clusters: (0..size_bytes.div_ceil(1 << cluster_bits)).map(|c| (c, Stored::Plain)).collect(),
+        writer: 1003,
+    };
+    let mut view = PageMap::default();
+    world.storage.put_bytes(&spec.path, &model.make(&shape, &mut view));
+    view.read(0, &mut bytes);
+    bytes
 }

@@ -2,9 +2,9 @@
 
 use super::Work;
 use crate::catalog::setup::TABLE_BITS;
-use crate::catalog::shown::{calls_itself_image, shown};
+use crate::catalog::shown::{calls_itself_image, put_used, shown};
 use crate::check::Invariant;
-use crate::formats::{self, FormatModel, ImageShape, Kind, RAW, Stored, fitting, layer_cluster};
+use crate::formats::{FormatModel, ImageShape, Kind, RAW, Stored, fitting, layer_cluster};
 use crate::program::named;
 use crate::world::World;
 use kernel_model::{PAGE, PageMap};
@@ -223,14 +223,14 @@ impl Made {
         let old = match (work, wish.old) {
             (Work::Into, _) => {
                 add("-n");
-                let old = put(world, &spec, view.len() + 4096);
+                let old = put_used(world, &spec, view.len() as u64 + 4096);
                 view.extend(&old[view.len()..]);
                 None
             }
             (_, Old::New) => None,
-            (_, Old::Shorter) => Some(put(world, &spec, 512)),
+            (_, Old::Shorter) => Some(put_used(world, &spec, 512)),
             (_, Old::Longer) => {
-                let old = put(world, &spec, 3 * view.len());
+                let old = put_used(world, &spec, 3 * view.len() as u64);
                 // What has a size of its own shows more than a raw copy of less.
                 if model.has_metadata() && wish.device {
                     to_device(world, &spec.path);
@@ -306,27 +306,6 @@ pub(super) fn check_unfinished(world: &World, made: &Made, source: &Disk) {
     };
     let text = format!("{} did not end with 0, and what it left calls itself an image: {what}", made.line());
     world.fail(Invariant::I1, text);
-}
-
-/// Puts an image of so many bytes there, which a tool is to replace or to fill; gives what it shows.
-fn put(world: &World, spec: &ImageSpec, size: usize) -> Vec<u8> {
-    let mut bytes = vec![0xa5; size];
-    if spec.format == RAW {
-        world.storage.put_bytes(&spec.path, &bytes);
-        return bytes;
-    }
-    let shape = ImageShape {
-        cluster_bits: 12,
-        table_bits: 9,
-        size: size as u64,
-        backing: None,
-        clusters: (0..(size as u64).div_ceil(4096)).map(|c| (c, Stored::Plain)).collect(),
-        writer: 1003,
-    };
-    let mut view = PageMap::default();
-    world.storage.put_bytes(&spec.path, &formats::of(spec.format).make(&shape, &mut view));
-    view.read(0, &mut bytes);
-    bytes
 }
 
 /// Makes a file a block device with the same bytes, and some more.

@@ -15,9 +15,9 @@ mod disk;
 mod remade;
 mod reports;
 
-use super::crash::either;
 use super::failures::passing_storage;
 use super::shown::shown;
+use super::until_cut::run_until_cut;
 use crate::check::Invariant;
 use crate::power::{CRASH_AT, power};
 use crate::program::Printed;
@@ -28,10 +28,7 @@ use disk::{Disk, Made, Wish};
 use kernel_model::StorageConfig;
 use kernel_model::faults::FaultPlan;
 use sim::Draw;
-use std::cell::RefCell;
 use std::rc::Rc;
-use tap_core::wait::oneshot;
-use tap_host::Files;
 use tap_programs::img::{Cli, run};
 
 pub use remade::{IMAGE_REMADE, ROUND};
@@ -101,29 +98,10 @@ impl Tool {
         let cli = Cli::try_parse_from(std::iter::once("tap-img".into()).chain(args.iter().cloned()));
         let cli = cli.unwrap_or_else(|e| panic!("{}: {e}", args.join(" ")));
         let process = world.kernel.process("tap-img", world.next_boot());
-        let (printed, host) = (Rc::new(Printed::default()), process.clone());
-        let ((done, ended), status) = (oneshot(), Rc::new(RefCell::new(None)));
-        let (p, s) = (Rc::clone(&printed), Rc::clone(&status));
-        process.node().spawn("main", 0, async move {
-            let status = run(host.clone(), cli, &*p).await;
-            // Who waits for a process to end finds its files closed.
-            host.closed().await;
-            *s.borrow_mut() = Some(status);
-            let _ = done.send(());
-        });
-        if let Some(after) = cut_after {
-            let (at, node) = (world.storage.ops() + after, process.node().clone());
-            world.storage.set_hook(Some(Rc::new(move |op| {
-                if op == at {
-                    node.kill();
-                }
-            })));
-        }
-        either(process.node().dead(), ended).await;
-        world.storage.set_hook(None);
-        process.node().kill();
-        process.node().dead().await;
-        let status = status.borrow_mut().take()?;
+        let printed = Rc::new(Printed::default());
+        let (host, console) = (process.clone(), Rc::clone(&printed));
+        let main = async move { run(host, cli, &*console).await };
+        let status = run_until_cut(world, &process, cut_after, main).await?;
         Some(Self { status, out: printed.out.take(), err: printed.err.take() })
     }
 

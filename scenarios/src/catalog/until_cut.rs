@@ -1,0 +1,40 @@
+//! A process that runs to its end, or is killed at an operation of the storage.
+
+use super::crash::either;
+use crate::world::World;
+use kernel_model::Process;
+use std::cell::RefCell;
+use std::rc::Rc;
+use tap_core::wait::oneshot;
+use tap_host::Files;
+
+/// Runs `main` as the main function of `process` and returns its result once the process has ended and its files are
+/// closed. `None` if the process was killed first: at operation `cut_after` of the storage, counted from now.
+pub(super) async fn run_until_cut<T: 'static>(
+    world: &World,
+    process: &Process,
+    cut_after: Option<u64>,
+    main: impl Future<Output = T> + 'static,
+) -> Option<T> {
+    if let Some(after) = cut_after {
+        let (at, node) = (world.storage.ops() + after, process.node().clone());
+        world.storage.set_hook(Some(Rc::new(move |op| {
+            if op == at {
+                node.kill();
+            }
+        })));
+    }
+    let ((done, ended), result) = (oneshot(), Rc::new(RefCell::new(None)));
+    let (host, out) = (process.clone(), Rc::clone(&result));
+    process.node().spawn("main", 0, async move {
+        let value = main.await;
+        host.closed().await;
+        *out.borrow_mut() = Some(value);
+        let _ = done.send(());
+    });
+    either(process.node().dead(), ended).await;
+    world.storage.set_hook(None);
+    process.node().kill();
+    process.node().dead().await;
+    result.take()
+}
