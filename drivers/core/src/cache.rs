@@ -1,9 +1,9 @@
-//! What an answered write means to the one who wrote.
+//! Cache modes: what the answer to a write promises.
 //!
 //! ```text
-//!   write back      as it is: durable after a flush       (no node needed)
-//!   write through   every answered write is durable: it is sent down with FUA
-//!   unsafe          flushes are answered and not carried out, FUA is left out; only closing makes durable
+//!   write back      unchanged: durable after a flush      (no node needed)
+//!   write through   an answered write is durable: it is sent down with FUA
+//!   unsafe          flushes are answered but not performed, FUA is dropped; only closing makes data durable
 //! ```
 
 use crate::{Child, Durable, Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response};
@@ -18,7 +18,7 @@ pub enum CacheMode {
     WriteBack,
     /// Before they are answered.
     WriteThrough,
-    /// When the disk is closed; a crash of the host may leave anything. For disks that can be made anew.
+    /// When the disk is closed; a crash of the host may leave anything. For disks that can be recreated.
     Unsafe,
 }
 
@@ -48,8 +48,8 @@ impl Node for Cached {
         }
     }
 
-    fn extents(&self, range: SectorRange, most: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
-        self.lower.extents(range, most)
+    fn extents(&self, range: SectorRange, max: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
+        self.lower.extents(range, max)
     }
 
     fn info(&self) -> NodeInfo {
@@ -97,7 +97,8 @@ mod tests {
         }
     }
 
-    /// What goes down of a discard, one with FUA if `fua`, and a flush; and how the discard ends.
+    /// Submits a discard, with FUA if `fua`, and a flush. Returns the requests that reach the lower node and the result
+    /// of the discard.
     fn seen(mode: CacheMode, fua: bool, write: Result<(), Errno>) -> (Vec<(Op, bool)>, Result<(), Errno>) {
         let notes = Rc::new(Notes { seen: RefCell::default(), write });
         let node = mode.over(Rc::clone(&notes) as Rc<dyn Node>);
@@ -105,7 +106,7 @@ mod tests {
             let Poll::Ready(response) =
                 pin!(node.submit(request)).poll(&mut Context::from_waker(Waker::noop()))
             else {
-                panic!("nothing here waits")
+                panic!("the test node never waits")
             };
             response.result
         };
@@ -115,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn writes_are_made_durable_or_flushes_are_left_out() {
+    fn write_through_adds_fua_and_unsafe_drops_fua_and_flushes() {
         let (discard, flush) = (|fua| (Op::Discard, fua), (Op::Flush, false));
         for fua in [false, true] {
             assert_eq!(seen(CacheMode::WriteBack, fua, Ok(())).0, [discard(fua), flush]);

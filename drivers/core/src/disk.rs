@@ -1,14 +1,14 @@
-//! A disk as every program has it.
+//! A disk: the stack of nodes that every program builds over an image.
 //!
 //! ```text
 //!   ring, NBD ──► Slot ──► Scheduler ──► cache mode ──► Lease ──► image
 //!                 life     order, merging, retry                  any Node
-//!                          └──────── made anew when the image is exchanged ────────┘
+//!                          └───────── rebuilt when the image is exchanged ─────────┘
 //! ```
 //!
-//! The scheduler is above the cache mode: a write that is answered once it is durable is in the way of what overlaps it
-//! until then. Were later ones carried out and answered meanwhile, a successor of this process, which finds the first
-//! one without an answer, would write it again over them.
+//! The scheduler is above the cache mode, so that a write-through write blocks overlapping requests until it is
+//! durable. Otherwise a later write could be performed and answered first; a successor of this process would then find
+//! the earlier one unanswered, and repeat it over the later one.
 
 use crate::{
     CacheMode, ExchangeError, Lease, Node, Scheduler, SchedulerLimits, SchedulerStats, Slot, WaitReport,
@@ -20,7 +20,7 @@ use tap_host::{Bug, Errno, Log, Mark, Probe, Tasks, Time, VbdId};
 /// How to build a disk over an image.
 #[derive(Clone, Copy, Debug)]
 pub struct DiskConfig {
-    /// What it is called in events.
+    /// Names the disk in events.
     pub id: VbdId,
     /// When writes become durable.
     pub cache: CacheMode,
@@ -34,9 +34,9 @@ pub struct Disk<H> {
     config: DiskConfig,
     slot: Slot<H>,
     below: RefCell<Below<H>>,
-    /// Of all its schedulers together.
+    /// Summed over all schedulers it has had.
     stats: Rc<RefCell<SchedulerStats>>,
-    /// Steps of the schedulers before this one.
+    /// Steps of the earlier schedulers.
     steps_before: Cell<u64>,
 }
 
@@ -61,23 +61,23 @@ impl<H: Time + Tasks + Log + Probe> Disk<H> {
         Self { host, config, slot, below, stats, steps_before }
     }
 
-    /// What requests are submitted to.
+    /// The node to submit requests to.
     pub fn node(&self) -> Rc<dyn Node> {
         Rc::new(self.slot.clone())
     }
 
-    /// Its life: to pause, resume and close it.
+    /// The slot, to pause, resume and close the disk.
     pub fn slot(&self) -> &Slot<H> {
         &self.slot
     }
 
-    /// Puts the image that `change` makes in place of the one that the disk has, under load: see [`Slot::exchange`].
-    /// `change` gets a lease of the old image, and may keep it below the new one (a snapshot) or not (a coalesce). The
-    /// disk gives up its own; the old image is closed if no other lease of it is left.
+    /// Replaces the disk's image under load with the one that `change` makes: see [`Slot::exchange`]. `change` gets a
+    /// lease of the old image, and may keep it below the new one (a snapshot) or not (a coalesce). The disk gives up
+    /// its own lease; the old image is closed if no other lease is left.
     ///
     /// # Errors
-    /// [`ExchangeError`]: the disk still has the old image. The inner result is that of closing the old image, when
-    /// the disk has the new one.
+    /// [`ExchangeError`]: the disk still has the old image. The inner result is that of closing the old image, once the
+    /// disk has the new one.
     ///
     /// # Panics
     /// When the new image has another size or mode than the old one.
@@ -99,31 +99,32 @@ impl<H: Time + Tasks + Log + Probe> Disk<H> {
         Ok(old.close().await)
     }
 
-    /// What its schedulers have counted.
+    /// The counters, summed over all its schedulers.
     pub fn stats(&self) -> SchedulerStats {
         *self.stats.borrow()
     }
 
-    /// Returns what its schedulers have counted, also of a disk that is gone; does not keep it alive.
+    /// Returns a function that reads the counters. It works after the disk is dropped, and does not keep it alive.
     pub fn stats_later(&self) -> impl Fn() -> SchedulerStats + use<H> {
         let stats = Rc::clone(&self.stats);
         move || *stats.borrow()
     }
 
-    /// Work of the order of requests so far: claims compared and dependencies made.
+    /// Work done so far to keep requests in order: claims compared and dependencies added.
     pub fn order_steps(&self) -> u64 {
         self.steps_before.get() + self.below.borrow().scheduler.order_steps()
     }
 
-    /// Returns what waits for what, as long as the disk exists; does not keep it alive.
+    /// Returns a function that reports which requests wait for which; empty once the disk is dropped, which it does not
+    /// keep alive.
     pub fn wait_report(&self) -> impl Fn() -> Vec<WaitReport> + use<H> {
         self.slot.wait_report_later()
     }
 
-    /// Lets what is in flight end and closes the image; once, and every further call returns the same result.
+    /// Waits for the requests in flight and closes the image, once; further calls return the same result.
     ///
     /// # Errors
-    /// As the image's.
+    /// Those of closing the image.
     pub async fn close(&self) -> Result<(), Errno> {
         self.slot.close().await
     }

@@ -1,20 +1,20 @@
 //! The disks of a process, by name.
 //!
 //! ```text
-//!   program ──reserve──► Listed ──fill──► Disks ◄── list, watch, get ── whoever looks after the process
+//!   program ──reserve──► Listed ──fill──► Disks ◄── list, watch, get ── control and monitoring
 //!      └───────────────── Disk ─────────────┘
 //! ```
 //!
-//! A program opens disks and serves them. Whatever else looks at them or acts on them meanwhile finds them here.
+//! A program opens disks and serves them. All other code that inspects or controls them finds them here.
 //!
 //! # Contract
 //!
-//! * A name is taken from [`Disks::reserve`] until what that returned is dropped. In between the disk is in the list
-//!   from [`Listed::fill`] until it is closed: the list has no closed disk, and keeps none alive.
-//! * There are no more disks than the limit, those that are being opened included.
-//! * The list is in the order of the names.
-//! * [`Disks::watch`] misses nothing: it completes if a disk came, went or changed its state since the number that it
-//!   is called with.
+//! * A name is taken from [`Disks::reserve`] until the returned [`Listed`] is dropped. The disk is in the list from
+//!   [`Listed::fill`] until it is closed: the list contains no closed disk, and keeps none alive.
+//! * There are never more disks than the limit, including those that are being opened.
+//! * The list is sorted by name.
+//! * [`Disks::watch`] misses nothing: it completes if a disk was added, removed or changed its state since the given
+//!   number of changes.
 
 use crate::wait::Event as Flag;
 use crate::{Disk, Node, NodeInfo, SchedulerStats};
@@ -29,13 +29,13 @@ pub struct Disks<H>(Rc<Inner<H>>);
 struct Inner<H> {
     host: H,
     limit: usize,
-    /// By name; `None` while it is not open.
+    /// By name; `None` before the disk is open and after it is closed.
     all: RefCell<BTreeMap<String, Option<Open<H>>>>,
     changes: Cell<u64>,
     changed: Flag,
 }
 
-/// A disk that is open.
+/// An open disk.
 struct Open<H> {
     about: String,
     disk: Rc<Disk<H>>,
@@ -51,38 +51,36 @@ impl<H> Clone for Disks<H> {
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum ListError {
     /// Another disk has the name.
-    #[error("serve '{0}' twice; give each disk a name of its own")]
+    #[error("serve '{0}' twice; give each disk a different name")]
     Taken(String),
-    /// The process has all the disks that it may have.
-    #[error(
-        "serve '{name}': there are {limit} disks already, the most for one process; start another for it"
-    )]
+    /// The process has reached its limit of disks.
+    #[error("serve '{name}': the process already has {limit} disks, its limit; start another process for it")]
     Full {
-        /// What is one too many.
+        /// The refused disk.
         name: String,
-        /// Most disks.
+        /// The limit.
         limit: usize,
     },
 }
 
-/// What a disk is, does, and has done.
+/// The properties, state and counters of a disk.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct DiskStatus {
     /// Its name in the list.
     pub name: String,
-    /// Where its bytes are, for people.
+    /// Describes where its bytes are, for people.
     pub about: String,
     /// `running`, `draining`, `paused`, `closing` or `closed`.
     pub state: &'static str,
-    /// Requests and looks at extents in flight.
+    /// Requests and extent queries in flight.
     pub in_flight: usize,
-    /// Size, mode and block sizes.
+    /// Size, mode, block sizes and durability.
     pub info: NodeInfo,
-    /// What it has done.
+    /// Its counters.
     pub stats: SchedulerStats,
 }
 
-/// A name in the list; free again when this is dropped.
+/// A name in the list, freed when this is dropped.
 pub struct Listed<H: Time + Tasks + Log + Probe> {
     disks: Rc<Inner<H>>,
     name: String,
@@ -98,25 +96,25 @@ impl<H> Inner<H> {
 }
 
 impl<H: Time + Tasks + Log + Probe> Inner<H> {
-    /// The disk of `name` has changed its state.
+    /// Called when the disk `name` has changed its state.
     fn note(&self, name: &str) {
         let is_closed =
             |open: &mut Open<H>| open.disk.slot().is_closed() && !self.host.bug(Bug::ClosedListed);
         let closed = self.all.borrow_mut().get_mut(name).and_then(|open| open.take_if(is_closed));
-        // Dropped only now: that may call anything.
+        // Dropped after the borrow has ended: the drop may call back into the list.
         drop(closed);
         self.notify();
     }
 }
 
 impl<H: Time + Tasks + Log + Probe> Disks<H> {
-    /// No disks yet, of a process that has `limit` at the most.
+    /// An empty list for at most `limit` disks.
     pub fn new(host: H, limit: usize) -> Self {
         let (all, changes, changed) = (RefCell::default(), Cell::new(0), Flag::new());
         Self(Rc::new(Inner { host, limit, all, changes, changed }))
     }
 
-    /// Takes `name` for a disk that is to be opened.
+    /// Takes `name` for a disk about to be opened.
     ///
     /// # Errors
     /// [`ListError`].
@@ -137,14 +135,14 @@ impl<H: Time + Tasks + Log + Probe> Disks<H> {
         self.0.all.borrow().get(name)?.as_ref().map(|open| Rc::clone(&open.disk))
     }
 
-    /// All that are open, and the number of changes so far.
+    /// All open disks, and the number of changes so far.
     pub fn list(&self) -> (Vec<DiskStatus>, u64) {
         let all = self.0.all.borrow();
         let open = all.iter().filter_map(|(name, open)| Some(open.as_ref()?.status(name)));
         (open.collect(), self.0.changes.get())
     }
 
-    /// Closes all that are open, one after the other. Returns those that could not be closed, as they were before.
+    /// Closes all open disks, one after the other. Returns those that failed to close, with their status from before.
     pub async fn close_all(&self) -> Vec<(DiskStatus, Errno)> {
         let mut failed = Vec::new();
         for disk in self.list().0 {
@@ -157,7 +155,7 @@ impl<H: Time + Tasks + Log + Probe> Disks<H> {
         failed
     }
 
-    /// Completes once there were more than `seen` changes, and returns their number.
+    /// Waits until there have been more than `seen` changes, and returns their number.
     pub async fn watch(&self, seen: u64) -> u64 {
         if self.0.changes.get() <= seen || self.0.host.bug(Bug::ChangeMissed) {
             self.0.changed.wait().await;
@@ -181,7 +179,7 @@ impl<H: Time + Tasks + Log + Probe> Open<H> {
 }
 
 impl<H: Time + Tasks + Log + Probe> Listed<H> {
-    /// Puts `disk` in the list, which has its bytes where `about` says, and returns what is known of it.
+    /// Puts `disk` in the list, with `about` to describe where its bytes are, and returns its status.
     pub fn fill(&mut self, about: &str, disk: &Rc<Disk<H>>) -> DiskStatus {
         self.stats = Some(Box::new(disk.stats_later()));
         let open = Open { about: about.to_owned(), disk: Rc::clone(disk) };
@@ -193,7 +191,7 @@ impl<H: Time + Tasks + Log + Probe> Listed<H> {
         status
     }
 
-    /// What the disk has done, also one that is closed; `None` if it was never open.
+    /// The counters of the disk, even if it is closed; `None` if it was never open.
     pub fn stats(&self) -> Option<SchedulerStats> {
         self.stats.as_ref().map(|stats| stats())
     }
@@ -201,12 +199,12 @@ impl<H: Time + Tasks + Log + Probe> Listed<H> {
 
 impl<H: Time + Tasks + Log + Probe> Drop for Listed<H> {
     fn drop(&mut self) {
-        // A panic must not meet another one here: it ends everything anyway.
+        // A second panic here would abort the process.
         if std::thread::panicking() || self.disks.host.bug(Bug::PlaceKept) {
             return;
         }
         let place = self.disks.all.borrow_mut().remove(&self.name);
-        if let Some(open) = place.expect("a name is taken until it is given up") {
+        if let Some(open) = place.expect("a reserved name is in the list") {
             open.disk.slot().on_change(|| {});
             self.disks.notify();
         }
@@ -237,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn disks_are_listed_by_name_until_they_are_given_up() {
+    fn disks_are_listed_by_name_until_dropped() {
         let (pool, script) = (Pool::new(), Script::held());
         let disks = Disks::new(pool.clone(), 3);
         let [a, b] = [disk(&pool, &script), disk(&pool, &script)];
@@ -259,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn there_are_no_more_disks_than_the_limit() {
+    fn a_disk_above_the_limit_is_refused() {
         let (pool, script) = (Pool::new(), Script::default());
         let disks = Disks::new(pool.clone(), 2);
         let _first = listed(&disks, "a", &disk(&pool, &script));
@@ -267,15 +265,15 @@ mod tests {
         let error = disks.reserve("c").err().unwrap();
         assert_eq!(
             error.to_string(),
-            "serve 'c': there are 2 disks already, the most for one process; start another for it"
+            "serve 'c': the process already has 2 disks, its limit; start another process for it"
         );
-        assert_eq!(disks.list().0.len(), 1, "one that is being opened is not shown");
+        assert_eq!(disks.list().0.len(), 1, "a disk that is being opened is not listed");
         drop(opening);
         assert!(disks.reserve("c").is_ok());
     }
 
     #[test]
-    fn a_closed_disk_is_neither_shown_nor_kept_and_what_it_has_done_stays_known() {
+    fn a_closed_disk_is_not_listed_or_kept_alive_but_keeps_its_counters() {
         let (pool, script) = (Pool::new(), Script::default());
         let disks = Disks::new(pool.clone(), 1);
         let open = disk(&pool, &script);
@@ -287,7 +285,7 @@ mod tests {
         assert_eq!(pool.start(top.close()).take(), Some(Ok(())));
         assert!(states(&disks).is_empty() && disks.get("a").is_none() && alive.upgrade().is_none());
         assert_eq!(listed.stats().map(|stats| stats.writes), Some(1));
-        assert!(disks.reserve("a").is_err(), "its name is taken until it is given up");
+        assert!(disks.reserve("a").is_err(), "the name is taken until the entry is dropped");
         drop(listed);
         assert_eq!(disks.reserve("a").ok().and_then(|listed| listed.stats()), None);
     }
@@ -313,10 +311,10 @@ mod tests {
         assert!(next.take().unwrap() > seen);
         let (listing, seen) = disks.list();
         assert_eq!(listing[0].state, "paused");
-        // A change before the call is not waited for.
+        // A change before the call completes the watch at once.
         drop(listed);
         assert!(watch(seen).take().unwrap() > seen);
-        // It is not in the list any more.
+        // Changes of a disk that has left the list do not count.
         let last = watch(disks.list().1);
         disk.slot().resume().unwrap();
         pool.run();
@@ -324,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn all_disks_are_closed_and_those_that_could_not_be_are_named() {
+    fn close_all_closes_every_disk_and_returns_those_that_failed() {
         let pool = Pool::new();
         let disks = Disks::new(pool.clone(), 3);
         let scripts = [Script::default(), Script::default(), Script::default()];

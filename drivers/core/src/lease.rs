@@ -1,18 +1,18 @@
-//! One node with several parents.
+//! Shares one node between several parents.
 //!
 //! ```text
 //!   disk A ──► Lease ─┐
-//!   disk B ──► Lease ─┼─► node          closed when the last lease is
+//!   disk B ──► Lease ─┼─► node          closed with the last lease
 //!   overlay ─► Lease ─┘
 //! ```
 //!
-//! A parent closes what is below it. A node that several parents have is leased to each of them, and closes once, with
-//! the last of its leases.
+//! A parent closes the nodes below it. A node with several parents is leased to each of them, and closed once, with its
+//! last lease.
 //!
 //! # Order
 //!
-//! Nodes keep no order of overlapping requests; the scheduler of each disk does, for its own requests. So a node that
-//! more than one parent writes to needs a scheduler of its own between, which sees the requests of all of them:
+//! Nodes do not order overlapping requests; the scheduler of each disk orders only its own. A node that more than one
+//! parent writes to therefore needs another scheduler in between, which sees the requests of all of them:
 //!
 //! ```text
 //!   disk A (slot, scheduler) ──► Lease ─┐
@@ -24,9 +24,9 @@ use std::cell::Cell;
 use std::rc::Rc;
 use tap_host::{Errno, SectorRange};
 
-/// One parent's hold on a node that others may have as well.
+/// One parent's reference to a node that other parents may share.
 ///
-/// A lease that is dropped without being closed is given up; if it was the last one, the node is dropped as it is.
+/// A lease may be dropped without being closed; if it was the last one, the node is dropped without being closed.
 pub struct Lease {
     shared: Rc<Shared>,
     held: Cell<bool>,
@@ -38,7 +38,7 @@ struct Shared {
 }
 
 impl Lease {
-    /// The first lease of `node`, which nothing else closes from now on.
+    /// The first lease of `node`, which only leases may close from now on.
     pub fn new(node: Rc<dyn Node>) -> Self {
         Self { shared: Rc::new(Shared { node, leases: Cell::new(1) }), held: Cell::new(true) }
     }
@@ -53,7 +53,7 @@ impl Lease {
         Self { shared: Rc::clone(&self.shared), held: Cell::new(true) }
     }
 
-    /// Gives it up; whether it was the last one.
+    /// Ends this lease; returns whether it was the last one.
     fn end(&self) -> bool {
         if !self.held.replace(false) {
             return false;
@@ -75,8 +75,8 @@ impl Node for Lease {
         self.shared.node.submit(request)
     }
 
-    fn extents(&self, range: SectorRange, most: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
-        self.shared.node.extents(range, most)
+    fn extents(&self, range: SectorRange, max: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
+        self.shared.node.extents(range, max)
     }
 
     fn info(&self) -> NodeInfo {
@@ -108,13 +108,13 @@ mod tests {
         for lease in [&first, &first] {
             assert_eq!(pool.start(lease.close()).take(), Some(Ok(())));
         }
-        assert_eq!(script.times_closed(), 0, "one is left, and a lease counts once");
+        assert_eq!(script.times_closed(), 0, "one lease is left, and closing a lease twice counts once");
         assert_eq!(pool.start(second.submit(write(1, 1))).take().unwrap().result, Ok(()));
         assert_eq!(pool.start(second.close()).take(), Some(Ok(())));
         assert_eq!(script.times_closed(), 1);
     }
 
-    /// Two disks over leases of one node write the same sector.
+    /// Two disks over leases of one node write the same sector. Returns how many writes reached it at once.
     fn at_once(pool: &Pool, script: &Script, node: Rc<dyn Node>) -> usize {
         let first = Lease::new(node);
         let second = first.share();
@@ -132,15 +132,15 @@ mod tests {
         let closes = disks.each_ref().map(|disk| pool.start(disk.close()));
         assert!(closes.iter().all(|close| close.take() == Some(Ok(()))));
         assert_eq!(script.times_closed(), 1);
-        script.most_in_flight()
+        script.max_in_flight()
     }
 
     #[test]
-    fn a_scheduler_of_its_own_orders_the_writes_of_two_parents() {
+    fn a_shared_scheduler_orders_the_writes_of_two_parents() {
         let (pool, script) = (Pool::new(), Script::held());
         let scheduler = Scheduler::new(pool.clone(), Rc::new(script.clone()), SchedulerLimits::default());
         assert_eq!(at_once(&pool, &script, Rc::new(scheduler)), 1);
         let (pool, script) = (Pool::new(), Script::held());
-        assert_eq!(at_once(&pool, &script, Rc::new(script.clone())), 2, "without it they run side by side");
+        assert_eq!(at_once(&pool, &script, Rc::new(script.clone())), 2, "without it they run concurrently");
     }
 }

@@ -1,4 +1,4 @@
-//! The request engine: what every disk has, whatever its format and wherever its requests come from.
+//! The request engine: the part of a disk that does not depend on its format or on where its requests come from.
 //!
 //! ```text
 //!   ring ──► Slot ──► Scheduler ──► cache mode ──► (graph) ──► image
@@ -9,12 +9,11 @@
 //!
 //! # Contract
 //!
-//! A [`Node`] takes a [`Request`] and answers it exactly once. Whoever submits may drop the future: the effect may
-//! then still happen. Nodes hold no thread, no clock and no file; they are generic over the seam inside and
-//! `Rc<dyn Node>` outside.
+//! A [`Node`] takes a [`Request`] and answers it exactly once. The caller may drop the future: the effect may then
+//! still happen. Nodes own no thread, clock or file; they are generic over the seam inside and `Rc<dyn Node>` outside.
 //!
-//! Who has to wait for whom is asked of one [`Tracker`] per disk or image; everything else that waits uses the
-//! primitives in [`wait`].
+//! One [`Tracker`] per disk or image decides which request waits for which; all other waiting uses the primitives in
+//! [`wait`].
 
 mod cache;
 mod disk;

@@ -1,4 +1,4 @@
-//! The one object-safe trait: anything that answers block requests.
+//! The trait [`Node`]: anything that answers block requests.
 
 use crate::{Request, Response, WaitReport};
 use std::fmt;
@@ -7,25 +7,23 @@ use std::pin::Pin;
 use std::rc::Rc;
 use tap_host::{Errno, SECTOR_BYTES, SectorRange};
 
-/// A boxed future of one thread.
+/// A boxed future that stays on one thread.
 pub type LocalBoxFuture<T> = Pin<Box<dyn Future<Output = T> + 'static>>;
 
-/// What holds for a node for as long as it is open.
+/// Properties of a node that do not change while it is open.
 ///
-/// Requests are in sectors of 512 bytes whatever the block sizes are: those say what is fast.
+/// Requests are in sectors of 512 bytes whatever the block sizes are: those only say what is fast.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct NodeInfo {
     /// Size of the disk in sectors of 512 bytes.
     pub size_sectors: u64,
     /// Writes are refused with `EROFS`.
     pub read_only: bool,
-    /// Block in bytes, a power of two of at least 512: a write of less, or one that is not aligned to it, has to read
-    /// first.
+    /// Block size in bytes, a power of two of at least 512: a smaller or unaligned write has to read first.
     pub physical_block_bytes: u32,
-    /// Granularity of discards in bytes, a power of two of at least 512: what is not aligned to it gives back no space.
+    /// Granularity of discards in bytes, a power of two of at least 512: an unaligned part frees no space.
     pub discard_bytes: u32,
-    /// Sectors that one read or write is carried out with as it is; a larger one is split, which may cost a copy. At
-    /// least 1.
+    /// Most sectors of a read or write that is not split, at least 1; splitting may cost a copy.
     pub max_sectors: u32,
     /// What makes an answered write durable.
     pub durable: Durable,
@@ -34,11 +32,11 @@ pub struct NodeInfo {
 /// What makes an answered write durable.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Durable {
-    /// Its answer. A flush succeeds all the same.
+    /// The answer itself. A flush succeeds and does nothing.
     AtAnswer,
-    /// A flush, or its own flag FUA.
+    /// A flush, or the write's FUA flag.
     AtFlush,
-    /// Closing the node; flushes are answered and not carried out.
+    /// Closing the node; flushes are answered but not performed.
     AtClose,
 }
 
@@ -56,13 +54,13 @@ impl NodeInfo {
     }
 }
 
-/// What a node is called: the path of its file, or the address of its server. Nodes of one graph that hold bytes have
-/// names of their own. Clones share the text.
+/// The name of a node: the path of its file, or the address of its server. Nodes of one graph that hold bytes have
+/// different names. Clones share the text.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct NodeName(Rc<str>);
 
 impl NodeName {
-    /// The node that is called `name`.
+    /// A node's name from text.
     pub fn new(name: &str) -> Self {
         Self(name.into())
     }
@@ -84,14 +82,14 @@ impl fmt::Display for NodeName {
     }
 }
 
-/// What a run of sectors is like.
+/// A run of sectors with the same properties.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Extent {
     /// Sectors, at least 1.
     pub count: u64,
     /// Where the bytes come from.
     pub source: Source,
-    /// Reads as zeros for sure.
+    /// Certain to read as zeros.
     pub zero: bool,
     /// Space is allocated for it.
     pub allocated: bool,
@@ -100,28 +98,28 @@ pub struct Extent {
 /// Where the bytes of a run of sectors come from.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Source {
-    /// Nowhere: no image says anything about it, so it reads as zeros.
+    /// Nowhere: no image covers the sectors, so they read as zeros.
     Nothing,
-    /// A node, which is the one that was asked or one below it; `None` where the node does not know.
+    /// A node: the one that was asked, or one below it.
     Node {
-        /// Which one.
+        /// Its name, if known.
         name: Option<NodeName>,
-        /// Byte offset in its file, where the bytes stand there as they are.
+        /// Byte offset in its file, if the bytes are stored there unchanged.
         offset: Option<u64>,
-        /// They stand there compressed.
+        /// The bytes are stored compressed.
         compressed: bool,
     },
 }
 
 impl Source {
-    /// A node that does not say more.
+    /// A node that reports no details.
     pub const UNKNOWN: Source = Source::Node { name: None, offset: None, compressed: false };
 }
 
 /// A node below another.
 #[derive(Clone)]
 pub struct Child {
-    /// What it is to its parent: `lower`, `backing`.
+    /// Its role for the parent: `lower`, `backing`.
     pub role: &'static str,
     /// The node.
     pub node: Rc<dyn Node>,
@@ -142,25 +140,24 @@ impl Child {
 /// | image formats | `tap-images` |
 /// | NBD client | `tap-nbd` |
 ///
-/// `submit` starts nothing before the future is polled, but it is where a request gets its place in the order: who
-/// calls it polls the future or drops it. Requests of one node may run concurrently and finish in any order;
-/// overlapping ones are kept in order by the scheduler above, not by formats. A request outside the disk is answered
-/// with `EINVAL`.
+/// `submit` starts nothing before the future is polled, but it fixes the request's place in the order: the caller must
+/// poll the future or drop it. Requests of one node may run concurrently and finish in any order; overlapping ones are
+/// kept in order by the scheduler above, not by formats. A request outside the disk fails with `EINVAL`.
 pub trait Node: 'static {
     /// Answers `request`, once.
     fn submit(&self, request: Request) -> LocalBoxFuture<Response>;
-    /// What sectors are like from `range.start` on: at most `most` extents (at least 1), one after the other, that
-    /// cover at least one sector and at most `range`, which is within the disk and not empty. How they are cut means
-    /// nothing. Requests in flight are seen or not. A node that knows nothing better says that all is data.
-    fn extents(&self, range: SectorRange, most: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
-        let _ = most;
+    /// Describes the sectors from `range.start` on with at most `max` extents (at least 1), one after the other, that
+    /// cover at least one sector and at most `range`, which is within the disk and not empty. The cuts between equal
+    /// extents mean nothing. Requests in flight may or may not be seen. The default reports all as data.
+    fn extents(&self, range: SectorRange, max: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
+        let _ = max;
         let count = u64::from(range.count);
         let all = Extent { count, source: Source::UNKNOWN, zero: false, allocated: true };
         Box::pin(std::future::ready(Ok(vec![all])))
     }
-    /// Size, mode, and what else holds for it.
+    /// Size, mode and other fixed properties.
     fn info(&self) -> NodeInfo;
-    /// What it is called, where it holds bytes itself. Filters have no name.
+    /// Its name, if it holds bytes itself. Filters have no name.
     fn name(&self) -> Option<NodeName> {
         None
     }
@@ -168,19 +165,19 @@ pub trait Node: 'static {
     fn children(&self) -> Vec<Child> {
         Vec::new()
     }
-    /// What waits for what in this node; [`wait_report`] has those below it too.
+    /// Which requests wait for which in this node; [`wait_report`] adds the nodes below it.
     fn waits(&self) -> Vec<WaitReport> {
         Vec::new()
     }
-    /// Makes everything durable and lets go of files and locks. Called once, when no request is in flight.
+    /// Makes everything durable and releases files and locks. Called once, when no request is in flight.
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>>;
 }
 
-/// Most nodes that a walk over a graph visits.
+/// Limit of nodes that a walk over a graph visits.
 const MAX_NODES: usize = 4096;
 
-/// `node` and all nodes below it, each with how many nodes that hold bytes are above it, from the top down. A node that
-/// several parents have is visited with each of them.
+/// `node` and all nodes below it, from the top down, each with the number of nodes above it that hold bytes. A node
+/// with several parents is listed once for each.
 pub fn nodes(node: Rc<dyn Node>) -> Vec<(usize, Rc<dyn Node>)> {
     let mut found = vec![(0, node)];
     let mut at = 0;
@@ -193,7 +190,7 @@ pub fn nodes(node: Rc<dyn Node>) -> Vec<(usize, Rc<dyn Node>)> {
     found
 }
 
-/// What waits for what in `node` and below: what to print when nothing moves any more.
+/// Which requests wait for which in `node` and below, to print when nothing makes progress.
 pub fn wait_report(node: Rc<dyn Node>) -> Vec<WaitReport> {
     nodes(node).iter().flat_map(|(_, node)| node.waits()).collect()
 }

@@ -9,35 +9,35 @@ pub enum Op {
     Read,
     /// Store the buffers in the range.
     Write,
-    /// Make every request that was answered before durable. Range and buffers are empty.
+    /// Make durable every request that was answered before. Range and buffers are empty.
     Flush,
     /// Make the range read as zeros, as a write of zeros would. Without buffers.
     WriteZeroes(ZeroFlags),
-    /// Nobody needs what is in the range any more: each sector may read as it was or as zeros, always the same until it
-    /// is written again, and its space may be given back. Without buffers; a node may do nothing.
+    /// The contents of the range are no longer needed: each sector may keep its bytes or become zeros, consistently
+    /// until it is written again, and its space may be freed. Without buffers; a node may do nothing.
     Discard,
 }
 
 impl Op {
-    /// It changes what the disk holds.
+    /// Whether it changes the contents of the disk.
     pub fn is_write(self) -> bool {
         match self {
             Op::Read | Op::Flush => false,
             Op::Write | Op::WriteZeroes(_) | Op::Discard => true,
         }
     }
-    /// Its buffers are as long as its range.
+    /// Whether it has buffers, which are then as long as its range.
     pub fn has_data(self) -> bool {
         matches!(self, Op::Read | Op::Write)
     }
 }
 
-/// How a range is to be made zeros.
+/// How to zero a range.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct ZeroFlags {
-    /// Space may be given back; without it, it stays allocated where it is.
+    /// Space may be freed; without it, allocated space stays allocated.
     pub unmap: bool,
-    /// Refuse with `EOPNOTSUPP`, nothing changed, where it would take as long as writing zeros.
+    /// Fail with `EOPNOTSUPP`, without a change, if it would take as long as writing zeros.
     pub fast: bool,
 }
 
@@ -50,8 +50,7 @@ pub struct Request {
     pub range: SectorRange,
     /// Memory of exactly the range's length for reads and writes; empty for all others.
     pub bufs: IoVec,
-    /// Force unit access: what the request changes is durable when it is answered. Of requests that change something
-    /// only.
+    /// Force unit access: the change is durable when the request is answered. Only for requests that change something.
     pub fua: bool,
 }
 
@@ -66,7 +65,7 @@ impl Request {
         debug_assert_eq!(bytes_of(&bufs) as u64, range.len_bytes());
         Self { op: Op::Write, range, bufs, fua: false }
     }
-    /// Zeros.
+    /// A request to zero `range`.
     pub fn write_zeroes(range: SectorRange, flags: ZeroFlags) -> Self {
         Self { op: Op::WriteZeroes(flags), range, bufs: IoVec::new(), fua: false }
     }
@@ -78,7 +77,7 @@ impl Request {
     pub fn with_fua(self, fua: bool) -> Self {
         Self { fua, ..self }
     }
-    /// Whether range, buffers and `fua` are such as `op` has, and within a disk of `size_sectors`.
+    /// Whether range, buffers and `fua` fit `op`, and the range is within a disk of `size_sectors`.
     pub fn is_well_formed(&self, size_sectors: u64) -> bool {
         let data_bytes = if self.op.has_data() { self.range.len_bytes() } else { 0 };
         (self.range.count == 0) == (self.op == Op::Flush)
@@ -95,8 +94,8 @@ impl Request {
 /// The answer to a [`Request`]: the result, and the request's buffers.
 #[derive(Debug)]
 pub struct Response {
-    /// How it went. After an error of a write each sector of the range holds either its old or its new bytes.
+    /// Success or the error. After a failed write each sector of the range holds either its old or its new bytes.
     pub result: Result<(), Errno>,
-    /// The buffers of the request, in order; what they hold after an error of a read is unspecified.
+    /// The buffers of the request, in order; their contents after a failed read are unspecified.
     pub bufs: IoVec,
 }

@@ -8,24 +8,23 @@
 //!   any of them ──close──► Closing ──last request ends, lower node closed──► Closed
 //! ```
 //!
-//! The top of every disk is a slot: its life cycle is the disk's. A live snapshot, a coalesce and a change of the graph
-//! are all an exchange.
+//! The top of every disk is a slot: its life cycle is the disk's. A live snapshot, a coalesce and any other change of
+//! the graph are exchanges.
 //!
 //! # Contract
 //!
-//! * Requests and looks at extents that arrive while the slot is draining or paused wait, and go down in their order
-//!   once it runs again; a flush waits like any other. After `close` all are refused with `ESHUTDOWN`, also those that
-//!   wait.
+//! * Requests and extent queries that arrive while the slot is draining or paused wait, and go down in order once it
+//!   runs again; a flush waits like any other. After `close` all fail with `ESHUTDOWN`, including those that wait.
 //! * `Paused` is reached when nothing is in flight, whether or not a caller waits in [`Slot::pause`] for it.
-//! * An exchange is seen by no request: each goes down to the old node or to the new one. What was answered before the
-//!   exchange is durable before the first request reaches the new node, so that a flush of the new node alone covers
-//!   it. After an error the old node stays.
-//! * Changes of one slot, and its close, run one after the other. A slot that was paused before an exchange is paused
+//! * Requests do not notice an exchange: each goes down to either the old node or the new one. Writes answered before
+//!   the exchange are durable before the first request reaches the new node, so a flush of the new node alone covers
+//!   them. After an error the old node stays.
+//! * Exchanges of one slot, and its close, run one after the other. A slot that was paused before an exchange is paused
 //!   after it.
 //! * The lower node is closed once, with nothing in flight.
-//! * A request whose future is dropped after it went down is carried to its end by a task, and counts as in flight
-//!   until then: its effect may still come, and nothing that overlaps it may overtake that. One that waits is
-//!   forgotten.
+//! * If the future of a request is dropped after the request went down, a task completes the request, which counts as
+//!   in flight until then: its effect may still happen, and no overlapping request may overtake it. A request that
+//!   still waits is dropped.
 
 use crate::wait::{Event as Flag, Line, Semaphore};
 use crate::{Child, Extent, LocalBoxFuture, Node, NodeInfo, Request, Response, WaitReport, wait_report};
@@ -68,20 +67,20 @@ struct Inner<H> {
     id: VbdId,
     lower: RefCell<Rc<dyn Node>>,
     stage: Cell<Stage>,
-    /// By [`Slot::pause`].
+    /// Set by [`Slot::pause`].
     paused: Cell<bool>,
-    /// The lower node is being exchanged.
+    /// An exchange is running.
     changing: Cell<bool>,
     in_flight: Cell<usize>,
     /// Set when there is no request in flight.
     idle: Flag,
-    /// Set at every change of `stage`, `paused` or `changing`, for those who wait in `pause` and `exchange`.
+    /// Set at every change of `stage`, `paused` or `changing`, for callers of `pause` and `exchange`.
     changed: Flag,
     /// Called at every change of `stage`.
     listener: RefCell<Option<Rc<dyn Fn()>>>,
     /// Requests that wait until the slot runs again.
     held: RefCell<Line>,
-    /// Exchanges and the close come one after the other.
+    /// Serialises exchanges and the close.
     turn: Semaphore,
     close_result: Cell<Option<Result<(), Errno>>>,
 }
@@ -95,19 +94,19 @@ impl<H> Clone for Slot<H> {
 /// Why an exchange failed. The old node is still there.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum ExchangeError<E> {
-    /// The slot is closed, or is being closed.
+    /// The slot is closed or closing.
     #[error("the disk is closed")]
     Closed,
-    /// What was answered before could not be made durable.
+    /// Answered writes could not be made durable.
     #[error("flush the disk: {0}")]
     Flush(Errno),
-    /// There is no new node.
+    /// The new node could not be made.
     #[error(transparent)]
     Change(E),
 }
 
 impl<H: Log + Tasks + Probe> Slot<H> {
-    /// A running slot of the disk `id` above `lower`.
+    /// A running slot of the disk `id` over `lower`.
     pub fn new(host: H, id: VbdId, lower: Rc<dyn Node>) -> Self {
         let idle = Flag::new();
         idle.set();
@@ -129,8 +128,8 @@ impl<H: Log + Tasks + Probe> Slot<H> {
         }))
     }
 
-    /// Stops admission and completes when nothing is in flight, and no exchange runs. Dropping the future does not
-    /// resume the slot.
+    /// Stops admission, then waits until nothing is in flight and no exchange runs. Dropping the future does not resume
+    /// the slot.
     ///
     /// # Errors
     /// `EINTR` when the slot was resumed before it was drained, `ESHUTDOWN` when it is closed.
@@ -150,8 +149,8 @@ impl<H: Log + Tasks + Probe> Slot<H> {
         }
     }
 
-    /// Lets requests in again, those first that waited; during an exchange, once that is over. Does nothing on a
-    /// running slot.
+    /// Admits requests again, waiting ones first; during an exchange, once that has ended. Does nothing on a running
+    /// slot.
     ///
     /// # Errors
     /// `ESHUTDOWN` when the slot is closed.
@@ -165,9 +164,9 @@ impl<H: Log + Tasks + Probe> Slot<H> {
         Ok(())
     }
 
-    /// Drains the slot, makes durable what was answered, and puts the node that `change` makes of the lower one in its
-    /// place; returns the old one, which is not closed. Requests that arrive meanwhile wait. Dropping the future before
-    /// its end leaves the old node in place.
+    /// Drains the slot, flushes it, and replaces the lower node with the one that `change` makes from it; returns the
+    /// old node, which is not closed. Requests that arrive meanwhile wait. Dropping the future early leaves the old
+    /// node in place.
     ///
     /// # Errors
     /// [`ExchangeError`]; the old node stays.
@@ -193,33 +192,34 @@ impl<H: Log + Tasks + Probe> Slot<H> {
             old.submit(Request::flush()).await.result.map_err(ExchangeError::Flush)?;
         }
         let new = change(Rc::clone(&old)).await.map_err(ExchangeError::Change)?;
-        assert_eq!(new.info(), old.info(), "a node is exchanged for one of the same size and mode");
+        assert_eq!(new.info(), old.info(), "an exchange must keep the size and mode of the node");
         inner.host.mark(if inner.held.borrow().is_empty() { Mark::Exchanged } else { Mark::ExchangeHeld });
         *inner.lower.borrow_mut() = new;
         Ok(old)
     }
 
-    /// Requests and looks at extents that were admitted and not answered.
+    /// Requests and extent queries that were admitted and not yet answered.
     pub fn in_flight(&self) -> usize {
         self.0.in_flight.get()
     }
 
-    /// What it is doing: `running`, `draining`, `paused`, `closing` or `closed`.
+    /// Its state: `running`, `draining`, `paused`, `closing` or `closed`.
     pub fn state(&self) -> &'static str {
         self.0.stage.get().text()
     }
 
-    /// Whether it is closed, whatever that has come to.
+    /// Whether it is closed, successfully or not.
     pub fn is_closed(&self) -> bool {
         self.0.stage.get() == Stage::Closed
     }
 
-    /// Calls `listener` at every change of [`Slot::state`], from within the change; the one before is forgotten.
+    /// Calls `listener` at every change of [`Slot::state`], from within the change; replaces the listener set before.
     pub fn on_change(&self, listener: impl Fn() + 'static) {
         *self.0.listener.borrow_mut() = Some(Rc::new(listener));
     }
 
-    /// Returns what waits for what below, while the slot exists; does not keep it alive.
+    /// Returns a function that reports which requests below wait for which; empty once the slot is dropped, which it
+    /// does not keep alive.
     pub(crate) fn wait_report_later(&self) -> impl Fn() -> Vec<WaitReport> + use<H> {
         let inner: Weak<Inner<H>> = Rc::downgrade(&self.0);
         move || inner.upgrade().map(|inner| wait_report(inner.lower())).unwrap_or_default()
@@ -237,7 +237,7 @@ impl<H: Log + Tasks + Probe> Slot<H> {
             return result;
         }
         inner.idle.wait().await;
-        // If this future is dropped now, nobody learns how closing went, and nobody may close again.
+        // If this future is dropped below, the result is lost, and the node must not be closed a second time.
         inner.close_result.set(Some(Err(Errno::EINTR)));
         let result = inner.lower().close().await;
         inner.close_result.set(Some(result));
@@ -246,7 +246,7 @@ impl<H: Log + Tasks + Probe> Slot<H> {
     }
 }
 
-/// An exchange that runs; the slot is held until it is dropped.
+/// A running exchange; no requests are admitted until it is dropped.
 struct Changing<'a, H: Log + Probe>(&'a Inner<H>);
 
 impl<'a, H: Log + Probe> Changing<'a, H> {
@@ -259,7 +259,7 @@ impl<'a, H: Log + Probe> Changing<'a, H> {
 
 impl<H: Log + Probe> Drop for Changing<'_, H> {
     fn drop(&mut self) {
-        // A panic must not meet another one here: it ends everything anyway.
+        // A second panic here would abort the process.
         if !std::thread::panicking() {
             self.0.changing.set(false);
             self.0.update();
@@ -288,7 +288,7 @@ impl<H: Log + Probe> Inner<H> {
         listener.iter().for_each(|listener| listener());
     }
 
-    /// Begins to drain, or lets requests in again.
+    /// Begins to drain, or admits requests again.
     fn update(&self) {
         let held = self.paused.get() || self.changing.get();
         match self.stage.get() {
@@ -305,7 +305,7 @@ impl<H: Log + Probe> Inner<H> {
         }
     }
 
-    /// A draining slot without requests in flight is paused.
+    /// Pauses a draining slot that has nothing in flight.
     fn settle(&self) {
         let idle = self.in_flight.get() == 0 || self.host.bug(Bug::PauseUnwatched);
         if self.stage.get() == Stage::Draining && idle {
@@ -329,7 +329,7 @@ impl<H: Log + Probe> Inner<H> {
     }
 }
 
-/// What becomes of a request that arrives.
+/// The decision on an arriving request.
 enum Admission<H: Log + Probe> {
     Now(Admitted<H>),
     Later(Held<H>),
@@ -341,7 +341,7 @@ struct Admitted<H: Log + Probe>(Rc<Inner<H>>);
 
 impl<H: Log + Probe> Drop for Admitted<H> {
     fn drop(&mut self) {
-        // A panic must not meet another one here: it ends everything anyway.
+        // A second panic here would abort the process.
         if std::thread::panicking() {
             return;
         }
@@ -354,7 +354,7 @@ impl<H: Log + Probe> Drop for Admitted<H> {
     }
 }
 
-/// A request that went down. Dropped before its end, it goes on without anybody who waits for it.
+/// A request that went down. If dropped before it has ended, a task completes it.
 struct Below<H: Log + Tasks + Probe>(Option<(Admitted<H>, LocalBoxFuture<Response>)>);
 
 impl<H: Log + Tasks + Probe> Below<H> {
@@ -367,7 +367,7 @@ impl<H: Log + Tasks + Probe> Below<H> {
 impl<H: Log + Tasks + Probe> Future for Below<H> {
     type Output = Response;
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Response> {
-        let (_, answer) = self.0.as_mut().expect("polled after its end");
+        let (_, answer) = self.0.as_mut().expect("polled after completion");
         let response = ready!(answer.as_mut().poll(cx));
         self.0 = None;
         Poll::Ready(response)
@@ -388,7 +388,7 @@ impl<H: Log + Tasks + Probe> Drop for Below<H> {
     }
 }
 
-/// A place among the requests that wait for `resume`.
+/// A place in the queue of requests that wait until the slot runs.
 struct Held<H: Log + Probe> {
     inner: Rc<Inner<H>>,
     place: Option<u64>,
@@ -396,13 +396,13 @@ struct Held<H: Log + Probe> {
 
 impl<H: Log + Probe> Held<H> {
     fn new(inner: Rc<Inner<H>>) -> Self {
-        // The place is taken now, not at the first poll, so that the order is that of submission.
+        // The place is taken here, not at the first poll, to keep the order of submission.
         let mut place = None;
         inner.held.borrow_mut().wait(&mut place, Waker::noop());
         Self { inner, place }
     }
 
-    /// `None` when the disk is closed.
+    /// Waits for admission; `None` when the slot is closed.
     async fn admitted(&mut self) -> Option<Admitted<H>> {
         poll_fn(|cx| {
             let mut held = self.inner.held.borrow_mut();
@@ -421,7 +421,7 @@ impl<H: Log + Probe> Held<H> {
 
 impl<H: Log + Probe> Drop for Held<H> {
     fn drop(&mut self) {
-        // A panic must not meet another one here: it ends everything anyway.
+        // A second panic here would abort the process.
         if std::thread::panicking() {
             return;
         }
@@ -449,11 +449,11 @@ impl<H: Log + Tasks + Probe> Node for Slot<H> {
         }
     }
 
-    fn extents(&self, range: SectorRange, most: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
-        // Counted like a request: the lower node is not closed or exchanged under it.
-        let look = move |admitted: Admitted<H>| {
+    fn extents(&self, range: SectorRange, max: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
+        // Counted like a request, so that the lower node is not closed or exchanged meanwhile.
+        let query = move |admitted: Admitted<H>| {
             let inner = &admitted.0;
-            let answer = inner.lower.borrow().extents(range, most);
+            let answer = inner.lower.borrow().extents(range, max);
             let counted = !inner.host.bug(Bug::LooksUncounted);
             let admitted = counted.then_some(admitted);
             async move {
@@ -463,12 +463,12 @@ impl<H: Log + Tasks + Probe> Node for Slot<H> {
         };
         match self.0.admission() {
             Admission::Refused => Box::pin(std::future::ready(Err(Errno::ESHUTDOWN))),
-            Admission::Now(admitted) => Box::pin(look(admitted)),
+            Admission::Now(admitted) => Box::pin(query(admitted)),
             Admission::Later(mut held) => Box::pin(async move {
                 let admitted = held.admitted().await.ok_or(Errno::ESHUTDOWN)?;
-                let look = look(admitted);
+                let query = query(admitted);
                 drop(held);
-                look.await
+                query.await
             }),
         }
     }

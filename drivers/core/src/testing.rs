@@ -1,4 +1,4 @@
-//! A small executor with a clock that is moved by hand, and a host for tests.
+//! A small executor with a manual clock, and a host for tests.
 
 use crate::{Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, Source};
 use std::cell::{Cell, RefCell};
@@ -42,7 +42,7 @@ impl Wake for TaskWaker {
     }
 }
 
-/// What a started future came to; shared with the one who started it.
+/// The output of a started future, shared with the caller.
 pub(crate) struct Outcome<T> {
     value: Rc<RefCell<Option<T>>>,
     pub(crate) task: usize,
@@ -99,7 +99,7 @@ impl Pool {
         while self.turn() {}
     }
 
-    /// Gives the first task that is ready its turn; whether there was one.
+    /// Polls the first ready task; returns whether there was one.
     pub(crate) fn turn(&self) -> bool {
         let next = self.0.ready.lock().unwrap().pop_front();
         let Some(id) = next else { return false };
@@ -111,7 +111,7 @@ impl Pool {
         true
     }
 
-    /// Runs until nothing is ready, moving the clock to the next sleeper as long as there is one.
+    /// Runs until nothing is ready or sleeping, moving the clock to each sleeper in turn.
     pub(crate) fn run_through_time(&self) {
         loop {
             self.run();
@@ -194,7 +194,7 @@ pub(crate) enum Step {
     Fail(Errno),
 }
 
-/// A lower node that records what it gets. Requests stay in flight until they are let go.
+/// A lower node that records its requests. They stay in flight until they are released.
 #[derive(Clone, Default)]
 pub(crate) struct Script(Rc<ScriptInner>);
 
@@ -209,7 +209,7 @@ struct ScriptInner {
     hold: Cell<bool>,
     go: crate::wait::Event,
     in_flight: Cell<usize>,
-    most_in_flight: Cell<usize>,
+    max_in_flight: Cell<usize>,
     closed: Cell<usize>,
     close_error: Cell<Option<Errno>>,
     read_only: Cell<bool>,
@@ -221,17 +221,17 @@ impl Script {
         script.0.hold.set(true);
         script
     }
-    /// Holds all that comes.
+    /// Holds all further requests.
     pub(crate) fn hold(&self) {
         self.0.hold.set(true);
         self.0.go.clear();
     }
-    /// Lets everything go that is in flight, and all that comes.
+    /// Releases all requests in flight and all further ones.
     pub(crate) fn release(&self) {
         self.0.hold.set(false);
         self.0.go.set();
     }
-    /// Lets only that go which is in flight.
+    /// Releases only the requests in flight.
     pub(crate) fn release_now(&self) {
         self.0.go.set();
         self.0.go.clear();
@@ -243,7 +243,7 @@ impl Script {
     pub(crate) fn break_sector(&self, sector: u64) {
         self.0.bad_sector.set(Some(sector));
     }
-    /// It cannot be closed without `error`.
+    /// Closing fails with `error`.
     pub(crate) fn fail_close(&self, error: Errno) {
         self.0.close_error.set(Some(error));
     }
@@ -256,8 +256,8 @@ impl Script {
     pub(crate) fn durable(&self) -> Vec<SectorRange> {
         self.0.durable.borrow().clone()
     }
-    pub(crate) fn most_in_flight(&self) -> usize {
-        self.0.most_in_flight.get()
+    pub(crate) fn max_in_flight(&self) -> usize {
+        self.0.max_in_flight.get()
     }
     pub(crate) fn times_closed(&self) -> usize {
         self.0.closed.get()
@@ -283,7 +283,7 @@ impl Node for Script {
                 inner.durable.borrow_mut().push(request.range);
             }
             inner.in_flight.set(inner.in_flight.get() + 1);
-            inner.most_in_flight.set(inner.most_in_flight.get().max(inner.in_flight.get()));
+            inner.max_in_flight.set(inner.max_in_flight.get().max(inner.in_flight.get()));
             if inner.hold.get() {
                 inner.go.wait().await;
             }

@@ -1,4 +1,4 @@
-//! Who has to wait for whom.
+//! Decides which work waits for which.
 //!
 //! ```text
 //!   write 8+8   ──claims sectors 8..16 exclusive──┐
@@ -10,22 +10,22 @@
 //! # Contract
 //!
 //! * A [`Ticket`] claims ranges of numbered spaces and may be put `after` other tickets. It depends on every ticket
-//!   whose earlier claim overlaps one of its own unless both are shared.
-//! * [`Ticket::ready`] completes when everything it depends on is gone; it is woken once for that, and never before.
-//!   A ticket is gone when it is dropped, whether it was ever ready or not.
-//! * Nothing is refused for being busy, and nothing polls. A dependency that would close a cycle is refused with the
-//!   names of the tickets in it; only a ticket that others wait for already can cause one.
+//!   with an earlier claim that overlaps one of its claims, unless both claims are shared.
+//! * [`Ticket::ready`] completes when every ticket it depends on is dropped, ready or not. It is woken once for that,
+//!   and never earlier.
+//! * A busy range is never refused, and nothing polls. A dependency that would close a cycle is refused with the names
+//!   of the tickets in it; only a ticket that others already wait for can cause one.
 //!
-//! Active claims of a space are kept in a plain list, oldest first: there are as many as requests in flight, and a look
-//! through a hundred of them costs less than any tree. Without a conflict nothing is allocated.
+//! The active claims of a space are a plain list, oldest first: there are as many as requests in flight, and a scan of
+//! a hundred costs less than a tree. Without a conflict nothing is allocated.
 //!
 //! ```text
-//!   write 8+8 ◄── write 8+8 ◄── write 8+8 ◄── read 10+2      each waits for the last one before it only
+//!   write 8+8 ◄── write 8+8 ◄── write 8+8 ◄── read 10+2      each waits only for the one before it
 //! ```
 //!
-//! The look goes from the newest to the oldest and leaves out what those found already wait for, sector by sector. So a
-//! thousand claims of one block make a chain, not half a million edges. When a ticket of such a chain goes before its
-//! turn, those that wait for it look again.
+//! The scan goes from the newest to the oldest and skips claims that the tickets found so far already wait for, sector
+//! by sector. So a thousand claims of one block make a chain, not half a million edges. When a ticket of such a chain
+//! is dropped before it is ready, its waiters scan again.
 
 use smallvec::SmallVec;
 use std::cell::RefCell;
@@ -35,7 +35,7 @@ use std::ops::Range;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
 
-/// What a claimed range counts.
+/// The unit of a claimed range.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 #[repr(u8)]
 pub enum Space {
@@ -51,21 +51,21 @@ pub enum Space {
 
 const SPACES: usize = 4;
 
-/// Whether others may claim the same.
+/// Whether other tickets may claim the same range.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Access {
-    /// Together with other shared claims.
+    /// Overlaps other shared claims.
     Shared,
-    /// Alone.
+    /// Overlaps no other claim.
     Exclusive,
 }
 
-/// What a report calls a ticket.
+/// The name of a ticket in reports.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct TicketName {
     /// Kind of work ("write").
     pub name: &'static str,
-    /// Which one (a sector, a cluster).
+    /// Identifies the work (a sector, a cluster).
     pub number: u64,
 }
 
@@ -75,9 +75,9 @@ impl fmt::Display for TicketName {
     }
 }
 
-/// A dependency that would never end.
+/// A dependency that would be a deadlock.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("wait for each other for ever: {}", arrows(.tickets))]
+#[error("avoid a deadlock: {}", arrows(.tickets))]
 pub struct Cycle {
     /// Each waits for the one before it, and the first for the last.
     pub tickets: Vec<TicketName>,
@@ -88,12 +88,12 @@ fn arrows(tickets: &[TicketName]) -> String {
     names.join(" <- ")
 }
 
-/// A waiting ticket and those it waits for.
+/// A waiting ticket and the tickets it waits for.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct WaitReport {
-    /// Who waits.
+    /// The waiting ticket.
     pub ticket: TicketName,
-    /// For whom.
+    /// The tickets it waits for.
     pub waits_for: Vec<TicketName>,
 }
 
@@ -111,7 +111,7 @@ impl fmt::Display for WaitReport {
 #[derive(Clone, Default)]
 pub struct Tracker(Rc<RefCell<State>>);
 
-/// A place in the order of work; gone when dropped.
+/// A place in the order of work, until dropped.
 pub struct Ticket {
     tracker: Tracker,
     index: u32,
@@ -122,7 +122,7 @@ struct State {
     claims: [Vec<Claim>; SPACES],
     slots: Vec<Slot>,
     free: Vec<u32>,
-    /// Claims looked at and dependencies made.
+    /// Claims compared and dependencies added.
     steps: u64,
 }
 
@@ -136,13 +136,13 @@ struct Claim {
 
 struct Slot {
     live: bool,
-    /// Tells tickets apart that had the same slot.
+    /// Tells apart tickets that used the same slot.
     generation: u32,
     label: TicketName,
     claims: [u16; SPACES],
-    /// How many tickets it waits for.
+    /// Number of tickets it waits for.
     waits_for: u32,
-    /// Those who wait for it: slot and generation, as a waiter may be dropped first.
+    /// Its waiters, by slot and generation, since a waiter may be dropped first.
     successors: SmallVec<[(u32, u32); 2]>,
     waker: Option<Waker>,
 }
@@ -179,7 +179,7 @@ impl Tracker {
         Ticket { tracker: self.clone(), index }
     }
 
-    /// Every waiting ticket with those it waits for, ordered by name: what to print when nothing moves any more.
+    /// Every waiting ticket with those it waits for, ordered by name, to print when nothing makes progress.
     pub fn report(&self) -> Vec<WaitReport> {
         let state = self.0.borrow();
         let mut out: Vec<WaitReport> = Vec::new();
@@ -200,12 +200,12 @@ impl Tracker {
         state.slots.len() - state.free.len()
     }
 
-    /// Claims looked at and dependencies made since the tracker was made: what its work is measured in.
+    /// Claims compared and dependencies added since the tracker was made: a measure of its work.
     pub fn steps(&self) -> u64 {
         self.0.borrow().steps
     }
 
-    /// Whether there is no ticket.
+    /// Whether it has no tickets.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -215,7 +215,7 @@ impl Ticket {
     /// Claims `range` of `space`. An empty range claims nothing.
     ///
     /// # Errors
-    /// [`Cycle`] when one of those it would have to wait for waits for it; the claim is then not made.
+    /// [`Cycle`] when a ticket it would have to wait for waits for it; the claim is then not made.
     pub fn claim(&self, space: Space, range: Range<u64>, access: Access) -> Result<(), Cycle> {
         if range.is_empty() {
             return Ok(());
@@ -229,7 +229,7 @@ impl Ticket {
         Ok(())
     }
 
-    /// Makes this ticket wait for `other`, which must be of the same tracker.
+    /// Makes this ticket wait for `other`, which must belong to the same tracker.
     ///
     /// # Errors
     /// [`Cycle`] when `other` waits for this one, or is this one.
@@ -238,12 +238,12 @@ impl Ticket {
         self.tracker.0.borrow_mut().add_edges(&[other.index], self.index)
     }
 
-    /// Whether everything it depends on is gone.
+    /// Whether every ticket it depends on is dropped.
     pub fn is_ready(&self) -> bool {
         self.tracker.0.borrow().slots[self.index as usize].waits_for == 0
     }
 
-    /// Completes when everything it depends on is gone.
+    /// Completes when every ticket it depends on is dropped.
     pub fn ready(&self) -> impl Future<Output = ()> {
         poll_fn(|cx| {
             let slot = &mut self.tracker.0.borrow_mut().slots[self.index as usize];
@@ -291,11 +291,11 @@ impl Union {
 }
 
 impl State {
-    /// Whom `claim` has to wait for, of those with one of the first `count` claims of a space: the last ones, as these
-    /// wait for the others.
+    /// The tickets that `claim` has to wait for, among the owners of the first `count` claims of a space: only the
+    /// latest ones, since these wait for the others.
     fn before(&mut self, space: usize, count: usize, claim: &Claim) -> SmallVec<[u32; 8]> {
         let mut before: SmallVec<[u32; 8]> = SmallVec::new();
-        // What is found already, and what of that nobody shares.
+        // The ranges found so far, and those of them that are exclusive.
         let (mut found, mut alone) = (Union::default(), Union::default());
         for other in self.claims[space][..count].iter().rev() {
             self.steps += 1;
@@ -319,8 +319,8 @@ impl State {
         before
     }
 
-    /// Those who wait for `index`, which goes before its turn, look again at whom they have to wait for without it.
-    fn look_again(&mut self, index: u32) {
+    /// Recomputes the dependencies of the tickets that wait for `index`, which is dropped before it is ready.
+    fn rescan_successors(&mut self, index: u32) {
         let successors = self.slots[index as usize].successors.clone();
         for (next, generation) in successors {
             if self.slots[next as usize].generation != generation {
@@ -359,7 +359,7 @@ impl State {
         }
     }
 
-    /// The chain of waiters from `from` to `to`, if `to` waits for `from`, however indirectly.
+    /// The chain of waiters from `from` to `to`, if `to` waits for `from`, directly or not.
     fn path(&self, from: u32, to: u32) -> Option<Cycle> {
         let mut came_from: Vec<Option<u32>> = vec![None; self.slots.len()];
         let mut open = vec![from];
@@ -368,8 +368,8 @@ impl State {
                 let mut tickets = vec![self.slots[at as usize].label];
                 let mut step = at;
                 while step != from {
-                    step =
-                        came_from[step as usize].expect("every visited slot but the first has a predecessor");
+                    step = came_from[step as usize]
+                        .expect("every visited slot except the first has a predecessor");
                     tickets.push(self.slots[step as usize].label);
                 }
                 tickets.reverse();
@@ -396,7 +396,7 @@ impl State {
             }
         }
         if self.slots[index as usize].waits_for > 0 {
-            self.look_again(index);
+            self.rescan_successors(index);
         }
         let slot = &mut self.slots[index as usize];
         slot.live = false;
@@ -421,7 +421,7 @@ impl State {
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        // A panic must not meet another one here: it ends everything anyway.
+        // A second panic here would abort the process.
         if std::thread::panicking() {
             return;
         }

@@ -1,4 +1,4 @@
-//! The line of requests that may go down, and who leads.
+//! The queue of requests that may go down, and the choice of leaders.
 //!
 //! ```text
 //!   Queued ──first, depth free──► leads alone, or with neighbours
@@ -17,10 +17,10 @@ use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 use tap_host::{Bug, Log, Mark, Probe, Tasks, Time};
 
-/// Most buffers of a merged request: a vectored operation of the operating system takes 1024.
-const MERGE_BUFS: usize = 512;
+/// Limit of buffers in a merged request; the operating system takes 1024 in one vectored operation.
+const MAX_MERGED_BUFS: usize = 512;
 
-/// Slots of the requests that are in the line or in a merged request.
+/// Requests that are queued or part of a merged request.
 pub(super) struct Line {
     depth_free: usize,
     queue: VecDeque<Queued>,
@@ -28,12 +28,12 @@ pub(super) struct Line {
     unused: Vec<u32>,
 }
 
-/// What the search for neighbours looks at, kept together.
+/// The fields that the search for neighbours reads, kept together.
 #[derive(Clone, Copy)]
 struct Queued {
     start: u64,
     end: u64,
-    /// What only requests of one kind may be merged by: the operation, and whether it is durable when answered.
+    /// Only requests of one kind are merged: the same operation and the same FUA.
     kind: (Op, bool),
     slot: u32,
 }
@@ -41,7 +41,8 @@ struct Queued {
 struct Slot {
     stage: Stage,
     waker: Option<Waker>,
-    /// The owner's future is gone; holds what overlapping requests wait for until the merged request has ended.
+    /// Set once the owner's future is dropped: overlapping requests wait for this ticket until the merged request has
+    /// ended.
     abandoned: Option<Ticket>,
     /// The parts of the merged request it belongs to.
     batch: Option<Rc<[u32]>>,
@@ -84,7 +85,7 @@ impl Line {
         std::mem::replace(&mut self.slots[slot as usize], empty)
     }
 
-    /// The waker of the first in line, if there is a depth slot for it and it sleeps.
+    /// The waker of the first in the queue, if a depth slot is free for it and it sleeps.
     fn next_leader(&mut self) -> Option<Waker> {
         if self.depth_free == 0 {
             return None;
@@ -96,19 +97,19 @@ impl Line {
     fn take_request(&mut self, slot: u32) -> Request {
         match std::mem::replace(&mut self.slots[slot as usize].stage, Stage::Taken) {
             Stage::Queued(request) => request,
-            _ => unreachable!("what stands in the queue is queued"),
+            _ => unreachable!("a request in the queue has the stage `Queued`"),
         }
     }
 
-    /// Takes the first of the line and its neighbours, ordered by sector.
+    /// Takes the first request of the queue and its neighbours, ordered by sector.
     fn take_batch(&mut self, merge_sectors: u32) -> SmallVec<[(u32, Request); 1]> {
-        let first = self.queue.pop_front().expect("the leader is the first in line");
+        let first = self.queue.pop_front().expect("the leader is the first in the queue");
         let mut parts: SmallVec<[(u32, Request); 1]> = smallvec![(first.slot, self.take_request(first.slot))];
         let (mut start, mut end, mut bufs) = (first.start, first.end, parts[0].1.bufs.len());
         while let Some(at) = self.neighbour(first.kind, start, end, merge_sectors) {
             let Stage::Queued(next) = &self.slots[self.queue[at].slot as usize].stage else { break };
             bufs += next.bufs.len();
-            if bufs > MERGE_BUFS {
+            if bufs > MAX_MERGED_BUFS {
                 break;
             }
             let Some(next) = self.queue.remove(at) else { break };
@@ -124,13 +125,13 @@ impl Line {
         parts
     }
 
-    /// Where in the queue a request stands that goes on where `start..end` begins or ends.
+    /// The index in the queue of a request that is adjacent to `start..end`.
     fn neighbour(&self, kind: (Op, bool), start: u64, end: u64, merge_sectors: u32) -> Option<usize> {
         let fits =
             |q: &Queued| q.kind == kind && q.end.max(end) - q.start.min(start) <= u64::from(merge_sectors);
         let touches = |q: &Queued| (q.start == end || q.end == start) && fits(q);
         let (front, back) = self.queue.as_slices();
-        // Every request looks at all that wait: two plain loops, not one over both halves.
+        // This scan is hot: two plain loops are faster than one over both halves.
         for (at, q) in front.iter().enumerate() {
             if touches(q) {
                 return Some(at);
@@ -144,7 +145,8 @@ impl Line {
         None
     }
 
-    /// Stores the answer of a part; what is left over is for the caller to drop or wake without holding the line.
+    /// Stores the answer of a part. The caller wakes or drops the returned values without holding the borrow of the
+    /// line.
     pub(super) fn deliver(
         &mut self,
         slot: u32,
@@ -158,23 +160,23 @@ impl Line {
         (slot.waker.take(), None, None)
     }
 
-    /// Frees a part that will have no answer, because nobody is left who waits for one.
+    /// Frees a part that no longer has an owner to answer.
     pub(super) fn give_up(&mut self, slot: u32) -> Option<Ticket> {
         self.free(slot).abandoned
     }
 
-    /// Whether nothing is in it, and all of it is free again.
+    /// Whether it is empty and everything taken from it was freed.
     pub(super) fn is_idle(&self, depth: usize) -> bool {
         self.depth_free == depth && self.queue.is_empty() && self.unused.len() == self.slots.len()
     }
 }
 
-/// A depth slot; the first in line gets it when it is dropped.
+/// A depth slot; passes to the first in the queue when dropped.
 pub(super) struct Depth<H: Time + Tasks + Log + Probe>(Rc<Inner<H>>);
 
 impl<H: Time + Tasks + Log + Probe> Drop for Depth<H> {
     fn drop(&mut self) {
-        // A panic must not meet another one here: it ends everything anyway.
+        // A second panic here would abort the process.
         if std::thread::panicking() {
             return;
         }
@@ -192,13 +194,13 @@ enum Turn<H: Time + Tasks + Log + Probe> {
     Done(Response),
 }
 
-/// One request's place in the line.
+/// One request's place in the queue.
 pub(super) struct Place<H: Time + Tasks + Log + Probe> {
     inner: Rc<Inner<H>>,
     ticket: Option<Ticket>,
-    /// `None` once the slot was given back.
+    /// `None` once the slot is freed.
     slot: Option<u32>,
-    /// The merged request that this one carries on.
+    /// The merged request that this request drives.
     driving: Option<LocalBoxFuture<()>>,
     was_held_back: bool,
 }
@@ -234,7 +236,7 @@ impl<H: Time + Tasks + Log + Probe> Place<H> {
     }
 
     fn poll_turn(&mut self, cx: &mut Context<'_>) -> Poll<Turn<H>> {
-        let slot = self.slot.expect("the slot is given back with the last turn");
+        let slot = self.slot.expect("the slot is freed with the last turn");
         let mut line = self.inner.line.borrow_mut();
         let own = &mut line.slots[slot as usize];
         match std::mem::replace(&mut own.stage, Stage::Taken) {
@@ -284,7 +286,7 @@ impl<H: Time + Tasks + Log + Probe> Place<H> {
             let batch = Batch::new(&self.inner, parts, Depth(Rc::clone(&self.inner)));
             Turn::Drive(Box::pin(batch.run()))
         };
-        // Depth may be left for the new first of the line.
+        // Depth may be left for the new head of the queue.
         let next = line.next_leader();
         drop(line);
         next.into_iter().for_each(Waker::wake);
@@ -294,7 +296,7 @@ impl<H: Time + Tasks + Log + Probe> Place<H> {
 
 impl<H: Time + Tasks + Log + Probe> Drop for Place<H> {
     fn drop(&mut self) {
-        // A panic must not meet another one here: it ends everything anyway.
+        // A second panic here would abort the process.
         if std::thread::panicking() {
             return;
         }
@@ -310,7 +312,7 @@ impl<H: Time + Tasks + Log + Probe> Drop for Place<H> {
                 woken = line.next_leader();
             }
             Stage::Done(_) => {
-                // Answered, but it still carries the other parts on.
+                // Answered, but it may still drive the other parts.
                 if let Some(left) = work.take() {
                     (woken, work) = line.hand_over(slot, left);
                 }
@@ -330,13 +332,13 @@ impl<H: Time + Tasks + Log + Probe> Drop for Place<H> {
         }
         drop(line);
         woken.into_iter().for_each(Waker::wake);
-        // Work that nobody is left for ends here; its effect may still happen.
+        // A merged request without an owner ends here; its effect may still happen.
         drop((work, unused));
     }
 }
 
 impl Line {
-    /// Gives a merged request whose driver is gone to the owner of another part; gives it back if there is none.
+    /// Hands a merged request whose driver is dropped to the owner of another part; returns it if there is none.
     fn hand_over(
         &mut self,
         from: u32,
@@ -345,7 +347,7 @@ impl Line {
         let Some(members) = self.slots[from as usize].batch.clone() else { return (None, Some(work)) };
         let heir = members.iter().find(|m| {
             let slot = &self.slots[**m as usize];
-            // A part that was answered may have given its slot to a request of another one.
+            // The slot of an answered part may have been reused by a request of another batch.
             let same = slot.batch.as_ref().is_some_and(|b| Rc::ptr_eq(b, &members));
             **m != from && same && matches!(slot.stage, Stage::Taken) && slot.abandoned.is_none()
         });

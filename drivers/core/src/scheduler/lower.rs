@@ -1,4 +1,4 @@
-//! What goes down: single requests with retry, and merged ones with their parts.
+//! Sends requests down: single ones with retries, and merged ones with their parts.
 
 use super::line::Depth;
 use super::{Inner, SchedulerLimits};
@@ -8,12 +8,12 @@ use std::rc::Rc;
 use std::task::Waker;
 use tap_host::{Bug, Errno, Event, IoVec, Log, Mark, Probe, SectorRange, Tasks, Time};
 
-/// One request of a merged one.
+/// One part of a merged request.
 pub(super) struct Part {
     slot: u32,
     range: SectorRange,
     bufs: IoVec,
-    /// How many buffers of the merged request are this part's.
+    /// Number of its buffers in the merged request.
     count: usize,
     op: crate::Op,
     fua: bool,
@@ -28,7 +28,7 @@ impl Part {
 
 pub(super) type Parts = SmallVec<[Part; 4]>;
 
-/// A merged request: its parts by sector. Those that were not answered when it is dropped are given up.
+/// A merged request: its parts by sector. Parts that are unanswered when it is dropped are freed.
 pub(super) struct Batch<H: Time + Tasks + Log + Probe> {
     inner: Rc<Inner<H>>,
     parts: Parts,
@@ -103,7 +103,7 @@ impl<H: Time + Tasks + Log + Probe> Batch<H> {
         let first = &self.parts[0];
         let (op, start, fua) = (first.op, first.range.start.0, first.fua);
         let count = self.parts.iter().map(|p| p.range.count).sum();
-        assert!(count <= self.inner.limits.merge_sectors, "{count} sectors are more than may be merged");
+        assert!(count <= self.inner.limits.merge_sectors, "{count} sectors exceed the merge limit");
         let bufs = self.parts.iter_mut().flat_map(|p| p.bufs.drain(..)).collect();
         Request { op, range: SectorRange::new(start, count), bufs, fua }
     }
@@ -144,7 +144,7 @@ impl<H: Time + Tasks + Log + Probe> Batch<H> {
 
 impl<H: Time + Tasks + Log + Probe> Drop for Batch<H> {
     fn drop(&mut self) {
-        // A panic must not meet another one here: it ends everything anyway.
+        // A second panic here would abort the process.
         if std::thread::panicking() {
             return;
         }

@@ -2,28 +2,25 @@
 //!
 //! ```text
 //!   submit ──► overlaps something earlier? wait for it      (tracker)
-//!          ──► line up, let the others of this turn line up
-//!          ──► first of the line and a depth slot free: lead
-//!                take the contiguous neighbours out of the line, send one request down,
+//!          ──► queue up, yield so that others of this turn queue up
+//!          ──► first in the queue and a depth slot free: lead
+//!                take the contiguous neighbours out of the queue, send one request down,
 //!                hand results and buffers back to their owners
 //! ```
 //!
 //! # Contract
 //!
-//! * **Overlap.** Of two overlapping requests, one of them a write, the one that was submitted first ends before the
-//!   other goes down. Submitted means that [`Node::submit`] was called; whoever calls it then polls or drops the
-//!   future. Reads share.
-//! * **Depth.** At most `depth` reads and writes are below at once; the others wait in a line, first come, first
-//!   served, but for those that are taken along as neighbours of an earlier one.
-//! * **Merging.** Contiguous requests of one kind, FUA or not, that stand in the line together go down as one, without
-//!   copying.
-//!   An error of the whole is found out part by part: each part is sent again alone, so that an error reaches those
-//!   requests whose sectors fail, and no other.
+//! * **Overlap.** Of two overlapping requests, at least one a write, the one submitted first ends before the other goes
+//!   down. Submitted means that [`Node::submit`] was called; the caller then polls or drops the future. Reads share.
+//! * **Depth.** At most `depth` reads and writes are below at once; the others wait in a queue, first come, first
+//!   served, except neighbours that are merged into an earlier one.
+//! * **Merging.** Contiguous queued requests of the same operation and FUA go down as one, without copying. If that
+//!   fails, each part is sent again alone, so that an error reaches only the requests whose sectors fail.
 //! * **Flush** overtakes everything and is never merged: it covers what was answered before it was submitted.
-//! * **Retry.** Errors that go away by themselves (`EAGAIN`, `EINTR`, `EBUSY`, `ENOMEM`) are retried after a pause that
-//!   doubles, a bounded number of times; all others are answered at once.
-//! * There is no task of its own: the owners of requests do the work. A merged request whose leader is dropped is
-//!   carried on by the owner of another part.
+//! * **Retry.** Transient errors (`EAGAIN`, `EINTR`, `EBUSY`, `ENOMEM`) are retried after a pause that doubles, a
+//!   bounded number of times; all others are returned at once.
+//! * The scheduler has no task: the owners of requests do the work. If the leader of a merged request is dropped, the
+//!   owner of another part drives it.
 
 mod line;
 mod lower;
@@ -38,18 +35,18 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use tap_host::{Bug, Errno, Log, Mark, Probe, SectorRange, Tasks, Time};
 
-/// Bounds of a [`Scheduler`]; every one may be drawn down to its least value.
+/// Limits of a [`Scheduler`]; the simulator may draw each down to its minimum.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct SchedulerLimits {
     /// Reads and writes below at once, at least 1.
     pub depth: usize,
     /// Largest merged request in sectors; 0 turns merging off.
     pub merge_sectors: u32,
-    /// How often one request is repeated after transient errors.
+    /// Retries of one request after transient errors.
     pub retries: u32,
-    /// Pause before the first repetition, in nanoseconds; it doubles with each.
+    /// Pause before the first retry, in nanoseconds; it doubles with each.
     pub backoff_ns: u64,
-    /// Sum of all pauses of one request, in nanoseconds, above which it is not repeated again.
+    /// Limit of the sum of all pauses of one request, in nanoseconds.
     pub backoff_total_ns: u64,
 }
 
@@ -65,7 +62,7 @@ impl Default for SchedulerLimits {
     }
 }
 
-/// What a scheduler has done since it was made.
+/// Counters of a scheduler.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct SchedulerStats {
     /// Reads answered.
@@ -74,7 +71,7 @@ pub struct SchedulerStats {
     pub writes: u64,
     /// Flushes answered.
     pub flushes: u64,
-    /// Requests to write zeros answered.
+    /// Zero requests answered.
     pub zeroes: u64,
     /// Discards answered.
     pub discards: u64,
@@ -82,23 +79,23 @@ pub struct SchedulerStats {
     pub sectors_read: u64,
     /// Sectors of successful writes.
     pub sectors_written: u64,
-    /// Sectors that were made zeros without being written.
+    /// Sectors of successful zero requests.
     pub sectors_zeroed: u64,
     /// Sectors of successful discards.
     pub sectors_discarded: u64,
-    /// Requests that went down as a part of another one.
+    /// Requests that went down as part of another one.
     pub merged: u64,
-    /// Requests sent down, repetitions included.
+    /// Requests sent down, including retries.
     pub lower_requests: u64,
-    /// Repetitions after transient errors.
+    /// Retries after transient errors.
     pub retries: u64,
     /// Requests answered with an error.
     pub errors: u64,
 }
 
-/// A [`Node`] that puts the requests of one disk in order: overlapping ones run as they were submitted, at most so many
-/// are below at once, contiguous ones go down together, and transient errors are retried. An error reaches the requests
-/// whose sectors fail and no others. A flush overtakes everything; it covers what was answered before.
+/// A [`Node`] that orders the requests of one disk: overlapping ones run in the order of submission, a limited number
+/// is below at once, contiguous ones are merged, and transient errors are retried. An error reaches only the requests
+/// whose sectors fail. A flush overtakes everything; it covers what was answered before.
 pub struct Scheduler<H>(Rc<Inner<H>>);
 
 struct Inner<H> {
@@ -111,19 +108,19 @@ struct Inner<H> {
 }
 
 impl<H: Time + Tasks + Log + Probe> Scheduler<H> {
-    /// A scheduler above `lower`. A depth of 0 is taken as 1.
+    /// A scheduler over `lower`. A depth of 0 is taken as 1.
     pub fn new(host: H, lower: Rc<dyn Node>, limits: SchedulerLimits) -> Self {
         Self::counting(host, lower, limits, Rc::default())
     }
 
-    /// The same, counted together with those that counted in `stats` before.
+    /// The same, but adds to existing counters.
     pub(crate) fn counting(
         host: H,
         lower: Rc<dyn Node>,
         limits: SchedulerLimits,
         stats: Rc<RefCell<SchedulerStats>>,
     ) -> Self {
-        // What a node would split again is not merged.
+        // Do not merge what the node would split again.
         let merge_sectors = limits.merge_sectors.min(lower.info().max_sectors);
         let limits = SchedulerLimits { depth: limits.depth.max(1), merge_sectors, ..limits };
         Self(Rc::new(Inner {
@@ -136,12 +133,12 @@ impl<H: Time + Tasks + Log + Probe> Scheduler<H> {
         }))
     }
 
-    /// Work of the order of requests so far: claims compared and dependencies made.
+    /// Work done so far to keep requests in order: claims compared and dependencies added.
     pub fn order_steps(&self) -> u64 {
         self.0.tracker.steps()
     }
 
-    /// What it has done.
+    /// Its counters.
     pub fn stats(&self) -> SchedulerStats {
         *self.0.stats.borrow()
     }
@@ -170,12 +167,12 @@ impl<H: Time + Tasks + Log + Probe> Node for Scheduler<H> {
         })
     }
 
-    fn extents(&self, range: SectorRange, most: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
+    fn extents(&self, range: SectorRange, max: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
         let inner = Rc::clone(&self.0);
         Box::pin(async move {
             let mut patience = Patience::new(&inner.limits);
             loop {
-                let answer = inner.lower.extents(range, most).await;
+                let answer = inner.lower.extents(range, max).await;
                 let Some(pause_ns) = answer.as_ref().err().and_then(|error| patience.after(*error)) else {
                     return answer;
                 };
@@ -200,7 +197,7 @@ impl<H: Time + Tasks + Log + Probe> Node for Scheduler<H> {
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
         let Inner { line, limits, tracker, .. } = &*self.0;
         let idle = line.borrow().is_idle(limits.depth) && tracker.is_empty();
-        assert!(idle, "a disk is closed, and its scheduler holds requests");
+        assert!(idle, "the scheduler holds requests at close");
         self.0.lower.close()
     }
 }
@@ -230,7 +227,7 @@ impl<H: Time + Tasks + Log + Probe> Inner<H> {
         let (end, step) = (start + count, count.div_ceil(pieces));
         for from in (start..end).step_by(step as usize) {
             let claimed = ticket.claim(Space::Sectors, from..end.min(from.saturating_add(step)), access);
-            claimed.expect("nobody waits for a ticket that is new");
+            claimed.expect("no ticket waits for a new one");
         }
         self.host.work(self.tracker.steps() - steps);
         ticket

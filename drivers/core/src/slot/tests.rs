@@ -21,7 +21,7 @@ fn states(pool: &Pool) -> Vec<&'static str> {
 }
 
 #[test]
-fn pause_drains_and_resume_lets_waiters_in_by_order() {
+fn pause_drains_and_resume_admits_waiters_in_order() {
     let (pool, script) = (Pool::new(), Script::held());
     let slot = slot(&pool, &script);
     let before = pool.start(slot.submit(write(1, 1)));
@@ -35,7 +35,7 @@ fn pause_drains_and_resume_lets_waiters_in_by_order() {
     assert_eq!(script.seen().len(), 1, "nothing goes down while paused");
 
     slot.resume().unwrap();
-    // Comes after resume, but before those that waited had their turn.
+    // Arrives after the resume, but before the waiters were polled.
     let late = pool.start(slot.submit(read(9, 1)));
     assert!(late.get().is_some() && waiting.iter().all(|w| w.get().is_some()));
     let order: Vec<u64> = script.seen().iter().map(|s| s.1.start.0).collect();
@@ -44,7 +44,7 @@ fn pause_drains_and_resume_lets_waiters_in_by_order() {
 }
 
 #[test]
-fn resume_ends_a_pause_that_was_not_reached() {
+fn resume_cancels_a_pause_that_is_still_draining() {
     let (pool, script) = (Pool::new(), Script::held());
     let slot = slot(&pool, &script);
     let request = pool.start(slot.submit(write(1, 1)));
@@ -52,7 +52,7 @@ fn resume_ends_a_pause_that_was_not_reached() {
     slot.resume().unwrap();
     pool.run();
     assert_eq!(paused.take(), Some(Err(Errno::EINTR)));
-    // A pause that nobody waits for is reached all the same.
+    // A pause completes even if its future is dropped.
     let dropped = pause(&pool, &slot);
     pool.cancel(dropped.task);
     script.release();
@@ -62,7 +62,7 @@ fn resume_ends_a_pause_that_was_not_reached() {
 }
 
 #[test]
-fn close_refuses_drains_and_closes_below_once() {
+fn close_refuses_waiters_drains_and_closes_the_lower_node_once() {
     let (pool, script) = (Pool::new(), Script::held());
     let slot = slot(&pool, &script);
     let running = pool.start(slot.submit(write(1, 1)));
@@ -83,7 +83,7 @@ fn close_refuses_drains_and_closes_below_once() {
 }
 
 #[test]
-fn a_request_that_is_given_up_counts_until_it_ends_and_one_that_waits_is_forgotten() {
+fn a_dropped_request_counts_until_it_ends_and_a_dropped_waiter_leaves() {
     let (pool, script) = (Pool::new(), Script::held());
     let slot = slot(&pool, &script);
     let stuck = pool.start(slot.submit(write(1, 1)));
@@ -91,7 +91,7 @@ fn a_request_that_is_given_up_counts_until_it_ends_and_one_that_waits_is_forgott
     let waiting: Vec<_> = (2..5).map(|i| pool.start(slot.submit(write(i, 1)))).collect();
     pool.cancel(stuck.task);
     pool.run();
-    assert!(paused.get().is_none() && slot.in_flight() == 1, "its effect may still come");
+    assert!(paused.get().is_none() && slot.in_flight() == 1, "its effect may still happen");
     pool.cancel(waiting[0].task);
     script.release();
     pool.run();
@@ -103,7 +103,7 @@ fn a_request_that_is_given_up_counts_until_it_ends_and_one_that_waits_is_forgott
 }
 
 #[test]
-fn the_whole_stack_answers() {
+fn a_slot_over_a_scheduler_answers() {
     let (pool, script) = (Pool::new(), Script::default());
     let scheduler = Scheduler::new(pool.clone(), Rc::new(script.clone()), SchedulerLimits::default());
     let slot = Slot::new(pool.clone(), VbdId(1), Rc::new(scheduler));
@@ -113,7 +113,7 @@ fn the_whole_stack_answers() {
     assert_eq!(pool.start(slot.close()).take(), Some(Ok(())));
 }
 
-/// Exchanges what is in `slot` for `next`, or fails with what `next` is.
+/// Exchanges the node of `slot` for `next`, or fails with the error of `next`.
 fn exchange(
     pool: &Pool,
     slot: &Slot<Pool>,
@@ -130,7 +130,7 @@ fn exchange(
     })
 }
 
-/// Exchanges what is in `slot` for `next` once the sender says so.
+/// Exchanges the node of `slot` for `next` once the sender sends.
 fn slow_exchange(
     pool: &Pool,
     slot: &Slot<Pool>,
@@ -149,14 +149,14 @@ fn slow_exchange(
 }
 
 #[test]
-fn an_exchange_drains_and_flushes_the_old_node_and_what_waits_reaches_the_new_one_in_order() {
+fn an_exchange_drains_and_flushes_the_old_node_and_sends_waiters_to_the_new_one_in_order() {
     let (pool, old, new) = (Pool::new(), Script::held(), Script::default());
     let slot = slot(&pool, &old);
     let before = pool.start(slot.submit(write(1, 1)));
     let done = exchange(&pool, &slot, Ok(&new));
     let waiting: Vec<_> = (2..5).map(|i| pool.start(slot.submit(write(i, 1)))).collect();
-    let look = pool.start(slot.extents(SectorRange::new(0, 8), 1));
-    assert!(done.get().is_none() && look.get().is_none(), "a look waits like a request");
+    let query = pool.start(slot.extents(SectorRange::new(0, 8), 1));
+    assert!(done.get().is_none() && query.get().is_none(), "an extent query waits like a request");
     old.release_now();
     pool.run();
     assert!(before.get().is_some() && done.get().is_none(), "the flush is not answered");
@@ -164,8 +164,8 @@ fn an_exchange_drains_and_flushes_the_old_node_and_what_waits_reaches_the_new_on
     old.release();
     pool.run();
     assert_eq!(done.take(), Some(Ok(1)));
-    assert!(waiting.iter().all(|w| w.take().unwrap().result == Ok(())) && look.get().is_some());
-    assert_eq!(old.seen().len(), 2, "nothing reaches the old node any more");
+    assert!(waiting.iter().all(|w| w.take().unwrap().result == Ok(())) && query.get().is_some());
+    assert_eq!(old.seen().len(), 2, "nothing more reaches the old node");
     assert_eq!(new.seen().iter().map(|s| s.1.start.0).collect::<Vec<_>>(), [2, 3, 4]);
     assert_eq!(states(&pool), ["running", "draining", "paused", "running"]);
     assert_eq!(pool.start(slot.close()).take(), Some(Ok(())));
@@ -174,7 +174,7 @@ fn an_exchange_drains_and_flushes_the_old_node_and_what_waits_reaches_the_new_on
 }
 
 #[test]
-fn an_exchange_that_fails_or_is_given_up_leaves_the_old_node() {
+fn a_failed_or_dropped_exchange_leaves_the_old_node() {
     let (pool, old, new) = (Pool::new(), Script::default(), Script::default());
     let slot = slot(&pool, &old);
     let failed = exchange(&pool, &slot, Err(Errno::ENOSPC));
@@ -198,7 +198,7 @@ fn an_exchange_that_fails_or_is_given_up_leaves_the_old_node() {
 }
 
 #[test]
-fn a_paused_slot_stays_paused_after_an_exchange_and_a_resume_waits_for_its_end() {
+fn a_paused_slot_stays_paused_after_an_exchange_and_resume_waits_for_one() {
     let (pool, old, new) = (Pool::new(), Script::default(), Script::default());
     let slot = slot(&pool, &old);
     assert_eq!(pause(&pool, &slot).take(), Some(Ok(())));
@@ -209,7 +209,7 @@ fn a_paused_slot_stays_paused_after_an_exchange_and_a_resume_waits_for_its_end()
     pool.run();
     assert!(waits.get().is_some());
 
-    // Resumed while an exchange drains: it runs once that has ended.
+    // Resumed while an exchange drains: the slot runs once the exchange has ended.
     new.hold();
     let running = pool.start(slot.submit(write(2, 1)));
     let (paused, done) = (pause(&pool, &slot), exchange(&pool, &slot, Ok(&old)));
@@ -238,7 +238,7 @@ fn a_close_waits_for_an_exchange_and_closes_the_new_node() {
 }
 
 #[test]
-fn a_pause_beside_an_exchange_is_reached_once_that_has_ended() {
+fn a_pause_during_an_exchange_completes_after_it() {
     let (pool, old, new) = (Pool::new(), Script::default(), Script::default());
     let slot = slot(&pool, &old);
     let (go, done) = slow_exchange(&pool, &slot, &new);

@@ -29,7 +29,7 @@ fn readers_share_and_a_writer_waits_for_all_of_them() {
 
 proptest! {
     #[test]
-    fn a_union_covers_what_was_added_and_has_no_range_too_many(
+    fn a_union_covers_exactly_the_added_ranges_and_merges_adjacent_ones(
         ranges in proptest::collection::vec((0..40_u64, 1..9_u64), 1..30)
     ) {
         let (mut union, mut there) = (Union::default(), [false; 50]);
@@ -49,7 +49,7 @@ proptest! {
 }
 
 #[test]
-fn spaces_do_not_meet_and_a_ticket_does_not_meet_itself() {
+fn spaces_do_not_conflict_and_a_ticket_does_not_conflict_with_itself() {
     let tracker = Tracker::new();
     let a = claimed(&tracker, 1, 0..8, Access::Exclusive);
     a.claim(Space::Sectors, 2..4, Access::Exclusive).unwrap();
@@ -60,7 +60,7 @@ fn spaces_do_not_meet_and_a_ticket_does_not_meet_itself() {
 }
 
 #[test]
-fn a_waiter_is_woken_once_for_the_last_one_it_waits_for() {
+fn a_waiter_is_woken_once_by_the_last_ticket_it_waits_for() {
     let (pool, tracker) = (Pool::new(), Tracker::new());
     let before =
         [claimed(&tracker, 1, 0..1, Access::Exclusive), claimed(&tracker, 2, 1..2, Access::Exclusive)];
@@ -86,7 +86,7 @@ fn a_waiter_is_woken_once_for_the_last_one_it_waits_for() {
 }
 
 #[test]
-fn a_ticket_dropped_while_it_waits_lets_its_successors_go() {
+fn a_ticket_dropped_while_it_waits_releases_its_successors() {
     let tracker = Tracker::new();
     let first = claimed(&tracker, 1, 0..4, Access::Exclusive);
     let middle = claimed(&tracker, 2, 0..8, Access::Exclusive);
@@ -94,7 +94,7 @@ fn a_ticket_dropped_while_it_waits_lets_its_successors_go() {
     assert!(!last.is_ready());
     drop(middle);
     assert!(last.is_ready());
-    // The slot of the dropped waiter is used again; the first one must not wake or count for it.
+    // The slot of the dropped waiter is reused; dropping the first ticket must not affect its new user.
     let reused = claimed(&tracker, 4, 100..101, Access::Exclusive);
     let waits = claimed(&tracker, 5, 100..101, Access::Exclusive);
     drop(first);
@@ -102,21 +102,21 @@ fn a_ticket_dropped_while_it_waits_lets_its_successors_go() {
 }
 
 #[test]
-fn cycles_are_refused_by_name_and_leave_nothing_behind() {
+fn cycles_are_refused_by_name_and_leave_no_dependency() {
     let tracker = Tracker::new();
     let a = claimed(&tracker, 1, 0..1, Access::Exclusive);
     let b = claimed(&tracker, 2, 0..2, Access::Exclusive);
     let c = claimed(&tracker, 3, 1..3, Access::Exclusive);
     let cycle = a.claim(Space::Sectors, 2..3, Access::Exclusive).unwrap_err();
-    assert_eq!(cycle.to_string(), "wait for each other for ever: test 1 <- test 2 <- test 3 <- test 1");
+    assert_eq!(cycle.to_string(), "avoid a deadlock: test 1 <- test 2 <- test 3 <- test 1");
     assert!(a.is_ready());
     assert_eq!(a.after(&c).unwrap_err(), cycle);
     assert!(a.after(&a).is_err(), "a ticket never waits for itself");
     drop(b);
-    assert!(a.after(&c).is_ok() && !a.is_ready(), "without the one between there is no cycle");
+    assert!(a.after(&c).is_ok() && !a.is_ready(), "without the ticket between them there is no cycle");
 }
 
-/// The rule of the contract, applied to a list of everything that is alive.
+/// The rule of the contract, applied to a plain list of live tickets.
 #[derive(Default)]
 struct Model {
     alive: Vec<(usize, Vec<usize>)>,
@@ -128,7 +128,7 @@ impl Model {
         let before =
             self.claims.iter().filter(|c| c.0 != id && c.1 < end && start < c.2 && (c.3 || exclusive));
         let before: Vec<usize> = before.map(|c| c.0).collect();
-        let entry = self.alive.iter_mut().find(|a| a.0 == id).expect("claims are made by the living");
+        let entry = self.alive.iter_mut().find(|a| a.0 == id).expect("a claim belongs to a live ticket");
         entry.1.extend(before);
         self.claims.push((id, start, end, exclusive));
     }
@@ -140,7 +140,7 @@ impl Model {
 }
 
 proptest! {
-    /// Each ticket makes one or two claims when it is taken, as requests do, so that no cycle can arise.
+    /// Each ticket makes one or two claims when it is made, as requests do, so that no cycle can arise.
     #[test]
     fn readiness_is_that_of_the_naive_model(
         steps in prop::collection::vec((0u8..3, 0usize..8, 0u64..20, 1u64..6, any::<bool>()), 1..120)
@@ -184,7 +184,7 @@ fn a_thousand_claims_of_one_block_are_a_chain() {
 }
 
 #[test]
-fn who_loses_the_one_it_waited_for_waits_for_those_before() {
+fn a_ticket_whose_predecessor_is_dropped_waits_for_earlier_ones() {
     let tracker = Tracker::new();
     let first = claimed(&tracker, 1, 0..4, Access::Exclusive);
     let reader = claimed(&tracker, 2, 0..8, Access::Shared);
@@ -192,7 +192,7 @@ fn who_loses_the_one_it_waited_for_waits_for_those_before() {
     let last = claimed(&tracker, 4, 2..6, Access::Shared);
     let others = claimed(&tracker, 5, 6..9, Access::Exclusive);
     drop(middle);
-    // The reader shares; the first writer does not, and was left out before.
+    // The reader shares with it; the first writer does not, and was skipped by the first scan.
     assert!(!last.is_ready() && !others.is_ready());
     assert_eq!(
         tracker.report().iter().map(|w| w.to_string()).collect::<Vec<_>>(),

@@ -1,4 +1,4 @@
-//! A level: it is set or clear.
+//! A flag that is set or clear.
 
 use super::Line;
 use std::cell::{Cell, RefCell};
@@ -18,15 +18,15 @@ impl Event {
         Self::default()
     }
 
-    /// Lets everybody go on who waits or comes until [`Event::clear`]. Who waits now goes on even if it is cleared
-    /// before their turn.
+    /// Releases all waiters, and those that arrive until [`Event::clear`]. Present waiters are released even if it is
+    /// cleared before they are polled.
     pub fn set(&self) {
         self.set.set(true);
         let woken = self.line.borrow_mut().take_all();
         woken.into_iter().for_each(|(_, waker)| waker.wake());
     }
 
-    /// Makes those wait who come from now on.
+    /// Makes later waiters wait again.
     pub fn clear(&self) {
         self.set.set(false);
     }
@@ -70,7 +70,7 @@ mod tests {
     use std::rc::Rc;
 
     #[test]
-    fn set_releases_all_who_wait_even_if_cleared_at_once() {
+    fn set_releases_all_waiters_even_if_cleared_at_once() {
         let pool = Pool::new();
         let event = Rc::new(Event::new());
         let done = Rc::new(Cell::new(0));

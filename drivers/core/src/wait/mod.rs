@@ -1,16 +1,16 @@
 //! Waiting on one thread: an event, a semaphore and a oneshot.
 //!
 //! ```text
-//!   Event       set ──► everybody who waits, until it is cleared
-//!   Semaphore   release ──► the first in line, who owns the permit from then on
+//!   Event       set ──► all waiters, until it is cleared
+//!   Semaphore   release ──► the first waiter, which owns the permit from then on
 //!   oneshot     send ──► the one receiver
 //! ```
 //!
 //! # Contract
 //!
-//! * First come, first served: nobody overtakes a waiter.
-//! * A wake-up is exact: it goes to somebody who can go on, once; nothing polls and no timer is involved.
-//! * Every future may be dropped at any point. What was handed to it and not taken goes to the next in line.
+//! * First come, first served: a waiter is never overtaken.
+//! * A wake-up is exact: it goes once, to a waiter that can proceed; nothing polls and no timer is involved.
+//! * Every future may be dropped at any point. A permit that was handed to it and not taken goes to the next waiter.
 //! * `!Send`: one thread, no locks. No waker is called while internal state is borrowed.
 
 mod event;
@@ -24,7 +24,7 @@ pub use semaphore::{Permit, Semaphore};
 use std::collections::VecDeque;
 use std::task::Waker;
 
-/// A line of waiters, by number of arrival.
+/// A queue of waiters in order of arrival.
 #[derive(Default)]
 pub(crate) struct Line {
     next: u64,
@@ -43,7 +43,7 @@ impl Line {
         self.next += 1;
     }
 
-    /// Gives up a place; whether it was there.
+    /// Gives up a place; returns whether it was in the queue.
     pub(crate) fn leave(&mut self, place: &mut Option<u64>) -> bool {
         match place.take().and_then(|id| self.index(id)) {
             Some(at) => self.waiting.remove(at).is_some(),
@@ -51,22 +51,22 @@ impl Line {
         }
     }
 
-    /// Takes the first waiter out of the line.
+    /// Takes the first waiter out of the queue.
     pub(crate) fn pop(&mut self) -> Option<(u64, Waker)> {
         self.waiting.pop_front()
     }
 
-    /// The waker of the first waiter, who keeps the place.
+    /// The waker of the first waiter, which keeps its place.
     pub(crate) fn first(&self) -> Option<Waker> {
         self.waiting.front().map(|(_, waker)| waker.clone())
     }
 
-    /// Whether `place` is in the line.
+    /// Whether `place` is in the queue.
     pub(crate) fn has(&self, place: Option<u64>) -> bool {
         place.is_some_and(|id| self.index(id).is_some())
     }
 
-    /// Whether `place` is the first of the line.
+    /// Whether `place` is the first in the queue.
     pub(crate) fn is_first(&self, place: Option<u64>) -> bool {
         place.is_some() && self.waiting.front().map(|w| w.0) == place
     }
@@ -75,7 +75,7 @@ impl Line {
         self.waiting.is_empty()
     }
 
-    /// Empties the line.
+    /// Empties the queue.
     pub(crate) fn take_all(&mut self) -> VecDeque<(u64, Waker)> {
         std::mem::take(&mut self.waiting)
     }

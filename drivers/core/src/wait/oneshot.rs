@@ -1,4 +1,4 @@
-//! One value, once, from one side to the other.
+//! A channel for one value.
 
 use std::cell::RefCell;
 use std::future::Future;
@@ -13,10 +13,10 @@ struct State<T> {
     waker: Option<Waker>,
 }
 
-/// The side that answers.
+/// The sending side.
 pub struct Sender<T>(Rc<RefCell<State<T>>>);
 
-/// The side that waits: a future of `Some` value, or of `None` when the sender was dropped without one.
+/// The receiving side: a future of the value, or of `None` when the sender was dropped without sending.
 pub struct Receiver<T>(Rc<RefCell<State<T>>>);
 
 /// A pair that carries one value.
@@ -30,7 +30,7 @@ impl<T> Sender<T> {
     /// Hands `value` over.
     ///
     /// # Errors
-    /// The value itself when nobody waits for it any more.
+    /// The value itself if the receiver was dropped.
     pub fn send(self, value: T) -> Result<(), T> {
         let mut state = self.0.borrow_mut();
         if state.receiver_gone {
@@ -84,7 +84,7 @@ mod tests {
     use crate::testing::Pool;
 
     #[test]
-    fn a_value_arrives_and_a_lost_sender_is_told() {
+    fn a_value_arrives_and_a_dropped_sender_is_reported() {
         let pool = Pool::new();
         let (sender, receiver) = oneshot();
         let got = pool.start(receiver);
@@ -100,9 +100,9 @@ mod tests {
         assert_eq!(got.take(), Some(None));
     }
 
-    /// Whoever is woken may be dropped at once, and with it what it waited for.
+    /// A waker may drop the woken task, and the receiver with it, at once.
     #[test]
-    fn who_is_told_may_be_gone_with_the_receiver() {
+    fn a_waker_may_drop_the_receiver() {
         thread_local! {
             static RECEIVER: RefCell<Option<Receiver<u8>>> = const { RefCell::new(None) };
         }
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn a_value_nobody_waits_for_comes_back() {
+    fn a_value_without_a_receiver_is_returned() {
         let (sender, receiver) = oneshot();
         drop(receiver);
         assert_eq!(sender.send(7), Err(7));

@@ -13,7 +13,7 @@ pub struct Semaphore(Rc<RefCell<State>>);
 struct State {
     free: usize,
     line: Line,
-    /// Those whom a released permit was handed to and who did not take it yet.
+    /// Waiters that were handed a released permit and have not taken it yet.
     granted: Vec<u64>,
 }
 
@@ -23,15 +23,15 @@ impl Semaphore {
         Self(Rc::new(RefCell::new(State { free: permits, line: Line::default(), granted: Vec::new() })))
     }
 
-    /// Permits that nobody has.
+    /// Permits that are not taken.
     pub fn free(&self) -> usize {
         self.0.borrow().free
     }
 
-    /// A permit, unless one would have to wait for it.
+    /// A permit, if one is free without waiting.
     pub fn try_acquire(&self) -> Option<Permit> {
         let mut state = self.0.borrow_mut();
-        // While somebody waits nothing is free: a released permit goes to the line.
+        // While there are waiters nothing is free: a released permit goes to the first of them.
         state.free = state.free.checked_sub(1)?;
         Some(Permit(self.clone()))
     }
@@ -57,7 +57,7 @@ impl Semaphore {
     }
 }
 
-/// One permit; goes to the next in line when dropped.
+/// One permit; passes to the next waiter when dropped.
 pub struct Permit(Semaphore);
 
 impl Drop for Permit {
@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn a_permit_handed_to_a_dropped_waiter_goes_on() {
+    fn a_permit_handed_to_a_dropped_waiter_passes_to_the_next() {
         let pool = Pool::new();
         let semaphore = Semaphore::new(1);
         let held = semaphore.try_acquire();

@@ -17,7 +17,7 @@ impl Bench {
         Self { pool, script, scheduler }
     }
 
-    /// Submits all in one turn.
+    /// Submits all requests in one turn.
     fn batch(&self, requests: Vec<Request>) -> Vec<Outcome<Response>> {
         let gate = Rc::new(crate::wait::Event::new());
         let started = requests.into_iter().map(|request| {
@@ -71,7 +71,7 @@ fn contiguous_requests_merge_both_ways_and_get_their_own_bytes() {
 }
 
 #[test]
-fn requests_merge_with_those_of_their_own_durability() {
+fn requests_with_and_without_fua_do_not_merge() {
     let bench = Bench::new(Script::default(), FEW);
     let durable = |start| write(start, 8).with_fua(true);
     let got = bench.batch(vec![write(0, 8), durable(8), durable(16), write(24, 8)]);
@@ -84,7 +84,7 @@ fn requests_merge_with_those_of_their_own_durability() {
 }
 
 #[test]
-fn merging_stops_at_its_limit_and_can_be_off() {
+fn merging_stops_at_its_limit_and_can_be_turned_off() {
     let bench = Bench::new(Script::default(), SchedulerLimits { merge_sectors: 16, ..FEW });
     bench.batch(vec![write(0, 8), write(8, 8), write(16, 8)]);
     assert_eq!(bench.lower(), [(Op::Write, 0, 16), (Op::Write, 16, 8)]);
@@ -94,7 +94,7 @@ fn merging_stops_at_its_limit_and_can_be_off() {
 }
 
 #[test]
-fn an_error_of_a_merged_request_reaches_only_those_it_belongs_to() {
+fn an_error_of_a_merged_request_reaches_only_the_failing_part() {
     let bench = Bench::new(Script::default(), FEW);
     bench.script.break_sector(9);
     let got = bench.batch(vec![write(0, 8), write(8, 8), write(16, 8)]);
@@ -131,7 +131,7 @@ fn overlapping_requests_run_in_submission_order_and_reads_share() {
 }
 
 #[test]
-fn the_seeded_bug_lets_a_write_pass_another() {
+fn the_seeded_bug_lets_a_write_overtake_another() {
     let bench = Bench::new(Script::held(), FEW);
     bench.pool.switch_on(Bug::EdgeDropped);
     bench.batch(vec![write(0, 8), write(4, 8)]);
@@ -139,7 +139,7 @@ fn the_seeded_bug_lets_a_write_pass_another() {
 }
 
 #[test]
-fn depth_is_kept_and_waiters_go_in_order() {
+fn depth_is_never_exceeded_and_waiters_go_in_order() {
     let bench = Bench::new(Script::held(), SchedulerLimits { depth: 1, ..FEW });
     let got = bench.batch((0..4).map(|i| write(i * 20, 1)).collect());
     for done in 1..=4 {
@@ -149,13 +149,13 @@ fn depth_is_kept_and_waiters_go_in_order() {
         assert!(got[..done].iter().all(|g| g.get().is_some()));
     }
     assert_eq!(bench.lower().iter().map(|l| l.1).collect::<Vec<_>>(), [0, 20, 40, 60]);
-    assert_eq!(bench.script.most_in_flight(), 1);
+    assert_eq!(bench.script.max_in_flight(), 1);
     assert_eq!(bench.pool.marked(Mark::DepthReached), 3);
     bench.assert_idle();
 }
 
 #[test]
-fn transient_errors_are_retried_and_lasting_ones_are_not() {
+fn transient_errors_are_retried_and_permanent_ones_are_not() {
     let bench = Bench::new(Script::default(), FEW);
     bench.script.answer((0, 1), &[Step::Fail(Errno::EAGAIN), Step::Fail(Errno::ENOMEM), Step::Ok]);
     bench.script.answer((50, 1), &[Step::Fail(Errno::ENOSPC), Step::Ok]);
@@ -171,12 +171,12 @@ fn transient_errors_are_retried_and_lasting_ones_are_not() {
 }
 
 #[test]
-fn extents_are_asked_for_again_after_the_same_pauses() {
+fn extent_queries_are_retried_after_the_same_pauses() {
     let bench = Bench::new(Script::default(), FEW);
     bench.script.answer((0, 1), &[Step::Fail(Errno::EAGAIN), Step::Fail(Errno::ENOMEM), Step::Ok]);
     bench.script.answer((90, 1), &[Step::Fail(Errno::EBUSY); 9]);
-    let look = |at| bench.pool.start(bench.scheduler.extents(SectorRange::new(at, 1), 1));
-    let (passing, lasting) = (look(0), look(90));
+    let query = |at| bench.pool.start(bench.scheduler.extents(SectorRange::new(at, 1), 1));
+    let (passing, lasting) = (query(0), query(90));
     bench.pool.run_through_time();
     assert_eq!(passing.take().unwrap().unwrap().len(), 1);
     assert_eq!(lasting.take().unwrap().unwrap_err(), Errno::EBUSY);
@@ -184,7 +184,7 @@ fn extents_are_asked_for_again_after_the_same_pauses() {
 }
 
 #[test]
-fn pauses_of_one_request_are_bounded_in_sum() {
+fn the_sum_of_the_pauses_of_a_request_is_bounded() {
     let bench = Bench::new(Script::default(), SchedulerLimits { retries: 50, backoff_total_ns: 70, ..FEW });
     bench.script.answer((0, 1), &[Step::Fail(Errno::EINTR); 60]);
     let got = bench.batch(vec![read(0, 1)]);
@@ -220,7 +220,7 @@ fn a_dropped_leader_leaves_the_merged_request_to_another_part() {
     let got = bench.batch(vec![write(0, 8), write(8, 8), write(16, 8)]);
     assert_eq!(bench.lower(), [(Op::Write, 0, 24)]);
     bench.pool.cancel(got[0].task);
-    // What the dropped part may still write is waited for.
+    // A request that overlaps the dropped part waits: the part may still be written.
     let over = bench.batch(vec![write(4, 1)]);
     assert_eq!(bench.lower().len(), 1);
     bench.pool.cancel(got[1].task);
@@ -248,11 +248,11 @@ fn dropping_every_part_frees_depth_and_order() {
 }
 
 #[test]
-fn a_leader_dropped_after_its_own_answer_still_hands_the_rest_over() {
+fn a_leader_dropped_after_its_own_answer_hands_the_rest_over() {
     let bench = Bench::new(Script::held(), FEW);
     bench.script.break_sector(8);
     let got = bench.batch(vec![write(0, 8), write(8, 8), write(16, 8)]);
-    // The whole fails; the parts go down one by one.
+    // The merged request fails; its parts go down one by one.
     bench.script.release_now();
     bench.pool.run();
     bench.script.release_now();
@@ -266,11 +266,11 @@ fn a_leader_dropped_after_its_own_answer_still_hands_the_rest_over() {
 }
 
 #[test]
-fn a_held_back_head_that_is_dropped_passes_the_free_depth_on() {
+fn a_dropped_head_of_the_queue_passes_the_free_depth_on() {
     let bench = Bench::new(Script::held(), SchedulerLimits { depth: 1, merge_sectors: 0, ..FEW });
     let got = bench.batch((0..3).map(|i| write(i * 20, 1)).collect());
     bench.pool.cancel(got[0].task);
-    // The wake-up of the second is on its way when it is dropped.
+    // The second is dropped after it was woken, before it is polled.
     bench.pool.cancel(got[1].task);
     bench.script.release();
     bench.pool.run();
@@ -278,10 +278,10 @@ fn a_held_back_head_that_is_dropped_passes_the_free_depth_on() {
     bench.assert_idle();
 }
 
-/// A node that breaks its promise.
-struct Falls;
+/// A node that panics.
+struct Panics;
 
-impl Node for Falls {
+impl Node for Panics {
     fn submit(&self, _: Request) -> crate::LocalBoxFuture<Response> {
         Box::pin(async { panic!("a broken node") })
     }
@@ -294,14 +294,14 @@ impl Node for Falls {
 }
 
 #[test]
-fn a_panic_below_meets_no_other_on_its_way_out() {
+fn unwinding_from_a_panic_below_does_not_panic_again() {
     let pool = Pool::new();
-    let scheduler = Scheduler::new(pool.clone(), Rc::new(Falls), SchedulerLimits::default());
-    // Merged: whoever leads carries the places of the others.
+    let scheduler = Scheduler::new(pool.clone(), Rc::new(Panics), SchedulerLimits::default());
+    // Merged: the leader drives the requests of the others.
     let started: Vec<_> = (0..4).map(|i| pool.defer(scheduler.submit(write(i * 8, 8)))).collect();
     let run = std::panic::AssertUnwindSafe(|| pool.run());
     let panic = std::panic::catch_unwind(run).expect_err("the node panics");
     assert_eq!(panic.downcast_ref::<&str>(), Some(&"a broken node"));
-    // What is left goes without another one, or this process ends here.
+    // A second panic in one of these drops would abort the process.
     drop((started, scheduler, pool));
 }

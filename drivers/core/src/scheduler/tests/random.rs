@@ -1,4 +1,4 @@
-//! Random requests at once, on a disk that takes its time: what is seen must be the order of submission.
+//! Random concurrent requests on a slow disk: the observed order must be that of submission.
 
 use super::*;
 use proptest::prelude::*;
@@ -16,13 +16,13 @@ struct Disk {
     running: RefCell<Vec<(Op, SectorRange)>>,
 }
 
-/// Takes an operation out of the running ones, also when its future is dropped.
+/// Removes an operation from the running ones, also when its future is dropped.
 struct Running<'a>(&'a Disk, (Op, SectorRange));
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {
         let mut running = self.0.running.borrow_mut();
-        let at = running.iter().position(|r| *r == self.1).expect("what runs is listed");
+        let at = running.iter().position(|r| *r == self.1).expect("a running operation is listed");
         running.swap_remove(at);
     }
 }
@@ -31,7 +31,7 @@ impl Disk {
     fn begin(&self, op: Op, range: SectorRange) -> Running<'_> {
         let mut running = self.running.borrow_mut();
         let conflict = running.iter().any(|r| r.1.overlaps(range) && (r.0 == Op::Write || op == Op::Write));
-        assert!(!conflict, "{op:?} {range} meets one of {running:?}");
+        assert!(!conflict, "{op:?} {range} overlaps one of {running:?}");
         running.push((op, range));
         Running(self, (op, range))
     }
@@ -86,9 +86,9 @@ struct Plan {
     write: bool,
     start: u64,
     count: u32,
-    /// Dropped after this many turns from the last submission on.
+    /// Dropped this many turns after the last submission.
     cancel_after: Option<usize>,
-    /// What runs before the next one is submitted: 0 everything, 1 and 2 one turn, above that nothing.
+    /// How much runs before the next one is submitted: 0 everything, 1 and 2 one turn, above that nothing.
     pace: u8,
 }
 
@@ -110,7 +110,7 @@ fn filled(count: u32, fill: u8) -> tap_host::IoVec {
     std::iter::once(buf).collect()
 }
 
-/// A request in flight, and what it may see.
+/// A request in flight, and the values it may read.
 struct Flight {
     outcome: Outcome<Response>,
     plan: Plan,
