@@ -142,7 +142,7 @@ fn a_disk_too_many_is_not_opened_and_the_others_are_served() {
         guests[0].front.connect().await.unwrap();
         guests[0].write(3, 7).await.unwrap();
         assert_eq!(guests[0].read(3).await, 7);
-        let why = "tapdisk: 2/xvda: failed to serve '2/xvda': there are 1 disks already";
+        let why = "tapdisk: 2/xvda: failed to serve '2/xvda': the process already has 1 disks";
         assert!(daemon.said().contains(why), "{}", daemon.said());
         assert_eq!(daemon.disks.list().0.len(), 1);
         daemon.host.process.ask_to_stop();

@@ -90,7 +90,7 @@ fn a_process_has_no_more_disks_than_it_may_have() {
     world(|sim, kernel, xen| async move {
         kernel.storage().put_bytes("/a", &[1; 65536]);
         for (disks, why) in [
-            ("a=raw:/a b=raw:/b", "serve 'b': there are 1 disks already"),
+            ("a=raw:/a b=raw:/b", "serve 'b': the process already has 1 disks"),
             ("a=raw:/a a=raw:/b", "serve 'a' twice"),
         ] {
             let line = format!("serve --nbd unix:/run/s {disks}");
