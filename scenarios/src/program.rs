@@ -8,7 +8,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use tap_core::{CacheMode, wait};
 use tap_images::ImageSpec;
-use tap_programs::daemon::{Cli, Command, DISKS_MAX, run};
+use tap_programs::daemon::{Cli, Command, MAX_DISKS, run};
 use tap_programs::{Console, Disks, Tuning};
 
 /// Looks at a line as it is printed.
@@ -97,7 +97,7 @@ pub(crate) async fn tapdisk(
         Command::Xen(args) => &args.run_dir,
     };
     let host = host.clone().with_run_folder(&folder.to_string_lossy());
-    let disks = Disks::new(host.clone(), DISKS_MAX);
+    let disks = Disks::new(host.clone(), MAX_DISKS);
     let overseer = Overseer::start(world, &host, &disks);
     let status = run(host, cli, tuning, disks, Rc::clone(said) as Rc<dyn Console>).await;
     if let Some(overseer) = overseer {

@@ -1,20 +1,20 @@
-//! An example of a driver: a format of its own in a crate of its own. `docs/dev/writing-a-driver.md` walks through it.
+//! An example of a driver: a separate format in a separate crate. `docs/dev/writing-a-driver.md` walks through it.
 //!
 //! ```text
 //!   byte 0      header: magic, size of the disk in bytes; nothing else in the first 4096 bytes
-//!   byte 4096   table: for each cluster of the disk the byte offset of its cluster in the file; 0 where it has none
+//!   byte 4096   table: for each cluster of the disk the byte offset of its cluster in the file; 0 for none
 //!   then        clusters of 4096 bytes, in the order in which they were first written
 //! ```
 //!
 //! Numbers have 64 bits and are big endian. The table is as long as the disk needs, rounded up to pages of 512 entries:
-//! each is a table of the map engine ([`tap_images::map`]), which serves all requests. Nothing names the pages, as they
-//! are at fixed places: their root is computed when an image is opened. There are no backing files.
+//! each is a table of the map engine ([`tap_images::map`]), which serves all requests. The file has no root, since the
+//! pages are at fixed places: the root is computed when an image is opened. There are no backing files.
 //!
 //! # Order of writes
 //!
-//! * A new image: its length, sync, header, sync, its name. Before the header is there it is no image, and when it is
-//!   there, the table is zeros, whatever the file held before.
-//! * A new cluster: data, then its entry, as the map engine has it.
+//! * A new image: its length, sync, header, sync, its name. Without the header the file is not an image, and with it
+//!   the table is zeros, whatever the file held before.
+//! * A new cluster: data, then its entry, as the map engine orders them.
 
 use std::rc::Rc;
 use tap_core::{LocalBoxFuture, Node};
@@ -35,10 +35,10 @@ pub const FORMAT: Format = Format::new(&FormatInfo {
 const MAGIC: [u8; 8] = *b"TAPTABLE";
 const HEADER_BYTES: u64 = 16;
 const TABLE_AT: u64 = 4096;
-/// The pages of a disk of this size have 4 MiB of offsets in memory.
+/// The root of a disk of this size takes 4 MiB of memory.
 const MAX_DISK_BYTES: u64 = 1 << 40;
 
-/// What entries say.
+/// The meaning of entries.
 struct Table;
 
 impl Layout for Table {
@@ -54,12 +54,12 @@ impl Layout for Table {
     }
 }
 
-/// The one of a disk of so many bytes; or what is wrong with that size.
+/// The geometry of a disk of `size_bytes`, or the problem with that size.
 fn geometry(size_bytes: u64) -> Result<Geometry, String> {
     let fits = (SECTOR_BYTES..=MAX_DISK_BYTES).contains(&size_bytes);
     if !fits || !size_bytes.is_multiple_of(SECTOR_BYTES) {
         let range = format!("{SECTOR_BYTES} to {MAX_DISK_BYTES}, a multiple of {SECTOR_BYTES}");
-        return Err(format!("a disk of {size_bytes} bytes is not of {range}"));
+        return Err(format!("a size of {size_bytes} bytes is not from {range}"));
     }
     // The root is not in the file.
     Ok(Geometry { size_bytes, cluster_bits: 12, table_bits: 9, root_at: HostOffset(0) })
@@ -70,7 +70,7 @@ fn table_end(geometry: &Geometry) -> u64 {
     TABLE_AT + geometry.root_entries() * geometry.table_bytes()
 }
 
-/// Opens the file at `path` and reads its header. What the file says is checked here, the table by the map engine.
+/// Opens the file at `path` and reads its header. The header is checked here, the table by the map engine.
 async fn read<H: ImageHost>(host: &H, path: &str, how: &OpenOptions) -> Result<Front<H, Table>, ImageError> {
     let file = ImageFile::open(host, path, how.write, how.direct).await?.within(&how.memory, path)?;
     let mut header = [0; HEADER_BYTES as usize];
@@ -81,7 +81,7 @@ async fn read<H: ImageHost>(host: &H, path: &str, how: &OpenOptions) -> Result<F
     let checked = match geometry(size_bytes) {
         _ if magic != MAGIC => Err("it does not begin with the magic bytes of the format".to_owned()),
         Ok(geometry) if table_end(&geometry) > file_bytes => {
-            Err(format!("its table does not lie in the file of {file_bytes} bytes"))
+            Err(format!("its table extends past the end of the file of {file_bytes} bytes"))
         }
         other => other,
     };
@@ -98,10 +98,10 @@ async fn create<H: ImageHost>(host: &H, path: &str, image: &NewImage) -> Result<
     let geometry = geometry(image.size_bytes).map_err(refused)?;
     let file = ImageFile::create(host, path, image.existing.as_deref()).await?;
     if file.info.block_device {
-        return Err(refused("a block device is not empty; create it in a file".to_owned()));
+        return Err(refused("a block device cannot be emptied; create it in a file".to_owned()));
     }
     let write = async {
-        // The file is empty: what it gets now reads as zeros.
+        // The file is empty, so the new length reads as zeros.
         file.set_size(table_end(&geometry)).await?;
         if !host.bug(Bug::ExampleHeaderEarly) {
             file.sync().await?;
@@ -113,7 +113,7 @@ async fn create<H: ImageHost>(host: &H, path: &str, image: &NewImage) -> Result<
     sync_name(host, path).await
 }
 
-/// Its row in a registry.
+/// Its registry entry.
 pub struct Driver;
 
 impl<H: ImageHost> tap_images::Driver<H> for Driver {

@@ -1,7 +1,7 @@
-//! Calls about files as a whole: which file is behind a name, and once more after an interruption.
+//! Calls on whole files, with retries after an interruption.
 //!
-//! Transfers are repeated where they are made (`io.rs`), requests by their scheduler. Nobody repeats a call that opens,
-//! sizes or locks a file, and where it is made by a tool there is no second try of the whole either.
+//! Transfers are retried in `io.rs`, requests by their scheduler. A call that opens, resizes or locks a file has no
+//! other retry, and tools do not retry the whole operation.
 
 use crate::ImageHost;
 use crate::patience::Patience;
@@ -11,7 +11,7 @@ use tap_host::{Bug, Errno, File, FileId, Mark, OpenMode};
 /// Repetitions of one call that was interrupted.
 const REPEATS: u32 = 8;
 
-/// Makes `call`, again after `EINTR`. A call that was interrupted may have had its effect all the same.
+/// Makes `call`, and retries it after `EINTR`. An interrupted call may still have had its effect.
 pub(crate) async fn uninterrupted<H: ImageHost, T, F: Future<Output = Result<T, Errno>>>(
     host: &H,
     call: impl Fn() -> F,
@@ -26,17 +26,17 @@ pub(crate) async fn uninterrupted<H: ImageHost, T, F: Future<Output = Result<T, 
     }
 }
 
-/// Completes when what was dropped is closed: who is told that an image is closed may take its file for something else.
+/// Waits until dropped files are closed: once an image is reported closed, its file may be used for something else.
 pub(crate) async fn closed<H: ImageHost>(host: &H) {
     if !host.bug(Bug::CloseUnawaited) {
         host.closed().await;
     }
 }
 
-/// Which file `path` is; `None` where there is none.
+/// The identity of the file at `path`; `None` if there is none.
 ///
 /// # Errors
-/// As the host's, when there may be one all the same.
+/// Those of the host, when there may still be a file.
 pub async fn file_id<H: ImageHost>(host: &H, path: &str) -> Result<Option<FileId>, Errno> {
     match uninterrupted(host, || host.open(path, OpenMode::READ)).await {
         Ok(file) => Ok(Some(file.info().await?.id)),

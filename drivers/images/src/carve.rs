@@ -1,14 +1,14 @@
 //! Parts of a request's buffers.
 //!
-//! An [`IoBuf`] moves as a whole. A part that begins and ends with buffers takes them; any other part gets a buffer of
-//! its own, and its bytes are copied.
+//! An [`IoBuf`] moves as a whole. A part on buffer boundaries takes the buffers; any other part gets a new buffer, and
+//! its bytes are copied.
 
 use crate::memory::{buffers, cost_of_list};
 use smallvec::SmallVec;
 use tap_core::Op;
 use tap_host::{Errno, IoBuf, IoVec, Share};
 
-/// The buffers of a request while parts of them are away.
+/// The buffers of a request while parts of them are taken out.
 pub(crate) struct Carver {
     op: Op,
     slots: SmallVec<[Option<IoBuf>; 4]>,
@@ -47,8 +47,8 @@ impl Carver {
         if self.whole(at, len).is_some() { 0 } else { cost_of_list(len) }
     }
 
-    /// Takes `len` bytes from byte `at` on, with memory of `share` where it needs any. Parts that are away together do
-    /// not overlap.
+    /// Takes `len` bytes from byte `at` on, with memory from `share` if it needs any. Parts taken out at the same time
+    /// must not overlap.
     pub(crate) fn take(&mut self, share: &mut Share, at: usize, len: usize) -> Result<Part, Errno> {
         if let Some(slots) = self.whole(at, len) {
             let first = slots.start;
@@ -66,7 +66,7 @@ impl Carver {
         Ok(Part { at, moved_from: None, bufs })
     }
 
-    /// Puts a part back, with the bytes that a read brought.
+    /// Puts a part back, with the bytes read into it.
     pub(crate) fn put(&mut self, part: Part) {
         match part.moved_from {
             Some(first) => {
@@ -90,7 +90,7 @@ impl Carver {
         self.slots.into_iter().map(|s| s.expect("every part was put back")).collect()
     }
 
-    /// Calls `copy` with every piece of a buffer within `len` bytes from `at`, and where it is relative to `at`.
+    /// Calls `copy` with every piece of a buffer within `len` bytes from `at`, and its range relative to `at`.
     fn overlaps(&mut self, at: usize, len: usize, mut copy: impl FnMut(&mut [u8], std::ops::Range<usize>)) {
         for (slot, start) in self.slots.iter_mut().zip(&self.starts) {
             let Some(buf) = slot else { continue };

@@ -1,13 +1,13 @@
-//! Which files below an image may be opened, and how.
+//! Controls which backing files may be opened, and how.
 //!
 //! ```text
 //!   top ──names──► middle ──names──► base
 //!   written         read only         read only
 //! ```
 //!
-//! The name of a backing file stands in the image, and a guest that once wrote a whole raw disk could have put it
-//! there. So an image by itself opens nothing: a [`BackingPolicy`] of the caller decides about every file, and about
-//! the format it is read as. Formats are recognised by content only where the caller says so.
+//! The name of a backing file comes from the image, and a guest that once wrote a whole raw disk could have put it
+//! there. So an image alone opens no file: the caller's [`BackingPolicy`] decides about every file, and its format.
+//! Formats are recognised by content only where the caller says so.
 
 use crate::format::ImageFormat;
 use std::fmt;
@@ -15,13 +15,13 @@ use std::rc::Rc;
 use tap_core::Node;
 use tap_host::Budget;
 
-/// What to take as a backing file.
+/// What to use as a backing file.
 #[derive(Clone)]
 pub enum Backing {
     /// The file, read as an image of this format.
     File(ImageFormat),
-    /// A node that has the file open already, such as the lease of an image that is being snapshotted. The image that
-    /// is opened above closes it.
+    /// A node that already has the file open, such as the lease of an image that is being snapshotted. The image opened
+    /// above it closes it.
     Open(Rc<dyn Node>),
 }
 
@@ -31,7 +31,7 @@ impl From<ImageFormat> for Backing {
     }
 }
 
-/// Says what to take as the backing file at a path, or `None` to refuse it. Asked again when opening is retried.
+/// Returns what to use as the backing file at a path, or `None` to refuse it. Called again when opening is retried.
 pub type BackingGate = Rc<dyn Fn(&str) -> Option<Backing>>;
 
 /// Which backing files may be opened.
@@ -40,18 +40,18 @@ pub enum BackingPolicy {
     /// None: an image that names one is refused.
     #[default]
     Refuse,
-    /// Asked with the path of every backing file (relative names are resolved against the directory of the image that
+    /// Called with the path of every backing file (relative names are resolved against the directory of the image that
     /// names them).
     Ask(BackingGate),
 }
 
 impl BackingPolicy {
-    /// Any file, as `format`. For images that come from a trusted place.
+    /// Any file, as `format`. For trusted images.
     pub fn any(format: ImageFormat) -> Self {
         Self::Ask(Rc::new(move |_| Some(format.into())))
     }
 
-    /// Whether any file may be opened at all.
+    /// Whether it may allow any file.
     pub fn is_asked(&self) -> bool {
         matches!(self, Self::Ask(_))
     }
@@ -69,16 +69,16 @@ impl fmt::Debug for BackingPolicy {
 /// How to open an image.
 #[derive(Clone, Debug)]
 pub struct OpenOptions {
-    /// For writing as well; takes the exclusive lock.
+    /// Also for writing; takes the exclusive lock.
     pub write: bool,
-    /// Without the host's page cache.
+    /// Bypass the host's page cache.
     pub direct: bool,
-    /// Memory for the tables of one image that are kept, in bytes, while the budget has room for them. One is always
-    /// kept; those in use come on top.
+    /// Memory for the cached tables of one image, in bytes, while the budget has room. At least one is cached; tables
+    /// in use are not counted.
     pub table_bytes: usize,
-    /// What may be opened below the image.
+    /// Which backing files may be opened.
     pub backing: BackingPolicy,
-    /// What all memory of the image, and of everything below it, is taken of.
+    /// The budget for all memory of the image and everything below it.
     pub memory: Budget,
 }
 
@@ -94,13 +94,13 @@ impl Default for OpenOptions {
     }
 }
 
-/// The tables of 8 GiB of disk in clusters of 4 KiB, or of 128 GiB in clusters of 64 KiB.
+/// Enough for 8 GiB of disk in clusters of 4 KiB, or 128 GiB in clusters of 64 KiB.
 const TABLE_BYTES: usize = 17 << 20;
 
-/// Most images in one chain.
+/// Limit of images in one chain.
 pub const MAX_CHAIN: usize = 64;
 
-/// Where the file called `name` in `image` is.
+/// The path of the backing file that `image` calls `name`.
 pub fn resolve(image: &str, name: &str) -> String {
     match image.rfind('/') {
         Some(slash) if !name.starts_with('/') => format!("{}{name}", &image[..=slash]),

@@ -1,4 +1,4 @@
-//! What can go wrong with an image as a whole. Errors of single requests are [`Errno`]s.
+//! Errors of an image as a whole. Errors of single requests are [`Errno`]s.
 
 use tap_host::Errno;
 
@@ -8,20 +8,20 @@ pub enum ImageError {
     /// An operation of the host failed.
     #[error("{action} {path}: {error}")]
     Io {
-        /// What was tried ("open").
+        /// The attempted action ("open").
         action: &'static str,
         /// The file.
         path: String,
-        /// Why not.
+        /// The cause.
         error: Errno,
     },
-    /// Another process holds a lock that conflicts.
+    /// Another process holds a conflicting lock.
     #[error("lock {path}: it is in use by another process; close it there first")]
     InUse {
         /// The file.
         path: String,
     },
-    /// The file cannot be used as asked because of what is in it.
+    /// The contents of the file do not allow it to be opened this way.
     #[error("open {path} as {format}: {what}; {advice}")]
     Refused {
         /// The file.
@@ -30,10 +30,10 @@ pub enum ImageError {
         format: &'static str,
         /// What is wrong, and where.
         what: String,
-        /// What to do.
+        /// What the user can do.
         advice: &'static str,
     },
-    /// A new image cannot be made as asked.
+    /// A new image cannot have these options.
     #[error("create {path} as {format}: {what}")]
     Options {
         /// The file.
@@ -43,27 +43,27 @@ pub enum ImageError {
         /// Which option, and what it may be.
         what: String,
     },
-    /// Something is wrong with the file that an image is based on, or further below. The text names this pair and the
-    /// cause, not every image in between.
-    #[error("use {backing} below {path}: {}", error.cause())]
+    /// A backing file, or one further below, cannot be used. The text names this pair and the cause, not every image in
+    /// between.
+    #[error("use {backing} as backing file of {path}: {}", error.cause())]
     Backing {
         /// The image.
         path: String,
         /// The file below it.
         backing: String,
-        /// Why not.
+        /// The cause.
         error: Box<ImageError>,
     },
 }
 
 impl ImageError {
-    /// Makes the error of an operation of the host that was to do `action` ("open") to the file at `path`.
+    /// Makes the error of a host operation that failed to do `action` ("open") with the file at `path`.
     pub fn io(action: &'static str, path: &str) -> impl FnOnce(Errno) -> ImageError {
         let path = path.to_owned();
         move |error| ImageError::Io { action, path, error }
     }
 
-    /// What is wrong in the lowest image that was reached.
+    /// The error of the lowest image that was reached.
     fn cause(&self) -> &ImageError {
         let mut cause = self;
         while let ImageError::Backing { error, .. } = cause {
@@ -77,7 +77,7 @@ impl ImageError {
         matches!(self.cause(), ImageError::InUse { .. })
     }
 
-    /// The error number that stands for it where only a number fits.
+    /// The closest error number.
     pub fn errno(&self) -> Errno {
         match self {
             ImageError::Io { error, .. } => *error,

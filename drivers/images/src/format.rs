@@ -1,29 +1,29 @@
-//! What is said of a format, and of an image, in terms that all formats share.
+//! Descriptions of formats and images in terms that all formats share.
 
 use std::fmt;
 use tap_host::FileId;
 
-/// What is known of a format without looking at an image.
+/// Static properties of a format.
 #[derive(Debug)]
 pub struct FormatInfo {
     /// Its name in options, messages and JSON.
     pub name: &'static str,
     /// Other names that options take.
     pub aliases: &'static [&'static str],
-    /// What it is, for help texts; no full stop.
+    /// A short description for help texts; no full stop.
     pub about: &'static str,
     /// Options of a new image.
     pub options: &'static [OptionInfo],
-    /// An image may be based on another file.
+    /// An image may have a backing file.
     pub has_backing: bool,
 }
 
 /// An option of a new image.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct OptionInfo {
-    /// What stands in front of `=`.
+    /// The part before `=`.
     pub name: &'static str,
-    /// What may stand after it.
+    /// Describes the values after `=`.
     pub values: &'static str,
 }
 
@@ -32,11 +32,11 @@ pub struct OptionInfo {
 pub struct Format(&'static FormatInfo);
 
 impl Format {
-    /// The format that `info` speaks of.
+    /// The format described by `info`.
     pub const fn new(info: &'static FormatInfo) -> Self {
         Self(info)
     }
-    /// What is known of it.
+    /// Its properties.
     pub fn info(self) -> &'static FormatInfo {
         self.0
     }
@@ -74,8 +74,8 @@ impl fmt::Display for Format {
 pub enum ImageFormat {
     /// As an image of this format.
     As(Format),
-    /// As what it begins like. Not for files whose first sector a guest could write while they were raw: it would
-    /// choose the format.
+    /// Recognised by its first bytes. Not for files whose first sector a guest could write while they were raw: the
+    /// guest would choose the format.
     Probe,
 }
 
@@ -109,53 +109,52 @@ pub struct ImageSpec {
 pub struct NewImage {
     /// Size of the disk in bytes, a multiple of 512.
     pub size_bytes: u64,
-    /// Name of the file that shows where nothing was written; relative to the image's directory.
+    /// Name of the backing file, whose content shows where nothing was written; relative to the image's directory.
     pub backing: Option<String>,
-    /// Make it of the file that is at the path, whose content is lost, or on the block device there; unless it is one
-    /// of these. `None`: nothing may be there. A host that interrupts that (`EINTR`) may have made the file: then it is
-    /// there (`EEXIST`), empty.
+    /// `Some`: overwrite the file or block device at the path, unless it is one of these. `None`: the path must not
+    /// exist. If the host interrupts the call that makes the file (`EINTR`), the retry may find it (`EEXIST`), empty.
     pub existing: Option<Vec<FileId>>,
-    /// Names and values of options of the format.
+    /// Names and values of the format's options.
     pub options: Vec<(String, String)>,
 }
 
-/// What an image says of itself, without what is below it.
+/// The properties of an image, without its backing file.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Description {
     /// Its format.
     pub format: Format,
     /// Size of the disk in bytes.
     pub disk_bytes: u64,
-    /// Size of a cluster in bytes, where there are clusters.
+    /// Size of a cluster in bytes, if it has clusters.
     pub cluster_bytes: Option<u64>,
-    /// The name of its backing file, as it stands in the image. One that is no text is shown, not followed.
+    /// The name of its backing file, as stored in the image. A name that is not valid text is shown but never opened.
     pub backing: Option<String>,
-    /// Where that file is, seen from here.
+    /// The path of that file.
     pub backing_path: Option<String>,
     /// Size of the file in bytes.
     pub file_bytes: u64,
-    /// Storage that the file takes up, in bytes.
+    /// Space allocated to the file, in bytes.
     pub allocated_bytes: u64,
 }
 
-/// What a check found.
+/// The result of a check.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct CheckReport {
-    /// Problems, the first hundred in words.
+    /// Descriptions of the first hundred problems.
     pub problems: Vec<String>,
     /// Number of problems.
     pub problem_count: u64,
     /// Tables that map clusters.
     pub tables: u64,
-    /// Plain clusters that are mapped.
+    /// Mapped clusters that are not compressed.
     pub plain_clusters: u64,
-    /// Compressed clusters that are mapped.
+    /// Mapped clusters that are compressed.
     pub compressed_clusters: u64,
     /// Clusters of the file that nothing refers to: lost by a crash or an error, and harmless. An estimate when there
-    /// are problems or compressed clusters. What would lie between the end of the file and `end_bytes` counts as there.
+    /// are problems or compressed clusters. Space between the end of the file and `end_bytes` counts as present.
     pub leaked_clusters: u64,
     /// Size of the file in bytes.
     pub file_bytes: u64,
-    /// The end in bytes of the last thing that is referred to; above `file_bytes` only after a crash.
+    /// The end of the highest reference, in bytes; above `file_bytes` only after a crash.
     pub end_bytes: u64,
 }

@@ -1,4 +1,4 @@
-//! Whole transfers on files that make short ones, and on files that want alignment.
+//! Completes short transfers, and aligns transfers on files that need it.
 //!
 //! ```text
 //!   request ──► aligned? ──yes──► one operation ──short?──► the rest, until done
@@ -6,10 +6,11 @@
 //!                          with its blocks claimed, so that neighbours do not undo each other
 //! ```
 //!
-//! An operation that a transient error refuses is repeated in place, twice at most; then its request learns of it, and
-//! its scheduler repeats the whole of it. While an image is made or closed there is no scheduler, and more patience.
+//! An operation that fails with a transient error is retried in place, at most twice; then the request fails, and its
+//! scheduler retries it as a whole. While an image is created or closed there is no scheduler, so there are more
+//! retries.
 //!
-//! A read past the end of the file gives zeros: after a crash a mapping may be there before the size is.
+//! A read past the end of the file returns zeros: after a crash a mapping may be there without the size.
 
 mod keep;
 mod zero;
@@ -27,28 +28,28 @@ use tap_host::{
     bytes_of, copy_from_slice, copy_to_slice,
 };
 
-/// Repetitions of one operation after transient errors, within a request. The scheduler repeats whole requests: where
-/// one operation in ten is refused, that alone would hardly ever get a request of many operations through.
+/// Retries of one operation after transient errors, within a request. The scheduler retries whole requests: if one
+/// operation in ten fails, that alone would hardly ever complete a request of many operations.
 const REPEATS: u32 = 2;
-/// The same while an image is being made or closed, where there is no scheduler.
+/// The same while an image is being created or closed, without a scheduler.
 const LONE_REPEATS: u32 = 8;
-/// Repetitions of a read while an image is being opened.
+/// Retries of a read while an image is being opened.
 const READ_REPEATS: u32 = 8;
 
 /// An open, locked file.
 pub struct ImageFile<H: ImageHost> {
-    /// First, so that its record is put away before the lock goes with the file.
+    /// The first field, so that its record is dropped before the file and its lock.
     sync: GroupSync<H>,
     host: H,
     file: H::File,
     /// Its path.
     pub(crate) name: NodeName,
-    /// Size as it was when the file was opened; the rest does not change.
+    /// The size is that at open; the rest does not change.
     pub info: FileInfo,
     tracker: Tracker,
     kept: KeptZeros,
     memory: FileStages,
-    /// Repetitions of one operation after transient errors.
+    /// Retries of one operation after transient errors.
     repeats: u32,
 }
 
@@ -58,11 +59,11 @@ enum Direction {
     Write,
 }
 
-/// The page of the host's cache, and the usual block of a file system, in bytes.
+/// Page size of the host's cache, and the usual block size of a file system, in bytes.
 const PAGE_BYTES: u32 = 4096;
 
 impl<H: ImageHost> ImageFile<H> {
-    /// What holds for a disk of `size_sectors` whose sectors lie in this file, and are written through it.
+    /// The properties of a disk of `size_sectors` that is stored in this file.
     pub(crate) fn node_info(&self, size_sectors: u64) -> NodeInfo {
         let info = &self.info;
         let sector = SECTOR_BYTES as u32;
@@ -74,7 +75,7 @@ impl<H: ImageHost> ImageFile<H> {
         }
     }
 
-    /// Opens and locks `path`: alone for writing, together with other readers otherwise.
+    /// Opens and locks `path`: exclusively for writing, shared with other readers otherwise.
     pub async fn open(host: &H, path: &str, write: bool, direct: bool) -> Result<Self, ImageError> {
         let mode = OpenMode { write, create_new: false, direct };
         let file =
@@ -82,24 +83,24 @@ impl<H: ImageHost> ImageFile<H> {
         Self::locked(host, path, file, write).await
     }
 
-    /// Creates and locks `path`; or locks and empties what is there, unless it is one of the files in `existing`. A
+    /// Creates and locks `path`. With `existing` it locks and truncates the file there, unless it is one of those. A
     /// block device keeps its bytes.
     pub async fn create(host: &H, path: &str, existing: Option<&[FileId]>) -> Result<Self, ImageError> {
         let mode = if existing.is_some() { OpenMode::WRITE } else { OpenMode::CREATE };
         let file = uninterrupted(host, || host.open(path, mode)).await;
         let file = file.map_err(ImageError::io("create", path))?;
         if let Some(others) = existing {
-            // Not by its name: what that leads to may have changed since somebody looked.
-            let id = file.info().await.map_err(ImageError::io("look at", path))?.id;
+            // Compared by identity: the path may lead to another file by now.
+            let id = file.info().await.map_err(ImageError::io("query", path))?.id;
             if others.contains(&id) {
-                let what = "it is the same file as one that it is made from, which would be lost".to_owned();
+                let what = "it is also a source of the new image, and would be lost".to_owned();
                 return Err(ImageError::Options { path: path.to_owned(), format: "new", what });
             }
         }
         let mut file = Self::locked(host, path, file, true).await?;
         file.repeats = LONE_REPEATS;
         if existing.is_some() && !file.info.block_device {
-            file.set_size(0).await.map_err(ImageError::io("empty", path))?;
+            file.set_size(0).await.map_err(ImageError::io("truncate", path))?;
             file.info.size_bytes = 0;
         }
         Ok(file)
@@ -115,7 +116,7 @@ impl<H: ImageHost> ImageFile<H> {
             Errno::EAGAIN => ImageError::InUse { path: path.to_owned() },
             error => ImageError::io("lock", path)(error),
         })?;
-        let info = file.info().await.map_err(ImageError::io("look at", path))?;
+        let info = file.info().await.map_err(ImageError::io("query", path))?;
         let memory = FileStages::new(&Budget::default(), path, info.align_bytes as usize)?;
         let sync = GroupSync::of(host, &file, &info, write).await;
         Ok(Self {
@@ -131,13 +132,13 @@ impl<H: ImageHost> ImageFile<H> {
         })
     }
 
-    /// Takes its memory of `budget` from now on, instead of one of its own.
+    /// Takes its memory from `budget` from now on, instead of the default one.
     pub fn within(mut self, budget: &Budget, path: &str) -> Result<Self, ImageError> {
         self.memory = FileStages::new(budget, path, self.info.align_bytes as usize)?;
         Ok(self)
     }
 
-    /// What its memory is taken of.
+    /// The budget of its memory.
     pub(crate) fn budget(&self) -> &Budget {
         &self.memory.budget
     }
@@ -147,12 +148,12 @@ impl<H: ImageHost> ImageFile<H> {
         &self.tracker
     }
 
-    /// A buffer of unspecified content, of at most [`PART_BYTES`]. Who has one asks for no other.
+    /// A buffer of unspecified content, of at most [`PART_BYTES`]. A caller must not hold one and wait for another.
     pub(crate) async fn buffer(&self, len: usize) -> Result<IoBuf, Errno> {
         self.memory.buffer(len).await
     }
 
-    /// Fills `bufs` from byte `offset` on; with zeros from the end of the file on.
+    /// Fills `bufs` from byte `offset` on, with zeros past the end of the file.
     pub(crate) async fn read(&self, offset: u64, bufs: IoVec) -> (Result<(), Errno>, IoVec) {
         if self.kept.gave_up() {
             return (Err(Errno::EIO), bufs);
@@ -164,15 +165,15 @@ impl<H: ImageHost> ImageFile<H> {
         let (got, bufs) = self.operate_once(Direction::Read, offset, bufs).await;
         match got {
             Ok(n) if n == want => (Ok(()), bufs),
-            // At the first byte nothing was moved: the whole of it is the rest.
+            // Nothing was moved: the whole transfer is left.
             Err(e) if is_transient(e) => Box::pin(self.repeat(Direction::Read, offset, e, bufs)).await,
             Ok(n) => Box::pin(self.resume(Direction::Read, offset, n, bufs)).await,
             Err(e) => (Err(e), bufs),
         }
     }
 
-    /// As [`ImageFile::read`], repeated after transient errors: for opening, where no scheduler does that yet. Each
-    /// read has its own patience, or a long chain of reads would hardly ever get through.
+    /// As [`ImageFile::read`], retried after transient errors: for opening, where no scheduler does that yet. Each read
+    /// counts its own retries, or a long chain of reads would hardly ever complete.
     pub(crate) async fn read_patiently(&self, offset: u64, mut bufs: IoVec) -> (Result<(), Errno>, IoVec) {
         let mut patience = Patience::of(READ_REPEATS);
         loop {
@@ -196,7 +197,7 @@ impl<H: ImageHost> ImageFile<H> {
         let (got, bufs) = self.file.write_at(offset, bufs).await;
         match got {
             Ok(n) if n == want => (Ok(()), bufs),
-            // At the first byte nothing was moved: the whole of it is the rest.
+            // Nothing was moved: the whole transfer is left.
             Err(e) if is_transient(e) => Box::pin(self.repeat(Direction::Write, offset, e, bufs)).await,
             Ok(n) => Box::pin(self.resume(Direction::Write, offset, n, bufs)).await,
             Err(e) => (Err(e), bufs),
@@ -227,7 +228,7 @@ impl<H: ImageHost> ImageFile<H> {
         Ok(())
     }
 
-    /// The run of data or hole from byte `offset` on, at most `len` bytes; a hole at and behind the end of the file.
+    /// The run of data or hole from byte `offset` on, at most `len` bytes; a hole at and past the end of the file.
     pub(crate) async fn extent(&self, offset: u64, len: u64) -> Result<(u64, bool), Errno> {
         Ok(match uninterrupted(&self.host, || self.file.extent_at(offset)).await? {
             Some(extent) => (extent.len_bytes.min(len), extent.data),
@@ -235,28 +236,27 @@ impl<H: ImageHost> ImageFile<H> {
         })
     }
 
-    /// Whether a write that ended with `result` found that its place cannot be written. A file that was given up
-    /// refuses all.
+    /// Whether `result` of a write shows that its place cannot be written. A file that was given up refuses all writes.
     pub(crate) fn spoils(&self, result: Result<(), Errno>) -> bool {
         result == Err(Errno::EIO) && !self.kept.gave_up()
     }
 
-    /// Makes durable what was written before; shared by all who wait for it.
+    /// Makes durable what was written before; concurrent callers share one synchronisation.
     pub async fn sync(&self) -> Result<(), Errno> {
         self.sync_again(self.repeats).await
     }
 
-    /// The same before the file is closed, or served: nobody repeats that.
+    /// The same before the file is closed or served, where no scheduler retries it.
     pub(crate) async fn sync_to_close(&self) -> Result<(), Errno> {
         self.sync_again(LONE_REPEATS).await
     }
 
-    async fn sync_again(&self, most: u32) -> Result<(), Errno> {
-        let mut patience = Patience::of(most);
+    async fn sync_again(&self, retries: u32) -> Result<(), Errno> {
+        let mut patience = Patience::of(retries);
         loop {
             let failures = self.kept.failures();
             match self.sync.sync(&self.host, &self.file, self.info.direct).await {
-                // Nothing was given up: see `sync.rs`.
+                // No write was dropped: see `sync.rs`.
                 Err(Errno::EINTR) if patience.again(&self.host).await => {
                     self.host.mark(Mark::OperationRepeated);
                     continue;
@@ -272,7 +272,7 @@ impl<H: ImageHost> ImageFile<H> {
         }
     }
 
-    /// The size in bytes as it is now.
+    /// The current size in bytes.
     pub(crate) async fn size(&self) -> Result<u64, Errno> {
         Ok(self.file.info().await?.size_bytes)
     }
@@ -292,7 +292,7 @@ impl<H: ImageHost> ImageFile<H> {
                 && bufs.iter().all(|b| b.len().is_multiple_of(align as usize)))
     }
 
-    /// A transfer that a transient error refused: once more from its first byte on.
+    /// Retries a transfer that failed with a transient error, from its first byte on.
     async fn repeat(
         &self,
         direction: Direction,
@@ -308,7 +308,7 @@ impl<H: ImageHost> ImageFile<H> {
         }
     }
 
-    /// The rest of a transfer of which `done` bytes were made.
+    /// Completes a transfer of which `done` bytes were moved.
     async fn resume(
         &self,
         direction: Direction,
@@ -348,7 +348,7 @@ impl<H: ImageHost> ImageFile<H> {
         }
     }
 
-    /// Rounds `done` to where a direct file can go on; `false` if a read ended there because the file does.
+    /// Rounds `done` down to where a direct file can continue; `false` if a read ended there at the end of the file.
     async fn settle(&self, direction: Direction, offset: u64, done: &mut usize) -> Result<bool, Errno> {
         let rest = *done % self.info.align_bytes as usize;
         if rest == 0 {
@@ -362,12 +362,12 @@ impl<H: ImageHost> ImageFile<H> {
             _ if *done > 0 => Ok(true),
             // The file ended here and has grown since.
             Direction::Read => Err(Errno::EAGAIN),
-            // Less than one block was moved: it would be no more the next time.
+            // Less than one block was moved: a retry would move no more.
             Direction::Write => Err(Errno::EIO),
         }
     }
 
-    /// One operation from byte `done` of the transfer on; gives how far it came.
+    /// One operation from byte `done` of the transfer on; returns the bytes moved.
     async fn step(
         &self,
         direction: Direction,
@@ -420,14 +420,15 @@ impl<H: ImageHost> ImageFile<H> {
         if result != Ok(0) || bytes_of(&bufs) == 0 || self.host.bug(Bug::NothingReadEnds) {
             return (result, bufs);
         }
-        // Nothing is the end of the file only where it ends: what would have had to wait may give nothing too.
+        // An empty read is the end of the file only if the file ends there: a read that would have to wait may also
+        // return nothing.
         match self.file.info().await {
             Ok(info) if at < info.size_bytes => (Err(Errno::EAGAIN), bufs),
             info => (info.map(|_| 0), bufs),
         }
     }
 
-    /// Repeats an operation that `error` has refused.
+    /// Retries an operation that failed with `error`.
     async fn operate_again(
         &self,
         direction: Direction,
@@ -443,7 +444,7 @@ impl<H: ImageHost> ImageFile<H> {
         (result, bufs)
     }
 
-    /// Cuts a buffer that has room for it to the blocks around `len` bytes from `offset` on: with the first byte.
+    /// Truncates `buf` to the blocks around `len` bytes from `offset` on; returns the offset of the first block.
     fn around(&self, offset: u64, len: usize, buf: &mut IoBuf) -> u64 {
         let align = u64::from(self.info.align_bytes);
         let start = offset - offset % align;
@@ -451,8 +452,8 @@ impl<H: ImageHost> ImageFile<H> {
         start
     }
 
-    /// A buffer for the blocks around up to `len` bytes from `offset` on, and how many bytes these are. What is left
-    /// begins with a block.
+    /// A buffer for the blocks around up to `len` bytes from `offset` on, and the number of these bytes. The rest
+    /// begins on a block boundary.
     async fn bounce(&self, offset: u64, len: usize) -> Result<(IoBuf, usize), Errno> {
         let align = self.info.align_bytes as usize;
         let (buf, some) = self.memory.bounce(len, align).await?;
@@ -475,7 +476,8 @@ impl<H: ImageHost> ImageFile<H> {
         (Ok(()), bufs)
     }
 
-    /// Reads up to `len` bytes from `offset` on: the blocks around them, where in those they begin, and how many.
+    /// Reads up to `len` bytes from `offset` on. Returns the blocks around them, where they begin in those, and their
+    /// number.
     async fn read_piece_around(&self, offset: u64, len: usize) -> Result<(IoBuf, usize, usize), Errno> {
         let (mut bounce, len) = self.bounce(offset, len).await?;
         let start = self.around(offset, len, &mut bounce);
@@ -498,7 +500,7 @@ impl<H: ImageHost> ImageFile<H> {
         if edges && !self.host.bug(Bug::BlockClaimsLeft) {
             let blocks = offset / align..end.div_ceil(align);
             let claimed = ticket.claim(Space::HostBlocks, blocks, Access::Exclusive);
-            claimed.expect("nobody waits for a ticket that is new");
+            claimed.expect("no ticket waits for a new one");
             ticket.ready().await;
         }
         let mut done = 0;
@@ -508,7 +510,7 @@ impl<H: ImageHost> ImageFile<H> {
         Ok(())
     }
 
-    /// Writes the blocks around a part of `bufs`, from byte `done` of them on; gives how many of their bytes.
+    /// Writes the blocks around a part of `bufs`, from byte `done` on; returns how many bytes of `bufs` that was.
     async fn rewrite_piece(&self, at: u64, bufs: &[IoBuf], done: usize) -> Result<usize, Errno> {
         let (mut bounce, len) = self.bounce(at, bytes_of(bufs) - done).await?;
         let start = self.around(at, len, &mut bounce);
@@ -536,7 +538,7 @@ pub async fn sync_name<H: ImageHost>(host: &H, path: &str) -> Result<(), ImageEr
     }
 }
 
-/// The operation did nothing, and may do it the next time.
+/// The operation did nothing, and may succeed when retried.
 pub(crate) fn is_transient(error: Errno) -> bool {
     matches!(error, Errno::EAGAIN | Errno::EINTR)
 }

@@ -11,13 +11,13 @@
 //!
 //! # Contract
 //!
-//! * Every image is a [`Node`](tap_core::Node). A write that was answered with success has been accepted by the host's
-//!   file, data and mapping both; after a flush that was answered with success it survives a crash.
-//! * After a crash at any moment an image opens, and every sector reads as one of the versions that were written to it
-//!   (or as it was before), never as anything else. Space that a crash or an error left over is lost, not reused.
-//! * After an error the same request can be repeated; an error touches no sector outside its request.
-//! * What a file says is checked before it is used: a hostile image gives errors, never a panic, and never makes
-//!   the process allocate more than the limits say.
+//! * Every image is a [`Node`](tap_core::Node). When a write succeeds, the host's file has accepted both data and
+//!   mapping; after a successful flush it survives a crash.
+//! * After a crash at any moment an image opens, and every sector reads as one of the versions written to it (or as it
+//!   was before), never as anything else. Space that a crash or an error leaves over is lost, not reused.
+//! * A failed request can be repeated, and changes no sector outside its range.
+//! * The contents of a file are checked before use: a hostile image causes errors, never a panic or an allocation above
+//!   the limits.
 //! * An image opened for writing is locked against every other process, one opened for reading against writers.
 
 mod calls;
@@ -52,11 +52,11 @@ pub use units::{parse_size, show_size};
 use tap_core::{NodeInfo, Request};
 use tap_host::{Errno, Files, Log, Probe, SharedPages, Tasks, Time};
 
-/// What images ask of a host.
+/// The parts of a host that images use.
 pub trait ImageHost: Files + SharedPages + Time + Tasks + Log + Probe {}
 impl<T: Files + SharedPages + Time + Tasks + Log + Probe> ImageHost for T {}
 
-/// What every format asks of a request before it looks at it.
+/// The checks of a request that all formats share.
 fn check_request(request: &Request, info: NodeInfo) -> Result<(), Errno> {
     match request.op {
         _ if !request.is_well_formed(info.size_sectors) => Err(Errno::EINVAL),

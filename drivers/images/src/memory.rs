@@ -1,27 +1,27 @@
-//! The stages at which an image asks for memory, in the order in which one request may hold several of them.
+//! The stages at which an image takes memory, in the order in which one request may hold several of them.
 //!
 //! ```text
-//!   map    tables ─► zeros ─► parts ─► doubts ─┐             fixed: what an open image always has
+//!   map    tables ─► zeros ─► parts ─► doubts ─┐             fixed: memory of an open image
 //!   file                                       └─► single ─► bounce ─► rest
 //! ```
 //!
-//! What lies below an image has stages of its own, all of them after those of the image. So who holds memory asks for
-//! more only further down, and nobody waits for ever (see [`tap_host::Budget`]). Each stage has what the largest single
-//! step of it needs; whoever finds room takes more at once.
+//! A backing file has separate stages, all of them after those of the image. So a request that holds memory only waits
+//! further down, and no deadlock is possible (see [`tap_host::Budget`]). Each stage guarantees the memory of its
+//! largest single step; with more room, more is taken at once.
 
 use crate::ImageError;
 use tap_host::{Budget, Errno, IoBuf, IoVec, Share, Stage, cost_of};
 
-/// Largest buffer of a list that is made here, in bytes.
+/// Largest buffer of a list made here, in bytes.
 pub(crate) const PART_BYTES: usize = 64 << 10;
-/// What is taken at once where there is room, in bytes.
-pub(crate) const MOST_BYTES: usize = 1 << 20;
-/// What a list of buffers of `len` bytes together takes, in bytes.
+/// Limit of memory taken at once, in bytes.
+pub(crate) const MAX_BYTES: usize = 1 << 20;
+/// Memory of a list of buffers of `len` bytes in total.
 pub(crate) fn cost_of_list(len: usize) -> usize {
     len / PART_BYTES * PART_BYTES + if len.is_multiple_of(PART_BYTES) { 0 } else { cost_of(len % PART_BYTES) }
 }
 
-/// Buffers of unspecified content out of `share`, `len` bytes together; they take [`cost_of_list`].
+/// Buffers of unspecified content from `share`, `len` bytes in total; they take [`cost_of_list`].
 pub(crate) fn buffers(share: &mut Share, mut len: usize) -> Result<IoVec, Errno> {
     let mut bufs = IoVec::new();
     while len > 0 {
@@ -32,10 +32,10 @@ pub(crate) fn buffers(share: &mut Share, mut len: usize) -> Result<IoVec, Errno>
     Ok(bufs)
 }
 
-/// `want_bytes`, at most [`MOST_BYTES`], or fewer, but not fewer than the guarantee of `stage` if so much is wanted;
-/// waits for that only.
+/// Takes `want_bytes`, at most [`MAX_BYTES`]. If there is less room, it waits for the guarantee of `stage` only, and
+/// takes no more than that.
 pub(crate) async fn take_some(stage: &Stage, want_bytes: usize) -> Result<Share, Errno> {
-    let want_bytes = want_bytes.min(MOST_BYTES);
+    let want_bytes = want_bytes.min(MAX_BYTES);
     if want_bytes == 0 {
         return Ok(stage.nothing());
     }
@@ -45,13 +45,13 @@ pub(crate) async fn take_some(stage: &Stage, want_bytes: usize) -> Result<Share,
     }
 }
 
-/// A stage, or an error that says what to do.
+/// A stage, or an error with advice.
 pub(crate) fn stage(budget: &Budget, path: &str, guarantee: usize) -> Result<Stage, ImageError> {
     budget.stage(guarantee).map_err(|_| ImageError::Refused {
         path: path.to_owned(),
         format: "image",
-        what: format!("the memory of {} bytes is not enough for it", budget.figures().limit_bytes),
-        advice: "give more (--memory), or serve fewer images",
+        what: format!("the memory limit of {} bytes is too small for it", budget.figures().limit_bytes),
+        advice: "raise it (--memory), or serve fewer images",
     })
 }
 
@@ -60,9 +60,9 @@ pub(crate) struct FileStages {
     pub(crate) budget: Budget,
     /// One table, a part of one, the bytes of one compressed cluster, or zeros: at most [`PART_BYTES`].
     pub(crate) single: Stage,
-    /// Whole blocks around what is not aligned.
+    /// Whole blocks around unaligned bytes.
     pub(crate) bounce: Stage,
-    /// What a short transfer has left of a buffer.
+    /// The rest of a buffer after a short transfer.
     pub(crate) rest: Stage,
 }
 
@@ -81,15 +81,15 @@ impl FileStages {
         self.single.buffer(len).await
     }
 
-    /// A buffer for whole blocks around `len` bytes of a file whose blocks have `align` bytes, and for how many of them
-    /// it is, which are fewer where there is no room.
+    /// A buffer for whole blocks of `align` bytes around `len` bytes, and the number of these bytes that it is for,
+    /// which is less if there is no room.
     pub(crate) async fn bounce(&self, len: usize, align: usize) -> Result<(IoBuf, usize), Errno> {
-        let most = len.min(bounce_len(MOST_BYTES, align));
-        let (mut share, len) = match self.bounce.try_take(bounce_cost(most, align)) {
-            Some(share) => (share, most),
+        let max = len.min(bounce_len(MAX_BYTES, align));
+        let (mut share, len) = match self.bounce.try_take(bounce_cost(max, align)) {
+            Some(share) => (share, max),
             None => {
-                let least = len.min(bounce_len(PART_BYTES, align));
-                (self.bounce.take(bounce_cost(least, align)).await?, least)
+                let min = len.min(bounce_len(PART_BYTES, align));
+                (self.bounce.take(bounce_cost(min, align)).await?, min)
             }
         };
         let bytes = share.bytes();
@@ -97,37 +97,37 @@ impl FileStages {
     }
 }
 
-/// What is bounced at once in a buffer of about `room` bytes.
+/// The bytes that fit at once in a bounce buffer of about `room` bytes.
 fn bounce_len(room: usize, align: usize) -> usize {
     if align <= room / 8 { room - 2 * (align - 1) } else { room }
 }
 
-/// Bytes of a buffer for whole blocks around `len` bytes.
+/// Memory of a buffer for whole blocks around `len` bytes.
 fn bounce_cost(len: usize, align: usize) -> usize {
     cost_of(len + 2 * (align - 1))
 }
 
-/// Stages of an open image of the map engine, in front of those of its file.
+/// Stages of an open image of the map engine, before those of its file.
 pub(crate) struct ImageStages {
-    /// What it always has: the L1 table, where to find L2 tables, the decoder; and what a walk needs.
+    /// Memory it always has: the L1 table, the index of L2 tables, the decoder; and that of a walk.
     pub(crate) fixed: Stage,
     /// L2 tables.
     pub(crate) tables: Stage,
-    /// Zeros that are written like any data.
+    /// Zeros to be written as data.
     pub(crate) zeros: Stage,
-    /// Parts of requests, and what fills the rest of their clusters.
+    /// Parts of requests, and the rest of their clusters.
     pub(crate) parts: Stage,
-    /// Clusters whose mapping is in doubt, or may come to be.
+    /// Runs whose mapping is or may become in doubt.
     pub(crate) doubts: Stage,
     always: Option<Share>,
 }
 
-/// The decoder of compressed clusters, and the cluster that it keeps.
+/// The decoder of compressed clusters, and its cached cluster.
 const DECODER_BYTES: usize = 128 << 10;
 
 impl ImageStages {
-    /// For an image with clusters of `cluster` bytes, whose tables take `table` bytes each in memory, and which has
-    /// `front` bytes as long as it is open, and `doubts` for mappings in doubt.
+    /// Stages of an image with clusters of `cluster` bytes and tables that take `table` bytes each in memory. It holds
+    /// `front` bytes while it is open, and reserves `doubts` for mappings in doubt.
     pub(crate) fn new(
         budget: &Budget,
         path: &str,
@@ -144,7 +144,7 @@ impl ImageStages {
         })
     }
 
-    /// The walk through the tables, which comes before anything is decompressed, has ended.
+    /// Called at the end of the walk, before anything is decompressed.
     pub(crate) fn walked(&mut self) {
         if let (Some(always), Some(decoder)) = (&mut self.always, self.fixed.try_take(DECODER_BYTES)) {
             always.join(decoder);

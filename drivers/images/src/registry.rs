@@ -1,12 +1,12 @@
-//! The registry: who opens, makes, describes and checks an image of which format.
+//! The registry: the drivers that open, create, describe and check images of each format.
 //!
 //! ```text
 //!   name on a command line ─► Format ─┐
-//!   first bytes of a file ────────────┴► Formats ─► Driver ─► open ─► what it is based on, by Formats again
+//!   first bytes of a file ────────────┴► Formats ─► Driver ─► open ─► its backing file, through Formats again
 //!                                        a row each       └─► create, describe, check
 //! ```
 //!
-//! A format is one [`Driver`] in one row. Nothing else asks which format an image has.
+//! A format is one [`Driver`] in one row. No other code depends on the format of an image.
 
 use crate::chain::{Backing, BackingPolicy, MAX_CHAIN, OpenOptions, resolve};
 use crate::format::{CheckReport, Description, Format, FormatInfo, ImageFormat, ImageSpec, NewImage};
@@ -17,41 +17,41 @@ use tap_core::{LocalBoxFuture, Node, nodes};
 
 /// One format: a row of the registry.
 ///
-/// Every image that it opens keeps the contract of this crate.
+/// Every image that it opens follows the contract of this crate.
 pub trait Driver<H: ImageHost> {
-    /// What it is.
+    /// Its format.
     fn format(&self) -> Format;
 
-    /// Whether a file that begins with `head` claims to be of this format, of whatever version. `head` has
-    /// [`HEAD_BYTES`], zeros past the end of the file.
+    /// Whether a file that begins with `head` claims to be of this format, in any version. `head` has [`HEAD_BYTES`],
+    /// zeros past the end of the file.
     fn recognises(&self, head: &[u8]) -> bool {
         let _ = head;
         false
     }
 
-    /// Opens `image`, and what it is based on.
+    /// Opens `image` and its backing file.
     fn open(&self, host: H, image: OpenImage<H>) -> LocalBoxFuture<Result<Rc<dyn Node>, ImageError>>;
 
-    /// Makes an empty image at `path`. It is durable, and so is its name. After an error a file may be left there that
-    /// is no image.
+    /// Creates an empty image at `path`, durable together with its name. After an error a file that is not an image may
+    /// be left there.
     fn create(&self, host: H, path: String, image: NewImage) -> LocalBoxFuture<Result<(), ImageError>>;
 
-    /// Reads what the image at `path` says of itself.
+    /// Reads the properties of the image at `path`.
     fn describe(&self, host: H, path: String) -> LocalBoxFuture<Result<Description, ImageError>>;
 
-    /// Checks the metadata of the image at `path` without changing it; `None` where there are none. What cannot be read
-    /// is an error, not damage.
+    /// Checks the metadata of the image at `path` without changing it; `None` if it has none. A failure to read is an
+    /// error, not damage.
     fn check(&self, host: H, path: String) -> Option<LocalBoxFuture<Result<CheckReport, ImageError>>> {
         let _ = (host, path);
         None
     }
 }
 
-/// An image that is to be opened, as its driver is told of it.
+/// The arguments to open an image.
 pub struct OpenImage<H: 'static> {
     /// Its file.
     pub path: String,
-    /// How.
+    /// How to open it.
     pub options: OpenOptions,
     format: Format,
     formats: Formats<H>,
@@ -59,10 +59,10 @@ pub struct OpenImage<H: 'static> {
     level: usize,
 }
 
-/// What of a file is looked at to recognise its format, in bytes.
+/// Bytes of a file that are read to recognise its format.
 pub const HEAD_BYTES: usize = 48;
 
-/// A registry of formats. The first row is what a file is that no other recognises.
+/// A registry of formats. The first row is the format of a file that no other row recognises.
 pub struct Formats<H: 'static>(&'static [&'static dyn Driver<H>]);
 
 impl<H> Clone for Formats<H> {
@@ -78,11 +78,11 @@ impl<H: ImageHost> Formats<H> {
     /// # Panics
     /// Without a row.
     pub const fn new(rows: &'static [&'static dyn Driver<H>]) -> Self {
-        assert!(!rows.is_empty(), "a registry has a format for files that no other recognises");
+        assert!(!rows.is_empty(), "a registry needs a format for files that no other recognises");
         Self(rows)
     }
 
-    /// The driver of the image `spec`, which is looked at where its format is open.
+    /// The driver of the image `spec`, which is probed if its format is not given.
     ///
     /// # Errors
     /// [`ImageError`] when the file cannot be read, or there is no driver for the format.
@@ -113,7 +113,7 @@ impl<H: ImageHost> Formats<H> {
         })
     }
 
-    /// Reads what the image `spec` says of itself.
+    /// Reads the properties of the image `spec`.
     ///
     /// # Errors
     /// [`ImageError`].
@@ -121,10 +121,10 @@ impl<H: ImageHost> Formats<H> {
         self.driver(host, spec).await?.describe(host.clone(), spec.path.clone()).await
     }
 
-    /// Checks the metadata of the image `spec` without changing it; `None` where its format has none.
+    /// Checks the metadata of the image `spec` without changing it; `None` if its format has none.
     ///
     /// # Errors
-    /// [`ImageError`] when any of it cannot be read. What cannot be read is not damage.
+    /// [`ImageError`] when any of it cannot be read, which is not damage.
     pub async fn check(self, host: &H, spec: &ImageSpec) -> Result<Option<CheckReport>, ImageError> {
         match self.driver(host, spec).await?.check(host.clone(), spec.path.clone()) {
             Some(check) => check.await.map(Some),
@@ -132,7 +132,7 @@ impl<H: ImageHost> Formats<H> {
         }
     }
 
-    /// Makes an empty image of `format` at `path`, durable together with its name.
+    /// Creates an empty image of `format` at `path`, durable together with its name.
     ///
     /// # Errors
     /// [`ImageError`]; after one a file may be left at `path`.
@@ -147,12 +147,12 @@ impl<H: ImageHost> Formats<H> {
         let refused = |what| Err(ImageError::Options { path: path.to_owned(), format: format.name(), what });
         let info = format.info();
         if let Some((name, _)) = image.options.iter().find(|o| info.options.iter().all(|i| i.name != o.0)) {
-            return refused(format!("there is no option '{name}'; {}", options_of(info)));
+            return refused(format!("unknown option '{name}'; {}", options_of(info)));
         }
         if image.backing.is_some() && !info.has_backing {
             let all = self.0.iter().map(|row| row.format().info()).filter(|info| info.has_backing);
             let able: Vec<&str> = all.map(|info| info.name).collect();
-            return refused(format!("it has no backing file; use -f {}", able.join(" or -f ")));
+            return refused(format!("the format has no backing files; use -f {}", able.join(" or -f ")));
         }
         row.create(host.clone(), path.to_owned(), image).await
     }
@@ -160,7 +160,11 @@ impl<H: ImageHost> Formats<H> {
 
 fn options_of(info: &FormatInfo) -> String {
     let names: Vec<&str> = info.options.iter().map(|o| o.name).collect();
-    if names.is_empty() { "it has none".to_owned() } else { format!("it has {}", names.join(", ")) }
+    if names.is_empty() {
+        "the format has none".to_owned()
+    } else {
+        format!("the format has {}", names.join(", "))
+    }
 }
 
 /// Requests are repeated after transient errors by the scheduler; while an image is being opened there is none yet.
@@ -176,7 +180,7 @@ impl<H: ImageHost> Formats<H> {
     /// Opens the image `spec` and everything below it.
     ///
     /// # Errors
-    /// [`ImageError`] with the path of the file that is to blame.
+    /// [`ImageError`] with the path of the file that caused it.
     pub async fn open(
         self,
         host: &H,
@@ -210,18 +214,18 @@ impl<H: ImageHost> Formats<H> {
 }
 
 impl<H: ImageHost> OpenImage<H> {
-    /// The image at `path`, of `format`, alone: what is below it is of one of `formats`.
+    /// The image at `path`, of `format`, as the top of a chain of `formats`.
     #[cfg(test)]
     pub(crate) fn alone(path: &str, format: Format, formats: Formats<H>, options: &OpenOptions) -> Self {
         Self { path: path.to_owned(), options: options.clone(), format, formats, level: 1 }
     }
 
-    /// What opening fails with because of what is in the file; `advice` says what to do.
+    /// The error of opening a file with unusable contents; `advice` says what to do.
     pub fn refused(&self, what: String, advice: &'static str) -> ImageError {
         ImageError::Refused { path: self.path.clone(), format: self.format.name(), what, advice }
     }
 
-    /// Opens the file `name` that the image says it is based on, if the options allow it.
+    /// Opens the backing file `name` of the image, if the options allow it.
     ///
     /// # Errors
     /// [`ImageError`].
@@ -257,7 +261,7 @@ impl<H: ImageHost> OpenImage<H> {
         opened.map_err(|error| ImageError::Backing { path, backing, error: Box::new(error) })
     }
 
-    /// Refuses to have `images` more below this one when that makes the chain too long.
+    /// Fails if `images` more below this one make the chain too long.
     fn below_limit(&self, images: usize, backing: &str) -> Result<(), ImageError> {
         if self.level + images <= MAX_CHAIN {
             return Ok(());

@@ -1,8 +1,8 @@
-//! Making a file durable, once for all who ask at the same time.
+//! Makes a file durable, once for all concurrent callers.
 //!
 //! ```text
 //!   A: sync ──────────running──────────┐
-//!   B:      sync ─ waits for the next ─┴──running──┐  (what B wrote may have come too late for A's)
+//!   B:      sync ─ waits for the next ─┴──running──┐  (B's write may have come too late for A's)
 //!   C:           sync ─ waits with B ──────────────┘
 //! ```
 
@@ -15,28 +15,28 @@ use tap_host::{Bug, Errno, File, FileInfo, Mark};
 /// Shares synchronisations of one file, and remembers failed ones.
 pub(crate) struct GroupSync<H: ImageHost> {
     turn: Semaphore,
-    /// Number of the last one that was started.
+    /// Number of the last synchronisation that was started.
     started: Cell<u64>,
     /// Number and result of the last one that ended.
     ended: Cell<(u64, Result<(), Errno>)>,
-    /// A failure was reported, see [`loses`]: the answer to every later synchronisation as well.
+    /// Data may be lost, see [`loses`]: every later synchronisation fails.
     lost: Cell<bool>,
-    /// The same for a process that follows this one, where the host keeps pages for us.
+    /// The same for a successor of this process, if the host keeps pages for us.
     record: Option<SyncRecord<H>>,
 }
 
-/// Whether data may be lost after fdatasync failed with `error`, although the next one would say ok.
+/// Whether data may be lost after fdatasync failed with `error`, although the next call would succeed.
 ///
-/// A page cache reports a failure once, and the pages count as clean then. A drive that failed to flush its cache may
-/// have lost it (it was reset, or went away and came back), and its next flush has nothing to do: that is all there is
-/// below a direct file. `ENOMEM` is no promise either, a device below may have ended the writes of pages with it.
-/// `EINTR` alone comes before anything was given up.
+/// A page cache reports a failure once, and then treats the pages as clean. A drive that failed to flush its cache may
+/// have lost it (it was reset, or disconnected and came back), and its next flush has nothing to do; this affects
+/// direct files too. `ENOMEM` may come from a device below that failed the writes of pages. Only `EINTR` means that no
+/// write was dropped.
 fn loses(error: Errno) -> bool {
     error != Errno::EINTR
 }
 
 impl<H: ImageHost> GroupSync<H> {
-    /// Of a file that is locked. For one that is only read nothing is ever synchronised.
+    /// For a locked file. One opened for reading is never synchronised.
     pub(crate) async fn of(host: &H, file: &H::File, info: &FileInfo, write: bool) -> Self {
         let (record, lost) = if write { SyncRecord::take_up(host, file, info).await } else { (None, false) };
         Self {
@@ -48,9 +48,9 @@ impl<H: ImageHost> GroupSync<H> {
         }
     }
 
-    /// Makes all that was written before this call durable.
+    /// Makes all writes that ended before this call durable.
     pub(crate) async fn sync(&self, host: &H, file: &H::File, direct: bool) -> Result<(), Errno> {
-        // One that runs already may have missed what the caller wrote.
+        // A running synchronisation may have missed the caller's writes.
         let enough = self.started.get() + u64::from(!host.bug(Bug::SyncJoined));
         let _turn = self.turn.acquire().await;
         if self.lost.get() && !host.bug(Bug::FlushForgets) {

@@ -1,27 +1,28 @@
-//! What is known of a file's synchronisations, kept outside the process.
+//! Records a file's failed synchronisations outside the process.
 //!
 //! ```text
-//!   begun ─► fdatasync ─► clean          ok, or interrupted before anything was given up
+//!   begun ─► fdatasync ─► clean          success, or interrupted before a write was dropped
 //!                 │  └──► lost           for as long as the host is up
 //!                 ╳ the process dies: its successor finds "begun" and asks the file system
 //! ```
 //!
-//! Linux tells of a write that it gave up once, to whoever synchronises first. If that one dies before it has said so,
-//! or is replaced after it has, its successor would be told that all is well. The page is called after the file (not
-//! its name), and holds for one boot: what was lost is gone for good with the page cache, and a guest has to look.
+//! Linux reports a dropped write once, to the first caller that synchronises. If that process dies before it has
+//! reported it, or is replaced afterwards, its successor would see success. The page is named after the file's identity
+//! (not its path), and is valid for one boot: a reboot drops the page cache with the lost data, and the guest checks
+//! its disk.
 
 use crate::ImageHost;
 use crate::patience::Patience;
 use tap_host::{Bug, Errno, File, FileId, FileInfo, SharedPage};
 
-/// Where in the page the number of the boot is: 16 bytes.
+/// Offset of the boot's number in the page: 16 bytes.
 const BOOT: usize = 0;
-/// Where the state is: a number.
+/// Offset of the state, a number.
 const STATE: usize = 16;
 
-/// Repetitions of opening a page on a host that is short of memory or descriptors: about a second.
+/// Retries of opening a page on a host that is short of memory or descriptors: about a second.
 const LACK_REPEATS: u32 = 10;
-/// Repetitions while somebody else owns the page, who writes back all of a file system meanwhile: about two minutes.
+/// Retries while another process owns the page and writes back a whole file system: about two minutes.
 const OWNER_REPEATS: u32 = 130;
 
 const CLEAN: u32 = 0;
@@ -36,10 +37,11 @@ pub(crate) struct SyncRecord<H: ImageHost> {
 }
 
 impl<H: ImageHost> SyncRecord<H> {
-    /// The page of the file `id`, which `open` opens by its name.
+    /// The page of the file `id`; `open` opens a page by its name.
     ///
     /// # Errors
-    /// One that [`may_pass`] where the page may be there and cannot be had; any other on a host that keeps none for us.
+    /// An error that [`may_pass`] if the page may exist but cannot be opened; any other on a host that keeps none for
+    /// us.
     async fn of(
         host: &H,
         what: &str,
@@ -52,23 +54,23 @@ impl<H: ImageHost> SyncRecord<H> {
         let mut seen = [0; 16];
         page.copy_in(BOOT, &mut seen);
         if seen != boot && !host.bug(Bug::LostOutlivesBoot) {
-            // Of an earlier boot, or new. Without the number the state counts for nothing.
+            // Of an earlier boot, or new. The state is only valid with the number, which is written last.
             page.store_u32(STATE, CLEAN);
             page.copy_out(BOOT, &boot);
         }
         Ok(Self { host: host.clone(), page, name })
     }
 
-    /// Takes up what predecessors left of `file`: its page, if there can be one, and whether something may be lost.
+    /// Takes over the page of `file` from its predecessors, if there can be one, and returns whether data may be lost.
     pub(crate) async fn take_up(host: &H, file: &H::File, info: &FileInfo) -> (Option<Self>, bool) {
         let record = match Self::of(host, "sync", info.id, |name| host.region(name)).await {
             Ok(record) => record,
-            // What a predecessor left cannot be looked at. A host without space has none there already.
+            // A predecessor's page cannot be read. A host without space has no page there.
             Err(error) => return (None, may_pass(error)),
         };
         let lost = match record.page.load_u32(STATE) {
             CLEAN => false,
-            BEGUN if !host.bug(Bug::BegunSyncForgotten) => died_in_it(host, file, info).await,
+            BEGUN if !host.bug(Bug::BegunSyncForgotten) => died_in_sync(host, file, info).await,
             BEGUN => false,
             _ => !host.bug(Bug::LostWithProcess),
         };
@@ -76,12 +78,12 @@ impl<H: ImageHost> SyncRecord<H> {
         (Some(record), lost)
     }
 
-    /// A synchronisation is about to begin.
+    /// Called before a synchronisation begins.
     pub(crate) fn begun(&self) {
         self.page.store_u32(STATE, BEGUN);
     }
 
-    /// It has ended, or its end has become known.
+    /// Called once it has ended, or its result has become known.
     pub(crate) fn ended(&self, lost: bool) {
         self.page.store_u32(STATE, if lost { LOST } else { CLEAN });
     }
@@ -95,17 +97,17 @@ impl<H: ImageHost> Drop for SyncRecord<H> {
     }
 }
 
-/// Whether a page may be there that cannot be had at the moment: for want of memory or a descriptor, or as it cannot be
-/// read.
+/// Whether a page may exist although it cannot be opened now: for lack of memory or descriptors, or because of a read
+/// error.
 fn may_pass(error: Errno) -> bool {
     matches!(error, Errno::ENOMEM | Errno::EMFILE | Errno::ENFILE | Errno::EINTR | Errno::EIO)
 }
 
-/// A page that `open` opens; waits about a second for a host that is short of something, and two minutes for another
-/// owner.
+/// Opens a page with `open`; retries for about a second if the host lacks resources, and two minutes if the page has
+/// another owner.
 ///
 /// # Errors
-/// As `open`'s; `EBUSY` where the other owner does not come to an end.
+/// Those of `open`; `EBUSY` if the other owner keeps it.
 async fn page<H: ImageHost>(
     host: &H,
     open: impl Fn() -> Result<H::Region, Errno>,
@@ -124,20 +126,20 @@ async fn page<H: ImageHost>(
     }
 }
 
-/// Whether a synchronisation whose caller died in it may have failed. Below a direct file there is nobody to ask: what
-/// a drive loses of its own cache at that very moment is not found out.
-async fn died_in_it<H: ImageHost>(host: &H, file: &H::File, info: &FileInfo) -> bool {
+/// Whether a synchronisation whose caller died in it may have failed. For a direct file there is no way to ask: a loss
+/// of the drive's cache at that moment is not detected.
+async fn died_in_sync<H: ImageHost>(host: &H, file: &H::File, info: &FileInfo) -> bool {
     if info.direct {
         return false;
     }
-    // The file system tells once as well, and several files may want to know: one asks at a time.
+    // The file system also reports a loss once, and several files may need the answer: one asks at a time.
     let whole = FileId { device: info.id.device, inode: 0, generation: 0 };
     let told = SyncRecord::of(host, "sync-all", whole, |name| host.own_region(name)).await;
     let Ok(told) = told else { return true };
     let before = told.page.load_u32(STATE) == LOST;
-    // Who dies with the answer leaves the worst: nobody is told again.
+    // If this process dies with the answer, no other gets it: record the worst first.
     told.ended(true);
-    // Where nothing can be said, nothing is promised.
+    // If the file system cannot tell, assume a loss.
     let lost = file.file_system_lost().await.unwrap_or(true) || before;
     told.ended(lost);
     lost
@@ -149,12 +151,12 @@ mod tests {
     use crate::testing::World;
     use tap_host::{Files, OpenMode};
 
-    /// Whether the file of a process that died in a synchronisation may be lost, while somebody else owns the page
-    /// about the file system for so many looks.
-    fn lost_while_owned(looks: u32) -> bool {
+    /// Whether data of a process that died in a synchronisation counts as lost, while another process owns the file
+    /// system's page for the first `tries` tries.
+    fn lost_while_owned(tries: u32) -> bool {
         let world = World::new(1);
         world.put("/disk", vec![0; 512]);
-        world.owned_by_another(looks);
+        world.owned_by_another(tries);
         world.block_on({
             let world = world.clone();
             async move {
@@ -162,7 +164,7 @@ mod tests {
                 let info = file.info().await.unwrap();
                 let (record, _) = SyncRecord::take_up(&world, &file, &info).await;
                 record.as_ref().unwrap().begun();
-                // As a death leaves it.
+                // The process dies here.
                 std::mem::forget(record);
                 SyncRecord::take_up(&world, &file, &info).await.1
             }
@@ -170,10 +172,10 @@ mod tests {
     }
 
     #[test]
-    fn another_owner_is_waited_for_and_not_for_ever() {
+    fn the_wait_for_another_owner_is_bounded() {
         assert!(!lost_while_owned(0));
         assert!(!lost_while_owned(OWNER_REPEATS));
-        assert!(lost_while_owned(OWNER_REPEATS + 1), "where nothing can be said, nothing is promised");
+        assert!(lost_while_owned(OWNER_REPEATS + 1), "without an answer a loss is assumed");
         assert!(lost_while_owned(u32::MAX));
     }
 }

@@ -1,4 +1,4 @@
-//! A host in memory: an executor, and files with a page cache that can be lost, short transfers and errors.
+//! A host in memory: an executor, and files with a volatile page cache, short transfers and errors.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -14,7 +14,7 @@ use tap_host::{
 
 type Task = Pin<Box<dyn Future<Output = ()>>>;
 
-/// How much of a failing operation happens.
+/// How much of a failing operation takes effect.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Effect {
     None,
@@ -49,20 +49,20 @@ struct Inner {
     shuffle: Cell<bool>,
     align: Cell<u32>,
     pages: RefCell<BTreeMap<String, MemPage>>,
-    /// For how many looks more another process owns every page.
+    /// Tries left until another process releases every page.
     owned: Cell<u32>,
     bugs: RefCell<BTreeSet<Bug>>,
     marks: RefCell<Vec<Mark>>,
 }
 
-/// A change of a file that is not durable.
+/// A change of a file that is not durable yet.
 #[derive(Clone)]
 enum Change {
     Bytes(u64, Vec<u8>),
     Size(u64),
 }
 
-/// A file: what everybody sees, what a crash leaves for sure, and what it may leave.
+/// A file: its visible bytes, those that survive a crash, and the changes that may.
 #[derive(Default)]
 struct Store {
     now: RefCell<Vec<u8>>,
@@ -108,7 +108,7 @@ impl World {
         world
     }
 
-    /// The pages outside the process are gone, and with them what is known of failed synchronisations.
+    /// Drops the pages outside the process, and with them the record of failed synchronisations.
     pub(crate) fn forget_pages(&self) {
         self.0.pages.borrow_mut().clear();
     }
@@ -122,22 +122,21 @@ impl World {
         (x >> 11) % below
     }
 
-    /// Transfers come in pieces.
+    /// Transfers become short.
     pub(crate) fn make_short(&self) {
         self.0.short.set(true);
     }
-    /// Operations take turns of random length.
+    /// Operations take a random number of turns.
     pub(crate) fn make_shuffled(&self) {
         self.0.shuffle.set(true);
     }
-    /// What direct files want.
+    /// Sets the alignment of direct files.
     pub(crate) fn set_align(&self, align: u32) {
         self.0.align.set(align);
     }
-    /// Files cannot make ranges zeros by themselves.
-    /// Another process owns every page for so many looks.
-    pub(crate) fn owned_by_another(&self, looks: u32) {
-        self.0.owned.set(looks);
+    /// Another process owns every page for the first `tries` tries.
+    pub(crate) fn owned_by_another(&self, tries: u32) {
+        self.0.owned.set(tries);
     }
 
     pub(crate) fn refuse_zeroing(&self) {
@@ -152,7 +151,7 @@ impl World {
     pub(crate) fn ops(&self) -> u64 {
         self.0.ops.get()
     }
-    /// No operation from `nth` on has an effect or ends.
+    /// No operation from `nth` on takes effect or completes.
     pub(crate) fn stop_at(&self, nth: u64) {
         self.0.stop_at.set(Some(nth));
     }
@@ -185,7 +184,7 @@ impl World {
         Rc::clone(&self.0.files.borrow()[path])
     }
 
-    /// A world after a power cut: of every file what is durable, and each sector of each later change with
+    /// The world after a power cut: the durable bytes of every file, and each sector of each later change with
     /// probability `keep` in 256.
     pub(crate) fn after_crash(&self, keep: u64) -> World {
         let next = World::new(self.random(u64::MAX));
@@ -208,7 +207,7 @@ impl World {
         next
     }
 
-    /// A world in which everything that was written is there: only the process is gone.
+    /// The world after the death of the process: all written bytes are there.
     pub(crate) fn as_seen(&self) -> World {
         let next = World::new(self.random(u64::MAX));
         for (path, store) in self.0.files.borrow().iter() {
@@ -244,16 +243,16 @@ impl World {
             }
         }
         let value = result.borrow_mut().take();
-        assert!(value.is_some() || self.is_stopped(), "nothing is ready, and nothing is done");
+        assert!(value.is_some() || self.is_stopped(), "deadlock: no task is ready");
         value
     }
 
-    /// Runs a future that ends.
+    /// Runs `future` to its end in a world that does not stop.
     pub(crate) fn block_on<T: 'static>(&self, future: impl Future<Output = T> + 'static) -> T {
         self.run(future).expect("the world does not stop")
     }
 
-    /// Drops every task, as the death of a process does.
+    /// Drops every task, like the death of a process.
     pub(crate) fn kill_tasks(&self) {
         let tasks = self.0.tasks.take();
         drop(tasks);
@@ -270,7 +269,7 @@ impl World {
         self.0.ready.lock().unwrap().push_back(id);
     }
 
-    /// Counts an operation and says how it goes: not at all, or with a fault.
+    /// Counts an operation; returns its fault, and never completes in a stopped world.
     async fn operation(&self) -> Option<Fault> {
         let turns = if self.0.shuffle.get() { self.random(4) } else { 1 };
         for _ in 0..turns {
@@ -284,7 +283,7 @@ impl World {
         self.0.fault.get().filter(|f| f.nth == number || (f.sticky && f.nth < number))
     }
 
-    /// How much of a transfer of `len` bytes is made.
+    /// How many bytes of a transfer of `len` are moved.
     fn moved(&self, len: usize, align: u32) -> usize {
         if !self.0.short.get() || len <= align as usize || self.random(3) > 0 {
             return len;
@@ -487,14 +486,14 @@ impl File for MemFile {
     fn sync_data(&self) -> impl Future<Output = Result<(), Errno>> + 'static {
         let handle = Rc::clone(&self.0);
         async move {
-            // What completes while the synchronisation runs is not covered.
+            // Changes during the synchronisation are not covered.
             let covered = handle.store.open.borrow().len();
             let fault = handle.world.operation().await;
             let mut open = handle.store.open.borrow_mut();
             let covered = covered.min(open.len());
             let done: Vec<Change> = open.drain(..covered).collect();
             if let Some(fault) = fault {
-                // A page cache forgets what it could not write.
+                // A page cache drops pages it could not write.
                 if handle.mode.direct {
                     open.splice(0..0, done);
                 }
@@ -552,7 +551,7 @@ impl File for MemFile {
             let Some(rest) = now.get(offset as usize..).filter(|rest| !rest.is_empty()) else {
                 return Ok(None);
             };
-            // Blocks of 512 bytes, a hole where they are zeros.
+            // In blocks of 512 bytes; a block of zeros is a hole.
             let block = |bytes: &[u8]| bytes.iter().any(|b| *b != 0);
             let first = 512 - offset as usize % 512;
             let data = block(&rest[..first.min(rest.len())]);

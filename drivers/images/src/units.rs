@@ -1,4 +1,4 @@
-//! Sizes as people write and read them.
+//! Parses and formats sizes.
 
 /// Units from the largest on: 1024 to the power of 6 ... 1.
 const UNITS: [(&str, u32); 6] = [("E", 60), ("P", 50), ("T", 40), ("G", 30), ("M", 20), ("K", 10)];
@@ -7,9 +7,10 @@ const UNITS: [(&str, u32); 6] = [("E", 60), ("P", 50), ("T", 40), ("G", 30), ("M
 /// number may have decimals: `1.5G`.
 ///
 /// # Errors
-/// A sentence that says what a size looks like.
+/// A sentence that says how to write a size.
 pub fn parse_size(text: &str) -> Result<u64, String> {
-    let bad = || format!("'{text}' is no size: write bytes, or a number with a unit, such as 512M or 1.5G");
+    let bad =
+        || format!("'{text}' is not a size: write bytes, or a number with a unit, such as 512M or 1.5G");
     let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
     let bits = match unit.to_ascii_uppercase().trim_end_matches("IB") {
@@ -46,7 +47,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_are_read() {
+    fn sizes_with_units_are_parsed() {
         for (text, bytes) in [
             ("0", 0),
             ("1234", 1234),
@@ -61,12 +62,12 @@ mod tests {
             assert_eq!(parse_size(text), Ok(bytes), "{text}");
         }
         for bad in ["", "k", "-1", "1x", "16E", "99999999999999999999", "1.x", "1 G"] {
-            assert!(parse_size(bad).unwrap_err().contains("no size"), "{bad}");
+            assert!(parse_size(bad).unwrap_err().contains("not a size"), "{bad}");
         }
     }
 
     #[test]
-    fn sizes_are_shown_short() {
+    fn sizes_are_shown_in_up_to_three_digits() {
         for (bytes, text) in [
             (0, "0 B"),
             (1023, "1023 B"),

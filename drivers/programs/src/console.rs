@@ -1,4 +1,4 @@
-//! Where a program speaks to the person or the script that started it.
+//! The output of a program.
 
 /// Output of a program.
 pub trait Console {
@@ -6,6 +6,6 @@ pub trait Console {
     fn out(&self, line: &str);
     /// A line about the run, on standard error.
     fn err(&self, line: &str);
-    /// How far a long piece of work has come, in bytes; called often.
+    /// Progress of long work, in bytes; called often.
     fn progress(&self, done_bytes: u64, total_bytes: u64);
 }

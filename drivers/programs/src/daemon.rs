@@ -8,31 +8,31 @@ use clap::{Parser, Subcommand, ValueEnum};
 use std::rc::Rc;
 use tap_core::Disks;
 
-/// Disks that one `tapdisk` serves at the most.
-pub const DISKS_MAX: usize = 1024;
+/// Limit of disks that one `tapdisk` serves.
+pub const MAX_DISKS: usize = 1024;
 
 /// The command line of `tapdisk`.
 #[derive(Parser, Debug)]
 #[command(name = "tapdisk", version, about = "Serves disk images")]
 pub struct Cli {
-    /// What to do.
+    /// The command.
     #[command(subcommand)]
     pub command: Command,
     /// How files are read and written
     #[arg(long, global = true, value_enum, default_value_t, value_name = "ENGINE")]
     pub aio: AioArg,
-    /// Priority of this process at its drives: realtime[:0-7], best-effort[:0-7] or idle
+    /// I/O priority of this process: realtime[:0-7], best-effort[:0-7] or idle
     #[arg(long, global = true, value_name = "CLASS[:LEVEL]")]
     pub ionice: Option<IoNice>,
-    /// Look for what comes for so long before sleeping, where the last wait was no longer; 0 sleeps at once
+    /// How long to poll for events before sleeping, if the last wait was no longer; 0 sleeps at once
     #[arg(long, global = true, value_name = "MICROSECONDS", default_value_t = 32)]
     pub poll_us: u16,
-    /// Log what happens inside as well: merged requests, new clusters
+    /// Also log internal events: merged requests, new clusters
     #[arg(short, long, global = true)]
     pub verbose: bool,
 }
 
-/// What `tapdisk` does.
+/// The commands of `tapdisk`.
 #[derive(Subcommand, Debug)]
 pub enum Command {
     /// Serves disks over NBD until it is asked to stop (SIGTERM, SIGINT, SIGHUP)
@@ -46,17 +46,17 @@ pub enum Command {
 /// How files are read and written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
 pub enum AioArg {
-    /// io_uring where the kernel allows it, threads otherwise
+    /// io_uring if the kernel allows it, threads otherwise
     #[default]
     Auto,
-    /// io_uring or nothing
+    /// io_uring, or fail
     #[value(name = "io_uring")]
     IoUring,
     /// A pool of threads
     Threads,
 }
 
-/// Priority at the drives.
+/// I/O priority.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct IoNice {
     /// 1 realtime, 2 best effort, 3 idle.
@@ -74,7 +74,7 @@ impl std::str::FromStr for IoNice {
             "realtime" => 1,
             "best-effort" => 2,
             "idle" => 3,
-            _ => return Err(format!("'{class}' is no class: there are realtime, best-effort and idle")),
+            _ => return Err(format!("'{class}' is not a class; use realtime, best-effort or idle")),
         };
         let level = match level {
             None => {
@@ -94,9 +94,9 @@ impl std::str::FromStr for IoNice {
     }
 }
 
-/// Runs `tapdisk` and gives its exit status.
+/// Runs `tapdisk` and returns its exit status.
 ///
-/// The disks that it serves are in `disks`, for whoever looks after it.
+/// The disks that it serves are in `disks`, for control and monitoring.
 pub async fn run<H: GuestHost>(
     host: H,
     cli: Cli,
@@ -122,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn a_script_is_of_those_who_watch() {
+    fn a_script_is_only_accepted_with_watch() {
         for (line, right) in [
             ("xen --watch", true),
             ("xen --watch --script mine", true),
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn priorities_are_read() {
+    fn priorities_are_parsed() {
         let read = |text: &str| text.parse::<IoNice>();
         assert_eq!(read("idle"), Ok(IoNice { class: 3, level: 0 }));
         assert_eq!(read("best-effort:7"), Ok(IoNice { class: 2, level: 7 }));

@@ -1,4 +1,4 @@
-//! A named disk, opened.
+//! Opens a named disk.
 
 use crate::Tuning;
 use crate::spec::DiskSpec;
@@ -16,20 +16,20 @@ use tap_nbd::{Client, ClientConfig, ClientError};
 /// How to open disks.
 #[derive(Clone, Debug, Default)]
 pub struct DiskOptions {
-    /// For reading and writing.
+    /// Also for writing.
     pub write: bool,
-    /// Without the host's page cache.
+    /// Bypass the host's page cache.
     pub direct: bool,
     /// When writes become durable.
     pub cache: CacheMode,
-    /// What may be opened below an image.
+    /// Which backing files may be opened.
     pub backing: BackingPolicy,
-    /// How long to wait for an image that is in use, in nanoseconds. The kernel lets go of the files of a process that
-    /// was killed only when its last operations have ended, which may be after it is gone from the process table.
+    /// How long to wait for an image that is in use, in nanoseconds. The kernel releases the files of a killed process
+    /// only when its last operations have ended, which may be after the process has left the process table.
     pub patience_ns: u64,
-    /// What the memory of the image, and of everything below it, is taken of.
+    /// The budget for the memory of the image and everything below it.
     pub memory: Budget,
-    /// Bounds, and what is put over the image.
+    /// Limits, and layers over the image.
     pub tuning: Tuning,
 }
 
@@ -39,19 +39,19 @@ fn format_values() -> impl Iterator<Item = PossibleValue> {
     SHIPPED.iter().map(value)
 }
 
-/// Reads the name of a format.
+/// Parses the name of a format.
 pub(crate) fn format_parser() -> impl TypedValueParser<Value = Format> {
-    // The parser lets through what has a format.
+    // The parser only accepts names of formats.
     PossibleValuesParser::new(format_values())
         .try_map(|name| format_called(&name).ok_or("it is not a known format"))
 }
 
-/// What may be opened below an image, and as what; `None`: nothing.
+/// The format to open backing files as; `None`: refuse them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct BackingArg(Option<ImageFormat>);
 
 impl BackingArg {
-    /// As what a backing file is opened; `None` where none is.
+    /// The format to open backing files as; `None` if they are refused.
     pub(crate) fn format(self) -> Option<ImageFormat> {
         self.0
     }
@@ -62,16 +62,17 @@ impl BackingArg {
     }
 }
 
-/// In options: no backing file may be opened.
+/// Option value: no backing file may be opened.
 pub(crate) const REFUSE: &str = "refuse";
-/// In options: the format of a backing file is found out.
+/// Option value: the format of a backing file is probed.
 const PROBE: &str = "probe";
 
-/// Reads what may be opened below an image.
+/// Parses which backing files may be opened.
 pub(crate) fn backing_parser() -> impl TypedValueParser<Value = BackingArg> {
-    let refuse = PossibleValue::new(REFUSE).help("Nothing: an image that names a backing file is refused");
-    let probe = PossibleValue::new(PROBE)
-        .help("Any file, as what it looks like; not for files that a guest could write as raw disks");
+    let refuse = PossibleValue::new(REFUSE).help("None: an image that names a backing file is refused");
+    let probe = PossibleValue::new(PROBE).help(
+        "Any file, in the format it appears to have; not for files that a guest could write as raw disks",
+    );
     let known = format_values().map(|value| {
         let name = value.get_name().to_owned();
         value.help(format!("Any file, as {name}"))
@@ -89,7 +90,7 @@ pub(crate) fn backing_parser() -> impl TypedValueParser<Value = BackingArg> {
 /// How a program that serves disks opens them.
 #[derive(Args, Clone, Debug)]
 pub struct ImageArgs {
-    /// Whether an answered write is durable after a flush, at once, or only when all is closed
+    /// When answered writes are durable: after a flush, at once, or only when tapdisk ends
     #[arg(long, value_enum, default_value_t, value_name = "MODE")]
     cache: CacheArg,
     /// Bypass the page cache (O_DIRECT)
@@ -101,19 +102,19 @@ pub struct ImageArgs {
     /// Which backing files may be opened, and as what
     #[arg(long, value_parser = backing_parser(), default_value = REFUSE, value_name = "HOW")]
     backing: BackingArg,
-    /// Most memory for buffers of requests and connections and for tables of images, of all disks together; at least
+    /// Memory limit of all disks together, for buffers of requests and connections and for tables of images; at least
     /// 16M
     #[arg(long, default_value = "256M", value_name = "SIZE", value_parser = memory_size)]
     memory: usize,
 }
 
-/// Least memory budget, in bytes: some chains of images, and one large request of each kind.
-const LEAST_MEMORY_BYTES: u64 = 16 << 20;
+/// Smallest memory budget, in bytes: enough for some chains of images, and one large request of each kind.
+const MIN_MEMORY_BYTES: u64 = 16 << 20;
 
 fn memory_size(text: &str) -> Result<usize, String> {
     let bytes = parse_size(text)?;
-    if bytes < LEAST_MEMORY_BYTES {
-        return Err(format!("at least {} is needed", show_size(LEAST_MEMORY_BYTES)));
+    if bytes < MIN_MEMORY_BYTES {
+        return Err(format!("at least {} is needed", show_size(MIN_MEMORY_BYTES)));
     }
     usize::try_from(bytes).map_err(|_| "it is more than this machine can address".to_owned())
 }
@@ -126,7 +127,7 @@ enum CacheArg {
     Writeback,
     /// Before it is answered
     Writethrough,
-    /// When tapdisk ends; flushes are answered and not carried out
+    /// When tapdisk ends; flushes are answered but not performed
     Unsafe,
 }
 
@@ -140,7 +141,7 @@ impl From<CacheArg> for CacheMode {
     }
 }
 
-/// How long to wait for an image that is in use, in nanoseconds: a process that was killed may be about to let go.
+/// How long to wait for an image that is in use, in nanoseconds: a killed process may be about to release it.
 const IN_USE_PATIENCE_NS: u64 = 2_000_000_000;
 
 impl ImageArgs {
@@ -149,7 +150,7 @@ impl ImageArgs {
         tuning.memory.clone().unwrap_or_else(|| Budget::new(self.memory))
     }
 
-    /// The same as options, for writing or not, with memory of `memory`.
+    /// The options to open disks with, for writing or not, with memory from `memory`.
     pub fn options(&self, write: bool, memory: &Budget, tuning: &Tuning) -> DiskOptions {
         DiskOptions {
             write,
@@ -163,22 +164,22 @@ impl ImageArgs {
     }
 }
 
-/// What a program says of its memory at its end.
-pub(crate) fn tell_memory(memory: &Budget) -> String {
+/// The line about memory at the end of a program.
+pub(crate) fn memory_summary(memory: &Budget) -> String {
     let figures = memory.figures();
     let (peak, limit) = (show_size(figures.peak_bytes as u64), show_size(figures.limit_bytes as u64));
     format!("memory: at most {peak} of {limit} in use")
 }
 
-/// What a program says of a disk that it serves.
-pub(crate) fn tell_disk(disk: &DiskStatus) -> String {
+/// The line about a disk that a program serves.
+pub(crate) fn disk_summary(disk: &DiskStatus) -> String {
     let size = show_size(disk.info.size_sectors * SECTOR_BYTES);
     let read_only = if disk.info.read_only { ", read-only" } else { "" };
     format!("{}, {size}{read_only}", disk.about)
 }
 
-/// What a program says of what a disk has done.
-pub(crate) fn tell_stats(stats: &SchedulerStats) -> String {
+/// The line about the requests of a disk.
+pub(crate) fn stats_summary(stats: &SchedulerStats) -> String {
     let moved = |requests: u64, what: &str, sectors: u64| {
         (requests > 0).then(|| format!("{what} {requests} ({})", show_size(sectors * SECTOR_BYTES)))
     };
@@ -190,46 +191,46 @@ pub(crate) fn tell_stats(stats: &SchedulerStats) -> String {
         moved(stats.discards, "discards", stats.sectors_discarded),
         counted(stats.flushes, "flushes"),
         counted(stats.merged, "merged"),
-        counted(stats.retries, "repeated"),
+        counted(stats.retries, "retries"),
         counted(stats.errors, "errors"),
     ];
     let parts: Vec<String> = parts.into_iter().flatten().collect();
     if parts.is_empty() { "no requests".to_owned() } else { parts.join(", ") }
 }
 
-/// Refuses a name that leaves the format open: found out by content, it would be the choice of whoever wrote the disk.
+/// Fails if `spec` does not name a format: a probed format could be chosen by the guest that wrote the disk.
 ///
 /// # Errors
-/// A sentence that reads on after "failed to".
-pub fn says_its_format(spec: &DiskSpec) -> Result<(), String> {
+/// Text that continues "failed to".
+pub fn require_format(spec: &DiskSpec) -> Result<(), String> {
     match spec {
         DiskSpec::Image(ImageSpec { format: ImageFormat::Probe, path }) => {
             let names: Vec<String> = SHIPPED.iter().map(|format| format!("{format}:{path}")).collect();
-            Err(format!("serve {path}: say what it is, {}", names.join(" or ")))
+            Err(format!("serve {path}: name its format, {}", names.join(" or ")))
         }
         DiskSpec::Image(_) | DiskSpec::Nbd { .. } => Ok(()),
     }
 }
 
-/// Pause between two looks at an image that is in use, in nanoseconds.
+/// Pause between tries to open an image that is in use, in nanoseconds.
 const IN_USE_PAUSE_NS: u64 = 10_000_000;
 
-/// What any disk asks of a host.
+/// The parts of a host that disks use.
 pub trait DiskHost: ImageHost + Sockets {}
 impl<T: ImageHost + Sockets> DiskHost for T {}
 
-/// Why a disk cannot be opened; reads on after "failed to".
+/// Why a disk cannot be opened; the text continues "failed to".
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum OpenError {
-    /// Its image cannot.
+    /// Its image cannot be opened.
     #[error(transparent)]
     Image(#[from] ImageError),
-    /// The server that has it refuses, or does not answer.
+    /// Its server refuses, or does not answer.
     #[error(transparent)]
     Server(#[from] ClientError),
 }
 
-/// Opens whatever `spec` names as the disk `id`; images have the formats of `formats`.
+/// Opens the image or export `spec` as the disk `id`; images have one of `formats`.
 ///
 /// # Errors
 /// [`OpenError`].

@@ -9,20 +9,18 @@
 //!
 //! # Contract
 //!
-//! * Everything a program does to its machine goes through the seam or through [`Console`]. So a world can start a
-//!   program as a process.
-//! * Failures are one line each, which reads "PROGRAM: failed to ...", or tells what is wrong with the command
-//!   line.
+//! * A program accesses its machine only through the seam and [`Console`]. So a world can start a program as a process.
+//! * Each failure is one line, "PROGRAM: failed to ...", or one about a wrong command line.
 //!
-//! | module | what it is for |
+//! | module | purpose |
 //! |---|---|
-//! | [`spec`] | how disks are named on a command line |
+//! | [`spec`] | names of disks on a command line |
 //! | [`disk`] | a named disk as a node: image, scheduler, cache mode |
 //! | [`daemon`] | `tapdisk` |
 //! | [`serve`] | `tapdisk serve` |
 //! | [`xen`] | `tapdisk xen` |
-//! | [`tuning`] | what the command line does not say |
-//! | [`vdev`] | disks as guests name them |
+//! | [`tuning`] | settings that are not on the command line |
+//! | [`vdev`] | guests' names of disks |
 //! | [`img`] | `tap-img` |
 //! | [`usage`] | command lines that cannot be parsed |
 

@@ -1,10 +1,12 @@
 //! `tapdisk serve`: disks as exports of an NBD server.
 //!
 //! ```text
-//!   open every disk ─► listen ─► say so ─► serve ─── asked to stop ─► answer what is in flight ─► flush and close
+//!   open every disk ─► listen ─► report it ─► serve ─── asked to stop ─► answer requests in flight ─► flush and close
 //! ```
 
-use crate::disk::{DiskHost, ImageArgs, open_disk, says_its_format, tell_disk, tell_memory, tell_stats};
+use crate::disk::{
+    DiskHost, ImageArgs, disk_summary, memory_summary, open_disk, require_format, stats_summary,
+};
 use crate::spec::DiskSpec;
 use crate::{Console, Tuning};
 use clap::Args;
@@ -17,26 +19,25 @@ use tap_host::{Budget, Errno, Listener, Mark, Signals, SocketAddress, VbdId};
 use tap_images::Formats;
 use tap_nbd::{Export, Server, ServerLimits};
 
-/// What serving asks of a host.
+/// The parts of a host that serving uses.
 pub trait ServeHost: DiskHost + Signals {}
 impl<T: DiskHost + Signals> ServeHost for T {}
 
 /// The command line of `tapdisk serve`.
 #[derive(Args, Clone, Debug)]
 pub struct ServeArgs {
-    /// Where to listen, as unix:PATH or HOST:PORT; more than once for several places. Not needed where the sockets come
-    /// from systemd
+    /// Address to listen at, unix:PATH or HOST:PORT; may be repeated. Not needed with sockets from systemd
     #[arg(long, value_name = "ADDRESS")]
     nbd: Vec<SocketAddress>,
-    /// Where it is kept that a file lost data, for a tapdisk that follows this one; on a tmpfs
+    /// Folder for the records of files that lost data, for the next tapdisk; on a tmpfs
     #[arg(long, value_name = "FOLDER", default_value = "/run/tapdisk")]
     pub run_dir: PathBuf,
     #[command(flatten)]
     images: ImageArgs,
-    /// Most connections at one time
+    /// Limit of connections at one time
     #[arg(long, default_value_t = 16, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     connections: u16,
-    /// The disks: SPEC for the only one, NAME=SPEC for each of several
+    /// The disks: SPEC for a single one, NAME=SPEC for each of several
     #[arg(required = true, value_name = "[NAME=]SPEC")]
     disks: Vec<NamedDisk>,
 }
@@ -62,7 +63,7 @@ impl FromStr for NamedDisk {
     }
 }
 
-/// Runs `tapdisk serve` until it is asked to stop, and gives its exit status.
+/// Runs `tapdisk serve` until it is asked to stop, and returns its exit status.
 pub async fn run<H: ServeHost>(
     host: H,
     args: ServeArgs,
@@ -81,9 +82,9 @@ pub async fn run<H: ServeHost>(
     };
     if outcome.is_ok() {
         for disk in disks.list().0 {
-            console.out(&format!("export '{}': {}", disk.name, tell_stats(&disk.stats)));
+            console.out(&format!("export '{}': {}", disk.name, stats_summary(&disk.stats)));
         }
-        console.out(&tell_memory(&memory));
+        console.out(&memory_summary(&memory));
     }
     let mut status = 0;
     if let Err(text) = outcome {
@@ -92,7 +93,7 @@ pub async fn run<H: ServeHost>(
     }
     for (disk, error) in disks.close_all().await {
         console.err(&format!(
-            "tapdisk: failed to close {}: {error}; what was written since the last flush may be lost",
+            "tapdisk: failed to close {}: {error}; data written since the last flush may be lost",
             disk.about
         ));
         status = 1;
@@ -101,7 +102,7 @@ pub async fn run<H: ServeHost>(
 }
 
 impl ServeArgs {
-    /// Opens all disks and puts them in the list; they are exported as this returns.
+    /// Opens all disks, puts them in the list, and returns their exports.
     async fn open<H: ServeHost>(
         &self,
         host: &H,
@@ -118,7 +119,7 @@ impl ServeArgs {
                 None if self.disks.len() == 1 => String::new(),
                 None => return Err(format!("serve {}: several disks need names: NAME=SPEC", disk.spec)),
             };
-            says_its_format(&disk.spec)?;
+            require_format(&disk.spec)?;
             let mut place = disks.reserve(&name).map_err(|e| e.to_string())?;
             let (spec, description) = (&disk.spec, disk.spec.to_string());
             let disk = open_disk(host, Formats::shipped(), VbdId(id), spec, &options).await;
@@ -135,7 +136,8 @@ impl ServeArgs {
         let mut listeners = host.inherited();
         if listeners.is_empty() && self.nbd.is_empty() {
             return Err(
-                "serve: there is no address; say where with --nbd unix:PATH or --nbd HOST:PORT".into()
+                "serve: there is no address to listen at; give one with --nbd unix:PATH or --nbd HOST:PORT"
+                    .into(),
             );
         }
         for address in &self.nbd {
@@ -160,11 +162,11 @@ impl ServeArgs {
         let limits = ServerLimits { connections: usize::from(self.connections), ..tuning.server };
         let server = Server::new(host.clone(), exports, limits, memory);
         let server = server.map_err(|e| e.to_string())?;
-        // Registered before there is a socket: a process that sees it may send a signal.
+        // Registered before the socket exists: a process that sees the socket may send a signal.
         let stopped = host.asked_to_stop();
         let listeners = self.listen(host).await?;
         for disk in disks.list().0 {
-            console.out(&format!("export '{}': {}", disk.name, tell_disk(&disk)));
+            console.out(&format!("export '{}': {}", disk.name, disk_summary(&disk)));
         }
         host.mark(Mark::ExportsServed);
         let mut accepting = Vec::new();

@@ -1,10 +1,10 @@
-//! How disks are named.
+//! Names of disks.
 //!
 //! ```text
-//!   FORMAT:PATH                 a file, or a block device, as this format
-//!   PATH                        a file whose format is found out, where the command allows that
+//!   FORMAT:PATH                 a file or block device, in this format
+//!   PATH                        a file whose format is probed, if the command allows that
 //!   nbd:ADDRESS                 the default export of an NBD server: nbd:unix:/run/x.sock, nbd:host:10809
-//!   nbd://HOST[:PORT]/EXPORT    as the NBD project writes it
+//!   nbd://HOST[:PORT]/EXPORT    the syntax of the NBD project
 //!   nbd+unix:///EXPORT?socket=PATH
 //! ```
 
@@ -23,7 +23,7 @@ pub enum DiskSpec {
     Image(ImageSpec),
     /// An export of an NBD server.
     Nbd {
-        /// Where the server is.
+        /// The address of the server.
         address: SocketAddress,
         /// The name of the export; the default one has an empty name.
         export: String,
@@ -65,7 +65,7 @@ fn unknown_format(name: &str, text: &str) -> String {
     )
 }
 
-/// What stands in front of a colon and is meant as a format, not as a part of a path.
+/// Whether text before a colon is meant as a format, not as a part of a path.
 fn is_scheme(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'+' || b == b'-')
 }
@@ -88,9 +88,9 @@ fn nbd_unix(text: &str, rest: &str) -> Result<DiskSpec, String> {
     Ok(DiskSpec::Nbd { address, export: decoded(export.trim_start_matches('/'))? })
 }
 
-/// Percent signs of URIs.
+/// Decodes the percent encoding of URIs.
 fn decoded(text: &str) -> Result<String, String> {
-    let bad = || format!("'{text}' is not encoded as URIs are: a percent sign needs two hexadecimal digits");
+    let bad = || format!("'{text}' is not a valid URI part: a percent sign needs two hexadecimal digits");
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let Some((first, tail)) = rest.split_first() {
@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn every_format_names_images() {
+    fn every_format_is_a_prefix_of_image_names() {
         for format in SHIPPED {
             for name in [format.name()].iter().chain(format.info().aliases) {
                 let spec: DiskSpec = format!("{name}:/a").parse().unwrap();
@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn disks_have_names() {
+    fn names_of_disks_are_parsed() {
         let unix = |export: &str| DiskSpec::Nbd {
             address: SocketAddress::Unix("/run/x y".into()),
             export: export.into(),

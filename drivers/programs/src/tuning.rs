@@ -1,11 +1,10 @@
-//! What the command line of a program does not say: bounds of its parts, and what whoever embeds it puts between them.
+//! Settings that are not on the command line: limits of a program's parts, and layers between them.
 //!
 //! ```text
 //!   ring, NBD ──► [over_disk] ──► Disk ──► [over_image] ──► image
 //! ```
 //!
-//! The mains pass the default, which is what ships. What an operator may want to set is an option of the command line
-//! instead.
+//! The mains use the default. Settings for operators are options of the command line instead.
 
 use crate::spec::DiskSpec;
 use std::fmt;
@@ -16,25 +15,25 @@ use tap_images::OpenOptions;
 use tap_nbd::ServerLimits;
 use tap_xenbus::RingLimits;
 
-/// Returns what stands in place of the given node of the disk called so.
+/// Returns the replacement of the given node of the given disk.
 pub type Layer = Rc<dyn Fn(&DiskSpec, Rc<dyn Node>) -> Rc<dyn Node>>;
 
-/// How the parts of a program are bounded, and what is put between them.
+/// Limits of the parts of a program, and layers between them.
 #[derive(Clone)]
 pub struct Tuning {
-    /// Bounds of the scheduler of each disk.
+    /// Limits of the scheduler of each disk.
     pub scheduler: SchedulerLimits,
-    /// Memory for the tables of one image that are kept, in bytes.
+    /// Memory for the cached tables of one image, in bytes.
     pub table_bytes: usize,
-    /// Bounds of the ring of each guest.
+    /// Limits of the ring of each guest.
     pub ring: RingLimits,
-    /// Bounds of the NBD server; the number of connections is an option of the command line.
+    /// Limits of the NBD server; the number of connections is an option of the command line.
     pub server: ServerLimits,
-    /// The memory of the process, in place of one of the size that the command line says.
+    /// The memory of the process, instead of the size from the command line.
     pub memory: Option<Budget>,
-    /// Put over each image that is opened, below its scheduler.
+    /// Added over each opened image, below its scheduler.
     pub over_image: Option<Layer>,
-    /// Put over each disk that is served.
+    /// Added over each served disk.
     pub over_disk: Option<Layer>,
 }
 

@@ -1,4 +1,4 @@
-//! Command lines that cannot be parsed, in one line.
+//! Reports command lines that cannot be parsed, in one line.
 //!
 //! ```text
 //!   error: the following required arguments were not provided:      tap-img: the following required arguments
@@ -13,11 +13,10 @@ use clap::error::ErrorKind;
 use std::ffi::OsString;
 use std::io;
 
-/// Parses the command line of `program`. Help and version are printed as clap prints them; anything else that is no
-/// command line is one line on `console`.
+/// Parses the command line of `program`. Help and version are printed by clap; any error is one line on `console`.
 ///
 /// # Errors
-/// The exit status: 0 after help and version, `unusable` where the command line cannot be parsed.
+/// The exit status: 0 after help and version, `unusable` if the command line cannot be parsed.
 pub fn parse<C: Parser>(
     program: &str,
     args: impl IntoIterator<Item = OsString>,
@@ -39,7 +38,7 @@ pub fn parse<C: Parser>(
     })
 }
 
-/// The first paragraph of clap's message: what follows is a usage and tips, which `--help` has as well.
+/// The first paragraph of clap's message: the rest is usage and tips, which `--help` has as well.
 fn one_line(program: &str, error: &clap::Error) -> String {
     let text = error.to_string();
     let what = if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
@@ -63,7 +62,7 @@ mod tests {
     }
 
     #[test]
-    fn each_error_is_one_line_that_names_what_is_wrong() {
+    fn each_error_is_one_line_with_the_cause() {
         let formats: Vec<&str> = tap_images::SHIPPED.iter().map(|format| format.name()).collect();
         let formats = formats.join(", ");
         let no_format = format!("invalid value 'vhd' for '--format <FORMAT>' [possible values: {formats}]");

@@ -1,4 +1,4 @@
-//! Disks as a guest names them, and their numbers in xenstore.
+//! Guests' names of disks, and their numbers in xenstore.
 //!
 //! ```text
 //!   xvd, disk < 16, partition < 16    202 << 8 | disk << 4 | partition
@@ -8,7 +8,7 @@
 //!   hd, disks 2, 3                     22 << 8 | (disk - 2) << 6 | partition
 //! ```
 //!
-//! Written as Xen's tools take them: `xvda1`, `sda`, `hdc2`, `d0p1` (of the kind of xvd), or the number itself.
+//! The syntax of Xen's tools: `xvda1`, `sda`, `hdc2`, `d0p1` (of the kind of xvd), or the number itself.
 //!
 //! Specification: xen-vbd-interface(7).
 
@@ -17,7 +17,7 @@ use tap_host::VbdId;
 /// Disks of the kind of xvd have numbers below this.
 const DISKS: u32 = 1 << 20;
 
-/// The number of the disk that `name` names.
+/// The number of the disk `name`.
 ///
 /// # Errors
 /// A sentence.
@@ -35,11 +35,13 @@ pub fn parse(name: &str) -> Result<VbdId, String> {
         name.strip_prefix('d').and_then(numbered).and_then(|(disk, partition)| xvd(disk, partition))
     };
     number.map(VbdId).ok_or_else(|| {
-        format!("'{name}' is no disk of a guest: there are xvda, xvda1, sda, hda, d0p1, or the number, 51712")
+        format!(
+            "'{name}' is not a guest's disk; write xvda, xvda1, sda, hda, d0p1, or a number such as 51712"
+        )
     })
 }
 
-/// The name of a disk's number; the number itself where it has no name.
+/// The name of a disk's number; the number itself if it has none.
 pub fn show(vbd: VbdId) -> String {
     let number = vbd.0;
     let (kind, disk, partition) = match number >> 8 {
@@ -59,7 +61,7 @@ pub fn show(vbd: VbdId) -> String {
     }
     let partition = if partition == 0 { String::new() } else { partition.to_string() };
     let text = format!("{kind}{name}{partition}");
-    // Numbers that no name has.
+    // Some numbers have no name.
     if parse(&text) == Ok(vbd) { text } else { number.to_string() }
 }
 
@@ -105,7 +107,7 @@ fn numbered(text: &str) -> Option<(u32, u32)> {
     Some((disk.parse().ok().filter(|_| digits)?, partition_of(partition)?))
 }
 
-/// The whole disk has none.
+/// A partition number; empty text is the whole disk, 0.
 fn partition_of(text: &str) -> Option<u32> {
     if text.is_empty() {
         return Some(0);
@@ -119,7 +121,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_and_numbers() {
+    fn names_and_numbers_convert_both_ways() {
         for (name, number) in [
             ("xvda", 51712),
             ("xvda1", 51713),
@@ -149,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_disk() {
+    fn other_names_are_refused() {
         for bad in [
             "",
             "xvd",

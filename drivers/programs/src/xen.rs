@@ -7,9 +7,11 @@
 //! ```
 //!
 //! At SIGTERM the guests' requests in flight are answered, the images are closed, and the vbds stay as they are: the
-//! next `tapdisk xen` takes them up, and the guests notice a pause. The same holds after a crash.
+//! next `tapdisk xen` takes them over, and the guests only notice a pause. The same holds after a crash.
 
-use crate::disk::{DiskOptions, ImageArgs, open_disk, says_its_format, tell_disk, tell_memory, tell_stats};
+use crate::disk::{
+    DiskOptions, ImageArgs, disk_summary, memory_summary, open_disk, require_format, stats_summary,
+};
 use crate::serve::ServeHost;
 use crate::spec::DiskSpec;
 use crate::vdev;
@@ -29,29 +31,29 @@ use tap_xenbus::{
 };
 
 /// How long to wait for an image that is in use, in nanoseconds. A guest that reboots gets a new vbd while the image of
-/// the old one is being closed, which may take as long as its drive is slow; xl waits for ten seconds.
+/// the old one is being closed, which a slow drive may delay; xl waits for ten seconds.
 const IN_USE_PATIENCE_NS: u64 = 8_000_000_000;
 
-/// How the names of in-flight records begin.
+/// Prefix of the names of in-flight records.
 const RECORDS: &str = "ring";
 
-/// What serving guests asks of a host.
+/// The parts of a host that serving guests uses.
 pub trait GuestHost: ServeHost + XenHost {}
 impl<T: ServeHost + XenHost> GuestHost for T {}
 
 /// The command line of `tapdisk xen`.
 #[derive(Args, Clone, Debug)]
 pub struct XenArgs {
-    /// Serve every vbd whose script is ours, as they come and go, instead of those named here
+    /// Serve all vbds with our script, as they come and go, instead of those named here
     #[arg(long, conflicts_with = "disks")]
     watch: bool,
     /// With --watch: the file name of the script that marks our vbds
     #[arg(long, value_name = "NAME", default_value = "block-tapdisk", conflicts_with = "disks")]
     script: String,
-    /// The folder of the back ends in xenstore
+    /// Folder of the back ends in xenstore
     #[arg(long = "type", value_name = "TYPE", default_value = "vbd", value_parser = parse_type)]
     kind: String,
-    /// Where the records of requests in flight are, for a tapdisk that follows this one; on a tmpfs
+    /// Folder for the records of requests in flight, for the next tapdisk; on a tmpfs
     #[arg(long, value_name = "FOLDER", default_value = "/run/tapdisk")]
     pub run_dir: PathBuf,
     #[command(flatten)]
@@ -66,7 +68,7 @@ fn parse_type(text: &str) -> Result<String, String> {
     if plain { Ok(text.to_owned()) } else { Err("a type is one name, like vbd".to_owned()) }
 }
 
-/// A guest's disk and what is behind it.
+/// A guest's disk and its image or export.
 #[derive(Clone, PartialEq, Eq, Debug)]
 struct GuestDisk {
     dom: DomId,
@@ -80,34 +82,35 @@ impl FromStr for GuestDisk {
     fn from_str(text: &str) -> Result<Self, String> {
         let parts = text.split_once('=').and_then(|(vbd, spec)| Some((vbd.split_once('/')?, spec)));
         let Some(((dom, vdev), spec)) = parts else {
-            return Err("it is written DOMAIN/VDEV=SPEC, like 3/xvda=raw:/images/a.img".to_owned());
+            return Err("write DOMAIN/VDEV=SPEC, like 3/xvda=raw:/images/a.img".to_owned());
         };
-        let dom = dom.parse().map_err(|_| format!("'{dom}' is no domain id; `xl domid NAME` tells it"))?;
+        let dom =
+            dom.parse().map_err(|_| format!("'{dom}' is not a domain id; `xl domid NAME` prints it"))?;
         let disk = Self { dom: DomId(dom), vbd: vdev::parse(vdev)?, spec: spec.parse()? };
-        says_its_format(&disk.spec).map_err(|why| format!("failed to {why}"))?;
+        require_format(&disk.spec).map_err(|why| format!("failed to {why}"))?;
         Ok(disk)
     }
 }
 
-/// The place in the list of the disk of one vbd, once it was opened.
+/// The entry of one vbd's disk in the list, once it is open.
 type Place<H> = RefCell<Option<Listed<H>>>;
 
-/// What all disks of a process share.
+/// State that all disks of a process share.
 struct Shared<H> {
     host: H,
     args: XenArgs,
     tuning: Tuning,
     console: Rc<dyn Console>,
     leave: Rc<wait::Event>,
-    /// Of all disks together.
+    /// For all disks together.
     memory: Budget,
-    /// Those that are open, by guest and vbd.
+    /// The open disks, by guest and vbd.
     disks: Disks<H>,
     /// Whether anything failed.
     failed: Cell<bool>,
 }
 
-/// Runs `tapdisk xen` until every disk is closed or it is asked to stop, and gives its exit status.
+/// Runs `tapdisk xen` until every disk is closed or it is asked to stop, and returns its exit status.
 pub async fn run<H: GuestHost>(
     host: H,
     args: XenArgs,
@@ -128,7 +131,7 @@ pub async fn run<H: GuestHost>(
     if let Err(why) = outcome {
         shared.fail(&why);
     }
-    shared.console.out(&tell_memory(&shared.memory));
+    shared.console.out(&memory_summary(&shared.memory));
     u8::from(shared.failed.get())
 }
 
@@ -144,11 +147,11 @@ impl<H: GuestHost> Shared<H> {
             Ok(value) => {
                 std::str::from_utf8(&value).ok().and_then(|id| id.trim_end_matches('\0').parse().ok())
             }
-            // A dom0 that nobody told.
+            // A dom0 without the key.
             Err(Errno::ENOENT) => Some(0_u16),
             Err(error) => return Err(format!("read our domain id from xenstore: {error}")),
         };
-        let own = own.ok_or("read our domain id from xenstore: it is no number")?;
+        let own = own.ok_or("read our domain id from xenstore: it is not a number")?;
         Ok(format!("/local/domain/{own}/backend/{}", self.args.kind))
     }
 
@@ -162,7 +165,7 @@ impl<H: GuestHost> Shared<H> {
         }
     }
 
-    /// Serves what is named on the command line, as much of it as can be served: a guest whose disk is there waits.
+    /// Serves the disks of the command line. If some cannot be served the others still are, since their guests wait.
     async fn serve_all(&self) -> Result<(), String> {
         let root = self.root().await?;
         let serving = self.args.disks.iter().map(|disk| async {
@@ -174,13 +177,13 @@ impl<H: GuestHost> Shared<H> {
             let (host, leave) = (self.host.clone(), Rc::clone(&self.leave));
             let end = Backend::run(host, config.clone(), open, leave).await;
             self.leave_if_deaf(&end);
-            self.tell_end(&config, &place, end);
+            self.report_end(&config, &place, end);
         });
         join_all(serving).await;
         Ok(())
     }
 
-    /// Opens the disk of a vbd that is there, once more if it did not last, and lists it at `place`.
+    /// Opens the disk of an existing vbd, possibly again, and puts its list entry in `place`.
     async fn open(
         &self,
         config: &BackendConfig,
@@ -207,19 +210,19 @@ impl<H: GuestHost> Shared<H> {
         let disk = Rc::new(disk.map_err(|e| e.to_string())?);
         let status = listed.fill(&spec.to_string(), &disk);
         place.replace(Some(listed));
-        self.console.out(&format!("serving {name}: {}", tell_disk(&status)));
+        self.console.out(&format!("serving {name}: {}", disk_summary(&status)));
         Ok(self.tuning.disk(spec, disk.node()))
     }
 
-    /// Says what is wrong with one disk.
-    fn tell(&self, config: &BackendConfig, why: &str) {
+    /// Reports the failure of one disk.
+    fn report_failure(&self, config: &BackendConfig, why: &str) {
         self.console.err(&format!("tapdisk: {}: failed to {why}", name(config)));
     }
 
-    /// Says how the disk ended, and what it has done.
-    fn tell_end(&self, config: &BackendConfig, place: &Place<H>, end: Result<BackendEnd, BackendError>) {
+    /// Reports how the disk ended, and its counters.
+    fn report_end(&self, config: &BackendConfig, place: &Place<H>, end: Result<BackendEnd, BackendError>) {
         if let Some(stats) = place.take().and_then(|listed| listed.stats()) {
-            self.console.out(&format!("{}: {}", name(config), tell_stats(&stats)));
+            self.console.out(&format!("{}: {}", name(config), stats_summary(&stats)));
         }
         let (how, mark) = match end {
             Ok(BackendEnd::Offline) => ("closed", None),
@@ -228,7 +231,7 @@ impl<H: GuestHost> Shared<H> {
             Ok(BackendEnd::Left) => ("left as it is", Some(Mark::VbdLeft)),
             Err(error) => {
                 self.host.mark(Mark::VbdFailed);
-                self.tell(config, &error.to_string());
+                self.report_failure(config, &error.to_string());
                 self.failed.set(true);
                 return;
             }
@@ -237,7 +240,7 @@ impl<H: GuestHost> Shared<H> {
         self.console.out(&format!("{}: {how}", name(config)));
     }
 
-    /// Serves whatever a toolstack gives us.
+    /// Serves all vbds that a toolstack assigns to us.
     async fn watch(self: &Rc<Self>) -> Result<(), String> {
         let filter =
             DeviceFilter { root: self.root().await?, script: self.args.script.clone(), records: RECORDS };
@@ -255,17 +258,17 @@ impl<H: GuestHost> Shared<H> {
         let write = !(device.read_only || self.args.images.read_only);
         let place = Place::default();
         let open = async || self.open(&config, &named(&device.params)?, write, &place).await;
-        // One disk of many is no reason for us to fail.
+        // The failure of one disk of many does not fail the process.
         let tell = |why: &str| {
             self.host.mark(Mark::VbdRefused);
-            self.tell(&config, why);
+            self.report_failure(&config, why);
         };
         let end = lead(&self.host, &config, &self.leave, open, tell).await;
         self.leave_if_deaf(&end);
-        self.tell_end(&config, &place, end);
+        self.report_end(&config, &place, end);
     }
 
-    /// A process that hears no events can serve no disk any more, also none that nobody uses yet: another is to.
+    /// A process that receives no events can no longer serve any disk, even unused ones: it stops, so that another can.
     fn leave_if_deaf(&self, end: &Result<BackendEnd, BackendError>) {
         if end.as_ref().is_err_and(|error| matches!(error.first(), BackendError::Deaf { .. })) {
             self.host.mark(Mark::LeftDeaf);
@@ -274,14 +277,14 @@ impl<H: GuestHost> Shared<H> {
     }
 }
 
-/// The disk that a toolstack names.
+/// Parses the name of a disk from a toolstack.
 fn named(params: &str) -> Result<DiskSpec, String> {
     let spec = params.parse().map_err(|why| format!("read the name of the disk: {why}"))?;
-    says_its_format(&spec)?;
+    require_format(&spec)?;
     Ok(spec)
 }
 
-/// A vbd as people write it.
+/// The name of a vbd in messages.
 fn name(config: &BackendConfig) -> String {
     format!("{}/{}", config.dom.0, vdev::show(config.vbd))
 }
@@ -291,7 +294,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn vbds_and_their_disks() {
+    fn vbds_with_their_disks_are_parsed() {
         let disk = |text: &str| GuestDisk::from_str(text);
         let spec = "raw:/a=b/c".parse().unwrap();
         assert_eq!(disk("3/xvda=raw:/a=b/c"), Ok(GuestDisk { dom: DomId(3), vbd: VbdId(51712), spec }));
@@ -300,8 +303,8 @@ mod tests {
             ("3/xvda", "DOMAIN/VDEV=SPEC"),
             ("web/xvda=raw:/a", "xl domid"),
             ("70000/xvda=raw:/a", "xl domid"),
-            ("3/vda=raw:/a", "no disk of a guest"),
-            ("3/xvda=/a", "say what it is, raw:/a or "),
+            ("3/vda=raw:/a", "not a guest's disk"),
+            ("3/xvda=/a", "name its format, raw:/a or "),
             ("3/xvda=vhd:/a", "not a known format"),
         ] {
             let text = disk(bad).unwrap_err();

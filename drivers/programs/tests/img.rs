@@ -1,4 +1,4 @@
-//! `tap-img` in a simulated host: what it does, prints and answers.
+//! `tap-img` in a simulated host: its effects, output and exit status.
 
 use clap::Parser;
 use kernel_model::faults::FaultPlan;
@@ -10,7 +10,7 @@ use tap_host::{Errno, Files, LockKind, OpenMode};
 use tap_programs::Console;
 use tap_programs::img::{Cli, run};
 
-/// Keeps what is printed.
+/// Records the output.
 #[derive(Default)]
 struct Printed {
     out: RefCell<Vec<String>>,
@@ -47,7 +47,7 @@ impl Machine {
         Self::new(StorageConfig { faults: FaultPlan::default(), ..StorageConfig::default() })
     }
 
-    /// Exit status, and both streams with a line each.
+    /// Exit status, and the lines of both streams.
     fn run(&self, line: &str) -> (u8, String, String) {
         let cli = Cli::try_parse_from(std::iter::once("tap-img").chain(line.split_whitespace()));
         let cli = cli.unwrap_or_else(|e| panic!("{line}: {e}"));
@@ -87,7 +87,7 @@ impl Machine {
 }
 
 #[test]
-fn an_image_is_made_shown_and_checked() {
+fn an_image_is_created_shown_and_checked() {
     let machine = Machine::quiet();
     assert_eq!(machine.ok("create -f qcow /a.qcow 1.5M"), "Formatting '/a.qcow', fmt=qcow size=1572864");
     assert_eq!(
@@ -106,7 +106,7 @@ fn an_image_is_made_shown_and_checked() {
     let check = machine.json("check --output json /b.qcow");
     assert_eq!((&check["check-errors"], &check["total-clusters"]), (&0.into(), &24.into()));
     assert!(machine.ok("check /a.qcow").starts_with("No errors were found on the image.\n0/384 = 0.00%"));
-    // What is there is replaced, and longer bytes do not stay.
+    // An existing file is replaced, even if it is longer.
     machine.put_disk("/c", 1 << 20);
     machine.ok("create -f qcow /c 64k");
     assert_eq!(machine.kernel.storage().bytes("/c").unwrap().len(), 8192);
@@ -115,7 +115,7 @@ fn an_image_is_made_shown_and_checked() {
 }
 
 #[test]
-fn what_is_converted_compares_equal_and_stays_sparse() {
+fn a_converted_image_compares_equal_and_stays_sparse() {
     let machine = Machine::quiet();
     machine.put_disk("/disk", 1_000_448);
     machine.ok("convert -f raw -O qcow /disk /a.qcow");
@@ -126,19 +126,19 @@ fn what_is_converted_compares_equal_and_stays_sparse() {
     assert_eq!((status, out.as_str()), (0, ""));
     assert!(err.ends_with("1000448/1000448"), "{err}");
     assert_eq!(machine.kernel.storage().bytes("/b"), machine.kernel.storage().bytes("/disk"));
-    // Into something that holds other bytes, which zeros must replace.
+    // Into a file with other bytes, which zeros must replace.
     machine.kernel.storage().put_bytes("/old", &[9; 1 << 20]);
     machine.ok("convert -n -O raw /a.qcow /old");
     let old = machine.kernel.storage().bytes("/old").unwrap();
     assert_eq!(old[..1_000_448], machine.kernel.storage().bytes("/disk").unwrap());
-    assert!(old[1_000_448..].iter().all(|b| *b == 9), "behind the end of the source nothing changes");
+    assert!(old[1_000_448..].iter().all(|b| *b == 9), "past the end of the source nothing changes");
     assert_eq!(machine.run("compare /a.qcow raw:/old").0, 1);
     machine.ok("create -f qcow -b disk -F raw /over.qcow");
     assert_eq!(machine.ok("compare --backing raw /over.qcow raw:/disk"), "Images are identical.");
 }
 
 #[test]
-fn differences_and_sizes_are_told() {
+fn differences_in_content_and_size_are_reported() {
     let machine = Machine::quiet();
     let mut bytes = vec![0; 3 << 20];
     machine.kernel.storage().put_bytes("/short", &bytes[..1 << 20]);
@@ -160,7 +160,7 @@ fn differences_and_sizes_are_told() {
 }
 
 #[test]
-fn maps_name_depth_place_and_kind() {
+fn maps_report_depth_offset_and_kind() {
     let machine = Machine::quiet();
     machine.put_disk("/disk", 64 << 10);
     machine.ok("create -f qcow -b disk -F raw /top.qcow 96k");
@@ -180,12 +180,12 @@ fn maps_name_depth_place_and_kind() {
 }
 
 #[test]
-fn maps_read_what_is_below_as_they_are_told_to() {
+fn maps_open_backing_files_as_the_option_says() {
     let machine = Machine::quiet();
     machine.put_disk("/disk", 64 << 10);
     machine.ok("create -f qcow -b disk -F raw /middle.qcow");
     machine.ok("create -f qcow -b middle.qcow /top.qcow");
-    // As raw, the file in the middle has nothing below; its name of a file that is gone is only bytes.
+    // As raw, the file in the middle has no backing file; the name in it is only bytes.
     machine.kernel.storage().put_bytes("/disk", &[]);
     let mut bytes = machine.kernel.storage().bytes("/middle.qcow").unwrap();
     bytes[4..8].copy_from_slice(&3_u32.to_be_bytes());
@@ -193,11 +193,14 @@ fn maps_read_what_is_below_as_they_are_told_to() {
     let human = machine.ok("map --backing raw /top.qcow");
     assert!(human.lines().nth(1).is_some_and(|line| line.ends_with(" /middle.qcow")), "{human}");
     let text = machine.fails("map --backing probe /top.qcow", 1);
-    assert!(text.starts_with("use /middle.qcow below /top.qcow: ") && text.contains("version 3"), "{text}");
+    assert!(
+        text.starts_with("use /middle.qcow as backing file of /top.qcow: ") && text.contains("version 3"),
+        "{text}"
+    );
 }
 
 #[test]
-fn a_map_is_one_array_with_a_run_on_each_line() {
+fn a_json_map_is_one_array_with_a_run_on_each_line() {
     let machine = Machine::quiet();
     machine.put_disk("/disk", 64 << 10);
     machine.ok("convert -O qcow raw:/disk /a.qcow");
@@ -213,7 +216,7 @@ fn a_map_is_one_array_with_a_run_on_each_line() {
 }
 
 #[test]
-fn long_zeros_are_compared_and_converted_whole() {
+fn long_runs_of_zeros_are_compared_and_converted() {
     // More sectors than one request can have, and data at both ends and in between.
     let machine = Machine::quiet();
     machine.ok("create -q -f qcow -o cluster_size=64k /zeros.qcow 3T");
@@ -222,7 +225,7 @@ fn long_zeros_are_compared_and_converted_whole() {
     machine.ok("convert -O qcow -o cluster_size=64k /zeros.qcow /copy.qcow");
     let info = machine.json("info --output json /copy.qcow");
     assert_eq!(info["virtual-size"].as_u64(), Some(3 << 40));
-    // Data of 4 MiB against zeros of 3 TiB, and the other way round.
+    // Data of 4 MiB against zeros of 3 TiB, and the reverse.
     machine.put_disk("/disk", 4 << 20);
     machine.ok("convert -n -O qcow raw:/disk /end.qcow");
     for pair in ["/zeros.qcow /end.qcow", "/end.qcow /zeros.qcow"] {
@@ -237,7 +240,7 @@ fn long_zeros_are_compared_and_converted_whole() {
 }
 
 #[test]
-fn bad_input_gets_one_clear_line() {
+fn bad_input_fails_with_one_clear_line() {
     let machine = Machine::quiet();
     machine.put_disk("/disk", 65536);
     machine.ok("create -q -f qcow /a.qcow 1M");
@@ -253,11 +256,11 @@ fn bad_input_gets_one_clear_line() {
         ("info -f qcow /disk", 1, "does not begin with the magic bytes"),
         ("info -f qcow /cut.qcow", 1, "it has only 40 bytes"),
         ("info vhd:/disk", 1, "not a known format"),
-        ("info -f raw qcow:/a.qcow", 1, "another format than the option says"),
+        ("info -f raw qcow:/a.qcow", 1, "another format than the option"),
         ("info nbd:localhost:1", 1, "needs a file"),
         ("create /new", 1, "size is missing"),
-        ("create -f qcow /new 12x", 1, "'12x' is no size"),
-        ("create -f qcow -o shape=round /new 1M", 1, "no option 'shape'"),
+        ("create -f qcow /new 12x", 1, "'12x' is not a size"),
+        ("create -f qcow -o shape=round /new 1M", 1, "unknown option 'shape'"),
         ("create -f qcow -o cluster_size=3k /new 1M", 1, "not a power of two from 512 to 65536"),
         (
             "create /new 18446744073709551615",
@@ -265,16 +268,16 @@ fn bad_input_gets_one_clear_line() {
             "a disk of 18446744073709551615 bytes is larger than a file can be",
         ),
         ("create -f qcow -b gone /new 1M", 1, "open /gone"),
-        ("info /v3.qcow", 1, "it is of version 3, not 1"),
-        ("convert /v3.qcow /new", 1, "it is of version 3, not 1"),
-        ("create -b disk /new 1M", 1, "it has no backing file; use -f qcow"),
+        ("info /v3.qcow", 1, "it has version 3, not 1"),
+        ("convert /v3.qcow /new", 1, "it has version 3, not 1"),
+        ("create -b disk /new 1M", 1, "the format has no backing files; use -f qcow"),
         ("create -f qcow -b gone /new", 1, "open /gone"),
         ("check /disk", 63, "no metadata"),
         ("check /gone", 1, "open /gone"),
         ("compare /disk /gone", 2, "open /gone"),
         ("convert /disk /gone/x -n", 1, "open /gone/x"),
-        ("convert -n /disk /a.qcow -S 100", 1, "no multiple of 512"),
-        ("convert -n /a.qcow /disk", 1, "it has 65536 bytes, 1048576 are needed"),
+        ("convert -n /disk /a.qcow -S 100", 1, "not a multiple of 512"),
+        ("convert -n /a.qcow /disk", 1, "the target has 65536 bytes, but 1048576 are needed"),
     ] {
         let text = machine.fails(line, status);
         assert!(text.contains(words), "{line}: {text}");
@@ -282,11 +285,11 @@ fn bad_input_gets_one_clear_line() {
     let (status, out, err) = machine.run("check /bad.qcow");
     assert_eq!((status, err.as_str()), (2, ""));
     assert!(out.starts_with("ERROR ") && out.contains("1 errors were found"), "{out}");
-    assert_eq!(machine.json("info --output json raw:/v3.qcow")["format"], "raw", "as it was asked for");
+    assert_eq!(machine.json("info --output json raw:/v3.qcow")["format"], "raw", "the given format");
 }
 
 #[test]
-fn an_image_that_ends_too_early_is_told_without_a_status() {
+fn check_warns_of_a_truncated_image_with_status_0() {
     let machine = Machine::quiet();
     machine.put_disk("/disk", 64 << 10);
     machine.ok("convert -S 0 -O qcow raw:/disk /a.qcow");
@@ -296,12 +299,12 @@ fn an_image_that_ends_too_early_is_told_without_a_status() {
     let (status, out, err) = machine.run("check /a.qcow");
     assert_eq!(status, 0, "{out}");
     assert!(out.starts_with("No errors were found on the image."), "{out}");
-    let words = format!("/a.qcow ends at byte {cut}, and what is mapped reaches to byte {}: ", bytes.len());
+    let words = format!("/a.qcow ends at byte {cut}, but its mappings reach byte {}: ", bytes.len());
     assert!(err.starts_with("tap-img: warning: ") && err.contains(&words) && !err.contains('\n'), "{err}");
 }
 
 #[test]
-fn an_image_in_use_is_left_alone() {
+fn an_image_in_use_is_not_opened() {
     let machine = Machine::quiet();
     machine.ok("create -q -f qcow /a.qcow 1M");
     let guest = machine.kernel.process("tapdisk", 9);
@@ -322,7 +325,7 @@ fn an_image_in_use_is_left_alone() {
 }
 
 #[test]
-fn a_full_disk_is_told_and_the_source_stays() {
+fn a_full_disk_is_reported_and_the_source_unchanged() {
     let failure = NthFailure {
         n: 30,
         times: NthFailure::FOR_GOOD,

@@ -1,4 +1,4 @@
-//! The formats, a folder each.
+//! The formats, one folder each.
 //!
 //! | module | format |
 //! |---|---|
@@ -23,7 +23,7 @@ macro_rules! shipped {
     };
 }
 
-// What no other recognises is raw.
+// A file that no other format recognises is raw.
 shipped![raw, qcow];
 
 impl<H: ImageHost> Formats<H> {
@@ -33,7 +33,7 @@ impl<H: ImageHost> Formats<H> {
     }
 }
 
-/// The format of this crate that is called `name`.
+/// The format of this crate with the name or alias `name`.
 pub fn format_called(name: &str) -> Option<Format> {
     SHIPPED.iter().copied().find(|format| format.is_called(name))
 }

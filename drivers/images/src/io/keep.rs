@@ -1,29 +1,29 @@
-//! Zeros made in place where there is a page cache, when a failure takes accepted writes back.
+//! Zeros made in place below a page cache, where a failure may revert accepted writes.
 //!
 //! ```text
 //!   write v2 ──accepted──┐
-//!   zeros: drop dirty pages ─► no space, no such command, an error ─► told        reads show v1 again
+//!   zeros: drop dirty pages ─► no space, no such command, an error ─► returned    reads show v1 again
 //!   settle: punch a hole ─► else write zeros ─► else give the file up             reads show zeros: allowed
 //! ```
 //!
 //! | file | zeros that keep their space | holes |
 //! |---|---|---|
-//! | ext4 | drops the dirty pages of the whole blocks before it looks for space | drops them before it asks its journal |
-//! | ext4 before 6.14 | the same | safe, but for stable kernels with that change: writes them back first |
+//! | ext4 | drops the dirty pages of whole blocks before it looks for space | drops them before it asks its journal |
+//! | ext4 before 6.14 | the same | safe, except for stable kernels with that change: writes them back first |
 //! | xfs | safe | safe: writes the dirty pages back first |
-//! | a block device | Linux drops the dirty pages before it asks the drive | the same, also where the drive cannot |
+//! | a block device | Linux drops the dirty pages before it asks the drive | the same, even if it cannot |
 //! | any with O_DIRECT | safe: there are no dirty pages | safe |
 //!
-//! v2 is gone then, and v1 must not come back, so the range is made what the failed request may have left: zeros. A
+//! Then v2 is lost, and v1 must not come back, so the range is set to what the failed request may have left: zeros. A
 //! hole takes no space.
 //!
-//! Whether a drive can make holes is known once it was asked, after the pages are gone. So the first question is about
-//! a small part, whose bytes are read before and put back where the drive refuses: then nothing has changed, whatever
-//! the size of the request. It is not asked again. Of ranges that are not whole sectors it is not asked at all.
+//! Whether a drive can make holes is only known after a try, when the pages are already dropped. So the first try is on
+//! a small part, whose bytes are read before and written back if the drive refuses: then nothing has changed, whatever
+//! the size of the request. It is tried once only, and never on ranges that are not whole sectors.
 //!
-//! While a part is settled, synchronisations wait; so a request is cut into parts. One that runs beside a failure may
-//! have missed the pages that were dropped, and what it said of them is void. It is repeated once the part is settled,
-//! so that the zeros, or what was put back, are durable in their place.
+//! While a part is settled, synchronisations wait; so a request is cut into parts. A synchronisation concurrent with a
+//! failure may have missed the dropped pages, and its result is void. It is repeated once the part is settled, so that
+//! the zeros, or the bytes written back, are durable in their place.
 
 use super::{ImageFile, is_transient};
 use crate::ImageHost;
@@ -34,30 +34,30 @@ use std::cell::Cell;
 use tap_core::{Access, Space, Tracker};
 use tap_host::{Bug, Errno, File, FileInfo, IoVec, Mark, Probe, ZeroMode};
 
-/// Repetitions of what settles a part, while the host answers with errors.
+/// Retries of settling a part.
 const REPEATS: u32 = 7;
-/// Most bytes that are made zeros in one operation, once the drive is known to do it: what is settled if it fails,
-/// while synchronisations wait.
-const MOST_AT_ONCE_BYTES: u64 = 64 << 20;
+/// Limit of bytes zeroed in one operation, once the drive is known to support it. If it fails all of them have to be
+/// settled, while synchronisations wait.
+const MAX_AT_ONCE_BYTES: u64 = 64 << 20;
 
-/// The zeros of one file that may cost dirty pages.
+/// State of zeros made in place in one file, where a failure may lose dirty pages.
 #[derive(Default)]
 pub(super) struct KeptZeros {
-    /// What a block device has answered: for holes, and for zeros that keep their space.
+    /// What a block device supports: holes, and zeros that keep their space.
     answers: [Cell<Answer>; 2],
-    /// Orders zeros (shared) and the end of a synchronisation beside them (exclusive).
+    /// Orders zeros (shared) and the end of a concurrent synchronisation (exclusive).
     order: Tracker,
     running: Cell<u32>,
-    /// Failures that may have cost dirty pages, and are settled or given up.
+    /// Failures that may have lost dirty pages, and are settled or given up.
     failures: Cell<u64>,
-    /// Accepted writes are gone and nothing could be put in their place.
+    /// Accepted writes are lost and could not be replaced.
     given_up: Cell<bool>,
 }
 
-/// Whether a block device makes zeros in one way.
+/// Whether a block device supports one way to make zeros.
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
 enum Answer {
-    /// It has not been asked.
+    /// Not tried yet.
     #[default]
     Unknown,
     Yes,
@@ -65,12 +65,12 @@ enum Answer {
 }
 
 impl KeptZeros {
-    /// Whether the file no longer holds what was answered, so that nothing of it may be used.
+    /// Whether the file has lost accepted writes, so that it must not be used.
     pub(super) fn gave_up(&self) -> bool {
         self.given_up.get()
     }
 
-    /// Whether making zeros in place may cost dirty pages of the file when it fails.
+    /// Whether a failure of zeros in place may lose dirty pages of the file.
     pub(super) fn concerns(host: &impl Probe, info: &FileInfo, mode: ZeroMode) -> bool {
         let trusted = !info.block_device && mode == ZeroMode::Unmap && host.bug(Bug::HolesTrusted);
         !info.direct && !trusted
@@ -80,22 +80,22 @@ impl KeptZeros {
         &self.answers[usize::from(mode == ZeroMode::Keep)]
     }
 
-    /// Most bytes to be made zeros in one operation.
-    pub(super) fn most_at_once(&self, host: &impl Probe, info: &FileInfo, mode: ZeroMode) -> u64 {
+    /// Limit of bytes to zero in one operation.
+    pub(super) fn max_at_once(&self, host: &impl Probe, info: &FileInfo, mode: ZeroMode) -> u64 {
         match self.answer(mode).get() {
             _ if !Self::concerns(host, info, mode) => u64::MAX,
             Answer::Unknown if info.block_device => PART_BYTES as u64,
-            _ => MOST_AT_ONCE_BYTES,
+            _ => MAX_AT_ONCE_BYTES,
         }
     }
 
-    /// How many failures there were; to be noted before a synchronisation.
+    /// The number of failures so far; to be read before a synchronisation.
     pub(super) fn failures(&self) -> u64 {
         self.failures.get()
     }
 
-    /// Whether zeros failed since `failures` was noted, or fail among those that run now: what was synchronised
-    /// meanwhile may not be durable.
+    /// Whether zeros have failed since `failures` was read, including those that run now: data synchronised meanwhile
+    /// may not be durable.
     pub(super) async fn failed_since(&self, host: &impl Probe, failures: u64) -> bool {
         if self.running.get() > 0 && !host.bug(Bug::FlushPassesZeros) {
             let ticket = self.order.ticket("synchronisation", 0);
@@ -107,10 +107,10 @@ impl KeptZeros {
 }
 
 impl<H: ImageHost> ImageFile<H> {
-    /// Makes a part of at most [`KeptZeros::most_at_once`] zeros where that may cost dirty pages.
+    /// Zeroes a part of at most [`KeptZeros::max_at_once`] bytes where a failure may lose dirty pages.
     ///
     /// # Errors
-    /// `EOPNOTSUPP` where the file cannot do it, with nothing changed. After others the part reads as zeros, or the
+    /// `EOPNOTSUPP` if the file cannot do it, with nothing changed. After other errors the part reads as zeros, or the
     /// file is given up.
     pub(super) async fn zero_kept(&self, offset: u64, len: u64, mode: ZeroMode) -> Result<(), Errno> {
         let (kept, host) = (&self.kept, &self.host);
@@ -124,7 +124,7 @@ impl<H: ImageHost> ImageFile<H> {
         let _running = Running::new(&kept.running);
         let before = match self.bytes_to_put_back(offset, len, mode).await {
             Ok(before) => before,
-            // What is there cannot be read, so it could not be put back. The drive is asked another time.
+            // The old bytes cannot be read, so they could not be written back. The drive is tried another time.
             Err(error) => return Err(if is_transient(error) { error } else { Errno::EOPNOTSUPP }),
         };
         let result = self.file.zero_at(offset, len, mode).await;
@@ -156,19 +156,19 @@ impl<H: ImageHost> ImageFile<H> {
             host.mark(Mark::FileGivenUp);
             kept.given_up.set(true);
         }
-        // Only now: a synchronisation that began while the part was being settled has missed the end of that.
+        // Counted only now: a synchronisation that began while the part was being settled may have missed the end.
         if !host.bug(Bug::FlushBesideFailedZeros) {
             kept.failures.set(kept.failures.get() + 1);
         }
         match settled {
             Err(_) if refused => Err(Errno::EIO),
-            // What a drive refuses that did it before has been done by writing.
+            // A drive that did it before and refuses now: the zeros were written instead.
             Ok(()) if refused && !restored => Ok(()),
             _ => result,
         }
     }
 
-    /// What a part holds that a block device is asked about for the first time.
+    /// The bytes of the part on which a block device is tried for the first time.
     async fn bytes_to_put_back(&self, offset: u64, len: u64, mode: ZeroMode) -> Result<Option<IoVec>, Errno> {
         if !self.info.block_device || self.kept.answer(mode).get() != Answer::Unknown {
             return Ok(None);
@@ -178,7 +178,7 @@ impl<H: ImageHost> ImageFile<H> {
         result.map(|()| Some(bufs))
     }
 
-    /// Puts the bytes of a part back whose dirty pages may be gone.
+    /// Writes back the bytes of a part whose dirty pages may be lost.
     async fn put_back(&self, offset: u64, mut bufs: IoVec) -> Result<(), Errno> {
         let mut patience = Patience::of(REPEATS);
         loop {
@@ -190,7 +190,7 @@ impl<H: ImageHost> ImageFile<H> {
         }
     }
 
-    /// Zeros in a part whose dirty pages may be gone.
+    /// Zeroes a part whose dirty pages may be lost.
     async fn settle_as_zeros(&self, offset: u64, len: u64) -> Result<(), Errno> {
         let mut patience = Patience::of(REPEATS);
         loop {
@@ -204,7 +204,7 @@ impl<H: ImageHost> ImageFile<H> {
         }
     }
 
-    /// Writes zeros where the part has data: what is a hole of a file reads as zeros, and takes no space.
+    /// Writes zeros where the part has data: a hole in a file already reads as zeros, and takes no space.
     async fn write_zeros_over_data(&self, mut offset: u64, len: u64) -> Result<(), Errno> {
         let end = offset + len;
         while offset < end {
@@ -221,7 +221,7 @@ impl<H: ImageHost> ImageFile<H> {
     }
 }
 
-/// Counts zeros that run.
+/// Counts running zeros.
 struct Running<'a>(&'a Cell<u32>);
 
 impl<'a> Running<'a> {

@@ -10,9 +10,9 @@ use tap_core::{Access, Space};
 use tap_host::{Bug, Errno, File, IoVec, Mark, ZeroMode};
 
 impl<H: ImageHost> ImageFile<H> {
-    /// Makes `len` bytes from `offset` on read as zeros, however that is done. `fast`: refuses with `EOPNOTSUPP`,
-    /// nothing changed, if they would have to be written. What lies behind the end of the file has no space in either
-    /// mode, unless `mode` asks for it.
+    /// Makes `len` bytes from `offset` on read as zeros, in place or by writing. `fast`: fails with `EOPNOTSUPP`,
+    /// without a change, if they would have to be written. Bytes past the end of the file get no space, unless `mode`
+    /// asks for it.
     pub(crate) async fn zero(&self, offset: u64, len: u64, mode: ZeroMode, fast: bool) -> Result<(), Errno> {
         let done = match self.is_whole(offset, len) {
             true => self.zero_in_place(offset, len, mode).await?,
@@ -32,8 +32,8 @@ impl<H: ImageHost> ImageFile<H> {
         Ok(())
     }
 
-    /// Gives back what space of `len` bytes from `offset` on can be given back without writing: that part reads as
-    /// zeros then, the rest as before. Gives whether any of the file can be given back at all.
+    /// Frees as much of `len` bytes from `offset` on as possible without writing: that part then reads as zeros, the
+    /// rest as before. Returns whether the file supports that at all.
     pub(crate) async fn discard(&self, offset: u64, len: u64) -> Result<bool, Errno> {
         let sector = u64::from(self.info.zero_align_bytes);
         let (start, end) = (offset.next_multiple_of(sector), (offset + len) / sector * sector);
@@ -43,13 +43,13 @@ impl<H: ImageHost> ImageFile<H> {
         Ok(self.zero_in_place(start, end - start, ZeroMode::Unmap).await? > 0)
     }
 
-    /// Whether a range is one that can be made zeros without writing them.
+    /// Whether a range is aligned so that it can be zeroed in place.
     pub(crate) fn is_whole(&self, offset: u64, len: u64) -> bool {
         let sector = u64::from(self.info.zero_align_bytes);
         offset.is_multiple_of(sector) && len.is_multiple_of(sector)
     }
 
-    /// Makes a range zeros without writing them; gives how many bytes of it until the file refused.
+    /// Zeroes a range without writing; returns the number of bytes done before the file refused.
     async fn zero_in_place(&self, offset: u64, len: u64, mode: ZeroMode) -> Result<u64, Errno> {
         let mode = match mode {
             ZeroMode::Keep if self.host.bug(Bug::KeptGivenBack) => ZeroMode::Unmap,
@@ -60,15 +60,15 @@ impl<H: ImageHost> ImageFile<H> {
         let edges = !offset.is_multiple_of(align) || !len.is_multiple_of(align);
         let ticket = self.tracker.ticket("zeros in block", offset / align);
         if edges {
-            // Who rewrites a block whole must not bring back what is zeros by now.
+            // A concurrent rewrite of a whole block must not bring back old bytes.
             let blocks = offset / align..(offset + len).div_ceil(align);
             let claimed = ticket.claim(Space::HostBlocks, blocks, Access::Exclusive);
-            claimed.expect("nobody waits for a ticket that is new");
+            claimed.expect("no ticket waits for a new one");
             ticket.ready().await;
         }
         let mut done = 0;
         while done < len {
-            let part = (len - done).min(self.kept.most_at_once(&self.host, &self.info, mode));
+            let part = (len - done).min(self.kept.max_at_once(&self.host, &self.info, mode));
             match self.zero_part(offset + done, part, mode).await {
                 Err(Errno::EOPNOTSUPP) => break,
                 result => result?,
@@ -78,7 +78,7 @@ impl<H: ImageHost> ImageFile<H> {
         Ok(done)
     }
 
-    /// Makes a part zeros, again after transient errors.
+    /// Zeroes a part, with retries after transient errors.
     async fn zero_part(&self, offset: u64, len: u64, mode: ZeroMode) -> Result<(), Errno> {
         let mut patience = Patience::of(self.repeats);
         loop {

@@ -5,9 +5,9 @@ use tap_host::{Share, Stage};
 
 /// Clusters in one part of a [`Bits`].
 const PART: u64 = 4096;
-/// Memory for so many parts is taken at once.
+/// Number of parts for which memory is taken at once.
 const PARTS_AT_ONCE: usize = 16;
-/// What a part takes: its bits, and where to find them.
+/// Memory of a part: its bits, and its entry in the index.
 const PART_BYTES: usize = PART as usize / 8 + 64;
 
 /// Why a bit could not be set.
@@ -19,13 +19,13 @@ pub(super) enum Taken {
 impl Taken {
     pub(super) fn text(&self) -> &'static str {
         match self {
-            Taken::Before => "lies where another cluster lies",
-            Taken::NoRoom => "is one more than there is memory to look at (--memory)",
+            Taken::Before => "overlaps another cluster",
+            Taken::NoRoom => "cannot be checked for lack of memory (--memory)",
         }
     }
 }
 
-/// The set. Memory grows with the parts that have a number.
+/// The set. Memory grows with the number of parts that are not empty.
 pub(super) struct Bits {
     memory: Stage,
     shares: Vec<Share>,
@@ -44,8 +44,8 @@ impl Bits {
         Self { memory: memory.clone(), shares: Vec::new(), parts, words, last: None }
     }
 
-    /// Sets `count` bits from `first` on. Stops at one that was set, or behind which there is no room for more; gives
-    /// how many were set before, and which it was.
+    /// Sets `count` bits from `first` on. Stops at a bit that was already set or has no memory; returns how many were
+    /// set before it, and the reason.
     pub(super) fn set(&mut self, first: u64, count: u64) -> Result<(), (u64, Taken)> {
         let (mut bit, end) = (first, first + count);
         while bit < end {
@@ -65,7 +65,7 @@ impl Bits {
         Ok(())
     }
 
-    /// Where the words of a part are.
+    /// The index of the words of a part.
     fn part(&mut self, part: u64) -> Option<usize> {
         if let Some((last, index)) = self.last
             && last == part

@@ -1,15 +1,15 @@
-//! Writing mappings, several at a time.
+//! Writes mappings, several at a time.
 //!
 //! ```text
 //!   A: entry 3 ─┐
 //!   B: entry 9 ─┼─► the first to get the table's turn writes the sectors that hold 3 … 9:
-//!   C: entry 5 ─┘   what is published, and 3, 5, 9
+//!   C: entry 5 ─┘   the published entries, and 3, 5, 9
 //!                   success: publish them;  failure: none becomes visible
 //! ```
 //!
-//! A write that failed may have reached the file. Its entries are not published but taken back in the file, if that is
-//! still possible. In any case each of the guest's clusters keeps the place in the file that such an entry points to
-//! (see [`super::doubt`]), and what is there is one of the allowed versions.
+//! A failed write may have reached the file. Its entries are not published, and are reverted in the file if that is
+//! possible. In any case each guest cluster keeps the place in the file that such an entry points to (see
+//! [`super::doubt`]), and the data there is one of the allowed versions.
 
 use super::HostOffset;
 use super::Image;
@@ -29,14 +29,14 @@ const SECTOR_ENTRIES: usize = SECTOR_BYTES as usize / 8;
 pub(super) struct Commit {
     /// Indices in the table.
     entries: Range<usize>,
-    /// Where the cluster of the first is.
+    /// The cluster of the first entry.
     host: HostOffset,
     result: Cell<Option<Result<(), Errno>>>,
 }
 
 impl<H: ImageHost, L: Layout> Image<H, L> {
-    /// Maps `entries` of `table` to the clusters from `host` on, in the file and then in memory. Runs in a task
-    /// that is not dropped half way: a write that lands late would undo a later one.
+    /// Maps `entries` of `table` to the clusters from `host` on, in the file and then in memory. Runs in a task that is
+    /// not dropped half way: a write that takes effect late would undo a later one.
     pub(super) async fn commit(
         &self,
         table: &Rc<Table>,
@@ -61,7 +61,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
             false => self.write_entries(table, first..end, &batch).await,
         };
         if result.is_err() {
-            // Back to what everybody is told. If this fails too the entries stay in doubt, which is provided for.
+            // Revert to the published entries. If this fails too, the entries stay in doubt, which `doubt` handles.
             self.write_entries(table, first..end, &[]).await.unwrap_or_default();
         }
         if result.is_ok() || self.host.bug(Bug::FailedL2Cached) {
@@ -83,7 +83,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         }
     }
 
-    /// Writes the sectors of `table` that hold `entries`: what is published, and `batch`.
+    /// Writes the sectors of `table` that hold `entries`: the published ones, and `batch`.
     pub(super) async fn write_entries(
         &self,
         table: &Table,
@@ -103,11 +103,11 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         self.file.write((table.offset + span.start as u64 * 8).0, smallvec![buf]).await.0
     }
 
-    /// Enters the table at `offset` in the root, in the file and then in memory.
+    /// Writes the root entry for the table at `offset`, in the file and then in memory.
     pub(super) async fn write_root(&self, index: usize, offset: HostOffset) -> Result<(), Errno> {
         // Two writes of one sector must not cross.
         let _turn = self.root_turn.acquire().await;
-        // Where the sectors of the file begin depends on where the table does; it need not be at one of them.
+        // The root need not begin at a sector of the file.
         let shift = (self.geometry.root_at.0 % SECTOR_BYTES / 8) as usize;
         let start = ((index + shift) / SECTOR_ENTRIES * SECTOR_ENTRIES).saturating_sub(shift);
         let end = (index + shift + 1).next_multiple_of(SECTOR_ENTRIES) - shift;
@@ -115,7 +115,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         let result = self.write_root_span(span.clone(), Some((index, offset))).await;
         match result {
             Ok(()) => self.root.borrow_mut()[index] = offset,
-            // As for entries of tables.
+            // As for table entries.
             Err(_) => self.write_root_span(span, None).await.unwrap_or_default(),
         }
         result

@@ -1,7 +1,7 @@
-//! Clusters of which nobody knows whether they are mapped.
+//! Clusters that may or may not be mapped.
 //!
-//! A cluster whose mapping was tried and failed may be mapped all the same, as far as the file is concerned. It stays
-//! with its guest cluster, as a suspect, and the next try for that guest cluster uses it; nobody else ever does.
+//! A cluster whose mapping failed may still be mapped in the file. It stays reserved for its guest cluster, as a
+//! suspect: the next try for that guest cluster uses it, and nothing else ever does.
 
 use super::Image;
 use super::layout::Layout;
@@ -11,19 +11,19 @@ use crate::ImageHost;
 use std::collections::BTreeMap;
 use tap_host::{Bug, Errno, Share};
 
-/// Most runs in doubt; allocations are refused where there are so many.
+/// Limit of runs in doubt; at the limit allocations fail.
 const MAX_SUSPECTS: usize = 1 << 16;
-/// What one takes of the memory budget, in bytes.
+/// Memory of one run, in bytes.
 pub(crate) const SUSPECT_BYTES: usize = 64;
-/// Commits that can always have memory to remember their failure.
+/// Commits whose failure can always be remembered.
 pub(crate) const DOUBTS: usize = 1024;
 
 /// Places whose mapping is in doubt.
 #[derive(Default)]
 pub(super) struct Suspects {
-    /// By first guest cluster: how many, and where the first is. Some of a run may be mapped by now.
+    /// By first guest cluster: the count, and the place of the first. Some of a run may be mapped by now.
     runs: BTreeMap<GuestCluster, (u64, HostOffset)>,
-    /// Index in the root to the table's place.
+    /// By index in the root: the place of the table.
     tables: BTreeMap<usize, HostOffset>,
     /// Memory of the runs.
     share: Option<Share>,
@@ -41,23 +41,23 @@ impl Suspects {
         self.runs.range(..=last).next_back().is_some_and(|(at, (count, _))| *at + *count > first)
     }
 
-    /// The place in doubt of the table of entry `index` of the root, which has none.
+    /// The place in doubt for the table of root entry `index`, which is empty.
     pub(super) fn table(&self, index: usize) -> Option<HostOffset> {
         self.tables.get(&index).copied()
     }
 
-    /// From now on the place at `offset` is for table `index` alone.
+    /// Reserves the place at `offset` for table `index`.
     pub(super) fn suspect_table(&mut self, index: usize, offset: HostOffset) {
         self.tables.insert(index, offset);
     }
 
-    /// The entry of table `index` was written.
+    /// Called once the entry of table `index` is written.
     pub(super) fn settle_table(&mut self, index: usize) {
         self.tables.remove(&index);
     }
 
-    /// Guest clusters from `first` to before `end` are mapped. What is in doubt is looked up for those only that are
-    /// not, so a run loses clusters at its ends alone: one more run would need memory.
+    /// Called once the guest clusters from `first` to before `end` are mapped. Mapped clusters are never looked up
+    /// here, so a run only loses clusters at its ends: splitting it would need memory.
     fn settle(&mut self, first: GuestCluster, end: GuestCluster, cluster_bytes: u64) {
         let from = self.runs.range(..first).next_back().map_or(first, |(start, _)| *start);
         let meet: Vec<(GuestCluster, u64, HostOffset)> = self
@@ -78,11 +78,11 @@ impl Suspects {
         }
     }
 
-    /// Gives back what the suspects do not need.
+    /// Releases memory that the suspects do not need.
     fn fit_share(&mut self) {
         let need = self.runs.len() * SUSPECT_BYTES;
         let has = self.share.as_ref().map_or(0, Share::bytes);
-        assert!(has >= need, "{} clusters in doubt are counted with {has} bytes", self.runs.len());
+        assert!(has >= need, "{} runs in doubt hold only {has} bytes", self.runs.len());
         if let Some(share) = &mut self.share {
             drop(share.split(has - need));
         }
@@ -90,9 +90,9 @@ impl Suspects {
 }
 
 impl<H: ImageHost, L: Layout> Image<H, L> {
-    /// Where `clusters` contiguous new clusters begin, within reach: a crash may take the size of the file back
-    /// to what it was at open, and what lies further from it than any disk needs is then taken for damage. So a medium
-    /// that fails again and again has a disk without space, until the image is opened again.
+    /// Allocates `clusters` contiguous new clusters, within reach: a crash may revert the size of the file to that at
+    /// open, and references further past it than any disk needs are then taken for damage. So a medium that keeps
+    /// failing makes the disk run out of space until the image is opened again.
     pub(super) fn allocate(&self, clusters: u64) -> Result<HostOffset, Errno> {
         let mut space = self.space.borrow_mut();
         let len = clusters.checked_mul(self.geometry.cluster_bytes()).ok_or(Errno::ENOSPC)?;
@@ -107,10 +107,11 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         Ok(host)
     }
 
-    /// Memory to remember a run with, should its mapping fail. Waits for commits in flight, not for what is in doubt.
+    /// Memory to remember a run in case its mapping fails. Waits for commits in flight, but not for runs in doubt to be
+    /// settled.
     ///
     /// # Errors
-    /// `ENOMEM` where too much is in doubt already.
+    /// `ENOMEM` if too much is in doubt already.
     pub(super) async fn doubt(&self) -> Result<Share, Errno> {
         let (stage, many) = (&self.memory.doubts, self.suspects.borrow().runs.len());
         let share = match many {
@@ -121,7 +122,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         share.ok_or(Errno::ENOMEM)
     }
 
-    /// Leaves `count` places from `host` on to the guest clusters from `first` on, whose mapping was tried and failed.
+    /// Reserves `count` places from `host` on for the guest clusters from `first` on, whose mapping failed.
     pub(super) fn suspect(&self, first: GuestCluster, count: usize, host: HostOffset, doubt: Share) {
         if self.host.bug(Bug::FailedClusterReused) {
             let mut space = self.space.borrow_mut();
@@ -137,7 +138,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         suspects.fit_share();
     }
 
-    /// The guest clusters from `first` on are mapped.
+    /// Called once `count` guest clusters from `first` on are mapped.
     pub(super) fn settled(&self, first: GuestCluster, count: usize) {
         let mut suspects = self.suspects.borrow_mut();
         suspects.settle(first, first + count as u64, self.geometry.cluster_bytes());

@@ -1,4 +1,4 @@
-//! What a range is like.
+//! Extents of a range.
 
 use super::Image;
 use super::layout::{Layout, Mapping};
@@ -9,47 +9,47 @@ use tap_core::{Extent, Source};
 use tap_host::{Bug, Errno, SECTOR_BYTES, SectorRange};
 
 impl<H: ImageHost, L: Layout> Image<H, L> {
-    /// What the table says of the byte at `at`.
+    /// The mapping of the byte at `at`.
     pub(super) fn mapping_at(&self, table: Option<&Table>, at: GuestOffset) -> Result<Mapping, Errno> {
         let index = self.split(self.cluster(at)).1;
         match table.map_or(Mapping::Unmapped, |t| t.mapping::<L>(index, &self.geometry)) {
-            // An image that was not opened for writing was not looked through.
+            // Opening for reading does not check the references.
             Mapping::Plain(host) if host > self.reach => Err(Errno::EIO),
             mapping => Ok(mapping),
         }
     }
 
-    /// Calls `look` with each part of a cluster in `len` bytes from `start` on: first byte and length.
+    /// Calls `visit` with each part of a cluster in `len` bytes from `start` on: first byte and length.
     fn each_cluster(
         &self,
         start: GuestOffset,
         len: u64,
-        mut look: impl FnMut(GuestOffset, u64) -> Result<(), Errno>,
+        mut visit: impl FnMut(GuestOffset, u64) -> Result<(), Errno>,
     ) -> Result<(), Errno> {
         let (mut at, end, cluster_bytes) = (start, start + len, self.geometry.cluster_bytes());
         while at < end {
             let len = (cluster_bytes - at.0 % cluster_bytes).min(end - at);
-            look(at, len)?;
+            visit(at, len)?;
             at += len;
         }
         Ok(())
     }
 
-    /// What `range` is like, from its start on.
-    pub(super) async fn extents(&self, range: SectorRange, most: usize) -> Result<Vec<Extent>, Errno> {
+    /// The first `max` extents of `range`.
+    pub(super) async fn extents(&self, range: SectorRange, max: usize) -> Result<Vec<Extent>, Errno> {
         let mut out: Vec<Extent> = Vec::new();
         for (index, start, len) in self.by_table(GuestOffset(range.start.0 * SECTOR_BYTES), range.len_bytes())
         {
             let table = self.table(index).await?;
             let (mut at, end) = (start, start + len as u64);
             while at < end {
-                if out.len() >= most {
+                if out.len() >= max {
                     return Ok(out);
                 }
                 let len = self.mapped_alike(table.as_deref(), at, end)?;
                 match self.mapping_at(table.as_deref(), at)? {
-                    // Ends early only when there is no room for more, which ends all of it.
-                    Mapping::Unmapped => self.extents_below(at, len, most, &mut out).await?,
+                    // Ends early only when `out` is full, which also ends the loop.
+                    Mapping::Unmapped => self.extents_below(at, len, max, &mut out).await?,
                     Mapping::Plain(host) => {
                         let offset = Some(host + at.0 % self.geometry.cluster_bytes());
                         out.push(self.own(len, offset, false));
@@ -62,13 +62,13 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         Ok(out)
     }
 
-    /// How many bytes from `at` on, before `end`, are mapped in the same way and without a jump.
+    /// The number of bytes from `at` on, before `end`, that are mapped in the same way and contiguously.
     fn mapped_alike(&self, table: Option<&Table>, at: GuestOffset, end: GuestOffset) -> Result<u64, Errno> {
         let cluster_bytes = self.geometry.cluster_bytes();
         let (mut last, mut len) = (None, 0);
         let done = self.each_cluster(at, end - at, |at, part| {
             let mapping = self.mapping_at(table, at)?;
-            let goes_on = match (last.replace(mapping), mapping) {
+            let continues = match (last.replace(mapping), mapping) {
                 (None, _)
                 | (Some(Mapping::Unmapped), Mapping::Unmapped)
                 | (Some(Mapping::Compressed(_)), Mapping::Compressed(_)) => true,
@@ -77,8 +77,8 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
                 }
                 _ => false,
             };
-            len += if goes_on { part } else { 0 };
-            if goes_on { Ok(()) } else { Err(Errno::EINTR) }
+            len += if continues { part } else { 0 };
+            if continues { Ok(()) } else { Err(Errno::EINTR) }
         });
         match done {
             Err(Errno::EINTR) | Ok(()) => Ok(len),
@@ -86,12 +86,12 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         }
     }
 
-    /// What is seen through `len` unmapped bytes from `start` on.
+    /// The extents below `len` unmapped bytes from `start` on.
     async fn extents_below(
         &self,
         start: GuestOffset,
         len: u64,
-        most: usize,
+        max: usize,
         out: &mut Vec<Extent>,
     ) -> Result<(), Errno> {
         let mut below = self.backing_bytes.saturating_sub(start.0).min(len) / SECTOR_BYTES;
@@ -99,24 +99,24 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         let mut at = start.0 / SECTOR_BYTES;
         if let Some(backing) = &self.backing {
             while below > 0 {
-                if out.len() >= most {
+                if out.len() >= max {
                     return Ok(());
                 }
                 let range = SectorRange::new(at, below.min(u64::from(u32::MAX)) as u32);
-                for extent in backing.extents(range, most - out.len()).await? {
+                for extent in backing.extents(range, max - out.len()).await? {
                     at += extent.count;
                     below -= extent.count;
                     out.push(extent);
                 }
             }
         }
-        if nothing > 0 && out.len() < most {
+        if nothing > 0 && out.len() < max {
             out.push(Extent { count: nothing, source: Source::Nothing, zero: true, allocated: false });
         }
         Ok(())
     }
 
-    /// So many bytes of this image.
+    /// An extent of this image.
     fn own(&self, len_bytes: u64, offset: Option<HostOffset>, compressed: bool) -> Extent {
         let (name, offset) = (Some(self.file.name.clone()), offset.map(|offset| offset.0));
         let source = Source::Node { name, offset, compressed };

@@ -1,4 +1,4 @@
-//! Compressed clusters: raw deflate that gives one whole cluster.
+//! Compressed clusters: raw deflate of one whole cluster each.
 
 use super::Image;
 use super::layout::{Compressed, Layout};
@@ -8,7 +8,7 @@ use smallvec::smallvec;
 use std::rc::Rc;
 use tap_host::{Errno, Mark};
 
-/// Keeps the last cluster, as guests read one cluster in several requests, and the state of the decoder, which is
+/// Caches the last cluster, since guests read one cluster in several requests, and the state of the decoder, which is
 /// large.
 #[derive(Default)]
 pub(super) struct Inflater {
@@ -26,9 +26,9 @@ impl Inflater {
     }
 }
 
-/// Why a compressed cluster has no content.
+/// Why a compressed cluster cannot be read.
 pub(crate) enum Unreadable {
-    /// What is stored is not a whole cluster.
+    /// The stored bytes are not a whole cluster.
     Damaged,
     /// It could not be read.
     Failed(Errno),
@@ -43,8 +43,8 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         })
     }
 
-    /// As [`Image::inflate`]; tells damage from errors. Where no scheduler repeats what failed for now, it is read
-    /// `patiently`.
+    /// As [`Image::inflate`], but tells damage from errors. `patiently` retries transient errors, for callers without a
+    /// scheduler.
     pub(crate) async fn inflate_or_why(
         &self,
         run: Compressed,

@@ -1,8 +1,8 @@
-//! What a format says of its tables.
+//! The tables of a format.
 
 use super::{Allocator, HostOffset};
 
-/// Where things are in an image of two levels of tables.
+/// The sizes and places in an image with two levels of tables.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Geometry {
     /// Size of the disk in bytes.
@@ -11,12 +11,12 @@ pub struct Geometry {
     pub cluster_bits: u32,
     /// Tables have 2^n entries.
     pub table_bits: u32,
-    /// Where the root is in the file. Where all tables are at fixed places there is none in the file, and nothing is
-    /// written there.
+    /// Offset of the root in the file. A format with all tables at fixed places has no root in the file, and writes
+    /// nothing there.
     pub root_at: HostOffset,
 }
 
-/// Bytes of an entry of a table, and of the root.
+/// Bytes of an entry of a table or the root.
 pub(crate) const ENTRY_BYTES: u64 = 8;
 
 impl Geometry {
@@ -36,11 +36,11 @@ impl Geometry {
     pub fn table_span(&self) -> u64 {
         1 << (self.cluster_bits + self.table_bits)
     }
-    /// Entries of the root: how many tables there can be.
+    /// Entries of the root, one for each possible table.
     pub fn root_entries(&self) -> u64 {
         self.size_bytes.div_ceil(self.table_span())
     }
-    /// Where the root ends in the file.
+    /// The end of the root in the file.
     pub fn root_end(&self) -> HostOffset {
         self.root_at + self.root_entries() * ENTRY_BYTES
     }
@@ -49,8 +49,8 @@ impl Geometry {
         self.size_bytes.div_ceil(self.cluster_bytes())
     }
 
-    /// Above every byte that an image can use, when `file_bytes` of its file are used or lost: no crash leaves a
-    /// reference further out.
+    /// An upper bound of every byte that an image can use when `file_bytes` of its file are used or lost: no crash
+    /// leaves a reference past it.
     pub(super) fn reach(&self, file_bytes: u64) -> HostOffset {
         let tables = self.root_entries() * self.table_bytes().next_multiple_of(self.cluster_bytes());
         let all = self.clusters() * self.cluster_bytes() + tables + (1 << 20);
@@ -58,34 +58,34 @@ impl Geometry {
     }
 }
 
-/// What an entry of a table says.
+/// The meaning of a table entry.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Mapping {
-    /// Nothing: the backing file shows, or zeros.
+    /// Not mapped: reads as the backing file, or zeros.
     Unmapped,
-    /// Where the cluster is in the file.
+    /// Mapped to this cluster of the file.
     Plain(HostOffset),
-    /// It is held compressed.
+    /// Stored compressed.
     Compressed(Compressed),
 }
 
 /// A run of compressed bytes: raw deflate of one cluster.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Compressed {
-    /// Where they begin in the file.
+    /// Offset in the file.
     pub offset: HostOffset,
     /// Length in bytes.
     pub len: u64,
 }
 
-/// The tables of a format. Entries are numbers of 64 bits, big endian in the file; 0 says that nothing is mapped.
+/// The tables of a format. Entries are numbers of 64 bits, big endian in the file; 0 is unmapped.
 pub trait Layout: 'static {
-    /// What a table is called in messages.
+    /// The name of a table in messages.
     const TABLE: &'static str;
-    /// Where new clusters go.
+    /// Places new clusters.
     type Allocator: Allocator;
 
-    /// What an entry of a table says.
+    /// Decodes a table entry.
     fn mapping(entry: u64, geometry: &Geometry) -> Mapping;
 
     /// The entry that maps a whole cluster to the one at `host` in the file.
@@ -108,9 +108,9 @@ pub(super) fn encode_entries(bytes: &mut [u8], numbers: impl IntoIterator<Item =
 mod tests {
     use super::*;
 
-    /// Tables take whole clusters, as everything else does.
+    /// Tables take whole clusters, like everything else.
     #[test]
-    fn a_disk_that_is_full_lies_within_reach() {
+    fn a_full_disk_is_within_reach() {
         for (cluster_bits, table_bits) in [(16, 6), (9, 13), (12, 9)] {
             let geometry =
                 Geometry { size_bytes: 4 << 30, cluster_bits, table_bits, root_at: HostOffset(4096) };

@@ -1,37 +1,37 @@
-//! The map engine: disks that are mapped to a file cluster by cluster, through tables that a root names.
+//! The map engine: maps a disk to a file cluster by cluster, through a root and tables.
 //!
 //! ```text
 //!   byte of the disk ─► index in the root ─► table ─► entry ─► cluster of the file
 //!
 //!   read   mapped ─► file       compressed ─► inflate      unmapped ─► backing file, or zeros
 //!   write  mapped ─► in place
-//!          else   ─► claim the clusters ─► table there? ─► place ─► data ─► [sync] ─► entries ─► answer
+//!          else   ─► claim the clusters ─► load or create table ─► place ─► data ─► [sync] ─► entries ─► answer
 //!   zeros, discards: see `zero`
 //! ```
 //!
-//! A format brings its [`Layout`] (what entries say) and its [`Allocator`] (where new clusters go), reads its header
-//! and its root, and hands them over as a [`Front`], of which a disk is made. Reading, splitting, zeroes, copying up,
-//! compressed clusters, what a range is like, tables in memory and the writing of mappings are here, once.
+//! A format provides its [`Layout`] (the meaning of entries) and its [`Allocator`] (places for new clusters), reads its
+//! header and root, and passes them as a [`Front`], which becomes a disk. Everything else is here, once: reading,
+//! splitting, zeroes, copying up, compressed clusters, extents, tables in memory and the writing of mappings.
 //!
 //! # Order of writes
 //!
-//! * A new table: zeros, sync, entry of the root. Only when that was accepted does anybody see the table.
-//! * A new cluster: data, then its entry. Where losing the data would show anything but the zeros that were there
-//!   before, a sync comes between: above a backing file, in place of a compressed cluster, on a block device, and in a
-//!   place that a failed try has used.
-//! * A write is answered when data and mapping were accepted by the file. A flush makes both durable.
-//! * Writes that allocate run in a task of their own: dropping the request does not stop them half way.
+//! * A new table: zeros, sync, entry of the root. The table is visible only once that entry is accepted.
+//! * A new cluster: data, then its entry. A sync comes between if losing the data would expose anything but the zeros
+//!   that were there before: above a backing file, in place of a compressed cluster, on a block device, and in a place
+//!   that a failed try has used.
+//! * A write is answered once the file has accepted data and mapping. A flush makes both durable.
+//! * Each write that allocates runs in a separate task: dropping the request does not stop it half way.
 //!
 //! | module | what |
 //! |---|---|
-//! | `layout` | geometry, what an entry says |
-//! | `offset` | places on the disk and in the file, told apart by their types |
-//! | `open` | from what a format has read to a disk, or to what a check says |
+//! | `layout` | geometry, the meaning of an entry |
+//! | `offset` | offsets on the disk and in the file, as distinct types |
+//! | `open` | turns what a format has read into a disk, or a check report |
 //! | `table` | tables in memory, loaded once |
-//! | `commit` | writing mappings, several at a time |
-//! | `space`, `doubt` | where new clusters go; places of which nobody knows whether they are mapped |
+//! | `commit` | writes mappings, several at a time |
+//! | `space`, `doubt` | places for new clusters; places that may or may not be mapped |
 //! | `read`, `write`, `zero`, `extents`, `inflate` | requests |
-//! | `walk`, `owners`, `bits` | all tables: to open for writing, to check; who owns which bytes |
+//! | `walk`, `owners`, `bits` | visits all tables, to open for writing and to check; the owner of each byte |
 
 mod bits;
 mod commit;
@@ -79,13 +79,13 @@ pub struct MappedDisk<H: ImageHost, L: Layout> {
     info: NodeInfo,
 }
 
-/// What an open image is made of.
+/// The components of an open image.
 struct Parts<H: ImageHost, L: Layout> {
     file: ImageFile<H>,
     geometry: Geometry,
-    /// No reference may reach further.
+    /// No reference may end past it.
     reach: HostOffset,
-    /// Where the tables are; 0 where there is none.
+    /// Offsets of the tables; 0 for none.
     root: Vec<HostOffset>,
     memory: ImageStages,
     cache: Cache,
@@ -99,7 +99,7 @@ struct Image<H: ImageHost, L: Layout> {
     file: ImageFile<H>,
     geometry: Geometry,
     reach: HostOffset,
-    /// Where the tables are, as published.
+    /// Published offsets of the tables; 0 for none.
     root: RefCell<Vec<HostOffset>>,
     root_turn: Semaphore,
     memory: ImageStages,
@@ -118,7 +118,7 @@ impl<H: ImageHost, L: Layout> MappedDisk<H, L> {
         Self { image: RefCell::new(Some(Rc::new(image))), info }
     }
 
-    /// Carries out a request that keeps to the disk, in the order of the calls.
+    /// Performs a request that is within the disk.
     fn execute(
         image: Rc<Image<H, L>>,
         op: Op,
@@ -174,9 +174,9 @@ impl<H: ImageHost, L: Layout> Node for MappedDisk<H, L> {
         })
     }
 
-    fn extents(&self, range: SectorRange, most: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
+    fn extents(&self, range: SectorRange, max: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
         let open = self.image.borrow().clone();
-        Box::pin(async move { open.ok_or(Errno::ESHUTDOWN)?.extents(range, most).await })
+        Box::pin(async move { open.ok_or(Errno::ESHUTDOWN)?.extents(range, max).await })
     }
 
     fn info(&self) -> NodeInfo {
@@ -234,7 +234,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         }
     }
 
-    /// Where `len` bytes of the disk from `start` on are in the file, if they are in one piece, uncompressed, and
+    /// The offset in the file of `len` bytes of the disk from `start` on, if they are contiguous, uncompressed, and
     /// their table is in memory.
     fn cached_extent(&self, start: GuestOffset, len: u64) -> Option<HostOffset> {
         let (first, last) = (self.cluster(start), self.cluster(start + len.checked_sub(1)?));
@@ -267,10 +267,11 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         sync.await
     }
 
-    /// Leaves a file that ends where its last cluster does: others put new clusters, or compressed bytes, at its end.
+    /// Extends the file to the end of its last cluster, since other programs append clusters or compressed bytes at its
+    /// end.
     async fn finish(&self) -> Result<(), Errno> {
-        assert!(self.cache.borrow().is_at_rest(), "an image is closed while entries of its tables wait");
-        // What was written is made durable whether or not that succeeds.
+        assert!(self.cache.borrow().is_at_rest(), "an image is closed with table entries left to write");
+        // Written data is made durable whether or not that succeeds.
         let sized = self.reach_frontier().await;
         self.flush_by(self.file.sync_to_close()).await.and(sized)
     }
@@ -299,12 +300,12 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         ((cluster.0 >> bits) as usize, (cluster.0 & ((1 << bits) - 1)) as usize)
     }
 
-    /// Whether the backing file has bytes for the disk from byte `start` on.
+    /// Whether unmapped bytes at `start` read as the backing file.
     fn backing_shows(&self, start: GuestOffset) -> bool {
         self.backing.is_some() && start.0 < self.backing_bytes
     }
 
-    /// Cuts `len` bytes from `start` on where one table ends and the next begins: index in the root, start, length.
+    /// Splits `len` bytes from `start` on at the boundaries of tables: index in the root, start, length.
     fn by_table(
         &self,
         start: GuestOffset,

@@ -1,4 +1,4 @@
-//! Places on a disk and in the file of its image, which must not be mixed up.
+//! Offsets on a disk and in the file of its image, as types that cannot be mixed up.
 
 use std::ops::{Add, AddAssign, Sub};
 
@@ -33,7 +33,7 @@ offset! {
     GuestOffset
 }
 offset! {
-    /// Byte offset in the file of an image. In tables of offsets 0 stands for nothing: the header is there.
+    /// Byte offset in the file of an image. In tables of offsets 0 means none: the header is there.
     HostOffset
 }
 offset! {

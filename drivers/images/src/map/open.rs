@@ -1,9 +1,9 @@
-//! From what a format has read of an image to a disk, and to what a check says.
+//! Turns what a format has read of an image into a disk, or a check report.
 //!
 //! ```text
 //!   format: file, header, root ─► Front ─► survey ─► Surveyed ─► disk
-//!                                   │      to write: every reference is looked at, and the file made as long as they
-//!                                   │      reach; to read: nothing needs to be known
+//!                                   │      to write: checks every reference, and extends the file as far as they
+//!                                   │      reach; to read: checks nothing
 //!                                   └────► check
 //! ```
 
@@ -20,20 +20,20 @@ use std::rc::Rc;
 use tap_core::Node;
 use tap_host::{Bug, Errno, Mark, SECTOR_BYTES};
 
-/// What a format has read of an image, before anybody has looked at its tables.
+/// The parts of an image that a format has read, before its tables are read.
 pub struct Front<H: ImageHost, L: Layout> {
     file: ImageFile<H>,
     geometry: Geometry,
-    /// Where the tables are; 0 where there is none.
+    /// Offsets of the tables; 0 for none.
     root: Vec<HostOffset>,
-    /// What belongs to the format itself: ranges of the file, and names.
+    /// Ranges of the file that belong to the format itself, and their names.
     fixed: Vec<(Range<HostOffset>, &'static str)>,
-    /// What comes before all tables and clusters, in bytes.
+    /// Bytes before all tables and clusters.
     front_bytes: u64,
     layout: PhantomData<L>,
 }
 
-/// An image whose references are known as far as they need to be.
+/// An image whose references are checked, if it is opened for writing.
 pub struct Surveyed<H: ImageHost, L: Layout> {
     front: Front<H, L>,
     memory: ImageStages,
@@ -46,14 +46,14 @@ pub struct Surveyed<H: ImageHost, L: Layout> {
 const FRONT_ALIGN: u64 = 4096;
 
 impl<H: ImageHost, L: Layout<Allocator = Frontier>> Front<H, L> {
-    /// Of an image in `file`, which is open and locked. `root` says where its tables are, as many as the
-    /// geometry says; 0 where there is none.
+    /// An image in `file`, which is open and locked. `root` has the offsets of its tables, as many as the geometry
+    /// says; 0 for none.
     pub fn new(file: ImageFile<H>, geometry: Geometry, root: Vec<HostOffset>) -> Self {
         Self { file, geometry, root, fixed: Vec::new(), front_bytes: 0, layout: PhantomData }
     }
 
-    /// With ranges of the file that belong to the format itself, and what each is called in messages.
-    /// `front_bytes` are before all tables and clusters.
+    /// Adds ranges of the file that belong to the format itself, and their names in messages. `front_bytes` are before
+    /// all tables and clusters.
     pub fn with_fixed(
         mut self,
         front_bytes: u64,
@@ -63,7 +63,7 @@ impl<H: ImageHost, L: Layout<Allocator = Frontier>> Front<H, L> {
         Self { front_bytes, ..self }
     }
 
-    /// What the image says of itself, without a backing file.
+    /// The properties of the image, without a backing file.
     pub fn describe(&self, format: Format) -> Description {
         Description {
             format,
@@ -76,10 +76,10 @@ impl<H: ImageHost, L: Layout<Allocator = Frontier>> Front<H, L> {
         }
     }
 
-    /// Looks at every reference of an image that is opened for writing, and makes its file as long as they reach.
+    /// Checks every reference of an image that is opened for writing, and extends its file as far as they reach.
     ///
     /// # Errors
-    /// [`ImageError`]: the tables cannot be read, or are damaged.
+    /// [`ImageError`] when the tables cannot be read or are damaged.
     pub async fn survey(mut self, host: &H, image: &OpenImage<H>) -> Result<Surveyed<H, L>, ImageError> {
         let (path, options) = (&image.path, &image.options);
         let memory = self.memory(path)?;
@@ -94,7 +94,7 @@ impl<H: ImageHost, L: Layout<Allocator = Frontier>> Front<H, L> {
                 }
             })?;
             let frontier = self.frontier(host, end);
-            self.reach_all(host, end, frontier).await.map_err(ImageError::io("lengthen", path))?;
+            self.reach_all(host, end, frontier).await.map_err(ImageError::io("extend", path))?;
             (cache, frontier)
         } else {
             (Cache::new(self.root.len(), &self.geometry, options.table_bytes), HostOffset(0))
@@ -108,14 +108,14 @@ impl<H: ImageHost, L: Layout<Allocator = Frontier>> Front<H, L> {
     /// cluster. Memory is bounded by what is mapped: a bit for each cluster.
     ///
     /// # Errors
-    /// [`ImageError`] when any of it cannot be read. What cannot be read is not damage.
+    /// [`ImageError`] when any of it cannot be read, which is not damage.
     pub async fn check(self, host: &H, path: &str) -> Result<CheckReport, ImageError> {
         let (geometry, front_bytes, info) = (self.geometry, self.front_bytes, self.file.info);
         let mut report = CheckReport { file_bytes: info.size_bytes, ..CheckReport::default() };
         let memory = self.memory(path)?;
         let mut owners = self.owners(&memory);
         let root = self.root.clone();
-        // Without what is below: only this file is checked.
+        // Without a backing file: only this file is checked.
         let (cache, space) = (Cache::new(0, &geometry, 0), Frontier::new(HostOffset(0), None));
         let image = Surveyed { front: self, memory, cache, space, read_only: true }.into_image(host, None);
         let checked = image.check(&root, &mut owners, &mut report).await;
@@ -124,7 +124,7 @@ impl<H: ImageHost, L: Layout<Allocator = Frontier>> Front<H, L> {
         let used = (report.plain_clusters + owners.compressed_units) * bytes
             + report.tables * geometry.table_bytes().next_multiple_of(bytes);
         let front = front_bytes.next_multiple_of(FRONT_ALIGN.max(bytes));
-        // A device goes on behind what is in use.
+        // A device continues past the used part.
         let there = if info.block_device { 0 } else { info.size_bytes };
         report.leaked_clusters = there.max(owners.end.0).saturating_sub(front + used).div_ceil(bytes);
         Ok(report)
@@ -138,29 +138,29 @@ impl<H: ImageHost, L: Layout<Allocator = Frontier>> Front<H, L> {
         ImageStages::new(self.file.budget(), path, (front, table, cluster, DOUBTS * SUSPECT_BYTES))
     }
 
-    /// What is no cluster, and has an owner.
+    /// The owners of the ranges that are not clusters.
     fn owners(&self, memory: &ImageStages) -> Owners<L> {
         let file_bytes = self.file.info.size_bytes;
         let sizes = (file_bytes, self.geometry.reach(file_bytes));
         Owners::new(self.geometry, sizes, self.fixed.iter().cloned(), &memory.fixed)
     }
 
-    /// Where new clusters may go, with `end` as the end of the last thing that is referred to.
+    /// Where new clusters may begin; `end` is the end of the highest reference.
     fn frontier(&self, host: &H, end: HostOffset) -> HostOffset {
         let info = &self.file.info;
-        // A device has no end of its own: what is behind the last reference is free, and holds anything.
-        let goes_on = info.block_device || host.bug(Bug::FrontierFromLastL1);
-        let end = if goes_on { end.0 } else { end.0.max(info.size_bytes) };
+        // A device does not end with the image: space past the last reference is free, and holds anything.
+        let open_ended = info.block_device || host.bug(Bug::FrontierFromLastL1);
+        let end = if open_ended { end.0 } else { end.0.max(info.size_bytes) };
         HostOffset(end.next_multiple_of(self.geometry.cluster_bytes()))
     }
 
-    /// A crash may have left references to what lies behind the end of the file. The file gets as long as they are,
-    /// durably, before anything is served: all bounds on where references may lead count from the size, and would be
-    /// passed by what is written now, or by what the next crash leaves.
+    /// A crash may have left references past the end of the file. The file is extended as far as they reach, durably,
+    /// before anything is served: all bounds on references are relative to the size, and would be exceeded by the next
+    /// writes, or by what the next crash leaves.
     ///
-    /// It gets nearly as long first. Who dies before that is durable, or is told of an error although it has happened,
-    /// leaves a file that is still too short for its references, so that the next one begins anew. It ends between two
-    /// sectors then: what is written there later has no sector of which a part is behind the end.
+    /// It is first extended to one sector less. If the process dies before that is durable, or gets an error although
+    /// it took effect, the file is still too short for its references, so the next process starts over. The file then
+    /// ends at a sector boundary, so that no later write has a sector partly past the end.
     async fn reach_all(&mut self, host: &H, end: HostOffset, frontier: HostOffset) -> Result<(), Errno> {
         let info = &mut self.file.info;
         if info.block_device || end.0 <= info.size_bytes || host.bug(Bug::SizeBehind) {
@@ -171,8 +171,8 @@ impl<H: ImageHost, L: Layout<Allocator = Frontier>> Front<H, L> {
         host.mark(Mark::SizeRecovered);
         for size in [nearly, frontier.0] {
             self.file.set_size(size).await?;
-            // One that fails otherwise is remembered: no flush of this file succeeds any more, and so none promises
-            // what is written there. After this one nothing was given up, and nothing is remembered.
+            // Any other failure is latched: no later flush of this file succeeds, so none promises data written there.
+            // After `EINTR` no write was dropped, and nothing is latched.
             if self.file.sync_to_close().await == Err(Errno::EINTR) {
                 return Err(Errno::EINTR);
             }
@@ -187,7 +187,7 @@ impl<H: ImageHost, L: Layout<Allocator = Frontier>> Surveyed<H, L> {
         &self.front.file
     }
 
-    /// The disk that the image is, above `backing` if it has a backing file.
+    /// The disk of the image, above `backing` if it has a backing file.
     pub fn into_disk(self, host: &H, backing: Option<Rc<dyn Node>>) -> MappedDisk<H, L> {
         let read_only = self.read_only;
         MappedDisk::new(self.into_image(host, backing), read_only)

@@ -1,4 +1,4 @@
-//! Who owns which bytes of the file: every table and cluster is visited once.
+//! The owner of each byte of the file, found by visiting every table and cluster once.
 //!
 //! ```text
 //!   root ──► tables, sorted: none may overlap another, the header or the root
@@ -6,8 +6,8 @@
 //!                               └─► compressed runs: a second bit, which may be set often, but not with the first
 //! ```
 //!
-//! Opening for writing walks to find the end of what is used; `check` walks to report. Problems go to a [`Report`] that
-//! decides whether to go on. Memory grows with what is mapped, one bit per cluster, as long as the budget has room.
+//! Opening for writing walks to find the end of the used space; `check` walks to report. Problems go to a [`Report`],
+//! which decides whether to continue. Memory grows with the mapped clusters, one bit each, within the budget.
 
 use super::HostOffset;
 use super::bits::{Bits, Taken};
@@ -16,13 +16,13 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use tap_host::Stage;
 
-/// What is told of an image that is walked.
+/// Receives the problems that a walk finds.
 pub(crate) trait Report {
-    /// A problem; `false` stops the walk.
+    /// Reports a problem; `false` stops the walk.
     fn problem(&mut self, what: String) -> bool;
 }
 
-/// The first problem is the last.
+/// Stops at the first problem.
 #[derive(Default)]
 pub(crate) struct FirstProblem(pub(crate) Option<String>);
 
@@ -33,7 +33,7 @@ impl Report for FirstProblem {
     }
 }
 
-/// What a range of the file that is not a cluster is for.
+/// The owner of a range of the file that is not a cluster.
 enum Owner {
     Fixed(&'static str),
     Table(usize),
@@ -48,29 +48,29 @@ impl Owner {
     }
 }
 
-/// A walk in progress, and what it found.
+/// A walk in progress, and its findings.
 pub(crate) struct Owners<L: Layout> {
     geometry: Geometry,
     file_bytes: u64,
-    /// No reference may reach further.
+    /// No reference may end past it.
     reach: HostOffset,
-    /// What is no cluster, by offset.
+    /// Ranges that are not clusters, by offset.
     tables: Vec<(Range<HostOffset>, Owner)>,
     plain: Bits,
     compressed: Bits,
-    /// The highest end of anything that is referenced.
+    /// The end of the highest reference.
     pub(crate) end: HostOffset,
-    /// Plain clusters that are mapped.
+    /// Mapped clusters that are not compressed.
     pub(crate) plain_clusters: u64,
-    /// Compressed clusters that are mapped.
+    /// Mapped clusters that are compressed.
     pub(crate) compressed_clusters: u64,
-    /// Clusters of the file in which compressed bytes lie.
+    /// Clusters of the file that contain compressed bytes.
     pub(crate) compressed_units: u64,
     layout: PhantomData<L>,
 }
 
 impl<L: Layout> Owners<L> {
-    /// For a file of `file_bytes`, in which the ranges of `fixed` belong to what their names say.
+    /// A walk of a file of `file_bytes`, with the named ranges of `fixed`.
     pub(crate) fn new(
         geometry: Geometry,
         (file_bytes, reach): (u64, HostOffset),
@@ -94,7 +94,7 @@ impl<L: Layout> Owners<L> {
         }
     }
 
-    /// Takes the root. Gives the indices and offsets of the tables that can be read, by offset.
+    /// Takes the root. Returns the indices and offsets of the tables that can be read, by offset.
     pub(crate) fn take_root(
         &mut self,
         root: &[HostOffset],
@@ -133,7 +133,7 @@ impl<L: Layout> Owners<L> {
         Some(readable.collect())
     }
 
-    /// Takes the entries of table `index`; `None` when the report wants no more.
+    /// Takes the entries of table `index`; `None` when the report stops the walk.
     pub(crate) fn take_table(
         &mut self,
         index: usize,
@@ -157,8 +157,8 @@ impl<L: Layout> Owners<L> {
         Some(())
     }
 
-    /// Takes the run of contiguous clusters that `entries` begin with. Gives how many entries that was, and what is
-    /// wrong with the last of them. Images that were filled in order are all runs.
+    /// Takes the run of contiguous clusters that `entries` begin with. Returns the number of entries, and the problem
+    /// of the last of them. Images that were filled in order consist of runs.
     fn take_plain(&mut self, offset: HostOffset, entries: &[u64]) -> (usize, Option<&'static str>) {
         let bytes = self.geometry.cluster_bytes();
         let fits = self.reach.0.saturating_sub(offset.0) / bytes;
@@ -191,7 +191,7 @@ impl<L: Layout> Owners<L> {
         {
             match self.compressed.set(unit, 1) {
                 Ok(()) => self.compressed_units += 1,
-                // Compressed runs may share.
+                // Compressed runs may share a cluster.
                 Err((_, Taken::Before)) => {}
                 Err((_, taken @ Taken::NoRoom)) => return Err(taken.text()),
             }
@@ -201,11 +201,11 @@ impl<L: Layout> Owners<L> {
         Ok(())
     }
 
-    /// Compares clusters with tables and compressed runs, once all tables were taken.
+    /// Compares clusters with tables and compressed runs, once all tables are taken.
     pub(crate) fn finish(&self, report: &mut impl Report) -> Option<()> {
         let bytes = self.geometry.cluster_bytes();
         if let Some(unit) = self.plain.common(&self.compressed)
-            && !report.problem(format!("compressed bytes lie in the cluster at byte {}", unit * bytes))
+            && !report.problem(format!("compressed data overlaps the cluster at byte {}", unit * bytes))
         {
             return None;
         }

@@ -1,4 +1,4 @@
-//! Reading: a request as pieces that each come from one place.
+//! Reads: splits a request into pieces that each come from one place.
 
 use super::Image;
 use super::layout::{Compressed, Layout, Mapping};
@@ -13,15 +13,15 @@ use std::collections::VecDeque;
 use tap_core::{Op, Request, Response};
 use tap_host::{Bug, Errno, IoVec, SECTOR_BYTES, SectorRange, Share, copy_from_slice};
 
-/// Where bytes of the disk come from.
+/// The source of bytes of the disk.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Source {
-    /// From there on in the file.
+    /// The file, from this offset on.
     File(HostOffset),
-    /// The same place of the backing file.
+    /// The backing file, at the same offset.
     Backing,
     Zeros,
-    /// From a byte of a compressed cluster on.
+    /// A compressed cluster, from this byte on.
     Compressed(Compressed, usize),
 }
 
@@ -35,8 +35,7 @@ struct Piece {
 
 type Pieces = SmallVec<[Piece; 4]>;
 
-/// Most pieces that are read at once: a large request of an image that is scattered over its file leaves memory, and
-/// turns, to others.
+/// Limit of pieces read at once, so that a large request on a fragmented image leaves memory and turns to others.
 const MAX_PIECES: usize = 64;
 
 impl Piece {
@@ -79,7 +78,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         Response { result, bufs: carver.finish() }
     }
 
-    /// Reads `pieces` of a request that starts at `start`, as many at once as there is memory for.
+    /// Reads `pieces` of a request that starts at `start`, as many at once as fit in memory.
     async fn read_pieces(
         &self,
         start: GuestOffset,
@@ -102,7 +101,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
                     left.push_front(later);
                     piece = now;
                 }
-                let mut part = carver.take(&mut share, at(&piece), piece.len).expect("it was counted");
+                let mut part = carver.take(&mut share, at(&piece), piece.len).expect("its cost was counted");
                 reads.push(async move {
                     let (result, bufs) = self.read_piece(piece, std::mem::take(&mut part.bufs)).await;
                     part.bufs = bufs;
@@ -119,7 +118,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         Ok(())
     }
 
-    /// Where the first of `len` bytes from `start` on come from, and how many of them that is.
+    /// The pieces of the first of `len` bytes from `start` on, and the number of bytes in them.
     async fn pieces(&self, start: GuestOffset, len: u64) -> Result<(Pieces, u64), Errno> {
         let mut pieces = Pieces::new();
         for (index, start, len) in self.by_table(start, len) {
@@ -135,13 +134,13 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         Ok((pieces, end - start))
     }
 
-    /// Appends where bytes of one table come from, until there are [`MAX_PIECES`].
+    /// Appends the pieces of bytes of one table, up to [`MAX_PIECES`].
     fn map(&self, table: &Table, start: GuestOffset, len: usize, pieces: &mut Pieces) {
         let cluster_bytes = self.geometry.cluster_bytes();
         let end = start + len as u64;
         let mut at = start;
-        let most = if self.host.bug(Bug::PiecesUnbounded) { usize::MAX } else { MAX_PIECES };
-        while at < end && pieces.len() < most {
+        let max = if self.host.bug(Bug::PiecesUnbounded) { usize::MAX } else { MAX_PIECES };
+        while at < end && pieces.len() < max {
             let within = at.0 % cluster_bytes;
             let len = (cluster_bytes - within).min(end - at) as usize;
             let index = self.split(self.cluster(at)).1;
@@ -166,7 +165,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
 
     async fn read_piece(&self, piece: Piece, mut bufs: IoVec) -> (Result<(), Errno>, IoVec) {
         match piece.source {
-            // An image that was not opened for writing was not looked through.
+            // Opening for reading does not check the references.
             Source::File(offset) if offset > self.reach => (Err(Errno::EIO), bufs),
             Source::File(offset) => self.file.read(offset.0, bufs).await,
             Source::Backing => self.read_backing(piece.start, bufs).await,
@@ -184,7 +183,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         }
     }
 
-    /// Reads whole sectors that the backing file has.
+    /// Reads whole sectors from the backing file.
     async fn read_backing(&self, start: GuestOffset, bufs: IoVec) -> (Result<(), Errno>, IoVec) {
         let Some(backing) = &self.backing else { return (Err(Errno::EIO), bufs) };
         let sectors = tap_host::bytes_of(&bufs) as u64 / SECTOR_BYTES;
@@ -193,7 +192,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         (response.result, response.bufs)
     }
 
-    /// What the disk shows in `len` bytes from `start` on, within one cluster of `table`, in memory of `share`.
+    /// The contents of `len` bytes of the disk from `start` on, within one cluster of `table`, in memory from `share`.
     pub(super) async fn shown(
         &self,
         table: &Table,
@@ -214,18 +213,18 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
     }
 }
 
-/// Adds a piece, to the last one if it goes on where that ends.
+/// Adds a piece, joined to the last one if it continues it.
 fn append(pieces: &mut Pieces, start: GuestOffset, len: usize, source: Source) {
     if len == 0 {
         return;
     }
     if let Some(last) = pieces.last_mut() {
-        let goes_on = match (last.source, source) {
+        let continues = match (last.source, source) {
             (Source::File(a), Source::File(b)) => a + last.len as u64 == b,
             (Source::Backing, Source::Backing) | (Source::Zeros, Source::Zeros) => true,
             _ => false,
         };
-        if goes_on {
+        if continues {
             last.len += len;
             return;
         }

@@ -1,62 +1,62 @@
-//! Where new clusters go.
+//! Allocates space for new clusters.
 
 use super::HostOffset;
 use std::collections::BTreeMap;
 use tap_host::Errno;
 
-/// The space of a file. What is taken is not durable before what refers to it; what was given back can be taken again.
+/// The space of a file. Allocations are not durable before something refers to them; returned space can be allocated
+/// again.
 pub trait Allocator: 'static {
-    /// Takes `len` contiguous bytes, a multiple of the size of clusters; gives where they begin.
+    /// Allocates `len` contiguous bytes, a multiple of the cluster size; returns their offset.
     ///
     /// # Errors
     /// `ENOSPC`.
     fn allocate(&mut self, len: u64) -> Result<HostOffset, Errno>;
 
-    /// Takes `len` bytes from `host` on back, to which nothing can refer. A request that is repeated finds them first.
+    /// Returns `len` bytes from `host` on, to which nothing can refer. A retried request gets them first.
     fn take_back(&mut self, host: HostOffset, len: u64);
 
-    /// Whether a new cluster at `host` may hold other bytes than zeros.
+    /// Whether a new cluster at `host` may contain other bytes than zeros.
     fn is_dirty(&self, host: HostOffset) -> bool;
 
-    /// Where the file has to end at least.
+    /// The least end of the file.
     fn end(&self) -> HostOffset;
 }
 
-/// Most places that are given back and not the last. Beyond, those that lie first are lost.
+/// Limit of returned places that are not the last. Above it, the first ones in the file are lost.
 const MAX_RETURNED: usize = 256;
 
-/// The space of formats without a list of what is free: it is taken from the end only.
+/// The space of formats without a free list: it is allocated from the end only.
 ///
 /// ```text
 ///   header  root  tables and clusters, live and lost │ frontier ──► never used
 /// ```
 ///
-/// On a file, what is behind the frontier reads as zeros; on a block device it holds anything. What a failed write of
-/// data leaves is taken back: to it, or to the next who needs so much. It is then no longer known to be zeros. Where
-/// the medium failed, the place is lost: the next would fail there as well.
+/// Past the frontier a file reads as zeros; a block device holds anything. Space of a failed data write is returned to
+/// the frontier, or kept for the next allocation that fits. It is then no longer known to be zeros. If the medium
+/// failed, the place is lost: the next write would fail there as well.
 pub struct Frontier {
     /// A multiple of the cluster size.
     frontier: HostOffset,
     /// The end of a block device.
     limit: HostOffset,
-    /// Below this what was never mapped may hold anything.
+    /// Unmapped space below this may hold anything.
     dirty_until: HostOffset,
-    /// Places that were given back and have others behind them, and how many bytes each has.
+    /// Returned places that are not the last, with their lengths in bytes.
     returned: BTreeMap<HostOffset, u64>,
-    /// Bytes of them.
+    /// The sum of these lengths.
     returned_bytes: u64,
 }
 
 impl Frontier {
-    /// The space from `frontier` on, a multiple of the cluster size; of a block device of `device_bytes`, if it is
-    /// one.
+    /// The space from `frontier` on, a multiple of the cluster size; on a block device up to `device_bytes`.
     pub fn new(frontier: HostOffset, device_bytes: Option<u64>) -> Self {
         let limit = HostOffset(device_bytes.unwrap_or(i64::MAX as u64));
         let dirty_until = HostOffset(if device_bytes.is_some() { u64::MAX } else { 0 });
         Self { frontier, limit, dirty_until, returned: BTreeMap::new(), returned_bytes: 0 }
     }
 
-    /// The first place of `len` bytes that was given back. It may hold anything.
+    /// Takes the first returned place of at least `len` bytes. It may hold anything.
     fn reuse(&mut self, len: u64) -> Option<HostOffset> {
         let (host, there) = self.returned.iter().find(|(_, there)| **there >= len)?;
         let (host, there) = (*host, *there);
@@ -69,11 +69,11 @@ impl Frontier {
         Some(host)
     }
 
-    /// No place that was given back is lost, and none is in the list twice.
+    /// Asserts that no returned place is lost or listed twice.
     fn check(&self) {
         let (count, bytes) = (self.returned.len(), self.returned.values().sum::<u64>());
-        assert!(count <= MAX_RETURNED, "{count} places that were given back are remembered");
-        assert_eq!(bytes, self.returned_bytes, "bytes of places that were given back");
+        assert!(count <= MAX_RETURNED, "{count} returned places exceed the limit");
+        assert_eq!(bytes, self.returned_bytes, "bytes of returned places");
     }
 }
 
@@ -92,7 +92,7 @@ impl Allocator for Frontier {
         }
     }
 
-    /// What is the last of the file is new again; the rest goes to who needs so much next.
+    /// Space at the end of the file lowers the frontier; other space is kept for reuse.
     fn take_back(&mut self, host: HostOffset, len: u64) {
         let (mut host, mut end) = (host, host + len);
         if let Some(after) = self.returned.remove(&end) {
@@ -139,14 +139,14 @@ mod tests {
     }
 
     #[test]
-    fn what_is_given_back_is_used_before_anything_new() {
+    fn reused_space_comes_before_new_space() {
         let mut allocator = Frontier::new(place(10), None);
         allocator.take_back(place(2), 1 << 12);
         allocator.take_back(place(4), 1 << 12);
-        assert_eq!(allocator.reuse(2 << 12), None, "there is something between");
+        assert_eq!(allocator.reuse(2 << 12), None, "the two places are not adjacent");
         allocator.take_back(place(3), 1 << 12);
         assert_eq!(allocator.reuse(2 << 12), Some(place(2)));
-        assert!(allocator.is_dirty(place(2)), "a part of the write that failed may be there");
+        assert!(allocator.is_dirty(place(2)), "part of the failed write may be there");
         assert_eq!(allocator.reuse(1 << 12), Some(place(4)));
         assert_eq!((allocator.reuse(1 << 12), allocator.frontier), (None, place(10)));
         allocator.take_back(place(8), 1 << 12);
@@ -154,7 +154,7 @@ mod tests {
         assert_eq!(
             allocator.frontier,
             place(8),
-            "what is last is taken back with all that is free before it"
+            "the last place lowers the frontier, with all free space before it"
         );
         assert!(allocator.is_dirty(place(9)) && !allocator.is_dirty(place(10)));
         allocator.take_back(place(7), 1 << 12);

@@ -1,13 +1,13 @@
 //! Tables in memory.
 //!
 //! ```text
-//!   kept ──a newer one needs its room──► loose: in memory as long as somebody works with it ──► gone
+//!   kept ──evicted for a newer one──► loose: in memory while it is in use ──► freed
 //! ```
 //!
-//! A table is in memory once: who works with it holds its `Rc`, and the cache finds it by that. Each has a share of the
-//! memory budget, which ends with it. Where there is no room for another one, kept tables are let loose, oldest first;
-//! if that does not help, the next in line waits until those who work with tables are done. Loading and creating a
-//! table claim its number in the tracker; whoever comes meanwhile waits and then finds it.
+//! A table is in memory once: its users hold an `Rc`, and the cache finds it through a `Weak`. Each has a share of the
+//! memory budget for as long as it exists. If there is no room for another one, kept tables are evicted, oldest first;
+//! if that does not help, the next load waits until tables in use are released. Loading and creating a table claim its
+//! number in the tracker; concurrent users wait and then find it.
 
 use super::HostOffset;
 use super::Image;
@@ -27,13 +27,13 @@ use tap_host::{Bug, Errno, Event, IoBuf, Mark, Share};
 pub(crate) struct Table {
     /// Its index in the root.
     pub(super) index: usize,
-    /// Where it is in the file.
+    /// Its offset in the file.
     pub(super) offset: HostOffset,
-    /// What is published: what stands in the file, or stood there before a write that failed.
+    /// The published entries: as in the file, or as they were there before a failed write.
     pub(super) entries: RefCell<Box<[u64]>>,
-    /// Entries that wait to be written.
+    /// Entries to be written.
     pub(super) pending: RefCell<Vec<Rc<Commit>>>,
-    /// One write of entries at a time.
+    /// Serialises writes of entries.
     pub(super) turn: Semaphore,
     used: Cell<bool>,
     _share: Share,
@@ -42,7 +42,7 @@ pub(crate) struct Table {
 /// Bytes of a table besides its entries, roughly.
 const TABLE_OVERHEAD: usize = 256;
 
-/// What a table of `entries` entries takes of the budget, in bytes.
+/// Memory of a table of `entries` entries, in bytes.
 pub(crate) fn table_cost(entries: usize) -> usize {
     entries * 8 + TABLE_OVERHEAD
 }
@@ -60,7 +60,7 @@ impl Table {
         })
     }
 
-    /// What entry `index` says.
+    /// The mapping of entry `index`.
     pub(super) fn mapping<L: Layout>(&self, index: usize, geometry: &Geometry) -> Mapping {
         L::mapping(self.entries.borrow()[index], geometry)
     }
@@ -68,13 +68,13 @@ impl Table {
 
 /// The tables in memory.
 pub(crate) struct Cache {
-    /// For each entry of the root the number of its place, plus 1; 0 where it has none.
+    /// For each entry of the root the number of its place, plus 1; 0 for none.
     by_index: Vec<u32>,
     places: Vec<Place>,
     unused: Vec<u32>,
-    /// Kept tables in the order in which they may go.
+    /// Kept tables in the order of eviction.
     order: VecDeque<usize>,
-    /// Tables that were let loose and had not ended when that was last looked at.
+    /// Evicted tables that were still in use at the last check.
     loose: Vec<usize>,
     limit: usize,
 }
@@ -91,7 +91,7 @@ pub(crate) fn cache_bytes(root_entries: usize) -> usize {
 }
 
 impl Cache {
-    /// For a root of so many entries; tables of `bytes` are kept, and one at the least.
+    /// A cache for a root of `root_entries`, which keeps tables of `bytes`, at least one.
     pub(crate) fn new(root_entries: usize, geometry: &Geometry, bytes: usize) -> Self {
         Self {
             by_index: vec![0; root_entries],
@@ -103,7 +103,7 @@ impl Cache {
         }
     }
 
-    /// Whether no entry of a table waits to be written.
+    /// Whether no table has entries to be written.
     pub(super) fn is_at_rest(&self) -> bool {
         let tables = self.places.iter().filter_map(|place| place.found.upgrade());
         tables.into_iter().all(|table| table.pending.borrow().is_empty())
@@ -113,7 +113,7 @@ impl Cache {
         self.order.len() < self.limit
     }
 
-    /// The table of entry `index` of the root, if it is in memory.
+    /// The table of root entry `index`, if it is in memory.
     pub(super) fn get(&self, index: usize) -> Option<Rc<Table>> {
         let place = &self.places[self.by_index[index].checked_sub(1)? as usize];
         let table = match &place.kept {
@@ -124,7 +124,7 @@ impl Cache {
         Some(table)
     }
 
-    /// Makes `table` one that is found, and keeps it if `keep`.
+    /// Adds `table`, and keeps it if `keep`.
     pub(crate) fn insert(&mut self, table: &Rc<Table>, keep: bool) {
         let index = table.index;
         assert!(self.get(index).is_none(), "table {index} is in memory twice");
@@ -138,17 +138,17 @@ impl Cache {
         self.places[place as usize] = Place { kept: None, found: Rc::downgrade(table) };
         self.loose.push(index);
         if keep {
-            while self.order.len() >= self.limit && self.let_loose() {}
+            while self.order.len() >= self.limit && self.evict_one() {}
             self.loose.retain(|other| *other != index);
             self.places[place as usize].kept = Some(Rc::clone(table));
             self.order.push_back(index);
-            assert!(self.order.len() <= self.limit, "more tables are kept than may be");
+            assert!(self.order.len() <= self.limit, "more tables are kept than the limit");
         }
     }
 
-    /// Keeps one table less; `false` if none is kept. Second chance: one that was used since its last turn, or is in
-    /// use, goes to the end once more.
-    pub(super) fn let_loose(&mut self) -> bool {
+    /// Evicts one kept table; `false` if none is kept. Second chance: one that was used since its last turn, or is in
+    /// use, moves to the end once.
+    pub(super) fn evict_one(&mut self) -> bool {
         let mut turns = 2 * self.order.len();
         while let Some(index) = self.order.pop_front() {
             let Some(place) = self.by_index[index].checked_sub(1) else { continue };
@@ -183,7 +183,7 @@ impl Cache {
 }
 
 impl<H: ImageHost, L: Layout> Image<H, L> {
-    /// The table of entry `index` of the root, or `None` where there is none.
+    /// The table of root entry `index`, or `None` if there is none.
     pub(super) async fn table(&self, index: usize) -> Result<Option<Rc<Table>>, Errno> {
         if let Some(table) = self.cache.borrow().get(index) {
             return Ok(Some(table));
@@ -195,7 +195,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         self.load(index).await.map(Some)
     }
 
-    /// The table of entry `index` of the root, made now if there is none.
+    /// The table of root entry `index`, created if there is none.
     pub(super) async fn table_or_new(&self, index: usize) -> Result<Rc<Table>, Errno> {
         if let Some(table) = self.cache.borrow().get(index) {
             return Ok(table);
@@ -212,19 +212,19 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         let ticket = self.file.tracker().ticket(L::TABLE, index as u64);
         let number = index as u64;
         let claimed = ticket.claim(Space::Tables, number..number + 1, Access::Exclusive);
-        claimed.expect("nobody waits for a ticket that is new");
+        claimed.expect("no ticket waits for a new one");
         ticket.ready().await;
         ticket
     }
 
-    /// With the table claimed.
+    /// Loads a table that is claimed.
     async fn load(&self, index: usize) -> Result<Rc<Table>, Errno> {
         if let Some(table) = self.cache.borrow().get(index) {
             return Ok(table);
         }
         let offset = self.root.borrow()[index];
         let end = offset.0.checked_add(self.geometry.table_bytes());
-        // Opening for writing has looked at all of them; reading finds out here.
+        // Opening for writing has checked all of them; for reading they are checked here.
         if end.is_none_or(|end| HostOffset(end) > self.reach) {
             return Err(Errno::EIO);
         }
@@ -233,7 +233,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         let (result, bufs) = self.file.read(offset.0, smallvec![buf]).await;
         result?;
         let table = Table::new(index, offset, decode_entries(&bufs[0]).collect(), share);
-        self.found(&table);
+        self.cache_table(&table);
         Ok(table)
     }
 
@@ -244,19 +244,20 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
             if let Some(share) = stage.try_keep(cost) {
                 return Ok(share);
             }
-            if !self.cache.borrow_mut().let_loose() {
+            if !self.cache.borrow_mut().evict_one() {
                 return stage.take(cost).await;
             }
         }
     }
 
-    /// Lets `table` be found from now on. It is kept unless others wait for its memory: nobody would tell them when it
-    /// is no longer in use.
-    fn found(&self, table: &Rc<Table>) {
+    /// Adds `table` to the cache. It is kept unless others wait for its memory: nothing would wake them when it is no
+    /// longer in use.
+    fn cache_table(&self, table: &Rc<Table>) {
         self.cache.borrow_mut().insert(table, !self.memory.tables.is_waited_for());
     }
 
-    /// With the table claimed: zeros in the file, durable, and only then the entry of the root that makes them a table.
+    /// Creates a table that is claimed: zeros in the file, made durable, and only then the root entry that refers to
+    /// them.
     async fn create_table(&self, index: usize) -> Result<Rc<Table>, Errno> {
         let share = self.table_share().await?;
         let known = self.suspects.borrow().table(index);
@@ -276,18 +277,18 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
             }
             return Err(error);
         }
-        // From now on the place belongs to this table and no other, whatever fails.
+        // From now on the place belongs to this table only, whatever fails.
         self.suspects.borrow_mut().suspect_table(index, offset);
         self.write_root(index, offset).await?;
         self.suspects.borrow_mut().settle_table(index);
         let table = Table::new(index, offset, vec![0; self.geometry.table_entries()].into(), share);
-        self.found(&table);
+        self.cache_table(&table);
         self.host.mark(Mark::L2TableAllocated);
         self.host.log(Event::L2Mapped { l1_index: index as u64, host_offset: offset.0 });
         Ok(table)
     }
 
-    /// Also gives whether the medium failed at that place.
+    /// Also returns whether the medium failed at that place.
     async fn write_empty_table(&self, offset: HostOffset) -> (Result<(), Errno>, bool) {
         let mut zeros: IoBuf = match self.file.buffer(self.geometry.table_bytes() as usize).await {
             Ok(zeros) => zeros,

@@ -1,4 +1,4 @@
-//! Walking all tables of an image: to open it for writing, and to check it.
+//! Walks all tables of an image, to open it for writing and to check it.
 
 use super::layout::{Geometry, Layout, Mapping, decode_entries};
 use super::owners::{FirstProblem, Owners, Report};
@@ -10,25 +10,25 @@ use crate::{CheckReport, ImageHost};
 use smallvec::smallvec;
 use tap_host::{Bug, Errno, IoBuf, cost_of};
 
-/// Most problems that are told in words; the others are counted.
-const MAX_TOLD: usize = 100;
+/// Limit of problems that are described; the others are only counted.
+const MAX_DESCRIBED: usize = 100;
 
-/// What the tables of an image say: its cache is filled as far as it goes.
+/// The result of a walk, with the cache filled up to its limit.
 pub(crate) struct Walked {
     pub(crate) cache: Cache,
-    /// The end of the last thing that is referred to.
+    /// The end of the highest reference.
     pub(crate) end: HostOffset,
 }
 
 /// Why a walk has no result.
 pub(crate) enum Stopped {
-    /// What is wrong with the image.
+    /// The image is damaged as described.
     Damaged(String),
     /// It could not be read.
     Failed(Errno),
 }
 
-/// Reads table after table in the order of the file; each is a buffer that is used again.
+/// Reads table after table in the order of the file, into one reused buffer.
 struct TableReader<'a, H: ImageHost> {
     file: &'a ImageFile<H>,
     buf: Option<IoBuf>,
@@ -36,7 +36,7 @@ struct TableReader<'a, H: ImageHost> {
 
 impl<'a, H: ImageHost> TableReader<'a, H> {
     async fn new(file: &'a ImageFile<H>, geometry: &Geometry) -> Result<Self, Errno> {
-        // A stage of its own: it is held while compressed clusters are read.
+        // A separate stage: it is held while compressed clusters are read.
         let bytes = geometry.table_bytes() as usize;
         let buf = file.budget().stage(cost_of(bytes))?.buffer(bytes).await?;
         Ok(Self { file, buf: Some(buf) })
@@ -51,7 +51,7 @@ impl<'a, H: ImageHost> TableReader<'a, H> {
     }
 }
 
-/// Looks at every reference, to know where new clusters may go. Keeps up to `table_bytes` of tables.
+/// Checks every reference, to find where new clusters may begin. Keeps up to `table_bytes` of tables.
 pub(crate) async fn walk<H: ImageHost, L: Layout>(
     host: &H,
     (file, geometry, root): (&ImageFile<H>, &Geometry, &[HostOffset]),
@@ -92,7 +92,7 @@ pub(crate) async fn walk<H: ImageHost, L: Layout>(
 impl Report for CheckReport {
     fn problem(&mut self, what: String) -> bool {
         self.problem_count += 1;
-        if self.problems.len() < MAX_TOLD {
+        if self.problems.len() < MAX_DESCRIBED {
             self.problems.push(what);
         }
         true
@@ -100,11 +100,11 @@ impl Report for CheckReport {
 }
 
 impl<H: ImageHost, L: Layout> Image<H, L> {
-    /// Takes the tables of `root` into `owners`, and decompresses every compressed cluster; counts in `report` what is
-    /// there. Memory is bounded by what is mapped.
+    /// Takes the tables of `root` into `owners`, decompresses every compressed cluster, and fills in `report`. Memory
+    /// is bounded by the mapped clusters.
     ///
     /// # Errors
-    /// When any of it cannot be read, what that was. What cannot be read is not damage.
+    /// When any of it cannot be read, the action that failed. That is not damage.
     pub(crate) async fn check(
         &self,
         root: &[HostOffset],

@@ -1,7 +1,7 @@
-//! Writing.
+//! Writes.
 //!
-//! What is mapped and not compressed is written in place, without claims. Everything else claims its clusters, so that
-//! a second writer of a cluster waits and then finds it mapped.
+//! Clusters that are mapped and not compressed are written in place, without claims. All other writes claim their
+//! clusters, so that a second writer of a cluster waits and then finds it mapped.
 
 use super::Image;
 use super::layout::{Layout, Mapping};
@@ -20,15 +20,15 @@ use tap_host::{Bug, Errno, Event, IoVec, Mark, Share, bytes_of, cost_of};
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Place {
-    /// Mapped: stays where it is.
+    /// Already mapped: written in place.
     Mapped,
-    /// Gets new space.
+    /// Needs new space.
     New,
-    /// Gets the space that a failed try has used.
+    /// Gets the space of an earlier failed try.
     Again,
 }
 
-/// Most groups that are written at once.
+/// Limit of groups written at once.
 const MAX_GROUPS: usize = 64;
 
 /// Contiguous clusters of one table that are written together.
@@ -38,9 +38,9 @@ struct Group {
     /// Index of the first in the table.
     first: usize,
     count: usize,
-    /// Where they are in the file; of no meaning for [`Place::New`].
+    /// Their offset in the file; unused for [`Place::New`].
     host: HostOffset,
-    /// Some of them are compressed now.
+    /// Some of them are stored compressed.
     compressed: bool,
 }
 
@@ -49,7 +49,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         let len = bytes_of(&bufs) as u64;
         let mut tables = self.by_table(start, len);
         if let (Some((index, ..)), None) = (tables.next(), tables.next()) {
-            // Perhaps only the table was not in memory.
+            // Perhaps only the table was missing in memory.
             match self.table(index).await {
                 Ok(_table) => {
                     if let Some(offset) = self.cached_extent(start, len) {
@@ -64,7 +64,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         let image = Rc::clone(&self);
         self.host.spawn("allocate", self.cluster(start).0, async move {
             let response = image.write_all(start, bufs).await;
-            // The request may have been dropped; its effect was not.
+            // The request may have been dropped; its effect still happens.
             drop(sender.send(response));
         });
         // The task ends without an answer only when the process does.
@@ -84,7 +84,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         Response { result, bufs: carver.finish() }
     }
 
-    /// Writes `len` bytes from `start` on, all of table `index`; they are at byte `at` of the request.
+    /// Writes `len` bytes from `start` on, all mapped by table `index`; they are at byte `at` of the request.
     async fn write_table(
         &self,
         index: usize,
@@ -97,7 +97,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         let ticket = self.file.tracker().ticket("allocation of cluster", first.0);
         if !self.host.bug(Bug::DoubleAllocation) {
             let claimed = ticket.claim(Space::Clusters, first.0..last.0 + 1, Access::Exclusive);
-            claimed.expect("nobody waits for a ticket that is new");
+            claimed.expect("no ticket waits for a new one");
         }
         ticket.ready().await;
         let kept = self.host.bug(Bug::TableKept).then_some(self.table_or_new(index));
@@ -107,14 +107,14 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
             if from > start {
                 self.host.yield_now().await;
             }
-            // Others may wait for the memory of the table: it is held for one part at a time.
+            // The table is held for one part at a time, since others may wait for its memory.
             let table = self.table_or_new(index).await?;
             from = self.write_some(&table, from, end, (at, start), carver).await?;
         }
         Ok(())
     }
 
-    /// Writes bytes of `table` from `from` on, as many before `end` as there is memory for; gives where it ended. Byte
+    /// Writes bytes of `table` from `from` on, as many before `end` as fit in memory; returns where it ended. Byte
     /// `at.0` of the request is at `at.1` on the disk.
     async fn write_some(
         &self,
@@ -127,7 +127,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         let (first, last) = (self.cluster(from), self.cluster(GuestOffset(end.0 - 1)));
         let groups = self.groups(table, first, (last - first) as usize + 1);
         let base = (table.index as u64) << self.geometry.table_bits;
-        // Of each group: first cluster, and its bytes.
+        // First cluster and byte range of a group.
         let span = |group: &Group| {
             let cluster = GuestCluster(base | group.first as u64);
             let after = self.start_of(cluster + group.count as u64);
@@ -144,7 +144,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         let mut writes = Vec::with_capacity(groups.len());
         let (mut done, mut cut) = (from, false);
         for mut group in groups {
-            // What follows a group that was cut comes after the rest of it.
+            // Later groups wait for the rest of a group that was cut.
             if cut {
                 break;
             }
@@ -156,9 +156,9 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
                 group.count = (PART_BYTES >> self.geometry.cluster_bits).clamp(1, group.count);
             }
             let (cluster, group_start, group_end) = span(&group);
-            let fill = share.split(cost(carver, &group).1).expect("it was counted");
+            let fill = share.split(cost(carver, &group).1).expect("its cost was counted");
             let part = carver.take(&mut share, part_at(group_start), (group_end - group_start) as usize);
-            let mut part = part.expect("it was counted");
+            let mut part = part.expect("its cost was counted");
             done = group_end;
             writes.push(Box::pin(async move {
                 let bufs = std::mem::take(&mut part.bufs);
@@ -175,15 +175,15 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         result.map(|()| done)
     }
 
-    /// Memory to fill the rest of the clusters of `group` with, of which `start` to `end` is written.
+    /// Memory to fill the rest of the clusters of `group`, of which `start` to `end` is written.
     fn fill_cost(&self, group: &Group, start: GuestOffset, end: GuestOffset) -> usize {
         let cluster = self.geometry.cluster_bytes();
         let whole = start.0.is_multiple_of(cluster) && end.0.is_multiple_of(cluster);
-        // What is around the bytes may come from two places each.
+        // The bytes on each side may come from two places.
         if whole || group.place == Place::Mapped { 0 } else { 4 * cost_of(cluster as usize) }
     }
 
-    /// Splits `count` clusters from `first` on by what has to be done with them, into at most [`MAX_GROUPS`].
+    /// Splits `count` clusters from `first` on into at most [`MAX_GROUPS`] groups that are written in one way.
     fn groups(&self, table: &Table, first: GuestCluster, count: usize) -> SmallVec<[Group; 2]> {
         let cluster_bytes = self.geometry.cluster_bytes();
         let suspects = self.suspects.borrow();
@@ -223,7 +223,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
     }
 
     /// Writes buffers at `start` of the disk, within the clusters of `group`, the first of which is `cluster`; the
-    /// share is for what fills the rest of them.
+    /// share is memory to fill the rest of them.
     async fn write_group(
         &self,
         table: &Rc<Table>,
@@ -248,7 +248,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         };
         let group = Group { host, ..group };
         let (result, spoilt, bufs) = self.write_new(table, group, cluster, start, (bufs, fill)).await;
-        // Only a mapping that was tried can be there after a crash; till then a new place is nobody's.
+        // Until a mapping is tried no crash can leave a reference to a new place.
         let doubt = match result {
             Ok(()) => self.doubt().await,
             Err(e) => Err(e),
@@ -276,9 +276,8 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         (result, bufs)
     }
 
-    /// Writes data to a place that is about to be mapped, and makes it durable where losing it would show other bytes
-    /// than zeros. Also gives whether the medium failed at that place; what is read for it, and what makes it durable,
-    /// says nothing of the place.
+    /// Writes data to a place that is about to be mapped, and makes it durable if losing it would expose other bytes
+    /// than zeros. Also returns whether the medium failed at that place; failed reads and syncs do not count.
     async fn write_new(
         &self,
         table: &Rc<Table>,
@@ -289,7 +288,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
     ) -> (Result<(), Errno>, bool, IoVec) {
         let group_start = self.start_of(cluster);
         let covered = self.backing_shows(group_start) || group.compressed;
-        // The place may hold other bytes than zeros.
+        // The place may contain other bytes than zeros.
         let dirty = group.place == Place::Again || self.space.borrow().is_dirty(group.host);
         let (result, spoilt, bufs) = if covered || dirty {
             self.write_whole(table, group, group_start, start, (bufs, fill)).await
@@ -307,7 +306,8 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         (result, spoilt, bufs)
     }
 
-    /// Writes all of the group's clusters: what the request does not cover is filled with what the disk shows there.
+    /// Writes the group's clusters as a whole: bytes that the request does not cover get the current contents of the
+    /// disk.
     async fn write_whole(
         &self,
         table: &Table,
@@ -334,7 +334,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         (result, self.file.spoils(result), all.into_iter().skip(skip).take(count).collect())
     }
 
-    /// What the disk shows in so many bytes before, and in so many bytes after.
+    /// The current contents of the disk before and after the request, within its clusters.
     async fn rest(
         &self,
         table: &Table,

@@ -1,48 +1,48 @@
 //! Zeros and discards.
 //!
 //! ```text
-//!   zeros    mapped ─► zeros in place, the mapping stays     unmapped, nothing below ─► nothing to do
-//!            compressed, above a backing file, or where a failed try left a place ─► written like any data
+//!   zeros    mapped ─► zeros in place, the mapping stays     unmapped, nothing below ─► no work
+//!            compressed, above a backing file, or in doubt ─► written like any data
 //!            that keep their space: unmapped ─► written like any data, so that a later write there needs none
-//!   discard  mapped ─► zeros in place                        else ─► stays as it is
+//!   discard  mapped ─► zeros in place                        else ─► unchanged
 //! ```
 //!
-//! The format cannot say "zeros here" in a mapping, and a mapping is never taken back: what was mapped once stays so.
-//! Space inside of a mapped cluster goes back to the host as a hole in the file.
+//! The format has no zero entries, and a mapping is never removed. Space inside a mapped cluster is freed as a hole in
+//! the file.
 
 use super::Image;
 use super::layout::{Layout, Mapping};
 use super::table::Table;
 use super::{GuestOffset, HostOffset};
 use crate::ImageHost;
-use crate::memory::{MOST_BYTES, take_some};
+use crate::memory::{MAX_BYTES, take_some};
 use smallvec::smallvec;
 use std::rc::Rc;
 use tap_core::ZeroFlags;
 use tap_host::{Bug, Errno, ZeroMode, cost_of};
 
-/// Most runs that are found at once.
+/// Limit of runs found at once.
 const MAX_RUNS: usize = 64;
-/// Tables that are not there and that may be passed in one turn.
-const EMPTY_LOOKS: u32 = 256;
+/// Missing tables that may be skipped in one turn.
+const MAX_SKIPS: u32 = 256;
 
-/// What has to be done to make a run of bytes zeros.
+/// The work to zero a run of bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Work {
-    /// It reads as zeros.
+    /// It already reads as zeros.
     Nothing,
-    /// Zeros from there on in the file.
+    /// Zero it in place, from this offset of the file on.
     InPlace(HostOffset),
-    /// Zeros have to be written as data.
+    /// Write zeros as data.
     Write,
 }
 
-/// Where a part of at most `room` bytes ends that begins at `at` of a range up to `end`: with a cluster of
-/// `cluster` bytes where it can, since each part would fill the rest of its last cluster.
+/// The end of a part of at most `room` bytes that begins at `at` of a range up to `end`: at the end of a cluster of
+/// `cluster` bytes if possible, since each part would fill the rest of its last cluster.
 fn end_of_part((at, end): (GuestOffset, GuestOffset), room: u64, cluster: u64) -> GuestOffset {
-    let most = at + room.min(end - at);
-    let whole = GuestOffset(most.0 - most.0 % cluster);
-    if most < end && whole > at { whole } else { most }
+    let limit = at + room.min(end - at);
+    let whole = GuestOffset(limit.0 - limit.0 % cluster);
+    if limit < end && whole > at { whole } else { limit }
 }
 
 #[derive(Clone, Copy)]
@@ -52,24 +52,24 @@ struct Run {
     work: Work,
 }
 
-/// What is left of a request.
+/// The rest of a request.
 struct Rest {
     at: GuestOffset,
     end: GuestOffset,
-    /// Tables that were looked at.
-    looks: u32,
-    /// The last one was not there.
+    /// Tables visited so far.
+    tables: u32,
+    /// The last one was missing and had no work.
     was_empty: bool,
 }
 
 impl Rest {
     fn new(start: GuestOffset, len: u64) -> Self {
-        Self { at: start, end: start + len, looks: 0, was_empty: false }
+        Self { at: start, end: start + len, tables: 0, was_empty: false }
     }
 }
 
 impl<H: ImageHost, L: Layout> Image<H, L> {
-    /// Makes `len` bytes from `start` on zeros.
+    /// Zeroes `len` bytes from `start` on.
     pub(super) async fn write_zeroes(
         self: Rc<Self>,
         start: GuestOffset,
@@ -78,7 +78,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
     ) -> Result<(), Errno> {
         let mode = if flags.unmap { ZeroMode::Unmap } else { ZeroMode::Keep };
         if flags.fast {
-            // Refused before anything has changed.
+            // Refuse before anything has changed.
             let mut rest = Rest::new(start, len);
             while let Some(runs) = self.runs(&mut rest, mode).await? {
                 let written = |run: &Run| match run.work {
@@ -104,7 +104,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         Ok(())
     }
 
-    /// Gives back what space of `len` bytes from `start` on can be given back without writing anything.
+    /// Frees as much of `len` bytes from `start` on as possible without writing.
     pub(super) async fn discard(&self, start: GuestOffset, len: u64) -> Result<(), Errno> {
         let mut rest = Rest::new(start, len);
         while let Some(runs) = self.runs(&mut rest, ZeroMode::Unmap).await? {
@@ -119,7 +119,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
     }
 
     async fn write_zeros(self: Rc<Self>, start: GuestOffset, len: u64) -> Result<(), Errno> {
-        let want = cost_of(len.min(MOST_BYTES as u64) as usize);
+        let want = cost_of(len.min(MAX_BYTES as u64) as usize);
         let mut share = take_some(&self.memory.zeros, want).await?;
         let cluster = self.geometry.cluster_bytes();
         let (mut at, end) = (start, start + len);
@@ -138,17 +138,16 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         }
     }
 
-    /// Bytes of a request from where `rest` begins, cut by what has to be done to make them zeros; `None` at its end.
-    /// Between two looks others have their turn.
+    /// The next runs of `rest`, by the work to zero them; `None` at its end. Yields between tables.
     async fn runs(&self, rest: &mut Rest, mode: ZeroMode) -> Result<Option<Vec<Run>>, Errno> {
-        // Zeros that are to have their space are never there without a mapping.
+        // Zeros that keep their space need a mapping.
         let mapped = mode == ZeroMode::Keep && !self.host.bug(Bug::KeptUnmapped);
         while let Some((index, start, len)) = self.by_table(rest.at, rest.end - rest.at).next() {
             let unyielding = self.host.bug(Bug::ZeroesUnyielding);
-            if !unyielding && rest.looks > 0 && (rest.looks.is_multiple_of(EMPTY_LOOKS) || !rest.was_empty) {
+            if !unyielding && rest.tables > 0 && (rest.tables.is_multiple_of(MAX_SKIPS) || !rest.was_empty) {
                 self.host.yield_now().await;
             }
-            rest.looks += 1;
+            rest.tables += 1;
             self.host.work(1);
             let table = self.table(index).await?;
             let end = start + len as u64;
@@ -170,7 +169,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         self.suspects.borrow().any(self.cluster(start), self.cluster(GuestOffset(end.0 - 1)))
     }
 
-    /// At most [`MAX_RUNS`] runs of one table, and where they end.
+    /// At most [`MAX_RUNS`] runs of one table, and their end.
     fn runs_of(
         &self,
         table: Option<&Table>,
@@ -184,24 +183,24 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         while at < end {
             let len = (cluster_bytes - at.0 % cluster_bytes).min(end - at);
             let work = self.work_at(table, at, mapped)?;
-            let goes_on = runs.last().is_some_and(|last| match (last.work, work) {
+            let continues = runs.last().is_some_and(|last| match (last.work, work) {
                 (Work::InPlace(a), Work::InPlace(b)) => a + last.len == b,
                 (a, b) => a == b,
             });
             let full = runs.len() == MAX_RUNS;
             match runs.last_mut() {
-                Some(last) if goes_on => last.len += len,
+                Some(last) if continues => last.len += len,
                 _ if full => break,
                 _ => runs.push(Run { start: at, len, work }),
             }
             at += len;
         }
-        assert!(runs.len() <= MAX_RUNS, "more runs are looked for at once than may be");
+        assert!(runs.len() <= MAX_RUNS, "more runs are found at once than the limit");
         self.host.work((at - start).div_ceil(cluster_bytes));
         Ok((runs, at))
     }
 
-    /// `mapped`: the zeros must have space of their own.
+    /// `mapped`: the zeros must have space.
     fn work_at(&self, table: Option<&Table>, at: GuestOffset, mapped: bool) -> Result<Work, Errno> {
         let cluster = self.cluster(at);
         Ok(match self.mapping_at(table, at)? {
@@ -210,7 +209,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
             Mapping::Unmapped => {
                 let shows_below =
                     self.backing_shows(self.start_of(cluster)) && !self.host.bug(Bug::ZeroesSkippedBelow);
-                // What a failed try left may be found at the place after a crash.
+                // After a crash the data of a failed try may appear there.
                 let in_doubt = self.suspects.borrow().any(cluster, cluster);
                 if mapped || shows_below || in_doubt { Work::Write } else { Work::Nothing }
             }
@@ -223,12 +222,12 @@ mod tests {
     use super::{GuestOffset, end_of_part};
 
     #[test]
-    fn parts_end_with_clusters_and_go_on() {
+    fn parts_end_at_clusters_and_are_never_empty() {
         let end = |at, end, room| end_of_part((GuestOffset(at), GuestOffset(end)), room, 4096).0;
         assert_eq!(end(5000, 90_000, 65_536), 69_632);
         assert_eq!(end(4096, 8192, 65_536), 8192, "the end");
         assert_eq!(end(4096, 9000, 65_536), 9000, "within a cluster");
-        // Less room than a cluster has: no part is empty.
+        // Less room than a cluster: no part is empty.
         assert_eq!(end(4096, 8192, 512), 4608);
         assert_eq!(end(4608, 8192, 512), 5120);
     }

@@ -1,4 +1,4 @@
-//! Help texts: files beside this one, in which the formats of the registry are filled in.
+//! Help texts: files next to this one, with placeholders for the formats of the registry.
 
 use tap_images::{Format, SHIPPED};
 
@@ -17,7 +17,7 @@ pub(crate) fn img() -> String {
     filled(include_str!("img.txt"))
 }
 
-/// `{specs}` are images as they are named, `{formats}` the formats with a word on each.
+/// Fills in `{specs}`, the forms of image names, and `{formats}`, the formats with a description each.
 fn filled(text: &str) -> String {
     let all = |show: fn(&Format) -> String| SHIPPED.iter().map(show).collect::<Vec<_>>().join(", ");
     let specs = all(|format| format!("{format}:PATH"));
@@ -30,7 +30,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_format_is_told_and_no_gap_is_left() {
+    fn help_texts_name_every_format_and_have_no_placeholder_left() {
         let [serve, xen, img] = [serve(), xen(), img()];
         for format in SHIPPED {
             assert!(serve.contains(&format!("{format}:PATH")) && img.contains(&format!("{format} (")));

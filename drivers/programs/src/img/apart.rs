@@ -1,17 +1,17 @@
-//! A new image is none of the files that it is made from.
+//! Ensures that a new image is not one of the files that it is made from.
 //!
-//! A name says little: links, `..` and relative paths lead to the same file. What counts is which file is opened
-//! ([`FileId`]), and a file that cannot be looked at may be any. A name that leads nowhere now may lead somewhere
-//! later, so whoever empties a file compares once more what it has opened.
+//! Paths cannot be compared: links, `..` and relative paths may lead to the same file. The identity of the opened file
+//! counts ([`FileId`]), and a file that cannot be opened may be any. A path that does not exist now may exist later, so
+//! the identity is checked again on the open file before it is truncated.
 
 use tap_host::{Bug, Errno, FileId};
 use tap_images::{Formats, ImageError, ImageFormat, ImageHost, ImageSpec, MAX_CHAIN, file_id};
 
-/// Refuses `target` if it is the file `from`, or, with `follow`, one that `from` is based on; gives all these files. A
-/// target that is not there is none of them.
+/// Fails if `target` is the file `from` or, with `follow`, a file below it; returns all these files. A target that does
+/// not exist is none of them.
 ///
 /// # Errors
-/// Why not, as the end of a sentence.
+/// The reason, as the end of a sentence.
 pub(super) async fn apart<H: ImageHost>(
     host: &H,
     target: &str,
@@ -27,10 +27,10 @@ pub(super) async fn apart<H: ImageHost>(
     let mut next = Some(from.clone());
     for _ in 0..MAX_CHAIN {
         let Some(spec) = next.take() else { break };
-        let look = |e: Errno| format!("open {}: {e}", spec.path);
-        // One that is not there now may be there when it is opened.
-        let other = file_id(host, &spec.path).await.map_err(look)?;
-        let other = other.ok_or_else(|| look(Errno::ENOENT))?;
+        let cannot_open = |e: Errno| format!("open {}: {e}", spec.path);
+        // A source that does not exist now may exist when it is opened.
+        let other = file_id(host, &spec.path).await.map_err(cannot_open)?;
+        let other = other.ok_or_else(|| cannot_open(Errno::ENOENT))?;
         if id == Some(other) {
             let text =
                 if spec == *from { String::new() } else { format!(", on which {} is based", from.path) };
@@ -40,7 +40,7 @@ pub(super) async fn apart<H: ImageHost>(
         if follow {
             next = match Formats::shipped().describe(host, &spec).await {
                 Ok(image) => image.backing_path.map(|path| ImageSpec { format: ImageFormat::Probe, path }),
-                // What is no image of its format leads to no other; that is told where it is opened.
+                // A file that is not an image of its format has no file below it; opening it reports that.
                 Err(ImageError::Refused { .. }) => None,
                 Err(e) => return Err(e.to_string()),
             };

@@ -9,13 +9,13 @@ use tap_images::{Format, Formats, ImageHost, ImageSpec};
 
 #[derive(Args, Debug)]
 pub(super) struct Check {
-    /// Format of the image, instead of finding it out
+    /// Format of the image, instead of probing it
     #[arg(short, long, value_parser = format_parser(), value_name = "FORMAT")]
     format: Option<Format>,
-    /// How to print it
+    /// Output format
     #[arg(long, value_enum, default_value_t)]
     output: Output,
-    /// Say nothing unless something is wrong
+    /// Print nothing unless there is a problem
     #[arg(short, long)]
     quiet: bool,
     /// The image
@@ -52,14 +52,14 @@ impl Check {
         let spec = super::image(&self.file, self.format).map_err(Failure::new)?;
         let formats = Formats::shipped();
         let image = formats.describe(host, &spec).await.map_err(Failure::new)?;
-        // As what was described, not as what it may have become.
+        // The format that was described, even if the file has changed since.
         let spec = ImageSpec { format: image.format.into(), ..spec };
         let Some(report) = formats.check(host, &spec).await.map_err(Failure::new)? else {
             let text = format!("check {}: the format {} has no metadata", spec.path, image.format);
             return Err(Failure { status: NOTHING_TO_CHECK, text });
         };
         let total = image.cluster_bytes.map_or(0, |bytes| image.disk_bytes.div_ceil(bytes));
-        // What a file that was cut off does not have is not lost in it.
+        // Clusters missing at the end of a truncated file are not leaks.
         let missing_bytes = report.end_bytes.saturating_sub(report.file_bytes);
         let missing = image.cluster_bytes.map_or(0, |bytes| missing_bytes.div_ceil(bytes));
         let shown = Shown {
@@ -80,8 +80,8 @@ impl Check {
         };
         if report.end_bytes > report.file_bytes {
             console.err(&format!(
-                "tap-img: warning: {} ends at byte {}, and what is mapped reaches to byte {}: after a crash of the \
-                 host that is data that was never flushed, otherwise the file was cut off",
+                "tap-img: warning: {} ends at byte {}, but its mappings reach byte {}: after a crash of the \
+                 host that data was never flushed; otherwise the file was truncated",
                 spec.path, report.file_bytes, report.end_bytes
             ));
         }

@@ -1,7 +1,7 @@
 //! `tap-img compare`.
 
 use super::open_node;
-use super::pump::{Crew, Extents, PIECE_SECTORS, Run, is_zero, read};
+use super::pump::{Extents, PIECE_SECTORS, Run, TaskSet, is_zero, read};
 use super::{BackingArgs, Failure, Outcome};
 use crate::Console;
 use crate::disk::{DiskHost, DiskOptions, format_parser};
@@ -13,19 +13,19 @@ use tap_images::Format;
 
 #[derive(Args, Debug)]
 pub(super) struct Compare {
-    /// Format of the first image, instead of finding it out
+    /// Format of the first image, instead of probing it
     #[arg(short, long, value_parser = format_parser(), value_name = "FORMAT")]
     format: Option<Format>,
     /// Format of the second image
     #[arg(short = 'F', long, value_parser = format_parser(), value_name = "FORMAT")]
     second_format: Option<Format>,
-    /// Disks of different sizes differ, even if what one has more is zeros
+    /// Disks of different sizes differ, even if the longer one ends with zeros
     #[arg(short, long)]
     strict: bool,
-    /// Show how far it is
+    /// Show progress
     #[arg(short, long)]
     progress: bool,
-    /// Say nothing, only exit
+    /// Print nothing
     #[arg(short, long)]
     quiet: bool,
     /// Requests in flight
@@ -77,7 +77,7 @@ impl Compare {
         Ok(0)
     }
 
-    /// The first sector that differs; what one disk has more is compared with zeros.
+    /// The first sector that differs; the shorter disk is extended with zeros.
     async fn first_difference(
         &self,
         a: &Rc<dyn Node>,
@@ -87,7 +87,7 @@ impl Compare {
         let pool = BufPool::new(2 * usize::from(self.parallel) * (PIECE_SECTORS * SECTOR_BYTES) as usize);
         let total = a.info().size_sectors.max(b.info().size_sectors);
         let mut walk = Walk { a: Extents::new(a), b: Extents::new(b), left: (None, None), at: 0, total };
-        let mut crew = Crew::new(usize::from(self.parallel));
+        let mut tasks = TaskSet::new(usize::from(self.parallel));
         let mut found: Option<u64> = None;
         let note = |found: &mut Option<u64>, new: Option<u64>| *found = (*found).into_iter().chain(new).min();
         while let Some((start, count, parts)) = walk.next().await? {
@@ -103,14 +103,14 @@ impl Compare {
                 let b = if parts.1 { Some(read(&b, &pool, start, count).await?) } else { None };
                 Ok::<_, Errno>(difference(a.as_deref(), b.as_deref()).map(|sector| start + sector))
             });
-            if let Some(done) = crew.start(work).await {
+            if let Some(done) = tasks.start(work).await {
                 note(&mut found, done?);
             }
             if found.is_some() {
                 break;
             }
         }
-        while let Some(done) = crew.finish().await {
+        while let Some(done) = tasks.finish().await {
             note(&mut found, done?);
         }
         if self.progress {
@@ -120,18 +120,18 @@ impl Compare {
     }
 }
 
-/// Both disks side by side, cut where either changes its kind.
+/// Both disks side by side, split where the extents of either change.
 struct Walk {
     a: Extents,
     b: Extents,
-    /// What is left of the runs that were cut.
+    /// The rest of the runs that were split.
     left: (Option<Run>, Option<Run>),
     at: u64,
     total: u64,
 }
 
 impl Walk {
-    /// First sector, count, and which of the disks has to be read there.
+    /// The next run: first sector, count, and which of the disks have data to read there.
     async fn next(&mut self) -> Result<Option<(u64, u64, (bool, bool))>, Errno> {
         if self.at == self.total {
             return Ok(None);
@@ -160,7 +160,7 @@ impl Walk {
     }
 }
 
-/// The first sector that differs; what is missing is zeros.
+/// The first sector that differs; `None` data is zeros.
 fn difference(a: Option<&[u8]>, b: Option<&[u8]>) -> Option<u64> {
     const SECTOR: usize = SECTOR_BYTES as usize;
     let at = match (a, b) {

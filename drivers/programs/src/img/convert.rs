@@ -2,7 +2,7 @@
 
 use super::apart::apart;
 use super::open_node;
-use super::pump::{Crew, Extents, PIECE_SECTORS, is_zero, read};
+use super::pump::{Extents, PIECE_SECTORS, TaskSet, is_zero, read};
 use super::target::{Target, TargetOptions};
 use super::{BackingArgs, Failure, Outcome};
 use crate::Console;
@@ -17,7 +17,7 @@ use tap_images::{Format, ImageFormat, parse_size};
 
 #[derive(Args, Debug)]
 pub(super) struct Convert {
-    /// Format of the source, instead of finding it out
+    /// Format of the source, instead of probing it
     #[arg(short, long, value_parser = format_parser(), value_name = "FORMAT")]
     format: Option<Format>,
     /// Format of the new image
@@ -25,26 +25,26 @@ pub(super) struct Convert {
     output_format: Format,
     #[command(flatten)]
     options: TargetOptions,
-    /// Write into the image that is there instead of making a new one; it must be large enough
+    /// Write into an existing image instead of creating one; it must be large enough
     #[arg(short = 'n', long)]
     no_create: bool,
-    /// Runs of zeros from this size on are left out; 0 copies everything
+    /// Skip runs of zeros of at least this size; 0 copies everything
     #[arg(short = 'S', long, default_value = "4k", value_name = "SIZE")]
     sparse: String,
     /// Requests in flight
     #[arg(short = 'm', long, default_value_t = 8, value_parser = clap::value_parser!(u8).range(1..=64))]
     parallel: u8,
-    /// Show how far it is
+    /// Show progress
     #[arg(short, long)]
     progress: bool,
-    /// Say nothing
+    /// Print nothing
     #[arg(short, long)]
     quiet: bool,
     #[command(flatten)]
     backing: BackingArgs,
     /// The image to copy
     source: String,
-    /// The image to make
+    /// The image to create
     target: String,
 }
 
@@ -54,20 +54,20 @@ struct Copier {
     from: Rc<dyn Node>,
     to: Rc<dyn Node>,
     pool: BufPool,
-    /// Zeros need not be written.
+    /// The target reads as zeros, so zeros need not be written.
     to_is_zero: bool,
-    /// Sectors of zeros that are worth leaving out; 0 for none.
+    /// Least number of zero sectors to skip; 0 skips none.
     sparse_sectors: u64,
 }
 
-/// The copying of one piece.
+/// The copy of one piece.
 type Piece = LocalBoxFuture<Result<(), Errno>>;
 
 impl Convert {
     pub(super) async fn run<H: DiskHost>(&self, host: &H, console: &dyn Console) -> Outcome {
         let sparse = parse_size(&self.sparse).map_err(|e| Failure::new(format!("use -S: {e}")))?;
         if !sparse.is_multiple_of(SECTOR_BYTES) {
-            return Err(Failure::new(format!("use -S {}: it is no multiple of 512", self.sparse)));
+            return Err(Failure::new(format!("use -S {}: it is not a multiple of 512", self.sparse)));
         }
         let source = super::disk(&self.source, self.format).map_err(Failure::new)?;
         let options = DiskOptions { backing: self.backing.backing.policy(), ..DiskOptions::default() };
@@ -96,7 +96,7 @@ impl Convert {
         Ok(0)
     }
 
-    /// The target, which is none of `apart`.
+    /// Opens or creates the target, which must not be one of `apart`.
     async fn open_target<H: DiskHost>(
         &self,
         host: &H,
@@ -123,14 +123,14 @@ impl Convert {
                 return Err(Failure::new(text));
             }
         }
-        // Durable at the end: a crash before that leaves a copy that nobody was told is one.
+        // Durable only at the end: a copy interrupted by a crash was never reported complete.
         let cache = CacheMode::Unsafe;
         let options = DiskOptions { write: true, cache, ..DiskOptions::default() };
         let node = open_node(host, &spec, &options).await.map_err(Failure::new)?;
         let have = node.info().size_sectors;
         if have < size_sectors {
             let text = format!(
-                "copy {} to {}: it has {} bytes, {} are needed",
+                "copy {} to {}: the target has {} bytes, but {} are needed",
                 self.source,
                 self.target,
                 have * SECTOR_BYTES,
@@ -142,20 +142,20 @@ impl Convert {
     }
 
     async fn copy(&self, copier: &Copier, console: &dyn Console) -> Result<(), Errno> {
-        let mut crew = Crew::new(usize::from(self.parallel));
-        let mut outcome = self.feed(copier, &mut crew, console).await;
-        // Also after an error: nothing may be in flight when the target is closed.
-        while let Some(result) = crew.finish().await {
+        let mut tasks = TaskSet::new(usize::from(self.parallel));
+        let mut outcome = self.feed(copier, &mut tasks, console).await;
+        // Even after an error: nothing may be in flight when the target is closed.
+        while let Some(result) = tasks.finish().await {
             outcome = outcome.and(result);
         }
         outcome
     }
 
-    /// Gives `crew` one piece after the other, up to the first error.
+    /// Passes one piece after the other to `tasks`, up to the first error.
     async fn feed(
         &self,
         copier: &Copier,
-        crew: &mut Crew<Piece>,
+        tasks: &mut TaskSet<Piece>,
         console: &dyn Console,
     ) -> Result<(), Errno> {
         let total = copier.from.info().size_sectors * SECTOR_BYTES;
@@ -164,7 +164,7 @@ impl Convert {
         while let Some(run) = extents.next(PIECE_SECTORS).await? {
             let job = copier.clone();
             let work: Piece = Box::pin(async move { job.piece(run.start, run.count, run.extent.zero).await });
-            if let Some(result) = crew.start(work).await {
+            if let Some(result) = tasks.start(work).await {
                 result?;
             }
             done += run.count * SECTOR_BYTES;
@@ -214,8 +214,8 @@ impl Copier {
     }
 }
 
-/// Cuts `bytes` into runs of zeros and others: whether zeros, first sector, sectors. Zeros count from `sparse` sectors
-/// on, and in steps of it.
+/// Splits `bytes` into runs of zeros and data: whether zeros, first sector, sectors. Zeros are found in steps of
+/// `sparse` sectors.
 fn runs(bytes: &[u8], sparse: u64) -> Vec<(bool, u64, u64)> {
     let sectors = bytes.len() as u64 / SECTOR_BYTES;
     if sparse == 0 {
@@ -237,7 +237,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn zeros_are_cut_out_in_steps() {
+    fn runs_of_zeros_are_found_in_steps() {
         let mut bytes = vec![0; 10 * 512];
         bytes[5 * 512] = 1;
         assert_eq!(runs(&bytes, 0), [(false, 0, 10)]);

@@ -14,7 +14,7 @@ pub(super) struct Create {
     /// Format of the new image
     #[arg(short, long, value_parser = format_parser(), default_value = "raw", value_name = "FORMAT")]
     format: Format,
-    /// File that shows where nothing was written; a relative name is relative to the image
+    /// Backing file, whose content shows where nothing was written; a relative name is relative to the image
     #[arg(short, long, value_name = "FILE")]
     backing: Option<String>,
     /// Format of that file
@@ -22,7 +22,7 @@ pub(super) struct Create {
     backing_format: Option<Format>,
     #[command(flatten)]
     options: TargetOptions,
-    /// Say nothing
+    /// Print nothing
     #[arg(short, long)]
     quiet: bool,
     /// The image
@@ -45,7 +45,7 @@ impl Create {
         };
         let formats = Formats::shipped();
         let (below_bytes, apart) = match &self.backing {
-            // Also shows that the file is there.
+            // Also checks that the file exists.
             Some(name) => {
                 let format = self.backing_format.map_or(ImageFormat::Probe, ImageFormat::As);
                 let below = ImageSpec { format, path: resolve(&spec.path, name) };
@@ -55,7 +55,7 @@ impl Create {
             None => (None, Vec::new()),
         };
         let Some(size) = size.or(below_bytes) else {
-            return Err(create("its size is missing: write for example 20G".to_owned()));
+            return Err(create("its size is missing; give one, such as 20G".to_owned()));
         };
         let Some(size_bytes) = size.checked_next_multiple_of(SECTOR_BYTES) else {
             return Err(create(format!("a disk of {size} bytes is larger than a file can be")));

@@ -9,13 +9,13 @@ use tap_images::{Description, Format, Formats, ImageFormat, ImageHost, ImageSpec
 
 #[derive(Args, Debug)]
 pub(super) struct Info {
-    /// Format of the image, instead of finding it out
+    /// Format of the image, instead of probing it
     #[arg(short, long, value_parser = format_parser(), value_name = "FORMAT")]
     format: Option<Format>,
-    /// How to print it
+    /// Output format
     #[arg(long, value_enum, default_value_t)]
     output: Output,
-    /// Show the images below it, too
+    /// Also show the images below it
     #[arg(long)]
     backing_chain: bool,
     /// The image
@@ -102,7 +102,7 @@ fn print_human(console: &dyn Console, image: &Shown) {
     }
 }
 
-/// A name out of an image, without what would move the cursor of a terminal.
+/// A name from an image, with control characters replaced: they could control a terminal.
 fn clean(name: &str) -> String {
     name.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }

@@ -16,10 +16,10 @@ use tap_images::Format;
 
 #[derive(Args, Debug)]
 pub(super) struct Map {
-    /// Format of the image, instead of finding it out
+    /// Format of the image, instead of probing it
     #[arg(short, long, value_parser = format_parser(), value_name = "FORMAT")]
     format: Option<Format>,
-    /// How to print it
+    /// Output format
     #[arg(long, value_enum, default_value_t)]
     output: Output,
     #[command(flatten)]
@@ -40,21 +40,21 @@ struct Shown<'a> {
     compressed: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     offset: Option<u64>,
-    /// For people.
+    /// For human output.
     #[serde(skip)]
     file: &'a str,
 }
 
 impl Shown<'_> {
-    /// Whether `next`, which begins where this ends, is more of the same.
-    fn goes_on_with(&self, next: &Shown<'_>) -> bool {
+    /// Whether `next`, which begins where this ends, continues this run.
+    fn continues_with(&self, next: &Shown<'_>) -> bool {
         let same = (self.depth, self.present, self.zero, self.data, self.compressed)
             == (next.depth, next.present, next.zero, next.data, next.compressed);
-        let place_goes_on = match (self.offset, next.offset) {
+        let offset_continues = match (self.offset, next.offset) {
             (Some(a), Some(b)) => a.checked_add(self.length) == Some(b),
             (a, b) => a.is_none() && b.is_none(),
         };
-        same && place_goes_on
+        same && offset_continues
     }
 }
 
@@ -72,7 +72,7 @@ impl Map {
             match extents.next(u64::MAX).await {
                 Ok(Some(run)) => printer.take(sources.shown(&run))?,
                 Ok(None) => break,
-                // An array that was begun stays open: nobody takes a part of the map for the whole.
+                // An array that was begun stays open, so that part of a map is never taken for the whole.
                 Err(e) => return Err(Failure::new(format!("read the map of {spec}: {e}"))),
             }
         }
@@ -82,14 +82,14 @@ impl Map {
     }
 }
 
-/// Prints runs as they come, those that go on as one. A map may have millions of them, so only the last is kept.
+/// Prints runs as they arrive, adjacent ones as one. A map may have millions of them, so only the last is kept.
 struct Printer<'a> {
     console: &'a dyn Console,
-    /// Not for people.
+    /// JSON, not human output.
     is_json: bool,
-    /// What is not printed yet, because it may go on.
+    /// The last run, not printed yet because the next may continue it.
     before: Option<Shown<'a>>,
-    /// Objects of the array that were printed.
+    /// Objects of the array printed so far.
     count: u64,
 }
 
@@ -102,7 +102,7 @@ impl<'a> Printer<'a> {
 
     fn take(&mut self, run: Shown<'a>) -> Result<(), Failure> {
         match &mut self.before {
-            Some(before) if before.goes_on_with(&run) => before.length += run.length,
+            Some(before) if before.continues_with(&run) => before.length += run.length,
             before => {
                 if let Some(done) = before.replace(run) {
                     self.print(&done, ",")?;
@@ -150,7 +150,7 @@ impl<'a> Printer<'a> {
 struct Sources(BTreeMap<NodeName, (u32, String)>);
 
 impl Sources {
-    /// Those of a graph: how deep each lies, and what people call it. The first one is the disk that was asked for.
+    /// The nodes of a graph, with their depth and name for people. The first one is the top.
     fn of(top: &Rc<dyn Node>, spec: &DiskSpec) -> Self {
         let mut found = BTreeMap::new();
         for (depth, node) in nodes(Rc::clone(top)) {
@@ -197,12 +197,12 @@ mod tests {
             self.0.borrow_mut().push(line.to_owned());
         }
         fn err(&self, line: &str) {
-            panic!("nothing is wrong: {line}");
+            panic!("unexpected error: {line}");
         }
         fn progress(&self, _: u64, _: u64) {}
     }
 
-    /// What is printed for runs of 512 bytes: offset, and whether compressed.
+    /// The output for runs of 512 bytes, given by offset and whether compressed.
     fn printed(is_json: bool, runs: &[(Option<u64>, bool)]) -> Vec<String> {
         let lines = Lines::default();
         let mut printer = Printer { console: &lines, is_json, before: None, count: 0 };
@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn places_that_are_not_known_are_not_called_compressed() {
+    fn unknown_offsets_are_not_shown_as_compressed() {
         let runs = [(Some(4096), false), (Some(4608), false), (None, true), (None, false)];
         let lines = printed(false, &runs);
         let places = lines.iter().map(|l| l.split_whitespace().skip(1).collect::<Vec<_>>().join(" "));

@@ -1,4 +1,4 @@
-//! `tap-img`: images made, looked at, checked, compared and converted, with the options, the JSON keys and the exit
+//! `tap-img`: creates, shows, checks, compares and converts images, with the options, the JSON keys and the exit
 //! statuses of `qemu-img`, for the formats of this project.
 
 mod apart;
@@ -33,28 +33,26 @@ pub struct Cli {
 
 #[derive(Subcommand, Debug)]
 enum Command {
-    /// Makes a new image; a file that is there is replaced
+    /// Creates an image; an existing file is replaced
     Create(create::Create),
-    /// Shows what an image says of itself
+    /// Shows the properties of an image
     Info(info::Info),
     /// Checks the metadata of an image without changing it
-    #[command(
-        after_help = "Exit status: 0 nothing is wrong, 1 the check could not be made, 2 the image is damaged, \
-                            3 it has lost clusters only, 63 the format has nothing to check"
-    )]
+    #[command(after_help = "Exit status: 0 no problem, 1 the check failed to run, 2 the image is damaged, \
+                            3 it only has leaked clusters, 63 the format has nothing to check")]
     Check(check::Check),
-    /// Shows which parts of the disk come from where
+    /// Shows where the parts of the disk come from
     Map(map::Map),
-    /// Compares what two images show
+    /// Compares the contents of two images
     #[command(
         after_help = "Exit status: 0 equal, 1 different, 2 an image could not be opened, 4 reading failed"
     )]
     Compare(compare::Compare),
-    /// Copies what an image shows into another one
+    /// Copies the contents of an image to another one
     Convert(convert::Convert),
 }
 
-/// How results are printed.
+/// The output format.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
 enum Output {
     /// For people
@@ -64,7 +62,7 @@ enum Output {
     Json,
 }
 
-/// Below an image.
+/// Options for backing files.
 #[derive(Args, Clone, Copy, Debug)]
 struct BackingArgs {
     /// Which backing files may be opened, and as what
@@ -89,7 +87,7 @@ impl Failure {
 
 type Outcome = Result<u8, Failure>;
 
-/// Runs `tap-img` and gives its exit status.
+/// Runs `tap-img` and returns its exit status.
 pub async fn run<H: DiskHost>(host: H, cli: Cli, console: &dyn Console) -> u8 {
     let outcome = match cli.command {
         Command::Create(args) => args.run(&host, console).await,
@@ -105,7 +103,7 @@ pub async fn run<H: DiskHost>(host: H, cli: Cli, console: &dyn Console) -> u8 {
     })
 }
 
-/// The disk called `file`, which may name its format itself; `format` is what an option says.
+/// The disk `file`, which may include a format; `format` is that of an option.
 fn disk(file: &str, format: Option<Format>) -> Result<DiskSpec, String> {
     let spec = match file.parse::<DiskSpec>().map_err(|why| format!("use {file}: {why}"))? {
         DiskSpec::Image(spec) => spec,
@@ -115,11 +113,11 @@ fn disk(file: &str, format: Option<Format>) -> Result<DiskSpec, String> {
         (None, _) => Ok(DiskSpec::Image(spec)),
         (Some(format), ImageFormat::Probe) => Ok(DiskSpec::Image(ImageSpec { format, ..spec })),
         (Some(format), named) if format == named => Ok(DiskSpec::Image(spec)),
-        (Some(_), _) => Err(format!("use {file}: it is named as another format than the option says")),
+        (Some(_), _) => Err(format!("use {file}: its name has another format than the option")),
     }
 }
 
-/// Opens a disk for a tool: it ends with the tool, so it needs no name.
+/// Opens a disk for a tool; only one is open at a time, so it needs no id.
 async fn open_node<H: DiskHost>(
     host: &H,
     spec: &DiskSpec,
@@ -130,7 +128,7 @@ async fn open_node<H: DiskHost>(
     Ok(disk.node())
 }
 
-/// As [`disk`], for what needs a file.
+/// As [`disk`], for commands that need a file.
 fn image(file: &str, format: Option<Format>) -> Result<ImageSpec, String> {
     match disk(file, format)? {
         DiskSpec::Image(spec) => Ok(spec),
@@ -138,7 +136,7 @@ fn image(file: &str, format: Option<Format>) -> Result<ImageSpec, String> {
     }
 }
 
-/// Prints `value` as JSON, laid out as `qemu-img` does.
+/// Prints `value` as JSON in the layout of `qemu-img`.
 fn print_json(console: &dyn Console, value: &impl serde::Serialize) {
-    console.out(&serde_json::to_string_pretty(value).expect("numbers and texts can be written as JSON"));
+    console.out(&serde_json::to_string_pretty(value).expect("numbers and texts serialise to JSON"));
 }

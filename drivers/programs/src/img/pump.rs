@@ -1,4 +1,4 @@
-//! What moves through a disk from its start to its end: extents one by one, work with several requests in flight.
+//! Iterates over a disk from start to end: extents one by one, and work with several requests in flight.
 
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use smallvec::smallvec;
@@ -8,10 +8,10 @@ use std::rc::Rc;
 use tap_core::{Extent, Node, Request};
 use tap_host::{BufPool, Errno, IoBuf, SECTOR_BYTES, SectorRange};
 
-/// Largest piece that is read at once.
+/// Largest piece read at once.
 pub(super) const PIECE_SECTORS: u64 = 2048;
 
-/// Extents that are asked for at once.
+/// Extents per query.
 const MAX_EXTENTS: usize = 1024;
 
 /// A run of a disk.
@@ -21,7 +21,7 @@ pub(super) struct Run {
     pub(super) start: u64,
     /// Sectors.
     pub(super) count: u64,
-    /// What they are like.
+    /// Their extent.
     pub(super) extent: Extent,
 }
 
@@ -37,9 +37,9 @@ impl Extents {
         Self { node: Rc::clone(node), at: 0, known: VecDeque::new() }
     }
 
-    /// The run that begins where the last one ended; `None` at the end of the disk. Data comes in runs of at most
-    /// `most` sectors; zeros, which nobody reads, as far as they go (below 2^32 sectors).
-    pub(super) async fn next(&mut self, most: u64) -> Result<Option<Run>, Errno> {
+    /// The run that begins where the last one ended; `None` at the end of the disk. Data comes in runs of at most `max`
+    /// sectors; zeros, which are not read, in runs of up to 2^32 - 1.
+    pub(super) async fn next(&mut self, max: u64) -> Result<Option<Run>, Errno> {
         let left = self.node.info().size_sectors - self.at;
         if left == 0 {
             return Ok(None);
@@ -49,8 +49,8 @@ impl Extents {
             self.known = self.node.extents(range, MAX_EXTENTS).await?.into();
         }
         let first = self.known.front_mut().ok_or(Errno::EIO)?;
-        let most = if first.zero { u64::from(u32::MAX) } else { most };
-        let count = first.count.min(most).min(left);
+        let max = if first.zero { u64::from(u32::MAX) } else { max };
+        let count = first.count.min(max).min(left);
         let run = Run { start: self.at, count, extent: first.clone() };
         first.count -= count;
         if first.count == 0 {
@@ -61,26 +61,26 @@ impl Extents {
     }
 }
 
-/// Pieces of work of which a bounded number runs at once.
-pub(super) struct Crew<F: Future> {
+/// A set of tasks, of which a bounded number runs at once.
+pub(super) struct TaskSet<F: Future> {
     running: FuturesUnordered<F>,
-    most: usize,
+    max: usize,
 }
 
-impl<F: Future> Crew<F> {
-    /// At most `most` pieces at once; 0 is as 1, since the first one runs in any case.
-    pub(super) fn new(most: usize) -> Self {
-        Self { running: FuturesUnordered::new(), most }
+impl<F: Future> TaskSet<F> {
+    /// Runs at most `max` tasks at once; 0 acts as 1.
+    pub(super) fn new(max: usize) -> Self {
+        Self { running: FuturesUnordered::new(), max }
     }
 
-    /// Starts `work`, once there is room for it; gives the result of what made room.
+    /// Starts `work` once there is room for it; returns the result of the task that made room.
     pub(super) async fn start(&mut self, work: F) -> Option<F::Output> {
-        let done = if self.running.len() >= self.most { self.running.next().await } else { None };
+        let done = if self.running.len() >= self.max { self.running.next().await } else { None };
         self.running.push(work);
         done
     }
 
-    /// The result of one that still runs.
+    /// The result of the next task to end; `None` if none runs.
     pub(super) async fn finish(&mut self) -> Option<F::Output> {
         self.running.next().await
     }
@@ -115,7 +115,7 @@ mod tests {
     use std::task::{Context, Poll, Waker};
 
     #[test]
-    fn every_byte_counts() {
+    fn every_byte_is_checked_for_zero() {
         for len in [0, 1, 63, 64, 65, 200] {
             assert!(is_zero(&vec![0; len]));
             for at in 0..len {
@@ -127,20 +127,20 @@ mod tests {
     }
 
     #[test]
-    fn a_crew_is_no_larger_than_it_may_be() {
+    fn a_task_set_never_exceeds_its_limit() {
         let started = Cell::new(0);
-        let mut crew = Crew::new(2);
+        let mut tasks = TaskSet::new(2);
         let mut work = pin!(async {
             for _ in 0..3 {
-                crew.start(pending::<()>()).await;
+                tasks.start(pending::<()>()).await;
                 started.set(started.get() + 1);
             }
         });
         let mut cx = Context::from_waker(Waker::noop());
         assert_eq!((work.as_mut().poll(&mut cx), started.get()), (Poll::Pending, 2));
-        let mut crew = Crew::new(1);
+        let mut tasks = TaskSet::new(1);
         let mut work =
-            pin!(async { (crew.start(ready(1)).await, crew.start(ready(2)).await, crew.finish().await) });
+            pin!(async { (tasks.start(ready(1)).await, tasks.start(ready(2)).await, tasks.finish().await) });
         assert_eq!(work.as_mut().poll(&mut cx), Poll::Ready((None, Some(1), Some(2))));
     }
 }

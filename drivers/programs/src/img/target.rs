@@ -29,12 +29,12 @@ pub(super) struct Target {
     pub(super) size_bytes: u64,
     /// Name of its backing file.
     pub(super) backing: Option<String>,
-    /// Files that it is made from, and is none of.
+    /// The files that it is made from, which it must not be.
     pub(super) apart: Vec<FileId>,
 }
 
 impl Target {
-    /// Creates it, out of the file that is there if there is one.
+    /// Creates it, and overwrites an existing file.
     pub(super) async fn create<H: ImageHost>(&self, host: &H, options: &TargetOptions) -> Result<(), String> {
         let (size_bytes, backing) = (self.size_bytes, self.backing.clone());
         let image = NewImage { size_bytes, backing, existing: None, options: options.pairs()? };
@@ -55,7 +55,7 @@ impl TargetOptions {
         parts
             .map(|part| match part.split_once('=') {
                 Some((name, value)) => Ok((name.to_owned(), value.to_owned())),
-                None => Err(format!("use option '{part}': write NAME=VALUE")),
+                None => Err(format!("use option '{part}': write it as NAME=VALUE")),
             })
             .collect()
     }

@@ -1,4 +1,4 @@
-//! `tapdisk xen`, with guests whose front ends are Linux's as the model has it.
+//! `tapdisk xen`, with guests that use the model of Linux's front end.
 
 use crate::{Daemon, world};
 use kernel_model::{Blkfront, DataPiece, Kernel, SimHost};
@@ -10,7 +10,7 @@ use xen_model::{Counts, VbdPaths, Xen, attach_vbd, remove_vbd};
 const XVDA: VbdId = VbdId(51712);
 const MIB: usize = 1 << 20;
 
-/// A toolstack with the guests that it makes.
+/// A toolstack, which creates guests.
 struct Toolstack {
     sim: Sim,
     xen: Xen,
@@ -57,9 +57,9 @@ impl Toolstack {
         attach_vbd(&self.host.port, guest.dom, XVDA, &guest.paths, read_only).await.unwrap();
     }
 
-    /// As xl does for `script=NAME,target=PARAMS`, to the point where it waits for state 2.
+    /// Does what xl does for `script=NAME,target=PARAMS`, up to its wait for state 2.
     async fn attach_with_script(&self, guest: &Guest, script: &str, params: &str) {
-        // In one transaction with xl; here the script comes last, and with it the disk.
+        // xl writes it in one transaction; here the script comes last, since it makes the disk ours.
         self.attach(guest).await;
         self.write(guest, "params", params).await;
         self.write(guest, "script", &format!("/etc/xen/scripts/{script}")).await;
@@ -95,7 +95,7 @@ impl Guest {
 }
 
 #[test]
-fn named_disks_are_served_until_the_toolstack_takes_them_away() {
+fn named_disks_are_served_until_the_toolstack_removes_them() {
     world(|sim, kernel, xen| async move {
         kernel.storage().put_bytes("/a", &[1; MIB]);
         kernel.storage().put_bytes("/b", &[2; MIB]);
@@ -112,7 +112,7 @@ fn named_disks_are_served_until_the_toolstack_takes_them_away() {
         tools.take_offline(&one).await;
         one.close().await;
         tools.settle().await;
-        assert_eq!(*daemon.status.borrow(), None, "the other one is served");
+        assert_eq!(*daemon.status.borrow(), None, "the other disk is still served");
         assert_eq!(two.read(3).await, 2);
         tools.take_offline(&two).await;
         two.close().await;
@@ -129,7 +129,7 @@ fn named_disks_are_served_until_the_toolstack_takes_them_away() {
 }
 
 #[test]
-fn a_disk_too_many_is_not_opened_and_the_others_are_served() {
+fn a_disk_above_the_limit_is_not_opened_and_the_others_are_served() {
     world(|sim, kernel, xen| async move {
         kernel.storage().put_bytes("/a", &[1; MIB]);
         let tools = Toolstack::new(&sim, &kernel, &xen);
@@ -137,7 +137,7 @@ fn a_disk_too_many_is_not_opened_and_the_others_are_served() {
         for guest in &guests {
             tools.attach(guest).await;
         }
-        // An image that is not there would be another reason.
+        // The image exists, so the limit is the only reason to fail.
         let daemon = Daemon::start_with(&kernel, &xen, 1, "xen 1/xvda=raw:/a 2/xvda=raw:/b", 1);
         guests[0].front.connect().await.unwrap();
         guests[0].write(3, 7).await.unwrap();
@@ -152,7 +152,7 @@ fn a_disk_too_many_is_not_opened_and_the_others_are_served() {
 }
 
 #[test]
-fn one_that_is_asked_to_stop_is_followed_by_another() {
+fn a_successor_takes_over_after_a_stop_or_a_crash() {
     world(|sim, kernel, xen| async move {
         kernel.storage().put_bytes("/a", &[1; MIB]);
         let tools = Toolstack::new(&sim, &kernel, &xen);
@@ -171,7 +171,7 @@ fn one_that_is_asked_to_stop_is_followed_by_another() {
         assert!(first.said().contains("\n1/xvda: left as it is\nmemory: "), "{}", first.said());
         assert_eq!(xen.counts(DomId(0)), Counts::default());
         assert_eq!(tools.back(&guest, "state").await.as_deref(), Some("4"));
-        // The guest asks while nobody is there.
+        // The guest submits a request while no tapdisk runs.
         let (sim_of_write, g) = (sim.clone(), Rc::clone(&guest));
         sim_of_write.spawn("write", 0, async move { g.write(4, 8).await.unwrap() });
         tools.settle().await;
@@ -190,7 +190,7 @@ fn one_that_is_asked_to_stop_is_followed_by_another() {
 }
 
 #[test]
-fn what_is_wrong_with_a_vbd_is_said() {
+fn the_problem_of_a_vbd_is_reported() {
     world(|sim, kernel, xen| async move {
         kernel.storage().put_bytes("/a", &[1; MIB]);
         let tools = Toolstack::new(&sim, &kernel, &xen);
@@ -213,8 +213,8 @@ fn what_is_wrong_with_a_vbd_is_said() {
             );
             daemon.host.process.node().kill();
         }
-        assert_eq!(tools.back(&guest, "state").await.as_deref(), Some("1"), "nothing was begun");
-        // What can be served is.
+        assert_eq!(tools.back(&guest, "state").await.as_deref(), Some("1"), "no connection was begun");
+        // The disks that can be served are served.
         let daemon = Daemon::start(&kernel, &xen, 6, "xen 1/xvdc=raw:/b 1/xvda=raw:/a");
         guest.front.connect().await.unwrap();
         assert_eq!(guest.read(0).await, 1);
@@ -226,7 +226,7 @@ fn what_is_wrong_with_a_vbd_is_said() {
 }
 
 #[test]
-fn a_watcher_serves_what_has_its_script_as_often_as_it_comes() {
+fn a_watcher_serves_each_vbd_with_its_script_every_time() {
     world(|sim, kernel, xen| async move {
         kernel.storage().put_bytes("/a", &[1; MIB]);
         kernel.storage().put_bytes("/b", &[2; MIB]);
@@ -237,8 +237,8 @@ fn a_watcher_serves_what_has_its_script_as_often_as_it_comes() {
         let daemon = Daemon::start(&kernel, &xen, 1, "xen --watch");
         tools.settle().await;
         assert_eq!(tools.back(&early, "state").await.as_deref(), Some("2"));
-        assert_eq!(tools.back(&other, "state").await.as_deref(), Some("1"), "somebody else's");
-        // Before the script said so, there is nothing to connect to.
+        assert_eq!(tools.back(&other, "state").await.as_deref(), Some("1"), "not ours");
+        // Until the script has run the back end does not connect.
         sim.spawn("front", 0, {
             let front = early.front.clone();
             async move { front.connect().await.unwrap() }
@@ -262,7 +262,7 @@ fn a_watcher_serves_what_has_its_script_as_often_as_it_comes() {
         daemon.host.process.ask_to_stop();
         tools.settle().await;
         assert_eq!(*daemon.status.borrow(), Some(0));
-        // Its successor takes up what is connected.
+        // Its successor takes over connected vbds.
         let next = Daemon::start(&kernel, &xen, 2, "xen --watch");
         assert_eq!(early.read(0).await, 1);
         tools.take_offline(&early).await;
@@ -277,7 +277,7 @@ fn a_watcher_serves_what_has_its_script_as_often_as_it_comes() {
 }
 
 #[test]
-fn who_may_only_read_shares_its_image() {
+fn read_only_vbds_share_an_image() {
     world(|sim, kernel, xen| async move {
         kernel.storage().put_bytes("/a", &[1; MIB]);
         let tools = Toolstack::new(&sim, &kernel, &xen);
@@ -301,7 +301,7 @@ fn who_may_only_read_shares_its_image() {
 }
 
 #[test]
-fn a_watcher_tells_the_toolstack_why_it_cannot() {
+fn a_watcher_reports_failures_to_the_toolstack() {
     world(|sim, kernel, xen| async move {
         kernel.storage().put_bytes("/a", &[1; MIB]);
         let tools = Toolstack::new(&sim, &kernel, &xen);
@@ -334,7 +334,7 @@ fn a_watcher_tells_the_toolstack_why_it_cannot() {
 }
 
 #[test]
-fn a_ring_that_is_served_is_left_alone_by_whoever_comes_second() {
+fn a_second_process_does_not_touch_a_served_ring() {
     world(|sim, kernel, xen| async move {
         for path in ["/a", "/b"] {
             kernel.storage().put_bytes(path, &[1; MIB]);
@@ -361,7 +361,7 @@ fn a_ring_that_is_served_is_left_alone_by_whoever_comes_second() {
             guest.write(3, key as u8).await.unwrap();
             assert_eq!(guest.read(3).await, key as u8);
         }
-        // Nor is it taken up as another disk when nobody serves it any more.
+        // Nor is the ring taken over with another disk once the first process is dead.
         first.host.process.node().kill();
         first.host.process.node().dead().await;
         let wrong = Daemon::start(&kernel, &xen, 5, "xen 1/xvda=raw:/small");
@@ -379,7 +379,7 @@ fn a_ring_that_is_served_is_left_alone_by_whoever_comes_second() {
 }
 
 #[test]
-fn an_image_that_is_away_at_a_restart_is_waited_for() {
+fn a_restart_waits_for_a_missing_image() {
     world(|sim, kernel, xen| async move {
         kernel.storage().put_bytes("/a", &[1; MIB]);
         let tools = Toolstack::new(&sim, &kernel, &xen);
@@ -404,7 +404,7 @@ fn an_image_that_is_away_at_a_restart_is_waited_for() {
 }
 
 #[test]
-fn a_disk_in_use_is_not_taken_away() {
+fn a_disk_in_use_is_not_removed() {
     world(|sim, kernel, xen| async move {
         kernel.storage().put_bytes("/a", &[1; MIB]);
         let tools = Toolstack::new(&sim, &kernel, &xen);
@@ -415,12 +415,12 @@ fn a_disk_in_use_is_not_taken_away() {
         tools.take_offline(&guest).await;
         sim.sleep_ns(20_000_000_000).await;
         guest.write(3, 7).await.unwrap();
-        // Linux before 5.15 says 5 of a disk that is mounted, and goes on using it.
+        // Linux before 5.15 sets state 5 for a mounted disk, and continues to use it.
         let state = format!("{}/state", guest.paths.frontend);
         tools.host.write(&state, b"5").await.unwrap();
         sim.sleep_ns(20_000_000_000).await;
         assert_eq!((tools.back(&guest, "state").await.as_deref(), guest.read(3).await), (Some("5"), 7));
-        // A tapdisk that comes then goes on serving it, too.
+        // A tapdisk that starts then continues to serve it, too.
         daemon.host.process.node().kill();
         daemon.host.process.node().dead().await;
         let next = Daemon::start(&kernel, &xen, 2, "xen 1/xvda=raw:/a");

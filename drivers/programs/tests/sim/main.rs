@@ -10,7 +10,7 @@ use sim::{Config, Sim};
 use std::cell::RefCell;
 use std::rc::Rc;
 use tap_host::Tasks;
-use tap_programs::daemon::{Cli, DISKS_MAX, run};
+use tap_programs::daemon::{Cli, MAX_DISKS, run};
 use tap_programs::{Console, Disks, Tuning};
 use xen_model::Xen;
 
@@ -37,7 +37,7 @@ struct Daemon {
 
 impl Daemon {
     fn start(kernel: &Kernel, xen: &Xen, key: u64, line: &str) -> Self {
-        Self::start_with(kernel, xen, key, line, DISKS_MAX)
+        Self::start_with(kernel, xen, key, line, MAX_DISKS)
     }
 
     /// With another limit of disks.

@@ -55,14 +55,14 @@ fn disks_are_served_until_the_process_is_asked_to_stop() {
         let said = daemon.said();
         let told = "export 'a': reads 1 (2 KiB), writes 1 (1 KiB), zeroes 1 (512 B)\nexport 'b': reads 1 (512 B)\nmemory";
         assert!(said.contains(told), "{said}");
-        // What was written is durable, though nobody flushed.
+        // The writes are durable without a flush by the client.
         kernel.storage().power_cut();
         assert_eq!(kernel.storage().bytes("/a").unwrap()[3 * 512..5 * 512], [[7; 512], [0; 512]].concat());
     });
 }
 
 #[test]
-fn unsafe_and_writethrough_mean_what_they_say() {
+fn unsafe_ignores_flushes_and_writethrough_makes_writes_durable() {
     for (mode, durable) in [("unsafe", false), ("writethrough", true)] {
         world(move |sim, kernel, xen| async move {
             kernel.storage().put_bytes("/a", &[1; 65536]);
@@ -80,13 +80,16 @@ fn unsafe_and_writethrough_mean_what_they_say() {
             daemon.host.process.ask_to_stop();
             sim.sleep_ns(10_000_000_000).await;
             assert_eq!(*daemon.status.borrow(), Some(0));
-            assert!(kernel.storage().inode("/a").unwrap().pending.is_empty(), "ending makes durable");
+            assert!(
+                kernel.storage().inode("/a").unwrap().pending.is_empty(),
+                "the end makes all writes durable"
+            );
         });
     }
 }
 
 #[test]
-fn a_process_has_no_more_disks_than_it_may_have() {
+fn disks_above_the_limit_and_double_names_are_refused() {
     world(|sim, kernel, xen| async move {
         kernel.storage().put_bytes("/a", &[1; 65536]);
         for (disks, why) in [
@@ -98,13 +101,13 @@ fn a_process_has_no_more_disks_than_it_may_have() {
             sim.sleep_ns(1_000_000_000).await;
             assert_eq!(*daemon.status.borrow(), Some(1));
             assert!(daemon.said().contains(why), "{}", daemon.said());
-            assert!(daemon.disks.reserve("c").is_ok(), "all are closed and given up");
+            assert!(daemon.disks.reserve("c").is_ok(), "all disks are closed and their names freed");
         }
     });
 }
 
 #[test]
-fn what_cannot_be_served_ends_the_process_with_one_line() {
+fn an_unservable_disk_ends_the_process_with_one_line() {
     world(|sim, kernel, xen| async move {
         kernel.storage().put_bytes("/a", &[1; 65536]);
         let first = Daemon::start(&kernel, &xen, 1, "serve --nbd unix:/run/s raw:/a");
@@ -112,7 +115,7 @@ fn what_cannot_be_served_ends_the_process_with_one_line() {
         for (line, words) in [
             ("serve --nbd unix:/run/t raw:/a", "lock /a: it is in use"),
             ("serve --nbd unix:/run/s --read-only raw:/b", "open /b"),
-            ("serve --nbd unix:/run/t /a", "say what it is"),
+            ("serve --nbd unix:/run/t /a", "name its format"),
             ("serve raw:/a", "lock /a"),
         ] {
             let daemon = Daemon::start(&kernel, &xen, 2, line);
@@ -125,7 +128,7 @@ fn what_cannot_be_served_ends_the_process_with_one_line() {
         sim.sleep_ns(1_000_000).await;
         let text = "tapdisk: failed to listen at unix:/run/s: address already in use (EADDRINUSE); another server is there";
         assert_eq!(taken.said(), text);
-        assert_eq!(*first.status.borrow(), None, "the first one goes on");
+        assert_eq!(*first.status.borrow(), None, "the first one continues");
         assert_eq!(
             client(&kernel, "").await.unwrap().submit(Request::flush()).await.result,
             Ok::<(), Errno>(())

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::Duration;
 use tap_linux::{AioEngine, Level, LinuxHost, Options, XenOptions, set_io_priority};
-use tap_programs::daemon::{AioArg, Cli, Command, DISKS_MAX, run};
+use tap_programs::daemon::{AioArg, Cli, Command, MAX_DISKS, run};
 use tap_programs::usage;
 use tap_programs::{Console, Disks, Tuning};
 use tapdisk::Terminal;
@@ -42,12 +42,12 @@ fn main() -> ExitCode {
     if let Some(nice) = cli.ionice
         && let Err(error) = set_io_priority(nice.class, nice.level)
     {
-        eprintln!("tapdisk: failed to set the priority at the drives: {error}");
+        eprintln!("tapdisk: failed to set the I/O priority: {error}");
         return ExitCode::FAILURE;
     }
     let run = |host: LinuxHost| async move {
         let terminal = Rc::new(Terminal::of_service());
-        let (disks, console) = (Disks::new(host.clone(), DISKS_MAX), Rc::clone(&terminal) as Rc<dyn Console>);
+        let (disks, console) = (Disks::new(host.clone(), MAX_DISKS), Rc::clone(&terminal) as Rc<dyn Console>);
         let status = run(host, cli, Tuning::default(), disks, console).await;
         terminal.status(status)
     };

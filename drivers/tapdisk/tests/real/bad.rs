@@ -10,13 +10,13 @@ use std::os::unix::net::UnixStream;
 use std::process::Command;
 
 pub(crate) fn tests(add: Add) {
-    add("bad::what_cannot_be_served_is_told_in_one_line".into(), &[], Box::new(refused));
+    add("bad::an_unservable_disk_is_reported_in_one_line".into(), &[], Box::new(refused));
     add("bad::garbage_costs_a_client_its_connection".into(), &[], Box::new(garbage));
     add("bad::an_image_is_served_once".into(), &[], Box::new(once));
-    add("bad::an_image_is_not_made_out_of_itself".into(), &[], Box::new(itself));
-    add("bad::who_reads_no_log_stops_no_disk".into(), &[], Box::new(unread_log));
+    add("bad::an_image_is_not_created_over_its_source".into(), &[], Box::new(itself));
+    add("bad::an_unread_log_stops_no_disk".into(), &[], Box::new(unread_log));
     add("bad::a_hangup_ends_in_order".into(), &[], Box::new(hangup));
-    add("bad::of_servers_that_begin_at_once_one_listens".into(), &[], Box::new(at_once));
+    add("bad::one_of_several_servers_started_at_once_listens".into(), &[], Box::new(at_once));
     add("bad::a_server_ends_with_the_parent_that_passed_its_socket".into(), &[], Box::new(orphan));
     add("bad::qemu_respects_the_lock".into(), &["qemu-io", "qemu-img"], Box::new(locked));
 }
@@ -31,7 +31,7 @@ fn refused() -> Done {
         (vec!["--nbd", &good, &format!("raw:{}", path("gone"))], "open"),
         (vec!["--nbd", &good, &format!("qcow:{}", path("disk"))], "magic bytes"),
         (vec!["--nbd", &good, &format!("qcow:{}", path("cut"))], "only 4 bytes"),
-        (vec!["--nbd", &good, &path("disk")], "say what it is"),
+        (vec!["--nbd", &good, &path("disk")], "name its format"),
         (vec!["--nbd", &good, &format!("raw:{}", folder.path().display())], "directory"),
         (vec!["--nbd", &good, &disk, &format!("b={disk}")], "need names"),
         (vec!["--nbd", &good, &format!("a={disk}"), &format!("b={disk}")], "in use"),

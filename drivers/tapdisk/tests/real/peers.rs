@@ -31,7 +31,7 @@ pub(crate) fn tests(add: Add) {
             );
         }
         add(
-            format!("peers::the_server_shows_what_qemu_wrote::{kind}"),
+            format!("peers::the_server_reads_what_qemu_wrote::{kind}"),
             QEMU,
             Box::new(move || shows_qemus(kind)),
         );

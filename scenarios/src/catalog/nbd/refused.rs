@@ -50,7 +50,7 @@ fn wrong(why: &str, own: &str, used: &str) -> (String, &'static str) {
         "a name stands twice" => (format!("--nbd {here} a={own} a=raw:/images/disk2.img"), "serve 'a' twice"),
         "a name is missing" => (format!("--nbd {here} a={own} raw:/images/disk2.img"), "need names"),
         "there is no address" => (format!("a={own}"), "there is no address"),
-        "a format is missing" => (format!("--nbd {here} a={own} b=/images/disk2.img"), "say what it is"),
+        "a format is missing" => (format!("--nbd {here} a={own} b=/images/disk2.img"), "name its format"),
         _ => (format!("--nbd {here} --memory 16M --connections 600 a={own}"), "its memory of"),
     }
 }

@@ -1,10 +1,10 @@
-//! Creating.
+//! Creates images.
 //!
 //! ```text
-//!   what is there is no image ─► sync ─► tables, rest of the name ─► sync ─► sector 0 ─► sync ─► name of the file
+//!   clear an old image ─► sync ─► tables, rest of the name ─► sync ─► sector 0 ─► sync ─► directory entry
 //! ```
 //!
-//! Whatever ends this before its time leaves no half image: sector 0 says that there is one.
+//! An interruption leaves no partial image: only sector 0 makes the file an image.
 
 use super::format::{self, MAX_L1_BYTES, MAX_NAME_BYTES};
 use crate::io::{ImageFile, sync_name};
@@ -14,12 +14,12 @@ use std::ops::RangeInclusive;
 use tap_host::{Bug, SECTOR_BYTES};
 use zerocopy::IntoBytes;
 
-/// The L1 table begins here or at a multiple: away from the header, whatever a drive writes at once.
+/// Alignment of the L1 table: no drive writes the table and the header in one unit.
 const L1_ALIGN: u64 = 4096;
 
-/// Name of the option for the size of clusters, in bytes. Usual: 4 KiB, and 512 with a backing file.
+/// Name of the option for the size of clusters, in bytes. Default: 4 KiB, and 512 with a backing file.
 pub(super) const CLUSTER_SIZE: &str = "cluster_size";
-/// Name of the option for the number of entries of an L2 table. Usual: 512, and 4096 with a backing file.
+/// Name of the option for the number of entries of an L2 table. Default: 512, and 4096 with a backing file.
 pub(super) const L2_ENTRIES: &str = "l2_entries";
 
 /// Creates an empty image, durable together with its name.
@@ -34,7 +34,7 @@ pub(super) async fn create<H: ImageHost>(host: &H, path: &str, image: &NewImage)
     let front_bytes = geometry.root_end().0.next_multiple_of(L1_ALIGN);
     if file.info.block_device && front_bytes > file.info.size_bytes {
         let have = file.info.size_bytes;
-        return Err(refused(format!("the device has {have} bytes and {front_bytes} are needed")));
+        return Err(refused(format!("the device has {have} bytes, but {front_bytes} are needed")));
     }
     let mut head = format::encode(&geometry, name.len() as u32).as_bytes().to_vec();
     head.extend(name.as_bytes());
@@ -42,7 +42,7 @@ pub(super) async fn create<H: ImageHost>(host: &H, path: &str, image: &NewImage)
     let (first, rest) = head.split_at(SECTOR_BYTES as usize);
     let write = async {
         if image.existing.is_some() && !host.bug(Bug::OldHeaderStays) {
-            // What is there must not show as an image once its tables are overwritten.
+            // An old image must not be recognised once its tables are overwritten.
             if file.info.block_device {
                 file.write_bytes(0, &[0; SECTOR_BYTES as usize]).await?;
             }
@@ -54,7 +54,7 @@ pub(super) async fn create<H: ImageHost>(host: &H, path: &str, image: &NewImage)
         file.write_bytes(SECTOR_BYTES, rest).await?;
         let l1 = vec![0; (front_bytes - geometry.root_at.0) as usize];
         file.write_bytes(geometry.root_at.0, &l1).await?;
-        // Nor must old content show as an image with a new header.
+        // Nor must old content be taken as tables of the new header.
         file.sync().await?;
         file.write_bytes(0, first).await?;
         file.sync().await
@@ -65,9 +65,9 @@ pub(super) async fn create<H: ImageHost>(host: &H, path: &str, image: &NewImage)
 
 fn layout(image: &NewImage, name_bytes: u64) -> Result<Geometry, String> {
     let size_bytes = image.size_bytes;
-    let (usual_cluster, usual_l2) = if image.backing.is_some() { (9, 12) } else { (12, 9) };
-    let cluster_bits = power_of_two(image, CLUSTER_SIZE, 9..=16)?.unwrap_or(usual_cluster);
-    let l2_bits = power_of_two(image, L2_ENTRIES, 6..=13)?.unwrap_or(usual_l2);
+    let (default_cluster, default_l2) = if image.backing.is_some() { (9, 12) } else { (12, 9) };
+    let cluster_bits = power_of_two(image, CLUSTER_SIZE, 9..=16)?.unwrap_or(default_cluster);
+    let l2_bits = power_of_two(image, L2_ENTRIES, 6..=13)?.unwrap_or(default_l2);
     if name_bytes > u64::from(MAX_NAME_BYTES) || (image.backing.is_some() && name_bytes == 0) {
         return Err(format!(
             "the name of the backing file has {name_bytes} bytes, not 1 to {MAX_NAME_BYTES}"
@@ -89,15 +89,15 @@ fn layout(image: &NewImage, name_bytes: u64) -> Result<Geometry, String> {
     Ok(geometry)
 }
 
-/// The exponent of the option `name`, which is a power of two with an exponent in `bits`.
+/// The exponent of the option `name`, which must be a power of two with an exponent in `bits`.
 fn power_of_two(image: &NewImage, name: &str, bits: RangeInclusive<u32>) -> Result<Option<u32>, String> {
     let Some((_, text)) = image.options.iter().rfind(|option| option.0 == name) else { return Ok(None) };
     let value = parse_size(text)?;
     match value.trailing_zeros() {
         exponent if value.is_power_of_two() && bits.contains(&exponent) => Ok(Some(exponent)),
         _ => {
-            let (least, most) = (1_u64 << bits.start(), 1_u64 << bits.end());
-            Err(format!("{name} is {text}, not a power of two from {least} to {most}"))
+            let (min, max) = (1_u64 << bits.start(), 1_u64 << bits.end());
+            Err(format!("{name} is {text}, not a power of two from {min} to {max}"))
         }
     }
 }
@@ -107,13 +107,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_disk_is_as_large_as_its_l1_table_may_be() {
+    fn the_limit_of_the_l1_table_limits_the_disk() {
         let options = [(CLUSTER_SIZE, "512"), (L2_ENTRIES, "64")].map(|(n, v)| (n.to_owned(), v.to_owned()));
-        let most_bytes = (MAX_L1_BYTES / 8) << (9 + 6);
+        let max_bytes = (MAX_L1_BYTES / 8) << (9 + 6);
         let of = |size_bytes| {
             layout(&NewImage { size_bytes, options: options.to_vec(), ..NewImage::default() }, 0)
         };
-        assert_eq!(of(most_bytes).unwrap().root_entries() * 8, MAX_L1_BYTES);
-        assert!(of(most_bytes + SECTOR_BYTES).unwrap_err().contains("too large for clusters of 2^9 bytes"));
+        assert_eq!(of(max_bytes).unwrap().root_entries() * 8, MAX_L1_BYTES);
+        assert!(of(max_bytes + SECTOR_BYTES).unwrap_err().contains("too large for clusters of 2^9 bytes"));
     }
 }

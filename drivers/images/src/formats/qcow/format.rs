@@ -17,9 +17,9 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 pub(super) const MAGIC: u32 = 0x5146_49fb;
 /// "XEN\xfb", in the extended header.
 pub(super) const XEN_MAGIC: u32 = 0x5845_4efb;
-/// Where the checksum of the extended header is.
+/// Offset of the checksum of the extended header.
 pub(super) const XEN_CHECKSUM_AT: u64 = 52;
-/// An L1 table of images without this flag is in the byte order of the machine that wrote it.
+/// In images without this flag the L1 table has the byte order of the machine that wrote it.
 const XEN_L1_BIG_ENDIAN: u32 = 2;
 /// The extended header is looked for only in front of an L1 table with this alignment.
 const XEN_L1_ALIGN: u64 = 4096;
@@ -30,7 +30,7 @@ pub(super) const MAX_NAME_BYTES: u32 = 1023;
 /// Set in L2 entries of compressed clusters.
 pub(super) const COMPRESSED: u64 = 1 << 63;
 
-/// The header, as it stands at byte 0. Of a field that is not used here, what it holds does not matter.
+/// The header at byte 0. Fields marked as not used may hold anything.
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub(super) struct RawHeader {
@@ -38,7 +38,7 @@ pub(super) struct RawHeader {
     pub(super) magic: U32,
     /// 1.
     pub(super) version: U32,
-    /// Byte offset of the name of the backing file in this file; 0 where there is none.
+    /// Byte offset of the name of the backing file in this file; 0 if there is none.
     pub(super) backing_offset: U64,
     /// Length of that name in bytes, at most [`MAX_NAME_BYTES`]. The name has no NUL at its end.
     pub(super) backing_len: U32,
@@ -52,7 +52,7 @@ pub(super) struct RawHeader {
     pub(super) l2_bits: u8,
     /// Not used.
     pub(super) padding: [u8; 2],
-    /// 0: not encrypted. 1 stands for AES, which is refused.
+    /// 0: not encrypted. 1: AES, which is refused.
     pub(super) crypt_method: U32,
     /// Byte offset of the L1 table in this file, a multiple of 8. It has an entry for each L2 table that the disk can
     /// have.
@@ -67,16 +67,17 @@ const _: () = assert!(size_of::<RawHeader>() == 48);
 struct RawXenHeader {
     /// [`XEN_MAGIC`].
     magic: U32,
-    /// The first four bytes of the MD5 of the L1 table. Other programs ignore the whole header where it is wrong. It is
-    /// cleared when the image is opened for writing, as it would be wrong after the first new L2 table.
+    /// The first four bytes of the MD5 of the L1 table. If it is wrong, other programs ignore the whole extended
+    /// header. It is cleared when the image is opened for writing, since it would be wrong after the first new L2
+    /// table.
     checksum: U32,
-    /// How many clusters tapdisk allocated at once. Not used.
+    /// Clusters that tapdisk allocated at once. Not used.
     min_cluster_alloc: U32,
     /// Bit 0: the file is sparse. Bit 1: [`XEN_L1_BIG_ENDIAN`].
     flags: U32,
 }
 
-/// What an L2 entry says, in an image with clusters of `2^cluster_bits` bytes.
+/// The mapping of an L2 entry in an image with clusters of `2^cluster_bits` bytes.
 pub(super) fn mapping(entry: u64, cluster_bits: u32) -> Mapping {
     if entry & COMPRESSED != 0 {
         let shift = 63 - cluster_bits;
@@ -89,7 +90,7 @@ pub(super) fn mapping(entry: u64, cluster_bits: u32) -> Mapping {
     }
 }
 
-/// A header that was found good.
+/// A valid header.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Header {
     pub(super) geometry: Geometry,
@@ -98,20 +99,20 @@ pub(super) struct Header {
     pub(super) xen: Option<Xen>,
 }
 
-/// What matters of Xen's extended header.
+/// The fields of Xen's extended header that are used.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Xen {
     pub(super) checksum: u32,
     pub(super) l1_big_endian: bool,
 }
 
-/// Whether a file that begins with `head` claims to be qcow, of whatever version: opening refuses the others, and none
-/// is taken as the bytes of a raw disk.
+/// Whether a file that begins with `head` claims to be qcow of any version: opening refuses versions other than 1, and
+/// none is taken as a raw disk.
 pub(super) fn is_qcow(head: &[u8]) -> bool {
     head.starts_with(&MAGIC.to_be_bytes())
 }
 
-/// Parses the first bytes of a file of `file_bytes`. The error says what is wrong.
+/// Parses the first bytes of a file of `file_bytes`. The error says what is wrong with them.
 pub(super) fn parse(head: &[u8], file_bytes: u64) -> Result<Header, String> {
     let Ok((raw, rest)) = RawHeader::read_from_prefix(head) else {
         return Err(format!("it has only {} bytes", head.len()));
@@ -120,7 +121,7 @@ pub(super) fn parse(head: &[u8], file_bytes: u64) -> Result<Header, String> {
         return Err("it does not begin with the magic bytes of a qcow image".to_owned());
     }
     if raw.version != 1 {
-        return Err(format!("it is of version {}, not 1", raw.version));
+        return Err(format!("it has version {}, not 1", raw.version));
     }
     let geometry = geometry(&raw, file_bytes)?;
     match raw.crypt_method.get() {
@@ -155,7 +156,7 @@ fn geometry(raw: &RawHeader, file_bytes: u64) -> Result<Geometry, String> {
         return Err(format!("a disk of {size} bytes is smaller than a sector or larger than a file can be"));
     }
     if geometry.root_entries() * 8 > MAX_L1_BYTES {
-        return Err(format!("a disk of {size} bytes would need an L1 table above {MAX_L1_BYTES} bytes"));
+        return Err(format!("a disk of {size} bytes needs an L1 table larger than {MAX_L1_BYTES} bytes"));
     }
     let inside = l1_offset <= file_bytes && geometry.root_end().0 <= file_bytes;
     if l1_offset < size_of::<RawHeader>() as u64 || !l1_offset.is_multiple_of(8) || !inside {
@@ -208,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_are_checked_and_named() {
+    fn headers_beyond_the_limits_are_refused_with_a_reason() {
         let (geometry, good) = sample();
         assert_eq!(parse(&good, 8192).unwrap().geometry, geometry);
         for (at, value, word) in [
@@ -221,7 +222,7 @@ mod tests {
             (39, 1, "AES"),
             (39, 7, "unknown method 7"),
             (24, 0x80, "larger"),
-            (25, 1, "L1 table above"),
+            (25, 1, "L1 table larger"),
             (47, 4, "L1 table at"),
             (40, 1, "L1 table at"),
             (15, 47, "backing"),
@@ -231,12 +232,12 @@ mod tests {
             let what = parse(&bad, 8192).unwrap_err();
             assert!(what.contains(word), "{what} at {at}");
         }
-        assert!(parse(&good, 4096).is_err(), "the L1 table is behind the end");
+        assert!(parse(&good, 4096).is_err(), "the L1 table is past the end");
         assert!(parse(&good[..47], 8192).is_err());
     }
 
     #[test]
-    fn compressed_entries_keep_the_length_above_the_offset() {
+    fn compressed_entries_have_the_length_above_the_offset() {
         let entry = COMPRESSED | 1234 << (63 - 12) | 0x5678;
         assert_eq!(
             mapping(entry, 12),
@@ -246,7 +247,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn headers_come_back(
+        fn an_encoded_header_parses_to_the_same(
             size in 512_u64..1 << 40, cluster_bits in 12_u32..=16, l2_bits in 9_u32..=13,
             l1 in 6_u64..1 << 20, name in 0_u32..=1023,
         ) {
@@ -258,7 +259,7 @@ mod tests {
         }
 
         #[test]
-        fn any_bytes_give_an_answer(mut head in prop::collection::vec(any::<u8>(), 0..128), file in any::<u64>()) {
+        fn any_bytes_parse_or_fail_within_the_limits(mut head in prop::collection::vec(any::<u8>(), 0..128), file in any::<u64>()) {
             let _: Result<Header, String> = parse(&head, file);
             let good = sample().1;
             let n = head.len().min(9);

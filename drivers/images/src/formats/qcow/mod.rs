@@ -1,15 +1,14 @@
 //! qcow version 1: clusters on demand, above an optional backing file.
 //!
-//! The disk is mapped by the map engine (`crate::map`), which has the order of writes. Here is what the format says:
-//! its bytes (`format`), how an image is opened, created and checked.
+//! The map engine (`crate::map`) maps the disk and orders writes. This module has the specifics of the format: its
+//! bytes (`format`), and how an image is opened, created and checked.
 //!
 //! # What is supported
 //!
 //! Clusters of 512 bytes to 64 KiB, L2 tables of 64 to 8192 entries, compressed clusters (read, and replaced when
-//! written), backing files. Not encryption. Images with Xen's extended header open as what they also are, plain qcow;
-//! opening for writing clears the header's checksum, which covers the L1 table and would be stale, so that other
-//! readers ignore the extension as they do after a crash. Old ones whose L1 table is in the byte order of a PC open
-//! read-only.
+//! written), backing files. Not encryption. Images with Xen's extended header open as plain qcow, which they also are.
+//! Opening for writing clears the header's checksum, which covers the L1 table and would become stale, so that other
+//! readers ignore the extension as they do after a crash. Old images with a little-endian L1 table open read-only.
 
 mod create;
 mod format;
@@ -36,7 +35,7 @@ pub const FORMAT: Format = Format::new(&FormatInfo {
     has_backing: true,
 });
 
-/// Its row in a registry.
+/// Its registry entry.
 pub struct Driver;
 
 impl<H: ImageHost> crate::Driver<H> for Driver {

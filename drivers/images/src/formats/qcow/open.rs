@@ -1,4 +1,4 @@
-//! Opening.
+//! Opens images.
 
 use super::format::{self, Header, XEN_CHECKSUM_AT, Xen};
 use super::{Qcow, Qcow1};
@@ -8,10 +8,10 @@ use crate::{ImageError, ImageHost, OpenImage};
 use smallvec::smallvec;
 use tap_host::{Budget, Errno, IoBuf};
 
-/// Read at once: the header, the backing file's name and the L1 table of most images.
+/// Bytes of the first read: the header, the backing file's name and the L1 table of most images.
 const HEAD_BYTES: u64 = 8192;
 
-/// What an image says of itself, before its L2 tables are looked at.
+/// The metadata of an image, without its L2 tables.
 pub(super) struct Front<H: ImageHost> {
     pub(super) file: ImageFile<H>,
     pub(super) header: Header,
@@ -43,7 +43,7 @@ impl<H: ImageHost> Front<H> {
         let mut l1: Vec<u64> = decode_entries(&l1).collect();
         if header.xen.is_some_and(|xen| !xen.l1_big_endian) {
             if write {
-                let what = "its L1 table is in the byte order of the machine that wrote it".to_owned();
+                let what = "its L1 table has the byte order of the machine that wrote it".to_owned();
                 return Err(refused(path, what, "open it read-only, and convert it to write to it"));
             }
             l1.iter_mut().for_each(|entry| *entry = entry.swap_bytes());
@@ -55,7 +55,7 @@ impl<H: ImageHost> Front<H> {
         Ok(Self { file, header, root: l1, backing_name })
     }
 
-    /// The same for the map engine.
+    /// Converts it for the map engine.
     pub(super) fn into_map(self) -> map::Front<H, Qcow1> {
         let Header { geometry, backing, xen } = self.header;
         let header_end = if xen.is_some() { 64 } else { 48 };
@@ -79,7 +79,7 @@ async fn read_head<H: ImageHost>(file: &ImageFile<H>) -> Result<IoBuf, Errno> {
     bufs.pop().ok_or(Errno::EIO)
 }
 
-/// Bytes that may have come with the head.
+/// Reads bytes, from `head` if they are in it.
 async fn bytes_at<H: ImageHost>(
     file: &ImageFile<H>,
     head: &[u8],
@@ -96,7 +96,7 @@ async fn bytes_at<H: ImageHost>(
     Ok(bytes)
 }
 
-/// Opens an image, and what it is based on.
+/// Opens an image and its backing file.
 pub(super) async fn open<H: ImageHost>(host: &H, image: &OpenImage<H>) -> Result<Qcow<H>, ImageError> {
     let (path, options) = (&image.path, &image.options);
     let front = Front::read(host, path, options.write, options.direct, &options.memory).await?;
@@ -110,7 +110,7 @@ pub(super) async fn open<H: ImageHost>(host: &H, image: &OpenImage<H>) -> Result
     Ok(image.into_disk(host, backing))
 }
 
-/// The checksum of Xen's extended header covers the L1 table and is not kept up.
+/// Clears the checksum of Xen's extended header, which covers the L1 table and is not maintained.
 async fn clear_checksum<H: ImageHost>(file: &ImageFile<H>, xen: Option<Xen>) -> Result<(), Errno> {
     match xen {
         Some(xen) if xen.checksum != 0 => file.write_bytes(XEN_CHECKSUM_AT, &[0; 4]).await,

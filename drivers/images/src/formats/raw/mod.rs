@@ -1,6 +1,6 @@
 //! Raw images: the file, or block device, is the disk.
 //!
-//! A file that does not end with a whole sector opens read-only; its last sector is filled up with zeros.
+//! A file that does not end with a whole sector opens read-only; its last sector is padded with zeros.
 
 use crate::calls::closed;
 use crate::io::{ImageFile, sync_name};
@@ -19,7 +19,7 @@ pub const FORMAT: Format = Format::new(&FormatInfo {
     has_backing: false,
 });
 
-/// Its row in a registry.
+/// Its registry entry.
 pub struct Driver;
 
 impl<H: ImageHost> crate::Driver<H> for Driver {
@@ -63,11 +63,11 @@ struct Inner<H: ImageHost> {
     file: ImageFile<H>,
 }
 
-/// Creates a raw image of `size_bytes` that reads as zeros, durable together with its name; with `existing`, out of the
-/// file that is at the path, whose content is lost, unless it is one of those.
+/// Creates a raw image of `size_bytes` that reads as zeros, durable together with its name. With `existing` it
+/// overwrites the file at the path, unless that is one of those.
 ///
 /// # Errors
-/// [`ImageError`]; what was created by then stays.
+/// [`ImageError`]; a file created before the error stays.
 async fn create<H: ImageHost>(
     host: &H,
     path: &str,
@@ -80,10 +80,10 @@ async fn create<H: ImageHost>(
     }
     let file = ImageFile::create(host, path, existing).await?;
     if file.info.block_device {
-        let what = "it is a block device, a raw image as it stands; write into it with convert -n".to_owned();
+        let what = "a block device is already a raw image; write into it with convert -n".to_owned();
         return Err(ImageError::Options { path: path.to_owned(), format: FORMAT.name(), what });
     }
-    file.set_size(size_bytes).await.map_err(ImageError::io("size", path))?;
+    file.set_size(size_bytes).await.map_err(ImageError::io("set the size of", path))?;
     file.sync().await.map_err(ImageError::io("synchronise", path))?;
     sync_name(host, path).await
 }
@@ -101,8 +101,9 @@ impl<H: ImageHost> Raw<H> {
         }
         if write && !size.is_multiple_of(align) {
             // Rewriting the last block as a whole would make the file, and the disk, longer.
-            let what =
-                format!("its size of {size} bytes is not a multiple of the {align} bytes direct I/O wants");
+            let what = format!(
+                "its size of {size} bytes is not a multiple of the {align} bytes that direct I/O needs"
+            );
             return refused(what, "extend it, or open it without direct I/O");
         }
         let info = NodeInfo { read_only: !write, ..file.node_info(size.div_ceil(SECTOR_BYTES)) };
@@ -112,7 +113,7 @@ impl<H: ImageHost> Raw<H> {
 }
 
 impl<H: ImageHost> Inner<H> {
-    /// The answer to what changed the file with `result`: with `fua` it is durable by then.
+    /// Completes a change of the file that returned `result`: with `fua` it is made durable first.
     async fn settled(&self, result: Result<(), Errno>, fua: bool) -> Result<(), Errno> {
         if !fua || result.is_err() || self.host.bug(Bug::FuaUnsynced) {
             return result;
@@ -121,12 +122,12 @@ impl<H: ImageHost> Inner<H> {
     }
 
     /// Holes and data of the file.
-    async fn extents(&self, range: SectorRange, most: usize) -> Result<Vec<Extent>, Errno> {
+    async fn extents(&self, range: SectorRange, max: usize) -> Result<Vec<Extent>, Errno> {
         let (mut at, end) = (range.start.0 * SECTOR_BYTES, range.end().unwrap_or(0) * SECTOR_BYTES);
         let mut out: Vec<Extent> = Vec::new();
-        while at < end && out.len() < most {
+        while at < end && out.len() < max {
             let (len, data) = self.file.extent(at, end - at).await?;
-            // A sector that is partly data is data.
+            // A sector that is partly data counts as data.
             let len = if data { len.next_multiple_of(SECTOR_BYTES) } else { len - len % SECTOR_BYTES };
             let (len, data) = if len == 0 { (SECTOR_BYTES, true) } else { (len, data) };
             let source =
@@ -174,9 +175,9 @@ impl<H: ImageHost> Node for Raw<H> {
         }
     }
 
-    fn extents(&self, range: SectorRange, most: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
+    fn extents(&self, range: SectorRange, max: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
         let open = self.open.borrow().clone();
-        Box::pin(async move { open.ok_or(Errno::ESHUTDOWN)?.extents(range, most).await })
+        Box::pin(async move { open.ok_or(Errno::ESHUTDOWN)?.extents(range, max).await })
     }
 
     fn info(&self) -> NodeInfo {

@@ -20,7 +20,7 @@ fn submit(raw: &Raw<World>, op: Op, start: u64, bytes: &[u8]) -> impl Future<Out
 }
 
 #[test]
-fn a_created_image_reads_zeros_and_keeps_what_is_written() {
+fn a_created_image_reads_zeros_and_keeps_writes() {
     let world = World::new(1);
     world.make_short();
     let host = world.clone();
@@ -47,7 +47,7 @@ fn a_created_image_reads_zeros_and_keeps_what_is_written() {
 }
 
 #[test]
-fn one_operation_is_repeated_after_transient_errors_twice_at_most() {
+fn an_operation_is_retried_at_most_twice_after_transient_errors() {
     for op in [Op::Read, Op::Write, Op::WriteZeroes(ZeroFlags { unmap: true, fast: false })] {
         let world = World::new(1);
         world.put("/disk", vec![7; 8192]);
@@ -66,7 +66,7 @@ fn one_operation_is_repeated_after_transient_errors_twice_at_most() {
         assert_eq!(answer(Errno::EAGAIN, true), (Err(Errno::EAGAIN), 3), "{op:?}");
         let (result, operations) = answer(Errno::EIO, true);
         assert_eq!(result, Err(Errno::EIO), "{op:?}");
-        // What zeros that failed may have dropped is settled.
+        // Failed zeros may have dropped dirty pages, which takes more operations to settle.
         assert_eq!(operations == 1, !matches!(op, Op::WriteZeroes(_)), "{op:?}");
     }
 }
@@ -96,11 +96,11 @@ fn locks_keep_writers_apart_until_close() {
 }
 
 #[test]
-fn sizes_that_cannot_be_written_are_refused() {
+fn unaligned_sizes_are_refused_for_writing() {
     let world = World::new(1);
     world.put("/disk", vec![7; 1000]);
     assert!(open(&world, true, false).err().unwrap().to_string().contains("not a multiple of 512"));
-    // For reading, the last sector is filled up: no byte of the file is left out.
+    // For reading, the last sector is padded: no byte of the file is left out.
     let reader = open(&world, false, false).unwrap();
     assert_eq!(reader.info().size_sectors, 2);
     let read = world.block_on(submit(&reader, Op::Read, 1, &[1; 512]));
@@ -124,7 +124,7 @@ fn direct_writes_below_the_alignment_keep_their_neighbours() {
         world.make_shuffled();
         world.make_short();
         let raw = open(&world, true, true).unwrap();
-        // All at once: two of them share a block, and one spans two.
+        // Concurrently: two of them share a block, and one spans two.
         let writes = [(1, 1_usize), (3, 2), (7, 3), (16, 8), (25, 1)];
         let all = writes
             .map(|(start, count)| submit(&raw, Op::Write, start, &vec![100 + start as u8; count * 512]));
@@ -142,7 +142,7 @@ fn direct_writes_below_the_alignment_keep_their_neighbours() {
 }
 
 #[test]
-fn a_failed_flush_of_a_buffered_file_is_never_forgotten() {
+fn after_a_failed_flush_every_flush_of_a_buffered_file_fails() {
     let world = World::new(1);
     world.put("/disk", vec![0; 8192]);
     let raw = open(&world, true, false).unwrap();
@@ -154,11 +154,11 @@ fn a_failed_flush_of_a_buffered_file_is_never_forgotten() {
     assert_eq!(world.marked(Mark::FlushLatched), 1);
     world.switch_on(Bug::FlushForgets);
     assert_eq!(flush(&world), Ok(()));
-    assert_eq!(world.after_crash(0).bytes("/disk")[0], 0, "what the bug promises is not there");
+    assert_eq!(world.after_crash(0).bytes("/disk")[0], 0, "the data that the bug reports durable is lost");
 }
 
 #[test]
-fn a_failed_flush_of_a_direct_file_is_never_forgotten() {
+fn after_a_failed_flush_every_flush_of_a_direct_file_fails() {
     for (bug, then) in [(None, Err(Errno::EIO)), (Some(Bug::DirectFlushForgets), Ok(()))] {
         let world = World::new(1);
         world.put("/disk", vec![0; 8192]);
@@ -175,9 +175,9 @@ fn a_failed_flush_of_a_direct_file_is_never_forgotten() {
     }
 }
 
-/// EINTR comes before anything was given up. ENOMEM may be of a write.
+/// EINTR means that no write was dropped. ENOMEM may come from a write.
 #[test]
-fn a_flush_that_was_interrupted_is_repeated() {
+fn an_interrupted_flush_is_retried() {
     let (memory, interrupted, lost) = (Errno::ENOMEM, Errno::EINTR, Err(Errno::EIO));
     let bug = Some(Bug::InterruptedSyncLatches);
     for (error, bug, first, then) in [
@@ -197,7 +197,7 @@ fn a_flush_that_was_interrupted_is_repeated() {
 }
 
 #[test]
-fn flushes_share_but_never_one_that_began_before_them() {
+fn flushes_share_a_synchronisation_that_began_after_them() {
     let world = World::new(1);
     world.put("/disk", vec![0; 8192]);
     let raw = open(&world, true, false).unwrap();
@@ -209,7 +209,7 @@ fn flushes_share_but_never_one_that_began_before_them() {
     let before = world.ops();
     world.block_on(async move {
         use tap_host::Tasks;
-        // The first runs while the write completes.
+        // The first flush runs while the write completes.
         let first = futures_util::future::join(first, async {
             write.await.result.unwrap();
             host.yield_now().await;
@@ -221,7 +221,7 @@ fn flushes_share_but_never_one_that_began_before_them() {
 }
 
 #[test]
-fn zeros_are_made_in_place_or_written_and_seen_as_holes() {
+fn zeros_are_made_in_place_or_written_and_reported_as_zero_extents() {
     for refuse in [false, true] {
         let world = World::new(9);
         world.put("/disk", vec![7; 16 * 512]);
@@ -254,7 +254,7 @@ fn zeros_are_made_in_place_or_written_and_seen_as_holes() {
 }
 
 #[test]
-fn a_device_that_makes_holes_is_believed_from_then_on() {
+fn a_device_that_made_a_hole_gets_whole_requests_from_then_on() {
     const SECTORS: u32 = 16 << 11;
     let world = World::new(11);
     world.put_device("/disk", vec![7; SECTORS as usize * 512]);
@@ -262,13 +262,13 @@ fn a_device_that_makes_holes_is_believed_from_then_on() {
     let whole = SectorRange::new(0, SECTORS);
     for ops in [3, 4] {
         assert_eq!(world.block_on(raw.submit(Request::discard(whole))).result, Ok(()));
-        assert_eq!(world.ops(), ops, "a part, what it held, and the rest; then all at once");
+        assert_eq!(world.ops(), ops, "read a part, punch it, punch the rest; then all at once");
         assert!(world.bytes("/disk").iter().all(|b| *b == 0));
     }
 }
 
 #[test]
-fn a_device_that_makes_no_holes_is_asked_once_and_keeps_its_bytes() {
+fn a_device_that_refuses_holes_is_tried_once_and_keeps_its_bytes() {
     const SECTORS: u32 = 16 << 11;
     let world = World::new(10);
     world.put_device("/disk", vec![7; SECTORS as usize * 512]);
@@ -277,7 +277,7 @@ fn a_device_that_makes_no_holes_is_asked_once_and_keeps_its_bytes() {
     let whole = SectorRange::new(0, SECTORS);
     let fast = ZeroFlags { unmap: true, fast: true };
     assert_eq!(world.block_on(raw.submit(Request::write_zeroes(whole, fast))).result, Err(Errno::EOPNOTSUPP));
-    // A part is read, and put back.
+    // One part is read and written back.
     assert_eq!((world.ops(), world.bytes("/disk").iter().all(|b| *b == 7)), (2, true));
     for range in [whole, SectorRange::new(1, 5)] {
         assert_eq!(world.block_on(raw.submit(Request::discard(range))).result, Ok(()));
@@ -290,7 +290,7 @@ fn a_device_that_makes_no_holes_is_asked_once_and_keeps_its_bytes() {
 }
 
 #[test]
-fn what_is_changed_with_fua_is_durable_when_answered() {
+fn a_change_with_fua_is_durable_when_answered() {
     for op in [Op::Write, Op::WriteZeroes(ZeroFlags { unmap: false, fast: false })] {
         let world = World::new(1);
         world.put("/disk", vec![7; 8192]);
@@ -302,21 +302,21 @@ fn what_is_changed_with_fua_is_durable_when_answered() {
         };
         let left = |world: &World| world.after_crash(0).bytes("/disk")[1536..2048].to_vec();
         world.block_on(raw.submit(request())).result.unwrap();
-        assert_eq!(left(&world), [7; 512], "{op:?}: a power cut may take it");
+        assert_eq!(left(&world), [7; 512], "{op:?}: a power cut may lose it");
         world.block_on(raw.submit(request().with_fua(true))).result.unwrap();
         assert_eq!(left(&world), [0; 512], "{op:?}");
     }
 }
 
 #[test]
-fn a_large_write_reads_only_the_blocks_that_it_covers_in_part() {
+fn a_large_write_reads_only_partly_covered_blocks() {
     let world = World::new(12);
     world.put("/disk", vec![7; 4 << 20]);
     world.set_align(4096);
     let raw = open(&world, true, true).unwrap();
     let before = world.ops();
     assert_eq!(world.block_on(submit(&raw, Op::Write, 1, &vec![9; 2 << 20])).result, Ok(()));
-    assert_eq!(world.ops() - before, 3 + 2, "three pieces, of which the one in the middle is whole blocks");
+    assert_eq!(world.ops() - before, 3 + 2, "three pieces, the middle one of whole blocks");
     let bytes = world.bytes("/disk");
     let (edge, end) = (512, 512 + (2 << 20));
     assert!(bytes[..edge].iter().chain(&bytes[end..]).all(|b| *b == 7));

@@ -1,4 +1,4 @@
-//! Without errors and crashes: an image is a disk.
+//! An image is a disk, without errors and crashes.
 
 use super::*;
 use crate::testing::{Effect, Fault};
@@ -18,7 +18,7 @@ fn an_empty_image_reads_zeros_and_allocates_on_write() {
         let got = world.block_on(write(&qcow, 3, 4, fill));
         assert_eq!((got.result, got.bufs.len()), (Ok(()), 1));
     }
-    assert_eq!(world.marked(Mark::ClusterAllocated), 1, "three clusters in one go");
+    assert_eq!(world.marked(Mark::ClusterAllocated), 1, "three clusters at once");
     flush(&world, &qcow).unwrap();
     world.block_on(qcow.close()).unwrap();
     assert_eq!(world.block_on(write(&qcow, 0, 1, 1)).result, Err(Errno::ESHUTDOWN));
@@ -57,18 +57,18 @@ fn backing_files_are_opened_only_if_allowed() {
     let text = "open /image as qcow: it is based on /base, which may not be opened; \
                 allow it with --backing FORMAT, or flatten the image";
     assert_eq!(refused.to_string(), text);
-    // An image that is its own backing file ends at the limit, or at the lock.
+    // An image that is its own backing file fails at the limit, or at the lock.
     let (host, mut options) = (world.clone(), setup.options(false));
     options.backing = BackingPolicy::any(QCOW);
     world.put(BASE, world.bytes(PATH));
     let refused = world.block_on(async move { open(&host, &options).await.err() }).unwrap();
-    let text = "use /base below /image: open /base as qcow: there are more than 64 images above /base; \
+    let text = "use /base as backing file of /image: open /base as qcow: there are more than 64 images above /base; \
                 merge some of them";
     assert_eq!(refused.to_string(), text, "the outer pair and the cause, not 64 levels");
 }
 
 #[test]
-fn probing_finds_qcow_and_takes_all_else_as_raw() {
+fn probing_recognises_qcow_and_takes_all_else_as_raw() {
     let world = World::new(1);
     SMALL.create(&world);
     world.put(BASE, vec![1; 2048]);
@@ -79,7 +79,7 @@ fn probing_finds_qcow_and_takes_all_else_as_raw() {
             .block_on(async move { Formats::shipped().open(&host, &spec, &OpenOptions::default()).await });
         assert_eq!(node.unwrap().info().size_sectors, sectors);
     }
-    // Of another version it is refused: raw, its header would be the start of a disk.
+    // Another version is refused: as raw, its header would be the start of a disk.
     let mut newer = world.bytes(PATH);
     newer[4..8].copy_from_slice(&3_u32.to_be_bytes());
     world.put(BASE, newer);
@@ -88,11 +88,7 @@ fn probing_finds_qcow_and_takes_all_else_as_raw() {
         let node = world
             .block_on(async move { Formats::shipped().open(&host, &spec, &OpenOptions::default()).await });
         let text = node.err().map(|e| e.to_string());
-        assert_eq!(
-            text.as_ref().is_some_and(|t| t.contains("it is of version 3, not 1")),
-            refused,
-            "{text:?}"
-        );
+        assert_eq!(text.as_ref().is_some_and(|t| t.contains("it has version 3, not 1")), refused, "{text:?}");
     }
 }
 
@@ -108,7 +104,7 @@ fn compressed_clusters_are_read_and_replaced() {
     let mut want: Vec<_> = (0..256).map(|s| Some(setup.initial(s))).collect();
     (0..3).for_each(|c| want[c * 16..c * 16 + 8].fill(Some(50 + c as u8)));
     assert_eq!(all(&world, &qcow), want);
-    // The end of one compressed cluster, a cluster of the backing file, the beginning of the next compressed one.
+    // Covers the end of a compressed cluster, a cluster of the backing file, and the start of the next compressed one.
     world.block_on(write(&qcow, 6, 11, 9)).result.unwrap();
     want[6..17].fill(Some(9));
     assert_eq!(all(&world, &qcow), want);
@@ -133,7 +129,7 @@ fn allocations_in_flight_share_syncs_and_mapping_writes() {
 }
 
 #[test]
-fn only_a_new_cluster_of_zeros_goes_without_a_sync() {
+fn only_a_new_cluster_over_zeros_needs_no_sync() {
     for (setup, syncs) in [(SMALL, 1), (Setup { base_sectors: Some(256), ..SMALL }, 2)] {
         let world = World::new(1);
         setup.create(&world);
@@ -145,29 +141,29 @@ fn only_a_new_cluster_of_zeros_goes_without_a_sync() {
     }
 }
 
-/// What makes data durable, or is read for it, says nothing of the place that it was written to.
+/// A failed sync or read does not mean that the place of the data is bad.
 #[test]
-fn a_failed_sync_costs_no_place() {
+fn a_failed_sync_loses_no_space() {
     let world = World::new(1);
     let setup = Setup { base_sectors: Some(256), ..SMALL };
     setup.create(&world);
     let qcow = setup.open(&world);
     world.block_on(write(&qcow, 0, 2, 1)).result.unwrap();
     let size = world.bytes(PATH).len();
-    // The data goes through; what makes it durable fails, and so does everything that asks later.
+    // The data is written; its sync fails, and so does every later one.
     let nth = world.ops() + 1;
     world.fail(Some(Fault { nth, error: Errno::EIO, effect: Effect::All, sticky: false }));
     for _ in 0..20 {
         assert_eq!(world.block_on(write(&qcow, 4, 2, 2)).result, Err(Errno::EIO));
     }
-    assert!(world.bytes(PATH).len() <= size + 1024, "each write takes another place");
+    assert!(world.bytes(PATH).len() <= size + 1024, "each write takes new space");
 }
 
-/// A device that is full keeps its size, which nobody can set, and is closed like any other.
+/// A full device is closed like any other; its size cannot be set.
 #[test]
-fn a_full_device_is_closed() {
+fn a_full_device_can_be_closed() {
     let mut full = 0;
-    // One that ends within the cluster of the header is full from the beginning.
+    // A device that ends within the cluster of the header is full from the start.
     let small = (16 << 10..24 << 10).step_by(512).map(|bytes| (bytes, SMALL.cluster_bits));
     for (bytes, cluster_bits) in small.chain([(8 << 10, 16)]) {
         let world = World::new(1);
@@ -190,11 +186,11 @@ fn a_full_device_is_closed() {
 }
 
 #[test]
-fn who_waits_for_whom_can_be_told() {
+fn a_report_shows_which_work_waits_for_which() {
     let world = World::new(1);
     SMALL.create(&world);
     let qcow = SMALL.open(&world);
-    // The first write hangs; the second is for the same cluster, the third for the same table.
+    // The first write hangs; the second needs the same cluster, the third the same table.
     world.stop_at(world.ops());
     let writes = [write(&qcow, 0, 1, 1), write(&qcow, 1, 1, 1), write(&qcow, 2, 1, 1)];
     assert!(world.run(futures_util::future::join_all(writes)).is_none());
@@ -326,7 +322,7 @@ fn run_steps(setup: Setup, steps: Vec<Step>, compressed: Vec<u64>, seed: u64, al
     assert_eq!(all(&world, &qcow), want);
     world.block_on(qcow.close()).unwrap();
     assert_eq!(checked(&world).problems, Vec::<String>::new());
-    // What was flushed at close is there after a power cut.
+    // Data flushed at close survives a power cut.
     assert_eq!(all(&world.after_crash(0), &setup.open(&world.after_crash(0))), want);
 }
 
@@ -341,15 +337,15 @@ proptest! {
     }
 }
 
-/// Runs of many lengths in one request, with memory for some of them at a time: what does not fit is not passed over.
+/// Runs of many lengths in one request, with memory for some of them at a time: runs that do not fit are not skipped.
 #[test]
-fn a_large_write_over_runs_of_many_lengths_is_whole() {
+fn a_large_write_over_runs_of_many_lengths_skips_none() {
     const RUNS: [u64; 8] = [1, 15, 1, 9, 2, 14, 3, 1];
     let setup = Setup { sectors: 4096, cluster_bits: 12, l2_bits: 9, tables: 1, ..SMALL };
     let world = World::new(1);
     setup.create(&world);
     let qcow = setup.open(&world);
-    // From the last to the first, so that no run lies behind its neighbour in the file.
+    // From the last to the first, so that no run continues its neighbour in the file.
     let mut end = 512_u64;
     for run in RUNS.iter().cycle() {
         let Some(start) = end.checked_sub(*run) else { break };
@@ -363,7 +359,7 @@ fn a_large_write_over_runs_of_many_lengths_is_whole() {
 }
 
 #[test]
-fn a_write_with_fua_is_durable_with_its_mapping_and_a_graph_names_its_nodes() {
+fn a_write_with_fua_is_durable_with_its_mapping_and_nodes_have_names() {
     let world = World::new(1);
     let setup = Setup { base_sectors: Some(10), ..SMALL };
     setup.create(&world);
@@ -380,5 +376,5 @@ fn a_write_with_fua_is_durable_with_its_mapping_and_a_graph_names_its_nodes() {
         names.iter().map(|(depth, node)| (*depth, node.name().unwrap().to_string())).collect();
     assert_eq!(names, [(0, PATH.to_owned()), (1, BASE.to_owned())]);
     world.block_on(top.close()).unwrap();
-    assert!(top.children().is_empty() && top.name().is_none(), "a closed image names nothing");
+    assert!(top.children().is_empty() && top.name().is_none(), "a closed image has no name and no children");
 }

@@ -1,10 +1,10 @@
-//! Every seeded bug of the driver is found by the trials that hold without it.
+//! Trials that pass without a seeded bug of the driver find it.
 
 use super::trial::{DEVICE, DIRECT, End, OVERLAY, PACKED, Trial};
 use super::*;
 use crate::testing::{Effect, Fault};
 
-/// The number of trials out of `count` that fail with `bug`; all must hold without it.
+/// The number of trials out of `count` that fail with `bug`; all must pass without it.
 fn found(bug: Bug, count: u64, trial: impl Fn(u64) -> Trial) -> u64 {
     let mut found = 0;
     for seed in 0..count {
@@ -13,7 +13,7 @@ fn found(bug: Bug, count: u64, trial: impl Fn(u64) -> Trial) -> u64 {
             panic!("without {bug:?}: {what}\n{trial:?}");
         }
         let with = Trial { bug: Some(bug), ..trial };
-        // A bug may also trip over an invariant of the driver.
+        // A bug may also violate an assertion of the driver.
         let result = std::panic::catch_unwind(|| with.run());
         found += u64::from(!matches!(result, Ok(Ok(()))));
     }

@@ -1,15 +1,15 @@
-//! Chains of images: how long they may be, who else may open their files, and that reading changes none of them.
+//! Chains of images: their limit, the locks of their files, and that reading changes none of them.
 
 use super::*;
 use crate::{Backing, ImageSpec};
 use tap_core::ZeroFlags;
 
-/// Makes `count` images, each the backing file of the one before: `/0` is the top.
+/// Creates `count` images, each the backing file of the one before: `/0` is the top.
 fn chain(world: &World, count: usize) {
     part_of_chain(world, 0..count, None);
 }
 
-/// The same from one number to another; the last is above `below`.
+/// The same for a range of numbers; the last has `below` as backing file.
 fn part_of_chain(world: &World, levels: std::ops::Range<usize>, below: Option<&str>) {
     for level in levels.clone().rev() {
         let next = (level + 1 < levels.end).then(|| (level + 1).to_string());
@@ -31,7 +31,7 @@ fn open_file(world: &World, path: &str, write: bool) -> Result<Rc<dyn Node>, Ima
 }
 
 #[test]
-fn sixty_four_images_are_a_chain_and_one_more_is_refused() {
+fn a_chain_of_sixty_four_images_opens_and_one_more_is_refused() {
     let world = World::new(1);
     chain(&world, 64);
     let top = open_file(&world, "/0", true).unwrap();
@@ -44,7 +44,7 @@ fn sixty_four_images_are_a_chain_and_one_more_is_refused() {
 }
 
 #[test]
-fn a_chain_that_is_open_already_counts() {
+fn the_images_of_an_open_backing_node_count() {
     for (above, told) in [(24, None), (25, Some("its chain of 65 images would be longer than 64"))] {
         let world = World::new(1);
         chain(&world, 40);
@@ -67,7 +67,7 @@ fn a_chain_that_is_open_already_counts() {
 }
 
 #[test]
-fn nobody_else_writes_to_any_file_of_a_chain() {
+fn every_file_of_an_open_chain_is_locked_against_writers() {
     let world = World::new(1);
     chain(&world, 3);
     for write in [true, false] {
@@ -85,7 +85,7 @@ fn nobody_else_writes_to_any_file_of_a_chain() {
 }
 
 #[test]
-fn no_command_changes_an_image_that_is_open_for_reading() {
+fn no_request_changes_an_image_opened_for_reading() {
     let world = World::new(1);
     chain(&world, 2);
     let before = [world.bytes("/0"), world.bytes("/1")];

@@ -1,4 +1,4 @@
-//! One operation of the host fails, at every place that there is.
+//! One operation of the host fails, for each operation in turn.
 
 use super::*;
 use crate::testing::{Effect, Fault};
@@ -7,11 +7,11 @@ fn failing(world: &World, nth: u64, sticky: bool, effect: Effect) {
     world.fail(Some(Fault { nth: world.ops() + nth, error: Errno::EIO, effect, sticky }));
 }
 
-/// An L1 table that the first read of opening does not reach the end of.
+/// Its L1 table is longer than the first read.
 const LONG: Setup = Setup { sectors: 80_000, cluster_bits: 9, l2_bits: 6, ..SMALL };
 
 #[test]
-fn an_image_that_cannot_be_read_is_not_opened_as_an_empty_one() {
+fn an_unreadable_image_is_not_opened_as_empty() {
     let world = World::new(1);
     LONG.create(&world);
     let qcow = LONG.open(&world);
@@ -42,9 +42,9 @@ fn an_image_that_cannot_be_read_is_not_opened_as_an_empty_one() {
 }
 
 #[test]
-fn an_image_is_made_whole_or_not_at_all() {
+fn an_image_is_created_completely_or_not_at_all() {
     for device in [false, true] {
-        // 2 MiB of L1 table: it is written in many parts.
+        // 2 MiB of L1 table, written in many parts.
         let image = NewImage {
             size_bytes: 8 << 30,
             backing: None,
@@ -63,7 +63,7 @@ fn an_image_is_made_whole_or_not_at_all() {
             let before = world.ops();
             let made = make(&world, PATH, image.clone());
             if world.ops() > before + nth {
-                assert!(made.is_err(), "operation {nth} failed, and nobody said so");
+                assert!(made.is_err(), "operation {nth} failed, and create succeeded");
                 continue;
             }
             made.unwrap();
@@ -81,7 +81,7 @@ fn an_image_is_made_whole_or_not_at_all() {
     }
 }
 
-/// Where the L2 entry of `cluster` is in the file, which has its table.
+/// The offset of the L2 entry of `cluster`, whose table exists.
 fn entry(bytes: &[u8], setup: &Setup, cluster: u64) -> usize {
     let l1 = format::parse(bytes, bytes.len() as u64).unwrap().geometry.root_at.0 as usize;
     let at = l1 + (cluster >> setup.l2_bits) as usize * 8;
@@ -89,10 +89,10 @@ fn entry(bytes: &[u8], setup: &Setup, cluster: u64) -> usize {
     table + (cluster & ((1 << setup.l2_bits) - 1)) as usize * 8
 }
 
-/// A write that failed is not told of later by a successor either, as long as the file can be written.
+/// A failed write does not appear after a restart either, if the file can be written.
 #[test]
-fn a_mapping_that_failed_is_taken_back_in_the_file() {
-    let mut taken_back = 0;
+fn a_failed_mapping_is_reverted_in_the_file() {
+    let mut reverted = 0;
     for nth in 0..8 {
         let world = World::new(1);
         SMALL.create(&world);
@@ -105,14 +105,14 @@ fn a_mapping_that_failed_is_taken_back_in_the_file() {
         let at = entry(&bytes, &SMALL, 10);
         if answer.result.is_err() {
             assert_eq!(bytes[at..at + 8], [0; 8], "operation {nth}");
-            taken_back += 1;
+            reverted += 1;
         }
     }
-    assert!(taken_back > 1, "the data's write fails, and the mapping's");
+    assert!(reverted > 1, "the data's write fails, and the mapping's");
 }
 
 #[test]
-fn a_checksum_that_is_cleared_is_not_written_again() {
+fn a_cleared_checksum_is_not_written_again() {
     let world = World::new(1);
     SMALL.create(&world);
     let mut bytes = world.bytes(PATH);
@@ -128,9 +128,9 @@ fn a_checksum_that_is_cleared_is_not_written_again() {
     assert_eq!(second, first - 1);
 }
 
-/// Compressed bytes share clusters of the file, and so does what is counted of them.
+/// Compressed runs share clusters of the file, which count once.
 #[test]
-fn the_rest_of_a_cluster_of_compressed_bytes_is_not_lost() {
+fn the_rest_of_a_cluster_of_compressed_bytes_is_not_leaked() {
     let world = World::new(1);
     let setup = Setup { compressed: true, ..SMALL };
     setup.create(&world);
@@ -141,10 +141,10 @@ fn the_rest_of_a_cluster_of_compressed_bytes_is_not_lost() {
     assert_eq!((report.compressed_clusters, report.plain_clusters, report.leaked_clusters), (3, 1, 0));
 }
 
-/// Each write that the medium refuses costs its place. References that lay further out than any disk needs would be
-/// taken for damage once a crash has taken the size of the file back.
+/// Each write that fails on the medium loses its place. References further out than any disk needs would be taken for
+/// damage once a crash has reverted the size of the file.
 #[test]
-fn a_medium_that_fails_again_and_again_leaves_no_reference_out_of_reach() {
+fn a_medium_that_keeps_failing_leaves_no_reference_out_of_reach() {
     let setup = Setup { sectors: 4 * 128, cluster_bits: 16, l2_bits: 6, ..SMALL };
     let world = World::new(1);
     setup.create(&world);
@@ -160,7 +160,7 @@ fn a_medium_that_fails_again_and_again_leaves_no_reference_out_of_reach() {
     assert_eq!(world.block_on(write(&qcow, 128, 1, 3)).result, Err(Errno::ENOSPC), "1 MiB is lost");
     assert_eq!(world.block_on(fills(&qcow, 128, 1)), Ok(vec![Some(0)]));
     drop(qcow);
-    // The size goes back, the tables need not.
+    // A crash may revert the size but not the tables.
     let mut left = world.bytes(PATH);
     left.truncate(durable.len());
     let world = World::new(2);

@@ -1,4 +1,4 @@
-//! Images that somebody made to do harm, or that were damaged.
+//! Hostile and damaged images.
 
 use super::*;
 use proptest::prelude::*;
@@ -23,7 +23,7 @@ fn opened(bytes: Vec<u8>, write: bool) -> (World, Result<Rc<Qcow<World>>, ImageE
     (world, qcow)
 }
 
-/// Where the entry of L1, or of the first table, is in the file.
+/// The offset of an entry of L1, or of the first table.
 fn entry_at(bytes: &[u8], table: bool, index: usize) -> usize {
     let number = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
     let l1 = number(40);
@@ -37,7 +37,7 @@ fn with(bytes: &[u8], at: usize, number: u64) -> Vec<u8> {
 }
 
 #[test]
-fn bad_references_are_refused_for_writing_and_named() {
+fn bad_references_are_refused_for_writing_with_a_reason() {
     let good = sample();
     let (l1, l2) = (entry_at(&good, false, 0), entry_at(&good, true, 5));
     let cluster = u64::from_be_bytes(good[entry_at(&good, true, 0)..][..8].try_into().unwrap());
@@ -46,15 +46,15 @@ fn bad_references_are_refused_for_writing_and_named() {
         (l1, 1 << 60, "L2 table 0 at byte 1152921504606846976 is misplaced"),
         (l1, table + 8, "L2 table 0 at byte"),
         (l1 + 8, table, "L2 table 0 and L2 table 1 overlap"),
-        (l1, 0, "no problem: everything else is only lost"),
+        (l1, 0, "no problem: the clusters of the table only leak"),
         (l1, 4096, "overlap"),
-        (l2, cluster, "cluster 5 (0x2400) lies where another cluster lies"),
+        (l2, cluster, "cluster 5 (0x2400) overlaps another cluster"),
         (l2, cluster + 512, "cluster 5 (0x2600) is misplaced"),
         (l2, 1 << 61, "far past"),
         (l2, table, "L2 table 0 and the cluster at byte 8192 overlap"),
         (l2, format::COMPRESSED | 5, "is compressed and not inside"),
         (l2, format::COMPRESSED | 5 << 53 | 4096, "is compressed and overlaps a table"),
-        (l2, format::COMPRESSED | 5 << 53 | cluster, "compressed bytes lie in the cluster"),
+        (l2, format::COMPRESSED | 5 << 53 | cluster, "compressed data overlaps the cluster"),
     ] {
         let (_, qcow) = opened(with(&good, at, number), true);
         match qcow {
@@ -65,7 +65,7 @@ fn bad_references_are_refused_for_writing_and_named() {
 }
 
 #[test]
-fn a_damaged_image_can_be_read_where_it_is_whole() {
+fn undamaged_parts_of_a_damaged_image_can_be_read() {
     let good = sample();
     let bad = with(&good, entry_at(&good, true, 15), 1 << 61);
     let (world, qcow) = opened(bad, false);
@@ -74,7 +74,7 @@ fn a_damaged_image_can_be_read_where_it_is_whole() {
     assert_eq!(world.block_on(fills(&qcow, 60, 1)), Ok(vec![Some(7)]));
     drop(qcow);
     assert_eq!(checked(&world).problem_count, 1);
-    // A compressed cluster that is not one.
+    // A compressed cluster that does not decompress.
     let mut bad = good.clone();
     let end = bad.len();
     bad[end - 4..].fill(0xff);
@@ -87,12 +87,12 @@ fn a_damaged_image_can_be_read_where_it_is_whole() {
 }
 
 #[test]
-fn check_tells_every_double_owner_within_runs() {
+fn check_reports_every_double_owner_within_runs() {
     let setup = Setup { cluster_bits: 9, ..SMALL };
     let world = World::new(1);
     setup.create(&world);
     let qcow = setup.open(&world);
-    // Clusters 0 to 9 lie in one run, and so do 64 to 73, in another table.
+    // Clusters 0 to 9 are one run, and so are 64 to 73, in another table.
     for start in [0, 64] {
         world.block_on(write(&qcow, start, 10, 7)).result.unwrap();
     }
@@ -100,7 +100,7 @@ fn check_tells_every_double_owner_within_runs() {
     let mut bytes = world.bytes(PATH);
     let first = entry_at(&bytes, true, 0);
     let place = u64::from_be_bytes(bytes[first..first + 8].try_into().unwrap());
-    // Cluster 20 to 29 begin before that run and go through it; 3 of them are in a gap of it.
+    // Clusters 20 to 29 overlap that run; 3 of them are in a gap of it.
     for (i, at) in (20..30).enumerate() {
         bytes = with(&bytes, entry_at(&bytes, true, at), place + i as u64 * 512);
     }
@@ -115,13 +115,13 @@ fn check_tells_every_double_owner_within_runs() {
 }
 
 #[test]
-fn images_of_old_tapdisk_are_recognised() {
+fn images_of_old_tapdisk_open() {
     let mut bytes = sample();
     let xen = |flags: u32, checksum: u32| [0x5845_4efb, checksum, 1, flags].map(u32::to_be_bytes).concat();
     bytes[48..64].copy_from_slice(&xen(2, 0x1234_5678));
     let (world, qcow) = opened(bytes.clone(), true);
     assert_eq!(world.block_on(fills(&qcow.unwrap(), 0, 1)), Ok(vec![Some(7)]));
-    assert_eq!(world.bytes(PATH)[48..64], xen(2, 0), "the checksum is cleared, and nothing else");
+    assert_eq!(world.bytes(PATH)[48..64], xen(2, 0), "only the checksum is cleared");
 
     bytes[48..64].copy_from_slice(&xen(0, 0));
     let (l1, end) = (entry_at(&bytes, false, 0), entry_at(&bytes, false, 2));
@@ -134,14 +134,14 @@ fn images_of_old_tapdisk_are_recognised() {
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
-    /// Nothing that stands in a file makes the driver panic, and what opens for writing can be written.
+    /// No contents of a file make the driver panic, and an image that opens for writing can be written.
     #[test]
     fn damage_never_panics(
         changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u64>(), any::<bool>()), 1..8),
         cut in prop::option::of(any::<prop::sample::Index>()),
     ) {
         let mut bytes = sample();
-        // Where references stand: the header, L1, and the first table.
+        // The places of references: the header, L1, and the first table.
         let places: Vec<usize> = (0..48).chain(4096..4096 + 16).chain(8192..8192 + 512).collect();
         for (index, value, small) in changes {
             let at = places[index.index(places.len())] / 8 * 8;

@@ -20,7 +20,7 @@ use tap_host::{Bug, Errno, IoBuf, IoVec, SectorRange};
 pub(super) const PATH: &str = "/image";
 pub(super) const BASE: &str = "/base";
 
-/// What an image is made and opened with.
+/// How to create and open an image.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Setup {
     pub(super) sectors: u64,
@@ -37,7 +37,7 @@ pub(super) struct Setup {
 }
 
 const COMPRESSED_CLUSTERS: [u64; 3] = [0, 3, 70];
-/// What they hold.
+/// Their contents.
 const COMPRESSED_FILL: u8 = 230;
 
 pub(super) const SMALL: Setup = Setup {
@@ -60,7 +60,7 @@ pub(super) fn layout(cluster_bits: u32, l2_bits: u32) -> Vec<(String, String)> {
     vec![option(create::CLUSTER_SIZE, cluster_bits), option(create::L2_ENTRIES, l2_bits)]
 }
 
-/// Makes an image, as programs do.
+/// Creates an image, as programs do.
 pub(super) fn make(world: &World, path: &str, image: NewImage) -> Result<(), ImageError> {
     let (host, path) = (world.clone(), path.to_owned());
     world.block_on(async move { Formats::shipped().create(&host, FORMAT, &path, image).await })
@@ -71,13 +71,13 @@ pub(super) async fn open(host: &World, options: &OpenOptions) -> Result<Qcow<Wor
     super::open::open(host, &OpenImage::alone(PATH, FORMAT, Formats::shipped(), options)).await
 }
 
-/// What the base file holds in a sector; never zero.
+/// The contents of a sector of the base file; never zero.
 pub(super) fn base_fill(sector: u64) -> u8 {
     (sector % 100) as u8 + 100
 }
 
 impl Setup {
-    /// Makes the files in `world`.
+    /// Creates the files in `world`.
     pub(super) fn create(&self, world: &World) {
         if let Some(sectors) = self.base_sectors {
             world.put(BASE, (0..sectors).flat_map(|s| [base_fill(s); 512]).collect());
@@ -102,7 +102,7 @@ impl Setup {
             write,
             direct: self.direct,
             table_bytes: self.tables * crate::map::table_cost(1 << self.l2_bits),
-            // Where little is kept, there is little memory as well.
+            // A small cache goes with little memory.
             memory: if self.tables == 1 { Budget::least() } else { Budget::default() },
             backing: BackingPolicy::any(RAW),
         }
@@ -117,7 +117,7 @@ impl Setup {
         self.try_open(world, true).unwrap()
     }
 
-    /// What sector `sector` holds when it was never written.
+    /// The initial contents of `sector`.
     pub(super) fn initial(&self, sector: u64) -> u8 {
         if self.compressed && COMPRESSED_CLUSTERS.contains(&(sector >> (self.cluster_bits - 9))) {
             return COMPRESSED_FILL;

@@ -1,11 +1,11 @@
-//! What crashes leave behind the end of the file.
+//! References past the end of the file that crashes leave.
 
 use super::*;
 use tap_host::Mark;
 
 const SETUP: Setup = Setup { sectors: 16384, cluster_bits: 12, l2_bits: 9, tables: 8, ..SMALL };
 
-/// A disk that has its four tables, with a cluster each, durable.
+/// A disk with its four tables, with one cluster each, durable.
 fn with_tables() -> (World, Rc<Qcow<World>>) {
     let world = World::new(1);
     SETUP.create(&world);
@@ -17,7 +17,7 @@ fn with_tables() -> (World, Rc<Qcow<World>>) {
     (world, qcow)
 }
 
-/// Where the L2 entry of `cluster` is.
+/// The offset of the L2 entry of `cluster`.
 fn entry_of(bytes: &[u8], cluster: u64) -> usize {
     let l1 = format::parse(bytes, bytes.len() as u64).unwrap().geometry.root_at.0 as usize;
     let at = l1 + (cluster >> 9) as usize * 8;
@@ -25,21 +25,21 @@ fn entry_of(bytes: &[u8], cluster: u64) -> usize {
     table + (cluster & 511) as usize * 8
 }
 
-/// A power cut in the middle of a writeback: the kernel had written an L2 sector (in place, in blocks that were there)
-/// and not yet the size of the file, nor the L2 sectors of other clusters. That state is allowed, and opens. From then
-/// on the disk must be usable to its last cluster.
+/// A power cut in the middle of a writeback: the kernel had written an L2 sector (in place, in existing blocks) but not
+/// yet the size of the file or the L2 sectors of other clusters. That state is allowed, and opens. From then on the
+/// disk must be usable to its last cluster.
 #[test]
-fn after_a_crash_that_left_a_reference_behind_the_end_the_whole_disk_can_be_written_and_read() {
+fn after_a_crash_left_a_reference_past_the_end_the_whole_disk_works() {
     let (world, qcow) = with_tables();
     let durable = world.bytes(PATH);
-    // 4 MiB that are never flushed; the last cluster of them is 2000.
+    // 4 MiB that are never flushed, up to cluster 2000.
     let last = 2000_u64;
     for cluster in last - 1023..=last {
         world.block_on(write(&qcow, cluster * 8, 8, 2)).result.unwrap();
     }
     let seen = world.bytes(PATH);
     drop(qcow);
-    // What the power cut leaves: the durable bytes, and the L2 sector of cluster 2000 as far as it was written.
+    // The power cut leaves the durable bytes, and the L2 entry of cluster 2000.
     let mut left = durable.clone();
     let at = entry_of(&left, last);
     left[at..at + 8].copy_from_slice(&seen[at..at + 8]);
@@ -59,16 +59,16 @@ fn after_a_crash_that_left_a_reference_behind_the_end_the_whole_disk_can_be_writ
     );
 }
 
-/// The same crash twice: nothing is durable of what was written the second time but one L2 sector. Each state is
-/// allowed, so the image opens.
+/// The same crash twice: of the second round of writes only one L2 sector is durable. Each state is allowed, so the
+/// image opens.
 #[test]
-fn two_crashes_with_the_size_behind_leave_an_image_that_opens() {
+fn after_two_crashes_that_revert_the_size_the_image_opens() {
     let (world, qcow) = with_tables();
     drop(qcow);
     let mut world = world;
     for (first, last) in [(977_u64, 2000_u64), (1, 1999)] {
         let qcow = SETUP.open(&world);
-        // Opening made it durable.
+        // Opening has made all of it durable.
         let mut left = world.bytes(PATH);
         for cluster in (first..=last).filter(|c| c % 512 != 0) {
             world.block_on(write(&qcow, cluster * 8, 8, 2)).result.unwrap();
@@ -84,10 +84,10 @@ fn two_crashes_with_the_size_behind_leave_an_image_that_opens() {
     assert_eq!(opened, None);
 }
 
-/// A file that ends within a cluster that nothing refers to has nothing to recover: opening it for writing leaves its
-/// size as it is.
+/// A file that ends within an unreferenced cluster has nothing to recover: opening it for writing leaves its size
+/// unchanged.
 #[test]
-fn opening_a_whole_image_does_not_change_its_size() {
+fn opening_an_undamaged_image_does_not_change_its_size() {
     let world = World::new(1);
     SETUP.create(&world);
     let before = [world.bytes(PATH), vec![0; 512]].concat();

@@ -1,14 +1,14 @@
-//! One history of an image: writes and flushes, perhaps an error, perhaps a stop, a crash, and what must hold.
+//! One history of an image: writes and flushes, perhaps an error, perhaps a stop, a crash, and the checks after it.
 //!
-//! Every sector has a list of versions. After a crash it must show one that is not older than the last durable one;
-//! after the death of the process alone, one that is not older than the last acknowledged one. What it shows once it
-//! shows for ever, and later writes touch nothing else.
+//! Every sector has a list of versions. After a crash it must read as one that is not older than the last durable one;
+//! after the death of the process alone, as one that is not older than the last acknowledged one. From then on it does
+//! not change, and later writes change no other sector.
 
 use super::*;
 use crate::testing::{Effect, Fault};
 use futures_util::future::join_all;
 
-/// What happens to a history.
+/// The parameters of a history.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Trial {
     pub(super) setup: Setup,
@@ -16,7 +16,7 @@ pub(super) struct Trial {
     pub(super) bug: Option<Bug>,
     /// An operation that fails, counted from opening.
     pub(super) fault: Option<Fault>,
-    /// No operation from this one on, counted from opening, has an effect.
+    /// No operation from this one on, counted from opening, takes effect.
     pub(super) stop: Option<u64>,
     pub(super) end: End,
 }
@@ -38,7 +38,7 @@ struct Sector {
 
 struct History {
     sectors: Vec<Sector>,
-    /// The page cache has lost writes: nothing is durable any more.
+    /// The page cache has lost writes: flushes no longer make anything durable.
     cache_lies: bool,
     next_fill: u8,
 }
@@ -49,7 +49,7 @@ impl History {
         Self { sectors: (0..setup.sectors).map(sector).collect(), cache_lies: false, next_fill: 0 }
     }
 
-    /// Values below 100 that no base file has.
+    /// Values below 100, which no base file has.
     fn fill(&mut self) -> u8 {
         self.next_fill = self.next_fill % 99 + 1;
         self.next_fill
@@ -74,7 +74,7 @@ impl History {
     }
 }
 
-/// The running part: batches of disjoint writes, flushes between them, and repetition after errors.
+/// The workload: batches of disjoint writes, flushes between them, and retries after errors.
 async fn work(world: World, setup: Setup, mut qcow: Rc<Qcow<World>>, history: Rc<RefCell<History>>) {
     for _ in 0..8 {
         let mut writes: Vec<(u64, u32, u8)> = Vec::new();
@@ -99,7 +99,7 @@ async fn work(world: World, setup: Setup, mut qcow: Rc<Qcow<World>>, history: Rc
             });
             tries += 1;
             if !writes.is_empty() {
-                // There is space again.
+                // Space is available again.
                 world.fail(world.fault().filter(|f| !f.sticky));
                 if tries > 2 {
                     qcow = reopen(&world, &setup, &qcow, &history).await;
@@ -127,19 +127,19 @@ async fn reopen(
     qcow: &Rc<Qcow<World>>,
     history: &Rc<RefCell<History>>,
 ) -> Rc<Qcow<World>> {
-    // A failed synchronisation is why; after it a page cache cannot be trusted.
+    // The reason is a failed synchronisation, after which a page cache cannot be trusted.
     history.borrow_mut().cache_lies |= !setup.direct;
     world.fail(None);
     // The flush at closing fails as well, for the same reason.
     qcow.close().await.err();
-    // The history goes on as on a host without a folder for what outlives a process: with one, no flush would succeed
-    // before the host is booted again.
+    // The history continues as on a host without a folder for pages that outlive a process: with one, no flush would
+    // succeed before a reboot.
     world.forget_pages();
     Rc::new(open(world, &setup.options(true)).await.expect("an image opens again"))
 }
 
 impl Trial {
-    /// Runs it; the error says what did not hold.
+    /// Runs it; the error says which check failed.
     pub(super) fn run(&self) -> Result<(), String> {
         let world = World::new(self.seed);
         self.setup.create(&world);
@@ -166,7 +166,7 @@ impl Trial {
             End::Crash(keep) => keep,
         };
         let after = if keep == 256 { world.as_seen() } else { world.after_crash(keep) };
-        // The bug lives on in the program that recovers.
+        // The recovering program has the bug as well.
         self.bug.into_iter().for_each(|bug| after.switch_on(bug));
         self.verify(&after, &history.borrow())
     }
@@ -186,7 +186,7 @@ impl Trial {
                 seen[sector], of.versions, of.acked, of.durable
             ));
         }
-        // Life goes on: new writes change what they are meant to change, also after opening again.
+        // New writes change their own sectors only, also after opening again.
         for start in (0..self.setup.sectors - 3).step_by(17) {
             world.block_on(write(&qcow, start, 3, 99)).result.map_err(|e| format!("probe: {e}"))?;
             seen[start as usize..start as usize + 3].fill(Some(99));
@@ -214,7 +214,7 @@ fn must_hold(trial: Trial) {
     }
 }
 
-/// How many times as many trials as usual; more seeds for a longer look.
+/// Multiplies the number of trials, with more seeds.
 fn rounds() -> u64 {
     std::env::var("TAP_TRIAL_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(1)
 }
@@ -236,7 +236,7 @@ fn a_crash_at_any_operation_leaves_allowed_versions() {
 }
 
 #[test]
-fn the_death_of_the_process_loses_nothing_that_was_acknowledged() {
+fn the_death_of_the_process_loses_no_acknowledged_write() {
     for (number, setup) in [SMALL, OVERLAY, DEVICE, DIRECT, PACKED].into_iter().enumerate() {
         for stop in 0..80 {
             for round in 0..rounds() {
@@ -248,7 +248,7 @@ fn the_death_of_the_process_loses_nothing_that_was_acknowledged() {
 }
 
 #[test]
-fn any_operation_may_fail_and_the_request_be_repeated() {
+fn after_any_failed_operation_the_request_can_be_repeated() {
     for (number, setup) in [SMALL, OVERLAY, DEVICE, DIRECT, PACKED].into_iter().enumerate() {
         for nth in 0..60 {
             for (turn, effect) in [Effect::None, Effect::Half, Effect::All].into_iter().enumerate() {

@@ -17,7 +17,7 @@ fn overlay() -> Setup {
 }
 
 #[test]
-fn zeros_hide_what_is_below_and_discards_do_not() {
+fn zeros_hide_the_backing_file_and_discards_do_not() {
     for refuse in [false, true] {
         let world = World::new(3);
         overlay().create(&world);
@@ -25,7 +25,7 @@ fn zeros_hide_what_is_below_and_discards_do_not() {
             world.refuse_zeroing();
         }
         let qcow = overlay().open(&world);
-        // Sector 10 on is written; 0, 3 and 70 are compressed; the rest shows the base.
+        // Sectors from 10 on are written; clusters 0, 3 and 70 are compressed; the rest reads as the base.
         world.block_on(write(&qcow, 10, 4, 9)).result.unwrap();
         let before = all(&world, &qcow);
         world.block_on(qcow.submit(Request::discard(SectorRange::new(0, 256)))).result.unwrap();
@@ -51,7 +51,7 @@ fn zeros_hide_what_is_below_and_discards_do_not() {
 }
 
 #[test]
-fn zeros_without_anything_below_cost_nothing() {
+fn zeros_over_unmapped_clusters_cost_no_operation() {
     let world = World::new(4);
     SMALL.create(&world);
     let qcow = SMALL.open(&world);
@@ -65,9 +65,9 @@ fn zeros_without_anything_below_cost_nothing() {
     assert_eq!(world.block_on(zero(&qcow, 250, 7, PLAIN)).result, Err(Errno::EINVAL));
 }
 
-/// A backing file shows nothing from its end on, also where a cluster begins there.
+/// Nothing shows through past the end of a backing file, even if a cluster begins there.
 #[test]
-fn zeros_behind_what_is_below_cost_nothing() {
+fn zeros_past_the_end_of_the_backing_file_cost_no_operation() {
     let world = World::new(4);
     overlay().create(&world);
     let qcow = overlay().open(&world);
@@ -77,15 +77,15 @@ fn zeros_behind_what_is_below_cost_nothing() {
     assert_eq!(world.block_on(zero(&qcow, 198, 58, FAST)).result, Err(Errno::EOPNOTSUPP));
 }
 
-/// The entry of a write that failed may be in the file all the same, and show up after a crash: zeros that are answered
-/// take its place instead of relying on what is told.
+/// The entry of a failed write may still be in the file, and appear after a crash: answered zeros are written to its
+/// place instead of relying on the published mapping.
 #[test]
 fn zeros_are_written_where_a_failed_write_may_have_left_bytes() {
     let world = World::new(5);
     SMALL.create(&world);
     let qcow = SMALL.open(&world);
     world.block_on(write(&qcow, 0, 1, 1)).result.unwrap();
-    // The data goes through; the entry is answered with an error.
+    // The data is written; the entry fails.
     let nth = world.ops() + 1;
     world.fail(Some(Fault { nth, error: Errno::EIO, effect: Effect::All, sticky: false }));
     let failing = world.clone();
@@ -109,9 +109,9 @@ fn zeros_are_written_where_a_failed_write_may_have_left_bytes() {
     assert_eq!(all(&world, &SMALL.open(&world))[20..22], [Some(0); 2]);
 }
 
-/// Nothing of what follows was tried, so nothing of it found a bad place.
+/// The later writes are not tried, so none of them loses its place.
 #[test]
-fn a_file_that_was_given_up_costs_no_place() {
+fn a_file_that_was_given_up_loses_no_space() {
     let world = World::new(7);
     SMALL.create(&world);
     let qcow = SMALL.open(&world);
@@ -130,7 +130,7 @@ fn a_file_that_was_given_up_costs_no_place() {
 }
 
 #[test]
-fn extents_say_where_bytes_come_from() {
+fn extents_report_the_source_of_bytes() {
     let world = World::new(6);
     overlay().create(&world);
     let qcow = overlay().open(&world);
@@ -157,9 +157,9 @@ fn extents_say_where_bytes_come_from() {
     assert_eq!(
         (of(199).2, of(200).2, of(200).3),
         (Some(("base", false)), None, true),
-        "behind the end of the base"
+        "past the end of the base"
     );
-    // An image that was opened for reading says the same.
+    // An image opened for reading reports the same.
     world.block_on(qcow.close()).unwrap();
     let reader = overlay().try_open(&world, false).unwrap();
     let first = world.block_on(reader.extents(SectorRange::new(0, 256), 1024)).unwrap();
