@@ -11,10 +11,10 @@
 //! unchanged on a new ring (after a driver reload, or a resume); so a back end may see a request that its predecessor
 //! had already carried out.
 //!
-//! The pages of an answered request hold nothing that a disk holds; `data.rs` says what that reveals.
+//! The pages of an answered request hold poison, bytes that no disk holds; `data.rs` says what that reveals.
 //!
-//! A response that is not waited for is reported as a protocol violation of the back end, and so is a ring with
-//! impossible indices.
+//! A response without a request is reported as a protocol violation of the back end, and so is a ring with impossible
+//! indices.
 
 mod data;
 mod reset;
@@ -48,7 +48,7 @@ pub type LayoutOf = Rc<dyn Fn(SectorRange) -> SegmentLayout>;
 pub type LingersOf = Rc<dyn Fn(u32) -> u64>;
 /// What a back end publishes about its disk once it has connected.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Told {
+pub struct Published {
     /// `sectors`, of 512 bytes.
     pub sectors: Option<u64>,
     /// `sector-size` in bytes.
@@ -63,7 +63,7 @@ pub struct Told {
     pub hotplug: Option<String>,
 }
 /// Called with it at each connect.
-pub type LookAtTold = Rc<dyn Fn(&Told)>;
+pub type OnPublished = Rc<dyn Fn(&Published)>;
 /// What it writes to xenstore at its n-th connect, from 0.
 pub type KeysOf = Rc<dyn Fn(u32) -> FrontKeys>;
 
@@ -86,7 +86,7 @@ struct Inner {
     layout: RefCell<Option<LayoutOf>>,
     keys: RefCell<Option<KeysOf>>,
     lingers: RefCell<Option<LingersOf>>,
-    look_at_told: RefCell<Option<LookAtTold>>,
+    on_published: RefCell<Option<OnPublished>>,
     /// The previous front end stated its number of pages.
     counted: Cell<bool>,
     /// Grants are ended when their request is answered.
@@ -98,14 +98,14 @@ struct Inner {
     free: RefCell<Vec<usize>>,
     waiting: RefCell<VecDeque<Waker>>,
     connects: Cell<u32>,
-    /// The ring is being given up: the task that takes responses stops.
+    /// The ring is being released: the task that takes responses stops.
     closing: Cell<bool>,
-    /// A task takes responses.
+    /// A task is taking responses.
     serving: Cell<bool>,
     server: RefCell<Option<Waker>>,
     /// Wakers for the next interrupt.
     idle: RefCell<Vec<Waker>>,
-    /// Waits for that to end.
+    /// Waits for the task to stop.
     closer: RefCell<Option<Waker>>,
 }
 
@@ -125,7 +125,7 @@ impl Blkfront {
             layout: RefCell::default(),
             keys: RefCell::default(),
             lingers: RefCell::default(),
-            look_at_told: RefCell::default(),
+            on_published: RefCell::default(),
             counted: Cell::new(false),
             revokes: Cell::new(false),
             ring: RefCell::default(),
@@ -159,8 +159,8 @@ impl Blkfront {
     }
 
     /// Calls `look` at each connect with what the back end says about its disk.
-    pub fn on_told(&self, look: LookAtTold) {
-        *self.0.look_at_told.borrow_mut() = Some(look);
+    pub fn on_published(&self, look: OnPublished) {
+        *self.0.on_published.borrow_mut() = Some(look);
     }
 
     /// From now on the grant of a page is ended when its request is answered, as in Linux; otherwise it stays granted.
@@ -184,18 +184,18 @@ impl Blkfront {
     /// As xenstore's; `ESHUTDOWN` when the back end closes instead.
     pub async fn connect(&self) -> Result<(), Errno> {
         let this = &self.0;
-        this.wait_back(|s| s == 2).await?;
+        this.wait_for_back(|s| s == 2).await?;
         let ring = Rc::new(GuestRing::new(&this.port, this.back)?);
         let words = this.keys.borrow().clone();
         let keys = words.map_or_else(FrontKeys::default, |keys| keys(this.connects.get()));
         ring.publish_as(&this.paths.frontend, keys, this.counted.replace(keys.counted)).await?;
         *this.ring.borrow_mut() = Some(Rc::clone(&ring));
-        if this.wait_back(|s| s == 4 || s >= 5).await? != 4 {
+        if this.wait_for_back(|s| s == 4 || s >= 5).await? != 4 {
             return Err(Errno::ESHUTDOWN);
         }
-        let told = this.told().await?;
-        let look = this.look_at_told.borrow().clone();
-        look.into_iter().for_each(|look| look(&told));
+        let published = this.published().await?;
+        let look = this.on_published.borrow().clone();
+        look.into_iter().for_each(|look| look(&published));
         this.set_state(4).await?;
         this.connects.set(this.connects.get() + 1);
         this.open.set(true);
@@ -221,7 +221,7 @@ impl Blkfront {
         Ok(())
     }
 
-    /// Takes responses until the ring is given up.
+    /// Takes responses until the ring is released.
     async fn serve(&self, ring: Rc<GuestRing>) {
         while let Some(next) = self.next_response(&ring).await {
             match next {
@@ -233,7 +233,7 @@ impl Blkfront {
                 Err(_) => break,
             }
         }
-        // Answers from before the ring was given up count.
+        // Answers from before the ring was released count.
         while let Ok(Some(response)) = ring.take() {
             self.answer(response.id.get(), response.status.get());
         }
@@ -300,13 +300,13 @@ impl Blkfront {
         let linger_ns = lingers.map_or(0, |lingers| lingers(self.0.connects.get()));
         self.0.open.set(linger_ns > 0);
         self.0.set_state(5).await?;
-        self.0.wait_back(|s| s == 5 || s == 6).await?;
+        self.0.wait_for_back(|s| s == 5 || s == 6).await?;
         if linger_ns > 0 {
             self.0.port.xen().sim().sleep_ns(linger_ns).await;
             self.0.open.set(false);
         }
         self.0.set_state(6).await?;
-        self.0.wait_back(|s| s == 6 || s == 2).await?;
+        self.0.wait_for_back(|s| s == 6 || s == 2).await?;
         self.drop_ring().await;
         Ok(())
     }
@@ -324,10 +324,10 @@ impl Blkfront {
         })
         .await;
         let ring = self.0.ring.borrow_mut().take().and_then(Rc::into_inner);
-        // It may have read one more request when it was told to take none.
+        // It may have read one more request before it stopped.
         if let Some(unanswered) = ring.as_ref().and_then(GuestRing::unanswered).filter(|n| *n > 1) {
             (self.0.complain)(format!(
-                "the back end closed its ring, and {unanswered} requests that it had looked at have no answer"
+                "the back end closed its ring, and {unanswered} requests that it had read have no answer"
             ));
         }
         if ring.is_some_and(|ring| ring.end().is_err()) {
@@ -352,15 +352,15 @@ impl Blkfront {
     fn take_back(&self, pages: &mut Vec<GrantedPage>) -> Result<(), String> {
         for page in std::mem::take(pages) {
             let gref = page.gref;
-            page.end(&self.0.port).map_err(|e| format!("{gref} cannot be taken back: {e:?}"))?;
+            page.end(&self.0.port).map_err(|e| format!("{gref} cannot be revoked: {e:?}"))?;
         }
         Ok(())
     }
 
-    /// Waits for the next interrupt, even one without a response, and at most `most_ns`: programs continue when their
+    /// Waits for the next interrupt, even one without a response, and at most `max_ns`: programs continue when their
     /// CPU has time for them, and that may be between any two steps of a back end on another CPU.
-    pub async fn idle(&self, most_ns: u64) {
-        let mut late = pin!(self.0.port.xen().sim().sleep_ns(most_ns));
+    pub async fn idle(&self, max_ns: u64) {
+        let mut late = pin!(self.0.port.xen().sim().sleep_ns(max_ns));
         let mut waited = false;
         poll_fn(|cx| {
             if std::mem::replace(&mut waited, true) {
@@ -400,11 +400,12 @@ impl Blkfront {
         }
     }
 
-    /// One request. `fill` puts the bytes of a write into pieces of granted pages, `look` sees those of a read in them.
+    /// Submits one request. `fill` puts the bytes of a write into pieces of granted pages, `look` sees those of a read
+    /// in them.
     /// A flush with sectors carries data: with the answer everything before it and the data are durable.
     ///
     /// # Errors
-    /// `EIO` when the back end answers with an error, `EOPNOTSUPP` when it does not know the operation.
+    /// `EIO` when the back end answers with an error, `EOPNOTSUPP` when it does not support the operation.
     pub async fn io(
         &self,
         kind: IoKind,
@@ -531,7 +532,7 @@ impl Inner {
     }
 
     /// The keys that Linux reads before it creates the disk.
-    async fn told(&self) -> Result<Told, Errno> {
+    async fn published(&self) -> Result<Published, Errno> {
         let read = async |key: &str| match self.port.read(&format!("{}/{key}", self.paths.backend)).await {
             Ok(value) => Ok(Some(String::from_utf8_lossy(&value).into_owned())),
             Err(Errno::ENOENT) => Ok(None),
@@ -540,7 +541,7 @@ impl Inner {
         let number = async |key: &str| -> Result<Option<u64>, Errno> {
             Ok(read(key).await?.and_then(|value| value.parse().ok()))
         };
-        Ok(Told {
+        Ok(Published {
             sectors: number("sectors").await?,
             sector_bytes: number("sector-size").await?,
             read_only: number("info").await?.map(|info| info & 4 != 0),
@@ -551,7 +552,7 @@ impl Inner {
     }
 
     /// Waits until `wanted` accepts the back end's state.
-    async fn wait_back(&self, wanted: impl Fn(u8) -> bool) -> Result<u8, Errno> {
+    async fn wait_for_back(&self, wanted: impl Fn(u8) -> bool) -> Result<u8, Errno> {
         let path = format!("{}/state", self.paths.backend);
         let watch = self.port.watch(&path).await?;
         loop {

@@ -1,8 +1,9 @@
-//! Faults of calls other than transfers: opening, sizing, removing, locking, looking, synchronising a directory.
+//! Faults of calls other than transfers: opening, sizing, removing, locking, querying, synchronising a directory.
 //!
 //! | kind | error | of | may take effect all the same |
 //! |---|---|---|---|
-//! | 1 | `EINTR` | opening, sizing, removing, locking, looking for holes, synchronising a directory | a new file; a size; a removal |
+//! | 1 | `EINTR` | opening, sizing, removing, locking, seeking holes, synchronising a directory | a new file; a size; a
+//! removal |
 //! | 2 | `EIO` | all, including asking the file system what it lost, whose answer is then gone | a size; a removal |
 //! | 3 | `EMFILE`, `ENOSPC`, `EBUSY`, `ENOLCK` | opening, sizing, removing, locking | |
 //! | 4 | `ENOENT` of an existing file: its storage is temporarily away | opening | |

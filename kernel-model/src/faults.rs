@@ -385,10 +385,10 @@ pub fn describe_fault(value: u64) -> String {
         Fault::Error(Errno::EAGAIN, _) => "fails for now (EAGAIN; a sync with EINTR or ENOMEM)".into(),
         Fault::Error(e, _) => format!("fails with {e:?}"),
         Fault::DropsPages(early) => format!(
-            "gives nothing (a read), or drops the dirty pages of its range when it {}, and fails with ENOSPC",
+            "returns nothing (a read), or drops the dirty pages of its range when it {}, and fails with ENOSPC",
             if early { "begins" } else { "ends" }
         ),
-        Fault::Nothing => "gives nothing".into(),
+        Fault::Nothing => "returns nothing".into(),
         Fault::Short(part) => format!("transfers only {part}/255 of its bytes"),
         Fault::Stuck => "is stuck for ten seconds".into(),
     }

@@ -9,7 +9,7 @@ use tap_host::{
 };
 use xen_model::{Channel, Mapping, StoreTransaction, StoreWatcher, Xen, XenPort};
 
-/// Where processes have their shared pages unless they say otherwise.
+/// The usual folder of processes for their shared pages.
 const USUAL_FOLDER: &str = "/run/tapdisk";
 
 /// A process of the control domain.
@@ -19,7 +19,7 @@ pub struct SimHost {
     pub process: Process,
     /// Its Xen side.
     pub port: XenPort,
-    /// What the names of its shared pages begin with, where they are not in the [usual folder](USUAL_FOLDER).
+    /// Prefix of the names of its shared pages, if they are not in the [usual folder](USUAL_FOLDER).
     folder: Rc<str>,
 }
 
@@ -31,7 +31,7 @@ impl SimHost {
         Self { process, port, folder: "".into() }
     }
 
-    /// With its shared pages in `folder`, apart from those of processes that have theirs elsewhere.
+    /// Sets the folder of its shared pages; those in other folders are separate.
     pub fn with_run_folder(self, folder: &str) -> Self {
         let folder = if folder == USUAL_FOLDER { "".into() } else { format!("{folder}/").into() };
         Self { folder, ..self }

@@ -24,8 +24,8 @@ pub mod sockets;
 mod storage;
 
 pub use blkfront::{
-    BLKFRONT_MAX_SECTORS, Blkfront, Complaint, DataPiece, KeysOf, LayoutOf, LingersOf, LookAtTold,
-    SegmentLayout, Told,
+    BLKFRONT_MAX_SECTORS, Blkfront, Complaint, DataPiece, KeysOf, LayoutOf, LingersOf, OnPublished,
+    Published, SegmentLayout,
 };
 pub use host::SimHost;
 pub use inode::{Content, Inode, Pending, PendingSize, apply};

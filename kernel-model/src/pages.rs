@@ -12,7 +12,7 @@ const CHUNK: usize = 64;
 pub type Page = [u8; PAGE];
 
 thread_local! {
-    /// Unused pages; the last one is taken first, because it is still in the CPU's cache.
+    /// Unused pages; the last one is used first, because it is still in the CPU's cache.
     static SPARE: RefCell<Vec<Rc<Page>>> = const { RefCell::new(Vec::new()) };
 }
 /// Spare pages kept per thread: 4 MiB.

@@ -48,22 +48,22 @@ struct Load {
     /// The turn that counts now, and its work so far.
     turn: Cell<u64>,
     work: Cell<u64>,
-    most_work: Cell<u64>,
+    max_work: Cell<u64>,
     /// File operations whose futures are alive and started.
     running: Cell<u64>,
-    most_running: Cell<u64>,
+    max_running: Cell<u64>,
 }
 
 impl Load {
     fn add(&self, turn: u64, units: u64) {
         let before = if self.turn.replace(turn) == turn { self.work.get() } else { 0 };
         self.work.set(before + units);
-        self.most_work.set(self.most_work.get().max(before + units));
+        self.max_work.set(self.max_work.get().max(before + units));
     }
 
     fn start(&self) {
         self.running.set(self.running.get() + 1);
-        self.most_running.set(self.most_running.get().max(self.running.get()));
+        self.max_running.set(self.max_running.get().max(self.running.get()));
     }
 
     fn end(&self) {
@@ -77,14 +77,14 @@ impl Kernel {
         self.0.answers_lost.get()
     }
 
-    /// The most work counted in one turn of a task ([`Probe::work`]).
-    pub fn most_work(&self) -> u64 {
-        self.0.load.most_work.get()
+    /// The maximum work counted in one turn of a task ([`Probe::work`]).
+    pub fn max_work(&self) -> u64 {
+        self.0.load.max_work.get()
     }
 
-    /// The most file operations awaited at one time.
-    pub fn most_running(&self) -> u64 {
-        self.0.load.most_running.get()
+    /// The maximum number of file operations awaited at one time.
+    pub fn max_running(&self) -> u64 {
+        self.0.load.max_running.get()
     }
 
     /// A kernel over `storage`.
@@ -304,7 +304,7 @@ impl Files for Process {
 }
 
 impl Process {
-    /// Counts one effect of the process; never completes once it is dead.
+    /// Counts one effect of the process; never completes once the process is dead.
     async fn alive(&self) {
         if !self.node.step() {
             pending::<()>().await;

@@ -35,7 +35,7 @@ pub static SEND_CUT: Label = Label::new("send-cut", "only {} bytes are taken");
 /// How much longer than the minimum bytes are in transit.
 pub static ARRIVE_LATE: Label = Label::new("arrive-late", "the bytes arrive {} ns later");
 /// How many bytes a receive returns.
-pub static RECV_CUT: Label = Label::new("recv-cut", "only {} bytes are given");
+pub static RECV_CUT: Label = Label::new("recv-cut", "only {} bytes are received");
 /// How large the buffers of a connection are.
 pub static SOCKET_BUFFER: Label = Label::new("socket-buffer", "its buffers have size {} (0 is the largest)");
 /// Whether the death of the other end resets a stream.
@@ -48,9 +48,9 @@ static RESET: FaultKind = FaultKind { name: "socket-reset", max_ppm: 700_000 };
 
 /// Sizes of buffers in bytes.
 const BUFFER_BYTES: [usize; 4] = [208 << 10, 64 << 10, 4096, 512];
-/// Least time from a send to a receive in nanoseconds.
+/// Minimum time from a send to a receive in nanoseconds.
 const TRANSIT_NS: u64 = 3_000;
-/// Most connections that wait to be accepted.
+/// Maximum number of connections that wait to be accepted.
 const BACKLOG: usize = 128;
 /// The first port that is chosen if none is requested.
 const FIRST_FREE_PORT: u16 = 32_768;
@@ -260,7 +260,7 @@ impl Pipe {
         self.sim.call_at(at_ns, Rc::clone(self) as Rc<dyn Timed>, 0);
     }
 
-    /// Loses what is in transit or was not received.
+    /// Drops what is in transit or was not received.
     fn lose(&self) {
         self.arrived.borrow_mut().clear();
         self.lose_on_the_way();

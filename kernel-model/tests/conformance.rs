@@ -20,18 +20,18 @@ const DIFFERENT: &[(&str, &str)] = &[(
 fn main() -> ExitCode {
     let args = Arguments::from_args();
     let mut trials = Vec::new();
-    for (way, direct) in [("buffered", false), ("direct", true)] {
+    for (mode, direct) in [("buffered", false), ("direct", true)] {
         let lists = [files::on_files, files::on_disks, zeros::on_files, zeros::on_disks];
         let more = [locks::on_files, life::on_files, life::on_disks];
         for test in lists.into_iter().chain(more).flat_map(|list| list()) {
-            trials.push(trial(format!("{way}/{}", test.name), test, Disk { direct, ..FILE }));
+            trials.push(trial(format!("{mode}/{}", test.name), test, Disk { direct, ..FILE }));
         }
         for (sector, refuses) in [(512, false), (4096, false), (512, true)] {
             let kind = if refuses { "-without-zeros" } else { "" };
             for test in [files::on_disks, zeros::on_disks, life::on_disks].into_iter().flat_map(|list| list())
             {
                 let disk = Disk { direct, device: Some(sector), refuses, ..FILE };
-                trials.push(trial(format!("{way}/device-{sector}{kind}/{}", test.name), test, disk));
+                trials.push(trial(format!("{mode}/device-{sector}{kind}/{}", test.name), test, disk));
             }
         }
     }

@@ -136,7 +136,7 @@ fn a_path_outlives_its_listener_and_is_taken_over() {
 }
 
 #[test]
-fn who_sends_no_more_still_receives() {
+fn a_finished_sender_still_receives() {
     world(1, false, |_, server, client| async move {
         let (near, far) = pair(&server, &client).await;
         send(&far, b"a").await.unwrap();

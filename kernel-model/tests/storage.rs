@@ -152,7 +152,7 @@ fn direct_io_is_refused_unaligned() {
 }
 
 #[test]
-fn faults_of_a_seed_come_again() {
+fn a_seed_repeats_its_faults() {
     let run = |seed| {
         let sim = Sim::new(&Config::new(seed));
         let storage = Storage::new(&sim, StorageConfig { faults: FaultPlan::ALL, ..quiet() });
@@ -179,7 +179,7 @@ fn faults_of_a_seed_come_again() {
 }
 
 #[test]
-fn a_file_has_a_largest_size() {
+fn a_file_has_a_maximum_size() {
     world(1, quiet(), |_, kernel| async move {
         kernel.storage().put_bytes("/a", &[0; 512]);
         let process = kernel.process("p", 1);
@@ -191,7 +191,7 @@ fn a_file_has_a_largest_size() {
 }
 
 #[test]
-fn while_it_is_calm_nothing_fails_and_nothing_is_counted() {
+fn calm_storage_fails_and_counts_nothing() {
     let failure =
         NthFailure { n: 1, times: NthFailure::FOR_GOOD, of: Concerned::All, effect: 0, error: Errno::EIO };
     let config = StorageConfig { faults: FaultPlan::ALL, nth_failure: Some(failure), ..quiet() };

@@ -1,14 +1,14 @@
-//! Measuring the testbed: simulated requests per second of CPU, memory, and what merging saves. A fixed loop measures
-//! the machine, so that figures of different machines, and of one with busy neighbours, can be compared.
+//! Measures the testbed: simulated requests per second of CPU, memory, and what merging saves. A fixed loop measures
+//! the machine, so that figures of different machines, or of one with busy neighbours, can be compared.
 //!
 //! The reference world is one guest with 32 requests of 4 KiB in flight at random places of a 4 MiB disk, half of them
-//! reads, a flush after every 64, on a blkif ring, through scheduler and image, on the drive model, with every check
-//! on. Time is the CPU time of the thread that runs it.
+//! reads, a flush after every 64, on a blkif ring, through scheduler and image, on the drive model, with all checks on.
+//! Time is the CPU time of the thread that runs it.
 
 use crate::catalog::setup::Setup;
 use crate::check::Invariant;
 use crate::formats::Kind;
-use crate::guest::Manners;
+use crate::guest::ErrorPolicy;
 use crate::limits::StackLimits;
 use crate::machine::Machine;
 use crate::sweep::cpu_ns;
@@ -28,17 +28,17 @@ const DEPTH: usize = 32;
 /// Sectors of a request.
 const SECTORS: u64 = 8;
 const FLUSH_EVERY: u64 = 64;
-/// Depth below the scheduler where merging is measured.
+/// Depth below the scheduler when merging is measured.
 const SHALLOW: usize = 4;
 
 /// One measurement.
 #[derive(Clone, Copy, Debug)]
 pub struct BenchSpec {
-    /// What lies below the ring, with clusters of 4 KiB where it has any, and empty in the beginning.
+    /// The image below the ring, initially empty, with clusters of 4 KiB if it has any.
     pub disk: Kind,
-    /// Requests to be made.
+    /// Number of requests.
     pub requests: u64,
-    /// One after the other instead of anywhere, with four at a time below the scheduler.
+    /// Sequential instead of random, with a depth of four below the scheduler.
     pub sequential: bool,
     /// Whether contiguous requests are merged.
     pub merging: bool,
@@ -53,9 +53,9 @@ pub struct BenchResult {
     pub cpu_ns: u64,
     /// Operations on the host's files.
     pub host_ios: u64,
-    /// Resident bytes that came on top after the first tenth of the run.
+    /// Growth of resident bytes after the first tenth of the run.
     pub memory_growth_bytes: i64,
-    /// What broke, if anything did.
+    /// What broke, if anything.
     pub failure: Option<String>,
 }
 
@@ -66,14 +66,14 @@ impl BenchResult {
     }
 }
 
-/// Rounds of the fixed loop in one calibration: some tens of milliseconds.
+/// Rounds of the fixed loop in one calibration, which take some tens of milliseconds.
 const ROUNDS: u64 = 100_000;
-/// What one round does: about what a simulated request does most.
+/// Hashes per round: the operation that a simulated request performs most.
 const HASHES: u64 = 64;
 const PAGE: usize = 4096;
 const ALLOCATIONS: usize = 4;
 
-/// How fast the machine is: rounds of hashing, copying a page and allocating, per second of CPU. The best of three.
+/// Speed of the machine: rounds of hashing, copying a page and allocating per second of CPU, the best of three.
 pub fn calibrate() -> u64 {
     let best = (0..3).map(|_| fixed_loop()).min().unwrap_or(0);
     (u128::from(ROUNDS) * 1_000_000_000 / u128::from(best.max(1))) as u64
@@ -101,7 +101,7 @@ fn fixed_loop() -> u64 {
     cpu_ns().saturating_sub(before)
 }
 
-/// Resident bytes of this process; 0 where the kernel does not tell.
+/// Resident bytes of this process; 0 if the kernel does not report them.
 fn resident_bytes() -> i64 {
     let text = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
     text.split_whitespace().nth(1).and_then(|n| n.parse::<i64>().ok()).unwrap_or(0) * 4096
@@ -111,7 +111,7 @@ fn resident_bytes() -> i64 {
 pub fn measure(spec: BenchSpec) -> BenchResult {
     crate::run::prepare();
     let limits = sim::Limits { turns: u64::MAX, time_ns: u64::MAX };
-    // An empty map: every setting is the usual one.
+    // An empty map: every setting has its usual value.
     let source = Source::Replay(DecisionMap::new());
     let sim = Sim::new(&Config { source, limits, faults: false, ..Config::new(1) });
     let storage = StorageConfig { faults: FaultPlan::default(), ..StorageConfig::default() };
@@ -130,7 +130,7 @@ async fn reference(world: World, spec: BenchSpec) -> (u64, u64, i64) {
     let mut limits = StackLimits::draw(&world);
     limits.guest_depth = DEPTH;
     if spec.sequential {
-        // A shallow device: requests stand in line, where they can be merged.
+        // A shallow device: requests queue, where they can be merged.
         limits.scheduler.depth = SHALLOW;
     }
     if !spec.merging {
@@ -141,8 +141,8 @@ async fn reference(world: World, spec: BenchSpec) -> (u64, u64, i64) {
     let machine = Machine::new(&world, limits);
     let attached = machine.attach(setup, 0).await;
     machine.start_tapdisk();
-    let manners = Manners { retries: 0, errors_allowed: false, reads: Invariant::G1 };
-    let Some(guest) = attached.boot(&world, manners).await else { return (0, 0, 0) };
+    let policy = ErrorPolicy { retries: 0, errors_allowed: false, reads: Invariant::G1 };
+    let Some(guest) = attached.boot(&world, policy).await else { return (0, 0, 0) };
     let (done, finished) = oneshot();
     let counts = Rc::new(Cell::new((0, 0, 0)));
     let (out, w) = (Rc::clone(&counts), world.clone());
@@ -195,8 +195,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_machine_is_measured() {
-        // Where the kernel counts CPU time at all.
+    fn calibration_measures_the_machine() {
+        // Only if the kernel counts CPU time.
         assert!(cpu_ns() == 0 || (1_000..1_000_000_000).contains(&calibrate()), "{}", calibrate());
     }
 }

@@ -1,11 +1,11 @@
-//! A run in which every crash state is looked at. What one of them breaks becomes an ordinary run.
+//! A run in which every crash state is checked. A state that breaks an invariant becomes an ordinary run.
 
 use crate::power::{CRASH_AT, power};
 use crate::run::run;
 use crate::spec::{Outcome, RunSpec};
 use sim::{Decision, Key, Source};
 
-/// Runs `spec` with every crash state explored. A bad state comes back as a run of its own that ends in it.
+/// Runs `spec` and explores every crash state. A bad state is returned as a run of its own that ends in it.
 pub fn explore_run(spec: &RunSpec) -> (Outcome, Option<RunSpec>) {
     let mut options = spec.options.clone();
     options.explore = true;
@@ -50,14 +50,14 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_state_is_found_and_becomes_a_run_that_fails_alike() {
+    fn a_bad_state_becomes_a_run_that_fails_alike() {
         for (bug, scenario) in [
             (Bug::L1BeforeL2, &POWER_CUT),
             (Bug::FlushEarly, &POWER_CUT),
             (Bug::DataAfterMapping, &OVERLAY_POWER_CUT),
         ] {
             let (seed, invariant, replay) =
-                first_bad(scenario, Some(bug)).expect("the bug shows in some crash state");
+                first_bad(scenario, Some(bug)).expect("some crash state shows the bug");
             let outcome = run(&replay);
             let failure = outcome.failure.expect("the replay fails too");
             assert_eq!(failure.invariant, invariant, "{bug:?}, seed {seed}: {}", failure.detail);

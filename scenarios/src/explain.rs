@@ -1,4 +1,4 @@
-//! The story of a failure: each decision that is left, in words, and what then happened.
+//! The story of a failure: each remaining decision in words, and what then happened.
 
 use crate::guest::{
     KEYS, NBD_LIE, NBD_TRICK, TRICK, describe_keys, describe_nbd_lie, describe_nbd_trick, describe_trick,
@@ -12,7 +12,7 @@ use sim::{Decision, Key};
 use std::fmt::Write as _;
 use tap_host::SectorRange;
 
-/// Disks of scenarios are at most this large; used to show operations, which are taken modulo the disk.
+/// Upper bound of a scenario's disk; operations are shown modulo the disk.
 const SHOWN_SECTORS: u64 = 1 << 40;
 /// Lines of the trace that a report shows.
 const LINES: usize = 60;
@@ -22,7 +22,7 @@ pub fn decision(key: &Key, d: &Decision) -> String {
     let who = if d.entity_name.is_empty() { format!("{:016x}", key.entity.0) } else { d.entity_name.clone() };
     let is = |label: &sim::Label| key.label.name == label.name;
     let what = if is(&SETTING) && !d.entity_name.is_empty() {
-        // The name says which, and what it is.
+        // The name contains the setting and its value.
         return who;
     } else if is(&OP) {
         let op = Op::decode(d.value, SHOWN_SECTORS).map_or("nothing".into(), |op| op.to_string());
@@ -92,7 +92,7 @@ pub fn story(spec: &RunSpec, outcome: &Outcome) -> String {
     for (key, d) in decisions {
         let _ = writeln!(out, "  {:>12} ns  {}", d.at_ns, decision(key, d));
     }
-    happened(&mut out, outcome);
+    print_trace(&mut out, outcome);
     match &outcome.failure {
         Some(f) => {
             let _ = writeln!(
@@ -109,25 +109,25 @@ pub fn story(spec: &RunSpec, outcome: &Outcome) -> String {
     out
 }
 
-/// How much a line tells of the failure.
+/// How much a line explains the failure.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Weight {
-    /// About other places, or said all the time.
+    /// About other places, or too frequent to matter.
     None,
-    /// Touches what the operations that are left touch, or no place at all.
+    /// Touches what the remaining operations touch, or no place at all.
     Some,
-    /// A decision that is left, or about the sector that is wrong.
+    /// A remaining decision, or about the wrong sector.
     Most,
 }
 
-/// The trace, with the decisions that are left among its lines. Where it is long, the lines that tell most.
-fn happened(out: &mut String, outcome: &Outcome) {
-    let lines = woven(outcome);
+/// Prints the trace with the remaining decisions among its lines; of a long trace, the most relevant lines.
+fn print_trace(out: &mut String, outcome: &Outcome) {
+    let lines = interleaved(outcome);
     let all = lines.len();
     let kept = if all > LINES { choose(&lines) } else { vec![true; all] };
     let shown = kept.iter().filter(|k| **k).count();
     let how = if shown < all {
-        format!(", where it tells most of the failure ({shown} of {all} lines)")
+        format!(", the most relevant lines ({shown} of {all} lines)")
     } else {
         String::new()
     };
@@ -138,13 +138,13 @@ fn happened(out: &mut String, outcome: &Outcome) {
             let _ = writeln!(out, "{}  {text}", if gap { "  ...\n" } else { "" });
             gap = false;
         } else {
-            // What is said all the time leaves no gap.
+            // Omitting a frequent line leaves no gap.
             gap |= *weight > Weight::None;
         }
     }
 }
 
-/// The lines to show: those that tell most, and of the others as many of the last as there is room for.
+/// Selects the lines to show: the most relevant, and the last of the others as far as there is room.
 fn choose(lines: &[(String, Weight)]) -> Vec<bool> {
     let mut kept = vec![false; lines.len()];
     let mut room = LINES;
@@ -160,8 +160,8 @@ fn choose(lines: &[(String, Weight)]) -> Vec<bool> {
     kept
 }
 
-/// The lines of the trace and, where they took effect, the decisions that are left.
-fn woven(outcome: &Outcome) -> Vec<(String, Weight)> {
+/// The lines of the trace, with the remaining decisions where they took effect.
+fn interleaved(outcome: &Outcome) -> Vec<(String, Weight)> {
     let (focus, touched) = (focus(outcome), touched(outcome));
     let told = |d: &(&Key, &Decision)| d.0.label.name != SETTING.name && d.0.label.name != OP.name;
     let mut decisions: Vec<_> = outcome.decisions.iter().filter(told).collect();
@@ -183,7 +183,7 @@ fn decided(key: &Key, d: &Decision) -> String {
     format!("{s:>6}.{ns:09} * {}", decision(key, d))
 }
 
-/// The time at the head of a line of the trace, in nanoseconds.
+/// The time at the start of a line of the trace, in nanoseconds.
 fn time_of(line: &str) -> Option<u64> {
     let (s, ns) = line.split_whitespace().next()?.split_once('.')?;
     Some(s.parse::<u64>().ok()? * 1_000_000_000 + ns.parse::<u64>().ok()?)
@@ -195,7 +195,7 @@ fn weight(line: &str, focus: &[SectorRange], touched: &[SectorRange]) -> Weight 
         let answered = line.contains(" answers #") && line.ends_with(" ok");
         answered || line.contains(" raises port") || line.contains(" writes /") || line.contains(" removes /")
     };
-    // That other sectors were read explains nothing.
+    // Reads of other sectors explain nothing.
     let is_read = || line.contains("read ") && !focus.is_empty();
     if overlaps(focus) {
         Weight::Most
@@ -208,7 +208,7 @@ fn weight(line: &str, focus: &[SectorRange], touched: &[SectorRange]) -> Weight 
     }
 }
 
-/// The sector that the failure speaks of, or else the range.
+/// The sector that the failure names, or else the range.
 fn focus(outcome: &Outcome) -> Vec<SectorRange> {
     let detail = outcome.failure.as_ref().map_or("", |f| f.detail.as_str());
     let mut words = detail.split([' ', ',', ':']);
@@ -219,7 +219,7 @@ fn focus(outcome: &Outcome) -> Vec<SectorRange> {
     }
 }
 
-/// What the operations that are left read and write.
+/// What the remaining operations read and write.
 fn touched(outcome: &Outcome) -> Vec<SectorRange> {
     let ops = outcome.decisions.iter().filter(|(key, _)| key.label.name == OP.name);
     let ranges = ops.filter_map(|(_, d)| Op::decode(d.value, SHOWN_SECTORS)).map(|op| op.range);
@@ -250,7 +250,7 @@ mod tests {
         assert_eq!(words(&SETTING, 0, 2, "cluster-bits is 9"), "cluster-bits is 9");
         assert_eq!(
             words(&sim::WAKE, 3, 1_234, "tapdisk op 7"),
-            "tapdisk op 7: its turn 3 is put back by 1.234 us"
+            "tapdisk op 7: its turn 3 is delayed by 1.234 us"
         );
         assert_eq!(
             words(&kernel_model::faults::LOST, 0, 0b1001, "write of x, page 3"),
@@ -258,7 +258,7 @@ mod tests {
         );
         assert_eq!(words(&IO_FAULT, 0, 6, "sync of x"), "sync of x: fails with EIO");
         assert_eq!(words(&OP, 5, 3 | 7 << 2 | 16 << 10, "guest"), "guest: operation 5: write 16+8");
-        assert_eq!(words(&sim::WAKE, 0, 5, ""), "0000000000000abc: its turn 0 is put back by 5 ns");
+        assert_eq!(words(&sim::WAKE, 0, 5, ""), "0000000000000abc: its turn 0 is delayed by 5 ns");
         assert_eq!(
             (time(20_000_000), time(999), time(10_000_000_000)),
             ("20 ms".into(), "999 ns".into(), "10 s".into())
@@ -271,8 +271,8 @@ mod tests {
         for label in
             kernel_model::faults::LABELS.iter().chain(&xen_model::LABELS).chain(crate::catalog::LABELS)
         {
-            let text = words(label, 1, 1, "somebody");
-            assert!(!text.contains(['{', '}']) && text.len() > "somebody: ".len(), "{}: {text}", label.name);
+            let text = words(label, 1, 1, "entity");
+            assert!(!text.contains(['{', '}']) && text.len() > "entity: ".len(), "{}: {text}", label.name);
         }
     }
 
@@ -290,12 +290,12 @@ mod tests {
             outcome.decisions.insert(key, d);
         }
         let mut out = String::new();
-        happened(&mut out, &outcome);
+        print_trace(&mut out, &outcome);
         out
     }
 
     #[test]
-    fn long_traces_are_cut_down_to_what_matters() {
+    fn long_traces_are_cut_to_the_relevant_lines() {
         let line = |i: u64| format!("  0.000000001 guest write {i} to {}+8 ok", i * 8);
         let power = "  0.000000002 power the power is cut".to_string();
         let lines: Vec<String> = (0..200).map(line).chain([power]).collect();
@@ -306,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_about_the_wrong_sector_is_told_however_long_ago_it_was() {
+    fn lines_about_the_wrong_sector_are_shown_however_old() {
         let early = "  0.000000001 guest submits write 3 to 100+8".to_string();
         let chatter = (0..400).map(|i| format!("  0.{:09} guest something {i}", i + 5));
         let lines = [early].into_iter().chain(chatter).collect();

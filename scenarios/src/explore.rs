@@ -1,19 +1,19 @@
-//! Exploring crash states: at every operation on the host's files, what a power cut could leave just then.
+//! Exploring crash states: at every operation on the host's files, everything that a power cut could leave.
 //!
 //! ```text
-//!   one run ──operation──operation──operation──►            the history goes on
+//!   one run ──operation──operation──operation──►            the history continues
 //!                 │          │
-//!                 │          └─ base + any part of what is pending = states
+//!                 │          └─ base + any subset of the pending writes = states
 //!                 │                └─ new? ─ walker ─ the driver's real open ─ read what differs from the base ─ allowed?
 //!                 └─ ...
 //! ```
 //!
-//! States are told apart by content and by what has been flushed. A state is compared with its base (nothing of what is
-//! pending): sectors whose bytes or mapping are those of the base inherit its verdict, all others are read through the
-//! driver. One state in 256 is read whole and must agree, and is then written to.
+//! States are identified by content and by what has been flushed. A state is compared with its base (none of the
+//! pending writes): sectors whose bytes or mapping equal those of the base inherit its verdict, all others are read
+//! through the driver. One state in 256 is read completely and must agree, and is then written to.
 //!
-//! A state that breaks something becomes an ordinary run: the decisions of the run so far, the operation at which the
-//! power is cut, and what it takes.
+//! A state that breaks an invariant becomes an ordinary run: the decisions of the run so far, the operation at which
+//! the power is cut, and what the cut takes.
 
 use crate::check::{BlockHistory, Invariant, Wrong};
 use crate::formats::{self, Broken, ImageMap};
@@ -27,27 +27,27 @@ use tap_core::{Node, Request};
 use tap_host::{Bug, IoBuf, IoVec, SECTOR_BYTES, SectorRange};
 use tap_images::{BackingPolicy, ImageFormat, ImageSpec, OpenOptions};
 
-/// What exploring came to.
+/// Counters of an exploration.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Explored {
-    /// Operations after which states were made.
+    /// Operations after which states were built.
     pub points: u64,
     /// States that were opened and read.
     pub states: u64,
-    /// States that had been seen before.
+    /// States that had been checked before.
     pub duplicates: u64,
     /// Sectors read through the driver.
     pub sectors: u64,
-    /// States that were read whole.
+    /// States that were read completely.
     pub whole: u64,
 }
 
 /// A state that breaks an invariant.
 #[derive(Clone, Debug)]
 pub struct BadState {
-    /// Which.
+    /// Which invariant.
     pub invariant: Invariant,
-    /// What was seen.
+    /// What was observed.
     pub detail: String,
     /// The operation after which the power is cut.
     pub after_op: u64,
@@ -55,14 +55,14 @@ pub struct BadState {
     pub cut: Vec<(Entity, &'static Label, u64)>,
 }
 
-/// All subsets of so many pending pages; above, a bounded choice.
+/// Up to this many pending pages, all subsets are tried; above, a bounded choice.
 const ALL_SUBSETS_OF: usize = 5;
-/// Random subsets where there are too many.
+/// Random subsets tried when there are too many.
 const RANDOM_SUBSETS: usize = 8;
-/// One state in so many is read whole and written to.
+/// One state in this many is read completely and written to.
 const WHOLE_EVERY: u64 = 256;
 
-/// An explorer of one image in one run.
+/// Explores one image in one run.
 pub struct Explorer {
     storage: Storage,
     spec: ImageSpec,
@@ -76,27 +76,27 @@ pub struct Explorer {
     explored: Cell<Explored>,
     bad: RefCell<Option<BadState>>,
     flushes: Cell<u64>,
-    /// The number that the next write got at the last operation.
+    /// The number of the next write, as of the last operation.
     newest: Cell<u64>,
-    /// The mapping of the living disk then.
+    /// The mapping of the live disk at that time.
     live_map: RefCell<Option<Rc<ImageMap>>>,
 }
 
-/// Content hashes by page, kept from operation to operation.
+/// Content hashes by page, kept from one operation to the next.
 #[derive(Default)]
 struct Hashes {
-    /// Of what is in the base, sector by sector; absent pages have not been written in this run.
+    /// Hashes of the base, sector by sector; absent pages have not been written in this run.
     base: FixedMap<u64, [u64; 8]>,
     /// Their sum.
     sum: u64,
     /// Number, page, sectors and hashes of each pending write.
     pending: VecDeque<(u64, u64, u8, [u64; 8])>,
-    /// For one state: which sectors of a page later writes have covered.
+    /// Scratch space of one state: which sectors of a page later writes have covered.
     covered: FixedMap<u64, u8>,
 }
 
 impl Hashes {
-    /// Follows the file: pending writes that are gone are in the base now, new ones are hashed.
+    /// Follows the file: pending writes that have completed join the base, new ones are hashed.
     fn follow(&mut self, inode: &Inode) {
         let first = inode.pending.first().map_or(inode.seq(), |p| p.seq);
         while let Some((_, page, sectors, hashes)) = self.pending.pop_front_if(|p| p.0 < first) {
@@ -111,7 +111,7 @@ impl Hashes {
         }
     }
 
-    /// The hash of the base with `keep` of what is pending.
+    /// The hash of the base plus the pending writes in `keep`.
     fn of(&mut self, keep: &[u8]) -> u64 {
         self.covered.clear();
         let mut sum = self.sum;
@@ -131,14 +131,14 @@ impl Hashes {
     }
 }
 
-/// One choice of what survives.
+/// One choice of the writes that survive.
 #[derive(Clone)]
 struct Choice {
     keep: Vec<u8>,
     sizes: usize,
 }
 
-/// A state that is known to be good, from which others inherit.
+/// A state known to be good, from which others inherit.
 #[derive(Clone)]
 struct Anchor {
     choice: Choice,
@@ -155,7 +155,7 @@ impl Anchor {
 }
 
 impl Explorer {
-    /// An explorer of `spec`, whose guest keeps `history`. `below` are the files that it is based on.
+    /// An explorer of `spec`, whose guest keeps `history`. `below` are the files below the image.
     pub fn new(
         storage: &Storage,
         spec: &ImageSpec,
@@ -164,7 +164,7 @@ impl Explorer {
         bug: Option<Bug>,
         seed: u64,
     ) -> Rc<Self> {
-        // What flushes settle is kept from now on.
+        // From now on the history keeps what flushes settle.
         history.borrow_mut().take_settled();
         Rc::new(Self {
             storage: storage.clone(),
@@ -183,7 +183,7 @@ impl Explorer {
         })
     }
 
-    /// What it came to so far.
+    /// The counters so far.
     pub fn explored(&self) -> Explored {
         self.explored.get()
     }
@@ -193,7 +193,7 @@ impl Explorer {
         self.bad.borrow().clone()
     }
 
-    /// Looks at the states after operation `op`; 0 is when everything has come to rest.
+    /// Checks the states after operation `op`; 0 is the state at rest.
     pub fn point(&self, op: u64) {
         if self.bad.borrow().is_some() {
             return;
@@ -212,12 +212,12 @@ impl Explorer {
             }
         };
         if flushed {
-            // What may be there has become less: both ends are looked at again where it did.
+            // A flush has narrowed what may be there: check both ends again in those places.
             for anchor in &anchors {
                 self.check(op, &inode, &anchor.choice, &history, Some(settled.clone()), &anchors);
             }
         }
-        // What is there now is what was there before, but for what the last operation wrote.
+        // What is there now was there before, except for what the last operation wrote.
         let newest = self.newest.replace(inode.seq());
         let before: Vec<u8> =
             inode.pending.iter().map(|p| if p.seq < newest { p.sectors } else { 0 }).collect();
@@ -241,7 +241,7 @@ impl Explorer {
         formats::of(self.spec.format).walk(content).unwrap_or_else(nothing)
     }
 
-    /// Looks at a state unless it was seen.
+    /// Checks a state unless it was checked before.
     fn visit(&self, op: u64, inode: &Inode, choice: &Choice, history: &BlockHistory, anchors: &[Anchor]) {
         let hash = self.hash(inode, choice);
         if self.seen.borrow_mut().insert(hash, ()).is_some() {
@@ -256,14 +256,14 @@ impl Explorer {
         self.explored.set(explored);
     }
 
-    /// Brings the hash of the base up to date; tells whether a flush has made something durable for the guest.
+    /// Updates the hash of the base. Returns whether a flush has made something durable for the guest.
     fn follow_base(&self, inode: &Inode) -> bool {
         self.hashes.borrow_mut().follow(inode);
         let flushes = self.history.borrow().flushes();
         self.flushes.replace(flushes) != flushes
     }
 
-    /// Subsets of what is pending: all of few, a bounded choice of many; torn pages; the size early or late.
+    /// Subsets of the pending writes: all of few, a bounded choice of many; torn pages; the size early or late.
     fn choices(&self, inode: &Inode) -> Vec<Choice> {
         let n = inode.pending.len();
         let full = |i: usize| inode.pending[i].sectors;
@@ -274,7 +274,7 @@ impl Explorer {
             keeps.extend((0..1_u32 << n).map(|mask| subset(&|i| mask >> i & 1 == 1)));
         } else {
             keeps.push(subset(&|_| true));
-            // Only the newest can make states that earlier operations did not make.
+            // Only the newest write makes states that earlier operations did not make.
             let recent = n.saturating_sub(12)..n;
             keeps.extend(recent.clone().map(|out| subset(&|i| i != out)));
             keeps.extend(recent.map(|only| subset(&|i| i == only)));
@@ -309,7 +309,7 @@ impl Explorer {
         out
     }
 
-    /// Of the bytes that a state holds, its size, and what was flushed by then.
+    /// Hash of the bytes of a state, its size, and what was flushed by then.
     fn hash(&self, inode: &Inode, choice: &Choice) -> u64 {
         let sum = self.hashes.borrow_mut().of(&choice.keep);
         mix2(sum ^ size_of(inode, choice.sizes), self.flushes.get())
@@ -428,14 +428,14 @@ async fn read_all(
     Ok(())
 }
 
-/// Writes here and there, and reads everything else again: a wrong idea of free space shows.
+/// Writes in several places and reads everything else again, which reveals a wrong idea of free space.
 async fn write_probe(node: &Rc<dyn Node>, size: u64) -> Result<(), String> {
     let bytes = async |range: SectorRange| -> Result<IoBuf, String> {
         let mut bufs = IoVec::new();
         bufs.push(IoBuf::unpooled(range.len_bytes() as usize).map_err(|e| e.to_string())?);
         let response = node.submit(Request::read(range, bufs)).await;
         response.result.map_err(|e| format!("reading {range} failed with {e:?}"))?;
-        response.bufs.into_iter().next().ok_or_else(|| "a read gave no buffer".to_string())
+        response.bufs.into_iter().next().ok_or_else(|| "a read returned no buffer".to_string())
     };
     let step = (size / 16).max(1);
     let places: Vec<u64> = (0..size).step_by(step as usize).collect();
@@ -463,12 +463,12 @@ async fn write_probe(node: &Rc<dyn Node>, size: u64) -> Result<(), String> {
     Ok(())
 }
 
-/// Nothing of what is pending.
+/// None of the pending writes.
 fn nothing(inode: &Inode) -> Choice {
     Choice { keep: vec![0; inode.pending.len()], sizes: 0 }
 }
 
-/// All of what is pending: what the living disk has.
+/// All pending writes, as the live disk shows them.
 fn everything(inode: &Inode) -> Choice {
     Choice { keep: inode.pending.iter().map(|p| p.sectors).collect(), sizes: inode.pending_sizes.len() }
 }
@@ -495,10 +495,10 @@ fn sector_hashes(p: &Pending) -> [u64; 8] {
 fn affected(inode: &Inode, choice: &Choice, anchor: &Anchor, map: &ImageMap, size: u64) -> Vec<SectorRange> {
     let per_cluster = (1_u64 << map.cluster_bits) / SECTOR_BYTES;
     let mut clusters: Vec<u64> = Vec::new();
-    // Another mapping.
+    // Sectors with another mapping.
     let pairs = map.entries.iter().zip(&anchor.map.entries).enumerate();
     clusters.extend(pairs.filter(|(_, (a, b))| a != b).map(|(i, _)| i as u64));
-    // Other bytes where they are mapped: another choice, or behind an end that was kept earlier.
+    // Sectors whose mapped bytes differ: another choice, or past an end of file that was kept earlier.
     let end = size_of(inode, choice.sizes);
     let kept = choice.keep.iter().zip(&anchor.choice.keep);
     let other = inode.pending.iter().zip(kept).filter(|(p, (a, b))| a != b || (p.page + 1) * 4096 > end);

@@ -1,23 +1,24 @@
-//! The front end of an attached disk: how it lays out its requests, in which words it tells of its ring, boot and end.
+//! The front end of an attached disk: the layout of its requests, the keys in which it publishes its ring, boot and
+//! shutdown.
 
 use crate::check::Invariant;
 use crate::check::oracle::{Oracle, is_broken};
-use crate::guest::{Guest, Manners, RingDisk};
+use crate::guest::{ErrorPolicy, Guest, RingDisk};
 use crate::machine::Attached;
 use crate::world::World;
-use kernel_model::{Blkfront, Complaint, KeysOf, LayoutOf, LingersOf, LookAtTold, SegmentLayout, Told};
+use kernel_model::{Blkfront, Complaint, KeysOf, LayoutOf, LingersOf, OnPublished, Published, SegmentLayout};
 use sim::{Entity, FaultKind, Label};
 use std::rc::Rc;
 use tap_host::{DomId, SECTOR_BYTES};
 use xen_model::FrontKeys;
 
-/// How the sectors of a request lie in its pages, where not in whole pages.
+/// How the sectors of a request are placed in its pages, if not in whole pages.
 pub static SEGMENTS: Label =
     Label::packed("segments", "its pages have (8 less, first sector) {} sectors", &[3, 3]);
 
 static ODD_SEGMENTS: FaultKind = FaultKind { name: "odd-segments", max_ppm: 500_000 };
 
-/// Some guests have requests whose segments are no whole pages.
+/// Some guests have requests whose segments are not whole pages.
 fn segment_layout(world: &World) -> LayoutOf {
     let (sim, rate_ppm) = (world.sim.clone(), world.sim.swarm().rate_ppm(&ODD_SEGMENTS));
     Rc::new(move |range| {
@@ -31,13 +32,13 @@ fn segment_layout(world: &World) -> LayoutOf {
     })
 }
 
-/// In which words a front end tells of its ring, and what one before it has left.
+/// In which keys a front end publishes its ring, and which keys its predecessor has left.
 pub static FRONT_KEYS: Label =
     Label::packed("front-keys", "front end {n} (counts its pages, finds keys of another kind) {}", &[1, 1]);
 
 static OTHER_FRONT_ENDS: FaultKind = FaultKind { name: "other-front-ends", max_ppm: 700_000 };
 
-/// Some guests have front ends of several kinds, one after the other.
+/// Some guests have several kinds of front ends, one after the other.
 fn front_keys(world: &World, disk: &Attached) -> KeysOf {
     let (sim, rate_ppm) = (world.sim.clone(), world.sim.swarm().rate_ppm(&OTHER_FRONT_ENDS));
     let entity = Entity::WORLD.child("front-keys", u64::from(disk.dom.0) << 32 | u64::from(disk.vbd.0));
@@ -48,7 +49,7 @@ fn front_keys(world: &World, disk: &Attached) -> KeysOf {
     })
 }
 
-/// For how long a front end uses its disk on that says it is closing.
+/// How long a front end keeps using its disk after it says that it is closing.
 pub static LINGERS: Label =
     Label::new("lingers", "front end {n} says that it is closing and uses its disk for {} more ns");
 
@@ -62,9 +63,9 @@ fn lingers(world: &World, disk: &Attached) -> LingersOf {
 }
 
 impl Attached {
-    /// Compares what a back end says of the disk with what it is.
-    fn truth(&self, world: &World) -> LookAtTold {
-        let truth = Told {
+    /// Compares what a back end publishes about the disk with the truth.
+    fn truth(&self, world: &World) -> OnPublished {
+        let truth = Published {
             sectors: Some(self.setup.size_sectors),
             sector_bytes: Some(SECTOR_BYTES),
             read_only: Some(self.read_only),
@@ -73,14 +74,17 @@ impl Attached {
             hotplug: Some("connected".into()),
         };
         let world = world.clone();
-        Rc::new(move |told| {
-            if *told != truth {
-                world.fail(Invariant::F1, format!("told is {told:?}, and true is {truth:?}"));
+        Rc::new(move |published| {
+            if *published != truth {
+                world.fail(
+                    Invariant::F1,
+                    format!("the back end published {published:?}, the truth is {truth:?}"),
+                );
             }
         })
     }
 
-    /// The guest's front end, which complains to the verdict.
+    /// The guest's front end, which reports to the verdict.
     pub fn front(&self, world: &World) -> Blkfront {
         let w = world.clone();
         let complain: Complaint = Rc::new(move |text| {
@@ -94,26 +98,31 @@ impl Attached {
         }
         front.set_layout(segment_layout(world));
         front.set_keys(front_keys(world, self));
-        front.on_told(self.truth(world));
+        front.on_published(self.truth(world));
         front.set_lingers(lingers(world, self));
         front
     }
 
-    /// A guest on a connected front end.
-    pub async fn boot(&self, world: &World, manners: Manners) -> Option<Guest<RingDisk>> {
-        self.boot_on(world, manners, self.front(world)).await
+    /// Boots a guest on a connected front end.
+    pub async fn boot(&self, world: &World, policy: ErrorPolicy) -> Option<Guest<RingDisk>> {
+        self.boot_on(world, policy, self.front(world)).await
     }
 
-    /// The same, on a front end that has done something before.
-    pub async fn boot_on(&self, world: &World, manners: Manners, front: Blkfront) -> Option<Guest<RingDisk>> {
+    /// The same, on a front end that was used before.
+    pub async fn boot_on(
+        &self,
+        world: &World,
+        policy: ErrorPolicy,
+        front: Blkfront,
+    ) -> Option<Guest<RingDisk>> {
         if let Err(error) = front.connect().await {
             world.fail(Invariant::L1, format!("the front end failed to connect: {error:?}"));
             return None;
         }
-        Some(Guest::new(world, RingDisk::new(front), Rc::clone(&self.setup.history), manners))
+        Some(Guest::new(world, RingDisk::new(front), Rc::clone(&self.setup.history), policy))
     }
 
-    /// Shuts the guest's disk down in order; every page must come back.
+    /// Shuts the guest's disk down in order; every page must be released.
     pub async fn shut_down(&self, world: &World, guest: &Guest<RingDisk>) {
         let front = guest.disk().front();
         if let Err(error) = front.close().await {

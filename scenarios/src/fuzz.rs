@@ -8,8 +8,8 @@
 //!
 //! An input is one byte for the scenario and then records of seven: kind, ordinal, value. "The third operation of the
 //! guest writes there", "the fortieth I/O fails", "the power is cut at the ninetieth", "the seventh unsynchronised page
-//! is lost", "the L2 entry holds that". So inputs need no format of their own: whatever bytes they are, they mean a
-//! run, and most small changes of bytes are small changes of the run.
+//! is lost", "the L2 entry holds that". Inputs therefore need no format: any bytes describe a run, and most small
+//! changes of the bytes are small changes of the run.
 
 use crate::catalog::{crash, damage, failures, nbd, of_format, ring};
 use crate::formats::{self, FormatModel};
@@ -30,7 +30,7 @@ use std::collections::BTreeSet;
 use std::sync::{LazyLock, Mutex};
 use tap_host::Bug;
 
-/// What can be fuzzed.
+/// A target of fuzzing.
 pub struct Subject {
     /// Its name.
     pub name: &'static str,
@@ -44,7 +44,7 @@ impl std::fmt::Debug for Subject {
     }
 }
 
-/// What can be fuzzed: the images of each format that ships and has metadata, and at last clients and servers of NBD.
+/// All targets: the images of each format that ships and has metadata, then clients and servers of NBD.
 pub static SUBJECTS: LazyLock<Vec<Subject>> = LazyLock::new(|| {
     let formats = formats::ALL.iter().filter(|model| model.has_metadata() && model.is_shipped());
     formats.map(|model| images(*model)).chain([nbd()]).collect()
@@ -79,7 +79,7 @@ fn nbd() -> Subject {
     Subject { name: "nbd", scenarios: scenarios.to_vec(), kinds: &NBD_KINDS }
 }
 
-/// A kind of record: the label, how many of its first decisions are worth a value, and the bits that a value may have.
+/// A kind of record: the label, how many of its first decisions are worth a value, and the width of a value in bits.
 struct Kind {
     label: &'static Label,
     first: u32,
@@ -90,7 +90,7 @@ const fn kind(label: &'static Label, first: u32, bits: u32) -> Kind {
     Kind { label, first, bits: (1 << bits) - 1 }
 }
 
-/// Kinds of records; what there is more of in a run comes more often.
+/// Kinds of records for images. The more decisions of a kind a run has, the more often it is listed.
 static IMAGE_KINDS: [Kind; 17] = [
     kind(&OP, 160, 22),
     kind(&OP, 40, 22),
@@ -110,7 +110,7 @@ static IMAGE_KINDS: [Kind; 17] = [
     kind(&damage::DAMAGE, 6, 40),
     kind(&ring::KILL_AFTER, 4, 9),
 ];
-/// The same for NBD.
+/// Kinds of records for NBD.
 static NBD_KINDS: [Kind; 17] = [
     kind(&OP, 160, 22),
     kind(&OP, 24, 22),
@@ -130,7 +130,7 @@ static NBD_KINDS: [Kind; 17] = [
     kind(&power::CRASH_AT, 3, 8),
     kind(&WAKE, 4096, 17),
 ];
-/// Where front ends connect anew, the same kind of record says when.
+/// For front ends that reconnect, the same kind of record holds the time of it.
 static RECONNECTS: Kind = kind(&ring::RECONNECT_AT, 3, 20);
 
 /// One record of an input.
@@ -143,10 +143,10 @@ struct Record {
 
 /// Bytes of a record.
 const RECORD_BYTES: usize = 7;
-/// Records of an input at most.
+/// Maximum number of records in an input.
 const RECORDS_MAX: usize = 400;
 
-/// The run of `subject` that `bytes` mean.
+/// The run of `subject` that `bytes` describe.
 pub fn spec_of(subject: &Subject, bytes: &[u8], bug: Option<Bug>) -> RunSpec {
     let (scenarios, kinds) = (&subject.scenarios, subject.kinds);
     let mut input = Unstructured::new(bytes);
@@ -158,7 +158,7 @@ pub fn spec_of(subject: &Subject, bytes: &[u8], bug: Option<Bug>) -> RunSpec {
         if std::ptr::eq(kind.label, &ring::KILL_AFTER) && std::ptr::eq(scenario, &ring::FRONTEND_RECONNECT) {
             kind = &RECONNECTS;
         }
-        // A label wider than a record's value takes its upper bits from a product, which is as good as any.
+        // A label wider than a record's value takes its upper bits from a product, which serves as well as any.
         let value = u64::from(record.value);
         let value = if kind.bits >> 32 == 0 { value } else { value | value.wrapping_mul(0x9e37_79b1) << 16 };
         script.insert((kind.label.name, u32::from(record.nth) % kind.first), value & kind.bits);
@@ -174,21 +174,21 @@ pub fn run_bytes(subject: &Subject, bytes: &[u8], bug: Option<Bug>) -> (RunSpec,
     (spec, outcome)
 }
 
-/// One target for any fuzzer: runs `bytes` on images of the first format.
+/// A target for any fuzzer: runs `bytes` on images of the first format.
 ///
 /// # Panics
-/// If an invariant is broken, with the decision file in the message.
+/// If an invariant is broken. The message contains the decision file.
 pub fn image_target(bytes: &[u8]) {
     let (spec, outcome) = run_bytes(&SUBJECTS[0], bytes, None);
     if outcome.failure.is_some() {
-        panic!("a run is broken; its decision file:\n{}", spec.to_file(&outcome, "fuzz").print());
+        panic!("an invariant is broken; the decision file:\n{}", spec.to_file(&outcome, "fuzz").print());
     }
 }
 
-/// Another target: `bytes` are what a client sends to an NBD server, behind a right negotiation if the first is odd.
+/// Another target: `bytes` are what a client sends to an NBD server, after a valid negotiation if the first is odd.
 ///
 /// # Panics
-/// If the server panics, holds more than its limits say, or is the worse for it.
+/// If the server panics, exceeds its limits, or is damaged by it.
 pub fn nbd_stream(bytes: &[u8]) {
     let mut spec =
         RunSpec { source: Source::Replay(DecisionMap::new()), ..RunSpec::new(&nbd::NBD_STREAM, 0) };
@@ -198,7 +198,7 @@ pub fn nbd_stream(bytes: &[u8]) {
     }
 }
 
-/// What a run reached, as numbers that stand for themselves.
+/// What a run reached, as self-describing numbers.
 fn features(subject: &Subject, spec: &RunSpec, outcome: &Outcome) -> Vec<u32> {
     let scenario = subject.scenarios.iter().position(|s| std::ptr::eq(*s, spec.scenario)).unwrap_or(0) as u32;
     let bucket = |n: u64| 64 - n.leading_zeros();
@@ -213,7 +213,7 @@ fn features(subject: &Subject, spec: &RunSpec, outcome: &Outcome) -> Vec<u32> {
     {
         found.push(scenario << 24 | 1 << 20 | (i as u32) << 8 | bucket(*n));
     }
-    // Which fault met a run that had reached what.
+    // Pairs of a fault and what the run had reached.
     let faults: BTreeSet<u32> = outcome
         .decisions
         .iter()
@@ -228,33 +228,33 @@ fn features(subject: &Subject, spec: &RunSpec, outcome: &Outcome) -> Vec<u32> {
     found
 }
 
-/// What to fuzz.
+/// Parameters of fuzzing.
 #[derive(Clone, Debug)]
 pub struct FuzzSpec {
     /// What is fuzzed.
     pub subject: &'static Subject,
-    /// The seed of inputs.
+    /// The seed of the inputs.
     pub seed: u64,
-    /// Threads.
+    /// Number of threads.
     pub jobs: usize,
     /// Whether worlds run inside the guard.
     pub guarded: bool,
-    /// A seeded bug that is switched on; the first finding then ends it.
+    /// A seeded bug that is switched on; the first finding then ends the session.
     pub bug: Option<Bug>,
 }
 
-/// What fuzzing came to.
+/// Results of fuzzing.
 #[derive(Debug, Default)]
 pub struct FuzzReport {
     /// Runs without a failure.
     pub passed: u64,
     /// Runs with one.
     pub failed: u64,
-    /// Inputs that were kept.
+    /// Inputs kept.
     pub kept: usize,
-    /// Features that were reached.
+    /// Features reached.
     pub features: usize,
-    /// The first failing run of each scenario and invariant, to be replayed.
+    /// The first failing run for each scenario and invariant, to be replayed.
     pub findings: Vec<(RunSpec, Outcome)>,
 }
 
@@ -266,15 +266,15 @@ struct State {
     stop: bool,
 }
 
-/// Inputs that a thread runs between two looks at the corpus.
+/// Inputs that a thread runs between two visits to the corpus.
 const BATCH: usize = 24;
-/// Inputs that are kept at most.
+/// Maximum number of inputs kept.
 const CORPUS_MAX: usize = 20_000;
 
-/// Fuzzes until `go_on`, which is told of runs and failures, says `false`.
+/// Fuzzes until `go_on`, which is called with the numbers of runs and failures, returns `false`.
 ///
 /// # Panics
-/// If a thread panicked, which is a mistake of the testbed.
+/// If a thread panicked, which is a bug of the testbed.
 pub fn fuzz(spec: &FuzzSpec, mut go_on: impl FnMut(u64, u64) -> bool) -> FuzzReport {
     let state = Mutex::new(State::default());
     let (tell, told) = std::sync::mpsc::channel();
@@ -320,7 +320,7 @@ fn run_batch(spec: &FuzzSpec, inputs: Vec<Vec<u8>>) -> Vec<Ran> {
             let (spec, outcome) = run_bytes(subject, &bytes, bug);
             let found = features(subject, &spec, &outcome);
             let broken = outcome.failure.is_some();
-            // From here on the run is what it decided, not how it came about.
+            // From here on the run is defined by its decisions, not by the input.
             let replay = RunSpec { source: Source::Replay(outcome.decisions.clone()), ..spec };
             (bytes, found, broken.then_some((replay, outcome)))
         };
@@ -400,7 +400,7 @@ impl Maker {
             }
             2 => drop(input.drain(at..at + RECORD_BYTES)),
             3 => {
-                // The same again, one later.
+                // Repeat a record, one later.
                 let mut copy = input[at..at + RECORD_BYTES].to_vec();
                 copy[1] = copy[1].wrapping_add(1);
                 input.splice(at..at, copy);
@@ -421,7 +421,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn records_are_as_long_as_they_are_read() {
+    fn records_have_the_length_that_is_parsed() {
         let bytes = [1; 1 + 3 * RECORD_BYTES];
         let mut input = Unstructured::new(&bytes[1..]);
         Record::arbitrary(&mut input).unwrap();
@@ -429,7 +429,7 @@ mod tests {
     }
 
     #[test]
-    fn any_bytes_are_a_run_that_replays() {
+    fn any_bytes_describe_a_run_that_replays() {
         crate::run::prepare();
         for subject in SUBJECTS.iter() {
             let mut maker = Maker::new(1, 0);
@@ -450,7 +450,7 @@ mod tests {
     }
 
     #[test]
-    fn any_bytes_may_be_sent_to_a_server() {
+    fn a_server_survives_any_bytes() {
         crate::run::prepare();
         let mut maker = Maker::new(2, 0);
         for len in (0..60).map(|i| i * 7) {

@@ -1,5 +1,5 @@
-//! Hunting seeded bugs: which scenario finds one, how fast, and how small it becomes; and whether a saved run still
-//! does what it was saved for.
+//! Hunting seeded bugs: which scenario finds one, how fast, and how far it shrinks; and whether a saved run still does
+//! what it was saved for.
 
 use crate::catalog;
 use crate::run::{run, run_recorded, shrink_run};
@@ -14,7 +14,7 @@ use tap_host::Bug;
 pub enum Quarry {
     /// A seeded bug.
     Bug(Bug),
-    /// The drive whose flush lies.
+    /// The drive that lies about flushes.
     Canary,
 }
 
@@ -23,7 +23,7 @@ impl Quarry {
     pub fn all() -> impl Iterator<Item = Quarry> {
         Bug::ALL.iter().map(|bug| Quarry::Bug(*bug)).chain([Quarry::Canary])
     }
-    /// The one that a run has switched on.
+    /// The quarry that a run has switched on.
     pub fn of(spec: &RunSpec) -> Option<Quarry> {
         spec.options.bug.map(Quarry::Bug).or(spec.options.canary.then_some(Quarry::Canary))
     }
@@ -41,28 +41,28 @@ impl Quarry {
 pub struct Hunted {
     /// The shrunk run.
     pub spec: RunSpec,
-    /// What comes of it.
+    /// The outcome of it.
     pub outcome: Outcome,
-    /// Seeds tried until the first catch, in the scenario that is near or else in all.
+    /// Seeds tried until the first catch, in the nearby scenario or else in all.
     pub seeds: u64,
     /// CPU nanoseconds until the first catch, over all scenarios.
     pub find_cpu_ns: u64,
     /// Decisions before shrinking.
     pub decisions_before: usize,
-    /// Runs that shrinking it took.
+    /// Number of runs that shrinking took.
     pub shrink_runs: u64,
     /// CPU nanoseconds that shrinking it took.
     pub shrink_cpu_ns: u64,
 }
 
-/// Decisions that a shrunk run should have at most.
+/// Maximum number of decisions that a shrunk run should have.
 pub const DECISIONS_MAX: usize = 20;
-/// Catches that are shrunk until one is that small.
+/// Maximum number of catches that are shrunk to get below [`DECISIONS_MAX`].
 const CATCHES: usize = 3;
 
 /// Tries `within` seeds in the scenario `near`, which found it before, then as many in every scenario, until one fails
-/// that passes without the quarry, and shrinks it. Where shrinking ends far from the smallest run, the next catches are
-/// tried too, and the smallest is what is given.
+/// that passes without the quarry, and shrinks it. If the shrunk run is too large, the next catches are tried, too, and
+/// the smallest is returned.
 pub fn hunt(
     quarry: Quarry,
     near: Option<&'static Scenario>,
@@ -104,7 +104,7 @@ fn spec_of(quarry: Quarry, scenario: &'static Scenario, seed: u64) -> RunSpec {
     spec
 }
 
-/// A seed that fails anyway proves nothing.
+/// A seed that fails without the quarry proves nothing.
 fn is_caught(spec: &RunSpec) -> bool {
     run(spec).failure.is_some() && run(&RunSpec::new(spec.scenario, spec.seed)).failure.is_none()
 }
@@ -124,7 +124,7 @@ fn shrunk(spec: &RunSpec, shrink_runs: u64) -> Hunted {
     }
 }
 
-/// Why a saved run does not come out as its file says.
+/// Why the result of a saved run differs from its file.
 #[derive(Clone, Debug)]
 pub enum Unexpected {
     /// `option expect` is neither `pass` nor `fail`.
@@ -133,7 +133,7 @@ pub enum Unexpected {
     NotBroken,
     /// It must not fail, or must break another invariant.
     Broken(Box<Outcome>),
-    /// It has a seeded bug and fails also without it.
+    /// It has a seeded bug and also fails without it.
     BrokenWithout(Box<Outcome>),
     /// It has a seeded bug and more decisions than [`DECISIONS_MAX`].
     TooLarge(usize),
@@ -147,18 +147,18 @@ impl std::fmt::Display for Unexpected {
         match self {
             Self::BadExpectation(other) => write!(f, "expect={other} is neither pass nor fail"),
             Self::NotBroken => f.write_str("nothing is broken any more"),
-            Self::Broken(outcome) => write!(f, "broken otherwise than saved: {}", told(outcome)),
-            Self::BrokenWithout(outcome) => write!(f, "broken also without its bug: {}", told(outcome)),
-            Self::TooLarge(n) => write!(f, "{n} decisions, {DECISIONS_MAX} are allowed"),
+            Self::Broken(outcome) => write!(f, "it breaks something else than saved: {}", told(outcome)),
+            Self::BrokenWithout(outcome) => write!(f, "it fails without its bug, too: {}", told(outcome)),
+            Self::TooLarge(n) => write!(f, "it has {n} decisions, at most {DECISIONS_MAX} are allowed"),
         }
     }
 }
 
 /// Replays a saved run. With a seeded bug, or with `option expect=fail`, it must break the invariant that the file
-/// names; otherwise, or with `option expect=pass`, nothing. A seeded bug's run must also pass without the bug.
+/// names; otherwise, or with `option expect=pass`, none. A run with a seeded bug must also pass without the bug.
 ///
 /// # Errors
-/// What came out instead.
+/// The unexpected result.
 pub fn check_saved(file: &RunFile, spec: &RunSpec, guarded: bool) -> Result<(), Unexpected> {
     let recorded = |spec: &RunSpec| {
         let spec = spec.clone();

@@ -4,31 +4,31 @@ use crate::world::World;
 use tap_core::SchedulerLimits;
 use tap_host::Budget;
 
-/// Least memory that a program can be told to do with, in bytes.
+/// Minimum memory that a program can be limited to, in bytes.
 pub const PROGRAM_BYTES: usize = 16 << 20;
 /// Room for two tables of 512 entries, in bytes.
 const TWO_TABLES: usize = 2 * (512 * 8 + 256);
 
-/// Limits that a seed draws; each may be as low as it goes.
+/// Limits that a seed draws; each may be as low as its minimum.
 #[derive(Clone, Copy, Debug)]
 pub struct StackLimits {
     /// Of the scheduler.
     pub scheduler: SchedulerLimits,
-    /// Memory for the tables of one image that are kept, in bytes.
+    /// Memory for the cached tables of one image, in bytes.
     pub table_bytes: usize,
     /// Buffers in bytes.
     pub pool_bytes: usize,
-    /// Requests that the guest has running at once.
+    /// Maximum number of requests that the guest has in flight.
     pub guest_depth: usize,
-    /// Requests that a ring takes before others have their turn.
+    /// Maximum number of requests that a ring takes before other tasks run.
     pub ring_batch: u32,
-    /// Sectors in each buffer of a guest without a ring; 0 where a request has one buffer.
+    /// Sectors in each buffer of a guest without a ring; 0 for one buffer per request.
     pub piece_sectors: u32,
     /// O_DIRECT.
     pub direct: bool,
-    /// The image is opened for reading only; not drawn.
+    /// The image is opened read-only; not drawn.
     pub read_only: bool,
-    /// Memory budget of the images of one disk in bytes; 0 is what they are guaranteed, and nothing on top.
+    /// Memory budget of the images of one disk in bytes; 0 is just their guaranteed minimum.
     pub memory_bytes: usize,
 }
 
@@ -54,7 +54,7 @@ impl StackLimits {
         }
     }
 
-    /// As options of a program that serves disks, as far as it has them.
+    /// The options of a program that serves disks, as far as it has them.
     pub fn options(&self) -> String {
         let direct = if self.direct { "--direct" } else { "" };
         let read_only = if self.read_only { "--read-only" } else { "" };
@@ -71,7 +71,7 @@ impl StackLimits {
     }
 }
 
-/// A budget of so many bytes; of 0 the least that there can be.
+/// A budget of `bytes`; for 0 the smallest possible one.
 pub fn budget_of(bytes: usize) -> Budget {
     if bytes == 0 { Budget::least() } else { Budget::new(bytes) }
 }

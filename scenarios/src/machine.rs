@@ -1,4 +1,4 @@
-//! A whole machine: a toolstack, a tapdisk that may die and come back, guests with front ends.
+//! A whole machine: a toolstack, a tapdisk that may die and restart, guests with front ends.
 //!
 //! ```text
 //!   guest node          Xen      tapdisk node: `tapdisk xen` (restarted by its supervisor)
@@ -6,7 +6,7 @@
 //! ```
 //!
 //! This file has the machine and its guests; `tapdisk.rs` runs the program, `respawn.rs` ends it and starts another,
-//! `toolstack.rs` plugs disks in and out.
+//! `toolstack.rs` plugs and unplugs disks.
 
 use crate::catalog::setup::Setup;
 use crate::check::Invariant;
@@ -27,10 +27,10 @@ use xen_model::{VbdPaths, XenPort, attach_vbd, remove_vbd};
 pub const XVDA: VbdId = VbdId(202 << 8);
 /// The number of xvdb.
 pub const XVDB: VbdId = VbdId(202 << 8 | 1 << 4);
-/// The script that marks disks for a tapdisk that watches.
+/// The hotplug script that marks disks for a watching tapdisk.
 pub const SCRIPT: &str = "block-tapdisk";
 
-/// What an administrator may call the first disk of a guest, and its number.
+/// Names that an administrator may use for the first disk of a guest, and their numbers.
 const NAMES: [(&str, VbdId); 6] = [
     ("xvda", XVDA),
     ("51712", XVDA),
@@ -40,10 +40,10 @@ const NAMES: [(&str, VbdId); 6] = [
     ("d20p3", VbdId(1 << 28 | 20 << 8 | 3)),
 ];
 
-/// The number of a guest's node that follows another in its domain.
+/// Offset of the node of a guest that follows another in its domain.
 const NEXT_GUEST: u64 = 1 << 16;
 
-/// One disk of one guest, attached.
+/// One attached disk of one guest.
 #[derive(Clone)]
 pub struct Attached {
     /// The guest's domain.
@@ -54,7 +54,7 @@ pub struct Attached {
     pub paths: VbdPaths,
     /// The disk.
     pub setup: Setup,
-    /// It may only be read, whoever says so.
+    /// It is read-only, whether the program or the toolstack says so.
     pub read_only: bool,
     /// The guest's kernel.
     pub node: Node,
@@ -62,57 +62,57 @@ pub struct Attached {
     pub port: XenPort,
 }
 
-/// What a machine has and does.
+/// The state of a machine.
 pub struct Machine {
     pub(crate) world: World,
-    /// Tells machines of one world apart: a new one starts after a power cut.
+    /// Number of the machine in its world; a new one starts after each power cut.
     pub(crate) boot: u64,
     pub(crate) limits: StackLimits,
     /// When writes become durable.
     pub(crate) cache: CacheMode,
     pub(crate) toolstack: SimHost,
     pub(crate) disks: RefCell<Vec<Attached>>,
-    /// All disks that it ever had, and whether they were opened for reading only.
+    /// All disks that the machine ever had, and whether each was opened read-only.
     pub(crate) setups: RefCell<Vec<(Setup, bool)>>,
     /// tapdisk finds its disks by their script.
     pub(crate) watching: bool,
-    /// How the disks of its guests are called on a command line, and their number.
+    /// How a command line names the disks of its guests, and their number.
     pub(crate) vdev: (&'static str, VbdId),
     pub(crate) tapdisk: RefCell<Option<SimHost>>,
     pub(crate) starts: Rc<Cell<u32>>,
     /// Processes that serve disks and have not ended yet.
     pub(crate) running: Cell<usize>,
     waiter: RefCell<Option<Waker>>,
-    /// Nobody is killed any more.
+    /// No more kills.
     pub(crate) spared: Cell<bool>,
-    /// Two processes were told to serve one disk at once: one of them does.
+    /// Two processes were told to serve one disk; one of them does.
     pub(crate) rivals: Cell<bool>,
-    /// The guest whose ring may be one that nobody can take up.
+    /// The guest whose ring may be unrecoverable.
     pub(crate) broken: Cell<Option<DomId>>,
-    /// Images may not be there: to say so is right.
+    /// Images may be absent, and a complaint about that is right.
     pub(crate) absences: Cell<bool>,
-    /// How often tapdisk has complained of something.
+    /// Number of complaints of tapdisk.
     pub(crate) told: Cell<u32>,
-    /// A tapdisk may hear no events any more, and end; another is started.
+    /// A tapdisk may lose its events and end; another is then started.
     pub(crate) may_go_deaf: Cell<bool>,
     /// The power is off: nothing starts any more.
     pub(crate) off: Cell<bool>,
-    /// An image could not be closed; what it lost was told.
+    /// An image could not be closed, and the loss was reported.
     pub(crate) close_failed: Cell<bool>,
 }
 
 impl Machine {
-    /// A machine without guests, whose tapdisk is told what to serve.
+    /// A machine without guests, whose tapdisk gets its disks on the command line.
     pub fn new(world: &World, limits: StackLimits) -> Rc<Self> {
         Self::with(world, limits, CacheMode::WriteBack, false)
     }
 
-    /// The same, with another meaning of an answered write.
+    /// The same, with another cache mode.
     pub fn caching(world: &World, limits: StackLimits, cache: CacheMode) -> Rc<Self> {
         Self::with(world, limits, cache, false)
     }
 
-    /// A machine without guests, whose tapdisk finds by itself what to serve.
+    /// A machine without guests, whose tapdisk watches xenstore for disks.
     pub fn watching(world: &World, limits: StackLimits) -> Rc<Self> {
         Self::with(world, limits, CacheMode::WriteBack, true)
     }
@@ -144,12 +144,12 @@ impl Machine {
         })
     }
 
-    /// A new guest with `setup` as its disk.
+    /// Attaches `setup` to a new guest as its disk.
     pub async fn attach(&self, setup: Setup, number: u64) -> Attached {
         self.attach_with(setup, number, false).await
     }
 
-    /// The same, with a disk that it may only read.
+    /// The same, with a read-only disk.
     pub async fn attach_read_only(&self, setup: Setup, number: u64) -> Attached {
         self.attach_with(setup, number, true).await
     }
@@ -170,20 +170,20 @@ impl Machine {
         attached
     }
 
-    /// From now on `disk` is one of ours.
+    /// Adds `disk` to the disks of the machine.
     pub(crate) fn add(&self, disk: &Attached) {
         self.disks.borrow_mut().push(disk.clone());
-        // Told by its name, it is opened as the program says; told by the toolstack, as that says.
+        // On the command line, the program decides whether it is opened read-only; in xenstore, the toolstack does.
         let read_only = self.limits.read_only || self.watching && disk.read_only;
         self.setups.borrow_mut().push((disk.setup.clone(), read_only));
     }
 
-    /// A new guest without a disk; what it will have as xvda is `setup`.
+    /// A new guest without a disk; `setup` will be its xvda.
     pub fn new_guest(&self, setup: Setup, number: u64) -> Attached {
         self.guest_in(self.world.xen.create_domain(), setup, number)
     }
 
-    /// As [`Machine::new_guest`], in a domain with the number of one that is gone.
+    /// As [`Machine::new_guest`], in a domain that has the number of an earlier one.
     pub fn guest_with_number(&self, setup: Setup, dom: DomId) -> Attached {
         self.world.xen.create_domain_again(dom);
         self.guest_in(dom, setup, NEXT_GUEST)
@@ -203,7 +203,7 @@ impl Machine {
         }
     }
 
-    /// The kernel of a guest is replaced by another: of the first, no grant and no port is left.
+    /// Replaces the kernel of a guest, as a reboot does: no grant and no port of the first is left.
     pub async fn next_kernel(&self, disk: &Attached) -> Attached {
         disk.node.kill();
         disk.node.dead().await;
@@ -213,17 +213,17 @@ impl Machine {
         next
     }
 
-    /// From now on images may be away.
+    /// From now on images may be absent.
     pub fn expect_absences(&self) {
         self.absences.set(true);
     }
 
-    /// How often tapdisk has tried to open an image that is away, and has complained.
+    /// How often tapdisk has tried to open an absent image, and how often it has complained.
     pub fn attempts(&self) -> (u64, u32) {
         (self.world.storage.missing(), self.told.get())
     }
 
-    /// The ring of `dom` may be one that nobody can take up; to say so is right.
+    /// From now on the ring of `dom` may be unrecoverable, and a complaint about that is right.
     pub fn expect_broken_ring(&self, dom: DomId) {
         self.broken.set(Some(dom));
     }
@@ -233,7 +233,7 @@ impl Machine {
         self.cache
     }
 
-    /// Whether tapdisk finds by itself what to serve.
+    /// Whether tapdisk watches xenstore for disks.
     pub fn is_watching(&self) -> bool {
         self.watching
     }
@@ -252,7 +252,7 @@ impl Machine {
         self.tapdisk.borrow().clone()
     }
 
-    /// Waits until the running tapdisk has let go of everything.
+    /// Waits until the running tapdisk has released everything.
     pub(crate) async fn all_ended(&self) {
         poll_fn(|cx| {
             if self.running.get() == 0 {
@@ -269,8 +269,8 @@ impl Machine {
         self.close_failed.get()
     }
 
-    /// No more kills. A start that is under way goes on.
-    pub fn spare(&self) {
+    /// Ends the kills. A restart in progress continues.
+    pub fn end_kills(&self) {
         self.spared.set(true);
         if let Some(host) = self.tapdisk() {
             host.process.node().kill_after_steps(u64::MAX);
@@ -285,13 +285,13 @@ impl Machine {
         nodes
     }
 
-    /// Everything that runs stops at once, the guests too, and nothing is started in its place.
+    /// Stops everything at once, guests included; nothing is started again.
     pub fn stop(&self) {
         self.off.set(true);
         self.nodes().iter().for_each(Node::kill);
     }
 
-    /// Cuts the power. Files are left, in one of the states that they may be left in, and histories that know it.
+    /// Cuts the power. Files are left in one of their possible states, and the histories know of the cut.
     pub async fn power_cut(&self) {
         self.stop();
         for node in self.nodes() {
@@ -304,7 +304,7 @@ impl Machine {
         self.world.count(|s| s.crashes += 1);
     }
 
-    /// Takes all disks away as a toolstack does, and waits until tapdisk has let go of them.
+    /// Detaches all disks as a toolstack does, and waits until tapdisk has released them.
     pub async fn detach_all(&self) {
         let disks = self.disks.borrow().clone();
         if self.watching {
@@ -337,7 +337,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Everything of other domains that tapdisk ever had must be given back by now.
+    /// Checks that everything tapdisk ever had of other domains has been released.
     pub fn check_leaks(&self) {
         if is_broken(Oracle::LeftoversIgnored) {
             return;
@@ -347,8 +347,8 @@ impl Machine {
             self.world.fail(Invariant::K1, format!("the control domain still has {counts:?}"));
         }
         let mut regions = self.world.xen.regions();
-        // What is known of a file's synchronisations stays as long as the host is up. And a process with a run folder
-        // of its own that was refused the disk leaves the page of its lock there.
+        // A file's record of synchronisations stays until the host reboots. A process with a run folder of its own that
+        // was refused the disk leaves the page of its lock there.
         regions.retain(|name| !name.starts_with("sync-") && !name.contains('/'));
         if !regions.is_empty() {
             self.world

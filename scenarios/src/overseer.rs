@@ -1,12 +1,12 @@
-//! Who looks after a program: watches the list of its disks, now and then without haste, and pauses them.
+//! An overseer of a program: watches the list of its disks, from time to time after a delay, and pauses them.
 //!
 //! ```text
-//!   tapdisk ──disks──► Disks ──list, watch──► overseer ──┬─► what it knows is what there is, once nothing changes
+//!   tapdisk ──disks──► Disks ──list, watch──► overseer ──┬─► its copy of the list is right once changes stop
 //!      ▲                 └────pause, resume──────┘       └─► a paused disk does nothing
-//!      └── ends: nothing is left in the list
+//!      └── ends: the list is empty
 //! ```
 //!
-//! It is a task of the program's process, as a control socket would be, and dies with it.
+//! It is a task in the program's process, as a control socket would be, and dies with it.
 
 use crate::check::Invariant;
 use crate::world::World;
@@ -20,39 +20,39 @@ use std::task::Poll;
 use tap_core::{Disks, wait};
 use tap_host::{Errno, Tasks};
 
-/// What is done after a change of the list: something else for so long, in 24 bits, then a disk is paused for so long,
-/// in 24 bits, and which.
+/// What happens after a change of the list: a delay of 24 bits of nanoseconds, then a pause of a disk of 24 bits of
+/// nanoseconds, and which disk.
 pub(crate) static OVERSEE: Label = Label::packed(
     "oversee",
     "change {n} of the disks: after so many ns, one is paused for so many, which ({})",
     &[24, 24, 8],
 );
 
-/// Changes after which it does more than look, of one process.
+/// Number of changes per process after which it does more than read the list.
 const CHANGES_MAX: u32 = 12;
 
-/// Looks after one run of a program.
+/// Oversees one run of a program.
 pub(crate) struct Overseer {
     world: World,
     disks: Disks<SimHost>,
     entity: Entity,
-    /// Names and states of the disks, as they were seen last.
+    /// Names and states of the disks, as last read.
     known: RefCell<Vec<(String, &'static str)>>,
     /// The program has ended.
     over: wait::Event,
-    /// So has this.
+    /// The overseer has ended, too.
     done: wait::Event,
 }
 
 impl Overseer {
-    /// Looks after the `disks` of a program in `host` from now on, if this world has somebody who does.
+    /// Oversees the `disks` of a program in `host` from now on, if the seed has an overseer.
     pub(crate) fn start(world: &World, host: &SimHost, disks: &Disks<SimHost>) -> Option<Rc<Self>> {
         if !world.setting("disks-overseen", &[false, true]) {
             return None;
         }
         let node = host.process.node();
         let entity = node.entity().child("overseer", 0);
-        world.sim.name_entity(entity, || format!("who looks after {}", node.name()));
+        world.sim.name_entity(entity, || format!("overseer of {}", node.name()));
         let overseer = Rc::new(Self {
             world: world.clone(),
             disks: disks.clone(),
@@ -65,7 +65,7 @@ impl Overseer {
         Some(overseer)
     }
 
-    /// The program has ended; completes once that was noticed.
+    /// The program has ended. Completes once the overseer has noticed.
     pub(crate) async fn end(&self) {
         self.over.set();
         self.done.wait().await;
@@ -83,13 +83,13 @@ impl Overseer {
         }
         let known = self.known.take();
         if self.look().0 != known {
-            let text = format!("a change of the disks was missed: {known:?} were known at the end");
+            let text = format!("a change of the disks was missed: the list at the end was {known:?}");
             self.world.fail(Invariant::D3, text);
         }
         self.done.set();
     }
 
-    /// Whether `what` came before the end of the program, or with it.
+    /// Whether `what` completed no later than the program ended.
     async fn unless_over<T>(&self, what: impl Future<Output = T>) -> bool {
         let (mut what, mut over) = (pin!(what), pin!(self.over.wait()));
         poll_fn(|cx| match what.as_mut().poll(cx) {
@@ -99,7 +99,7 @@ impl Overseer {
         .await
     }
 
-    /// Notes the disks that there are, and gives them with the number of changes.
+    /// Reads the list. Returns the disks and the number of changes.
     fn look(&self) -> (Vec<(String, &'static str)>, u64) {
         let (listed, seen) = self.disks.list();
         let states: Vec<_> = listed.into_iter().map(|disk| (disk.name, disk.state)).collect();
@@ -110,7 +110,7 @@ impl Overseer {
         (states, seen)
     }
 
-    /// What is done after change `n`.
+    /// Acts after change `n`.
     async fn act(&self, n: u32) {
         let draw = |d: &mut Draw| {
             let pause = if d.below(3) == 0 { 0 } else { d.magnitude(20) };
@@ -127,7 +127,7 @@ impl Overseer {
         }
     }
 
-    /// Pauses one disk, which may be closed at any time.
+    /// Pauses one disk, which may close at any time.
     async fn pause(&self, name: &str, ns: u64) {
         let Some(disk) = self.disks.get(name) else { return };
         let slot = disk.slot().clone();
@@ -136,12 +136,12 @@ impl Overseer {
         match slot.pause().await {
             Ok(()) => {}
             Err(Errno::ESHUTDOWN) => return,
-            Err(error) => return wrong(format!("pausing it failed with {error:?}")),
+            Err(error) => return wrong(format!("the pause failed with {error:?}")),
         }
         self.world.sim.sleep_ns(ns).await;
         if slot.in_flight() > 0 {
             wrong(format!(
-                "it was paused, is {}, and has {} requests in flight",
+                "it was paused, but is {} and has {} requests in flight",
                 slot.state(),
                 slot.in_flight()
             ));
@@ -149,7 +149,7 @@ impl Overseer {
         if let Err(error) = slot.resume()
             && error != Errno::ESHUTDOWN
         {
-            wrong(format!("resuming it failed with {error:?}"));
+            wrong(format!("the resume failed with {error:?}"));
         }
     }
 }

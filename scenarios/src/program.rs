@@ -11,7 +11,7 @@ use tap_images::ImageSpec;
 use tap_programs::daemon::{Cli, Command, MAX_DISKS, run};
 use tap_programs::{Console, Disks, Tuning};
 
-/// Looks at a line as it is printed.
+/// Receives each line as it is printed.
 type Reader = Box<dyn Fn(&str)>;
 
 /// What a program prints, line by line.
@@ -19,7 +19,7 @@ type Reader = Box<dyn Fn(&str)>;
 pub(crate) struct Printed {
     pub(crate) out: RefCell<Vec<String>>,
     pub(crate) err: RefCell<Vec<String>>,
-    /// Reads standard error.
+    /// Receives the lines of standard error.
     reader: Option<Reader>,
     /// Set with each line on standard output, and at the end.
     news: wait::Event,
@@ -27,12 +27,12 @@ pub(crate) struct Printed {
 }
 
 impl Printed {
-    /// With somebody who reads standard error as it comes.
+    /// Passes each line of standard error to `reader` as it comes.
     pub(crate) fn read_by(reader: impl Fn(&str) + 'static) -> Self {
         Self { reader: Some(Box::new(reader)), ..Self::default() }
     }
 
-    /// Waits until a line on standard output begins with `start`; false if the program has ended without one.
+    /// Waits until a line on standard output begins with `start`; false if the program ends without one.
     pub(crate) async fn says(&self, start: &str) -> bool {
         loop {
             if self.out.borrow().iter().any(|line| line.starts_with(start)) {
@@ -46,7 +46,7 @@ impl Printed {
         }
     }
 
-    /// The program has ended with `status`.
+    /// Notes that the program has ended with `status`.
     pub(crate) fn end(&self, status: u8) {
         self.status.set(Some(status));
         self.news.set();
@@ -57,7 +57,7 @@ impl Printed {
         self.status.get()
     }
 
-    /// Waits until it has ended.
+    /// Waits until the program has ended.
     pub(crate) async fn ended(&self) {
         while self.status.get().is_none() {
             self.news.clear();
@@ -81,7 +81,7 @@ impl Console for Printed {
 /// Runs `tapdisk` with the arguments of `line` in the process of `host` until it ends, and returns its exit status.
 ///
 /// # Panics
-/// When the command line cannot be parsed.
+/// If the command line cannot be parsed.
 pub(crate) async fn tapdisk(
     world: &World,
     host: &SimHost,
@@ -91,7 +91,7 @@ pub(crate) async fn tapdisk(
 ) -> u8 {
     let cli = Cli::try_parse_from(std::iter::once("tapdisk").chain(line.split_whitespace()));
     let cli = cli.unwrap_or_else(|e| panic!("tapdisk {line}: {e}"));
-    // As the main does.
+    // As `main` does.
     let folder = match &cli.command {
         Command::Serve(args) => &args.run_dir,
         Command::Xen(args) => &args.run_dir,
@@ -106,12 +106,12 @@ pub(crate) async fn tapdisk(
     status
 }
 
-/// An image as an argument of a program: its format is named.
+/// An image as an argument of a program, with its format.
 pub fn named(spec: &ImageSpec) -> String {
     format!("{}:{}", spec.format.name(), spec.path)
 }
 
-/// When writes become durable, as an option.
+/// The cache mode as an option.
 pub(crate) fn option_of(cache: CacheMode) -> &'static str {
     match cache {
         CacheMode::WriteBack => "",

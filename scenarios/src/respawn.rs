@@ -1,12 +1,12 @@
-//! Who ends tapdisk, and starts another.
+//! Ends tapdisk and starts another.
 
 use crate::machine::Machine;
 use kernel_model::SimHost;
 use std::rc::Rc;
 
 impl Machine {
-    /// Kills tapdisk `times` times, each after as many effects as `after` says, and starts it again.
-    pub async fn supervise(self: Rc<Self>, after: Vec<u64>) {
+    /// Kills tapdisk `times` times, each after the number of effects in `after`, and restarts it.
+    pub async fn kill_and_restart(self: Rc<Self>, after: Vec<u64>) {
         for steps in after {
             let Some(host) = self.tapdisk().filter(|_| !self.spared.get()) else { return };
             host.process.node().kill_after_steps(steps);
@@ -21,7 +21,7 @@ impl Machine {
         }
     }
 
-    /// Starts a tapdisk in place of `ended`, unless somebody has already: whoever waits for its end may be the last.
+    /// Starts a tapdisk in place of `ended`, unless another task has done so already.
     fn start_after(self: &Rc<Self>, ended: &SimHost) {
         let of = |host: &SimHost| host.process.node().entity();
         if self.tapdisk().is_none_or(|now| of(&now) == of(ended)) {
@@ -29,7 +29,7 @@ impl Machine {
         }
     }
 
-    /// Asks tapdisk to stop after each of these times, and starts another once it has left.
+    /// Asks tapdisk to stop after each of these times, and starts another once it has ended.
     pub async fn replace(self: Rc<Self>, after_ns: Vec<u64>) {
         for ns in after_ns {
             self.world.sim.sleep_ns(ns).await;
@@ -45,17 +45,17 @@ impl Machine {
         }
     }
 
-    /// From now on tapdisk may hear no event any more; it ends then, and another is started.
+    /// From now on tapdisk may lose its events; it then ends, and another is started.
     pub fn allow_deafness(&self) {
         self.may_go_deaf.set(true);
         self.tapdisk().iter().for_each(|host| host.port.allow_deafness());
     }
 
-    /// `host` has ended, or dies now: another takes over, unless one has already.
+    /// `host` has ended, or is killed now: starts a successor, unless there is one already.
     pub(crate) fn respawn(self: &Rc<Self>, host: &SimHost) {
         let (machine, host) = (Rc::clone(self), host.clone());
         let node = host.process.node().clone();
-        // Not a task of the one that ends.
+        // A task of another process than the one that ends.
         self.toolstack.process.node().spawn("respawn", node.entity().0, async move {
             node.kill();
             node.dead().await;

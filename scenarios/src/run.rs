@@ -9,16 +9,16 @@ use crate::{catalog, front, panics, workload, world};
 use sim::{Config, DecisionMap, Limits, Scheduling, Sim, Source, StallKind, TraceLevel, register_labels};
 use std::sync::Once;
 
-/// Turns and virtual time after which a run counts as stuck: far above what any scenario needs.
+/// Turns and virtual time after which a run counts as stuck, far above what any scenario needs.
 const LIMITS: Limits = Limits { turns: 20_000_000, time_ns: 4_000_000_000_000 };
 
-/// Steps and loads of shared memory in one turn of one task: several times of what a full ring of the largest requests
-/// takes.
+/// Maximum number of steps and loads of shared memory in one turn of one task: several times what a full ring of the
+/// largest requests takes.
 const TURN_WORK_MAX: u64 = 1500;
 
 static LABELS: Once = Once::new();
 
-/// Makes all labels known to the reader of decision files.
+/// Registers all labels for the reader of decision files.
 pub fn prepare() {
     LABELS.call_once(|| {
         register_labels(&[
@@ -50,7 +50,7 @@ pub fn run(spec: &RunSpec) -> Outcome {
     break_for_run(spec.options.oracle);
     let scheduling = match spec.source {
         Source::Seed => scheduling(spec.seed),
-        // Whether a turn is put back is in the map.
+        // Delays of turns are decisions of the map.
         _ => Scheduling::Random { one_in: u32::MAX, bits: 0 },
     };
     let sim = Sim::new(&Config {
@@ -72,9 +72,9 @@ pub fn run(spec: &RunSpec) -> Outcome {
         Ok(Err(_)) if is_broken(Oracle::StallIgnored) => {}
         Ok(Err(stall)) => {
             let why = match stall.kind {
-                StallKind::Deadlock => "nothing can go on",
-                StallKind::TurnLimit => "the run turns in circles",
-                StallKind::TimeLimit => "something waits for ever",
+                StallKind::Deadlock => "all tasks wait",
+                StallKind::TurnLimit => "the run never comes to rest",
+                StallKind::TimeLimit => "a task waits too long",
             };
             world.fail(Invariant::L1, format!("{why}: {}", stall.report));
         }
@@ -97,19 +97,19 @@ pub fn run(spec: &RunSpec) -> Outcome {
         explored: world.explorer().map_or(Explored::default(), |e| e.explored()),
         bad_state: world.explorer().and_then(|e| e.bad()),
     };
-    // What is left of a world after a panic is in no state that its destructors were written for.
-    panics::taking_down();
+    // After a panic the world is in no state that its destructors expect.
+    panics::dropping_engine();
     if let Err(place) = panics::inside(move || drop((world, sim)))
         && outcome.failure.is_none()
     {
-        let detail = format!("while the world was taken down: {place}");
+        let detail = format!("while the world was dropped: {place}");
         outcome.failure = Some(Failure { invariant: Invariant::A1, detail, at_ns: outcome.virtual_ns });
     }
     outcome
 }
 
-/// Shrinks a failing run as long as its failure stays of one [kind](Failure::kind); gives the decisions that are left
-/// and how many runs it took.
+/// Shrinks a failing run while its failure keeps its [kind](Failure::kind). Returns the remaining decisions and the
+/// number of runs taken.
 pub fn shrink_run(spec: &RunSpec, outcome: &Outcome, runs: u64) -> (RunSpec, Outcome, sim::Shrunk) {
     let class = outcome.failure.as_ref().map(Failure::kind);
     let candidate = |map: &DecisionMap| RunSpec {
@@ -159,7 +159,7 @@ mod tests {
             "{}",
             failure.detail
         );
-        assert!(run(&RunSpec::new(catalog::ALL[0], 0)).failure.is_none(), "the next run is none the worse");
+        assert!(run(&RunSpec::new(catalog::ALL[0], 0)).failure.is_none(), "the next run is not affected");
     }
 
     struct Falls;
@@ -171,7 +171,7 @@ mod tests {
 
     static FALLS_AT_THE_END: Scenario = Scenario {
         name: "falls-at-the-end",
-        about: "a task panics, and what another holds does when the world is taken down",
+        about: "a task panics, and so does a value that another holds when the world is dropped",
         storage: &|_| StorageConfig::default(),
         body: &|w| {
             Box::pin(async move {
@@ -188,9 +188,9 @@ mod tests {
     };
 
     #[test]
-    fn a_panic_while_a_world_is_taken_down_does_not_hide_the_first() {
+    fn a_panic_while_a_world_is_dropped_does_not_hide_the_first() {
         let failure = run(&RunSpec::new(&FALLS_AT_THE_END, 0)).failure.unwrap();
         assert!(failure.detail.starts_with("a broken promise"), "{}", failure.detail);
-        assert!(run(&RunSpec::new(catalog::ALL[0], 0)).failure.is_none(), "the next run is none the worse");
+        assert!(run(&RunSpec::new(catalog::ALL[0], 0)).failure.is_none(), "the next run is not affected");
     }
 }

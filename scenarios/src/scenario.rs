@@ -1,4 +1,4 @@
-//! What a scenario is: a name, the storage that its world has, and what happens there.
+//! What a scenario is: a name, the storage of its world, and what happens there.
 
 use crate::formats::FormatModel;
 use crate::world::World;
@@ -10,13 +10,13 @@ use std::pin::Pin;
 /// A world's life.
 pub type Life = Pin<Box<dyn Future<Output = ()>>>;
 
-/// A catalogued scenario.
+/// A scenario of the catalogue.
 pub struct Scenario {
     /// Its name, kebab case.
     pub name: &'static str,
-    /// One line: what happens and what is looked at.
+    /// One line: what happens and what is checked.
     pub about: &'static str,
-    /// What the host's storage is like in a seed.
+    /// The host's storage for a seed.
     pub storage: &'static (dyn Fn(&Sim) -> StorageConfig + Sync),
     /// The world's life.
     pub body: &'static (dyn Fn(World) -> Life + Sync),
@@ -28,18 +28,18 @@ impl std::fmt::Debug for Scenario {
     }
 }
 
-/// A scenario of every format that it fits.
+/// A scenario for every format that it fits.
 pub struct OfFormat {
-    /// Its name, with FORMAT where that of the format stands.
+    /// Its name, with FORMAT in place of the format's name.
     pub name: &'static str,
-    /// The same in one line: what happens and what is looked at.
+    /// One line with the same placeholder: what happens and what is checked.
     pub about: &'static str,
     /// Whether it makes sense for a format.
     pub fits: fn(&dyn FormatModel) -> bool,
-    /// What the host's storage is like in a seed.
+    /// The host's storage for a seed.
     pub storage: fn(&Sim, &dyn FormatModel) -> StorageConfig,
     /// The world's life.
     pub body: fn(World, &'static dyn FormatModel) -> Life,
-    /// It has been swept for long.
+    /// It has been swept for a long time.
     pub settled: bool,
 }

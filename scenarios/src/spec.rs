@@ -1,4 +1,4 @@
-//! What to run, and what came of it.
+//! What to run, and the outcome.
 //!
 //! ```text
 //!   decision file ──► RunSpec ──► run ──► Outcome ──► decision file
@@ -24,7 +24,7 @@ pub struct RunSpec {
     pub seed: u64,
     /// Where decisions come from.
     pub source: Source,
-    /// Settings beside decisions.
+    /// Settings that are not decisions.
     pub options: RunOptions,
     /// How much of the trace is kept.
     pub trace: TraceLevel,
@@ -51,13 +51,13 @@ impl RunSpec {
         self
     }
 
-    /// As a decision file says.
+    /// The run that a decision file describes.
     ///
     /// # Errors
-    /// What the file asks for that is not there.
+    /// What the file asks for that does not exist.
     pub fn from_file(file: &RunFile) -> Result<Self, String> {
         let scenario = catalog::find(&file.scenario).ok_or_else(|| {
-            format!("unknown scenario {:?}: `tapsim list` shows those there are", file.scenario)
+            format!("unknown scenario {:?}: `tapsim list` lists the known ones", file.scenario)
         })?;
         let mut spec = Self::new(scenario, file.seed);
         if let Some(name) = file.option("bug") {
@@ -104,7 +104,7 @@ impl RunSpec {
     }
 }
 
-/// What came of a run.
+/// The outcome of a run.
 #[derive(Clone, Debug, Default)]
 pub struct Outcome {
     /// The first broken invariant.
@@ -119,7 +119,7 @@ pub struct Outcome {
     pub stats: Stats,
     /// Virtual nanoseconds.
     pub virtual_ns: u64,
-    /// What exploring crash states came to.
+    /// Counters of exploring crash states.
     pub explored: Explored,
     /// The bad state that exploring found.
     pub bad_state: Option<BadState>,

@@ -1,4 +1,4 @@
-//! A disk as programs build it, under the bounds that a seed draws.
+//! A disk as programs build it, with limits that a seed draws.
 
 use crate::check::Contract;
 use crate::formats;
@@ -17,8 +17,8 @@ use tap_programs::tuning::Layer;
 use tap_xenbus::RingLimits;
 
 impl StackLimits {
-    /// What a program in `process` has no options for. Checkers are put between its parts, and it tells what waits for
-    /// what if the run is stuck. `memory` is that of all disks together, in bytes; 0 is the least that they can have.
+    /// What a program in `process` has no options for. Adds checkers between the parts of the disk, and reports which
+    /// task waits for what if the run is stuck. `memory` is that of all disks together, in bytes; 0 is the minimum.
     pub fn tuning(&self, world: &World, process: &sim::Node, memory: usize) -> Tuning {
         let (w, node, limits) = (world.clone(), process.clone(), *self);
         let over_image: Layer = Rc::new(move |_, image| Contract::new(&w, &node, image, &limits));
@@ -44,22 +44,22 @@ fn lines(report: Vec<WaitReport>) -> Vec<String> {
     report.iter().map(ToString::to_string).collect()
 }
 
-/// A disk as programs build it, without a program around it: what requests are submitted to.
+/// A disk as programs build it, without a program around it: requests are submitted directly.
 pub struct Stack {
-    /// What programs build.
+    /// The disk as programs build it.
     pub disk: Disk<SimHost>,
-    /// What its memory is taken of.
+    /// The budget that its memory is taken from.
     pub memory: Budget,
-    /// Above the image that the disk has now.
+    /// The checker above the current image.
     contract: RefCell<Rc<Contract>>,
 }
 
 impl Stack {
-    /// Opens the image `spec`, for writing unless `limits` say otherwise, with its backing files, and builds the disk
+    /// Opens the image `spec` with its backing files, for writing unless `limits` say otherwise, and builds the disk
     /// over it.
     ///
     /// # Errors
-    /// As the image's.
+    /// Those of the image.
     pub async fn open(
         host: &SimHost,
         world: &World,
@@ -88,18 +88,18 @@ impl Stack {
         let disk = match open_disk(host, formats::drivers(), VbdId(51712), &image, &options).await {
             Ok(disk) => disk,
             Err(OpenError::Image(error)) => return Err(error),
-            Err(OpenError::Server(error)) => unreachable!("an image is no export: {error}"),
+            Err(OpenError::Server(error)) => unreachable!("an image is not an export: {error}"),
         };
         let report = disk.wait_report();
         world.sim.on_stall(move || lines(report()));
-        let contract = seen.take().expect("an image that was opened has a contract");
+        let contract = seen.take().expect("an opened image has a contract");
         Ok(Self { disk, memory, contract: RefCell::new(contract) })
     }
 
-    /// Exchanges the image for the one that `change` makes: see [`Disk::exchange`].
+    /// Replaces the image by the one that `change` makes: see [`Disk::exchange`].
     ///
     /// # Errors
-    /// As there.
+    /// Those of [`Disk::exchange`].
     pub async fn exchange<E>(
         &self,
         host: &SimHost,
@@ -109,8 +109,8 @@ impl Stack {
     ) -> Result<Result<(), Errno>, ExchangeError<E>> {
         let change = async |lease| {
             let before = Rc::clone(&self.contract.borrow());
-            before.has_others_above(true);
-            let image = change(lease).await.inspect_err(|_| before.has_others_above(false))?;
+            before.set_shared(true);
+            let image = change(lease).await.inspect_err(|_| before.set_shared(false))?;
             let contract = Contract::new(world, host.process.node(), image, limits);
             *self.contract.borrow_mut() = Rc::clone(&contract);
             Ok(contract as Rc<dyn Node>)

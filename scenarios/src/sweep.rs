@@ -20,9 +20,9 @@ const CHUNK: u64 = 16;
 pub struct SweepSpec {
     /// Scenarios.
     pub scenarios: Vec<&'static Scenario>,
-    /// Seeds of each.
+    /// Seeds of each scenario.
     pub seeds: Range<u64>,
-    /// How many of them each scenario gets; all where there is none.
+    /// How many of the seeds each scenario gets; all if `None`.
     pub shares: Option<Vec<u64>>,
     /// Settings of every run.
     pub options: RunOptions,
@@ -34,14 +34,14 @@ pub struct SweepSpec {
     pub first_only: bool,
 }
 
-/// What one scenario came to.
+/// Results of one scenario.
 #[derive(Clone, Debug, Default)]
 pub struct ScenarioReport {
     /// Runs without a failure.
     pub passed: u64,
-    /// Runs with one.
+    /// Runs that failed.
     pub failed: u64,
-    /// Sum of counts.
+    /// Sum of the counters.
     pub stats: Stats,
     /// CPU nanoseconds of the runs.
     pub cpu_ns: u64,
@@ -49,11 +49,11 @@ pub struct ScenarioReport {
     pub virtual_ns: u64,
     /// The first failures, by seed.
     pub failures: Vec<(u64, Failure)>,
-    /// A sum over all trace hashes, the same in whatever order runs end.
+    /// A sum over all trace hashes, independent of the order in which runs end.
     pub hash: u64,
 }
 
-/// What a sweep came to.
+/// Results of a sweep.
 #[derive(Clone, Debug)]
 pub struct SweepReport {
     /// By scenario, in the order asked for.
@@ -63,11 +63,11 @@ pub struct SweepReport {
 }
 
 impl SweepReport {
-    /// Runs without a failure.
+    /// Number of runs that passed.
     pub fn passed(&self) -> u64 {
         self.scenarios.iter().map(|s| s.1.passed).sum()
     }
-    /// Runs with one.
+    /// Number of runs that failed.
     pub fn failed(&self) -> u64 {
         self.scenarios.iter().map(|s| s.1.failed).sum()
     }
@@ -77,7 +77,7 @@ impl SweepReport {
     }
 }
 
-/// Failures of one scenario that are kept; the rest is counted.
+/// Failures of one scenario that are kept; further ones are only counted.
 const FAILURES_KEPT: usize = 8;
 
 struct ChunkResult {
@@ -86,7 +86,7 @@ struct ChunkResult {
     marks: Vec<u64>,
 }
 
-/// Runs the sweep. `progress` is told of every chunk: runs done, runs failed; it may stop the sweep with `false`.
+/// Runs the sweep. `progress` is called after every chunk with the runs done and failed; `false` stops the sweep.
 pub fn sweep(spec: &SweepSpec, mut progress: impl FnMut(u64, u64) -> bool) -> SweepReport {
     let chunks = plan(spec);
     let next = AtomicUsize::new(0);
@@ -131,7 +131,7 @@ pub fn sweep(spec: &SweepSpec, mut progress: impl FnMut(u64, u64) -> bool) -> Sw
     collect(spec, results.into_inner().expect("no panic while results are held"))
 }
 
-/// Chunks in the order of seeds, scenarios taking turns, so that a sweep that is stopped has seen all of them.
+/// Chunks in the order of seeds, scenarios taking turns, so that a stopped sweep has seen all of them.
 fn plan(spec: &SweepSpec) -> Vec<(usize, Range<u64>)> {
     let mut chunks = Vec::new();
     let mut start = spec.seeds.start;
@@ -151,7 +151,7 @@ fn plan(spec: &SweepSpec) -> Vec<(usize, Range<u64>)> {
 fn run_chunk(spec: &SweepSpec, scenario: usize, seeds: Range<u64>) -> ChunkResult {
     let (of, options) = (spec.scenarios[scenario], spec.options.clone());
     let empty = (ScenarioReport::default(), vec![0; Mark::ALL.len()]);
-    // Shared, because a thread that a run takes with it leaves what it had counted.
+    // Shared, because a thread that a run blocks for good leaves its counts here.
     let counted = Arc::new(Mutex::new(empty));
     let mut rest = seeds;
     while !rest.is_empty() {
@@ -225,7 +225,7 @@ fn collect(spec: &SweepSpec, mut results: Vec<ChunkResult>) -> SweepReport {
     SweepReport { scenarios, marks }
 }
 
-/// CPU nanoseconds of this thread so far, from the kernel's accounting; 0 where there is none. (The clock calls of libc
+/// CPU nanoseconds of this thread so far, as the kernel counts them; 0 if it does not. (The clock functions of libc
 /// belong to the guard.)
 pub fn cpu_ns() -> u64 {
     let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();

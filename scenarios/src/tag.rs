@@ -1,8 +1,8 @@
-//! What guests write: sectors that say who wrote them.
+//! What guests write: sectors that identify their writer.
 //!
 //! The first 32 bytes of a sector are a tag (guest, write, place, check word); the rest is zero, or in one seed of
-//! eight pseudo-random bytes that follow from the tag. So a sector that was read tells its version without any search,
-//! and a foreign, misplaced or torn one is recognised as such.
+//! eight pseudo-random bytes derived from the tag. A sector therefore identifies its version without any search, and a
+//! foreign, misplaced or torn one is recognised.
 
 use crate::check::oracle::{Oracle, is_broken};
 use sim::{mix, mix2};
@@ -11,7 +11,7 @@ use tap_host::SECTOR_BYTES;
 const MAGIC: u32 = 0x5441_5053;
 const TAG_BYTES: usize = 32;
 
-/// Who wrote a sector, and where it belongs.
+/// The writer of a sector, and where it belongs.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Tag {
     /// The writer: a guest, or a layer of an image made before the run.
@@ -22,14 +22,14 @@ pub struct Tag {
     pub sector: u64,
 }
 
-/// What a sector turned out to hold.
+/// The content of a sector.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Found {
     /// Zeros.
     Zero,
-    /// A whole tagged sector.
+    /// A complete tagged sector.
     Tag(Tag),
-    /// A tag whose body does not belong to it.
+    /// A tag with a body that does not match.
     Torn(Tag),
     /// Anything else.
     Foreign,
@@ -41,7 +41,7 @@ impl std::fmt::Display for Found {
             Found::Zero => f.write_str("zeros"),
             Found::Tag(t) => write!(f, "write {} of writer {} to sector {}", t.op, t.writer, t.sector),
             Found::Torn(t) => write!(f, "a torn mix with write {} to sector {}", t.op, t.sector),
-            Found::Foreign => f.write_str("bytes that nobody wrote there"),
+            Found::Foreign => f.write_str("bytes that were never written there"),
         }
     }
 }
@@ -51,7 +51,7 @@ impl Tag {
         mix2(mix2(self.op ^ u64::from(self.writer) << 40, self.sector), 0x6368_6562 | u64::from(full))
     }
 
-    /// Fills one sector (512 bytes). `full` gives it a body too.
+    /// Fills one sector (512 bytes). `full` fills its body, too.
     pub fn fill(self, sector: &mut [u8], full: bool) {
         sector[0..4].copy_from_slice(&MAGIC.to_le_bytes());
         sector[4..8].copy_from_slice(&self.writer.to_le_bytes());
@@ -67,7 +67,7 @@ impl Tag {
         }
     }
 
-    /// Reads one sector. With `full` the body is looked at too.
+    /// Parses one sector. `full` checks the body, too.
     pub fn find(sector: &[u8], full: bool) -> Found {
         debug_assert_eq!(sector.len() as u64, SECTOR_BYTES);
         let word = |at: usize| u64::from_le_bytes(sector[at..at + 8].try_into().expect("eight bytes"));
@@ -99,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tags_come_back_and_damage_shows() {
+    fn tags_round_trip_and_damage_is_detected() {
         let tag = Tag { writer: 3, op: 77, sector: 12 };
         for full in [false, true] {
             let mut sector = [0xee; 512];

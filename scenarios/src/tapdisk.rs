@@ -1,11 +1,11 @@
 //! The tapdisk of a machine: `tapdisk xen`, the program that ships, from its command line to its exit status.
 //!
 //! ```text
-//!   disks of the machine ─► command line ─► tapdisk xen ─┬─► lines on standard error: each is right, or the run fails
-//!                                                        └─► exit status: it has ended, or another is started
+//!   disks of the machine ─► command line ─► tapdisk xen ─┬─► lines on standard error: an unjustified one fails the run
+//!                                                        └─► exit status: done, or a successor is started
 //! ```
 //!
-//! What the machine knows of it is what an administrator knows: what it prints, how it ends, and what it does to files.
+//! The machine knows what an administrator knows: what the program prints, how it ends, and what it does to files.
 
 use crate::catalog::setup::Setup;
 use crate::check::Invariant;
@@ -20,41 +20,41 @@ use tap_host::Tasks;
 use tap_programs::Tuning;
 use tap_programs::spec::DiskSpec;
 
-/// Disks of one machine at the most, for the memory of a tapdisk that does not know yet what it will serve.
+/// Maximum number of disks of one machine, for the memory of a tapdisk that starts without disks.
 const DISKS_MAX: usize = 3;
 
-/// What a tapdisk has complained of.
+/// Complaints of one tapdisk.
 #[derive(Default)]
 struct Heard {
     any: Cell<bool>,
-    /// An image could not be opened, and may be the next time.
+    /// An image could not be opened, and a later try may succeed.
     not_opened: Cell<bool>,
-    /// It hears no events any more.
+    /// It has lost its events.
     deaf: Cell<bool>,
 }
 
-/// What a line on standard error is about.
+/// The subject of a line on standard error.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Complaint {
-    /// The whole program cannot go on.
+    /// The whole program cannot continue.
     Whole,
-    /// A disk is not served, and nothing of it was changed.
+    /// A disk is not served and was not changed.
     NotTaken,
-    /// No events are heard.
+    /// Events are lost.
     Deaf,
     /// An image could not be closed.
     Close,
     /// The vbd is not in xenstore.
     NoVbd,
-    /// xenstored has refused something.
+    /// xenstored refused an operation.
     Store,
-    /// It has a disk of this name already, or too many.
+    /// It already has a disk of this name, or too many disks.
     Listed,
     /// Another process has the image.
     InUse,
-    /// What is in the image is wrong.
+    /// The image is invalid.
     Refused,
-    /// Another reason why an image could not be opened.
+    /// The image could not be opened for another reason.
     Open,
 }
 
@@ -96,18 +96,18 @@ impl Machine {
         if self.watching || !disks.is_empty() {
             self.run(&host, &disks);
         } else {
-            // Without anything to serve there is none.
+            // Without disks there is no tapdisk.
             self.wake_waiter();
         }
         host
     }
 
-    /// Has another process try to serve `disk`, which is served, with another image; it must not be able to.
+    /// Another process tries to serve `disk`, which is served already, with another image; it must fail.
     pub async fn try_to_serve(&self, disk: &Attached, image: &Setup, number: u32, read_only: bool) {
         let world = &self.world;
         let host = SimHost::start(&world.kernel, &world.xen, "second", u64::from(number));
         let limits = StackLimits { read_only, ..self.limits };
-        // Of one that looks elsewhere, the first knows nothing, and it nothing of the first.
+        // With different run folders, the two processes do not know of each other.
         let folder = world.setting("second-run-dir", &["/run/tapdisk", "/run/elsewhere"]);
         let line = format!("xen --run-dir {folder} {} {}", limits.options(), self.argument(disk, image));
         let tuning = limits.tuning(world, host.process.node(), limits.memory_bytes);
@@ -124,8 +124,8 @@ impl Machine {
         host.process.node().kill();
     }
 
-    /// Starts another process that is to serve `disk`: with `twin`, an image of the same bytes, or where tapdisk
-    /// watches with the image that the toolstack says.
+    /// Starts another process that is to serve `disk`: with `twin`, an image of the same bytes, or if tapdisk watches,
+    /// with the image in xenstore.
     pub fn start_rival(self: &Rc<Self>, disk: &Attached, twin: &Setup) -> SimHost {
         self.rivals.set(true);
         self.setups.borrow_mut().push((twin.clone(), self.limits.read_only));
@@ -134,7 +134,7 @@ impl Machine {
         host
     }
 
-    /// Runs `tapdisk xen` in `host`, for `disks` unless it watches for what there is.
+    /// Runs `tapdisk xen` in `host`, for `disks` unless it watches xenstore.
     fn run(self: &Rc<Self>, host: &SimHost, disks: &[Attached]) {
         self.running.set(self.running.get() + 1);
         let what = if self.watching {
@@ -153,7 +153,7 @@ impl Machine {
         format!("{}/{}={}", disk.dom.0, self.vdev.0, named(&image.spec))
     }
 
-    /// With a look at the locks of each image that is opened.
+    /// Tuning that also checks the locks of each opened image.
     fn tuning(self: &Rc<Self>, host: &SimHost, memory: usize) -> Tuning {
         let tuning = self.limits.tuning(&self.world, host.process.node(), memory);
         let (machine, node, over) = (Rc::clone(self), host.process.node().clone(), tuning.over_image);
@@ -169,29 +169,29 @@ impl Machine {
         Tuning { over_image: Some(over_image), ..tuning }
     }
 
-    /// An image was opened: it is one of ours, and nobody else may open it.
+    /// Checks that an opened image is one of the machine's, and that it is locked.
     fn check_opened(&self, spec: &DiskSpec) {
         let setups = self.setups.borrow();
         let known = setups.iter().rev().find(|(s, _)| *spec == DiskSpec::Image(s.spec.clone()));
         match known {
             Some((setup, read_only)) => setup.check_locks(&self.world, *read_only),
-            None => self.world.fail(Invariant::K1, format!("tapdisk opens {spec}, which is nobody's")),
+            None => self.world.fail(Invariant::K1, format!("tapdisk opens {spec}, which is not attached")),
         }
     }
 
     async fn program(self: Rc<Self>, host: SimHost, line: String, tuning: Tuning) {
         let heard = Rc::<Heard>::default();
         let (machine, own, all) = (Rc::clone(&self), host.clone(), Rc::clone(&heard));
-        let said = Rc::new(Printed::read_by(move |line| machine.heed(&own, &all, line)));
+        let said = Rc::new(Printed::read_by(move |line| machine.judge_line(&own, &all, line)));
         let status = tapdisk(&self.world, &host, &line, tuning, &said).await;
         if host.process.node().is_alive() {
             self.ended(&host, &heard, status);
         }
     }
 
-    /// Reads a line that `host` has printed on standard error.
-    fn heed(&self, host: &SimHost, heard: &Heard, line: &str) {
-        // A dying process may see anything.
+    /// Judges a line that `host` has printed on standard error.
+    fn judge_line(&self, host: &SimHost, heard: &Heard, line: &str) {
+        // A dying process may fail in any way.
         if !host.process.node().is_alive() {
             return;
         }
@@ -204,7 +204,7 @@ impl Machine {
                 self.rivals.get() || self.broken.get().is_some_and(|dom| is_of(line, dom.0))
             }
             Some(Complaint::Deaf) => self.may_go_deaf.get() && host.port.is_deaf(),
-            // One that was told of a disk by the toolstack tries again.
+            // One that got the disk from the toolstack retries.
             Some(Complaint::Store) => self.watching,
             Some(Complaint::NoVbd) => {
                 !self.disks.borrow().iter().any(|d| is_of(line, d.dom.0) && d.node.is_alive())
@@ -218,21 +218,21 @@ impl Machine {
             let invariant = if image { Invariant::G11 } else { Invariant::L1 };
             self.world.fail(invariant, format!("tapdisk complains: {line}"));
         }
-        // It may be the second thing that went wrong.
+        // The line may name it as the second of two failures.
         self.close_failed.set(self.close_failed.get() || line.contains("may be lost"));
         heard.deaf.set(heard.deaf.get() || complaint == Some(Complaint::Deaf));
         if matches!(complaint, Some(Complaint::InUse | Complaint::Open)) && !self.watching {
             heard.not_opened.set(true);
-            // Other disks of this process are served; whoever looks after it starts it again.
+            // Other disks of this process are served; its supervisor starts it again.
             host.process.ask_to_stop();
         }
     }
 
-    /// `host` has ended with `status`. A supervisor starts it again where it hears nothing, or an image could not be
-    /// opened: a dead process may have it for ten seconds, and what fails once may work the next time.
+    /// `host` has ended with `status`. A supervisor starts it again if it lost its events, or if an image could not be
+    /// opened: a dead process may hold it for ten seconds, and an error may be transient.
     fn ended(self: &Rc<Self>, host: &SimHost, heard: &Heard, status: u8) {
         if heard.any.get() != (status != 0) && !(self.watching && status == 0) {
-            let text = format!("tapdisk ended with status {status}, and has complained: {}", heard.any.get());
+            let text = format!("tapdisk ended with status {status}; complained: {}", heard.any.get());
             self.world.fail(Invariant::L1, text);
         }
         if heard.deaf.get() || heard.not_opened.get() && !self.rivals.get() {
@@ -253,7 +253,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_of_the_program_are_told_apart() {
+    fn lines_of_the_program_are_classified() {
         let path = "/local/domain/0/backend/vbd/1/51712";
         for (line, complaint) in [
             ("tapdisk: failed to list /x in xenstore: EIO", Some(Complaint::Whole)),

@@ -1,4 +1,4 @@
-//! A toolstack as xl is one: it waits so long for each step and no longer.
+//! A toolstack that acts as xl does, with its time limit for each step.
 //!
 //! ```text
 //!   plug      nodes, state 1 ─► waits for the back end's 2 ─► its script: connected
@@ -20,55 +20,52 @@ use xen_model::{VbdPaths, attach_vbd, remove_vbd};
 /// How long xl waits for a state of the back end, in nanoseconds.
 const XL_WAITS_NS: u64 = 10_000_000_000;
 
-/// What tapdisk has to do once a guest is gone is done after so many nanoseconds, and nothing comes after it.
+/// How long tapdisk may work after a guest is gone, and how long it must then be silent, in nanoseconds.
 const HALT_NS: [u64; 2] = [4_000_000_000, 500_000_000];
 
 impl Machine {
-    /// Gives `disk` to its guest, with a script; the tapdisk that watches has to find it.
+    /// Attaches `disk` to its guest with a script; the watching tapdisk has to find it.
     pub async fn plug(&self, disk: &Attached) {
         self.add(disk);
         loop {
             match self.try_plug(disk).await {
                 Ok(None) => return,
-                // Who has read why tries again.
+                // The toolstack has read the reason, and tries again.
                 Ok(Some(_)) if self.world.errors_allowed() => {}
                 Ok(Some(why)) => {
-                    return self.world.fail(Invariant::L1, format!("a disk that is whole is refused: {why}"));
+                    return self.world.fail(Invariant::L1, format!("an intact disk is refused: {why}"));
                 }
                 Err(error) => {
-                    let text = format!("the toolstack failed to plug a disk in: {error:?}");
+                    let text = format!("the toolstack failed to attach a disk: {error:?}");
                     return self.world.fail(Invariant::L1, text);
                 }
             }
             if let Err(error) = self.try_unplug(disk).await {
-                let text = format!("the toolstack failed to take away a disk that was refused: {error:?}");
+                let text = format!("the toolstack failed to detach a refused disk: {error:?}");
                 return self.world.fail(Invariant::L1, text);
             }
         }
     }
 
-    /// Tries to give `disk` to its guest while its image is away: the toolstack is told why, and takes the disk away
-    /// again.
-    pub async fn plug_in_vain(&self, disk: &Attached) {
+    /// Tries to attach `disk` while its image is absent: the toolstack must read why, and detaches the disk again.
+    pub async fn plug_without_image(&self, disk: &Attached) {
         self.add(disk);
         let why = match self.try_plug(disk).await {
             Ok(Some(why)) if why.contains(&disk.setup.spec.path) => None,
-            Ok(Some(why)) => {
-                Some(format!("a disk without an image is refused and it does not say why: {why}"))
-            }
+            Ok(Some(why)) => Some(format!("a disk without an image is refused without the reason: {why}")),
             Ok(None) => Some("a disk without an image is served".into()),
             Err(error) => Some(format!("a disk without an image is not refused: {error:?}")),
         };
         if let Some(why) = why {
             self.world.fail(Invariant::L1, why);
         } else if let Err(error) = self.try_unplug(disk).await {
-            let text = format!("the toolstack failed to take away a disk that was refused: {error:?}");
+            let text = format!("the toolstack failed to detach a refused disk: {error:?}");
             self.world.fail(Invariant::L1, text);
         }
         self.disks.borrow_mut().retain(|d| d.paths != disk.paths);
     }
 
-    /// A disk of another guest that another program serves. Gives its directories.
+    /// Attaches a disk of another guest that another program serves. Returns its directories.
     pub async fn plug_foreign(&self) -> VbdPaths {
         let dom = self.world.xen.create_domain();
         let (port, paths) = (&self.toolstack.port, VbdPaths::new("vbd", dom, XVDA));
@@ -83,12 +80,13 @@ impl Machine {
         paths
     }
 
-    /// Takes a foreign disk away, which nobody may have touched.
+    /// Detaches a foreign disk, which must be untouched.
     pub async fn unplug_foreign(&self, paths: &VbdPaths) {
         let port = &self.toolstack.port;
         let state = port.read(&format!("{}/state", paths.backend)).await;
         if state != Ok(b"1".to_vec()) {
-            self.world.fail(Invariant::K1, format!("tapdisk has led the disk of another program: {state:?}"));
+            self.world
+                .fail(Invariant::K1, format!("tapdisk has served the disk of another program: {state:?}"));
         }
         if let Err(error) = remove_vbd(port, paths).await {
             self.world
@@ -96,12 +94,12 @@ impl Machine {
         }
     }
 
-    /// Gives the reason if the disk is refused: xl's script finds it, and fails.
+    /// Returns the reason if the disk is refused: xl's script finds it, and fails.
     async fn try_plug(&self, disk: &Attached) -> Result<Option<String>, Errno> {
         let (port, back) = (&self.toolstack.port, &disk.paths.backend);
         attach_vbd(port, disk.dom, disk.vbd, &disk.paths, disk.read_only).await?;
         port.write(&format!("{back}/params"), named(&disk.setup.spec).as_bytes()).await?;
-        // In one transaction with the others for xl; here it is what makes the disk tapdisk's, so it comes last.
+        // xl writes it in one transaction with the others. It is what makes the disk tapdisk's, so here it comes last.
         port.write(&format!("{back}/script"), format!("/etc/xen/scripts/{SCRIPT}").as_bytes()).await?;
         self.wait_for_back(disk, b"2").await?;
         match port.read(&format!("{back}/hotplug-error")).await {
@@ -120,15 +118,15 @@ impl Machine {
         remove_vbd(&self.toolstack.port, &disk.paths).await
     }
 
-    /// Takes `disk` away from its guest, whose front end has let go of it or does so meanwhile.
+    /// Detaches `disk` from its guest, whose front end has released it or is about to.
     pub async fn unplug(&self, disk: &Attached) {
         if let Err(error) = self.try_unplug(disk).await {
-            self.world.fail(Invariant::L1, format!("the toolstack failed to take a disk away: {error:?}"));
+            self.world.fail(Invariant::L1, format!("the toolstack failed to detach a disk: {error:?}"));
         }
         self.disks.borrow_mut().retain(|d| d.paths != disk.paths);
     }
 
-    /// Ends a guest while no tapdisk runs: nobody answers, and the nodes are removed after a while all the same.
+    /// Destroys a guest while no tapdisk runs: the wait for it times out, and the nodes are removed anyway.
     pub async fn destroy_alone(&self, disk: &Attached) {
         disk.node.kill();
         disk.node.dead().await;
@@ -147,7 +145,7 @@ impl Machine {
         self.disks.borrow_mut().retain(|d| d.dom != disk.dom);
     }
 
-    /// Ends a guest, whatever it is doing.
+    /// Destroys a guest, whatever it is doing.
     pub async fn destroy(&self, disk: &Attached) {
         disk.node.kill();
         disk.node.dead().await;
@@ -167,25 +165,24 @@ impl Machine {
         self.disks.borrow_mut().retain(|d| d.dom != disk.dom);
     }
 
-    /// The toolstack dies once the front end's nodes are gone, and somebody ends its work later. The tapdisk that
-    /// served the disk closes it, and leaves it at that.
+    /// The toolstack dies once the front end's nodes are gone, and its work is finished later. The tapdisk that served
+    /// the disk closes it and does nothing further.
     async fn halt(&self, disk: &Attached) -> Result<(), Errno> {
         self.toolstack.port.remove(&disk.paths.frontend).await?;
         self.world.sim.sleep_ns(HALT_NS[0]).await;
         let before = self.world.storage.counts();
         self.world.sim.sleep_ns(HALT_NS[1]).await;
         if self.world.storage.counts() != before {
-            self.world.fail(Invariant::D1, "files are used although no guest is left that is at work");
+            self.world.fail(Invariant::D1, "files are used after the last active guest has gone");
         }
         Ok(())
     }
 
-    /// State 6 was said: of a disk that is taken away, nothing is in use any more.
+    /// After state 6 of a disk that is being removed, no page of its guest is mapped.
     fn check_unmapped(&self, disk: &Attached) {
         let others = self.disks.borrow().iter().filter(|d| d.dom == disk.dom).count() > 1;
         if !others && self.world.xen.mapped_from(disk.dom) > 0 {
-            self.world
-                .fail(Invariant::K1, "a back end that says it is closed has a page of its guest mapped");
+            self.world.fail(Invariant::K1, "a back end in state Closed has a page of its guest mapped");
         }
     }
 

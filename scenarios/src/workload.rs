@@ -1,7 +1,7 @@
-//! What guests do: operations drawn from a stream of their own, each of them one decision.
+//! What guests do: operations drawn from a separate stream, each of them one decision.
 //!
-//! The list is made from the seed by ChaCha8 and then put to the engine operation by operation, so that a shrunk run
-//! holds just the few that matter, and leaving one out does not change the others.
+//! ChaCha8 makes the list from the seed, and each operation is then put to the engine as a decision. So a shrunk run
+//! holds only the few operations that matter, and leaving one out does not change the others.
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
@@ -12,27 +12,27 @@ use tap_host::{IoKind, SectorRange};
 /// One operation of a guest: kind in 2 bits (0 none, 1 read, 2 flush, 3 write), sectors less one in 8, first sector.
 pub static OP: Label = Label::packed("op", "operation {}", &[2, 8, 54]);
 
-/// What becomes of a write where the disk has more than writes: 0 a write, 1 zeros, 2 zeros whose space may go, 3 zeros
-/// only if that is fast, 4 a discard; 5 to 8 the same of more sectors than one write has, see [`LONG`].
+/// What a write becomes on a disk that has more than writes: 0 a write, 1 zeros, 2 zeros whose space may be released, 3
+/// zeros only if that is fast, 4 a discard; 5 to 8 the same with more sectors than one write has, see [`LONG`].
 pub static OP_FORM: Label =
-    Label::new("op-form", "operation {n} is no write but form {}: zeros or a discard");
+    Label::new("op-form", "operation {n} is not a write but form {}: zeros or a discard");
 
-/// Whether a write is a flush as well.
+/// Whether a write is also a flush.
 pub static OP_FLUSHES: Label = Label::new("op-flushes", "operation {n} is a flush with data");
 
-/// How many times as many sectors a long form has.
+/// Factor by which a long form has more sectors.
 pub const LONG: u32 = 24;
 
 /// One operation.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Op {
-    /// What.
+    /// Which kind.
     pub kind: IoKind,
-    /// Where; empty for a flush.
+    /// Its range; empty for a flush.
     pub range: SectorRange,
     /// How zeros are made.
     pub zeroes: ZeroFlags,
-    /// The write is a flush as well: with its answer it is durable, and all that was answered before.
+    /// The write is also a flush: its answer makes it durable, with everything answered before.
     pub flushes: bool,
 }
 
@@ -47,7 +47,7 @@ impl Op {
         Self::new(IoKind::Flush, SectorRange::default())
     }
 
-    /// The write as an [`OP_FORM`] value has it, on a disk of `size_sectors`.
+    /// The write in the form of an [`OP_FORM`] value, on a disk of `size_sectors`.
     fn formed(self, form: u64, size_sectors: u64) -> Self {
         if form > 4 {
             let room = (size_sectors - self.range.start.0).min(u64::from(u32::MAX)) as u32;
@@ -98,37 +98,37 @@ impl std::fmt::Display for Op {
     }
 }
 
-/// The character of a guest's operations.
+/// The pattern of a guest's operations.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Shape {
-    /// Anywhere, any size.
+    /// Random places and sizes.
     Random,
-    /// One after the other, so that they merge.
+    /// Sequential, so that they merge.
     Sequential,
-    /// Again and again on a few sectors, so that they overlap.
+    /// Repeatedly on a few sectors, so that they overlap.
     Overlapping,
     /// Single writes with flushes between.
     FlushHeavy,
-    /// Reads first in runs, then scattered small writes, as a system that starts.
+    /// Runs of reads first, then scattered small writes, as of a system that boots.
     BootLike,
-    /// Whole blocks at a few places that are written, made zeros and flushed at once.
+    /// Whole blocks in a few places, written, zeroed and flushed concurrently.
     Zeroing,
-    /// Large writes that reach every part of the disk, hardly ever flushed.
+    /// Large writes that reach every part of the disk, rarely flushed.
     Filling,
 }
 
 impl Shape {
-    /// Those that a seed has one of.
+    /// Those that a seed draws from.
     pub const ALL: [Shape; 5] =
         [Self::Random, Self::Sequential, Self::Overlapping, Self::FlushHeavy, Self::BootLike];
 }
 
-/// What to draw operations from.
+/// Parameters of a guest's operations.
 #[derive(Clone, Copy, Debug)]
 pub struct Workload {
-    /// Its character.
+    /// Its pattern.
     pub shape: Shape,
-    /// How many operations.
+    /// Number of operations.
     pub count: u32,
     /// Size of the disk in sectors.
     pub size_sectors: u64,
@@ -136,9 +136,9 @@ pub struct Workload {
     pub max_sectors: u32,
     /// Some writes are zeros or discards.
     pub zeroes: bool,
-    /// One in three of these is of more than a write can be of.
+    /// One in three of these is longer than a write can be.
     pub long_zeroes: bool,
-    /// One of so many writes is a flush with data; 0 is none.
+    /// One write in this many is a flush with data; 0 is none.
     pub flushes: u64,
 }
 
@@ -158,11 +158,11 @@ impl Stream {
     }
 }
 
-/// Draws the operations of `guest` and takes each as a decision. Positions of left-out operations are `None`.
+/// Draws the operations of `guest` and takes each as a decision. The positions of omitted operations are `None`.
 pub fn operations(sim: &Sim, guest: Entity, stream: u64, workload: &Workload) -> Vec<Option<Op>> {
-    // How many of a seed's writes are zeros or discards; it only shapes how decisions are drawn.
+    // How many of a seed's writes are zeros or discards; this only shapes how decisions are drawn.
     let (zeroes_one_in, forms) = match workload.shape {
-        // Zeros that keep their space are those that fail in the middle.
+        // Zeros that keep their space are those that can fail halfway.
         Shape::Zeroing => (2, [1, 1, 1, 1, 2, 2, 3, 4]),
         _ => ([6, 2][mix2(sim.swarm().seed(), stream) as usize % 2], [1, 1, 2, 2, 3, 3, 4, 4]),
     };
@@ -171,7 +171,7 @@ pub fn operations(sim: &Sim, guest: Entity, stream: u64, workload: &Workload) ->
         .map(|i| {
             let value = sim.decide(guest, &OP, i, |_| drawn.get(i as usize).map_or(0, |op| op.encode()));
             let mut op = Op::decode(value, workload.size_sectors)?;
-            // A decision from elsewhere may ask for more than this guest can.
+            // A decision from a file may ask for more than this guest can do.
             op.range.count = op.range.count.min(workload.max_sectors);
             if workload.flushes > 0 && op.kind == IoKind::Write {
                 op.flushes =
@@ -198,7 +198,7 @@ fn draw(seed: u64, stream: u64, w: &Workload) -> Vec<Op> {
     let mut ops: Vec<Op> = Vec::new();
     for i in 0..w.count {
         let mut op = draw_one(&mut rng, w, i, &hot, &mut cursor);
-        // Programs rewrite, read back and discard just what they wrote.
+        // Programs rewrite, read back and discard what they just wrote.
         if i > 0 && op.kind != IoKind::Flush && rng.below(6) == 0 {
             let before = ops[rng.below(u64::from(i)) as usize];
             op.range = if before.kind == IoKind::Flush { op.range } else { before.range };
@@ -240,7 +240,7 @@ fn draw_one(rng: &mut Stream, w: &Workload, i: u32, hot: &[u64], cursor: &mut u6
             *cursor = (*cursor + count) % w.size_sectors;
         }
         Shape::Filling => {
-            // Steps of five eighths of the disk or so reach all of its parts in no order.
+            // Steps of about five eighths of the disk reach all of its parts in scattered order.
             let parts = u64::from(w.count) * 3 / 4;
             let part = (u64::from(i) * ((parts * 5 / 8) | 1) + rng.below(2)) % parts;
             at = w.size_sectors / parts * part + rng.below(w.size_sectors / parts);
@@ -284,8 +284,8 @@ mod tests {
     }
 
     #[test]
-    fn the_stream_is_frozen() {
-        // Seeds in reports and regressions mean these operations.
+    fn the_stream_never_changes() {
+        // Seeds in reports and regressions refer to these operations.
         let w = Workload {
             shape: Shape::Random,
             count: 3,

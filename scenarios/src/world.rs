@@ -1,4 +1,4 @@
-//! A world: one engine, one host, what is asked of it and what comes out.
+//! A world: one engine, one host, the options of the run, and what comes out.
 
 use crate::check::{Invariant, Oracle, Verdict};
 use crate::explore::Explorer;
@@ -14,10 +14,10 @@ use std::sync::Arc;
 use tap_host::Bug;
 use xen_model::{Options, Xen};
 
-/// Which of a list of settings holds; 0 is the first. Its entity's name says what that means.
+/// The index of a setting in its list of choices. The name of its entity says what the choice means.
 pub static SETTING: Label = Label::new("setting", "choice {}");
 
-/// One of `choices`, a decision of the world: the first is the boring one.
+/// Chooses one of `choices` by a decision of the world: the first is the boring one.
 pub fn setting<T: Copy + Debug>(sim: &Sim, name: &'static str, choices: &[T]) -> T {
     let entity = Entity::WORLD.child(name, 0);
     let n = choices.len() as u64;
@@ -27,12 +27,12 @@ pub fn setting<T: Copy + Debug>(sim: &Sim, name: &'static str, choices: &[T]) ->
     choice
 }
 
-/// What a run is made of, besides decisions.
+/// Options of a run besides decisions.
 #[derive(Clone, Debug, Default)]
 pub struct RunOptions {
     /// A seeded bug that is switched on.
     pub bug: Option<Bug>,
-    /// The drive's flush lies.
+    /// The drive lies about flushes.
     pub canary: bool,
     /// A checker that is broken.
     pub oracle: Option<Oracle>,
@@ -40,11 +40,11 @@ pub struct RunOptions {
     pub image: Option<Arc<RealImage>>,
     /// What the client of the scenario `nbd-stream` sends.
     pub stream: Option<Arc<[u8]>>,
-    /// Every crash state of the first epoch is looked at, instead of one.
+    /// Every crash state of the first epoch is checked, instead of one.
     pub explore: bool,
 }
 
-/// Counts of one run.
+/// Counters of one run.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Stats {
     /// Guest requests answered.
@@ -55,7 +55,7 @@ pub struct Stats {
     pub crashes: u64,
     /// Operations on the host's files.
     pub host_ios: u64,
-    /// Clusters that power cuts may have lost.
+    /// Maximum number of clusters that the power cuts may have lost.
     pub lost_clusters: u64,
 }
 
@@ -68,11 +68,11 @@ pub struct World {
     pub verdict: Verdict,
     /// Linux of the host.
     pub kernel: Kernel,
-    /// Its storage.
+    /// The storage of the host.
     pub storage: Storage,
-    /// Xen below it.
+    /// The Xen hypervisor below it.
     pub xen: Xen,
-    /// What was asked for.
+    /// The options of the run.
     pub options: Rc<RunOptions>,
     stats: Rc<Cell<Stats>>,
     errors_allowed: bool,
@@ -108,17 +108,17 @@ impl World {
         }
     }
 
-    /// Counts the machines of this world: the number of a new one, from 0.
+    /// The number of the next machine of this world, from 0.
     pub fn next_boot(&self) -> u64 {
         self.boots.replace(self.boots.get() + 1)
     }
 
-    /// Whether host operations fail in this world for longer than a retry hides.
+    /// Whether operations of the host fail in this world for longer than a retry can hide.
     pub fn draws_errors(&self) -> bool {
         self.errors_allowed
     }
 
-    /// Whether what depends on the host may fail by now: its operations do, or nobody can know any more what it lost.
+    /// Whether what depends on the host may fail: its operations may, or it has lost data in unknown places.
     pub fn errors_allowed(&self) -> bool {
         self.errors_allowed || self.kernel.answers_lost()
     }
@@ -133,7 +133,7 @@ impl World {
         setting(&self.sim, name, choices)
     }
 
-    /// A property of the seed that shapes how decisions are drawn and is none itself; 0 in a replay.
+    /// A property of the seed that shapes how decisions are drawn but is not a decision; 0 in a replay.
     pub fn mood(&self, name: &str, n: u64) -> u64 {
         if self.sim.is_replaying() {
             return 0;
@@ -146,26 +146,26 @@ impl World {
         self.explorer.borrow().clone()
     }
 
-    /// Puts an explorer to work.
+    /// Sets the explorer.
     pub fn set_explorer(&self, explorer: Rc<Explorer>) {
         *self.explorer.borrow_mut() = Some(explorer);
     }
 
-    /// Changes the counts.
+    /// Changes the counters.
     pub fn count(&self, change: impl FnOnce(&mut Stats)) {
         let mut stats = self.stats.get();
         change(&mut stats);
         self.stats.set(stats);
     }
 
-    /// The counts so far.
+    /// The counters so far.
     pub fn stats(&self) -> Stats {
         let counts = self.storage.counts();
         Stats { host_ios: counts.reads + counts.writes + counts.syncs, ..self.stats.get() }
     }
 }
 
-/// What `body` breaks in a world without faults, for tests of checkers.
+/// The invariant that `body` breaks in a world without faults, for tests of checkers.
 #[cfg(test)]
 pub(crate) fn broken_by<F: Future<Output = ()> + 'static>(
     body: impl FnOnce(World) -> F,

@@ -1,9 +1,9 @@
-//! The command line as a user meets it: nonsense is refused with one line and exit status 2, and leaves nothing behind.
+//! The command line as a user meets it: invalid input is refused with one line and exit status 2, and has no effect.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-/// A working directory of its own.
+/// A separate working directory.
 struct Folder(tempfile::TempDir);
 
 impl Folder {
@@ -42,13 +42,13 @@ fn stdout(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// A saved run that fails, as every checkout has it.
+/// A saved run that fails, which is in every checkout.
 fn saved() -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("regressions/data-after-mapping.run");
     std::fs::read_to_string(path).expect("the regression is there")
 }
 
-/// `args` must be refused by a single line that holds `word`, without any effect.
+/// `args` must be refused with a single line that contains `word`, without any effect.
 fn refused(folder: &Folder, args: &[&str], word: &str) {
     let before = folder.names();
     let output = folder.tapsim(args);
@@ -57,7 +57,7 @@ fn refused(folder: &Folder, args: &[&str], word: &str) {
     assert!(text.contains(word), "{args:?} says {text:?}, without {word:?}");
     assert_eq!(text.lines().count(), 1, "{args:?} says {text:?}");
     assert_eq!(stdout(&output), "", "{args:?}");
-    assert_eq!(folder.names(), before, "{args:?} leaves something behind");
+    assert_eq!(folder.names(), before, "{args:?} leaves files");
 }
 
 #[test]
@@ -119,7 +119,7 @@ fn bad_decision_files_are_refused() {
 }
 
 #[test]
-fn exit_statuses_are_as_promised() {
+fn exit_statuses_are_as_documented() {
     let folder = Folder::new();
     let code = |args: &[&str]| {
         let output = folder.tapsim(args);
@@ -152,7 +152,7 @@ fn exit_statuses_are_as_promised() {
 }
 
 #[test]
-fn a_place_that_cannot_be_written_is_named() {
+fn an_unwritable_path_is_named() {
     let folder = Folder::new();
     folder.write("file", "");
     let output =

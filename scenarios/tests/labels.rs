@@ -1,5 +1,5 @@
-//! Every kind of decision that a model or a scenario makes is known to the reader of decision files: what is saved can
-//! be read again.
+//! The reader of decision files knows every kind of decision that a model or a scenario makes, so that what is saved
+//! can be read again.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -38,7 +38,7 @@ fn all_labels_are_listed() {
             listed.extend(words.filter(|word| word.starts_with('&')).filter_map(last));
         }
     }
-    assert!(made.len() > 60, "labels are looked for in the wrong way: {made:?}");
+    assert!(made.len() > 60, "the search for labels is broken: {made:?}");
     let unknown: Vec<_> = made.difference(&listed).collect();
-    assert!(unknown.is_empty(), "no list of labels has {unknown:?}");
+    assert!(unknown.is_empty(), "{unknown:?} are in no list of labels");
 }

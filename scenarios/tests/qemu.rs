@@ -1,12 +1,12 @@
-//! QEMU as a second opinion: what it writes our driver reads, and what our driver writes it reads, byte for byte.
+//! QEMU as a second opinion: our driver reads what QEMU writes, and QEMU reads what our driver writes, byte for byte.
 //!
 //! ```text
 //!   qemu-img create, qemu-io write ──► files ──► simulated storage ──► our driver ──► bytes == qemu-img convert
 //!   our driver: create, write      ──► simulated storage ──► files ──► qemu-img compare with what was written
 //! ```
 //!
-//! Where qemu-img or qemu-io is missing the tests are reported as ignored. (`qemu-img check` knows nothing of qcow
-//! version 1; the independent walker looks at the metadata instead.)
+//! Without qemu-img or qemu-io the tests report themselves as ignored. (`qemu-img check` does not support qcow version
+//! 1; the independent walker checks the metadata instead.)
 
 use kernel_model::SimHost;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
@@ -46,7 +46,7 @@ fn main() -> ExitCode {
     libtest_mimic::run(&args, trials).exit_code()
 }
 
-/// What an image is like.
+/// Parameters of an image.
 #[derive(Clone, Copy)]
 struct Case {
     size: u64,
@@ -54,7 +54,7 @@ struct Case {
 }
 
 impl Case {
-    /// As qemu-img chooses them.
+    /// Cluster size as qemu-img chooses it.
     fn cluster(self) -> u64 {
         if self.backing { 512 } else { 4096 }
     }
@@ -105,7 +105,7 @@ impl Bench {
         Err(format!("{tool} {}: {text}", args.join(" ")).into())
     }
 
-    /// A backing file that is a little shorter than the disk, with holes.
+    /// Makes a backing file that is slightly shorter than the disk, with holes.
     fn make_base(&mut self, size: u64) -> Result<(), Failed> {
         let mut base = self.random(size - 3 * SECTOR);
         for hole in base.chunks_mut(7000).step_by(3) {
@@ -114,7 +114,7 @@ impl Bench {
         Ok(std::fs::write(self.path().join("base.raw"), base)?)
     }
 
-    /// An image of QEMU's with patterns, random bytes and compressed clusters all over it.
+    /// Makes an image with QEMU, with patterns, random bytes and compressed clusters in many places.
     fn make_top(&mut self, case: Case) -> Result<(), Failed> {
         let size = case.size.to_string();
         let mut args = vec!["create", "-q", "-f", "qcow"];
@@ -153,7 +153,7 @@ impl Bench {
         Ok(std::fs::read(self.path().join("view.raw"))?)
     }
 
-    /// Takes the real files into a simulated world.
+    /// Loads the real files into a simulated world.
     fn load(&self, world: &World) -> Result<(), Failed> {
         for (name, path) in [("top.qcow", TOP), ("base.raw", BASE)] {
             let real = self.path().join(name);
@@ -164,7 +164,7 @@ impl Bench {
         Ok(())
     }
 
-    /// Writes the simulated image out and lets QEMU compare it with `expected`.
+    /// Saves the simulated image to a file, and has QEMU compare it with `expected`.
     fn compare(&self, world: &World, expected: &[u8]) -> Result<(), Failed> {
         let image = world.storage.bytes(TOP).ok_or("the image is gone")?;
         std::fs::write(self.path().join("top.qcow"), image)?;
@@ -180,7 +180,7 @@ impl Bench {
         Ok(())
     }
 
-    /// Random operations on `disk`, which `expected` follows.
+    /// Random operations on `disk`, repeated on `expected`.
     async fn work(&mut self, disk: &DirectDisk, expected: &mut [u8]) -> Result<(), Failed> {
         let sectors = expected.len() as u64 / SECTOR;
         for _ in 0..200 {
@@ -192,7 +192,7 @@ impl Bench {
                 1 | 2 => {
                     let same = disk.read(range, |bytes| *bytes == expected[at]).await?;
                     if !same {
-                        return Err(format!("reading {range} gives other bytes").into());
+                        return Err(format!("reading {range} returned wrong bytes").into());
                     }
                 }
                 _ => {
@@ -245,7 +245,7 @@ fn first_difference(a: &[u8], b: &[u8]) -> Result<(), Failed> {
     }
 }
 
-/// QEMU writes, we read.
+/// QEMU writes, our driver reads.
 fn reads(case: Case) -> Result<(), Failed> {
     for seed in 0..2 {
         let mut bench = Bench::new(seed)?;
@@ -261,7 +261,7 @@ fn reads(case: Case) -> Result<(), Failed> {
     Ok(())
 }
 
-/// QEMU writes, we write on, QEMU reads.
+/// QEMU writes, our driver writes more, QEMU reads.
 fn writes(case: Case) -> Result<(), Failed> {
     for seed in 10..12 {
         let mut bench = Bench::new(seed)?;
@@ -279,7 +279,7 @@ fn writes(case: Case) -> Result<(), Failed> {
     Ok(())
 }
 
-/// We create and write, QEMU reads.
+/// Our driver creates and writes, QEMU reads.
 fn makes(case: Case) -> Result<(), Failed> {
     for (seed, cluster_bits, l2_bits) in [(20, None, None), (21, Some(9), Some(6)), (22, Some(16), Some(13))]
     {

@@ -1,7 +1,7 @@
 //! The catalogue as tests: saved runs first, among them one of every seeded bug, then seeds of every scenario.
 //!
 //! ```text
-//!   regression::FILE      a saved run comes out as it must
+//!   regression::FILE      a saved run has the expected result
 //!   scenario::NAME        a few seeds of a scenario, inside the guard
 //!   determinism::NAME     guarded, not guarded and replayed from its decisions: the same trace
 //! ```
@@ -11,13 +11,13 @@
 //! | `TAPSIM_SEED` | one seed, or `A..B`, instead of the usual ones |
 //! | `TAPSIM_SEEDS` | `A..B` |
 //! | `MADSIM_TEST_SEED`, `MADSIM_TEST_NUM` | the first seed and how many |
-//! | `TAPSIM_REPLAY` | a decision file: runs that and nothing else |
+//! | `TAPSIM_REPLAY` | a decision file: only that is run |
 //!
 //! `scenarios/regressions` holds one shrunk run per seeded bug, named after it, which proves that the bug is still
-//! caught and that the same decisions are harmless without it; a bug without one fails. `cargo tapsim bugs --stale
-//! --save` makes those that are missing or do not show their bug any more. (That each bug is found from seeds alone is
-//! what `cargo tapsim bugs` shows.) A run that once found a real bug is kept there too: without a bug it must pass. A
-//! file can say what must come out of it with a line `option expect=pass` or `option expect=fail`.
+//! caught and that the same decisions are harmless without it; a bug without a run fails. `cargo tapsim bugs --stale
+//! --save` makes those that are missing or no longer show their bug. (`cargo tapsim bugs` proves that each bug is found
+//! from seeds alone.) A run that once found a real bug is kept there, too: without a bug it must pass. A file can state
+//! its expected result with a line `option expect=pass` or `option expect=fail`.
 
 use kernel_model::StorageConfig;
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -39,9 +39,9 @@ use std::process::ExitCode;
 const SEEDS: Range<u64> = 0..150;
 /// Seeds of each scenario whose traces are compared.
 const COMPARED: Range<u64> = 0..3;
-/// Runs for shrinking; more would make runs smaller still.
+/// Replays for shrinking; with more, runs would become smaller.
 const SHRINK_RUNS: u64 = 4000;
-/// Events of a failure that are shown.
+/// Number of events printed for a failure.
 const TAIL: usize = 12;
 
 fn main() -> ExitCode {
@@ -91,9 +91,8 @@ fn asked(env: impl Fn(&str) -> Option<String>) -> Result<Asked, String> {
             };
             let (first, count) = (number("MADSIM_TEST_SEED", 0)?, number("MADSIM_TEST_NUM", 1)?);
             let end = first.checked_add(count).filter(|_| count > 0);
-            end.map(|end| Asked::Seeds(first..end)).ok_or_else(|| {
-                format!("MADSIM_TEST_NUM: {count} seeds from {first} on: there are none or too many")
-            })
+            end.map(|end| Asked::Seeds(first..end))
+                .ok_or_else(|| format!("MADSIM_TEST_NUM: {count} seeds from {first} on are none or too many"))
         }
     }
 }
@@ -103,7 +102,7 @@ fn trials(env: impl Fn(&str) -> Option<String>) -> Result<Vec<Trial>, String> {
         Asked::Usual => SEEDS,
         Asked::Seeds(seeds) => seeds,
         Asked::Replay(path) => {
-            // Tests run in the folder of their package; people name files from the top.
+            // Tests run in the folder of their package, but paths are given relative to the workspace.
             let top = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("").join(&path);
             let path = if path.exists() { path } else { top };
             load_run(&path).map_err(|stop| stop.1)?;
@@ -152,7 +151,7 @@ fn regressions() -> Result<Vec<PathBuf>, String> {
     Ok(files)
 }
 
-/// Documents that say how many scenarios there are say it right.
+/// Checks the number of scenarios wherever a document states it.
 fn documents() -> Result<(), Failed> {
     let top = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("");
     let mut files: Vec<PathBuf> =
@@ -172,15 +171,17 @@ fn documents() -> Result<(), Failed> {
         for (before, _) in text.match_indices(" scenarios").map(|(at, _)| text.split_at(at)) {
             let digits = before.rfind(|c: char| !c.is_ascii_digit()).map_or(0, |at| at + 1);
             let Ok(count) = before[digits..].parse::<usize>() else { continue };
-            // Less is said of some of them.
+            // A smaller number counts some of them.
             if count > 9 && count != catalog::ALL.len() {
                 let there = catalog::ALL.len();
-                return Err(format!("{}: {count} scenarios, and there are {there}", file.display()).into());
+                return Err(
+                    format!("{}: says {count} scenarios, but there are {there}", file.display()).into()
+                );
             }
             seen += 1;
         }
     }
-    if seen == 0 { Err("no document says how many scenarios there are".into()) } else { Ok(()) }
+    if seen == 0 { Err("no document states the number of scenarios".into()) } else { Ok(()) }
 }
 
 /// Runs `work` on `spec` inside the guard.
@@ -218,7 +219,7 @@ fn regression(path: &Path) -> Result<(), Failed> {
     })
 }
 
-/// The seeded bug has a saved run; `regression` looks at what comes of it.
+/// Checks that the seeded bug has a saved run; `regression` checks its result.
 fn saved_bug(quarry: Quarry, path: Option<&Path>) -> Result<(), Failed> {
     let name = quarry.name();
     let make = format!("make it with: cargo tapsim bugs {name} --save");
@@ -240,7 +241,7 @@ fn sweep(scenario: &'static Scenario, seeds: Range<u64>) -> Result<(), Failed> {
     }
 }
 
-/// Shrinks and saves a failing run, and tells how to have it again.
+/// Shrinks and saves a failing run, and prints how to repeat it.
 fn shrunk_failure(spec: &RunSpec) -> Failed {
     let (best, outcome) = guarded(spec, |spec| {
         let all = run_recorded(spec, TraceLevel::Hash);
@@ -288,7 +289,7 @@ fn deterministic(scenario: &'static Scenario) -> Result<(), Failed> {
         if first.trace.hash != bare.trace.hash {
             return Err(format!("seed {seed}: the trace differs with the guard on and off").into());
         }
-        // As from a file: what a run decides can be saved and read again.
+        // Through a file: the decisions of a run can be saved and read again.
         let file = spec.to_file(&first, "none");
         let read = RunFile::parse(&file.print()).map_err(|e| format!("seed {seed}: {e}"))?;
         let again = guarded(&RunSpec { source: Source::Replay(read.decisions), ..spec }, run);
@@ -324,8 +325,8 @@ static FALLS_TWICE: Scenario = Scenario {
     },
 };
 
-/// A panic that meets another is a finding, and the sweep goes on. Not a test of the library: the threads that are
-/// given up keep the hook of panics, which the usual harness wants back at its end.
+/// A panic during a panic is a finding, and the sweep continues. Not a test of the library, because the threads that
+/// are given up keep the panic hook, which the usual harness restores at its end.
 fn panics() -> Result<(), Failed> {
     for guarded in [false, true] {
         let spec = SweepSpec {
@@ -348,7 +349,7 @@ fn panics() -> Result<(), Failed> {
     Ok(())
 }
 
-/// The variables say what they are documented to say, and nonsense is refused.
+/// The variables work as documented, and invalid values are refused.
 fn environment() -> Result<(), Failed> {
     let of =
         |pairs: &[(&str, &str)]| asked(|name| pairs.iter().find(|p| p.0 == name).map(|p| p.1.to_string()));
@@ -370,7 +371,7 @@ fn environment() -> Result<(), Failed> {
         &[("TAPSIM_SEED", "1"), ("MADSIM_TEST_NUM", "2")],
     ] {
         let answer = of(bad);
-        assert!(answer.as_ref().is_err_and(|text| !text.contains('\n')), "{bad:?} gives {answer:?}");
+        assert!(answer.as_ref().is_err_and(|text| !text.contains('\n')), "{bad:?} returns {answer:?}");
     }
     Ok(())
 }

@@ -18,7 +18,7 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 
 /// How far the turn of a woken task is delayed.
-pub static WAKE: Label = Label::new("wake", "its turn {n} is put back by {} ns");
+pub static WAKE: Label = Label::new("wake", "its turn {n} is delayed by {} ns");
 
 /// Shells of ended tasks that are kept for reuse.
 const SHELLS_MAX: usize = 256;

@@ -104,7 +104,7 @@ impl Channels {
             _ => return Err(Errno::EINVAL),
         }
         let own = self.allocate(dom, State::Bound { remote, port })?;
-        let far = self.slot(remote, port).expect("looked at above");
+        let far = self.slot(remote, port).expect("checked above");
         far.state = State::Bound { remote: dom, port: own.port };
         // The event may have been raised before the channel was bound.
         self.live(own).expect("made above").pending = true;

@@ -1,4 +1,4 @@
-//! Shared memory as the CPUs of a machine see it: others run between any two accesses, and stores may be late.
+//! Shared memory as the CPUs of a machine see it: others run between any two accesses, and stores may be delayed.
 //!
 //! Before each access of a page that two domains share, a decision may let tasks of the other domains run. Each process
 //! has a store buffer, as on x86 (TSO): a decision keeps a store in the buffer, later ones queue up after it, loads of
@@ -13,11 +13,8 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 
 /// How many turns of others run before an access, in 4 bits, and whether the other side gets a spurious event first.
-pub(crate) static OTHER_CPUS: Label = Label::packed(
-    "other-cpus",
-    "before access {n} other CPUs go on: turns, and 16 for an event ({})",
-    &[4, 1],
-);
+pub(crate) static OTHER_CPUS: Label =
+    Label::packed("other-cpus", "before access {n} other CPUs run: turns, and 16 for an event ({})", &[4, 1]);
 pub(crate) static STORE_BUFFERED: Label =
     Label::new("store-buffered", "store {n} stays in the CPU's buffer until the next barrier");
 

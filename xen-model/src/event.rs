@@ -9,80 +9,80 @@ use tap_host::{DomId, GrantRef, Port};
 pub enum XenEvent<'a> {
     /// A domain was made.
     DomainCreated {
-        /// It.
+        /// Its number.
         dom: DomId,
     },
     /// A domain ended.
     DomainDestroyed {
-        /// It.
+        /// Its number.
         dom: DomId,
     },
     /// A granted page was mapped.
     Mapped {
-        /// Who mapped it.
+        /// The domain that mapped it.
         by: DomId,
-        /// Whose page.
+        /// The domain that granted it.
         dom: DomId,
-        /// Which.
+        /// The grant.
         gref: GrantRef,
     },
     /// A mapping ended.
     Unmapped {
-        /// Who had mapped it.
+        /// The domain that had mapped it.
         by: DomId,
-        /// Whose page.
+        /// The domain that granted it.
         dom: DomId,
-        /// Which.
+        /// The grant.
         gref: GrantRef,
     },
     /// An event channel was bound.
     Bound {
-        /// Who bound it.
+        /// The domain that bound it.
         dom: DomId,
-        /// At which port.
+        /// Its port.
         port: Port,
-        /// To whom.
+        /// The domain at the other end.
         remote: DomId,
-        /// At which port.
+        /// The port at the other end.
         remote_port: Port,
     },
     /// An event channel was closed.
     Closed {
-        /// Who closed it.
+        /// The domain that closed it.
         dom: DomId,
-        /// Which port.
+        /// The port.
         port: Port,
     },
     /// An event was raised.
     Notified {
-        /// By whom.
+        /// The domain that raised it.
         dom: DomId,
-        /// Through which port.
+        /// Its port.
         port: Port,
-        /// How much later it arrives.
+        /// Delay of the arrival.
         late_ns: u64,
     },
     /// A value was written in xenstore.
     Written {
-        /// By whom.
+        /// The domain that wrote it.
         dom: DomId,
-        /// Where.
+        /// The path.
         path: &'a str,
-        /// What.
+        /// The value.
         value: &'a [u8],
     },
     /// A node was removed from xenstore.
     Removed {
-        /// By whom.
+        /// The domain that removed it.
         dom: DomId,
-        /// Which.
+        /// The path.
         path: &'a str,
     },
     /// A transaction ended.
     Committed {
-        /// Whose.
+        /// The domain that started it.
         dom: DomId,
-        /// With effect.
+        /// Whether it took effect.
         done: bool,
     },
 }

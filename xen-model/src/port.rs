@@ -41,8 +41,8 @@ struct Inner {
     stored: Cell<u32>,
 }
 
-/// One process's access to Xen; clones share it. Dies with its node: handles first, then the model unmaps, closes and
-/// disconnects what it had.
+/// One process's access to Xen; clones share it. When its node dies, handles are dropped first, then the model unmaps,
+/// closes and disconnects what the process had.
 #[derive(Clone)]
 pub struct XenPort(Rc<Inner>);
 

@@ -62,7 +62,7 @@ fn copies_cross_pages_and_respect_the_grant() {
 }
 
 #[test]
-fn a_segment_that_fails_keeps_no_other_from_being_done() {
+fn a_failed_segment_does_not_stop_the_others() {
     world(1, async |w| {
         let dom = w.guest.dom();
         let [a, b] = [0, 1].map(|_| GrantedPage::new(&w.guest, DOM0, false).unwrap());

@@ -15,11 +15,11 @@ use tap_host::{DomId, Errno, GrantRef, Port};
 
 pub(crate) static EVENT_LATE: Label = Label::new("event-late", "event {n} arrives {} ns late");
 pub(crate) static EVENT_AGAIN: Label =
-    Label::new("event-again", "event {n} comes a second time {} ns later, for nothing");
+    Label::new("event-again", "event {n} arrives again {} ns later, as a spurious event");
 pub(crate) static DEAF: Label = Label::new("deaf", "the device for events fails after {} ns");
 pub(crate) static STORE_LATE: Label = Label::new("store-late", "operation {n} takes {} ns more");
 pub(crate) static WATCH_LATE: Label = Label::new("watch-late", "watch event {n} comes {} ns late");
-pub(crate) static STORE_CONFLICT: Label = Label::new("store-conflict", "the transaction has to be repeated");
+pub(crate) static STORE_CONFLICT: Label = Label::new("store-conflict", "the transaction must be repeated");
 pub(crate) static CLOSE_LATE: Label =
     Label::new("close-late", "port {n} of the dead process is closed {} ns late");
 
@@ -70,7 +70,7 @@ pub struct Options {
     pub store_late_bits: u32,
     /// Longest time that a dead process keeps a port, as a power of two of nanoseconds.
     pub close_late_bits: u32,
-    /// Domains run on CPUs of their own: others move between two accesses of shared memory, and stores arrive late.
+    /// Each domain has its own CPUs: others run between two accesses of shared memory, and stores arrive late.
     /// Otherwise the whole machine has one CPU, which sees its own stores at once.
     pub other_cpus: bool,
 }
@@ -203,13 +203,13 @@ impl Xen {
         dom
     }
 
-    /// Makes a domain with the number of one that is gone, as Xen does once it has used all numbers.
+    /// Makes a domain with the number of an earlier one, as Xen does once it has used all numbers.
     ///
     /// # Panics
     /// If that domain never existed, or still exists.
     pub fn create_domain_again(&self, dom: DomId) {
         let gone = self.0.grants.borrow_mut()[usize::from(dom.0)].replace(GrantTable::default());
-        assert!(gone.is_none(), "{dom} is there");
+        assert!(gone.is_none(), "{dom} still exists");
         self.trace(XenEvent::DomainCreated { dom });
         self.fire_special("@introduceDomain");
     }

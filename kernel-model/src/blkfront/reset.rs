@@ -34,7 +34,7 @@ impl Blkfront {
     }
 
     async fn wait_a_while(&self, state: u8) -> Result<(), Errno> {
-        let mut there = pin!(self.0.wait_back(|s| s == state));
+        let mut there = pin!(self.0.wait_for_back(|s| s == state));
         let mut enough = pin!(self.0.port.xen().sim().sleep_ns(WAITS_NS));
         poll_fn(|cx| match there.as_mut().poll(cx) {
             Poll::Ready(reached) => Poll::Ready(reached.map(drop)),

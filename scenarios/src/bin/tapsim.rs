@@ -1,4 +1,4 @@
-//! The testbed's program; everything is in the library.
+//! The testbed's program; the code is in the library.
 
 fn main() -> std::process::ExitCode {
     scenarios::cli::main()

@@ -1,11 +1,11 @@
-//! An image that is away: when its disk is plugged in, and when tapdisk comes back under a guest that uses it.
+//! An absent image: when its disk is plugged in, and when tapdisk restarts under a guest that uses it.
 
 use super::away::end_in_order;
 use super::crash::either;
 use super::ring::{DISK_BYTES, KILL_AFTER, NO_ERRORS, not_stuck, operations_of};
 use super::setup::Setup;
 use crate::check::Invariant;
-use crate::guest::{Guest, Manners, RingDisk};
+use crate::guest::{ErrorPolicy, Guest, RingDisk};
 use crate::limits::StackLimits;
 use crate::machine::{Attached, Machine};
 use crate::scenario::Scenario;
@@ -14,22 +14,22 @@ use sim::{Entity, Label};
 use std::rc::Rc;
 use tap_core::wait::oneshot;
 
-/// For how long the image of a connected guest is away.
-pub static ABSENT_FOR: Label = Label::new("absent-for", "the image is away for {} ns");
+/// How long the image of a connected guest is absent.
+pub static ABSENT_FOR: Label = Label::new("absent-for", "the image is absent for {} ns");
 
-/// An image that is away for a while.
+/// An image that is absent for a while.
 pub static IMAGE_ABSENT: Scenario = Scenario {
     name: "image-absent",
-    about: "a disk is plugged in without its image and refused; tapdisk comes back and the image of its guest is away: it is tried again, the guest is destroyed, or tapdisk replaced",
+    about: "a disk is plugged in without its image and refused; tapdisk restarts while the image of its guest is absent: it retries, the guest is destroyed, or tapdisk is replaced",
     storage: &|_| not_stuck(),
     body: &|w| Box::pin(image_absent(w)),
 };
 
-/// Longest pause between two attempts to serve a disk, in nanoseconds, with what xenstored may take on top.
+/// Maximum pause between two attempts to serve a disk, with the time that xenstored may add, in nanoseconds.
 const LONGEST_PAUSE_NS: u64 = 35_000_000_000;
-/// Attempts whose pauses have not grown to that yet, and those after a start.
+/// Number of attempts before the pauses reach their maximum, at the start and after a restart.
 const FIRST_ATTEMPTS: u64 = 8;
-/// A toolstack that waits for an end waits for so long.
+/// How long a toolstack waits for an end, in nanoseconds.
 const TOOLSTACK_WAITS_NS: u64 = 10_000_000_000;
 
 async fn image_absent(world: World) {
@@ -42,12 +42,12 @@ async fn image_absent(world: World) {
     let aside = format!("{image}-aside");
     if world.setting("absent-at-plug", &[false, true]) {
         world.storage.rename(&image, &aside);
-        machine.plug_in_vain(&disk).await;
+        machine.plug_without_image(&disk).await;
         world.storage.rename(&aside, &image);
     }
     machine.plug(&disk).await;
     let Some(guest) = disk.boot(&world, NO_ERRORS).await else { return };
-    guest.set_manners(Manners { reads: Invariant::P1, ..NO_ERRORS });
+    guest.set_error_policy(ErrorPolicy { reads: Invariant::P1, ..NO_ERRORS });
     let (ops, g, (done, finished)) = (operations_of(&world, &disk, 0, 40), guest.clone(), oneshot());
     disk.node.spawn("main", 0, async move {
         g.run(&ops, 8).await;
@@ -72,7 +72,7 @@ async fn image_absent(world: World) {
                 replace(&world, &machine).await;
             }
             world.storage.rename(&aside, &image);
-            go_on(&world, &machine, &disk, &guest, finished).await;
+            check_answered(&world, &machine, &disk, &guest, finished).await;
         }
     }
     if let Some(host) = machine.tapdisk() {
@@ -80,7 +80,7 @@ async fn image_absent(world: World) {
     }
     machine.all_ended().await;
     machine.check_leaks();
-    // What the dead one was doing ends, and its image is free.
+    // The dead process's last operations complete, and its image is free.
     world.sim.sleep_ns(15_000_000_000).await;
     setup.check(&world, "in the end").await;
 }
@@ -98,16 +98,16 @@ async fn die(world: &World, machine: &Rc<Machine>, guest: &Guest<RingDisk>) {
     world.count(|s| s.crashes += 1);
 }
 
-/// It is tried now and then, and told once.
+/// Checks that opening is retried at the right rate and reported once.
 fn check_attempts(world: &World, machine: &Machine, before: (u64, u32), absent_ns: u64) {
     let ((opened, told), (opened_before, told_before)) = (machine.attempts(), before);
-    let most = FIRST_ATTEMPTS + absent_ns / (LONGEST_PAUSE_NS / 2);
-    if opened - opened_before > most {
+    let max = FIRST_ATTEMPTS + absent_ns / (LONGEST_PAUSE_NS / 2);
+    if opened - opened_before > max {
         let text = format!("{} attempts in {absent_ns} ns to open an image", opened - opened_before);
         world.fail(Invariant::L1, text);
     }
     if told - told_before > 1 || (told == told_before && absent_ns > LONGEST_PAUSE_NS) {
-        world.fail(Invariant::L1, format!("told {} times that an image is away", told - told_before));
+        world.fail(Invariant::L1, format!("an absent image was reported {} times", told - told_before));
     }
 }
 
@@ -118,15 +118,15 @@ async fn replace(world: &World, machine: &Rc<Machine>) {
     let begun_ns = world.sim.now_ns();
     machine.all_ended().await;
     if world.sim.now_ns() - begun_ns > TOOLSTACK_WAITS_NS {
-        world.fail(Invariant::L1, "a tapdisk without an image takes long to stop");
+        world.fail(Invariant::L1, "a tapdisk without an image takes too long to stop");
     }
     host.process.node().kill();
     host.process.node().dead().await;
     machine.start_tapdisk();
 }
 
-/// The image is there: what the guest asked for is answered soon.
-async fn go_on(
+/// The image is back: what the guest submitted is answered soon.
+async fn check_answered(
     world: &World,
     machine: &Rc<Machine>,
     disk: &Attached,
@@ -136,7 +136,7 @@ async fn go_on(
     let begun_ns = world.sim.now_ns();
     let _ = finished.await;
     if world.sim.now_ns() - begun_ns > LONGEST_PAUSE_NS {
-        let text = format!("a guest waits {} ns for an image that is back", world.sim.now_ns() - begun_ns);
+        let text = format!("a guest waited {} ns after its image was back", world.sim.now_ns() - begun_ns);
         world.fail(Invariant::L1, text);
     }
     end_in_order(world, machine, disk, guest).await;

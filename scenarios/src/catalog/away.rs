@@ -1,7 +1,7 @@
-//! No tapdisk runs for a while, and the world goes on: guests wait, begin anew, end, or others come in their place.
+//! No tapdisk runs for a while: guests wait, reboot or end, or others take their place.
 
 use super::crash::either;
-use super::ring::{DISK_BYTES, KILL_AFTER, NO_ERRORS, in_guest, manners, operations_of, with_errors};
+use super::ring::{DISK_BYTES, KILL_AFTER, NO_ERRORS, error_policy, in_guest, operations_of, with_errors};
 use super::setup::Setup;
 use super::toolstack::DESTROY_AFTER;
 use crate::check::Invariant;
@@ -16,18 +16,18 @@ use sim::{Entity, Label};
 use std::rc::Rc;
 use tap_core::wait::oneshot;
 
-/// After what time tapdisk is started again when somebody new waits for it.
+/// Time until tapdisk is started again once a new guest waits for it.
 pub static BACK_AFTER: Label = Label::new("back-after", "tapdisk is back after {} more ns");
 
 /// No tapdisk runs for a while.
 pub static TAPDISK_AWAY: Scenario = Scenario {
     name: "tapdisk-away",
-    about: "tapdisk dies and stays away; its guest waits, starts another kernel, is saved and restored, or is destroyed meanwhile or while its ring is taken up, and another may get its number; nothing is left",
+    about: "tapdisk dies and is not restarted; its guest waits, boots another kernel, is saved and restored, or is destroyed before or during the takeover of its ring, and another may get its number; nothing is left",
     storage: &|sim| with_errors(sim, FaultPlan { stuck: false, ..FaultPlan::LATENCY }),
     body: &|w| Box::pin(tapdisk_away(w)),
 };
 
-/// What the guest does while nobody serves it.
+/// What the guest does while no tapdisk runs.
 const MEANWHILE: [&str; 6] = [
     "waits",
     "is destroyed",
@@ -47,7 +47,7 @@ async fn tapdisk_away(world: World) {
     let disk = machine.new_guest(setup.clone(), 0);
     machine.plug(&disk).await;
     let Some(guest) = disk.boot(&world, NO_ERRORS).await else { return };
-    guest.set_manners(manners(&world, Invariant::P1));
+    guest.set_error_policy(error_policy(&world, Invariant::P1));
     let (ops, g) = (operations_of(&world, &disk, 0, 60), guest.clone());
     let (done, finished) = oneshot();
     disk.node.spawn("main", 0, async move {
@@ -83,7 +83,7 @@ async fn tapdisk_away(world: World) {
         "starts another kernel" => another_kernel(&world, &machine, &disk, &guest, away_ns).await,
         _ => setups.push(another_guest(&world, &machine, &disk, away_ns).await),
     }
-    // Time to look at what there was when it began.
+    // Time to process what was there when it started.
     world.sim.sleep_ns(60_000_000_000).await;
     if let Some((disk, guest)) = &neighbour {
         end_in_order(&world, &machine, disk, guest).await;
@@ -102,7 +102,7 @@ async fn tapdisk_away(world: World) {
     }
 }
 
-/// Until somebody destroys the domain.
+/// Waits until the domain is to be destroyed.
 async fn wait_for_destroyer(world: &World) {
     let entity = Entity::WORLD.child("destroyer", 0);
     world.sim.name_entity(entity, || "administrator".into());
@@ -110,19 +110,19 @@ async fn wait_for_destroyer(world: &World) {
     world.sim.sleep_ns(after_ns).await;
 }
 
-/// Kills tapdisk when it has done so much, or has nothing to do.
+/// Kills tapdisk after so many effects, or once it is idle.
 async fn kill(world: &World, tapdisk: &SimHost) {
     let entity = Entity::WORLD.child("killer", 0);
     world.sim.name_entity(entity, || "killer".into());
     let after = world.sim.decide(entity, &KILL_AFTER, 0, |d| 1 + d.below(600));
     tapdisk.process.node().kill_after_steps(after);
-    // With nothing to do it would never get so far.
+    // An idle tapdisk would never get that far.
     either(tapdisk.process.node().dead(), world.sim.sleep_ns(20_000_000_000)).await;
     tapdisk.process.node().kill();
     tapdisk.process.node().dead().await;
 }
 
-/// In half of the seeds another guest is there, whose number is lower; it has done something and waits.
+/// In half of the seeds, another guest with a lower number has used its disk and waits.
 async fn neighbour(world: &World, machine: &Machine) -> Option<(Attached, Guest<RingDisk>)> {
     if !world.setting("neighbour", &[false, true]) {
         return None;
@@ -130,13 +130,13 @@ async fn neighbour(world: &World, machine: &Machine) -> Option<(Attached, Guest<
     let disk = machine.new_guest(Setup::raw(world, 2, DISK_BYTES), 2);
     machine.plug(&disk).await;
     let guest = disk.boot(world, NO_ERRORS).await?;
-    guest.set_manners(manners(world, Invariant::P1));
+    guest.set_error_policy(error_policy(world, Invariant::P1));
     let (g, ops) = (guest.clone(), operations_of(world, &disk, 2, 8));
     in_guest(&disk, async move { g.run(&ops, 4).await }).await;
     Some((disk, guest))
 }
 
-/// Somebody starts a tapdisk with an image that is another disk than the guest was told of.
+/// A tapdisk is started with an image of another size or mode than the guest was told.
 async fn try_another(world: &World, machine: &Rc<Machine>, disk: &Attached) {
     match world.setting("tried-with", &["nothing", "a smaller image", "an image that may only be read"]) {
         "nothing" => {}
@@ -152,7 +152,7 @@ async fn back_after(machine: &Rc<Machine>, ns: u64) {
     machine.start_tapdisk();
 }
 
-/// Looks at the whole disk, lets go of it and takes it away.
+/// Reads the whole disk, closes the front end and detaches the disk.
 pub(super) async fn end_in_order(world: &World, machine: &Machine, disk: &Attached, guest: &Guest<RingDisk>) {
     world.sim.stop_faults();
     let (w, a, g) = (world.clone(), disk.clone(), guest.clone());
@@ -166,7 +166,7 @@ pub(super) async fn end_in_order(world: &World, machine: &Machine, disk: &Attach
     machine.unplug(disk).await;
 }
 
-/// The guest's kernel is followed by another at once (kexec), which finds the devices of the first as they are.
+/// Another kernel follows the guest's first at once (kexec), and finds its devices as they are.
 async fn another_kernel(
     world: &World,
     machine: &Rc<Machine>,
@@ -174,7 +174,7 @@ async fn another_kernel(
     before: &Guest<RingDisk>,
     away_ns: u64,
 ) {
-    // Its ring is gone; nobody can take it up, and to say so is right.
+    // Its ring is gone, so no tapdisk can take it over, and a complaint about that is right.
     machine.expect_broken_ring(disk.dom);
     let second = machine.next_kernel(disk).await;
     before.retire();
@@ -188,14 +188,14 @@ async fn another_kernel(
     });
     back_after(machine, away_ns).await;
     let Some(Some(guest)) = booted.await else { return };
-    guest.set_manners(manners(world, Invariant::P1));
+    guest.set_error_policy(error_policy(world, Invariant::P1));
     let (g, ops) = (guest.clone(), operations_of(world, &second, 1, 20));
     in_guest(&second, async move { g.run(&ops, 8).await }).await;
     end_in_order(world, machine, &second, &guest).await;
 }
 
-/// The guest is saved: its domain ends, and it goes on in another, on the same image, with a ring of its own. What had
-/// no answer has happened or not, and nobody may carry it out later.
+/// The guest is saved: its domain ends, and it continues in another on the same image, with a new ring. Unanswered
+/// requests may or may not have taken effect, and must not take effect later.
 async fn saved_and_restored(
     world: &World,
     machine: &Rc<Machine>,
@@ -216,7 +216,7 @@ async fn saved_and_restored(
     let next = machine.new_guest(disk.setup.clone(), 1);
     machine.plug(&next).await;
     let Some(guest) = next.boot(world, NO_ERRORS).await else { return };
-    guest.set_manners(manners(world, Invariant::P1));
+    guest.set_error_policy(error_policy(world, Invariant::P1));
     let (g, ops) = (guest.clone(), operations_of(world, &next, 1, 20));
     in_guest(&next, async move {
         let _ = g.read_all().await;
@@ -226,7 +226,7 @@ async fn saved_and_restored(
     end_in_order(world, machine, &next, &guest).await;
 }
 
-/// The guest is destroyed, and one with another disk comes that has the number of the first. Gives its disk.
+/// The guest is destroyed, and another with a different disk gets its number. Returns the first one's disk.
 async fn another_guest(world: &World, machine: &Rc<Machine>, disk: &Attached, away_ns: u64) -> Setup {
     machine.destroy_alone(disk).await;
     world.sim.sleep_ns(away_ns).await;
@@ -238,7 +238,7 @@ async fn another_guest(world: &World, machine: &Rc<Machine>, disk: &Attached, aw
     world.sim.spawn("start", 0, async move { back_after(&m, after_ns).await });
     machine.plug(&next).await;
     let Some(guest) = next.boot(world, NO_ERRORS).await else { return next.setup };
-    guest.set_manners(manners(world, Invariant::P1));
+    guest.set_error_policy(error_policy(world, Invariant::P1));
     let (g, ops) = (guest.clone(), operations_of(world, &next, 1, 20));
     in_guest(&next, async move { g.run(&ops, 8).await }).await;
     end_in_order(world, machine, &next, &guest).await;

@@ -1,9 +1,9 @@
-//! Power cuts: at a moment of the seed's choice the machine stops; what it left must open and hold what it may hold.
+//! Power cuts: the machine stops at a moment that the seed chooses; the image must then open and hold permitted data.
 //!
 //! ```text
 //!   epoch 1            epoch 2 ...             last epoch
 //!   open, operations   open, operations        open, read all, write, flush, read all, close
-//!        ╳ power cut        ╳ power cut         no faults any more
+//!        ╳ power cut        ╳ power cut         no more faults
 //! ```
 
 use super::failures::{self, passing_storage};
@@ -12,7 +12,7 @@ use super::setup::{Setup, cut_after_drop, workload};
 use crate::check::{BeforeCut, Invariant};
 use crate::explore::Explorer;
 use crate::formats::{self, FormatModel, Kind, RAW};
-use crate::guest::{DirectDisk, Guest, Manners};
+use crate::guest::{DirectDisk, ErrorPolicy, Guest};
 use crate::limits::StackLimits;
 use crate::power::{CRASH_AT, power};
 use crate::scenario::{OfFormat, Scenario};
@@ -31,8 +31,8 @@ use std::task::Poll;
 use tap_core::wait::oneshot;
 use tap_host::{IoKind, Mark, SECTOR_BYTES, SectorRange};
 
-/// One power cut, or two where a recovery has nothing to do: nothing lies between the guest and a raw file, and the
-/// rules are the same.
+/// One power cut, or two where a recovery has nothing to do: a raw file has nothing between the guest and the file, so
+/// the rules are the same.
 pub static POWER_CUT: OfFormat = OfFormat {
     name: "FORMAT-power-cut",
     about: "FORMAT under load with zeros and discards, power cut at any host operation, recovery checked sector by sector",
@@ -64,17 +64,17 @@ pub static OVERLAY_POWER_CUT: OfFormat = OfFormat {
     settled: true,
 };
 
-/// Whether files can be made zeros by range.
+/// Whether the host can zero ranges of files.
 fn zeroing(sim: &Sim) -> bool {
     setting(sim, "host-zeroes", &[true, true, false])
 }
 
-/// The sector of the drive below direct files.
+/// The sector size of the drive below direct files.
 fn direct_align(sim: &Sim) -> u32 {
     setting(sim, "direct-align", &[512, 4096])
 }
 
-/// Crashes while recovering from a crash.
+/// Crashes during the recovery from a crash.
 pub static RECOVERY_CRASH: OfFormat = OfFormat {
     name: "FORMAT-recovery-crash",
     about: "power cut, then again and again within the first host operations of each recovery of FORMAT",
@@ -87,7 +87,7 @@ pub static RECOVERY_CRASH: OfFormat = OfFormat {
     settled: true,
 };
 
-/// A disk that is filled to its last cluster, again after each cut: what bounds a format has must hold by then.
+/// A disk that is filled to its last cluster, and again after each cut: by then all bounds of a format must hold.
 pub static FILLED_POWER_CUT: OfFormat = OfFormat {
     name: "FORMAT-filled-power-cut",
     about: "a disk in FORMAT is filled, power cut; filled again to its last cluster, and every sector read",
@@ -100,8 +100,8 @@ pub static FILLED_POWER_CUT: OfFormat = OfFormat {
     settled: false,
 };
 
-/// Errors of every kind, with a guest that repeats what failed. Where the file is the disk, what the host leaves of a
-/// failed call is all that the guest has.
+/// Errors of every kind, with a guest that repeats failed requests. If the file is the disk, the guest depends on what
+/// the host leaves of a failed call.
 pub static ERRORS: OfFormat = OfFormat {
     name: "FORMAT-errors",
     about: "FORMAT, every host operation may fail, once or for good, with any part of its effect; the guest repeats; then a power cut",
@@ -114,21 +114,21 @@ pub static ERRORS: OfFormat = OfFormat {
     settled: true,
 };
 
-/// A few blocks of a disk, which are written, made zeros and flushed again and again: what a host drops of its cache
-/// before zeros fail is all that there is to lose where the file is the disk.
+/// A few blocks of a disk that are written, zeroed and flushed repeatedly: if the file is the disk, the only data at
+/// risk is what the host drops of its cache before zeros fail.
 pub static ZEROS: OfFormat = OfFormat {
     name: "FORMAT-zeros",
-    about: "a few blocks of a FORMAT disk are written, made zeros and flushed at once, and zeros fail in every way; power cuts",
+    about: "a few blocks of a FORMAT disk are written, zeroed and flushed concurrently, and zeros fail in every way; power cuts",
     fits: |model| !model.has_metadata(),
     storage: |sim, _| error_storage(sim),
     body: |w, model| Box::pin(power_cuts(w, model, Plan { cuts: 6, ops: 20, zeros: true, ..PLAIN })),
     settled: false,
 };
 
-/// What crash states are counted on: 8 MiB in 4 KiB clusters.
+/// The image for counting crash states: 8 MiB in 4 KiB clusters.
 pub static EXPLORE: OfFormat = OfFormat {
     name: "explore-FORMAT",
-    about: "FORMAT of 8 MiB in clusters of 4 KiB, every crash state looked at",
+    about: "FORMAT of 8 MiB in clusters of 4 KiB, every crash state checked",
     fits: |model| model.has_metadata(),
     storage: |_, _| StorageConfig::default(),
     body: |w, model| Box::pin(power_cuts(w, model, Plan { ops: 120, ..PLAIN })),
@@ -138,7 +138,7 @@ pub static EXPLORE: OfFormat = OfFormat {
 /// The same over a backing file.
 pub static EXPLORE_OVERLAY: OfFormat = OfFormat {
     name: "explore-FORMAT-overlay",
-    about: "FORMAT of 8 MiB in clusters of 4 KiB over a backing file, every crash state looked at",
+    about: "FORMAT of 8 MiB in clusters of 4 KiB over a backing file, every crash state checked",
     fits: |model| model.format().info().has_backing,
     storage: |_, _| StorageConfig::default(),
     body: |w, model| Box::pin(power_cuts(w, model, Plan { overlay: true, ops: 120, ..PLAIN })),
@@ -151,12 +151,12 @@ fn filled(world: &World, model: &dyn FormatModel) -> u32 {
     world.setting("filled-cluster-bits", &formats::fitting(&bits, &[12, 11, 10]))
 }
 
-/// Some images of a format that can are above a backing file.
+/// Puts some images above a backing file, if the format permits.
 pub(super) fn may_overlay(world: &World, model: &dyn FormatModel) -> bool {
     model.format().info().has_backing && world.setting("overlay", &[false, true])
 }
 
-/// An image that somebody else made.
+/// An image that another program made.
 pub static REAL_IMAGE: Scenario = Scenario {
     name: "real-image",
     about: "a given image under load, power cut at any host operation, recovery checked sector by sector",
@@ -172,7 +172,7 @@ pub static REAL_IMAGE: Scenario = Scenario {
 };
 
 pub(super) fn error_storage(sim: &Sim) -> StorageConfig {
-    // Not `SyncErrors::Reverts`: it takes answered writes back from a living disk, and nothing above can prevent that.
+    // Not `SyncErrors::Reverts`: it reverts answered writes of a running disk, which nothing above can prevent.
     let modes = [SyncErrors::Retryable, SyncErrors::Linux, SyncErrors::Latched];
     StorageConfig {
         faults: FaultPlan::ALL,
@@ -185,17 +185,17 @@ pub(super) fn error_storage(sim: &Sim) -> StorageConfig {
     }
 }
 
-/// The shape of a scenario.
+/// Parameters of a scenario.
 #[derive(Clone, Copy)]
 struct Plan {
     overlay: bool,
     cuts: u32,
     ops: u32,
-    /// The disk is filled to its last cluster, again after every cut.
+    /// The disk is filled to its last cluster, and again after every cut.
     fills: bool,
-    /// It is small, and much of it is made zeros.
+    /// The disk is small, and much of it is zeroed.
     zeros: bool,
-    /// After the first, power is cut within the first operations of the recovery.
+    /// After the first cut, power is cut within the first operations of the recovery.
     recovery_only: bool,
 }
 
@@ -203,9 +203,9 @@ const PLAIN: Plan =
     Plan { overlay: false, cuts: 1, ops: 40, fills: false, zeros: false, recovery_only: false };
 
 const DISK_BYTES: u64 = 1 << 20;
-/// Size of a disk that is filled: larger than the slack that a format's bounds may have.
+/// Size of a disk that is filled: larger than the slack in a format's bounds.
 const FILLED_BYTES: u64 = 4 << 20;
-/// Size of a disk that is made zeros.
+/// Size of a disk that is zeroed.
 const ZEROS_BYTES: u64 = 96 << 10;
 /// Size of the disk whose crash states are counted.
 const EXPLORED_BYTES: u64 = 8 << 20;
@@ -237,17 +237,17 @@ async fn power_cuts(world: World, model: &'static dyn FormatModel, plan: Plan) {
     world.storage.stop_failures();
     last_epoch(&world, &setup, &limits, plan.fills, flush_failed.get()).await;
     let tail = if limits.direct { u64::from(world.storage.direct_align_bytes()) } else { 0 };
-    // A file that is direct ends with a whole block; who opens it next begins behind that, as nobody knows what it
-    // holds.
+    // A direct file ends with a whole block. A process that opens it next appends after that, because the content of
+    // the block is unknown.
     let tails = world.stats().crashes * (tail >> setup.cluster_bits).saturating_sub(1);
-    // Zeros of a device may be long.
-    let most_sectors = plan.most_sectors() * if on_device { LONG } else { 1 };
-    check_leaks(&world, &setup, leaked_before + tails, most_sectors);
+    // Zeros on a device may be long.
+    let max_sectors = plan.max_sectors() * if on_device { LONG } else { 1 };
+    check_leaks(&world, &setup, leaked_before + tails, max_sectors);
 }
 
 impl Plan {
-    /// Sectors in the largest request.
-    fn most_sectors(self) -> u32 {
+    /// Maximum number of sectors in a request.
+    fn max_sectors(self) -> u32 {
         match self {
             Self { fills: true, .. } => FILL_SECTORS,
             Self { zeros: true, .. } => 24,
@@ -270,9 +270,9 @@ async fn epoch(
     let count = if recovering { 6 } else { plan.ops };
     let guest = Entity::WORLD.child("guest", u64::from(cut));
     world.sim.name_entity(guest, || format!("guest 1, epoch {cut}"));
-    let mut workload = workload(world, setup.size_sectors, count, plan.most_sectors());
+    let mut workload = workload(world, setup.size_sectors, count, plan.max_sectors());
     workload.zeroes = !plan.fills;
-    // On a device they are made part by part.
+    // A device makes them in several parts.
     workload.long_zeroes = workload.zeroes && world.storage.is_device(&setup.spec.path);
     if plan.fills {
         workload.shape = Shape::Filling;
@@ -284,8 +284,8 @@ async fn epoch(
     if plan.zeros && cut % 2 == 1 {
         cut_after_drop(world, cut, move || own.kill());
     } else {
-        let most = if recovering { 24 } else { u64::from(plan.ops) * 4 };
-        arm_power_cut(world, setup, cut, most, move || own.kill());
+        let max = if recovering { 24 } else { u64::from(plan.ops) * 4 };
+        arm_power_cut(world, setup, cut, max, move || own.kill());
     }
     let (done, finished) = oneshot();
     let (w, s, l, f) = (world.clone(), setup.clone(), *limits, Rc::clone(flush_failed));
@@ -298,32 +298,32 @@ async fn epoch(
     world.storage.set_hook(None);
     world.storage.set_refusing(false);
     if let Some(explorer) = world.explorer().filter(|_| cut == 0) {
-        // No operation may have followed what was flushed last.
+        // The last flush may have no operation after it.
         look(world, &explorer, 0);
     }
     node.kill();
     node.dead().await;
     let live = world.storage.content(&setup.spec.path).unwrap_or_default();
-    let before = BeforeCut::look(setup.model(), &live, setup.history.borrow().running());
+    let before = BeforeCut::capture(setup.model(), &live, setup.history.borrow().running());
     world.storage.power_cut();
     let left = world.storage.content(&setup.spec.path).unwrap_or_default();
     world.count(|s| {
         s.crashes += 1;
-        s.lost_clusters += before.map_or(0, |before| before.lost(&left));
+        s.lost_clusters += before.map_or(0, |before| before.max_lost(&left));
     });
     setup.history.borrow_mut().power_cut();
     setup.check(world, &format!("after power cut {}", cut + 1)).await;
 }
 
-/// Calls `cut` once the storage has done as many more operations as the seed says, if it says so.
-pub(super) fn arm_power_cut(world: &World, setup: &Setup, epoch: u32, most: u64, cut: impl Fn() + 'static) {
+/// Calls `cut` after as many more operations of the storage as the seed says, if it cuts at all.
+pub(super) fn arm_power_cut(world: &World, setup: &Setup, epoch: u32, max: u64, cut: impl Fn() + 'static) {
     let entity = power(epoch);
     world.sim.name_entity(entity, || format!("power, epoch {epoch}"));
     if world.options.explore && epoch == 0 {
         return explore(world, setup);
     }
     let after =
-        world.sim.decide(entity, &CRASH_AT, 0, |d| if d.below(8) == 0 { 0 } else { 1 + d.below(most) });
+        world.sim.decide(entity, &CRASH_AT, 0, |d| if d.below(8) == 0 { 0 } else { 1 + d.below(max) });
     if after > 0 {
         let at = world.storage.ops() + after;
         world.storage.set_hook(Some(Rc::new(move |op| {
@@ -334,7 +334,7 @@ pub(super) fn arm_power_cut(world: &World, setup: &Setup, epoch: u32, most: u64,
     }
 }
 
-/// Looks at all crash states from now on; the power itself is not cut before everything has come to rest.
+/// Explores all crash states from now on; the power itself is cut only once everything is at rest.
 fn explore(world: &World, setup: &Setup) {
     let below = setup.below(world);
     let history = Rc::clone(&setup.history);
@@ -354,7 +354,7 @@ fn look(world: &World, explorer: &Explorer, op: u64) {
     }
 }
 
-/// What happens between switching on and the power cut.
+/// What happens between power-on and the power cut.
 async fn work(
     world: &World,
     setup: &Setup,
@@ -365,15 +365,15 @@ async fn work(
     recovered: bool,
 ) {
     let Some(stack) = open_under_errors(world, setup, limits, host).await else { return };
-    let manners = Manners {
+    let policy = ErrorPolicy {
         retries: guest_retries(world),
         errors_allowed: world.errors_allowed(),
         reads: if recovered { after_cut(flush_failed.get()) } else { Invariant::G1 },
     };
     let disk = DirectDisk::new(stack.node(), limits.pool_bytes).in_pieces(limits.piece_sectors);
-    let guest = Guest::new(world, disk, Rc::clone(&setup.history), manners);
+    let guest = Guest::new(world, disk, Rc::clone(&setup.history), policy);
     if recovered {
-        // Some of it is looked at, the rest stays open to what comes.
+        // Some of it is read, the rest stays unresolved.
         let some = u64::from(guest_window(world));
         for at in (0..some).map(|i| i * 16 % setup.size_sectors) {
             if let Err(error) = guest.read(SectorRange::new(at, 16)).await
@@ -383,7 +383,10 @@ async fn work(
             }
         }
     }
-    guest.set_manners(Manners { reads: if recovered { manners.reads } else { Invariant::G1 }, ..manners });
+    guest.set_error_policy(ErrorPolicy {
+        reads: if recovered { policy.reads } else { Invariant::G1 },
+        ..policy
+    });
     let first = if world.storage.is_device(&setup.spec.path) { flush_beside_discard(world) } else { 0 };
     if first > 0 {
         let range = SectorRange::new(0, 64);
@@ -392,7 +395,7 @@ async fn work(
     }
     let on_file = world.errors_allowed() && !world.storage.is_device(&setup.spec.path);
     if on_file {
-        write_in_vain(world, &guest, setup.size_sectors).await;
+        write_to_failing_disk(world, &guest, setup.size_sectors).await;
     }
     if first < 2 {
         guest.run(ops, limits.guest_depth).await;
@@ -403,8 +406,8 @@ async fn work(
     flush_failed.set(flush_failed.get() || guest.flush_failed());
 }
 
-/// In some worlds all writes fail for a while: each may cost the place that it was to have.
-async fn write_in_vain(world: &World, guest: &Guest<DirectDisk>, size_sectors: u64) {
+/// In some worlds all writes fail for a while: each may waste the space allocated for it.
+async fn write_to_failing_disk(world: &World, guest: &Guest<DirectDisk>, size_sectors: u64) {
     let count = world.setting("written-in-vain", &[0, 0, 24, 12]);
     world.storage.set_refusing(count > 0);
     for n in 0..count {
@@ -413,8 +416,8 @@ async fn write_in_vain(world: &World, guest: &Guest<DirectDisk>, size_sectors: u
     world.storage.set_refusing(false);
 }
 
-/// Writes all of the disk once nothing fails in a row any more, and reads it: what errors cost in space must leave room
-/// for the rest.
+/// Writes the whole disk once failures are no longer consecutive, and reads it: the space lost to errors must leave
+/// room for the rest.
 async fn fill(world: &World, guest: &Guest<DirectDisk>, size_sectors: u64) {
     world.storage.stop_failures();
     let part = |at: u64| SectorRange::new(at, (size_sectors - at).min(64) as u32);
@@ -434,14 +437,13 @@ async fn fill(world: &World, guest: &Guest<DirectDisk>, size_sectors: u64) {
     world.storage.set_calm(false);
 }
 
-/// Whether a guest of a device begins with a flush and a discard at once (1), after which the power is cut (2): what a
-/// drive refuses for the first time costs dirty pages.
+/// Whether a guest of a device begins with a concurrent flush and discard (1), followed by a power cut (2): a drive
+/// that refuses a discard for the first time may lose dirty pages.
 fn flush_beside_discard(world: &World) -> u32 {
     world.setting("flush-beside-discard", &[0, 1, 2, 2])
 }
 
-/// Opens a disk, which may have to be tried again where operations fail; `None` where that does not help before the
-/// next power cut.
+/// Opens a disk, with retries where operations fail; `None` if that does not help before the next power cut.
 pub(super) async fn open_under_errors(
     world: &World,
     setup: &Setup,
@@ -468,7 +470,7 @@ pub(super) async fn open_under_errors(
     }
 }
 
-/// How often a guest repeats what failed.
+/// How often a guest repeats failed requests.
 pub(super) fn guest_retries(world: &World) -> u32 {
     if world.errors_allowed() { world.setting("guest-retries", &[3, 0, 1]) } else { 0 }
 }
@@ -477,7 +479,7 @@ fn guest_window(world: &World) -> u32 {
     world.setting("recovery-reads", &[0, 4, 64])
 }
 
-/// Completes when either does.
+/// Completes when either future does.
 pub async fn either(a: impl Future, b: impl Future) {
     let (mut a, mut b) = (pin!(a), pin!(b));
     poll_fn(|cx| {
@@ -499,7 +501,7 @@ mod tests {
     use crate::spec::RunSpec;
     use sim::{Source, TraceLevel};
 
-    /// A power cut asks once for each page of each operation, and the trace hash covers what it leaves.
+    /// A power cut makes a decision for each page of each operation, and the trace hash covers what it leaves.
     #[test]
     fn replays_of_power_cuts_leave_the_same_bytes() {
         let mapped = [&POWER_CUT, &OVERLAY_POWER_CUT, &RECOVERY_CRASH, &ERRORS]
@@ -515,10 +517,10 @@ mod tests {
     }
 
     #[test]
-    fn the_last_flush_is_looked_at_though_no_operation_follows() {
+    fn the_last_flush_is_checked_though_no_operation_follows() {
         static FEW: Scenario = Scenario {
             name: "few",
-            about: "a power cut after few operations",
+            about: "a power cut after a few operations",
             storage: &passing_storage,
             body: &|w| Box::pin(power_cuts(w, Kind::mapped(false).model, Plan { ops: 3, ..PLAIN })),
         };

@@ -1,4 +1,4 @@
-//! New images of a format, made over whatever is there.
+//! New images of a format, created over whatever is there.
 //!
 //! ```text
 //!   nothing, other bytes, an image, what the last round left ──create──► ... cut? ... ──► done: empty and durable
@@ -19,10 +19,10 @@ use sim::{Draw, Entity, Label};
 use tap_host::Errno;
 use tap_images::{Format, ImageError, ImageSpec, NewImage};
 
-/// Images made again and again.
+/// Images created repeatedly.
 pub static CREATED: OfFormat = OfFormat {
     name: "FORMAT-created",
-    about: "empty FORMAT images are made over what is there, power cut at any host operation: whole and durable, or no image",
+    about: "empty FORMAT images are created over what is there, power cut at any host operation: whole and durable, or no image",
     fits: |model| model.has_metadata(),
     storage: |sim, _| {
         let errors = setting(sim, "create-errors", &[false, true]);
@@ -33,13 +33,13 @@ pub static CREATED: OfFormat = OfFormat {
     settled: false,
 };
 
-/// A round: what is there before (0: there is no round), how large the disk is, and whether the power is cut after it.
-pub static ROUND: Label = Label::packed("create-round", "is made (settings {})", &[3, 2, 1]);
+/// A round: what is there before (0: there is no round), the size of the disk, and whether the power is cut afterwards.
+pub static ROUND: Label = Label::packed("create-round", "is created (settings {})", &[3, 2, 1]);
 
 const ROUNDS: u32 = 8;
-/// Of the disk, in bytes.
+/// Sizes of the disk, in bytes.
 const SIZES: [u64; 4] = [64 << 10, 512, 67 * 512, (2 << 20) + 4096];
-/// Operations after which the power may be cut.
+/// Maximum number of operations before the power is cut.
 const OPERATIONS: u64 = 12;
 
 fn draw(d: &mut Draw) -> u64 {
@@ -47,7 +47,7 @@ fn draw(d: &mut Draw) -> u64 {
 }
 
 async fn created(world: World, model: &'static dyn FormatModel) {
-    // Where the last round was to make its image, and what a power cut may bring back there.
+    // The path of the last round's image, and what a power cut may restore there.
     let (mut left, mut may_show) = (0, Vec::new());
     for n in 0..ROUNDS {
         let entity = Entity::WORLD.child("create-round", u64::from(n));
@@ -71,17 +71,17 @@ async fn created(world: World, model: &'static dyn FormatModel) {
     }
 }
 
-/// One image that is to be made.
+/// An image to be created.
 struct Round {
     number: u32,
     spec: ImageSpec,
     size_bytes: u64,
-    /// What it may show if it is not made: as long as nothing has become durable, all that was there.
+    /// What it may show if the creation fails: everything that was there, as long as nothing has become durable.
     may_show: Vec<Vec<u8>>,
 }
 
 impl Round {
-    /// Puts there what is there before: for 2 other bytes, for 3 an image.
+    /// Puts the previous content in place: for 2 other bytes, for 3 an image.
     fn new(
         world: &World,
         model: &'static dyn FormatModel,
@@ -101,7 +101,7 @@ impl Round {
         Self { number, spec, size_bytes, may_show }
     }
 
-    /// Gives whether it was made.
+    /// Returns whether the image was created.
     async fn run(&self, world: &World, format: Format, cut_then: bool) -> bool {
         let made = self.make(world, format).await;
         world.count(|s| s.requests += 1);
@@ -124,7 +124,7 @@ impl Round {
         succeeded
     }
 
-    /// Lets the driver make it; `None` if the power was cut meanwhile.
+    /// Runs the driver; `None` if the power was cut meanwhile.
     async fn make(&self, world: &World, format: Format) -> Option<Result<(), ImageError>> {
         let size_bytes = self.size_bytes;
         let host = SimHost::start(&world.kernel, &world.xen, "maker", u64::from(self.number));
@@ -139,42 +139,42 @@ impl Round {
         run_until_cut(world, &process, Some(after).filter(|after| *after > 0), main).await
     }
 
-    /// It is there, empty, and as large as it should be.
+    /// Checks that the image exists, is empty, and has the right size.
     async fn check_made(&self, world: &World) {
         match shown(world, &self.spec, None) {
             Ok(bytes) if bytes.len() as u64 == self.size_bytes && bytes.iter().all(|b| *b == 0) => {}
             Ok(bytes) => {
                 let (len, wanted) = (bytes.len(), self.size_bytes);
                 let text = format!(
-                    "{} was made of {wanted} zeros, and is of {len} bytes, some others",
+                    "{} was created with {wanted} zeros, but has {len} bytes, some of them not zero",
                     self.spec.path
                 );
                 return world.fail(Invariant::I1, text);
             }
             Err((invariant, text)) => return world.fail(invariant, format!("{}: {text}", self.spec.path)),
         }
-        shipped::agree(world, &self.spec, "after it was made").await;
+        shipped::agree(world, &self.spec, "after it was created").await;
     }
 
-    /// No half image says that it is one.
+    /// Checks that an incomplete image is not recognised as one.
     fn check_unfinished(&self, world: &World) {
         if !calls_itself_image(world, &self.spec) {
             return;
         }
         let what = match shown(world, &self.spec, None) {
             Ok(bytes) if self.may_show.contains(&bytes) => return,
-            Ok(bytes) => format!("an image of {} other bytes is there", bytes.len()),
+            Ok(bytes) => format!("it is an image of {} other bytes", bytes.len()),
             Err((_, text)) => text,
         };
         let text = format!(
-            "making {} did not succeed, and what it left calls itself an image: {what}",
+            "creating {} did not succeed, but what it left is recognised as an image: {what}",
             self.spec.path
         );
         world.fail(Invariant::I1, text);
     }
 }
 
-/// As `tap-img create` does: over what is there only once it is known that something is.
+/// As `tap-img create` does: overwrites a file only after it was found to exist.
 async fn create(host: &SimHost, format: Format, path: &str, size_bytes: u64) -> Result<(), ImageError> {
     let image = NewImage { size_bytes, ..NewImage::default() };
     match formats::drivers().create(host, format, path, image.clone()).await {

@@ -1,13 +1,13 @@
-//! Damaged images: whatever stands in a file, the driver refuses it or serves it as a disk.
+//! Damaged images: whatever a file contains, the driver refuses it or serves it as a disk.
 //!
 //! ```text
 //!   made image ──► a few damages ──► check            agrees with the walker
-//!                                ──► open to read     what can be read is what the bytes say
+//!                                ──► open to read     readable data matches the bytes
 //!                                ──► open to write    then every write stays, and changes nothing else
 //! ```
 //!
-//! What the bytes say is found out here once more, entry by entry and without any rule about owners: an image that two
-//! clusters share may be refused, but if it is opened for writing, the sharing must not show.
+//! The expected data is derived here again, entry by entry and without any check of owners: an image in which two
+//! clusters share space may be refused, but if it is opened for writing, the sharing must not show.
 
 use super::setup::{CLUSTER_BITS, TABLE_BITS, cut_after_close};
 use crate::check::Invariant;
@@ -29,11 +29,11 @@ use tap_core::Node;
 use tap_host::{IoKind, SECTOR_BYTES, SectorRange};
 use tap_images::{BackingPolicy, ImageError, ImageSpec, OpenOptions};
 
-/// One damage: its kind in 3 bits, which place in 13, what is put there in 48.
+/// One damage: its kind in 3 bits, its place in 13, the value in 48.
 pub static DAMAGE: Label =
     Label::packed("damage", "the image is damaged (kind, place, value: {})", &[3, 13, 48]);
 
-/// An image with some nonsense in it.
+/// An image with some invalid contents.
 pub static DAMAGED_IMAGE: OfFormat = OfFormat {
     name: "FORMAT-damaged-image",
     about: "FORMAT with damaged header, tables and data: refused, or served as exactly what its bytes say",
@@ -45,12 +45,12 @@ pub static DAMAGED_IMAGE: OfFormat = OfFormat {
 
 const BASE: &str = "/images/below.raw";
 const DISK_BYTES: u64 = 256 << 10;
-/// A damaged size may be anything; this much of the disk is looked at.
+/// A damaged size may be anything; this much of the disk is checked.
 const SEEN_BYTES: u64 = 512 << 10;
-/// A walk over more costs too much memory.
+/// Walking a larger disk takes too much memory.
 const WALKED_BYTES: u64 = 64 << 20;
 const DAMAGES: u32 = 6;
-/// Sectors that are read at once.
+/// Sectors per read.
 const STEP: u64 = 8;
 
 async fn damaged_image(world: World, model: &'static dyn FormatModel) {
@@ -68,14 +68,14 @@ async fn damaged_image(world: World, model: &'static dyn FormatModel) {
     if let Err(error) = done
         && !damaged
     {
-        disk.world.fail(Invariant::G11, format!("failed to use an image that is in order: {error}"));
+        disk.world.fail(Invariant::G11, format!("failed to use a valid image: {error}"));
     }
     if disk.world.storage.bytes(BASE).as_deref() != Some(&below[..]) {
-        disk.world.fail(Invariant::C1, "the file below the image has other bytes than before");
+        disk.world.fail(Invariant::C1, "the backing file has changed");
     }
 }
 
-/// An image with clusters of all kinds, and what is below it.
+/// An image with clusters of all kinds, and its backing file.
 fn make(world: &World, model: &dyn FormatModel, metadata: &dyn Metadata) -> (Vec<u8>, Vec<u8>, ImageShape) {
     let cluster_bits =
         world.setting("cluster-bits", &formats::fitting(&metadata.cluster_bits(), &CLUSTER_BITS));
@@ -103,7 +103,7 @@ fn make(world: &World, model: &dyn FormatModel, metadata: &dyn Metadata) -> (Vec
     (model.make(&shape, &mut PageMap::default()), below, shape)
 }
 
-/// Damages `bytes` as decided; says whether it did.
+/// Damages `bytes` as decided. Returns whether it did.
 fn damage(world: &World, bytes: &mut Vec<u8>, shape: &ImageShape, metadata: &dyn Metadata) -> bool {
     let entity = Entity::WORLD.child("damage", 0);
     world.sim.name_entity(entity, || "damage".into());
@@ -176,7 +176,7 @@ impl Good<'_> {
     }
 }
 
-/// Overwrites what is there; an image that was cut short stays so.
+/// Overwrites bytes that exist; an image that was cut short stays so.
 fn put(bytes: &mut [u8], at: usize, new: &[u8]) {
     for (i, byte) in new.iter().enumerate() {
         if let Some(old) = bytes.get_mut(at.saturating_add(i)) {
@@ -185,7 +185,7 @@ fn put(bytes: &mut [u8], at: usize, new: &[u8]) {
     }
 }
 
-/// What the bytes of an image say about the first sectors of its disk; `None` for a sector of which they say nothing.
+/// The first sectors of the disk according to the bytes of an image; `None` for a sector that they do not determine.
 struct View {
     sectors: Vec<Option<[u8; SECTOR_BYTES as usize]>>,
     /// Size of the disk in bytes.
@@ -237,7 +237,7 @@ struct Damaged {
 }
 
 impl Damaged {
-    /// Everything that can be done with the image. An error is a refusal.
+    /// Runs all operations on the image. An error is a refusal.
     async fn look(&self) -> Result<(), ImageError> {
         let checked = self.check().await;
         let spec = &self.spec;
@@ -267,27 +267,28 @@ impl Damaged {
                 self.read_all(&disk, &known, "opened again").await;
             }
             Err(error) => {
-                let text = format!("an image that was open for writing cannot be opened any more: {error}");
+                let text = format!("an image that was open for writing cannot be opened again: {error}");
                 self.world.fail(Invariant::G11, text);
             }
         }
         checked.and(read)
     }
 
-    /// The shipped check and the walker look at the same bytes.
+    /// Runs the shipped check and the walker on the same bytes.
     async fn check(&self) -> Result<(), ImageError> {
         self.wait_for_the_last();
         let host = SimHost::start(&self.world.kernel, &self.world.xen, "tap-img", 0);
         let report = formats::drivers().check(&host, &self.spec).await?.unwrap_or_default();
         let content = self.world.storage.content(&self.spec.path).unwrap_or_default();
         if self.view.size <= WALKED_BYTES && self.walks(&content) && report.problem_count > 0 {
-            let text = format!("the walker finds nothing where check finds: {}", report.problems.join("; "));
+            let text =
+                format!("check found problems where the walker found none: {}", report.problems.join("; "));
             self.world.fail(Invariant::V1, text);
         }
         Ok(())
     }
 
-    /// Who waits for a process to end finds its files closed.
+    /// Completes the close of all files, as a process that has ended does.
     fn wait_for_the_last(&self) {
         self.world.storage.close_all();
     }
@@ -319,10 +320,7 @@ impl Damaged {
                 Ok(None) => {}
                 Ok(Some(at)) => {
                     let sector = sector + at as u64;
-                    self.world.fail(
-                        Invariant::G10,
-                        format!("{when}: sector {sector} has other bytes than it must"),
-                    );
+                    self.world.fail(Invariant::G10, format!("{when}: sector {sector} has unexpected bytes"));
                 }
                 Err(_) if self.damaged => {}
                 Err(error) => {
@@ -332,7 +330,7 @@ impl Damaged {
         }
     }
 
-    /// Some writes; `known` follows them.
+    /// Writes to the disk; `known` follows the writes.
     async fn write(&self, disk: &DirectDisk, known: &mut [Option<[u8; SECTOR_BYTES as usize]>]) {
         if known.is_empty() {
             return;
@@ -366,7 +364,7 @@ impl Damaged {
                 }
             };
             for sector in range.start.0..range.start.0 + u64::from(range.count) {
-                // What a failed write leaves is not said.
+                // The result of a failed write is undefined.
                 known[sector as usize] = result.is_ok().then(|| {
                     let mut bytes = [0; SECTOR_BYTES as usize];
                     Tag { writer: 1, op: i as u64, sector }.fill(&mut bytes, true);
@@ -381,7 +379,7 @@ impl Damaged {
         }
     }
 
-    /// Whether the walker has nothing against the metadata and the compressed clusters.
+    /// Whether the walker accepts the metadata and the compressed clusters.
     fn walks(&self, content: &Content) -> bool {
         let Some(Ok(map)) = formats::of(self.spec.format).walk(content) else { return false };
         let mut out = vec![0; 1 << map.cluster_bits];

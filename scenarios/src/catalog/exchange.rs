@@ -5,17 +5,16 @@
 //!              disk ─► overlay ─► image          disk ─► copy
 //! ```
 //!
-//! A snapshot keeps the old image below the new one, by a lease; a copy takes its place. No request may notice either,
-//! what was answered before is durable then, what lies below an overlay does not change any more, and an image that is
-//! replaced is closed. Operations of the host fail, and the power is cut: what is opened next is the image that the
-//! disk had last.
+//! A snapshot keeps the old image below the new one, with a lease; a copy replaces it. No request may notice either.
+//! What was answered before is durable afterwards, what is below an overlay no longer changes, and a replaced image is
+//! closed. Operations of the host fail, and the power is cut: what is opened next is the disk's last image.
 
 use super::crash::{arm_power_cut, either, error_storage, guest_retries, open_under_errors};
 use super::recovered::{after_cut, last_epoch};
 use super::setup::{Setup, workload};
 use crate::check::Invariant;
 use crate::formats::{self, Kind};
-use crate::guest::{DirectDisk, Guest, Manners};
+use crate::guest::{DirectDisk, ErrorPolicy, Guest};
 use crate::limits::StackLimits;
 use crate::scenario::Scenario;
 use crate::stack::Stack;
@@ -38,38 +37,38 @@ pub static IMAGE_EXCHANGED: Scenario = Scenario {
     body: &|w| Box::pin(exchanged(w)),
 };
 
-/// An exchange: how long the disk is left alone before, in 24 bits, and what is done: 1 a snapshot, 2 a copy.
+/// An exchange: the delay before it in 24 bits of nanoseconds, and its kind: 1 a snapshot, 2 a copy.
 pub static EXCHANGE: Label = Label::packed(
     "exchange",
     "exchange {n}: after so many ns, by a snapshot (1) or a copy (2) ({})",
     &[24, 2],
 );
 
-/// A pause beside them: how long the disk is left alone before, in 24 bits, and for how long it is paused, in 24 bits.
+/// A pause during exchanges: the delay before it, and its duration, in 24 bits of nanoseconds each.
 pub static PAUSE_BESIDE: Label = Label::packed(
     "pause-beside",
-    "pause {n} beside exchanges: after so many ns, for so many ({})",
+    "pause {n} during exchanges: after so many ns, for so many ({})",
     &[24, 24],
 );
 
 const DISK_BYTES: u64 = 1 << 20;
-/// Sectors that are copied at once.
+/// Sectors per copy operation.
 const COPY_SECTORS: u32 = 256;
 
-/// The disk: its image, and what that is based on.
+/// The disk: its image, and the files below it.
 struct Chain {
     world: World,
     limits: StackLimits,
-    /// With the image that the disk has now.
+    /// The setup with the current image of the disk.
     setup: RefCell<Setup>,
-    /// Images below it that the disk wrote to before, and what they held when it was done with them.
+    /// Former images below it, and their content when the disk stopped writing to them.
     kept: RefCell<Vec<(String, Vec<u8>)>>,
-    /// Numbers new files.
+    /// Number of the next new file.
     next: Cell<u32>,
     flush_failed: Cell<bool>,
-    /// Exchanges that began, and that ended.
+    /// Exchanges begun, and ended.
     exchanges: Cell<(u32, u32)>,
-    /// One is making the new image.
+    /// An exchange is making the new image.
     changing: Cell<bool>,
 }
 
@@ -121,16 +120,16 @@ async fn epoch(chain: &Rc<Chain>, cut: u32) {
     chain.check_kept(&when);
 }
 
-/// From opening the disk until all operations and exchanges have ended, or the power is cut.
+/// Opens the disk and runs until all operations and exchanges have ended, or the power is cut.
 async fn work(chain: &Rc<Chain>, host: &SimHost, cut: u32) {
     let (world, limits) = (&chain.world, &chain.limits);
     let setup = chain.setup.borrow().clone();
     let Some(stack) = open_under_errors(world, &setup, limits, host).await else { return };
     let stack = Rc::new(stack);
     let reads = if cut > 0 { after_cut(chain.flush_failed.get()) } else { Invariant::G1 };
-    let manners = Manners { retries: guest_retries(world), errors_allowed: world.errors_allowed(), reads };
+    let policy = ErrorPolicy { retries: guest_retries(world), errors_allowed: world.errors_allowed(), reads };
     let disk = DirectDisk::new(stack.node(), limits.pool_bytes).in_pieces(limits.piece_sectors);
-    let guest = Guest::new(world, disk, Rc::clone(&setup.history), manners);
+    let guest = Guest::new(world, disk, Rc::clone(&setup.history), policy);
     let who = Entity::WORLD.child("guest", u64::from(cut));
     world.sim.name_entity(who, || format!("guest 1, epoch {cut}"));
     let shape = Workload { zeroes: true, ..workload(world, setup.size_sectors, 60, 88) };
@@ -167,7 +166,7 @@ async fn exchanges(chain: &Rc<Chain>, stack: &Stack, host: &SimHost, cut: u32) {
     }
 }
 
-/// Pauses the disk a few times: it does nothing then, but for an exchange that begins meanwhile.
+/// Pauses the disk a few times: it must then do nothing, except for an exchange that begins meanwhile.
 async fn pauses(chain: &Chain, stack: &Stack, cut: u32) {
     let world = &chain.world;
     let entity = Entity::WORLD.child("pauses", u64::from(cut));
@@ -188,7 +187,8 @@ async fn pauses(chain: &Chain, stack: &Stack, cut: u32) {
         let alone = begun == ended && chain.exchanges.get() == (begun, ended);
         let moved = (before.reads, before.writes, before.syncs) != (after.reads, after.writes, after.syncs);
         if alone && moved || slot.in_flight() > 0 || slot.state() != "paused" {
-            let text = format!("a paused disk is {}, {} requests in flight", slot.state(), slot.in_flight());
+            let text =
+                format!("a paused disk is {}, with {} requests in flight", slot.state(), slot.in_flight());
             world.fail(Invariant::D1, format!("{text}; I/O continued from {before:?} to {after:?}"));
         }
         if let Err(error) = slot.resume() {
@@ -223,13 +223,13 @@ async fn exchange(chain: &Rc<Chain>, stack: &Stack, host: &SimHost, is_copy: boo
         Ok(closed) => {
             old.history.borrow_mut().end_flush(inv);
             if let Err(error) = closed {
-                bad(format!("closing an image that was replaced failed with {error:?}"));
+                bad(format!("closing a replaced image failed with {error:?}"));
             }
             if is_copy {
                 chain.check_left(&old);
             }
         }
-        Err(ExchangeError::Closed) => world.fail(Invariant::D1, "an exchange finds its disk closed"),
+        Err(ExchangeError::Closed) => world.fail(Invariant::D1, "an exchange found its disk closed"),
         Err(ExchangeError::Flush(error)) => {
             chain.flush_failed.set(true);
             bad(format!("the flush of an exchange failed with {error:?}"));
@@ -242,7 +242,7 @@ async fn exchange(chain: &Rc<Chain>, stack: &Stack, host: &SimHost, is_copy: boo
     }
 }
 
-/// A passing error ends what is not repeated.
+/// A transient error fails operations that are not retried.
 fn is_passing(error: &ImageError) -> bool {
     matches!(error.errno(), Errno::EAGAIN | Errno::EINTR | Errno::ENOMEM | Errno::EBUSY)
 }
@@ -271,7 +271,7 @@ impl Chain {
         Ok(image)
     }
 
-    /// A new image that holds, durably, what `old` does.
+    /// A new image that holds the content of `old` durably.
     async fn copy(&self, host: &SimHost, memory: &Budget, old: Lease) -> Result<Rc<dyn Node>, ImageError> {
         let world = &self.world;
         let mapped = Kind::mapped(false);
@@ -320,7 +320,7 @@ impl Chain {
         formats::drivers().open(host, spec, &options).await
     }
 
-    /// What lies below an overlay stays as it was. A file may have become longer when it was closed.
+    /// What is below an overlay has not changed. A file may have become longer when it was closed.
     fn check_kept(&self, when: &str) {
         for (path, held) in self.kept.borrow().iter() {
             let now = self.world.storage.bytes(path).unwrap_or_default();
@@ -331,24 +331,24 @@ impl Chain {
         }
     }
 
-    /// What was replaced is closed, with everything below it.
+    /// A replaced image is closed, with everything below it.
     fn check_left(&self, old: &Setup) {
         old.check_closed(&self.world);
         for path in old.files() {
             let locks = self.world.storage.locks(path);
             if !locks.is_empty() {
-                let text = format!("{path} was replaced, and has the locks {locks:?}");
+                let text = format!("{path} was replaced, but has the locks {locks:?}");
                 self.world.fail(Invariant::C2, text);
             }
         }
     }
 }
 
-/// Copies all of `from` to `to`, which holds it durably then.
+/// Copies all of `from` to `to`, durably.
 async fn copy_all(host: &SimHost, from: Rc<dyn Node>, to: Rc<dyn Node>) -> Result<(), Errno> {
     let limits = SchedulerLimits::default();
     let size_sectors = from.info().size_sectors;
-    // For their patience.
+    // Through slots, which retry.
     let from = Scheduler::new(host.clone(), from, limits);
     let to = Scheduler::new(host.clone(), to, limits);
     let mut at = 0;

@@ -1,4 +1,4 @@
-//! Failures by number: which operations of the host fail in a row, and how.
+//! Consecutive failures: which operations of the host fail, and how.
 
 use crate::world::setting;
 use kernel_model::faults::FaultPlan;
@@ -6,13 +6,13 @@ use kernel_model::{Concerned, NthFailure, StorageConfig};
 use sim::{Draw, Entity, Label, Sim};
 use tap_host::Errno;
 
-/// Which operation on the host's files fails, from 1; 0 is none.
+/// Which operation on the host's files fails, from 1; 0 for none.
 pub static FAIL_NTH: Label = Label::new("fail-nth", "host operation number {} fails");
 
-/// Most that fail for now, one after another: fewer than any part of the stack has patience for.
+/// Maximum number of consecutive transient failures: fewer than any part of the stack retries.
 const PASSING_IN_A_ROW: [u64; 4] = [5, 3, 4, 2];
 
-/// In half of the seeds operations fail, wherever else faults are drawn: one, some in a row, or all from one on.
+/// In half of the seeds operations fail besides other faults: one, some in a row, or all from one on.
 pub(super) fn lasting(sim: &Sim) -> Option<NthFailure> {
     const FOR_GOOD: u64 = NthFailure::FOR_GOOD;
     let n = number(sim, |d| if d.below(2) == 0 { 0 } else { 1 + d.below(120) });
@@ -25,7 +25,7 @@ pub(super) fn lasting(sim: &Sim) -> Option<NthFailure> {
     })
 }
 
-/// Where nothing fails for good: in half of the seeds some operations in a row fail for now.
+/// Transient failures only: in half of the seeds some consecutive operations fail.
 pub(super) fn passing(sim: &Sim) -> Option<NthFailure> {
     let n = number(sim, |d| if d.below(2) == 0 { 0 } else { 1 + d.magnitude(9) });
     (n > 0).then(|| NthFailure {
@@ -41,7 +41,7 @@ pub(super) fn passing(sim: &Sim) -> Option<NthFailure> {
     })
 }
 
-/// Storage on which nothing fails for good, and some operations fail in a row.
+/// Storage on which nothing fails permanently, and some consecutive operations fail.
 pub(super) fn passing_storage(sim: &Sim) -> StorageConfig {
     StorageConfig { faults: FaultPlan::PASSING, nth_failure: passing(sim), ..StorageConfig::default() }
 }

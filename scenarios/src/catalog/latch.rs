@@ -1,11 +1,11 @@
-//! Synchronisations that fail and processes that die, together: what a flush said holds for all who come later.
+//! Failing synchronisations and dying processes together: the result of a flush also binds later processes.
 
 use super::failures::losing_syncs;
 use super::ring::{DISK_BYTES, in_guest, kills, next_guests, operations_of, start};
 use super::setup::Setup;
 use crate::check::Invariant;
 use crate::formats::Kind;
-use crate::guest::Manners;
+use crate::guest::ErrorPolicy;
 use crate::machine::Machine;
 use crate::scenario::Scenario;
 use crate::world::World;
@@ -34,16 +34,16 @@ pub static FLUSH_ERRORS_AND_DEATHS: Scenario = Scenario {
     body: &|w| Box::pin(flush_errors_and_deaths(w)),
 };
 
-/// A synchronisation fails, and nobody is left to hear it.
+/// A synchronisation fails, and tapdisk dies before it learns of that.
 pub static DIES_IN_SYNC: Label =
-    Label::new("dies-in-sync", "tapdisk dies before it hears that a synchronisation failed");
+    Label::new("dies-in-sync", "tapdisk dies before it learns that a synchronisation failed");
 
-/// Some synchronisations that fail find their tapdisk dead.
+/// Kills tapdisk in some synchronisations that fail.
 fn die_in_syncs(world: &World, machine: &Rc<Machine>) {
     let (w, machine, seen) = (world.clone(), Rc::clone(machine), Cell::new(world.storage.losses()));
     let entity = Entity::WORLD.child("killer", 1);
     world.sim.name_entity(entity, || "killer in syncs".into());
-    // The power cut takes the hook away.
+    // A power cut removes the hook.
     world.storage.set_hook(Some(Rc::new(move |_| {
         let losses = w.storage.losses();
         if seen.replace(losses) == losses || machine.spared.get() {
@@ -60,7 +60,7 @@ fn die_in_syncs(world: &World, machine: &Rc<Machine>) {
 
 async fn flush_errors_and_deaths(world: World) {
     let first = Setup::new(&world, world.setting("image", &Kind::plain()), 0, DISK_BYTES);
-    // The file system is asked by each, and tells the first of them only.
+    // Each disk asks the file system, which reports the error to the first of them only.
     let second = world.setting("disks", &[1, 2]) == 2;
     let setups: Vec<Setup> =
         std::iter::once(first).chain(second.then(|| Setup::raw(&world, 1, DISK_BYTES))).collect();
@@ -69,10 +69,10 @@ async fn flush_errors_and_deaths(world: World) {
     machine.allow_deafness();
     die_in_syncs(&world, &machine);
     for (_, guest) in &guests {
-        guest.set_manners(Manners { retries, errors_allowed: true, reads: Invariant::P1 });
+        guest.set_error_policy(ErrorPolicy { retries, errors_allowed: true, reads: Invariant::P1 });
         guest.history.borrow_mut().relax_order();
     }
-    world.sim.spawn("supervisor", 0, Rc::clone(&machine).supervise(kills(&world, 4, 400)));
+    world.sim.spawn("supervisor", 0, Rc::clone(&machine).kill_and_restart(kills(&world, 4, 400)));
     let depth = world.setting("ring-depth", &[8, 32, 1]);
     let count = if second { 40 } else { 80 };
     let mut running = Vec::new();
@@ -88,8 +88,8 @@ async fn flush_errors_and_deaths(world: World) {
     for finished in running {
         let _ = finished.await;
     }
-    machine.spare();
-    // What a flush that says ok now promises, holds.
+    machine.end_kills();
+    // What a successful flush now promises must hold.
     for (attached, guest) in &guests {
         let g = guest.clone();
         in_guest(attached, async move { _ = g.flush().await }).await;

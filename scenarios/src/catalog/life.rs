@@ -1,4 +1,4 @@
-//! The life of a disk under load: paused, resumed and closed while requests run, some of which are given up half way.
+//! The life of a disk under load: paused, resumed and closed while requests run, some of which are cancelled.
 
 use super::crash::either;
 use super::failures::passing_storage;
@@ -6,7 +6,7 @@ use super::recovered::last_epoch;
 use super::setup::{Setup, workload};
 use crate::check::Invariant;
 use crate::formats::Kind;
-use crate::guest::{DirectDisk, Guest, GuestDisk, Manners};
+use crate::guest::{DirectDisk, ErrorPolicy, Guest, GuestDisk};
 use crate::limits::StackLimits;
 use crate::scenario::Scenario;
 use crate::stack::Stack;
@@ -23,51 +23,51 @@ use tap_core::wait::{Event as Flag, oneshot};
 use tap_core::{Node, ZeroFlags};
 use tap_host::{Errno, SectorRange, Tasks, Time};
 
-/// Pauses, closes and requests that are given up.
+/// Pauses, closes and cancelled requests.
 pub static DISK_LIFE: Scenario = Scenario {
     name: "disk-life",
-    about: "a disk is paused, resumed and closed under load, and requests are given up half way; power cut at the close",
+    about: "a disk is paused, resumed and closed under load, and requests are cancelled in progress; power cut at the close",
     storage: &passing_storage,
     body: &|w| Box::pin(disk_life(w)),
 };
 
-/// When a request is given up: 0 never.
-pub static GIVE_UP: Label = Label::new("give-up", "request {n} is given up after {} ns");
-/// What is done to the disk: how long it is left alone before, in 24 bits, for how long it is paused, in 24 bits, and
-/// whether nobody waits for the pause.
+/// When a request is cancelled: 0 for never.
+pub static GIVE_UP: Label = Label::new("give-up", "request {n} is cancelled after {} ns");
+/// A pause: the delay before it and its duration, in 24 bits of nanoseconds each, and whether nothing waits for it.
 pub static PAUSE: Label =
     Label::packed("pause", "pause {n}: after so many ns, for so many, unwatched ({})", &[24, 24, 1]);
-/// A look at extents: how long the one who looks is idle before, in 24 bits, and from which sector on.
-pub static LOOK: Label = Label::packed("look", "look {n}: after so many ns, from sector so ({})", &[24, 40]);
+/// An extents query: the delay before it in 24 bits of nanoseconds, and its first sector.
+pub static LOOK: Label =
+    Label::packed("look", "extents query {n}: after so many ns, from sector so ({})", &[24, 40]);
 /// When the disk is closed.
 pub static CLOSE_AFTER: Label = Label::new("close-after", "the disk is closed after {} ns");
 
 const DISK_BYTES: u64 = 1 << 20;
-/// Longer than any request that was given up takes.
+/// Longer than any cancelled request takes.
 const REST_NS: u64 = 60_000_000_000;
 
-/// What the guest and the one who closes know of each other.
+/// State that the guest and the closing task share.
 struct Life {
     world: World,
     entity: Entity,
     requests: Cell<u32>,
     closing: Cell<bool>,
-    /// Nobody but the controller asks for anything.
+    /// Only the controller submits requests.
     paused: Cell<bool>,
-    /// The guest has the answers to all that it wanted.
+    /// The guest has all its answers.
     done: Flag,
 }
 
-/// A disk of a guest that loses patience.
+/// A disk of a guest that cancels requests.
 #[derive(Clone)]
-struct Fickle {
+struct ImpatientDisk {
     disk: DirectDisk,
     life: Rc<Life>,
 }
 
-impl Fickle {
-    /// Runs a request, or gives it up. Only a disk that is being closed refuses any.
-    async fn patiently<T>(&self, request: impl Future<Output = Result<T, Errno>>) -> Result<T, Errno> {
+impl ImpatientDisk {
+    /// Runs a request, or cancels it. Only a disk that is closing may refuse one.
+    async fn run_or_cancel<T>(&self, request: impl Future<Output = Result<T, Errno>>) -> Result<T, Errno> {
         let life = &self.life;
         let number = life.requests.replace(life.requests.get() + 1);
         let after_ns = life
@@ -90,7 +90,7 @@ impl Fickle {
         match result {
             None => Err(Errno::EINTR),
             Some(Ok(_)) if late => {
-                life.world.fail(Invariant::D1, "a disk that was being closed has taken a request");
+                life.world.fail(Invariant::D1, "a closing disk has accepted a request");
                 Err(Errno::EIO)
             }
             // Zeros that cannot be made fast.
@@ -104,21 +104,21 @@ impl Fickle {
     }
 }
 
-impl GuestDisk for Fickle {
+impl GuestDisk for ImpatientDisk {
     async fn read<R>(&self, range: SectorRange, look: impl FnOnce(&[u8]) -> R) -> Result<R, Errno> {
-        self.patiently(self.disk.read(range, look)).await
+        self.run_or_cancel(self.disk.read(range, look)).await
     }
     async fn write(&self, range: SectorRange, fill: impl FnOnce(&mut [u8])) -> Result<(), Errno> {
-        self.patiently(self.disk.write(range, fill)).await
+        self.run_or_cancel(self.disk.write(range, fill)).await
     }
     async fn flush(&self) -> Result<(), Errno> {
-        self.patiently(self.disk.flush()).await
+        self.run_or_cancel(self.disk.flush()).await
     }
     async fn write_zeroes(&self, range: SectorRange, flags: ZeroFlags) -> Result<(), Errno> {
-        self.patiently(self.disk.write_zeroes(range, flags)).await
+        self.run_or_cancel(self.disk.write_zeroes(range, flags)).await
     }
     async fn discard(&self, range: SectorRange) -> Result<(), Errno> {
-        self.patiently(self.disk.discard(range)).await
+        self.run_or_cancel(self.disk.discard(range)).await
     }
     fn makes_zeros(&self) -> bool {
         true
@@ -149,7 +149,7 @@ async fn disk_life(world: World) {
     last_epoch(&world, &setup, &limits, false, false).await;
 }
 
-/// From opening the disk to its close, and to the last request after it.
+/// Opens the disk, closes it, and waits for the last request after that.
 async fn live(world: &World, setup: &Setup, host: &SimHost, limits: &StackLimits) {
     let stack = match Stack::open(host, world, &setup.spec, limits).await {
         Ok(stack) => Rc::new(stack),
@@ -165,12 +165,12 @@ async fn live(world: &World, setup: &Setup, host: &SimHost, limits: &StackLimits
         paused: Cell::new(false),
         done: Flag::new(),
     });
-    let disk = Fickle {
+    let disk = ImpatientDisk {
         disk: DirectDisk::new(stack.node(), limits.pool_bytes).in_pieces(limits.piece_sectors),
         life: Rc::clone(&life),
     };
-    let manners = Manners { retries: 0, errors_allowed: true, reads: Invariant::G1 };
-    let guest = Guest::new(world, disk, Rc::clone(&setup.history), manners);
+    let policy = ErrorPolicy { retries: 0, errors_allowed: true, reads: Invariant::G1 };
+    let guest = Guest::new(world, disk, Rc::clone(&setup.history), policy);
     let shape = Workload { zeroes: true, ..workload(world, setup.size_sectors, 120, 88) };
     let who = Entity::WORLD.child("guest", 0);
     world.sim.name_entity(who, || "guest 1".into());
@@ -183,15 +183,15 @@ async fn live(world: &World, setup: &Setup, host: &SimHost, limits: &StackLimits
         let _ = closed.send(());
     });
     let (l, top, size_sectors) = (Rc::clone(&life), stack.node(), setup.size_sectors);
-    host.spawn("inspector", 0, async move { looks(&l, &*top, size_sectors).await });
+    host.spawn("inspector", 0, async move { query_extents(&l, &*top, size_sectors).await });
     guest.run(&ops, limits.guest_depth).await;
     life.done.set();
     let _ = close.await;
     let late = guest.disk().disk.flush().await;
     if late != Err(Errno::ESHUTDOWN) {
-        world.fail(Invariant::D1, format!("a flush of a closed disk is answered with {late:?}"));
+        world.fail(Invariant::D1, format!("a flush of a closed disk was answered with {late:?}"));
     }
-    // The storage ends what nobody waits for any more.
+    // The storage completes what no task waits for any more.
     host.sleep_ns(world.setting("rest", &[REST_NS, 0])).await;
     let out = guest.disk().disk.buffers_out();
     if world.setting("rest", &[REST_NS, 0]) > 0 && out + stack.disk.slot().in_flight() > 0 {
@@ -201,8 +201,8 @@ async fn live(world: &World, setup: &Setup, host: &SimHost, limits: &StackLimits
     }
 }
 
-/// Asks for extents, as a program that copies the disk does. A look that has begun counts as a request.
-async fn looks(life: &Life, node: &dyn Node, size_sectors: u64) {
+/// Queries extents, as a program that copies the disk does. A query in progress counts as a request.
+async fn query_extents(life: &Life, node: &dyn Node, size_sectors: u64) {
     let world = &life.world;
     for n in 0..world.setting("looks", &[200, 0]) {
         let value =
@@ -227,7 +227,7 @@ async fn looks(life: &Life, node: &dyn Node, size_sectors: u64) {
     }
 }
 
-/// How many extents look number `n` asks for.
+/// Number of extents that query `n` asks for.
 fn few(n: u64) -> usize {
     [64, 1, 3, 2][n as usize % 4]
 }
@@ -245,7 +245,7 @@ async fn pauses(life: &Life, stack: &Stack) {
         world.sim.sleep_ns(value & 0xff_ffff).await;
         life.paused.set(true);
         if value >> 48 & 1 != 0 {
-            // One look, and nobody stays to wait.
+            // Polled once and dropped, so that nothing waits for it.
             let mut pause = Box::pin(slot.pause());
             poll_fn(|cx| Poll::Ready(_ = pause.as_mut().poll(cx))).await;
             drop(pause);
@@ -258,7 +258,7 @@ async fn pauses(life: &Life, stack: &Stack) {
             let after = world.storage.counts();
             if slot.in_flight() > 0 || (before.reads, before.writes) != (after.reads, after.writes) {
                 let text = format!("a paused disk has {} requests in flight", slot.in_flight());
-                world.fail(Invariant::D1, format!("{text}; I/O went on from {before:?} to {after:?}"));
+                world.fail(Invariant::D1, format!("{text}; I/O continued from {before:?} to {after:?}"));
             }
         }
         life.paused.set(false);
@@ -268,12 +268,12 @@ async fn pauses(life: &Life, stack: &Stack) {
     }
 }
 
-/// Closes the disk while the guest goes on. What was answered before is durable then.
-async fn close_under_load(life: &Life, stack: &Stack, guest: &Guest<Fickle>, setup: &Setup) {
+/// Closes the disk while the guest runs. What was answered before is then durable.
+async fn close_under_load(life: &Life, stack: &Stack, guest: &Guest<ImpatientDisk>, setup: &Setup) {
     let (world, slot) = (&life.world, stack.disk.slot());
     let after = world.sim.decide(life.entity, &CLOSE_AFTER, 0, |d| d.magnitude(24));
     if world.setting("close-when-done", &[false, true]) {
-        // What a pause held back goes on by itself.
+        // What a pause held back continues by itself.
         life.done.wait().await;
     }
     world.sim.sleep_ns(after).await;
@@ -282,15 +282,15 @@ async fn close_under_load(life: &Life, stack: &Stack, guest: &Guest<Fickle>, set
         poll_fn(|cx| Poll::Ready(_ = pause.as_mut().poll(cx))).await;
     }
     let inv = guest.history.borrow_mut().begin_flush();
-    // Looks that have just begun.
-    let mut looks: Vec<_> = (0..world.setting("looks-at-close", &[4, 0]))
+    // Queries that have just begun.
+    let mut queries: Vec<_> = (0..world.setting("looks-at-close", &[4, 0]))
         .map(|n| {
             let at = slot.info().size_sectors / 4 * n;
             slot.extents(SectorRange::new(at, (slot.info().size_sectors - at) as u32), few(n))
         })
         .collect();
     poll_fn(|cx| {
-        looks.retain_mut(|look| look.as_mut().poll(cx).is_pending());
+        queries.retain_mut(|query| query.as_mut().poll(cx).is_pending());
         Poll::Ready(())
     })
     .await;
@@ -298,7 +298,7 @@ async fn close_under_load(life: &Life, stack: &Stack, guest: &Guest<Fickle>, set
     let mut closes: Vec<_> = (0..world.setting("closes", &[1, 2])).map(|_| slot.close()).collect();
     let mut results = Vec::new();
     poll_fn(|cx| {
-        looks.retain_mut(|look| look.as_mut().poll(cx).is_pending());
+        queries.retain_mut(|query| query.as_mut().poll(cx).is_pending());
         closes.retain_mut(|close| match close.as_mut().poll(cx) {
             Poll::Ready(result) => {
                 results.push(result);
@@ -312,19 +312,19 @@ async fn close_under_load(life: &Life, stack: &Stack, guest: &Guest<Fickle>, set
     setup.check_closed(world);
     let result = results[0];
     if results.iter().any(|other| *other != result) {
-        world.fail(Invariant::D1, format!("two closes at once end with {results:?}"));
+        world.fail(Invariant::D1, format!("two concurrent closes ended with {results:?}"));
     }
-    if !looks.is_empty() {
-        world.fail(Invariant::D1, "a disk is closed before looks at its extents have ended");
+    if !queries.is_empty() {
+        world.fail(Invariant::D1, "a disk was closed before its extents queries had ended");
     }
     match result {
         Ok(()) => guest.history.borrow_mut().end_flush(inv),
         Err(error) => world.fail(Invariant::G11, format!("closing the disk failed with {error:?}")),
     }
     if slot.close().await != result {
-        world.fail(Invariant::D1, "a second close has another result");
+        world.fail(Invariant::D1, "a second close returned another result");
     }
     if slot.pause().await != Err(Errno::ESHUTDOWN) || slot.resume() != Err(Errno::ESHUTDOWN) {
-        world.fail(Invariant::D1, "a closed disk can be paused or resumed");
+        world.fail(Invariant::D1, "a closed disk could be paused or resumed");
     }
 }

@@ -30,7 +30,7 @@ use crate::scenario::Scenario;
 use sim::Label;
 use std::sync::LazyLock;
 
-/// All scenarios, in the order in which they are listed and run: those that each format goes through, and the others.
+/// All scenarios, in the order in which they are listed and run: those of the formats, then the others.
 pub static ALL: LazyLock<Vec<&'static Scenario>> = LazyLock::new(|| {
     of_format::all().iter().map(|made| made.scenario).chain(OTHERS.iter().copied()).collect()
 });
@@ -70,8 +70,8 @@ static OTHERS: &[&Scenario] = &[
     &nbd::NBD_SERVE_REFUSED,
 ];
 
-/// Those of [`OTHERS`] that have been swept for long. What is neither here nor marked as such where it is declared is
-/// new, and `tapsim sweep --runs` gives it [`NEW_WEIGHT`] times as many runs.
+/// Those of [`OTHERS`] that have been swept for a long time. A scenario that is neither here nor marked as settled
+/// where it is declared is new, and `tapsim sweep --runs` gives it [`NEW_WEIGHT`] times as many runs.
 static SETTLED: &[&str] = &[
     "ring-raw",
     "frontend-reconnect",
@@ -95,7 +95,7 @@ fn is_settled(scenario: &Scenario) -> bool {
     of_format.map_or_else(|| SETTLED.contains(&scenario.name), |made| made.settled)
 }
 
-/// How many of `runs` runs each of `scenarios` gets; at least one, so the sum may be a little more.
+/// The share of each of `scenarios` in `runs`; at least one each, so the sum may be slightly larger.
 pub fn shares(scenarios: &[&Scenario], runs: u64) -> Vec<u64> {
     let weights: Vec<u64> = scenarios.iter().map(|s| if is_settled(s) { 1 } else { NEW_WEIGHT }).collect();
     let sum: u64 = weights.iter().sum();
@@ -150,7 +150,7 @@ pub static LABELS: &[&Label] = &[
     &damage::DAMAGE,
 ];
 
-/// The scenario called `name`; `real-image` as well, which needs an image and is not listed.
+/// The scenario called `name`; also `real-image`, which needs an image and is not listed.
 pub fn find(name: &str) -> Option<&'static Scenario> {
     ALL.iter().chain([&&crash::REAL_IMAGE]).find(|s| s.name == name).copied()
 }
@@ -162,7 +162,7 @@ mod tests {
     #[test]
     fn runs_are_shared_by_weight() {
         let names: Vec<&str> = ALL.iter().map(|s| s.name).collect();
-        assert!(SETTLED.iter().all(|name| names.contains(name)), "a settled scenario is not there any more");
+        assert!(SETTLED.iter().all(|name| names.contains(name)), "a settled scenario no longer exists");
         let (old, new) = (find("ring-raw").unwrap(), find("second-tapdisk").unwrap());
         assert_eq!(shares(&[old, new], 4000), [1000, 3000]);
         let all = shares(&ALL, 60_000);

@@ -1,4 +1,4 @@
-//! What every format goes through: a body each, of which a scenario is made for each format that it fits.
+//! Scenarios for every format: a body each, which becomes a scenario for each format that it fits.
 //!
 //! ```text
 //!   formats::ALL  ×  ALL  ──fits──►  "FORMAT-power-cut", "FORMAT-errors", ...
@@ -24,20 +24,20 @@ static ALL: [&OfFormat; 10] = [
     &created::CREATED,
 ];
 
-/// Those on a ring, which run the programs that ship.
+/// Those on a ring, which run the shipped programs.
 static ON_RING: [&OfFormat; 1] = [&ring::TAPDISK_KILLED];
 
-/// Those of which every crash state is looked at; they are neither listed nor found by name.
+/// Those that explore every crash state; they are neither listed nor found by name.
 static EXPLORED: [&OfFormat; 2] = [&crash::EXPLORE, &crash::EXPLORE_OVERLAY];
 
 /// A scenario of a format.
 pub(super) struct Made {
     pub(super) scenario: &'static Scenario,
-    /// Few runs of it are enough: it has been swept for long, or the format is an example.
+    /// It needs few runs: it has been swept for a long time, or the format is an example.
     pub(super) settled: bool,
 }
 
-/// The scenario that `of_format` is for `model`, where it fits.
+/// The scenario of `of_format` for `model`, if it fits.
 pub fn of(of_format: &OfFormat, model: &dyn FormatModel) -> Option<&'static Scenario> {
     let name = named(of_format.name, model);
     all().iter().map(|made| made.scenario).find(|scenario| scenario.name == name)
@@ -47,7 +47,7 @@ fn named(text: &str, model: &dyn FormatModel) -> String {
     text.replace("FORMAT", model.format().name())
 }
 
-/// Made once, and kept.
+/// Called once per scenario, which is kept for good.
 fn make(scenario: &'static OfFormat, model: &'static dyn FormatModel) -> Made {
     let made = Scenario {
         name: named(scenario.name, model).leak(),
@@ -76,7 +76,7 @@ pub(super) fn all() -> &'static [Made] {
     &MADE
 }
 
-/// Those of formats that ship, of which every crash state is looked at.
+/// Those of formats that ship that explore every crash state.
 pub fn explored() -> &'static [&'static Scenario] {
     static MADE: LazyLock<Vec<&Scenario>> =
         LazyLock::new(|| each(&EXPLORED, |model| model.is_shipped()).map(|made| made.scenario).collect());

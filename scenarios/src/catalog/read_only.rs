@@ -1,5 +1,4 @@
-//! A read-only disk on a ring: nothing that a guest asks for changes a byte, whoever dies, and reads are served all
-//! along.
+//! A read-only disk on a ring: no request of a guest changes a byte, whatever dies, and reads are always served.
 
 use super::ring::{DISK_BYTES, NO_ERRORS, finish, in_guest, kills, not_stuck, operations_of};
 use super::setup::Setup;
@@ -14,7 +13,7 @@ use crate::world::World;
 use std::rc::Rc;
 use tap_host::IoKind;
 
-/// The mode of the disk, or of the image too, is read-only.
+/// The mode of the disk, of the image, or of both is read-only.
 pub static RING_READ_ONLY: Scenario = Scenario {
     name: "ring-read-only",
     about: "a guest reads, writes and flushes a read-only disk on a ring while tapdisk dies: no byte of any file changes",
@@ -22,14 +21,14 @@ pub static RING_READ_ONLY: Scenario = Scenario {
     body: &|w| Box::pin(read_only(w)),
 };
 
-/// What a guest tries to put there.
+/// The byte that a guest tries to write.
 const FOREIGN: u8 = 0x5a;
 
 async fn read_only(world: World) {
     let setup = Setup::new(&world, world.setting("image", &Kind::all()), 0, DISK_BYTES);
     let path = setup.spec.path.clone();
     let before = world.storage.bytes(&path);
-    // The toolstack says so, or the image, or both.
+    // The toolstack makes it read-only, or the image, or both.
     let toolstack = world.setting("toolstack-mode", &["r", "w"]) == "r";
     let image = world.setting("image-mode", &[false, true]) || !toolstack;
     let machine = Machine::new(&world, StackLimits { read_only: image, ..StackLimits::draw(&world) });
@@ -40,7 +39,7 @@ async fn read_only(world: World) {
     };
     machine.start_tapdisk();
     let Some(guest) = attached.boot(&world, NO_ERRORS).await else { return };
-    world.sim.spawn("supervisor", 0, Rc::clone(&machine).supervise(kills(&world, 2, 400)));
+    world.sim.spawn("supervisor", 0, Rc::clone(&machine).kill_and_restart(kills(&world, 2, 400)));
     let ops = operations_of(&world, &attached, 0, 60);
     let (w, g, depth) = (world.clone(), guest.clone(), world.setting("ring-depth", &[32, 8, 1]));
     in_guest(&attached, async move {
@@ -58,14 +57,14 @@ async fn read_only(world: World) {
         gate.below(1).await;
     })
     .await;
-    machine.spare();
+    machine.end_kills();
     finish(&world, &machine, &[(attached, guest)]).await;
     if world.storage.bytes(&path) != before {
         world.fail(Invariant::H1, "the image of a read-only disk has changed");
     }
 }
 
-/// One request; what would change the disk must be refused, and everything else served.
+/// One request: changes must be refused, and everything else served.
 async fn ask(world: &World, guest: &Guest<RingDisk>, op: Op) {
     let fill = |bytes: &mut [u8]| bytes.fill(FOREIGN);
     let refused = match op.kind {

@@ -1,10 +1,9 @@
-//! What must hold of a disk that was recovered: it opens and can be read and written to its last sector, and little is
-//! lost.
+//! What must hold for a recovered disk: it opens, can be read and written to its last sector, and little is lost.
 
 use super::setup::{Setup, check_at_rest, cut_after_close};
 use crate::check::oracle::{Oracle, is_broken};
 use crate::check::{Invariant, lost_to_error};
-use crate::guest::{DirectDisk, Guest, GuestDisk, Manners};
+use crate::guest::{DirectDisk, ErrorPolicy, Guest, GuestDisk};
 use crate::limits::StackLimits;
 use crate::stack::Stack;
 use crate::workload::Op;
@@ -14,16 +13,15 @@ use std::rc::Rc;
 use tap_core::ZeroFlags;
 use tap_host::{Errno, IoKind, Mark, SectorRange};
 
-/// Sectors in one write of those that fill the disk.
+/// Sectors per write when a disk is filled.
 pub(super) const FILL_SECTORS: u32 = 256;
 
-/// A wrong version after a power cut breaks G7; if a flush had failed before, the later ones did not cover it (E2).
+/// A wrong version after a power cut breaks G7; after a failed flush, later flushes did not cover it (E2).
 pub(super) fn after_cut(flush_failed: bool) -> Invariant {
     if flush_failed { Invariant::E2 } else { Invariant::G7 }
 }
 
-/// The disk after the last crash, without faults: it opens, holds what it may hold, is written, flushed, read and
-/// closed.
+/// The disk after the last crash, without faults: it opens, holds permitted data, is written, flushed, read and closed.
 pub(super) async fn last_epoch(
     world: &World,
     setup: &Setup,
@@ -42,15 +40,15 @@ pub(super) async fn last_epoch(
     };
     setup.check_length(world, failed_syncs);
     setup.check_locks(world, false);
-    let manners = Manners { retries: 0, errors_allowed: false, reads: after_cut(flush_failed) };
+    let policy = ErrorPolicy { retries: 0, errors_allowed: false, reads: after_cut(flush_failed) };
     let disk =
         DirectDisk::new(stack.node(), limits.pool_bytes.max(256 << 10)).in_pieces(limits.piece_sectors);
-    let guest = Guest::new(world, disk, Rc::clone(&setup.history), manners);
+    let guest = Guest::new(world, disk, Rc::clone(&setup.history), policy);
     if let Err(error) = guest.read_all().await {
         world.fail(Invariant::G11, format!("reading the disk after recovery failed with {error:?}"));
         return;
     }
-    guest.set_manners(Manners { reads: Invariant::G1, ..manners });
+    guest.set_error_policy(ErrorPolicy { reads: Invariant::G1, ..policy });
     if fills {
         fill(&guest, setup.size_sectors).await;
     }
@@ -68,7 +66,7 @@ pub(super) async fn last_epoch(
     if guest.disk().buffers_out() > 0 {
         world.fail(
             Invariant::K1,
-            format!("{} bytes of buffers were not given back", guest.disk().buffers_out()),
+            format!("{} bytes of buffers were not released", guest.disk().buffers_out()),
         );
     }
     check_at_rest(world, host.process.node()).await;
@@ -85,7 +83,7 @@ async fn fill(guest: &Guest<DirectDisk>, size_sectors: u64) {
     guest.one(Op::flush()).await;
 }
 
-/// Writes all over the disk: what recovery got wrong about free space shows now.
+/// Writes in many places, which reveals what recovery got wrong about free space.
 async fn probe(guest: &Guest<DirectDisk>, size_sectors: u64) -> Result<(), Errno> {
     let step = size_sectors / 61;
     let write = |i: u64| Op::new(IoKind::Write, SectorRange::new(i * step, 1 + (i % 9) as u32));
@@ -95,73 +93,72 @@ async fn probe(guest: &Guest<DirectDisk>, size_sectors: u64) -> Result<(), Errno
     guest.read_all().await
 }
 
-/// Makes most of the disk zeros if that is fast: what is done then is not done by writing them.
+/// Makes most of the disk zeros if that is fast, which must not write them.
 async fn check_fast_zeros(world: &World, guest: &Guest<DirectDisk>, size_sectors: u64) {
-    let most = SectorRange::new(8, size_sectors as u32 - 16);
-    let write = guest.history.borrow_mut().begin_zeros(most);
+    let max = SectorRange::new(8, size_sectors as u32 - 16);
+    let write = guest.history.borrow_mut().begin_zeros(max);
     let before = world.storage.counts().written_bytes;
-    let result = guest.disk().write_zeroes(most, ZeroFlags { unmap: true, fast: true }).await;
+    let result = guest.disk().write_zeroes(max, ZeroFlags { unmap: true, fast: true }).await;
     guest.history.borrow_mut().end_write(write, result.is_ok());
     let written = world.storage.counts().written_bytes - before;
     match result {
         Ok(()) if written > 0 => {
-            world.fail(Invariant::M4, format!("fast zeros to {most} wrote {written} bytes"));
+            world.fail(Invariant::M4, format!("fast zeros to {max} wrote {written} bytes"));
         }
         Ok(()) | Err(Errno::EOPNOTSUPP) => {}
-        Err(error) => world.fail(Invariant::E4, format!("fast zeros to {most} failed with {error:?}")),
+        Err(error) => world.fail(Invariant::E4, format!("fast zeros to {max} failed with {error:?}")),
     }
     if guest.read_all().await.is_err() {
-        world.fail(Invariant::G11, "reading what was made zeros failed");
+        world.fail(Invariant::G11, "reading zeroed sectors failed");
     }
 }
 
-/// Most bytes that all discards of a disk write together, for as long as it is open.
+/// Maximum number of bytes that all discards of a disk write together while it is open.
 const DISCARDS_WRITE: u64 = 64 << 10;
 
-/// Discards nearly all of the disk, twice: what cannot be given back is left as it is, instead of written full of
-/// zeros, and what was written before is not lost.
+/// Discards nearly all of the disk, twice: what cannot be released is left as it is, instead of being overwritten with
+/// zeros, and earlier data is not lost.
 async fn check_discards(world: &World, guest: &Guest<DirectDisk>, size_sectors: u64) {
-    let most = SectorRange::new(1, size_sectors as u32 - 2);
+    let max = SectorRange::new(1, size_sectors as u32 - 2);
     let mut written = 0;
     for _ in 0..2 {
         guest.one(Op::new(IoKind::Write, SectorRange::new(3, 20))).await;
         let before = world.storage.counts();
-        guest.one(Op::new(IoKind::Discard, most)).await;
+        guest.one(Op::new(IoKind::Discard, max)).await;
         let after = world.storage.counts();
         written += after.written_bytes - before.written_bytes;
         if written > DISCARDS_WRITE {
-            world.fail(Invariant::M4, format!("discards of {most} wrote {written} bytes"));
+            world.fail(Invariant::M4, format!("discards of {max} wrote {written} bytes"));
         }
         let refused = after.refused_zeros - before.refused_zeros;
         if refused > 1 {
-            let text = format!("a discard of {most} asked a device {refused} times for what it cannot do");
+            let text = format!("a discard of {max} asked a device {refused} times for what it had refused");
             world.fail(Invariant::M4, text);
         }
         if guest.read(SectorRange::new(0, 48)).await.is_err() {
-            world.fail(Invariant::G11, "reading what was discarded failed");
+            world.fail(Invariant::G11, "reading discarded sectors failed");
         }
     }
 }
 
-/// A crash may lose the clusters of writes that were not flushed, an error, or a repetition, those of its request;
-/// nothing else may.
-pub(super) fn check_leaks(world: &World, setup: &Setup, leaked_before: u64, most_sectors: u32) {
+/// A crash may lose the clusters of writes that were not flushed, an error or a repetition those of its request;
+/// nothing else may lose any.
+pub(super) fn check_leaks(world: &World, setup: &Setup, leaked_before: u64, max_sectors: u32) {
     let leaked = setup.leaked(world);
     let stats = world.stats();
     let content = setup.content(world);
-    // A place where the medium failed is not used again, also where the request got through by another. One that was
-    // given back by a request that is repeated, as a whole or by its parts, is known to the process only; a crash loses
-    // it.
+    // Space where the medium failed is not reused, even if the request succeeded elsewhere. Space released by a
+    // repeated request, as a whole or in parts, is known only to the process; a crash loses it.
     let marks = world.kernel.marks();
     let repeated = marks[Mark::RequestRetried as usize] + marks[Mark::MergedSplit as usize];
     let errors = stats.errors + world.storage.counts().failed;
     let bound = leaked_before
         + stats.lost_clusters
-        + (errors + repeated) * lost_to_error(setup.model(), &content, most_sectors);
+        + (errors + repeated) * lost_to_error(setup.model(), &content, max_sectors);
     if leaked > bound && !is_broken(Oracle::LeaksIgnored) {
         let after = format!("{} crashes, {errors} errors and {repeated} repeated requests", stats.crashes);
         let text = format!("{leaked} clusters are lost after {after}");
-        world.fail(Invariant::G13, format!("{text}, at most {bound} may be"));
+        world.fail(Invariant::G13, format!("{text}, at most {bound} are allowed"));
     }
 }
 
@@ -187,9 +184,9 @@ mod tests {
     }
 
     #[test]
-    fn an_image_must_open_and_may_not_have_lost_much() {
+    fn an_image_must_open_and_lose_little() {
         assert_eq!(reported(|_| {}), None);
         assert_eq!(reported(|c| c.pages.write(0, b"garbage!")), Some(Invariant::G11));
-        assert_eq!(reported(|c| c.size += 3 << 20), Some(Invariant::G13), "768 clusters nobody owns");
+        assert_eq!(reported(|c| c.size += 3 << 20), Some(Invariant::G13), "768 clusters without owner");
     }
 }

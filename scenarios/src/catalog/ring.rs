@@ -4,7 +4,7 @@ use super::crash::{arm_power_cut, either, may_overlay};
 use super::setup::{Setup, cut_after_close, workload};
 use crate::check::Invariant;
 use crate::formats::{FormatModel, Kind};
-use crate::guest::{Guest, HONEST_SECTORS, Hostile, Manners, RingDisk};
+use crate::guest::{ErrorPolicy, Guest, HONEST_SECTORS, Hostile, RingDisk};
 use crate::limits::StackLimits;
 use crate::machine::{Attached, Machine};
 use crate::scenario::{OfFormat, Scenario};
@@ -18,15 +18,15 @@ use tap_core::CacheMode;
 use tap_core::wait::oneshot;
 use tap_host::SECTOR_BYTES;
 
-/// After how many of its effects tapdisk is killed.
+/// Number of effects after which tapdisk is killed.
 pub static KILL_AFTER: Label = Label::new("kill-after", "tapdisk is killed after {} more effects");
-/// After what time the front end connects anew.
-pub static RECONNECT_AT: Label = Label::new("reconnect-at", "the front end connects anew after {} ns");
+/// Time after which the front end reconnects.
+pub static RECONNECT_AT: Label = Label::new("reconnect-at", "the front end reconnects after {} ns");
 
 /// A guest on a ring with a raw disk.
 pub static RING_RAW: Scenario = Scenario {
     name: "ring-raw",
-    about: "a guest on a blkif ring with a raw disk: order, merging, short transfers; everything given back at the end",
+    about: "a guest on a blkif ring with a raw disk: order, merging, short transfers; everything released at the end",
     storage: &|_| StorageConfig {
         faults: FaultPlan { short: true, transient: true, ..FaultPlan::LATENCY },
         ..StorageConfig::default()
@@ -34,20 +34,20 @@ pub static RING_RAW: Scenario = Scenario {
     body: &|w| Box::pin(ring_raw(w)),
 };
 
-/// tapdisk dies and comes back under a living guest.
+/// tapdisk dies and restarts under a running guest.
 pub static TAPDISK_KILLED: OfFormat = OfFormat {
     name: "FORMAT-tapdisk-killed",
-    about: "FORMAT on a ring, tapdisk killed between any two of its effects and started again; the guest sees a pause only",
+    about: "FORMAT on a ring, tapdisk killed between any two of its effects and restarted; the guest sees only a pause",
     fits: |model| model.has_metadata(),
     storage: |sim, _| with_errors(sim, FaultPlan::LATENCY),
     body: |w, model| Box::pin(tapdisk_killed(w, model)),
     settled: true,
 };
 
-/// The front end connects anew with requests in flight.
+/// The front end reconnects with requests in flight.
 pub static FRONTEND_RECONNECT: Scenario = Scenario {
     name: "frontend-reconnect",
-    about: "the front end closes and connects anew under load, and puts what had no answer on the new ring",
+    about: "the front end closes and reconnects under load, and puts unanswered requests on the new ring",
     storage: &|_| StorageConfig::default(),
     body: &|w| Box::pin(frontend_reconnect(w)),
 };
@@ -55,7 +55,7 @@ pub static FRONTEND_RECONNECT: Scenario = Scenario {
 /// Two guests on one tapdisk.
 pub static TWO_GUESTS: Scenario = Scenario {
     name: "two-guests",
-    about: "two guests with a disk each on one tapdisk, which dies once; neither sees anything of the other",
+    about: "two guests with a disk each on one tapdisk, which dies once; neither is affected by the other",
     storage: &|sim| with_errors(sim, FaultPlan::LATENCY),
     body: &|w| Box::pin(two_guests(w)),
 };
@@ -63,7 +63,7 @@ pub static TWO_GUESTS: Scenario = Scenario {
 /// The whole host goes down under a guest.
 pub static RING_POWER_CUT: Scenario = Scenario {
     name: "ring-power-cut",
-    about: "a guest on a ring, power cut of the whole host at any host operation; a new machine and a new guest go on",
+    about: "a guest on a ring, power cut of the whole host at any host operation; a new machine and a new guest continue",
     storage: &|_| StorageConfig {
         faults: FaultPlan { short: true, transient: true, ..FaultPlan::LATENCY },
         ..StorageConfig::default()
@@ -71,7 +71,7 @@ pub static RING_POWER_CUT: Scenario = Scenario {
     body: &|w| Box::pin(ring_power_cut(w)),
 };
 
-/// A front end that breaks every rule, beside one that does not.
+/// A front end that breaks every rule, next to one that follows them.
 pub static HOSTILE_FRONTEND: Scenario = Scenario {
     name: "hostile-frontend",
     about: "a front end with bad keys, malformed requests, impossible indices; refused, without disturbing its neighbour",
@@ -79,12 +79,12 @@ pub static HOSTILE_FRONTEND: Scenario = Scenario {
     body: &|w| Box::pin(hostile_frontend(w)),
 };
 
-/// A toolstack waits for ten seconds; a drive that is stuck for as long is not tapdisk's fault.
+/// A toolstack waits for ten seconds; a drive that hangs as long is not tapdisk's fault.
 pub(super) fn not_stuck() -> StorageConfig {
     StorageConfig { faults: FaultPlan { stuck: false, ..FaultPlan::LATENCY }, ..StorageConfig::default() }
 }
 
-/// In half of the seeds the host's operations fail, too, and what failed is told to the guest, whoever dies.
+/// In half of the seeds the host's operations fail, too, and the guest must learn of it, whatever dies.
 pub(super) fn with_errors(sim: &Sim, plan: FaultPlan) -> StorageConfig {
     let errors = setting(sim, "host-errors", &[false, true]);
     let calls = FaultPlan { calls: errors, calls_interrupted: errors, ..plan };
@@ -94,12 +94,13 @@ pub(super) fn with_errors(sim: &Sim, plan: FaultPlan) -> StorageConfig {
 
 pub(super) const DISK_BYTES: u64 = 1 << 20;
 /// Nothing below fails, so nothing above may.
-pub(super) const NO_ERRORS: Manners = Manners { retries: 0, errors_allowed: false, reads: Invariant::G1 };
+pub(super) const NO_ERRORS: ErrorPolicy =
+    ErrorPolicy { retries: 0, errors_allowed: false, reads: Invariant::G1 };
 
-/// How a guest takes what may happen in this world; a wrong read breaks `reads`.
-pub(super) fn manners(world: &World, reads: Invariant) -> Manners {
+/// How a guest handles the errors of this world; a wrong read breaks `reads`.
+pub(super) fn error_policy(world: &World, reads: Invariant) -> ErrorPolicy {
     let errors_allowed = world.errors_allowed();
-    Manners { retries: if errors_allowed { 2 } else { 0 }, errors_allowed, reads }
+    ErrorPolicy { retries: if errors_allowed { 2 } else { 0 }, errors_allowed, reads }
 }
 
 pub(super) fn operations_of(
@@ -115,13 +116,13 @@ pub(super) fn operations_of(
     let flushes = world.setting("fences", &[12, 12, 12, 2]);
     let mut w = Workload { flushes, ..workload(world, guest.setup.size_sectors, count, 88) };
     if flushes == 2 {
-        // So that what follows such a flush on the ring has to wait for it.
+        // So that later requests on the ring have to wait for such a flush.
         w.shape = Shape::Overlapping;
     }
     operations(&world.sim, entity, number, &w)
 }
 
-/// Runs `work` as a task of the guest, to its end.
+/// Runs `work` to its end as a task of the guest.
 pub(super) async fn in_guest(guest: &Attached, work: impl Future<Output = ()> + 'static) {
     let (done, finished) = oneshot();
     guest.node.spawn("main", 0, async move {
@@ -131,7 +132,7 @@ pub(super) async fn in_guest(guest: &Attached, work: impl Future<Output = ()> + 
     let _ = finished.await;
 }
 
-/// Drains without faults, looks at everything once more, and takes the machine down.
+/// Drains without faults, reads everything once more, and shuts the machine down.
 pub(super) async fn finish(world: &World, machine: &Rc<Machine>, guests: &[(Attached, Guest<RingDisk>)]) {
     world.sim.stop_faults();
     for (attached, guest) in guests {
@@ -154,10 +155,10 @@ pub(super) async fn finish(world: &World, machine: &Rc<Machine>, guests: &[(Atta
     }
 }
 
-/// Where no power cut comes before a disk is closed.
+/// Cache modes for scenarios without a power cut before a disk is closed.
 const ALL_CACHES: [CacheMode; 3] = [CacheMode::WriteBack, CacheMode::WriteThrough, CacheMode::Unsafe];
 
-/// The usual life: attach, start, boot.
+/// The usual start: attach, start tapdisk, boot.
 pub(super) async fn start(
     world: &World,
     setups: Vec<Setup>,
@@ -199,26 +200,26 @@ async fn ring_raw(world: World) {
     in_guest(attached, async move { g.run(&ops, depth).await }).await;
     let syncs = world.storage.counts().syncs;
     if machine.cache() == CacheMode::Unsafe && syncs > 0 {
-        world.fail(Invariant::D2, format!("{syncs} flushes of a disk that carries none out"));
+        world.fail(Invariant::D2, format!("a disk that ignores flushes carried out {syncs}"));
     }
     finish(&world, &machine, &guests).await;
 }
 
-/// About as many effects as tapdisk has from its start to the end of taking up a ring.
+/// About the number of tapdisk's effects from its start until it has taken over a ring.
 const TAKING_UP_STEPS: u64 = 120;
 
-pub(super) fn kills(world: &World, most: u32, steps: u64) -> Vec<u64> {
+pub(super) fn kills(world: &World, max: u32, steps: u64) -> Vec<u64> {
     let entity = Entity::WORLD.child("killer", 0);
     world.sim.name_entity(entity, || "killer".into());
     let draw = |i| {
         world.sim.decide(entity, &KILL_AFTER, i, |d| match d.below(8) {
             0 | 1 => 0,
-            // Soon after it began: while it takes up what the one before left.
+            // Soon after its start: while it takes over what its predecessor left.
             2..=4 if i > 0 => 1 + d.below(TAKING_UP_STEPS),
             _ => 1 + d.below(steps),
         })
     };
-    (0..most).map(draw).filter(|n| *n > 0).collect()
+    (0..max).map(draw).filter(|n| *n > 0).collect()
 }
 
 async fn tapdisk_killed(world: World, model: &'static dyn FormatModel) {
@@ -226,25 +227,25 @@ async fn tapdisk_killed(world: World, model: &'static dyn FormatModel) {
     let setup = Setup::new(&world, kind, 0, DISK_BYTES);
     let Some((machine, guests)) = start_with(&world, vec![setup], &ALL_CACHES).await else { return };
     let (attached, guest) = &guests[0];
-    guest.set_manners(manners(&world, Invariant::P1));
+    guest.set_error_policy(error_policy(&world, Invariant::P1));
     machine.allow_deafness();
-    world.sim.spawn("supervisor", 0, Rc::clone(&machine).supervise(kills(&world, 4, 600)));
+    world.sim.spawn("supervisor", 0, Rc::clone(&machine).kill_and_restart(kills(&world, 4, 600)));
     let ops = operations_of(&world, attached, 0, 60);
     let (g, depth) = (guest.clone(), world.setting("ring-depth", &[32, 8, 1]));
     in_guest(attached, async move { g.run(&ops, depth).await }).await;
-    machine.spare();
+    machine.end_kills();
     finish(&world, &machine, &guests).await;
 }
 
 async fn frontend_reconnect(world: World) {
     let setup = Setup::mapped(&world, 0, DISK_BYTES, false);
-    // What is put on the new ring again may be carried out twice, and in another order.
+    // Requests repeated on the new ring may be carried out twice, and in another order.
     setup.history.borrow_mut().relax_order();
     let Some((machine, guests)) = start(&world, vec![setup]).await else { return };
     let (attached, guest) = &guests[0];
     let deaths = world.setting("deaths-too", &[false, true]);
     if deaths {
-        world.sim.spawn("supervisor", 0, Rc::clone(&machine).supervise(kills(&world, 3, 600)));
+        world.sim.spawn("supervisor", 0, Rc::clone(&machine).kill_and_restart(kills(&world, 3, 600)));
     }
     let in_a_loop = !deaths && world.setting("reconnects-in-a-loop", &[false, false, false, true]);
     let ops = operations_of(&world, attached, 0, 60);
@@ -261,7 +262,7 @@ async fn frontend_reconnect(world: World) {
             }
             w.sim.sleep_ns(wait_ns).await;
             if let Err(error) = front.reconnect().await {
-                w.fail(Invariant::L1, format!("the front end failed to connect again: {error:?}"));
+                w.fail(Invariant::L1, format!("the front end failed to reconnect: {error:?}"));
             }
         }
         if in_a_loop {
@@ -271,12 +272,12 @@ async fn frontend_reconnect(world: World) {
     });
     in_guest(attached, async move { g.run(&ops, depth).await }).await;
     let _ = reconnected.await;
-    machine.spare();
+    machine.end_kills();
     finish(&world, &machine, &guests).await;
 }
 
-/// How often a front end begins anew that does nothing else, and how long that takes at least, in nanoseconds: each
-/// time costs xenstored, which all domains share, a dozen transactions of the back end's domain.
+/// Number of reconnects of a front end that does nothing else, and their minimum time in nanoseconds: each costs
+/// xenstored, which all domains share, a dozen transactions of the back end's domain.
 const LOOPS: u64 = 24;
 const LOOPS_NS: u64 = 5_000_000_000;
 
@@ -284,12 +285,12 @@ async fn reconnect_in_a_loop(world: &World, front: &Blkfront) {
     let began_ns = world.sim.now_ns();
     for _ in 0..LOOPS {
         if let Err(error) = front.reconnect().await {
-            world.fail(Invariant::L1, format!("the front end failed to connect again: {error:?}"));
+            world.fail(Invariant::L1, format!("the front end failed to reconnect: {error:?}"));
         }
     }
     let took_ns = world.sim.now_ns() - began_ns;
     if took_ns < LOOPS_NS {
-        world.fail(Invariant::H2, format!("a front end began anew {LOOPS} times in {took_ns} ns"));
+        world.fail(Invariant::H2, format!("a front end reconnected {LOOPS} times in {took_ns} ns"));
     }
 }
 
@@ -298,10 +299,10 @@ async fn two_guests(world: World) {
     let two = Setup::raw(&world, 1, DISK_BYTES);
     let Some((machine, guests)) = start(&world, vec![one, two]).await else { return };
     for (_, guest) in &guests {
-        guest.set_manners(manners(&world, Invariant::P1));
+        guest.set_error_policy(error_policy(&world, Invariant::P1));
     }
     machine.allow_deafness();
-    world.sim.spawn("supervisor", 0, Rc::clone(&machine).supervise(kills(&world, 1, 600)));
+    world.sim.spawn("supervisor", 0, Rc::clone(&machine).kill_and_restart(kills(&world, 1, 600)));
     let mut running = Vec::new();
     for (number, (attached, guest)) in guests.iter().enumerate() {
         let ops = operations_of(&world, attached, number as u64, 40);
@@ -315,7 +316,7 @@ async fn two_guests(world: World) {
     for finished in running {
         let _ = finished.await;
     }
-    machine.spare();
+    machine.end_kills();
     finish(&world, &machine, &guests).await;
 }
 
@@ -332,7 +333,7 @@ async fn ring_power_cut(world: World) {
     next_guest(&world, setup, depth, "after the power cut").await;
 }
 
-/// Another machine and another guest on the disk of one whose history has ended.
+/// Another machine and another guest on the disk of a guest that has ended.
 pub(super) async fn next_guest(world: &World, setup: Setup, depth: usize, when: &'static str) {
     next_guests(world, vec![setup], depth, when).await;
 }
@@ -342,13 +343,13 @@ pub(super) async fn next_guests(world: &World, setups: Vec<Setup>, depth: usize,
     let first = setups.len() as u64;
     let Some((machine, guests)) = start(world, setups).await else { return };
     for (number, (attached, guest)) in (first..).zip(&guests) {
-        guest.set_manners(Manners { reads: Invariant::G7, ..NO_ERRORS });
+        guest.set_error_policy(ErrorPolicy { reads: Invariant::G7, ..NO_ERRORS });
         let (w, g, ops) = (world.clone(), guest.clone(), operations_of(world, attached, number, 20));
         in_guest(attached, async move {
             if let Err(error) = g.read_all().await {
                 w.fail(Invariant::G11, format!("reading the disk {when} failed with {error:?}"));
             }
-            g.set_manners(NO_ERRORS);
+            g.set_error_policy(NO_ERRORS);
             g.run(&ops, depth).await;
         })
         .await;
@@ -377,7 +378,7 @@ async fn two_disks(world: &World) -> (Rc<Machine>, Attached, Attached) {
 
 async fn hostile_frontend(world: World) {
     let (machine, bad, good) = two_disks(&world).await;
-    let neighbour = Manners { reads: Invariant::H2, ..NO_ERRORS };
+    let neighbour = ErrorPolicy { reads: Invariant::H2, ..NO_ERRORS };
     let Some(guest) = good.boot(&world, neighbour).await else { return };
     let above = || {
         let mut bytes = vec![0; ((bad.setup.size_sectors - HONEST_SECTORS) * SECTOR_BYTES) as usize];
@@ -388,9 +389,9 @@ async fn hostile_frontend(world: World) {
     let before = above();
     let deaths = world.setting("deaths-too", &[false, true]);
     if deaths {
-        world.sim.spawn("supervisor", 0, Rc::clone(&machine).supervise(kills(&world, 3, 400)));
+        world.sim.spawn("supervisor", 0, Rc::clone(&machine).kill_and_restart(kills(&world, 3, 400)));
     }
-    // A ring that nobody can take up ends a process that was told to serve it and nothing else.
+    // An unrecoverable ring ends a process that was told to serve only that.
     let may_break = !deaths || machine.is_watching();
     machine.expect_broken_ring(bad.dom);
     let hostile = Hostile::new(&world, bad.clone(), machine.starts(), may_break);
@@ -401,7 +402,7 @@ async fn hostile_frontend(world: World) {
             hostile.play(40).await
         };
         if let Err(error) = played.await {
-            w.fail(Invariant::H1, format!("the hostile guest is stopped by {error:?}, not by the back end"));
+            w.fail(Invariant::H1, format!("the hostile guest was stopped by {error:?}, not by the back end"));
         }
         let _ = done.send(());
     });
@@ -409,8 +410,8 @@ async fn hostile_frontend(world: World) {
     let g = guest.clone();
     in_guest(&good, async move { g.run(&ops, 16).await }).await;
     either(gone, bad.node.dead()).await;
-    machine.spare();
-    // Its front end need not let go of anything, ever.
+    machine.end_kills();
+    // Its front end need not release anything, ever.
     machine.destroy(&bad).await;
     finish(&world, &machine, &[(good, guest)]).await;
     if above() != before {

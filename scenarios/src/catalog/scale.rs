@@ -1,9 +1,9 @@
-//! Size: large requests, images whose clusters are nowhere neighbours, sizes that are no multiple of anything, many
-//! requests for one block. What that costs is an invariant like any other.
+//! Size: large requests, images whose clusters are scattered, odd sizes, many requests for one block. Their cost is an
+//! invariant like any other.
 //!
 //! ```text
 //!   write clusters backwards ─► large reads, writes, zeros,  ┐
-//!   or by turns                 discards                     │
+//!   or alternating              discards                     │
 //!                               writes of one block          ├─ at once ─► read all, close, count
 //!                               small reads at the end       ┘
 //! ```
@@ -12,7 +12,7 @@ use super::crash::{arm_power_cut, may_overlay};
 use super::setup::{Setup, cut_after_close, cut_after_drop, workload};
 use crate::check::Invariant;
 use crate::formats::{FormatModel, Kind, fitting};
-use crate::guest::{DirectDisk, Guest, Manners};
+use crate::guest::{DirectDisk, ErrorPolicy, Guest};
 use crate::limits::StackLimits;
 use crate::scenario::OfFormat;
 use crate::stack::Stack;
@@ -26,34 +26,34 @@ use tap_core::wait::oneshot;
 use tap_core::{Node, Request, ZeroFlags};
 use tap_host::{IoBuf, IoKind, IoVec, SECTOR_BYTES, SectorRange};
 
-/// What a large request does; 0 is none.
+/// What a large request does; 0 for none.
 pub static LARGE: Label = Label::new(
     "large",
-    "large request {n} has form {}: 1 a read, 2 zeros, 3 zeros whose space may go, 4 a discard, 5 zeros if fast, 6 a write",
+    "large request {n} has form {}: 1 a read, 2 zeros, 3 zeros whose space may be released, 4 a discard, 5 zeros if fast, 6 a write",
 );
 
-/// Large requests, at most.
+/// Maximum number of large requests.
 const LARGE_REQUESTS: u32 = 4;
-/// The largest read or write, in sectors.
+/// Size of the largest read or write, in sectors.
 const DATA_SECTORS: u64 = 1024;
 /// The last sectors, which no large request touches.
 const TAIL_SECTORS: u64 = 16;
-/// Most work in one turn: one table of the largest kind that the images here have, twice.
+/// Maximum work per turn: one table of the largest size used here, twice.
 const WORK_PER_TURN: u64 = 2 * 4096;
-/// Most file operations of one large request at one time: its pieces, and what they need besides.
+/// Maximum number of concurrent file operations of a large request: its pieces, and a few more.
 const OPERATIONS_PER_REQUEST: u64 = 70;
 
-/// Small reads beside the large requests, and how far apart they are, in nanoseconds.
+/// Small reads during the large requests, and the time between them in nanoseconds.
 const SMALL_READS: u32 = 16;
 const SMALL_READ_EVERY_NS: u64 = 5_000;
-/// The longest that a small read may take where no file operation takes more than 12,000 ns: a table, the data, and
-/// what those do who have the memory for it. A large request takes a hundred times as long.
+/// Maximum time of a small read if no file operation takes longer than 12,000 ns: a table, the data, and the same for
+/// the requests that hold the memory for it. A large request takes a hundred times as long.
 const SMALL_READ_NS: u64 = 200_000;
 
-/// An image in clusters as small as they can be, large requests.
+/// An image with clusters as small as possible, and large requests.
 pub static SCALE: OfFormat = OfFormat {
     name: "FORMAT-scale",
-    about: "large requests on FORMAT that is scattered over its file, beside many for one block; costs are bounded",
+    about: "large requests on FORMAT that is scattered over its file, with many for one block; costs are bounded",
     fits: |model| model.has_metadata(),
     storage: |_, _| StorageConfig {
         faults: FaultPlan { short: true, ..FaultPlan::LATENCY },
@@ -66,7 +66,7 @@ pub static SCALE: OfFormat = OfFormat {
 /// A file system that is full for a while. A file that is the disk is sparse, or in use.
 pub static FULL: OfFormat = OfFormat {
     name: "FORMAT-full",
-    about: "FORMAT on a file system that is full for long, then has space again: nothing is lost, what is answered stays, and hardly anything leaks",
+    about: "FORMAT on a file system that is full for a long time, then has space again: nothing is lost, what is answered stays, and hardly anything leaks",
     fits: |_| true,
     storage: |sim, model| match model.has_metadata() {
         true => StorageConfig { faults: FaultPlan::LATENCY, ..StorageConfig::default() },
@@ -82,11 +82,11 @@ pub static FULL: OfFormat = OfFormat {
     settled: false,
 };
 
-/// Most clusters that may be lost while there is no space.
-const MOST_LEAKED: u64 = 64;
-/// Requests while there is no space.
+/// Maximum number of clusters that may be lost while there is no space.
+const MAX_LEAKED: u64 = 64;
+/// Number of requests while there is no space.
 const FULL_REQUESTS: u32 = 40;
-/// Power cuts while there is none.
+/// Number of power cuts while there is no space.
 const FULL_CUTS: u32 = 6;
 
 async fn full(world: World, model: &'static dyn FormatModel) {
@@ -95,7 +95,7 @@ async fn full(world: World, model: &'static dyn FormatModel) {
     let setup = Setup::new(&world, Kind { model, overlay }, 0, DISK_BYTES);
     let limits = StackLimits::draw(&world);
     let depth = world.setting("full-depth", &[1, 8]);
-    // How often the power is cut while there is no space.
+    // Number of power cuts while there is no space.
     let cuts = world.setting("cut-while-full", &[0, FULL_CUTS]);
     let mut left = None;
     for epoch in 0..cuts.max(1) {
@@ -117,14 +117,14 @@ async fn full(world: World, model: &'static dyn FormatModel) {
     with_space_again(&world, &setup, &limits, served).await;
     let Some(leaked) = leaked else { return };
     let more = setup.leaked(&world).saturating_sub(leaked);
-    // One request at a time leaves nothing behind but the edges of what it had in several groups.
-    if depth == 1 && more > MOST_LEAKED {
+    // With one request at a time, only the edges of its ranges in several groups may be left.
+    if depth == 1 && more > MAX_LEAKED {
         world.fail(Invariant::G13, format!("{more} clusters were lost while there was no space"));
     }
 }
 
-/// Requests with space, then without. Gives the disk, and how many clusters nothing referred to before; `None` where
-/// the power was cut, or the world is broken.
+/// Requests with space, then without. Returns the disk, and the number of unreferenced clusters before; `None` if the
+/// power was cut or an invariant is broken.
 async fn without_space(
     world: &World,
     setup: &Setup,
@@ -148,7 +148,7 @@ async fn without_space(
         }
         let leaked = setup.leaked(&world);
         world.storage.set_full(true);
-        // What was made zeros and kept its space has room for this.
+        // Zeroed sectors that kept their space have room for this.
         let kept = first.iter().flatten().filter(|op| op.kind == IoKind::WriteZeroes && !op.zeroes.unmap);
         let again: Vec<Option<Op>> = kept.map(|op| Some(Op::new(IoKind::Write, op.range))).collect();
         served.guest.run(&again, depth).await;
@@ -171,16 +171,16 @@ async fn without_space(
     None
 }
 
-/// A disk that is served, and its guest.
+/// A disk in use, and its guest.
 struct Served {
     stack: Stack,
     guest: Guest<DirectDisk>,
-    /// What a wrong read breaks.
+    /// The invariant that a wrong read breaks.
     reads: Invariant,
 }
 
-fn manners(errors_allowed: bool, reads: Invariant) -> Manners {
-    Manners { retries: 0, errors_allowed, reads }
+fn error_policy(errors_allowed: bool, reads: Invariant) -> ErrorPolicy {
+    ErrorPolicy { retries: 0, errors_allowed, reads }
 }
 
 /// Opens the image for a guest whose requests may fail.
@@ -200,14 +200,14 @@ async fn serve(
     };
     let disk =
         DirectDisk::new(stack.node(), limits.pool_bytes.max(256 << 10)).in_pieces(limits.piece_sectors);
-    let manners = manners(true, reads);
-    let guest = Guest::new(world, disk, Rc::clone(&setup.history), manners);
+    let policy = error_policy(true, reads);
+    let guest = Guest::new(world, disk, Rc::clone(&setup.history), policy);
     Some(Served { stack, guest, reads })
 }
 
 fn full_operations(world: &World, setup: &Setup, stream: u32, count: u32) -> Vec<Option<Op>> {
     let mut load = Workload { zeroes: true, ..workload(world, setup.size_sectors, count, 64) };
-    // Flushes beside what fails for lack of space.
+    // Concurrent flushes with requests that fail for lack of space.
     if stream % 4 == 3 {
         load.shape = Shape::FlushHeavy;
     }
@@ -215,20 +215,20 @@ fn full_operations(world: &World, setup: &Setup, stream: u32, count: u32) -> Vec
     operations(&world.sim, guest, u64::from(stream), &load)
 }
 
-/// Everything works as before.
+/// With space again, everything works as before.
 async fn with_space_again(world: &World, setup: &Setup, limits: &StackLimits, served: Served) {
     let Served { stack, guest, reads } = served;
-    guest.set_manners(manners(false, reads));
+    guest.set_error_policy(error_policy(false, reads));
     guest.run(&full_operations(world, setup, 2 * FULL_CUTS, 10), limits.guest_depth).await;
     if guest.read_all().await.is_err() || stack.disk.close().await.is_err() {
-        return world.fail(Invariant::L1, "with space again, the disk cannot be read and closed");
+        return world.fail(Invariant::L1, "with space again, the disk could not be read and closed");
     }
     cut_after_close(world, [setup.spec.path.as_str()]);
     setup.check(world, "at the end").await;
 }
 
-/// Whole pages that the guest gave back are holes of the file. (Zeros over a backing file have to be written; once a
-/// request has failed, so have those over what it may have left.)
+/// Whole pages that the guest released are holes of the file. (Zeros over a backing file have to be written; after a
+/// failed request, so have those over what it may have left.)
 fn check_given_back(world: &World, setup: &Setup, guest: &Guest<DirectDisk>) {
     const PAGE_SECTORS: u64 = 8;
     let clusters = setup.has_metadata();
@@ -251,7 +251,7 @@ fn check_given_back(world: &World, setup: &Setup, guest: &Guest<DirectDisk>) {
         let takes_space = |inode: &Inode| place.is_some_and(|at| inode.has_space(at, PAGE as u64));
         if world.storage.with_inode(&setup.spec.path, takes_space) == Some(true) {
             let text =
-                format!("bytes {at}+{PAGE} of the disk were given back, and the file has space for them");
+                format!("bytes {at}+{PAGE} of the disk were released, but still take space in the file");
             return world.fail(Invariant::S2, text);
         }
     }
@@ -262,19 +262,19 @@ async fn scale(world: World, model: &'static dyn FormatModel) {
     let Some(metadata) = model.metadata() else { return };
     let table_bits = world.setting("scale-l2-bits", &fitting(&metadata.table_bits(), &[12, 6, 9]));
     let setup = Setup::with_bits(&world, Kind::alone(model), 0, size_bytes, (9, table_bits));
-    // Its requests are larger than those that merging makes.
+    // Its requests are larger than merged ones.
     let limits = StackLimits { piece_sectors: 0, ..StackLimits::draw(&world) };
     let host = SimHost::start(&world.kernel, &world.xen, "tapdisk", 0);
     let stack = match Stack::open(&host, &world, &setup.spec, &limits).await {
         Ok(stack) => stack,
         Err(error) => return world.fail(Invariant::G11, format!("failed to open the image: {error}")),
     };
-    let manners = Manners { retries: 0, errors_allowed: false, reads: Invariant::G1 };
+    let policy = ErrorPolicy { retries: 0, errors_allowed: false, reads: Invariant::G1 };
     let disk = DirectDisk::new(stack.node(), limits.pool_bytes.max(4 << 20));
-    let guest = Guest::new(&world, disk, Rc::clone(&setup.history), manners);
+    let guest = Guest::new(&world, disk, Rc::clone(&setup.history), policy);
     guest.run(&scattered(&world, &setup, table_bits), 1).await;
     let ops = at_once(&world, setup.size_sectors);
-    // A host that is never late shows how long requests wait for each other.
+    // A host with even delays shows how long requests wait for each other.
     let even = world.setting("host-is-even", &[false, true]);
     if even {
         world.sim.stop_faults();
@@ -287,10 +287,10 @@ async fn scale(world: World, model: &'static dyn FormatModel) {
     guest.run(&ops, usize::MAX).await;
     check_costs(&world, &stack, &ops);
     let longest_ns = waited.await.unwrap_or_default();
-    // Those for one block go down one by one: with the large ones, fewer than this are below the scheduler at once.
+    // Requests for one block run one by one, so fewer than this run below the scheduler, large ones included.
     let has_room = limits.scheduler.depth >= 2 * LARGE_REQUESTS as usize;
     if even && has_room && longest_ns > SMALL_READ_NS {
-        let text = format!("beside large requests, a read of one sector took {longest_ns} ns");
+        let text = format!("during large requests, a read of one sector took {longest_ns} ns");
         world.fail(Invariant::M5, text);
     }
     world.sim.stop_faults();
@@ -305,12 +305,12 @@ async fn scale(world: World, model: &'static dyn FormatModel) {
     drop((stack, guest));
     let figures = memory.figures();
     if figures.used_bytes > figures.kept_bytes {
-        world.fail(Invariant::M3, format!("the disk is closed, and its memory is {figures:?}"));
+        world.fail(Invariant::M3, format!("the disk is closed, but its memory is {figures:?}"));
     }
     setup.check(&world, "at the end").await;
 }
 
-/// Reads of a sector at `at`, one after the other; how long the longest took, in nanoseconds.
+/// Reads one sector at `at` repeatedly. Returns the time of the slowest read in nanoseconds.
 async fn longest_small_read(world: &World, node: &dyn Node, at: u64) -> u64 {
     let mut longest_ns = 0;
     for _ in 0..SMALL_READS {
@@ -326,8 +326,8 @@ async fn longest_small_read(world: &World, node: &dyn Node, at: u64) -> u64 {
     longest_ns
 }
 
-/// Writes that leave neighbours of the disk apart in the file, and one for each of the first tables. Backwards, nothing
-/// goes on where something else ends; by turns, the next but one does.
+/// Writes that scatter neighbouring clusters of the disk in the file, and one for each of the first tables. Backwards,
+/// no cluster follows its neighbour in the file; alternating, every second one does.
 fn scattered(world: &World, setup: &Setup, table_bits: u32) -> Vec<Option<Op>> {
     let count: u64 = world.setting("scattered", &[300, 0, 40]);
     let cluster_sectors = (1 << setup.cluster_bits) / SECTOR_BYTES;
@@ -341,7 +341,7 @@ fn scattered(world: &World, setup: &Setup, table_bits: u32) -> Vec<Option<Op>> {
     all.map(|cluster| cluster * cluster_sectors).filter(is_body).map(write).collect()
 }
 
-/// Large requests, many of one block, and small ones.
+/// Large requests, many for one block, and small ones.
 fn at_once(world: &World, size_sectors: u64) -> Vec<Option<Op>> {
     let body = size_sectors - TAIL_SECTORS;
     let mut ops: Vec<Option<Op>> = (0..LARGE_REQUESTS)
@@ -370,24 +370,26 @@ fn at_once(world: &World, size_sectors: u64) -> Vec<Option<Op>> {
 }
 
 fn check_costs(world: &World, stack: &Stack, ops: &[Option<Op>]) {
-    let work = world.kernel.most_work();
+    let work = world.kernel.max_work();
     if work > WORK_PER_TURN {
         world.fail(Invariant::M1, format!("one turn did {work} units of work"));
     }
     let requests = ops.iter().flatten().count() as u64;
     let large = ops[..LARGE_REQUESTS as usize].iter().flatten().count() as u64;
-    let (running, most) =
-        (world.kernel.most_running(), (large.max(1)) * OPERATIONS_PER_REQUEST + requests - large);
-    if running > most {
-        let text =
-            format!("{running} file operations ran at once for {requests} requests, {large} of them large");
+    let (running, max) =
+        (world.kernel.max_running(), (large.max(1)) * OPERATIONS_PER_REQUEST + requests - large);
+    if running > max {
+        let text = format!(
+            "{running} file operations ran concurrently for {requests} requests, {large} of them large"
+        );
         world.fail(Invariant::M1, text);
     }
     let stats = stack.disk.stats();
     let answered = stats.reads + stats.writes + stats.zeroes + stats.discards;
-    let (steps, most) = (stack.disk.order_steps(), answered * (3 * requests + 8));
-    if steps > most {
-        let text = format!("the order of {answered} requests took {steps} steps, {requests} of them at once");
+    let (steps, max) = (stack.disk.order_steps(), answered * (3 * requests + 8));
+    if steps > max {
+        let text =
+            format!("ordering {answered} requests took {steps} steps, with {requests} of them concurrent");
         world.fail(Invariant::M2, text);
     }
 }

@@ -1,4 +1,4 @@
-//! What crash scenarios start from: an image, its backing file, the history of its disk.
+//! What scenarios start from: an image, its backing file, the history of its disk.
 
 use crate::check::{BlockHistory, Initial, Invariant, shipped};
 use crate::formats::{self, FormatModel, ImageShape, Kind, RealImage, Stored, fitting, layer_cluster};
@@ -12,23 +12,23 @@ use std::rc::Rc;
 use tap_host::{LockKind, SECTOR_BYTES};
 use tap_images::ImageSpec;
 
-/// Sizes that clusters and tables may have, as powers of two: of those, what a format can.
+/// Candidates for cluster sizes, as powers of two, of which a format uses those that it permits.
 pub const CLUSTER_BITS: [u32; 4] = [12, 16, 9, 14];
 /// See [`CLUSTER_BITS`].
 pub const TABLE_BITS: [u32; 3] = [9, 6, 13];
 
-/// A disk to be tested.
+/// A disk under test.
 #[derive(Clone)]
 pub struct Setup {
     /// What to open.
     pub spec: ImageSpec,
-    /// What happened to it.
+    /// The history of the disk.
     pub history: Rc<RefCell<BlockHistory>>,
     /// Size in sectors.
     pub size_sectors: u64,
     /// Bytes in a cluster as a power of two; 9 for a raw image.
     pub cluster_bits: u32,
-    /// The backing file and its bytes, which must stay.
+    /// Path and bytes of the backing file, which must not change.
     base: Option<(String, Rc<Vec<u8>>)>,
     /// Further files below a real image.
     below: Vec<String>,
@@ -45,7 +45,7 @@ impl Setup {
         Self::with_bits(world, kind, number, size_bytes, (cluster_bits, table_bits))
     }
 
-    /// As [`Setup::new`], of a format with metadata, and with clusters and tables of about these sizes.
+    /// As [`Setup::new`], for a format with metadata, with the permitted cluster and table sizes nearest to `bits`.
     pub fn with_bits(world: &World, kind: Kind, number: u32, size_bytes: u64, bits: (u32, u32)) -> Self {
         let (model, overlay) = (kind.model, kind.overlay);
         let metadata = model.metadata().expect("a format of clusters has metadata");
@@ -73,17 +73,17 @@ impl Setup {
         Self { cluster_bits, ..setup }
     }
 
-    /// As [`Setup::new`], of the format that scenarios take which are about something else.
+    /// As [`Setup::new`], for the format that scenarios about other things use.
     pub fn mapped(world: &World, number: u32, size_bytes: u64, overlay: bool) -> Self {
         Self::new(world, Kind::mapped(overlay), number, size_bytes)
     }
 
-    /// An image that is there and of which all bytes of the disk are zeros.
+    /// An image that exists, with a disk of zeros.
     pub fn empty(world: &World, model: &'static dyn FormatModel, number: u32, size_bytes: u64) -> Self {
         Self::with_history(world, Kind::alone(model), number, size_bytes, Initial::Zero, None)
     }
 
-    /// Starts from an image that somebody else made.
+    /// Starts from an image that another program made.
     pub fn real(world: &World, image: &RealImage) -> Self {
         let loaded = image.loaded();
         for (path, content) in &loaded.files {
@@ -101,7 +101,7 @@ impl Setup {
         }
     }
 
-    /// The files that the image is based on, as they are.
+    /// The current files below the image.
     pub fn below(&self, world: &World) -> Vec<(String, Content)> {
         let base = self.base.iter().map(|(path, _)| path);
         let paths = base.chain(&self.below).cloned();
@@ -113,8 +113,8 @@ impl Setup {
         Self::new(world, Kind::raw(), number, size_bytes)
     }
 
-    /// An image without metadata: of zeros, or a disk that was in use before. On one of zeros, bytes that come from
-    /// nowhere and bytes that were taken back look like what was there.
+    /// An image without metadata: of zeros, or a disk that was in use before. On a disk of zeros, missing and reverted
+    /// bytes look like the initial content.
     fn bare(world: &World, kind: Kind, number: u32, size_bytes: u64) -> Self {
         let in_use = world.setting("raw-in-use", &[false, true]);
         let clusters = if in_use { size_bytes >> USED_BITS } else { 0 };
@@ -133,8 +133,8 @@ impl Setup {
         Self::with_history(world, kind, number, size_bytes, initial, None)
     }
 
-    /// The same on a block device: of the same size under a raw disk; an image with metadata has more behind it, which
-    /// holds the bytes of whoever had the device before.
+    /// The same on a block device: of the same size for a raw disk; for an image with metadata the device is larger,
+    /// and the rest has a previous user's bytes.
     pub fn on_device(self, world: &World) -> Self {
         let path = &self.spec.path;
         let mut content = world.storage.content(path).unwrap_or_default();
@@ -148,7 +148,7 @@ impl Setup {
         self
     }
 
-    /// The image's file as it is now; of a device what is in use, as if it ended there.
+    /// The current file of the image; of a device the part in use.
     pub fn content(&self, world: &World) -> Content {
         formats::used_content(&world.storage, &self.spec)
     }
@@ -174,34 +174,34 @@ impl Setup {
         }
     }
 
-    /// The same disk with `spec` as its image, which is based on the one that it has now.
+    /// The same disk with `spec` as its image, above the current one.
     pub fn above(&self, spec: ImageSpec) -> Self {
         let below = [&self.spec.path].into_iter().chain(&self.below).cloned().collect();
         Self { spec, below, ..self.clone() }
     }
 
-    /// The same disk with `spec` as its image, and nothing below that.
+    /// The same disk with `spec` as its image, and nothing below it.
     pub fn alone(&self, spec: ImageSpec) -> Self {
         Self { spec, base: None, below: Vec::new(), ..self.clone() }
     }
 
-    /// The files of the image and of what it is based on.
+    /// The files of the image and of those below it.
     pub fn files(&self) -> impl Iterator<Item = &String> {
         let base = self.base.iter().map(|(path, _)| path);
         [&self.spec.path].into_iter().chain(base).chain(&self.below)
     }
 
-    /// What the testbed knows of the image's format.
+    /// The testbed's model of the image's format.
     pub fn model(&self) -> &'static dyn FormatModel {
         formats::of(self.spec.format)
     }
 
-    /// Whether the format has anything beside the bytes of the disk.
+    /// Whether the image contains more than the bytes of the disk.
     pub fn has_metadata(&self) -> bool {
         self.model().has_metadata()
     }
 
-    /// Cuts the power: what runs at `nodes` stops at once, and of the bytes that were not durable any may be left.
+    /// Cuts the power: what runs at `nodes` stops at once, and any part of the bytes that were not durable may be left.
     pub async fn cut_power(&self, world: &World, nodes: &[&Node]) {
         world.storage.set_hook(None);
         for node in nodes {
@@ -213,7 +213,7 @@ impl Setup {
         self.history.borrow_mut().power_cut();
     }
 
-    /// As [`Setup::check_bytes`], and lets the shipped check look at the image too. Nobody has it open for writing.
+    /// As [`Setup::check_bytes`], and runs the shipped check on the image, which must not be open for writing.
     pub async fn check(&self, world: &World, when: &str) {
         self.check_bytes(world, when);
         if !world.verdict.is_broken() {
@@ -221,10 +221,10 @@ impl Setup {
         }
     }
 
-    /// A crash may leave references behind the end of the file; once the image is open for writing none may be, also
-    /// not after the next crash. Where a synchronisation failed since there were `failed_syncs` of them, the length
-    /// need not be durable: all that follow fail. The last sector may come later, when it is durable that it is
-    /// missing.
+    /// A crash may leave references past the end of the file; once the image is open for writing there must be none,
+    /// even after the next crash. If a synchronisation has failed since there were `failed_syncs` of them, the length
+    /// need not be durable, because all later ones fail. The last sector may be added later, once it is durable that it
+    /// is missing.
     pub fn check_length(&self, world: &World, failed_syncs: u64) {
         if world.storage.counts().failed_syncs > failed_syncs {
             return;
@@ -233,13 +233,13 @@ impl Setup {
         if let Some((Some(Ok(map)), size)) = world.storage.with_inode(&self.spec.path, tenses)
             && map.end > size + SECTOR_BYTES
         {
-            let text = format!("an image is served of which {size} bytes are durable and {} in use", map.end);
+            let text = format!("a served image has {size} durable bytes, but {} in use", map.end);
             world.fail(Invariant::Q2, text);
         }
     }
 
-    /// While the image is served, nobody else may open it, or write to it if it is open for reading; and what it is
-    /// based on nobody may write to.
+    /// While the image is served, no other process may open it, or write to it if it is open read-only; and none may
+    /// write to the files below it.
     pub fn check_locks(&self, world: &World, read_only: bool) {
         let top = if read_only { LockKind::Shared } else { LockKind::Exclusive };
         let mut wrong =
@@ -252,27 +252,24 @@ impl Setup {
         }
         if let Some(path) = wrong {
             let locks = world.storage.locks(path);
-            world.fail(Invariant::C2, format!("a disk is served, and the locks of {path} are {locks:?}"));
+            world.fail(Invariant::C2, format!("a disk is served, but the locks of {path} are {locks:?}"));
         }
     }
 
-    /// Who is told that a disk is closed may take its files for something else.
+    /// Once a disk is reported closed, its files may be used for something else.
     pub fn check_closed(&self, world: &World) {
         let paths = self.base.iter().map(|(path, _)| path).chain(&self.below).chain([&self.spec.path]);
         if let Some(path) = paths.into_iter().find(|path| world.storage.is_closing(path)) {
-            world.fail(
-                Invariant::D1,
-                format!("a disk is said to be closed, and {path} is still being closed"),
-            );
+            world.fail(Invariant::D1, format!("a disk is reported closed, but {path} is still being closed"));
         }
     }
 
-    /// Looks at the bytes of the image and of what it is based on.
+    /// Checks the bytes of the image and of the files below it.
     pub fn check_bytes(&self, world: &World, when: &str) {
         if let Some((path, bytes)) = &self.base
             && world.storage.bytes(path).as_deref() != Some(bytes)
         {
-            world.fail(Invariant::C1, format!("{when} the backing file has other bytes than before"));
+            world.fail(Invariant::C1, format!("{when} the backing file has changed"));
         }
         if !self.has_metadata() {
             return;
@@ -291,23 +288,23 @@ impl Setup {
         self.base.is_some()
     }
 
-    /// Clusters that hold compressed bytes; those of what is rewritten belong to nobody from then on.
+    /// Number of compressed clusters; those that are rewritten lose their owner.
     pub fn compressed_clusters(&self, world: &World) -> u64 {
         let content = self.content(world);
         let Some(Ok(map)) = self.model().walk(&content) else { return 0 };
         map.packed.iter().map(|(.., len)| len.div_ceil(1 << map.cluster_bits) + 1).sum()
     }
 
-    /// Clusters of the image that nothing refers to.
+    /// Number of clusters of the image that nothing refers to.
     pub fn leaked(&self, world: &World) -> u64 {
         let content = self.content(world);
         self.model().walk(&content).map_or(0, |walked| walked.map_or(0, |map| map.leaked))
     }
 }
 
-/// Cuts the power after the images at `paths` were closed with success: each must be what it was.
+/// Cuts the power after the images at `paths` were closed successfully: each must keep its content.
 pub fn cut_after_close<'a>(world: &World, paths: impl IntoIterator<Item = &'a str>) {
-    // Where nobody can know what was lost, a close fails as a flush does.
+    // Once data is lost in unknown places, a close fails as a flush does.
     if world.verdict.is_broken() || world.kernel.answers_lost() {
         return;
     }
@@ -316,7 +313,7 @@ pub fn cut_after_close<'a>(world: &World, paths: impl IntoIterator<Item = &'a st
         check_last_cluster(world, path);
     }
     let is_open = |inode: &Inode| !inode.pending.is_empty() || !inode.pending_sizes.is_empty();
-    // Of a file of which everything is durable a cut takes nothing.
+    // A power cut takes nothing of a file that is completely durable.
     let open: Vec<(&str, Option<Vec<u8>>)> = paths
         .into_iter()
         .filter(|path| world.storage.with_inode(path, is_open) == Some(true))
@@ -326,35 +323,32 @@ pub fn cut_after_close<'a>(world: &World, paths: impl IntoIterator<Item = &'a st
     world.count(|s| s.crashes += 1);
     for (path, bytes) in open {
         if world.storage.bytes(path) != bytes {
-            world.fail(
-                Invariant::G7,
-                format!("{path} was closed, and lost something in a power cut after that"),
-            );
+            world.fail(Invariant::G7, format!("{path} was closed, but lost something in a later power cut"));
         }
     }
 }
 
-/// How long what waits in a process may take to end by itself, in nanoseconds.
+/// Maximum time that the tasks of a process may take to end by themselves, in nanoseconds.
 const REST_NS: u64 = 60_000_000_000;
 
-/// All that `process` served is closed: no task of it is left. One that waits for what never comes would keep what it
-/// holds for as long as the process lives.
+/// Checks that all that `process` served is closed: no task of it is left. A task that waits for an event that never
+/// comes would keep its resources as long as the process lives.
 pub async fn check_at_rest(world: &World, process: &Node) {
     world.sim.sleep_ns(REST_NS).await;
     let left = process.tasks();
     if !left.is_empty() && process.is_alive() {
-        let text = format!("{} has ended its work and has tasks: {}", process.name(), left.join(", "));
+        let text = format!("{} has ended its work but has tasks: {}", process.name(), left.join(", "));
         world.fail(Invariant::K1, text);
     }
 }
 
-/// An image that was closed ends with a whole cluster at the least: others put what is new at the end of the file.
+/// A closed image ends with at least a whole cluster, because others append at the end of the file.
 fn check_last_cluster(world: &World, path: &str) {
     let content = world.storage.content(path).unwrap_or_default();
     if let Some(map) = formats::ALL.iter().find_map(|model| model.walk(&content)?.ok())
         && map.end > content.size
     {
-        let text = format!("{path} was closed with {} bytes, and {} of it are in use", content.size, map.end);
+        let text = format!("{path} was closed with {} bytes, but {} of it are in use", content.size, map.end);
         world.fail(Invariant::Q2, text);
     }
 }
@@ -363,13 +357,13 @@ fn path(number: u32) -> String {
     format!("/images/disk{number}.img")
 }
 
-/// Bytes of a device beyond twice the disk that lies on it: for tables, and for what is lost.
+/// Size of a device beyond twice the disk on it, in bytes: for tables and lost clusters.
 const DEVICE_SLACK_BYTES: u64 = 3 << 20;
 
-/// A disk in use is made in parts of 2^n bytes.
+/// The parts of a disk in use have 2^n bytes.
 const USED_BITS: u32 = 12;
 
-/// A base that is shorter than the disk by a few sectors, with holes of zeros.
+/// A base that is a few sectors shorter than the disk, with holes of zeros.
 fn base_bytes(size_bytes: u64, view: &mut PageMap) -> Vec<u8> {
     const PIECE: usize = 4096;
     let len = size_bytes as usize - 3 * SECTOR_BYTES as usize;
@@ -387,9 +381,9 @@ fn base_bytes(size_bytes: u64, view: &mut PageMap) -> Vec<u8> {
 /// Calls `cut` some operations after the first zeros that drop dirty pages.
 pub(super) fn cut_after_drop(world: &World, epoch: u32, cut: impl Fn() + 'static) {
     let draw = |d: &mut Draw| {
-        // Most that goes wrong does so while they are mended.
-        let most = [4, 12][d.below(2) as usize];
-        1 + d.below(most)
+        // Most bugs show while these pages are repaired.
+        let max = [4, 12][d.below(2) as usize];
+        1 + d.below(max)
     };
     let after = world.sim.decide(power::power(epoch), &power::CRASH_AT, 0, draw);
     let (storage, dropped, at) = (world.storage.clone(), world.storage.counts().dropped, Cell::new(None));
@@ -403,7 +397,7 @@ pub(super) fn cut_after_drop(world: &World, epoch: u32, cut: impl Fn() + 'static
     })));
 }
 
-/// The operations of one epoch: their character is the seed's.
+/// The operations of one epoch; the seed decides their pattern.
 pub fn workload(world: &World, size_sectors: u64, count: u32, max_sectors: u32) -> Workload {
     let shape = Shape::ALL[world.mood("shape", Shape::ALL.len() as u64) as usize];
     Workload { shape, count, size_sectors, max_sectors, zeroes: false, long_zeroes: false, flushes: 0 }
@@ -414,7 +408,7 @@ mod tests {
     use super::*;
     use crate::world::broken_by;
 
-    /// What `check_bytes` reports of an overlay after `damage` to the file called `name` (`None` for the image).
+    /// What `check_bytes` reports for an overlay after `damage` to the file called `name` (`None` for the image).
     fn reported(
         name: Option<&'static str>,
         damage: impl FnOnce(&mut Content) + 'static,
@@ -430,7 +424,7 @@ mod tests {
     }
 
     #[test]
-    fn damage_is_told_by_what_it_breaks() {
+    fn damage_is_reported_by_what_it_breaks() {
         assert_eq!(reported(None, |_| {}), None);
         let base = Some("/images/base0.raw");
         assert_eq!(reported(base, |c| c.pages.write(4096 * 7 + 100, &[1])), Some(Invariant::C1));
@@ -444,7 +438,7 @@ mod tests {
     }
 
     #[test]
-    fn an_image_that_is_gone_is_missed() {
+    fn a_missing_image_is_reported() {
         let broken = broken_by(|world| async move {
             let setup = Setup::mapped(&world, 0, 1 << 20, false);
             let other = Setup { spec: ImageSpec { path: path(9), ..setup.spec.clone() }, ..setup };

@@ -6,7 +6,7 @@ use crate::world::World;
 use kernel_model::PageMap;
 use tap_images::{HEAD_BYTES, ImageSpec};
 
-/// Whether the file at the image's path begins as images of its format do.
+/// Whether the file at the image's path has the magic of its format.
 pub(super) fn calls_itself_image(world: &World, spec: &ImageSpec) -> bool {
     let Some(content) = world.storage.content(&spec.path) else { return false };
     let mut head = vec![0; HEAD_BYTES.min(content.size as usize)];
@@ -14,7 +14,7 @@ pub(super) fn calls_itself_image(world: &World, spec: &ImageSpec) -> bool {
     formats::of(spec.format).metadata().is_some_and(|metadata| metadata.recognises(&head))
 }
 
-/// The bytes of the disk. What is not in the image is in `below`: path and bytes of its backing file, if it has one.
+/// The bytes of the disk. `below` has path and bytes of the backing file, if there is one.
 ///
 /// # Errors
 /// The first broken invariant.
@@ -23,7 +23,7 @@ pub(super) fn shown(
     spec: &ImageSpec,
     below: Option<(&str, &[u8])>,
 ) -> Result<Vec<u8>, Broken> {
-    let gone = || (Invariant::I1, format!("{} is gone after it was made", spec.path));
+    let gone = || (Invariant::I1, format!("{} does not exist although it was created", spec.path));
     world.storage.inode(&spec.path).ok_or_else(gone)?;
     let content = formats::used_content(&world.storage, spec);
     let Some(map) = formats::of(spec.format).walk_whole(&content) else {
@@ -35,7 +35,7 @@ pub(super) fn shown(
     let mut bytes = vec![0; map.size as usize];
     if let Some(name) = &map.backing {
         let Some((_, view)) = below.filter(|(path, _)| path == name) else {
-            return Err((Invariant::I1, format!("{} names the backing file {name}", spec.path)));
+            return Err((Invariant::I1, format!("{} has the wrong backing file {name}", spec.path)));
         };
         let shared = bytes.len().min(view.len());
         bytes[..shared].copy_from_slice(&view[..shared]);
@@ -49,7 +49,7 @@ pub(super) fn shown(
     Ok(bytes)
 }
 
-/// Puts an image of `size_bytes` at the image's path in which every cluster is in use; returns the bytes of its disk.
+/// Puts an image of `size_bytes` in place in which every cluster is in use. Returns the bytes of its disk.
 pub(super) fn put_used(world: &World, spec: &ImageSpec, size_bytes: u64) -> Vec<u8> {
     let mut bytes = vec![0xa5; size_bytes as usize];
     let model = formats::of(spec.format);

@@ -1,8 +1,8 @@
-//! What toolstacks and administrators do: replacing tapdisk, plugging disks in and out, destroying guests.
+//! What toolstacks and administrators do: replacing tapdisk, plugging and unplugging disks, destroying guests.
 
 use super::ring::{
-    DISK_BYTES, NO_ERRORS, finish, in_guest, kills, manners, next_guest, not_stuck, operations_of, start,
-    with_errors,
+    DISK_BYTES, NO_ERRORS, error_policy, finish, in_guest, kills, next_guest, not_stuck, operations_of,
+    start, with_errors,
 };
 use super::setup::Setup;
 use crate::check::Invariant;
@@ -19,29 +19,29 @@ use tap_core::wait::oneshot;
 use tap_host::IoKind;
 use xen_model::VbdPaths;
 
-/// After what time tapdisk is asked to stop.
+/// Time after which tapdisk is asked to stop.
 pub static REPLACE_AFTER: Label = Label::new("replace-after", "tapdisk is asked to stop after {} more ns");
-/// After what time the guest is destroyed.
+/// Time after which the guest is destroyed.
 pub static DESTROY_AFTER: Label = Label::new("destroy-after", "the guest is destroyed after {} ns");
 
-/// After what time somebody starts a second tapdisk.
+/// Time after which a second tapdisk is started.
 pub static SECOND_AFTER: Label = Label::new("second-after", "a second tapdisk is started after {} more ns");
 
-/// Whether a disk is taken away before its guest has looked at it.
-pub static UNUSED: Label = Label::new("unused", "the disk is taken away before the guest looks at it: {}");
+/// Whether a disk is unplugged before its guest has used it.
+pub static UNUSED: Label = Label::new("unused", "the disk is unplugged before the guest uses it: {}");
 
 /// A second tapdisk, by mistake.
 pub static SECOND_TAPDISK: Scenario = Scenario {
     name: "second-tapdisk",
-    about: "a second tapdisk is told to serve a disk that is served, with another image, or two begin at once; who comes second changes nothing",
+    about: "a second tapdisk is told to serve a disk in use, with another image, or two start at once; the later one changes nothing",
     storage: &|_| not_stuck(),
     body: &|w| Box::pin(second_tapdisk(w)),
 };
 
-/// tapdisk is replaced under a living guest.
+/// tapdisk is replaced under a running guest.
 pub static TAPDISK_REPLACED: Scenario = Scenario {
     name: "tapdisk-replaced",
-    about: "a guest on a ring, tapdisk asked to stop under load and followed by another; the guest sees a pause only",
+    about: "a guest on a ring, tapdisk asked to stop under load and followed by another; the guest sees only a pause",
     storage: &|sim| with_errors(sim, FaultPlan::LATENCY),
     body: &|w| Box::pin(tapdisk_replaced(w)),
 };
@@ -54,10 +54,10 @@ pub static GUEST_DESTROYED: Scenario = Scenario {
     body: &|w| Box::pin(guest_destroyed(w)),
 };
 
-/// A second disk comes and goes.
+/// A second disk is plugged and unplugged.
 pub static HOT_PLUG: Scenario = Scenario {
     name: "hot-plug",
-    about: "a tapdisk that watches xenstore; a guest's second disk is plugged in and out beside a busy first, tapdisk dies now and then",
+    about: "a tapdisk that watches xenstore; a guest's second disk is plugged and unplugged next to a busy first, tapdisk dies now and then",
     storage: &|sim| with_errors(sim, FaultPlan { stuck: false, ..FaultPlan::LATENCY }),
     body: &|w| Box::pin(hot_plug(w)),
 };
@@ -66,7 +66,7 @@ async fn tapdisk_replaced(world: World) {
     let setup = Setup::mapped(&world, 0, DISK_BYTES, world.setting("overlay", &[false, true]));
     let Some((machine, guests)) = start(&world, vec![setup]).await else { return };
     let (attached, guest) = &guests[0];
-    guest.set_manners(manners(&world, Invariant::G1));
+    guest.set_error_policy(error_policy(&world, Invariant::G1));
     let entity = Entity::WORLD.child("replacer", 0);
     world.sim.name_entity(entity, || "administrator".into());
     let draw =
@@ -80,11 +80,11 @@ async fn tapdisk_replaced(world: World) {
     let ops = operations_of(&world, attached, 0, 60);
     let (g, depth) = (guest.clone(), world.setting("ring-depth", &[32, 8, 1]));
     in_guest(attached, async move { g.run(&ops, depth).await }).await;
-    machine.spare();
+    machine.end_kills();
     finish(&world, &machine, &guests).await;
 }
 
-/// Two processes begin to serve one disk at about the same time, with images that nobody has written to.
+/// Two processes start to serve one disk at about the same time, with images that were never written to.
 async fn two_begin(world: World) {
     let limits = StackLimits::draw(&world);
     let watching = world.setting("rivals-watch", &[false, true]);
@@ -108,7 +108,7 @@ async fn two_begin(world: World) {
     let depth = world.setting("ring-depth", &[32, 8, 1]);
     in_guest(&disk, async move { g.run(&ops, depth).await }).await;
     let Some(second) = started.await else { return };
-    // Longer than the second is patient.
+    // Longer than the second one waits.
     world.sim.sleep_ns(10_000_000_000).await;
     if !watching {
         return finish(&world, &machine, &[(disk, guest)]).await;
@@ -132,7 +132,7 @@ async fn second_tapdisk(world: World) {
         return two_begin(world).await;
     }
     let setup = Setup::mapped(&world, 0, DISK_BYTES, false);
-    // Of the same size: what it is not, cannot be seen from outside.
+    // Of the same size, so that only the image differs.
     let wrong = Setup::raw(&world, 1, DISK_BYTES);
     let Some((machine, guests)) = start(&world, vec![setup]).await else { return };
     let (attached, guest) = &guests[0];
@@ -168,20 +168,20 @@ async fn guest_destroyed(world: World) {
     world.sim.name_entity(entity, || "administrator".into());
     let deaths = world.setting("deaths-too", &[false, true]);
     if deaths {
-        world.sim.spawn("supervisor", 0, Rc::clone(&machine).supervise(kills(&world, 3, 600)));
+        world.sim.spawn("supervisor", 0, Rc::clone(&machine).kill_and_restart(kills(&world, 3, 600)));
     }
     let after_ns = world.sim.decide(entity, &DESTROY_AFTER, 0, |d| d.below(1 << 22));
     world.sim.sleep_ns(after_ns).await;
     machine.destroy(attached).await;
-    machine.spare();
+    machine.end_kills();
     if deaths {
-        // What the last of them was doing ends, and its image is free.
+        // The last process's operations complete, and its image is free.
         world.sim.sleep_ns(15_000_000_000).await;
     }
     machine.all_ended().await;
     machine.check_leaks();
     setup.check(&world, "after the guest was destroyed").await;
-    // Nothing crashed but the guest: what it had in flight happened or did not.
+    // Only the guest crashed: its requests in flight may or may not have taken effect.
     setup.history.borrow_mut().power_cut();
     next_guest(&world, setup, depth, "of a destroyed guest").await;
 }
@@ -199,9 +199,9 @@ async fn hot_plug(world: World) {
         ..first.clone()
     };
     let Some(guest) = first.boot(&world, NO_ERRORS).await else { return };
-    guest.set_manners(manners(&world, Invariant::P1));
+    guest.set_error_policy(error_policy(&world, Invariant::P1));
     machine.allow_deafness();
-    world.sim.spawn("supervisor", 0, Rc::clone(&machine).supervise(kills(&world, 2, 900)));
+    world.sim.spawn("supervisor", 0, Rc::clone(&machine).kill_and_restart(kills(&world, 2, 900)));
     let (ops, g, (done, finished)) = (operations_of(&world, &first, 0, 40), guest.clone(), oneshot());
     first.node.spawn("main", 0, async move {
         g.run(&ops, 16).await;
@@ -213,7 +213,7 @@ async fn hot_plug(world: World) {
         }
     }
     let _ = finished.await;
-    machine.spare();
+    machine.end_kills();
     world.sim.stop_faults();
     let (w, a, g) = (world.clone(), first.clone(), guest.clone());
     in_guest(&first, async move {
@@ -232,16 +232,16 @@ async fn hot_plug(world: World) {
     first.setup.check_bytes(&world, "in the end");
 }
 
-/// What a toolstack gives to be read only is not written to.
+/// A disk that the toolstack made read-only is not written to.
 async fn refuse(world: &World, guest: &Guest<RingDisk>, ops: &[Option<Op>]) {
     for op in ops.iter().flatten().filter(|op| op.kind == IoKind::Write) {
         if guest.disk().write(op.range, |bytes| bytes.fill(0x5a)).await.is_ok() {
-            world.fail(Invariant::H1, format!("{op} was carried out on a disk that may only be read"));
+            world.fail(Invariant::H1, format!("{op} was carried out on a read-only disk"));
         }
     }
 }
 
-/// A disk is plugged in, used, and plugged out again.
+/// A disk is plugged in, used, and unplugged.
 async fn live_once(world: &World, machine: &Rc<Machine>, disk: &Attached, life: u64) -> bool {
     machine.plug(disk).await;
     let entity = Entity::WORLD.child("life", life);
@@ -251,7 +251,7 @@ async fn live_once(world: &World, machine: &Rc<Machine>, disk: &Attached, life: 
         return true;
     }
     let Some(guest) = disk.boot(world, NO_ERRORS).await else { return false };
-    guest.set_manners(manners(world, Invariant::P1));
+    guest.set_error_policy(error_policy(world, Invariant::P1));
     let (g, ops) = (guest.clone(), operations_of(world, disk, 1 + life, 8));
     let (w, d): (World, Attached) = (world.clone(), disk.clone());
     in_guest(disk, async move {

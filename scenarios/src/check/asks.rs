@@ -1,7 +1,8 @@
-//! What an NBD server asks of a disk, counted between them.
+//! Counts what an NBD server asks of a disk, from a layer between the two.
 //!
-//! A look at extents gives as few of them as a disk may, and takes as long, if the world says so: an answer about many
-//! takes many looks then. Where operations may fail, a look may as well: tables that cannot be read.
+//! If the world says so, an extents query returns as few extents as the contract permits, and takes time; a reply about
+//! many extents then needs many queries. Where operations may fail, a query may fail as well, as if tables were
+//! unreadable.
 
 use super::Invariant;
 use crate::world::World;
@@ -11,33 +12,33 @@ use std::rc::Rc;
 use tap_core::{Child, Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response};
 use tap_host::{Errno, SectorRange};
 
-/// Whether a look at extents fails.
-pub static LOOK_FAILS: Label = Label::new("look-fails", "look {n} at extents fails");
+/// Whether an extents query fails.
+pub static LOOK_FAILS: Label = Label::new("look-fails", "extents query {n} fails");
 
-/// A node that passes everything on and counts.
-pub struct Asks(Rc<Inner>);
+/// A node that passes every request on and counts it.
+pub struct CountingNode(Rc<Inner>);
 
 struct Inner {
     world: World,
     entity: Entity,
     lower: Rc<dyn Node>,
-    /// Most sectors that a look tells about; 0 is all that the disk does.
+    /// Maximum number of sectors that a query describes; 0 is no limit.
     cut_sectors: u64,
-    /// How long a look takes at least, in nanoseconds: tables that are not in memory.
+    /// Minimum time of a query in nanoseconds, as for tables that are not in memory.
     late_ns: u64,
     flushes: Cell<u64>,
-    /// Requests and looks that have not ended.
+    /// Requests and queries in progress.
     running: Cell<u32>,
-    looks: Cell<u32>,
-    most_looks: Cell<u32>,
-    /// Looks that have begun.
+    queries: Cell<u32>,
+    max_queries: Cell<u32>,
+    /// Queries started.
     begun: Cell<u32>,
-    /// The turn in which the last look ended.
+    /// The turn in which the last query ended.
     turn: Cell<u64>,
 }
 
-impl Asks {
-    /// Above `lower`, which is disk `number` of `process`.
+impl CountingNode {
+    /// Wraps `lower`, which is disk `number` of `process`.
     pub fn new(world: &World, process: &sim::Node, number: u64, lower: Rc<dyn Node>) -> Rc<Self> {
         let entity = process.entity().child("asks", number);
         world.sim.name_entity(entity, || format!("disk {number} of {}", process.name()));
@@ -49,69 +50,69 @@ impl Asks {
             late_ns: world.setting("extents-late", &[0, 20_000, 20_000]),
             flushes: Cell::new(0),
             running: Cell::new(0),
-            looks: Cell::new(0),
-            most_looks: Cell::new(0),
+            queries: Cell::new(0),
+            max_queries: Cell::new(0),
             begun: Cell::new(0),
             turn: Cell::new(u64::MAX),
         })))
     }
 
-    /// Flushes that were asked for.
+    /// Flushes submitted.
     pub fn flushes(&self) -> u64 {
         self.0.flushes.get()
     }
 
-    /// Requests and looks at extents that have not ended.
+    /// Requests and extents queries in progress.
     pub fn in_flight(&self) -> u32 {
         self.0.running.get()
     }
 
-    /// Most looks at extents at one time.
-    pub fn most_looks(&self) -> u32 {
-        self.0.most_looks.get()
+    /// Maximum number of extents queries in progress at one time.
+    pub fn max_queries(&self) -> u32 {
+        self.0.max_queries.get()
     }
 }
 
-/// A request or a look, until its end.
-struct Runs(Rc<Inner>);
+/// Counts a request or query while it runs.
+struct InFlight(Rc<Inner>);
 
-impl Runs {
+impl InFlight {
     fn begin(inner: &Rc<Inner>) -> Self {
         inner.running.set(inner.running.get() + 1);
         Self(Rc::clone(inner))
     }
 }
 
-impl Drop for Runs {
+impl Drop for InFlight {
     fn drop(&mut self) {
         self.0.running.set(self.0.running.get() - 1);
     }
 }
 
 impl Inner {
-    /// Whether the next look fails.
-    fn fails(&self) -> bool {
+    /// Whether the next query fails.
+    fn next_fails(&self) -> bool {
         let n = self.begun.replace(self.begun.get() + 1);
         let draw = |d: &mut Draw| u64::from(d.below(8) == 0);
         self.world.errors_allowed() && self.world.sim.decide(self.entity, &LOOK_FAILS, n, draw) != 0
     }
 }
 
-/// A look at extents, until its end.
-struct Looks(Rc<Inner>);
+/// Counts an extents query while it runs.
+struct Query(Rc<Inner>);
 
-impl Looks {
+impl Query {
     fn begin(inner: &Rc<Inner>) -> Self {
-        inner.looks.set(inner.looks.get() + 1);
-        inner.most_looks.set(inner.most_looks.get().max(inner.looks.get()));
+        inner.queries.set(inner.queries.get() + 1);
+        inner.max_queries.set(inner.max_queries.get().max(inner.queries.get()));
         Self(Rc::clone(inner))
     }
 
-    /// What is told of `found`. Others have their turn between two looks.
+    /// Cuts `found` to what the query returns. Other tasks must run between two queries.
     fn end(self, found: &mut Vec<Extent>) {
         let turn = self.0.world.sim.turns();
         if self.0.turn.replace(turn) == turn {
-            self.0.world.fail(Invariant::M1, "two looks at extents in one turn");
+            self.0.world.fail(Invariant::M1, "two extents queries in one turn");
         }
         if self.0.cut_sectors > 0 {
             found.truncate(1);
@@ -120,21 +121,20 @@ impl Looks {
     }
 }
 
-impl Drop for Looks {
+impl Drop for Query {
     fn drop(&mut self) {
-        self.0.looks.set(self.0.looks.get() - 1);
+        self.0.queries.set(self.0.queries.get() - 1);
     }
 }
 
-impl Node for Asks {
+impl Node for CountingNode {
     fn submit(&self, request: Request) -> LocalBoxFuture<Response> {
         self.0.flushes.set(self.0.flushes.get() + u64::from(request.op == Op::Flush));
         if request.op.is_write() && self.0.lower.info().read_only {
-            let text =
-                format!("a disk that may only be read is asked for {:?} {}", request.op, request.range);
+            let text = format!("a read-only disk received {:?} {}", request.op, request.range);
             self.0.world.fail(Invariant::N2, text);
         }
-        let (runs, answer) = (Runs::begin(&self.0), self.0.lower.submit(request));
+        let (runs, answer) = (InFlight::begin(&self.0), self.0.lower.submit(request));
         Box::pin(async move {
             let response = answer.await;
             drop(runs);
@@ -142,20 +142,20 @@ impl Node for Asks {
         })
     }
 
-    fn extents(&self, range: SectorRange, most: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
-        let (runs, looks) = (Runs::begin(&self.0), Looks::begin(&self.0));
-        let answer = self.0.lower.extents(range, most);
+    fn extents(&self, range: SectorRange, max: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
+        let (runs, queries) = (InFlight::begin(&self.0), Query::begin(&self.0));
+        let answer = self.0.lower.extents(range, max);
         Box::pin(async move {
-            let inner = &looks.0;
+            let inner = &queries.0;
             if inner.late_ns > 0 {
                 inner.world.sim.sleep_ns(inner.late_ns).await;
             }
             let mut found = answer.await;
-            if inner.fails() {
+            if inner.next_fails() {
                 return Err(Errno::EIO);
             }
             if let Ok(found) = &mut found {
-                looks.end(found);
+                queries.end(found);
             }
             drop(runs);
             found

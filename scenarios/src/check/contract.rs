@@ -1,12 +1,12 @@
-//! What each layer of a disk may ask of the one below it, looked at between them.
+//! Checks, between two layers of a disk, that the upper asks only what it may, and that the lower answers so.
 //!
 //! ```text
 //!   guest ──► vbd ──► scheduler ──[Contract]──► image
 //! ```
 //!
-//! The contracts are those of `tap_core`'s `Node` and of the scheduler: overlapping requests come one after the other,
-//! no more at once than the depth, merged ones no larger than they may be, extents cover a part of what was asked
-//! about, and the layer is closed once, when nothing of it is in use.
+//! The contracts are those of `tap_core`'s `Node` and of the scheduler: overlapping requests run one after the other,
+//! no more run at once than the depth permits, merged requests keep to their maximum size, extents cover part of the
+//! queried range, and a layer is closed once, when it is idle.
 
 use super::Invariant;
 use crate::limits::StackLimits;
@@ -16,27 +16,27 @@ use std::rc::Rc;
 use tap_core::{Child, Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, SchedulerLimits};
 use tap_host::{Errno, SectorRange};
 
-/// Most buffers of one request, here where no guest has as many: merging stops in front of what one call takes.
+/// Maximum number of buffers of a request. No guest here uses as many; merging stops below what one call takes.
 const MERGED_BUFFERS: usize = 512;
 
-/// A node that passes everything on, and fails the world where something is asked that must not be.
+/// A node that passes every request on, and fails the world when a request breaks the contract.
 pub struct Contract(Rc<Inner>);
 
 struct Inner {
     world: World,
-    /// Of the process that both layers are in. Its code may go on to its next wait when it dies.
+    /// The process of both layers. Its code may run up to its next wait after it was killed.
     process: sim::Node,
     lower: Rc<dyn Node>,
     limits: SchedulerLimits,
-    /// Requests that were not merged have several buffers as well.
+    /// Requests that were not merged have several buffers, too.
     in_pieces: bool,
     running: RefCell<Vec<Running>>,
-    /// Looks at extents.
-    looks: Cell<u32>,
+    /// Extents queries in progress.
+    queries: Cell<u32>,
     next: Cell<u64>,
     closed: Cell<bool>,
-    /// The node is below another image, or is being copied: not all requests come from one scheduler.
-    others: Cell<bool>,
+    /// The node is below another image, or is being copied, so not all requests come from one scheduler.
+    shared: Cell<bool>,
 }
 
 struct Running {
@@ -46,7 +46,7 @@ struct Running {
 }
 
 impl Contract {
-    /// Between a scheduler with these `limits` and `lower`, in `process`.
+    /// A node between a scheduler with these `limits` and `lower`, in `process`.
     pub fn new(world: &World, process: &sim::Node, lower: Rc<dyn Node>, limits: &StackLimits) -> Rc<Self> {
         Rc::new(Self(Rc::new(Inner {
             world: world.clone(),
@@ -55,115 +55,115 @@ impl Contract {
             limits: limits.scheduler,
             in_pieces: limits.piece_sectors > 0,
             running: RefCell::default(),
-            looks: Cell::new(0),
+            queries: Cell::new(0),
             next: Cell::new(0),
             closed: Cell::new(false),
-            others: Cell::new(false),
+            shared: Cell::new(false),
         })))
     }
 
-    /// Whether others than one scheduler ask from now on: an image above, or a copy.
-    pub fn has_others_above(&self, others: bool) {
-        self.0.others.set(others);
+    /// Sets whether an image above or a copy uses the node besides the scheduler.
+    pub fn set_shared(&self, shared: bool) {
+        self.0.shared.set(shared);
     }
 }
 
 impl Inner {
-    fn broken(&self, text: String) {
+    fn violated(&self, text: String) {
         if self.process.is_alive() {
             self.world.fail(Invariant::D2, text);
         }
     }
 
-    fn look_at(&self, request: &Request) {
+    fn check_request(&self, request: &Request) {
         let (op, range) = (request.op, request.range);
         let info = self.lower.info();
         if self.closed.get() {
-            self.broken(format!("a layer that is closed is asked for {op:?} {range}"));
+            self.violated(format!("a closed layer received {op:?} {range}"));
         }
         if !request.is_well_formed(info.size_sectors) || info.read_only && op.is_write() {
-            self.broken(format!("{op:?} {range} reaches a disk of {info:?}"));
+            self.violated(format!("{op:?} {range} is not valid for a disk of {info:?}"));
         }
-        if self.others.get() {
+        if self.shared.get() {
             return;
         }
-        let most = u64::from(self.limits.merge_sectors) * tap_host::SECTOR_BYTES;
-        if request.bufs.len() > 1 && !self.in_pieces && range.len_bytes() > most {
-            self.broken(format!("{op:?} {range} is larger than merged requests may be"));
+        let max = u64::from(self.limits.merge_sectors) * tap_host::SECTOR_BYTES;
+        if request.bufs.len() > 1 && !self.in_pieces && range.len_bytes() > max {
+            self.violated(format!("{op:?} {range} exceeds the maximum size of merged requests"));
         }
         if request.bufs.len() > MERGED_BUFFERS {
-            self.broken(format!("{op:?} {range} has {} buffers", request.bufs.len()));
+            self.violated(format!("{op:?} {range} has {} buffers", request.bufs.len()));
         }
         let running = self.running.borrow();
         let exclusive = |one: &Running| one.op.is_write() || op.is_write();
         if let Some(other) = running.iter().find(|one| exclusive(one) && one.range.overlaps(range)) {
-            self.broken(format!("{op:?} {range} runs beside {:?} {}", other.op, other.range));
+            self.violated(format!("{op:?} {range} runs at the same time as {:?} {}", other.op, other.range));
         }
         let at_once = 1 + running.iter().filter(|one| one.op.has_data()).count();
         if op.has_data() && at_once > self.limits.depth {
-            self.broken(format!("{at_once} reads and writes run at once"));
+            self.violated(format!("{at_once} reads and writes run at the same time"));
         }
     }
 
-    fn look_at_extents(&self, range: SectorRange, most: usize, found: &[Extent]) {
+    fn check_extents(&self, range: SectorRange, max: usize, found: &[Extent]) {
         let covered: u64 = found.iter().map(|extent| extent.count).sum();
         let empty = found.iter().any(|extent| extent.count == 0);
-        if found.is_empty() || found.len() > most || empty || covered > u64::from(range.count) {
-            let text = format!("{} extents of {covered} sectors for {range}, at most {most}", found.len());
-            self.broken(text);
+        if found.is_empty() || found.len() > max || empty || covered > u64::from(range.count) {
+            let text = format!("{} extents of {covered} sectors for {range}, at most {max}", found.len());
+            self.violated(text);
         }
     }
 }
 
-/// A request that runs, until its end.
-struct Runs(Rc<Inner>, u64);
+/// Registers a request while it runs.
+struct InFlight(Rc<Inner>, u64);
 
-impl Drop for Runs {
+impl Drop for InFlight {
     fn drop(&mut self) {
         self.0.running.borrow_mut().retain(|one| one.number != self.1);
     }
 }
 
-/// A look at extents, until its end.
-struct Looks(Rc<Inner>);
+/// Counts an extents query while it runs.
+struct Query(Rc<Inner>);
 
-impl Drop for Looks {
+impl Drop for Query {
     fn drop(&mut self) {
-        self.0.looks.set(self.0.looks.get() - 1);
+        self.0.queries.set(self.0.queries.get() - 1);
     }
 }
 
 impl Node for Contract {
     fn submit(&self, request: Request) -> LocalBoxFuture<Response> {
         let inner = Rc::clone(&self.0);
-        inner.look_at(&request);
+        inner.check_request(&request);
         let number = inner.next.replace(inner.next.get() + 1);
         inner.running.borrow_mut().push(Running { number, op: request.op, range: request.range });
         let lens: Vec<usize> = request.bufs.iter().map(|buf| buf.len()).collect();
         let (what, answer) = ((request.op, request.range), inner.lower.submit(request));
-        let runs = Runs(inner, number);
+        let runs = InFlight(inner, number);
         Box::pin(async move {
             let response = answer.await;
             if !response.bufs.iter().map(|buf| buf.len()).eq(lens) {
-                runs.0.broken(format!("{:?} {} is answered with other buffers", what.0, what.1));
+                runs.0.violated(format!("{:?} {} was answered with other buffers", what.0, what.1));
             }
             response
         })
     }
 
-    fn extents(&self, range: SectorRange, most: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
+    fn extents(&self, range: SectorRange, max: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
         let inner = Rc::clone(&self.0);
-        if inner.closed.get() || most == 0 || range.count == 0 || !range.fits(inner.lower.info().size_sectors)
+        if inner.closed.get() || max == 0 || range.count == 0 || !range.fits(inner.lower.info().size_sectors)
         {
-            inner.broken(format!("{most} extents of {range} are asked for"));
+            inner.violated(format!("{max} extents of {range} were requested"));
         }
-        inner.looks.set(inner.looks.get() + 1);
-        let answer = inner.lower.extents(range, most);
-        let looks = Looks(inner);
+        inner.queries.set(inner.queries.get() + 1);
+        let answer = inner.lower.extents(range, max);
+        let queries = Query(inner);
         Box::pin(async move {
             let found = answer.await;
             if let Ok(found) = &found {
-                looks.0.look_at_extents(range, most, found);
+                queries.0.check_extents(range, max, found);
             }
             found
         })
@@ -179,10 +179,10 @@ impl Node for Contract {
 
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
         let inner = &self.0;
-        let (running, looks) = (inner.running.borrow().len(), inner.looks.get());
-        if inner.closed.replace(true) || running > 0 || looks > 0 {
-            let text = format!("a layer is closed with {running} requests and {looks} looks at extents");
-            inner.broken(format!("{text}, or twice"));
+        let (running, queries) = (inner.running.borrow().len(), inner.queries.get());
+        if inner.closed.replace(true) || running > 0 || queries > 0 {
+            let text = format!("a layer was closed with {running} requests and {queries} extents queries");
+            inner.violated(format!("{text}, or twice"));
         }
         inner.lower.close()
     }
@@ -205,10 +205,10 @@ mod tests {
                 Response { result: Ok(()), bufs: request.bufs }
             })
         }
-        fn extents(&self, range: SectorRange, most: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
+        fn extents(&self, range: SectorRange, max: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
             let source = tap_core::Source::Nothing;
             let one = Extent { count: u64::from(range.count), source, zero: true, allocated: false };
-            Box::pin(async move { Ok(vec![one; most + usize::from(range.start.0 == 9)]) })
+            Box::pin(async move { Ok(vec![one; max + usize::from(range.start.0 == 9)]) })
         }
         fn info(&self) -> NodeInfo {
             NodeInfo::new(64, false)
@@ -218,7 +218,7 @@ mod tests {
         }
     }
 
-    fn broken<F: Future<Output = ()>>(run: impl FnOnce(Rc<Contract>) -> F + 'static) -> bool {
+    fn violated<F: Future<Output = ()>>(run: impl FnOnce(Rc<Contract>) -> F + 'static) -> bool {
         let found = broken_by(move |world| async move {
             let scheduler = SchedulerLimits { depth: 2, merge_sectors: 4, ..SchedulerLimits::default() };
             let limits = StackLimits { scheduler, ..StackLimits::draw(&world) };
@@ -236,33 +236,33 @@ mod tests {
     }
 
     #[test]
-    fn what_layers_must_not_ask_is_told() {
-        assert!(!broken(|node| async move {
+    fn contract_violations_are_reported() {
+        assert!(!violated(|node| async move {
             for request in [write(0, &[2, 2]), write(0, &[8]), Request::flush()] {
                 drop(node.submit(request).await);
             }
             let _ = node.extents(SectorRange::new(0, 4), 1).await;
             let _ = node.close().await;
         }));
-        assert!(broken(|node| async move { drop(node.submit(write(0, &[3, 2])).await) }), "merged too far");
-        assert!(broken(|node| async move { drop(node.submit(write(63, &[2])).await) }), "behind the end");
-        assert!(broken(|node| async move { drop(node.extents(SectorRange::new(9, 4), 1).await) }));
-        assert!(broken(|node| async move {
+        assert!(violated(|node| async move { drop(node.submit(write(0, &[3, 2])).await) }), "merged too far");
+        assert!(violated(|node| async move { drop(node.submit(write(63, &[2])).await) }), "past the end");
+        assert!(violated(|node| async move { drop(node.extents(SectorRange::new(9, 4), 1).await) }));
+        assert!(violated(|node| async move {
             let (_one, _other) = (node.submit(write(8, &[4])), node.submit(write(10, &[1])));
         }));
-        assert!(broken(|node| async move {
+        assert!(violated(|node| async move {
             let _all =
                 [node.submit(write(0, &[1])), node.submit(write(1, &[1])), node.submit(write(2, &[1]))];
         }));
-        assert!(broken(|node| async move {
+        assert!(violated(|node| async move {
             let _runs = node.submit(write(9, &[1]));
             let _ = node.close().await;
         }));
-        assert!(broken(|node| async move {
+        assert!(violated(|node| async move {
             let _looks = node.extents(SectorRange::new(0, 4), 1);
             let _ = node.close().await;
         }));
-        assert!(broken(|node| async move {
+        assert!(violated(|node| async move {
             let _ = node.close().await;
             drop(node.submit(Request::flush()).await);
         }));

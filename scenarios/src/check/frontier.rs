@@ -1,8 +1,8 @@
 //! The versions that one block of sectors may hold.
 //!
-//! A *version* is a write as seen by one sector. Two clocks decide whether a version may still be seen: the living disk
-//! (a read sees nothing older than what was answered before it began) and the medium (a power cut leaves nothing
-//! older than what was flushed). A version is dropped once both have left it behind.
+//! A *version* is a write as seen by one sector. Two clocks decide whether a version may still be seen: that of the
+//! running disk (a read sees nothing older than what was answered before it began) and that of the medium (a power cut
+//! leaves nothing older than what was flushed). A version is dropped once neither can show it.
 
 use super::oracle::{Oracle, is_broken};
 use smallvec::SmallVec;
@@ -13,42 +13,42 @@ pub type Clock = u64;
 /// Not yet.
 pub const NEVER: Clock = Clock::MAX;
 
-/// One write as seen by a sector. Write 0 is what was there in the beginning.
+/// One write as seen by a sector. Write 0 is the initial content.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Version {
-    /// The write.
+    /// Number of the write.
     pub write: u64,
-    /// It wrote zeros, which do not say whose they are.
+    /// It wrote zeros, which do not identify their writer.
     pub zero: bool,
     /// When it was submitted.
     pub inv: Clock,
     /// When it was answered; [`NEVER`] while it runs.
     pub res: Clock,
-    /// It was answered with an error: it may have happened or not.
+    /// It was answered with an error and may or may not have taken effect.
     pub failed: bool,
-    /// When a living disk left it behind: reads submitted later may not see it.
+    /// When it became stale on the running disk: reads submitted later may not see it.
     pub stale_at: Clock,
     /// When the first read that saw it was answered.
     pub seen_at: Clock,
-    /// A power cut cannot bring it back: a later write is durable.
+    /// A power cut cannot restore it, because a later write is durable.
     pub superseded: bool,
-    /// Left over from before a crash, one of several that the medium may hold until somebody looks.
+    /// One of several versions that the medium may hold after a crash; a read settles which.
     pub unresolved: bool,
-    /// It was one of those, and was seen: the others are gone for good.
+    /// It was unresolved and has been read, which rules the others out.
     pub settled: bool,
-    /// A read that comes after it did not see it and was answered while it ran: it fails, or the order is broken.
+    /// A later read did not see it and was answered while it ran: the write must fail, or the order is violated.
     pub missed: bool,
 }
 
-/// Which of two overlapping requests comes first.
+/// How two overlapping requests are ordered.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Order {
-    /// The one that was answered before the other was submitted; beside each other they may go either way.
+    /// The one answered before the other was submitted comes first; concurrent requests may take either order.
     Answer,
-    /// The one that was submitted first: what a single ring with an ordering scheduler promises.
+    /// The one submitted first comes first, as a single ring with an ordering scheduler promises.
     Submission,
-    /// As `Submission`, where a write that runs may turn out to fail, and may be known to have failed by who answers it
-    /// and not yet by who asked for it.
+    /// As `Submission`, except that a running write may yet fail: the server may know of the failure before the
+    /// submitter does.
     SubmissionOrFailure,
 }
 
@@ -76,7 +76,7 @@ impl Version {
 
 fn listed(words: impl Iterator<Item = String>) -> String {
     let words: Vec<String> = words.collect();
-    if words.is_empty() { "nothing that is known".into() } else { words.join(", ") }
+    if words.is_empty() { "nothing known".into() } else { words.join(", ") }
 }
 
 /// The state of a run of equal sectors.
@@ -122,8 +122,8 @@ impl Block {
         });
     }
 
-    /// A write was answered. `oldest_read` is the submission of the oldest read that still runs. Gives whether a read
-    /// has shown before that it did not succeed, although it did.
+    /// A write was answered. `oldest_read` is the submission time of the oldest running read. Returns whether the write
+    /// succeeded although a read has already shown that it did not.
     pub fn end(&mut self, write: u64, res: Clock, ok: bool, oldest_read: Clock, order: Order) -> bool {
         let Some(at) = self.versions.iter().position(|v| v.write == write) else { return false };
         self.versions[at].res = res;
@@ -141,12 +141,12 @@ impl Block {
         false
     }
 
-    /// Drops what neither a read nor a power cut can show any more.
+    /// Drops what neither a read nor a power cut can show any longer.
     fn prune(&mut self, oldest_read: Clock) {
         self.versions.retain(|v| !(v.superseded && v.stale_at < oldest_read));
     }
 
-    /// Whether a read from `inv` to `res` may have seen `write`; if so, learns from it.
+    /// Whether a read from `inv` to `res` may have seen `write`. If so, records what that implies.
     pub fn read(&mut self, write: u64, inv: Clock, res: Clock, order: Order) -> bool {
         let Some(seen) = self.versions.iter().find(|v| v.write == write).copied() else { return false };
         if !self.shows(&seen, inv, res, order) {
@@ -157,7 +157,7 @@ impl Block {
             return true;
         }
         if seen.unresolved && !is_broken(Oracle::SettledForgotten) {
-            // The medium held several; now it is known which, and it stays.
+            // The medium held one of several; this read settles which.
             self.versions.retain(|v| !v.unresolved || v.write == write);
             if let Some(v) = self.versions.iter_mut().find(|v| v.write == write) {
                 v.unresolved = false;
@@ -168,9 +168,9 @@ impl Block {
             v.missed |=
                 v.res == NEVER && seen.inv < v.inv && v.inv < inv && order == Order::SubmissionOrFailure;
             let overtaken = v.before(&seen, order) && v.write != write;
-            // A failed write that would have hidden what was seen never happened.
+            // A failed write that would have hidden the version read had no effect.
             let never = v.failed && v.res < inv && seen.before(v, order);
-            // Seen before, and now something else is there: it cannot come back.
+            // A version that was seen before and then replaced cannot return.
             let replaced = v.write != write && v.seen_at < inv;
             if overtaken || never || replaced {
                 v.stale_at = v.stale_at.min(res);
@@ -182,12 +182,12 @@ impl Block {
         true
     }
 
-    /// Whether a read from `inv` to `res` may have seen `seen`, one of the versions.
+    /// Whether a read from `inv` to `res` may have seen the version `seen`.
     fn shows(&self, seen: &Version, inv: Clock, res: Clock, order: Order) -> bool {
         if seen.inv >= res || (seen.stale_at < inv && !is_broken(Oracle::StaleAllowed)) {
             return false;
         }
-        // In order of submission a read sees nothing that was submitted after it, and nothing that a write submitted
+        // In order of submission, a read sees nothing that was submitted after it, and nothing that a write submitted
         // between the two has replaced.
         let may_fail = |w: &Version| w.res == NEVER && order == Order::SubmissionOrFailure;
         let replaced = |w: &Version| !w.failed && !may_fail(w) && w.inv > seen.inv && w.inv < inv;
@@ -196,8 +196,8 @@ impl Block {
             || (seen.inv <= inv && !self.versions.iter().any(replaced))
     }
 
-    /// Whether a read from `inv` to `res` may have seen zeros; `initial` if there were zeros in the beginning. Learns
-    /// from it as far as it is clear whose zeros they were.
+    /// Whether a read from `inv` to `res` may have seen zeros; `initial` if the disk held zeros initially. Records what
+    /// that implies, as far as it is clear which zeros they were.
     pub fn read_zeros(&mut self, initial: bool, inv: Clock, res: Clock, order: Order) -> bool {
         if is_broken(Oracle::ZerosAnywhere) {
             return true;
@@ -209,7 +209,7 @@ impl Block {
             [only] => self.read(only.write, inv, res, order),
             several => {
                 if several.iter().all(|v| v.unresolved) {
-                    // The medium held one of these, and stays with it.
+                    // The medium held one of these and keeps it.
                     self.versions.retain(|v| !v.unresolved || v.is_zero(initial));
                 }
                 true
@@ -217,18 +217,18 @@ impl Block {
         }
     }
 
-    /// Whether the medium may hold zeros after a power cut now; `initial` as for reads.
+    /// Whether a power cut now may leave zeros; `initial` as for reads.
     pub fn zeros_may_survive(&self, initial: bool) -> bool {
         self.versions.iter().any(|v| !v.superseded && v.is_zero(initial))
     }
 
-    /// A flush that was submitted at `flush_inv` succeeded: writes answered before are durable.
-    /// Gives whether something is still not durable.
+    /// A flush submitted at `flush_inv` succeeded: writes answered before that are durable. Returns whether anything is
+    /// still not durable.
     pub fn flushed(&mut self, flush_inv: Clock, oldest_read: Clock, order: Order) -> bool {
         if is_broken(Oracle::FlushForgotten) {
             return self.versions.len() > 1;
         }
-        // The latest submission among durable writes hides whatever comes before it.
+        // The latest submission among the durable writes hides all earlier ones.
         let durable = self.versions.iter().filter(|w| !w.failed && w.res < flush_inv);
         let Some(latest) = durable.max_by_key(|w| w.inv).copied() else { return self.versions.len() > 1 };
         for v in &mut self.versions {
@@ -238,15 +238,14 @@ impl Block {
         self.versions.len() > 1
     }
 
-    /// The writes that cannot come back where all that was answered before `flush_inv` is durable.
+    /// The writes that cannot return once everything answered before `flush_inv` is durable.
     pub fn hidden_by_flush(&self, flush_inv: Clock, order: Order) -> SmallVec<[u64; 2]> {
         let durable = self.versions.iter().filter(|w| !w.failed && w.res < flush_inv);
         let Some(latest) = durable.max_by_key(|w| w.inv) else { return SmallVec::new() };
         self.versions.iter().filter(|v| v.before(latest, order)).map(|v| v.write).collect()
     }
 
-    /// After a power cut it turns out that `write` cannot be what the medium holds. Gives whether that was seen
-    /// already.
+    /// After a power cut, `write` turns out not to be what the medium holds. Returns whether it had been read already.
     pub fn rule_out(&mut self, write: u64) -> bool {
         if self.versions.len() > 1 {
             self.versions.retain(|v| v.write != write || !v.unresolved);
@@ -254,7 +253,7 @@ impl Block {
         self.is_settled() && self.versions[0].write == write
     }
 
-    /// The answer to `write` promised that it is durable itself.
+    /// The answer to `write` promised that this write is durable.
     pub fn hardened(&mut self, write: u64, oldest_read: Clock, order: Order) {
         let Some(durable) = self.versions.iter().find(|v| v.write == write).copied() else { return };
         for v in &mut self.versions {
@@ -263,17 +262,17 @@ impl Block {
         self.prune(oldest_read);
     }
 
-    /// Whether somebody has looked after a crash that left several versions, and nothing was written since.
+    /// Whether a read has settled the versions that a crash left, with no write since.
     pub fn is_settled(&self) -> bool {
         matches!(&self.versions[..], [only] if only.settled)
     }
 
-    /// Whether the medium may hold `write` after a power cut now.
+    /// Whether a power cut now may leave `write`.
     pub fn may_survive(&self, write: u64) -> bool {
         self.versions.iter().any(|v| v.write == write && !v.superseded)
     }
 
-    /// The writes that the medium may hold after a power cut now.
+    /// The writes that a power cut now may leave.
     pub fn survivors(&self) -> impl Iterator<Item = u64> + '_ {
         self.versions.iter().filter(|v| !v.superseded).map(|v| v.write)
     }
@@ -293,7 +292,7 @@ impl Block {
     /// Why a read from `inv` to `res` may not see `write`, for reports.
     pub fn why_hidden(&self, write: u64, inv: Clock, res: Clock, order: Order) -> String {
         let Some(v) = self.versions.iter().find(|v| v.write == write) else {
-            return "left behind by a later one long ago".into();
+            return "replaced long ago".into();
         };
         if v.inv >= res || (order != Order::Answer && v.inv > inv) {
             return "submitted after this read".into();
@@ -307,8 +306,8 @@ impl Block {
         })
     }
 
-    /// The process that serves the disk died. A failed write that nothing was written over may be in the file, whatever
-    /// that process showed since.
+    /// The process that serves the disk died. A failed write that was not overwritten may be in the file, whatever that
+    /// process showed since.
     pub fn server_died(&mut self, order: Order) {
         let versions = self.versions.clone();
         let written_over =
@@ -316,7 +315,7 @@ impl Block {
         self.versions.iter_mut().filter(|v| v.failed && !written_over(v)).for_each(|v| v.stale_at = NEVER);
     }
 
-    /// The power was cut at `now`: what may survive is left, each as good as the other until somebody looks.
+    /// The power was cut at `now`: keeps the versions that may survive, all equally possible until one is read.
     pub fn power_cut(&mut self, now: Clock) {
         self.versions.retain(|v| !v.superseded);
         let several = self.versions.len() > 1;
@@ -345,7 +344,7 @@ mod tests {
     const ANY: Order = Order::Answer;
 
     #[test]
-    fn a_write_that_a_later_read_did_not_see_has_to_fail() {
+    fn a_write_that_a_later_read_did_not_see_must_fail() {
         for (ok, broken) in [(true, true), (false, false)] {
             let mut b = Block::default();
             b.begin(1, 1, false);
@@ -361,44 +360,44 @@ mod tests {
     }
 
     #[test]
-    fn a_read_may_see_old_or_new_while_the_write_runs_but_not_go_back() {
+    fn reads_see_old_or_new_while_a_write_runs_and_never_go_back() {
         let mut b = Block::default();
         b.begin(1, 10, false);
         assert!(b.read(0, 11, 12, ANY));
-        assert!(b.read(1, 13, 14, ANY), "the write runs: it may have happened");
-        assert!(!b.read(0, 15, 16, ANY), "then it has happened");
+        assert!(b.read(1, 13, 14, ANY), "the write runs and may have taken effect");
+        assert!(!b.read(0, 15, 16, ANY), "it has taken effect");
         b.end(1, 20, true, NEVER, ANY);
         assert!(!b.read(0, 21, 22, ANY));
         assert!(b.read(1, 21, 22, ANY));
     }
 
     #[test]
-    fn two_writes_beside_each_other_settle() {
+    fn concurrent_writes_settle_in_one_order() {
         let mut b = Block::default();
         b.begin(1, 1, false);
         b.begin(2, 2, false);
         b.end(1, 3, true, NEVER, ANY);
         b.end(2, 4, true, NEVER, ANY);
         assert!(b.read(1, 5, 6, ANY));
-        assert!(b.read(2, 5, 6, ANY), "reads beside each other may differ");
+        assert!(b.read(2, 5, 6, ANY), "concurrent reads may differ");
         assert!(b.read(2, 7, 8, ANY));
-        assert!(!b.read(1, 9, 10, ANY), "both orders cannot be");
+        assert!(!b.read(1, 9, 10, ANY), "only one order is possible");
     }
 
     #[test]
-    fn a_failed_write_is_old_or_new_and_then_stays() {
+    fn a_failed_write_settles_as_old_or_new() {
         let mut b = Block::default();
         b.begin(1, 1, false);
         b.end(1, 2, false, NEVER, ANY);
         let mut other = b.clone();
         assert!(b.read(0, 3, 4, ANY));
-        assert!(!b.read(1, 5, 6, ANY), "no effect comes after the answer");
+        assert!(!b.read(1, 5, 6, ANY), "a write has no effect after its answer");
         assert!(other.read(1, 3, 4, ANY));
         assert!(!other.read(0, 5, 6, ANY));
         assert!(b.may_survive(1), "but the medium may hold it");
         b.server_died(ANY);
         let mut overwritten = b.clone();
-        assert!(b.read(1, 7, 8, ANY), "and so may the file, which the next process goes by");
+        assert!(b.read(1, 7, 8, ANY), "and so may the file that the next process reads");
         assert!(!b.read(0, 9, 10, ANY));
         overwritten.begin(2, 7, false);
         overwritten.end(2, 8, true, NEVER, ANY);
@@ -423,14 +422,14 @@ mod tests {
         assert!(seen.is_settled());
         seen.power_cut(20);
         assert_eq!(seen.survivors().collect::<Vec<_>>(), [2]);
-        assert!(seen.is_settled(), "also through another crash");
+        assert!(seen.is_settled(), "after another crash, too");
         seen.begin(3, 30, false);
         assert!(!seen.is_settled(), "until it is written");
         assert_eq!(b.survivors().count(), 2);
     }
 
     #[test]
-    fn a_write_that_is_durable_itself_leaves_others_open() {
+    fn a_durable_write_does_not_make_others_durable() {
         let mut b = Block::default();
         for write in [1, 2] {
             b.begin(write, write * 10, false);
@@ -443,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn an_older_read_may_see_what_a_flush_left_behind() {
+    fn an_older_read_may_see_what_a_flush_replaced() {
         let mut b = Block::default();
         b.begin(1, 5, false);
         // A read that began at 3 still runs.
@@ -454,12 +453,12 @@ mod tests {
     }
 
     #[test]
-    fn zeros_are_anybodys_who_may_be_seen() {
+    fn zeros_may_be_of_any_visible_writer() {
         let mut b = Block::default();
         assert!(b.clone().read_zeros(true, 1, 2, ANY) && !b.clone().read_zeros(false, 1, 2, ANY));
         b.begin(1, 3, false);
         b.end(1, 4, true, NEVER, ANY);
-        assert!(!b.clone().read_zeros(true, 5, 6, ANY), "the zeros of the beginning are gone");
+        assert!(!b.clone().read_zeros(true, 5, 6, ANY), "the initial zeros are gone");
         b.begin(2, 7, true);
         b.end(2, 8, true, NEVER, ANY);
         assert!(b.clone().read_zeros(false, 9, 10, ANY) && !b.read(1, 9, 10, ANY));
@@ -469,7 +468,7 @@ mod tests {
         assert!(b.zeros_may_survive(false) && b.may_survive(3) && !b.may_survive(1));
         b.flushed(14, NEVER, ANY);
         assert!(!b.zeros_may_survive(true));
-        // A discard is zeros that may have happened or not: an answer is no promise.
+        // A discard is zeros that may or may not have taken effect: its answer promises nothing.
         b.begin(4, 15, true);
         b.end(4, 16, false, NEVER, ANY);
         let mut kept = b.clone();
@@ -478,7 +477,7 @@ mod tests {
     }
 
     #[test]
-    fn one_of_several_zeros_stays_after_a_crash() {
+    fn a_crash_leaves_one_of_several_zeros() {
         let mut b = Block::default();
         for (write, zero) in [(1, true), (2, false)] {
             b.begin(write, 10 * write, zero);
@@ -486,12 +485,12 @@ mod tests {
         }
         b.power_cut(30);
         assert!(b.clone().read(2, 31, 32, ANY));
-        assert!(b.read_zeros(true, 31, 32, ANY), "of the beginning, or of write 1");
+        assert!(b.read_zeros(true, 31, 32, ANY), "the initial ones, or those of write 1");
         assert!(!b.read(2, 33, 34, ANY) && b.read_zeros(true, 33, 34, ANY));
     }
 
     #[test]
-    fn in_order_of_submission_nothing_goes_either_way() {
+    fn submission_order_permits_no_reordering() {
         let ordered = Order::Submission;
         let mut b = Block::default();
         b.begin(1, 1, false);

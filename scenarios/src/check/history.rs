@@ -1,7 +1,7 @@
-//! The history of one disk: what was asked, what was answered, what may be seen.
+//! The history of one disk: what was submitted, what was answered, and what reads may therefore see.
 //!
-//! Blocks of eight sectors are kept as one as long as every request treats them alike, so that 4 KiB requests cost one
-//! step; the first request that does not splits them.
+//! Blocks of eight sectors are kept as one while every request treats them alike, so that 4 KiB requests cost one step;
+//! the first request that does not splits the block.
 
 mod endings;
 mod fences;
@@ -19,7 +19,7 @@ const BLOCK: u64 = 8;
 /// A write's number, from 1; unique within a history.
 pub type WriteId = u64;
 
-/// What the disk held in the beginning.
+/// Initial content of the disk.
 #[derive(Clone, Default)]
 pub enum Initial {
     /// Zeros.
@@ -44,16 +44,16 @@ impl Default for Cell {
 /// What is wrong with a sector.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Wrong {
-    /// A version that it may not hold (any more).
+    /// A version that it may not hold, or may no longer hold.
     Version(String),
-    /// Another version than was seen after a crash, and nothing was written since.
+    /// A version other than the one read after a crash, with no write since.
     Unstable(String),
-    /// Bytes that nobody wrote to it.
+    /// Bytes that were never written to it.
     Foreign(String),
 }
 
 impl Wrong {
-    /// The invariant that this breaks, if a wrong version breaks `version`.
+    /// The broken invariant, where a wrong version breaks `version`.
     pub fn invariant(&self, version: Invariant) -> Invariant {
         match self {
             Wrong::Version(_) => version,
@@ -71,19 +71,19 @@ impl std::fmt::Display for Wrong {
     }
 }
 
-/// What bytes of a sector say about where they come from.
+/// What the bytes of a sector say about their origin.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Seen {
-    /// This write, or what was there in the beginning.
+    /// This write, or the initial content for write 0.
     Write(WriteId),
-    /// Zeros: of any write of zeros, or of the beginning if there were zeros.
+    /// Zeros: of any write of zeros, or the initial content if that was zeros.
     Zeros { initial: bool },
 }
 
 impl std::fmt::Display for Seen {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Seen::Write(0) => f.write_str("what was there in the beginning"),
+            Seen::Write(0) => f.write_str("its initial content"),
             Seen::Write(write) => write!(f, "write {write}"),
             Seen::Zeros { .. } => f.write_str("zeros"),
         }
@@ -98,32 +98,32 @@ pub struct BlockHistory {
     clock: Clock,
     writer: u32,
     next_write: WriteId,
-    /// Reads that run, in order of submission. These lists are as long as the guest's queue is deep.
+    /// Running reads in order of submission. These lists are as long as the guest's queue is deep.
     reads: Vec<Clock>,
-    /// Writes that run.
+    /// Running writes.
     running: Vec<(WriteId, SectorRange)>,
     fences: Fences,
-    /// Cells with versions that are not durable, and for each cell whether it is among them.
+    /// Cells with versions that are not durable, and a flag for each cell that is in the list.
     dirty: Vec<u64>,
     is_dirty: Vec<bool>,
-    /// Whether bodies are filled and looked at.
+    /// Whether bodies of sectors are filled and checked.
     full: bool,
     size_sectors: u64,
     order: Order,
     was_cut: bool,
-    /// Reads that were submitted up to here may have been executed twice, by the successor of a dead process.
+    /// Reads submitted up to this time may have run twice, because the successor of a dead process repeats them.
     repeated_to: Clock,
     /// Whether writes may fail.
     may_fail: bool,
-    /// A write succeeded that a read before had shown to fail; told with the next read.
+    /// A write succeeded although an earlier read had shown that it failed; reported with the next read.
     overtaken: Option<String>,
     flushes: u64,
-    /// What flushes settled, where somebody asks.
+    /// What flushes settled, if it is collected.
     settled: Option<Vec<SectorRange>>,
 }
 
 impl BlockHistory {
-    /// A disk of `size_sectors` that `writer` writes to. `full` fills and checks whole sectors, not only tags.
+    /// A disk of `size_sectors` that `writer` writes to. `full` fills and checks whole sectors instead of tags only.
     pub fn new(size_sectors: u64, writer: u32, initial: Initial, full: bool) -> Self {
         Self {
             cells: vec![Cell::default(); size_sectors.div_ceil(BLOCK) as usize],
@@ -148,13 +148,13 @@ impl BlockHistory {
         }
     }
 
-    /// From now on overlapping requests beside each other may go either way: the guest itself repeats what was
-    /// carried out before.
+    /// From now on concurrent overlapping requests may take either order, because the guest itself repeats requests
+    /// that may have run before.
     pub fn relax_order(&mut self) {
         self.order = Order::Answer;
     }
 
-    /// What order a read promises that was submitted at `inv`.
+    /// The order that a read submitted at `inv` relies on.
     fn order_of_read(&self, inv: Clock) -> Order {
         match self.order {
             _ if inv <= self.repeated_to => Order::Answer,
@@ -173,7 +173,7 @@ impl BlockHistory {
         self.size_sectors
     }
 
-    /// The number of the guest, as it stands in its sectors.
+    /// The guest's number in the tags of its sectors.
     pub fn writer(&self) -> u32 {
         self.writer
     }
@@ -218,8 +218,8 @@ impl BlockHistory {
         self.begin(range, false)
     }
 
-    /// A write of zeros is submitted, or a discard, which is zeros that may happen or not: it ends like a write that
-    /// failed, whatever the answer.
+    /// A write of zeros is submitted, or a discard, which is zeros that may or may not take effect: it ends like a
+    /// failed write, whatever the answer.
     pub fn begin_zeros(&mut self, range: SectorRange) -> WriteId {
         self.begin(range, true)
     }
@@ -239,7 +239,7 @@ impl BlockHistory {
         write
     }
 
-    /// Fills the sector that `write` puts at `sector`.
+    /// Fills the bytes that `write` puts into `sector`.
     pub fn payload(&self, write: WriteId, sector: u64, bytes: &mut [u8]) {
         Tag { writer: self.writer, op: write, sector }.fill(bytes, self.full);
     }
@@ -267,7 +267,7 @@ impl BlockHistory {
         self.each(range, |b| b.hardened(write, oldest, order));
     }
 
-    /// A read is submitted; gives its time for [`BlockHistory::check_read`].
+    /// A read is submitted. Returns its time for [`BlockHistory::check_read`].
     pub fn begin_read(&mut self) -> Clock {
         let inv = self.tick();
         self.reads.push(inv);
@@ -279,7 +279,7 @@ impl BlockHistory {
         self.reads.retain(|r| *r != inv);
     }
 
-    /// A read that was submitted at `inv` returned `bytes` from `range.start` on.
+    /// A read submitted at `inv` returned `bytes` from `range.start` on.
     ///
     /// # Errors
     /// What is wrong with the first wrong sector.
@@ -307,7 +307,7 @@ impl BlockHistory {
             for i in 0..n {
                 let found = self.seen(sector + i, slice(i))?;
                 if seen.is_some_and(|s| s != found) {
-                    // Equal until now, different from here on.
+                    // The sectors of the cell were alike until now and differ from here on.
                     seen = None;
                     break;
                 }
@@ -325,7 +325,7 @@ impl BlockHistory {
             at += n;
         }
         if inv <= self.repeated_to {
-            // What it saw may be what the process before knew.
+            // A read that ran across the restart may show what the dead process knew.
             self.revive_failed();
         }
         Ok(())
@@ -333,7 +333,7 @@ impl BlockHistory {
 
     fn see(&mut self, range: SectorRange, seen: Seen, inv: Clock, res: Clock) -> Result<(), Wrong> {
         if let Seen::Write(write) = seen {
-            self.look_behind(write)?;
+            self.exclude_hidden(write)?;
         }
         let mut bad = None;
         let order = self.order_of_read(inv);
@@ -359,7 +359,7 @@ impl BlockHistory {
         }
     }
 
-    /// Who put these bytes at `sector`; fails if nobody did.
+    /// The write that put these bytes at `sector`; fails if there was none.
     fn seen(&self, sector: u64, bytes: &[u8]) -> Result<Seen, Wrong> {
         let found = Tag::find(bytes, self.full);
         match found {
@@ -412,7 +412,7 @@ impl BlockHistory {
         });
     }
 
-    /// Checks what a sector holds after a power cut, without learning from it.
+    /// Checks what a sector holds after a power cut, without recording anything.
     ///
     /// # Errors
     /// What is wrong.
@@ -437,7 +437,7 @@ impl BlockHistory {
         }
     }
 
-    /// Sectors that may hold more than one version after a power cut, or did until lately: whole cells.
+    /// Sectors that may hold more than one version after a power cut, or recently could: whole cells.
     pub fn unsettled(&self) -> impl Iterator<Item = SectorRange> + '_ {
         self.dirty.iter().map(|cell| {
             let start = cell * BLOCK;
@@ -445,23 +445,22 @@ impl BlockHistory {
         })
     }
 
-    /// Where writes run.
+    /// Ranges of running writes.
     pub fn running(&self) -> impl Iterator<Item = SectorRange> + '_ {
         self.running.iter().map(|(_, range)| *range)
     }
 
-    /// Flushes that succeeded.
+    /// Number of flushes that succeeded.
     pub fn flushes(&self) -> u64 {
         self.flushes
     }
 
-    /// What was unsettled before each of the flushes that have succeeded since the last call of this; from the first
-    /// call on.
+    /// What was unsettled before each flush that succeeded since the last call. The first call starts the collection.
     pub fn take_settled(&mut self) -> Vec<SectorRange> {
         self.settled.replace(Vec::new()).unwrap_or_default()
     }
 
-    /// Logical time: changes whenever anything happened.
+    /// Logical time, which every event advances.
     pub fn clock(&self) -> Clock {
         self.clock
     }
@@ -480,7 +479,7 @@ mod tests {
     }
 
     #[test]
-    fn what_each_flush_settled_is_told_once() {
+    fn settled_ranges_are_returned_once() {
         let mut h = BlockHistory::new(100, 1, Initial::Zero, false);
         assert!(h.take_settled().is_empty());
         for start in [8, 32] {
@@ -494,7 +493,7 @@ mod tests {
     }
 
     #[test]
-    fn requests_of_any_shape_are_followed() {
+    fn requests_of_any_shape_are_tracked() {
         let mut h = BlockHistory::new(100, 1, Initial::Zero, true);
         let w = h.begin_write(SectorRange::new(5, 20));
         h.end_write(w, true);
@@ -514,7 +513,7 @@ mod tests {
     }
 
     #[test]
-    fn what_another_writer_put_there_is_wrong() {
+    fn bytes_of_another_writer_are_wrong() {
         let of = |writer| {
             let mut h = BlockHistory::new(64, writer, Initial::Zero, true);
             let w = h.begin_write(SectorRange::new(3, 1));
@@ -548,7 +547,7 @@ mod tests {
     }
 
     #[test]
-    fn a_power_cut_may_take_what_was_not_flushed_only() {
+    fn a_power_cut_takes_only_what_was_not_flushed() {
         let mut h = BlockHistory::new(64, 1, Initial::Zero, false);
         let a = h.begin_write(SectorRange::new(0, 8));
         h.end_write(a, true);
@@ -568,7 +567,7 @@ mod tests {
         let inv = h.begin_read();
         let bytes = sector_of(&h, a, 4);
         let wrong = h.check_read(inv, SectorRange::new(4, 1), &bytes).unwrap_err();
-        assert_eq!(wrong.invariant(Invariant::G7), Invariant::G9, "it was seen otherwise");
+        assert_eq!(wrong.invariant(Invariant::G7), Invariant::G9, "another version was read");
         let inv = h.begin_read();
         let wrong = h.check_read(inv, SectorRange::new(0, 1), &[0; 512]).unwrap_err();
         assert_eq!(wrong.invariant(Invariant::G7), Invariant::G7, "it was flushed");

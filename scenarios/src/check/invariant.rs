@@ -23,11 +23,11 @@ pub enum Invariant {
     P1,
     /// Exactly one response.
     X1,
-    /// Everything ends.
+    /// Every request ends.
     L1,
-    /// What a front end is told.
+    /// What a front end is told about its disk.
     F1,
-    /// Grants, channels, pages, requests are given back.
+    /// Grants, channels, pages and requests are released.
     K1,
     /// Metadata of images.
     Q2,
@@ -39,15 +39,15 @@ pub enum Invariant {
     C1,
     /// Files in use are locked.
     C2,
-    /// The back end refuses what it must refuse.
+    /// The back end refuses invalid requests.
     H1,
-    /// A guest may not hang or break another.
+    /// A guest cannot disturb another.
     H2,
     /// Connections that break.
     N1,
-    /// What an NBD server says of its disk.
+    /// What an NBD server says about its disk.
     N2,
-    /// What an NBD client asks for.
+    /// What an NBD client asks of a server.
     N3,
     /// Pauses and closes of a disk.
     D1,
@@ -55,25 +55,25 @@ pub enum Invariant {
     D2,
     /// The list of a program's disks.
     D3,
-    /// What a tool has made.
+    /// What a tool has created.
     I1,
-    /// What a tool says.
+    /// What a tool reports.
     I2,
     /// The shipped check agrees with the walker.
     V1,
-    /// Work of a turn, operations at once.
+    /// Work per turn, and operations in flight.
     M1,
-    /// Work of the order of requests.
+    /// Work for the ordering of requests.
     M2,
     /// Memory.
     M3,
-    /// What a discard costs.
+    /// Cost of discards.
     M4,
     /// How long small requests wait for large ones.
     M5,
-    /// Space that is promised is there.
+    /// Promised space is available.
     S1,
-    /// Space that is given back is gone.
+    /// Released space is free.
     S2,
     /// Turns of tasks are short.
     T1,
@@ -127,13 +127,11 @@ impl Invariant {
     /// The invariant as a sentence.
     pub fn sentence(self) -> &'static str {
         match self {
-            Self::G1 => {
-                "a read returns, for every sector, the newest answered write or one that ran beside it"
-            }
+            Self::G1 => "a read returns, for every sector, the newest answered write or a concurrent one",
             Self::G7 => {
                 "after a power cut every sector holds one version that is not older than a flushed one"
             }
-            Self::G9 => "what was once read after recovery stays, also through another crash",
+            Self::G9 => "what was once read after recovery stays, even after another crash",
             Self::G10 => "a sector holds only what was written to that sector",
             Self::G11 => "after a crash the image opens, and every sector can be read and written",
             Self::G13 => "errors and crashes leak no more than a few clusters each",
@@ -142,42 +140,40 @@ impl Invariant {
             Self::P1 => "every answered write is readable after tapdisk died and was restarted",
             Self::X1 => "every request is answered exactly once",
             Self::L1 => "every request ends once faults have ended",
-            Self::F1 => "a front end is told the truth about its disk",
-            Self::K1 => "every grant, event channel, buffer and request is given back",
+            Self::F1 => "what a front end reads about its disk is true",
+            Self::K1 => "every grant, event channel, buffer and request is released",
             Self::Q2 => {
                 "every table and cluster of an image lies in the file, aligned, and belongs to one owner"
             }
             Self::Q3 => "every compressed cluster lies in the file and inflates to a whole cluster",
             Self::Q5 => "an L2 table is on the medium before the L1 entry that names it",
             Self::C1 => "a backing file never changes",
-            Self::C2 => "an image in use is locked against everybody, and each file below it against writers",
-            Self::H1 => "malformed requests are refused, and the ring is closed where it cannot be trusted",
+            Self::C2 => "an image in use is locked for others, and each file below it for writers",
+            Self::H1 => "malformed requests are refused, and a ring that cannot be trusted is closed",
             Self::H2 => "a guest that misbehaves does not disturb another",
             Self::N1 => "an NBD connection breaks only where one of its ends dies or misbehaves",
-            Self::N2 => "every answer of an NBD server keeps to the protocol and is true of its disk",
-            Self::N3 => {
-                "an NBD client asks a server for what it offers and what its caller wants, and for nothing else"
-            }
-            Self::D1 => "a paused disk does nothing, and a closed one takes nothing",
+            Self::N2 => "every answer of an NBD server follows the protocol and is true of its disk",
+            Self::N3 => "an NBD client asks only for what the server offers and its caller needs",
+            Self::D1 => "a paused disk does nothing, and a closed one accepts nothing",
             Self::D2 => {
-                "a layer of a disk is asked only for what it may be asked for, and closed once, when it rests"
+                "a layer receives only requests that its contract permits, and is closed once, when idle"
             }
-            Self::D3 => {
-                "the list of a program's disks has no closed one, and whoever watches it misses no change"
-            }
-            Self::I1 => "what a tool says it has made is there, also after a power cut",
-            Self::I2 => "what a tool says of an image is true",
+            Self::D3 => "a program's list of disks has no closed disk, and a watcher misses no change",
+            Self::I1 => "what a tool reports as created is there, even after a power cut",
+            Self::I2 => "what a tool says about an image is true",
             Self::V1 => "the shipped check and the independent walker agree on every image",
-            Self::M1 => "one turn does, and one request has running, no more than a fixed amount",
-            Self::M2 => "the order of requests costs no more than each of them once for each in flight",
-            Self::M3 => "a disk that is closed holds no memory of the budget",
+            Self::M1 => "a turn does, and a request has in flight, no more than a fixed amount",
+            Self::M2 => "ordering a request costs at most one comparison with each request in flight",
+            Self::M3 => "a closed disk holds no memory of the budget",
             Self::M4 => {
-                "discards and fast zeros write next to nothing, and a discard asks a device once for what it cannot do"
+                "discards and fast zeros write almost nothing, and a device is not asked again for what it refused"
             }
-            Self::M5 => "a small request waits for no large one that has nothing to do with it",
-            Self::S1 => "a write to what was written, or made zeros that keep their space, needs no space",
-            Self::S2 => "zeros that give their space back leave a hole, where the file can have one",
-            Self::T1 => "a task does a bounded amount of work before others have their turn",
+            Self::M5 => "a small request does not wait for unrelated large ones",
+            Self::S1 => {
+                "a write needs no space where data, or zeros that keep their space, were written before"
+            }
+            Self::S2 => "zeros that release their space leave a hole, where the file can have one",
+            Self::T1 => "a task does a bounded amount of work before other tasks run",
             Self::A1 => "no input makes the stack panic",
         }
     }

@@ -1,13 +1,13 @@
-//! How many clusters of an image a power cut may lose: what G13 allows.
+//! How many clusters of an image a power cut may lose: the bound of G13.
 //!
 //! ```text
-//!   mapped before the cut, not there after it      one cluster each (it may be what was compressed again)
-//!   a table before the cut   , none after it      the clusters of a table
-//!   a write that runs at the cut                   its clusters, and the tables that they lack
+//!   mapped before the cut, not after it            one cluster each (it may have been compressed again)
+//!   a table before the cut, none after it          the clusters of a table
+//!   a write that runs at the cut                   its clusters, and the tables that they need
 //! ```
 //!
-//! Both maps come from a walk, so the bound is the image's own: an allocator that takes more than it needs is told
-//! after a few requests.
+//! Both maps come from a walk, so the bound follows the image: an allocator that takes more than it needs fails the
+//! check after a few requests.
 
 use crate::formats::{FormatModel, ImageMap};
 use kernel_model::Content;
@@ -17,7 +17,7 @@ use tap_host::{SECTOR_BYTES, SectorRange};
 pub struct BeforeCut {
     model: &'static dyn FormatModel,
     map: ImageMap,
-    /// Clusters that writes in flight may have taken.
+    /// Clusters that writes in flight may have allocated.
     in_flight: u64,
 }
 
@@ -26,7 +26,7 @@ fn table_clusters(map: &ImageMap) -> u64 {
     map.table_bytes.div_ceil(1 << map.cluster_bits)
 }
 
-/// The most clusters that a write of `range` takes, tables included, where `map` holds.
+/// Maximum number of clusters that a write of `range` allocates, tables included, in an image with this `map`.
 fn taken_by(map: &ImageMap, range: SectorRange) -> u64 {
     let first = (range.start.0 * SECTOR_BYTES) >> map.cluster_bits;
     let last = ((range.start.0 + u64::from(range.count)) * SECTOR_BYTES - 1) >> map.cluster_bits;
@@ -36,9 +36,8 @@ fn taken_by(map: &ImageMap, range: SectorRange) -> u64 {
 }
 
 impl BeforeCut {
-    /// Looks at the living image, on which writes of `running` run. `None` where it has no
-    /// metadata.
-    pub fn look(
+    /// Walks the live image while writes of `running` run. `None` for an image without metadata.
+    pub fn capture(
         model: &'static dyn FormatModel,
         content: &Content,
         running: impl Iterator<Item = SectorRange>,
@@ -48,8 +47,8 @@ impl BeforeCut {
         Some(Self { model, map, in_flight })
     }
 
-    /// The most clusters that a power cut may have lost which left `content`.
-    pub fn lost(&self, content: &Content) -> u64 {
+    /// Maximum number of clusters lost in a power cut that left `content`.
+    pub fn max_lost(&self, content: &Content) -> u64 {
         let Some(Ok(after)) = self.model.walk(content) else { return 0 };
         let gone = |a: &[u64], b: &[u64]| a.iter().zip(b).filter(|(a, b)| **a != 0 && a != b).count() as u64;
         self.in_flight
@@ -58,7 +57,7 @@ impl BeforeCut {
     }
 }
 
-/// The most clusters that a failed request of `sectors` may leave without owner.
+/// Maximum number of clusters that a failed request of `sectors` may leave without an owner.
 pub fn lost_to_error(model: &dyn FormatModel, content: &Content, sectors: u32) -> u64 {
     let Some(Ok(map)) = model.walk(content) else { return 0 };
     let clusters = (u64::from(sectors) * SECTOR_BYTES).div_ceil(1 << map.cluster_bits) + 1;

@@ -1,4 +1,4 @@
-//! What must hold, and how it is told when it does not.
+//! What must hold, and how violations are reported.
 
 mod asks;
 mod contract;
@@ -11,7 +11,7 @@ pub mod shipped;
 mod space;
 mod verdict;
 
-pub use asks::{Asks, LOOK_FAILS};
+pub use asks::{CountingNode, LOOK_FAILS};
 pub use contract::Contract;
 pub use frontier::{Block, Clock, NEVER, Order, Version};
 pub use history::{BlockHistory, Initial, WriteId, Wrong};
@@ -19,5 +19,5 @@ pub use invariant::Invariant;
 pub use loss::{BeforeCut, lost_to_error};
 pub use oracle::Oracle;
 pub(crate) use oracle::is_broken;
-pub use space::{Space, Wish};
+pub use space::{Space, SpaceEffect};
 pub use verdict::{Failure, Verdict};

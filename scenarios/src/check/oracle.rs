@@ -1,8 +1,8 @@
-//! Checkers that are broken on purpose: who checks that a checker looks?
+//! Checkers that are broken on purpose, to show that each of them would notice something.
 //!
 //! A run can ask for one broken oracle ([`crate::world::RunOptions::oracle`]), and so can the environment variable
-//! `TAPSIM_ORACLE`, for unit tests. `tapsim bugs --oracles` breaks each in turn; the saved run of a seeded bug must
-//! then come out otherwise, or a test of the checkers must fail.
+//! `TAPSIM_ORACLE`, for unit tests. `tapsim bugs --oracles` breaks each in turn; the result of a seeded bug's saved run
+//! must then change, or a test of the checkers must fail.
 
 use super::Invariant;
 use std::cell::Cell;
@@ -11,25 +11,25 @@ use std::sync::LazyLock;
 /// One way to break a checker.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Oracle {
-    /// Reports of this invariant are lost.
+    /// Violations of this invariant are dropped.
     Deaf(Invariant),
     /// A flush makes nothing durable.
     FlushForgotten,
-    /// A read may see what was overwritten before it.
+    /// A read may see versions that were overwritten before it.
     StaleAllowed,
-    /// Order of submission is not looked at.
+    /// Order of submission is not checked.
     OrderIgnored,
-    /// Zeros are right wherever there were zeros at any time.
+    /// Zeros are accepted wherever there were zeros at any time.
     ZerosAnywhere,
-    /// Reads after a power cut are not looked at.
+    /// Reads after a power cut are not checked.
     ReadsAfterCut,
-    /// What was seen after a crash may change again.
+    /// What was read after a crash may change again.
     SettledForgotten,
-    /// A tag may stand in any sector.
+    /// A tag is accepted in any sector.
     PlaceIgnored,
-    /// A tag may be of any writer.
+    /// A tag is accepted from any writer.
     WriterIgnored,
-    /// The body of a sector need not belong to its tag.
+    /// The body of a sector need not match its tag.
     TornAllowed,
     /// Explored crash states may hold anything.
     SurvivorsIgnored,
@@ -37,7 +37,7 @@ pub enum Oracle {
     SharedClusters,
     /// Compressed extents may overlap.
     OverlappingExtents,
-    /// Entries may name any offset.
+    /// Entries may contain any offset.
     WildEntries,
     /// L2 tables may lie beyond the end of the file.
     TablesBeyond,
@@ -45,17 +45,17 @@ pub enum Oracle {
     NothingInflated,
     /// Any number of clusters may be lost.
     LeaksIgnored,
-    /// A run that cannot go on has passed.
+    /// A run that is stuck passes.
     StallIgnored,
-    /// A request may be answered twice, or never.
+    /// A request may be answered twice or never.
     AnswersIgnored,
-    /// Grants, channels and records may be left over at the end.
+    /// Grants, channels and records may be left at the end.
     LeftoversIgnored,
     /// A request may fail without a cause.
     ErrorsIgnored,
     /// Malformed requests may be answered with any status.
     StatusIgnored,
-    /// The shipped check may say anything of an image.
+    /// Any report of the shipped check is accepted.
     ShippedIgnored,
 }
 
@@ -110,12 +110,12 @@ impl Oracle {
         Self::all().find(|oracle| oracle.name() == name)
     }
 
-    /// Why nothing needs to notice that this is broken, where that is so.
+    /// Why nothing has to notice that this oracle is broken, where that is so.
     pub fn excuse(self) -> Option<&'static str> {
         match self {
             Self::Deaf(Invariant::G9) => Some(
-                "a sector that changes after it was seen is reported by the unit tests of the history only, \
-                      and no verdict is involved there; settled-forgotten breaks the rule itself",
+                "a sector that changes after it was read is reported only by the unit tests of the history, \
+                      which involve no verdict; settled-forgotten breaks the rule itself",
             ),
             _ => None,
         }
@@ -124,8 +124,8 @@ impl Oracle {
 
 static FROM_ENVIRONMENT: LazyLock<Option<Oracle>> = LazyLock::new(|| {
     let name = std::env::var("TAPSIM_ORACLE").ok()?;
-    // A typing mistake would look like an oracle that nothing notices.
-    Some(Oracle::find(&name).unwrap_or_else(|| panic!("TAPSIM_ORACLE: there is no oracle {name:?}")))
+    // A misspelt name would look like an oracle that nothing notices.
+    Some(Oracle::find(&name).unwrap_or_else(|| panic!("TAPSIM_ORACLE: unknown oracle {name:?}")))
 });
 
 thread_local! {
@@ -148,7 +148,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn oracles_have_names_of_their_own() {
+    fn oracles_have_unique_names() {
         let names: std::collections::BTreeSet<String> = Oracle::all().map(Oracle::name).collect();
         assert_eq!(names.len(), Oracle::all().count());
         assert!(Oracle::all().all(|oracle| Oracle::find(&oracle.name()) == Some(oracle)));

@@ -1,4 +1,4 @@
-//! The shipped check beside the independent walker: both must think the same of an image.
+//! Compares the shipped check with the independent walker: both must agree on an image.
 
 use super::Invariant;
 use super::oracle::{Oracle, is_broken};
@@ -7,11 +7,11 @@ use crate::world::World;
 use kernel_model::SimHost;
 use tap_images::{CheckReport, ImageError, ImageSpec};
 
-/// Bytes at the front of a file that the shipped check takes as used, whatever the size of clusters.
+/// Bytes at the front of a file that the shipped check counts as used, whatever the cluster size.
 const FRONT_BYTES: u64 = 4096;
 
-/// What the two say differently, if they do: whether the image is sound, how many clusters are mapped, how many are
-/// lost.
+/// Describes how the two disagree, if they do: on whether the image is sound, or on the number of mapped or lost
+/// clusters.
 pub fn difference(
     walked: &Result<ImageMap, Broken>,
     checked: &Result<CheckReport, ImageError>,
@@ -22,7 +22,7 @@ pub fn difference(
     let report = match checked {
         Ok(report) => report,
         Err(error) => {
-            return walked.is_ok().then(|| format!("the shipped check gives up on a sound image: {error}"));
+            return walked.is_ok().then(|| format!("the shipped check failed on a sound image: {error}"));
         }
     };
     let map = match (walked, report.problem_count) {
@@ -30,23 +30,23 @@ pub fn difference(
         (Err(_), 1..) => return None,
         (Ok(_), n) => {
             let first = report.problems.first().map_or("", String::as_str);
-            return Some(format!("the shipped check finds {n} problems in a sound image: {first}"));
+            return Some(format!("the shipped check found {n} problems in a sound image: {first}"));
         }
-        (Err((_, text)), 0) => return Some(format!("the shipped check finds no problem, but {text}")),
+        (Err((_, text)), 0) => return Some(format!("the shipped check found no problem, but {text}")),
     };
     let mapped = report.plain_clusters + report.compressed_clusters;
     if mapped != map.mapped {
         return Some(format!("the shipped check counts {mapped} mapped clusters, the walker {}", map.mapped));
     }
-    // With compressed clusters it estimates. Small clusters at the front may be lost ones or simply unused.
+    // With compressed clusters the check estimates. Small clusters at the front may be lost or simply unused.
     let slack = FRONT_BYTES >> map.cluster_bits;
     let lost = report.leaked_clusters;
     (report.compressed_clusters == 0 && !(lost..=lost + slack).contains(&map.leaked))
         .then(|| format!("the shipped check counts {lost} lost clusters, the walker {}", map.leaked))
 }
 
-/// Runs the shipped check on the image `spec`, which nobody has open for writing, in a process of its own; reports
-/// V1 unless it agrees with the walker.
+/// Runs the shipped check on the image `spec`, which must not be open for writing, in a separate process. Reports V1
+/// unless it agrees with the walker.
 pub async fn agree(world: &World, spec: &ImageSpec, when: &str) {
     let path = &spec.path;
     if world.storage.content(path).is_none() {
@@ -56,7 +56,7 @@ pub async fn agree(world: &World, spec: &ImageSpec, when: &str) {
     else {
         return;
     };
-    // It looks at the medium, not at the drive's moods.
+    // Both read the medium, so the drive must not delay or fail.
     world.storage.set_calm(true);
     let host = SimHost::start(&world.kernel, &world.xen, "check", 0);
     let checked = check(&host, spec).await;
@@ -87,7 +87,7 @@ mod tests {
         Kind::mapped(true).model.walk(content).unwrap()
     }
 
-    /// What both say of a small image after `damage`.
+    /// The results of both for a small image after `damage`.
     fn both(
         damage: impl FnOnce(&mut Content) + 'static,
     ) -> (Result<ImageMap, Broken>, Result<CheckReport, ImageError>) {
@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn what_only_one_of_them_finds_is_told() {
+    fn disagreements_are_reported() {
         let (sound, fine) = both(|_| {});
         assert_eq!(difference(&sound, &fine), None);
         let broken = Err((Invariant::Q2, "two owners".to_string()));
@@ -140,7 +140,7 @@ mod tests {
         let loses = CheckReport { leaked_clusters: 1, ..agrees };
         assert!(difference(&Ok(plain), &Ok(loses)).unwrap().contains("lost"));
         let gone = Err(ImageError::InUse { path: "x".into() });
-        assert!(difference(&sound, &gone).unwrap().contains("gives up"));
+        assert!(difference(&sound, &gone).unwrap().contains("failed on"));
     }
 
     #[test]
@@ -149,7 +149,7 @@ mod tests {
             let setup = Setup::mapped(&world, 0, 1 << 20, false);
             agree(&world, &setup.spec, "here").await;
             assert!(!world.verdict.is_broken());
-            // The shipped check refuses what somebody else may be writing to; the walker does not care.
+            // The shipped check refuses an image that another process may write to; the walker ignores locks.
             let host = SimHost::start(&world.kernel, &world.xen, "tapdisk", 0);
             let stack = Stack::open(&host, &world, &setup.spec, &StackLimits::draw(&world)).await.unwrap();
             agree(&world, &setup.spec, "here").await;

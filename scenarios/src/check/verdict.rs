@@ -11,27 +11,26 @@ use std::task::{Poll, Waker};
 /// A broken invariant.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Failure {
-    /// Which.
+    /// Which invariant.
     pub invariant: Invariant,
-    /// What was seen, for people.
+    /// What was observed, in words.
     pub detail: String,
     /// Virtual time in nanoseconds.
     pub at_ns: u64,
 }
 
 impl Failure {
-    /// What kind of failure it is: what shrinking must keep, so that it does not end at another one. Numbers are left
-    /// out (which sector, which write), and what may change with every decision: the versions that are allowed, the
-    /// tasks that wait.
+    /// The kind of failure, which shrinking must keep so that it does not drift to a different one. Leaves out numbers
+    /// (of sectors, of writes) and what may change with every decision: the permitted versions and the waiting tasks.
     pub fn kind(&self) -> String {
         let line = self.detail.lines().next().unwrap_or_default();
         let told = match self.invariant {
-            // Its place is all there is.
+            // The place of a panic identifies it.
             Invariant::A1 => return format!("{} {line}", self.invariant),
             Invariant::L1 => line.split(':').next().unwrap_or_default(),
             _ => line.split(", but may hold").next().unwrap_or_default(),
         };
-        // Which version is wrong, and why, is one kind: an old one.
+        // Which version is wrong, and why, makes no difference to the kind: it is an old one.
         let told = told.split(" (").next().unwrap_or_default();
         let mut kind = format!("{} ", self.invariant);
         let mut in_number = false;
@@ -69,7 +68,7 @@ impl Verdict {
         }
     }
 
-    /// Whether something is broken.
+    /// Whether an invariant is broken.
     pub fn is_broken(&self) -> bool {
         self.0.borrow().failure.is_some()
     }
@@ -103,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn kinds_keep_what_happened_and_not_where() {
+    fn kinds_keep_what_happened_but_not_where() {
         let zeros = kind(Invariant::G7, "read 0+8: sector 5 holds zeros, but may hold write 3 (answered)");
         assert_eq!(zeros, "G7 read #+#: sector # holds zeros");
         assert_eq!(zeros, kind(Invariant::G7, "read 96+88: sector 103 holds zeros, but may hold write 0"));
@@ -112,7 +111,7 @@ mod tests {
         assert_eq!(old, "G7 read #+#: sector # holds write #");
         assert_ne!(kind(Invariant::G1, "a"), kind(Invariant::G7, "a"));
         assert_ne!(kind(Invariant::A1, "x at a.rs:1"), kind(Invariant::A1, "x at a.rs:2"));
-        let stuck = kind(Invariant::L1, "nothing can go on: task 1 of dom0\ntask 2");
-        assert_eq!(stuck, "L1 nothing can go on");
+        let stuck = kind(Invariant::L1, "the run is stuck: task 1 of dom0\ntask 2");
+        assert_eq!(stuck, "L1 the run is stuck");
     }
 }

@@ -1,4 +1,4 @@
-//! What can be asked on the command line.
+//! The command line.
 
 use crate::formats;
 use crate::fuzz::SUBJECTS;
@@ -52,16 +52,16 @@ pub(crate) enum LogLevel {
     Full,
 }
 
-/// What every command takes.
+/// Options of every command.
 #[derive(Args, Debug, Clone)]
 pub(crate) struct Common {
     /// Threads [default: all cores]
     #[arg(long, global = true, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub jobs: Option<u16>,
-    /// Whether worlds run inside madsim, which takes real clocks, randomness and threads away
+    /// Whether worlds run inside madsim, which blocks real clocks, randomness and threads
     #[arg(long, global = true, value_enum, default_value = "on")]
     pub guard: Switch,
-    /// Writes the result as JSON to this file, too
+    /// Also writes the result as JSON to this file
     #[arg(long, global = true, value_name = "FILE")]
     pub json: Option<PathBuf>,
     /// How much of the trace is printed
@@ -73,11 +73,11 @@ pub(crate) struct Common {
 }
 
 impl Common {
-    /// Threads to use.
+    /// Number of threads to use.
     pub(super) fn threads(&self) -> usize {
         self.jobs.map_or_else(|| std::thread::available_parallelism().map_or(1, Into::into), usize::from)
     }
-    /// Whether worlds run guarded: asked for and built in.
+    /// Whether worlds run guarded: requested, and built in.
     pub(super) fn guarded(&self) -> bool {
         self.guard == Switch::On && sim::guard::AVAILABLE
     }
@@ -100,23 +100,23 @@ pub(crate) enum Command {
     List,
     /// Finds and shrinks every seeded bug
     Bugs(BugsArgs),
-    /// Fuzzes a format: crashes, faults and damaged images out of bytes
+    /// Fuzzes a format: crashes, faults and damaged images made from bytes
     Fuzz(FuzzArgs),
-    /// Cuts the power on a given image, again and again
+    /// Cuts the power on a given image, repeatedly
     Crash(CrashArgs),
-    /// Measures the testbed: simulated requests per second of CPU, memory, what merging saves
+    /// Measures the testbed: simulated requests per second of CPU, memory, effect of merging
     Bench(BenchArgs),
     /// Switches a seeded bug on, finds it, shrinks it and tells its story
     Demo,
 }
 
-/// Formats of which images can be taken from outside.
+/// Formats of which images can be loaded from files.
 fn formats_outside() -> PossibleValuesParser {
     let walkable = formats::ALL.iter().filter(|model| model.has_metadata());
     walkable.map(|model| PossibleValue::new(model.format().name())).collect::<Vec<_>>().into()
 }
 
-/// What can be fuzzed.
+/// The targets of fuzzing.
 fn subjects() -> PossibleValuesParser {
     SUBJECTS.iter().map(|subject| PossibleValue::new(subject.name)).collect::<Vec<_>>().into()
 }
@@ -127,13 +127,13 @@ pub(crate) struct CrashArgs {
     /// Format of the image
     #[arg(long, value_parser = formats_outside())]
     pub format: String,
-    /// The image; it is read into memory and never written to, as are the files below it
+    /// The image; it is read into memory and never written to, and neither are its backing files
     #[arg(long, value_name = "FILE")]
     pub image: PathBuf,
     /// Seeds A up to, not including, B [default: 0..500]
     #[arg(long, value_name = "A..B", value_parser = parse_seeds)]
     pub seeds: Option<Range<u64>>,
-    /// Seeds of which every crash state is looked at
+    /// Number of seeds for which every crash state is checked
     #[arg(long, default_value_t = 4, value_name = "N")]
     pub explore: u64,
 }
@@ -147,7 +147,7 @@ pub(crate) struct BenchArgs {
     /// Crash states per image
     #[arg(long, default_value_t = 20_000, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1_000_000_000))]
     pub states: u64,
-    /// Runs of each world; the best counts
+    /// Runs of each world, of which the best counts
     #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100))]
     pub rounds: u32,
 }
@@ -160,10 +160,10 @@ pub(crate) struct SweepArgs {
     /// Seeds A up to, not including, B
     #[arg(long, value_name = "A..B", value_parser = parse_seeds, conflicts_with = "time")]
     pub seeds: Option<Range<u64>>,
-    /// Goes on with new seeds for this long, such as 60s or 5m
+    /// Continues with new seeds for this long, such as 60s or 5m
     #[arg(long = "for", value_name = "TIME", value_parser = parse_time, id = "time")]
     pub time: Option<Duration>,
-    /// So many runs in all; scenarios that are new get more of them
+    /// Total number of runs; new scenarios get a larger share
     #[arg(long, value_name = "N", conflicts_with_all = ["time", "seeds"], value_parser = clap::value_parser!(u64).range(1..=1_000_000_000))]
     pub runs: Option<u64>,
     /// First seed when --for or --runs is used
@@ -172,13 +172,13 @@ pub(crate) struct SweepArgs {
     /// Switches a seeded bug on
     #[arg(long, value_name = "NAME")]
     pub bug: Option<String>,
-    /// Uses a drive whose flush lies: must fail
+    /// Uses a drive that lies about flushes: must fail
     #[arg(long)]
     pub canary: bool,
     /// Stops at the first failure, which is neither shrunk nor saved
     #[arg(long, conflicts_with = "check_determinism")]
     pub first: bool,
-    /// Runs every seed twice and compares, with the guard on and off
+    /// Runs every seed twice, with the guard on and off, and compares
     #[arg(long)]
     pub check_determinism: bool,
 }
@@ -193,7 +193,7 @@ pub(crate) struct RunArgs {
     /// Switches a seeded bug on
     #[arg(long, value_name = "NAME")]
     pub bug: Option<String>,
-    /// Uses a drive whose flush lies
+    /// Uses a drive that lies about flushes
     #[arg(long)]
     pub canary: bool,
 }
@@ -210,13 +210,13 @@ pub(crate) struct FileArgs {
 pub(crate) struct BugsArgs {
     /// Seeded bugs [default: all, and the canary]; with --oracles, broken oracles
     pub bugs: Vec<String>,
-    /// Seeds that are tried at most, per bug: in the scenario of its saved run first, then in all
+    /// Maximum number of seeds per bug: in the scenario of its saved run first, then in all
     #[arg(long, default_value_t = 2000, value_name = "N")]
     pub within: u64,
     /// Saves each shrunk run as SAVED/BUG.run, which `cargo test` replays
     #[arg(long)]
     pub save: bool,
-    /// Only those whose run in SAVED is missing or does not show them any more
+    /// Only those whose run in SAVED is missing or no longer shows them
     #[arg(long)]
     pub stale: bool,
     /// Breaks each checker in turn instead: a saved run or a test must notice
@@ -236,7 +236,7 @@ pub(crate) struct FuzzArgs {
     /// How long, such as 60s or 5m
     #[arg(long = "for", value_name = "TIME", value_parser = parse_time, default_value = "60s", id = "time")]
     pub time: Duration,
-    /// Switches a seeded bug on, and stops when it was found
+    /// Switches a seeded bug on, and stops when it is found
     #[arg(long, value_name = "NAME")]
     pub bug: Option<String>,
     /// Seed of the inputs
@@ -249,7 +249,7 @@ fn parse_seeds(text: &str) -> Result<Range<u64>, String> {
     let (a, b) = text.split_once("..").ok_or_else(bad)?;
     let (a, b) = (a.trim().parse().map_err(|_| bad())?, b.trim().parse().map_err(|_| bad())?);
     if a >= b {
-        return Err(format!("the range {text} is empty: the second number is not part of it"));
+        return Err(format!("the range {text} is empty: its end is not included"));
     }
     Ok(a..b)
 }
@@ -280,7 +280,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_command_line_is_sound() {
+    fn the_command_line_parses() {
         use clap::CommandFactory;
         Cli::command().debug_assert();
         assert_eq!(parse_seeds("3..7"), Ok(3..7));

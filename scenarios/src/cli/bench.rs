@@ -37,7 +37,7 @@ pub(crate) fn bench_command(common: &Common, args: &BenchArgs) -> Result<Exit, S
         if common.guarded() { "guarded" } else { "not guarded" }
     );
     println!(
-        "calibration: {} rounds/s of 64 hashes, a copied page and 4 allocations; it is measured again beside each line",
+        "calibration: {} rounds/s of 64 hashes, a copied page and 4 allocations; measured again with each line",
         calibrate()
     );
     println!(
@@ -46,7 +46,7 @@ pub(crate) fn bench_command(common: &Common, args: &BenchArgs) -> Result<Exit, S
     );
     let mut json = Vec::new();
     for (name, spec) in rows {
-        // Several runs, the best counts: what a neighbour takes from the caches is not ours.
+        // The best of several runs counts: the load of other processes is not ours.
         let calibration = calibrate();
         let runs = (0..args.rounds).map(|_| guard::run(common.guarded(), 1, move || measure(spec)));
         let Some(result) = runs.min_by_key(|r| r.cpu_ns) else { continue };
@@ -82,7 +82,7 @@ pub(crate) fn bench_command(common: &Common, args: &BenchArgs) -> Result<Exit, S
     Ok(Exit::Ok)
 }
 
-/// A rate as a ratio to the machine's: per thousand rounds of the fixed loop.
+/// A rate relative to the machine's: per thousand rounds of the fixed loop.
 fn per_thousand(rate: u64, calibration: u64) -> f64 {
     rate as f64 * 1000.0 / calibration.max(1) as f64
 }
@@ -103,7 +103,7 @@ struct JsonStates {
     rate: ExploreRate,
 }
 
-/// Crash states per second: distinct ones that the driver opened and read.
+/// Crash states per second: distinct states that the driver opened and read.
 fn explored(common: &Common, args: &BenchArgs) -> Result<Vec<JsonStates>, Stop> {
     println!(
         "\n{:<30} {:>12} {:>12} {:>14} {:>16} {:>14}",

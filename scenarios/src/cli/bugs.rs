@@ -1,4 +1,4 @@
-//! `bugs` and `demo`: the testbed proves itself.
+//! `bugs` and `demo`: the testbed tests itself.
 
 use super::args::{BugsArgs, Common};
 use super::in_order::in_order;
@@ -36,7 +36,7 @@ pub(crate) fn bugs_command(common: &Common, args: &BugsArgs) -> Result<Exit, Sto
     }
     if args.save && !args.saved.is_dir() {
         let shown = args.saved.display();
-        return Err(Stop::usage(format!("there is no folder {shown}: --saved names another")));
+        return Err(Stop::usage(format!("folder {shown} does not exist: name another with --saved")));
     }
     if args.stale {
         quarries.retain(|quarry| is_stale(common, args, *quarry));
@@ -75,7 +75,7 @@ fn saved_name(quarry: Quarry) -> String {
     format!("{}.run", quarry.name())
 }
 
-/// Whether the saved run of `quarry` is missing or does not show it any more; says why.
+/// Whether the saved run of `quarry` is missing or no longer shows it; prints the reason.
 fn is_stale(common: &Common, args: &BugsArgs, quarry: Quarry) -> bool {
     let why = match load_run(&args.saved.join(saved_name(quarry))) {
         Err(Stop(_, why)) => why,

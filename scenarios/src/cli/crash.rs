@@ -14,7 +14,7 @@ use crate::world::RunOptions;
 use sim::{TraceLevel, guard};
 use std::sync::Arc;
 
-/// Replays that shrinking a bad state may take.
+/// Maximum number of replays for shrinking a bad state.
 const SHRINK_RUNS: u64 = 3000;
 
 /// `tapsim crash`
@@ -49,7 +49,7 @@ pub(crate) fn crash_command(common: &Common, args: &CrashArgs) -> Result<Exit, S
     let (explored, bad) = explore_seeds(common, &options, spec.seeds.start, args.explore);
     if args.explore > 0 {
         println!(
-            "explored {} seeds: {} crash states opened and read ({} more were duplicates) at {} host operations, {} read whole",
+            "explored {} seeds: {} crash states opened and read ({} more were duplicates) at {} host operations, {} read completely",
             args.explore, explored.states, explored.duplicates, explored.points, explored.whole
         );
     }
@@ -101,12 +101,12 @@ fn report_state(common: &Common, spec: &RunSpec) -> Result<(), Stop> {
     Ok(())
 }
 
-/// What a measurement of exploring came to.
+/// Result of measuring the exploration.
 #[derive(Clone, Copy, Debug, Default, serde::Serialize)]
 pub(crate) struct ExploreRate {
     /// Distinct states that were opened and read.
     pub states: u64,
-    /// States that had been seen before.
+    /// States that had been checked before.
     pub duplicates: u64,
     /// Sectors read through the driver.
     pub sectors: u64,

@@ -86,7 +86,7 @@ fn finding(common: &Common, run: &RunSpec, outcome: &Outcome) -> Result<JsonFind
         (best, outcome, Some(recorded.decisions.len()))
     });
     let (Some(failure), Some(decisions)) = (&outcome.failure, decisions) else {
-        return Err(Stop(Exit::Nondeterminism, "a run that was broken does not replay".into()));
+        return Err(Stop(Exit::Nondeterminism, "a failing run does not replay".into()));
     };
     let text = best.to_file(&outcome, &revision()).print();
     let keys: String = outcome.decisions.iter().map(|(key, d)| format!("{key:?} {}\n", d.value)).collect();

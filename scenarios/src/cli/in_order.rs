@@ -1,11 +1,11 @@
-//! Independent work on several threads, told in order.
+//! Independent work on several threads, with results in order.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 
-/// Does `work` on each of `items`, on `jobs` threads, and tells each result once it and those of all items before it
-/// are there. An error of `tell` ends it; items that were begun are finished.
+/// Does `work` on each of `items`, on `jobs` threads, and passes each result to `tell` after those of all items before
+/// it. An error of `tell` ends it; items in progress are finished.
 pub(super) fn in_order<I: Sync, R: Send, E>(
     jobs: usize,
     items: &[I],
@@ -48,7 +48,7 @@ mod tests {
     #[test]
     fn results_come_in_the_order_of_the_items() {
         let items: Vec<u32> = (0..64).collect();
-        // Two items are always worked on at once, or nobody gets on.
+        // Two items are always in progress, or neither completes.
         let pair = Barrier::new(2);
         let mut told = Vec::new();
         let work = |n: &u32| {
@@ -64,7 +64,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_ends_it() {
+    fn an_error_ends_the_work() {
         let items: Vec<u32> = (0..1_000_000).collect();
         let mut told = 0;
         let ended = in_order(

@@ -18,7 +18,7 @@ use args::{Cli, Command};
 use clap::Parser;
 use std::process::ExitCode;
 
-/// How the program ends; the numbers are part of its interface.
+/// Exit statuses of the program; the numbers are part of its interface.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
 pub enum Exit {
@@ -26,7 +26,7 @@ pub enum Exit {
     Ok = 0,
     /// An invariant is broken.
     Broken = 1,
-    /// The command line, or a file it names, makes no sense.
+    /// The command line, or a file that it names, is invalid.
     Usage = 2,
     /// Two runs of one seed differ.
     Nondeterminism = 3,
@@ -36,7 +36,7 @@ pub enum Exit {
     Harness = 5,
 }
 
-/// Something that ends the program with one line.
+/// An error that ends the program, as one line.
 #[derive(Debug)]
 pub struct Stop(pub Exit, pub String);
 
@@ -85,7 +85,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// What is wrong, as one line: the parser goes on about usage behind an empty line.
+/// The error as one line: the parser appends usage after an empty line.
 fn first_sentence(text: &str) -> String {
     let lines: Vec<&str> = text.lines().map(str::trim).take_while(|l| !l.is_empty()).collect();
     lines.join(" ").trim_start_matches("error: ").to_owned()

@@ -1,4 +1,4 @@
-//! `bugs --oracles`: breaks each checker in turn, and asks who notices.
+//! `bugs --oracles`: breaks each checker in turn, and finds out what notices.
 
 use super::args::{BugsArgs, Common};
 use super::in_order::in_order;
@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// Tests that take longer have noticed something.
+/// Tests that take longer are taken to have noticed.
 const TESTS_MAX: Duration = Duration::from_secs(60);
 
 #[derive(Serialize)]
@@ -30,25 +30,24 @@ pub(super) fn oracles_command(common: &Common, args: &BugsArgs) -> Result<Exit, 
     let oracles: Vec<Oracle> = if args.bugs.is_empty() {
         Oracle::all().collect()
     } else {
-        let find = |name: &String| {
-            Oracle::find(name).ok_or_else(|| Stop::usage(format!("there is no oracle {name:?} to break")))
-        };
+        let find =
+            |name: &String| Oracle::find(name).ok_or_else(|| Stop::usage(format!("unknown oracle {name:?}")));
         args.bugs.iter().map(find).collect::<Result<_, _>>()?
     };
     let saved = saved_runs(args)?;
     let tests = build_tests()?;
     if let Some(test) = failing_test(&tests, None)? {
-        return Err(Stop::harness(format!("{test} fails with every oracle whole")));
+        return Err(Stop::harness(format!("{test} fails although no oracle is broken")));
     }
     println!("{:<22} {:<12} which", "broken oracle", "noticed by");
     let mut progress = Progress::new(Some(oracles.len() as u64));
     let (mut json, mut missed) = (Vec::new(), 0);
-    let work = |oracle: &Oracle| who_notices(common, &saved, &tests, *oracle);
+    let work = |oracle: &Oracle| what_notices(common, &saved, &tests, *oracle);
     in_order(common.threads(), &oracles, work, |oracle, noticed| {
         let noticed = noticed?;
         missed += u64::from(noticed.is_none());
         let (by, which) = noticed.unzip();
-        println!("{:<22} {:<12} {}", oracle.name(), by.unwrap_or("nobody"), which.as_deref().unwrap_or(""));
+        println!("{:<22} {:<12} {}", oracle.name(), by.unwrap_or("nothing"), which.as_deref().unwrap_or(""));
         json.push(JsonOracle { oracle: oracle.name(), noticed_by: by, which: which.unwrap_or_default() });
         progress.at(json.len() as u64, missed);
         Ok(())
@@ -61,8 +60,8 @@ pub(super) fn oracles_command(common: &Common, args: &BugsArgs) -> Result<Exit, 
     Ok(if missed > 0 { Exit::Broken } else { Exit::Ok })
 }
 
-/// What notices that `oracle` is broken, and which one of these; or why nothing has to.
-fn who_notices(
+/// What notices that `oracle` is broken, and by which run or test; or why nothing has to.
+fn what_notices(
     common: &Common,
     saved: &[(Quarry, RunFile, RunSpec)],
     tests: &Path,
@@ -86,7 +85,7 @@ fn saved_runs(args: &BugsArgs) -> Result<Vec<(Quarry, RunFile, RunSpec)>, Stop> 
     Quarry::all().map(load).collect()
 }
 
-/// The first saved run that comes out otherwise when `oracle` is broken.
+/// The first saved run whose result changes when `oracle` is broken.
 fn changed_run(common: &Common, saved: &[(Quarry, RunFile, RunSpec)], oracle: Oracle) -> Option<String> {
     saved.iter().find_map(|(quarry, file, spec)| {
         let mut spec = spec.clone();
@@ -96,7 +95,7 @@ fn changed_run(common: &Common, saved: &[(Quarry, RunFile, RunSpec)], oracle: Or
         match found {
             Some(invariant) if invariant == file.invariant => None,
             Some(other) => Some(format!("{}: {other} instead of {}", quarry.name(), file.invariant)),
-            None => Some(format!("{} is not found any more", quarry.name())),
+            None => Some(format!("{} is no longer found", quarry.name())),
         }
     })
 }
@@ -138,7 +137,7 @@ fn failing_test(tests: &Path, oracle: Option<Oracle>) -> Result<Option<String>, 
         }
         if start.elapsed() > TESTS_MAX {
             child.kill().and_then(|()| child.wait()).map_err(stop)?;
-            return Ok(Some("the tests do not end".into()));
+            return Ok(Some("the tests time out".into()));
         }
         std::thread::sleep(Duration::from_millis(20));
     };

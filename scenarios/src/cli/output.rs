@@ -1,4 +1,4 @@
-//! What people see: progress, tables, failures; and the JSON beside it.
+//! Output for people: progress, tables, failures; and the JSON of the same.
 
 use super::args::{Common, LogLevel};
 use super::{Exit, Stop};
@@ -14,9 +14,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-/// Replays that shrinking a failure of a sweep may take.
+/// Maximum number of replays for shrinking a failure of a sweep.
 pub(crate) const SHRINK_RUNS: u64 = 20_000;
-/// Events that a failure shows.
+/// Number of events printed for a failure.
 const TAIL: usize = 12;
 
 /// The revision of the code, for decision files.
@@ -37,7 +37,7 @@ pub(crate) struct Progress {
     said: Instant,
 }
 
-/// Between two lines of progress where there is no terminal.
+/// Time between two lines of progress without a terminal.
 const SAY_EVERY: Duration = Duration::from_secs(5);
 
 impl Progress {
@@ -58,7 +58,7 @@ impl Progress {
         Self { bar, total, started: Instant::now(), said: Instant::now() }
     }
 
-    /// How it stands.
+    /// Shows the progress.
     pub(super) fn at(&mut self, done: u64, failed: u64) {
         match &self.bar {
             Some(bar) => {
@@ -74,12 +74,12 @@ impl Progress {
         }
     }
 
-    /// Since it began.
+    /// Time since the start.
     pub(super) fn elapsed(&self) -> Duration {
         self.started.elapsed()
     }
 
-    /// Takes the bar away.
+    /// Removes the bar.
     pub(super) fn finish(&self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
@@ -157,7 +157,7 @@ pub(crate) fn write_json(common: &Common, report: &SweepReport) -> Result<(), St
 /// Writes anything as JSON.
 pub(crate) fn save_json(path: &Path, value: &impl Serialize) -> Result<(), Stop> {
     let text = serde_json::to_string_pretty(value)
-        .map_err(|e| Stop::harness(format!("failed to make JSON: {e}")))?;
+        .map_err(|e| Stop::harness(format!("failed to encode JSON: {e}")))?;
     std::fs::write(path, text + "\n")
         .map_err(|e| Stop::usage(format!("failed to write {}: {e}", path.display())))
 }
@@ -186,14 +186,14 @@ pub(crate) fn print_table(report: &SweepReport) {
     }
 }
 
-/// Runs the failing `spec` again, shrinks and saves it, and says how to replay it. A run that takes its thread with it
-/// is saved as it is.
+/// Runs the failing `spec` again, shrinks and saves it, and prints how to replay it. A run that blocks its thread for
+/// good is saved as it is.
 pub(crate) fn report_failure(common: &Common, spec: &RunSpec) -> Result<PathBuf, Stop> {
     let (guarded, seed) = (common.guarded(), spec.seed);
     let mine = RunSpec { record: true, trace: TraceLevel::Events, ..spec.clone() };
     let recorded = apart(guarded, seed, move || run(&mine));
     let (best, outcome, how) = match recorded {
-        Err((lost, outcome)) => (lost, *outcome, "not shrunk: it takes its thread with it".into()),
+        Err((lost, outcome)) => (lost, *outcome, "not shrunk: it blocks its thread for good".into()),
         Ok(recorded) => {
             let (mine, before) = (spec.clone(), recorded.clone());
             let shrunk = apart(guarded, seed, move || shrink_run(&mine, &before, SHRINK_RUNS));
@@ -211,7 +211,7 @@ pub(crate) fn report_failure(common: &Common, spec: &RunSpec) -> Result<PathBuf,
                     (
                         RunSpec { source, ..spec.clone() },
                         recorded,
-                        "not shrunk: a smaller run takes its thread with it".into(),
+                        "not shrunk: a smaller run blocks its thread for good".into(),
                     )
                 }
             }
@@ -225,12 +225,12 @@ pub(crate) fn report_failure(common: &Common, spec: &RunSpec) -> Result<PathBuf,
     Ok(path)
 }
 
-/// Saves a run below the folder of failures.
+/// Saves a run in the folder of failures.
 pub(crate) fn save_run(common: &Common, spec: &RunSpec, outcome: &Outcome) -> Result<PathBuf, Stop> {
     let bug = spec.options.bug.map_or(String::new(), |b| format!("-{}", b.name()));
     let path = common.out.join(format!("{}{bug}-{}.run", spec.scenario.name, spec.seed));
     std::fs::create_dir_all(&common.out)
-        .map_err(|e| Stop::usage(format!("failed to make {}: {e}", common.out.display())))?;
+        .map_err(|e| Stop::usage(format!("failed to create {}: {e}", common.out.display())))?;
     save_run_as(&path, spec, outcome)?;
     Ok(path)
 }
@@ -241,7 +241,7 @@ pub(crate) fn save_run_as(path: &Path, spec: &RunSpec, outcome: &Outcome) -> Res
         .map_err(|e| Stop::usage(format!("failed to save {}: {e}", path.display())))
 }
 
-/// Says what is broken, with the last events.
+/// Prints what is broken, with the last events.
 pub(crate) fn print_failure(common: &Common, spec: &RunSpec, outcome: &Outcome) {
     let Some(f) = &outcome.failure else { return };
     println!(
@@ -277,7 +277,7 @@ pub fn load_run(path: &Path) -> Result<(RunFile, RunSpec), Stop> {
     Ok((file, spec))
 }
 
-/// Broken or not, as an exit status.
+/// The exit status of an outcome.
 pub(crate) fn exit_of(outcome: &Outcome) -> Exit {
     if outcome.failure.is_some() { Exit::Broken } else { Exit::Ok }
 }

@@ -15,14 +15,14 @@ use tap_host::Bug;
 /// The scenario called `name`.
 pub(crate) fn scenario(name: &str) -> Result<&'static Scenario, Stop> {
     catalog::find(name)
-        .ok_or_else(|| Stop::usage(format!("unknown scenario {name:?}: `tapsim list` shows those there are")))
+        .ok_or_else(|| Stop::usage(format!("unknown scenario {name:?}: `tapsim list` lists the known ones")))
 }
 
 /// The seeded bug called `name`.
 pub(crate) fn bug(name: &str) -> Result<Bug, Stop> {
     let found = Bug::ALL.iter().find(|b| b.name() == name).copied();
     found.ok_or_else(|| {
-        Stop::usage(format!("unknown seeded bug {name:?}: `tapsim list` shows those there are"))
+        Stop::usage(format!("unknown seeded bug {name:?}: `tapsim list` lists the known ones"))
     })
 }
 
@@ -126,7 +126,7 @@ pub(crate) fn replay_command(common: &Common, args: &FileArgs) -> Result<Exit, S
     }
     match &outcome.failure {
         Some(_) => print_failure(common, &spec, &outcome),
-        None if file.invariant.is_empty() => println!("nothing is broken, as it should be"),
+        None if file.invariant.is_empty() => println!("nothing is broken, as expected"),
         None => println!("nothing is broken any more: {} was when this was saved", file.invariant),
     }
     println!("{}", closing(&outcome));

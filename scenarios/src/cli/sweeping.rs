@@ -1,4 +1,4 @@
-//! `sweep`, and what happens without a command.
+//! `sweep`, and the default without a command.
 
 use super::args::{Common, SweepArgs};
 use super::output::{Progress, print_table, report_failure, write_json};
@@ -13,10 +13,10 @@ use crate::world::RunOptions;
 use sim::{TraceLevel, first_difference, guard};
 use std::time::Duration;
 
-/// Failures of one sweep that are shrunk and shown.
+/// Maximum number of failures of one sweep that are shrunk and shown.
 const SHOWN: usize = 3;
 
-/// Without a command: everything, for about a minute.
+/// Without a command: all scenarios, for about a minute.
 pub(crate) fn minute(common: &Common) -> Result<Exit, Stop> {
     let args = SweepArgs {
         scenarios: Vec::new(),
@@ -52,7 +52,7 @@ pub(crate) fn sweep_command(common: &Common, args: &SweepArgs) -> Result<Exit, S
         (None, Some(time)) => (args.from..u64::MAX, Some(time)),
         (None, None) => (args.from..args.from + 200, None),
     };
-    // An open range is cut into pieces that are planned one by one.
+    // A range without an end is cut into pieces that are planned one by one.
     let whole = scenarios.len() == catalog::ALL.len() && options.bug.is_none() && !options.canary;
     let mut spec = SweepSpec {
         scenarios,
@@ -86,7 +86,7 @@ pub(crate) fn sweep_command(common: &Common, args: &SweepArgs) -> Result<Exit, S
         }
         Some(time) => {
             let mut progress = Progress::new(None);
-            // Far more seeds than the time has room for; the plan is made of chunks and stays small.
+            // Far more seeds than there is time for; the plan consists of chunks and stays small.
             spec.seeds = seeds.start..seeds.start.saturating_add(time.as_secs().saturating_mul(40_000));
             let report = sweep(&spec, |done, failed| {
                 progress.at(done, failed);
@@ -148,7 +148,7 @@ fn finish(
     Ok(exit)
 }
 
-/// Runs the same seeds the other way (guarded if it was not, and the reverse) and compares the traces.
+/// Runs the same seeds the other way (guarded if they were not, and the reverse) and compares the traces.
 fn determinism(spec: &SweepSpec, report: &SweepReport) -> Exit {
     let other = SweepSpec { guarded: !spec.guarded && guard::AVAILABLE, ..spec.clone() };
     let again = sweep(&other, |_, _| true);
@@ -171,7 +171,7 @@ fn on_off(guarded: bool) -> &'static str {
     if guarded { "guarded" } else { "not guarded" }
 }
 
-/// Finds the first seed whose two runs differ, and the first line in which they do.
+/// Finds the first seed whose two runs differ, and the first line that differs.
 fn show_difference(spec: &SweepSpec, scenario: &'static Scenario) {
     for seed in spec.seeds.clone() {
         let one = |guarded: bool| {
@@ -186,5 +186,5 @@ fn show_difference(spec: &SweepSpec, scenario: &'static Scenario) {
             return;
         }
     }
-    println!("  single runs agree: what differs is left over from one run to the next");
+    println!("  single runs agree: the difference comes from state that an earlier run left");
 }

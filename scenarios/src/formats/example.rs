@@ -1,4 +1,4 @@
-//! The example of a format (`tap_example`): images made and walked from its description alone.
+//! The example format (`tap_example`): images built and parsed from its description alone.
 //!
 //! A header of 16 bytes (magic, size of the disk), at byte 4096 a table of u64 offsets in the file, then clusters of
 //! 4096 bytes; all numbers are big endian.
@@ -15,18 +15,18 @@ use tap_images::Format;
 
 const MAGIC: &[u8; 8] = b"TAPTABLE";
 const HEADER_BYTES: u64 = 16;
-/// Bytes of the header and what is free behind it, of each page of the table, and of each cluster.
+/// Size of the header with the free space after it, of each page of the table, and of each cluster, in bytes.
 const BLOCK: u64 = 4096;
 const BLOCK_BITS: u32 = 12;
 /// Entries in a page of the table, as a power of two.
 const PAGE_BITS: u32 = 9;
-/// Larger disks are not made by anything that runs here.
+/// Nothing here creates larger disks.
 const PAGES_MAX: u64 = 1 << 20;
 
 /// The model.
 pub(super) struct Example;
 
-/// Pages in the table of a disk of so many bytes.
+/// Number of table pages of a disk of `size` bytes.
 fn pages(size: u64) -> u64 {
     size.div_ceil(BLOCK << PAGE_BITS)
 }
@@ -136,17 +136,17 @@ fn walk(content: &Content) -> Result<ImageMap, Broken> {
         entries: vec![0; clusters as usize],
         ..ImageMap::default()
     };
-    // A power cut may take the size of the file away, but nothing was ever so far out.
+    // A power cut may shorten the file, but no allocation was ever this far out.
     let far = content.size.saturating_add(clusters * BLOCK).saturating_add(1 << 20);
     let mut table = vec![0; (pages * BLOCK) as usize];
     content.pages.read(BLOCK, &mut table);
     for (cluster, entry) in be_words(&table).enumerate().filter(|(_, entry)| *entry != 0) {
         let Some(slot) = map.entries.get_mut(cluster) else {
-            return broken(Invariant::Q2, format!("cluster {cluster} is mapped, beyond the disk's end"));
+            return broken(Invariant::Q2, format!("cluster {cluster} is mapped, past the end of the disk"));
         };
         if (!entry.is_multiple_of(BLOCK) || entry > far) && !is_broken(Oracle::WildEntries) {
             let text =
-                format!("the entry of cluster {cluster} is {entry:#x}, which is not a cluster's offset");
+                format!("the entry of cluster {cluster} is {entry:#x}, which is not the offset of a cluster");
             return broken(Invariant::Q2, text);
         }
         *slot = entry;
@@ -162,7 +162,7 @@ mod tests {
     use super::*;
     use crate::formats::content_of;
 
-    /// A disk of 1 MiB with these entries, in a file of so many bytes.
+    /// A disk of 1 MiB with these entries, in a file of `size` bytes.
     fn image(entries: &[(usize, u64)], size: usize) -> Content {
         let mut raw = vec![0; size];
         raw[..8].copy_from_slice(MAGIC);
@@ -174,22 +174,22 @@ mod tests {
     }
 
     #[test]
-    fn a_sane_image_passes_and_leaks_are_counted() {
+    fn a_valid_image_passes_and_leaks_are_counted() {
         let map = walk(&image(&[(0, 0x2000), (5, 0x4000)], 0x5000)).unwrap();
         assert_eq!((map.mapped, map.leaked, map.end), (2, 1, 0x5000));
         assert_eq!((map.host_offset(5), map.host_offset(1)), (Some(0x4000), None));
     }
 
     #[test]
-    fn each_rule_bites() {
+    fn each_rule_is_enforced() {
         let refused = |entries: &[(usize, u64)]| walk(&image(entries, 0x5000)).unwrap_err().1;
         assert!(refused(&[(0, 0x2000), (1, 0x2000)]).contains("another owner"));
         assert!(refused(&[(0, 0x1000)]).contains("another owner"), "data on the table");
-        assert!(refused(&[(0, 0x2200)]).contains("not a cluster's offset"));
-        assert!(refused(&[(0, 1 << 40)]).contains("not a cluster's offset"));
+        assert!(refused(&[(0, 0x2200)]).contains("not the offset of a cluster"));
+        assert!(refused(&[(0, 1 << 40)]).contains("not the offset of a cluster"));
         let mut owners = Owners::new(BLOCK_BITS);
         assert!(owners.take(u64::MAX - BLOCK, BLOCK, || "it".into()).unwrap_err().1.contains("far out"));
-        assert!(refused(&[(300, 0x2000)]).contains("beyond the disk's end"));
+        assert!(refused(&[(300, 0x2000)]).contains("past the end of the disk"));
         let mut odd = image(&[], 0x5000);
         odd.pages.write(8, &[0xff]);
         assert!(walk(&odd).unwrap_err().1.contains("the size of the disk"));

@@ -1,48 +1,48 @@
-//! What a format has beside the bytes of the disk: how it is read, and where it can be damaged.
+//! The metadata of a format: how to read it, and where to damage it.
 
 use super::ImageShape;
 use crate::check::{Invariant, Oracle, is_broken};
 use kernel_model::Content;
 use std::ops::RangeInclusive;
 
-/// The metadata of a format, read from the bytes alone.
+/// The metadata of a format, parsed from the bytes alone.
 pub trait Metadata: Sync {
-    /// Whether a file that begins with `head` calls itself an image of this format.
+    /// Whether a file that begins with `head` has the magic of this format.
     fn recognises(&self, head: &[u8]) -> bool;
 
-    /// Sizes that clusters may have, in bytes as powers of two.
+    /// Cluster sizes that the format permits, in bytes as powers of two.
     fn cluster_bits(&self) -> RangeInclusive<u32>;
 
-    /// Entries that tables may have, as powers of two.
+    /// Numbers of entries per table that the format permits, as powers of two.
     fn table_bits(&self) -> RangeInclusive<u32>;
 
-    /// Whether clusters may be held compressed.
+    /// Whether clusters may be compressed.
     fn compresses(&self) -> bool;
 
-    /// What is in front of all clusters may be filled up to a multiple of so many bytes.
+    /// Alignment in bytes up to which the space in front of all clusters may be filled.
     fn front_align_bytes(&self) -> u64;
 
-    /// Reads all of it.
+    /// Parses all metadata.
     ///
     /// # Errors
     /// The first broken invariant.
     fn walk(&self, content: &Content) -> Result<ImageMap, Broken>;
 
-    /// Where the fields are of `image`, which was made with `shape`.
+    /// The places of the fields of `image`, which was made with `shape`.
     fn places(&self, image: Bytes<'_>, shape: &ImageShape) -> Places;
 
-    /// An entry of a table that is unlike those of plain clusters, made of two numbers; any entry where there is only
+    /// A table entry that differs from those of plain clusters, made of two numbers; any entry if the format has only
     /// one kind.
     fn odd_entry(&self, cluster_bits: u32, number: u64, place: u64) -> u64;
 
-    /// What the header of `image` says, in order or not.
+    /// The contents of the header of `image`, valid or not.
     fn claims(&self, image: Bytes<'_>) -> Claims;
 
-    /// What the tables of `image` say of a cluster, by no rule but how entries are found.
+    /// The table entry of a cluster of `image`, read without any checks.
     fn claimed(&self, image: Bytes<'_>, cluster: u64) -> Claimed;
 }
 
-/// Those of `choices` that are in `range`; what is not is as near as can be.
+/// The `choices` that are in `range`; others become the nearest value in it.
 pub fn fitting(range: &RangeInclusive<u32>, choices: &[u32]) -> Vec<u32> {
     let mut all: Vec<u32> = Vec::new();
     for choice in choices.iter().map(|choice| *choice.clamp(range.start(), range.end())) {
@@ -53,12 +53,12 @@ pub fn fitting(range: &RangeInclusive<u32>, choices: &[u32]) -> Vec<u32> {
     all
 }
 
-/// Where damage matters, in bytes of the file.
+/// Places where damage matters, in bytes of the file.
 #[derive(Clone, Debug)]
 pub struct Places {
     /// Offset and width of each field of the header.
     pub fields: &'static [(usize, usize)],
-    /// Offset of the root that names the tables, and how many entries it has; none where tables are at fixed places.
+    /// Offset of the root that contains the tables' offsets, and its entries; `None` if tables are at fixed places.
     pub root: (u64, u64),
     /// Offsets of the tables.
     pub tables: Vec<u64>,
@@ -68,18 +68,18 @@ pub struct Places {
     pub cluster_bits: u32,
 }
 
-/// What the header of an image says.
+/// The contents of the header of an image.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Claims {
     /// Size of the disk in bytes.
     pub size: u64,
-    /// Bytes in a cluster, as a power of two; `None` where the rest says nothing.
+    /// Bytes in a cluster, as a power of two; `None` if the header is unusable.
     pub cluster_bits: Option<u32>,
     /// It has a backing file.
     pub has_backing: bool,
 }
 
-/// What an entry of a table says.
+/// The contents of a table entry.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Claimed {
     /// Nothing is mapped.
@@ -90,19 +90,19 @@ pub enum Claimed {
     Compressed(u64, u64),
 }
 
-/// The bytes of a file; zeros behind its end.
+/// The bytes of a file; zeros past its end.
 #[derive(Clone, Copy)]
 pub struct Bytes<'a>(pub &'a [u8]);
 
 impl Bytes<'_> {
-    /// Fills `out` from byte `at` on.
+    /// Fills `out` with the bytes from `at` on.
     pub fn window(self, at: u64, out: &mut [u8]) {
         let from = usize::try_from(at).unwrap_or(usize::MAX).min(self.0.len());
         let len = out.len().min(self.0.len() - from);
         out[..len].copy_from_slice(&self.0[from..from + len]);
     }
 
-    /// The number at byte `at`, of 64 bits, big endian.
+    /// The 64-bit big-endian number at byte `at`.
     pub fn number(self, at: u64) -> u64 {
         let mut raw = [0; 8];
         self.window(at, &mut raw);
@@ -115,7 +115,7 @@ impl Bytes<'_> {
     }
 }
 
-/// What the bytes say.
+/// The parsed metadata of an image.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ImageMap {
     /// Bytes in a cluster, as a power of two.
@@ -126,29 +126,29 @@ pub struct ImageMap {
     pub table_bytes: u64,
     /// Size of the disk in bytes.
     pub size: u64,
-    /// The byte offset of each cluster in the file; 0 is unmapped. [`COMPRESSED`] marks those that are.
+    /// The byte offset of each cluster in the file; 0 if unmapped. Entries with [`COMPRESSED`] are compressed.
     pub entries: Vec<u64>,
-    /// Compressed clusters in their order: number, byte offset and length of the extent.
+    /// Compressed clusters in order of their extents: number, byte offset and length of the extent.
     pub packed: Vec<(u64, u64, u64)>,
     /// Byte offsets of tables; 0 is absent.
     pub tables: Vec<u64>,
-    /// Where the root begins that names the tables.
+    /// Offset of the root that contains the tables' offsets.
     pub root_at: u64,
     /// Name of the backing file.
     pub backing: Option<String>,
-    /// Host clusters of the file that nothing refers to.
+    /// Number of host clusters of the file that nothing refers to.
     pub leaked: u64,
-    /// Where the last thing ends that is referred to, in bytes of the file.
+    /// End of the last object that is referred to, in bytes of the file.
     pub end: u64,
-    /// Data clusters that are mapped (compressed ones too).
+    /// Number of mapped data clusters, compressed ones included.
     pub mapped: u64,
 }
 
-/// What is wrong with the metadata.
+/// The broken invariant, and what is wrong with the metadata.
 pub type Broken = (Invariant, String);
 
 impl ImageMap {
-    /// The host byte offset of a cluster that is stored plainly.
+    /// The host byte offset of a plain cluster.
     pub fn host_offset(&self, cluster: u64) -> Option<u64> {
         let entry = *self.entries.get(cluster as usize)?;
         (entry != 0 && entry & COMPRESSED == 0).then_some(entry)
@@ -160,7 +160,7 @@ impl ImageMap {
         Some((self.packed[at].1, self.packed[at].2))
     }
 
-    /// Inflates compressed clusters: at most [`INFLATED_MAX`], of more some.
+    /// Inflates compressed clusters: all, or a sample if there are more than [`INFLATED_MAX`].
     pub(super) fn inflate_some(&self, content: &Content) -> Result<(), Broken> {
         let mut bytes = vec![0; if self.packed.is_empty() { 0 } else { 1 << self.cluster_bits }];
         for (cluster, ..) in self.packed.iter().step_by(self.packed.len() / INFLATED_MAX + 1) {
@@ -169,7 +169,7 @@ impl ImageMap {
         Ok(())
     }
 
-    /// Reads the guest's view of a cluster that the image itself holds; `None` where the backing file shows.
+    /// Reads a cluster of the guest's view that the image itself holds; `None` if it comes from the backing file.
     ///
     /// # Errors
     /// A compressed cluster that does not inflate to a whole cluster.
@@ -201,5 +201,5 @@ impl ImageMap {
 /// Marks entries of compressed clusters.
 pub const COMPRESSED: u64 = 1 << 63;
 
-/// Compressed clusters that are inflated at most.
+/// Maximum number of compressed clusters that are inflated.
 const INFLATED_MAX: usize = 64;

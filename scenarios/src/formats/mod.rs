@@ -1,14 +1,14 @@
-//! What the testbed knows of image formats: models that share no code with the drivers.
+//! The testbed's knowledge of image formats: models that share no code with the drivers.
 //!
 //! ```text
-//!   a shape ─► make ─► bytes of an image       (no driver has written them)
-//!   bytes, also of a crash ─► walk ─► ImageMap (what they say, or which invariant they break)
-//!   bytes ─► places ─► damaged bytes ─► claims (what they say without any rule)
+//!   a shape ─► make ─► bytes of an image       (not written by a driver)
+//!   bytes, even after a crash ─► walk ─► ImageMap (their meaning, or the invariant that they break)
+//!   bytes ─► places ─► damaged bytes ─► claims (their contents without any checks)
 //! ```
 //!
-//! A format is one [`FormatModel`] and one line in this file: see [`ALL`]. It has [`Metadata`] where there is anything
-//! beside the bytes of the disk. Scenarios and checks ask the model of the image at hand. What every format goes
-//! through is in `catalog/of_format.rs`.
+//! A format is one [`FormatModel`] and one line in this file: see [`ALL`]. It has [`Metadata`] if the image contains
+//! more than the bytes of the disk. Scenarios and checks use the model of the image at hand. The scenarios for every
+//! format are in `catalog/of_format.rs`.
 
 mod example;
 mod metadata;
@@ -32,28 +32,28 @@ pub const RAW: ImageFormat = ImageFormat::As(tap_images::raw::FORMAT);
 
 /// A format.
 pub trait FormatModel: Sync {
-    /// What it is.
+    /// The format that it models.
     fn format(&self) -> Format;
 
-    /// Makes an image of `shape`; also puts what its clusters hold into `view`, the guest's bytes.
+    /// Makes an image of `shape`, and writes the content of its clusters into `view`, the guest's bytes.
     fn make(&self, shape: &ImageShape, view: &mut PageMap) -> Vec<u8>;
 
-    /// What is known of its metadata; `None` where the file is the disk.
+    /// The model of its metadata; `None` if the file is the disk.
     fn metadata(&self) -> Option<&dyn Metadata>;
 }
 
 impl dyn FormatModel + '_ {
-    /// Whether the format has anything beside the bytes of the disk.
+    /// Whether images contain more than the bytes of the disk.
     pub fn has_metadata(&self) -> bool {
         self.metadata().is_some()
     }
 
-    /// Whether the programs that ship know it.
+    /// Whether the shipped programs support it.
     pub fn is_shipped(&self) -> bool {
         SHIPPED.contains(&self.format())
     }
 
-    /// Reads all metadata of `content`; `None` where the format has none.
+    /// Parses all metadata of `content`; `None` if the format has none.
     pub fn walk(&self, content: &Content) -> Option<Result<ImageMap, Broken>> {
         Some(self.metadata()?.walk(content))
     }
@@ -67,7 +67,7 @@ impl dyn FormatModel + '_ {
     }
 }
 
-/// What registers formats: models, and drivers.
+/// Registers formats: models, and drivers.
 macro_rules! formats {
     ($($model:expr => $driver:expr),+ $(,)?) => {
         /// The models of all formats.
@@ -81,12 +81,12 @@ macro_rules! formats {
 
 struct Drivers<H>(PhantomData<H>);
 
-/// The registry of worlds: it knows what ships and what does not.
+/// The registry of formats in worlds, which has those that ship and those that do not.
 pub const fn drivers<H: ImageHost>() -> Formats<H> {
     Formats::new(Drivers::ALL)
 }
 
-// A line for each. What no other recognises is the first.
+// One line per format. The first is what no other recognises.
 formats! {
     raw::Raw => tap_images::raw::Driver,
     qcow::Qcow => tap_images::qcow::Driver,
@@ -96,13 +96,13 @@ formats! {
 /// The model of `format`.
 ///
 /// # Panics
-/// Where the format of an image is to be found out: worlds name it.
+/// If the format is yet to be probed: worlds always name it.
 pub fn of(format: ImageFormat) -> &'static dyn FormatModel {
     let found = ALL.iter().find(|model| ImageFormat::As(model.format()) == format);
-    *found.unwrap_or_else(|| panic!("no model of images of the format {}", format.name()))
+    *found.unwrap_or_else(|| panic!("format {} has no model", format.name()))
 }
 
-/// What the image `spec` is in: a file, or the part of a block device that ends where the last thing does that is
+/// The bytes that the image `spec` uses: its file, or on a block device the part up to the end of the last object
 /// referred to.
 pub fn used_content(storage: &Storage, spec: &ImageSpec) -> Content {
     let path = &spec.path;
@@ -125,28 +125,28 @@ pub struct Kind {
 }
 
 impl Kind {
-    /// An image of `model` that stands alone.
+    /// An image of `model` without a backing file.
     pub fn alone(model: &'static dyn FormatModel) -> Self {
         Self { model, overlay: false }
     }
 
-    /// The file is the disk.
+    /// A raw image.
     pub fn raw() -> Self {
         Self::alone(of(RAW))
     }
 
-    /// What scenarios take that are about something else than formats: the first format with metadata.
+    /// The kind for scenarios that are not about formats: the first format with metadata.
     pub fn mapped(overlay: bool) -> Self {
         let model = shipped().find(|model| model.has_metadata()).expect("one that ships has metadata");
         Self { model, overlay }
     }
 
-    /// Of each format that ships, an image that stands alone.
+    /// For each format that ships, an image without a backing file.
     pub fn plain() -> Vec<Self> {
         shipped().map(Self::alone).collect()
     }
 
-    /// The same, and one above a raw file where the format can.
+    /// The same, and one above a raw file if the format permits.
     pub fn all() -> Vec<Self> {
         let of = |model: &'static dyn FormatModel| {
             let overlay = model.format().info().has_backing.then_some(Self { model, overlay: true });
@@ -175,7 +175,7 @@ pub enum Stored {
     Compressed,
 }
 
-/// An image to be made.
+/// Parameters of an image to be made.
 #[derive(Clone, Debug)]
 pub struct ImageShape {
     /// Bytes in a cluster, as a power of two.
@@ -186,13 +186,13 @@ pub struct ImageShape {
     pub size: u64,
     /// Name of the backing file.
     pub backing: Option<String>,
-    /// Clusters that it holds, ascending.
+    /// Clusters that it holds, in ascending order.
     pub clusters: Vec<(u64, Stored)>,
     /// Writer's number in their tags.
     pub writer: u32,
 }
 
-/// Bytes of one cluster of layer `writer`: every sector tagged as write 0.
+/// Bytes of one cluster of layer `writer`, in which every sector is tagged as write 0.
 pub fn layer_cluster(writer: u32, cluster: u64, cluster_bytes: usize) -> Vec<u8> {
     let mut bytes = vec![0; cluster_bytes];
     let sectors = cluster_bytes as u64 / SECTOR_BYTES;
@@ -207,7 +207,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_model_makes_shows_what_it_says_it_does() {
+    fn images_of_a_model_show_what_it_reports() {
         for (model, bits) in ALL.iter().flat_map(|model| [9, 12, 16].map(|bits| (model, bits))) {
             let has_backing = model.format().info().has_backing;
             let bits =
@@ -242,7 +242,7 @@ mod tests {
             }
             let walked = map.map(|map| (map.mapped, map.backing, map.leaked));
             assert_eq!(walked, model.has_metadata().then(|| (4, shape.backing.clone(), 0)));
-            // What is read without any rule says the same of an image that is in order.
+            // Of a valid image, reading without checks finds the same.
             let Some(metadata) = model.metadata() else { continue };
             let image = Bytes(&file);
             assert!(metadata.recognises(&file[..48]) && !metadata.recognises(&[0; 48]));
@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn choices_that_a_format_cannot_have_become_such_that_it_can() {
+    fn unsupported_choices_become_supported_ones() {
         assert_eq!(fitting(&(9..=16), &[12, 16, 9, 14]), [12, 16, 9, 14]);
         assert_eq!(fitting(&(12..=12), &[12, 16, 9]), [12]);
         assert_eq!(fitting(&(10..=12), &[16, 12, 9]), [12, 10]);

@@ -1,10 +1,10 @@
-//! What walkers have in common: who owns which space of an image's file.
+//! Ownership of the space of an image's file, which all walkers share.
 
 use super::{Broken, ImageMap};
 use crate::check::{Invariant, Oracle, is_broken};
 use kernel_model::Content;
 
-/// Most clusters of a file that are told apart: 128 MiB of bits. No image here has as many.
+/// Maximum number of tracked clusters of a file: 128 MiB of bits. No image here has as many.
 const CLUSTERS_MAX: u64 = 1 << 30;
 
 /// Host space by owner: whole clusters as bits, compressed extents as ranges.
@@ -13,7 +13,7 @@ pub(super) struct Owners {
     bits: Vec<u64>,
     extents: Vec<(u64, u64)>,
     owned: u64,
-    /// The first cluster behind everything that is owned.
+    /// The first cluster after everything that is owned.
     end: u64,
     /// The same in bytes: a table need not fill its clusters.
     end_bytes: u64,
@@ -24,10 +24,10 @@ impl Owners {
         Self { cluster_bits, bits: Vec::new(), extents: Vec::new(), owned: 0, end: 0, end_bytes: 0 }
     }
 
-    /// Gives bytes of the file to an owner of their clusters.
+    /// Assigns bytes of the file, and their clusters, to an owner.
     ///
     /// # Errors
-    /// They have one.
+    /// They already have an owner.
     pub(super) fn take(&mut self, offset: u64, len: u64, what: impl Fn() -> String) -> Result<(), Broken> {
         let first = offset >> self.cluster_bits;
         let last = (offset + len - 1) >> self.cluster_bits;
@@ -53,16 +53,16 @@ impl Owners {
         Ok(())
     }
 
-    /// Gives bytes of the file to a compressed cluster. They share clusters with each other, never bytes, and never a
-    /// cluster with anything else.
+    /// Assigns bytes of the file to a compressed cluster. Such extents may share clusters with each other, but not
+    /// bytes, and share no cluster with anything else.
     pub(super) fn take_extent(&mut self, offset: u64, len: u64) {
         self.extents.push((offset, len));
     }
 
-    /// Tells `map` what nobody owns, and where everything ends.
+    /// Stores in `map` the number of unowned clusters and the end of the used space.
     ///
     /// # Errors
-    /// A compressed extent has bytes or clusters of others.
+    /// A compressed extent overlaps another, or a cluster that has another owner.
     pub(super) fn finish(mut self, content: &Content, map: &mut ImageMap) -> Result<(), Broken> {
         self.extents.sort_unstable();
         for pair in self.extents.windows(2) {

@@ -1,4 +1,4 @@
-//! An image from a real file, with those it is based on.
+//! An image loaded from a real file, with its backing files.
 
 use super::{ALL, Broken, FormatModel, ImageMap};
 use kernel_model::{Content, PAGE, PageMap};
@@ -8,22 +8,22 @@ use std::rc::Rc;
 use tap_host::SECTOR_BYTES;
 use tap_images::HEAD_BYTES;
 
-/// Largest disk that a real image may have here: histories are kept per sector.
+/// Maximum size of a real image's disk: histories are kept per sector.
 const REAL_DISK_MAX: u64 = 2 << 30;
-/// Largest file that is loaded.
+/// Maximum size of a loaded file.
 const REAL_FILE_MAX: u64 = 1 << 30;
-/// Longest chain of backing files.
+/// Maximum length of a chain of backing files.
 const CHAIN_MAX: usize = 8;
 
-/// An image from a real file, with those it is based on.
+/// An image from a real file, with its backing files.
 #[derive(Debug)]
 pub struct RealImage {
     path: String,
-    /// Names as the simulated host has them, and bytes; the image itself comes first.
+    /// Names on the simulated host, and bytes; the image itself comes first.
     files: Vec<(String, Vec<u8>)>,
 }
 
-/// A real image as one thread's worlds share it.
+/// A real image that the worlds of one thread share.
 pub struct LoadedImage {
     /// Files by name; the image itself comes first.
     pub files: Vec<(String, Content)>,
@@ -42,10 +42,10 @@ thread_local! {
 }
 
 impl RealImage {
-    /// Reads the image at `path`, of a format with metadata, and the files below it.
+    /// Reads the image at `path`, of a format with metadata, and its backing files.
     ///
     /// # Errors
-    /// One line on what is wrong with which file.
+    /// One line with the file and what is wrong with it.
     pub fn load(path: &Path) -> Result<Self, String> {
         let mut image = Self { path: path.display().to_string(), files: Vec::new() };
         let mut next = Some(path.to_path_buf());
@@ -62,13 +62,13 @@ impl RealImage {
             let walked = walk(&content_of(&bytes));
             if walked.is_none() && image.files.is_empty() {
                 let known: Vec<&str> = walkable().map(|model| model.format().name()).collect();
-                return Err(format!("{shown} does not begin as an image of {}", known.join(" or ")));
+                return Err(format!("{shown} is not an image of the format {}", known.join(" or ")));
             }
             if let Some((_, walked)) = walked {
                 let map = walked.map_err(|(rule, text)| format!("{shown}: {rule}: {text}"))?;
                 if map.size > REAL_DISK_MAX || map.size == 0 || !map.size.is_multiple_of(SECTOR_BYTES) {
                     return Err(format!(
-                        "{shown} has a disk of {} bytes, which is none or too large here",
+                        "{shown} has a disk of {} bytes, which is empty or too large here",
                         map.size
                     ));
                 }
@@ -79,7 +79,7 @@ impl RealImage {
         Ok(image)
     }
 
-    /// One line on what it is.
+    /// One line that describes it.
     pub fn describe(&self) -> String {
         let loaded = self.loaded();
         let map = walk(&loaded.files[0].1).and_then(|(_, map)| map.ok()).unwrap_or_default();
@@ -100,12 +100,12 @@ impl RealImage {
         )
     }
 
-    /// Where it came from.
+    /// Path of the image.
     pub fn path(&self) -> &str {
         &self.path
     }
 
-    /// The image as worlds of this thread share it.
+    /// The image as the worlds of this thread share it.
     pub fn loaded(&self) -> Rc<LoadedImage> {
         if let Some(loaded) =
             LOADED.with_borrow(|l| l.as_ref().filter(|l| l.0 == self.path).map(|l| Rc::clone(&l.1)))
@@ -117,7 +117,7 @@ impl RealImage {
         let mut view = PageMap::default();
         let mut top = (super::of(super::RAW), 0, 9);
         for (_, content) in files.iter().rev() {
-            // From the bottom to the top, each covers what it holds. What does not walk is raw.
+            // From the bottom up, each layer covers those below. A file that has no valid metadata is raw.
             match walk(content) {
                 Some((model, Ok(map))) => {
                     let mut cluster_bytes = vec![0; 1 << map.cluster_bits];
@@ -143,7 +143,7 @@ fn walkable() -> impl Iterator<Item = &'static dyn FormatModel> {
     ALL.iter().copied().filter(|model| model.has_metadata())
 }
 
-/// The format that a file calls itself, if that has metadata, and what they say.
+/// The format whose magic a file has, if that has metadata, and its parsed metadata.
 fn walk(content: &Content) -> Option<(&'static dyn FormatModel, Result<ImageMap, Broken>)> {
     let mut head = vec![0; HEAD_BYTES.min(content.size as usize)];
     content.pages.read(0, &mut head);

@@ -1,11 +1,11 @@
-//! A guest without Xen: requests go straight to the node. For format tests and crash exploration.
+//! A guest without Xen that submits requests directly to the node, for format tests and crash exploration.
 
 use super::GuestDisk;
 use std::rc::Rc;
 use tap_core::{Node, Request, ZeroFlags};
 use tap_host::{BufPool, Errno, IoBuf, IoVec, SECTOR_BYTES, SectorRange, copy_from_slice};
 
-/// What is in a buffer before it is read into.
+/// Initial content of a buffer that is read into.
 const POISON: u8 = 0xa5;
 
 /// A disk that is a node of the same process.
@@ -13,33 +13,34 @@ const POISON: u8 = 0xa5;
 pub struct DirectDisk {
     node: Rc<dyn Node>,
     pool: BufPool,
-    /// Sectors in each buffer of a request but its last; 0 where it has one buffer only.
+    /// Sectors in each buffer of a request except the last; 0 for one buffer per request.
     piece_sectors: u32,
 }
 
-/// Buffers of one request, and what they take of the pool.
+/// Buffers of one request, and their share of the pool.
 struct Pieces {
     bufs: IoVec,
     _place: Option<IoBuf>,
 }
 
 impl DirectDisk {
-    /// Requests to `node` with buffers of at most `pool_bytes`.
+    /// Submits requests to `node` with at most `pool_bytes` of buffers.
     pub fn new(node: Rc<dyn Node>, pool_bytes: usize) -> Self {
         Self { node, pool: BufPool::new(pool_bytes), piece_sectors: 0 }
     }
 
-    /// Has requests in buffers of so many sectors, as a ring has them in its segments; 0 in one buffer.
+    /// Splits requests into buffers of so many sectors, as the segments of a ring do; 0 for one buffer.
     pub fn in_pieces(self, piece_sectors: u32) -> Self {
         Self { piece_sectors, ..self }
     }
 
-    /// What needs no buffer waits in the line for buffers all the same: the history has it behind what waits there.
+    /// Waits for a turn in the queue for buffers without needing one: the history orders the request after those
+    /// waiting there.
     async fn turn(&self) -> Result<(), Errno> {
         self.pool.alloc(0).await.map(drop)
     }
 
-    /// Whether every buffer came back.
+    /// Number of bytes of buffers that have not come back.
     pub fn buffers_out(&self) -> usize {
         self.pool.used_bytes()
     }
@@ -59,7 +60,7 @@ impl DirectDisk {
 impl GuestDisk for DirectDisk {
     async fn read<R>(&self, range: SectorRange, look: impl FnOnce(&[u8]) -> R) -> Result<R, Errno> {
         let mut pieces = self.buffers(range).await?;
-        // What is left out of an answer must not look like what was there before.
+        // Bytes missing from an answer must not look like what was there before.
         pieces.bufs.iter_mut().for_each(|buf| buf.fill(POISON));
         let response = self.node.submit(Request::read(range, pieces.bufs)).await;
         response.result.map(|()| match &response.bufs[..] {

@@ -1,7 +1,7 @@
-//! A front end that does not play by the rules, one decision per trick.
+//! A front end that violates the protocol, one decision per trick.
 //!
-//! It writes the ring's bytes itself, so nothing keeps it from lying; and it counts how often the back end looks at an
-//! entry, since a second look is a look at something else.
+//! It writes the ring's bytes itself, so nothing keeps it from lying. It also counts how often the back end loads an
+//! entry, because a second load may see different bytes.
 
 mod scribble;
 
@@ -18,21 +18,22 @@ use tap_abi::blkif::{BlkifOp, BlkifRequest, ENTRY_BYTES, RawResponse, Segment};
 use tap_host::{DomId, Errno, EventChannel, Xenstore};
 use xen_model::{GrantedPage, GuestRing};
 
-/// What the hostile guest does next: trick in 4 bits, detail in 32.
+/// The hostile guest's next action: trick in 4 bits, detail in 32.
 pub static TRICK: Label = Label::packed("trick", "the hostile guest plays trick {}", &[4, 32]);
-/// Which keys it first connects with; 0 are good ones.
+/// The keys of its first connection; 0 for valid ones.
 pub static KEYS: Label = Label::new("keys", "the hostile guest first connects with bad keys number {}");
-/// How many more requests come at once, good and bad ones.
+/// Number of further requests posted together with it, valid and invalid ones.
 pub static TOGETHER: Label = Label::new("together", "the hostile guest posts {} more requests with it");
-/// How many malformed requests another CPU of the hostile guest posts, each as soon as the one before is answered.
+/// Number of malformed requests that another CPU of the hostile guest posts, each as soon as the previous one is
+/// answered.
 pub static FLOOD: Label =
     Label::new("flood", "another CPU of the hostile guest posts {} malformed requests without a pause");
 
-/// Sectors that honest requests of the hostile guest stay below; nothing may touch what lies above.
+/// Sectors that honest requests of the hostile guest stay below; nothing may change those above.
 pub const HONEST_SECTORS: u64 = 512;
 /// Bytes of the ring's header.
 const HEADER: usize = 64;
-/// Byte offsets of the indices in it.
+/// Byte offsets of the indices in the header.
 const REQ_PROD: usize = 0;
 const RSP_PROD: usize = 8;
 /// Byte offsets within an entry.
@@ -41,12 +42,12 @@ const NR_SEGMENTS: usize = 1;
 const SECTOR: usize = 16;
 const FIRST: usize = 28;
 const LAST: usize = 29;
-/// Most requests that come with another.
-const MOST_TOGETHER: u64 = 5;
-/// How long an answer may take, in virtual nanoseconds.
+/// Maximum number of requests posted together with another.
+const MAX_TOGETHER: u64 = 5;
+/// Maximum time until an answer, in virtual nanoseconds.
 const PATIENCE_NS: u64 = 30_000_000_000;
 
-/// What the back end must do with a request.
+/// How the back end must answer a request.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Expect {
     Ok,
@@ -61,7 +62,7 @@ pub fn describe_keys(value: u64) -> &'static str {
         1 => "first connects with an event channel that does not exist",
         2 => "first connects with a grant that does not exist",
         3 => "first connects with a negative grant",
-        4 => "first connects with an event channel that is no number of 32 bits",
+        4 => "first connects with an event channel that is not a 32-bit number",
         5 => "first connects with an unknown protocol",
         7 => "first connects with four queues",
         8 => "first connects with a ring of four pages",
@@ -80,13 +81,13 @@ pub fn describe_trick(value: u64) -> String {
         4 => "too many segments",
         5 => "a segment that ends before it begins",
         6 => "a segment that leaves its page",
-        7 => "a request over the end of the disk",
+        7 => "a request past the end of the disk",
         8 => "a sector number that wraps",
         9 => "a grant that does not exist",
         10 => "a read into a read-only page",
         11 => return format!("unknown operation {}", UNKNOWN_OPS[(detail % 5) as usize]),
         12 => "an entry of random bytes",
-        13 => "a grant of nobody",
+        13 => "a grant of no domain",
         14 => "an honest flush",
         _ if !detail.is_multiple_of(4) => "nonsense in the ring's header",
         _ => return format!("{} more requests than the ring has room for", 1 + (detail as u32 >> 1)),
@@ -94,7 +95,7 @@ pub fn describe_trick(value: u64) -> String {
     text.into()
 }
 
-/// Operations that the back end does not know.
+/// Operation codes unknown to the back end.
 const UNKNOWN_OPS: [u8; 5] = [5, 6, 4, 77, 255];
 
 /// The id of a request.
@@ -102,25 +103,25 @@ fn id_of(entry: &[u8; ENTRY_BYTES]) -> u64 {
     u64::from_le_bytes(entry[8..16].try_into().expect("eight bytes"))
 }
 
-/// The hostile guest at work.
+/// A hostile guest.
 pub struct Hostile {
     world: World,
     attached: Attached,
     ring: RefCell<Option<Rc<GuestRing>>>,
     entity: Entity,
     next_id: Cell<u64>,
-    /// How often the back end's process was started: each may look at an entry once.
+    /// How often the back end's process was started: each may load an entry once.
     lives: Rc<Cell<u32>>,
-    /// Its ring may become one that nobody can take up.
+    /// It may make its ring unrecoverable.
     ring_may_break: bool,
-    /// In which of these lives it wrote what a successor has to read and nothing has put right.
+    /// The life of the back end in which it overwrote what a successor has to read, until something restores that.
     scribbled: Cell<Option<u32>>,
-    /// The epoch among that; nothing puts it right.
+    /// Whether it overwrote the epoch, which nothing restores.
     epoch_lost: Cell<bool>,
 }
 
 impl Hostile {
-    /// A hostile guest on `attached`. It breaks what a successor of a dead back end needs where `ring_may_break`.
+    /// A hostile guest on `attached`. With `ring_may_break` it overwrites what the successor of a dead back end needs.
     pub fn new(world: &World, attached: Attached, lives: Rc<Cell<u32>>, ring_may_break: bool) -> Self {
         let entity = Entity::WORLD.child("hostile", u64::from(attached.dom.0));
         world.sim.name_entity(entity, || "hostile guest".into());
@@ -143,8 +144,8 @@ impl Hostile {
         std::str::from_utf8(&value).ok().and_then(|s| s.parse().ok()).unwrap_or(0)
     }
 
-    /// Waits for a state of the back end; `false` if it does not come.
-    async fn wait_back(&self, wanted: impl Fn(u8) -> bool) -> bool {
+    /// Waits for a state of the back end; `false` on a timeout.
+    async fn wait_for_back(&self, wanted: impl Fn(u8) -> bool) -> bool {
         let until = self.world.sim.now_ns() + PATIENCE_NS;
         while self.world.sim.now_ns() < until {
             if wanted(self.back_state().await) {
@@ -159,13 +160,13 @@ impl Hostile {
         self.attached.port.write(&format!("{}/{key}", self.attached.paths.frontend), value.as_bytes()).await
     }
 
-    async fn told_error(&self) -> Result<Vec<u8>, Errno> {
+    async fn published_error(&self) -> Result<Vec<u8>, Errno> {
         self.attached.port.read(&format!("{}/error", self.attached.paths.backend)).await
     }
 
-    /// Bad keys first, if the seed says so, then good ones.
+    /// Connects with bad keys first, if the seed says so, then with valid ones.
     pub async fn connect(&self) -> Result<(), Errno> {
-        self.wait_back(|s| s == 2).await;
+        self.wait_for_back(|s| s == 2).await;
         let bad = self.world.sim.decide(self.entity, &KEYS, 0, |d| d.below(9));
         if bad > 0 {
             self.connect_badly(bad).await?;
@@ -173,11 +174,11 @@ impl Hostile {
         let ring = Rc::new(GuestRing::new(&self.attached.port, DomId(0))?);
         self.watch_loads(&ring);
         ring.publish_in_store(&self.attached.paths.frontend).await?;
-        if !self.wait_back(|s| s == 4).await {
-            self.world.fail(Invariant::H1, "a front end with good keys is not connected");
+        if !self.wait_for_back(|s| s == 4).await {
+            self.world.fail(Invariant::H1, "a front end with valid keys is not connected");
         }
-        if self.told_error().await != Err(Errno::ENOENT) {
-            self.world.fail(Invariant::F1, "a front end that is connected is told of an error");
+        if self.published_error().await != Err(Errno::ENOENT) {
+            self.world.fail(Invariant::F1, "the back end of a connected front end published an error");
         }
         self.write("state", "4").await?;
         *self.ring.borrow_mut() = Some(ring);
@@ -205,34 +206,35 @@ impl Hostile {
             self.write(key, count).await?;
         }
         self.write("state", "3").await?;
-        if !self.wait_back(|s| s >= 5).await {
+        if !self.wait_for_back(|s| s >= 5).await {
             self.world
                 .fail(Invariant::H1, format!("a front end with bad keys (number {number}) is not refused"));
         }
         if self.world.xen.mapped_from(self.attached.dom) > 0 {
-            self.world.fail(Invariant::K1, "a page of a front end that was refused stays mapped");
+            self.world.fail(Invariant::K1, "a page of a refused front end stays mapped");
         }
         self.write("state", "6").await?;
-        self.wait_back(|s| s == 6).await;
+        self.wait_for_back(|s| s == 6).await;
         if ring.end().is_err() {
-            self.world.fail(Invariant::K1, "the ring of a front end that was refused cannot be taken back");
+            self.world.fail(Invariant::K1, "the ring of a refused front end cannot be revoked");
         }
         if let Some((_, key, _)) = counted {
             self.attached.port.remove(&format!("{}/{key}", self.attached.paths.frontend)).await?;
         }
-        let told = self.told_error().await;
+        let told = self.published_error().await;
         if !matches!(&told, Ok(text) if text.starts_with(b"failed to ")) {
-            let text = format!("a front end that was refused is told of {told:?}, and not of what failed");
+            let text =
+                format!("the error published to a refused front end is {told:?}, which names no failure");
             self.world.fail(Invariant::F1, text);
         }
         self.write("state", "1").await?;
-        if self.wait_back(|s| s == 2).await && self.told_error().await != Err(Errno::ENOENT) {
-            self.world.fail(Invariant::F1, "a front end that begins anew is told of an earlier error");
+        if self.wait_for_back(|s| s == 2).await && self.published_error().await != Err(Errno::ENOENT) {
+            self.world.fail(Invariant::F1, "a front end that reconnects reads an earlier error");
         }
         Ok(())
     }
 
-    /// Every entry may be loaded once per request.
+    /// Checks that every entry is loaded once per request.
     fn watch_loads(&self, ring: &Rc<GuestRing>) {
         let (world, loads) = (self.world.clone(), RefCell::new([0_u32; 32]));
         let last_id = RefCell::new([(0_u64, 0_u32); 32]);
@@ -253,13 +255,13 @@ impl Hostile {
             if loads[slot] > 1 {
                 world.fail(
                     Invariant::H1,
-                    format!("the entry in slot {slot} is read a second time after it was checked"),
+                    format!("the entry in slot {slot} is read again after it was checked"),
                 );
             }
         })));
     }
 
-    /// Plays `count` tricks, until the ring is closed.
+    /// Plays `count` tricks, or stops once the ring is closed.
     pub async fn play(&self, count: u32) -> Result<(), Errno> {
         let Some(ring) = self.ring.borrow().clone() else { return Ok(()) };
         let page = GrantedPage::new(&self.attached.port, DomId(0), false)?;
@@ -279,8 +281,8 @@ impl Hostile {
                 _ => {
                     let entry = |trick, detail| self.entry(trick, detail, page.gref.0, read_only.gref.0);
                     let mut asked = vec![entry(trick, detail)];
-                    let draw = |d: &mut Draw| if d.below(3) == 0 { 1 + d.below(MOST_TOGETHER) } else { 0 };
-                    let more = self.world.sim.decide(self.entity, &TOGETHER, i, draw).min(MOST_TOGETHER);
+                    let draw = |d: &mut Draw| if d.below(3) == 0 { 1 + d.below(MAX_TOGETHER) } else { 0 };
+                    let more = self.world.sim.decide(self.entity, &TOGETHER, i, draw).min(MAX_TOGETHER);
                     for k in 1..=more {
                         let number = (i + 1) * 256 + k as u32;
                         let draw = |d: &mut Draw| (1 + d.below(14)) | (d.below(1 << 32) << 4);
@@ -292,7 +294,7 @@ impl Hostile {
                     self.ask(&ring, asked, i).await;
                 }
             }
-            if self.world.verdict.is_broken() || self.is_beyond_repair() || self.back_state().await != 4 {
+            if self.world.verdict.is_broken() || self.may_be_unrecoverable() || self.back_state().await != 4 {
                 break;
             }
         }
@@ -301,7 +303,7 @@ impl Hostile {
         self.leave(page, read_only).await
     }
 
-    /// Another CPU watches the index of responses, and posts a malformed request for each response at once.
+    /// Another CPU watches the index of responses and posts a malformed request at once for each response.
     async fn flood(&self, ring: &Rc<GuestRing>) {
         let count = self
             .world
@@ -332,7 +334,7 @@ impl Hostile {
         let until = self.world.sim.now_ns() + PATIENCE_NS;
         while ring.page().load_u32(REQ_PROD) != ring.page().load_u32(RSP_PROD) {
             if self.world.sim.now_ns() > until {
-                self.world.fail(Invariant::X1, "a request of a flood has no answer");
+                self.world.fail(Invariant::X1, "a request of a flood got no answer");
                 break;
             }
             self.world.sim.sleep_ns(50_000).await;
@@ -341,12 +343,12 @@ impl Hostile {
         ring.catch_up();
     }
 
-    /// An entry, and what must come of it.
+    /// An entry, and how it must be answered.
     fn entry(&self, trick: u64, detail: u64, page: u32, read_only: u32) -> ([u8; ENTRY_BYTES], Expect) {
         let id = self.next_id.replace(self.next_id.get() + 1);
         let op = if trick == 2 || trick == 10 { BlkifOp::Read } else { BlkifOp::Write };
         let gref = if trick == 10 { read_only } else { page };
-        // Up to eight segments, and what is wrong is wrong with the last of them.
+        // Up to eight segments; only the last of them is invalid.
         let count = 1 + (detail >> 29 & 7);
         let at = (count as usize - 1) * size_of::<Segment>();
         let honest = if trick == 10 { page } else { gref };
@@ -358,46 +360,47 @@ impl Hostile {
         (e, expect)
     }
 
-    /// Posts requests at once, the `nth`, and waits for the answers to all.
+    /// Posts requests together, as the `nth` batch, and waits for the answers to all.
     async fn ask(&self, ring: &GuestRing, mut asked: Vec<([u8; ENTRY_BYTES], Expect)>, nth: u32) {
         asked.iter().for_each(|(entry, _)| ring.put_raw(entry));
         let consumed = ring.consumed();
         self.scribble_before(ring, nth, consumed);
         if !ring.publish() {
-            // What it asked for may be nonsense by now.
+            // What it asked for may have been overwritten.
             ring.channel().notify();
         }
-        if self.scribbled.get().is_some() && !self.index_is_right(ring, consumed, asked.len() as u32).await {
+        if self.scribbled.get().is_some() && !self.index_is_restored(ring, consumed, asked.len() as u32).await
+        {
             return;
         }
         let until = self.world.sim.now_ns() + PATIENCE_NS;
         while let Some((first, _)) = asked.first() {
             let response = match ring.take() {
                 Ok(Some(response)) => response,
-                Ok(None) if self.is_beyond_repair() => return,
+                Ok(None) if self.may_be_unrecoverable() => return,
                 Ok(None) if self.world.sim.now_ns() < until => {
                     self.world.sim.sleep_ns(20_000).await;
                     continue;
                 }
                 Ok(None) => {
-                    let text = format!("request #{} of the hostile guest has no answer", id_of(first));
+                    let text = format!("request #{} of the hostile guest got no answer", id_of(first));
                     return self.world.fail(Invariant::X1, text);
                 }
                 Err(_) => return self.world.fail(Invariant::X1, "more responses than requests"),
             };
             let Some(at) = asked.iter().position(|(entry, _)| id_of(entry) == response.id.get()) else {
-                let text = format!("an answer carries the number {}, and none asks so", response.id.get());
+                let text = format!("a response has id {}, which is not in flight", response.id.get());
                 return self.world.fail(Invariant::X1, text);
             };
             let (entry, expect) = asked.remove(at);
-            self.look_at(&response, &entry, expect);
+            self.check_response(&response, &entry, expect);
         }
     }
 
-    fn look_at(&self, response: &RawResponse, entry: &[u8; ENTRY_BYTES], expect: Expect) {
+    fn check_response(&self, response: &RawResponse, entry: &[u8; ENTRY_BYTES], expect: Expect) {
         let status = response.status.get();
         let good = match expect {
-            // Where nobody can know what was lost, flushes fail, and writes that need one.
+            // Once data is lost in unknown places, flushes fail, and so do writes that need one.
             Expect::Ok => status == 0 || self.world.kernel.answers_lost(),
             Expect::Error => status < 0,
             Expect::Any => true,
@@ -405,36 +408,36 @@ impl Hostile {
         if !good {
             let what = if expect == Expect::Ok { "an honest request" } else { "a malformed request" };
             let text = format!(
-                "{what} (op {}, {} segments) is answered with status {status}",
+                "{what} (op {}, {} segments) was answered with status {status}",
                 entry[OP], entry[NR_SEGMENTS]
             );
             self.world.fail(Invariant::H1, text);
         }
         if response.padding != 0 || response.tail.get() != 0 {
-            self.world.fail(Invariant::H1, "a response carries bytes in its padding");
+            self.world.fail(Invariant::H1, "the padding of a response is not zero");
         }
         self.world.count(|s| s.requests += 1);
     }
 
-    /// Writes nonsense where only the front end suffers from it.
+    /// Overwrites fields of the header where only the front end is affected.
     fn scribble(&self, ring: &GuestRing, detail: u64) {
         ring.page().write(16, &detail.to_le_bytes());
         ring.page().write(32, &detail.rotate_left(17).to_le_bytes());
         ring.channel().notify();
     }
 
-    /// More requests than the ring has room for: it cannot be trusted any more and must be closed.
+    /// Announces more requests than the ring has room for: the back end must close the ring.
     async fn overrun(&self, ring: &GuestRing, detail: u64) {
         let produced = ring.page().load_u32(0);
         ring.page().store_u32(0, produced.wrapping_add(33 + (detail as u32 >> 1)));
         ring.channel().notify();
-        // A successor does not take up a ring whose epoch was scribbled over, and so serves nothing of it.
-        if !self.wait_back(|s| s >= 5 || self.is_beyond_repair()).await {
+        // A successor refuses a ring whose epoch was overwritten, and so serves nothing of it.
+        if !self.wait_for_back(|s| s >= 5 || self.may_be_unrecoverable()).await {
             self.world.fail(Invariant::H1, "a ring with impossible indices is not closed");
         }
     }
 
-    /// Goes: by the rules, or by vanishing.
+    /// Leaves: in order, or by vanishing.
     async fn leave(&self, page: GrantedPage, read_only: GrantedPage) -> Result<(), Errno> {
         if self.world.setting("hostile-exit", &[false, true]) {
             let (xen, dom, node) = (self.world.xen.clone(), self.attached.dom, self.attached.node.clone());
@@ -443,9 +446,9 @@ impl Hostile {
             return Ok(());
         }
         self.write("state", "5").await?;
-        self.wait_back(|s| s >= 5).await;
+        self.wait_for_back(|s| s >= 5).await;
         self.write("state", "6").await?;
-        self.wait_back(|s| s == 6).await;
+        self.wait_for_back(|s| s == 6).await;
         let ring = self.ring.borrow_mut().take().and_then(Rc::into_inner);
         let ended = ring.is_none_or(|r| r.end().is_ok());
         if !ended || page.end(&self.attached.port).is_err() || read_only.end(&self.attached.port).is_err() {
@@ -455,7 +458,7 @@ impl Hostile {
     }
 }
 
-/// Makes `e`, whose last segment is at byte `at`, what `trick` says, and tells what must come of it.
+/// Applies `trick` to `e`, whose last segment is at byte `at`. Returns how it must be answered.
 fn spoil(e: &mut [u8; ENTRY_BYTES], trick: u64, detail: u64, at: usize, size_sectors: u64) -> Expect {
     let sector = |e: &mut [u8; ENTRY_BYTES], s: u64| e[SECTOR..SECTOR + 8].copy_from_slice(&s.to_le_bytes());
     match trick {
@@ -494,7 +497,7 @@ fn spoil(e: &mut [u8; ENTRY_BYTES], trick: u64, detail: u64, at: usize, size_sec
             Expect::Error
         }
         12 => {
-            // Nothing that it could mean lies outside of what is honest, but for the id.
+            // Whatever it may mean stays within the honest sectors; only the id is kept.
             let mut draw = sim::Draw::new(detail);
             let keep = (e[SECTOR..SECTOR + 8].to_vec(), e[8..16].to_vec());
             e.iter_mut().for_each(|b| *b = draw.bits() as u8);
@@ -503,7 +506,7 @@ fn spoil(e: &mut [u8; ENTRY_BYTES], trick: u64, detail: u64, at: usize, size_sec
             Expect::Any
         }
         13 => {
-            // A page of another table, or of nobody.
+            // A page of another table, or of none.
             e[at + 24..at + 28].copy_from_slice(&[0xff; 4]);
             Expect::Error
         }

@@ -1,13 +1,13 @@
-//! An NBD server that does not mean well: it keeps a disk in memory, and what it says of it is cut into pieces, out of
-//! order, doubled, missing, or about somebody else.
+//! An NBD server that may lie: it keeps a disk in memory, and its answers are split, reordered, duplicated, incomplete,
+//! or about another place.
 //!
 //! ```text
 //!   request ──► the disk ──► chunks ──NBD_SHAPE──► chunks as any server may send them
 //!                                                     └──NBD_LIE──► chunks as none may
 //! ```
 //!
-//! The bytes that it sends are always right for the place that it names. So whoever believes it only where every byte
-//! of a read was named once reads right bytes or gets an error.
+//! The bytes that it sends are always right for the place that they are labelled with. A client that accepts a read
+//! only if every byte of it was covered once therefore returns right bytes or an error.
 
 use super::RawNbd;
 use super::offer::{Agreed, CONTEXT, LESS_BITS, NBD_LESS, Offer};
@@ -25,31 +25,31 @@ use tap_core::wait::Event;
 use tap_host::{SECTOR_BYTES, SectorRange, Stream};
 use zerocopy::{FromBytes, IntoBytes};
 
-/// How a true answer is cut: pieces less one in 3 bits, last piece first in 1, its end in a chunk of its own in 1,
-/// zeros as holes in 1, how long it is kept in 4 (powers of four in ns); 0 is one chunk at once.
+/// How a true answer is split: pieces less one in 3 bits, last piece first in 1, its end in a separate chunk in 1,
+/// zeros as holes in 1, its delay in 4 (powers of four in ns); 0 is one chunk at once.
 pub static NBD_SHAPE: Label = Label::packed("nbd-shape", "answer {n} has shape {}", &[3, 1, 1, 1, 4]);
 
-/// What is wrong with an answer: kind in 4 bits, a place in 16; 0 is nothing.
+/// What is wrong with an answer: kind in 4 bits, a place in 16; 0 for nothing.
 pub static NBD_LIE: Label = Label::packed("nbd-lie", "answer {n} is wrong: {}", &[4, 16]);
 
-/// How a server that means well says that a request failed: an error in 3 bits (0 none), bytes of text in 6, and what
-/// of the data of a read comes all the same in 2 (nothing, before, behind it).
+/// How an honest server reports the failure of a request: an error in 3 bits (0 none), bytes of text in 6, and which
+/// data of a read it sends anyway in 2 (none, before it, after it).
 pub static NBD_REFUSE: Label = Label::packed("nbd-refuse", "request {n} fails: {}", &[3, 6, 2]);
 
-/// After how many requests a connection a server that means well hangs up.
+/// Number of requests after which an honest server hangs up.
 pub static NBD_HANG_UP: Label = Label::new("nbd-hang-up", "the server hangs up at request {} of it");
 
-/// What the server has and how it behaves.
+/// The server's disk and its behaviour.
 pub struct LyingServer {
     pub(super) world: World,
     sim: Sim,
     disk: RefCell<Vec<u8>>,
-    /// What would be left without power.
+    /// The content that would survive a power cut.
     durable: RefCell<Vec<u8>>,
-    /// What differs between them.
+    /// Ranges that differ between the two.
     dirty: RefCell<Vec<(usize, usize)>>,
     offer: Offer,
-    manner: Manner,
+    mode: ServerMode,
     honest: Cell<bool>,
     shut: Cell<bool>,
     connections: Cell<u64>,
@@ -57,35 +57,35 @@ pub struct LyingServer {
     zeroes: RefCell<Vec<(SectorRange, bool)>>,
 }
 
-/// How a server is wrong, if it is.
+/// Whether a server lies.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Manner {
+pub enum ServerMode {
     /// Its answers are lies.
     Lies,
-    /// It keeps to the protocol, in all the ways that the protocol leaves open; whether it hangs up now and then, and
-    /// whether it refuses requests.
-    Modest {
+    /// It follows the protocol, in all the ways that the protocol permits; it may hang up from time to time and refuse
+    /// requests.
+    Honest {
         /// Connections end after some requests.
         hangs_up: bool,
-        /// The next may then offer less.
+        /// The next connection may then offer less.
         lessens: bool,
         /// Requests fail.
         refuses: bool,
-        /// Of these only; 0 is any.
+        /// Only requests of this command fail; 0 for any.
         only: u16,
-        /// A client that takes its leave closes the connection itself.
+        /// After a disconnect request, it leaves closing to the client.
         stays_open: bool,
     },
 }
 
-/// What a server was asked for.
+/// Counters of requests.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Counts {
     /// Flushes.
     pub flushes: u64,
     /// Trims.
     pub trims: u64,
-    /// Reads, writes, zeros, trims and flushes that were refused for good: nobody asks for them again.
+    /// Reads, writes, zeros, trims and flushes that failed for good; a client must not repeat them.
     pub refused: u64,
 }
 
@@ -95,11 +95,11 @@ struct Chunk {
     cookie: u64,
     done: bool,
     payload: Vec<u8>,
-    /// More or less than the payload's length, as the header says it.
+    /// Difference between the length in the header and the payload's.
     longer: i32,
 }
 
-/// A request as it came.
+/// A request as received.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Asked {
     pub(super) command: u16,
@@ -109,12 +109,12 @@ pub(super) struct Asked {
     pub(super) len: usize,
 }
 
-/// What waits to be sent on one connection.
+/// Bytes queued for one connection.
 #[derive(Default)]
 pub(super) struct Queue {
     bytes: RefCell<Vec<u8>>,
     some: Event,
-    /// Hung up after what is in it.
+    /// Hang up after sending them.
     over: Cell<bool>,
 }
 
@@ -133,8 +133,8 @@ impl Queue {
 }
 
 impl LyingServer {
-    /// With a disk of zeros.
-    pub fn new(world: &World, offer: Offer, manner: Manner) -> Rc<Self> {
+    /// A server with a disk of zeros.
+    pub fn new(world: &World, offer: Offer, mode: ServerMode) -> Rc<Self> {
         let disk = vec![0; offer.size_bytes as usize];
         Rc::new(Self {
             world: world.clone(),
@@ -143,7 +143,7 @@ impl LyingServer {
             disk: RefCell::new(disk),
             dirty: RefCell::default(),
             offer,
-            manner,
+            mode,
             honest: Cell::new(false),
             shut: Cell::new(false),
             connections: Cell::new(0),
@@ -152,27 +152,27 @@ impl LyingServer {
         })
     }
 
-    /// From now on it takes connections and closes them.
-    pub fn shut(&self, shut: bool) {
-        self.shut.set(shut);
+    /// Sets whether it closes connections as soon as they are made.
+    pub fn refuse_connections(&self, refuse: bool) {
+        self.shut.set(refuse);
     }
 
-    /// From now on it means well.
-    pub fn reform(&self) {
+    /// From now on it is honest.
+    pub fn become_honest(&self) {
         self.honest.set(true);
     }
 
-    /// What it was asked for.
+    /// The counters of requests.
     pub fn counts(&self) -> Counts {
         self.counts.get()
     }
 
-    /// Where zeros were asked for, and whether their space was to stay.
+    /// Ranges of requests for zeros, and whether each asked to keep the space.
     pub fn zeroes(&self) -> Vec<(SectorRange, bool)> {
         self.zeroes.borrow().clone()
     }
 
-    /// Its machine loses power: what was not flushed is gone.
+    /// Its machine loses power, and with it what was not flushed.
     pub fn power_cut(&self) {
         let mut disk = self.disk.borrow_mut();
         for (from, to) in self.dirty.take() {
@@ -200,13 +200,13 @@ impl LyingServer {
                 }
             }
         });
-        let _ended = self.converse(number, &raw, &queue).await;
+        let _ended = self.run_connection(number, &raw, &queue).await;
         queue.hang_up();
     }
 
-    /// What connection `number` is offered.
+    /// What it offers on connection `number`.
     fn offered(&self, entity: Entity, number: u64) -> Offer {
-        let Manner::Modest { lessens: true, .. } = self.manner else { return self.offer };
+        let ServerMode::Honest { lessens: true, .. } = self.mode else { return self.offer };
         if number == 1 || self.honest.get() {
             return self.offer;
         }
@@ -216,8 +216,8 @@ impl LyingServer {
         self.offer.less(bits)
     }
 
-    /// `None` when the client has gone.
-    async fn converse<S: Stream>(
+    /// `None` once the client has gone.
+    async fn run_connection<S: Stream>(
         self: &Rc<Self>,
         number: u64,
         raw: &RawNbd<S>,
@@ -239,9 +239,9 @@ impl LyingServer {
             raw.take(head.len.get() as usize).await?;
             self.option(&offer, head.option.get(), &mut agreed, queue);
         }
-        let modest = match self.manner {
-            Manner::Lies => None,
-            Manner::Modest { hangs_up, .. } => Some(hangs_up && !self.honest.get()),
+        let modest = match self.mode {
+            ServerMode::Lies => None,
+            ServerMode::Honest { hangs_up, .. } => Some(hangs_up && !self.honest.get()),
         };
         let last = match modest {
             Some(true) => self.sim.decide(entity, &NBD_HANG_UP, 0, |d| d.below(40)),
@@ -257,14 +257,14 @@ impl LyingServer {
                 len: head.len.get() as usize,
             };
             let data = if asked.command == CMD_WRITE { raw.take(asked.len).await? } else { Vec::new() };
-            // What was left of an older connection comes to nothing.
-            if asked.command == CMD_DISC && matches!(self.manner, Manner::Modest { stays_open: true, .. }) {
+            // Leftovers of an older connection have no effect.
+            if asked.command == CMD_DISC && matches!(self.mode, ServerMode::Honest { stays_open: true, .. }) {
                 raw.drain().await;
             }
             if asked.command == CMD_DISC || self.connections.get() != number {
                 return None;
             }
-            if let Some(why) = offer.judge(&asked, agreed.context) {
+            if let Some(why) = offer.violation(&asked, agreed.context) {
                 self.world.fail(Invariant::N3, format!("{why}: {asked:?} of {offer:?}"));
                 return None;
             }
@@ -276,7 +276,7 @@ impl LyingServer {
         None
     }
 
-    /// Does what a request says to the disk.
+    /// Applies a request to the disk.
     fn carry_out(&self, asked: &Asked, data: &[u8]) {
         let (from, to) = (asked.offset as usize, asked.offset as usize + asked.len);
         let mut disk = self.disk.borrow_mut();
@@ -303,9 +303,9 @@ impl LyingServer {
         }
     }
 
-    /// How request `n` fails; 0 where it does not.
+    /// How request `n` fails; 0 if it does not.
     fn refusal(&self, entity: Entity, n: u32, command: u16) -> u64 {
-        let Manner::Modest { refuses: true, only, .. } = self.manner else { return 0 };
+        let ServerMode::Honest { refuses: true, only, .. } = self.mode else { return 0 };
         let one_in = if only == 0 { 8 } else { 2 };
         let value = self.sim.decide(entity, &NBD_REFUSE, n, |d| {
             if d.below(one_in) > 0 { 0 } else { (1 + d.below(7)) | d.below(64) << 3 | d.below(3) << 9 }
@@ -314,7 +314,7 @@ impl LyingServer {
         if spared { 0 } else { value }
     }
 
-    /// Notes what becomes of a request.
+    /// Counts a request by its result.
     fn note(&self, asked: &Asked, refusal: u64) {
         let mut counts = self.counts.get();
         let passing = [error::ENOMEM, error::ENOTSUP].contains(&refusal_error(refusal));
@@ -328,7 +328,7 @@ impl LyingServer {
         }
     }
 
-    /// Carries request `n` of a connection out, and says something about it.
+    /// Carries out request `n` of a connection and queues its answer.
     fn answer(
         &self,
         entity: Entity,
@@ -340,11 +340,11 @@ impl LyingServer {
         let shape = self.sim.decide(entity, &NBD_SHAPE, n, |d| {
             if d.below(3) > 0 { 0 } else { d.below(64) | (d.below(12) << 6) }
         });
-        let lie = match self.manner {
-            Manner::Lies => self.sim.decide(entity, &NBD_LIE, n, |d| {
+        let lie = match self.mode {
+            ServerMode::Lies => self.sim.decide(entity, &NBD_LIE, n, |d| {
                 if d.below(6) > 0 { 0 } else { (1 + d.below(15)) | (d.below(1 << 16) << 4) }
             }),
-            Manner::Modest { .. } => 0,
+            ServerMode::Honest { .. } => 0,
         };
         let lie = if self.honest.get() { 0 } else { lie };
         let refusal = self.refusal(entity, n, asked.command);
@@ -400,7 +400,7 @@ impl Chunk {
     }
 }
 
-/// A read's answer as any server may give it.
+/// A read's answer as any server may send it.
 fn shaped(asked: &Asked, bytes: &[u8], shape: u64) -> Vec<Chunk> {
     let pieces = 1 + (shape & 7) as usize;
     let step = bytes.len().div_ceil(pieces).max(1);
@@ -422,7 +422,7 @@ fn shaped(asked: &Asked, bytes: &[u8], shape: u64) -> Vec<Chunk> {
     chunks
 }
 
-/// What is known of the disk, in units of `grain` bytes.
+/// The allocation of the disk, in units of `grain` bytes.
 fn status(asked: &Asked, bytes: &[u8], grain: usize) -> Chunk {
     let mut payload = CONTEXT.to_be_bytes().to_vec();
     let mut runs: Vec<(u32, u32)> = Vec::new();
@@ -446,14 +446,14 @@ fn spoil(chunks: &mut Vec<Chunk>, asked: &Asked, disk: &[u8], lie: u64) {
     let (from, half) = (asked.offset as usize, asked.len / 2);
     let part = |at: usize, len: usize| Chunk::data(asked, at as u64, &disk[at..at + len]);
     match lie & 15 {
-        // One half twice, nothing of the other.
+        // One half twice, and the other not at all.
         1 if read => {
             let at = from + half * (place & 1);
             *chunks = vec![part(at, half), part(at, half)];
         }
-        // Both halves, and a piece that is in them.
+        // Both halves, and a piece of one of them again.
         2 if read => chunks.insert(one, part(from + half / 2, half)),
-        // Somewhere else: before the request, or past its end.
+        // Another place: before the request, or past its end.
         3 if read => {
             let at = if place & 1 == 0 { from.saturating_sub(512) } else { from + 512 };
             chunks[one] = part(at.min(disk.len() - asked.len), asked.len);
@@ -461,7 +461,7 @@ fn spoil(chunks: &mut Vec<Chunk>, asked: &Asked, disk: &[u8], lie: u64) {
         4 if chunks.len() > 1 || read => drop(chunks.remove(one)),
         5 => chunks[one].cookie ^= 1 << (place % 6),
         6 => chunks[one].longer = if place & 1 == 0 { -1 } else { 1 + place as i32 },
-        // What failed has data as well; the client is told, so this is none.
+        // A failed part that has data as well. The client sees the error, so this is no lie.
         7 => {
             let mut error = failed(error::EIO, place % 48);
             if place % 5 == 4 {
@@ -470,7 +470,7 @@ fn spoil(chunks: &mut Vec<Chunk>, asked: &Asked, disk: &[u8], lie: u64) {
             chunks.insert(one, Chunk::new(asked, CHUNK_ERROR, error));
         }
         8 => chunks.push(Chunk::new(asked, CHUNK_NONE, Vec::new())),
-        // Half, with an overlap as large as what is missing.
+        // One half, with an overlap as large as the missing half.
         10 if read => {
             *chunks = vec![part(from, half), part(from + half / 2, half), part(from, asked.len - 2 * half)]
         }
@@ -484,7 +484,7 @@ fn spoil(chunks: &mut Vec<Chunk>, asked: &Asked, disk: &[u8], lie: u64) {
 /// An error with a text of `text` bytes.
 fn failed(error: u32, text: usize) -> Vec<u8> {
     let head = ErrorHead { error: error.into(), message_len: (text as u16).into() };
-    [head.as_bytes(), &b"there is no reason for that, or none that anybody would know of...."[..text]]
+    [head.as_bytes(), &b"no reason is known for that, or at any rate none that is given here"[..text]]
         .concat()
 }
 
@@ -495,14 +495,14 @@ fn refusal_error(how: u64) -> u32 {
     errors[(how & 7) as usize]
 }
 
-/// The bytes of an answer that says that the request failed, as any server may say it; see [`NBD_REFUSE`].
+/// The bytes of an answer that reports a failed request, as any server may send it; see [`NBD_REFUSE`].
 fn refused(asked: &Asked, how: u64, structured: bool) -> Vec<u8> {
     let error = refusal_error(how);
     if !structured {
         return SimpleReply::new(asked.cookie, error).as_bytes().to_vec();
     }
     let mut chunks = vec![Chunk::new(asked, CHUNK_ERROR, failed(error, (how >> 3) as usize & 63))];
-    // All of it, and none of it right: whoever is told of an error looks at nothing else.
+    // All of the data, and all of it wrong: a client that sees the error must ignore it.
     let garbage = || Chunk::data(asked, asked.offset, &vec![0x6b; asked.len]);
     match (how >> 9) & 3 {
         1 if asked.command == CMD_READ => chunks.insert(0, garbage()),
@@ -521,7 +521,7 @@ fn wire(chunks: &[Chunk], asked: &Asked, lie: u64) -> Vec<u8> {
     }
     let last = chunks.len().saturating_sub(1);
     for (i, chunk) in chunks.iter().enumerate() {
-        // Where one comes after the end, that is what is wrong.
+        // A chunk after the end is what is wrong.
         let done = i == last || kind == 8 && i + 1 == last;
         let len = chunk.payload.len().saturating_add_signed(chunk.longer as isize) as u32;
         let head = ChunkHeader::new(chunk.cookie, chunk.kind, done || chunk.done, len);
@@ -538,7 +538,7 @@ fn wire(chunks: &[Chunk], asked: &Asked, lie: u64) -> Vec<u8> {
 fn simple(asked: &Asked, payload: &[u8], lie: u64) -> Vec<u8> {
     let place = (lie >> 4) as usize;
     let (cookie, error) = match lie & 15 {
-        // Not that of another request: a simple reply says nothing else of where its bytes belong.
+        // Not the cookie of another request: a simple reply has nothing else that identifies its place.
         5 => (asked.cookie ^ 1 << (40 + place % 6), 0),
         7 => (asked.cookie, error::ENOSPC),
         _ => (asked.cookie, 0),
@@ -566,13 +566,13 @@ pub fn describe_nbd_lie(value: u64) -> &'static str {
         5 => "a cookie is another",
         6 => "a length is another",
         7 => "it says that it failed",
-        8 => "it goes on behind its end",
+        8 => "it continues after its end",
         9 => "it never comes",
-        10 => "as many bytes as were asked for, some of them twice",
+        10 => "it has the right number of bytes, some of them twice",
         11 => "a simple reply comes first",
         12 => "a type is another",
         13 => "it is cut, and the server hangs up",
-        14 => "a hole is in it that is none, or of no length",
+        14 => "it contains a false hole, or one of no length",
         15 => "a chunk comes twice",
         _ => "nothing",
     }

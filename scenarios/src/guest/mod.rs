@@ -1,4 +1,4 @@
-//! Guests: what they do to a disk, and the history they keep of it.
+//! Guests: what they do to a disk, and the history that they keep of it.
 
 mod direct;
 mod hostile;
@@ -13,7 +13,7 @@ pub use direct::DirectDisk;
 pub use hostile::{
     FLOOD, HONEST_SECTORS, Hostile, KEYS, SCRIBBLE, TOGETHER, TRICK, describe_keys, describe_trick,
 };
-pub use lying::{LyingServer, Manner, NBD_HANG_UP, NBD_LIE, NBD_REFUSE, NBD_SHAPE, describe_nbd_lie};
+pub use lying::{LyingServer, NBD_HANG_UP, NBD_LIE, NBD_REFUSE, NBD_SHAPE, ServerMode, describe_nbd_lie};
 pub use nbd::{NBD_TRICK, NbdScript, RawNbd, Spread, describe_nbd_trick};
 pub use offer::{NBD_LESS, Offer};
 pub use options::NBD_OPTION;
@@ -21,7 +21,7 @@ pub use ring::RingDisk;
 pub use speaker::{NBD_STEP, Speaker, Step, steps};
 
 use crate::check::oracle::{Oracle, is_broken};
-use crate::check::{BlockHistory, Invariant, Space, Wish};
+use crate::check::{BlockHistory, Invariant, Space, SpaceEffect};
 use crate::workload::Op;
 use crate::world::World;
 use std::cell::{Cell, RefCell};
@@ -31,9 +31,9 @@ use std::task::{Poll, Waker};
 use tap_core::{Node, ZeroFlags};
 use tap_host::{Errno, IoKind, SECTOR_BYTES, SectorRange};
 
-/// A disk as a guest sees it, whatever lies between.
+/// A disk as a guest sees it, whatever serves it.
 pub trait GuestDisk: Clone + 'static {
-    /// Reads `range` and shows the bytes to `look`.
+    /// Reads `range` and passes the bytes to `look`.
     fn read<R>(
         &self,
         range: SectorRange,
@@ -45,8 +45,7 @@ pub trait GuestDisk: Clone + 'static {
         range: SectorRange,
         fill: impl FnOnce(&mut [u8]),
     ) -> impl Future<Output = Result<(), Errno>>;
-    /// Writes what `fill` puts into the bytes of `range`; with the answer that is durable, and all that was answered
-    /// before.
+    /// Writes what `fill` puts into the bytes of `range`. The answer makes it durable, with everything answered before.
     fn write_and_flush(
         &self,
         range: SectorRange,
@@ -57,54 +56,55 @@ pub trait GuestDisk: Clone + 'static {
     }
     /// Flushes.
     fn flush(&self) -> impl Future<Output = Result<(), Errno>>;
-    /// Makes `range` zeros.
+    /// Writes zeros to `range`.
     fn write_zeroes(&self, range: SectorRange, flags: ZeroFlags) -> impl Future<Output = Result<(), Errno>> {
         let _ = (range, flags);
         async { Err(Errno::EOPNOTSUPP) }
     }
-    /// Gives `range` up.
+    /// Discards `range`.
     fn discard(&self, range: SectorRange) -> impl Future<Output = Result<(), Errno>> {
         let _ = range;
         async { Err(Errno::EOPNOTSUPP) }
     }
-    /// Whether it makes zeros: only those that must be fast may then be refused as slow.
+    /// Whether the disk supports zeros: only those that must be fast may then be refused as slow.
     fn makes_zeros(&self) -> bool {
         false
     }
-    /// Lets a program be idle for a while, where that means anything to a back end.
+    /// Pauses submission for a while, for disks where the back end notices idle guests.
     fn idle(&self) -> impl Future<Output = ()> {
         std::future::ready(())
     }
-    /// Sectors that one request may have at most.
+    /// Maximum number of sectors of one request.
     fn max_sectors(&self) -> u32;
 }
 
-/// How a guest takes errors.
+/// How a guest handles errors.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Manners {
+pub struct ErrorPolicy {
     /// How often it repeats a failed request.
     pub retries: u32,
-    /// Whether anything may fail at all; if not, an error breaks E4.
+    /// Whether requests may fail; if not, an error breaks E4.
     pub errors_allowed: bool,
-    /// The invariant that a wrong read breaks now.
+    /// The invariant that a wrong read breaks.
     pub reads: Invariant,
 }
 
-/// Most sectors of a write in place of zeros that the disk does not make, or of a look at what they left.
+/// Maximum number of sectors of a write that replaces zeros which the disk does not support, and of a read that checks
+/// them.
 const PART_SECTORS: u64 = 88;
 
-/// A guest with its memory of what it did.
+/// A guest and its record of what it did.
 pub struct Guest<D> {
     world: World,
     name: Rc<str>,
     disk: D,
     /// The history of the disk.
     pub history: Rc<RefCell<BlockHistory>>,
-    manners: Rc<Cell<Manners>>,
+    policy: Rc<Cell<ErrorPolicy>>,
     flush_failed: Rc<Cell<bool>>,
     write_through: Rc<Cell<bool>>,
     retired: Rc<Cell<bool>>,
-    /// What is promised about space, where that is looked at.
+    /// Promises about space, if they are checked.
     space: Rc<RefCell<Option<Space>>>,
 }
 
@@ -115,7 +115,7 @@ impl<D: Clone> Clone for Guest<D> {
             name: Rc::clone(&self.name),
             disk: self.disk.clone(),
             history: Rc::clone(&self.history),
-            manners: Rc::clone(&self.manners),
+            policy: Rc::clone(&self.policy),
             flush_failed: Rc::clone(&self.flush_failed),
             write_through: Rc::clone(&self.write_through),
             retired: Rc::clone(&self.retired),
@@ -125,16 +125,16 @@ impl<D: Clone> Clone for Guest<D> {
 }
 
 impl<D: GuestDisk> Guest<D> {
-    /// A guest on `disk` that goes on with `history`.
-    pub fn new(world: &World, disk: D, history: Rc<RefCell<BlockHistory>>, manners: Manners) -> Self {
+    /// A guest on `disk` that continues `history`.
+    pub fn new(world: &World, disk: D, history: Rc<RefCell<BlockHistory>>, policy: ErrorPolicy) -> Self {
         let name = format!("guest {}", history.borrow().writer());
-        history.borrow_mut().allow_failures(manners.errors_allowed);
+        history.borrow_mut().allow_failures(policy.errors_allowed);
         Self {
             world: world.clone(),
             name: name.into(),
             disk,
             history,
-            manners: Rc::new(Cell::new(manners)),
+            policy: Rc::new(Cell::new(policy)),
             flush_failed: Rc::default(),
             write_through: Rc::default(),
             retired: Rc::default(),
@@ -147,45 +147,45 @@ impl<D: GuestDisk> Guest<D> {
         &self.disk
     }
 
-    /// Changes how errors are taken.
-    pub fn set_manners(&self, manners: Manners) {
-        self.history.borrow_mut().allow_failures(manners.errors_allowed);
-        self.manners.set(manners);
+    /// Changes how errors are handled.
+    pub fn set_error_policy(&self, policy: ErrorPolicy) {
+        self.history.borrow_mut().allow_failures(policy.errors_allowed);
+        self.policy.set(policy);
     }
 
-    /// From now on every write is durable when answered.
+    /// From now on an answered write is durable.
     pub fn write_through(&self) {
         self.write_through.set(true);
     }
 
-    /// Its kernel has ended: what it has in flight has happened or has not, and nothing new begins.
+    /// Its kernel has ended: requests in flight may or may not have taken effect, and no new ones begin.
     pub fn retire(&self) {
         self.retired.set(true);
         self.history.borrow_mut().guest_died();
     }
 
-    /// From now on it is looked at what becomes of space; only a lack of it may fail a request.
+    /// From now on promises about space are checked, and only a lack of space may fail a request.
     pub fn watch_space(&self) {
         *self.space.borrow_mut() = Some(Space::new(self.history.borrow().size_sectors()));
     }
 
-    /// Whether all space of `range` was given back, as far as the guest knows.
+    /// Whether all space of `range` was released, as far as the guest knows.
     pub fn gave_back(&self, range: SectorRange) -> bool {
-        self.space.borrow_mut().as_mut().is_some_and(|space| space.is_given(range))
+        self.space.borrow_mut().as_mut().is_some_and(|space| space.is_released(range))
     }
 
-    /// A request that does something about space begins: when, and whether it needs none.
-    fn begin_space(&self, wish: Wish, range: SectorRange) -> Option<(u64, bool)> {
+    /// A request that affects space begins. Returns its time, and whether it needs no space.
+    fn begin_space(&self, effect: SpaceEffect, range: SectorRange) -> Option<(u64, bool)> {
         let mut space = self.space.borrow_mut();
         let space = space.as_mut()?;
         let secured = space.is_secured(range);
-        Some((space.begin(wish, range), secured))
+        Some((space.begin(effect, range), secured))
     }
 
-    /// It has ended.
+    /// The request has ended.
     fn end_space(
         &self,
-        wish: Wish,
+        effect: SpaceEffect,
         is_write: bool,
         range: SectorRange,
         began: Option<(u64, bool)>,
@@ -194,14 +194,14 @@ impl<D: GuestDisk> Guest<D> {
         let mut space = self.space.borrow_mut();
         let (Some(space), Some((began, secured))) = (space.as_mut(), began) else { return };
         let short = is_write && secured && result == Err(Errno::ENOSPC) && space.is_secured(range);
-        space.end(wish, is_write, range, began, result.is_ok());
+        space.end(effect, is_write, range, began, result.is_ok());
         if short {
             let text = format!("a write to {range}, whose space was promised, failed with ENOSPC");
             self.world.fail(Invariant::S1, text);
         }
     }
 
-    /// Every answered write is durable now, if all of them are when answered.
+    /// Marks everything answered as durable if the disk is in write-through mode.
     fn settle(&self, result: Result<(), Errno>) {
         if self.write_through.get() && result.is_ok() {
             let mut history = self.history.borrow_mut();
@@ -215,7 +215,7 @@ impl<D: GuestDisk> Guest<D> {
         self.flush_failed.get()
     }
 
-    /// Runs all operations, `depth` at a time, each as a task of its own, so that one left out changes no other.
+    /// Runs all operations, `depth` at a time, each as a separate task, so that leaving one out changes no other.
     pub async fn run(&self, ops: &[Option<Op>], depth: usize) {
         let gate = Gate::default();
         let idles = self.world.setting("guest-idles", &[false, false, false, true]);
@@ -235,9 +235,9 @@ impl<D: GuestDisk> Guest<D> {
         gate.below(1).await;
     }
 
-    /// Runs one operation to its answer, with repetitions.
+    /// Runs one operation until it is answered, repetitions included.
     pub async fn one(&self, op: Op) {
-        let mut left = self.manners.get().retries;
+        let mut left = self.policy.get().retries;
         loop {
             if self.retired.get() {
                 return std::future::pending().await;
@@ -253,8 +253,8 @@ impl<D: GuestDisk> Guest<D> {
             self.world.count(|s| s.requests += 1);
             let Err(error) = result else { return };
             self.world.count(|s| s.errors += 1);
-            // Where nobody can know what was lost, flushes fail, and writes that need one.
-            let allowed = self.manners.get().errors_allowed || self.world.kernel.answers_lost();
+            // Once data is lost in unknown places, flushes fail, and so do writes that need one.
+            let allowed = self.policy.get().errors_allowed || self.world.kernel.answers_lost();
             if !allowed && !is_broken(Oracle::ErrorsIgnored) {
                 self.world
                     .fail(Invariant::E4, format!("{op} failed with {error:?} although nothing below it did"));
@@ -262,7 +262,7 @@ impl<D: GuestDisk> Guest<D> {
             }
             let changes = !matches!(op.kind, IoKind::Read | IoKind::Flush);
             if changes && self.world.setting("looks-after-failure", &[false, true]) {
-                // What a failed request left is old or new, at once and not only after the next that succeeds.
+                // What a failed request left is old or new at once, not only after the next successful one.
                 for part in parts(op.range) {
                     let _ = self.read(part).await;
                 }
@@ -275,20 +275,20 @@ impl<D: GuestDisk> Guest<D> {
         }
     }
 
-    /// A line for people in the trace.
+    /// Adds a line to the trace.
     #[inline]
     fn remark(&self, text: impl FnOnce() -> String) {
         self.world.sim.remark(&self.name, text);
     }
 
-    /// One read, checked.
+    /// Reads once, and checks the result.
     pub async fn read(&self, range: SectorRange) -> Result<(), Errno> {
         let inv = self.history.borrow_mut().begin_read();
         self.remark(|| format!("submits read {range}"));
         let check = |bytes: &[u8]| {
             let mut history = self.history.borrow_mut();
             if self.world.kernel.answers_lost() {
-                // Writes that need a flush may have failed, also those that run beside this one.
+                // Writes that need a flush may have failed, concurrent ones included.
                 history.allow_failures(true);
             }
             history.check_read(inv, range, bytes)
@@ -300,7 +300,7 @@ impl<D: GuestDisk> Guest<D> {
                 Ok(())
             }
             Ok(Err(wrong)) => {
-                self.world.fail(wrong.invariant(self.manners.get().reads), format!("read {range}: {wrong}"));
+                self.world.fail(wrong.invariant(self.policy.get().reads), format!("read {range}: {wrong}"));
                 Ok(())
             }
             Err(error) => {
@@ -318,21 +318,21 @@ impl<D: GuestDisk> Guest<D> {
         }
     }
 
-    /// One write.
+    /// Writes once.
     pub async fn write(&self, range: SectorRange) -> Result<(), Errno> {
         let write = self.history.borrow_mut().begin_write(range);
         self.remark(|| format!("submits write {write} to {range}"));
-        let space = self.begin_space(Wish::Keep, range);
+        let space = self.begin_space(SpaceEffect::Keep, range);
         let fill = |bytes: &mut [u8]| self.payload(write, range, bytes);
         let result = self.disk.write(range, fill).await;
-        self.end_space(Wish::Keep, true, range, space, result);
+        self.end_space(SpaceEffect::Keep, true, range, space, result);
         self.history.borrow_mut().end_write(write, result.is_ok());
         self.settle(result);
         self.remark(|| format!("write {write} to {range} {}", ended(result)));
         result
     }
 
-    /// One write that is a flush as well.
+    /// Writes once with a flush.
     async fn write_and_flush(&self, range: SectorRange) -> Result<(), Errno> {
         let (flush, write) = {
             let mut history = self.history.borrow_mut();
@@ -356,26 +356,26 @@ impl<D: GuestDisk> Guest<D> {
         result
     }
 
-    /// Zeros; written as a guest does where the disk cannot make them.
+    /// Makes zeros, or writes them as a guest does if the disk does not support zeros.
     async fn zeroes(&self, range: SectorRange, flags: ZeroFlags) -> Result<(), Errno> {
         let write = self.history.borrow_mut().begin_zeros(range);
         self.remark(|| format!("submits zeros {write} to {range}"));
-        let wish = if flags.unmap { Wish::Unmap } else { Wish::Keep };
-        let space = self.begin_space(wish, range);
+        let effect = if flags.unmap { SpaceEffect::Unmap } else { SpaceEffect::Keep };
+        let space = self.begin_space(effect, range);
         let result = self.disk.write_zeroes(range, flags).await;
-        self.end_space(wish, false, range, space, result);
+        self.end_space(effect, false, range, space, result);
         self.history.borrow_mut().end_write(write, result.is_ok());
         self.settle(result);
         self.remark(|| format!("zeros {write} to {range} {}", ended(result)));
         let slow = result == Err(Errno::EOPNOTSUPP);
-        if slow && !flags.fast && self.disk.makes_zeros() && !self.manners.get().errors_allowed {
+        if slow && !flags.fast && self.disk.makes_zeros() && !self.policy.get().errors_allowed {
             self.world
-                .fail(Invariant::E4, format!("zeros to {range} are refused as slow, and need not be fast"));
+                .fail(Invariant::E4, format!("zeros to {range} were refused as slow, but need not be fast"));
         }
         if result == Err(Errno::EOPNOTSUPP) { self.write_parts(range).await } else { result }
     }
 
-    /// Writes, of more than one request may have.
+    /// Writes zeros to a range that may exceed one request.
     async fn write_parts(&self, range: SectorRange) -> Result<(), Errno> {
         for part in parts(range) {
             self.write(part).await?;
@@ -383,19 +383,19 @@ impl<D: GuestDisk> Guest<D> {
         Ok(())
     }
 
-    /// A discard: an answer of it promises nothing.
+    /// Discards once; the answer promises nothing.
     async fn discard(&self, range: SectorRange) -> Result<(), Errno> {
         let write = self.history.borrow_mut().begin_zeros(range);
         self.remark(|| format!("submits discard {write} of {range}"));
-        let space = self.begin_space(Wish::Discard, range);
+        let space = self.begin_space(SpaceEffect::Discard, range);
         let result = self.disk.discard(range).await;
-        self.end_space(Wish::Discard, false, range, space, result);
+        self.end_space(SpaceEffect::Discard, false, range, space, result);
         self.history.borrow_mut().end_write(write, false);
         self.remark(|| format!("discard {write} of {range} {}", ended(result)));
         if result == Err(Errno::EOPNOTSUPP) { Ok(()) } else { result }
     }
 
-    /// One flush.
+    /// Flushes once.
     pub async fn flush(&self) -> Result<(), Errno> {
         let inv = self.history.borrow_mut().begin_flush();
         self.remark(|| format!("submits flush {inv}"));
@@ -408,14 +408,14 @@ impl<D: GuestDisk> Guest<D> {
         result
     }
 
-    /// Asks `node`, the disk, what `range` is like, with at most `most` extents. What it calls zeros is looked at as a
-    /// read of zeros.
+    /// Queries up to `max` extents of `range` from `node`, which is the disk. Checks those called zeros as a read of
+    /// zeros.
     ///
     /// # Errors
-    /// As the node's.
-    pub async fn extents(&self, node: &dyn Node, range: SectorRange, most: usize) -> Result<(), Errno> {
+    /// Those of the node.
+    pub async fn extents(&self, node: &dyn Node, range: SectorRange, max: usize) -> Result<(), Errno> {
         let inv = self.history.borrow_mut().begin_read();
-        let found = node.extents(range, most).await;
+        let found = node.extents(range, max).await;
         self.remark(|| format!("extents of {range}: {:?}", found.as_ref().map(Vec::len)));
         let mut history = self.history.borrow_mut();
         history.end_read(inv);
@@ -429,17 +429,17 @@ impl<D: GuestDisk> Guest<D> {
             let part = SectorRange::new(at, extent.count as u32);
             let zeros = vec![0; if extent.zero { part.len_bytes() as usize } else { 0 }];
             if let Some(Err(wrong)) = extent.zero.then(|| history.check_read(inv, part, &zeros)) {
-                self.world.fail(Invariant::N2, format!("{part} is called zeros: {wrong}"));
+                self.world.fail(Invariant::N2, format!("{part} is reported as zeros: {wrong}"));
             }
             at += extent.count;
         }
         if at == range.start.0 {
-            self.world.fail(Invariant::N2, format!("no extents of {range}"));
+            self.world.fail(Invariant::N2, format!("no extents of {range} were returned"));
         }
         Ok(())
     }
 
-    /// Waits for so many nanoseconds.
+    /// Waits for `ns` nanoseconds.
     pub async fn pause(&self, ns: u64) {
         self.world.sim.sleep_ns(ns).await;
     }
@@ -448,7 +448,7 @@ impl<D: GuestDisk> Guest<D> {
     pub async fn read_all(&self) -> Result<(), Errno> {
         let size = self.history.borrow().size_sectors();
         let step = u64::from(self.disk.max_sectors());
-        // What these hold says what all others must hold.
+        // Read these first: what they hold decides what other sectors must hold.
         let fenced = self.history.borrow().fenced();
         for range in fenced {
             self.read(range).await?;
@@ -464,19 +464,19 @@ impl<D: GuestDisk> Guest<D> {
     }
 }
 
-/// Parts of a range of zeros that may be longer than a read or a write.
+/// Splits a range of zeros, which may be longer than a read or a write.
 fn parts(range: SectorRange) -> impl Iterator<Item = SectorRange> {
     let (start, end) = (range.start.0, range.start.0 + u64::from(range.count));
     let part = move |at: u64| SectorRange::new(at, (end - at).min(PART_SECTORS) as u32);
     (start..end).step_by(PART_SECTORS as usize).map(part)
 }
 
-/// The end of a request in words.
+/// The result of a request in words.
 fn ended(result: Result<(), Errno>) -> String {
     result.map_or_else(|error| format!("failed with {error:?}"), |()| "ok".into())
 }
 
-/// Counts who is inside, and lets one wait until few are.
+/// Counts entries, and lets one task wait until there are few.
 #[derive(Clone, Default)]
 pub struct Gate(Rc<GateState>);
 
@@ -488,11 +488,11 @@ struct GateState {
 }
 
 impl Gate {
-    /// One enters.
+    /// Enters.
     pub fn enter(&self) {
         self.0.inside.set(self.0.inside.get() + 1);
     }
-    /// One leaves.
+    /// Leaves.
     pub fn leave(&self) {
         self.0.inside.set(self.0.inside.get() - 1);
         if self.0.inside.get() < self.0.limit.get()
@@ -501,7 +501,7 @@ impl Gate {
             waker.wake();
         }
     }
-    /// Completes when fewer than `n` are inside. One at a time may wait.
+    /// Completes when fewer than `n` are inside. Only one task at a time may wait.
     pub async fn below(&self, n: usize) {
         poll_fn(|cx| {
             if self.0.inside.get() < n {
@@ -522,7 +522,7 @@ mod tests {
     use crate::world::broken_by;
     use tap_core::{LocalBoxFuture, NodeInfo, Request, Response};
 
-    /// Answers everything with one result, and reads with zeros.
+    /// Answers every request with one result, and reads with zeros.
     struct Answers(Result<(), Errno>);
 
     impl Node for Answers {
@@ -542,9 +542,9 @@ mod tests {
     fn reported(result: Result<(), Errno>, reads: Invariant) -> Option<Invariant> {
         broken_by(move |world| async move {
             let history = BlockHistory::new(64, 1, Initial::Zero, false);
-            let manners = Manners { retries: 0, errors_allowed: false, reads };
+            let policy = ErrorPolicy { retries: 0, errors_allowed: false, reads };
             let disk = DirectDisk::new(Rc::new(Answers(result)), 1 << 20);
-            let guest = Guest::new(&world, disk, Rc::new(RefCell::new(history)), manners);
+            let guest = Guest::new(&world, disk, Rc::new(RefCell::new(history)), policy);
             let range = SectorRange::new(3, 2);
             guest.one(Op::new(IoKind::Read, range)).await;
             guest.one(Op::new(IoKind::Write, range)).await;
@@ -553,7 +553,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_without_a_cause_and_lost_writes_are_told() {
+    fn unexplained_errors_and_lost_writes_are_reported() {
         assert_eq!(reported(Err(Errno::EIO), Invariant::G1), Some(Invariant::E4));
         assert_eq!(reported(Ok(()), Invariant::H2), Some(Invariant::H2), "the neighbour of a hostile guest");
         assert_eq!(reported(Ok(()), Invariant::G1), Some(Invariant::G1));

@@ -1,6 +1,6 @@
-//! Clients of an NBD server: several connections that are one disk, and a client that speaks bytes, right ones or not.
+//! Clients of an NBD server: several connections that serve one disk, and a client that sends bytes, valid or not.
 //!
-//! The bytes are made here without the code of the stack: both share only the structs of the wire.
+//! The bytes are made here without the stack's code; only the structs of the wire are shared.
 
 use super::{DirectDisk, GuestDisk};
 use kernel_model::ProcessStream;
@@ -16,11 +16,11 @@ use tap_host::{Errno, IoBuf, SectorRange, SendList, Stream};
 use zerocopy::IntoBytes;
 
 /// What a hostile client does to one of its messages: kind in the low 4 bits, a place in the next 16, a byte in the
-/// next 8; 0 is nothing.
+/// next 8; 0 for nothing.
 pub static NBD_TRICK: Label = Label::packed("nbd-trick", "message {n} of the client: trick {}", &[4, 16, 8]);
 
-/// A disk behind several connections. Writes avoid the last one, which is flushed: so a flush that covers only its own
-/// connection's writes covers none.
+/// A disk served through several connections. Writes avoid the last one, on which flushes are sent: a flush that
+/// covered only the writes of its own connection would cover none.
 #[derive(Clone)]
 pub struct Spread(Rc<Vec<DirectDisk>>);
 
@@ -31,7 +31,7 @@ impl Spread {
         Self(Rc::new(disks))
     }
 
-    /// Bytes of buffers that did not come back.
+    /// Bytes of buffers that have not come back.
     pub fn buffers_out(&self) -> usize {
         self.0.iter().map(DirectDisk::buffers_out).sum()
     }
@@ -68,7 +68,7 @@ impl GuestDisk for Spread {
     }
 }
 
-/// A connected client that sends what it likes.
+/// A connected client that sends arbitrary bytes.
 #[derive(Clone)]
 pub struct RawNbd<S>(S);
 
@@ -81,7 +81,7 @@ impl<S: Stream> RawNbd<S> {
     /// Sends all of `bytes`.
     ///
     /// # Errors
-    /// As the stream's.
+    /// Those of the stream.
     pub async fn send(&self, bytes: &[u8]) -> Result<(), Errno> {
         let mut list = SendList::new();
         list.push_bytes(bytes);
@@ -93,7 +93,7 @@ impl<S: Stream> RawNbd<S> {
         Ok(())
     }
 
-    /// The next `count` bytes; `None` if the stream ends before.
+    /// The next `count` bytes; `None` if the stream ends earlier.
     pub async fn take(&self, count: usize) -> Option<Vec<u8>> {
         let mut all = Vec::with_capacity(count);
         while all.len() < count {
@@ -106,7 +106,7 @@ impl<S: Stream> RawNbd<S> {
         Some(all)
     }
 
-    /// Receives whatever comes until the end; how many bytes that were.
+    /// Receives until the end. Returns the number of bytes.
     pub async fn drain(&self) -> u64 {
         let mut count = 0;
         let mut room = IoBuf::unpooled(64 << 10);
@@ -121,7 +121,7 @@ impl<S: Stream> RawNbd<S> {
         count
     }
 
-    /// Receives once; how many bytes that were, 0 at the end.
+    /// Receives once. Returns the number of bytes, 0 at the end.
     pub async fn some(&self) -> u64 {
         let Ok(buf) = IoBuf::unpooled(64 << 10) else { return 0 };
         self.0.recv(buf, 0).await.0.map_or(0, |n| n as u64)
@@ -134,7 +134,7 @@ impl<S: Stream> RawNbd<S> {
 }
 
 impl RawNbd<ProcessStream> {
-    /// Sends no more, and still receives.
+    /// Shuts down sending, and still receives.
     pub fn finish(&self) {
         self.0.finish();
     }
@@ -144,8 +144,8 @@ impl RawNbd<ProcessStream> {
 pub struct NbdScript(pub Vec<Vec<u8>>);
 
 impl NbdScript {
-    /// From the first byte to the choice of `export`: with every option that a client may use if `curious`, else only
-    /// what is needed.
+    /// From the first byte to the choice of `export`: with every option that a client may use if `curious`, else with
+    /// the necessary ones only.
     pub fn negotiation(export: &str, curious: bool) -> Self {
         let flags = u32::from(handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES);
         let mut all = vec![flags.to_be_bytes().to_vec()];
@@ -171,7 +171,7 @@ impl NbdScript {
         self.0.push([RequestHeader::new(command, flags, n, offset, len).as_bytes(), data].concat());
     }
 
-    /// A session with every command of the protocol in it.
+    /// A session that uses every command of the protocol.
     pub fn session(export: &str, requests: u64) -> Self {
         let mut script = Self::negotiation(export, true);
         let commands = [
@@ -196,7 +196,7 @@ impl NbdScript {
         script
     }
 
-    /// Spoils messages as decided.
+    /// Damages messages as decided.
     pub fn spoil(&mut self, sim: &Sim, who: Entity) {
         for (i, message) in self.0.iter_mut().enumerate() {
             let trick = sim.decide(who, &NBD_TRICK, i as u32, |d| {
@@ -211,7 +211,7 @@ impl NbdScript {
     }
 }
 
-/// What [`NBD_TRICK`] values do.
+/// Applies an [`NBD_TRICK`] value.
 fn apply(trick: u64, message: &mut Vec<u8>) {
     let (at, byte) = ((trick >> 4) as u16 as usize % message.len().max(1), (trick >> 20) as u8);
     let header = message.len().clamp(1, RequestHeader::BYTES);
@@ -240,7 +240,7 @@ pub fn describe_nbd_trick(value: u64) -> String {
         1 => format!("byte {at} of its header is {byte:#x}"),
         2 => format!("byte {at} is changed"),
         3 => format!("it is cut after {at} bytes"),
-        4 => format!("byte {byte:#x} is put in at {at}"),
+        4 => format!("byte {byte:#x} is inserted at {at}"),
         5 => format!("byte {at} is left out"),
         6 => "its length is another".into(),
         7 => format!("{at} bytes {byte:#x} follow"),
@@ -253,7 +253,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn any_trick_on_any_message() {
+    fn any_trick_applies_to_any_message() {
         let whole = NbdScript::session("disk", 9);
         for kind in 0..16 {
             for at in [0, 1, 27, 28, 600, 0xffff] {

@@ -1,5 +1,5 @@
-//! What an NBD server that means well offers: the protocol leaves it many ways to do so, and to do less. Whoever asks
-//! it for what it did not offer breaks N3.
+//! What an honest NBD server offers: the protocol permits many variants, and lesser ones. A client that asks for what
+//! was not offered breaks N3.
 
 use super::LyingServer;
 use super::lying::{Asked, Queue};
@@ -15,16 +15,16 @@ use tap_abi::nbd::{
 use tap_host::SECTOR_BYTES;
 use zerocopy::IntoBytes;
 
-/// What a server offers less on a connection after the first, bit by bit: flushes, `FUA`, trims, zeroes, writes, half
-/// of its disk, half of its requests, structured replies, contexts; 0 is as before.
+/// What a server no longer offers on a connection after the first, bit by bit: flushes, `FUA`, trims, zeroes, writes,
+/// half of its disk, half of its requests, structured replies, contexts; 0 for the same as before.
 pub static NBD_LESS: Label = Label::new("nbd-less", "the server comes back with less: {}");
 
 /// The bits of [`NBD_LESS`].
 pub(super) const LESS_BITS: u64 = 9;
 
-/// The number of `base:allocation` here.
+/// The id of `base:allocation` here.
 pub(super) const CONTEXT: u32 = 7;
-/// `INFO` of a kind that no client asks for, and a server may send all the same.
+/// `INFO` of a kind that no client asks for, which a server may send anyway.
 const INFO_DESCRIPTION: [u8; 6] = [0, 2, b'd', b'i', b's', b'k'];
 
 /// What is offered on a connection.
@@ -36,7 +36,7 @@ pub struct Offer {
     pub flags: u16,
     /// Bytes of the disk.
     pub size_bytes: u64,
-    /// Most bytes of one read or write.
+    /// Maximum number of bytes of one read or write.
     pub request_bytes: u32,
     /// Structured replies.
     pub structured: bool,
@@ -44,7 +44,7 @@ pub struct Offer {
     pub context: bool,
     /// The option `GO`.
     pub go: bool,
-    /// The smallest unit of extents in bytes: a divisor of 512.
+    /// The unit of extents in bytes: a divisor of 512.
     pub grain_bytes: usize,
 }
 
@@ -52,7 +52,7 @@ const CHANGES: u16 =
     export::SEND_TRIM | export::SEND_WRITE_ZEROES | export::SEND_FAST_ZERO | export::SEND_FUA;
 
 impl Offer {
-    /// What [`LyingServer`] offers where it is the answers that are wrong.
+    /// What [`LyingServer`] offers when it lies in its answers.
     pub fn plain(size_bytes: u64, structured: bool, request_bytes: u32) -> Self {
         Self {
             hello: handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES,
@@ -66,7 +66,7 @@ impl Offer {
         }
     }
 
-    /// One as any server may have it.
+    /// An offer as any server may make it.
     pub fn draw(world: &World, size_bytes: u64) -> Self {
         let structured = world.setting("nbd-structured", &[true, false]);
         let request_bytes = world.setting("nbd-server-request", &[32 << 20, 64 << 10, 4096]);
@@ -84,7 +84,7 @@ impl Offer {
                 export::SEND_FAST_ZERO,
                 CHANGES,
                 u16::MAX,
-                // The others then mean nothing.
+                // Without this flag the others mean nothing.
                 export::HAS_FLAGS,
             ],
         );
@@ -101,13 +101,13 @@ impl Offer {
             (offer.structured, offer.context, offer.go) = (false, false, false);
         }
         if !offer.go {
-            // There is no other way to tell.
+            // There is no other way to report it.
             offer.request_bytes = 32 << 20;
         }
         offer
     }
 
-    /// What is left of it on a later connection.
+    /// The reduced offer of a later connection.
     pub(super) fn less(self, bits: u64) -> Self {
         let lost = [export::SEND_FLUSH, export::SEND_FUA, export::SEND_TRIM, export::SEND_WRITE_ZEROES];
         let mut offer = self;
@@ -134,17 +134,17 @@ impl Offer {
         offer
     }
 
-    /// Whether it can be asked for changes that are durable when answered.
+    /// Whether it offers changes that are durable when answered.
     pub fn has_fua(&self) -> bool {
         self.has(export::SEND_FUA)
     }
 
-    /// Whether it takes trims.
+    /// Whether it offers trims.
     pub fn has_trim(&self) -> bool {
         self.has(export::SEND_TRIM)
     }
 
-    /// Whether it takes no changes.
+    /// Whether it accepts no changes.
     pub fn is_read_only(&self) -> bool {
         self.has(export::READ_ONLY)
     }
@@ -159,8 +159,8 @@ impl Offer {
         self.has(export::SEND_FLUSH)
     }
 
-    /// What is wrong with a request, if anything: `context` says whether `base:allocation` was chosen.
-    pub(super) fn judge(&self, asked: &Asked, context: bool) -> Option<&'static str> {
+    /// What is wrong with a request, if anything; `context` is whether `base:allocation` was chosen.
+    pub(super) fn violation(&self, asked: &Asked, context: bool) -> Option<&'static str> {
         let end = asked.offset.saturating_add(asked.len as u64);
         let data = asked.command == CMD_READ || asked.command == CMD_WRITE;
         let changes = [CMD_WRITE, CMD_TRIM, CMD_WRITE_ZEROES].contains(&asked.command);
@@ -186,16 +186,16 @@ impl Offer {
         } else if changes && self.has(export::READ_ONLY) {
             Some("a change of a read-only export")
         } else if end > self.size_bytes || (asked.len == 0) != (asked.command == CMD_FLUSH) {
-            Some("a range that cannot be")
+            Some("a range outside the disk")
         } else if data && asked.len > self.request_bytes as usize {
-            Some("more bytes than it takes")
+            Some("more bytes than the server accepts")
         } else {
             None
         }
     }
 }
 
-/// How far a negotiation has come.
+/// State of a negotiation.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(super) struct Agreed {
     pub(super) structured: bool,
@@ -211,7 +211,7 @@ impl LyingServer {
             queue.put(data);
         };
         if offer.hello & handshake::FIXED_NEWSTYLE == 0 && option != OPT_EXPORT_NAME {
-            let text = format!("option {option} to a server that knows one option");
+            let text = format!("option {option} was sent to a server that knows one option");
             return self.world.fail(Invariant::N3, text);
         }
         match option {
@@ -249,7 +249,7 @@ impl LyingServer {
                 }
                 agreed.chosen = true;
             }
-            // Some give a reason.
+            // Some servers add a reason.
             OPT_GO => reply(REP_ERR_UNSUP, b"what is that?"),
             OPT_SET_META_CONTEXT => reply(REP_ERROR | 3, &[]),
             _ => reply(REP_ERR_UNSUP, &[]),
@@ -262,7 +262,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_not_offered_is_noticed() {
+    fn requests_that_were_not_offered_are_detected() {
         let offer = Offer::plain(1 << 20, true, 4096);
         let asked = |command, flags, offset, len| Asked { command, flags, cookie: 1, offset, len };
         for fine in [
@@ -272,7 +272,7 @@ mod tests {
             asked(CMD_WRITE_ZEROES, command::NO_HOLE, 0, 512),
             asked(CMD_BLOCK_STATUS, 0, 0, 1 << 20),
         ] {
-            assert_eq!(offer.judge(&fine, true), None, "{fine:?}");
+            assert_eq!(offer.violation(&fine, true), None, "{fine:?}");
         }
         for wrong in [
             asked(CMD_READ, 0, 0, 8192),
@@ -283,13 +283,13 @@ mod tests {
             asked(CMD_WRITE, 0, 0, 0),
             asked(9, 0, 0, 512),
         ] {
-            assert!(offer.judge(&wrong, true).is_some(), "{wrong:?}");
+            assert!(offer.violation(&wrong, true).is_some(), "{wrong:?}");
         }
         let status = asked(CMD_BLOCK_STATUS, 0, 0, 512);
-        assert!(offer.judge(&status, false).is_some(), "without a context");
-        assert!(offer.less(1).judge(&asked(CMD_FLUSH, 0, 0, 0), true).is_some());
-        assert!(offer.less(16).judge(&asked(CMD_WRITE, 0, 0, 512), true).is_some());
-        assert!(offer.less(32).judge(&asked(CMD_READ, 0, 1 << 19, 512), true).is_some());
-        assert!(offer.less(64).judge(&asked(CMD_READ, 0, 0, 4096), true).is_some());
+        assert!(offer.violation(&status, false).is_some(), "without a context");
+        assert!(offer.less(1).violation(&asked(CMD_FLUSH, 0, 0, 0), true).is_some());
+        assert!(offer.less(16).violation(&asked(CMD_WRITE, 0, 0, 512), true).is_some());
+        assert!(offer.less(32).violation(&asked(CMD_READ, 0, 1 << 19, 512), true).is_some());
+        assert!(offer.less(64).violation(&asked(CMD_READ, 0, 0, 4096), true).is_some());
     }
 }

@@ -1,4 +1,4 @@
-//! What an NBD client may ask before it chooses an export, right and wrong, and what a server has to say to it.
+//! What an NBD client may ask before it chooses an export, valid and invalid, and how a server must reply.
 
 use super::RawNbd;
 use crate::check::Invariant;
@@ -12,30 +12,30 @@ use tap_abi::nbd::{
 use tap_host::Stream;
 use zerocopy::IntoBytes;
 
-/// An option that a client asks for before it chooses; 0 none, else one of `Question::ALL`.
+/// An option that a client sends before it chooses; 0 for none, else an index into `Question::ALL` plus one.
 pub static NBD_OPTION: Label = Label::new("nbd-option", "asks option {n} before the choice: {}");
 
-/// Options that one client asks for at most.
+/// Maximum number of options that one client sends.
 const ASKED_MAX: u32 = 3;
 
-/// An option, and the replies that belong to it.
+/// An option, and the expected replies.
 struct Question {
     option: u32,
     data: Data,
-    /// Kind of the replies before the last, and how many.
+    /// Kind and number of the replies before the last.
     before: (u32, usize),
     last: u32,
 }
 
-/// What comes with an option.
+/// The data of an option.
 #[derive(Clone, Copy)]
 enum Data {
     Nothing,
-    /// Bytes that no such option has.
+    /// Bytes that are not valid for any option.
     Odd,
-    /// More than any option has.
+    /// More than the maximum of any option.
     Much,
-    /// The name of the export, or of none, and these bytes.
+    /// The name of the export, or of none that exists, and these bytes.
     Named(&'static [u8]),
     Unknown(&'static [u8]),
     /// The name of the export, and a query for its allocation.
@@ -97,7 +97,7 @@ impl Data {
 }
 
 /// The replies to one option: the kind of the last, and kind and data of those before it. `None` if the stream ends or
-/// is not what it should be.
+/// is invalid.
 pub(super) async fn ask<S: Stream>(
     raw: &RawNbd<S>,
     option: u32,
@@ -120,8 +120,8 @@ pub(super) async fn ask<S: Stream>(
     }
 }
 
-/// Asks what is decided for `who`, and looks at each answer. `None` if the connection ends.
-pub(super) async fn be_curious<S: Stream>(
+/// Sends the options decided for `who`, and checks each reply. `None` if the connection ends.
+pub(super) async fn try_options<S: Stream>(
     world: &World,
     raw: &RawNbd<S>,
     who: Entity,
@@ -138,7 +138,7 @@ pub(super) async fn be_curious<S: Stream>(
         let (kind, count) = question.before;
         if last != question.last || before.len() != count || before.iter().any(|(other, _)| *other != kind) {
             let kinds: Vec<u32> = before.iter().map(|(kind, _)| *kind).collect();
-            let text = format!("option {} is answered with {kinds:?} and {last:#x}", question.option);
+            let text = format!("option {} was answered with {kinds:?} and {last:#x}", question.option);
             world.fail(Invariant::N2, text);
             return None;
         }

@@ -6,10 +6,10 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use tap_host::{Errno, IoKind, SectorRange};
 
-/// How long a program is idle, at most.
+/// Maximum time that a program is idle.
 const IDLE_NS: u64 = 30_000;
 
-/// A disk behind a ring.
+/// A disk on a ring.
 #[derive(Clone)]
 pub struct RingDisk {
     front: Blkfront,
@@ -17,7 +17,7 @@ pub struct RingDisk {
 }
 
 impl RingDisk {
-    /// Requests through `front`.
+    /// Submits requests through `front`.
     pub fn new(front: Blkfront) -> Self {
         Self { front, scratch: Rc::default() }
     }

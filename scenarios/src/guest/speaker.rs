@@ -1,6 +1,5 @@
-//! An NBD client that says everything the protocol has: every command, every flag that may stand beside it, every place
-//! and size, and what a server must refuse. It reads replies without the code of the stack, and knows what they must
-//! be.
+//! An NBD client that uses the whole protocol: every command, every flag that it permits, every place and size, and
+//! what a server must refuse. It parses replies without the stack's code, and checks them.
 
 use super::{RawNbd, options};
 use crate::check::{BlockHistory, Invariant};
@@ -20,13 +19,13 @@ use tap_host::{SECTOR_BYTES, SectorRange, Stream};
 use zerocopy::IntoBytes;
 
 /// One request: command in 4 bits (0 none, then read, write, flush, trim, zeroes, cache, status), flags in 5, first
-/// sector in 11, sectors less one in 11, what is wrong with it in 3.
+/// sector in 11, sectors less one in 11, the kind of invalidity in 3.
 pub static NBD_STEP: Label = Label::packed("nbd-step", "request {n}: {}", &[4, 5, 11, 11, 3]);
 
 const COMMANDS: [u16; 7] =
     [CMD_READ, CMD_WRITE, CMD_FLUSH, CMD_TRIM, CMD_WRITE_ZEROES, CMD_CACHE, CMD_BLOCK_STATUS];
 
-/// One request that a value of [`NBD_STEP`] means.
+/// The request described by a value of [`NBD_STEP`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Step {
     command: u16,
@@ -36,8 +35,8 @@ pub struct Step {
 }
 
 impl Step {
-    /// The request of a value, on a disk of `size_sectors`, with at most `most` sectors of data.
-    pub fn decode(value: u64, size_sectors: u64, most: u32) -> Option<Self> {
+    /// The request of a value, on a disk of `size_sectors`, with at most `max` sectors of data.
+    pub fn decode(value: u64, size_sectors: u64, max: u32) -> Option<Self> {
         let command = *COMMANDS.get(((value & 15) as usize).checked_sub(1)?)?;
         let legal = command::FUA
             | match command {
@@ -48,13 +47,13 @@ impl Step {
             };
         let start = ((value >> 9) & 0x7ff) % size_sectors;
         let data = command == CMD_READ || command == CMD_WRITE;
-        let most = if data { u64::from(most) } else { u64::MAX };
-        let count = (((value >> 20) & 0x7ff) + 1).min(size_sectors - start).min(most);
+        let max = if data { u64::from(max) } else { u64::MAX };
+        let count = (((value >> 20) & 0x7ff) + 1).min(size_sectors - start).min(max);
         let range = SectorRange::new(start, count as u32);
         Some(Self { command, flags: (value >> 4) as u16 & legal, range, wrong: (value >> 31) & 7 })
     }
 
-    /// Whether a disk is flushed for it.
+    /// Whether the server flushes the disk for it.
     pub fn flushes(self) -> bool {
         self.command == CMD_FLUSH || self.changes() && self.flags & command::FUA != 0
     }
@@ -65,22 +64,22 @@ impl Step {
 }
 
 /// The requests of `who`, each one decision.
-pub fn steps(world: &World, who: Entity, count: u32, size_sectors: u64, most: u32) -> Vec<Option<Step>> {
+pub fn steps(world: &World, who: Entity, count: u32, size_sectors: u64, max: u32) -> Vec<Option<Step>> {
     let one = |n| {
         let value = world.sim.decide(who, &NBD_STEP, n, |d| {
             let command = [1, 1, 2, 2, 2, 3, 4, 5, 5, 6, 7][d.below(11) as usize];
             let count = if d.below(8) == 0 { d.below(2048) } else { d.below(96) };
-            // A few places, so that requests meet.
+            // A few places, so that requests overlap.
             let start = if d.below(2) == 0 { d.below(48) * 8 } else { d.below(2048) };
             let wrong = if d.below(12) == 0 { 1 + d.below(7) } else { 0 };
             command | d.below(32) << 4 | start << 9 | count << 20 | wrong << 31
         });
-        Step::decode(value, size_sectors, most)
+        Step::decode(value, size_sectors, max)
     };
     (0..count).map(one).collect()
 }
 
-/// A reply: an error, or what came.
+/// A reply: an error, or the data.
 #[derive(Default, Debug)]
 struct Answer {
     error: u32,
@@ -116,7 +115,7 @@ struct Inner<S> {
 }
 
 impl<S: Stream> Speaker<S> {
-    /// Agrees with a server about `name`, and checks what it says. `None` if the connection ends before.
+    /// Negotiates the export `name` with a server, and checks its replies. `None` if the connection ends earlier.
     pub async fn agree(
         world: &World,
         raw: RawNbd<S>,
@@ -130,7 +129,7 @@ impl<S: Stream> Speaker<S> {
         let offered =
             if padded { handshake::FIXED_NEWSTYLE } else { handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES };
         raw.send(&u32::from(offered).to_be_bytes()).await.ok()?;
-        options::be_curious(world, &raw, who, name).await?;
+        options::try_options(world, &raw, who, name).await?;
         let (size, flags) = if structured {
             options::ask(&raw, OPT_STRUCTURED_REPLY, &[]).await?;
             options::ask(&raw, OPT_SET_META_CONTEXT, &options::query(name)).await?;
@@ -172,7 +171,7 @@ impl<S: Stream> Speaker<S> {
     /// Receives replies until the stream ends.
     pub async fn listen(self) {
         while self.reply().await.is_some() {}
-        // Who still waits learns that nothing comes any more.
+        // Waiting requests learn that no reply will come.
         self.0.waiting.borrow_mut().clear();
     }
 
@@ -190,7 +189,7 @@ impl<S: Stream> Speaker<S> {
         let asked = |cookie: u64| self.0.waiting.borrow_mut().remove(&cookie);
         if magic == SIMPLE_MAGIC {
             let Some(asked) = asked(cookie(4)) else {
-                return self.wrong("a reply that nobody asked for".into());
+                return self.wrong("a reply has no request".into());
             };
             let (error, read) = (number(0), asked.command == CMD_READ);
             if self.0.structured && (read || error != 0) {
@@ -203,7 +202,7 @@ impl<S: Stream> Speaker<S> {
         }
         let (flags, kind) = ((number(0) >> 16) as u16, number(0) as u16);
         let payload = raw.take(number(12) as usize).await?;
-        let Some(asked) = asked(cookie(4)) else { return self.wrong("a chunk that nobody asked for".into()) };
+        let Some(asked) = asked(cookie(4)) else { return self.wrong("a chunk has no request".into()) };
         let mut answer = Answer::default();
         let word = |at: usize| {
             payload.get(at..at + 4).map_or(0, |b| u32::from_be_bytes(b.try_into().unwrap_or_default()))
@@ -226,7 +225,7 @@ impl<S: Stream> Speaker<S> {
         Some(())
     }
 
-    /// Asks; `None` when the connection ends before the answer.
+    /// Sends a request and waits for its answer; `None` if the connection ends earlier.
     async fn call(&self, command: u16, flags: u16, offset: u64, len: u32, data: &[u8]) -> Option<Answer> {
         let cookie = self.0.next.replace(self.0.next.get() + 1);
         let (tell, told) = oneshot();
@@ -241,7 +240,7 @@ impl<S: Stream> Speaker<S> {
         told.await
     }
 
-    /// Carries `step` out on the disk of `history`, and checks what comes of it.
+    /// Carries out `step` on the disk of `history`, and checks the result.
     pub async fn step(&self, step: Step, history: &RefCell<BlockHistory>) {
         let world = &self.0.world;
         world.count(|s| s.requests += 1);
@@ -315,7 +314,7 @@ impl<S: Stream> Speaker<S> {
         }
     }
 
-    /// Whether it was answered, and well.
+    /// Whether it was answered with success.
     fn succeeded(&self, step: Step, answer: Option<&Answer>) -> bool {
         match answer {
             Some(answer) if answer.error == 0 => true,
@@ -337,7 +336,8 @@ impl<S: Stream> Speaker<S> {
         }
     }
 
-    /// Extents are whole sectors within what was asked; zeros are zeros, and so are holes, as nothing is below.
+    /// Extents are whole sectors within the range asked for; zeros are zeros, and so are holes, because nothing is
+    /// below.
     fn status(&self, step: Step, inv: u64, answer: &Answer, history: &RefCell<BlockHistory>) {
         let (range, one) = (step.range, step.flags & command::REQ_ONE != 0);
         let mut history = history.borrow_mut();
@@ -357,7 +357,7 @@ impl<S: Stream> Speaker<S> {
             if state & STATE_ZERO != 0 {
                 let zeros = vec![0; part.len_bytes() as usize];
                 if let Err(wrong) = history.check_read(inv, part, &zeros) {
-                    self.wrong(format!("status of {range}: {part} is called zeros: {wrong}"));
+                    self.wrong(format!("status of {range}: {part} is reported as zeros: {wrong}"));
                 }
             }
             (at, left, last) = (at + count, left - count, Some(*state));
@@ -367,7 +367,7 @@ impl<S: Stream> Speaker<S> {
         }
     }
 
-    /// What must be refused, with its reason, and changes nothing.
+    /// An invalid request must be refused with the right error, and changes nothing.
     async fn refused(&self, step: Step, size_sectors: u64) {
         let (mut command, mut flags) = (step.command, step.flags);
         let (mut offset, mut len) = (step.range.start.0 * SECTOR_BYTES, step.range.len_bytes() as u32);
@@ -387,7 +387,7 @@ impl<S: Stream> Speaker<S> {
                 why = if step.changes() { error::ENOSPC } else { error::EINVAL };
             }
         }
-        // A flush is about everything, whatever it says.
+        // A flush covers everything, whatever its range.
         if command == CMD_FLUSH && step.wrong != 5 {
             return;
         }
@@ -405,7 +405,7 @@ impl<S: Stream> Speaker<S> {
         }
     }
 
-    /// Leaves in order.
+    /// Disconnects in order.
     pub fn leave(&self) {
         self.0.raw.close();
     }

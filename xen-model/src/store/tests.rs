@@ -112,7 +112,7 @@ fn too_many_events_become_one_of_the_watched_path() {
 }
 
 #[test]
-fn a_watch_tells_only_what_may_be_read() {
+fn a_watch_fires_only_for_readable_nodes() {
     let mut s = store();
     let (own, foreign) = (s.watch(GUEST, "x").unwrap(), s.watch(OTHER, "/local/domain/5").unwrap());
     assert_eq!((events(&mut s, own).len(), events(&mut s, foreign).len()), (1, 1));

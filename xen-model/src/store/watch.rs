@@ -9,14 +9,14 @@ use std::collections::{BTreeMap, VecDeque};
 use std::task::Waker;
 use tap_host::{DomId, Errno};
 
-/// Different events that are kept for one watch.
+/// Maximum number of different events kept for one watch.
 const QUEUE_MAX: usize = 64;
 
 struct Watch {
     client: Client,
     path: String,
     queue: VecDeque<String>,
-    /// There is one event, and it stands for all that come.
+    /// The queue has a single event, which stands for all further ones.
     merged: bool,
     waker: Option<Waker>,
 }

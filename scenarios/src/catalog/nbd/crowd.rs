@@ -1,8 +1,10 @@
-//! More clients than there is room for, and most of them want nothing: who does is served all the same.
+//! More clients than connections, most of them idle or stuck: the well-behaved ones must be served.
 
-use super::plan::{DISK, NO_ERRORS, Plan, Served, address, bury, client_config, end, server_limits};
+use super::plan::{
+    DISK, NO_ERRORS, Plan, Served, address, client_config, end, reap_dead_clients, server_limits,
+};
 use crate::check::Invariant;
-use crate::guest::{DirectDisk, Guest, Manners, NbdScript, RawNbd};
+use crate::guest::{DirectDisk, ErrorPolicy, Guest, NbdScript, RawNbd};
 use crate::scenario::Scenario;
 use crate::world::World;
 use kernel_model::faults::FaultPlan;
@@ -14,18 +16,18 @@ use tap_abi::nbd::{CMD_DISC, CMD_READ, CMD_WRITE};
 use tap_core::Node;
 use tap_host::{Mark, SECTOR_BYTES, SectorRange, Sockets};
 
-/// What one of a crowd does.
+/// What a client of the crowd does.
 pub static CROWD: Label = Label::new(
     "crowd",
-    "it is of kind {}: 1 silent, 2 speaks half, 3 never reads, 4 reads slowly, 5 and 6 read, 7 never reads and stays, \
+    "it is of kind {}: 1 silent, 2 sends half a negotiation, 3 never reads, 4 reads slowly, 5 and 6 read, 7 never reads and stays, \
      8 does so with large requests, 9 stops in the middle of a large write",
 );
 
-/// Clients that want nothing, or take nothing.
+/// Clients that send nothing or read nothing.
 pub static NBD_CROWD: Scenario = Scenario {
     name: "nbd-crowd",
-    about: "a crowd that connects and never speaks, asks and never reads, or stops in a write; who comes to read is served soon",
-    // Nothing is stuck for ten seconds: who waits for whom is what is measured.
+    about: "a crowd that connects and never speaks, sends requests and never reads, or stops in a write; a client that reads is served soon",
+    // Nothing hangs for ten seconds, because the time that clients wait for each other is measured.
     storage: &|_| StorageConfig {
         faults: FaultPlan { stuck: false, ..FaultPlan::LATENCY },
         ..StorageConfig::default()
@@ -33,13 +35,13 @@ pub static NBD_CROWD: Scenario = Scenario {
     body: &|w| Box::pin(crowd(w)),
 };
 
-/// How long somebody may wait who wants to be served, in nanoseconds: some slow ones before, and twice what a client
-/// may take for its last replies.
+/// Maximum time until a well-behaved client is served, in nanoseconds: a few slow clients before it, and twice the time
+/// that a client may take for its last replies.
 const WITHIN_NS: u64 = 25_000_000_000;
-/// How long the server waits for one that takes nothing.
+/// How long the server waits for a client that reads nothing.
 const GRACE_NS: u64 = 1_000_000_000;
 const CROWD_SIZE: u64 = 8;
-/// Receives of a slow one, and how far they are apart.
+/// Number of receives of a slow client, and the time between them in nanoseconds.
 const SLOW_LOOKS: u64 = 6;
 const SLOW_NS: u64 = 400_000_000;
 const READS: u64 = 200;
@@ -54,7 +56,7 @@ async fn crowd(world: World) {
     let Some(served) = plan.serve(&plan.process("tapdisk", 0)).await else { return };
     let over = Rc::new(Cell::new(false));
     let mut hosts = Vec::new();
-    // In some worlds most want the same, so that they wait for one another too.
+    // In some worlds most clients do the same, so that they wait for each other, too.
     let usual = world.setting("crowd-kind", &[0, 3, 7, 8, 9]);
     for who in 0..CROWD_SIZE {
         let entity = Entity::WORLD.child("crowd", who);
@@ -68,7 +70,7 @@ async fn crowd(world: World) {
             host.process.node().spawn(
                 "main",
                 0,
-                come_again(world.clone(), host.clone(), kind, Rc::clone(&over)),
+                run_client(world.clone(), host.clone(), kind, Rc::clone(&over)),
             );
             hosts.push(host);
         }
@@ -87,8 +89,8 @@ async fn crowd(world: World) {
     let client = plan.connect(&host, &client_config(&world)).await;
     let disk = DirectDisk::new(Rc::clone(&client) as Rc<dyn Node>, plan.limits.pool_bytes);
     let guest = plan.guest(disk, &setup, Invariant::G1);
-    guest.set_manners(Manners { reads: Invariant::G1, ..NO_ERRORS });
-    // Also more than a connection has memory for by itself.
+    guest.set_error_policy(ErrorPolicy { reads: Invariant::G1, ..NO_ERRORS });
+    // Also more than a connection's reserved memory.
     for sectors in [1, LARGE_SECTORS.min(setup.size_sectors as u32)] {
         if let Err(error) = guest.read(SectorRange::new(0, sectors)).await {
             world.fail(Invariant::H2, format!("reading failed with {error:?}"));
@@ -100,12 +102,12 @@ async fn crowd(world: World) {
     rest(&world, &guest).await;
     over.set(true);
     check_bounds(&world, &plan, &served);
-    bury(&world, &hosts, &served, 1).await;
+    reap_dead_clients(&world, &hosts, &served, 1).await;
     let clients = vec![client];
     end(&plan, served, &clients, &setup).await;
 }
 
-/// Writes, and then wants nothing while the others want its place: it keeps that.
+/// Writes, and then idles while other clients want its connection: it must keep it.
 async fn rest(world: &World, guest: &Guest<DirectDisk>) {
     if let Err(error) = guest.write(SectorRange::new(0, 1)).await {
         world.fail(Invariant::H2, format!("writing failed with {error:?}"));
@@ -114,26 +116,26 @@ async fn rest(world: &World, guest: &Guest<DirectDisk>) {
     let before = back();
     world.sim.sleep_ns(world.setting("rest", &[3 * GRACE_NS, 0])).await;
     if let Err(error) = guest.read(SectorRange::new(0, 1)).await {
-        world.fail(Invariant::H2, format!("reading after a rest failed with {error:?}"));
+        world.fail(Invariant::H2, format!("reading after a pause failed with {error:?}"));
     }
     if back() != before {
-        world.fail(Invariant::H2, "a client that wanted nothing for a while was sent away");
+        world.fail(Invariant::H2, "a client that was idle for a while was disconnected");
     }
 }
 
-/// No more is open than the limits say: one that gives its place up may not have ended when the next is there.
+/// Checks that no more connections are open than the limits permit: a replaced one may still be ending.
 fn check_bounds(world: &World, plan: &Plan, served: &Served) {
     let (open, limits) = (served.connections(), plan.server);
     if open > limits.connections + 2 * limits.negotiating {
-        world.fail(Invariant::K1, format!("the server has {open} connections, and limits of {limits:?}"));
+        world.fail(Invariant::K1, format!("the server has {open} connections, with limits of {limits:?}"));
     }
 }
 
-/// Is one of the crowd. Who wants nothing comes again and again.
-async fn come_again(world: World, host: SimHost, kind: u64, over: Rc<Cell<bool>>) {
+/// Runs one client of the crowd. An idle one reconnects whenever it is disconnected.
+async fn run_client(world: World, host: SimHost, kind: u64, over: Rc<Cell<bool>>) {
     while !over.get() {
         if let Ok(stream) = host.connect(&address()).await
-            && be_there(&world, RawNbd::new(stream), kind).await
+            && run_connection(&world, RawNbd::new(stream), kind).await
         {
             return;
         }
@@ -141,16 +143,16 @@ async fn come_again(world: World, host: SimHost, kind: u64, over: Rc<Cell<bool>>
     }
 }
 
-/// Bytes of a large read or write that this server takes.
+/// Bytes of a large read or write that this server accepts.
 fn large_bytes(world: &World) -> u32 {
     server_limits(world).request_bytes.min(LARGE_SECTORS * SECTOR_BYTES as u32)
 }
 
-/// One connection. Gives whether it was all that this client wanted.
-async fn be_there(world: &World, raw: RawNbd<ProcessStream>, kind: u64) -> bool {
+/// One connection. Returns whether the client is done.
+async fn run_connection(world: &World, raw: RawNbd<ProcessStream>, kind: u64) -> bool {
     let mut script = NbdScript::negotiation(DISK, kind == 2).0.concat();
     if kind <= 2 {
-        // It says nothing, or stops in the middle of an option.
+        // It sends nothing, or stops in the middle of an option.
         script.truncate(if kind == 1 { 0 } else { script.len() - 5 });
         let _gone = raw.send(&script).await;
         raw.drain().await;
@@ -165,7 +167,7 @@ async fn be_there(world: &World, raw: RawNbd<ProcessStream>, kind: u64) -> bool 
         requests.request(CMD_READ, 0, n, 0, read_bytes, &[]);
     }
     if kind == 9 {
-        // Less than it announces, so nothing of it is ever written.
+        // Less than it announces, so that none of it is ever written.
         requests.request(CMD_WRITE, 0, 0, 0, large_bytes(world), &[0; SECTOR_BYTES as usize]);
     }
     if kind == 6 {
@@ -185,7 +187,7 @@ async fn be_there(world: &World, raw: RawNbd<ProcessStream>, kind: u64) -> bool 
         return std::future::pending().await;
     }
     world.sim.spawn_once("sends", 0, async move {
-        // Who is hung up on is not sent for: what it got is looked at.
+        // A failed send is ignored: the received bytes are checked.
         let _sent = sent.await;
     });
     let mut got = 0;

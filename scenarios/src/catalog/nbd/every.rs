@@ -1,13 +1,13 @@
-//! Every command of the protocol, with every flag that may stand beside it; and a server that is stopped under load.
+//! Every command of the protocol, with every permitted flag; and a server that is stopped under load.
 
 use super::plan::{
-    DISK, DISK_BYTES, NO_ERRORS, Plan, Served, address, check_looks, client_config, client_stack, cut_power,
-    last_look, within,
+    DISK, DISK_BYTES, NO_ERRORS, Plan, Served, address, check_queries, client_config, client_stack,
+    cut_power, last_check, within,
 };
 use crate::catalog::crash::arm_power_cut;
 use crate::catalog::setup::Setup;
 use crate::check::Invariant;
-use crate::guest::{DirectDisk, Gate, Manners, RawNbd, Speaker, Step, steps};
+use crate::guest::{DirectDisk, ErrorPolicy, Gate, RawNbd, Speaker, Step, steps};
 use crate::scenario::Scenario;
 use crate::world::{World, setting};
 use kernel_model::faults::FaultPlan;
@@ -20,21 +20,21 @@ use tap_core::wait::Event;
 use tap_host::{SECTOR_BYTES, SocketAddress, Sockets};
 use tap_nbd::{Breaks, ClientConfig};
 
-/// When a server is asked to stop.
+/// Time after which a server is asked to stop.
 pub static STOP_AFTER: Label = Label::new("stop-after", "the server is asked to stop after {} ns");
 
-/// The whole alphabet.
+/// The whole protocol.
 pub static NBD_EVERY_COMMAND: Scenario = Scenario {
     name: "nbd-every-command",
-    about: "every NBD command with every flag, right and wrong, on a disk and on a read-only one, with I/O errors; power cut",
+    about: "every NBD command with every flag, valid and invalid, on a disk and on a read-only one, with I/O errors; power cut",
     storage: &storage,
     body: &|w| Box::pin(every_command(w)),
 };
 
-/// A server that ends in order, again and again.
+/// A server that is stopped in order, repeatedly.
 pub static NBD_SERVER_STOPPED: Scenario = Scenario {
     name: "nbd-server-stopped",
-    about: "a server is stopped under load and its machine loses its power at once: what was answered is there, the rest comes again",
+    about: "a server is stopped under load and its machine loses power at once: what was answered is there, the rest is sent again",
     storage: &|_| StorageConfig::default(),
     body: &|w| Box::pin(server_stopped(w)),
 };
@@ -65,16 +65,16 @@ async fn every_command(world: World) {
     let host = plan.process("client", 0);
     let nodes = [&served.host, &other.host, &host].map(|host| host.process.node().clone());
     arm_power_cut(&world, &setup, 0, 240, move || nodes.iter().for_each(sim::Node::kill));
-    let most = (plan.server.request_bytes / SECTOR_BYTES as u32).min(1024);
+    let max = (plan.server.request_bytes / SECTOR_BYTES as u32).min(1024);
     let entity = Entity::WORLD.child("speaker", 0);
     world.sim.name_entity(entity, || "the client".into());
-    let all = steps(&world, entity, 70, setup.size_sectors, most);
+    let all = steps(&world, entity, 70, setup.size_sectors, max);
     let structured = world.setting("nbd-structured", &[true, false]);
     let (w, h, s, depth) = (world.clone(), host.clone(), setup.clone(), plan.limits.guest_depth);
     let (still, steps) = (frozen.clone(), all.clone());
     within(&host, async move {
         let mut speakers = Vec::new();
-        // The last one is of the other kind, and on the disk that stays as it is.
+        // The last one has the other kind of replies, and uses the read-only disk.
         for (who, name, structured) in
             [(1, DISK, structured), (2, DISK, !structured), (3, FROZEN, structured)]
         {
@@ -87,13 +87,13 @@ async fn every_command(world: World) {
         }
     })
     .await;
-    check_looks(&world, &served, 2);
+    check_queries(&world, &served, 2);
     let flushes =
         |who: usize| all.iter().skip(who).step_by(3).flatten().filter(|step| step.flushes()).count();
-    let most = [flushes(0) + flushes(1), flushes(2)];
-    for (asks, most) in served.asks().iter().chain(&other.asks()).zip(most) {
-        if asks.flushes() > most as u64 {
-            let text = format!("{} flushes for {most} requests that need one", asks.flushes());
+    let max = [flushes(0) + flushes(1), flushes(2)];
+    for (asks, max) in served.asks().iter().chain(&other.asks()).zip(max) {
+        if asks.flushes() > max as u64 {
+            let text = format!("{} flushes for {max} requests that need one", asks.flushes());
             world.fail(Invariant::N2, text);
         }
     }
@@ -101,7 +101,7 @@ async fn every_command(world: World) {
     if world.storage.bytes(&frozen.spec.path) != before {
         world.fail(Invariant::N2, "a read-only export has changed");
     }
-    last_look(&plan, &setup, Invariant::G7).await;
+    last_check(&plan, &setup, Invariant::G7).await;
 }
 
 async fn speaker(
@@ -115,14 +115,14 @@ async fn speaker(
     world.sim.name_entity(who, || format!("connection {number} of the client"));
     let raw = RawNbd::new(host.connect(address).await.ok()?);
     let Some(speaker) = Speaker::agree(world, raw, who, name, structured, DISK_BYTES).await else {
-        world.fail(Invariant::N2, "the server ended a negotiation that keeps to the protocol");
+        world.fail(Invariant::N2, "the server ended a valid negotiation");
         return None;
     };
     host.process.node().spawn("listens", 0, speaker.clone().listen());
     Some(speaker)
 }
 
-/// Asks for everything, each request on the connection that its number says.
+/// Sends all requests, each on the connection that its number selects.
 async fn speak(
     host: &SimHost,
     speakers: &[Speaker<ProcessStream>],
@@ -147,7 +147,7 @@ async fn speak(
 
 async fn server_stopped(world: World) {
     let (mut plan, setup) = Plan::draw(&world);
-    // Also less than the disk takes for a request: then it ends without its reply, and is asked for again.
+    // Also less than the disk takes for a request: it then ends without its reply, and is sent again.
     plan.server.grace_ns = world.setting("nbd-grace", &[5_000_000_000, 1_000_000]);
     let Some(first) = plan.serve(&plan.process("tapdisk", 0)).await else { return };
     let host = plan.process("client", 0);
@@ -164,17 +164,17 @@ async fn server_stopped(world: World) {
         let (_, node) = client_stack(&p, &h, &config, CacheMode::WriteBack).await;
         let disk = DirectDisk::new(node, p.limits.pool_bytes);
         let guest = p.guest(disk, &s, Invariant::P1);
-        guest.set_manners(Manners { reads: Invariant::P1, ..NO_ERRORS });
+        guest.set_error_policy(ErrorPolicy { reads: Invariant::P1, ..NO_ERRORS });
         guest.run(&ops, p.limits.guest_depth).await;
     })
     .await;
     done.wait().await;
     let Some(served) = last.take() else { return };
     cut_power(&world, &setup, &[&host, &served.host]).await;
-    last_look(&plan, &setup, Invariant::G7).await;
+    last_check(&plan, &setup, Invariant::G7).await;
 }
 
-/// Stops the server, cuts the power of its machine, and starts the next; gives the last one.
+/// Stops the server, cuts the power of its machine, and starts the next. Returns the last one.
 async fn stops(plan: &Plan, setup: &Setup, first: Served) -> Option<Served> {
     let (world, mut served) = (&plan.world, first);
     for n in 1..=3 {

@@ -1,8 +1,8 @@
-//! A server that does not mean well, below our client.
+//! Our client on a server that lies.
 
 use super::plan::{DISK_BYTES, NO_ERRORS, Plan, address, client_config, client_stack, within};
 use crate::check::{BlockHistory, Initial, Invariant};
-use crate::guest::{DirectDisk, Guest, LyingServer, Manner, Manners, Offer};
+use crate::guest::{DirectDisk, ErrorPolicy, Guest, LyingServer, Offer, ServerMode};
 use crate::scenario::Scenario;
 use crate::world::World;
 use kernel_model::StorageConfig;
@@ -13,10 +13,10 @@ use tap_core::wait::Event;
 use tap_host::{Listener, SECTOR_BYTES, SectorRange, Sockets};
 use tap_nbd::{Breaks, ClientConfig};
 
-/// A server that answers with what nobody asked for.
+/// A server with wrong answers.
 pub static NBD_HOSTILE_SERVER: Scenario = Scenario {
     name: "nbd-hostile-server",
-    about: "our NBD client on a server whose answers are doubled, missing, misplaced or cut: a read has every byte or fails",
+    about: "our NBD client on a server whose answers are duplicated, missing, misplaced or truncated: a read has every byte or fails",
     storage: &|_| StorageConfig::default(),
     body: &|w| Box::pin(hostile_server(w)),
 };
@@ -26,7 +26,7 @@ async fn hostile_server(world: World) {
     let structured = world.setting("nbd-structured", &[true, false]);
     let request_bytes = world.setting("nbd-server-request", &[32 << 20, 64 << 10, 4096]);
     let offer = Offer::plain(DISK_BYTES, structured, request_bytes);
-    let server = LyingServer::new(&world, offer, Manner::Lies);
+    let server = LyingServer::new(&world, offer, ServerMode::Lies);
     let far = plan.process("server", 0);
     let Ok(listener) = far.listen(&address()).await else { return };
     let own = Rc::clone(&server);
@@ -42,7 +42,7 @@ async fn hostile_server(world: World) {
     history.relax_order();
     let history = Rc::new(RefCell::new(history));
     let host = plan.process("client", 0);
-    // One that never answers is given up soon, one that lies and lies is tried again and again.
+    // A server that never answers is given up soon; one that lies is tried again and again.
     let config = ClientConfig {
         breaks: Breaks::Keep,
         request_ns: world.setting("nbd-patience", &[400_000_000, 50_000_000]),
@@ -53,27 +53,24 @@ async fn hostile_server(world: World) {
     within(&host, async move {
         let (client, node) = client_stack(&p, &h, &config, CacheMode::WriteBack).await;
         let disk = DirectDisk::new(Rc::clone(&node), p.limits.pool_bytes);
-        let manners = Manners { errors_allowed: true, reads: Invariant::G1, ..NO_ERRORS };
-        let guest = Guest::new(&w, disk, past, manners);
+        let policy = ErrorPolicy { errors_allowed: true, reads: Invariant::G1, ..NO_ERRORS };
+        let guest = Guest::new(&w, disk, past, policy);
         let (g, sim, looked) = (guest.clone(), w.sim.clone(), Rc::new(Event::new()));
         let done = Rc::clone(&looked);
         h.process.node().spawn("looks", 0, async move {
             for at in 0..16 {
                 let range = SectorRange::new(at * 128, (size_sectors - at * 128) as u32);
-                // What fails here fails for the guest as well.
+                // Errors here are also seen by the guest.
                 let _ = g.extents(&*node, range, 4096).await;
                 sim.sleep_ns(200_000).await;
             }
             done.set();
         });
         guest.run(&ops, p.limits.guest_depth).await;
-        server.reform();
+        server.become_honest();
         w.sim.stop_faults();
         if let Err(error) = guest.read_all().await {
-            w.fail(
-                Invariant::E4,
-                format!("with a server that means well reading the disk failed with {error:?}"),
-            );
+            w.fail(Invariant::E4, format!("reading the disk from an honest server failed with {error:?}"));
         }
         looked.wait().await;
         if client.in_flight() > 0 || guest.disk().buffers_out() > 0 {

@@ -1,7 +1,7 @@
 //! Disks over NBD: our client against our server, and clients that are slow, dying or hostile.
 //!
 //! ```text
-//!   client process                                  server process (may be killed and started again)
+//!   client process                                  server process (may be killed and restarted)
 //!   Guest ─ [Slot ─ Scheduler ─] Client ═ stream ═ Server ─ Slot ─ Scheduler ─ image ─ Storage
 //! ```
 
@@ -23,14 +23,15 @@ use super::ring::kills;
 use super::setup::Setup;
 use crate::check::Invariant;
 use crate::formats::RAW;
-use crate::guest::{DirectDisk, Manners, NbdScript, RawNbd};
+use crate::guest::{DirectDisk, ErrorPolicy, NbdScript, RawNbd};
 use crate::scenario::Scenario;
 use crate::world::World;
 use kernel_model::StorageConfig;
 use kernel_model::faults::{FaultPlan, SyncErrors};
 use plan::{
-    DISK, DISK_BYTES, NO_ERRORS, Plan, Supervisor, address, bury, check_connected, check_idle, check_looks,
-    check_unbroken, client_config, client_stack, cut_power, end, last_look, send_all, tcp_address, within,
+    DISK, DISK_BYTES, NO_ERRORS, Plan, Supervisor, address, check_connected, check_idle, check_queries,
+    check_unbroken, client_config, client_stack, cut_power, end, last_check, reap_dead_clients, send_all,
+    tcp_address, within,
 };
 use sim::{Entity, Label};
 use std::rc::Rc;
@@ -40,13 +41,13 @@ use tap_core::wait::Event;
 use tap_host::Sockets;
 use tap_nbd::{Breaks, ClientConfig};
 
-/// After how many of its effects a client is killed.
+/// Number of effects after which a client is killed.
 pub static CLIENT_DIES: Label = Label::new("client-dies", "the client is killed after {} of its effects");
 
-/// Several connections over streams that are cut anywhere.
+/// Several connections over streams that are split anywhere.
 pub static NBD_SPLIT_READS: Scenario = Scenario {
     name: "nbd-split-reads",
-    about: "several NBD connections to one export over streams that are cut and late; a flush on one covers all; power cut",
+    about: "several NBD connections to one export over streams that are split and delayed; a flush on one covers all; power cut",
     storage: &|_| StorageConfig::default(),
     body: &|w| Box::pin(split_reads(w)),
 };
@@ -54,15 +55,15 @@ pub static NBD_SPLIT_READS: Scenario = Scenario {
 /// Clients that die.
 pub static NBD_CLIENT_DIES: Scenario = Scenario {
     name: "nbd-client-dies",
-    about: "NBD clients die in the middle of requests; another goes on, and nothing of the dead is left",
+    about: "NBD clients die in the middle of requests; another continues, and nothing of the dead ones is left",
     storage: &|_| StorageConfig::default(),
     body: &|w| Box::pin(client_dies(w)),
 };
 
-/// A client that takes no replies.
+/// A client that reads no replies.
 pub static NBD_SLOW_CLIENT: Scenario = Scenario {
     name: "nbd-slow-client",
-    about: "an NBD client asks for much and takes no replies; others are not held up, and memory is bounded",
+    about: "an NBD client sends many requests and reads no replies; others are not held up, and memory is bounded",
     storage: &|_| StorageConfig::default(),
     body: &|w| Box::pin(slow_client(w)),
 };
@@ -70,7 +71,7 @@ pub static NBD_SLOW_CLIENT: Scenario = Scenario {
 /// A server that dies under its client.
 pub static NBD_SERVER_RESTARTS: Scenario = Scenario {
     name: "nbd-server-restarts",
-    about: "tapdisk is killed between any two of its effects under an NBD client and started again; the guest sees a pause",
+    about: "tapdisk is killed between any two of its effects under an NBD client and restarted; the guest sees a pause",
     storage: &|_| StorageConfig::default(),
     body: &|w| Box::pin(server_restarts(w)),
 };
@@ -90,7 +91,7 @@ pub static NBD_FLUSH_ERRORS_AND_DEATHS: Scenario = Scenario {
 /// A server whose machine goes down under its client.
 pub static NBD_SERVER_POWER_CUT: Scenario = Scenario {
     name: "nbd-server-power-cut",
-    about: "the server's machine loses its power while the NBD client lives; no flush then says that nothing is lost",
+    about: "the server's machine loses power while the NBD client runs; no flush then hides a loss",
     storage: &|_| StorageConfig::default(),
     body: &|w| Box::pin(server_power_cut(w)),
 };
@@ -98,7 +99,7 @@ pub static NBD_SERVER_POWER_CUT: Scenario = Scenario {
 /// A client that sends garbage.
 pub static NBD_HOSTILE_CLIENT: Scenario = Scenario {
     name: "nbd-hostile-client",
-    about: "an NBD client whose messages are changed, cut and mixed with garbage; its neighbour notices nothing",
+    about: "an NBD client whose messages are changed, truncated and mixed with garbage; its neighbour is not affected",
     storage: &|_| StorageConfig::default(),
     body: &|w| Box::pin(hostile_client(w)),
 };
@@ -139,7 +140,7 @@ async fn split_reads(world: World) {
     .await;
     check_unbroken(&world);
     cut_power(&world, &setup, &[&served.host, &proxy, &host]).await;
-    last_look(&plan, &setup, Invariant::G7).await;
+    last_check(&plan, &setup, Invariant::G7).await;
 }
 
 async fn client_dies(world: World) {
@@ -166,7 +167,7 @@ async fn client_dies(world: World) {
     let guest = plan.guest(disk, &setup, Invariant::G1);
     let (g, depth) = (guest.clone(), plan.limits.guest_depth);
     within(&host, async move { g.run(&ops, depth).await }).await;
-    bury(&world, &gone, &served, 1).await;
+    reap_dead_clients(&world, &gone, &served, 1).await;
     if let Err(error) = guest.read_all().await {
         world.fail(Invariant::E4, format!("reading the whole disk failed with {error:?}"));
     }
@@ -180,7 +181,7 @@ async fn slow_client(world: World) {
     let awake = Rc::new(Event::new());
     let writes = world.setting("slow-client-writes", &[false, true]);
     let looks = !writes && world.setting("slow-client-looks", &[false, true]);
-    // What is there, far from what the guest does to the disk.
+    // Initial content, far from what the guest changes.
     let mut there = vec![0; 4096];
     if setup.spec.format == RAW
         && let Some(image) = world.storage.content(&setup.spec.path)
@@ -204,13 +205,13 @@ async fn slow_client(world: World) {
         let (reader, watched) = (raw.clone(), w.clone());
         h.process.node().spawn("reads", 0, async move {
             a.wait().await;
-            // It is killed in the end: the stream has no other end.
+            // It is killed at the end, because its stream has no other end.
             let _ = reader.drain().await;
-            watched.fail(Invariant::N1, "the server ended the connection of a client that is only slow");
+            watched.fail(Invariant::N1, "the server ended the connection of a client that is merely slow");
         });
         for message in &script.0 {
             if raw.send(message).await.is_err() {
-                w.fail(Invariant::H2, "the server closed the connection of a client that is only slow");
+                w.fail(Invariant::H2, "the server closed the connection of a client that is merely slow");
                 return;
             }
         }
@@ -220,17 +221,17 @@ async fn slow_client(world: World) {
     let (disk, clients) = plan.spread(&host, &client_config(&world), 1, CacheMode::WriteBack).await;
     let guest = plan.guest(disk, &setup, Invariant::G1);
     let (g, depth) = (guest.clone(), plan.limits.guest_depth);
-    // This ends although the other client takes nothing.
+    // This completes although the other client reads nothing.
     within(&host, async move { g.run(&ops, depth).await }).await;
     world.sim.stop_faults();
-    // Nobody wants its place, so it keeps that for as long as it takes nothing.
+    // No other client wants its connection, so it keeps it without reading.
     let long_ns = 4 * plan.server.grace_ns;
     world.sim.sleep_ns(world.setting("slow-for-ns", &[0, long_ns, long_ns, long_ns])).await;
     awake.set();
     world.sim.sleep_ns(600_000_000_000).await;
     check_connected(&world, &clients);
     check_idle(&world, &served, 2);
-    check_looks(&world, &served, 1);
+    check_queries(&world, &served, 1);
     slow.process.node().kill();
     slow.process.node().dead().await;
     if let Err(error) = guest.read_all().await {
@@ -254,7 +255,7 @@ async fn server_restarts(world: World) {
     })
     .await;
     cut_power(&world, &setup, &[&host, &supervisor.retire().host]).await;
-    last_look(&plan, &setup, Invariant::G7).await;
+    last_check(&plan, &setup, Invariant::G7).await;
 }
 
 async fn flush_errors_and_deaths(world: World) {
@@ -269,9 +270,9 @@ async fn flush_errors_and_deaths(world: World) {
     within(&host, async move {
         let (_, node) = client_stack(&p, &h, &config, CacheMode::WriteBack).await;
         let guest = p.guest(DirectDisk::new(node, p.limits.pool_bytes), &s, Invariant::P1);
-        guest.set_manners(Manners { retries, errors_allowed: true, reads: Invariant::P1 });
+        guest.set_error_policy(ErrorPolicy { retries, errors_allowed: true, reads: Invariant::P1 });
         guest.run(&ops, p.limits.guest_depth).await;
-        // What a flush that says ok now promises, holds.
+        // What a successful flush now promises must hold.
         let _ = guest.flush().await;
     })
     .await;
@@ -282,7 +283,7 @@ async fn flush_errors_and_deaths(world: World) {
     }
     cut_power(&world, &setup, &[&host, &process]).await;
     world.xen.power_cut();
-    last_look(&plan, &setup, Invariant::E2).await;
+    last_check(&plan, &setup, Invariant::E2).await;
 }
 
 async fn server_power_cut(world: World) {
@@ -294,7 +295,7 @@ async fn server_power_cut(world: World) {
     let ops = plan.operations(0, setup.size_sectors, 30);
     let (g, depth) = (guest.clone(), plan.limits.guest_depth);
     within(&host, async move { g.run(&ops, depth).await }).await;
-    // The server's machine alone: the guest does not know of it.
+    // The server's machine alone; the guest does not notice.
     served.host.process.node().kill();
     served.host.process.node().dead().await;
     world.storage.power_cut();
@@ -302,10 +303,10 @@ async fn server_power_cut(world: World) {
     let Some(served) = plan.serve(&plan.process("tapdisk", 1)).await else { return };
     world.sim.sleep_ns(10_000_000).await;
     let g = guest.clone();
-    guest.set_manners(Manners { errors_allowed: true, reads: Invariant::G7, ..NO_ERRORS });
+    guest.set_error_policy(ErrorPolicy { errors_allowed: true, reads: Invariant::G7, ..NO_ERRORS });
     within(&host, async move {
         if g.flush().await.is_err() {
-            // The guest knows now that what it had not flushed may be gone.
+            // The guest now knows that unflushed data may be gone.
             g.history.borrow_mut().power_cut();
         }
         let _ = g.read_all().await;
@@ -315,32 +316,32 @@ async fn server_power_cut(world: World) {
     let (g, w) = (guest.clone(), world.clone());
     within(&host, async move {
         if g.flush().await.is_ok() && unflushed {
-            w.fail(Invariant::E2, "a flush succeeds after an earlier one had failed");
+            w.fail(Invariant::E2, "a flush succeeded after an earlier one had failed");
         }
     })
     .await;
     cut_power(&world, &setup, &[&host, &served.host]).await;
-    last_look(&plan, &setup, Invariant::E2).await;
+    last_check(&plan, &setup, Invariant::E2).await;
 }
 
 async fn stream(world: World) {
     let (plan, setup) = Plan::draw(&world);
     let Some(served) = plan.serve(&plan.process("tapdisk", 0)).await else { return };
     let bytes = world.options.stream.clone().unwrap_or_default();
-    let behind = bytes.first().is_some_and(|first| first % 2 == 1);
-    let mut script = if behind { NbdScript::negotiation(DISK, false).0 } else { Vec::new() };
+    let negotiated = bytes.first().is_some_and(|first| first % 2 == 1);
+    let mut script = if negotiated { NbdScript::negotiation(DISK, false).0 } else { Vec::new() };
     script.extend(bytes.get(1..).unwrap_or_default().chunks(1000).map(<[u8]>::to_vec));
     let host = plan.process("client", 0);
     let h = host.clone();
     within(&host, send_all(h, script)).await;
-    bury(&world, &[host], &served, 0).await;
+    reap_dead_clients(&world, &[host], &served, 0).await;
     end(&plan, served, &Vec::new(), &setup).await;
 }
 
 async fn hostile_client(world: World) {
     let (mut plan, setup) = Plan::draw(&world);
     let bad = Setup::raw(&world, 1, DISK_BYTES);
-    // First, so that it is also the one without a name.
+    // First, so that it is also the default export.
     plan.disks.insert(0, ("bad", bad.clone()));
     let Some(served) = plan.serve(&plan.process("tapdisk", 0)).await else { return };
     let mut hostile = Vec::new();
@@ -359,7 +360,7 @@ async fn hostile_client(world: World) {
     let guest = plan.guest(disk, &setup, Invariant::H2);
     let (g, depth) = (guest.clone(), plan.limits.guest_depth);
     within(&host, async move { g.run(&ops, depth).await }).await;
-    bury(&world, &hostile, &served, 1).await;
+    reap_dead_clients(&world, &hostile, &served, 1).await;
     if let Err(error) = guest.read_all().await {
         world.fail(Invariant::H2, format!("reading the whole disk failed with {error:?}"));
     }

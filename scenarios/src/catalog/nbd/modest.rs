@@ -1,9 +1,9 @@
-//! A server that keeps to the protocol, in all the ways that the protocol leaves open, below our client.
+//! Our client on a server that follows the protocol, in all the ways that the protocol permits.
 
 use super::plan::{Clients, DISK_BYTES, NO_ERRORS, Plan, address, client_config, client_stack, within};
 use crate::catalog::setup::check_at_rest;
 use crate::check::{BlockHistory, Initial, Invariant};
-use crate::guest::{DirectDisk, Guest, LyingServer, Manner, Manners, Offer};
+use crate::guest::{DirectDisk, ErrorPolicy, Guest, LyingServer, Offer, ServerMode};
 use crate::scenario::Scenario;
 use crate::workload::Op;
 use crate::world::World;
@@ -15,24 +15,24 @@ use tap_core::{CacheMode, Node};
 use tap_host::{IoKind, Listener, SECTOR_BYTES, SectorRange, Sockets};
 use tap_nbd::{Breaks, Client, ClientConfig};
 
-/// Servers of any kind.
+/// Servers of all kinds.
 pub static NBD_MODEST_SERVER: Scenario = Scenario {
     name: "nbd-modest-server",
-    about: "our NBD client on servers that keep to the protocol but can do less, fail requests, hang up or come back with less; power cut",
+    about: "our NBD client on servers that follow the protocol but can do less, fail requests, hang up or come back with less; power cut",
     storage: &|_| StorageConfig::default(),
     body: &|w| Box::pin(modest_server(w)),
 };
 
-/// How long it is looked at whether a client that is closed connects again, in nanoseconds.
+/// How long a closed client is watched for attempts to connect, in nanoseconds.
 const QUIET_NS: u64 = 20_000_000_000;
 
-/// Attempts to connect in that time: pauses double from 100 µs to 1 s.
+/// Maximum number of attempts to connect in that time: pauses double from 100 µs to 1 s.
 const ATTEMPTS_MAX: u64 = 14 + 20;
 
-/// The only command that a server refuses; 0 is any.
+/// The only command that a server refuses; 0 for any.
 const REFUSED: [u16; 6] = [0, CMD_TRIM, CMD_WRITE_ZEROES, CMD_FLUSH, CMD_WRITE, CMD_READ];
 
-/// Lets `server` serve in a process of its own. `None` if that fails.
+/// Starts `server` in a separate process. `None` if that fails.
 async fn listen(plan: &Plan, server: &Rc<LyingServer>, key: u64) -> Option<SimHost> {
     let far = plan.process("server", key);
     let listener = far.listen(&address()).await.ok()?;
@@ -53,8 +53,8 @@ async fn modest_server(world: World) {
     let refuses = world.setting("nbd-refuses", &[false, true]);
     let only = if refuses { world.setting("nbd-refuses-only", &REFUSED) } else { 0 };
     let stays_open = world.setting("nbd-stays-open", &[false, true]);
-    let manner = Manner::Modest { hangs_up, lessens, refuses, only, stays_open };
-    let server = LyingServer::new(&world, offer, manner);
+    let mode = ServerMode::Honest { hangs_up, lessens, refuses, only, stays_open };
+    let server = LyingServer::new(&world, offer, mode);
     let Some(far) = listen(&plan, &server, 0).await else { return };
     let size_sectors = DISK_BYTES / SECTOR_BYTES;
     let mut history =
@@ -74,7 +74,7 @@ async fn modest_server(world: World) {
     within(&host, async move {
         let (client, node) = client_stack(&p, &h, &config, cache).await;
         let disk = DirectDisk::new(Rc::clone(&node), p.limits.pool_bytes);
-        let guest = Guest::new(&p.world, disk, past, Manners { errors_allowed, ..NO_ERRORS });
+        let guest = Guest::new(&p.world, disk, past, ErrorPolicy { errors_allowed, ..NO_ERRORS });
         if write_through {
             guest.write_through();
         }
@@ -85,7 +85,7 @@ async fn modest_server(world: World) {
     .await;
     let Some((client, node)) = left.take() else { return };
     if !hangs_up && client.connections() != 1 {
-        world.fail(Invariant::N1, "a client had to connect again to a server that keeps to the protocol");
+        world.fail(Invariant::N1, "a client had to reconnect to a server that follows the protocol");
     }
     check_counts(&world, &server, &offer, &ops, errors_allowed || hangs_up);
     check_zeroes(&world, &server, &ops);
@@ -97,8 +97,8 @@ async fn modest_server(world: World) {
     host.process.node().kill();
     far.process.node().kill();
     far.process.node().dead().await;
-    server.shut(false);
-    server.reform();
+    server.refuse_connections(false);
+    server.become_honest();
     server.power_cut();
     history.borrow_mut().power_cut();
     world.count(|s| s.crashes += 1);
@@ -107,7 +107,7 @@ async fn modest_server(world: World) {
     let host = plan.process("client", 1);
     let config = ClientConfig { breaks: Breaks::Keep, ..client_config(&world) };
     let (disk, clients): (_, Clients) = plan.spread(&host, &config, 1, CacheMode::WriteBack).await;
-    let guest = Guest::new(&world, disk, history, Manners { reads: Invariant::G7, ..NO_ERRORS });
+    let guest = Guest::new(&world, disk, history, ErrorPolicy { reads: Invariant::G7, ..NO_ERRORS });
     if let Err(error) = guest.read_all().await {
         world.fail(Invariant::E4, format!("reading the whole disk failed with {error:?}"));
     }
@@ -116,47 +116,47 @@ async fn modest_server(world: World) {
     }
 }
 
-/// Asks for extents beside everything else.
+/// Queries extents concurrently with everything else.
 async fn looks(guest: Guest<DirectDisk>, node: Rc<dyn Node>, size_sectors: u64) {
     for at in 0..12 {
         let from = at * 160 + at;
         let range = SectorRange::new(from, (size_sectors - from).min(400) as u32);
-        // What fails here fails for the guest as well.
+        // Errors here are also seen by the guest.
         let _ = guest.extents(&*node, range, [4096, 1, 3][at as usize % 3]).await;
         guest.pause(200_000).await;
     }
 }
 
-/// What the guest asked for reached the server, and what nobody asked for did not.
+/// Checks that the guest's requests reached the server, and no others did.
 fn check_counts(world: &World, server: &LyingServer, offer: &Offer, ops: &[Option<Op>], uncertain: bool) {
     if uncertain {
         return;
     }
     let of = |kind| ops.iter().flatten().filter(|op| op.kind == kind).count() as u64;
     let (asked, counts) = (of(IoKind::Flush), server.counts());
-    // A server that can do more is not asked for more.
+    // A server with more features is not asked for more.
     let through = world.setting("write-through", &[false, true]) && !offer.has_fua();
     if counts.flushes > asked && !through || counts.flushes == 0 && asked > 0 && offer.caches() {
-        let text = format!("{} flushes reached the server, {asked} were asked for", counts.flushes);
+        let text = format!("{} flushes reached the server, but {asked} were submitted", counts.flushes);
         world.fail(Invariant::N3, text);
     }
-    // Those that lie side by side are one.
+    // Adjacent ones are merged.
     let trims = if offer.has_trim() { of(IoKind::Discard) } else { 0 };
     if counts.trims > trims || counts.trims == 0 && trims > 0 {
         world.fail(Invariant::N3, format!("{} trims of {trims} reached the server", counts.trims));
     }
 }
 
-/// What the server refused failed for the guest as well. `uncertain`: merged requests are tried one by one, and each of
-/// them may succeed; so may one that is sent again.
+/// Checks that what the server refused failed for the guest, too. `uncertain`: the parts of a failed merged request are
+/// retried one by one, and each may succeed; so may a request that is sent again.
 fn check_refused(world: &World, server: &LyingServer, uncertain: bool) {
     let refused = server.counts().refused;
     if !uncertain && refused > 0 && world.stats().errors == 0 {
-        world.fail(Invariant::N3, format!("{refused} requests were refused, and none has failed"));
+        world.fail(Invariant::N3, format!("{refused} requests were refused, but none failed"));
     }
 }
 
-/// Zeros keep their space where the guest wants that, and only there.
+/// Checks that zeros keep their space exactly where the guest wants that.
 fn check_zeroes(world: &World, server: &LyingServer, ops: &[Option<Op>]) {
     let wanted = |range: SectorRange, keep: bool| {
         let alike = |op: &&Op| op.kind == IoKind::WriteZeroes && op.zeroes.unmap != keep;
@@ -170,7 +170,7 @@ fn check_zeroes(world: &World, server: &LyingServer, ops: &[Option<Op>]) {
     }
 }
 
-/// The client ends in order, perhaps while its server is away; it does not come again.
+/// The client is closed in order, perhaps while its server is away, and must not reconnect.
 async fn leave(
     plan: &Plan,
     server: &Rc<LyingServer>,
@@ -188,13 +188,13 @@ async fn leave(
         far.process.node().dead().await;
     }
     if away == "shut" {
-        server.shut(true);
+        server.refuse_connections(true);
         again = listen(plan, server, 1).await;
         let before = far.process.connections_established();
         world.sim.sleep_ns(QUIET_NS).await;
         let attempts = far.process.connections_established() - before;
         if attempts > ATTEMPTS_MAX {
-            let text = format!("{attempts} attempts to connect in 20 s to a server that does not want to");
+            let text = format!("{attempts} attempts to connect in 20 s to a server that refuses them");
             world.fail(Invariant::N3, text);
         }
     }
@@ -203,20 +203,20 @@ async fn leave(
         history.borrow_mut().end_flush(inv);
     }
     if client.in_flight() > 0 {
-        world.fail(Invariant::K1, "requests of a client that is closed are left");
+        world.fail(Invariant::K1, "requests of a closed client are left");
     }
     let range = SectorRange::new(0, 8);
     if offer.context && offer.go && client.extents(range, 8).await.is_ok() {
-        world.fail(Invariant::D1, "a client that is closed tells what its disk is like");
+        world.fail(Invariant::D1, "a closed client answered an extents query");
     }
-    // The server may only now get round to a connection that the client made before it was closed.
+    // The server may accept a connection only now that the client made before it was closed.
     let before = far.process.connections_established();
     if away == "dead" {
         again = listen(plan, server, 1).await;
     }
     world.sim.sleep_ns(QUIET_NS).await;
     if far.process.connections_established() != before {
-        world.fail(Invariant::N3, "a client that is closed connects again");
+        world.fail(Invariant::N3, "a closed client reconnected");
     }
     if let Some(again) = again {
         again.process.node().kill();

@@ -1,10 +1,10 @@
-//! What the scenarios of NBD are made of: servers and clients in processes, their beginning and their end.
+//! Building blocks of the NBD scenarios: servers and clients in processes, their start and their end.
 
 use crate::catalog::crash::either;
 use crate::catalog::setup::{Setup, check_at_rest, cut_after_close, workload};
-use crate::check::{Asks, Invariant};
+use crate::check::{CountingNode, Invariant};
 use crate::formats::Kind;
-use crate::guest::{DirectDisk, Guest, GuestDisk, Manners, RawNbd, Spread};
+use crate::guest::{DirectDisk, ErrorPolicy, Guest, GuestDisk, RawNbd, Spread};
 use crate::limits::StackLimits;
 use crate::program::{Printed, named, option_of, tapdisk};
 use crate::workload::{Op, Workload, operations};
@@ -22,7 +22,8 @@ use tap_programs::spec::DiskSpec;
 
 pub(super) const DISK_BYTES: u64 = 1 << 20;
 /// Nothing below fails, so nothing above may.
-pub(super) const NO_ERRORS: Manners = Manners { retries: 0, errors_allowed: false, reads: Invariant::G1 };
+pub(super) const NO_ERRORS: ErrorPolicy =
+    ErrorPolicy { retries: 0, errors_allowed: false, reads: Invariant::G1 };
 /// The export of guests.
 pub(super) const DISK: &str = "disk";
 
@@ -54,12 +55,12 @@ pub(super) fn client_config(world: &World) -> ClientConfig {
     }
 }
 
-/// Where the server listens whose disk is that of another, so that URIs can name it.
+/// Address of the server whose disk is another server's export, in a form that URIs can contain.
 pub(super) fn tcp_address() -> SocketAddress {
     SocketAddress::Tcp { host: "::1".into(), port: 10810 }
 }
 
-/// The export of guests, as a disk: with percent signs as URIs have them, and without a name, as the only one.
+/// The export of guests as a disk: with percent signs as in URIs, and as the only one, without a name.
 const PROXIED: [&str; 4] = [
     "nbd+unix:///d%69s%6b?socket=/run/tapdisk%2Enbd",
     "nbd:unix:/run/tapdisk.nbd",
@@ -79,9 +80,9 @@ pub(super) struct Plan {
     pub(super) server: ServerLimits,
     /// Where the server listens.
     pub(super) addresses: Vec<SocketAddress>,
-    /// Memory that others have for themselves.
+    /// Memory that is taken from the clients' budget.
     taken: Rc<RefCell<Vec<Share>>>,
-    /// Processes with clients of ours.
+    /// Processes that run our client.
     clients: Rc<RefCell<Vec<SimHost>>>,
 }
 
@@ -89,25 +90,25 @@ pub(super) struct Plan {
 pub(super) struct Served {
     pub(super) host: SimHost,
     said: Rc<Printed>,
-    /// Connections that are open, and whether there is none.
+    /// Number of open connections; `idle` is set while it is 0.
     open: Rc<Cell<usize>>,
     idle: Rc<Event>,
-    /// What the server asks of each disk, in the order of the command line.
-    asks: Rc<RefCell<Vec<Rc<Asks>>>>,
+    /// Counters of the server's requests to each disk, in the order of the command line.
+    asks: Rc<RefCell<Vec<Rc<CountingNode>>>>,
 }
 
 impl Served {
-    /// What the server has asked of each disk.
-    pub(super) fn asks(&self) -> Vec<Rc<Asks>> {
+    /// The counters of the server's requests to each disk.
+    pub(super) fn asks(&self) -> Vec<Rc<CountingNode>> {
         self.asks.borrow().clone()
     }
 
-    /// Connections that are open.
+    /// Number of open connections.
     pub(super) fn connections(&self) -> usize {
         self.open.get()
     }
 
-    /// Counts what the server says of its connections.
+    /// Counts connections by the server's events.
     fn count_connections(&self, world: &World) {
         let (own, open, idle) = (self.host.process.node().entity(), self.open.clone(), self.idle.clone());
         idle.set();
@@ -126,21 +127,21 @@ impl Served {
         });
     }
 
-    /// Ends in order. What was answered before the disks are closed is durable once they are.
+    /// Stops in order. What was answered before the disks are closed is durable afterwards.
     pub(super) async fn stop(self, world: &World, setup: &Setup) {
         self.leave(world, setup).await;
         self.host.process.node().kill();
         self.host.process.node().dead().await;
     }
 
-    /// The same, but for the process itself.
+    /// The same without killing the process afterwards.
     async fn leave(&self, world: &World, setup: &Setup) {
         self.host.process.ask_to_stop();
         let node = self.host.process.node();
         either(node.dead(), self.idle.wait()).await;
         let inv = setup.history.borrow_mut().begin_flush();
         either(node.dead(), self.said.ended()).await;
-        // What is wrong has been told.
+        // A failure has been reported already.
         match self.said.status() {
             Some(status) => {
                 check_idle(world, self, 0);
@@ -158,7 +159,7 @@ impl Plan {
     pub(super) fn draw(world: &World) -> (Self, Setup) {
         let kind = world.setting("image", &Kind::plain());
         let setup = Setup::new(world, kind, 0, DISK_BYTES);
-        // Requests on several connections, or repeated ones, may go either way.
+        // Concurrent requests on several connections, and repeated ones, may take either order.
         setup.history.borrow_mut().relax_order();
         let plan = Self {
             world: world.clone(),
@@ -173,7 +174,7 @@ impl Plan {
         (plan, setup)
     }
 
-    /// Without a disk of ours: somebody else is the server.
+    /// A plan without a disk of ours: the server is another program.
     pub(super) fn alone(world: &World) -> Self {
         let limits = StackLimits::draw(world);
         Self {
@@ -188,12 +189,12 @@ impl Plan {
         }
     }
 
-    /// The same for one more disk, of another server at `address`.
+    /// The same for another server at `address`, with the disk `setup`.
     pub(super) fn other(&self, name: &'static str, setup: &Setup, address: SocketAddress) -> Self {
         Self { disks: vec![(name, setup.clone())], addresses: vec![address], ..self.clone() }
     }
 
-    /// With disks that are only read.
+    /// Makes the disks read-only.
     pub(super) fn frozen(self) -> Self {
         Self { limits: StackLimits { read_only: true, ..self.limits }, ..self }
     }
@@ -218,7 +219,7 @@ impl Plan {
         served
     }
 
-    /// Bytes for everything that a server has, if that is bounded at all; 0 is the least.
+    /// Memory of the server in bytes, if it is bounded; 0 is the minimum.
     fn memory_bytes(&self) -> usize {
         match self.limits.memory_bytes {
             0 => 0,
@@ -226,8 +227,8 @@ impl Plan {
         }
     }
 
-    /// What a server has no options for; what it asks of its disks is counted in `asks`.
-    fn tuning(&self, host: &SimHost, asks: Rc<RefCell<Vec<Rc<Asks>>>>) -> Tuning {
+    /// What a server has no options for; `asks` collects the counters of its disks.
+    fn tuning(&self, host: &SimHost, asks: Rc<RefCell<Vec<Rc<CountingNode>>>>) -> Tuning {
         let tuning = self.limits.tuning(&self.world, host.process.node(), self.memory_bytes());
         let (world, over, process) = (self.world.clone(), tuning.over_disk, host.process.node().clone());
         let over_disk = Rc::new(move |spec: &DiskSpec, disk: Rc<dyn Node>| {
@@ -235,7 +236,7 @@ impl Plan {
                 Some(over) => over(spec, disk),
                 None => disk,
             };
-            let node = Asks::new(&world, &process, asks.borrow().len() as u64, disk);
+            let node = CountingNode::new(&world, &process, asks.borrow().len() as u64, disk);
             asks.borrow_mut().push(Rc::clone(&node));
             node as Rc<dyn Node>
         });
@@ -254,9 +255,9 @@ impl Plan {
         format!("serve {addresses} --connections {connections} {options} {cache} {}", disks.join(" "))
     }
 
-    /// `tapdisk serve` with the disks of this plan, started again while an image is in use by a predecessor whose last
-    /// operation is under way. Ends when it is asked to stop.
-    async fn program(self, host: SimHost, said: Rc<Printed>, asks: Rc<RefCell<Vec<Rc<Asks>>>>) {
+    /// Runs `tapdisk serve` with the disks of this plan, and restarts it while an image is in use by a predecessor's
+    /// last operation. Ends when it is asked to stop.
+    async fn program(self, host: SimHost, said: Rc<Printed>, asks: Rc<RefCell<Vec<Rc<CountingNode>>>>) {
         let line = self.line();
         loop {
             let tuning = self.tuning(&host, Rc::clone(&asks));
@@ -274,7 +275,7 @@ impl Plan {
         }
     }
 
-    /// `tapdisk serve` in `host` whose disk is the export of this plan's server: gives where it listens.
+    /// Starts a `tapdisk serve` in `host` whose disk is the export of this plan's server. Returns its address.
     pub(super) fn proxy(&self, host: &SimHost) -> SocketAddress {
         let address = SocketAddress::Tcp { host: "::1".into(), port: 10809 };
         let disk = self.world.setting("proxied", &PROXIED);
@@ -306,7 +307,7 @@ impl Plan {
         operations(&self.world.sim, entity, who, &w)
     }
 
-    /// Connects as often as it takes.
+    /// Connects, with as many attempts as it takes.
     pub(super) async fn connect(&self, host: &SimHost, config: &ClientConfig) -> Rc<Client<SimHost>> {
         self.clients.borrow_mut().push(host.clone());
         loop {
@@ -320,14 +321,14 @@ impl Plan {
         }
     }
 
-    /// In some worlds others have all memory that nobody was promised, from now on: requests of other disks, say.
-    /// Whoever is served already goes on.
+    /// In some worlds all memory that is not reserved is taken from now on, as if by other disks. Requests that are
+    /// already served continue.
     fn fill(&self, config: &ClientConfig) {
         if !self.world.setting("client-memory-is-taken", &[false, true]) {
             return;
         }
         let figures = config.memory.figures();
-        let others = config.memory.stage(0).expect("nothing fits always");
+        let others = config.memory.stage(0).expect("an empty request always fits");
         let free = figures.limit_bytes - (figures.used_bytes - figures.kept_bytes);
         self.taken.borrow_mut().extend(others.try_take(free));
     }
@@ -352,7 +353,8 @@ impl Plan {
     }
 
     pub(super) fn guest<D: GuestDisk>(&self, disk: D, setup: &Setup, reads: Invariant) -> Guest<D> {
-        let guest = Guest::new(&self.world, disk, Rc::clone(&setup.history), Manners { reads, ..NO_ERRORS });
+        let guest =
+            Guest::new(&self.world, disk, Rc::clone(&setup.history), ErrorPolicy { reads, ..NO_ERRORS });
         if self.cache == CacheMode::WriteThrough {
             guest.write_through();
         }
@@ -372,7 +374,7 @@ pub(super) async fn within(host: &SimHost, work: impl Future<Output = ()> + 'sta
     either(host.process.node().dead(), finished).await;
 }
 
-/// Cuts the power of everything that is in `hosts`.
+/// Cuts the power of everything in `hosts`.
 pub(super) async fn cut_power(world: &World, setup: &Setup, hosts: &[&SimHost]) {
     let nodes: Vec<_> = hosts.iter().map(|host| host.process.node()).collect();
     setup.cut_power(world, &nodes).await;
@@ -380,7 +382,7 @@ pub(super) async fn cut_power(world: &World, setup: &Setup, hosts: &[&SimHost]) 
 }
 
 /// Without faults: everything is read once more through a new server, which is then stopped in order.
-pub(super) async fn last_look(plan: &Plan, setup: &Setup, reads: Invariant) {
+pub(super) async fn last_check(plan: &Plan, setup: &Setup, reads: Invariant) {
     let world = &plan.world;
     world.sim.stop_faults();
     let Some(served) = plan.serve(&plan.process("tapdisk", 1000)).await else { return };
@@ -392,11 +394,11 @@ pub(super) async fn last_look(plan: &Plan, setup: &Setup, reads: Invariant) {
     }
     end(plan, served, &clients, setup).await;
     if guest.disk().buffers_out() > 0 {
-        world.fail(Invariant::K1, "buffers of the client were not given back");
+        world.fail(Invariant::K1, "buffers of the client were not released");
     }
 }
 
-/// Clients leave, the server is stopped, its disks are closed; nothing may be left.
+/// The clients disconnect, the server is stopped, its disks are closed; nothing may be left.
 pub(super) async fn end(plan: &Plan, served: Served, clients: &Clients, setup: &Setup) {
     let world = &plan.world;
     check_connected(world, clients);
@@ -415,59 +417,60 @@ pub(super) async fn end(plan: &Plan, served: Served, clients: &Clients, setup: &
     setup.check(world, "in the end").await;
 }
 
-/// Each of these clients has the connection with which it began: its server has lived.
+/// Checks that each of these clients has kept its first connection, because its server has not died.
 pub(super) fn check_connected(world: &World, clients: &Clients) {
     if clients.iter().any(|client| client.connections() != 1) {
-        world.fail(Invariant::N1, "a client had to connect again although its server lived");
+        world.fail(Invariant::N1, "a client had to reconnect although its server lived");
     }
 }
 
-/// No more looks at extents at one time than connections asked for them: each has one answer about extents at most in
-/// the making, whatever its client asks for.
-pub(super) fn check_looks(world: &World, served: &Served, connections: u32) {
-    let most = served.asks().iter().map(|asks| asks.most_looks()).max().unwrap_or_default();
-    if most > connections {
-        let text = format!("{most} answers about extents were made at once for {connections} connections");
+/// Checks that there were no more concurrent extents queries than connections: each has at most one block status reply
+/// under construction, whatever its client sends.
+pub(super) fn check_queries(world: &World, served: &Served, connections: u32) {
+    let max = served.asks().iter().map(|asks| asks.max_queries()).max().unwrap_or_default();
+    if max > connections {
+        let text =
+            format!("{max} block status replies were built concurrently for {connections} connections");
         world.fail(Invariant::M1, text);
     }
 }
 
-/// No client has had to connect again: no server has died.
+/// Checks that no client has reconnected, because no server has died.
 pub(super) fn check_unbroken(world: &World) {
     let again = world.kernel.marks()[Mark::NbdServerBack as usize];
     if again > 0 {
-        world.fail(Invariant::N1, format!("clients had to connect again {again} times"));
+        world.fail(Invariant::N1, format!("clients had to reconnect {again} times"));
     }
 }
 
-/// Nothing is in flight any more, and only `connections` are open.
+/// Checks that nothing is in flight any more, and only `connections` are open.
 pub(super) fn check_idle(world: &World, served: &Served, connections: usize) {
     let open = served.connections();
     let in_flight: u32 = served.asks().iter().map(|asks| asks.in_flight()).sum();
     if (open, in_flight) != (connections, 0) {
         let text = format!("{open} connections and {in_flight} requests are left");
-        world.fail(Invariant::K1, format!("{text}; {connections} connections and nothing else should be"));
+        world.fail(Invariant::K1, format!("{text}, expected {connections} connections and no requests"));
     }
 }
 
-/// The server's process, which is started again when it dies.
+/// Restarts the server's process when it dies.
 #[derive(Clone)]
 pub(super) struct Supervisor {
     plan: Plan,
     current: Rc<RefCell<Option<Served>>>,
-    /// Nobody is started any more.
+    /// No server is started any more.
     done: Rc<Cell<bool>>,
 }
 
 impl Supervisor {
-    /// With a server that starts.
+    /// Starts the first server.
     pub(super) fn new(plan: &Plan) -> Self {
         let supervisor = Self { plan: plan.clone(), current: Rc::default(), done: Rc::default() };
         supervisor.start(0);
         supervisor
     }
 
-    /// Kills the server as often as `after` has numbers, each time after so many of its effects.
+    /// Kills the server once for each number in `after`, after that many of its effects.
     pub(super) async fn run(self, after: Vec<u64>) {
         for (i, steps) in after.into_iter().enumerate() {
             let Some(host) = self.current.borrow().as_ref().map(|served| served.host.clone()) else { return };
@@ -490,14 +493,14 @@ impl Supervisor {
         *self.current.borrow_mut() = Some(self.plan.start(&self.plan.process("tapdisk", key)));
     }
 
-    /// The server that is left; it has no successor.
+    /// Returns the last server, which has no successor.
     pub(super) fn retire(&self) -> Served {
         self.done.set(true);
         self.current.take().expect("a supervisor has a server until it retires")
     }
 }
 
-/// A client with what a tapdisk has above it: overlapping requests are kept apart.
+/// A client with the scheduler that a tapdisk has above it, which orders overlapping requests.
 pub(super) async fn client_stack(
     plan: &Plan,
     host: &SimHost,
@@ -512,7 +515,7 @@ pub(super) async fn client_stack(
     (client, Disk::new(host, below, config).node())
 }
 
-/// Sends `messages` to the server, takes every reply, and hangs up when the server has.
+/// Sends `messages` to the server, reads every reply, and closes once the server has.
 pub(super) async fn send_all(host: SimHost, messages: Vec<Vec<u8>>) {
     let Ok(stream) = host.connect(&address()).await else { return };
     let raw = RawNbd::new(stream);
@@ -527,8 +530,8 @@ pub(super) async fn send_all(host: SimHost, messages: Vec<Vec<u8>>) {
     }
 }
 
-/// Lets what dead clients had asked for end: at most some operations that are stuck for ten seconds each.
-pub(super) async fn bury(world: &World, dead: &[SimHost], served: &Served, connections: usize) {
+/// Waits until the requests of dead clients have ended: at most some operations that hang for ten seconds each.
+pub(super) async fn reap_dead_clients(world: &World, dead: &[SimHost], served: &Served, connections: usize) {
     world.sim.stop_faults();
     for host in dead {
         host.process.node().kill();

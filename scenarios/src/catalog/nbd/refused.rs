@@ -1,4 +1,4 @@
-//! A `tapdisk serve` that cannot do what its command line says, beside one that serves.
+//! A `tapdisk serve` with a command line that it cannot carry out, next to one that serves.
 
 use super::plan::{DISK_BYTES, Plan, address, client_config, end, within};
 use crate::catalog::setup::Setup;
@@ -14,10 +14,10 @@ use tap_host::{SocketAddress, Sockets};
 use tap_nbd::ClientConfig;
 use tap_programs::Tuning;
 
-/// A server that is told what cannot be done.
+/// A server with an invalid command line.
 pub static NBD_SERVE_REFUSED: Scenario = Scenario {
     name: "nbd-serve-refused",
-    about: "tapdisk serve cannot do what it is told: it says why, gives everything back, and disturbs no other; told right, it serves",
+    about: "tapdisk serve cannot do what its command line says: it reports why, releases everything, and disturbs no other; once corrected, it serves",
     storage: &|_| StorageConfig::default(),
     body: &|w| Box::pin(serve_refused(w)),
 };
@@ -38,7 +38,7 @@ fn second_address() -> SocketAddress {
     SocketAddress::Unix("/run/second.nbd".into())
 }
 
-/// Arguments that cannot be carried out, for an image `own` that can be served, and a part of what must be said.
+/// Arguments that cannot be carried out, with an image `own` that can be served, and a part of the expected message.
 fn wrong(why: &str, own: &str, used: &str) -> (String, &'static str) {
     let (here, there) = (second_address(), address());
     match why {
@@ -59,7 +59,7 @@ async fn serve_refused(world: World) {
     let (plan, setup) = Plan::draw(&world);
     let own = Setup::raw(&world, 1, DISK_BYTES);
     own.history.borrow_mut().relax_order();
-    // One more that could be served.
+    // Another disk that could be served.
     let _other = Setup::raw(&world, 2, DISK_BYTES);
     let Some(served) = plan.serve(&plan.process("tapdisk", 0)).await else { return };
     let host = plan.process("client", 0);
@@ -72,12 +72,12 @@ async fn serve_refused(world: World) {
         let _ = done.send(());
     });
     refuse(&world, &plan, &setup, &own).await;
-    told_right(&world, &plan, &own).await;
+    serve_corrected(&world, &plan, &own).await;
     let _ = finished.await;
     end(&plan, served, &clients, &setup).await;
 }
 
-/// A server is started that has to refuse, and ends.
+/// Starts a server that must refuse, and waits for its end.
 async fn refuse(world: &World, plan: &Plan, setup: &Setup, own: &Setup) {
     let why = world.setting("refused-because", &WHY);
     let (arguments, text) = wrong(why, &named(&own.spec), &named(&setup.spec));
@@ -92,7 +92,7 @@ async fn refuse(world: &World, plan: &Plan, setup: &Setup, own: &Setup) {
         let is_said = |line: &String| line.starts_with("tapdisk: failed to ") && line.contains(text);
         if status != 1 || lines.len() != 1 || !is_said(&lines[0]) {
             let told = format!("tapdisk {line} ended with status {status}: {}", lines.join("; "));
-            w.fail(Invariant::L1, format!("{told}; it should say: {text}"));
+            w.fail(Invariant::L1, format!("{told}; expected: {text}"));
         }
         own.check_closed(&w);
         let locks = w.storage.locks(&own.spec.path);
@@ -104,8 +104,8 @@ async fn refuse(world: &World, plan: &Plan, setup: &Setup, own: &Setup) {
     host.process.node().kill();
 }
 
-/// The same image by itself: its export needs no name.
-async fn told_right(world: &World, plan: &Plan, own: &Setup) {
+/// The same image alone: its export needs no name.
+async fn serve_corrected(world: &World, plan: &Plan, own: &Setup) {
     let plan = plan.other("", own, second_address());
     let Some(second) = plan.serve(&plan.process("second", 1)).await else { return };
     let host = plan.process("other client", 0);

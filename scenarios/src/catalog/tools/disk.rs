@@ -1,4 +1,4 @@
-//! What the tools work on, and what they are to make of it.
+//! The input of the tools, and what they are to make of it.
 
 use super::Work;
 use crate::catalog::setup::TABLE_BITS;
@@ -10,21 +10,21 @@ use crate::world::World;
 use kernel_model::{PAGE, PageMap};
 use tap_images::ImageSpec;
 
-/// A disk, as the testbed's own code has made it.
+/// A disk made by the testbed's own code.
 pub(super) struct Disk {
     pub(super) spec: ImageSpec,
-    /// What it shows.
+    /// The bytes of the disk.
     pub(super) view: Vec<u8>,
-    /// The raw file below it: its path and bytes.
+    /// The raw file below it: path and bytes.
     pub(super) base: Option<(String, Vec<u8>)>,
-    /// Every file of it, which no tool may change.
+    /// All its files, which no tool may change.
     files: Vec<(String, Vec<u8>)>,
 }
 
-/// Bytes of a raw disk that are alike: data or zeros.
+/// Size of the runs of data or zeros on a raw disk, in bytes.
 const STEP: usize = 8192;
 const BASE: &str = "/images/base.raw";
-/// Repeated, a path that takes more than the first sector of an image that is based on it.
+/// Repeated, it makes a path that does not fit into the first sector of an image based on that file.
 const LONG_FOLDER: &str = "disks-of-a-customer-with-long-names/";
 
 /// Data with holes of zeros, `size` bytes.
@@ -40,12 +40,12 @@ fn bytes(writer: u32, size: usize) -> Vec<u8> {
 }
 
 impl Disk {
-    /// What an image above it shows where it has nothing itself.
+    /// What an image above it shows where it holds nothing itself.
     pub(super) fn below(&self) -> (&str, &[u8]) {
         (&self.spec.path, &self.view)
     }
 
-    /// The source of this world, of one of these sizes.
+    /// The source of this world, with one of these sizes.
     pub(super) fn source(world: &World, sizes: &[usize]) -> Self {
         let size = world.setting("tools-size", sizes);
         let kind = world.setting("tools-source", &Kind::all());
@@ -97,41 +97,41 @@ impl Disk {
         Self { spec: ImageSpec { format: RAW, path: path.to_owned() }, view, base: None, files }
     }
 
-    /// As an argument of a tool.
+    /// The disk as an argument of a tool.
     pub(super) fn arg(&self) -> String {
         named(&self.spec)
     }
 
-    /// No tool writes to what it reads.
+    /// Checks that no tool has changed its source.
     pub(super) fn check_unchanged(&self, world: &World) {
         for (path, bytes) in &self.files {
             if world.storage.bytes(path).as_ref() != Some(bytes) {
-                world.fail(Invariant::C1, format!("{path}, which a tool had only to read, has other bytes"));
+                world.fail(Invariant::C1, format!("{path} was changed by a tool that should only read it"));
             }
         }
     }
 }
 
-/// A command that makes or fills an image, and what that image must show then.
+/// A command that makes or fills an image, and the expected content of that image.
 pub(super) struct Made {
     pub(super) args: Vec<String>,
     pub(super) spec: ImageSpec,
     pub(super) view: Vec<u8>,
-    /// What the source is to it: its backing file.
+    /// The source as its backing file.
     pub(super) overlay: bool,
-    /// The size of a cluster that was asked for, in bytes.
+    /// The requested cluster size in bytes.
     pub(super) cluster_bytes: Option<u64>,
-    /// Its header is written last: what is there as an image is whole, or what was there before.
+    /// Its header is written last, so that it is complete, or the previous image, whenever it is recognised.
     whole_or_nothing: bool,
-    /// A line tells what is made.
+    /// The command prints a line about the image.
     pub(super) told: bool,
-    /// It must not be made.
+    /// The command must refuse.
     pub(super) refused: bool,
-    /// What the image shows that was there before.
+    /// The bytes of the previous image.
     old: Option<Vec<u8>>,
 }
 
-/// What is at the path of what is to be made.
+/// What is at the target's path.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Old {
     /// Nothing.
@@ -140,36 +140,36 @@ pub(super) enum Old {
     Shorter,
     /// One three times as large.
     Longer,
-    /// What the command before has left there, which the power has been cut after.
+    /// Whatever the previous command has left there before a power cut.
     Left,
 }
 
-/// How a command is to make its image.
-pub(super) struct Wish {
+/// Parameters of a command.
+pub(super) struct Params {
     pub(super) work: Work,
-    /// Part of the path of what is made.
+    /// Part of the target's path.
     pub(super) place: u32,
     pub(super) model: &'static dyn FormatModel,
     /// Options of a copy.
-    pub(super) crew: &'static str,
+    pub(super) tasks: &'static str,
     pub(super) sparse: &'static str,
-    /// The size of a cluster, in bytes.
+    /// The cluster size, in bytes.
     pub(super) cluster: Option<u64>,
     pub(super) old: Old,
-    /// A longer image that was there before is on a block device.
+    /// A longer previous image is on a block device.
     pub(super) device: bool,
-    /// Nothing is to be said of what is created.
+    /// The command prints nothing about what it creates.
     pub(super) quiet: bool,
 }
 
-/// Whether old images are on block devices.
+/// The setting whether previous images are on block devices.
 pub(super) const ON_DEVICE: &str = "old-on-device";
-pub(super) const CREWS: [&str; 3] = ["-m 8", "-m 1", "-m 3"];
+pub(super) const TASKS: [&str; 3] = ["-m 8", "-m 1", "-m 3"];
 pub(super) const SPARSE: [&str; 4] = ["-S 4k", "-S 0", "-S 512", "-S 64k"];
 pub(super) const CLUSTERS: [Option<u64>; 3] = [None, Some(512), Some(65536)];
 
-impl Wish {
-    /// By the settings of this world.
+impl Params {
+    /// Parameters drawn as settings of this world.
     pub(super) fn settings(world: &World, work: Work, epoch: u32) -> Self {
         let of = |first: &'static str, second: &'static str| if epoch == 0 { first } else { second };
         let kind = match work {
@@ -183,7 +183,7 @@ impl Wish {
             work,
             place: epoch,
             model: kind.model,
-            crew: option(of("tool-crew-first", "tool-crew-second"), &CREWS),
+            tasks: option(of("tool-crew-first", "tool-crew-second"), &TASKS),
             sparse: option(of("tool-sparse-first", "tool-sparse-second"), &SPARSE),
             cluster: world.setting(of("tool-cluster-first", "tool-cluster-second"), &CLUSTERS),
             old: match old {
@@ -198,29 +198,29 @@ impl Wish {
 }
 
 impl Made {
-    pub(super) fn new(world: &World, source: &Disk, wish: &Wish) -> Self {
-        let Wish { work, model, .. } = *wish;
-        let spec = ImageSpec { format: model.format().into(), path: format!("/images/target{}", wish.place) };
+    pub(super) fn new(world: &World, source: &Disk, params: &Params) -> Self {
+        let Params { work, model, place, .. } = *params;
+        let spec = ImageSpec { format: model.format().into(), path: format!("/images/target{place}") };
         let size = source.view.len() as u64;
         let mut args: Vec<String> = Vec::new();
         let mut add = |words: &str| args.extend(words.split_whitespace().map(str::to_owned));
         let creates = matches!(work, Work::Create | Work::Overlay);
         add(if creates { "create" } else { "convert" });
-        if creates && wish.quiet {
+        if creates && params.quiet {
             add("-q");
         }
         if matches!(work, Work::Convert | Work::Into) {
-            add(wish.crew);
-            add(wish.sparse);
+            add(params.tasks);
+            add(params.sparse);
             add("--backing raw");
         }
         let has_clusters = model.format().info().options.iter().any(|option| option.name == "cluster_size");
-        let cluster_bytes = wish.cluster.filter(|_| has_clusters && work != Work::Into);
+        let cluster_bytes = params.cluster.filter(|_| has_clusters && work != Work::Into);
         if let Some(bytes) = cluster_bytes {
             add(&format!("-o cluster_size={bytes}"));
         }
         let mut view = source.view.clone();
-        let old = match (work, wish.old) {
+        let old = match (work, params.old) {
             (Work::Into, _) => {
                 add("-n");
                 let old = put_used(world, &spec, view.len() as u64 + 4096);
@@ -231,8 +231,8 @@ impl Made {
             (_, Old::Shorter) => Some(put_used(world, &spec, 512)),
             (_, Old::Longer) => {
                 let old = put_used(world, &spec, 3 * view.len() as u64);
-                // What has a size of its own shows more than a raw copy of less.
-                if model.has_metadata() && wish.device {
+                // An image with a fixed size shows more than a raw copy of a smaller source.
+                if model.has_metadata() && params.device {
                     to_device(world, &spec.path);
                 }
                 Some(old)
@@ -253,7 +253,7 @@ impl Made {
                 add(&named(&spec));
             }
             Work::Convert | Work::Into => add(&format!("{} {}", source.arg(), named(&spec))),
-            Work::Onto => unreachable!("it is made by a function of its own"),
+            Work::Onto => unreachable!("`onto` builds this command"),
         }
         let whole_or_nothing = model.has_metadata() && matches!(work, Work::Create | Work::Overlay);
         Self {
@@ -263,13 +263,13 @@ impl Made {
             overlay: work == Work::Overlay,
             cluster_bytes,
             whole_or_nothing,
-            told: creates && !wish.quiet,
+            told: creates && !params.quiet,
             refused: false,
             old,
         }
     }
 
-    /// A new image over `source` that would be `source` itself, or, with `base`, the file below it.
+    /// A new image over `source` at the path of `source` itself, or, with `base`, of the file below it.
     pub(super) fn onto(source: &Disk, base: bool) -> Self {
         let below = source.base.as_ref().filter(|_| base);
         let path = below.map_or_else(|| source.spec.path.clone(), |(path, _)| path.clone());
@@ -288,32 +288,33 @@ impl Made {
         }
     }
 
-    /// The command, as one would type it.
+    /// The command line.
     pub(super) fn line(&self) -> String {
         format!("tap-img {}", self.args.join(" "))
     }
 }
 
-/// What was made by a command that has failed or was stopped: no half image says that it is one.
+/// After a command that has failed or was stopped: an incomplete image is not recognised as one.
 pub(super) fn check_unfinished(world: &World, made: &Made, source: &Disk) {
     if !made.whole_or_nothing || !calls_itself_image(world, &made.spec) {
         return;
     }
     let what = match shown(world, &made.spec, Some(source.below())) {
         Ok(bytes) if bytes == made.view || made.old.as_ref() == Some(&bytes) => return,
-        Ok(bytes) => format!("an image of {} other bytes is there", bytes.len()),
+        Ok(bytes) => format!("it is an image of {} other bytes", bytes.len()),
         Err((_, text)) => text,
     };
-    let text = format!("{} did not end with 0, and what it left calls itself an image: {what}", made.line());
+    let text =
+        format!("{} did not exit with 0, but what it left is recognised as an image: {what}", made.line());
     world.fail(Invariant::I1, text);
 }
 
-/// Makes a file a block device with the same bytes, and some more.
+/// Turns a file into a block device with the same bytes, and some more.
 fn to_device(world: &World, path: &str) {
     let mut content = world.storage.content(path).unwrap_or_default();
     content.size = content.size.next_multiple_of(PAGE as u64) + DEVICE_SLACK_BYTES;
     world.storage.put_device(path, content);
 }
 
-/// Room on a device for what a copy of other clusters than the old image's needs more than that.
+/// Additional size of a device, in bytes: a copy with other clusters may need more space than the old image.
 const DEVICE_SLACK_BYTES: u64 = 1 << 20;

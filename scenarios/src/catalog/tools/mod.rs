@@ -1,15 +1,15 @@
-//! The image tools: what they make, what they say of it, and what a power cut leaves.
+//! The image tools: what they make, what they report about it, and what a power cut leaves.
 //!
 //! ```text
 //!   source (made by the testbed's own code)      target
 //!     any format, some over raw     ── tap-img ──►  any format, new, replaced, or written into
 //!                                       │
-//!        unchanged, whatever happens    │   status 0: shows the expected bytes, also after a power cut
+//!        unchanged, whatever happens    │   status 0: shows the expected bytes, even after a power cut
 //!                                       └── info, check, map, compare: true of the bytes that are there
 //! ```
 //!
-//! The tools run as processes and are the functions that ship. What an image shows is read by the walker, which shares
-//! no code with them.
+//! The tools run as processes, with the functions that ship. The content of an image is read by the walker, which
+//! shares no code with them.
 
 mod disk;
 mod remade;
@@ -24,7 +24,7 @@ use crate::program::Printed;
 use crate::scenario::Scenario;
 use crate::world::World;
 use clap::Parser as _;
-use disk::{Disk, Made, Wish};
+use disk::{Disk, Made, Params};
 use kernel_model::StorageConfig;
 use kernel_model::faults::FaultPlan;
 use sim::Draw;
@@ -33,7 +33,7 @@ use tap_programs::img::{Cli, run};
 
 pub use remade::{IMAGE_REMADE, ROUND};
 
-/// Nothing fails for good: each command must succeed.
+/// Nothing fails permanently: each command must succeed.
 pub static IMAGE_TOOLS: Scenario = Scenario {
     name: "image-tools",
     about: "tap-img makes, copies, maps, compares and checks images, with transient errors and short transfers; power cuts",
@@ -41,15 +41,15 @@ pub static IMAGE_TOOLS: Scenario = Scenario {
     body: &|w| Box::pin(tools(w)),
 };
 
-/// Everything may fail: what says that it has succeeded has.
+/// Everything may fail, but a command that reports success has succeeded.
 pub static IMAGE_TOOLS_ERRORS: Scenario = Scenario {
     name: "image-tools-errors",
-    about: "as image-tools, with I/O errors, no space and failed syncs: a command that ends with 0 has done its work",
+    about: "as image-tools, with I/O errors, no space and failed syncs: a command that exits with 0 has done its work",
     storage: &|_| StorageConfig { faults: FaultPlan::ALL, ..StorageConfig::default() },
     body: &|w| Box::pin(tools(w)),
 };
 
-/// What a command does, one per epoch.
+/// The action of a command, one per epoch.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Work {
     /// `convert` to a new file.
@@ -67,7 +67,7 @@ enum Work {
 const FIRST: [Work; 5] = [Work::Convert, Work::Into, Work::Create, Work::Overlay, Work::Onto];
 const SECOND: [Work; 5] = [Work::Overlay, Work::Create, Work::Convert, Work::Into, Work::Onto];
 
-/// Operations after which the power may be cut: of a copy, and of what makes an empty image.
+/// Maximum number of operations before the power is cut: in a copy, and while an empty image is made.
 const OPERATIONS: [u64; 2] = [400, 12];
 
 const SIZES: [usize; 4] = [1 << 20, 587 * 512, 3 << 20, 512];
@@ -84,7 +84,7 @@ async fn tools(world: World) {
     }
 }
 
-/// A process of `tap-img`.
+/// A `tap-img` that has ended.
 struct Tool {
     status: u8,
     out: Vec<String>,
@@ -92,8 +92,8 @@ struct Tool {
 }
 
 impl Tool {
-    /// Runs `tap-img` with these arguments; it is killed after `cut_after` operations of the storage from now on, if it
-    /// runs as long, and `None` then.
+    /// Runs `tap-img` with these arguments. Kills it after `cut_after` more operations of the storage, if it runs that
+    /// long, and then returns `None`.
     async fn run(world: &World, args: &[String], cut_after: Option<u64>) -> Option<Self> {
         let cli = Cli::try_parse_from(std::iter::once("tap-img".into()).chain(args.iter().cloned()));
         let cli = cli.unwrap_or_else(|e| panic!("{}: {e}", args.join(" ")));
@@ -105,17 +105,17 @@ impl Tool {
         Some(Self { status, out: printed.out.take(), err: printed.err.take() })
     }
 
-    /// It has to fail, and says why in one line.
+    /// Checks that it failed, with one line that says why.
     fn refused(&self, world: &World, args: &[String]) {
         let told = self.err.len() == 1 && self.err[0].starts_with("tap-img: failed to ");
         if self.status != 1 || !told {
             let (status, said) = (self.status, self.err.join("; "));
-            let text = format!("tap-img {}: status {status}: {said}; it has to refuse that", args.join(" "));
+            let text = format!("tap-img {}: status {status}: {said}; it should refuse that", args.join(" "));
             world.fail(Invariant::I2, text);
         }
     }
 
-    /// Whether it did its work; where nothing fails for good it must. A failure is told in one line.
+    /// Whether it succeeded; if nothing fails permanently it must. A failure must print one line.
     fn worked(&self, world: &World, args: &[String]) -> bool {
         let what = || format!("tap-img {}: status {}: {}", args.join(" "), self.status, self.err.join("; "));
         if self.status == 0 {
@@ -124,19 +124,19 @@ impl Tool {
         if !world.errors_allowed() {
             world.fail(Invariant::I1, what());
         } else if self.err.len() != 1 || !self.err[0].starts_with("tap-img: failed to ") {
-            world.fail(Invariant::I2, format!("{}, which is not one line that tells why", what()));
+            world.fail(Invariant::I2, format!("{}, which is not one line with the reason", what()));
         }
         false
     }
 }
 
-/// One command that makes something, perhaps a power cut, and what the tools say of what was made.
+/// One command that makes an image, perhaps a power cut, and the tools' reports about the image.
 async fn one(world: &World, source: &Disk, work: Work, epoch: u32) {
     let made = match work {
         Work::Onto => {
             Made::onto(source, source.base.is_some() && world.setting("tools-onto-base", &[false, true]))
         }
-        _ => Made::new(world, source, &Wish::settings(world, work, epoch)),
+        _ => Made::new(world, source, &Params::settings(world, work, epoch)),
     };
     let most = OPERATIONS[usize::from(!matches!(work, Work::Convert | Work::Into))];
     let cut = cut_after(world, epoch, |d| if d.below(3) == 0 { 1 + d.below(most) } else { 0 });
@@ -147,15 +147,15 @@ async fn one(world: &World, source: &Disk, work: Work, epoch: u32) {
     }
 }
 
-/// The operation of the storage after which the power is cut, if it is.
+/// The operation of the storage after which the power is cut, if it is cut at all.
 fn cut_after(world: &World, epoch: u32, draw: impl FnOnce(&mut Draw) -> u64) -> Option<u64> {
     let entity = power(epoch);
     world.sim.name_entity(entity, || format!("power, epoch {epoch}"));
     Some(world.sim.decide(entity, &CRASH_AT, 0, draw)).filter(|after| *after > 0)
 }
 
-/// Lets a command make its image. The power is cut after `cut` operations, or, if `cut_then` says so, when it has
-/// ended. Gives whether the image is made and shows what it should.
+/// Runs a command that makes an image. The power is cut after `cut` operations, or with `cut_then` once the command has
+/// ended. Returns whether the image was made and has the expected content.
 async fn make(
     world: &World,
     source: &Disk,
@@ -174,7 +174,7 @@ async fn make(
     if let (Some(tool), Some(true)) = (&tool, worked)
         && tool.out.is_empty() == made.told
     {
-        world.fail(Invariant::I2, format!("{} has said: {}", made.line(), tool.out.join("; ")));
+        world.fail(Invariant::I2, format!("{} printed: {}", made.line(), tool.out.join("; ")));
     }
     if worked.is_none() || cut_then() {
         world.storage.power_cut();
@@ -194,7 +194,7 @@ async fn make(
             let at = bytes.iter().zip(&made.view).position(|(a, b)| a != b);
             let at = at.unwrap_or(bytes.len().min(made.view.len()));
             let text = format!(
-                "{} ended with 0, and what it made shows other bytes from byte {at} on ({} bytes, not {})",
+                "{} exited with 0, but its image has other bytes from byte {at} on ({} bytes, not {})",
                 made.line(),
                 bytes.len(),
                 made.view.len()

@@ -1,4 +1,4 @@
-//! What the tools say of an image, against its bytes.
+//! Checks the tools' reports about an image against its bytes.
 
 use super::Tool;
 use super::disk::{Disk, Made};
@@ -10,25 +10,25 @@ use serde_json::Value;
 use tap_host::SECTOR_BYTES;
 use tap_images::ImageSpec;
 
-/// Asks every tool about what was made.
+/// Runs every tool on what was made.
 pub(super) async fn check(world: &World, source: &Disk, made: &Made, epoch: u32) {
     brief(world, source, made).await;
     map(world, source, made).await;
     compare(world, made, epoch).await;
 }
 
-/// Asks the tools that read little.
+/// Runs the tools that read little.
 pub(super) async fn brief(world: &World, source: &Disk, made: &Made) {
     info(world, source, made).await;
     check_command(world, &made.spec, made.view.len()).await;
 }
 
-/// Asks `check` about the source, which has compressed clusters if it is no raw disk.
+/// Runs `check` on the source, which has compressed clusters unless it is raw.
 pub(super) async fn of_source(world: &World, source: &Disk) {
     check_command(world, &source.spec, source.view.len()).await;
 }
 
-/// Runs a command that reads; `None` if it failed, as it may where errors are, or has been reported.
+/// Runs a command that only reads. `None` if it failed, which errors permit, or was reported.
 async fn ask(world: &World, words: &str, allowed: &[u8]) -> Option<Tool> {
     if world.verdict.is_broken() {
         return None;
@@ -42,10 +42,10 @@ fn wrong(world: &World, what: impl Into<String>) {
     world.fail(Invariant::I2, what);
 }
 
-/// The only line or lines of JSON that a tool has printed.
+/// The JSON that a tool has printed.
 fn json(world: &World, tool: &Tool, words: &str) -> Option<Value> {
     let parsed = serde_json::from_str(&tool.out.join("\n"));
-    parsed.map_err(|e| wrong(world, format!("tap-img {words} prints no JSON: {e}"))).ok()
+    parsed.map_err(|e| wrong(world, format!("tap-img {words} printed invalid JSON: {e}"))).ok()
 }
 
 fn expect(world: &World, words: &str, value: &Value, key: &str, expected: Value) {
@@ -76,14 +76,14 @@ async fn check_command(world: &World, spec: &ImageSpec, size: usize) {
         }
         return;
     };
-    // Without the clusters that a failed or repeated write has lost, which both must count alike.
+    // Without the clusters lost to failed or repeated writes, of which both must count the same number.
     let Some(tool) = ask(world, &words, &[0, 3]).await else { return };
     let Some(value) = json(world, &tool, &words) else { return };
     let content = formats::used_content(&world.storage, spec);
     let Ok(seen) = metadata.walk(&content) else { return };
     expect(world, &words, &value, "allocated-clusters", seen.mapped.into());
     expect(world, &words, &value, "total-clusters", size.div_ceil(1 << seen.cluster_bits).into());
-    // What fills the front up is lost to nobody.
+    // The filling of the front is not a leak.
     let (cluster, front) = (1 << seen.cluster_bits, seen.root_at + seen.tables.len() as u64 * 8);
     let filled =
         front.next_multiple_of(metadata.front_align_bytes().max(cluster)) - front.next_multiple_of(cluster);
@@ -108,7 +108,10 @@ async fn map(world: &World, source: &Disk, made: &Made) {
         end += length;
         let shown = &made.view[start as usize..end as usize];
         if run["zero"] == true && shown.iter().any(|b| *b != 0) {
-            return wrong(world, format!("tap-img {words}: {start}+{length} is called zeros and is not"));
+            return wrong(
+                world,
+                format!("tap-img {words}: {start}+{length} is reported as zeros but is not"),
+            );
         }
         if run["data"] == true
             && let Some(offset) = run["offset"].as_u64()
@@ -123,7 +126,7 @@ async fn map(world: &World, source: &Disk, made: &Made) {
             content.pages.read(offset, &mut there);
             if there != shown {
                 let text =
-                    format!("{start}+{length} is said to lie at {offset} of {path}, which holds other bytes");
+                    format!("{start}+{length} is reported at {offset} of {path}, which holds other bytes");
                 return wrong(world, format!("tap-img {words}: {text}"));
             }
         }
@@ -133,7 +136,7 @@ async fn map(world: &World, source: &Disk, made: &Made) {
     }
 }
 
-/// How the files below what was made are to be opened.
+/// The `--backing` option for the files below what was made.
 fn below(source: &Disk, made: &Made) -> &'static str {
     match (made.overlay, &source.base) {
         (true, Some(_)) => "probe",
@@ -142,7 +145,7 @@ fn below(source: &Disk, made: &Made) -> &'static str {
     }
 }
 
-/// With a copy that differs in up to two sectors.
+/// Compares with a copy that differs in up to two sectors.
 async fn compare(world: &World, made: &Made, epoch: u32) {
     let name = if epoch == 0 { "tool-differs-first" } else { "tool-differs-second" };
     let sectors = made.view.len() as u64 / SECTOR_BYTES;

@@ -1,12 +1,12 @@
-//! What ends: the process that serves a disk, its power, its guest.
+//! The death of the serving process, the power cut, and the death of the guest.
 
 use super::{BlockHistory, Cell};
 use crate::check::frontier::Block;
 
 impl BlockHistory {
-    /// The process that serves the disk died: its successor carries out what has no answer again, in the same order. A
-    /// read that runs now may see a write that was submitted after it and is carried out already. And it knows of a
-    /// failed write what the file says, which may be more than its predecessor did.
+    /// The process that serves the disk died. Its successor repeats all unanswered requests in the same order, so a
+    /// running read may see a write that was submitted after it and has run already. Of a failed write the successor
+    /// knows what the file says, which may be more than its predecessor did.
     pub fn server_died(&mut self) {
         self.repeated_to = self.clock;
         self.revive_failed();
@@ -18,7 +18,7 @@ impl BlockHistory {
         self.each_changed(|block| block.server_died(order));
     }
 
-    /// The power was cut, and with it everything that ran.
+    /// The power was cut, which ends everything that ran.
     pub fn power_cut(&mut self) {
         self.cut_fences();
         let now = self.tick();
@@ -28,7 +28,7 @@ impl BlockHistory {
         self.each_changed(|block| block.power_cut(now));
     }
 
-    /// The guest ended, and nobody waits any more for what it had in flight: that has happened or has not.
+    /// The guest ended. Its requests in flight may or may not have taken effect, and have no one to answer to.
     pub fn guest_died(&mut self) {
         self.reads.clear();
         for (write, _) in self.running.clone() {

@@ -1,47 +1,47 @@
-//! Flushes with data: where their data is, all that they cover is, too, whatever became of them.
+//! Flushes with data: if their data is on the medium, so is everything that they cover, however they ended.
 
 use super::{BLOCK, BlockHistory, Cell, WriteId, Wrong};
 use crate::check::frontier::{Block, Clock};
 use std::collections::BTreeMap;
 use tap_host::SectorRange;
 
-/// Those of a disk.
+/// The fences of a disk.
 #[derive(Clone, Default)]
 pub(super) struct Fences {
-    /// Writes that are flushes as well and are not known to be durable: where, and when they were submitted.
+    /// Writes that are also flushes and not known to be durable: their range and time of submission.
     open: BTreeMap<WriteId, (SectorRange, Clock)>,
-    /// After a power cut: what cannot be there where one of them is.
+    /// After a power cut: what cannot be on the medium if the data of the fence is.
     hidden: BTreeMap<WriteId, Vec<(SectorRange, WriteId)>>,
 }
 
 impl Fences {
-    /// `write` is durable, and with it what it covers.
+    /// `write` is durable, and so is everything that it covers.
     pub(super) fn lift(&mut self, write: WriteId) {
         self.open.remove(&write);
     }
 }
 
 impl BlockHistory {
-    /// `write` is a flush as well, which was submitted at `inv`: its data reaches the medium after what was answered
-    /// before that, whatever becomes of it.
+    /// `write` is also a flush, submitted at `inv`: its data reaches the medium after everything answered before that,
+    /// however it ends.
     pub fn fence(&mut self, write: WriteId, range: SectorRange, inv: Clock) {
         self.fences.open.insert(write, (range, inv));
     }
 
-    /// Where the medium may hold the data of flushes that had no good answer before the power was cut.
+    /// Where the medium may hold the data of flushes that had not succeeded when the power was cut.
     pub fn fenced(&self) -> Vec<SectorRange> {
         let Fences { open, hidden } = &self.fences;
         open.iter().filter(|(write, _)| hidden.contains_key(write)).map(|(_, f)| f.0).collect()
     }
 
-    /// The power is cut: from now on the data of a fence tells what cannot be there.
+    /// The power is cut: records what the data of each fence rules out.
     pub(super) fn cut_fences(&mut self) {
         let hidden = self.fences.open.iter().map(|(write, (_, inv))| (*write, self.hidden_by(*inv)));
         self.fences.hidden = hidden.collect();
     }
 
-    /// The data of a flush is there: so is all that the flush covers.
-    pub(super) fn look_behind(&mut self, fence: WriteId) -> Result<(), Wrong> {
+    /// The data of a flush is on the medium, so everything that the flush covers is, too.
+    pub(super) fn exclude_hidden(&mut self, fence: WriteId) -> Result<(), Wrong> {
         for (range, write) in self.fences.hidden.remove(&fence).unwrap_or_default() {
             let mut seen = false;
             self.each(range, |b| seen |= b.rule_out(write));
@@ -56,7 +56,7 @@ impl BlockHistory {
         Ok(())
     }
 
-    /// What cannot be on the medium where all that was answered before `inv` is.
+    /// What cannot be on the medium if everything answered before `inv` is.
     fn hidden_by(&self, inv: Clock) -> Vec<(SectorRange, WriteId)> {
         let mut all = Vec::new();
         for cell in &self.dirty {
@@ -85,7 +85,7 @@ mod tests {
     use crate::check::history::tests::sector_of;
 
     #[test]
-    fn where_the_data_of_a_flush_is_there_is_what_it_covers() {
+    fn the_data_of_a_flush_implies_what_it_covers() {
         for (survives, look_first, fine) in [(true, 8, true), (false, 8, false), (false, 64, false)] {
             let mut h = BlockHistory::new(100, 1, Initial::Zero, false);
             let (one, two) = (SectorRange::new(8, 1), SectorRange::new(64, 1));

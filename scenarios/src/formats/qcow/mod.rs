@@ -1,4 +1,4 @@
-//! qcow version 1: images made and walked from the specification alone.
+//! qcow version 1: images built and parsed from the specification alone.
 
 mod walker;
 
@@ -66,7 +66,7 @@ impl Metadata for Qcow {
         Places { fields: &FIELDS, root, tables, table_entries, cluster_bits }
     }
 
-    /// That of a compressed cluster.
+    /// The entry of a compressed cluster.
     fn odd_entry(&self, cluster_bits: u32, number: u64, place: u64) -> u64 {
         let shift = 63 - cluster_bits;
         COMPRESSED | (number << shift & !COMPRESSED) | place & ((1 << shift) - 1)
@@ -95,7 +95,7 @@ impl Metadata for Qcow {
 }
 
 fn deflate(bytes: &[u8]) -> Vec<u8> {
-    // As QEMU: raw deflate with a window of 4 KiB.
+    // As QEMU does: raw deflate with a window of 4 KiB.
     let mut packer = Compress::new_with_window_bits(Compression::default(), false, 12);
     let mut out = Vec::with_capacity(bytes.len() * 2 + 64);
     packer.compress_vec(bytes, &mut out, FlushCompress::Finish).expect("the output has room");
@@ -135,7 +135,7 @@ fn make(shape: &ImageShape, view: &mut PageMap) -> Vec<u8> {
             (*stored == Stored::Compressed).then(|| deflate(&bytes)).filter(|p| p.len() < cluster_bytes);
         let entry = match packed {
             Some(packed) => {
-                // Extents lie one behind the other, in clusters that hold nothing else.
+                // Extents follow each other, in clusters that hold nothing else.
                 let at = align(file.len());
                 file.resize(at, 0);
                 file.extend_from_slice(&packed);

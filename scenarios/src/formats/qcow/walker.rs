@@ -1,10 +1,10 @@
-//! An independent reader of qcow (version 1) metadata.
+//! An independent parser of qcow (version 1) metadata.
 //!
-//! It shares no code with the driver: what the driver believes of its image is checked against what the bytes say. It
-//! looks at bytes only, so it runs on any crash state, and it is fast enough to run on every one.
+//! It shares no code with the driver, so the driver's view of an image is checked against the bytes. It needs only the
+//! bytes, so it runs on any crash state, and it is fast enough to run on every one.
 //!
 //! Layout (big endian): header of 48 bytes, L1 table of u64 file offsets, L2 tables of 2^l2_bits entries; bit 63 of an
-//! entry marks a compressed cluster whose size in bytes stands in the bits above (63 - cluster_bits).
+//! entry marks a compressed cluster, whose size in bytes is in the bits from (63 - cluster_bits) on.
 
 use crate::check::{Invariant, Oracle, is_broken};
 use crate::formats::owners::{Owners, be_words, broken};
@@ -14,7 +14,7 @@ use tap_host::SECTOR_BYTES;
 
 const MAGIC: u32 = 0x5146_49fb;
 const HEADER_BYTES: u64 = 48;
-/// Larger tables are not made by anything that runs here.
+/// Nothing here creates larger tables.
 const L1_ENTRIES_MAX: u64 = 1 << 22;
 
 fn extent(entry: u64, cluster_bits: u32) -> (u64, u64) {
@@ -22,7 +22,7 @@ fn extent(entry: u64, cluster_bits: u32) -> (u64, u64) {
     ((entry & ((1 << shift) - 1)), (entry & !COMPRESSED) >> shift)
 }
 
-/// The header, and where the name of the backing file is: offset and length in bytes.
+/// The header, and offset and length in bytes of the backing file's name.
 fn header(content: &Content) -> Result<(ImageMap, Option<(u64, u64)>), Broken> {
     let mut raw = [0; 48];
     content.pages.read(0, &mut raw);
@@ -42,7 +42,7 @@ fn header(content: &Content) -> Result<(ImageMap, Option<(u64, u64)>), Broken> {
     let backing = if backing_offset == 0 {
         None
     } else if backing_len > 1023 || backing_offset.saturating_add(backing_len) > content.size {
-        return broken(Invariant::Q2, "the name of the backing file lies outside the file".into());
+        return broken(Invariant::Q2, "the name of the backing file is outside the file".into());
     } else {
         let mut name = vec![0; backing_len as usize];
         content.pages.read(backing_offset, &mut name);
@@ -61,7 +61,7 @@ fn header(content: &Content) -> Result<(ImageMap, Option<(u64, u64)>), Broken> {
     Ok((map, name))
 }
 
-/// Reads all metadata of `content`.
+/// Parses all metadata of `content`.
 ///
 /// # Errors
 /// The first broken invariant.
@@ -71,13 +71,10 @@ pub(super) fn walk(content: &Content) -> Result<ImageMap, Broken> {
     let clusters = map.size.div_ceil(1 << cluster_bits);
     let l1_entries = clusters.div_ceil(1 << l2_bits);
     if l1_entries > L1_ENTRIES_MAX || map.root_at.saturating_add(l1_entries * 8) > content.size {
-        return broken(
-            Invariant::Q2,
-            format!("the L1 table of {l1_entries} entries does not lie in the file"),
-        );
+        return broken(Invariant::Q2, format!("the L1 table of {l1_entries} entries is not within the file"));
     }
     let mut owners = Owners::new(cluster_bits);
-    // Header and L1 lie together at the front; the name of the backing file lies between them, or has space of its own.
+    // Header and L1 are together at the front; the backing file's name is between them or in separate space.
     let front = map.root_at + (l1_entries * 8).max(1);
     owners.take(0, front, || "the header".into())?;
     if let Some((at, len)) = name
@@ -108,22 +105,22 @@ fn walk_l2(
     table: &mut [u8],
 ) -> Result<(), Broken> {
     let cluster_size = 1_u64 << map.cluster_bits;
-    // A power cut may take the size of the file away, but nothing was ever so far out: all clusters and tables, and
-    // what may be lost.
+    // A power cut may shorten the file, but no allocation was ever this far out: the limit is the space of all clusters
+    // and tables, and of those that may be lost.
     let tables = map.tables.len() as u64 * map.table_bytes.next_multiple_of(cluster_size);
     let disk = map.size.next_multiple_of(cluster_size).saturating_add(tables);
     let far = content.size.saturating_add(disk).saturating_add(1 << 20);
     if !l2_offset.is_multiple_of(SECTOR_BYTES) || l2_offset >= 1 << 56 {
         return broken(
             Invariant::Q2,
-            format!("L1 entry {index} is {l2_offset:#x}, which is not an offset of a table"),
+            format!("L1 entry {index} is {l2_offset:#x}, which is not the offset of a table"),
         );
     }
     if l2_offset + table.len() as u64 > content.size && !is_broken(Oracle::TablesBeyond) {
         return broken(
             Invariant::Q5,
             format!(
-                "L1 entry {index} names an L2 table at {l2_offset:#x}, beyond the file's end at {:#x}",
+                "L1 entry {index} refers to an L2 table at {l2_offset:#x}, past the end of the file at {:#x}",
                 content.size
             ),
         );
@@ -138,7 +135,7 @@ fn walk_l2(
         let Some(slot) = map.entries.get_mut(cluster as usize) else {
             return broken(
                 Invariant::Q2,
-                format!("L2 table {index} maps cluster {cluster}, beyond the disk's end"),
+                format!("L2 table {index} maps cluster {cluster}, past the end of the disk"),
             );
         };
         *slot = entry;
@@ -157,7 +154,9 @@ fn walk_l2(
         {
             return broken(
                 Invariant::Q2,
-                format!("the L2 entry of cluster {cluster} is {entry:#x}, which is not a cluster's offset"),
+                format!(
+                    "the L2 entry of cluster {cluster} is {entry:#x}, which is not the offset of a cluster"
+                ),
             );
         } else {
             owners.take(entry, cluster_size, || format!("cluster {cluster}"))?;
@@ -191,20 +190,20 @@ mod tests {
     }
 
     #[test]
-    fn a_sane_image_passes_and_leaks_are_counted() {
+    fn a_valid_image_passes_and_leaks_are_counted() {
         let map = walk(&image(&[0x1000], &[(0, 0x2000), (5, 0x4000)], 0x5000)).unwrap();
         assert_eq!((map.mapped, map.leaked), (2, 1));
         assert_eq!((map.host_offset(5), map.host_offset(1)), (Some(0x4000), None));
     }
 
     #[test]
-    fn each_rule_bites() {
+    fn each_rule_is_enforced() {
         let class = |l1: &[u64], l2: &[(usize, u64)], size| walk(&image(l1, l2, size)).unwrap_err().0;
         assert_eq!(class(&[0x1000], &[(0, 0x2000), (1, 0x2000)], 0x5000), Invariant::Q2, "shared cluster");
         assert_eq!(class(&[0x1000], &[(0, 0x1000)], 0x5000), Invariant::Q2, "data on a table");
-        assert_eq!(class(&[0x1000], &[(0, 0)], 0x1800), Invariant::Q5, "table beyond the end");
+        assert_eq!(class(&[0x1000], &[(0, 0)], 0x1800), Invariant::Q5, "table past the end");
         assert_eq!(class(&[0x1000], &[(0, 0x2200)], 0x5000), Invariant::Q2, "unaligned cluster");
-        assert_eq!(class(&[0x1000], &[(300, 0x2000)], 0x5000), Invariant::Q2, "beyond the disk");
+        assert_eq!(class(&[0x1000], &[(300, 0x2000)], 0x5000), Invariant::Q2, "past the end of the disk");
         let packed = COMPRESSED | 100 << 51 | 0x4fff;
         assert_eq!(class(&[0x1000], &[(0, packed)], 0x5000), Invariant::Q3, "extent leaves the file");
         let data = COMPRESSED | 100 << 51 | 0x2100;

@@ -1,7 +1,7 @@
-//! What the back end alone writes, written by the guest: the page is the guest's memory, too.
+//! The guest overwrites fields that only the back end should write: the page is the guest's memory, too.
 //!
-//! A back end that lives knows all of it by itself. One that takes up the ring of a dead one has to read some of it,
-//! and may refuse a ring that contradicts its record; what it must not do is believe it.
+//! A running back end knows all of these values. One that takes over the ring of a dead one has to read some of them,
+//! and may refuse a ring that contradicts its record, but must not trust it.
 
 use super::{Hostile, PATIENCE_NS, RSP_PROD};
 use crate::check::Invariant;
@@ -9,7 +9,7 @@ use sim::Label;
 use tap_host::EventChannel;
 use xen_model::GuestRing;
 
-/// What the hostile guest writes before it publishes requests: kind in 3 bits, detail in 32.
+/// What the hostile guest overwrites before it publishes requests: kind in 3 bits, detail in 32.
 pub static SCRIBBLE: Label = Label::packed(
     "scribble",
     "the hostile guest writes over (1 the index of responses, 2 the event index, 3 the epoch), 4 raises events, 5 closes its port: {}",
@@ -19,11 +19,11 @@ pub static SCRIBBLE: Label = Label::packed(
 /// Byte offsets in the ring's header.
 const REQ_EVENT: usize = 4;
 const EPOCH: usize = 60;
-/// The decision about what comes at the end, among those about scribbles.
+/// The attempt number of the decision at the end, among those about scribbles.
 const AT_THE_END: u32 = 0xffff;
 
 impl Hostile {
-    /// Before the `nth` requests are published; nothing is in flight, so the index of responses is `consumed`.
+    /// Called before the `nth` requests are published; nothing is in flight, so the index of responses is `consumed`.
     pub(super) fn scribble_before(&self, ring: &GuestRing, nth: u32, consumed: u32) {
         if !self.ring_may_break {
             return;
@@ -34,7 +34,7 @@ impl Hostile {
         });
         let detail = (value >> 3) as u32;
         match value & 7 {
-            // Nowhere near what the next answers make of it, so that their coming shows.
+            // Far from the values that the next answers write, so that these are noticed.
             1 => {
                 let away = if detail & 1 == 0 {
                     (33 + (detail >> 1)).min(u32::MAX / 2)
@@ -42,12 +42,12 @@ impl Hostile {
                     u32::MAX - (detail >> 1) % 40
                 };
                 ring.page().store_u32(RSP_PROD, consumed.wrapping_add(away));
-                self.has_scribbled();
+                self.note_overwrite();
             }
             2 => ring.page().store_u32(REQ_EVENT, detail),
             3 => {
                 ring.page().store_u32(EPOCH, detail);
-                self.has_scribbled();
+                self.note_overwrite();
                 self.epoch_lost.set(true);
             }
             4 => (0..=detail % 8).for_each(|_| ring.channel().notify()),
@@ -55,9 +55,9 @@ impl Hostile {
         }
     }
 
-    /// What it wrote in an earlier life, and nothing has put right, counts on. Where nobody has the ring yet, who takes
-    /// it up has to read it.
-    fn has_scribbled(&self) {
+    /// Records an overwrite in the current life of the back end, until something restores the value. If the ring is not
+    /// mapped yet, its successor has to read it.
+    fn note_overwrite(&self) {
         let lives = self.lives.get();
         let life = if self.is_mapped() { lives } else { lives.wrapping_sub(1) };
         self.scribbled.set(self.scribbled.get().or(Some(life)));
@@ -67,24 +67,24 @@ impl Hostile {
         self.world.xen.mapped_from(self.attached.dom) > 0
     }
 
-    /// Whether the back end died while something was wrong that its successor has to read: it may refuse the ring.
-    pub(super) fn is_beyond_repair(&self) -> bool {
+    /// Whether the back end died while a value that its successor has to read was wrong: it may then refuse the ring.
+    pub(super) fn may_be_unrecoverable(&self) -> bool {
         self.scribbled.get().is_some_and(|lives| lives != self.lives.get())
     }
 
-    /// Waits until answers to some of `asked` requests have put the index of responses right. `false` if nothing will.
-    pub(super) async fn index_is_right(&self, ring: &GuestRing, consumed: u32, asked: u32) -> bool {
+    /// Waits until answers to some of `asked` requests have restored the index of responses. `false` if none will.
+    pub(super) async fn index_is_restored(&self, ring: &GuestRing, consumed: u32, asked: u32) -> bool {
         let until = self.world.sim.now_ns() + PATIENCE_NS;
         while !(1..=asked).contains(&ring.page().load_u32(RSP_PROD).wrapping_sub(consumed)) {
-            if self.is_beyond_repair() {
+            if self.may_be_unrecoverable() {
                 return false;
             }
             if self.world.sim.now_ns() > until {
-                // It may have been written between the mapping and the first look.
+                // It may have been written between the mapping and the first load.
                 if self.lives.get() > 1 && !self.is_mapped() {
                     return false;
                 }
-                self.world.fail(Invariant::X1, "no answer puts the index of responses right");
+                self.world.fail(Invariant::X1, "no answer restores the index of responses");
                 return false;
             }
             self.world.sim.sleep_ns(20_000).await;
@@ -95,7 +95,7 @@ impl Hostile {
         true
     }
 
-    /// Before it leaves: it may close its end of the event channel under the back end.
+    /// Before it leaves, it may close its end of the event channel under the back end.
     pub(super) fn close_channel(&self, ring: &GuestRing) {
         if self.ring_may_break {
             let draw = |d: &mut sim::Draw| if d.below(4) == 0 { 5 } else { 0 };
