@@ -76,10 +76,10 @@ impl Probe for SimHost {
     fn work(&self, units: u64) {
         self.process.work(units);
     }
-    fn bug(&self, bug: Bug) -> bool {
+    fn bug(&self, bug: &'static Bug) -> bool {
         self.process.bug(bug)
     }
-    fn mark(&self, mark: Mark) {
+    fn mark(&self, mark: &'static Mark) {
         self.process.mark(mark);
     }
 }

@@ -7,6 +7,7 @@ use crate::sockets::Network;
 use crate::storage::{Descriptor, Storage};
 use sim::{Node, Sim, Sleep, TraceEvent};
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::future::{Future, pending, poll_fn};
 use std::pin::Pin;
 use std::rc::Rc;
@@ -30,8 +31,8 @@ pub struct Kernel(Rc<KernelInner>);
 struct KernelInner {
     sim: Sim,
     storage: Storage,
-    bugs: RefCell<Vec<Bug>>,
-    marks: [Cell<u64>; Mark::ALL.len()],
+    bugs: RefCell<Vec<&'static Bug>>,
+    marks: RefCell<BTreeMap<&'static Mark, u64>>,
     load: Load,
     entropy: Cell<u64>,
     network: Network,
@@ -93,7 +94,7 @@ impl Kernel {
             sim: sim.clone(),
             storage: storage.clone(),
             bugs: RefCell::default(),
-            marks: [const { Cell::new(0) }; Mark::ALL.len()],
+            marks: RefCell::default(),
             load: Load::default(),
             entropy: Cell::new(sim.swarm().seed()),
             network: Network::default(),
@@ -103,13 +104,13 @@ impl Kernel {
     }
 
     /// Switches a seeded bug on in every process.
-    pub fn plant(&self, bug: Bug) {
+    pub fn plant(&self, bug: &'static Bug) {
         self.0.bugs.borrow_mut().push(bug);
     }
 
-    /// How often each mark was reached, in the order of [`Mark::ALL`].
-    pub fn marks(&self) -> Vec<u64> {
-        self.0.marks.iter().map(Cell::get).collect()
+    /// How often `mark` was reached.
+    pub fn marked(&self, mark: &'static Mark) -> u64 {
+        self.0.marks.borrow().get(mark).copied().unwrap_or_default()
     }
 
     /// Tells `listener` of each event that a living process logs from now on, as a reader of the journal would be.
@@ -241,16 +242,15 @@ impl Entropy for Process {
 }
 
 impl Probe for Process {
-    fn bug(&self, bug: Bug) -> bool {
+    fn bug(&self, bug: &'static Bug) -> bool {
         let bugs = self.kernel.0.bugs.borrow();
         !bugs.is_empty() && bugs.contains(&bug)
     }
     fn work(&self, units: u64) {
         self.kernel.0.load.add(self.kernel.0.sim.turns(), units);
     }
-    fn mark(&self, mark: Mark) {
-        let count = &self.kernel.0.marks[mark as usize];
-        count.set(count.get() + 1);
+    fn mark(&self, mark: &'static Mark) {
+        *self.kernel.0.marks.borrow_mut().entry(mark).or_default() += 1;
     }
 }
 

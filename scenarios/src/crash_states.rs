@@ -31,10 +31,11 @@ mod tests {
     use crate::catalog::of_format;
     use crate::check::Invariant;
     use crate::formats::Kind;
+    use crate::probes::find_bug;
     use crate::scenario::OfFormat;
     use tap_host::Bug;
 
-    fn first_bad(scenario: &OfFormat, bug: Option<Bug>) -> Option<(u64, Invariant, RunSpec)> {
+    fn first_bad(scenario: &OfFormat, bug: Option<&'static Bug>) -> Option<(u64, Invariant, RunSpec)> {
         let scenario = of_format::of(scenario, Kind::mapped(false).model).unwrap();
         (0..12).find_map(|seed| {
             let (outcome, replay) = explore_run(&RunSpec::new(scenario, seed).with_bug(bug));
@@ -52,12 +53,12 @@ mod tests {
     #[test]
     fn a_bad_state_becomes_a_run_that_fails_alike() {
         for (bug, scenario) in [
-            (Bug::L1BeforeL2, &POWER_CUT),
-            (Bug::FlushEarly, &POWER_CUT),
-            (Bug::DataAfterMapping, &OVERLAY_POWER_CUT),
+            ("l1-before-l2", &POWER_CUT),
+            ("flush-early", &POWER_CUT),
+            ("data-after-mapping", &OVERLAY_POWER_CUT),
         ] {
             let (seed, invariant, replay) =
-                first_bad(scenario, Some(bug)).expect("some crash state shows the bug");
+                first_bad(scenario, find_bug(bug)).expect("some crash state shows the bug");
             let outcome = run(&replay);
             let failure = outcome.failure.expect("the replay fails too");
             assert_eq!(failure.invariant, invariant, "{bug:?}, seed {seed}: {}", failure.detail);

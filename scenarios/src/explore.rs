@@ -69,7 +69,7 @@ pub struct Explorer {
     history: Rc<RefCell<BlockHistory>>,
     /// Files below the image.
     below: Vec<(String, Content)>,
-    bug: Option<Bug>,
+    bug: Option<&'static Bug>,
     draw: RefCell<Draw>,
     seen: RefCell<FixedMap<u64, ()>>,
     hashes: RefCell<Hashes>,
@@ -161,7 +161,7 @@ impl Explorer {
         spec: &ImageSpec,
         history: Rc<RefCell<BlockHistory>>,
         below: Vec<(String, Content)>,
-        bug: Option<Bug>,
+        bug: Option<&'static Bug>,
         seed: u64,
     ) -> Rc<Self> {
         // From now on the history keeps what flushes settle.

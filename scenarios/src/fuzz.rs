@@ -147,7 +147,7 @@ const RECORD_BYTES: usize = 7;
 const RECORDS_MAX: usize = 400;
 
 /// The run of `subject` that `bytes` describe.
-pub fn spec_of(subject: &Subject, bytes: &[u8], bug: Option<Bug>) -> RunSpec {
+pub fn spec_of(subject: &Subject, bytes: &[u8], bug: Option<&'static Bug>) -> RunSpec {
     let (scenarios, kinds) = (&subject.scenarios, subject.kinds);
     let mut input = Unstructured::new(bytes);
     let scenario = scenarios[input.arbitrary::<u8>().map_or(0, usize::from) % scenarios.len()];
@@ -168,7 +168,7 @@ pub fn spec_of(subject: &Subject, bytes: &[u8], bug: Option<Bug>) -> RunSpec {
 }
 
 /// Runs `bytes` once, on this thread.
-pub fn run_bytes(subject: &Subject, bytes: &[u8], bug: Option<Bug>) -> (RunSpec, Outcome) {
+pub fn run_bytes(subject: &Subject, bytes: &[u8], bug: Option<&'static Bug>) -> (RunSpec, Outcome) {
     let spec = spec_of(subject, bytes, bug);
     let outcome = run(&spec);
     (spec, outcome)
@@ -240,7 +240,7 @@ pub struct FuzzSpec {
     /// Whether worlds run inside the guard.
     pub guarded: bool,
     /// A seeded bug that is switched on; the first finding then ends the session.
-    pub bug: Option<Bug>,
+    pub bug: Option<&'static Bug>,
 }
 
 /// Results of fuzzing.
@@ -419,6 +419,7 @@ impl Maker {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::probes::find_bug;
 
     #[test]
     fn records_have_the_length_that_is_parsed() {
@@ -469,8 +470,8 @@ mod tests {
     fn a_planted_bug_is_found() {
         crate::run::prepare();
         let last = SUBJECTS.last().unwrap();
-        for (subject, bug) in [(&SUBJECTS[0], Bug::OverlayDropsRest), (last, Bug::NbdWrongCookie)] {
-            let spec = FuzzSpec { subject, seed: 1, jobs: 1, guarded: false, bug: Some(bug) };
+        for (subject, bug) in [(&SUBJECTS[0], "overlay-drops-rest"), (last, "nbd-wrong-cookie")] {
+            let spec = FuzzSpec { subject, seed: 1, jobs: 1, guarded: false, bug: find_bug(bug) };
             let report = fuzz(&spec, |runs, _| runs < 2000);
             let (run_spec, outcome) = &report.findings[0];
             assert_eq!(run(run_spec).failure, outcome.failure, "the finding replays");

@@ -2,6 +2,7 @@
 //! what it was saved for.
 
 use crate::catalog;
+use crate::probes::BUGS;
 use crate::run::{run, run_recorded, shrink_run};
 use crate::scenario::Scenario;
 use crate::spec::{Outcome, RunSpec};
@@ -13,7 +14,7 @@ use tap_host::Bug;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Quarry {
     /// A seeded bug.
-    Bug(Bug),
+    Bug(&'static Bug),
     /// The drive that lies about flushes.
     Canary,
 }
@@ -21,7 +22,7 @@ pub enum Quarry {
 impl Quarry {
     /// All seeded bugs, and the canary.
     pub fn all() -> impl Iterator<Item = Quarry> {
-        Bug::ALL.iter().map(|bug| Quarry::Bug(*bug)).chain([Quarry::Canary])
+        BUGS.iter().copied().map(Quarry::Bug).chain([Quarry::Canary])
     }
     /// The quarry that a run has switched on.
     pub fn of(spec: &RunSpec) -> Option<Quarry> {
@@ -30,7 +31,7 @@ impl Quarry {
     /// Its name.
     pub fn name(self) -> String {
         match self {
-            Quarry::Bug(bug) => bug.name(),
+            Quarry::Bug(bug) => bug.name().into(),
             Quarry::Canary => "canary".into(),
         }
     }

@@ -17,6 +17,7 @@ pub mod machine;
 mod overseer;
 mod panics;
 pub mod power;
+pub mod probes;
 pub mod program;
 mod respawn;
 pub mod run;

@@ -3,6 +3,7 @@
 use crate::check::oracle::{Oracle, break_for_run, is_broken};
 use crate::check::{Failure, Invariant};
 use crate::explore::Explored;
+use crate::probes::MARKS;
 use crate::spec::{Outcome, RunSpec};
 use crate::world::World;
 use crate::{catalog, front, panics, workload, world};
@@ -91,7 +92,7 @@ pub fn run(spec: &RunSpec) -> Outcome {
         failure: world.verdict.failure(),
         trace,
         decisions,
-        marks: world.kernel.marks(),
+        marks: MARKS.iter().map(|mark| world.kernel.marked(mark)).collect(),
         stats: world.stats(),
         virtual_ns: sim.now_ns(),
         explored: world.explorer().map_or(Explored::default(), |e| e.explored()),

@@ -9,6 +9,7 @@ use crate::check::Failure;
 use crate::check::oracle::Oracle;
 use crate::explore::{BadState, Explored};
 use crate::formats::RealImage;
+use crate::probes::find_bug;
 use crate::scenario::Scenario;
 use crate::world::{RunOptions, Stats};
 use sim::{DecisionMap, RunFile, Source, TraceLevel, TraceReport};
@@ -46,7 +47,7 @@ impl RunSpec {
     }
 
     /// With a seeded bug.
-    pub fn with_bug(mut self, bug: Option<Bug>) -> Self {
+    pub fn with_bug(mut self, bug: Option<&'static Bug>) -> Self {
         self.options.bug = bug;
         self
     }
@@ -61,8 +62,8 @@ impl RunSpec {
         })?;
         let mut spec = Self::new(scenario, file.seed);
         if let Some(name) = file.option("bug") {
-            let bug = Bug::ALL.iter().find(|b| b.name() == name);
-            spec.options.bug = Some(*bug.ok_or_else(|| format!("unknown seeded bug {name:?}"))?);
+            let bug = find_bug(name);
+            spec.options.bug = Some(bug.ok_or_else(|| format!("unknown seeded bug {name:?}"))?);
         }
         spec.options.canary = file.option("canary") == Some("on");
         if let Some(name) = file.option("oracle") {
@@ -79,7 +80,7 @@ impl RunSpec {
     pub fn to_file(&self, outcome: &Outcome, revision: &str) -> RunFile {
         let mut options = Vec::new();
         if let Some(bug) = self.options.bug {
-            options.push(("bug".into(), bug.name()));
+            options.push(("bug".into(), bug.name().into()));
         }
         if self.options.canary {
             options.push(("canary".into(), "on".into()));
@@ -113,7 +114,7 @@ pub struct Outcome {
     pub trace: TraceReport,
     /// The non-zero decisions, if recorded.
     pub decisions: DecisionMap,
-    /// How often each mark was reached.
+    /// How often each mark was reached, in the order of [`MARKS`](crate::probes::MARKS).
     pub marks: Vec<u64>,
     /// Counts.
     pub stats: Stats,

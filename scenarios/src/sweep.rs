@@ -2,6 +2,7 @@
 
 use crate::check::Failure;
 use crate::panics::apart;
+use crate::probes::MARKS;
 use crate::run::run;
 use crate::scenario::Scenario;
 use crate::spec::{Outcome, RunSpec};
@@ -72,8 +73,8 @@ impl SweepReport {
         self.scenarios.iter().map(|s| s.1.failed).sum()
     }
     /// Marks that no run reached.
-    pub fn missed(&self) -> Vec<Mark> {
-        Mark::ALL.iter().zip(&self.marks).filter(|(_, n)| **n == 0).map(|(m, _)| *m).collect()
+    pub fn missed(&self) -> Vec<&'static Mark> {
+        MARKS.iter().zip(&self.marks).filter(|(_, n)| **n == 0).map(|(m, _)| *m).collect()
     }
 }
 
@@ -150,7 +151,7 @@ fn plan(spec: &SweepSpec) -> Vec<(usize, Range<u64>)> {
 
 fn run_chunk(spec: &SweepSpec, scenario: usize, seeds: Range<u64>) -> ChunkResult {
     let (of, options) = (spec.scenarios[scenario], spec.options.clone());
-    let empty = (ScenarioReport::default(), vec![0; Mark::ALL.len()]);
+    let empty = (ScenarioReport::default(), vec![0; MARKS.len()]);
     // Shared, because a thread that a run blocks for good leaves its counts here.
     let counted = Arc::new(Mutex::new(empty));
     let mut rest = seeds;
@@ -203,7 +204,7 @@ fn add(sum: &mut Stats, one: &Stats) {
 }
 
 fn collect(spec: &SweepSpec, mut results: Vec<ChunkResult>) -> SweepReport {
-    let mut marks = vec![0; Mark::ALL.len()];
+    let mut marks = vec![0; MARKS.len()];
     let mut scenarios: Vec<_> = spec.scenarios.iter().map(|s| (*s, ScenarioReport::default())).collect();
     results.sort_by_key(|r| r.scenario);
     for result in results {

@@ -31,7 +31,7 @@ pub fn setting<T: Copy + Debug>(sim: &Sim, name: &'static str, choices: &[T]) ->
 #[derive(Clone, Debug, Default)]
 pub struct RunOptions {
     /// A seeded bug that is switched on.
-    pub bug: Option<Bug>,
+    pub bug: Option<&'static Bug>,
     /// The drive lies about flushes.
     pub canary: bool,
     /// A checker that is broken.

@@ -15,7 +15,22 @@ use crate::{
 };
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
-use tap_host::{Bug, Errno, Log, Mark, Probe, Tasks, Time, VbdId};
+use tap_host::{Errno, Log, Probe, Tasks, Time, VbdId};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    WRITTEN_THROUGH_LATER = "written-through-later",
+        "a disk that writes through answers writes before they are durable";
+    UNSAFE_FLUSHED = "unsafe-flushed", "a disk whose flushes are to be left out carries them out";
+    LEASE_UNCOUNTED = "lease-uncounted",
+        "the old image is closed after an exchange although the new one is based on it";
+}
+
+tap_host::listed! {
+    pub(super) MARKS: Mark;
+    WRITES_THROUGH = "writes-through", "a disk was built whose writes are durable when answered";
+    FLUSHES_LEFT_OUT = "flushes-left-out", "a disk was built whose flushes are answered and not carried out";
+}
 
 /// How to build a disk over an image.
 #[derive(Clone, Copy, Debug)]
@@ -51,8 +66,8 @@ impl<H: Time + Tasks + Log + Probe> Disk<H> {
     pub fn new(host: &H, image: Rc<dyn Node>, config: DiskConfig) -> Self {
         match config.cache {
             CacheMode::WriteBack => {}
-            CacheMode::WriteThrough => host.mark(Mark::WritesThrough),
-            CacheMode::Unsafe => host.mark(Mark::FlushesLeftOut),
+            CacheMode::WriteThrough => host.mark(&WRITES_THROUGH),
+            CacheMode::Unsafe => host.mark(&FLUSHES_LEFT_OUT),
         }
         let stats = Rc::default();
         let below = Below::new(host, image, &config, &stats);
@@ -87,7 +102,7 @@ impl<H: Time + Tasks + Log + Probe> Disk<H> {
     ) -> Result<Result<(), Errno>, ExchangeError<E>> {
         let swap = async |_: Rc<dyn Node>| {
             let image = Rc::clone(&self.below.borrow().image);
-            let uncounted = self.host.bug(Bug::LeaseUncounted);
+            let uncounted = self.host.bug(&LEASE_UNCOUNTED);
             let lease = if uncounted { Lease::new(image) } else { image.share() };
             let new = Below::new(&self.host, change(lease).await?, &self.config, &self.stats);
             let top = Rc::clone(&new.scheduler) as Rc<dyn Node>;
@@ -134,8 +149,8 @@ impl<H: Time + Tasks + Log + Probe> Below<H> {
     fn new(host: &H, image: Rc<dyn Node>, config: &DiskConfig, stats: &Rc<RefCell<SchedulerStats>>) -> Self {
         let image = Rc::new(Lease::new(image));
         let cache = match config.cache {
-            CacheMode::WriteThrough if host.bug(Bug::WrittenThroughLater) => CacheMode::WriteBack,
-            CacheMode::Unsafe if host.bug(Bug::UnsafeFlushed) => CacheMode::WriteBack,
+            CacheMode::WriteThrough if host.bug(&WRITTEN_THROUGH_LATER) => CacheMode::WriteBack,
+            CacheMode::Unsafe if host.bug(&UNSAFE_FLUSHED) => CacheMode::WriteBack,
             cache => cache,
         };
         let lower = cache.over(Rc::clone(&image) as Rc<dyn Node>);

@@ -21,7 +21,15 @@ use crate::{Disk, Node, NodeInfo, SchedulerStats};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
-use tap_host::{Bug, Errno, Log, Probe, Tasks, Time};
+use tap_host::{Errno, Log, Probe, Tasks, Time};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    CLOSED_LISTED = "closed-listed", "a disk that is closed stays in the list of its process";
+    CHANGE_MISSED = "change-missed",
+        "a change of the list of disks is missed by whoever was not waiting for it";
+    PLACE_KEPT = "place-kept", "the name of a disk that is gone stays taken in its process";
+}
 
 /// The disks of a process; clones share them.
 pub struct Disks<H>(Rc<Inner<H>>);
@@ -98,8 +106,7 @@ impl<H> Inner<H> {
 impl<H: Time + Tasks + Log + Probe> Inner<H> {
     /// Called when the disk `name` has changed its state.
     fn note(&self, name: &str) {
-        let is_closed =
-            |open: &mut Open<H>| open.disk.slot().is_closed() && !self.host.bug(Bug::ClosedListed);
+        let is_closed = |open: &mut Open<H>| open.disk.slot().is_closed() && !self.host.bug(&CLOSED_LISTED);
         let closed = self.all.borrow_mut().get_mut(name).and_then(|open| open.take_if(is_closed));
         // Dropped after the borrow has ended: the drop may call back into the list.
         drop(closed);
@@ -157,7 +164,7 @@ impl<H: Time + Tasks + Log + Probe> Disks<H> {
 
     /// Waits until there have been more than `seen` changes, and returns their number.
     pub async fn watch(&self, seen: u64) -> u64 {
-        if self.0.changes.get() <= seen || self.0.host.bug(Bug::ChangeMissed) {
+        if self.0.changes.get() <= seen || self.0.host.bug(&CHANGE_MISSED) {
             self.0.changed.wait().await;
         }
         self.0.changes.get()
@@ -200,7 +207,7 @@ impl<H: Time + Tasks + Log + Probe> Listed<H> {
 impl<H: Time + Tasks + Log + Probe> Drop for Listed<H> {
     fn drop(&mut self) {
         // A second panic here would abort the process.
-        if std::thread::panicking() || self.disks.host.bug(Bug::PlaceKept) {
+        if std::thread::panicking() || self.disks.host.bug(&PLACE_KEPT) {
             return;
         }
         let place = self.disks.all.borrow_mut().remove(&self.name);

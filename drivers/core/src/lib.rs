@@ -40,3 +40,13 @@ pub use request::{Op, Request, Response, ZeroFlags};
 pub use scheduler::{Scheduler, SchedulerLimits, SchedulerStats};
 pub use slot::{ExchangeError, Slot};
 pub use tracker::{Access, Cycle, Space, Ticket, TicketName, Tracker, WaitReport};
+
+tap_host::listed! {
+    /// The seeded bugs of this crate.
+    pub BUGS: Bug with [disk::BUGS, disks::BUGS, scheduler::BUGS, slot::BUGS];
+}
+
+tap_host::listed! {
+    /// The marks of this crate.
+    pub MARKS: Mark with [disk::MARKS, scheduler::MARKS, slot::MARKS];
+}

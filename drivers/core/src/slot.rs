@@ -33,7 +33,24 @@ use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::rc::{Rc, Weak};
 use std::task::{Context, Poll, Waker, ready};
-use tap_host::{Bug, Errno, Event, Log, Mark, Probe, SectorRange, Tasks, VbdId};
+use tap_host::{Errno, Event, Log, Probe, SectorRange, Tasks, VbdId};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    GIVEN_UP_FORGOTTEN = "given-up-forgotten", "a request that is dropped half way is no longer waited for";
+    LOOKS_UNCOUNTED = "looks-uncounted", "a query for extents does not count as a request in flight";
+    PAUSE_UNWATCHED = "pause-unwatched", "a disk counts as paused while requests are in flight";
+    EXCHANGE_UNFLUSHED = "exchange-unflushed",
+        "what was answered before an exchange need not be durable after it";
+    PAUSE_BESIDE_EXCHANGE = "pause-beside-exchange",
+        "a disk counts as paused while its image is being exchanged";
+}
+
+tap_host::listed! {
+    pub(super) MARKS: Mark;
+    EXCHANGED = "exchanged", "the lower node of a slot was exchanged";
+    EXCHANGE_HELD = "exchange-held", "requests waited for the lower node of a slot to be exchanged";
+}
 
 /// A [`Node`] whose lower node can be paused, exchanged and closed; clones share it.
 pub struct Slot<H>(Rc<Inner<H>>);
@@ -141,7 +158,7 @@ impl<H: Log + Tasks + Probe> Slot<H> {
             match inner.stage.get() {
                 Stage::Closing | Stage::Closed => return Err(Errno::ESHUTDOWN),
                 _ if !inner.paused.get() => return Err(Errno::EINTR),
-                Stage::Paused if !inner.changing.get() || inner.host.bug(Bug::PauseBesideExchange) => {
+                Stage::Paused if !inner.changing.get() || inner.host.bug(&PAUSE_BESIDE_EXCHANGE) => {
                     return Ok(());
                 }
                 Stage::Running | Stage::Draining | Stage::Paused => inner.changed.wait().await,
@@ -188,12 +205,12 @@ impl<H: Log + Tasks + Probe> Slot<H> {
             }
         }
         let old = inner.lower();
-        if !inner.host.bug(Bug::ExchangeUnflushed) {
+        if !inner.host.bug(&EXCHANGE_UNFLUSHED) {
             old.submit(Request::flush()).await.result.map_err(ExchangeError::Flush)?;
         }
         let new = change(Rc::clone(&old)).await.map_err(ExchangeError::Change)?;
         assert_eq!(new.info(), old.info(), "an exchange must keep the size and mode of the node");
-        inner.host.mark(if inner.held.borrow().is_empty() { Mark::Exchanged } else { Mark::ExchangeHeld });
+        inner.host.mark(if inner.held.borrow().is_empty() { &EXCHANGED } else { &EXCHANGE_HELD });
         *inner.lower.borrow_mut() = new;
         Ok(old)
     }
@@ -307,7 +324,7 @@ impl<H: Log + Probe> Inner<H> {
 
     /// Pauses a draining slot that has nothing in flight.
     fn settle(&self) {
-        let idle = self.in_flight.get() == 0 || self.host.bug(Bug::PauseUnwatched);
+        let idle = self.in_flight.get() == 0 || self.host.bug(&PAUSE_UNWATCHED);
         if self.stage.get() == Stage::Draining && idle {
             self.enter(Stage::Paused);
         }
@@ -378,7 +395,7 @@ impl<H: Log + Tasks + Probe> Drop for Below<H> {
     fn drop(&mut self) {
         let Some((admitted, answer)) = self.0.take() else { return };
         let inner = Rc::clone(&admitted.0);
-        if std::thread::panicking() || inner.host.bug(Bug::GivenUpForgotten) {
+        if std::thread::panicking() || inner.host.bug(&GIVEN_UP_FORGOTTEN) {
             return;
         }
         inner.host.spawn("given up", u64::from(inner.id.0), async move {
@@ -454,7 +471,7 @@ impl<H: Log + Tasks + Probe> Node for Slot<H> {
         let query = move |admitted: Admitted<H>| {
             let inner = &admitted.0;
             let answer = inner.lower.borrow().extents(range, max);
-            let counted = !inner.host.bug(Bug::LooksUncounted);
+            let counted = !inner.host.bug(&LOOKS_UNCOUNTED);
             let admitted = counted.then_some(admitted);
             async move {
                 let _admitted = admitted;

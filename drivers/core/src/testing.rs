@@ -27,8 +27,8 @@ struct Inner {
     now_ns: Cell<u64>,
     sleepers: RefCell<BTreeMap<(u64, usize), Waker>>,
     events: RefCell<Vec<Event>>,
-    marks: RefCell<Vec<Mark>>,
-    bugs: RefCell<BTreeSet<Bug>>,
+    marks: RefCell<Vec<&'static Mark>>,
+    bugs: RefCell<BTreeSet<&'static Bug>>,
 }
 
 struct TaskWaker(usize, Arc<Mutex<VecDeque<usize>>>);
@@ -127,10 +127,12 @@ impl Pool {
         future.poll(&mut Context::from_waker(Waker::noop()))
     }
 
-    pub(crate) fn switch_on(&self, bug: Bug) {
+    pub(crate) fn switch_on(&self, bug: &str) {
+        let bug = Bug::find(crate::BUGS, bug).expect("a bug of this crate");
         self.0.bugs.borrow_mut().insert(bug);
     }
-    pub(crate) fn marked(&self, mark: Mark) -> usize {
+    pub(crate) fn marked(&self, mark: &str) -> usize {
+        let mark = Mark::find(crate::MARKS, mark).expect("a mark of this crate");
         self.0.marks.borrow().iter().filter(|m| **m == mark).count()
     }
     pub(crate) fn logged(&self) -> Vec<Event> {
@@ -179,10 +181,10 @@ impl Log for Pool {
 }
 
 impl Probe for Pool {
-    fn bug(&self, bug: Bug) -> bool {
-        self.0.bugs.borrow().contains(&bug)
+    fn bug(&self, bug: &'static Bug) -> bool {
+        self.0.bugs.borrow().contains(bug)
     }
-    fn mark(&self, mark: Mark) {
+    fn mark(&self, mark: &'static Mark) {
         self.0.marks.borrow_mut().push(mark);
     }
 }

@@ -18,10 +18,17 @@
 
 use std::rc::Rc;
 use tap_core::{LocalBoxFuture, Node};
-use tap_host::{Bug, SECTOR_BYTES};
+use tap_host::SECTOR_BYTES;
 use tap_images::map::{Front, Frontier, Geometry, HostOffset, Layout, Mapping};
 use tap_images::{CheckReport, Description, Format, FormatInfo, ImageError, ImageFile, ImageHost};
 use tap_images::{NewImage, OpenImage, OpenOptions, sync_name};
+
+tap_host::listed! {
+    /// The seeded bugs of this crate.
+    pub BUGS: Bug;
+    EXAMPLE_HEADER_EARLY = "example-header-early",
+        "a new image of the example format gets its header before its empty table is durable";
+}
 
 /// The format.
 pub const FORMAT: Format = Format::new(&FormatInfo {
@@ -103,7 +110,7 @@ async fn create<H: ImageHost>(host: &H, path: &str, image: &NewImage) -> Result<
     let write = async {
         // The file is empty, so the new length reads as zeros.
         file.set_size(table_end(&geometry)).await?;
-        if !host.bug(Bug::ExampleHeaderEarly) {
+        if !host.bug(&EXAMPLE_HEADER_EARLY) {
             file.sync().await?;
         }
         file.write_bytes(0, &[MAGIC, geometry.size_bytes.to_be_bytes()].concat()).await?;

@@ -45,7 +45,7 @@ mod xen;
 
 pub use budget::{Budget, BudgetFigures, Share, Stage};
 pub use buf::{BufPool, IoBuf, IoVec, PAGE_BYTES, Room, bytes_of, copy_from_slice, copy_to_slice, cost_of};
-pub use bug::{Bug, Mark, Probe};
+pub use bug::{Bug, Mark, Probe, joined, length};
 pub use errno::Errno;
 pub use event::{Event, IoKind};
 pub use files::{File, FileExtent, FileId, FileInfo, Files, LockKind, OpenMode, ZeroMode};

@@ -6,7 +6,18 @@
 use crate::ImageHost;
 use crate::patience::Patience;
 use std::future::Future;
-use tap_host::{Bug, Errno, File, FileId, Mark, OpenMode};
+use tap_host::{Errno, File, FileId, OpenMode};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    CLOSE_UNAWAITED = "close-unawaited", "a disk is reported closed while the host is still closing its file";
+}
+
+tap_host::listed! {
+    pub(super) MARKS: Mark;
+    pub(crate) OPERATION_REPEATED = "operation-repeated",
+        "one operation of a request was repeated after a transient error";
+}
 
 /// Repetitions of one call that was interrupted.
 const REPEATS: u32 = 8;
@@ -22,13 +33,13 @@ pub(crate) async fn uninterrupted<H: ImageHost, T, F: Future<Output = Result<T, 
         if !matches!(result, Err(Errno::EINTR)) || !patience.again(host).await {
             return result;
         }
-        host.mark(Mark::OperationRepeated);
+        host.mark(&OPERATION_REPEATED);
     }
 }
 
 /// Waits until dropped files are closed: once an image is reported closed, its file may be used for something else.
 pub(crate) async fn closed<H: ImageHost>(host: &H) {
-    if !host.bug(Bug::CloseUnawaited) {
+    if !host.bug(&CLOSE_UNAWAITED) {
         host.closed().await;
     }
 }

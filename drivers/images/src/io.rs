@@ -15,7 +15,7 @@
 mod keep;
 mod zero;
 
-use crate::calls::uninterrupted;
+use crate::calls::{OPERATION_REPEATED, uninterrupted};
 use crate::memory::{FileStages, PART_BYTES};
 use crate::patience::Patience;
 use crate::sync::GroupSync;
@@ -24,9 +24,29 @@ use keep::KeptZeros;
 use smallvec::smallvec;
 use tap_core::{Access, NodeInfo, NodeName, Space, Tracker};
 use tap_host::{
-    Budget, Bug, Errno, File, FileId, FileInfo, Files, IoBuf, IoVec, LockKind, Mark, OpenMode, SECTOR_BYTES,
-    bytes_of, copy_from_slice, copy_to_slice,
+    Budget, Errno, File, FileId, FileInfo, Files, IoBuf, IoVec, LockKind, OpenMode, SECTOR_BYTES, bytes_of,
+    copy_from_slice, copy_to_slice,
 };
+
+tap_host::listed! {
+    pub(super) BUGS: Bug with [keep::BUGS, zero::BUGS];
+    UNSETTLED_FORGOTTEN = "unsettled-forgotten",
+        "a flush succeeds on a file that was given up because failed zeros could not be settled";
+    NOTHING_READ_ENDS = "nothing-read-ends",
+        "a read that returns nothing is taken as the end of the file, wherever it is";
+    SHORT_TRANSFER = "short-transfer", "a short transfer is taken as complete";
+    NAME_UNSYNCED = "name-unsynced", "the name of a new image is not made durable";
+    DIRECTORY_BELIEVED = "directory-believed", "a directory that could not be synchronised is not reported";
+    SIZE_BELIEVED = "size-believed", "a size that could not be set is taken as set";
+    BLOCK_CLAIMS_LEFT = "block-claims-left",
+        "two writes rewrite the same block of a direct file at the same time";
+    BACKING_UNLOCKED = "backing-unlocked", "a file that is only read is not locked";
+}
+
+tap_host::listed! {
+    pub(super) MARKS: Mark with [keep::MARKS];
+    SHORT_RESUMED = "short-resumed", "a short transfer was continued";
+}
 
 /// Retries of one operation after transient errors, within a request. The scheduler retries whole requests: if one
 /// operation in ten fails, that alone would hardly ever complete a request of many operations.
@@ -108,7 +128,7 @@ impl<H: ImageHost> ImageFile<H> {
 
     async fn locked(host: &H, path: &str, file: H::File, write: bool) -> Result<Self, ImageError> {
         let kind = if write { LockKind::Exclusive } else { LockKind::Shared };
-        let locked = match write || !host.bug(Bug::BackingUnlocked) {
+        let locked = match write || !host.bug(&BACKING_UNLOCKED) {
             true => uninterrupted(host, || file.lock(kind)).await,
             false => Ok(()),
         };
@@ -258,12 +278,12 @@ impl<H: ImageHost> ImageFile<H> {
             match self.sync.sync(&self.host, &self.file, self.info.direct).await {
                 // No write was dropped: see `sync.rs`.
                 Err(Errno::EINTR) if patience.again(&self.host).await => {
-                    self.host.mark(Mark::OperationRepeated);
+                    self.host.mark(&OPERATION_REPEATED);
                     continue;
                 }
                 result => result?,
             }
-            if self.kept.gave_up() && !self.host.bug(Bug::UnsettledForgotten) {
+            if self.kept.gave_up() && !self.host.bug(&UNSETTLED_FORGOTTEN) {
                 return Err(Errno::EIO);
             }
             if !self.kept.failed_since(&self.host, failures).await {
@@ -280,7 +300,7 @@ impl<H: ImageHost> ImageFile<H> {
     /// Sets the size in bytes.
     pub async fn set_size(&self, size_bytes: u64) -> Result<(), Errno> {
         match uninterrupted(&self.host, || self.file.set_size(size_bytes)).await {
-            Err(_) if self.host.bug(Bug::SizeBelieved) => Ok(()),
+            Err(_) if self.host.bug(&SIZE_BELIEVED) => Ok(()),
             result => result,
         }
     }
@@ -317,7 +337,7 @@ impl<H: ImageHost> ImageFile<H> {
         mut bufs: IoVec,
     ) -> (Result<(), Errno>, IoVec) {
         let total = bytes_of(&bufs);
-        if self.host.bug(Bug::ShortTransfer) && done > 0 {
+        if self.host.bug(&SHORT_TRANSFER) && done > 0 {
             return (Ok(()), bufs);
         }
         loop {
@@ -341,7 +361,7 @@ impl<H: ImageHost> ImageFile<H> {
                 // A zero-byte write would loop forever.
                 Ok(0) => return (Err(Errno::EIO), bufs),
                 Ok(n) => {
-                    self.host.mark(Mark::ShortResumed);
+                    self.host.mark(&SHORT_RESUMED);
                     done += n;
                 }
             }
@@ -417,7 +437,7 @@ impl<H: ImageHost> ImageFile<H> {
             return self.file.write_at(at, bufs).await;
         }
         let (result, bufs) = self.file.read_at(at, bufs).await;
-        if result != Ok(0) || bytes_of(&bufs) == 0 || self.host.bug(Bug::NothingReadEnds) {
+        if result != Ok(0) || bytes_of(&bufs) == 0 || self.host.bug(&NOTHING_READ_ENDS) {
             return (result, bufs);
         }
         // An empty read is the end of the file only if the file ends there: a read that would have to wait may also
@@ -438,7 +458,7 @@ impl<H: ImageHost> ImageFile<H> {
     ) -> (Result<usize, Errno>, IoVec) {
         let (mut result, mut patience) = (Err(error), Patience::of(self.repeats));
         while result.is_err_and(is_transient) && patience.again(&self.host).await {
-            self.host.mark(Mark::OperationRepeated);
+            self.host.mark(&OPERATION_REPEATED);
             (result, bufs) = self.operate_once(direction, at, bufs).await;
         }
         (result, bufs)
@@ -497,7 +517,7 @@ impl<H: ImageHost> ImageFile<H> {
         let end = offset + total as u64;
         let ticket = self.tracker.ticket("rewrite of block", offset / align);
         let edges = !offset.is_multiple_of(align) || !end.is_multiple_of(align);
-        if edges && !self.host.bug(Bug::BlockClaimsLeft) {
+        if edges && !self.host.bug(&BLOCK_CLAIMS_LEFT) {
             let blocks = offset / align..end.div_ceil(align);
             let claimed = ticket.claim(Space::HostBlocks, blocks, Access::Exclusive);
             claimed.expect("no ticket waits for a new one");
@@ -529,11 +549,11 @@ impl<H: ImageHost> ImageFile<H> {
 
 /// Makes the name of a new image durable.
 pub async fn sync_name<H: ImageHost>(host: &H, path: &str) -> Result<(), ImageError> {
-    if host.bug(Bug::NameUnsynced) {
+    if host.bug(&NAME_UNSYNCED) {
         return Ok(());
     }
     match uninterrupted(host, || Files::sync_parent(host, path)).await {
-        Err(_) if host.bug(Bug::DirectoryBelieved) => Ok(()),
+        Err(_) if host.bug(&DIRECTORY_BELIEVED) => Ok(()),
         result => result.map_err(ImageError::io("synchronise the directory of", path)),
     }
 }

@@ -52,6 +52,19 @@ pub use units::{parse_size, show_size};
 use tap_core::{NodeInfo, Request};
 use tap_host::{Errno, Files, Log, Probe, SharedPages, Tasks, Time};
 
+tap_host::listed! {
+    /// The seeded bugs of this crate.
+    pub BUGS: Bug with [
+        calls::BUGS, formats::qcow::BUGS, formats::raw::BUGS, io::BUGS, map::BUGS, sync::BUGS,
+        sync_record::BUGS,
+    ];
+}
+
+tap_host::listed! {
+    /// The marks of this crate.
+    pub MARKS: Mark with [calls::MARKS, io::MARKS, map::MARKS, sync::MARKS];
+}
+
 /// The parts of a host that images use.
 pub trait ImageHost: Files + SharedPages + Time + Tasks + Log + Probe {}
 impl<T: Files + SharedPages + Time + Tasks + Log + Probe> ImageHost for T {}

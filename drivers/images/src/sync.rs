@@ -10,7 +10,25 @@ use crate::ImageHost;
 use crate::sync_record::SyncRecord;
 use std::cell::Cell;
 use tap_core::wait::Semaphore;
-use tap_host::{Bug, Errno, File, FileInfo, Mark};
+use tap_host::{Errno, File, FileInfo};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    pub(crate) FUA_UNSYNCED = "fua-unsynced", "a write with FUA is answered before it is durable";
+    pub(crate) FLUSH_EARLY = "flush-early", "a flush is acknowledged before the file was synchronised";
+    FLUSH_FORGETS = "flush-forgets", "a flush succeeds after an earlier one failed";
+    DIRECT_FLUSH_FORGETS = "direct-flush-forgets",
+        "a flush of a direct file succeeds after an earlier one failed";
+    INTERRUPTED_SYNC_LATCHES = "interrupted-sync-latches",
+        "a synchronisation that was interrupted counts as one that lost data";
+    SYNC_JOINED = "sync-joined", "a flush is answered by a synchronisation that had begun before it";
+}
+
+tap_host::listed! {
+    pub(super) MARKS: Mark;
+    SYNC_SHARED = "sync-shared", "one synchronisation served several allocations";
+    FLUSH_LATCHED = "flush-latched", "a flush was refused because an earlier one had failed";
+}
 
 /// Shares synchronisations of one file, and remembers failed ones.
 pub(crate) struct GroupSync<H: ImageHost> {
@@ -51,15 +69,15 @@ impl<H: ImageHost> GroupSync<H> {
     /// Makes all writes that ended before this call durable.
     pub(crate) async fn sync(&self, host: &H, file: &H::File, direct: bool) -> Result<(), Errno> {
         // A running synchronisation may have missed the caller's writes.
-        let enough = self.started.get() + u64::from(!host.bug(Bug::SyncJoined));
+        let enough = self.started.get() + u64::from(!host.bug(&SYNC_JOINED));
         let _turn = self.turn.acquire().await;
-        if self.lost.get() && !host.bug(Bug::FlushForgets) {
-            host.mark(Mark::FlushLatched);
+        if self.lost.get() && !host.bug(&FLUSH_FORGETS) {
+            host.mark(&FLUSH_LATCHED);
             return Err(Errno::EIO);
         }
         let (last, result) = self.ended.get();
         if last >= enough {
-            host.mark(Mark::SyncShared);
+            host.mark(&SYNC_SHARED);
             return result;
         }
         let number = self.started.get() + 1;
@@ -69,8 +87,8 @@ impl<H: ImageHost> GroupSync<H> {
         }
         let result = file.sync_data().await;
         self.ended.set((number, result));
-        let exempt = direct && host.bug(Bug::DirectFlushForgets);
-        let lost = result.is_err_and(|e| loses(e) || host.bug(Bug::InterruptedSyncLatches));
+        let exempt = direct && host.bug(&DIRECT_FLUSH_FORGETS);
+        let lost = result.is_err_and(|e| loses(e) || host.bug(&INTERRUPTED_SYNC_LATCHES));
         self.lost.set(self.lost.get() || (lost && !exempt));
         if let Some(record) = &self.record {
             record.ended(self.lost.get());

@@ -13,7 +13,17 @@
 
 use crate::ImageHost;
 use crate::patience::Patience;
-use tap_host::{Bug, Errno, File, FileId, FileInfo, SharedPage};
+use tap_host::{Errno, File, FileId, FileInfo, SharedPage};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    LOST_WITH_PROCESS = "lost-with-process",
+        "that a synchronisation failed is forgotten when the process is replaced";
+    BEGUN_SYNC_FORGOTTEN = "begun-sync-forgotten",
+        "a synchronisation during which the process died counts as a success without a check";
+    LOST_OUTLIVES_BOOT = "lost-outlives-boot",
+        "a loss in a synchronisation is still held against the disk after a reboot";
+}
 
 /// Offset of the boot's number in the page: 16 bytes.
 const BOOT: usize = 0;
@@ -53,7 +63,7 @@ impl<H: ImageHost> SyncRecord<H> {
         let page = page(host, || open(&name)).await?;
         let mut seen = [0; 16];
         page.copy_in(BOOT, &mut seen);
-        if seen != boot && !host.bug(Bug::LostOutlivesBoot) {
+        if seen != boot && !host.bug(&LOST_OUTLIVES_BOOT) {
             // Of an earlier boot, or new. The state is only valid with the number, which is written last.
             page.store_u32(STATE, CLEAN);
             page.copy_out(BOOT, &boot);
@@ -70,9 +80,9 @@ impl<H: ImageHost> SyncRecord<H> {
         };
         let lost = match record.page.load_u32(STATE) {
             CLEAN => false,
-            BEGUN if !host.bug(Bug::BegunSyncForgotten) => died_in_sync(host, file, info).await,
+            BEGUN if !host.bug(&BEGUN_SYNC_FORGOTTEN) => died_in_sync(host, file, info).await,
             BEGUN => false,
-            _ => !host.bug(Bug::LostWithProcess),
+            _ => !host.bug(&LOST_WITH_PROCESS),
         };
         record.ended(lost);
         (Some(record), lost)

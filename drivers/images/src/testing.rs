@@ -51,8 +51,8 @@ struct Inner {
     pages: RefCell<BTreeMap<String, MemPage>>,
     /// Tries left until another process releases every page.
     owned: Cell<u32>,
-    bugs: RefCell<BTreeSet<Bug>>,
-    marks: RefCell<Vec<Mark>>,
+    bugs: RefCell<BTreeSet<&'static Bug>>,
+    marks: RefCell<Vec<&'static Mark>>,
 }
 
 /// A change of a file that is not durable yet.
@@ -142,10 +142,12 @@ impl World {
     pub(crate) fn refuse_zeroing(&self) {
         self.0.no_zeroing.set(true);
     }
-    pub(crate) fn switch_on(&self, bug: Bug) {
+    pub(crate) fn switch_on(&self, bug: &str) {
+        let bug = Bug::find(crate::BUGS, bug).expect("a bug of this crate");
         self.0.bugs.borrow_mut().insert(bug);
     }
-    pub(crate) fn marked(&self, mark: Mark) -> usize {
+    pub(crate) fn marked(&self, mark: &str) -> usize {
+        let mark = Mark::find(crate::MARKS, mark).expect("a mark of this crate");
         self.0.marks.borrow().iter().filter(|m| **m == mark).count()
     }
     pub(crate) fn ops(&self) -> u64 {
@@ -323,10 +325,10 @@ impl Log for World {
 }
 
 impl Probe for World {
-    fn bug(&self, bug: Bug) -> bool {
-        self.0.bugs.borrow().contains(&bug)
+    fn bug(&self, bug: &'static Bug) -> bool {
+        self.0.bugs.borrow().contains(bug)
     }
-    fn mark(&self, mark: Mark) {
+    fn mark(&self, mark: &'static Mark) {
         self.0.marks.borrow_mut().push(mark);
     }
 }

@@ -26,3 +26,13 @@ mod stop;
 
 pub use client::{Breaks, Client, ClientConfig, ClientError};
 pub use server::{Export, ExportError, Server, ServerLimits};
+
+tap_host::listed! {
+    /// The seeded bugs of this crate.
+    pub BUGS: Bug with [client::BUGS, server::BUGS];
+}
+
+tap_host::listed! {
+    /// The marks of this crate.
+    pub MARKS: Mark with [client::MARKS, server::MARKS];
+}

@@ -3,12 +3,12 @@
 mod common;
 
 use common::asking::*;
-use common::{Disk, World, address, export, world};
+use common::{Disk, World, address, export, marked, world};
 use kernel_model::{Process, ProcessStream};
 use std::rc::Rc;
 use tap_abi::nbd::*;
 use tap_core::{CacheMode, Node, Op, Request, ZeroFlags};
-use tap_host::{Errno, Listener, Mark, SectorRange, Sockets, bytes_of, copy_from_slice, copy_to_slice};
+use tap_host::{Errno, Listener, SectorRange, Sockets, bytes_of, copy_from_slice, copy_to_slice};
 use tap_nbd::{Breaks, Client, ClientConfig, ClientError, Export, ServerLimits};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -66,7 +66,7 @@ fn everything_comes_through() {
     let small = ServerLimits { request_bytes: 4096, requests: 2, ..ServerLimits::LEAST };
     world(1, false, |w| async move {
         everything(w.clone(), small).await;
-        assert!(w.kernel.marks()[Mark::NbdSplit as usize] >= 2);
+        assert!(marked(&w.kernel, "nbd-split") >= 2);
     });
 }
 
@@ -201,8 +201,8 @@ fn a_server_that_dies_and_comes_back_is_a_pause() {
             for i in 0..20 {
                 assert_eq!(read(&client, 256 + i * 8, 4096).await.unwrap(), [i as u8 + 1; 4096]);
             }
-            assert_eq!(w.kernel.marks()[Mark::NbdServerBack as usize], 1);
-            assert!(w.kernel.marks()[Mark::NbdResent as usize] >= in_flight as u64);
+            assert_eq!(marked(&w.kernel, "nbd-server-back"), 1);
+            assert!(marked(&w.kernel, "nbd-resent") >= in_flight as u64);
         });
     }
 }

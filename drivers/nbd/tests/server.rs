@@ -2,11 +2,11 @@
 
 mod common;
 
-use common::{Disk, Reply, World, export, go, meta, world};
+use common::{Disk, Reply, World, export, go, marked, meta, world};
 use std::rc::Rc;
 use tap_abi::nbd::*;
 use tap_core::{Op, ZeroFlags};
-use tap_host::{Budget, Errno, Mark, SectorRange, Stream};
+use tap_host::{Budget, Errno, SectorRange, Stream};
 use tap_nbd::{Export, ExportError, Server, ServerLimits};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -197,7 +197,7 @@ fn wrong_requests_are_refused_and_the_connection_goes_on() {
             raw.request(command, 0, 1, 0, 512, data).await;
             assert_eq!(raw.answer(0).await.error, error::EPERM);
         }
-        assert_eq!(w.kernel.marks()[Mark::NbdRequestRefused as usize], 16);
+        assert_eq!(marked(&w.kernel, "nbd-request-refused"), 16);
     });
 }
 

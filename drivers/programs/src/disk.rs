@@ -6,12 +6,18 @@ use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use std::rc::Rc;
 use tap_core::{CacheMode, Disk, DiskConfig, DiskStatus, Node, SchedulerStats};
-use tap_host::{Budget, Mark, SECTOR_BYTES, Sockets, VbdId};
+use tap_host::{Budget, SECTOR_BYTES, Sockets, VbdId};
 use tap_images::{
     BackingPolicy, Format, Formats, ImageError, ImageFormat, ImageHost, ImageSpec, OpenOptions, SHIPPED,
     format_called, parse_size, show_size,
 };
 use tap_nbd::{Client, ClientConfig, ClientError};
+
+tap_host::listed! {
+    pub(super) MARKS: Mark;
+    IMAGE_AWAITED = "image-awaited", "a program waited for an image that another process had";
+    SERVER_AS_DISK = "server-as-disk", "a program opened the export of an NBD server as a disk";
+}
 
 /// How to open disks.
 #[derive(Clone, Debug, Default)]
@@ -250,7 +256,7 @@ pub async fn open_disk<H: DiskHost>(
                 memory: options.memory.clone(),
                 ..ClientConfig::new(address.clone())
             };
-            host.mark(Mark::ServerAsDisk);
+            host.mark(&SERVER_AS_DISK);
             Rc::new(Client::connect(host.clone(), config).await?)
         }
     };
@@ -275,7 +281,7 @@ async fn open_image<H: ImageHost>(
     loop {
         match formats.open(host, spec, &open).await {
             Err(error) if error.is_in_use() && host.now_ns() < deadline_ns => {
-                host.mark(Mark::ImageAwaited);
+                host.mark(&IMAGE_AWAITED);
                 host.sleep_ns(IN_USE_PAUSE_NS).await;
             }
             result => return result,

@@ -39,3 +39,13 @@ pub mod xen;
 pub use console::Console;
 pub use tap_core::Disks;
 pub use tuning::Tuning;
+
+tap_host::listed! {
+    /// The seeded bugs of this crate.
+    pub BUGS: Bug with [img::BUGS];
+}
+
+tap_host::listed! {
+    /// The marks of this crate.
+    pub MARKS: Mark with [disk::MARKS, serve::MARKS, xen::MARKS];
+}

@@ -15,9 +15,16 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::str::FromStr;
 use tap_core::{Disks, Listed};
-use tap_host::{Budget, Errno, Listener, Mark, Signals, SocketAddress, VbdId};
+use tap_host::{Budget, Errno, Listener, Signals, SocketAddress, VbdId};
 use tap_images::Formats;
 use tap_nbd::{Export, Server, ServerLimits};
+
+tap_host::listed! {
+    pub(super) MARKS: Mark;
+    EXPORTS_SERVED = "exports-served", "tapdisk serve listened";
+    SERVE_REFUSED = "serve-refused", "tapdisk serve ended because a disk could not be opened";
+    SERVE_STOPPED = "serve-stopped", "tapdisk serve was asked to stop, and closed its disks";
+}
 
 /// The parts of a host that serving uses.
 pub trait ServeHost: DiskHost + Signals {}
@@ -76,7 +83,7 @@ pub async fn run<H: ServeHost>(
     let outcome = match args.open(&host, disks, &mut listed, &memory, &tuning).await {
         Ok(exports) => args.serve(&host, disks, exports, console, &memory, &tuning).await,
         Err(why) => {
-            host.mark(Mark::ServeRefused);
+            host.mark(&SERVE_REFUSED);
             Err(why)
         }
     };
@@ -168,7 +175,7 @@ impl ServeArgs {
         for disk in disks.list().0 {
             console.out(&format!("export '{}': {}", disk.name, disk_summary(&disk)));
         }
-        host.mark(Mark::ExportsServed);
+        host.mark(&EXPORTS_SERVED);
         let mut accepting = Vec::new();
         for listener in listeners {
             console.out(&format!("listening at {}", listener.address()));
@@ -176,7 +183,7 @@ impl ServeArgs {
         }
         let stop = async {
             stopped.await;
-            host.mark(Mark::ServeStopped);
+            host.mark(&SERVE_STOPPED);
             server.stop().await;
         };
         futures_util::future::join(join_all(accepting), stop).await;

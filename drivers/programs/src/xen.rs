@@ -23,12 +23,23 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::str::FromStr;
 use tap_core::{Disks, Listed, Node, wait};
-use tap_host::{Budget, DomId, Errno, Mark, VbdId};
+use tap_host::{Budget, DomId, Errno, VbdId};
 use tap_images::Formats;
 use tap_xenbus::{
     Backend, BackendConfig, BackendEnd, BackendError, Device, DeviceFilter, Hotplug, XenHost, lead,
     patiently, supervise,
 };
+
+tap_host::listed! {
+    pub(super) MARKS: Mark;
+    VBD_NAMED = "vbd-named", "tapdisk xen served a vbd of its command line";
+    VBD_FOUND = "vbd-found", "tapdisk xen served a vbd that it found by its script";
+    VBD_REFUSED = "vbd-refused", "tapdisk xen said why a vbd that it found is not served";
+    VBD_FAILED = "vbd-failed", "tapdisk xen said what ended the service of a vbd";
+    VBD_LEFT = "vbd-left", "tapdisk xen was asked to stop, and left a vbd as it was";
+    VBD_GONE = "vbd-gone", "tapdisk xen closed a vbd whose back end was taken away";
+    LEFT_DEAF = "left-deaf", "tapdisk xen ended because it heard no events any more";
+}
 
 /// How long to wait for an image that is in use, in nanoseconds. A guest that reboots gets a new vbd while the image of
 /// the old one is being closed, which a slow drive may delay; xl waits for ten seconds.
@@ -169,7 +180,7 @@ impl<H: GuestHost> Shared<H> {
     async fn serve_all(&self) -> Result<(), String> {
         let root = self.root().await?;
         let serving = self.args.disks.iter().map(|disk| async {
-            self.host.mark(Mark::VbdNamed);
+            self.host.mark(&VBD_NAMED);
             let path = format!("{root}/{}/{}", disk.dom.0, disk.vbd.0);
             let config = self.config(&path, disk.dom, disk.vbd, Hotplug::Write);
             let place = Place::default();
@@ -227,10 +238,10 @@ impl<H: GuestHost> Shared<H> {
         let (how, mark) = match end {
             Ok(BackendEnd::Offline) => ("closed", None),
             Ok(BackendEnd::FrontendGone) => ("closed: its front end was taken away", None),
-            Ok(BackendEnd::BackendGone) => ("closed: it was taken away", Some(Mark::VbdGone)),
-            Ok(BackendEnd::Left) => ("left as it is", Some(Mark::VbdLeft)),
+            Ok(BackendEnd::BackendGone) => ("closed: it was taken away", Some(&VBD_GONE)),
+            Ok(BackendEnd::Left) => ("left as it is", Some(&VBD_LEFT)),
             Err(error) => {
-                self.host.mark(Mark::VbdFailed);
+                self.host.mark(&VBD_FAILED);
                 self.report_failure(config, &error.to_string());
                 self.failed.set(true);
                 return;
@@ -254,13 +265,13 @@ impl<H: GuestHost> Shared<H> {
 
     async fn serve_device(&self, device: Device) {
         let config = self.config(&device.path, device.dom, device.vbd, Hotplug::Wait);
-        self.host.mark(Mark::VbdFound);
+        self.host.mark(&VBD_FOUND);
         let write = !(device.read_only || self.args.images.read_only);
         let place = Place::default();
         let open = async || self.open(&config, &named(&device.params)?, write, &place).await;
         // The failure of one disk of many does not fail the process.
         let tell = |why: &str| {
-            self.host.mark(Mark::VbdRefused);
+            self.host.mark(&VBD_REFUSED);
             self.report_failure(&config, why);
         };
         let end = lead(&self.host, &config, &self.leave, open, tell).await;
@@ -271,7 +282,7 @@ impl<H: GuestHost> Shared<H> {
     /// A process that receives no events can no longer serve any disk, even unused ones: it stops, so that another can.
     fn leave_if_deaf(&self, end: &Result<BackendEnd, BackendError>) {
         if end.as_ref().is_err_and(|error| matches!(error.first(), BackendError::Deaf { .. })) {
-            self.host.mark(Mark::LeftDeaf);
+            self.host.mark(&LEFT_DEAF);
             self.leave.set();
         }
     }

@@ -8,9 +8,30 @@ use tap_abi::blkif::{MAX_SEGMENTS, RING_ENTRIES};
 use tap_abi::ring;
 use tap_core::Node;
 use tap_host::{
-    Budget, BufPool, Bug, DomId, Errno, Event, Events, GrantRef, Grants, Log, Mark, PAGE_BYTES, Port, Probe,
-    SharedPage, SharedPages, Tasks, Time, VbdId, cost_of,
+    Budget, BufPool, DomId, Errno, Event, Events, GrantRef, Grants, Log, PAGE_BYTES, Port, Probe, SharedPage,
+    SharedPages, Tasks, Time, VbdId, cost_of,
 };
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    RESPONSE_TWICE = "response-twice",
+        "a request that ended while the ring was reconnecting is answered twice";
+    GRANT_LEAKED = "grant-leaked", "a mapped grant is not unmapped when connecting fails";
+    LOST_AT_RECONNECT = "lost-at-reconnect",
+        "requests in the in-flight record are not executed after a restart";
+    BEGUN_STATUS_LOST = "begun-status-lost",
+        "a failed answer that was begun when the process died arrives as a success";
+    RESUMED_FORGOTTEN = "resumed-forgotten",
+        "a request that was taken over from a dead process is no longer in the record";
+    EPOCH_IGNORED = "epoch-ignored",
+        "the record of an earlier ring with the same grant and port is taken for that of a new one";
+}
+
+tap_host::listed! {
+    pub(super) MARKS: Mark;
+    RECORD_RESUMED = "record-resumed", "a request was taken over from the in-flight record";
+    RESPONSE_RESUMED = "response-resumed", "a response that a dead process had begun was completed";
+}
 
 /// What a ring may use.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -123,7 +144,7 @@ where
         let channel = match host.bind_interdomain(dom, port) {
             Ok(channel) => channel,
             Err(error) => {
-                if host.bug(Bug::GrantLeaked) {
+                if host.bug(&GRANT_LEAKED) {
                     std::mem::forget(page);
                 }
                 return Err(ConnectError::Bind { dom, port, error });
@@ -159,23 +180,23 @@ where
             // left.
             record.set_req_cons(plan.req_cons);
         }
-        let forget = parts.record.as_ref().filter(|_| host.bug(Bug::ResumedForgotten));
+        let forget = parts.record.as_ref().filter(|_| host.bug(&RESUMED_FORGOTTEN));
         plan.taken.iter().for_each(|slot| forget.iter().for_each(|record| record.free(slot.number)));
         let ring = Self::start(parts, plan.req_cons, rsp_prod);
         for slot in plan.given {
-            if host.bug(Bug::ResponseTwice) {
+            if host.bug(&RESPONSE_TWICE) {
                 ring.answer_again(&slot, 0);
             } else {
                 ring.slot_is_free(&slot);
             }
         }
         for begun in plan.begun {
-            host.mark(Mark::ResponseResumed);
-            ring.answer_again(&begun.slot, if host.bug(Bug::BegunStatusLost) { 0 } else { begun.status });
+            host.mark(&RESPONSE_RESUMED);
+            ring.answer_again(&begun.slot, if host.bug(&BEGUN_STATUS_LOST) { 0 } else { begun.status });
         }
         for slot in plan.taken {
-            if !host.bug(Bug::LostAtReconnect) {
-                host.mark(Mark::RecordResumed);
+            if !host.bug(&LOST_AT_RECONNECT) {
+                host.mark(&RECORD_RESUMED);
                 ring.take_up(slot);
             }
         }
@@ -193,7 +214,7 @@ fn open_record<H: Time + Probe, P: SharedPage, R: SharedPage>(
     let RingConfig { dom, vbd, ring_ref, port, .. } = *config;
     let identity = |epoch| Identity { dom, vbd, ring_ref, port, epoch };
     let epoch = page.load_u32(EPOCH_AT);
-    let found = record.identity().filter(|found| found.epoch == epoch || host.bug(Bug::EpochIgnored));
+    let found = record.identity().filter(|found| found.epoch == epoch || host.bug(&EPOCH_IGNORED));
     if found.is_some_and(|found| found.epoch != 0 && found == identity(found.epoch)) {
         let rsp_prod = page.load_u32(ring::RSP_PROD);
         let content = record.load().map_err(ConnectError::Record)?;

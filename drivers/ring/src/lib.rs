@@ -32,3 +32,13 @@ mod serve;
 
 pub use connect::{ConnectError, Limits, RingConfig};
 pub use ring::{BlkifRing, RingCloser, RingEnd};
+
+tap_host::listed! {
+    /// The seeded bugs of this crate.
+    pub BUGS: Bug with [connect::BUGS, ring::BUGS, serve::BUGS];
+}
+
+tap_host::listed! {
+    /// The marks of this crate.
+    pub MARKS: Mark with [connect::MARKS, ring::MARKS];
+}

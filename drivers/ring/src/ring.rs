@@ -17,10 +17,42 @@ use tap_abi::blkif::{
 use tap_abi::ring::{REQ_EVENT, REQ_PROD, RSP_EVENT, RSP_PROD, needs_notify, unconsumed};
 use tap_core::Node;
 use tap_host::{
-    BufPool, Bug, Errno, Event, EventChannel, Events, Grants, IoBuf, Log, Mark, Probe, SECTOR_BYTES,
-    SectorRange, SharedPage, SharedPages, Tasks, Time,
+    BufPool, Errno, Event, EventChannel, Events, Grants, IoBuf, Log, Probe, SECTOR_BYTES, SectorRange,
+    SharedPage, SharedPages, Tasks, Time,
 };
 use zerocopy::IntoBytes;
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    FLUSH_DATA_UNORDERED = "flush-data-unordered",
+        "a request that overlaps the data of an earlier flush with data does not wait for it";
+    REFUSED_AS_OK = "refused-as-ok", "a malformed request is answered as if it had been carried out";
+    RING_READ_TWICE = "ring-read-twice", "a ring entry is read again after it was checked";
+    RECORD_LATE = "record-late", "the in-flight record is written after the request was taken";
+    RECORD_GONE_AT_LEAVE = "record-gone-at-leave",
+        "the in-flight record is removed when a process leaves its ring in order";
+    DEAF_CLOSES = "deaf-closes",
+        "a ring whose event channel is lost is closed instead of left to another process";
+    RSP_PROD_BELIEVED = "rsp-prod-believed",
+        "the index of responses is taken from the page, where the guest can write it";
+    NO_SECOND_LOOK = "no-second-look", "the ring is not checked for requests again after asking for an event";
+    EARLY_DRAIN = "early-drain", "a ring counts as drained before its last responses are published";
+    ARM_WITHOUT_BARRIER = "arm-without-barrier",
+        "there is no barrier between asking for an event and the last look at the requests";
+    PUBLISH_WITHOUT_BARRIER = "publish-without-barrier",
+        "there is no barrier between publishing responses and checking whether an event is due";
+    INDEX_BEFORE_RESPONSE = "index-before-response", "the index of responses is stored before the responses";
+    TURN_WITHOUT_END = "turn-without-end",
+        "requests that are answered at once do not count towards the end of a turn";
+    FLUSH_WRITES_FROZEN = "flush-writes-frozen", "a flush with data is carried out on a read-only disk";
+}
+
+tap_host::listed! {
+    pub(super) MARKS: Mark;
+    RING_LEFT = "ring-left", "a process left its ring in order";
+    RING_REFUSED = "ring-refused", "a ring was closed because of its content";
+    REQUEST_REFUSED = "request-refused", "a malformed request was answered with an error";
+}
 
 /// The parts of a ring.
 pub(crate) struct Parts<H: Grants + Events + SharedPages> {
@@ -195,19 +227,19 @@ where
         let Parts { host, config, record, .. } = &ring.parts;
         if let (Some(_), Some(name)) = (record, &config.record)
             && (!matches!(end, RingEnd::Left | RingEnd::ChannelGone | RingEnd::Refused(_))
-                || host.bug(Bug::RecordGoneAtLeave))
+                || host.bug(&RECORD_GONE_AT_LEAVE))
         {
             host.remove_region(name);
         }
         let why = match end {
             RingEnd::Closed => "closed",
             RingEnd::Left => {
-                host.mark(Mark::RingLeft);
+                host.mark(&RING_LEFT);
                 "left to another process"
             }
             RingEnd::ChannelGone => "event channel gone",
             RingEnd::Refused(why) => {
-                host.mark(Mark::RingRefused);
+                host.mark(&RING_REFUSED);
                 why
             }
         };
@@ -238,7 +270,7 @@ where
                 match self.sleep(event.as_mut()).await {
                     Woken::Work => {}
                     Woken::Event(Ok(())) => event.set(channel.wait()),
-                    Woken::Event(Err(_)) if self.parts.host.bug(Bug::DeafCloses) => return RingEnd::Closed,
+                    Woken::Event(Err(_)) if self.parts.host.bug(&DEAF_CLOSES) => return RingEnd::Closed,
                     Woken::Event(Err(_)) => return RingEnd::ChannelGone,
                 }
             }
@@ -298,7 +330,7 @@ where
     /// Parses and checks a private copy of an entry.
     fn look_at(&self, entry: &[u8; ENTRY_BYTES]) -> Result<Job, Malformed> {
         let request = BlkifRequest::parse(entry)?;
-        let flush_slips = request.op == BlkifOp::Flush && self.parts.host.bug(Bug::FlushWritesFrozen);
+        let flush_slips = request.op == BlkifOp::Flush && self.parts.host.bug(&FLUSH_WRITES_FROZEN);
         check(&request, self.size_sectors, self.read_only && !flush_slips)?;
         Ok(Job(request))
     }
@@ -308,7 +340,7 @@ where
         let index = self.req_cons.get();
         let entry = self.read_entry(index);
         let mut job = self.look_at(&entry);
-        if host.bug(Bug::RingReadTwice) && job.is_ok() {
+        if host.bug(&RING_READ_TWICE) && job.is_ok() {
             job = BlkifRequest::parse(&self.read_entry(index)).map(Job);
         }
         let buf = self.buffer(&job).await;
@@ -317,7 +349,7 @@ where
             return;
         }
         let slot = self.free_slots.borrow_mut().pop().expect("a slot per entry of the ring");
-        let late = host.bug(Bug::RecordLate);
+        let late = host.bug(&RECORD_LATE);
         if let Some(record) = record {
             if !late {
                 record.take(slot, index, &entry);
@@ -326,7 +358,7 @@ where
         }
         self.req_cons.set(index.wrapping_add(1));
         self.in_flight.set(self.in_flight.get() + 1);
-        if job.is_ok() || !host.bug(Bug::TurnWithoutEnd) {
+        if job.is_ok() || !host.bug(&TURN_WITHOUT_END) {
             self.taken.set(self.taken.get() + 1);
         }
         if let Ok(job) = &job {
@@ -361,7 +393,7 @@ where
     /// meanwhile.
     async fn after_fences(self: &Rc<Self>, job: &Result<Job, Malformed>) {
         let Ok(job) = job else { return };
-        if self.fenced.borrow().is_empty() || self.parts.host.bug(Bug::FlushDataUnordered) {
+        if self.fenced.borrow().is_empty() || self.parts.host.bug(&FLUSH_DATA_UNORDERED) {
             return;
         }
         let range = job.range();
@@ -387,14 +419,14 @@ where
             Ok(job) => job.start(self, slot, buf),
             Err(bad) => {
                 self.refused(bad.id, bad.why);
-                let status = if self.parts.host.bug(Bug::RefusedAsOk) { STATUS_OKAY } else { bad.status };
+                let status = if self.parts.host.bug(&REFUSED_AS_OK) { STATUS_OKAY } else { bad.status };
                 self.done(Done { slot, id: bad.id, op: bad.op, status });
             }
         }
     }
 
     pub(crate) fn refused(&self, id: u64, why: &'static str) {
-        self.parts.host.mark(Mark::RequestRefused);
+        self.parts.host.mark(&REQUEST_REFUSED);
         self.parts.host.log(Event::RequestRefused { vbd: self.parts.config.vbd, id, why });
     }
 
@@ -411,10 +443,10 @@ where
             return;
         }
         let Parts { host, config, page, channel, record, .. } = &self.parts;
-        let believed = host.bug(Bug::RspProdBelieved);
+        let believed = host.bug(&RSP_PROD_BELIEVED);
         let old = if believed { page.load_u32(RSP_PROD) } else { self.rsp_prod.get() };
         let mut new = old;
-        if host.bug(Bug::IndexBeforeResponse) {
+        if host.bug(&INDEX_BEFORE_RESPONSE) {
             page.store_u32(RSP_PROD, old.wrapping_add(done.len() as u32));
         }
         for Done { slot, id, op, status } in &*done {
@@ -425,7 +457,7 @@ where
             new = new.wrapping_add(1);
         }
         page.store_u32(RSP_PROD, new);
-        if !host.bug(Bug::PublishWithoutBarrier) {
+        if !host.bug(&PUBLISH_WITHOUT_BARRIER) {
             page.full_barrier();
         }
         let event = page.load_u32(RSP_EVENT);
@@ -449,11 +481,11 @@ where
         let cons = self.req_cons.get();
         if self.armed.replace(cons.wrapping_add(1)) != cons.wrapping_add(1) {
             page.store_u32(REQ_EVENT, cons.wrapping_add(1));
-            if !host.bug(Bug::ArmWithoutBarrier) {
+            if !host.bug(&ARM_WITHOUT_BARRIER) {
                 page.full_barrier();
             }
         }
-        page.load_u32(REQ_PROD) == cons || host.bug(Bug::NoSecondLook)
+        page.load_u32(REQ_PROD) == cons || host.bug(&NO_SECOND_LOOK)
     }
 
     async fn sleep(&self, mut event: Pin<&mut impl Future<Output = Result<(), Errno>>>) -> Woken {
@@ -475,7 +507,7 @@ where
     async fn drain(&self, end: RingEnd) {
         poll_fn(|cx| {
             let last = self.done.borrow().len() as u32 == self.in_flight.get();
-            if matches!(end, RingEnd::Refused(_)) || (last && self.parts.host.bug(Bug::EarlyDrain)) {
+            if matches!(end, RingEnd::Refused(_)) || (last && self.parts.host.bug(&EARLY_DRAIN)) {
                 let dropped = self.done.borrow_mut().drain(..).count() as u32;
                 self.in_flight.set(self.in_flight.get() - dropped);
             } else {

@@ -7,9 +7,21 @@ use std::rc::Rc;
 use tap_abi::blkif::{BlkifOp, BlkifRequest, MAX_SEGMENTS, Malformed, STATUS_ERROR};
 use tap_core::{Request, Response};
 use tap_host::{
-    Bug, Errno, Event, Events, GrantRef, GrantSegment, Grants, IoBuf, IoKind, IoVec, Log, Probe,
-    SECTOR_BYTES, SectorRange, SharedPages, Tasks, Time, VbdId,
+    Errno, Event, Events, GrantRef, GrantSegment, Grants, IoBuf, IoKind, IoVec, Log, Probe, SECTOR_BYTES,
+    SectorRange, SharedPages, Tasks, Time, VbdId,
 };
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    SEGMENT_FIRST_IGNORED = "segment-first-ignored",
+        "the data of a segment is taken from the start of its page";
+    COPY_IN_FIRST = "copy-in-first",
+        "a failure to copy the first segment of a write from the guest goes unnoticed";
+    COPY_OUT_IGNORED = "copy-out-ignored",
+        "a read whose data could not be copied to the guest is answered as a success";
+    FLUSH_DATA_EARLY = "flush-data-early",
+        "the data of a flush is written before what the flush covers is durable";
+}
 
 /// Whether the disk can serve `request`.
 pub(crate) fn check(request: &BlkifRequest, size_sectors: u64, read_only: bool) -> Result<(), Malformed> {
@@ -54,7 +66,7 @@ impl Job {
     }
 
     fn segments(&self, host: &impl Probe) -> SmallVec<[GrantSegment; MAX_SEGMENTS]> {
-        let whole = host.bug(Bug::SegmentFirstIgnored);
+        let whole = host.bug(&SEGMENT_FIRST_IGNORED);
         let segments = self.0.segments().iter();
         segments
             .map(|s| GrantSegment {
@@ -104,7 +116,7 @@ impl Job {
         let (host, dom, segments) =
             (&ring.parts.host, ring.parts.config.dom, self.segments(&ring.parts.host));
         let copied = host.copy_in(dom, &segments, buf);
-        if copied.is_err() && host.bug(Bug::CopyInFirst) {
+        if copied.is_err() && host.bug(&COPY_IN_FIRST) {
             return host.copy_in(dom, &segments[1..], &mut buf[usize::from(segments[0].len)..]);
         }
         copied
@@ -129,7 +141,7 @@ impl Job {
                 .host
                 .copy_out(ring.parts.config.dom, &self.segments(&ring.parts.host), buf)
                 .inspect_err(|_| ring.refused(self.id, "its data cannot be copied to the guest"))
-                .or_else(|error| if ring.parts.host.bug(Bug::CopyOutIgnored) { Ok(()) } else { Err(error) }),
+                .or_else(|error| if ring.parts.host.bug(&COPY_OUT_IGNORED) { Ok(()) } else { Err(error) }),
             _ => Ok(()),
         }
     }
@@ -148,7 +160,7 @@ impl Job {
         let first = own.parts.node.submit(Request::flush());
         own.fenced.borrow_mut().push((slot, range));
         async move {
-            let flushed = if own.parts.host.bug(Bug::FlushDataEarly) { Ok(()) } else { first.await.result };
+            let flushed = if own.parts.host.bug(&FLUSH_DATA_EARLY) { Ok(()) } else { first.await.result };
             let result = own.after_flush(flushed, range, data).await;
             own.lift_fence(slot);
             result

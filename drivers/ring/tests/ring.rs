@@ -11,7 +11,7 @@ use std::future::Future;
 use std::rc::Rc;
 use tap_abi::blkif::{BlkifOp, BlkifRequest, Segment};
 use tap_core::Op;
-use tap_host::{Bug, DomId, Errno, GrantRef, Mark, PAGE_BYTES, Port};
+use tap_host::{DomId, Errno, GrantRef, PAGE_BYTES, Port};
 use tap_ring::{BlkifRing, ConnectError, Limits, RingCloser, RingConfig, RingEnd};
 use xen_model::Counts;
 
@@ -206,7 +206,7 @@ fn whatever_a_guest_writes_the_disk_sees_only_what_is_right() {
             // The hook holds the ring, which holds the hook.
             b.front.ring.page().on_foreign_load(None);
         });
-        refused += world.marked(Mark::RequestRefused);
+        refused += world.marked("request-refused");
     }
     assert!(refused > 1000, "{refused}");
 }
@@ -277,8 +277,8 @@ fn malformed_requests_are_answered_with_errors_and_touch_nothing() {
         // The ring is as good as before.
         workload(b.world.sim.clone(), Rc::clone(&b.front), 50, 32, 1).await.unwrap();
     });
-    assert_eq!(world.marked(Mark::RequestRefused), 12 + 2 + 7);
-    assert_eq!(world.marked(Mark::RingRefused), 0);
+    assert_eq!(world.marked("request-refused"), 12 + 2 + 7);
+    assert_eq!(world.marked("ring-refused"), 0);
 }
 
 #[test]
@@ -324,7 +324,7 @@ fn impossible_indices_close_the_ring() {
             // The next process must refuse it, too, if this one dies before the front end is told.
             assert_eq!(b.world.xen.regions(), ["record"]);
         });
-        assert_eq!(world.marked(Mark::RingRefused), 1);
+        assert_eq!(world.marked("ring-refused"), 1);
     }
 }
 
@@ -353,12 +353,12 @@ fn xen_notify(b: &Bench) {
 #[test]
 fn an_entry_is_loaded_once() {
     // The guest changes each entry after its first load to something outside the disk, or to a write.
-    let attack = |bug: Option<Bug>| {
+    let attack = |bug: Option<&'static str>| {
         let reached = Rc::new(RefCell::new(Vec::new()));
         let log = Rc::clone(&reached);
         world(&quiet(), async move |b| {
             if let Some(bug) = bug {
-                b.world.kernel.plant(bug);
+                b.world.plant(bug);
             }
             b.serve(RingConfig { read_only: true, ..ring_config(&b.front, None) });
             b.settle().await;
@@ -377,7 +377,7 @@ fn an_entry_is_loaded_once() {
         reached.take()
     };
     assert_eq!(attack(None), [(Op::Read, 0, 1)]);
-    assert_eq!(attack(Some(Bug::RingReadTwice)), [(Op::Write, 0, 1)]);
+    assert_eq!(attack(Some("ring-read-twice")), [(Op::Write, 0, 1)]);
 }
 
 #[test]
@@ -408,7 +408,7 @@ fn what_cannot_be_connected_leaves_nothing_behind() {
     for leak in [false, true] {
         world(&quiet(), async move |b| {
             if leak {
-                b.world.kernel.plant(Bug::GrantLeaked);
+                b.world.plant("grant-leaked");
             }
             let good = ring_config(&b.front, Some("record"));
             let connect = |config| BlkifRing::connect(b.host.clone(), config, b.disk.node()).err();

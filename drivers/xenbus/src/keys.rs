@@ -3,7 +3,13 @@
 use crate::config::BackendError;
 use crate::patience::patiently;
 use tap_abi::xenbus::XenbusState;
-use tap_host::{Bug, Errno, GrantRef, Port, Probe, Time, Xenstore};
+use tap_host::{Errno, GrantRef, Port, Probe, Time, Xenstore};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    STALE_RING_REF = "stale-ring-ref",
+        "the grant of a ring is taken from a key that an earlier front end left";
+}
 
 /// Longest value that any key here may have.
 pub(crate) const MAX_VALUE_BYTES: usize = 256;
@@ -97,7 +103,7 @@ pub(crate) async fn ring<H: Xenstore + Time + Probe>(
     }
     // A front end that states its number of pages has the first one in ring-ref0. Without that number, ring-ref0 is
     // left over from an earlier front end.
-    let counts = key("ring-page-order").await?.is_some() || host.bug(Bug::StaleRingRef);
+    let counts = key("ring-page-order").await?.is_some() || host.bug(&STALE_RING_REF);
     let first = if counts { key("ring-ref0").await? } else { None };
     let ring_ref = if first.is_some() { first } else { key("ring-ref").await? };
     let Some(ring_ref) = ring_ref.and_then(|value| number(&value)) else {

@@ -20,7 +20,14 @@ use std::rc::Rc;
 use std::task::Poll;
 use tap_abi::xenbus::XenbusState;
 use tap_core::{Node, wait};
-use tap_host::{Bug, Watcher};
+use tap_host::Watcher;
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    PAUSE_STAYS = "pause-stays", "the pause between two attempts to serve a disk does not grow";
+    REFUSAL_UNTOLD = "refusal-untold", "a disk that cannot be served is neither refused nor served";
+    PAUSE_UNHEARD = "pause-unheard", "the end of a pause is noticed only when something else happens";
+}
 
 /// First pause before another attempt, in nanoseconds; each further one is twice as long, up to [`PAUSE_MAX_NS`].
 const PAUSE_NS: u64 = 1_000_000_000;
@@ -77,7 +84,7 @@ pub async fn lead<H: XenHost, F: Future<Output = Result<Rc<dyn Node>, String>>>(
         }
         // A process without the lock writes nothing, whatever the reason.
         let leads = lock.as_ref().is_some_and(|lock| !lock.is_given_up());
-        let refusal = (leads && !host.bug(Bug::RefusalUntold)).then(|| format!("failed to {why}"));
+        let refusal = (leads && !host.bug(&REFUSAL_UNTOLD)).then(|| format!("failed to {why}"));
         match stand_by(host, config, refusal.as_deref(), pause_ns, leave).await {
             Ok(Some(end)) => break Ok(end),
             Ok(None) => {}
@@ -85,7 +92,7 @@ pub async fn lead<H: XenHost, F: Future<Output = Result<Rc<dyn Node>, String>>>(
             Err(error) if passes(&error) && !leave.is_set() => host.sleep_ns(pause_ns).await,
             Err(error) => break Err(error),
         }
-        if !host.bug(Bug::PauseStays) {
+        if !host.bug(&PAUSE_STAYS) {
             pause_ns = (pause_ns * 2).min(PAUSE_MAX_NS);
         }
     };
@@ -165,7 +172,7 @@ async fn wait_for_any<H: XenHost>(
         if let Poll::Ready(event) = changed.as_mut().poll(cx) {
             return Poll::Ready(event.map(drop));
         }
-        let over = !host.bug(Bug::PauseUnheard) && later.as_mut().poll(cx).is_ready();
+        let over = !host.bug(&PAUSE_UNHEARD) && later.as_mut().poll(cx).is_ready();
         if left.as_mut().poll(cx).is_ready() || (!for_good && over) {
             return Poll::Ready(Ok(()));
         }

@@ -49,3 +49,15 @@ pub use machine::Backend;
 pub use patience::patiently;
 pub use supervise::{Device, DeviceFilter, supervise};
 pub use tap_ring::Limits as RingLimits;
+
+tap_host::listed! {
+    /// The seeded bugs of this crate.
+    pub BUGS: Bug with [
+        keys::BUGS, lead::BUGS, lock::BUGS, machine::BUGS, orphans::BUGS, patience::BUGS, supervise::BUGS,
+    ];
+}
+
+tap_host::listed! {
+    /// The marks of this crate.
+    pub MARKS: Mark with [machine::MARKS];
+}

@@ -7,7 +7,14 @@
 
 use crate::config::{BackendConfig, BackendEnd, BackendError, XenHost};
 use std::cell::{Cell, RefCell};
-use tap_host::{Bug, Errno};
+use tap_host::Errno;
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    DISK_NOT_OWNED = "disk-not-owned", "two processes that are told to serve one disk both begin";
+    UNSERVED_RECORD_STAYS = "unserved-record-stays",
+        "the record of a guest that is destroyed before its ring was taken over is not removed";
+}
 
 /// First pause before the lock is tried again, in nanoseconds; each further one is twice as long.
 const PAUSE_NS: u64 = 1_000_000;
@@ -43,7 +50,7 @@ impl NotOurs {
 impl<H: XenHost> Lock<H> {
     /// Takes the lock of a disk; waits up to `patience_ns` for a process that is ending.
     pub(crate) async fn take(host: &H, config: &BackendConfig, patience_ns: u64) -> Result<Self, NotOurs> {
-        let record = config.record.as_ref().filter(|_| !host.bug(Bug::DiskNotOwned));
+        let record = config.record.as_ref().filter(|_| !host.bug(&DISK_NOT_OWNED));
         let Some(name) = record.map(|record| format!("{record}{SUFFIX}")) else {
             return Ok(Self::of(None));
         };
@@ -81,7 +88,7 @@ impl<H: XenHost> Lock<H> {
             return;
         }
         if let Some((name, _)) = &*self.page.borrow()
-            && !host.bug(Bug::UnservedRecordStays)
+            && !host.bug(&UNSERVED_RECORD_STAYS)
         {
             host.remove_region(name.strip_suffix(SUFFIX).unwrap_or(name));
         }

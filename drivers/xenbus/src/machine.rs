@@ -16,8 +16,35 @@ use tap_abi::blkif::INFO_READ_ONLY;
 use tap_abi::xenbus::XenbusState;
 use tap_core::Node;
 use tap_core::wait;
-use tap_host::{Bug, Errno, Event, Mark, SECTOR_BYTES, StorePath, Watcher};
+use tap_host::{Errno, Event, SECTOR_BYTES, StorePath, Watcher};
 use tap_ring::{BlkifRing, ConnectError, RingCloser, RingConfig, RingEnd};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    GONE_NOT_CLOSED = "gone-not-closed",
+        "a back end whose front end is gone ends without closing its own end";
+    BIND_ONCE = "bind-once", "a port that a dying predecessor still holds is taken as a broken ring";
+    CLOSE_ERROR_FIRST = "close-error-first",
+        "the error of closing a disk replaces the error that ended its back end";
+    DISK_NOT_COMPARED = "disk-not-compared",
+        "a disk of a different size or mode is put under a running guest";
+    RING_LEFT_BEHIND = "ring-left-behind",
+        "a back end reports itself closed while its ring is still being served";
+    READ_ONLY_UNTOLD = "read-only-untold", "a disk whose image can only be read is announced as writable";
+    MEMORY_ONCE = "memory-once", "a temporary lack of memory on the host is taken as a broken ring";
+    GONE_NOT_SEEN = "gone-not-seen",
+        "a front end that vanishes while its ring is taken over counts as a ring that cannot be served";
+    SERVED_RING_CLOSED = "served-ring-closed",
+        "a ring that another process serves is taken as broken, and its front end is told to close";
+    PACE_IGNORED = "pace-ignored", "a front end that reconnects in a loop is never slowed down";
+}
+
+tap_host::listed! {
+    pub(super) MARKS: Mark;
+    BIND_WAITED = "bind-waited", "a ring's port was bound once a dying predecessor had released it";
+    MEMORY_WAITED = "memory-waited", "a ring was connected once the host had memory for it";
+    RECONNECTED = "reconnected", "a front end connected again";
+}
 
 /// Pause before a second attempt to bind a port, in nanoseconds; each further one is twice as long.
 const BIND_PAUSE_NS: u64 = 1_000_000;
@@ -99,7 +126,7 @@ impl<H: XenHost> Backend<H> {
         lock.give_up(&host, &end);
         let said = backend.publish_closed(end.as_ref().ok()).await;
         if let Err(error) = closed
-            && backend.host.bug(Bug::CloseErrorFirst)
+            && backend.host.bug(&CLOSE_ERROR_FIRST)
         {
             return Err(BackendError::Close { path, error });
         }
@@ -139,7 +166,7 @@ impl<H: XenHost> Backend<H> {
     async fn publish_closed(&mut self, end: Option<&BackendEnd>) -> Result<(), BackendError> {
         let waited_for = match end {
             Some(BackendEnd::Offline) => true,
-            Some(BackendEnd::FrontendGone) => !self.host.bug(Bug::GoneNotClosed),
+            Some(BackendEnd::FrontendGone) => !self.host.bug(&GONE_NOT_CLOSED),
             Some(BackendEnd::BackendGone | BackendEnd::Left) | None => false,
         };
         if !waited_for {
@@ -159,7 +186,7 @@ impl<H: XenHost> Backend<H> {
             Start::Offer if seen.backend.is_some() => self.offer().await?,
             Start::Offer => {}
             Start::Resume => match self.resume().await? {
-                Err(why) if self.host.bug(Bug::ServedRingClosed) => self.fail(&why).await?,
+                Err(why) if self.host.bug(&SERVED_RING_CLOSED) => self.fail(&why).await?,
                 Err(why) => return self.not_taken(why).await,
                 Ok(()) => {}
             },
@@ -169,7 +196,7 @@ impl<H: XenHost> Backend<H> {
             let seen = self.look().await?;
             match next(self.phase, &seen) {
                 Action::Wait => self.wait(&seen).await?,
-                Action::Offer if self.pace.wait_ns(&self.host) > 0 && !self.host.bug(Bug::PaceIgnored) => {
+                Action::Offer if self.pace.wait_ns(&self.host) > 0 && !self.host.bug(&PACE_IGNORED) => {
                     self.hold_back().await?;
                 }
                 Action::Offer => self.offer().await?,
@@ -189,7 +216,7 @@ impl<H: XenHost> Backend<H> {
     /// and it ends the device.
     async fn not_taken(&self, why: String) -> Result<BackendEnd, BackendError> {
         match next(Phase::Serving, &self.look().await?) {
-            Action::End(end) if !self.host.bug(Bug::GoneNotSeen) => Ok(end),
+            Action::End(end) if !self.host.bug(&GONE_NOT_SEEN) => Ok(end),
             _ => Err(BackendError::NotTaken { path: self.config.backend_path.clone(), why }),
         }
     }
@@ -349,7 +376,7 @@ impl<H: XenHost> Backend<H> {
         loop {
             match BlkifRing::connect(self.host.clone(), config.clone(), Rc::clone(&self.node)) {
                 Err(error) if self.host.now_ns() < until_ns && self.may_pass(&error) => {
-                    waited_for = Some(if error.passes() { Mark::MemoryWaited } else { Mark::BindWaited });
+                    waited_for = Some(if error.passes() { &MEMORY_WAITED } else { &BIND_WAITED });
                     self.host.sleep_ns(pause_ns).await;
                     pause_ns *= 2;
                 }
@@ -363,14 +390,14 @@ impl<H: XenHost> Backend<H> {
 
     fn may_pass(&self, error: &ConnectError) -> bool {
         match error {
-            ConnectError::Bind { error: Errno::EINVAL, .. } => !self.host.bug(Bug::BindOnce),
-            error => error.passes() && !self.host.bug(Bug::MemoryOnce),
+            ConnectError::Bind { error: Errno::EINVAL, .. } => !self.host.bug(&BIND_ONCE),
+            error => error.passes() && !self.host.bug(&MEMORY_ONCE),
         }
     }
 
     async fn read_only(&self) -> Result<bool, BackendError> {
         let mode = keys::read(&self.host, &self.config.backend_path, "mode").await?;
-        let node_is = self.node.info().read_only && !self.host.bug(Bug::ReadOnlyUntold);
+        let node_is = self.node.info().read_only && !self.host.bug(&READ_ONLY_UNTOLD);
         Ok(node_is || keys::is_read_only(mode.as_deref()))
     }
 
@@ -411,7 +438,7 @@ impl<H: XenHost> Backend<H> {
     async fn resume(&mut self) -> Result<Result<(), String>, BackendError> {
         let read_only = self.read_only().await?;
         if let Some(why) =
-            self.mismatch_with_published(read_only).await?.filter(|_| !self.host.bug(Bug::DiskNotCompared))
+            self.mismatch_with_published(read_only).await?.filter(|_| !self.host.bug(&DISK_NOT_COMPARED))
         {
             return Ok(Err(why));
         }
@@ -441,7 +468,7 @@ impl<H: XenHost> Backend<H> {
         self.phase = Phase::Serving;
         self.connects += 1;
         if self.connects > 1 {
-            self.host.mark(Mark::Reconnected);
+            self.host.mark(&RECONNECTED);
         }
         let ended = Rc::<Ended>::default();
         self.ring = Some(Serving { closer: ring.closer(), ended: Rc::clone(&ended) });
@@ -469,7 +496,7 @@ impl<H: XenHost> Backend<H> {
 
     /// Whatever happened, when we are gone no request of the guest is in flight and none of its pages is mapped.
     async fn release_ring(&mut self, left: bool) {
-        if self.host.bug(Bug::RingLeftBehind) {
+        if self.host.bug(&RING_LEFT_BEHIND) {
             return;
         }
         if let Some(Serving { closer, ended }) = self.ring.take() {

@@ -7,7 +7,12 @@ use crate::config::{BackendError, XenHost};
 use crate::keys;
 use crate::lock;
 use std::collections::BTreeSet;
-use tap_host::{Bug, DomId, Event, VbdId};
+use tap_host::{DomId, Event, VbdId};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    ORPHANS_STAY = "orphans-stay", "the records of guests that are gone are not removed";
+}
 
 /// How long to wait for a host that is short of memory, in nanoseconds.
 const PATIENCE_NS: u64 = 2_000_000_000;
@@ -26,7 +31,7 @@ pub(crate) async fn remove_orphans<H: XenHost>(
     let devices: BTreeSet<_> = names.iter().filter_map(|name| device_of(name, prefix)).collect();
     for (dom, vbd) in devices {
         let path = format!("{root}/{}/{}", dom.0, vbd.0);
-        if has_front_end(host, &path).await? || host.bug(Bug::OrphansStay) {
+        if has_front_end(host, &path).await? || host.bug(&ORPHANS_STAY) {
             continue;
         }
         let record = format!("{prefix}-{}-{}", dom.0, vbd.0);

@@ -1,6 +1,11 @@
 //! Errors of xenstored that are transient.
 
-use tap_host::{Bug, Errno, Probe, Time};
+use tap_host::{Errno, Probe, Time};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    STORE_ERROR_ENDS = "store-error-ends", "a transient error of xenstored ends a disk";
+}
 
 /// Attempts at one operation, half a minute in total.
 const ATTEMPTS: u32 = 40;
@@ -26,7 +31,7 @@ pub async fn patiently<H: Time + Probe, T>(
     let mut pause_ns = PAUSE_NS;
     for _ in 1..ATTEMPTS {
         match operation().await {
-            Err(error) if is_transient(error) && !host.bug(Bug::StoreErrorEnds) => {
+            Err(error) if is_transient(error) && !host.bug(&STORE_ERROR_ENDS) => {
                 host.sleep_ns(pause_ns).await;
                 pause_ns = (pause_ns * 2).min(PAUSE_MAX_NS);
             }

@@ -21,7 +21,15 @@ use std::rc::Rc;
 use std::task::Poll;
 use tap_abi::xenbus::XenbusState;
 use tap_core::wait;
-use tap_host::{Bug, DomId, Errno, StorePath, Transaction, VbdId, Watcher};
+use tap_host::{DomId, Errno, StorePath, Transaction, VbdId, Watcher};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    FOREIGN_ENDS_LOOK = "foreign-ends-look",
+        "the search for disks ends at the first one that another program serves";
+    SERVED_AGAIN = "served-again",
+        "a device whose serving has ended is served again while its directory is there";
+}
 
 /// Longest `params` in bytes; no path is longer.
 const MAX_PARAMS_BYTES: usize = 4096;
@@ -101,7 +109,7 @@ pub async fn supervise<H: XenHost, F: Future<Output = ()> + 'static>(
             let found = look(host, filter, id).await?;
             if found.is_none() {
                 lived.remove(&id);
-                if host.bug(Bug::ForeignEndsLook) {
+                if host.bug(&FOREIGN_ENDS_LOOK) {
                     break;
                 }
             }
@@ -109,7 +117,7 @@ pub async fn supervise<H: XenHost, F: Future<Output = ()> + 'static>(
             let Some((device, state)) = found.filter(|_| !tasks.running.borrow().contains(&id)) else {
                 continue;
             };
-            if state == XenbusState::Initialising || lived.insert(id) || host.bug(Bug::ServedAgain) {
+            if state == XenbusState::Initialising || lived.insert(id) || host.bug(&SERVED_AGAIN) {
                 lived.insert(id);
                 start(host, &tasks, id, serve(device));
             }

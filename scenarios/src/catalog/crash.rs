@@ -15,6 +15,7 @@ use crate::formats::{self, FormatModel, Kind, RAW};
 use crate::guest::{DirectDisk, ErrorPolicy, Guest};
 use crate::limits::StackLimits;
 use crate::power::{CRASH_AT, power};
+use crate::probes::marked;
 use crate::scenario::{OfFormat, Scenario};
 use crate::stack::Stack;
 use crate::workload::{LONG, Op, Shape, operations};
@@ -29,7 +30,7 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::task::Poll;
 use tap_core::wait::oneshot;
-use tap_host::{IoKind, Mark, SECTOR_BYTES, SectorRange};
+use tap_host::{IoKind, SECTOR_BYTES, SectorRange};
 
 /// One power cut, or two where a recovery has nothing to do: a raw file has nothing between the guest and the file, so
 /// the rules are the same.
@@ -426,7 +427,7 @@ async fn fill(world: &World, guest: &Guest<DirectDisk>, size_sectors: u64) {
     }
     world.storage.set_calm(true);
     for at in (0..size_sectors).step_by(64) {
-        let given_up = world.kernel.marks()[Mark::FileGivenUp as usize] > 0;
+        let given_up = marked(&world.kernel, "file-given-up") > 0;
         if let Err(error) = guest.read(part(at)).await
             && !given_up
         {
@@ -497,6 +498,7 @@ mod tests {
     use super::*;
     use crate::catalog::of_format;
     use crate::crash_states::explore_run;
+    use crate::probes::find_bug;
     use crate::run::{run, run_recorded};
     use crate::spec::RunSpec;
     use sim::{Source, TraceLevel};
@@ -525,8 +527,8 @@ mod tests {
             body: &|w| Box::pin(power_cuts(w, Kind::mapped(false).model, Plan { ops: 3, ..PLAIN })),
         };
         let found = (0..200).find_map(|seed| {
-            let (outcome, replay) =
-                explore_run(&RunSpec::new(&FEW, seed).with_bug(Some(tap_host::Bug::FlushEarly)));
+            let spec = RunSpec::new(&FEW, seed).with_bug(find_bug("flush-early"));
+            let (outcome, replay) = explore_run(&spec);
             outcome.bad_state.filter(|bad| bad.after_op == 0).and(replay)
         });
         assert!(run(&found.expect("some run ends with a flush")).failure.is_some());

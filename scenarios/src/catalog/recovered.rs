@@ -5,13 +5,14 @@ use crate::check::oracle::{Oracle, is_broken};
 use crate::check::{Invariant, lost_to_error};
 use crate::guest::{DirectDisk, ErrorPolicy, Guest, GuestDisk};
 use crate::limits::StackLimits;
+use crate::probes::marked;
 use crate::stack::Stack;
 use crate::workload::Op;
 use crate::world::World;
 use kernel_model::SimHost;
 use std::rc::Rc;
 use tap_core::ZeroFlags;
-use tap_host::{Errno, IoKind, Mark, SectorRange};
+use tap_host::{Errno, IoKind, SectorRange};
 
 /// Sectors per write when a disk is filled.
 pub(super) const FILL_SECTORS: u32 = 256;
@@ -149,8 +150,7 @@ pub(super) fn check_leaks(world: &World, setup: &Setup, leaked_before: u64, max_
     let content = setup.content(world);
     // Space where the medium failed is not reused, even if the request succeeded elsewhere. Space released by a
     // repeated request, as a whole or in parts, is known only to the process; a crash loses it.
-    let marks = world.kernel.marks();
-    let repeated = marks[Mark::RequestRetried as usize] + marks[Mark::MergedSplit as usize];
+    let repeated = marked(&world.kernel, "request-retried") + marked(&world.kernel, "merged-split");
     let errors = stats.errors + world.storage.counts().failed;
     let bound = leaked_before
         + stats.lost_clusters

@@ -8,8 +8,8 @@ use super::{Exit, Stop};
 use crate::catalog;
 use crate::explain;
 use crate::hunt::{DECISIONS_MAX, Hunted, Quarry, check_saved, hunt};
+use crate::probes::find_bug;
 use serde::Serialize;
-use tap_host::Bug;
 
 #[derive(Serialize)]
 struct JsonBug {
@@ -128,7 +128,7 @@ fn row(quarry: Quarry, hunted: Option<&Hunted>, within: u64) -> JsonBug {
 
 /// `tapsim demo`
 pub(crate) fn demo_command(common: &Common) -> Result<Exit, Stop> {
-    let bug = Bug::DataAfterMapping;
+    let bug = find_bug("data-after-mapping").expect("a bug of images");
     println!("1. A bug is switched on in an image driver: {}.", bug.sentence());
     println!("2. Seeds are tried in {} scenarios ...", catalog::ALL.len());
     let hunted = hunt(Quarry::Bug(bug), None, 2000, common.guarded(), SHRINK_RUNS);

@@ -3,6 +3,7 @@
 use super::args::{Common, LogLevel};
 use super::{Exit, Stop};
 use crate::panics::apart;
+use crate::probes::MARKS;
 use crate::run::{run, shrink_run};
 use crate::spec::{Outcome, RunSpec};
 use crate::sweep::SweepReport;
@@ -116,7 +117,7 @@ struct JsonSweep<'a> {
     passed: u64,
     failed: u64,
     scenarios: Vec<JsonScenario<'a>>,
-    marks: Vec<(String, u64)>,
+    marks: Vec<(&'static str, u64)>,
 }
 
 /// Writes the report of a sweep as JSON.
@@ -149,7 +150,7 @@ pub(crate) fn write_json(common: &Common, report: &SweepReport) -> Result<(), St
         passed: report.passed(),
         failed: report.failed(),
         scenarios: scenarios.collect(),
-        marks: tap_host::Mark::ALL.iter().map(|m| m.name()).zip(report.marks.iter().copied()).collect(),
+        marks: MARKS.iter().map(|m| m.name()).zip(report.marks.iter().copied()).collect(),
     };
     save_json(path, &sweep)
 }

@@ -4,6 +4,7 @@ use super::args::{Common, FileArgs, LogLevel, RunArgs};
 use super::output::{SHRINK_RUNS, exit_of, load_run, print_failure, report_failure, save_json};
 use super::{Exit, Stop};
 use crate::check::Invariant;
+use crate::probes::{BUGS, find_bug};
 use crate::run::{run, run_recorded, shrink_run};
 use crate::scenario::Scenario;
 use crate::spec::{Outcome, RunSpec};
@@ -19,9 +20,8 @@ pub(crate) fn scenario(name: &str) -> Result<&'static Scenario, Stop> {
 }
 
 /// The seeded bug called `name`.
-pub(crate) fn bug(name: &str) -> Result<Bug, Stop> {
-    let found = Bug::ALL.iter().find(|b| b.name() == name).copied();
-    found.ok_or_else(|| {
+pub(crate) fn bug(name: &str) -> Result<&'static Bug, Stop> {
+    find_bug(name).ok_or_else(|| {
         Stop::usage(format!("unknown seeded bug {name:?}: `tapsim list` lists the known ones"))
     })
 }
@@ -184,7 +184,7 @@ struct JsonList {
 pub(crate) fn list_command(common: &Common) -> Result<Exit, Stop> {
     let list = JsonList {
         scenarios: catalog::ALL.iter().map(|s| JsonEntry { name: s.name.into(), about: s.about }).collect(),
-        bugs: Bug::ALL.iter().map(|b| JsonEntry { name: b.name(), about: b.sentence() }).collect(),
+        bugs: BUGS.iter().map(|b| JsonEntry { name: b.name().into(), about: b.sentence() }).collect(),
         invariants: Invariant::ALL
             .iter()
             .map(|i| JsonEntry { name: i.to_string(), about: i.sentence() })

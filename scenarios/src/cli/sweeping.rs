@@ -138,7 +138,7 @@ fn finish(
     }
     let missed = report.missed();
     if whole && !missed.is_empty() && ran >= 200 * spec.scenarios.len() as u64 {
-        let names: Vec<String> = missed.iter().map(|m| m.name()).collect();
+        let names: Vec<&str> = missed.iter().map(|m| m.name()).collect();
         println!("marks that no run reached: {}", names.join(", "));
         if exit == Exit::Ok {
             exit = Exit::Broken;

@@ -10,7 +10,7 @@ use super::{
 use crate::check::{Invariant, Oracle, is_broken};
 use kernel_model::{Content, PageMap};
 use std::ops::RangeInclusive;
-use tap_host::SECTOR_BYTES;
+use tap_host::{Bug, SECTOR_BYTES};
 use tap_images::Format;
 
 const MAGIC: &[u8; 8] = b"TAPTABLE";
@@ -49,6 +49,10 @@ impl FormatModel for Example {
             file.extend(bytes);
         }
         file
+    }
+
+    fn bugs(&self) -> &'static [&'static Bug] {
+        tap_example::BUGS
     }
 
     fn metadata(&self) -> Option<&dyn Metadata> {

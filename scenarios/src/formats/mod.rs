@@ -24,7 +24,7 @@ use crate::tag::Tag;
 use kernel_model::{Content, PageMap, Storage};
 use std::fmt;
 use std::marker::PhantomData;
-use tap_host::SECTOR_BYTES;
+use tap_host::{Bug, Mark, SECTOR_BYTES};
 use tap_images::{Driver, Format, Formats, ImageFormat, ImageHost, ImageSpec, SHIPPED};
 
 /// The format of raw images.
@@ -40,6 +40,16 @@ pub trait FormatModel: Sync {
 
     /// The model of its metadata; `None` if the file is the disk.
     fn metadata(&self) -> Option<&dyn Metadata>;
+
+    /// The seeded bugs of its driver, where that is in a crate of its own.
+    fn bugs(&self) -> &'static [&'static Bug] {
+        &[]
+    }
+
+    /// Its marks, likewise.
+    fn marks(&self) -> &'static [&'static Mark] {
+        &[]
+    }
 }
 
 impl dyn FormatModel + '_ {

@@ -41,7 +41,7 @@ const TALK: [&str; 14] = [
 ];
 /// Calls that only produce output for people, or for the testbed.
 const SAID: [&str; 8] =
-    [".log(", ".mark(", ".work(", "bug(Bug::", "print!", "println!", ".stats", "thread::panicking()"];
+    [".log(", ".mark(", ".work(", ".bug(", "print!", "println!", ".stats", "thread::panicking()"];
 /// Longest code that a report shows, in characters.
 const SHOWN: usize = 110;
 

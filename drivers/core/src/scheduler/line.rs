@@ -15,7 +15,17 @@ use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
-use tap_host::{Bug, Log, Mark, Probe, Tasks, Time};
+use tap_host::{Log, Probe, Tasks, Time};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    SLOT_KEPT = "slot-kept", "a request that was merged keeps its place in the line once it is answered";
+}
+
+tap_host::listed! {
+    pub(super) MARKS: Mark;
+    DEPTH_REACHED = "depth-reached", "the scheduler's depth held a request back";
+}
 
 /// Limit of buffers in a merged request; the operating system takes 1024 in one vectored operation.
 const MAX_MERGED_BUFS: usize = 512;
@@ -242,7 +252,7 @@ impl<H: Time + Tasks + Log + Probe> Place<H> {
         match std::mem::replace(&mut own.stage, Stage::Taken) {
             Stage::Done(response) => {
                 self.slot = None;
-                if !self.inner.host.bug(Bug::SlotKept) {
+                if !self.inner.host.bug(&SLOT_KEPT) {
                     line.free(slot);
                 }
                 return Poll::Ready(Turn::Done(response));
@@ -255,7 +265,7 @@ impl<H: Time + Tasks + Log + Probe> Place<H> {
                 let is_first = line.queue.front().is_some_and(|q| q.slot == slot);
                 if line.depth_free == 0 {
                     if !std::mem::replace(&mut self.was_held_back, true) {
-                        self.inner.host.mark(Mark::DepthReached);
+                        self.inner.host.mark(&DEPTH_REACHED);
                     }
                 } else if is_first {
                     drop(line);

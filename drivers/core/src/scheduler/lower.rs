@@ -6,7 +6,19 @@ use crate::{Request, Response};
 use smallvec::SmallVec;
 use std::rc::Rc;
 use std::task::Waker;
-use tap_host::{Bug, Errno, Event, IoVec, Log, Mark, Probe, SectorRange, Tasks, Time};
+use tap_host::{Errno, Event, IoVec, Log, Probe, SectorRange, Tasks, Time};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    MERGED_ERROR_LOST = "merged-error-lost", "the error of a merged request reaches only its head";
+}
+
+tap_host::listed! {
+    pub(super) MARKS: Mark;
+    REQUESTS_MERGED = "requests-merged", "contiguous requests were merged";
+    MERGED_SPLIT = "merged-split", "a merged request failed and its parts were repeated one by one";
+    REQUEST_RETRIED = "request-retried", "a request was repeated after a transient error";
+}
 
 /// One part of a merged request.
 pub(super) struct Part {
@@ -46,7 +58,7 @@ impl<H: Time + Tasks + Log + Probe> Inner<H> {
             let response = self.lower.submit(request).await;
             let Err(error) = response.result else { return response };
             let Some(pause_ns) = patience.after(error) else { return response };
-            self.host.mark(Mark::RequestRetried);
+            self.host.mark(&REQUEST_RETRIED);
             self.host.log(Event::Retried { range, error });
             self.count(|s| s.retries += 1);
             self.host.sleep_ns(pause_ns).await;
@@ -85,14 +97,14 @@ impl<H: Time + Tasks + Log + Probe> Batch<H> {
 
     pub(super) async fn run(mut self) {
         let merged = self.merge();
-        self.inner.host.mark(Mark::RequestsMerged);
+        self.inner.host.mark(&REQUESTS_MERGED);
         self.inner.host.log(Event::Merged { parts: self.parts.len() as u32, range: merged.range });
         self.inner.count(|s| s.merged += self.parts.len() as u64 - 1);
         let response = self.inner.attempt(merged).await;
         self.hand_back(response.bufs);
         match response.result {
             Ok(()) => self.answer_all(|_| Ok(())),
-            Err(e) if self.inner.host.bug(Bug::MergedErrorLost) => {
+            Err(e) if self.inner.host.bug(&MERGED_ERROR_LOST) => {
                 self.answer_all(|part| if part == 0 { Err(e) } else { Ok(()) });
             }
             Err(_) => self.repeat_alone().await,
@@ -117,7 +129,7 @@ impl<H: Time + Tasks + Log + Probe> Batch<H> {
     }
 
     async fn repeat_alone(&mut self) {
-        self.inner.host.mark(Mark::MergedSplit);
+        self.inner.host.mark(&MERGED_SPLIT);
         while let Some(part) = self.parts.get_mut(self.answered) {
             let bufs = std::mem::take(&mut part.bufs);
             let request = Request { op: part.op, range: part.range, bufs, fua: part.fua };

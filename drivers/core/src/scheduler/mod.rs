@@ -33,7 +33,20 @@ use line::{Line, Place};
 use lower::Patience;
 use std::cell::RefCell;
 use std::rc::Rc;
-use tap_host::{Bug, Errno, Log, Mark, Probe, SectorRange, Tasks, Time};
+use tap_host::{Errno, Log, Probe, SectorRange, Tasks, Time};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug with [line::BUGS, lower::BUGS];
+    CLAIM_TOO_WIDE = "claim-too-wide",
+        "everything past zeros and discards waits for them, not only what they touch";
+    EDGE_DROPPED = "edge-dropped", "a write does not wait for an overlapping request in flight";
+    CLAIM_IN_PIECES = "claim-in-pieces", "a request claims its range in 64 pieces";
+}
+
+tap_host::listed! {
+    pub(super) MARKS: Mark with [line::MARKS, lower::MARKS];
+    OVERLAP_WAITED = "overlap-waited", "a request waited for an overlapping one";
+}
 
 /// Limits of a [`Scheduler`]; the simulator may draw each down to its minimum.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -221,9 +234,9 @@ impl<H: Time + Tasks + Log + Probe> Inner<H> {
         let start = request.range.start.0;
         let steps = self.tracker.steps();
         let ticket = self.tracker.ticket(name, start);
-        let wide = !matches!(request.op, Op::Read | Op::Write) && self.host.bug(Bug::ClaimTooWide);
+        let wide = !matches!(request.op, Op::Read | Op::Write) && self.host.bug(&CLAIM_TOO_WIDE);
         let count = if wide { u64::MAX - start } else { u64::from(request.range.count) };
-        let pieces = if self.host.bug(Bug::ClaimInPieces) { 64 } else { 1 };
+        let pieces = if self.host.bug(&CLAIM_IN_PIECES) { 64 } else { 1 };
         let (end, step) = (start + count, count.div_ceil(pieces));
         for from in (start..end).step_by(step as usize) {
             let claimed = ticket.claim(Space::Sectors, from..end.min(from.saturating_add(step)), access);
@@ -235,8 +248,8 @@ impl<H: Time + Tasks + Log + Probe> Inner<H> {
 
     async fn run(self: &Rc<Self>, request: Request, ticket: Ticket) -> Response {
         if !ticket.is_ready() {
-            self.host.mark(Mark::OverlapWaited);
-            if !(request.op == Op::Write && self.host.bug(Bug::EdgeDropped)) {
+            self.host.mark(&OVERLAP_WAITED);
+            if !(request.op == Op::Write && self.host.bug(&EDGE_DROPPED)) {
                 ticket.ready().await;
             }
         }

@@ -32,7 +32,29 @@ use crate::patience::Patience;
 use smallvec::smallvec;
 use std::cell::Cell;
 use tap_core::{Access, Space, Tracker};
-use tap_host::{Bug, Errno, File, FileInfo, IoVec, Mark, Probe, ZeroMode};
+use tap_host::{Errno, File, FileInfo, IoVec, Probe, ZeroMode};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    FLUSH_PASSES_ZEROS = "flush-passes-zeros",
+        "a flush does not wait for zeros that are in flight and may still fail";
+    FLUSH_BESIDE_FAILED_ZEROS = "flush-beside-failed-zeros",
+        "a flush that ran while zeros failed counts as a success";
+    HOLES_TRUSTED = "holes-trusted", "a hole that could not be made is taken to have left its file as it was";
+    FAILED_ZEROS_LEFT = "failed-zeros-left", "zeros that failed leave the range as the host left it";
+    DEVICE_TRUSTED = "device-trusted",
+        "a block device that says it cannot make holes is taken to have changed nothing";
+    HOLES_ASKED_AGAIN = "holes-asked-again",
+        "a block device that cannot make holes is asked with each discard";
+}
+
+tap_host::listed! {
+    pub(super) MARKS: Mark;
+    FILE_GIVEN_UP = "file-given-up",
+        "accepted writes of a file were gone, and nothing could be put in their place";
+    FAILED_ZEROS_SETTLED = "failed-zeros-settled",
+        "zeros failed in a way that may have lost accepted writes, and a hole was made";
+}
 
 /// Retries of settling a part.
 const REPEATS: u32 = 7;
@@ -72,7 +94,7 @@ impl KeptZeros {
 
     /// Whether a failure of zeros in place may lose dirty pages of the file.
     pub(super) fn concerns(host: &impl Probe, info: &FileInfo, mode: ZeroMode) -> bool {
-        let trusted = !info.block_device && mode == ZeroMode::Unmap && host.bug(Bug::HolesTrusted);
+        let trusted = !info.block_device && mode == ZeroMode::Unmap && host.bug(&HOLES_TRUSTED);
         !info.direct && !trusted
     }
 
@@ -97,7 +119,7 @@ impl KeptZeros {
     /// Whether zeros have failed since `failures` was read, including those that run now: data synchronised meanwhile
     /// may not be durable.
     pub(super) async fn failed_since(&self, host: &impl Probe, failures: u64) -> bool {
-        if self.running.get() > 0 && !host.bug(Bug::FlushPassesZeros) {
+        if self.running.get() > 0 && !host.bug(&FLUSH_PASSES_ZEROS) {
             let ticket = self.order.ticket("synchronisation", 0);
             ticket.claim(Space::HostBlocks, 0..1, Access::Exclusive).expect("a new ticket waits for none");
             ticket.ready().await;
@@ -134,13 +156,13 @@ impl<H: ImageHost> ImageFile<H> {
         };
         let refused = error == Errno::EOPNOTSUPP;
         // The file cannot do it, or the call did not begin: nothing was changed.
-        if error == Errno::EAGAIN || refused && (!self.info.block_device || host.bug(Bug::DeviceTrusted)) {
+        if error == Errno::EAGAIN || refused && (!self.info.block_device || host.bug(&DEVICE_TRUSTED)) {
             return result;
         }
-        if host.bug(Bug::FailedZerosLeft) {
+        if host.bug(&FAILED_ZEROS_LEFT) {
             return result;
         }
-        if refused && !host.bug(Bug::HolesAskedAgain) {
+        if refused && !host.bug(&HOLES_ASKED_AGAIN) {
             answer.set(Answer::No);
         }
         let restored = before.is_some() && refused;
@@ -148,16 +170,16 @@ impl<H: ImageHost> ImageFile<H> {
             Some(bufs) if refused => self.put_back(offset, bufs).await,
             before => {
                 drop(before);
-                host.mark(Mark::FailedZerosSettled);
+                host.mark(&FAILED_ZEROS_SETTLED);
                 self.settle_as_zeros(offset, len).await
             }
         };
         if settled.is_err() {
-            host.mark(Mark::FileGivenUp);
+            host.mark(&FILE_GIVEN_UP);
             kept.given_up.set(true);
         }
         // Counted only now: a synchronisation that began while the part was being settled may have missed the end.
-        if !host.bug(Bug::FlushBesideFailedZeros) {
+        if !host.bug(&FLUSH_BESIDE_FAILED_ZEROS) {
             kept.failures.set(kept.failures.get() + 1);
         }
         match settled {

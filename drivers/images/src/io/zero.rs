@@ -3,11 +3,18 @@
 use super::keep::KeptZeros;
 use super::{ImageFile, is_transient};
 use crate::ImageHost;
+use crate::calls::OPERATION_REPEATED;
 use crate::memory::PART_BYTES;
 use crate::patience::Patience;
 use smallvec::smallvec;
 use tap_core::{Access, Space};
-use tap_host::{Bug, Errno, File, IoVec, Mark, ZeroMode};
+use tap_host::{Errno, File, IoVec, ZeroMode};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    KEPT_GIVEN_BACK = "kept-given-back", "zeros that must keep their space release it";
+    GIVEN_BACK_KEPT = "given-back-kept", "zeros whose space may go keep it";
+}
 
 impl<H: ImageHost> ImageFile<H> {
     /// Makes `len` bytes from `offset` on read as zeros, in place or by writing. `fast`: fails with `EOPNOTSUPP`,
@@ -52,8 +59,8 @@ impl<H: ImageHost> ImageFile<H> {
     /// Zeroes a range without writing; returns the number of bytes done before the file refused.
     async fn zero_in_place(&self, offset: u64, len: u64, mode: ZeroMode) -> Result<u64, Errno> {
         let mode = match mode {
-            ZeroMode::Keep if self.host.bug(Bug::KeptGivenBack) => ZeroMode::Unmap,
-            ZeroMode::Unmap if self.host.bug(Bug::GivenBackKept) => ZeroMode::Keep,
+            ZeroMode::Keep if self.host.bug(&KEPT_GIVEN_BACK) => ZeroMode::Unmap,
+            ZeroMode::Unmap if self.host.bug(&GIVEN_BACK_KEPT) => ZeroMode::Keep,
             mode => mode,
         };
         let align = u64::from(self.info.align_bytes);
@@ -89,7 +96,7 @@ impl<H: ImageHost> ImageFile<H> {
             if !result.is_err_and(is_transient) || !patience.again(&self.host).await {
                 return result;
             }
-            self.host.mark(Mark::OperationRepeated);
+            self.host.mark(&OPERATION_REPEATED);
         }
     }
 

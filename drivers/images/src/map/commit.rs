@@ -20,7 +20,19 @@ use smallvec::smallvec;
 use std::cell::Cell;
 use std::ops::Range;
 use std::rc::Rc;
-use tap_host::{Bug, Errno, Mark, SECTOR_BYTES};
+use tap_host::{Errno, SECTOR_BYTES};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    FAILED_L2_CACHED = "failed-l2-cached", "an L2 entry whose write failed stays in the cache";
+    MAPPING_IN_MEMORY = "mapping-in-memory", "a new mapping is kept in memory and not written";
+    COMMIT_KEPT = "commit-kept", "a mapping whose write failed stays in the list of mappings to be written";
+}
+
+tap_host::listed! {
+    pub(super) MARKS: Mark;
+    COMMIT_SHARED = "commit-shared", "one L2 write carried several entries";
+}
 
 /// Entries in a sector of a table.
 const SECTOR_ENTRIES: usize = SECTOR_BYTES as usize / 8;
@@ -52,11 +64,11 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         }
         let batch = table.pending.take();
         if batch.len() > 1 {
-            self.host.mark(Mark::CommitShared);
+            self.host.mark(&COMMIT_SHARED);
         }
         let first = batch.iter().map(|c| c.entries.start).min().unwrap_or(0);
         let end = batch.iter().map(|c| c.entries.end).max().unwrap_or(0);
-        let result = match self.host.bug(Bug::MappingInMemory) {
+        let result = match self.host.bug(&MAPPING_IN_MEMORY) {
             true => Ok(()),
             false => self.write_entries(table, first..end, &batch).await,
         };
@@ -64,11 +76,11 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
             // Revert to the published entries. If this fails too, the entries stay in doubt, which `doubt` handles.
             self.write_entries(table, first..end, &[]).await.unwrap_or_default();
         }
-        if result.is_ok() || self.host.bug(Bug::FailedL2Cached) {
+        if result.is_ok() || self.host.bug(&FAILED_L2_CACHED) {
             self.publish(table, &batch);
         }
         batch.iter().for_each(|commit| commit.result.set(Some(result)));
-        if result.is_err() && self.host.bug(Bug::CommitKept) {
+        if result.is_err() && self.host.bug(&COMMIT_KEPT) {
             table.pending.borrow_mut().push(own);
         }
         result

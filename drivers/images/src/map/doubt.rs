@@ -9,7 +9,16 @@ use super::space::Allocator;
 use super::{GuestCluster, HostOffset};
 use crate::ImageHost;
 use std::collections::BTreeMap;
-use tap_host::{Bug, Errno, Share};
+use tap_host::{Errno, Share};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    CLUSTER_LEAKED = "cluster-leaked", "each allocation takes one cluster more than it uses";
+    FAILED_CLUSTER_REUSED = "failed-cluster-reused",
+        "a cluster whose L2 write failed is handed to another owner";
+    OUT_OF_REACH = "out-of-reach",
+        "a new cluster is placed further out than an image is opened with after a crash";
+}
 
 /// Limit of runs in doubt; at the limit allocations fail.
 const MAX_SUSPECTS: usize = 1 << 16;
@@ -97,11 +106,11 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         let mut space = self.space.borrow_mut();
         let len = clusters.checked_mul(self.geometry.cluster_bytes()).ok_or(Errno::ENOSPC)?;
         let host = space.allocate(len)?;
-        if host + len > self.reach && !self.host.bug(Bug::OutOfReach) {
+        if host + len > self.reach && !self.host.bug(&OUT_OF_REACH) {
             space.take_back(host, len);
             return Err(Errno::ENOSPC);
         }
-        if self.host.bug(Bug::ClusterLeaked) {
+        if self.host.bug(&CLUSTER_LEAKED) {
             space.allocate(self.geometry.cluster_bytes())?;
         }
         Ok(host)
@@ -124,7 +133,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
 
     /// Reserves `count` places from `host` on for the guest clusters from `first` on, whose mapping failed.
     pub(super) fn suspect(&self, first: GuestCluster, count: usize, host: HostOffset, doubt: Share) {
-        if self.host.bug(Bug::FailedClusterReused) {
+        if self.host.bug(&FAILED_CLUSTER_REUSED) {
             let mut space = self.space.borrow_mut();
             let len = space.end() - host;
             return space.take_back(host, len);

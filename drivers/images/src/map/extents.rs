@@ -6,7 +6,12 @@ use super::table::Table;
 use super::{GuestOffset, HostOffset};
 use crate::ImageHost;
 use tap_core::{Extent, Source};
-use tap_host::{Bug, Errno, SECTOR_BYTES, SectorRange};
+use tap_host::{Errno, SECTOR_BYTES, SectorRange};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    EXTENTS_JOINED = "extents-joined", "a map reports clusters that lie apart in the file as one run";
+}
 
 impl<H: ImageHost, L: Layout> Image<H, L> {
     /// The mapping of the byte at `at`.
@@ -73,7 +78,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
                 | (Some(Mapping::Unmapped), Mapping::Unmapped)
                 | (Some(Mapping::Compressed(_)), Mapping::Compressed(_)) => true,
                 (Some(Mapping::Plain(a)), Mapping::Plain(b)) => {
-                    a + cluster_bytes == b || self.host.bug(Bug::ExtentsJoined)
+                    a + cluster_bytes == b || self.host.bug(&EXTENTS_JOINED)
                 }
                 _ => false,
             };

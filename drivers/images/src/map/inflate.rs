@@ -6,7 +6,12 @@ use crate::ImageHost;
 use flate2::{Decompress, FlushDecompress};
 use smallvec::smallvec;
 use std::rc::Rc;
-use tap_host::{Errno, Mark};
+use tap_host::Errno;
+
+tap_host::listed! {
+    pub(super) MARKS: Mark;
+    COMPRESSED_READ = "compressed-read", "a compressed cluster was read";
+}
 
 /// Caches the last cluster, since guests read one cluster in several requests, and the state of the decoder, which is
 /// large.
@@ -50,7 +55,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         run: Compressed,
         patiently: bool,
     ) -> Result<Rc<[u8]>, Unreadable> {
-        self.host.mark(Mark::CompressedRead);
+        self.host.mark(&COMPRESSED_READ);
         if let Some((last, bytes)) = &self.inflater.borrow().last
             && *last == run
         {

@@ -62,6 +62,7 @@ use crate::ImageHost;
 use crate::calls::closed;
 use crate::io::ImageFile;
 use crate::memory::ImageStages;
+use crate::sync::{FLUSH_EARLY, FUA_UNSYNCED};
 use doubt::{DOUBTS, SUSPECT_BYTES, Suspects};
 use inflate::Inflater;
 use std::cell::RefCell;
@@ -70,7 +71,18 @@ use std::rc::Rc;
 use table::Cache;
 use tap_core::wait::Semaphore;
 use tap_core::{Child, Extent, LocalBoxFuture, Node, NodeInfo, NodeName, Op, Request, Response, WaitReport};
-use tap_host::{Bug, Errno, IoVec, SECTOR_BYTES, SectorRange};
+use tap_host::{Errno, IoVec, SECTOR_BYTES, SectorRange};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug with [
+        commit::BUGS, doubt::BUGS, extents::BUGS, open::BUGS, read::BUGS, table::BUGS, walk::BUGS,
+        write::BUGS, zero::BUGS,
+    ];
+}
+
+tap_host::listed! {
+    pub(super) MARKS: Mark with [commit::MARKS, inflate::MARKS, open::MARKS, table::MARKS, write::MARKS];
+}
 
 /// An open image as a node.
 pub struct MappedDisk<H: ImageHost, L: Layout> {
@@ -168,7 +180,7 @@ impl<H: ImageHost, L: Layout> Node for MappedDisk<H, L> {
         let answer = Self::execute(Rc::clone(&image), request.op, start, len, request.bufs);
         Box::pin(async move {
             let Response { result, bufs } = answer.await;
-            let synced = result.is_err() || image.host.bug(Bug::FuaUnsynced);
+            let synced = result.is_err() || image.host.bug(&FUA_UNSYNCED);
             let result = if synced { result } else { image.flush().await };
             Response { result, bufs }
         })
@@ -260,7 +272,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
     }
 
     async fn flush_by(&self, sync: impl Future<Output = Result<(), Errno>>) -> Result<(), Errno> {
-        if self.host.bug(Bug::FlushEarly) {
+        if self.host.bug(&FLUSH_EARLY) {
             return Ok(());
         }
         // Every mapping was written before its request was answered.

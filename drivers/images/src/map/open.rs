@@ -9,7 +9,7 @@
 
 use super::owners::Owners;
 use super::table::{cache_bytes, table_cost};
-use super::walk::{Stopped, Walked, walk};
+use super::walk::{FRONTIER_FROM_LAST_L1, Stopped, Walked, walk};
 use super::{Cache, DOUBTS, Frontier, Geometry, HostOffset, Image, Layout, MappedDisk, Parts, SUSPECT_BYTES};
 use crate::io::ImageFile;
 use crate::memory::ImageStages;
@@ -18,7 +18,19 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::rc::Rc;
 use tap_core::Node;
-use tap_host::{Bug, Errno, Mark, SECTOR_BYTES};
+use tap_host::{Errno, SECTOR_BYTES};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    SIZE_BEHIND = "size-behind",
+        "an image whose references point past the end of its file after a crash is served as it is";
+}
+
+tap_host::listed! {
+    pub(super) MARKS: Mark;
+    SIZE_RECOVERED = "size-recovered",
+        "a file that a crash had left shorter than its references was made longer";
+}
 
 /// The parts of an image that a format has read, before its tables are read.
 pub struct Front<H: ImageHost, L: Layout> {
@@ -149,7 +161,7 @@ impl<H: ImageHost, L: Layout<Allocator = Frontier>> Front<H, L> {
     fn frontier(&self, host: &H, end: HostOffset) -> HostOffset {
         let info = &self.file.info;
         // A device does not end with the image: space past the last reference is free, and holds anything.
-        let open_ended = info.block_device || host.bug(Bug::FrontierFromLastL1);
+        let open_ended = info.block_device || host.bug(&FRONTIER_FROM_LAST_L1);
         let end = if open_ended { end.0 } else { end.0.max(info.size_bytes) };
         HostOffset(end.next_multiple_of(self.geometry.cluster_bytes()))
     }
@@ -163,12 +175,12 @@ impl<H: ImageHost, L: Layout<Allocator = Frontier>> Front<H, L> {
     /// ends at a sector boundary, so that no later write has a sector partly past the end.
     async fn reach_all(&mut self, host: &H, end: HostOffset, frontier: HostOffset) -> Result<(), Errno> {
         let info = &mut self.file.info;
-        if info.block_device || end.0 <= info.size_bytes || host.bug(Bug::SizeBehind) {
+        if info.block_device || end.0 <= info.size_bytes || host.bug(&SIZE_BEHIND) {
             return Ok(());
         }
         let nearly = ((end.0 - 1) / SECTOR_BYTES * SECTOR_BYTES).max(info.size_bytes);
         info.size_bytes = frontier.0;
-        host.mark(Mark::SizeRecovered);
+        host.mark(&SIZE_RECOVERED);
         for size in [nearly, frontier.0] {
             self.file.set_size(size).await?;
             // Any other failure is latched: no later flush of this file succeeds, so none promises data written there.

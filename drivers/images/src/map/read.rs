@@ -11,7 +11,12 @@ use futures_util::future::join_all;
 use smallvec::SmallVec;
 use std::collections::VecDeque;
 use tap_core::{Op, Request, Response};
-use tap_host::{Bug, Errno, IoVec, SECTOR_BYTES, SectorRange, Share, copy_from_slice};
+use tap_host::{Errno, IoVec, SECTOR_BYTES, SectorRange, Share, copy_from_slice};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    PIECES_UNBOUNDED = "pieces-unbounded", "all pieces of a scattered read are asked for at once";
+}
 
 /// The source of bytes of the disk.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -126,7 +131,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
                 Some(table) => self.map(&table, start, len, &mut pieces),
                 None => self.unmapped(start, len, &mut pieces),
             }
-            if pieces.len() >= MAX_PIECES && !self.host.bug(Bug::PiecesUnbounded) {
+            if pieces.len() >= MAX_PIECES && !self.host.bug(&PIECES_UNBOUNDED) {
                 break;
             }
         }
@@ -139,7 +144,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         let cluster_bytes = self.geometry.cluster_bytes();
         let end = start + len as u64;
         let mut at = start;
-        let max = if self.host.bug(Bug::PiecesUnbounded) { usize::MAX } else { MAX_PIECES };
+        let max = if self.host.bug(&PIECES_UNBOUNDED) { usize::MAX } else { MAX_PIECES };
         while at < end && pieces.len() < max {
             let within = at.0 % cluster_bytes;
             let len = (cluster_bytes - within).min(end - at) as usize;

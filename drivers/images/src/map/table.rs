@@ -21,7 +21,19 @@ use std::collections::VecDeque;
 use std::rc::{Rc, Weak};
 use tap_core::wait::Semaphore;
 use tap_core::{Access, Space, Ticket};
-use tap_host::{Bug, Errno, Event, IoBuf, Mark, Share};
+use tap_host::{Errno, Event, IoBuf, Share};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    L1_BEFORE_L2 = "l1-before-l2", "the L1 entry is written before the new L2 table is durable";
+}
+
+tap_host::listed! {
+    pub(super) MARKS: Mark;
+    L2_TABLE_ALLOCATED = "l2-table-allocated", "an L2 table was allocated";
+    pub(super) ALLOCATION_RETRIED = "allocation-retried",
+        "an allocation was repeated after its mapping write had failed";
+}
 
 /// A table.
 pub(crate) struct Table {
@@ -264,7 +276,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         let clusters = self.geometry.table_bytes().div_ceil(self.geometry.cluster_bytes());
         let offset = match known {
             Some(offset) => {
-                self.host.mark(Mark::AllocationRetried);
+                self.host.mark(&ALLOCATION_RETRIED);
                 offset
             }
             None => self.allocate(clusters)?,
@@ -283,7 +295,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         self.suspects.borrow_mut().settle_table(index);
         let table = Table::new(index, offset, vec![0; self.geometry.table_entries()].into(), share);
         self.cache_table(&table);
-        self.host.mark(Mark::L2TableAllocated);
+        self.host.mark(&L2_TABLE_ALLOCATED);
         self.host.log(Event::L2Mapped { l1_index: index as u64, host_offset: offset.0 });
         Ok(table)
     }
@@ -296,7 +308,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         };
         zeros.fill(0);
         let written = self.file.write(offset.0, smallvec![zeros]).await.0;
-        if written.is_err() || self.host.bug(Bug::L1BeforeL2) {
+        if written.is_err() || self.host.bug(&L1_BEFORE_L2) {
             return (written, self.file.spoils(written));
         }
         (self.file.sync().await, false)

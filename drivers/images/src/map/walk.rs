@@ -8,7 +8,13 @@ use crate::io::ImageFile;
 use crate::memory::ImageStages;
 use crate::{CheckReport, ImageHost};
 use smallvec::smallvec;
-use tap_host::{Bug, Errno, IoBuf, cost_of};
+use tap_host::{Errno, IoBuf, cost_of};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    pub(super) FRONTIER_FROM_LAST_L1 = "frontier-from-last-l1",
+        "the allocator frontier at open is taken from the last L1 entry";
+}
 
 /// Limit of problems that are described; the others are only counted.
 const MAX_DESCRIBED: usize = 100;
@@ -64,7 +70,7 @@ pub(crate) async fn walk<H: ImageHost, L: Layout>(
     if let Some(tables) = owners.take_root(root, &mut problem) {
         let mut reader = TableReader::new(file, geometry).await.map_err(Stopped::Failed)?;
         for (index, offset) in tables {
-            if host.bug(Bug::FrontierFromLastL1)
+            if host.bug(&FRONTIER_FROM_LAST_L1)
                 && root[index + 1..].iter().any(|table| *table != HostOffset(0))
             {
                 continue;

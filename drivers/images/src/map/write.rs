@@ -6,7 +6,7 @@
 use super::Image;
 use super::layout::{Layout, Mapping};
 use super::space::Allocator;
-use super::table::Table;
+use super::table::{ALLOCATION_RETRIED, Table};
 use super::{GuestCluster, GuestOffset, HostOffset};
 use crate::ImageHost;
 use crate::carve::Carver;
@@ -16,7 +16,32 @@ use smallvec::SmallVec;
 use std::rc::Rc;
 use tap_core::wait::oneshot;
 use tap_core::{Access, Op, Response, Space};
-use tap_host::{Bug, Errno, Event, IoVec, Mark, Share, bytes_of, cost_of};
+use tap_host::{Errno, Event, IoVec, Share, bytes_of, cost_of};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    OVERLAY_DROPS_REST = "overlay-drops-rest",
+        "a partial write to a new overlay cluster drops the rest of the cluster";
+    DATA_AFTER_MAPPING = "data-after-mapping",
+        "a cluster is mapped before its data is durable although losing the data exposes old bytes";
+    DOUBLE_ALLOCATION = "double-allocation", "two writes to one unallocated cluster both allocate it";
+    COMPRESSED_IN_PLACE = "compressed-in-place",
+        "a write to a compressed cluster goes into the compressed bytes";
+    TABLE_KEPT = "table-kept", "a write keeps the memory of its table from its first part to its last";
+    CLUSTER_PASSED_OVER = "cluster-passed-over",
+        "a write in as many pieces as are written at once skips a cluster and continues after it";
+    MEMORY_FORGOTTEN = "memory-forgotten",
+        "the memory reserved for a mapping in doubt is not returned when it is not needed";
+    PLACE_LOST = "place-lost", "a place whose data could not be written is not returned to the allocator";
+}
+
+tap_host::listed! {
+    pub(super) MARKS: Mark;
+    CLUSTER_ALLOCATED = "cluster-allocated", "a data cluster was allocated";
+    COPY_UP = "copy-up", "a partial write filled the rest of its cluster from below";
+    COMPRESSED_REWRITTEN = "compressed-rewritten", "a compressed cluster was replaced by a normal one";
+    WRITE_PARTED = "write-parted", "a write had more pieces than are written at once";
+}
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Place {
@@ -95,12 +120,12 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
     ) -> Result<(), Errno> {
         let (first, last) = (self.cluster(start), self.cluster(GuestOffset(start.0 + len as u64 - 1)));
         let ticket = self.file.tracker().ticket("allocation of cluster", first.0);
-        if !self.host.bug(Bug::DoubleAllocation) {
+        if !self.host.bug(&DOUBLE_ALLOCATION) {
             let claimed = ticket.claim(Space::Clusters, first.0..last.0 + 1, Access::Exclusive);
             claimed.expect("no ticket waits for a new one");
         }
         ticket.ready().await;
-        let kept = self.host.bug(Bug::TableKept).then_some(self.table_or_new(index));
+        let kept = self.host.bug(&TABLE_KEPT).then_some(self.table_or_new(index));
         let _kept = OptionFuture::from(kept).await;
         let (mut from, end) = (start, start + len as u64);
         while from < end {
@@ -194,7 +219,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
             let compressed = matches!(mapping, Mapping::Compressed(_));
             let (place, host) = match mapping {
                 Mapping::Plain(host) => (Place::Mapped, host),
-                Mapping::Compressed(run) if self.host.bug(Bug::CompressedInPlace) => {
+                Mapping::Compressed(run) if self.host.bug(&COMPRESSED_IN_PLACE) => {
                     (Place::Mapped, run.offset)
                 }
                 Mapping::Unmapped | Mapping::Compressed(_) => {
@@ -210,10 +235,10 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
             {
                 last.count += 1;
                 last.compressed |= compressed;
-            } else if groups.len() == MAX_GROUPS && self.host.bug(Bug::ClusterPassedOver) {
+            } else if groups.len() == MAX_GROUPS && self.host.bug(&CLUSTER_PASSED_OVER) {
                 continue;
             } else if groups.len() == MAX_GROUPS {
-                self.host.mark(Mark::WriteParted);
+                self.host.mark(&WRITE_PARTED);
                 break;
             } else {
                 groups.push(Group { place, first: at, count: 1, host, compressed });
@@ -242,7 +267,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
                 Err(e) => return (Err(e), bufs),
             },
             Place::Again => {
-                self.host.mark(Mark::AllocationRetried);
+                self.host.mark(&ALLOCATION_RETRIED);
                 group.host
             }
         };
@@ -256,7 +281,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         let doubt = match doubt {
             Ok(doubt) => doubt,
             Err(e) => {
-                if group.place == Place::New && !spoilt && !self.host.bug(Bug::PlaceLost) {
+                if group.place == Place::New && !spoilt && !self.host.bug(&PLACE_LOST) {
                     let len = (group.count as u64) << self.geometry.cluster_bits;
                     self.space.borrow_mut().take_back(host, len);
                 }
@@ -265,7 +290,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         };
         let result = self.commit(table, group.first..group.first + group.count, group.host).await;
         match result {
-            Ok(()) if self.host.bug(Bug::MemoryForgotten) => {
+            Ok(()) if self.host.bug(&MEMORY_FORGOTTEN) => {
                 std::mem::forget(doubt);
                 self.mapped(group, cluster);
             }
@@ -298,7 +323,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         };
         if result.is_ok()
             && (covered || dirty)
-            && !self.host.bug(Bug::DataAfterMapping)
+            && !self.host.bug(&DATA_AFTER_MAPPING)
             && let Err(e) = self.file.sync().await
         {
             return (Err(e), false, bufs);
@@ -319,11 +344,11 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         let end = start + bytes_of(&bufs) as u64;
         let group_end = group_start + ((group.count as u64) << self.geometry.cluster_bits);
         let (before, after) = ((start - group_start) as usize, (group_end - end) as usize);
-        if (before == 0 && after == 0) || self.host.bug(Bug::OverlayDropsRest) {
+        if (before == 0 && after == 0) || self.host.bug(&OVERLAY_DROPS_REST) {
             let (result, bufs) = self.file.write((group.host + before as u64).0, bufs).await;
             return (result, self.file.spoils(result), bufs);
         }
-        self.host.mark(Mark::CopyUp);
+        self.host.mark(&COPY_UP);
         let (head, tail) = match self.rest(table, (group_start, before), (end, after), &mut fill).await {
             Ok(rest) => rest,
             Err(e) => return (Err(e), false, bufs),
@@ -348,9 +373,9 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
 
     fn mapped(&self, group: Group, first: GuestCluster) {
         self.settled(first, group.count);
-        self.host.mark(Mark::ClusterAllocated);
+        self.host.mark(&CLUSTER_ALLOCATED);
         if group.compressed {
-            self.host.mark(Mark::CompressedRewritten);
+            self.host.mark(&COMPRESSED_REWRITTEN);
         }
         for n in 0..group.count as u64 {
             let host_offset = (group.host + n * self.geometry.cluster_bytes()).0;

@@ -19,7 +19,15 @@ use crate::memory::{MAX_BYTES, take_some};
 use smallvec::smallvec;
 use std::rc::Rc;
 use tap_core::ZeroFlags;
-use tap_host::{Bug, Errno, ZeroMode, cost_of};
+use tap_host::{Errno, ZeroMode, cost_of};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    KEPT_UNMAPPED = "kept-unmapped", "zeros that must keep their space are skipped where nothing is mapped";
+    ZEROES_SKIPPED_BELOW = "zeroes-skipped-below",
+        "zeros over a backing file are skipped where nothing is mapped above it";
+    ZEROES_UNYIELDING = "zeroes-unyielding", "a request of zeros looks at all of its tables in one turn";
+}
 
 /// Limit of runs found at once.
 const MAX_RUNS: usize = 64;
@@ -141,9 +149,9 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
     /// The next runs of `rest`, by the work to zero them; `None` at its end. Yields between tables.
     async fn runs(&self, rest: &mut Rest, mode: ZeroMode) -> Result<Option<Vec<Run>>, Errno> {
         // Zeros that keep their space need a mapping.
-        let mapped = mode == ZeroMode::Keep && !self.host.bug(Bug::KeptUnmapped);
+        let mapped = mode == ZeroMode::Keep && !self.host.bug(&KEPT_UNMAPPED);
         while let Some((index, start, len)) = self.by_table(rest.at, rest.end - rest.at).next() {
-            let unyielding = self.host.bug(Bug::ZeroesUnyielding);
+            let unyielding = self.host.bug(&ZEROES_UNYIELDING);
             if !unyielding && rest.tables > 0 && (rest.tables.is_multiple_of(MAX_SKIPS) || !rest.was_empty) {
                 self.host.yield_now().await;
             }
@@ -208,7 +216,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
             Mapping::Compressed(_) => Work::Write,
             Mapping::Unmapped => {
                 let shows_below =
-                    self.backing_shows(self.start_of(cluster)) && !self.host.bug(Bug::ZeroesSkippedBelow);
+                    self.backing_shows(self.start_of(cluster)) && !self.host.bug(&ZEROES_SKIPPED_BELOW);
                 // After a crash the data of a failed try may appear there.
                 let in_doubt = self.suspects.borrow().any(cluster, cluster);
                 if mapped || shows_below || in_doubt { Work::Write } else { Work::Nothing }

@@ -13,7 +13,26 @@ use crate::stop::{StopSignal, first};
 use std::pin::pin;
 use std::rc::Rc;
 use tap_abi::nbd::CMD_FLUSH;
-use tap_host::{Bug, Errno, Event, Log, Mark, Probe, Sockets, Stream, Tasks, Time};
+use tap_host::{Errno, Event, Log, Probe, Sockets, Stream, Tasks, Time};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    NBD_LOST_AT_BREAK = "nbd-lost-at-break",
+        "writes that were in flight when the connection broke are not sent again but answered";
+    NBD_LESS_IGNORED = "nbd-less-ignored",
+        "a server that comes back with fewer capabilities is used as before";
+    NBD_BUFFER_KEPT = "nbd-buffer-kept",
+        "requests that wait to be sent on a broken connection keep their buffers";
+    NBD_ONE_KEPT = "nbd-one-kept", "an NBD client that ends forgets to answer the oldest request";
+}
+
+tap_host::listed! {
+    pub(super) MARKS: Mark;
+    NBD_SERVER_BACK = "nbd-server-back", "an NBD client connected again";
+    NBD_RESENT = "nbd-resent", "a request was sent again to an NBD server that had been lost";
+    NBD_UNFLUSHED_LOST = "nbd-unflushed-lost",
+        "an NBD server was lost with answered writes that no flush had covered";
+}
 
 type Connected<H> = (Rc<Link<<H as Sockets>::Stream>>, Inlet<<H as Sockets>::Stream>);
 
@@ -74,7 +93,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         // Nothing that was sent on it may arrive after the requests that are sent again.
         link.stream.abort();
         // The link is referenced for longer than it lives; its buffers are needed now.
-        if !self.host.bug(Bug::NbdBufferKept) {
+        if !self.host.bug(&NBD_BUFFER_KEPT) {
             link.out.discard();
         }
         if self.closed.get() {
@@ -83,7 +102,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         self.link.borrow_mut().take();
         self.host.log(Event::NbdServerLost { why });
         if self.answered.get() > self.flushed.get() {
-            self.host.mark(Mark::NbdUnflushedLost);
+            self.host.mark(&NBD_UNFLUSHED_LOST);
             if self.config.breaks == Breaks::MayLose {
                 self.lost.set(true);
             }
@@ -113,7 +132,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
             let Ok((terms, stream, inlet)) = open(&self.host, &self.config, &self.memory).await else {
                 continue;
             };
-            let less = self.terms.broken_by(&terms).filter(|_| !self.host.bug(Bug::NbdLessIgnored));
+            let less = self.terms.broken_by(&terms).filter(|_| !self.host.bug(&NBD_LESS_IGNORED));
             let Some(why) = less else {
                 self.attempt.set(Some(attempt));
                 return Some((self.resume(stream, terms.context), inlet));
@@ -130,12 +149,12 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         let link = self.start(stream, context);
         self.refusal.set(None);
         let cookies: Vec<u64> = self.pending.borrow().keys().copied().collect();
-        self.host.mark(Mark::NbdServerBack);
+        self.host.mark(&NBD_SERVER_BACK);
         self.host.log(Event::NbdServerBack { resent: cookies.len() as u64 });
         for cookie in cookies {
-            self.host.mark(Mark::NbdResent);
+            self.host.mark(&NBD_RESENT);
             let write = self.pending.borrow().get(&cookie).is_some_and(|p| p.call.is_write());
-            if write && self.host.bug(Bug::NbdLostAtBreak) {
+            if write && self.host.bug(&NBD_LOST_AT_BREAK) {
                 self.finish(cookie, Ok(()));
                 continue;
             }
@@ -167,7 +186,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
     pub(super) fn give_up(&self, error: Errno) {
         self.refusal.set(Some(error));
         let cookies: Vec<u64> = self.pending.borrow().keys().copied().collect();
-        let kept = usize::from(self.host.bug(Bug::NbdOneKept));
+        let kept = usize::from(self.host.bug(&NBD_ONE_KEPT));
         cookies.into_iter().skip(kept).for_each(|cookie| self.finish(cookie, Err(error)));
     }
 

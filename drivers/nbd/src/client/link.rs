@@ -13,11 +13,20 @@ use tap_abi::nbd::{
     RequestHeader, SIMPLE_MAGIC, SimpleReply, StatusExtent, error,
 };
 use tap_core::wait::{Event, Permit, Sender};
-use tap_host::{
-    Bug, Errno, IoBuf, Log, Mark, Probe, SendList, Sockets, Stream, Tasks, Time, copy_from_slice,
-};
+use tap_host::{Errno, IoBuf, Log, Probe, SendList, Sockets, Stream, Tasks, Time, copy_from_slice};
 use zerocopy::byteorder::big_endian::U32;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    NBD_ERROR_TEXT_LEFT = "nbd-error-text-left", "the text of an error is left unread in the stream";
+    NBD_READ_HALF = "nbd-read-half", "a read whose last chunk has arrived is taken as complete";
+}
+
+tap_host::listed! {
+    pub(super) MARKS: Mark;
+    NBD_DATA_DIRECT = "nbd-data-direct", "data of an NBD read was received into its own buffer";
+}
 
 /// An unanswered request.
 pub(super) struct Pending {
@@ -187,7 +196,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
             }
             kind if kind & CHUNK_ERROR_BIT != 0 && len >= ErrorHead::BYTES => {
                 let head: ErrorHead = self.value().await?;
-                let left = self.inner.host.bug(Bug::NbdErrorTextLeft);
+                let left = self.inner.host.bug(&NBD_ERROR_TEXT_LEFT);
                 let rest = if left { 0 } else { len - ErrorHead::BYTES };
                 self.inlet.skip(rest, self.stop).await.map_err(why)?;
                 self.with(cookie, |call| call.error = Some(errno_of(head.error.get())));
@@ -197,7 +206,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
         if done {
             let mut result = Ok(());
             self.with(cookie, |call| {
-                let read = call.command == CMD_READ && !self.inner.host.bug(Bug::NbdReadHalf);
+                let read = call.command == CMD_READ && !self.inner.host.bug(&NBD_READ_HALF);
                 let whole = !read || call.got.is_whole(call.len);
                 let some = call.command != CMD_BLOCK_STATUS || !call.extents.is_empty();
                 let complete = if whole && some { Ok(()) } else { Err(Errno::EIO) };
@@ -302,7 +311,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
             }
         });
         let Some((index, from, count, buf)) = found else { return Ok(None) };
-        self.inner.host.mark(Mark::NbdDataDirect);
+        self.inner.host.mark(&NBD_DATA_DIRECT);
         let (result, buf) = self.inlet.fill_buf(buf, from, self.stop).await;
         self.with(cookie, |call| {
             if let Some(buf) = buf {

@@ -56,9 +56,22 @@ use tap_abi::nbd::{
 use tap_core::wait::{Event as Flag, Semaphore, oneshot};
 use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, NodeName, Op, Request, Response, Source, ZeroFlags};
 use tap_host::{
-    Budget, Bug, Errno, IoBuf, IoVec, Log, Mark, Probe, SECTOR_BYTES, SectorRange, SocketAddress, Sockets,
-    Stage, Tasks, Time, copy_from_slice, copy_to_slice, cost_of,
+    Budget, Errno, IoBuf, IoVec, Log, Probe, SECTOR_BYTES, SectorRange, SocketAddress, Sockets, Stage, Tasks,
+    Time, copy_from_slice, copy_to_slice, cost_of,
 };
+
+tap_host::listed! {
+    pub(super) BUGS: Bug with [drive::BUGS, link::BUGS];
+    NBD_INLET_ANEW = "nbd-inlet-anew",
+        "an NBD client that reconnects asks for memory that the requests waiting for it may hold";
+    NBD_FLUSH_AFTER_BREAK = "nbd-flush-after-break",
+        "a flush succeeds although the connection broke between it and a write that was answered";
+}
+
+tap_host::listed! {
+    pub(super) MARKS: Mark with [drive::MARKS, link::MARKS];
+    NBD_SPLIT = "nbd-split", "a request was larger than the NBD server takes";
+}
 
 /// What becomes of answered writes that were not flushed when the connection breaks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -276,7 +289,7 @@ where
     let mut patience = pin!(host.sleep_ns(config.connect_ns));
     let attempt = async {
         let stream = host.connect(address).await.map_err(|e| ClientError::Connect(address.clone(), e))?;
-        let anew = if host.bug(Bug::NbdInletAnew) { Some(Memory::of(config)?) } else { None };
+        let anew = if host.bug(&NBD_INLET_ANEW) { Some(Memory::of(config)?) } else { None };
         let (terms, inlet) = negotiate(&stream, config, anew.as_ref().unwrap_or(memory)).await?;
         Ok((terms, stream, inlet))
     };
@@ -312,7 +325,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         }
         match op {
             Op::Read | Op::Write if range.len_bytes() > u64::from(self.terms.request_bytes) => {
-                self.host.mark(Mark::NbdSplit);
+                self.host.mark(&NBD_SPLIT);
                 self.split(request, fua).await
             }
             Op::Read => self.read(range, request.bufs).await,
@@ -446,7 +459,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         let covers = self.answered.get();
         let call = Call { covers, ..Call::new(CMD_FLUSH, 0, SectorRange::default()) };
         self.call(call).await.0?;
-        if self.lost.get() && !self.host.bug(Bug::NbdFlushAfterBreak) {
+        if self.lost.get() && !self.host.bug(&NBD_FLUSH_AFTER_BREAK) {
             return Err(Errno::EIO);
         }
         Ok(())

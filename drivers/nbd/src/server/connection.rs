@@ -19,9 +19,39 @@ use tap_abi::nbd::{
 use tap_core::wait::Semaphore;
 use tap_core::{Op, Request, Response};
 use tap_host::{
-    BufPool, Bug, Errno, IoVec, Log, Mark, Probe, SECTOR_BYTES, SendList, Stage, Stream, Tasks, Time, cost_of,
+    BufPool, Errno, IoVec, Log, Probe, SECTOR_BYTES, SendList, Stage, Stream, Tasks, Time, cost_of,
 };
 use zerocopy::{FromBytes, IntoBytes};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    NBD_WRONG_COOKIE = "nbd-wrong-cookie", "a reply carries the cookie of the latest request";
+    NBD_FLUSH_OWN = "nbd-flush-own",
+        "a flush on a connection that wrote nothing is answered without being carried out";
+    NBD_FUA_IGNORED = "nbd-fua-ignored", "the flag FUA is ignored";
+    NBD_REQUEST_CUT = "nbd-request-cut",
+        "the first bytes of a request that was received in two parts are lost";
+    NBD_STATUS_AT_ONCE = "nbd-status-at-once",
+        "all block status replies that a connection asks for are built at once";
+    NBD_TRIM_FROZEN = "nbd-trim-frozen", "a trim on a read-only export is passed to its disk";
+    NBD_ZEROES_EARLY = "nbd-zeroes-early", "zeros with the flag FUA are answered before they are durable";
+    NBD_PART_SENT_ENDS = "nbd-part-sent-ends", "a connection that takes a reply in parts is taken as broken";
+    NBD_ANNOUNCED_KEPT = "nbd-announced-kept",
+        "an NBD client that announced a large write and stopped sending it keeps the memory for it";
+    NBD_WRITER_KEPT = "nbd-writer-kept", "the task that sends the replies of a connection outlives it";
+    NBD_SEAT_LOST = "nbd-seat-lost",
+        "a connection that does not end in order keeps the memory that the next one needs";
+    pub(super) NBD_DEAF_KEPT = "nbd-deaf-kept",
+        "a client that has stopped sending and takes no replies keeps its place";
+}
+
+tap_host::listed! {
+    pub(super) MARKS: Mark;
+    NBD_REQUEST_JOINED = "nbd-request-cut", "an NBD request was received in two parts";
+    NBD_ROOM_WAITED = "nbd-room-waited", "an NBD connection had as many requests in flight as it may have";
+    NBD_PAYLOAD_DIRECT = "nbd-payload-direct", "the payload of an NBD write was received into its own buffer";
+    NBD_REQUEST_REFUSED = "nbd-request-refused", "a wrong NBD request was answered with an error";
+}
 
 /// Payload up to this size in bytes stays in the receive buffer until it is complete: a receive of its own would cost
 /// more than the copy.
@@ -111,7 +141,7 @@ where
     server.host.spawn("nbd-replies", number, async move { sender.send_replies().await });
     let Err(why) = connection.read(&mut inlet).await;
     connection.drain(why).await;
-    if why == LEFT || !server.host.bug(Bug::NbdSeatLost) {
+    if why == LEFT || !server.host.bug(&NBD_SEAT_LOST) {
         server.memory.seats.borrow_mut().push(connection.own.clone());
     }
     (why, connection.requests.get())
@@ -137,8 +167,8 @@ where
             }
             let have = inlet.unread().len();
             if have > 0 && have < RequestHeader::BYTES {
-                self.host().mark(Mark::NbdRequestCut);
-                if self.host().bug(Bug::NbdRequestCut) {
+                self.host().mark(&NBD_REQUEST_JOINED);
+                if self.host().bug(&NBD_REQUEST_CUT) {
                     inlet.take(have);
                 }
             }
@@ -165,7 +195,7 @@ where
     async fn room(&self) -> Result<(), Why> {
         let most = self.server.limits.requests;
         if self.in_flight.get() >= most {
-            self.host().mark(Mark::NbdRoomWaited);
+            self.host().mark(&NBD_ROOM_WAITED);
             self.stop.unless_stopped(self.fewer_than(most)).await;
         }
         if let Some(why) = self.stop.why() {
@@ -200,7 +230,7 @@ where
     async fn take(self: &Rc<Self>, header: &RequestHeader, inlet: &mut Inlet<S>) -> Result<(), Why> {
         let (limits, agreed) = (&self.server.limits, &self.agreed);
         let payload = if header.command.get() == CMD_WRITE { header.len.get() as usize } else { 0 };
-        let thaw = header.command.get() == CMD_TRIM && self.host().bug(Bug::NbdTrimFrozen);
+        let thaw = header.command.get() == CMD_TRIM && self.host().bug(&NBD_TRIM_FROZEN);
         let (export, read_only) = (&agreed.export, agreed.export.is_read_only() && !thaw);
         let job = Job::check(header, export, read_only, limits.request_bytes, agreed.status);
         let taken = match job {
@@ -226,7 +256,7 @@ where
                     bufs = self.buffers(job.range.len_bytes() as usize).await?;
                 }
                 if payload > 0 {
-                    self.flow.receiving.set(!self.host().bug(Bug::NbdAnnouncedKept));
+                    self.flow.receiving.set(!self.host().bug(&NBD_ANNOUNCED_KEPT));
                     let received = self.receive(bufs, payload, inlet).await;
                     self.flow.receiving.set(false);
                     bufs = received?;
@@ -263,7 +293,7 @@ where
         if payload <= SMALL_BYTES.min(inlet.capacity() - RequestHeader::BYTES) {
             inlet.need(payload, &self.stop).await.map_err(|end| self.why(end))?;
         } else if inlet.unread().len() < payload {
-            self.host().mark(Mark::NbdPayloadDirect);
+            self.host().mark(&NBD_PAYLOAD_DIRECT);
         }
         let mut filled = IoVec::new();
         for buf in bufs {
@@ -276,11 +306,11 @@ where
 
     /// Hands a request to the node, in the order of the stream. A request that is answered at once needs no task.
     fn submit(self: &Rc<Self>, job: Job, op: Op, bufs: IoVec) {
-        if op == Op::Flush && self.host().bug(Bug::NbdFlushOwn) && self.writes.get() == 0 {
+        if op == Op::Flush && self.host().bug(&NBD_FLUSH_OWN) && self.writes.get() == 0 {
             return self.done(job, Ok(()));
         }
-        let early = matches!(op, Op::WriteZeroes(_)) && self.host().bug(Bug::NbdZeroesEarly);
-        let fua = job.fua && !early && !self.host().bug(Bug::NbdFuaIgnored);
+        let early = matches!(op, Op::WriteZeroes(_)) && self.host().bug(&NBD_ZEROES_EARLY);
+        let fua = job.fua && !early && !self.host().bug(&NBD_FUA_IGNORED);
         let node = &self.agreed.export.node;
         let mut answer = node.submit(Request { op, range: job.range, bufs, fua });
         if let Poll::Ready(response) = answer.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
@@ -307,7 +337,7 @@ where
     }
 
     async fn status(&self, job: Job, one: bool) {
-        let at_once = self.host().bug(Bug::NbdStatusAtOnce);
+        let at_once = self.host().bug(&NBD_STATUS_AT_ONCE);
         let _turn = if at_once { None } else { Some(self.status_turn.acquire().await) };
         match extents(self.host(), &*self.agreed.export.node, job.range, one).await {
             Ok(found) => self.out.put(|list| {
@@ -351,11 +381,11 @@ where
 
     /// The cookie that identifies the reply to `job`.
     fn cookie(&self, job: Job) -> u64 {
-        if self.host().bug(Bug::NbdWrongCookie) { self.requests.get() } else { job.cookie }
+        if self.host().bug(&NBD_WRONG_COOKIE) { self.requests.get() } else { job.cookie }
     }
 
     fn refuse(&self, header: &RequestHeader, refusal: Refusal) {
-        self.host().mark(Mark::NbdRequestRefused);
+        self.host().mark(&NBD_REQUEST_REFUSED);
         self.error(header.cookie.get(), refusal);
     }
 
@@ -385,7 +415,7 @@ where
                 self.flow.sends.set(self.flow.sends.get() + 1);
             }
             self.flow.sending.set(false);
-            if result.is_err() || (parts > 1 && self.host().bug(Bug::NbdPartSentEnds)) {
+            if result.is_err() || (parts > 1 && self.host().bug(&NBD_PART_SENT_ENDS)) {
                 // Before the count goes down: the reading task must not start another request.
                 self.stop.set("a reply could not be sent");
                 list = SendList::new();
@@ -404,7 +434,7 @@ where
             if first(grace.as_mut(), self.fewer_than(1)).await.is_some() {
                 return true;
             }
-            if self.flow.is_stuck(before) && !self.host().bug(Bug::NbdDeafKept) {
+            if self.flow.is_stuck(before) && !self.host().bug(&NBD_DEAF_KEPT) {
                 return false;
             }
         }
@@ -422,7 +452,7 @@ where
             }
         }
         self.fewer_than(1).await;
-        if !self.host().bug(Bug::NbdWriterKept) {
+        if !self.host().bug(&NBD_WRITER_KEPT) {
             self.out.close();
         }
         self.stream.shutdown();

@@ -41,6 +41,7 @@ mod connection;
 mod negotiate;
 
 use crate::stop::{StopSignal, first};
+use connection::NBD_DEAF_KEPT;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::pin::pin;
@@ -48,8 +49,17 @@ use std::rc::Rc;
 use tap_core::Node;
 use tap_core::wait::Event as Flag;
 use tap_host::{
-    Budget, BufPool, Bug, Errno, Event, Listener, Log, PAGE_BYTES, Probe, Share, Stage, Stream, Tasks, Time,
+    Budget, BufPool, Errno, Event, Listener, Log, PAGE_BYTES, Probe, Share, Stage, Stream, Tasks, Time,
 };
+
+tap_host::listed! {
+    pub(super) BUGS: Bug with [connection::BUGS];
+    NBD_MEMORY_KEPT = "nbd-memory-kept", "a client that takes no replies keeps memory that others wait for";
+}
+
+tap_host::listed! {
+    pub(super) MARKS: Mark with [connection::MARKS];
+}
 
 /// A node that clients can choose.
 #[derive(Clone)]
@@ -449,7 +459,7 @@ impl<H: Log + Tasks + Time + Probe> Inner<H> {
         }
         let mut taken = pin!(self.memory.large.take(bytes));
         loop {
-            if !self.host.bug(Bug::NbdMemoryKept) {
+            if !self.host.bug(&NBD_MEMORY_KEPT) {
                 self.look_for_place(number);
             }
             let pause = pin!(self.host.sleep_ns(self.limits.grace_ns));
@@ -470,7 +480,7 @@ impl<H: Log + Tasks + Time + Probe> Inner<H> {
         self.looking.set(false);
         let open = self.open.borrow();
         let deaf = before.iter().find_map(|(n, seen)| open.get(n).filter(|o| o.flow.is_stuck(*seen)));
-        if let Some(deaf) = deaf.filter(|_| !self.host.bug(Bug::NbdDeafKept)) {
+        if let Some(deaf) = deaf.filter(|_| !self.host.bug(&NBD_DEAF_KEPT)) {
             deaf.stop.set("it took no reply, or sent no data, while others wanted its place");
         }
     }

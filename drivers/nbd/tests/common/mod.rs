@@ -16,11 +16,16 @@ use tap_abi::nbd::{
 use tap_core::wait::Event as Flag;
 use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, Source};
 use tap_host::{
-    Budget, Errno, IoBuf, SECTOR_BYTES, SectorRange, SendList, SocketAddress, Sockets, Stream,
+    Budget, Errno, IoBuf, Mark, SECTOR_BYTES, SectorRange, SendList, SocketAddress, Sockets, Stream,
     copy_from_slice, copy_to_slice,
 };
 use tap_nbd::{Export, Server, ServerLimits};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// How often the mark called `name` was reached.
+pub fn marked(kernel: &Kernel, name: &str) -> u64 {
+    kernel.marked(Mark::find(tap_nbd::MARKS, name).expect("a mark of NBD"))
+}
 
 /// Where the server of a test listens.
 pub fn address() -> SocketAddress {

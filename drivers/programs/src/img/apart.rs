@@ -4,8 +4,13 @@
 //! counts ([`FileId`]), and a file that cannot be opened may be any. A path that does not exist now may exist later, so
 //! the identity is checked again on the open file before it is truncated.
 
-use tap_host::{Bug, Errno, FileId};
+use tap_host::{Errno, FileId};
 use tap_images::{Formats, ImageError, ImageFormat, ImageHost, ImageSpec, MAX_CHAIN, file_id};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    UNKNOWN_FILE_APART = "unknown-file-apart", "a file that cannot be examined is taken as a different file";
+}
 
 /// Fails if `target` is the file `from` or, with `follow`, a file below it; returns all these files. A target that does
 /// not exist is none of them.
@@ -18,7 +23,7 @@ pub(super) async fn apart<H: ImageHost>(
     from: &ImageSpec,
     follow: bool,
 ) -> Result<Vec<FileId>, String> {
-    let unknown = host.bug(Bug::UnknownFileApart);
+    let unknown = host.bug(&UNKNOWN_FILE_APART);
     let id = match file_id(host, target).await {
         Err(_) if unknown => None,
         id => id.map_err(|e| format!("open {target}: {e}"))?,

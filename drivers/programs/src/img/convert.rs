@@ -12,8 +12,13 @@ use clap::Args;
 use smallvec::smallvec;
 use std::rc::Rc;
 use tap_core::{CacheMode, LocalBoxFuture, Node, Request, ZeroFlags};
-use tap_host::{BufPool, Bug, Errno, FileId, IoBuf, SECTOR_BYTES, SectorRange};
+use tap_host::{BufPool, Errno, FileId, IoBuf, SECTOR_BYTES, SectorRange};
 use tap_images::{Format, ImageFormat, parse_size};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    COPY_UNCLOSED = "copy-unclosed", "a copy is reported done before its target is closed";
+}
 
 #[derive(Args, Debug)]
 pub(super) struct Convert {
@@ -87,7 +92,7 @@ impl Convert {
             to,
         };
         let copied = self.copy(&copier, console).await;
-        let closed = if host.bug(Bug::CopyUnclosed) { Ok(()) } else { copier.to.close().await };
+        let closed = if host.bug(&COPY_UNCLOSED) { Ok(()) } else { copier.to.close().await };
         copied.and(closed).map_err(|e| {
             let (from, to) = (&self.source, &self.target);
             Failure::new(format!("copy {from} to {to}: {e}; {to} is incomplete"))

@@ -22,6 +22,10 @@ use tap_core::Node;
 use tap_host::VbdId;
 use tap_images::{Format, Formats, ImageFormat, ImageSpec};
 
+tap_host::listed! {
+    pub(super) BUGS: Bug with [apart::BUGS, convert::BUGS];
+}
+
 /// The command line of `tap-img`.
 #[derive(Parser, Debug)]
 #[command(name = "tap-img", version, about = "Creates, shows, checks, compares and converts disk images")]

@@ -7,7 +7,7 @@ use sim::{Label, Sim};
 use std::cell::RefCell;
 use std::rc::Rc;
 use tap_core::{LocalBoxFuture, Node, NodeInfo, Op, Request, Response};
-use tap_host::{Errno, Mark, bytes_of, copy_from_slice, copy_to_slice};
+use tap_host::{Bug, Errno, Mark, bytes_of, copy_from_slice, copy_to_slice};
 use xen_model::{Options, Xen, XenPort};
 
 /// The machine of a test.
@@ -36,8 +36,12 @@ impl World {
         self.xen.attach(dom, &self.sim.node("guest", u64::from(dom.0)))
     }
 
-    pub fn marked(&self, mark: Mark) -> u64 {
-        self.kernel.marks()[mark as usize]
+    pub fn plant(&self, bug: &str) {
+        self.kernel.plant(Bug::find(tap_ring::BUGS, bug).expect("a bug of rings"));
+    }
+
+    pub fn marked(&self, mark: &str) -> u64 {
+        self.kernel.marked(Mark::find(tap_ring::MARKS, mark).expect("a mark of rings"))
     }
 }
 

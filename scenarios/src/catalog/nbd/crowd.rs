@@ -5,6 +5,7 @@ use super::plan::{
 };
 use crate::check::Invariant;
 use crate::guest::{DirectDisk, ErrorPolicy, Guest, NbdScript, RawNbd};
+use crate::probes::marked;
 use crate::scenario::Scenario;
 use crate::world::World;
 use kernel_model::faults::FaultPlan;
@@ -14,7 +15,7 @@ use std::cell::Cell;
 use std::rc::Rc;
 use tap_abi::nbd::{CMD_DISC, CMD_READ, CMD_WRITE};
 use tap_core::Node;
-use tap_host::{Mark, SECTOR_BYTES, SectorRange, Sockets};
+use tap_host::{SECTOR_BYTES, SectorRange, Sockets};
 
 /// What a client of the crowd does.
 pub static CROWD: Label = Label::new(
@@ -112,7 +113,7 @@ async fn rest(world: &World, guest: &Guest<DirectDisk>) {
     if let Err(error) = guest.write(SectorRange::new(0, 1)).await {
         world.fail(Invariant::H2, format!("writing failed with {error:?}"));
     }
-    let back = || world.kernel.marks()[Mark::NbdServerBack as usize];
+    let back = || marked(&world.kernel, "nbd-server-back");
     let before = back();
     world.sim.sleep_ns(world.setting("rest", &[3 * GRACE_NS, 0])).await;
     if let Err(error) = guest.read(SectorRange::new(0, 1)).await {

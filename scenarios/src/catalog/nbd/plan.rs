@@ -6,6 +6,7 @@ use crate::check::{CountingNode, Invariant};
 use crate::formats::Kind;
 use crate::guest::{DirectDisk, ErrorPolicy, Guest, GuestDisk, RawNbd, Spread};
 use crate::limits::StackLimits;
+use crate::probes::marked;
 use crate::program::{Printed, named, option_of, tapdisk};
 use crate::workload::{Op, Workload, operations};
 use crate::world::World;
@@ -15,7 +16,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use tap_core::wait::{Event, oneshot};
 use tap_core::{CacheMode, Disk, DiskConfig, Node};
-use tap_host::{Event as LogEvent, Mark, Share, SocketAddress, Sockets, VbdId};
+use tap_host::{Event as LogEvent, Share, SocketAddress, Sockets, VbdId};
 use tap_nbd::{Client, ClientConfig, ServerLimits};
 use tap_programs::Tuning;
 use tap_programs::spec::DiskSpec;
@@ -437,7 +438,7 @@ pub(super) fn check_queries(world: &World, served: &Served, connections: u32) {
 
 /// Checks that no client has reconnected, because no server has died.
 pub(super) fn check_unbroken(world: &World) {
-    let again = world.kernel.marks()[Mark::NbdServerBack as usize];
+    let again = marked(&world.kernel, "nbd-server-back");
     if again > 0 {
         world.fail(Invariant::N1, format!("clients had to reconnect {again} times"));
     }

@@ -114,7 +114,7 @@ fn a_return_of_what_is_given_back_anyway_is_no_slip() {
 
 #[test]
 fn what_speaks_to_people_or_tests_is_left_alone() {
-    let source = "fn f(h: H) { h.log(E); if h.bug(Bug::X) { h.mark(M); } }
+    let source = "fn f(h: H) { h.log(E); if h.bug(&X) { h.mark(M); } }
         impl Display for A { fn fmt(&self) { if a { b(); } } }
         const A: u32 = 1 + 1;
         #[cfg(test)] mod tests { fn f() { a(); } }

@@ -62,7 +62,7 @@ fn contiguous_requests_merge_both_ways_and_get_their_own_bytes() {
         copy_to_slice(&response.bufs, 0, &mut bytes);
         assert!(bytes.chunks(512).zip(first..).all(|(s, n)| s.iter().all(|b| *b == n)));
     }
-    assert_eq!(bench.pool.marked(Mark::RequestsMerged), 1);
+    assert_eq!(bench.pool.marked("requests-merged"), 1);
     assert!(bench.pool.logged().contains(&Event::Merged { parts: 3, range: SectorRange::new(8, 24) }));
     let stats = bench.scheduler.stats();
     assert_eq!((stats.reads, stats.writes, stats.merged, stats.lower_requests), (4, 1, 2, 3));
@@ -99,7 +99,7 @@ fn an_error_of_a_merged_request_reaches_only_the_failing_part() {
     bench.script.break_sector(9);
     let got = bench.batch(vec![write(0, 8), write(8, 8), write(16, 8)]);
     assert_eq!(results(&got), [Some(Ok(())), Some(Err(Errno::EIO)), Some(Ok(()))]);
-    assert_eq!(bench.pool.marked(Mark::MergedSplit), 1);
+    assert_eq!(bench.pool.marked("merged-split"), 1);
     assert_eq!(bench.lower().len(), 4);
     bench.assert_idle();
 }
@@ -107,7 +107,7 @@ fn an_error_of_a_merged_request_reaches_only_the_failing_part() {
 #[test]
 fn the_seeded_bug_loses_the_error_of_the_tail() {
     let bench = Bench::new(Script::default(), FEW);
-    bench.pool.switch_on(Bug::MergedErrorLost);
+    bench.pool.switch_on("merged-error-lost");
     bench.script.break_sector(9);
     let got = bench.batch(vec![write(0, 8), write(8, 8)]);
     assert_eq!(results(&got), [Some(Err(Errno::EIO)), Some(Ok(()))]);
@@ -126,14 +126,14 @@ fn overlapping_requests_run_in_submission_order_and_reads_share() {
     bench.pool.run();
     assert_eq!(bench.lower()[3], (Op::Write, 6, 8));
     assert!(results(&got).iter().all(|r| *r == Some(Ok(()))));
-    assert_eq!(bench.pool.marked(Mark::OverlapWaited), 3);
+    assert_eq!(bench.pool.marked("overlap-waited"), 3);
     bench.assert_idle();
 }
 
 #[test]
 fn the_seeded_bug_lets_a_write_overtake_another() {
     let bench = Bench::new(Script::held(), FEW);
-    bench.pool.switch_on(Bug::EdgeDropped);
+    bench.pool.switch_on("edge-dropped");
     bench.batch(vec![write(0, 8), write(4, 8)]);
     assert_eq!(bench.lower().len(), 2);
 }
@@ -150,7 +150,7 @@ fn depth_is_never_exceeded_and_waiters_go_in_order() {
     }
     assert_eq!(bench.lower().iter().map(|l| l.1).collect::<Vec<_>>(), [0, 20, 40, 60]);
     assert_eq!(bench.script.max_in_flight(), 1);
-    assert_eq!(bench.pool.marked(Mark::DepthReached), 3);
+    assert_eq!(bench.pool.marked("depth-reached"), 3);
     bench.assert_idle();
 }
 
@@ -166,7 +166,7 @@ fn transient_errors_are_retried_and_permanent_ones_are_not() {
     assert_eq!(results(&got)[0], Some(Ok(())));
     assert_eq!(results(&got)[2], Some(Err(Errno::EBUSY)));
     assert_eq!(bench.pool.now_ns(), 10 + 20 + 40);
-    assert_eq!(bench.pool.marked(Mark::RequestRetried), 2 + 3);
+    assert_eq!(bench.pool.marked("request-retried"), 2 + 3);
     bench.assert_idle();
 }
 

@@ -11,8 +11,14 @@ use crate::io::{ImageFile, sync_name};
 use crate::map::{Geometry, HostOffset};
 use crate::{ImageError, ImageHost, NewImage, parse_size};
 use std::ops::RangeInclusive;
-use tap_host::{Bug, SECTOR_BYTES};
+use tap_host::SECTOR_BYTES;
 use zerocopy::IntoBytes;
+
+tap_host::listed! {
+    pub(crate) BUGS: Bug;
+    OLD_HEADER_STAYS = "old-header-stays",
+        "an image that is created over an old one keeps the old header until the new one is written";
+}
 
 /// Alignment of the L1 table: no drive writes the table and the header in one unit.
 const L1_ALIGN: u64 = 4096;
@@ -41,7 +47,7 @@ pub(super) async fn create<H: ImageHost>(host: &H, path: &str, image: &NewImage)
     head.resize(head.len().next_multiple_of(SECTOR_BYTES as usize), 0);
     let (first, rest) = head.split_at(SECTOR_BYTES as usize);
     let write = async {
-        if image.existing.is_some() && !host.bug(Bug::OldHeaderStays) {
+        if image.existing.is_some() && !host.bug(&OLD_HEADER_STAYS) {
             // An old image must not be recognised once its tables are overwritten.
             if file.info.block_device {
                 file.write_bytes(0, &[0; SECTOR_BYTES as usize]).await?;

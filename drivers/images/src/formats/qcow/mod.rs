@@ -23,6 +23,10 @@ use std::rc::Rc;
 use tap_core::{LocalBoxFuture, Node};
 use tap_host::Budget;
 
+tap_host::listed! {
+    pub(crate) BUGS: Bug with [create::BUGS];
+}
+
 /// The format.
 pub const FORMAT: Format = Format::new(&FormatInfo {
     name: "qcow",

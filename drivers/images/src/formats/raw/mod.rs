@@ -4,11 +4,17 @@
 
 use crate::calls::closed;
 use crate::io::{ImageFile, sync_name};
+use crate::sync::{FLUSH_EARLY, FUA_UNSYNCED};
 use crate::{Description, Format, FormatInfo, ImageError, ImageHost, NewImage, OpenImage};
 use std::cell::RefCell;
 use std::rc::Rc;
 use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, NodeName, Op, Request, Response, Source};
-use tap_host::{Bug, Errno, FileId, IoVec, SECTOR_BYTES, SectorRange, ZeroMode};
+use tap_host::{Errno, FileId, IoVec, SECTOR_BYTES, SectorRange, ZeroMode};
+
+tap_host::listed! {
+    pub(crate) BUGS: Bug;
+    CLOSE_UNSYNCED = "close-unsynced", "a raw image is closed without being synchronised";
+}
 
 /// The format.
 pub const FORMAT: Format = Format::new(&FormatInfo {
@@ -115,7 +121,7 @@ impl<H: ImageHost> Raw<H> {
 impl<H: ImageHost> Inner<H> {
     /// Completes a change of the file that returned `result`: with `fua` it is made durable first.
     async fn settled(&self, result: Result<(), Errno>, fua: bool) -> Result<(), Errno> {
-        if !fua || result.is_err() || self.host.bug(Bug::FuaUnsynced) {
+        if !fua || result.is_err() || self.host.bug(&FUA_UNSYNCED) {
             return result;
         }
         self.file.sync().await
@@ -167,7 +173,7 @@ impl<H: ImageHost> Node for Raw<H> {
                 Response { result: inner.settled(result, fua).await, bufs: request.bufs }
             }),
             Op::Flush => Box::pin(async move {
-                if inner.host.bug(Bug::FlushEarly) {
+                if inner.host.bug(&FLUSH_EARLY) {
                     return Response { result: Ok(()), bufs: IoVec::new() };
                 }
                 Response { result: inner.file.sync().await, bufs: request.bufs }
@@ -192,7 +198,7 @@ impl<H: ImageHost> Node for Raw<H> {
         let (open, read_only) = (self.open.take(), self.info.read_only);
         Box::pin(async move {
             let Some(inner) = open else { return Ok(()) };
-            let synced = match read_only || inner.host.bug(Bug::CloseUnsynced) {
+            let synced = match read_only || inner.host.bug(&CLOSE_UNSYNCED) {
                 true => Ok(()),
                 false => inner.file.sync_to_close().await,
             };

@@ -4,7 +4,7 @@ use crate::testing::{Effect, Fault, World};
 use smallvec::smallvec;
 use std::future::Future;
 use tap_core::ZeroFlags;
-use tap_host::{IoBuf, Mark};
+use tap_host::IoBuf;
 
 fn open(world: &World, write: bool, direct: bool) -> Result<Rc<Raw<World>>, ImageError> {
     let host = world.clone();
@@ -42,7 +42,7 @@ fn a_created_image_reads_zeros_and_keeps_writes() {
     );
     let got = world.block_on(submit(&raw, Op::Read, 0, &[0; 64 * 512]));
     assert_eq!(&got.bufs[0][..], world.bytes("/disk"));
-    assert!(world.marked(Mark::ShortResumed) > 0);
+    assert!(world.marked("short-resumed") > 0);
     assert_eq!(world.block_on(submit(&raw, Op::Read, 64, &[0; 512])).result, Err(Errno::EINVAL));
 }
 
@@ -76,7 +76,7 @@ fn the_seeded_bug_takes_a_short_transfer_as_complete() {
     let world = World::new(3);
     world.put("/disk", vec![7; 256 * 512]);
     world.make_short();
-    world.switch_on(Bug::ShortTransfer);
+    world.switch_on("short-transfer");
     let raw = open(&world, true, false).unwrap();
     let reads = (0..20).map(|_| world.block_on(submit(&raw, Op::Read, 0, &[0; 256 * 512])));
     assert!(reads.filter(|r| r.bufs[0].iter().any(|b| *b != 7)).count() > 0);
@@ -151,15 +151,15 @@ fn after_a_failed_flush_every_flush_of_a_buffered_file_fails() {
     world.fail(Some(Fault { nth: world.ops(), error: Errno::EIO, effect: Effect::None, sticky: false }));
     assert_eq!(flush(&world), Err(Errno::EIO));
     assert_eq!(flush(&world), Err(Errno::EIO));
-    assert_eq!(world.marked(Mark::FlushLatched), 1);
-    world.switch_on(Bug::FlushForgets);
+    assert_eq!(world.marked("flush-latched"), 1);
+    world.switch_on("flush-forgets");
     assert_eq!(flush(&world), Ok(()));
     assert_eq!(world.after_crash(0).bytes("/disk")[0], 0, "the data that the bug reports durable is lost");
 }
 
 #[test]
 fn after_a_failed_flush_every_flush_of_a_direct_file_fails() {
-    for (bug, then) in [(None, Err(Errno::EIO)), (Some(Bug::DirectFlushForgets), Ok(()))] {
+    for (bug, then) in [(None, Err(Errno::EIO)), (Some("direct-flush-forgets"), Ok(()))] {
         let world = World::new(1);
         world.put("/disk", vec![0; 8192]);
         bug.into_iter().for_each(|bug| world.switch_on(bug));
@@ -179,7 +179,7 @@ fn after_a_failed_flush_every_flush_of_a_direct_file_fails() {
 #[test]
 fn an_interrupted_flush_is_retried() {
     let (memory, interrupted, lost) = (Errno::ENOMEM, Errno::EINTR, Err(Errno::EIO));
-    let bug = Some(Bug::InterruptedSyncLatches);
+    let bug = Some("interrupted-sync-latches");
     for (error, bug, first, then) in [
         (interrupted, None, Ok(()), Ok(())),
         (interrupted, bug, lost, lost),
@@ -217,7 +217,7 @@ fn flushes_share_a_synchronisation_that_began_after_them() {
         futures_util::future::join(first, futures_util::future::join_all(late)).await
     });
     assert_eq!(world.ops() - before, 3, "one write, and two synchronisations for four flushes");
-    assert_eq!(world.marked(Mark::SyncShared), 2);
+    assert_eq!(world.marked("sync-shared"), 2);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use super::*;
 use crate::testing::{Effect, Fault};
 use proptest::prelude::*;
-use tap_host::{Mark, copy_to_slice};
+use tap_host::copy_to_slice;
 
 #[test]
 fn an_empty_image_reads_zeros_and_allocates_on_write() {
@@ -18,7 +18,7 @@ fn an_empty_image_reads_zeros_and_allocates_on_write() {
         let got = world.block_on(write(&qcow, 3, 4, fill));
         assert_eq!((got.result, got.bufs.len()), (Ok(()), 1));
     }
-    assert_eq!(world.marked(Mark::ClusterAllocated), 1, "three clusters at once");
+    assert_eq!(world.marked("cluster-allocated"), 1, "three clusters at once");
     flush(&world, &qcow).unwrap();
     world.block_on(qcow.close()).unwrap();
     assert_eq!(world.block_on(write(&qcow, 0, 1, 1)).result, Err(Errno::ESHUTDOWN));
@@ -42,7 +42,7 @@ fn a_backing_file_shows_through_and_is_copied_up() {
         world.block_on(write(&qcow, 98, 2, 7)).result.unwrap();
         let want = |s: u64| Some(if (98..100).contains(&s) { 7 } else { setup.initial(s) });
         assert_eq!(all(&world, &qcow), (0..256).map(want).collect::<Vec<_>>());
-        assert_eq!(world.marked(Mark::CopyUp) > 0, cluster_bits > 10);
+        assert_eq!(world.marked("copy-up") > 0, cluster_bits > 10);
         assert_eq!(world.bytes(BASE), base);
     }
 }
@@ -111,7 +111,7 @@ fn compressed_clusters_are_read_and_replaced() {
     drop(qcow);
     assert_eq!(all(&world, &setup.open(&world)), want);
     assert_eq!(checked(&world).compressed_clusters, 1);
-    assert!(world.marked(Mark::CompressedRewritten) == 1 && world.marked(Mark::CompressedRead) > 0);
+    assert!(world.marked("compressed-rewritten") == 1 && world.marked("compressed-read") > 0);
 }
 
 #[test]
@@ -123,7 +123,7 @@ fn allocations_in_flight_share_syncs_and_mapping_writes() {
     let before = world.ops();
     let writes: Vec<_> = (0..16).map(|i| write(&qcow, i * 16, 8, 1)).collect();
     assert!(world.block_on(futures_util::future::join_all(writes)).iter().all(|r| r.result.is_ok()));
-    assert!(world.marked(Mark::SyncShared) > 0 && world.marked(Mark::CommitShared) > 0);
+    assert!(world.marked("sync-shared") > 0 && world.marked("commit-shared") > 0);
     // Zeros, sync, L1; sixteen times data; and a few syncs and L2 writes for all of them, not sixteen each.
     assert!(world.ops() - before < 3 + 16 + 16, "{} operations", world.ops() - before);
 }

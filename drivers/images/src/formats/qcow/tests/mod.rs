@@ -15,7 +15,7 @@ use crate::{BackingPolicy, Formats, ImageFormat, NewImage, OpenImage, OpenOption
 use std::cell::RefCell;
 use std::future::Future;
 use tap_core::{NodeInfo, Op, Request, Response};
-use tap_host::{Bug, Errno, IoBuf, IoVec, SectorRange};
+use tap_host::{Errno, IoBuf, IoVec, SectorRange};
 
 pub(super) const PATH: &str = "/image";
 pub(super) const BASE: &str = "/base";

@@ -1,7 +1,6 @@
 //! References past the end of the file that crashes leave.
 
 use super::*;
-use tap_host::Mark;
 
 const SETUP: Setup = Setup { sectors: 16384, cluster_bits: 12, l2_bits: 9, tables: 8, ..SMALL };
 
@@ -94,5 +93,5 @@ fn opening_an_undamaged_image_does_not_change_its_size() {
     let size = before.len();
     world.put(PATH, before);
     drop(SETUP.open(&world));
-    assert_eq!((world.bytes(PATH).len(), world.marked(Mark::SizeRecovered)), (size, 0));
+    assert_eq!((world.bytes(PATH).len(), world.marked("size-recovered")), (size, 0));
 }

@@ -13,7 +13,7 @@ use futures_util::future::join_all;
 pub(super) struct Trial {
     pub(super) setup: Setup,
     pub(super) seed: u64,
-    pub(super) bug: Option<Bug>,
+    pub(super) bug: Option<&'static str>,
     /// An operation that fails, counted from opening.
     pub(super) fault: Option<Fault>,
     /// No operation from this one on, counted from opening, takes effect.

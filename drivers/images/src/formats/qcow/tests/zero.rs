@@ -3,7 +3,6 @@
 use super::*;
 use crate::testing::{Effect, Fault};
 use tap_core::{NodeName, Source, ZeroFlags};
-use tap_host::Mark;
 
 fn zero(qcow: &Qcow<World>, start: u64, sectors: u32, flags: ZeroFlags) -> LocalBoxFuture<Response> {
     qcow.submit(Request::write_zeroes(SectorRange::new(start, sectors), flags))
@@ -121,7 +120,7 @@ fn a_file_that_was_given_up_loses_no_space() {
     world.fail(Some(Fault { nth: world.ops(), error: Errno::EIO, effect: Effect::None, sticky: true }));
     assert_eq!(world.block_on(zero(&qcow, 0, 2, PLAIN)).result, Err(Errno::EIO));
     world.fail(None);
-    assert_eq!(world.marked(Mark::FileGivenUp), 1);
+    assert_eq!(world.marked("file-given-up"), 1);
     for start in (10..120).step_by(2) {
         assert_eq!(world.block_on(write(&qcow, start, 2, 8)).result, Err(Errno::EIO));
     }
