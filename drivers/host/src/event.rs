@@ -31,9 +31,78 @@ impl fmt::Display for IoKind {
     }
 }
 
-/// One thing that happened in the stack.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Event {
+/// How important an event, or a line of a program, is.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub enum Level {
+    /// Something failed.
+    Error,
+    /// Something is wrong, but nothing failed.
+    Warning,
+    /// What an administrator wants to know.
+    #[default]
+    Info,
+    /// Every request.
+    Debug,
+}
+
+/// How often a kind of event is printed on a real host.
+enum Rate {
+    /// It may be caused at will, by a guest, a client or a server: its lines are limited.
+    Limited,
+    /// Something else limits it, or its level.
+    Free,
+}
+
+/// Makes the events: for each its fields, its level and rate, the numbers that stand for it in a trace hash, and its
+/// words.
+macro_rules! events {
+    ($($(#[$doc:meta])* $name:ident {
+        $($(#[$field_doc:meta])* $field:ident: $of:ty,)*
+    } = $level:ident, $rate:ident, $numbers:expr, $words:literal $(, $more:expr)?;)*) => {
+        /// One thing that happened in the stack.
+        #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+        pub enum Event {
+            $($(#[$doc])* $name { $($(#[$field_doc])* $field: $of,)* },)*
+        }
+
+        enum Kind { $($name,)* }
+
+        impl Event {
+            /// Kinds of events.
+            pub const KINDS: usize = [$(Kind::$name),*].len();
+
+            /// Its kind, below [`Event::KINDS`].
+            pub fn kind(&self) -> usize {
+                match self { $(Event::$name { .. } => Kind::$name as usize,)* }
+            }
+
+            /// How important it is.
+            pub fn level(&self) -> Level {
+                match self { $(Event::$name { .. } => Level::$level,)* }
+            }
+
+            /// Whether a real host limits how often events of its kind are printed.
+            pub fn is_limited(&self) -> bool {
+                let rate = match self { $(Event::$name { .. } => Rate::$rate,)* };
+                matches!(rate, Rate::Limited)
+            }
+
+            /// The event as numbers that differ when the event does; the input of a trace hash.
+            pub fn words(&self) -> [u64; 4] {
+                match *self { $(Event::$name { $($field),* } => $numbers,)* }
+            }
+        }
+
+        impl fmt::Display for Event {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                match *self { $(Event::$name { $($field),* } => write!(f, $words $(, $more)?),)* }
+            }
+        }
+    };
+}
+
+// The first number of an event is never given to another one: saved hashes are of such numbers.
+events! {
     /// A request was taken from a ring.
     RequestTaken {
         /// The disk.
@@ -44,7 +113,8 @@ pub enum Event {
         kind: IoKind,
         /// Where.
         range: SectorRange,
-    },
+    } = Debug, Free, [1 | number(vbd) << 8, id, kind as u64, place(range)],
+        "{vbd} takes #{id} {kind} {range}";
     /// A response was put on a ring.
     RequestDone {
         /// The disk.
@@ -53,7 +123,8 @@ pub enum Event {
         id: u64,
         /// How it ended.
         result: Result<(), Errno>,
-    },
+    } = Debug, Free, [2 | number(vbd) << 8, id, code(result) as u64, 0],
+        "{vbd} answers #{id} {}", Ended(result);
     /// A request was refused before it reached the disk.
     RequestRefused {
         /// The disk.
@@ -62,7 +133,7 @@ pub enum Event {
         id: u64,
         /// Why.
         why: &'static str,
-    },
+    } = Warning, Limited, [3 | number(vbd) << 8, id, text(why), 0], "{vbd} refuses #{id}: {why}";
     /// A request in flight was taken over from the record of a dead process.
     RequestResumed {
         /// The disk.
@@ -71,14 +142,15 @@ pub enum Event {
         id: u64,
         /// Where.
         range: SectorRange,
-    },
+    } = Info, Free, [4 | number(vbd) << 8, id, place(range), 0],
+        "{vbd} takes up #{id} {range} from the record";
     /// A ring was connected.
     RingConnected {
         /// The guest.
         dom: DomId,
         /// The disk.
         vbd: VbdId,
-    },
+    } = Info, Limited, [5, domain(dom), number(vbd), 0], "{vbd} of {dom} connected";
     /// A ring was given up.
     RingClosed {
         /// The guest.
@@ -87,35 +159,35 @@ pub enum Event {
         vbd: VbdId,
         /// Why.
         why: &'static str,
-    },
+    } = Info, Limited, [6, domain(dom), number(vbd), text(why)], "{vbd} of {dom} closed: {why}";
     /// Contiguous requests go down as one.
     Merged {
         /// How many.
         parts: u32,
         /// What they cover together.
         range: SectorRange,
-    },
+    } = Debug, Free, [7, u64::from(parts), place(range), 0], "{parts} requests merged into {range}";
     /// A request is repeated after a transient error.
     Retried {
         /// Where.
         range: SectorRange,
         /// The error.
         error: Errno,
-    },
+    } = Warning, Limited, [8, place(range), error.0 as u64, 0], "{range} repeated after {error:?}";
     /// A data cluster was allocated and mapped.
     ClusterMapped {
         /// Guest cluster.
         cluster: u64,
         /// Byte offset in the image file.
         host_offset: u64,
-    },
+    } = Debug, Free, [9, cluster, host_offset, 0], "cluster {cluster} mapped at {host_offset:#x}";
     /// An L2 table was allocated and published.
     L2Mapped {
         /// Index in the L1 table.
         l1_index: u64,
         /// Byte offset in the image file.
         host_offset: u64,
-    },
+    } = Debug, Free, [10, l1_index, host_offset, 0], "L2 table {l1_index} mapped at {host_offset:#x}";
     /// The back end of a disk changed its xenbus state.
     BackendState {
         /// The guest.
@@ -124,33 +196,36 @@ pub enum Event {
         vbd: VbdId,
         /// The new state's number.
         state: u8,
-    },
+    } = Info, Limited, [11, domain(dom), number(vbd), u64::from(state)],
+        "{vbd} of {dom}: back end in state {state}";
     /// A front end was told that it cannot be served; the reason is in xenstore.
     FrontendRefused {
         /// The guest.
         dom: DomId,
         /// The disk.
         vbd: VbdId,
-    },
+    } = Warning, Limited, [19, domain(dom), number(vbd), 0],
+        "{vbd} of {dom}: the front end is refused; the back end's key error in xenstore says why";
     /// The in-flight record of a device that is gone was removed.
     OrphanRemoved {
         /// The guest.
         dom: DomId,
         /// The disk.
         vbd: VbdId,
-    },
+    } = Info, Free, [20, domain(dom), number(vbd), 0],
+        "{vbd} of {dom}: it is gone, its in-flight record was removed";
     /// The state of a disk changed.
     VbdState {
         /// The disk.
         vbd: VbdId,
         /// What it is now ("running", "draining", "paused", "closing", "closed").
         state: &'static str,
-    },
+    } = Debug, Limited, [12, number(vbd), text(state), 0], "{vbd} is {state}";
     /// A client of the NBD server connected.
     NbdConnected {
         /// Counts connections of the server, from 1.
         connection: u64,
-    },
+    } = Info, Limited, [13, connection, 0, 0], "NBD connection {connection} opened";
     /// A connection of the NBD server ended.
     NbdClosed {
         /// Which.
@@ -159,114 +234,81 @@ pub enum Event {
         requests: u64,
         /// Why.
         why: &'static str,
-    },
+    } = Info, Limited, [14, connection, requests, text(why)],
+        "NBD connection {connection} closed after {requests} requests: {why}";
     /// The NBD server did not take a connection.
     NbdRefused {
         /// The number that it would have got.
         connection: u64,
         /// Why.
         why: &'static str,
-    },
+    } = Warning, Limited, [15, connection, text(why), 0], "NBD connection {connection} refused: {why}";
     /// An NBD client lost its server, and tries to connect again.
     NbdServerLost {
         /// Why.
         why: &'static str,
-    },
+    } = Warning, Limited, [16, text(why), 0, 0], "NBD server lost: {why}";
     /// An NBD client has its server again.
     NbdServerBack {
         /// Requests that were sent again.
         resent: u64,
-    },
+    } = Info, Limited, [17, resent, 0, 0], "NBD server is back, {resent} requests were sent again";
     /// An NBD client answers requests with errors.
     NbdServerGone {
         /// Why.
         why: &'static str,
-    },
+    } = Warning, Limited, [18, text(why), 0, 0], "NBD server is gone: {why}";
 }
 
-fn ok(result: Result<(), Errno>) -> i32 {
-    result.map_or_else(|e| e.0, |()| 0)
-}
+/// How a request ended, in words.
+struct Ended(Result<(), Errno>);
 
-impl Event {
-    /// The event as numbers that differ when the event does; the input of a trace hash.
-    pub fn words(&self) -> [u64; 4] {
-        fn range(r: SectorRange) -> u64 {
-            r.start.0 << 16 ^ u64::from(r.count)
-        }
-        fn text(s: &str) -> u64 {
-            s.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3))
-        }
-        match *self {
-            Event::RequestTaken { vbd, id, kind, range: r } => {
-                [1 | u64::from(vbd.0) << 8, id, kind as u64, range(r)]
-            }
-            Event::RequestDone { vbd, id, result } => [2 | u64::from(vbd.0) << 8, id, ok(result) as u64, 0],
-            Event::RequestRefused { vbd, id, why } => [3 | u64::from(vbd.0) << 8, id, text(why), 0],
-            Event::RequestResumed { vbd, id, range: r } => [4 | u64::from(vbd.0) << 8, id, range(r), 0],
-            Event::RingConnected { dom, vbd } => [5, u64::from(dom.0), u64::from(vbd.0), 0],
-            Event::RingClosed { dom, vbd, why } => [6, u64::from(dom.0), u64::from(vbd.0), text(why)],
-            Event::Merged { parts, range: r } => [7, u64::from(parts), range(r), 0],
-            Event::Retried { range: r, error } => [8, range(r), error.0 as u64, 0],
-            Event::ClusterMapped { cluster, host_offset } => [9, cluster, host_offset, 0],
-            Event::L2Mapped { l1_index, host_offset } => [10, l1_index, host_offset, 0],
-            Event::BackendState { dom, vbd, state } => {
-                [11, u64::from(dom.0), u64::from(vbd.0), u64::from(state)]
-            }
-            Event::VbdState { vbd, state } => [12, u64::from(vbd.0), text(state), 0],
-            Event::NbdConnected { connection } => [13, connection, 0, 0],
-            Event::NbdClosed { connection, requests, why } => [14, connection, requests, text(why)],
-            Event::NbdRefused { connection, why } => [15, connection, text(why), 0],
-            Event::NbdServerLost { why } => [16, text(why), 0, 0],
-            Event::NbdServerBack { resent } => [17, resent, 0, 0],
-            Event::NbdServerGone { why } => [18, text(why), 0, 0],
-            Event::OrphanRemoved { dom, vbd } => [20, u64::from(dom.0), u64::from(vbd.0), 0],
-            Event::FrontendRefused { dom, vbd } => [19, u64::from(dom.0), u64::from(vbd.0), 0],
+impl fmt::Display for Ended {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Ok(()) => f.write_str("ok"),
+            Err(e) => write!(f, "with {e:?}"),
         }
     }
 }
 
-impl fmt::Display for Event {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match *self {
-            Event::RequestTaken { vbd, id, kind, range } => write!(f, "{vbd} takes #{id} {kind} {range}"),
-            Event::RequestDone { vbd, id, result: Ok(()) } => write!(f, "{vbd} answers #{id} ok"),
-            Event::RequestDone { vbd, id, result: Err(e) } => write!(f, "{vbd} answers #{id} with {e:?}"),
-            Event::RequestRefused { vbd, id, why } => write!(f, "{vbd} refuses #{id}: {why}"),
-            Event::RequestResumed { vbd, id, range } => {
-                write!(f, "{vbd} takes up #{id} {range} from the record")
-            }
-            Event::OrphanRemoved { dom, vbd } => {
-                write!(f, "{vbd} of {dom}: it is gone, its in-flight record was removed")
-            }
-            Event::RingConnected { dom, vbd } => write!(f, "{vbd} of {dom} connected"),
-            Event::RingClosed { dom, vbd, why } => write!(f, "{vbd} of {dom} closed: {why}"),
-            Event::Merged { parts, range } => write!(f, "{parts} requests merged into {range}"),
-            Event::Retried { range, error } => write!(f, "{range} repeated after {error:?}"),
-            Event::ClusterMapped { cluster, host_offset } => {
-                write!(f, "cluster {cluster} mapped at {host_offset:#x}")
-            }
-            Event::L2Mapped { l1_index, host_offset } => {
-                write!(f, "L2 table {l1_index} mapped at {host_offset:#x}")
-            }
-            Event::BackendState { dom, vbd, state } => write!(f, "{vbd} of {dom}: back end in state {state}"),
-            Event::FrontendRefused { dom, vbd } => {
-                write!(
-                    f,
-                    "{vbd} of {dom}: the front end is refused; the back end's key error in xenstore says why"
-                )
-            }
-            Event::VbdState { vbd, state } => write!(f, "{vbd} is {state}"),
-            Event::NbdConnected { connection } => write!(f, "NBD connection {connection} opened"),
-            Event::NbdClosed { connection, requests, why } => {
-                write!(f, "NBD connection {connection} closed after {requests} requests: {why}")
-            }
-            Event::NbdRefused { connection, why } => write!(f, "NBD connection {connection} refused: {why}"),
-            Event::NbdServerLost { why } => write!(f, "NBD server lost: {why}"),
-            Event::NbdServerBack { resent } => {
-                write!(f, "NBD server is back, {resent} requests were sent again")
-            }
-            Event::NbdServerGone { why } => write!(f, "NBD server is gone: {why}"),
-        }
+fn number(vbd: VbdId) -> u64 {
+    u64::from(vbd.0)
+}
+
+fn domain(dom: DomId) -> u64 {
+    u64::from(dom.0)
+}
+
+fn place(range: SectorRange) -> u64 {
+    range.start.0 << 16 ^ u64::from(range.count)
+}
+
+fn code(result: Result<(), Errno>) -> i32 {
+    result.map_or_else(|e| e.0, |()| 0)
+}
+
+fn text(s: &str) -> u64 {
+    s.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_says_everything_about_its_event() {
+        let (vbd, dom) = (VbdId(3), DomId(7));
+        let done = |result| Event::RequestDone { vbd, id: 5, result };
+        assert_eq!(done(Ok(())).words(), [2 | 3 << 8, 5, 0, 0]);
+        assert_eq!(done(Err(Errno::EIO)).words(), [2 | 3 << 8, 5, Errno::EIO.0 as u64, 0]);
+        assert_eq!(done(Ok(())).to_string(), format!("{vbd} answers #5 ok"));
+        assert_eq!(done(Err(Errno::EIO)).to_string(), format!("{vbd} answers #5 with {:?}", Errno::EIO));
+        assert_eq!((done(Ok(())).level(), done(Ok(())).is_limited()), (Level::Debug, false));
+        let refused = Event::FrontendRefused { dom, vbd };
+        assert_eq!(refused.words(), [19, 7, 3, 0]);
+        assert_eq!((refused.level(), refused.is_limited()), (Level::Warning, true));
+        let (back, gone) = (Event::NbdServerBack { resent: 1 }, Event::NbdServerGone { why: "" });
+        assert_eq!((back.kind() + 1, gone.kind() + 1), (gone.kind(), Event::KINDS));
     }
 }

@@ -36,10 +36,11 @@ mod xenstore;
 
 pub use files::{AioEngine, LinuxFile};
 pub use lines::Lines;
-pub use log::{Level, LogTo};
+pub use log::LogTo;
 pub use options::{Options, POLL_DEFAULT, StartError};
 pub use priority::set_io_priority;
 pub use sockets::{LinuxListener, LinuxStream};
+pub use tap_host::Level;
 pub use xen::{LinuxChannel, LinuxPage, XenError, XenOptions};
 pub use xenstore::{StoreClient, StoreOpenError, StorePlaces, StoreTransaction, StoreWatcher};
 

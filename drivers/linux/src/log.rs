@@ -14,39 +14,24 @@ use crate::Lines;
 use std::cell::Cell;
 use std::fmt::{self, Write as _};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use tap_host::Event;
+use tap_host::{Event, Level};
 
-/// How important a line is.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
-pub enum Level {
-    /// Something failed.
-    Error,
-    /// Something is wrong, but nothing failed.
-    Warning,
-    /// What an administrator wants to know.
-    #[default]
-    Info,
-    /// Every request.
-    Debug,
+fn name(level: Level) -> &'static str {
+    match level {
+        Level::Error => "error",
+        Level::Warning => "warning",
+        Level::Info => "info",
+        Level::Debug => "debug",
+    }
 }
 
-impl Level {
-    fn name(self) -> &'static str {
-        match self {
-            Level::Error => "error",
-            Level::Warning => "warning",
-            Level::Info => "info",
-            Level::Debug => "debug",
-        }
-    }
-    /// As syslog numbers them.
-    fn priority(self) -> u8 {
-        match self {
-            Level::Error => 3,
-            Level::Warning => 4,
-            Level::Info => 6,
-            Level::Debug => 7,
-        }
+/// The level as syslog numbers it.
+fn priority(level: Level) -> u8 {
+    match level {
+        Level::Error => 3,
+        Level::Warning => 4,
+        Level::Info => 6,
+        Level::Debug => 7,
     }
 }
 
@@ -60,36 +45,6 @@ pub enum LogTo {
     Stderr,
     /// Standard error, each line with its priority; journald adds the time.
     Journal,
-}
-
-/// The properties of a kind of event.
-struct Kind {
-    level: Level,
-    /// Index among the kinds that are rate limited.
-    limit: Option<usize>,
-}
-
-const LIMITS: usize = 12;
-
-fn kind_of(event: &Event) -> Kind {
-    let (level, limit) = match event {
-        Event::RequestTaken { .. } | Event::RequestDone { .. } | Event::Merged { .. } => (Level::Debug, None),
-        Event::ClusterMapped { .. } | Event::L2Mapped { .. } => (Level::Debug, None),
-        Event::VbdState { .. } => (Level::Debug, Some(5)),
-        Event::RequestRefused { .. } => (Level::Warning, Some(0)),
-        Event::Retried { .. } => (Level::Warning, Some(1)),
-        Event::RequestResumed { .. } | Event::OrphanRemoved { .. } => (Level::Info, None),
-        Event::RingConnected { .. } => (Level::Info, Some(2)),
-        Event::RingClosed { .. } => (Level::Info, Some(3)),
-        Event::BackendState { .. } => (Level::Info, Some(4)),
-        Event::NbdConnected { .. } => (Level::Info, Some(6)),
-        Event::NbdClosed { .. } => (Level::Info, Some(7)),
-        Event::NbdRefused { .. } => (Level::Warning, Some(8)),
-        Event::NbdServerLost { .. } | Event::NbdServerGone { .. } => (Level::Warning, Some(9)),
-        Event::NbdServerBack { .. } => (Level::Info, Some(10)),
-        Event::FrontendRefused { .. } => (Level::Warning, Some(11)),
-    };
-    Kind { level, limit }
 }
 
 /// Lines of one kind that may be printed at once.
@@ -131,7 +86,8 @@ impl Limit {
 pub(crate) struct Logger {
     level: Level,
     journal: bool,
-    limits: [Cell<Limit>; LIMITS],
+    /// By kind of event.
+    limits: [Cell<Limit>; Event::KINDS],
 }
 
 impl Logger {
@@ -147,14 +103,15 @@ impl Logger {
 
     /// Prints an event, if its level is enabled and its kind is within its limit.
     pub(crate) fn event(&self, event: Event) {
-        let Kind { level, limit } = kind_of(&event);
+        let level = event.level();
         if level > self.level {
             return;
         }
-        if let Some(index) = limit {
-            let mut limit = self.limits[index].get();
+        if event.is_limited() {
+            let own = &self.limits[event.kind()];
+            let mut limit = own.get();
             let admitted = limit.admit(Instant::now());
-            self.limits[index].set(limit);
+            own.set(limit);
             match admitted {
                 None => return,
                 Some(0) => {}
@@ -171,10 +128,10 @@ impl Logger {
         }
         let mut line = String::new();
         let printed = if self.journal {
-            write!(line, "<{}>{text}", level.priority())
+            write!(line, "<{}>{text}", priority(level))
         } else {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-            write!(line, "{} {}: {text}", Stamp(now), level.name())
+            write!(line, "{} {}: {text}", Stamp(now), name(level))
         };
         debug_assert!(printed.is_ok(), "writing to a string does not fail");
         Lines::stderr().put(line);
