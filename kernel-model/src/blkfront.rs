@@ -32,7 +32,7 @@ use std::task::{Poll, Waker};
 use tap_abi::blkif::{
     BlkifOp, BlkifRequest, MAX_SEGMENTS, RawResponse, STATUS_EOPNOTSUPP, STATUS_OKAY, Segment,
 };
-use tap_host::{DomId, Errno, IoKind, SectorRange, Watcher, Xenstore};
+use tap_host::{DomId, Errno, IoKind, OneWaiter, SectorRange, Watcher, Xenstore};
 use xen_model::{FrontKeys, GrantedPage, GuestRing, VbdPaths, XenPort};
 
 const SLOTS: usize = 32;
@@ -102,11 +102,11 @@ struct Inner {
     closing: Cell<bool>,
     /// A task is taking responses.
     serving: Cell<bool>,
-    server: RefCell<Option<Waker>>,
+    server: OneWaiter,
     /// Wakers for the next interrupt.
     idle: RefCell<Vec<Waker>>,
     /// Waits for the task to stop.
-    closer: RefCell<Option<Waker>>,
+    closer: OneWaiter,
 }
 
 /// A block front end; clones share it.
@@ -136,9 +136,9 @@ impl Blkfront {
             connects: Cell::new(0),
             closing: Cell::new(false),
             serving: Cell::new(false),
-            server: RefCell::default(),
+            server: OneWaiter::default(),
             idle: RefCell::default(),
-            closer: RefCell::default(),
+            closer: OneWaiter::default(),
         }))
     }
 
@@ -239,7 +239,7 @@ impl Blkfront {
         }
         drop(ring);
         self.0.serving.set(false);
-        wake(&self.0.closer);
+        self.0.closer.wake();
     }
 
     async fn next_response(&self, ring: &GuestRing) -> Option<Result<RawResponse, Errno>> {
@@ -252,7 +252,7 @@ impl Blkfront {
             }
             let poll = next.as_mut().poll(cx).map(Some);
             if poll.is_pending() {
-                *self.0.server.borrow_mut() = Some(cx.waker().clone());
+                self.0.server.wait(cx.waker());
             }
             poll
         })
@@ -314,12 +314,12 @@ impl Blkfront {
     /// Releases the ring. Anything that the back end still has mapped is a leak of the back end.
     async fn drop_ring(&self) {
         self.0.closing.set(true);
-        wake(&self.0.server);
+        self.0.server.wake();
         poll_fn(|cx| {
             if !self.0.serving.get() {
                 return Poll::Ready(());
             }
-            *self.0.closer.borrow_mut() = Some(cx.waker().clone());
+            self.0.closer.wait(cx.waker());
             Poll::Pending
         })
         .await;
@@ -567,12 +567,5 @@ impl Inner {
                 return Ok(state);
             }
         }
-    }
-}
-
-fn wake(waker: &RefCell<Option<Waker>>) {
-    let waker = waker.borrow_mut().take();
-    if let Some(waker) = waker {
-        waker.wake();
     }
 }

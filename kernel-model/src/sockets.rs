@@ -28,7 +28,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::future::{Future, pending, poll_fn};
 use std::rc::{Rc, Weak};
 use std::task::{Poll, Waker};
-use tap_host::{Errno, IoBuf, Listener, SendList, SocketAddress, Sockets, Stream};
+use tap_host::{Errno, IoBuf, Listener, OneWaiter, SendList, SocketAddress, Sockets, Stream};
 
 /// How many bytes a send takes.
 pub static SEND_CUT: Label = Label::new("send-cut", "only {} bytes are taken");
@@ -67,15 +67,7 @@ pub(crate) struct Network {
 struct Door {
     open: Cell<bool>,
     waiting: RefCell<VecDeque<Wire>>,
-    waker: Cell<Option<Waker>>,
-}
-
-impl Door {
-    fn wake(&self) {
-        if let Some(waker) = self.waker.take() {
-            waker.wake();
-        }
-    }
+    acceptor: OneWaiter,
 }
 
 /// One end's view of a connection.
@@ -98,14 +90,14 @@ impl Wire {
         self.inward.give_up();
         self.outward.lose_on_the_way();
         self.outward.put(Item::End { reset: true });
-        self.outward.wake_writer();
+        self.outward.writer.wake();
     }
 
     /// This end sends no more, and still receives.
     fn finish(&self) {
         if !self.outward.closed.get() && !self.outward.finished.replace(true) {
             self.outward.put(Item::End { reset: false });
-            self.outward.wake_writer();
+            self.outward.writer.wake();
         }
     }
 
@@ -121,7 +113,7 @@ impl Wire {
             self.outward.lose();
         }
         self.outward.put(Item::End { reset: reset || unread });
-        self.outward.wake_writer();
+        self.outward.writer.wake();
     }
 }
 
@@ -153,8 +145,8 @@ struct Pipe {
     given_up: Cell<bool>,
     sends: Cell<u64>,
     receives: Cell<u64>,
-    reader: Cell<Option<Waker>>,
-    writer: Cell<Option<Waker>>,
+    reader: OneWaiter,
+    writer: OneWaiter,
 }
 
 impl Pipe {
@@ -175,21 +167,9 @@ impl Pipe {
             given_up: Cell::new(false),
             sends: Cell::new(0),
             receives: Cell::new(0),
-            reader: Cell::new(None),
-            writer: Cell::new(None),
+            reader: OneWaiter::default(),
+            writer: OneWaiter::default(),
         })
-    }
-
-    fn wake_reader(&self) {
-        if let Some(waker) = self.reader.take() {
-            waker.wake();
-        }
-    }
-
-    fn wake_writer(&self) {
-        if let Some(waker) = self.writer.take() {
-            waker.wake();
-        }
     }
 
     /// A fault of the `n`-th operation of its kind here.
@@ -229,7 +209,7 @@ impl Pipe {
         }
         let room = self.capacity - self.held.get();
         if room == 0 {
-            self.writer.set(Some(waker.clone()));
+            self.writer.wait(waker);
             return Poll::Pending;
         }
         let n = self.sends.replace(self.sends.get() + 1);
@@ -278,8 +258,8 @@ impl Pipe {
         self.given_up.set(true);
         self.lose();
         self.ended.set(Some(Ok(0)));
-        self.wake_reader();
-        self.wake_writer();
+        self.reader.wake();
+        self.writer.wake();
     }
 
     /// Receives into `buf`.
@@ -290,7 +270,7 @@ impl Pipe {
             if let Some(end) = self.ended.get() {
                 return Poll::Ready(end);
             }
-            self.reader.set(Some(waker.clone()));
+            self.reader.wait(waker);
             return Poll::Pending;
         }
         let n = self.receives.replace(self.receives.get() + 1);
@@ -299,7 +279,7 @@ impl Pipe {
             *own = byte;
         }
         self.held.set(self.held.get() - count);
-        self.wake_writer();
+        self.writer.wake();
         Poll::Ready(Ok(count))
     }
 }
@@ -316,7 +296,7 @@ impl Timed for Pipe {
             }
             None => {}
         }
-        self.wake_reader();
+        self.reader.wake();
     }
 }
 
@@ -407,7 +387,7 @@ impl Listener for ProcessListener {
                 return Poll::Pending;
             }
             let Some(wire) = self.door.waiting.borrow_mut().pop_front() else {
-                self.door.waker.set(Some(cx.waker().clone()));
+                self.door.acceptor.wait(cx.waker());
                 return Poll::Pending;
             };
             Poll::Ready(Ok(Endpoint::open(&self.process, wire)))
@@ -503,7 +483,7 @@ impl Sockets for Process {
         let wire = Wire { inward, outward };
         door.waiting.borrow_mut().push_back(wire.other_end());
         self.network().established.set(self.network().established.get() + 1);
-        door.wake();
+        door.acceptor.wake();
         Ok(Endpoint::open(self, wire))
     }
 

@@ -18,9 +18,9 @@ use kernel_model::StorageConfig;
 use kernel_model::faults::FaultPlan;
 use serde::Serialize;
 use sim::{Config, DecisionMap, Draw, Sim, Source};
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::rc::Rc;
-use tap_core::wait::oneshot;
+use tap_core::wait::joined;
 use tap_host::{IoKind, SectorRange};
 
 const DISK_BYTES: u64 = 4 << 20;
@@ -143,10 +143,8 @@ async fn reference(world: World, spec: BenchSpec) -> (u64, u64, i64) {
     machine.start_tapdisk();
     let policy = ErrorPolicy { retries: 0, errors_allowed: false, reads: Invariant::G1 };
     let Some(guest) = attached.boot(&world, policy).await else { return (0, 0, 0) };
-    let (done, finished) = oneshot();
-    let counts = Rc::new(Cell::new((0, 0, 0)));
-    let (out, w) = (Rc::clone(&counts), world.clone());
-    attached.node.spawn("main", 0, async move {
+    let w = world.clone();
+    let (task, finished) = joined(async move {
         let (cpu, ios) = (cpu_ns(), w.storage.counts());
         let mut draw = Draw::new(1);
         let (mut made, mut cursor, mut warm) = (0, 0, 0);
@@ -163,11 +161,10 @@ async fn reference(world: World, spec: BenchSpec) -> (u64, u64, i64) {
         }
         let after = w.storage.counts();
         let ios = after.reads + after.writes + after.syncs - ios.reads - ios.writes - ios.syncs;
-        out.set((cpu_ns().saturating_sub(cpu), ios, resident_bytes() - warm));
-        let _ = done.send(());
+        (cpu_ns().saturating_sub(cpu), ios, resident_bytes() - warm)
     });
-    let _ = finished.await;
-    counts.get()
+    attached.node.spawn("main", 0, task);
+    finished.await.unwrap_or_default()
 }
 
 fn next(i: u64, draw: &mut Draw, cursor: &mut u64, size: u64, spec: BenchSpec) -> Op {

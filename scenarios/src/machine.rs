@@ -18,9 +18,9 @@ use sim::Node;
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::rc::Rc;
-use std::task::{Poll, Waker};
+use std::task::Poll;
 use tap_core::CacheMode;
-use tap_host::{DomId, Errno, VbdId, Xenstore};
+use tap_host::{DomId, Errno, OneWaiter, VbdId, Xenstore};
 use xen_model::{VbdPaths, XenPort, attach_vbd, remove_vbd};
 
 /// The number of xvda.
@@ -82,7 +82,7 @@ pub struct Machine {
     pub(crate) starts: Rc<Cell<u32>>,
     /// Processes that serve disks and have not ended yet.
     pub(crate) running: Cell<usize>,
-    waiter: RefCell<Option<Waker>>,
+    waiter: OneWaiter,
     /// No more kills.
     pub(crate) spared: Cell<bool>,
     /// Two processes were told to serve one disk; one of them does.
@@ -132,7 +132,7 @@ impl Machine {
             tapdisk: RefCell::default(),
             starts: Rc::default(),
             running: Cell::new(0),
-            waiter: RefCell::default(),
+            waiter: OneWaiter::default(),
             spared: Cell::new(false),
             rivals: Cell::new(false),
             broken: Cell::new(None),
@@ -244,7 +244,7 @@ impl Machine {
     }
 
     pub(crate) fn wake_waiter(&self) {
-        self.waiter.take().into_iter().for_each(Waker::wake);
+        self.waiter.wake();
     }
 
     /// The running tapdisk.
@@ -258,7 +258,7 @@ impl Machine {
             if self.running.get() == 0 {
                 return Poll::Ready(());
             }
-            *self.waiter.borrow_mut() = Some(cx.waker().clone());
+            self.waiter.wait(cx.waker());
             Poll::Pending
         })
         .await;

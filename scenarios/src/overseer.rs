@@ -13,12 +13,10 @@ use crate::world::World;
 use kernel_model::SimHost;
 use sim::{Draw, Entity, Label};
 use std::cell::RefCell;
-use std::future::{Future, poll_fn};
-use std::pin::pin;
+use std::future::Future;
 use std::rc::Rc;
-use std::task::Poll;
 use tap_core::{Disks, wait};
-use tap_host::{Errno, Tasks};
+use tap_host::{Errno, Tasks, unless};
 
 /// What happens after a change of the list: a delay of 24 bits of nanoseconds, then a pause of a disk of 24 bits of
 /// nanoseconds, and which disk.
@@ -91,12 +89,7 @@ impl Overseer {
 
     /// Whether `what` completed no later than the program ended.
     async fn unless_over<T>(&self, what: impl Future<Output = T>) -> bool {
-        let (mut what, mut over) = (pin!(what), pin!(self.over.wait()));
-        poll_fn(|cx| match what.as_mut().poll(cx) {
-            Poll::Ready(_) => Poll::Ready(true),
-            Poll::Pending => over.as_mut().poll(cx).map(|()| false),
-        })
-        .await
+        unless(self.over.wait(), what).await.is_some()
     }
 
     /// Reads the list. Returns the disks and the number of changes.

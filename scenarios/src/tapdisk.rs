@@ -111,15 +111,15 @@ impl Machine {
         let folder = world.setting("second-run-dir", &["/run/tapdisk", "/run/elsewhere"]);
         let line = format!("xen --run-dir {folder} {} {}", limits.options(), self.argument(disk, image));
         let tuning = limits.tuning(world, host.process.node(), limits.memory_bytes);
-        let (w, h, (done, ended)) = (world.clone(), host.clone(), wait::oneshot());
-        host.spawn("main", 0, async move {
+        let (w, h) = (world.clone(), host.clone());
+        let (task, ended) = wait::joined(async move {
             let said = Rc::<Printed>::default();
             if tapdisk(&w, &h, &line, tuning, &said).await == 0 {
                 let text = format!("a second tapdisk served the disk: {}", said.out.take().join("; "));
                 w.fail(Invariant::L1, text);
             }
-            let _ = done.send(());
         });
+        host.spawn("main", 0, task);
         let _ = ended.await;
         host.process.node().kill();
     }

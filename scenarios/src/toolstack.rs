@@ -11,10 +11,8 @@
 use crate::check::Invariant;
 use crate::machine::{Attached, Machine, SCRIPT, XVDA};
 use crate::program::named;
-use std::future::Future;
 use std::pin::pin;
-use std::task::Poll;
-use tap_host::{Errno, Transaction, Watcher, Xenstore};
+use tap_host::{Errno, Transaction, Watcher, Xenstore, unless};
 use xen_model::{VbdPaths, attach_vbd, remove_vbd};
 
 /// How long xl waits for a state of the back end, in nanoseconds.
@@ -207,14 +205,7 @@ impl Machine {
         let watch = self.toolstack.port.watch(&path).await?;
         let mut enough = pin!(self.world.sim.sleep_ns(XL_WAITS_NS));
         loop {
-            let mut changed = pin!(watch.next());
-            std::future::poll_fn(|cx| {
-                if let Poll::Ready(event) = changed.as_mut().poll(cx) {
-                    return Poll::Ready(event.map(drop));
-                }
-                enough.as_mut().poll(cx).map(|()| Err(Errno::ETIMEDOUT))
-            })
-            .await?;
+            unless(enough.as_mut(), watch.next()).await.ok_or(Errno::ETIMEDOUT)??;
             if self.toolstack.port.read(&path).await? == state {
                 return Ok(());
             }

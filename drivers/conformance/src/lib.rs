@@ -31,12 +31,11 @@ pub mod zeros;
 pub use pair::{Pair, Peer};
 
 use std::fmt::Debug;
-use std::future::{Future, poll_fn};
-use std::pin::{Pin, pin};
-use std::task::Poll;
+use std::future::Future;
+use std::pin::Pin;
 use tap_host::{
     Errno, File, Files, IoBuf, IoVec, OpenMode, SocketAddress, Tasks, Time, bytes_of, copy_from_slice,
-    copy_to_slice,
+    copy_to_slice, unless,
 };
 
 /// Unit of the bodies in bytes: a multiple of every existing sector size.
@@ -150,12 +149,7 @@ async fn until(time: &impl Time, what: &str, mut there: impl FnMut() -> bool) ->
 
 /// The output of `future` within `ns` nanoseconds; it is dropped if that is not enough.
 async fn within_ns<T>(time: &impl Time, ns: u64, future: impl Future<Output = T>) -> Option<T> {
-    let (mut future, mut end) = (pin!(future), pin!(time.sleep_ns(ns)));
-    poll_fn(|cx| match future.as_mut().poll(cx) {
-        Poll::Ready(output) => Poll::Ready(Some(output)),
-        Poll::Pending => end.as_mut().poll(cx).map(|()| None),
-    })
-    .await
+    unless(time.sleep_ns(ns), future).await
 }
 
 /// The output of `future`, or an error if it never completes.
@@ -253,18 +247,6 @@ async fn read<F: File>(file: &F, offset: u64, len: usize) -> Result<Vec<u8>, Str
         bytes.extend_from_slice(&content(&bufs)[..count]);
     }
     Ok(bytes)
-}
-
-/// Polls a future once and drops it if that was not enough.
-async fn begin<F: Future>(future: F) -> Option<F::Output> {
-    let mut future = pin!(future);
-    poll_fn(|cx| {
-        Poll::Ready(match future.as_mut().poll(cx) {
-            Poll::Ready(output) => Some(output),
-            Poll::Pending => None,
-        })
-    })
-    .await
 }
 
 /// A list of tests out of a list of functions.

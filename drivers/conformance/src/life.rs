@@ -1,10 +1,9 @@
 //! Names that disappear while files are open, and operations that are not waited for.
 
 use crate::{
-    BLOCK, FileHost, OrFail, Outcome, Place, Test, begin, buffers_of, pattern, read, same, same_bytes, tests,
-    write,
+    BLOCK, FileHost, OrFail, Outcome, Place, Test, buffers_of, pattern, read, same, same_bytes, tests, write,
 };
-use tap_host::{BufPool, File, IoVec};
+use tap_host::{BufPool, File, IoVec, poll_once};
 
 /// Bodies that need a file system.
 pub fn on_files<H: FileHost>() -> Vec<Test<Place<H>>> {
@@ -42,7 +41,7 @@ async fn names_are_made_durable<H: FileHost>(place: Place<H>) -> Outcome {
 async fn a_dropped_write_lands_as_a_whole<H: FileHost>(place: Place<H>) -> Outcome {
     let file = place.create("a").await?;
     let bytes = pattern(7, 16 * BLOCK);
-    begin(file.write_at(0, buffers_of(&bytes)?)).await;
+    poll_once(file.write_at(0, buffers_of(&bytes)?)).await;
     let mut size = 0;
     while size < bytes.len() as u64 {
         place.host.sleep_ns(1_000_000).await;
@@ -60,7 +59,7 @@ async fn dropped_operations_take_their_buffers_along<H: FileHost>(place: Place<H
     for block in 0..8_u64 {
         let mut buf = pool.alloc(BLOCK).await.or_fail("have a buffer")?;
         buf.copy_from_slice(&pattern(block as u8, BLOCK));
-        begin(file.write_at(block * BLOCK as u64, IoVec::from_iter([buf]))).await;
+        poll_once(file.write_at(block * BLOCK as u64, IoVec::from_iter([buf]))).await;
     }
     place.until("the return of all buffers", || pool.used_bytes() == 0).await?;
     let want: Vec<u8> = (0..8).flat_map(|block| pattern(block, BLOCK)).collect();
@@ -73,7 +72,7 @@ async fn dropped_reads_disturb_nobody<H: FileHost>(place: Place<H>) -> Outcome {
     let pool = BufPool::new(64 * BLOCK);
     for _ in 0..50 {
         let buf = pool.alloc(BLOCK).await.or_fail("have a buffer")?;
-        begin(file.read_at(0, IoVec::from_iter([buf]))).await;
+        poll_once(file.read_at(0, IoVec::from_iter([buf]))).await;
         // This one may get memory that the earlier read would still write to, if it had been freed too early.
         let mut buf = pool.alloc(BLOCK).await.or_fail("have a buffer")?;
         buf.fill(0x55);

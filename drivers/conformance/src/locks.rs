@@ -1,10 +1,8 @@
 //! Locks: one writer or many readers, for as long as the file is open.
 
-use crate::{
-    BLOCK, FileHost, OrFail, Outcome, Place, Test, begin, buffers, pattern, read, same, same_bytes, tests,
-};
+use crate::{BLOCK, FileHost, OrFail, Outcome, Place, Test, buffers, pattern, read, same, same_bytes, tests};
 use tap_host::LockKind::{Exclusive, Shared};
-use tap_host::{Errno, File, OpenMode};
+use tap_host::{Errno, File, OpenMode, poll_once};
 
 /// All bodies; they need a file system.
 pub fn on_files<H: FileHost>() -> Vec<Test<Place<H>>> {
@@ -93,7 +91,7 @@ async fn a_lock_outlives_its_last_operation<H: FileHost>(place: Place<H>) -> Out
     let bytes = pattern(1, 64 * BLOCK);
     let mut bufs = buffers(&[bytes.len()])?;
     bufs[0].copy_from_slice(&bytes);
-    let ended = begin(one.write_at(0, bufs)).await;
+    let ended = poll_once(one.write_at(0, bufs)).await;
     drop(one);
     // The lock may be available at once or later, but never before the write has landed.
     while two.lock(Exclusive).await.is_err() {

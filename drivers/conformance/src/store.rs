@@ -1,9 +1,9 @@
 //! Xenstore: nodes and their values.
 
-use crate::{OrFail, Outcome, Place, Test, begin, holds, same, same_bytes, soon, tests, until};
+use crate::{OrFail, Outcome, Place, Test, holds, same, same_bytes, soon, tests, until};
 use std::cell::RefCell;
 use std::rc::Rc;
-use tap_host::{Errno, Tasks, Time, Xenstore};
+use tap_host::{Errno, Tasks, Time, Xenstore, poll_once};
 
 /// What bodies about xenstore need from a host.
 pub trait StoreHost: Xenstore + Time + Tasks {}
@@ -190,11 +190,11 @@ async fn operations_at_once_get_their_own_answers<H: StoreHost>(place: Place<H>)
 async fn dropped_operations_disturb_nobody<H: StoreHost>(place: Place<H>) -> Outcome {
     write(&place, &place.path("a"), b"1").await?;
     for i in 0..20_u8 {
-        begin(place.host.read(&place.path("missing"))).await;
-        begin(place.host.directory(&place.folder)).await;
-        begin(place.host.write(&place.path("dropped"), &[i])).await;
-        begin(place.host.watch(&place.path("a"))).await;
-        begin(place.host.transaction()).await;
+        poll_once(place.host.read(&place.path("missing"))).await;
+        poll_once(place.host.directory(&place.folder)).await;
+        poll_once(place.host.write(&place.path("dropped"), &[i])).await;
+        poll_once(place.host.watch(&place.path("a"))).await;
+        poll_once(place.host.transaction()).await;
         same_bytes("a value", &read(&place, &place.path("a")).await?, b"1")?;
     }
     write(&place, &place.path("b"), b"2").await?;

@@ -8,10 +8,8 @@ use crate::{
     EVENTS_MAX, OrFail, Outcome, PATIENCE_MS, Place, QUIET_NS, Test, holds, same, same_bytes, soon, tests,
     within_ns,
 };
-use std::future::{Future, poll_fn};
 use std::pin::pin;
-use std::task::Poll;
-use tap_host::{Errno, Transaction, Watcher};
+use tap_host::{Errno, Transaction, Watcher, poll_once};
 
 /// All bodies.
 pub fn all<H: StoreHost>() -> Vec<Test<Place<H>>> {
@@ -237,7 +235,7 @@ async fn a_dropped_look_takes_no_event<H: StoreHost>(place: Place<H>) -> Outcome
     for i in 0..5_u8 {
         {
             let mut next = pin!(watching.watcher.next());
-            let waits = poll_fn(|cx| Poll::Ready(next.as_mut().poll(cx).is_pending())).await;
+            let waits = poll_once(next.as_mut()).await.is_none();
             holds("nothing has changed", waits)?;
             write(&place, &place.path("a"), &[i]).await?;
             // The event arrives, and the waiting future is dropped without having seen it.

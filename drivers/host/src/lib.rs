@@ -41,6 +41,7 @@ mod event;
 mod files;
 mod sockets;
 mod types;
+mod wake;
 mod xen;
 
 pub use budget::{Budget, BudgetFigures, Share, Stage};
@@ -51,6 +52,7 @@ pub use event::{Event, IoKind, Level};
 pub use files::{File, FileExtent, FileId, FileInfo, Files, LockKind, OpenMode, ZeroMode};
 pub use sockets::{Listener, Piece, SendList, SocketAddress, Sockets, Stream};
 pub use types::{ByteRange, DomId, GrantRef, Port, SECTOR_BYTES, Sector, SectorRange, VbdId};
+pub use wake::{Either, OneWaiter, poll_once, select, unless};
 pub use xen::{
     EventChannel, Events, GrantSegment, Grants, SharedPage, SharedPages, StorePath, Transaction, WatchEvent,
     Watcher, Xenstore,

@@ -3,12 +3,11 @@
 mod xenstored;
 
 use std::cell::Cell;
-use std::future::{Future, poll_fn};
-use std::pin::{Pin, pin};
+use std::future::Future;
+use std::pin::pin;
 use std::rc::Rc;
-use std::task::Poll;
 use tap_abi::xenstore::MessageKind;
-use tap_host::{Errno, Tasks, Time, Transaction, WatchEvent, Watcher, Xenstore};
+use tap_host::{Errno, Tasks, Time, Transaction, WatchEvent, Watcher, Xenstore, poll_once};
 use tap_linux::{LinuxHost, Options, StoreClient, StorePlaces, StoreWatcher, run};
 use xenstored::{ENDS, SILENCE, STORM, State, Xenstored};
 
@@ -30,11 +29,6 @@ async fn until(host: &LinuxHost, server: &Xenstored, condition: impl Fn(&State) 
     while !condition(&server.state()) {
         host.sleep_ns(1_000_000).await;
     }
-}
-
-/// Polls once.
-async fn once<F: Future>(mut future: Pin<&mut F>) -> Poll<F::Output> {
-    poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx))).await
 }
 
 async fn next(watcher: &StoreWatcher) -> String {
@@ -147,14 +141,14 @@ fn watches_fire_for_what_others_change() {
         assert_eq!((next(&top).await, next(&leaf).await), ("/a/b/c".into(), "/a/b/c".into()));
         other.remove("/a").await.unwrap();
         assert_eq!(next(&top).await, "/a");
-        assert!(once(pin!(leaf.next())).await.is_pending());
+        assert!(poll_once(leaf.next()).await.is_none());
         drop(top);
         until(&host, &server, |state| state.watch_count() == 1).await;
         // Several may wait for one watch; a dropped waiter takes no event with it.
         let mut dropped = Box::pin(leaf.next());
-        assert!(once(dropped.as_mut()).await.is_pending());
+        assert!(poll_once(dropped.as_mut()).await.is_none());
         let mut waits = pin!(leaf.next());
-        assert!(once(waits.as_mut()).await.is_pending());
+        assert!(poll_once(waits.as_mut()).await.is_none());
         other.write("/a/b/c", b"2").await.unwrap();
         drop(dropped);
         assert_eq!(waits.await, Ok(WatchEvent { path: "/a/b/c".into() }));
@@ -166,15 +160,15 @@ fn whoever_gives_up_leaves_nothing_behind() {
     with(|host, server, store| async move {
         store.write("/a", b"1").await.unwrap();
         for _ in 0..50 {
-            assert!(once(pin!(store.read("/absent"))).await.is_pending());
-            assert!(once(pin!(store.watch("/a"))).await.is_pending());
-            assert!(once(pin!(store.transaction())).await.is_pending());
-            assert!(once(pin!(store.write("/b", b"2"))).await.is_pending());
+            assert!(poll_once(store.read("/absent")).await.is_none());
+            assert!(poll_once(store.watch("/a")).await.is_none());
+            assert!(poll_once(store.transaction()).await.is_none());
+            assert!(poll_once(store.write("/b", b"2")).await.is_none());
             assert_eq!(store.read("/a").await, Ok(b"1".to_vec()), "answers stay with their requests");
         }
         // The answer has arrived and was not taken.
         let mut transaction = Box::pin(store.transaction());
-        assert!(once(transaction.as_mut()).await.is_pending());
+        assert!(poll_once(transaction.as_mut()).await.is_none());
         store.read("/a").await.unwrap();
         drop(transaction);
         until(&host, &server, |state| state.transaction_count() == 0 && state.watch_count() == 0).await;
@@ -236,7 +230,7 @@ fn a_slow_xenstored_is_waited_for() {
         // More than any socket buffers.
         let mut last = pin!(store.read("/slow/299"));
         for _ in 0..20 {
-            assert!(once(last.as_mut()).await.is_pending());
+            assert!(poll_once(last.as_mut()).await.is_none());
             host.sleep_ns(1_000_000).await;
         }
         server.resume();
@@ -255,7 +249,7 @@ fn a_storm_of_events_costs_nothing_but_detail() {
         }
         let mut seen = vec![next(&quiet).await, next(&read).await];
         assert_eq!(seen, ["/quiet", "/read"]);
-        assert!(once(pin!(quiet.next())).await.is_pending() && once(pin!(read.next())).await.is_pending());
+        assert!(poll_once(quiet.next()).await.is_none() && poll_once(read.next()).await.is_none());
         store.write("/quiet/now", b"").await.unwrap();
         seen.push(next(&quiet).await);
         assert_eq!(seen[2], "/quiet/now");
@@ -320,7 +314,7 @@ fn what_is_never_answered_is_bounded() {
     with(|_, _, store| async move {
         let mut refused = 0;
         for _ in 0..5000 {
-            if let Poll::Ready(answer) = once(pin!(store.read(SILENCE))).await {
+            if let Some(answer) = poll_once(store.read(SILENCE)).await {
                 assert_eq!(answer, Err(Errno::EBUSY));
                 refused += 1;
             }

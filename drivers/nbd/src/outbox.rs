@@ -5,8 +5,8 @@
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
-use std::task::{Poll, Waker};
-use tap_host::{Errno, SendList, Stream};
+use std::task::Poll;
+use tap_host::{Errno, OneWaiter, SendList, Stream};
 
 #[derive(Default)]
 pub(crate) struct Outbox {
@@ -14,7 +14,7 @@ pub(crate) struct Outbox {
     /// Messages in `list`.
     messages: Cell<u32>,
     closed: Cell<bool>,
-    waker: Cell<Option<Waker>>,
+    writer: OneWaiter,
 }
 
 impl Outbox {
@@ -25,13 +25,13 @@ impl Outbox {
         }
         message(&mut self.list.borrow_mut());
         self.messages.set(self.messages.get() + 1);
-        self.wake();
+        self.writer.wake();
     }
 
     /// Lets the writer end once everything is sent.
     pub(crate) fn close(&self) {
         self.closed.set(true);
-        self.wake();
+        self.writer.wake();
     }
 
     /// Drops everything unsent, including its buffers, and lets the writer end.
@@ -39,12 +39,6 @@ impl Outbox {
         drop(self.list.take());
         self.messages.set(0);
         self.close();
-    }
-
-    fn wake(&self) {
-        if let Some(waker) = self.waker.take() {
-            waker.wake();
-        }
     }
 
     /// Swaps everything to be sent with `spare`, an empty list, and returns the number of messages; `None` when the
@@ -59,7 +53,7 @@ impl Outbox {
             if self.closed.get() {
                 return Poll::Ready(None);
             }
-            self.waker.set(Some(cx.waker().clone()));
+            self.writer.wait(cx.waker());
             Poll::Pending
         })
         .await

@@ -2,14 +2,15 @@
 
 use std::cell::Cell;
 use std::future::{Future, poll_fn};
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::task::{Poll, Waker};
+use tap_host::OneWaiter;
 
 /// Set once, for one listening task, with a reason.
 #[derive(Default)]
 pub(crate) struct StopSignal {
     why: Cell<Option<&'static str>>,
-    waker: Cell<Option<Waker>>,
+    listener: OneWaiter,
 }
 
 impl StopSignal {
@@ -28,15 +29,12 @@ impl StopSignal {
 
     /// Makes the listening task check again, without setting the signal.
     pub(crate) fn wake(&self) {
-        if let Some(waker) = self.waker.take() {
-            waker.wake();
-        }
+        self.listener.wake();
     }
 
     /// Registers `waker` as that of the listening task.
     pub(crate) fn listen(&self, waker: &Waker) {
-        let own = self.waker.take().filter(|own| own.will_wake(waker));
-        self.waker.set(Some(own.unwrap_or_else(|| waker.clone())));
+        self.listener.wait(waker);
     }
 
     /// The output of `future`, or `None` if the signal is set first; `future` is then dropped.
@@ -54,17 +52,4 @@ impl StopSignal {
         })
         .await
     }
-}
-
-/// The output of `future`, or `None` if `limit` completes before; `future` is then dropped.
-pub(crate) async fn first<T>(
-    mut limit: Pin<&mut impl Future<Output = ()>>,
-    future: impl Future<Output = T>,
-) -> Option<T> {
-    let mut future = pin!(future);
-    poll_fn(|cx| match future.as_mut().poll(cx) {
-        Poll::Ready(value) => Poll::Ready(Some(value)),
-        Poll::Pending => limit.as_mut().poll(cx).map(|()| None),
-    })
-    .await
 }

@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::rc::Rc;
-use std::task::{Context, Poll, Waker};
+use std::task::Poll;
 use tap_abi::blkif::{
     BlkifOp, BlkifRequest, ENTRY_BYTES, Malformed, RING_ENTRIES, RawResponse, STATUS_EOPNOTSUPP,
     STATUS_ERROR, STATUS_OKAY, entry_offset,
@@ -17,8 +17,8 @@ use tap_abi::blkif::{
 use tap_abi::ring::{REQ_EVENT, REQ_PROD, RSP_EVENT, RSP_PROD, needs_notify, unconsumed};
 use tap_core::Node;
 use tap_host::{
-    BufPool, Errno, Event, EventChannel, Events, Grants, IoBuf, Log, Probe, SECTOR_BYTES, SectorRange,
-    SharedPage, SharedPages, Tasks, Time,
+    BufPool, Errno, Event, EventChannel, Events, Grants, IoBuf, Log, OneWaiter, Probe, SECTOR_BYTES,
+    SectorRange, SharedPage, SharedPages, Tasks, Time,
 };
 use zerocopy::IntoBytes;
 
@@ -79,20 +79,12 @@ pub(crate) struct Done {
 struct Signal {
     /// How the ring should end.
     end: Cell<Option<RingEnd>>,
-    waker: Cell<Option<Waker>>,
+    waiter: OneWaiter,
 }
 
 impl Signal {
     fn is_ending(&self) -> bool {
         self.end.get().is_some()
-    }
-    fn wake(&self) {
-        if let Some(waker) = self.waker.take() {
-            waker.wake();
-        }
-    }
-    fn register(&self, cx: &Context<'_>) {
-        self.waker.set(Some(cx.waker().clone()));
     }
 }
 
@@ -131,7 +123,7 @@ impl RingCloser {
     /// Makes the ring take no further requests. [`BlkifRing::run`] ends once those in flight are answered.
     pub fn close(&self) {
         self.0.end.set(Some(RingEnd::Closed));
-        self.0.wake();
+        self.0.waiter.wake();
     }
 
     /// As [`RingCloser::close`], but the ring stays in use: its record is kept, and another process continues where
@@ -139,7 +131,7 @@ impl RingCloser {
     pub fn leave(&self) {
         if !self.0.is_ending() {
             self.0.end.set(Some(RingEnd::Left));
-            self.0.wake();
+            self.0.waiter.wake();
         }
     }
 }
@@ -382,7 +374,7 @@ where
                 return Poll::Ready(buf);
             }
             self.publish();
-            self.signal.register(cx);
+            self.signal.waiter.wait(cx.waker());
             Poll::Pending
         });
         Some(buf.await.expect("88 sectors are far below the largest buffer"))
@@ -402,7 +394,7 @@ where
                 return Poll::Ready(());
             }
             self.publish();
-            self.signal.register(cx);
+            self.signal.waiter.wait(cx.waker());
             Poll::Pending
         })
         .await;
@@ -433,7 +425,7 @@ where
     /// A request ended; its response goes out with the next batch.
     pub(crate) fn done(&self, done: Done) {
         self.done.borrow_mut().push_back(done);
-        self.signal.wake();
+        self.signal.waiter.wake();
     }
 
     /// Puts all responses on the ring and publishes them together.
@@ -493,7 +485,7 @@ where
             if self.signal.is_ending() || !self.done.borrow().is_empty() {
                 return Poll::Ready(Woken::Work);
             }
-            self.signal.register(cx);
+            self.signal.waiter.wait(cx.waker());
             let woken = event.as_mut().poll(cx).map(Woken::Event);
             if woken.is_pending() {
                 self.taken.set(0);
@@ -516,7 +508,7 @@ where
             if self.in_flight.get() == 0 {
                 return Poll::Ready(());
             }
-            self.signal.register(cx);
+            self.signal.waiter.wait(cx.waker());
             Poll::Pending
         })
         .await;

@@ -14,13 +14,11 @@ use crate::lock::Lock;
 use crate::machine::Backend;
 use crate::patience::{is_transient, patiently};
 use crate::states::{self, Written};
-use std::future::{Future, poll_fn};
-use std::pin::pin;
+use std::future::{Future, pending};
 use std::rc::Rc;
-use std::task::Poll;
 use tap_abi::xenbus::XenbusState;
 use tap_core::{Node, wait};
-use tap_host::Watcher;
+use tap_host::{Either, Watcher, select};
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
@@ -166,17 +164,12 @@ async fn wait_for_any<H: XenHost>(
     until_ns: u64,
     for_good: bool,
 ) -> Result<(), tap_host::Errno> {
-    let mut later = pin!(host.sleep_ns(until_ns.saturating_sub(host.now_ns())));
-    let (mut changed, mut left) = (pin!(watch.next()), pin!(leave.wait()));
-    poll_fn(|cx| {
-        if let Poll::Ready(event) = changed.as_mut().poll(cx) {
-            return Poll::Ready(event.map(drop));
-        }
-        let over = !host.bug(&PAUSE_UNHEARD) && later.as_mut().poll(cx).is_ready();
-        if left.as_mut().poll(cx).is_ready() || (!for_good && over) {
-            return Poll::Ready(Ok(()));
-        }
-        Poll::Pending
-    })
-    .await
+    let pause_ns = until_ns.saturating_sub(host.now_ns());
+    let over = async {
+        if for_good || host.bug(&PAUSE_UNHEARD) { pending().await } else { host.sleep_ns(pause_ns).await }
+    };
+    match select(watch.next(), select(over, leave.wait())).await {
+        Either::First(event) => event.map(drop),
+        Either::Second(_) => Ok(()),
+    }
 }

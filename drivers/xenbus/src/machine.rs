@@ -7,16 +7,15 @@ use crate::pace::Pace;
 use crate::patience::patiently;
 use crate::rules::{Action, Phase, Seen, Start, next, start};
 use crate::states::{self, Keys, Written};
-use std::cell::Cell;
 use std::future::{Future, pending, poll_fn};
 use std::pin::pin;
 use std::rc::Rc;
-use std::task::{Poll, Waker};
+use std::task::Poll;
 use tap_abi::blkif::INFO_READ_ONLY;
 use tap_abi::xenbus::XenbusState;
 use tap_core::Node;
 use tap_core::wait;
-use tap_host::{Errno, Event, SECTOR_BYTES, StorePath, Watcher};
+use tap_host::{Either, Errno, Event, SECTOR_BYTES, StorePath, Watcher, select};
 use tap_ring::{BlkifRing, ConnectError, RingCloser, RingConfig, RingEnd};
 
 tap_host::listed! {
@@ -52,13 +51,7 @@ const BIND_PAUSE_NS: u64 = 1_000_000;
 /// A ring and the task that serves it.
 struct Serving {
     closer: RingCloser,
-    ended: Rc<Ended>,
-}
-
-#[derive(Default)]
-struct Ended {
-    end: Cell<Option<RingEnd>>,
-    waker: Cell<Option<Waker>>,
+    ended: wait::Receiver<RingEnd>,
 }
 
 /// The back end of one disk. See [`Backend::run`].
@@ -248,40 +241,32 @@ impl<H: XenHost> Backend<H> {
     }
 
     /// Completes when a watch fires, we are asked to leave, or the ring ended.
-    async fn change(&self, seen: &Seen) -> Result<Option<RingEnd>, BackendError> {
-        let mut leave = pin!(async { if seen.leave { pending().await } else { self.leave.wait().await } });
-        let [backend, frontend] = &self.watches;
-        let (mut backend, mut frontend) = (pin!(backend.next()), pin!(frontend.next()));
-        poll_fn(|cx| {
-            if let Some(Serving { ended, .. }) = &self.ring {
-                if let Some(end) = ended.end.get() {
-                    return Poll::Ready(Ok(Some(end)));
-                }
-                ended.waker.set(Some(cx.waker().clone()));
+    async fn change(&mut self, seen: &Seen) -> Result<Option<RingEnd>, BackendError> {
+        let leave = async { if seen.leave { pending().await } else { self.leave.wait().await } };
+        let ring = self.ring.as_mut();
+        let ended = async {
+            match ring {
+                // A ring's task ends without saying so only together with us.
+                Some(Serving { ended, .. }) => ended.await.unwrap_or(RingEnd::Left),
+                None => pending().await,
             }
-            for changed in [backend.as_mut().poll(cx), frontend.as_mut().poll(cx)] {
-                if let Poll::Ready(event) = changed {
-                    return Poll::Ready(event.map(|_| None));
-                }
-            }
-            leave.as_mut().poll(cx).map(|()| Ok(None))
-        })
-        .await
-        .map_err(|error| self.watch_failed(error))
+        };
+        let changed = match select(ended, select(changed(&self.watches), leave)).await {
+            Either::First(end) => return Ok(Some(end)),
+            Either::Second(Either::First(changed)) => changed,
+            Either::Second(Either::Second(())) => Ok(()),
+        };
+        changed.map(|()| None).map_err(|error| self.watch_failed(error))
     }
 
     /// Delays a front end that reconnects too often. What it does meanwhile is examined afterwards; a toolstack and a
     /// request to leave need not wait.
     async fn hold_back(&self) -> Result<(), BackendError> {
-        let mut pause = pin!(self.host.sleep_ns(self.pace.wait_ns(&self.host)));
-        let (mut leave, mut backend) = (pin!(self.leave.wait()), pin!(self.watches[0].next()));
-        let changed = poll_fn(|cx| {
-            if pause.as_mut().poll(cx).is_ready() || leave.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(Ok(()));
-            }
-            backend.as_mut().poll(cx).map(|event| event.map(|_| ()))
-        });
-        changed.await.map_err(|error| self.watch_failed(error))
+        let pause = self.host.sleep_ns(self.pace.wait_ns(&self.host));
+        match select(select(pause, self.leave.wait()), self.watches[0].next()).await {
+            Either::First(_) => Ok(()),
+            Either::Second(event) => event.map(drop).map_err(|error| self.watch_failed(error)),
+        }
     }
 
     fn watch_failed(&self, error: Errno) -> BackendError {
@@ -470,14 +455,10 @@ impl<H: XenHost> Backend<H> {
         if self.connects > 1 {
             self.host.mark(&RECONNECTED);
         }
-        let ended = Rc::<Ended>::default();
-        self.ring = Some(Serving { closer: ring.closer(), ended: Rc::clone(&ended) });
-        self.host.spawn("ring", u64::from(self.config.vbd.0), async move {
-            ended.end.set(Some(ring.run().await));
-            if let Some(waker) = ended.waker.take() {
-                waker.wake();
-            }
-        });
+        let closer = ring.closer();
+        let (task, ended) = wait::joined(ring.run());
+        self.ring = Some(Serving { closer, ended });
+        self.host.spawn("ring", u64::from(self.config.vbd.0), task);
     }
 
     fn drain(&mut self) {
@@ -505,11 +486,7 @@ impl<H: XenHost> Backend<H> {
             } else {
                 closer.close();
             }
-            poll_fn(|cx| {
-                ended.waker.set(Some(cx.waker().clone()));
-                if ended.end.get().is_some() { Poll::Ready(()) } else { Poll::Pending }
-            })
-            .await;
+            ended.await;
         }
     }
 }
@@ -531,6 +508,19 @@ fn with_close(
         (Err(first), Err(close)) if served => Err(BackendError::AndClose { first: Box::new(first), close }),
         (end, _) => end,
     }
+}
+
+/// Completes when one of `watches` has an event. The events of both are taken: the look that follows sees the causes of
+/// both.
+async fn changed<W: Watcher>([backend, frontend]: &[W; 2]) -> Result<(), Errno> {
+    let (mut backend, mut frontend) = (pin!(backend.next()), pin!(frontend.next()));
+    poll_fn(|cx| {
+        let both = [backend.as_mut().poll(cx), frontend.as_mut().poll(cx)];
+        both.into_iter()
+            .find(Poll::is_ready)
+            .map_or(Poll::Pending, |event| event.map(|event| event.map(drop)))
+    })
+    .await
 }
 
 async fn watch<H: XenHost>(host: &H, path: StorePath) -> Result<H::Watcher, BackendError> {

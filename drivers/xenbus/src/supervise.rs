@@ -15,13 +15,10 @@ use crate::orphans::remove_orphans;
 use crate::patience::patiently;
 use std::cell::RefCell;
 use std::collections::BTreeSet;
-use std::future::{Future, poll_fn};
-use std::pin::pin;
 use std::rc::Rc;
-use std::task::Poll;
 use tap_abi::xenbus::XenbusState;
 use tap_core::wait;
-use tap_host::{DomId, Errno, StorePath, Transaction, VbdId, Watcher};
+use tap_host::{DomId, Either, Errno, StorePath, Transaction, VbdId, Watcher, select};
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
@@ -148,18 +145,14 @@ async fn next_wakeup(
     leave: &wait::Event,
     root: &str,
 ) -> Result<Wakeup, Errno> {
-    let (mut changed, mut left, mut rung) = (pin!(watch.next()), pin!(leave.wait()), pin!(tasks.bell.wait()));
-    poll_fn(|cx| {
-        if left.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(Ok(Wakeup::Leave));
-        }
-        if rung.as_mut().poll(cx).is_ready() {
+    match select(leave.wait(), select(tasks.bell.wait(), watch.next())).await {
+        Either::First(()) => Ok(Wakeup::Leave),
+        Either::Second(Either::First(())) => {
             tasks.bell.clear();
-            return Poll::Ready(Ok(Wakeup::These(std::mem::take(&mut *tasks.ended.borrow_mut()))));
+            Ok(Wakeup::These(tasks.ended.take()))
         }
-        changed.as_mut().poll(cx).map(|event| event.map(|event| of_path(&event.path, root)))
-    })
-    .await
+        Either::Second(Either::Second(event)) => event.map(|event| of_path(&event.path, root)),
+    }
 }
 
 /// What a change at `path` affects.

@@ -4,10 +4,7 @@
 //! Linux's `xenbus_reset_frontend`: each state in turn, each with a limited time for the back end.
 
 use super::Blkfront;
-use std::future::{Future, poll_fn};
-use std::pin::pin;
-use std::task::Poll;
-use tap_host::{Errno, Xenstore};
+use tap_host::{Errno, Xenstore, unless};
 
 /// How long it waits for each state, in nanoseconds.
 const WAITS_NS: u64 = 5_000_000_000;
@@ -34,12 +31,8 @@ impl Blkfront {
     }
 
     async fn wait_a_while(&self, state: u8) -> Result<(), Errno> {
-        let mut there = pin!(self.0.wait_for_back(|s| s == state));
-        let mut enough = pin!(self.0.port.xen().sim().sleep_ns(WAITS_NS));
-        poll_fn(|cx| match there.as_mut().poll(cx) {
-            Poll::Ready(reached) => Poll::Ready(reached.map(drop)),
-            Poll::Pending => enough.as_mut().poll(cx).map(Ok),
-        })
-        .await
+        let there = self.0.wait_for_back(|s| s == state);
+        let enough = self.0.port.xen().sim().sleep_ns(WAITS_NS);
+        unless(enough, there).await.map_or(Ok(()), |reached| reached.map(drop))
     }
 }

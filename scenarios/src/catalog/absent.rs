@@ -1,7 +1,6 @@
 //! An absent image: when its disk is plugged in, and when tapdisk restarts under a guest that uses it.
 
 use super::away::end_in_order;
-use super::crash::either;
 use super::ring::{DISK_BYTES, KILL_AFTER, NO_ERRORS, not_stuck, operations_of};
 use super::setup::Setup;
 use crate::check::Invariant;
@@ -12,7 +11,8 @@ use crate::scenario::Scenario;
 use crate::world::World;
 use sim::{Entity, Label};
 use std::rc::Rc;
-use tap_core::wait::oneshot;
+use tap_core::wait::joined;
+use tap_host::select;
 
 /// How long the image of a connected guest is absent.
 pub static ABSENT_FOR: Label = Label::new("absent-for", "the image is absent for {} ns");
@@ -48,11 +48,11 @@ async fn image_absent(world: World) {
     machine.plug(&disk).await;
     let Some(guest) = disk.boot(&world, NO_ERRORS).await else { return };
     guest.set_error_policy(ErrorPolicy { reads: Invariant::P1, ..NO_ERRORS });
-    let (ops, g, (done, finished)) = (operations_of(&world, &disk, 0, 40), guest.clone(), oneshot());
-    disk.node.spawn("main", 0, async move {
+    let (ops, g) = (operations_of(&world, &disk, 0, 40), guest.clone());
+    let (task, finished) = joined(async move {
         g.run(&ops, 8).await;
-        let _ = done.send(());
     });
+    disk.node.spawn("main", 0, task);
     die(&world, &machine, &guest).await;
     world.storage.rename(&image, &aside);
     let before = machine.attempts();
@@ -91,7 +91,7 @@ async fn die(world: &World, machine: &Rc<Machine>, guest: &Guest<RingDisk>) {
     world.sim.name_entity(entity, || "killer".into());
     let after = world.sim.decide(entity, &KILL_AFTER, 0, |d| 1 + d.below(400));
     host.process.node().kill_after_steps(after);
-    either(host.process.node().dead(), world.sim.sleep_ns(20_000_000_000)).await;
+    select(host.process.node().dead(), world.sim.sleep_ns(20_000_000_000)).await;
     host.process.node().kill();
     host.process.node().dead().await;
     guest.history.borrow_mut().server_died();

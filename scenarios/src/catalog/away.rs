@@ -1,6 +1,5 @@
 //! No tapdisk runs for a while: guests wait, reboot or end, or others take their place.
 
-use super::crash::either;
 use super::ring::{DISK_BYTES, KILL_AFTER, NO_ERRORS, error_policy, in_guest, operations_of, with_errors};
 use super::setup::Setup;
 use super::toolstack::DESTROY_AFTER;
@@ -14,7 +13,8 @@ use kernel_model::SimHost;
 use kernel_model::faults::FaultPlan;
 use sim::{Entity, Label};
 use std::rc::Rc;
-use tap_core::wait::oneshot;
+use tap_core::wait::joined;
+use tap_host::select;
 
 /// Time until tapdisk is started again once a new guest waits for it.
 pub static BACK_AFTER: Label = Label::new("back-after", "tapdisk is back after {} more ns");
@@ -49,11 +49,10 @@ async fn tapdisk_away(world: World) {
     let Some(guest) = disk.boot(&world, NO_ERRORS).await else { return };
     guest.set_error_policy(error_policy(&world, Invariant::P1));
     let (ops, g) = (operations_of(&world, &disk, 0, 60), guest.clone());
-    let (done, finished) = oneshot();
-    disk.node.spawn("main", 0, async move {
+    let (task, finished) = joined(async move {
         g.run(&ops, 16).await;
-        let _ = done.send(());
     });
+    disk.node.spawn("main", 0, task);
     kill(&world, &first).await;
     guest.history.borrow_mut().server_died();
     neighbour.iter().for_each(|(_, guest)| guest.history.borrow_mut().server_died());
@@ -117,7 +116,7 @@ async fn kill(world: &World, tapdisk: &SimHost) {
     let after = world.sim.decide(entity, &KILL_AFTER, 0, |d| 1 + d.below(600));
     tapdisk.process.node().kill_after_steps(after);
     // An idle tapdisk would never get that far.
-    either(tapdisk.process.node().dead(), world.sim.sleep_ns(20_000_000_000)).await;
+    select(tapdisk.process.node().dead(), world.sim.sleep_ns(20_000_000_000)).await;
     tapdisk.process.node().kill();
     tapdisk.process.node().dead().await;
 }
@@ -178,14 +177,15 @@ async fn another_kernel(
     machine.expect_broken_ring(disk.dom);
     let second = machine.next_kernel(disk).await;
     before.retire();
-    let (w, a, (done, booted)) = (world.clone(), second.clone(), oneshot());
-    second.node.spawn("boot", 0, async move {
+    let (w, a) = (world.clone(), second.clone());
+    let (task, booted) = joined(async move {
         let front = a.front(&w);
         if let Err(error) = front.reset().await {
             w.fail(Invariant::L1, format!("the next kernel failed to reset its device: {error:?}"));
         }
-        let _ = done.send(a.boot_on(&w, NO_ERRORS, front).await);
+        a.boot_on(&w, NO_ERRORS, front).await
     });
+    second.node.spawn("boot", 0, task);
     back_after(machine, away_ns).await;
     let Some(Some(guest)) = booted.await else { return };
     guest.set_error_policy(error_policy(world, Invariant::P1));

@@ -25,12 +25,9 @@ use kernel_model::StorageConfig;
 use kernel_model::faults::{FaultPlan, SyncErrors};
 use sim::{Entity, Sim};
 use std::cell::Cell;
-use std::future::{Future, poll_fn};
-use std::pin::pin;
 use std::rc::Rc;
-use std::task::Poll;
-use tap_core::wait::oneshot;
-use tap_host::{IoKind, SECTOR_BYTES, SectorRange};
+use tap_core::wait::joined;
+use tap_host::{IoKind, SECTOR_BYTES, SectorRange, select};
 
 /// One power cut, or two where a recovery has nothing to do: a raw file has nothing between the guest and the file, so
 /// the rules are the same.
@@ -288,14 +285,13 @@ async fn epoch(
         let max = if recovering { 24 } else { u64::from(plan.ops) * 4 };
         arm_power_cut(world, setup, cut, max, move || own.kill());
     }
-    let (done, finished) = oneshot();
     let (w, s, l, f) = (world.clone(), setup.clone(), *limits, Rc::clone(flush_failed));
     let h = host.clone();
-    node.spawn("main", 0, async move {
+    let (task, finished) = joined(async move {
         work(&w, &s, &l, &h, &ops, &f, cut > 0).await;
-        let _ = done.send(());
     });
-    either(node.dead(), finished).await;
+    node.spawn("main", 0, task);
+    select(node.dead(), finished).await;
     world.storage.set_hook(None);
     world.storage.set_refusing(false);
     if let Some(explorer) = world.explorer().filter(|_| cut == 0) {
@@ -478,19 +474,6 @@ pub(super) fn guest_retries(world: &World) -> u32 {
 
 fn guest_window(world: &World) -> u32 {
     world.setting("recovery-reads", &[0, 4, 64])
-}
-
-/// Completes when either future does.
-pub async fn either(a: impl Future, b: impl Future) {
-    let (mut a, mut b) = (pin!(a), pin!(b));
-    poll_fn(|cx| {
-        if a.as_mut().poll(cx).is_ready() || b.as_mut().poll(cx).is_ready() {
-            Poll::Ready(())
-        } else {
-            Poll::Pending
-        }
-    })
-    .await;
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@
 //! What was answered before is durable afterwards, what is below an overlay no longer changes, and a replaced image is
 //! closed. Operations of the host fail, and the power is cut: what is opened next is the disk's last image.
 
-use super::crash::{arm_power_cut, either, error_storage, guest_retries, open_under_errors};
+use super::crash::{arm_power_cut, error_storage, guest_retries, open_under_errors};
 use super::recovered::{after_cut, last_epoch};
 use super::setup::{Setup, workload};
 use crate::check::Invariant;
@@ -24,9 +24,9 @@ use kernel_model::SimHost;
 use sim::{Entity, Label};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
-use tap_core::wait::oneshot;
+use tap_core::wait::joined;
 use tap_core::{ExchangeError, Lease, Node, Request, Scheduler, SchedulerLimits};
-use tap_host::{Budget, Errno, IoBuf, SECTOR_BYTES, SectorRange};
+use tap_host::{Budget, Errno, IoBuf, SECTOR_BYTES, SectorRange, select};
 use tap_images::{Backing, BackingPolicy, ImageError, ImageFormat, ImageSpec, NewImage, OpenOptions};
 
 /// Snapshots and copies of a disk in use.
@@ -106,13 +106,12 @@ async fn epoch(chain: &Rc<Chain>, cut: u32) {
     let node = host.process.node().clone();
     let own = node.clone();
     arm_power_cut(world, &setup, cut, 240, move || own.kill());
-    let (done, finished) = oneshot();
     let (c, h) = (Rc::clone(chain), host.clone());
-    node.spawn("main", 0, async move {
+    let (task, finished) = joined(async move {
         work(&c, &h, cut).await;
-        let _ = done.send(());
     });
-    either(node.dead(), finished).await;
+    node.spawn("main", 0, task);
+    select(node.dead(), finished).await;
     setup.cut_power(world, &[&node]).await;
     let when = format!("after power cut {}", cut + 1);
     let setup = chain.setup.borrow().clone();
@@ -134,12 +133,11 @@ async fn work(chain: &Rc<Chain>, host: &SimHost, cut: u32) {
     world.sim.name_entity(who, || format!("guest 1, epoch {cut}"));
     let shape = Workload { zeroes: true, ..workload(world, setup.size_sectors, 60, 88) };
     let ops = operations(&world.sim, who, u64::from(cut), &shape);
-    let (ended, end) = oneshot();
     let (c, s, h) = (Rc::clone(chain), Rc::clone(&stack), host.clone());
-    host.process.node().spawn("exchanges", 0, async move {
+    let (task, end) = joined(async move {
         exchanges(&c, &s, &h, cut).await;
-        let _ = ended.send(());
     });
+    host.process.node().spawn("exchanges", 0, task);
     let (c, s) = (Rc::clone(chain), Rc::clone(&stack));
     host.process.node().spawn("pauses", 0, async move { pauses(&c, &s, cut).await });
     guest.run(&ops, limits.guest_depth).await;

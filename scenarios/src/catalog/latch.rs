@@ -14,7 +14,7 @@ use kernel_model::faults::{FaultPlan, SyncErrors};
 use sim::{Entity, Label};
 use std::cell::Cell;
 use std::rc::Rc;
-use tap_core::wait::oneshot;
+use tap_core::wait::joined;
 
 /// Failed flushes, a tapdisk that dies, a power cut.
 pub static FLUSH_ERRORS_AND_DEATHS: Scenario = Scenario {
@@ -78,11 +78,11 @@ async fn flush_errors_and_deaths(world: World) {
     let mut running = Vec::new();
     for (number, (attached, guest)) in guests.iter().enumerate() {
         let ops = operations_of(&world, attached, number as u64, count);
-        let (g, (done, finished)) = (guest.clone(), oneshot());
-        attached.node.spawn("main", 0, async move {
+        let g = guest.clone();
+        let (task, finished) = joined(async move {
             g.run(&ops, depth).await;
-            let _ = done.send(());
         });
+        attached.node.spawn("main", 0, task);
         running.push(finished);
     }
     for finished in running {

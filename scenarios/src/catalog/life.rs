@@ -1,6 +1,5 @@
 //! The life of a disk under load: paused, resumed and closed while requests run, some of which are cancelled.
 
-use super::crash::either;
 use super::failures::passing_storage;
 use super::recovered::last_epoch;
 use super::setup::{Setup, workload};
@@ -15,13 +14,12 @@ use crate::world::World;
 use kernel_model::SimHost;
 use sim::{Entity, Label};
 use std::cell::Cell;
-use std::future::{Future, poll_fn};
-use std::pin::pin;
+use std::future::{Future, pending, poll_fn};
 use std::rc::Rc;
 use std::task::Poll;
-use tap_core::wait::{Event as Flag, oneshot};
+use tap_core::wait::{Event as Flag, joined};
 use tap_core::{Node, ZeroFlags};
-use tap_host::{Errno, SectorRange, Tasks, Time};
+use tap_host::{Errno, SectorRange, Tasks, Time, poll_once, select, unless};
 
 /// Pauses, closes and cancelled requests.
 pub static DISK_LIFE: Scenario = Scenario {
@@ -75,19 +73,9 @@ impl ImpatientDisk {
             .sim
             .decide(life.entity, &GIVE_UP, number, |d| if d.below(8) == 0 { 1 + d.magnitude(22) } else { 0 });
         let late = life.closing.get();
-        let mut sleep = (after_ns > 0).then(|| Box::pin(life.world.sim.sleep_ns(after_ns)));
-        let mut request = pin!(request);
-        let result = poll_fn(|cx| {
-            if let Poll::Ready(result) = request.as_mut().poll(cx) {
-                return Poll::Ready(Some(result));
-            }
-            match sleep.as_mut().map(|sleep| sleep.as_mut().poll(cx)) {
-                Some(Poll::Ready(())) => Poll::Ready(None),
-                _ => Poll::Pending,
-            }
-        })
-        .await;
-        match result {
+        let enough =
+            async { if after_ns > 0 { life.world.sim.sleep_ns(after_ns).await } else { pending().await } };
+        match unless(enough, request).await {
             None => Err(Errno::EINTR),
             Some(Ok(_)) if late => {
                 life.world.fail(Invariant::D1, "a closing disk has accepted a request");
@@ -133,13 +121,12 @@ async fn disk_life(world: World) {
     let setup = Setup::new(&world, world.setting("image", &Kind::all()), 0, DISK_BYTES);
     let host = SimHost::start(&world.kernel, &world.xen, "tapdisk", 0);
     let node = host.process.node().clone();
-    let (done, finished) = oneshot();
     let (w, s, h) = (world.clone(), setup.clone(), host.clone());
-    node.spawn("main", 0, async move {
+    let (task, finished) = joined(async move {
         live(&w, &s, &h, &limits).await;
-        let _ = done.send(());
     });
-    either(node.dead(), finished).await;
+    node.spawn("main", 0, task);
+    select(node.dead(), finished).await;
     setup.cut_power(&world, &[&node]).await;
     setup.check(&world, "after the power cut").await;
     if world.verdict.is_broken() {
@@ -175,13 +162,12 @@ async fn live(world: &World, setup: &Setup, host: &SimHost, limits: &StackLimits
     let who = Entity::WORLD.child("guest", 0);
     world.sim.name_entity(who, || "guest 1".into());
     let ops = operations(&world.sim, who, 0, &shape);
-    let (closed, close) = oneshot();
     let (s, g, l, images) = (Rc::clone(&stack), guest.clone(), Rc::clone(&life), setup.clone());
-    host.spawn("controller", 0, async move {
+    let (task, close) = joined(async move {
         pauses(&l, &s).await;
         close_under_load(&l, &s, &g, &images).await;
-        let _ = closed.send(());
     });
+    host.spawn("controller", 0, task);
     let (l, top, size_sectors) = (Rc::clone(&life), stack.node(), setup.size_sectors);
     host.spawn("inspector", 0, async move { query_extents(&l, &*top, size_sectors).await });
     guest.run(&ops, limits.guest_depth).await;
@@ -246,9 +232,7 @@ async fn pauses(life: &Life, stack: &Stack) {
         life.paused.set(true);
         if value >> 48 & 1 != 0 {
             // Polled once and dropped, so that nothing waits for it.
-            let mut pause = Box::pin(slot.pause());
-            poll_fn(|cx| Poll::Ready(_ = pause.as_mut().poll(cx))).await;
-            drop(pause);
+            poll_once(slot.pause()).await;
             world.sim.sleep_ns(value >> 24 & 0xff_ffff).await;
         } else if let Err(error) = slot.pause().await {
             world.fail(Invariant::D1, format!("pausing the disk failed with {error:?}"));
@@ -278,8 +262,7 @@ async fn close_under_load(life: &Life, stack: &Stack, guest: &Guest<ImpatientDis
     }
     world.sim.sleep_ns(after).await;
     if world.setting("close-paused", &[false, true]) {
-        let mut pause = Box::pin(slot.pause());
-        poll_fn(|cx| Poll::Ready(_ = pause.as_mut().poll(cx))).await;
+        poll_once(slot.pause()).await;
     }
     let inv = guest.history.borrow_mut().begin_flush();
     // Queries that have just begun.

@@ -1,6 +1,6 @@
 //! Guests on rings: traffic, death of tapdisk, reconnects, several guests.
 
-use super::crash::{arm_power_cut, either, may_overlay};
+use super::crash::{arm_power_cut, may_overlay};
 use super::setup::{Setup, cut_after_close, workload};
 use crate::check::Invariant;
 use crate::formats::{FormatModel, Kind};
@@ -15,8 +15,8 @@ use kernel_model::{Blkfront, StorageConfig};
 use sim::{Entity, Label, Sim};
 use std::rc::Rc;
 use tap_core::CacheMode;
-use tap_core::wait::oneshot;
-use tap_host::SECTOR_BYTES;
+use tap_core::wait::joined;
+use tap_host::{SECTOR_BYTES, select};
 
 /// Number of effects after which tapdisk is killed.
 pub static KILL_AFTER: Label = Label::new("kill-after", "tapdisk is killed after {} more effects");
@@ -124,11 +124,8 @@ pub(super) fn operations_of(
 
 /// Runs `work` to its end as a task of the guest.
 pub(super) async fn in_guest(guest: &Attached, work: impl Future<Output = ()> + 'static) {
-    let (done, finished) = oneshot();
-    guest.node.spawn("main", 0, async move {
-        work.await;
-        let _ = done.send(());
-    });
+    let (task, finished) = joined(work);
+    guest.node.spawn("main", 0, task);
     let _ = finished.await;
 }
 
@@ -250,8 +247,8 @@ async fn frontend_reconnect(world: World) {
     let in_a_loop = !deaths && world.setting("reconnects-in-a-loop", &[false, false, false, true]);
     let ops = operations_of(&world, attached, 0, 60);
     let (g, depth) = (guest.clone(), world.setting("ring-depth", &[32, 8, 1]));
-    let (w, front, (done, reconnected)) = (world.clone(), guest.disk().front().clone(), oneshot());
-    attached.node.spawn("reconnects", 0, async move {
+    let (w, front) = (world.clone(), guest.disk().front().clone());
+    let (task, reconnected) = joined(async move {
         let entity = Entity::WORLD.child("reconnects", 0);
         w.sim.name_entity(entity, || "front end".into());
         for i in 0..3 {
@@ -268,8 +265,8 @@ async fn frontend_reconnect(world: World) {
         if in_a_loop {
             reconnect_in_a_loop(&w, &front).await;
         }
-        let _ = done.send(());
     });
+    attached.node.spawn("reconnects", 0, task);
     in_guest(attached, async move { g.run(&ops, depth).await }).await;
     let _ = reconnected.await;
     machine.end_kills();
@@ -306,11 +303,11 @@ async fn two_guests(world: World) {
     let mut running = Vec::new();
     for (number, (attached, guest)) in guests.iter().enumerate() {
         let ops = operations_of(&world, attached, number as u64, 40);
-        let (g, (done, finished)) = (guest.clone(), oneshot());
-        attached.node.spawn("main", 0, async move {
+        let g = guest.clone();
+        let (task, finished) = joined(async move {
             g.run(&ops, 16).await;
-            let _ = done.send(());
         });
+        attached.node.spawn("main", 0, task);
         running.push(finished);
     }
     for finished in running {
@@ -395,8 +392,8 @@ async fn hostile_frontend(world: World) {
     let may_break = !deaths || machine.is_watching();
     machine.expect_broken_ring(bad.dom);
     let hostile = Hostile::new(&world, bad.clone(), machine.starts(), may_break);
-    let (w, (done, gone)) = (world.clone(), oneshot());
-    bad.node.spawn("hostile", 0, async move {
+    let w = world.clone();
+    let (task, gone) = joined(async move {
         let played = async {
             hostile.connect().await?;
             hostile.play(40).await
@@ -404,12 +401,12 @@ async fn hostile_frontend(world: World) {
         if let Err(error) = played.await {
             w.fail(Invariant::H1, format!("the hostile guest was stopped by {error:?}, not by the back end"));
         }
-        let _ = done.send(());
     });
+    bad.node.spawn("hostile", 0, task);
     let ops = operations_of(&world, &good, 1, 40);
     let g = guest.clone();
     in_guest(&good, async move { g.run(&ops, 16).await }).await;
-    either(gone, bad.node.dead()).await;
+    select(gone, bad.node.dead()).await;
     machine.end_kills();
     // Its front end need not release anything, ever.
     machine.destroy(&bad).await;

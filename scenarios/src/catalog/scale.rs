@@ -22,7 +22,7 @@ use kernel_model::faults::FaultPlan;
 use kernel_model::{Inode, PAGE, SimHost, StorageConfig};
 use sim::{Entity, Label};
 use std::rc::Rc;
-use tap_core::wait::oneshot;
+use tap_core::wait::joined;
 use tap_core::{Node, Request, ZeroFlags};
 use tap_host::{IoBuf, IoKind, IoVec, SECTOR_BYTES, SectorRange};
 
@@ -134,12 +134,11 @@ async fn without_space(
 ) -> Option<(Served, u64)> {
     let host = SimHost::start(&world.kernel, &world.xen, "tapdisk", u64::from(epoch));
     let node = host.process.node().clone();
-    let (hand_over, handed_over) = oneshot();
     let (w, setup_of, own, limits) = (world.clone(), setup.clone(), node.clone(), *limits);
-    node.spawn("main", 0, async move {
+    let (task, handed_over) = joined(async move {
         let (world, setup) = (w, setup_of);
         let reads = if epoch == 0 { Invariant::G1 } else { Invariant::G7 };
-        let Some(served) = serve(&world, &setup, &host, &limits, reads).await else { return };
+        let served = serve(&world, &setup, &host, &limits, reads).await?;
         served.guest.watch_space();
         let first = full_operations(&world, &setup, 2 * epoch, 10);
         served.guest.run(&first, depth).await;
@@ -159,9 +158,10 @@ async fn without_space(
             }
         }
         served.guest.run(&full_operations(&world, &setup, 2 * epoch + 1, FULL_REQUESTS), depth).await;
-        let _ = hand_over.send((served, leaked));
+        Some((served, leaked))
     });
-    let left = handed_over.await;
+    node.spawn("main", 0, task);
+    let left = handed_over.await.flatten();
     if !cut || world.verdict.is_broken() {
         return left;
     }
@@ -279,11 +279,9 @@ async fn scale(world: World, model: &'static dyn FormatModel) {
     if even {
         world.sim.stop_faults();
     }
-    let (done, waited) = oneshot();
     let (w, node, at) = (world.clone(), stack.node(), setup.size_sectors - TAIL_SECTORS / 2);
-    world.sim.spawn("small reads", 0, async move {
-        let _ = done.send(longest_small_read(&w, &*node, at).await);
-    });
+    let (task, waited) = joined(async move { longest_small_read(&w, &*node, at).await });
+    world.sim.spawn("small reads", 0, task);
     guest.run(&ops, usize::MAX).await;
     check_costs(&world, &stack, &ops);
     let longest_ns = waited.await.unwrap_or_default();

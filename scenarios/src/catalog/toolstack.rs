@@ -15,7 +15,7 @@ use crate::world::World;
 use kernel_model::faults::FaultPlan;
 use sim::{Draw, Entity, Label};
 use std::rc::Rc;
-use tap_core::wait::oneshot;
+use tap_core::wait::joined;
 use tap_host::IoKind;
 use xen_model::VbdPaths;
 
@@ -93,13 +93,14 @@ async fn two_begin(world: World) {
     let twin = Setup::mapped(&world, 1, DISK_BYTES, false);
     let disk = if watching { machine.new_guest(setup, 0) } else { machine.attach(setup, 0).await };
     let first = machine.start_tapdisk();
-    let (m, d, w, (done, started)) = (Rc::clone(&machine), disk.clone(), world.clone(), oneshot());
-    world.sim.spawn("administrator", 0, async move {
+    let (m, d, w) = (Rc::clone(&machine), disk.clone(), world.clone());
+    let (task, started) = joined(async move {
         let entity = Entity::WORLD.child("second", 1);
         w.sim.name_entity(entity, || "administrator".into());
         w.sim.sleep_ns(w.sim.decide(entity, &SECOND_AFTER, 0, |d| d.magnitude(20))).await;
-        let _ = done.send(m.start_rival(&d, &twin));
+        m.start_rival(&d, &twin)
     });
+    world.sim.spawn("administrator", 0, task);
     if watching {
         machine.plug(&disk).await;
     }
@@ -136,8 +137,8 @@ async fn second_tapdisk(world: World) {
     let wrong = Setup::raw(&world, 1, DISK_BYTES);
     let Some((machine, guests)) = start(&world, vec![setup]).await else { return };
     let (attached, guest) = &guests[0];
-    let (w, m, disk, (done, left)) = (world.clone(), Rc::clone(&machine), attached.clone(), oneshot());
-    world.sim.spawn("administrator", 0, async move {
+    let (w, m, disk) = (world.clone(), Rc::clone(&machine), attached.clone());
+    let (task, left) = joined(async move {
         let entity = Entity::WORLD.child("second", 0);
         w.sim.name_entity(entity, || "administrator".into());
         for i in 0..2 {
@@ -148,8 +149,8 @@ async fn second_tapdisk(world: World) {
                 m.try_to_serve(&disk, &wrong, i, false).await;
             }
         }
-        let _ = done.send(());
     });
+    world.sim.spawn("administrator", 0, task);
     let ops = operations_of(&world, attached, 0, 60);
     let (g, depth) = (guest.clone(), world.setting("ring-depth", &[32, 8, 1]));
     in_guest(attached, async move { g.run(&ops, depth).await }).await;
@@ -202,11 +203,11 @@ async fn hot_plug(world: World) {
     guest.set_error_policy(error_policy(&world, Invariant::P1));
     machine.allow_deafness();
     world.sim.spawn("supervisor", 0, Rc::clone(&machine).kill_and_restart(kills(&world, 2, 900)));
-    let (ops, g, (done, finished)) = (operations_of(&world, &first, 0, 40), guest.clone(), oneshot());
-    first.node.spawn("main", 0, async move {
+    let (ops, g) = (operations_of(&world, &first, 0, 40), guest.clone());
+    let (task, finished) = joined(async move {
         g.run(&ops, 16).await;
-        let _ = done.send(());
     });
+    first.node.spawn("main", 0, task);
     for life in 0..3 {
         if !live_once(&world, &machine, &second, life).await {
             return;

@@ -1,12 +1,10 @@
 //! A process that runs to its end, or is killed at an operation of the storage.
 
-use super::crash::either;
 use crate::world::World;
 use kernel_model::Process;
-use std::cell::RefCell;
 use std::rc::Rc;
-use tap_core::wait::oneshot;
-use tap_host::Files;
+use tap_core::wait::joined;
+use tap_host::{Either, Files, poll_once, select};
 
 /// Runs `main` as the main function of `process` and returns its result once the process has ended and its files are
 /// closed. `None` if the process was killed first: at operation `cut_after` of the storage, counted from now.
@@ -24,17 +22,19 @@ pub(super) async fn run_until_cut<T: 'static>(
             }
         })));
     }
-    let ((done, ended), result) = (oneshot(), Rc::new(RefCell::new(None)));
-    let (host, out) = (process.clone(), Rc::clone(&result));
-    process.node().spawn("main", 0, async move {
+    let host = process.clone();
+    let (task, mut ended) = joined(async move {
         let value = main.await;
         host.closed().await;
-        *out.borrow_mut() = Some(value);
-        let _ = done.send(());
+        value
     });
-    either(process.node().dead(), ended).await;
+    process.node().spawn("main", 0, task);
+    let result = match select(process.node().dead(), &mut ended).await {
+        Either::First(()) => poll_once(ended).await.flatten(),
+        Either::Second(result) => result,
+    };
     world.storage.set_hook(None);
     process.node().kill();
     process.node().dead().await;
-    result.take()
+    result
 }

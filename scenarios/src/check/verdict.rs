@@ -6,7 +6,8 @@ use std::cell::RefCell;
 use std::future::{Future, poll_fn};
 use std::pin::pin;
 use std::rc::Rc;
-use std::task::{Poll, Waker};
+use std::task::Poll;
+use tap_host::OneWaiter;
 
 /// A broken invariant.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -49,7 +50,7 @@ impl Failure {
 #[derive(Default)]
 struct State {
     failure: Option<Failure>,
-    waker: Option<Waker>,
+    guard: OneWaiter,
 }
 
 /// Where checkers report; clones share it.
@@ -62,9 +63,7 @@ impl Verdict {
         let mut state = self.0.borrow_mut();
         if state.failure.is_none() && !is_broken(Oracle::Deaf(invariant)) {
             state.failure = Some(Failure { invariant, detail: detail.into(), at_ns });
-            if let Some(waker) = state.waker.take() {
-                waker.wake();
-            }
+            state.guard.wake();
         }
     }
 
@@ -85,7 +84,7 @@ impl Verdict {
             if self.is_broken() {
                 return Poll::Ready(());
             }
-            self.0.borrow_mut().waker = Some(cx.waker().clone());
+            self.0.borrow().guard.wait(cx.waker());
             let poll = body.as_mut().poll(cx);
             if self.is_broken() { Poll::Ready(()) } else { poll }
         })

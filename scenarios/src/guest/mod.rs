@@ -27,9 +27,9 @@ use crate::world::World;
 use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
 use std::rc::Rc;
-use std::task::{Poll, Waker};
+use std::task::Poll;
 use tap_core::{Node, ZeroFlags};
-use tap_host::{Errno, IoKind, SECTOR_BYTES, SectorRange};
+use tap_host::{Errno, IoKind, OneWaiter, SECTOR_BYTES, SectorRange};
 
 /// A disk as a guest sees it, whatever serves it.
 pub trait GuestDisk: Clone + 'static {
@@ -484,7 +484,7 @@ pub struct Gate(Rc<GateState>);
 struct GateState {
     inside: Cell<usize>,
     limit: Cell<usize>,
-    waker: RefCell<Option<Waker>>,
+    waiter: OneWaiter,
 }
 
 impl Gate {
@@ -495,10 +495,8 @@ impl Gate {
     /// Leaves.
     pub fn leave(&self) {
         self.0.inside.set(self.0.inside.get() - 1);
-        if self.0.inside.get() < self.0.limit.get()
-            && let Some(waker) = self.0.waker.borrow_mut().take()
-        {
-            waker.wake();
+        if self.0.inside.get() < self.0.limit.get() {
+            self.0.waiter.wake();
         }
     }
     /// Completes when fewer than `n` are inside. Only one task at a time may wait.
@@ -508,7 +506,7 @@ impl Gate {
                 return Poll::Ready(());
             }
             self.0.limit.set(n);
-            *self.0.waker.borrow_mut() = Some(cx.waker().clone());
+            self.0.waiter.wait(cx.waker());
             Poll::Pending
         })
         .await;

@@ -1,9 +1,11 @@
-//! Waiting on one thread: an event, a semaphore and a oneshot.
+//! Waiting on one thread: an event, a semaphore and a oneshot. What chooses among futures, and a waker of one task, are
+//! in `tap-host`, which the models reach, too.
 //!
 //! ```text
 //!   Event       set ──► all waiters, until it is cleared
 //!   Semaphore   release ──► the first waiter, which owns the permit from then on
 //!   oneshot     send ──► the one receiver
+//!   joined      a task's end ──► the one receiver
 //! ```
 //!
 //! # Contract
@@ -18,7 +20,7 @@ mod oneshot;
 mod semaphore;
 
 pub use event::Event;
-pub use oneshot::{Receiver, Sender, oneshot};
+pub use oneshot::{Receiver, Sender, joined, oneshot};
 pub use semaphore::{Permit, Semaphore};
 
 use std::collections::VecDeque;

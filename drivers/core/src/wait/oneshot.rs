@@ -26,6 +26,17 @@ pub fn oneshot<T>() -> (Sender<T>, Receiver<T>) {
     (Sender(Rc::clone(&state)), Receiver(state))
 }
 
+/// `task` without its output, to be spawned, and the output for whoever waits for its end: `None` if it was dropped
+/// before.
+pub fn joined<T>(task: impl Future<Output = T>) -> (impl Future<Output = ()>, Receiver<T>) {
+    let (done, ended) = oneshot();
+    let task = async move {
+        // The task has its effect even if nobody waits for it.
+        drop(done.send(task.await));
+    };
+    (task, ended)
+}
+
 impl<T> Sender<T> {
     /// Hands `value` over.
     ///
@@ -118,6 +129,24 @@ mod tests {
         RECEIVER.set(Some(receiver));
         drop(sender);
         assert!(RECEIVER.take().is_none());
+    }
+
+    #[test]
+    fn a_task_is_joined_with_its_output_or_without_it_if_it_was_dropped() {
+        let pool = Pool::new();
+        let (go, ready) = oneshot::<u8>();
+        let (task, ended) = joined(ready);
+        pool.spawn(task);
+        let got = pool.start(ended);
+        assert!(got.get().is_none());
+        go.send(7).unwrap();
+        pool.run();
+        assert_eq!(got.take(), Some(Some(Some(7))));
+
+        let (task, ended) = joined(std::future::pending::<u8>());
+        drop(task);
+        let got = pool.start(ended);
+        assert_eq!(got.take(), Some(None));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::memory::{PART_BYTES, take_some};
 use futures_util::future::{OptionFuture, join_all};
 use smallvec::SmallVec;
 use std::rc::Rc;
-use tap_core::wait::oneshot;
+use tap_core::wait::joined;
 use tap_core::{Access, Op, Response, Space};
 use tap_host::{Errno, Event, IoVec, Share, bytes_of, cost_of};
 
@@ -85,15 +85,12 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
                 Err(e) => return Response { result: Err(e), bufs },
             }
         }
-        let (sender, receiver) = oneshot();
         let image = Rc::clone(&self);
-        self.host.spawn("allocate", self.cluster(start).0, async move {
-            let response = image.write_all(start, bufs).await;
-            // The request may have been dropped; its effect still happens.
-            drop(sender.send(response));
-        });
+        // The request may be dropped; its effect still happens.
+        let (task, response) = joined(async move { image.write_all(start, bufs).await });
+        self.host.spawn("allocate", self.cluster(start).0, task);
         // The task ends without an answer only when the process does.
-        receiver.await.unwrap_or_else(|| Response { result: Err(Errno::EIO), bufs: IoVec::new() })
+        response.await.unwrap_or_else(|| Response { result: Err(Errno::EIO), bufs: IoVec::new() })
     }
 
     async fn write_all(&self, start: GuestOffset, bufs: IoVec) -> Response {

@@ -19,8 +19,8 @@ use std::collections::BTreeMap;
 use std::future::{Future, poll_fn};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::rc::Rc;
-use std::task::{Poll, Waker};
-use tap_host::{DomId, Errno, EventChannel, Port};
+use std::task::Poll;
+use tap_host::{DomId, Errno, EventChannel, OneWaiter, Port};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -45,20 +45,14 @@ struct Channel {
     /// To be unmasked at the next wait.
     masked: Cell<bool>,
     gone: Cell<bool>,
-    waker: Cell<Option<Waker>>,
+    waiter: OneWaiter,
 }
 
 impl Channel {
     fn raise(&self) {
         self.pending.set(true);
         self.masked.set(true);
-        self.wake();
-    }
-
-    fn wake(&self) {
-        if let Some(waker) = self.waker.take() {
-            waker.wake();
-        }
+        self.waiter.wake();
     }
 }
 
@@ -108,7 +102,7 @@ impl Evtchn {
             self.lost.set(true);
             for channel in self.channels.borrow().values() {
                 channel.gone.set(true);
-                channel.wake();
+                channel.waiter.wake();
             }
             return;
         }
@@ -176,7 +170,7 @@ impl EventChannel for LinuxChannel {
             if channel.gone.get() || (channel.masked.take() && self.unmask().is_err()) {
                 return Poll::Ready(Err(Errno::ESHUTDOWN));
             }
-            channel.waker.set(Some(cx.waker().clone()));
+            channel.waiter.wait(cx.waker());
             Poll::Pending
         })
     }

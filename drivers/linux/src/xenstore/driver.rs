@@ -4,10 +4,8 @@ use super::StoreLost;
 use super::inbox::Inbox;
 use super::link::{Link, Unsent};
 use super::shared::Shared;
-use std::future::{Future, poll_fn};
-use std::pin::pin;
 use std::rc::Rc;
-use std::task::Poll;
+use tap_host::{Either, select};
 
 /// Our end of the connection, and the state shared with its users. Dropping it ends the connection.
 pub(super) struct Driver {
@@ -25,12 +23,9 @@ impl Driver {
     /// # Errors
     /// Why it cannot continue.
     pub(super) async fn run(self) -> Result<(), StoreLost> {
-        let (mut send, mut receive) = (pin!(self.send()), pin!(self.receive()));
-        poll_fn(|cx| match send.as_mut().poll(cx) {
-            Poll::Pending => receive.as_mut().poll(cx),
-            ended => ended,
-        })
-        .await
+        match select(self.send(), self.receive()).await {
+            Either::First(ended) | Either::Second(ended) => ended,
+        }
     }
 
     async fn send(&self) -> Result<(), StoreLost> {

@@ -9,11 +9,10 @@
 use super::link::{Link, Receiver};
 use super::{Breaks, Inner, open};
 use crate::inlet::Inlet;
-use crate::stop::{StopSignal, first};
-use std::pin::pin;
+use crate::stop::StopSignal;
 use std::rc::Rc;
 use tap_abi::nbd::CMD_FLUSH;
-use tap_host::{Errno, Event, Log, Probe, Sockets, Stream, Tasks, Time};
+use tap_host::{Errno, Event, Log, Probe, Sockets, Stream, Tasks, Time, unless};
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
@@ -57,7 +56,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         self.host.spawn("nbd-requests", 0, async move { own.send_requests().await });
         let (inner, own) = (Rc::clone(self), Rc::clone(&link));
         self.host.spawn("nbd-patience", 0, async move {
-            first(pin!(own.ended.wait()), inner.watch(&own)).await;
+            unless(own.ended.wait(), inner.watch(&own)).await;
         });
         link
     }

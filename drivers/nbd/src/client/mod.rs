@@ -47,7 +47,6 @@ use negotiate::{Memory, Terms, negotiate};
 use smallvec::SmallVec;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::pin::pin;
 use std::rc::Rc;
 use tap_abi::nbd::{
     CMD_BLOCK_STATUS, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, STATE_HOLE, STATE_ZERO,
@@ -57,7 +56,7 @@ use tap_core::wait::{Event as Flag, Semaphore, oneshot};
 use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, NodeName, Op, Request, Response, Source, ZeroFlags};
 use tap_host::{
     Budget, Errno, IoBuf, IoVec, Log, Probe, SECTOR_BYTES, SectorRange, SocketAddress, Sockets, Stage, Tasks,
-    Time, copy_from_slice, copy_to_slice, cost_of,
+    Time, copy_from_slice, copy_to_slice, cost_of, unless,
 };
 
 tap_host::listed! {
@@ -286,7 +285,7 @@ where
     H: Sockets + Time + Probe,
 {
     let address = &config.address;
-    let mut patience = pin!(host.sleep_ns(config.connect_ns));
+    let patience = host.sleep_ns(config.connect_ns);
     let attempt = async {
         let stream = host.connect(address).await.map_err(|e| ClientError::Connect(address.clone(), e))?;
         let anew = if host.bug(&NBD_INLET_ANEW) { Some(Memory::of(config)?) } else { None };
@@ -294,7 +293,7 @@ where
         Ok((terms, stream, inlet))
     };
     let late = || ClientError::Negotiation(address.clone(), "it took too long");
-    crate::stop::first(patience.as_mut(), attempt).await.unwrap_or_else(|| Err(late()))
+    unless(patience, attempt).await.unwrap_or_else(|| Err(late()))
 }
 
 impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {

@@ -5,7 +5,7 @@ use super::negotiate::{ALLOCATION_ID, Agreed, CLOSED, Negotiation, why};
 use super::{Flow, Inner, Open, STOPPED};
 use crate::inlet::Inlet;
 use crate::outbox::Outbox;
-use crate::stop::{StopSignal, first};
+use crate::stop::StopSignal;
 use std::cell::Cell;
 use std::convert::Infallible;
 use std::future::poll_fn;
@@ -19,7 +19,7 @@ use tap_abi::nbd::{
 use tap_core::wait::Semaphore;
 use tap_core::{Op, Request, Response};
 use tap_host::{
-    BufPool, Errno, IoVec, Log, Probe, SECTOR_BYTES, SendList, Stage, Stream, Tasks, Time, cost_of,
+    BufPool, Errno, IoVec, Log, Probe, SECTOR_BYTES, SendList, Stage, Stream, Tasks, Time, cost_of, unless,
 };
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -110,7 +110,7 @@ where
     };
     let mut patience = pin!(server.host.sleep_ns(server.limits.negotiation_ns));
     let negotiation = Negotiation::new(server, number, &stream, &mut inlet, &stop).run();
-    let agreed = match first(patience.as_mut(), negotiation).await {
+    let agreed = match unless(patience.as_mut(), negotiation).await {
         Some(Ok(agreed)) => agreed,
         Some(Err(why)) => return (stop.why().unwrap_or(why), 0),
         None => return ("the client took too long to choose an export", 0),
@@ -430,8 +430,8 @@ where
     async fn taken(&self) -> bool {
         loop {
             let before = self.flow.seen();
-            let mut grace = pin!(self.host().sleep_ns(self.server.limits.grace_ns));
-            if first(grace.as_mut(), self.fewer_than(1)).await.is_some() {
+            let grace = self.host().sleep_ns(self.server.limits.grace_ns);
+            if unless(grace, self.fewer_than(1)).await.is_some() {
                 return true;
             }
             if self.flow.is_stuck(before) && !self.host().bug(&NBD_DEAF_KEPT) {
@@ -446,8 +446,8 @@ where
         if ended && self.stop.unless_stopped(self.taken()).await == Some(false) {
             self.stream.shutdown();
         } else if self.in_flight.get() > 0 {
-            let mut grace = pin!(self.host().sleep_ns(self.server.limits.grace_ns));
-            if first(grace.as_mut(), self.fewer_than(1)).await.is_none() {
+            let grace = self.host().sleep_ns(self.server.limits.grace_ns);
+            if unless(grace, self.fewer_than(1)).await.is_none() {
                 self.stream.shutdown();
             }
         }

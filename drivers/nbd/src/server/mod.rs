@@ -40,7 +40,7 @@ mod command;
 mod connection;
 mod negotiate;
 
-use crate::stop::{StopSignal, first};
+use crate::stop::StopSignal;
 use connection::NBD_DEAF_KEPT;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -50,6 +50,7 @@ use tap_core::Node;
 use tap_core::wait::Event as Flag;
 use tap_host::{
     Budget, BufPool, Errno, Event, Listener, Log, PAGE_BYTES, Probe, Share, Stage, Stream, Tasks, Time,
+    unless,
 };
 
 tap_host::listed! {
@@ -367,13 +368,13 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
         let inner = &self.0;
         let mut stopping = pin!(inner.stopping.wait());
         loop {
-            let Some(accepted) = first(stopping.as_mut(), listener.accept()).await else { return };
+            let Some(accepted) = unless(stopping.as_mut(), listener.accept()).await else { return };
             match accepted {
                 Ok(stream) => self.take(stream),
                 Err(_) => {
                     inner.refused("it could not be accepted");
                     let pause = inner.host.sleep_ns(ACCEPT_PAUSE_NS);
-                    if first(stopping.as_mut(), pause).await.is_none() {
+                    if unless(stopping.as_mut(), pause).await.is_none() {
                         return;
                     }
                 }
@@ -462,8 +463,8 @@ impl<H: Log + Tasks + Time + Probe> Inner<H> {
             if !self.host.bug(&NBD_MEMORY_KEPT) {
                 self.look_for_place(number);
             }
-            let pause = pin!(self.host.sleep_ns(self.limits.grace_ns));
-            if let Some(share) = first(pause, taken.as_mut()).await {
+            let pause = self.host.sleep_ns(self.limits.grace_ns);
+            if let Some(share) = unless(pause, taken.as_mut()).await {
                 return share;
             }
         }

@@ -1,6 +1,5 @@
 //! Building blocks of the NBD scenarios: servers and clients in processes, their start and their end.
 
-use crate::catalog::crash::either;
 use crate::catalog::setup::{Setup, check_at_rest, cut_after_close, workload};
 use crate::check::{CountingNode, Invariant};
 use crate::formats::Kind;
@@ -14,9 +13,9 @@ use kernel_model::SimHost;
 use sim::Entity;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
-use tap_core::wait::{Event, oneshot};
+use tap_core::wait::{Event, joined};
 use tap_core::{CacheMode, Disk, DiskConfig, Node};
-use tap_host::{Event as LogEvent, Share, SocketAddress, Sockets, VbdId};
+use tap_host::{Event as LogEvent, Share, SocketAddress, Sockets, VbdId, select};
 use tap_nbd::{Client, ClientConfig, ServerLimits};
 use tap_programs::Tuning;
 use tap_programs::spec::DiskSpec;
@@ -139,9 +138,9 @@ impl Served {
     async fn leave(&self, world: &World, setup: &Setup) {
         self.host.process.ask_to_stop();
         let node = self.host.process.node();
-        either(node.dead(), self.idle.wait()).await;
+        select(node.dead(), self.idle.wait()).await;
         let inv = setup.history.borrow_mut().begin_flush();
-        either(node.dead(), self.said.ended()).await;
+        select(node.dead(), self.said.ended()).await;
         // A failure has been reported already.
         match self.said.status() {
             Some(status) => {
@@ -205,7 +204,7 @@ impl Plan {
         let served = self.start(host);
         let listens = Cell::new(false);
         let said = async { listens.set(served.said.says("listening at").await) };
-        either(said, host.process.node().dead()).await;
+        select(said, host.process.node().dead()).await;
         listens.get().then_some(served)
     }
 
@@ -367,12 +366,9 @@ pub(super) type Clients = Vec<Rc<Client<SimHost>>>;
 
 /// Runs `work` as a task of `host`, until it ends or the process dies.
 pub(super) async fn within(host: &SimHost, work: impl Future<Output = ()> + 'static) {
-    let (done, finished) = oneshot();
-    host.process.node().spawn("main", 0, async move {
-        work.await;
-        let _ = done.send(());
-    });
-    either(host.process.node().dead(), finished).await;
+    let (task, finished) = joined(work);
+    host.process.node().spawn("main", 0, task);
+    select(host.process.node().dead(), finished).await;
 }
 
 /// Cuts the power of everything in `hosts`.

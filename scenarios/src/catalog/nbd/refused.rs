@@ -9,7 +9,7 @@ use crate::world::World;
 use kernel_model::StorageConfig;
 use std::rc::Rc;
 use tap_core::CacheMode;
-use tap_core::wait::oneshot;
+use tap_core::wait::joined;
 use tap_host::{SocketAddress, Sockets};
 use tap_nbd::ClientConfig;
 use tap_programs::Tuning;
@@ -66,11 +66,10 @@ async fn serve_refused(world: World) {
     let (disk, clients) = plan.spread(&host, &client_config(&world), 1, CacheMode::WriteBack).await;
     let guest = plan.guest(disk, &setup, Invariant::H2);
     let (g, ops, depth) = (guest, plan.operations(0, setup.size_sectors, 40), plan.limits.guest_depth);
-    let (done, finished) = oneshot();
-    host.process.node().spawn("main", 0, async move {
+    let (task, finished) = joined(async move {
         g.run(&ops, depth).await;
-        let _ = done.send(());
     });
+    host.process.node().spawn("main", 0, task);
     refuse(&world, &plan, &setup, &own).await;
     serve_corrected(&world, &plan, &own).await;
     let _ = finished.await;
