@@ -4,9 +4,8 @@
 //! other retry, and tools do not retry the whole operation.
 
 use crate::ImageHost;
-use crate::patience::Patience;
 use std::future::Future;
-use tap_host::{Errno, File, FileId, OpenMode};
+use tap_host::{Errno, File, FileId, OpenMode, Patience, Tried};
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
@@ -30,7 +29,9 @@ pub(crate) async fn uninterrupted<H: ImageHost, T, F: Future<Output = Result<T, 
     let mut patience = Patience::of(REPEATS);
     loop {
         let result = call().await;
-        if !matches!(result, Err(Errno::EINTR)) || !patience.again(host).await {
+        if !result.as_ref().is_err_and(|error| Tried::FileCall.may_pass(*error))
+            || !patience.again(host).await
+        {
             return result;
         }
         host.mark(&OPERATION_REPEATED);

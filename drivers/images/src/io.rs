@@ -17,15 +17,14 @@ mod zero;
 
 use crate::calls::{OPERATION_REPEATED, uninterrupted};
 use crate::memory::{FileStages, PART_BYTES};
-use crate::patience::Patience;
 use crate::sync::GroupSync;
 use crate::{ImageError, ImageHost};
 use keep::KeptZeros;
 use smallvec::smallvec;
 use tap_core::{Access, NodeInfo, NodeName, Space, Tracker};
 use tap_host::{
-    Budget, Errno, File, FileId, FileInfo, Files, IoBuf, IoVec, LockKind, OpenMode, SECTOR_BYTES, bytes_of,
-    copy_from_slice, copy_to_slice,
+    Budget, Errno, File, FileId, FileInfo, Files, IoBuf, IoVec, LockKind, OpenMode, Patience, SECTOR_BYTES,
+    Tried, bytes_of, copy_from_slice, copy_to_slice,
 };
 
 tap_host::listed! {
@@ -277,7 +276,7 @@ impl<H: ImageHost> ImageFile<H> {
             let failures = self.kept.failures();
             match self.sync.sync(&self.host, &self.file, self.info.direct).await {
                 // No write was dropped: see `sync.rs`.
-                Err(Errno::EINTR) if patience.again(&self.host).await => {
+                Err(error) if Tried::FileCall.may_pass(error) && patience.again(&self.host).await => {
                     self.host.mark(&OPERATION_REPEATED);
                     continue;
                 }
@@ -560,7 +559,7 @@ pub async fn sync_name<H: ImageHost>(host: &H, path: &str) -> Result<(), ImageEr
 
 /// The operation did nothing, and may succeed when retried.
 pub(crate) fn is_transient(error: Errno) -> bool {
-    matches!(error, Errno::EAGAIN | Errno::EINTR)
+    Tried::Transfer.may_pass(error)
 }
 
 /// Zeroes everything from byte `at` on.

@@ -29,7 +29,6 @@ mod formats;
 mod io;
 pub mod map;
 mod memory;
-mod patience;
 mod registry;
 mod sync;
 mod sync_record;

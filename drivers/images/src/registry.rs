@@ -14,6 +14,7 @@ use crate::io::{ImageFile, is_transient as passes};
 use crate::{ImageError, ImageHost};
 use std::rc::Rc;
 use tap_core::{LocalBoxFuture, Node, nodes};
+use tap_host::Patience;
 
 /// One format: a row of the registry.
 ///
@@ -168,9 +169,7 @@ fn options_of(info: &FormatInfo) -> String {
 }
 
 /// Requests are repeated after transient errors by the scheduler; while an image is being opened there is none yet.
-const OPEN_RETRIES: u32 = 8;
-/// Before the first repetition, in nanoseconds; it doubles with each.
-const OPEN_PAUSE_NS: u64 = 1_000_000;
+const OPEN_REPEATS: u32 = 8;
 
 fn is_transient(error: &ImageError) -> bool {
     !error.is_in_use() && passes(error.errno())
@@ -187,15 +186,13 @@ impl<H: ImageHost> Formats<H> {
         spec: &ImageSpec,
         options: &OpenOptions,
     ) -> Result<Rc<dyn Node>, ImageError> {
-        let mut pause_ns = OPEN_PAUSE_NS;
-        for _ in 0..OPEN_RETRIES {
+        let mut patience = Patience::of(OPEN_REPEATS);
+        loop {
             match self.open_level(host.clone(), spec.clone(), options.clone(), 1).await {
-                Err(error) if is_transient(&error) => host.sleep_ns(pause_ns).await,
-                other => return other,
+                Err(error) if is_transient(&error) && patience.again(host).await => {}
+                result => return result,
             }
-            pause_ns *= 2;
         }
-        self.open_level(host.clone(), spec.clone(), options.clone(), 1).await
     }
 
     fn open_level(

@@ -12,8 +12,7 @@
 //! its disk.
 
 use crate::ImageHost;
-use crate::patience::Patience;
-use tap_host::{Errno, File, FileId, FileInfo, SharedPage};
+use tap_host::{Errno, File, FileId, FileInfo, Patience, SharedPage, Tried};
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
@@ -50,8 +49,8 @@ impl<H: ImageHost> SyncRecord<H> {
     /// The page of the file `id`; `open` opens a page by its name.
     ///
     /// # Errors
-    /// An error that [`may_pass`] if the page may exist but cannot be opened; any other on a host that keeps none for
-    /// us.
+    /// An error that may pass ([`Tried::LeftPage`]) if the page may exist but cannot be opened; any other on a host
+    /// that keeps none for us.
     async fn of(
         host: &H,
         what: &str,
@@ -76,7 +75,7 @@ impl<H: ImageHost> SyncRecord<H> {
         let record = match Self::of(host, "sync", info.id, |name| host.region(name)).await {
             Ok(record) => record,
             // A predecessor's page cannot be read. A host without space has no page there.
-            Err(error) => return (None, may_pass(error)),
+            Err(error) => return (None, Tried::LeftPage.may_pass(error)),
         };
         let lost = match record.page.load_u32(STATE) {
             CLEAN => false,
@@ -107,12 +106,6 @@ impl<H: ImageHost> Drop for SyncRecord<H> {
     }
 }
 
-/// Whether a page may exist although it cannot be opened now: for lack of memory or descriptors, or because of a read
-/// error.
-fn may_pass(error: Errno) -> bool {
-    matches!(error, Errno::ENOMEM | Errno::EMFILE | Errno::ENFILE | Errno::EINTR | Errno::EIO)
-}
-
 /// Opens a page with `open`; retries for about a second if the host lacks resources, and two minutes if the page has
 /// another owner.
 ///
@@ -127,7 +120,7 @@ async fn page<H: ImageHost>(
         let result = open();
         let again = match &result {
             Err(Errno::EBUSY) => owner.again(host).await,
-            Err(error) if may_pass(*error) => lack.again(host).await,
+            Err(error) if Tried::LeftPage.may_pass(*error) => lack.again(host).await,
             _ => false,
         };
         if !again {

@@ -9,7 +9,7 @@ use tap_abi::ring;
 use tap_core::Node;
 use tap_host::{
     Budget, BufPool, DomId, Errno, Event, Events, GrantRef, Grants, Log, PAGE_BYTES, Port, Probe, SharedPage,
-    SharedPages, Tasks, Time, VbdId, cost_of,
+    SharedPages, Tasks, Time, Tried, VbdId, cost_of,
 };
 
 tap_host::listed! {
@@ -117,7 +117,7 @@ impl ConnectError {
     pub fn passes(&self) -> bool {
         match self {
             Self::Map { error, .. } | Self::Bind { error, .. } | Self::Region { error, .. } => {
-                matches!(*error, Errno::ENOMEM | Errno::ENOSPC | Errno::EINTR)
+                Tried::Page.may_pass(*error)
             }
             // Other disks may release memory.
             Self::Memory(_) => true,

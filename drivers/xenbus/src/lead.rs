@@ -12,13 +12,13 @@ use crate::config::{BackendConfig, BackendEnd, BackendError, XenHost};
 use crate::keys;
 use crate::lock::Lock;
 use crate::machine::Backend;
-use crate::patience::{is_transient, patiently};
+use crate::patience::patiently;
 use crate::states::{self, Written};
 use std::future::{Future, pending};
 use std::rc::Rc;
 use tap_abi::xenbus::XenbusState;
 use tap_core::{Node, wait};
-use tap_host::{Either, Watcher, select};
+use tap_host::{Either, Tried, Watcher, select};
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
@@ -104,7 +104,7 @@ pub async fn lead<H: XenHost, F: Future<Output = Result<Rc<dyn Node>, String>>>(
 fn passes(error: &BackendError) -> bool {
     match error.first() {
         BackendError::NotTaken { .. } | BackendError::NotOurs { .. } => true,
-        BackendError::Store { error, .. } => is_transient(*error),
+        BackendError::Store { error, .. } => Tried::Store.may_pass(*error),
         _ => false,
     }
 }

@@ -7,7 +7,7 @@
 
 use crate::config::{BackendConfig, BackendEnd, BackendError, XenHost};
 use std::cell::{Cell, RefCell};
-use tap_host::Errno;
+use tap_host::{Errno, Patience, Tried};
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
@@ -15,9 +15,6 @@ tap_host::listed! {
     UNSERVED_RECORD_STAYS = "unserved-record-stays",
         "the record of a guest that is destroyed before its ring was taken over is not removed";
 }
-
-/// First pause before the lock is tried again, in nanoseconds; each further one is twice as long.
-const PAUSE_NS: u64 = 1_000_000;
 
 /// What is appended to a record's name to name its lock.
 pub(crate) const SUFFIX: &str = ".lock";
@@ -54,7 +51,9 @@ impl<H: XenHost> Lock<H> {
         let Some(name) = record.map(|record| format!("{record}{SUFFIX}")) else {
             return Ok(Self::of(None));
         };
-        match own(host, &name, patience_ns, |error| error == Errno::EBUSY || is_short(error)).await {
+        match own(host, &name, patience_ns, |error| error == Errno::EBUSY || Tried::Page.may_pass(error))
+            .await
+        {
             Ok(page) => Ok(Self::of(Some((name, page)))),
             Err(Errno::EBUSY) => Err(NotOurs::Led),
             Err(error) => Err(NotOurs::Page(format!("own {name}: {error}"))),
@@ -107,21 +106,13 @@ pub(crate) async fn own<H: XenHost>(
     passes: impl Fn(Errno) -> bool,
 ) -> Result<H::Region, Errno> {
     let until_ns = host.now_ns().saturating_add(patience_ns);
-    let mut pause_ns = PAUSE_NS;
+    let mut patience = Patience::until();
     loop {
         match host.own_region(name) {
-            Err(error) if passes(error) && host.now_ns() < until_ns => {
-                host.sleep_ns(pause_ns).await;
-                pause_ns *= 2;
-            }
+            Err(error) if passes(error) && patience.again_before(host, until_ns).await => {}
             result => return result,
         }
     }
-}
-
-/// Whether the host has no memory, or no space, for a page now.
-pub(crate) fn is_short(error: Errno) -> bool {
-    matches!(error, Errno::ENOMEM | Errno::ENOSPC)
 }
 
 /// Whether this device is gone for good.

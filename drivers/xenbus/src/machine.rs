@@ -15,7 +15,7 @@ use tap_abi::blkif::INFO_READ_ONLY;
 use tap_abi::xenbus::XenbusState;
 use tap_core::Node;
 use tap_core::wait;
-use tap_host::{Either, Errno, Event, SECTOR_BYTES, StorePath, Watcher, select};
+use tap_host::{Either, Errno, Event, Patience, SECTOR_BYTES, StorePath, Watcher, select};
 use tap_ring::{BlkifRing, ConnectError, RingCloser, RingConfig, RingEnd};
 
 tap_host::listed! {
@@ -44,9 +44,6 @@ tap_host::listed! {
     MEMORY_WAITED = "memory-waited", "a ring was connected once the host had memory for it";
     RECONNECTED = "reconnected", "a front end connected again";
 }
-
-/// Pause before a second attempt to bind a port, in nanoseconds; each further one is twice as long.
-const BIND_PAUSE_NS: u64 = 1_000_000;
 
 /// A ring and the task that serves it.
 struct Serving {
@@ -356,14 +353,11 @@ impl<H: XenHost> Backend<H> {
     /// Connects; waits a while for a port that is still held, and for a host that is short of memory.
     async fn bind_ring(&self, config: RingConfig) -> Result<BlkifRing<H>, ConnectError> {
         let until_ns = self.host.now_ns().saturating_add(self.config.bind_patience_ns);
-        let mut pause_ns = BIND_PAUSE_NS;
-        let mut waited_for = None;
+        let (mut patience, mut waited_for) = (Patience::until(), None);
         loop {
             match BlkifRing::connect(self.host.clone(), config.clone(), Rc::clone(&self.node)) {
-                Err(error) if self.host.now_ns() < until_ns && self.may_pass(&error) => {
+                Err(error) if self.may_pass(&error) && patience.again_before(&self.host, until_ns).await => {
                     waited_for = Some(if error.passes() { &MEMORY_WAITED } else { &BIND_WAITED });
-                    self.host.sleep_ns(pause_ns).await;
-                    pause_ns *= 2;
                 }
                 result => {
                     waited_for.filter(|_| result.is_ok()).into_iter().for_each(|mark| self.host.mark(mark));

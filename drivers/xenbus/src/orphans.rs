@@ -7,7 +7,7 @@ use crate::config::{BackendError, XenHost};
 use crate::keys;
 use crate::lock;
 use std::collections::BTreeSet;
-use tap_host::{DomId, Event, VbdId};
+use tap_host::{DomId, Event, Tried, VbdId};
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
@@ -37,7 +37,9 @@ pub(crate) async fn remove_orphans<H: XenHost>(
         let record = format!("{prefix}-{}-{}", dom.0, vbd.0);
         let lock = format!("{record}{}", lock::SUFFIX);
         // A process that is still ending this device removes both itself.
-        let Ok(_ours) = lock::own(host, &lock, PATIENCE_NS, lock::is_short).await else { continue };
+        let Ok(_ours) = lock::own(host, &lock, PATIENCE_NS, |error| Tried::Page.may_pass(error)).await else {
+            continue;
+        };
         host.log(Event::OrphanRemoved { dom, vbd });
         host.remove_region(&record);
         host.remove_region(&lock);

@@ -1,12 +1,12 @@
 //! Sends requests down: single ones with retries, and merged ones with their parts.
 
+use super::Inner;
 use super::line::Depth;
-use super::{Inner, SchedulerLimits};
 use crate::{Request, Response};
 use smallvec::SmallVec;
 use std::rc::Rc;
 use std::task::Waker;
-use tap_host::{Errno, Event, IoVec, Log, Probe, SectorRange, Tasks, Time};
+use tap_host::{Errno, Event, IoVec, Log, Probe, SectorRange, Tasks, Time, Tried};
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
@@ -52,41 +52,21 @@ impl<H: Time + Tasks + Log + Probe> Inner<H> {
     /// Sends `request` down, again after transient errors.
     pub(super) async fn attempt(&self, mut request: Request) -> Response {
         let (op, range, fua) = (request.op, request.range, request.fua);
-        let mut patience = Patience::new(&self.limits);
+        let mut patience = self.limits.patience();
         loop {
             self.count(|s| s.lower_requests += 1);
             let response = self.lower.submit(request).await;
             let Err(error) = response.result else { return response };
-            let Some(pause_ns) = patience.after(error) else { return response };
+            if !Tried::Request.may_pass(error) {
+                return response;
+            }
+            let Some(pause_ns) = patience.next_pause_ns() else { return response };
             self.host.mark(&REQUEST_RETRIED);
             self.host.log(Event::Retried { range, error });
             self.count(|s| s.retries += 1);
             self.host.sleep_ns(pause_ns).await;
             request = Request { op, range, bufs: response.bufs, fua };
         }
-    }
-}
-
-/// How often, and after which pauses, what a transient error refused is asked for again.
-pub(super) struct Patience {
-    left: u32,
-    pause_ns: u64,
-    left_ns: u64,
-}
-
-impl Patience {
-    pub(super) fn new(limits: &SchedulerLimits) -> Self {
-        Self { left: limits.retries, pause_ns: limits.backoff_ns, left_ns: limits.backoff_total_ns }
-    }
-
-    /// The pause before another try, in nanoseconds; `None` where `error` is the answer.
-    pub(super) fn after(&mut self, error: Errno) -> Option<u64> {
-        let transient = matches!(error, Errno::EAGAIN | Errno::EINTR | Errno::EBUSY | Errno::ENOMEM);
-        self.left = self.left.checked_sub(1).filter(|_| transient)?;
-        self.left_ns = self.left_ns.checked_sub(self.pause_ns)?;
-        let pause_ns = self.pause_ns;
-        self.pause_ns = pause_ns.saturating_mul(2);
-        Some(pause_ns)
     }
 }
 

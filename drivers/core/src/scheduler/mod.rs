@@ -17,8 +17,8 @@
 //! * **Merging.** Contiguous queued requests of the same operation and FUA go down as one, without copying. If that
 //!   fails, each part is sent again alone, so that an error reaches only the requests whose sectors fail.
 //! * **Flush** overtakes everything and is never merged: it covers what was answered before it was submitted.
-//! * **Retry.** Transient errors (`EAGAIN`, `EINTR`, `EBUSY`, `ENOMEM`) are retried after a pause that doubles, a
-//!   bounded number of times; all others are returned at once.
+//! * **Retry.** Transient errors ([`Tried::Request`]) are retried after a pause that doubles, a bounded number of
+//!   times; all others are returned at once.
 //! * The scheduler has no task: the owners of requests do the work. If the leader of a merged request is dropped, the
 //!   owner of another part drives it.
 
@@ -30,10 +30,9 @@ use crate::{
     WaitReport,
 };
 use line::{Line, Place};
-use lower::Patience;
 use std::cell::RefCell;
 use std::rc::Rc;
-use tap_host::{Errno, Log, Probe, SectorRange, Tasks, Time};
+use tap_host::{Errno, Log, Patience, Probe, SectorRange, Tasks, Time, Tried};
 
 tap_host::listed! {
     pub(super) BUGS: Bug with [line::BUGS, lower::BUGS];
@@ -72,6 +71,12 @@ impl Default for SchedulerLimits {
             backoff_ns: 1_000_000,
             backoff_total_ns: 10_000_000_000,
         }
+    }
+}
+
+impl SchedulerLimits {
+    fn patience(&self) -> Patience {
+        Patience::of(self.retries).with_pauses(self.backoff_ns, self.backoff_total_ns)
     }
 }
 
@@ -183,13 +188,12 @@ impl<H: Time + Tasks + Log + Probe> Node for Scheduler<H> {
     fn extents(&self, range: SectorRange, max: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
         let inner = Rc::clone(&self.0);
         Box::pin(async move {
-            let mut patience = Patience::new(&inner.limits);
+            let mut patience = inner.limits.patience();
             loop {
-                let answer = inner.lower.extents(range, max).await;
-                let Some(pause_ns) = answer.as_ref().err().and_then(|error| patience.after(*error)) else {
-                    return answer;
-                };
-                inner.host.sleep_ns(pause_ns).await;
+                match inner.lower.extents(range, max).await {
+                    Err(error) if Tried::Request.may_pass(error) && patience.again(&inner.host).await => {}
+                    answer => return answer,
+                }
             }
         })
     }

@@ -28,11 +28,10 @@
 use super::{ImageFile, is_transient};
 use crate::ImageHost;
 use crate::memory::PART_BYTES;
-use crate::patience::Patience;
 use smallvec::smallvec;
 use std::cell::Cell;
 use tap_core::{Access, Space, Tracker};
-use tap_host::{Errno, File, FileInfo, IoVec, Probe, ZeroMode};
+use tap_host::{Errno, File, FileInfo, IoVec, Patience, Probe, ZeroMode};
 
 tap_host::listed! {
     pub(super) BUGS: Bug;

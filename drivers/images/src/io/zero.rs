@@ -5,10 +5,9 @@ use super::{ImageFile, is_transient};
 use crate::ImageHost;
 use crate::calls::OPERATION_REPEATED;
 use crate::memory::PART_BYTES;
-use crate::patience::Patience;
 use smallvec::smallvec;
 use tap_core::{Access, Space};
-use tap_host::{Errno, File, IoVec, ZeroMode};
+use tap_host::{Errno, File, IoVec, Patience, ZeroMode};
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
