@@ -116,9 +116,6 @@ pub enum Source {
     Seed,
     /// Taken from a map; what is not in it is 0.
     Replay(DecisionMap),
-    /// Taken from a map if it has the key, otherwise drawn from the seed: a replay that continues, or forces single
-    /// choices.
-    Force(DecisionMap),
     /// Taken from a script; what is not in it is 0. This is how bytes become a run: they need not name the entities
     /// beforehand. The recorded decisions replay like those of any other run.
     Script(Script),
@@ -173,7 +170,6 @@ impl Decisions {
         let (map, draw_missing) = match source {
             Source::Seed => (None, true),
             Source::Replay(map) => (Some(map), false),
-            Source::Force(map) => (Some(map), true),
             Source::Script(_) => (None, false),
         };
         let mut script: FixedMap<u64, (u32, Vec<(u32, u64)>)> = FixedMap::default();

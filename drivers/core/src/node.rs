@@ -52,6 +52,20 @@ impl NodeInfo {
             durable: Durable::AtFlush,
         }
     }
+
+    /// What every node asks of a request before it looks at it.
+    ///
+    /// # Errors
+    /// `EINVAL` if `request` is not well formed, `EROFS` if it changes what cannot be written.
+    pub fn check(&self, request: &Request) -> Result<(), Errno> {
+        if !request.is_well_formed(self.size_sectors) {
+            Err(Errno::EINVAL)
+        } else if self.read_only && request.op.is_write() {
+            Err(Errno::EROFS)
+        } else {
+            Ok(())
+        }
+    }
 }
 
 /// The name of a node: the path of its file, or the address of its server. Nodes of one graph that hold bytes have

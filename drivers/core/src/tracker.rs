@@ -4,17 +4,16 @@
 //!   write 8+8   ──claims sectors 8..16 exclusive──┐
 //!   read 12+1   ──claims sectors 12..13 shared────┴─► waits for write 8+8
 //!   table 3     ──claims tables 3..4 exclusive
-//!   commit 7    ──after table 3
 //! ```
 //!
 //! # Contract
 //!
-//! * A [`Ticket`] claims ranges of numbered spaces and may be put `after` other tickets. It depends on every ticket
-//!   with an earlier claim that overlaps one of its claims, unless both claims are shared.
+//! * A [`Ticket`] claims ranges of numbered spaces. It depends on every ticket with an earlier claim that overlaps one
+//!   of its claims, unless both claims are shared.
 //! * [`Ticket::ready`] completes when every ticket it depends on is dropped, ready or not. It is woken once for that,
 //!   and never earlier.
-//! * A busy range is never refused, and nothing polls. A dependency that would close a cycle is refused with the names
-//!   of the tickets in it; only a ticket that others already wait for can cause one.
+//! * A busy range is never refused, and nothing polls. There is no deadlock: a ticket makes all its claims before
+//!   others wait for it.
 //!
 //! The active claims of a space are a plain list, oldest first: there are as many as requests in flight, and a scan of
 //! a hundred costs less than a tree. Without a conflict nothing is allocated.
@@ -73,19 +72,6 @@ impl fmt::Display for TicketName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {}", self.name, self.number)
     }
-}
-
-/// A dependency that would be a deadlock.
-#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("avoid a deadlock: {}", arrows(.tickets))]
-pub struct Cycle {
-    /// Each waits for the one before it, and the first for the last.
-    pub tickets: Vec<TicketName>,
-}
-
-fn arrows(tickets: &[TicketName]) -> String {
-    let names: Vec<String> = tickets.iter().chain(tickets.first()).map(TicketName::to_string).collect();
-    names.join(" <- ")
 }
 
 /// A waiting ticket and the tickets it waits for.
@@ -214,28 +200,22 @@ impl Tracker {
 impl Ticket {
     /// Claims `range` of `space`. An empty range claims nothing.
     ///
-    /// # Errors
-    /// [`Cycle`] when a ticket it would have to wait for waits for it; the claim is then not made.
-    pub fn claim(&self, space: Space, range: Range<u64>, access: Access) -> Result<(), Cycle> {
+    /// # Panics
+    /// If other tickets wait for this one: it could have to wait for one of them, and neither would ever be ready.
+    pub fn claim(&self, space: Space, range: Range<u64>, access: Access) {
         if range.is_empty() {
-            return Ok(());
+            return;
         }
         let state = &mut *self.tracker.0.borrow_mut();
+        assert!(
+            state.slots[self.index as usize].successors.is_empty(),
+            "a claim by a ticket that others wait for"
+        );
         let claim = Claim { start: range.start, end: range.end, owner: self.index, access };
         let before = state.before(space as usize, state.claims[space as usize].len(), &claim);
-        state.add_edges(&before, self.index)?;
+        state.join(&before, self.index);
         state.claims[space as usize].push(claim);
         state.slots[self.index as usize].claims[space as usize] += 1;
-        Ok(())
-    }
-
-    /// Makes this ticket wait for `other`, which must belong to the same tracker.
-    ///
-    /// # Errors
-    /// [`Cycle`] when `other` waits for this one, or is this one.
-    pub fn after(&self, other: &Ticket) -> Result<(), Cycle> {
-        assert!(Rc::ptr_eq(&self.tracker.0, &other.tracker.0), "tickets of different trackers");
-        self.tracker.0.borrow_mut().add_edges(&[other.index], self.index)
     }
 
     /// Whether every ticket it depends on is dropped.
@@ -338,15 +318,6 @@ impl State {
         }
     }
 
-    fn add_edges(&mut self, before: &[u32], index: u32) -> Result<(), Cycle> {
-        let waited_for = !self.slots[index as usize].successors.is_empty() || before.contains(&index);
-        if waited_for && let Some(cycle) = before.iter().find_map(|b| self.path(index, *b)) {
-            return Err(cycle);
-        }
-        self.join(before, index);
-        Ok(())
-    }
-
     fn join(&mut self, before: &[u32], index: u32) {
         let key = (index, self.slots[index as usize].generation);
         for b in before {
@@ -357,33 +328,6 @@ impl State {
                 self.slots[index as usize].waits_for += 1;
             }
         }
-    }
-
-    /// The chain of waiters from `from` to `to`, if `to` waits for `from`, directly or not.
-    fn path(&self, from: u32, to: u32) -> Option<Cycle> {
-        let mut came_from: Vec<Option<u32>> = vec![None; self.slots.len()];
-        let mut open = vec![from];
-        while let Some(at) = open.pop() {
-            if at == to {
-                let mut tickets = vec![self.slots[at as usize].label];
-                let mut step = at;
-                while step != from {
-                    step = came_from[step as usize]
-                        .expect("every visited slot except the first has a predecessor");
-                    tickets.push(self.slots[step as usize].label);
-                }
-                tickets.reverse();
-                return Some(Cycle { tickets });
-            }
-            for (next, generation) in &self.slots[at as usize].successors {
-                let alive = self.slots[*next as usize].generation == *generation;
-                if alive && *next != from && came_from[*next as usize].is_none() {
-                    came_from[*next as usize] = Some(at);
-                    open.push(*next);
-                }
-            }
-        }
-        None
     }
 
     fn release(&mut self, index: u32) -> SmallVec<[Waker; 4]> {

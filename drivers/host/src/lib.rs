@@ -10,8 +10,8 @@
 //!     simulated host      real host             (two types, chosen by the program)
 //! ```
 //!
-//! A crate bounds its types on the traits it uses (`images` on [`Files`] and [`Time`]); [`Host`] is their sum and is
-//! named only by programs. Dispatch is static, futures are `!Send` and run on one thread.
+//! A crate bounds its types on the traits it uses (`images` on [`Files`] and [`Time`]). Dispatch is static, futures are
+//! `!Send` and run on one thread.
 //!
 //! # Contract
 //!
@@ -53,7 +53,7 @@ pub use event::{Event, IoKind, Level};
 pub use files::{File, FileExtent, FileId, FileInfo, Files, LockKind, OpenMode, ZeroMode};
 pub use retry::{Patience, Tried};
 pub use sockets::{Listener, Piece, SendList, SocketAddress, Sockets, Stream};
-pub use types::{ByteRange, DomId, GrantRef, Port, SECTOR_BYTES, Sector, SectorRange, VbdId};
+pub use types::{DomId, GrantRef, Port, SECTOR_BYTES, Sector, SectorRange, VbdId};
 pub use wake::{Either, OneWaiter, poll_once, select, unless};
 pub use xen::{
     EventChannel, Events, GrantSegment, Grants, SharedPage, SharedPages, StorePath, Transaction, WatchEvent,
@@ -96,14 +96,4 @@ pub trait Entropy: Clone + 'static {
 pub trait Signals: Clone + 'static {
     /// Completes when the process is asked to end (SIGTERM or SIGINT), at once if it was asked before the call.
     fn asked_to_stop(&self) -> impl Future<Output = ()> + 'static;
-}
-
-/// Everything at once; only programs name it.
-pub trait Host:
-    Time + Tasks + Log + Entropy + Probe + Files + Grants + Events + SharedPages + Xenstore
-{
-}
-impl<T> Host for T where
-    T: Time + Tasks + Log + Entropy + Probe + Files + Grants + Events + SharedPages + Xenstore
-{
 }

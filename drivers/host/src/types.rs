@@ -48,27 +48,6 @@ impl fmt::Display for SectorRange {
     }
 }
 
-/// `len` bytes from `offset` of a file or a page.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
-pub struct ByteRange {
-    /// First byte.
-    pub offset: u64,
-    /// Length in bytes.
-    pub len: u64,
-}
-
-impl ByteRange {
-    /// The first byte past the range, or `None` above 2^64.
-    pub fn end(self) -> Option<u64> {
-        self.offset.checked_add(self.len)
-    }
-    /// Whether both ranges share a byte.
-    pub fn overlaps(self, other: Self) -> bool {
-        self.offset < other.offset.saturating_add(other.len)
-            && other.offset < self.offset.saturating_add(self.len)
-    }
-}
-
 macro_rules! number {
     ($(#[$doc:meta])* $name:ident($inner:ty), $prefix:literal) => {
         $(#[$doc])*

@@ -518,8 +518,7 @@ impl<H: ImageHost> ImageFile<H> {
         let edges = !offset.is_multiple_of(align) || !end.is_multiple_of(align);
         if edges && !self.host.bug(&BLOCK_CLAIMS_LEFT) {
             let blocks = offset / align..end.div_ceil(align);
-            let claimed = ticket.claim(Space::HostBlocks, blocks, Access::Exclusive);
-            claimed.expect("no ticket waits for a new one");
+            ticket.claim(Space::HostBlocks, blocks, Access::Exclusive);
             ticket.ready().await;
         }
         let mut done = 0;

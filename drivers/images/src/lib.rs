@@ -48,8 +48,7 @@ pub use io::{ImageFile, sync_name};
 pub use registry::{Driver, Formats, HEAD_BYTES, OpenImage};
 pub use units::{parse_size, show_size};
 
-use tap_core::{NodeInfo, Request};
-use tap_host::{Errno, Files, Log, Probe, SharedPages, Tasks, Time};
+use tap_host::{Files, Log, Probe, SharedPages, Tasks, Time};
 
 tap_host::listed! {
     /// The seeded bugs of this crate.
@@ -67,12 +66,3 @@ tap_host::listed! {
 /// The parts of a host that images use.
 pub trait ImageHost: Files + SharedPages + Time + Tasks + Log + Probe {}
 impl<T: Files + SharedPages + Time + Tasks + Log + Probe> ImageHost for T {}
-
-/// The checks of a request that all formats share.
-fn check_request(request: &Request, info: NodeInfo) -> Result<(), Errno> {
-    match request.op {
-        _ if !request.is_well_formed(info.size_sectors) => Err(Errno::EINVAL),
-        op if op.is_write() && info.read_only => Err(Errno::EROFS),
-        _ => Ok(()),
-    }
-}

@@ -165,7 +165,7 @@ impl<H: Time + Tasks + Log + Probe> Scheduler<H> {
 impl<H: Time + Tasks + Log + Probe> Node for Scheduler<H> {
     fn submit(&self, request: Request) -> LocalBoxFuture<Response> {
         let inner = Rc::clone(&self.0);
-        if let Err(error) = check(&request, inner.lower.info()) {
+        if let Err(error) = inner.lower.info().check(&request) {
             inner.count(|s| s.errors += 1);
             return Box::pin(std::future::ready(Response { result: Err(error), bufs: request.bufs }));
         }
@@ -219,14 +219,6 @@ impl<H: Time + Tasks + Log + Probe> Node for Scheduler<H> {
     }
 }
 
-fn check(request: &Request, info: NodeInfo) -> Result<(), Errno> {
-    match request.op {
-        _ if !request.is_well_formed(info.size_sectors) => Err(Errno::EINVAL),
-        op if op.is_write() && info.read_only => Err(Errno::EROFS),
-        _ => Ok(()),
-    }
-}
-
 impl<H: Time + Tasks + Log + Probe> Inner<H> {
     fn ticket(&self, request: &Request) -> Ticket {
         let (name, access) = match request.op {
@@ -243,8 +235,7 @@ impl<H: Time + Tasks + Log + Probe> Inner<H> {
         let pieces = if self.host.bug(&CLAIM_IN_PIECES) { 64 } else { 1 };
         let (end, step) = (start + count, count.div_ceil(pieces));
         for from in (start..end).step_by(step as usize) {
-            let claimed = ticket.claim(Space::Sectors, from..end.min(from.saturating_add(step)), access);
-            claimed.expect("no ticket waits for a new one");
+            ticket.claim(Space::Sectors, from..end.min(from.saturating_add(step)), access);
         }
         self.host.work(self.tracker.steps() - steps);
         ticket

@@ -120,7 +120,7 @@ impl KeptZeros {
     pub(super) async fn failed_since(&self, host: &impl Probe, failures: u64) -> bool {
         if self.running.get() > 0 && !host.bug(&FLUSH_PASSES_ZEROS) {
             let ticket = self.order.ticket("synchronisation", 0);
-            ticket.claim(Space::HostBlocks, 0..1, Access::Exclusive).expect("a new ticket waits for none");
+            ticket.claim(Space::HostBlocks, 0..1, Access::Exclusive);
             ticket.ready().await;
         }
         self.failures.get() != failures
@@ -140,7 +140,7 @@ impl<H: ImageHost> ImageFile<H> {
             return Err(Errno::EOPNOTSUPP);
         }
         let ticket = kept.order.ticket("zeros", offset);
-        ticket.claim(Space::HostBlocks, 0..1, Access::Shared).expect("a new ticket waits for none");
+        ticket.claim(Space::HostBlocks, 0..1, Access::Shared);
         ticket.ready().await;
         let _running = Running::new(&kept.running);
         let before = match self.bytes_to_put_back(offset, len, mode).await {

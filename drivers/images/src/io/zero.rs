@@ -68,8 +68,7 @@ impl<H: ImageHost> ImageFile<H> {
         if edges {
             // A concurrent rewrite of a whole block must not bring back old bytes.
             let blocks = offset / align..(offset + len).div_ceil(align);
-            let claimed = ticket.claim(Space::HostBlocks, blocks, Access::Exclusive);
-            claimed.expect("no ticket waits for a new one");
+            ticket.claim(Space::HostBlocks, blocks, Access::Exclusive);
             ticket.ready().await;
         }
         let mut done = 0;

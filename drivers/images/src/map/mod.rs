@@ -168,7 +168,7 @@ impl<H: ImageHost, L: Layout> MappedDisk<H, L> {
 impl<H: ImageHost, L: Layout> Node for MappedDisk<H, L> {
     fn submit(&self, request: Request) -> LocalBoxFuture<Response> {
         let open = self.image.borrow().clone().ok_or(Errno::ESHUTDOWN);
-        let image = match crate::check_request(&request, self.info).and(open) {
+        let image = match self.info.check(&request).and(open) {
             Ok(image) => image,
             Err(e) => return Box::pin(std::future::ready(Response { result: Err(e), bufs: request.bufs })),
         };

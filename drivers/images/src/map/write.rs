@@ -118,8 +118,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         let (first, last) = (self.cluster(start), self.cluster(GuestOffset(start.0 + len as u64 - 1)));
         let ticket = self.file.tracker().ticket("allocation of cluster", first.0);
         if !self.host.bug(&DOUBLE_ALLOCATION) {
-            let claimed = ticket.claim(Space::Clusters, first.0..last.0 + 1, Access::Exclusive);
-            claimed.expect("no ticket waits for a new one");
+            ticket.claim(Space::Clusters, first.0..last.0 + 1, Access::Exclusive);
         }
         ticket.ready().await;
         let kept = self.host.bug(&TABLE_KEPT).then_some(self.table_or_new(index));

@@ -313,15 +313,10 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
     }
 
     async fn execute(self: &Rc<Self>, request: Request) -> Response {
-        let info = self.info();
-        let (op, range) = (request.op, request.range);
-        let fua = request.fua;
-        if !request.is_well_formed(info.size_sectors) {
-            return Response { result: Err(Errno::EINVAL), bufs: request.bufs };
+        if let Err(error) = self.info().check(&request) {
+            return Response { result: Err(error), bufs: request.bufs };
         }
-        if info.read_only && op.is_write() {
-            return Response { result: Err(Errno::EROFS), bufs: request.bufs };
-        }
+        let (op, range, fua) = (request.op, request.range, request.fua);
         match op {
             Op::Read | Op::Write if range.len_bytes() > u64::from(self.terms.request_bytes) => {
                 self.host.mark(&NBD_SPLIT);

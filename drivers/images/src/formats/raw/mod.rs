@@ -148,7 +148,7 @@ impl<H: ImageHost> Inner<H> {
 impl<H: ImageHost> Node for Raw<H> {
     fn submit(&self, request: Request) -> LocalBoxFuture<Response> {
         let open = self.open.borrow().clone().ok_or(Errno::ESHUTDOWN);
-        let inner = match crate::check_request(&request, self.info).and(open) {
+        let inner = match self.info.check(&request).and(open) {
             Ok(inner) => inner,
             Err(e) => return Box::pin(std::future::ready(Response { result: Err(e), bufs: request.bufs })),
         };
