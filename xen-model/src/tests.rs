@@ -5,7 +5,7 @@ use sim::{Config, Sim};
 use std::cell::Cell;
 use std::future::Future;
 use std::rc::Rc;
-use tap_abi::blkif::{BlkifOp, BlkifRequest, RawResponse, entry_offset};
+use tap_abi::blkif::{BlkifOp, BlkifRequest, RawResponse, RingLayout};
 use tap_host::{
     DomId, Errno, EventChannel, Events, GrantRef, GrantSegment, Grants, SharedPage, SharedPages, Transaction,
     VbdId, Watcher, Xenstore,
@@ -141,7 +141,7 @@ fn a_ring_is_served_by_hand() {
         assert!(!ring.publish(), "nothing new");
         channel.wait().await.unwrap();
         assert_eq!(map.load_u32(0), 32);
-        map.copy_out(entry_offset(0), RawResponse::new(31, 3, 0).as_bytes());
+        map.copy_out(RingLayout::X86_64.entry_offset(0), RawResponse::new(31, 3, 0).as_bytes());
         map.store_u32(8, 1);
         assert_eq!(ring.next().await.unwrap().id.get(), 31);
         assert!(ring.take().unwrap().is_none() && ring.put(&flush(32)));

@@ -18,9 +18,35 @@ use std::mem::{offset_of, size_of};
 use zerocopy::little_endian::{I16, U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
-/// Entries of a ring of one page.
-pub const RING_ENTRIES: u32 = 32;
-/// Bytes of a slot: a request, or a response and the rest of the request that it overwrote.
+/// How a ring lies in memory: what its two ends agree on in xenstore.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct RingLayout {
+    /// Pages, a power of two.
+    pub pages: u32,
+    /// Slots, a power of two.
+    pub entries: u32,
+    /// Bytes of a slot: a request, or a response and the rest of the request that it overwrote.
+    pub entry_bytes: usize,
+    /// Its name, the value of the key `protocol`.
+    pub protocol: &'static str,
+}
+
+impl RingLayout {
+    /// One page, in the layout of 64-bit front ends.
+    pub const X86_64: Self = Self { pages: 1, entries: 32, entry_bytes: ENTRY_BYTES, protocol: "x86_64-abi" };
+
+    /// Byte offset within the ring of the slot of index `index`.
+    pub const fn entry_offset(&self, index: u32) -> usize {
+        ring::HEADER_BYTES + (index % self.entries) as usize * self.entry_bytes
+    }
+
+    /// The binary logarithm of its number of pages, as front ends state it.
+    pub const fn page_order(&self) -> u32 {
+        self.pages.ilog2()
+    }
+}
+
+/// Bytes of a slot of [`RingLayout::X86_64`].
 pub const ENTRY_BYTES: usize = 112;
 /// Bytes of a response.
 pub const RESPONSE_BYTES: usize = 16;
@@ -51,11 +77,6 @@ pub const STATUS_EOPNOTSUPP: i16 = -2;
 
 /// `info` of a disk that cannot be written.
 pub const INFO_READ_ONLY: u32 = 4;
-
-/// Byte offset within the page of the slot of index `index`.
-pub const fn entry_offset(index: u32) -> usize {
-    ring::HEADER_BYTES + (index % RING_ENTRIES) as usize * ENTRY_BYTES
-}
 
 /// A segment as it lies in memory.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -118,8 +139,9 @@ const _: () = {
     assert!(size_of::<RawResponse>() == RESPONSE_BYTES);
     assert!(offset_of!(RawResponse, op) == 8);
     assert!(offset_of!(RawResponse, status) == 10);
-    assert!(RING_ENTRIES == 1 << ((4096 - ring::HEADER_BYTES) / ENTRY_BYTES).ilog2());
-    assert!(entry_offset(RING_ENTRIES - 1) + ENTRY_BYTES <= 4096);
+    let ring = RingLayout::X86_64;
+    assert!(ring.entries == 1 << ((4096 - ring::HEADER_BYTES) / ENTRY_BYTES).ilog2());
+    assert!(ring.entry_offset(ring.entries - 1) + ENTRY_BYTES <= 4096);
 };
 
 impl RawResponse {

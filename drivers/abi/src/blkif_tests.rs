@@ -36,11 +36,13 @@ fn a_response_has_the_bytes_of_the_table() {
 
 #[test]
 fn entries_lie_behind_the_header_and_wrap() {
-    assert_eq!(entry_offset(0), 64);
-    assert_eq!(entry_offset(1), 176);
-    assert_eq!(entry_offset(31), 64 + 31 * 112);
-    assert_eq!(entry_offset(32), 64);
-    assert_eq!(entry_offset(u32::MAX), entry_offset(31));
+    let ring = RingLayout::X86_64;
+    assert_eq!(ring.entry_offset(0), 64);
+    assert_eq!(ring.entry_offset(1), 176);
+    assert_eq!(ring.entry_offset(31), 64 + 31 * 112);
+    assert_eq!(ring.entry_offset(32), 64);
+    assert_eq!(ring.entry_offset(u32::MAX), ring.entry_offset(31));
+    assert_eq!((ring.page_order(), RingLayout { pages: 4, ..ring }.page_order()), (0, 2));
 }
 
 #[test]

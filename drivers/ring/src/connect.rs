@@ -1,15 +1,16 @@
 //! Connecting: mapping, binding, and taking over what a dead process left.
 
+use crate::config::{ConnectError, RingConfig};
 use crate::record::{EPOCH_AT, Identity, Record};
 use crate::resume::{Plan, plan};
 use crate::ring::{BlkifRing, Parts};
+use crate::serve::Target;
 use std::rc::Rc;
-use tap_abi::blkif::{MAX_SEGMENTS, RING_ENTRIES};
+use tap_abi::blkif::MAX_SEGMENTS;
 use tap_abi::ring;
 use tap_core::Node;
 use tap_host::{
-    Budget, BufPool, DomId, Errno, Event, Events, GrantRef, Grants, Log, PAGE_BYTES, Port, Probe, SharedPage,
-    SharedPages, Tasks, Time, Tried, VbdId, cost_of,
+    BufPool, Event, Events, Grants, Log, PAGE_BYTES, Probe, SharedPage, SharedPages, Tasks, Time, cost_of,
 };
 
 tap_host::listed! {
@@ -31,99 +32,6 @@ tap_host::listed! {
     pub(super) MARKS: Mark;
     RECORD_RESUMED = "record-resumed", "a request was taken over from the in-flight record";
     RESPONSE_RESUMED = "response-resumed", "a response that a dead process had begun was completed";
-}
-
-/// What a ring may use.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Limits {
-    /// Bytes of data buffers in use at a time. A request larger than this is served alone.
-    pub buffer_bytes: usize,
-    /// Most requests taken before responses are published and other tasks have their turn; at least 1.
-    pub batch: u32,
-}
-
-impl Default for Limits {
-    /// Enough for a ring full of requests of eleven pages.
-    fn default() -> Self {
-        Self { buffer_bytes: RING_ENTRIES as usize * (64 << 10), batch: RING_ENTRIES }
-    }
-}
-
-/// Which ring to connect, and how.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct RingConfig {
-    /// The guest.
-    pub dom: DomId,
-    /// The disk.
-    pub vbd: VbdId,
-    /// The ring's page.
-    pub ring_ref: GrantRef,
-    /// The guest's port.
-    pub port: Port,
-    /// Name of the in-flight record ([`SharedPages`]); without one a ring cannot be taken over after a restart.
-    pub record: Option<String>,
-    /// Memory and fairness.
-    pub limits: Limits,
-    /// Writes are refused, even if the node would accept them.
-    pub read_only: bool,
-    /// The budget from which data buffers are taken, within the limits.
-    pub memory: Budget,
-}
-
-/// Why a ring could not be connected.
-#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum ConnectError {
-    /// The ring's page.
-    #[error("map ring page {gref} of {dom}: {error}")]
-    Map {
-        /// The guest.
-        dom: DomId,
-        /// The grant.
-        gref: GrantRef,
-        /// Why.
-        error: Errno,
-    },
-    /// The event channel.
-    #[error("bind event channel {port} of {dom}: {error}")]
-    Bind {
-        /// The guest.
-        dom: DomId,
-        /// The guest's port.
-        port: Port,
-        /// Why.
-        error: Errno,
-    },
-    /// The record's page.
-    #[error("open in-flight record {name}: {error}")]
-    Region {
-        /// The page's name.
-        name: String,
-        /// Why.
-        error: Errno,
-    },
-    /// There is no memory for a single request.
-    #[error("take memory for the ring: {0}; give more (--memory), or serve fewer disks")]
-    Memory(Errno),
-    /// The ring was served before by a process that left no record of it.
-    #[error("connect a ring that is in use and has no in-flight record: the front end has to make a new one")]
-    InUse,
-    /// The record contradicts the ring.
-    #[error("take up the ring: {0}; the front end has to make a new one")]
-    Record(&'static str),
-}
-
-impl ConnectError {
-    /// Whether the host lacked a resource, which may be temporary; the front end did nothing wrong.
-    pub fn passes(&self) -> bool {
-        match self {
-            Self::Map { error, .. } | Self::Bind { error, .. } | Self::Region { error, .. } => {
-                Tried::Page.may_pass(*error)
-            }
-            // Other disks may release memory.
-            Self::Memory(_) => true,
-            Self::InUse | Self::Record(_) => false,
-        }
-    }
 }
 
 impl<H> BlkifRing<H>
@@ -165,8 +73,9 @@ where
                 (Some(record), plan)
             }
         };
-        let parts = Parts { host, config, node, page, channel, record, pool };
-        parts.host.log(Event::RingConnected { dom, vbd: parts.config.vbd });
+        host.log(Event::RingConnected { dom, vbd: config.vbd });
+        let target = Rc::new(Target::new(host, node, &config));
+        let parts = Parts { target, config, page, channel, record, pool };
         Ok(match plan {
             None => Self::start(parts, 0, 0),
             Some((plan, rsp_prod)) => Self::resume(parts, plan, rsp_prod),
@@ -174,7 +83,7 @@ where
     }
 
     fn resume(parts: Parts<H>, plan: Plan, rsp_prod: u32) -> Self {
-        let host = parts.host.clone();
+        let host = parts.target.host.clone();
         if let Some(record) = &parts.record {
             // The last request may be noted but not counted in `req_cons`; after its answer no trace of it would be
             // left.

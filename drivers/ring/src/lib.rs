@@ -24,14 +24,18 @@
 //! Follows Xen's `io/ring.h` and `io/blkif.h`: one page, x86_64 layout, READ, WRITE and FLUSH_DISKCACHE. A flush with
 //! data flushes, writes and flushes again, the strongest interpretation in use.
 
+mod completions;
+mod config;
 mod connect;
+mod end;
 pub mod record;
 mod resume;
 mod ring;
 mod serve;
 
-pub use connect::{ConnectError, Limits, RingConfig};
-pub use ring::{BlkifRing, RingCloser, RingEnd};
+pub use config::{ConnectError, LAYOUT, Limits, RingConfig};
+pub use end::{RingCloser, RingEnd};
+pub use ring::BlkifRing;
 
 tap_host::listed! {
     /// The seeded bugs of this crate.
@@ -40,5 +44,5 @@ tap_host::listed! {
 
 tap_host::listed! {
     /// The marks of this crate.
-    pub MARKS: Mark with [connect::MARKS, ring::MARKS];
+    pub MARKS: Mark with [connect::MARKS, ring::MARKS, serve::MARKS];
 }

@@ -25,8 +25,11 @@
 //! The epoch is also in the last word of the ring header's padding, which front ends clear in a new ring and never
 //! read: it distinguishes a ring from its successor with the same grant and port.
 
-use tap_abi::blkif::{ENTRY_BYTES, MAX_SEGMENTS, RING_ENTRIES};
+use tap_abi::blkif::{ENTRY_BYTES, MAX_SEGMENTS, RingLayout};
 use tap_host::{DomId, GrantRef, PAGE_BYTES, Port, SharedPage, VbdId};
+
+/// Of rings of this layout and no other.
+const RING: RingLayout = RingLayout::X86_64;
 
 const MAGIC: u32 = 0x5249_4c42;
 const VERSION: u32 = 1;
@@ -47,7 +50,7 @@ const BODY_BYTES: usize = 12 + ENTRY_BYTES - ENTRY_HEAD;
 
 const _: () = {
     assert!(BODY_AT + BODY_BYTES == SLOT_BYTES);
-    assert!(SLOTS_AT + RING_ENTRIES as usize * SLOT_BYTES <= PAGE_BYTES);
+    assert!(SLOTS_AT + RING.entries as usize * SLOT_BYTES <= PAGE_BYTES);
     assert!(24 + MAX_SEGMENTS * 8 == ENTRY_BYTES);
 };
 
@@ -160,7 +163,7 @@ impl<P: SharedPage> Record<P> {
         let mut page = [0; PAGE_BYTES];
         self.0.copy_in(0, &mut page);
         let mut slots = Vec::new();
-        for number in 0..RING_ENTRIES as u8 {
+        for number in 0..RING.entries as u8 {
             let at = slot_at(number);
             let bytes = &page[at..at + SLOT_BYTES];
             let state = word(bytes, STATE_AT);

@@ -1,7 +1,7 @@
 //! What to do with a record that a dead process left.
 
+use crate::config::LAYOUT;
 use crate::record::{Content, Slot, SlotState};
-use tap_abi::blkif::RING_ENTRIES;
 
 /// A response that was begun and not published: at this index, with this status.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -38,8 +38,8 @@ pub(crate) fn plan(content: Content, rsp_prod: u32) -> Result<Plan, &'static str
                 plan.taken.push(slot);
             }
             SlotState::Answering { response, status } => match response.wrapping_sub(rsp_prod) {
-                ahead if ahead < RING_ENTRIES => begun.push((ahead, Begun { slot, status })),
-                behind if behind.wrapping_neg() <= RING_ENTRIES => plan.given.push(slot),
+                ahead if ahead < LAYOUT.entries => begun.push((ahead, Begun { slot, status })),
+                behind if behind.wrapping_neg() <= LAYOUT.entries => plan.given.push(slot),
                 _ => return Err("a response in the record is outside the ring's window"),
             },
         }

@@ -1,24 +1,21 @@
 //! The ring at work: taking requests, publishing responses, sleeping, draining.
 
-use crate::connect::RingConfig;
+use crate::completions::{Completions, Done};
+use crate::config::{LAYOUT, RingConfig};
+use crate::end::{RingCloser, RingEnd, Signal};
 use crate::record::{Record, Slot};
-use crate::serve::{Job, check};
-use smallvec::SmallVec;
+use crate::serve::{Job, Target};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::Poll;
-use tap_abi::blkif::{
-    BlkifOp, BlkifRequest, ENTRY_BYTES, Malformed, RING_ENTRIES, RawResponse, STATUS_EOPNOTSUPP,
-    STATUS_ERROR, STATUS_OKAY, entry_offset,
-};
+use tap_abi::blkif::{BlkifRequest, ENTRY_BYTES, Malformed, RawResponse, STATUS_EOPNOTSUPP, STATUS_OKAY};
 use tap_abi::ring::{REQ_EVENT, REQ_PROD, RSP_EVENT, RSP_PROD, needs_notify, unconsumed};
-use tap_core::Node;
 use tap_host::{
-    BufPool, Errno, Event, EventChannel, Events, Grants, IoBuf, Log, OneWaiter, Probe, SECTOR_BYTES,
-    SectorRange, SharedPage, SharedPages, Tasks, Time,
+    BufPool, Errno, Event, EventChannel, Events, Grants, IoBuf, Log, Probe, SECTOR_BYTES, SharedPage,
+    SharedPages, Tasks, Time,
 };
 use zerocopy::IntoBytes;
 
@@ -44,21 +41,19 @@ tap_host::listed! {
     INDEX_BEFORE_RESPONSE = "index-before-response", "the index of responses is stored before the responses";
     TURN_WITHOUT_END = "turn-without-end",
         "requests that are answered at once do not count towards the end of a turn";
-    FLUSH_WRITES_FROZEN = "flush-writes-frozen", "a flush with data is carried out on a read-only disk";
 }
 
 tap_host::listed! {
     pub(super) MARKS: Mark;
     RING_LEFT = "ring-left", "a process left its ring in order";
     RING_REFUSED = "ring-refused", "a ring was closed because of its content";
-    REQUEST_REFUSED = "request-refused", "a malformed request was answered with an error";
 }
 
 /// The parts of a ring.
 pub(crate) struct Parts<H: Grants + Events + SharedPages> {
-    pub(crate) host: H,
+    /// What requests are served with; each of them shares it.
+    pub(crate) target: Rc<Target<H>>,
     pub(crate) config: RingConfig,
-    pub(crate) node: Rc<dyn Node>,
     pub(crate) page: H::Page,
     pub(crate) channel: H::Channel,
     pub(crate) record: Option<Record<H::Region>>,
@@ -66,32 +61,8 @@ pub(crate) struct Parts<H: Grants + Events + SharedPages> {
     pub(crate) pool: BufPool,
 }
 
-/// A request with its result.
-pub(crate) struct Done {
-    pub(crate) slot: u8,
-    pub(crate) id: u64,
-    pub(crate) op: u8,
-    pub(crate) status: i16,
-}
-
-/// What wakes the ring's own task, and the order to end.
-#[derive(Default)]
-struct Signal {
-    /// How the ring should end.
-    end: Cell<Option<RingEnd>>,
-    waiter: OneWaiter,
-}
-
-impl Signal {
-    fn is_ending(&self) -> bool {
-        self.end.get().is_some()
-    }
-}
-
-pub(crate) struct Inner<H: Grants + Events + SharedPages> {
-    pub(crate) parts: Parts<H>,
-    size_sectors: u64,
-    read_only: bool,
+struct Inner<H: Grants + Events + SharedPages> {
+    parts: Parts<H>,
     req_cons: Cell<u32>,
     /// Published responses.
     rsp_prod: Cell<u32>,
@@ -101,78 +72,32 @@ pub(crate) struct Inner<H: Grants + Events + SharedPages> {
     armed: Cell<u32>,
     /// Requests taken since other tasks last had their turn.
     taken: Cell<u32>,
-    done: RefCell<VecDeque<Done>>,
     free_slots: RefCell<Vec<u8>>,
-    /// Where flushes with data will write, once what was answered before is durable. A request that overlaps one
-    /// waits for its end: if it were answered earlier, a successor of this process would write the flush's older
-    /// data again, over newer data.
-    pub(crate) fenced: RefCell<SmallVec<[(u8, SectorRange); 2]>>,
     /// Requests of a dead process, to be executed before any other.
     resumed: RefCell<VecDeque<Slot>>,
-    signal: Rc<Signal>,
 }
 
 /// A connected ring. Dropping it, or the end of [`BlkifRing::run`], unmaps the page and closes the channel.
-pub struct BlkifRing<H: Grants + Events + SharedPages>(Rc<Inner<H>>);
-
-/// Ends a ring from outside.
-#[derive(Clone)]
-pub struct RingCloser(Rc<Signal>);
-
-impl RingCloser {
-    /// Makes the ring take no further requests. [`BlkifRing::run`] ends once those in flight are answered.
-    pub fn close(&self) {
-        self.0.end.set(Some(RingEnd::Closed));
-        self.0.waiter.wake();
-    }
-
-    /// As [`RingCloser::close`], but the ring stays in use: its record is kept, and another process continues where
-    /// this one ends. Does nothing to a ring that is being closed.
-    pub fn leave(&self) {
-        if !self.0.is_ending() {
-            self.0.end.set(Some(RingEnd::Left));
-            self.0.waiter.wake();
-        }
-    }
-}
-
-/// Why a ring is no longer served.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum RingEnd {
-    /// [`RingCloser::close`] was called; every request that was taken is answered.
-    Closed,
-    /// [`RingCloser::leave`] was called; every request that was taken is answered, and the record tells a successor.
-    Left,
-    /// The guest's indices are impossible; nothing has been answered since.
-    Refused(&'static str),
-    /// The event channel is no longer usable; the record tells a successor.
-    ChannelGone,
-}
+pub struct BlkifRing<H: Grants + Events + SharedPages>(Inner<H>);
 
 impl<H> BlkifRing<H>
 where
     H: Time + Tasks + Log + Probe + Grants + Events + SharedPages,
 {
     pub(crate) fn start(parts: Parts<H>, req_cons: u32, rsp_prod: u32) -> Self {
-        let info = parts.node.info();
-        let limits = parts.config.limits;
-        assert!(limits.batch > 0, "a batch of no requests");
-        Self(Rc::new(Inner {
-            size_sectors: info.size_sectors,
-            read_only: info.read_only || parts.config.read_only,
+        assert!(parts.config.limits.batch > 0, "a batch of no requests");
+        parts.target.completions.done.borrow_mut().reserve(LAYOUT.entries as usize);
+        Self(Inner {
             req_cons: Cell::new(req_cons),
             rsp_prod: Cell::new(rsp_prod),
             in_flight: Cell::new(0),
             // An index that will not come soon: the event index is written at the first sleep.
             armed: Cell::new(req_cons.wrapping_sub(1)),
             taken: Cell::new(0),
-            done: RefCell::new(VecDeque::with_capacity(RING_ENTRIES as usize)),
-            free_slots: RefCell::new((0..RING_ENTRIES as u8).rev().collect()),
-            fenced: RefCell::default(),
+            free_slots: RefCell::new((0..LAYOUT.entries as u8).rev().collect()),
             resumed: RefCell::default(),
-            signal: Rc::default(),
             parts,
-        }))
+        })
     }
 
     /// The guest got the response of `slot` before the process died.
@@ -194,7 +119,7 @@ where
             Ok(request) => (request.id, request.op as u8),
             Err(Malformed { id, op, .. }) => (id, op),
         };
-        self.0.done.borrow_mut().push_back(Done { slot: slot.number, id, op, status });
+        self.0.completions().done.borrow_mut().push_back(Done { slot: slot.number, id, op, status });
     }
 
     /// Executes the request in `slot` again.
@@ -205,7 +130,7 @@ where
 
     /// A handle that ends this ring.
     pub fn closer(&self) -> RingCloser {
-        RingCloser(Rc::clone(&self.0.signal))
+        RingCloser(Rc::clone(self.0.signal()))
     }
 
     /// Serves the ring until it is closed or left, or refused because of what the guest wrote. Then waits for the
@@ -216,7 +141,7 @@ where
         let ring = &self.0;
         let end = ring.serve().await;
         ring.drain(end).await;
-        let Parts { host, config, record, .. } = &ring.parts;
+        let (Parts { config, record, .. }, host) = (&ring.parts, ring.host());
         if let (Some(_), Some(name)) = (record, &config.record)
             && (!matches!(end, RingEnd::Left | RingEnd::ChannelGone | RingEnd::Refused(_))
                 || host.bug(&RECORD_GONE_AT_LEAVE))
@@ -236,7 +161,7 @@ where
             }
         };
         host.log(Event::RingClosed { dom: config.dom, vbd: config.vbd, why });
-        assert_eq!(Rc::strong_count(&self.0), 1, "a request outlived its ring");
+        assert_eq!(Rc::strong_count(&ring.parts.target), 1, "a request outlived its ring");
         end
     }
 }
@@ -245,7 +170,19 @@ impl<H> Inner<H>
 where
     H: Time + Tasks + Log + Probe + Grants + Events + SharedPages,
 {
-    async fn serve(self: &Rc<Self>) -> RingEnd {
+    fn host(&self) -> &H {
+        &self.parts.target.host
+    }
+
+    fn completions(&self) -> &Completions {
+        &self.parts.target.completions
+    }
+
+    fn signal(&self) -> &Rc<Signal> {
+        &self.completions().signal
+    }
+
+    async fn serve(&self) -> RingEnd {
         let Parts { channel, .. } = &self.parts;
         // A guest that a dying process did not notify must not wait forever; one event too many does no harm.
         channel.notify();
@@ -255,14 +192,14 @@ where
             if let Err(why) = self.take_all().await {
                 return RingEnd::Refused(why);
             }
-            if let Some(end) = self.signal.end.get() {
+            if let Some(end) = self.signal().end() {
                 return end;
             }
             if self.arm() {
                 match self.sleep(event.as_mut()).await {
                     Woken::Work => {}
                     Woken::Event(Ok(())) => event.set(channel.wait()),
-                    Woken::Event(Err(_)) if self.parts.host.bug(&DEAF_CLOSES) => return RingEnd::Closed,
+                    Woken::Event(Err(_)) if self.host().bug(&DEAF_CLOSES) => return RingEnd::Closed,
                     Woken::Event(Err(_)) => return RingEnd::ChannelGone,
                 }
             }
@@ -270,14 +207,14 @@ where
         }
     }
 
-    async fn serve_resumed(self: &Rc<Self>) {
+    async fn serve_resumed(&self) {
         self.publish();
         loop {
             let Some(slot) = self.resumed.borrow_mut().pop_front() else { return };
-            let job = self.look_at(&slot.entry);
+            let job = self.parts.target.look_at(&slot.entry);
             if let Ok(request) = &job {
                 let (id, range) = (request.id, request.range());
-                self.parts.host.log(Event::RequestResumed { vbd: self.parts.config.vbd, id, range });
+                self.host().log(Event::RequestResumed { vbd: self.parts.config.vbd, id, range });
             }
             let buf = self.buffer(&job).await;
             self.after_fences(&job).await;
@@ -286,25 +223,25 @@ where
     }
 
     /// Takes every request that is on the ring.
-    async fn take_all(self: &Rc<Self>) -> Result<(), &'static str> {
+    async fn take_all(&self) -> Result<(), &'static str> {
         loop {
             let prod = self.parts.page.load_u32(REQ_PROD);
             let cons = self.req_cons.get();
             let waiting = unconsumed(prod, cons);
-            if waiting > RING_ENTRIES || unconsumed(prod, self.rsp_prod.get()) > RING_ENTRIES {
+            if waiting > LAYOUT.entries || unconsumed(prod, self.rsp_prod.get()) > LAYOUT.entries {
                 return Err("more requests than the ring has entries");
             }
             if waiting == 0 {
                 return Ok(());
             }
             for _ in 0..waiting {
-                if self.signal.is_ending() {
+                if self.signal().is_ending() {
                     return Ok(());
                 }
                 if self.taken.get() >= self.parts.config.limits.batch {
                     // Counted across calls: requests answered at once would keep this task running forever.
                     self.publish();
-                    self.parts.host.yield_now().await;
+                    self.host().yield_now().await;
                     self.taken.set(0);
                     break;
                 }
@@ -315,29 +252,21 @@ where
 
     fn read_entry(&self, index: u32) -> [u8; ENTRY_BYTES] {
         let mut entry = [0; ENTRY_BYTES];
-        self.parts.page.copy_in(entry_offset(index), &mut entry);
+        self.parts.page.copy_in(LAYOUT.entry_offset(index), &mut entry);
         entry
     }
 
-    /// Parses and checks a private copy of an entry.
-    fn look_at(&self, entry: &[u8; ENTRY_BYTES]) -> Result<Job, Malformed> {
-        let request = BlkifRequest::parse(entry)?;
-        let flush_slips = request.op == BlkifOp::Flush && self.parts.host.bug(&FLUSH_WRITES_FROZEN);
-        check(&request, self.size_sectors, self.read_only && !flush_slips)?;
-        Ok(Job(request))
-    }
-
-    async fn take_one(self: &Rc<Self>) {
-        let Parts { host, record, .. } = &self.parts;
+    async fn take_one(&self) {
+        let (host, record) = (self.host(), &self.parts.record);
         let index = self.req_cons.get();
         let entry = self.read_entry(index);
-        let mut job = self.look_at(&entry);
+        let mut job = self.parts.target.look_at(&entry);
         if host.bug(&RING_READ_TWICE) && job.is_ok() {
             job = BlkifRequest::parse(&self.read_entry(index)).map(Job);
         }
         let buf = self.buffer(&job).await;
         self.after_fences(&job).await;
-        if self.signal.is_ending() {
+        if self.signal().is_ending() {
             return;
         }
         let slot = self.free_slots.borrow_mut().pop().expect("a slot per entry of the ring");
@@ -363,7 +292,7 @@ where
     }
 
     /// The buffer that a request needs. While it waits for one, responses still go out.
-    async fn buffer(self: &Rc<Self>, job: &Result<Job, Malformed>) -> Option<IoBuf> {
+    async fn buffer(&self, job: &Result<Job, Malformed>) -> Option<IoBuf> {
         let bytes = u64::from(job.as_ref().map_or(0, |job| job.0.count())) * SECTOR_BYTES;
         if bytes == 0 {
             return None;
@@ -374,7 +303,7 @@ where
                 return Poll::Ready(buf);
             }
             self.publish();
-            self.signal.waiter.wait(cx.waker());
+            self.signal().waiter.wait(cx.waker());
             Poll::Pending
         });
         Some(buf.await.expect("88 sectors are far below the largest buffer"))
@@ -383,58 +312,42 @@ where
     /// Waits for flushes with data that precede `job` on the ring and whose data it overlaps: the disk sees that data
     /// only when their first half is done, and keeps requests in the order in which it sees them. Responses go out
     /// meanwhile.
-    async fn after_fences(self: &Rc<Self>, job: &Result<Job, Malformed>) {
+    async fn after_fences(&self, job: &Result<Job, Malformed>) {
         let Ok(job) = job else { return };
-        if self.fenced.borrow().is_empty() || self.parts.host.bug(&FLUSH_DATA_UNORDERED) {
+        if self.host().bug(&FLUSH_DATA_UNORDERED) {
             return;
         }
         let range = job.range();
         poll_fn(|cx| {
-            if !self.fenced.borrow().iter().any(|(_, data)| data.overlaps(range)) {
+            if !self.completions().is_fenced(range) {
                 return Poll::Ready(());
             }
             self.publish();
-            self.signal.waiter.wait(cx.waker());
+            self.signal().waiter.wait(cx.waker());
             Poll::Pending
         })
         .await;
     }
 
-    /// The flush in `slot` has ended. Its answer, which comes in the same turn, wakes the ring's task.
-    pub(crate) fn lift_fence(&self, slot: u8) {
-        self.fenced.borrow_mut().retain(|(fenced, _)| *fenced != slot);
-    }
-
     /// Starts a request that was taken, or answers it if it is malformed.
-    fn go(self: &Rc<Self>, slot: u8, job: Result<Job, Malformed>, buf: Option<IoBuf>) {
+    fn go(&self, slot: u8, job: Result<Job, Malformed>, buf: Option<IoBuf>) {
         match job {
-            Ok(job) => job.start(self, slot, buf),
+            Ok(job) => job.start(&self.parts.target, slot, buf),
             Err(bad) => {
-                self.refused(bad.id, bad.why);
-                let status = if self.parts.host.bug(&REFUSED_AS_OK) { STATUS_OKAY } else { bad.status };
-                self.done(Done { slot, id: bad.id, op: bad.op, status });
+                self.parts.target.refused(bad.id, bad.why);
+                let status = if self.host().bug(&REFUSED_AS_OK) { STATUS_OKAY } else { bad.status };
+                self.completions().done(Done { slot, id: bad.id, op: bad.op, status });
             }
         }
     }
 
-    pub(crate) fn refused(&self, id: u64, why: &'static str) {
-        self.parts.host.mark(&REQUEST_REFUSED);
-        self.parts.host.log(Event::RequestRefused { vbd: self.parts.config.vbd, id, why });
-    }
-
-    /// A request ended; its response goes out with the next batch.
-    pub(crate) fn done(&self, done: Done) {
-        self.done.borrow_mut().push_back(done);
-        self.signal.waiter.wake();
-    }
-
     /// Puts all responses on the ring and publishes them together.
     fn publish(&self) {
-        let mut done = self.done.borrow_mut();
+        let mut done = self.completions().done.borrow_mut();
         if done.is_empty() {
             return;
         }
-        let Parts { host, config, page, channel, record, .. } = &self.parts;
+        let (Parts { config, page, channel, record, .. }, host) = (&self.parts, self.host());
         let believed = host.bug(&RSP_PROD_BELIEVED);
         let old = if believed { page.load_u32(RSP_PROD) } else { self.rsp_prod.get() };
         let mut new = old;
@@ -445,7 +358,7 @@ where
             if let Some(record) = record {
                 record.answer(*slot, new, *status);
             }
-            page.copy_out(entry_offset(new), RawResponse::new(*id, *op, *status).as_bytes());
+            page.copy_out(LAYOUT.entry_offset(new), RawResponse::new(*id, *op, *status).as_bytes());
             new = new.wrapping_add(1);
         }
         page.store_u32(RSP_PROD, new);
@@ -469,7 +382,7 @@ where
 
     /// Asks for an event at the next request. `false` if a request is already there.
     fn arm(&self) -> bool {
-        let Parts { host, page, .. } = &self.parts;
+        let (host, page) = (self.host(), &self.parts.page);
         let cons = self.req_cons.get();
         if self.armed.replace(cons.wrapping_add(1)) != cons.wrapping_add(1) {
             page.store_u32(REQ_EVENT, cons.wrapping_add(1));
@@ -482,10 +395,10 @@ where
 
     async fn sleep(&self, mut event: Pin<&mut impl Future<Output = Result<(), Errno>>>) -> Woken {
         poll_fn(|cx| {
-            if self.signal.is_ending() || !self.done.borrow().is_empty() {
+            if self.signal().is_ending() || !self.completions().done.borrow().is_empty() {
                 return Poll::Ready(Woken::Work);
             }
-            self.signal.waiter.wait(cx.waker());
+            self.signal().waiter.wait(cx.waker());
             let woken = event.as_mut().poll(cx).map(Woken::Event);
             if woken.is_pending() {
                 self.taken.set(0);
@@ -498,9 +411,9 @@ where
     /// Waits for the requests in flight. A refused ring gets no more responses.
     async fn drain(&self, end: RingEnd) {
         poll_fn(|cx| {
-            let last = self.done.borrow().len() as u32 == self.in_flight.get();
-            if matches!(end, RingEnd::Refused(_)) || (last && self.parts.host.bug(&EARLY_DRAIN)) {
-                let dropped = self.done.borrow_mut().drain(..).count() as u32;
+            let last = self.completions().done.borrow().len() as u32 == self.in_flight.get();
+            if matches!(end, RingEnd::Refused(_)) || (last && self.host().bug(&EARLY_DRAIN)) {
+                let dropped = self.completions().done.borrow_mut().drain(..).count() as u32;
                 self.in_flight.set(self.in_flight.get() - dropped);
             } else {
                 self.publish();
@@ -508,7 +421,7 @@ where
             if self.in_flight.get() == 0 {
                 return Poll::Ready(());
             }
-            self.signal.waiter.wait(cx.waker());
+            self.signal().waiter.wait(cx.waker());
             Poll::Pending
         })
         .await;
@@ -527,14 +440,5 @@ fn result_of(status: i16) -> Result<(), Errno> {
         STATUS_OKAY => Ok(()),
         STATUS_EOPNOTSUPP => Err(Errno::EOPNOTSUPP),
         _ => Err(Errno::EIO),
-    }
-}
-
-/// The status that the guest gets for the result of a request.
-pub(crate) fn status_of(result: Result<(), Errno>) -> i16 {
-    match result {
-        Ok(()) => STATUS_OKAY,
-        Err(Errno::EOPNOTSUPP) => STATUS_EOPNOTSUPP,
-        Err(_) => STATUS_ERROR,
     }
 }

@@ -1,14 +1,17 @@
 //! One request: from the copy of its entry to its result.
 
-use crate::ring::{Done, Inner, status_of};
+use crate::completions::{Completions, Done};
+use crate::config::RingConfig;
 use smallvec::SmallVec;
 use std::future::Future;
 use std::rc::Rc;
-use tap_abi::blkif::{BlkifOp, BlkifRequest, MAX_SEGMENTS, Malformed, STATUS_ERROR};
-use tap_core::{Request, Response};
+use tap_abi::blkif::{
+    BlkifOp, BlkifRequest, ENTRY_BYTES, MAX_SEGMENTS, Malformed, STATUS_EOPNOTSUPP, STATUS_ERROR, STATUS_OKAY,
+};
+use tap_core::{Node, Request, Response};
 use tap_host::{
-    Errno, Event, Events, GrantRef, GrantSegment, Grants, IoBuf, IoKind, IoVec, Log, Probe, SECTOR_BYTES,
-    SectorRange, SharedPages, Tasks, Time, VbdId,
+    DomId, Errno, Event, GrantRef, GrantSegment, Grants, IoBuf, IoKind, IoVec, Log, Probe, SECTOR_BYTES,
+    SectorRange, Tasks, VbdId,
 };
 
 tap_host::listed! {
@@ -21,10 +24,76 @@ tap_host::listed! {
         "a read whose data could not be copied to the guest is answered as a success";
     FLUSH_DATA_EARLY = "flush-data-early",
         "the data of a flush is written before what the flush covers is durable";
+    FLUSH_WRITES_FROZEN = "flush-writes-frozen", "a flush with data is carried out on a read-only disk";
+}
+
+tap_host::listed! {
+    pub(super) MARKS: Mark;
+    REQUEST_REFUSED = "request-refused", "a malformed request was answered with an error";
+}
+
+/// What the requests of one ring are served with. It outlives none of them.
+pub(crate) struct Target<H> {
+    pub(crate) host: H,
+    node: Rc<dyn Node>,
+    dom: DomId,
+    vbd: VbdId,
+    size_sectors: u64,
+    read_only: bool,
+    pub(crate) completions: Completions,
+}
+
+impl<H: Log + Probe> Target<H> {
+    pub(crate) fn new(host: H, node: Rc<dyn Node>, config: &RingConfig) -> Self {
+        let info = node.info();
+        Self {
+            host,
+            node,
+            dom: config.dom,
+            vbd: config.vbd,
+            size_sectors: info.size_sectors,
+            read_only: info.read_only || config.read_only,
+            completions: Completions::default(),
+        }
+    }
+
+    /// Parses and checks a private copy of an entry.
+    pub(crate) fn look_at(&self, entry: &[u8; ENTRY_BYTES]) -> Result<Job, Malformed> {
+        let request = BlkifRequest::parse(entry)?;
+        let flush_slips = request.op == BlkifOp::Flush && self.host.bug(&FLUSH_WRITES_FROZEN);
+        check(&request, self.size_sectors, self.read_only && !flush_slips)?;
+        Ok(Job(request))
+    }
+
+    pub(crate) fn refused(&self, id: u64, why: &'static str) {
+        self.host.mark(&REQUEST_REFUSED);
+        self.host.log(Event::RequestRefused { vbd: self.vbd, id, why });
+    }
+
+    /// The second half of a flush with data.
+    async fn after_flush(
+        &self,
+        flushed: Result<(), Errno>,
+        range: SectorRange,
+        data: IoVec,
+    ) -> Result<(), Errno> {
+        flushed?;
+        self.node.submit(Request::write(range, data)).await.result?;
+        self.node.submit(Request::flush()).await.result
+    }
+}
+
+/// The status that the guest gets for the result of a request.
+fn status_of(result: Result<(), Errno>) -> i16 {
+    match result {
+        Ok(()) => STATUS_OKAY,
+        Err(Errno::EOPNOTSUPP) => STATUS_EOPNOTSUPP,
+        Err(_) => STATUS_ERROR,
+    }
 }
 
 /// Whether the disk can serve `request`.
-pub(crate) fn check(request: &BlkifRequest, size_sectors: u64, read_only: bool) -> Result<(), Malformed> {
+fn check(request: &BlkifRequest, size_sectors: u64, read_only: bool) -> Result<(), Malformed> {
     let count = request.count();
     let why = if count > 0 && !SectorRange::new(request.sector, count).fits(size_sectors) {
         "outside the disk"
@@ -79,26 +148,26 @@ impl Job {
 
     /// Hands the request to the node, in the order of the calls, and spawns a task for the rest. The data of a
     /// write is copied from the guest here, once.
-    pub(crate) fn start<H>(self, ring: &Rc<Inner<H>>, slot: u8, buf: Option<IoBuf>)
+    pub(crate) fn start<H>(self, target: &Rc<Target<H>>, slot: u8, buf: Option<IoBuf>)
     where
-        H: Time + Tasks + Log + Probe + Grants + Events + SharedPages,
+        H: Tasks + Log + Probe + Grants,
     {
         let mut bufs: IoVec = buf.into_iter().collect();
         if self.op != BlkifOp::Read
             && let Some(buf) = bufs.first_mut()
-            && let Err(error) = self.copy_in(ring, buf)
+            && let Err(error) = self.copy_in(target, buf)
         {
-            ring.refused(self.id, "its data cannot be copied from the guest");
-            return self.end(ring, slot, Err(error));
+            target.refused(self.id, "its data cannot be copied from the guest");
+            return self.end(target, slot, Err(error));
         }
-        let node = &ring.parts.node;
-        let (host, own, key) = (&ring.parts.host, Rc::clone(ring), self.sector);
+        let node = &target.node;
+        let (host, own, key) = (&target.host, Rc::clone(target), self.sector);
         let (role, first) = match self.op {
             BlkifOp::Read => ("read", node.submit(Request::read(self.range(), bufs))),
             BlkifOp::Write => ("write", node.submit(Request::write(self.range(), bufs))),
             BlkifOp::Flush if bufs.is_empty() => ("flush", node.submit(Request::flush())),
             BlkifOp::Flush => {
-                let all = self.flush_around(ring, slot, bufs);
+                let all = self.flush_around(target, slot, bufs);
                 return host.spawn("flush", key, async move { self.end(&own, slot, all.await) });
             }
         };
@@ -109,12 +178,11 @@ impl Job {
         });
     }
 
-    fn copy_in<H>(&self, ring: &Inner<H>, buf: &mut [u8]) -> Result<(), Errno>
+    fn copy_in<H>(&self, target: &Target<H>, buf: &mut [u8]) -> Result<(), Errno>
     where
-        H: Time + Tasks + Log + Probe + Grants + Events + SharedPages,
+        H: Tasks + Log + Probe + Grants,
     {
-        let (host, dom, segments) =
-            (&ring.parts.host, ring.parts.config.dom, self.segments(&ring.parts.host));
+        let (host, dom, segments) = (&target.host, target.dom, self.segments(&target.host));
         let copied = host.copy_in(dom, &segments, buf);
         if copied.is_err() && host.bug(&COPY_IN_FIRST) {
             return host.copy_in(dom, &segments[1..], &mut buf[usize::from(segments[0].len)..]);
@@ -122,26 +190,25 @@ impl Job {
         copied
     }
 
-    fn end<H>(&self, ring: &Inner<H>, slot: u8, result: Result<(), Errno>)
+    fn end<H>(&self, target: &Target<H>, slot: u8, result: Result<(), Errno>)
     where
-        H: Time + Tasks + Log + Probe + Grants + Events + SharedPages,
+        H: Tasks + Log + Probe + Grants,
     {
-        ring.done(Done { slot, id: self.id, op: self.op as u8, status: status_of(result) });
+        target.completions.done(Done { slot, id: self.id, op: self.op as u8, status: status_of(result) });
     }
 
     /// The rest of the work, after the node has answered.
-    fn answer<H>(&self, ring: &Inner<H>, response: Response) -> Result<(), Errno>
+    fn answer<H>(&self, target: &Target<H>, response: Response) -> Result<(), Errno>
     where
-        H: Time + Tasks + Log + Probe + Grants + Events + SharedPages,
+        H: Tasks + Log + Probe + Grants,
     {
         response.result?;
         match (self.op, response.bufs.first()) {
-            (BlkifOp::Read, Some(buf)) => ring
-                .parts
+            (BlkifOp::Read, Some(buf)) => target
                 .host
-                .copy_out(ring.parts.config.dom, &self.segments(&ring.parts.host), buf)
-                .inspect_err(|_| ring.refused(self.id, "its data cannot be copied to the guest"))
-                .or_else(|error| if ring.parts.host.bug(&COPY_OUT_IGNORED) { Ok(()) } else { Err(error) }),
+                .copy_out(target.dom, &self.segments(&target.host), buf)
+                .inspect_err(|_| target.refused(self.id, "its data cannot be copied to the guest"))
+                .or_else(|error| if target.host.bug(&COPY_OUT_IGNORED) { Ok(()) } else { Err(error) }),
             _ => Ok(()),
         }
     }
@@ -149,38 +216,21 @@ impl Job {
     /// A flush with data: everything before is durable before the data is written, and the data after.
     fn flush_around<H>(
         self,
-        ring: &Rc<Inner<H>>,
+        target: &Rc<Target<H>>,
         slot: u8,
         data: IoVec,
     ) -> impl Future<Output = Result<(), Errno>> + use<H>
     where
-        H: Time + Tasks + Log + Probe + Grants + Events + SharedPages,
+        H: Tasks + Log + Probe + Grants,
     {
-        let (own, range) = (Rc::clone(ring), self.range());
-        let first = own.parts.node.submit(Request::flush());
-        own.fenced.borrow_mut().push((slot, range));
+        let (own, range) = (Rc::clone(target), self.range());
+        let first = own.node.submit(Request::flush());
+        own.completions.fence(slot, range);
         async move {
-            let flushed = if own.parts.host.bug(&FLUSH_DATA_EARLY) { Ok(()) } else { first.await.result };
+            let flushed = if own.host.bug(&FLUSH_DATA_EARLY) { Ok(()) } else { first.await.result };
             let result = own.after_flush(flushed, range, data).await;
-            own.lift_fence(slot);
+            own.completions.lift_fence(slot);
             result
         }
-    }
-}
-
-impl<H> Inner<H>
-where
-    H: Time + Tasks + Log + Probe + Grants + Events + SharedPages,
-{
-    /// The second half of a flush with data.
-    async fn after_flush(
-        &self,
-        flushed: Result<(), Errno>,
-        range: SectorRange,
-        data: IoVec,
-    ) -> Result<(), Errno> {
-        flushed?;
-        self.parts.node.submit(Request::write(range, data)).await.result?;
-        self.parts.node.submit(Request::flush()).await.result
     }
 }

@@ -3,13 +3,7 @@
 use crate::config::BackendError;
 use crate::patience::patiently;
 use tap_abi::xenbus::XenbusState;
-use tap_host::{Errno, GrantRef, Port, Probe, Time, Xenstore};
-
-tap_host::listed! {
-    pub(super) BUGS: Bug;
-    STALE_RING_REF = "stale-ring-ref",
-        "the grant of a ring is taken from a key that an earlier front end left";
-}
+use tap_host::{Errno, Probe, Time, Xenstore};
 
 /// Longest value that any key here may have.
 pub(crate) const MAX_VALUE_BYTES: usize = 256;
@@ -69,50 +63,6 @@ pub(crate) async fn state<H: Xenstore + Time + Probe>(
 /// The state that a value of the key `state` stands for; [`XenbusState::Unknown`] for nonsense.
 pub(crate) fn state_of(value: &[u8]) -> XenbusState {
     XenbusState::parse(value).unwrap_or(XenbusState::Unknown)
-}
-
-/// What the front end says about its ring.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct RingKeys {
-    pub(crate) ring_ref: GrantRef,
-    pub(crate) port: Port,
-}
-
-/// Reads all keys of the front end that describe its ring.
-///
-/// # Errors
-/// The outer one from xenstore; the inner one for what we cannot or will not serve.
-pub(crate) async fn ring<H: Xenstore + Time + Probe>(
-    host: &H,
-    frontend: &str,
-) -> Result<Result<RingKeys, &'static str>, BackendError> {
-    let key = async |name| read(host, frontend, name).await;
-    match key("protocol").await?.as_deref() {
-        None | Some(b"x86_64-abi") => {}
-        Some(_) => return Ok(Err("protocol is not x86_64-abi, which is the only one served")),
-    }
-    // Only one page and one queue were offered.
-    for (name, least, why) in [
-        ("ring-page-order", 0, "ring-page-order is not 0, the only one offered"),
-        ("num-ring-pages", 1, "num-ring-pages is not 1, the only number offered"),
-        ("multi-queue-num-queues", 1, "multi-queue-num-queues is not 1, the only number offered"),
-    ] {
-        if key(name).await?.is_some_and(|value| number(&value) != Some(least)) {
-            return Ok(Err(why));
-        }
-    }
-    // A front end that states its number of pages has the first one in ring-ref0. Without that number, ring-ref0 is
-    // left over from an earlier front end.
-    let counts = key("ring-page-order").await?.is_some() || host.bug(&STALE_RING_REF);
-    let first = if counts { key("ring-ref0").await? } else { None };
-    let ring_ref = if first.is_some() { first } else { key("ring-ref").await? };
-    let Some(ring_ref) = ring_ref.and_then(|value| number(&value)) else {
-        return Ok(Err("ring-ref is not a number"));
-    };
-    let Some(port) = key("event-channel").await?.and_then(|value| number(&value)) else {
-        return Ok(Err("event-channel is not a number"));
-    };
-    Ok(Ok(RingKeys { ring_ref: GrantRef(ring_ref), port: Port(port) }))
 }
 
 #[cfg(test)]

@@ -32,6 +32,7 @@
 //! Follows Xen's `io/xenbus.h` and `io/blkif.h`.
 
 mod config;
+mod features;
 mod keys;
 mod lead;
 mod lock;
@@ -53,7 +54,7 @@ pub use tap_ring::Limits as RingLimits;
 tap_host::listed! {
     /// The seeded bugs of this crate.
     pub BUGS: Bug with [
-        keys::BUGS, lead::BUGS, lock::BUGS, machine::BUGS, orphans::BUGS, patience::BUGS, supervise::BUGS,
+        features::BUGS, lead::BUGS, lock::BUGS, machine::BUGS, orphans::BUGS, patience::BUGS, supervise::BUGS,
     ];
 }
 

@@ -1,6 +1,7 @@
 //! The machine: look, decide by the rules, act, wait.
 
 use crate::config::{BackendConfig, BackendEnd, BackendError, Hotplug, XenHost};
+use crate::features::Features;
 use crate::keys;
 use crate::lock::{Lock, is_over};
 use crate::pace::Pace;
@@ -55,6 +56,7 @@ struct Serving {
 pub struct Backend<H: XenHost> {
     host: H,
     config: BackendConfig,
+    features: Features,
     node: Rc<dyn Node>,
     leave: Rc<wait::Event>,
     frontend: StorePath,
@@ -139,6 +141,7 @@ impl<H: XenHost> Backend<H> {
         ];
         Ok(Self {
             host,
+            features: Features::of(&config),
             config,
             node,
             leave,
@@ -304,10 +307,7 @@ impl<H: XenHost> Backend<H> {
 
     async fn offer(&mut self) -> Result<(), BackendError> {
         self.pace.offered(&self.host);
-        let mut keys = vec![
-            ("feature-flush-cache", u8::from(self.config.flush_cache).to_string()),
-            ("max-ring-page-order", "0".into()),
-        ];
+        let mut keys = self.features.keys();
         if self.config.hotplug == Hotplug::Write {
             keys.push(("hotplug-status", "connected".into()));
         }
@@ -333,7 +333,7 @@ impl<H: XenHost> Backend<H> {
     }
 
     async fn ring_from_keys(&self, read_only: bool) -> Result<Result<BlkifRing<H>, String>, BackendError> {
-        let keys = match keys::ring(&self.host, &self.frontend).await? {
+        let keys = match self.features.ring(&self.host, &self.frontend).await? {
             Ok(keys) => keys,
             Err(why) => return Ok(Err(format!("connect: {why}"))),
         };
