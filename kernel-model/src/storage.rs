@@ -8,6 +8,7 @@ mod closing;
 mod config;
 mod effect;
 mod nth;
+mod outage;
 mod power;
 
 use crate::calls::{Call, CallRates};
@@ -17,6 +18,7 @@ pub(crate) use closing::Descriptor;
 pub use config::{IoCounts, StorageConfig};
 pub use nth::{Concerned, NthFailure};
 use nth::{Nth, NthCounts};
+use outage::Outage;
 use sim::{Entity, Sim, Timed, text_hash};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -119,6 +121,7 @@ pub(crate) struct Inner {
     full: Cell<bool>,
     refusing: Cell<bool>,
     nth_counts: NthCounts,
+    outage: Outage,
     /// Files that were dropped and are not closed yet, and when they will be.
     closing: RefCell<Vec<(u64, Rc<OpenFile>)>>,
     hook: RefCell<Option<Hook>>,
@@ -155,6 +158,7 @@ impl Storage {
             full: Cell::new(false),
             refusing: Cell::new(false),
             nth_counts: NthCounts::default(),
+            outage: Outage::default(),
             closing: RefCell::default(),
             hook: RefCell::default(),
         }))

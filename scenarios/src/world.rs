@@ -113,6 +113,12 @@ impl World {
         self.boots.replace(self.boots.get() + 1)
     }
 
+    /// Cuts the power of a machine without guests, and counts that.
+    pub fn power_cut(&self) {
+        self.storage.power_cut();
+        self.count(|s| s.crashes += 1);
+    }
+
     /// Whether operations of the host fail in this world for longer than a retry can hide.
     pub fn draws_errors(&self) -> bool {
         self.errors_allowed

@@ -51,7 +51,7 @@ tap_host::listed! {
 /// operation in ten fails, that alone would hardly ever complete a request of many operations.
 const REPEATS: u32 = 2;
 /// The same while an image is being created or closed, without a scheduler.
-const LONE_REPEATS: u32 = 8;
+const LONE_REPEATS: u32 = 12;
 /// Retries of a read while an image is being opened.
 const READ_REPEATS: u32 = 8;
 

@@ -22,6 +22,8 @@ tap_host::listed! {
         "a synchronisation during which the process died counts as a success without a check";
     LOST_OUTLIVES_BOOT = "lost-outlives-boot",
         "a loss in a synchronisation is still held against the disk after a reboot";
+    SYNC_PAGE_KEPT = "sync-page-kept",
+        "the page about a file's synchronisations stays when the file is closed and nothing was lost";
 }
 
 /// Offset of the boot's number in the page: 16 bytes.
@@ -100,7 +102,7 @@ impl<H: ImageHost> SyncRecord<H> {
 
 impl<H: ImageHost> Drop for SyncRecord<H> {
     fn drop(&mut self) {
-        if self.page.load_u32(STATE) == CLEAN {
+        if self.page.load_u32(STATE) == CLEAN && !self.host.bug(&SYNC_PAGE_KEPT) {
             self.host.remove_region(&self.name);
         }
     }

@@ -4,7 +4,7 @@
 //! for the kernel's own threads, which tear down the rings of a killed process. Until then the lock is held, even by a
 //! process that is no longer visible.
 
-use super::{Inner, OpenFile};
+use super::{Inner, OpenFile, Storage};
 use crate::calls::CLOSE_LATE;
 use sim::text_hash;
 use std::cell::Cell;
@@ -40,6 +40,15 @@ impl Drop for Descriptor {
             self.process.set(self.process.get().max(until_ns));
             self.storage.closing.borrow_mut().push((until_ns, Rc::clone(&self.open)));
         }
+    }
+}
+
+impl Storage {
+    /// Whether somebody has a file locked, as everybody has whose disk is not closed, or a file is still being closed.
+    pub fn is_in_use(&self) -> bool {
+        self.0.close_due();
+        let locked = self.0.files.borrow().values().any(|file| !file.locks.borrow().is_empty());
+        locked || !self.0.closing.borrow().is_empty()
     }
 }
 

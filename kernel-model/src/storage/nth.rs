@@ -68,8 +68,11 @@ pub(super) enum Nth {
 }
 
 impl Inner {
-    /// What the failure by number, if there is one, does to operation number `n`.
+    /// What an outage, or the failure by number, does to operation number `n`, if there is one.
     pub(super) fn nth(&self, op: IoOp, n: u64) -> Nth {
+        if let Some(outage) = self.outage(op).filter(|_| !self.stopped.get()) {
+            return outage;
+        }
         let Some(nth) = self.config.borrow().nth_failure.filter(|_| !self.stopped.get()) else {
             return Nth::Nothing;
         };

@@ -50,11 +50,17 @@ impl Storage {
         out
     }
 
+    /// How often the power was cut so far: hosts have the number in bytes 8 to 11 of their boot's id.
+    pub fn power_cuts(&self) -> u32 {
+        self.0.power_cuts()
+    }
+
     /// Cuts the power: per file a decision for every pending write and size change. Writes in flight count as pending.
     /// Open descriptors stay open on files that can no longer be found; call it when every process is dead.
     pub fn power_cut(&self) {
         let inner = &self.0;
         inner.sim.remark("power", || "the power is cut".into());
+        inner.end_outage();
         inner.land_in_flight();
         // What the kernel had yet to close is closed.
         drop(inner.closing.take());

@@ -302,12 +302,9 @@ async fn epoch(
     node.dead().await;
     let live = world.storage.content(&setup.spec.path).unwrap_or_default();
     let before = BeforeCut::capture(setup.model(), &live, setup.history.borrow().running());
-    world.storage.power_cut();
+    world.power_cut();
     let left = world.storage.content(&setup.spec.path).unwrap_or_default();
-    world.count(|s| {
-        s.crashes += 1;
-        s.lost_clusters += before.map_or(0, |before| before.max_lost(&left));
-    });
+    world.count(|s| s.lost_clusters += before.map_or(0, |before| before.max_lost(&left)));
     setup.history.borrow_mut().power_cut();
     setup.check(world, &format!("after power cut {}", cut + 1)).await;
 }
@@ -362,6 +359,9 @@ async fn work(
     recovered: bool,
 ) {
     let Some(stack) = open_under_errors(world, setup, limits, host).await else { return };
+    if !world.errors_allowed() && !world.options.explore {
+        failures::arm_outage(world);
+    }
     let policy = ErrorPolicy {
         retries: guest_retries(world),
         errors_allowed: world.errors_allowed(),

@@ -106,8 +106,7 @@ impl Round {
         let made = self.make(world, format).await;
         world.count(|s| s.requests += 1);
         if made.is_none() || cut_then {
-            world.storage.power_cut();
-            world.count(|s| s.crashes += 1);
+            world.power_cut();
         }
         let succeeded = matches!(made, Some(Ok(())));
         match made {

@@ -1,6 +1,6 @@
 //! Consecutive failures: which operations of the host fail, and how.
 
-use crate::world::setting;
+use crate::world::{World, setting};
 use kernel_model::faults::FaultPlan;
 use kernel_model::{Concerned, NthFailure, StorageConfig};
 use sim::{Draw, Entity, Label, Sim};
@@ -44,6 +44,15 @@ pub(super) fn passing(sim: &Sim) -> Option<NthFailure> {
 /// Storage on which nothing fails permanently, and some consecutive operations fail.
 pub(super) fn passing_storage(sim: &Sim) -> StorageConfig {
     StorageConfig { faults: FaultPlan::PASSING, nth_failure: passing(sim), ..StorageConfig::default() }
+}
+
+/// Where nothing fails for good: in half of the seeds everything fails for now, once the disk is open, for less time
+/// than a request is repeated.
+pub(super) fn arm_outage(world: &World) {
+    let lasts_ns = world.setting("outage-ns", &[0, 0, 1_000_000_000, 50_000_000]);
+    if lasts_ns > 0 {
+        world.storage.set_outage(world.setting("outage-after", &[30, 1, 8, 100]), lasts_ns);
+    }
 }
 
 /// In half of the seeds some synchronisations fail, one or a few in a row.

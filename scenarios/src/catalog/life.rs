@@ -1,6 +1,6 @@
 //! The life of a disk under load: paused, resumed and closed while requests run, some of which are cancelled.
 
-use super::failures::passing_storage;
+use super::failures::{arm_outage, passing_storage};
 use super::recovered::last_epoch;
 use super::setup::{Setup, workload};
 use crate::check::Invariant;
@@ -142,6 +142,7 @@ async fn live(world: &World, setup: &Setup, host: &SimHost, limits: &StackLimits
         Ok(stack) => Rc::new(stack),
         Err(error) => return world.fail(Invariant::G11, format!("failed to open the image: {error}")),
     };
+    arm_outage(world);
     let entity = Entity::WORLD.child("life", 0);
     world.sim.name_entity(entity, || "the disk".into());
     let life = Rc::new(Life {

@@ -2,6 +2,7 @@
 
 pub mod absent;
 pub mod away;
+mod costs;
 pub mod crash;
 pub mod created;
 pub mod damage;

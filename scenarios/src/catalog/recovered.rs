@@ -1,5 +1,6 @@
 //! What must hold for a recovered disk: it opens, can be read and written to its last sector, and little is lost.
 
+use super::costs::check_reads;
 use super::setup::{Setup, check_at_rest, cut_after_close};
 use crate::check::oracle::{Oracle, is_broken};
 use crate::check::{Invariant, lost_to_error};
@@ -56,6 +57,7 @@ pub(super) async fn last_epoch(
     if let Err(error) = probe(&guest, setup.size_sectors).await {
         world.fail(Invariant::G11, format!("reading what was written after recovery failed with {error:?}"));
     }
+    check_reads(world, setup, &*stack.node(), limits).await;
     check_fast_zeros(world, &guest, setup.size_sectors).await;
     if world.storage.is_device(&setup.spec.path) {
         check_discards(world, &guest, setup.size_sectors).await;

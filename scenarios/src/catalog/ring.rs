@@ -1,6 +1,7 @@
 //! Guests on rings: traffic, death of tapdisk, reconnects, several guests.
 
 use super::crash::{arm_power_cut, may_overlay};
+use super::failures::arm_outage;
 use super::setup::{Setup, cut_after_close, workload};
 use crate::check::Invariant;
 use crate::formats::{FormatModel, Kind};
@@ -184,6 +185,9 @@ async fn start_with(
             guest.write_through();
         }
         guests.push((one, guest));
+    }
+    if !world.errors_allowed() {
+        arm_outage(world);
     }
     Some((machine, guests))
 }

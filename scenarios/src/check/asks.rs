@@ -57,6 +57,11 @@ impl CountingNode {
         })))
     }
 
+    /// The disk below.
+    pub fn lower(&self) -> Rc<dyn Node> {
+        Rc::clone(&self.0.lower)
+    }
+
     /// Flushes submitted.
     pub fn flushes(&self) -> u64 {
         self.0.flushes.get()

@@ -71,6 +71,8 @@ pub enum Invariant {
     M4,
     /// How long small requests wait for large ones.
     M5,
+    /// File operations of a read.
+    M6,
     /// Promised space is available.
     S1,
     /// Released space is free.
@@ -83,7 +85,7 @@ pub enum Invariant {
 
 impl Invariant {
     /// All of them.
-    pub const ALL: [Invariant; 38] = [
+    pub const ALL: [Invariant; 39] = [
         Self::G1,
         Self::G7,
         Self::G9,
@@ -118,6 +120,7 @@ impl Invariant {
         Self::M3,
         Self::M4,
         Self::M5,
+        Self::M6,
         Self::S1,
         Self::S2,
         Self::T1,
@@ -169,6 +172,7 @@ impl Invariant {
                 "discards and fast zeros write almost nothing, and a device is not asked again for what it refused"
             }
             Self::M5 => "a small request does not wait for unrelated large ones",
+            Self::M6 => "contiguous clusters are read in one operation, and a cached table is not read again",
             Self::S1 => {
                 "a write needs no space where data, or zeros that keep their space, were written before"
             }

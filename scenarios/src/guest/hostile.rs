@@ -66,6 +66,11 @@ pub fn describe_keys(value: u64) -> &'static str {
         5 => "first connects with an unknown protocol",
         7 => "first connects with four queues",
         8 => "first connects with a ring of four pages",
+        9 => "first connects with a grant that has a plus sign",
+        10 => "first connects with an event channel behind a blank",
+        11 => "first connects with a grant in hexadecimal digits",
+        12 => "first connects with a grant of eleven digits",
+        13 => "first connects with an event channel before a blank",
         _ => "first connects with empty keys",
     }
 }
@@ -167,7 +172,7 @@ impl Hostile {
     /// Connects with bad keys first, if the seed says so, then with valid ones.
     pub async fn connect(&self) -> Result<(), Errno> {
         self.wait_for_back(|s| s == 2).await;
-        let bad = self.world.sim.decide(self.entity, &KEYS, 0, |d| d.below(9));
+        let bad = self.world.sim.decide(self.entity, &KEYS, 0, |d| d.below(14));
         if bad > 0 {
             self.connect_badly(bad).await?;
         }
@@ -187,14 +192,25 @@ impl Hostile {
 
     async fn connect_badly(&self, number: u64) -> Result<(), Errno> {
         let ring = GuestRing::new(&self.attached.port, DomId(0))?;
-        let (gref, port) = (ring.ring_ref().0.to_string(), ring.event_port().0.to_string());
+        let (gref, port) = (ring.ring_ref().0, ring.event_port().0);
+        let gref = match number {
+            9 => format!("+{gref}"),
+            11 => format!("{gref:#x}"),
+            12 => format!("{gref:011}"),
+            _ => gref.to_string(),
+        };
+        let port = match number {
+            10 => format!(" {port}"),
+            13 => format!("{port} "),
+            _ => port.to_string(),
+        };
         let (gref, port, protocol) = match number {
             1 => (gref.as_str(), "9999", "x86_64-abi"),
             2 => ("4000000000", port.as_str(), "x86_64-abi"),
             3 => ("-1", port.as_str(), "x86_64-abi"),
             4 => (gref.as_str(), "99999999999999999999", "x86_64-abi"),
             5 => (gref.as_str(), port.as_str(), "sparc-abi"),
-            7 | 8 => (gref.as_str(), port.as_str(), "x86_64-abi"),
+            7.. => (gref.as_str(), port.as_str(), "x86_64-abi"),
             _ => ("", "", ""),
         };
         self.write("ring-ref", gref).await?;

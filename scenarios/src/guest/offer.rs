@@ -203,6 +203,19 @@ pub(super) struct Agreed {
     pub(super) chosen: bool,
 }
 
+impl Agreed {
+    /// What is wrong with asking for `option` now, if anything.
+    fn violation(&self, option: u32) -> Option<&'static str> {
+        match option {
+            _ if self.chosen => Some("after the export was chosen"),
+            OPT_STRUCTURED_REPLY if self.structured => Some("which was agreed on before"),
+            OPT_SET_META_CONTEXT if !self.structured => Some("without structured replies"),
+            OPT_STRUCTURED_REPLY | OPT_SET_META_CONTEXT | OPT_GO | OPT_EXPORT_NAME => None,
+            _ => Some("which no client of ours needs"),
+        }
+    }
+}
+
 impl LyingServer {
     /// Answers an option.
     pub(super) fn option(&self, offer: &Offer, option: u32, agreed: &mut Agreed, queue: &Queue) {
@@ -213,6 +226,9 @@ impl LyingServer {
         if offer.hello & handshake::FIXED_NEWSTYLE == 0 && option != OPT_EXPORT_NAME {
             let text = format!("option {option} was sent to a server that knows one option");
             return self.world.fail(Invariant::N3, text);
+        }
+        if let Some(why) = agreed.violation(option) {
+            self.world.fail(Invariant::N3, format!("option {option} {why}"));
         }
         match option {
             OPT_STRUCTURED_REPLY if offer.structured => {
@@ -260,6 +276,28 @@ impl LyingServer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn options_out_of_order_are_detected() {
+        let (begun, structured) = (Agreed::default(), Agreed { structured: true, ..Agreed::default() });
+        let chosen = Agreed { chosen: true, ..structured };
+        for (agreed, option) in [
+            (begun, OPT_SET_META_CONTEXT),
+            (structured, OPT_STRUCTURED_REPLY),
+            (chosen, OPT_SET_META_CONTEXT),
+            (begun, 77),
+        ] {
+            assert!(agreed.violation(option).is_some(), "{option} with {agreed:?}");
+        }
+        for (agreed, option) in [
+            (begun, OPT_STRUCTURED_REPLY),
+            (structured, OPT_SET_META_CONTEXT),
+            (begun, OPT_GO),
+            (structured, OPT_EXPORT_NAME),
+        ] {
+            assert_eq!(agreed.violation(option), None, "{option} with {agreed:?}");
+        }
+    }
 
     #[test]
     fn requests_that_were_not_offered_are_detected() {

@@ -11,6 +11,8 @@ use tap_host::{Errno, Event, IoVec, Log, Probe, SectorRange, Tasks, Time, Tried}
 tap_host::listed! {
     pub(super) BUGS: Bug;
     MERGED_ERROR_LOST = "merged-error-lost", "the error of a merged request reaches only its head";
+    RETRIED_AT_ONCE = "retried-at-once",
+        "what a transient error refused is asked for again without a pause";
 }
 
 tap_host::listed! {
@@ -64,7 +66,9 @@ impl<H: Time + Tasks + Log + Probe> Inner<H> {
             self.host.mark(&REQUEST_RETRIED);
             self.host.log(Event::Retried { range, error });
             self.count(|s| s.retries += 1);
-            self.host.sleep_ns(pause_ns).await;
+            if !self.host.bug(&RETRIED_AT_ONCE) {
+                self.host.sleep_ns(pause_ns).await;
+            }
             request = Request { op, range, bufs: response.bufs, fua };
         }
     }

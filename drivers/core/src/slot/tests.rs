@@ -62,6 +62,20 @@ fn resume_cancels_a_pause_that_is_still_draining() {
 }
 
 #[test]
+fn a_close_that_is_given_up_before_it_closes_anything_can_be_made_again() {
+    let (pool, script) = (Pool::new(), Script::held());
+    let slot = slot(&pool, &script);
+    let running = pool.start(slot.submit(write(1, 1)));
+    let given_up = pool.start(slot.close());
+    pool.cancel(given_up.task);
+    script.release();
+    pool.run();
+    assert!(running.get().is_some() && script.times_closed() == 0);
+    assert_eq!(pool.start(slot.close()).take(), Some(Ok(())));
+    assert_eq!(script.times_closed(), 1);
+}
+
+#[test]
 fn close_refuses_waiters_drains_and_closes_the_lower_node_once() {
     let (pool, script) = (Pool::new(), Script::held());
     let slot = slot(&pool, &script);

@@ -26,6 +26,7 @@ use tap_host::{Errno, Event, IoBuf, Share};
 tap_host::listed! {
     pub(super) BUGS: Bug;
     L1_BEFORE_L2 = "l1-before-l2", "the L1 entry is written before the new L2 table is durable";
+    TABLE_UNKEPT = "table-unkept", "a table that was read is not kept, although there is memory for it";
 }
 
 tap_host::listed! {
@@ -264,7 +265,8 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
     /// Adds `table` to the cache. It is kept unless others wait for its memory: nothing would wake them when it is no
     /// longer in use.
     fn cache_table(&self, table: &Rc<Table>) {
-        self.cache.borrow_mut().insert(table, !self.memory.tables.is_waited_for());
+        let keep = !self.memory.tables.is_waited_for() && !self.host.bug(&TABLE_UNKEPT);
+        self.cache.borrow_mut().insert(table, keep);
     }
 
     /// Creates a table that is claimed: zeros in the file, made durable, and only then the root entry that refers to
@@ -311,5 +313,38 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
             return (written, self.file.spoils(written));
         }
         (self.file.sync().await, false)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tap_host::Budget;
+
+    /// A cache with room for so many tables, and a table of number `n` as often as it is called.
+    fn cache(tables: usize) -> (Cache, impl Fn(usize) -> Rc<Table>) {
+        let geometry =
+            Geometry { size_bytes: 1 << 20, cluster_bits: 12, table_bits: 3, root_at: HostOffset(4096) };
+        let entries = geometry.table_entries();
+        let stage = Budget::default().stage(64 * table_cost(entries)).unwrap();
+        let table = move |n| {
+            let share = stage.try_keep(table_cost(entries)).unwrap();
+            Table::new(n, HostOffset(4096), vec![0; entries].into(), share)
+        };
+        (Cache::new(32, &geometry, tables * table_cost(entries)), table)
+    }
+
+    #[test]
+    fn as_many_tables_are_kept_as_there_is_room_for() {
+        let (mut cache, table) = cache(3);
+        for n in 0..3 {
+            assert!(cache.has_room(), "for table {n}");
+            cache.insert(&table(n), true);
+            assert!((0..=n).all(|n| cache.get(n).is_some()), "none goes while there is room");
+        }
+        assert!(!cache.has_room());
+        cache.insert(&table(3), true);
+        let kept = (0..4).filter(|n| cache.get(*n).is_some()).count();
+        assert_eq!(kept, 3, "one goes for one that comes");
     }
 }

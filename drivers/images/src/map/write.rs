@@ -121,8 +121,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
             ticket.claim(Space::Clusters, first.0..last.0 + 1, Access::Exclusive);
         }
         ticket.ready().await;
-        let kept = self.host.bug(&TABLE_KEPT).then_some(self.table_or_new(index));
-        let _kept = OptionFuture::from(kept).await;
+        let _kept = OptionFuture::from(self.host.bug(&TABLE_KEPT).then_some(self.table_or_new(index))).await;
         let (mut from, end) = (start, start + len as u64);
         while from < end {
             if from > start {

@@ -18,6 +18,8 @@ tap_host::listed! {
     pub(super) BUGS: Bug;
     NBD_LOST_AT_BREAK = "nbd-lost-at-break",
         "writes that were in flight when the connection broke are not sent again but answered";
+    NBD_FLUSHED_LOST = "nbd-flushed-lost",
+        "a connection that breaks counts as a loss although everything was flushed";
     NBD_LESS_IGNORED = "nbd-less-ignored",
         "a server that comes back with fewer capabilities is used as before";
     NBD_BUFFER_KEPT = "nbd-buffer-kept",
@@ -100,7 +102,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         }
         self.link.borrow_mut().take();
         self.host.log(Event::NbdServerLost { why });
-        if self.answered.get() > self.flushed.get() {
+        if self.answered.get() > self.flushed.get() || self.host.bug(&NBD_FLUSHED_LOST) {
             self.host.mark(&NBD_UNFLUSHED_LOST);
             if self.config.breaks == Breaks::MayLose {
                 self.lost.set(true);

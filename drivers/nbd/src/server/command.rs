@@ -6,7 +6,12 @@ use tap_abi::nbd::{
     STATE_HOLE, STATE_ZERO, StatusExtent, command, error,
 };
 use tap_core::{Node, Op, ZeroFlags};
-use tap_host::{Errno, SECTOR_BYTES, SectorRange, Tasks};
+use tap_host::{Errno, Probe, SECTOR_BYTES, SectorRange, Tasks};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    NBD_STATUS_SOLID = "nbd-status-solid", "a server reports holes as data";
+}
 
 /// What to do.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -117,7 +122,7 @@ const LOOKS_MAX: usize = 32;
 
 /// The extents of `range`, or of a part from its start on: at most one if `one`. Other tasks have their turn in
 /// between.
-pub(super) async fn extents<H: Tasks>(
+pub(super) async fn extents<H: Tasks + Probe>(
     host: &H,
     node: &dyn Node,
     range: SectorRange,
@@ -139,7 +144,7 @@ pub(super) async fn extents<H: Tasks>(
         // A client that wants one extent mostly gets it from the first two.
         let ask = if one && looks == 1 { 2 } else { EXTENTS_AT_ONCE };
         for extent in node.extents(asked, ask).await? {
-            let hole = if extent.allocated { 0 } else { STATE_HOLE };
+            let hole = if extent.allocated || host.bug(&NBD_STATUS_SOLID) { 0 } else { STATE_HOLE };
             let state = hole | if extent.zero { STATE_ZERO } else { 0 };
             let len = (extent.count * SECTOR_BYTES) as u32;
             match found.last_mut() {

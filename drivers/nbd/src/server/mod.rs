@@ -54,7 +54,7 @@ use tap_host::{
 };
 
 tap_host::listed! {
-    pub(super) BUGS: Bug with [connection::BUGS];
+    pub(super) BUGS: Bug with [command::BUGS, connection::BUGS];
     NBD_MEMORY_KEPT = "nbd-memory-kept", "a client that takes no replies keeps memory that others wait for";
 }
 
@@ -510,5 +510,27 @@ impl<H: Log> Inner<H> {
     pub(crate) fn export(&self, name: &str) -> Option<&Rc<Export>> {
         let named = self.exports.iter().find(|export| export.name == name);
         named.or_else(|| self.exports.first().filter(|_| name.is_empty()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_is_stuck_if_a_transfer_began_before_and_has_not_gone_on() {
+        let count = |cell: &Cell<u64>| cell.set(cell.get() + 1);
+        let flow = Flow::default();
+        assert!(!flow.is_stuck(flow.seen()), "nothing is under way");
+        for (under_way, ended) in [(&flow.sending, &flow.sends), (&flow.receiving, &*flow.receives)] {
+            let idle = flow.seen();
+            under_way.set(true);
+            assert!(!flow.is_stuck(idle), "it has only begun");
+            let before = flow.seen();
+            assert!(flow.is_stuck(before));
+            count(ended);
+            assert!(!flow.is_stuck(before), "slow is not stuck");
+            under_way.set(false);
+        }
     }
 }

@@ -184,8 +184,7 @@ async fn stops(plan: &Plan, setup: &Setup, first: Served) -> Option<Served> {
         if after_ns > 0 {
             world.sim.sleep_ns(after_ns).await;
             served.stop(world, setup).await;
-            world.storage.power_cut();
-            world.count(|s| s.crashes += 1);
+            world.power_cut();
             served = plan.serve(&plan.process("tapdisk", n)).await?;
         }
     }

@@ -11,6 +11,7 @@ mod lying;
 mod modest;
 mod plan;
 mod refused;
+mod status;
 
 pub use crowd::{CROWD, NBD_CROWD};
 pub use every::{NBD_EVERY_COMMAND, NBD_SERVER_STOPPED, STOP_AFTER};
@@ -34,6 +35,7 @@ use plan::{
     tcp_address, within,
 };
 use sim::{Entity, Label};
+use std::cell::Cell;
 use std::rc::Rc;
 use tap_abi::nbd::{CMD_BLOCK_STATUS, CMD_READ, CMD_WRITE};
 use tap_core::CacheMode;
@@ -294,18 +296,27 @@ async fn server_power_cut(world: World) {
     let guest = plan.guest(DirectDisk::new(node, plan.limits.pool_bytes), &setup, Invariant::G1);
     let ops = plan.operations(0, setup.size_sectors, 30);
     let (g, depth) = (guest.clone(), plan.limits.guest_depth);
-    within(&host, async move { g.run(&ops, depth).await }).await;
+    let flushes = world.setting("flushed-before-cut", &[false, true]);
+    let flushed = Rc::new(Cell::new(false));
+    let all = Rc::clone(&flushed);
+    within(&host, async move {
+        g.run(&ops, depth).await;
+        all.set(flushes && g.flush().await.is_ok());
+    })
+    .await;
     // The server's machine alone; the guest does not notice.
     served.host.process.node().kill();
     served.host.process.node().dead().await;
-    world.storage.power_cut();
-    world.count(|s| s.crashes += 1);
+    world.power_cut();
     let Some(served) = plan.serve(&plan.process("tapdisk", 1)).await else { return };
     world.sim.sleep_ns(10_000_000).await;
-    let g = guest.clone();
+    let (g, w) = (guest.clone(), world.clone());
     guest.set_error_policy(ErrorPolicy { errors_allowed: true, reads: Invariant::G7, ..NO_ERRORS });
     within(&host, async move {
-        if g.flush().await.is_err() {
+        if let Err(error) = g.flush().await {
+            if flushed.get() {
+                w.fail(Invariant::E4, format!("a flush with nothing to do failed with {error:?}"));
+            }
             // The guest now knows that unflushed data may be gone.
             g.history.borrow_mut().power_cut();
         }

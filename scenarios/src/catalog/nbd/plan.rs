@@ -1,5 +1,6 @@
 //! Building blocks of the NBD scenarios: servers and clients in processes, their start and their end.
 
+use super::status::check_status;
 use crate::catalog::setup::{Setup, check_at_rest, cut_after_close, workload};
 use crate::check::{CountingNode, Invariant};
 use crate::formats::Kind;
@@ -388,6 +389,9 @@ pub(super) async fn last_check(plan: &Plan, setup: &Setup, reads: Invariant) {
     let guest = plan.guest(disk, setup, reads);
     if let Err(error) = guest.read_all().await {
         world.fail(Invariant::G11, format!("reading the whole disk failed with {error:?}"));
+    }
+    if let (Some(client), Some(asks)) = (clients.first(), served.asks().first()) {
+        check_status(world, &**client, &*asks.lower(), setup.size_sectors).await;
     }
     end(plan, served, &clients, setup).await;
     if guest.disk().buffers_out() > 0 {

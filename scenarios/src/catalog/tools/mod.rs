@@ -177,8 +177,7 @@ async fn make(
         world.fail(Invariant::I2, format!("{} printed: {}", made.line(), tool.out.join("; ")));
     }
     if worked.is_none() || cut_then() {
-        world.storage.power_cut();
-        world.count(|s| s.crashes += 1);
+        world.power_cut();
     }
     source.check_unchanged(world);
     world.count(|s| s.requests += 1);

@@ -22,7 +22,17 @@ pub(super) fn stale(action: &str, value: &str) -> bool {
     let shared = ["self", "get()", "borrow", "load_"].iter().any(|word| value.contains(word));
     let apart = !action.contains(".await") && !shared && !words(value).contains(&receiver);
     let cells = changed_cell(action).is_some_and(|cell| read_cell(value).is_some_and(|read| read != cell));
-    !apart && !cells && !value.contains("::with_capacity(")
+    let copies = changed_cell(action).is_some() && only_copies(value);
+    !apart && !cells && !copies && !value.contains("::with_capacity(")
+}
+
+/// Whether an expression only copies what is in no cell: a change of a cell cannot change it.
+fn only_copies(value: &str) -> bool {
+    let rest = value.replace(".clone()", "").replace("Rc::clone(", "(").replace("Rc::downgrade(", "(");
+    let plain = |c: char| c.is_alphanumeric() || matches!(c, '_' | '.');
+    // A name before a parenthesis is a call.
+    let calls = rest.match_indices('(').any(|(at, _)| rest[..at].ends_with(plain));
+    !calls && rest.chars().all(|c| plain(c) || matches!(c, '(' | ')' | ',' | '&' | ' '))
 }
 
 /// The cell that an expression reads, such as `self.all` of `self.all.borrow().len()`.
@@ -63,6 +73,15 @@ pub(super) fn takes_bug(cond: &Expr) -> bool {
         Expr::Paren(e) => takes_bug(&e.expr),
         _ => false,
     }
+}
+
+/// The first of the assertions that a function ends with.
+pub(super) fn asserts_at_the_end(body: &Block) -> Option<&Stmt> {
+    let asserts = |statement: &&Stmt| {
+        let Stmt::Macro(says) = statement else { return false };
+        says.mac.path.get_ident().is_some_and(|name| name.to_string().starts_with("assert"))
+    };
+    body.stmts.iter().rev().take_while(asserts).last()
 }
 
 /// Whether an `if` chooses between two texts.
@@ -136,17 +155,19 @@ fn changed_place<'a>(statement: &Stmt, code: &'a str) -> Option<&'a str> {
         Expr::Assign(e) => (&e.left, is_quiet(&e.right)),
         Expr::Binary(e) => (&e.left, is_quiet(&e.right)),
         Expr::MethodCall(e) => {
-            let changes = e.method == "push" || e.method == "clear" && e.args.is_empty();
+            let changes =
+                e.method == "push" || e.method == "push_back" || e.method == "clear" && e.args.is_empty();
             (&e.receiver, changes && e.args.iter().all(is_quiet))
         }
         _ => return None,
     };
     let start = statement.span().byte_range().start;
     let range = place.span().byte_range();
-    (quiet && is_quiet(place)).then(|| &code[range.start - start..range.end - start])
+    (quiet && is_quiet(place)).then(|| code[range.start - start..range.end - start].trim_start_matches('*'))
 }
 
-/// An expression that changes nothing and does not wait: as [`is_plain`], places in lists, the larger of two.
+/// An expression that changes nothing and does not wait: as [`is_plain`], places in lists, the larger of two, copies,
+/// and values that are put together from such.
 fn is_quiet(expr: &Expr) -> bool {
     match expr {
         Expr::Index(e) => is_quiet(&e.expr) && is_quiet(&e.index),
@@ -155,8 +176,13 @@ fn is_quiet(expr: &Expr) -> bool {
         Expr::Cast(e) => is_quiet(&e.expr),
         Expr::Paren(e) => is_quiet(&e.expr),
         Expr::Binary(e) => is_quiet(&e.left) && is_quiet(&e.right),
+        Expr::Tuple(e) => e.elems.iter().all(is_quiet),
+        Expr::Call(e) => {
+            let some = matches!(&*e.func, Expr::Path(name) if name.path.is_ident("Some"));
+            some && e.args.iter().all(is_quiet)
+        }
         Expr::MethodCall(e) => {
-            let known = e.method == "max" || e.method == "min" || e.method == "len";
+            let known = ["max", "min", "len", "clone"].iter().any(|name| e.method == name);
             known && is_quiet(&e.receiver) && e.args.iter().all(is_quiet)
         }
         other => is_plain(other),

@@ -54,6 +54,7 @@ fn slips_that_nothing_could_feel_are_left_out() {
         "self.a = A::B; self.b += 1;",
         "call.error = None; call.extents.clear();",
         "s.a[i as usize].push(x); s.b[self.i].n += 1;",
+        "*place = Some(self.next); self.waiting.push_back((self.next, waker.clone()));",
         "self.n += c as u64; self.end = self.end.max(o + c as u64 * b);",
     ] {
         assert_eq!(count(apart, "order turned round"), 0, "{apart}");
@@ -69,12 +70,17 @@ fn slips_that_nothing_could_feel_are_left_out() {
         "self.a = 1; self.b = self.a + 1;",
         "self.a += 1; self.b = f();",
         "self.list = taken; self.list.clear();",
+        "*place = Some(self.next); self.all.push_back(place.clone());",
+        "self.a = Some(f()); self.b.push_back(1);",
     ] {
         assert_eq!(count(together, "order turned round"), 1, "{together}");
     }
     assert_eq!((count("a(); return;", "early return"), count("a(); b();", "early return")), (0, 1));
     assert_eq!(count("if thread::panicking() {}", "condition false"), 0);
     assert_eq!(count("if a { h.mark(M); }", "condition true"), 0);
+    assert_eq!(count("if a { console.progress(n, m); }", "condition true"), 0);
+    assert_eq!(count("if a || b > 1 && h.bug(B) { c(); }", "bound off by one"), 0);
+    assert_eq!(count("if a || b > 1 && !h.bug(B) { c(); }", "bound off by one"), 1);
     assert_eq!((count("let _g = a;", "guard lost"), count("let _g = a();", "guard lost")), (0, 1));
     assert_eq!(count("drop(line); next.wake();", "release lost"), 0);
     assert_eq!(count("drop(line); next.wake(); b();", "release lost"), 1);
@@ -92,6 +98,10 @@ fn slips_that_nothing_could_feel_are_left_out() {
     assert_eq!(count("self.a.set(1); let n = self.b.borrow().len();", "stale copy"), 0);
     assert_eq!(count("self.a.set(1); let n = self.a.get();", "stale copy"), 1);
     assert_eq!(count("self.a.set(1); let n = f(self.b.get());", "stale copy"), 1);
+    let copies = "let (d, n) = (Rc::downgrade(&self.disks), self.name.clone());";
+    assert_eq!(count(&format!("self.all.borrow_mut().insert(a, b); {copies}"), "stale copy"), 0);
+    assert_eq!(count(&format!("self.insert(a, b); {copies}"), "stale copy"), 1);
+    assert_eq!(count("self.a.set(1); let n = (self.b.clone(), self.len());", "stale copy"), 1);
     assert_eq!(count("go(p); let n = h.now_ns();", "stale copy"), 0);
     assert_eq!(count("go(p).await; let n = h.now_ns();", "stale copy"), 1);
     assert_eq!(count("if a > 0 && b { h.mark(M); }", "condition lost"), 0);
@@ -110,6 +120,9 @@ fn a_return_of_what_is_given_back_anyway_is_no_slip() {
         "before the block's end and the function's"
     );
     assert_eq!(early("fn f() -> Result<(), E> { a()?; Ok(()) }"), 0);
+    assert_eq!(early("fn f() { let a = b(); assert!(a); assert_eq!(a, b); }"), 0);
+    assert_eq!(early("fn f() { a(); assert!(a); b(); }"), 2);
+    assert_eq!(early("fn f() { if x { a(); assert!(a); } b(); }"), 2, "of the function, not of a block");
 }
 
 #[test]

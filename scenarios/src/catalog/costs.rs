@@ -1,0 +1,76 @@
+//! What reads of an idle disk cost: what stands in one piece of a file is read with one operation, and a table that has
+//! its place in memory is not read again.
+
+use super::setup::Setup;
+use crate::check::Invariant;
+use crate::formats::ImageMap;
+use crate::limits::StackLimits;
+use crate::world::World;
+use tap_core::{Node, Request};
+use tap_host::{IoBuf, IoVec, SECTOR_BYTES, SectorRange};
+
+/// Pieces that are looked at.
+const PIECES: usize = 8;
+/// Sectors of a read, and how many of them at most are in the first cluster.
+const SECTORS: u64 = 16;
+const FIRST_SECTORS: u64 = 8;
+/// Bytes of a table in memory beside its entries.
+const TABLE_OVERHEAD: usize = 256;
+
+/// Reads pieces of the disk `node`, all of which was read before.
+pub(super) async fn check_reads(world: &World, setup: &Setup, node: &dyn Node, limits: &StackLimits) {
+    let Some(Ok(map)) = setup.model().walk(&setup.content(world)) else { return };
+    let tables_bytes = map.tables.len() * ((8 << map.table_bits) + TABLE_OVERHEAD);
+    let all_kept = tables_bytes <= limits.table_bytes && 4 * tables_bytes <= limits.memory_bytes;
+    for range in in_one_piece(&map).into_iter().take(PIECES) {
+        // Where there is no room for all tables, the first read may have to load one.
+        for (range, most) in
+            [(SectorRange::new(range.start.0, 1), if all_kept { 1 } else { u64::MAX }), (range, 1)]
+        {
+            let before = world.storage.counts().reads;
+            let buf = IoBuf::unpooled(range.len_bytes() as usize).expect("sixteen sectors are not too large");
+            let response = node.submit(Request::read(range, IoVec::from_iter([buf]))).await;
+            let reads = world.storage.counts().reads - before;
+            if response.result.is_err() || reads > most {
+                let text = format!("a read of {range}, which is in one piece, took {reads} operations");
+                return world.fail(Invariant::M6, format!("{text}: {:?}", response.result));
+            }
+        }
+    }
+}
+
+/// Ranges of several clusters of one table that stand one after the other in the file.
+fn in_one_piece(map: &ImageMap) -> Vec<SectorRange> {
+    let cluster_sectors = (1 << map.cluster_bits) / SECTOR_BYTES;
+    let whole = (map.size >> map.cluster_bits).min(map.entries.len() as u64);
+    let goes_on = |at: u64| {
+        let next = map.host_offset(at).map(|host| host + (1 << map.cluster_bits));
+        next.is_some()
+            && next == map.host_offset(at + 1)
+            && at >> map.table_bits == (at + 1) >> map.table_bits
+    };
+    let (mut ranges, mut at) = (Vec::new(), 0);
+    while at < whole {
+        let last = (at..whole - 1).find(|cluster| !goes_on(*cluster)).unwrap_or(whole - 1);
+        if last > at {
+            let start = (at + 1) * cluster_sectors - cluster_sectors.min(FIRST_SECTORS);
+            let count = ((last + 1) * cluster_sectors - start).min(SECTORS);
+            ranges.push(SectorRange::new(start, count as u32));
+        }
+        at = last + 1;
+    }
+    ranges
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_end_with_the_run_the_table_and_the_disk() {
+        let entries = vec![0x1000, 0x2000, 0x3000, 0, 0x5000, 0x9000, 0xa000, 0x4000, 0x5000, 0x6000];
+        let map = ImageMap { cluster_bits: 12, table_bits: 3, size: 9 << 12, entries, ..ImageMap::default() };
+        let ranges = [SectorRange::new(0, 16), SectorRange::new(40, 16)];
+        assert_eq!(in_one_piece(&map), ranges, "the last two are of another table, and past the end");
+    }
+}
