@@ -44,11 +44,12 @@ pub static EXCHANGE: Label = Label::packed(
     &[24, 2],
 );
 
-/// A pause during exchanges: the delay before it, and its duration, in 24 bits of nanoseconds each.
+/// A pause during exchanges: the delay before it, and its duration, in 24 bits of nanoseconds each; and whether another
+/// task waits for it, which the resume interrupts.
 pub static PAUSE_BESIDE: Label = Label::packed(
     "pause-beside",
-    "pause {n} during exchanges: after so many ns, for so many ({})",
-    &[24, 24],
+    "pause {n} during exchanges: after so many ns, for so many, by another task ({})",
+    &[24, 24, 1],
 );
 
 const DISK_BYTES: u64 = 1 << 20;
@@ -70,6 +71,8 @@ struct Chain {
     exchanges: Cell<(u32, u32)>,
     /// An exchange is making the new image.
     changing: Cell<bool>,
+    /// The disk is being closed, or is closed.
+    closing: Cell<bool>,
 }
 
 async fn exchanged(world: World) {
@@ -84,9 +87,11 @@ async fn exchanged(world: World) {
         flush_failed: Cell::new(false),
         exchanges: Cell::default(),
         changing: Cell::new(false),
+        closing: Cell::new(false),
     });
     for cut in 0..2 {
         chain.changing.set(false);
+        chain.closing.set(false);
         epoch(&chain, cut).await;
         if world.verdict.is_broken() {
             return;
@@ -133,25 +138,50 @@ async fn work(chain: &Rc<Chain>, host: &SimHost, cut: u32) {
     world.sim.name_entity(who, || format!("guest 1, epoch {cut}"));
     let shape = Workload { zeroes: true, ..workload(world, setup.size_sectors, 60, 88) };
     let ops = operations(&world.sim, who, u64::from(cut), &shape);
+    let mut ends = Vec::new();
+    for name in ["exchanges", "other exchanges"].into_iter().take(world.setting("exchangers", &[1, 2])) {
+        let (c, s, h) = (Rc::clone(chain), Rc::clone(&stack), host.clone());
+        let (task, end) = joined(async move { exchanges(&c, &s, &h, (name, cut)).await });
+        host.process.node().spawn(name, 0, task);
+        ends.push(end);
+    }
     let (c, s, h) = (Rc::clone(chain), Rc::clone(&stack), host.clone());
-    let (task, end) = joined(async move {
-        exchanges(&c, &s, &h, cut).await;
-    });
-    host.process.node().spawn("exchanges", 0, task);
-    let (c, s) = (Rc::clone(chain), Rc::clone(&stack));
-    host.process.node().spawn("pauses", 0, async move { pauses(&c, &s, cut).await });
+    host.process.node().spawn("pauses", 0, async move { pauses(&c, &s, &h, cut).await });
     guest.run(&ops, limits.guest_depth).await;
-    let _ = end.await;
+    if world.setting("closed-beside-exchanges", &[false, true]) {
+        close(chain, &stack).await;
+    }
+    for end in ends {
+        let _ = end.await;
+    }
     if guest.flush_failed() {
         chain.flush_failed.set(true);
     }
 }
 
-/// Exchanges the image a few times.
-async fn exchanges(chain: &Rc<Chain>, stack: &Stack, host: &SimHost, cut: u32) {
+/// Closes the disk while exchanges may run: one that has begun ends first, and none begins later.
+async fn close(chain: &Chain, stack: &Stack) {
     let world = &chain.world;
-    let entity = Entity::WORLD.child("exchanges", u64::from(cut));
-    world.sim.name_entity(entity, || format!("exchanges, epoch {cut}"));
+    chain.closing.set(true);
+    let closed = stack.disk.close().await;
+    if chain.changing.get() {
+        world.fail(Invariant::D1, "a disk is closed while its image is being exchanged");
+    }
+    let setup = chain.setup.borrow().clone();
+    setup.check_closed(world);
+    if let Err(error) = closed {
+        chain.flush_failed.set(true);
+        if !world.errors_allowed() {
+            world.fail(Invariant::E4, format!("closing the disk failed with {error:?}"));
+        }
+    }
+}
+
+/// Exchanges the image a few times.
+async fn exchanges(chain: &Rc<Chain>, stack: &Stack, host: &SimHost, (name, cut): (&'static str, u32)) {
+    let world = &chain.world;
+    let entity = Entity::WORLD.child(name, u64::from(cut));
+    world.sim.name_entity(entity, || format!("{name}, epoch {cut}"));
     for n in 0..world.setting("exchanges", &[2, 1, 4]) {
         let value = world.sim.decide(entity, &EXCHANGE, n, |d| d.magnitude(22) | (1 + d.below(2)) << 24);
         let is_copy = match value >> 24 {
@@ -165,44 +195,97 @@ async fn exchanges(chain: &Rc<Chain>, stack: &Stack, host: &SimHost, cut: u32) {
 }
 
 /// Pauses the disk a few times: it must then do nothing, except for an exchange that begins meanwhile.
-async fn pauses(chain: &Chain, stack: &Stack, cut: u32) {
+async fn pauses(chain: &Chain, stack: &Stack, host: &SimHost, cut: u32) {
     let world = &chain.world;
     let entity = Entity::WORLD.child("pauses", u64::from(cut));
     world.sim.name_entity(entity, || format!("pauses, epoch {cut}"));
     let slot = stack.disk.slot();
     for n in 0..world.setting("pauses-beside", &[0, 3]) {
-        let value = world.sim.decide(entity, &PAUSE_BESIDE, n, |d| d.magnitude(22) | d.magnitude(20) << 24);
+        let value = world.sim.decide(entity, &PAUSE_BESIDE, n, |d| {
+            d.magnitude(22) | d.magnitude(20) << 24 | u64::from(d.below(3) == 0) << 48
+        });
         world.sim.sleep_ns(value & 0xff_ffff).await;
-        if let Err(error) = slot.pause().await {
-            world.fail(Invariant::D1, format!("pausing the disk failed with {error:?}"));
+        if chain.closing.get() {
+            return;
         }
-        if chain.changing.get() {
-            world.fail(Invariant::D1, "a disk is paused while its image is being exchanged");
+        let pause_ns = value >> 24 & 0xff_ffff;
+        if value >> 48 == 1 {
+            pause_interrupted(chain, stack, host, pause_ns).await;
+            continue;
         }
-        let (before, (begun, ended)) = (world.storage.counts(), chain.exchanges.get());
-        world.sim.sleep_ns(value >> 24).await;
-        let after = world.storage.counts();
-        let alone = begun == ended && chain.exchanges.get() == (begun, ended);
-        let moved = (before.reads, before.writes, before.syncs) != (after.reads, after.writes, after.syncs);
-        if alone && moved || slot.in_flight() > 0 || slot.state() != "paused" {
-            let text =
-                format!("a paused disk is {}, with {} requests in flight", slot.state(), slot.in_flight());
-            world.fail(Invariant::D1, format!("{text}; I/O continued from {before:?} to {after:?}"));
+        match slot.pause().await {
+            Err(Errno::ESHUTDOWN) if chain.closing.get() => return,
+            Err(error) => world.fail(Invariant::D1, format!("pausing the disk failed with {error:?}")),
+            Ok(()) => check_paused(chain, stack, pause_ns).await,
         }
-        if let Err(error) = slot.resume() {
+        if let Err(error) = slot.resume()
+            && !chain.closing.get()
+        {
             world.fail(Invariant::D1, format!("resuming the disk failed with {error:?}"));
         }
     }
 }
 
+/// Nothing moves on a paused disk for `ns`, unless an exchange or a close begins.
+async fn check_paused(chain: &Chain, stack: &Stack, ns: u64) {
+    let (world, slot) = (&chain.world, stack.disk.slot());
+    if chain.changing.get() {
+        world.fail(Invariant::D1, "a disk is paused while its image is being exchanged");
+    }
+    let (before, (begun, ended)) = (world.storage.counts(), chain.exchanges.get());
+    world.sim.sleep_ns(ns).await;
+    let after = world.storage.counts();
+    let alone = begun == ended && chain.exchanges.get() == (begun, ended);
+    let moved = (before.reads, before.writes, before.syncs) != (after.reads, after.writes, after.syncs);
+    if chain.closing.get() {
+        return;
+    }
+    if alone && moved || slot.in_flight() > 0 || slot.state() != "paused" {
+        let text = format!("a paused disk is {}, with {} requests in flight", slot.state(), slot.in_flight());
+        world.fail(Invariant::D1, format!("{text}; I/O continued from {before:?} to {after:?}"));
+    }
+}
+
+/// Longer than a task that was woken waits for its turn.
+const TURN_NS: u64 = 1_000_000;
+
+/// Another task pauses the disk; this one resumes it after `ns`. A pause that was still waiting fails at once, whatever
+/// else it waited for.
+async fn pause_interrupted(chain: &Chain, stack: &Stack, host: &SimHost, ns: u64) {
+    let (world, slot) = (&chain.world, stack.disk.slot());
+    let result = Rc::new(Cell::new(None));
+    let (own, out) = (slot.clone(), Rc::clone(&result));
+    host.process.node().spawn("pause", 0, async move { out.set(Some(own.pause().await)) });
+    world.sim.sleep_ns(TURN_NS + ns).await;
+    let before = result.get();
+    let resumed = slot.resume();
+    world.sim.sleep_ns(TURN_NS).await;
+    if chain.closing.get() {
+        return;
+    }
+    let fits = match (before, result.get()) {
+        (None, after) => after == Some(Err(Errno::EINTR)),
+        (before, _) => before == Some(Ok(())),
+    };
+    if !fits || resumed != Ok(()) {
+        let text =
+            format!("a pause ended with {before:?} before the resume, with {:?} after it", result.get());
+        world.fail(Invariant::D1, format!("{text}; the resume with {resumed:?}"));
+    }
+}
+
 async fn exchange(chain: &Rc<Chain>, stack: &Stack, host: &SimHost, is_copy: bool) {
     let world = &chain.world;
-    let old = chain.setup.borrow().clone();
-    let inv = old.history.borrow_mut().begin_flush();
+    let history = Rc::clone(&chain.setup.borrow().history);
+    let inv = history.borrow_mut().begin_flush();
     chain.exchanges.set((chain.exchanges.get().0 + 1, chain.exchanges.get().1));
+    let old = RefCell::new(None);
     let change = async |image: Lease| {
         let memory = &stack.memory;
-        chain.changing.set(true);
+        *old.borrow_mut() = Some(chain.setup.borrow().clone());
+        if chain.changing.replace(true) {
+            world.fail(Invariant::D1, "two exchanges of one disk run at once");
+        }
         let made = match is_copy {
             true => chain.copy(host, memory, image).await,
             false => chain.snapshot(host, memory, image).await,
@@ -219,14 +302,15 @@ async fn exchange(chain: &Rc<Chain>, stack: &Stack, host: &SimHost, is_copy: boo
     chain.exchanges.set((chain.exchanges.get().0, chain.exchanges.get().1 + 1));
     match exchanged {
         Ok(closed) => {
-            old.history.borrow_mut().end_flush(inv);
+            history.borrow_mut().end_flush(inv);
             if let Err(error) = closed {
                 bad(format!("closing a replaced image failed with {error:?}"));
             }
             if is_copy {
-                chain.check_left(&old);
+                chain.check_left(&old.take().expect("an exchange that succeeded has changed the image"));
             }
         }
+        Err(ExchangeError::Closed) if chain.closing.get() => {}
         Err(ExchangeError::Closed) => world.fail(Invariant::D1, "an exchange found its disk closed"),
         Err(ExchangeError::Flush(error)) => {
             chain.flush_failed.set(true);
@@ -346,7 +430,7 @@ impl Chain {
 async fn copy_all(host: &SimHost, from: Rc<dyn Node>, to: Rc<dyn Node>) -> Result<(), Errno> {
     let limits = SchedulerLimits::default();
     let size_sectors = from.info().size_sectors;
-    // Through slots, which retry.
+    // Schedulers retry what failed for a moment.
     let from = Scheduler::new(host.clone(), from, limits);
     let to = Scheduler::new(host.clone(), to, limits);
     let mut at = 0;

@@ -279,6 +279,11 @@ async fn close_under_load(life: &Life, stack: &Stack, guest: &Guest<ImpatientDis
     })
     .await;
     life.closing.set(true);
+    if slot.in_flight() > 0 && world.setting("close-cancelled", &[false, true]) {
+        // Dropped while it waits for requests in flight; the next one closes the disk.
+        let mut close = slot.close();
+        poll_fn(|cx| Poll::Ready(_ = close.as_mut().poll(cx))).await;
+    }
     let mut closes: Vec<_> = (0..world.setting("closes", &[1, 2])).map(|_| slot.close()).collect();
     let mut results = Vec::new();
     poll_fn(|cx| {
