@@ -44,6 +44,9 @@ tap_host::listed! {
         "what was answered before an exchange need not be durable after it";
     PAUSE_BESIDE_EXCHANGE = "pause-beside-exchange",
         "a disk counts as paused while its image is being exchanged";
+    EXCHANGES_AT_ONCE = "exchanges-at-once", "two exchanges of one disk run at once";
+    CLOSE_CANCELLED_ENDS = "close-cancelled-ends",
+        "a close that is dropped while it waits for requests leaves the disk closed for others and its image open";
 }
 
 tap_host::listed! {
@@ -195,7 +198,8 @@ impl<H: Log + Tasks + Probe> Slot<H> {
         change: impl AsyncFnOnce(Rc<dyn Node>) -> Result<Rc<dyn Node>, E>,
     ) -> Result<Rc<dyn Node>, ExchangeError<E>> {
         let inner = &self.0;
-        let _turn = inner.turn.acquire().await;
+        let turn = inner.turn.acquire().await;
+        let _turn = if inner.host.bug(&EXCHANGES_AT_ONCE) { None } else { Some(turn) };
         let _changing = Changing::begin(inner);
         loop {
             match inner.stage.get() {
@@ -252,6 +256,9 @@ impl<H: Log + Tasks + Probe> Slot<H> {
         let _turn = inner.turn.acquire().await;
         if let Some(result) = inner.close_result.get() {
             return result;
+        }
+        if inner.host.bug(&CLOSE_CANCELLED_ENDS) {
+            inner.close_result.set(Some(Err(Errno::EINTR)));
         }
         inner.idle.wait().await;
         // If this future is dropped below, the result is lost, and the node must not be closed a second time.

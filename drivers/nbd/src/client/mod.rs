@@ -65,6 +65,8 @@ tap_host::listed! {
         "an NBD client that reconnects asks for memory that the requests waiting for it may hold";
     NBD_FLUSH_AFTER_BREAK = "nbd-flush-after-break",
         "a flush succeeds although the connection broke between it and a write that was answered";
+    NBD_CLOSED_CONNECTS = "nbd-closed-connects",
+        "an NBD client that is closed while it has no connection continues to look for one";
 }
 
 tap_host::listed! {
@@ -527,7 +529,9 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
             None => self.flush().await,
         };
         self.closed.set(true);
-        self.stop.set("the client is closed");
+        if !self.host.bug(&NBD_CLOSED_CONNECTS) {
+            self.stop.set("the client is closed");
+        }
         self.give_up(Errno::ESHUTDOWN);
         let link = self.link.borrow_mut().take();
         if let Some(link) = link {
