@@ -199,7 +199,7 @@ impl<H: Log + Tasks + Probe> Slot<H> {
     ) -> Result<Rc<dyn Node>, ExchangeError<E>> {
         let inner = &self.0;
         let turn = inner.turn.acquire().await;
-        let _turn = if inner.host.bug(&EXCHANGES_AT_ONCE) { None } else { Some(turn) };
+        let _turn = Some(turn).filter(|_| !inner.host.bug(&EXCHANGES_AT_ONCE));
         let _changing = Changing::begin(inner);
         loop {
             match inner.stage.get() {

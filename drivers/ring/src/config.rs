@@ -33,7 +33,8 @@ pub struct RingConfig {
     pub ring_ref: GrantRef,
     /// The guest's port.
     pub port: Port,
-    /// Name of the in-flight record ([`SharedPages`]); without one a ring cannot be taken over after a restart.
+    /// Name of the in-flight record ([`SharedPages`](tap_host::SharedPages)); without one a ring cannot be taken over
+    /// after a restart.
     pub record: Option<String>,
     /// Memory and fairness.
     pub limits: Limits,

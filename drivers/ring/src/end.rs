@@ -42,7 +42,8 @@ impl Signal {
 pub struct RingCloser(pub(crate) Rc<Signal>);
 
 impl RingCloser {
-    /// Makes the ring take no further requests. [`BlkifRing::run`] ends once those in flight are answered.
+    /// Makes the ring take no further requests. [`BlkifRing::run`](crate::BlkifRing::run) ends once those in flight are
+    /// answered.
     pub fn close(&self) {
         self.0.end.set(Some(RingEnd::Closed));
         self.0.waiter.wake();
