@@ -21,7 +21,8 @@ use sim::{Config, Sim};
 use std::path::Path;
 use std::process::{Command, ExitCode};
 use tap_host::SectorRange;
-use tap_images::{Formats, ImageSpec, NewImage, qcow};
+use tap_images::formats::qcow;
+use tap_images::{Formats, ImageSpec, NewImage};
 
 const SECTOR: u64 = 512;
 const TOP: &str = "/images/top.qcow";

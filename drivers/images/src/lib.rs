@@ -25,7 +25,7 @@ mod carve;
 mod chain;
 mod error;
 mod format;
-mod formats;
+pub mod formats;
 mod io;
 pub mod map;
 mod memory;
@@ -43,7 +43,7 @@ pub use error::ImageError;
 pub use format::{
     CheckReport, Description, Format, FormatInfo, ImageFormat, ImageSpec, NewImage, OptionInfo,
 };
-pub use formats::{SHIPPED, format_called, qcow, raw};
+pub use formats::{SHIPPED, format_called};
 pub use io::{ImageFile, sync_name};
 pub use registry::{Driver, Formats, HEAD_BYTES, OpenImage};
 pub use units::{parse_size, show_size};
@@ -53,7 +53,7 @@ use tap_host::{Files, Log, Probe, SharedPages, Tasks, Time};
 tap_host::listed! {
     /// The seeded bugs of this crate.
     pub BUGS: Bug with [
-        calls::BUGS, formats::qcow::BUGS, formats::raw::BUGS, io::BUGS, map::BUGS, sync::BUGS,
+        calls::BUGS, formats::BUGS, io::BUGS, map::BUGS, sync::BUGS,
         sync_record::BUGS,
     ];
 }

@@ -150,7 +150,7 @@ mod tests {
             export: export.into(),
         };
         for (text, spec) in [
-            ("raw:a:b", image(tap_images::raw::FORMAT.into(), "a:b")),
+            ("raw:a:b", image(tap_images::formats::raw::FORMAT.into(), "a:b")),
             ("/dev/vg/lv", image(ImageFormat::Probe, "/dev/vg/lv")),
             ("./odd:name", image(ImageFormat::Probe, "./odd:name")),
             ("nbd:unix:/run/x y", unix("")),

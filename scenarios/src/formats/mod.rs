@@ -28,7 +28,7 @@ use tap_host::{Bug, Mark, SECTOR_BYTES};
 use tap_images::{Driver, Format, Formats, ImageFormat, ImageHost, ImageSpec, SHIPPED};
 
 /// The format of raw images.
-pub const RAW: ImageFormat = ImageFormat::As(tap_images::raw::FORMAT);
+pub const RAW: ImageFormat = ImageFormat::As(tap_images::formats::raw::FORMAT);
 
 /// A format.
 pub trait FormatModel: Sync {
@@ -98,8 +98,8 @@ pub const fn drivers<H: ImageHost>() -> Formats<H> {
 
 // One line per format. The first is what no other recognises.
 formats! {
-    raw::Raw => tap_images::raw::Driver,
-    qcow::Qcow => tap_images::qcow::Driver,
+    raw::Raw => tap_images::formats::raw::Driver,
+    qcow::Qcow => tap_images::formats::qcow::Driver,
     example::Example => tap_example::Driver,
 }
 

@@ -2,7 +2,8 @@
 
 use super::{FormatModel, ImageShape, Metadata, layer_cluster};
 use kernel_model::PageMap;
-use tap_images::{Format, raw};
+use tap_images::Format;
+use tap_images::formats::raw;
 
 /// The model.
 pub(super) struct Raw;

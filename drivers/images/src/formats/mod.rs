@@ -17,6 +17,10 @@ macro_rules! shipped {
         /// The formats of [`Formats::shipped`].
         pub static SHIPPED: &[Format] = &[$($module::FORMAT),+];
 
+        tap_host::listed! {
+            pub(crate) BUGS: Bug with [$($module::BUGS),+];
+        }
+
         impl<H: ImageHost> Formats<H> {
             const ROWS: &'static [&'static dyn Driver<H>] = &[$(&$module::Driver),+];
         }

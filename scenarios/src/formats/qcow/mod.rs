@@ -11,7 +11,8 @@ use super::{
 use flate2::{Compress, Compression, FlushCompress};
 use kernel_model::{Content, PageMap};
 use std::ops::RangeInclusive;
-use tap_images::{Format, qcow};
+use tap_images::Format;
+use tap_images::formats::qcow;
 
 /// The model.
 pub(super) struct Qcow;

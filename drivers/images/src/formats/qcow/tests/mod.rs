@@ -51,7 +51,7 @@ pub(super) const SMALL: Setup = Setup {
     compressed: false,
 };
 
-pub(super) const RAW: ImageFormat = ImageFormat::As(crate::raw::FORMAT);
+pub(super) const RAW: ImageFormat = ImageFormat::As(crate::formats::raw::FORMAT);
 pub(super) const QCOW: ImageFormat = ImageFormat::As(FORMAT);
 
 /// Options of a new image.
