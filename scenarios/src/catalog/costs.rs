@@ -1,5 +1,5 @@
-//! The cost of reads of an idle disk: a contiguous run of clusters is read with one operation, and a cached table is not
-//! read again.
+//! The cost of reads of an idle disk: a contiguous run of clusters is read with one operation, and a cached table is
+//! not read again.
 
 use super::setup::Setup;
 use crate::check::Invariant;
