@@ -10,7 +10,7 @@ use std::time::Duration;
 
 const EXAMPLES: &str = "\
 Examples:
-  tapsim                              everything, for about a minute
+  tapsim                              everything, for 45 seconds
   tapsim demo                         switch a bug on, find it, shrink it, tell its story
   tapsim list                         the scenarios
   tapsim sweep --seeds 0..2000        these seeds of every scenario

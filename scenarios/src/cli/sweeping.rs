@@ -16,7 +16,7 @@ use std::time::Duration;
 /// Maximum number of failures of one sweep that are shrunk and shown.
 const SHOWN: usize = 3;
 
-/// Without a command: all scenarios, for about a minute.
+/// Without a command: all scenarios, for 45 seconds.
 pub(crate) fn minute(common: &Common) -> Result<Exit, Stop> {
     let args = SweepArgs {
         scenarios: Vec::new(),

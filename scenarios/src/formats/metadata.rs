@@ -58,7 +58,8 @@ pub fn fitting(range: &RangeInclusive<u32>, choices: &[u32]) -> Vec<u32> {
 pub struct Places {
     /// Offset and width of each field of the header.
     pub fields: &'static [(usize, usize)],
-    /// Offset of the root that contains the tables' offsets, and its entries; `None` if tables are at fixed places.
+    /// Offset of the root that contains the tables' offsets, and its entries; no entries if tables are at fixed
+    /// places.
     pub root: (u64, u64),
     /// Offsets of the tables.
     pub tables: Vec<u64>,
