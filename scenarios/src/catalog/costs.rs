@@ -19,10 +19,11 @@ const TABLE_OVERHEAD: usize = 256;
 
 /// Reads pieces of the disk `node`, all of which was read before.
 pub(super) async fn check_reads(world: &World, setup: &Setup, node: &dyn Node, limits: &StackLimits) {
-    let Some(Ok(map)) = setup.model().walk(&setup.content(world)) else { return };
+    let content = setup.content(world);
+    let Some(Ok(map)) = setup.model().walk(&content) else { return };
     let tables_bytes = map.tables.len() * ((8 << map.table_bits) + TABLE_OVERHEAD);
     let all_kept = tables_bytes <= limits.table_bytes && 4 * tables_bytes <= limits.memory_bytes;
-    for range in in_one_piece(&map).into_iter().take(PIECES) {
+    for range in in_one_piece(&map, content.size).into_iter().take(PIECES) {
         // Where there is no room for all tables, the first read may have to load one.
         for (range, most) in
             [(SectorRange::new(range.start.0, 1), if all_kept { 1 } else { u64::MAX }), (range, 1)]
@@ -39,13 +40,14 @@ pub(super) async fn check_reads(world: &World, setup: &Setup, node: &dyn Node, l
     }
 }
 
-/// Ranges of several clusters of one table that stand one after the other in the file.
-fn in_one_piece(map: &ImageMap) -> Vec<SectorRange> {
+/// Ranges of several clusters of one table that are contiguous in a file of `file_bytes`. One that the end of the file
+/// cuts is left out: finding that end takes another operation.
+fn in_one_piece(map: &ImageMap, file_bytes: u64) -> Vec<SectorRange> {
     let cluster_sectors = (1 << map.cluster_bits) / SECTOR_BYTES;
     let whole = (map.size >> map.cluster_bits).min(map.entries.len() as u64);
     let goes_on = |at: u64| {
         let next = map.host_offset(at).map(|host| host + (1 << map.cluster_bits));
-        next.is_some()
+        next.is_some_and(|next| next + (1 << map.cluster_bits) <= file_bytes)
             && next == map.host_offset(at + 1)
             && at >> map.table_bits == (at + 1) >> map.table_bits
     };
@@ -71,6 +73,7 @@ mod tests {
         let entries = vec![0x1000, 0x2000, 0x3000, 0, 0x5000, 0x9000, 0xa000, 0x4000, 0x5000, 0x6000];
         let map = ImageMap { cluster_bits: 12, table_bits: 3, size: 9 << 12, entries, ..ImageMap::default() };
         let ranges = [SectorRange::new(0, 16), SectorRange::new(40, 16)];
-        assert_eq!(in_one_piece(&map), ranges, "the last two are of another table, and past the end");
+        assert_eq!(in_one_piece(&map, 0x3fff), ranges[..1], "the file ends within the third");
+        assert_eq!(in_one_piece(&map, 0xb000), ranges, "the last two are of another table, and past the end");
     }
 }

@@ -25,13 +25,13 @@
 //! failure may have missed the dropped pages, and its result is void. It is repeated once the part is settled, so that
 //! the zeros, or the bytes written back, are durable in their place.
 
-use super::{ImageFile, is_transient};
+use super::{ImageFile, LONE_REPEATS, is_transient};
 use crate::ImageHost;
 use crate::memory::PART_BYTES;
 use smallvec::smallvec;
 use std::cell::Cell;
 use tap_core::{Access, Space, Tracker};
-use tap_host::{Errno, File, FileInfo, IoVec, Patience, Probe, ZeroMode};
+use tap_host::{Errno, File, FileInfo, IoVec, Patience, Probe, Time, ZeroMode};
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
@@ -201,10 +201,11 @@ impl<H: ImageHost> ImageFile<H> {
 
     /// Writes back the bytes of a part whose dirty pages may be lost.
     async fn put_back(&self, offset: u64, mut bufs: IoVec) -> Result<(), Errno> {
-        let mut patience = Patience::of(REPEATS);
+        let mut patience = SettlePatience::new();
         loop {
             let (result, back) = self.write(offset, bufs).await;
-            if result.is_ok() || !patience.again(&self.host).await {
+            let Err(error) = result else { return Ok(()) };
+            if !patience.again(&self.host, is_transient(error)).await {
                 return result;
             }
             bufs = back;
@@ -213,14 +214,12 @@ impl<H: ImageHost> ImageFile<H> {
 
     /// Zeroes a part whose dirty pages may be lost.
     async fn settle_as_zeros(&self, offset: u64, len: u64) -> Result<(), Errno> {
-        let mut patience = Patience::of(REPEATS);
+        let mut patience = SettlePatience::new();
         loop {
-            let hole = self.file.zero_at(offset, len, ZeroMode::Unmap).await;
-            if hole.is_ok() || self.write_zeros_over_data(offset, len).await.is_ok() {
-                return Ok(());
-            }
-            if !patience.again(&self.host).await {
-                return hole;
+            let Err(hole) = self.file.zero_at(offset, len, ZeroMode::Unmap).await else { return Ok(()) };
+            let Err(error) = self.write_zeros_over_data(offset, len).await else { return Ok(()) };
+            if !patience.again(&self.host, is_transient(hole) || is_transient(error)).await {
+                return Err(hole);
             }
         }
     }
@@ -239,6 +238,25 @@ impl<H: ImageHost> ImageFile<H> {
             offset += run;
         }
         Ok(())
+    }
+}
+
+/// Repetitions of what settles a part. Giving up ends the use of the file, so transient errors are waited out as long
+/// as requests wait; the others are repeated a few times.
+struct SettlePatience {
+    transient: Patience,
+    lasting: Patience,
+}
+
+impl SettlePatience {
+    fn new() -> Self {
+        Self { transient: Patience::of(LONE_REPEATS), lasting: Patience::of(REPEATS) }
+    }
+
+    /// Takes one repetition and waits until it is due; `false` if none is left.
+    async fn again(&mut self, time: &impl Time, transient: bool) -> bool {
+        let patience = if transient { &mut self.transient } else { &mut self.lasting };
+        patience.again(time).await
     }
 }
 
