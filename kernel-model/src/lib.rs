@@ -32,4 +32,6 @@ pub use inode::{Content, Inode, Pending, PendingSize, apply};
 pub use pages::{PAGE, Page, PageMap, recycle};
 pub use process::{DIRECT_ALIGN_BYTES, FILE_BYTES_MAX, Kernel, Process, ProcessFile};
 pub use sockets::{ProcessListener, ProcessStream};
-pub use storage::{Concerned, Hook, IoCounts, NthFailure, Storage, StorageConfig, to_bufs};
+pub use storage::{
+    Concerned, Cut, CutFile, CutWrite, Hook, IoCounts, NthFailure, Storage, StorageConfig, to_bufs,
+};

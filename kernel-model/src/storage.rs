@@ -6,6 +6,7 @@
 
 mod closing;
 mod config;
+mod cuts;
 mod effect;
 mod nth;
 mod outage;
@@ -16,10 +17,11 @@ use crate::faults::{self, Fault, FaultPlan, IO_FAULT, IO_LATE, IoOp, Rates, Sync
 use crate::inode::{Content, Inode};
 pub(crate) use closing::Descriptor;
 pub use config::{IoCounts, StorageConfig};
+pub use cuts::{Cut, CutFile, CutWrite};
 pub use nth::{Concerned, NthFailure};
 use nth::{Nth, NthCounts};
 use outage::Outage;
-use sim::{Entity, Sim, Timed, text_hash};
+use sim::{Entity, Sim, SpanId, Timed, text_hash};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -85,6 +87,7 @@ struct Running {
     covers: u64,
     waker: Option<Waker>,
     orphan: bool,
+    span: SpanId,
 }
 
 enum Slot {
@@ -125,6 +128,8 @@ pub(crate) struct Inner {
     /// Files that were dropped and are not closed yet, and when they will be.
     closing: RefCell<Vec<(u64, Rc<OpenFile>)>>,
     hook: RefCell<Option<Hook>>,
+    /// What power cuts did, while a report keeps it.
+    cuts: RefCell<Vec<Cut>>,
 }
 
 /// Called after each operation took effect, with its number; crash exploration then examines the files.
@@ -161,6 +166,7 @@ impl Storage {
             outage: Outage::default(),
             closing: RefCell::default(),
             hook: RefCell::default(),
+            cuts: RefCell::default(),
         }))
     }
 
@@ -428,6 +434,7 @@ impl Inner {
             _ => 0,
         };
         let covers = open.file.inode.borrow().seq();
+        let span = self.begin_span(role, open, if op == IoOp::Sync { 0..0 } else { offset..offset + len });
         let running = Running {
             op,
             open: Rc::clone(open),
@@ -439,6 +446,7 @@ impl Inner {
             covers,
             waker: None,
             orphan: false,
+            span,
         };
         if fault == Fault::DropsPages(true) {
             self.drop_pages(&running);

@@ -7,11 +7,12 @@
 
 use crate::catalog::setup::Setup;
 use crate::check::Invariant;
+use crate::cpu::cpu_ns;
 use crate::formats::Kind;
 use crate::guest::ErrorPolicy;
 use crate::limits::StackLimits;
 use crate::machine::Machine;
-use crate::sweep::cpu_ns;
+use crate::stall;
 use crate::workload::Op;
 use crate::world::{RunOptions, World};
 use kernel_model::StorageConfig;
@@ -121,7 +122,7 @@ pub fn measure(spec: BenchSpec) -> BenchResult {
     let out = Rc::clone(&result);
     let stalled = sim.run(async move { verdict.guard(async { *out.borrow_mut() = Some(body.await) }).await });
     let failure = world.verdict.failure().map(|f| format!("{}: {}", f.invariant, f.detail));
-    let failure = failure.or(stalled.err().map(|s| s.report));
+    let failure = failure.or(stalled.err().map(|s| stall::describe(&s)));
     let (cpu_ns, host_ios, memory_growth_bytes) = result.borrow_mut().take().unwrap_or_default();
     BenchResult { requests: world.stats().requests, cpu_ns, host_ios, memory_growth_bytes, failure }
 }

@@ -17,6 +17,7 @@
 
 use crate::check::{BlockHistory, Invariant, Wrong};
 use crate::formats::{self, Broken, ImageMap};
+use crate::stall;
 use kernel_model::faults::FaultPlan;
 use kernel_model::{Content, Inode, Kernel, Pending, Process, Storage, StorageConfig};
 use sim::{Config, Draw, Entity, FixedMap, Label, Sim, mix2};
@@ -381,7 +382,7 @@ impl Explorer {
         match run {
             Ok(Ok(())) => {}
             Ok(Err(text)) => return Err((Invariant::G11, text)),
-            Err(stall) => return Err((Invariant::L1, stall.report)),
+            Err(stall) => return Err((Invariant::L1, stall::describe(&stall))),
         }
         for (range, bytes) in result.borrow().iter() {
             for (i, sector) in bytes.chunks_exact(SECTOR_BYTES as usize).enumerate() {

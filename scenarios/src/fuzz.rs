@@ -14,6 +14,7 @@
 use crate::catalog::{crash, damage, failures, nbd, of_format, ring};
 use crate::formats::{self, FormatModel};
 use crate::guest::NBD_TRICK;
+use crate::panics::apart;
 use crate::power;
 use crate::run::run;
 use crate::scenario::Scenario;
@@ -25,9 +26,9 @@ use kernel_model::faults::{IO_FAULT, IO_LATE, LOST, SIZES_LOST, SYNC_LOST};
 use kernel_model::sockets;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
-use sim::{DecisionMap, Label, Script, Source, WAKE, guard};
+use sim::{DecisionMap, Label, Script, Source, WAKE};
 use std::collections::BTreeSet;
-use std::sync::{LazyLock, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 use tap_host::Bug;
 
 /// A target of fuzzing.
@@ -313,19 +314,31 @@ pub fn fuzz(spec: &FuzzSpec, mut go_on: impl FnMut(u64, u64) -> bool) -> FuzzRep
 
 type Ran = (Vec<u8>, Vec<u32>, Option<(RunSpec, Outcome)>);
 
-fn run_batch(spec: &FuzzSpec, inputs: Vec<Vec<u8>>) -> Vec<Ran> {
+fn run_batch(spec: &FuzzSpec, mut inputs: Vec<Vec<u8>>) -> Vec<Ran> {
     let (subject, bug) = (spec.subject, spec.bug);
-    guard::run(spec.guarded, spec.seed, move || {
-        let one = |bytes: Vec<u8>| {
-            let (spec, outcome) = run_bytes(subject, &bytes, bug);
-            let found = features(subject, &spec, &outcome);
-            let broken = outcome.failure.is_some();
-            // From here on the run is defined by its decisions, not by the input.
-            let replay = RunSpec { source: Source::Replay(outcome.decisions.clone()), ..spec };
-            (bytes, found, broken.then_some((replay, outcome)))
-        };
-        inputs.into_iter().map(one).collect()
-    })
+    inputs.reverse();
+    // Shared, because a thread that a run blocks for good leaves them here.
+    let shared = Arc::new(Mutex::new((inputs, Vec::<Ran>::new())));
+    loop {
+        let mine = Arc::clone(&shared);
+        let ended = apart(spec.guarded, spec.seed, move || {
+            let next = || mine.lock().expect("no panic while inputs are held").0.pop();
+            while let Some(bytes) = next() {
+                let (spec, outcome) = run_bytes(subject, &bytes, bug);
+                let found = features(subject, &spec, &outcome);
+                let broken = outcome.failure.is_some();
+                // From here on the run is defined by its decisions, not by the input.
+                let replay = RunSpec { source: Source::Replay(outcome.decisions.clone()), ..spec };
+                let ran = (bytes, found, broken.then_some((replay, outcome)));
+                mine.lock().expect("no panic while results are held").1.push(ran);
+            }
+        });
+        let mut shared = shared.lock().expect("no panic while results are held");
+        match ended {
+            Ok(()) => return std::mem::take(&mut shared.1),
+            Err((replay, outcome)) => shared.1.push((Vec::new(), Vec::new(), Some((replay, *outcome)))),
+        }
+    }
 }
 
 fn merge(state: &mut State, spec: &FuzzSpec, results: Vec<Ran>) -> (u64, u64) {

@@ -2,12 +2,14 @@
 //! what it was saved for.
 
 use crate::catalog;
+use crate::cpu::cpu_ns;
+use crate::interrupt;
+use crate::panics::apart;
 use crate::probes::BUGS;
-use crate::run::{run, run_recorded, shrink_run};
+use crate::run::{Effort, run, run_apart, run_recorded, shrink_run};
 use crate::scenario::Scenario;
 use crate::spec::{Outcome, RunSpec};
-use crate::sweep::cpu_ns;
-use sim::{RunFile, TraceLevel, guard};
+use sim::{RunFile, TraceLevel};
 use tap_host::Bug;
 
 /// What is hunted.
@@ -63,37 +65,51 @@ const CATCHES: usize = 3;
 
 /// Tries `within` seeds in the scenario `near`, which found it before, then as many in every scenario, until one fails
 /// that passes without the quarry, and shrinks it. If the shrunk run is too large, the next catches are tried, too, and
-/// the smallest is returned.
+/// the smallest is returned. Ctrl-C ends the search, and shrinking.
 pub fn hunt(
     quarry: Quarry,
     near: Option<&'static Scenario>,
     within: u64,
     guarded: bool,
-    shrink_runs: u64,
+    effort: Effort,
 ) -> Option<Hunted> {
-    guard::run(guarded, 0, move || {
+    let found = apart(guarded, 0, move || {
         let start = cpu_ns();
         let at = move |seed| near.into_iter().map(move |s| spec_of(quarry, s, seed));
         let everywhere = move |seed| catalog::ALL.iter().map(move |s| spec_of(quarry, s, seed));
         let specs = (0..within).flat_map(at).chain((0..within).flat_map(everywhere));
-        let mut caught = specs.filter(is_caught);
+        let mut caught = specs.take_while(|_| !interrupt::asked()).filter(is_caught);
         let first = caught.next()?;
         let found = cpu_ns();
-        let mut best = shrunk(&first, shrink_runs);
+        let mut best = shrunk(&first, effort);
         for _ in 1..CATCHES {
             if best.outcome.decisions.len() <= DECISIONS_MAX {
                 break;
             }
             let Some(next) = caught.next() else { break };
-            let other = shrunk(&next, shrink_runs);
+            let other = shrunk(&next, effort);
             if other.outcome.decisions.len() < best.outcome.decisions.len() {
                 best = other;
             }
         }
         best.find_cpu_ns = found.saturating_sub(start);
-        best.seeds = first.seed + 1;
+        best.seeds = first.seed.saturating_add(1);
         Some(best)
-    })
+    });
+    // A bug that makes a run block its thread is found, too.
+    found.unwrap_or_else(|(spec, outcome)| Some(unshrunk(spec, *outcome)))
+}
+
+fn unshrunk(spec: RunSpec, outcome: Outcome) -> Hunted {
+    Hunted {
+        seeds: spec.seed.saturating_add(1),
+        spec,
+        decisions_before: outcome.decisions.len(),
+        outcome,
+        find_cpu_ns: 0,
+        shrink_runs: 0,
+        shrink_cpu_ns: 0,
+    }
 }
 
 fn spec_of(quarry: Quarry, scenario: &'static Scenario, seed: u64) -> RunSpec {
@@ -110,10 +126,10 @@ fn is_caught(spec: &RunSpec) -> bool {
     run(spec).failure.is_some() && run(&RunSpec::new(spec.scenario, spec.seed)).failure.is_none()
 }
 
-fn shrunk(spec: &RunSpec, shrink_runs: u64) -> Hunted {
+fn shrunk(spec: &RunSpec, effort: Effort) -> Hunted {
     let start = cpu_ns();
     let recorded = run_recorded(spec, TraceLevel::Hash);
-    let (best, outcome, shrunk) = shrink_run(spec, &recorded, shrink_runs);
+    let (best, outcome, shrunk) = shrink_run(spec, &recorded, effort);
     Hunted {
         spec: best,
         outcome,
@@ -162,8 +178,7 @@ impl std::fmt::Display for Unexpected {
 /// The unexpected result.
 pub fn check_saved(file: &RunFile, spec: &RunSpec, guarded: bool) -> Result<(), Unexpected> {
     let recorded = |spec: &RunSpec| {
-        let spec = spec.clone();
-        guard::run(guarded, spec.seed, move || run_recorded(&spec, TraceLevel::Events))
+        run_apart(guarded, &RunSpec { record: true, trace: TraceLevel::Events, ..spec.clone() })
     };
     let planted = Quarry::of(spec).is_some();
     let must_fail = match file.option("expect") {

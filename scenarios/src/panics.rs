@@ -56,8 +56,8 @@ pub(crate) fn catch_places() {
 fn abandon_thread(text: &str) -> ! {
     let (spec, sim) = CURRENT.take().unzip();
     let sim = sim.flatten();
-    let failure =
-        Failure { invariant: Invariant::A1, detail: text.into(), at_ns: sim.as_ref().map_or(0, Sim::now_ns) };
+    let at_ns = sim.as_ref().map_or(0, Sim::now_ns);
+    let failure = Failure { detail: text.into(), at_ns, ..Failure::of(Invariant::A1) };
     let (trace, decisions) = sim.as_ref().and_then(Sim::salvage).unwrap_or_default();
     // Dropping the engine is what just failed, so it is leaked.
     std::mem::forget(sim);

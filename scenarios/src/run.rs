@@ -2,12 +2,14 @@
 
 use crate::check::oracle::{Oracle, break_for_run, is_broken};
 use crate::check::{Failure, Invariant};
+use crate::cpu::cpu_ns;
 use crate::explore::Explored;
 use crate::probes::MARKS;
+use crate::report::recorder::{images_of, record_rings};
 use crate::spec::{Outcome, RunSpec};
 use crate::world::World;
-use crate::{catalog, front, panics, workload, world};
-use sim::{Config, DecisionMap, Limits, Scheduling, Sim, Source, StallKind, TraceLevel, register_labels};
+use crate::{catalog, front, interrupt, panics, stall, workload, world};
+use sim::{Config, DecisionMap, Limits, Scheduling, Sim, Source, TraceLevel, register_labels};
 use std::sync::Once;
 
 /// Turns and virtual time after which a run counts as stuck, far above what any scenario needs.
@@ -64,6 +66,7 @@ pub fn run(spec: &RunSpec) -> Outcome {
     });
     let storage = (spec.scenario.storage)(&sim);
     let world = World::new(&sim, storage, spec.options.clone());
+    record_rings(&world);
     let body = (spec.scenario.body)(world.clone());
     let verdict = world.verdict.clone();
     panics::begin(spec, &sim);
@@ -71,14 +74,7 @@ pub fn run(spec: &RunSpec) -> Outcome {
     match result {
         Ok(Ok(())) => {}
         Ok(Err(_)) if is_broken(Oracle::StallIgnored) => {}
-        Ok(Err(stall)) => {
-            let why = match stall.kind {
-                StallKind::Deadlock => "all tasks wait",
-                StallKind::TurnLimit => "the run never comes to rest",
-                StallKind::TimeLimit => "a task waits too long",
-            };
-            world.fail(Invariant::L1, format!("{why}: {}", stall.report));
-        }
+        Ok(Err(stall)) => world.fail(Invariant::L1, stall::describe(&stall)),
         Err(place) => world.fail(Invariant::A1, place),
     }
     let longest = sim.longest_turn();
@@ -87,6 +83,7 @@ pub fn run(spec: &RunSpec) -> Outcome {
         let text = format!("a turn of task {role} is too long: {done} steps and loads");
         world.fail(Invariant::T1, text);
     }
+    let images = panics::inside(|| images_of(&world)).unwrap_or_default();
     let (trace, decisions) = sim.finish();
     let mut outcome = Outcome {
         failure: world.verdict.failure(),
@@ -97,6 +94,7 @@ pub fn run(spec: &RunSpec) -> Outcome {
         virtual_ns: sim.now_ns(),
         explored: world.explorer().map_or(Explored::default(), |e| e.explored()),
         bad_state: world.explorer().and_then(|e| e.bad()),
+        images,
     };
     // After a panic the world is in no state that its destructors expect.
     panics::dropping_engine();
@@ -104,14 +102,40 @@ pub fn run(spec: &RunSpec) -> Outcome {
         && outcome.failure.is_none()
     {
         let detail = format!("while the world was dropped: {place}");
-        outcome.failure = Some(Failure { invariant: Invariant::A1, detail, at_ns: outcome.virtual_ns });
+        outcome.failure = Some(Failure { detail, at_ns: outcome.virtual_ns, ..Failure::of(Invariant::A1) });
     }
     outcome
 }
 
+/// Runs `spec` once on a thread that can be given up, guarded if asked for; whatever happens to it, it has an outcome.
+pub(crate) fn run_apart(guarded: bool, spec: &RunSpec) -> Outcome {
+    let mine = spec.clone();
+    panics::apart(guarded, spec.seed, move || run(&mine)).unwrap_or_else(|(_, outcome)| *outcome)
+}
+
+/// How much work shrinking may be; then it ends with the best so far, as it does after Ctrl-C.
+#[derive(Clone, Copy, Debug)]
+pub struct Effort {
+    /// Runs.
+    pub runs: u64,
+    /// CPU time in nanoseconds.
+    pub cpu_ns: u64,
+}
+
+impl Effort {
+    /// As many runs, however long they take.
+    pub const fn of_runs(runs: u64) -> Self {
+        Self { runs, cpu_ns: u64::MAX }
+    }
+}
+
 /// Shrinks a failing run while its failure keeps its [kind](Failure::kind). Returns the remaining decisions and the
 /// number of runs taken.
-pub fn shrink_run(spec: &RunSpec, outcome: &Outcome, runs: u64) -> (RunSpec, Outcome, sim::Shrunk) {
+pub fn shrink_run(spec: &RunSpec, outcome: &Outcome, effort: Effort) -> (RunSpec, Outcome, sim::Shrunk) {
+    // The guard hides the real clock, but not the kernel's account of this thread.
+    let end_ns = cpu_ns().saturating_add(effort.cpu_ns);
+    let stop = || interrupt::asked() || (effort.cpu_ns < u64::MAX && cpu_ns() >= end_ns);
+    let limits = sim::ShrinkLimits { runs: effort.runs, stop: &stop };
     let class = outcome.failure.as_ref().map(Failure::kind);
     let candidate = |map: &DecisionMap| RunSpec {
         source: Source::Replay(map.clone()),
@@ -119,7 +143,7 @@ pub fn shrink_run(spec: &RunSpec, outcome: &Outcome, runs: u64) -> (RunSpec, Out
         trace: TraceLevel::Hash,
         ..spec.clone()
     };
-    let shrunk = sim::shrink(&outcome.decisions, sim::ShrinkLimits { runs }, |map| {
+    let shrunk = sim::shrink(&outcome.decisions, limits, |map| {
         let outcome = run(&candidate(map));
         (outcome.failure.map(|f| f.kind()) == class).then_some(outcome.decisions)
     });

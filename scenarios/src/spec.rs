@@ -10,6 +10,7 @@ use crate::check::oracle::Oracle;
 use crate::explore::{BadState, Explored};
 use crate::formats::RealImage;
 use crate::probes::find_bug;
+use crate::report::images::Images;
 use crate::scenario::Scenario;
 use crate::world::{RunOptions, Stats};
 use sim::{DecisionMap, RunFile, Source, TraceLevel, TraceReport};
@@ -50,6 +51,22 @@ impl RunSpec {
     pub fn with_bug(mut self, bug: Option<&'static Bug>) -> Self {
         self.options.bug = bug;
         self
+    }
+
+    /// The options that make it what it is.
+    fn switches(&self) -> String {
+        let bug = self.options.bug.map_or(String::new(), |bug| format!(" --bug {}", bug.name()));
+        format!("{bug}{}", if self.options.canary { " --canary" } else { "" })
+    }
+
+    /// Scenario, seed, and what was switched on.
+    pub fn heading(&self) -> String {
+        format!("{} seed {}{}", self.scenario.name, self.seed, self.switches())
+    }
+
+    /// The command that runs the seed again.
+    pub fn command(&self) -> String {
+        format!("cargo tapsim run {} {}{}", self.scenario.name, self.seed, self.switches())
     }
 
     /// The run that a decision file describes.
@@ -124,4 +141,6 @@ pub struct Outcome {
     pub explored: Explored,
     /// The bad state that exploring found.
     pub bad_state: Option<BadState>,
+    /// The images at each power cut, if lines were kept.
+    pub images: Vec<Images>,
 }

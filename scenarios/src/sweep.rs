@@ -1,6 +1,8 @@
 //! Sweeps: many seeds of many scenarios on all cores.
 
 use crate::check::Failure;
+use crate::cpu::cpu_ns;
+use crate::interrupt;
 use crate::panics::apart;
 use crate::probes::MARKS;
 use crate::run::run;
@@ -31,7 +33,7 @@ pub struct SweepSpec {
     pub jobs: usize,
     /// Whether worlds run inside the guard.
     pub guarded: bool,
-    /// Stop at the first failure of a scenario.
+    /// End a scenario at its first failure.
     pub first_only: bool,
 }
 
@@ -71,6 +73,19 @@ impl SweepReport {
     /// Number of runs that failed.
     pub fn failed(&self) -> u64 {
         self.scenarios.iter().map(|s| s.1.failed).sum()
+    }
+    /// Scenarios that did not run.
+    pub fn not_run(&self) -> Vec<&'static str> {
+        let none = |(_, r): &&(_, ScenarioReport)| r.passed + r.failed == 0;
+        self.scenarios.iter().filter(none).map(|(s, _)| s.name).collect()
+    }
+    /// The first failure of each scenario, the lowest seed first.
+    pub fn first_failures(&self) -> Vec<(&'static Scenario, u64, &Failure)> {
+        let all = self.scenarios.iter();
+        let mut all: Vec<_> =
+            all.filter_map(|(s, r)| r.failures.first().map(|(seed, failure)| (*s, *seed, failure))).collect();
+        all.sort_by_key(|(_, seed, _)| *seed);
+        all
     }
     /// Marks that no run reached.
     pub fn missed(&self) -> Vec<&'static Mark> {
@@ -132,15 +147,18 @@ pub fn sweep(spec: &SweepSpec, mut progress: impl FnMut(u64, u64) -> bool) -> Sw
     collect(spec, results.into_inner().expect("no panic while results are held"))
 }
 
-/// Chunks in the order of seeds, scenarios taking turns, so that a stopped sweep has seen all of them.
+/// Chunks in the order of seeds, scenarios taking turns. The first ones have one seed, so that a sweep that is stopped
+/// soon has seen all scenarios.
 fn plan(spec: &SweepSpec) -> Vec<(usize, Range<u64>)> {
     let mut chunks = Vec::new();
-    let mut start = spec.seeds.start;
+    let first = spec.seeds.start;
+    let mut start = first;
     while start < spec.seeds.end {
-        let end = (start + CHUNK).min(spec.seeds.end);
+        let size = if start == first { 1 } else { CHUNK };
+        let end = start.saturating_add(size).min(spec.seeds.end);
         let seeds = |s: usize| {
             let share = spec.shares.as_ref().and_then(|all| all.get(s)).copied();
-            start..share.map_or(end, |n| end.min(spec.seeds.start + n))
+            start..share.map_or(end, |n| end.min(first.saturating_add(n)))
         };
         chunks
             .extend((0..spec.scenarios.len()).map(|s| (s, seeds(s))).filter(|(_, seeds)| !seeds.is_empty()));
@@ -150,7 +168,7 @@ fn plan(spec: &SweepSpec) -> Vec<(usize, Range<u64>)> {
 }
 
 fn run_chunk(spec: &SweepSpec, scenario: usize, seeds: Range<u64>) -> ChunkResult {
-    let (of, options) = (spec.scenarios[scenario], spec.options.clone());
+    let (of, options, first_only) = (spec.scenarios[scenario], spec.options.clone(), spec.first_only);
     let empty = (ScenarioReport::default(), vec![0; MARKS.len()]);
     // Shared, because a thread that a run blocks for good leaves its counts here.
     let counted = Arc::new(Mutex::new(empty));
@@ -160,17 +178,24 @@ fn run_chunk(spec: &SweepSpec, scenario: usize, seeds: Range<u64>) -> ChunkResul
         let ended = apart(spec.guarded, rest.start, move || {
             let mut before = cpu_ns();
             for seed in seeds {
+                if interrupt::asked() {
+                    break;
+                }
                 let outcome = run(&RunSpec { options: options.clone(), ..RunSpec::new(of, seed) });
                 let now = cpu_ns();
                 let taken = now.saturating_sub(std::mem::replace(&mut before, now));
+                let failed = outcome.failure.is_some();
                 count(&mut out.lock().expect("no panic while results are held"), seed, outcome, taken);
+                if failed && first_only {
+                    break;
+                }
             }
         });
         rest.start = match ended {
             Ok(()) => rest.end,
             Err((lost, outcome)) => {
                 count(&mut counted.lock().expect("no panic while results are held"), lost.seed, *outcome, 0);
-                lost.seed + 1
+                if first_only { rest.end } else { lost.seed + 1 }
             }
         };
     }
@@ -224,11 +249,4 @@ fn collect(spec: &SweepSpec, mut results: Vec<ChunkResult>) -> SweepReport {
         report.failures.truncate(FAILURES_KEPT);
     }
     SweepReport { scenarios, marks }
-}
-
-/// CPU nanoseconds of this thread so far, as the kernel counts them; 0 if it does not. (The clock functions of libc
-/// belong to the guard.)
-pub fn cpu_ns() -> u64 {
-    let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
-    text.split_whitespace().next().and_then(|n| n.parse().ok()).unwrap_or(0)
 }

@@ -1,6 +1,6 @@
 //! A world: one engine, one host, the options of the run, and what comes out.
 
-use crate::check::{Invariant, Oracle, Verdict};
+use crate::check::{About, Failure, Invariant, Oracle, Verdict};
 use crate::explore::Explorer;
 use crate::formats::RealImage;
 use kernel_model::{Kernel, Storage, StorageConfig};
@@ -131,7 +131,13 @@ impl World {
 
     /// Reports a broken invariant.
     pub fn fail(&self, invariant: Invariant, detail: impl Into<String>) {
-        self.verdict.fail(invariant, self.sim.now_ns(), detail);
+        self.fail_about(invariant, detail, About::default());
+    }
+
+    /// Reports a broken invariant that is `about` some requests.
+    pub fn fail_about(&self, invariant: Invariant, detail: impl Into<String>, about: About) {
+        let at_ns = self.sim.now_ns();
+        self.verdict.fail(Failure { invariant, detail: detail.into(), at_ns, about });
     }
 
     /// One of `choices`, a decision: the first is the boring one.
@@ -183,6 +189,6 @@ pub(crate) fn broken_by<F: Future<Output = ()> + 'static>(
     };
     let sim = Sim::new(&config);
     let world = World::new(&sim, StorageConfig::default(), RunOptions::default());
-    sim.run(body(world.clone())).unwrap_or_else(|stall| panic!("{}", stall.report));
+    sim.run(body(world.clone())).unwrap_or_else(|stall| panic!("{stall:?}"));
     world.verdict.failure().map(|f| f.invariant)
 }

@@ -152,15 +152,150 @@ fn exit_statuses_are_as_documented() {
 }
 
 #[test]
-fn an_unwritable_path_is_named() {
+fn an_unwritable_path_is_refused_before_the_work() {
     let folder = Folder::new();
     folder.write("file", "");
-    let output =
-        folder.tapsim(&["run", "qcow-power-cut", "0", "--bug", "edge-dropped", "--out", "file/below"]);
-    assert_eq!(output.status.code(), Some(2));
-    assert!(
-        stderr(&output).contains("file/below") && stderr(&output).lines().count() == 1,
-        "{}",
-        stderr(&output)
+    for option in ["--json", "--junit", "--out"] {
+        refused(&folder, &["sweep", "qcow-power-cut", option, "file/below"], "file/below");
+    }
+    refused(
+        &folder,
+        &["run", "qcow-power-cut", "0", "--bug", "edge-dropped", "--out", "file/below"],
+        "file/below",
     );
+    refused(&folder, &["list", "--json", "."], "failed to write .");
+}
+
+#[test]
+fn what_was_found_is_printed_whatever_cannot_be_written() {
+    let folder = Folder::new();
+    let args = ["sweep", "qcow-power-cut", "--seeds", "0..4", "--bug", "edge-dropped", "--json", "/dev/full"];
+    let output = folder.tapsim(&args);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(stdout(&output).contains("--bug edge-dropped: broken"), "{}", stdout(&output));
+    assert!(stderr(&output).contains("failed to write /dev/full"), "{}", stderr(&output));
+    let passes = folder.tapsim(&["sweep", "qcow-power-cut", "--seeds", "0..1", "--json", "/dev/full"]);
+    assert_eq!(passes.status.code(), Some(2), "{}", stdout(&passes));
+}
+
+#[test]
+fn options_without_effect_are_refused() {
+    let folder = Folder::new();
+    refused(&folder, &["explain", "x.run", "--json", "x"], "--json has no effect on explain");
+    refused(&folder, &["--jobs", "2", "list"], "--jobs has no effect on list");
+    refused(&folder, &["shrink", "x.run", "--log", "full"], "--log has no effect on shrink");
+    refused(&folder, &["bugs", "--oracles", "--out", "x"], "--out has no effect on bugs");
+    refused(&folder, &["bugs", "--oracles", "--within", "9"], "cannot be used with");
+    refused(&folder, &["sweep", "--seeds", "0..2", "--from", "1"], "cannot be used with");
+    refused(&folder, &["sweep", "--for", "1s", "--check-determinism"], "cannot be used with");
+}
+
+#[test]
+fn the_last_seeds_run() {
+    let folder = Folder::new();
+    let last = u64::MAX.to_string();
+    refused(&folder, &["sweep", "--from", &last], "the last seed of a sweep is 18446744073709551614");
+    for args in [
+        ["run", "qcow-created", &last].as_slice(),
+        &["sweep", "qcow-created", "--from", "18446744073709551613"],
+        &["sweep", "qcow-created", "--seeds", "18446744073709551613..18446744073709551615"],
+    ] {
+        let output = folder.tapsim(args);
+        assert_eq!(output.status.code(), Some(0), "{args:?}: {}{}", stdout(&output), stderr(&output));
+    }
+}
+
+#[test]
+fn a_short_sweep_runs_every_scenario_once_and_interrupted_it_prints_what_was_done() {
+    let folder = Folder::new();
+    let output = folder.tapsim(&["sweep", "--for", "1s", "--json", "short.json"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stdout(&output));
+    let text = std::fs::read_to_string(folder.path().join("short.json")).expect("it was written");
+    let report: serde_json::Value = serde_json::from_str(&text).expect("it is JSON");
+    let scenarios = report["scenarios"].as_array().expect("a list");
+    assert!(scenarios.len() > 40 && scenarios.iter().all(|s| s["passed"] != 0), "{text}");
+
+    let child = Command::new(env!("CARGO_BIN_EXE_tapsim"))
+        .args(["sweep", "qcow-created", "--for", "1h"])
+        .current_dir(folder.path())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .expect("tapsim starts");
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    let sent = Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill runs");
+    assert!(sent.success());
+    let output = child.wait_with_output().expect("it ends");
+    assert_eq!(output.status.code(), Some(130), "{}", stdout(&output));
+    let text = stdout(&output);
+    assert!(text.trim_end().ends_with(" passed, 0 failed") && text.contains("\nqcow-created "), "{text}");
+}
+
+#[test]
+fn a_sweep_stops_at_the_first_failure_and_shrinks_the_lowest_seed() {
+    let folder = Folder::new();
+    let sweep = ["sweep", "qcow-power-cut", "--seeds", "0..400", "--bug", "edge-dropped", "--stop"];
+    let output = folder.tapsim(&[&sweep[..], &["--no-shrink", "--json", "stop.json"]].concat());
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    let text = stdout(&output);
+    let seed = text.split("qcow-power-cut seed ").nth(1).and_then(|t| t.split(' ').next()).expect("a seed");
+    assert!(text.contains(&format!("cargo tapsim run qcow-power-cut {seed} --bug edge-dropped")), "{text}");
+    assert_eq!(folder.names(), ["stop.json"], "nothing is saved");
+    let report = std::fs::read_to_string(folder.path().join("stop.json")).expect("it was written");
+    let report: serde_json::Value = serde_json::from_str(&report).expect("it is JSON");
+    assert!(report["passed"].as_u64().expect("a number") < 100, "{report}");
+
+    let output = folder.tapsim(&[&sweep[..], &["--junit", "stop.xml"]].concat());
+    assert!(stdout(&output).contains("  shrunk from "), "{}", stdout(&output));
+    let saved = std::fs::read_dir(folder.path().join("tapsim-failures")).expect("a failure is saved");
+    assert_eq!(
+        saved.filter(|e| e.as_ref().is_ok_and(|e| e.path().extension().is_some_and(|x| x == "run"))).count(),
+        1
+    );
+    let xml = std::fs::read_to_string(folder.path().join("stop.xml")).expect("it was written");
+    assert!(
+        xml.contains("tests=\"1\" failures=\"1\"") && xml.contains("<failure message=\"broken "),
+        "{xml}"
+    );
+}
+
+#[test]
+fn commands_that_did_their_job_end_with_0_and_others_do_not() {
+    let folder = Folder::new();
+    folder.write("bug.run", &saved());
+    let shrunk = folder.tapsim(&["shrink", "bug.run"]);
+    assert_eq!(shrunk.status.code(), Some(0), "{}{}", stdout(&shrunk), stderr(&shrunk));
+    let missed = folder.tapsim(&["fuzz", "--for", "1s", "--bug", "nbd-seat-lost"]);
+    assert_eq!(missed.status.code(), Some(1), "{}", stdout(&missed));
+    assert!(stdout(&missed).contains("nbd-seat-lost was not found"), "{}", stdout(&missed));
+    let regressions = concat!(env!("CARGO_MANIFEST_DIR"), "/regressions");
+    let fresh = folder.tapsim(&["bugs", "--stale", "data-after-mapping", "--saved", regressions]);
+    assert_eq!(fresh.status.code(), Some(0), "{}", stderr(&fresh));
+    assert_eq!(stdout(&fresh), "nothing is stale: each saved run still shows its bug\n");
+}
+
+#[test]
+fn a_story_tells_why() {
+    let folder = Folder::new();
+    let explain = |name: &str| {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("regressions").join(name);
+        let output = folder.tapsim(&["explain", path.to_str().expect("a path in UTF-8")]);
+        assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+        stdout(&output)
+    };
+    // An order that is broken: the write and the read, in the order of their submission.
+    let order = explain("edge-dropped.run");
+    assert!(order.lines().next().is_some_and(|line| line.ends_with(" --bug edge-dropped")), "{order}");
+    let (_, requests) = order.split_once("in the order of their submission:\n").expect("requests are named");
+    let kinds: Vec<&str> = requests.lines().filter_map(|line| line.trim_start().split(' ').next()).collect();
+    let count = |wanted: &str| kinds.iter().filter(|kind| **kind == wanted).count();
+    assert!(count("read") == 1 && count("write") > 0, "{order}");
+    assert!(requests.lines().all(|line| line.contains(": submitted at ")), "{order}");
+    assert!(!order.contains(" ns"), "there is one unit of time: {order}");
+    // What follows a fault is shown with it.
+    let fault = explain("failed-l2-cached.run");
+    let lines: Vec<&str> = fault.lines().collect();
+    let happened =
+        lines.iter().position(|line| line.starts_with("What happened")).expect("a part of the story");
+    let fails = lines[happened..].iter().position(|line| line.contains("fails with")).expect("the fault");
+    assert!(lines[happened + fails..][..5].iter().any(|line| line.contains("failed with")), "{fault}");
 }

@@ -214,7 +214,7 @@ fn simulate<F: Future<Output = Result<(), Failed>> + 'static>(
 ) -> Result<(), Failed> {
     let sim = Sim::new(&Config { faults: false, ..Config::new(seed) });
     let world = World::new(&sim, Default::default(), RunOptions::default());
-    sim.run(body(world)).map_err(|stall| stall.report)?
+    sim.run(body(world)).map_err(|stall| scenarios::stall::describe(&stall))?
 }
 
 async fn open(world: &World) -> Result<(Stack, DirectDisk), Failed> {

@@ -24,7 +24,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use scenarios::catalog;
 use scenarios::cli::{load_run, revision, seeds_or_one};
 use scenarios::hunt::{Quarry, Unexpected, check_saved};
-use scenarios::run::{prepare, run, run_recorded, shrink_run};
+use scenarios::run::{Effort, prepare, run, run_recorded, shrink_run};
 use scenarios::scenario::Scenario;
 use scenarios::spec::{Outcome, RunSpec};
 use scenarios::sweep::SweepSpec;
@@ -39,8 +39,8 @@ use std::process::ExitCode;
 const SEEDS: Range<u64> = 0..150;
 /// Seeds of each scenario whose traces are compared.
 const COMPARED: Range<u64> = 0..3;
-/// Replays for shrinking; with more, runs would become smaller.
-const SHRINK_RUNS: u64 = 4000;
+/// Effort of shrinking; with more, runs would become smaller.
+const EFFORT: Effort = Effort { runs: 4000, cpu_ns: 60_000_000_000 };
 /// Number of events printed for a failure.
 const TAIL: usize = 12;
 
@@ -245,7 +245,7 @@ fn sweep(scenario: &'static Scenario, seeds: Range<u64>) -> Result<(), Failed> {
 fn shrunk_failure(spec: &RunSpec) -> Failed {
     let (best, outcome) = guarded(spec, |spec| {
         let all = run_recorded(spec, TraceLevel::Hash);
-        let (best, outcome, _) = shrink_run(spec, &all, SHRINK_RUNS);
+        let (best, outcome, _) = shrink_run(spec, &all, EFFORT);
         (best, outcome)
     });
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("tapsim-failures");
@@ -267,7 +267,7 @@ fn shrunk_failure(spec: &RunSpec) -> Failed {
 fn describe(spec: &RunSpec, outcome: &Outcome, path: &Path) -> String {
     let mut text = String::new();
     if let Some(f) = &outcome.failure {
-        let _ = writeln!(text, "{} seed {}: broken {}", spec.scenario.name, spec.seed, f.invariant);
+        let _ = writeln!(text, "{}: broken {}", spec.heading(), f.invariant);
         let _ = writeln!(text, "  {}\n  {}\n  last events:", f.invariant.sentence(), f.detail.trim_end());
     }
     let lines = &outcome.trace.lines;

@@ -29,11 +29,11 @@ pub(crate) fn run() -> Result<()> {
         Ok(check.env("RUSTFLAGS", "").run()?)
     })?;
     step("release programs", || release_programs(&sh))?;
-    step("a guest on a real Xen host", real_guest)?;
-    step(
-        "seeded bugs",
-        || Ok(cmd!(sh, "cargo run --release --bin tapsim -- bugs --out target/bugs").run()?),
-    )?;
+    step("a guest on a real Xen host", || real_guest(&sh))?;
+    step("seeded bugs", || {
+        let out = crate::target_dir(&sh)?.join("bugs");
+        Ok(cmd!(sh, "cargo run --release --bin tapsim -- bugs --out {out}").run()?)
+    })?;
     step("checkers", || Ok(cmd!(sh, "cargo run --release --bin tapsim -- bugs --oracles").run()?))?;
     step("sweep", || sweep(&sh))
 }
@@ -79,20 +79,22 @@ fn release_programs(sh: &Shell) -> Result<()> {
     if let Some(line) = tree.lines().find(|line| SIMULATOR.iter().any(|name| line.starts_with(name))) {
         return Err(format!("tapdisk depends on {line}").into());
     }
-    for program in ["tapdisk", "tap-img"] {
-        let symbols = cmd!(sh, "nm target/release/{program}").quiet().read()?;
+    let built = crate::target_dir(sh)?.join("release");
+    for name in ["tapdisk", "tap-img"] {
+        let program = built.join(name);
+        let symbols = cmd!(sh, "nm {program}").quiet().read()?;
         for line in symbols.lines() {
             let mut words = line.split_whitespace().rev();
-            let (name, kind) = (words.next().unwrap_or(""), words.next().unwrap_or(""));
-            if matches!(kind, "T" | "t" | "W" | "V" | "D") && REPLACED.contains(&name) {
-                return Err(format!("{program} brings a {name} of its own").into());
+            let (symbol, kind) = (words.next().unwrap_or(""), words.next().unwrap_or(""));
+            if matches!(kind, "T" | "t" | "W" | "V" | "D") && REPLACED.contains(&symbol) {
+                return Err(format!("{} brings a {symbol} of its own", program.display()).into());
             }
         }
-        let bytes = sh.read_binary_file(format!("target/release/{program}"))?;
+        let bytes = sh.read_binary_file(&program)?;
         // The sentence of a seeded bug: only a program that can switch bugs on contains it.
         let sentence = b"is kept in memory and not written";
         if bytes.windows(sentence.len()).any(|window| window == sentence) {
-            return Err(format!("{program} has seeded bugs in it").into());
+            return Err(format!("{} has seeded bugs in it", program.display()).into());
         }
     }
     Ok(())
@@ -100,9 +102,10 @@ fn release_programs(sh: &Shell) -> Result<()> {
 
 /// A guest of a real Xen host, under emulation, on a qcow image. If such a machine cannot be started (no packages, too
 /// little memory) this is reported, but does not fail the check.
-fn real_guest() -> Result<()> {
-    let args = ["xtask", "xen-host", "test", "guest-qcow", "--programs", "target/release"];
-    let status = Command::new("cargo").args(args).status()?;
+fn real_guest(sh: &Shell) -> Result<()> {
+    let args = ["xtask", "xen-host", "test", "guest-qcow", "--programs"];
+    let programs = crate::target_dir(sh)?.join("release");
+    let status = Command::new("cargo").args(args).arg(programs).status()?;
     if status.code() == Some(i32::from(NOT_STARTED)) {
         eprintln!("xtask: NO REAL GUEST WAS RUN, for the reason above");
         return Ok(());
@@ -119,10 +122,10 @@ const REPLACED: [&str; 5] = ["clock_gettime", "gettimeofday", "getrandom", "gete
 fn sweep(sh: &Shell) -> Result<()> {
     let commit = cmd!(sh, "git rev-parse HEAD").read()?;
     let first = (u64::from_str_radix(&commit[..8], 16)? * SEEDS_MAX).to_string();
-    let (runs, json) = (SWEEP_RUNS.to_string(), "target/sweep.json");
-    let args = ["--runs", &runs, "--from", &first, "--check-determinism", "--json", json];
-    cmd!(sh, "cargo run --release --bin tapsim -- sweep {args...}").run()?;
-    let report: serde_json::Value = serde_json::from_str(&sh.read_file(json)?)?;
+    let (runs, json) = (SWEEP_RUNS.to_string(), crate::target_dir(sh)?.join("sweep.json"));
+    let args = ["--runs", &runs, "--from", &first, "--check-determinism", "--json"];
+    cmd!(sh, "cargo run --release --bin tapsim -- sweep {args...} {json}").run()?;
+    let report: serde_json::Value = serde_json::from_str(&sh.read_file(&json)?)?;
     if report["guarded"] != true {
         return Err("the sweep ran without the guard".into());
     }

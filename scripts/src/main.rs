@@ -9,7 +9,17 @@ mod mutants;
 mod tidy;
 mod xen_host;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
+use xshell::{Shell, cmd};
+
+/// The folder that cargo builds into: `target`, or what `CARGO_TARGET_DIR` or a configuration says.
+fn target_dir(sh: &Shell) -> Result<PathBuf, Box<dyn std::error::Error>> {
+    let text = cmd!(sh, "cargo metadata --format-version 1 --no-deps --offline").quiet().read()?;
+    let metadata: serde_json::Value = serde_json::from_str(&text)?;
+    let folder = metadata["target_directory"].as_str().ok_or("cargo names no target folder")?;
+    Ok(folder.into())
+}
 
 const HELP: &str = "\
 House scripts.
@@ -56,5 +66,17 @@ fn main() -> ExitCode {
             eprintln!("xtask: {error}");
             ExitCode::FAILURE
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_target_folder_is_the_one_that_cargo_uses() {
+        let sh = Shell::new().expect("there is a current folder");
+        sh.set_var("CARGO_TARGET_DIR", "/elsewhere/target");
+        assert_eq!(target_dir(&sh).expect("cargo runs"), PathBuf::from("/elsewhere/target"));
     }
 }

@@ -1,7 +1,7 @@
 //! What a world is built from, and why a run did not end.
 
 use crate::decide::Source;
-use crate::trace::TraceLevel;
+use crate::trace::{Span, TraceLevel};
 
 /// The order in which ready tasks run.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -79,11 +79,28 @@ pub enum StallKind {
     TimeLimit,
 }
 
+/// A task that waits.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct WaitingTask {
+    /// The name of its node.
+    pub node: String,
+    /// Its role.
+    pub role: &'static str,
+    /// Its key.
+    pub key: u64,
+}
+
 /// A run that did not end, with the waiting tasks.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Stall {
     /// Why.
     pub kind: StallKind,
-    /// One line per living task and what reporters added.
-    pub report: String,
+    /// Virtual time in nanoseconds.
+    pub at_ns: u64,
+    /// The living tasks.
+    pub tasks: Vec<WaitingTask>,
+    /// Spans that have not ended, if spans are kept.
+    pub open: Vec<Span>,
+    /// What reporters added, in lines.
+    pub reports: Vec<String>,
 }

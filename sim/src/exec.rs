@@ -1,6 +1,6 @@
 //! The executor: one thread, virtual nanoseconds, every turn decided.
 
-use crate::config::{Config, Limits, Scheduling, Stall, StallKind};
+use crate::config::{Config, Limits, Scheduling, Stall, StallKind, WaitingTask};
 use crate::decide::{DecisionMap, Decisions, Draw, Label};
 use crate::fault::Swarm;
 use crate::guard;
@@ -9,10 +9,9 @@ use crate::nested::Work;
 use crate::node::{Node, NodeInner};
 use crate::task::{BoxedTask, Identity, Task, pop_woken, push_cleared, push_woken, swap_woken, task_id};
 use crate::time::{Action, Sleep, Timed, Timers};
-use crate::trace::{Trace, TraceEvent, TraceLevel, TraceReport};
+use crate::trace::{Span, SpanId, Trace, TraceEvent, TraceLevel, TraceReport};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
-use std::fmt::Write as _;
 use std::future::{Future, poll_fn};
 use std::rc::Rc;
 use std::task::{Context, Poll};
@@ -262,6 +261,30 @@ impl Sim {
         }
     }
 
+    /// A span begins; `make` is called only if spans are kept, and need not know the time.
+    #[inline]
+    pub fn begin_span(&self, make: impl FnOnce() -> Span) -> SpanId {
+        if !self.keeps_lines() {
+            return SpanId::default();
+        }
+        let span = Span { begin_ns: self.now_ns(), ..make() };
+        self.0.trace.borrow_mut().begin(span)
+    }
+
+    /// The span ends now; of several ends the first counts.
+    #[inline]
+    pub fn end_span(&self, id: SpanId, outcome: impl FnOnce() -> String) {
+        if id != SpanId::default() {
+            let outcome = outcome();
+            self.0.trace.borrow_mut().end(id, self.now_ns(), outcome);
+        }
+    }
+
+    /// Whether lines and spans are kept, for a report.
+    pub fn keeps_lines(&self) -> bool {
+        self.0.trace.borrow().keeps_lines()
+    }
+
     /// The trace hash so far.
     pub fn trace_hash(&self) -> u64 {
         self.0.trace.borrow().hash()
@@ -286,7 +309,7 @@ impl Sim {
                 break Ok(value);
             }
             if let Some(kind) = self.0.turn() {
-                break Err(Stall { kind, report: self.0.stall_report(kind) });
+                break Err(self.0.stall(kind));
             }
         };
         self.0.clear();
@@ -503,17 +526,18 @@ impl Core {
         }
     }
 
-    fn stall_report(&self, kind: StallKind) -> String {
-        let mut out = format!("{kind:?} at {} ns after {} turns\n", self.now.get(), self.turns.get());
-        for task in self.tasks.borrow().iter().flatten() {
-            let node = self.nodes.borrow()[task.node as usize].name.clone();
-            let _ = writeln!(out, "  waiting: {node} {} {:#x}", task.role, task.key);
+    fn stall(&self, kind: StallKind) -> Stall {
+        let nodes = self.nodes.borrow();
+        let waiting = |task: &Rc<Task>| {
+            let node = nodes[task.node as usize].name.clone();
+            WaitingTask { node, role: task.role, key: task.key }
+        };
+        Stall {
+            kind,
+            at_ns: self.now.get(),
+            tasks: self.tasks.borrow().iter().flatten().map(waiting).collect(),
+            open: self.trace.borrow().open(),
+            reports: self.reporters.borrow().iter().flat_map(|reporter| reporter()).collect(),
         }
-        for reporter in self.reporters.borrow().iter() {
-            for line in reporter() {
-                let _ = writeln!(out, "  {line}");
-            }
-        }
-        out
     }
 }

@@ -34,7 +34,7 @@ mod task;
 mod time;
 mod trace;
 
-pub use config::{Config, Limits, Scheduling, Stall, StallKind};
+pub use config::{Config, Limits, Scheduling, Stall, StallKind, WaitingTask};
 pub use decide::{Decision, DecisionMap, Draw, Key, Label, Script, Source, label_by_name, register_labels};
 pub use exec::{Sim, WAKE};
 pub use fault::{FaultKind, Swarm};
@@ -44,4 +44,4 @@ pub use nested::Work;
 pub use node::Node;
 pub use shrink::{ShrinkLimits, Shrunk, shrink};
 pub use time::{Sleep, Timed};
-pub use trace::{TraceEvent, TraceLevel, TraceReport, first_difference};
+pub use trace::{Span, SpanId, TraceEvent, TraceLevel, TraceLine, TraceReport, first_difference, micros};

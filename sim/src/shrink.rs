@@ -9,15 +9,17 @@
 use crate::decide::{DecisionMap, Key};
 
 /// When shrinking gives up and returns the best so far.
-#[derive(Clone, Copy, Debug)]
-pub struct ShrinkLimits {
+#[derive(Clone, Copy)]
+pub struct ShrinkLimits<'a> {
     /// Runs tried.
     pub runs: u64,
+    /// Asked before each run: whether to give up now.
+    pub stop: &'a dyn Fn() -> bool,
 }
 
-impl Default for ShrinkLimits {
+impl Default for ShrinkLimits<'_> {
     fn default() -> Self {
-        Self { runs: 20_000 }
+        Self { runs: 20_000, stop: &|| false }
     }
 }
 
@@ -35,10 +37,10 @@ pub struct Shrunk {
 /// Shrinks `start`. `fails` runs a candidate and, if it fails in the wanted way, returns the decisions that it used.
 pub fn shrink(
     start: &DecisionMap,
-    limits: ShrinkLimits,
+    limits: ShrinkLimits<'_>,
     fails: impl FnMut(&DecisionMap) -> Option<DecisionMap>,
 ) -> Shrunk {
-    let mut s = Shrinker { best: start.clone(), runs: 0, limit: limits.runs, fails };
+    let mut s = Shrinker { best: start.clone(), runs: 0, limits, stopped: false, fails };
     loop {
         let before = s.best.clone();
         s.drop_by_label();
@@ -60,19 +62,21 @@ const SLIDE_MOST: u32 = 32;
 /// Decisions that are keyed by a count and matter are rare. Those that make up the load of a run are more frequent.
 const RARE: usize = 6;
 
-struct Shrinker<F> {
+struct Shrinker<'a, F> {
     best: DecisionMap,
     runs: u64,
-    limit: u64,
+    limits: ShrinkLimits<'a>,
+    stopped: bool,
     fails: F,
 }
 
-impl<F: FnMut(&DecisionMap) -> Option<DecisionMap>> Shrinker<F> {
+impl<F: FnMut(&DecisionMap) -> Option<DecisionMap>> Shrinker<'_, F> {
     fn exhausted(&self) -> bool {
-        self.runs >= self.limit
+        self.stopped || self.runs >= self.limits.runs
     }
 
     fn try_candidate(&mut self, candidate: &DecisionMap) -> bool {
+        self.stopped |= (self.limits.stop)();
         if self.exhausted() {
             return false;
         }
@@ -263,7 +267,20 @@ mod tests {
     #[test]
     fn the_limit_holds() {
         let many: Vec<_> = (0..100).map(|i| (i, &A, 1 + i)).collect();
-        let out = shrink(&map(&many), ShrinkLimits { runs: 5 }, |_| None);
+        let out = shrink(&map(&many), ShrinkLimits { runs: 5, ..ShrinkLimits::default() }, |_| None);
         assert_eq!((out.runs, out.complete, out.decisions.len()), (5, false, 100));
+    }
+
+    #[test]
+    fn asked_to_stop_it_returns_the_best_so_far() {
+        let many: Vec<_> = (0..100).map(|i| (i, &A, 1 + i)).collect();
+        let runs = std::cell::Cell::new(0);
+        let stop = || runs.get() == 3;
+        let fails = |m: &DecisionMap| {
+            runs.set(runs.get() + 1);
+            (!m.is_empty()).then(|| m.clone())
+        };
+        let out = shrink(&map(&many), ShrinkLimits { stop: &stop, ..ShrinkLimits::default() }, fails);
+        assert!(out.runs == 3 && !out.complete && (1..100).contains(&out.decisions.len()), "{out:?}");
     }
 }

@@ -39,7 +39,7 @@ pub use node::{
 pub use request::{Op, Request, Response, ZeroFlags};
 pub use scheduler::{Scheduler, SchedulerLimits, SchedulerStats};
 pub use slot::{ExchangeError, Slot};
-pub use tracker::{Access, Space, Ticket, TicketName, Tracker, WaitReport};
+pub use tracker::{Access, Space, Ticket, TicketName, Tracker, WaitReport, WaitsFor};
 
 tap_host::listed! {
     /// The seeded bugs of this crate.

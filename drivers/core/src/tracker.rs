@@ -74,22 +74,42 @@ impl fmt::Display for TicketName {
     }
 }
 
-/// A waiting ticket and the tickets it waits for.
-#[derive(Clone, PartialEq, Eq, Debug)]
+/// What a ticket's work waits for.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum WaitsFor {
+    /// Other tickets.
+    Tickets(Vec<TicketName>),
+    /// One of so many places below, all of which are taken.
+    Place(usize),
+    /// Its turn in the line for a free place below.
+    Turn,
+    /// The node below.
+    Below,
+}
+
+/// A ticket whose work is not done, and what that waits for.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct WaitReport {
-    /// The waiting ticket.
+    /// The ticket.
     pub ticket: TicketName,
-    /// The tickets it waits for.
-    pub waits_for: Vec<TicketName>,
+    /// What it waits for.
+    pub waits_for: WaitsFor,
 }
 
 impl fmt::Display for WaitReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} waits for ", self.ticket)?;
-        for (i, other) in self.waits_for.iter().enumerate() {
-            write!(f, "{}{other}", if i == 0 { "" } else { ", " })?;
+        match &self.waits_for {
+            WaitsFor::Tickets(tickets) => {
+                for (i, other) in tickets.iter().enumerate() {
+                    write!(f, "{}{other}", if i == 0 { "" } else { ", " })?;
+                }
+                Ok(())
+            }
+            WaitsFor::Place(depth) => write!(f, "one of the {depth} places below, which are all taken"),
+            WaitsFor::Turn => f.write_str("its turn in line, although a place below is free"),
+            WaitsFor::Below => f.write_str("the node below"),
         }
-        Ok(())
     }
 }
 
@@ -174,10 +194,19 @@ impl Tracker {
             let before = state.slots.iter().filter(|s| s.live && s.successors.contains(&key));
             let mut waits_for: Vec<TicketName> = before.map(|s| s.label).collect();
             waits_for.sort_unstable();
-            out.push(WaitReport { ticket: slot.label, waits_for });
+            out.push(WaitReport { ticket: slot.label, waits_for: WaitsFor::Tickets(waits_for) });
         }
-        out.sort_unstable_by_key(|w| w.ticket);
+        out.sort_unstable();
         out
+    }
+
+    /// The tickets that wait for no other, ordered by name.
+    pub fn ready(&self) -> Vec<TicketName> {
+        let state = self.0.borrow();
+        let ready = state.slots.iter().filter(|s| s.live && s.waits_for == 0);
+        let mut names: Vec<TicketName> = ready.map(|s| s.label).collect();
+        names.sort_unstable();
+        names
     }
 
     /// Number of tickets.

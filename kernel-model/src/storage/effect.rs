@@ -180,6 +180,15 @@ impl Inner {
     }
 }
 
+/// How an operation on `len` bytes ended, in words.
+fn ended(result: Result<usize, Errno>, len: u64) -> String {
+    match result {
+        Ok(done) if (done as u64) < len => format!("ok, {done} of {len} bytes"),
+        Ok(_) => "ok".into(),
+        Err(error) => format!("failed with {error:?}"),
+    }
+}
+
 /// `part`/255 of `len` bytes, in whole sectors; 255 is everything.
 fn part_of(len: usize, part: u8) -> usize {
     if part == 255 {
@@ -195,6 +204,7 @@ impl Timed for Inner {
         let taken = std::mem::replace(&mut self.slots.borrow_mut()[index], Slot::Free);
         let Slot::Running(mut running) = taken else { unreachable!("an operation ends once") };
         let result = self.effect(&mut running);
+        self.sim.end_span(running.span, || ended(result, running.len));
         self.ops.set(self.ops.get() + 1);
         let Running { op, covers, bufs, waker, orphan, open, .. } = running;
         if orphan {

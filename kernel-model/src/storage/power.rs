@@ -1,5 +1,6 @@
 //! Power cuts: what each file loses, as decisions.
 
+use super::cuts::CutRecorder;
 use super::{Inner, Slot, Storage};
 use crate::faults::{IoOp, LOST, NAME_LOST, RUN_LOST, SIZE_PARTLY, SIZES_LOST};
 use crate::inode::{Inode, Pending};
@@ -67,9 +68,11 @@ impl Storage {
         // A file may live through several power cuts; each is a separate decision.
         let cut = inner.power_cuts.replace(inner.power_cuts.get() + 1);
         let old = std::mem::take(&mut *inner.files.borrow_mut());
+        let mut report = CutRecorder::new(&inner.sim);
         for (name, file) in old {
             let sim = &inner.sim;
             if !file.name_durable.get() && sim.decide(file.entity, &NAME_LOST, cut, |d| d.below(2)) != 0 {
+                report.name_lost(&name, &file.inode.borrow().live);
                 continue;
             }
             let inode = file.inode.borrow();
@@ -86,6 +89,7 @@ impl Storage {
                 mood.lose_of_8 = mood.lose_of_8.saturating_sub(6);
             }
             let mut left = Left { name: text_hash(&name), hash: 0, pages: 0, size: 0 };
+            let mut told = report.file(&name, &inode.live);
             let kept = (sizes - lost.min(sizes)) as usize;
             // In whole sectors, because file systems grow by blocks: less would tear a sector that must be old or new.
             let growth = inode.growth(kept) / SECTOR_BYTES;
@@ -96,15 +100,18 @@ impl Storage {
                 let lost = sim.decide(entity, &LOST, 0, |d| mood.lost(p, d)) as u8;
                 let kept = p.sectors & !(lost | run.of_page(p.page));
                 left.add(p, kept);
+                told.wrote(p, kept);
                 kept
             });
             left.size = content.size;
+            report.left(told, &content);
             sim.trace("power", &left);
             drop(inode);
             let left = inner.file(&name, Inode::durable(content), true, file.born);
             left.device.set(file.device.get());
             inner.files.borrow_mut().insert(name, left);
         }
+        inner.keep_cut(report);
     }
 }
 
@@ -200,6 +207,7 @@ impl Inner {
         let mut slots = self.slots.borrow_mut();
         for slot in slots.iter_mut() {
             let Slot::Running(running) = slot else { continue };
+            self.sim.end_span(running.span, || "was running when the power failed".into());
             match running.op {
                 IoOp::Write => _ = self.effect_write(running, running.len as usize),
                 IoOp::Zero(mode) => _ = self.effect_zero(running, mode, running.len as usize),

@@ -36,8 +36,9 @@ pub struct Version {
     pub unresolved: bool,
     /// It was unresolved and has been read, which rules the others out.
     pub settled: bool,
-    /// A later read did not see it and was answered while it ran: the write must fail, or the order is violated.
-    pub missed: bool,
+    /// When the read was submitted that came later, did not see it and was answered while it ran: the write must fail,
+    /// or the order is violated. [`NEVER`] if there is none.
+    pub missed: Clock,
 }
 
 /// How two overlapping requests are ordered.
@@ -57,12 +58,18 @@ impl Version {
         self.zero || (initial && self.write == 0)
     }
 
-    fn state(&self) -> &'static str {
-        match (self.res, self.failed, self.stale_at) {
+    /// It and its state, in words.
+    fn words(&self, overwritten: &str) -> String {
+        let state = match (self.res, self.failed, self.stale_at) {
             (NEVER, _, _) => "running",
             (_, true, _) => "failed",
             (_, _, NEVER) => "answered",
-            _ => "overwritten",
+            _ => overwritten,
+        };
+        match self.write {
+            0 if state == "answered" => "its initial content".into(),
+            0 => format!("its initial content ({state})"),
+            write => format!("write {write} ({state})"),
         }
     }
 
@@ -98,7 +105,7 @@ impl Default for Block {
             superseded: false,
             unresolved: false,
             settled: false,
-            missed: false,
+            missed: NEVER,
         };
         Self { versions: [initial].into_iter().collect() }
     }
@@ -118,14 +125,21 @@ impl Block {
             superseded: false,
             unresolved: false,
             settled: false,
-            missed: false,
+            missed: NEVER,
         });
     }
 
-    /// A write was answered. `oldest_read` is the submission time of the oldest running read. Returns whether the write
-    /// succeeded although a read has already shown that it did not.
-    pub fn end(&mut self, write: u64, res: Clock, ok: bool, oldest_read: Clock, order: Order) -> bool {
-        let Some(at) = self.versions.iter().position(|v| v.write == write) else { return false };
+    /// A write was answered. `oldest_read` is the submission time of the oldest running read. If the write succeeded
+    /// although a read has already shown that it did not, returns when that read was submitted.
+    pub fn end(
+        &mut self,
+        write: u64,
+        res: Clock,
+        ok: bool,
+        oldest_read: Clock,
+        order: Order,
+    ) -> Option<Clock> {
+        let at = self.versions.iter().position(|v| v.write == write)?;
         self.versions[at].res = res;
         self.versions[at].failed = !ok;
         if ok {
@@ -136,9 +150,9 @@ impl Block {
                 }
             }
             self.prune(oldest_read);
-            return done.missed;
+            return (done.missed != NEVER).then_some(done.missed);
         }
-        false
+        None
     }
 
     /// Drops what neither a read nor a power cut can show any longer.
@@ -165,8 +179,10 @@ impl Block {
             }
         }
         for v in &mut self.versions {
-            v.missed |=
-                v.res == NEVER && seen.inv < v.inv && v.inv < inv && order == Order::SubmissionOrFailure;
+            let later = seen.inv < v.inv && v.inv < inv;
+            if v.res == NEVER && later && order == Order::SubmissionOrFailure {
+                v.missed = v.missed.min(inv);
+            }
             let overtaken = v.before(&seen, order) && v.write != write;
             // A failed write that would have hidden the version read had no effect.
             let never = v.failed && v.res < inv && seen.before(v, order);
@@ -280,30 +296,37 @@ impl Block {
     /// The writes that a power cut may leave, for reports.
     pub fn describe_survivors(&self) -> String {
         let survivors = self.versions.iter().filter(|v| !v.superseded);
-        listed(survivors.map(|v| format!("write {} ({})", v.write, v.state())))
+        listed(survivors.map(|v| v.words("overwritten")))
     }
 
     /// The writes that a read from `inv` to `res` may see, for reports.
     pub fn describe_shown(&self, inv: Clock, res: Clock, order: Order) -> String {
         let shown = self.versions.iter().filter(|v| self.shows(v, inv, res, order));
-        listed(shown.map(|v| format!("write {} ({})", v.write, v.state())))
+        listed(shown.map(|v| v.words("overwritten since this read was submitted")))
     }
 
-    /// Why a read from `inv` to `res` may not see `write`, for reports.
-    pub fn why_hidden(&self, write: u64, inv: Clock, res: Clock, order: Order) -> String {
+    /// Why a read from `inv` to `res` may not see `write`, for reports, and the write that hides it.
+    pub fn why_hidden(&self, write: u64, inv: Clock, res: Clock, order: Order) -> (String, Option<u64>) {
         let Some(v) = self.versions.iter().find(|v| v.write == write) else {
-            return "replaced long ago".into();
+            return ("replaced long ago".into(), None);
         };
         if v.inv >= res || (order != Order::Answer && v.inv > inv) {
-            return "submitted after this read".into();
-        }
-        if v.stale_at < inv {
-            return "overwritten before this read".into();
+            return ("submitted after this read".into(), None);
         }
         let newer = self.versions.iter().find(|w| !w.failed && w.inv > v.inv && w.inv < inv);
-        newer.map_or("replaced".into(), |w| {
-            format!("overwritten by write {}, which was submitted before this read", w.write)
-        })
+        match newer {
+            _ if v.stale_at < inv => ("overwritten before this read".into(), newer.map(|w| w.write)),
+            Some(w) => {
+                let text = format!("overwritten by write {}, which was submitted before this read", w.write);
+                (text, Some(w.write))
+            }
+            None => ("replaced".into(), None),
+        }
+    }
+
+    /// The writes whose versions are still of interest.
+    pub fn writes(&self) -> impl Iterator<Item = u64> + '_ {
+        self.versions.iter().map(|v| v.write)
     }
 
     /// The process that serves the disk died. A failed write that was not overwritten may be in the file, whatever that
@@ -331,7 +354,7 @@ impl Block {
                 superseded: false,
                 unresolved: several,
                 settled: v.settled && !several,
-                missed: false,
+                missed: NEVER,
             };
         }
     }
@@ -350,12 +373,12 @@ mod tests {
             b.begin(1, 1, false);
             assert!(!b.clone().read(0, 2, 3, Order::Submission), "nothing fails here");
             assert!(b.read(0, 2, 3, Order::SubmissionOrFailure));
-            assert_eq!(b.end(1, 4, ok, NEVER, Order::Submission), broken, "{ok}");
+            assert_eq!(b.end(1, 4, ok, NEVER, Order::Submission), broken.then_some(2), "{ok}");
         }
         let mut b = Block::default();
         b.begin(1, 2, false);
         assert!(b.read(0, 1, 3, Order::SubmissionOrFailure), "submitted before it");
-        assert!(!b.end(1, 4, true, NEVER, Order::Submission));
+        assert_eq!(b.end(1, 4, true, NEVER, Order::Submission), None);
         assert!(!b.read(0, 5, 6, Order::SubmissionOrFailure));
     }
 

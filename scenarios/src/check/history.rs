@@ -5,14 +5,15 @@
 
 mod endings;
 mod fences;
+mod wrong;
 
-use super::Invariant;
 use super::frontier::{Block, Clock, Order};
 use super::oracle::{Oracle, is_broken};
 use crate::tag::{Found, Tag};
 use fences::Fences;
 use kernel_model::PageMap;
 use tap_host::{SECTOR_BYTES, SectorRange};
+pub use wrong::{Finding, Wrong};
 
 const BLOCK: u64 = 8;
 
@@ -38,36 +39,6 @@ enum Cell {
 impl Default for Cell {
     fn default() -> Self {
         Cell::Whole(Block::default())
-    }
-}
-
-/// What is wrong with a sector.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Wrong {
-    /// A version that it may not hold, or may no longer hold.
-    Version(String),
-    /// A version other than the one read after a crash, with no write since.
-    Unstable(String),
-    /// Bytes that were never written to it.
-    Foreign(String),
-}
-
-impl Wrong {
-    /// The broken invariant, where a wrong version breaks `version`.
-    pub fn invariant(&self, version: Invariant) -> Invariant {
-        match self {
-            Wrong::Version(_) => version,
-            Wrong::Unstable(_) => Invariant::G9,
-            Wrong::Foreign(_) => Invariant::G10,
-        }
-    }
-}
-
-impl std::fmt::Display for Wrong {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Wrong::Version(text) | Wrong::Unstable(text) | Wrong::Foreign(text) => f.write_str(text),
-        }
     }
 }
 
@@ -116,7 +87,7 @@ pub struct BlockHistory {
     /// Whether writes may fail.
     may_fail: bool,
     /// A write succeeded although an earlier read had shown that it failed; reported with the next read.
-    overtaken: Option<String>,
+    overtaken: Option<Finding>,
     flushes: u64,
     /// What flushes settled, if it is collected.
     settled: Option<Vec<SectorRange>>,
@@ -250,13 +221,14 @@ impl BlockHistory {
         let (_, range) = self.running.swap_remove(at);
         let res = self.tick();
         let (oldest, order) = (self.oldest_read(), self.order);
-        let mut overtaken = false;
-        self.each(range, |b| overtaken |= b.end(write, res, ok, oldest, order));
-        if overtaken && self.overtaken.is_none() {
+        let mut missed_by = None;
+        self.each(range, |b| missed_by = missed_by.or(b.end(write, res, ok, oldest, order)));
+        if let (Some(read), None) = (missed_by, &self.overtaken) {
             let text = format!(
-                "a read of {range} was submitted after write {write}, which succeeded, and did not see it"
+                "write {write} to {range} succeeded, but a read that was submitted after it and answered before it did not see it"
             );
-            self.overtaken = Some(text);
+            let sector = range.start.0;
+            self.overtaken = Some(Finding { text, sector, writes: vec![write], reads: vec![read] });
         }
     }
 
@@ -289,8 +261,8 @@ impl BlockHistory {
         if self.was_cut && is_broken(Oracle::ReadsAfterCut) {
             return Ok(());
         }
-        if let Some(text) = self.overtaken.take() {
-            return Err(Wrong::Version(text));
+        if let Some(found) = self.overtaken.take() {
+            return Err(Wrong::Version(found));
         }
         let mut at = 0;
         while at < u64::from(range.count) {
@@ -305,7 +277,7 @@ impl BlockHistory {
             };
             let mut seen = None;
             for i in 0..n {
-                let found = self.seen(sector + i, slice(i))?;
+                let found = self.seen(sector + i, slice(i)).map_err(|wrong| wrong.found_by(inv))?;
                 if seen.is_some_and(|s| s != found) {
                     // The sectors of the cell were alike until now and differ from here on.
                     seen = None;
@@ -317,7 +289,7 @@ impl BlockHistory {
                 Some(seen) => self.see(SectorRange::new(sector, n as u32), seen, inv, res)?,
                 None => {
                     for i in 0..n {
-                        let seen = self.seen(sector + i, slice(i))?;
+                        let seen = self.seen(sector + i, slice(i)).map_err(|wrong| wrong.found_by(inv))?;
                         self.see(SectorRange::new(sector + i, 1), seen, inv, res)?;
                     }
                 }
@@ -343,18 +315,25 @@ impl BlockHistory {
                 Seen::Zeros { initial } => b.read_zeros(initial, inv, res, order),
             };
             if bad.is_none() && !may_be(b) {
+                let mut writes: Vec<WriteId> = b.writes().collect();
                 let why = match seen {
-                    Seen::Write(write) => format!(" ({})", b.why_hidden(write, inv, res, order)),
+                    Seen::Write(write) => {
+                        let (why, hidden_by) = b.why_hidden(write, inv, res, order);
+                        writes = [write].into_iter().chain(hidden_by).chain(writes).collect();
+                        format!(" ({why})")
+                    }
                     Seen::Zeros { .. } => String::new(),
                 };
-                bad = Some((why, b.describe_shown(inv, res, order), b.is_settled()));
+                bad = Some((why, b.describe_shown(inv, res, order), b.is_settled(), writes));
             }
         });
         match bad {
             None => Ok(()),
-            Some((why, versions, settled)) => {
-                let text = format!("sector {} holds {seen}{why}, but may hold {versions}", range.start.0);
-                Err(if settled { Wrong::Unstable(text) } else { Wrong::Version(text) })
+            Some((why, versions, settled, writes)) => {
+                let sector = range.start.0;
+                let text = format!("sector {sector} holds {seen}{why}, but may hold {versions}");
+                let found = Finding { text, sector, writes, reads: vec![inv] };
+                Err(if settled { Wrong::Unstable(found) } else { Wrong::Version(found) })
             }
         }
     }
@@ -382,7 +361,13 @@ impl BlockHistory {
                 _ => {}
             }
         }
-        Err(Wrong::Foreign(format!("sector {sector} holds {found}")))
+        let text = format!("sector {sector} holds {found}");
+        Err(Wrong::Foreign(Finding {
+            text,
+            sector,
+            writes: self.block(sector).writes().collect(),
+            reads: vec![],
+        }))
     }
 
     /// A flush is submitted.
@@ -427,7 +412,7 @@ impl BlockHistory {
             return Ok(());
         }
         let text = format!("sector {sector} holds {seen}, but may hold {}", block.describe_survivors());
-        Err(Wrong::Version(text))
+        Err(Wrong::Version(Finding { text, sector, writes: block.writes().collect(), reads: vec![] }))
     }
 
     fn block(&self, sector: u64) -> &Block {
@@ -469,6 +454,7 @@ impl BlockHistory {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::check::Invariant;
 
     pub(super) fn sector_of(history: &BlockHistory, write: WriteId, sector: u64) -> [u8; 512] {
         let mut bytes = [0; 512];
@@ -537,7 +523,8 @@ mod tests {
         h.end_write(second, true);
         let bytes = sector_of(&h, second, 3);
         let text = h.check_read(inv, range, &bytes).unwrap_err().to_string();
-        let may_hold = "write 2 (submitted after this read), but may hold write 1 (overwritten)";
+        let may_hold = "write 2 (submitted after this read), \
+                        but may hold write 1 (overwritten since this read was submitted)";
         assert!(text.ends_with(may_hold), "{text}");
         let flush = h.begin_flush();
         h.end_flush(flush);

@@ -9,6 +9,19 @@ use std::rc::Rc;
 use std::task::Poll;
 use tap_host::OneWaiter;
 
+/// The requests that a failure is about, for reports.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct About {
+    /// The guest that submitted them; empty if the failure is about no request.
+    pub guest: String,
+    /// The sector.
+    pub sector: Option<u64>,
+    /// Its writes, by number.
+    pub writes: Vec<u64>,
+    /// Its reads, by the step of their submission.
+    pub reads: Vec<u64>,
+}
+
 /// A broken invariant.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Failure {
@@ -18,9 +31,21 @@ pub struct Failure {
     pub detail: String,
     /// Virtual time in nanoseconds.
     pub at_ns: u64,
+    /// The requests that it is about.
+    pub about: About,
 }
 
 impl Failure {
+    /// `invariant` is broken; nothing else is known.
+    pub fn of(invariant: Invariant) -> Self {
+        Self { invariant, detail: String::new(), at_ns: 0, about: About::default() }
+    }
+
+    /// The first line of what was observed.
+    pub fn headline(&self) -> &str {
+        self.detail.lines().next().unwrap_or_default().trim_end()
+    }
+
     /// The kind of failure, which shrinking must keep so that it does not drift to a different one. Leaves out numbers
     /// (of sectors, of writes) and what may change with every decision: the permitted versions and the waiting tasks.
     pub fn kind(&self) -> String {
@@ -59,10 +84,10 @@ pub struct Verdict(Rc<RefCell<State>>);
 
 impl Verdict {
     /// Reports a broken invariant; only the first counts.
-    pub fn fail(&self, invariant: Invariant, at_ns: u64, detail: impl Into<String>) {
+    pub fn fail(&self, failure: Failure) {
         let mut state = self.0.borrow_mut();
-        if state.failure.is_none() && !is_broken(Oracle::Deaf(invariant)) {
-            state.failure = Some(Failure { invariant, detail: detail.into(), at_ns });
+        if state.failure.is_none() && !is_broken(Oracle::Deaf(failure.invariant)) {
+            state.failure = Some(failure);
             state.guard.wake();
         }
     }
@@ -97,7 +122,7 @@ mod tests {
     use super::*;
 
     fn kind(invariant: Invariant, detail: &str) -> String {
-        Failure { invariant, detail: detail.into(), at_ns: 0 }.kind()
+        Failure { detail: detail.into(), ..Failure::of(invariant) }.kind()
     }
 
     #[test]

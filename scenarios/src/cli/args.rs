@@ -1,9 +1,11 @@
 //! The command line.
 
+use super::Stop;
 use crate::formats;
 use crate::fuzz::SUBJECTS;
 use clap::builder::{PossibleValue, PossibleValuesParser};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::parser::ValueSource;
+use clap::{ArgMatches, Args, Parser, Subcommand, ValueEnum};
 use std::ops::Range;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -21,8 +23,10 @@ Examples:
   tapsim fuzz --for 60s               fuzz an image format
   tapsim bugs                         every seeded bug must be found
 
+Ctrl-C stops the work and reports what was done so far.
+
 Exit status: 0 ok, 1 an invariant is broken, 2 wrong usage, 3 two runs of one seed differ, 4 nothing ran,
-5 the testbed itself failed.";
+5 the testbed itself failed, 130 stopped by Ctrl-C.";
 
 /// A tapdisk stack under a deterministic simulator of Linux and Xen, with faults and crashes.
 #[derive(Parser, Debug)]
@@ -52,7 +56,7 @@ pub(crate) enum LogLevel {
     Full,
 }
 
-/// Options of every command.
+/// Options of several commands; [`refuse_without_effect`] says of which.
 #[derive(Args, Debug, Clone)]
 pub(crate) struct Common {
     /// Threads [default: all cores]
@@ -64,6 +68,9 @@ pub(crate) struct Common {
     /// Also writes the result as JSON to this file
     #[arg(long, global = true, value_name = "FILE")]
     pub json: Option<PathBuf>,
+    /// Also writes the result as JUnit's XML to this file
+    #[arg(long, global = true, value_name = "FILE")]
+    pub junit: Option<PathBuf>,
     /// How much of the trace is printed
     #[arg(long, global = true, value_enum, default_value = "tail")]
     pub log: LogLevel,
@@ -80,6 +87,41 @@ impl Common {
     /// Whether worlds run guarded: requested, and built in.
     pub(super) fn guarded(&self) -> bool {
         self.guard == Switch::On && sim::guard::AVAILABLE
+    }
+}
+
+/// The common options that the command of `matches` uses, and its name; without a command, those of a sweep.
+fn used_by(matches: &ArgMatches) -> (&'static [&'static str], &str) {
+    let Some((name, of)) = matches.subcommand() else { return (SWEEPS, "") };
+    let used: &[&str] = match name {
+        "sweep" => SWEEPS,
+        "run" => &["guard", "json", "log", "out"],
+        "replay" => &["guard", "json", "log"],
+        "bugs" if of.get_flag("oracles") => &["jobs", "guard", "json"],
+        "bugs" => &["jobs", "guard", "json", "junit", "out"],
+        "fuzz" | "crash" => &["jobs", "guard", "json", "log", "out"],
+        "bench" => &["guard", "json"],
+        "demo" => &["guard", "out"],
+        "list" => &["json"],
+        _ => &["guard"],
+    };
+    (used, name)
+}
+
+const SWEEPS: &[&str] = &["jobs", "guard", "json", "junit", "log", "out"];
+
+/// Whether the command of `matches` uses the common option `id`.
+pub(super) fn uses(matches: &ArgMatches, id: &str) -> bool {
+    used_by(matches).0.contains(&id)
+}
+
+/// Refuses a common option that the command ignores.
+pub(super) fn refuse_without_effect(matches: &ArgMatches) -> Result<(), Stop> {
+    let of = matches.subcommand().map_or(matches, |(_, of)| of);
+    let given = |id: &&&str| of.value_source(id) == Some(ValueSource::CommandLine);
+    match SWEEPS.iter().filter(given).find(|id| !uses(matches, id)) {
+        Some(id) => Err(Stop::usage(format!("--{id} has no effect on {}", used_by(matches).1))),
+        None => Ok(()),
     }
 }
 
@@ -166,8 +208,14 @@ pub(crate) struct SweepArgs {
     /// Total number of runs; new scenarios get a larger share
     #[arg(long, value_name = "N", conflicts_with_all = ["time", "seeds"], value_parser = clap::value_parser!(u64).range(1..=1_000_000_000))]
     pub runs: Option<u64>,
-    /// First seed when --for or --runs is used
-    #[arg(long, default_value_t = 0, value_name = "SEED")]
+    /// First seed [default: 0]
+    #[arg(
+        long,
+        default_value_t = 0,
+        hide_default_value = true,
+        value_name = "SEED",
+        conflicts_with = "seeds"
+    )]
     pub from: u64,
     /// Switches a seeded bug on
     #[arg(long, value_name = "NAME")]
@@ -175,11 +223,14 @@ pub(crate) struct SweepArgs {
     /// Uses a drive that lies about flushes: must fail
     #[arg(long)]
     pub canary: bool,
-    /// Stops at the first failure, which is neither shrunk nor saved
+    /// Stops at the first failure
     #[arg(long, conflicts_with = "check_determinism")]
-    pub first: bool,
-    /// Runs every seed twice, with the guard on and off, and compares
+    pub stop: bool,
+    /// Lists failures, which are neither shrunk nor saved
     #[arg(long)]
+    pub no_shrink: bool,
+    /// Runs every seed twice, with the guard on and off, and compares
+    #[arg(long, conflicts_with = "time")]
     pub check_determinism: bool,
 }
 
@@ -220,7 +271,7 @@ pub(crate) struct BugsArgs {
     #[arg(long)]
     pub stale: bool,
     /// Breaks each checker in turn instead: a saved run or a test must notice
-    #[arg(long, conflicts_with_all = ["save", "stale"])]
+    #[arg(long, conflicts_with_all = ["save", "stale", "within"])]
     pub oracles: bool,
     /// The folder of saved runs
     #[arg(long, value_name = "DIR", default_value = "scenarios/regressions")]

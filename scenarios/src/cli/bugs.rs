@@ -2,14 +2,19 @@
 
 use super::args::{BugsArgs, Common};
 use super::in_order::in_order;
-use super::output::{Progress, SHRINK_RUNS, load_run, revision, save_json, save_run, save_run_as};
+use super::junit::{self, Case};
+use super::output::{Progress, SHRINKS, load_run, revision, save_json, save_run, save_run_as, verdict};
+use super::paths::after;
 use super::replay::bug;
 use super::{Exit, Stop};
-use crate::catalog;
-use crate::explain;
 use crate::hunt::{DECISIONS_MAX, Hunted, Quarry, check_saved, hunt};
 use crate::probes::find_bug;
+use crate::run::Effort;
+use crate::{catalog, interrupt, report};
 use serde::Serialize;
+
+/// Effort of shrinking one bug: the result must not depend on how busy the machine is.
+const EFFORT: Effort = Effort::of_runs(SHRINKS.runs);
 
 #[derive(Serialize)]
 struct JsonBug {
@@ -39,7 +44,11 @@ pub(crate) fn bugs_command(common: &Common, args: &BugsArgs) -> Result<Exit, Sto
         return Err(Stop::usage(format!("folder {shown} does not exist: name another with --saved")));
     }
     if args.stale {
-        quarries.retain(|quarry| is_stale(common, args, *quarry));
+        quarries.retain(|quarry| !interrupt::asked() && is_stale(common, args, *quarry));
+        if quarries.is_empty() && !interrupt::asked() {
+            println!("nothing is stale: each saved run still shows its bug");
+            return Ok(Exit::Ok);
+        }
     }
     println!(
         "{:<24} {:<28} {:>4} {:>6} {:>10} {:>16} {:>7} {:>10}",
@@ -47,14 +56,19 @@ pub(crate) fn bugs_command(common: &Common, args: &BugsArgs) -> Result<Exit, Sto
     );
     let mut progress = Progress::new(Some(quarries.len() as u64));
     let mut missed = 0;
-    let mut json = Vec::new();
+    let (mut json, mut cases) = (Vec::new(), Vec::new());
     let work = |quarry: &Quarry| {
         let near = load_run(&args.saved.join(saved_name(*quarry))).ok().map(|(_, spec)| spec.scenario);
-        hunt(*quarry, near, args.within, common.guarded(), SHRINK_RUNS)
+        hunt(*quarry, near, args.within, common.guarded(), EFFORT)
     };
-    in_order(common.threads(), &quarries, work, |quarry, hunted| {
+    let ended = in_order(common.threads(), &quarries, work, |quarry, hunted| {
         let good = hunted.as_ref().is_some_and(|h| h.outcome.decisions.len() <= DECISIONS_MAX);
+        if interrupt::asked() && !good {
+            // What was not found yet might have been.
+            return Err(None);
+        }
         missed += u64::from(!good);
+        cases.push(case(*quarry, hunted.as_ref(), args.within, good));
         print_row(common, *quarry, hunted.as_ref(), args.within)?;
         if let (Some(h), true) = (&hunted, args.save && good) {
             save_run_as(&args.saved.join(saved_name(*quarry)), &h.spec, &h.outcome)?;
@@ -62,13 +76,31 @@ pub(crate) fn bugs_command(common: &Common, args: &BugsArgs) -> Result<Exit, Sto
         json.push(row(*quarry, hunted.as_ref(), args.within));
         progress.at(json.len() as u64, missed);
         Ok(())
-    })?;
+    });
     progress.finish();
+    let mut stored = match ended {
+        Err(Some(stop)) => Err(stop),
+        _ => Ok(()),
+    };
     if let Some(path) = &common.json {
-        save_json(path, &json)?;
+        stored = stored.and(save_json(path, &json));
     }
-    println!("{} passed, {missed} failed", quarries.len() as u64 - missed);
-    Ok(if missed > 0 { Exit::Broken } else { Exit::Ok })
+    stored = stored.and(junit::save(common.junit.as_deref(), "bugs", &cases));
+    if json.len() < quarries.len() {
+        println!("{} of {} were not hunted to the end", quarries.len() - json.len(), quarries.len());
+    }
+    println!("{} passed, {missed} failed", json.len() as u64 - missed);
+    after(verdict(missed, Exit::Ok), stored)
+}
+
+/// A row of JUnit's XML.
+fn case(quarry: Quarry, hunted: Option<&Hunted>, within: u64, good: bool) -> Case {
+    let failure = hunted.map_or_else(
+        || ("not found".to_owned(), format!("within {within} seeds of any scenario")),
+        |h| ("not shrunk enough".to_owned(), format!("{} decisions are left", h.outcome.decisions.len())),
+    );
+    let cpu_ns = hunted.map_or(0, |h| h.find_cpu_ns + h.shrink_cpu_ns);
+    Case { name: quarry.name(), cpu_ns, failure: (!good).then_some(failure) }
 }
 
 fn saved_name(quarry: Quarry) -> String {
@@ -131,8 +163,11 @@ pub(crate) fn demo_command(common: &Common) -> Result<Exit, Stop> {
     let bug = find_bug("data-after-mapping").expect("a bug of images");
     println!("1. A bug is switched on in an image driver: {}.", bug.sentence());
     println!("2. Seeds are tried in {} scenarios ...", catalog::ALL.len());
-    let hunted = hunt(Quarry::Bug(bug), None, 2000, common.guarded(), SHRINK_RUNS);
+    let hunted = hunt(Quarry::Bug(bug), None, 2000, common.guarded(), EFFORT);
     let Some(h) = hunted else {
+        if interrupt::asked() {
+            return Ok(Exit::Interrupted);
+        }
         return Err(Stop::harness("the seeded bug was not found, so the testbed is broken"));
     };
     println!(
@@ -149,7 +184,7 @@ pub(crate) fn demo_command(common: &Common) -> Result<Exit, Stop> {
         h.shrink_runs,
         h.shrink_cpu_ns as f64 / 1e6
     );
-    print!("{}", explain::story(&h.spec, &h.outcome));
+    print!("{}", report::story(&h.spec, &h.outcome));
     let path = save_run(common, &h.spec, &h.outcome)?;
     println!("\n4. Saved. Replay it with:  cargo tapsim replay {}", path.display());
     println!(

@@ -1,21 +1,26 @@
 //! `crash`: power cuts on a given image.
 
 use super::args::{Common, CrashArgs};
-use super::output::{Progress, print_failure, print_table, report_failure, save_run, write_json};
+use super::output::{
+    Progress, SHRINKS, print_failure, print_table, report_failure, save_run, verdict, write_json,
+};
+use super::paths::after;
 use super::{Exit, Stop};
 use crate::catalog::crash::REAL_IMAGE;
+use crate::cpu::cpu_ns;
 use crate::crash_states::explore_run;
 use crate::explore::Explored;
 use crate::formats::RealImage;
-use crate::run::{run_recorded, shrink_run};
+use crate::interrupt;
+use crate::run::{Effort, run_recorded, shrink_run};
 use crate::spec::RunSpec;
-use crate::sweep::{SweepSpec, cpu_ns, sweep};
+use crate::sweep::{SweepSpec, sweep};
 use crate::world::RunOptions;
 use sim::{TraceLevel, guard};
 use std::sync::Arc;
 
-/// Maximum number of replays for shrinking a bad state.
-const SHRINK_RUNS: u64 = 3000;
+/// Effort of shrinking a bad state.
+const EFFORT: Effort = Effort { runs: 3000, ..SHRINKS };
 
 /// `tapsim crash`
 pub(crate) fn crash_command(common: &Common, args: &CrashArgs) -> Result<Exit, Stop> {
@@ -38,13 +43,14 @@ pub(crate) fn crash_command(common: &Common, args: &CrashArgs) -> Result<Exit, S
     let mut progress = Progress::new(Some(spec.seeds.end - spec.seeds.start));
     let report = sweep(&spec, |done, failed| {
         progress.at(done, failed);
-        true
+        !interrupt::asked()
     });
     progress.finish();
     print_table(&report);
-    write_json(common, &report)?;
+    let mut stored = write_json(common, &report);
     if let Some((seed, _)) = report.scenarios[0].1.failures.first() {
-        report_failure(common, &RunSpec { options: options.clone(), ..RunSpec::new(&REAL_IMAGE, *seed) })?;
+        let run = RunSpec { options: options.clone(), ..RunSpec::new(&REAL_IMAGE, *seed) };
+        stored = stored.and(report_failure(common, &run));
     }
     let (explored, bad) = explore_seeds(common, &options, spec.seeds.start, args.explore);
     if args.explore > 0 {
@@ -55,10 +61,10 @@ pub(crate) fn crash_command(common: &Common, args: &CrashArgs) -> Result<Exit, S
     }
     let bad_states = u64::from(bad.is_some());
     if let Some(spec) = bad {
-        report_state(common, &spec)?;
+        stored = stored.and(report_state(common, &spec));
     }
     println!("{} passed, {} failed", report.passed(), report.failed() + bad_states);
-    Ok(if report.failed() + bad_states > 0 { Exit::Broken } else { Exit::Ok })
+    after(verdict(report.failed() + bad_states, Exit::Ok), stored)
 }
 
 /// Explores the crash states of `count` seeds.
@@ -69,7 +75,7 @@ fn explore_seeds(
     count: u64,
 ) -> (Explored, Option<RunSpec>) {
     let mut sum = Explored::default();
-    for seed in first..first + count {
+    for seed in (first..first.saturating_add(count)).take_while(|_| !interrupt::asked()) {
         let options = options.clone();
         let (explored, bad) = guard::run(common.guarded(), seed, move || {
             let (outcome, bad) = explore_run(&RunSpec { options, ..RunSpec::new(&REAL_IMAGE, seed) });
@@ -92,11 +98,11 @@ fn report_state(common: &Common, spec: &RunSpec) -> Result<(), Stop> {
     let mine = spec.clone();
     let (best, outcome) = guard::run(common.guarded(), spec.seed, move || {
         let recorded = run_recorded(&mine, TraceLevel::Hash);
-        let (best, outcome, _) = shrink_run(&mine, &recorded, SHRINK_RUNS);
+        let (best, outcome, _) = shrink_run(&mine, &recorded, EFFORT);
         (best, outcome)
     });
-    let path = save_run(common, &best, &outcome)?;
     print_failure(common, &best, &outcome);
+    let path = save_run(common, &best, &outcome)?;
     println!("  replay:  cargo tapsim replay {}", path.display());
     Ok(())
 }

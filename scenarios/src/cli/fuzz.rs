@@ -1,14 +1,17 @@
 //! `fuzz`: bytes instead of seeds.
 
 use super::args::{Common, FuzzArgs};
-use super::output::{Progress, SHRINK_RUNS, print_failure, revision, save_json};
+use super::output::{Progress, SHRINKS, how_shrunk, print_failure, save_json, save_run_as, verdict};
+use super::paths::after;
 use super::replay::bug;
 use super::{Exit, Stop};
 use crate::fuzz::{FuzzReport, FuzzSpec, SUBJECTS, fuzz};
+use crate::interrupt;
+use crate::panics::apart;
 use crate::run::{run_recorded, shrink_run};
 use crate::spec::{Outcome, RunSpec};
 use serde::Serialize;
-use sim::{TraceLevel, guard, text_hash};
+use sim::{TraceLevel, text_hash};
 use std::path::PathBuf;
 
 #[derive(Serialize)]
@@ -57,53 +60,65 @@ pub(super) fn fuzz_command(common: &Common, args: &FuzzArgs) -> Result<Exit, Sto
     let mut progress = Progress::new(None);
     let report = fuzz(&spec, |runs, failed| {
         progress.at(runs, failed);
-        progress.elapsed() < args.time
+        progress.elapsed() < args.time && !interrupt::asked()
     });
     progress.finish();
-    let mut findings = Vec::new();
+    let (mut findings, mut stored) = (Vec::new(), Ok(()));
     for (run, outcome) in &report.findings {
-        findings.push(finding(common, run, outcome)?);
+        match finding(common, run, outcome) {
+            Ok(found) => findings.push(found),
+            Err(stop) if stop.0 == Exit::Nondeterminism => return Err(stop),
+            Err(stop) => stored = stored.and(Err(stop)),
+        }
     }
     println!("{} inputs kept, {} features reached", report.kept, report.features);
-    write_json(common, &spec, &report, findings)?;
+    stored = stored.and(write_json(common, &spec, &report, findings));
+    let ran = report.passed + report.failed > 0;
+    let unbroken = match spec.bug {
+        _ if !ran => Exit::NothingRan,
+        Some(bug) if report.failed == 0 && !interrupt::asked() => {
+            println!("the seeded bug {} was not found", bug.name());
+            Exit::Broken
+        }
+        _ => Exit::Ok,
+    };
     println!("{} passed, {} failed", report.passed, report.failed);
-    Ok(match (report.passed + report.failed, report.failed) {
-        (0, _) => Exit::NothingRan,
-        (_, 0) => Exit::Ok,
-        _ => Exit::Broken,
-    })
+    after(verdict(report.failed, unbroken), stored)
 }
 
-/// Shrinks, saves and shows one broken run.
+/// Shrinks, shows and saves one broken run.
 fn finding(common: &Common, run: &RunSpec, outcome: &Outcome) -> Result<JsonFinding, Stop> {
     let (spec, before) = (run.clone(), outcome.clone());
-    let (best, outcome, decisions) = guard::run(common.guarded(), 0, move || {
+    let shrunk = apart(common.guarded(), 0, move || {
         let recorded = run_recorded(&spec, TraceLevel::Hash);
         if recorded.failure != before.failure {
-            return (spec, recorded, None);
+            return None;
         }
-        let (best, outcome, _) = shrink_run(&spec, &recorded, SHRINK_RUNS);
-        (best, outcome, Some(recorded.decisions.len()))
+        let (best, outcome, shrunk) = shrink_run(&spec, &recorded, SHRINKS);
+        let how = how_shrunk(recorded.decisions.len(), outcome.decisions.len(), &shrunk);
+        Some((best, outcome, how))
     });
-    let (Some(failure), Some(decisions)) = (&outcome.failure, decisions) else {
-        return Err(Stop(Exit::Nondeterminism, "a failing run does not replay".into()));
+    let (best, outcome, how) = match shrunk {
+        Ok(Some(shrunk)) => shrunk,
+        Ok(None) => return Err(Stop(Exit::Nondeterminism, "a failing run does not replay".into())),
+        Err(_) => (run.clone(), outcome.clone(), "not shrunk: it blocks its thread for good".into()),
     };
-    let text = best.to_file(&outcome, &revision()).print();
+    let failure = outcome.failure.clone().ok_or_else(|| Stop::harness("a shrunk run does not fail"))?;
+    print_failure(common, &best, &outcome);
+    println!("  {how}");
     let keys: String = outcome.decisions.iter().map(|(key, d)| format!("{key:?} {}\n", d.value)).collect();
     let name =
         format!("fuzz-{}-{}-{:08x}.run", best.scenario.name, failure.invariant, text_hash(&keys) as u32);
     let path = common.out.join(name);
     std::fs::create_dir_all(&common.out)
-        .and_then(|()| std::fs::write(&path, text))
-        .map_err(|e| Stop::usage(format!("failed to save {}: {e}", path.display())))?;
-    print_failure(common, &best, &outcome);
-    println!("  shrunk from {decisions} to {} decisions", outcome.decisions.len());
+        .map_err(|e| Stop::usage(format!("failed to create {}: {e}", common.out.display())))?;
+    save_run_as(&path, &best, &outcome)?;
     println!("  replay:  cargo tapsim replay {}", path.display());
     println!("  story:   cargo tapsim explain {}\n", path.display());
     Ok(JsonFinding {
         scenario: best.scenario.name,
         invariant: failure.invariant.to_string(),
-        detail: failure.detail.clone(),
+        detail: failure.detail,
         decisions: outcome.decisions.len(),
         file: path,
     })

@@ -6,16 +6,19 @@ mod bugs;
 mod crash;
 mod fuzz;
 mod in_order;
+mod junit;
 mod oracles;
 mod output;
+mod paths;
 mod replay;
 mod sweeping;
 
 pub use args::seeds_or_one;
 pub use output::{load_run, revision};
 
+use crate::interrupt;
 use args::{Cli, Command};
-use clap::Parser;
+use clap::{CommandFactory, FromArgMatches};
 use std::process::ExitCode;
 
 /// Exit statuses of the program; the numbers are part of its interface.
@@ -34,6 +37,8 @@ pub enum Exit {
     NothingRan = 4,
     /// The testbed itself failed.
     Harness = 5,
+    /// Stopped by Ctrl-C before anything broke.
+    Interrupted = interrupt::STATUS,
 }
 
 /// An error that ends the program, as one line.
@@ -54,15 +59,32 @@ impl Stop {
 /// Runs the program.
 pub fn main() -> ExitCode {
     crate::run::prepare();
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
+    let parsed = Cli::command().try_get_matches().and_then(|m| Ok((Cli::from_arg_matches(&m)?, m)));
+    let (cli, matches) = match parsed {
+        Ok(parsed) => parsed,
         Err(help) if !help.use_stderr() => help.exit(),
         Err(error) => {
             eprintln!("tapsim: {}; see tapsim --help", first_sentence(&error.to_string()));
             return ExitCode::from(Exit::Usage as u8);
         }
     };
-    let result = match cli.command {
+    let result = args::refuse_without_effect(&matches)
+        .and_then(|()| paths::try_outputs(&cli.common, args::uses(&matches, "out")))
+        .and_then(|()| {
+            interrupt::listen().map_err(|e| Stop::harness(format!("failed to watch for Ctrl-C: {e}")))
+        })
+        .and_then(|()| dispatch(&cli));
+    match result {
+        Ok(exit) => ExitCode::from(exit as u8),
+        Err(Stop(exit, text)) => {
+            eprintln!("tapsim: {text}");
+            ExitCode::from(exit as u8)
+        }
+    }
+}
+
+fn dispatch(cli: &Cli) -> Result<Exit, Stop> {
+    match cli.command {
         None => sweeping::minute(&cli.common),
         Some(Command::Sweep(ref args)) => sweeping::sweep_command(&cli.common, args),
         Some(Command::Run(ref args)) => replay::run_command(&cli.common, args),
@@ -75,13 +97,6 @@ pub fn main() -> ExitCode {
         Some(Command::Crash(ref args)) => crash::crash_command(&cli.common, args),
         Some(Command::Bench(ref args)) => bench::bench_command(&cli.common, args),
         Some(Command::Demo) => bugs::demo_command(&cli.common),
-    };
-    match result {
-        Ok(exit) => ExitCode::from(exit as u8),
-        Err(Stop(exit, text)) => {
-            eprintln!("tapsim: {text}");
-            ExitCode::from(exit as u8)
-        }
     }
 }
 

@@ -2,21 +2,23 @@
 
 use super::args::{Common, LogLevel};
 use super::{Exit, Stop};
+use crate::interrupt;
 use crate::panics::apart;
 use crate::probes::MARKS;
-use crate::run::{run, shrink_run};
+use crate::report::named_requests;
+use crate::run::{Effort, run, shrink_run};
 use crate::spec::{Outcome, RunSpec};
 use crate::sweep::SweepReport;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use sim::{RunFile, Source, TraceLevel};
+use sim::{RunFile, Shrunk, Source, TraceLevel};
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-/// Maximum number of replays for shrinking a failure of a sweep.
-pub(crate) const SHRINK_RUNS: u64 = 20_000;
+/// Effort of shrinking a failure of a sweep.
+pub(crate) const SHRINKS: Effort = Effort { runs: 20_000, cpu_ns: 60_000_000_000 };
 /// Number of events printed for a failure.
 const TAIL: usize = 12;
 
@@ -187,9 +189,12 @@ pub(crate) fn print_table(report: &SweepReport) {
     }
 }
 
-/// Runs the failing `spec` again, shrinks and saves it, and prints how to replay it. A run that blocks its thread for
-/// good is saved as it is.
-pub(crate) fn report_failure(common: &Common, spec: &RunSpec) -> Result<PathBuf, Stop> {
+/// Runs the failing `spec` again, shrinks it, prints it, saves it, and prints how to replay it. A run that blocks its
+/// thread for good is saved as it is.
+///
+/// # Errors
+/// It cannot be saved; it was printed.
+pub(crate) fn report_failure(common: &Common, spec: &RunSpec) -> Result<(), Stop> {
     let (guarded, seed) = (common.guarded(), spec.seed);
     let mine = RunSpec { record: true, trace: TraceLevel::Events, ..spec.clone() };
     let recorded = apart(guarded, seed, move || run(&mine));
@@ -197,15 +202,11 @@ pub(crate) fn report_failure(common: &Common, spec: &RunSpec) -> Result<PathBuf,
         Err((lost, outcome)) => (lost, *outcome, "not shrunk: it blocks its thread for good".into()),
         Ok(recorded) => {
             let (mine, before) = (spec.clone(), recorded.clone());
-            let shrunk = apart(guarded, seed, move || shrink_run(&mine, &before, SHRINK_RUNS));
+            let shrunk = apart(guarded, seed, move || shrink_run(&mine, &before, SHRINKS));
             match shrunk {
                 Ok((best, outcome, shrunk)) => {
-                    let (before, after) = (recorded.decisions.len(), outcome.decisions.len());
-                    (
-                        best,
-                        outcome,
-                        format!("shrunk from {before} to {after} decisions in {} runs", shrunk.runs),
-                    )
+                    let how = how_shrunk(recorded.decisions.len(), outcome.decisions.len(), &shrunk);
+                    (best, outcome, how)
                 }
                 Err(_) => {
                     let source = Source::Replay(recorded.decisions.clone());
@@ -218,12 +219,18 @@ pub(crate) fn report_failure(common: &Common, spec: &RunSpec) -> Result<PathBuf,
             }
         }
     };
-    let path = save_run(common, &best, &outcome)?;
     print_failure(common, &best, &outcome);
     println!("  {how}");
+    let path = save_run(common, &best, &outcome)?;
     println!("  replay:  cargo tapsim replay {}", path.display());
     println!("  story:   cargo tapsim explain {}\n", path.display());
-    Ok(path)
+    Ok(())
+}
+
+/// How far a run was shrunk, in words.
+pub(crate) fn how_shrunk(before: usize, after: usize, shrunk: &Shrunk) -> String {
+    let how = format!("shrunk from {before} to {after} decisions in {} runs", shrunk.runs);
+    if shrunk.complete { how } else { format!("{how}, then stopped; `tapsim shrink` continues") }
 }
 
 /// Saves a run in the folder of failures.
@@ -242,21 +249,25 @@ pub(crate) fn save_run_as(path: &Path, spec: &RunSpec, outcome: &Outcome) -> Res
         .map_err(|e| Stop::usage(format!("failed to save {}: {e}", path.display())))
 }
 
+/// The program's end: broken if something `failed`, otherwise stopped if the user wanted that, otherwise `unbroken`.
+pub(crate) fn verdict(failed: u64, unbroken: Exit) -> Exit {
+    match (failed, interrupt::asked()) {
+        (0, true) => Exit::Interrupted,
+        (0, false) => unbroken,
+        _ => Exit::Broken,
+    }
+}
+
 /// Prints what is broken, with the last events.
 pub(crate) fn print_failure(common: &Common, spec: &RunSpec, outcome: &Outcome) {
     let Some(f) = &outcome.failure else { return };
-    println!(
-        "\n{} seed {}: broken {}: {}",
-        spec.scenario.name,
-        spec.seed,
-        f.invariant,
-        f.invariant.sentence()
-    );
+    println!("\n{}: broken {}: {}", spec.heading(), f.invariant, f.invariant.sentence());
     println!("  {}", f.detail.trim_end().replace('\n', "\n  "));
+    named_requests(outcome).iter().for_each(|request| println!("    {request}"));
     let lines = &outcome.trace.lines;
     let shown = if common.log == LogLevel::Full { lines.len() } else { TAIL };
     if !lines.is_empty() {
-        println!("  last events:");
+        println!("  last events (times in microseconds):");
     }
     for line in &lines[lines.len().saturating_sub(shown)..] {
         println!("    {line}");

@@ -1,16 +1,18 @@
 //! `run`, `replay`, `shrink`, `explain`, `list`: one run at a time.
 
 use super::args::{Common, FileArgs, LogLevel, RunArgs};
-use super::output::{SHRINK_RUNS, exit_of, load_run, print_failure, report_failure, save_json};
+use super::output::{SHRINKS, exit_of, how_shrunk, load_run, print_failure, report_failure, save_json};
+use super::paths::{after, try_file};
 use super::{Exit, Stop};
 use crate::check::Invariant;
+use crate::panics::apart;
 use crate::probes::{BUGS, find_bug};
-use crate::run::{run, run_recorded, shrink_run};
+use crate::run::{Effort, run_apart, shrink_run};
 use crate::scenario::Scenario;
 use crate::spec::{Outcome, RunSpec};
-use crate::{catalog, explain};
+use crate::{catalog, interrupt, report};
 use serde::Serialize;
-use sim::{TraceLevel, guard};
+use sim::TraceLevel;
 use tap_host::Bug;
 
 /// The scenario called `name`.
@@ -24,11 +26,6 @@ pub(crate) fn bug(name: &str) -> Result<&'static Bug, Stop> {
     find_bug(name).ok_or_else(|| {
         Stop::usage(format!("unknown seeded bug {name:?}: `tapsim list` lists the known ones"))
     })
-}
-
-fn guarded<T: Send + 'static>(common: &Common, spec: &RunSpec, work: fn(&RunSpec) -> T) -> T {
-    let spec = spec.clone();
-    guard::run(common.guarded(), spec.seed, move || work(&spec))
 }
 
 fn trace_level(common: &Common) -> TraceLevel {
@@ -52,6 +49,7 @@ struct JsonRun {
 }
 
 fn report(common: &Common, spec: &RunSpec, outcome: &Outcome) -> Result<(), Stop> {
+    let mut stored = Ok(());
     if let Some(path) = &common.json {
         let json = JsonRun {
             scenario: spec.scenario.name,
@@ -67,7 +65,7 @@ fn report(common: &Common, spec: &RunSpec, outcome: &Outcome) -> Result<(), Stop
             host_ios: outcome.stats.host_ios,
             virtual_ns: outcome.virtual_ns,
         };
-        save_json(path, &json)?;
+        stored = save_json(path, &json);
     }
     println!(
         "{} seed {}: {} requests, {} host operations, {} crashes, {} decisions, {}.{:03} virtual s, trace {:#018x}, {}",
@@ -82,7 +80,7 @@ fn report(common: &Common, spec: &RunSpec, outcome: &Outcome) -> Result<(), Stop
         outcome.trace.hash,
         if common.guarded() { "guarded" } else { "not guarded" },
     );
-    Ok(())
+    stored
 }
 
 /// `tapsim run`
@@ -92,16 +90,16 @@ pub(crate) fn run_command(common: &Common, args: &RunArgs) -> Result<Exit, Stop>
     spec.options.canary = args.canary;
     spec.trace = trace_level(common);
     spec.record = true;
-    let outcome = guarded(common, &spec, run);
+    let outcome = run_apart(common.guarded(), &spec);
     if common.log == LogLevel::Full {
         outcome.trace.lines.iter().for_each(|line| println!("{line}"));
     }
-    report(common, &spec, &outcome)?;
+    let mut stored = report(common, &spec, &outcome);
     if outcome.failure.is_some() {
-        report_failure(common, &spec)?;
+        stored = stored.and(report_failure(common, &spec));
     }
     println!("{}", closing(&outcome));
-    Ok(exit_of(&outcome))
+    after(exit_of(&outcome), stored)
 }
 
 fn closing(outcome: &Outcome) -> &'static str {
@@ -113,11 +111,11 @@ pub(crate) fn replay_command(common: &Common, args: &FileArgs) -> Result<Exit, S
     let (file, mut spec) = load_run(&args.file)?;
     spec.trace = trace_level(common);
     spec.record = true;
-    let outcome = guarded(common, &spec, run);
+    let outcome = run_apart(common.guarded(), &spec);
     if common.log == LogLevel::Full {
         outcome.trace.lines.iter().for_each(|line| println!("{line}"));
     }
-    report(common, &spec, &outcome)?;
+    let stored = report(common, &spec, &outcome);
     if file.trace_hash != outcome.trace.hash {
         println!(
             "the trace differs from the saved one: the code has changed since revision {}",
@@ -130,40 +128,41 @@ pub(crate) fn replay_command(common: &Common, args: &FileArgs) -> Result<Exit, S
         None => println!("nothing is broken any more: {} was when this was saved", file.invariant),
     }
     println!("{}", closing(&outcome));
-    Ok(exit_of(&outcome))
+    after(exit_of(&outcome), stored)
 }
 
 /// `tapsim shrink`
 pub(crate) fn shrink_command(common: &Common, args: &FileArgs) -> Result<Exit, Stop> {
-    let (_, spec) = load_run(&args.file)?;
-    let before = guarded(common, &spec, |spec| run_recorded(spec, TraceLevel::Hash));
+    let path = &args.file;
+    let unwritable = |e| Stop::usage(format!("failed to write {}: {e}", path.display()));
+    let (_, spec) = load_run(path)?;
+    try_file(path).map_err(unwritable)?;
+    let recorded = RunSpec { record: true, ..spec.clone() };
+    let before = run_apart(common.guarded(), &recorded);
     if before.failure.is_none() {
         println!("nothing is broken in this run, so there is nothing to shrink");
         return Ok(Exit::Ok);
     }
-    let (best, outcome, runs) = guarded(common, &spec, |spec| {
-        let recorded = run_recorded(spec, TraceLevel::Hash);
-        let (best, outcome, shrunk) = shrink_run(spec, &recorded, SHRINK_RUNS);
-        (best, outcome, shrunk.runs)
-    });
-    let text = best.to_file(&outcome, &super::revision()).print();
-    let path = &args.file;
-    std::fs::write(path, text)
-        .map_err(|e| Stop::usage(format!("failed to write {}: {e}", path.display())))?;
-    println!(
-        "{} -> {} decisions in {runs} runs: {}",
-        before.decisions.len(),
-        outcome.decisions.len(),
-        path.display()
-    );
-    Ok(Exit::Broken)
+    let (mine, recorded) = (spec.clone(), before.clone());
+    let effort = Effort::of_runs(SHRINKS.runs);
+    let shrunk = apart(common.guarded(), spec.seed, move || shrink_run(&mine, &recorded, effort));
+    let Ok((best, outcome, shrunk)) = shrunk else {
+        return Err(Stop(
+            Exit::Broken,
+            "a smaller run blocks its thread for good: nothing is changed".into(),
+        ));
+    };
+    std::fs::write(path, best.to_file(&outcome, &super::revision()).print()).map_err(unwritable)?;
+    println!("{}: {}", path.display(), how_shrunk(before.decisions.len(), outcome.decisions.len(), &shrunk));
+    Ok(if interrupt::asked() { Exit::Interrupted } else { Exit::Ok })
 }
 
 /// `tapsim explain`
 pub(crate) fn explain_command(common: &Common, args: &FileArgs) -> Result<Exit, Stop> {
     let (_, spec) = load_run(&args.file)?;
-    let outcome = guarded(common, &spec, |spec| run_recorded(spec, TraceLevel::Events));
-    print!("{}", explain::story(&spec, &outcome));
+    let recorded = RunSpec { record: true, trace: TraceLevel::Events, ..spec.clone() };
+    let outcome = run_apart(common.guarded(), &recorded);
+    print!("{}", report::story(&spec, &outcome));
     Ok(exit_of(&outcome))
 }
 

@@ -1,20 +1,26 @@
 //! `sweep`, and the default without a command.
 
 use super::args::{Common, SweepArgs};
-use super::output::{Progress, print_table, report_failure, write_json};
+use super::junit::{self, Case};
+use super::output::{Progress, print_table, report_failure, verdict, write_json};
+use super::paths::after;
 use super::replay::{bug, scenario};
 use super::{Exit, Stop};
-use crate::catalog;
+use crate::check::Failure;
 use crate::run::run;
 use crate::scenario::Scenario;
 use crate::spec::RunSpec;
-use crate::sweep::{SweepReport, SweepSpec, sweep};
+use crate::sweep::{ScenarioReport, SweepReport, SweepSpec, sweep};
 use crate::world::RunOptions;
+use crate::{catalog, interrupt};
 use sim::{TraceLevel, first_difference, guard};
+use std::ops::Range;
 use std::time::Duration;
 
-/// Maximum number of failures of one sweep that are shrunk and shown.
+/// Maximum number of failures of one sweep that are shrunk; the others are listed.
 const SHOWN: usize = 3;
+/// Seeds of a sweep that is not told how many.
+const SEEDS: u64 = 200;
 
 /// Without a command: all scenarios, for 45 seconds.
 pub(crate) fn minute(common: &Common) -> Result<Exit, Stop> {
@@ -26,7 +32,8 @@ pub(crate) fn minute(common: &Common) -> Result<Exit, Stop> {
         from: 0,
         bug: None,
         canary: false,
-        first: false,
+        stop: false,
+        no_shrink: false,
         check_determinism: false,
     };
     sweep_command(common, &args)
@@ -45,98 +52,74 @@ pub(crate) fn sweep_command(common: &Common, args: &SweepArgs) -> Result<Exit, S
         ..RunOptions::default()
     };
     let shares = args.runs.map(|runs| catalog::shares(&scenarios, runs));
-    let most = shares.iter().flatten().max().copied();
-    let (seeds, time) = match (&args.seeds, args.time) {
-        _ if most.is_some() => (args.from..args.from.saturating_add(most.unwrap_or(0)), None),
-        (Some(seeds), _) => (seeds.clone(), None),
-        (None, Some(time)) => (args.from..u64::MAX, Some(time)),
-        (None, None) => (args.from..args.from + 200, None),
-    };
-    // A range without an end is cut into pieces that are planned one by one.
-    let whole = scenarios.len() == catalog::ALL.len() && options.bug.is_none() && !options.canary;
-    let mut spec = SweepSpec {
+    let spec = SweepSpec {
+        seeds: seeds(args, shares.as_deref())?,
         scenarios,
-        seeds: seeds.clone(),
         shares,
         options,
         jobs: common.threads(),
         guarded: common.guarded(),
-        first_only: args.first,
+        first_only: args.stop,
     };
     println!(
         "sweeping {} scenarios, {}, {} threads, {}",
         spec.scenarios.len(),
-        time.map_or_else(
-            || format!("seeds {}..{}", seeds.start, seeds.end),
-            |t| format!("{} s from seed {}", t.as_secs(), seeds.start)
+        args.time.map_or_else(
+            || format!("seeds {}..{}", spec.seeds.start, spec.seeds.end),
+            |t| format!("{} s from seed {}", t.as_secs(), spec.seeds.start)
         ),
         spec.jobs,
-        if spec.guarded { "guarded" } else { "not guarded" }
+        on_off(spec.guarded)
     );
-    let report = match time {
-        None => {
-            let each = (seeds.end - seeds.start) * spec.scenarios.len() as u64;
-            let mut progress = Progress::new(Some(spec.shares.as_ref().map_or(each, |all| all.iter().sum())));
-            let report = sweep(&spec, |done, failed| {
-                progress.at(done, failed);
-                failed == 0 || !args.first
-            });
-            progress.finish();
-            report
-        }
-        Some(time) => {
-            let mut progress = Progress::new(None);
-            // Far more seeds than there is time for; the plan consists of chunks and stays small.
-            spec.seeds = seeds.start..seeds.start.saturating_add(time.as_secs().saturating_mul(40_000));
-            let report = sweep(&spec, |done, failed| {
-                progress.at(done, failed);
-                progress.elapsed() < time && (failed == 0 || !args.first)
-            });
-            progress.finish();
-            report
-        }
-    };
-    write_json(common, &report)?;
-    if args.first && report.failed() > 0 {
-        print_first(&report);
-        return Ok(Exit::Broken);
-    }
-    finish(common, &spec, &report, args.check_determinism, whole)
+    let each = (spec.seeds.end - spec.seeds.start).saturating_mul(spec.scenarios.len() as u64);
+    let total = spec.shares.as_ref().map_or(each, |all| all.iter().sum());
+    let mut progress = Progress::new(args.time.is_none().then_some(total));
+    let once = spec.scenarios.len() as u64;
+    let report = sweep(&spec, |done, failed| {
+        progress.at(done, failed);
+        // However short the time is, every scenario runs once.
+        let in_time = args.time.is_none_or(|time| done < once || progress.elapsed() < time);
+        in_time && (failed == 0 || !args.stop) && !interrupt::asked()
+    });
+    progress.finish();
+    finish(common, args, &spec, &report)
 }
 
-/// The failure with the smallest seed.
-fn print_first(report: &SweepReport) {
-    let failures =
-        report.scenarios.iter().flat_map(|(s, r)| r.failures.iter().map(move |f| (f.0, s.name, &f.1)));
-    if let Some((seed, name, failure)) = failures.min_by_key(|(seed, ..)| *seed) {
-        println!("{name} seed {seed}: broken {}: {}", failure.invariant, failure.detail.trim_end());
+/// The seeds of a sweep: of a sweep that takes a time, far more than there is time for.
+fn seeds(args: &SweepArgs, shares: Option<&[u64]>) -> Result<Range<u64>, Stop> {
+    if let Some(seeds) = &args.seeds {
+        return Ok(seeds.clone());
     }
-    println!("{} passed, {} failed", report.passed(), report.failed());
+    let longest = shares.and_then(|shares| shares.iter().max().copied());
+    let timed = args.time.map(|time| time.as_secs().saturating_mul(40_000));
+    let seeds = args.from..args.from.saturating_add(longest.or(timed).unwrap_or(SEEDS));
+    if seeds.is_empty() {
+        return Err(Stop::usage(format!(
+            "--from {}: the last seed of a sweep is {}",
+            args.from,
+            u64::MAX - 1
+        )));
+    }
+    Ok(seeds)
 }
 
-fn finish(
-    common: &Common,
-    spec: &SweepSpec,
-    report: &SweepReport,
-    check_determinism: bool,
-    whole: bool,
-) -> Result<Exit, Stop> {
+fn finish(common: &Common, args: &SweepArgs, spec: &SweepSpec, report: &SweepReport) -> Result<Exit, Stop> {
     print_table(report);
-    let failures =
-        report.scenarios.iter().flat_map(|(s, r)| r.failures.iter().take(1).map(move |f| (*s, f.0)));
-    for (scenario, seed) in failures.take(SHOWN) {
-        let run = RunSpec { options: spec.options.clone(), ..RunSpec::new(scenario, seed) };
-        report_failure(common, &run)?;
-    }
+    // Whatever cannot be written, the rest is printed.
+    let stored =
+        write_json(common, report).and(junit::save(common.junit.as_deref(), "sweep", &cases(report)));
+    let stored = stored.and(show_failures(common, args, spec, report));
     let ran = report.passed() + report.failed();
-    let mut exit = if report.failed() > 0 { Exit::Broken } else { Exit::Ok };
-    if ran == 0 {
-        exit = Exit::NothingRan;
+    let mut exit = verdict(report.failed(), if ran == 0 { Exit::NothingRan } else { Exit::Ok });
+    let not_run = report.not_run();
+    if !not_run.is_empty() && ran > 0 && (interrupt::asked() || report.failed() == 0) {
+        println!("{} scenarios did not run: {}", not_run.len(), not_run.join(", "));
     }
-    if check_determinism && exit == Exit::Ok {
+    if args.check_determinism && exit == Exit::Ok {
         exit = determinism(spec, report);
     }
     let missed = report.missed();
+    let whole = args.scenarios.is_empty() && args.bug.is_none() && !args.canary;
     if whole && !missed.is_empty() && ran >= 200 * spec.scenarios.len() as u64 {
         let names: Vec<&str> = missed.iter().map(|m| m.name()).collect();
         println!("marks that no run reached: {}", names.join(", "));
@@ -145,13 +128,52 @@ fn finish(
         }
     }
     println!("{} passed, {} failed", report.passed(), report.failed());
-    Ok(exit)
+    after(exit, stored)
+}
+
+/// Shows the failures of a sweep, the lowest seeds first.
+fn show_failures(
+    common: &Common,
+    args: &SweepArgs,
+    spec: &SweepSpec,
+    report: &SweepReport,
+) -> Result<(), Stop> {
+    let shown = if args.stop { 1 } else { SHOWN };
+    let mut stored = Ok(());
+    for (i, (scenario, seed, failure)) in report.first_failures().into_iter().enumerate() {
+        let run = RunSpec { options: spec.options.clone(), ..RunSpec::new(scenario, seed) };
+        if args.no_shrink || i >= shown || interrupt::asked() {
+            println!("{}: broken {}: {}", run.heading(), failure.invariant, failure.headline());
+            println!("  run:     {}", run.command());
+        } else {
+            stored = stored.and(report_failure(common, &run));
+        }
+    }
+    stored
+}
+
+/// A row for each scenario.
+fn cases(report: &SweepReport) -> Vec<Case> {
+    let case = |(scenario, r): &(&'static Scenario, ScenarioReport)| {
+        let first = r.failures.first().map(|(_, failure)| {
+            let detail = |(seed, f): &(u64, Failure)| format!("seed {seed}: {}: {}\n", f.invariant, f.detail);
+            let headline =
+                format!("broken {}, {} of {} runs", failure.invariant, r.failed, r.passed + r.failed);
+            (headline, r.failures.iter().map(detail).collect())
+        });
+        Case { name: scenario.name.into(), cpu_ns: r.cpu_ns, failure: first }
+    };
+    report.scenarios.iter().map(case).collect()
 }
 
 /// Runs the same seeds the other way (guarded if they were not, and the reverse) and compares the traces.
 fn determinism(spec: &SweepSpec, report: &SweepReport) -> Exit {
     let other = SweepSpec { guarded: !spec.guarded && guard::AVAILABLE, ..spec.clone() };
-    let again = sweep(&other, |_, _| true);
+    let again = sweep(&other, |_, _| !interrupt::asked());
+    if interrupt::asked() {
+        println!("the seeds were not all run a second time");
+        return Exit::Interrupted;
+    }
     for ((scenario, a), (_, b)) in report.scenarios.iter().zip(&again.scenarios) {
         if a.hash != b.hash {
             println!("{}: two sweeps of the same seeds differ", scenario.name);

@@ -6,6 +6,7 @@ mod lying;
 mod nbd;
 mod offer;
 mod options;
+mod reporting;
 mod ring;
 mod speaker;
 
@@ -285,6 +286,7 @@ impl<D: GuestDisk> Guest<D> {
     pub async fn read(&self, range: SectorRange) -> Result<(), Errno> {
         let inv = self.history.borrow_mut().begin_read();
         self.remark(|| format!("submits read {range}"));
+        let span = self.submits("read", inv, range);
         let check = |bytes: &[u8]| {
             let mut history = self.history.borrow_mut();
             if self.world.kernel.answers_lost() {
@@ -294,13 +296,14 @@ impl<D: GuestDisk> Guest<D> {
             history.check_read(inv, range, bytes)
         };
         let checked = self.disk.read(range, check).await;
+        self.answered(span, checked.as_ref().map_or_else(|error| Err(*error), |_| Ok(())));
         match checked {
             Ok(Ok(())) => {
                 self.remark(|| format!("read {range} ok"));
                 Ok(())
             }
             Ok(Err(wrong)) => {
-                self.world.fail(wrong.invariant(self.policy.get().reads), format!("read {range}: {wrong}"));
+                self.wrong(wrong.invariant(self.policy.get().reads), &format!("read {range}"), &wrong);
                 Ok(())
             }
             Err(error) => {
@@ -322,6 +325,7 @@ impl<D: GuestDisk> Guest<D> {
     pub async fn write(&self, range: SectorRange) -> Result<(), Errno> {
         let write = self.history.borrow_mut().begin_write(range);
         self.remark(|| format!("submits write {write} to {range}"));
+        let span = self.submits("write", write, range);
         let space = self.begin_space(SpaceEffect::Keep, range);
         let fill = |bytes: &mut [u8]| self.payload(write, range, bytes);
         let result = self.disk.write(range, fill).await;
@@ -329,6 +333,7 @@ impl<D: GuestDisk> Guest<D> {
         self.history.borrow_mut().end_write(write, result.is_ok());
         self.settle(result);
         self.remark(|| format!("write {write} to {range} {}", ended(result)));
+        self.answered(span, result);
         result
     }
 
@@ -341,9 +346,11 @@ impl<D: GuestDisk> Guest<D> {
             (flush, write)
         };
         self.remark(|| format!("submits flush {flush} with write {write} to {range}"));
+        let span = self.submits("write", write, range);
         let fill = |bytes: &mut [u8]| self.payload(write, range, bytes);
         let result = self.disk.write_and_flush(range, fill).await;
         self.remark(|| format!("flush {flush} with write {write} to {range} {}", ended(result)));
+        self.answered(span, result);
         let mut history = self.history.borrow_mut();
         history.end_write(write, result.is_ok());
         match result {
@@ -360,6 +367,7 @@ impl<D: GuestDisk> Guest<D> {
     async fn zeroes(&self, range: SectorRange, flags: ZeroFlags) -> Result<(), Errno> {
         let write = self.history.borrow_mut().begin_zeros(range);
         self.remark(|| format!("submits zeros {write} to {range}"));
+        let span = self.submits("zeros", write, range);
         let effect = if flags.unmap { SpaceEffect::Unmap } else { SpaceEffect::Keep };
         let space = self.begin_space(effect, range);
         let result = self.disk.write_zeroes(range, flags).await;
@@ -367,6 +375,7 @@ impl<D: GuestDisk> Guest<D> {
         self.history.borrow_mut().end_write(write, result.is_ok());
         self.settle(result);
         self.remark(|| format!("zeros {write} to {range} {}", ended(result)));
+        self.answered(span, result);
         let slow = result == Err(Errno::EOPNOTSUPP);
         if slow && !flags.fast && self.disk.makes_zeros() && !self.policy.get().errors_allowed {
             self.world
@@ -387,11 +396,13 @@ impl<D: GuestDisk> Guest<D> {
     async fn discard(&self, range: SectorRange) -> Result<(), Errno> {
         let write = self.history.borrow_mut().begin_zeros(range);
         self.remark(|| format!("submits discard {write} of {range}"));
+        let span = self.submits("discard", write, range);
         let space = self.begin_space(SpaceEffect::Discard, range);
         let result = self.disk.discard(range).await;
         self.end_space(SpaceEffect::Discard, false, range, space, result);
         self.history.borrow_mut().end_write(write, false);
         self.remark(|| format!("discard {write} of {range} {}", ended(result)));
+        self.answered(span, result);
         if result == Err(Errno::EOPNOTSUPP) { Ok(()) } else { result }
     }
 
@@ -399,8 +410,10 @@ impl<D: GuestDisk> Guest<D> {
     pub async fn flush(&self) -> Result<(), Errno> {
         let inv = self.history.borrow_mut().begin_flush();
         self.remark(|| format!("submits flush {inv}"));
+        let span = self.submits("flush", inv, SectorRange::default());
         let result = self.disk.flush().await;
         self.remark(|| format!("flush {inv} {}", ended(result)));
+        self.answered(span, result);
         match result {
             Ok(()) => self.history.borrow_mut().end_flush(inv),
             Err(_) => self.flush_failed.set(true),
@@ -429,7 +442,7 @@ impl<D: GuestDisk> Guest<D> {
             let part = SectorRange::new(at, extent.count as u32);
             let zeros = vec![0; if extent.zero { part.len_bytes() as usize } else { 0 }];
             if let Some(Err(wrong)) = extent.zero.then(|| history.check_read(inv, part, &zeros)) {
-                self.world.fail(Invariant::N2, format!("{part} is reported as zeros: {wrong}"));
+                self.wrong(Invariant::N2, &format!("{part} is reported as zeros"), &wrong);
             }
             at += extent.count;
         }

@@ -143,7 +143,7 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
 fn nbd(options: Options) -> Result<()> {
     let sh = Shell::new()?;
     cmd!(sh, "cargo build --release -p tapdisk").run()?;
-    let programs = std::env::current_dir()?.join("target/release");
+    let programs = crate::target_dir(&sh)?.join("release");
     let mut servers = vec![ServerSpec::new(
         "tapdisk",
         &format!("{}/tapdisk serve --nbd unix:{{socket}} {{format}}:{{image}}", programs.display()),

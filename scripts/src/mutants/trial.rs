@@ -163,7 +163,8 @@ impl Sweep<'_> {
         let _ = std::fs::remove_file(&json);
         let mut args: Vec<String> = vec!["sweep".into()];
         args.extend(self.scenarios.iter().cloned());
-        let options = ["--first", "--seeds", self.seeds, "--jobs", &self.jobs.to_string(), "--json"];
+        let jobs = self.jobs.to_string();
+        let options = ["--stop", "--no-shrink", "--seeds", self.seeds, "--jobs", &jobs, "--json"];
         args.extend(options.map(String::from));
         args.push(json.display().to_string());
         let output = folder.join(format!("{name}.out"));

@@ -182,7 +182,7 @@ fn programs(sh: &Shell, options: &Options) -> Result<Vec<PathBuf>> {
         folder.clone()
     } else {
         cmd!(sh, "cargo build --release --locked -p tapdisk").run()?;
-        PathBuf::from("target/release")
+        crate::target_dir(sh)?.join("release")
     };
     // For guests, which have no libraries.
     cmd!(
@@ -191,7 +191,7 @@ fn programs(sh: &Shell, options: &Options) -> Result<Vec<PathBuf>> {
     )
     .run()?;
     let mut programs: Vec<PathBuf> = ["tapdisk", "tap-img"].map(|name| folder.join(name)).into();
-    programs.push(PathBuf::from("target/debug/disk-load"));
+    programs.push(crate::target_dir(sh)?.join("debug/disk-load"));
     match programs.iter().find(|program| !program.is_file()) {
         Some(missing) => Err(format!("find {}: --programs says where they are", missing.display()).into()),
         None => Ok(programs),

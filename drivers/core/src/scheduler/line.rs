@@ -6,9 +6,9 @@
 //!                                   └─leader dropped─► Driving ──► Done
 //! ```
 
-use super::Inner;
 use super::lower::{Batch, Part};
-use crate::{LocalBoxFuture, Op, Request, Response, Ticket};
+use super::{Inner, name_of};
+use crate::{LocalBoxFuture, Op, Request, Response, Ticket, TicketName};
 use smallvec::{SmallVec, smallvec};
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
@@ -173,6 +173,17 @@ impl Line {
     /// Frees a part that no longer has an owner to answer.
     pub(super) fn give_up(&mut self, slot: u32) -> Option<Ticket> {
         self.free(slot).abandoned
+    }
+
+    /// The requests in the queue, the first one first.
+    pub(super) fn waiting(&self) -> Vec<TicketName> {
+        let name = |q: &Queued| TicketName { name: name_of(q.kind.0), number: q.start };
+        self.queue.iter().map(name).collect()
+    }
+
+    /// Whether all places below are taken.
+    pub(super) fn is_full(&self) -> bool {
+        self.depth_free == 0
     }
 
     /// Whether it is empty and everything taken from it was freed.

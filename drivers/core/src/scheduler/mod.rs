@@ -27,7 +27,7 @@ mod lower;
 
 use crate::{
     Access, Child, Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, Space, Ticket, Tracker,
-    WaitReport,
+    WaitReport, WaitsFor,
 };
 use line::{Line, Place};
 use std::cell::RefCell;
@@ -206,9 +206,20 @@ impl<H: Time + Tasks + Log + Probe> Node for Scheduler<H> {
         vec![Child::lower(Rc::clone(&self.0.lower))]
     }
 
-    /// Requests that wait for overlapping ones.
+    /// Requests that wait for overlapping ones, in line, or for the node below. Flushes have no ticket.
     fn waits(&self) -> Vec<WaitReport> {
-        self.0.tracker.report()
+        let Inner { tracker, line, limits, .. } = &*self.0;
+        let (mut all, mut ready) = (tracker.report(), tracker.ready());
+        let (in_line, is_full) = (line.borrow().waiting(), line.borrow().is_full());
+        for ticket in in_line {
+            if let Ok(at) = ready.binary_search(&ticket) {
+                ready.remove(at);
+            }
+            let waits_for = if is_full { WaitsFor::Place(limits.depth) } else { WaitsFor::Turn };
+            all.push(WaitReport { ticket, waits_for });
+        }
+        all.extend(ready.into_iter().map(|ticket| WaitReport { ticket, waits_for: WaitsFor::Below }));
+        all
     }
 
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
@@ -219,17 +230,25 @@ impl<H: Time + Tasks + Log + Probe> Node for Scheduler<H> {
     }
 }
 
+/// The name of such work in reports.
+fn name_of(op: Op) -> &'static str {
+    match op {
+        Op::Write => "write",
+        Op::WriteZeroes(_) => "zeroes",
+        Op::Discard => "discard",
+        Op::Read | Op::Flush => "read",
+    }
+}
+
 impl<H: Time + Tasks + Log + Probe> Inner<H> {
     fn ticket(&self, request: &Request) -> Ticket {
-        let (name, access) = match request.op {
-            Op::Write => ("write", Access::Exclusive),
-            Op::WriteZeroes(_) => ("zeroes", Access::Exclusive),
-            Op::Discard => ("discard", Access::Exclusive),
-            Op::Read | Op::Flush => ("read", Access::Shared),
+        let access = match request.op {
+            Op::Write | Op::WriteZeroes(_) | Op::Discard => Access::Exclusive,
+            Op::Read | Op::Flush => Access::Shared,
         };
         let start = request.range.start.0;
         let steps = self.tracker.steps();
-        let ticket = self.tracker.ticket(name, start);
+        let ticket = self.tracker.ticket(name_of(request.op), start);
         let wide = !matches!(request.op, Op::Read | Op::Write) && self.host.bug(&CLAIM_TOO_WIDE);
         let count = if wide { u64::MAX - start } else { u64::from(request.range.count) };
         let pieces = if self.host.bug(&CLAIM_IN_PIECES) { 64 } else { 1 };

@@ -143,7 +143,7 @@ pub fn world(config: &Config, body: impl AsyncFnOnce(World) + 'static) -> World 
     let world = World::new(config);
     let inside = world.clone();
     if let Err(stall) = world.sim.run(async move { body(inside).await }) {
-        panic!("seed {}: {}", config.seed, stall.report);
+        panic!("seed {}: {stall:?}", config.seed);
     }
     world
 }

@@ -1,6 +1,6 @@
 //! Flushes with data: if their data is on the medium, so is everything that they cover, however they ended.
 
-use super::{BLOCK, BlockHistory, Cell, WriteId, Wrong};
+use super::{BLOCK, BlockHistory, Cell, Finding, WriteId, Wrong};
 use crate::check::frontier::{Block, Clock};
 use std::collections::BTreeMap;
 use tap_host::SectorRange;
@@ -50,7 +50,8 @@ impl BlockHistory {
                     "sector {} holds write {write}, and write {fence}, a flush with data, is on the medium",
                     range.start.0
                 );
-                return Err(Wrong::Version(text));
+                let writes = vec![write, fence];
+                return Err(Wrong::Version(Finding { text, sector: range.start.0, writes, reads: vec![] }));
             }
         }
         Ok(())

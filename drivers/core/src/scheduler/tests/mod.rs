@@ -118,7 +118,14 @@ fn overlapping_requests_run_in_submission_order_and_reads_share() {
     let bench = Bench::new(Script::held(), SchedulerLimits { merge_sectors: 0, ..FEW });
     let got = bench.batch(vec![write(0, 8), read(4, 2), read(4, 4), write(6, 8)]);
     assert_eq!(bench.lower(), [(Op::Write, 0, 8)]);
-    assert_eq!(bench.scheduler.waits().len(), 3);
+    let waits: Vec<String> = bench.scheduler.waits().iter().map(ToString::to_string).collect();
+    let wanted = [
+        "read 4 waits for write 0",
+        "read 4 waits for write 0",
+        "write 6 waits for read 4, read 4",
+        "write 0 waits for the node below",
+    ];
+    assert!(waits[..2] == wanted[..2] && waits[3] == wanted[3], "{waits:?}");
     bench.script.release_now();
     bench.pool.run();
     assert_eq!(bench.lower()[1..], [(Op::Read, 4, 2), (Op::Read, 4, 4)]);
@@ -142,6 +149,9 @@ fn the_seeded_bug_lets_a_write_overtake_another() {
 fn depth_is_never_exceeded_and_waiters_go_in_order() {
     let bench = Bench::new(Script::held(), SchedulerLimits { depth: 1, ..FEW });
     let got = bench.batch((0..4).map(|i| write(i * 20, 1)).collect());
+    let waits: Vec<String> = bench.scheduler.waits().iter().map(ToString::to_string).collect();
+    assert_eq!(waits[0], "write 20 waits for one of the 1 places below, which are all taken");
+    assert_eq!((waits.len(), waits[3].as_str()), (4, "write 0 waits for the node below"));
     for done in 1..=4 {
         assert_eq!(bench.lower().len(), done);
         bench.script.release_now();
