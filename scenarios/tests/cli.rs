@@ -299,3 +299,48 @@ fn a_story_tells_why() {
     let fails = lines[happened..].iter().position(|line| line.contains("fails with")).expect("the fault");
     assert!(lines[happened + fails..][..5].iter().any(|line| line.contains("failed with")), "{fault}");
 }
+
+#[test]
+fn reports_are_pages_of_runs_and_of_folders() {
+    let folder = Folder::new();
+    folder.write("bug.run", &saved());
+    refused(&folder, &["report", "missing.run"], "missing.run");
+    refused(&folder, &["report", "bug.run", "--perfetto", "missing/x"], "failed to write missing/x");
+    refused(&folder, &["report", ".", "--perfetto", "x"], "are for one run");
+    let read = |name: &str| std::fs::read_to_string(folder.path().join(name)).expect("it was written");
+    let one = folder.tapsim(&["report", "bug.run", "--perfetto", "bug.json"]);
+    assert_eq!(
+        (one.status.code(), stdout(&one).as_str()),
+        (Some(0), "bug.html\nbug.json\n"),
+        "{}",
+        stderr(&one)
+    );
+    let page = read("bug.html");
+    for wanted in
+        ["cargo tapsim replay bug.run", "--bug data-after-mapping", "<td>torn</td>", "holds the wrong sector"]
+    {
+        assert!(page.contains(wanted), "the page does not contain {wanted:?}");
+    }
+    let trace: serde_json::Value = serde_json::from_str(&read("bug.json")).expect("it is JSON");
+    let events = trace["traceEvents"].as_array().expect("a list");
+    assert!(events.iter().any(|e| e["ph"] == "i" && e["s"] == "g"), "no crash is marked");
+    assert!(events.iter().any(|e| e["ph"] == "X" && e["args"]["outcome"] == "ok"), "no work is shown");
+
+    folder.write("broken.run", "hello\n");
+    let all = folder.tapsim(&["report", "."]);
+    assert_eq!(all.status.code(), Some(2), "one of them cannot be read: {}", stdout(&all));
+    let index = read("index.html");
+    for wanted in ["href=\"bug.html\"", "<td>G7</td>", "broken.run: not a decision file"] {
+        assert!(index.contains(wanted), "the table does not contain {wanted:?}: {index}");
+    }
+}
+
+#[test]
+fn a_saved_failure_comes_with_its_page() {
+    let folder = Folder::new();
+    let output = folder.tapsim(&["run", "qcow-power-cut", "0", "--bug", "edge-dropped"]);
+    let name = "tapsim-failures/qcow-power-cut-edge-dropped-0.html";
+    assert!(stdout(&output).contains(&format!("  page:    {name}\n")), "{}", stdout(&output));
+    let page = std::fs::read_to_string(folder.path().join(name)).expect("it was written");
+    assert!(page.contains("cargo tapsim replay tapsim-failures/qcow-power-cut-edge-dropped-0.run"), "{page}");
+}

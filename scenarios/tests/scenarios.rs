@@ -24,6 +24,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use scenarios::catalog;
 use scenarios::cli::{load_run, revision, seeds_or_one};
 use scenarios::hunt::{Quarry, Unexpected, check_saved};
+use scenarios::report::files::save_page;
 use scenarios::run::{Effort, prepare, run, run_recorded, shrink_run};
 use scenarios::scenario::Scenario;
 use scenarios::spec::{Outcome, RunSpec};
@@ -253,9 +254,10 @@ fn shrunk_failure(spec: &RunSpec) -> Failed {
     let saved = std::fs::create_dir_all(&folder)
         .and_then(|()| std::fs::write(&path, best.to_file(&outcome, &revision()).print()));
     let mut text = describe(&best, &outcome, &path);
-    if let Err(error) = saved {
-        let _ = writeln!(text, "  (failed to save it: {error})");
-    }
+    let _ = match saved.and_then(|()| save_page(&path, &best, &outcome)) {
+        Ok(page) => writeln!(text, "  page:     {}", page.display()),
+        Err(error) => writeln!(text, "  (failed to save it: {error})"),
+    };
     let _ = writeln!(
         text,
         "  unshrunk: TAPSIM_SEED={} cargo test -p scenarios --test scenarios scenario::{}",

@@ -56,10 +56,15 @@ fn refuse_hidden_cfg() -> Result<()> {
     Ok(())
 }
 
-/// The tests against QEMU's and libnbd's tools report themselves ignored if these are missing; here they should run.
+/// The tests against QEMU's and libnbd's tools, and those in a browser, report themselves ignored if these are missing;
+/// here they should run.
 fn install_peers(sh: &Shell) {
     let there = |tool: &str| cmd!(sh, "which {tool}").quiet().ignore_stdout().ignore_stderr().run().is_ok();
-    let packages = [("qemu-utils", ["qemu-img", "qemu-io"]), ("libnbd-bin", ["nbdinfo", "nbdcopy"])];
+    let packages: [(&str, &[&str]); 3] = [
+        ("qemu-utils", &["qemu-img", "qemu-io"]),
+        ("libnbd-bin", &["nbdinfo", "nbdcopy"]),
+        ("chromium", &["chromium"]),
+    ];
     let missing = packages.iter().filter(|(_, tools)| !tools.iter().all(|tool| there(tool)));
     let missing: Vec<&str> = missing.map(|(package, _)| *package).collect();
     if missing.is_empty() {

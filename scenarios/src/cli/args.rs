@@ -20,6 +20,7 @@ Examples:
   tapsim run raw-power-cut 145        one seed
   tapsim replay FILE --log full       a saved failure, with every line of its trace
   tapsim explain FILE                 a saved failure as a story
+  tapsim report FILE                  the same as a page with a timeline
   tapsim fuzz --for 60s               fuzz an image format
   tapsim bugs                         every seeded bug must be found
 
@@ -138,6 +139,8 @@ pub(crate) enum Command {
     Shrink(FileArgs),
     /// Tells the story of a saved failure
     Explain(FileArgs),
+    /// Makes a page of a saved failure, to look at in a browser; of a folder, a page of each and a table
+    Report(ReportArgs),
     /// Lists scenarios, seeded bugs and invariants
     List,
     /// Finds and shrinks every seeded bug
@@ -254,6 +257,19 @@ pub(crate) struct RunArgs {
 pub(crate) struct FileArgs {
     /// A decision file
     pub file: PathBuf,
+}
+
+/// `report`
+#[derive(Args, Debug, Clone)]
+pub(crate) struct ReportArgs {
+    /// A decision file, or a folder of them
+    pub path: PathBuf,
+    /// The page [default: beside the decision file, with the ending html]
+    #[arg(long, value_name = "FILE")]
+    pub page: Option<PathBuf>,
+    /// Also writes the run as trace events in virtual time, for ui.perfetto.dev
+    #[arg(long, value_name = "FILE")]
+    pub perfetto: Option<PathBuf>,
 }
 
 /// `bugs`

@@ -9,6 +9,7 @@ use super::replay::bug;
 use super::{Exit, Stop};
 use crate::hunt::{DECISIONS_MAX, Hunted, Quarry, check_saved, hunt};
 use crate::probes::find_bug;
+use crate::report::files::save_page;
 use crate::run::Effort;
 use crate::{catalog, interrupt, report};
 use serde::Serialize;
@@ -186,7 +187,10 @@ pub(crate) fn demo_command(common: &Common) -> Result<Exit, Stop> {
     );
     print!("{}", report::story(&h.spec, &h.outcome));
     let path = save_run(common, &h.spec, &h.outcome)?;
+    let page = save_page(&path, &h.spec, &h.outcome)
+        .map_err(|e| Stop::usage(format!("failed to write the page of {}: {e}", path.display())))?;
     println!("\n4. Saved. Replay it with:  cargo tapsim replay {}", path.display());
+    println!("   Look at it in a browser: {}", page.display());
     println!(
         "   (revision {}; without --bug the same seeds are clean: cargo tapsim sweep --seeds 0..2000)",
         revision()

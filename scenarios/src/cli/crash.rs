@@ -2,7 +2,7 @@
 
 use super::args::{Common, CrashArgs};
 use super::output::{
-    Progress, SHRINKS, print_failure, print_table, report_failure, save_run, verdict, write_json,
+    Progress, SHRINKS, print_failure, print_saved, print_table, report_failure, save_run, verdict, write_json,
 };
 use super::paths::after;
 use super::{Exit, Stop};
@@ -103,8 +103,7 @@ fn report_state(common: &Common, spec: &RunSpec) -> Result<(), Stop> {
     });
     print_failure(common, &best, &outcome);
     let path = save_run(common, &best, &outcome)?;
-    println!("  replay:  cargo tapsim replay {}", path.display());
-    Ok(())
+    print_saved(&path, &best, &outcome)
 }
 
 /// Result of measuring the exploration.

@@ -1,7 +1,9 @@
 //! `fuzz`: bytes instead of seeds.
 
 use super::args::{Common, FuzzArgs};
-use super::output::{Progress, SHRINKS, how_shrunk, print_failure, save_json, save_run_as, verdict};
+use super::output::{
+    Progress, SHRINKS, how_shrunk, print_failure, print_saved, save_json, save_run_as, verdict,
+};
 use super::paths::after;
 use super::replay::bug;
 use super::{Exit, Stop};
@@ -113,8 +115,7 @@ fn finding(common: &Common, run: &RunSpec, outcome: &Outcome) -> Result<JsonFind
     std::fs::create_dir_all(&common.out)
         .map_err(|e| Stop::usage(format!("failed to create {}: {e}", common.out.display())))?;
     save_run_as(&path, &best, &outcome)?;
-    println!("  replay:  cargo tapsim replay {}", path.display());
-    println!("  story:   cargo tapsim explain {}\n", path.display());
+    print_saved(&path, &best, &outcome)?;
     Ok(JsonFinding {
         scenario: best.scenario.name,
         invariant: failure.invariant.to_string(),

@@ -11,6 +11,7 @@ mod oracles;
 mod output;
 mod paths;
 mod replay;
+mod report;
 mod sweeping;
 
 pub use args::seeds_or_one;
@@ -91,6 +92,7 @@ fn dispatch(cli: &Cli) -> Result<Exit, Stop> {
         Some(Command::Replay(ref args)) => replay::replay_command(&cli.common, args),
         Some(Command::Shrink(ref args)) => replay::shrink_command(&cli.common, args),
         Some(Command::Explain(ref args)) => replay::explain_command(&cli.common, args),
+        Some(Command::Report(ref args)) => report::report_command(&cli.common, args),
         Some(Command::List) => replay::list_command(&cli.common),
         Some(Command::Bugs(ref args)) => bugs::bugs_command(&cli.common, args),
         Some(Command::Fuzz(ref args)) => fuzz::fuzz_command(&cli.common, args),

@@ -5,6 +5,7 @@ use super::{Exit, Stop};
 use crate::interrupt;
 use crate::panics::apart;
 use crate::probes::MARKS;
+use crate::report::files::{page_of, replay, save_page};
 use crate::report::named_requests;
 use crate::run::{Effort, run, shrink_run};
 use crate::spec::{Outcome, RunSpec};
@@ -222,8 +223,19 @@ pub(crate) fn report_failure(common: &Common, spec: &RunSpec) -> Result<(), Stop
     print_failure(common, &best, &outcome);
     println!("  {how}");
     let path = save_run(common, &best, &outcome)?;
-    println!("  replay:  cargo tapsim replay {}", path.display());
-    println!("  story:   cargo tapsim explain {}\n", path.display());
+    print_saved(&path, &best, &outcome)
+}
+
+/// Makes the page of a saved run, and prints what can be done with both.
+///
+/// # Errors
+/// The page cannot be written.
+pub(crate) fn print_saved(path: &Path, spec: &RunSpec, outcome: &Outcome) -> Result<(), Stop> {
+    println!("  replay:  {}", replay(path));
+    println!("  story:   cargo tapsim explain {}", path.display());
+    let page = save_page(path, spec, outcome)
+        .map_err(|e| Stop::usage(format!("failed to write {}: {e}", page_of(path).display())))?;
+    println!("  page:    {}\n", page.display());
     Ok(())
 }
 

@@ -2,7 +2,6 @@
 
 use crate::formats::{self, FormatModel, ImageMap};
 use kernel_model::{Content, Cut, CutFile, CutWrite};
-use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 use tap_host::SECTOR_BYTES;
 
@@ -14,7 +13,7 @@ const SECTORS_MAX: u64 = 4096;
 const WRITERS_MAX: usize = 4;
 
 /// The files of the host at one moment.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default)]
 pub struct Images {
     /// Virtual time in nanoseconds.
     pub at_ns: u64,
@@ -27,7 +26,7 @@ pub struct Images {
 }
 
 /// A file.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug)]
 pub struct FileMap {
     /// Its path.
     pub name: String,
@@ -46,8 +45,7 @@ pub struct FileMap {
 }
 
 /// The state of a sector, or of a structure.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum State {
     /// It was durable before.
     Durable,
@@ -59,8 +57,20 @@ pub enum State {
     Torn,
 }
 
+impl State {
+    /// It in a word.
+    pub fn word(self) -> &'static str {
+        match self {
+            State::Durable => "durable",
+            State::Kept => "kept",
+            State::Lost => "lost",
+            State::Torn => "torn",
+        }
+    }
+}
+
 /// A run of sectors in one state.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Cells {
     /// The state.
     pub state: State,
@@ -69,7 +79,7 @@ pub struct Cells {
 }
 
 /// A structure of an image.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug)]
 pub struct Part {
     /// What it is.
     pub name: String,
@@ -83,8 +93,10 @@ pub struct Part {
     pub cells: Vec<Cells>,
     /// Who wrote what was not durable.
     pub writers: Vec<String>,
-    /// It is, or leads to, the sector that the failure names.
+    /// It holds, or leads to, the sector that the failure names.
     pub focus: bool,
+    /// If it holds that sector: its number within this, and its state.
+    pub wrong: Option<(u64, State)>,
 }
 
 /// The images at `cut`, the `number`th; `sector` is that which the failure names.
@@ -141,7 +153,16 @@ impl<'a> Pending<'a> {
         let writers: BTreeSet<&str> = self.sectors.range(first..end).map(|(_, s)| s.1.by.as_str()).collect();
         let writers = writers.into_iter().take(WRITERS_MAX).map(str::to_owned).collect();
         let (start, len) = (first * SECTOR_BYTES, (end - first) * SECTOR_BYTES);
-        Some(Part { name, start, len, state: whole, cells, writers, focus })
+        Some(Part { name, start, len, state: whole, cells, writers, focus, wrong: None })
+    }
+
+    /// The same, if the sector `wrong` of the file is the one that the failure names.
+    fn part_with(&self, structure: Structure) -> Option<Part> {
+        let Structure { name, bytes, focus, wrong } = structure;
+        let part = self.part(name, bytes, focus)?;
+        let state = |at: u64| self.sectors.get(&at).map_or(State::Durable, |s| s.0);
+        let wrong = wrong.map(|at| (at - part.start / SECTOR_BYTES, state(at)));
+        Some(Part { wrong, ..part })
     }
 }
 
@@ -155,9 +176,9 @@ fn map(file: &CutFile, sector: Option<u64>) -> FileMap {
     };
     let mut seen: BTreeSet<u64> = BTreeSet::new();
     let mut parts: Vec<Part> = Vec::new();
-    for Structure { name, bytes, focus } in structures {
-        seen.extend(bytes.start / SECTOR_BYTES..bytes.end.div_ceil(SECTOR_BYTES));
-        parts.extend(pending.part(name, bytes, focus));
+    for structure in structures {
+        seen.extend(structure.bytes.start / SECTOR_BYTES..structure.bytes.end.div_ceil(SECTOR_BYTES));
+        parts.extend(pending.part_with(structure));
     }
     for run in runs(pending.sectors.keys().copied().filter(|at| !seen.contains(at))) {
         let name = match walked {
@@ -167,10 +188,7 @@ fn map(file: &CutFile, sector: Option<u64>) -> FileMap {
         };
         parts.extend(pending.part(name, run.start * SECTOR_BYTES..run.end * SECTOR_BYTES, false));
     }
-    parts.sort_by_key(|part| (!part.focus, std::cmp::Reverse(part.state), part.start));
-    let hidden = parts.len().saturating_sub(PARTS_MAX);
-    parts.truncate(PARTS_MAX);
-    parts.sort_by_key(|part| part.start);
+    let hidden = keep_the_worst(&mut parts);
     let left = model.zip(file.after.as_ref()).and_then(|(model, after)| model.walk_whole(after));
     let after = left.and_then(Result::err).map(|(invariant, text)| format!("{invariant}: {text}"));
     FileMap {
@@ -182,6 +200,20 @@ fn map(file: &CutFile, sector: Option<u64>) -> FileMap {
         parts,
         hidden,
     }
+}
+
+/// Keeps at most [`PARTS_MAX`] parts, in their order in the file; returns how many are left out.
+fn keep_the_worst(parts: &mut Vec<Part>) -> usize {
+    let mut worst: Vec<usize> = (0..parts.len()).collect();
+    worst.sort_by_key(|at| (!parts[*at].focus, std::cmp::Reverse(parts[*at].state)));
+    let dropped: BTreeSet<usize> = worst.into_iter().skip(PARTS_MAX).collect();
+    let mut at = 0;
+    parts.retain(|_| {
+        at += 1;
+        !dropped.contains(&(at - 1))
+    });
+    parts.sort_by_key(|part| part.start);
+    dropped.len()
 }
 
 /// The format with metadata that the content begins like.
@@ -202,6 +234,8 @@ struct Structure {
     name: String,
     bytes: std::ops::Range<u64>,
     focus: bool,
+    /// The sector of the file that the failure names.
+    wrong: Option<u64>,
 }
 
 /// The structures of an image; `sector` is one of its disk.
@@ -209,17 +243,15 @@ fn of_image(map: &ImageMap, sector: Option<u64>) -> Vec<Structure> {
     let wanted =
         sector.map(|s| (s * SECTOR_BYTES) >> map.cluster_bits).filter(|c| *c < map.entries.len() as u64);
     let root_len = (map.tables.len() as u64 * 8).max(1);
+    let structure = |name: String, bytes, focus| Structure { name, bytes, focus, wrong: None };
+    let root = map.root_at..map.root_at + root_len;
     let mut out = vec![
-        Structure { name: "header".into(), bytes: 0..map.root_at.max(1), focus: false },
-        Structure {
-            name: "L1 table".into(),
-            bytes: map.root_at..map.root_at + root_len,
-            focus: wanted.is_some(),
-        },
+        structure("header".into(), 0..map.root_at.max(1), false),
+        structure("L1 table".into(), root, wanted.is_some()),
     ];
     for (index, at) in (0..).zip(&map.tables).filter(|(_, at)| **at != 0) {
         let focus = wanted.is_some_and(|c| c >> map.table_bits == index);
-        out.push(Structure { name: format!("L2 table {index}"), bytes: *at..*at + map.table_bytes, focus });
+        out.push(structure(format!("L2 table {index}"), *at..*at + map.table_bytes, focus));
     }
     let sectors = (1_u64 << map.cluster_bits) / SECTOR_BYTES;
     for cluster in 0..map.entries.len() as u64 {
@@ -227,7 +259,11 @@ fn of_image(map: &ImageMap, sector: Option<u64>) -> Vec<Structure> {
         let packed = || map.compressed(cluster).map(|(at, len)| at..at + len);
         if let Some(bytes) = plain.or_else(packed) {
             let name = format!("cluster {cluster}, sectors {}+{sectors} of the disk", cluster * sectors);
-            out.push(Structure { name, bytes, focus: wanted == Some(cluster) });
+            let focus = wanted == Some(cluster);
+            // The sector of a compressed cluster is in no particular one.
+            let within = sector.filter(|_| focus && map.host_offset(cluster).is_some()).map(|s| s % sectors);
+            let wrong = within.map(|s| bytes.start / SECTOR_BYTES + s);
+            out.push(Structure { name, bytes, focus, wrong });
         }
     }
     out
@@ -237,7 +273,8 @@ fn of_image(map: &ImageMap, sector: Option<u64>) -> Vec<Structure> {
 fn whole_file(sector: u64, size: u64) -> Option<Structure> {
     let first = sector / 8 * 8;
     let bytes = first * SECTOR_BYTES..(first + 8) * SECTOR_BYTES;
-    (bytes.start < size).then(|| Structure { name: format!("sectors {first}+8"), bytes, focus: true })
+    let name = format!("sectors {first}+8");
+    (bytes.start < size).then(|| Structure { name, bytes, focus: true, wrong: Some(sector) })
 }
 
 /// Runs of consecutive numbers.
@@ -250,4 +287,75 @@ fn runs(numbers: impl Iterator<Item = u64>) -> Vec<std::ops::Range<u64>> {
         }
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::formats::{ImageShape, Kind, Stored, content_of};
+    use kernel_model::PageMap;
+
+    /// An image of two clusters of 4 KiB.
+    fn image() -> Content {
+        let shape = ImageShape {
+            cluster_bits: 12,
+            table_bits: 9,
+            size: 1 << 20,
+            backing: None,
+            clusters: vec![(0, Stored::Plain), (7, Stored::Plain)],
+            writer: 1,
+        };
+        content_of(&Kind::mapped(false).model.make(&shape, &mut PageMap::default()))
+    }
+
+    fn write(page: u64, sectors: u8, kept: u8) -> CutWrite {
+        CutWrite { page, sectors, kept, by: format!("write of page {page}") }
+    }
+
+    #[test]
+    fn structures_are_durable_kept_lost_or_torn() {
+        let content = image();
+        let map = Kind::mapped(false).model.walk(&content).expect("metadata").expect("a valid image");
+        let (data, table) = (map.host_offset(7).expect("a cluster") / 4096, map.tables[0]);
+        let name = "/images/x".to_owned();
+        let of = |writes, after: Option<Content>| {
+            let file = CutFile { name: name.clone(), before: content.clone(), after, writes };
+            let cut = Cut { at_ns: 5, files: vec![file] };
+            images(&cut, Some(1), Some(7 * 8 + 2)).files.remove(0)
+        };
+        let torn = of(vec![write(data, 0xff, 0b1111_1011)], Some(content.clone()));
+        let part = |file: &FileMap, wanted: &str| {
+            let found = file.parts.iter().find(|part| part.name.starts_with(wanted));
+            found.unwrap_or_else(|| panic!("no {wanted} in {file:?}")).clone()
+        };
+        let cluster = part(&torn, "cluster 7, sectors 56+8");
+        let cells: Vec<_> = cluster.cells.iter().map(|c| (c.state, c.sectors)).collect();
+        assert_eq!(cells, [(State::Kept, 2), (State::Lost, 1), (State::Kept, 5)]);
+        assert_eq!((cluster.state, cluster.wrong), (State::Torn, Some((2, State::Lost))));
+        assert_eq!(cluster.writers, [format!("write of page {data}")]);
+        let l2 = part(&torn, "L2 table 0");
+        assert!(l2.focus && l2.state == State::Durable && l2.start == table, "{l2:?}");
+        assert!(
+            torn.parts.iter().all(|part| !part.name.starts_with("cluster 0")),
+            "durable and not in focus"
+        );
+
+        // Of two writes the last one counts.
+        let again = of(vec![write(data, 1, 0), write(data, 1, 1)], Some(content.clone()));
+        assert_eq!(part(&again, "cluster 7").state, State::Kept);
+        // What is past the end that is left is lost.
+        let mut short = content.clone();
+        short.size = data * 4096;
+        let cut_off = of(vec![write(data, 0xff, 0xff)], Some(short));
+        assert_eq!(part(&cut_off, "cluster 7").state, State::Lost);
+        assert!(cut_off.size_after < Some(cut_off.size), "{cut_off:?}");
+        // A file without a durable name is gone with all that is in it.
+        let gone = of(Vec::new(), None);
+        assert_eq!(gone.size_after, None);
+        let unowned = of(vec![write(1 << 20, 0xf0, 0)], Some(content.clone()));
+        assert_eq!(
+            part(&unowned, "nothing refers to this").cells,
+            [Cells { state: State::Lost, sectors: 4 }]
+        );
+    }
 }

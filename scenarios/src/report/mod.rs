@@ -8,7 +8,10 @@
 //!
 //! Nothing here runs inside a world, and a world cannot see whether it is recorded.
 
+pub mod files;
 pub mod images;
+mod page;
+mod perfetto;
 pub(crate) mod recorder;
 mod story;
 
@@ -19,12 +22,13 @@ use crate::report::images::Images;
 use crate::spec::{Outcome, RunSpec};
 use crate::workload::OP;
 use crate::world::SETTING;
-use serde::Serialize;
-use sim::{Decision, Key, Span, TraceLine, micros};
+use kernel_model::calls::CALL_FAULT;
+use kernel_model::faults::{IO_FAULT, LOST, NAME_LOST, RUN_LOST, SIZE_PARTLY, SIZES_LOST, SYNC_LOST};
+use sim::{Decision, Key, Label, Span, TraceLine, micros};
 use tap_host::{SECTOR_BYTES, SectorRange};
 
 /// A run.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug)]
 pub struct Report {
     /// Scenario, seed, and what was switched on.
     pub heading: String,
@@ -40,6 +44,8 @@ pub struct Report {
     pub decisions: Vec<Decided>,
     /// What happened, the decisions among it.
     pub lines: Vec<Line>,
+    /// Crashes, faults, other decisions and the failure, in order of time.
+    pub marks: Vec<Mark>,
     /// Work with a beginning and an end, in the order of the beginnings.
     pub rows: Vec<Row>,
     /// The images at each power cut; without one, at the end.
@@ -49,7 +55,7 @@ pub struct Report {
 }
 
 /// What broke.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug)]
 pub struct Broken {
     /// The invariant.
     pub invariant: String,
@@ -62,7 +68,7 @@ pub struct Broken {
 }
 
 /// A decision.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug)]
 pub struct Decided {
     /// When it was taken.
     pub at_ns: u64,
@@ -72,9 +78,44 @@ pub struct Decided {
     pub is_plan: bool,
 }
 
+/// What is marked in the timeline.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum MarkKind {
+    /// Power or a process ends.
+    Crash,
+    /// An operation fails, or loses something.
+    Fault,
+    /// Any other decision.
+    Decision,
+    /// A broken invariant is noticed.
+    Broken,
+}
+
+impl MarkKind {
+    /// It in a word.
+    pub fn name(self) -> &'static str {
+        match self {
+            MarkKind::Crash => "crash",
+            MarkKind::Fault => "fault",
+            MarkKind::Decision => "decision",
+            MarkKind::Broken => "broken",
+        }
+    }
+}
+
+/// A moment that is marked in the timeline.
+#[derive(Clone, Debug)]
+pub struct Mark {
+    /// When.
+    pub at_ns: u64,
+    /// What.
+    pub kind: MarkKind,
+    /// In words.
+    pub text: String,
+}
+
 /// How much a line explains the failure.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Weight {
     /// About other places, or too frequent to matter.
     None,
@@ -87,7 +128,7 @@ pub enum Weight {
 }
 
 /// A line of the trace, or a decision where it took effect.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug)]
 pub struct Line {
     /// When.
     pub at_ns: u64,
@@ -104,6 +145,11 @@ impl Line {
     pub fn is_decision(&self) -> bool {
         self.who.is_empty()
     }
+
+    /// Whether it is an event of a process: not one of a guest, of Xen, or of the power.
+    pub fn is_event(&self) -> bool {
+        !self.is_decision() && !self.who.starts_with("guest ") && !matches!(&*self.who, "xen" | "power")
+    }
 }
 
 impl std::fmt::Display for Line {
@@ -114,8 +160,7 @@ impl std::fmt::Display for Line {
 }
 
 /// What a row of the timeline is about.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Layer {
     /// A guest, or another client.
     Guest,
@@ -126,7 +171,7 @@ pub enum Layer {
 }
 
 /// Work with a beginning and an end.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug)]
 pub struct Row {
     /// Where in the stack.
     pub layer: Layer,
@@ -142,6 +187,13 @@ pub struct Row {
     pub outcome: String,
     /// Whether it helps to explain the failure.
     pub matters: bool,
+}
+
+impl Row {
+    /// Whether it ended without success.
+    pub fn is_failed(&self) -> bool {
+        self.end_ns.is_some() && !self.outcome.starts_with("ok")
+    }
 }
 
 impl Report {
@@ -170,11 +222,27 @@ impl Report {
             broken,
             named: named(outcome).map(|(_, span)| told(span)).collect(),
             decisions: in_order(outcome).iter().map(decided).collect(),
+            marks: marks(outcome),
             lines: lines(outcome),
             rows: rows(outcome),
             images: outcome.images.clone(),
             end_ns: outcome.virtual_ns,
         }
+    }
+
+    /// Which of the lines tell what happened, if not all can be shown.
+    pub fn relevant(&self) -> Vec<bool> {
+        story::relevant(&self.lines)
+    }
+
+    /// The page; `replay` is the command that repeats the run.
+    pub fn page(&self, replay: &str) -> String {
+        page::page(self, replay)
+    }
+
+    /// The trace events of Perfetto, as JSON.
+    pub fn perfetto(&self) -> String {
+        perfetto::trace(self)
     }
 }
 
@@ -310,6 +378,30 @@ fn lines(outcome: &Outcome) -> Vec<Line> {
     out
 }
 
+/// Labels of decisions by which an operation fails or loses something.
+fn is_fault(label: &Label) -> bool {
+    let lost = [&LOST, &SIZES_LOST, &SIZE_PARTLY, &RUN_LOST, &NAME_LOST, &SYNC_LOST];
+    [&IO_FAULT, &CALL_FAULT].into_iter().chain(lost).any(|fault| fault.name == label.name)
+}
+
+fn marks(outcome: &Outcome) -> Vec<Mark> {
+    let decided = in_order(outcome).into_iter().filter(|(key, _)| !is_plan(key)).map(|(key, d)| Mark {
+        at_ns: d.at_ns,
+        kind: if is_fault(key.label) { MarkKind::Fault } else { MarkKind::Decision },
+        text: explain::decision(key, d),
+    });
+    let cuts = outcome.trace.lines.iter().filter(|line| line.who == "power" && line.text.ends_with(" cut"));
+    let cuts = cuts.map(|l| Mark { at_ns: l.at_ns, kind: MarkKind::Crash, text: l.text.clone() });
+    let broken = outcome.failure.iter().map(|f| Mark {
+        at_ns: f.at_ns,
+        kind: MarkKind::Broken,
+        text: format!("{}: {}", f.invariant, f.headline()),
+    });
+    let mut marks: Vec<Mark> = decided.chain(cuts).chain(broken).collect();
+    marks.sort_by_key(|mark| (mark.at_ns, mark.kind));
+    marks
+}
+
 /// The spans, each with whether it matters.
 fn rows(outcome: &Outcome) -> Vec<Row> {
     let interest = Interest::of(outcome);
@@ -337,7 +429,10 @@ fn rows(outcome: &Outcome) -> Vec<Row> {
         Row {
             layer,
             track: span.track.clone(),
-            name: span.name.clone(),
+            name: match layer {
+                Layer::Drive => format!("{} for {}", span.kind, span.name),
+                _ => span.name.clone(),
+            },
             begin_ns: span.begin_ns,
             end_ns: span.end_ns,
             outcome: span.outcome.clone(),

@@ -53,7 +53,7 @@ pub(super) fn print(report: &Report) -> String {
 /// Prints the trace with the remaining decisions among its lines; of a long trace, the most relevant lines.
 fn print_lines(out: &mut String, lines: &[Line]) {
     let all = lines.len();
-    let kept = if all > LINES { choose(lines) } else { vec![true; all] };
+    let kept = relevant(lines);
     let shown = kept.iter().filter(|k| **k).count();
     let how =
         if shown < all { format!(", the most relevant lines ({shown} of {all})") } else { String::new() };
@@ -68,6 +68,11 @@ fn print_lines(out: &mut String, lines: &[Line]) {
             gap |= line.weight > Weight::None;
         }
     }
+}
+
+/// Which lines to show.
+pub(super) fn relevant(lines: &[Line]) -> Vec<bool> {
+    if lines.len() > LINES { choose(lines) } else { vec![true; lines.len()] }
 }
 
 /// Selects the lines to show: decisions with the lines around them, the beginning and the end, then the others by
