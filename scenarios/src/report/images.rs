@@ -274,7 +274,7 @@ fn whole_file(sector: u64, size: u64) -> Option<Structure> {
     let first = sector / 8 * 8;
     let bytes = first * SECTOR_BYTES..(first + 8) * SECTOR_BYTES;
     let name = format!("sectors {first}+8");
-    (bytes.start < size).then(|| Structure { name, bytes, focus: true, wrong: Some(sector) })
+    (bytes.start < size).then_some(Structure { name, bytes, focus: true, wrong: Some(sector) })
 }
 
 /// Runs of consecutive numbers.

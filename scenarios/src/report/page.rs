@@ -270,7 +270,7 @@ fn lines(out: &mut String, report: &Report) {
             folded.push(other);
         }
         let _ =
-            write!(out, "<li><details><summary>{} more lines</summary><ul class=\"lines\">\n", folded.len());
+            writeln!(out, "<li><details><summary>{} more lines</summary><ul class=\"lines\">", folded.len());
         folded.into_iter().for_each(|other| line(out, other));
         *out += "</ul></details></li>\n";
     }
