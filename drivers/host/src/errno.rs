@@ -29,6 +29,7 @@ errnos! {
     EAGAIN = 11, "resource temporarily unavailable";
     ENOMEM = 12, "out of memory";
     EACCES = 13, "permission denied";
+    ENOTBLK = 15, "not a regular file or block device";
     EBUSY = 16, "device or resource busy";
     EEXIST = 17, "file exists";
     ENODEV = 19, "no such device";
@@ -50,6 +51,7 @@ errnos! {
     ELOOP = 40, "too many levels of symbolic links";
     EPROTO = 71, "protocol error";
     EOVERFLOW = 75, "value too large";
+    ENOTSOCK = 88, "not a socket";
     EOPNOTSUPP = 95, "operation not supported";
     EADDRINUSE = 98, "address already in use";
     EADDRNOTAVAIL = 99, "address not available";

@@ -90,7 +90,8 @@ pub trait Files: Clone + 'static {
     /// Opens `path`.
     ///
     /// # Errors
-    /// As open(2): `ENOENT`, `EEXIST`, `EACCES`, `EROFS`, `EINVAL` where O_DIRECT is refused.
+    /// As open(2): `ENOENT`, `EEXIST`, `EACCES`, `EROFS`, `ENOTBLK` for what is neither a file nor a block device,
+    /// `EINVAL` where O_DIRECT is refused.
     fn open(&self, path: &str, mode: OpenMode) -> impl Future<Output = Result<Self::File, Errno>>;
     /// Makes the directory entry of `path` durable (fsync of the directory that holds it).
     ///

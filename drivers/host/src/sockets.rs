@@ -182,12 +182,14 @@ pub trait Sockets: Clone + 'static {
     /// when the listener is dropped.
     ///
     /// # Errors
-    /// As bind(2) and listen(2): `EADDRINUSE`, `EACCES`, `ENOENT` for a path without directory, `EADDRNOTAVAIL`.
+    /// As bind(2) and listen(2): `EADDRINUSE`, `EACCES`, `ENOENT` for a path without directory, `EADDRNOTAVAIL`;
+    /// `ENOTSOCK` for the path of a file or folder, `EHOSTUNREACH` for an unknown name.
     fn listen(&self, address: &SocketAddress) -> impl Future<Output = Result<Self::Listener, Errno>>;
     /// Connects to `address`.
     ///
     /// # Errors
-    /// As connect(2): `ECONNREFUSED`, `ENOENT`, `EHOSTUNREACH` (also for an unknown name), `ETIMEDOUT`.
+    /// As connect(2): `ECONNREFUSED`, `ENOENT`, `EHOSTUNREACH` (also for an unknown name), `ETIMEDOUT`; `ENOTSOCK`
+    /// for a path of another kind.
     fn connect(&self, address: &SocketAddress) -> impl Future<Output = Result<Self::Stream, Errno>>;
     /// Listening sockets that the process was started with (LISTEN_FDS), once; empty without any.
     fn inherited(&self) -> Vec<Self::Listener>;

@@ -40,6 +40,11 @@ impl FromStr for DiskSpec {
         if let Some(rest) = text.strip_prefix("nbd://") {
             return nbd_tcp(text, rest);
         }
+        if text.starts_with("nbds:") || text.starts_with("nbds+") {
+            return Err(format!(
+                "{text} is NBD with TLS, which is not supported: use nbd:// through a tunnel"
+            ));
+        }
         if let Some(address) = text.strip_prefix("nbd:") {
             return Ok(DiskSpec::Nbd { address: address.parse()?, export: String::new() });
         }
@@ -164,5 +169,8 @@ mod tests {
             assert!(DiskSpec::from_str(bad).is_err(), "{bad}");
         }
         assert!(DiskSpec::from_str("vhd:/a").unwrap_err().contains("not a known format"));
+        for tls in ["nbds://host/a", "nbds+unix:///?socket=/a"] {
+            assert!(DiskSpec::from_str(tls).unwrap_err().contains("TLS"), "{tls}");
+        }
     }
 }

@@ -23,9 +23,10 @@ pub fn parse<C: Parser>(
     unusable: u8,
     console: &dyn Console,
 ) -> Result<C, u8> {
-    C::try_parse_from(args).map_err(|error| {
+    let args: Vec<OsString> = args.into_iter().collect();
+    C::try_parse_from(&args).map_err(|error| {
         if !matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
-            console.err(&one_line(program, &error));
+            console.err(&one_line(program, subcommand::<C>(&args).as_deref(), &error));
             return unusable;
         }
         match error.print() {
@@ -38,8 +39,15 @@ pub fn parse<C: Parser>(
     })
 }
 
+/// The name of the subcommand in `args`, if there is one.
+fn subcommand<C: Parser>(args: &[OsString]) -> Option<String> {
+    let command = C::command();
+    let is_name = |arg: &&OsString| command.get_subcommands().any(|sub| arg.to_str() == Some(sub.get_name()));
+    args.iter().skip(1).find(is_name).and_then(|name| name.to_str()).map(str::to_owned)
+}
+
 /// The first paragraph of clap's message: the rest is usage and tips, which `--help` has as well.
-fn one_line(program: &str, error: &clap::Error) -> String {
+fn one_line(program: &str, subcommand: Option<&str>, error: &clap::Error) -> String {
     let text = error.to_string();
     let what = if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
         "a command is missing".to_owned()
@@ -48,7 +56,8 @@ fn one_line(program: &str, error: &clap::Error) -> String {
         let lines = text.lines().map(str::trim).take_while(|line| !line.is_empty());
         lines.collect::<Vec<_>>().join(" ")
     };
-    format!("{program}: {what}; see {program} --help")
+    let help = subcommand.map_or_else(|| program.to_owned(), |name| format!("{program} {name}"));
+    format!("{program}: {what}; see {help} --help")
 }
 
 #[cfg(test)]
@@ -57,8 +66,10 @@ mod tests {
     use crate::{daemon, img};
 
     fn line<C: Parser>(program: &str, args: &str) -> String {
-        let args = std::iter::once(program).chain(args.split_whitespace());
-        one_line(program, &C::try_parse_from(args).err().expect("it cannot be parsed"))
+        let args: Vec<OsString> =
+            std::iter::once(program).chain(args.split_whitespace()).map(OsString::from).collect();
+        let error = C::try_parse_from(&args).err().expect("it cannot be parsed");
+        one_line(program, subcommand::<C>(&args).as_deref(), &error)
     }
 
     #[test]
@@ -66,16 +77,21 @@ mod tests {
         let formats: Vec<&str> = tap_images::SHIPPED.iter().map(|format| format.name()).collect();
         let formats = formats.join(", ");
         let no_format = format!("invalid value 'vhd' for '--format <FORMAT>' [possible values: {formats}]");
-        for (args, words) in [
-            ("", "a command is missing"),
-            ("shrink", "unrecognized subcommand 'shrink'"),
-            ("info", "were not provided: <FILE>"),
-            ("info --wide a", "unexpected argument '--wide' found"),
-            ("create -f vhd a 1M", &no_format),
-            ("convert -m 65 a b", "invalid value '65' for '--parallel <PARALLEL>': 65 is not in 1..=64"),
+        for (args, help, words) in [
+            ("", "", "a command is missing"),
+            ("shrink", "", "unrecognized subcommand 'shrink'"),
+            ("info", "info ", "were not provided: <FILE>"),
+            ("info --wide a", "info ", "unexpected argument '--wide' found"),
+            ("create -f vhd a 1M", "create ", &no_format),
+            (
+                "convert -m 65 a b",
+                "convert ",
+                "invalid value '65' for '--parallel <PARALLEL>': 65 is not in 1..=64",
+            ),
         ] {
             let line = line::<img::Cli>("tap-img", args);
-            let inside = line.strip_prefix("tap-img: ").and_then(|l| l.strip_suffix("; see tap-img --help"));
+            let end = format!("; see tap-img {help}--help");
+            let inside = line.strip_prefix("tap-img: ").and_then(|l| l.strip_suffix(&end));
             assert!(inside.is_some_and(|l| l.contains(words) && !l.contains(['\n', '\u{1b}'])), "{line}");
         }
         let line = line::<daemon::Cli>("tapdisk", "serve --nbd nowhere raw:a");

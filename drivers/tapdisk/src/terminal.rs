@@ -9,6 +9,8 @@ use tap_programs::Console;
 
 /// Standard output and standard error; a progress bar on a terminal that can draw one, plain lines elsewhere.
 pub struct Terminal {
+    /// The name of the program.
+    program: &'static str,
     /// Whether bars are drawn.
     draws: bool,
     /// Printing must not wait for a reader: disks are being served.
@@ -26,17 +28,12 @@ const LAST_LINES: Duration = Duration::from_secs(1);
 /// Fits into 80 columns, whatever the sizes.
 const BAR: &str = "{bar:20} {percent:>3} % {bytes}/{total_bytes} {bytes_per_sec} {eta}";
 
-impl Default for Terminal {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 impl Terminal {
-    /// The console.
-    pub fn new() -> Self {
+    /// The console of `program`.
+    pub fn new(program: &'static str) -> Self {
         let dumb = std::env::var_os("TERM").is_none_or(|term| term.is_empty() || term == "dumb");
         Self {
+            program,
             draws: !dumb && stderr().is_terminal(),
             serves: false,
             bar: RefCell::default(),
@@ -46,13 +43,16 @@ impl Terminal {
     }
 
     /// The console of a program that serves disks: printing never waits for a reader, see [`Lines`].
-    pub fn of_service() -> Self {
-        Self { draws: false, serves: true, ..Self::new() }
+    pub fn of_service(program: &'static str) -> Self {
+        Self { draws: false, serves: true, ..Self::new(program) }
     }
 
     /// The exit status of a program that wants to end with `status`: not 0 if output was lost.
     pub fn status(&self, status: u8) -> u8 {
         let lost = self.serves && !Lines::stdout().finish(LAST_LINES);
+        if lost {
+            self.err(&format!("{}: failed to print every line to standard output", self.program));
+        }
         status.max(u8::from(lost || self.failed.get()))
     }
 
@@ -79,7 +79,7 @@ impl Terminal {
             && error.kind() != io::ErrorKind::BrokenPipe
             && !self.failed.replace(true)
         {
-            self.err(&format!("failed to print: {error}"));
+            self.err(&format!("{}: failed to print: {error}", self.program));
         }
     }
 }
@@ -135,7 +135,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_printed_is_in_the_status() {
-        let terminal = Terminal::new();
+        let terminal = Terminal::new("tap-img");
         terminal.print("to nobody", &mut Full(io::ErrorKind::BrokenPipe));
         assert_eq!(terminal.status(0), 0);
         terminal.print("to a full disk", &mut Full(io::ErrorKind::StorageFull));

@@ -60,7 +60,7 @@ impl Found {
 /// Opens a regular file or a block device.
 ///
 /// # Errors
-/// As open(2); `EISDIR` for a directory, `EINVAL` if it is neither a file nor a block device.
+/// As open(2); `EISDIR` for a directory, `ENOTBLK` if it is neither a file nor a block device.
 pub(crate) fn open(path: &str, mode: OpenMode) -> Result<Found, Errno> {
     // Non-blocking until the kind is known, so that a FIFO does not wait for its other end.
     let mut flags = OFlags::CLOEXEC | OFlags::NONBLOCK;
@@ -77,7 +77,7 @@ pub(crate) fn open(path: &str, mode: OpenMode) -> Result<Found, Errno> {
         FileType::RegularFile => false,
         FileType::BlockDevice => true,
         FileType::Directory => return Err(Errno::EISDIR),
-        _ => return Err(Errno::EINVAL),
+        _ => return Err(Errno::ENOTBLK),
     };
     // io_uring would return EAGAIN instead of waiting.
     fcntl_setfl(&fd, flags & OFlags::DIRECT).map_err(of_rustix)?;
@@ -156,6 +156,14 @@ pub(crate) fn sync_parent(path: &str) -> Result<(), Errno> {
         _ => Path::new("."),
     };
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let dir = rustix::fs::open(parent, flags, Mode::empty()).map_err(of_rustix)?;
-    rustix::fs::fsync(&dir).map_err(of_rustix)
+    match rustix::fs::open(parent, flags, Mode::empty()) {
+        Ok(dir) => rustix::fs::fsync(&dir).map_err(of_rustix),
+        // A folder that may be written but not read: its file system is synchronised as a whole.
+        Err(rustix::io::Errno::ACCESS) => {
+            let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+            let file = rustix::fs::open(path, flags, Mode::empty()).map_err(of_rustix)?;
+            rustix::fs::syncfs(&file).map_err(of_rustix)
+        }
+        Err(error) => Err(of_rustix(error)),
+    }
 }

@@ -10,7 +10,7 @@ pub use stream::LinuxStream;
 use crate::files::{blocking, errno, of_rustix};
 use crate::watch::watch;
 use crate::{Level, LinuxHost};
-use rustix::fs::{FileType, FlockOperation, Mode, OFlags, flock, lstat};
+use rustix::fs::{FileType, FlockOperation, Mode, OFlags, flock, lstat, stat};
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, socket_with, sockopt,
 };
@@ -78,6 +78,7 @@ impl LinuxListener {
                 rustix::fs::unlink(path).map_err(of_rustix)?;
                 UnixListener::bind(path).map_err(|e| errno(&e))?
             }
+            Err(Errno::EADDRINUSE) if !is_socket(path) => return Err(Errno::ENOTSOCK),
             bound => bound?,
         };
         let bound = BoundPath::of(path)?;
@@ -152,8 +153,17 @@ impl Alone {
 
 /// Whether `path` is a socket without a listener.
 fn is_stale(path: &str) -> bool {
-    let socket = lstat(path).is_ok_and(|s| FileType::from_raw_mode(s.st_mode) == FileType::Socket);
-    socket && try_connect_unix(path).is_err_and(|e| e == Errno::ECONNREFUSED)
+    is_socket(path) && try_connect_unix(path).is_err_and(|e| e == Errno::ECONNREFUSED)
+}
+
+/// Whether `path`, which may be a symbolic link, leads to a socket.
+fn leads_to_socket(path: &str) -> bool {
+    stat(path).is_ok_and(|s| FileType::from_raw_mode(s.st_mode) == FileType::Socket)
+}
+
+/// Whether `path` itself is a socket.
+fn is_socket(path: &str) -> bool {
+    lstat(path).is_ok_and(|s| FileType::from_raw_mode(s.st_mode) == FileType::Socket)
 }
 
 /// Connects to a unix socket; waits while the listener's queue is full.
@@ -218,7 +228,10 @@ impl Sockets for LinuxHost {
 
     async fn connect(&self, address: &SocketAddress) -> Result<LinuxStream, Errno> {
         let socket = match address {
-            SocketAddress::Unix(path) => connect_unix(path).await?,
+            SocketAddress::Unix(path) => match connect_unix(path).await {
+                Err(Errno::ECONNREFUSED) if !leads_to_socket(path) => return Err(Errno::ENOTSOCK),
+                connected => connected?,
+            },
             SocketAddress::Tcp { host, port } => connect_tcp(host, *port).await?,
         };
         LinuxStream::new(socket, matches!(address, SocketAddress::Tcp { .. }))

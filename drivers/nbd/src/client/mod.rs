@@ -138,7 +138,7 @@ impl ClientConfig {
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum ClientError {
     /// No server answers.
-    #[error("connect to {0}: {1}; is the server running?")]
+    #[error("connect to {0}: {1}; {advice}", advice = advice(*.1))]
     Connect(SocketAddress, Errno),
     /// The memory of the process is not enough.
     #[error("connect to {0}: there is no memory for it; give more (--memory), or serve fewer disks")]
@@ -149,6 +149,15 @@ pub enum ClientError {
     /// The server refuses the export.
     #[error("open the export '{1}' at {0}: the server says: {2}")]
     Refused(SocketAddress, String, String),
+}
+
+fn advice(error: Errno) -> &'static str {
+    match error {
+        Errno::EHOSTUNREACH => "is the name of the host right?",
+        Errno::ENOTSOCK => "a file or folder has this path",
+        Errno::EACCES => "the socket belongs to another user",
+        _ => "is the server running?",
+    }
 }
 
 /// A disk served over NBD; clones share it. Ends with [`Node::close`].

@@ -11,13 +11,13 @@ use tapdisk::Terminal;
 const UNUSABLE: u8 = 1;
 
 fn main() -> ExitCode {
-    let cli: Cli = match usage::parse("tap-img", args_os(), UNUSABLE, &Terminal::new()) {
+    let cli: Cli = match usage::parse("tap-img", args_os(), UNUSABLE, &Terminal::new("tap-img")) {
         Ok(cli) => cli,
         Err(status) => return ExitCode::from(status),
     };
     let options = Options { log_level: Level::Warning, ..Options::default() };
     let run = |host| async move {
-        let terminal = Terminal::new();
+        let terminal = Terminal::new("tap-img");
         let status = run(host, cli, &terminal).await;
         terminal.status(status)
     };

@@ -14,7 +14,7 @@ use tapdisk::Terminal;
 const UNUSABLE: u8 = 2;
 
 fn main() -> ExitCode {
-    let cli: Cli = match usage::parse("tapdisk", args_os(), UNUSABLE, &Terminal::new()) {
+    let cli: Cli = match usage::parse("tapdisk", args_os(), UNUSABLE, &Terminal::new("tapdisk")) {
         Ok(cli) => cli,
         Err(status) => return ExitCode::from(status),
     };
@@ -46,7 +46,7 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let run = |host: LinuxHost| async move {
-        let terminal = Rc::new(Terminal::of_service());
+        let terminal = Rc::new(Terminal::of_service("tapdisk"));
         let (disks, console) = (Disks::new(host.clone(), MAX_DISKS), Rc::clone(&terminal) as Rc<dyn Console>);
         let status = run(host, cli, Tuning::default(), disks, console).await;
         terminal.status(status)
