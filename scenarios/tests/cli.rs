@@ -273,6 +273,19 @@ fn commands_that_did_their_job_end_with_0_and_others_do_not() {
     assert_eq!(stdout(&fresh), "nothing is stale: each saved run still shows its bug\n");
 }
 
+/// Two writes and a read of one sector; the second write does not wait for the first one.
+const BETWEEN: &str = "tapsim-run 1
+scenario raw-power-cut
+seed 0
+revision none
+trace 0x0
+option bug=edge-dropped
+decision 58149a86cd2507b4 op 1 1360899 0
+decision 58149a86cd2507b4 op 4 1360897 0
+decision 58149a86cd2507b4 op 7 1360899 0
+end 3
+";
+
 #[test]
 fn a_story_tells_why() {
     let folder = Folder::new();
@@ -291,6 +304,13 @@ fn a_story_tells_why() {
     assert!(count("read") == 1 && count("write") > 0, "{order}");
     assert!(requests.lines().all(|line| line.contains(": submitted at ")), "{order}");
     assert!(!order.contains(" ns"), "there is one unit of time: {order}");
+    // The same where a checker between two layers notices: both requests, and when they were submitted.
+    folder.write("between.run", BETWEEN);
+    let between = stdout(&folder.tapsim(&["explain", "between.run"]));
+    for write in [1, 2] {
+        let told = format!("  write {write} to 1329+1 of guest 1: submitted at 0.000, not answered\n");
+        assert!(between.contains(&told), "{between}");
+    }
     // What follows a fault is shown with it.
     let fault = explain("failed-l2-cached.run");
     let lines: Vec<&str> = fault.lines().collect();

@@ -19,7 +19,7 @@
 //! from seeds alone.) A run that once found a real bug is kept there, too: without a bug it must pass. A file can state
 //! its expected result with a line `option expect=pass` or `option expect=fail`.
 
-use kernel_model::StorageConfig;
+use kernel_model::{SimHost, StorageConfig};
 use libtest_mimic::{Arguments, Failed, Trial};
 use scenarios::catalog;
 use scenarios::cli::{load_run, revision, seeds_or_one};
@@ -31,10 +31,14 @@ use scenarios::spec::{Outcome, RunSpec};
 use scenarios::sweep::SweepSpec;
 use scenarios::world::RunOptions;
 use sim::{RunFile, Source, TraceLevel, guard};
+use std::cell::Cell;
 use std::fmt::Write as _;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::rc::Rc;
+use tap_core::{LocalBoxFuture, Node, NodeInfo, Request, Response, Scheduler, SchedulerLimits};
+use tap_host::{Errno, IoBuf, SectorRange, Tasks};
 
 /// Seeds of each scenario.
 const SEEDS: Range<u64> = 0..150;
@@ -133,6 +137,7 @@ fn trials(env: impl Fn(&str) -> Option<String>) -> Result<Vec<Trial>, String> {
     }
     trials.push(Trial::test("environment", environment));
     trials.push(Trial::test("panics", panics));
+    trials.push(Trial::test("panics-in-line", panics_in_line));
     trials.push(Trial::test("documents", documents));
     Ok(trials)
 }
@@ -163,7 +168,7 @@ fn documents() -> Result<(), Failed> {
         Ok(entries.filter_map(|entry| entry.ok().map(|entry| entry.path())).collect())
     };
     for folder in list(&top.join("docs"))? {
-        files.extend(list(&folder)?);
+        files.extend(list(&folder)?.into_iter().filter(|file| file.extension().is_some_and(|e| e == "md")));
     }
     let mut seen = 0;
     for file in files {
@@ -291,6 +296,11 @@ fn deterministic(scenario: &'static Scenario) -> Result<(), Failed> {
         if first.trace.hash != bare.trace.hash {
             return Err(format!("seed {seed}: the trace differs with the guard on and off").into());
         }
+        // What is kept for a report does not change the run.
+        let reported = recorded(&spec);
+        if first.trace.hash != reported.trace.hash {
+            return Err(format!("seed {seed}: the trace differs when a report is made of it").into());
+        }
         // Through a file: the decisions of a run can be saved and read again.
         let file = spec.to_file(&first, "none");
         let read = RunFile::parse(&file.print()).map_err(|e| format!("seed {seed}: {e}"))?;
@@ -326,6 +336,60 @@ static FALLS_TWICE: Scenario = Scenario {
         })
     },
 };
+
+/// A node whose third request panics.
+struct Panics(Cell<u32>);
+
+impl Node for Panics {
+    fn info(&self) -> NodeInfo {
+        NodeInfo::new(4096, false)
+    }
+    fn submit(&self, request: Request) -> LocalBoxFuture<Response> {
+        self.0.set(self.0.get() + 1);
+        let fails = self.0.get() == 3;
+        Box::pin(async move {
+            assert!(!fails, "a broken node");
+            std::future::pending::<()>().await;
+            Response { result: Ok(()), bufs: request.bufs }
+        })
+    }
+    fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+}
+
+static PANICS_BELOW: Scenario = Scenario {
+    name: "panics-below",
+    about: "a node panics while requests are in line above it, merged and alone, and others wait for them",
+    storage: &|_| StorageConfig::default(),
+    body: &|w| {
+        Box::pin(async move {
+            let host = SimHost::start(&w.kernel, &w.xen, "tapdisk", 0);
+            let limits = SchedulerLimits { depth: 3, merge_sectors: 16, ..SchedulerLimits::default() };
+            let scheduler = Rc::new(Scheduler::new(host.clone(), Rc::new(Panics(Cell::new(0))), limits));
+            for at in [0, 8, 100, 200, 208, 300, 400, 4, 204] {
+                let buf = IoBuf::unpooled(4096).expect("a small buffer");
+                let write = Request::write(SectorRange::new(at, 8), [buf].into_iter().collect());
+                let answer = scheduler.submit(write);
+                host.spawn("op", at, async move { drop(answer.await) });
+            }
+            w.sim.sleep_ns(1).await;
+        })
+    },
+};
+
+/// A panic of the stack is a finding also if requests stand in line: their destructors do not panic again.
+fn panics_in_line() -> Result<(), Failed> {
+    let spec = RunSpec { trace: TraceLevel::Events, record: true, ..RunSpec::new(&PANICS_BELOW, 0) };
+    let outcome = guarded(&spec, run);
+    let failure = outcome.failure.as_ref().ok_or("nothing is broken")?;
+    let story = scenarios::report::story(&spec, &outcome);
+    let told = failure.invariant.to_string() == "A1" && failure.detail.starts_with("a broken node at ");
+    if told && !failure.detail.contains("and while that unwound") && story.contains("a broken node") {
+        return Ok(());
+    }
+    Err(story.into())
+}
 
 /// A panic during a panic is a finding, and the sweep continues. Not a test of the library, because the threads that
 /// are given up keep the panic hook, which the usual harness restores at its end.

@@ -8,9 +8,10 @@
 //! no more run at once than the depth permits, merged requests keep to their maximum size, extents cover part of the
 //! queried range, and a layer is closed once, when it is idle.
 
-use super::Invariant;
+use super::{About, Invariant};
 use crate::limits::StackLimits;
 use crate::world::World;
+use sim::micros;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use tap_core::{Child, Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, SchedulerLimits};
@@ -43,6 +44,8 @@ struct Running {
     number: u64,
     op: Op,
     range: SectorRange,
+    /// Virtual time in nanoseconds.
+    since_ns: u64,
 }
 
 impl Contract {
@@ -97,7 +100,15 @@ impl Inner {
         let running = self.running.borrow();
         let exclusive = |one: &Running| one.op.is_write() || op.is_write();
         if let Some(other) = running.iter().find(|one| exclusive(one) && one.range.overlaps(range)) {
-            self.violated(format!("{op:?} {range} runs at the same time as {:?} {}", other.op, other.range));
+            let since = micros(other.since_ns);
+            let text = format!(
+                "{op:?} {range} came down while {:?} {} was running, since {since}",
+                other.op, other.range
+            );
+            let about = About { places: vec![range, other.range], ..About::default() };
+            if self.process.is_alive() {
+                self.world.fail_about(Invariant::D2, text, about);
+            }
         }
         let at_once = 1 + running.iter().filter(|one| one.op.has_data()).count();
         if op.has_data() && at_once > self.limits.depth {
@@ -138,7 +149,8 @@ impl Node for Contract {
         let inner = Rc::clone(&self.0);
         inner.check_request(&request);
         let number = inner.next.replace(inner.next.get() + 1);
-        inner.running.borrow_mut().push(Running { number, op: request.op, range: request.range });
+        let since_ns = inner.world.sim.now_ns();
+        inner.running.borrow_mut().push(Running { number, op: request.op, range: request.range, since_ns });
         let lens: Vec<usize> = request.bufs.iter().map(|buf| buf.len()).collect();
         let (what, answer) = ((request.op, request.range), inner.lower.submit(request));
         let runs = InFlight(inner, number);

@@ -7,12 +7,12 @@ use std::future::{Future, poll_fn};
 use std::pin::pin;
 use std::rc::Rc;
 use std::task::Poll;
-use tap_host::OneWaiter;
+use tap_host::{OneWaiter, SectorRange};
 
 /// The requests that a failure is about, for reports.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct About {
-    /// The guest that submitted them; empty if the failure is about no request.
+    /// The guest that submitted them; empty if that is unknown.
     pub guest: String,
     /// The sector.
     pub sector: Option<u64>,
@@ -20,6 +20,8 @@ pub struct About {
     pub writes: Vec<u64>,
     /// Its reads, by the step of their submission.
     pub reads: Vec<u64>,
+    /// Requests of any guest on these sectors that have no answer yet.
+    pub places: Vec<SectorRange>,
 }
 
 /// A broken invariant.

@@ -34,7 +34,8 @@ impl<D> Guest<D> {
     /// Reports what a request found.
     pub(super) fn wrong(&self, invariant: Invariant, request: &str, wrong: &Wrong) {
         let Finding { sector, writes, reads, .. } = wrong.finding().clone();
-        let about = About { guest: self.name.to_string(), sector: Some(sector), writes, reads };
+        let about =
+            About { guest: self.name.to_string(), sector: Some(sector), writes, reads, places: Vec::new() };
         self.world.fail_about(invariant, format!("{request}: {wrong}"), about);
     }
 }

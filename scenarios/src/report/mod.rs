@@ -25,6 +25,7 @@ use crate::world::SETTING;
 use kernel_model::calls::CALL_FAULT;
 use kernel_model::faults::{IO_FAULT, LOST, NAME_LOST, RUN_LOST, SIZE_PARTLY, SIZES_LOST, SYNC_LOST};
 use sim::{Decision, Key, Label, Span, TraceLine, micros};
+use std::ops::Range;
 use tap_host::{SECTOR_BYTES, SectorRange};
 
 /// A run.
@@ -261,25 +262,38 @@ const NAMED_MAX: usize = 8;
 
 /// The requests that the failure is about, with their places among the spans.
 fn named(outcome: &Outcome) -> impl Iterator<Item = (usize, &Span)> {
-    let about = outcome.failure.as_ref().map(|f| &f.about);
+    let failure = outcome.failure.as_ref();
     let is_named = move |(_, span): &(usize, &Span)| {
-        let Some(about) = about else { return false };
-        let number = span.number.unwrap_or(0);
+        let (Some(failure), Some(number)) = (failure, span.number) else { return false };
+        let about = &failure.about;
         let numbers = match span.kind {
             "read" => &about.reads,
             "flush" => return false,
             _ => &about.writes,
         };
-        span.track == about.guest && numbers.iter().take(NAMED_MAX).any(|n| *n == number)
+        let is_running =
+            span.begin_ns <= failure.at_ns && span.end_ns.is_none_or(|end_ns| end_ns >= failure.at_ns);
+        let is_there = about.places.iter().any(|place| overlap(&bytes_of(place), &span.bytes));
+        let is_numbered = || numbers.iter().take(NAMED_MAX).any(|n| *n == number);
+        (span.track == about.guest && is_numbered()) || (is_running && is_there)
     };
     outcome.trace.spans.iter().enumerate().filter(is_named)
+}
+
+fn bytes_of(range: &SectorRange) -> Range<u64> {
+    let start = range.start.0 * SECTOR_BYTES;
+    start..start + range.len_bytes()
+}
+
+fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {
+    a.start < b.end && b.start < a.end
 }
 
 /// A request in words, with its times.
 fn told(span: &Span) -> String {
     let answer = match span.end_ns {
         Some(end_ns) => format!("answered at {} ({})", micros(end_ns), span.outcome),
-        None => "never answered".into(),
+        None => "not answered".into(),
     };
     format!("{} of {}: submitted at {}, {answer}", span.name, span.track, micros(span.begin_ns))
 }
@@ -418,12 +432,11 @@ fn rows(outcome: &Outcome) -> Vec<Row> {
             _ if span.track.starts_with("ring") => Layer::Ring,
             _ => Layer::Guest,
         };
-        let sectors = |r: &SectorRange| r.start.0 * SECTOR_BYTES..r.start.0 * SECTOR_BYTES + r.len_bytes();
-        let hits =
-            |bytes: &std::ops::Range<u64>| bytes.start < span.bytes.end && span.bytes.start < bytes.end;
         let of_focus = match layer {
-            Layer::Drive => places.iter().any(|(name, bytes)| *name == span.track && hits(bytes)),
-            _ => interest.focus.iter().map(sectors).any(|bytes| hits(&bytes)),
+            Layer::Drive => {
+                places.iter().any(|(name, bytes)| *name == span.track && overlap(bytes, &span.bytes))
+            }
+            _ => interest.focus.iter().any(|range| overlap(&bytes_of(range), &span.bytes)),
         };
         let is_sync = matches!(span.kind, "flush" | "sync");
         Row {

@@ -170,13 +170,19 @@ mod tests {
             span("write", 2, "write 2 to 64+8", 1_000, Some(2_500)),
             span("read", 9, "read 8+8", 1_001, None),
         ];
-        let about = About { guest: "guest 1".into(), sector: Some(9), writes: vec![1], reads: vec![9] };
+        let about = About {
+            guest: "guest 1".into(),
+            sector: Some(9),
+            writes: vec![1],
+            reads: vec![9],
+            ..About::default()
+        };
         let detail = "read 8+8: sector 9 holds zeros".into();
         outcome.failure = Some(Failure { detail, about, at_ns: 3_000, ..Failure::of(Invariant::G1) });
         let out = told(&mut outcome, &[]);
         assert!(out.contains("Broken at 3.000: G1"), "{out}");
         let write = "  write 1 to 8+8 of guest 1: submitted at 1.000, answered at 2.500 (ok)\n";
-        let read = "  read 8+8 of guest 1: submitted at 1.001, never answered\n";
+        let read = "  read 8+8 of guest 1: submitted at 1.001, not answered\n";
         assert!(out.ends_with(&format!("{write}{read}")), "{out}");
     }
 }
