@@ -93,8 +93,8 @@ pub struct Machine {
     pub(crate) absences: Cell<bool>,
     /// Number of complaints of tapdisk.
     pub(crate) told: Cell<u32>,
-    /// A tapdisk may lose its events and end; another is then started.
-    pub(crate) may_go_deaf: Cell<bool>,
+    /// A tapdisk may lose its events, or xenstored, and end; another is then started.
+    pub(crate) may_lose: Cell<bool>,
     /// The power is off: nothing starts any more.
     pub(crate) off: Cell<bool>,
     /// An image could not be closed, and the loss was reported.
@@ -136,7 +136,7 @@ impl Machine {
             spared: Cell::new(false),
             rivals: Cell::new(false),
             broken: Cell::new(None),
-            may_go_deaf: Cell::new(false),
+            may_lose: Cell::new(false),
             absences: Cell::new(false),
             told: Cell::new(0),
             off: Cell::new(false),

@@ -4,6 +4,12 @@ use crate::machine::Machine;
 use kernel_model::SimHost;
 use std::rc::Rc;
 
+/// From now on `tapdisk` may lose its events, or its connection to xenstored.
+pub(crate) fn may_lose(tapdisk: &SimHost) {
+    tapdisk.port.allow_deafness();
+    tapdisk.port.allow_store_loss();
+}
+
 impl Machine {
     /// Kills tapdisk `times` times, each after the number of effects in `after`, and restarts it.
     pub async fn kill_and_restart(self: Rc<Self>, after: Vec<u64>) {
@@ -45,10 +51,10 @@ impl Machine {
         }
     }
 
-    /// From now on tapdisk may lose its events; it then ends, and another is started.
-    pub fn allow_deafness(&self) {
-        self.may_go_deaf.set(true);
-        self.tapdisk().iter().for_each(|host| host.port.allow_deafness());
+    /// From now on tapdisk may lose its events, or its connection to xenstored; it then ends, and another is started.
+    pub fn allow_losses(&self) {
+        self.may_lose.set(true);
+        self.tapdisk().iter().for_each(may_lose);
     }
 
     /// `host` has ended, or is killed now: starts a successor, unless there is one already.

@@ -12,6 +12,7 @@ use crate::check::Invariant;
 use crate::limits::StackLimits;
 use crate::machine::{Attached, Machine, SCRIPT};
 use crate::program::{Printed, named, option_of, tapdisk};
+use crate::respawn::may_lose;
 use kernel_model::SimHost;
 use std::cell::Cell;
 use std::rc::Rc;
@@ -29,8 +30,8 @@ struct Heard {
     any: Cell<bool>,
     /// An image could not be opened, and a later try may succeed.
     not_opened: Cell<bool>,
-    /// It has lost its events.
-    deaf: Cell<bool>,
+    /// It has lost its events, or its connection to xenstored.
+    lost: Cell<bool>,
 }
 
 /// The subject of a line on standard error.
@@ -87,8 +88,8 @@ impl Machine {
         if self.world.draws_errors() {
             host.port.allow_copy_errors();
         }
-        if self.may_go_deaf.get() {
-            host.port.allow_deafness();
+        if self.may_lose.get() {
+            may_lose(&host);
         }
         let disks = self.disks.borrow().clone();
         self.running.set(0);
@@ -199,11 +200,12 @@ impl Machine {
         heard.any.set(true);
         let complaint = Complaint::of(line);
         let is_right = match complaint {
+            Some(Complaint::Whole | Complaint::Store) if self.has_lost(host) => true,
             None | Some(Complaint::Whole | Complaint::Listed | Complaint::Refused) => false,
             Some(Complaint::NotTaken) => {
                 self.rivals.get() || self.broken.get().is_some_and(|dom| is_of(line, dom.0))
             }
-            Some(Complaint::Deaf) => self.may_go_deaf.get() && host.port.is_deaf(),
+            Some(Complaint::Deaf) => self.has_lost(host),
             // One that got the disk from the toolstack retries.
             Some(Complaint::Store) => self.watching,
             Some(Complaint::NoVbd) => {
@@ -220,7 +222,7 @@ impl Machine {
         }
         // The line may name it as the second of two failures.
         self.close_failed.set(self.close_failed.get() || line.contains("may be lost"));
-        heard.deaf.set(heard.deaf.get() || complaint == Some(Complaint::Deaf));
+        heard.lost.set(heard.lost.get() || self.has_lost(host));
         if matches!(complaint, Some(Complaint::InUse | Complaint::Open)) && !self.watching {
             heard.not_opened.set(true);
             // Other disks of this process are served; its supervisor starts it again.
@@ -228,14 +230,19 @@ impl Machine {
         }
     }
 
-    /// `host` has ended with `status`. A supervisor starts it again if it lost its events, or if an image could not be
+    /// Whether `host` has lost its events, or its connection to xenstored, as it may.
+    fn has_lost(&self, host: &SimHost) -> bool {
+        self.may_lose.get() && (host.port.is_deaf() || host.port.has_lost_store())
+    }
+
+    /// `host` has ended with `status`. A supervisor starts it again if it lost something, or if an image could not be
     /// opened: a dead process may hold it for ten seconds, and an error may be transient.
     fn ended(self: &Rc<Self>, host: &SimHost, heard: &Heard, status: u8) {
         if heard.any.get() != (status != 0) && !(self.watching && status == 0) {
             let text = format!("tapdisk ended with status {status}; complained: {}", heard.any.get());
             self.world.fail(Invariant::L1, text);
         }
-        if heard.deaf.get() || heard.not_opened.get() && !self.rivals.get() {
+        if heard.lost.get() || heard.not_opened.get() && !self.rivals.get() {
             return self.respawn(host);
         }
         self.running.set(self.running.get() - 1);

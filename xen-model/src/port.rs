@@ -4,13 +4,13 @@ use crate::channels::PortId;
 use crate::cpu::StoreBuffer;
 use crate::mapping::{MappedGrant, Mapping, Origin};
 use crate::store::Client;
-use crate::xen::{DEAF, Xen};
+use crate::xen::{DEAF, STORE_LOST, Xen};
 use sim::{Entity, Node, Timed};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::future::{Future, poll_fn};
 use std::rc::Rc;
-use std::task::Poll;
+use std::task::{Poll, Waker};
 use tap_host::{DomId, Errno, EventChannel, Events, Port, SharedPages};
 
 struct Inner {
@@ -29,6 +29,8 @@ struct Inner {
     may_go_deaf: Cell<bool>,
     /// It has failed: no channel delivers events any more.
     deaf: Cell<bool>,
+    /// The connection to xenstored is broken for good.
+    store_lost: Cell<bool>,
     /// It cannot list the named pages.
     hides_regions: Cell<bool>,
     next_map: Cell<u64>,
@@ -64,6 +66,7 @@ impl Xen {
             may_go_deaf: Cell::new(false),
             hides_regions: Cell::new(false),
             deaf: Cell::new(false),
+            store_lost: Cell::new(false),
             next_map: Cell::new(0),
             maps: RefCell::default(),
             channels: RefCell::default(),
@@ -112,6 +115,27 @@ impl XenPort {
     /// Whether it no longer receives events.
     pub fn is_deaf(&self) -> bool {
         self.0.deaf.get()
+    }
+
+    /// Once in the life of this process its connection to xenstored may break, and be told so: as when xenstored ends.
+    /// Others keep theirs.
+    pub fn allow_store_loss(&self) {
+        let xen = &self.0.xen.0;
+        let (sim, rate) = (&xen.sim, xen.rates.store_lost);
+        if rate == 0 && !sim.has_given_decisions() {
+            return;
+        }
+        let entity = self.0.entity.child("store-lost", 0);
+        sim.name_entity(entity, || format!("xenstore for {}", self.0.node.name()));
+        let after_ns = sim.fault(entity, &STORE_LOST, rate, |draw| 1 + draw.magnitude(24));
+        if after_ns > 0 {
+            sim.call_at(sim.now_ns() + after_ns, Rc::new(LoseStore(self.clone())), 0);
+        }
+    }
+
+    /// Whether its connection to xenstored is broken.
+    pub fn has_lost_store(&self) -> bool {
+        self.0.store_lost.get()
     }
 
     fn may_go_deaf_soon(&self) {
@@ -319,6 +343,20 @@ impl Timed for GoDeaf {
         self.0.0.deaf.set(true);
         let channels = self.0.0.channels.borrow().clone();
         channels.into_iter().for_each(|id| self.0.0.xen.raise(id));
+    }
+}
+
+/// Breaks the connection to xenstored.
+struct LoseStore(XenPort);
+
+impl Timed for LoseStore {
+    fn fire(self: Rc<Self>, _: u64) {
+        let Inner { xen, client, store_lost, node, .. } = &*self.0.0;
+        if node.is_alive() {
+            store_lost.set(true);
+            let wakers = xen.0.store.borrow_mut().disconnect(client.conn);
+            wakers.into_iter().for_each(Waker::wake);
+        }
     }
 }
 

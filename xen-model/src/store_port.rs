@@ -50,6 +50,7 @@ impl XenPort {
     async fn turn_for(&self, asks: Asks) -> Result<(), Errno> {
         self.turn().await;
         match self.store_error(asks) {
+            _ if self.has_lost_store() => Err(Errno::ESHUTDOWN),
             Some((error, _)) => Err(error),
             None => Ok(()),
         }
@@ -194,6 +195,9 @@ impl Transaction for StoreTransaction {
     async fn commit(self) -> Result<(), Errno> {
         self.port.turn().await;
         let error = self.port.store_error(Asks::Commit);
+        if self.port.has_lost_store() {
+            return Err(Errno::ESHUTDOWN);
+        }
         if let Some((error, false)) = error {
             return Err(error);
         }

@@ -17,6 +17,8 @@ pub(crate) static EVENT_LATE: Label = Label::new("event-late", "event {n} arrive
 pub(crate) static EVENT_AGAIN: Label =
     Label::new("event-again", "event {n} arrives again {} ns later, as a spurious event");
 pub(crate) static DEAF: Label = Label::new("deaf", "the device for events fails after {} ns");
+pub(crate) static STORE_LOST: Label =
+    Label::new("store-lost", "the connection to xenstored breaks after {} ns");
 pub(crate) static STORE_LATE: Label = Label::new("store-late", "operation {n} takes {} ns more");
 pub(crate) static WATCH_LATE: Label = Label::new("watch-late", "watch event {n} comes {} ns late");
 pub(crate) static STORE_CONFLICT: Label = Label::new("store-conflict", "the transaction must be repeated");
@@ -29,7 +31,7 @@ pub(crate) static STORE_ERROR: Label = Label::new(
 );
 
 /// The labels of this model's decisions.
-pub static LABELS: [&Label; 12] = [
+pub static LABELS: [&Label; 13] = [
     &EVENT_LATE,
     &STORE_LATE,
     &WATCH_LATE,
@@ -42,11 +44,13 @@ pub static LABELS: [&Label; 12] = [
     &NO_MEMORY,
     &EVENT_AGAIN,
     &DEAF,
+    &STORE_LOST,
 ];
 
 static EVENT_LATE_KIND: FaultKind = FaultKind { name: "event-late", max_ppm: 500_000 };
 static EVENT_AGAIN_KIND: FaultKind = FaultKind { name: "event-again", max_ppm: 300_000 };
 static DEAF_KIND: FaultKind = FaultKind { name: "deaf", max_ppm: 300_000 };
+static STORE_LOST_KIND: FaultKind = FaultKind { name: "store-lost", max_ppm: 300_000 };
 static STORE_LATE_KIND: FaultKind = FaultKind { name: "store-late", max_ppm: 500_000 };
 static STORE_CONFLICT_KIND: FaultKind = FaultKind { name: "store-conflict", max_ppm: 300_000 };
 static STORE_ERROR_KIND: FaultKind = FaultKind { name: "store-error", max_ppm: 30_000 };
@@ -106,6 +110,7 @@ pub(crate) struct Rates {
     pub(crate) event_late: u32,
     pub(crate) event_again: u32,
     pub(crate) deaf: u32,
+    pub(crate) store_lost: u32,
     pub(crate) store_late: u32,
     pub(crate) conflict: u32,
     pub(crate) close_late: u32,
@@ -163,6 +168,7 @@ impl Xen {
             event_late: swarm.rate_ppm(&EVENT_LATE_KIND),
             event_again: swarm.rate_ppm(&EVENT_AGAIN_KIND),
             deaf: swarm.rate_ppm(&DEAF_KIND),
+            store_lost: swarm.rate_ppm(&STORE_LOST_KIND),
             store_late: swarm.rate_ppm(&STORE_LATE_KIND),
             conflict: swarm.rate_ppm(&STORE_CONFLICT_KIND),
             close_late: swarm.rate_ppm(&CLOSE_LATE_KIND),

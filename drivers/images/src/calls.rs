@@ -18,15 +18,16 @@ tap_host::listed! {
         "one operation of a request was repeated after a transient error";
 }
 
-/// Repetitions of one call that was interrupted.
-const REPEATS: u32 = 8;
+/// Retries after transient errors where no scheduler retries the whole: while an image is opened, created or closed,
+/// and while what failed zeros left is settled. About three seconds, nearly as long as the scheduler repeats a request.
+pub(crate) const LONE_REPEATS: u32 = 12;
 
 /// Makes `call`, and retries it after `EINTR`. An interrupted call may still have had its effect.
 pub(crate) async fn uninterrupted<H: ImageHost, T, F: Future<Output = Result<T, Errno>>>(
     host: &H,
     call: impl Fn() -> F,
 ) -> Result<T, Errno> {
-    let mut patience = Patience::of(REPEATS);
+    let mut patience = Patience::of(LONE_REPEATS);
     loop {
         let result = call().await;
         if !result.as_ref().is_err_and(|error| Tried::FileCall.may_pass(*error))

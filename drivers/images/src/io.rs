@@ -7,15 +7,15 @@
 //! ```
 //!
 //! An operation that fails with a transient error is retried in place, at most twice; then the request fails, and its
-//! scheduler retries it as a whole. While an image is created or closed there is no scheduler, so there are more
-//! retries.
+//! scheduler retries it as a whole. While an image is opened, created or closed there is no scheduler, so there are
+//! more retries.
 //!
 //! A read past the end of the file returns zeros: after a crash a mapping may be there without the size.
 
 mod keep;
 mod zero;
 
-use crate::calls::{OPERATION_REPEATED, uninterrupted};
+use crate::calls::{LONE_REPEATS, OPERATION_REPEATED, uninterrupted};
 use crate::memory::{FileStages, PART_BYTES};
 use crate::sync::GroupSync;
 use crate::{ImageError, ImageHost};
@@ -50,10 +50,6 @@ tap_host::listed! {
 /// Retries of one operation after transient errors, within a request. The scheduler retries whole requests: if one
 /// operation in ten fails, that alone would hardly ever complete a request of many operations.
 const REPEATS: u32 = 2;
-/// The same while an image is being created or closed, without a scheduler.
-const LONE_REPEATS: u32 = 12;
-/// Retries of a read while an image is being opened.
-const READ_REPEATS: u32 = 8;
 
 /// An open, locked file.
 pub struct ImageFile<H: ImageHost> {
@@ -194,7 +190,7 @@ impl<H: ImageHost> ImageFile<H> {
     /// As [`ImageFile::read`], retried after transient errors: for opening, where no scheduler does that yet. Each read
     /// counts its own retries, or a long chain of reads would hardly ever complete.
     pub(crate) async fn read_patiently(&self, offset: u64, mut bufs: IoVec) -> (Result<(), Errno>, IoVec) {
-        let mut patience = Patience::of(READ_REPEATS);
+        let mut patience = Patience::of(LONE_REPEATS);
         loop {
             let (result, back) = self.read(offset, bufs).await;
             if !result.is_err_and(is_transient) || !patience.again(&self.host).await {

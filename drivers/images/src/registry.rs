@@ -168,8 +168,9 @@ fn options_of(info: &FormatInfo) -> String {
     }
 }
 
-/// Requests are repeated after transient errors by the scheduler; while an image is being opened there is none yet.
-const OPEN_REPEATS: u32 = 8;
+/// For how long an image is opened anew after transient errors, in nanoseconds: as long as the scheduler, which is not
+/// there yet, repeats a request. Operations that are themselves repeated may make it twice as long.
+const OPEN_ANEW_NS: u64 = 4_000_000_000;
 
 fn is_transient(error: &ImageError) -> bool {
     !error.is_in_use() && passes(error.errno())
@@ -186,10 +187,10 @@ impl<H: ImageHost> Formats<H> {
         spec: &ImageSpec,
         options: &OpenOptions,
     ) -> Result<Rc<dyn Node>, ImageError> {
-        let mut patience = Patience::of(OPEN_REPEATS);
+        let (mut patience, until_ns) = (Patience::until(), host.now_ns() + OPEN_ANEW_NS);
         loop {
             match self.open_level(host.clone(), spec.clone(), options.clone(), 1).await {
-                Err(error) if is_transient(&error) && patience.again(host).await => {}
+                Err(error) if is_transient(&error) && patience.again_before(host, until_ns).await => {}
                 result => return result,
             }
         }

@@ -36,6 +36,8 @@ tap_host::listed! {
         "a front end that vanishes while its ring is taken over counts as a ring that cannot be served";
     SERVED_RING_CLOSED = "served-ring-closed",
         "a ring that another process serves is taken as broken, and its front end is told to close";
+    STORE_LOSS_CLOSES = "store-loss-closes",
+        "a back end that has lost xenstore closes its ring, which no successor can take over";
     PACE_IGNORED = "pace-ignored", "a front end that reconnects in a loop is never slowed down";
 }
 
@@ -475,7 +477,7 @@ impl<H: XenHost> Backend<H> {
             return;
         }
         if let Some(Serving { closer, ended }) = self.ring.take() {
-            if left {
+            if left && !self.host.bug(&STORE_LOSS_CLOSES) {
                 closer.leave();
             } else {
                 closer.close();

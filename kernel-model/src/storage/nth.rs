@@ -100,12 +100,15 @@ impl Inner {
         })
     }
 
-    /// Whether `call` is interrupted by number: `Some(false)` means that it is spared.
+    /// Whether `call` is interrupted by an outage, or by number: `Some(false)` means that it is spared.
     pub(crate) fn nth_call(&self, call: Call) -> Option<bool> {
-        let nth = self.config.borrow().nth_failure.filter(|nth| nth.of == Concerned::Calls)?;
         if self.stopped.get() || !call.is_interruptible() {
             return None;
         }
+        if let Some(fails) = self.in_outage() {
+            return Some(fails);
+        }
+        let nth = self.config.borrow().nth_failure.filter(|nth| nth.of == Concerned::Calls)?;
         let calls = &self.nth_counts.calls;
         calls.set(calls.get() + 1);
         if calls.get() < nth.n {

@@ -1,4 +1,4 @@
-//! Outages: for a span of time every operation on every file fails for now, as if the host were out of memory.
+//! Outages: for a span of time every operation and call on every file fails for now, as if the host were out of memory.
 //!
 //! ```text
 //!   set ──operations──► it begins ──time──► it ends ──time──► faults as before
@@ -27,7 +27,8 @@ pub(super) struct Outage {
 
 impl Storage {
     /// After `operations` more, all operations fail for `lasts_ns` nanoseconds: reads, writes and zeros with `EAGAIN`,
-    /// synchronisations with `EINTR`, and nothing lands. A power cut ends it, or sees to it that it does not begin.
+    /// synchronisations and calls that can be interrupted with `EINTR`, and nothing lands. A power cut ends it, or
+    /// sees to it that it does not begin.
     pub fn set_outage(&self, operations: u64, lasts_ns: u64) {
         let outage = &self.0.outage;
         outage.left.set(Some(operations));
@@ -39,19 +40,21 @@ impl Storage {
 impl Inner {
     /// What the outage, if there is one, does to an operation that begins now.
     pub(super) fn outage(&self, op: IoOp) -> Option<Nth> {
-        let (outage, now) = (&self.outage, self.sim.now_ns());
+        let outage = &self.outage;
         if let Some(left) = outage.left.get() {
             outage.left.set(left.checked_sub(1));
             if left == 0 {
-                outage.ends_ns.set(Some(now + outage.lasts_ns.get()));
+                outage.ends_ns.set(Some(self.sim.now_ns() + outage.lasts_ns.get()));
             }
         }
-        let ends_ns = outage.ends_ns.get()?;
-        if now >= ends_ns {
-            return (now < ends_ns + REST_NS).then_some(Nth::Spared);
-        }
         let error = if op == IoOp::Sync { Errno::EINTR } else { Errno::EAGAIN };
-        Some(Nth::Fails(Fault::Error(error, 0)))
+        self.in_outage().map(|fails| if fails { Nth::Fails(Fault::Error(error, 0)) } else { Nth::Spared })
+    }
+
+    /// Whether what begins now fails for now: `Some(false)` means that it is spared, `None` that there is no outage.
+    pub(super) fn in_outage(&self) -> Option<bool> {
+        let (ends_ns, now) = (self.outage.ends_ns.get()?, self.sim.now_ns());
+        (now < ends_ns + REST_NS).then_some(now < ends_ns)
     }
 
     pub(super) fn end_outage(&self) {

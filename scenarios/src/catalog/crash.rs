@@ -6,7 +6,7 @@
 //!        ╳ power cut        ╳ power cut         no more faults
 //! ```
 
-use super::failures::{self, passing_storage};
+use super::failures::{self, Armed, passing_storage};
 use super::recovered::{FILL_SECTORS, after_cut, check_leaks, last_epoch};
 use super::setup::{Setup, cut_after_drop, workload};
 use crate::check::{BeforeCut, Invariant};
@@ -358,9 +358,13 @@ async fn work(
     flush_failed: &Cell<bool>,
     recovered: bool,
 ) {
+    let outages = !world.errors_allowed() && !world.options.explore;
+    if outages {
+        failures::arm_outage(world, Armed::Opening);
+    }
     let Some(stack) = open_under_errors(world, setup, limits, host).await else { return };
-    if !world.errors_allowed() && !world.options.explore {
-        failures::arm_outage(world);
+    if outages {
+        failures::arm_outage(world, Armed::Open);
     }
     let policy = ErrorPolicy {
         retries: guest_retries(world),

@@ -21,7 +21,7 @@ pub(super) fn lasting(sim: &Sim) -> Option<NthFailure> {
         times: setting(sim, "failure-lasts", &[1, 1, 1, FOR_GOOD, 24, FOR_GOOD]),
         of: setting(sim, "failure-of", &[Concerned::All, Concerned::ButSyncs, Concerned::Zeros]),
         effect: setting(sim, "failure-effect", &[0, 255, 128]),
-        error: setting(sim, "failure-error", &[Errno::EIO, Errno::ENOSPC]),
+        error: setting(sim, "failure-error", &[Errno::EIO, Errno::ENOSPC, Errno::EAGAIN]),
     })
 }
 
@@ -46,11 +46,18 @@ pub(super) fn passing_storage(sim: &Sim) -> StorageConfig {
     StorageConfig { faults: FaultPlan::PASSING, nth_failure: passing(sim), ..StorageConfig::default() }
 }
 
-/// Where nothing fails for good: in half of the seeds everything fails for now, once the disk is open, for less time
-/// than a request is repeated.
-pub(super) fn arm_outage(world: &World) {
+/// When an outage is armed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Armed {
+    Opening,
+    Open,
+}
+
+/// Where nothing fails for good: in half of the seeds everything fails for now, before or once the disk is open, for
+/// less time than a request is repeated. To be called at both moments.
+pub(super) fn arm_outage(world: &World, now: Armed) {
     let lasts_ns = world.setting("outage-ns", &[0, 0, 1_000_000_000, 50_000_000]);
-    if lasts_ns > 0 {
+    if lasts_ns > 0 && now == world.setting("outage-armed", &[Armed::Open, Armed::Opening]) {
         world.storage.set_outage(world.setting("outage-after", &[30, 1, 8, 100]), lasts_ns);
     }
 }

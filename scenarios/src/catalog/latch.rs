@@ -66,7 +66,7 @@ async fn flush_errors_and_deaths(world: World) {
         std::iter::once(first).chain(second.then(|| Setup::raw(&world, 1, DISK_BYTES))).collect();
     let Some((machine, guests)) = start(&world, setups.clone()).await else { return };
     let retries = world.setting("guest-retries", &[3, 0, 1]);
-    machine.allow_deafness();
+    machine.allow_losses();
     die_in_syncs(&world, &machine);
     for (_, guest) in &guests {
         guest.set_error_policy(ErrorPolicy { retries, errors_allowed: true, reads: Invariant::P1 });

@@ -1,6 +1,6 @@
 //! The life of a disk under load: paused, resumed and closed while requests run, some of which are cancelled.
 
-use super::failures::{arm_outage, passing_storage};
+use super::failures::{Armed, arm_outage, passing_storage};
 use super::recovered::last_epoch;
 use super::setup::{Setup, workload};
 use crate::check::Invariant;
@@ -12,7 +12,7 @@ use crate::stack::Stack;
 use crate::workload::{Workload, operations};
 use crate::world::World;
 use kernel_model::SimHost;
-use sim::{Entity, Label};
+use sim::{Draw, Entity, Label};
 use std::cell::Cell;
 use std::future::{Future, pending, poll_fn};
 use std::rc::Rc;
@@ -49,6 +49,8 @@ struct Life {
     world: World,
     entity: Entity,
     requests: Cell<u32>,
+    /// One request in so many is cancelled.
+    one_in: u64,
     closing: Cell<bool>,
     /// Only the controller submits requests.
     paused: Cell<bool>,
@@ -68,10 +70,8 @@ impl ImpatientDisk {
     async fn run_or_cancel<T>(&self, request: impl Future<Output = Result<T, Errno>>) -> Result<T, Errno> {
         let life = &self.life;
         let number = life.requests.replace(life.requests.get() + 1);
-        let after_ns = life
-            .world
-            .sim
-            .decide(life.entity, &GIVE_UP, number, |d| if d.below(8) == 0 { 1 + d.magnitude(22) } else { 0 });
+        let draw = |d: &mut Draw| if d.below(life.one_in) == 0 { 1 + d.magnitude(22) } else { 0 };
+        let after_ns = life.world.sim.decide(life.entity, &GIVE_UP, number, draw);
         let late = life.closing.get();
         let enough =
             async { if after_ns > 0 { life.world.sim.sleep_ns(after_ns).await } else { pending().await } };
@@ -138,17 +138,19 @@ async fn disk_life(world: World) {
 
 /// Opens the disk, closes it, and waits for the last request after that.
 async fn live(world: &World, setup: &Setup, host: &SimHost, limits: &StackLimits) {
+    arm_outage(world, Armed::Opening);
     let stack = match Stack::open(host, world, &setup.spec, limits).await {
         Ok(stack) => Rc::new(stack),
         Err(error) => return world.fail(Invariant::G11, format!("failed to open the image: {error}")),
     };
-    arm_outage(world);
+    arm_outage(world, Armed::Open);
     let entity = Entity::WORLD.child("life", 0);
     world.sim.name_entity(entity, || "the disk".into());
     let life = Rc::new(Life {
         world: world.clone(),
         entity,
         requests: Cell::new(0),
+        one_in: [8, 2, 4][world.mood("give-up-one-in", 3) as usize],
         closing: Cell::new(false),
         paused: Cell::new(false),
         done: Flag::new(),

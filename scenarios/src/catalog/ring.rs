@@ -1,7 +1,7 @@
 //! Guests on rings: traffic, death of tapdisk, reconnects, several guests.
 
 use super::crash::{arm_power_cut, may_overlay};
-use super::failures::arm_outage;
+use super::failures::{Armed, arm_outage};
 use super::setup::{Setup, cut_after_close, workload};
 use crate::check::Invariant;
 use crate::formats::{FormatModel, Kind};
@@ -177,6 +177,10 @@ async fn start_with(
     for (number, setup) in setups.into_iter().enumerate() {
         attached.push(machine.attach(setup, number as u64).await);
     }
+    let outages = !world.errors_allowed();
+    if outages {
+        arm_outage(world, Armed::Opening);
+    }
     machine.start_tapdisk();
     let mut guests = Vec::new();
     for one in attached {
@@ -186,8 +190,8 @@ async fn start_with(
         }
         guests.push((one, guest));
     }
-    if !world.errors_allowed() {
-        arm_outage(world);
+    if outages {
+        arm_outage(world, Armed::Open);
     }
     Some((machine, guests))
 }
@@ -229,7 +233,7 @@ async fn tapdisk_killed(world: World, model: &'static dyn FormatModel) {
     let Some((machine, guests)) = start_with(&world, vec![setup], &ALL_CACHES).await else { return };
     let (attached, guest) = &guests[0];
     guest.set_error_policy(error_policy(&world, Invariant::P1));
-    machine.allow_deafness();
+    machine.allow_losses();
     world.sim.spawn("supervisor", 0, Rc::clone(&machine).kill_and_restart(kills(&world, 4, 600)));
     let ops = operations_of(&world, attached, 0, 60);
     let (g, depth) = (guest.clone(), world.setting("ring-depth", &[32, 8, 1]));
@@ -302,7 +306,7 @@ async fn two_guests(world: World) {
     for (_, guest) in &guests {
         guest.set_error_policy(error_policy(&world, Invariant::P1));
     }
-    machine.allow_deafness();
+    machine.allow_losses();
     world.sim.spawn("supervisor", 0, Rc::clone(&machine).kill_and_restart(kills(&world, 1, 600)));
     let mut running = Vec::new();
     for (number, (attached, guest)) in guests.iter().enumerate() {

@@ -201,7 +201,7 @@ async fn hot_plug(world: World) {
     };
     let Some(guest) = first.boot(&world, NO_ERRORS).await else { return };
     guest.set_error_policy(error_policy(&world, Invariant::P1));
-    machine.allow_deafness();
+    machine.allow_losses();
     world.sim.spawn("supervisor", 0, Rc::clone(&machine).kill_and_restart(kills(&world, 2, 900)));
     let (ops, g) = (operations_of(&world, &first, 0, 40), guest.clone());
     let (task, finished) = joined(async move {

@@ -40,6 +40,8 @@ enum Data {
     Unknown(&'static [u8]),
     /// The name of the export, and a query for its allocation.
     Query,
+    /// The name of the export, and these queries.
+    Queries(&'static [&'static str]),
 }
 
 const NONE: (u32, usize) = (0, 0);
@@ -49,7 +51,7 @@ impl Question {
         Self { option, data, before, last }
     }
 
-    const ALL: [Self; 15] = [
+    const ALL: [Self; 18] = [
         Self::new(OPT_INFO, Data::Named(&[0, 0]), (REP_INFO, 2), REP_ACK),
         Self::new(OPT_INFO, Data::Odd, NONE, REP_ERR_INVALID),
         Self::new(OPT_INFO, Data::Unknown(&[0, 0]), NONE, REP_ERR_UNKNOWN),
@@ -66,6 +68,10 @@ impl Question {
         Self::new(OPT_LIST_META_CONTEXT, Data::Unknown(&[0; 4]), NONE, REP_ERR_UNKNOWN),
         Self::new(OPT_LIST_META_CONTEXT, Data::Query, (REP_META_CONTEXT, 1), REP_ACK),
         Self::new(0x7a70, Data::Odd, NONE, REP_ERR_UNSUP),
+        // Without a query all contexts are meant, and those of a name space by its name.
+        Self::new(OPT_LIST_META_CONTEXT, Data::Named(&[0; 4]), (REP_META_CONTEXT, 1), REP_ACK),
+        Self::new(OPT_LIST_META_CONTEXT, Data::Queries(&["base:"]), (REP_META_CONTEXT, 1), REP_ACK),
+        Self::new(OPT_LIST_META_CONTEXT, Data::Queries(&["other:", "base:alloc"]), NONE, REP_ACK),
     ];
 }
 
@@ -73,9 +79,15 @@ fn named(name: &str) -> Vec<u8> {
     [&(name.len() as u32).to_be_bytes()[..], name.as_bytes()].concat()
 }
 
+/// The export `name`, and queries for contexts.
+fn queries(name: &str, all: &[&str]) -> Vec<u8> {
+    let queries = all.iter().flat_map(|query| named(query)).collect();
+    [named(name), (all.len() as u32).to_be_bytes().to_vec(), queries].concat()
+}
+
 /// The export `name`, and a query for `base:allocation`.
 pub(super) fn query(name: &str) -> Vec<u8> {
-    [named(name), 1_u32.to_be_bytes().to_vec(), named(BASE_ALLOCATION)].concat()
+    queries(name, &[BASE_ALLOCATION])
 }
 
 /// The export `name`, without a request for information.
@@ -91,7 +103,8 @@ impl Data {
             Self::Much => vec![0; 9000],
             Self::Named(rest) => [&named(name)[..], rest].concat(),
             Self::Unknown(rest) => [&named("no such disk")[..], rest].concat(),
-            Self::Query => query(name),
+            Self::Query => queries(name, &[BASE_ALLOCATION]),
+            Self::Queries(all) => queries(name, all),
         }
     }
 }

@@ -25,8 +25,9 @@
 //! failure may have missed the dropped pages, and its result is void. It is repeated once the part is settled, so that
 //! the zeros, or the bytes written back, are durable in their place.
 
-use super::{ImageFile, LONE_REPEATS, is_transient};
+use super::{ImageFile, is_transient};
 use crate::ImageHost;
+use crate::calls::LONE_REPEATS;
 use crate::memory::PART_BYTES;
 use smallvec::smallvec;
 use std::cell::Cell;
@@ -55,7 +56,7 @@ tap_host::listed! {
         "zeros failed in a way that may have lost accepted writes, and a hole was made";
 }
 
-/// Retries of settling a part.
+/// Retries of settling a part after errors that may last.
 const REPEATS: u32 = 7;
 /// Limit of bytes zeroed in one operation, once the drive is known to support it. If it fails all of them have to be
 /// settled, while synchronisations wait.
@@ -66,7 +67,7 @@ const MAX_AT_ONCE_BYTES: u64 = 64 << 20;
 pub(super) struct KeptZeros {
     /// What a block device supports: holes, and zeros that keep their space.
     answers: [Cell<Answer>; 2],
-    /// Orders zeros (shared) and the end of a concurrent synchronisation (exclusive).
+    /// Zeros (shared) that the end of a concurrent synchronisation (exclusive) waits for.
     order: Tracker,
     running: Cell<u32>,
     /// Failures that may have lost dirty pages, and are settled or given up.
@@ -139,9 +140,10 @@ impl<H: ImageHost> ImageFile<H> {
         if answer.get() == Answer::No {
             return Err(Errno::EOPNOTSUPP);
         }
+        // A synchronisation waits for it. It waits for none: zeros that begin when the host has synchronised drop no
+        // page that was to become durable.
         let ticket = kept.order.ticket("zeros", offset);
         ticket.claim(Space::HostBlocks, 0..1, Access::Shared);
-        ticket.ready().await;
         let _running = Running::new(&kept.running);
         let before = match self.bytes_to_put_back(offset, len, mode).await {
             Ok(before) => before,

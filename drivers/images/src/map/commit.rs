@@ -102,8 +102,8 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         entries: Range<usize>,
         batch: &[Rc<Commit>],
     ) -> Result<(), Errno> {
-        let end = entries.end.next_multiple_of(SECTOR_ENTRIES).min(self.geometry.table_entries());
-        let span = entries.start - entries.start % SECTOR_ENTRIES..end;
+        let span =
+            entries.start - entries.start % SECTOR_ENTRIES..entries.end.next_multiple_of(SECTOR_ENTRIES);
         let mut buf = self.file.buffer(span.len() * 8).await?;
         encode_entries(&mut buf, table.entries.borrow()[span.clone()].iter().copied());
         for commit in batch {

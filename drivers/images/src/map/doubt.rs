@@ -85,6 +85,12 @@ impl Suspects {
                 self.runs.insert(end, (count - gone, host + gone * cluster_bytes));
             }
         }
+        let around = |(start, count): (GuestCluster, u64)| start < first && start + count > end;
+        let mut left = self.runs.range(from..end).map(|(start, (count, _))| (*start, *count));
+        assert!(
+            left.all(|run| run.0 + run.1 <= first || around(run)),
+            "a run in doubt ends in mapped clusters"
+        );
     }
 
     /// Releases memory that the suspects do not need.

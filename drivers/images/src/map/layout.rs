@@ -9,7 +9,7 @@ pub struct Geometry {
     pub size_bytes: u64,
     /// Clusters have 2^n bytes.
     pub cluster_bits: u32,
-    /// Tables have 2^n entries.
+    /// Tables have 2^n entries, at least 2^6: whole sectors.
     pub table_bits: u32,
     /// Offset of the root in the file. A format with all tables at fixed places has no root in the file, and writes
     /// nothing there.

@@ -229,6 +229,7 @@ impl<H: ImageHost, L: Layout> Node for MappedDisk<H, L> {
 impl<H: ImageHost, L: Layout> Image<H, L> {
     fn new(host: &H, parts: Parts<H, L>) -> Self {
         let Parts { file, geometry, reach, root, memory, cache, space, backing } = parts;
+        assert!(geometry.table_bytes() >= SECTOR_BYTES, "a table smaller than a sector");
         Self {
             host: host.clone(),
             file,

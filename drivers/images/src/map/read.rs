@@ -16,6 +16,7 @@ use tap_host::{Errno, IoVec, SECTOR_BYTES, SectorRange, Share, copy_from_slice};
 tap_host::listed! {
     pub(super) BUGS: Bug;
     PIECES_UNBOUNDED = "pieces-unbounded", "all pieces of a scattered read are asked for at once";
+    PIECES_UNJOINED = "pieces-unjoined", "contiguous clusters are read one by one";
 }
 
 /// The source of bytes of the disk.
@@ -151,6 +152,9 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
             let index = self.split(self.cluster(at)).1;
             match table.mapping::<L>(index, &self.geometry) {
                 Mapping::Unmapped => self.unmapped(at, len, pieces),
+                Mapping::Plain(host) if self.host.bug(&PIECES_UNJOINED) => {
+                    pieces.push(Piece { start: at, len, source: Source::File(host + within) });
+                }
                 Mapping::Plain(host) => append(pieces, at, len, Source::File(host + within)),
                 Mapping::Compressed(run) => append(pieces, at, len, Source::Compressed(run, within as usize)),
             }

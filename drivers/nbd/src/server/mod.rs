@@ -504,6 +504,7 @@ impl<H: Log> Inner<H> {
         if let Some(open) = self.open.borrow().get(&oldest) {
             open.stop.set("others wanted to choose an export meanwhile");
         }
+        assert!(self.negotiating.borrow().len() < self.limits.negotiating, "there is no room to negotiate");
     }
 
     /// The export called `name`.
