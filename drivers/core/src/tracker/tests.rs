@@ -197,3 +197,13 @@ fn a_ticket_whose_predecessor_is_dropped_waits_for_earlier_ones() {
     drop(reader);
     assert!(others.is_ready());
 }
+
+#[test]
+fn a_ticket_waits_for_none_that_another_of_its_predecessors_waits_for() {
+    let tracker = Tracker::new();
+    let tickets = [1..4, 2..5, 3..10].map(|range| claimed(&tracker, range.start, range, Access::Exclusive));
+    let report: Vec<String> = tracker.report().iter().map(|w| w.to_string()).collect();
+    // Within its own claim, the third finds nothing of the first that the second does not cover.
+    assert_eq!(report, ["test 2 waits for test 1", "test 3 waits for test 2"]);
+    drop(tickets);
+}
