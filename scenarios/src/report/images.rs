@@ -51,6 +51,8 @@ pub enum State {
     Durable,
     /// It was not durable, and reached the medium.
     Kept,
+    /// It is not durable; the power was not cut.
+    Pending,
     /// It was not durable, and is lost; of several writes, the last one.
     Lost,
     /// Some of it is lost and some of it is not.
@@ -63,6 +65,7 @@ impl State {
         match self {
             State::Durable => "durable",
             State::Kept => "kept",
+            State::Pending => "not durable",
             State::Lost => "lost",
             State::Torn => "torn",
         }
@@ -101,7 +104,7 @@ pub struct Part {
 
 /// The images at `cut`, the `number`th; `sector` is that which the failure names.
 pub(super) fn images(cut: &Cut, number: Option<usize>, sector: Option<u64>) -> Images {
-    let files = cut.files.iter().map(|file| map(file, sector));
+    let files = cut.files.iter().map(|file| map(file, number.is_some(), sector));
     let (files, others): (Vec<_>, Vec<_>) = files.partition(|file| {
         !file.parts.is_empty() || file.size_after != Some(file.size) || file.after.is_some()
     });
@@ -114,15 +117,16 @@ struct Pending<'a> {
 }
 
 impl<'a> Pending<'a> {
-    fn of(file: &'a CutFile) -> Self {
+    fn of(file: &'a CutFile, was_cut: bool) -> Self {
         let end = file.after.as_ref().map_or(0, |after| after.size).div_ceil(SECTOR_BYTES);
+        let lost = if was_cut { State::Lost } else { State::Pending };
         let mut sectors = BTreeMap::new();
         for write in &file.writes {
             for i in (0..8).filter(|i| write.sectors & 1 << i != 0) {
                 let at = write.page * 8 + i;
                 // What lies past the end that is left does not exist.
                 let kept = write.kept & 1 << i != 0 && at < end;
-                sectors.insert(at, (if kept { State::Kept } else { State::Lost }, write));
+                sectors.insert(at, (if kept { State::Kept } else { lost }, write));
             }
         }
         Self { sectors }
@@ -148,6 +152,7 @@ impl<'a> Pending<'a> {
             (true, true) => State::Torn,
             (true, false) => State::Lost,
             (false, true) => State::Kept,
+            (false, false) if has(State::Pending) => State::Pending,
             (false, false) => State::Durable,
         };
         let writers: BTreeSet<&str> = self.sectors.range(first..end).map(|(_, s)| s.1.by.as_str()).collect();
@@ -166,8 +171,8 @@ impl<'a> Pending<'a> {
     }
 }
 
-fn map(file: &CutFile, sector: Option<u64>) -> FileMap {
-    let pending = Pending::of(file);
+fn map(file: &CutFile, was_cut: bool, sector: Option<u64>) -> FileMap {
+    let pending = Pending::of(file, was_cut);
     let model = recognised(&file.before).or_else(|| recognised(file.after.as_ref()?));
     let walked = model.and_then(|model| walk(model, file));
     let structures = match &walked {
@@ -189,7 +194,8 @@ fn map(file: &CutFile, sector: Option<u64>) -> FileMap {
         parts.extend(pending.part(name, run.start * SECTOR_BYTES..run.end * SECTOR_BYTES, false));
     }
     let hidden = keep_the_worst(&mut parts);
-    let left = model.zip(file.after.as_ref()).and_then(|(model, after)| model.walk_whole(after));
+    let left =
+        model.zip(file.after.as_ref()).filter(|_| was_cut).and_then(|(model, after)| model.walk_whole(after));
     let after = left.and_then(Result::err).map(|(invariant, text)| format!("{invariant}: {text}"));
     FileMap {
         name: file.name.clone(),
@@ -352,6 +358,15 @@ mod tests {
         // A file without a durable name is gone with all that is in it.
         let gone = of(Vec::new(), None);
         assert_eq!(gone.size_after, None);
+        // Without a cut nothing is lost yet.
+        let file = CutFile {
+            name: name.clone(),
+            before: content.clone(),
+            after: Some(content.clone()),
+            writes: vec![write(data, 1, 0)],
+        };
+        let now = images(&Cut { at_ns: 5, files: vec![file] }, None, None).files.remove(0);
+        assert_eq!(part(&now, "cluster 7").state, State::Pending);
         let unowned = of(vec![write(1 << 20, 0xf0, 0)], Some(content.clone()));
         assert_eq!(
             part(&unowned, "nothing refers to this").cells,

@@ -180,7 +180,7 @@ fn image_maps(out: &mut String, images: &Images) {
     };
     let _ = write!(out, "<section class=\"images\">\n<h2>{title}</h2>\n");
     if images.cut.is_none() {
-        *out += "<p class=\"faint\">The power was not cut; \u{201c}lost\u{201d} is what a cut now could lose.</p>\n";
+        *out += "<p class=\"faint\">The power was not cut. A cut now could take what is not durable.</p>\n";
     }
     if !images.files.is_empty() {
         *out += LEGEND;
@@ -236,12 +236,14 @@ fn row(out: &mut String, part: &Part) {
         let letter = match cells.state {
             State::Durable => "d",
             State::Kept => "K",
+            State::Pending => "N",
             State::Lost | State::Torn => "L",
         };
+        let class = if cells.state == State::Pending { "pending" } else { word };
         let count = if n > 1 { n.to_string() } else { String::new() };
         let _ = write!(
             out,
-            "<span class=\"{word}\" style=\"flex-grow:{grow}\" title=\"{n} sectors: {word}\"><b>{letter}{count}</b></span>"
+            "<span class=\"{class}\" style=\"flex-grow:{grow}\" title=\"{n} sectors: {word}\"><b>{letter}{count}</b></span>"
         );
     }
     *out += "</div>";
@@ -250,7 +252,7 @@ fn row(out: &mut String, part: &Part) {
 }
 
 const LEGEND: &str = "<p class=\"faint\">d: durable before. K: not durable, reached the medium. L: not durable, lost. \
-                      Torn: some of both.</p>\n";
+                      Torn: some of both. N: not durable.</p>\n";
 
 /// The lines of the story, and the others folded between them.
 fn lines(out: &mut String, report: &Report) {
