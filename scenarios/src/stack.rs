@@ -77,6 +77,7 @@ impl Stack {
         let tuning = limits.tuning(world, host.process.node(), limits.memory_bytes);
         let options = DiskOptions {
             write: !limits.read_only,
+            unlocked: false,
             direct: limits.direct,
             cache: CacheMode::WriteBack,
             backing: BackingPolicy::any(ImageFormat::Probe),

@@ -79,7 +79,7 @@ fn table_end(geometry: &Geometry) -> u64 {
 
 /// Opens the file at `path` and reads its header. The header is checked here, the table by the map engine.
 async fn read<H: ImageHost>(host: &H, path: &str, how: &OpenOptions) -> Result<Front<H, Table>, ImageError> {
-    let file = ImageFile::open(host, path, how.write, how.direct).await?.within(&how.memory, path)?;
+    let file = ImageFile::open(host, path, how).await?;
     let mut header = [0; HEADER_BYTES as usize];
     file.read_bytes(0, &mut header).await.map_err(ImageError::io("read", path))?;
     let (magic, size) = header.split_at(MAGIC.len());
@@ -143,13 +143,21 @@ impl<H: ImageHost> tap_images::Driver<H> for Driver {
         Box::pin(async move { create(&host, &path, &image).await })
     }
 
-    fn describe(&self, host: H, path: String) -> LocalBoxFuture<Result<Description, ImageError>> {
-        Box::pin(async move { Ok(read(&host, &path, &OpenOptions::default()).await?.describe(FORMAT)) })
+    fn describe(
+        &self,
+        host: H,
+        path: String,
+        how: OpenOptions,
+    ) -> LocalBoxFuture<Result<Description, ImageError>> {
+        Box::pin(async move { Ok(read(&host, &path, &how).await?.describe(FORMAT)) })
     }
 
-    fn check(&self, host: H, path: String) -> Option<LocalBoxFuture<Result<CheckReport, ImageError>>> {
-        Some(Box::pin(
-            async move { read(&host, &path, &OpenOptions::default()).await?.check(&host, &path).await },
-        ))
+    fn check(
+        &self,
+        host: H,
+        path: String,
+        how: OpenOptions,
+    ) -> Option<LocalBoxFuture<Result<CheckReport, ImageError>>> {
+        Some(Box::pin(async move { read(&host, &path, &how).await?.check(&host, &path).await }))
     }
 }

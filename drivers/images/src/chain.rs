@@ -18,8 +18,11 @@ use tap_host::Budget;
 /// What to use as a backing file.
 #[derive(Clone)]
 pub enum Backing {
-    /// The file, read as an image of this format.
+    /// The file, read as an image of this format: the caller means this very file.
     File(ImageFormat),
+    /// The file, read as an image of this format: the caller means any file. One that is to be read as a raw disk is
+    /// refused if it begins like an image: its bytes would be shown as those of the disk.
+    Any(ImageFormat),
     /// A node that already has the file open, such as the lease of an image that is being snapshotted. The image opened
     /// above it closes it.
     Open(Rc<dyn Node>),
@@ -48,7 +51,7 @@ pub enum BackingPolicy {
 impl BackingPolicy {
     /// Any file, as `format`. For trusted images.
     pub fn any(format: ImageFormat) -> Self {
-        Self::Ask(Rc::new(move |_| Some(format.into())))
+        Self::Ask(Rc::new(move |_| Some(Backing::Any(format))))
     }
 
     /// Whether it may allow any file.
@@ -71,6 +74,8 @@ impl fmt::Debug for BackingPolicy {
 pub struct OpenOptions {
     /// Also for writing; takes the exclusive lock.
     pub write: bool,
+    /// Read without a lock, although another process may be writing: what is read may be inconsistent.
+    pub unlocked: bool,
     /// Bypass the host's page cache.
     pub direct: bool,
     /// Memory for the cached tables of one image, in bytes, while the budget has room. At least one is cached; tables
@@ -86,6 +91,7 @@ impl Default for OpenOptions {
     fn default() -> Self {
         Self {
             write: false,
+            unlocked: false,
             direct: false,
             table_bytes: TABLE_BYTES,
             backing: BackingPolicy::default(),
@@ -108,9 +114,26 @@ pub fn resolve(image: &str, name: &str) -> String {
     }
 }
 
+/// Whether two paths surely lead to the same file: they differ at most in `//` and `/./`.
+pub fn same_path(a: &str, b: &str) -> bool {
+    let is_part = |part: &&str| !matches!(*part, "" | ".");
+    a.starts_with('/') == b.starts_with('/') && a.split('/').filter(is_part).eq(b.split('/').filter(is_part))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_same_path_may_be_written_in_several_ways() {
+        for same in ["/a/b", "//a/b", "/a/./b", "/./a//b"] {
+            assert!(same_path("/a/b", same), "{same}");
+        }
+        for other in ["a/b", "/a/b/c", "/a/../b", "/ab", ""] {
+            assert!(!same_path("/a/b", other), "{other}");
+        }
+        assert!(same_path("./b", "b"));
+    }
 
     #[test]
     fn relative_names_are_relative_to_the_image() {

@@ -18,7 +18,7 @@ mod zero;
 use crate::calls::{LONE_REPEATS, OPERATION_REPEATED, uninterrupted};
 use crate::memory::{FileStages, PART_BYTES};
 use crate::sync::GroupSync;
-use crate::{ImageError, ImageHost};
+use crate::{ImageError, ImageHost, OpenOptions};
 use keep::KeptZeros;
 use smallvec::smallvec;
 use tap_core::{Access, NodeInfo, NodeName, Space, Tracker};
@@ -90,12 +90,17 @@ impl<H: ImageHost> ImageFile<H> {
         }
     }
 
-    /// Opens and locks `path`: exclusively for writing, shared with other readers otherwise.
-    pub async fn open(host: &H, path: &str, write: bool, direct: bool) -> Result<Self, ImageError> {
-        let mode = OpenMode { write, create_new: false, direct };
+    /// Opens `path` and locks it: exclusively for writing, shared with other readers otherwise, unless `how` says
+    /// without a lock. Its memory comes from the budget of `how`.
+    pub async fn open(host: &H, path: &str, how: &OpenOptions) -> Result<Self, ImageError> {
+        let mode = OpenMode { write: how.write, create_new: false, direct: how.direct };
         let file =
             uninterrupted(host, || host.open(path, mode)).await.map_err(ImageError::io("open", path))?;
-        Self::locked(host, path, file, write).await
+        let lock = match how.write {
+            true => Some(LockKind::Exclusive),
+            false => (!how.unlocked).then_some(LockKind::Shared),
+        };
+        Self::locked(host, path, file, lock).await?.within(&how.memory, path)
     }
 
     /// Creates and locks `path`. With `existing` it locks and truncates the file there, unless it is one of those. A
@@ -112,7 +117,7 @@ impl<H: ImageHost> ImageFile<H> {
                 return Err(ImageError::Options { path: path.to_owned(), format: "new", what });
             }
         }
-        let mut file = Self::locked(host, path, file, true).await?;
+        let mut file = Self::locked(host, path, file, Some(LockKind::Exclusive)).await?;
         file.repeats = LONE_REPEATS;
         if existing.is_some() && !file.info.block_device {
             file.set_size(0).await.map_err(ImageError::io("truncate", path))?;
@@ -121,11 +126,13 @@ impl<H: ImageHost> ImageFile<H> {
         Ok(file)
     }
 
-    async fn locked(host: &H, path: &str, file: H::File, write: bool) -> Result<Self, ImageError> {
-        let kind = if write { LockKind::Exclusive } else { LockKind::Shared };
-        let locked = match write || !host.bug(&BACKING_UNLOCKED) {
-            true => uninterrupted(host, || file.lock(kind)).await,
-            false => Ok(()),
+    async fn locked(host: &H, path: &str, file: H::File, lock: Option<LockKind>) -> Result<Self, ImageError> {
+        let write = lock == Some(LockKind::Exclusive);
+        let locked = match lock {
+            Some(kind) if write || !host.bug(&BACKING_UNLOCKED) => {
+                uninterrupted(host, || file.lock(kind)).await
+            }
+            _ => Ok(()),
         };
         locked.map_err(|error| match error {
             Errno::EAGAIN => ImageError::InUse { path: path.to_owned() },
@@ -148,7 +155,7 @@ impl<H: ImageHost> ImageFile<H> {
     }
 
     /// Takes its memory from `budget` from now on, instead of the default one.
-    pub fn within(mut self, budget: &Budget, path: &str) -> Result<Self, ImageError> {
+    fn within(mut self, budget: &Budget, path: &str) -> Result<Self, ImageError> {
         self.memory = FileStages::new(budget, path, self.info.align_bytes as usize)?;
         Ok(self)
     }

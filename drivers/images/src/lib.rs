@@ -24,6 +24,7 @@ mod calls;
 mod carve;
 mod chain;
 mod error;
+mod foreign;
 mod format;
 pub mod formats;
 mod io;
@@ -38,7 +39,7 @@ mod units;
 mod testing;
 
 pub use calls::file_id;
-pub use chain::{Backing, BackingGate, BackingPolicy, MAX_CHAIN, OpenOptions, resolve};
+pub use chain::{Backing, BackingGate, BackingPolicy, MAX_CHAIN, OpenOptions, resolve, same_path};
 pub use error::ImageError;
 pub use format::{
     CheckReport, Description, Format, FormatInfo, ImageFormat, ImageSpec, NewImage, OptionInfo,

@@ -8,7 +8,8 @@
 //!
 //! A format is one [`Driver`] in one row. No other code depends on the format of an image.
 
-use crate::chain::{Backing, BackingPolicy, MAX_CHAIN, OpenOptions, resolve};
+use crate::chain::{Backing, BackingPolicy, MAX_CHAIN, OpenOptions, resolve, same_path};
+use crate::foreign::foreign;
 use crate::format::{CheckReport, Description, Format, FormatInfo, ImageFormat, ImageSpec, NewImage};
 use crate::io::{ImageFile, is_transient as passes};
 use crate::{ImageError, ImageHost};
@@ -37,13 +38,23 @@ pub trait Driver<H: ImageHost> {
     /// be left there.
     fn create(&self, host: H, path: String, image: NewImage) -> LocalBoxFuture<Result<(), ImageError>>;
 
-    /// Reads the properties of the image at `path`.
-    fn describe(&self, host: H, path: String) -> LocalBoxFuture<Result<Description, ImageError>>;
+    /// Reads the properties of the image at `path`, which is opened as `how` says, for reading.
+    fn describe(
+        &self,
+        host: H,
+        path: String,
+        how: OpenOptions,
+    ) -> LocalBoxFuture<Result<Description, ImageError>>;
 
-    /// Checks the metadata of the image at `path` without changing it; `None` if it has none. A failure to read is an
-    /// error, not damage.
-    fn check(&self, host: H, path: String) -> Option<LocalBoxFuture<Result<CheckReport, ImageError>>> {
-        let _ = (host, path);
+    /// Checks the metadata of the image at `path` without changing it, opened as `how` says, for reading; `None` if it
+    /// has none. A failure to read is an error, not damage.
+    fn check(
+        &self,
+        host: H,
+        path: String,
+        how: OpenOptions,
+    ) -> Option<LocalBoxFuture<Result<CheckReport, ImageError>>> {
+        let _ = (host, path, how);
         None
     }
 }
@@ -56,12 +67,14 @@ pub struct OpenImage<H: 'static> {
     pub options: OpenOptions,
     format: Format,
     formats: Formats<H>,
-    /// 1 for the image that was asked for, one more with each below it.
-    level: usize,
+    /// The caller has not named this file, but allowed any file as this format.
+    any: bool,
+    /// The paths of the images above it, the one that was asked for first.
+    above: Vec<String>,
 }
 
 /// Bytes of a file that are read to recognise its format.
-pub const HEAD_BYTES: usize = 48;
+pub const HEAD_BYTES: usize = 72;
 
 /// A registry of formats. The first row is the format of a file that no other row recognises.
 pub struct Formats<H: 'static>(&'static [&'static dyn Driver<H>]);
@@ -83,7 +96,7 @@ impl<H: ImageHost> Formats<H> {
         Self(rows)
     }
 
-    /// The driver of the image `spec`, which is probed if its format is not given.
+    /// The driver of the image `spec`, which is probed if its format is not given, without a lock if `unlocked`.
     ///
     /// # Errors
     /// [`ImageError`] when the file cannot be read, or there is no driver for the format.
@@ -91,17 +104,36 @@ impl<H: ImageHost> Formats<H> {
         self,
         host: &H,
         spec: &ImageSpec,
+        unlocked: bool,
     ) -> Result<&'static dyn Driver<H>, ImageError> {
         let path = &spec.path;
         match spec.format {
             ImageFormat::As(format) => self.row(format, path),
             ImageFormat::Probe => {
-                let file = ImageFile::open(host, path, false, false).await?;
-                let mut head = [0; HEAD_BYTES];
-                file.read_bytes(0, &mut head).await.map_err(ImageError::io("read", path))?;
-                Ok(*self.0.iter().find(|row| row.recognises(&head)).unwrap_or(&self.0[0]))
+                let how = OpenOptions { unlocked, ..OpenOptions::default() };
+                let head = head_of(&ImageFile::open(host, path, &how).await?).await?;
+                match self.recognised(&head) {
+                    Some(Recognised::Row(row)) => Ok(row),
+                    Some(Recognised::Foreign(name)) => Err(ImageError::Refused {
+                        path: path.clone(),
+                        format: self.0[0].format().name(),
+                        what: format!(
+                            "it begins like an image in the format {name}, which has no driver here"
+                        ),
+                        advice: "convert it with qemu-img, or name the format if this is a disk that only looks so",
+                    }),
+                    None => Ok(self.0[0]),
+                }
             }
         }
+    }
+
+    /// The format that a file beginning with `head` claims to have; `None` for a raw disk.
+    fn recognised(self, head: &[u8]) -> Option<Recognised<H>> {
+        if let Some(name) = foreign(head) {
+            return Some(Recognised::Foreign(name));
+        }
+        self.0.iter().find(|row| row.recognises(head)).map(|row| Recognised::Row(*row))
     }
 
     fn row(self, format: Format, path: &str) -> Result<&'static dyn Driver<H>, ImageError> {
@@ -114,20 +146,33 @@ impl<H: ImageHost> Formats<H> {
         })
     }
 
-    /// Reads the properties of the image `spec`.
+    /// Reads the properties of the image `spec`, `unlocked` also while another process writes to it.
     ///
     /// # Errors
     /// [`ImageError`].
-    pub async fn describe(self, host: &H, spec: &ImageSpec) -> Result<Description, ImageError> {
-        self.driver(host, spec).await?.describe(host.clone(), spec.path.clone()).await
+    pub async fn describe(
+        self,
+        host: &H,
+        spec: &ImageSpec,
+        unlocked: bool,
+    ) -> Result<Description, ImageError> {
+        let how = OpenOptions { unlocked, ..OpenOptions::default() };
+        self.driver(host, spec, unlocked).await?.describe(host.clone(), spec.path.clone(), how).await
     }
 
-    /// Checks the metadata of the image `spec` without changing it; `None` if its format has none.
+    /// Checks the metadata of the image `spec` without changing it, `unlocked` also while another process writes to it;
+    /// `None` if its format has none.
     ///
     /// # Errors
     /// [`ImageError`] when any of it cannot be read, which is not damage.
-    pub async fn check(self, host: &H, spec: &ImageSpec) -> Result<Option<CheckReport>, ImageError> {
-        match self.driver(host, spec).await?.check(host.clone(), spec.path.clone()) {
+    pub async fn check(
+        self,
+        host: &H,
+        spec: &ImageSpec,
+        unlocked: bool,
+    ) -> Result<Option<CheckReport>, ImageError> {
+        let how = OpenOptions { unlocked, ..OpenOptions::default() };
+        match self.driver(host, spec, unlocked).await?.check(host.clone(), spec.path.clone(), how) {
             Some(check) => check.await.map(Some),
             None => Ok(None),
         }
@@ -157,6 +202,21 @@ impl<H: ImageHost> Formats<H> {
         }
         row.create(host.clone(), path.to_owned(), image).await
     }
+}
+
+/// What the first bytes of a file claim.
+enum Recognised<H: 'static> {
+    /// A format with a driver.
+    Row(&'static dyn Driver<H>),
+    /// A format without one.
+    Foreign(&'static str),
+}
+
+/// The first bytes of a file.
+async fn head_of<H: ImageHost>(file: &ImageFile<H>) -> Result<[u8; HEAD_BYTES], ImageError> {
+    let mut head = [0; HEAD_BYTES];
+    file.read_bytes(0, &mut head).await.map_err(ImageError::io("read", file.name.as_str()))?;
+    Ok(head)
 }
 
 fn options_of(info: &FormatInfo) -> String {
@@ -189,7 +249,7 @@ impl<H: ImageHost> Formats<H> {
     ) -> Result<Rc<dyn Node>, ImageError> {
         let (mut patience, until_ns) = (Patience::until(), host.now_ns() + OPEN_ANEW_NS);
         loop {
-            match self.open_level(host.clone(), spec.clone(), options.clone(), 1).await {
+            match self.open_level(host.clone(), spec.clone(), options.clone(), (false, Vec::new())).await {
                 Err(error) if is_transient(&error) && patience.again_before(host, until_ns).await => {}
                 result => return result,
             }
@@ -201,12 +261,12 @@ impl<H: ImageHost> Formats<H> {
         host: H,
         spec: ImageSpec,
         options: OpenOptions,
-        level: usize,
+        (any, above): (bool, Vec<String>),
     ) -> LocalBoxFuture<Result<Rc<dyn Node>, ImageError>> {
         Box::pin(async move {
-            let driver = self.driver(&host, &spec).await?;
+            let driver = self.driver(&host, &spec, options.unlocked).await?;
             let format = driver.format();
-            driver.open(host, OpenImage { path: spec.path, options, format, formats: self, level }).await
+            driver.open(host, OpenImage { path: spec.path, options, format, formats: self, any, above }).await
         })
     }
 }
@@ -215,7 +275,8 @@ impl<H: ImageHost> OpenImage<H> {
     /// The image at `path`, of `format`, as the top of a chain of `formats`.
     #[cfg(test)]
     pub(crate) fn alone(path: &str, format: Format, formats: Formats<H>, options: &OpenOptions) -> Self {
-        Self { path: path.to_owned(), options: options.clone(), format, formats, level: 1 }
+        let (options, above) = (options.clone(), Vec::new());
+        Self { path: path.to_owned(), options, format, formats, any: false, above }
     }
 
     /// The error of opening a file with unusable contents; `advice` says what to do.
@@ -233,13 +294,18 @@ impl<H: ImageHost> OpenImage<H> {
             return Err(self.refused(what, "restore the image from a backup"));
         };
         let backing = resolve(&self.path, name);
+        if self.above.iter().chain([&self.path]).any(|above| same_path(above, &backing)) {
+            let what = format!("its backing file {backing} is this image, or one that is based on it");
+            return Err(self.refused(what, "give it another backing file"));
+        }
         self.below_limit(1, &backing)?;
         let allowed = match &self.options.backing {
             BackingPolicy::Refuse => None,
             BackingPolicy::Ask(allowed) => allowed(&backing),
         };
-        let format = match allowed {
-            Some(Backing::File(format)) => format,
+        let (format, any) = match allowed {
+            Some(Backing::File(format)) => (format, false),
+            Some(Backing::Any(format)) => (format, true),
             Some(Backing::Open(node)) => {
                 let depth =
                     |(above, node): &(usize, Rc<dyn Node>)| above + usize::from(node.name().is_some());
@@ -249,25 +315,50 @@ impl<H: ImageHost> OpenImage<H> {
             }
             None => {
                 let what = format!("it is based on {backing}, which may not be opened");
-                return Err(self.refused(what, "allow it with --backing FORMAT, or flatten the image"));
+                return Err(self.refused(what, "allow it with --backing, or flatten the image"));
             }
         };
         let spec = ImageSpec { format, path: backing.clone() };
         let below = OpenOptions { write: false, ..self.options.clone() };
-        let opened = self.formats.open_level(host.clone(), spec, below, self.level + 1).await;
+        let above = self.above.iter().chain([&self.path]).cloned().collect();
+        let opened = self.formats.open_level(host.clone(), spec, below, (any, above)).await;
         let path = self.path.clone();
         opened.map_err(|error| ImageError::Backing { path, backing, error: Box::new(error) })
     }
 
+    /// Fails if `file`, which is to be read as a raw disk because the caller said so of any file, begins like an image:
+    /// its bytes would be shown as those of the disk.
+    ///
+    /// # Errors
+    /// [`ImageError`], also if its first bytes cannot be read.
+    pub(crate) async fn unlike_others(&self, file: &ImageFile<H>) -> Result<(), ImageError> {
+        if !self.any {
+            return Ok(());
+        }
+        let name = match self.formats.recognised(&head_of(file).await?) {
+            Some(Recognised::Row(row)) => row.format().name(),
+            Some(Recognised::Foreign(name)) => name,
+            None => return Ok(()),
+        };
+        let what = format!("it begins like an image in the format {name}");
+        Err(self
+            .refused(what, "name the format of this file with --backing FORMAT:PATH, raw if it is a disk"))
+    }
+
+    /// 1 for the image that was asked for, one more with each below it.
+    fn level(&self) -> usize {
+        self.above.len() + 1
+    }
+
     /// Fails if `images` more below this one make the chain too long.
     fn below_limit(&self, images: usize, backing: &str) -> Result<(), ImageError> {
-        if self.level + images <= MAX_CHAIN {
+        if self.level() + images <= MAX_CHAIN {
             return Ok(());
         }
         let what = if images == 1 {
             format!("there are more than {MAX_CHAIN} images above {backing}")
         } else {
-            format!("its chain of {} images would be longer than {MAX_CHAIN}", self.level + images)
+            format!("its chain of {} images would be longer than {MAX_CHAIN}", self.level() + images)
         };
         Err(self.refused(what, "merge some of them"))
     }

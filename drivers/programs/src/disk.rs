@@ -5,11 +5,12 @@ use crate::spec::DiskSpec;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use std::rc::Rc;
+use std::str::FromStr;
 use tap_core::{CacheMode, Disk, DiskConfig, DiskStatus, Node, SchedulerStats};
-use tap_host::{Budget, SECTOR_BYTES, Sockets, VbdId};
+use tap_host::{Budget, Errno, SECTOR_BYTES, Sockets, VbdId};
 use tap_images::{
-    BackingPolicy, Format, Formats, ImageError, ImageFormat, ImageHost, ImageSpec, OpenOptions, SHIPPED,
-    format_called, parse_size, show_size,
+    Backing, BackingPolicy, Format, Formats, ImageError, ImageFormat, ImageHost, ImageSpec, OpenOptions,
+    SHIPPED, format_called, parse_size, same_path, show_size,
 };
 use tap_nbd::{Client, ClientConfig, ClientError};
 
@@ -24,6 +25,8 @@ tap_host::listed! {
 pub struct DiskOptions {
     /// Also for writing.
     pub write: bool,
+    /// Read without a lock, although another process may be writing.
+    pub unlocked: bool,
     /// Bypass the host's page cache.
     pub direct: bool,
     /// When writes become durable.
@@ -52,45 +55,81 @@ pub(crate) fn format_parser() -> impl TypedValueParser<Value = Format> {
         .try_map(|name| format_called(&name).ok_or("it is not a known format"))
 }
 
-/// The format to open backing files as; `None`: refuse them.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct BackingArg(Option<ImageFormat>);
+/// One value of `--backing`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum BackingArg {
+    /// No backing file may be opened.
+    Refuse,
+    /// Any may, as this format.
+    Any(ImageFormat),
+    /// This one may.
+    File(ImageSpec),
+}
 
-impl BackingArg {
-    /// The format to open backing files as; `None` if they are refused.
-    pub(crate) fn format(self) -> Option<ImageFormat> {
-        self.0
-    }
+const REFUSE: &str = "refuse";
+const PROBE: &str = "probe";
 
-    /// The policy for opening.
-    pub fn policy(self) -> BackingPolicy {
-        self.format().map_or(BackingPolicy::Refuse, BackingPolicy::any)
+impl FromStr for BackingArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            REFUSE => return Ok(Self::Refuse),
+            PROBE => return Ok(Self::Any(ImageFormat::Probe)),
+            name => {
+                if let Some(format) = format_called(name) {
+                    return Ok(Self::Any(format.into()));
+                }
+            }
+        }
+        match text.parse() {
+            Ok(DiskSpec::Image(spec @ ImageSpec { format: ImageFormat::As(_), .. })) => Ok(Self::File(spec)),
+            Ok(DiskSpec::Nbd { .. }) => Err("a backing file is a file".to_owned()),
+            _ => {
+                let formats: Vec<&str> = SHIPPED.iter().map(|format| format.name()).collect();
+                Err(format!("it is {REFUSE}, {}, {PROBE} or FORMAT:PATH", formats.join(", ")))
+            }
+        }
     }
 }
 
-/// Option value: no backing file may be opened.
-pub(crate) const REFUSE: &str = "refuse";
-/// Option value: the format of a backing file is probed.
-const PROBE: &str = "probe";
+/// Options for backing files.
+#[derive(Args, Clone, Debug, Default)]
+pub(crate) struct BackingArgs {
+    #[arg(long, value_name = "HOW", help = backing_help())]
+    backing: Vec<BackingArg>,
+}
 
-/// Parses which backing files may be opened.
-pub(crate) fn backing_parser() -> impl TypedValueParser<Value = BackingArg> {
-    let refuse = PossibleValue::new(REFUSE).help("None: an image that names a backing file is refused");
-    let probe = PossibleValue::new(PROBE).help(
-        "Any file, in the format it appears to have; not for files that a guest could write as raw disks",
-    );
-    let known = format_values().map(|value| {
-        let name = value.get_name().to_owned();
-        value.help(format!("Any file, as {name}"))
-    });
-    PossibleValuesParser::new([refuse].into_iter().chain(known).chain([probe])).try_map(|name| {
-        let format = match name.as_str() {
-            REFUSE => None,
-            PROBE => Some(ImageFormat::Probe),
-            name => Some(ImageFormat::As(format_called(name).ok_or("it is not a known format")?)),
-        };
-        Ok::<_, &str>(BackingArg(format))
-    })
+fn backing_help() -> String {
+    let formats: Vec<&str> = SHIPPED.iter().map(|format| format.name()).collect();
+    format!(
+        "Which backing files may be opened: {REFUSE} (none, the default), {} (any, as this format), {PROBE} (any, in \
+         the format it appears to have; not for files that a guest could write as raw disks), FORMAT:PATH (this file; \
+         may be repeated, and takes precedence)",
+        formats.join(" or ")
+    )
+}
+
+impl BackingArgs {
+    /// The policy for opening: files by name first, then the last value for any file.
+    pub(crate) fn policy(&self) -> BackingPolicy {
+        let mut files = Vec::new();
+        let mut any = None;
+        for arg in &self.backing {
+            match arg {
+                BackingArg::Refuse => any = None,
+                BackingArg::Any(format) => any = Some(Backing::Any(*format)),
+                BackingArg::File(spec) => files.push(spec.clone()),
+            }
+        }
+        if files.is_empty() && any.is_none() {
+            return BackingPolicy::Refuse;
+        }
+        BackingPolicy::Ask(Rc::new(move |path| {
+            let named = files.iter().find(|file| same_path(&file.path, path));
+            named.map(|file| file.format.into()).or_else(|| any.clone())
+        }))
+    }
 }
 
 /// How a program that serves disks opens them.
@@ -105,9 +144,8 @@ pub struct ImageArgs {
     /// Refuse writes; images are opened for reading and may be shared with other readers
     #[arg(long)]
     pub read_only: bool,
-    /// Which backing files may be opened, and as what
-    #[arg(long, value_parser = backing_parser(), default_value = REFUSE, value_name = "HOW")]
-    backing: BackingArg,
+    #[command(flatten)]
+    backing: BackingArgs,
     /// Memory limit of all disks together, for buffers of requests and connections and for tables of images; at least
     /// 16M
     #[arg(long, default_value = "256M", value_name = "SIZE", value_parser = memory_size)]
@@ -160,6 +198,7 @@ impl ImageArgs {
     pub fn options(&self, write: bool, memory: &Budget, tuning: &Tuning) -> DiskOptions {
         DiskOptions {
             write,
+            unlocked: false,
             direct: self.direct,
             cache: self.cache.into(),
             backing: self.backing.policy(),
@@ -236,6 +275,16 @@ pub enum OpenError {
     Server(#[from] ClientError),
 }
 
+impl OpenError {
+    /// The error number of a file's failure.
+    pub(crate) fn errno(&self) -> Option<Errno> {
+        match self {
+            Self::Image(error) => Some(error.errno()),
+            Self::Server(_) => None,
+        }
+    }
+}
+
 /// Opens the image or export `spec` as the disk `id`; images have one of `formats`.
 ///
 /// # Errors
@@ -272,6 +321,7 @@ async fn open_image<H: ImageHost>(
 ) -> Result<Rc<dyn Node>, ImageError> {
     let open = OpenOptions {
         write: options.write,
+        unlocked: options.unlocked,
         direct: options.direct,
         backing: options.backing.clone(),
         memory: options.memory.clone(),
@@ -285,6 +335,42 @@ async fn open_image<H: ImageHost>(
                 host.sleep_ns(IN_USE_PAUSE_NS).await;
             }
             result => return result,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn asked(values: &[&str], path: &str) -> Option<Result<ImageFormat, ImageFormat>> {
+        let args = BackingArgs { backing: values.iter().map(|value| value.parse().unwrap()).collect() };
+        let BackingPolicy::Ask(gate) = args.policy() else { return None };
+        gate(path).map(|backing| match backing {
+            Backing::File(format) => Ok(format),
+            Backing::Any(format) => Err(format),
+            Backing::Open(_) => panic!("no option opens a node"),
+        })
+    }
+
+    #[test]
+    fn backing_files_by_name_precede_the_last_value_for_any() {
+        let [raw, qcow] = ["raw", "qcow"].map(|name| ImageFormat::As(format_called(name).unwrap()));
+        for (values, path, expected) in [
+            (&[][..], "/a", None),
+            (&["refuse"], "/a", None),
+            (&["raw"], "/a", Some(Err(raw))),
+            (&["raw", "refuse"], "/a", None),
+            (&["probe"], "/a", Some(Err(ImageFormat::Probe))),
+            (&["raw:/a", "qcow"], "/a", Some(Ok(raw))),
+            (&["raw:/a", "qcow"], "/b", Some(Err(qcow))),
+            (&["qcow:b/./c"], "b//c", Some(Ok(qcow))),
+            (&["qcow:/b"], "/a", None),
+        ] {
+            assert_eq!(asked(values, path), expected, "{values:?} for {path}");
+        }
+        for bad in ["", "vhd", "/a", "vhd:/a", "nbd:/a", "raw:"] {
+            assert!(bad.parse::<BackingArg>().is_err(), "{bad}");
         }
     }
 }

@@ -78,10 +78,14 @@ pub async fn run<H: ServeHost>(
     disks: &Disks<H>,
     console: &dyn Console,
 ) -> u8 {
+    // Whoever passes a socket may have lent its standard output, too, and expects nothing there but data.
+    let inherited = host.inherited();
+    let quiet = !inherited.is_empty();
+    let say = |line: &str| if quiet { console.err(line) } else { console.out(line) };
     let mut listed = Vec::new();
     let memory = args.images.budget(&tuning);
     let outcome = match args.open(&host, disks, &mut listed, &memory, &tuning).await {
-        Ok(exports) => args.serve(&host, disks, exports, console, &memory, &tuning).await,
+        Ok(exports) => args.serve(&host, disks, (exports, inherited), &say, &memory, &tuning).await,
         Err(why) => {
             host.mark(&SERVE_REFUSED);
             Err(why)
@@ -89,9 +93,9 @@ pub async fn run<H: ServeHost>(
     };
     if outcome.is_ok() {
         for disk in disks.list().0 {
-            console.out(&format!("export '{}': {}", disk.name, stats_summary(&disk.stats)));
+            say(&format!("export '{}': {}", disk.name, stats_summary(&disk.stats)));
         }
-        console.out(&memory_summary(&memory));
+        say(&memory_summary(&memory));
     }
     let mut status = 0;
     if let Err(text) = outcome {
@@ -130,7 +134,12 @@ impl ServeArgs {
             let mut place = disks.reserve(&name).map_err(|e| e.to_string())?;
             let (spec, description) = (&disk.spec, disk.spec.to_string());
             let disk = open_disk(host, Formats::shipped(), VbdId(id), spec, &options).await;
-            let disk = Rc::new(disk.map_err(|e| e.to_string())?);
+            let disk = Rc::new(disk.map_err(|error| match error.errno() {
+                Some(Errno::EACCES | Errno::EROFS) if options.write => {
+                    format!("{error}; with --read-only it need not be writable")
+                }
+                _ => error.to_string(),
+            })?);
             place.fill(&description, &disk);
             listed.push(place);
             let (node, read_only) = (tuning.disk(spec, disk.node()), self.images.read_only);
@@ -139,8 +148,12 @@ impl ServeArgs {
         Ok(exports)
     }
 
-    async fn listen<H: ServeHost>(&self, host: &H) -> Result<Vec<H::Listener>, String> {
-        let mut listeners = host.inherited();
+    /// The sockets to serve: those that the process was started with, and those of its options.
+    async fn listen<H: ServeHost>(
+        &self,
+        host: &H,
+        mut listeners: Vec<H::Listener>,
+    ) -> Result<Vec<H::Listener>, String> {
         if listeners.is_empty() && self.nbd.is_empty() {
             return Err(
                 "serve: there is no address to listen at; give one with --nbd unix:PATH or --nbd HOST:PORT"
@@ -150,6 +163,10 @@ impl ServeArgs {
         for address in &self.nbd {
             let listener = host.listen(address).await.map_err(|error| match error {
                 Errno::EADDRINUSE => format!("listen at {address}: {error}; another server is there"),
+                Errno::ENOTSOCK => {
+                    format!("listen at {address}: {error}; a file or folder is there, choose another path")
+                }
+                Errno::EHOSTUNREACH => format!("listen at {address}: {error}; no host of this name is known"),
                 error => format!("listen at {address}: {error}"),
             })?;
             listeners.push(listener);
@@ -161,8 +178,8 @@ impl ServeArgs {
         &self,
         host: &H,
         disks: &Disks<H>,
-        exports: Vec<Export>,
-        console: &dyn Console,
+        (exports, inherited): (Vec<Export>, Vec<H::Listener>),
+        say: &dyn Fn(&str),
         memory: &Budget,
         tuning: &Tuning,
     ) -> Result<(), String> {
@@ -171,14 +188,14 @@ impl ServeArgs {
         let server = server.map_err(|e| e.to_string())?;
         // Registered before the socket exists: a process that sees the socket may send a signal.
         let stopped = host.asked_to_stop();
-        let listeners = self.listen(host).await?;
+        let listeners = self.listen(host, inherited).await?;
         for disk in disks.list().0 {
-            console.out(&format!("export '{}': {}", disk.name, disk_summary(&disk)));
+            say(&format!("export '{}': {}", disk.name, disk_summary(&disk)));
         }
         host.mark(&EXPORTS_SERVED);
         let mut accepting = Vec::new();
         for listener in listeners {
-            console.out(&format!("listening at {}", listener.address()));
+            say(&format!("listening at {}", listener.address()));
             accepting.push(server.serve(listener));
         }
         let stop = async {

@@ -152,7 +152,7 @@ fn differences_in_content_and_size_are_reported() {
     };
     let at = format!("Content mismatch at offset {}!", (2 << 20) + 512);
     assert_eq!(compare("compare /a /b"), (1, at.clone()));
-    assert_eq!(compare("compare /short /b"), (1, at));
+    assert_eq!(compare("compare /short /b"), (1, format!("Warning: Image size mismatch!\n{at}")));
     let warned = "Warning: Image size mismatch!\nImages are identical.".to_owned();
     assert_eq!(compare("compare /short /a"), (0, warned));
     assert_eq!(compare("compare -s /short /a"), (1, "Strict mode: Image size mismatch!".to_owned()));
@@ -176,7 +176,7 @@ fn maps_report_depth_offset_and_kind() {
     assert_eq!(run(1), (Some(65536), Some(32768), Some(0), Some(true)));
     assert_eq!(map[1]["present"], false);
     let human = machine.ok("map --backing raw /top.qcow");
-    assert_eq!(human.lines().nth(1), Some("0x0             0x10000         0x0             /disk"));
+    assert_eq!(human.lines().nth(1), Some("0               0x10000         0               /disk"));
 }
 
 #[test]
@@ -190,13 +190,47 @@ fn maps_open_backing_files_as_the_option_says() {
     let mut bytes = machine.kernel.storage().bytes("/middle.qcow").unwrap();
     bytes[4..8].copy_from_slice(&3_u32.to_be_bytes());
     machine.kernel.storage().put_bytes("/middle.qcow", &bytes);
-    let human = machine.ok("map --backing raw /top.qcow");
+    let human = machine.ok("map --backing raw:/middle.qcow /top.qcow");
     assert!(human.lines().nth(1).is_some_and(|line| line.ends_with(" /middle.qcow")), "{human}");
-    let text = machine.fails("map --backing probe /top.qcow", 1);
-    assert!(
-        text.starts_with("use /middle.qcow as backing file of /top.qcow: ") && text.contains("version 3"),
-        "{text}"
-    );
+    for how in ["raw", "probe"] {
+        let text = machine.fails(&format!("map --backing {how} /top.qcow"), 1);
+        let begin = text.starts_with("use /middle.qcow as backing file of /top.qcow: ");
+        assert!(begin && text.contains("an image in the format qcow2"), "{text}");
+    }
+}
+
+#[test]
+fn the_levels_of_a_chain_may_be_opened_as_different_formats() {
+    let machine = Machine::quiet();
+    machine.put_disk("/disk", 64 << 10);
+    machine.ok("create -f qcow -b disk -F raw /middle.qcow");
+    machine.ok("create -f qcow -b middle.qcow /top.qcow");
+    let compare = |how: &str| format!("compare {how} /top.qcow raw:/disk");
+    for one in ["--backing qcow", "--backing raw", "--backing raw:/disk", "--backing qcow:/middle.qcow"] {
+        machine.fails(&compare(one), 2);
+    }
+    for both in [
+        "--backing qcow --backing raw:/disk",
+        "--backing raw --backing qcow:/middle.qcow",
+        "--backing raw:/disk --backing qcow:/middle.qcow",
+    ] {
+        assert_eq!(machine.ok(&compare(both)), "Images are identical.", "{both}");
+    }
+}
+
+#[test]
+fn a_loop_of_backing_files_is_reported() {
+    let machine = Machine::quiet();
+    machine.ok("create -f qcow /a.qcow 1M");
+    machine.ok("create -f qcow -b a.qcow /b.qcow");
+    // The two have names of the same length.
+    let mut bytes = machine.kernel.storage().bytes("/b.qcow").unwrap();
+    bytes[48] = b'b';
+    machine.kernel.storage().put_bytes("/a.qcow", &bytes);
+    let text = machine.fails("info --backing-chain /b.qcow", 1);
+    assert_eq!(text, "show /b.qcow: /b.qcow is among the images that it is based on");
+    let text = machine.fails("map --backing qcow /b.qcow", 1);
+    assert!(text.contains("is this image, or one that is based on it"), "{text}");
 }
 
 #[test]
@@ -257,7 +291,7 @@ fn bad_input_fails_with_one_clear_line() {
         ("info -f qcow /cut.qcow", 1, "it has only 40 bytes"),
         ("info vhd:/disk", 1, "not a known format"),
         ("info -f raw qcow:/a.qcow", 1, "another format than the option"),
-        ("info nbd:localhost:1", 1, "needs a file"),
+        ("check nbd:localhost:1", 1, "needs a file"),
         ("create /new", 1, "size is missing"),
         ("create -f qcow /new 12x", 1, "'12x' is not a size"),
         ("create -f qcow -o shape=round /new 1M", 1, "unknown option 'shape'"),
@@ -268,8 +302,9 @@ fn bad_input_fails_with_one_clear_line() {
             "a disk of 18446744073709551615 bytes is larger than a file can be",
         ),
         ("create -f qcow -b gone /new 1M", 1, "open /gone"),
-        ("info /v3.qcow", 1, "it has version 3, not 1"),
-        ("convert /v3.qcow /new", 1, "it has version 3, not 1"),
+        ("info /v3.qcow", 1, "an image in the format qcow2"),
+        ("info qcow:/v3.qcow", 1, "it has version 3, not 1"),
+        ("convert /v3.qcow /new", 1, "convert it with qemu-img"),
         ("create -b disk /new 1M", 1, "the format has no backing files; use -f qcow"),
         ("create -f qcow -b gone /new", 1, "open /gone"),
         ("check /disk", 63, "no metadata"),
@@ -320,6 +355,13 @@ fn an_image_in_use_is_not_opened() {
         let text = machine.fails(line, 1);
         assert_eq!(text, "lock /a.qcow: it is in use by another process; close it there first", "{line}");
     }
+    // A look without a lock, which takes none away.
+    machine.ok("create -q /zeros 1M");
+    for line in ["info -U", "check -q -U", "map --force-share", "compare -q -U /zeros"] {
+        machine.ok(&format!("{line} /a.qcow"));
+    }
+    machine.ok("convert -U -O qcow /a.qcow /copy.qcow");
+    machine.fails("info /a.qcow", 1);
     held.take();
     machine.ok("check -q /a.qcow");
 }

@@ -278,7 +278,7 @@ impl Damaged {
     async fn check(&self) -> Result<(), ImageError> {
         self.wait_for_the_last();
         let host = SimHost::start(&self.world.kernel, &self.world.xen, "tap-img", 0);
-        let report = formats::drivers().check(&host, &self.spec).await?.unwrap_or_default();
+        let report = formats::drivers().check(&host, &self.spec, false).await?.unwrap_or_default();
         let content = self.world.storage.content(&self.spec.path).unwrap_or_default();
         if self.view.size <= WALKED_BYTES && self.walks(&content) && report.problem_count > 0 {
             let text =

@@ -394,6 +394,7 @@ impl Chain {
         let limits = &self.limits;
         let options = OpenOptions {
             write: true,
+            unlocked: false,
             direct: limits.direct,
             table_bytes: limits.table_bytes,
             backing,

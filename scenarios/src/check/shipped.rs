@@ -68,7 +68,7 @@ pub async fn agree(world: &World, spec: &ImageSpec, when: &str) {
 }
 
 async fn check(host: &SimHost, spec: &ImageSpec) -> Result<CheckReport, ImageError> {
-    Ok(formats::drivers().check(host, spec).await?.unwrap_or_default())
+    Ok(formats::drivers().check(host, spec, false).await?.unwrap_or_default())
 }
 
 #[cfg(test)]

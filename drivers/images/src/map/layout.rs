@@ -1,6 +1,7 @@
 //! The tables of a format.
 
 use super::{Allocator, HostOffset};
+use tap_host::SECTOR_BYTES;
 
 /// The sizes and places in an image with two levels of tables.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -20,6 +21,10 @@ pub struct Geometry {
 pub(crate) const ENTRY_BYTES: u64 = 8;
 
 impl Geometry {
+    /// Whole sectors of the disk: QEMU does not show a part of a sector at its end, either.
+    pub fn disk_sectors(&self) -> u64 {
+        self.size_bytes / SECTOR_BYTES
+    }
     /// Bytes of a cluster.
     pub fn cluster_bytes(&self) -> u64 {
         1 << self.cluster_bits

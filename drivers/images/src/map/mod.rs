@@ -125,7 +125,7 @@ struct Image<H: ImageHost, L: Layout> {
 
 impl<H: ImageHost, L: Layout> MappedDisk<H, L> {
     fn new(image: Image<H, L>, read_only: bool) -> Self {
-        let size_sectors = image.geometry.size_bytes.div_ceil(SECTOR_BYTES);
+        let size_sectors = image.geometry.disk_sectors();
         let info = NodeInfo { read_only, ..image.file.node_info(size_sectors) };
         Self { image: RefCell::new(Some(Rc::new(image))), info }
     }

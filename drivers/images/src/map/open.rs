@@ -79,7 +79,7 @@ impl<H: ImageHost, L: Layout<Allocator = Frontier>> Front<H, L> {
     pub fn describe(&self, format: Format) -> Description {
         Description {
             format,
-            disk_bytes: self.geometry.size_bytes,
+            disk_bytes: self.geometry.disk_sectors() * SECTOR_BYTES,
             cluster_bytes: Some(self.geometry.cluster_bytes()),
             backing: None,
             backing_path: None,

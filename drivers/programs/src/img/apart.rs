@@ -13,7 +13,7 @@ tap_host::listed! {
 }
 
 /// Fails if `target` is the file `from` or, with `follow`, a file below it; returns all these files. A target that does
-/// not exist is none of them.
+/// not exist is none of them. With `unlocked` the files may be in use.
 ///
 /// # Errors
 /// The reason, as the end of a sentence.
@@ -21,7 +21,7 @@ pub(super) async fn apart<H: ImageHost>(
     host: &H,
     target: &str,
     from: &ImageSpec,
-    follow: bool,
+    (follow, unlocked): (bool, bool),
 ) -> Result<Vec<FileId>, String> {
     let unknown = host.bug(&UNKNOWN_FILE_APART);
     let id = match file_id(host, target).await {
@@ -43,7 +43,7 @@ pub(super) async fn apart<H: ImageHost>(
         }
         files.push(other);
         if follow {
-            next = match Formats::shipped().describe(host, &spec).await {
+            next = match Formats::shipped().describe(host, &spec, unlocked).await {
                 Ok(image) => image.backing_path.map(|path| ImageSpec { format: ImageFormat::Probe, path }),
                 // A file that is not an image of its format has no file below it; opening it reports that.
                 Err(ImageError::Refused { .. }) => None,

@@ -1,6 +1,6 @@
 //! `tap-img check`.
 
-use super::{Failure, Outcome, Output, print_json};
+use super::{Failure, Outcome, Output, SharedArgs, print_json};
 use crate::Console;
 use crate::disk::format_parser;
 use clap::Args;
@@ -18,6 +18,8 @@ pub(super) struct Check {
     /// Print nothing unless there is a problem
     #[arg(short, long)]
     quiet: bool,
+    #[command(flatten)]
+    shared: SharedArgs,
     /// The image
     file: String,
 }
@@ -50,11 +52,11 @@ const NOTHING_TO_CHECK: u8 = 63;
 impl Check {
     pub(super) async fn run<H: ImageHost>(&self, host: &H, console: &dyn Console) -> Outcome {
         let spec = super::image(&self.file, self.format).map_err(Failure::new)?;
-        let formats = Formats::shipped();
-        let image = formats.describe(host, &spec).await.map_err(Failure::new)?;
+        let (formats, unlocked) = (Formats::shipped(), self.shared.force_share);
+        let image = formats.describe(host, &spec, unlocked).await.map_err(Failure::new)?;
         // The format that was described, even if the file has changed since.
         let spec = ImageSpec { format: image.format.into(), ..spec };
-        let Some(report) = formats.check(host, &spec).await.map_err(Failure::new)? else {
+        let Some(report) = formats.check(host, &spec, unlocked).await.map_err(Failure::new)? else {
             let text = format!("check {}: the format {} has no metadata", spec.path, image.format);
             return Err(Failure { status: NOTHING_TO_CHECK, text });
         };

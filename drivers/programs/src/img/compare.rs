@@ -2,9 +2,9 @@
 
 use super::open_node;
 use super::pump::{Extents, PIECE_SECTORS, Run, TaskSet, is_zero, read};
-use super::{BackingArgs, Failure, Outcome};
+use super::{Failure, Outcome, SourceArgs};
 use crate::Console;
-use crate::disk::{DiskHost, DiskOptions, format_parser};
+use crate::disk::{DiskHost, format_parser};
 use clap::Args;
 use std::rc::Rc;
 use tap_core::Node;
@@ -32,7 +32,7 @@ pub(super) struct Compare {
     #[arg(short = 'm', long, default_value_t = 8, value_parser = clap::value_parser!(u8).range(1..=64))]
     parallel: u8,
     #[command(flatten)]
-    backing: BackingArgs,
+    reading: SourceArgs,
     /// The first image
     first: String,
     /// The second image
@@ -48,8 +48,9 @@ impl Compare {
         let mut disks = Vec::new();
         for (file, format) in [(&self.first, self.format), (&self.second, self.second_format)] {
             let spec = super::disk(file, format).map_err(Failure::with(CANNOT_OPEN))?;
-            let options = DiskOptions { backing: self.backing.backing.policy(), ..DiskOptions::default() };
-            disks.push(open_node(host, &spec, &options).await.map_err(Failure::with(CANNOT_OPEN))?);
+            disks.push(
+                open_node(host, &spec, &self.reading.options()).await.map_err(Failure::with(CANNOT_OPEN))?,
+            );
         }
         let say = |line: &str| {
             if !self.quiet {
@@ -66,12 +67,13 @@ impl Compare {
             status: CANNOT_READ,
             text: format!("compare {} with {}: {e}", self.first, self.second),
         })?;
+        // As QEMU's tool: it warns once it has compared the part that both have.
+        if sizes.0 != sizes.1 && different.is_none_or(|sector| sector >= sizes.0.min(sizes.1)) {
+            say("Warning: Image size mismatch!");
+        }
         if let Some(sector) = different {
             say(&format!("Content mismatch at offset {}!", sector * SECTOR_BYTES));
             return Ok(DIFFERENT);
-        }
-        if sizes.0 != sizes.1 {
-            say("Warning: Image size mismatch!");
         }
         say("Images are identical.");
         Ok(0)

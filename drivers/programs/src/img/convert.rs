@@ -4,7 +4,7 @@ use super::apart::apart;
 use super::open_node;
 use super::pump::{Extents, PIECE_SECTORS, TaskSet, is_zero, read};
 use super::target::{Target, TargetOptions};
-use super::{BackingArgs, Failure, Outcome};
+use super::{Failure, Outcome, SourceArgs};
 use crate::Console;
 use crate::disk::{DiskHost, DiskOptions, format_parser};
 use crate::spec::DiskSpec;
@@ -46,7 +46,7 @@ pub(super) struct Convert {
     #[arg(short, long)]
     quiet: bool,
     #[command(flatten)]
-    backing: BackingArgs,
+    reading: SourceArgs,
     /// The image to copy
     source: String,
     /// The image to create
@@ -75,13 +75,13 @@ impl Convert {
             return Err(Failure::new(format!("use -S {}: it is not a multiple of 512", self.sparse)));
         }
         let source = super::disk(&self.source, self.format).map_err(Failure::new)?;
-        let options = DiskOptions { backing: self.backing.backing.policy(), ..DiskOptions::default() };
+        let options = self.reading.options();
         let from = open_node(host, &source, &options).await.map_err(Failure::new)?;
         let mut files = Vec::new();
         if let (DiskSpec::Image(from), Ok(DiskSpec::Image(to))) = (&source, super::disk(&self.target, None)) {
             let follow = options.backing.is_asked();
             let copy = |why| Failure::new(format!("copy {} to {}: {why}", self.source, self.target));
-            files = apart(host, &to.path, from, follow).await.map_err(copy)?;
+            files = apart(host, &to.path, from, (follow, options.unlocked)).await.map_err(copy)?;
         }
         let to = self.open_target(host, from.info().size_sectors, files).await?;
         let copier = Copier {

@@ -49,8 +49,8 @@ impl Create {
             Some(name) => {
                 let format = self.backing_format.map_or(ImageFormat::Probe, ImageFormat::As);
                 let below = ImageSpec { format, path: resolve(&spec.path, name) };
-                let files = apart(host, &spec.path, &below, true).await.map_err(create)?;
-                (Some(formats.describe(host, &below).await.map_err(Failure::new)?.disk_bytes), files)
+                let files = apart(host, &spec.path, &below, (true, false)).await.map_err(create)?;
+                (Some(formats.describe(host, &below, false).await.map_err(Failure::new)?.disk_bytes), files)
             }
             None => (None, Vec::new()),
         };
@@ -63,7 +63,7 @@ impl Create {
         let target = Target { format, path: spec.path, size_bytes, backing: self.backing.clone(), apart };
         target.create(host, &self.options).await.map_err(Failure::new)?;
         if !self.quiet {
-            console.out(&format!("Formatting '{}', fmt={format} size={size_bytes}", target.path));
+            console.out(&format!("Formatting '{}', fmt={format} size={size}", target.path));
         }
         Ok(0)
     }

@@ -1,11 +1,13 @@
 //! `tap-img info`.
 
-use super::{Failure, Outcome, Output, print_json};
+use super::{Failure, Outcome, Output, SharedArgs, open_node, print_json};
 use crate::Console;
-use crate::disk::format_parser;
+use crate::disk::{DiskHost, DiskOptions, format_parser};
+use crate::spec::DiskSpec;
 use clap::Args;
 use serde::Serialize;
-use tap_images::{Description, Format, Formats, ImageFormat, ImageHost, ImageSpec, MAX_CHAIN, show_size};
+use tap_host::SECTOR_BYTES;
+use tap_images::{Description, Format, Formats, ImageFormat, ImageSpec, MAX_CHAIN, same_path, show_size};
 
 #[derive(Args, Debug)]
 pub(super) struct Info {
@@ -18,7 +20,9 @@ pub(super) struct Info {
     /// Also show the images below it
     #[arg(long)]
     backing_chain: bool,
-    /// The image
+    #[command(flatten)]
+    shared: SharedArgs,
+    /// The image, or an export of an NBD server
     file: String,
 }
 
@@ -31,7 +35,8 @@ struct Shown<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     cluster_size: Option<u64>,
     format: &'static str,
-    actual_size: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    actual_size: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     full_backing_filename: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -40,22 +45,58 @@ struct Shown<'a> {
 }
 
 impl Info {
-    pub(super) async fn run<H: ImageHost>(&self, host: &H, console: &dyn Console) -> Outcome {
-        let mut next = Some(super::image(&self.file, self.format).map_err(Failure::new)?);
+    pub(super) async fn run<H: DiskHost>(&self, host: &H, console: &dyn Console) -> Outcome {
+        let mut next = match super::disk(&self.file, self.format).map_err(Failure::new)? {
+            DiskSpec::Image(spec) => Some(spec),
+            export @ DiskSpec::Nbd { .. } => return self.of_export(host, &export, console).await,
+        };
         let mut chain: Vec<(String, Description)> = Vec::new();
         while let Some(spec) = next.take() {
             if chain.len() == MAX_CHAIN {
                 let text = format!("show {}: there are more than {MAX_CHAIN} images below it", self.file);
                 return Err(Failure::new(text));
             }
-            let image = Formats::shipped().describe(host, &spec).await.map_err(Failure::new)?;
+            let image = Formats::shipped()
+                .describe(host, &spec, self.shared.force_share)
+                .await
+                .map_err(Failure::new)?;
             if self.backing_chain {
                 let below = image.backing_path.clone();
                 next = below.map(|path| ImageSpec { format: ImageFormat::Probe, path });
             }
             chain.push((spec.path, image));
+            if let Some(below) = &next
+                && chain.iter().any(|(path, _)| same_path(path, &below.path))
+            {
+                let below = clean(&below.path);
+                let text = format!("show {}: {below} is among the images that it is based on", self.file);
+                return Err(Failure::new(text));
+            }
         }
         let all: Vec<Shown> = chain.iter().map(|(path, image)| shown(path, image)).collect();
+        self.print(&all, console);
+        Ok(0)
+    }
+
+    /// Shows the export of a server, which says how large it is and nothing else.
+    async fn of_export<H: DiskHost>(&self, host: &H, export: &DiskSpec, console: &dyn Console) -> Outcome {
+        let node = open_node(host, export, &DiskOptions::default()).await.map_err(Failure::new)?;
+        let shown = Shown {
+            virtual_size: node.info().size_sectors * SECTOR_BYTES,
+            filename: &self.file,
+            cluster_size: None,
+            format: "raw",
+            actual_size: None,
+            full_backing_filename: None,
+            backing_filename: None,
+            dirty_flag: false,
+        };
+        self.print(&[shown], console);
+        node.close().await.map_err(|e| Failure::new(format!("close {export}: {e}")))?;
+        Ok(0)
+    }
+
+    fn print(&self, all: &[Shown], console: &dyn Console) {
         match self.output {
             Output::Json if self.backing_chain => print_json(console, &all),
             Output::Json => print_json(console, &all[0]),
@@ -68,7 +109,6 @@ impl Info {
                 }
             }
         }
-        Ok(0)
     }
 }
 
@@ -78,7 +118,7 @@ fn shown<'a>(path: &'a str, image: &'a Description) -> Shown<'a> {
         filename: path,
         cluster_size: image.cluster_bytes,
         format: image.format.name(),
-        actual_size: image.allocated_bytes,
+        actual_size: Some(image.allocated_bytes),
         full_backing_filename: image.backing_path.as_deref(),
         backing_filename: image.backing.as_deref(),
         dirty_flag: false,
@@ -89,7 +129,8 @@ fn print_human(console: &dyn Console, image: &Shown) {
     console.out(&format!("image: {}", image.filename));
     console.out(&format!("file format: {}", image.format));
     console.out(&format!("virtual size: {} ({} bytes)", show_size(image.virtual_size), image.virtual_size));
-    console.out(&format!("disk size: {}", show_size(image.actual_size)));
+    let disk_size = image.actual_size.map_or_else(|| "unavailable".to_owned(), show_size);
+    console.out(&format!("disk size: {disk_size}"));
     if let Some(bytes) = image.cluster_size {
         console.out(&format!("cluster_size: {bytes}"));
     }

@@ -2,9 +2,9 @@
 
 use super::open_node;
 use super::pump::{Extents, Run};
-use super::{BackingArgs, Failure, Outcome, Output};
+use super::{Failure, Outcome, Output, SourceArgs};
 use crate::Console;
-use crate::disk::{DiskHost, DiskOptions, format_parser};
+use crate::disk::{DiskHost, format_parser};
 use crate::spec::DiskSpec;
 use clap::Args;
 use serde::Serialize;
@@ -23,7 +23,7 @@ pub(super) struct Map {
     #[arg(long, value_enum, default_value_t)]
     output: Output,
     #[command(flatten)]
-    backing: BackingArgs,
+    reading: SourceArgs,
     /// The image
     file: String,
 }
@@ -61,8 +61,7 @@ impl Shown<'_> {
 impl Map {
     pub(super) async fn run<H: DiskHost>(&self, host: &H, console: &dyn Console) -> Outcome {
         let spec = super::disk(&self.file, self.format).map_err(Failure::new)?;
-        let options = DiskOptions { backing: self.backing.backing.policy(), ..DiskOptions::default() };
-        let node = open_node(host, &spec, &options).await.map_err(Failure::new)?;
+        let node = open_node(host, &spec, &self.reading.options()).await.map_err(Failure::new)?;
         let sources = Sources::of(&node, &spec);
         let is_json = self.output == Output::Json;
         let mut printer = Printer { console, is_json, before: None, count: 0 };
@@ -134,12 +133,14 @@ impl<'a> Printer<'a> {
             return Ok(());
         }
         if run.data {
+            // As printf's %#x, which leaves the prefix of 0 out.
+            let number = |n: u64| if n == 0 { "0".to_owned() } else { format!("{n:#x}") };
             let place = match run.offset {
-                Some(offset) => format!("{offset:#x}"),
+                Some(offset) => number(offset),
                 None if run.compressed => "compressed".to_owned(),
                 None => "-".to_owned(),
             };
-            let (start, length) = (format!("{:#x}", run.start), format!("{:#x}", run.length));
+            let (start, length) = (number(run.start), number(run.length));
             self.console.out(&format!("{start:<16}{length:<16}{place:<16}{}", run.file));
         }
         Ok(())

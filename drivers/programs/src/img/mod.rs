@@ -12,7 +12,7 @@ mod pump;
 mod target;
 
 use crate::Console;
-use crate::disk::{BackingArg, DiskHost, DiskOptions, REFUSE, backing_parser, open_disk};
+use crate::disk::{BackingArgs, DiskHost, DiskOptions, open_disk};
 use crate::help;
 use crate::spec::DiskSpec;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -66,12 +66,28 @@ enum Output {
     Json,
 }
 
-/// Options for backing files.
+/// An option of commands that only read.
 #[derive(Args, Clone, Copy, Debug)]
-struct BackingArgs {
-    /// Which backing files may be opened, and as what
-    #[arg(long, value_parser = backing_parser(), default_value = REFUSE, value_name = "HOW")]
-    backing: BackingArg,
+struct SharedArgs {
+    /// Read an image that another process has open for writing; what is read may be inconsistent
+    #[arg(short = 'U', long)]
+    force_share: bool,
+}
+
+/// How to open the images that a command reads.
+#[derive(Args, Clone, Debug)]
+struct SourceArgs {
+    #[command(flatten)]
+    backing: BackingArgs,
+    #[command(flatten)]
+    shared: SharedArgs,
+}
+
+impl SourceArgs {
+    fn options(&self) -> DiskOptions {
+        let (backing, unlocked) = (self.backing.policy(), self.shared.force_share);
+        DiskOptions { backing, unlocked, ..DiskOptions::default() }
+    }
 }
 
 /// Why a command failed: its exit status, and the text after "failed to".

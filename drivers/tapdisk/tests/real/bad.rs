@@ -18,6 +18,8 @@ pub(crate) fn tests(add: Add) {
     add("bad::a_hangup_ends_in_order".into(), &[], Box::new(hangup));
     add("bad::one_of_several_servers_started_at_once_listens".into(), &[], Box::new(at_once));
     add("bad::a_server_ends_with_the_parent_that_passed_its_socket".into(), &[], Box::new(orphan));
+    add("bad::a_full_standard_output_is_reported_with_the_name".into(), &[], Box::new(full_output));
+    add("bad::a_folder_need_not_be_readable".into(), &["setpriv"], Box::new(unreadable_folder));
     add("bad::qemu_respects_the_lock".into(), &["qemu-io", "qemu-img"], Box::new(locked));
 }
 
@@ -38,6 +40,10 @@ fn refused() -> Done {
         (vec![&disk], "no address"),
         (vec!["--nbd", &format!("unix:{}/gone/s", folder.path().display()), &disk], "listen at"),
         (vec!["--nbd", "192.0.2.1:1", &disk], "listen at"),
+        (vec!["--nbd", &format!("unix:{}", folder.path().display()), &disk], "a file or folder is there"),
+        (vec!["--nbd", &format!("unix:{}", path("disk")), &disk], "a file or folder is there"),
+        (vec!["--nbd", &good, &format!("nbd:unix:{}", path("disk"))], "a file or folder has this path"),
+        (vec!["--nbd", &good, "raw:/dev/zero"], "not a regular file or block device"),
     ] {
         let output = Command::new(TAPDISK).arg("serve").args(&args).output()?;
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -50,7 +56,40 @@ fn refused() -> Done {
         let output = Command::new(TAPDISK).arg("serve").args(args).output()?;
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!((output.status.code(), said.lines().count()), (Some(2), 1), "{args:?}: {said}");
-        assert!(said.ends_with("; see tapdisk --help\n"), "{args:?}: {said}");
+        assert!(said.ends_with("; see tapdisk serve --help\n"), "{args:?}: {said}");
+    }
+    Ok(())
+}
+
+fn full_output() -> Done {
+    let folder = tempfile::tempdir()?;
+    let disk = folder.path().join("disk").display().to_string();
+    tool(TAP_IMG, &["create", "-q", &disk, "1M"])?;
+    let full = std::fs::File::options().write(true).open("/dev/full")?;
+    let output = Command::new(TAP_IMG).args(["info", &disk]).stdout(full).output()?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.starts_with("tap-img: failed to print: ") && said.lines().count() == 1, "{said}");
+    Ok(())
+}
+
+/// A folder that may be written and searched, but not listed: its file system is synchronised instead.
+fn unreadable_folder() -> Done {
+    let folder = tempfile::tempdir()?;
+    let drop_box = folder.path().join("box");
+    std::fs::create_dir(&drop_box)?;
+    // The program must be within reach of another user.
+    let program = folder.path().join("tap-img");
+    std::fs::copy(TAP_IMG, &program)?;
+    for (path, mode) in [(folder.path(), 0o755), (&program, 0o755), (&drop_box, 0o333)] {
+        std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(mode))?;
+    }
+    let (program, disk) = (program.display().to_string(), drop_box.join("disk").display().to_string());
+    let user = ["--reuid=65534", "--clear-groups"];
+    if Command::new("setpriv").args(user).arg("true").status().is_ok_and(|status| status.success()) {
+        let create = [&program, "create", "-q", "-f", "qcow", &disk, "1M"];
+        tool("setpriv", &[&user[..], &create].concat())?;
+        tool(TAP_IMG, &["check", &disk])?;
     }
     Ok(())
 }

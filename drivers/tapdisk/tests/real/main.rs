@@ -3,6 +3,7 @@
 //! A test that needs something the machine lacks (QEMU's tools, libnbd's tools, permission to mount) reports itself
 //! ignored, with the reason.
 
+mod alike;
 mod bad;
 mod client;
 mod crash;
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
     peers::tests(&mut add);
     crash::tests(&mut add);
     bad::tests(&mut add);
+    alike::tests(&mut add);
     trials.extend(space::tests());
     libtest_mimic::run(&args, trials).exit_code()
 }

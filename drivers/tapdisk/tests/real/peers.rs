@@ -5,7 +5,7 @@
 //!                    └─ qemu-io ─► raw twin ───────────────────────► the same bytes?
 //! ```
 
-use crate::server::{Server, TAP_IMG, tool};
+use crate::server::{Server, TAP_IMG, TAPDISK, tool};
 use crate::{Add, Done};
 use libtest_mimic::Failed;
 use rand_chacha::ChaCha8Rng;
@@ -37,6 +37,7 @@ pub(crate) fn tests(add: Add) {
         );
     }
     add("peers::nbdinfo_and_nbdcopy".into(), &["nbdinfo", "nbdcopy"], Box::new(libnbd));
+    add("peers::only_data_on_a_standard_output_that_was_lent".into(), &["nbdcopy"], Box::new(lent_output));
     add("peers::tap_img_and_qemu_img_agree".into(), QEMU, Box::new(tools_agree));
 }
 
@@ -198,6 +199,8 @@ fn libnbd() -> Done {
     ] {
         assert!(info.contains(word), "{word} in {info}");
     }
+    let shown = tool(TAP_IMG, &["info", &uri("disk")])?;
+    assert!(shown.ends_with("virtual size: 24 MiB (25165824 bytes)\ndisk size: unavailable\n"), "{shown}");
     let map = tool("nbdinfo", &["--map", &uri("disk")])?;
     assert!(map.contains("data") && map.contains("zero"), "{map}");
     assert!(tool("nbdinfo", &[&uri("nobody")]).is_err(), "an export that does not exist");
@@ -213,6 +216,22 @@ fn libnbd() -> Done {
     assert!(target.stop()?.success());
     let new = format!("qcow:{}", place.text("new"));
     tool(TAP_IMG, &["compare", "-q", &new, &format!("raw:{}", place.text("copy"))])?;
+    Ok(())
+}
+
+/// nbdcopy starts the server with a socket and its own standard output, where only the disk may appear.
+fn lent_output() -> Done {
+    let place = Place::new(15)?;
+    let bytes: Vec<u8> = (0..DISK_BYTES).map(|i| (i / 512) as u8).collect();
+    std::fs::write(place.path("disk"), &bytes)?;
+    let spec = format!("raw:{}", place.text("disk"));
+    let copy = ["--", "[", TAPDISK, "serve", &spec, "]", "-"];
+    let output = Command::new("nbdcopy").args(copy).stdin(Stdio::null()).output()?;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(output.stdout.len() as u64, DISK_BYTES);
+    assert!(output.stdout == bytes, "other bytes");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("listening at unix:") && said.contains("export '': raw:"), "{said}");
     Ok(())
 }
 

@@ -136,12 +136,12 @@ async fn map(world: &World, source: &Disk, made: &Made) {
     }
 }
 
-/// The `--backing` option for the files below what was made.
-fn below(source: &Disk, made: &Made) -> &'static str {
+/// The `--backing` option for the files below what was made: of two, the lower one is named.
+fn below(source: &Disk, made: &Made) -> String {
     match (made.overlay, &source.base) {
-        (true, Some(_)) => "probe",
-        (true, None) => source.spec.format.name(),
-        (false, _) => "raw",
+        (true, Some((path, _))) => format!("{} --backing raw:{path}", source.spec.format.name()),
+        (true, None) => source.spec.format.name().to_owned(),
+        (false, _) => "raw".to_owned(),
     }
 }
 

@@ -16,12 +16,12 @@ mod open;
 
 use crate::map::{Frontier, Geometry, HostOffset, Layout, MappedDisk, Mapping};
 use crate::{
-    CheckReport, Description, Format, FormatInfo, ImageError, ImageHost, NewImage, OpenImage, OptionInfo,
+    CheckReport, Description, Format, FormatInfo, ImageError, ImageHost, NewImage, OpenImage, OpenOptions,
+    OptionInfo,
 };
 use open::Front;
 use std::rc::Rc;
 use tap_core::{LocalBoxFuture, Node};
-use tap_host::Budget;
 
 tap_host::listed! {
     pub(crate) BUGS: Bug with [create::BUGS];
@@ -59,25 +59,34 @@ impl<H: ImageHost> crate::Driver<H> for Driver {
         Box::pin(async move { create::create(&host, &path, &image).await })
     }
 
-    fn describe(&self, host: H, path: String) -> LocalBoxFuture<Result<Description, ImageError>> {
-        Box::pin(async move { describe(&host, &path).await })
+    fn describe(
+        &self,
+        host: H,
+        path: String,
+        how: OpenOptions,
+    ) -> LocalBoxFuture<Result<Description, ImageError>> {
+        Box::pin(async move { describe(&host, &path, &how).await })
     }
 
-    fn check(&self, host: H, path: String) -> Option<LocalBoxFuture<Result<CheckReport, ImageError>>> {
-        Some(Box::pin(async move { check(&host, &path).await }))
+    fn check(
+        &self,
+        host: H,
+        path: String,
+        how: OpenOptions,
+    ) -> Option<LocalBoxFuture<Result<CheckReport, ImageError>>> {
+        Some(Box::pin(async move { check(&host, &path, &how).await }))
     }
 }
 
-async fn describe<H: ImageHost>(host: &H, path: &str) -> Result<Description, ImageError> {
-    let front = Front::read(host, path, false, false, &Budget::default()).await?;
+async fn describe<H: ImageHost>(host: &H, path: &str, how: &OpenOptions) -> Result<Description, ImageError> {
+    let front = Front::read(host, path, how).await?;
     let backing = front.backing_name.as_deref().map(|name| String::from_utf8_lossy(name).into_owned());
     let backing_path = backing.as_deref().map(|name| crate::resolve(path, name));
     Ok(Description { backing, backing_path, ..front.into_map().describe(FORMAT) })
 }
 
-async fn check<H: ImageHost>(host: &H, path: &str) -> Result<CheckReport, ImageError> {
-    let front = Front::read(host, path, false, false, &Budget::default()).await?;
-    front.into_map().check(host, path).await
+async fn check<H: ImageHost>(host: &H, path: &str, how: &OpenOptions) -> Result<CheckReport, ImageError> {
+    Front::read(host, path, how).await?.into_map().check(host, path).await
 }
 
 /// An open qcow image.

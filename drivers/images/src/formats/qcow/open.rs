@@ -4,9 +4,9 @@ use super::format::{self, Header, XEN_CHECKSUM_AT, Xen};
 use super::{Qcow, Qcow1};
 use crate::io::ImageFile;
 use crate::map::{self, HostOffset, decode_entries};
-use crate::{ImageError, ImageHost, OpenImage};
+use crate::{ImageError, ImageHost, OpenImage, OpenOptions};
 use smallvec::smallvec;
-use tap_host::{Budget, Errno, IoBuf};
+use tap_host::{Errno, IoBuf};
 
 /// Bytes of the first read: the header, the backing file's name and the L1 table of most images.
 const HEAD_BYTES: u64 = 8192;
@@ -26,14 +26,8 @@ pub(super) fn refused(path: &str, what: String, advice: &'static str) -> ImageEr
 
 impl<H: ImageHost> Front<H> {
     /// Opens the file and reads its header, L1 table and backing file's name.
-    pub(super) async fn read(
-        host: &H,
-        path: &str,
-        write: bool,
-        direct: bool,
-        memory: &Budget,
-    ) -> Result<Self, ImageError> {
-        let file = ImageFile::open(host, path, write, direct).await?.within(memory, path)?;
+    pub(super) async fn read(host: &H, path: &str, how: &OpenOptions) -> Result<Self, ImageError> {
+        let file = ImageFile::open(host, path, how).await?;
         let io = |error| ImageError::io("read", path)(error);
         let head = read_head(&file).await.map_err(io)?;
         let header = format::parse(&head, file.info.size_bytes)
@@ -42,7 +36,7 @@ impl<H: ImageHost> Front<H> {
         let l1 = bytes_at(&file, &head, header.geometry.root_at.0, l1_bytes).await.map_err(io)?;
         let mut l1: Vec<u64> = decode_entries(&l1).collect();
         if header.xen.is_some_and(|xen| !xen.l1_big_endian) {
-            if write {
+            if how.write {
                 let what = "its L1 table has the byte order of the machine that wrote it".to_owned();
                 return Err(refused(path, what, "open it read-only, and convert it to write to it"));
             }
@@ -99,7 +93,7 @@ async fn bytes_at<H: ImageHost>(
 /// Opens an image and its backing file.
 pub(super) async fn open<H: ImageHost>(host: &H, image: &OpenImage<H>) -> Result<Qcow<H>, ImageError> {
     let (path, options) = (&image.path, &image.options);
-    let front = Front::read(host, path, options.write, options.direct, &options.memory).await?;
+    let front = Front::read(host, path, options).await?;
     let backing = match &front.backing_name {
         Some(name) => Some(image.backing(host, name).await?),
         None => None,

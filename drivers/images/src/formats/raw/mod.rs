@@ -5,7 +5,7 @@
 use crate::calls::closed;
 use crate::io::{ImageFile, sync_name};
 use crate::sync::{FLUSH_EARLY, FUA_UNSYNCED};
-use crate::{Description, Format, FormatInfo, ImageError, ImageHost, NewImage, OpenImage};
+use crate::{Description, Format, FormatInfo, ImageError, ImageHost, NewImage, OpenImage, OpenOptions};
 use std::cell::RefCell;
 use std::rc::Rc;
 use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, NodeName, Op, Request, Response, Source};
@@ -41,9 +41,14 @@ impl<H: ImageHost> crate::Driver<H> for Driver {
         Box::pin(async move { create(&host, &path, image.size_bytes, image.existing.as_deref()).await })
     }
 
-    fn describe(&self, host: H, path: String) -> LocalBoxFuture<Result<Description, ImageError>> {
+    fn describe(
+        &self,
+        host: H,
+        path: String,
+        how: OpenOptions,
+    ) -> LocalBoxFuture<Result<Description, ImageError>> {
         Box::pin(async move {
-            let file = ImageFile::open(&host, &path, false, false).await?;
+            let file = ImageFile::open(&host, &path, &how).await?;
             Ok(Description {
                 format: FORMAT,
                 disk_bytes: file.info.size_bytes.next_multiple_of(SECTOR_BYTES),
@@ -98,7 +103,8 @@ impl<H: ImageHost> Raw<H> {
     async fn open(host: &H, image: &OpenImage<H>) -> Result<Self, ImageError> {
         let (path, options) = (&image.path, &image.options);
         let write = options.write;
-        let file = ImageFile::open(host, path, write, options.direct).await?.within(&options.memory, path)?;
+        let file = ImageFile::open(host, path, options).await?;
+        image.unlike_others(&file).await?;
         let (size, align) = (file.info.size_bytes, u64::from(file.info.align_bytes));
         let refused = |what, advice| Err(image.refused(what, advice));
         if write && !size.is_multiple_of(SECTOR_BYTES) {

@@ -55,20 +55,19 @@ fn backing_files_are_opened_only_if_allowed() {
     let (host, options) = (world.clone(), OpenOptions::default());
     let refused = world.block_on(async move { open(&host, &options).await.err() }).unwrap();
     let text = "open /image as qcow: it is based on /base, which may not be opened; \
-                allow it with --backing FORMAT, or flatten the image";
+                allow it with --backing, or flatten the image";
     assert_eq!(refused.to_string(), text);
-    // An image that is its own backing file fails at the limit, or at the lock.
     let (host, mut options) = (world.clone(), setup.options(false));
     options.backing = BackingPolicy::any(QCOW);
     world.put(BASE, world.bytes(PATH));
     let refused = world.block_on(async move { open(&host, &options).await.err() }).unwrap();
-    let text = "use /base as backing file of /image: open /base as qcow: there are more than 64 images above /base; \
-                merge some of them";
-    assert_eq!(refused.to_string(), text, "the outer pair and the cause, not 64 levels");
+    let text = "use /base as backing file of /image: open /base as qcow: its backing file /base is this image, or \
+                one that is based on it; give it another backing file";
+    assert_eq!(refused.to_string(), text, "a loop");
 }
 
 #[test]
-fn probing_recognises_qcow_and_takes_all_else_as_raw() {
+fn probing_recognises_images_and_takes_all_else_as_raw() {
     let world = World::new(1);
     SMALL.create(&world);
     world.put(BASE, vec![1; 2048]);
@@ -79,17 +78,82 @@ fn probing_recognises_qcow_and_takes_all_else_as_raw() {
             .block_on(async move { Formats::shipped().open(&host, &spec, &OpenOptions::default()).await });
         assert_eq!(node.unwrap().info().size_sectors, sectors);
     }
-    // Another version is refused: as raw, its header would be the start of a disk.
+    // An image that cannot be read is refused: as raw, its header would be the start of a disk.
     let mut newer = world.bytes(PATH);
-    newer[4..8].copy_from_slice(&3_u32.to_be_bytes());
-    world.put(BASE, newer);
-    for (format, refused) in [(ImageFormat::Probe, true), (RAW, false)] {
-        let (host, spec) = (world.clone(), crate::ImageSpec { format, path: BASE.to_owned() });
-        let node = world
-            .block_on(async move { Formats::shipped().open(&host, &spec, &OpenOptions::default()).await });
-        let text = node.err().map(|e| e.to_string());
-        assert_eq!(text.as_ref().is_some_and(|t| t.contains("it has version 3, not 1")), refused, "{text:?}");
+    for (version, words) in [(3_u32, "an image in the format qcow2"), (4, "it has version 4, not 1")] {
+        newer[4..8].copy_from_slice(&version.to_be_bytes());
+        world.put(BASE, newer.clone());
+        for (format, refused) in [(ImageFormat::Probe, true), (RAW, false)] {
+            let (host, spec) = (world.clone(), crate::ImageSpec { format, path: BASE.to_owned() });
+            let node = world.block_on(async move {
+                Formats::shipped().open(&host, &spec, &OpenOptions::default()).await
+            });
+            let text = node.err().map(|e| e.to_string());
+            assert_eq!(text.as_ref().is_some_and(|t| t.contains(words)), refused, "{text:?}");
+        }
     }
+}
+
+/// Whoever says of any backing file that it is raw may not know all of them.
+#[test]
+fn a_backing_file_that_begins_like_an_image_is_raw_only_by_name() {
+    let world = World::new(1);
+    let setup = Setup { base_sectors: Some(10), ..SMALL };
+    setup.create(&world);
+    let open = |policy: BackingPolicy| {
+        let (host, mut options) = (world.clone(), setup.options(true));
+        options.backing = policy;
+        world.block_on(async move { open(&host, &options).await }).map(drop)
+    };
+    let named = || BackingPolicy::Ask(Rc::new(|_| Some(RAW.into())));
+    for head in [&b"QFI\xfb\0\0\0\x01"[..], b"QFI\xfb\0\0\0\x03", b"conectix"] {
+        open(BackingPolicy::any(RAW)).unwrap();
+        let mut bytes = world.bytes(BASE);
+        bytes[..8].copy_from_slice(head);
+        world.put(BASE, bytes.clone());
+        let refused = open(BackingPolicy::any(RAW)).unwrap_err().to_string();
+        assert!(refused.contains("open /base as raw: it begins like an image in the format "), "{refused}");
+        assert!(refused.ends_with("with --backing FORMAT:PATH, raw if it is a disk"), "{refused}");
+        open(named()).unwrap();
+        bytes[0] = 0;
+        world.put(BASE, bytes);
+    }
+}
+
+#[test]
+fn a_part_of_a_sector_at_the_end_of_a_disk_is_not_shown() {
+    let world = World::new(1);
+    SMALL.create(&world);
+    let mut bytes = world.bytes(PATH);
+    let size = SMALL.sectors * 512;
+    for (stored, shown) in
+        [(size, SMALL.sectors), (size - 1, SMALL.sectors - 1), (size - 511, SMALL.sectors - 1)]
+    {
+        bytes[24..32].copy_from_slice(&stored.to_be_bytes());
+        world.put(PATH, bytes.clone());
+        assert_eq!(SMALL.open(&world).info().size_sectors, shown, "{stored} bytes");
+        let (host, spec) = (world.clone(), crate::ImageSpec { format: QCOW, path: PATH.to_owned() });
+        let image = world.block_on(async move { Formats::shipped().describe(&host, &spec, false).await });
+        assert_eq!(image.unwrap().disk_bytes, shown * 512);
+    }
+}
+
+#[test]
+fn a_reader_without_a_lock_opens_an_image_that_is_written() {
+    let world = World::new(1);
+    SMALL.create(&world);
+    let writer = SMALL.open(&world);
+    for unlocked in [false, true] {
+        let (host, how) = (world.clone(), OpenOptions { unlocked, ..OpenOptions::default() });
+        let reader = world.block_on(async move { open(&host, &how).await.map(drop) });
+        assert_eq!(reader.is_err_and(|e| e.is_in_use()), !unlocked);
+        let (host, spec) = (world.clone(), crate::ImageSpec { format: QCOW, path: PATH.to_owned() });
+        let shown = world.block_on(async move { Formats::shipped().describe(&host, &spec, unlocked).await });
+        assert_eq!(shown.is_err_and(|e| e.is_in_use()), !unlocked);
+    }
+    // The lock of the writer was not given up.
+    assert!(SMALL.try_open(&world, true).is_err_and(|e| e.is_in_use()));
+    drop(writer);
 }
 
 #[test]

@@ -166,7 +166,7 @@ proptest! {
             }
             let host = world.clone();
             world.block_on(qcow.close()).unwrap();
-            world.block_on(async move { check(&host, PATH).await }).unwrap();
+            world.block_on(async move { check(&host, PATH, &OpenOptions::default()).await }).unwrap();
         }
     }
 }

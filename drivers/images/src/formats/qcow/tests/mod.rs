@@ -15,7 +15,7 @@ use crate::{BackingPolicy, Formats, ImageFormat, NewImage, OpenImage, OpenOption
 use std::cell::RefCell;
 use std::future::Future;
 use tap_core::{NodeInfo, Op, Request, Response};
-use tap_host::{Errno, IoBuf, IoVec, SectorRange};
+use tap_host::{Budget, Errno, IoBuf, IoVec, SectorRange};
 
 pub(super) const PATH: &str = "/image";
 pub(super) const BASE: &str = "/base";
@@ -100,6 +100,7 @@ impl Setup {
     pub(super) fn options(&self, write: bool) -> OpenOptions {
         OpenOptions {
             write,
+            unlocked: false,
             direct: self.direct,
             table_bytes: self.tables * crate::map::table_cost(1 << self.l2_bits),
             // A small cache goes with little memory.
@@ -172,7 +173,7 @@ pub(super) fn all(world: &World, qcow: &Qcow<World>) -> Vec<Option<u8>> {
 
 pub(super) fn checked(world: &World) -> CheckReport {
     let host = world.clone();
-    world.block_on(async move { check(&host, PATH).await }).unwrap()
+    world.block_on(async move { check(&host, PATH, &OpenOptions::default()).await }).unwrap()
 }
 
 /// Writes a compressed cluster of `fill` into an image that is not open, the way QEMU does: at the end of the file.
