@@ -19,6 +19,8 @@ const TABLE_OVERHEAD: usize = 256;
 
 /// Reads pieces of the disk `node`, all of which was read before.
 pub(super) async fn check_reads(world: &World, setup: &Setup, node: &dyn Node, limits: &StackLimits) {
+    // An operation that fails is repeated, which costs another.
+    world.storage.stop_failures();
     let content = setup.content(world);
     let Some(Ok(map)) = setup.model().walk(&content) else { return };
     let tables_bytes = map.tables.len() * ((8 << map.table_bits) + TABLE_OVERHEAD);

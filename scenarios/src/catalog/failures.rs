@@ -21,7 +21,7 @@ pub(super) fn lasting(sim: &Sim) -> Option<NthFailure> {
         times: setting(sim, "failure-lasts", &[1, 1, 1, FOR_GOOD, 24, FOR_GOOD]),
         of: setting(sim, "failure-of", &[Concerned::All, Concerned::ButSyncs, Concerned::Zeros]),
         effect: setting(sim, "failure-effect", &[0, 255, 128]),
-        error: setting(sim, "failure-error", &[Errno::EIO, Errno::ENOSPC, Errno::EAGAIN]),
+        error: setting(sim, "failure-error", &[Errno::EIO, Errno::ENOSPC]),
     })
 }
 
