@@ -1,5 +1,6 @@
 //! The command line as a user meets it: invalid input is refused with one line and exit status 2, and has no effect.
 
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -215,13 +216,16 @@ fn a_short_sweep_runs_every_scenario_once_and_interrupted_it_prints_what_was_don
     let scenarios = report["scenarios"].as_array().expect("a list");
     assert!(scenarios.len() > 40 && scenarios.iter().all(|s| s["passed"] != 0), "{text}");
 
-    let child = Command::new(env!("CARGO_BIN_EXE_tapsim"))
+    let mut child = Command::new(env!("CARGO_BIN_EXE_tapsim"))
         .args(["sweep", "qcow-created", "--for", "1h"])
         .current_dir(folder.path())
         .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
         .spawn()
         .expect("tapsim starts");
-    std::thread::sleep(std::time::Duration::from_secs(2));
+    // Its progress says that it is at work.
+    let mut said = BufReader::new(child.stderr.take().expect("a pipe")).lines();
+    assert!(said.any(|line| line.expect("text").contains(" runs, 0 failed")));
     let sent = Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill runs");
     assert!(sent.success());
     let output = child.wait_with_output().expect("it ends");

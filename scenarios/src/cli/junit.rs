@@ -1,6 +1,7 @@
 //! Results as JUnit's XML, which servers of continuous integration show.
 
 use super::Stop;
+use crate::report;
 use std::fmt::Write as _;
 use std::path::Path;
 
@@ -54,19 +55,8 @@ fn seconds(ns: u64) -> String {
 
 /// Text as XML; characters that XML cannot contain become question marks.
 fn escaped(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '&' => out += "&amp;",
-            '<' => out += "&lt;",
-            '>' => out += "&gt;",
-            '"' => out += "&quot;",
-            '\n' => out += "&#10;",
-            c if c.is_control() || matches!(c, '\u{fffe}' | '\u{ffff}') => out.push('?'),
-            c => out.push(c),
-        }
-    }
-    out
+    let unknown = |c: char| c != '\n' && c.is_control() || matches!(c, '\u{fffe}' | '\u{ffff}');
+    report::escaped(&text.replace(unknown, "?")).replace('\n', "&#10;")
 }
 
 #[cfg(test)]

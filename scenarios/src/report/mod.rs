@@ -15,6 +15,7 @@ mod perfetto;
 pub(crate) mod recorder;
 mod story;
 
+pub(crate) use page::escaped;
 pub use story::story;
 
 use crate::explain;

@@ -312,8 +312,8 @@ fn decisions(out: &mut String, report: &Report) {
     *out += "</ul></details>\n</section>\n</main>\n";
 }
 
-/// Text as HTML, also within quotes.
-pub(super) fn escaped(text: &str) -> String {
+/// Text as HTML or XML, also within quotes.
+pub(crate) fn escaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
         match c {
