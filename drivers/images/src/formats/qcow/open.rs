@@ -5,8 +5,7 @@ use super::{Qcow, Qcow1};
 use crate::io::ImageFile;
 use crate::map::{self, HostOffset, decode_entries};
 use crate::{ImageError, ImageHost, OpenImage, OpenOptions};
-use smallvec::smallvec;
-use tap_host::{Errno, IoBuf};
+use tap_host::Errno;
 
 /// Bytes of the first read: the header, the backing file's name and the L1 table of most images.
 const HEAD_BYTES: u64 = 8192;
@@ -66,11 +65,11 @@ impl<H: ImageHost> Front<H> {
     }
 }
 
-async fn read_head<H: ImageHost>(file: &ImageFile<H>) -> Result<IoBuf, Errno> {
-    let len = file.info.size_bytes.min(HEAD_BYTES) as usize;
-    let (result, mut bufs) = file.read_patiently(0, smallvec![file.buffer(len).await?]).await;
-    result?;
-    bufs.pop().ok_or(Errno::EIO)
+/// The first bytes, in ordinary memory: a buffer kept would be waited for by the reads after it.
+async fn read_head<H: ImageHost>(file: &ImageFile<H>) -> Result<Vec<u8>, Errno> {
+    let mut head = vec![0; file.info.size_bytes.min(HEAD_BYTES) as usize];
+    file.read_bytes(0, &mut head).await?;
+    Ok(head)
 }
 
 /// Reads bytes, from `head` if they are in it.
