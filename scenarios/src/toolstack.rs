@@ -18,8 +18,9 @@ use xen_model::{VbdPaths, attach_vbd, remove_vbd};
 /// How long xl waits for a state of the back end, in nanoseconds.
 const XL_WAITS_NS: u64 = 10_000_000_000;
 
-/// How long tapdisk may work after a guest is gone, and how long it must then be silent, in nanoseconds.
-const HALT_NS: [u64; 2] = [4_000_000_000, 500_000_000];
+/// How long tapdisk may work after a guest is gone, and how long it must then be silent, in nanoseconds. Each error of
+/// xenstored may cost it a pause of seconds, after which it opens the disk once more.
+const HALT_NS: [u64; 2] = [20_000_000_000, 500_000_000];
 
 impl Machine {
     /// Attaches `disk` to its guest with a script; the watching tapdisk has to find it.
