@@ -28,6 +28,8 @@ pub struct StackLimits {
     pub direct: bool,
     /// The image is opened read-only; not drawn.
     pub read_only: bool,
+    /// Clients also read and write parts of sectors: the sectors at the edges are buffers of their own. Not drawn.
+    pub unaligned: bool,
     /// Memory budget of the images of one disk in bytes; 0 is just their guaranteed minimum.
     pub memory_bytes: usize,
 }
@@ -50,6 +52,7 @@ impl StackLimits {
             piece_sectors: world.setting("direct-pieces", &[0, 8, 1, 3]),
             direct: world.setting("direct", &[false, true]),
             read_only: false,
+            unaligned: false,
             memory_bytes: world.setting("memory", &[64 << 20, 4 << 20, 0]),
         }
     }

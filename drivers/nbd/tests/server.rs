@@ -73,7 +73,7 @@ fn options_are_answered() {
         let infos = raw.replies().await;
         assert_eq!(infos[1], (REP_INFO, b"\0\x01disk".to_vec()));
         let sizes = InfoBlockSize::read_from_bytes(&infos[2].1).unwrap();
-        assert_eq!((sizes.minimum.get(), sizes.maximum.get()), (512, 32 << 20));
+        assert_eq!((sizes.minimum.get(), sizes.maximum.get()), (1, 32 << 20));
         assert_eq!(infos[3].0, REP_ACK);
         raw.request(CMD_FLUSH, 0, 5, 0, 0, b"").await;
         assert_eq!(raw.answer(0).await, ok(5));
@@ -167,15 +167,15 @@ fn wrong_requests_are_refused_and_the_connection_goes_on() {
         let raw = w.client("client", "disk", true).await;
         let big = 1 << 20;
         for (command, flags, offset, len, error) in [
-            (CMD_READ, 0, 1, 512, error::EINVAL),
-            (CMD_READ, 0, 0, 511, error::EINVAL),
-            (CMD_READ, 0, 0, 0, error::EINVAL),
+            (CMD_READ, 0, big - 1, 2, error::EINVAL),
+            (CMD_READ, 0, big + 1, 0, error::EINVAL),
+            (CMD_WRITE, 0, big + 1, 0, error::EINVAL),
             (CMD_READ, 0, big, 512, error::EINVAL),
             (CMD_READ, 0, u64::MAX - 511, 512, error::EINVAL),
             (CMD_READ, 0, 0, 65_536 + 512, error::EINVAL),
             (CMD_READ, 1 << 9, 0, 512, error::EINVAL),
             (CMD_WRITE, 0, big - 512, 1024, error::ENOSPC),
-            (CMD_WRITE, 0, 7, 1000, error::EINVAL),
+            (CMD_WRITE, 0, big - 7, 8, error::ENOSPC),
             (CMD_TRIM, 0, big - 512, 1024, error::ENOSPC),
             (CMD_BLOCK_STATUS, 0, 0, 512, error::EINVAL),
             (CMD_BLOCK_STATUS, 0, 0, u32::MAX - 511, error::EINVAL),
@@ -199,6 +199,97 @@ fn wrong_requests_are_refused_and_the_connection_goes_on() {
         }
         assert_eq!(marked(&w.kernel, "nbd-request-refused"), 16);
     });
+}
+
+/// What each request does to the bytes of a disk, and what the disk is asked for it.
+#[test]
+fn any_offset_and_length_is_served() {
+    for structured in [false, true] {
+        world(1, false, |w| async move {
+            let disk = Disk::new(4 * MIB);
+            let old = pattern(4 * MIB, 9);
+            disk.bytes.borrow_mut().copy_from_slice(&old);
+            w.serve(vec![export("disk", &disk)], ServerLimits::default()).await;
+            let raw = w.client("client", "disk", structured).await;
+            let (mut expected, new) = (old, pattern(2 * MIB, 77));
+            let sizes = [1, 3, 510, 511, 512, 513, 1023, 1024, 1025, 20_000, 1_048_590];
+            for (i, (at, len)) in
+                [0, 1, 511, 512, 700].into_iter().flat_map(|at| sizes.map(|len| (at, len))).enumerate()
+            {
+                let (cookie, offset) = (i as u64, at as u64);
+                match i % 3 {
+                    0 | 1 => {
+                        raw.request(CMD_WRITE, 0, cookie, offset, len as u32, &new[i..i + len]).await;
+                        expected[at..at + len].copy_from_slice(&new[i..i + len]);
+                    }
+                    _ => {
+                        raw.request(CMD_WRITE_ZEROES, 0, cookie, offset, len as u32, b"").await;
+                        expected[at..at + len].fill(0);
+                    }
+                }
+                assert_eq!(raw.answer(0).await, ok(cookie), "{len} bytes at {at}");
+                raw.request(CMD_READ, 0, cookie, offset, len as u32, b"").await;
+                let reply = raw.answer(len).await;
+                let (head, read) = reply.data.split_at(if structured { 8 } else { 0 });
+                assert!(head.is_empty() || head == offset.to_be_bytes());
+                assert!(read == &expected[at..at + len], "{len} bytes read at {at}");
+                assert!(*disk.bytes.borrow() == expected, "after {len} bytes at {at}");
+            }
+            // Only whole sectors are given back.
+            disk.seen.borrow_mut().clear();
+            for (offset, len) in [(1, 510), (1, 1022), (1, 1023), (511, 1026)] {
+                raw.request(CMD_TRIM, 0, 1, offset, len, b"").await;
+                assert_eq!(raw.answer(0).await, ok(1));
+            }
+            let trims = [(1, 1), (1, 2)].map(|(at, count)| (Op::Discard, SectorRange::new(at, count)));
+            assert_eq!(*disk.seen.borrow(), trims);
+            assert_eq!(marked(&w.kernel, "nbd-edge-awaited"), 0);
+        });
+    }
+}
+
+#[test]
+fn requests_of_no_bytes_do_nothing() {
+    world(1, false, |w| async move {
+        let disk = Disk::new(MIB);
+        w.serve(vec![export("disk", &disk)], ServerLimits::default()).await;
+        let raw = w.client("client", "disk", true).await;
+        for command in [CMD_READ, CMD_WRITE, CMD_TRIM, CMD_CACHE, CMD_WRITE_ZEROES] {
+            for offset in [0, 7, 1 << 20] {
+                raw.request(command, 0, 9, offset, 0, b"").await;
+                let reply = raw.answer(0).await;
+                let chunk = (command == CMD_READ).then_some(CHUNK_NONE);
+                assert_eq!((reply.cookie, reply.error, reply.chunk), (9, 0, chunk), "{command} at {offset}");
+                assert!(reply.data.is_empty());
+            }
+        }
+        assert!(disk.seen.borrow().is_empty());
+    });
+}
+
+/// Both writes are under way at once; each must keep the bytes of the other.
+#[test]
+fn writes_that_share_a_sector_keep_each_others_bytes() {
+    for (first, second) in [((0, 600), (600, 424)), ((100, 100), (0, 1024)), ((0, 1024), (500, 20))] {
+        world(1, false, |w| async move {
+            let disk = Disk::new(MIB);
+            w.serve(vec![export("disk", &disk)], ServerLimits::default()).await;
+            let (a, b) = (w.client("a", "disk", false).await, w.client("b", "disk", false).await);
+            let mut expected = vec![0; 1024];
+            for (client, (at, len), fill) in [(&a, first, 1), (&b, second, 2)] {
+                expected[at..at + len].fill(fill);
+                client.request(CMD_WRITE, 0, 1, at as u64, len as u32, &vec![fill; len]).await;
+            }
+            assert_eq!((a.answer(0).await, b.answer(0).await), (ok(1), ok(1)));
+            // Where both wrote, either may be the last.
+            let bytes = disk.bytes.borrow()[..1024].to_vec();
+            let both = |i: usize| {
+                (first.0..first.0 + first.1).contains(&i) && (second.0..second.0 + second.1).contains(&i)
+            };
+            let wrong = (0..1024).find(|i| if both(*i) { bytes[*i] == 0 } else { bytes[*i] != expected[*i] });
+            assert_eq!(wrong, None, "{first:?} and {second:?}");
+        });
+    }
 }
 
 #[test]
@@ -226,6 +317,16 @@ fn block_status_tells_holes_and_is_bounded() {
             assert_eq!((reply.cookie, reply.chunk), (4, Some(CHUNK_BLOCK_STATUS)));
             let (id, found) = reply.data.split_at(4);
             assert_eq!((id, found), (&[0, 0, 0, 1][..], extents.as_slice().as_bytes()));
+        }
+        // Bytes inside a sector.
+        for (offset, len, extents) in [
+            (1, 700, vec![status(700, 0)]),
+            ((1 << 20) - 100, 101, vec![status(100, 0), status(1, 3)]),
+            ((2 << 20) - 1, 3, vec![status(1, 3), status(2, 0)]),
+        ] {
+            raw.request(CMD_BLOCK_STATUS, 0, 4, offset, len, b"").await;
+            let reply = raw.answer(0).await;
+            assert_eq!(&reply.data[4..], extents.as_slice().as_bytes(), "{len} bytes at {offset}");
         }
     });
 }

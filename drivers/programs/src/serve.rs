@@ -143,6 +143,11 @@ impl ServeArgs {
             place.fill(&description, &disk);
             listed.push(place);
             let (node, read_only) = (tuning.disk(spec, disk.node()), self.images.read_only);
+            // Not its path, which is none of the clients' business.
+            let description = match spec {
+                DiskSpec::Image(image) => format!("{} image", image.format.name()),
+                DiskSpec::Nbd { .. } => "disk of another server".to_owned(),
+            };
             exports.push(Export { name, description, node, read_only });
         }
         Ok(exports)

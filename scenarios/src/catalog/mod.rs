@@ -67,6 +67,7 @@ static OTHERS: &[&Scenario] = &[
     &nbd::NBD_MODEST_SERVER,
     &nbd::NBD_CROWD,
     &nbd::NBD_EVERY_COMMAND,
+    &nbd::NBD_BYTES,
     &nbd::NBD_SERVER_STOPPED,
     &nbd::NBD_SERVE_REFUSED,
 ];
@@ -148,6 +149,7 @@ pub static LABELS: &[&Label] = &[
     &nbd::CROWD,
     &nbd::STOP_AFTER,
     &guest::NBD_STEP,
+    &nbd::BYTES_STEP,
     &damage::DAMAGE,
 ];
 

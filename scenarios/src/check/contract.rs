@@ -56,7 +56,7 @@ impl Contract {
             process: process.clone(),
             lower,
             limits: limits.scheduler,
-            in_pieces: limits.piece_sectors > 0,
+            in_pieces: limits.piece_sectors > 0 || limits.unaligned,
             running: RefCell::default(),
             queries: Cell::new(0),
             next: Cell::new(0),

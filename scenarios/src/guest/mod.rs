@@ -19,7 +19,7 @@ pub use nbd::{NBD_TRICK, NbdScript, RawNbd, Spread, describe_nbd_trick};
 pub use offer::{NBD_LESS, Offer};
 pub use options::NBD_OPTION;
 pub use ring::RingDisk;
-pub use speaker::{NBD_STEP, Speaker, Step, steps};
+pub use speaker::{Answer, NBD_STEP, Speaker, Step, steps};
 
 use crate::check::oracle::{Oracle, is_broken};
 use crate::check::{BlockHistory, Invariant, Space, SpaceEffect};

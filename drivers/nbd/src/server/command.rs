@@ -29,7 +29,12 @@ pub(super) enum Kind {
 pub(super) struct Job {
     pub(super) cookie: u64,
     pub(super) kind: Kind,
+    /// The sectors of which it concerns at least a byte; none if there is nothing to do.
     pub(super) range: SectorRange,
+    /// Bytes of the first sector before the request.
+    pub(super) skip: u32,
+    /// Bytes of the last sector after it.
+    pub(super) cut: u32,
     /// Durable when answered.
     pub(super) fua: bool,
 }
@@ -72,27 +77,66 @@ impl Job {
         };
         let writes = matches!(kind, Kind::Op(op) if op.is_write());
         let fua = writes && flags & command::FUA != 0;
-        let job = Self { cookie: header.cookie.get(), kind, range: SectorRange::default(), fua };
+        let range = SectorRange::default();
+        let job = Self { cookie: header.cookie.get(), kind, range, skip: 0, cut: 0, fua };
         if kind == Kind::Op(Op::Flush) {
             return Ok(job);
         }
         if writes && read_only {
             return Err(Refusal(error::EPERM, "the export is read-only"));
         }
-        let sector_bytes = SECTOR_BYTES as u32;
-        if !header.offset.get().is_multiple_of(SECTOR_BYTES) || !len.is_multiple_of(sector_bytes) || len == 0
-        {
-            return invalid("the request does not consist of sectors of 512 bytes");
-        }
         if matches!(kind, Kind::Op(op) if op.has_data()) && len > request_bytes {
             return invalid("the request is larger than the maximum block size");
         }
-        let range = SectorRange::new(header.offset.get() / SECTOR_BYTES, len / sector_bytes);
-        if !range.fits(export.size_sectors()) {
-            let error = if writes { error::ENOSPC } else { error::EINVAL };
+        let (offset, size_bytes) = (header.offset.get(), export.size_sectors() * SECTOR_BYTES);
+        if offset > size_bytes || u64::from(len) > size_bytes - offset {
+            // As QEMU does: without a byte there is no lack of space.
+            let error = if writes && len > 0 { error::ENOSPC } else { error::EINVAL };
             return Err(Refusal(error, "the request extends past the end of the export"));
         }
-        Ok(Self { range, ..job })
+        match kind {
+            Kind::Status { .. } if len == 0 => invalid("the request asks for the status of no bytes"),
+            // The lengths of extents are sums in 32 bits, and a reply may be short.
+            Kind::Status { .. } => Ok(job.around(offset, len.min(STATUS_BYTES_MAX))),
+            Kind::Op(Op::Discard) => Ok(job.within(offset, len)),
+            _ => Ok(job.around(offset, len)),
+        }
+    }
+
+    /// With the sectors that contain the bytes.
+    fn around(self, offset: u64, len: u32) -> Self {
+        if len == 0 {
+            return self;
+        }
+        let (start, end) = (offset / SECTOR_BYTES, (offset + u64::from(len)).div_ceil(SECTOR_BYTES));
+        let skip = (offset - start * SECTOR_BYTES) as u32;
+        let cut = (end * SECTOR_BYTES - offset - u64::from(len)) as u32;
+        // At most 2^23 + 1 sectors.
+        Self { range: SectorRange::new(start, (end - start) as u32), skip, cut, ..self }
+    }
+
+    /// With the sectors that consist of these bytes alone: a trim promises nothing about the rest.
+    fn within(self, offset: u64, len: u32) -> Self {
+        let (start, end) = (offset.div_ceil(SECTOR_BYTES), (offset + u64::from(len)) / SECTOR_BYTES);
+        if start >= end {
+            return self;
+        }
+        Self { range: SectorRange::new(start, (end - start) as u32), ..self }
+    }
+
+    /// Whether it begins and ends between sectors.
+    pub(super) fn is_aligned(&self) -> bool {
+        self.skip == 0 && self.cut == 0
+    }
+
+    /// Its first byte.
+    pub(super) fn offset(&self) -> u64 {
+        self.range.start.0 * SECTOR_BYTES + u64::from(self.skip)
+    }
+
+    /// Its bytes.
+    pub(super) fn len_bytes(&self) -> u64 {
+        self.range.len_bytes() - u64::from(self.skip) - u64::from(self.cut)
     }
 }
 
@@ -110,6 +154,8 @@ pub(super) fn error_of(errno: Errno) -> u32 {
     }
 }
 
+/// Most bytes that one block status is about.
+const STATUS_BYTES_MAX: u32 = u32::MAX - 2 * SECTOR_BYTES as u32;
 /// Most extents in one reply.
 const EXTENTS_MAX: usize = 1024;
 /// Sectors of one query to a node: bounds the list that it makes.
@@ -120,14 +166,14 @@ const STATUS_SECTORS: u64 = (64 << 20) / SECTOR_BYTES;
 const EXTENTS_AT_ONCE: usize = 128;
 const LOOKS_MAX: usize = 32;
 
-/// The extents of `range`, or of a part from its start on: at most one if `one`. Other tasks have their turn in
-/// between.
+/// The extents of `job`, or of a part from its start on: at most one if `one`. Other tasks have their turn in between.
 pub(super) async fn extents<H: Tasks + Probe>(
     host: &H,
     node: &dyn Node,
-    range: SectorRange,
+    job: &Job,
     one: bool,
 ) -> Result<Vec<StatusExtent>, Errno> {
+    let range = job.range;
     let most = if one { 1 } else { EXTENTS_MAX };
     let mut found: Vec<StatusExtent> = Vec::new();
     let (mut at, end) = (range.start.0, range.start.0 + u64::from(range.count));
@@ -146,7 +192,10 @@ pub(super) async fn extents<H: Tasks + Probe>(
         for extent in node.extents(asked, ask).await? {
             let hole = if extent.allocated || host.bug(&NBD_STATUS_SOLID) { 0 } else { STATE_HOLE };
             let state = hole | if extent.zero { STATE_ZERO } else { 0 };
-            let len = (extent.count * SECTOR_BYTES) as u32;
+            // Only the bytes that were asked for.
+            let before = if at == range.start.0 { u64::from(job.skip) } else { 0 };
+            let after = if at + extent.count == end { u64::from(job.cut) } else { 0 };
+            let len = (extent.count * SECTOR_BYTES - before - after) as u32;
             match found.last_mut() {
                 Some(last) if last.state.get() == state => last.len += len,
                 _ => found.push(StatusExtent { len: len.into(), state: state.into() }),

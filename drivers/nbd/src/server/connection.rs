@@ -13,14 +13,12 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 use tap_abi::nbd::{
-    CHUNK_BLOCK_STATUS, CHUNK_ERROR, CHUNK_OFFSET_DATA, CMD_DISC, CMD_TRIM, CMD_WRITE, ChunkHeader,
-    ErrorHead, OffsetData, RequestHeader, SimpleReply, StatusExtent,
+    CHUNK_BLOCK_STATUS, CHUNK_ERROR, CHUNK_NONE, CHUNK_OFFSET_DATA, CMD_DISC, CMD_TRIM, CMD_WRITE,
+    ChunkHeader, ErrorHead, OffsetData, RequestHeader, SimpleReply, StatusExtent,
 };
 use tap_core::wait::Semaphore;
 use tap_core::{Op, Request, Response};
-use tap_host::{
-    BufPool, Errno, IoVec, Log, Probe, SECTOR_BYTES, SendList, Stage, Stream, Tasks, Time, cost_of, unless,
-};
+use tap_host::{BufPool, Errno, IoVec, Log, Probe, SendList, Stage, Stream, Tasks, Time, cost_of, unless};
 use zerocopy::{FromBytes, IntoBytes};
 
 tap_host::listed! {
@@ -73,26 +71,26 @@ pub(super) fn cost_of_pieces(bytes: usize) -> usize {
 const NO_MEMORY: Why = "there is no memory for it";
 
 /// Why a connection ends.
-type Why = &'static str;
+pub(super) type Why = &'static str;
 
-struct Connection<H, S> {
-    server: Rc<Inner<H>>,
+pub(super) struct Connection<H, S> {
+    pub(super) server: Rc<Inner<H>>,
     number: u64,
     /// Memory reserved for this connection.
     own: Stage,
     stream: S,
-    agreed: Agreed,
+    pub(super) agreed: Agreed,
     pool: BufPool,
     out: Outbox,
     /// Set when no more requests may be taken.
-    stop: Rc<StopSignal>,
+    pub(super) stop: Rc<StopSignal>,
     /// Requests taken whose replies have not been sent.
     in_flight: Cell<u32>,
     /// The reading task waits until fewer are in flight.
     waits: Cell<bool>,
     requests: Cell<u64>,
-    writes: Cell<u64>,
-    flow: Rc<Flow>,
+    pub(super) writes: Cell<u64>,
+    pub(super) flow: Rc<Flow>,
     /// Allows one list of extents at a time.
     status_turn: Semaphore,
 }
@@ -155,7 +153,7 @@ where
     H: Time + Tasks + Log + Probe,
     S: Stream,
 {
-    fn host(&self) -> &H {
+    pub(super) fn host(&self) -> &H {
         &self.server.host
     }
 
@@ -187,7 +185,7 @@ where
     }
 
     /// The reason of the stop signal, or that of the stream.
-    fn why(&self, end: crate::inlet::End) -> Why {
+    pub(super) fn why(&self, end: crate::inlet::End) -> Why {
         self.stop.why().unwrap_or_else(|| why(end))
     }
 
@@ -250,15 +248,17 @@ where
 
     async fn start(self: &Rc<Self>, job: Job, payload: usize, inlet: &mut Inlet<S>) -> Result<(), Why> {
         match job.kind {
+            Kind::Op(op) if op != Op::Flush && job.range.count == 0 => self.nothing(job, op),
+            Kind::Op(op) if !job.is_aligned() => self.start_unaligned(job, op, inlet).await?,
             Kind::Op(op) => {
                 let mut bufs = IoVec::new();
                 if op.has_data() {
                     bufs = self.buffers(job.range.len_bytes() as usize).await?;
                 }
                 if payload > 0 {
-                    self.flow.receiving.set(!self.host().bug(&NBD_ANNOUNCED_KEPT));
+                    self.receiving(true);
                     let received = self.receive(bufs, payload, inlet).await;
-                    self.flow.receiving.set(false);
+                    self.receiving(false);
                     bufs = received?;
                     self.writes.set(self.writes.get() + 1);
                 }
@@ -273,8 +273,13 @@ where
         Ok(())
     }
 
+    /// Notes whether the data of a write is awaited, with its memory already taken.
+    pub(super) fn receiving(&self, awaited: bool) {
+        self.flow.receiving.set(awaited && !self.host().bug(&NBD_ANNOUNCED_KEPT));
+    }
+
     /// `bytes` of memory, all of it at once.
-    async fn buffers(&self, bytes: usize) -> Result<IoVec, Why> {
+    pub(super) async fn buffers(&self, bytes: usize) -> Result<IoVec, Why> {
         let taken = async {
             let mut room = self.pool.room(pieces(bytes)).await;
             let mut share = self.server.memory_for(self.number, &self.own, cost_of_pieces(bytes)).await?;
@@ -289,7 +294,12 @@ where
         self.stop.why().map_or(Ok(bufs), Err)
     }
 
-    async fn receive(&self, bufs: IoVec, payload: usize, inlet: &mut Inlet<S>) -> Result<IoVec, Why> {
+    pub(super) async fn receive(
+        &self,
+        bufs: IoVec,
+        payload: usize,
+        inlet: &mut Inlet<S>,
+    ) -> Result<IoVec, Why> {
         if payload <= SMALL_BYTES.min(inlet.capacity() - RequestHeader::BYTES) {
             inlet.need(payload, &self.stop).await.map_err(|end| self.why(end))?;
         } else if inlet.unread().len() < payload {
@@ -309,8 +319,22 @@ where
         if op == Op::Flush && self.host().bug(&NBD_FLUSH_OWN) && self.writes.get() == 0 {
             return self.done(job, Ok(()));
         }
-        let early = matches!(op, Op::WriteZeroes(_)) && self.host().bug(&NBD_ZEROES_EARLY);
-        let fua = job.fua && !early && !self.host().bug(&NBD_FUA_IGNORED);
+        if let Some(turn) = self.turn_after_edges(&job, op) {
+            let own = Rc::clone(self);
+            self.host().spawn("nbd-edges", job.range.start.0, async move {
+                turn.ready().await;
+                let answer = own.agreed.export.node.submit(Request {
+                    op,
+                    range: job.range,
+                    bufs,
+                    fua: own.fua(&job, op),
+                });
+                drop(turn);
+                own.answered(job, op, answer.await);
+            });
+            return;
+        }
+        let fua = self.fua(&job, op);
         let node = &self.agreed.export.node;
         let mut answer = node.submit(Request { op, range: job.range, bufs, fua });
         if let Poll::Ready(response) = answer.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
@@ -329,7 +353,13 @@ where
         });
     }
 
-    fn answered(&self, job: Job, op: Op, response: Response) {
+    /// Whether the node must make it durable before it answers.
+    pub(super) fn fua(&self, job: &Job, op: Op) -> bool {
+        let early = matches!(op, Op::WriteZeroes(_)) && self.host().bug(&NBD_ZEROES_EARLY);
+        job.fua && !early && !self.host().bug(&NBD_FUA_IGNORED)
+    }
+
+    pub(super) fn answered(&self, job: Job, op: Op, response: Response) {
         match response.result {
             Ok(()) if op == Op::Read => self.data(job, response.bufs),
             result => self.done(job, result),
@@ -339,7 +369,7 @@ where
     async fn status(&self, job: Job, one: bool) {
         let at_once = self.host().bug(&NBD_STATUS_AT_ONCE);
         let _turn = if at_once { None } else { Some(self.status_turn.acquire().await) };
-        match extents(self.host(), &*self.agreed.export.node, job.range, one).await {
+        match extents(self.host(), &*self.agreed.export.node, &job, one).await {
             Ok(found) => self.out.put(|list| {
                 let len = size_of::<u32>() + found.len() * StatusExtent::BYTES;
                 let head = ChunkHeader::new(job.cookie, CHUNK_BLOCK_STATUS, true, len as u32);
@@ -351,27 +381,44 @@ where
         }
     }
 
+    /// The reply to a request of no bytes.
+    fn nothing(&self, job: Job, op: Op) {
+        if op != Op::Read || !self.agreed.structured {
+            return self.done(job, Ok(()));
+        }
+        let head = ChunkHeader::new(self.cookie(job), CHUNK_NONE, true, 0);
+        self.out.put(|list| list.push_bytes(head.as_bytes()));
+    }
+
     /// The reply to a read.
     fn data(&self, job: Job, bufs: IoVec) {
         let cookie = self.cookie(job);
         self.out.put(|list| {
             if self.agreed.structured {
-                let len = OffsetData::BYTES + job.range.len_bytes() as usize;
+                let len = OffsetData::BYTES + job.len_bytes() as usize;
                 let mut head = [0; ChunkHeader::BYTES + OffsetData::BYTES];
                 let chunk = ChunkHeader::new(cookie, CHUNK_OFFSET_DATA, true, len as u32);
                 head[..ChunkHeader::BYTES].copy_from_slice(chunk.as_bytes());
-                let offset = job.range.start.0 * SECTOR_BYTES;
-                head[ChunkHeader::BYTES..].copy_from_slice(&offset.to_be_bytes());
+                head[ChunkHeader::BYTES..].copy_from_slice(&job.offset().to_be_bytes());
                 list.push_bytes(&head);
             } else {
                 list.push_bytes(SimpleReply::new(cookie, 0).as_bytes());
             }
-            bufs.into_iter().for_each(|buf| list.push_buf(buf));
+            let last = bufs.len().saturating_sub(1);
+            for (i, buf) in bufs.into_iter().enumerate() {
+                let from = if i == 0 { job.skip as usize } else { 0 };
+                let to = buf.len() - if i == last { job.cut as usize } else { 0 };
+                // Parts are of sectors at the edges, which are buffers of their own.
+                match (from, buf.len() - to) {
+                    (0, 0) => list.push_buf(buf),
+                    _ => list.push_bytes(&buf[from..to]),
+                }
+            }
         });
     }
 
     /// A reply without data.
-    fn done(&self, job: Job, result: Result<(), Errno>) {
+    pub(super) fn done(&self, job: Job, result: Result<(), Errno>) {
         let cookie = self.cookie(job);
         match result {
             Ok(()) => self.out.put(|list| list.push_bytes(SimpleReply::new(cookie, 0).as_bytes())),

@@ -14,7 +14,8 @@
 //!   that name.
 //! * **Commands**: `READ` (always one chunk, so `DF` changes nothing), `WRITE`, `FLUSH`, `TRIM`, `WRITE_ZEROES`,
 //!   `CACHE` (answered, nothing is read), `BLOCK_STATUS`, `DISC`. `FUA` goes down with the request.
-//!   Offsets and lengths are multiples of 512 bytes; anything else is answered with `EINVAL`.
+//!   Offsets and lengths are any number of bytes. A write of a part of a sector reads the rest first, and holds off
+//!   other writes of that sector; a trim is narrowed to whole sectors; a request of no bytes does nothing.
 //! * **Several connections**: a flush covers what was answered on all of them, because every connection passes it to
 //!   the same node, whose contract guarantees that.
 //! * **Memory** comes from the one budget of the process. Each connection has a reserve of its own, enough for usual
@@ -39,27 +40,29 @@
 mod command;
 mod connection;
 mod negotiate;
+mod unaligned;
 
 use crate::stop::StopSignal;
 use connection::NBD_DEAF_KEPT;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Deref;
 use std::pin::pin;
 use std::rc::Rc;
-use tap_core::Node;
 use tap_core::wait::Event as Flag;
+use tap_core::{Node, Tracker};
 use tap_host::{
     Budget, BufPool, Errno, Event, Listener, Log, PAGE_BYTES, Probe, Share, Stage, Stream, Tasks, Time,
     unless,
 };
 
 tap_host::listed! {
-    pub(super) BUGS: Bug with [command::BUGS, connection::BUGS];
+    pub(super) BUGS: Bug with [command::BUGS, connection::BUGS, unaligned::BUGS];
     NBD_MEMORY_KEPT = "nbd-memory-kept", "a client that takes no replies keeps memory that others wait for";
 }
 
 tap_host::listed! {
-    pub(super) MARKS: Mark with [connection::MARKS];
+    pub(super) MARKS: Mark with [connection::MARKS, unaligned::MARKS];
 }
 
 /// A node that clients can choose.
@@ -82,6 +85,27 @@ impl Export {
     pub(crate) fn size_sectors(&self) -> u64 {
         // Offsets are 64 bits of bytes.
         self.node.info().size_sectors.min(u64::MAX / tap_host::SECTOR_BYTES)
+    }
+}
+
+/// An export with what its connections share.
+pub(crate) struct Served {
+    export: Export,
+    /// Writes of parts of sectors that have not submitted their last request, and the writes that wait for them.
+    pub(crate) edges: Tracker,
+}
+
+impl Served {
+    fn new(export: Export) -> Self {
+        Self { export, edges: Tracker::new() }
+    }
+}
+
+impl Deref for Served {
+    type Target = Export;
+
+    fn deref(&self) -> &Export {
+        &self.export
     }
 }
 
@@ -202,7 +226,7 @@ pub struct Server<H>(Rc<Inner<H>>);
 
 pub(crate) struct Inner<H> {
     pub(crate) host: H,
-    pub(crate) exports: Vec<Rc<Export>>,
+    pub(crate) exports: Vec<Rc<Served>>,
     pub(crate) limits: ServerLimits,
     next: Cell<u64>,
     /// Every connection that is open.
@@ -228,6 +252,9 @@ struct Memory {
     spare: Stage,
     /// Requests larger than the reserve of a connection, when there is no room: one after the other.
     large: Stage,
+    /// The first and the last sector of unaligned requests, for as long as the disk has them. Taken after all other
+    /// memory of a request.
+    edges: Stage,
 }
 
 impl Memory {
@@ -241,6 +268,7 @@ impl Memory {
             inlets: budget.stage(inlets)?,
             spare: budget.stage(0)?,
             large: budget.stage(connection::cost_of_pieces(limits.request_bytes as usize))?,
+            edges: budget.stage(unaligned::EDGES_COST)?,
         })
     }
 }
@@ -336,7 +364,7 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
         idle.set();
         Ok(Self(Rc::new(Inner {
             host,
-            exports: exports.into_iter().map(Rc::new).collect(),
+            exports: exports.into_iter().map(Served::new).map(Rc::new).collect(),
             limits,
             next: Cell::new(1),
             open: RefCell::default(),
@@ -508,7 +536,7 @@ impl<H: Log> Inner<H> {
     }
 
     /// The export called `name`.
-    pub(crate) fn export(&self, name: &str) -> Option<&Rc<Export>> {
+    pub(crate) fn export(&self, name: &str) -> Option<&Rc<Served>> {
         let named = self.exports.iter().find(|export| export.name == name);
         named.or_else(|| self.exports.first().filter(|_| name.is_empty()))
     }

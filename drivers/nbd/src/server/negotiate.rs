@@ -1,6 +1,6 @@
 //! From the first byte to the chosen export.
 
-use super::{Export, FULL, Inner};
+use super::{Export, FULL, Inner, Served};
 use crate::inlet::{End, Inlet};
 use crate::outbox::send_all;
 use crate::stop::StopSignal;
@@ -19,7 +19,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 /// What both sides agreed on.
 pub(super) struct Agreed {
-    pub(super) export: Rc<Export>,
+    pub(super) export: Rc<Served>,
     /// Replies to reads come in chunks.
     pub(super) structured: bool,
     /// `BLOCK_STATUS` may be asked for.
@@ -28,6 +28,8 @@ pub(super) struct Agreed {
 
 /// The number that stands for `base:allocation` on every connection.
 pub(super) const ALLOCATION_ID: u32 = 1;
+/// Any offset and length is served.
+const MINIMUM_BYTES: u32 = 1;
 /// Preferred block size: a page.
 const PREFERRED_BYTES: u32 = 4096;
 /// Room for the longest name and several hundred information requests.
@@ -56,13 +58,13 @@ pub(super) struct Negotiation<'a, H, S> {
     no_zeroes: bool,
     structured: bool,
     /// The export for which `base:allocation` was chosen.
-    status: Option<Rc<Export>>,
+    status: Option<Rc<Served>>,
 }
 
 /// The outcome of an option.
 enum Next {
     More,
-    Begin(Rc<Export>),
+    Begin(Rc<Served>),
     End(Why),
 }
 
@@ -222,7 +224,7 @@ impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
         // Sent even if not asked for: otherwise a client would not know why its requests fail.
         let sizes = InfoBlockSize {
             kind: INFO_BLOCK_SIZE.into(),
-            minimum: (SECTOR_BYTES as u32).into(),
+            minimum: MINIMUM_BYTES.into(),
             preferred: export.node.info().physical_block_bytes.max(PREFERRED_BYTES).into(),
             maximum: self.server.limits.request_bytes.into(),
         };
@@ -232,7 +234,7 @@ impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
     }
 
     /// `LIST_META_CONTEXT` and `SET_META_CONTEXT`: the export, if `base:allocation` was among the replies.
-    fn contexts(&self, data: &[u8], replies: &mut Replies) -> Option<Rc<Export>> {
+    fn contexts(&self, data: &[u8], replies: &mut Replies) -> Option<Rc<Served>> {
         let choosing = replies.option == OPT_SET_META_CONTEXT;
         if choosing && !self.structured {
             replies.refuse(REP_ERR_INVALID, "metadata contexts need structured replies first");

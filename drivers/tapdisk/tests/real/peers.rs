@@ -38,6 +38,11 @@ pub(crate) fn tests(add: Add) {
     }
     add("peers::nbdinfo_and_nbdcopy".into(), &["nbdinfo", "nbdcopy"], Box::new(libnbd));
     add("peers::only_data_on_a_standard_output_that_was_lent".into(), &["nbdcopy"], Box::new(lent_output));
+    add(
+        "peers::qemu_and_our_server_serve_any_offset_alike".into(),
+        &["qemu-io", "qemu-img", "nbdinfo"],
+        Box::new(any_offset),
+    );
     add("peers::tap_img_and_qemu_img_agree".into(), QEMU, Box::new(tools_agree));
 }
 
@@ -233,6 +238,33 @@ fn lent_output() -> Done {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(said.contains("listening at unix:") && said.contains("export '': raw:"), "{said}");
     Ok(())
+}
+
+/// A file of 1000 bytes and requests that begin and end anywhere, by qemu-io on our server and on the file itself.
+fn any_offset() -> Done {
+    let mut place = Place::in_memory(16)?;
+    for name in ["disk", "twin"] {
+        std::fs::write(place.path(name), vec![3; (1 << 20) + 1000])?;
+    }
+    let mut script = String::new();
+    for i in 0..300 {
+        let (at, len) = (place.below(1 << 20), 1 + place.below(900));
+        let _ = match place.below(3) {
+            0 => writeln!(script, "write -q -z {at} {len}"),
+            1 => writeln!(script, "read -q {at} {len}"),
+            _ => writeln!(script, "write -q -P {} {at} {len}", i % 255 + 1),
+        };
+    }
+    let _ = writeln!(script, "write -q -P 9 1 1048590");
+    let server = Server::start(&place.path("socket"), &[&format!("raw:{}", place.text("disk"))])?;
+    let info = tool("nbdinfo", &[&server.uri()])?;
+    for word in ["export-size: 1049600", "block_size_minimum: 1", "description: raw image"] {
+        assert!(info.contains(word), "{word} in {info}");
+    }
+    qemu_io(&server.uri(), "raw", &script)?;
+    qemu_io(&place.text("twin"), "raw", &script)?;
+    assert!(server.stop()?.success());
+    same_as_twin(&place, "raw")
 }
 
 fn json(program: &str, args: &[&str]) -> Result<serde_json::Value, Failed> {

@@ -54,6 +54,7 @@ fn frozen_address() -> SocketAddress {
 
 async fn every_command(world: World) {
     let (plan, setup) = Plan::draw(&world);
+    let plan = plan.unaligned();
     let frozen = Setup::raw(&world, 1, DISK_BYTES);
     frozen.history.borrow_mut().relax_order();
     let still = plan.other(FROZEN, &frozen, frozen_address()).frozen();
@@ -104,7 +105,7 @@ async fn every_command(world: World) {
     last_check(&plan, &setup, Invariant::G7).await;
 }
 
-async fn speaker(
+pub(super) async fn speaker(
     world: &World,
     host: &SimHost,
     (number, address): (u64, &SocketAddress),

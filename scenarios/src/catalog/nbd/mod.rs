@@ -5,6 +5,7 @@
 //!   Guest ─ [Slot ─ Scheduler ─] Client ═ stream ═ Server ─ Slot ─ Scheduler ─ image ─ Storage
 //! ```
 
+mod bytes;
 mod crowd;
 mod every;
 mod lying;
@@ -13,6 +14,7 @@ mod plan;
 mod refused;
 mod status;
 
+pub use bytes::{BYTES_STEP, NBD_BYTES};
 pub use crowd::{CROWD, NBD_CROWD};
 pub use every::{NBD_EVERY_COMMAND, NBD_SERVER_STOPPED, STOP_AFTER};
 pub use lying::NBD_HOSTILE_SERVER;
@@ -350,7 +352,8 @@ async fn stream(world: World) {
 }
 
 async fn hostile_client(world: World) {
-    let (mut plan, setup) = Plan::draw(&world);
+    let (plan, setup) = Plan::draw(&world);
+    let mut plan = plan.unaligned();
     let bad = Setup::raw(&world, 1, DISK_BYTES);
     // First, so that it is also the default export.
     plan.disks.insert(0, ("bad", bad.clone()));

@@ -195,6 +195,11 @@ impl Plan {
         Self { disks: vec![(name, setup.clone())], addresses: vec![address], ..self.clone() }
     }
 
+    /// Clients also read and write parts of sectors.
+    pub(super) fn unaligned(self) -> Self {
+        Self { limits: StackLimits { unaligned: true, ..self.limits }, ..self }
+    }
+
     /// Makes the disks read-only.
     pub(super) fn frozen(self) -> Self {
         Self { limits: StackLimits { read_only: true, ..self.limits }, ..self }

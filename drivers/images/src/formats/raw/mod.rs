@@ -1,6 +1,7 @@
 //! Raw images: the file, or block device, is the disk.
 //!
-//! A file that does not end with a whole sector opens read-only; its last sector is padded with zeros.
+//! If a file does not end with a whole sector, its last sector is padded with zeros, and a write of it makes the file
+//! longer.
 
 use crate::calls::closed;
 use crate::io::{ImageFile, sync_name};
@@ -107,10 +108,6 @@ impl<H: ImageHost> Raw<H> {
         image.unlike_others(&file).await?;
         let (size, align) = (file.info.size_bytes, u64::from(file.info.align_bytes));
         let refused = |what, advice| Err(image.refused(what, advice));
-        if write && !size.is_multiple_of(SECTOR_BYTES) {
-            let what = format!("its size of {size} bytes is not a multiple of {SECTOR_BYTES}");
-            return refused(what, "extend it to a whole sector, or open it read-only");
-        }
         if write && !size.is_multiple_of(align) {
             // Rewriting the last block as a whole would make the file, and the disk, longer.
             let what = format!(

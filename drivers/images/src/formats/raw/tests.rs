@@ -96,11 +96,19 @@ fn locks_keep_writers_apart_until_close() {
 }
 
 #[test]
-fn unaligned_sizes_are_refused_for_writing() {
+fn a_file_of_any_size_is_shown_up_to_a_whole_sector_and_grows_when_that_is_written() {
     let world = World::new(1);
     world.put("/disk", vec![7; 1000]);
-    assert!(open(&world, true, false).err().unwrap().to_string().contains("not a multiple of 512"));
-    // For reading, the last sector is padded: no byte of the file is left out.
+    let writer = open(&world, true, false).unwrap();
+    assert_eq!(writer.info().size_sectors, 2);
+    world.block_on(submit(&writer, Op::Write, 0, &[8; 512])).result.unwrap();
+    assert_eq!(world.bytes("/disk"), [[8; 512].as_slice(), &[7; 488]].concat());
+    world.block_on(submit(&writer, Op::Write, 1, &[9; 512])).result.unwrap();
+    world.block_on(submit(&writer, Op::Flush, 0, &[])).result.unwrap();
+    assert_eq!(world.after_crash(0).bytes("/disk"), [[8; 512], [9; 512]].concat());
+    world.block_on(writer.close()).unwrap();
+    // The last sector is padded: no byte of the file is left out.
+    world.put("/disk", vec![7; 1000]);
     let reader = open(&world, false, false).unwrap();
     assert_eq!(reader.info().size_sectors, 2);
     let read = world.block_on(submit(&reader, Op::Read, 1, &[1; 512]));
