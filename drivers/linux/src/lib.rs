@@ -25,6 +25,7 @@ mod clock;
 mod files;
 mod lines;
 mod log;
+mod names;
 mod options;
 mod priority;
 mod signals;
@@ -37,6 +38,7 @@ mod xenstore;
 pub use files::{AioEngine, LinuxFile};
 pub use lines::Lines;
 pub use log::LogTo;
+pub use names::resolve_without_plugins;
 pub use options::{Options, POLL_DEFAULT, StartError};
 pub use priority::set_io_priority;
 pub use sockets::{LinuxListener, LinuxStream};
@@ -155,7 +157,8 @@ where
     }));
     if let Some(error) = refused {
         let text = format_args!("the kernel refuses io_uring ({error}): file operations go through threads");
-        host.say(Level::Warning, text);
+        // No reason to worry: a tool that only warns does not mention it.
+        host.say(Level::Info, text);
     }
     let local = LocalSet::new();
     let result = runtime.block_on(local.run_until(host.clone().root(options, program)));

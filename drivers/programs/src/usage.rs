@@ -13,18 +13,20 @@ use clap::error::ErrorKind;
 use std::ffi::OsString;
 use std::io;
 
-/// Parses the command line of `program`. Help and version are printed by clap; any error is one line on `console`.
+/// Parses the command line of a program, which is called `program` and says that it is `version`. Help and version are
+/// printed by clap; any error is one line on `console`.
 ///
 /// # Errors
 /// The exit status: 0 after help and version, `unusable` if the command line cannot be parsed.
 pub fn parse<C: Parser>(
-    program: &str,
+    (program, version): (&str, &'static str),
     args: impl IntoIterator<Item = OsString>,
     unusable: u8,
     console: &dyn Console,
 ) -> Result<C, u8> {
     let args: Vec<OsString> = args.into_iter().collect();
-    C::try_parse_from(&args).map_err(|error| {
+    let parsed = C::command().version(version).try_get_matches_from(&args);
+    parsed.and_then(|mut matches| C::from_arg_matches_mut(&mut matches)).map_err(|error| {
         if !matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
             console.err(&one_line(program, subcommand::<C>(&args).as_deref(), &error));
             return unusable;

@@ -6,3 +6,6 @@
 mod terminal;
 
 pub use terminal::Terminal;
+
+/// The version of the programs, and the commit that they are built from, if that is known: `0.1.0 (0a46d2e11f00)`.
+pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), env!("TAPDISK_REVISION"));

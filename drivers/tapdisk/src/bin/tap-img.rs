@@ -2,16 +2,20 @@
 
 use std::env::args_os;
 use std::process::ExitCode;
-use tap_linux::{Level, Options};
+use tap_linux::{Level, Options, resolve_without_plugins};
 use tap_programs::img::{Cli, run};
 use tap_programs::usage;
-use tapdisk::Terminal;
+use tapdisk::{Terminal, VERSION};
 
 /// The same as for `qemu-img`, where 2 has another meaning.
 const UNUSABLE: u8 = 1;
 
 fn main() -> ExitCode {
-    let cli: Cli = match usage::parse("tap-img", args_os(), UNUSABLE, &Terminal::new("tap-img")) {
+    // A program with its own C library must not load parts of another.
+    if cfg!(target_feature = "crt-static") {
+        resolve_without_plugins();
+    }
+    let cli: Cli = match usage::parse(("tap-img", VERSION), args_os(), UNUSABLE, &Terminal::new("tap-img")) {
         Ok(cli) => cli,
         Err(status) => return ExitCode::from(status),
     };

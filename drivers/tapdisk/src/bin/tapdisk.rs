@@ -4,17 +4,21 @@ use std::env::args_os;
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::Duration;
-use tap_linux::{AioEngine, Level, LinuxHost, Options, XenOptions, set_io_priority};
+use tap_linux::{AioEngine, Level, LinuxHost, Options, XenOptions, resolve_without_plugins, set_io_priority};
 use tap_programs::daemon::{AioArg, Cli, Command, MAX_DISKS, run};
 use tap_programs::usage;
 use tap_programs::{Console, Disks, Tuning};
-use tapdisk::Terminal;
+use tapdisk::{Terminal, VERSION};
 
 /// Exit status if the command line cannot be parsed.
 const UNUSABLE: u8 = 2;
 
 fn main() -> ExitCode {
-    let cli: Cli = match usage::parse("tapdisk", args_os(), UNUSABLE, &Terminal::new("tapdisk")) {
+    // A program with its own C library must not load parts of another.
+    if cfg!(target_feature = "crt-static") {
+        resolve_without_plugins();
+    }
+    let cli: Cli = match usage::parse(("tapdisk", VERSION), args_os(), UNUSABLE, &Terminal::new("tapdisk")) {
         Ok(cli) => cli,
         Err(status) => return ExitCode::from(status),
     };
