@@ -1,6 +1,8 @@
 //! The checks before a change lands, in the order of their cost.
 
+use crate::dist;
 use crate::xen_host::NOT_STARTED;
+use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 use xshell::{Shell, cmd};
@@ -28,8 +30,8 @@ pub(crate) fn run() -> Result<()> {
         let check = cmd!(sh, "cargo check --workspace --locked --target-dir target/unguarded");
         Ok(check.env("RUSTFLAGS", "").run()?)
     })?;
-    step("release programs", || release_programs(&sh))?;
-    step("a guest on a real Xen host", || real_guest(&sh))?;
+    let release = step("the package that ships", || release(&sh))?;
+    step("a guest on a real Xen host", || real_guest(&release.deb))?;
     step("seeded bugs", || {
         let out = crate::target_dir(&sh)?.join("bugs");
         Ok(cmd!(sh, "cargo run --release --bin tapsim -- bugs --out {out}").run()?)
@@ -38,12 +40,12 @@ pub(crate) fn run() -> Result<()> {
     step("sweep", || sweep(&sh))
 }
 
-fn step(name: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
+fn step<T>(name: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
     let start = Instant::now();
     eprintln!("== {name}");
-    work().map_err(|e| format!("{name}: {e}"))?;
+    let done = work().map_err(|e| format!("{name}: {e}"))?;
     eprintln!("== {name}: {} s", start.elapsed().as_secs());
-    Ok(())
+    Ok(done)
 }
 
 /// With RUSTFLAGS set, worlds would silently run unguarded.
@@ -56,14 +58,15 @@ fn refuse_hidden_cfg() -> Result<()> {
     Ok(())
 }
 
-/// The tests against QEMU's and libnbd's tools, and those in a browser, report themselves ignored if these are missing;
-/// here they should run.
+/// The tests against QEMU's and libnbd's tools, those in a browser, and the check of systemd's units report themselves
+/// ignored if these are missing; here they should run.
 fn install_peers(sh: &Shell) {
     let there = |tool: &str| cmd!(sh, "which {tool}").quiet().ignore_stdout().ignore_stderr().run().is_ok();
-    let packages: [(&str, &[&str]); 3] = [
+    let packages: [(&str, &[&str]); 4] = [
         ("qemu-utils", &["qemu-img", "qemu-io"]),
         ("libnbd-bin", &["nbdinfo", "nbdcopy"]),
         ("chromium", &["chromium"]),
+        ("systemd", &["systemd-analyze"]),
     ];
     let missing = packages.iter().filter(|(_, tools)| !tools.iter().all(|tool| there(tool)));
     let missing: Vec<&str> = missing.map(|(package, _)| *package).collect();
@@ -76,41 +79,35 @@ fn install_peers(sh: &Shell) {
     }
 }
 
-/// Checks that what ships contains nothing of the simulator: madsim replaces functions of libc for the whole process,
-/// and there must be no seeded bug to switch on.
-fn release_programs(sh: &Shell) -> Result<()> {
-    cmd!(sh, "cargo build --release --locked -p tapdisk").run()?;
+/// Builds what ships and tries it out; and checks that it contains nothing of the simulator: madsim replaces functions
+/// of libc for the whole process, and there must be no seeded bug to switch on.
+fn release(sh: &Shell) -> Result<dist::Release> {
     let tree = cmd!(sh, "cargo tree --locked -p tapdisk -e normal,build --prefix none").read()?;
     if let Some(line) = tree.lines().find(|line| SIMULATOR.iter().any(|name| line.starts_with(name))) {
         return Err(format!("tapdisk depends on {line}").into());
     }
-    let built = crate::target_dir(sh)?.join("release");
-    for name in ["tapdisk", "tap-img"] {
-        let program = built.join(name);
+    let release = dist::build(sh)?;
+    for program in &release.unstripped {
         let symbols = cmd!(sh, "nm {program}").quiet().read()?;
-        for line in symbols.lines() {
-            let mut words = line.split_whitespace().rev();
-            let (symbol, kind) = (words.next().unwrap_or(""), words.next().unwrap_or(""));
-            if matches!(kind, "T" | "t" | "W" | "V" | "D") && REPLACED.contains(&symbol) {
-                return Err(format!("{} brings a {symbol} of its own", program.display()).into());
-            }
+        if let Some(line) = symbols.lines().find(|line| line.contains("madsim")) {
+            return Err(format!("{} has madsim in it: {line}", program.display()).into());
         }
-        let bytes = sh.read_binary_file(&program)?;
+        let bytes = sh.read_binary_file(program)?;
         // The sentence of a seeded bug: only a program that can switch bugs on contains it.
         let sentence = b"is kept in memory and not written";
         if bytes.windows(sentence.len()).any(|window| window == sentence) {
             return Err(format!("{} has seeded bugs in it", program.display()).into());
         }
     }
-    Ok(())
+    dist::try_out(sh, &release)?;
+    Ok(release)
 }
 
-/// A guest of a real Xen host, under emulation, on a qcow image. If such a machine cannot be started (no packages, too
-/// little memory) this is reported, but does not fail the check.
-fn real_guest(sh: &Shell) -> Result<()> {
-    let args = ["xtask", "xen-host", "test", "guest-qcow", "--programs"];
-    let programs = crate::target_dir(sh)?.join("release");
-    let status = Command::new("cargo").args(args).arg(programs).status()?;
+/// A guest of a real Xen host, under emulation, on a qcow image; tapdisk is installed from the package. If such a
+/// machine cannot be started (no packages, too little memory) this is reported, but does not fail the check.
+fn real_guest(deb: &Path) -> Result<()> {
+    let args = ["xtask", "xen-host", "test", "guest-qcow", "--deb"];
+    let status = Command::new("cargo").args(args).arg(deb).status()?;
     if status.code() == Some(i32::from(NOT_STARTED)) {
         eprintln!("xtask: NO REAL GUEST WAS RUN, for the reason above");
         return Ok(());
@@ -120,8 +117,6 @@ fn real_guest(sh: &Shell) -> Result<()> {
 
 /// Crates that no shipped program depends on.
 const SIMULATOR: [&str; 5] = ["madsim", "sim ", "kernel-model", "xen-model", "scenarios"];
-/// Functions of libc that the guard replaces.
-const REPLACED: [&str; 5] = ["clock_gettime", "gettimeofday", "getrandom", "getentropy", "pthread_attr_init"];
 
 /// New seeds with every commit, the same on every machine for that commit.
 fn sweep(sh: &Shell) -> Result<()> {

@@ -5,6 +5,7 @@
 mod bench;
 mod ci;
 mod coverage;
+mod dist;
 mod mutants;
 mod tidy;
 mod xen_host;
@@ -28,9 +29,11 @@ Usage: cargo xtask TASK
 
 Tasks:
   ci        everything that must hold before a change lands: format, lints, tidy, tests, the build without the guard's
-            cfg, what ships, a guest on a real Xen host under emulation, and a release sweep whose seeds come from the commit
+            cfg, the package that ships, a guest on a real Xen host under emulation, and a release sweep whose seeds come
+            from the commit
   bench     measures tapdisk against other servers; `cargo xtask bench --help`
   coverage  shows which lines no sweep executes; `cargo xtask coverage --help`
+  dist      builds what is deployed: a tree of files, and a Debian package; `cargo xtask dist --help`
   mutants   puts slips of engineers into a copy of the stack and counts which of them sweeps and tests notice;
             `cargo xtask mutants --help`
   tidy      looks for long files and functions, circles between files, public items that nothing names, and documents
@@ -47,6 +50,7 @@ fn main() -> ExitCode {
         "ci" => ci::run(),
         "bench" => bench::run(&args[1..]),
         "coverage" => coverage::run(&args[1..]),
+        "dist" => dist::run(&args[1..]),
         "mutants" => mutants::run(&args[1..]),
         "tidy" => tidy::run(&args[1..]),
         // Its exit status is that of the script that ran inside.

@@ -13,8 +13,8 @@ unsafe extern "C" {
 
 /// From now on names of hosts are looked up in /etc/hosts and by DNS, whatever /etc/nsswitch.conf says.
 ///
-/// For programs that are linked statically. Other services are plugins, shared libraries that belong to the C library of
-/// the machine; loading one into a program with another C library is undefined.
+/// For programs that are linked statically. Other services are plugins, shared libraries that belong to the C library
+/// of the machine; loading one into a program with another C library is undefined.
 pub fn resolve_without_plugins() {
     // SAFETY: both are constants that end with a NUL; the function copies what it needs.
     let status = unsafe { __nss_configure_lookup(HOSTS.as_ptr(), FILES_AND_DNS.as_ptr()) };

@@ -22,8 +22,20 @@ use std::process::{Command, Stdio};
 use xshell::{Shell, cmd};
 
 /// Programs from /usr.
-const PROGRAMS: [&str; 5] =
-    ["bin/bash", "bin/flock", "sbin/nbd-client", "sbin/e2fsck", "libexec/xen-qemu-system-i386"];
+const PROGRAMS: [&str; 12] = [
+    "bin/bash",
+    "bin/dpkg",
+    "bin/dpkg-deb",
+    "bin/dpkg-query",
+    "bin/dpkg-split",
+    "bin/flock",
+    "bin/setpriv",
+    "bin/tar",
+    "libexec/xen-qemu-system-i386",
+    "sbin/e2fsck",
+    "sbin/nbd-client",
+    "sbin/start-stop-daemon",
+];
 /// Programs from /usr/lib/xen-VERSION/bin.
 const XEN_PROGRAMS: [&str; 8] = [
     "xl",
@@ -149,6 +161,13 @@ impl Builder<'_> {
         {
             archive.directory(folder)?;
         }
+        // dpkg's own files. It insists on a program that is not used: no package of ours has a library.
+        for folder in ["var/lib/dpkg/info", "var/lib/dpkg/updates"] {
+            archive.directory(folder)?;
+        }
+        archive.file("var/lib/dpkg/status", 0o644, b"")?;
+        archive.file("var/lib/dpkg/available", 0o644, b"")?;
+        archive.file("usr/sbin/ldconfig", 0o755, b"#!/bin/sh\n")?;
         let mut guest = Archive::new(Vec::new());
         self.skeleton(&mut guest, &GUEST_MODULES)?;
         archive.file("domu/base.cpio", 0o644, &guest.finish()?)?;

@@ -128,7 +128,7 @@ fn boot(sh: &Shell, options: &Options, script: &[u8], tests: &[Test]) -> Result<
         return Err("open a shell without a terminal: use `run SCRIPT`".into());
     }
     need_memory(&fs::read_to_string("/proc/meminfo")?, options.memory_mib + QEMU_MEMORY_MIB)?;
-    let programs = programs(sh, options)?;
+    let own = Own::build(sh, options)?;
     let test_programs = test_programs(sh, tests)?;
     let cache = Cache::open(sh, options)?;
     let run = cache.folder.join("run");
@@ -138,7 +138,7 @@ fn boot(sh: &Shell, options: &Options, script: &[u8], tests: &[Test]) -> Result<
     fs::create_dir_all(&run)?;
     fs::copy(&cache.image.dom0, run.join("initrd"))?;
     let initrd = File::options().append(true).open(run.join("initrd"))?;
-    layer(options, &programs, &test_programs, script, BufWriter::new(initrd))?;
+    layer(options, &own, &test_programs, script, BufWriter::new(initrd))?;
     let machine = Machine {
         pool: &cache.pool,
         image: &cache.image,
@@ -173,28 +173,28 @@ fn boot(sh: &Shell, options: &Options, script: &[u8], tests: &[Test]) -> Result<
     Ok(ended)
 }
 
-/// The programs that go into dom0, built first if they belong to this repository.
-fn programs(sh: &Shell, options: &Options) -> Result<Vec<PathBuf>> {
-    if !options.take_programs {
-        return Ok(Vec::new());
-    }
-    let folder = if let Some(folder) = &options.programs {
-        folder.clone()
-    } else {
-        cmd!(sh, "cargo build --release --locked -p tapdisk").run()?;
-        crate::target_dir(sh)?.join("release")
-    };
-    // For guests, which have no libraries.
-    cmd!(
-        sh,
-        "cargo rustc --quiet --locked -p scripts --bin disk-load -- -C target-feature=+crt-static -C strip=symbols"
-    )
-    .run()?;
-    let mut programs: Vec<PathBuf> = ["tapdisk", "tap-img"].map(|name| folder.join(name)).into();
-    programs.push(crate::target_dir(sh)?.join("debug/disk-load"));
-    match programs.iter().find(|program| !program.is_file()) {
-        Some(missing) => Err(format!("find {}: --programs says where they are", missing.display()).into()),
-        None => Ok(programs),
+/// What goes into dom0 of this repository, built first.
+struct Own {
+    deb: Option<PathBuf>,
+    /// Programs for tests, which need no libraries.
+    programs: Vec<PathBuf>,
+}
+
+impl Own {
+    fn build(sh: &Shell, options: &Options) -> Result<Self> {
+        let deb = match &options.deb {
+            _ if !options.take_deb => None,
+            Some(deb) if deb.is_file() => Some(deb.clone()),
+            Some(deb) => return Err(format!("find {}: --deb says which package", deb.display()).into()),
+            None => Some(crate::dist::build(sh)?.deb),
+        };
+        let mut programs = Vec::new();
+        for name in ["disk-load", "old-kernel"] {
+            let flags = ["-C", "target-feature=+crt-static", "-C", "strip=symbols"];
+            cmd!(sh, "cargo rustc --quiet --locked -p scripts --bin {name} -- {flags...}").run()?;
+            programs.push(crate::target_dir(sh)?.join("debug").join(name));
+        }
+        Ok(Self { deb, programs })
     }
 }
 
@@ -207,23 +207,25 @@ fn test_programs(sh: &Shell, tests: &[Test]) -> Result<BTreeMap<String, PathBuf>
 /// The layer over dom0's image for this run only.
 fn layer(
     options: &Options,
-    programs: &[PathBuf],
+    own: &Own,
     test_programs: &BTreeMap<String, PathBuf>,
     script: &[u8],
     to: impl Write,
 ) -> Result<()> {
-    let own = suite::folder();
+    let scripts = suite::folder();
     let mut archive = Archive::new(to);
-    archive.copy("init", &own.join("dom0-init"))?;
-    archive.tree("xen-host", &own)?;
-    archive.tree("etc/xen/scripts", &own.join("../../drivers/tapdisk/xen"))?;
+    archive.copy("init", &scripts.join("dom0-init"))?;
+    archive.tree("xen-host", &scripts)?;
+    if let Some(deb) = &own.deb {
+        archive.copy("xen-host/tapdisk.deb", deb)?;
+    }
     if !script.is_empty() {
         archive.file("xen-host/script", 0o755, script)?;
     }
     if options.shell {
         archive.file("xen-host/shell", 0o644, b"")?;
     }
-    for program in programs {
+    for program in &own.programs {
         archive.copy(&format!("usr/local/bin/{}", name_of(program)?), program)?;
     }
     for (name, program) in test_programs {

@@ -16,8 +16,8 @@ Usage: cargo xtask xen-host build|run SCRIPT|shell|test [NAME...] [OPTIONS]
 
 Options:
   --cache DIR      downloads and images (target/xen-host, 0.55 GB); one machine at a time uses a cache
-  --programs DIR   where tapdisk and tap-img are (target/release, after building them); they go to dom0's /usr/local/bin
-  --no-programs    take no programs along
+  --deb FILE       the package that is installed in dom0 (that of `cargo xtask dist`, which is built first)
+  --no-deb         install no package
   --copy FILE      copy a file into dom0's /root, where scripts start; repeatable
   -x, --tree DIR   copy what is in DIR over dom0's /; repeatable
   --out DIR        where /out of dom0 goes (CACHE/run/out)
@@ -35,7 +35,7 @@ be built or started. `test`: 0 when all passed, 1 when not.
 
 Examples:
   cargo xtask xen-host test
-  cargo xtask xen-host test nbd-kernel --programs /usr/local/bin
+  cargo xtask xen-host test nbd-kernel --deb target/dist/tapdisk_*.deb
   cargo xtask xen-host test peers --icount
   cargo xtask xen-host run my.sh --copy disk.img --out /tmp/out
   cargo xtask xen-host shell
@@ -59,8 +59,8 @@ pub(super) enum Action {
 pub(super) struct Options {
     pub(super) action: Action,
     pub(super) cache: PathBuf,
-    pub(super) programs: Option<PathBuf>,
-    pub(super) take_programs: bool,
+    pub(super) deb: Option<PathBuf>,
+    pub(super) take_deb: bool,
     pub(super) copy: Vec<PathBuf>,
     pub(super) trees: Vec<PathBuf>,
     pub(super) out: Option<PathBuf>,
@@ -78,8 +78,8 @@ impl Options {
         let mut options = Self {
             action: Action::Help,
             cache: PathBuf::from("target/xen-host"),
-            programs: None,
-            take_programs: true,
+            deb: None,
+            take_deb: true,
             copy: Vec::new(),
             trees: Vec::new(),
             out: None,
@@ -98,8 +98,8 @@ impl Options {
             match name.as_str() {
                 "--help" | "-h" => return Ok(Self { action: Action::Help, ..options }),
                 "--cache" => options.cache = value()?.into(),
-                "--programs" => options.programs = Some(value()?.into()),
-                "--no-programs" => options.take_programs = false,
+                "--deb" => options.deb = Some(value()?.into()),
+                "--no-deb" => options.take_deb = false,
                 "--copy" => options.copy.push(value()?.into()),
                 "--tree" | "-x" => options.trees.push(value()?.into()),
                 "--out" => options.out = Some(value()?.into()),

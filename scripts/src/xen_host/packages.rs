@@ -19,11 +19,11 @@ use xshell::{Shell, cmd};
 /// Metapackages for the current versions; their dependencies are used.
 const META: [&str; 2] = ["xen-system-amd64", "linux-image-amd64"];
 /// For dom0 and for the emulator.
-const NAMED: [&str; 13] = [
+const NAMED: [&str; 15] = [
     "xen-utils-common",
     "xenstore-utils",
     "bash",
-    // flock, for Xen's block script
+    // flock, for Xen's block script; setpriv, for tests
     "util-linux",
     "libgcc-s1",
     // the user space of the kernel's nbd driver
@@ -33,6 +33,9 @@ const NAMED: [&str; 13] = [
     // e2fsck, for file systems that guests have made
     "e2fsprogs",
     "busybox-static",
+    // what installs the package of this repository
+    "dpkg",
+    "tar",
     "qemu-system-x86",
     "qemu-system-common",
     "qemu-system-data",
