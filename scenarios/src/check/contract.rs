@@ -31,6 +31,8 @@ struct Inner {
     limits: SchedulerLimits,
     /// Requests that were not merged have several buffers, too.
     in_pieces: bool,
+    /// The sectors at the edges of requests have buffers of their own.
+    has_edges: bool,
     running: RefCell<Vec<Running>>,
     /// Extents queries in progress.
     queries: Cell<u32>,
@@ -56,7 +58,8 @@ impl Contract {
             process: process.clone(),
             lower,
             limits: limits.scheduler,
-            in_pieces: limits.piece_sectors > 0 || limits.unaligned,
+            in_pieces: limits.piece_sectors > 0,
+            has_edges: limits.unaligned,
             running: RefCell::default(),
             queries: Cell::new(0),
             next: Cell::new(0),
@@ -91,7 +94,7 @@ impl Inner {
             return;
         }
         let max = u64::from(self.limits.merge_sectors) * tap_host::SECTOR_BYTES;
-        if request.bufs.len() > 1 && !self.in_pieces && range.len_bytes() > max {
+        if self.merged(request) > 1 && !self.in_pieces && range.len_bytes() > max {
             self.violated(format!("{op:?} {range} exceeds the maximum size of merged requests"));
         }
         if request.bufs.len() > MERGED_BUFFERS {
@@ -113,6 +116,18 @@ impl Inner {
         let at_once = 1 + running.iter().filter(|one| one.op.has_data()).count();
         if op.has_data() && at_once > self.limits.depth {
             self.violated(format!("{at_once} reads and writes run at the same time"));
+        }
+    }
+
+    /// How many requests `request` may consist of. Edges that were added to read and keep the rest of their sectors are
+    /// part of one.
+    fn merged(&self, request: &Request) -> usize {
+        let is_edge = |at: usize| self.has_edges && request.bufs[at].len() as u64 == tap_host::SECTOR_BYTES;
+        let count = request.bufs.len();
+        match count {
+            0 | 1 => count,
+            2 => count - usize::from(is_edge(0) || is_edge(1)),
+            _ => count - usize::from(is_edge(0)) - usize::from(is_edge(count - 1)),
         }
     }
 
