@@ -21,6 +21,10 @@ pub static CALL_LATE: Label = Label::new("call-late", "the call takes {} ns");
 /// How long after a file was dropped it is closed.
 pub static CLOSE_LATE: Label = Label::new("file-close-late", "the file is closed {} ns after it was dropped");
 
+/// How many extents a look at a file reports, if not all that were asked for.
+pub static EXTENTS_CUT: Label = Label::new("extents-cut", "the look reports {} extents");
+
+static LOOK_SHORT: FaultKind = FaultKind { name: "short-look", max_ppm: 300_000 };
 static CALL_SLOW: FaultKind = FaultKind { name: "slow-call", max_ppm: 200_000 };
 static CLOSE_SLOW: FaultKind = FaultKind { name: "slow-close", max_ppm: 300_000 };
 static CALL_ERROR: FaultKind = FaultKind { name: "call-error", max_ppm: 100_000 };
@@ -100,6 +104,7 @@ pub(crate) struct CallRates {
     directory: u32,
     interrupted: u32,
     slow: u32,
+    look_short: u32,
     pub(crate) close_late: u32,
 }
 
@@ -111,6 +116,7 @@ impl CallRates {
             directory: rate(plan.calls, &DIRECTORY_ERROR),
             interrupted: rate(plan.calls_interrupted, &CALL_INTERRUPTED),
             slow: rate(plan.latency, &CALL_SLOW),
+            look_short: rate(plan.short, &LOOK_SHORT),
             close_late: rate(plan.latency, &CLOSE_SLOW),
         }
     }
@@ -240,6 +246,20 @@ impl Inner {
         let failed = self.call_fault(Call::SyncAll, "");
         let lost = self.lost(open);
         (failed.map_or(Ok(lost), |f| Err(f.error)), self.sync_takes_ns(Call::SyncAll.role()))
+    }
+
+    /// How many extents of `max` a look at `open` reports.
+    pub(crate) fn extents_max(&self, open: &OpenFile, max: usize) -> usize {
+        let rate = self.call_rates.look_short;
+        if max <= 1 || self.is_calm() || rate == 0 && !self.sim.has_given_decisions() {
+            return max.max(1);
+        }
+        let name = &open.file.name;
+        let entity: Entity = self.sim.derive("short-look", text_hash(name));
+        self.sim
+            .name_entity(entity, || format!("look of {} at {name}", self.sim.name_of(self.sim.current())));
+        let cut = self.sim.fault(entity, &EXTENTS_CUT, rate, |d| 1 + d.below(3));
+        if cut == 0 || !self.plan().short { max } else { max.min(cut as usize) }
     }
 
     /// A call that only queries a file.

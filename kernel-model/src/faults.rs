@@ -53,6 +53,7 @@ pub static LABELS: &[&Label] = &[
     &crate::calls::CALL_FAULT,
     &crate::calls::CALL_LATE,
     &crate::calls::CLOSE_LATE,
+    &crate::calls::EXTENTS_CUT,
     &crate::sockets::SEND_CUT,
     &crate::sockets::ARRIVE_LATE,
     &crate::sockets::RECV_CUT,

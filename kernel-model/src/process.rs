@@ -520,19 +520,30 @@ impl File for ProcessFile {
         }
     }
 
-    fn extent_at(&self, offset: u64) -> impl Future<Output = Result<Option<FileExtent>, Errno>> + 'static {
+    fn extents_at(
+        &self,
+        offset: u64,
+        max: usize,
+    ) -> impl Future<Output = Result<Vec<FileExtent>, Errno>> + 'static {
         let file = self.clone();
         async move {
             file.takes(Call::Extent).await;
             file.process.alive().await;
-            file.process.kernel.0.storage.0.look(Call::Extent, &file.open)?;
+            let storage = &file.process.kernel.0.storage.0;
+            storage.look(Call::Extent, &file.open)?;
+            let max = storage.extents_max(&file.open, max);
             let inode = file.open.file.inode.borrow();
-            let extent = match inode.live.size.checked_sub(offset).filter(|left| *left > 0) {
-                // A device does not know its holes.
-                Some(left) if file.open.file.device.get() => Some((left, true)),
-                _ => inode.extent(offset),
-            };
-            Ok(extent.map(|(len_bytes, data)| FileExtent { len_bytes, data }))
+            let mut at = offset;
+            let found = std::iter::from_fn(|| {
+                let (len_bytes, data) = match inode.live.size.checked_sub(at).filter(|left| *left > 0) {
+                    // A device does not know its holes.
+                    Some(left) if file.open.file.device.get() => (left, true),
+                    _ => inode.extent(at)?,
+                };
+                at += len_bytes;
+                Some(FileExtent { len_bytes, data })
+            });
+            Ok(found.take(max).collect())
         }
     }
 

@@ -129,20 +129,36 @@ async fn a_hole_may_be_written_again<H: FileHost>(place: Place<H>) -> Outcome {
     same_bytes("the file", &read(&file, 0, want.len()).await?, &want)
 }
 
-/// Which of the first `blocks` blocks contain data, even in part. Checks that the extents are contiguous.
+/// Which of the first `blocks` blocks contain data, even in part. Checks that the extents are contiguous, and the same
+/// however many are asked for at once.
 async fn data_blocks<F: File>(file: &F, blocks: usize) -> Result<Vec<bool>, String> {
+    let one = data_blocks_by(file, blocks, 1).await?;
+    for max in [2, 3, 1000] {
+        same("the same extents", &data_blocks_by(file, blocks, max).await?, &one)?;
+    }
+    Ok(one)
+}
+
+async fn data_blocks_by<F: File>(file: &F, blocks: usize, max: usize) -> Result<Vec<bool>, String> {
     let size = file.info().await.or_fail("look")?.size_bytes;
     let mut data = vec![false; blocks];
     let mut at = 0;
-    while let Some(extent) = file.extent_at(at).await.or_fail("look for an extent")? {
-        holds("an extent has a length and ends with the file", extent.len_bytes > 0)?;
-        holds("an extent ends with the file", extent.len_bytes <= size - at)?;
-        let end = at + extent.len_bytes;
-        for (block, there) in data.iter_mut().enumerate() {
-            let (from, to) = ((block * BLOCK) as u64, ((block + 1) * BLOCK) as u64);
-            *there |= extent.data && at < to && from < end;
+    loop {
+        let found = file.extents_at(at, max).await.or_fail("look for extents")?;
+        holds("no more extents than were asked for", found.len() <= max)?;
+        if found.is_empty() {
+            break;
         }
-        at = end;
+        for extent in found {
+            holds("an extent has a length", extent.len_bytes > 0)?;
+            holds("an extent ends with the file", extent.len_bytes <= size - at)?;
+            let end = at + extent.len_bytes;
+            for (block, there) in data.iter_mut().enumerate() {
+                let (from, to) = ((block * BLOCK) as u64, ((block + 1) * BLOCK) as u64);
+                *there |= extent.data && at < to && from < end;
+            }
+            at = end;
+        }
     }
     same("the end of the last extent", at, size)?;
     Ok(data)
@@ -153,10 +169,10 @@ async fn extents_cover_the_disk<H: FileHost>(place: Place<H>) -> Outcome {
     let size = file.info().await.or_fail("look")?.size_bytes;
     data_blocks(&file, 16).await?;
     for offset in [size, size + 1, u64::MAX >> 1] {
-        same("an extent past the end", file.extent_at(offset).await, Ok(None))?;
+        same("extents past the end", file.extents_at(offset, 4).await, Ok(Vec::new()))?;
     }
-    let last = file.extent_at(size - 1).await.or_fail("look for the last extent")?;
-    same("the length of the last byte", last.map(|e| e.len_bytes), Some(1))
+    let last = file.extents_at(size - 1, 4).await.or_fail("look for the last extent")?;
+    same("the length of the last byte", last.iter().map(|e| e.len_bytes).collect::<Vec<_>>(), vec![1])
 }
 
 async fn extents_show_what_was_written<H: FileHost>(place: Place<H>) -> Outcome {

@@ -163,12 +163,17 @@ pub trait File: Clone + 'static {
     /// # Errors
     /// `EOPNOTSUPP` where it cannot tell (block devices; Linux before 5.8), otherwise as syncfs(2).
     fn file_system_lost(&self) -> impl Future<Output = Result<bool, Errno>> + 'static;
-    /// The run of data or hole that byte `offset` is in, from there on; `None` at or past the end of the file. A file
-    /// that does not know its holes is one run of data.
+    /// The runs of data and holes from byte `offset` on, one after the other: at most `max` (at least 1), and fewer for
+    /// no reason, but at least the first; none at or past the end of the file. Neighbours may be alike. A file that
+    /// does not know its holes is one run of data. What changes meanwhile may or may not be seen.
     ///
     /// # Errors
     /// As lseek(2).
-    fn extent_at(&self, offset: u64) -> impl Future<Output = Result<Option<FileExtent>, Errno>> + 'static;
+    fn extents_at(
+        &self,
+        offset: u64,
+        max: usize,
+    ) -> impl Future<Output = Result<Vec<FileExtent>, Errno>> + 'static;
     /// Size, alignment and kind.
     ///
     /// # Errors

@@ -23,8 +23,8 @@ use keep::KeptZeros;
 use smallvec::smallvec;
 use tap_core::{Access, NodeInfo, NodeName, Space, Tracker};
 use tap_host::{
-    Budget, Errno, File, FileId, FileInfo, Files, IoBuf, IoVec, LockKind, OpenMode, Patience, SECTOR_BYTES,
-    Tried, bytes_of, copy_from_slice, copy_to_slice,
+    Budget, Errno, File, FileExtent, FileId, FileInfo, Files, IoBuf, IoVec, LockKind, OpenMode, Patience,
+    SECTOR_BYTES, Tried, bytes_of, copy_from_slice, copy_to_slice,
 };
 
 tap_host::listed! {
@@ -252,10 +252,15 @@ impl<H: ImageHost> ImageFile<H> {
 
     /// The run of data or hole from byte `offset` on, at most `len` bytes; a hole at and past the end of the file.
     pub(crate) async fn extent(&self, offset: u64, len: u64) -> Result<(u64, bool), Errno> {
-        Ok(match uninterrupted(&self.host, || self.file.extent_at(offset)).await? {
+        Ok(match self.extents(offset, 1).await?.first() {
             Some(extent) => (extent.len_bytes.min(len), extent.data),
             None => (len, false),
         })
+    }
+
+    /// The first runs of data and holes from byte `offset` on, at most `max`; none at and past the end of the file.
+    pub(crate) async fn extents(&self, offset: u64, max: usize) -> Result<Vec<FileExtent>, Errno> {
+        uninterrupted(&self.host, || self.file.extents_at(offset, max)).await
     }
 
     /// Whether `result` of a write shows that its place cannot be written. A file that was given up refuses all writes.

@@ -70,6 +70,7 @@ struct Store {
     open: RefCell<Vec<Change>>,
     locks: RefCell<Vec<(usize, LockKind)>>,
     device: Cell<bool>,
+    looks: Cell<usize>,
 }
 
 struct TaskWaker(usize, Arc<Mutex<VecDeque<usize>>>);
@@ -107,12 +108,10 @@ impl World {
         world.0.align.set(512);
         world
     }
-
     /// Drops the pages outside the process, and with them the record of failed synchronisations.
     pub(crate) fn forget_pages(&self) {
         self.0.pages.borrow_mut().clear();
     }
-
     pub(crate) fn random(&self, below: u64) -> u64 {
         let mut x = self.0.random.get();
         x ^= x << 13;
@@ -138,7 +137,6 @@ impl World {
     pub(crate) fn owned_by_another(&self, tries: u32) {
         self.0.owned.set(tries);
     }
-
     pub(crate) fn refuse_zeroing(&self) {
         self.0.no_zeroing.set(true);
     }
@@ -160,7 +158,6 @@ impl World {
     pub(crate) fn fail(&self, fault: Option<Fault>) {
         self.0.fault.set(fault);
     }
-
     pub(crate) fn fault(&self) -> Option<Fault> {
         self.0.fault.get()
     }
@@ -178,6 +175,9 @@ impl World {
     }
     pub(crate) fn bytes(&self, path: &str) -> Vec<u8> {
         self.store(path).now.borrow().clone()
+    }
+    pub(crate) fn looks(&self, path: &str) -> usize {
+        self.store(path).looks.get()
     }
     pub(crate) fn has(&self, path: &str) -> bool {
         self.0.files.borrow().contains_key(path)
@@ -208,7 +208,6 @@ impl World {
         }
         next
     }
-
     /// The world after the death of the process: all written bytes are there.
     pub(crate) fn as_seen(&self) -> World {
         let next = World::new(self.random(u64::MAX));
@@ -253,7 +252,6 @@ impl World {
     pub(crate) fn block_on<T: 'static>(&self, future: impl Future<Output = T> + 'static) -> T {
         self.run(future).expect("the world does not stop")
     }
-
     /// Drops every task, like the death of a process.
     pub(crate) fn kill_tasks(&self) {
         let tasks = self.0.tasks.take();
@@ -546,22 +544,24 @@ impl File for MemFile {
         std::future::ready(Ok(false))
     }
 
-    fn extent_at(&self, offset: u64) -> impl Future<Output = Result<Option<FileExtent>, Errno>> + 'static {
+    fn extents_at(
+        &self,
+        offset: u64,
+        max: usize,
+    ) -> impl Future<Output = Result<Vec<FileExtent>, Errno>> + 'static {
         let handle = Rc::clone(&self.0);
         async move {
+            handle.store.looks.set(handle.store.looks.get() + 1);
             let now = handle.store.now.borrow();
-            let Some(rest) = now.get(offset as usize..).filter(|rest| !rest.is_empty()) else {
-                return Ok(None);
-            };
+            let rest = now.get(offset as usize..).unwrap_or_default();
             // In blocks of 512 bytes; a block of zeros is a hole.
-            let block = |bytes: &[u8]| bytes.iter().any(|b| *b != 0);
-            let first = 512 - offset as usize % 512;
-            let data = block(&rest[..first.min(rest.len())]);
-            let mut len = first.min(rest.len());
-            for next in rest[len..].chunks(512).take_while(|next| block(next) == data) {
-                len += next.len();
-            }
-            Ok(Some(FileExtent { len_bytes: len as u64, data }))
+            let (first, others) = rest.split_at((512 - offset as usize % 512).min(rest.len()));
+            let data = |block: &&[u8]| block.iter().any(|b| *b != 0);
+            let blocks: Vec<&[u8]> = [first].into_iter().chain(others.chunks(512)).collect();
+            let runs = blocks.chunk_by(|a, b| data(a) == data(b)).filter(|run| !run[0].is_empty()).take(max);
+            Ok(runs
+                .map(|run| FileExtent { len_bytes: run.concat().len() as u64, data: data(&run[0]) })
+                .collect())
         }
     }
 

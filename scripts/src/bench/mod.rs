@@ -9,10 +9,12 @@
 //! factor of two, these are stable. Comparisons are made round by round, and their median is printed with its range.
 
 mod client;
+mod maps;
 mod report;
 mod server;
 
 use client::{Client, Kind, Load, Order};
+use maps::MAPS;
 use report::{Measured, Report, Row};
 use server::ServerSpec;
 use std::path::{Path, PathBuf};
@@ -38,6 +40,9 @@ Options:
   --json FILE            the figures as JSON, too
 
 Workloads: read-q1 read-q32 rewrite-q1 rewrite-q32 alloc-q32 read64k-q4 rewrite64k-q4 sync-q1
+           map-sparse-nbdinfo map-sparse-qemu map-runs-nbdinfo map-runs-qemu: a whole map as one request, by nbdinfo
+           --map --totals and qemu-img map, of a raw file of 10 TiB with 1000 pieces of data, and of one with 30,000
+           extents; the file is in the target folder
 
 Example:
   cargo xtask bench nbd --format raw --workload read-q32 \\
@@ -121,7 +126,9 @@ impl Options {
         if options.formats.is_empty() {
             options.formats = vec!["raw".into(), "qcow".into()];
         }
-        if let Some(bad) = options.workloads.iter().find(|n| WORKLOADS.iter().all(|w| w.name != **n)) {
+        let known =
+            |name: &str| WORKLOADS.iter().any(|w| w.name == name) || MAPS.iter().any(|m| m.name == name);
+        if let Some(bad) = options.workloads.iter().find(|name| !known(name)) {
             return Err(format!("unknown workload {bad}; see cargo xtask bench --help").into());
         }
         Ok(options)
@@ -153,6 +160,7 @@ fn nbd(options: Options) -> Result<()> {
     std::fs::create_dir_all(&place)?;
     let bench = Bench { sh, options, servers, programs, place };
     let report = bench.all();
+    let _ = std::fs::remove_dir_all(bench.maps_place());
     // Images are large: they are removed whatever happened.
     std::fs::remove_dir_all(&bench.place)?;
     let report = report?;
@@ -189,16 +197,24 @@ struct Bench {
 impl Bench {
     fn all(&self) -> Result<Report> {
         let mut report = Report::default();
+        let chosen = |name: &str| {
+            self.options.workloads.is_empty() || self.options.workloads.iter().any(|other| other == name)
+        };
+        let loads: Vec<&Workload> = WORKLOADS.iter().filter(|w| chosen(w.name)).collect();
         for format in &self.options.formats {
-            let full = self.image(format, "full")?;
-            self.fill(&full, format)?;
-            let chosen = |w: &&Workload| {
-                self.options.workloads.is_empty() || self.options.workloads.iter().any(|n| n == w.name)
-            };
-            for workload in WORKLOADS.iter().filter(chosen) {
-                self.workload(&mut report, format, workload, &full)?;
+            if !loads.is_empty() {
+                let full = self.image(format, "full")?;
+                self.fill(&full, format)?;
+                for workload in &loads {
+                    self.workload(&mut report, format, workload, &full)?;
+                }
+                std::fs::remove_file(full)?;
             }
-            std::fs::remove_file(full)?;
+            if format == "raw" {
+                for map in MAPS.iter().filter(|map| chosen(map.name)) {
+                    report.rows.extend(self.map(map)?);
+                }
+            }
         }
         Ok(report)
     }

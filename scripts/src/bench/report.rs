@@ -71,7 +71,7 @@ impl Report {
         for row in &self.rows {
             if last != (row.format.clone(), row.workload) {
                 println!(
-                    "\n{:<6} {:<14} {:<20} {:>10} {:>10} {:>9} {:>9}  tapdisk's CPU / its CPU",
+                    "\n{:<6} {:<18} {:<20} {:>10} {:>10} {:>9} {:>9}  tapdisk's CPU / its CPU",
                     "format", "workload", "server", "CPU us/req", "calls/req", "p50 us", "k req/s"
                 );
                 last = (row.format.clone(), row.workload);
@@ -83,7 +83,7 @@ impl Report {
                 format!("{:.2} ({:.2}..{:.2})", median(&ratios), least(&ratios), most(&ratios))
             };
             println!(
-                "{:<6} {:<14} {:<20} {:>10.2} {:>10} {:>9.1} {:>9.1}  {against}",
+                "{:<6} {:<18} {:<20} {:>10.2} {:>10} {:>9.1} {:>9.1}  {against}",
                 row.format,
                 row.workload,
                 row.server,

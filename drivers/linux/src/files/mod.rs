@@ -34,6 +34,7 @@
 mod call;
 mod closing;
 mod engine;
+mod extents;
 mod lock;
 mod open;
 mod ring;
@@ -46,7 +47,6 @@ pub(crate) use engine::{Engine, driver};
 use crate::LinuxHost;
 use call::{Call, Wait};
 use engine::Op;
-use rustix::fs::{SeekFrom, seek};
 use std::cell::Cell;
 use std::future::Future;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -279,11 +279,15 @@ impl File for LinuxFile {
         }
     }
 
-    fn extent_at(&self, offset: u64) -> impl Future<Output = Result<Option<FileExtent>, Errno>> + 'static {
+    fn extents_at(
+        &self,
+        offset: u64,
+        max: usize,
+    ) -> impl Future<Output = Result<Vec<FileExtent>, Errno>> + 'static {
         let open = Rc::clone(&self.open);
         async move {
             let (fd, block_device) = (Arc::clone(open.fd()), open.block_device);
-            let look = move || extent(&fd, block_device, offset);
+            let look = move || extents::look(&fd, block_device, offset, max);
             // Extent maps may have to be read from the device.
             if open.in_memory { look() } else { blocking(look).await }
         }
@@ -338,30 +342,6 @@ impl LinuxFile {
             Err(error) => return Err(error),
         }
         Ok(())
-    }
-}
-
-/// The run of data or hole at `offset`.
-fn extent(fd: &OwnedFd, block_device: bool, offset: u64) -> Result<Option<FileExtent>, Errno> {
-    let size = open::size_bytes(fd, block_device)?;
-    let Some(left) = size.checked_sub(offset).filter(|left| *left > 0) else { return Ok(None) };
-    let run = |len_bytes: u64, data| Ok(Some(FileExtent { len_bytes: len_bytes.min(left), data }));
-    let data = match seek(fd, SeekFrom::Data(offset)).map_err(of_rustix) {
-        Ok(data) => data,
-        // No data from here on.
-        Err(Errno(libc::ENXIO)) => return run(left, false),
-        // The file system does not know its holes.
-        Err(Errno::EINVAL | Errno::EOPNOTSUPP) => return run(left, true),
-        Err(error) => return Err(error),
-    };
-    if data > offset {
-        return run(data - offset, false);
-    }
-    match seek(fd, SeekFrom::Hole(offset)).map_err(of_rustix) {
-        Ok(hole) if hole > offset => run(hole - offset, true),
-        // The file changed between the two calls: there may be data.
-        Ok(_) | Err(Errno(libc::ENXIO)) => run(1, true),
-        Err(error) => Err(error),
     }
 }
 

@@ -156,14 +156,9 @@ pub(super) fn error_of(errno: Errno) -> u32 {
 
 /// Most bytes that one block status is about.
 const STATUS_BYTES_MAX: u32 = u32::MAX - 2 * SECTOR_BYTES as u32;
-/// Most extents in one reply.
+/// Most extents in one reply, and of one query to a node.
 const EXTENTS_MAX: usize = 1024;
-/// Sectors of one query to a node: bounds the list that it makes.
-const STATUS_SECTORS: u64 = (64 << 20) / SECTOR_BYTES;
-
-/// Extents of one query to a node, and queries for one reply: a reply may be short, so that no other request waits
-/// long.
-const EXTENTS_AT_ONCE: usize = 128;
+/// Queries for one reply: a reply may be short, so that no other request waits long.
 const LOOKS_MAX: usize = 32;
 
 /// The extents of `job`, or of a part from its start on: at most one if `one`. Other tasks have their turn in between.
@@ -184,11 +179,10 @@ pub(super) async fn extents<H: Tasks + Probe>(
             host.yield_now().await;
         }
         looks += 1;
-        let asked_end = end.min(at + STATUS_SECTORS);
         let before = at;
-        let asked = SectorRange::new(at, (asked_end - at) as u32);
+        let asked = SectorRange::new(at, (end - at) as u32);
         // A client that wants one extent mostly gets it from the first two.
-        let ask = if one && looks == 1 { 2 } else { EXTENTS_AT_ONCE };
+        let ask = if one && looks == 1 { 2 } else { EXTENTS_MAX };
         for extent in node.extents(asked, ask).await? {
             let hole = if extent.allocated || host.bug(&NBD_STATUS_SOLID) { 0 } else { STATE_HOLE };
             let state = hole | if extent.zero { STATE_ZERO } else { 0 };
@@ -202,7 +196,7 @@ pub(super) async fn extents<H: Tasks + Probe>(
             }
             at += extent.count;
         }
-        assert!(at <= asked_end, "a node reports no more sectors than it is asked about");
+        assert!(at <= end, "a node reports no more sectors than it is asked about");
         if at == before {
             return Err(Errno::EIO);
         }

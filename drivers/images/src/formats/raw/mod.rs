@@ -3,17 +3,20 @@
 //! If a file does not end with a whole sector, its last sector is padded with zeros, and a write of it makes the file
 //! longer.
 
+mod ahead;
+
 use crate::calls::closed;
 use crate::io::{ImageFile, sync_name};
 use crate::sync::{FLUSH_EARLY, FUA_UNSYNCED};
 use crate::{Description, Format, FormatInfo, ImageError, ImageHost, NewImage, OpenImage, OpenOptions};
+use ahead::{Ahead, Change};
 use std::cell::RefCell;
 use std::rc::Rc;
 use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, NodeName, Op, Request, Response, Source};
-use tap_host::{Errno, FileId, IoVec, SECTOR_BYTES, SectorRange, ZeroMode};
+use tap_host::{Errno, FileExtent, FileId, IoVec, SECTOR_BYTES, SectorRange, ZeroMode};
 
 tap_host::listed! {
-    pub(crate) BUGS: Bug;
+    pub(crate) BUGS: Bug with [ahead::BUGS];
     CLOSE_UNSYNCED = "close-unsynced", "a raw image is closed without being synchronised";
 }
 
@@ -73,6 +76,7 @@ struct Raw<H: ImageHost> {
 struct Inner<H: ImageHost> {
     host: H,
     file: ImageFile<H>,
+    ahead: Ahead,
 }
 
 /// Creates a raw image of `size_bytes` that reads as zeros, durable together with its name. With `existing` it
@@ -116,14 +120,15 @@ impl<H: ImageHost> Raw<H> {
             return refused(what, "extend it, or open it without direct I/O");
         }
         let info = NodeInfo { read_only: !write, ..file.node_info(size.div_ceil(SECTOR_BYTES)) };
-        let inner = Inner { host: host.clone(), file };
+        let inner = Inner { host: host.clone(), file, ahead: Ahead::new(!options.unlocked) };
         Ok(Self { open: RefCell::new(Some(Rc::new(inner))), info })
     }
 }
 
 impl<H: ImageHost> Inner<H> {
-    /// Completes a change of the file that returned `result`: with `fua` it is made durable first.
-    async fn settled(&self, result: Result<(), Errno>, fua: bool) -> Result<(), Errno> {
+    /// Completes a `change` of the file that returned `result`: with `fua` it is made durable first.
+    async fn settled(&self, change: Change<'_>, result: Result<(), Errno>, fua: bool) -> Result<(), Errno> {
+        change.end();
         if !fua || result.is_err() || self.host.bug(&FUA_UNSYNCED) {
             return result;
         }
@@ -133,18 +138,41 @@ impl<H: ImageHost> Inner<H> {
     /// Holes and data of the file.
     async fn extents(&self, range: SectorRange, max: usize) -> Result<Vec<Extent>, Errno> {
         let (mut at, end) = (range.start.0 * SECTOR_BYTES, range.end().unwrap_or(0) * SECTOR_BYTES);
-        let mut out: Vec<Extent> = Vec::new();
-        while at < end && out.len() < max {
-            let (len, data) = self.file.extent(at, end - at).await?;
+        let mut found = self.look(at, end, max).await?;
+        if found.is_empty() {
+            // Past the end of the file.
+            found.push(FileExtent { len_bytes: end - at, data: false });
+        }
+        let (mut out, mut run_end) = (Vec::with_capacity(found.len()), at);
+        for run in found {
+            run_end += run.len_bytes;
+            let left = run_end.min(end).saturating_sub(at);
+            if left == 0 {
+                // All of it is in a sector that counts as data.
+                continue;
+            }
             // A sector that is partly data counts as data.
-            let len = if data { len.next_multiple_of(SECTOR_BYTES) } else { len - len % SECTOR_BYTES };
-            let (len, data) = if len == 0 { (SECTOR_BYTES, true) } else { (len, data) };
+            let len = if run.data { left.next_multiple_of(SECTOR_BYTES) } else { left - left % SECTOR_BYTES };
+            let (len, data) = if len == 0 { (SECTOR_BYTES, true) } else { (len, run.data) };
             let source =
                 Source::Node { name: Some(self.file.name.clone()), offset: Some(at), compressed: false };
             out.push(Extent { count: len / SECTOR_BYTES, source, zero: !data, allocated: data });
             at += len;
         }
         Ok(out)
+    }
+
+    /// The first runs of the file in the bytes `at..end`, at most `max`, from what is known or by a look at the file.
+    async fn look(&self, at: u64, end: u64, max: usize) -> Result<Vec<FileExtent>, Errno> {
+        let known = self.ahead.take(at, end, max);
+        if !known.is_empty() {
+            return Ok(known);
+        }
+        let (stamp, count) = (self.ahead.stamp(), self.ahead.count(at, max));
+        let found = self.file.extents(at, count).await?;
+        let first = found.iter().take(max).copied().collect();
+        self.ahead.keep(stamp, at, found);
+        Ok(first)
     }
 }
 
@@ -163,17 +191,20 @@ impl<H: ImageHost> Node for Raw<H> {
                 Response { result, bufs }
             }),
             Op::Write => Box::pin(async move {
+                let change = inner.ahead.change(&inner.host);
                 let (result, bufs) = inner.file.write(offset, request.bufs).await;
-                Response { result: inner.settled(result, fua).await, bufs }
+                Response { result: inner.settled(change, result, fua).await, bufs }
             }),
             Op::WriteZeroes(flags) => Box::pin(async move {
                 let mode = if flags.unmap { ZeroMode::Unmap } else { ZeroMode::Keep };
+                let change = inner.ahead.change(&inner.host);
                 let result = inner.file.zero(offset, len, mode, flags.fast).await;
-                Response { result: inner.settled(result, fua).await, bufs: request.bufs }
+                Response { result: inner.settled(change, result, fua).await, bufs: request.bufs }
             }),
             Op::Discard => Box::pin(async move {
+                let change = inner.ahead.change(&inner.host);
                 let result = inner.file.discard(offset, len).await.map(drop);
-                Response { result: inner.settled(result, fua).await, bufs: request.bufs }
+                Response { result: inner.settled(change, result, fua).await, bufs: request.bufs }
             }),
             Op::Flush => Box::pin(async move {
                 if inner.host.bug(&FLUSH_EARLY) {

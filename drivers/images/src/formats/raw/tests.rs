@@ -330,3 +330,77 @@ fn a_large_write_reads_only_partly_covered_blocks() {
     assert!(bytes[..edge].iter().chain(&bytes[end..]).all(|b| *b == 7));
     assert!(bytes[edge..end].iter().all(|b| *b == 9));
 }
+
+/// The map of the whole disk, with `max` extents asked for at a time: sectors, and whether they are zeros.
+fn map(world: &World, raw: &Raw<World>, max: usize) -> Vec<(u64, bool)> {
+    let (mut at, size, mut found) = (0, raw.info().size_sectors, Vec::new());
+    while at < size {
+        let range = SectorRange::new(at, (size - at) as u32);
+        let some = world.block_on(raw.extents(range, max)).unwrap();
+        assert!(!some.is_empty() && some.len() <= max);
+        for extent in some {
+            found.push((extent.count, extent.zero));
+            at += extent.count;
+        }
+    }
+    assert_eq!(at, size);
+    found
+}
+
+#[test]
+fn few_looks_at_a_file_answer_many_queries_for_extents() {
+    let world = World::new(1);
+    let bytes: Vec<u8> = (0..4000).flat_map(|sector| [sector as u8 % 2 * 7; 512]).collect();
+    let want: Vec<_> = (0..4000).map(|sector| (1, sector % 2 == 0)).collect();
+    world.put("/disk", bytes);
+    for max in [1, 2, 1024] {
+        let raw = open(&world, false, false).unwrap();
+        let before = world.looks("/disk");
+        assert_eq!(map(&world, &raw, max), want);
+        // 16, 64, 256 and 1024 extents, then as many again.
+        assert!(world.looks("/disk") - before <= 7, "{} looks", world.looks("/disk") - before);
+        world.block_on(raw.close()).unwrap();
+    }
+}
+
+#[test]
+fn a_write_is_seen_by_the_next_query_for_extents() {
+    for (op, bug) in [
+        (Op::Write, false),
+        (Op::WriteZeroes(ZeroFlags { unmap: true, fast: false }), false),
+        (Op::Discard, false),
+        (Op::Write, true),
+    ] {
+        let world = World::new(1);
+        let fill = if op == Op::Write { 0 } else { 7 };
+        world.put("/disk", vec![fill; 64 * 512]);
+        if bug {
+            world.switch_on("raw-ahead-kept");
+        }
+        let raw = open(&world, true, false).unwrap();
+        assert_eq!(map(&world, &raw, 1), [(64, op == Op::Write)]);
+        let bufs =
+            if op == Op::Write { smallvec![IoBuf::copy_of(&[9; 8 * 512]).unwrap()] } else { IoVec::new() };
+        let request = Request { op, range: SectorRange::new(8, 8), bufs, fua: false };
+        world.block_on(raw.submit(request)).result.unwrap();
+        let zero = op == Op::Write;
+        let seen = map(&world, &raw, 1) == [(8, zero), (8, !zero), (48, zero)];
+        assert_eq!(seen, !bug, "{op:?}");
+    }
+}
+
+#[test]
+fn nothing_is_known_ahead_after_a_write_was_dropped() {
+    let world = World::new(1);
+    world.put("/disk", vec![0; 64 * 512]);
+    let raw = open(&world, true, false).unwrap();
+    let mut write = Box::pin(submit(&raw, Op::Write, 8, &[9; 512]));
+    let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
+    world.stop_at(world.ops());
+    assert!(write.as_mut().poll(&mut cx).is_pending());
+    drop(write);
+    for looks in 1..4 {
+        assert_eq!(map(&world, &raw, 1), [(64, true)]);
+        assert_eq!(world.looks("/disk"), looks, "it may be carried out at any time");
+    }
+}
