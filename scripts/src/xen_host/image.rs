@@ -22,7 +22,7 @@ use std::process::{Command, Stdio};
 use xshell::{Shell, cmd};
 
 /// Programs from /usr.
-const PROGRAMS: [&str; 12] = [
+const PROGRAMS: [&str; 15] = [
     "bin/bash",
     "bin/dpkg",
     "bin/dpkg-deb",
@@ -30,11 +30,31 @@ const PROGRAMS: [&str; 12] = [
     "bin/dpkg-split",
     "bin/flock",
     "bin/setpriv",
+    "bin/systemctl",
+    "bin/systemd-sysusers",
     "bin/tar",
+    "lib/systemd/systemd",
     "libexec/xen-qemu-system-i386",
     "sbin/e2fsck",
     "sbin/nbd-client",
     "sbin/start-stop-daemon",
+];
+/// Units of systemd, which only some tests start.
+const UNITS: [&str; 14] = [
+    "basic.target",
+    "local-fs.target",
+    "local-fs-pre.target",
+    "multi-user.target",
+    "network.target",
+    "paths.target",
+    "remote-fs.target",
+    "shutdown.target",
+    "slices.target",
+    "sockets.target",
+    "swap.target",
+    "sysinit.target",
+    "timers.target",
+    "umount.target",
 ];
 /// Programs from /usr/lib/xen-VERSION/bin.
 const XEN_PROGRAMS: [&str; 8] = [
@@ -168,6 +188,10 @@ impl Builder<'_> {
         archive.file("var/lib/dpkg/status", 0o644, b"")?;
         archive.file("var/lib/dpkg/available", 0o644, b"")?;
         archive.file("usr/sbin/ldconfig", 0o755, b"#!/bin/sh\n")?;
+        for name in UNITS {
+            let unit = root.join("usr/lib/systemd/system").join(name);
+            archive.copy(&in_root(root, &unit)?, &unit)?;
+        }
         let mut guest = Archive::new(Vec::new());
         self.skeleton(&mut guest, &GUEST_MODULES)?;
         archive.file("domu/base.cpio", 0o644, &guest.finish()?)?;
@@ -202,7 +226,9 @@ impl Builder<'_> {
     /// The shared libraries that a program of the pool is linked with, as the pool's own loader finds them.
     fn libraries_of(&self, program: &Path) -> Result<Vec<PathBuf>> {
         let (sh, loader, path) = (self.sh, self.pool.loader(), self.pool.libraries());
-        let text = cmd!(sh, "{loader} --library-path {path} --list {program}")
+        // Where systemd has its own.
+        let own = path.join("systemd");
+        let text = cmd!(sh, "{loader} --library-path {path}:{own} --list {program}")
             .quiet()
             .read()
             .map_err(|e| format!("find the libraries of {}: {e}", program.display()))?;

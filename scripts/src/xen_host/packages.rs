@@ -19,7 +19,7 @@ use xshell::{Shell, cmd};
 /// Metapackages for the current versions; their dependencies are used.
 const META: [&str; 2] = ["xen-system-amd64", "linux-image-amd64"];
 /// For dom0 and for the emulator.
-const NAMED: [&str; 15] = [
+const NAMED: [&str; 16] = [
     "xen-utils-common",
     "xenstore-utils",
     "bash",
@@ -36,6 +36,8 @@ const NAMED: [&str; 15] = [
     // what installs the package of this repository
     "dpkg",
     "tar",
+    // for the units of that package
+    "systemd",
     "qemu-system-x86",
     "qemu-system-common",
     "qemu-system-data",
