@@ -62,9 +62,10 @@ fn refuse_hidden_cfg() -> Result<()> {
 /// ignored if these are missing; here they should run.
 fn install_peers(sh: &Shell) {
     let there = |tool: &str| cmd!(sh, "which {tool}").quiet().ignore_stdout().ignore_stderr().run().is_ok();
-    let packages: [(&str, &[&str]); 4] = [
+    let packages: [(&str, &[&str]); 5] = [
         ("qemu-utils", &["qemu-img", "qemu-io"]),
         ("libnbd-bin", &["nbdinfo", "nbdcopy"]),
+        ("python3-libnbd", &["nbdsh"]),
         ("chromium", &["chromium"]),
         ("systemd", &["systemd-analyze"]),
     ];

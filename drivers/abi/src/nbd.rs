@@ -11,8 +11,8 @@
 //!   ChunkHeader 20 + payload ───────────►
 //! ```
 //!
-//! Follows `doc/proto.md` of the NetworkBlockDevice/nbd repository, without its extended headers. All numbers are
-//! big-endian; offsets and lengths are bytes.
+//! Follows `doc/proto.md` of the NetworkBlockDevice/nbd repository, with its extended headers, where requests and
+//! chunks have 32 bytes before their data. All numbers are big-endian; offsets and lengths are bytes.
 
 use std::mem::{offset_of, size_of};
 use zerocopy::big_endian::{U16, U32, U64};
@@ -30,13 +30,19 @@ pub const REQUEST_MAGIC: u32 = 0x2560_9513;
 pub const SIMPLE_MAGIC: u32 = 0x6744_6698;
 /// A chunk of a structured reply.
 pub const CHUNK_MAGIC: u32 = 0x668e_33ef;
+/// Every request with an extended header.
+pub const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
+/// Every chunk of a reply with an extended header.
+pub const EXTENDED_CHUNK_MAGIC: u32 = 0x6e8a_278c;
 
 /// Longest name, description, query or message in bytes.
 pub const STRING_BYTES_MAX: usize = 4096;
 /// Zeros after the reply to [`OPT_EXPORT_NAME`], unless both sides set `NO_ZEROES`.
 pub const EXPORT_PADDING_BYTES: usize = 124;
-/// The one metadata context known here.
+/// The metadata context that says which parts are allocated, and which are zeros.
 pub const BASE_ALLOCATION: &str = "base:allocation";
+/// The metadata context that says in which level of a chain of images a part is: 0 in none, 1 in the topmost.
+pub const ALLOCATION_DEPTH: &str = "qemu:allocation-depth";
 
 /// Handshake flags, the same bits from both sides.
 pub mod handshake {
@@ -64,6 +70,8 @@ pub const OPT_STRUCTURED_REPLY: u32 = 8;
 pub const OPT_LIST_META_CONTEXT: u32 = 9;
 /// Choose metadata contexts.
 pub const OPT_SET_META_CONTEXT: u32 = 10;
+/// Use headers with lengths of 64 bits, and structured replies.
+pub const OPT_EXTENDED_HEADERS: u32 = 11;
 
 /// Done.
 pub const REP_ACK: u32 = 1;
@@ -87,6 +95,8 @@ pub const REP_ERR_UNKNOWN: u32 = REP_ERROR | 6;
 pub const REP_ERR_SHUTDOWN: u32 = REP_ERROR | 7;
 /// The option is too large.
 pub const REP_ERR_TOO_BIG: u32 = REP_ERROR | 9;
+/// It has no place beside extended headers.
+pub const REP_ERR_EXT_HEADER_REQD: u32 = REP_ERROR | 10;
 
 /// Size and flags; always sent.
 pub const INFO_EXPORT: u16 = 0;
@@ -150,6 +160,8 @@ pub mod command {
     pub const REQ_ONE: u16 = 1 << 3;
     /// Refuse zeros that would take as long as writing them.
     pub const FAST_ZERO: u16 = 1 << 4;
+    /// With extended headers: as many bytes as the length says follow. Every write has it.
+    pub const PAYLOAD_LEN: u16 = 1 << 5;
 }
 
 /// Flag of the last chunk of a reply.
@@ -162,6 +174,8 @@ pub const CHUNK_OFFSET_DATA: u16 = 1;
 pub const CHUNK_OFFSET_HOLE: u16 = 2;
 /// Extents: a context's number (u32) and [`StatusExtent`]s.
 pub const CHUNK_BLOCK_STATUS: u16 = 5;
+/// Extents after an extended header: [`StatusHead`] and [`LongExtent`]s.
+pub const CHUNK_BLOCK_STATUS_EXT: u16 = 6;
 /// Set in types of chunks that say that the request failed.
 pub const CHUNK_ERROR_BIT: u16 = 1 << 15;
 /// It failed: [`ErrorHead`] and a message.
@@ -356,6 +370,9 @@ wire!(
         state: U32 = 4,
     }
 );
+
+mod extended;
+pub use extended::{ExtendedChunk, ExtendedRequest, LongExtent, StatusHead};
 
 impl Hello {
     /// A server's greeting.

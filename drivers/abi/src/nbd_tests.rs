@@ -32,6 +32,28 @@ fn golden_bytes() {
     assert_eq!(chunk.as_bytes(), bytes);
 }
 
+#[test]
+fn golden_bytes_of_extended_headers() {
+    let flags = command::FUA | command::PAYLOAD_LEN;
+    let request = ExtendedRequest::new(CMD_WRITE, flags, 0x0807_0605_0403_0201, 0x1000, 1 << 40);
+    let mut bytes = [0; 32];
+    bytes[..8].copy_from_slice(&[0x21, 0xe4, 0x1c, 0x71, 0, 0x21, 0, 1]);
+    bytes[8..16].copy_from_slice(&[8, 7, 6, 5, 4, 3, 2, 1]);
+    (bytes[22], bytes[26]) = (0x10, 1);
+    assert_eq!(request.as_bytes(), bytes);
+    assert_eq!(ExtendedRequest::parse(&bytes), Ok(request));
+    bytes[3] = 0;
+    assert!(ExtendedRequest::parse(&bytes).is_err());
+    let short = RequestHeader::new(CMD_READ, command::DF, 7, 9, u32::MAX);
+    let want = ExtendedRequest::new(CMD_READ, command::DF, 7, 9, u64::from(u32::MAX));
+    assert_eq!(ExtendedRequest::from(short), want);
+    let chunk = ExtendedChunk::new(7, 0x0200, CHUNK_BLOCK_STATUS_EXT, true, 24);
+    let mut bytes = [0; 32];
+    bytes[..8].copy_from_slice(&[0x6e, 0x8a, 0x27, 0x8c, 0, 1, 0, 6]);
+    (bytes[15], bytes[22], bytes[31]) = (7, 2, 24);
+    assert_eq!(chunk.as_bytes(), bytes);
+}
+
 fn go(name: &str, count: u16, kinds: &[u16]) -> Vec<u8> {
     let mut data = (name.len() as u32).to_be_bytes().to_vec();
     data.extend_from_slice(name.as_bytes());

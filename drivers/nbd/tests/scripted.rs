@@ -212,6 +212,7 @@ fn a_server_that_comes_back_with_less_is_refused() {
 fn without_context() -> Vec<u8> {
     let mut bytes = Hello::new(handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES).as_bytes().to_vec();
     let flags = (export::HAS_FLAGS | export::SEND_FLUSH).into();
+    bytes.extend(OptionReply::new(OPT_EXTENDED_HEADERS, REP_ERR_UNSUP, 0).as_bytes());
     bytes.extend(OptionReply::new(OPT_STRUCTURED_REPLY, REP_ACK, 0).as_bytes());
     bytes.extend(OptionReply::new(OPT_SET_META_CONTEXT, REP_ACK, 0).as_bytes());
     bytes.extend(OptionReply::new(OPT_GO, REP_INFO, 12).as_bytes());
@@ -220,24 +221,81 @@ fn without_context() -> Vec<u8> {
     bytes
 }
 
-/// What a server sends up to the first request: it knows only `EXPORT_NAME`, or everything.
+/// What a server sends up to the first request: it knows only `EXPORT_NAME`, or everything but extended headers.
 fn greeting(structured: bool) -> Vec<u8> {
     let mut bytes = Hello::new(handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES).as_bytes().to_vec();
-    let flags = (export::HAS_FLAGS | export::SEND_FLUSH).into();
+    bytes.extend(OptionReply::new(OPT_EXTENDED_HEADERS, REP_ERR_UNSUP, 0).as_bytes());
     if structured {
         bytes.extend(OptionReply::new(OPT_STRUCTURED_REPLY, REP_ACK, 0).as_bytes());
-        bytes.extend(OptionReply::new(OPT_SET_META_CONTEXT, REP_META_CONTEXT, 19).as_bytes());
-        bytes.extend([0, 0, 0, 1].iter().chain(BASE_ALLOCATION.as_bytes()).take(19));
-        bytes.extend(OptionReply::new(OPT_SET_META_CONTEXT, REP_ACK, 0).as_bytes());
-        bytes.extend(OptionReply::new(OPT_GO, REP_INFO, 12).as_bytes());
-        bytes.extend(InfoExport { kind: INFO_EXPORT.into(), size: (1 << 20).into(), flags }.as_bytes());
-        bytes.extend(OptionReply::new(OPT_GO, REP_ACK, 0).as_bytes());
+        bytes.extend(choice(1 << 20));
     } else {
         bytes.extend(OptionReply::new(OPT_STRUCTURED_REPLY, REP_ERR_UNSUP, 0).as_bytes());
         bytes.extend(OptionReply::new(OPT_GO, REP_ERR_UNSUP, 0).as_bytes());
+        let flags = (export::HAS_FLAGS | export::SEND_FLUSH).into();
         bytes.extend(ExportReply { size: (1 << 20).into(), flags }.as_bytes());
     }
     bytes
+}
+
+/// As [`greeting`] with extended headers, and a large disk.
+fn extended_greeting() -> Vec<u8> {
+    let mut bytes = Hello::new(handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES).as_bytes().to_vec();
+    bytes.extend(OptionReply::new(OPT_EXTENDED_HEADERS, REP_ACK, 0).as_bytes());
+    bytes.extend(choice(1 << 45));
+    bytes
+}
+
+/// The context and the export.
+fn choice(size_bytes: u64) -> Vec<u8> {
+    let flags = (export::HAS_FLAGS | export::SEND_FLUSH).into();
+    let mut bytes = OptionReply::new(OPT_SET_META_CONTEXT, REP_META_CONTEXT, 19).as_bytes().to_vec();
+    bytes.extend([0, 0, 0, 1].iter().chain(BASE_ALLOCATION.as_bytes()).take(19));
+    bytes.extend(OptionReply::new(OPT_SET_META_CONTEXT, REP_ACK, 0).as_bytes());
+    bytes.extend(OptionReply::new(OPT_GO, REP_INFO, 12).as_bytes());
+    bytes.extend(InfoExport { kind: INFO_EXPORT.into(), size: size_bytes.into(), flags }.as_bytes());
+    bytes.extend(OptionReply::new(OPT_GO, REP_ACK, 0).as_bytes());
+    bytes
+}
+
+/// An extended status chunk in the reply to a request at `at`, with `count` in its head and these extents.
+fn long_status(at: u64, count: u32, lens: &[u64]) -> Vec<u8> {
+    let len = StatusHead::BYTES + lens.len() * LongExtent::BYTES;
+    let head = ExtendedChunk::new(1, at, CHUNK_BLOCK_STATUS_EXT, true, len as u64);
+    let mut bytes = head.as_bytes().to_vec();
+    bytes.extend(StatusHead { context: 1.into(), count: count.into() }.as_bytes());
+    for len in lens {
+        bytes.extend(
+            LongExtent { len: (*len).into(), state: u64::from(STATE_HOLE | STATE_ZERO).into() }.as_bytes(),
+        );
+    }
+    bytes
+}
+
+#[test]
+fn an_extended_status_has_lengths_of_64_bits_and_must_fit_its_request() {
+    for (first, connections) in [
+        (long_status(4096, 1, &[1 << 40]), 1),
+        (long_status(4096, 2, &[1 << 33, u64::MAX]), 1),
+        // Each of these breaks the connection, and the next one is believed.
+        (long_status(512, 1, &[1 << 40]), 2),
+        (long_status(4096, 3, &[1 << 40]), 2),
+        (long_status(4096, 0, &[]), 2),
+        (status(true, &[1 << 30]), 2),
+        (SimpleReply::new(1, 0).as_bytes().to_vec(), 2),
+    ] {
+        world(1, false, move |w| async move {
+            let answer = move |number| match number {
+                1 => first.clone(),
+                _ => long_status(4096, 1, &[1 << 41]),
+            };
+            let made = answers(&w, answer, |_| extended_greeting()).await;
+            let client = Client::connect(w.process("client"), config()).await.unwrap();
+            let extents = client.extents(tap_host::SectorRange::new(8, 1 << 31), 1024).await.unwrap();
+            assert_eq!(extents.iter().map(|e| e.count).sum::<u64>(), 1 << 31);
+            assert!(extents.iter().all(|e| e.zero && !e.allocated));
+            assert_eq!(made.get(), connections);
+        });
+    }
 }
 
 proptest! {

@@ -49,7 +49,8 @@ fn options_are_answered() {
         assert_eq!(raw.reply().await.0, REP_ERR_INVALID, "structured replies come first");
         raw.option(OPT_LIST_META_CONTEXT, &meta("disk", &[])).await;
         let context = |id: u32| (REP_META_CONTEXT, [&id.to_be_bytes(), BASE_ALLOCATION.as_bytes()].concat());
-        assert_eq!(raw.replies().await, [context(0), (REP_ACK, vec![])]);
+        let depth = |id: u32| (REP_META_CONTEXT, [&id.to_be_bytes(), ALLOCATION_DEPTH.as_bytes()].concat());
+        assert_eq!(raw.replies().await, [context(0), depth(0), (REP_ACK, vec![])]);
         raw.option(OPT_STRUCTURED_REPLY, b"").await;
         assert_eq!(raw.reply().await.0, REP_ACK);
         raw.option(OPT_SET_META_CONTEXT, &meta("disk", &["qemu:x", BASE_ALLOCATION])).await;
@@ -58,6 +59,10 @@ fn options_are_answered() {
         assert_eq!(raw.replies().await, [(REP_ACK, vec![])], "a whole namespace cannot be chosen");
         raw.option(OPT_LIST_META_CONTEXT, &meta("disk", &["base:"])).await;
         assert_eq!(raw.replies().await, [context(0), (REP_ACK, vec![])]);
+        raw.option(OPT_SET_META_CONTEXT, &meta("disk", &[ALLOCATION_DEPTH])).await;
+        assert_eq!(raw.replies().await, [depth(2), (REP_ACK, vec![])]);
+        raw.option(OPT_LIST_META_CONTEXT, &meta("disk", &["qemu:"])).await;
+        assert_eq!(raw.replies().await, [depth(0), (REP_ACK, vec![])]);
         raw.option(OPT_INFO, &go("nobody", &[])).await;
         assert_eq!(raw.reply().await.0, REP_ERR_UNKNOWN);
         raw.option(OPT_GO, b"\0").await;

@@ -1,7 +1,8 @@
 //! `tapdisk serve`: disks as exports of an NBD server.
 //!
 //! ```text
-//!   open every disk ─► listen ─► report it ─► serve ─── asked to stop ─► answer requests in flight ─► flush and close
+//!   open every disk ─► listen ─► report it ─► serve ─┬─ asked to stop ───────┬─► answer what is in flight ─► close
+//!                                                    └─ the last client left ┘
 //! ```
 
 use crate::disk::{
@@ -15,7 +16,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::str::FromStr;
 use tap_core::{Disks, Listed};
-use tap_host::{Budget, Errno, Listener, Signals, SocketAddress, VbdId};
+use tap_host::{Budget, Either, Errno, Listener, Signals, SocketAddress, VbdId, select};
 use tap_images::Formats;
 use tap_nbd::{Export, Server, ServerLimits};
 
@@ -23,6 +24,7 @@ tap_host::listed! {
     pub(super) MARKS: Mark;
     EXPORTS_SERVED = "exports-served", "tapdisk serve listened";
     SERVE_REFUSED = "serve-refused", "tapdisk serve ended because a disk could not be opened";
+    LAST_CLIENT_LEFT = "last-client-left", "tapdisk serve ended because its last client had left";
     SERVE_STOPPED = "serve-stopped", "tapdisk serve was asked to stop, and closed its disks";
 }
 
@@ -44,6 +46,9 @@ pub struct ServeArgs {
     /// Limit of connections at one time
     #[arg(long, default_value_t = 16, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     connections: u16,
+    /// End once the last client has left, as if asked to stop; clients that only list exports do not count
+    #[arg(long)]
+    end_with_last_client: bool,
     /// The disks: SPEC for a single one, NAME=SPEC for each of several
     #[arg(required = true, value_name = "[NAME=]SPEC")]
     disks: Vec<NamedDisk>,
@@ -203,9 +208,17 @@ impl ServeArgs {
             say(&format!("listening at {}", listener.address()));
             accepting.push(server.serve(listener));
         }
+        let left = async {
+            match self.end_with_last_client {
+                true => server.left().await,
+                false => std::future::pending().await,
+            }
+        };
         let stop = async {
-            stopped.await;
-            host.mark(&SERVE_STOPPED);
+            match select(stopped, left).await {
+                Either::First(_) => host.mark(&SERVE_STOPPED),
+                Either::Second(()) => host.mark(&LAST_CLIENT_LEFT),
+            }
             server.stop().await;
         };
         futures_util::future::join(join_all(accepting), stop).await;

@@ -10,16 +10,16 @@
 //! only if every byte of it was covered once therefore returns right bytes or an error.
 
 use super::RawNbd;
-use super::offer::{Agreed, CONTEXT, LESS_BITS, NBD_LESS, Offer};
+use super::offer::{Agreed, LESS_BITS, NBD_LESS, Offer, status};
 use crate::check::Invariant;
 use crate::world::World;
 use sim::{Entity, Label, Sim};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use tap_abi::nbd::{
-    CHUNK_BLOCK_STATUS, CHUNK_ERROR, CHUNK_NONE, CHUNK_OFFSET_DATA, CHUNK_OFFSET_HOLE, CMD_BLOCK_STATUS,
-    CMD_DISC, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, ChunkHeader, ErrorHead, Hello,
-    OptionHeader, RequestHeader, SimpleReply, command, error, handshake,
+    CHUNK_ERROR, CHUNK_NONE, CHUNK_OFFSET_DATA, CHUNK_OFFSET_HOLE, CMD_BLOCK_STATUS, CMD_DISC, CMD_FLUSH,
+    CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, ChunkHeader, ErrorHead, ExtendedChunk, ExtendedRequest,
+    Hello, OptionHeader, RequestHeader, SimpleReply, command, error, handshake,
 };
 use tap_core::wait::Event;
 use tap_host::{SECTOR_BYTES, SectorRange, Stream};
@@ -90,7 +90,7 @@ pub struct Counts {
 }
 
 /// One message of an answer.
-struct Chunk {
+pub(super) struct Chunk {
     kind: u16,
     cookie: u64,
     done: bool,
@@ -107,6 +107,8 @@ pub(super) struct Asked {
     pub(super) cookie: u64,
     pub(super) offset: u64,
     pub(super) len: usize,
+    /// With an extended header.
+    pub(super) extended: bool,
 }
 
 /// Bytes queued for one connection.
@@ -248,14 +250,7 @@ impl LyingServer {
             _ => 0,
         };
         for n in 0.. {
-            let head = RequestHeader::read_from_bytes(&raw.take(RequestHeader::BYTES).await?).ok()?;
-            let asked = Asked {
-                command: head.command.get(),
-                flags: head.flags.get(),
-                cookie: head.cookie.get(),
-                offset: head.offset.get(),
-                len: head.len.get() as usize,
-            };
+            let asked = Asked::receive(raw, agreed.extended).await?;
             let data = if asked.command == CMD_WRITE { raw.take(asked.len).await? } else { Vec::new() };
             // Leftovers of an older connection have no effect.
             if asked.command == CMD_DISC && matches!(self.mode, ServerMode::Honest { stays_open: true, .. }) {
@@ -358,10 +353,11 @@ impl LyingServer {
             agreed.structured && (asked.command == CMD_READ || asked.command == CMD_BLOCK_STATUS);
         let bytes = if refusal != 0 {
             refused(asked, refusal, agreed.structured)
-        } else if structured {
+        } else if structured || agreed.extended {
             let mut chunks = match asked.command {
                 CMD_READ => shaped(asked, &disk[from..from + len], shape),
-                _ => vec![status(asked, &disk[from..from + len], self.offer.grain_bytes)],
+                CMD_BLOCK_STATUS => vec![status(asked, &disk[from..from + len], self.offer.grain_bytes)],
+                _ => vec![Chunk::new(asked, CHUNK_NONE, Vec::new())],
             };
             spoil(&mut chunks, asked, &disk, lie);
             wire(&chunks, asked, lie)
@@ -385,8 +381,27 @@ impl LyingServer {
     }
 }
 
+impl Asked {
+    /// The next request; `None` at the end of the stream.
+    async fn receive<S: Stream>(raw: &RawNbd<S>, extended: bool) -> Option<Self> {
+        let head = if extended {
+            ExtendedRequest::read_from_bytes(&raw.take(ExtendedRequest::BYTES).await?).ok()?
+        } else {
+            RequestHeader::read_from_bytes(&raw.take(RequestHeader::BYTES).await?).ok()?.into()
+        };
+        Some(Self {
+            command: head.command.get(),
+            flags: head.flags.get(),
+            cookie: head.cookie.get(),
+            offset: head.offset.get(),
+            len: head.len.get() as usize,
+            extended,
+        })
+    }
+}
+
 impl Chunk {
-    fn new(asked: &Asked, kind: u16, payload: Vec<u8>) -> Self {
+    pub(super) fn new(asked: &Asked, kind: u16, payload: Vec<u8>) -> Self {
         Self { kind, cookie: asked.cookie, done: false, payload, longer: 0 }
     }
 
@@ -422,23 +437,6 @@ fn shaped(asked: &Asked, bytes: &[u8], shape: u64) -> Vec<Chunk> {
     chunks
 }
 
-/// The allocation of the disk, in units of `grain` bytes.
-fn status(asked: &Asked, bytes: &[u8], grain: usize) -> Chunk {
-    let mut payload = CONTEXT.to_be_bytes().to_vec();
-    let mut runs: Vec<(u32, u32)> = Vec::new();
-    for sector in bytes.chunks(grain) {
-        let state = if sector.iter().all(|byte| *byte == 0) { 3 } else { 0 };
-        match runs.last_mut() {
-            Some((len, last)) if *last == state => *len += sector.len() as u32,
-            _ => runs.push((sector.len() as u32, state)),
-        }
-    }
-    for (len, state) in runs {
-        payload.extend([len.to_be_bytes(), state.to_be_bytes()].concat());
-    }
-    Chunk::new(asked, CHUNK_BLOCK_STATUS, payload)
-}
-
 /// Makes an answer wrong.
 fn spoil(chunks: &mut Vec<Chunk>, asked: &Asked, disk: &[u8], lie: u64) {
     let place = (lie >> 4) as usize;
@@ -459,7 +457,9 @@ fn spoil(chunks: &mut Vec<Chunk>, asked: &Asked, disk: &[u8], lie: u64) {
             chunks[one] = part(at.min(disk.len() - asked.len), asked.len);
         }
         4 if chunks.len() > 1 || read => drop(chunks.remove(one)),
-        5 => chunks[one].cookie ^= 1 << (place % 6),
+        5 if read || asked.command == CMD_BLOCK_STATUS => chunks[one].cookie ^= 1 << (place % 6),
+        // Not the cookie of another request, which the empty reply would fit.
+        5 => chunks[one].cookie ^= 1 << (40 + place % 6),
         6 => chunks[one].longer = if place & 1 == 0 { -1 } else { 1 + place as i32 },
         // A failed part that has data as well. The client sees the error, so this is no lie.
         7 => {
@@ -523,9 +523,14 @@ fn wire(chunks: &[Chunk], asked: &Asked, lie: u64) -> Vec<u8> {
     for (i, chunk) in chunks.iter().enumerate() {
         // A chunk after the end is what is wrong.
         let done = i == last || kind == 8 && i + 1 == last;
-        let len = chunk.payload.len().saturating_add_signed(chunk.longer as isize) as u32;
-        let head = ChunkHeader::new(chunk.cookie, chunk.kind, done || chunk.done, len);
-        bytes.extend_from_slice(head.as_bytes());
+        let len = chunk.payload.len().saturating_add_signed(chunk.longer as isize);
+        let (cookie, kind, done) = (chunk.cookie, chunk.kind, done || chunk.done);
+        if asked.extended {
+            let head = ExtendedChunk::new(cookie, asked.offset, kind, done, len as u64);
+            bytes.extend_from_slice(head.as_bytes());
+        } else {
+            bytes.extend_from_slice(ChunkHeader::new(cookie, kind, done, len as u32).as_bytes());
+        }
         bytes.extend_from_slice(&chunk.payload);
     }
     if kind == 13 {

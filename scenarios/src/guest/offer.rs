@@ -2,15 +2,16 @@
 //! was not offered breaks N3.
 
 use super::LyingServer;
-use super::lying::{Asked, Queue};
+use super::lying::{Asked, Chunk, Queue};
 use crate::check::Invariant;
 use crate::world::World;
 use sim::Label;
 use tap_abi::nbd::{
-    BASE_ALLOCATION, CMD_BLOCK_STATUS, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES,
-    EXPORT_PADDING_BYTES, ExportReply, INFO_BLOCK_SIZE, INFO_EXPORT, InfoBlockSize, InfoExport,
-    OPT_EXPORT_NAME, OPT_GO, OPT_SET_META_CONTEXT, OPT_STRUCTURED_REPLY, OptionReply, REP_ACK, REP_ERR_UNSUP,
-    REP_ERROR, REP_INFO, REP_META_CONTEXT, command, export, handshake,
+    BASE_ALLOCATION, CHUNK_BLOCK_STATUS, CHUNK_BLOCK_STATUS_EXT, CMD_BLOCK_STATUS, CMD_FLUSH, CMD_READ,
+    CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, EXPORT_PADDING_BYTES, ExportReply, INFO_BLOCK_SIZE, INFO_EXPORT,
+    InfoBlockSize, InfoExport, OPT_EXPORT_NAME, OPT_EXTENDED_HEADERS, OPT_GO, OPT_SET_META_CONTEXT,
+    OPT_STRUCTURED_REPLY, OptionReply, REP_ACK, REP_ERR_UNSUP, REP_ERROR, REP_INFO, REP_META_CONTEXT,
+    command, export, handshake,
 };
 use tap_host::SECTOR_BYTES;
 use zerocopy::IntoBytes;
@@ -40,6 +41,8 @@ pub struct Offer {
     pub request_bytes: u32,
     /// Structured replies.
     pub structured: bool,
+    /// Extended headers.
+    pub extended: bool,
     /// `base:allocation`.
     pub context: bool,
     /// The option `GO`.
@@ -60,6 +63,7 @@ impl Offer {
             size_bytes,
             request_bytes,
             structured,
+            extended: false,
             context: structured,
             go: true,
             grain_bytes: SECTOR_BYTES as usize,
@@ -94,12 +98,15 @@ impl Offer {
             flags: (flags & !lacks) | read_only,
             context: structured && world.setting("nbd-context", &[true, false]),
             go: world.setting("nbd-go", &[true, false]),
+            extended: structured && world.setting("nbd-extended", &[false, true]),
             grain_bytes: world.setting("nbd-grain", &[512, 128]),
             ..Self::plain(size_bytes, structured, request_bytes)
         };
         if offer.hello & handshake::FIXED_NEWSTYLE == 0 {
             (offer.structured, offer.context, offer.go) = (false, false, false);
         }
+        // There is no other way in with them.
+        offer.extended &= offer.structured && offer.go;
         if !offer.go {
             // There is no other way to report it.
             offer.request_bytes = 32 << 20;
@@ -126,7 +133,7 @@ impl Offer {
             offer.request_bytes = (offer.request_bytes / 2).max(512);
         }
         if bits & 128 != 0 {
-            (offer.structured, offer.context) = (false, false);
+            (offer.structured, offer.extended, offer.context) = (false, false, false);
         }
         if bits & 256 != 0 {
             offer.context = false;
@@ -179,6 +186,11 @@ impl Offer {
             CMD_BLOCK_STATUS => command::REQ_ONE,
             _ => fua,
         };
+        let announced = if asked.extended && asked.command == CMD_WRITE { command::PAYLOAD_LEN } else { 0 };
+        if asked.flags & command::PAYLOAD_LEN != announced {
+            return Some("a payload that is not announced as it must be");
+        }
+        let allowed = allowed | announced;
         if !offered {
             Some("a command that was not offered")
         } else if asked.flags & !allowed != 0 {
@@ -195,10 +207,35 @@ impl Offer {
     }
 }
 
+/// The allocation of the disk, in units of `grain` bytes.
+pub(super) fn status(asked: &Asked, bytes: &[u8], grain: usize) -> Chunk {
+    let mut runs: Vec<(u32, u32)> = Vec::new();
+    for sector in bytes.chunks(grain) {
+        let state = if sector.iter().all(|byte| *byte == 0) { 3 } else { 0 };
+        match runs.last_mut() {
+            Some((len, last)) if *last == state => *len += sector.len() as u32,
+            _ => runs.push((sector.len() as u32, state)),
+        }
+    }
+    let mut payload = CONTEXT.to_be_bytes().to_vec();
+    if asked.extended {
+        payload.extend((runs.len() as u32).to_be_bytes());
+        for (len, state) in runs {
+            payload.extend([u64::from(len).to_be_bytes(), u64::from(state).to_be_bytes()].concat());
+        }
+        return Chunk::new(asked, CHUNK_BLOCK_STATUS_EXT, payload);
+    }
+    for (len, state) in runs {
+        payload.extend([len.to_be_bytes(), state.to_be_bytes()].concat());
+    }
+    Chunk::new(asked, CHUNK_BLOCK_STATUS, payload)
+}
+
 /// State of a negotiation.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(super) struct Agreed {
     pub(super) structured: bool,
+    pub(super) extended: bool,
     pub(super) context: bool,
     pub(super) chosen: bool,
 }
@@ -208,9 +245,14 @@ impl Agreed {
     fn violation(&self, option: u32) -> Option<&'static str> {
         match option {
             _ if self.chosen => Some("after the export was chosen"),
-            OPT_STRUCTURED_REPLY if self.structured => Some("which was agreed on before"),
+            OPT_STRUCTURED_REPLY | OPT_EXTENDED_HEADERS if self.structured => {
+                Some("which was agreed on before")
+            }
+            OPT_EXPORT_NAME if self.extended => Some("which has no room for extended headers"),
             OPT_SET_META_CONTEXT if !self.structured => Some("without structured replies"),
-            OPT_STRUCTURED_REPLY | OPT_SET_META_CONTEXT | OPT_GO | OPT_EXPORT_NAME => None,
+            OPT_STRUCTURED_REPLY | OPT_EXTENDED_HEADERS | OPT_SET_META_CONTEXT | OPT_GO | OPT_EXPORT_NAME => {
+                None
+            }
             _ => Some("which no client of ours needs"),
         }
     }
@@ -233,6 +275,10 @@ impl LyingServer {
         match option {
             OPT_STRUCTURED_REPLY if offer.structured => {
                 agreed.structured = true;
+                reply(REP_ACK, &[]);
+            }
+            OPT_EXTENDED_HEADERS if offer.extended => {
+                (agreed.structured, agreed.extended) = (true, true);
                 reply(REP_ACK, &[]);
             }
             OPT_SET_META_CONTEXT if agreed.structured => {
@@ -284,6 +330,8 @@ mod tests {
         for (agreed, option) in [
             (begun, OPT_SET_META_CONTEXT),
             (structured, OPT_STRUCTURED_REPLY),
+            (structured, OPT_EXTENDED_HEADERS),
+            (Agreed { extended: true, ..structured }, OPT_EXPORT_NAME),
             (chosen, OPT_SET_META_CONTEXT),
             (begun, 77),
         ] {
@@ -302,7 +350,8 @@ mod tests {
     #[test]
     fn requests_that_were_not_offered_are_detected() {
         let offer = Offer::plain(1 << 20, true, 4096);
-        let asked = |command, flags, offset, len| Asked { command, flags, cookie: 1, offset, len };
+        let asked =
+            |command, flags, offset, len| Asked { command, flags, cookie: 1, offset, len, extended: false };
         for fine in [
             asked(CMD_READ, 0, 0, 4096),
             asked(CMD_FLUSH, 0, 0, 0),
@@ -325,6 +374,15 @@ mod tests {
         }
         let status = asked(CMD_BLOCK_STATUS, 0, 0, 512);
         assert!(offer.violation(&status, false).is_some(), "without a context");
+        let write = |flags, extended| Asked { extended, ..asked(CMD_WRITE, flags, 0, 512) };
+        for (flags, extended, fine) in [
+            (0, false, true),
+            (0, true, false),
+            (command::PAYLOAD_LEN, true, true),
+            (command::PAYLOAD_LEN, false, false),
+        ] {
+            assert_eq!(offer.violation(&write(flags, extended), true).is_none(), fine, "{flags} {extended}");
+        }
         assert!(offer.less(1).violation(&asked(CMD_FLUSH, 0, 0, 0), true).is_some());
         assert!(offer.less(16).violation(&asked(CMD_WRITE, 0, 0, 512), true).is_some());
         assert!(offer.less(32).violation(&asked(CMD_READ, 0, 1 << 19, 512), true).is_some());

@@ -5,9 +5,10 @@ use crate::check::Invariant;
 use crate::world::World;
 use sim::{Entity, Label};
 use tap_abi::nbd::{
-    BASE_ALLOCATION, OPT_GO, OPT_INFO, OPT_LIST, OPT_LIST_META_CONTEXT, OPT_SET_META_CONTEXT, OPT_STARTTLS,
-    OPT_STRUCTURED_REPLY, OPTION_REPLY_MAGIC, OptionHeader, REP_ACK, REP_ERR_INVALID, REP_ERR_POLICY,
-    REP_ERR_TOO_BIG, REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_INFO, REP_META_CONTEXT, REP_SERVER,
+    ALLOCATION_DEPTH, BASE_ALLOCATION, OPT_EXTENDED_HEADERS, OPT_GO, OPT_INFO, OPT_LIST,
+    OPT_LIST_META_CONTEXT, OPT_SET_META_CONTEXT, OPT_STARTTLS, OPT_STRUCTURED_REPLY, OPTION_REPLY_MAGIC,
+    OptionHeader, REP_ACK, REP_ERR_INVALID, REP_ERR_POLICY, REP_ERR_TOO_BIG, REP_ERR_UNKNOWN, REP_ERR_UNSUP,
+    REP_INFO, REP_META_CONTEXT, REP_SERVER,
 };
 use tap_host::Stream;
 use zerocopy::IntoBytes;
@@ -51,7 +52,7 @@ impl Question {
         Self { option, data, before, last }
     }
 
-    const ALL: [Self; 18] = [
+    const ALL: [Self; 20] = [
         Self::new(OPT_INFO, Data::Named(&[0, 0]), (REP_INFO, 2), REP_ACK),
         Self::new(OPT_INFO, Data::Odd, NONE, REP_ERR_INVALID),
         Self::new(OPT_INFO, Data::Unknown(&[0, 0]), NONE, REP_ERR_UNKNOWN),
@@ -69,9 +70,11 @@ impl Question {
         Self::new(OPT_LIST_META_CONTEXT, Data::Query, (REP_META_CONTEXT, 1), REP_ACK),
         Self::new(0x7a70, Data::Odd, NONE, REP_ERR_UNSUP),
         // Without a query all contexts are meant, and those of a name space by its name.
-        Self::new(OPT_LIST_META_CONTEXT, Data::Named(&[0; 4]), (REP_META_CONTEXT, 1), REP_ACK),
+        Self::new(OPT_LIST_META_CONTEXT, Data::Named(&[0; 4]), (REP_META_CONTEXT, 2), REP_ACK),
         Self::new(OPT_LIST_META_CONTEXT, Data::Queries(&["base:"]), (REP_META_CONTEXT, 1), REP_ACK),
         Self::new(OPT_LIST_META_CONTEXT, Data::Queries(&["other:", "base:alloc"]), NONE, REP_ACK),
+        Self::new(OPT_EXTENDED_HEADERS, Data::Odd, NONE, REP_ERR_INVALID),
+        Self::new(OPT_LIST_META_CONTEXT, Data::Queries(&["qemu:"]), (REP_META_CONTEXT, 1), REP_ACK),
     ];
 }
 
@@ -85,9 +88,10 @@ fn queries(name: &str, all: &[&str]) -> Vec<u8> {
     [named(name), (all.len() as u32).to_be_bytes().to_vec(), queries].concat()
 }
 
-/// The export `name`, and a query for `base:allocation`.
-pub(super) fn query(name: &str) -> Vec<u8> {
-    queries(name, &[BASE_ALLOCATION])
+/// The export `name`, and a query for `base:allocation`, with `depth` also for its depth.
+pub(super) fn query(name: &str, depth: bool) -> Vec<u8> {
+    let both = [BASE_ALLOCATION, ALLOCATION_DEPTH];
+    queries(name, if depth { &both } else { &both[..1] })
 }
 
 /// The export `name`, without a request for information.

@@ -9,10 +9,11 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use tap_abi::nbd::{
-    CHUNK_BLOCK_STATUS, CHUNK_ERROR_BIT, CHUNK_MAGIC, CHUNK_NONE, CHUNK_OFFSET_DATA, CMD_BLOCK_STATUS,
-    CMD_CACHE, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, EXPORT_PADDING_BYTES,
-    OPT_EXPORT_NAME, OPT_GO, OPT_SET_META_CONTEXT, OPT_STRUCTURED_REPLY, OptionHeader, RequestHeader,
-    SIMPLE_MAGIC, STATE_HOLE, STATE_ZERO, command, error, export, handshake,
+    CHUNK_BLOCK_STATUS, CHUNK_BLOCK_STATUS_EXT, CHUNK_ERROR_BIT, CHUNK_MAGIC, CHUNK_NONE, CHUNK_OFFSET_DATA,
+    CMD_BLOCK_STATUS, CMD_CACHE, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES,
+    EXPORT_PADDING_BYTES, EXTENDED_CHUNK_MAGIC, ExtendedRequest, OPT_EXPORT_NAME, OPT_EXTENDED_HEADERS,
+    OPT_GO, OPT_SET_META_CONTEXT, OPT_STRUCTURED_REPLY, OptionHeader, RequestHeader, SIMPLE_MAGIC,
+    STATE_HOLE, STATE_ZERO, command, error, export, handshake,
 };
 use tap_core::wait::{Semaphore, Sender, oneshot};
 use tap_host::{SECTOR_BYTES, SectorRange, Stream};
@@ -87,13 +88,17 @@ pub struct Answer {
     /// The bytes of a read.
     pub data: Vec<u8>,
     /// The extents of a status: bytes and state.
-    pub extents: Vec<(u32, u32)>,
+    pub extents: Vec<(u64, u32)>,
+    /// The same for the depth of the allocation.
+    pub depths: Vec<(u64, u32)>,
 }
 
 struct Waiting {
     command: u16,
     offset: u64,
     len: u32,
+    /// What the chunks before the last one said.
+    so_far: Answer,
     tell: Sender<Answer>,
 }
 
@@ -111,10 +116,57 @@ struct Inner<S> {
     raw: RawNbd<S>,
     /// Replies come in chunks.
     structured: bool,
+    /// Headers are extended.
+    extended: bool,
+    /// A status has the depth as well.
+    depth: bool,
     read_only: bool,
     waiting: RefCell<BTreeMap<u64, Waiting>>,
     next: Cell<u64>,
     turn: Semaphore,
+}
+
+/// The numbers of the contexts, in the order of their chunks.
+const CONTEXTS: [u32; 2] = [1, 2];
+
+/// Adds what a chunk of `kind` says to the answer; `None` if it does not fit the request.
+fn add(kind: u16, payload: &[u8], asked: &mut Waiting, extended: bool) -> Option<()> {
+    let word = |at: usize| {
+        payload.get(at..at + 4).map_or(0, |b| u32::from_be_bytes(b.try_into().unwrap_or_default()))
+    };
+    let long = |at: usize| u64::from(word(at)) << 32 | u64::from(word(at + 4));
+    let (read, status) = (asked.command == CMD_READ, asked.command == CMD_BLOCK_STATUS);
+    match kind {
+        CHUNK_OFFSET_DATA if read && long(0) == asked.offset => {
+            asked.so_far.data = payload.get(8..)?.to_vec();
+        }
+        CHUNK_NONE if read && asked.len == 0 && payload.is_empty() => {}
+        CHUNK_NONE if extended && !read && !status && payload.is_empty() => {}
+        CHUNK_BLOCK_STATUS if status && !extended && payload.len() % 8 == 4 => {
+            let one = |at| (u64::from(word(at)), word(at + 4));
+            asked.add_extents(word(0), (4..payload.len()).step_by(8).map(one).collect())?;
+        }
+        CHUNK_BLOCK_STATUS_EXT if status && extended && payload.len() == 8 + 16 * word(4) as usize => {
+            let one = |at| (long(at), word(at + 12));
+            asked.add_extents(word(0), (8..payload.len()).step_by(16).map(one).collect())?;
+        }
+        kind if kind & CHUNK_ERROR_BIT != 0 && word(0) != 0 => asked.so_far.error = word(0),
+        _ => return None,
+    }
+    Some(())
+}
+
+impl Waiting {
+    /// Adds the extents of a context, which comes once and in its place.
+    fn add_extents(&mut self, context: u32, extents: Vec<(u64, u32)>) -> Option<()> {
+        let Answer { extents: first, depths: second, .. } = &mut self.so_far;
+        let (place, id) = if first.is_empty() { (first, CONTEXTS[0]) } else { (second, CONTEXTS[1]) };
+        if !place.is_empty() || extents.is_empty() || context != id {
+            return None;
+        }
+        *place = extents;
+        Some(())
+    }
 }
 
 impl<S: Stream> Speaker<S> {
@@ -133,9 +185,12 @@ impl<S: Stream> Speaker<S> {
             if padded { handshake::FIXED_NEWSTYLE } else { handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES };
         raw.send(&u32::from(offered).to_be_bytes()).await.ok()?;
         options::try_options(world, &raw, who, name).await?;
+        let extended = structured && world.setting("nbd-extended", &[false, true]);
+        let depth = structured && world.setting("nbd-depth", &[false, true]);
         let (size, flags) = if structured {
-            options::ask(&raw, OPT_STRUCTURED_REPLY, &[]).await?;
-            options::ask(&raw, OPT_SET_META_CONTEXT, &options::query(name)).await?;
+            let headers = if extended { OPT_EXTENDED_HEADERS } else { OPT_STRUCTURED_REPLY };
+            options::ask(&raw, headers, &[]).await?;
+            options::ask(&raw, OPT_SET_META_CONTEXT, &options::query(name, depth)).await?;
             let (_, info) = options::ask(&raw, OPT_GO, &options::choice(name)).await?;
             let export = info.into_iter().find(|(_, data)| data.len() == 12 && data[..2] == [0, 0])?.1;
             (export[2..10].to_vec(), export[10..].to_vec())
@@ -163,6 +218,8 @@ impl<S: Stream> Speaker<S> {
             world: world.clone(),
             raw,
             structured,
+            extended,
+            depth,
             read_only,
             waiting: RefCell::default(),
             next: Cell::new(1),
@@ -186,7 +243,11 @@ impl<S: Stream> Speaker<S> {
     async fn reply(&self) -> Option<()> {
         let raw = &self.0.raw;
         let magic = u32::from_be_bytes(raw.take(4).await?.try_into().ok()?);
-        let rest = raw.take(if magic == CHUNK_MAGIC { 16 } else { 12 }).await?;
+        let rest = match magic {
+            CHUNK_MAGIC => raw.take(16).await?,
+            EXTENDED_CHUNK_MAGIC => raw.take(28).await?,
+            _ => raw.take(12).await?,
+        };
         let number = |at: usize| u32::from_be_bytes(rest[at..at + 4].try_into().unwrap_or_default());
         let cookie = |at: usize| u64::from(number(at)) << 32 | u64::from(number(at + 4));
         let asked = |cookie: u64| self.0.waiting.borrow_mut().remove(&cookie);
@@ -195,7 +256,7 @@ impl<S: Stream> Speaker<S> {
                 return self.wrong("a reply has no request".into());
             };
             let (error, read) = (number(0), asked.command == CMD_READ);
-            if self.0.structured && (read || error != 0) {
+            if self.0.extended || self.0.structured && (read || error != 0) {
                 return self.wrong(format!("a simple reply to {} with error {error}", asked.command));
             }
             let len = if read && error == 0 { asked.len as usize } else { 0 };
@@ -204,28 +265,27 @@ impl<S: Stream> Speaker<S> {
             return Some(());
         }
         let (flags, kind) = ((number(0) >> 16) as u16, number(0) as u16);
-        let payload = raw.take(number(12) as usize).await?;
-        let Some(asked) = asked(cookie(4)) else { return self.wrong("a chunk has no request".into()) };
-        let mut answer = Answer::default();
-        let word = |at: usize| {
-            payload.get(at..at + 4).map_or(0, |b| u32::from_be_bytes(b.try_into().unwrap_or_default()))
-        };
-        let offset = u64::from(word(0)) << 32 | u64::from(word(4));
-        match kind {
-            CHUNK_OFFSET_DATA if asked.command == CMD_READ && offset == asked.offset => {
-                answer.data = payload[8..].to_vec();
-            }
-            CHUNK_NONE if asked.command == CMD_READ && asked.len == 0 && payload.is_empty() => {}
-            CHUNK_BLOCK_STATUS if asked.command == CMD_BLOCK_STATUS && payload.len() % 8 == 4 => {
-                answer.extents = (4..payload.len()).step_by(8).map(|at| (word(at), word(at + 4))).collect();
-            }
-            kind if kind & CHUNK_ERROR_BIT != 0 && word(0) != 0 => answer.error = word(0),
-            _ => return self.wrong(format!("a chunk of type {kind} to command {}", asked.command)),
+        let extended = magic == EXTENDED_CHUNK_MAGIC;
+        let payload = raw.take(number(if extended { 24 } else { 12 }) as usize).await?;
+        let Some(mut asked) = asked(cookie(4)) else { return self.wrong("a chunk has no request".into()) };
+        if extended && (number(20) != 0 || cookie(12) != asked.offset) {
+            return self.wrong(format!("a chunk for offset {} instead of {}", cookie(12), asked.offset));
         }
-        if flags != 1 || !self.0.structured || magic != CHUNK_MAGIC {
+        if add(kind, &payload, &mut asked, extended).is_none() {
+            return self.wrong(format!("a chunk of type {kind} to command {}", asked.command));
+        }
+        // Only the status of two contexts has two chunks.
+        let answer = &asked.so_far;
+        let more = self.0.depth && !answer.extents.is_empty() && answer.depths.is_empty();
+        let right = if self.0.extended { EXTENDED_CHUNK_MAGIC } else { CHUNK_MAGIC };
+        if flags != u16::from(!more) || !self.0.structured || magic != right {
             return self.wrong(format!("a chunk with flags {flags}"));
         }
-        let _gone = asked.tell.send(answer);
+        if more {
+            self.0.waiting.borrow_mut().insert(cookie(4), asked);
+        } else {
+            let _gone = asked.tell.send(asked.so_far);
+        }
         Some(())
     }
 
@@ -238,10 +298,19 @@ impl<S: Stream> Speaker<S> {
     pub async fn call(&self, command: u16, flags: u16, offset: u64, len: u32, data: &[u8]) -> Option<Answer> {
         let cookie = self.0.next.replace(self.0.next.get() + 1);
         let (tell, told) = oneshot();
-        self.0.waiting.borrow_mut().insert(cookie, Waiting { command, offset, len, tell });
-        let header = RequestHeader::new(command, flags, cookie, offset, len);
+        self.0
+            .waiting
+            .borrow_mut()
+            .insert(cookie, Waiting { command, offset, len, so_far: Answer::default(), tell });
+        let message = if self.0.extended {
+            let payload = if command == CMD_WRITE { command::PAYLOAD_LEN } else { 0 };
+            let header = ExtendedRequest::new(command, flags | payload, cookie, offset, u64::from(len));
+            [header.as_bytes(), data].concat()
+        } else {
+            [RequestHeader::new(command, flags, cookie, offset, len).as_bytes(), data].concat()
+        };
         let turn = self.0.turn.acquire().await;
-        let sent = self.0.raw.send(&[header.as_bytes(), data].concat()).await;
+        let sent = self.0.raw.send(&message).await;
         drop(turn);
         if sent.is_err() {
             self.0.waiting.borrow_mut().remove(&cookie);
@@ -345,34 +414,42 @@ impl<S: Stream> Speaker<S> {
         }
     }
 
-    /// Extents are whole sectors within the range asked for; zeros are zeros, and so are holes, because nothing is
-    /// below.
+    /// Extents are whole sectors within the range asked for; zeros are zeros, and so are holes and what is in no image,
+    /// because nothing is below.
     fn status(&self, step: Step, inv: u64, answer: &Answer, history: &RefCell<BlockHistory>) {
         let (range, one) = (step.range, step.flags & command::REQ_ONE != 0);
-        let mut history = history.borrow_mut();
-        history.end_read(inv);
-        let (mut at, mut left) = (range.start.0, u64::from(range.count));
-        let mut last = None;
-        for (len, state) in &answer.extents {
-            let count = u64::from(*len) / SECTOR_BYTES;
-            if *len == 0 || u64::from(*len) % SECTOR_BYTES != 0 || count > left || last == Some(*state) {
-                self.wrong(format!("status of {range}: {len} bytes {state} at sector {at}"));
-                return;
-            }
-            let part = SectorRange::new(at, count as u32);
-            if state & STATE_HOLE != 0 && state & STATE_ZERO == 0 {
-                self.wrong(format!("status of {range}: {part} is a hole that is not zeros"));
-            }
-            if state & STATE_ZERO != 0 {
-                let zeros = vec![0; part.len_bytes() as usize];
-                if let Err(wrong) = history.check_read(inv, part, &zeros) {
+        history.borrow_mut().end_read(inv);
+        for (extents, zeros) in [
+            (&answer.extents, (|state| state & STATE_ZERO != 0) as fn(u32) -> bool),
+            (&answer.depths, |depth| depth == 0),
+        ] {
+            let (mut at, mut left) = (range.start.0, u64::from(range.count));
+            let mut last = None;
+            for (len, state) in extents {
+                let count = *len / SECTOR_BYTES;
+                if *len == 0 || *len % SECTOR_BYTES != 0 || count > left || last == Some(*state) {
+                    self.wrong(format!("status of {range}: {len} bytes {state} at sector {at}"));
+                    return;
+                }
+                let part = SectorRange::new(at, count as u32);
+                let bytes = vec![0; if zeros(*state) { part.len_bytes() as usize } else { 0 }];
+                if zeros(*state)
+                    && let Err(wrong) = history.borrow_mut().check_read(inv, part, &bytes)
+                {
                     self.wrong(format!("status of {range}: {part} is reported as zeros: {wrong}"));
                 }
+                (at, left, last) = (at + count, left - count, Some(*state));
             }
-            (at, left, last) = (at + count, left - count, Some(*state));
+            if one && extents.len() > 1 {
+                self.wrong(format!("status of {range} with flags {}: {extents:?}", step.flags));
+            }
         }
-        if answer.extents.is_empty() || one && answer.extents.len() > 1 {
-            self.wrong(format!("status of {range} with flags {}: {:?}", step.flags, answer.extents));
+        let holes = |(_, state): &(u64, u32)| state & STATE_HOLE != 0 && state & STATE_ZERO == 0;
+        let deep = |(_, depth): &(u64, u32)| *depth > 1;
+        if answer.extents.is_empty() || answer.depths.is_empty() == self.0.depth {
+            self.wrong(format!("status of {range}: a context is missing"));
+        } else if answer.extents.iter().any(holes) || answer.depths.iter().any(deep) {
+            self.wrong(format!("status of {range}: {:?}, {:?}", answer.extents, answer.depths));
         }
     }
 
@@ -400,6 +477,8 @@ impl<S: Stream> Speaker<S> {
                 len = 0;
                 why = if command == CMD_BLOCK_STATUS { error::EINVAL } else { 0 };
             }
+            // With extended headers the first of these flags announces a payload.
+            5 if self.0.extended => flags |= 1 << (6 + step.range.start.0 % 10),
             5 => flags |= 1 << (5 + step.range.start.0 % 11),
             6 => command = 8 + (step.range.start.0 % 900) as u16,
             _ => {

@@ -7,6 +7,7 @@
 //! ```
 
 use super::link::{Link, Receiver};
+use super::negotiate::Terms;
 use super::{Breaks, Inner, open};
 use crate::inlet::Inlet;
 use crate::stop::StopSignal;
@@ -50,8 +51,8 @@ pub(super) struct Attempt {
 
 impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
     /// Makes `stream` the connection that requests go to.
-    pub(super) fn start(self: &Rc<Self>, stream: H::Stream, context: Option<u32>) -> Rc<Link<H::Stream>> {
-        let link = Rc::new(Link::new(stream, context));
+    pub(super) fn start(self: &Rc<Self>, stream: H::Stream, terms: &Terms) -> Rc<Link<H::Stream>> {
+        let link = Rc::new(Link::new(stream, terms));
         self.connections.set(self.connections.get() + 1);
         *self.link.borrow_mut() = Some(Rc::clone(&link));
         let own = Rc::clone(&link);
@@ -136,7 +137,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
             let less = self.terms.broken_by(&terms).filter(|_| !self.host.bug(&NBD_LESS_IGNORED));
             let Some(why) = less else {
                 self.attempt.set(Some(attempt));
-                return Some((self.resume(stream, terms.context), inlet));
+                return Some((self.resume(stream, &terms), inlet));
             };
             stream.shutdown();
             self.host.log(Event::NbdServerGone { why });
@@ -146,8 +147,8 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
     }
 
     /// Resends everything that was not answered, in the original order.
-    fn resume(self: &Rc<Self>, stream: H::Stream, context: Option<u32>) -> Rc<Link<H::Stream>> {
-        let link = self.start(stream, context);
+    fn resume(self: &Rc<Self>, stream: H::Stream, terms: &Terms) -> Rc<Link<H::Stream>> {
+        let link = self.start(stream, terms);
         self.refusal.set(None);
         let cookies: Vec<u64> = self.pending.borrow().keys().copied().collect();
         self.host.mark(&NBD_SERVER_BACK);
@@ -159,7 +160,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
                 self.finish(cookie, Ok(()));
                 continue;
             }
-            self.put(&link.out, cookie);
+            self.put(&link, cookie);
         }
         link
     }

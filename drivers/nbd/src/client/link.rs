@@ -1,5 +1,6 @@
 //! One connection of a client, from the end of its negotiation on.
 
+use super::negotiate::Terms;
 use super::{Call, Inner};
 use crate::inlet::{End, Inlet};
 use crate::outbox::{Outbox, send_all};
@@ -7,10 +8,12 @@ use crate::stop::StopSignal;
 use std::cell::Cell;
 use std::convert::Infallible;
 use std::rc::Rc;
+use tap_abi::nbd::command::PAYLOAD_LEN;
 use tap_abi::nbd::{
-    CHUNK_BLOCK_STATUS, CHUNK_DONE, CHUNK_ERROR_BIT, CHUNK_MAGIC, CHUNK_NONE, CHUNK_OFFSET_DATA,
-    CHUNK_OFFSET_HOLE, CMD_BLOCK_STATUS, CMD_DISC, CMD_READ, ChunkHeader, ErrorHead, OffsetData, OffsetHole,
-    RequestHeader, SIMPLE_MAGIC, SimpleReply, StatusExtent, error,
+    CHUNK_BLOCK_STATUS, CHUNK_BLOCK_STATUS_EXT, CHUNK_DONE, CHUNK_ERROR_BIT, CHUNK_MAGIC, CHUNK_NONE,
+    CHUNK_OFFSET_DATA, CHUNK_OFFSET_HOLE, CMD_BLOCK_STATUS, CMD_DISC, CMD_READ, CMD_WRITE, ChunkHeader,
+    EXTENDED_CHUNK_MAGIC, ErrorHead, ExtendedChunk, ExtendedRequest, LongExtent, OffsetData, OffsetHole,
+    RequestHeader, SIMPLE_MAGIC, SimpleReply, StatusExtent, StatusHead, error,
 };
 use tap_core::wait::{Event, Permit, Sender};
 use tap_host::{Errno, IoBuf, Log, Probe, SendList, Sockets, Stream, Tasks, Time, copy_from_slice};
@@ -20,6 +23,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 tap_host::listed! {
     pub(super) BUGS: Bug;
     NBD_ERROR_TEXT_LEFT = "nbd-error-text-left", "the text of an error is left unread in the stream";
+    NBD_PAYLOAD_UNSAID = "nbd-payload-unsaid",
+        "a write with an extended header does not say that its data follows";
     NBD_READ_HALF = "nbd-read-half", "a read whose last chunk has arrived is taken as complete";
 }
 
@@ -40,6 +45,8 @@ pub(super) struct Link<S> {
     pub(super) out: Outbox,
     /// The number of `base:allocation` on this connection.
     context: Option<u32>,
+    /// Headers are extended.
+    extended: bool,
     /// Why we broke it.
     broken: Cell<Option<&'static str>>,
     /// Set once nothing is received any more.
@@ -51,16 +58,33 @@ const DIRECT_BYTES: usize = 4096;
 /// Extents of one answer that are kept.
 const EXTENTS_MAX: usize = 4096;
 
-/// Puts `call` on the wire.
-pub(super) fn write_request(list: &mut SendList, cookie: u64, call: &Call) {
-    let header = RequestHeader::new(call.command, call.flags, cookie, call.offset, call.len);
-    list.push_bytes(header.as_bytes());
-    call.payload.iter().for_each(|buf| list.push_shared(Rc::clone(buf)));
-}
-
 impl<S: Stream> Link<S> {
-    pub(super) fn new(stream: S, context: Option<u32>) -> Self {
-        Self { stream, out: Outbox::default(), context, broken: Cell::new(None), ended: Event::new() }
+    pub(super) fn new(stream: S, terms: &Terms) -> Self {
+        let Terms { context, extended, .. } = *terms;
+        let (out, broken, ended) = (Outbox::default(), Cell::new(None), Event::new());
+        Self { stream, out, context, extended, broken, ended }
+    }
+
+    /// Puts `call` on the wire.
+    pub(super) fn put(&self, cookie: u64, call: &Call, probe: &impl Probe) {
+        self.out.put(|list| {
+            let Call { command, offset, len, .. } = *call;
+            let announced = self.extended && command == CMD_WRITE && !probe.bug(&NBD_PAYLOAD_UNSAID);
+            let flags = call.flags | if announced { PAYLOAD_LEN } else { 0 };
+            self.push_header(list, command, flags, cookie, (offset, len));
+            call.payload.iter().for_each(|buf| list.push_shared(Rc::clone(buf)));
+        });
+    }
+
+    fn push_header(&self, list: &mut SendList, command: u16, flags: u16, cookie: u64, place: (u64, u64)) {
+        let (offset, len) = place;
+        if self.extended {
+            list.push_bytes(ExtendedRequest::new(command, flags, cookie, offset, len).as_bytes());
+        } else {
+            // Requests are at most as long as the server takes, or `RANGE_BYTES_MAX`.
+            let header = RequestHeader::new(command, flags, cookie, offset, len as u32);
+            list.push_bytes(header.as_bytes());
+        }
     }
 
     /// Breaks the connection; the receiver then sees the reason.
@@ -73,7 +97,7 @@ impl<S: Stream> Link<S> {
 
     /// Sends a disconnect; the writer closes the stream after it.
     pub(super) fn leave(&self) {
-        self.out.put(|list| list.push_bytes(RequestHeader::new(CMD_DISC, 0, 0, 0, 0).as_bytes()));
+        self.out.put(|list| self.push_header(list, CMD_DISC, 0, 0, (0, 0)));
         self.out.close();
     }
 
@@ -124,8 +148,20 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
             self.need(4).await?;
             let magic = U32::read_from_prefix(self.inlet.unread()).map_or(0, |(magic, _)| magic.get());
             match magic {
-                SIMPLE_MAGIC => self.simple().await?,
-                CHUNK_MAGIC if self.inner.terms.structured => self.chunk().await?,
+                EXTENDED_CHUNK_MAGIC if self.link.extended => {
+                    let head: ExtendedChunk = self.value().await?;
+                    if self.target(head.cookie.get())?.offset != head.offset.get() {
+                        return Err("a reply about another place");
+                    }
+                    self.chunk(head).await?;
+                }
+                SIMPLE_MAGIC if !self.link.extended => self.simple().await?,
+                CHUNK_MAGIC if self.inner.terms.structured && !self.link.extended => {
+                    let head: ChunkHeader = self.value().await?;
+                    let (cookie, kind) = (head.cookie.get(), head.kind.get());
+                    let (done, len) = (head.flags.get() & CHUNK_DONE != 0, head.len.get());
+                    self.chunk(ExtendedChunk::new(cookie, 0, kind, done, u64::from(len))).await?;
+                }
                 _ => return Err("a reply without its magic number"),
             }
         }
@@ -145,7 +181,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
     fn target(&self, cookie: u64) -> Result<Target, Why> {
         let pending = self.inner.pending.borrow();
         let call = &pending.get(&cookie).ok_or(UNKNOWN_COOKIE)?.call;
-        Ok(Target { command: call.command, offset: call.offset, len: u64::from(call.len) })
+        Ok(Target { command: call.command, offset: call.offset, len: call.len })
     }
 
     async fn simple(&mut self) -> Result<(), Why> {
@@ -167,13 +203,23 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
         Ok(())
     }
 
-    async fn chunk(&mut self) -> Result<(), Why> {
-        let head: ChunkHeader = self.value().await?;
-        let (cookie, len) = (head.cookie.get(), head.len.get() as usize);
+    /// The payload of a chunk, and what follows from it.
+    async fn chunk(&mut self, head: ExtendedChunk) -> Result<(), Why> {
+        let cookie = head.cookie.get();
+        // No longer payload is valid; a compact header has no room for more.
+        let len = usize::try_from(head.len.get()).map_err(|_| "a chunk that does not fit its request")?;
         let target = self.target(cookie)?;
         let done = head.flags.get() & CHUNK_DONE != 0;
         match head.kind.get() {
             CHUNK_NONE if len == 0 && done => {}
+            CHUNK_BLOCK_STATUS_EXT
+                if self.link.extended && target.command == CMD_BLOCK_STATUS && len > StatusHead::BYTES =>
+            {
+                if self.has_extents(cookie) {
+                    return Err("a block status that comes twice");
+                }
+                self.long_status(cookie, len).await?;
+            }
             CHUNK_OFFSET_DATA if target.command == CMD_READ && len > OffsetData::BYTES => {
                 let at: OffsetData = self.value().await?;
                 let len = len - OffsetData::BYTES;
@@ -187,7 +233,9 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
                 self.covers(cookie, at, hole.len.get() as usize)?;
                 self.zeros(cookie, at, hole.len.get() as usize);
             }
-            CHUNK_BLOCK_STATUS if target.command == CMD_BLOCK_STATUS && len > size_of::<U32>() => {
+            CHUNK_BLOCK_STATUS
+                if !self.link.extended && target.command == CMD_BLOCK_STATUS && len > size_of::<U32>() =>
+            {
                 // One context was asked for, so there is one such chunk; more would be memory without a limit.
                 if self.has_extents(cookie) {
                     return Err("a block status that comes twice");
@@ -207,7 +255,8 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
             let mut result = Ok(());
             self.with(cookie, |call| {
                 let read = call.command == CMD_READ && !self.inner.host.bug(&NBD_READ_HALF);
-                let whole = !read || call.got.is_whole(call.len);
+                // A read is far below 2^32 bytes.
+                let whole = !read || call.got.is_whole(call.len as u32);
                 let some = call.command != CMD_BLOCK_STATUS || !call.extents.is_empty();
                 let complete = if whole && some { Ok(()) } else { Err(Errno::EIO) };
                 result = call.error.map_or(complete, Err);
@@ -249,6 +298,28 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
         for _ in 0..EXTENTS_MAX.min(left / StatusExtent::BYTES) {
             let extent: StatusExtent = self.value().await?;
             left -= StatusExtent::BYTES;
+            let extent = (u64::from(extent.len.get()), extent.state.get());
+            self.with(cookie, |call| call.extents.push(extent));
+        }
+        self.inlet.skip(left, self.stop).await.map_err(why)
+    }
+
+    /// The same with extended headers.
+    async fn long_status(&mut self, cookie: u64, len: usize) -> Result<(), Why> {
+        let head: StatusHead = self.value().await?;
+        let mut left = len - StatusHead::BYTES;
+        let count = left / LongExtent::BYTES;
+        if Some(head.context.get()) != self.link.context
+            || !left.is_multiple_of(LongExtent::BYTES)
+            || head.count.get() as usize != count
+        {
+            return Err("a block status that was not asked for");
+        }
+        for _ in 0..EXTENTS_MAX.min(count) {
+            let extent: LongExtent = self.value().await?;
+            left -= LongExtent::BYTES;
+            // What is known of the state is in its low bits.
+            let extent = (extent.len.get(), extent.state.get() as u32);
             self.with(cookie, |call| call.extents.push(extent));
         }
         self.inlet.skip(left, self.stop).await.map_err(why)

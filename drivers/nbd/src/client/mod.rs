@@ -9,10 +9,10 @@
 //!
 //! # Contract
 //!
-//! * Connects with `GO`, structured replies and `base:allocation` where the server has them, otherwise with
-//!   `EXPORT_NAME` and simple replies. What the server cannot do is substituted: zeros are written, discards are
-//!   dropped, a flush without `FLUSH` does nothing, extents without `base:allocation` are data. Requests larger than it
-//!   accepts are split.
+//! * Connects with `GO`, extended headers or structured replies, and `base:allocation` where the server has them,
+//!   otherwise with `EXPORT_NAME` and simple replies. What the server cannot do is substituted: zeros are written,
+//!   discards are dropped, a flush without `FLUSH` does nothing, extents without `base:allocation` are data. Requests
+//!   larger than it accepts are split.
 //! * **A connection that breaks** is re-established, after pauses that double, and what was in flight is sent again.
 //!   Requests wait for it until [`ClientConfig::reconnect_ns`] is over; from then on they fail with `EIO`, while
 //!   attempts continue. A request that is not answered within [`ClientConfig::request_ns`] breaks the connection. A
@@ -39,7 +39,6 @@ mod drive;
 mod link;
 mod negotiate;
 
-use crate::outbox::Outbox;
 use covered::Covered;
 use drive::Attempt;
 use link::{Link, Pending};
@@ -50,7 +49,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use tap_abi::nbd::{
     CMD_BLOCK_STATUS, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, STATE_HOLE, STATE_ZERO,
-    StatusExtent, command, export,
+    command, export,
 };
 use tap_core::wait::{Event as Flag, Semaphore, oneshot};
 use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, NodeName, Op, Request, Response, Source, ZeroFlags};
@@ -207,13 +206,13 @@ struct Call {
     command: u16,
     flags: u16,
     offset: u64,
-    len: u32,
+    len: u64,
     /// Where the data of a read goes.
     bufs: IoVec,
     /// The data of a write.
     payload: SmallVec<[Rc<IoBuf>; 1]>,
-    /// The answer to a block status.
-    extents: Vec<StatusExtent>,
+    /// The answer to a block status: bytes and state.
+    extents: Vec<(u64, u32)>,
     /// The bytes of a read that have arrived.
     got: Covered,
     error: Option<Errno>,
@@ -224,7 +223,7 @@ struct Call {
 
 impl Call {
     fn new(command: u16, flags: u16, range: SectorRange) -> Self {
-        let (offset, len) = (range.start.0 * SECTOR_BYTES, range.len_bytes() as u32);
+        let (offset, len) = (range.start.0 * SECTOR_BYTES, range.len_bytes());
         Self { command, flags, offset, len, ..Self::default() }
     }
     fn is_write(&self) -> bool {
@@ -233,7 +232,9 @@ impl Call {
 }
 
 /// Most bytes of one request without payload: small enough for every server.
-const RANGE_BYTES_MAX: u32 = 1 << 30;
+const RANGE_BYTES_MAX: u64 = 1 << 30;
+/// The same with extended headers.
+const LONG_RANGE_BYTES_MAX: u64 = 1 << 40;
 /// Most bytes of the buffer that a split request goes through.
 const PART_BYTES_MAX: u32 = 1 << 20;
 const SECTOR: u32 = SECTOR_BYTES as u32;
@@ -271,7 +272,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Client<H> {
             memory,
             parts,
         });
-        let link = inner.start(stream, terms.context);
+        let link = inner.start(stream, &terms);
         let own = Rc::clone(&inner);
         inner.host.spawn("nbd-client", 0, async move { own.drive(link, inlet).await });
         Ok(Self(inner))
@@ -441,7 +442,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         fua: bool,
     ) -> Result<(), Errno> {
         let flags = flags | self.flag(fua);
-        let part_sectors = RANGE_BYTES_MAX / SECTOR;
+        let part_sectors = self.range_sectors();
         let mut at = 0;
         while at < range.count {
             let part = SectorRange::new(range.start.0 + u64::from(at), part_sectors.min(range.count - at));
@@ -449,6 +450,12 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
             at += part.count;
         }
         self.durable(fua).await
+    }
+
+    /// Most sectors of one request without payload.
+    fn range_sectors(&self) -> u32 {
+        let bytes = if self.terms.extended { LONG_RANGE_BYTES_MAX } else { RANGE_BYTES_MAX };
+        (bytes / SECTOR_BYTES) as u32
     }
 
     /// If writes must be durable when answered, a server without `FUA` is flushed after each.
@@ -476,20 +483,19 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         if self.terms.context.is_none() {
             return Ok(vec![data(u64::from(range.count))]);
         }
-        let asked = SectorRange::new(range.start.0, range.count.min(RANGE_BYTES_MAX / SECTOR));
+        let asked = SectorRange::new(range.start.0, range.count.min(self.range_sectors()));
         let (result, call) = self.call(Call::new(CMD_BLOCK_STATUS, 0, asked)).await;
         result?;
         let mut found = Vec::with_capacity(call.extents.len());
         let mut left = u64::from(asked.count);
-        for extent in &call.extents {
-            let (len, state) = (extent.len.get(), extent.state.get());
-            let count = u64::from(len / SECTOR).min(left);
+        for (len, state) in &call.extents {
+            let count = (len / SECTOR_BYTES).min(left);
             let (zero, allocated) = (state & STATE_ZERO != 0, state & STATE_HOLE == 0);
             if count > 0 {
                 found.push(Extent { count, source: source.clone(), zero, allocated });
                 left -= count;
             }
-            if left == 0 || found.len() >= most || !len.is_multiple_of(SECTOR) {
+            if left == 0 || found.len() >= most || !len.is_multiple_of(SECTOR_BYTES) {
                 break;
             }
         }
@@ -511,20 +517,20 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         self.pending.borrow_mut().insert(cookie, Pending { call, tell, _permit: permit });
         self.busy.set();
         if let Some(link) = &*self.link.borrow() {
-            self.put(&link.out, cookie);
+            self.put(link, cookie);
         }
         told.await.unwrap_or_else(|| (Err(Errno::EIO), Call::default()))
     }
 
     /// Puts a pending request into the outbox.
-    fn put(&self, out: &Outbox, cookie: u64) {
+    fn put(&self, link: &Link<H::Stream>, cookie: u64) {
         let mut pending = self.pending.borrow_mut();
         let Some(Pending { call, .. }) = pending.get_mut(&cookie) else { return };
         call.sent_ns = self.host.now_ns();
         call.got.clear();
         call.error = None;
         call.extents.clear();
-        out.put(|list| link::write_request(list, cookie, call));
+        link.put(cookie, call, &self.host);
     }
 
     async fn close(self: &Rc<Self>) -> Result<(), Errno> {

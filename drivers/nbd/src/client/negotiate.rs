@@ -6,9 +6,9 @@ use crate::outbox::send_all;
 use crate::stop::StopSignal;
 use tap_abi::nbd::{
     BASE_ALLOCATION, EXPORT_PADDING_BYTES, ExportReply, HELLO_MAGIC, Hello, INFO_BLOCK_SIZE, INFO_EXPORT,
-    InfoBlockSize, InfoExport, OPT_EXPORT_NAME, OPT_GO, OPT_SET_META_CONTEXT, OPT_STRUCTURED_REPLY,
-    OPTION_MAGIC, OPTION_REPLY_MAGIC, OptionHeader, OptionReply, REP_ACK, REP_ERR_UNSUP, REP_ERROR, REP_INFO,
-    REP_META_CONTEXT, STRING_BYTES_MAX, export, handshake,
+    InfoBlockSize, InfoExport, OPT_EXPORT_NAME, OPT_EXTENDED_HEADERS, OPT_GO, OPT_SET_META_CONTEXT,
+    OPT_STRUCTURED_REPLY, OPTION_MAGIC, OPTION_REPLY_MAGIC, OptionHeader, OptionReply, REP_ACK,
+    REP_ERR_UNSUP, REP_ERROR, REP_INFO, REP_META_CONTEXT, STRING_BYTES_MAX, export, handshake,
 };
 use tap_host::{Errno, SECTOR_BYTES, SendList, Stage, Stream, cost_of};
 use zerocopy::byteorder::big_endian::U32;
@@ -24,6 +24,8 @@ pub(super) struct Terms {
     /// Block that the server prefers, in bytes: a power of two of at least 512.
     pub(super) block_bytes: u32,
     pub(super) structured: bool,
+    /// Headers are extended, and replies structured.
+    pub(super) extended: bool,
     /// The number of `base:allocation`.
     pub(super) context: Option<u32>,
 }
@@ -48,6 +50,7 @@ impl Terms {
             Some("it came back and can do less than before")
         } else if other.request_bytes < self.request_bytes
             || self.structured && !other.structured
+            || self.extended && !other.extended
             || self.context.is_some() && other.context.is_none()
         {
             Some("it came back with smaller limits than before")
@@ -136,13 +139,21 @@ impl<S: Stream> Talk<'_, S> {
         if flags & handshake::FIXED_NEWSTYLE == 0 {
             return self.export_name(name, flags, false).await;
         }
-        self.option(OPT_STRUCTURED_REPLY, &[]).await?;
-        let structured = self.reply(OPT_STRUCTURED_REPLY).await?.0 == REP_ACK;
+        let extended = self.agrees_to(OPT_EXTENDED_HEADERS).await?;
+        let structured = extended || self.agrees_to(OPT_STRUCTURED_REPLY).await?;
         let context = if structured { self.context(name).await? } else { None };
         match self.go(name).await? {
-            Some(terms) => Ok(Terms { structured, context, ..terms }),
+            Some(terms) => Ok(Terms { structured, extended, context, ..terms }),
+            // The old way in has no room for them.
+            None if extended => Err(NOT_NBD),
             None => self.export_name(name, flags, structured).await,
         }
+    }
+
+    /// Whether the server accepts an option without data.
+    async fn agrees_to(&mut self, option: u32) -> Result<bool, Stop> {
+        self.option(option, &[]).await?;
+        Ok(self.reply(option).await?.0 == REP_ACK)
     }
 
     /// Asks for `base:allocation`.
@@ -271,5 +282,13 @@ fn checked(size_bytes: u64, flags: u16, request_bytes: u32) -> Result<Terms, Sto
     }
     let flags = if flags & export::HAS_FLAGS == 0 { 0 } else { flags };
     let block_bytes = SECTOR_BYTES as u32;
-    Ok(Terms { size_bytes, flags, request_bytes, block_bytes, structured: false, context: None })
+    Ok(Terms {
+        size_bytes,
+        flags,
+        request_bytes,
+        block_bytes,
+        structured: false,
+        extended: false,
+        context: None,
+    })
 }

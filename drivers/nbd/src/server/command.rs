@@ -2,22 +2,19 @@
 
 use super::Export;
 use tap_abi::nbd::{
-    CMD_BLOCK_STATUS, CMD_CACHE, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, RequestHeader,
-    STATE_HOLE, STATE_ZERO, StatusExtent, command, error,
+    CMD_BLOCK_STATUS, CMD_CACHE, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, ExtendedRequest,
+    command, error,
 };
-use tap_core::{Node, Op, ZeroFlags};
-use tap_host::{Errno, Probe, SECTOR_BYTES, SectorRange, Tasks};
-
-tap_host::listed! {
-    pub(super) BUGS: Bug;
-    NBD_STATUS_SOLID = "nbd-status-solid", "a server reports holes as data";
-}
+use tap_core::{Op, ZeroFlags};
+use tap_host::{Errno, SECTOR_BYTES, SectorRange};
 
 /// What to do.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Kind {
     /// An operation of the node.
     Op(Op),
+    /// The same on so many bytes that it is divided: see [`Job::pieces`].
+    Long(Op, u64),
     /// Nothing.
     Cache,
     /// Extents; only the first, or all that fit.
@@ -28,6 +25,8 @@ pub(super) enum Kind {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Job {
     pub(super) cookie: u64,
+    /// The first byte that the client named.
+    pub(super) at: u64,
     pub(super) kind: Kind,
     /// The sectors of which it concerns at least a byte; none if there is nothing to do.
     pub(super) range: SectorRange,
@@ -46,22 +45,35 @@ pub(super) struct Refusal(pub(super) u32, pub(super) &'static str);
 const KNOWN_FLAGS: u16 =
     command::FUA | command::NO_HOLE | command::DF | command::REQ_ONE | command::FAST_ZERO;
 
-impl Job {
-    /// Checks a request against the export, which may be `read_only`. `request_bytes` is the maximum of a read or
-    /// write, `status` says whether block status was negotiated.
-    pub(super) fn check(
-        header: &RequestHeader,
-        export: &Export,
-        read_only: bool,
-        request_bytes: u32,
-        status: bool,
-    ) -> Result<Self, Refusal> {
+/// What requests of a connection are checked against.
+#[derive(Clone, Copy)]
+pub(super) struct Rules<'a> {
+    pub(super) export: &'a Export,
+    /// Changes are refused.
+    pub(super) read_only: bool,
+    /// Most bytes of a read or write.
+    pub(super) request_bytes: u32,
+    /// Most bytes of another change that is not divided.
+    pub(super) range_bytes: u64,
+    /// Block status was agreed on.
+    pub(super) status: bool,
+    /// Headers are extended.
+    pub(super) extended: bool,
+}
+
+impl Rules<'_> {
+    /// What a request asks for.
+    fn kind(&self, command: u16, flags: u16) -> Result<Kind, Refusal> {
         let invalid = |why| Err(Refusal(error::EINVAL, why));
-        let (flags, command, len) = (header.flags.get(), header.command.get(), header.len.get());
-        if flags & !KNOWN_FLAGS != 0 {
+        // A write has its payload anyway.
+        let payload = if self.extended { command::PAYLOAD_LEN } else { 0 };
+        if flags & !(KNOWN_FLAGS | payload) != 0 {
             return invalid("the request has unknown flags");
         }
-        let kind = match command {
+        if flags & payload != 0 && command != CMD_WRITE {
+            return invalid("the request has a payload that it does not need");
+        }
+        Ok(match command {
             CMD_READ => Kind::Op(Op::Read),
             CMD_WRITE => Kind::Op(Op::Write),
             CMD_FLUSH => Kind::Op(Op::Flush),
@@ -71,53 +83,81 @@ impl Job {
                 unmap: flags & command::NO_HOLE == 0,
                 fast: flags & command::FAST_ZERO != 0,
             })),
-            CMD_BLOCK_STATUS if status => Kind::Status { one: flags & command::REQ_ONE != 0 },
+            CMD_BLOCK_STATUS if self.status => Kind::Status { one: flags & command::REQ_ONE != 0 },
             CMD_BLOCK_STATUS => return invalid("block status was not agreed on"),
             _ => return invalid("the command is unknown"),
-        };
+        })
+    }
+}
+
+impl Job {
+    /// Checks a request.
+    pub(super) fn check(header: &ExtendedRequest, rules: &Rules<'_>) -> Result<Self, Refusal> {
+        let invalid = |why| Err(Refusal(error::EINVAL, why));
+        let (flags, offset, len) = (header.flags.get(), header.offset.get(), header.len.get());
+        let kind = rules.kind(header.command.get(), flags)?;
         let writes = matches!(kind, Kind::Op(op) if op.is_write());
         let fua = writes && flags & command::FUA != 0;
         let range = SectorRange::default();
-        let job = Self { cookie: header.cookie.get(), kind, range, skip: 0, cut: 0, fua };
+        let job = Self { cookie: header.cookie.get(), at: offset, kind, range, skip: 0, cut: 0, fua };
         if kind == Kind::Op(Op::Flush) {
             return Ok(job);
         }
-        if writes && read_only {
+        if writes && rules.read_only {
             return Err(Refusal(error::EPERM, "the export is read-only"));
         }
-        if matches!(kind, Kind::Op(op) if op.has_data()) && len > request_bytes {
+        if matches!(kind, Kind::Op(op) if op.has_data()) && len > u64::from(rules.request_bytes) {
             return invalid("the request is larger than the maximum block size");
         }
-        let (offset, size_bytes) = (header.offset.get(), export.size_sectors() * SECTOR_BYTES);
-        if offset > size_bytes || u64::from(len) > size_bytes - offset {
+        let size_bytes = rules.export.size_sectors() * SECTOR_BYTES;
+        if offset > size_bytes || len > size_bytes - offset {
             // As QEMU does: without a byte there is no lack of space.
             let error = if writes && len > 0 { error::ENOSPC } else { error::EINVAL };
             return Err(Refusal(error, "the request extends past the end of the export"));
         }
         match kind {
             Kind::Status { .. } if len == 0 => invalid("the request asks for the status of no bytes"),
-            // The lengths of extents are sums in 32 bits, and a reply may be short.
+            // A reply may be short. Without extended headers the lengths of extents are sums in 32 bits.
+            Kind::Status { .. } if rules.extended => Ok(job.around(offset, len.min(LONG_STATUS_BYTES_MAX))),
             Kind::Status { .. } => Ok(job.around(offset, len.min(STATUS_BYTES_MAX))),
+            Kind::Cache => Ok(job),
+            Kind::Op(op) if len > rules.range_bytes && !op.has_data() => {
+                Ok(Self { kind: Kind::Long(op, len), ..job })
+            }
             Kind::Op(Op::Discard) => Ok(job.within(offset, len)),
             _ => Ok(job.around(offset, len)),
         }
     }
 
+    /// The pieces of a request on `len` bytes, at most `range_bytes` each, and divided between sectors.
+    pub(super) fn pieces(self, op: Op, len: u64, range_bytes: u64) -> impl Iterator<Item = Self> {
+        let (mut at, end) = (self.at, self.at + len);
+        std::iter::from_fn(move || {
+            let from = at;
+            at = end.min((from + range_bytes) / SECTOR_BYTES * SECTOR_BYTES);
+            let piece = Self { kind: Kind::Op(op), ..self };
+            (from < end).then(|| match op {
+                Op::Discard => piece.within(from, at - from),
+                _ => piece.around(from, at - from),
+            })
+        })
+    }
+
     /// With the sectors that contain the bytes.
-    fn around(self, offset: u64, len: u32) -> Self {
+    fn around(self, offset: u64, len: u64) -> Self {
         if len == 0 {
             return self;
         }
-        let (start, end) = (offset / SECTOR_BYTES, (offset + u64::from(len)).div_ceil(SECTOR_BYTES));
+        let (start, end) = (offset / SECTOR_BYTES, (offset + len).div_ceil(SECTOR_BYTES));
         let skip = (offset - start * SECTOR_BYTES) as u32;
-        let cut = (end * SECTOR_BYTES - offset - u64::from(len)) as u32;
-        // At most 2^23 + 1 sectors.
+        let cut = (end * SECTOR_BYTES - offset - len) as u32;
+        // Less than 2^32 sectors: longer requests were divided or cut.
         Self { range: SectorRange::new(start, (end - start) as u32), skip, cut, ..self }
     }
 
     /// With the sectors that consist of these bytes alone: a trim promises nothing about the rest.
-    fn within(self, offset: u64, len: u32) -> Self {
-        let (start, end) = (offset.div_ceil(SECTOR_BYTES), (offset + u64::from(len)) / SECTOR_BYTES);
+    fn within(self, offset: u64, len: u64) -> Self {
+        let (start, end) = (offset.div_ceil(SECTOR_BYTES), (offset + len) / SECTOR_BYTES);
         if start >= end {
             return self;
         }
@@ -127,11 +167,6 @@ impl Job {
     /// Whether it begins and ends between sectors.
     pub(super) fn is_aligned(&self) -> bool {
         self.skip == 0 && self.cut == 0
-    }
-
-    /// Its first byte.
-    pub(super) fn offset(&self) -> u64 {
-        self.range.start.0 * SECTOR_BYTES + u64::from(self.skip)
     }
 
     /// Its bytes.
@@ -155,52 +190,6 @@ pub(super) fn error_of(errno: Errno) -> u32 {
 }
 
 /// Most bytes that one block status is about.
-const STATUS_BYTES_MAX: u32 = u32::MAX - 2 * SECTOR_BYTES as u32;
-/// Most extents in one reply, and of one query to a node.
-const EXTENTS_MAX: usize = 1024;
-/// Queries for one reply: a reply may be short, so that no other request waits long.
-const LOOKS_MAX: usize = 32;
-
-/// The extents of `job`, or of a part from its start on: at most one if `one`. Other tasks have their turn in between.
-pub(super) async fn extents<H: Tasks + Probe>(
-    host: &H,
-    node: &dyn Node,
-    job: &Job,
-    one: bool,
-) -> Result<Vec<StatusExtent>, Errno> {
-    let range = job.range;
-    let most = if one { 1 } else { EXTENTS_MAX };
-    let mut found: Vec<StatusExtent> = Vec::new();
-    let (mut at, end) = (range.start.0, range.start.0 + u64::from(range.count));
-    let mut looks = 0;
-    // One more than is sent, so that the last one sent is complete, unless the query ends early.
-    while at < end && found.len() <= most && looks < LOOKS_MAX {
-        if looks > 0 {
-            host.yield_now().await;
-        }
-        looks += 1;
-        let before = at;
-        let asked = SectorRange::new(at, (end - at) as u32);
-        // A client that wants one extent mostly gets it from the first two.
-        let ask = if one && looks == 1 { 2 } else { EXTENTS_MAX };
-        for extent in node.extents(asked, ask).await? {
-            let hole = if extent.allocated || host.bug(&NBD_STATUS_SOLID) { 0 } else { STATE_HOLE };
-            let state = hole | if extent.zero { STATE_ZERO } else { 0 };
-            // Only the bytes that were asked for.
-            let before = if at == range.start.0 { u64::from(job.skip) } else { 0 };
-            let after = if at + extent.count == end { u64::from(job.cut) } else { 0 };
-            let len = (extent.count * SECTOR_BYTES - before - after) as u32;
-            match found.last_mut() {
-                Some(last) if last.state.get() == state => last.len += len,
-                _ => found.push(StatusExtent { len: len.into(), state: state.into() }),
-            }
-            at += extent.count;
-        }
-        assert!(at <= end, "a node reports no more sectors than it is asked about");
-        if at == before {
-            return Err(Errno::EIO);
-        }
-    }
-    found.truncate(most);
-    Ok(found)
-}
+const STATUS_BYTES_MAX: u64 = u32::MAX as u64 - 2 * SECTOR_BYTES;
+/// The same with extended headers: what one range of sectors holds.
+const LONG_STATUS_BYTES_MAX: u64 = (u32::MAX as u64 - 2) * SECTOR_BYTES;

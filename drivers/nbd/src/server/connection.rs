@@ -1,7 +1,9 @@
 //! One connection after its negotiation: requests in, replies out.
 
-use super::command::{Job, Kind, Refusal, error_of, extents};
-use super::negotiate::{ALLOCATION_ID, Agreed, CLOSED, Negotiation, why};
+use super::command::{Job, Kind, Refusal, Rules, error_of};
+use super::negotiate::{ALLOCATION_ID, Agreed, CLOSED, DEPTH_ID, Negotiation, why};
+use super::reply::{Form, To};
+use super::status::extents;
 use super::{Flow, Inner, Open, STOPPED};
 use crate::inlet::Inlet;
 use crate::outbox::Outbox;
@@ -12,14 +14,13 @@ use std::future::poll_fn;
 use std::pin::pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
-use tap_abi::nbd::{
-    CHUNK_BLOCK_STATUS, CHUNK_ERROR, CHUNK_NONE, CHUNK_OFFSET_DATA, CMD_DISC, CMD_TRIM, CMD_WRITE,
-    ChunkHeader, ErrorHead, OffsetData, RequestHeader, SimpleReply, StatusExtent,
-};
+use tap_abi::nbd::{CMD_DISC, CMD_TRIM, CMD_WRITE, ExtendedRequest, RequestHeader, command};
 use tap_core::wait::Semaphore;
 use tap_core::{Op, Request, Response};
-use tap_host::{BufPool, Errno, IoVec, Log, Probe, SendList, Stage, Stream, Tasks, Time, cost_of, unless};
-use zerocopy::{FromBytes, IntoBytes};
+use tap_host::{
+    BufPool, Errno, IoVec, Log, Probe, SECTOR_BYTES, SendList, Stage, Stream, Tasks, Time, cost_of, unless,
+};
+use zerocopy::FromBytes;
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
@@ -39,6 +40,8 @@ tap_host::listed! {
     NBD_WRITER_KEPT = "nbd-writer-kept", "the task that sends the replies of a connection outlives it";
     NBD_SEAT_LOST = "nbd-seat-lost",
         "a connection that does not end in order keeps the memory that the next one needs";
+    NBD_CONTEXTS_MIXED = "nbd-contexts-mixed", "the depth of a block status is sent as its allocation";
+    NBD_LONG_CUT = "nbd-long-cut", "zeros that go to the disk in pieces end with the first piece";
     pub(super) NBD_DEAF_KEPT = "nbd-deaf-kept",
         "a client that has stopped sending and takes no replies keeps its place";
 }
@@ -48,6 +51,7 @@ tap_host::listed! {
     NBD_REQUEST_JOINED = "nbd-request-cut", "an NBD request was received in two parts";
     NBD_ROOM_WAITED = "nbd-room-waited", "an NBD connection had as many requests in flight as it may have";
     NBD_PAYLOAD_DIRECT = "nbd-payload-direct", "the payload of an NBD write was received into its own buffer";
+    NBD_DIVIDED = "nbd-divided", "a change of a long range went to the disk in pieces";
     NBD_REQUEST_REFUSED = "nbd-request-refused", "a wrong NBD request was answered with an error";
 }
 
@@ -163,18 +167,7 @@ where
             if let Some(why) = self.stop.why() {
                 return Err(why);
             }
-            let have = inlet.unread().len();
-            if have > 0 && have < RequestHeader::BYTES {
-                self.host().mark(&NBD_REQUEST_JOINED);
-                if self.host().bug(&NBD_REQUEST_CUT) {
-                    inlet.take(have);
-                }
-            }
-            inlet.need(RequestHeader::BYTES, &self.stop).await.map_err(|end| self.why(end))?;
-            let (bytes, _) = <[u8; RequestHeader::BYTES]>::read_from_prefix(inlet.unread())
-                .map_err(|_| "a request was cut")?;
-            let header = RequestHeader::parse(&bytes)?;
-            inlet.take(RequestHeader::BYTES);
+            let header = self.header(inlet).await?;
             if header.command.get() == CMD_DISC {
                 return Err(LEFT);
             }
@@ -182,6 +175,30 @@ where
             self.requests.set(self.requests.get() + 1);
             self.take(&header, inlet).await?;
         }
+    }
+
+    /// The header of the next request.
+    async fn header(&self, inlet: &mut Inlet<S>) -> Result<ExtendedRequest, Why> {
+        let extended = self.agreed.form == Form::Extended;
+        let bytes = if extended { ExtendedRequest::BYTES } else { RequestHeader::BYTES };
+        let have = inlet.unread().len();
+        if have > 0 && have < bytes {
+            self.host().mark(&NBD_REQUEST_JOINED);
+            if self.host().bug(&NBD_REQUEST_CUT) {
+                inlet.take(have);
+            }
+        }
+        inlet.need(bytes, &self.stop).await.map_err(|end| self.why(end))?;
+        let cut = "a request was cut";
+        let header = if extended {
+            let (copy, _) = <[u8; _]>::read_from_prefix(inlet.unread()).map_err(|_| cut)?;
+            ExtendedRequest::parse(&copy)?
+        } else {
+            let (copy, _) = <[u8; _]>::read_from_prefix(inlet.unread()).map_err(|_| cut)?;
+            RequestHeader::parse(&copy)?.into()
+        };
+        inlet.take(bytes);
+        Ok(header)
     }
 
     /// The reason of the stop signal, or that of the stream.
@@ -225,17 +242,25 @@ where
     }
 
     /// One request: receives its payload, and starts it or refuses it.
-    async fn take(self: &Rc<Self>, header: &RequestHeader, inlet: &mut Inlet<S>) -> Result<(), Why> {
+    async fn take(self: &Rc<Self>, header: &ExtendedRequest, inlet: &mut Inlet<S>) -> Result<(), Why> {
         let (limits, agreed) = (&self.server.limits, &self.agreed);
-        let payload = if header.command.get() == CMD_WRITE { header.len.get() as usize } else { 0 };
+        let extended = agreed.form == Form::Extended;
+        let announced = extended && header.flags.get() & command::PAYLOAD_LEN != 0;
+        let payload = if header.command.get() == CMD_WRITE || announced { header.len.get() } else { 0 };
         let thaw = header.command.get() == CMD_TRIM && self.host().bug(&NBD_TRIM_FROZEN);
-        let (export, read_only) = (&agreed.export, agreed.export.is_read_only() && !thaw);
-        let job = Job::check(header, export, read_only, limits.request_bytes, agreed.status);
-        let taken = match job {
-            Ok(job) => self.start(job, payload, inlet).await,
-            Err(_) if payload > limits.request_bytes as usize => Err("a write larger than the maximum"),
+        let rules = Rules {
+            export: &agreed.export,
+            read_only: agreed.export.is_read_only() && !thaw,
+            request_bytes: limits.request_bytes,
+            range_bytes: limits.range_bytes,
+            status: agreed.contexts.any(),
+            extended,
+        };
+        let taken = match Job::check(header, &rules) {
+            Ok(job) => self.start(job, payload as usize, inlet).await,
+            Err(_) if payload > u64::from(limits.request_bytes) => Err("a write larger than the maximum"),
             Err(refusal) => {
-                let skipped = inlet.skip(payload, &self.stop).await.map_err(|end| self.why(end));
+                let skipped = inlet.skip(payload as usize, &self.stop).await.map_err(|end| self.why(end));
                 skipped.map(|()| self.refuse(header, refusal))
             }
         };
@@ -263,6 +288,13 @@ where
                     self.writes.set(self.writes.get() + 1);
                 }
                 self.submit(job, op, bufs);
+            }
+            Kind::Long(op, len) => {
+                let own = Rc::clone(self);
+                self.host().spawn("nbd-long", job.at / SECTOR_BYTES, async move {
+                    let result = own.long(&job, op, len).await;
+                    own.done(job, result);
+                });
             }
             Kind::Cache => self.done(job, Ok(())),
             Kind::Status { one } => {
@@ -300,7 +332,7 @@ where
         payload: usize,
         inlet: &mut Inlet<S>,
     ) -> Result<IoVec, Why> {
-        if payload <= SMALL_BYTES.min(inlet.capacity() - RequestHeader::BYTES) {
+        if payload <= SMALL_BYTES.min(inlet.capacity() - ExtendedRequest::BYTES) {
             inlet.need(payload, &self.stop).await.map_err(|end| self.why(end))?;
         } else if inlet.unread().len() < payload {
             self.host().mark(&NBD_PAYLOAD_DIRECT);
@@ -353,6 +385,36 @@ where
         });
     }
 
+    /// A change of so many bytes that it goes to the node in pieces, one after the other.
+    async fn long(self: &Rc<Self>, job: &Job, op: Op, len: u64) -> Result<(), Errno> {
+        self.host().mark(&NBD_DIVIDED);
+        for piece in job.pieces(op, len, self.server.limits.range_bytes) {
+            if piece.range.count == 0 {
+                // The rest of a trim, less than a sector.
+                continue;
+            }
+            self.piece(piece, op).await?;
+            if self.host().bug(&NBD_LONG_CUT) {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    async fn piece(self: &Rc<Self>, piece: Job, op: Op) -> Result<(), Errno> {
+        if !piece.is_aligned() {
+            return self.zero_piece(&piece, op).await;
+        }
+        let turn = self.turn_after_edges(&piece, op);
+        if let Some(turn) = &turn {
+            turn.ready().await;
+        }
+        let (range, fua) = (piece.range, self.fua(&piece, op));
+        let answer = self.agreed.export.node.submit(Request { op, range, bufs: IoVec::new(), fua });
+        drop(turn);
+        answer.await.result
+    }
+
     /// Whether the node must make it durable before it answers.
     pub(super) fn fua(&self, job: &Job, op: Op) -> bool {
         let early = matches!(op, Op::WriteZeroes(_)) && self.host().bug(&NBD_ZEROES_EARLY);
@@ -369,13 +431,17 @@ where
     async fn status(&self, job: Job, one: bool) {
         let at_once = self.host().bug(&NBD_STATUS_AT_ONCE);
         let _turn = if at_once { None } else { Some(self.status_turn.acquire().await) };
-        match extents(self.host(), &*self.agreed.export.node, &job, one).await {
+        let contexts = self.agreed.contexts;
+        let mixed = self.host().bug(&NBD_CONTEXTS_MIXED);
+        match extents(self.host(), &self.agreed.export.node, &job, contexts, one).await {
             Ok(found) => self.out.put(|list| {
-                let len = size_of::<u32>() + found.len() * StatusExtent::BYTES;
-                let head = ChunkHeader::new(job.cookie, CHUNK_BLOCK_STATUS, true, len as u32);
-                list.push_bytes(head.as_bytes());
-                list.push_bytes(&ALLOCATION_ID.to_be_bytes());
-                list.push_bytes(found.as_slice().as_bytes());
+                if contexts.allocation {
+                    self.to(&job).status(list, ALLOCATION_ID, &found.allocation, !contexts.depth);
+                }
+                if contexts.depth {
+                    let id = if mixed { ALLOCATION_ID } else { DEPTH_ID };
+                    self.to(&job).status(list, id, &found.depth, true);
+                }
             }),
             Err(error) => self.done(job, Err(error)),
         }
@@ -383,71 +449,36 @@ where
 
     /// The reply to a request of no bytes.
     fn nothing(&self, job: Job, op: Op) {
-        if op != Op::Read || !self.agreed.structured {
-            return self.done(job, Ok(()));
+        match op {
+            Op::Read => self.out.put(|list| self.to(&job).nothing(list)),
+            _ => self.done(job, Ok(())),
         }
-        let head = ChunkHeader::new(self.cookie(job), CHUNK_NONE, true, 0);
-        self.out.put(|list| list.push_bytes(head.as_bytes()));
     }
 
     /// The reply to a read.
     fn data(&self, job: Job, bufs: IoVec) {
-        let cookie = self.cookie(job);
-        self.out.put(|list| {
-            if self.agreed.structured {
-                let len = OffsetData::BYTES + job.len_bytes() as usize;
-                let mut head = [0; ChunkHeader::BYTES + OffsetData::BYTES];
-                let chunk = ChunkHeader::new(cookie, CHUNK_OFFSET_DATA, true, len as u32);
-                head[..ChunkHeader::BYTES].copy_from_slice(chunk.as_bytes());
-                head[ChunkHeader::BYTES..].copy_from_slice(&job.offset().to_be_bytes());
-                list.push_bytes(&head);
-            } else {
-                list.push_bytes(SimpleReply::new(cookie, 0).as_bytes());
-            }
-            let last = bufs.len().saturating_sub(1);
-            for (i, buf) in bufs.into_iter().enumerate() {
-                let from = if i == 0 { job.skip as usize } else { 0 };
-                let to = buf.len() - if i == last { job.cut as usize } else { 0 };
-                // Parts are of sectors at the edges, which are buffers of their own.
-                match (from, buf.len() - to) {
-                    (0, 0) => list.push_buf(buf),
-                    _ => list.push_bytes(&buf[from..to]),
-                }
-            }
-        });
+        self.out.put(|list| self.to(&job).data(list, &job, bufs));
     }
 
     /// A reply without data.
     pub(super) fn done(&self, job: Job, result: Result<(), Errno>) {
-        let cookie = self.cookie(job);
-        match result {
-            Ok(()) => self.out.put(|list| list.push_bytes(SimpleReply::new(cookie, 0).as_bytes())),
-            Err(error) => self.error(cookie, Refusal(error_of(error), "")),
-        }
-    }
-
-    /// The cookie that identifies the reply to `job`.
-    fn cookie(&self, job: Job) -> u64 {
-        if self.host().bug(&NBD_WRONG_COOKIE) { self.requests.get() } else { job.cookie }
-    }
-
-    fn refuse(&self, header: &RequestHeader, refusal: Refusal) {
-        self.host().mark(&NBD_REQUEST_REFUSED);
-        self.error(header.cookie.get(), refusal);
-    }
-
-    fn error(&self, cookie: u64, Refusal(error, why): Refusal) {
-        self.out.put(|list| {
-            if self.agreed.structured {
-                let len = ErrorHead::BYTES + why.len();
-                list.push_bytes(ChunkHeader::new(cookie, CHUNK_ERROR, true, len as u32).as_bytes());
-                let head = ErrorHead { error: error.into(), message_len: (why.len() as u16).into() };
-                list.push_bytes(head.as_bytes());
-                list.push_bytes(why.as_bytes());
-            } else {
-                list.push_bytes(SimpleReply::new(cookie, error).as_bytes());
-            }
+        let to = self.to(&job);
+        self.out.put(|list| match result {
+            Ok(()) => to.done(list),
+            Err(error) => to.error(list, Refusal(error_of(error), "")),
         });
+    }
+
+    /// What identifies the reply to `job`.
+    fn to(&self, job: &Job) -> To {
+        let cookie = if self.host().bug(&NBD_WRONG_COOKIE) { self.requests.get() } else { job.cookie };
+        To { cookie, at: job.at, form: self.agreed.form }
+    }
+
+    fn refuse(&self, header: &ExtendedRequest, refusal: Refusal) {
+        self.host().mark(&NBD_REQUEST_REFUSED);
+        let to = To { cookie: header.cookie.get(), at: header.offset.get(), form: self.agreed.form };
+        self.out.put(|list| to.error(list, refusal));
     }
 
     /// Sends replies until the outbox is closed.

@@ -7,11 +7,11 @@
 //!
 //! # Contract
 //!
-//! * **Options**: `LIST`, `INFO`, `GO`, `EXPORT_NAME`, `ABORT`, `STRUCTURED_REPLY`, `LIST_META_CONTEXT` and
-//!   `SET_META_CONTEXT` (`base:allocation`). `STARTTLS` is refused with a sentence: encryption needs certificates,
-//!   their renewal and a policy, which belong in a tunnel (stunnel, ssh, WireGuard) rather than in the process that
-//!   holds the disk. All others are answered with `ERR_UNSUP`. The empty name is the first export, unless an export has
-//!   that name.
+//! * **Options**: `LIST`, `INFO`, `GO`, `EXPORT_NAME`, `ABORT`, `STRUCTURED_REPLY`, `EXTENDED_HEADERS`,
+//!   `LIST_META_CONTEXT` and `SET_META_CONTEXT` (`base:allocation`, `qemu:allocation-depth`). `STARTTLS` is refused
+//!   with a sentence: encryption needs certificates, their renewal and a policy, which belong in a tunnel (stunnel,
+//!   ssh, WireGuard) rather than in the process that holds the disk. All others are answered with `ERR_UNSUP`. The
+//!   empty name is the first export, unless an export has that name.
 //! * **Commands**: `READ` (always one chunk, so `DF` changes nothing), `WRITE`, `FLUSH`, `TRIM`, `WRITE_ZEROES`,
 //!   `CACHE` (answered, nothing is read), `BLOCK_STATUS`, `DISC`. `FUA` goes down with the request.
 //!   Offsets and lengths are any number of bytes. A write of a part of a sector reads the rest first, and holds off
@@ -40,6 +40,8 @@
 mod command;
 mod connection;
 mod negotiate;
+mod reply;
+mod status;
 mod unaligned;
 
 use crate::stop::StopSignal;
@@ -57,7 +59,9 @@ use tap_host::{
 };
 
 tap_host::listed! {
-    pub(super) BUGS: Bug with [command::BUGS, connection::BUGS, unaligned::BUGS];
+    pub(super) BUGS: Bug with [status::BUGS, connection::BUGS, unaligned::BUGS];
+    NBD_LAST_IS_FIRST = "nbd-last-is-first",
+        "a server that ends with its last client ends with the first that leaves";
     NBD_MEMORY_KEPT = "nbd-memory-kept", "a client that takes no replies keeps memory that others wait for";
 }
 
@@ -120,6 +124,9 @@ pub struct ServerLimits {
     pub requests: u32,
     /// Most bytes of one read or write: a power of two from 4096 to 32 MiB.
     pub request_bytes: u32,
+    /// Most bytes of zeros or of a trim in one request to a disk, 4 KiB to 1 TiB; longer requests of clients are
+    /// divided.
+    pub range_bytes: u64,
     /// Memory for the data of one connection's requests in bytes; at least `request_bytes`.
     pub connection_bytes: usize,
     /// Receive buffer of one connection in bytes, 16 KiB to 4 MiB.
@@ -137,6 +144,7 @@ impl Default for ServerLimits {
             negotiating: 16,
             requests: 128,
             request_bytes: REQUEST_BYTES_MAX,
+            range_bytes: RANGE_BYTES_MAX,
             connection_bytes: REQUEST_BYTES_MAX as usize,
             receive_bytes: 256 << 10,
             negotiation_ns: 30_000_000_000,
@@ -147,6 +155,8 @@ impl Default for ServerLimits {
 
 /// The request size that the protocol expects every server to accept.
 const REQUEST_BYTES_MAX: u32 = 32 << 20;
+/// What fits a range of sectors, with room to spare.
+const RANGE_BYTES_MAX: u64 = 1 << 40;
 const RECEIVE_BYTES_MIN: usize = 16 << 10;
 const RECEIVE_BYTES_MAX: usize = 4 << 20;
 /// The most memory reserved for one connection, in bytes.
@@ -159,6 +169,7 @@ impl ServerLimits {
         negotiating: 1,
         requests: 1,
         request_bytes: PAGE_BYTES as u32,
+        range_bytes: PAGE_BYTES as u64,
         connection_bytes: PAGE_BYTES,
         receive_bytes: RECEIVE_BYTES_MIN,
         negotiation_ns: 1_000_000_000,
@@ -178,7 +189,7 @@ impl ServerLimits {
     }
 
     /// Most bytes of memory for data that clients can make the server hold. In addition each request costs a few
-    /// hundred bytes, a block status reply up to 8 KiB (one at a time is built for each connection), and zeros that
+    /// hundred bytes, a block status reply up to 32 KiB (one at a time is built for each connection), and zeros that
     /// have to be written as data 1 MiB while they are written.
     pub fn memory_bytes(&self) -> usize {
         // A connection that gives up its place may not have ended when the next one begins.
@@ -195,6 +206,7 @@ impl ServerLimits {
             negotiating: self.negotiating.max(1),
             requests: self.requests.max(1),
             request_bytes,
+            range_bytes: self.range_bytes.clamp(PAGE_BYTES as u64, RANGE_BYTES_MAX),
             connection_bytes: self.connection_bytes.max(request_bytes as usize),
             receive_bytes: self.receive_bytes.clamp(RECEIVE_BYTES_MIN, RECEIVE_BYTES_MAX),
             ..self
@@ -237,6 +249,10 @@ pub(crate) struct Inner<H> {
     stopping: Flag,
     /// Set while no connection is open.
     idle: Flag,
+    /// A client has chosen an export.
+    chosen: Cell<bool>,
+    /// Set when no connection is open any more after one had chosen an export.
+    left: Flag,
     /// A task is looking for connections on which nothing moves.
     looking: Cell<bool>,
     memory: Memory,
@@ -371,6 +387,8 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
             negotiating: RefCell::default(),
             stopping: Flag::new(),
             idle,
+            chosen: Cell::new(false),
+            left: Flag::new(),
             looking: Cell::new(false),
             memory,
         })))
@@ -431,10 +449,19 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
             own.host.log(Event::NbdClosed { connection: number, requests, why });
             own.open.borrow_mut().remove(&number);
             own.negotiating.borrow_mut().remove(&number);
-            if own.open.borrow().is_empty() {
+            let none = own.open.borrow().is_empty();
+            if none {
                 own.idle.set();
             }
+            if own.chosen.get() && (none || own.host.bug(&NBD_LAST_IS_FIRST)) {
+                own.left.set();
+            }
         });
+    }
+
+    /// Completes once the last client has left: no connection is open any more, and one had chosen an export.
+    pub async fn left(&self) {
+        self.0.left.wait().await;
     }
 
     /// Ends in an orderly way; completes when every connection is closed. Replies that a client does not receive within
@@ -459,7 +486,9 @@ impl<H: Log + Tasks + Time + Probe> Inner<H> {
     pub(crate) fn seat(self: &Rc<Self>, number: u64) -> bool {
         let seated = self.open.borrow().len() - self.negotiating.borrow().len();
         if seated < self.limits.connections {
-            return self.negotiating.borrow_mut().remove(&number);
+            let seated = self.negotiating.borrow_mut().remove(&number);
+            self.chosen.set(self.chosen.get() || seated);
+            return seated;
         }
         self.look_for_place(number);
         false

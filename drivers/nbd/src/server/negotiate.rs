@@ -1,17 +1,19 @@
 //! From the first byte to the chosen export.
 
+use super::reply::Form;
+use super::status::Contexts;
 use super::{Export, FULL, Inner, Served};
 use crate::inlet::{End, Inlet};
 use crate::outbox::send_all;
 use crate::stop::StopSignal;
 use std::rc::Rc;
 use tap_abi::nbd::{
-    BASE_ALLOCATION, EXPORT_PADDING_BYTES, ExportReply, Hello, INFO_BLOCK_SIZE, INFO_DESCRIPTION,
-    INFO_EXPORT, INFO_NAME, InfoBlockSize, InfoExport, InfoQuery, MetaQuery, OPT_ABORT, OPT_EXPORT_NAME,
-    OPT_GO, OPT_INFO, OPT_LIST, OPT_LIST_META_CONTEXT, OPT_SET_META_CONTEXT, OPT_STARTTLS,
-    OPT_STRUCTURED_REPLY, OPTION_MAGIC, OptionHeader, OptionReply, REP_ACK, REP_ERR_INVALID, REP_ERR_POLICY,
-    REP_ERR_TOO_BIG, REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_INFO, REP_META_CONTEXT, REP_SERVER,
-    STRING_BYTES_MAX, export, handshake,
+    ALLOCATION_DEPTH, BASE_ALLOCATION, EXPORT_PADDING_BYTES, ExportReply, Hello, INFO_BLOCK_SIZE,
+    INFO_DESCRIPTION, INFO_EXPORT, INFO_NAME, InfoBlockSize, InfoExport, InfoQuery, MetaQuery, OPT_ABORT,
+    OPT_EXPORT_NAME, OPT_EXTENDED_HEADERS, OPT_GO, OPT_INFO, OPT_LIST, OPT_LIST_META_CONTEXT,
+    OPT_SET_META_CONTEXT, OPT_STARTTLS, OPT_STRUCTURED_REPLY, OPTION_MAGIC, OptionHeader, OptionReply,
+    REP_ACK, REP_ERR_EXT_HEADER_REQD, REP_ERR_INVALID, REP_ERR_POLICY, REP_ERR_TOO_BIG, REP_ERR_UNKNOWN,
+    REP_ERR_UNSUP, REP_INFO, REP_META_CONTEXT, REP_SERVER, STRING_BYTES_MAX, export, handshake,
 };
 use tap_host::{Log, Probe, SECTOR_BYTES, SendList, Stream, Tasks, Time};
 use zerocopy::byteorder::big_endian::{U16, U32};
@@ -20,14 +22,16 @@ use zerocopy::{FromBytes, IntoBytes};
 /// What both sides agreed on.
 pub(super) struct Agreed {
     pub(super) export: Rc<Served>,
-    /// Replies to reads come in chunks.
-    pub(super) structured: bool,
-    /// `BLOCK_STATUS` may be asked for.
-    pub(super) status: bool,
+    /// The form of replies, and of the headers of requests.
+    pub(super) form: Form,
+    /// What `BLOCK_STATUS` reports.
+    pub(super) contexts: Contexts,
 }
 
 /// The number that stands for `base:allocation` on every connection.
 pub(super) const ALLOCATION_ID: u32 = 1;
+/// The same for `qemu:allocation-depth`.
+pub(super) const DEPTH_ID: u32 = 2;
 /// Any offset and length is served.
 const MINIMUM_BYTES: u32 = 1;
 /// Preferred block size: a page.
@@ -56,9 +60,9 @@ pub(super) struct Negotiation<'a, H, S> {
     pub(super) stop: &'a StopSignal,
     number: u64,
     no_zeroes: bool,
-    structured: bool,
-    /// The export for which `base:allocation` was chosen.
-    status: Option<Rc<Served>>,
+    form: Form,
+    /// The contexts that were chosen, and the export for which.
+    chosen: Option<(Rc<Served>, Contexts)>,
 }
 
 /// The outcome of an option.
@@ -76,7 +80,7 @@ impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
         inlet: &'a mut Inlet<S>,
         stop: &'a StopSignal,
     ) -> Self {
-        Self { server, stream, inlet, stop, number, no_zeroes: false, structured: false, status: None }
+        Self { server, stream, inlet, stop, number, no_zeroes: false, form: Form::Simple, chosen: None }
     }
 
     /// Talks to the client until it has chosen.
@@ -96,8 +100,9 @@ impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
                 Next::More => {}
                 Next::End(why) => return Err(why),
                 Next::Begin(export) => {
-                    let status = self.status.is_some_and(|chosen| Rc::ptr_eq(&chosen, &export));
-                    return Ok(Agreed { export, structured: self.structured, status });
+                    let same = self.chosen.filter(|(chosen, _)| Rc::ptr_eq(chosen, &export));
+                    let contexts = same.map_or(Contexts::default(), |(_, contexts)| contexts);
+                    return Ok(Agreed { export, form: self.form, contexts });
                 }
             }
         }
@@ -148,7 +153,7 @@ impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
             OPT_LIST_META_CONTEXT | OPT_SET_META_CONTEXT => {
                 let chosen = self.contexts(data, replies);
                 if replies.option == OPT_SET_META_CONTEXT {
-                    self.status = chosen;
+                    self.chosen = chosen;
                 }
             }
             OPT_ABORT => {
@@ -158,7 +163,7 @@ impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
             OPT_STARTTLS => {
                 replies.refuse(REP_ERR_POLICY, "no TLS here: use a unix socket, or a tunnel with encryption");
             }
-            OPT_LIST | OPT_STRUCTURED_REPLY if !data.is_empty() => {
+            OPT_LIST | OPT_STRUCTURED_REPLY | OPT_EXTENDED_HEADERS if !data.is_empty() => {
                 replies.refuse(REP_ERR_INVALID, "the option has data");
             }
             OPT_LIST => {
@@ -169,8 +174,15 @@ impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
                 }
                 replies.push(REP_ACK, &[]);
             }
+            OPT_STRUCTURED_REPLY if self.form == Form::Extended => {
+                replies.refuse(REP_ERR_EXT_HEADER_REQD, "extended headers were agreed on");
+            }
             OPT_STRUCTURED_REPLY => {
-                self.structured = true;
+                self.form = Form::Structured;
+                replies.push(REP_ACK, &[]);
+            }
+            OPT_EXTENDED_HEADERS => {
+                self.form = Form::Extended;
                 replies.push(REP_ACK, &[]);
             }
             _ => replies.refuse(REP_ERR_UNSUP, "the option is unknown here"),
@@ -180,6 +192,9 @@ impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
 
     /// `EXPORT_NAME`: the data is the name, and the only way to refuse is to disconnect.
     fn export_name(&self, data: &[u8], replies: &mut Replies) -> Next {
+        if self.form == Form::Extended {
+            return Next::End("it chose an export in the old way after extended headers");
+        }
         let name = std::str::from_utf8(data).ok().filter(|name| name.len() <= STRING_BYTES_MAX);
         let Some(export) = name.and_then(|name| self.server.export(name)) else {
             return Next::End("it asked for an export that does not exist");
@@ -187,7 +202,8 @@ impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
         if !self.server.seat(self.number) {
             return Next::End(FULL);
         }
-        let (size, flags) = (export.size_sectors() * SECTOR_BYTES, flags_of(export, self.structured));
+        let (size, flags) =
+            (export.size_sectors() * SECTOR_BYTES, flags_of(export, self.form != Form::Simple));
         let reply = ExportReply { size: size.into(), flags: flags.into() };
         replies.list.push_bytes(reply.as_bytes());
         if !self.no_zeroes {
@@ -213,7 +229,8 @@ impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
             replies.refuse(REP_ERR_POLICY, FULL);
             return Next::More;
         }
-        let (size, flags) = (export.size_sectors() * SECTOR_BYTES, flags_of(export, self.structured));
+        let (size, flags) =
+            (export.size_sectors() * SECTOR_BYTES, flags_of(export, self.form != Form::Simple));
         let head = InfoExport { kind: INFO_EXPORT.into(), size: size.into(), flags: flags.into() };
         replies.push(REP_INFO, &[head.as_bytes()]);
         for (kind, text) in [(INFO_NAME, &export.name), (INFO_DESCRIPTION, &export.description)] {
@@ -233,10 +250,10 @@ impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
         if replies.option == OPT_GO { Next::Begin(Rc::clone(export)) } else { Next::More }
     }
 
-    /// `LIST_META_CONTEXT` and `SET_META_CONTEXT`: the export, if `base:allocation` was among the replies.
-    fn contexts(&self, data: &[u8], replies: &mut Replies) -> Option<Rc<Served>> {
+    /// `LIST_META_CONTEXT` and `SET_META_CONTEXT`: the export, and the contexts that were among the replies.
+    fn contexts(&self, data: &[u8], replies: &mut Replies) -> Option<(Rc<Served>, Contexts)> {
         let choosing = replies.option == OPT_SET_META_CONTEXT;
-        if choosing && !self.structured {
+        if choosing && self.form == Form::Simple {
             replies.refuse(REP_ERR_INVALID, "metadata contexts need structured replies first");
             return None;
         }
@@ -251,14 +268,19 @@ impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
             replies.refuse(REP_ERR_UNKNOWN, "there is no export of this name");
             return None;
         };
-        let wanted = |text: &str| text == BASE_ALLOCATION || !choosing && text == "base:";
-        let found = query.queries().any(wanted) || !choosing && query.count == 0;
-        if found {
-            let id = if choosing { ALLOCATION_ID } else { 0 };
-            replies.push(REP_META_CONTEXT, &[&id.to_be_bytes(), BASE_ALLOCATION.as_bytes()]);
-        }
+        let mut found = |name: &str, space: &str, id: u32| {
+            let wanted = |text: &str| text == name || !choosing && text == space;
+            let found = query.queries().any(wanted) || !choosing && query.count == 0;
+            if found {
+                let id = if choosing { id } else { 0 };
+                replies.push(REP_META_CONTEXT, &[&id.to_be_bytes(), name.as_bytes()]);
+            }
+            found
+        };
+        let allocation = found(BASE_ALLOCATION, "base:", ALLOCATION_ID);
+        let depth = found(ALLOCATION_DEPTH, "qemu:", DEPTH_ID);
         replies.push(REP_ACK, &[]);
-        found.then(|| Rc::clone(export))
+        Some((Rc::clone(export), Contexts { allocation, depth }))
     }
 }
 

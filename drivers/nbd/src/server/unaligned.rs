@@ -124,6 +124,12 @@ where
         Ok(())
     }
 
+    /// Zeros of a piece of a longer request that begins or ends inside a sector.
+    pub(super) async fn zero_piece(&self, piece: &Job, op: Op) -> Result<(), Errno> {
+        let turn = self.claim(piece);
+        self.zero_around(piece, op, Parts::of(piece), turn).await
+    }
+
     /// The place of an unaligned write of `job` among the writes of its sectors.
     fn claim(&self, job: &Job) -> Ticket {
         self.host().mark(&NBD_UNALIGNED_WRITE);

@@ -62,6 +62,29 @@ fn disks_are_served_until_the_process_is_asked_to_stop() {
 }
 
 #[test]
+fn a_server_may_end_with_its_last_client() {
+    world(|sim, kernel, xen| async move {
+        kernel.storage().put_bytes("/a", &[1; 1 << 20]);
+        let line = "serve --end-with-last-client --nbd unix:/run/s raw:/a";
+        let daemon = Daemon::start(&kernel, &xen, 1, line);
+        sim.sleep_ns(60_000_000_000).await;
+        assert_eq!(*daemon.status.borrow(), None, "before the first");
+        // One that asks for an export that does not exist has chosen none.
+        assert!(client(&kernel, "other").await.is_err());
+        sim.sleep_ns(1_000_000_000).await;
+        let (first, last) = (client(&kernel, "").await.unwrap(), client(&kernel, "").await.unwrap());
+        first.close().await.unwrap();
+        sim.sleep_ns(1_000_000_000).await;
+        assert_eq!(last.submit(Request::write(SectorRange::new(0, 1), bytes(7, 1))).await.result, Ok(()));
+        last.close().await.unwrap();
+        sim.sleep_ns(1_000_000_000).await;
+        assert_eq!(*daemon.status.borrow(), Some(0));
+        kernel.storage().power_cut();
+        assert_eq!(kernel.storage().bytes("/a").unwrap()[..513], [&[7; 512][..], &[1]].concat());
+    });
+}
+
+#[test]
 fn unsafe_ignores_flushes_and_writethrough_makes_writes_durable() {
     for (mode, durable) in [("unsafe", false), ("writethrough", true)] {
         world(move |sim, kernel, xen| async move {

@@ -43,6 +43,17 @@ pub(crate) fn tests(add: Add) {
         &["qemu-io", "qemu-img", "nbdinfo"],
         Box::new(any_offset),
     );
+    add("peers::nbdsh_asks_for_odd_offsets_and_lengths".into(), &["nbdsh"], Box::new(odd_requests));
+    add(
+        "peers::one_request_covers_more_than_32_bits".into(),
+        &["qemu-io", "qemu-img"],
+        Box::new(long_requests),
+    );
+    add(
+        "peers::the_depth_of_a_chain_is_that_of_qemu_nbd".into(),
+        &["qemu-nbd", "qemu-io", "qemu-img", "nbdinfo"],
+        Box::new(depth),
+    );
     add("peers::tap_img_and_qemu_img_agree".into(), QEMU, Box::new(tools_agree));
 }
 
@@ -265,6 +276,120 @@ fn any_offset() -> Done {
     qemu_io(&place.text("twin"), "raw", &script)?;
     assert!(server.stop()?.success());
     same_as_twin(&place, "raw")
+}
+
+/// What nbd-tester-client sends, and more of its kind: requests at byte 1, of 1,048,590 bytes, up to the last byte.
+const ODD_REQUESTS: &str = r#"
+import random
+random.seed(17)
+size = h.get_size()
+assert h.get_block_size(nbd.SIZE_MINIMUM) == 1
+want = bytearray(h.pread(size, 0))
+def check(at, count):
+    got = h.pread(count, at)
+    assert got == want[at:at + count], f"{count} bytes at {at}"
+big = 1048590
+places = [(1, big), (0, big), (511, big), (size - big, big), (size - 1, 1), (1, 1), (513, 510), (1, size - 1)]
+places += [(random.randrange(size - big), random.choice([1, 7, 511, 512, 513, 4097, big])) for _ in range(60)]
+for i, (at, count) in enumerate(places):
+    fill = bytes([i % 255 + 1]) * count
+    if i % 5 == 4:
+        h.zero(count, at)
+        fill = bytes(count)
+    else:
+        h.pwrite(fill, at)
+    want[at:at + count] = fill
+    check(max(at - 600, 0), min(count + 1200, size - max(at - 600, 0)))
+# Neighbours that are written at the same time.
+cookies = []
+for i in range(600):
+    data = nbd.Buffer.from_bytearray(bytearray([i % 251]) * 37)
+    cookies.append(h.aio_pwrite(data, 1 + 37 * i))
+    want[1 + 37 * i:38 + 37 * i] = bytes([i % 251]) * 37
+for cookie in cookies:
+    while not h.aio_command_completed(cookie):
+        h.poll(-1)
+for at in range(0, size, big):
+    check(at, min(big, size - at))
+try:
+    h.pread(big, size - big + 1)
+    assert False, "past the end"
+except nbd.Error as error:
+    assert error.errnum == 22 or "past" in str(error) or "extends" in str(error), error
+h.flush()
+print("all right")
+"#;
+
+fn odd_requests() -> Done {
+    let place = Place::in_memory(18)?;
+    for (format, name) in [("raw", "disk"), ("qcow", "qdisk")] {
+        tool(TAP_IMG, &["create", "-q", "-f", format, &place.text(name), "4M"])?;
+        let server = Server::start(
+            &place.path("socket"),
+            &[&format!("{format}:{}", place.text(name)), "--aio", "threads"],
+        )?;
+        // The last of these requests is invalid, which libnbd would otherwise refuse itself.
+        let before = "h.set_strict_mode(0)";
+        // The system's python has the module, others on the path may not.
+        let path = format!("PATH=/usr/bin:/bin:{}", std::env::var("PATH")?);
+        let said = tool("env", &[&path, "nbdsh", "-c", before, "-u", &server.uri(), "-c", ODD_REQUESTS])?;
+        assert!(said.contains("all right"), "{said}");
+        assert!(server.stop()?.success());
+    }
+    Ok(())
+}
+
+/// QEMU uses extended headers: one request for the state of 3 TiB, and one to make nearly all of them zeros.
+fn long_requests() -> Done {
+    let place = Place::new(19)?;
+    tool(TAP_IMG, &["create", "-q", &place.text("disk"), "3T"])?;
+    let server = Server::start(&place.path("socket"), &[&format!("raw:{}", place.text("disk"))])?;
+    let map = |want: &str| -> Done {
+        let shown = tool("qemu-img", &["map", "-f", "raw", "--output=json", &server.uri()])?;
+        let runs: Vec<serde_json::Value> = serde_json::from_str(&shown)?;
+        let runs: Vec<String> =
+            runs.iter().map(|run| format!("{} {} {}", run["start"], run["length"], run["data"])).collect();
+        assert_eq!(runs.join(", "), want);
+        Ok(())
+    };
+    map("0 3298534883328 false")?;
+    qemu_io(&server.uri(), "raw", "write -q -P 7 2T 64k\nwrite -q -P 7 16M 64k\n")?;
+    map("0 16777216 false, 16777216 65536 true, 16842752 2199006412800 false, \
+         2199023255552 65536 true, 2199023321088 1099511562240 false")?;
+    // In pieces, because a range of a disk has at most 2^32 sectors; the edges are read and written.
+    qemu_io(&server.uri(), "raw", "write -q -z -n -u 16777217 3298518106110\nread -q -P 7 16M 1\n")?;
+    map("0 16777216 false, 16777216 4096 true, 16781312 3298518097920 false, 3298534879232 4096 true")?;
+    assert!(server.stop()?.success());
+    Ok(())
+}
+
+/// The levels of a chain of two images over a raw file, as nbdinfo shows them for our server and for qemu-nbd.
+fn depth() -> Done {
+    let mut place = Place::in_memory(20)?;
+    place.make("overlay", "qemu-img")?;
+    // What lies past a shorter base comes from it according to QEMU, and from nowhere according to us.
+    std::fs::File::options().write(true).open(place.path("base"))?.set_len(DISK_BYTES)?;
+    let (middle, top) = (place.text("disk"), place.text("top"));
+    qemu_io(&middle, "qcow", "write -q -P 1 1M 3M\nwrite -q -P 1 20M 64k\n")?;
+    tool("qemu-img", &["create", "-q", "-f", "qcow", "-b", "disk", "-F", "qcow", &top])?;
+    qemu_io(&top, "qcow", "write -q -P 2 2M 1M\nwrite -q -P 2 10M 1M\n")?;
+    let map = |uri: &str| tool("nbdinfo", &["--map=qemu:allocation-depth", uri]);
+    let (spec, base) = (format!("qcow:{top}"), format!("raw:{}", place.text("base")));
+    let args = [&*spec, "--backing", "qcow", "--backing", &base, "--read-only"];
+    let ours = map(&Server::start(&place.path("socket"), &args)?.uri())?;
+    let theirs = place.text("theirs");
+    let args = ["-A", "-r", "-f", "qcow", "-k", &theirs, &top];
+    let mut server = Command::new("qemu-nbd").args(args).spawn()?;
+    while !place.path("theirs").exists() {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    let shown = map(&format!("nbd+unix:///?socket={theirs}"));
+    // It ends with its last client, which may have happened.
+    let _ = server.kill();
+    server.wait()?;
+    assert_eq!(ours, shown?);
+    assert!(ours.contains("backing depth 2") && ours.contains("backing depth 3"), "{ours}");
+    Ok(())
 }
 
 fn json(program: &str, args: &[&str]) -> Result<serde_json::Value, Failed> {

@@ -25,7 +25,8 @@ async fn hostile_server(world: World) {
     let plan = Plan::alone(&world);
     let structured = world.setting("nbd-structured", &[true, false]);
     let request_bytes = world.setting("nbd-server-request", &[32 << 20, 64 << 10, 4096]);
-    let offer = Offer::plain(DISK_BYTES, structured, request_bytes);
+    let extended = structured && world.setting("nbd-extended", &[false, true]);
+    let offer = Offer { extended, ..Offer::plain(DISK_BYTES, structured, request_bytes) };
     let server = LyingServer::new(&world, offer, ServerMode::Lies);
     let far = plan.process("server", 0);
     let Ok(listener) = far.listen(&address()).await else { return };

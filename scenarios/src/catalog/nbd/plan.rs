@@ -39,6 +39,7 @@ pub(super) fn server_limits(world: &World) -> ServerLimits {
     ServerLimits {
         requests: world.setting("nbd-requests", &[128, 8, 1]),
         request_bytes: world.setting("nbd-request", &[32 << 20, 64 << 10, 4096]),
+        range_bytes: world.setting("nbd-range", &[1 << 40, 64 << 10, 4096]),
         connection_bytes: world.setting("nbd-memory", &[32 << 20, 64 << 10, 4096]),
         receive_bytes: world.setting("nbd-receive", &[256 << 10, 16 << 10]),
         ..ServerLimits::default()
@@ -79,6 +80,8 @@ pub(super) struct Plan {
     /// When writes become durable.
     cache: CacheMode,
     pub(super) server: ServerLimits,
+    /// It ends when its last client has left.
+    ends_with_last: bool,
     /// Where the server listens.
     pub(super) addresses: Vec<SocketAddress>,
     /// Memory that is taken from the clients' budget.
@@ -94,6 +97,8 @@ pub(super) struct Served {
     /// Number of open connections; `idle` is set while it is 0.
     open: Rc<Cell<usize>>,
     idle: Rc<Event>,
+    /// It ends when its last client has left.
+    ends_with_last: bool,
     /// Counters of the server's requests to each disk, in the order of the command line.
     asks: Rc<RefCell<Vec<Rc<CountingNode>>>>,
 }
@@ -137,7 +142,9 @@ impl Served {
 
     /// The same without killing the process afterwards.
     async fn leave(&self, world: &World, setup: &Setup) {
-        self.host.process.ask_to_stop();
+        if !self.ends_with_last {
+            self.host.process.ask_to_stop();
+        }
         let node = self.host.process.node();
         select(node.dead(), self.idle.wait()).await;
         let inv = setup.history.borrow_mut().begin_flush();
@@ -168,6 +175,7 @@ impl Plan {
             limits: StackLimits::draw(world),
             cache: world.setting("program-cache", &[CacheMode::WriteBack, CacheMode::WriteThrough]),
             server: server_limits(world),
+            ends_with_last: false,
             addresses: vec![address()],
             taken: Rc::default(),
             clients: Rc::default(),
@@ -184,6 +192,7 @@ impl Plan {
             limits,
             cache: CacheMode::WriteBack,
             server: ServerLimits::default(),
+            ends_with_last: false,
             addresses: vec![address()],
             taken: Rc::default(),
             clients: Rc::default(),
@@ -218,8 +227,14 @@ impl Plan {
     pub(super) fn start(&self, host: &SimHost) -> Served {
         let (said, asks) = (Rc::<Printed>::default(), Rc::default());
         let (open, idle) = (Rc::default(), Rc::default());
-        let served =
-            Served { host: host.clone(), said: Rc::clone(&said), open, idle, asks: Rc::clone(&asks) };
+        let served = Served {
+            host: host.clone(),
+            said: Rc::clone(&said),
+            open,
+            idle,
+            ends_with_last: self.ends_with_last,
+            asks: Rc::clone(&asks),
+        };
         served.count_connections(&self.world);
         host.process.node().spawn("main", 0, self.clone().program(host.clone(), said, asks));
         served
@@ -258,7 +273,8 @@ impl Plan {
         let (disks, connections): (Vec<String>, _) = (disks.collect(), self.server.connections);
         let (addresses, options) = (addresses.join(" "), self.limits.options());
         let cache = option_of(self.cache);
-        format!("serve {addresses} --connections {connections} {options} {cache} {}", disks.join(" "))
+        let end = if self.ends_with_last { "--end-with-last-client" } else { "" };
+        format!("serve {addresses} --connections {connections} {options} {cache} {end} {}", disks.join(" "))
     }
 
     /// Runs `tapdisk serve` with the disks of this plan, and restarts it while an image is in use by a predecessor's
@@ -388,9 +404,15 @@ pub(super) async fn cut_power(world: &World, setup: &Setup, hosts: &[&SimHost]) 
 pub(super) async fn last_check(plan: &Plan, setup: &Setup, reads: Invariant) {
     let world = &plan.world;
     world.sim.stop_faults();
+    let ends_with_last = world.setting("ends-with-last", &[false, true]);
+    let plan = &Plan { ends_with_last, ..plan.clone() };
     let Some(served) = plan.serve(&plan.process("tapdisk", 1000)).await else { return };
     let host = plan.process("client", 1000);
     let (disk, clients) = plan.spread(&host, &client_config(world), 1, CacheMode::WriteBack).await;
+    if ends_with_last {
+        // Not the last one.
+        leaves(plan, &plan.process("client", 1001)).await;
+    }
     let guest = plan.guest(disk, setup, reads);
     if let Err(error) = guest.read_all().await {
         world.fail(Invariant::G11, format!("reading the whole disk failed with {error:?}"));
@@ -404,7 +426,16 @@ pub(super) async fn last_check(plan: &Plan, setup: &Setup, reads: Invariant) {
     }
 }
 
-/// The clients disconnect, the server is stopped, its disks are closed; nothing may be left.
+/// A client connects and leaves again.
+async fn leaves(plan: &Plan, host: &SimHost) {
+    let client = plan.connect(host, &client_config(&plan.world)).await;
+    if let Err(error) = client.close().await {
+        plan.world.fail(Invariant::E4, format!("closing a client that did nothing failed with {error:?}"));
+    }
+}
+
+/// The clients disconnect, the server is stopped or ends with the last of them, its disks are closed; nothing may be
+/// left.
 pub(super) async fn end(plan: &Plan, served: Served, clients: &Clients, setup: &Setup) {
     let world = &plan.world;
     check_connected(world, clients);
