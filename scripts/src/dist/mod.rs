@@ -157,13 +157,14 @@ fn programs(sh: &Shell, target: &Path, source: &Source) -> Result<Vec<PathBuf>> 
         let to = ["--release", "--target-dir"];
         let flags = ["-C", "target-feature=+crt-static"];
         let build = cmd!(sh, "cargo rustc --locked {to...} {target} -p tapdisk --bin {name} -- {flags...}");
-        source.pass(build).run()?;
+        // Told, so that a commit that is made meanwhile does not get into one of them.
+        build.env("TAP_REVISION", &source.revision).run()?;
     }
     Ok(PROGRAMS.map(|name| target.join("release").join(name)).into())
 }
 
 impl Source {
-    /// Tells a build what git would not.
+    /// Tells a build for which git's revision will do, unless that is another one: built before, it is not built again.
     fn pass<'a>(&self, command: xshell::Cmd<'a>) -> xshell::Cmd<'a> {
         if self.by_git { command } else { command.env("TAP_REVISION", &self.revision) }
     }
