@@ -22,9 +22,9 @@
 //! * Exchanges of one slot, and its close, run one after the other. A slot that was paused before an exchange is paused
 //!   after it.
 //! * The lower node is closed once, with nothing in flight.
-//! * If the future of a request is dropped after the request went down, a task completes the request, which counts as
-//!   in flight until then: its effect may still happen, and no overlapping request may overtake it. A request that
-//!   still waits is dropped.
+//! * If the future of a request or query is dropped after it went down, a task completes it, and it counts as in flight
+//!   until then: its effect still happens, and no overlapping request overtakes it. So the nodes below never see a
+//!   future dropped. A request that still waits is dropped.
 
 use crate::wait::{Event as Flag, Line, Semaphore};
 use crate::{Child, Extent, LocalBoxFuture, Node, NodeInfo, Request, Response, WaitReport, wait_report};
@@ -45,6 +45,8 @@ tap_host::listed! {
     PAUSE_BESIDE_EXCHANGE = "pause-beside-exchange",
         "a disk counts as paused while its image is being exchanged";
     EXCHANGES_AT_ONCE = "exchanges-at-once", "two exchanges of one disk run at once";
+    HELD_ONE_BY_ONE = "held-one-by-one",
+        "requests that waited for a disk to run go down one after the other";
     CLOSE_CANCELLED_ENDS = "close-cancelled-ends",
         "a close that is dropped while it waits for requests leaves the disk closed for others and its image open";
 }
@@ -224,6 +226,11 @@ impl<H: Log + Tasks + Probe> Slot<H> {
         self.0.in_flight.get()
     }
 
+    /// Requests and extent queries that wait until it runs.
+    pub fn waiting(&self) -> usize {
+        self.0.held.borrow().len()
+    }
+
     /// Its state: `running`, `draining`, `paused`, `closing` or `closed`.
     pub fn state(&self) -> &'static str {
         self.0.stage.get().text()
@@ -378,19 +385,32 @@ impl<H: Log + Probe> Drop for Admitted<H> {
     }
 }
 
-/// A request that went down. If dropped before it has ended, a task completes it.
-struct Below<H: Log + Tasks + Probe>(Option<(Admitted<H>, LocalBoxFuture<Response>)>);
+/// A request or query that went down. If dropped before it has ended, a task completes it.
+struct Below<H: Log + Tasks + Probe, T: 'static>(Option<(Admitted<H>, LocalBoxFuture<T>)>);
 
-impl<H: Log + Tasks + Probe> Below<H> {
-    fn new(admitted: Admitted<H>, request: Request) -> Self {
+impl<H: Log + Tasks + Probe> Below<H, Response> {
+    fn request(admitted: Admitted<H>, request: Request) -> Self {
         let answer = admitted.0.lower.borrow().submit(request);
         Self(Some((admitted, answer)))
     }
 }
 
-impl<H: Log + Tasks + Probe> Future for Below<H> {
-    type Output = Response;
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Response> {
+type Extents = Result<Vec<Extent>, Errno>;
+
+impl<H: Log + Tasks + Probe> Below<H, Extents> {
+    /// Counted like a request, so that the lower node is not closed or exchanged meanwhile.
+    fn extents(admitted: Admitted<H>, range: SectorRange, max: usize) -> LocalBoxFuture<Extents> {
+        let answer = admitted.0.lower.borrow().extents(range, max);
+        if admitted.0.host.bug(&LOOKS_UNCOUNTED) {
+            return answer;
+        }
+        Box::pin(Self(Some((admitted, answer))))
+    }
+}
+
+impl<H: Log + Tasks + Probe, T> Future for Below<H, T> {
+    type Output = T;
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
         let (_, answer) = self.0.as_mut().expect("polled after completion");
         let response = ready!(answer.as_mut().poll(cx));
         self.0 = None;
@@ -398,7 +418,7 @@ impl<H: Log + Tasks + Probe> Future for Below<H> {
     }
 }
 
-impl<H: Log + Tasks + Probe> Drop for Below<H> {
+impl<H: Log + Tasks + Probe, T> Drop for Below<H, T> {
     fn drop(&mut self) {
         let Some((admitted, answer)) = self.0.take() else { return };
         let inner = Rc::clone(&admitted.0);
@@ -463,36 +483,26 @@ impl<H: Log + Tasks + Probe> Node for Slot<H> {
         let refuse = |request: Request| Response { result: Err(Errno::ESHUTDOWN), bufs: request.bufs };
         match self.0.admission() {
             Admission::Refused => Box::pin(std::future::ready(refuse(request))),
-            Admission::Now(admitted) => Box::pin(Below::new(admitted, request)),
+            Admission::Now(admitted) => Box::pin(Below::request(admitted, request)),
             Admission::Later(mut held) => Box::pin(async move {
                 let Some(admitted) = held.admitted().await else { return refuse(request) };
-                let below = Below::new(admitted, request);
-                drop(held);
+                let below = Below::request(admitted, request);
+                // Frees the place, so that the next one is admitted.
+                let _kept = held.inner.host.bug(&HELD_ONE_BY_ONE).then_some(held);
                 below.await
             }),
         }
     }
 
-    fn extents(&self, range: SectorRange, max: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
-        // Counted like a request, so that the lower node is not closed or exchanged meanwhile.
-        let query = move |admitted: Admitted<H>| {
-            let inner = &admitted.0;
-            let answer = inner.lower.borrow().extents(range, max);
-            let counted = !inner.host.bug(&LOOKS_UNCOUNTED);
-            let admitted = counted.then_some(admitted);
-            async move {
-                let _admitted = admitted;
-                answer.await
-            }
-        };
+    fn extents(&self, range: SectorRange, max: usize) -> LocalBoxFuture<Extents> {
         match self.0.admission() {
             Admission::Refused => Box::pin(std::future::ready(Err(Errno::ESHUTDOWN))),
-            Admission::Now(admitted) => Box::pin(query(admitted)),
+            Admission::Now(admitted) => Below::extents(admitted, range, max),
             Admission::Later(mut held) => Box::pin(async move {
                 let admitted = held.admitted().await.ok_or(Errno::ESHUTDOWN)?;
-                let query = query(admitted);
+                let below = Below::extents(admitted, range, max);
                 drop(held);
-                query.await
+                below.await
             }),
         }
     }

@@ -196,7 +196,7 @@ pub(crate) enum Step {
     Fail(Errno),
 }
 
-/// A lower node that records its requests. They stay in flight until they are released.
+/// A lower node that records its requests. They and its queries stay in flight until they are released.
 #[derive(Clone, Default)]
 pub(crate) struct Script(Rc<ScriptInner>);
 
@@ -297,9 +297,15 @@ impl Node for Script {
         })
     }
     fn extents(&self, range: SectorRange, _: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
-        let count = u64::from(range.count);
-        let all = Extent { count, source: Source::Nothing, zero: true, allocated: false };
-        Box::pin(std::future::ready(self.result(range).map(|()| vec![all])))
+        let script = self.clone();
+        Box::pin(async move {
+            if script.0.hold.get() {
+                script.0.go.wait().await;
+            }
+            let count = u64::from(range.count);
+            let all = Extent { count, source: Source::Nothing, zero: true, allocated: false };
+            script.result(range).map(|()| vec![all])
+        })
     }
     fn info(&self) -> NodeInfo {
         NodeInfo::new(1000, self.0.read_only.get())

@@ -10,8 +10,10 @@
 //!
 //! * A [`Ticket`] claims ranges of numbered spaces. It depends on every ticket with an earlier claim that overlaps one
 //!   of its claims, unless both claims are shared.
-//! * [`Ticket::ready`] completes when every ticket it depends on is dropped, ready or not. It is woken once for that,
+//! * [`Ticket::ready`] completes when every ticket it depends on was ready and is dropped. It is woken once for that,
 //!   and never earlier.
+//! * A ticket is kept until it is ready: what waits for it waits for what it waits for. One that is dropped earlier
+//!   keeps its claims for good, so that its waiters stop instead of running too early.
 //! * A busy range is never refused, and nothing polls. There is no deadlock: a ticket makes all its claims before
 //!   others wait for it.
 //!
@@ -23,8 +25,7 @@
 //! ```
 //!
 //! The scan goes from the newest to the oldest and skips claims that the tickets found so far already wait for, sector
-//! by sector. So a thousand claims of one block make a chain, not half a million edges. When a ticket of such a chain
-//! is dropped before it is ready, its waiters scan again.
+//! by sector. So a thousand claims of one block make a chain, not half a million edges.
 
 use smallvec::SmallVec;
 use std::cell::RefCell;
@@ -117,7 +118,7 @@ impl fmt::Display for WaitReport {
 #[derive(Clone, Default)]
 pub struct Tracker(Rc<RefCell<State>>);
 
-/// A place in the order of work, until dropped.
+/// A place in the order of work, until dropped. It must be ready by then.
 pub struct Ticket {
     tracker: Tracker,
     index: u32,
@@ -142,14 +143,12 @@ struct Claim {
 
 struct Slot {
     live: bool,
-    /// Tells apart tickets that used the same slot.
-    generation: u32,
     label: TicketName,
     claims: [u16; SPACES],
     /// Number of tickets it waits for.
     waits_for: u32,
-    /// Its waiters, by slot and generation, since a waiter may be dropped first.
-    successors: SmallVec<[(u32, u32); 2]>,
+    /// The slots of its waiters.
+    successors: SmallVec<[u32; 2]>,
     waker: Option<Waker>,
 }
 
@@ -172,7 +171,6 @@ impl Tracker {
             None => {
                 state.slots.push(Slot {
                     live: true,
-                    generation: 0,
                     label,
                     claims: [0; SPACES],
                     waits_for: 0,
@@ -190,8 +188,7 @@ impl Tracker {
         let state = self.0.borrow();
         let mut out: Vec<WaitReport> = Vec::new();
         for (index, slot) in state.slots.iter().enumerate().filter(|(_, s)| s.live && s.waits_for > 0) {
-            let key = (index as u32, slot.generation);
-            let before = state.slots.iter().filter(|s| s.live && s.successors.contains(&key));
+            let before = state.slots.iter().filter(|s| s.successors.contains(&(index as u32)));
             let mut waits_for: Vec<TicketName> = before.map(|s| s.label).collect();
             waits_for.sort_unstable();
             out.push(WaitReport { ticket: slot.label, waits_for: WaitsFor::Tickets(waits_for) });
@@ -328,38 +325,22 @@ impl State {
         before
     }
 
-    /// Recomputes the dependencies of the tickets that wait for `index`, which is dropped before it is ready.
-    fn rescan_successors(&mut self, index: u32) {
-        let successors = self.slots[index as usize].successors.clone();
-        for (next, generation) in successors {
-            if self.slots[next as usize].generation != generation {
-                continue;
-            }
-            for space in 0..SPACES {
-                for at in 0..self.claims[space].len() {
-                    let claim = self.claims[space][at];
-                    if claim.owner == next {
-                        let before = self.before(space, at, &claim);
-                        self.join(&before, next);
-                    }
-                }
-            }
-        }
-    }
-
     fn join(&mut self, before: &[u32], index: u32) {
-        let key = (index, self.slots[index as usize].generation);
         for b in before {
             let successors = &mut self.slots[*b as usize].successors;
             self.steps += successors.len() as u64 + 1;
-            if !successors.contains(&key) {
-                successors.push(key);
+            if !successors.contains(&index) {
+                successors.push(index);
                 self.slots[index as usize].waits_for += 1;
             }
         }
     }
 
     fn release(&mut self, index: u32) -> SmallVec<[Waker; 4]> {
+        let mut woken = SmallVec::new();
+        if self.slots[index as usize].waits_for > 0 {
+            return woken;
+        }
         for (space, claims) in self.claims.iter_mut().enumerate() {
             for _ in 0..std::mem::take(&mut self.slots[index as usize].claims[space]) {
                 let at =
@@ -368,20 +349,11 @@ impl State {
                 claims.remove(at);
             }
         }
-        if self.slots[index as usize].waits_for > 0 {
-            self.rescan_successors(index);
-        }
         let slot = &mut self.slots[index as usize];
         slot.live = false;
-        slot.generation = slot.generation.wrapping_add(1);
-        slot.waits_for = 0;
         slot.waker = None;
-        let mut woken = SmallVec::new();
-        for (next, generation) in std::mem::take(&mut slot.successors) {
+        for next in std::mem::take(&mut slot.successors) {
             let next = &mut self.slots[next as usize];
-            if next.generation != generation {
-                continue;
-            }
             next.waits_for -= 1;
             if next.waits_for == 0 {
                 woken.extend(next.waker.take());

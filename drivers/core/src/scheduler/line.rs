@@ -3,16 +3,14 @@
 //! ```text
 //!   Queued ──first, depth free──► leads alone, or with neighbours
 //!     └──────neighbour leads────► Taken ──► Done
-//!                                   └─leader dropped─► Driving ──► Done
 //! ```
 
 use super::lower::{Batch, Part};
 use super::{Inner, name_of};
-use crate::{LocalBoxFuture, Op, Request, Response, Ticket, TicketName};
+use crate::{Op, Request, Response, TicketName};
 use smallvec::{SmallVec, smallvec};
 use std::collections::VecDeque;
-use std::future::{Future, poll_fn};
-use std::pin::Pin;
+use std::future::poll_fn;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 use tap_host::{Log, Probe, Tasks, Time};
@@ -51,17 +49,11 @@ struct Queued {
 struct Slot {
     stage: Stage,
     waker: Option<Waker>,
-    /// Set once the owner's future is dropped: overlapping requests wait for this ticket until the merged request has
-    /// ended.
-    abandoned: Option<Ticket>,
-    /// The parts of the merged request it belongs to.
-    batch: Option<Rc<[u32]>>,
 }
 
 enum Stage {
     Queued(Request),
     Taken,
-    Driving(LocalBoxFuture<()>),
     Done(Response),
     Unused,
 }
@@ -74,7 +66,7 @@ impl Line {
     fn enqueue(&mut self, request: Request) -> u32 {
         let (start, kind) = (request.range.start.0, (request.op, request.fua));
         let end = start + u64::from(request.range.count);
-        let filled = Slot { stage: Stage::Queued(request), waker: None, abandoned: None, batch: None };
+        let filled = Slot { stage: Stage::Queued(request), waker: None };
         let slot = match self.unused.pop() {
             Some(slot) => {
                 self.slots[slot as usize] = filled;
@@ -89,10 +81,12 @@ impl Line {
         slot
     }
 
-    fn free(&mut self, slot: u32) -> Slot {
+    /// Frees `slot`; returns its stage.
+    fn free(&mut self, slot: u32) -> Stage {
         self.unused.push(slot);
-        let empty = Slot { stage: Stage::Unused, waker: None, abandoned: None, batch: None };
-        std::mem::replace(&mut self.slots[slot as usize], empty)
+        let slot = &mut self.slots[slot as usize];
+        slot.waker = None;
+        std::mem::replace(&mut slot.stage, Stage::Unused)
     }
 
     /// The waker of the first in the queue, if a depth slot is free for it and it sleeps.
@@ -104,8 +98,12 @@ impl Line {
         self.slots[first as usize].waker.take()
     }
 
+    fn replace(&mut self, slot: u32, stage: Stage) -> Stage {
+        std::mem::replace(&mut self.slots[slot as usize].stage, stage)
+    }
+
     fn take_request(&mut self, slot: u32) -> Request {
-        match std::mem::replace(&mut self.slots[slot as usize].stage, Stage::Taken) {
+        match self.replace(slot, Stage::Taken) {
             Stage::Queued(request) => request,
             _ => unreachable!("a request in the queue has the stage `Queued`"),
         }
@@ -155,24 +153,11 @@ impl Line {
         None
     }
 
-    /// Stores the answer of a part. The caller wakes or drops the returned values without holding the borrow of the
-    /// line.
-    pub(super) fn deliver(
-        &mut self,
-        slot: u32,
-        response: Response,
-    ) -> (Option<Waker>, Option<Ticket>, Option<Response>) {
-        if self.slots[slot as usize].abandoned.is_some() {
-            return (None, self.free(slot).abandoned, Some(response));
-        }
+    /// Stores the answer of a part; returns the waker of its owner, to be woken without holding the borrow of the line.
+    pub(super) fn deliver(&mut self, slot: u32, response: Response) -> Option<Waker> {
         let slot = &mut self.slots[slot as usize];
         slot.stage = Stage::Done(response);
-        (slot.waker.take(), None, None)
-    }
-
-    /// Frees a part that no longer has an owner to answer.
-    pub(super) fn give_up(&mut self, slot: u32) -> Option<Ticket> {
-        self.free(slot).abandoned
+        slot.waker.take()
     }
 
     /// The requests in the queue, the first one first.
@@ -211,174 +196,75 @@ impl<H: Time + Tasks + Log + Probe> Drop for Depth<H> {
 
 enum Turn<H: Time + Tasks + Log + Probe> {
     Alone(Request, Depth<H>),
-    Drive(LocalBoxFuture<()>),
+    Lead(Batch<H>),
     Done(Response),
 }
 
-/// One request's place in the queue.
-pub(super) struct Place<H: Time + Tasks + Log + Probe> {
-    inner: Rc<Inner<H>>,
-    ticket: Option<Ticket>,
-    /// `None` once the slot is freed.
-    slot: Option<u32>,
-    /// The merged request that this request drives.
-    driving: Option<LocalBoxFuture<()>>,
-    was_held_back: bool,
-}
-
-impl<H: Time + Tasks + Log + Probe> Place<H> {
-    pub(super) fn take(inner: &Rc<Inner<H>>, request: Request, ticket: Ticket) -> Self {
-        let slot = inner.line.borrow_mut().enqueue(request);
-        Self {
-            inner: Rc::clone(inner),
-            ticket: Some(ticket),
-            slot: Some(slot),
-            driving: None,
-            was_held_back: false,
+impl<H: Time + Tasks + Log + Probe> Inner<H> {
+    /// Queues `request`, and answers it: alone, as the leader of a merged request, or as a part of one.
+    pub(super) async fn queue(self: &Rc<Self>, request: Request) -> Response {
+        let slot = self.line.borrow_mut().enqueue(request);
+        if self.limits.merge_sectors > 0 {
+            self.host.yield_now().await;
         }
-    }
-
-    pub(super) async fn answer(&mut self) -> Response {
+        let mut was_held_back = false;
         loop {
-            match poll_fn(|cx| self.poll_turn(cx)).await {
-                Turn::Alone(request, _depth) => return self.inner.attempt(request).await,
+            match poll_fn(|cx| self.poll_turn(slot, &mut was_held_back, cx)).await {
+                Turn::Alone(request, _depth) => return self.attempt(request).await,
+                Turn::Lead(batch) => Box::pin(batch.run()).await,
                 Turn::Done(response) => return response,
-                Turn::Drive(work) => self.driving = Some(work),
             }
-            poll_fn(|cx| self.poll_drive(cx)).await;
         }
     }
 
-    fn poll_drive(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let Some(work) = &mut self.driving else { return Poll::Ready(()) };
-        std::task::ready!(Pin::new(work).poll(cx));
-        self.driving = None;
-        Poll::Ready(())
-    }
-
-    fn poll_turn(&mut self, cx: &mut Context<'_>) -> Poll<Turn<H>> {
-        let slot = self.slot.expect("the slot is freed with the last turn");
-        let mut line = self.inner.line.borrow_mut();
-        let own = &mut line.slots[slot as usize];
-        match std::mem::replace(&mut own.stage, Stage::Taken) {
-            Stage::Done(response) => {
-                self.slot = None;
-                if !self.inner.host.bug(&SLOT_KEPT) {
-                    line.free(slot);
-                }
+    fn poll_turn(
+        self: &Rc<Self>,
+        slot: u32,
+        was_held_back: &mut bool,
+        cx: &mut Context<'_>,
+    ) -> Poll<Turn<H>> {
+        let mut line = self.line.borrow_mut();
+        match &line.slots[slot as usize].stage {
+            Stage::Done(_) => {
+                let kept = self.host.bug(&SLOT_KEPT);
+                let stage = if kept { line.replace(slot, Stage::Taken) } else { line.free(slot) };
+                let Stage::Done(response) = stage else { unreachable!("the stage was `Done`") };
                 return Poll::Ready(Turn::Done(response));
             }
-            Stage::Driving(work) => return Poll::Ready(Turn::Drive(work)),
-            Stage::Unused => unreachable!("a slot in use"),
-            Stage::Taken => {}
-            Stage::Queued(request) => {
-                own.stage = Stage::Queued(request);
-                let is_first = line.queue.front().is_some_and(|q| q.slot == slot);
-                if line.depth_free == 0 {
-                    if !std::mem::replace(&mut self.was_held_back, true) {
-                        self.inner.host.mark(&DEPTH_REACHED);
-                    }
-                } else if is_first {
-                    drop(line);
-                    return Poll::Ready(self.lead(slot));
+            Stage::Queued(_) if line.depth_free == 0 => {
+                if !std::mem::replace(was_held_back, true) {
+                    self.host.mark(&DEPTH_REACHED);
                 }
             }
+            Stage::Queued(_) if line.queue.front().is_some_and(|q| q.slot == slot) => {
+                drop(line);
+                return Poll::Ready(self.lead(slot));
+            }
+            Stage::Queued(_) | Stage::Taken => {}
+            Stage::Unused => unreachable!("a slot in use"),
         }
         line.slots[slot as usize].waker = Some(cx.waker().clone());
         Poll::Pending
     }
 
-    fn lead(&mut self, slot: u32) -> Turn<H> {
-        let mut line = self.inner.line.borrow_mut();
+    fn lead(self: &Rc<Self>, slot: u32) -> Turn<H> {
+        let mut line = self.line.borrow_mut();
         line.depth_free -= 1;
-        let parts = line.take_batch(self.inner.limits.merge_sectors);
+        let depth = Depth(Rc::clone(self));
+        let mut parts = line.take_batch(self.limits.merge_sectors);
         let turn = if parts.len() == 1 {
-            self.slot = None;
             line.free(slot);
-            let request = parts.into_iter().next().map(|(_, request)| request);
-            Turn::Alone(request.expect("one part"), Depth(Rc::clone(&self.inner)))
+            let (_, request) = parts.remove(0);
+            Turn::Alone(request, depth)
         } else {
-            let members: Rc<[u32]> = parts.iter().map(|(slot, _)| *slot).collect();
             line.slots[slot as usize].waker = None;
-            for member in members.iter() {
-                line.slots[*member as usize].batch = Some(Rc::clone(&members));
-            }
             let parts = parts.into_iter().map(|(slot, request)| Part::new(slot, request)).collect();
-            let batch = Batch::new(&self.inner, parts, Depth(Rc::clone(&self.inner)));
-            Turn::Drive(Box::pin(batch.run()))
+            Turn::Lead(Batch::new(self, parts, depth))
         };
         // Depth may be left for the new head of the queue.
         let next = line.next_leader();
         drop(line);
         next.into_iter().for_each(Waker::wake);
         turn
-    }
-}
-
-impl<H: Time + Tasks + Log + Probe> Drop for Place<H> {
-    fn drop(&mut self) {
-        // A second panic here would abort the process.
-        if std::thread::panicking() {
-            return;
-        }
-        let Some(slot) = self.slot.take() else { return };
-        let mut line = self.inner.line.borrow_mut();
-        let (mut woken, mut work) = (None, self.driving.take());
-        let mut unused = None;
-        let own = &mut line.slots[slot as usize];
-        match std::mem::replace(&mut own.stage, Stage::Taken) {
-            Stage::Queued(_) => {
-                line.queue.retain(|q| q.slot != slot);
-                unused = Some(line.free(slot));
-                woken = line.next_leader();
-            }
-            Stage::Done(_) => {
-                // Answered, but it may still drive the other parts.
-                if let Some(left) = work.take() {
-                    (woken, work) = line.hand_over(slot, left);
-                }
-                unused = Some(line.free(slot));
-            }
-            Stage::Unused => unreachable!("a slot in use"),
-            stage => {
-                if let Stage::Driving(handed) = stage {
-                    work = Some(handed);
-                }
-                own.abandoned = self.ticket.take();
-                own.waker = None;
-                if let Some(left) = work.take() {
-                    (woken, work) = line.hand_over(slot, left);
-                }
-            }
-        }
-        drop(line);
-        woken.into_iter().for_each(Waker::wake);
-        // A merged request without an owner ends here; its effect may still happen.
-        drop((work, unused));
-    }
-}
-
-impl Line {
-    /// Hands a merged request whose driver is dropped to the owner of another part; returns it if there is none.
-    fn hand_over(
-        &mut self,
-        from: u32,
-        work: LocalBoxFuture<()>,
-    ) -> (Option<Waker>, Option<LocalBoxFuture<()>>) {
-        let Some(members) = self.slots[from as usize].batch.clone() else { return (None, Some(work)) };
-        let heir = members.iter().find(|m| {
-            let slot = &self.slots[**m as usize];
-            // The slot of an answered part may have been reused by a request of another batch.
-            let same = slot.batch.as_ref().is_some_and(|b| Rc::ptr_eq(b, &members));
-            **m != from && same && matches!(slot.stage, Stage::Taken) && slot.abandoned.is_none()
-        });
-        match heir {
-            Some(heir) => {
-                let slot = &mut self.slots[*heir as usize];
-                slot.stage = Stage::Driving(work);
-                (slot.waker.take(), None)
-            }
-            None => (None, Some(work)),
-        }
     }
 }

@@ -42,7 +42,7 @@ impl Part {
 
 pub(super) type Parts = SmallVec<[Part; 4]>;
 
-/// A merged request: its parts by sector. Parts that are unanswered when it is dropped are freed.
+/// A merged request: its parts by sector.
 pub(super) struct Batch<H: Time + Tasks + Log + Probe> {
     inner: Rc<Inner<H>>,
     parts: Parts,
@@ -132,21 +132,7 @@ impl<H: Time + Tasks + Log + Probe> Batch<H> {
     fn answer_next(&mut self, response: Response) {
         let slot = self.parts[self.answered].slot;
         self.answered += 1;
-        let (woken, ticket, unwanted) = self.inner.line.borrow_mut().deliver(slot, response);
+        let woken = self.inner.line.borrow_mut().deliver(slot, response);
         woken.into_iter().for_each(Waker::wake);
-        drop((ticket, unwanted));
-    }
-}
-
-impl<H: Time + Tasks + Log + Probe> Drop for Batch<H> {
-    fn drop(&mut self) {
-        // A second panic here would abort the process.
-        if std::thread::panicking() {
-            return;
-        }
-        for part in &self.parts[self.answered..] {
-            let ticket = self.inner.line.borrow_mut().give_up(part.slot);
-            drop(ticket);
-        }
     }
 }

@@ -11,7 +11,7 @@
 //! # Contract
 //!
 //! * **Overlap.** Of two overlapping requests, at least one a write, the one submitted first ends before the other goes
-//!   down. Submitted means that [`Node::submit`] was called; the caller then polls or drops the future. Reads share.
+//!   down. Submitted means that [`Node::submit`] was called. Reads share.
 //! * **Depth.** At most `depth` reads and writes are below at once; the others wait in a queue, first come, first
 //!   served, except neighbours that are merged into an earlier one.
 //! * **Merging.** Contiguous queued requests of the same operation and FUA go down as one, without copying. If that
@@ -19,8 +19,8 @@
 //! * **Flush** overtakes everything and is never merged: it covers what was answered before it was submitted.
 //! * **Retry.** Transient errors ([`Tried::Request`]) are retried after a pause that doubles, a bounded number of
 //!   times; all others are returned at once.
-//! * The scheduler has no task: the owners of requests do the work. If the leader of a merged request is dropped, the
-//!   owner of another part drives it.
+//! * The scheduler has no task: the owners of requests do the work, the leader of a merged request for all its parts. A
+//!   [`Slot`](crate::Slot) above completes requests whose caller has dropped them.
 
 mod line;
 mod lower;
@@ -29,7 +29,7 @@ use crate::{
     Access, Child, Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, Space, Ticket, Tracker,
     WaitReport, WaitsFor,
 };
-use line::{Line, Place};
+use line::Line;
 use std::cell::RefCell;
 use std::rc::Rc;
 use tap_host::{Errno, Log, Patience, Probe, SectorRange, Tasks, Time, Tried};
@@ -267,11 +267,7 @@ impl<H: Time + Tasks + Log + Probe> Inner<H> {
                 ticket.ready().await;
             }
         }
-        let mut place = Place::take(self, request, ticket);
-        if self.limits.merge_sectors > 0 {
-            self.host.yield_now().await;
-        }
-        place.answer().await
+        self.queue(request).await
     }
 
     fn count(&self, change: impl FnOnce(&mut SchedulerStats)) {

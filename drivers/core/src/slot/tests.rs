@@ -117,6 +117,21 @@ fn a_dropped_request_counts_until_it_ends_and_a_dropped_waiter_leaves() {
 }
 
 #[test]
+fn a_dropped_query_ends_below_before_the_node_is_closed() {
+    let (pool, script) = (Pool::new(), Script::held());
+    let slot = slot(&pool, &script);
+    let query = pool.start(slot.extents(SectorRange::new(0, 8), 1));
+    pool.cancel(query.task);
+    pool.run();
+    assert_eq!(slot.in_flight(), 1);
+    let closed = pool.start(slot.close());
+    assert!(closed.get().is_none() && script.times_closed() == 0);
+    script.release();
+    pool.run();
+    assert_eq!((closed.take(), slot.in_flight(), script.times_closed()), (Some(Ok(())), 0, 1));
+}
+
+#[test]
 fn a_slot_over_a_scheduler_answers() {
     let (pool, script) = (Pool::new(), Script::default());
     let scheduler = Scheduler::new(pool.clone(), Rc::new(script.clone()), SchedulerLimits::default());

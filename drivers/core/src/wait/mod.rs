@@ -77,6 +77,11 @@ impl Line {
         self.waiting.is_empty()
     }
 
+    /// Number of waiters.
+    pub(crate) fn len(&self) -> usize {
+        self.waiting.len()
+    }
+
     /// Empties the queue.
     pub(crate) fn take_all(&mut self) -> VecDeque<(u64, Waker)> {
         std::mem::take(&mut self.waiting)

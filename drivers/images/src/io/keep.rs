@@ -30,8 +30,9 @@ use crate::ImageHost;
 use crate::calls::LONE_REPEATS;
 use crate::memory::PART_BYTES;
 use smallvec::smallvec;
-use std::cell::Cell;
-use tap_core::{Access, Space, Tracker};
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
+use tap_core::wait;
 use tap_host::{Errno, File, FileInfo, IoVec, Patience, Probe, Time, ZeroMode};
 
 tap_host::listed! {
@@ -67,9 +68,12 @@ const MAX_AT_ONCE_BYTES: u64 = 64 << 20;
 pub(super) struct KeptZeros {
     /// What a block device supports: holes, and zeros that keep their space.
     answers: [Cell<Answer>; 2],
-    /// Zeros (shared) that the end of a concurrent synchronisation (exclusive) waits for.
-    order: Tracker,
-    running: Cell<u32>,
+    /// The numbers of running zeros, which the end of a concurrent synchronisation waits for.
+    running: RefCell<BTreeSet<u64>>,
+    /// The number of the next zeros.
+    next: Cell<u64>,
+    /// Set when zeros have ended.
+    ended: wait::Event,
     /// Failures that may have lost dirty pages, and are settled or given up.
     failures: Cell<u64>,
     /// Accepted writes are lost and could not be replaced.
@@ -119,10 +123,11 @@ impl KeptZeros {
     /// Whether zeros have failed since `failures` was read, including those that run now: data synchronised meanwhile
     /// may not be durable.
     pub(super) async fn failed_since(&self, host: &impl Probe, failures: u64) -> bool {
-        if self.running.get() > 0 && !host.bug(&FLUSH_PASSES_ZEROS) {
-            let ticket = self.order.ticket("synchronisation", 0);
-            ticket.claim(Space::HostBlocks, 0..1, Access::Exclusive);
-            ticket.ready().await;
+        // Zeros that begin when the host has synchronised drop no page that was to become durable.
+        let next = self.next.get();
+        let waits = || self.running.borrow().first().is_some_and(|first| *first < next);
+        while waits() && !host.bug(&FLUSH_PASSES_ZEROS) {
+            self.ended.wait().await;
         }
         self.failures.get() != failures
     }
@@ -140,11 +145,7 @@ impl<H: ImageHost> ImageFile<H> {
         if answer.get() == Answer::No {
             return Err(Errno::EOPNOTSUPP);
         }
-        // A synchronisation waits for it. It waits for none: zeros that begin when the host has synchronised drop no
-        // page that was to become durable.
-        let ticket = kept.order.ticket("zeros", offset);
-        ticket.claim(Space::HostBlocks, 0..1, Access::Shared);
-        let _running = Running::new(&kept.running);
+        let _running = Running::new(kept);
         let before = match self.bytes_to_put_back(offset, len, mode).await {
             Ok(before) => before,
             // The old bytes cannot be read, so they could not be written back. The drive is tried another time.
@@ -262,18 +263,24 @@ impl SettlePatience {
     }
 }
 
-/// Counts running zeros.
-struct Running<'a>(&'a Cell<u32>);
+/// Running zeros.
+struct Running<'a>(&'a KeptZeros, u64);
 
 impl<'a> Running<'a> {
-    fn new(count: &'a Cell<u32>) -> Self {
-        count.set(count.get() + 1);
-        Self(count)
+    fn new(kept: &'a KeptZeros) -> Self {
+        let number = kept.next.replace(kept.next.get() + 1);
+        kept.running.borrow_mut().insert(number);
+        Self(kept, number)
     }
 }
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {
-        self.0.set(self.0.get() - 1);
+        // A second panic here would abort the process.
+        if !std::thread::panicking() {
+            self.0.running.borrow_mut().remove(&self.1);
+            self.0.ended.set();
+            self.0.ended.clear();
+        }
     }
 }

@@ -66,14 +66,21 @@ impl Frontier {
         }
         self.returned_bytes -= len;
         self.dirty_until = self.dirty_until.max(host + len);
+        self.check();
         Some(host)
     }
 
-    /// Asserts that no returned place is lost or listed twice.
+    /// Asserts that no returned place is lost or listed twice, and that adjacent ones are one.
     fn check(&self) {
         let (count, bytes) = (self.returned.len(), self.returned.values().sum::<u64>());
         assert!(count <= MAX_RETURNED, "{count} returned places exceed the limit");
         assert_eq!(bytes, self.returned_bytes, "bytes of returned places");
+        let mut end = HostOffset(0);
+        for (host, len) in &self.returned {
+            assert!(*len > 0 && (*host > end || end.0 == 0), "a returned place of {len} bytes at {host:?}");
+            end = *host + *len;
+        }
+        assert!(end <= self.frontier, "returned places past the frontier");
     }
 }
 

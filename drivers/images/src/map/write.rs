@@ -162,17 +162,13 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         let need = groups.iter().map(|group| cost(carver, group).0).sum();
         let mut share = take_some(&self.memory.parts, need).await?;
         let mut writes = Vec::with_capacity(groups.len());
-        let (mut done, mut cut) = (from, false);
+        let mut done = from;
         for mut group in groups {
-            // Later groups wait for the rest of a group that was cut.
+            let cut = cost(carver, &group).0 > share.bytes();
             if cut {
-                break;
-            }
-            if cost(carver, &group).0 > share.bytes() {
                 if !writes.is_empty() {
                     break;
                 }
-                cut = true;
                 group.count = (PART_BYTES >> self.geometry.cluster_bits).clamp(1, group.count);
             }
             let (cluster, group_start, group_end) = span(&group);
@@ -186,6 +182,10 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
                 part.bufs = bufs;
                 (result, part)
             }));
+            // Later groups wait for the rest of a group that was cut.
+            if cut {
+                break;
+            }
         }
         let mut result = Ok(());
         for (write, part) in join_all(writes).await {

@@ -159,8 +159,8 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
             self.host.work(1);
             let table = self.table(index).await?;
             let end = start + len as u64;
-            rest.was_empty =
-                table.is_none() && !mapped && !self.backing_shows(start) && !self.any_doubt(start, end);
+            // A cluster in doubt has a table: the mapping that failed was to be written there.
+            rest.was_empty = table.is_none() && !mapped && !self.backing_shows(start);
             if rest.was_empty {
                 rest.at = end;
                 continue;
@@ -170,11 +170,6 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
             return Ok(Some(runs));
         }
         Ok(None)
-    }
-
-    /// Whether a cluster within a range is in doubt.
-    fn any_doubt(&self, start: GuestOffset, end: GuestOffset) -> bool {
-        self.suspects.borrow().any(self.cluster(start), self.cluster(GuestOffset(end.0 - 1)))
     }
 
     /// At most [`MAX_RUNS`] runs of one table, and their end.

@@ -53,6 +53,8 @@ const LARGE_SECTORS: u32 = 1024;
 async fn crowd(world: World) {
     let (mut plan, setup) = Plan::draw(&world);
     plan.server.connections = world.setting("nbd-slots", &[4, 2, 8]);
+    // The crowd is larger than the smallest number of those that may negotiate.
+    plan.server.negotiating = world.setting("nbd-negotiating", &[16, 4, 8]);
     plan.server.grace_ns = GRACE_NS;
     let Some(served) = plan.serve(&plan.process("tapdisk", 0)).await else { return };
     let over = Rc::new(Cell::new(false));

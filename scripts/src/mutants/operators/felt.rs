@@ -112,6 +112,9 @@ fn meet((first, a): (&Stmt, &str), (second, b): (&Stmt, &str)) -> bool {
     if apart(first, b) || apart(second, a) {
         return false;
     }
+    if listed(first, a, b) || listed(second, b, a) {
+        return false;
+    }
     if let (Some(one), Some(other)) = (changed_place(first, a), changed_place(second, b))
         && !a.contains(other)
         && !b.contains(one)
@@ -122,6 +125,18 @@ fn meet((first, a): (&Stmt, &str), (second, b): (&Stmt, &str)) -> bool {
         (Some(one), Some(other)) => b.contains(one) || a.contains(other),
         _ => true,
     }
+}
+
+/// Whether `statement` only puts a value into a local list that `other` does not name, and whose value `other` does not
+/// change.
+fn listed(statement: &Stmt, code: &str, other: &str) -> bool {
+    let Stmt::Expr(Expr::MethodCall(call), Some(_)) = statement else { return false };
+    let Expr::Path(list) = &*call.receiver else { return false };
+    let leaves = [".await", "?", "return", "break", "continue"].iter().any(|word| other.contains(word));
+    let target = other.split(['.', '(', ' ', '[']).next().unwrap_or_default().trim_start_matches('*');
+    let quiet = changed_place(statement, code).is_some() && !words(code).contains(&target);
+    let named = list.path.get_ident().is_none_or(|name| words(other).contains(&name.to_string().as_str()));
+    quiet && !leaves && !named
 }
 
 fn words(code: &str) -> Vec<&str> {

@@ -56,6 +56,7 @@ fn slips_that_nothing_could_feel_are_left_out() {
         "s.a[i as usize].push(x); s.b[self.i].n += 1;",
         "*place = Some(self.next); self.waiting.push_back((self.next, waker.clone()));",
         "self.n += c as u64; self.end = self.end.max(o + c as u64 * b);",
+        "before.push(other.owner); found.add(start, end);",
     ] {
         assert_eq!(count(apart, "order turned round"), 0, "{apart}");
     }
@@ -72,6 +73,9 @@ fn slips_that_nothing_could_feel_are_left_out() {
         "self.list = taken; self.list.clear();",
         "*place = Some(self.next); self.all.push_back(place.clone());",
         "self.a = Some(f()); self.b.push_back(1);",
+        "list.push(a.n); a.add(1);",
+        "list.push(n); a.add(&list);",
+        "list.push(n); a.add(n)?;",
     ] {
         assert_eq!(count(together, "order turned round"), 1, "{together}");
     }

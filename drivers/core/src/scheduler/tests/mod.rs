@@ -165,6 +165,14 @@ fn depth_is_never_exceeded_and_waiters_go_in_order() {
 }
 
 #[test]
+fn a_depth_of_nothing_is_a_depth_of_one() {
+    let bench = Bench::new(Script::default(), SchedulerLimits { depth: 0, merge_sectors: 0, ..FEW });
+    let got = bench.batch(vec![write(0, 1), write(20, 1)]);
+    assert_eq!(results(&got), [Some(Ok(())), Some(Ok(()))]);
+    assert_eq!(bench.script.max_in_flight(), 1);
+}
+
+#[test]
 fn transient_errors_are_retried_and_permanent_ones_are_not() {
     let bench = Bench::new(Script::default(), FEW);
     bench.script.answer((0, 1), &[Step::Fail(Errno::EAGAIN), Step::Fail(Errno::ENOMEM), Step::Ok]);
@@ -222,70 +230,6 @@ fn bad_requests_are_refused() {
     assert_eq!(results(&bench.batch(vec![write(0, 1)])), [Some(Err(Errno::EROFS))]);
     assert!(bench.lower().is_empty());
     assert_eq!(bench.scheduler.stats().errors, 6);
-}
-
-#[test]
-fn a_dropped_leader_leaves_the_merged_request_to_another_part() {
-    let bench = Bench::new(Script::held(), FEW);
-    let got = bench.batch(vec![write(0, 8), write(8, 8), write(16, 8)]);
-    assert_eq!(bench.lower(), [(Op::Write, 0, 24)]);
-    bench.pool.cancel(got[0].task);
-    // A request that overlaps the dropped part waits: the part may still be written.
-    let over = bench.batch(vec![write(4, 1)]);
-    assert_eq!(bench.lower().len(), 1);
-    bench.pool.cancel(got[1].task);
-    bench.script.release();
-    bench.pool.run();
-    assert_eq!(results(&got), [None, None, Some(Ok(()))]);
-    assert_eq!(results(&over), [Some(Ok(()))]);
-    bench.assert_idle();
-}
-
-#[test]
-fn dropping_every_part_frees_depth_and_order() {
-    let bench = Bench::new(Script::held(), SchedulerLimits { depth: 1, ..FEW });
-    let got = bench.batch(vec![write(0, 8), write(8, 8), write(100, 8), write(200, 8)]);
-    assert_eq!(bench.lower(), [(Op::Write, 0, 16)]);
-    for victim in [1, 2, 0] {
-        bench.pool.cancel(got[victim].task);
-        bench.pool.run();
-    }
-    assert_eq!(bench.lower()[1..], [(Op::Write, 200, 8)]);
-    bench.script.release();
-    bench.pool.run();
-    assert_eq!(results(&got)[3], Some(Ok(())));
-    bench.assert_idle();
-}
-
-#[test]
-fn a_leader_dropped_after_its_own_answer_hands_the_rest_over() {
-    let bench = Bench::new(Script::held(), FEW);
-    bench.script.break_sector(8);
-    let got = bench.batch(vec![write(0, 8), write(8, 8), write(16, 8)]);
-    // The merged request fails; its parts go down one by one.
-    bench.script.release_now();
-    bench.pool.run();
-    bench.script.release_now();
-    bench.pool.run();
-    assert_eq!(bench.lower().len(), 3);
-    bench.pool.cancel(got[0].task);
-    bench.script.release();
-    bench.pool.run();
-    assert_eq!(results(&got)[1..], [Some(Err(Errno::EIO)), Some(Ok(()))]);
-    bench.assert_idle();
-}
-
-#[test]
-fn a_dropped_head_of_the_queue_passes_the_free_depth_on() {
-    let bench = Bench::new(Script::held(), SchedulerLimits { depth: 1, merge_sectors: 0, ..FEW });
-    let got = bench.batch((0..3).map(|i| write(i * 20, 1)).collect());
-    bench.pool.cancel(got[0].task);
-    // The second is dropped after it was woken, before it is polled.
-    bench.pool.cancel(got[1].task);
-    bench.script.release();
-    bench.pool.run();
-    assert_eq!(results(&got)[2], Some(Ok(())));
-    bench.assert_idle();
 }
 
 /// A node that panics.

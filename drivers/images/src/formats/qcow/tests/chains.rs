@@ -31,6 +31,15 @@ fn open_file(world: &World, path: &str, write: bool) -> Result<Rc<dyn Node>, Ima
 }
 
 #[test]
+fn sizes_that_are_no_number_of_sectors_are_refused() {
+    for size_bytes in [0, 1, 511, 513, 1 << 63, u64::MAX] {
+        let image = NewImage { size_bytes, backing: None, existing: None, options: layout(12, 9) };
+        let error = make(&World::new(1), PATH, image).unwrap_err().to_string();
+        assert!(error.contains("size"), "{size_bytes}: {error}");
+    }
+}
+
+#[test]
 fn a_chain_of_sixty_four_images_opens_and_one_more_is_refused() {
     let world = World::new(1);
     chain(&world, 64);

@@ -42,6 +42,17 @@ fn an_unreadable_image_is_not_opened_as_empty() {
 }
 
 #[test]
+fn opening_gives_up_after_a_bounded_number_of_transient_errors() {
+    let world = World::new(1);
+    SMALL.create(&world);
+    let before = world.ops();
+    world.fail(Some(Fault { nth: before, error: Errno::EAGAIN, effect: Effect::None, sticky: true }));
+    assert!(SMALL.try_open(&world, true).is_err());
+    let tries = world.ops() - before;
+    assert!((10..100).contains(&tries), "{tries} operations");
+}
+
+#[test]
 fn an_image_is_created_completely_or_not_at_all() {
     for device in [false, true] {
         // 2 MiB of L1 table, written in many parts.

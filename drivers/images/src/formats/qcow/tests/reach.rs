@@ -1,6 +1,7 @@
 //! References past the end of the file that crashes leave.
 
 use super::*;
+use crate::testing::{Effect, Fault};
 
 const SETUP: Setup = Setup { sectors: 16384, cluster_bits: 12, l2_bits: 9, tables: 8, ..SMALL };
 
@@ -94,4 +95,29 @@ fn opening_an_undamaged_image_does_not_change_its_size() {
     world.put(PATH, before);
     drop(SETUP.open(&world));
     assert_eq!((world.bytes(PATH).len(), world.marked("size-recovered")), (size, 0));
+}
+
+/// The size is durable before anything is served, whatever is interrupted meanwhile.
+#[test]
+fn an_interrupted_open_does_not_serve_a_file_whose_size_is_not_durable() {
+    let (world, qcow) = with_tables();
+    let durable = world.bytes(PATH);
+    world.block_on(write(&qcow, 2000 * 8, 8, 2)).result.unwrap();
+    let mut left = durable.clone();
+    let at = entry_of(&left, 2000);
+    left[at..at + 8].copy_from_slice(&world.bytes(PATH)[at..at + 8]);
+    let (mut refused, mut opened) = (0, 0);
+    for nth in 0..40 {
+        let world = World::new(2);
+        world.put(PATH, left.clone());
+        world.fail(Some(Fault { nth, error: Errno::EINTR, effect: Effect::None, sticky: true }));
+        match SETUP.try_open(&world, true) {
+            Ok(_) => {
+                opened += 1;
+                assert!(world.after_crash(0).bytes(PATH).len() > durable.len(), "operation {nth}");
+            }
+            Err(_) => refused += 1,
+        }
+    }
+    assert!(refused > 3 && opened > 0, "{refused} refused, {opened} opened");
 }
