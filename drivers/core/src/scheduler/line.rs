@@ -7,7 +7,7 @@
 
 use super::lower::{Batch, Part};
 use super::{Inner, name_of};
-use crate::{Op, Request, Response, TicketName};
+use crate::{LocalBoxFuture, Op, Request, Response, TicketName};
 use smallvec::{SmallVec, smallvec};
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -63,7 +63,8 @@ impl Line {
         Self { depth_free: depth, queue: VecDeque::new(), slots: Vec::new(), unused: Vec::new() }
     }
 
-    fn enqueue(&mut self, request: Request) -> u32 {
+    /// Puts `request` at the end; returns its slot.
+    pub(super) fn enqueue(&mut self, request: Request) -> u32 {
         let (start, kind) = (request.range.start.0, (request.op, request.fua));
         let end = start + u64::from(request.range.count);
         let filled = Slot { stage: Stage::Queued(request), waker: None };
@@ -196,14 +197,13 @@ impl<H: Time + Tasks + Log + Probe> Drop for Depth<H> {
 
 enum Turn<H: Time + Tasks + Log + Probe> {
     Alone(Request, Depth<H>),
-    Lead(Batch<H>),
+    Lead(LocalBoxFuture<()>),
     Done(Response),
 }
 
 impl<H: Time + Tasks + Log + Probe> Inner<H> {
-    /// Queues `request`, and answers it: alone, as the leader of a merged request, or as a part of one.
-    pub(super) async fn queue(self: &Rc<Self>, request: Request) -> Response {
-        let slot = self.line.borrow_mut().enqueue(request);
+    /// Answers the request in `slot`: alone, as the leader of a merged request, or as a part of one.
+    pub(super) async fn answer(self: &Rc<Self>, slot: u32) -> Response {
         if self.limits.merge_sectors > 0 {
             self.host.yield_now().await;
         }
@@ -211,7 +211,7 @@ impl<H: Time + Tasks + Log + Probe> Inner<H> {
         loop {
             match poll_fn(|cx| self.poll_turn(slot, &mut was_held_back, cx)).await {
                 Turn::Alone(request, _depth) => return self.attempt(request).await,
-                Turn::Lead(batch) => Box::pin(batch.run()).await,
+                Turn::Lead(merged) => merged.await,
                 Turn::Done(response) => return response,
             }
         }
@@ -259,7 +259,7 @@ impl<H: Time + Tasks + Log + Probe> Inner<H> {
         } else {
             line.slots[slot as usize].waker = None;
             let parts = parts.into_iter().map(|(slot, request)| Part::new(slot, request)).collect();
-            Turn::Lead(Batch::new(self, parts, depth))
+            Turn::Lead(Box::pin(Batch::new(self, parts, depth).run()))
         };
         // Depth may be left for the new head of the queue.
         let next = line.next_leader();

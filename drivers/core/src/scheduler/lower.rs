@@ -51,25 +51,27 @@ pub(super) struct Batch<H: Time + Tasks + Log + Probe> {
 }
 
 impl<H: Time + Tasks + Log + Probe> Inner<H> {
-    /// Sends `request` down, again after transient errors.
-    pub(super) async fn attempt(&self, mut request: Request) -> Response {
+    /// Sends `request` down, again after transient errors. Not an `async fn`, whose future would have the request twice.
+    pub(super) fn attempt(&self, mut request: Request) -> impl Future<Output = Response> {
         let (op, range, fua) = (request.op, request.range, request.fua);
         let mut patience = self.limits.patience();
-        loop {
-            self.count(|s| s.lower_requests += 1);
-            let response = self.lower.submit(request).await;
-            let Err(error) = response.result else { return response };
-            if !Tried::Request.may_pass(error) {
-                return response;
+        async move {
+            loop {
+                self.count(|s| s.lower_requests += 1);
+                let response = self.lower.submit(request).await;
+                let Err(error) = response.result else { return response };
+                if !Tried::Request.may_pass(error) {
+                    return response;
+                }
+                let Some(pause_ns) = patience.next_pause_ns() else { return response };
+                self.host.mark(&REQUEST_RETRIED);
+                self.host.log(Event::Retried { range, error });
+                self.count(|s| s.retries += 1);
+                if !self.host.bug(&RETRIED_AT_ONCE) {
+                    self.host.sleep_ns(pause_ns).await;
+                }
+                request = Request { op, range, bufs: response.bufs, fua };
             }
-            let Some(pause_ns) = patience.next_pause_ns() else { return response };
-            self.host.mark(&REQUEST_RETRIED);
-            self.host.log(Event::Retried { range, error });
-            self.count(|s| s.retries += 1);
-            if !self.host.bug(&RETRIED_AT_ONCE) {
-                self.host.sleep_ns(pause_ns).await;
-            }
-            request = Request { op, range, bufs: response.bufs, fua };
         }
     }
 }

@@ -179,7 +179,17 @@ impl<H: Time + Tasks + Log + Probe> Node for Scheduler<H> {
         let ticket = inner.ticket(&request);
         Box::pin(async move {
             let (op, sectors) = (request.op, request.range.count);
-            let response = inner.run(request, ticket).await;
+            if !ticket.is_ready() {
+                inner.host.mark(&OVERLAP_WAITED);
+                if !(op == Op::Write && inner.host.bug(&EDGE_DROPPED)) {
+                    ticket.ready().await;
+                }
+            }
+            // The request moves into the line, and not through the futures of other functions: each would have room for
+            // it, and futures of more than a kilobyte are expensive to allocate.
+            let slot = inner.line.borrow_mut().enqueue(request);
+            let response = inner.answer(slot).await;
+            drop(ticket);
             inner.count_answer(op, sectors, &response);
             response
         })
@@ -258,16 +268,6 @@ impl<H: Time + Tasks + Log + Probe> Inner<H> {
         }
         self.host.work(self.tracker.steps() - steps);
         ticket
-    }
-
-    async fn run(self: &Rc<Self>, request: Request, ticket: Ticket) -> Response {
-        if !ticket.is_ready() {
-            self.host.mark(&OVERLAP_WAITED);
-            if !(request.op == Op::Write && self.host.bug(&EDGE_DROPPED)) {
-                ticket.ready().await;
-            }
-        }
-        self.queue(request).await
     }
 
     fn count(&self, change: impl FnOnce(&mut SchedulerStats)) {
