@@ -85,6 +85,12 @@ impl<S: Stream> Inlet<S> {
         self.start += count;
     }
 
+    /// Takes as many unread bytes as `to` has room for, and fills it with them.
+    pub(crate) fn take_into(&mut self, to: &mut [u8]) {
+        to.copy_from_slice(&self.unread()[..to.len()]);
+        self.take(to.len());
+    }
+
     /// Receives once.
     pub(crate) async fn fill(&mut self, stop: &StopSignal) -> Result<(), End> {
         let Some(mut buf) = self.buf.take() else { return Err(End::Stopped) };
@@ -118,10 +124,8 @@ impl<S: Stream> Inlet<S> {
         stop: &StopSignal,
     ) -> (Result<(), End>, Option<IoBuf>) {
         let mut buf = buf;
-        let have = self.unread();
-        let count = have.len().min(buf.len() - at);
-        buf[at..at + count].copy_from_slice(&have[..count]);
-        self.take(count);
+        let count = self.unread().len().min(buf.len() - at);
+        self.take_into(&mut buf[at..at + count]);
         at += count;
         while at < buf.len() {
             let Some((result, back)) = self.receive(buf, at, stop).await else {

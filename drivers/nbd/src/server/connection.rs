@@ -315,7 +315,11 @@ where
         let taken = async {
             let mut room = self.pool.room(pieces(bytes)).await;
             let mut share = self.server.memory_for(self.number, &self.own, cost_of_pieces(bytes)).await?;
-            pieces(bytes).map(|piece| room.buffer(&mut share, piece)).collect::<Result<IoVec, Errno>>()
+            let mut bufs = IoVec::new();
+            for piece in pieces(bytes) {
+                bufs.push(room.buffer(&mut share, piece)?);
+            }
+            Ok::<IoVec, Errno>(bufs)
         };
         let bufs = match self.stop.unless_stopped(taken).await {
             Some(Ok(bufs)) => bufs,
@@ -328,7 +332,7 @@ where
 
     pub(super) async fn receive(
         &self,
-        bufs: IoVec,
+        mut bufs: IoVec,
         payload: usize,
         inlet: &mut Inlet<S>,
     ) -> Result<IoVec, Why> {
@@ -336,6 +340,10 @@ where
             inlet.need(payload, &self.stop).await.map_err(|end| self.why(end))?;
         } else if inlet.unread().len() < payload {
             self.host().mark(&NBD_PAYLOAD_DIRECT);
+        }
+        if inlet.unread().len() >= payload {
+            bufs.iter_mut().for_each(|buf| inlet.take_into(buf));
+            return Ok(bufs);
         }
         let mut filled = IoVec::new();
         for buf in bufs {
