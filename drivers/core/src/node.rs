@@ -156,8 +156,9 @@ impl Child {
 ///
 /// `submit` starts nothing before the future is polled, but it fixes the request's place in the order. The caller polls
 /// the future, and that of `extents`, until it is ready, unless the node is dropped as well. Only [`Slot`](crate::Slot),
-/// which is the top of every disk, allows its callers to drop them. Requests of one node may run concurrently and finish in any order; overlapping ones are
-/// kept in order by the scheduler above, not by formats. A request outside the disk fails with `EINVAL`.
+/// the top of every disk, allows its callers to drop them. Requests of one node may run concurrently and finish in any
+/// order; overlapping ones are kept in order by the scheduler above, not by formats. A request outside the disk fails
+/// with `EINVAL`.
 pub trait Node: 'static {
     /// Answers `request`, once.
     fn submit(&self, request: Request) -> LocalBoxFuture<Response>;

@@ -51,7 +51,8 @@ pub(super) struct Batch<H: Time + Tasks + Log + Probe> {
 }
 
 impl<H: Time + Tasks + Log + Probe> Inner<H> {
-    /// Sends `request` down, again after transient errors. Not an `async fn`, whose future would have the request twice.
+    /// Sends `request` down, again after transient errors. Not an `async fn`: its future would hold the request twice,
+    /// as the argument and as the variable.
     pub(super) fn attempt(&self, mut request: Request) -> impl Future<Output = Response> {
         let (op, range, fua) = (request.op, request.range, request.fua);
         let mut patience = self.limits.patience();

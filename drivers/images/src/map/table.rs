@@ -148,7 +148,10 @@ impl Cache {
             (self.places.len() - 1) as u32
         });
         let present = self.places.len() - self.unused.len();
-        assert!(present <= self.order.len() + self.loose.len() + 1, "tables that have ended keep their places");
+        assert!(
+            present <= self.order.len() + self.loose.len() + 1,
+            "tables that have ended keep their places"
+        );
         self.by_index[index] = place + 1;
         self.places[place as usize] = Place { kept: None, found: Rc::downgrade(table) };
         self.loose.push(index);
