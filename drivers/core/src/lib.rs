@@ -10,8 +10,8 @@
 //! # Contract
 //!
 //! A [`Node`] takes a [`Request`] and answers it exactly once. A caller may drop the future of a [`Slot`], which then
-//! completes the request; below a slot nothing is dropped. Nodes own no thread, clock or file; they are generic over the
-//! seam inside and `Rc<dyn Node>` outside.
+//! completes the request; below a slot nothing is dropped. Nodes own no thread, clock or file; they are generic over
+//! the seam inside and `Rc<dyn Node>` outside.
 //!
 //! One [`Tracker`] per disk or image decides which request waits for which; all other waiting uses the primitives in
 //! [`wait`].
