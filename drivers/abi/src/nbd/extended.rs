@@ -10,7 +10,7 @@ wire!(
     ExtendedRequest, 32 {
         /// [`EXTENDED_REQUEST_MAGIC`].
         magic: U32 = 0,
-        /// [`command`] flags.
+        /// Flags, of [`command`](super::command).
         flags: U16 = 4,
         /// `CMD_*`.
         command: U16 = 6,
@@ -40,7 +40,7 @@ wire!(
     }
 );
 wire!(
-    /// What precedes the extents of [`CHUNK_BLOCK_STATUS_EXT`].
+    /// What precedes the extents of [`CHUNK_BLOCK_STATUS_EXT`](super::CHUNK_BLOCK_STATUS_EXT).
     StatusHead, 8 {
         /// The context's number.
         context: U32 = 0,
@@ -49,7 +49,7 @@ wire!(
     }
 );
 wire!(
-    /// One extent of [`CHUNK_BLOCK_STATUS_EXT`].
+    /// One extent of [`CHUNK_BLOCK_STATUS_EXT`](super::CHUNK_BLOCK_STATUS_EXT).
     LongExtent, 16 {
         /// Bytes, not 0.
         len: U64 = 0,
