@@ -26,7 +26,7 @@
 //!   until then: its effect still happens, and no overlapping request overtakes it. So the nodes below never see a
 //!   future dropped. A request that still waits is dropped.
 
-use crate::wait::{Event as Flag, Line, Semaphore};
+use crate::wait::{Event as Flag, Line, Semaphore, joined};
 use crate::{Child, Extent, LocalBoxFuture, Node, NodeInfo, Request, Response, WaitReport, wait_report};
 use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
@@ -188,7 +188,7 @@ impl<H: Log + Tasks + Probe> Slot<H> {
 
     /// Drains the slot, flushes it, and replaces the lower node with the one that `change` makes from it; returns the
     /// old node, which is not closed. Requests that arrive meanwhile wait. Dropping the future early leaves the old
-    /// node in place.
+    /// node in place; what `change` asks of the nodes below must then end in a task.
     ///
     /// # Errors
     /// [`ExchangeError`]; the old node stays.
@@ -212,7 +212,12 @@ impl<H: Log + Tasks + Probe> Slot<H> {
         }
         let old = inner.lower();
         if !inner.host.bug(&EXCHANGE_UNFLUSHED) {
-            old.submit(Request::flush()).await.result.map_err(ExchangeError::Flush)?;
+            // In a task, because the future of the exchange may be dropped.
+            let (task, flushed) = joined(old.submit(Request::flush()));
+            inner.host.spawn("flush of exchange", u64::from(inner.id.0), task);
+            // The task ends without an answer only together with the process.
+            let result = flushed.await.map_or(Err(Errno::EIO), |response| response.result);
+            result.map_err(ExchangeError::Flush)?;
         }
         let new = change(Rc::clone(&old)).await.map_err(ExchangeError::Change)?;
         assert_eq!(new.info(), old.info(), "an exchange must keep the size and mode of the node");

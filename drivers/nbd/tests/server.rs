@@ -3,6 +3,7 @@
 mod common;
 
 use common::{Disk, Reply, World, export, go, marked, meta, world};
+use std::cell::Cell;
 use std::rc::Rc;
 use tap_abi::nbd::*;
 use tap_core::{Op, ZeroFlags};
@@ -294,6 +295,50 @@ fn writes_that_share_a_sector_keep_each_others_bytes() {
             let wrong = (0..1024).find(|i| if both(*i) { bytes[*i] == 0 } else { bytes[*i] != expected[*i] });
             assert_eq!(wrong, None, "{first:?} and {second:?}");
         });
+    }
+}
+
+/// What the disk saw of `first` and of a later write of the last of its sectors while it held what came to it; and the
+/// bytes there at the end.
+async fn held_and_overtaken(w: World, first: (u16, u64, u32), between: Option<(u64, u32)>) -> (usize, u8) {
+    let disk = Disk::new(MIB);
+    let limits = ServerLimits { range_bytes: 64 << 10, ..ServerLimits::default() };
+    w.serve(vec![export("disk", &disk)], limits).await;
+    let (a, b) = (w.client("a", "disk", false).await, w.client("b", "disk", false).await);
+    disk.hold.set(true);
+    let (command, at, len) = first;
+    let data = vec![1; if command == CMD_WRITE { len as usize } else { 0 }];
+    a.request(command, 0, 1, at, len, &data).await;
+    if let Some((at, len)) = between {
+        a.request(CMD_WRITE, 0, 2, at, len, &vec![2; len as usize]).await;
+    }
+    w.sim.sleep_ns(1_000_000).await;
+    b.request(CMD_WRITE, 0, 3, 160 << 10, 4096, &[3; 4096]).await;
+    w.sim.sleep_ns(1_000_000).await;
+    let seen = disk.count(Op::Write);
+    disk.hold.set(false);
+    disk.go.set();
+    assert_eq!((a.answer(0).await, b.answer(0).await), (ok(1), ok(3)));
+    if between.is_some() {
+        assert_eq!(a.answer(0).await, ok(2));
+    }
+    let byte = disk.bytes.borrow()[160 << 10];
+    (seen, byte)
+}
+
+/// A later write is answered after the pieces of an earlier request, and after a write that waits for an unaligned one:
+/// if the client of that dies, nothing of it takes effect later.
+#[test]
+fn a_write_does_not_overtake_what_waits_in_the_server() {
+    for (first, between) in [
+        ((CMD_WRITE_ZEROES, 0, 200 << 10), None),
+        ((CMD_WRITE_ZEROES, 1, 200 << 10), None),
+        ((CMD_WRITE, 1, 1000), Some((512, 200 << 10))),
+    ] {
+        let got = Rc::new(Cell::new(None));
+        let put = Rc::clone(&got);
+        world(1, false, |w| async move { put.set(Some(held_and_overtaken(w, first, between).await)) });
+        assert_eq!(got.get(), Some((0, 3)), "{first:?}");
     }
 }
 

@@ -233,8 +233,9 @@ impl Call {
 
 /// Most bytes of one request without payload: small enough for every server.
 const RANGE_BYTES_MAX: u64 = 1 << 30;
-/// The same with extended headers.
-const LONG_RANGE_BYTES_MAX: u64 = 1 << 40;
+/// Most bytes of one query for extents with extended headers. Zeros and trims of that size could take longer than
+/// [`ClientConfig::request_ns`].
+const LONG_QUERY_BYTES_MAX: u64 = 1 << 40;
 /// Most bytes of the buffer that a split request goes through.
 const PART_BYTES_MAX: u32 = 1 << 20;
 const SECTOR: u32 = SECTOR_BYTES as u32;
@@ -442,7 +443,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         fua: bool,
     ) -> Result<(), Errno> {
         let flags = flags | self.flag(fua);
-        let part_sectors = self.range_sectors();
+        let part_sectors = (RANGE_BYTES_MAX / SECTOR_BYTES) as u32;
         let mut at = 0;
         while at < range.count {
             let part = SectorRange::new(range.start.0 + u64::from(at), part_sectors.min(range.count - at));
@@ -450,12 +451,6 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
             at += part.count;
         }
         self.durable(fua).await
-    }
-
-    /// Most sectors of one request without payload.
-    fn range_sectors(&self) -> u32 {
-        let bytes = if self.terms.extended { LONG_RANGE_BYTES_MAX } else { RANGE_BYTES_MAX };
-        (bytes / SECTOR_BYTES) as u32
     }
 
     /// If writes must be durable when answered, a server without `FUA` is flushed after each.
@@ -483,7 +478,8 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         if self.terms.context.is_none() {
             return Ok(vec![data(u64::from(range.count))]);
         }
-        let asked = SectorRange::new(range.start.0, range.count.min(self.range_sectors()));
+        let most_bytes = if self.terms.extended { LONG_QUERY_BYTES_MAX } else { RANGE_BYTES_MAX };
+        let asked = SectorRange::new(range.start.0, range.count.min((most_bytes / SECTOR_BYTES) as u32));
         let (result, call) = self.call(Call::new(CMD_BLOCK_STATUS, 0, asked)).await;
         result?;
         let mut found = Vec::with_capacity(call.extents.len());

@@ -6,7 +6,7 @@ use tap_abi::nbd::{
     command, error,
 };
 use tap_core::{Op, ZeroFlags};
-use tap_host::{Errno, SECTOR_BYTES, SectorRange};
+use tap_host::{Errno, PAGE_BYTES, SECTOR_BYTES, SectorRange};
 
 /// What to do.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -190,6 +190,6 @@ pub(super) fn error_of(errno: Errno) -> u32 {
 }
 
 /// Most bytes that one block status is about.
-const STATUS_BYTES_MAX: u64 = u32::MAX as u64 - 2 * SECTOR_BYTES;
+const STATUS_BYTES_MAX: u64 = (1 << 32) - PAGE_BYTES as u64;
 /// The same with extended headers: what one range of sectors holds.
 const LONG_STATUS_BYTES_MAX: u64 = (u32::MAX as u64 - 2) * SECTOR_BYTES;

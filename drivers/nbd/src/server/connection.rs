@@ -290,9 +290,11 @@ where
                 self.submit(job, op, bufs);
             }
             Kind::Long(op, len) => {
-                let own = Rc::clone(self);
+                let (own, turn) = (Rc::clone(self), self.claim_long(&job, len));
                 self.host().spawn("nbd-long", job.at / SECTOR_BYTES, async move {
+                    turn.ready().await;
                     let result = own.long(&job, op, len).await;
+                    drop(turn);
                     own.done(job, result);
                 });
             }
@@ -413,14 +415,8 @@ where
         if !piece.is_aligned() {
             return self.zero_piece(&piece, op).await;
         }
-        let turn = self.turn_after_edges(&piece, op);
-        if let Some(turn) = &turn {
-            turn.ready().await;
-        }
         let (range, fua) = (piece.range, self.fua(&piece, op));
-        let answer = self.agreed.export.node.submit(Request { op, range, bufs: IoVec::new(), fua });
-        drop(turn);
-        answer.await.result
+        self.agreed.export.node.submit(Request { op, range, bufs: IoVec::new(), fua }).await.result
     }
 
     /// Whether the node must make it durable before it answers.

@@ -449,17 +449,18 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
             own.host.log(Event::NbdClosed { connection: number, requests, why });
             own.open.borrow_mut().remove(&number);
             own.negotiating.borrow_mut().remove(&number);
-            let none = own.open.borrow().is_empty();
-            if none {
+            if own.open.borrow().is_empty() {
                 own.idle.set();
             }
+            // Who has not chosen an export is not a client yet.
+            let none = own.open.borrow().len() == own.negotiating.borrow().len();
             if own.chosen.get() && (none || own.host.bug(&NBD_LAST_IS_FIRST)) {
                 own.left.set();
             }
         });
     }
 
-    /// Completes once the last client has left: no connection is open any more, and one had chosen an export.
+    /// Completes once the last client has left: one had chosen an export, and no open connection has.
     pub async fn left(&self) {
         self.0.left.wait().await;
     }

@@ -15,6 +15,7 @@
 use super::command::Job;
 use super::connection::{Connection, Why};
 use crate::inlet::Inlet;
+use futures_util::future::join_all;
 use smallvec::smallvec;
 use std::rc::Rc;
 use tap_core::{Access, Op, Request, Response, Space, Ticket};
@@ -116,7 +117,7 @@ where
             _ => {
                 let turn = self.claim(&job);
                 self.host().spawn("nbd-zeroes", number, async move {
-                    let result = own.zero_around(&job, op, parts, turn).await;
+                    let result = own.zero_around(&job, op, parts, Some(turn)).await;
                     own.done(job, result);
                 });
             }
@@ -124,10 +125,18 @@ where
         Ok(())
     }
 
-    /// Zeros of a piece of a longer request that begins or ends inside a sector.
+    /// Zeros of a piece of a longer request, whose sectors are claimed, that begins or ends inside a sector.
     pub(super) async fn zero_piece(&self, piece: &Job, op: Op) -> Result<(), Errno> {
-        let turn = self.claim(piece);
-        self.zero_around(piece, op, Parts::of(piece), turn).await
+        self.zero_around(piece, op, Parts::of(piece), None).await
+    }
+
+    /// The place of a request of `len` bytes, which goes to the node in pieces, among the writes of its sectors: none
+    /// that comes later may be answered before its last piece.
+    pub(super) fn claim_long(&self, job: &Job, len: u64) -> Ticket {
+        let turn = self.agreed.export.edges.ticket("long write", job.at / SECTOR_BYTES);
+        let end = job.at.saturating_add(len).div_ceil(SECTOR_BYTES);
+        turn.claim(Space::Sectors, job.at / SECTOR_BYTES..end, Access::Exclusive);
+        turn
     }
 
     /// The place of an unaligned write of `job` among the writes of its sectors.
@@ -147,7 +156,8 @@ where
             return None;
         }
         let turn = edges.ticket("write", job.range.start.0);
-        turn.claim(Space::Sectors, sectors(job.range), Access::Shared);
+        // Exclusive: while it waits, a later one that overlaps it must not be answered first.
+        turn.claim(Space::Sectors, sectors(job.range), Access::Exclusive);
         if turn.is_ready() {
             // It is submitted at once, so no later one needs to wait for it.
             return None;
@@ -246,9 +256,15 @@ where
     }
 
     /// The whole sectors first: if zeros are to be fast and are not, nothing may have changed.
-    async fn zero_around(&self, job: &Job, op: Op, parts: Parts, turn: Ticket) -> Result<(), Errno> {
-        turn.ready().await;
+    async fn zero_around(&self, job: &Job, op: Op, parts: Parts, turn: Option<Ticket>) -> Result<(), Errno> {
+        if let Some(turn) = &turn {
+            turn.ready().await;
+        }
         let (node, fua) = (&self.agreed.export.node, self.fua(job, op));
+        if parts.middle.count == 0 && matches!(op, Op::WriteZeroes(flags) if flags.fast) {
+            // A read and a write: no faster than the client's.
+            return Err(Errno::EOPNOTSUPP);
+        }
         if parts.middle.count > 0 {
             let bufs = IoVec::new();
             node.submit(Request { op, range: parts.middle, bufs, fua }).await.result?;
@@ -261,11 +277,8 @@ where
             .map(|(range, bufs)| node.submit(Request { fua, ..Request::write(range, bufs) }))
             .collect();
         drop(turn);
-        let mut result = Ok(());
-        for answer in answers {
-            result = result.and(answer.await.result);
-        }
-        result
+        // Together: one that is submitted and not polled could keep others waiting.
+        join_all(answers).await.into_iter().try_for_each(|response| response.result)
     }
 }
 

@@ -15,7 +15,8 @@
 //! * What is kept is true until a request changes the file: its beginning drops what is kept, and what is found while
 //!   it runs is not kept. One that is dropped before its end may still change the file at any later time, so nothing is
 //!   kept from then on.
-//! * Nothing is kept of a file that others may write to, because it was opened without a lock.
+//! * Nothing is kept of a file that others may write to, because it was opened without a lock; and of no file for longer
+//!   than [`AGE_MAX_NS`], because others may ignore the lock, and some file systems have none.
 //! * At most [`AHEAD_MAX`] runs are kept.
 
 use std::cell::{Cell, RefCell};
@@ -32,12 +33,17 @@ const AHEAD_MIN: usize = 16;
 /// Most runs that a look takes.
 pub(super) const AHEAD_MAX: usize = 1024;
 
+/// How long runs are kept, in nanoseconds.
+const AGE_MAX_NS: u64 = 1_000_000_000;
+
 /// The runs of a file that are known.
 pub(super) struct Ahead {
     may_keep: Cell<bool>,
     /// One after the other, from byte `at` on.
     runs: RefCell<VecDeque<FileExtent>>,
     at: Cell<u64>,
+    /// When they were looked for.
+    since_ns: Cell<u64>,
     /// Where the last look ended, and how many runs it took.
     looked_to: Cell<u64>,
     count: Cell<usize>,
@@ -57,6 +63,7 @@ impl Ahead {
             may_keep: Cell::new(locked),
             runs: RefCell::default(),
             at: Cell::new(0),
+            since_ns: Cell::new(0),
             looked_to: Cell::new(0),
             count: Cell::new(0),
             running: Cell::new(0),
@@ -94,21 +101,25 @@ impl Ahead {
         self.count.get().max(max)
     }
 
-    /// Keeps what a look at byte `at` found.
-    pub(super) fn keep(&self, stamp: Option<u64>, at: u64, mut found: Vec<FileExtent>) {
+    /// Keeps what a look at byte `at` found that began at `since_ns`.
+    pub(super) fn keep(&self, stamp: Option<u64>, since_ns: u64, at: u64, mut found: Vec<FileExtent>) {
         if stamp.is_none() || stamp != self.stamp() {
             return;
         }
         found.truncate(AHEAD_MAX);
         self.looked_to.set(at + found.iter().map(|run| run.len_bytes).sum::<u64>());
         self.at.set(at);
+        self.since_ns.set(since_ns);
         *self.runs.borrow_mut() = found.into();
     }
 
-    /// The first known runs in the bytes `at..end`, at most `max`; none if the first byte is not known. What lies
-    /// before is dropped.
-    pub(super) fn take(&self, at: u64, end: u64, max: usize) -> Vec<FileExtent> {
+    /// The first known runs in the bytes `at..end`, at most `max`; none if the first byte is not known at `now_ns`. What
+    /// lies before is dropped.
+    pub(super) fn take(&self, now_ns: u64, at: u64, end: u64, max: usize) -> Vec<FileExtent> {
         let mut runs = self.runs.borrow_mut();
+        if now_ns.saturating_sub(self.since_ns.get()) > AGE_MAX_NS {
+            runs.clear();
+        }
         let mut start = self.at.get();
         if at < start {
             return Vec::new();

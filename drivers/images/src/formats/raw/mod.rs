@@ -164,14 +164,15 @@ impl<H: ImageHost> Inner<H> {
 
     /// The first runs of the file in the bytes `at..end`, at most `max`, from what is known or by a look at the file.
     async fn look(&self, at: u64, end: u64, max: usize) -> Result<Vec<FileExtent>, Errno> {
-        let known = self.ahead.take(at, end, max);
+        let now_ns = self.host.now_ns();
+        let known = self.ahead.take(now_ns, at, end, max);
         if !known.is_empty() {
             return Ok(known);
         }
         let (stamp, count) = (self.ahead.stamp(), self.ahead.count(at, max));
         let found = self.file.extents(at, count).await?;
         let first = found.iter().take(max).copied().collect();
-        self.ahead.keep(stamp, at, found);
+        self.ahead.keep(stamp, now_ns, at, found);
         Ok(first)
     }
 }
