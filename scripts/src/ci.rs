@@ -62,12 +62,14 @@ fn refuse_hidden_cfg() -> Result<()> {
 /// ignored if these are missing; here they should run.
 fn install_peers(sh: &Shell) {
     let there = |tool: &str| cmd!(sh, "which {tool}").quiet().ignore_stdout().ignore_stderr().run().is_ok();
-    let packages: [(&str, &[&str]); 5] = [
+    let packages: [(&str, &[&str]); 7] = [
         ("qemu-utils", &["qemu-img", "qemu-io"]),
         ("libnbd-bin", &["nbdinfo", "nbdcopy"]),
         ("python3-libnbd", &["nbdsh"]),
         ("chromium", &["chromium"]),
         ("systemd", &["systemd-analyze"]),
+        ("xz-utils", &["xz"]),
+        ("binutils", &["readelf", "strip"]),
     ];
     let missing = packages.iter().filter(|(_, tools)| !tools.iter().all(|tool| there(tool)));
     let missing: Vec<&str> = missing.map(|(package, _)| *package).collect();
@@ -75,7 +77,9 @@ fn install_peers(sh: &Shell) {
         return;
     }
     let update = cmd!(sh, "apt-get update").run();
-    if let Err(error) = update.and_then(|()| cmd!(sh, "apt-get install -y").args(&missing).run()) {
+    if let Err(error) = update.and_then(|()| {
+        cmd!(sh, "apt-get install -y").args(&missing).env("DEBIAN_FRONTEND", "noninteractive").run()
+    }) {
         eprintln!("xtask: {missing:?} cannot be installed, their tests will be ignored: {error}");
     }
 }

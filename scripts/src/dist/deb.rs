@@ -3,6 +3,7 @@
 use super::files::{put, root};
 use super::{Release, Result, notices};
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use xshell::{Shell, cmd};
 
@@ -52,6 +53,8 @@ pub(super) fn pack(sh: &Shell, release: &Release, version: &str, to: &Path) -> R
     for name in SCRIPTS {
         put(&own.join(name), &fs::read(from.join(name))?, 0o755)?;
     }
+    // dpkg-deb refuses a folder that not everybody may read, which a umask can make it.
+    fs::set_permissions(&own, fs::Permissions::from_mode(0o755))?;
     let epoch = release.source.epoch_s.to_string();
     // One thread: the packed bytes depend on their number.
     cmd!(sh, "dpkg-deb --root-owner-group -Zxz --threads-max=1 --build {stage} {to}")

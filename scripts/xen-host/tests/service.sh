@@ -132,10 +132,20 @@ guest_said service '^@load compared .*MISMATCHES 0$' || fail "the guest's load"
 inside systemctl stop tapdisk-nbd@disk
 [ "$(inside systemctl is-active tapdisk-xen)" = active ] || fail "the daemon is not running any more"
 
-echo "# an idle daemon is stopped by the removal"
+echo "# an NBD server keeps the package, and the idle daemon stays"
+inside systemctl start tapdisk-nbd@disk
+if inside /usr/bin/dpkg --remove tapdisk > dpkg.log 2>&1; then fail "the package was removed under an NBD server"; fi
+[ "$(inside systemctl is-active tapdisk-xen)" = active ] || fail "a refused removal has stopped the daemon"
+inside systemctl stop tapdisk-nbd@disk
+
+echo "# an idle daemon is stopped by the removal, and started by the next installation"
 inside /usr/bin/dpkg --remove tapdisk
 [ ! -e /usr/bin/tapdisk ] || fail "a removed program is still there"
+inside /usr/bin/dpkg --install /xen-host/tapdisk.deb
+wait_for 20 runs_installed tapdisk-xen
+inside /usr/bin/dpkg --remove tapdisk
 inside /usr/bin/dpkg --purge tapdisk
+[ ! -e /var/lib/tapdisk ] || fail "a purge leaves /var/lib/tapdisk"
 [ ! -e /etc/systemd/system/multi-user.target.wants/tapdisk-xen.service ] || fail "the unit is still enabled"
 inside /usr/bin/dpkg --install /xen-host/tapdisk.deb
 tap-img convert /srv/images/guest.qcow guest.raw
