@@ -2,8 +2,7 @@
 
 mod common;
 
-use common::{Disk, Reply, World, export, go, marked, meta, world};
-use std::cell::Cell;
+use common::{Disk, World, export, go, marked, meta, ok, pattern, world};
 use std::rc::Rc;
 use tap_abi::nbd::*;
 use tap_core::{Op, ZeroFlags};
@@ -12,14 +11,6 @@ use tap_nbd::{Export, ExportError, Server, ServerLimits};
 use zerocopy::{FromBytes, IntoBytes};
 
 const MIB: usize = 1 << 20;
-
-fn ok(cookie: u64) -> Reply {
-    Reply { cookie, error: 0, chunk: None, data: Vec::new() }
-}
-
-fn pattern(len: usize, seed: u8) -> Vec<u8> {
-    (0..len).map(|i| (i / 512) as u8 ^ (i % 251) as u8 ^ seed).collect()
-}
 
 #[test]
 fn options_are_answered() {
@@ -205,141 +196,6 @@ fn wrong_requests_are_refused_and_the_connection_goes_on() {
         }
         assert_eq!(marked(&w.kernel, "nbd-request-refused"), 16);
     });
-}
-
-/// What each request does to the bytes of a disk, and what the disk is asked for it.
-#[test]
-fn any_offset_and_length_is_served() {
-    for structured in [false, true] {
-        world(1, false, |w| async move {
-            let disk = Disk::new(4 * MIB);
-            let old = pattern(4 * MIB, 9);
-            disk.bytes.borrow_mut().copy_from_slice(&old);
-            w.serve(vec![export("disk", &disk)], ServerLimits::default()).await;
-            let raw = w.client("client", "disk", structured).await;
-            let (mut expected, new) = (old, pattern(2 * MIB, 77));
-            let sizes = [1, 3, 510, 511, 512, 513, 1023, 1024, 1025, 20_000, 1_048_590];
-            for (i, (at, len)) in
-                [0, 1, 511, 512, 700].into_iter().flat_map(|at| sizes.map(|len| (at, len))).enumerate()
-            {
-                let (cookie, offset) = (i as u64, at as u64);
-                match i % 3 {
-                    0 | 1 => {
-                        raw.request(CMD_WRITE, 0, cookie, offset, len as u32, &new[i..i + len]).await;
-                        expected[at..at + len].copy_from_slice(&new[i..i + len]);
-                    }
-                    _ => {
-                        raw.request(CMD_WRITE_ZEROES, 0, cookie, offset, len as u32, b"").await;
-                        expected[at..at + len].fill(0);
-                    }
-                }
-                assert_eq!(raw.answer(0).await, ok(cookie), "{len} bytes at {at}");
-                raw.request(CMD_READ, 0, cookie, offset, len as u32, b"").await;
-                let reply = raw.answer(len).await;
-                let (head, read) = reply.data.split_at(if structured { 8 } else { 0 });
-                assert!(head.is_empty() || head == offset.to_be_bytes());
-                assert!(read == &expected[at..at + len], "{len} bytes read at {at}");
-                assert!(*disk.bytes.borrow() == expected, "after {len} bytes at {at}");
-            }
-            // Only whole sectors are given back.
-            disk.seen.borrow_mut().clear();
-            for (offset, len) in [(1, 510), (1, 1022), (1, 1023), (511, 1026)] {
-                raw.request(CMD_TRIM, 0, 1, offset, len, b"").await;
-                assert_eq!(raw.answer(0).await, ok(1));
-            }
-            let trims = [(1, 1), (1, 2)].map(|(at, count)| (Op::Discard, SectorRange::new(at, count)));
-            assert_eq!(*disk.seen.borrow(), trims);
-            assert_eq!(marked(&w.kernel, "nbd-edge-awaited"), 0);
-        });
-    }
-}
-
-#[test]
-fn requests_of_no_bytes_do_nothing() {
-    world(1, false, |w| async move {
-        let disk = Disk::new(MIB);
-        w.serve(vec![export("disk", &disk)], ServerLimits::default()).await;
-        let raw = w.client("client", "disk", true).await;
-        for command in [CMD_READ, CMD_WRITE, CMD_TRIM, CMD_CACHE, CMD_WRITE_ZEROES] {
-            for offset in [0, 7, 1 << 20] {
-                raw.request(command, 0, 9, offset, 0, b"").await;
-                let reply = raw.answer(0).await;
-                let chunk = (command == CMD_READ).then_some(CHUNK_NONE);
-                assert_eq!((reply.cookie, reply.error, reply.chunk), (9, 0, chunk), "{command} at {offset}");
-                assert!(reply.data.is_empty());
-            }
-        }
-        assert!(disk.seen.borrow().is_empty());
-    });
-}
-
-/// Both writes are under way at once; each must keep the bytes of the other.
-#[test]
-fn writes_that_share_a_sector_keep_each_others_bytes() {
-    for (first, second) in [((0, 600), (600, 424)), ((100, 100), (0, 1024)), ((0, 1024), (500, 20))] {
-        world(1, false, |w| async move {
-            let disk = Disk::new(MIB);
-            w.serve(vec![export("disk", &disk)], ServerLimits::default()).await;
-            let (a, b) = (w.client("a", "disk", false).await, w.client("b", "disk", false).await);
-            let mut expected = vec![0; 1024];
-            for (client, (at, len), fill) in [(&a, first, 1), (&b, second, 2)] {
-                expected[at..at + len].fill(fill);
-                client.request(CMD_WRITE, 0, 1, at as u64, len as u32, &vec![fill; len]).await;
-            }
-            assert_eq!((a.answer(0).await, b.answer(0).await), (ok(1), ok(1)));
-            // Where both wrote, either may be the last.
-            let bytes = disk.bytes.borrow()[..1024].to_vec();
-            let both = |i: usize| {
-                (first.0..first.0 + first.1).contains(&i) && (second.0..second.0 + second.1).contains(&i)
-            };
-            let wrong = (0..1024).find(|i| if both(*i) { bytes[*i] == 0 } else { bytes[*i] != expected[*i] });
-            assert_eq!(wrong, None, "{first:?} and {second:?}");
-        });
-    }
-}
-
-/// What the disk saw of `first` and of a later write of the last of its sectors while it held what came to it; and the
-/// bytes there at the end.
-async fn held_and_overtaken(w: World, first: (u16, u64, u32), between: Option<(u64, u32)>) -> (usize, u8) {
-    let disk = Disk::new(MIB);
-    let limits = ServerLimits { range_bytes: 64 << 10, ..ServerLimits::default() };
-    w.serve(vec![export("disk", &disk)], limits).await;
-    let (a, b) = (w.client("a", "disk", false).await, w.client("b", "disk", false).await);
-    disk.hold.set(true);
-    let (command, at, len) = first;
-    let data = vec![1; if command == CMD_WRITE { len as usize } else { 0 }];
-    a.request(command, 0, 1, at, len, &data).await;
-    if let Some((at, len)) = between {
-        a.request(CMD_WRITE, 0, 2, at, len, &vec![2; len as usize]).await;
-    }
-    w.sim.sleep_ns(1_000_000).await;
-    b.request(CMD_WRITE, 0, 3, 160 << 10, 4096, &[3; 4096]).await;
-    w.sim.sleep_ns(1_000_000).await;
-    let seen = disk.count(Op::Write);
-    disk.hold.set(false);
-    disk.go.set();
-    assert_eq!((a.answer(0).await, b.answer(0).await), (ok(1), ok(3)));
-    if between.is_some() {
-        assert_eq!(a.answer(0).await, ok(2));
-    }
-    let byte = disk.bytes.borrow()[160 << 10];
-    (seen, byte)
-}
-
-/// A later write is answered after the pieces of an earlier request, and after a write that waits for an unaligned one:
-/// if the client of that dies, nothing of it takes effect later.
-#[test]
-fn a_write_does_not_overtake_what_waits_in_the_server() {
-    for (first, between) in [
-        ((CMD_WRITE_ZEROES, 0, 200 << 10), None),
-        ((CMD_WRITE_ZEROES, 1, 200 << 10), None),
-        ((CMD_WRITE, 1, 1000), Some((512, 200 << 10))),
-    ] {
-        let got = Rc::new(Cell::new(None));
-        let put = Rc::clone(&got);
-        world(1, false, |w| async move { put.set(Some(held_and_overtaken(w, first, between).await)) });
-        assert_eq!(got.get(), Some((0, 3)), "{first:?}");
-    }
 }
 
 #[test]

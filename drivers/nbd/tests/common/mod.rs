@@ -327,3 +327,13 @@ impl Raw {
         Reply { cookie: head.cookie.get(), error, chunk: Some(head.kind.get()), data }
     }
 }
+
+/// The reply of success.
+pub fn ok(cookie: u64) -> Reply {
+    Reply { cookie, error: 0, chunk: None, data: Vec::new() }
+}
+
+/// Bytes that look random.
+pub fn pattern(len: usize, seed: u8) -> Vec<u8> {
+    (0..len).map(|i| (i / 512) as u8 ^ (i % 251) as u8 ^ seed).collect()
+}

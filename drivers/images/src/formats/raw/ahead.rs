@@ -15,8 +15,8 @@
 //! * What is kept is true until a request changes the file: its beginning drops what is kept, and what is found while
 //!   it runs is not kept. One that is dropped before its end may still change the file at any later time, so nothing is
 //!   kept from then on.
-//! * Nothing is kept of a file that others may write to, because it was opened without a lock; and of no file for longer
-//!   than [`AGE_MAX_NS`], because others may ignore the lock, and some file systems have none.
+//! * Nothing is kept of a file that others may write to, because it was opened without a lock; and of no file for
+//!   longer than [`AGE_MAX_NS`], because others may ignore the lock, and some file systems have none.
 //! * At most [`AHEAD_MAX`] runs are kept.
 
 use std::cell::{Cell, RefCell};
@@ -113,8 +113,8 @@ impl Ahead {
         *self.runs.borrow_mut() = found.into();
     }
 
-    /// The first known runs in the bytes `at..end`, at most `max`; none if the first byte is not known at `now_ns`. What
-    /// lies before is dropped.
+    /// The first known runs in the bytes `at..end`, at most `max`; none if the first byte is not known at `now_ns`.
+    /// What lies before is dropped.
     pub(super) fn take(&self, now_ns: u64, at: u64, end: u64, max: usize) -> Vec<FileExtent> {
         let mut runs = self.runs.borrow_mut();
         if now_ns.saturating_sub(self.since_ns.get()) > AGE_MAX_NS {
