@@ -40,7 +40,9 @@ fn allowed(package: &str) -> &'static [&'static str] {
         }
         "tap-example" => &["tap-host", "tap-core", "tap-images"],
         "tap-ring" => &["tap-host", "tap-abi", "tap-core", "smallvec", "thiserror", "zerocopy"],
-        "tap-nbd" => &["tap-host", "tap-abi", "tap-core", "smallvec", "thiserror", "zerocopy"],
+        "tap-nbd" => {
+            &["tap-host", "tap-abi", "tap-core", "smallvec", "thiserror", "zerocopy", "futures-util"]
+        }
         "tap-xenbus" => &["tap-host", "tap-abi", "tap-core", "tap-ring", "thiserror"],
         "tap-programs" => &[
             "tap-host",
