@@ -188,7 +188,8 @@ impl<H: Log + Tasks + Probe> Slot<H> {
 
     /// Drains the slot, flushes it, and replaces the lower node with the one that `change` makes from it; returns the
     /// old node, which is not closed. Requests that arrive meanwhile wait. Dropping the future early leaves the old
-    /// node in place; what `change` asks of the nodes below must then end in a task.
+    /// node in place, and the slot runs again once a flush that was begun has ended; what `change` asks of the nodes
+    /// below must then end in a task.
     ///
     /// # Errors
     /// [`ExchangeError`]; the old node stays.
@@ -201,8 +202,8 @@ impl<H: Log + Tasks + Probe> Slot<H> {
     ) -> Result<Rc<dyn Node>, ExchangeError<E>> {
         let inner = &self.0;
         let turn = inner.turn.acquire().await;
-        let _turn = Some(turn).filter(|_| !inner.host.bug(&EXCHANGES_AT_ONCE));
-        let _changing = Changing::begin(inner);
+        let turn = Some(turn).filter(|_| !inner.host.bug(&EXCHANGES_AT_ONCE));
+        let mut running = (Changing::begin(Rc::clone(inner)), turn);
         loop {
             match inner.stage.get() {
                 Stage::Closing | Stage::Closed => return Err(ExchangeError::Closed),
@@ -212,17 +213,21 @@ impl<H: Log + Tasks + Probe> Slot<H> {
         }
         let old = inner.lower();
         if !inner.host.bug(&EXCHANGE_UNFLUSHED) {
-            // In a task, because the future of the exchange may be dropped.
-            let (task, flushed) = joined(old.submit(Request::flush()));
+            // In a task, because the future of the exchange may be dropped. The exchange then ends with the flush, so
+            // that the old node is not closed or paused beside it.
+            let flush = old.submit(Request::flush());
+            let (task, flushed) = joined(async move { (flush.await.result, running) });
             inner.host.spawn("flush of exchange", u64::from(inner.id.0), task);
             // The task ends without an answer only together with the process.
-            let result = flushed.await.map_or(Err(Errno::EIO), |response| response.result);
+            let result;
+            (result, running) = flushed.await.ok_or(ExchangeError::Flush(Errno::EIO))?;
             result.map_err(ExchangeError::Flush)?;
         }
         let new = change(Rc::clone(&old)).await.map_err(ExchangeError::Change)?;
         assert_eq!(new.info(), old.info(), "an exchange must keep the size and mode of the node");
         inner.host.mark(if inner.held.borrow().is_empty() { &EXCHANGED } else { &EXCHANGE_HELD });
         *inner.lower.borrow_mut() = new;
+        drop(running);
         Ok(old)
     }
 
@@ -283,17 +288,17 @@ impl<H: Log + Tasks + Probe> Slot<H> {
 }
 
 /// A running exchange; no requests are admitted until it is dropped.
-struct Changing<'a, H: Log + Probe>(&'a Inner<H>);
+struct Changing<H: Log + Probe>(Rc<Inner<H>>);
 
-impl<'a, H: Log + Probe> Changing<'a, H> {
-    fn begin(inner: &'a Inner<H>) -> Self {
+impl<H: Log + Probe> Changing<H> {
+    fn begin(inner: Rc<Inner<H>>) -> Self {
         inner.changing.set(true);
         inner.update();
         Self(inner)
     }
 }
 
-impl<H: Log + Probe> Drop for Changing<'_, H> {
+impl<H: Log + Probe> Drop for Changing<H> {
     fn drop(&mut self) {
         // A second panic here would abort the process.
         if !std::thread::panicking() {

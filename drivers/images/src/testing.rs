@@ -42,6 +42,7 @@ struct Inner {
     files: RefCell<BTreeMap<String, Rc<Store>>>,
     random: Cell<u64>,
     ops: Cell<u64>,
+    now_ns: Cell<u64>,
     stop_at: Cell<Option<u64>>,
     fault: Cell<Option<Fault>>,
     short: Cell<bool>,
@@ -107,6 +108,9 @@ impl World {
         world.0.random.set(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
         world.0.align.set(512);
         world
+    }
+    pub(crate) fn advance_ns(&self, by_ns: u64) {
+        self.0.now_ns.set(self.0.now_ns.get() + by_ns);
     }
     /// Drops the pages outside the process, and with them the record of failed synchronisations.
     pub(crate) fn forget_pages(&self) {
@@ -295,7 +299,7 @@ impl World {
 
 impl Time for World {
     fn now_ns(&self) -> u64 {
-        0
+        self.0.now_ns.get()
     }
     fn sleep_ns(&self, _: u64) -> impl Future<Output = ()> + 'static {
         self.yield_now()

@@ -237,6 +237,32 @@ fn block_status_tells_holes_and_is_bounded() {
     });
 }
 
+/// A client goes on where a status ended, which must suit its own block size.
+#[test]
+fn a_status_that_is_short_ends_with_a_page() {
+    world(1, false, |w| async move {
+        let disk = Disk::new(5 << 30);
+        w.serve(vec![export("disk", &disk)], ServerLimits::default()).await;
+        let mut raw = w.raw("client").await;
+        raw.hello().await;
+        raw.option(OPT_STRUCTURED_REPLY, b"").await;
+        raw.option(OPT_SET_META_CONTEXT, &meta("disk", &[BASE_ALLOCATION])).await;
+        raw.option(OPT_GO, &go("disk", &[])).await;
+        raw.structured = true;
+        for _ in 0..3 {
+            raw.replies().await;
+        }
+        for (offset, len, got) in
+            [(0, u32::MAX, u32::MAX - 4095), (4096, u32::MAX - 4095, u32::MAX - 4095), (0, 8192, 8192)]
+        {
+            raw.request(CMD_BLOCK_STATUS, 0, 4, offset, len, b"").await;
+            let reply = raw.answer(0).await;
+            let extent = StatusExtent { len: got.into(), state: 0.into() };
+            assert_eq!(&reply.data[4..], extent.as_bytes(), "{len} bytes at {offset}");
+        }
+    });
+}
+
 #[test]
 fn garbage_ends_one_connection_only() {
     world(1, false, |w| async move {

@@ -7,7 +7,7 @@ use std::cell::Cell;
 use std::rc::Rc;
 use tap_abi::nbd::*;
 use tap_core::Op;
-use tap_host::SectorRange;
+use tap_host::{Errno, SectorRange};
 use tap_nbd::ServerLimits;
 
 const MIB: usize = 1 << 20;
@@ -55,6 +55,42 @@ fn any_offset_and_length_is_served() {
             let trims = [(1, 1), (1, 2)].map(|(at, count)| (Op::Discard, SectorRange::new(at, count)));
             assert_eq!(*disk.seen.borrow(), trims);
             assert_eq!(marked(&w.kernel, "nbd-edge-awaited"), 0);
+        });
+    }
+}
+
+/// Zeros inside a sector take a read and a write, so they are not fast. Longer ones are as fast as their whole sectors,
+/// which come first: a refusal changes nothing.
+#[test]
+fn fast_zeros_without_a_whole_sector_are_refused_and_change_nothing() {
+    let bytes_of = |offset: u64, len: u32| offset as usize..offset as usize + len as usize;
+    for (offset, len, refused_by_disk, done) in [
+        (1, 100, false, false),
+        (300, 400, false, false),
+        (0, 511, false, false),
+        (1, 2000, true, false),
+        (512, 512, true, false),
+        (1, 2000, false, true),
+        (512, 512, false, true),
+    ] {
+        world(1, false, |w| async move {
+            let disk = Disk::new(MIB);
+            disk.bytes.borrow_mut().fill(7);
+            w.serve(vec![export("disk", &disk)], ServerLimits::default()).await;
+            let raw = w.client("client", "disk", false).await;
+            disk.fail.set(refused_by_disk.then_some(Errno::EOPNOTSUPP));
+            raw.request(CMD_WRITE_ZEROES, command::FAST_ZERO, 5, offset, len, b"").await;
+            let reply = raw.answer(0).await;
+            let error = if done { 0 } else { error::ENOTSUP };
+            assert_eq!((reply.cookie, reply.error), (5, error), "{len} bytes at {offset}");
+            let mut want = vec![7; MIB];
+            if done {
+                want[bytes_of(offset, len)].fill(0);
+            }
+            assert!(*disk.bytes.borrow() == want, "{len} bytes at {offset}");
+            let seen =
+                disk.seen.borrow().iter().filter(|(op, _)| *op == Op::Read || *op == Op::Write).count();
+            assert!(done || seen == 0, "{seen} requests for {len} bytes at {offset}");
         });
     }
 }

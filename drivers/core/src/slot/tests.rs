@@ -227,6 +227,28 @@ fn a_failed_or_dropped_exchange_leaves_the_old_node() {
 }
 
 #[test]
+fn an_exchange_that_is_dropped_ends_with_its_flush() {
+    let (pool, old) = (Pool::new(), Script::held());
+    let slot = slot(&pool, &old);
+    let dropped = exchange(&pool, &slot, Ok(&Script::default()));
+    assert_eq!(old.seen().last().map(|s| s.0), Some(Op::Flush));
+    pool.cancel(dropped.task);
+    let request = pool.start(slot.submit(write(1, 1)));
+    let paused = pause(&pool, &slot);
+    assert!(paused.get().is_none(), "the flush is in flight");
+    assert_eq!(old.seen().len(), 1, "the request waits for it");
+    slot.resume().unwrap();
+    pool.run();
+    assert_eq!(paused.take(), Some(Err(Errno::EINTR)));
+    let closed = pool.start(slot.close());
+    assert_eq!(request.take().unwrap().result, Err(Errno::ESHUTDOWN));
+    assert!(closed.get().is_none() && old.times_closed() == 0, "the flush is in flight");
+    old.release();
+    pool.run();
+    assert_eq!((closed.take(), old.times_closed(), old.seen().len()), (Some(Ok(())), 1, 1));
+}
+
+#[test]
 fn a_paused_slot_stays_paused_after_an_exchange_and_resume_waits_for_one() {
     let (pool, old, new) = (Pool::new(), Script::default(), Script::default());
     let slot = slot(&pool, &old);

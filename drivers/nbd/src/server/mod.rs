@@ -452,7 +452,7 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
             if own.open.borrow().is_empty() {
                 own.idle.set();
             }
-            // Who has not chosen an export is not a client yet.
+            // A connection that has not chosen an export is not a client yet.
             let none = own.open.borrow().len() == own.negotiating.borrow().len();
             if own.chosen.get() && (none || own.host.bug(&NBD_LAST_IS_FIRST)) {
                 own.left.set();

@@ -5,7 +5,7 @@ use kernel_model::Kernel;
 use smallvec::smallvec;
 use std::rc::Rc;
 use tap_core::{Node, Request, ZeroFlags};
-use tap_host::{Errno, IoBuf, IoVec, SectorRange, VbdId};
+use tap_host::{Errno, IoBuf, IoVec, SectorRange, SocketAddress, Sockets, VbdId};
 use tap_images::Formats;
 use tap_programs::disk::{DiskOptions, open_disk};
 
@@ -73,12 +73,16 @@ fn a_server_may_end_with_its_last_client() {
         assert!(client(&kernel, "other").await.is_err());
         sim.sleep_ns(1_000_000_000).await;
         let (first, last) = (client(&kernel, "").await.unwrap(), client(&kernel, "").await.unwrap());
+        // One that never chooses is not waited for.
+        let silent =
+            kernel.process("silent", 0).connect(&SocketAddress::Unix("/run/s".into())).await.unwrap();
         first.close().await.unwrap();
         sim.sleep_ns(1_000_000_000).await;
         assert_eq!(last.submit(Request::write(SectorRange::new(0, 1), bytes(7, 1))).await.result, Ok(()));
         last.close().await.unwrap();
         sim.sleep_ns(1_000_000_000).await;
         assert_eq!(*daemon.status.borrow(), Some(0));
+        drop(silent);
         kernel.storage().power_cut();
         assert_eq!(kernel.storage().bytes("/a").unwrap()[..513], [&[7; 512][..], &[1]].concat());
     });

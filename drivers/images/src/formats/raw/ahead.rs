@@ -34,7 +34,7 @@ const AHEAD_MIN: usize = 16;
 pub(super) const AHEAD_MAX: usize = 1024;
 
 /// How long runs are kept, in nanoseconds.
-const AGE_MAX_NS: u64 = 1_000_000_000;
+pub(super) const AGE_MAX_NS: u64 = 1_000_000_000;
 
 /// The runs of a file that are known.
 pub(super) struct Ahead {

@@ -390,6 +390,24 @@ fn a_write_is_seen_by_the_next_query_for_extents() {
 }
 
 #[test]
+fn what_is_known_ahead_is_forgotten_after_a_second() {
+    let world = World::new(1);
+    world.put("/disk", (0..16).flat_map(|sector| [sector % 2 * 7; 512]).collect());
+    let raw = open(&world, false, false).unwrap();
+    for (sector, wait_ns, looks) in [
+        (0, 0, 1),
+        (1, ahead::AGE_MAX_NS, 1),
+        (2, 1, 2),
+        (3, ahead::AGE_MAX_NS, 2),
+        (4, ahead::AGE_MAX_NS, 3),
+    ] {
+        world.advance_ns(wait_ns);
+        let found = world.block_on(raw.extents(SectorRange::new(sector, 1), 1)).unwrap();
+        assert_eq!((found[0].zero, world.looks("/disk")), (sector % 2 == 0, looks), "sector {sector}");
+    }
+}
+
+#[test]
 fn nothing_is_known_ahead_after_a_write_was_dropped() {
     let world = World::new(1);
     world.put("/disk", vec![0; 64 * 512]);
