@@ -1,7 +1,8 @@
 //! Decisions in words.
 
 use crate::guest::{
-    KEYS, NBD_LIE, NBD_TRICK, TRICK, describe_keys, describe_nbd_lie, describe_nbd_trick, describe_trick,
+    KEYS, NBD_GREETING, NBD_LIE, NBD_TRICK, TRICK, describe_greeting, describe_keys, describe_nbd_lie,
+    describe_nbd_trick, describe_trick,
 };
 use crate::workload::{OP, Op};
 use crate::world::SETTING;
@@ -32,6 +33,8 @@ pub fn decision(key: &Key, d: &Decision) -> String {
         format!("message {}: {}", key.attempt, describe_nbd_trick(d.value))
     } else if is(&NBD_LIE) {
         format!("answer {} is wrong: {}", key.attempt, describe_nbd_lie(d.value))
+    } else if is(&NBD_GREETING) {
+        format!("greeting {} is wrong: {}", key.attempt, describe_greeting(d.value))
     } else if is(&KEYS) {
         describe_keys(d.value).into()
     } else {

@@ -173,8 +173,8 @@ impl Machine {
     /// Adds `disk` to the disks of the machine.
     pub(crate) fn add(&self, disk: &Attached) {
         self.disks.borrow_mut().push(disk.clone());
-        // On the command line, the program decides whether it is opened read-only; in xenstore, the toolstack does.
-        let read_only = self.limits.read_only || self.watching && disk.read_only;
+        // The program or the toolstack decides it.
+        let read_only = self.limits.read_only || disk.read_only;
         self.setups.borrow_mut().push((disk.setup.clone(), read_only));
     }
 

@@ -484,7 +484,9 @@ fn exports_are_checked() {
         assert_eq!(new(vec![]), Some(ExportError::None));
         assert_eq!(new(vec![export("a", &disk), export("a", &disk)]), Some(ExportError::Twice("a".into())));
         let long = "x".repeat(4097);
-        assert_eq!(new(vec![export(&long, &disk)]), Some(ExportError::TooLong(long)));
+        assert_eq!(new(vec![export(&long, &disk)]), Some(ExportError::TooLong(long.clone())));
+        let wordy = Export { description: long, ..export("a", &disk) };
+        assert_eq!(new(vec![wordy]), Some(ExportError::TooLong("a".into())));
         assert_eq!(new(vec![export("a", &disk)]), None);
     });
 }

@@ -42,7 +42,7 @@ pub use tuning::Tuning;
 
 tap_host::listed! {
     /// The seeded bugs of this crate.
-    pub BUGS: Bug with [img::BUGS];
+    pub BUGS: Bug with [img::BUGS, xen::BUGS];
 }
 
 tap_host::listed! {

@@ -26,9 +26,14 @@ use tap_core::{Disks, Listed, Node, wait};
 use tap_host::{Budget, DomId, Errno, VbdId};
 use tap_images::Formats;
 use tap_xenbus::{
-    Backend, BackendConfig, BackendEnd, BackendError, Device, DeviceFilter, Hotplug, XenHost, lead,
-    patiently, supervise,
+    Backend, BackendConfig, BackendEnd, BackendError, Device, DeviceFilter, Hotplug, XenHost, is_read_only,
+    lead, patiently, supervise,
 };
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    MODE_UNREAD = "mode-unread", "the image of a disk that the toolstack made read-only is opened for writing";
+}
 
 tap_host::listed! {
     pub(super) MARKS: Mark;
@@ -184,7 +189,7 @@ impl<H: GuestHost> Shared<H> {
             let path = format!("{root}/{}/{}", disk.dom.0, disk.vbd.0);
             let config = self.config(&path, disk.dom, disk.vbd, Hotplug::Write);
             let place = Place::default();
-            let open = || self.open(&config, &disk.spec, !self.args.images.read_only, &place);
+            let open = || self.open(&config, &disk.spec, &place);
             let (host, leave) = (self.host.clone(), Rc::clone(&self.leave));
             let end = Backend::run(host, config.clone(), open, leave).await;
             self.leave_if_deaf(&end);
@@ -199,7 +204,6 @@ impl<H: GuestHost> Shared<H> {
         &self,
         config: &BackendConfig,
         spec: &DiskSpec,
-        write: bool,
         place: &Place<H>,
     ) -> Result<Rc<dyn Node>, String> {
         let path = &config.backend_path;
@@ -210,6 +214,9 @@ impl<H: GuestHost> Shared<H> {
             }
             Err(error) => return Err(format!("read {path}/frontend in xenstore: {error}")),
         }
+        // Opening for writing locks the image for others, and may write.
+        let read_only = is_read_only(&self.host, path).await.map_err(|error| error.to_string())?;
+        let write = !self.args.images.read_only && (!read_only || self.host.bug(&MODE_UNREAD));
         place.take();
         let name = name(config);
         let mut listed = self.disks.reserve(&name).map_err(|error| error.to_string())?;
@@ -266,9 +273,8 @@ impl<H: GuestHost> Shared<H> {
     async fn serve_device(&self, device: Device) {
         let config = self.config(&device.path, device.dom, device.vbd, Hotplug::Wait);
         self.host.mark(&VBD_FOUND);
-        let write = !(device.read_only || self.args.images.read_only);
         let place = Place::default();
-        let open = async || self.open(&config, &named(&device.params)?, write, &place).await;
+        let open = async || self.open(&config, &named(&device.params)?, &place).await;
         // The failure of one disk of many does not fail the process.
         let tell = |why: &str| {
             self.host.mark(&VBD_REFUSED);

@@ -42,9 +42,16 @@ pub(crate) fn known(value: Result<Vec<u8>, Errno>, most: usize) -> Result<Option
     }
 }
 
-/// What `mode` says: a disk that is not clearly writable is read-only.
-pub(crate) fn is_read_only(mode: Option<&[u8]>) -> bool {
-    mode.is_some_and(|mode| !mode.starts_with(b"w"))
+/// Whether the toolstack wants the vbd at `backend_path` to be read-only: if its `mode` does not begin with `w`. One
+/// without that key is writable.
+///
+/// # Errors
+/// [`BackendError::Store`].
+pub async fn is_read_only<H: Xenstore + Time + Probe>(
+    host: &H,
+    backend_path: &str,
+) -> Result<bool, BackendError> {
+    Ok(read(host, backend_path, "mode").await?.is_some_and(|mode| !mode.starts_with(b"w")))
 }
 
 /// What `online` says: whether the toolstack wants the device gone once it is closed.

@@ -45,6 +45,7 @@ mod states;
 mod supervise;
 
 pub use config::{BackendConfig, BackendEnd, BackendError, Hotplug, XenHost};
+pub use keys::is_read_only;
 pub use lead::lead;
 pub use machine::Backend;
 pub use patience::patiently;

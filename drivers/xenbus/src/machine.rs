@@ -377,9 +377,9 @@ impl<H: XenHost> Backend<H> {
     }
 
     async fn read_only(&self) -> Result<bool, BackendError> {
-        let mode = keys::read(&self.host, &self.config.backend_path, "mode").await?;
+        let toolstack_wants = keys::is_read_only(&self.host, &self.config.backend_path).await?;
         let node_is = self.node.info().read_only && !self.host.bug(&READ_ONLY_UNTOLD);
-        Ok(node_is || keys::is_read_only(mode.as_deref()))
+        Ok(node_is || toolstack_wants)
     }
 
     async fn connect(&mut self) -> Result<(), BackendError> {

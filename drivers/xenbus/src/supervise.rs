@@ -42,8 +42,6 @@ pub struct Device {
     pub path: StorePath,
     /// What the toolstack says about the image; any text.
     pub params: String,
-    /// The guest may not write.
-    pub read_only: bool,
 }
 
 /// Which devices are served.
@@ -247,14 +245,8 @@ async fn look_in(
         return Ok(None);
     }
     let params = read("params", MAX_PARAMS_BYTES).await?.unwrap_or_default();
-    let mode = read("mode", short).await?;
-    let device = Device {
-        dom,
-        vbd,
-        path: path.to_owned(),
-        params: String::from_utf8_lossy(&params).into_owned(),
-        read_only: keys::is_read_only(mode.as_deref()),
-    };
+    let params = String::from_utf8_lossy(&params).into_owned();
+    let device = Device { dom, vbd, path: path.to_owned(), params };
     Ok(Some((device, state)))
 }
 

@@ -98,7 +98,8 @@ fn make(world: &World, model: &dyn FormatModel, metadata: &dyn Metadata) -> (Vec
     clusters.dedup_by_key(|c| c.0);
     let backing = overlay.then(|| "below.raw".to_owned());
     let size = DISK_BYTES;
-    let shape = ImageShape { cluster_bits, table_bits, size, backing, clusters, writer: 1001 };
+    let shape =
+        ImageShape { cluster_bits, table_bits, size, backing, clusters, writer: 1001, extended: false };
     let below: Vec<u8> = (0..DISK_BYTES / 8192).flat_map(|i| layer_cluster(1000, i, 4096)).collect();
     (model.make(&shape, &mut PageMap::default()), below, shape)
 }

@@ -62,7 +62,8 @@ impl Setup {
         }
         let backing = overlay.then_some(base_name);
         let size = size_bytes;
-        let shape = ImageShape { cluster_bits, table_bits, size, backing, clusters, writer: 1001 };
+        let extended = metadata.extends() && world.setting("extended-header", &[false, true]);
+        let shape = ImageShape { cluster_bits, table_bits, size, backing, clusters, writer: 1001, extended };
         let file = model.make(&shape, &mut view);
         if let Some((path, bytes)) = &base {
             world.storage.put_bytes(path, bytes);
@@ -125,6 +126,7 @@ impl Setup {
             backing: None,
             clusters: (0..clusters).map(|cluster| (cluster, Stored::Plain)).collect(),
             writer: 1002,
+            extended: false,
         };
         let mut view = PageMap::default();
         let file = kind.model.make(&shape, &mut view);

@@ -65,6 +65,7 @@ pub(super) fn put_used(world: &World, spec: &ImageSpec, size_bytes: u64) -> Vec<
         backing: None,
         clusters: (0..size_bytes.div_ceil(1 << cluster_bits)).map(|c| (c, Stored::Plain)).collect(),
         writer: 1003,
+        extended: false,
     };
     let mut view = PageMap::default();
     world.storage.put_bytes(&spec.path, &model.make(&shape, &mut view));

@@ -35,6 +35,8 @@ pub enum Invariant {
     Q3,
     /// Order of writes of metadata.
     Q5,
+    /// Checksums in images.
+    Q6,
     /// A parent never changes.
     C1,
     /// Files in use are locked.
@@ -49,6 +51,8 @@ pub enum Invariant {
     N2,
     /// What an NBD client asks of a server.
     N3,
+    /// What an NBD client refuses.
+    N4,
     /// Pauses and closes of a disk.
     D1,
     /// What layers ask of each other.
@@ -85,7 +89,7 @@ pub enum Invariant {
 
 impl Invariant {
     /// All of them.
-    pub const ALL: [Invariant; 39] = [
+    pub const ALL: [Invariant; 41] = [
         Self::G1,
         Self::G7,
         Self::G9,
@@ -102,6 +106,7 @@ impl Invariant {
         Self::Q2,
         Self::Q3,
         Self::Q5,
+        Self::Q6,
         Self::C1,
         Self::C2,
         Self::H1,
@@ -109,6 +114,7 @@ impl Invariant {
         Self::N1,
         Self::N2,
         Self::N3,
+        Self::N4,
         Self::D1,
         Self::D2,
         Self::D3,
@@ -150,6 +156,7 @@ impl Invariant {
             }
             Self::Q3 => "every compressed cluster lies in the file and inflates to a whole cluster",
             Self::Q5 => "an L2 table is on the medium before the L1 entry that names it",
+            Self::Q6 => "a checksum in an image is right or cleared",
             Self::C1 => "a backing file never changes",
             Self::C2 => "an image in use is locked for others, and each file below it for writers",
             Self::H1 => "malformed requests are refused, and a ring that cannot be trusted is closed",
@@ -157,6 +164,7 @@ impl Invariant {
             Self::N1 => "an NBD connection breaks only where one of its ends dies or misbehaves",
             Self::N2 => "every answer of an NBD server follows the protocol and is true of its disk",
             Self::N3 => "an NBD client asks only for what the server offers and its caller needs",
+            Self::N4 => "an NBD client takes an export exactly if it can use it",
             Self::D1 => "a paused disk does nothing, and a closed one accepts nothing",
             Self::D2 => {
                 "a layer receives only requests that its contract permits, and is closed once, when idle"

@@ -19,6 +19,11 @@ pub trait Metadata: Sync {
     /// Whether clusters may be compressed.
     fn compresses(&self) -> bool;
 
+    /// Whether some programs extend the header, with a checksum that others do not maintain.
+    fn extends(&self) -> bool {
+        false
+    }
+
     /// Alignment in bytes up to which the space in front of all clusters may be filled.
     fn front_align_bytes(&self) -> u64;
 

@@ -200,6 +200,8 @@ pub struct ImageShape {
     pub clusters: Vec<(u64, Stored)>,
     /// Writer's number in their tags.
     pub writer: u32,
+    /// With the extension of the header: see [`Metadata::extends`].
+    pub extended: bool,
 }
 
 /// Bytes of one cluster of layer `writer`, in which every sector is tagged as write 0.
@@ -234,6 +236,7 @@ mod tests {
                 backing: has_backing.then(|| "base.raw".into()),
                 clusters: vec![(0, Stored::Plain), (3, odd), (70, odd), (90, Stored::Plain)],
                 writer: 7,
+                extended: bits == 12 && model.metadata().is_some_and(Metadata::extends),
             };
             let mut view = PageMap::default();
             let file = model.make(&shape, &mut view);

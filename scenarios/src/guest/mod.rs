@@ -1,6 +1,7 @@
 //! Guests: what they do to a disk, and the history that they keep of it.
 
 mod direct;
+mod greeting;
 mod hostile;
 mod lying;
 mod nbd;
@@ -11,6 +12,7 @@ mod ring;
 mod speaker;
 
 pub use direct::DirectDisk;
+pub use greeting::{NBD_GREETING, describe_greeting, draw_greeting, greet, is_wrong};
 pub use hostile::{
     FLOOD, HONEST_SECTORS, Hostile, KEYS, SCRIBBLE, TOGETHER, TRICK, describe_keys, describe_trick,
 };

@@ -52,7 +52,7 @@ impl Question {
         Self { option, data, before, last }
     }
 
-    const ALL: [Self; 20] = [
+    const ALL: [Self; 21] = [
         Self::new(OPT_INFO, Data::Named(&[0, 0]), (REP_INFO, 2), REP_ACK),
         Self::new(OPT_INFO, Data::Odd, NONE, REP_ERR_INVALID),
         Self::new(OPT_INFO, Data::Unknown(&[0, 0]), NONE, REP_ERR_UNKNOWN),
@@ -75,6 +75,8 @@ impl Question {
         Self::new(OPT_LIST_META_CONTEXT, Data::Queries(&["other:", "base:alloc"]), NONE, REP_ACK),
         Self::new(OPT_EXTENDED_HEADERS, Data::Odd, NONE, REP_ERR_INVALID),
         Self::new(OPT_LIST_META_CONTEXT, Data::Queries(&["qemu:"]), (REP_META_CONTEXT, 1), REP_ACK),
+        // Also its name and its description.
+        Self::new(OPT_INFO, Data::Named(&[0, 2, 0, 1, 0, 2]), (REP_INFO, 4), REP_ACK),
     ];
 }
 

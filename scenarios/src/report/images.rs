@@ -310,6 +310,7 @@ mod tests {
             backing: None,
             clusters: vec![(0, Stored::Plain), (7, Stored::Plain)],
             writer: 1,
+            extended: false,
         };
         content_of(&Kind::mapped(false).model.make(&shape, &mut PageMap::default()))
     }

@@ -167,12 +167,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
 
     /// Answers a request.
     pub(super) fn finish(&self, cookie: u64, result: Result<(), Errno>) {
-        let mut all = self.pending.borrow_mut();
-        let Some(pending) = all.remove(&cookie) else { return };
-        if all.is_empty() {
-            self.busy.clear();
-        }
-        drop(all);
+        let Some(pending) = self.pending.borrow_mut().remove(&cookie) else { return };
         let call = pending.call;
         if result.is_ok() && call.is_write() && call.flags & tap_abi::nbd::command::FUA == 0 {
             self.answered.set(self.answered.get() + 1);
@@ -197,6 +192,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         loop {
             let oldest = self.pending.borrow().values().map(|p| p.call.sent_ns).min();
             let Some(sent_ns) = oldest else {
+                self.busy.clear();
                 self.busy.wait().await;
                 continue;
             };

@@ -46,6 +46,7 @@ use negotiate::{Memory, Terms, negotiate};
 use smallvec::SmallVec;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::future::pending;
 use std::rc::Rc;
 use tap_abi::nbd::{
     CMD_BLOCK_STATUS, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, STATE_HOLE, STATE_ZERO,
@@ -59,9 +60,11 @@ use tap_host::{
 };
 
 tap_host::listed! {
-    pub(super) BUGS: Bug with [drive::BUGS, link::BUGS];
+    pub(super) BUGS: Bug with [drive::BUGS, link::BUGS, negotiate::BUGS];
     NBD_INLET_ANEW = "nbd-inlet-anew",
         "an NBD client that reconnects asks for memory that the requests waiting for it may hold";
+    NBD_GREETING_AWAITED = "nbd-greeting-awaited",
+        "an NBD client waits for ever for a server that does not greet it";
     NBD_FLUSH_AFTER_BREAK = "nbd-flush-after-break",
         "a flush succeeds although the connection broke between it and a write that was answered";
     NBD_CLOSED_CONNECTS = "nbd-closed-connects",
@@ -177,7 +180,7 @@ struct Inner<H: Sockets> {
     link: RefCell<Option<Rc<Link<H::Stream>>>>,
     /// Unanswered requests, sent or not.
     pending: RefCell<BTreeMap<u64, Pending>>,
-    /// Set while there are any.
+    /// Set when there is one more.
     busy: Flag,
     next: Cell<u64>,
     permits: Semaphore,
@@ -298,11 +301,13 @@ where
     H: Sockets + Time + Probe,
 {
     let address = &config.address;
-    let patience = host.sleep_ns(config.connect_ns);
+    let patience = async {
+        if host.bug(&NBD_GREETING_AWAITED) { pending().await } else { host.sleep_ns(config.connect_ns).await }
+    };
     let attempt = async {
         let stream = host.connect(address).await.map_err(|e| ClientError::Connect(address.clone(), e))?;
         let anew = if host.bug(&NBD_INLET_ANEW) { Some(Memory::of(config)?) } else { None };
-        let (terms, inlet) = negotiate(&stream, config, anew.as_ref().unwrap_or(memory)).await?;
+        let (terms, inlet) = negotiate(host, &stream, config, anew.as_ref().unwrap_or(memory)).await?;
         Ok((terms, stream, inlet))
     };
     let late = || ClientError::Negotiation(address.clone(), "it took too long");

@@ -10,9 +10,15 @@ use tap_abi::nbd::{
     OPT_STRUCTURED_REPLY, OPTION_MAGIC, OPTION_REPLY_MAGIC, OptionHeader, OptionReply, REP_ACK,
     REP_ERR_UNSUP, REP_ERROR, REP_INFO, REP_META_CONTEXT, STRING_BYTES_MAX, export, handshake,
 };
-use tap_host::{Errno, SECTOR_BYTES, SendList, Stage, Stream, cost_of};
+use tap_host::{Errno, Probe, SECTOR_BYTES, SendList, Stage, Stream, cost_of};
 use zerocopy::byteorder::big_endian::U32;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    NBD_BLOCKS_IGNORED = "nbd-blocks-ignored",
+        "an NBD client takes an export whose blocks are larger than its own";
+}
 
 /// What a server offers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -75,7 +81,8 @@ impl From<End> for Stop {
     }
 }
 
-struct Talk<'a, S> {
+struct Talk<'a, S, P> {
+    host: &'a P,
     stream: &'a S,
     inlet: Inlet<S>,
     /// Never set: a timeout drops the whole negotiation.
@@ -105,6 +112,7 @@ impl Memory {
 
 /// Agrees with the server at the other end of `stream` about the export.
 pub(super) async fn negotiate<S: Stream>(
+    host: &impl Probe,
     stream: &S,
     config: &ClientConfig,
     memory: &Memory,
@@ -113,7 +121,7 @@ pub(super) async fn negotiate<S: Stream>(
     let short = || ClientError::Memory(config.address.clone());
     let mut inlet = Inlet::new(stream.clone(), RECEIVE_BYTES_MIN, &memory.inlets).ok_or_else(short)?;
     inlet.grow(receive_bytes, &memory.spare);
-    let mut talk = Talk { stream, inlet, stop: StopSignal::default() };
+    let mut talk = Talk { host, stream, inlet, stop: StopSignal::default() };
     match talk.run(&config.export).await {
         Ok(terms) => Ok((terms, talk.inlet)),
         Err(Stop::Broken(why)) => Err(ClientError::Negotiation(config.address.clone(), why)),
@@ -125,7 +133,7 @@ pub(super) async fn negotiate<S: Stream>(
 
 const NOT_NBD: Stop = Stop::Broken("it does not speak the new style of NBD");
 
-impl<S: Stream> Talk<'_, S> {
+impl<S: Stream, P: Probe> Talk<'_, S, P> {
     async fn run(&mut self, name: &str) -> Result<Terms, Stop> {
         if name.len() > STRING_BYTES_MAX {
             return Err(Stop::Refused("no export has a name of more than 4096 bytes".into()));
@@ -197,7 +205,7 @@ impl<S: Stream> Talk<'_, S> {
                     } else if let Ok((sizes, _)) = InfoBlockSize::read_from_prefix(&data)
                         && sizes.kind.get() == INFO_BLOCK_SIZE
                     {
-                        if sizes.minimum.get() > SECTOR_BYTES as u32 {
+                        if sizes.minimum.get() > SECTOR_BYTES as u32 && !self.host.bug(&NBD_BLOCKS_IGNORED) {
                             return Err(Stop::Refused("it wants blocks of more than 512 bytes".into()));
                         }
                         request_bytes = request_bytes.min(sizes.maximum.get());

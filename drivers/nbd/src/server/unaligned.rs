@@ -59,7 +59,7 @@ impl Parts {
         if count == 1 {
             return Self { head: SECTOR - skip - cut, middle: SectorRange::new(start, 0), tail: 0 };
         }
-        let (head, tail) = (if skip > 0 { SECTOR - skip } else { 0 }, if cut > 0 { SECTOR - cut } else { 0 });
+        let (head, tail) = ((SECTOR - skip) % SECTOR, (SECTOR - cut) % SECTOR);
         let edges = u32::from(head > 0) + u32::from(tail > 0);
         Self { head, middle: SectorRange::new(start + u64::from(head > 0), count - edges), tail }
     }

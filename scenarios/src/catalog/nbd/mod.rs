@@ -8,6 +8,7 @@
 mod bytes;
 mod crowd;
 mod every;
+mod greeting;
 mod lying;
 mod modest;
 mod plan;
@@ -17,6 +18,7 @@ mod status;
 pub use bytes::{BYTES_STEP, NBD_BYTES};
 pub use crowd::{CROWD, NBD_CROWD};
 pub use every::{NBD_EVERY_COMMAND, NBD_SERVER_STOPPED, STOP_AFTER};
+pub use greeting::NBD_WRONG_GREETING;
 pub use lying::NBD_HOSTILE_SERVER;
 pub use modest::NBD_MODEST_SERVER;
 pub use refused::NBD_SERVE_REFUSED;

@@ -80,6 +80,7 @@ impl Disk {
             backing: base.as_ref().map(|_| BASE.to_owned()),
             clusters,
             writer: 1001,
+            extended: false,
         };
         let file = kind.model.make(&shape, &mut view);
         let path = path(&format!("source.{}", kind.model.format()));

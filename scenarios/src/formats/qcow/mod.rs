@@ -52,6 +52,10 @@ impl Metadata for Qcow {
         true
     }
 
+    fn extends(&self) -> bool {
+        true
+    }
+
     fn front_align_bytes(&self) -> u64 {
         4096
     }
@@ -108,15 +112,16 @@ fn make(shape: &ImageShape, view: &mut PageMap) -> Vec<u8> {
     let clusters = shape.size.div_ceil(cluster_bytes as u64);
     let l1_entries = clusters.div_ceil(1 << shape.table_bits) as usize;
     let name = shape.backing.as_deref().unwrap_or_default().as_bytes();
-    let l1_offset = (48 + name.len()).next_multiple_of(8);
+    let head = if shape.extended { 64 } else { 48 };
+    let l1_offset = (head + name.len()).next_multiple_of(if shape.extended { 4096 } else { 8 });
     let align = |n: usize| n.next_multiple_of(cluster_bytes);
     let mut file = vec![0; align(l1_offset + l1_entries * 8)];
     file[0..4].copy_from_slice(b"QFI\xfb");
     file[7] = 1;
     if !name.is_empty() {
-        file[8..16].copy_from_slice(&48_u64.to_be_bytes());
+        file[8..16].copy_from_slice(&(head as u64).to_be_bytes());
         file[16..20].copy_from_slice(&(name.len() as u32).to_be_bytes());
-        file[48..48 + name.len()].copy_from_slice(name);
+        file[head..head + name.len()].copy_from_slice(name);
     }
     file[24..32].copy_from_slice(&shape.size.to_be_bytes());
     file[32] = shape.cluster_bits as u8;
@@ -153,5 +158,21 @@ fn make(shape: &ImageShape, view: &mut PageMap) -> Vec<u8> {
         file[at..at + 8].copy_from_slice(&entry.to_be_bytes());
     }
     file.resize(align(file.len()), 0);
+    if shape.extended {
+        let sum = checksum(&file[l1_offset..l1_offset + l1_entries * 8]);
+        // The file is sparse, and the L1 table big endian.
+        for (at, value) in [(48, XEN_MAGIC), (52, sum), (56, 8), (60, 3)] {
+            file[at..at + 4].copy_from_slice(&value.to_be_bytes());
+        }
+    }
     file
+}
+
+/// "XEN\xfb", in the extended header of Xen's own tapdisk.
+const XEN_MAGIC: u32 = 0x5845_4efb;
+
+/// The checksum of an L1 table, never 0. Xen's tapdisk takes the first bytes of the MD5: no program under test computes
+/// it, so another function does.
+fn checksum(table: &[u8]) -> u32 {
+    table.iter().fold(0x811c_9dc5, |sum: u32, byte| (sum ^ u32::from(*byte)).wrapping_mul(0x0100_0193)) | 1
 }

@@ -6,6 +6,7 @@
 //! Layout (big endian): header of 48 bytes, L1 table of u64 file offsets, L2 tables of 2^l2_bits entries; bit 63 of an
 //! entry marks a compressed cluster, whose size in bytes is in the bits from (63 - cluster_bits) on.
 
+use super::{XEN_MAGIC, checksum};
 use crate::check::{Invariant, Oracle, is_broken};
 use crate::formats::owners::{Owners, be_words, broken};
 use crate::formats::{Broken, COMPRESSED, ImageMap};
@@ -84,6 +85,7 @@ pub(super) fn walk(content: &Content) -> Result<ImageMap, Broken> {
     }
     let mut table = vec![0; (l1_entries * 8) as usize];
     content.pages.read(map.root_at, &mut table);
+    check_sum(content, &map, &table)?;
     map.tables = be_words(&table).collect();
     map.entries = vec![0; clusters as usize];
     let mut table = vec![0; 8 << l2_bits];
@@ -94,6 +96,21 @@ pub(super) fn walk(content: &Content) -> Result<ImageMap, Broken> {
     }
     owners.finish(content, &mut map)?;
     Ok(map)
+}
+
+/// The checksum in Xen's extended header, if there is one: right, or cleared.
+fn check_sum(content: &Content, map: &ImageMap, table: &[u8]) -> Result<(), Broken> {
+    let mut words = [0; 8];
+    content.pages.read(HEADER_BYTES, &mut words);
+    let word = |at: usize| u32::from_be_bytes(words[at..at + 4].try_into().expect("four bytes"));
+    let extended = word(0) == XEN_MAGIC && map.root_at.is_multiple_of(4096);
+    if extended && word(4) != 0 && word(4) != checksum(table) {
+        return broken(
+            Invariant::Q6,
+            "the checksum in the extended header is that of an older L1 table".into(),
+        );
+    }
+    Ok(())
 }
 
 fn walk_l2(

@@ -24,7 +24,7 @@ use std::rc::Rc;
 use tap_core::{LocalBoxFuture, Node};
 
 tap_host::listed! {
-    pub(crate) BUGS: Bug with [create::BUGS];
+    pub(crate) BUGS: Bug with [create::BUGS, open::BUGS];
 }
 
 /// The format.

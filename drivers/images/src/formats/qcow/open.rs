@@ -7,6 +7,12 @@ use crate::map::{self, HostOffset, decode_entries};
 use crate::{ImageError, ImageHost, OpenImage, OpenOptions};
 use tap_host::Errno;
 
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    CHECKSUM_KEPT = "checksum-kept",
+        "the checksum of Xen's extended header stays although the L1 table changes";
+}
+
 /// Bytes of the first read: the header, the backing file's name and the L1 table of most images.
 const HEAD_BYTES: u64 = 8192;
 
@@ -99,6 +105,7 @@ pub(super) async fn open<H: ImageHost>(host: &H, image: &OpenImage<H>) -> Result
     };
     let xen = front.header.xen.filter(|_| options.write);
     let image = front.into_map().survey(host, image).await?;
+    let xen = xen.filter(|_| !host.bug(&CHECKSUM_KEPT));
     clear_checksum(image.file(), xen).await.map_err(ImageError::io("clear the checksum of", path))?;
     Ok(image.into_disk(host, backing))
 }
