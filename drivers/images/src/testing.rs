@@ -46,7 +46,8 @@ struct Inner {
     stop_at: Cell<Option<u64>>,
     fault: Cell<Option<Fault>>,
     short: Cell<bool>,
-    no_zeroing: Cell<bool>,
+    /// Zeros in place fail with this, without an effect.
+    zeroing_fails: Cell<Option<Errno>>,
     shuffle: Cell<bool>,
     align: Cell<u32>,
     pages: RefCell<BTreeMap<String, MemPage>>,
@@ -142,7 +143,10 @@ impl World {
         self.0.owned.set(tries);
     }
     pub(crate) fn refuse_zeroing(&self) {
-        self.0.no_zeroing.set(true);
+        self.fail_zeroing(Errno::EOPNOTSUPP);
+    }
+    pub(crate) fn fail_zeroing(&self, error: Errno) {
+        self.0.zeroing_fails.set(Some(error));
     }
     pub(crate) fn switch_on(&self, bug: &str) {
         let bug = Bug::find(crate::BUGS, bug).expect("a bug of this crate");
@@ -528,8 +532,8 @@ impl File for MemFile {
         let handle = Rc::clone(&self.0);
         async move {
             assert!(handle.mode.write, "zeros in a file opened for reading");
-            if handle.world.0.no_zeroing.get() {
-                return Err(Errno::EOPNOTSUPP);
+            if let Some(error) = handle.world.0.zeroing_fails.get() {
+                return Err(error);
             }
             let fault = handle.world.operation().await;
             let end = (offset + len).min(handle.store.now.borrow().len() as u64);

@@ -91,8 +91,8 @@ where
             req_cons: Cell::new(req_cons),
             rsp_prod: Cell::new(rsp_prod),
             in_flight: Cell::new(0),
-            // An index that will not come soon: the event index is written at the first sleep.
-            armed: Cell::new(req_cons.wrapping_sub(1)),
+            // Those to come are greater: the event index is written at the first sleep.
+            armed: Cell::new(req_cons),
             taken: Cell::new(0),
             free_slots: RefCell::new((0..LAYOUT.entries as u8).rev().collect()),
             resumed: RefCell::default(),

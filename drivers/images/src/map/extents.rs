@@ -50,7 +50,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         for (index, start, len) in self.by_table(GuestOffset(range.start.0 * SECTOR_BYTES), range.len_bytes())
         {
             if tables == TABLES_MAX {
-                break;
+                return Ok(out);
             }
             let table = self.table(index).await?;
             tables += usize::from(table.is_some());

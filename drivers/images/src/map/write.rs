@@ -124,9 +124,6 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         let _kept = OptionFuture::from(self.host.bug(&TABLE_KEPT).then_some(self.table_or_new(index))).await;
         let (mut from, end) = (start, start + len as u64);
         while from < end {
-            if from > start {
-                self.host.yield_now().await;
-            }
             // The table is held for one part at a time, since others may wait for its memory.
             let table = self.table_or_new(index).await?;
             from = self.write_some(&table, from, end, (at, start), carver).await?;

@@ -138,7 +138,7 @@ impl<H: ImageHost> Inner<H> {
     /// Holes and data of the file.
     async fn extents(&self, range: SectorRange, max: usize) -> Result<Vec<Extent>, Errno> {
         let (mut at, end) = (range.start.0 * SECTOR_BYTES, range.end().unwrap_or(0) * SECTOR_BYTES);
-        let mut found = self.look(at, end, max).await?;
+        let mut found = self.look(at, max).await?;
         if found.is_empty() {
             // Past the end of the file.
             found.push(FileExtent { len_bytes: end - at, data: false });
@@ -147,25 +147,24 @@ impl<H: ImageHost> Inner<H> {
         for run in found {
             run_end += run.len_bytes;
             let left = run_end.min(end).saturating_sub(at);
-            if left == 0 {
-                // All of it is in a sector that counts as data.
-                continue;
+            // A sector that is partly data counts as data, and may contain all of the next run.
+            if left > 0 {
+                let len =
+                    if run.data { left.next_multiple_of(SECTOR_BYTES) } else { left - left % SECTOR_BYTES };
+                let (len, data) = if len == 0 { (SECTOR_BYTES, true) } else { (len, run.data) };
+                let source =
+                    Source::Node { name: Some(self.file.name.clone()), offset: Some(at), compressed: false };
+                out.push(Extent { count: len / SECTOR_BYTES, source, zero: !data, allocated: data });
+                at += len;
             }
-            // A sector that is partly data counts as data.
-            let len = if run.data { left.next_multiple_of(SECTOR_BYTES) } else { left - left % SECTOR_BYTES };
-            let (len, data) = if len == 0 { (SECTOR_BYTES, true) } else { (len, run.data) };
-            let source =
-                Source::Node { name: Some(self.file.name.clone()), offset: Some(at), compressed: false };
-            out.push(Extent { count: len / SECTOR_BYTES, source, zero: !data, allocated: data });
-            at += len;
         }
         Ok(out)
     }
 
-    /// The first runs of the file in the bytes `at..end`, at most `max`, from what is known or by a look at the file.
-    async fn look(&self, at: u64, end: u64, max: usize) -> Result<Vec<FileExtent>, Errno> {
+    /// The first runs of the file from byte `at` on, at most `max`, from what is known or by a look at the file.
+    async fn look(&self, at: u64, max: usize) -> Result<Vec<FileExtent>, Errno> {
         let now_ns = self.host.now_ns();
-        let known = self.ahead.take(now_ns, at, end, max);
+        let known = self.ahead.take(now_ns, at, max);
         if !known.is_empty() {
             return Ok(known);
         }

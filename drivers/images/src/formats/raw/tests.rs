@@ -261,6 +261,38 @@ fn zeros_are_made_in_place_or_written_and_reported_as_zero_extents() {
     }
 }
 
+/// The call may have dropped pages of the whole range, so that zeros are the only bytes that it may have.
+#[test]
+fn a_range_that_cannot_be_zeroed_in_place_is_overwritten_where_it_has_data() {
+    let world = World::new(9);
+    let bytes: Vec<u8> = [7, 0, 7, 0, 0, 7].iter().flat_map(|fill| [*fill; 2048]).collect();
+    world.put("/disk", bytes);
+    world.fail_zeroing(Errno::EIO);
+    let raw = open(&world, true, false).unwrap();
+    let flags = ZeroFlags { unmap: false, fast: false };
+    let zeroes = Request::write_zeroes(SectorRange::new(0, 24), flags);
+    assert_eq!(world.block_on(raw.submit(zeroes)).result, Err(Errno::EIO));
+    assert!(world.bytes("/disk").iter().all(|byte| *byte == 0));
+    assert_eq!(world.ops(), 3, "one write for each run of data");
+}
+
+/// Giving up ends the use of the file.
+#[test]
+fn a_range_whose_zeros_fail_is_overwritten_as_long_as_errors_may_pass() {
+    let [passing, lasting] = [Errno::EAGAIN, Errno::EIO].map(|error| {
+        let world = World::new(9);
+        world.put("/disk", vec![7; 8192]);
+        world.fail_zeroing(Errno::EIO);
+        let raw = open(&world, true, false).unwrap();
+        world.fail(Some(Fault { nth: 0, error, effect: Effect::None, sticky: true }));
+        let zeroes = Request::write_zeroes(SectorRange::new(0, 8), ZeroFlags { unmap: false, fast: false });
+        assert_eq!(world.block_on(raw.submit(zeroes)).result, Err(Errno::EIO));
+        world.ops()
+    });
+    // Each write is also repeated twice.
+    assert!(passing > 3 * lasting, "{passing} and {lasting} operations");
+}
+
 #[test]
 fn a_device_that_made_a_hole_gets_whole_requests_from_then_on() {
     const SECTORS: u32 = 16 << 11;
