@@ -564,20 +564,18 @@ impl File for MemFile {
             let rest = now.get(offset as usize..).unwrap_or_default();
             // In blocks of 512 bytes; a block of zeros is a hole.
             let (first, others) = rest.split_at((512 - offset as usize % 512).min(rest.len()));
-            let data = |block: &&[u8]| block.iter().any(|b| *b != 0);
+            let is_data = |block: &&[u8]| block.iter().any(|b| *b != 0);
             let blocks: Vec<&[u8]> = [first].into_iter().chain(others.chunks(512)).collect();
-            let runs = blocks.chunk_by(|a, b| data(a) == data(b)).filter(|run| !run[0].is_empty()).take(max);
-            Ok(runs
-                .map(|run| FileExtent { len_bytes: run.concat().len() as u64, data: data(&run[0]) })
-                .collect())
+            let runs = blocks.chunk_by(|a, b| is_data(a) == is_data(b)).filter(|run| !run[0].is_empty());
+            let extent = |run: &[&[u8]]| (run.concat().len() as u64, is_data(&run[0]));
+            Ok(runs.take(max).map(extent).map(|(len_bytes, data)| FileExtent { len_bytes, data }).collect())
         }
     }
 
     fn info(&self) -> impl Future<Output = Result<FileInfo, Errno>> + 'static {
         let size_bytes = self.0.store.now.borrow().len() as u64;
-        let inode = Rc::as_ptr(&self.0.store) as usize as u64;
         std::future::ready(Ok(FileInfo {
-            id: FileId { device: 1, inode, generation: 0 },
+            id: FileId { device: 1, inode: Rc::as_ptr(&self.0.store) as usize as u64, generation: 0 },
             size_bytes,
             allocated_bytes: size_bytes,
             align_bytes: self.0.align(),
@@ -595,10 +593,8 @@ impl File for MemFile {
 impl MemFile {
     fn try_lock(&self, kind: LockKind) -> Result<(), Errno> {
         let mut locks = self.0.store.locks.borrow_mut();
-        let conflict = |l: &(usize, LockKind)| {
-            l.0 != self.0.id && (l.1 == LockKind::Exclusive || kind == LockKind::Exclusive)
-        };
-        if locks.iter().any(conflict) {
+        let alone = kind == LockKind::Exclusive;
+        if locks.iter().any(|l| l.0 != self.0.id && (alone || l.1 == LockKind::Exclusive)) {
             return Err(Errno::EAGAIN);
         }
         locks.retain(|l| l.0 != self.0.id);
