@@ -61,6 +61,23 @@ async fn everything(w: World, limits: ServerLimits) {
 }
 
 #[test]
+fn holes_arrive_as_zeros() {
+    world(1, false, |w| async move {
+        let disk = Disk::new(MIB);
+        disk.bytes.borrow_mut()[1 << 16] = 5;
+        w.serve(vec![export("disk", &disk)], ServerLimits::default()).await;
+        let client = Client::connect(w.process("client"), config()).await.unwrap();
+        for (start, len, holes) in [(0, 1 << 16, 1), (0, MIB, 1), (136, 9 << 10, 2)] {
+            let lens = [512, len - 1024, 512];
+            let response = client.submit(Request::read(range(start, len), bufs(&lens, 0xee))).await;
+            assert_eq!(response.result, Ok(()));
+            assert!(joined(&response.bufs) == disk.bytes.borrow()[start as usize * 512..][..len]);
+            assert_eq!(marked(&w.kernel, "nbd-hole-sent"), holes, "{len} bytes at sector {start}");
+        }
+    });
+}
+
+#[test]
 fn everything_comes_through() {
     world(1, false, |w| everything(w, ServerLimits::default()));
     let small = ServerLimits { request_bytes: 4096, requests: 2, ..ServerLimits::LEAST };

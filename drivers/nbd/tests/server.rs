@@ -155,6 +155,37 @@ fn commands_are_carried_out_over_streams_that_are_cut() {
 }
 
 #[test]
+fn a_read_of_zeros_is_answered_as_a_hole() {
+    world(1, false, |w| async move {
+        let disk = Disk::new(MIB);
+        disk.bytes.borrow_mut()[3 << 16] = 1;
+        w.serve(vec![export("disk", &disk)], ServerLimits::default()).await;
+        let raw = w.client("client", "disk", true).await;
+        for (flags, offset, len, hole) in [
+            (0, 0, 1 << 16, true),
+            (command::DF, 4096, 4096, true),
+            (0, 7, 5000, true),
+            (0, 0, 4095, false),
+            (0, 0, (3 << 16) + 1, false),
+            (0, 3 << 16, 1 << 16, false),
+            (0, (3 << 16) + 512, 1 << 16, true),
+        ] {
+            raw.request(CMD_READ, flags, 4, offset, len, b"").await;
+            let reply = raw.answer(0).await;
+            let (kind, size) =
+                if hole { (CHUNK_OFFSET_HOLE, 12) } else { (CHUNK_OFFSET_DATA, 8 + len as usize) };
+            assert_eq!((reply.chunk, reply.data.len()), (Some(kind), size), "{len} bytes at {offset}");
+            assert_eq!(reply.data[..8], offset.to_be_bytes());
+            assert!(!hole || reply.data[8..] == len.to_be_bytes());
+        }
+        assert_eq!(marked(&w.kernel, "nbd-hole-sent"), 4);
+        let old = w.client("old", "disk", false).await;
+        old.request(CMD_READ, 0, 5, 0, 1 << 16, b"").await;
+        assert_eq!(old.answer(1 << 16).await.data, [0; 1 << 16], "a simple reply has no other way");
+    });
+}
+
+#[test]
 fn wrong_requests_are_refused_and_the_connection_goes_on() {
     world(1, false, |w| async move {
         let disk = Disk::new(MIB);
@@ -287,7 +318,7 @@ fn garbage_ends_one_connection_only() {
 #[test]
 fn connections_requests_and_memory_are_bounded() {
     world(1, false, |w| async move {
-        let disk = Disk::new(MIB);
+        let disk = Disk::filled(MIB);
         let limits = ServerLimits {
             connections: 2,
             requests: 3,
@@ -366,7 +397,7 @@ fn who_says_nothing_does_not_keep_others_out() {
 #[test]
 fn who_sends_no_more_gets_its_replies_or_loses_its_place() {
     world(1, false, |w| async move {
-        let disk = Disk::new(4 * MIB);
+        let disk = Disk::filled(4 * MIB);
         let limits = ServerLimits { grace_ns: 1_000_000_000, ..ServerLimits::default() };
         let (_, server) = w.serve(vec![export("disk", &disk)], limits).await;
         let patient = w.client("patient", "disk", true).await;
@@ -391,7 +422,7 @@ fn who_sends_no_more_gets_its_replies_or_loses_its_place() {
 #[test]
 fn a_client_that_reads_nothing_holds_up_itself_only() {
     world(1, false, |w| async move {
-        let disk = Disk::new(4 * MIB);
+        let disk = Disk::filled(4 * MIB);
         let limits = ServerLimits { requests: 4, ..ServerLimits::default() };
         let (_, server) = w.serve(vec![export("disk", &disk)], limits).await;
         let slow = w.client("slow", "disk", true).await;
@@ -441,7 +472,7 @@ fn a_client_that_dies_leaves_nothing_and_starts_nothing() {
 #[test]
 fn stopping_is_orderly() {
     world(1, false, |w| async move {
-        let disk = Disk::new(MIB);
+        let disk = Disk::filled(MIB);
         let limits = ServerLimits { grace_ns: 1_000_000_000, ..ServerLimits::default() };
         let (process, server) = w.serve(vec![export("disk", &disk)], limits).await;
         let raw = w.client("client", "disk", true).await;

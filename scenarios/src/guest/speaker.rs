@@ -10,10 +10,10 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use tap_abi::nbd::{
     CHUNK_BLOCK_STATUS, CHUNK_BLOCK_STATUS_EXT, CHUNK_ERROR_BIT, CHUNK_MAGIC, CHUNK_NONE, CHUNK_OFFSET_DATA,
-    CMD_BLOCK_STATUS, CMD_CACHE, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES,
-    EXPORT_PADDING_BYTES, EXTENDED_CHUNK_MAGIC, ExtendedRequest, OPT_EXPORT_NAME, OPT_EXTENDED_HEADERS,
-    OPT_GO, OPT_SET_META_CONTEXT, OPT_STRUCTURED_REPLY, OptionHeader, RequestHeader, SIMPLE_MAGIC,
-    STATE_HOLE, STATE_ZERO, command, error, export, handshake,
+    CHUNK_OFFSET_HOLE, CMD_BLOCK_STATUS, CMD_CACHE, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE,
+    CMD_WRITE_ZEROES, EXPORT_PADDING_BYTES, EXTENDED_CHUNK_MAGIC, ExtendedRequest, OPT_EXPORT_NAME,
+    OPT_EXTENDED_HEADERS, OPT_GO, OPT_SET_META_CONTEXT, OPT_STRUCTURED_REPLY, OptionHeader, RequestHeader,
+    SIMPLE_MAGIC, STATE_HOLE, STATE_ZERO, command, error, export, handshake,
 };
 use tap_core::wait::{Semaphore, Sender, oneshot};
 use tap_host::{SECTOR_BYTES, SectorRange, Stream};
@@ -139,6 +139,11 @@ fn add(kind: u16, payload: &[u8], asked: &mut Waiting, extended: bool) -> Option
     match kind {
         CHUNK_OFFSET_DATA if read && long(0) == asked.offset => {
             asked.so_far.data = payload.get(8..)?.to_vec();
+        }
+        CHUNK_OFFSET_HOLE
+            if read && payload.len() == 12 && (long(0), word(8)) == (asked.offset, asked.len) =>
+        {
+            asked.so_far.data = vec![0; asked.len as usize];
         }
         CHUNK_NONE if read && asked.len == 0 && payload.is_empty() => {}
         CHUNK_NONE if extended && !read && !status && payload.is_empty() => {}

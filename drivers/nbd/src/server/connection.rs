@@ -2,7 +2,7 @@
 
 use super::command::{Job, Kind, Refusal, Rules, error_of};
 use super::negotiate::{ALLOCATION_ID, Agreed, CLOSED, DEPTH_ID, Negotiation, why};
-use super::reply::{Form, To};
+use super::reply::{Form, To, is_zero};
 use super::status::extents;
 use super::{Flow, Inner, Open, STOPPED};
 use crate::inlet::Inlet;
@@ -41,6 +41,7 @@ tap_host::listed! {
     NBD_SEAT_LOST = "nbd-seat-lost",
         "a connection that does not end in order keeps the memory that the next one needs";
     NBD_CONTEXTS_MIXED = "nbd-contexts-mixed", "the depth of a block status is sent as its allocation";
+    NBD_HOLE_GUESSED = "nbd-hole-guessed", "a read whose first page is zeros is answered as all zeros";
     NBD_LONG_CUT = "nbd-long-cut", "zeros that go to the disk in pieces end with the first piece";
     pub(super) NBD_DEAF_KEPT = "nbd-deaf-kept",
         "a client that has stopped sending and takes no replies keeps its place";
@@ -51,6 +52,7 @@ tap_host::listed! {
     NBD_REQUEST_JOINED = "nbd-request-cut", "an NBD request was received in two parts";
     NBD_ROOM_WAITED = "nbd-room-waited", "an NBD connection had as many requests in flight as it may have";
     NBD_PAYLOAD_DIRECT = "nbd-payload-direct", "the payload of an NBD write was received into its own buffer";
+    NBD_HOLE_SENT = "nbd-hole-sent", "an NBD read of zeros was answered as a hole";
     NBD_DIVIDED = "nbd-divided", "a change of a long range went to the disk in pieces";
     NBD_REQUEST_REFUSED = "nbd-request-refused", "a wrong NBD request was answered with an error";
 }
@@ -60,6 +62,9 @@ tap_host::listed! {
 const SMALL_BYTES: usize = 16 << 10;
 /// Most bytes of one piece of memory.
 const PIECE_BYTES: usize = 4 << 20;
+
+/// A read of at least this many bytes that finds only zeros is answered as a hole.
+const HOLE_BYTES_MIN: u64 = 4096;
 
 /// Pieces of memory for `bytes`, in bytes.
 fn pieces(bytes: usize) -> impl Iterator<Item = usize> {
@@ -461,7 +466,13 @@ where
 
     /// The reply to a read.
     fn data(&self, job: Job, bufs: IoVec) {
-        self.out.put(|list| self.to(&job).data(list, &job, bufs));
+        let to = self.to(&job);
+        let sectors = if self.host().bug(&NBD_HOLE_GUESSED) { 8 } else { usize::MAX };
+        if to.form != Form::Simple && job.len_bytes() >= HOLE_BYTES_MIN && is_zero(&bufs, sectors) {
+            self.host().mark(&NBD_HOLE_SENT);
+            return self.out.put(|list| to.hole(list, &job));
+        }
+        self.out.put(|list| to.data(list, &job, bufs));
     }
 
     /// A reply without data.

@@ -12,8 +12,9 @@
 //!   with a sentence: encryption needs certificates, their renewal and a policy, which belong in a tunnel (stunnel,
 //!   ssh, WireGuard) rather than in the process that holds the disk. All others are answered with `ERR_UNSUP`. The
 //!   empty name is the first export, unless an export has that name.
-//! * **Commands**: `READ` (always one chunk, so `DF` changes nothing), `WRITE`, `FLUSH`, `TRIM`, `WRITE_ZEROES`,
-//!   `CACHE` (answered, nothing is read), `BLOCK_STATUS`, `DISC`. `FUA` goes down with the request.
+//! * **Commands**: `READ` (always one chunk, so `DF` changes nothing; 4 KiB or more of zeros are a hole, but not in
+//!   simple replies), `WRITE`, `FLUSH`, `TRIM`, `WRITE_ZEROES`, `CACHE` (answered, nothing is read), `BLOCK_STATUS`,
+//!   `DISC`. `FUA` goes down with the request.
 //!   Offsets and lengths are any number of bytes. A write of a part of a sector reads the rest first, and holds off
 //!   other writes of that sector; a trim is narrowed to whole sectors; a request of no bytes does nothing.
 //! * **Several connections**: a flush covers what was answered on all of them, because every connection passes it to

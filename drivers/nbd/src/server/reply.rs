@@ -10,10 +10,11 @@
 
 use super::command::{Job, Refusal};
 use tap_abi::nbd::{
-    CHUNK_BLOCK_STATUS, CHUNK_BLOCK_STATUS_EXT, CHUNK_ERROR, CHUNK_NONE, CHUNK_OFFSET_DATA, ChunkHeader,
-    ErrorHead, ExtendedChunk, LongExtent, OffsetData, SimpleReply, StatusExtent, StatusHead,
+    CHUNK_BLOCK_STATUS, CHUNK_BLOCK_STATUS_EXT, CHUNK_ERROR, CHUNK_NONE, CHUNK_OFFSET_DATA,
+    CHUNK_OFFSET_HOLE, ChunkHeader, ErrorHead, ExtendedChunk, LongExtent, OffsetData, OffsetHole,
+    SimpleReply, StatusExtent, StatusHead,
 };
-use tap_host::{IoVec, SendList};
+use tap_host::{IoBuf, IoVec, SECTOR_BYTES, SendList};
 use zerocopy::IntoBytes;
 
 /// The form of replies.
@@ -77,6 +78,14 @@ impl To {
         list.push_bytes(why.as_bytes());
     }
 
+    /// The data of a read that is all zeros. Never in the simple form.
+    pub(super) fn hole(self, list: &mut SendList, job: &Job) {
+        self.chunk(list, CHUNK_OFFSET_HOLE, OffsetHole::BYTES);
+        // A read is far below 2^32 bytes.
+        let hole = OffsetHole { offset: job.at.into(), len: (job.len_bytes() as u32).into() };
+        list.push_bytes(hole.as_bytes());
+    }
+
     /// The data of a read.
     pub(super) fn data(self, list: &mut SendList, job: &Job, bufs: IoVec) {
         if self.form == Form::Simple {
@@ -119,4 +128,12 @@ impl To {
             |(len, state): &(u64, u32)| StatusExtent { len: (*len as u32).into(), state: (*state).into() };
         list.push_bytes(found.iter().map(short).collect::<Vec<_>>().as_slice().as_bytes());
     }
+}
+
+/// Whether every byte of the first `sectors` sectors is 0. Stops after the first sector that has another byte, so that
+/// a read of data costs next to nothing.
+pub(super) fn is_zero(bufs: &[IoBuf], sectors: usize) -> bool {
+    // The loop over a sector has no early exit, so that the compiler can vectorise it.
+    let zero = |sector: &[u8]| sector.iter().fold(0, |all, byte| all | byte) == 0;
+    bufs.iter().flat_map(|buf| buf.chunks(SECTOR_BYTES as usize)).take(sectors).all(zero)
 }

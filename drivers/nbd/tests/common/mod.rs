@@ -65,6 +65,13 @@ impl Disk {
         })
     }
 
+    /// A disk whose sectors all have data, so that replies to reads carry it.
+    pub fn filled(size_bytes: usize) -> Rc<Self> {
+        let disk = Self::new(size_bytes);
+        disk.bytes.borrow_mut().fill(0xd1);
+        disk
+    }
+
     pub fn count(&self, op: Op) -> usize {
         self.seen.borrow().iter().filter(|(o, _)| *o == op).count()
     }

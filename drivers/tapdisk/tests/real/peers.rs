@@ -13,7 +13,7 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 /// Requests of each run.
 const REQUESTS: u32 = 5000;
@@ -53,6 +53,11 @@ pub(crate) fn tests(add: Add) {
         "peers::the_depth_of_a_chain_is_that_of_qemu_nbd".into(),
         &["qemu-nbd", "qemu-io", "qemu-img", "nbdinfo"],
         Box::new(depth),
+    );
+    add(
+        "peers::a_read_of_zeros_is_answered_as_qemu_nbd_does".into(),
+        &["qemu-nbd", "qemu-img", "nbdsh"],
+        Box::new(holes),
     );
     add("peers::tap_img_and_qemu_img_agree".into(), QEMU, Box::new(tools_agree));
 }
@@ -378,11 +383,7 @@ fn depth() -> Done {
     let args = [&*spec, "--backing", "qcow", "--backing", &base, "--read-only"];
     let ours = map(&Server::start(&place.path("socket"), &args)?.uri())?;
     let theirs = place.text("theirs");
-    let args = ["-A", "-r", "-f", "qcow", "-k", &theirs, &top];
-    let mut server = Command::new("qemu-nbd").args(args).spawn()?;
-    while !place.path("theirs").exists() {
-        std::thread::sleep(std::time::Duration::from_millis(5));
-    }
+    let mut server = qemu_nbd(&["-A", "-r", "-f", "qcow"], &theirs, &top)?;
     let shown = map(&format!("nbd+unix:///?socket={theirs}"));
     // It ends with its last client, which may have happened.
     let _ = server.kill();
@@ -390,6 +391,74 @@ fn depth() -> Done {
     assert_eq!(ours, shown?);
     assert!(ours.contains("backing depth 2") && ours.contains("backing depth 3"), "{ours}");
     Ok(())
+}
+
+/// Prints how reads are answered, with neighbouring chunks of the same kind as one; `ours` adds what only our server
+/// answers as a hole: zeros that were written, and odd offsets.
+const CHUNKS: &str = r#"
+assert h.get_structured_replies_negotiated()
+want = bytearray(8 << 20)
+want[4 << 20:5 << 20] = bytes([7]) * (1 << 20)
+h.pwrite(bytes(want[3 << 20:5 << 20]), 3 << 20)
+def read(at, count):
+    chunks = []
+    def chunk(data, offset, status, error):
+        kind = "hole" if status == nbd.READ_HOLE else "data"
+        count = len(data)
+        if chunks and chunks[-1][0] == kind and sum(chunks[-1][1:]) == offset:
+            _, offset, before = chunks.pop()
+            count += before
+        chunks.append((kind, offset, count))
+    got = h.pread_structured(count, at, chunk)
+    assert got == want[at:at + count], f"{count} bytes at {at}"
+    return chunks
+for place in [(0, 4096), (4096, 1 << 20), (512, 65536), (4 << 20, 65536), ((5 << 20) - 4096, 4096)]:
+    print(*read(*place))
+if ours:
+    for place in [(3 << 20, 1 << 20), (511, 65537), (5 << 20, 4097)]:
+        assert read(*place) == [("hole", *place)], place
+    for place in [(0, 8 << 20), ((5 << 20) - 512, 8192), ((4 << 20) - 4096, 8192), (1, 4095)]:
+        assert read(*place) == [("data", *place)], place
+"#;
+
+/// qemu-nbd knows zeros by the allocation. Only libnbd shows how a read was answered.
+fn holes() -> Done {
+    let place = Place::in_memory(21)?;
+    let ask = |uri: &str, ours: bool| {
+        let path = format!("PATH=/usr/bin:/bin:{}", std::env::var("PATH")?);
+        let first = if ours { "ours = True" } else { "ours = False" };
+        tool("env", &[&path, "nbdsh", "-c", first, "-u", uri, "-c", CHUNKS])
+    };
+    let image = |name: &str, format: &str| {
+        tool(TAP_IMG, &["create", "-q", "-f", format, &place.text(name), "8M"])?;
+        Ok::<String, Failed>(place.text(name))
+    };
+    let mut shown = Vec::new();
+    for format in ["raw", "qcow"] {
+        let spec = format!("{format}:{}", image(format, format)?);
+        let server = Server::start(&place.path("socket"), &[&spec])?;
+        shown.push(ask(&server.uri(), true)?);
+        assert!(server.stop()?.success());
+    }
+    let theirs = place.text("theirs");
+    let mut server = qemu_nbd(&["-f", "raw"], &theirs, &image("other", "raw")?)?;
+    shown.push(ask(&format!("nbd+unix:///?socket={theirs}"), false)?);
+    // It ends with its last client, which may have happened.
+    let _ = server.kill();
+    server.wait()?;
+    let want = "('hole', 0, 4096)\n('hole', 4096, 1048576)\n('hole', 512, 65536)\n\
+                ('data', 4194304, 65536)\n('data', 5238784, 4096)\n";
+    assert!(shown.iter().all(|shown| shown == want), "{shown:?}");
+    Ok(())
+}
+
+/// Starts qemu-nbd at `socket`, and waits for that.
+fn qemu_nbd(args: &[&str], socket: &str, image: &str) -> Result<Child, Failed> {
+    let child = Command::new("qemu-nbd").args(args).args(["-k", socket, image]).spawn()?;
+    while !Path::new(socket).exists() {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    Ok(child)
 }
 
 fn json(program: &str, args: &[&str]) -> Result<serde_json::Value, Failed> {

@@ -3,6 +3,7 @@
 use super::plan::{
     DISK, NO_ERRORS, Plan, Served, address, client_config, end, reap_dead_clients, server_limits,
 };
+use crate::catalog::setup::Setup;
 use crate::check::Invariant;
 use crate::guest::{DirectDisk, ErrorPolicy, Guest, NbdScript, RawNbd};
 use crate::probes::marked;
@@ -57,6 +58,7 @@ async fn crowd(world: World) {
     plan.server.negotiating = world.setting("nbd-negotiating", &[16, 4, 8]);
     plan.server.grace_ns = GRACE_NS;
     let Some(served) = plan.serve(&plan.process("tapdisk", 0)).await else { return };
+    write_first(&world, &plan, &setup).await;
     let over = Rc::new(Cell::new(false));
     let mut hosts = Vec::new();
     // In some worlds most clients do the same, so that they wait for each other, too.
@@ -108,6 +110,19 @@ async fn crowd(world: World) {
     reap_dead_clients(&world, &hosts, &served, 1).await;
     let clients = vec![client];
     end(&plan, served, &clients, &setup).await;
+}
+
+/// Writes the sectors that the crowd reads: a reply to a read of zeros would take no memory.
+async fn write_first(world: &World, plan: &Plan, setup: &Setup) {
+    let client = plan.connect(&plan.process("writer", 0), &client_config(world)).await;
+    let disk = DirectDisk::new(Rc::clone(&client) as Rc<dyn Node>, plan.limits.pool_bytes);
+    let range = SectorRange::new(0, LARGE_SECTORS.min(setup.size_sectors as u32));
+    if let Err(error) = plan.guest(disk, setup, Invariant::G1).write(range).await {
+        world.fail(Invariant::H2, format!("writing before the crowd comes failed with {error:?}"));
+    }
+    if let Err(error) = client.close().await {
+        world.fail(Invariant::E4, format!("closing a client failed with {error:?}"));
+    }
 }
 
 /// Writes, and then idles while other clients want its connection: it must keep it.
