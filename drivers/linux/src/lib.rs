@@ -11,6 +11,8 @@
 //!          └─ log, signals, time
 //! ```
 //!
+//! Before that, [`divide`] may leave the caller's process, and [`PidFile`] says which one it is.
+//!
 //! The only crate with system calls and with `unsafe`; every `unsafe` says why it is sound. Nothing of the simulator is
 //! in its dependencies.
 //!
@@ -21,12 +23,14 @@
 //! * A task that panics ends the program with its panic. Continuing without it would silently lose a request.
 //! * A host belongs to the thread that runs it.
 
+mod background;
 mod clock;
 mod files;
 mod lines;
 mod log;
 mod names;
 mod options;
+mod pid_file;
 mod priority;
 mod signals;
 mod sockets;
@@ -35,11 +39,13 @@ mod watch;
 mod xen;
 mod xenstore;
 
+pub use background::{DivideError, Divided, Starting, divide};
 pub use files::{AioEngine, LinuxFile};
 pub use lines::Lines;
 pub use log::LogTo;
 pub use names::resolve_without_plugins;
 pub use options::{Options, POLL_DEFAULT, StartError};
+pub use pid_file::{PidFile, PidFileError};
 pub use priority::set_io_priority;
 pub use sockets::{LinuxListener, LinuxStream};
 pub use tap_host::Level;

@@ -6,6 +6,8 @@ pub trait Console {
     fn out(&self, line: &str);
     /// A line about the run, on standard error.
     fn err(&self, line: &str);
+    /// A service has begun: clients can connect. Called once, after the lines that say where.
+    fn ready(&self) {}
     /// Progress of long work, in bytes; called often.
     fn progress(&self, done_bytes: u64, total_bytes: u64);
 }

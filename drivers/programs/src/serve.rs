@@ -32,7 +32,8 @@ tap_host::listed! {
 pub trait ServeHost: DiskHost + Signals {}
 impl<T: DiskHost + Signals> ServeHost for T {}
 
-/// The command line of `tapdisk serve`.
+/// The command line of `tapdisk serve`. The main carries out `fork` and `pid_file` before there is a host; in a world
+/// they have no effect.
 #[derive(Args, Clone, Debug)]
 pub struct ServeArgs {
     /// Address to listen at, unix:PATH or HOST:PORT; may be repeated. Not needed with sockets from systemd
@@ -49,6 +50,12 @@ pub struct ServeArgs {
     /// End once the last client has left, as if asked to stop; clients that only list exports do not count
     #[arg(long)]
     end_with_last_client: bool,
+    /// Return once clients can connect, and serve in the background; with the status 1 and a message if that failed
+    #[arg(long)]
+    pub fork: bool,
+    /// File for the number of the serving process; removed at the end
+    #[arg(long, value_name = "FILE")]
+    pub pid_file: Option<PathBuf>,
     /// The disks: SPEC for a single one, NAME=SPEC for each of several
     #[arg(required = true, value_name = "[NAME=]SPEC")]
     disks: Vec<NamedDisk>,
@@ -75,6 +82,19 @@ impl FromStr for NamedDisk {
     }
 }
 
+/// Where the lines of the result go.
+struct Output<'a> {
+    console: &'a dyn Console,
+    /// Standard output may belong to someone else.
+    quiet: bool,
+}
+
+impl Output<'_> {
+    fn say(&self, line: &str) {
+        if self.quiet { self.console.err(line) } else { self.console.out(line) }
+    }
+}
+
 /// Runs `tapdisk serve` until it is asked to stop, and returns its exit status.
 pub async fn run<H: ServeHost>(
     host: H,
@@ -85,12 +105,11 @@ pub async fn run<H: ServeHost>(
 ) -> u8 {
     // Whoever passes a socket may have lent its standard output, too, and expects nothing there but data.
     let inherited = host.inherited();
-    let quiet = !inherited.is_empty();
-    let say = |line: &str| if quiet { console.err(line) } else { console.out(line) };
+    let out = Output { console, quiet: !inherited.is_empty() };
     let mut listed = Vec::new();
     let memory = args.images.budget(&tuning);
     let outcome = match args.open(&host, disks, &mut listed, &memory, &tuning).await {
-        Ok(exports) => args.serve(&host, disks, (exports, inherited), &say, &memory, &tuning).await,
+        Ok(exports) => args.serve(&host, disks, (exports, inherited), &out, &memory, &tuning).await,
         Err(why) => {
             host.mark(&SERVE_REFUSED);
             Err(why)
@@ -98,9 +117,9 @@ pub async fn run<H: ServeHost>(
     };
     if outcome.is_ok() {
         for disk in disks.list().0 {
-            say(&format!("export '{}': {}", disk.name, stats_summary(&disk.stats)));
+            out.say(&format!("export '{}': {}", disk.name, stats_summary(&disk.stats)));
         }
-        say(&memory_summary(&memory));
+        out.say(&memory_summary(&memory));
     }
     let mut status = 0;
     if let Err(text) = outcome {
@@ -189,7 +208,7 @@ impl ServeArgs {
         host: &H,
         disks: &Disks<H>,
         (exports, inherited): (Vec<Export>, Vec<H::Listener>),
-        say: &dyn Fn(&str),
+        out: &Output<'_>,
         memory: &Budget,
         tuning: &Tuning,
     ) -> Result<(), String> {
@@ -200,14 +219,15 @@ impl ServeArgs {
         let stopped = host.asked_to_stop();
         let listeners = self.listen(host, inherited).await?;
         for disk in disks.list().0 {
-            say(&format!("export '{}': {}", disk.name, disk_summary(&disk)));
+            out.say(&format!("export '{}': {}", disk.name, disk_summary(&disk)));
         }
         host.mark(&EXPORTS_SERVED);
         let mut accepting = Vec::new();
         for listener in listeners {
-            say(&format!("listening at {}", listener.address()));
+            out.say(&format!("listening at {}", listener.address()));
             accepting.push(server.serve(listener));
         }
+        out.console.ready();
         let left = async {
             match self.end_with_last_client {
                 true => server.left().await,

@@ -4,7 +4,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::cell::{Cell, RefCell};
 use std::io::{self, IsTerminal, Write, stderr, stdout};
 use std::time::Duration;
-use tap_linux::Lines;
+use tap_linux::{Lines, Starting};
 use tap_programs::Console;
 
 /// Standard output and standard error; a progress bar on a terminal that can draw one, plain lines elsewhere.
@@ -20,6 +20,8 @@ pub struct Terminal {
     tenths: Cell<u64>,
     /// Something could not be printed.
     failed: Cell<bool>,
+    /// For whom the program starts in the background.
+    starting: RefCell<Option<Starting>>,
 }
 
 /// How long to wait at the end for a reader.
@@ -39,12 +41,14 @@ impl Terminal {
             bar: RefCell::default(),
             tenths: Cell::default(),
             failed: Cell::default(),
+            starting: RefCell::default(),
         }
     }
 
-    /// The console of a program that serves disks: printing never waits for a reader, see [`Lines`].
-    pub fn of_service(program: &'static str) -> Self {
-        Self { draws: false, serves: true, ..Self::new(program) }
+    /// The console of a program that serves disks: printing never waits for a reader, see [`Lines`]. With `starting`
+    /// it serves in the background: once it is ready, it prints nothing any more.
+    pub fn of_service(program: &'static str, starting: Option<Starting>) -> Self {
+        Self { draws: false, serves: true, starting: RefCell::new(starting), ..Self::new(program) }
     }
 
     /// The exit status of a program that wants to end with `status`: not 0 if output was lost.
@@ -100,6 +104,16 @@ impl Console for Terminal {
         self.leave_bar();
         // There is nowhere left to report that this failed.
         let _ = writeln!(stderr(), "{line}");
+    }
+
+    fn ready(&self) {
+        let Some(starting) = self.starting.take() else { return };
+        // What was said so far belongs to the caller.
+        Lines::stdout().finish(LAST_LINES);
+        Lines::stderr().finish(LAST_LINES);
+        if let Err(error) = starting.ready() {
+            self.err(&format!("{}: failed to leave the streams of its caller: {error}", self.program));
+        }
     }
 
     fn progress(&self, done_bytes: u64, total_bytes: u64) {

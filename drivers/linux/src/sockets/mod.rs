@@ -215,6 +215,13 @@ async fn connect_tcp(host: &str, port: u16) -> Result<OwnedFd, Errno> {
     Err(last)
 }
 
+/// How many sockets a service manager has passed to this process.
+pub(crate) fn passed_sockets() -> i32 {
+    let number = |name| std::env::var(name).ok().and_then(|v| v.parse::<i32>().ok());
+    let ours = number("LISTEN_PID") == Some(std::process::id().cast_signed());
+    if ours { number("LISTEN_FDS").unwrap_or(0) } else { 0 }
+}
+
 impl Sockets for LinuxHost {
     type Listener = LinuxListener;
     type Stream = LinuxStream;
@@ -241,11 +248,7 @@ impl Sockets for LinuxHost {
         if self.0.inherited.replace(true) {
             return Vec::new();
         }
-        let number = |name| std::env::var(name).ok().and_then(|v| v.parse::<i32>().ok());
-        if number("LISTEN_PID") != Some(std::process::id().cast_signed()) {
-            return Vec::new();
-        }
-        let end = LISTEN_FDS_START.saturating_add(number("LISTEN_FDS").unwrap_or(0));
+        let end = LISTEN_FDS_START.saturating_add(passed_sockets());
         let mut listeners = Vec::new();
         for fd in LISTEN_FDS_START..end {
             match LinuxListener::inherited(fd) {

@@ -7,7 +7,7 @@ use clap::Parser;
 use kernel_model::faults::FaultPlan;
 use kernel_model::{Kernel, SimHost, Storage, StorageConfig};
 use sim::{Config, Sim};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use tap_host::Tasks;
 use tap_programs::daemon::{Cli, MAX_DISKS, run};
@@ -15,14 +15,21 @@ use tap_programs::{Console, Disks, Tuning};
 use xen_model::Xen;
 
 #[derive(Default)]
-struct Printed(RefCell<Vec<String>>);
+struct Printed {
+    lines: RefCell<Vec<String>>,
+    /// How many lines there were when it was ready.
+    ready: Cell<Option<usize>>,
+}
 
 impl Console for Printed {
     fn out(&self, line: &str) {
-        self.0.borrow_mut().push(line.to_owned());
+        self.lines.borrow_mut().push(line.to_owned());
     }
     fn err(&self, line: &str) {
-        self.0.borrow_mut().push(line.to_owned());
+        self.lines.borrow_mut().push(line.to_owned());
+    }
+    fn ready(&self) {
+        assert_eq!(self.ready.replace(Some(self.lines.borrow().len())), None, "ready once");
     }
     fn progress(&self, _done_bytes: u64, _total_bytes: u64) {}
 }
@@ -55,7 +62,7 @@ impl Daemon {
     }
 
     fn said(&self) -> String {
-        self.printed.0.borrow().join("\n")
+        self.printed.lines.borrow().join("\n")
     }
 }
 

@@ -32,7 +32,7 @@ fn disks_are_served_until_the_process_is_asked_to_stop() {
         let daemon = Daemon::start(&kernel, &xen, 1, "serve --nbd unix:/run/s a=raw:/a b=raw:/b");
         sim.sleep_ns(1_000_000).await;
         let lines = "export 'a': raw:/a, 1 MiB\nexport 'b': raw:/b, 1 MiB\nlistening at unix:/run/s";
-        assert_eq!(daemon.said(), lines);
+        assert_eq!((daemon.said(), daemon.printed.ready.get()), (lines.to_owned(), Some(3)));
         let disk = client(&kernel, "a").await.unwrap();
         let write = Request::write(SectorRange::new(3, 2), bytes(7, 2));
         assert_eq!(disk.submit(write).await.result, Ok(()));
@@ -149,6 +149,7 @@ fn an_unservable_disk_ends_the_process_with_one_line() {
             sim.sleep_ns(5_000_000_000).await;
             assert_eq!(*daemon.status.borrow(), Some(1), "{line}");
             assert!(daemon.said().contains(words) && !daemon.said().contains('\n'), "{}", daemon.said());
+            assert_eq!(daemon.printed.ready.get(), None, "{line}");
         }
         kernel.storage().put_bytes("/b", &[1; 65536]);
         let taken = Daemon::start(&kernel, &xen, 3, "serve --nbd unix:/run/s raw:/b");

@@ -4,7 +4,10 @@ use std::env::args_os;
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::Duration;
-use tap_linux::{AioEngine, Level, LinuxHost, Options, XenOptions, resolve_without_plugins, set_io_priority};
+use tap_linux::{
+    AioEngine, Divided, Level, LinuxHost, Options, PidFile, Starting, XenOptions, divide,
+    resolve_without_plugins, set_io_priority,
+};
 use tap_programs::daemon::{AioArg, Cli, Command, MAX_DISKS, run};
 use tap_programs::usage;
 use tap_programs::{Console, Disks, Tuning};
@@ -22,6 +25,33 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(status) => return ExitCode::from(status),
     };
+    // Before anything else exists.
+    let divided = match &cli.command {
+        Command::Serve(args) if args.fork => divide().map(Some).map_err(|error| error.to_string()),
+        _ => Ok(None),
+    };
+    let status = divided.and_then(|divided| match divided {
+        Some(Divided::Caller(status)) => Ok(status),
+        Some(Divided::Background(starting)) => serve(cli, Some(starting)),
+        None => serve(cli, None),
+    });
+    match status {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            eprintln!("tapdisk: failed to {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Serves to the end, and returns the exit status; `starting` if a caller waits for the begin.
+fn serve(cli: Cli, starting: Option<Starting>) -> Result<u8, String> {
+    let pid_file = match &cli.command {
+        Command::Serve(args) => args.pid_file.as_deref(),
+        Command::Xen(_) => None,
+    };
+    // Kept to the end. Not served without it, because nobody would know whom to stop.
+    let _pid_file = pid_file.map(PidFile::create).transpose().map_err(|error| error.to_string())?;
     let options = Options {
         aio: match cli.aio {
             AioArg::Auto => AioEngine::Auto,
@@ -43,23 +73,15 @@ fn main() -> ExitCode {
         ..Options::default()
     };
     // Set before there are threads: they inherit it.
-    if let Some(nice) = cli.ionice
-        && let Err(error) = set_io_priority(nice.class, nice.level)
-    {
-        eprintln!("tapdisk: failed to set the I/O priority: {error}");
-        return ExitCode::FAILURE;
+    if let Some(nice) = cli.ionice {
+        let set = set_io_priority(nice.class, nice.level);
+        set.map_err(|error| format!("set the I/O priority: {error}"))?;
     }
     let run = |host: LinuxHost| async move {
-        let terminal = Rc::new(Terminal::of_service("tapdisk"));
+        let terminal = Rc::new(Terminal::of_service("tapdisk", starting));
         let (disks, console) = (Disks::new(host.clone(), MAX_DISKS), Rc::clone(&terminal) as Rc<dyn Console>);
         let status = run(host, cli, Tuning::default(), disks, console).await;
         terminal.status(status)
     };
-    match tap_linux::run(&options, run) {
-        Ok(status) => ExitCode::from(status),
-        Err(error) => {
-            eprintln!("tapdisk: failed to {error}");
-            ExitCode::FAILURE
-        }
-    }
+    tap_linux::run(&options, run).map_err(|error| error.to_string())
 }

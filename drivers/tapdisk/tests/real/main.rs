@@ -7,6 +7,7 @@ mod alike;
 mod bad;
 mod client;
 mod crash;
+mod fork;
 mod peers;
 mod server;
 mod space;
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
     crash::tests(&mut add);
     bad::tests(&mut add);
     alike::tests(&mut add);
+    fork::tests(&mut add);
     trials.extend(space::tests());
     libtest_mimic::run(&args, trials).exit_code()
 }

@@ -47,6 +47,11 @@ impl Server {
         Err(format!("tapdisk ended with {}", self.child.wait()?).into())
     }
 
+    /// The number of its process.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// The address for tools that take NBD addresses.
     pub(crate) fn uri(&self) -> String {
         format!("nbd+unix:///?socket={}", self.socket.display())

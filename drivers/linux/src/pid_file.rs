@@ -1,0 +1,111 @@
+//! A file with the number of this process, for those who want to signal it (`--pid-file`).
+//!
+//! It is locked for as long as the process lives, as QEMU locks its own: the number in a file that is locked is that of
+//! a living process, and a file that a killed process has left behind is taken over.
+
+use crate::files::{errno, of_rustix};
+use rustix::fs::{FileType, FlockOperation, Mode, OFlags, flock, fstat, lstat, stat};
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use tap_host::Errno;
+
+/// A file with the number of this process; removed when dropped, if it is still the same one.
+#[derive(Debug)]
+pub struct PidFile {
+    path: PathBuf,
+    file: File,
+}
+
+/// Why there is no such file.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum PidFileError {
+    /// The process that wrote it lives.
+    #[error("write the PID file {}: it is in use by another process", .0.display())]
+    InUse(PathBuf),
+    /// Another kind of file has the path.
+    #[error("write the PID file {}: not a regular file", .0.display())]
+    NotAFile(PathBuf),
+    /// A system call failed.
+    #[error("write the PID file {}: {}", .0.display(), .1)]
+    Call(PathBuf, Errno),
+}
+
+impl PidFile {
+    /// Writes the number of this process to `path`, readable by everyone, and locks the file.
+    ///
+    /// # Errors
+    /// [`PidFileError`]; the file is then as it was.
+    pub fn create(path: &Path) -> Result<Self, PidFileError> {
+        let failed = |error| PidFileError::Call(path.to_owned(), error);
+        // Without waiting for the reader of a pipe.
+        let flags = OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+        loop {
+            let file = rustix::fs::open(path, flags, Mode::from_raw_mode(0o644));
+            let file = file.map_err(of_rustix).map_err(failed)?;
+            let opened = fstat(&file).map_err(of_rustix).map_err(failed)?;
+            if FileType::from_raw_mode(opened.st_mode) != FileType::RegularFile {
+                return Err(PidFileError::NotAFile(path.to_owned()));
+            }
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Err(rustix::io::Errno::WOULDBLOCK) => return Err(PidFileError::InUse(path.to_owned())),
+                locked => locked.map_err(of_rustix).map_err(failed)?,
+            }
+            // Its owner may have ended, and removed it, since it was opened.
+            if stat(path).is_ok_and(|s| (s.st_dev, s.st_ino) == (opened.st_dev, opened.st_ino)) {
+                let mut own = Self { path: path.to_owned(), file: file.into() };
+                own.write().map_err(failed)?;
+                return Ok(own);
+            }
+        }
+    }
+
+    fn write(&mut self) -> Result<(), Errno> {
+        let text = format!("{}\n", std::process::id());
+        self.file.set_len(0).and_then(|()| self.file.write_all(text.as_bytes())).map_err(|e| errno(&e))
+    }
+}
+
+impl Drop for PidFile {
+    fn drop(&mut self) {
+        let own = fstat(&self.file).map(|s| (s.st_dev, s.st_ino));
+        if lstat(&self.path).map(|s| (s.st_dev, s.st_ino)) == own {
+            let _removed = rustix::fs::unlink(&self.path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::{read_to_string, write};
+
+    #[test]
+    fn it_has_the_number_until_the_end_and_one_owner() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("pid");
+        write(&path, "a longer text that a killed process has left").expect("written");
+        let own = PidFile::create(&path).expect("nobody has it locked");
+        assert_eq!(read_to_string(&path).expect("readable"), format!("{}\n", std::process::id()));
+        assert_eq!(PidFile::create(&path).err(), Some(PidFileError::InUse(path.clone())));
+        drop(own);
+        assert!(!path.exists());
+        let own = PidFile::create(&path).expect("a new one");
+        std::fs::remove_file(&path).expect("removed");
+        write(&path, "of another").expect("written");
+        drop(own);
+        assert_eq!(read_to_string(&path).expect("left alone"), "of another");
+    }
+
+    #[test]
+    fn what_is_no_file_is_refused() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let refused = |path: &Path| PidFile::create(path).err().map(|error| error.to_string());
+        let said = refused(folder.path()).expect("a folder");
+        assert!(said.starts_with("write the PID file /") && said.contains("EISDIR"), "{said}");
+        let said = refused(Path::new("/dev/null")).expect("a device");
+        assert_eq!(said, "write the PID file /dev/null: not a regular file");
+        let said = refused(&folder.path().join("gone/pid")).expect("no such folder");
+        assert!(said.contains("ENOENT"), "{said}");
+    }
+}
