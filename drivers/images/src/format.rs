@@ -140,18 +140,22 @@ pub struct Description {
 /// The result of a check.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct CheckReport {
-    /// Descriptions of the first hundred problems.
+    /// Descriptions of the first hundred problems and runs of missing clusters.
     pub problems: Vec<String>,
     /// Number of problems.
     pub problem_count: u64,
+    /// Mapped clusters of which not even a part is in the file, because it was truncated, or the host crashed before
+    /// they were flushed.
+    pub missing_clusters: u64,
     /// Tables that map clusters.
     pub tables: u64,
     /// Mapped clusters that are not compressed.
     pub plain_clusters: u64,
     /// Mapped clusters that are compressed.
     pub compressed_clusters: u64,
-    /// Clusters of the file that nothing refers to: lost by a crash or an error, and harmless. An estimate when there
-    /// are problems or compressed clusters. Space between the end of the file and `end_bytes` counts as present.
+    /// Clusters of the file that nothing refers to: lost by a crash or an error, and harmless. Of clusters smaller than
+    /// 4096 bytes, those from a reference up to the end of its block of so many bytes do not count: QEMU leaves them
+    /// out. An estimate when there are problems.
     pub leaked_clusters: u64,
     /// Size of the file in bytes.
     pub file_bytes: u64,

@@ -2,7 +2,7 @@
 
 use clap::Parser;
 use kernel_model::faults::FaultPlan;
-use kernel_model::{Concerned, Kernel, NthFailure, Storage, StorageConfig};
+use kernel_model::{Concerned, Content, Kernel, NthFailure, Storage, StorageConfig};
 use sim::{Config, Sim};
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -324,18 +324,53 @@ fn bad_input_fails_with_one_clear_line() {
 }
 
 #[test]
-fn check_warns_of_a_truncated_image_with_status_0() {
+fn check_finds_that_a_file_was_cut_off() {
     let machine = Machine::quiet();
     machine.put_disk("/disk", 64 << 10);
     machine.ok("convert -S 0 -O qcow raw:/disk /a.qcow");
     let bytes = machine.kernel.storage().bytes("/a.qcow").unwrap();
-    let cut = bytes.len() - 8192;
-    machine.kernel.storage().put_bytes("/a.qcow", &bytes[..cut]);
-    let (status, out, err) = machine.run("check /a.qcow");
+    let end = bytes.len();
+    let check = |len: usize| {
+        machine.kernel.storage().put_bytes("/a.qcow", &bytes[..len]);
+        machine.run("check /a.qcow")
+    };
+    let warned = |cut: usize| format!("/a.qcow ends at byte {cut}, but its mappings reach byte {end}: ");
+    let cut = end - 8192;
+    let (status, out, err) = check(cut);
+    assert_eq!(status, 2, "{out}");
+    let found = format!(
+        "ERROR clusters 14 to 15 from byte {cut} on: past the end of the file at byte {cut}\n\
+         2 errors were found on the image."
+    );
+    assert!(out.starts_with(&found), "{out}");
+    assert!(err.starts_with("tap-img: warning: ") && err.contains(&warned(cut)), "{err}");
+    let json: serde_json::Value =
+        serde_json::from_str(&machine.run("check --output json /a.qcow").1).unwrap();
+    assert_eq!((&json["corruptions"], &json["leaks"]), (&2.into(), &serde_json::Value::Null));
+    // A cluster of which a part is there may never have been written as a whole.
+    let (status, out, err) = check(end - 512);
     assert_eq!(status, 0, "{out}");
-    assert!(out.starts_with("No errors were found on the image."), "{out}");
-    let words = format!("/a.qcow ends at byte {cut}, but its mappings reach byte {}: ", bytes.len());
-    assert!(err.starts_with("tap-img: warning: ") && err.contains(&words) && !err.contains('\n'), "{err}");
+    assert!(
+        out.starts_with("No errors were found on the image.") && err.contains(&warned(end - 512)),
+        "{err}"
+    );
+}
+
+#[test]
+fn an_image_on_a_block_device_has_no_leaks() {
+    let machine = Machine::quiet();
+    machine.put_disk("/disk", 256 << 10);
+    let mut content = Content { size: 8 << 20, ..Content::default() };
+    content.pages.write(0, &[0x5a; 1 << 20]);
+    machine.kernel.storage().put_device("/dev", content);
+    for cluster in ["512", "4k", "64k"] {
+        machine.ok(&format!("create -q -f qcow -o cluster_size={cluster} /dev 256k"));
+        let out = machine.ok("check /dev");
+        assert!(out.starts_with("No errors were found on the image.\n0/"), "{out}");
+        machine.ok("convert -n -O qcow raw:/disk qcow:/dev");
+        let out = machine.ok("check /dev");
+        assert!(out.starts_with("No errors were found on the image.\n") && !out.contains("\n0/"), "{out}");
+    }
 }
 
 #[test]

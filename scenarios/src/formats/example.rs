@@ -77,10 +77,6 @@ impl Metadata for Example {
         false
     }
 
-    fn front_align_bytes(&self) -> u64 {
-        BLOCK
-    }
-
     fn walk(&self, content: &Content) -> Result<ImageMap, Broken> {
         walk(content)
     }

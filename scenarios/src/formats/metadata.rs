@@ -24,9 +24,6 @@ pub trait Metadata: Sync {
         false
     }
 
-    /// Alignment in bytes up to which the space in front of all clusters may be filled.
-    fn front_align_bytes(&self) -> u64;
-
     /// Parses all metadata.
     ///
     /// # Errors
@@ -144,6 +141,8 @@ pub struct ImageMap {
     pub backing: Option<String>,
     /// Number of host clusters of the file that nothing refers to.
     pub leaked: u64,
+    /// How many of them are between something that is referred to and the end of its block of 4096 bytes.
+    pub padding: u64,
     /// End of the last object that is referred to, in bytes of the file.
     pub end: u64,
     /// Number of mapped data clusters, compressed ones included.

@@ -1,6 +1,6 @@
 //! A sparse set of cluster numbers.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use tap_host::{Share, Stage};
 
 /// Clusters in one part of a [`Bits`].
@@ -88,8 +88,28 @@ impl Bits {
     }
 
     pub(super) fn has(&self, bit: u64) -> bool {
-        let word = |i: &usize| self.words[*i][(bit % PART / 64) as usize];
-        self.parts.get(&(bit / PART)).is_some_and(|i| word(i) & 1 << (bit % 64) != 0)
+        self.word(bit / 64) & 1 << (bit % 64) != 0
+    }
+
+    /// The 64 bits from `64 * at` on.
+    fn word(&self, at: u64) -> u64 {
+        let index = self.parts.get(&(at / (PART / 64)));
+        index.map_or(0, |index| self.words[*index][(at % (PART / 64)) as usize])
+    }
+
+    /// How many numbers below `end` are in either set, or between the last one in their block and the end of that
+    /// block. Blocks have `block` numbers: 1, 2, 4 or 8.
+    pub(super) fn filled(&self, other: &Bits, end: u64, block: u32) -> u64 {
+        let parts: BTreeSet<u64> = self.parts.keys().chain(other.parts.keys()).copied().collect();
+        let words = parts.into_iter().flat_map(|part| part * PART / 64..(part + 1) * PART / 64);
+        let count = |at: u64| {
+            let below = match end.saturating_sub(at * 64) {
+                count @ 0..64 => (1 << count) - 1,
+                _ => u64::MAX,
+            };
+            fill_blocks((self.word(at) | other.word(at)) & below, block) & below
+        };
+        words.map(|at| u64::from(count(at).count_ones())).sum()
     }
 
     /// A number in both sets.
@@ -100,5 +120,40 @@ impl Bits {
             let (at, both) = words.map(|(at, (a, b))| (at as u64, a & b)).find(|(_, both)| *both != 0)?;
             Some(part * PART + at * 64 + u64::from(both.trailing_zeros()))
         })
+    }
+}
+
+/// Sets all bits after the last one in each block of `block` bits that has any.
+fn fill_blocks(word: u64, block: u32) -> u64 {
+    if block == 1 || word == 0 {
+        return word;
+    }
+    let whole = (1 << block) - 1;
+    (0..64).step_by(block as usize).fold(word, |word, at| match (word >> at & whole).checked_ilog2() {
+        Some(last) => word | (whole >> last << last) << at,
+        None => word,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tap_host::Budget;
+
+    #[test]
+    fn blocks_are_filled_after_their_last_member() {
+        let stage = Budget::default().stage(1 << 20).unwrap();
+        let (mut a, mut b) = (Bits::new(&stage), Bits::new(&stage));
+        // Blocks of eight: members 1 and 4 of one, 7 of another, 0 of one in another part.
+        for bit in [1, 15, 2 * PART] {
+            assert!(a.set(bit, 1).is_ok());
+        }
+        assert!(b.set(4, 1).is_ok());
+        let filled = |end, block| a.filled(&b, end, block);
+        assert_eq!((filled(u64::MAX, 1), filled(u64::MAX, 8)), (4, 5 + 1 + 8));
+        assert_eq!(filled(u64::MAX, 2), 4 + 1 + 1, "1 and 15 end their blocks, 4 and the last do not");
+        assert_eq!((filled(6, 8), filled(2 * PART + 3, 8)), (3, 5 + 1 + 3), "up to the end");
+        assert_eq!((filled(0, 8), filled(64, 1)), (0, 3));
+        assert_eq!(filled(4, 8), 3, "a member past the end is none");
     }
 }

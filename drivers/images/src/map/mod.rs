@@ -97,6 +97,8 @@ struct Parts<H: ImageHost, L: Layout> {
     geometry: Geometry,
     /// No reference may end past it.
     reach: HostOffset,
+    /// No table or compressed cluster may end past it.
+    tables_reach: HostOffset,
     /// Offsets of the tables; 0 for none.
     root: Vec<HostOffset>,
     memory: ImageStages,
@@ -111,6 +113,7 @@ struct Image<H: ImageHost, L: Layout> {
     file: ImageFile<H>,
     geometry: Geometry,
     reach: HostOffset,
+    tables_reach: HostOffset,
     /// Published offsets of the tables; 0 for none.
     root: RefCell<Vec<HostOffset>>,
     root_turn: Semaphore,
@@ -228,13 +231,14 @@ impl<H: ImageHost, L: Layout> Node for MappedDisk<H, L> {
 
 impl<H: ImageHost, L: Layout> Image<H, L> {
     fn new(host: &H, parts: Parts<H, L>) -> Self {
-        let Parts { file, geometry, reach, root, memory, cache, space, backing } = parts;
+        let Parts { file, geometry, reach, tables_reach, root, memory, cache, space, backing } = parts;
         assert!(geometry.table_bytes() >= SECTOR_BYTES, "a table smaller than a sector");
         Self {
             host: host.clone(),
             file,
             geometry,
             reach,
+            tables_reach,
             root: RefCell::new(root),
             root_turn: Semaphore::new(1),
             memory,

@@ -54,9 +54,6 @@ pub struct Surveyed<H: ImageHost, L: Layout> {
     read_only: bool,
 }
 
-/// Header and root are usually followed by unused bytes up to here or a multiple.
-const FRONT_ALIGN: u64 = 4096;
-
 impl<H: ImageHost, L: Layout<Allocator = Frontier>> Front<H, L> {
     /// An image in `file`, which is open and locked. `root` has the offsets of its tables, as many as the geometry
     /// says; 0 for none.
@@ -132,13 +129,9 @@ impl<H: ImageHost, L: Layout<Allocator = Frontier>> Front<H, L> {
         let image = Surveyed { front: self, memory, cache, space, read_only: true }.into_image(host, None);
         let checked = image.check(&root, &mut owners, &mut report).await;
         checked.map_err(|(action, error)| ImageError::io(action, path)(error))?;
-        let bytes = geometry.cluster_bytes();
-        let used = (report.plain_clusters + owners.compressed_units) * bytes
-            + report.tables * geometry.table_bytes().next_multiple_of(bytes);
-        let front = front_bytes.next_multiple_of(FRONT_ALIGN.max(bytes));
         // A device continues past the used part.
-        let there = if info.block_device { 0 } else { info.size_bytes };
-        report.leaked_clusters = there.max(owners.end.0).saturating_sub(front + used).div_ceil(bytes);
+        let space_bytes = if info.block_device { owners.end.0.min(info.size_bytes) } else { info.size_bytes };
+        report.leaked_clusters = owners.lost(front_bytes, space_bytes);
         Ok(report)
     }
 
@@ -206,9 +199,11 @@ impl<H: ImageHost, L: Layout<Allocator = Frontier>> Surveyed<H, L> {
     }
 
     fn into_image(self, host: &H, backing: Option<Rc<dyn Node>>) -> Image<H, L> {
-        let Self { front: Front { file, geometry, root, .. }, mut memory, cache, space, .. } = self;
+        let Self { front: Front { file, geometry, root, .. }, mut memory, cache, space, read_only } = self;
         memory.walked();
         let reach = geometry.reach(file.info.size_bytes);
-        Image::new(host, Parts { file, geometry, reach, root, memory, cache, space, backing })
+        // Opening for writing has checked all tables, and new ones are past the end that the file had.
+        let tables_reach = if read_only { HostOffset(file.info.size_bytes) } else { reach };
+        Image::new(host, Parts { file, geometry, reach, tables_reach, root, memory, cache, space, backing })
     }
 }

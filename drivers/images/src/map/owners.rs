@@ -20,6 +20,12 @@ use tap_host::Stage;
 pub(crate) trait Report {
     /// Reports a problem; `false` stops the walk.
     fn problem(&mut self, what: String) -> bool;
+
+    /// Reports that `clusters` lie past the end of the file. A crash may leave that if they were never flushed, so
+    /// opening for writing continues.
+    fn missing(&mut self, clusters: u64, what: impl FnOnce() -> String) {
+        let _ = (clusters, what);
+    }
 }
 
 /// Stops at the first problem.
@@ -32,6 +38,9 @@ impl Report for FirstProblem {
         false
     }
 }
+
+/// The largest usual block of a medium.
+const BLOCK_BYTES: u64 = 4096;
 
 /// The owner of a range of the file that is not a cluster.
 enum Owner {
@@ -64,8 +73,6 @@ pub(crate) struct Owners<L: Layout> {
     pub(crate) plain_clusters: u64,
     /// Mapped clusters that are compressed.
     pub(crate) compressed_clusters: u64,
-    /// Clusters of the file that contain compressed bytes.
-    pub(crate) compressed_units: u64,
     layout: PhantomData<L>,
 }
 
@@ -89,7 +96,6 @@ impl<L: Layout> Owners<L> {
             tables,
             plain_clusters: 0,
             compressed_clusters: 0,
-            compressed_units: 0,
             layout: PhantomData,
         }
     }
@@ -102,22 +108,21 @@ impl<L: Layout> Owners<L> {
     ) -> Option<Vec<(usize, HostOffset)>> {
         for (index, offset) in root.iter().copied().enumerate().filter(|(_, at)| *at != HostOffset(0)) {
             let end = offset.0.checked_add(self.geometry.table_bytes()).map(HostOffset);
-            let end = end.filter(|end| *end <= self.reach);
-            match end {
-                Some(end) if offset.0.is_multiple_of(512) => {
-                    self.end = self.end.max(end);
+            let end = end.filter(|end| *end <= self.reach && offset.0.is_multiple_of(512));
+            self.end = self.end.max(end.unwrap_or_default());
+            let what = match end {
+                // A table is durable before anything refers to it.
+                Some(end) if end.0 > self.file_bytes => {
+                    format!("extends past the end of the file at byte {}", self.file_bytes)
+                }
+                Some(end) => {
                     self.tables.push((offset..end, Owner::Table(index)));
+                    continue;
                 }
-                _ => {
-                    let table = L::TABLE;
-                    let what = format!(
-                        "{table} {index} at byte {} is misplaced or far past the end of the file",
-                        offset.0
-                    );
-                    if !report.problem(what) {
-                        return None;
-                    }
-                }
+                None => "is misplaced or far past the end of the file".to_owned(),
+            };
+            if !report.problem(format!("{} {index} at byte {} {what}", L::TABLE, offset.0)) {
+                return None;
             }
         }
         self.tables.sort_unstable_by_key(|t| t.0.start);
@@ -144,7 +149,11 @@ impl<L: Layout> Owners<L> {
         while let Some(entry) = entries.get(at) {
             let (taken, problem) = match L::mapping(*entry, &self.geometry) {
                 Mapping::Unmapped => (1, None),
-                Mapping::Plain(offset) => self.take_plain(offset, &entries[at..]),
+                Mapping::Plain(offset) => {
+                    let (taken, problem) = self.take_plain(offset, &entries[at..]);
+                    self.find_missing((index * entries.len() + at) as u64, offset, taken as u64, report);
+                    (taken, problem)
+                }
                 Mapping::Compressed(run) => (1, self.take_compressed(run).err()),
             };
             at += taken;
@@ -177,6 +186,26 @@ impl<L: Layout> Owners<L> {
         (count, problem)
     }
 
+    /// Reports those of `count` clusters from `cluster` on, which lie at `offset`, of which not even a part is in the
+    /// file. The last one may be there in part: the rest was never written.
+    fn find_missing(&self, cluster: u64, offset: HostOffset, count: u64, report: &mut impl Report) {
+        let bytes = self.geometry.cluster_bytes();
+        let there = self.file_bytes.saturating_sub(offset.0).div_ceil(bytes);
+        if offset >= self.reach || there >= count {
+            return;
+        }
+        report.missing(count - there, || {
+            let (first, last) = (cluster + there, cluster + count - 1);
+            let which = if first == last {
+                format!("cluster {first}")
+            } else {
+                format!("clusters {first} to {last}")
+            };
+            let at = offset.0 + there * bytes;
+            format!("{which} from byte {at} on: past the end of the file at byte {}", self.file_bytes)
+        });
+    }
+
     fn take_compressed(&mut self, run: Compressed) -> Result<(), &'static str> {
         let end = run.offset + run.len;
         if run.len == 0 || end.0 > self.file_bytes {
@@ -190,9 +219,8 @@ impl<L: Layout> Owners<L> {
             run.offset.0 / self.geometry.cluster_bytes()..end.0.div_ceil(self.geometry.cluster_bytes())
         {
             match self.compressed.set(unit, 1) {
-                Ok(()) => self.compressed_units += 1,
                 // Compressed runs may share a cluster.
-                Err((_, Taken::Before)) => {}
+                Ok(()) | Err((_, Taken::Before)) => {}
                 Err((_, taken @ Taken::NoRoom)) => return Err(taken.text()),
             }
         }
@@ -223,5 +251,24 @@ impl<L: Layout> Owners<L> {
             }
         }
         Some(())
+    }
+
+    /// Clusters of the first `space_bytes` of the file that nothing refers to, besides `front_bytes` at its beginning.
+    /// Called last: what is not a cluster then counts as compressed.
+    ///
+    /// Space between a reference and the end of its block of [`BLOCK_BYTES`] is no loss: QEMU begins every cluster at
+    /// the end of the file, which its writes extend to whole blocks of the medium.
+    pub(crate) fn lost(&mut self, front_bytes: u64, space_bytes: u64) -> u64 {
+        let bytes = self.geometry.cluster_bytes();
+        let ranges = self.tables.iter().map(|(range, _)| range.start.0..range.end.0);
+        for range in ranges.chain(std::iter::once(0..front_bytes)) {
+            for unit in range.start / bytes..range.end.div_ceil(bytes) {
+                // Set already, or there is no memory, which was reported for the clusters.
+                let _ = self.compressed.set(unit, 1);
+            }
+        }
+        let units = space_bytes.div_ceil(bytes);
+        let block = (BLOCK_BYTES / bytes).max(1) as u32;
+        units - self.plain.filled(&self.compressed, units, block)
     }
 }

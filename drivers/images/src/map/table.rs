@@ -241,8 +241,9 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         }
         let offset = self.root.borrow()[index];
         let end = offset.0.checked_add(self.geometry.table_bytes());
-        // Opening for writing has checked all of them; for reading they are checked here.
-        if end.is_none_or(|end| HostOffset(end) > self.reach) {
+        // Opening for writing has checked all of them; for reading they are checked here. A table is durable before
+        // anything refers to it, so one that is not in the file is lost, and was not zeros.
+        if end.is_none_or(|end| HostOffset(end) > self.tables_reach) {
             return Err(Errno::EIO);
         }
         let share = self.table_share().await?;

@@ -103,6 +103,13 @@ impl Report for CheckReport {
         }
         true
     }
+
+    fn missing(&mut self, clusters: u64, what: impl FnOnce() -> String) {
+        self.missing_clusters += clusters;
+        if self.problems.len() < MAX_DESCRIBED {
+            self.problems.push(what());
+        }
+    }
 }
 
 impl<H: ImageHost, L: Layout> Image<H, L> {

@@ -61,15 +61,12 @@ impl Check {
             return Err(Failure { status: NOTHING_TO_CHECK, text });
         };
         let total = image.cluster_bytes.map_or(0, |bytes| image.disk_bytes.div_ceil(bytes));
-        // Clusters missing at the end of a truncated file are not leaks.
-        let missing_bytes = report.end_bytes.saturating_sub(report.file_bytes);
-        let missing = image.cluster_bytes.map_or(0, |bytes| missing_bytes.div_ceil(bytes));
         let shown = Shown {
             image_end_offset: report.end_bytes,
             total_clusters: total,
             check_errors: 0,
-            corruptions: report.problem_count,
-            leaks: report.leaked_clusters.saturating_sub(missing),
+            corruptions: report.problem_count + report.missing_clusters,
+            leaks: report.leaked_clusters,
             allocated_clusters: report.plain_clusters + report.compressed_clusters,
             compressed_clusters: report.compressed_clusters,
             filename: &spec.path,

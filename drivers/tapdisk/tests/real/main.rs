@@ -5,6 +5,7 @@
 
 mod alike;
 mod bad;
+mod check;
 mod client;
 mod crash;
 mod fork;
@@ -34,7 +35,9 @@ fn main() -> ExitCode {
     bad::tests(&mut add);
     alike::tests(&mut add);
     fork::tests(&mut add);
+    check::tests(&mut add);
     trials.extend(space::tests());
+    trials.extend(check::trials());
     libtest_mimic::run(&args, trials).exit_code()
 }
 

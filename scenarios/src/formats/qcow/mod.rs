@@ -56,10 +56,6 @@ impl Metadata for Qcow {
         true
     }
 
-    fn front_align_bytes(&self) -> u64 {
-        4096
-    }
-
     fn walk(&self, content: &Content) -> Result<ImageMap, Broken> {
         walk(content)
     }

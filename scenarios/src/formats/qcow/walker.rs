@@ -94,6 +94,8 @@ pub(super) fn walk(content: &Content) -> Result<ImageMap, Broken> {
             walk_l2(content, &mut map, &mut owners, index as u64, l2_offset, &mut table)?;
         }
     }
+    // QEMU writes an L1 table in whole sectors, wherever it begins.
+    owners.fill(map.root_at + (l1_entries * 8).next_multiple_of(SECTOR_BYTES));
     owners.finish(content, &mut map)?;
     Ok(map)
 }

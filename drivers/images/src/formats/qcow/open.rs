@@ -5,7 +5,7 @@ use super::{Qcow, Qcow1};
 use crate::io::ImageFile;
 use crate::map::{self, HostOffset, decode_entries};
 use crate::{ImageError, ImageHost, OpenImage, OpenOptions};
-use tap_host::Errno;
+use tap_host::{Errno, SECTOR_BYTES};
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
@@ -65,9 +65,10 @@ impl<H: ImageHost> Front<H> {
             (HostOffset(0)..HostOffset(header_end), "the header"),
             (geometry.root_at..geometry.root_end(), "the L1 table"),
         ];
-        let root = self.root.into_iter().map(HostOffset).collect();
-        map::Front::new(self.file, geometry, root)
-            .with_fixed(geometry.root_end().0, fixed.into_iter().chain(name))
+        let root: Vec<HostOffset> = self.root.into_iter().map(HostOffset).collect();
+        // QEMU writes whole sectors of zeros for the L1 table, wherever it begins.
+        let front_bytes = geometry.root_at.0 + (root.len() as u64 * 8).next_multiple_of(SECTOR_BYTES);
+        map::Front::new(self.file, geometry, root).with_fixed(front_bytes, fixed.into_iter().chain(name))
     }
 }
 

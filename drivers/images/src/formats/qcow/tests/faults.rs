@@ -152,6 +152,33 @@ fn the_rest_of_a_cluster_of_compressed_bytes_is_not_leaked() {
     assert_eq!((report.compressed_clusters, report.plain_clusters, report.leaked_clusters), (3, 1, 0));
 }
 
+/// QEMU begins each cluster at the end of the file, which its writes extend to whole blocks of the medium.
+#[test]
+fn space_up_to_the_end_of_a_block_is_not_leaked() {
+    let world = World::new(1);
+    let setup = Setup { cluster_bits: 9, ..SMALL };
+    setup.create(&world);
+    let extend = |by: usize| {
+        let mut bytes = world.bytes(PATH);
+        bytes.resize(bytes.len().next_multiple_of(4096) + by, 0);
+        world.put(PATH, bytes);
+    };
+    for cluster in [0, 1, 70] {
+        put_compressed(&world, &setup, cluster, 3);
+        extend(0);
+    }
+    let counts = || {
+        let report = checked(&world);
+        (report.problem_count, report.compressed_clusters, report.leaked_clusters)
+    };
+    assert_eq!(counts(), (0, 3, 0));
+    // A block that nothing refers to, and a cluster in front of one that is in use.
+    extend(4096 + 512);
+    assert_eq!(counts(), (0, 3, 9));
+    put_compressed(&world, &setup, 71, 3);
+    assert_eq!(counts(), (0, 4, 9));
+}
+
 /// Each write that fails on the medium loses its place. References further out than any disk needs would be taken for
 /// damage once a crash has reverted the size of the file.
 #[test]

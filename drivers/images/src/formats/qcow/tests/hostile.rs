@@ -87,6 +87,41 @@ fn undamaged_parts_of_a_damaged_image_can_be_read() {
 }
 
 #[test]
+fn a_file_that_was_cut_off_is_damaged() {
+    let world = World::new(1);
+    SMALL.create(&world);
+    let qcow = SMALL.open(&world);
+    // One cluster each in two tables: table, cluster, table, cluster.
+    for start in [0, 128] {
+        world.block_on(write(&qcow, start, 2, 7)).result.unwrap();
+    }
+    world.block_on(qcow.close()).unwrap();
+    drop(qcow);
+    let good = world.bytes(PATH);
+    let last = good.len() - 1024;
+    let counts = |len: usize| {
+        world.put(PATH, good[..len].to_vec());
+        let report = checked(&world);
+        (report.problem_count, report.missing_clusters, report.problems)
+    };
+    assert_eq!(counts(good.len()), (0, 0, vec![]));
+    assert_eq!(counts(last + 512), (0, 0, vec![]), "the rest may never have been written");
+    let what = format!("cluster 64 from byte {last} on: past the end of the file at byte {last}");
+    assert_eq!(counts(last), (0, 1, vec![what]));
+    // Half of the second table.
+    let table = last - 1024;
+    let what = format!("L2 table 1 at byte {table} extends past the end of the file at byte {}", table + 256);
+    assert_eq!(counts(table + 256), (1, 0, vec![what.clone()]));
+    let refused = SMALL.try_open(&world, true).err().unwrap().to_string();
+    assert!(refused.contains(&what), "{refused}");
+    let qcow = SMALL.try_open(&world, false).unwrap();
+    assert_eq!(world.block_on(fills(&qcow, 128, 1)), Err(Errno::EIO));
+    assert_eq!(world.block_on(fills(&qcow, 0, 1)), Ok(vec![Some(7)]));
+    drop(qcow);
+    assert_eq!(counts(good.len() - 4096 + 256).0, 2, "both tables");
+}
+
+#[test]
 fn check_reports_every_double_owner_within_runs() {
     let setup = Setup { cluster_bits: 9, ..SMALL };
     let world = World::new(1);
