@@ -123,11 +123,27 @@ pub enum Source {
         /// The bytes are stored compressed.
         compressed: bool,
     },
+    /// Unknown: the map of these sectors is damaged or cannot be read, and no other try will help. Reads of them fail
+    /// as well. Such an extent is neither zeros nor free.
+    Unreadable {
+        /// The node whose map it is, if known.
+        name: Option<NodeName>,
+        /// What reading the map failed with.
+        error: Errno,
+    },
 }
 
 impl Source {
     /// A node that reports no details.
     pub const UNKNOWN: Source = Source::Node { name: None, offset: None, compressed: false };
+
+    /// What reading the map failed with, if it did.
+    pub fn error(&self) -> Option<Errno> {
+        match self {
+            Source::Unreadable { error, .. } => Some(*error),
+            _ => None,
+        }
+    }
 }
 
 /// A node below another.
@@ -164,7 +180,8 @@ pub trait Node: 'static {
     fn submit(&self, request: Request) -> LocalBoxFuture<Response>;
     /// Describes the sectors from `range.start` on with at most `max` extents (at least 1), one after the other, that
     /// cover at least one sector and at most `range`, which is within the disk and not empty. The cuts between equal
-    /// extents mean nothing. Requests in flight may or may not be seen. The default reports all as data.
+    /// extents mean nothing. Requests in flight may or may not be seen. Damage of a map is no error of the query: it is
+    /// an extent, [`Source::Unreadable`]. The default reports all as data.
     fn extents(&self, range: SectorRange, max: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
         let _ = max;
         let count = u64::from(range.count);

@@ -18,7 +18,7 @@ use std::future::{Future, pending, poll_fn};
 use std::rc::Rc;
 use std::task::Poll;
 use tap_core::wait::{Event as Flag, joined};
-use tap_core::{Node, ZeroFlags};
+use tap_core::{Extent, Node, ZeroFlags};
 use tap_host::{Errno, SectorRange, Tasks, Time, poll_once, select, unless};
 
 /// Pauses, closes and cancelled requests.
@@ -212,6 +212,9 @@ async fn query_extents(life: &Life, node: &dyn Node, size_sectors: u64) {
             continue;
         }
         let result = query.await;
+        let damaged =
+            |found: Vec<Extent>| found.iter().find_map(|extent| extent.source.error()).map_or(Ok(()), Err);
+        let result = result.and_then(damaged);
         let transient = matches!(result, Err(Errno::EAGAIN | Errno::EINTR));
         if let Err(error) = result
             && !transient

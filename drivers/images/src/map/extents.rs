@@ -6,7 +6,7 @@ use super::table::Table;
 use super::{GuestOffset, HostOffset};
 use crate::ImageHost;
 use tap_core::{Extent, Source};
-use tap_host::{Errno, SECTOR_BYTES, SectorRange};
+use tap_host::{Errno, SECTOR_BYTES, SectorRange, Tried};
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
@@ -23,51 +23,48 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         match table.map_or(Mapping::Unmapped, |t| t.mapping::<L>(index, &self.geometry)) {
             // Opening for reading does not check the references.
             Mapping::Plain(host) if host > self.reach => Err(Errno::EIO),
+            Mapping::Compressed(run) if run.len == 0 || run.offset + run.len > self.tables_reach => {
+                Err(Errno::EIO)
+            }
             mapping => Ok(mapping),
         }
     }
 
-    /// Calls `visit` with each part of a cluster in `len` bytes from `start` on: first byte and length.
-    fn each_cluster(
-        &self,
-        start: GuestOffset,
-        len: u64,
-        mut visit: impl FnMut(GuestOffset, u64) -> Result<(), Errno>,
-    ) -> Result<(), Errno> {
-        let (mut at, end, cluster_bytes) = (start, start + len, self.geometry.cluster_bytes());
-        while at < end {
-            let len = (cluster_bytes - at.0 % cluster_bytes).min(end - at);
-            visit(at, len)?;
-            at += len;
-        }
-        Ok(())
-    }
-
-    /// The first `max` extents of `range`, or fewer, so that a turn does not take long.
+    /// The first `max` extents of `range`, or fewer, so that a turn does not take long. Errors of tables and entries
+    /// are extents, unless another try may succeed.
     pub(super) async fn extents(&self, range: SectorRange, max: usize) -> Result<Vec<Extent>, Errno> {
         let mut out: Vec<Extent> = Vec::new();
         let mut tables = 0;
         for (index, start, len) in self.by_table(GuestOffset(range.start.0 * SECTOR_BYTES), range.len_bytes())
         {
-            if tables == TABLES_MAX {
+            if tables == TABLES_MAX || out.len() >= max {
                 return Ok(out);
             }
-            let table = self.table(index).await?;
+            let table = match self.table(index).await {
+                Err(error) if Tried::Request.may_pass(error) => return Err(error),
+                Err(error) => {
+                    tables += 1;
+                    out.push(self.unreadable(len as u64, error));
+                    continue;
+                }
+                Ok(table) => table,
+            };
             tables += usize::from(table.is_some());
             let (mut at, end) = (start, start + len as u64);
             while at < end {
                 if out.len() >= max {
                     return Ok(out);
                 }
-                let len = self.mapped_alike(table.as_deref(), at, end)?;
-                match self.mapping_at(table.as_deref(), at)? {
+                let len = self.mapped_alike(table.as_deref(), at, end);
+                match self.mapping_at(table.as_deref(), at) {
                     // Ends early only when `out` is full, which also ends the loop.
-                    Mapping::Unmapped => self.extents_below(at, len, max, &mut out).await?,
-                    Mapping::Plain(host) => {
+                    Ok(Mapping::Unmapped) => self.extents_below(at, len, max, &mut out).await?,
+                    Ok(Mapping::Plain(host)) => {
                         let offset = Some(host + at.0 % self.geometry.cluster_bytes());
                         out.push(self.own(len, offset, false));
                     }
-                    Mapping::Compressed(_) => out.push(self.own(len, None, true)),
+                    Ok(Mapping::Compressed(_)) => out.push(self.own(len, None, true)),
+                    Err(error) => out.push(self.unreadable(len, error)),
                 }
                 at += len;
             }
@@ -76,27 +73,27 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
     }
 
     /// The number of bytes from `at` on, before `end`, that are mapped in the same way and contiguously.
-    fn mapped_alike(&self, table: Option<&Table>, at: GuestOffset, end: GuestOffset) -> Result<u64, Errno> {
+    fn mapped_alike(&self, table: Option<&Table>, start: GuestOffset, end: GuestOffset) -> u64 {
         let cluster_bytes = self.geometry.cluster_bytes();
-        let (mut last, mut len) = (None, 0);
-        let done = self.each_cluster(at, end - at, |at, part| {
-            let mapping = self.mapping_at(table, at)?;
+        let (mut last, mut at) = (None, start);
+        while at < end {
+            let mapping = self.mapping_at(table, at);
             let continues = match (last.replace(mapping), mapping) {
                 (None, _)
-                | (Some(Mapping::Unmapped), Mapping::Unmapped)
-                | (Some(Mapping::Compressed(_)), Mapping::Compressed(_)) => true,
-                (Some(Mapping::Plain(a)), Mapping::Plain(b)) => {
+                | (Some(Ok(Mapping::Unmapped)), Ok(Mapping::Unmapped))
+                | (Some(Ok(Mapping::Compressed(_))), Ok(Mapping::Compressed(_))) => true,
+                (Some(Ok(Mapping::Plain(a))), Ok(Mapping::Plain(b))) => {
                     a + cluster_bytes == b || self.host.bug(&EXTENTS_JOINED)
                 }
+                (Some(Err(a)), Err(b)) => a == b,
                 _ => false,
             };
-            len += if continues { part } else { 0 };
-            if continues { Ok(()) } else { Err(Errno::EINTR) }
-        });
-        match done {
-            Err(Errno::EINTR) | Ok(()) => Ok(len),
-            Err(e) => Err(e),
+            if !continues {
+                break;
+            }
+            at = end.min(at + (cluster_bytes - at.0 % cluster_bytes));
         }
+        at - start
     }
 
     /// The extents below `len` unmapped bytes from `start` on.
@@ -127,6 +124,12 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
             out.push(Extent { count: nothing, source: Source::Nothing, zero: true, allocated: false });
         }
         Ok(())
+    }
+
+    /// An extent whose entries cannot be used.
+    fn unreadable(&self, len_bytes: u64, error: Errno) -> Extent {
+        let source = Source::Unreadable { name: Some(self.file.name.clone()), error };
+        Extent { count: len_bytes / SECTOR_BYTES, source, zero: false, allocated: true }
     }
 
     /// An extent of this image.

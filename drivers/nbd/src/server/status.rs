@@ -53,7 +53,8 @@ impl Levels {
     fn of(&self, extent: &Extent) -> u32 {
         let name = match &extent.source {
             Source::Nothing => return 0,
-            Source::Node { name, .. } => name.as_ref(),
+            // Reported as data: a client that reads it gets the error.
+            Source::Node { name, .. } | Source::Unreadable { name, .. } => name.as_ref(),
         };
         let level = self.0.iter().find(|(known, _)| Some(known) == name);
         level.map_or(1, |(_, level)| *level)

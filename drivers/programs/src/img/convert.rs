@@ -1,8 +1,9 @@
 //! `tap-img convert`.
 
 use super::apart::apart;
+use super::damage::{Losses, Lost, is_damage, read_rest};
 use super::open_node;
-use super::pump::{Extents, PIECE_SECTORS, TaskSet, is_zero, read};
+use super::pump::{Extents, PIECE_SECTORS, Run, TaskSet, is_zero, read};
 use super::target::{Target, TargetOptions};
 use super::{Failure, Outcome, SourceArgs};
 use crate::Console;
@@ -36,6 +37,9 @@ pub(super) struct Convert {
     /// Skip runs of zeros of at least this size; 0 copies everything
     #[arg(short = 'S', long, default_value = "4k", value_name = "SIZE")]
     sparse: String,
+    /// Replace what cannot be read by zeros, and name it, instead of failing
+    #[arg(long)]
+    salvage: bool,
     /// Requests in flight
     #[arg(short = 'm', long, default_value_t = 8, value_parser = clap::value_parser!(u8).range(1..=64))]
     parallel: u8,
@@ -63,10 +67,12 @@ struct Copier {
     to_is_zero: bool,
     /// Least number of zero sectors to skip; 0 skips none.
     sparse_sectors: u64,
+    /// Zeros replace what cannot be read.
+    salvage: bool,
 }
 
-/// The copy of one piece.
-type Piece = LocalBoxFuture<Result<(), Errno>>;
+/// The copy of one piece; returns what could not be read.
+type Piece = LocalBoxFuture<Result<Vec<Lost>, Errno>>;
 
 impl Convert {
     pub(super) async fn run<H: DiskHost>(&self, host: &H, console: &dyn Console) -> Outcome {
@@ -88,6 +94,7 @@ impl Convert {
             pool: BufPool::new(2 * usize::from(self.parallel) * (PIECE_SECTORS * SECTOR_BYTES) as usize),
             to_is_zero: !self.no_create,
             sparse_sectors: sparse / SECTOR_BYTES,
+            salvage: self.salvage,
             from,
             to,
         };
@@ -148,12 +155,28 @@ impl Convert {
 
     async fn copy(&self, copier: &Copier, console: &dyn Console) -> Result<(), Errno> {
         let mut tasks = TaskSet::new(usize::from(self.parallel));
-        let mut outcome = self.feed(copier, &mut tasks, console).await;
+        let mut losses = Losses::default();
+        let mut outcome = self.feed(copier, &mut tasks, &mut losses, console).await;
         // Even after an error: nothing may be in flight when the target is closed.
         while let Some(result) = tasks.finish().await {
-            outcome = outcome.and(result);
+            outcome = outcome.and(result.map(|lost| self.note(lost, &mut losses, console)));
         }
+        losses.into_runs().for_each(|lost| self.warn(lost, console));
         outcome
+    }
+
+    /// Keeps what was lost, to name it in order when the copy has ended.
+    fn note(&self, lost: Vec<Lost>, losses: &mut Losses, console: &dyn Console) {
+        for early in lost.into_iter().filter_map(|lost| losses.add(lost)) {
+            self.warn(early, console);
+        }
+    }
+
+    fn warn(&self, lost: Lost, console: &dyn Console) {
+        if !self.quiet {
+            let text = lost.text(&self.source);
+            console.err(&format!("tap-img: warning: {text}; {} has zeros there", self.target));
+        }
     }
 
     /// Passes one piece after the other to `tasks`, up to the first error.
@@ -161,32 +184,54 @@ impl Convert {
         &self,
         copier: &Copier,
         tasks: &mut TaskSet<Piece>,
+        losses: &mut Losses,
         console: &dyn Console,
     ) -> Result<(), Errno> {
         let total = copier.from.info().size_sectors * SECTOR_BYTES;
         let mut extents = Extents::new(&copier.from);
         let mut done = 0;
-        while let Some(run) = extents.next(PIECE_SECTORS).await? {
-            let job = copier.clone();
-            let work: Piece = Box::pin(async move { job.piece(run.start, run.count, run.extent.zero).await });
-            if let Some(result) = tasks.start(work).await {
-                result?;
-            }
+        loop {
+            let run = match extents.next(PIECE_SECTORS).await {
+                // Reading it shows what is there.
+                Err(error) if self.salvage && is_damage(error) => extents.skip(PIECE_SECTORS),
+                run => match run? {
+                    Some(run) => run,
+                    None => return Ok(()),
+                },
+            };
             done += run.count * SECTOR_BYTES;
+            let job = copier.clone();
+            let work: Piece = Box::pin(async move { job.piece(&run).await });
+            if let Some(result) = tasks.start(work).await {
+                self.note(result?, losses, console);
+            }
             if self.progress && !self.quiet {
                 console.progress(done, total);
             }
         }
-        Ok(())
     }
 }
 
 impl Copier {
-    async fn piece(&self, start: u64, count: u64, zero: bool) -> Result<(), Errno> {
-        if zero {
-            return self.zeros(start, count).await;
+    /// Copies a run; returns what could not be read.
+    async fn piece(&self, run: &Run) -> Result<Vec<Lost>, Errno> {
+        let (start, count) = (run.start, run.count);
+        if run.extent.zero {
+            return self.zeros(start, count).await.map(|()| Vec::new());
         }
-        let buf = read(&self.from, &self.pool, start, count).await?;
+        if !self.salvage {
+            let buf = read(&self.from, &self.pool, start, count).await?;
+            return self.data(start, buf).await.map(|()| Vec::new());
+        }
+        if let Some(error) = run.extent.source.error() {
+            return self.zeros(start, count).await.map(|()| vec![Lost { start, count, error }]);
+        }
+        let (buf, lost) = read_rest(&self.from, &self.pool, start, count).await?;
+        self.data(start, buf).await.map(|()| lost)
+    }
+
+    /// Writes bytes, without the zeros that can be skipped.
+    async fn data(&self, start: u64, buf: IoBuf) -> Result<(), Errno> {
         let runs = runs(&buf, self.sparse_sectors);
         if let [(false, _, _)] = runs[..] {
             return self.write(start, buf).await;

@@ -6,6 +6,7 @@ mod check;
 mod compare;
 mod convert;
 mod create;
+mod damage;
 mod info;
 mod map;
 mod pump;
@@ -46,6 +47,9 @@ enum Command {
                             3 it only has leaked clusters, 63 the format has nothing to check")]
     Check(check::Check),
     /// Shows where the parts of the disk come from
+    #[command(
+        after_help = "Exit status: 0 done, 1 failed, or parts of the map are damaged: they are marked and named"
+    )]
     Map(map::Map),
     /// Compares the contents of two images
     #[command(

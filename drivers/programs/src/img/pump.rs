@@ -5,7 +5,7 @@ use smallvec::smallvec;
 use std::collections::VecDeque;
 use std::future::Future;
 use std::rc::Rc;
-use tap_core::{Extent, Node, Request};
+use tap_core::{Extent, Node, Request, Source};
 use tap_host::{BufPool, Errno, IoBuf, SECTOR_BYTES, SectorRange};
 
 /// Largest piece read at once.
@@ -39,8 +39,11 @@ impl Extents {
 
     /// The run that begins where the last one ended; `None` at the end of the disk. Data comes in runs of at most `max`
     /// sectors; zeros, which are not read, in runs of up to 2^32 - 1.
+    ///
+    /// # Errors
+    /// Those of the node; the next call tries again at the same place, see [`Extents::skip`].
     pub(super) async fn next(&mut self, max: u64) -> Result<Option<Run>, Errno> {
-        let left = self.node.info().size_sectors - self.at;
+        let left = self.left();
         if left == 0 {
             return Ok(None);
         }
@@ -58,6 +61,17 @@ impl Extents {
         }
         self.at += count;
         Ok(Some(run))
+    }
+
+    /// The next `max` sectors, or those up to the end of the disk, of which nothing is known.
+    pub(super) fn skip(&mut self, max: u64) -> Run {
+        let (start, count) = (self.at, self.left().min(max));
+        self.at += count;
+        Run { start, count, extent: Extent { count, source: Source::UNKNOWN, zero: false, allocated: true } }
+    }
+
+    fn left(&self) -> u64 {
+        self.node.info().size_sectors - self.at
     }
 }
 

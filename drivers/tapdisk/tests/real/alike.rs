@@ -52,6 +52,9 @@ const COMMANDS: &[(&str, Of)] = &[
     ("convert -f raw -O qcow disk copy.qcow", Of::Text),
     ("convert -n disk gone", Of::Error),
     ("compare -f raw -F qcow disk copy.qcow", Of::Text),
+    ("convert -O raw bad.qcow copy.raw", Of::Error),
+    ("convert -q --salvage -O raw bad.qcow copy.raw", Of::Text),
+    ("compare -f raw -F raw copy.raw salvaged", Of::Text),
     ("compare disk changed", Of::Text),
     ("compare disk short", Of::Text),
     ("compare -s disk short", Of::Text),
@@ -75,11 +78,27 @@ fn prepare(folder: &Path) -> Done {
     }
     tool("qemu-img", &["create", "-q", "-f", "qcow", &path("made.qcow"), "3M"])?;
     tool("qemu-img", &["create", "-q", "-f", "qcow", "-b", "disk", "-F", "raw", &path("above.qcow")])?;
+    damage(folder)?;
     // A disk that does not end with a whole sector.
     tool("qemu-img", &["create", "-q", "-f", "qcow", &path("odd.qcow"), "1M"])?;
     let mut odd = std::fs::read(path("odd.qcow"))?;
     odd[24..32].copy_from_slice(&((1_u64 << 20) - 24).to_be_bytes());
     Ok(std::fs::write(path("odd.qcow"), odd)?)
+}
+
+/// Makes `bad.qcow`, a copy of `disk` whose cluster 16 does not decompress, and `salvaged`, the rest of it.
+fn damage(folder: &Path) -> Done {
+    let path = |name: &str| folder.join(name).display().to_string();
+    tool("qemu-img", &["convert", "-f", "raw", "-O", "qcow", &path("disk"), &path("bad.qcow")])?;
+    let mut bad = std::fs::read(path("bad.qcow"))?;
+    let number = |bad: &[u8], at: usize| u64::from_be_bytes(std::array::from_fn(|i| bad[at + i]));
+    let table = number(&bad, number(&bad, 40) as usize) as usize;
+    let other = number(&bad, table + 17 * 8);
+    bad[table + 16 * 8..][..8].copy_from_slice(&(1 << 63 | 100 << 51 | other).to_be_bytes());
+    std::fs::write(path("bad.qcow"), bad)?;
+    let mut rest = std::fs::read(path("disk"))?;
+    rest[16 * 4096..17 * 4096].fill(0);
+    Ok(std::fs::write(path("salvaged"), rest)?)
 }
 
 /// Exit status and both outputs.

@@ -20,7 +20,7 @@ async fn states(node: &dyn Node, size_sectors: u64) -> Option<Vec<(u64, bool, bo
     let (mut runs, mut at): (Vec<(u64, bool, bool)>, u64) = (Vec::new(), 0);
     while at < size_sectors {
         let found = node.extents(SectorRange::new(at, (size_sectors - at) as u32), 64).await.ok()?;
-        if found.is_empty() {
+        if found.is_empty() || found.iter().any(|extent| extent.source.error().is_some()) {
             return None;
         }
         for extent in found {

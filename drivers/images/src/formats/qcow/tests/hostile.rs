@@ -86,6 +86,39 @@ fn undamaged_parts_of_a_damaged_image_can_be_read() {
     assert_eq!(world.block_on(fills(&qcow, 254, 2)), Ok(vec![Some(1); 2]));
 }
 
+/// Clusters of two sectors, 64 to a table.
+#[test]
+fn extents_name_exactly_what_is_damaged() {
+    let good = sample();
+    let (cluster, packed) = (entry_at(&good, true, 15), entry_at(&good, true, 16));
+    let bad = with(&with(&good, cluster, 1 << 61), packed, format::COMPRESSED | 5 << 53 | good.len() as u64);
+    for (bytes, want) in [
+        (good.clone(), vec![]),
+        (bad, vec![(30, 4)]),
+        (with(&good, entry_at(&good, false, 1), 1 << 60), vec![(128, 128)]),
+        (with(&good, entry_at(&good, false, 0), good.len() as u64), vec![(0, 128)]),
+    ] {
+        let (world, qcow) = opened(bytes, false);
+        let qcow = qcow.unwrap();
+        for max in [1, 3, 1024] {
+            let (mut at, mut found) = (0, Vec::new());
+            while at < 256 {
+                let range = SectorRange::new(at, (256 - at) as u32);
+                let extents = world.block_on(qcow.extents(range, max)).unwrap();
+                assert!((1..=max).contains(&extents.len()));
+                for extent in extents {
+                    if extent.source.error().is_some() {
+                        assert!(!extent.zero && extent.allocated);
+                        found.push((at, extent.count));
+                    }
+                    at += extent.count;
+                }
+            }
+            assert_eq!((at, &found), (256, &want), "{max}");
+        }
+    }
+}
+
 #[test]
 fn a_file_that_was_cut_off_is_damaged() {
     let world = World::new(1);

@@ -139,7 +139,7 @@ fn extents_report_the_source_of_bytes() {
     while at < 256 {
         for extent in world.block_on(qcow.extents(SectorRange::new(at, (256 - at) as u32), 1024)).unwrap() {
             let from = match extent.source {
-                Source::Nothing => None,
+                Source::Nothing | Source::Unreadable { .. } => None,
                 Source::Node { name, compressed, .. } => {
                     Some((if name == Some(NodeName::new(PATH)) { "top" } else { "base" }, compressed))
                 }

@@ -1,5 +1,7 @@
 //! `tap-img` in a simulated host: its effects, output and exit status.
 
+mod damage;
+
 use clap::Parser;
 use kernel_model::faults::FaultPlan;
 use kernel_model::{Concerned, Content, Kernel, NthFailure, Storage, StorageConfig};
