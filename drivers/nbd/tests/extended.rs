@@ -3,6 +3,7 @@
 mod common;
 
 use common::{Disk, Raw, World, export, go, meta, world};
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use tap_abi::nbd::{
     BASE_ALLOCATION, CHUNK_BLOCK_STATUS_EXT, CHUNK_ERROR, CHUNK_NONE, CHUNK_OFFSET_DATA, CMD_BLOCK_STATUS,
@@ -155,4 +156,74 @@ fn a_long_change_reaches_the_disk_in_pieces_that_are_whole_sectors() {
             !zeros[edges[0] - 1] && zeros[edges[0]..edges[1]].iter().all(|zero| *zero) && !zeros[edges[1]]
         );
     });
+}
+
+/// `len` bytes of fast zeros in pieces of 64 KiB, over a disk that refuses them from sector `slow_from` on: the error
+/// of the reply, whether the disk has changed, and which pieces were to be fast.
+fn fast_zeros(slow_from: u64, offset: u64, len: u64) -> (u32, bool, Vec<bool>) {
+    let out = Rc::new(RefCell::new(None));
+    let own = Rc::clone(&out);
+    world(1, false, move |w| async move {
+        let disk = Disk::new(MIB);
+        disk.bytes.borrow_mut().fill(7);
+        disk.slow_from.set(slow_from);
+        let limits = ServerLimits { range_bytes: 64 << 10, ..ServerLimits::default() };
+        w.serve(vec![export("disk", &disk)], limits).await;
+        let raw = client(&w).await;
+        let (kind, payload) = ask(&raw, CMD_WRITE_ZEROES, command::FAST_ZERO, offset, len, b"").await;
+        let failed = kind == CHUNK_ERROR;
+        let error = if failed { u32::from_be_bytes(payload[..4].try_into().unwrap()) } else { 0 };
+        let zeros = |op| matches!(op, Op::WriteZeroes(flags) if flags.fast);
+        let fast = changes(&disk).into_iter().map(|(op, _)| zeros(op)).collect();
+        let (from, to) = (offset as usize, (offset + len) as usize);
+        let bytes = disk.bytes.borrow();
+        let changed = bytes.iter().any(|byte| *byte != 7);
+        assert!(!changed || bytes[from..to].iter().all(|byte| *byte == 0), "all of it or nothing");
+        *own.borrow_mut() = Some((error, changed, fast));
+    });
+    out.take().unwrap()
+}
+
+#[test]
+fn only_the_first_piece_of_fast_zeros_is_refused() {
+    assert_eq!(fast_zeros(u64::MAX, 0, 200 << 10), (0, true, vec![true, false, false, false]));
+    assert_eq!(fast_zeros(0, 0, 200 << 10), (error::ENOTSUP, false, vec![true]));
+    assert_eq!(fast_zeros(128, 0, 200 << 10), (0, true, vec![true, false, false, false]));
+    // The last piece is a part of a sector, which takes a read and a write.
+    assert_eq!(fast_zeros(u64::MAX, 0, (64 << 10) + 5).0, 0);
+}
+
+#[test]
+fn a_stop_ends_a_long_change_between_its_pieces() {
+    for command in [CMD_WRITE_ZEROES, CMD_TRIM] {
+        world(1, false, move |w| async move {
+            let disk = Disk::new(MIB);
+            let limits = ServerLimits { range_bytes: 64 << 10, ..ServerLimits::default() };
+            let (process, server) = w.serve(vec![export("disk", &disk)], limits).await;
+            let raw = w.client("client", "disk", true).await;
+            disk.hold.set(true);
+            // The second one waits for the first.
+            for cookie in [1, 2] {
+                raw.request(command, 0, cookie, 0, 1 << 20, b"").await;
+            }
+            w.sim.sleep_ns(1_000_000).await;
+            assert_eq!(changes(&disk).len(), 1);
+            let (own, stopped) = (server.clone(), Rc::new(Cell::new(false)));
+            let tell = Rc::clone(&stopped);
+            process.node().spawn("stop", 0, async move {
+                own.stop().await;
+                tell.set(true);
+            });
+            w.sim.sleep_ns(1_000_000).await;
+            assert!(!stopped.get(), "a piece is under way");
+            disk.go.set();
+            for cookie in [1, 2] {
+                let reply = raw.answer(0).await;
+                assert_eq!((reply.cookie, reply.error), (cookie, error::ESHUTDOWN));
+            }
+            assert_eq!(raw.take(1).await, b"", "the stream ends");
+            w.sim.sleep_ns(1_000_000).await;
+            assert_eq!((stopped.get(), changes(&disk).len()), (true, 1));
+        });
+    }
 }

@@ -160,6 +160,27 @@ fn an_error_of_a_connection_that_broke_is_forgotten() {
     });
 }
 
+/// It has not done the request, and its successor will.
+#[test]
+fn a_request_that_a_server_refuses_because_it_ends_is_repeated() {
+    for structured in [false, true] {
+        world(1, false, |w| async move {
+            let answer = move |number| {
+                let head = ErrorHead { error: error::ESHUTDOWN.into(), message_len: 0.into() };
+                let failed = ChunkHeader::new(1, CHUNK_ERROR, true, ErrorHead::BYTES as u32);
+                match number {
+                    1 if structured => [failed.as_bytes(), head.as_bytes()].concat(),
+                    1 => SimpleReply::new(1, error::ESHUTDOWN).as_bytes().to_vec(),
+                    _ => SimpleReply::new(1, 0).as_bytes().to_vec(),
+                }
+            };
+            let connections = answers(&w, answer, move |_| greeting(structured)).await;
+            let client = Client::connect(w.process("client"), config()).await.unwrap();
+            assert_eq!((flush(&client).await, connections.get()), (Ok(()), 2));
+        });
+    }
+}
+
 /// Some servers end a connection when the stream ends, not when they get a disconnect.
 #[test]
 fn a_client_that_is_closed_ends_its_stream() {

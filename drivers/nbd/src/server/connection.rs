@@ -400,15 +400,24 @@ where
         });
     }
 
-    /// A change of so many bytes that it goes to the node in pieces, one after the other.
-    async fn long(self: &Rc<Self>, job: &Job, op: Op, len: u64) -> Result<(), Errno> {
+    /// A change of so many bytes that it goes to the node in pieces, one after the other. A stop ends it between two of
+    /// them, because the disk may take minutes for each.
+    async fn long(self: &Rc<Self>, job: &Job, mut op: Op, len: u64) -> Result<(), Errno> {
         self.host().mark(&NBD_DIVIDED);
         for piece in job.pieces(op, len, self.server.limits.range_bytes) {
             if piece.range.count == 0 {
                 // The rest of a trim, less than a sector.
                 continue;
             }
+            if self.stop.why().is_some() {
+                return Err(Errno::ESHUTDOWN);
+            }
             self.piece(piece, op).await?;
+            // Fast zeros are refused at once and without an effect, or not at all: a refusal after a part of them was
+            // made would be neither.
+            if let Op::WriteZeroes(flags) = &mut op {
+                flags.fast = false;
+            }
             if self.host().bug(&NBD_LONG_CUT) {
                 break;
             }

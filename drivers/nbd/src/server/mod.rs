@@ -36,7 +36,8 @@
 //!   the client had sent and that were not yet read are dropped. A client that reconnects and repeats requests relies
 //!   on this.
 //! * [`Server::stop`] ends in an orderly way: no new connection or request is taken, those in flight end, their replies
-//!   are sent, streams are closed. Nodes are left to their owner.
+//!   are sent, streams are closed. Nodes are left to their owner. Zeros and trims of so many bytes that they go to the
+//!   node in pieces end with the piece that is under way; their reply is `ESHUTDOWN`.
 
 mod command;
 mod connection;

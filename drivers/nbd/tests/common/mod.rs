@@ -45,6 +45,8 @@ pub struct Disk {
     /// Requests with FUA.
     pub durable: Cell<usize>,
     pub fail: Cell<Option<Errno>>,
+    /// Zeros from this sector on are not fast.
+    pub slow_from: Cell<u64>,
     /// Sectors that were never written.
     pub holes: Cell<bool>,
 }
@@ -61,6 +63,7 @@ impl Disk {
             seen: RefCell::default(),
             durable: Cell::new(0),
             fail: Cell::new(None),
+            slow_from: Cell::new(u64::MAX),
             holes: Cell::new(false),
         })
     }
@@ -79,6 +82,10 @@ impl Disk {
     fn execute(&self, request: &mut Request) -> Result<(), Errno> {
         if let Some(error) = self.fail.get() {
             return Err(error);
+        }
+        let end = request.range.start.0 + u64::from(request.range.count);
+        if matches!(request.op, Op::WriteZeroes(flags) if flags.fast) && end > self.slow_from.get() {
+            return Err(Errno::EOPNOTSUPP);
         }
         let mut bytes = self.bytes.borrow_mut();
         let from = (request.range.start.0 * SECTOR_BYTES) as usize;
