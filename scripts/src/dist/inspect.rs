@@ -1,9 +1,10 @@
 //! What must be true of the package and of its units, whatever is in them.
 
 use super::files::put;
-use super::{PROGRAMS, Release, Result, deb};
+use super::{PROGRAMS, Release, Result, deb, machine_paths, tree};
 use std::collections::BTreeSet;
 use std::fs;
+use std::path::Path;
 use xshell::{Shell, cmd};
 
 /// Highest exposure of a unit, in tenths, as `systemd-analyze security` counts it: 0 is a service that may do nothing.
@@ -41,6 +42,7 @@ pub(super) fn package(sh: &Shell, release: &Release) -> Result<()> {
         }
         program(sh, release, name)?;
     }
+    documents(&release.tree.join(tree::DOC))?;
     let scripts = release.tree.with_file_name("control");
     cmd!(sh, "dpkg-deb --control {deb} {scripts}").quiet().run()?;
     for name in deb::SCRIPTS.map(|name| scripts.join(name)) {
@@ -64,12 +66,52 @@ fn entry(line: &str) -> Result<Option<String>> {
     Ok((!mode.starts_with('d')).then(|| path.trim_start_matches('.').to_owned()))
 }
 
-/// It needs no library and no loader, and says which revision it is.
+/// Every link leads to a page that ships, and the licences are all there.
+fn documents(folder: &Path) -> Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let page = entry?.path();
+        if page.extension().is_some_and(|kind| kind == "md") {
+            let text = fs::read_to_string(&page)?;
+            if let Some(lost) = links(&text).find(|link| !folder.join(link).is_file()) {
+                return Err(format!("{} has a link to {lost}, which does not ship", page.display()).into());
+            }
+        }
+    }
+    // What the LGPL asks for a program that contains the library.
+    let copyright = fs::read_to_string(folder.join("copyright"))?;
+    for words in ["GNU Lesser General", "/usr/share/common-licenses/LGPL-2.1", "apt-get source glibc="] {
+        if !copyright.contains(words) {
+            return Err(format!("the file copyright does not say {words:?}").into());
+        }
+    }
+    Ok(())
+}
+
+/// The links of a page to others, without the place in them.
+fn links(text: &str) -> impl Iterator<Item = &str> {
+    let targets = text.split("](").skip(1).filter_map(|rest| rest.split(')').next());
+    let files = targets.filter(|target| !target.contains("://")).map(|target| target.split('#').next());
+    files.flatten().filter(|file| !file.is_empty())
+}
+
+/// The first of `paths` that `program` contains, as the name of a folder.
+fn contained<'a, P: AsRef<Path>>(program: &[u8], paths: &'a [P]) -> Option<&'a Path> {
+    paths.iter().map(AsRef::as_ref).find(|path| {
+        let folder = [path.as_os_str().as_encoded_bytes(), b"/"].concat();
+        path.components().count() > 1 && program.windows(folder.len()).any(|window| window == folder)
+    })
+}
+
+/// It needs no library and no loader, names no folder of this machine, and says which revision it is.
 fn program(sh: &Shell, release: &Release, name: &str) -> Result<()> {
     let program = release.tree.join("usr/bin").join(name);
     let headers = cmd!(sh, "readelf --wide --program-headers --dynamic {program}").quiet().read()?;
     if let Some(line) = headers.lines().find(|line| line.contains("(NEEDED)") || line.contains(" INTERP ")) {
         return Err(format!("{name} is not static: {}", line.trim()).into());
+    }
+    let folders: Vec<_> = machine_paths(&release.target)?.into_iter().map(|(path, _)| path).collect();
+    if let Some(path) = contained(&fs::read(&program)?, &folders) {
+        return Err(format!("{name} names the folder {}", path.display()).into());
     }
     let (said, number) = (cmd!(sh, "{program} --version").quiet().read()?, env!("CARGO_PKG_VERSION"));
     let expected = format!("{name} {number} ({})", release.source.revision);
@@ -131,6 +173,19 @@ pub(super) fn units(sh: &Shell, release: &Release) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn links_are_found_wherever_they_are() {
+        let text = "See [a](a.md), [b\nc](../b.md#part) and\n[c](https://c/d.md) or [here](#part).";
+        assert_eq!(links(text).collect::<Vec<_>>(), ["a.md", "../b.md"]);
+    }
+
+    #[test]
+    fn a_folder_in_a_program_is_found() {
+        let paths = ["/", "/home/me", "/work"].map(Path::new);
+        assert_eq!(contained(b"at /home/me/x.rs", &paths), Some(paths[1]));
+        assert_eq!(contained(b"at /home/menu/x.rs, /works/y, registry/z", &paths), None);
+    }
 
     #[test]
     fn files_are_roots_and_nobody_else_writes_to_them() {

@@ -48,6 +48,8 @@ pub(crate) struct Release {
     /// The programs with their symbols.
     pub(crate) unstripped: Vec<PathBuf>,
     source: Source,
+    /// Where they were built.
+    target: PathBuf,
 }
 
 /// Which sources these are.
@@ -141,6 +143,7 @@ fn build_in(sh: &Shell, target: &Path, source: &Source) -> Result<Release> {
         deb: dist.join(format!("tapdisk_{}_amd64.deb", source.version)),
         unstripped,
         source: source.clone(),
+        target: target.to_owned(),
     };
     if dist.exists() {
         std::fs::remove_dir_all(&dist)?;
@@ -150,17 +153,38 @@ fn build_in(sh: &Shell, target: &Path, source: &Source) -> Result<Release> {
     Ok(release)
 }
 
-/// The programs, with their symbols. The flags are those of the last crate only, so everything below is what every
-/// other release build uses.
+/// The programs, with their symbols. Paths of this machine are replaced in all crates; the other flags are those of the
+/// last crate only.
 fn programs(sh: &Shell, target: &Path, source: &Source) -> Result<Vec<PathBuf>> {
+    let renamed: Vec<String> = machine_paths(target)?
+        .iter()
+        .map(|(path, name)| format!("--remap-path-prefix={}={name}", path.display()))
+        .collect();
+    // Joined with the flags of .cargo/config.toml, which an environment RUSTFLAGS would hide.
+    let config = format!("target.'cfg(all())'.rustflags={}", serde_json::to_string(&renamed)?);
     for name in PROGRAMS {
-        let to = ["--release", "--target-dir"];
+        let to = ["--release", "--config", &config, "--target-dir"];
         let flags = ["-C", "target-feature=+crt-static"];
         let build = cmd!(sh, "cargo rustc --locked {to...} {target} -p tapdisk --bin {name} -- {flags...}");
         // Told, so that a commit that is made meanwhile does not get into one of them.
         build.env("TAP_REVISION", &source.revision).run()?;
     }
     Ok(PROGRAMS.map(|name| target.join("release").join(name)).into())
+}
+
+/// Folders that say something about this machine, and what a program says instead. The last one that fits counts.
+fn machine_paths(target: &Path) -> Result<Vec<(PathBuf, &'static str)>> {
+    let home = PathBuf::from(std::env::var_os("HOME").ok_or("HOME is not set")?);
+    let cargo = std::env::var_os("CARGO_HOME").map_or_else(|| home.join(".cargo"), PathBuf::from);
+    let rustup = std::env::var_os("RUSTUP_HOME").map_or_else(|| home.join(".rustup"), PathBuf::from);
+    let root = files::root().canonicalize()?;
+    Ok(vec![
+        (home, "home"),
+        (rustup, "rustup"),
+        (cargo.join("registry/src"), "registry"),
+        (root, "tapdisk"),
+        (target.to_owned(), "target"),
+    ])
 }
 
 impl Source {

@@ -14,11 +14,30 @@ Upstream-Name: tapdisk
 Comment:
  The programs are linked statically. Besides their own sources they contain the
  crates below, Rust's standard library (MIT or Apache-2.0; Copyright the Rust
- Project Developers), parts of the GNU C Library (LGPL-2.1-or-later; Copyright
- Free Software Foundation), and of GCC's runtime library (GPL-3.0-or-later with
- the GCC Runtime Library Exception). To link them with another C library, build
- the sources again: `cargo xtask dist`. The source of the GNU C Library is that of
- Debian's package glibc on the machine of the build.
+ Project Developers), parts of the GNU C Library, and of GCC's runtime library
+ (GPL-3.0-or-later with the GCC Runtime Library Exception).
+";
+
+/// What section 6 of the LGPL asks for: that the library is used, its licence, and how to get its source and to link
+/// the programs with another version of it. VERSION is that of Debian's package.
+const C_LIBRARY: &str = "
+Files: usr/bin/tapdisk usr/bin/tap-img
+Copyright: Free Software Foundation, Inc. and others (the GNU C Library)
+License: LGPL-2.1-or-later
+Comment:
+ These programs contain parts of the GNU C Library, which is free software: it
+ may be redistributed and modified under the terms of the GNU Lesser General
+ Public License as published by the Free Software Foundation, version 2.1 or
+ any later version. It comes without any warranty. On Debian systems the licence
+ is in /usr/share/common-licenses/LGPL-2.1, elsewhere at
+ https://www.gnu.org/licenses/old-licenses/lgpl-2.1.html. The source is that of
+ Debian's package glibc: `apt-get source glibc=VERSION`, or
+ https://snapshot.debian.org/package/glibc/VERSION/.
+ .
+ The sources of the programs, under the licences below, are complete: `cargo
+ xtask dist` links them again, with the C library that is then installed, changed
+ or not. They may be modified and reverse engineered for that purpose. `tapdisk
+ --version` says which revision of the sources this is.
 ";
 
 /// Whom to write to: as Debian's tools, from the environment.
@@ -45,10 +64,9 @@ pub(super) fn text(sh: &Shell) -> Result<String> {
         found.sort();
         Ok(found)
     };
-    let glibc = cmd!(sh, "dpkg-query --show '--showformat=${source:Package} ${source:Version}' libc6-dev")
-        .quiet()
-        .read();
-    let mut text = format!("{HEAD} Here that is {}.\n", glibc.as_deref().unwrap_or("not from Debian"));
+    let glibc = cmd!(sh, "dpkg-query --show '--showformat=${source:Version}' libc6-dev").quiet().read();
+    // Elsewhere than on Debian nothing has a version that everybody knows.
+    let mut text = HEAD.to_owned() + &C_LIBRARY.replace("VERSION", glibc.as_deref().unwrap_or("VERSION"));
     // Each text once, and the crates that have it.
     let mut users: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let mut stanzas = String::new();

@@ -19,7 +19,7 @@ const FILES: [(&str, &str, u32); 7] = [
 ];
 /// Of docs/user.
 const DOCUMENTS: [&str; 3] = ["deploy.md", "guests.md", "serve.md"];
-const DOC: &str = "usr/share/doc/tapdisk";
+pub(super) const DOC: &str = "usr/share/doc/tapdisk";
 const MANUALS: &str = "usr/share/man/man1";
 
 /// Fills `release.tree`.
