@@ -5,7 +5,8 @@
 
 use super::owners::{Owners, be_words, broken};
 use super::{
-    Broken, Bytes, Claimed, Claims, FormatModel, ImageMap, ImageShape, Metadata, Places, layer_cluster,
+    Broken, Bytes, Claimed, Claims, FormatModel, ImageMap, ImageShape, Metadata, PAST_THE_END, Places,
+    layer_cluster,
 };
 use crate::check::{Invariant, Oracle, is_broken};
 use kernel_model::{Content, PageMap};
@@ -142,7 +143,7 @@ fn walk(content: &Content) -> Result<ImageMap, Broken> {
     content.pages.read(BLOCK, &mut table);
     for (cluster, entry) in be_words(&table).enumerate().filter(|(_, entry)| *entry != 0) {
         let Some(slot) = map.entries.get_mut(cluster) else {
-            return broken(Invariant::Q2, format!("cluster {cluster} is mapped, past the end of the disk"));
+            return broken(Invariant::Q2, format!("cluster {cluster} is mapped, {PAST_THE_END}"));
         };
         if (!entry.is_multiple_of(BLOCK) || entry > far) && !is_broken(Oracle::WildEntries) {
             let text =

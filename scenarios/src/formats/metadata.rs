@@ -152,6 +152,16 @@ pub struct ImageMap {
 /// The broken invariant, and what is wrong with the metadata.
 pub type Broken = (Invariant, String);
 
+/// What no driver may make, but no disk loses anything by: an entry past its end, and compressed clusters that share
+/// bytes, which are never overwritten in place. A check of any image tolerates them.
+pub(super) const PAST_THE_END: &str = "past the end of the disk";
+pub(super) const PACKED_TWICE: &str = "are compressed extents that overlap";
+
+/// Whether a check of images may tolerate it.
+pub fn is_tolerable(broken: &Broken) -> bool {
+    [PAST_THE_END, PACKED_TWICE].iter().any(|reason| broken.1.ends_with(reason))
+}
+
 impl ImageMap {
     /// The host byte offset of a plain cluster.
     pub fn host_offset(&self, cluster: u64) -> Option<u64> {

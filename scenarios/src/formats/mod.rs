@@ -17,7 +17,10 @@ mod qcow;
 mod raw;
 mod real;
 
-pub use metadata::{Broken, Bytes, COMPRESSED, Claimed, Claims, ImageMap, Metadata, Places, fitting};
+pub use metadata::{
+    Broken, Bytes, COMPRESSED, Claimed, Claims, ImageMap, Metadata, Places, fitting, is_tolerable,
+};
+use metadata::{PACKED_TWICE, PAST_THE_END};
 pub use real::{LoadedImage, RealImage, content_of};
 
 use crate::tag::Tag;

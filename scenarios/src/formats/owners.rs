@@ -1,6 +1,6 @@
 //! Ownership of the space of an image's file, which all walkers share.
 
-use super::{Broken, ImageMap};
+use super::{Broken, ImageMap, PACKED_TWICE};
 use crate::check::{Invariant, Oracle, is_broken};
 use kernel_model::Content;
 
@@ -99,7 +99,7 @@ impl Owners {
             if pair[0].0 + pair[0].1 > pair[1].0 && !is_broken(Oracle::OverlappingExtents) {
                 return broken(
                     Invariant::Q2,
-                    format!("compressed extents at {:#x} and {:#x} overlap", pair[0].0, pair[1].0),
+                    format!("{:#x} and {:#x} {PACKED_TWICE}", pair[0].0, pair[1].0),
                 );
             }
         }

@@ -9,7 +9,7 @@
 use super::{XEN_MAGIC, checksum};
 use crate::check::{Invariant, Oracle, is_broken};
 use crate::formats::owners::{Owners, be_words, broken};
-use crate::formats::{Broken, COMPRESSED, ImageMap};
+use crate::formats::{Broken, COMPRESSED, ImageMap, PAST_THE_END};
 use kernel_model::Content;
 use tap_host::SECTOR_BYTES;
 
@@ -152,10 +152,7 @@ fn walk_l2(
             continue;
         }
         let Some(slot) = map.entries.get_mut(cluster as usize) else {
-            return broken(
-                Invariant::Q2,
-                format!("L2 table {index} maps cluster {cluster}, past the end of the disk"),
-            );
+            return broken(Invariant::Q2, format!("L2 table {index} maps cluster {cluster}, {PAST_THE_END}"));
         };
         *slot = entry;
         map.mapped += 1;
