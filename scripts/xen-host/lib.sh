@@ -79,6 +79,23 @@ guest_tell() { echo "$2" > "$(guest_tty "$1")"; }
 # # guest_hash NAME DISK: prints the sha256 that its disk_hash printed last.
 guest_hash() { guest_log "$1" | sed -n "s/^@guest sha256 of $2: //p" | tail -n 1; }
 
+# # guest_requests NAME: prints how many requests its disk-load has done, by its last report.
+guest_requests() {
+    local done
+    done=$(guest_log "$1" | sed -n 's/^@load goes on: requests \([0-9]*\),.*/\1/p' | tail -n 1)
+    echo "${done:-0}"
+}
+
+guest_has_done_more() { [ "$(guest_requests "$1")" -gt "$2" ]; }
+
+# # guest_goes_on NAME: waits until its disk-load has done more. The first report after a restart may be from before it;
+# the second one shows that the load continues.
+guest_goes_on() {
+    for report in 1 2; do
+        wait_for 100 guest_has_done_more "$1" "$(guest_requests "$1")"
+    done
+}
+
 # # blkback on|off: loads or unloads the kernel's own back end. It takes every vbd whose type is `vbd`.
 blkback() {
     case $1 in

@@ -8,18 +8,6 @@ disk-load verify /dev/xvda --depth 8 --until-told
 disk_hash xvda
 GUEST
 
-done_requests() {
-    local done
-    done=$(guest_log deploy | sed -n 's/^@load goes on: requests \([0-9]*\),.*/\1/p' | tail -n 1)
-    echo "${done:-0}"
-}
-has_done_more_than() { [ "$(done_requests)" -gt "$1" ]; }
-# # The first report after a restart may be from before it; the second one shows that the load continues.
-goes_on() {
-    for word in 1 2; do
-        wait_for 100 has_done_more_than "$(done_requests)"
-    done
-}
 # # daemon LAUNCHER...: starts the daemon as its unit does: root without capabilities.
 daemon() {
     setpriv --bounding-set=-all --inh-caps=-all --no-new-privs "$@" /usr/bin/tapdisk xen --watch >> tapdisk.log 2>&1 &
@@ -45,33 +33,33 @@ daemon
 guest_create deploy guest.sh \
     "disk = [ 'script=block-tapdisk,vdev=xvda,access=w,target=qcow:$PWD/images/disk.qcow' ]"
 xl unpause deploy
-goes_on
+guest_goes_on deploy
 
 echo "# upgrade while the guest writes"
 dpkg --install newer.deb > dpkg.log 2>&1 || fail "the upgrade: $(cat dpkg.log)"
 cat dpkg.log
 grep -q "process $TAPDISK still runs the old program" dpkg.log || fail "nothing is said about the old program"
 if runs_installed; then fail "the daemon cannot run the new program yet"; fi
-goes_on
+guest_goes_on deploy
 kill "$TAPDISK"
 tapdisk_wait
 daemon
 wait_for 20 runs_installed
-goes_on
+guest_goes_on deploy
 
 echo "# the new daemon is killed, and the next one has no system call that is younger than Linux 4.19"
 kill -9 "$TAPDISK"
 tapdisk_wait 137
 daemon old-kernel
 wait_for 20 runs_installed
-goes_on
+guest_goes_on deploy
 grep -q 'the kernel refuses io_uring' tapdisk.log || fail "it does not say that it uses threads"
 
 echo "# removal is refused while the guest needs its disk"
 if dpkg --remove tapdisk > dpkg.log 2>&1; then fail "the package was removed under a guest"; fi
 cat dpkg.log
 grep -q "process $TAPDISK: /usr/bin/tapdisk xen --watch" dpkg.log || fail "it does not say which process is in the way"
-goes_on
+guest_goes_on deploy
 
 guest_tell deploy stop
 wait_for 100 guest_gone deploy

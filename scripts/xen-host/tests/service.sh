@@ -9,18 +9,6 @@ disk_hash xvda
 GUEST
 
 log=/var/log/tapdisk-units.log
-done_requests() {
-    local done
-    done=$(guest_log service | sed -n 's/^@load goes on: requests \([0-9]*\),.*/\1/p' | tail -n 1)
-    echo "${done:-0}"
-}
-has_done_more_than() { [ "$(done_requests)" -gt "$1" ]; }
-# # The first report after a restart may be from before it; the second one shows that the load continues.
-goes_on() {
-    for word in 1 2; do
-        wait_for 100 has_done_more_than "$(done_requests)"
-    done
-}
 # # systemd_start: systemd as the first process of a namespace of its own, which ends with it.
 systemd_start() {
     mkdir -p /sys/fs/cgroup /etc/systemd/system
@@ -84,20 +72,20 @@ grep -q '^Seccomp:[[:space:]]*2$' status || fail "no system call is denied"
 guest_create service guest.sh \
     "disk = [ 'script=block-tapdisk,vdev=xvda,access=w,target=qcow:/srv/images/guest.qcow' ]"
 xl unpause service
-goes_on
+guest_goes_on service
 
 echo "# restart while the guest writes"
 before=$(main_pid tapdisk-xen)
 inside systemctl restart tapdisk-xen
 [ "$(main_pid tapdisk-xen)" != "$before" ] || fail "the daemon was not restarted"
-goes_on
+guest_goes_on service
 
 echo "# the daemon dies, and systemd starts the next one"
 before=$(main_pid tapdisk-xen)
 inside kill -9 "$before"
 is_another() { [ "$(main_pid tapdisk-xen)" != 0 ] && [ "$(main_pid tapdisk-xen)" != "$before" ]; }
 wait_for 30 is_another
-goes_on
+guest_goes_on service
 
 echo "# an NBD server, as its user"
 mkdir -p /etc/tapdisk
@@ -116,7 +104,7 @@ server=$(main_pid tapdisk-nbd@disk)
 inside /usr/bin/dpkg --install "$PWD/newer.deb" > dpkg.log 2>&1 || fail "the upgrade: $(cat dpkg.log)"
 cat dpkg.log
 wait_for 20 runs_installed tapdisk-xen
-goes_on
+guest_goes_on service
 grep -q "process $server still runs the old program" dpkg.log || fail "nothing is said about the NBD server"
 [ "$(main_pid tapdisk-nbd@disk)" = "$server" ] || fail "the NBD server was restarted"
 tap-img compare source "nbd:unix:$socket"
@@ -124,7 +112,7 @@ tap-img compare source "nbd:unix:$socket"
 echo "# removal is refused while disks are served"
 if inside /usr/bin/dpkg --remove tapdisk > dpkg.log 2>&1; then fail "the package was removed under a guest"; fi
 cat dpkg.log
-goes_on
+guest_goes_on service
 guest_tell service stop
 wait_for 100 guest_gone service
 guest_log service | grep -v 'goes on'
