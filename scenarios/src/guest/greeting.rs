@@ -11,7 +11,7 @@ use tap_abi::nbd::{
 use tap_host::Stream;
 use zerocopy::{FromBytes, IntoBytes};
 
-/// What is wrong with a greeting: an index into [`Wrong::ALL`] plus one in 4 bits, and the option whose reply it is in
+/// What is wrong with a greeting: an index into `Wrong::ALL` plus one in 4 bits, and the option whose reply it is in
 /// 2; 0 for nothing.
 pub static NBD_GREETING: Label = Label::packed("nbd-greeting", "greeting {n} is wrong: {}", &[4, 2]);
 
