@@ -40,9 +40,16 @@ fn allowed(package: &str) -> &'static [&'static str] {
         }
         "tap-example" => &["tap-host", "tap-core", "tap-images"],
         "tap-ring" => &["tap-host", "tap-abi", "tap-core", "smallvec", "thiserror", "zerocopy"],
-        "tap-nbd" => {
-            &["tap-host", "tap-abi", "tap-core", "smallvec", "thiserror", "zerocopy", "futures-util"]
-        }
+        "tap-nbd" => &[
+            "tap-host",
+            "tap-abi",
+            "tap-core",
+            "smallvec",
+            "thiserror",
+            "zerocopy",
+            "futures-util",
+            "rustls",
+        ],
         "tap-xenbus" => &["tap-host", "tap-abi", "tap-core", "tap-ring", "thiserror"],
         "tap-programs" => &[
             "tap-host",
@@ -52,6 +59,7 @@ fn allowed(package: &str) -> &'static [&'static str] {
             "tap-xenbus",
             "clap",
             "futures-util",
+            "rustls",
             "serde",
             "serde_json",
             "smallvec",

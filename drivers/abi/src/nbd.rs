@@ -89,6 +89,8 @@ pub const REP_ERR_UNSUP: u32 = REP_ERROR | 1;
 pub const REP_ERR_POLICY: u32 = REP_ERROR | 2;
 /// The option is malformed, or not allowed at this point.
 pub const REP_ERR_INVALID: u32 = REP_ERROR | 3;
+/// TLS must be agreed on first.
+pub const REP_ERR_TLS_REQD: u32 = REP_ERROR | 5;
 /// There is no such export.
 pub const REP_ERR_UNKNOWN: u32 = REP_ERROR | 6;
 /// The server is shutting down.

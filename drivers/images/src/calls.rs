@@ -5,7 +5,7 @@
 
 use crate::ImageHost;
 use std::future::Future;
-use tap_host::{Errno, File, FileId, OpenMode, Patience, Tried};
+use tap_host::{Errno, File, FileId, IoBuf, IoVec, OpenMode, Patience, Tried};
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
@@ -56,4 +56,33 @@ pub async fn file_id<H: ImageHost>(host: &H, path: &str) -> Result<Option<FileId
         Err(Errno::ENOENT) => Ok(None),
         Err(error) => Err(error),
     }
+}
+
+/// The bytes of the file at `path`, which are at most `max`; `None` if there is none.
+///
+/// # Errors
+/// Those of the host; `EFBIG` for a larger file.
+pub async fn read_small<H: ImageHost>(host: &H, path: &str, max: usize) -> Result<Option<Vec<u8>>, Errno> {
+    let file = match uninterrupted(host, || host.open(path, OpenMode::READ)).await {
+        Ok(file) => file,
+        Err(Errno::ENOENT) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let size = usize::try_from(file.info().await?.size_bytes).unwrap_or(usize::MAX);
+    if size > max {
+        return Err(Errno::EFBIG);
+    }
+    let mut bytes = Vec::with_capacity(size);
+    while bytes.len() < size {
+        let buf = IoBuf::unpooled(size - bytes.len())?;
+        let (result, bufs) = file.read_at(bytes.len() as u64, IoVec::from_iter([buf])).await;
+        match result {
+            // It has become shorter.
+            Ok(0) => break,
+            Ok(count) => bytes.extend_from_slice(&bufs[0][..count]),
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(Some(bytes))
 }

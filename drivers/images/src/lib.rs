@@ -38,7 +38,7 @@ mod units;
 #[cfg(test)]
 mod testing;
 
-pub use calls::file_id;
+pub use calls::{file_id, read_small};
 pub use chain::{Backing, BackingGate, BackingPolicy, MAX_CHAIN, OpenOptions, resolve, same_path};
 pub use error::ImageError;
 pub use format::{

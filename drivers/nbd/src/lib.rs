@@ -7,6 +7,7 @@
 //!                  Outbox ◄── reply ◄────────┘             Inlet, Outbox ── stream ──► any server
 //! ```
 //!
+//! Either side may be secured by TLS (`wire.rs`); certificates, and what is checked, are configured by the caller.
 //! Follows the NBD project's `doc/proto.md` (see [`tap_abi::nbd`]), fixed newstyle only.
 //!
 //! # Contract
@@ -23,8 +24,9 @@ mod inlet;
 mod outbox;
 pub mod server;
 mod stop;
+mod wire;
 
-pub use client::{Breaks, Client, ClientConfig, ClientError};
+pub use client::{Breaks, Client, ClientConfig, ClientError, ClientTls};
 pub use server::{Export, ExportError, Server, ServerLimits};
 
 tap_host::listed! {

@@ -1,7 +1,8 @@
 //! Opens a named disk.
 
 use crate::Tuning;
-use crate::spec::DiskSpec;
+use crate::spec::{DiskSpec, TlsSpec};
+use crate::tls;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use std::rc::Rc;
@@ -12,7 +13,7 @@ use tap_images::{
     Backing, BackingPolicy, Format, Formats, ImageError, ImageFormat, ImageHost, ImageSpec, OpenOptions,
     SHIPPED, format_called, parse_size, same_path, show_size,
 };
-use tap_nbd::{Client, ClientConfig, ClientError};
+use tap_nbd::{Client, ClientConfig, ClientError, ClientTls};
 
 tap_host::listed! {
     pub(super) MARKS: Mark;
@@ -298,9 +299,17 @@ pub async fn open_disk<H: DiskHost>(
 ) -> Result<Disk<H>, OpenError> {
     let image = match spec {
         DiskSpec::Image(image) => open_image(host, formats, image, options).await?,
-        DiskSpec::Nbd { address, export } => {
+        DiskSpec::Nbd { address, export, tls } => {
+            let tls = match tls {
+                Some(TlsSpec { folder, name }) => {
+                    let config = tls::of_client(host, folder).await.map_err(ClientError::Certificates)?;
+                    Some(ClientTls { config, name: name.clone() })
+                }
+                None => None,
+            };
             let config = ClientConfig {
                 export: export.clone(),
+                tls,
                 read_only: !options.write,
                 memory: options.memory.clone(),
                 ..ClientConfig::new(address.clone())

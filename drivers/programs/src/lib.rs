@@ -31,6 +31,7 @@ mod help;
 pub mod img;
 pub mod serve;
 pub mod spec;
+mod tls;
 pub mod tuning;
 pub mod usage;
 pub mod vdev;

@@ -9,7 +9,7 @@ use crate::disk::{
     DiskHost, ImageArgs, disk_summary, memory_summary, open_disk, require_format, stats_summary,
 };
 use crate::spec::DiskSpec;
-use crate::{Console, Tuning};
+use crate::{Console, Tuning, tls};
 use clap::Args;
 use futures_util::future::join_all;
 use std::path::PathBuf;
@@ -50,6 +50,13 @@ pub struct ServeArgs {
     /// End once the last client has left, as if asked to stop; clients that only list exports do not count
     #[arg(long)]
     end_with_last_client: bool,
+    /// Folder of certificates for TLS, which every client must then use: ca-cert.pem, server-cert.pem, server-key.pem
+    #[arg(long, value_name = "FOLDER")]
+    tls_creds: Option<String>,
+    /// Whether clients need a certificate that ca-cert.pem has signed
+    #[arg(long, value_name = "yes|no", requires = "tls_creds", default_value = "yes", value_parser = yes_or_no,
+          action = clap::ArgAction::Set)]
+    tls_verify_peer: bool,
     /// Return once clients can connect, and serve in the background; with the status 1 and a message if that failed
     #[arg(long)]
     pub fork: bool,
@@ -59,6 +66,14 @@ pub struct ServeArgs {
     /// The disks: SPEC for a single one, NAME=SPEC for each of several
     #[arg(required = true, value_name = "[NAME=]SPEC")]
     disks: Vec<NamedDisk>,
+}
+
+fn yes_or_no(text: &str) -> Result<bool, &'static str> {
+    match text {
+        "yes" | "on" => Ok(true),
+        "no" | "off" => Ok(false),
+        _ => Err("it is yes or no"),
+    }
 }
 
 /// A disk and the name of its export.
@@ -213,7 +228,13 @@ impl ServeArgs {
         tuning: &Tuning,
     ) -> Result<(), String> {
         let limits = ServerLimits { connections: usize::from(self.connections), ..tuning.server };
-        let server = Server::new(host.clone(), exports, limits, memory);
+        let server = match &self.tls_creds {
+            Some(folder) => {
+                let tls = tls::of_server(host, folder, self.tls_verify_peer).await?;
+                Server::with_tls(host.clone(), exports, limits, memory, tls)
+            }
+            None => Server::new(host.clone(), exports, limits, memory),
+        };
         let server = server.map_err(|e| e.to_string())?;
         // Registered before the socket exists: a process that sees the socket may send a signal.
         let stopped = host.asked_to_stop();

@@ -6,8 +6,11 @@
 //!   nbd:ADDRESS                 the default export of an NBD server: nbd:unix:/run/x.sock, nbd:host:10809
 //!   nbd://HOST[:PORT]/EXPORT    the syntax of the NBD project
 //!   nbd+unix:///EXPORT?socket=PATH
+//!   nbds://HOST[:PORT]/EXPORT?tls-certificates=FOLDER[&tls-hostname=NAME]       secured by TLS
+//!   nbds+unix:///EXPORT?socket=PATH&tls-certificates=FOLDER[&tls-hostname=NAME]
 //! ```
 
+use rustls::pki_types::ServerName;
 use std::fmt;
 use std::str::FromStr;
 use tap_host::SocketAddress;
@@ -27,26 +30,42 @@ pub enum DiskSpec {
         address: SocketAddress,
         /// The name of the export; the default one has an empty name.
         export: String,
+        /// How the connection is secured.
+        tls: Option<TlsSpec>,
     },
+}
+
+/// TLS to a server.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct TlsSpec {
+    /// The folder of certificates.
+    pub folder: String,
+    /// The name that the server's certificate must be for.
+    pub name: ServerName<'static>,
 }
 
 impl FromStr for DiskSpec {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        if let Some(rest) = text.strip_prefix("nbd+unix://") {
-            return nbd_unix(text, rest);
+        for (prefix, secure) in [("nbd+unix://", false), ("nbds+unix://", true)] {
+            if let Some(rest) = text.strip_prefix(prefix) {
+                return nbd_unix(text, rest, secure);
+            }
         }
         if let Some(rest) = text.strip_prefix("nbd://") {
             return nbd_tcp(text, rest);
         }
-        if text.starts_with("nbds:") || text.starts_with("nbds+") {
+        if let Some(rest) = text.strip_prefix("nbds://") {
+            return nbds_tcp(text, rest);
+        }
+        if text.starts_with("nbds:") {
             return Err(format!(
-                "{text} is NBD with TLS, which is not supported: use nbd:// through a tunnel"
+                "{text} is no address with TLS: write nbds://HOST/EXPORT?tls-certificates=FOLDER"
             ));
         }
         if let Some(address) = text.strip_prefix("nbd:") {
-            return Ok(DiskSpec::Nbd { address: address.parse()?, export: String::new() });
+            return Ok(DiskSpec::Nbd { address: address.parse()?, export: String::new(), tls: None });
         }
         let (format, path) = match text.split_once(':') {
             Some((name, path)) if is_scheme(name) => match format_called(name) {
@@ -80,17 +99,52 @@ fn nbd_tcp(text: &str, rest: &str) -> Result<DiskSpec, String> {
     let has_port = host.rsplit_once(':').is_some_and(|(_, port)| !port.ends_with(']'));
     let address = if has_port { host.to_owned() } else { format!("{host}:{NBD_PORT}") };
     let address = address.parse().map_err(|why| format!("{text}: {why}"))?;
-    Ok(DiskSpec::Nbd { address, export: decoded(export)? })
+    Ok(DiskSpec::Nbd { address, export: decoded(export)?, tls: None })
 }
 
-fn nbd_unix(text: &str, rest: &str) -> Result<DiskSpec, String> {
+fn nbds_tcp(text: &str, rest: &str) -> Result<DiskSpec, String> {
+    let (place, query) = rest.split_once('?').unwrap_or((rest, ""));
+    let DiskSpec::Nbd { address, export, .. } = nbd_tcp(text, place)? else {
+        return Err(format!("{text} names no server"));
+    };
+    let tls = match &address {
+        SocketAddress::Tcp { host, .. } => Some(tls_of(text, query, host, &[])?),
+        SocketAddress::Unix(_) => None,
+    };
+    Ok(DiskSpec::Nbd { address, export, tls })
+}
+
+/// What the query of an address says about TLS; `host` is whom the certificate is for unless it says otherwise.
+fn tls_of(text: &str, query: &str, host: &str, others: &[&str]) -> Result<TlsSpec, String> {
+    let (mut folder, mut name) = (None, host.to_owned());
+    for part in query.split('&').filter(|part| !part.is_empty()) {
+        match part.split_once('=') {
+            Some(("tls-certificates", value)) => folder = Some(decoded(value)?),
+            Some(("tls-hostname", value)) => name = decoded(value)?,
+            Some((other, _)) if others.contains(&other) => {}
+            // Ignored, it might weaken what the address asks for.
+            _ => return Err(format!("{text}: the parameter '{part}' is not known")),
+        }
+    }
+    let folder = folder.filter(|folder| !folder.is_empty() && !folder.contains('\0'));
+    let Some(folder) = folder else {
+        return Err(format!("{text} names no certificates: add tls-certificates=FOLDER"));
+    };
+    let name =
+        ServerName::try_from(name).map_err(|_| format!("{text}: the name of the server is not valid"))?;
+    Ok(TlsSpec { folder, name })
+}
+
+fn nbd_unix(text: &str, rest: &str, secure: bool) -> Result<DiskSpec, String> {
     let (export, query) = rest.split_once('?').unwrap_or((rest, ""));
     let socket = query.split('&').find_map(|part| part.strip_prefix("socket="));
     let Some(socket) = socket else {
-        return Err(format!("{text} names no socket: write nbd+unix:///EXPORT?socket=PATH"));
+        let scheme = if secure { "nbds" } else { "nbd" };
+        return Err(format!("{text} names no socket: write {scheme}+unix:///EXPORT?socket=PATH"));
     };
     let address = SocketAddress::from_str(&format!("unix:{}", decoded(socket)?))?;
-    Ok(DiskSpec::Nbd { address, export: decoded(export.trim_start_matches('/'))? })
+    let tls = if secure { Some(tls_of(text, query, "localhost", &["socket"])?) } else { None };
+    Ok(DiskSpec::Nbd { address, export: decoded(export.trim_start_matches('/'))?, tls })
 }
 
 /// Decodes the percent encoding of URIs.
@@ -118,8 +172,12 @@ impl fmt::Display for DiskSpec {
                 ImageFormat::Probe => f.write_str(&image.path),
                 ImageFormat::As(format) => write!(f, "{format}:{}", image.path),
             },
-            DiskSpec::Nbd { address, export } if export.is_empty() => write!(f, "nbd:{address}"),
-            DiskSpec::Nbd { address, export } => write!(f, "export '{export}' of nbd:{address}"),
+            DiskSpec::Nbd { address, export, tls } => {
+                if !export.is_empty() {
+                    write!(f, "export '{export}' of ")?;
+                }
+                write!(f, "{}:{address}", if tls.is_some() { "nbds" } else { "nbd" })
+            }
         }
     }
 }
@@ -149,10 +207,12 @@ mod tests {
         let unix = |export: &str| DiskSpec::Nbd {
             address: SocketAddress::Unix("/run/x y".into()),
             export: export.into(),
+            tls: None,
         };
         let tcp = |port, export: &str| DiskSpec::Nbd {
             address: SocketAddress::Tcp { host: "::1".into(), port },
             export: export.into(),
+            tls: None,
         };
         for (text, spec) in [
             ("raw:a:b", image(tap_images::formats::raw::FORMAT.into(), "a:b")),
@@ -169,8 +229,43 @@ mod tests {
             assert!(DiskSpec::from_str(bad).is_err(), "{bad}");
         }
         assert!(DiskSpec::from_str("vhd:/a").unwrap_err().contains("not a known format"));
-        for tls in ["nbds://host/a", "nbds+unix:///?socket=/a"] {
-            assert!(DiskSpec::from_str(tls).unwrap_err().contains("TLS"), "{tls}");
+    }
+
+    #[test]
+    fn addresses_with_tls_name_certificates_and_whom_they_are_for() {
+        for (text, whom, folder, shown) in [
+            ("nbds://host/a?tls-certificates=/pki", "host", "/pki", "export 'a' of nbds:tcp:host:10809"),
+            ("nbds://[::1]:7?tls-certificates=a%20b", "::1", "a b", "nbds:tcp:[::1]:7"),
+            (
+                "nbds://1.2.3.4/?tls-hostname=x.example&tls-certificates=p",
+                "x.example",
+                "p",
+                "nbds:tcp:1.2.3.4:10809",
+            ),
+            ("nbds+unix:///?socket=/s&tls-certificates=p", "localhost", "p", "nbds:unix:/s"),
+            (
+                "nbds+unix:///a?tls-hostname=me&tls-certificates=p&socket=/s",
+                "me",
+                "p",
+                "export 'a' of nbds:unix:/s",
+            ),
+        ] {
+            let spec: DiskSpec = text.parse().unwrap();
+            assert_eq!(spec.to_string(), shown);
+            let DiskSpec::Nbd { tls: Some(tls), .. } = spec else { panic!("{text}") };
+            assert_eq!((tls.folder, tls.name), (folder.to_owned(), whom.try_into().unwrap()), "{text}");
+        }
+        for (bad, words) in [
+            ("nbds://host/a", "tls-certificates"),
+            ("nbds://host/a?tls-certificates=", "tls-certificates"),
+            ("nbds://host/a?tls-certificates=p&tls-verify-peer=0", "tls-verify-peer"),
+            ("nbds://a_b*c/?tls-certificates=p", "not valid"),
+            ("nbds+unix:///?socket=/a", "tls-certificates"),
+            ("nbds+unix:///?tls-certificates=p", "socket"),
+            ("nbds:unix:/a", "nbds://"),
+        ] {
+            let why = DiskSpec::from_str(bad).unwrap_err();
+            assert!(why.contains(words), "{bad}: {why}");
         }
     }
 }

@@ -8,9 +8,10 @@
 
 use super::link::{Link, Receiver};
 use super::negotiate::Terms;
-use super::{Breaks, Inner, open};
+use super::{Breaks, Inner, LinkOf, open};
 use crate::inlet::Inlet;
 use crate::stop::StopSignal;
+use crate::wire::Wire;
 use std::rc::Rc;
 use tap_abi::nbd::CMD_FLUSH;
 use tap_host::{Errno, Event, Log, Probe, Sockets, Stream, Tasks, Time, unless};
@@ -36,7 +37,7 @@ tap_host::listed! {
         "an NBD server was lost with answered writes that no flush had covered";
 }
 
-type Connected<H> = (Rc<Link<<H as Sockets>::Stream>>, Inlet<<H as Sockets>::Stream>);
+type Connected<H> = (Rc<LinkOf<H>>, Inlet<Wire<<H as Sockets>::Stream>>);
 
 /// The progress of the attempts to reconnect.
 #[derive(Clone, Copy)]
@@ -51,7 +52,7 @@ pub(super) struct Attempt {
 
 impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
     /// Makes `stream` the connection that requests go to.
-    pub(super) fn start(self: &Rc<Self>, stream: H::Stream, terms: &Terms) -> Rc<Link<H::Stream>> {
+    pub(super) fn start(self: &Rc<Self>, stream: Wire<H::Stream>, terms: &Terms) -> Rc<LinkOf<H>> {
         let link = Rc::new(Link::new(stream, terms));
         self.connections.set(self.connections.get() + 1);
         *self.link.borrow_mut() = Some(Rc::clone(&link));
@@ -65,15 +66,15 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
     }
 
     /// Runs connection after connection, until there can be no more. By then every request is answered.
-    pub(super) async fn drive(self: Rc<Self>, link: Rc<Link<H::Stream>>, inlet: Inlet<H::Stream>) {
+    pub(super) async fn drive(self: Rc<Self>, link: Rc<LinkOf<H>>, inlet: Inlet<Wire<H::Stream>>) {
         self.connect_again_and_again(link, inlet).await;
         assert!(self.pending.borrow().is_empty(), "a client that has ended holds requests");
     }
 
     async fn connect_again_and_again(
         self: &Rc<Self>,
-        mut link: Rc<Link<H::Stream>>,
-        mut inlet: Inlet<H::Stream>,
+        mut link: Rc<LinkOf<H>>,
+        mut inlet: Inlet<Wire<H::Stream>>,
     ) {
         loop {
             let stop = StopSignal::default();
@@ -90,7 +91,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
         }
     }
 
-    fn disconnected(&self, link: &Link<H::Stream>, why: &'static str) {
+    fn disconnected(&self, link: &LinkOf<H>, why: &'static str) {
         link.ended.set();
         // Nothing that was sent on it may arrive after the requests that are sent again.
         link.stream.abort();
@@ -147,7 +148,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
     }
 
     /// Resends everything that was not answered, in the original order.
-    fn resume(self: &Rc<Self>, stream: H::Stream, terms: &Terms) -> Rc<Link<H::Stream>> {
+    fn resume(self: &Rc<Self>, stream: Wire<H::Stream>, terms: &Terms) -> Rc<LinkOf<H>> {
         let link = self.start(stream, terms);
         self.refusal.set(None);
         let cookies: Vec<u64> = self.pending.borrow().keys().copied().collect();
@@ -188,7 +189,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
     }
 
     /// Breaks `link` when a request has waited too long.
-    async fn watch(&self, link: &Link<H::Stream>) {
+    async fn watch(&self, link: &LinkOf<H>) {
         loop {
             let oldest = self.pending.borrow().values().map(|p| p.call.sent_ns).min();
             let Some(sent_ns) = oldest else {

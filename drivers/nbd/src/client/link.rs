@@ -5,6 +5,7 @@ use super::{Call, Inner};
 use crate::inlet::{End, Inlet};
 use crate::outbox::{Outbox, send_all};
 use crate::stop::StopSignal;
+use crate::wire::Wire;
 use std::cell::Cell;
 use std::convert::Infallible;
 use std::rc::Rc;
@@ -126,8 +127,8 @@ struct Target {
 /// The receiving half of a link.
 pub(super) struct Receiver<'a, H: Sockets> {
     pub(super) inner: &'a Inner<H>,
-    pub(super) link: &'a Link<H::Stream>,
-    pub(super) inlet: &'a mut Inlet<H::Stream>,
+    pub(super) link: &'a Link<Wire<H::Stream>>,
+    pub(super) inlet: &'a mut Inlet<Wire<H::Stream>>,
     /// Never set: a connection is given up by closing it, so that buffers are returned.
     pub(super) stop: &'a StopSignal,
 }

@@ -39,15 +39,18 @@ mod drive;
 mod link;
 mod negotiate;
 
+use crate::wire::Wire;
 use covered::Covered;
 use drive::Attempt;
 use link::{Link, Pending};
 use negotiate::{Memory, Terms, negotiate};
+use rustls::pki_types::ServerName;
 use smallvec::SmallVec;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::future::pending;
 use std::rc::Rc;
+use std::sync::Arc;
 use tap_abi::nbd::{
     CMD_BLOCK_STATUS, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, STATE_HOLE, STATE_ZERO,
     command, export,
@@ -86,6 +89,15 @@ pub enum Breaks {
     Keep,
 }
 
+/// How a connection to a server is secured.
+#[derive(Clone, Debug)]
+pub struct ClientTls {
+    /// Whom to trust, and our own certificate.
+    pub config: Arc<rustls::ClientConfig>,
+    /// The name that the server's certificate must be for.
+    pub name: ServerName<'static>,
+}
+
 /// How to reach a server, and how long to wait for it.
 #[derive(Clone, Debug)]
 pub struct ClientConfig {
@@ -93,6 +105,9 @@ pub struct ClientConfig {
     pub address: SocketAddress,
     /// The export's name; empty for the default one.
     pub export: String,
+    /// How the connection is secured; nothing is asked of a server that cannot do that. Without it, a server that
+    /// requires TLS refuses us.
+    pub tls: Option<ClientTls>,
     /// Writes are refused, even if the server accepts them.
     pub read_only: bool,
     /// What a broken connection means for answered writes.
@@ -122,6 +137,7 @@ impl ClientConfig {
         Self {
             address,
             export: String::new(),
+            tls: None,
             read_only: false,
             breaks: Breaks::default(),
             requests: 64,
@@ -142,6 +158,9 @@ pub enum ClientError {
     /// No server answers.
     #[error("connect to {0}: {1}; {advice}", advice = advice(*.1))]
     Connect(SocketAddress, Errno),
+    /// The certificates that [`ClientConfig::tls`] should come from cannot be used.
+    #[error("{0}")]
+    Certificates(String),
     /// The memory of the process is not enough.
     #[error("connect to {0}: there is no memory for it; give more (--memory), or serve fewer disks")]
     Memory(SocketAddress),
@@ -177,7 +196,7 @@ struct Inner<H: Sockets> {
     /// What the first connection negotiated; later ones offer no less.
     name: NodeName,
     terms: Terms,
-    link: RefCell<Option<Rc<Link<H::Stream>>>>,
+    link: RefCell<Option<Rc<LinkOf<H>>>>,
     /// Unanswered requests, sent or not.
     pending: RefCell<BTreeMap<u64, Pending>>,
     /// Set when there is one more.
@@ -293,7 +312,8 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Client<H> {
     }
 }
 
-type Opened<S> = (Terms, S, crate::inlet::Inlet<S>);
+type LinkOf<H> = Link<Wire<<H as Sockets>::Stream>>;
+type Opened<S> = (Terms, Wire<S>, crate::inlet::Inlet<Wire<S>>);
 
 /// One attempt to reach the export.
 async fn open<H>(host: &H, config: &ClientConfig, memory: &Memory) -> Result<Opened<H::Stream>, ClientError>
@@ -306,6 +326,7 @@ where
     };
     let attempt = async {
         let stream = host.connect(address).await.map_err(|e| ClientError::Connect(address.clone(), e))?;
+        let stream = Wire::new(stream);
         let anew = if host.bug(&NBD_INLET_ANEW) { Some(Memory::of(config)?) } else { None };
         let (terms, inlet) = negotiate(host, &stream, config, anew.as_ref().unwrap_or(memory)).await?;
         Ok((terms, stream, inlet))
@@ -524,7 +545,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
     }
 
     /// Puts a pending request into the outbox.
-    fn put(&self, link: &Link<H::Stream>, cookie: u64) {
+    fn put(&self, link: &LinkOf<H>, cookie: u64) {
         let mut pending = self.pending.borrow_mut();
         let Some(Pending { call, .. }) = pending.get_mut(&cookie) else { return };
         call.sent_ns = self.host.now_ns();

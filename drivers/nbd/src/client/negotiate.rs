@@ -1,14 +1,18 @@
 //! The client's half of a negotiation.
 
-use super::{ClientConfig, ClientError};
+use super::{ClientConfig, ClientError, ClientTls};
 use crate::inlet::{End, Inlet};
 use crate::outbox::send_all;
 use crate::stop::StopSignal;
+use crate::wire::{TLS_BYTES, Wire};
+use rustls::ClientConnection;
+use std::sync::Arc;
 use tap_abi::nbd::{
     BASE_ALLOCATION, EXPORT_PADDING_BYTES, ExportReply, HELLO_MAGIC, Hello, INFO_BLOCK_SIZE, INFO_EXPORT,
     InfoBlockSize, InfoExport, OPT_EXPORT_NAME, OPT_EXTENDED_HEADERS, OPT_GO, OPT_SET_META_CONTEXT,
-    OPT_STRUCTURED_REPLY, OPTION_MAGIC, OPTION_REPLY_MAGIC, OptionHeader, OptionReply, REP_ACK,
-    REP_ERR_UNSUP, REP_ERROR, REP_INFO, REP_META_CONTEXT, STRING_BYTES_MAX, export, handshake,
+    OPT_STARTTLS, OPT_STRUCTURED_REPLY, OPTION_MAGIC, OPTION_REPLY_MAGIC, OptionHeader, OptionReply, REP_ACK,
+    REP_ERR_TLS_REQD, REP_ERR_UNSUP, REP_ERROR, REP_INFO, REP_META_CONTEXT, STRING_BYTES_MAX, export,
+    handshake,
 };
 use tap_host::{Errno, Probe, SECTOR_BYTES, SendList, Stage, Stream, cost_of};
 use zerocopy::byteorder::big_endian::U32;
@@ -83,8 +87,10 @@ impl From<End> for Stop {
 
 struct Talk<'a, S, P> {
     host: &'a P,
-    stream: &'a S,
-    inlet: Inlet<S>,
+    stream: &'a Wire<S>,
+    inlet: Inlet<Wire<S>>,
+    /// Memory for a session of TLS.
+    sessions: &'a Stage,
     /// Never set: a timeout drops the whole negotiation.
     stop: StopSignal,
 }
@@ -100,31 +106,38 @@ pub(super) struct Memory {
     inlets: Stage,
     /// Larger ones, if there is room.
     spare: Stage,
+    /// Sessions of TLS, two of them as well.
+    sessions: Stage,
 }
 
 impl Memory {
     pub(super) fn of(config: &ClientConfig) -> Result<Self, ClientError> {
         let stage =
             |bytes| config.memory.stage(bytes).map_err(|_| ClientError::Memory(config.address.clone()));
-        Ok(Self { inlets: stage(2 * cost_of(RECEIVE_BYTES_MIN))?, spare: stage(0)? })
+        let sessions = stage(if config.tls.is_some() { 2 * TLS_BYTES } else { 0 })?;
+        Ok(Self { inlets: stage(2 * cost_of(RECEIVE_BYTES_MIN))?, spare: stage(0)?, sessions })
     }
 }
 
 /// Agrees with the server at the other end of `stream` about the export.
 pub(super) async fn negotiate<S: Stream>(
     host: &impl Probe,
-    stream: &S,
+    stream: &Wire<S>,
     config: &ClientConfig,
     memory: &Memory,
-) -> Result<(Terms, Inlet<S>), ClientError> {
+) -> Result<(Terms, Inlet<Wire<S>>), ClientError> {
     let receive_bytes = config.receive_bytes.clamp(RECEIVE_BYTES_MIN, 4 << 20);
     let short = || ClientError::Memory(config.address.clone());
     let mut inlet = Inlet::new(stream.clone(), RECEIVE_BYTES_MIN, &memory.inlets).ok_or_else(short)?;
     inlet.grow(receive_bytes, &memory.spare);
-    let mut talk = Talk { host, stream, inlet, stop: StopSignal::default() };
-    match talk.run(&config.export).await {
+    let sessions = &memory.sessions;
+    let mut talk = Talk { host, stream, inlet, sessions, stop: StopSignal::default() };
+    match talk.run(&config.export, config.tls.as_ref()).await {
         Ok(terms) => Ok((terms, talk.inlet)),
-        Err(Stop::Broken(why)) => Err(ClientError::Negotiation(config.address.clone(), why)),
+        Err(Stop::Broken(why)) => {
+            let why = stream.failure().unwrap_or(why);
+            Err(ClientError::Negotiation(config.address.clone(), why))
+        }
         Err(Stop::Refused(text)) => {
             Err(ClientError::Refused(config.address.clone(), config.export.clone(), text))
         }
@@ -134,7 +147,7 @@ pub(super) async fn negotiate<S: Stream>(
 const NOT_NBD: Stop = Stop::Broken("it does not speak the new style of NBD");
 
 impl<S: Stream, P: Probe> Talk<'_, S, P> {
-    async fn run(&mut self, name: &str) -> Result<Terms, Stop> {
+    async fn run(&mut self, name: &str, tls: Option<&ClientTls>) -> Result<Terms, Stop> {
         if name.len() > STRING_BYTES_MAX {
             return Err(Stop::Refused("no export has a name of more than 4096 bytes".into()));
         }
@@ -144,6 +157,9 @@ impl<S: Stream, P: Probe> Talk<'_, S, P> {
         }
         let flags = hello.flags.get() & (handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES);
         self.send(&[&u32::from(flags).to_be_bytes()]).await?;
+        if let Some(tls) = tls {
+            self.secure(tls, flags).await?;
+        }
         if flags & handshake::FIXED_NEWSTYLE == 0 {
             return self.export_name(name, flags, false).await;
         }
@@ -156,6 +172,20 @@ impl<S: Stream, P: Probe> Talk<'_, S, P> {
             None if extended => Err(NOT_NBD),
             None => self.export_name(name, flags, structured).await,
         }
+    }
+
+    /// `STARTTLS` and the handshake, or nothing.
+    async fn secure(&mut self, tls: &ClientTls, flags: u16) -> Result<(), Stop> {
+        if flags & handshake::FIXED_NEWSTYLE == 0 || !self.agrees_to(OPT_STARTTLS).await? {
+            return Err(Stop::Broken("it offers no TLS"));
+        }
+        // It would be taken for something that was sent securely.
+        if !self.inlet.unread().is_empty() {
+            return Err(Stop::Broken("it sent data in plain text before the TLS handshake"));
+        }
+        let session = ClientConnection::new(Arc::clone(&tls.config), tls.name.clone());
+        let session = session.map_err(|_| Stop::Broken("a session of TLS cannot be made"))?;
+        self.stream.secure(session.into(), self.sessions).await.map_err(Stop::Broken)
     }
 
     /// Whether the server accepts an option without data.
@@ -221,6 +251,9 @@ impl<S: Stream, P: Probe> Talk<'_, S, P> {
                     return Ok(Some(Terms { block_bytes, ..terms }));
                 }
                 REP_ERR_UNSUP => return Ok(None),
+                REP_ERR_TLS_REQD if !self.stream.is_secure() => {
+                    return Err(Stop::Broken("it requires TLS: use nbds instead of nbd"));
+                }
                 _ if reply & REP_ERROR != 0 => {
                     let text = String::from_utf8_lossy(&data).into_owned();
                     let text = if text.is_empty() { format!("error {}", reply & !REP_ERROR) } else { text };

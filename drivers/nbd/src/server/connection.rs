@@ -8,6 +8,7 @@ use super::{Flow, Inner, Open, STOPPED};
 use crate::inlet::Inlet;
 use crate::outbox::Outbox;
 use crate::stop::StopSignal;
+use crate::wire::Wire;
 use std::cell::Cell;
 use std::convert::Infallible;
 use std::future::poll_fn;
@@ -111,6 +112,7 @@ where
     S: Stream,
 {
     let Open { stop, pool, flow } = open;
+    let stream = Wire::new(stream);
     // The minimum, until the client has chosen an export.
     let Some(mut inlet) = Inlet::new(stream.clone(), super::RECEIVE_BYTES_MIN, &server.memory.inlets) else {
         return (NO_MEMORY, 0);

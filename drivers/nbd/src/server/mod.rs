@@ -8,10 +8,12 @@
 //! # Contract
 //!
 //! * **Options**: `LIST`, `INFO`, `GO`, `EXPORT_NAME`, `ABORT`, `STRUCTURED_REPLY`, `EXTENDED_HEADERS`,
-//!   `LIST_META_CONTEXT` and `SET_META_CONTEXT` (`base:allocation`, `qemu:allocation-depth`). `STARTTLS` is refused
-//!   with a sentence: encryption needs certificates, their renewal and a policy, which belong in a tunnel (stunnel,
-//!   ssh, WireGuard) rather than in the process that holds the disk. All others are answered with `ERR_UNSUP`. The
-//!   empty name is the first export, unless an export has that name.
+//!   `LIST_META_CONTEXT` and `SET_META_CONTEXT` (`base:allocation`, `qemu:allocation-depth`), `STARTTLS`. All others
+//!   are answered with `ERR_UNSUP`. The empty name is the first export, unless an export has that name.
+//! * **TLS**: a server with certificates ([`Server::with_tls`]) answers every option but `STARTTLS` and `ABORT` with
+//!   `ERR_TLS_REQD` until the handshake is done. A client that sends anything between `STARTTLS` and its answer loses
+//!   its connection: such plain text must not be taken for what is sent securely. Without certificates `STARTTLS` is
+//!   refused. The handshake is a part of [`ServerLimits::negotiation_ns`].
 //! * **Commands**: `READ` (always one chunk, so `DF` changes nothing; 4 KiB or more of zeros are a hole, but not in
 //!   simple replies), `WRITE`, `FLUSH`, `TRIM`, `WRITE_ZEROES`, `CACHE` (answered, nothing is read), `BLOCK_STATUS`,
 //!   `DISC`. `FUA` goes down with the request.
@@ -41,6 +43,7 @@
 
 mod command;
 mod connection;
+mod memory;
 mod negotiate;
 mod reply;
 mod status;
@@ -48,11 +51,14 @@ mod unaligned;
 
 use crate::stop::StopSignal;
 use connection::NBD_DEAF_KEPT;
+use memory::Memory;
+use rustls::ServerConfig;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Deref;
 use std::pin::pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use tap_core::wait::Event as Flag;
 use tap_core::{Node, Tracker};
 use tap_host::{
@@ -192,7 +198,7 @@ impl ServerLimits {
 
     /// Most bytes of memory for data that clients can make the server hold. In addition each request costs a few
     /// hundred bytes, a block status reply up to 32 KiB (one at a time is built for each connection), and zeros that
-    /// have to be written as data 1 MiB while they are written.
+    /// have to be written as data 1 MiB while they are written; with TLS each connection has 160 KiB more.
     pub fn memory_bytes(&self) -> usize {
         // A connection that gives up its place may not have ended when the next one begins.
         let negotiating = 2 * self.negotiating * RECEIVE_BYTES_MIN;
@@ -255,40 +261,11 @@ pub(crate) struct Inner<H> {
     chosen: Cell<bool>,
     /// Set when no connection is open any more after one had chosen an export.
     left: Flag,
+    /// How connections are secured, which every client must then accept.
+    tls: Option<Arc<ServerConfig>>,
     /// A task is looking for connections on which nothing moves.
     looking: Cell<bool>,
     memory: Memory,
-}
-
-/// The stages that the memory of all connections comes from.
-struct Memory {
-    /// The reserves of connections that are allowed but not open.
-    seats: RefCell<Vec<Stage>>,
-    /// Receive buffers of the size that every connection begins with.
-    inlets: Stage,
-    /// Larger receive buffers, if there is room: from memory that is not promised to any stage.
-    spare: Stage,
-    /// Requests larger than the reserve of a connection, when there is no room: one after the other.
-    large: Stage,
-    /// The first and the last sector of unaligned requests, for as long as the disk has them. Taken after all other
-    /// memory of a request.
-    edges: Stage,
-}
-
-impl Memory {
-    fn new(limits: &ServerLimits, budget: &Budget) -> Result<Self, Errno> {
-        let own = connection::cost_of_pieces(limits.own_bytes(budget));
-        let seats = (0..limits.connections).map(|_| budget.stage(own)).collect::<Result<Vec<_>, _>>()?;
-        // Twice: connections that are ending may not have ended when the next ones begin.
-        let inlets = 2 * (limits.negotiating + limits.connections) * RECEIVE_BYTES_MIN;
-        Ok(Self {
-            seats: RefCell::new(seats),
-            inlets: budget.stage(inlets)?,
-            spare: budget.stage(0)?,
-            large: budget.stage(connection::cost_of_pieces(limits.request_bytes as usize))?,
-            edges: budget.stage(unaligned::EDGES_COST)?,
-        })
-    }
 }
 
 /// A connection that is open.
@@ -364,6 +341,30 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
         limits: ServerLimits,
         memory: &Budget,
     ) -> Result<Self, ExportError> {
+        Self::build(host, exports, limits, memory, None)
+    }
+
+    /// As [`Server::new`]; clients must secure their connections as `tls` says.
+    ///
+    /// # Errors
+    /// [`ExportError`].
+    pub fn with_tls(
+        host: H,
+        exports: Vec<Export>,
+        limits: ServerLimits,
+        memory: &Budget,
+        tls: Arc<ServerConfig>,
+    ) -> Result<Self, ExportError> {
+        Self::build(host, exports, limits, memory, Some(tls))
+    }
+
+    fn build(
+        host: H,
+        exports: Vec<Export>,
+        limits: ServerLimits,
+        memory: &Budget,
+        tls: Option<Arc<ServerConfig>>,
+    ) -> Result<Self, ExportError> {
         if exports.is_empty() {
             return Err(ExportError::None);
         }
@@ -377,7 +378,7 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
         }
         let limits = limits.in_range().within(memory);
         let limit = memory.figures().limit_bytes;
-        let memory = Memory::new(&limits, memory).map_err(|_| ExportError::Memory(limit))?;
+        let memory = Memory::new(&limits, memory, tls.is_some()).map_err(|_| ExportError::Memory(limit))?;
         let idle = Flag::new();
         idle.set();
         Ok(Self(Rc::new(Inner {
@@ -392,6 +393,7 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
             chosen: Cell::new(false),
             left: Flag::new(),
             looking: Cell::new(false),
+            tls,
             memory,
         })))
     }

@@ -6,14 +6,18 @@ use super::{Export, FULL, Inner, Served};
 use crate::inlet::{End, Inlet};
 use crate::outbox::send_all;
 use crate::stop::StopSignal;
+use crate::wire::Wire;
+use rustls::{ServerConfig, ServerConnection};
 use std::rc::Rc;
+use std::sync::Arc;
 use tap_abi::nbd::{
     ALLOCATION_DEPTH, BASE_ALLOCATION, EXPORT_PADDING_BYTES, ExportReply, Hello, INFO_BLOCK_SIZE,
     INFO_DESCRIPTION, INFO_EXPORT, INFO_NAME, InfoBlockSize, InfoExport, InfoQuery, MetaQuery, OPT_ABORT,
     OPT_EXPORT_NAME, OPT_EXTENDED_HEADERS, OPT_GO, OPT_INFO, OPT_LIST, OPT_LIST_META_CONTEXT,
     OPT_SET_META_CONTEXT, OPT_STARTTLS, OPT_STRUCTURED_REPLY, OPTION_MAGIC, OptionHeader, OptionReply,
-    REP_ACK, REP_ERR_EXT_HEADER_REQD, REP_ERR_INVALID, REP_ERR_POLICY, REP_ERR_TOO_BIG, REP_ERR_UNKNOWN,
-    REP_ERR_UNSUP, REP_INFO, REP_META_CONTEXT, REP_SERVER, STRING_BYTES_MAX, export, handshake,
+    REP_ACK, REP_ERR_EXT_HEADER_REQD, REP_ERR_INVALID, REP_ERR_POLICY, REP_ERR_TLS_REQD, REP_ERR_TOO_BIG,
+    REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_INFO, REP_META_CONTEXT, REP_SERVER, STRING_BYTES_MAX, export,
+    handshake,
 };
 use tap_host::{Log, Probe, SECTOR_BYTES, SendList, Stream, Tasks, Time};
 use zerocopy::byteorder::big_endian::{U16, U32};
@@ -39,6 +43,9 @@ const PREFERRED_BYTES: u32 = 4096;
 /// Room for the longest name and several hundred information requests.
 const OPTION_BYTES_MAX: usize = 8 << 10;
 
+/// Why an option is refused before the handshake.
+const TLS_FIRST: &str = "this server requires TLS";
+
 /// Why the negotiation failed.
 type Why = &'static str;
 
@@ -55,8 +62,8 @@ pub(super) fn why(end: End) -> Why {
 
 pub(super) struct Negotiation<'a, H, S> {
     pub(super) server: &'a Rc<Inner<H>>,
-    pub(super) stream: &'a S,
-    pub(super) inlet: &'a mut Inlet<S>,
+    pub(super) stream: &'a Wire<S>,
+    pub(super) inlet: &'a mut Inlet<Wire<S>>,
     pub(super) stop: &'a StopSignal,
     number: u64,
     no_zeroes: bool,
@@ -68,6 +75,7 @@ pub(super) struct Negotiation<'a, H, S> {
 /// The outcome of an option.
 enum Next {
     More,
+    Secure(Arc<ServerConfig>),
     Begin(Rc<Served>),
     End(Why),
 }
@@ -76,8 +84,8 @@ impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
     pub(super) fn new(
         server: &'a Rc<Inner<H>>,
         number: u64,
-        stream: &'a S,
-        inlet: &'a mut Inlet<S>,
+        stream: &'a Wire<S>,
+        inlet: &'a mut Inlet<Wire<S>>,
         stop: &'a StopSignal,
     ) -> Self {
         Self { server, stream, inlet, stop, number, no_zeroes: false, form: Form::Simple, chosen: None }
@@ -98,6 +106,7 @@ impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
         loop {
             match self.option().await? {
                 Next::More => {}
+                Next::Secure(config) => self.secure(config).await?,
                 Next::End(why) => return Err(why),
                 Next::Begin(export) => {
                     let same = self.chosen.filter(|(chosen, _)| Rc::ptr_eq(chosen, &export));
@@ -114,6 +123,22 @@ impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
             Some((Err(error), _)) => Err(why(End::Broken(error))),
             None => Err(why(End::Stopped)),
         }
+    }
+
+    /// The TLS handshake. All that was agreed on before it is a client's consent to it.
+    async fn secure(&self, config: Arc<ServerConfig>) -> Result<(), Why> {
+        // It would be taken for something that was sent securely.
+        if !self.inlet.unread().is_empty() {
+            return Err("it sent data in plain text after STARTTLS");
+        }
+        let session = ServerConnection::new(config).map_err(|_| "a session of TLS cannot be made")?;
+        let secured = self.stream.secure(session.into(), &self.server.memory.tls);
+        self.stop.unless_stopped(secured).await.unwrap_or(Err(why(End::Stopped)))
+    }
+
+    /// Whether `option` has to wait for TLS.
+    fn is_too_early(&self, option: u32) -> bool {
+        self.server.tls.is_some() && !self.stream.is_secure() && ![OPT_STARTTLS, OPT_ABORT].contains(&option)
     }
 
     /// One option and its reply.
@@ -133,7 +158,12 @@ impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
             }
             self.inlet.skip(len, self.stop).await.map_err(why)?;
             let mut replies = Replies::new(option);
-            replies.refuse(REP_ERR_TOO_BIG, "the option has more data than any known option needs");
+            match self.is_too_early(option) {
+                true => replies.refuse(REP_ERR_TLS_REQD, TLS_FIRST),
+                false => {
+                    replies.refuse(REP_ERR_TOO_BIG, "the option has more data than any known option needs");
+                }
+            }
             self.send(replies.list).await?;
             return Ok(Next::More);
         }
@@ -148,6 +178,10 @@ impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
     fn answer(&mut self, len: usize, replies: &mut Replies) -> Next {
         let data = &self.inlet.unread()[..len];
         match replies.option {
+            OPT_EXPORT_NAME if self.is_too_early(OPT_EXPORT_NAME) => {
+                return Next::End("it chose an export without TLS");
+            }
+            option if self.is_too_early(option) => replies.refuse(REP_ERR_TLS_REQD, TLS_FIRST),
             OPT_EXPORT_NAME => return self.export_name(data, replies),
             OPT_INFO | OPT_GO => return self.info(data, replies),
             OPT_LIST_META_CONTEXT | OPT_SET_META_CONTEXT => {
@@ -160,9 +194,7 @@ impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
                 replies.push(REP_ACK, &[]);
                 return Next::End("the client gave up the negotiation");
             }
-            OPT_STARTTLS => {
-                replies.refuse(REP_ERR_POLICY, "no TLS here: use a unix socket, or a tunnel with encryption");
-            }
+            OPT_STARTTLS => return self.start_tls(data, replies),
             OPT_LIST | OPT_STRUCTURED_REPLY | OPT_EXTENDED_HEADERS if !data.is_empty() => {
                 replies.refuse(REP_ERR_INVALID, "the option has data");
             }
@@ -188,6 +220,22 @@ impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
             _ => replies.refuse(REP_ERR_UNSUP, "the option is unknown here"),
         }
         Next::More
+    }
+
+    /// `STARTTLS`: after the reply the handshake follows.
+    fn start_tls(&self, data: &[u8], replies: &mut Replies) -> Next {
+        let Some(config) = &self.server.tls else {
+            replies.refuse(REP_ERR_POLICY, "this server has no certificates, and so no TLS");
+            return Next::More;
+        };
+        if self.stream.is_secure() || !data.is_empty() {
+            let secure = self.stream.is_secure();
+            let why = if secure { "the connection is secure already" } else { "the option has data" };
+            replies.refuse(REP_ERR_INVALID, why);
+            return Next::More;
+        }
+        replies.push(REP_ACK, &[]);
+        Next::Secure(Arc::clone(config))
     }
 
     /// `EXPORT_NAME`: the data is the name, and the only way to refuse is to disconnect.

@@ -12,6 +12,7 @@ mod fork;
 mod peers;
 mod server;
 mod space;
+mod tls;
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use std::process::{Command, ExitCode};
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
     alike::tests(&mut add);
     fork::tests(&mut add);
     check::tests(&mut add);
+    tls::tests(&mut add);
     trials.extend(space::tests());
     trials.extend(check::trials());
     libtest_mimic::run(&args, trials).exit_code()
