@@ -1,6 +1,6 @@
 //! A disk as programs build it, with limits that a seed draws.
 
-use crate::check::Contract;
+use crate::check::{Contract, Frozen};
 use crate::formats;
 use crate::limits::{PROGRAM_BYTES, StackLimits, budget_of};
 use crate::world::World;
@@ -22,11 +22,11 @@ impl StackLimits {
     pub fn tuning(&self, world: &World, process: &sim::Node, memory: usize) -> Tuning {
         let (w, node, limits) = (world.clone(), process.clone(), *self);
         let over_image: Layer = Rc::new(move |_, image| Contract::new(&w, &node, image, &limits));
-        let sim = world.sim.clone();
+        let (w, node) = (world.clone(), process.clone());
         let over_disk: Layer = Rc::new(move |_, disk| {
             let top = Rc::downgrade(&disk);
-            sim.on_stall(move || lines(top.upgrade().map(wait_report).unwrap_or_default()));
-            disk
+            w.sim.on_stall(move || lines(top.upgrade().map(wait_report).unwrap_or_default()));
+            Frozen::over(&w, &node, disk)
         });
         Tuning {
             scheduler: self.scheduler,

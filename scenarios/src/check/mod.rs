@@ -3,6 +3,7 @@
 mod asks;
 mod contract;
 mod frontier;
+mod frozen;
 mod history;
 mod invariant;
 mod loss;
@@ -14,6 +15,7 @@ mod verdict;
 pub use asks::{CountingNode, LOOK_FAILS};
 pub use contract::Contract;
 pub use frontier::{Block, Clock, NEVER, Order, Version};
+pub use frozen::Frozen;
 pub use history::{BlockHistory, Finding, Initial, WriteId, Wrong};
 pub use invariant::Invariant;
 pub use loss::{BeforeCut, lost_to_error};
