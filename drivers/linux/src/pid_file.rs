@@ -4,7 +4,7 @@
 //! a living process, and a file that a killed process has left behind is taken over.
 
 use crate::files::{errno, of_rustix};
-use rustix::fs::{FileType, FlockOperation, Mode, OFlags, flock, fstat, lstat, stat};
+use rustix::fs::{FileType, FlockOperation, Mode, OFlags, flock, fstat, stat};
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -26,16 +26,22 @@ pub enum PidFileError {
     /// Another kind of file has the path.
     #[error("write the PID file {}: not a regular file", .0.display())]
     NotAFile(PathBuf),
+    /// The file has other content.
+    #[error("write the PID file {}: it has {} bytes, so it is in use for something else", .0.display(), .1)]
+    Other(PathBuf, i64),
     /// A system call failed.
     #[error("write the PID file {}: {}", .0.display(), .1)]
     Call(PathBuf, Errno),
 }
 
+/// Longest content of a file that is taken over, in bytes.
+const PID_BYTES_MAX: i64 = 32;
+
 impl PidFile {
     /// Writes the number of this process to `path`, readable by everyone, and locks the file.
     ///
     /// # Errors
-    /// [`PidFileError`]; the file is then as it was.
+    /// [`PidFileError`]; the file is then as it was, unless writing it failed.
     pub fn create(path: &Path) -> Result<Self, PidFileError> {
         let failed = |error| PidFileError::Call(path.to_owned(), error);
         // Without waiting for the reader of a pipe.
@@ -46,6 +52,9 @@ impl PidFile {
             let opened = fstat(&file).map_err(of_rustix).map_err(failed)?;
             if FileType::from_raw_mode(opened.st_mode) != FileType::RegularFile {
                 return Err(PidFileError::NotAFile(path.to_owned()));
+            }
+            if opened.st_size > PID_BYTES_MAX {
+                return Err(PidFileError::Other(path.to_owned(), opened.st_size));
             }
             match flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Err(rustix::io::Errno::WOULDBLOCK) => return Err(PidFileError::InUse(path.to_owned())),
@@ -69,7 +78,7 @@ impl PidFile {
 impl Drop for PidFile {
     fn drop(&mut self) {
         let own = fstat(&self.file).map(|s| (s.st_dev, s.st_ino));
-        if lstat(&self.path).map(|s| (s.st_dev, s.st_ino)) == own {
+        if stat(&self.path).map(|s| (s.st_dev, s.st_ino)) == own {
             let _removed = rustix::fs::unlink(&self.path);
         }
     }
@@ -84,7 +93,7 @@ mod tests {
     fn it_has_the_number_until_the_end_and_one_owner() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("pid");
-        write(&path, "a longer text that a killed process has left").expect("written");
+        write(&path, "1234567890 of a killed process").expect("written");
         let own = PidFile::create(&path).expect("nobody has it locked");
         assert_eq!(read_to_string(&path).expect("readable"), format!("{}\n", std::process::id()));
         assert_eq!(PidFile::create(&path).err(), Some(PidFileError::InUse(path.clone())));
@@ -105,6 +114,11 @@ mod tests {
         assert!(said.starts_with("write the PID file /") && said.contains("EISDIR"), "{said}");
         let said = refused(Path::new("/dev/null")).expect("a device");
         assert_eq!(said, "write the PID file /dev/null: not a regular file");
+        let image = folder.path().join("image");
+        write(&image, [7; 512]).expect("written");
+        let said = refused(&image).expect("a disk");
+        assert!(said.ends_with("image: it has 512 bytes, so it is in use for something else"), "{said}");
+        assert_eq!(std::fs::read(&image).expect("as it was"), [7; 512]);
         let said = refused(&folder.path().join("gone/pid")).expect("no such folder");
         assert!(said.contains("ENOENT"), "{said}");
     }

@@ -252,8 +252,10 @@ impl<S: Stream> Session<S> {
             room -= part;
         }
         let taken = connection.writer().write_vectored(&slices).map_err(|_| Errno::EPIPE)?;
-        // Sealing takes nothing only if it is out of room, which is emptied each time.
-        if taken == 0 { Err(Errno::EPIPE) } else { Ok((sealed(&mut connection), taken)) }
+        let records = sealed(&mut connection);
+        // Sealing takes nothing only if it is out of room, which is emptied each time. A session whose keys are used up
+        // (AES-GCM of TLS 1.2 after 2^24 records) takes everything and seals nothing.
+        if taken == 0 || records.len() < taken { Err(Errno::EPIPE) } else { Ok((records, taken)) }
     }
 
     /// Says that nothing more is sent, if the stream takes that at once.

@@ -270,10 +270,10 @@ fn a_server_that_stays_away_is_given_up_and_taken_again() {
         write(&client, 0, 512, 1).await.unwrap();
         process.node().kill();
         let before = w.sim.now_ns();
-        assert_eq!(write(&client, 0, 512, 2).await, Err(Errno::EIO));
+        assert_eq!(write(&client, 0, 512, 2).await, Err(Errno::ENOTCONN));
         let waited = w.sim.now_ns() - before;
         assert!((500_000_000..520_000_000).contains(&waited), "{waited}");
-        assert_eq!(read(&client, 0, 512).await, Err(Errno::EIO));
+        assert_eq!(read(&client, 0, 512).await, Err(Errno::ENOTCONN));
         w.serve(vec![export("disk", &disk)], ServerLimits::default()).await;
         w.sim.sleep_ns(10_000_000).await;
         assert_eq!(read(&client, 0, 512).await.unwrap(), [1; 512]);
@@ -295,9 +295,9 @@ fn another_disk_in_its_place_is_refused_for_good() {
             let request_bytes = if change == 2 { 4096 } else { 32 << 20 };
             let limits = ServerLimits { request_bytes, ..ServerLimits::default() };
             w.serve(vec![export("disk", &other)], limits).await;
-            assert_eq!(read(&client, 0, 512).await, Err(Errno::EIO));
+            assert_eq!(read(&client, 0, 512).await, Err(Errno::ENOTCONN));
             w.sim.sleep_ns(1_000_000_000).await;
-            assert_eq!(write(&client, 0, 512, 1).await, Err(Errno::EIO));
+            assert_eq!(write(&client, 0, 512, 1).await, Err(Errno::ENOTCONN));
             assert!(other.seen.borrow().is_empty());
             assert_eq!(client.close().await, Ok(()));
         });

@@ -13,7 +13,7 @@ use tap_abi::nbd::{
     StatusHead, command, error,
 };
 use tap_core::{Op, ZeroFlags};
-use tap_host::SectorRange;
+use tap_host::{SectorRange, Stream};
 use tap_nbd::ServerLimits;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -226,4 +226,23 @@ fn a_stop_ends_a_long_change_between_its_pieces() {
             assert_eq!((stopped.get(), changes(&disk).len()), (true, 1));
         });
     }
+}
+
+/// Its client is gone, and whoever comes next waits for it.
+#[test]
+fn a_long_change_ends_between_its_pieces_when_its_connection_breaks() {
+    world(1, false, |w| async move {
+        let disk = Disk::new(MIB);
+        let limits = ServerLimits { range_bytes: 64 << 10, ..ServerLimits::default() };
+        let (_process, _server) = w.serve(vec![export("disk", &disk)], limits).await;
+        let raw = w.client("client", "disk", true).await;
+        disk.hold.set(true);
+        raw.request(CMD_WRITE_ZEROES, 0, 1, 0, 1 << 20, b"").await;
+        w.sim.sleep_ns(1_000_000).await;
+        raw.stream.abort();
+        w.sim.sleep_ns(1_000_000).await;
+        disk.go.set();
+        w.sim.sleep_ns(1_000_000).await;
+        assert_eq!(changes(&disk).len(), 1);
+    });
 }

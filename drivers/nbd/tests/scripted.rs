@@ -181,6 +181,18 @@ fn a_request_that_a_server_refuses_because_it_ends_is_repeated() {
     }
 }
 
+/// One that refuses and stays would be asked for ever.
+#[test]
+fn a_request_that_servers_keep_refusing_because_they_end_fails() {
+    world(1, false, |w| async move {
+        let refused = |_| SimpleReply::new(1, error::ESHUTDOWN).as_bytes().to_vec();
+        let connections = answers(&w, refused, |_| greeting(false)).await;
+        let client = Client::connect(w.process("client"), config()).await.unwrap();
+        assert_eq!((flush(&client).await, connections.get()), (Err(Errno::ESHUTDOWN), 2));
+        assert_eq!(client.in_flight(), 0);
+    });
+}
+
 /// Some servers end a connection when the stream ends, not when they get a disconnect.
 #[test]
 fn a_client_that_is_closed_ends_its_stream() {
@@ -223,7 +235,7 @@ fn a_server_that_comes_back_with_less_is_refused() {
             )
             .await;
             let client = Client::connect(w.process("client"), config()).await.unwrap();
-            assert_eq!(flush(&client).await, Err(Errno::EIO));
+            assert_eq!(flush(&client).await, Err(Errno::ENOTCONN));
             assert_eq!(connections.get(), 2);
         });
     }

@@ -99,6 +99,9 @@ fn nbd_tcp(text: &str, rest: &str) -> Result<DiskSpec, String> {
     let has_port = host.rsplit_once(':').is_some_and(|(_, port)| !port.ends_with(']'));
     let address = if has_port { host.to_owned() } else { format!("{host}:{NBD_PORT}") };
     let address = address.parse().map_err(|why| format!("{text}: {why}"))?;
+    if matches!(address, SocketAddress::Unix(_)) {
+        return Err(format!("{text} names no host (a socket is nbd+unix:///EXPORT?socket=PATH)"));
+    }
     Ok(DiskSpec::Nbd { address, export: decoded(export)?, tls: None })
 }
 
@@ -107,10 +110,8 @@ fn nbds_tcp(text: &str, rest: &str) -> Result<DiskSpec, String> {
     let DiskSpec::Nbd { address, export, .. } = nbd_tcp(text, place)? else {
         return Err(format!("{text} names no server"));
     };
-    let tls = match &address {
-        SocketAddress::Tcp { host, .. } => Some(tls_of(text, query, host, &[])?),
-        SocketAddress::Unix(_) => None,
-    };
+    let SocketAddress::Tcp { host, .. } = &address else { return Err(format!("{text} names no host")) };
+    let tls = Some(tls_of(text, query, host, &[])?);
     Ok(DiskSpec::Nbd { address, export, tls })
 }
 
@@ -263,6 +264,9 @@ mod tests {
             ("nbds+unix:///?socket=/a", "tls-certificates"),
             ("nbds+unix:///?tls-certificates=p", "socket"),
             ("nbds:unix:/a", "nbds://"),
+            ("nbds://unix:a/x?tls-certificates=p", "names no host"),
+            ("nbd://unix:a/x", "names no host"),
+            ("nbd://./x", "names no host"),
         ] {
             let why = DiskSpec::from_str(bad).unwrap_err();
             assert!(why.contains(words), "{bad}: {why}");

@@ -15,7 +15,7 @@ use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
-use rustls::{ClientConfig, RootCertStore, ServerConfig};
+use rustls::{CipherSuite, ClientConfig, RootCertStore, ServerConfig};
 use std::fmt::Display;
 use std::sync::Arc;
 use tap_host::Errno;
@@ -89,8 +89,15 @@ impl<H: ImageHost> Folder<'_, H> {
     }
 }
 
+/// What secures connections. AES-GCM of TLS 1.2 ends a session after 2^24 records: the other kind comes first.
 fn provider() -> Arc<CryptoProvider> {
-    Arc::new(ring::default_provider())
+    let lasting = [
+        CipherSuite::TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
+        CipherSuite::TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
+    ];
+    let mut provider = ring::default_provider();
+    provider.cipher_suites.sort_by_key(|suite| suite.tls13().is_none() && !lasting.contains(&suite.suite()));
+    Arc::new(provider)
 }
 
 /// How a server with the certificates in `folder` secures connections. With `verify_peer` a client needs a certificate
@@ -110,7 +117,10 @@ pub(crate) async fn of_server<H: ImageHost>(
     let config = if verify_peer {
         let verifier = WebPkiClientVerifier::builder_with_provider(folder.roots().await?, provider());
         // As GnuTLS: an authority without a list has revoked nothing.
-        let verifier = verifier.with_crls(folder.revoked().await?).allow_unknown_revocation_status();
+        let verifier = verifier
+            .with_crls(folder.revoked().await?)
+            .allow_unknown_revocation_status()
+            .enforce_revocation_expiration();
         config.with_client_cert_verifier(verifier.build().map_err(|error| unfit(&error))?)
     } else {
         config.with_no_client_auth()
@@ -121,6 +131,7 @@ pub(crate) async fn of_server<H: ImageHost>(
     // Connections are few and long. What is kept for the next one would be memory that no budget counts.
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
+    config.ignore_client_order = true;
     Ok(Arc::new(config))
 }
 
@@ -134,7 +145,10 @@ pub(crate) async fn of_client<H: ImageHost>(host: &H, folder: &str) -> Result<Ar
     let config = ClientConfig::builder_with_provider(provider());
     let config = config.with_safe_default_protocol_versions().map_err(|error| unfit(&error))?;
     let verifier = WebPkiServerVerifier::builder_with_provider(folder.roots().await?, provider());
-    let verifier = verifier.with_crls(folder.revoked().await?).allow_unknown_revocation_status();
+    let verifier = verifier
+        .with_crls(folder.revoked().await?)
+        .allow_unknown_revocation_status()
+        .enforce_revocation_expiration();
     let config = config.with_webpki_verifier(verifier.build().map_err(|error| unfit(&error))?);
     let mut config = match folder.own("client").await? {
         Some((chain, key)) => config.with_client_auth_cert(chain, key).map_err(|error| unfit(&error))?,

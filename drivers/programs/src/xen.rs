@@ -207,6 +207,10 @@ impl<H: GuestHost> Shared<H> {
         place: &Place<H>,
     ) -> Result<Rc<dyn Node>, String> {
         let path = &config.backend_path;
+        // Opening for writing locks the image for others, and may write. Read first: without the directory the mode
+        // would be that of a writable disk.
+        let read_only = is_read_only(&self.host, path).await.map_err(|error| error.to_string())?;
+        let write = !self.args.images.read_only && (!read_only || self.host.bug(&MODE_UNREAD));
         match patiently(&self.host, async || self.host.read(&format!("{path}/frontend")).await).await {
             Ok(_) => {}
             Err(Errno::ENOENT) => {
@@ -214,9 +218,6 @@ impl<H: GuestHost> Shared<H> {
             }
             Err(error) => return Err(format!("read {path}/frontend in xenstore: {error}")),
         }
-        // Opening for writing locks the image for others, and may write.
-        let read_only = is_read_only(&self.host, path).await.map_err(|error| error.to_string())?;
-        let write = !self.args.images.read_only && (!read_only || self.host.bug(&MODE_UNREAD));
         place.take();
         let name = name(config);
         let mut listed = self.disks.reserve(&name).map_err(|error| error.to_string())?;

@@ -29,6 +29,7 @@ struct Inner {
     flushes: Cell<u64>,
     /// Requests and queries in progress.
     running: Cell<u32>,
+    max_running: Cell<u32>,
     queries: Cell<u32>,
     max_queries: Cell<u32>,
     /// Queries started.
@@ -50,6 +51,7 @@ impl CountingNode {
             late_ns: world.setting("extents-late", &[0, 20_000, 20_000]),
             flushes: Cell::new(0),
             running: Cell::new(0),
+            max_running: Cell::new(0),
             queries: Cell::new(0),
             max_queries: Cell::new(0),
             begun: Cell::new(0),
@@ -72,6 +74,11 @@ impl CountingNode {
         self.0.running.get()
     }
 
+    /// Maximum number of requests and extents queries in progress at one time.
+    pub fn max_in_flight(&self) -> u32 {
+        self.0.max_running.get()
+    }
+
     /// Maximum number of extents queries in progress at one time.
     pub fn max_queries(&self) -> u32 {
         self.0.max_queries.get()
@@ -84,6 +91,7 @@ struct InFlight(Rc<Inner>);
 impl InFlight {
     fn begin(inner: &Rc<Inner>) -> Self {
         inner.running.set(inner.running.get() + 1);
+        inner.max_running.set(inner.max_running.get().max(inner.running.get()));
         Self(Rc::clone(inner))
     }
 }

@@ -129,7 +129,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
             attempt.pause_ns = longer_ns.max(self.config.pause_ns).max(1);
             if self.host.now_ns() >= attempt.deadline_ns && self.refusal.get().is_none() {
                 self.host.log(Event::NbdServerGone { why: "it was away for too long" });
-                self.give_up(Errno::EIO);
+                self.give_up(Errno::ENOTCONN);
             }
             // The server is unreachable or misbehaves: try again.
             let Ok((terms, stream, inlet)) = open(&self.host, &self.config, &self.memory).await else {
@@ -142,7 +142,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
             };
             stream.shutdown();
             self.host.log(Event::NbdServerGone { why });
-            self.give_up(Errno::EIO);
+            self.give_up(Errno::ENOTCONN);
             return None;
         }
     }
@@ -164,6 +164,16 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
             self.put(&link, cookie);
         }
         link
+    }
+
+    /// A server that is about to end refused a request. It goes to the next server with everything that is in flight
+    /// when the connection ends; false if it was refused so for [`ClientConfig::reconnect_ns`], by servers that stay.
+    pub(super) fn waits_for_successor(&self, cookie: u64) -> bool {
+        let now_ns = self.host.now_ns();
+        let mut all = self.pending.borrow_mut();
+        let Some(call) = all.get_mut(&cookie).map(|pending| &mut pending.call) else { return false };
+        let since_ns = *call.refused_ns.get_or_insert(now_ns);
+        now_ns < since_ns.saturating_add(self.config.reconnect_ns)
     }
 
     /// Answers a request.

@@ -199,7 +199,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
             self.covers(cookie, 0, target.len as usize)?;
             self.data(cookie, 0, target.len as usize).await?;
         }
-        let result = if ok { Ok(()) } else { Err(failure(reply.error.get())?) };
+        let result = if ok { Ok(()) } else { Err(errno_of(reply.error.get())) };
         self.finish(cookie, result);
         Ok(())
     }
@@ -248,7 +248,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
                 let left = self.inner.host.bug(&NBD_ERROR_TEXT_LEFT);
                 let rest = if left { 0 } else { len - ErrorHead::BYTES };
                 self.inlet.skip(rest, self.stop).await.map_err(why)?;
-                let error = failure(head.error.get())?;
+                let error = errno_of(head.error.get());
                 self.with(cookie, |call| call.error = Some(error));
             }
             _ => return Err("a chunk that does not fit its request"),
@@ -269,6 +269,9 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Receiver<'_, H> {
     }
 
     fn finish(&self, cookie: u64, result: Result<(), Errno>) {
+        if result == Err(Errno::ESHUTDOWN) && self.inner.waits_for_successor(cookie) {
+            return;
+        }
         self.inner.replies.set(self.inner.replies.get() + 1);
         self.inner.finish(cookie, result);
     }
@@ -412,10 +415,9 @@ fn why(end: End) -> Why {
     }
 }
 
-/// The error that the protocol's number stands for; an input/output error for an unknown number. A server that is about
-/// to end has lost the connection for the request, which is repeated like all others in flight.
-fn failure(number: u32) -> Result<Errno, Why> {
-    const KNOWN: [u32; 7] = [
+/// The error that the protocol's number stands for; an input/output error for an unknown number.
+fn errno_of(number: u32) -> Errno {
+    const KNOWN: [u32; 8] = [
         error::EPERM,
         error::EIO,
         error::ENOMEM,
@@ -423,10 +425,7 @@ fn failure(number: u32) -> Result<Errno, Why> {
         error::ENOSPC,
         error::EOVERFLOW,
         error::ENOTSUP,
+        error::ESHUTDOWN,
     ];
-    match number {
-        error::ESHUTDOWN => Err("it is shutting down"),
-        known if KNOWN.contains(&known) => Ok(Errno(known as i32)),
-        _ => Ok(Errno::EIO),
-    }
+    if KNOWN.contains(&number) { Errno(number as i32) } else { Errno::EIO }
 }

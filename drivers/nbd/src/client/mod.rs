@@ -14,7 +14,7 @@
 //!   discards are dropped, a flush without `FLUSH` does nothing, extents without `base:allocation` are data. Requests
 //!   larger than it accepts are split.
 //! * **A connection that breaks** is re-established, after pauses that double, and what was in flight is sent again.
-//!   Requests wait for it until [`ClientConfig::reconnect_ns`] is over; from then on they fail with `EIO`, while
+//!   Requests wait for it until [`ClientConfig::reconnect_ns`] is over; from then on they fail with `ENOTCONN`, while
 //!   attempts continue. A request that is not answered within [`ClientConfig::request_ns`] breaks the connection. A
 //!   server that comes back with a different size or fewer capabilities is another disk: every request fails from then
 //!   on.
@@ -241,6 +241,8 @@ struct Call {
     /// For a flush: the writes that it covers.
     covers: u64,
     sent_ns: u64,
+    /// When a server that was about to end refused it first.
+    refused_ns: Option<u64>,
 }
 
 impl Call {

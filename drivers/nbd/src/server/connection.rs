@@ -94,6 +94,8 @@ pub(super) struct Connection<H, S> {
     out: Outbox,
     /// Set when no more requests may be taken.
     pub(super) stop: Rc<StopSignal>,
+    /// The client can receive no more replies.
+    broken: Cell<bool>,
     /// Requests taken whose replies have not been sent.
     in_flight: Cell<u32>,
     /// The reading task waits until fewer are in flight.
@@ -144,6 +146,7 @@ where
         requests: Cell::new(0),
         writes: Cell::new(0),
         flow,
+        broken: Cell::new(false),
         status_turn: Semaphore::new(1),
     });
     let sender = Rc::clone(&connection);
@@ -411,7 +414,7 @@ where
                 // The rest of a trim, less than a sector.
                 continue;
             }
-            if self.stop.why().is_some() {
+            if self.stop.why().is_some() || self.broken.get() {
                 return Err(Errno::ESHUTDOWN);
             }
             self.piece(piece, op).await?;
@@ -547,6 +550,7 @@ where
     /// Waits until everything in flight has ended and was sent, and closes the stream.
     async fn drain(&self, why: Why) {
         let ended = [LEFT, CLOSED].contains(&why);
+        self.broken.set(!ended);
         if ended && self.stop.unless_stopped(self.taken()).await == Some(false) {
             self.stream.shutdown();
         } else if self.in_flight.get() > 0 {

@@ -32,7 +32,8 @@ impl Lost {
 
 /// Whether `error` says that something is damaged: no other try will help, and the disk is still there.
 pub(super) fn is_damage(error: Errno) -> bool {
-    !Tried::Request.may_pass(error) && error != Errno::ESHUTDOWN
+    let is_gone = [Errno::ESHUTDOWN, Errno::ENOTCONN, Errno::ENODEV, Errno::ENXIO].contains(&error);
+    !Tried::Request.may_pass(error) && !is_gone
 }
 
 /// Runs that are remembered; when there are more, the first ones in the disk are reported early.
@@ -106,6 +107,15 @@ pub(super) async fn read_rest(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What follows would be taken for damage, to the end of the disk.
+    #[test]
+    fn a_disk_that_is_gone_is_not_damaged() {
+        for gone in [Errno::ENOTCONN, Errno::ENODEV, Errno::ENXIO, Errno::ESHUTDOWN, Errno::EAGAIN] {
+            assert!(!is_damage(gone), "{gone:?}");
+        }
+        assert!(is_damage(Errno::EIO));
+    }
     use std::pin::pin;
     use std::task::{Context, Poll, Waker};
     use tap_core::{LocalBoxFuture, NodeInfo, Request, Response};

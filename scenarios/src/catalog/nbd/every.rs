@@ -1,8 +1,8 @@
 //! Every command of the protocol, with every permitted flag; and a server that is stopped under load.
 
 use super::plan::{
-    DISK, DISK_BYTES, NO_ERRORS, Plan, Served, address, check_queries, client_config, client_stack,
-    cut_power, last_check, within,
+    DISK, DISK_BYTES, NO_ERRORS, Plan, Served, address, check_asks, client_config, client_stack, cut_power,
+    last_check, within,
 };
 use crate::catalog::crash::arm_power_cut;
 use crate::catalog::setup::Setup;
@@ -88,7 +88,7 @@ async fn every_command(world: World) {
         }
     })
     .await;
-    check_queries(&world, &served, 2);
+    check_asks(&world, &served, &plan, [2, 2]);
     let flushes =
         |who: usize| all.iter().skip(who).step_by(3).flatten().filter(|step| step.flushes()).count();
     let max = [flushes(0) + flushes(1), flushes(2)];

@@ -34,7 +34,7 @@ use crate::world::World;
 use kernel_model::StorageConfig;
 use kernel_model::faults::{FaultPlan, SyncErrors};
 use plan::{
-    DISK, DISK_BYTES, NO_ERRORS, Plan, Supervisor, address, check_connected, check_idle, check_queries,
+    DISK, DISK_BYTES, NO_ERRORS, Plan, Supervisor, address, check_asks, check_connected, check_idle,
     check_unbroken, client_config, client_stack, cut_power, end, last_check, reap_dead_clients, send_all,
     tcp_address, within,
 };
@@ -237,7 +237,7 @@ async fn slow_client(world: World) {
     world.sim.sleep_ns(600_000_000_000).await;
     check_connected(&world, &clients);
     check_idle(&world, &served, 2);
-    check_queries(&world, &served, 1);
+    check_asks(&world, &served, &plan, [1, 2]);
     slow.process.node().kill();
     slow.process.node().dead().await;
     if let Err(error) = guest.read_all().await {

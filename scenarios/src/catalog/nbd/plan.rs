@@ -461,14 +461,19 @@ pub(super) fn check_connected(world: &World, clients: &Clients) {
     }
 }
 
-/// Checks that there were no more concurrent extents queries than connections: each has at most one block status reply
-/// under construction, whatever its client sends.
-pub(super) fn check_queries(world: &World, served: &Served, connections: u32) {
-    let max = served.asks().iter().map(|asks| asks.max_queries()).max().unwrap_or_default();
-    if max > connections {
-        let text =
-            format!("{max} block status replies were built concurrently for {connections} connections");
-        world.fail(Invariant::M1, text);
+/// Checks that a server of aligned requests asked no more of a disk at once than its limits permit: one extents query
+/// for each of the clients that ask for a status, and as many requests as may be in flight on all connections.
+pub(super) fn check_asks(world: &World, served: &Served, plan: &Plan, [asking, connections]: [u32; 2]) {
+    for asks in served.asks() {
+        let (queries, requests) = (asks.max_queries(), asks.max_in_flight());
+        if queries > asking {
+            let text = format!("{queries} block status replies were built concurrently for {asking} clients");
+            world.fail(Invariant::M1, text);
+        }
+        if requests > plan.server.requests * connections {
+            let text = format!("{requests} requests were in flight for {connections} connections");
+            world.fail(Invariant::M1, text);
+        }
     }
 }
 

@@ -113,9 +113,9 @@ impl Ahead {
         *self.runs.borrow_mut() = found.into();
     }
 
-    /// The first known runs from byte `at` on, at most `max`; none if that byte is not known at `now_ns`. What lies
-    /// before is dropped.
-    pub(super) fn take(&self, now_ns: u64, at: u64, max: usize) -> Vec<FileExtent> {
+    /// The first known runs in the bytes `at..end`, at most `max`; none if the first byte is not known at `now_ns`.
+    /// What lies before is dropped.
+    pub(super) fn take(&self, now_ns: u64, at: u64, end: u64, max: usize) -> Vec<FileExtent> {
         let mut runs = self.runs.borrow_mut();
         if now_ns.saturating_sub(self.since_ns.get()) > AGE_MAX_NS {
             runs.clear();
@@ -136,6 +136,10 @@ impl Ahead {
             let run_end = start + run.len_bytes;
             found.push(FileExtent { len_bytes: run_end - start.max(at), data: run.data });
             start = run_end;
+            // An overlay asks for one cluster at a time, and there may be many runs after it.
+            if start >= end {
+                break;
+            }
         }
         found
     }

@@ -138,7 +138,7 @@ impl<H: ImageHost> Inner<H> {
     /// Holes and data of the file.
     async fn extents(&self, range: SectorRange, max: usize) -> Result<Vec<Extent>, Errno> {
         let (mut at, end) = (range.start.0 * SECTOR_BYTES, range.end().unwrap_or(0) * SECTOR_BYTES);
-        let mut found = self.look(at, max).await?;
+        let mut found = self.look(at, end, max).await?;
         if found.is_empty() {
             // Past the end of the file.
             found.push(FileExtent { len_bytes: end - at, data: false });
@@ -161,10 +161,10 @@ impl<H: ImageHost> Inner<H> {
         Ok(out)
     }
 
-    /// The first runs of the file from byte `at` on, at most `max`, from what is known or by a look at the file.
-    async fn look(&self, at: u64, max: usize) -> Result<Vec<FileExtent>, Errno> {
+    /// The first runs of the file in the bytes `at..end`, at most `max`, from what is known or by a look at the file.
+    async fn look(&self, at: u64, end: u64, max: usize) -> Result<Vec<FileExtent>, Errno> {
         let now_ns = self.host.now_ns();
-        let known = self.ahead.take(now_ns, at, max);
+        let known = self.ahead.take(now_ns, at, end, max);
         if !known.is_empty() {
             return Ok(known);
         }
