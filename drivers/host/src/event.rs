@@ -125,6 +125,18 @@ events! {
         result: Result<(), Errno>,
     } = Debug, Free, [2 | number(vbd) << 8, id, code(result) as u64, 0],
         "{vbd} answers #{id} {}", Ended(result);
+    /// The disk failed a request of a guest.
+    RequestFailed {
+        /// The disk.
+        vbd: VbdId,
+        /// What it does.
+        kind: IoKind,
+        /// Where.
+        range: SectorRange,
+        /// The error.
+        error: Errno,
+    } = Warning, Limited, [21 | number(vbd) << 8, kind as u64, place(range), error.0 as u64],
+        "{vbd} failed to {kind} {range}: {error}";
     /// A request was refused before it reached the disk.
     RequestRefused {
         /// The disk.

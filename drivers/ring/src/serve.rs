@@ -126,12 +126,15 @@ impl Job {
     }
 
     pub(crate) fn taken_event(&self, vbd: VbdId) -> Event {
-        let kind = match self.op {
+        Event::RequestTaken { vbd, id: self.id, kind: self.kind(), range: self.range() }
+    }
+
+    fn kind(&self) -> IoKind {
+        match self.op {
             BlkifOp::Read => IoKind::Read,
             BlkifOp::Write => IoKind::Write,
             BlkifOp::Flush => IoKind::Flush,
-        };
-        Event::RequestTaken { vbd, id: self.id, kind, range: self.range() }
+        }
     }
 
     fn segments(&self, host: &impl Probe) -> SmallVec<[GrantSegment; MAX_SEGMENTS]> {
@@ -168,7 +171,10 @@ impl Job {
             BlkifOp::Flush if bufs.is_empty() => ("flush", node.submit(Request::flush())),
             BlkifOp::Flush => {
                 let all = self.flush_around(target, slot, bufs);
-                return host.spawn("flush", key, async move { self.end(&own, slot, all.await) });
+                return host.spawn("flush", key, async move {
+                    let result = all.await.inspect_err(|error| self.failed(&own, *error));
+                    self.end(&own, slot, result);
+                });
             }
         };
         // One block without inner futures: such a task is made, moved and freed half a million times a second.
@@ -197,12 +203,20 @@ impl Job {
         target.completions.done(Done { slot, id: self.id, op: self.op as u8, status: status_of(result) });
     }
 
+    /// The guest gets a status only, and the operator needs to know why.
+    fn failed<H: Log>(&self, target: &Target<H>, error: Errno) {
+        if error != Errno::EOPNOTSUPP {
+            let (vbd, range) = (target.vbd, self.range());
+            target.host.log(Event::RequestFailed { vbd, kind: self.kind(), range, error });
+        }
+    }
+
     /// The rest of the work, after the node has answered.
     fn answer<H>(&self, target: &Target<H>, response: Response) -> Result<(), Errno>
     where
         H: Tasks + Log + Probe + Grants,
     {
-        response.result?;
+        response.result.inspect_err(|error| self.failed(target, *error))?;
         match (self.op, response.bufs.first()) {
             (BlkifOp::Read, Some(buf)) => target
                 .host

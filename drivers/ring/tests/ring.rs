@@ -11,7 +11,7 @@ use std::future::Future;
 use std::rc::Rc;
 use tap_abi::blkif::{BlkifOp, BlkifRequest, Segment};
 use tap_core::Op;
-use tap_host::{DomId, Errno, GrantRef, PAGE_BYTES, Port};
+use tap_host::{DomId, Errno, Event, GrantRef, PAGE_BYTES, Port};
 use tap_ring::{BlkifRing, ConnectError, Limits, RingCloser, RingConfig, RingEnd};
 use xen_model::Counts;
 
@@ -297,8 +297,15 @@ fn a_read_only_disk_is_not_written() {
 }
 
 #[test]
-fn errors_of_the_disk_reach_the_guest() {
+fn errors_of_the_disk_reach_the_guest_and_the_log() {
     world(&quiet(), async |b| {
+        let logged = Rc::<RefCell<Vec<_>>>::default();
+        let own = Rc::clone(&logged);
+        b.world.kernel.on_event(move |_, event| {
+            if matches!(event, Event::RequestFailed { .. }) {
+                own.borrow_mut().push(event.to_string());
+            }
+        });
         b.serve(ring_config(&b.front, None));
         let write = BlkifRequest::new(1, BlkifOp::Write, 0, &[b.front.segment(0, 0, 0)]).unwrap();
         for (error, status) in [(Errno::EIO, -1), (Errno::EOPNOTSUPP, -2), (Errno::ENOSPC, -1)] {
@@ -307,6 +314,9 @@ fn errors_of_the_disk_reach_the_guest() {
         }
         b.disk.fail_with(None);
         assert_eq!(b.front.status(&write).await, 0);
+        // What a disk cannot do is no failure of it.
+        let failed = |error: Errno| format!("vbd51712 failed to write 0+1: {error}");
+        assert_eq!(*logged.borrow(), [Errno::EIO, Errno::ENOSPC].map(failed));
     });
 }
 
