@@ -75,7 +75,11 @@ pub(super) fn packaging(sh: &Shell, release: &Release) -> Result<()> {
     let served = Served::start(&[], &program, scratch.path(), &format!("raw:{}", disk.display()), &[])?;
 
     let said = root.done(&["--install", &new])?;
-    must(said.contains("still runs the old program"), "an upgrade says which processes run the old program")?;
+    let process = said.lines().find(|line| line.contains("still runs the old program"));
+    must(
+        process.is_some_and(|line| line.contains(": ") && line.contains("tapdisk serve ")),
+        "an upgrade says which processes run the old program",
+    )?;
     must(served.runs()? && is_deleted(&served)?, "an upgrade keeps the server running")?;
     must(fs::read_to_string(&settings)?.contains("--direct"), "an upgrade keeps settings")?;
     let compare = root.path("usr/bin/tap-img");
