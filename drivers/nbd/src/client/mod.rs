@@ -16,16 +16,14 @@
 //! * **A connection that breaks** is re-established, after pauses that double, and what was in flight is sent again.
 //!   Requests wait for it until [`ClientConfig::reconnect_ns`] is over; from then on they fail with `ENOTCONN`, while
 //!   attempts continue. A request that is not answered within [`ClientConfig::request_ns`] breaks the connection. A
-//!   server that comes back with a different size or fewer capabilities is another disk: every request fails from then
-//!   on.
+//!   server that comes back with a different size or fewer capabilities is another disk: every later request fails.
 //! * **Repeated requests**: the caller keeps overlapping requests apart, so carrying out a request twice changes
 //!   nothing. Only a server that still carries out requests of a broken connection, later than those of a new one,
 //!   could bring back old bytes. The protocol has no fence against that. A broken connection is aborted, so nothing
 //!   still in transit arrives late; a server that died carries nothing out, and ours starts nothing more once it sees
 //!   that the connection broke. That leaves the requests that wait in the server's receive buffer.
 //! * **A server that lies** is not believed: a read gets every byte exactly once, or fails. A reply that does not fit
-//!   its request (the wrong place, bytes that arrived before, too many pieces, an unknown cookie) breaks the
-//!   connection.
+//!   its request (a wrong place, bytes that arrived before, too many pieces, an unknown cookie) breaks the connection.
 //! * **Flush**: a flush makes durable what was answered before. If the connection breaks in between, the server may
 //!   have died and come back without writes that it had answered, and a flush on the new connection would say nothing
 //!   about them. So with [`Breaks::MayLose`] each flush that should cover such writes fails with `EIO`, and, because
