@@ -64,8 +64,7 @@ tap_host::listed! {
     pub(super) BUGS: Bug with [drive::BUGS, link::BUGS, negotiate::BUGS];
     NBD_INLET_ANEW = "nbd-inlet-anew",
         "an NBD client that reconnects asks for memory that the requests waiting for it may hold";
-    NBD_GREETING_AWAITED = "nbd-greeting-awaited",
-        "an NBD client waits for ever for a server that does not greet it";
+    NBD_GREETING_AWAITED = "nbd-greeting-awaited", "an NBD client waits for a greeting without limit";
     NBD_FLUSH_AFTER_BREAK = "nbd-flush-after-break",
         "a flush succeeds although the connection broke between it and a write that was answered";
     NBD_CLOSED_CONNECTS = "nbd-closed-connects",
@@ -239,7 +238,6 @@ struct Call {
     /// For a flush: the writes that it covers.
     covers: u64,
     sent_ns: u64,
-    /// When a server that was about to end refused it first.
     refused_ns: Option<u64>,
 }
 
