@@ -97,7 +97,8 @@ async fn read<H: ImageHost>(host: &H, path: &str, how: &OpenOptions) -> Result<F
     let geometry = checked.map_err(refused)?;
     let pages = (0..geometry.root_entries()).map(|page| HostOffset(TABLE_AT + page * geometry.table_bytes()));
     let header = (HostOffset(0)..HostOffset(HEADER_BYTES), "the header");
-    Ok(Front::new(file, geometry, pages.collect()).with_fixed(TABLE_AT, [header]))
+    let padding = header.0.end..HostOffset(TABLE_AT);
+    Ok(Front::new(file, geometry, pages.collect()).with_fixed(padding, [header]))
 }
 
 async fn create<H: ImageHost>(host: &H, path: &str, image: &NewImage) -> Result<(), ImageError> {

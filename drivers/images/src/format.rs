@@ -145,7 +145,8 @@ pub struct CheckReport {
     /// Number of problems.
     pub problem_count: u64,
     /// Mapped clusters of which not even a part is in the file, because it was truncated, or the host crashed before
-    /// they were flushed.
+    /// they were flushed. One more for a table that begins where the file ends: QEMU makes the reference to a new table
+    /// durable before it writes the table, so a crash may leave that.
     pub missing_clusters: u64,
     /// Tables that map clusters.
     pub tables: u64,

@@ -10,6 +10,10 @@ const PARTS_AT_ONCE: usize = 16;
 /// Memory of a part: its bits, and its entry in the index.
 const PART_BYTES: usize = PART as usize / 8 + 64;
 
+/// Memory of a set that is not empty.
+#[cfg(test)]
+pub(super) const MIN_BYTES: usize = PARTS_AT_ONCE * PART_BYTES;
+
 /// Why a bit could not be set.
 pub(super) enum Taken {
     Before,

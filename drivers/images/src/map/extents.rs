@@ -23,9 +23,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         match table.map_or(Mapping::Unmapped, |t| t.mapping::<L>(index, &self.geometry)) {
             // Opening for reading does not check the references.
             Mapping::Plain(host) if host > self.reach => Err(Errno::EIO),
-            Mapping::Compressed(run) if run.len == 0 || run.offset + run.len > self.tables_reach => {
-                Err(Errno::EIO)
-            }
+            Mapping::Compressed(run) if !self.is_in_file(run) => Err(Errno::EIO),
             mapping => Ok(mapping),
         }
     }

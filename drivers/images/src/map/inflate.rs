@@ -40,6 +40,12 @@ pub(crate) enum Unreadable {
 }
 
 impl<H: ImageHost, L: Layout> Image<H, L> {
+    /// Whether there are bytes of a compressed cluster. Those past the end of the file read as zeros: the stream may
+    /// have ended before.
+    pub(super) fn is_in_file(&self, run: Compressed) -> bool {
+        run.len > 0 && run.offset < self.tables_reach
+    }
+
     /// The content of a compressed cluster.
     pub(super) async fn inflate(&self, run: Compressed) -> Result<Rc<[u8]>, Errno> {
         self.inflate_or_why(run, false).await.map_err(|why| match why {
@@ -62,7 +68,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
             return Ok(Rc::clone(bytes));
         }
         // The length has fewer bits than a cluster has bytes.
-        if run.len == 0 || run.offset > self.reach {
+        if !self.is_in_file(run) {
             return Err(Unreadable::Damaged);
         }
         let buf = self.file.buffer(run.len as usize).await.map_err(Unreadable::Failed)?;

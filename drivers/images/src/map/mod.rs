@@ -95,10 +95,9 @@ pub struct MappedDisk<H: ImageHost, L: Layout> {
 struct Parts<H: ImageHost, L: Layout> {
     file: ImageFile<H>,
     geometry: Geometry,
-    /// No reference may end past it.
-    reach: HostOffset,
-    /// No table or compressed cluster may end past it.
-    tables_reach: HostOffset,
+    /// See [`Image::reach`] and [`Image::tables_reach`].
+    reaches: (HostOffset, HostOffset),
+    empty_table: Option<usize>,
     /// Offsets of the tables; 0 for none.
     root: Vec<HostOffset>,
     memory: ImageStages,
@@ -112,8 +111,12 @@ struct Image<H: ImageHost, L: Layout> {
     host: H,
     file: ImageFile<H>,
     geometry: Geometry,
+    /// No reference may end past it.
     reach: HostOffset,
+    /// No table may end past it, and no compressed cluster may begin there or past it.
     tables_reach: HostOffset,
+    /// A table that is not in the file, although the root refers to it.
+    empty_table: Option<usize>,
     /// Published offsets of the tables; 0 for none.
     root: RefCell<Vec<HostOffset>>,
     root_turn: Semaphore,
@@ -231,7 +234,8 @@ impl<H: ImageHost, L: Layout> Node for MappedDisk<H, L> {
 
 impl<H: ImageHost, L: Layout> Image<H, L> {
     fn new(host: &H, parts: Parts<H, L>) -> Self {
-        let Parts { file, geometry, reach, tables_reach, root, memory, cache, space, backing } = parts;
+        let Parts { file, geometry, reaches, empty_table, root, memory, cache, space, backing } = parts;
+        let (reach, tables_reach) = reaches;
         assert!(geometry.table_bytes() >= SECTOR_BYTES, "a table smaller than a sector");
         Self {
             host: host.clone(),
@@ -239,6 +243,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
             geometry,
             reach,
             tables_reach,
+            empty_table,
             root: RefCell::new(root),
             root_turn: Semaphore::new(1),
             memory,

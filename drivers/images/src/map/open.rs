@@ -40,8 +40,8 @@ pub struct Front<H: ImageHost, L: Layout> {
     root: Vec<HostOffset>,
     /// Ranges of the file that belong to the format itself, and their names.
     fixed: Vec<(Range<HostOffset>, &'static str)>,
-    /// Bytes before all tables and clusters.
-    front_bytes: u64,
+    /// Space that is used, although it belongs to none of them.
+    padding: Range<HostOffset>,
     layout: PhantomData<L>,
 }
 
@@ -58,18 +58,18 @@ impl<H: ImageHost, L: Layout<Allocator = Frontier>> Front<H, L> {
     /// An image in `file`, which is open and locked. `root` has the offsets of its tables, as many as the geometry
     /// says; 0 for none.
     pub fn new(file: ImageFile<H>, geometry: Geometry, root: Vec<HostOffset>) -> Self {
-        Self { file, geometry, root, fixed: Vec::new(), front_bytes: 0, layout: PhantomData }
+        Self { file, geometry, root, fixed: Vec::new(), padding: Range::default(), layout: PhantomData }
     }
 
-    /// Adds ranges of the file that belong to the format itself, and their names in messages. `front_bytes` are before
-    /// all tables and clusters.
+    /// Adds ranges of the file that belong to the format itself, and their names in messages. `padding` is space next
+    /// to them that a check does not count as lost.
     pub fn with_fixed(
         mut self,
-        front_bytes: u64,
+        padding: Range<HostOffset>,
         fixed: impl IntoIterator<Item = (Range<HostOffset>, &'static str)>,
     ) -> Self {
         self.fixed.extend(fixed);
-        Self { front_bytes, ..self }
+        Self { padding, ..self }
     }
 
     /// The properties of the image, without a backing file.
@@ -119,7 +119,7 @@ impl<H: ImageHost, L: Layout<Allocator = Frontier>> Front<H, L> {
     /// # Errors
     /// [`ImageError`] when any of it cannot be read, which is not damage.
     pub async fn check(self, host: &H, path: &str) -> Result<CheckReport, ImageError> {
-        let (geometry, front_bytes, info) = (self.geometry, self.front_bytes, self.file.info);
+        let (geometry, padding, info) = (self.geometry, self.padding.clone(), self.file.info);
         let mut report = CheckReport { file_bytes: info.size_bytes, ..CheckReport::default() };
         let memory = self.memory(path)?;
         let mut owners = self.owners(&memory);
@@ -131,7 +131,7 @@ impl<H: ImageHost, L: Layout<Allocator = Frontier>> Front<H, L> {
         checked.map_err(|(action, error)| ImageError::io(action, path)(error))?;
         // A device continues past the used part.
         let space_bytes = if info.block_device { owners.end.0.min(info.size_bytes) } else { info.size_bytes };
-        report.leaked_clusters = owners.lost(front_bytes, space_bytes);
+        report.leaked_clusters = owners.lost(padding, space_bytes, &mut report);
         Ok(report)
     }
 
@@ -146,8 +146,21 @@ impl<H: ImageHost, L: Layout<Allocator = Frontier>> Front<H, L> {
     /// The owners of the ranges that are not clusters.
     fn owners(&self, memory: &ImageStages) -> Owners<L> {
         let file_bytes = self.file.info.size_bytes;
-        let sizes = (file_bytes, self.geometry.reach(file_bytes));
+        let sizes = (file_bytes, self.geometry.reach(file_bytes), self.unwritten_table());
         Owners::new(self.geometry, sizes, self.fixed.iter().cloned(), &memory.fixed)
+    }
+
+    /// The table that a crash has left out of the file: the only one that is not there, where the file ends. QEMU
+    /// begins a new table at the end of the file, and makes the L1 entry durable before it writes the table. Such a
+    /// table is empty. No crash leaves any other table out: this driver writes a table first.
+    fn unwritten_table(&self) -> Option<usize> {
+        let info = &self.file.info;
+        let is_out = |at: HostOffset| at.0.saturating_add(self.geometry.table_bytes()) > info.size_bytes;
+        let tables = self.root.iter().copied().enumerate().filter(|(_, at)| *at != HostOffset(0));
+        let mut out = tables.filter(|(_, at)| is_out(*at));
+        let (index, at) = out.next()?;
+        let place = info.size_bytes.checked_next_multiple_of(self.geometry.cluster_bytes());
+        (!info.block_device && place == Some(at.0) && out.next().is_none()).then_some(index)
     }
 
     /// Where new clusters may begin; `end` is the end of the highest reference.
@@ -199,11 +212,14 @@ impl<H: ImageHost, L: Layout<Allocator = Frontier>> Surveyed<H, L> {
     }
 
     fn into_image(self, host: &H, backing: Option<Rc<dyn Node>>) -> Image<H, L> {
+        // Opening for writing has made it part of the file.
+        let empty_table = if self.read_only { self.front.unwritten_table() } else { None };
         let Self { front: Front { file, geometry, root, .. }, mut memory, cache, space, read_only } = self;
         memory.walked();
         let reach = geometry.reach(file.info.size_bytes);
         // Opening for writing has checked all tables, and new ones are past the end that the file had.
         let tables_reach = if read_only { HostOffset(file.info.size_bytes) } else { reach };
-        Image::new(host, Parts { file, geometry, reach, tables_reach, root, memory, cache, space, backing })
+        let reaches = (reach, tables_reach);
+        Image::new(host, Parts { file, geometry, reaches, empty_table, root, memory, cache, space, backing })
     }
 }

@@ -21,8 +21,8 @@ pub(crate) trait Report {
     /// Reports a problem; `false` stops the walk.
     fn problem(&mut self, what: String) -> bool;
 
-    /// Reports that `clusters` lie past the end of the file. A crash may leave that if they were never flushed, so
-    /// opening for writing continues.
+    /// Reports that `clusters`, or a table, which counts as one, lie past the end of the file. A crash may leave that
+    /// if they were never flushed, so opening for writing continues.
     fn missing(&mut self, clusters: u64, what: impl FnOnce() -> String) {
         let _ = (clusters, what);
     }
@@ -63,6 +63,8 @@ pub(crate) struct Owners<L: Layout> {
     file_bytes: u64,
     /// No reference may end past it.
     reach: HostOffset,
+    /// The table that may lie past the end of the file.
+    unwritten: Option<usize>,
     /// Ranges that are not clusters, by offset.
     tables: Vec<(Range<HostOffset>, Owner)>,
     plain: Bits,
@@ -77,10 +79,10 @@ pub(crate) struct Owners<L: Layout> {
 }
 
 impl<L: Layout> Owners<L> {
-    /// A walk of a file of `file_bytes`, with the named ranges of `fixed`.
+    /// A walk of a file of `file_bytes`, with the named ranges of `fixed`. Table `unwritten` may lie past its end.
     pub(crate) fn new(
         geometry: Geometry,
-        (file_bytes, reach): (u64, HostOffset),
+        (file_bytes, reach, unwritten): (u64, HostOffset, Option<usize>),
         fixed: impl IntoIterator<Item = (Range<HostOffset>, &'static str)>,
         memory: &Stage,
     ) -> Self {
@@ -90,6 +92,7 @@ impl<L: Layout> Owners<L> {
             geometry,
             file_bytes,
             reach,
+            unwritten,
             plain: Bits::new(memory),
             compressed: Bits::new(memory),
             end: tables.iter().map(|t| t.0.end).max().unwrap_or_default(),
@@ -111,8 +114,7 @@ impl<L: Layout> Owners<L> {
             let end = end.filter(|end| *end <= self.reach && offset.0.is_multiple_of(512));
             self.end = self.end.max(end.unwrap_or_default());
             let what = match end {
-                // A table is durable before anything refers to it.
-                Some(end) if end.0 > self.file_bytes => {
+                Some(end) if end.0 > self.file_bytes && self.unwritten != Some(index) => {
                     format!("extends past the end of the file at byte {}", self.file_bytes)
                 }
                 Some(end) => {
@@ -151,7 +153,8 @@ impl<L: Layout> Owners<L> {
                 Mapping::Unmapped => (1, None),
                 Mapping::Plain(offset) => {
                     let (taken, problem) = self.take_plain(offset, &entries[at..]);
-                    self.find_missing((index * entries.len() + at) as u64, offset, taken as u64, report);
+                    let good = taken as u64 - u64::from(problem.is_some());
+                    self.find_missing((index * entries.len() + at) as u64, offset, good, report);
                     (taken, problem)
                 }
                 Mapping::Compressed(run) => (1, self.take_compressed(run).err()),
@@ -231,6 +234,7 @@ impl<L: Layout> Owners<L> {
 
     /// Compares clusters with tables and compressed runs, once all tables are taken.
     pub(crate) fn finish(&self, report: &mut impl Report) -> Option<()> {
+        self.find_unwritten(report)?;
         let bytes = self.geometry.cluster_bytes();
         if let Some(unit) = self.plain.common(&self.compressed)
             && !report.problem(format!("compressed data overlaps the cluster at byte {}", unit * bytes))
@@ -253,22 +257,105 @@ impl<L: Layout> Owners<L> {
         Some(())
     }
 
-    /// Clusters of the first `space_bytes` of the file that nothing refers to, besides `front_bytes` at its beginning.
-    /// Called last: what is not a cluster then counts as compressed.
+    /// Reports the table that lies past the end of the file. It was the last thing to be allocated, so anything after
+    /// it was cut off with it.
+    fn find_unwritten(&self, report: &mut impl Report) -> Option<()> {
+        let unwritten =
+            |owner: &Owner| matches!(owner, Owner::Table(index) if Some(*index) == self.unwritten);
+        let Some((range, owner)) = self.tables.iter().find(|(_, owner)| unwritten(owner)) else {
+            return Some(());
+        };
+        let what = |verb| {
+            let (name, at) = (owner.name::<L>(), range.start.0);
+            format!("{name} at byte {at} {verb} past the end of the file at byte {}", self.file_bytes)
+        };
+        if self.end > range.end {
+            return report.problem(what("extends")).then_some(());
+        }
+        report.missing(1, || what("lies"));
+        Some(())
+    }
+
+    /// Clusters of the first `space_bytes` of the file that nothing refers to, and that are not in `padding`. Called
+    /// last: from then on all that is used counts as clusters.
     ///
     /// Space between a reference and the end of its block of [`BLOCK_BYTES`] is no loss: QEMU begins every cluster at
     /// the end of the file, which its writes extend to whole blocks of the medium.
-    pub(crate) fn lost(&mut self, front_bytes: u64, space_bytes: u64) -> u64 {
+    pub(crate) fn lost(
+        &mut self,
+        padding: Range<HostOffset>,
+        space_bytes: u64,
+        report: &mut impl Report,
+    ) -> u64 {
         let bytes = self.geometry.cluster_bytes();
         let ranges = self.tables.iter().map(|(range, _)| range.start.0..range.end.0);
-        for range in ranges.chain(std::iter::once(0..front_bytes)) {
-            for unit in range.start / bytes..range.end.div_ceil(bytes) {
-                // Set already, or there is no memory, which was reported for the clusters.
-                let _ = self.compressed.set(unit, 1);
+        let ranges = ranges.chain(std::iter::once(padding.start.0..padding.end.0));
+        for unit in ranges.flat_map(|range| range.start / bytes..range.end.div_ceil(bytes)) {
+            // Clusters near them have memory for these bits already.
+            if let Err((_, taken @ Taken::NoRoom)) = self.plain.set(unit, 1) {
+                report.problem(format!("the space that is lost {}", taken.text()));
+                return 0;
             }
         }
         let units = space_bytes.div_ceil(bytes);
         let block = (BLOCK_BYTES / bytes).max(1) as u32;
         units - self.plain.filled(&self.compressed, units, block)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Frontier;
+    use super::*;
+    use crate::CheckReport;
+    use crate::map::bits::MIN_BYTES;
+    use tap_host::Budget;
+
+    struct Tables;
+
+    impl Layout for Tables {
+        const TABLE: &'static str = "table";
+        type Allocator = Frontier;
+        fn mapping(entry: u64, _geometry: &Geometry) -> Mapping {
+            if entry == 0 { Mapping::Unmapped } else { Mapping::Plain(HostOffset(entry)) }
+        }
+        fn entry(host: HostOffset) -> u64 {
+            host.0
+        }
+    }
+
+    /// An image of a header, a table and two clusters, walked with `bytes` of memory.
+    fn walked(bytes: usize, report: &mut CheckReport) -> Owners<Tables> {
+        let geometry =
+            Geometry { size_bytes: 64 << 12, cluster_bits: 12, table_bits: 6, root_at: HostOffset(64) };
+        let (stage, file_bytes) = (Budget::default().stage(bytes).unwrap(), 4 << 12);
+        let header = (HostOffset(0)..HostOffset(72), "the header");
+        let sizes = (file_bytes, geometry.reach(file_bytes), None);
+        let mut owners = Owners::new(geometry, sizes, [header], &stage);
+        let tables = owners.take_root(&[HostOffset(1 << 12)], report);
+        assert_eq!(tables, Some(vec![(0, HostOffset(1 << 12))]));
+        let mut entries = vec![0; 64];
+        entries[..2].copy_from_slice(&[2 << 12, 3 << 12]);
+        owners.take_table(0, &entries, report);
+        owners.finish(report);
+        owners
+    }
+
+    #[test]
+    fn clusters_and_tables_next_to_them_share_memory() {
+        let mut report = CheckReport::default();
+        let mut owners = walked(MIN_BYTES, &mut report);
+        let lost = owners.lost(HostOffset(0)..HostOffset(0), 4 << 12, &mut report);
+        assert_eq!((lost, report.problems), (0, vec![]));
+    }
+
+    #[test]
+    fn lack_of_memory_for_what_is_lost_is_one_problem() {
+        let mut report = CheckReport::default();
+        let mut owners = walked(MIN_BYTES, &mut report);
+        let everything = HostOffset(0)..HostOffset(1 << 60);
+        let lost = owners.lost(everything, 1 << 60, &mut report);
+        let what = "the space that is lost cannot be checked for lack of memory (--memory)".to_owned();
+        assert_eq!((lost, report.problem_count, report.problems), (0, 1, vec![what]));
     }
 }

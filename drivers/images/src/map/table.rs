@@ -241,18 +241,29 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         }
         let offset = self.root.borrow()[index];
         let end = offset.0.checked_add(self.geometry.table_bytes());
-        // Opening for writing has checked all of them; for reading they are checked here. A table is durable before
-        // anything refers to it, so one that is not in the file is lost, and was not zeros.
-        if end.is_none_or(|end| HostOffset(end) > self.tables_reach) {
+        let is_empty = self.empty_table == Some(index);
+        // Opening for writing has checked all of them; for reading they are checked here. Any other table that is not
+        // in the file is lost, and was not zeros.
+        if !is_empty && end.is_none_or(|end| HostOffset(end) > self.tables_reach) {
             return Err(Errno::EIO);
         }
         let share = self.table_share().await?;
+        let entries = if is_empty { self.no_entries() } else { self.read_entries(offset).await? };
+        let table = Table::new(index, offset, entries, share);
+        self.cache_table(&table);
+        Ok(table)
+    }
+
+    async fn read_entries(&self, offset: HostOffset) -> Result<Box<[u64]>, Errno> {
         let buf = self.file.buffer(self.geometry.table_bytes() as usize).await?;
         let (result, bufs) = self.file.read(offset.0, smallvec![buf]).await;
         result?;
-        let table = Table::new(index, offset, decode_entries(&bufs[0]).collect(), share);
-        self.cache_table(&table);
-        Ok(table)
+        Ok(decode_entries(&bufs[0]).collect())
+    }
+
+    /// The entries of an empty table.
+    fn no_entries(&self) -> Box<[u64]> {
+        vec![0; self.geometry.table_entries()].into()
     }
 
     /// Memory for one more table.
@@ -300,7 +311,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         self.suspects.borrow_mut().suspect_table(index, offset);
         self.write_root(index, offset).await?;
         self.suspects.borrow_mut().settle_table(index);
-        let table = Table::new(index, offset, vec![0; self.geometry.table_entries()].into(), share);
+        let table = Table::new(index, offset, self.no_entries(), share);
         self.cache_table(&table);
         self.host.mark(&L2_TABLE_ALLOCATED);
         self.host.log(Event::L2Mapped { l1_index: index as u64, host_offset: offset.0 });

@@ -67,8 +67,9 @@ impl<H: ImageHost> Front<H> {
         ];
         let root: Vec<HostOffset> = self.root.into_iter().map(HostOffset).collect();
         // QEMU writes whole sectors of zeros for the L1 table, wherever it begins.
-        let front_bytes = geometry.root_at.0 + (root.len() as u64 * 8).next_multiple_of(SECTOR_BYTES);
-        map::Front::new(self.file, geometry, root).with_fixed(front_bytes, fixed.into_iter().chain(name))
+        let l1_bytes = (root.len() as u64 * 8).next_multiple_of(SECTOR_BYTES);
+        let padding = geometry.root_at..geometry.root_at + l1_bytes;
+        map::Front::new(self.file, geometry, root).with_fixed(padding, fixed.into_iter().chain(name))
     }
 }
 

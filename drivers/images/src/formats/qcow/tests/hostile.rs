@@ -154,6 +154,138 @@ fn a_file_that_was_cut_off_is_damaged() {
     assert_eq!(counts(good.len() - 4096 + 256).0, 2, "both tables");
 }
 
+/// QEMU makes the L1 entry durable before it writes the table, at the end of the file.
+#[test]
+fn a_table_that_was_never_written_is_empty() {
+    let setup = Setup { base_sectors: Some(256), ..SMALL };
+    for packed in [false, true] {
+        let world = World::new(1);
+        setup.create(&world);
+        let qcow = setup.open(&world);
+        world.block_on(write(&qcow, 0, 2, 7)).result.unwrap();
+        world.block_on(qcow.close()).unwrap();
+        drop(qcow);
+        if packed {
+            // A file that does not end with a cluster.
+            put_compressed(&world, &setup, 3, 5);
+        }
+        let bytes = world.bytes(PATH);
+        let end = bytes.len().next_multiple_of(1024) as u64;
+        world.put(PATH, with(&bytes, entry_at(&bytes, false, 1), end));
+        let report = checked(&world);
+        let what = format!("L2 table 1 at byte {end} lies past the end of the file at byte {}", bytes.len());
+        assert_eq!((report.problem_count, report.missing_clusters), (0, 1));
+        assert_eq!((report.problems, report.leaked_clusters), (vec![what], 0));
+        let below: Vec<_> = (128..256).map(|sector| Some(base_fill(sector))).collect();
+        for write in [false, true] {
+            let qcow = setup.try_open(&world, write).unwrap();
+            let extents = world.block_on(qcow.extents(SectorRange::new(0, 256), 1024)).unwrap();
+            assert!(extents.iter().all(|extent| extent.source.error().is_none()), "{extents:?}");
+            assert_eq!(world.block_on(fills(&qcow, 128, 128)).unwrap(), below);
+        }
+        let qcow = setup.open(&world);
+        world.block_on(write(&qcow, 130, 2, 9)).result.unwrap();
+        world.block_on(qcow.close()).unwrap();
+        drop(qcow);
+        let report = checked(&world);
+        assert_eq!((report.problems, report.leaked_clusters, report.tables), (vec![], 0, 2));
+        let qcow = setup.open(&world);
+        assert_eq!(world.block_on(fills(&qcow, 130, 3)), Ok(vec![Some(9), Some(9), Some(base_fill(132))]));
+        assert_eq!(world.block_on(fills(&qcow, 0, 1)), Ok(vec![Some(7)]));
+    }
+}
+
+#[test]
+fn any_other_table_past_the_end_is_damage() {
+    let world = World::new(1);
+    SMALL.create(&world);
+    let qcow = SMALL.open(&world);
+    world.block_on(write(&qcow, 0, 2, 7)).result.unwrap();
+    world.block_on(qcow.close()).unwrap();
+    let good = world.bytes(PATH);
+    let (first, second) = (entry_at(&good, false, 0), entry_at(&good, false, 1));
+    let end = good.len() as u64;
+    let allowed = with(&good, second, end);
+    for (bytes, what) in [
+        (allowed.clone(), None),
+        (with(&good, second, end + 1024), Some("L2 table 1")),
+        (with(&good, second, end + 512), Some("L2 table 1")),
+        ([&allowed[..], &[0; 256]].concat(), Some("L2 table 1")),
+        (with(&allowed, first, end + 1024), Some("L2 table 0")),
+        (with(&allowed, first, 1 << 60), Some("L2 table 0")),
+        (with(&allowed, entry_at(&good, true, 20), end + 1024), Some("L2 table 1")),
+        (with(&allowed, entry_at(&good, true, 20), end), Some("L2 table 1")),
+    ] {
+        let (world, qcow) = opened(bytes, true);
+        let refused = qcow.err().map(|e| e.to_string());
+        assert_eq!(refused.is_some(), what.is_some(), "{refused:?}");
+        let report = checked(&world);
+        assert_eq!(report.problem_count > 0, what.is_some(), "{:?}", report.problems);
+        if let (Some(refused), Some(what)) = (refused, what) {
+            assert!(refused.contains(what), "{refused}");
+        }
+    }
+    // A device does not grow.
+    world.put_device(PATH, allowed);
+    let refused = SMALL.try_open(&world, true).err().unwrap().to_string();
+    assert!(refused.contains("L2 table 1 at byte"), "{refused}");
+}
+
+#[test]
+fn damaged_references_past_the_end_are_counted_once() {
+    let good = sample();
+    let past = good.len().next_multiple_of(1024) as u64 + 1024;
+    let (fifth, sixth) = (entry_at(&good, true, 5), entry_at(&good, true, 6));
+    for (bytes, missing) in
+        [(with(&good, fifth, past + 512), 0), (with(&with(&good, fifth, past), sixth, past), 1)]
+    {
+        let world = World::new(1);
+        world.put(PATH, bytes);
+        let report = checked(&world);
+        let counts = (report.problem_count, report.missing_clusters);
+        assert_eq!(counts, (1, missing), "{:?}", report.problems);
+    }
+}
+
+/// The stream of a compressed cluster may end before the bytes that the entry names.
+#[test]
+fn extents_and_reads_agree_on_compressed_clusters_past_the_end() {
+    let good = sample();
+    let table = u64::from_be_bytes(good[entry_at(&good, false, 1)..][..8].try_into().unwrap()) as usize;
+    let at = table + 63 * 8;
+    let entry = u64::from_be_bytes(good[at..at + 8].try_into().unwrap());
+    let past = format::COMPRESSED | 5 << 53 | good.len() as u64;
+    for (entry, want) in [(entry + (50 << 53), Ok(vec![Some(3); 2])), (past, Err(Errno::EIO))] {
+        let (world, qcow) = opened(with(&good, at, entry), false);
+        let qcow = qcow.unwrap();
+        assert_eq!(world.block_on(fills(&qcow, 254, 2)), want);
+        let extents = world.block_on(qcow.extents(SectorRange::new(254, 2), 8)).unwrap();
+        let found: Vec<_> = extents.iter().map(|extent| extent.source.error()).collect();
+        assert_eq!(found, [want.err()]);
+        drop(qcow);
+        assert!(checked(&world).problem_count > 0);
+    }
+}
+
+#[test]
+fn space_before_an_l1_table_elsewhere_can_be_lost() {
+    let mut bytes = sample();
+    bytes.resize(bytes.len().next_multiple_of(4096), 0);
+    let world = World::new(1);
+    let leaked = |bytes: &[u8]| {
+        world.put(PATH, bytes.to_vec());
+        let report = checked(&world);
+        assert_eq!(report.problems, Vec::<String>::new());
+        report.leaked_clusters
+    };
+    let before = leaked(&bytes);
+    let (l1, end) = (entry_at(&bytes, false, 0), bytes.len() as u64);
+    let mut bytes = with(&bytes, 40, end);
+    bytes.extend_from_within(l1..l1 + 512);
+    // The place of the old one is a block of four clusters.
+    assert_eq!(leaked(&bytes) - before, 4);
+}
+
 #[test]
 fn check_reports_every_double_owner_within_runs() {
     let setup = Setup { cluster_bits: 9, ..SMALL };
