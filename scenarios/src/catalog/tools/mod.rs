@@ -115,7 +115,7 @@ impl Tool {
         }
     }
 
-    /// Whether the last line is the reason of a failure, and the others are warnings: which parts of a disk are damaged.
+    /// Whether the last line is the reason of a failure, and the others are warnings about damaged parts of a disk.
     fn says_why(&self) -> bool {
         let Some((last, others)) = self.err.split_last() else { return false };
         let warns = |line: &String| line.starts_with("tap-img: warning: ");
