@@ -11,9 +11,11 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 /// Crates of the stack that have mutants.
 const CRATES: [&str; 6] = ["core", "images", "nbd", "programs", "ring", "xenbus"];
 /// Files of tests, or that only produce output for people.
-const LEFT_OUT: [&str; 9] = [
+const LEFT_OUT: [&str; 11] = [
     "/tests/",
     "/tests.rs",
+    "_tests.rs",
+    "/testing/",
     "/testing.rs",
     "/bin/",
     "/usage.rs",
