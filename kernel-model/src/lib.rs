@@ -7,6 +7,7 @@
 //!        │                                       synchronised may be lost, sector by sector
 //!   power cut: keeps the base and any part of what is pending
 //!   sockets: streams between processes, split and delayed, closed by death
+//!   gendisk: the block layer above the driver of a block device
 //! ```
 //!
 //! The fault model is documented where faults are made: see [`faults`] and [`sockets`]. The model takes the seam's
@@ -16,6 +17,7 @@
 mod blkfront;
 pub mod calls;
 pub mod faults;
+pub mod gendisk;
 mod host;
 mod inode;
 mod pages;
