@@ -3,6 +3,7 @@
 use super::{Broken, ImageMap, PACKED_TWICE};
 use crate::check::{Invariant, Oracle, is_broken};
 use kernel_model::Content;
+use std::ops::Range;
 
 /// Maximum number of tracked clusters of a file: 128 MiB of bits. No image here has as many.
 const CLUSTERS_MAX: u64 = 1 << 30;
@@ -21,7 +22,7 @@ pub(super) struct Owners {
     /// The same in bytes: a table need not fill its clusters.
     end_bytes: u64,
     /// See [`Owners::fill`].
-    filled_bytes: u64,
+    filled: Range<u64>,
 }
 
 impl Owners {
@@ -33,7 +34,7 @@ impl Owners {
             owned: 0,
             end: 0,
             end_bytes: 0,
-            filled_bytes: 0,
+            filled: 0..0,
         }
     }
 
@@ -72,13 +73,14 @@ impl Owners {
         self.extents.push((offset, len));
     }
 
-    /// Assigns the clusters of the first `bytes` of the file that have no owner once all others have taken theirs.
-    pub(super) fn fill(&mut self, bytes: u64) {
-        self.filled_bytes = bytes;
+    /// Assigns the clusters of these bytes of the file that have no owner once all others have taken theirs.
+    pub(super) fn fill(&mut self, bytes: Range<u64>) {
+        self.filled = bytes;
     }
 
-    fn fill_front(&mut self) {
-        for cluster in 0..self.filled_bytes.div_ceil(1 << self.cluster_bits) {
+    fn take_filled(&mut self) {
+        let Range { start, end } = self.filled;
+        for cluster in start >> self.cluster_bits..end.div_ceil(1 << self.cluster_bits) {
             if !self.owns(cluster) {
                 let word = (cluster / 64) as usize;
                 self.bits.resize(self.bits.len().max(word + 1), 0);
@@ -117,7 +119,7 @@ impl Owners {
                 })?;
             }
         }
-        self.fill_front();
+        self.take_filled();
         // After a crash the file may be shorter than what it maps.
         let clusters = content.size.div_ceil(1 << self.cluster_bits);
         let beyond = (clusters..self.end).filter(|cluster| self.owns(*cluster)).count() as u64;

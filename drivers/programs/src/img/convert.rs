@@ -223,11 +223,30 @@ impl Copier {
             let buf = read(&self.from, &self.pool, start, count).await?;
             return self.data(start, buf).await.map(|()| Vec::new());
         }
-        if let Some(error) = run.extent.source.error() {
-            return self.zeros(start, count).await.map(|()| vec![Lost { start, count, error }]);
+        let is_unreadable = run.extent.source.error().is_some();
+        let error = match read(&self.from, &self.pool, start, count).await {
+            Err(error) if is_damage(error) => error,
+            result => return self.data(start, result?).await.map(|()| Vec::new()),
+        };
+        let all = Lost { start, count, error };
+        if is_unreadable && self.is_still_unreadable(&all).await? {
+            return self.zeros(start, count).await.map(|()| vec![all]);
         }
-        let (buf, lost) = read_rest(&self.from, &self.pool, start, count).await?;
+        let (buf, lost) = read_rest(&self.from, &self.pool, all).await?;
         self.data(start, buf).await.map(|()| lost)
+    }
+
+    /// Whether the map still says of all of `lost` that it cannot be read. Then smaller reads find nothing, and a table
+    /// may map millions of sectors.
+    async fn is_still_unreadable(&self, lost: &Lost) -> Result<bool, Errno> {
+        let range = SectorRange::new(lost.start, lost.count as u32);
+        match self.from.extents(range, 1).await {
+            Ok(extents) => Ok(extents
+                .first()
+                .is_some_and(|first| first.count >= lost.count && first.source.error().is_some())),
+            Err(error) if is_damage(error) => Ok(true),
+            Err(error) => Err(error),
+        }
     }
 
     /// Writes bytes, without the zeros that can be skipped.

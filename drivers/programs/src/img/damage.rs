@@ -65,22 +65,18 @@ impl Losses {
     }
 }
 
-/// Reads as [`read`], with zeros in place of sectors that cannot be read, which are returned as well. It narrows them
-/// down by halves, each of which is tried once.
+/// What can be read of a run whose read has failed, with zeros in place of the other sectors, which are returned as
+/// well. It narrows them down by halves, each of which is tried once.
 pub(super) async fn read_rest(
     node: &Rc<dyn Node>,
     pool: &BufPool,
-    start: u64,
-    count: u64,
+    all: Lost,
 ) -> Result<(IoBuf, Vec<Lost>), Errno> {
-    let error = match read(node, pool, start, count).await {
-        Err(error) if is_damage(error) => error,
-        result => return Ok((result?, Vec::new())),
-    };
+    let Lost { start, count, .. } = all;
     let mut whole = pool.alloc_zeroed((count * SECTOR_BYTES) as usize).await?;
     let mut lost: Vec<Lost> = Vec::new();
     // Runs that have failed, the next one in the disk last.
-    let mut failed = vec![Lost { start, count, error }];
+    let mut failed = vec![all];
     while let Some(run) = failed.pop() {
         if run.count == 1 {
             match lost.last_mut() {
@@ -165,10 +161,10 @@ mod tests {
         }
     }
 
-    /// Reads 64 sectors from sector 100 on.
+    /// Reads 64 sectors from sector 100 on, after a read of all of them has failed.
     fn rest(bad: Bad) -> Result<(IoBuf, Vec<Lost>), Errno> {
         let (node, pool): (Rc<dyn Node>, _) = (Rc::new(bad), BufPool::new(1 << 20));
-        match pin!(read_rest(&node, &pool, 100, 64)).poll(&mut Context::from_waker(Waker::noop())) {
+        match pin!(read_rest(&node, &pool, lost(100, 64))).poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(result) => result,
             Poll::Pending => panic!("nothing waits"),
         }

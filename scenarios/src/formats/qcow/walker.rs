@@ -95,7 +95,7 @@ pub(super) fn walk(content: &Content) -> Result<ImageMap, Broken> {
         }
     }
     // QEMU writes an L1 table in whole sectors, wherever it begins.
-    owners.fill(map.root_at + (l1_entries * 8).next_multiple_of(SECTOR_BYTES));
+    owners.fill(map.root_at..map.root_at + (l1_entries * 8).next_multiple_of(SECTOR_BYTES));
     owners.finish(content, &mut map)?;
     Ok(map)
 }
