@@ -106,6 +106,29 @@ mod tests {
         assert_eq!(read_to_string(&path).expect("left alone"), "of another");
     }
 
+    /// A link that was made where the file will be does not get its target removed or overwritten.
+    #[test]
+    fn only_the_name_of_a_link_is_removed() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = |name: &str| folder.path().join(name);
+        for (name, content) in [("small", "7\n"), ("large", "an administrator's file, not a number")] {
+            write(path(name), content).expect("written");
+            let soft = path(&format!("soft-{name}"));
+            let hard = path(&format!("hard-{name}"));
+            std::os::unix::fs::symlink(path(name), &soft).expect("a link");
+            std::fs::hard_link(path(name), &hard).expect("a link");
+            for link in [soft, hard] {
+                let own = PidFile::create(&link);
+                assert_eq!(own.is_ok(), name == "small", "{own:?}");
+                drop(own);
+                assert_eq!(link.symlink_metadata().is_ok(), name == "large", "{}", link.display());
+                let left = read_to_string(path(name)).expect("the file itself stays");
+                let number = format!("{}\n", std::process::id());
+                assert_eq!(left, if name == "small" { number } else { content.to_owned() });
+            }
+        }
+    }
+
     #[test]
     fn what_is_no_file_is_refused() {
         let folder = tempfile::tempdir().expect("a folder");

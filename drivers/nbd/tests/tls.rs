@@ -9,12 +9,16 @@ use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair}
 use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
-use rustls::{ClientConfig, RootCertStore, ServerConfig};
+use rustls::{
+    CipherSuiteCommon, ClientConfig, ClientConnection, RootCertStore, ServerConfig, SupportedCipherSuite,
+    Tls12CipherSuite,
+};
+use std::io::{ErrorKind, Read, Write};
 use std::sync::Arc;
 use tap_abi::nbd::*;
 use tap_core::{Node, Op};
 use tap_host::{Budget, Listener, Sockets};
-use tap_nbd::{Client, ClientError, ClientTls, Server, ServerLimits};
+use tap_nbd::{Breaks, Client, ClientError, ClientTls, Server, ServerLimits};
 use zerocopy::IntoBytes;
 
 const MIB: usize = 1 << 20;
@@ -44,8 +48,13 @@ impl Authority {
 
     /// A server called `name` that wants certificates of this authority.
     fn server(&self, name: &str) -> Arc<ServerConfig> {
-        let verifier = WebPkiClientVerifier::builder_with_provider(self.roots(), provider()).build().unwrap();
-        let config = ServerConfig::builder_with_provider(provider());
+        self.server_with(name, provider())
+    }
+
+    fn server_with(&self, name: &str, provider: Arc<CryptoProvider>) -> Arc<ServerConfig> {
+        let verifier = WebPkiClientVerifier::builder_with_provider(self.roots(), Arc::clone(&provider));
+        let verifier = verifier.build().unwrap();
+        let config = ServerConfig::builder_with_provider(provider);
         let config =
             config.with_safe_default_protocol_versions().unwrap().with_client_cert_verifier(verifier);
         let (chain, key) = self.sign(name);
@@ -54,7 +63,11 @@ impl Authority {
 
     /// A client that trusts this authority, with a certificate by `signer`.
     fn client(&self, signer: Option<&Authority>) -> ClientTls {
-        let config = ClientConfig::builder_with_provider(provider());
+        self.client_with(signer, provider())
+    }
+
+    fn client_with(&self, signer: Option<&Authority>, provider: Arc<CryptoProvider>) -> ClientTls {
+        let config = ClientConfig::builder_with_provider(provider);
         let config = config.with_safe_default_protocol_versions().unwrap();
         let config = config.with_root_certificates(self.roots());
         let config = match signer.map(|signer| signer.sign("client")) {
@@ -69,17 +82,38 @@ fn provider() -> Arc<CryptoProvider> {
     Arc::new(ring::default_provider())
 }
 
+/// Only a cipher of TLS 1.2 whose keys are used up after so many records.
+fn short_lived(records: u64) -> Arc<CryptoProvider> {
+    let SupportedCipherSuite::Tls12(suite) = ring::cipher_suite::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256
+    else {
+        panic!("a suite of TLS 1.2");
+    };
+    let Tls12CipherSuite { ref common, prf_provider, kx, sign, aead_alg } = *suite;
+    let CipherSuiteCommon { suite, hash_provider, .. } = *common;
+    let common = CipherSuiteCommon { suite, hash_provider, confidentiality_limit: records };
+    let suite = Box::leak(Box::new(Tls12CipherSuite { common, prf_provider, kx, sign, aead_alg }));
+    let cipher_suites = vec![SupportedCipherSuite::Tls12(suite)];
+    Arc::new(CryptoProvider { cipher_suites, ..ring::default_provider() })
+}
+
 /// A server with certificates of `authority`.
 async fn serve(
     w: &World,
     disk: &std::rc::Rc<Disk>,
     authority: &Authority,
 ) -> (Server<kernel_model::Process>, Budget) {
+    serve_with(w, disk, authority.server("server")).await
+}
+
+async fn serve_with(
+    w: &World,
+    disk: &std::rc::Rc<Disk>,
+    config: Arc<ServerConfig>,
+) -> (Server<kernel_model::Process>, Budget) {
     let process = w.process("server");
     let (memory, limits) = (Budget::new(1 << 30), ServerLimits::default());
     let exports = vec![export("disk", disk)];
-    let server =
-        Server::with_tls(process.clone(), exports, limits, &memory, authority.server("server")).unwrap();
+    let server = Server::with_tls(process.clone(), exports, limits, &memory, config).unwrap();
     let listener = process.listen(&address()).await.unwrap();
     let own = server.clone();
     process.node().spawn("serve", 0, async move { own.serve(listener).await });
@@ -112,6 +146,28 @@ fn everything_goes_through_streams_that_are_cut() {
             // What is kept for the next connection makes room for anything else.
             let after = memory.figures();
             assert_eq!(after.used_bytes - after.kept_bytes, before);
+        });
+    }
+}
+
+/// A session of TLS 1.2 ends when its keys are used up.
+#[test]
+fn a_session_whose_keys_are_used_up_is_replaced() {
+    for (server_records, client_records) in [(20, 1 << 24), (1 << 24, 20)] {
+        world(1, false, move |w| async move {
+            let authority = Authority::new();
+            let disk = Disk::new(MIB);
+            serve_with(&w, &disk, authority.server_with("server", short_lived(server_records))).await;
+            let tls = Some(authority.client_with(Some(&authority), short_lived(client_records)));
+            // The server lives on, so that nothing is lost with a connection.
+            let config = tap_nbd::ClientConfig { tls, breaks: Breaks::Keep, ..config() };
+            let client = Client::connect(w.process("client"), config).await.unwrap();
+            for n in 0..100 {
+                assert_eq!(write(&client, n, 512, n as u8).await, Ok(()));
+                assert_eq!(read(&client, n, 512).await.unwrap(), [n as u8; 512]);
+            }
+            assert!(client.connections() > 5, "{} connections", client.connections());
+            assert_eq!(client.close().await, Ok(()));
         });
     }
 }
@@ -222,6 +278,102 @@ fn who_is_not_trusted_is_refused_with_the_reason() {
         w.sim.sleep_ns(1_000_000_000).await;
         assert_eq!(server.connections(), 0);
         server.stop().await;
+    });
+}
+
+/// A client on a secure connection that speaks bytes.
+struct Secured {
+    raw: Raw,
+    session: ClientConnection,
+}
+
+impl Secured {
+    async fn agree(w: &World, tls: ClientTls) -> Self {
+        let raw = w.raw("client").await;
+        raw.hello().await;
+        raw.option(OPT_STARTTLS, b"").await;
+        assert_eq!(raw.reply().await.0, REP_ACK);
+        let session = ClientConnection::new(tls.config, tls.name).unwrap();
+        let mut own = Self { raw, session };
+        own.send(b"").await;
+        while own.session.is_handshaking() {
+            own.receive().await;
+            own.send(b"").await;
+        }
+        own
+    }
+
+    async fn choose(&mut self, export: &str) {
+        let choice = go(export, &[]);
+        let option = OptionHeader::new(OPT_GO, choice.len() as u32);
+        self.send(&[option.as_bytes(), &choice].concat()).await;
+    }
+
+    async fn send(&mut self, bytes: &[u8]) {
+        self.session.writer().write_all(bytes).unwrap();
+        let mut records = Vec::new();
+        while self.session.wants_write() {
+            self.session.write_tls(&mut records).unwrap();
+        }
+        // The server may have ended the connection.
+        let _gone = self.raw.send(&records).await;
+    }
+
+    /// Receives at least a byte, unless the stream has ended.
+    async fn receive(&mut self) {
+        let records = self.raw.take(1).await;
+        self.session.read_tls(&mut &records[..]).unwrap();
+        self.session.process_new_packets().unwrap();
+    }
+
+    /// Everything up to the end; an error if that was not announced.
+    async fn rest(&mut self) -> std::io::Result<Vec<u8>> {
+        let mut all = Vec::new();
+        loop {
+            match self.session.reader().read_to_end(&mut all) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => self.receive().await,
+                ended => return ended.map(|_| all),
+            }
+        }
+    }
+}
+
+/// A session whose keys are used up takes data, and sends nothing. The server must notice, even if its client does not.
+#[test]
+fn a_reply_that_cannot_be_sealed_ends_the_connection() {
+    world(1, false, |w| async move {
+        let authority = Authority::new();
+        let (server, _) =
+            serve_with(&w, &Disk::new(MIB), authority.server_with("server", short_lived(20))).await;
+        let tls = authority.client_with(Some(&authority), short_lived(1 << 24));
+        let mut client = Secured::agree(&w, tls).await;
+        client.choose("disk").await;
+        for n in 0..40 {
+            client.send(RequestHeader::new(CMD_READ, 0, n, 0, 512).as_bytes()).await;
+            // Replies that are ready together are sealed together.
+            w.sim.sleep_ns(1_000_000).await;
+        }
+        assert!(client.rest().await.is_err(), "replies are missing, so this is no end in order");
+        w.sim.sleep_ns(1_000_000_000).await;
+        assert_eq!(server.connections(), 0, "without a word of the client");
+    });
+}
+
+/// Without it a client could not tell the end of the connection from an attack that cuts off the rest.
+#[test]
+fn a_server_announces_the_end_of_a_connection() {
+    world(1, false, |w| async move {
+        let authority = Authority::new();
+        let (server, _) = serve(&w, &Disk::new(MIB), &authority).await;
+        let mut client = Secured::agree(&w, authority.client(Some(&authority))).await;
+        client.choose("disk").await;
+        let read = RequestHeader::new(CMD_READ, 0, 7, 0, 512);
+        let leave = RequestHeader::new(CMD_DISC, 0, 8, 0, 0);
+        client.send(&[read.as_bytes(), leave.as_bytes()].concat()).await;
+        let received = client.rest().await.unwrap();
+        assert!(received.ends_with(&[0; 512]) && received.len() > 512 + SimpleReply::BYTES);
+        w.sim.sleep_ns(1_000_000_000).await;
+        assert_eq!(server.connections(), 0);
     });
 }
 

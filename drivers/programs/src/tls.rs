@@ -157,3 +157,6 @@ pub(crate) async fn of_client<H: ImageHost>(host: &H, folder: &str) -> Result<Ar
     config.resumption = Resumption::disabled();
     Ok(Arc::new(config))
 }
+
+#[cfg(test)]
+mod tests;

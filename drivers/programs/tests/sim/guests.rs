@@ -4,7 +4,7 @@ use crate::{Daemon, world};
 use kernel_model::{Blkfront, DataPiece, Kernel, SimHost};
 use sim::Sim;
 use std::rc::Rc;
-use tap_host::{DomId, Errno, IoKind, SectorRange, VbdId, Xenstore};
+use tap_host::{DomId, Errno, File, Files, IoKind, LockKind, OpenMode, SectorRange, VbdId, Xenstore};
 use xen_model::{Counts, VbdPaths, Xen, attach_vbd, remove_vbd};
 
 const XVDA: VbdId = VbdId(51712);
@@ -298,6 +298,34 @@ fn read_only_vbds_share_an_image() {
         sim.sleep_ns(9_000_000_000).await;
         assert!(tools.back(&writer, "hotplug-error").await.unwrap().contains("in use"), "{}", daemon.said());
     });
+}
+
+/// Once its directory is gone a vbd has no mode, as a writable one may have none.
+#[test]
+fn a_read_only_vbd_that_vanishes_is_not_opened_for_writing() {
+    // Between any two requests to xenstore.
+    for half_requests in 0..80 {
+        world(move |sim, kernel, xen| async move {
+            kernel.storage().put_bytes("/a", &[1; MIB]);
+            // With another reader nobody can open it for writing.
+            let reader = kernel.process("reader", 9);
+            let file = reader.open("/a", OpenMode::READ).await.unwrap();
+            file.lock(LockKind::Shared).await.unwrap();
+            let tools = Toolstack::new(&sim, &kernel, &xen);
+            let guest = tools.guest();
+            tools.attach_for(&guest, true).await;
+            let daemon = Daemon::start(&kernel, &xen, 1, "xen 1/xvda=raw:/a");
+            sim.sleep_ns(half_requests * xen_model::Options::default().store_ns / 2).await;
+            Xenstore::remove(&tools.host, &guest.paths.backend).await.unwrap();
+            sim.sleep_ns(20_000_000_000).await;
+            assert!(
+                !daemon.said().contains("in use by another process"),
+                "{half_requests}: {}",
+                daemon.said()
+            );
+            assert!(daemon.status.borrow().is_some(), "{half_requests}: {}", daemon.said());
+        });
+    }
 }
 
 #[test]

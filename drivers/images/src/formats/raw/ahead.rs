@@ -163,3 +163,29 @@ impl Drop for Change<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is copied for a question does not depend on how much is known.
+    #[test]
+    fn no_more_is_taken_than_was_asked_for() {
+        let run = |i: usize| FileExtent { len_bytes: 4096, data: i.is_multiple_of(2) };
+        let known = || {
+            let ahead = Ahead::new(true);
+            ahead.keep(ahead.stamp(), 0, 8192, (0..AHEAD_MAX).map(run).collect());
+            ahead
+        };
+        let taken = |at, end, max| {
+            let found = known().take(0, at, end, max);
+            (found.len(), found.first().map_or(0, |first| first.len_bytes))
+        };
+        assert_eq!(taken(8192, 8192 + 4096, usize::MAX), (1, 4096));
+        assert_eq!(taken(8192, 8192 + 4097, usize::MAX), (2, 4096));
+        assert_eq!(taken(8192 + 512, 8192 + 4096, usize::MAX), (1, 3584), "the rest of a run");
+        assert_eq!(taken(8192 + 4096, u64::MAX, 3), (3, 4096));
+        assert_eq!(taken(8192, u64::MAX, usize::MAX).0, AHEAD_MAX);
+        assert_eq!((taken(0, u64::MAX, 3).0, taken(8192 + (4 << 20), u64::MAX, 3).0), (0, 0), "not known");
+    }
+}
