@@ -56,13 +56,19 @@ pub struct Request {
 
 impl Request {
     /// A read into `bufs`.
+    ///
+    /// # Panics
+    /// If `bufs` have not the length of `range`.
     pub fn read(range: SectorRange, bufs: IoVec) -> Self {
-        debug_assert_eq!(bytes_of(&bufs) as u64, range.len_bytes());
+        assert_eq!(bytes_of(&bufs) as u64, range.len_bytes(), "buffers do not fit the range");
         Self { op: Op::Read, range, bufs, fua: false }
     }
     /// A write of `bufs`.
+    ///
+    /// # Panics
+    /// If `bufs` have not the length of `range`.
     pub fn write(range: SectorRange, bufs: IoVec) -> Self {
-        debug_assert_eq!(bytes_of(&bufs) as u64, range.len_bytes());
+        assert_eq!(bytes_of(&bufs) as u64, range.len_bytes(), "buffers do not fit the range");
         Self { op: Op::Write, range, bufs, fua: false }
     }
     /// A request to zero `range`.

@@ -9,10 +9,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
-use tap_host::{
-    Bug, Errno, Event, File, FileExtent, FileId, FileInfo, Files, IoVec, LockKind, Log, Mark, OpenMode,
-    Probe, SharedPage, SharedPages, Tasks, Time, ZeroMode, bytes_of, copy_from_slice, copy_to_slice,
-};
+use tap_host::{Bug, Errno, Event, LockKind, Log, Mark, Probe, SharedPage, SharedPages, Tasks, Time};
 
 type Task = Pin<Box<dyn Future<Output = ()>>>;
 

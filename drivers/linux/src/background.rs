@@ -56,7 +56,8 @@ pub struct Starting {
 /// one is ready ([`Starting::ready`]) or has ended.
 ///
 /// # Errors
-/// [`DivideError`], in the caller.
+/// [`DivideError`], in the caller; or in the process in the background, whose end with a status then ends the caller's
+/// wait.
 ///
 /// # Panics
 /// If the process has more than one thread: the others would be missing from the process in the background.
@@ -82,12 +83,8 @@ pub fn divide() -> Result<Divided, DivideError> {
         return wait(&mut answer, pid).map(Divided::Caller);
     }
     drop(answer);
-    // Fails only for the leader of a process group, which a new process is not.
-    let session = setsid().map_err(of_rustix);
-    debug_assert!(session.is_ok(), "{session:?}");
-    // Fails only if a descriptor is not valid.
-    let input = rustix::stdio::dup2_stdin(&null).map_err(of_rustix);
-    debug_assert!(input.is_ok(), "{input:?}");
+    setsid().map_err(of_rustix).map_err(failed("setsid"))?;
+    rustix::stdio::dup2_stdin(&null).map_err(of_rustix).map_err(failed("dup2"))?;
     Ok(Divided::Background(Starting { caller, null }))
 }
 

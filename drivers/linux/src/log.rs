@@ -12,7 +12,7 @@
 
 use crate::Lines;
 use std::cell::Cell;
-use std::fmt::{self, Write as _};
+use std::fmt;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tap_host::{Event, Level};
 
@@ -126,14 +126,12 @@ impl Logger {
         if level > self.level {
             return;
         }
-        let mut line = String::new();
-        let printed = if self.journal {
-            write!(line, "<{}>{text}", priority(level))
+        let line = if self.journal {
+            format!("<{}>{text}", priority(level))
         } else {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-            write!(line, "{} {}: {text}", Stamp(now), name(level))
+            format!("{} {}: {text}", Stamp(now), name(level))
         };
-        debug_assert!(printed.is_ok(), "writing to a string does not fail");
         Lines::stderr().put(line);
     }
 }

@@ -1,6 +1,12 @@
 //! Files in memory.
 
-use super::*;
+use super::{Change, Effect, Store, World, apply};
+use std::future::Future;
+use std::rc::Rc;
+use tap_host::{
+    Errno, File, FileExtent, FileId, FileInfo, Files, IoVec, LockKind, OpenMode, ZeroMode, bytes_of,
+    copy_from_slice, copy_to_slice,
+};
 
 impl Files for World {
     type File = MemFile;
