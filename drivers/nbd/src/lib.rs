@@ -31,10 +31,10 @@ pub use server::{Export, ExportError, Server, ServerLimits};
 
 tap_host::listed! {
     /// The seeded bugs of this crate.
-    pub BUGS: Bug with [client::BUGS, server::BUGS];
+    pub BUGS: Bug with [client::BUGS, server::BUGS, wire::BUGS];
 }
 
 tap_host::listed! {
     /// The marks of this crate.
-    pub MARKS: Mark with [client::MARKS, server::MARKS];
+    pub MARKS: Mark with [client::MARKS, server::MARKS, wire::MARKS];
 }

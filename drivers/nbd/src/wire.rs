@@ -25,7 +25,18 @@ use std::io::{ErrorKind, IoSlice, Read, Write};
 use std::pin::pin;
 use std::rc::Rc;
 use std::task::{Context, Waker};
-use tap_host::{Errno, IoBuf, SendList, Share, Stage, Stream};
+use tap_host::{Errno, IoBuf, Probe, SendList, Share, Stage, Stream};
+
+tap_host::listed! {
+    pub(crate) BUGS: Bug;
+    TLS_REST_UNSENT = "tls-rest-unsent",
+        "of data that is more than what is sealed for TLS at once, the rest counts as sent";
+}
+
+tap_host::listed! {
+    pub(crate) MARKS: Mark;
+    TLS_AGREED = "tls-agreed", "an NBD connection was secured";
+}
 
 /// Most bytes of memory of one session: a whole handshake message (64 KiB) and its answer, or one record that is
 /// received and two that are sent, and the buffer that records are received into.
@@ -75,7 +86,12 @@ impl<S: Stream> Wire<S> {
     ///
     /// # Errors
     /// Why there is no secure connection; the stream is then of no further use.
-    pub(crate) async fn secure(&self, mut connection: Connection, memory: &Stage) -> Result<(), Why> {
+    pub(crate) async fn secure(
+        &self,
+        mut connection: Connection,
+        memory: &Stage,
+        probe: &impl Probe,
+    ) -> Result<(), Why> {
         let mut share = memory.try_take(TLS_BYTES).ok_or("there is no memory for TLS")?;
         let buf = share.buffer(RECORDS_BYTES).map_err(|_| "there is no memory for TLS")?;
         let mut records = Records { buf, start: 0, end: 0 };
@@ -105,8 +121,10 @@ impl<S: Stream> Wire<S> {
             records: RefCell::new(Some(records)),
             sending: Cell::new(false),
             failure: Cell::new(None),
+            rest_unsent: probe.bug(&TLS_REST_UNSENT),
             _memory: share,
         };
+        probe.mark(&TLS_AGREED);
         assert!(self.0.session.set(Rc::new(session)).is_ok(), "a stream is secured once");
         Ok(())
     }
@@ -184,6 +202,8 @@ struct Session<S> {
     /// Records are being sent, or a part of them was.
     sending: Cell<bool>,
     failure: Cell<Option<Why>>,
+    /// [`TLS_REST_UNSENT`].
+    rest_unsent: bool,
     _memory: Share,
 }
 
@@ -236,7 +256,7 @@ impl<S: Stream> Session<S> {
         let (result, _) = send_all(&self.stream, records).await;
         if result.is_ok() {
             self.sending.set(false);
-            list.advance(taken);
+            list.advance(if self.rest_unsent { list.len() } else { taken });
         }
         (result, list)
     }

@@ -185,7 +185,7 @@ impl<S: Stream, P: Probe> Talk<'_, S, P> {
         }
         let session = ClientConnection::new(Arc::clone(&tls.config), tls.name.clone());
         let session = session.map_err(|_| Stop::Broken("a session of TLS cannot be made"))?;
-        self.stream.secure(session.into(), self.sessions).await.map_err(Stop::Broken)
+        self.stream.secure(session.into(), self.sessions, self.host).await.map_err(Stop::Broken)
     }
 
     /// Whether the server accepts an option without data.

@@ -132,7 +132,7 @@ impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
             return Err("it sent data in plain text after STARTTLS");
         }
         let session = ServerConnection::new(config).map_err(|_| "a session of TLS cannot be made")?;
-        let secured = self.stream.secure(session.into(), &self.server.memory.tls);
+        let secured = self.stream.secure(session.into(), &self.server.memory.tls, &self.server.host);
         self.stop.unless_stopped(secured).await.unwrap_or(Err(why(End::Stopped)))
     }
 

@@ -13,6 +13,7 @@ mod lying;
 mod modest;
 mod plan;
 mod refused;
+mod secure;
 mod status;
 
 pub use bytes::{BYTES_STEP, NBD_BYTES};
@@ -125,9 +126,11 @@ async fn split_reads(world: World) {
     let cache = if write_through { CacheMode::WriteThrough } else { CacheMode::WriteBack };
     let mut config = client_config(&world);
     plan.addresses.push(tcp_address());
+    let proxied = world.setting("proxy", &[false, false, true]);
+    plan.secure(proxied && world.setting("nbd-tls", &[false, true]));
     let Some(served) = plan.serve(&plan.process("tapdisk", 0)).await else { return };
     let proxy = plan.process("proxy", 0);
-    if world.setting("proxy", &[false, false, true]) {
+    if proxied {
         config.address = plan.proxy(&proxy);
     }
     let host = plan.process("client", 0);
@@ -146,6 +149,8 @@ async fn split_reads(world: World) {
     .await;
     check_unbroken(&world);
     cut_power(&world, &setup, &[&served.host, &proxy, &host]).await;
+    // The last client has no proxy.
+    plan.secure(false);
     last_check(&plan, &setup, Invariant::G7).await;
 }
 

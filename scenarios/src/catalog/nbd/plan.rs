@@ -1,5 +1,6 @@
 //! Building blocks of the NBD scenarios: servers and clients in processes, their start and their end.
 
+use super::secure::{SECURED, certificates};
 use super::status::check_status;
 use crate::catalog::setup::{Setup, check_at_rest, cut_after_close, workload};
 use crate::check::{CountingNode, Invariant};
@@ -82,6 +83,8 @@ pub(super) struct Plan {
     pub(super) server: ServerLimits,
     /// It ends when its last client has left.
     ends_with_last: bool,
+    /// The option that makes it insist on TLS, or nothing.
+    tls: String,
     /// Where the server listens.
     pub(super) addresses: Vec<SocketAddress>,
     /// Memory that is taken from the clients' budget.
@@ -176,6 +179,7 @@ impl Plan {
             cache: world.setting("program-cache", &[CacheMode::WriteBack, CacheMode::WriteThrough]),
             server: server_limits(world),
             ends_with_last: false,
+            tls: String::new(),
             addresses: vec![address()],
             taken: Rc::default(),
             clients: Rc::default(),
@@ -193,6 +197,7 @@ impl Plan {
             cache: CacheMode::WriteBack,
             server: ServerLimits::default(),
             ends_with_last: false,
+            tls: String::new(),
             addresses: vec![address()],
             taken: Rc::default(),
             clients: Rc::default(),
@@ -202,6 +207,11 @@ impl Plan {
     /// The same for another server at `address`, with the disk `setup`.
     pub(super) fn other(&self, name: &'static str, setup: &Setup, address: SocketAddress) -> Self {
         Self { disks: vec![(name, setup.clone())], addresses: vec![address], ..self.clone() }
+    }
+
+    /// Whether clients have to secure their connections.
+    pub(super) fn secure(&mut self, tls: bool) {
+        self.tls = if tls { certificates(&self.world) } else { String::new() };
     }
 
     /// Clients also read and write parts of sectors.
@@ -244,7 +254,8 @@ impl Plan {
     fn memory_bytes(&self) -> usize {
         match self.limits.memory_bytes {
             0 => 0,
-            bytes => SERVER_BYTES + bytes * self.disks.len().max(1),
+            // Sessions of TLS take as much again.
+            bytes => SERVER_BYTES * (1 + usize::from(!self.tls.is_empty())) + bytes * self.disks.len().max(1),
         }
     }
 
@@ -273,8 +284,9 @@ impl Plan {
         let (disks, connections): (Vec<String>, _) = (disks.collect(), self.server.connections);
         let (addresses, options) = (addresses.join(" "), self.limits.options());
         let cache = option_of(self.cache);
-        let end = if self.ends_with_last { "--end-with-last-client" } else { "" };
-        format!("serve {addresses} --connections {connections} {options} {cache} {end} {}", disks.join(" "))
+        let (end, tls) = (if self.ends_with_last { "--end-with-last-client" } else { "" }, &self.tls);
+        let disks = disks.join(" ");
+        format!("serve {addresses} --connections {connections} {options} {cache} {end} {tls} {disks}")
     }
 
     /// Runs `tapdisk serve` with the disks of this plan, and restarts it while an image is in use by a predecessor's
@@ -300,7 +312,10 @@ impl Plan {
     /// Starts a `tapdisk serve` in `host` whose disk is the export of this plan's server. Returns its address.
     pub(super) fn proxy(&self, host: &SimHost) -> SocketAddress {
         let address = SocketAddress::Tcp { host: "::1".into(), port: 10809 };
-        let disk = self.world.setting("proxied", &PROXIED);
+        let disk = match self.tls.is_empty() {
+            true => self.world.setting("proxied", &PROXIED),
+            false => self.world.setting("proxied-securely", &SECURED),
+        };
         let listen = "--nbd tcp:[::1]:10809 --nbd unix:/run/proxy.nbd";
         let line = format!("serve {listen} --connections 3 {} disk={disk}", self.limits.options());
         let tuning = self.limits.tuning(&self.world, host.process.node(), self.memory_bytes());
