@@ -20,7 +20,7 @@ use std::future::poll_fn;
 use std::rc::Rc;
 use std::task::Poll;
 use tap_core::CacheMode;
-use tap_host::{DomId, Errno, OneWaiter, VbdId, Xenstore};
+use tap_host::{DomId, Errno, OneWaiter, SharedPages, VbdId, Xenstore};
 use xen_model::{VbdPaths, XenPort, attach_vbd, remove_vbd};
 
 /// The number of xvda.
@@ -211,6 +211,13 @@ impl Machine {
         let next = self.guest_in(disk.dom, disk.setup.clone(), NEXT_GUEST);
         self.disks.borrow_mut().iter_mut().filter(|d| d.dom == disk.dom).for_each(|d| *d = next.clone());
         next
+    }
+
+    /// Removes the in-flight record of a disk, which no tapdisk serves now.
+    pub fn lose_record(&self, disk: &Attached) {
+        let record = format!("ring-{}-{}", disk.dom.0, disk.vbd.0);
+        self.world.sim.remark("administrator", || format!("removes the record {record}"));
+        self.toolstack.port.remove_region(&record);
     }
 
     /// From now on images may be absent.

@@ -521,3 +521,17 @@ fn exports_are_checked() {
         assert_eq!(new(vec![export("a", &disk)]), None);
     });
 }
+
+/// What is reserved for each connection is a share of the memory, so that many fit into little of it.
+#[test]
+fn many_connections_fit_into_little_memory() {
+    world(1, false, |w| async move {
+        let disk = Disk::new(MIB);
+        let made = |connections| {
+            let limits = ServerLimits { connections, ..ServerLimits::default() };
+            Server::new(w.process("server"), vec![export("disk", &disk)], limits, &Budget::new(16 << 20))
+        };
+        assert!(made(100).is_ok());
+        assert_eq!(made(1000).err(), Some(ExportError::Memory(16 << 20)));
+    });
+}

@@ -14,7 +14,7 @@ use kernel_model::faults::FaultPlan;
 use sim::{Entity, Label};
 use std::rc::Rc;
 use tap_core::wait::joined;
-use tap_host::select;
+use tap_host::{SectorRange, select};
 
 /// Time until tapdisk is started again once a new guest waits for it.
 pub static BACK_AFTER: Label = Label::new("back-after", "tapdisk is back after {} more ns");
@@ -28,14 +28,16 @@ pub static TAPDISK_AWAY: Scenario = Scenario {
 };
 
 /// What the guest does while no tapdisk runs.
-const MEANWHILE: [&str; 6] = [
+const MEANWHILE: [&str; 7] = [
     "waits",
     "is destroyed",
     "is destroyed while it is taken up",
     "starts another kernel",
     "is destroyed and another has its number",
     "is saved and goes on in another domain",
+    RECORD_LOST,
 ];
+const RECORD_LOST: &str = "starts another kernel once the record of its ring is lost";
 
 async fn tapdisk_away(world: World) {
     let machine = Machine::watching(&world, StackLimits::draw(&world));
@@ -48,6 +50,10 @@ async fn tapdisk_away(world: World) {
     machine.plug(&disk).await;
     let Some(guest) = disk.boot(&world, NO_ERRORS).await else { return };
     guest.set_error_policy(error_policy(&world, Invariant::P1));
+    let end = world.setting("guest-meanwhile", &MEANWHILE);
+    if end == RECORD_LOST {
+        read_once(&world, &disk, &guest).await;
+    }
     let (ops, g) = (operations_of(&world, &disk, 0, 60), guest.clone());
     let (task, finished) = joined(async move {
         g.run(&ops, 16).await;
@@ -57,7 +63,6 @@ async fn tapdisk_away(world: World) {
     guest.history.borrow_mut().server_died();
     neighbour.iter().for_each(|(_, guest)| guest.history.borrow_mut().server_died());
     world.count(|s| s.crashes += 1);
-    let end = world.setting("guest-meanwhile", &MEANWHILE);
     let away_ns = world.setting("away-ns", &[10_000, 1_000_000_000, 60_000_000_000]);
     let mut setups = vec![setup];
     match end {
@@ -80,6 +85,10 @@ async fn tapdisk_away(world: World) {
             saved_and_restored(&world, &machine, &disk, &guest, away_ns).await;
         }
         "starts another kernel" => another_kernel(&world, &machine, &disk, &guest, away_ns).await,
+        RECORD_LOST => {
+            lose_record(&machine, &disk, &guest, away_ns).await;
+            another_kernel(&world, &machine, &disk, &guest, away_ns).await;
+        }
         _ => setups.push(another_guest(&world, &machine, &disk, away_ns).await),
     }
     // Time to process what was there when it started.
@@ -163,6 +172,33 @@ pub(super) async fn end_in_order(world: &World, machine: &Machine, disk: &Attach
     })
     .await;
     machine.unplug(disk).await;
+}
+
+/// The guest has an answer: a ring that shows one is known to be in use.
+async fn read_once(world: &World, disk: &Attached, guest: &Guest<RingDisk>) {
+    let (w, g) = (world.clone(), guest.clone());
+    in_guest(disk, async move {
+        if let Err(error) = g.read(SectorRange::new(0, 8)).await
+            && !w.errors_allowed()
+        {
+            w.fail(Invariant::E4, format!("the first read failed with {error:?}"));
+        }
+    })
+    .await;
+}
+
+/// The folder of records is cleaned before tapdisk is back, for a while. Nobody knows then which requests of the ring
+/// were taken: tapdisk must not touch it, and the guest goes on waiting.
+async fn lose_record(machine: &Rc<Machine>, disk: &Attached, guest: &Guest<RingDisk>, away_ns: u64) {
+    machine.expect_broken_ring(disk.dom);
+    machine.lose_record(disk);
+    back_after(machine, away_ns).await;
+    machine.world.sim.sleep_ns(10_000_000_000).await;
+    if let Some(host) = machine.tapdisk() {
+        host.process.node().kill();
+        host.process.node().dead().await;
+        guest.history.borrow_mut().server_died();
+    }
 }
 
 /// Another kernel follows the guest's first at once (kexec), and finds its devices as they are.

@@ -270,8 +270,8 @@ async fn epoch(
     world.sim.name_entity(guest, || format!("guest 1, epoch {cut}"));
     let mut workload = workload(world, setup.size_sectors, count, plan.max_sectors());
     workload.zeroes = !plan.fills;
-    // A device makes them in several parts.
-    workload.long_zeroes = workload.zeroes && world.storage.is_device(&setup.spec.path);
+    // A device makes them in several parts, and a file has holes and data in the same part.
+    workload.long_zeroes = workload.zeroes && (plan.zeros || world.storage.is_device(&setup.spec.path));
     if plan.fills {
         workload.shape = Shape::Filling;
     } else if plan.zeros {

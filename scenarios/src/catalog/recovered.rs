@@ -42,6 +42,8 @@ pub(super) async fn last_epoch(
     };
     setup.check_length(world, failed_syncs);
     setup.check_locks(world, false);
+    // Opening has read all tables.
+    check_reads(world, setup, &*stack.node(), limits).await;
     let policy = ErrorPolicy { retries: 0, errors_allowed: false, reads: after_cut(flush_failed) };
     let disk =
         DirectDisk::new(stack.node(), limits.pool_bytes.max(256 << 10)).in_pieces(limits.piece_sectors);

@@ -96,6 +96,17 @@ pub(super) fn query(name: &str, depth: bool) -> Vec<u8> {
     queries(name, if depth { &both } else { &both[..1] })
 }
 
+/// Chooses no context of the export `name`, as the last choice counts.
+pub(super) async fn drop_contexts<S: Stream>(world: &World, raw: &RawNbd<S>, name: &str) -> Option<()> {
+    let (last, before) = ask(raw, OPT_SET_META_CONTEXT, &queries(name, &[])).await?;
+    if last != REP_ACK || !before.is_empty() {
+        let text = format!("a choice of no context was answered with {} of them and {last:#x}", before.len());
+        world.fail(Invariant::N2, text);
+        return None;
+    }
+    Some(())
+}
+
 /// The export `name`, without a request for information.
 pub(super) fn choice(name: &str) -> Vec<u8> {
     [named(name), vec![0, 0]].concat()

@@ -4,6 +4,7 @@
 use super::{RawNbd, options};
 use crate::check::{BlockHistory, Invariant};
 use crate::world::World;
+use kernel_model::ProcessStream;
 use sim::{Entity, Label};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -118,12 +119,18 @@ struct Inner<S> {
     structured: bool,
     /// Headers are extended.
     extended: bool,
+    /// Contexts were agreed on, which a status needs.
+    contexts: bool,
     /// A status has the depth as well.
     depth: bool,
     read_only: bool,
     waiting: RefCell<BTreeMap<u64, Waiting>>,
     next: Cell<u64>,
     turn: Semaphore,
+    /// Requests that are not sent yet.
+    unsent: Cell<u32>,
+    /// It sends nothing more, but has a right to its replies.
+    finished: Cell<bool>,
 }
 
 /// The numbers of the contexts, in the order of their chunks.
@@ -192,10 +199,14 @@ impl<S: Stream> Speaker<S> {
         options::try_options(world, &raw, who, name).await?;
         let extended = structured && world.setting("nbd-extended", &[false, true]);
         let depth = structured && world.setting("nbd-depth", &[false, true]);
+        let contexts = structured && !world.setting("nbd-contexts-dropped", &[false, false, false, true]);
         let (size, flags) = if structured {
             let headers = if extended { OPT_EXTENDED_HEADERS } else { OPT_STRUCTURED_REPLY };
             options::ask(&raw, headers, &[]).await?;
             options::ask(&raw, OPT_SET_META_CONTEXT, &options::query(name, depth)).await?;
+            if !contexts {
+                options::drop_contexts(world, &raw, name).await?;
+            }
             let (_, info) = options::ask(&raw, OPT_GO, &options::choice(name)).await?;
             let export = info.into_iter().find(|(_, data)| data.len() == 12 && data[..2] == [0, 0])?.1;
             (export[2..10].to_vec(), export[10..].to_vec())
@@ -224,11 +235,14 @@ impl<S: Stream> Speaker<S> {
             raw,
             structured,
             extended,
+            contexts,
             depth,
             read_only,
             waiting: RefCell::default(),
             next: Cell::new(1),
             turn: Semaphore::new(1),
+            unsent: Cell::new(0),
+            finished: Cell::new(false),
         };
         Some(Self(Rc::new(inner)))
     }
@@ -294,9 +308,9 @@ impl<S: Stream> Speaker<S> {
         Some(())
     }
 
-    /// Whether replies come in chunks, which a status needs.
-    pub fn is_structured(&self) -> bool {
-        self.0.structured
+    /// Whether it may ask for a status.
+    pub fn has_contexts(&self) -> bool {
+        self.0.contexts
     }
 
     /// Sends a request and waits for its answer; `None` if the connection ends earlier.
@@ -314,9 +328,11 @@ impl<S: Stream> Speaker<S> {
         } else {
             [RequestHeader::new(command, flags, cookie, offset, len).as_bytes(), data].concat()
         };
+        self.0.unsent.set(self.0.unsent.get() + 1);
         let turn = self.0.turn.acquire().await;
         let sent = self.0.raw.send(&message).await;
         drop(turn);
+        self.0.unsent.set(self.0.unsent.get() - 1);
         if sent.is_err() {
             self.0.waiting.borrow_mut().remove(&cookie);
         }
@@ -359,7 +375,7 @@ impl<S: Stream> Speaker<S> {
             _ => {
                 let inv = history.borrow_mut().begin_read();
                 let asked = self.call(command, flags, offset, len, &[]).await;
-                let refused = command == CMD_BLOCK_STATUS && !self.0.structured;
+                let refused = command == CMD_BLOCK_STATUS && !self.0.contexts;
                 if refused && asked.as_ref().is_some_and(|answer| answer.error == error::EINVAL) {
                     return history.borrow_mut().end_read(inv);
                 }
@@ -404,6 +420,10 @@ impl<S: Stream> Speaker<S> {
             Some(answer) if !self.0.world.errors_allowed() => {
                 let text = format!("{step:?} failed with error {}", answer.error);
                 self.0.world.fail(Invariant::E4, text);
+                false
+            }
+            None if self.0.finished.get() => {
+                self.wrong(format!("{step:?}, sent before the client finished, has no reply"));
                 false
             }
             _ => false,
@@ -498,7 +518,7 @@ impl<S: Stream> Speaker<S> {
         if self.0.read_only && step.changes() && step.wrong != 5 && step.wrong != 6 {
             why = error::EPERM;
         }
-        if command == CMD_BLOCK_STATUS && !self.0.structured {
+        if command == CMD_BLOCK_STATUS && !self.0.contexts {
             why = error::EINVAL;
         }
         let data = vec![0x66; if command == CMD_WRITE { len as usize } else { 0 }];
@@ -513,5 +533,18 @@ impl<S: Stream> Speaker<S> {
     /// Disconnects in order.
     pub fn leave(&self) {
         self.0.raw.close();
+    }
+
+    /// Whether requests are not sent yet.
+    pub fn is_sending(&self) -> bool {
+        self.0.unsent.get() > 0
+    }
+}
+
+impl Speaker<ProcessStream> {
+    /// Sends nothing more, and receives the replies that are due.
+    pub fn finish(&self) {
+        self.0.finished.set(true);
+        self.0.raw.finish();
     }
 }

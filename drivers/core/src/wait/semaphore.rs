@@ -84,11 +84,6 @@ impl Place<'_> {
         if self.take_grant() {
             return Poll::Ready(Permit(self.semaphore.clone()));
         }
-        if self.id.is_none()
-            && let Some(permit) = self.semaphore.try_acquire()
-        {
-            return Poll::Ready(permit);
-        }
         self.semaphore.0.borrow_mut().line.wait(&mut self.id, waker);
         Poll::Pending
     }

@@ -194,7 +194,7 @@ impl<L: Layout> Owners<L> {
     fn find_missing(&self, cluster: u64, offset: HostOffset, count: u64, report: &mut impl Report) {
         let bytes = self.geometry.cluster_bytes();
         let there = self.file_bytes.saturating_sub(offset.0).div_ceil(bytes);
-        if offset >= self.reach || there >= count {
+        if there >= count {
             return;
         }
         report.missing(count - there, || {

@@ -116,6 +116,23 @@ fn an_image_is_created_shown_and_checked() {
     assert_eq!(machine.kernel.storage().bytes("/raw"), Some(vec![0; 1024]));
 }
 
+/// Before anything is opened for writing: a target with `-n` is not created, and its lock would say only that it is in
+/// use.
+#[test]
+fn a_target_that_is_a_source_is_named_as_such() {
+    let machine = Machine::quiet();
+    machine.put_disk("/disk", 64 << 10);
+    machine.ok("create -q -f qcow -b disk -F raw /top.qcow");
+    for (line, which) in [
+        ("convert -n -O raw raw:/disk raw:/disk", "it is the same file as /disk, which would be lost"),
+        ("convert raw:/disk /disk", "it is the same file as /disk, which would be lost"),
+        ("convert -n --backing raw -O raw /top.qcow raw:/disk", "on which /top.qcow is based"),
+    ] {
+        let text = machine.fails(line, 1);
+        assert!(text.contains(which), "{line}: {text}");
+    }
+}
+
 #[test]
 fn a_converted_image_compares_equal_and_stays_sparse() {
     let machine = Machine::quiet();

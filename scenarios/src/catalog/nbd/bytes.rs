@@ -223,7 +223,7 @@ impl Lane {
 
     /// What is reported as zeros is zeros, and nothing is reported about other bytes.
     async fn status(&self, from: usize, len: usize) -> Option<()> {
-        if !self.speakers[0].is_structured() {
+        if !self.speakers[0].has_contexts() {
             return Some(());
         }
         let extents = self.ask(CMD_BLOCK_STATUS, 0, from, len, &[]).await?.extents;

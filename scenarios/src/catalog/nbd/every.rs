@@ -13,7 +13,7 @@ use crate::world::{World, setting};
 use kernel_model::faults::FaultPlan;
 use kernel_model::{ProcessStream, SimHost, StorageConfig};
 use sim::{Entity, Label, Sim};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use tap_core::CacheMode;
 use tap_core::wait::Event;
@@ -54,7 +54,10 @@ fn frozen_address() -> SocketAddress {
 
 async fn every_command(world: World) {
     let (plan, setup) = Plan::draw(&world);
-    let plan = plan.unaligned();
+    let mut plan = plan.unaligned();
+    // Also less than a stuck disk takes for a request, but more than the bytes of a reply: clients that have finished
+    // sending still get all of them.
+    plan.server.grace_ns = world.setting("nbd-grace", &[5_000_000_000, 100_000_000]);
     let frozen = Setup::raw(&world, 1, DISK_BYTES);
     frozen.history.borrow_mut().relax_order();
     let still = plan.other(FROZEN, &frozen, frozen_address()).frozen();
@@ -83,7 +86,7 @@ async fn every_command(world: World) {
             speakers.extend(speaker(&w, &h, (who, &address), name, structured).await);
         }
         if speakers.len() == 3 {
-            speak(&h, &speakers, &[s.clone(), s, still], &steps, depth).await;
+            speak((&w, &h), &speakers, &[s.clone(), s, still], &steps, depth).await;
             speakers.iter().for_each(Speaker::leave);
         }
     })
@@ -123,25 +126,34 @@ pub(super) async fn speaker(
     Some(speaker)
 }
 
-/// Sends all requests, each on the connection that its number selects.
+/// Sends all requests, each on the connection that its number selects. In some worlds the clients then send nothing
+/// more, while the last requests are served.
 async fn speak(
-    host: &SimHost,
+    (world, host): (&World, &SimHost),
     speakers: &[Speaker<ProcessStream>],
     disks: &[Setup],
     all: &[Option<Step>],
     depth: usize,
 ) {
-    let gate = Gate::default();
+    let (gate, begun) = (Gate::default(), Rc::<Cell<usize>>::default());
     for (i, step) in all.iter().enumerate() {
         let Some(step) = *step else { continue };
         gate.below(depth.max(1)).await;
         gate.enter();
         let at = i % speakers.len();
         let (speaker, history, gate) = (speakers[at].clone(), Rc::clone(&disks[at].history), gate.clone());
+        let begun = Rc::clone(&begun);
         host.process.node().spawn("step", i as u64, async move {
+            begun.set(begun.get() + 1);
             speaker.step(step, &history).await;
             gate.leave();
         });
+    }
+    if world.setting("nbd-half-close", &[false, true]) {
+        while begun.get() < all.iter().flatten().count() || speakers.iter().any(Speaker::is_sending) {
+            world.sim.sleep_ns(1000).await;
+        }
+        speakers.iter().for_each(Speaker::finish);
     }
     gate.below(1).await;
 }

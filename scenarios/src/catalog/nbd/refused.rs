@@ -23,7 +23,7 @@ pub static NBD_SERVE_REFUSED: Scenario = Scenario {
 };
 
 /// What is wrong with the command line.
-const WHY: [&str; 8] = [
+const WHY: [&str; 9] = [
     "an image is missing",
     "an image is in use",
     "an address is in use",
@@ -32,7 +32,14 @@ const WHY: [&str; 8] = [
     "there is no address",
     "a format is missing",
     "memory is short",
+    "a name is too long",
 ];
+
+/// The longest name that the protocol permits.
+const LONGEST: &str = match std::str::from_utf8(&[b'n'; 4096]) {
+    Ok(name) => name,
+    Err(_) => "",
+};
 
 fn second_address() -> SocketAddress {
     SocketAddress::Unix("/run/second.nbd".into())
@@ -50,6 +57,9 @@ fn wrong(why: &str, own: &str, used: &str) -> (String, &'static str) {
         "a name stands twice" => (format!("--nbd {here} a={own} a=raw:/images/disk2.img"), "serve 'a' twice"),
         "a name is missing" => (format!("--nbd {here} a={own} raw:/images/disk2.img"), "need names"),
         "there is no address" => (format!("a={own}"), "there is no address"),
+        "a name is too long" => {
+            (format!("--nbd {here} a={own} {LONGEST}n=raw:/images/disk2.img"), "longer than 4096 bytes")
+        }
         "a format is missing" => (format!("--nbd {here} a={own} b=/images/disk2.img"), "name its format"),
         _ => (format!("--nbd {here} --memory 16M --connections 600 a={own}"), "its memory of"),
     }
@@ -103,12 +113,13 @@ async fn refuse(world: &World, plan: &Plan, setup: &Setup, own: &Setup) {
     host.process.node().kill();
 }
 
-/// The same image alone: its export needs no name.
+/// The same image alone: its export needs no name, or has the longest.
 async fn serve_corrected(world: &World, plan: &Plan, own: &Setup) {
-    let plan = plan.other("", own, second_address());
+    let name = if world.setting("long-export-name", &[false, true]) { LONGEST } else { "" };
+    let plan = plan.other(name, own, second_address());
     let Some(second) = plan.serve(&plan.process("second", 1)).await else { return };
     let host = plan.process("other client", 0);
-    let config = ClientConfig { address: second_address(), export: String::new(), ..client_config(world) };
+    let config = ClientConfig { address: second_address(), export: name.to_owned(), ..client_config(world) };
     let (disk, clients) = plan.spread(&host, &config, 1, CacheMode::WriteBack).await;
     let guest = plan.guest(disk, own, Invariant::G1);
     let ops = plan.operations(1, own.size_sectors, 10);

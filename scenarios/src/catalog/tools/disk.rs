@@ -7,7 +7,7 @@ use crate::check::Invariant;
 use crate::formats::{FormatModel, ImageShape, Kind, RAW, Stored, fitting, layer_cluster};
 use crate::program::named;
 use crate::world::World;
-use kernel_model::{PAGE, PageMap};
+use kernel_model::{Content, PAGE, PageMap};
 use tap_images::ImageSpec;
 
 /// A disk made by the testbed's own code.
@@ -91,9 +91,16 @@ impl Disk {
         Self { spec: ImageSpec { format: kind.model.format().into(), path }, view: shown, base, files }
     }
 
-    /// A raw disk of these bytes.
+    /// A raw disk of these bytes, perhaps with holes where it has zeros.
     pub(super) fn raw(world: &World, path: &str, view: Vec<u8>) -> Self {
-        world.storage.put_bytes(path, &view);
+        let sparse = world.setting("tools-holes", &[false, true]);
+        let mut content = Content { size: view.len() as u64, ..Content::default() };
+        for (i, page) in view.chunks(PAGE).enumerate() {
+            if !sparse || page.iter().any(|byte| *byte != 0) {
+                content.pages.write((i * PAGE) as u64, page);
+            }
+        }
+        world.storage.put(path, content);
         let files = vec![(path.to_owned(), view.clone())];
         Self { spec: ImageSpec { format: RAW, path: path.to_owned() }, view, base: None, files }
     }

@@ -168,6 +168,19 @@ impl Drop for Change<'_> {
 mod tests {
     use super::*;
 
+    #[test]
+    fn a_look_takes_more_and_more_up_to_a_limit() {
+        let ahead = Ahead::new(true);
+        let mut at = 0;
+        for want in [AHEAD_MIN, 4 * AHEAD_MIN, 16 * AHEAD_MIN, AHEAD_MAX, AHEAD_MAX] {
+            assert_eq!(ahead.count(at, 1), want);
+            ahead.keep(ahead.stamp(), 0, at, vec![FileExtent { len_bytes: 4096, data: true }; want]);
+            at += 4096 * want as u64;
+        }
+        assert_eq!(ahead.count(0, 1), AHEAD_MIN, "elsewhere");
+        assert_eq!(ahead.count(0, 2 * AHEAD_MAX), 2 * AHEAD_MAX, "what is needed is looked for");
+    }
+
     /// What is copied for a question does not depend on how much is known.
     #[test]
     fn no_more_is_taken_than_was_asked_for() {

@@ -122,6 +122,35 @@ fn a_failed_mapping_is_reverted_in_the_file() {
     assert!(reverted > 1, "the data's write fails, and the mapping's");
 }
 
+/// A table whose root entry could not be written keeps its place, and gets it with the next write.
+#[test]
+fn a_table_whose_root_entry_failed_is_not_made_twice() {
+    for effect in [Effect::None, Effect::All] {
+        let world = World::new(1);
+        SMALL.create(&world);
+        let qcow = SMALL.open(&world);
+        // The table is written and synchronised before.
+        failing(&world, 2, false, effect);
+        assert_eq!(world.block_on(write(&qcow, 20, 1, 6)).result, Err(Errno::EIO));
+        world.fail(None);
+        let place = world.bytes(PATH).len() as u64 - (8 << SMALL.l2_bits);
+        assert_eq!(entry_of_root(&world), 0, "{effect:?}: the table is there, and its entry is not");
+        world.block_on(write(&qcow, 20, 1, 7)).result.unwrap();
+        assert_eq!(entry_of_root(&world), place, "{effect:?}");
+        world.block_on(qcow.close()).unwrap();
+        drop(qcow);
+        let report = checked(&world);
+        assert_eq!((report.problems, report.tables, report.leaked_clusters), (vec![], 1, 0));
+    }
+}
+
+/// The first entry of the L1 table.
+fn entry_of_root(world: &World) -> u64 {
+    let bytes = world.bytes(PATH);
+    let at = format::parse(&bytes, bytes.len() as u64).unwrap().geometry.root_at.0 as usize;
+    u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap())
+}
+
 #[test]
 fn a_cleared_checksum_is_not_written_again() {
     let world = World::new(1);
