@@ -167,6 +167,25 @@ async fn held_and_overtaken(w: World, first: (u16, u64, u32), between: Option<(u
     (seen, byte)
 }
 
+/// A client may end in the middle of the bytes of a first or last sector, which are received apart from the others.
+#[test]
+fn a_write_that_is_cut_changes_nothing() {
+    for received in [0, 1, 411, 412, 500, 412 + 4096, 412 + 4096 + 30] {
+        world(1, false, move |w| async move {
+            let disk = Disk::new(MIB);
+            let (_, server) = w.serve(vec![export("disk", &disk)], ServerLimits::default()).await;
+            let raw = w.client("client", "disk", false).await;
+            // The last 412 bytes of a sector, eight whole ones, and 100 bytes.
+            let bytes = pattern(412 + 4096 + 100, 5);
+            raw.request(CMD_WRITE, 0, 1, 100, bytes.len() as u32, &bytes[..received]).await;
+            raw.stream.finish();
+            assert_eq!(raw.take(1).await, b"", "{received} bytes");
+            w.sim.sleep_ns(1_000_000_000).await;
+            assert_eq!((server.connections(), disk.seen.borrow().len()), (0, 0), "{received} bytes");
+        });
+    }
+}
+
 /// A later write is answered after the pieces of an earlier request, and after a write that waits for an unaligned one:
 /// if the client of that dies, nothing of it takes effect later.
 #[test]
