@@ -18,7 +18,7 @@ pub(super) fn lasting(sim: &Sim) -> Option<NthFailure> {
     let n = number(sim, |d| if d.below(2) == 0 { 0 } else { 1 + d.below(120) });
     (n > 0).then(|| NthFailure {
         n,
-        times: setting(sim, "failure-lasts", &[1, 1, 1, FOR_GOOD, 24, FOR_GOOD]),
+        times: setting(sim, "failure-lasts", &[1, 1, 1, FOR_GOOD, 24, FOR_GOOD, 2, 3]),
         of: setting(sim, "failure-of", &[Concerned::All, Concerned::ButSyncs, Concerned::Zeros]),
         effect: setting(sim, "failure-effect", &[0, 255, 128]),
         error: setting(sim, "failure-error", &[Errno::EIO, Errno::ENOSPC]),
