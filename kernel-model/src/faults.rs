@@ -54,6 +54,7 @@ pub static LABELS: &[&Label] = &[
     &crate::calls::CALL_LATE,
     &crate::calls::CLOSE_LATE,
     &crate::calls::EXTENTS_CUT,
+    &crate::nbd_device::DEVICE_CUT,
     &crate::sockets::SEND_CUT,
     &crate::sockets::ARRIVE_LATE,
     &crate::sockets::RECV_CUT,

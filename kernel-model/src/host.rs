@@ -1,11 +1,12 @@
 //! The simulated host: a process with its access to Xen, as one type of the seam.
 
-use crate::{Kernel, Process, ProcessFile, ProcessListener, ProcessStream};
+use crate::{Kernel, Process, ProcessClaim, ProcessFile, ProcessListener, ProcessStream};
 use std::future::Future;
 use std::rc::Rc;
 use tap_host::{
-    Bug, DomId, Entropy, Errno, Event, Events, Files, GrantRef, GrantSegment, Grants, Log, Mark, OpenMode,
-    Port, Probe, SharedPages, Signals, SocketAddress, Sockets, Tasks, Time, Xenstore,
+    Bug, DomId, Entropy, Errno, Event, Events, Files, GrantRef, GrantSegment, Grants, Log, Mark, NbdConfig,
+    NbdDevice, NbdDevices, NbdIndex, OpenMode, Port, Probe, SharedPages, Signals, SocketAddress, Sockets,
+    Tasks, Time, Xenstore,
 };
 use xen_model::{Channel, Mapping, StoreTransaction, StoreWatcher, Xen, XenPort};
 
@@ -111,6 +112,36 @@ impl Sockets for SimHost {
     }
     fn inherited(&self) -> Vec<ProcessListener> {
         self.process.inherited()
+    }
+}
+
+impl NbdDevices for SimHost {
+    type DeviceStream = ProcessStream;
+    type Claim = ProcessClaim;
+    fn attached(&self) -> impl Future<Output = Result<Vec<NbdDevice>, Errno>> {
+        self.process.attached()
+    }
+    fn attach(&self, config: &NbdConfig) -> impl Future<Output = Result<(NbdIndex, ProcessStream), Errno>> {
+        self.process.attach(config)
+    }
+    fn reattach(
+        &self,
+        index: NbdIndex,
+        config: &NbdConfig,
+    ) -> impl Future<Output = Result<ProcessStream, Errno>> {
+        self.process.reattach(index, config)
+    }
+    fn detach(&self, index: NbdIndex) -> impl Future<Output = Result<(), Errno>> {
+        self.process.detach(index)
+    }
+    fn look_for_partitions(&self, index: NbdIndex) -> impl Future<Output = Result<(), Errno>> {
+        self.process.look_for_partitions(index)
+    }
+    fn claim(&self, index: NbdIndex) -> impl Future<Output = Result<ProcessClaim, Errno>> {
+        self.process.claim(index)
+    }
+    fn users(&self, index: NbdIndex) -> impl Future<Output = Vec<String>> {
+        self.process.users(index)
     }
 }
 

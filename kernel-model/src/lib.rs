@@ -7,7 +7,7 @@
 //!        │                                       synchronised may be lost, sector by sector
 //!   power cut: keeps the base and any part of what is pending
 //!   sockets: streams between processes, split and delayed, closed by death
-//!   gendisk: the block layer above the driver of a block device
+//!   gendisk: the block layer above a driver of block devices; nbd_device: such a driver
 //! ```
 //!
 //! The fault model is documented where faults are made: see [`faults`] and [`sockets`]. The model takes the seam's
@@ -20,6 +20,8 @@ pub mod faults;
 pub mod gendisk;
 mod host;
 mod inode;
+mod load;
+mod nbd_device;
 mod pages;
 mod process;
 pub mod sockets;
@@ -31,6 +33,7 @@ pub use blkfront::{
 };
 pub use host::SimHost;
 pub use inode::{Content, Inode, Pending, PendingSize, apply};
+pub use nbd_device::{NbdComplaint, ProcessClaim};
 pub use pages::{PAGE, Page, PageMap, recycle};
 pub use process::{DIRECT_ALIGN_BYTES, FILE_BYTES_MAX, Kernel, Process, ProcessFile};
 pub use sockets::{ProcessListener, ProcessStream};

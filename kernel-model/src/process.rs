@@ -2,6 +2,8 @@
 
 use crate::calls::Call;
 use crate::faults::IoOp;
+use crate::load::Load;
+use crate::nbd_device::NbdDriver;
 use crate::pages::PAGE;
 use crate::sockets::Network;
 use crate::storage::{Descriptor, Storage};
@@ -36,41 +38,13 @@ struct KernelInner {
     load: Load,
     entropy: Cell<u64>,
     network: Network,
+    nbd: NbdDriver,
     answers_lost: Cell<bool>,
     listeners: RefCell<Vec<Listener>>,
 }
 
 /// Is called with each event and the process that logs it.
 type Listener = Rc<dyn Fn(&Node, Event)>;
-
-/// What the processes are doing at one time.
-#[derive(Default)]
-struct Load {
-    /// The turn that counts now, and its work so far.
-    turn: Cell<u64>,
-    work: Cell<u64>,
-    max_work: Cell<u64>,
-    /// File operations whose futures are alive and started.
-    running: Cell<u64>,
-    max_running: Cell<u64>,
-}
-
-impl Load {
-    fn add(&self, turn: u64, units: u64) {
-        let before = if self.turn.replace(turn) == turn { self.work.get() } else { 0 };
-        self.work.set(before + units);
-        self.max_work.set(self.max_work.get().max(before + units));
-    }
-
-    fn start(&self) {
-        self.running.set(self.running.get() + 1);
-        self.max_running.set(self.max_running.get().max(self.running.get()));
-    }
-
-    fn end(&self) {
-        self.running.set(self.running.get() - 1);
-    }
-}
 
 impl Kernel {
     /// Whether a process died with the answer to whether its file system gave up writes: the answer is then lost.
@@ -98,6 +72,7 @@ impl Kernel {
             load: Load::default(),
             entropy: Cell::new(sim.swarm().seed()),
             network: Network::default(),
+            nbd: NbdDriver::default(),
             answers_lost: Cell::new(false),
             listeners: RefCell::default(),
         }))
@@ -126,6 +101,10 @@ impl Kernel {
             stop: Rc::default(),
             closed_at_ns: Rc::default(),
         }
+    }
+
+    pub(crate) fn nbd(&self) -> &NbdDriver {
+        &self.0.nbd
     }
 
     /// The storage.
@@ -169,6 +148,10 @@ impl Process {
 
     pub(crate) fn power_cuts(&self) -> u32 {
         self.kernel.0.storage.0.power_cuts()
+    }
+
+    pub(crate) fn kernel(&self) -> &Kernel {
+        &self.kernel
     }
 
     pub(crate) fn network(&self) -> &Network {

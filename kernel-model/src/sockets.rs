@@ -417,7 +417,25 @@ impl Drop for ProcessListener {
     }
 }
 
+/// A new connection of `entity`, as one of its ends sees it.
+fn new_wire(sim: &Sim, entity: Entity) -> Wire {
+    let (last, rate_ppm) = (BUFFER_BYTES.len() as u64 - 1, sim.swarm().rate_ppm(&SMALL));
+    let size = sim.fault(entity, &SOCKET_BUFFER, rate_ppm, |d| 1 + d.below(last));
+    let capacity = BUFFER_BYTES[size.min(last) as usize];
+    let outward = Pipe::new(sim, entity, "to the listener", capacity);
+    let inward = Pipe::new(sim, entity, "from the listener", capacity);
+    Wire { inward, outward }
+}
+
 impl Process {
+    /// A stream to `kernel`, which has the other end; `key` tells those of one process apart.
+    pub(crate) fn pair(&self, kernel: &Process, key: u64) -> (ProcessStream, ProcessStream) {
+        let entity = self.sim().derive("device-stream", key);
+        self.sim().name_entity(entity, || format!("{}'s stream of device {key}", self.node().name()));
+        let wire = new_wire(self.sim(), entity);
+        (Endpoint::open(self, wire.other_end()), Endpoint::open(kernel, wire))
+    }
+
     /// Connections that were established on this machine so far, accepted or not.
     pub fn connections_established(&self) -> u64 {
         self.network().established.get()
@@ -475,12 +493,7 @@ impl Sockets for Process {
         if !door.open.get() || door.waiting.borrow().len() >= BACKLOG || !self.node().step() {
             return Err(Errno::ECONNREFUSED);
         }
-        let (last, rate_ppm) = (BUFFER_BYTES.len() as u64 - 1, sim.swarm().rate_ppm(&SMALL));
-        let size = sim.fault(entity, &SOCKET_BUFFER, rate_ppm, |d| 1 + d.below(last));
-        let capacity = BUFFER_BYTES[size.min(last) as usize];
-        let outward = Pipe::new(sim, entity, "to the listener", capacity);
-        let inward = Pipe::new(sim, entity, "from the listener", capacity);
-        let wire = Wire { inward, outward };
+        let wire = new_wire(sim, entity);
         door.waiting.borrow_mut().push_back(wire.other_end());
         self.network().established.set(self.network().established.get() + 1);
         door.acceptor.wake();

@@ -8,7 +8,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use tap_core::{CacheMode, wait};
 use tap_images::ImageSpec;
-use tap_programs::daemon::{Cli, Command, MAX_DISKS, run};
+use tap_programs::daemon::{Cli, MAX_DISKS, run};
 use tap_programs::{Console, Disks, Tuning};
 
 /// Receives each line as it is printed.
@@ -92,11 +92,7 @@ pub(crate) async fn tapdisk(
     let cli = Cli::try_parse_from(std::iter::once("tapdisk").chain(line.split_whitespace()));
     let cli = cli.unwrap_or_else(|e| panic!("tapdisk {line}: {e}"));
     // As `main` does.
-    let folder = match &cli.command {
-        Command::Serve(args) => &args.run_dir,
-        Command::Xen(args) => &args.run_dir,
-    };
-    let host = host.clone().with_run_folder(&folder.to_string_lossy());
+    let host = host.clone().with_run_folder(&cli.command.run_dir().to_string_lossy());
     let disks = Disks::new(host.clone(), MAX_DISKS);
     let overseer = Overseer::start(world, &host, &disks);
     let status = run(host, cli, tuning, disks, Rc::clone(said) as Rc<dyn Console>).await;

@@ -28,6 +28,7 @@
 //! |---|---|---|
 //! | [`Files`], [`File`] | `kernel-model` (page cache or direct, above a drive with a volatile cache) | `tap-linux` |
 //! | [`Sockets`], [`Listener`], [`Stream`] | `kernel-model` | `tap-linux` |
+//! | [`NbdDevices`], [`NbdClaim`] | `kernel-model` (the nbd driver and the block layer above it) | `tap-linux`, by netlink |
 //! | [`Time`], [`Tasks`], [`Log`], [`Entropy`] | `kernel-model` (a process) | `tap-linux` |
 //! | [`Grants`], [`Events`], [`SharedPages`], [`Xenstore`] | `xen-model` | `tap-linux`, in a domain of Xen |
 //!
@@ -39,6 +40,7 @@ mod bug;
 mod errno;
 mod event;
 mod files;
+mod nbd_devices;
 mod retry;
 mod sockets;
 mod types;
@@ -51,6 +53,7 @@ pub use bug::{Bug, Mark, Probe, joined, length};
 pub use errno::Errno;
 pub use event::{Event, IoKind, Level};
 pub use files::{File, FileExtent, FileId, FileInfo, Files, LockKind, OpenMode, ZeroMode};
+pub use nbd_devices::{NbdClaim, NbdConfig, NbdDevice, NbdDevices, NbdIndex};
 pub use retry::{Patience, Tried};
 pub use sockets::{Listener, Piece, SendList, SocketAddress, Sockets, Stream};
 pub use types::{DomId, GrantRef, Port, SECTOR_BYTES, Sector, SectorRange, VbdId};

@@ -6,6 +6,7 @@
 //!          ├─ tasks of the program, first come, first served
 //!          ├─ files/     in place, io_uring or threads
 //!          ├─ sockets/   unix and TCP streams
+//!          ├─ nbd/       block devices of the kernel's nbd driver
 //!          ├─ xen/       grants, event channels, pages that outlive the process
 //!          ├─ xenstore/  a client of xenstored
 //!          └─ log, signals, time
@@ -29,6 +30,7 @@ mod files;
 mod lines;
 mod log;
 mod names;
+mod nbd;
 mod options;
 mod pid_file;
 mod priority;
@@ -44,9 +46,10 @@ pub use files::{AioEngine, LinuxFile};
 pub use lines::Lines;
 pub use log::LogTo;
 pub use names::resolve_without_plugins;
+pub use nbd::LinuxClaim;
 pub use options::{Options, POLL_DEFAULT, StartError};
 pub use pid_file::{PidFile, PidFileError};
-pub use priority::set_io_priority;
+pub use priority::{set_io_priority, writes_for_the_kernel};
 pub use sockets::{LinuxListener, LinuxStream};
 pub use tap_host::Level;
 pub use xen::{LinuxChannel, LinuxPage, XenError, XenOptions};

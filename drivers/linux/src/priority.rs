@@ -1,4 +1,5 @@
-//! The I/O priority of a process (ioprio_set(2)).
+//! How the kernel treats a process that does I/O: its priority (ioprio_set(2)), and whether the kernel itself waits for
+//! it (prctl(2)).
 
 use tap_host::Errno;
 
@@ -6,6 +7,9 @@ use tap_host::Errno;
 const IOPRIO_WHO_PROCESS: i64 = 1;
 /// Where the class begins in the priority.
 const IOPRIO_CLASS_SHIFT: u8 = 13;
+
+/// Memory for the calling thread does not wait for writes of the kernel.
+const PR_SET_IO_FLUSHER: i32 = 57;
 
 /// Sets the I/O priority of the calling thread and of threads that it starts from now on: class 1 (realtime), 2 (best
 /// effort) or 3 (idle), level 0 (first) to 7 (last).
@@ -20,6 +24,17 @@ pub fn set_io_priority(class: u8, level: u8) -> Result<(), Errno> {
     let priority = i64::from(class) << IOPRIO_CLASS_SHIFT | i64::from(level);
     // SAFETY: the call takes three numbers and touches no memory.
     let result = unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0_i64, priority) };
+    if result == 0 { Ok(()) } else { Err(crate::files::errno(&std::io::Error::last_os_error())) }
+}
+
+/// Says that the kernel's own writes may depend on the calling thread, and on threads that it starts from now on: they
+/// get memory without waiting for such a write (`PR_SET_IO_FLUSHER`).
+///
+/// # Errors
+/// `EPERM` without CAP_SYS_RESOURCE, `EINVAL` before Linux 5.6.
+pub fn writes_for_the_kernel() -> Result<(), Errno> {
+    // SAFETY: the call takes numbers and touches no memory.
+    let result = unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) };
     if result == 0 { Ok(()) } else { Err(crate::files::errno(&std::io::Error::last_os_error())) }
 }
 

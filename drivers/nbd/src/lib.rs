@@ -27,7 +27,7 @@ mod stop;
 mod wire;
 
 pub use client::{Breaks, Client, ClientConfig, ClientError, ClientTls};
-pub use server::{Export, ExportError, Server, ServerLimits};
+pub use server::{Export, ExportError, Parted, Server, ServerLimits};
 
 tap_host::listed! {
     /// The seeded bugs of this crate.

@@ -1,10 +1,12 @@
 //! The command line of `tapdisk`.
 
+use crate::attach::{self, AttachArgs, AttachHost, DetachArgs};
 use crate::help;
 use crate::serve::{self, ServeArgs};
 use crate::xen::{self, GuestHost, XenArgs};
 use crate::{Console, Tuning};
 use clap::{Parser, Subcommand, ValueEnum};
+use std::path::Path;
 use std::rc::Rc;
 use tap_core::Disks;
 
@@ -41,7 +43,47 @@ pub enum Command {
     /// Serves disks of Xen's guests until they are closed, or until it is asked to stop (SIGTERM, SIGINT, SIGHUP)
     #[command(after_help = help::xen())]
     Xen(XenArgs),
+    /// Gives the host a block device of a disk, until it is detached, or until it is asked to stop (SIGTERM, SIGINT,
+    /// SIGHUP)
+    #[command(after_help = help::attach())]
+    Attach(AttachArgs),
+    /// Takes a block device away
+    Detach(DetachArgs),
 }
+
+impl Command {
+    /// Whether the command continues in the background.
+    pub fn forks(&self) -> bool {
+        match self {
+            Self::Serve(args) => args.fork,
+            Self::Attach(args) => args.fork,
+            Self::Xen(_) | Self::Detach(_) => false,
+        }
+    }
+
+    /// The file for the number of the serving process.
+    pub fn pid_file(&self) -> Option<&Path> {
+        match self {
+            Self::Serve(args) => args.pid_file.as_deref(),
+            Self::Attach(args) => args.pid_file.as_deref(),
+            Self::Xen(_) | Self::Detach(_) => None,
+        }
+    }
+
+    /// The folder for what outlives the process.
+    pub fn run_dir(&self) -> &Path {
+        match self {
+            Self::Serve(args) => &args.run_dir,
+            Self::Xen(args) => &args.run_dir,
+            Self::Attach(args) => &args.run_dir,
+            Self::Detach(args) => &args.run_dir,
+        }
+    }
+}
+
+/// The parts of a host that `tapdisk` uses.
+pub trait DaemonHost: GuestHost + AttachHost {}
+impl<T: GuestHost + AttachHost> DaemonHost for T {}
 
 /// How files are read and written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
@@ -97,7 +139,7 @@ impl std::str::FromStr for IoNice {
 /// Runs `tapdisk` and returns its exit status.
 ///
 /// The disks that it serves are in `disks`, for control and monitoring.
-pub async fn run<H: GuestHost>(
+pub async fn run<H: DaemonHost>(
     host: H,
     cli: Cli,
     tuning: Tuning,
@@ -107,6 +149,8 @@ pub async fn run<H: GuestHost>(
     match cli.command {
         Command::Serve(args) => serve::run(host, args, tuning, &disks, &*console).await,
         Command::Xen(args) => xen::run(host, args, tuning, disks, console).await,
+        Command::Attach(args) => attach::run(host, args, tuning, &disks, &*console).await,
+        Command::Detach(args) => attach::detach(host, args, &*console).await,
     }
 }
 

@@ -3,7 +3,7 @@
 //! ```text
 //!   main (drivers/tapdisk)                a simulated world
 //!     builds the real host                  has a host
-//!          └────► serve::run, xen::run, img::run ◄────┘
+//!          └────► daemon::run, img::run ◄──────────┘
 //!                 arguments, tuning, host, console ─► exit status
 //! ```
 //!
@@ -19,11 +19,13 @@
 //! | [`daemon`] | `tapdisk` |
 //! | [`serve`] | `tapdisk serve` |
 //! | [`xen`] | `tapdisk xen` |
+//! | [`attach`] | `tapdisk attach`, `tapdisk detach` |
 //! | [`tuning`] | settings that are not on the command line |
 //! | [`vdev`] | guests' names of disks |
 //! | [`img`] | `tap-img` |
 //! | [`usage`] | command lines that cannot be parsed |
 
+pub mod attach;
 mod console;
 pub mod daemon;
 pub mod disk;
@@ -43,10 +45,10 @@ pub use tuning::Tuning;
 
 tap_host::listed! {
     /// The seeded bugs of this crate.
-    pub BUGS: Bug with [img::BUGS, xen::BUGS];
+    pub BUGS: Bug with [attach::BUGS, img::BUGS, xen::BUGS];
 }
 
 tap_host::listed! {
     /// The marks of this crate.
-    pub MARKS: Mark with [disk::MARKS, serve::MARKS, xen::MARKS];
+    pub MARKS: Mark with [attach::MARKS, disk::MARKS, serve::MARKS, xen::MARKS];
 }

@@ -126,6 +126,37 @@ where
         Some(Err(why)) => return (stop.why().unwrap_or(why), 0),
         None => return ("the client took too long to choose an export", 0),
     };
+    serve(server, number, stream, inlet, agreed, Open { stop, pool, flow }).await
+}
+
+/// As [`run`], for a client that does not negotiate: it and we have agreed on the first export and simple replies.
+pub(super) async fn transmit<H, S>(server: &Rc<Inner<H>>, number: u64, stream: S, open: Open) -> (Why, u64)
+where
+    H: Time + Tasks + Log + Probe,
+    S: Stream,
+{
+    let stream = Wire::new(stream);
+    let Some(inlet) = Inlet::new(stream.clone(), super::RECEIVE_BYTES_MIN, &server.memory.inlets) else {
+        return (NO_MEMORY, 0);
+    };
+    let agreed = Agreed::beforehand(Rc::clone(&server.exports[0]));
+    serve(server, number, stream, inlet, agreed, open).await
+}
+
+/// Serves a client with which everything is agreed on.
+async fn serve<H, S>(
+    server: &Rc<Inner<H>>,
+    number: u64,
+    stream: Wire<S>,
+    mut inlet: Inlet<Wire<S>>,
+    agreed: Agreed,
+    open: Open,
+) -> (Why, u64)
+where
+    H: Time + Tasks + Log + Probe,
+    S: Stream,
+{
+    let Open { stop, pool, flow } = open;
     inlet.count_receives(Rc::clone(&flow.receives));
     inlet.grow(server.limits.receive_bytes, &server.memory.spare);
     let Some(own) = server.memory.seats.borrow_mut().pop() else {
@@ -160,7 +191,7 @@ where
 }
 
 /// The client has ended the connection in an orderly way.
-const LEFT: Why = "the client left";
+pub(super) const LEFT: Why = "the client left";
 
 impl<H, S> Connection<H, S>
 where

@@ -43,14 +43,18 @@
 
 mod command;
 mod connection;
+mod limits;
 mod memory;
 mod negotiate;
 mod reply;
 mod status;
 mod unaligned;
 
+pub use limits::ServerLimits;
+
 use crate::stop::StopSignal;
 use connection::NBD_DEAF_KEPT;
+use limits::RECEIVE_BYTES_MIN;
 use memory::Memory;
 use rustls::ServerConfig;
 use std::cell::{Cell, RefCell};
@@ -62,8 +66,7 @@ use std::sync::Arc;
 use tap_core::wait::Event as Flag;
 use tap_core::{Node, Tracker};
 use tap_host::{
-    Budget, BufPool, Errno, Event, Listener, Log, PAGE_BYTES, Probe, Share, Stage, Stream, Tasks, Time,
-    unless,
+    Budget, BufPool, Errno, Event, Listener, Log, Probe, Share, Stage, Stream, Tasks, Time, unless,
 };
 
 tap_host::listed! {
@@ -118,107 +121,6 @@ impl Deref for Served {
 
     fn deref(&self) -> &Export {
         &self.export
-    }
-}
-
-/// The limits that a server sets its clients.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct ServerLimits {
-    /// Connections at one time that have chosen an export, at least 1.
-    pub connections: usize,
-    /// Connections at one time that have not chosen yet, at least 1. If there are more, the oldest is closed.
-    pub negotiating: usize,
-    /// Requests of one connection that are not answered, at least 1.
-    pub requests: u32,
-    /// Most bytes of one read or write: a power of two from 4096 to 32 MiB.
-    pub request_bytes: u32,
-    /// Most bytes of zeros or of a trim in one request to a disk, 4 KiB to 1 TiB; longer requests of clients are
-    /// divided.
-    pub range_bytes: u64,
-    /// Memory for the data of one connection's requests in bytes; at least `request_bytes`.
-    pub connection_bytes: usize,
-    /// Receive buffer of one connection in bytes, 16 KiB to 4 MiB.
-    pub receive_bytes: usize,
-    /// How long a client may take to choose an export, in nanoseconds.
-    pub negotiation_ns: u64,
-    /// How long a client whose connection is ending may take none of its last replies, in nanoseconds.
-    pub grace_ns: u64,
-}
-
-impl Default for ServerLimits {
-    fn default() -> Self {
-        Self {
-            connections: 16,
-            negotiating: 16,
-            requests: 128,
-            request_bytes: REQUEST_BYTES_MAX,
-            range_bytes: RANGE_BYTES_MAX,
-            connection_bytes: REQUEST_BYTES_MAX as usize,
-            receive_bytes: 256 << 10,
-            negotiation_ns: 30_000_000_000,
-            grace_ns: 5_000_000_000,
-        }
-    }
-}
-
-/// The request size that the protocol expects every server to accept.
-const REQUEST_BYTES_MAX: u32 = 32 << 20;
-/// What fits a range of sectors, with room to spare.
-const RANGE_BYTES_MAX: u64 = 1 << 40;
-const RECEIVE_BYTES_MIN: usize = 16 << 10;
-const RECEIVE_BYTES_MAX: usize = 4 << 20;
-/// The most memory reserved for one connection, in bytes.
-const OWN_BYTES: usize = 256 << 10;
-
-impl ServerLimits {
-    /// The minimum of every limit.
-    pub const LEAST: Self = Self {
-        connections: 1,
-        negotiating: 1,
-        requests: 1,
-        request_bytes: PAGE_BYTES as u32,
-        range_bytes: PAGE_BYTES as u64,
-        connection_bytes: PAGE_BYTES,
-        receive_bytes: RECEIVE_BYTES_MIN,
-        negotiation_ns: 1_000_000_000,
-        grace_ns: 1_000_000,
-    };
-
-    /// With the largest request that `memory` can reasonably hold.
-    fn within(self, memory: &Budget) -> Self {
-        let request_bytes = memory.most_for_one_bytes().clamp(PAGE_BYTES, REQUEST_BYTES_MAX as usize) as u32;
-        Self { request_bytes: self.request_bytes.min(1 << request_bytes.ilog2()), ..self }
-    }
-
-    /// Memory reserved for one connection, in bytes.
-    fn own_bytes(&self, memory: &Budget) -> usize {
-        let share = memory.most_for_one_bytes() / self.connections;
-        OWN_BYTES.min(share).max(PAGE_BYTES).min(self.request_bytes as usize)
-    }
-
-    /// Most bytes of memory for data that clients can make the server hold. In addition each request costs a few
-    /// hundred bytes, a block status reply up to 32 KiB (one at a time is built for each connection), and zeros that
-    /// have to be written as data 1 MiB while they are written; with TLS each connection has 160 KiB more.
-    pub fn memory_bytes(&self) -> usize {
-        // A connection that gives up its place may not have ended when the next one begins.
-        let negotiating = 2 * self.negotiating * RECEIVE_BYTES_MIN;
-        self.connections * (self.connection_bytes + self.receive_bytes) + negotiating
-    }
-
-    /// With every value clamped to its range.
-    fn in_range(self) -> Self {
-        let request_bytes = self.request_bytes.clamp(PAGE_BYTES as u32, REQUEST_BYTES_MAX);
-        let request_bytes = 1 << request_bytes.ilog2();
-        Self {
-            connections: self.connections.max(1),
-            negotiating: self.negotiating.max(1),
-            requests: self.requests.max(1),
-            request_bytes,
-            range_bytes: self.range_bytes.clamp(PAGE_BYTES as u64, RANGE_BYTES_MAX),
-            connection_bytes: self.connection_bytes.max(request_bytes as usize),
-            receive_bytes: self.receive_bytes.clamp(RECEIVE_BYTES_MIN, RECEIVE_BYTES_MAX),
-            ..self
-        }
     }
 }
 
@@ -327,6 +229,17 @@ pub(crate) const FULL: &str = "there are too many connections";
 /// How long the server waits after a connection could not be accepted, in nanoseconds.
 const ACCEPT_PAUSE_NS: u64 = 100_000_000;
 
+/// How a stream has ended that was served without negotiation.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Parted {
+    /// The client has disconnected.
+    InOrder,
+    /// The server stops.
+    Stopped,
+    /// The stream broke, or the client broke the protocol.
+    Broken,
+}
+
 /// Why connections end when the server does.
 pub(crate) const STOPPED: &str = "the server stops";
 
@@ -403,6 +316,11 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
         self.0.limits
     }
 
+    /// What the first export can do for a client of [`Server::transmit`]: the protocol's transmission flags.
+    pub fn flags(&self) -> u16 {
+        negotiate::flags_of(&self.0.exports[0], false)
+    }
+
     /// Connections that are open now.
     pub fn connections(&self) -> usize {
         self.0.open.borrow().len()
@@ -440,28 +358,33 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
             return stream.shutdown();
         }
         inner.make_room();
-        let number = inner.next.replace(inner.next.get() + 1);
-        let pool = BufPool::new(inner.limits.connection_bytes);
-        let open = Open { stop: Rc::default(), pool, flow: Rc::default() };
-        inner.open.borrow_mut().insert(number, open.clone());
+        let (number, open) = inner.admit();
         inner.negotiating.borrow_mut().insert(number);
-        inner.idle.clear();
         let own = Rc::clone(inner);
         inner.host.spawn("nbd-connection", number, async move {
             own.host.log(Event::NbdConnected { connection: number });
             let (why, requests) = connection::run(&own, number, stream, open).await;
-            own.host.log(Event::NbdClosed { connection: number, requests, why });
-            own.open.borrow_mut().remove(&number);
-            own.negotiating.borrow_mut().remove(&number);
-            if own.open.borrow().is_empty() {
-                own.idle.set();
-            }
-            // A connection that has not chosen an export is not a client yet.
-            let none = own.open.borrow().len() == own.negotiating.borrow().len();
-            if own.chosen.get() && (none || own.host.bug(&NBD_LAST_IS_FIRST)) {
-                own.left.set();
-            }
+            own.dismiss(number, requests, why);
         });
+    }
+
+    /// Serves a stream whose client and we have agreed beforehand: on the first export, with simple replies. Polled to
+    /// its end; nothing of the stream is carried out any more then.
+    pub async fn transmit<S: Stream>(&self, stream: S) -> Parted {
+        let inner = &self.0;
+        if inner.stopping.is_set() {
+            stream.shutdown();
+            return Parted::Stopped;
+        }
+        let (number, open) = inner.admit();
+        inner.host.log(Event::NbdConnected { connection: number });
+        let (why, requests) = connection::transmit(inner, number, stream, open).await;
+        inner.dismiss(number, requests, why);
+        match why {
+            connection::LEFT => Parted::InOrder,
+            STOPPED => Parted::Stopped,
+            _ => Parted::Broken,
+        }
     }
 
     /// Completes once the last client has left: one had chosen an export, and no open connection has.
@@ -486,6 +409,31 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
 }
 
 impl<H: Log + Tasks + Time + Probe> Inner<H> {
+    /// A new connection, with its number.
+    fn admit(&self) -> (u64, Open) {
+        let number = self.next.replace(self.next.get() + 1);
+        let pool = BufPool::new(self.limits.connection_bytes);
+        let open = Open { stop: Rc::default(), pool, flow: Rc::default() };
+        self.open.borrow_mut().insert(number, open.clone());
+        self.idle.clear();
+        (number, open)
+    }
+
+    /// A connection has ended.
+    fn dismiss(&self, number: u64, requests: u64, why: &'static str) {
+        self.host.log(Event::NbdClosed { connection: number, requests, why });
+        self.open.borrow_mut().remove(&number);
+        self.negotiating.borrow_mut().remove(&number);
+        if self.open.borrow().is_empty() {
+            self.idle.set();
+        }
+        // A connection that has not chosen an export is not a client yet.
+        let none = self.open.borrow().len() == self.negotiating.borrow().len();
+        if self.chosen.get() && (none || self.host.bug(&NBD_LAST_IS_FIRST)) {
+            self.left.set();
+        }
+    }
+
     /// Takes a place among the clients that have chosen, for connection `number`; false if all are taken. In that case
     /// a search starts for a place that is not in use.
     pub(crate) fn seat(self: &Rc<Self>, number: u64) -> bool {

@@ -32,6 +32,13 @@ pub(super) struct Agreed {
     pub(super) contexts: Contexts,
 }
 
+impl Agreed {
+    /// Without negotiation: simple replies and no metadata contexts.
+    pub(super) fn beforehand(export: Rc<Served>) -> Self {
+        Self { export, form: Form::Simple, contexts: Contexts::default() }
+    }
+}
+
 /// The number that stands for `base:allocation` on every connection.
 pub(super) const ALLOCATION_ID: u32 = 1;
 /// The same for `qemu:allocation-depth`.
@@ -332,7 +339,8 @@ impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
     }
 }
 
-fn flags_of(of: &Export, structured: bool) -> u16 {
+/// The flags of an export for a client that gets structured replies or simple ones.
+pub(super) fn flags_of(of: &Export, structured: bool) -> u16 {
     let all = export::HAS_FLAGS
         | export::SEND_FLUSH
         | export::SEND_FUA

@@ -12,6 +12,11 @@ pub(crate) fn xen() -> String {
     filled(include_str!("xen.txt"))
 }
 
+/// After the help of `tapdisk attach`.
+pub(crate) fn attach() -> String {
+    filled(include_str!("attach.txt"))
+}
+
 /// After the help of `tap-img`.
 pub(crate) fn img() -> String {
     filled(include_str!("img.txt"))
@@ -31,10 +36,11 @@ mod tests {
 
     #[test]
     fn help_texts_name_every_format_and_have_no_placeholder_left() {
-        let [serve, xen, img] = [serve(), xen(), img()];
+        let [serve, xen, attach, img] = [serve(), xen(), attach(), img()];
         for format in SHIPPED {
-            assert!(serve.contains(&format!("{format}:PATH")) && img.contains(&format!("{format} (")));
+            assert!([&serve, &attach].iter().all(|text| text.contains(&format!("{format}:PATH"))));
+            assert!(img.contains(&format!("{format} (")));
         }
-        assert!([serve, xen, img].iter().all(|text| !text.contains('{') && !text.ends_with('\n')));
+        assert!([serve, xen, attach, img].iter().all(|text| !text.contains('{') && !text.ends_with('\n')));
     }
 }

@@ -1,5 +1,6 @@
 //! `tapdisk` as a process of a simulated machine.
 
+mod attach;
 mod guests;
 mod serve;
 

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::time::Duration;
 use tap_linux::{
     AioEngine, Divided, Level, LinuxHost, Options, PidFile, Starting, XenOptions, divide,
-    resolve_without_plugins, set_io_priority,
+    resolve_without_plugins, set_io_priority, writes_for_the_kernel,
 };
 use tap_programs::daemon::{AioArg, Cli, Command, MAX_DISKS, run};
 use tap_programs::usage;
@@ -26,9 +26,9 @@ fn main() -> ExitCode {
         Err(status) => return ExitCode::from(status),
     };
     // Before anything else exists.
-    let divided = match &cli.command {
-        Command::Serve(args) if args.fork => divide().map(Some).map_err(|error| error.to_string()),
-        _ => Ok(None),
+    let divided = match cli.command.forks() {
+        true => divide().map(Some).map_err(|error| error.to_string()),
+        false => Ok(None),
     };
     let status = divided.and_then(|divided| match divided {
         Some(Divided::Caller(status)) => Ok(status),
@@ -46,12 +46,10 @@ fn main() -> ExitCode {
 
 /// Serves to the end, and returns the exit status; `starting` if a caller waits for the begin.
 fn serve(cli: Cli, starting: Option<Starting>) -> Result<u8, String> {
-    let pid_file = match &cli.command {
-        Command::Serve(args) => args.pid_file.as_deref(),
-        Command::Xen(_) => None,
-    };
+    let pid_file = cli.command.pid_file();
     // Kept to the end. Not served without it, because nobody would know whom to stop.
     let _pid_file = pid_file.map(PidFile::create).transpose().map_err(|error| error.to_string())?;
+    let run_folder = cli.command.run_dir().to_owned();
     let options = Options {
         aio: match cli.aio {
             AioArg::Auto => AioEngine::Auto,
@@ -60,18 +58,17 @@ fn serve(cli: Cli, starting: Option<Starting>) -> Result<u8, String> {
         },
         log_level: if cli.verbose { Level::Debug } else { Level::Info },
         poll: Duration::from_micros(cli.poll_us.into()),
-        run_folder: match &cli.command {
-            Command::Serve(args) => Some(args.run_dir.clone()),
-            Command::Xen(_) => None,
-        },
+        run_folder: Some(run_folder.clone()),
         xen: match &cli.command {
-            Command::Xen(args) => {
-                Some(XenOptions { run_folder: args.run_dir.clone(), ..XenOptions::default() })
-            }
-            Command::Serve(_) => None,
+            Command::Xen(_) => Some(XenOptions { run_folder, ..XenOptions::default() }),
+            _ => None,
         },
         ..Options::default()
     };
+    if let Command::Attach(_) = &cli.command {
+        // Without it the kernel may wait for our device to give it memory. Without permission it is only less safe.
+        let _refused = writes_for_the_kernel();
+    }
     // Set before there are threads: they inherit it.
     if let Some(nice) = cli.ionice {
         let set = set_io_priority(nice.class, nice.level);
