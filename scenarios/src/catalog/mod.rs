@@ -6,6 +6,7 @@ mod costs;
 pub mod crash;
 pub mod created;
 pub mod damage;
+pub mod device;
 pub mod exchange;
 pub mod failures;
 pub mod latch;
@@ -71,6 +72,8 @@ static OTHERS: &[&Scenario] = &[
     &nbd::NBD_BYTES,
     &nbd::NBD_SERVER_STOPPED,
     &nbd::NBD_SERVE_REFUSED,
+    &device::NBD_DEVICE,
+    &device::NBD_DEVICE_DETACHED,
 ];
 
 /// Those of [`OTHERS`] that have been swept for a long time. A scenario that is neither here nor marked as settled

@@ -1,5 +1,6 @@
 //! Guests: what they do to a disk, and the history that they keep of it.
 
+mod block;
 mod direct;
 mod greeting;
 mod hostile;
@@ -11,6 +12,7 @@ mod reporting;
 mod ring;
 mod speaker;
 
+pub use block::BlockDisk;
 pub use direct::DirectDisk;
 pub use greeting::{NBD_GREETING, describe_greeting, draw_greeting, greet, is_wrong};
 pub use hostile::{

@@ -1,0 +1,122 @@
+//! A guest that has a block device of the host open, as a mount or a back end in the kernel has.
+//!
+//! Like a file system, it has no two requests in flight of which one changes what the other is about. That matters
+//! here: Linux's nbd driver sends new requests before it repeats those that were in flight when its server died.
+
+use super::GuestDisk;
+use kernel_model::gendisk::{Bio, Opener};
+use std::cell::RefCell;
+use std::future::poll_fn;
+use std::rc::Rc;
+use std::task::{Poll, Waker};
+use tap_core::ZeroFlags;
+use tap_host::{Errno, IoKind, SectorRange};
+
+/// Initial content of a buffer that is read into.
+const POISON: u8 = 0xa5;
+
+/// A block device that is open.
+#[derive(Clone)]
+pub struct BlockDisk {
+    opener: Rc<Opener>,
+    in_flight: Rc<InFlight>,
+}
+
+/// The requests that are in flight, and those that wait for them.
+#[derive(Default)]
+struct InFlight {
+    /// Ranges, and whether they are being changed.
+    ranges: RefCell<Vec<(SectorRange, bool)>>,
+    waiting: RefCell<Vec<Waker>>,
+}
+
+/// A request in flight.
+struct Turn(Rc<InFlight>, (SectorRange, bool));
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let mut ranges = self.0.ranges.borrow_mut();
+        if let Some(own) = ranges.iter().position(|range| *range == self.1) {
+            ranges.swap_remove(own);
+        }
+        drop(ranges);
+        self.0.waiting.take().into_iter().for_each(Waker::wake);
+    }
+}
+
+impl BlockDisk {
+    /// Submits requests through `opener`.
+    pub fn new(opener: Opener) -> Self {
+        Self { opener: Rc::new(opener), in_flight: Rc::default() }
+    }
+
+    /// Waits until no request is in the way of one on `range`, which may change it.
+    async fn turn(&self, range: SectorRange, changes: bool) -> Turn {
+        let all = &self.in_flight;
+        poll_fn(|cx| {
+            let mut ranges = all.ranges.borrow_mut();
+            if ranges.iter().any(|(other, changed)| (changes || *changed) && other.overlaps(range)) {
+                all.waiting.borrow_mut().push(cx.waker().clone());
+                return Poll::Pending;
+            }
+            ranges.push((range, changes));
+            Poll::Ready(Turn(Rc::clone(all), (range, changes)))
+        })
+        .await
+    }
+
+    async fn change(&self, bio: Bio) -> Result<(), Errno> {
+        self.opener.submit(bio).await.0
+    }
+
+    fn filled(range: SectorRange, fill: impl FnOnce(&mut [u8])) -> Bio {
+        let mut data = vec![0; range.len_bytes() as usize];
+        fill(&mut data);
+        Bio { data, ..Bio::new(IoKind::Write, range) }
+    }
+}
+
+impl GuestDisk for BlockDisk {
+    async fn read<R>(&self, range: SectorRange, look: impl FnOnce(&[u8]) -> R) -> Result<R, Errno> {
+        // Bytes missing from an answer must not look like what was there before.
+        let data = vec![POISON; range.len_bytes() as usize];
+        let _turn = self.turn(range, false).await;
+        let (result, data) = self.opener.submit(Bio { data, ..Bio::new(IoKind::Read, range) }).await;
+        result.map(|()| look(&data))
+    }
+
+    async fn write(&self, range: SectorRange, fill: impl FnOnce(&mut [u8])) -> Result<(), Errno> {
+        let _turn = self.turn(range, true).await;
+        self.change(Self::filled(range, fill)).await
+    }
+
+    async fn write_and_flush(&self, range: SectorRange, fill: impl FnOnce(&mut [u8])) -> Result<(), Errno> {
+        let _turn = self.turn(range, true).await;
+        let bio = Bio { fua: true, ..Self::filled(range, fill) };
+        self.flush().await?;
+        self.change(bio).await
+    }
+
+    async fn flush(&self) -> Result<(), Errno> {
+        self.change(Bio::new(IoKind::Flush, SectorRange::default())).await
+    }
+
+    async fn write_zeroes(&self, range: SectorRange, flags: ZeroFlags) -> Result<(), Errno> {
+        let _turn = self.turn(range, true).await;
+        self.change(Bio { unmap: flags.unmap, ..Bio::new(IoKind::WriteZeroes, range) }).await
+    }
+
+    async fn discard(&self, range: SectorRange) -> Result<(), Errno> {
+        let _turn = self.turn(range, true).await;
+        self.change(Bio::new(IoKind::Discard, range)).await
+    }
+
+    fn makes_zeros(&self) -> bool {
+        self.opener.disk().limits().max_zeroes_sectors > 0
+    }
+
+    fn max_sectors(&self) -> u32 {
+        // More than one request of the driver, for some of its limits.
+        512
+    }
+}
