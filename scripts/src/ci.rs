@@ -111,7 +111,7 @@ fn release(sh: &Shell) -> Result<dist::Release> {
 /// A guest of a real Xen host, under emulation, on a qcow image; tapdisk is installed from the package. If such a
 /// machine cannot be started (no packages, too little memory) this is reported, but does not fail the check.
 fn real_guest(deb: &Path) -> Result<()> {
-    let args = ["xtask", "xen-host", "test", "guest-qcow", "--deb"];
+    let args = ["xtask", "xen-host", "test", "guest-qcow", "nbd-attach", "--deb"];
     let status = Command::new("cargo").args(args).arg(deb).status()?;
     if status.code() == Some(i32::from(NOT_STARTED)) {
         eprintln!("xtask: NO REAL GUEST WAS RUN, for the reason above");
