@@ -31,6 +31,7 @@ pub mod daemon;
 pub mod disk;
 mod help;
 pub mod img;
+mod old_names;
 pub mod serve;
 pub mod spec;
 mod tls;

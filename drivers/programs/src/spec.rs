@@ -9,7 +9,10 @@
 //!   nbds://HOST[:PORT]/EXPORT?tls-certificates=FOLDER[&tls-hostname=NAME]       secured by TLS
 //!   nbds+unix:///EXPORT?socket=PATH&tls-certificates=FOLDER[&tls-hostname=NAME]
 //! ```
+//!
+//! Names that blktap's users have written before are in `old_names.rs`.
 
+use crate::old_names;
 use rustls::pki_types::ServerName;
 use std::fmt;
 use std::str::FromStr;
@@ -48,6 +51,9 @@ impl FromStr for DiskSpec {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
+        if let Some(today) = old_names::renamed(text)? {
+            return Self::from_str(&today);
+        }
         for (prefix, secure) in [("nbd+unix://", false), ("nbds+unix://", true)] {
             if let Some(rest) = text.strip_prefix(prefix) {
                 return nbd_unix(text, rest, secure);
@@ -223,10 +229,21 @@ mod tests {
             ("nbd+unix:///disk%2F1?socket=/run/x%20y", unix("disk/1")),
             ("nbd://[::1]/", tcp(10809, "")),
             ("nbd://[::1]:7/sda", tcp(7, "sda")),
+            ("tap:aio:/a", image(tap_images::formats::raw::FORMAT.into(), "/a")),
+            ("tap2:tapdisk:qcow:/a", image(tap_images::formats::qcow::FORMAT.into(), "/a")),
         ] {
             assert_eq!(text.parse(), Ok(spec), "{text}");
         }
-        for bad in ["", "raw:", "vhd:/a", "nbd:", "nbd+unix:///x", "nbd://:7/", "nbd+unix:///%g?socket=/a"] {
+        for bad in [
+            "",
+            "raw:",
+            "vhd:/a",
+            "nbd:",
+            "nbd+unix:///x",
+            "nbd://:7/",
+            "nbd+unix:///%g?socket=/a",
+            "tap:vhd:/a",
+        ] {
             assert!(DiskSpec::from_str(bad).is_err(), "{bad}");
         }
         assert!(DiskSpec::from_str("vhd:/a").unwrap_err().contains("not a known format"));

@@ -7,14 +7,14 @@
 //!   Usage: tap-img info <FILE> ...
 //! ```
 
-use crate::Console;
+use crate::{Console, old_names};
 use clap::Parser;
 use clap::error::ErrorKind;
 use std::ffi::OsString;
 use std::io;
 
 /// Parses the command line of a program, which is called `program` and says that it is `version`. Help and version are
-/// printed by clap; any error is one line on `console`.
+/// printed by clap; any error is one line on `console`, and so is each old name of a disk, with what to write instead.
 ///
 /// # Errors
 /// The exit status: 0 after help and version, `unusable` if the command line cannot be parsed.
@@ -26,7 +26,12 @@ pub fn parse<C: Parser>(
 ) -> Result<C, u8> {
     let args: Vec<OsString> = args.into_iter().collect();
     let parsed = C::command().version(version).try_get_matches_from(&args);
-    parsed.and_then(|mut matches| C::from_arg_matches_mut(&mut matches)).map_err(|error| {
+    let parsed = parsed.and_then(|mut matches| C::from_arg_matches_mut(&mut matches));
+    if parsed.is_ok() {
+        let words = args.iter().filter_map(|arg| arg.to_str());
+        old_names::notes(words).iter().for_each(|note| console.err(&format!("{program}: {note}")));
+    }
+    parsed.map_err(|error| {
         if !matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
             console.err(&one_line(program, subcommand::<C>(&args).as_deref(), &error));
             return unusable;
@@ -98,5 +103,29 @@ mod tests {
         }
         let line = line::<daemon::Cli>("tapdisk", "serve --nbd nowhere raw:a");
         assert!(line.starts_with("tapdisk: invalid value 'nowhere' for '--nbd <ADDRESS>': "), "{line}");
+    }
+
+    #[derive(Default)]
+    struct Heard(std::cell::RefCell<Vec<String>>);
+
+    impl Console for Heard {
+        fn out(&self, _: &str) {}
+        fn err(&self, line: &str) {
+            self.0.borrow_mut().push(line.to_owned());
+        }
+        fn progress(&self, _: u64, _: u64) {}
+    }
+
+    #[test]
+    fn an_old_name_of_a_disk_is_noted_once() {
+        let heard = Heard::default();
+        let args = ["tapdisk", "xen", "3/xvda=tap:aio:/a", "3/xvdb=raw:/b"].map(OsString::from);
+        assert!(parse::<daemon::Cli>(("tapdisk", "1"), args, 2, &heard).is_ok());
+        let line = "tapdisk: warning: 'tap:aio:/a' is an old name; write raw:/a";
+        assert_eq!(*heard.0.borrow(), [line]);
+        let heard = Heard::default();
+        let args = ["tapdisk", "xen", "3/xvda=tap:ioemu:/a"].map(OsString::from);
+        assert_eq!(parse::<daemon::Cli>(("tapdisk", "1"), args, 2, &heard).err(), Some(2));
+        assert!(matches!(&heard.0.borrow()[..], [line] if line.contains("backendtype=qdisk")));
     }
 }

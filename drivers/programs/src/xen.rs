@@ -12,6 +12,7 @@
 use crate::disk::{
     DiskOptions, ImageArgs, disk_summary, memory_summary, open_disk, require_format, stats_summary,
 };
+use crate::old_names;
 use crate::serve::ServeHost;
 use crate::spec::DiskSpec;
 use crate::vdev;
@@ -274,6 +275,9 @@ impl<H: GuestHost> Shared<H> {
     async fn serve_device(&self, device: Device) {
         let config = self.config(&device.path, device.dom, device.vbd, Hotplug::Wait);
         self.host.mark(&VBD_FOUND);
+        if let Some(note) = old_names::note(&device.params) {
+            self.console.err(&format!("tapdisk: {}: {note}", name(&config)));
+        }
         let place = Place::default();
         let open = async || self.open(&config, &named(&device.params)?, &place).await;
         // The failure of one disk of many does not fail the process.
