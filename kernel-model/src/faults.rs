@@ -60,6 +60,8 @@ pub static LABELS: &[&Label] = &[
     &crate::sockets::RECV_CUT,
     &crate::sockets::SOCKET_BUFFER,
     &crate::sockets::PEER_RESET,
+    crate::blktap::LABELS[0],
+    crate::blktap::LABELS[1],
 ];
 
 static EIO: FaultKind = FaultKind { name: "io-error", max_ppm: 60_000 };

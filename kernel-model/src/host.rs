@@ -157,9 +157,11 @@ impl Grants for SimHost {
         self.port.map(dom, gref, write)
     }
     fn copy_in(&self, dom: DomId, segments: &[GrantSegment], private: &mut [u8]) -> Result<(), Errno> {
+        self.process.kernel().count_copy();
         self.port.copy_in(dom, segments, private)
     }
     fn copy_out(&self, dom: DomId, segments: &[GrantSegment], private: &[u8]) -> Result<(), Errno> {
+        self.process.kernel().count_copy();
         self.port.copy_out(dom, segments, private)
     }
 }

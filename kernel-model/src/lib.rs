@@ -8,6 +8,7 @@
 //!   power cut: keeps the base and any part of what is pending
 //!   sockets: streams between processes, split and delayed, closed by death
 //!   gendisk: the block layer above a driver of block devices; nbd_device: such a driver
+//!   blktap: the driver whose requests a process serves through a ring, in the four kinds that exist
 //! ```
 //!
 //! The fault model is documented where faults are made: see [`faults`] and [`sockets`]. The model takes the seam's
@@ -15,6 +16,7 @@
 //! agree with its own bugs.
 
 mod blkfront;
+mod blktap;
 pub mod calls;
 pub mod faults;
 pub mod gendisk;
@@ -26,11 +28,13 @@ mod pages;
 mod process;
 pub mod sockets;
 mod storage;
+mod traced;
 
 pub use blkfront::{
     BLKFRONT_MAX_SECTORS, Blkfront, Complaint, DataPiece, KeysOf, LayoutOf, LingersOf, OnPublished,
     Published, SegmentLayout,
 };
+pub use blktap::{ProcessTap, TapKind, TapLayoutOf, TapModule, TapTrouble};
 pub use host::SimHost;
 pub use inode::{Content, Inode, Pending, PendingSize, apply};
 pub use nbd_device::{NbdComplaint, ProcessClaim};

@@ -12,6 +12,8 @@ pub(crate) struct Load {
     /// File operations whose futures are alive and started.
     running: Cell<u64>,
     pub(crate) max_running: Cell<u64>,
+    /// Copies of data between a process and the other end of a ring.
+    pub(crate) copies: Cell<u64>,
 }
 
 impl Load {

@@ -1,5 +1,6 @@
 //! Processes: the seam as a program of dom0 sees it. Code of a dead process that still runs has no effect.
 
+use crate::blktap::TapModule;
 use crate::calls::Call;
 use crate::faults::IoOp;
 use crate::load::Load;
@@ -7,7 +8,8 @@ use crate::nbd_device::NbdDriver;
 use crate::pages::PAGE;
 use crate::sockets::Network;
 use crate::storage::{Descriptor, Storage};
-use sim::{Node, Sim, Sleep, TraceEvent};
+use crate::traced::Traced;
+use sim::{Node, Sim, Sleep};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::future::{Future, pending, poll_fn};
@@ -41,6 +43,7 @@ struct KernelInner {
     nbd: NbdDriver,
     answers_lost: Cell<bool>,
     listeners: RefCell<Vec<Listener>>,
+    tap: RefCell<Option<TapModule>>,
 }
 
 /// Is called with each event and the process that logs it.
@@ -62,6 +65,15 @@ impl Kernel {
         self.0.load.max_running.get()
     }
 
+    /// How often data was copied between a process and the other end of a ring.
+    pub fn copies(&self) -> u64 {
+        self.0.load.copies.get()
+    }
+
+    pub(crate) fn count_copy(&self) {
+        self.0.load.copies.set(self.0.load.copies.get() + 1);
+    }
+
     /// A kernel over `storage`.
     pub fn new(sim: &Sim, storage: &Storage) -> Self {
         Self(Rc::new(KernelInner {
@@ -75,6 +87,7 @@ impl Kernel {
             nbd: NbdDriver::default(),
             answers_lost: Cell::new(false),
             listeners: RefCell::default(),
+            tap: RefCell::default(),
         }))
     }
 
@@ -91,6 +104,11 @@ impl Kernel {
     /// Tells `listener` of each event that a living process logs from now on, as a reader of the journal would be.
     pub fn on_event(&self, listener: impl Fn(&Node, Event) + 'static) {
         self.0.listeners.borrow_mut().push(Rc::new(listener));
+    }
+
+    /// Loads a blktap2 module.
+    pub fn load_tap(&self, module: &TapModule) {
+        *self.0.tap.borrow_mut() = Some(module.clone());
     }
 
     /// Starts a process that does nothing yet.
@@ -154,6 +172,10 @@ impl Process {
         &self.kernel
     }
 
+    pub(crate) fn tap_module(&self) -> Option<TapModule> {
+        self.kernel.0.tap.borrow().clone()
+    }
+
     pub(crate) fn network(&self) -> &Network {
         &self.kernel.0.network
     }
@@ -166,7 +188,10 @@ impl Signals for Process {
             if stop.asked.get() {
                 return Poll::Ready(());
             }
-            stop.wakers.borrow_mut().push(cx.waker().clone());
+            let mut wakers = stop.wakers.borrow_mut();
+            if !wakers.iter().any(|waker| waker.will_wake(cx.waker())) {
+                wakers.push(cx.waker().clone());
+            }
             Poll::Pending
         })
     }
@@ -188,19 +213,6 @@ impl Tasks for Process {
     }
     fn yield_now(&self) -> impl Future<Output = ()> + 'static {
         self.sim().yield_now()
-    }
-}
-
-/// An event of the stack, for the trace.
-struct Traced(Event);
-impl std::fmt::Display for Traced {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.0.fmt(f)
-    }
-}
-impl TraceEvent for Traced {
-    fn words(&self) -> [u64; 4] {
-        self.0.words()
     }
 }
 

@@ -6,10 +6,11 @@
 //! Time is the CPU time of the thread that runs it.
 
 use crate::catalog::setup::Setup;
+use crate::catalog::tap;
 use crate::check::Invariant;
 use crate::cpu::cpu_ns;
 use crate::formats::Kind;
-use crate::guest::ErrorPolicy;
+use crate::guest::{ErrorPolicy, Guest, GuestDisk};
 use crate::limits::StackLimits;
 use crate::machine::Machine;
 use crate::stall;
@@ -29,12 +30,25 @@ const DEPTH: usize = 32;
 /// Sectors of a request.
 const SECTORS: u64 = 8;
 const FLUSH_EVERY: u64 = 64;
+/// Nothing fails.
+const NO_ERRORS: ErrorPolicy = ErrorPolicy { retries: 0, errors_allowed: false, reads: Invariant::G1 };
 /// Depth below the scheduler when merging is measured.
 const SHALLOW: usize = 4;
+
+/// What the requests of a guest go through.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Through {
+    /// A blkif ring of its own.
+    Blkif,
+    /// A block device of dom0 and a blktap2 module.
+    Blktap,
+}
 
 /// One measurement.
 #[derive(Clone, Copy, Debug)]
 pub struct BenchSpec {
+    /// What the guest's requests go through.
+    pub through: Through,
     /// The image below the ring, initially empty, with clusters of 4 KiB if it has any.
     pub disk: Kind,
     /// Number of requests.
@@ -54,6 +68,8 @@ pub struct BenchResult {
     pub cpu_ns: u64,
     /// Operations on the host's files.
     pub host_ios: u64,
+    /// Copies of data between tapdisk and the other end of its ring.
+    pub copies: u64,
     /// Growth of resident bytes after the first tenth of the run.
     pub memory_growth_bytes: i64,
     /// What broke, if anything.
@@ -123,11 +139,21 @@ pub fn measure(spec: BenchSpec) -> BenchResult {
     let stalled = sim.run(async move { verdict.guard(async { *out.borrow_mut() = Some(body.await) }).await });
     let failure = world.verdict.failure().map(|f| format!("{}: {}", f.invariant, f.detail));
     let failure = failure.or(stalled.err().map(|s| stall::describe(&s)));
-    let (cpu_ns, host_ios, memory_growth_bytes) = result.borrow_mut().take().unwrap_or_default();
-    BenchResult { requests: world.stats().requests, cpu_ns, host_ios, memory_growth_bytes, failure }
+    let Figures { cpu_ns, host_ios, copies, memory_growth_bytes } =
+        result.borrow_mut().take().unwrap_or_default();
+    BenchResult { requests: world.stats().requests, cpu_ns, host_ios, copies, memory_growth_bytes, failure }
 }
 
-async fn reference(world: World, spec: BenchSpec) -> (u64, u64, i64) {
+/// What a run has cost.
+#[derive(Default)]
+struct Figures {
+    cpu_ns: u64,
+    host_ios: u64,
+    copies: u64,
+    memory_growth_bytes: i64,
+}
+
+async fn reference(world: World, spec: BenchSpec) -> Figures {
     let mut limits = StackLimits::draw(&world);
     limits.guest_depth = DEPTH;
     if spec.sequential {
@@ -139,33 +165,50 @@ async fn reference(world: World, spec: BenchSpec) -> (u64, u64, i64) {
     }
     let setup = Setup::new(&world, spec.disk, 0, DISK_BYTES);
     let size = setup.size_sectors;
-    let machine = Machine::new(&world, limits);
-    let attached = machine.attach(setup, 0).await;
-    machine.start_tapdisk();
-    let policy = ErrorPolicy { retries: 0, errors_allowed: false, reads: Invariant::G1 };
-    let Some(guest) = attached.boot(&world, policy).await else { return (0, 0, 0) };
-    let w = world.clone();
-    let (task, finished) = joined(async move {
-        let (cpu, ios) = (cpu_ns(), w.storage.counts());
-        let mut draw = Draw::new(1);
-        let (mut made, mut cursor, mut warm) = (0, 0, 0);
-        let tenth = (spec.requests / 10).max(1);
-        while made < spec.requests {
-            let n = tenth.min(spec.requests - made).min(100_000);
-            let ops: Vec<Option<Op>> =
-                (made..made + n).map(|i| Some(next(i, &mut draw, &mut cursor, size, spec))).collect();
-            guest.run(&ops, DEPTH).await;
-            made += n;
-            if warm == 0 {
-                warm = resident_bytes();
-            }
+    match spec.through {
+        Through::Blkif => {
+            let machine = Machine::new(&world, limits);
+            let attached = machine.attach(setup, 0).await;
+            machine.start_tapdisk();
+            let Some(guest) = attached.boot(&world, NO_ERRORS).await else { return Figures::default() };
+            let (task, finished) = joined(work(world, guest, size, spec));
+            attached.node.spawn("main", 0, task);
+            finished.await.unwrap_or_default()
         }
-        let after = w.storage.counts();
-        let ios = after.reads + after.writes + after.syncs - ios.reads - ios.writes - ios.syncs;
-        (cpu_ns().saturating_sub(cpu), ios, resident_bytes() - warm)
-    });
-    attached.node.spawn("main", 0, task);
-    finished.await.unwrap_or_default()
+        Through::Blktap => {
+            let Some((node, guest)) = tap::ready(&world, setup, limits).await else {
+                return Figures::default();
+            };
+            let (task, finished) = joined(work(world, guest, size, spec));
+            node.spawn("main", 0, task);
+            finished.await.unwrap_or_default()
+        }
+    }
+}
+
+/// Makes the requests, and counts.
+async fn work<D: GuestDisk>(world: World, guest: Guest<D>, size: u64, spec: BenchSpec) -> Figures {
+    let (cpu, ios, copies) = (cpu_ns(), world.storage.counts(), world.kernel.copies());
+    let mut draw = Draw::new(1);
+    let (mut made, mut cursor, mut warm) = (0, 0, 0);
+    let tenth = (spec.requests / 10).max(1);
+    while made < spec.requests {
+        let n = tenth.min(spec.requests - made).min(100_000);
+        let ops: Vec<Option<Op>> =
+            (made..made + n).map(|i| Some(next(i, &mut draw, &mut cursor, size, spec))).collect();
+        guest.run(&ops, DEPTH).await;
+        made += n;
+        if warm == 0 {
+            warm = resident_bytes();
+        }
+    }
+    let after = world.storage.counts();
+    Figures {
+        cpu_ns: cpu_ns().saturating_sub(cpu),
+        host_ios: after.reads + after.writes + after.syncs - ios.reads - ios.writes - ios.syncs,
+        copies: world.kernel.copies() - copies,
+        memory_growth_bytes: resident_bytes() - warm,
+    }
 }
 
 fn next(i: u64, draw: &mut Draw, cursor: &mut u64, size: u64, spec: BenchSpec) -> Op {

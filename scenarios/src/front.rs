@@ -19,7 +19,7 @@ pub static SEGMENTS: Label =
 static ODD_SEGMENTS: FaultKind = FaultKind { name: "odd-segments", max_ppm: 500_000 };
 
 /// Some guests have requests whose segments are not whole pages.
-fn segment_layout(world: &World) -> LayoutOf {
+pub(crate) fn segment_layout(world: &World) -> LayoutOf {
     let (sim, rate_ppm) = (world.sim.clone(), world.sim.swarm().rate_ppm(&ODD_SEGMENTS));
     Rc::new(move |range| {
         if rate_ppm == 0 && !sim.has_given_decisions() {

@@ -56,6 +56,7 @@ fn allowed(package: &str) -> &'static [&'static str] {
             "tap-core",
             "tap-images",
             "tap-nbd",
+            "tap-ring",
             "tap-xenbus",
             "clap",
             "futures-util",

@@ -12,6 +12,8 @@ pub(crate) enum Origin {
     Grant { key: u64, write: bool },
     /// A named page: it stays, and its ownership ends.
     Region { owned: Option<Rc<Cell<bool>>> },
+    /// A page of the kernel, which looks at it only when it is called.
+    Kernel,
 }
 
 struct Inner {
@@ -28,6 +30,10 @@ pub struct Mapping(Rc<Inner>);
 impl Mapping {
     pub(crate) fn new(port: XenPort, page: Page, origin: Origin) -> Self {
         Self(Rc::new(Inner { port, page, origin }))
+    }
+
+    pub(crate) fn of_kernel(port: &XenPort, page: &Page) -> Self {
+        Self::new(port.clone(), page.clone(), Origin::Kernel)
     }
 
     fn before_load(&self, offset: usize, len: usize) {
@@ -50,6 +56,8 @@ impl Mapping {
                 Origin::Grant { .. } => self.0.port.shared_store(&self.0.page, offset, bytes),
                 // Others read it only once this process is dead, when no store is left in its buffer.
                 Origin::Region { .. } => self.0.page.write(offset, bytes),
+                // A call of the kernel is a barrier.
+                Origin::Kernel => self.0.page.write(offset, bytes),
             }
         }
     }
@@ -91,6 +99,7 @@ impl Drop for Inner {
                 self.port.unmap(*key);
             }
             Origin::Region { owned } => owned.iter().for_each(|owned| self.port.disown(owned)),
+            Origin::Kernel => {}
         }
     }
 }

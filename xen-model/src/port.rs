@@ -3,6 +3,7 @@
 use crate::channels::PortId;
 use crate::cpu::StoreBuffer;
 use crate::mapping::{MappedGrant, Mapping, Origin};
+use crate::page::Page;
 use crate::store::Client;
 use crate::xen::{DEAF, STORE_LOST, Xen};
 use sim::{Entity, Node, Timed};
@@ -162,6 +163,11 @@ impl XenPort {
 
     pub(crate) fn has_store_errors(&self) -> bool {
         self.0.store_errors.get()
+    }
+
+    /// Maps a page of the kernel into the process. Loads and stores count like those of other shared pages.
+    pub fn map_kernel_page(&self, page: &Page) -> Mapping {
+        Mapping::of_kernel(self, page)
     }
 
     /// The domain.

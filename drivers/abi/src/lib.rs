@@ -15,11 +15,13 @@
 //! |---|---|
 //! | [`ring`] | Xen's `io/ring.h`: the header of a shared ring and its free-running indices |
 //! | [`blkif`] | Xen's `io/blkif.h`: block requests and responses, x86_64 layout |
+//! | [`blktap`] | the blktap2 modules: the ring of a block device of dom0, and their ioctls |
 //! | [`nbd`] | the NBD project's `doc/proto.md`: negotiation, requests and replies of network block devices |
 //! | [`xenbus`] | Xen's `io/xenbus.h`: the states of a device's two ends |
 //! | [`xenstore`] | Xen's `io/xs_wire.h`: messages between xenstored and its clients |
 
 pub mod blkif;
+pub mod blktap;
 pub mod nbd;
 pub mod ring;
 pub mod xenbus;

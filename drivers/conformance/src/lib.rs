@@ -23,6 +23,7 @@ pub mod pages;
 mod pair;
 pub mod sockets;
 pub mod store;
+pub mod tap;
 pub mod tasks;
 pub mod transactions;
 pub mod watches;

@@ -38,6 +38,7 @@ errnos! {
     EINVAL = 22, "invalid argument";
     ENFILE = 23, "too many open files in the system";
     EMFILE = 24, "too many open files";
+    ENOTTY = 25, "inappropriate ioctl for the device";
     EFBIG = 27, "file too large";
     ENOSPC = 28, "no space left on device";
     EROFS = 30, "read-only file system";

@@ -30,6 +30,7 @@
 //! | [`Sockets`], [`Listener`], [`Stream`] | `kernel-model` | `tap-linux` |
 //! | [`NbdDevices`], [`NbdClaim`] | `kernel-model` (the nbd driver and the block layer above it) | `tap-linux`, by netlink |
 //! | [`Time`], [`Tasks`], [`Log`], [`Entropy`] | `kernel-model` (a process) | `tap-linux` |
+//! | [`TapDevices`], [`TapRing`] | `kernel-model` | `tap-linux`, where the kernel has a blktap2 module |
 //! | [`Grants`], [`Events`], [`SharedPages`], [`Xenstore`] | `xen-model` | `tap-linux`, in a domain of Xen |
 //!
 //! `tap-conformance` has the tests that both columns pass.
@@ -43,6 +44,7 @@ mod files;
 mod nbd_devices;
 mod retry;
 mod sockets;
+mod tap;
 mod types;
 mod wake;
 mod xen;
@@ -56,6 +58,7 @@ pub use files::{File, FileExtent, FileId, FileInfo, Files, LockKind, OpenMode, Z
 pub use nbd_devices::{NbdClaim, NbdConfig, NbdDevice, NbdDevices, NbdIndex};
 pub use retry::{Patience, Tried};
 pub use sockets::{Listener, Piece, SendList, SocketAddress, Sockets, Stream};
+pub use tap::{TAP_OLD_PARAMS_BYTES, TAP_PARAMS_BYTES, TapDevices, TapRing, TapSegment};
 pub use types::{DomId, GrantRef, Port, SECTOR_BYTES, Sector, SectorRange, VbdId};
 pub use wake::{Either, OneWaiter, poll_once, select, unless};
 pub use xen::{

@@ -9,6 +9,7 @@
 //!          ├─ nbd/       block devices of the kernel's nbd driver
 //!          ├─ xen/       grants, event channels, pages that outlive the process
 //!          ├─ xenstore/  a client of xenstored
+//!          ├─ tap/       devices of the kernel's blktap2 module
 //!          └─ log, signals, time
 //! ```
 //!
@@ -37,6 +38,7 @@ mod priority;
 mod signals;
 mod sockets;
 mod spin;
+mod tap;
 mod watch;
 mod xen;
 mod xenstore;
@@ -51,6 +53,7 @@ pub use options::{Options, POLL_DEFAULT, StartError};
 pub use pid_file::{PidFile, PidFileError};
 pub use priority::{set_io_priority, writes_for_the_kernel};
 pub use sockets::{LinuxListener, LinuxStream};
+pub use tap::{LinuxTap, TapPage};
 pub use tap_host::Level;
 pub use xen::{LinuxChannel, LinuxPage, XenError, XenOptions};
 pub use xenstore::{StoreClient, StoreOpenError, StorePlaces, StoreTransaction, StoreWatcher};

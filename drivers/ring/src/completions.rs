@@ -1,6 +1,7 @@
 //! Where requests end: their results wait for the ring's own task, which publishes them together.
 
 use crate::end::Signal;
+use crate::slots::Taken;
 use smallvec::SmallVec;
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -9,9 +10,7 @@ use tap_host::SectorRange;
 
 /// A request with its result.
 pub(crate) struct Done {
-    pub(crate) slot: u8,
-    pub(crate) id: u64,
-    pub(crate) op: u8,
+    pub(crate) taken: Taken,
     pub(crate) status: i16,
 }
 

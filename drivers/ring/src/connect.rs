@@ -1,9 +1,11 @@
 //! Connecting: mapping, binding, and taking over what a dead process left.
 
+use crate::blkif::BlkifRing;
 use crate::config::{ConnectError, RingConfig};
+use crate::guest::Guest;
 use crate::record::{EPOCH_AT, Identity, Record};
 use crate::resume::{Plan, plan};
-use crate::ring::{BlkifRing, Parts};
+use crate::ring::{Parts, Ring};
 use crate::serve::Target;
 use std::rc::Rc;
 use tap_abi::blkif::MAX_SEGMENTS;
@@ -74,15 +76,18 @@ where
             }
         };
         host.log(Event::RingConnected { dom, vbd: config.vbd });
-        let target = Rc::new(Target::new(host, node, &config));
-        let parts = Parts { target, config, page, channel, record, pool };
-        Ok(match plan {
-            None => Self::start(parts, 0, 0),
+        let req_cons = plan.as_ref().map_or(0, |(plan, _)| plan.req_cons);
+        let guest = Guest::new(&config, page, channel, req_cons);
+        let target = Rc::new(Target::new(host, guest, node, config.vbd, config.read_only));
+        let parts = Parts { target, vbd: config.vbd, limits: config.limits, record, pool };
+        let ring = match plan {
+            None => Ring::start(parts, 0, 0),
             Some((plan, rsp_prod)) => Self::resume(parts, plan, rsp_prod),
-        })
+        };
+        Ok(Self { ring, config })
     }
 
-    fn resume(parts: Parts<H>, plan: Plan, rsp_prod: u32) -> Self {
+    fn resume(parts: Parts<H, Guest<H>>, plan: Plan, rsp_prod: u32) -> Ring<H, Guest<H>> {
         let host = parts.target.host.clone();
         if let Some(record) = &parts.record {
             // The last request may be noted but not counted in `req_cons`; after its answer no trace of it would be
@@ -91,7 +96,7 @@ where
         }
         let forget = parts.record.as_ref().filter(|_| host.bug(&RESUMED_FORGOTTEN));
         plan.taken.iter().for_each(|slot| forget.iter().for_each(|record| record.free(slot.number)));
-        let ring = Self::start(parts, plan.req_cons, rsp_prod);
+        let ring = Ring::start(parts, plan.req_cons, rsp_prod);
         for slot in plan.given {
             if host.bug(&RESPONSE_TWICE) {
                 ring.answer_again(&slot, 0);

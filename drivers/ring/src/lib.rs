@@ -24,25 +24,32 @@
 //! Follows Xen's `io/ring.h` and `io/blkif.h`: one page, x86_64 layout, READ, WRITE and FLUSH_DISKCACHE. A flush with
 //! data flushes, writes and flushes again, the strongest interpretation in use.
 
+mod blkif;
 mod completions;
 mod config;
 mod connect;
 mod end;
+mod guest;
+mod kernel;
+mod peer;
 pub mod record;
 mod resume;
 mod ring;
 mod serve;
+mod slots;
+mod tap;
 
+pub use blkif::BlkifRing;
 pub use config::{ConnectError, LAYOUT, Limits, RingConfig};
 pub use end::{RingCloser, RingEnd};
-pub use ring::BlkifRing;
+pub use tap::{TapConfig, TapDisk, TapError, TapHost, TapNews, TapOffers};
 
 tap_host::listed! {
     /// The seeded bugs of this crate.
-    pub BUGS: Bug with [connect::BUGS, ring::BUGS, serve::BUGS];
+    pub BUGS: Bug with [blkif::BUGS, connect::BUGS, guest::BUGS, kernel::BUGS, ring::BUGS, serve::BUGS, tap::BUGS];
 }
 
 tap_host::listed! {
     /// The marks of this crate.
-    pub MARKS: Mark with [connect::MARKS, ring::MARKS, serve::MARKS];
+    pub MARKS: Mark with [blkif::MARKS, connect::MARKS, serve::MARKS, tap::MARKS];
 }

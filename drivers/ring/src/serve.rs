@@ -1,25 +1,17 @@
 //! One request: from the copy of its entry to its result.
 
 use crate::completions::{Completions, Done};
-use crate::config::RingConfig;
-use smallvec::SmallVec;
+use crate::peer::{Bad, Kind, Peer, RingRequest};
+use crate::slots::Taken;
+use std::cell::Cell;
 use std::future::Future;
 use std::rc::Rc;
-use tap_abi::blkif::{
-    BlkifOp, BlkifRequest, ENTRY_BYTES, MAX_SEGMENTS, Malformed, STATUS_EOPNOTSUPP, STATUS_ERROR, STATUS_OKAY,
-};
+use tap_abi::blkif::{ENTRY_BYTES, Malformed, STATUS_EOPNOTSUPP, STATUS_ERROR, STATUS_OKAY};
 use tap_core::{Node, Request, Response};
-use tap_host::{
-    DomId, Errno, Event, GrantRef, GrantSegment, Grants, IoBuf, IoKind, IoVec, Log, Probe, SECTOR_BYTES,
-    SectorRange, Tasks, VbdId,
-};
+use tap_host::{Errno, Event, IoBuf, IoVec, Log, Probe, SectorRange, Tasks, VbdId};
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
-    SEGMENT_FIRST_IGNORED = "segment-first-ignored",
-        "the data of a segment is taken from the start of its page";
-    COPY_IN_FIRST = "copy-in-first",
-        "a failure to copy the first segment of a write from the guest goes unnoticed";
     COPY_OUT_IGNORED = "copy-out-ignored",
         "a read whose data could not be copied to the guest is answered as a success";
     FLUSH_DATA_EARLY = "flush-data-early",
@@ -33,36 +25,39 @@ tap_host::listed! {
 }
 
 /// What the requests of one ring are served with. It outlives none of them.
-pub(crate) struct Target<H> {
+pub(crate) struct Target<H, P> {
     pub(crate) host: H,
+    pub(crate) peer: P,
     node: Rc<dyn Node>,
-    dom: DomId,
     vbd: VbdId,
     size_sectors: u64,
     read_only: bool,
+    /// Every change is durable when it is answered.
+    pub(crate) write_through: Cell<bool>,
     pub(crate) completions: Completions,
 }
 
-impl<H: Log + Probe> Target<H> {
-    pub(crate) fn new(host: H, node: Rc<dyn Node>, config: &RingConfig) -> Self {
+impl<H: Log + Probe, P: Peer<H>> Target<H, P> {
+    pub(crate) fn new(host: H, peer: P, node: Rc<dyn Node>, vbd: VbdId, read_only: bool) -> Self {
         let info = node.info();
         Self {
             host,
+            peer,
             node,
-            dom: config.dom,
-            vbd: config.vbd,
+            vbd,
             size_sectors: info.size_sectors,
-            read_only: info.read_only || config.read_only,
+            read_only: info.read_only || read_only,
+            write_through: Cell::new(false),
             completions: Completions::default(),
         }
     }
 
     /// Parses and checks a private copy of an entry.
-    pub(crate) fn look_at(&self, entry: &[u8; ENTRY_BYTES]) -> Result<Job, Malformed> {
-        let request = BlkifRequest::parse(entry)?;
-        let flush_slips = request.op == BlkifOp::Flush && self.host.bug(&FLUSH_WRITES_FROZEN);
-        check(&request, self.size_sectors, self.read_only && !flush_slips)?;
-        Ok(Job(request))
+    pub(crate) fn look_at(&self, entry: &[u8; ENTRY_BYTES]) -> Result<P::Request, Bad> {
+        let request = self.peer.parse(entry)?;
+        let flush_slips = request.kind() == Kind::Flush && self.host.bug(&FLUSH_WRITES_FROZEN);
+        check(&request, self.size_sectors, self.read_only && !flush_slips).map_err(Bad::Answer)?;
+        Ok(request)
     }
 
     pub(crate) fn refused(&self, id: u64, why: &'static str) {
@@ -81,163 +76,75 @@ impl<H: Log + Probe> Target<H> {
         self.node.submit(Request::write(range, data)).await.result?;
         self.node.submit(Request::flush()).await.result
     }
-}
 
-/// The status that the guest gets for the result of a request.
-fn status_of(result: Result<(), Errno>) -> i16 {
-    match result {
-        Ok(()) => STATUS_OKAY,
-        Err(Errno::EOPNOTSUPP) => STATUS_EOPNOTSUPP,
-        Err(_) => STATUS_ERROR,
-    }
-}
-
-/// Whether the disk can serve `request`.
-fn check(request: &BlkifRequest, size_sectors: u64, read_only: bool) -> Result<(), Malformed> {
-    let count = request.count();
-    let why = if count > 0 && !SectorRange::new(request.sector, count).fits(size_sectors) {
-        "outside the disk"
-    } else if read_only && count > 0 && request.op != BlkifOp::Read {
-        "write to a read-only disk"
-    } else {
-        return Ok(());
-    };
-    Err(Malformed { id: request.id, op: request.op as u8, status: STATUS_ERROR, why })
-}
-
-/// A request that was checked.
-#[derive(Clone, Copy)]
-pub(crate) struct Job(pub(crate) BlkifRequest);
-
-impl std::ops::Deref for Job {
-    type Target = BlkifRequest;
-    fn deref(&self) -> &BlkifRequest {
-        &self.0
-    }
-}
-
-impl Job {
-    /// The sectors it covers; none for a flush without data.
-    pub(crate) fn range(&self) -> SectorRange {
-        match self.count() {
-            0 => SectorRange::default(),
-            count => SectorRange::new(self.sector, count),
-        }
+    fn end(&self, taken: Taken, result: Result<(), Errno>) {
+        self.completions.done(Done { taken, status: status_of(result) });
     }
 
-    pub(crate) fn taken_event(&self, vbd: VbdId) -> Event {
-        Event::RequestTaken { vbd, id: self.id, kind: self.kind(), range: self.range() }
-    }
-
-    fn kind(&self) -> IoKind {
-        match self.op {
-            BlkifOp::Read => IoKind::Read,
-            BlkifOp::Write => IoKind::Write,
-            BlkifOp::Flush => IoKind::Flush,
-        }
-    }
-
-    fn segments(&self, host: &impl Probe) -> SmallVec<[GrantSegment; MAX_SEGMENTS]> {
-        let whole = host.bug(&SEGMENT_FIRST_IGNORED);
-        let segments = self.0.segments().iter();
-        segments
-            .map(|s| GrantSegment {
-                gref: GrantRef(s.gref),
-                offset: if whole { 0 } else { u16::from(s.first) * SECTOR_BYTES as u16 },
-                len: u16::from(s.count()) * SECTOR_BYTES as u16,
-            })
-            .collect()
-    }
-
-    /// Hands the request to the node, in the order of the calls, and spawns a task for the rest. The data of a
-    /// write is copied from the guest here, once.
-    pub(crate) fn start<H>(self, target: &Rc<Target<H>>, slot: u8, buf: Option<IoBuf>)
-    where
-        H: Tasks + Log + Probe + Grants,
-    {
-        let mut bufs: IoVec = buf.into_iter().collect();
-        if self.op != BlkifOp::Read
-            && let Some(buf) = bufs.first_mut()
-            && let Err(error) = self.copy_in(target, buf)
-        {
-            target.refused(self.id, "its data cannot be copied from the guest");
-            return self.end(target, slot, Err(error));
-        }
-        let node = &target.node;
-        let (host, own, key) = (&target.host, Rc::clone(target), self.sector);
-        let (role, first) = match self.op {
-            BlkifOp::Read => ("read", node.submit(Request::read(self.range(), bufs))),
-            BlkifOp::Write => ("write", node.submit(Request::write(self.range(), bufs))),
-            BlkifOp::Flush if bufs.is_empty() => ("flush", node.submit(Request::flush())),
-            BlkifOp::Flush => {
-                let all = self.flush_around(target, slot, bufs);
-                return host.spawn("flush", key, async move {
-                    let result = all.await.inspect_err(|error| self.failed(&own, *error));
-                    self.end(&own, slot, result);
-                });
-            }
-        };
-        // One block without inner futures: such a task is made, moved and freed half a million times a second.
-        host.spawn(role, key, async move {
-            let result = self.answer(&own, first.await);
-            self.end(&own, slot, result);
-        });
-    }
-
-    fn copy_in<H>(&self, target: &Target<H>, buf: &mut [u8]) -> Result<(), Errno>
-    where
-        H: Tasks + Log + Probe + Grants,
-    {
-        let (host, dom, segments) = (&target.host, target.dom, self.segments(&target.host));
-        let copied = host.copy_in(dom, &segments, buf);
-        if copied.is_err() && host.bug(&COPY_IN_FIRST) {
-            return host.copy_in(dom, &segments[1..], &mut buf[usize::from(segments[0].len)..]);
-        }
-        copied
-    }
-
-    fn end<H>(&self, target: &Target<H>, slot: u8, result: Result<(), Errno>)
-    where
-        H: Tasks + Log + Probe + Grants,
-    {
-        target.completions.done(Done { slot, id: self.id, op: self.op as u8, status: status_of(result) });
-    }
-
-    /// The guest gets a status only, and the operator needs to know why.
-    fn failed<H: Log>(&self, target: &Target<H>, error: Errno) {
+    /// The other end gets a status only, and the operator needs to know why.
+    fn failed(&self, request: &P::Request, error: Errno) {
         if error != Errno::EOPNOTSUPP {
-            let (vbd, range) = (target.vbd, self.range());
-            target.host.log(Event::RequestFailed { vbd, kind: self.kind(), range, error });
+            let (vbd, range) = (self.vbd, request.range());
+            self.host.log(Event::RequestFailed { vbd, kind: request.kind().into(), range, error });
         }
     }
 
     /// The rest of the work, after the node has answered.
-    fn answer<H>(&self, target: &Target<H>, response: Response) -> Result<(), Errno>
-    where
-        H: Tasks + Log + Probe + Grants,
-    {
-        response.result.inspect_err(|error| self.failed(target, *error))?;
-        match (self.op, response.bufs.first()) {
-            (BlkifOp::Read, Some(buf)) => target
-                .host
-                .copy_out(target.dom, &self.segments(&target.host), buf)
-                .inspect_err(|_| target.refused(self.id, "its data cannot be copied to the guest"))
-                .or_else(|error| if target.host.bug(&COPY_OUT_IGNORED) { Ok(()) } else { Err(error) }),
+    fn answer(&self, request: &P::Request, response: Response) -> Result<(), Errno> {
+        response.result.inspect_err(|error| self.failed(request, *error))?;
+        match (request.kind(), response.bufs.first()) {
+            (Kind::Read, Some(buf)) => self
+                .peer
+                .copy_out(&self.host, request, buf)
+                .inspect_err(|_| self.refused(request.id(), "its data cannot be copied to the guest"))
+                .or_else(|error| if self.host.bug(&COPY_OUT_IGNORED) { Ok(()) } else { Err(error) }),
             _ => Ok(()),
         }
     }
+}
+
+impl<H: Tasks + Log + Probe, P: Peer<H>> Target<H, P> {
+    /// Hands the request to the node, in the order of the calls, and spawns a task for the rest. The data of a
+    /// write is copied here, once.
+    pub(crate) fn start(self: &Rc<Self>, request: P::Request, taken: Taken, buf: Option<IoBuf>) {
+        let mut bufs: IoVec = buf.into_iter().collect();
+        if request.kind() != Kind::Read
+            && let Some(buf) = bufs.first_mut()
+            && let Err(error) = self.peer.copy_in(&self.host, &request, buf)
+        {
+            self.refused(request.id(), "its data cannot be copied from the guest");
+            return self.end(taken, Err(error));
+        }
+        let (node, fua, range) = (&self.node, self.write_through.get(), request.range());
+        let (own, key) = (Rc::clone(self), request.sector());
+        let (role, first) = match request.kind() {
+            Kind::Read => ("read", node.submit(Request::read(range, bufs))),
+            Kind::Write => ("write", node.submit(Request::write(range, bufs).with_fua(fua))),
+            Kind::Discard => ("discard", node.submit(Request::discard(range).with_fua(fua))),
+            Kind::Flush if bufs.is_empty() => ("flush", node.submit(Request::flush())),
+            Kind::Flush => {
+                let all = self.flush_around(taken.slot(), range, bufs);
+                return self.host.spawn("flush", key, async move {
+                    let result = all.await.inspect_err(|error| own.failed(&request, *error));
+                    own.end(taken, result);
+                });
+            }
+        };
+        // One block without inner futures: such a task is made, moved and freed half a million times a second.
+        self.host.spawn(role, key, async move {
+            let result = own.answer(&request, first.await);
+            own.end(taken, result);
+        });
+    }
 
     /// A flush with data: everything before is durable before the data is written, and the data after.
-    fn flush_around<H>(
-        self,
-        target: &Rc<Target<H>>,
+    fn flush_around(
+        self: &Rc<Self>,
         slot: u8,
+        range: SectorRange,
         data: IoVec,
-    ) -> impl Future<Output = Result<(), Errno>> + use<H>
-    where
-        H: Tasks + Log + Probe + Grants,
-    {
-        let (own, range) = (Rc::clone(target), self.range());
+    ) -> impl Future<Output = Result<(), Errno>> + use<H, P> {
+        let own = Rc::clone(self);
         let first = own.node.submit(Request::flush());
         own.completions.fence(slot, range);
         async move {
@@ -247,4 +154,26 @@ impl Job {
             result
         }
     }
+}
+
+/// The status that the other end gets for the result of a request.
+fn status_of(result: Result<(), Errno>) -> i16 {
+    match result {
+        Ok(()) => STATUS_OKAY,
+        Err(Errno::EOPNOTSUPP) => STATUS_EOPNOTSUPP,
+        Err(_) => STATUS_ERROR,
+    }
+}
+
+/// Whether the disk can serve `request`.
+fn check(request: &impl RingRequest, size_sectors: u64, read_only: bool) -> Result<(), Malformed> {
+    let count = request.count();
+    let why = if count > 0 && !SectorRange::new(request.sector(), count).fits(size_sectors) {
+        "outside the disk"
+    } else if read_only && count > 0 && request.kind() != Kind::Read {
+        "write to a read-only disk"
+    } else {
+        return Ok(());
+    };
+    Err(Malformed { id: request.id(), op: request.op(), status: STATUS_ERROR, why })
 }

@@ -28,6 +28,13 @@ impl SegmentLayout {
     /// Whole pages.
     pub const WHOLE: Self = Self { per_page: PAGE_SECTORS, first: 0 };
 
+    /// The first and last sector in each page of a request of `count` sectors.
+    pub(crate) fn segments(self, count: u32) -> Vec<(u8, u8)> {
+        let Self { per_page, first } = self.fitted(count);
+        let counts = (0..count).step_by(per_page as usize).map(|at| (count - at).min(per_page));
+        counts.map(|count| (first as u8, (first + count - 1) as u8)).collect()
+    }
+
     /// As requested, as far as a request of `count` sectors allows.
     fn fitted(self, count: u32) -> Self {
         let per_page = self.per_page.clamp(1, PAGE_SECTORS);

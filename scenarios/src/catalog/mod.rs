@@ -19,6 +19,7 @@ pub mod ring;
 pub mod scale;
 pub mod setup;
 mod shown;
+pub mod tap;
 pub mod tools;
 pub mod toolstack;
 mod until_cut;
@@ -39,6 +40,8 @@ pub static ALL: LazyLock<Vec<&'static Scenario>> = LazyLock::new(|| {
 
 /// Scenarios that are not about one format.
 static OTHERS: &[&Scenario] = &[
+    &tap::TAP_DEVICE,
+    &tap::TAP_POWER_CUT,
     &ring::RING_RAW,
     &ring::FRONTEND_RECONNECT,
     &ring::HOSTILE_FRONTEND,
@@ -114,6 +117,8 @@ pub fn shares(scenarios: &[&Scenario], runs: u64) -> Vec<u64> {
 /// The labels of scenarios.
 pub static LABELS: &[&Label] = &[
     &power::CRASH_AT,
+    &tap::LOOKER,
+    &tap::STOP_IN_USE,
     &failures::FAIL_NTH,
     &ring::KILL_AFTER,
     &ring::RECONNECT_AT,

@@ -4,7 +4,7 @@ use super::args::{BenchArgs, Common};
 use super::crash::{ExploreRate, explore_rate};
 use super::output::save_json;
 use super::{Exit, Stop};
-use crate::bench::{BenchResult, BenchSpec, calibrate, measure};
+use crate::bench::{BenchResult, BenchSpec, Through, calibrate, measure};
 use crate::catalog::of_format;
 use crate::formats::Kind;
 use serde::Serialize;
@@ -18,6 +18,7 @@ struct JsonRow {
     requests_per_thousand_rounds: f64,
     host_ios_per_request: f64,
     cpu_ns_per_request: f64,
+    copies_per_request: f64,
     memory_growth_bytes_per_million: f64,
     #[serde(flatten)]
     result: BenchResult,
@@ -25,13 +26,18 @@ struct JsonRow {
 
 /// `tapsim bench`
 pub(crate) fn bench_command(common: &Common, args: &BenchArgs) -> Result<Exit, Stop> {
-    let spec = |disk, sequential, merging| BenchSpec { disk, requests: args.requests, sequential, merging };
+    let (through, requests) = (Through::Blkif, args.requests);
+    let spec = |disk, sequential, merging| BenchSpec { through, disk, requests, sequential, merging };
     let random = Kind::plain().into_iter().map(|disk| (disk, "random", spec(disk, false, true)));
     let sequential = Kind::plain().into_iter().flat_map(|disk| {
         let merged = (disk, "sequential, merged", spec(disk, true, true));
         [merged, (disk, "sequential, not merged", spec(disk, true, false))]
     });
-    let rows = random.chain(sequential).map(|(disk, what, spec)| (format!("{disk:?}, {what}"), spec));
+    let device = Kind::plain().into_iter().map(|disk| {
+        (disk, "random, blktap2", BenchSpec { through: Through::Blktap, ..spec(disk, false, true) })
+    });
+    let rows = random.chain(device).chain(sequential);
+    let rows = rows.map(|(disk, what, spec)| (format!("{disk:?}, {what}"), spec));
     println!(
         "1 guest, 32 requests of 4 KiB in flight, half reads, a flush every 64, 4 MiB disk, all checks on, {}",
         if common.guarded() { "guarded" } else { "not guarded" }
@@ -41,8 +47,14 @@ pub(crate) fn bench_command(common: &Common, args: &BenchArgs) -> Result<Exit, S
         calibrate()
     );
     println!(
-        "{:<30} {:>12} {:>12} {:>14} {:>16} {:>14}",
-        "world", "requests/s", "ns/request", "host I/O each", "bytes/M requests", "per 1k rounds"
+        "{:<30} {:>12} {:>12} {:>14} {:>12} {:>16} {:>14}",
+        "world",
+        "requests/s",
+        "ns/request",
+        "host I/O each",
+        "copies each",
+        "bytes/M requests",
+        "per 1k rounds"
     );
     let mut json = Vec::new();
     for (name, spec) in rows {
@@ -60,16 +72,18 @@ pub(crate) fn bench_command(common: &Common, args: &BenchArgs) -> Result<Exit, S
             requests_per_thousand_rounds: per_thousand(result.rate(), calibration),
             host_ios_per_request: result.host_ios as f64 / result.requests.max(1) as f64,
             cpu_ns_per_request: result.cpu_ns as f64 / result.requests.max(1) as f64,
+            copies_per_request: result.copies as f64 / result.requests.max(1) as f64,
             memory_growth_bytes_per_million: result.memory_growth_bytes as f64 * 1e6
                 / result.requests.max(1) as f64,
             result,
         };
         println!(
-            "{:<30} {:>12} {:>12.0} {:>14.3} {:>16.0} {:>14.1}",
+            "{:<30} {:>12} {:>12.0} {:>14.3} {:>12.3} {:>16.0} {:>14.1}",
             name,
             row.requests_per_cpu_second,
             row.cpu_ns_per_request,
             row.host_ios_per_request,
+            row.copies_per_request,
             row.memory_growth_bytes_per_million,
             row.requests_per_thousand_rounds
         );

@@ -1,7 +1,8 @@
 //! A guest that has a block device of the host open, as a mount or a back end in the kernel has.
 //!
 //! Like a file system, it has no two requests in flight of which one changes what the other is about. That matters
-//! here: Linux's nbd driver sends new requests before it repeats those that were in flight when its server died.
+//! with Linux's nbd driver, which sends new requests before it repeats those that were in flight when its server died.
+//! A driver that keeps the order may get overlapping ones, as some programs have them ([`BlockDisk::overlapping`]).
 
 use super::GuestDisk;
 use kernel_model::gendisk::{Bio, Opener};
@@ -19,7 +20,8 @@ const POISON: u8 = 0xa5;
 #[derive(Clone)]
 pub struct BlockDisk {
     opener: Rc<Opener>,
-    in_flight: Rc<InFlight>,
+    /// `None` if requests may overlap.
+    in_flight: Option<Rc<InFlight>>,
 }
 
 /// The requests that are in flight, and those that wait for them.
@@ -47,13 +49,18 @@ impl Drop for Turn {
 impl BlockDisk {
     /// Submits requests through `opener`.
     pub fn new(opener: Opener) -> Self {
-        Self { opener: Rc::new(opener), in_flight: Rc::default() }
+        Self { opener: Rc::new(opener), in_flight: Some(Rc::default()) }
+    }
+
+    /// The same, with requests that overlap.
+    pub fn overlapping(opener: Opener) -> Self {
+        Self { opener: Rc::new(opener), in_flight: None }
     }
 
     /// Waits until no request is in the way of one on `range`, which may change it.
-    async fn turn(&self, range: SectorRange, changes: bool) -> Turn {
-        let all = &self.in_flight;
-        poll_fn(|cx| {
+    async fn turn(&self, range: SectorRange, changes: bool) -> Option<Turn> {
+        let all = self.in_flight.as_ref()?;
+        let turn = poll_fn(|cx| {
             let mut ranges = all.ranges.borrow_mut();
             if ranges.iter().any(|(other, changed)| (changes || *changed) && other.overlaps(range)) {
                 all.waiting.borrow_mut().push(cx.waker().clone());
@@ -61,8 +68,8 @@ impl BlockDisk {
             }
             ranges.push((range, changes));
             Poll::Ready(Turn(Rc::clone(all), (range, changes)))
-        })
-        .await
+        });
+        Some(turn.await)
     }
 
     async fn change(&self, bio: Bio) -> Result<(), Errno> {

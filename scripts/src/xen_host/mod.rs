@@ -219,6 +219,9 @@ fn layer(
     if let Some(deb) = &own.deb {
         archive.copy("xen-host/tapdisk.deb", deb)?;
     }
+    if let Some(module) = &options.blktap_module {
+        archive.copy("xen-host/blktap.ko", module)?;
+    }
     if !script.is_empty() {
         archive.file("xen-host/script", 0o755, script)?;
     }

@@ -18,6 +18,8 @@ Options:
   --cache DIR      downloads and images (target/xen-host, 0.55 GB); one machine at a time uses a cache
   --deb FILE       the package that is installed in dom0 (that of `cargo xtask dist`, which is built first)
   --no-deb         install no package
+  --blktap-module FILE
+                   a blktap2 module for dom0's kernel, which is not ours: test blktap-device loads it
   --copy FILE      copy a file into dom0's /root, where scripts start; repeatable
   -x, --tree DIR   copy what is in DIR over dom0's /; repeatable
   --out DIR        where /out of dom0 goes (CACHE/run/out)
@@ -61,6 +63,8 @@ pub(super) struct Options {
     pub(super) cache: PathBuf,
     pub(super) deb: Option<PathBuf>,
     pub(super) take_deb: bool,
+    /// A module that is not part of this repository.
+    pub(super) blktap_module: Option<PathBuf>,
     pub(super) copy: Vec<PathBuf>,
     pub(super) trees: Vec<PathBuf>,
     pub(super) out: Option<PathBuf>,
@@ -80,6 +84,7 @@ impl Options {
             cache: PathBuf::from("target/xen-host"),
             deb: None,
             take_deb: true,
+            blktap_module: None,
             copy: Vec::new(),
             trees: Vec::new(),
             out: None,
@@ -100,6 +105,7 @@ impl Options {
                 "--cache" => options.cache = value()?.into(),
                 "--deb" => options.deb = Some(value()?.into()),
                 "--no-deb" => options.take_deb = false,
+                "--blktap-module" => options.blktap_module = Some(value()?.into()),
                 "--copy" => options.copy.push(value()?.into()),
                 "--tree" | "-x" => options.trees.push(value()?.into()),
                 "--out" => options.out = Some(value()?.into()),

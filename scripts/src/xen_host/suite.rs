@@ -2,8 +2,8 @@
 //!
 //! A test is a file `scripts/xen-host/tests/NAME.sh`. It begins with comments; the first one says what it proves. It
 //! runs in dom0 as root, with `bash -eu` in an empty folder, with the functions of `lib.sh`; it passes if its exit
-//! status is zero. Tests do not depend on each other: each leaves dom0 as it was. A comment may request a program
-//! (`test_program.rs`).
+//! status is zero, and says with 77 that something which it needs is not there. Tests do not depend on each other: each
+//! leaves dom0 as it was. A comment may request a program (`test_program.rs`).
 
 use super::Result;
 use super::machine::Event;
@@ -74,10 +74,14 @@ pub(super) fn script(tests: &[Test]) -> String {
     format!("exec bash /xen-host/run-tests {}\n", names.join(" "))
 }
 
+/// The status of a test that lacks what it needs, which it has said.
+const NOT_RUN: u8 = 77;
+
 /// A status in words. `timeout` of busybox ends a test by SIGTERM.
 pub(super) fn verdict(status: u8) -> String {
     match status {
         0 => "passed".to_owned(),
+        NOT_RUN => "not run".to_owned(),
         143 => "failed: its time was up".to_owned(),
         other => format!("failed with status {other}"),
     }
@@ -92,7 +96,7 @@ pub(super) fn report(tests: &[Test], events: &[Event]) -> u8 {
 
 fn table(tests: &[Test], events: &[Event]) -> (String, u8) {
     let mut text = String::new();
-    let mut passed = 0;
+    let (mut passed, mut not_run) = (0, 0);
     for test in tests {
         let end = events.iter().find_map(|event| match event {
             Event::TestEnds { name, status, seconds } if *name == test.name => Some((*status, *seconds)),
@@ -102,6 +106,7 @@ fn table(tests: &[Test], events: &[Event]) -> (String, u8) {
         let line = match end {
             Some((status, seconds)) => {
                 passed += usize::from(status == 0);
+                not_run += usize::from(status == NOT_RUN);
                 format!("{}, {seconds} s", verdict(status))
             }
             None if started => "failed: it did not end".to_owned(),
@@ -109,8 +114,12 @@ fn table(tests: &[Test], events: &[Event]) -> (String, u8) {
         };
         text += &format!("{:<14} {line:<28} {}\n", test.name, test.about);
     }
-    text += &format!("{passed} passed, {} failed\n", tests.len() - passed);
-    (text, u8::from(passed != tests.len()))
+    let failed = tests.len() - passed - not_run;
+    text += &format!("{passed} passed, {failed} failed");
+    if not_run > 0 {
+        text += &format!(", {not_run} not run");
+    }
+    (text + "\n", u8::from(failed > 0 || passed == 0))
 }
 
 #[cfg(test)]
@@ -136,6 +145,10 @@ later          failed: it did not run       about later
 ";
         assert_eq!((text.as_str(), status), (expected, 1));
         assert_eq!(table(&[test("good")], &events).1, 0);
+        let events = [ends("good", 0), ends("poor", 77)];
+        let (text, status) = table(&["good", "poor"].map(test), &events);
+        assert!(text.ends_with("about poor\n1 passed, 0 failed, 1 not run\n"), "{text}");
+        assert_eq!((status, table(&[test("poor")], &events).1), (0, 1), "one that was asked for has to run");
     }
 
     #[test]

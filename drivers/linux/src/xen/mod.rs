@@ -19,6 +19,7 @@ mod regions;
 
 pub use evtchn::LinuxChannel;
 pub use page::LinuxPage;
+pub(crate) use page::{copy_from_shared, copy_to_shared};
 
 use crate::files::of_rustix;
 use crate::xenstore::{StoreClient, StoreOpenError, StorePlaces, StoreTransaction, StoreWatcher};

@@ -73,6 +73,56 @@ impl LinuxPage {
 /// Bytes that are copied at a time.
 const WORD: usize = size_of::<u64>();
 
+/// Copies memory that others can write into `private`.
+///
+/// # Safety
+///
+/// As many bytes as `private` has are mapped from `from` on.
+pub(crate) unsafe fn copy_from_shared(from: *const u8, private: &mut [u8]) {
+    let (mut from, mut rest) = (from, private);
+    while !rest.is_empty() {
+        let whole = rest.len() >= WORD && from.addr().is_multiple_of(WORD);
+        let len = if whole { WORD } else { 1 };
+        let (now, later) = rest.split_at_mut(len);
+        if whole {
+            // SAFETY: a whole aligned word of the caller's memory.
+            let word = unsafe { from.cast::<u64>().read_volatile() };
+            now.copy_from_slice(&word.to_ne_bytes());
+        } else {
+            // SAFETY: a byte of the caller's memory.
+            now[0] = unsafe { from.read_volatile() };
+        }
+        from = from.wrapping_add(len);
+        rest = later;
+    }
+}
+
+/// Copies `private` into memory that others can read and write.
+///
+/// # Safety
+///
+/// As many bytes as `private` has are mapped from `to` on, and can be written.
+pub(crate) unsafe fn copy_to_shared(to: *mut u8, private: &[u8]) {
+    let (mut to, mut rest) = (to, private);
+    while !rest.is_empty() {
+        let word = rest.first_chunk::<WORD>().filter(|_| to.addr().is_multiple_of(WORD));
+        let len = match word {
+            Some(word) => {
+                // SAFETY: a whole aligned word of the caller's memory.
+                unsafe { to.cast::<u64>().write_volatile(u64::from_ne_bytes(*word)) };
+                WORD
+            }
+            None => {
+                // SAFETY: a byte of the caller's memory.
+                unsafe { to.write_volatile(rest[0]) };
+                1
+            }
+        };
+        to = to.wrapping_add(len);
+        rest = &rest[len..];
+    }
+}
+
 impl SharedPage for LinuxPage {
     fn load_u32(&self, offset: usize) -> u32 {
         u32::from_le(self.number(self.at(offset, 4)).load(Ordering::Acquire))
@@ -83,45 +133,15 @@ impl SharedPage for LinuxPage {
     }
 
     fn copy_in(&self, offset: usize, private: &mut [u8]) {
-        let mut from = self.at(offset, private.len()).cast_const();
-        let mut rest = private;
-        while !rest.is_empty() {
-            let whole = rest.len() >= WORD && from.addr().is_multiple_of(WORD);
-            let len = if whole { WORD } else { 1 };
-            let (now, later) = rest.split_at_mut(len);
-            if whole {
-                // SAFETY: a whole aligned word in the page.
-                let word = unsafe { from.cast::<u64>().read_volatile() };
-                now.copy_from_slice(&word.to_ne_bytes());
-            } else {
-                // SAFETY: a byte in the page.
-                now[0] = unsafe { from.read_volatile() };
-            }
-            from = from.wrapping_add(len);
-            rest = later;
-        }
+        let from = self.at(offset, private.len());
+        // SAFETY: as many bytes in the page, which stays mapped while `self` lives.
+        unsafe { copy_from_shared(from, private) };
     }
 
     fn copy_out(&self, offset: usize, private: &[u8]) {
-        let mut to = self.writable_at(offset, private.len());
-        let mut rest = private;
-        while !rest.is_empty() {
-            let word = rest.first_chunk::<WORD>().filter(|_| to.addr().is_multiple_of(WORD));
-            let len = match word {
-                Some(word) => {
-                    // SAFETY: a whole aligned word in the page.
-                    unsafe { to.cast::<u64>().write_volatile(u64::from_ne_bytes(*word)) };
-                    WORD
-                }
-                None => {
-                    // SAFETY: a byte in the page.
-                    unsafe { to.write_volatile(rest[0]) };
-                    1
-                }
-            };
-            to = to.wrapping_add(len);
-            rest = &rest[len..];
-        }
+        let to = self.writable_at(offset, private.len());
+        // SAFETY: as many bytes in the page, which stays mapped while `self` lives and can be written.
+        unsafe { copy_to_shared(to, private) };
     }
 
     fn full_barrier(&self) {

@@ -6,6 +6,9 @@
 //!   asked to stop:   nobody uses it ─► take it away         in use ─► leave it to the next tapdisk
 //! ```
 //!
+//! Through a blktap2 module (`tap.rs`) there is nothing to take up: the kernel fails the requests of a dead tapdisk,
+//! and a device in use is served until its users have closed it.
+//!
 //! # Contract
 //!
 //! * A device is taken up only if the kernel says that it has the identifier which the record of this very disk has.
@@ -16,6 +19,7 @@
 mod detach;
 mod device;
 mod record;
+mod tap;
 
 pub use detach::DetachArgs;
 pub(crate) use detach::run as detach;
@@ -30,9 +34,10 @@ use record::{Identity, Record};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::str::FromStr;
-use tap_core::{DiskStatus, Disks, Listed};
+use tap_core::{DiskStatus, Disks, Listed, Node};
 use tap_host::{
-    Budget, Either, Entropy, Errno, NbdConfig, NbdDevice, NbdDevices, NbdIndex, SECTOR_BYTES, VbdId, select,
+    Budget, Either, Entropy, Errno, NbdConfig, NbdDevice, NbdDevices, NbdIndex, SECTOR_BYTES, TapDevices,
+    VbdId, select,
 };
 use tap_images::{Formats, show_size};
 use tap_nbd::{Export, Server, ServerLimits};
@@ -55,8 +60,8 @@ tap_host::listed! {
 }
 
 /// The parts of a host that attaching uses.
-pub trait AttachHost: ServeHost + NbdDevices + Entropy {}
-impl<T: ServeHost + NbdDevices + Entropy> AttachHost for T {}
+pub trait AttachHost: ServeHost + NbdDevices + TapDevices + Entropy {}
+impl<T: ServeHost + NbdDevices + TapDevices + Entropy> AttachHost for T {}
 
 /// How long to wait for a device that is open for a moment, in nanoseconds: others look at devices as they come.
 const BUSY_PATIENCE_NS: u64 = 2_000_000_000;
@@ -69,6 +74,8 @@ enum ViaArg {
     /// The kernel's nbd driver
     #[default]
     Nbd,
+    /// A blktap2 module
+    Blktap,
 }
 
 /// A device on a command line.
@@ -154,7 +161,14 @@ pub(crate) async fn run<H: AttachHost>(
     let memory = args.images.budget(&tuning);
     let mut listed = None;
     let mut status = 0;
-    let record = match args.serve(&host, &tuning, disks, (&memory, &mut listed), console).await {
+    let served = match args.via {
+        ViaArg::Nbd => args.serve(&host, &tuning, disks, (&memory, &mut listed), console).await,
+        ViaArg::Blktap => {
+            let served = args.serve_tap(&host, &tuning, disks, (&memory, &mut listed), console).await;
+            served.map(|()| None)
+        }
+    };
+    let record = match served {
         Ok(record) => record,
         Err(failure) => {
             console.err(&format!("tapdisk: failed to {}", failure.text));
@@ -193,7 +207,6 @@ impl AttachArgs {
         (memory, listed): (&Budget, &mut Option<Listed<H>>),
         console: &dyn Console,
     ) -> Result<Option<Record<H>>, Failure> {
-        let ViaArg::Nbd = self.via;
         // Registered before there is a device: whoever sees it may send a signal.
         let stopped = host.asked_to_stop();
         let Opened { server, record, status } = self.open(host, tuning, disks, memory, listed).await?;
@@ -236,15 +249,15 @@ impl AttachArgs {
         Ok(device.into_record().filter(|_| ended == Ended::Gone))
     }
 
-    /// Opens the disk, and takes its record.
-    async fn open<H: AttachHost>(
+    /// Opens the disk.
+    async fn open_disk<H: AttachHost>(
         &self,
         host: &H,
         tuning: &Tuning,
         disks: &Disks<H>,
         memory: &Budget,
         listed: &mut Option<Listed<H>>,
-    ) -> Result<Opened<H>, Failure> {
+    ) -> Result<(Rc<dyn Node>, DiskStatus), Failure> {
         let (spec, read_only) = (&self.disk, self.images.read_only);
         require_format(spec).map_err(|why| Failure::new(why, Errno::EINVAL))?;
         let name = spec.to_string();
@@ -262,6 +275,20 @@ impl AttachArgs {
         })?);
         let status = place.fill(&name, &disk);
         *listed = Some(place);
+        Ok((tuning.disk(spec, disk.node()), status))
+    }
+
+    /// Opens the disk, and takes its record.
+    async fn open<H: AttachHost>(
+        &self,
+        host: &H,
+        tuning: &Tuning,
+        disks: &Disks<H>,
+        memory: &Budget,
+        listed: &mut Option<Listed<H>>,
+    ) -> Result<Opened<H>, Failure> {
+        let (node, status) = self.open_disk(host, tuning, disks, memory, listed).await?;
+        let (spec, read_only) = (&self.disk, self.images.read_only);
         let identity = Identity::of(host, spec).await;
         let identity = identity.map_err(|error| Failure::new(format!("look at {spec}: {error}"), error))?;
         let record = Record::take(host, identity).await.map_err(|error| {
@@ -274,7 +301,6 @@ impl AttachArgs {
             };
             Failure::new(why, error)
         })?;
-        let node = tuning.disk(spec, disk.node());
         let export = Export { name: String::new(), description: String::new(), node, read_only };
         // The kernel's requests are never divided: a part of one that is answered with an error would be an I/O error.
         let range_bytes = ServerLimits::default().range_bytes;

@@ -41,6 +41,8 @@ mod tests {
             assert!([&serve, &attach].iter().all(|text| text.contains(&format!("{format}:PATH"))));
             assert!(img.contains(&format!("{format} (")));
         }
-        assert!([serve, xen, attach, img].iter().all(|text| !text.contains('{') && !text.ends_with('\n')));
+        let left = ["{specs}", "{formats}"];
+        let all = [serve, xen, attach, img];
+        assert!(all.iter().all(|text| !left.iter().any(|name| text.contains(name)) && !text.ends_with('\n')));
     }
 }

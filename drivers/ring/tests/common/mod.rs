@@ -53,6 +53,8 @@ struct DiskState {
     log: Vec<(Op, u64, u32)>,
     fail: Option<Errno>,
     submitted: u32,
+    /// Requests that had to be durable when answered.
+    durable: u32,
     /// Closing takes until this ends.
     close_held: bool,
     /// Writes take until this ends.
@@ -76,6 +78,7 @@ impl Disk {
             log: vec![],
             fail: None,
             submitted: 0,
+            durable: 0,
             close_held: false,
             writes_held: false,
         };
@@ -83,6 +86,9 @@ impl Disk {
     }
     pub fn log(&self) -> Vec<(Op, u64, u32)> {
         self.state.borrow().log.clone()
+    }
+    pub fn durable(&self) -> u32 {
+        self.state.borrow().durable
     }
     pub fn hold_writes(&self, held: bool) {
         self.state.borrow_mut().writes_held = held;
@@ -105,10 +111,11 @@ impl Node for Disk {
     fn submit(&self, request: Request) -> LocalBoxFuture<Response> {
         let disk = self.clone();
         Box::pin(async move {
-            let Request { op, range, mut bufs, .. } = request;
+            let Request { op, range, mut bufs, fua } = request;
             let (nth, fail) = {
                 let mut state = disk.state.borrow_mut();
                 state.submitted += 1;
+                state.durable += u32::from(fua);
                 state.log.push((op, range.start.0, range.count));
                 assert!(
                     op == Op::Flush || range.fits(state.bytes.len() as u64 / 512),

@@ -1,0 +1,119 @@
+//! Devices of the kernel's blktap2 module.
+//!
+//! ```text
+//!   control node ── reserve, free ──► minor N ──► ring node    /dev/xen/blktap-2/blktapN   ring.rs
+//!                                              └► block device /dev/xen/blktap-2/tapdevN
+//! ```
+//!
+//! The major numbers are the module's choice, and not every module or host makes the nodes: those that are missing are
+//! made here, and removed with the device.
+
+mod ioctl;
+mod ring;
+
+pub use ring::{LinuxTap, TapPage};
+
+use crate::LinuxHost;
+use crate::files::{blocking, of_rustix};
+use rustix::fs::{CWD, FileType, Mode, OFlags, makedev, mkdirat, mknodat, openat, stat, unlinkat};
+use std::os::fd::OwnedFd;
+use tap_abi::blktap::{AllocatedTap, IOCTL_ALLOC_TAP, IOCTL_FREE_TAP};
+use tap_host::{Errno, TapDevices};
+
+/// Where modules and hosts have the control node.
+const CONTROLS: [&str; 3] = ["/dev/xen/blktap-2/control", "/dev/blktap/control", "/dev/blktap-control"];
+/// The folder of the nodes.
+const FOLDER: &str = "/dev/xen/blktap-2";
+
+/// The first control node that can be opened; the error is that of one that exists, if one does.
+fn control() -> Result<OwnedFd, Errno> {
+    let mut error = Errno::ENOENT;
+    for path in CONTROLS {
+        match openat(CWD, path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
+            Ok(fd) => return Ok(fd),
+            Err(rustix::io::Errno::NOENT) => {}
+            Err(other) => error = of_rustix(other),
+        }
+    }
+    Err(error)
+}
+
+fn ring_path(minor: u32) -> String {
+    format!("{FOLDER}/blktap{minor}")
+}
+
+fn block_path(minor: u32) -> String {
+    format!("{FOLDER}/tapdev{minor}")
+}
+
+/// Makes a node, unless it is there.
+fn make_node(path: &str, kind: FileType, major: u32, minor: u32) -> Result<(), Errno> {
+    let device = makedev(major, minor);
+    if let Ok(found) = stat(path) {
+        if FileType::from_raw_mode(found.st_mode) == kind && found.st_rdev == device {
+            return Ok(());
+        }
+        // Of a module that was loaded before, with another major number.
+        unlinkat(CWD, path, rustix::fs::AtFlags::empty()).map_err(of_rustix)?;
+    }
+    mknodat(CWD, path, kind, Mode::RUSR | Mode::WUSR, device).map_err(of_rustix)
+}
+
+fn make_nodes(tap: &AllocatedTap) -> Result<(), Errno> {
+    let mode = Mode::RWXU | Mode::RGRP | Mode::XGRP | Mode::ROTH | Mode::XOTH;
+    for folder in ["/dev/xen", FOLDER] {
+        match mkdirat(CWD, folder, mode) {
+            Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+            Err(error) => return Err(of_rustix(error)),
+        }
+    }
+    let minor = tap.minor.get();
+    make_node(&ring_path(minor), FileType::CharacterDevice, tap.ring_major.get(), minor)?;
+    make_node(&block_path(minor), FileType::BlockDevice, tap.block_major.get(), minor)
+}
+
+fn allocate() -> Result<u32, Errno> {
+    let control = control()?;
+    let mut bytes = [0; size_of::<AllocatedTap>()];
+    // SAFETY: on the control node the module writes a structure of this size.
+    unsafe { ioctl::on_bytes(&control, IOCTL_ALLOC_TAP, &mut bytes)? };
+    let tap = AllocatedTap::from_bytes(&bytes);
+    let minor = tap.minor.get();
+    if let Err(error) = make_nodes(&tap) {
+        // Nobody else knows of it yet, so that nothing keeps it from being freed.
+        free(minor)?;
+        return Err(error);
+    }
+    Ok(minor)
+}
+
+fn free(minor: u32) -> Result<(), Errno> {
+    let control = control()?;
+    // SAFETY: on the control node the module takes the number of a device.
+    unsafe { ioctl::on_number(&control, IOCTL_FREE_TAP, minor)? };
+    for path in [ring_path(minor), block_path(minor)] {
+        // They may be the host's, or not be there.
+        let _absent = unlinkat(CWD, path, rustix::fs::AtFlags::empty());
+    }
+    Ok(())
+}
+
+impl TapDevices for LinuxHost {
+    type Ring = LinuxTap;
+
+    async fn allocate_tap(&self) -> Result<u32, Errno> {
+        blocking(allocate).await
+    }
+
+    async fn free_tap(&self, minor: u32) -> Result<(), Errno> {
+        blocking(move || free(minor)).await
+    }
+
+    async fn open_tap(&self, minor: u32) -> Result<LinuxTap, Errno> {
+        LinuxTap::open(self, &ring_path(minor))
+    }
+
+    fn tap_path(&self, minor: u32) -> String {
+        block_path(minor)
+    }
+}

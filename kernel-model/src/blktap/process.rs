@@ -1,0 +1,217 @@
+//! The blktap2 module as a process of dom0 uses it.
+
+use super::{Tap, TapKind, TapModule};
+use crate::SimHost;
+use crate::gendisk::QueueLimits;
+use std::future::{Future, pending, poll_fn};
+use std::rc::Rc;
+use std::task::Poll;
+use tap_abi::blktap::{
+    DeviceParams, FLAG_FLUSH, FLAG_PHYSICAL_SIZE, FLAG_READ_ONLY, FLAG_TRIM, OldDeviceParams,
+};
+use tap_host::{Errno, TAP_OLD_PARAMS_BYTES, TAP_PARAMS_BYTES, TapDevices, TapRing, TapSegment};
+use xen_model::Mapping;
+
+/// Sectors of the largest request.
+const MAX_SECTORS: u32 = 88;
+
+/// A ring that a process has open.
+pub struct ProcessTap {
+    host: SimHost,
+    tap: Rc<Tap>,
+    page: Mapping,
+}
+
+impl SimHost {
+    /// The module, once the process has taken a step.
+    async fn tap_module(&self) -> Result<TapModule, Errno> {
+        self.takes_a_step().await;
+        self.process.tap_module().ok_or(Errno::ENOENT)
+    }
+
+    /// Counts one effect of the process; never completes once it is dead.
+    async fn takes_a_step(&self) {
+        if !self.process.node().step() {
+            pending::<()>().await;
+        }
+    }
+}
+
+impl TapDevices for SimHost {
+    type Ring = ProcessTap;
+
+    async fn allocate_tap(&self) -> Result<u32, Errno> {
+        self.tap_module().await?.allocate()
+    }
+
+    async fn free_tap(&self, minor: u32) -> Result<(), Errno> {
+        self.tap_module().await?.free(minor)
+    }
+
+    async fn open_tap(&self, minor: u32) -> Result<ProcessTap, Errno> {
+        let module = self.tap_module().await?;
+        let absent = if module.kind() == TapKind::Xen2009 { Errno::ENODEV } else { Errno::ENXIO };
+        let tap = module.tap(minor).ok_or(absent)?;
+        let page = tap.open(self.process.node())?;
+        Ok(ProcessTap { host: self.clone(), tap, page: self.port.map_kernel_page(&page) })
+    }
+
+    fn tap_path(&self, minor: u32) -> String {
+        format!("/dev/xen/blktap-2/tapdev{minor}")
+    }
+}
+
+impl ProcessTap {
+    /// Whether the process lives on with this call.
+    fn step(&self) -> bool {
+        self.host.process.node().step()
+    }
+
+    fn limits(&self, flags: u64) -> QueueLimits {
+        QueueLimits {
+            depth: if self.tap.kind() == TapKind::OpenXt { 16 } else { 128 },
+            logical_block_bytes: 512,
+            max_sectors: MAX_SECTORS,
+            max_discard_sectors: if flags & FLAG_TRIM != 0 { u32::MAX } else { 0 },
+            max_zeroes_sectors: 0,
+            write_cache: flags & FLAG_FLUSH != 0,
+            fua: false,
+        }
+    }
+
+    /// As the modules that say what they know check it.
+    fn create_as_dkms(&self, params: &mut DeviceParams) -> Result<(), Errno> {
+        let flags = params.flags.get() & (FLAG_READ_ONLY | FLAG_PHYSICAL_SIZE | FLAG_FLUSH | FLAG_TRIM);
+        params.flags = flags.into();
+        let logical = params.sector_bytes.get();
+        let fits = |bytes: u32, offset: u32| {
+            bytes >= logical && bytes.is_power_of_two() && offset < bytes && offset.is_multiple_of(logical)
+        };
+        let (physical, offset) = (params.physical_bytes_too.get(), params.physical_offset.get());
+        if (flags & FLAG_PHYSICAL_SIZE != 0 && !fits(physical, offset))
+            || (flags & FLAG_TRIM != 0 && !fits(params.trim_bytes.get(), params.trim_offset.get()))
+        {
+            return Err(Errno::EINVAL);
+        }
+        self.create_checked(logical, params.capacity.get(), flags)
+    }
+
+    /// As XenServer's module does: what it does not know it ignores.
+    fn create_as_xenserver(&self, params: &DeviceParams) -> Result<(), Errno> {
+        let physical = params.physical_bytes.get();
+        if !physical.is_power_of_two() || physical < 512 {
+            return Err(Errno::EINVAL);
+        }
+        self.create_checked(
+            params.sector_bytes.get(),
+            params.capacity.get(),
+            params.flags.get() & FLAG_READ_ONLY,
+        )
+    }
+
+    fn create_checked(&self, logical_bytes: u32, capacity: u64, flags: u64) -> Result<(), Errno> {
+        if !(512..=4096).contains(&logical_bytes) || !logical_bytes.is_power_of_two() || capacity == 0 {
+            return Err(Errno::EINVAL);
+        }
+        let sectors = capacity.checked_mul(u64::from(logical_bytes) / 512).ok_or(Errno::EINVAL)?;
+        self.tap.create(sectors, self.limits(flags), flags & FLAG_READ_ONLY != 0)
+    }
+}
+
+impl TapRing for ProcessTap {
+    type Page = Mapping;
+
+    fn page(&self) -> &Mapping {
+        &self.page
+    }
+
+    async fn create(&self, bytes: &mut [u8; TAP_PARAMS_BYTES]) -> Result<(), Errno> {
+        self.host.takes_a_step().await;
+        let mut params = DeviceParams::from_bytes(bytes);
+        match self.tap.kind() {
+            TapKind::Xen2009 => Err(Errno::ENOTTY),
+            TapKind::XenServer => self.create_as_xenserver(&params),
+            TapKind::Dkms | TapKind::OpenXt => {
+                let made = self.create_as_dkms(&mut params);
+                *bytes = params.to_bytes();
+                made
+            }
+        }
+    }
+
+    async fn create_old(&self, bytes: &[u8; TAP_OLD_PARAMS_BYTES]) -> Result<(), Errno> {
+        self.host.takes_a_step().await;
+        let params = OldDeviceParams::from_bytes(bytes);
+        let logical = u32::try_from(params.sector_bytes.get()).map_err(|_| Errno::EINVAL)?;
+        self.create_checked(logical, params.capacity.get(), 0)
+    }
+
+    async fn remove(&self) -> Result<(), Errno> {
+        self.host.takes_a_step().await;
+        self.tap.remove()
+    }
+
+    fn pull(&self) {
+        if self.step() {
+            self.tap.poll();
+        }
+    }
+
+    fn called(&self) -> impl Future<Output = Result<(), Errno>> {
+        // As an edge-triggered epoll has it: a call makes the kernel poll the ring, and only what that finds is told.
+        poll_fn(|cx| {
+            if self.tap.ring.borrow().is_none() {
+                return Poll::Ready(Err(Errno::ESHUTDOWN));
+            }
+            self.tap.caller.wait(cx.waker());
+            if self.tap.called.replace(false) && self.tap.poll() {
+                return Poll::Ready(Ok(()));
+            }
+            Poll::Pending
+        })
+    }
+
+    fn respond(&self) {
+        if self.step() {
+            self.tap.respond();
+        }
+    }
+
+    fn copy_in(&self, segments: &[TapSegment], private: &mut [u8]) {
+        self.host.process.kernel().count_copy();
+        self.tap.data(segments, false, |page, at| private[at..at + page.len()].copy_from_slice(page));
+    }
+
+    fn copy_out(&self, segments: &[TapSegment], private: &[u8]) {
+        self.host.process.kernel().count_copy();
+        if self.step() {
+            self.tap.data(segments, true, |page, at| page.copy_from_slice(&private[at..at + page.len()]));
+        }
+    }
+
+    async fn close(self) {
+        self.host.takes_a_step().await;
+        self.tap.close();
+        let tap = Rc::clone(&self.tap);
+        drop(self);
+        poll_fn(|cx| {
+            if !tap.is_taken() {
+                return Poll::Ready(());
+            }
+            tap.ended.wait(cx.waker());
+            Poll::Pending
+        })
+        .await;
+    }
+}
+
+impl Drop for ProcessTap {
+    fn drop(&mut self) {
+        let ours = self.tap.ring.borrow().as_ref().is_some_and(|ring| {
+            ring.node.is_alive() && ring.node.entity() == self.host.process.node().entity()
+        });
+        if ours {
+            self.tap.close();
+        }
+    }
+}
