@@ -2,6 +2,7 @@
 
 use crate::catalog::setup::Setup;
 use crate::check::Invariant;
+use crate::formats::RAW;
 use crate::limits::StackLimits;
 use crate::program::{Printed, named, option_of, tapdisk};
 use crate::world::World;
@@ -12,7 +13,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use tap_core::CacheMode;
 use tap_core::wait::Event;
-use tap_host::{NbdDevices, NbdIndex, select};
+use tap_host::{File, Files, NbdDevices, NbdIndex, OpenMode, select};
 use tap_nbd::ServerLimits;
 use tap_programs::Tuning;
 
@@ -20,6 +21,9 @@ use tap_programs::Tuning;
 const SERVER_BYTES: usize = 8 << 20;
 /// Until a process with the last operations of a killed one has ended, in nanoseconds.
 const RESTART_NS: u64 = 10_000;
+
+/// By how much a disk grows, in bytes.
+const GROWTH_BYTES: u64 = 64 << 10;
 
 /// What the devices of a world have in common.
 #[derive(Clone)]
@@ -110,6 +114,8 @@ pub(super) struct Served {
     opened: Event,
     /// It is no longer killed.
     spared: Cell<bool>,
+    /// The image was made larger.
+    grown: Cell<bool>,
     /// The device may go.
     leaves: Cell<bool>,
     /// Nothing is started any more.
@@ -129,6 +135,7 @@ impl Served {
             attached: Event::new(),
             opened: Event::new(),
             spared: Cell::new(false),
+            grown: Cell::new(false),
             leaves: Cell::new(false),
             off: Cell::new(false),
             gone: Event::new(),
@@ -218,7 +225,27 @@ impl Served {
         node.dead().await;
         world.count(|s| s.crashes += 1);
         world.sim.sleep_ns(RESTART_NS).await;
+        self.grow(world).await;
         self.start();
+    }
+
+    /// In some worlds an administrator makes a raw disk larger while nobody serves it, once.
+    async fn grow(&self, world: &World) {
+        let grows = self.setup.spec.format == RAW && world.setting("image-grows", &[false, true]);
+        if !grows || self.grown.replace(true) {
+            return;
+        }
+        let key = self.plan.boot.get() << 32 | u64::from(self.number);
+        let host = SimHost::start(&world.kernel, &world.xen, "administrator", key);
+        let grown = async {
+            let file = host.open(&self.setup.spec.path, OpenMode::WRITE).await?;
+            file.set_size(file.info().await?.size_bytes + GROWTH_BYTES).await?;
+            file.sync_data().await
+        };
+        if let Err(error) = grown.await {
+            world.fail(Invariant::L1, format!("an image cannot be made larger: {error:?}"));
+        }
+        host.process.node().kill();
     }
 
     /// It is killed no more. A restart under way goes on.
