@@ -14,7 +14,7 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::sync::{Arc, Mutex, PoisonError};
-use tap_conformance::{DEVICE_BYTES, Place, Test, files, life, locks, sockets, tasks, zeros};
+use tap_conformance::{DEVICE_BYTES, Place, Test, files, life, locks, sockets, tap, tasks, zeros};
 use tap_host::{Files, OpenMode};
 use tap_linux::{AioEngine, LinuxHost, Options, run};
 
@@ -73,7 +73,7 @@ fn documented() -> Result<(), Failed> {
     let text =
         std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/testing/conformance.md"))?;
     let lists = [files::on_files, files::on_disks, zeros::on_files, zeros::on_disks, locks::on_files];
-    let more = [life::on_files, life::on_disks, tasks::all, sockets::all];
+    let more = [life::on_files, life::on_disks, tasks::all, sockets::all, tap::all];
     let mut names: Vec<_> = lists
         .into_iter()
         .chain(more)

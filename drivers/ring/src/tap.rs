@@ -169,6 +169,7 @@ impl<H: TapHost> TapDisk<H> {
         // Each request has one buffer, and a request that has one never asks for another.
         let stage = config.memory.stage(cost_of(MAX_SEGMENTS * PAGE_BYTES)).map_err(TapError::Memory)?;
         let pool = BufPool::of_stage(config.limits.buffer_bytes, stage);
+        let alone = alone(&host, config.records).await;
         free_stale(&host, config.records).await;
         let minor = host.allocate_tap().await.map_err(|error| match error {
             Errno::ENOENT | Errno::ENODEV => TapError::NoModule(error),
@@ -179,6 +180,7 @@ impl<H: TapHost> TapDisk<H> {
             free(&host, minor).await;
         }
         let (record, ring) = opened?;
+        drop(alone);
         host.log(Event::RingConnected { dom: DomId(0), vbd: VbdId(minor) });
         let asked_to_close = Rc::<wait::Event>::default();
         let peer = Kernel::new(ring, Rc::clone(&asked_to_close));
@@ -246,7 +248,7 @@ impl<H: TapHost> TapDisk<H> {
         let mut bytes = params.to_bytes();
         let ring = &target.peer.ring;
         let made = match ring.create(&mut bytes).await {
-            Err(Errno::ENOTTY) => {
+            Err(Errno::ENOTTY | ENOIOCTLCMD) => {
                 self.host().mark(&TAP_OLD_CALL);
                 let params = OldDeviceParams::new(&self.config.name, info.size_sectors);
                 ring.create_old(&params.to_bytes()).await.map(|()| 0)
@@ -269,7 +271,8 @@ impl<H: TapHost> TapDisk<H> {
         select(select(stop, asked), gone.wait()).await;
         let (mut patience, mut told) = (Patience::of(u32::MAX), false);
         while !gone.is_set()
-            && self.ring.parts.target.peer.ring.remove().await == Err(Errno::EBUSY)
+            // Some modules remove it when the ring is closed.
+            && !matches!(self.ring.parts.target.peer.ring.remove().await, Ok(()) | Err(Errno::ENOTTY | ENOIOCTLCMD))
             && !self.host().bug(&TAP_CLOSED_IN_USE)
         {
             if !std::mem::replace(&mut told, true) {
@@ -288,10 +291,11 @@ impl<H: TapHost> TapDisk<H> {
         let host = target.host;
         let freed = host.bug(&TAP_FREED_FIRST) && host.free_tap(minor).await.is_err();
         target.peer.ring.close().await;
-        if !freed {
-            free(&host, minor).await;
+        let _alone = alone(&host, config.records).await;
+        // Otherwise the record tells the next process of it.
+        if freed || free(&host, minor).await {
+            host.remove_region(&record_of(config.records, minor));
         }
-        host.remove_region(&record_of(config.records, minor));
         drop(record);
         // Those that still had users when we began.
         free_stale(&host, config.records).await;
@@ -322,13 +326,46 @@ async fn open_ring<H: TapHost>(
     }
 }
 
-/// Frees a device that is closed. The kernel may take a moment to see that.
-async fn free<H: TapHost>(host: &H, minor: u32) {
+/// Frees a device that is closed, for which the kernel may take a moment. Whether it is not reserved any more.
+async fn free<H: TapHost>(host: &H, minor: u32) -> bool {
     let mut patience = Patience::of(FREE_TRIES);
-    while matches!(host.free_tap(minor).await, Err(Errno::EBUSY | Errno::EINTR | Errno::EAGAIN))
-        && patience.again(host).await
-    {}
+    loop {
+        let freed = host.free_tap(minor).await;
+        if is_free(freed) {
+            return true;
+        }
+        if !patience.again(host).await {
+            return false;
+        }
+    }
 }
+
+/// Whether a device is free after an attempt to free it.
+fn is_free(freed: Result<(), Errno>) -> bool {
+    matches!(freed, Ok(()) | Err(Errno::ENODEV | Errno::EINVAL | Errno::ENXIO))
+}
+
+/// How long to wait for another process that reserves or frees a device, in nanoseconds. It takes milliseconds; one
+/// that stands still must not stop all others.
+const ALONE_PATIENCE_NS: u64 = 2_000_000_000;
+
+/// Keeps other processes from reserving and freeing devices until this is dropped: the number of a device that is freed
+/// is at once that of another, before its record says so.
+async fn alone<H: TapHost>(host: &H, records: &str) -> Option<H::Region> {
+    let until_ns = host.now_ns().saturating_add(ALONE_PATIENCE_NS);
+    let mut patience = Patience::until();
+    loop {
+        match host.own_region(&format!("{records}.lock")) {
+            Ok(page) => return Some(page),
+            Err(Errno::EBUSY) if patience.again_before(host, until_ns).await => {}
+            // The record cannot be owned either, which says why.
+            Err(_) => return None,
+        }
+    }
+}
+
+/// What the modules of 2009 answer to a call that they do not know, and what their kernels pass on as it is.
+const ENOIOCTLCMD: Errno = Errno(515);
 
 /// How often a device that should be closed by now is tried to be freed.
 const FREE_TRIES: u32 = 12;
@@ -341,7 +378,7 @@ async fn free_stale<H: TapHost>(host: &H, records: &str) {
         let name = record_of(records, minor);
         // Its owner lives.
         let Ok(_ours) = host.own_region(&name) else { continue };
-        if host.bug(&TAP_STALE_STAYS) || host.free_tap(minor).await == Err(Errno::EBUSY) {
+        if host.bug(&TAP_STALE_STAYS) || !is_free(host.free_tap(minor).await) {
             continue;
         }
         host.mark(&TAP_STALE);

@@ -91,7 +91,7 @@ impl Bench {
 
     fn nothing_is_left(&self) {
         assert_eq!((self.module.minors(), self.module.open_rings()), (vec![], vec![]));
-        assert!(self.world.xen.regions().is_empty(), "{:?}", self.world.xen.regions());
+        assert_eq!(self.world.xen.regions(), ["tap.lock"]);
         assert_eq!(*self.trouble.borrow(), []);
     }
 }
@@ -210,9 +210,35 @@ fn what_a_dead_process_leaves_is_freed_once_it_is_unused() {
             b.settle().await;
             assert_eq!(
                 (b.module.minors(), b.world.xen.regions()),
-                (vec![0], vec!["tap-0".to_owned()]),
+                (vec![0], vec!["tap-0".to_owned(), "tap.lock".to_owned()]),
                 "{kind:?}"
             );
+        });
+    }
+}
+
+#[test]
+fn devices_of_several_processes_come_and_go_at_once() {
+    for kind in TapKind::ALL {
+        run(kind, 352, async move |b| {
+            // One ends while two begin.
+            b.serve();
+            b.settle().await;
+            b.stop.set();
+            b.world.sim.sleep_ns(10_000).await;
+            b.stop.clear();
+            b.serve();
+            b.serve();
+            b.settle().await;
+            assert_eq!(
+                b.news.borrow().iter().filter(|news| matches!(news, TapNews::Made(_))).count(),
+                3,
+                "{kind:?}"
+            );
+            assert_eq!((b.module.minors().len(), b.module.open_rings().len()), (2, 2), "{kind:?}");
+            b.stop.set();
+            b.settle().await;
+            b.nothing_is_left();
         });
     }
 }
@@ -248,7 +274,7 @@ fn what_cannot_be_served_changes_nothing() {
         let no_memory = TapConfig { memory: Budget::new(4096), ..config() };
         let error = TapDisk::open(host.clone(), no_memory, disk.node()).await.err();
         assert!(matches!(error, Some(TapError::Memory(_))), "{error:?}");
-        assert!(module.minors().is_empty() && w.xen.regions().is_empty());
+        assert!(module.minors().is_empty() && w.xen.regions() == ["tap.lock"], "{:?}", w.xen.regions());
     };
     world.sim.run(body).unwrap();
 }

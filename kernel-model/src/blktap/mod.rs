@@ -205,6 +205,8 @@ impl TapModule {
 
     /// Frees a minor.
     fn free(&self, minor: u32) -> Result<(), Errno> {
+        // To open the control node.
+        self.has_memory()?;
         let kind = self.0.kind;
         let Some(tap) = self.tap(minor) else {
             return Err(if kind == TapKind::Xen2009 { Errno::EINVAL } else { Errno::ENODEV });
@@ -351,6 +353,7 @@ impl Tap {
             return Err(Errno::ENOTTY);
         }
         let Some(disk) = self.disk.borrow().clone() else { return Ok(()) };
+        self.module().has_memory()?;
         let module = self.module().0;
         let nth = module.removals.replace(module.removals.get() + 1);
         let busy = module.sim.nth_fault(Entity::WORLD, &TAP_BUSY, nth, module.busy_ppm, |_| 1);

@@ -78,8 +78,38 @@ impl Shown {
         for folder in &folders {
             found.extend(entries(&folder.join("holders")).map(|held| name_of(&held)));
         }
+        found.extend(self.guests(&numbers));
+        found.extend(self.loops(&names));
         found.extend(self.processes(&numbers, own));
         found
+    }
+
+    /// The guests that xen-blkback serves one of the devices `numbers` to. It opens a device so that neither another
+    /// exclusive open nor `holders` shows it.
+    fn guests(&self, numbers: &BTreeSet<String>) -> Vec<String> {
+        let serves = |folder: &PathBuf| {
+            let text = read_to_string(folder.join("physical_device")).unwrap_or_default();
+            let number = text.trim_end().split_once(':').and_then(|(major, minor)| {
+                let hex = |digits| u32::from_str_radix(digits, 16).ok();
+                Some(format!("{}:{}", hex(major)?, hex(minor)?))
+            });
+            number.is_some_and(|number| numbers.contains(&number))
+        };
+        let mut found: Vec<PathBuf> =
+            entries(&self.root.join("sys/bus/xen-backend/devices")).filter(serves).collect();
+        found.sort_unstable();
+        found.iter().map(|folder| format!("xen-blkback ({})", name_of(folder))).collect()
+    }
+
+    /// The loop devices over one of the devices called `names`.
+    fn loops(&self, names: &BTreeSet<String>) -> Vec<String> {
+        let is_over = |folder: &PathBuf| {
+            let path = read_to_string(folder.join("loop/backing_file")).unwrap_or_default();
+            path.trim_end().strip_prefix("/dev/").is_some_and(|name| names.contains(name))
+        };
+        let mut found: Vec<PathBuf> = entries(&self.root.join("sys/block")).filter(is_over).collect();
+        found.sort_unstable();
+        found.iter().map(|folder| name_of(folder)).collect()
     }
 
     /// The processes that have one of the devices `numbers` open.
@@ -178,6 +208,23 @@ mod tests {
         fs::create_dir_all(root.path().join("sys/block/nbd1/nbd1p2/holders")).expect("folders");
         symlink("../dm-0", root.path().join("sys/block/nbd1/nbd1p2/holders/dm-0")).expect("a link");
         assert_eq!(shown.users(NbdIndex(1), 1), ["the mount at /mnt/a b", "swap", "dm-0"]);
+    }
+
+    #[test]
+    fn guests_of_xen_blkback_and_loop_devices_are_named() {
+        let root = tempfile::tempdir().expect("a folder");
+        let shown = Shown { root: root.path().to_owned() };
+        write(root.path(), "sys/block/nbd1/dev", "43:32\n");
+        write(root.path(), "sys/block/nbd1/nbd1p2/dev", "43:34\n");
+        let devices = "sys/bus/xen-backend/devices";
+        write(root.path(), &format!("{devices}/vbd-3-51712/physical_device"), "2b:20\n");
+        write(root.path(), &format!("{devices}/vbd-4-51712/physical_device"), "2b:21\n");
+        write(root.path(), &format!("{devices}/vbd-5-51728/physical_device"), "2b:22\n");
+        write(root.path(), &format!("{devices}/vif-5-0/state"), "4\n");
+        write(root.path(), "sys/block/loop0/loop/backing_file", "/dev/nbd1p2\n");
+        write(root.path(), "sys/block/loop1/loop/backing_file", "/dev/nbd12\n");
+        let users = ["xen-blkback (vbd-3-51712)", "xen-blkback (vbd-5-51728)", "loop0"];
+        assert_eq!(shown.users(NbdIndex(1), 1), users);
     }
 
     #[test]

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! The major numbers are the module's choice, and not every module or host makes the nodes: those that are missing are
-//! made here, and removed with the device.
+//! made here. They stay when the device is freed, since another process may have reserved its number by then.
 
 mod ioctl;
 mod ring;
@@ -54,9 +54,16 @@ fn make_node(path: &str, kind: FileType, major: u32, minor: u32) -> Result<(), E
             return Ok(());
         }
         // Of a module that was loaded before, with another major number.
-        unlinkat(CWD, path, rustix::fs::AtFlags::empty()).map_err(of_rustix)?;
+        match unlinkat(CWD, path, rustix::fs::AtFlags::empty()) {
+            Ok(()) | Err(rustix::io::Errno::NOENT) => {}
+            Err(error) => return Err(of_rustix(error)),
+        }
     }
-    mknodat(CWD, path, kind, Mode::RUSR | Mode::WUSR, device).map_err(of_rustix)
+    match mknodat(CWD, path, kind, Mode::RUSR | Mode::WUSR, device) {
+        // udev was faster.
+        Err(rustix::io::Errno::EXIST) if stat(path).is_ok_and(|found| found.st_rdev == device) => Ok(()),
+        made => made.map_err(of_rustix),
+    }
 }
 
 fn make_nodes(tap: &AllocatedTap) -> Result<(), Errno> {
@@ -90,12 +97,7 @@ fn allocate() -> Result<u32, Errno> {
 fn free(minor: u32) -> Result<(), Errno> {
     let control = control()?;
     // SAFETY: on the control node the module takes the number of a device.
-    unsafe { ioctl::on_number(&control, IOCTL_FREE_TAP, minor)? };
-    for path in [ring_path(minor), block_path(minor)] {
-        // They may be the host's, or not be there.
-        let _absent = unlinkat(CWD, path, rustix::fs::AtFlags::empty());
-    }
-    Ok(())
+    unsafe { ioctl::on_number(&control, IOCTL_FREE_TAP, minor) }
 }
 
 impl TapDevices for LinuxHost {

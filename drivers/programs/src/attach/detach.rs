@@ -78,7 +78,10 @@ impl DetachArgs {
         let claim = if force { None } else { Some(self.claim(host).await?) };
         let record = Other::of(host, &device.identifier);
         record.iter().for_each(Other::leaves);
-        host.detach(index).await.map_err(of_driver)?;
+        if let Err(error) = host.detach(index).await {
+            record.iter().for_each(Other::stays);
+            return Err(of_driver(error));
+        }
         drop(claim);
         let until_ns = host.now_ns().saturating_add(GONE_PATIENCE_NS);
         while is_there(host, index, &device.identifier).await.map_err(of_driver)? {

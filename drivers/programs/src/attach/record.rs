@@ -210,6 +210,11 @@ impl<H: SharedPages> Other<H> {
         self.page.store_u32(STATE_AT, LEAVING);
     }
 
+    /// It is not taken away after all.
+    pub(super) fn stays(&self) {
+        self.page.store_u32(STATE_AT, USED);
+    }
+
     /// The device is gone: removes the record, unless a process that serves the device will do that.
     pub(super) fn remove(self) {
         if let Ok(owned) = self.host.own_region(&self.name) {
