@@ -79,12 +79,20 @@ guest_tell() { echo "$2" > "$(guest_tty "$1")"; }
 # # guest_hash NAME DISK: prints the sha256 that its disk_hash printed last.
 guest_hash() { guest_log "$1" | sed -n "s/^@guest sha256 of $2: //p" | tail -n 1; }
 
-# # guest_requests NAME: prints how many requests its disk-load has done, by its last report.
-guest_requests() {
+# # load_requests: prints how many requests a disk-load has done, by the last report on standard input.
+load_requests() {
     local done
-    done=$(guest_log "$1" | sed -n 's/^@load goes on: requests \([0-9]*\),.*/\1/p' | tail -n 1)
+    done=$(sed -n 's/^@load goes on: requests \([0-9]*\),.*/\1/p' | tail -n 1)
     echo "${done:-0}"
 }
+
+# # done_requests: prints those of a disk-load in dom0, whose output is in load.log.
+done_requests() { load_requests < load.log; }
+
+has_done_more_than() { [ "$(done_requests)" -gt "$1" ]; }
+
+# # guest_requests NAME: prints those of the guest's disk-load.
+guest_requests() { guest_log "$1" | load_requests; }
 
 guest_has_done_more() { [ "$(guest_requests "$1")" -gt "$2" ]; }
 

@@ -1,12 +1,6 @@
 # tapdisk attach ended twenty times by SIGKILL, once by SIGTERM, and started again: the load on its device only waits
 . /xen-host/lib.sh
 
-done_requests() {
-    local done
-    done=$(sed -n 's/^@load goes on: requests \([0-9]*\),.*/\1/p' load.log | tail -n 1)
-    echo "${done:-0}"
-}
-has_done_more_than() { [ "$(done_requests)" -gt "$1" ]; }
 clean_up() {
     local status=$?
     set +e

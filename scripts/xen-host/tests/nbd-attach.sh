@@ -22,12 +22,6 @@ detach() {
     [ ! -e "/sys/block/${DEVICE#/dev/}/pid" ] || fail "$DEVICE is still there"
     [ -z "$(ls /run/tapdisk | grep '^nbd-')" ] || fail "a record is left: $(ls /run/tapdisk)"
 }
-done_requests() {
-    local done
-    done=$(sed -n 's/^@load goes on: requests \([0-9]*\),.*/\1/p' load.log | tail -n 1)
-    echo "${done:-0}"
-}
-has_done_more_than() { [ "$(done_requests)" -gt "$1" ]; }
 # # After a failure: leaves nothing for later tests. What no longer exists cannot be undone.
 clean_up() {
     local status=$?
