@@ -1,7 +1,7 @@
 //! An NBD client that uses the whole protocol: every command, every flag that it permits, every place and size, and
 //! what a server must refuse. It parses replies without the stack's code, and checks them.
 
-use super::{RawNbd, options};
+use super::{Gate, RawNbd, options};
 use crate::check::{BlockHistory, Invariant};
 use crate::world::World;
 use kernel_model::ProcessStream;
@@ -128,7 +128,7 @@ struct Inner<S> {
     next: Cell<u64>,
     turn: Semaphore,
     /// Requests that are not sent yet.
-    unsent: Cell<u32>,
+    unsent: Gate,
     /// It sends nothing more, but has a right to its replies.
     finished: Cell<bool>,
 }
@@ -241,7 +241,7 @@ impl<S: Stream> Speaker<S> {
             waiting: RefCell::default(),
             next: Cell::new(1),
             turn: Semaphore::new(1),
-            unsent: Cell::new(0),
+            unsent: Gate::default(),
             finished: Cell::new(false),
         };
         Some(Self(Rc::new(inner)))
@@ -328,11 +328,11 @@ impl<S: Stream> Speaker<S> {
         } else {
             [RequestHeader::new(command, flags, cookie, offset, len).as_bytes(), data].concat()
         };
-        self.0.unsent.set(self.0.unsent.get() + 1);
+        self.0.unsent.enter();
         let turn = self.0.turn.acquire().await;
         let sent = self.0.raw.send(&message).await;
         drop(turn);
-        self.0.unsent.set(self.0.unsent.get() - 1);
+        self.0.unsent.leave();
         if sent.is_err() {
             self.0.waiting.borrow_mut().remove(&cookie);
         }
@@ -535,9 +535,9 @@ impl<S: Stream> Speaker<S> {
         self.0.raw.close();
     }
 
-    /// Whether requests are not sent yet.
-    pub fn is_sending(&self) -> bool {
-        self.0.unsent.get() > 0
+    /// Completes when every request that was begun has been sent. Only one task at a time may wait.
+    pub async fn all_sent(&self) {
+        self.0.unsent.below(1).await;
     }
 }
 

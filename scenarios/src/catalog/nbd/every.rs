@@ -13,7 +13,7 @@ use crate::world::{World, setting};
 use kernel_model::faults::FaultPlan;
 use kernel_model::{ProcessStream, SimHost, StorageConfig};
 use sim::{Entity, Label, Sim};
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::rc::Rc;
 use tap_core::CacheMode;
 use tap_core::wait::Event;
@@ -135,23 +135,26 @@ async fn speak(
     all: &[Option<Step>],
     depth: usize,
 ) {
-    let (gate, begun) = (Gate::default(), Rc::<Cell<usize>>::default());
+    let (gate, unbegun) = (Gate::default(), Gate::default());
     for (i, step) in all.iter().enumerate() {
         let Some(step) = *step else { continue };
         gate.below(depth.max(1)).await;
         gate.enter();
         let at = i % speakers.len();
         let (speaker, history, gate) = (speakers[at].clone(), Rc::clone(&disks[at].history), gate.clone());
-        let begun = Rc::clone(&begun);
+        let unbegun = unbegun.clone();
+        unbegun.enter();
         host.process.node().spawn("step", i as u64, async move {
-            begun.set(begun.get() + 1);
+            unbegun.leave();
             speaker.step(step, &history).await;
             gate.leave();
         });
     }
     if world.setting("nbd-half-close", &[false, true]) {
-        while begun.get() < all.iter().flatten().count() || speakers.iter().any(Speaker::is_sending) {
-            world.sim.sleep_ns(1000).await;
+        // Waited for, not polled: the disk may hang for ten seconds as often as it likes.
+        unbegun.below(1).await;
+        for speaker in speakers {
+            speaker.all_sent().await;
         }
         speakers.iter().for_each(Speaker::finish);
     }
