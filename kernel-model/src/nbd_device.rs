@@ -31,7 +31,7 @@ use sim::{FaultKind, Label};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::future::{pending, poll_fn};
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::task::{Poll, Waker};
 use tap_abi::nbd::export;
 use tap_host::{
@@ -77,6 +77,11 @@ impl NbdDriver {
 
     pub(crate) fn on_complaint(&self, complain: NbdComplaint) {
         *self.complain.borrow_mut() = Some(complain);
+    }
+
+    /// From now on nobody is told what servers do wrong.
+    pub(crate) fn forget_listener(&self) {
+        self.complain.take();
     }
 
     /// The kernel ends: no device and no request is left.
@@ -223,7 +228,7 @@ impl Device {
             complain,
             zeroes,
         });
-        device.disk.set_driver(Rc::new(Queue(Rc::clone(&device))));
+        device.disk.set_driver(Rc::new(Queue(Rc::downgrade(&device))));
         let own = Rc::clone(&device);
         device.kernel.node().spawn("nbd-send", u64::from(index), async move { own.send_all().await });
         device
@@ -360,22 +365,22 @@ impl Device {
 }
 
 /// The driver's side of the block layer.
-struct Queue(Rc<Device>);
+struct Queue(Weak<Device>);
 
 impl BlockDriver for Queue {
     fn queue(&self, request: Rc<BlockRequest>) {
-        let device = &self.0;
-        if device.config.borrow().is_none() {
+        let device = self.0.upgrade().filter(|device| device.config.borrow().is_some());
+        let Some(device) = device else {
             request.end(Err(Errno::EIO));
             return;
-        }
+        };
         let tag = device.tags.replace(device.tags.get().wrapping_add(1));
         device.waiting.borrow_mut().push_back(Command { request, tag, cookie: 0, stream: 0 });
         device.sender.wake();
     }
 
     fn released(&self) {
-        self.0.forget();
+        self.0.upgrade().iter().for_each(|device| device.forget());
     }
 }
 

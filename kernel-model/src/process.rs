@@ -50,6 +50,14 @@ struct KernelInner {
 type Listener = Rc<dyn Fn(&Node, Event)>;
 
 impl Kernel {
+    /// The machine is off for good: the kernel forgets its devices and whom it tells about them, which refer to it.
+    pub fn halt(&self) {
+        self.0.nbd.power_cut();
+        self.0.tap.take();
+        self.0.listeners.take();
+        self.0.nbd.forget_listener();
+    }
+
     /// Whether a process died with the answer to whether its file system gave up writes: the answer is then lost.
     pub fn answers_lost(&self) -> bool {
         self.0.answers_lost.get()

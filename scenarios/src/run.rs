@@ -9,7 +9,7 @@ use crate::report::recorder::{images_of, record_rings};
 use crate::spec::{Outcome, RunSpec};
 use crate::world::World;
 use crate::{catalog, front, interrupt, panics, stall, workload, world};
-use sim::{Config, DecisionMap, Limits, Scheduling, Sim, Source, TraceLevel, register_labels};
+use sim::{Config, DecisionMap, Limits, Scheduling, Sim, Source, TraceLevel, Witness, register_labels};
 use std::sync::Once;
 
 /// Turns and virtual time after which a run counts as stuck, far above what any scenario needs.
@@ -98,13 +98,28 @@ pub fn run(spec: &RunSpec) -> Outcome {
     };
     // After a panic the world is in no state that its destructors expect.
     panics::dropping_engine();
-    if let Err(place) = panics::inside(move || drop((world, sim)))
-        && outcome.failure.is_none()
+    let witness = sim.witness();
+    let dropped = panics::inside(move || {
+        world.kernel.halt();
+        drop((world, sim));
+    });
+    if outcome.failure.is_none()
+        && let Some((invariant, detail)) = left_over(dropped, &witness)
     {
-        let detail = format!("while the world was dropped: {place}");
-        outcome.failure = Some(Failure { detail, at_ns: outcome.virtual_ns, ..Failure::of(Invariant::A1) });
+        outcome.failure = Some(Failure { detail, at_ns: outcome.virtual_ns, ..Failure::of(invariant) });
     }
     outcome
+}
+
+/// What is wrong with a world that has been dropped.
+fn left_over(dropped: Result<(), String>, witness: &Witness) -> Option<(Invariant, String)> {
+    match dropped {
+        Err(place) => Some((Invariant::A1, format!("while the world was dropped: {place}"))),
+        Ok(()) if !witness.is_gone() && !is_broken(Oracle::Deaf(Invariant::M7)) => {
+            Some((Invariant::M7, "the engine of the run was not freed with its world".into()))
+        }
+        Ok(()) => None,
+    }
 }
 
 /// Runs `spec` once on a thread that can be given up, guarded if asked for; whatever happens to it, it has an outcome.

@@ -13,7 +13,7 @@ use crate::trace::{Span, SpanId, Trace, TraceEvent, TraceLevel, TraceReport};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::task::{Context, Poll};
 
 /// How far the turn of a woken task is delayed.
@@ -53,7 +53,23 @@ pub(crate) struct Core {
 #[derive(Clone)]
 pub struct Sim(pub(crate) Rc<Core>);
 
+/// Tells whether an engine still exists, without keeping it.
+pub struct Witness(Weak<Core>);
+
+impl Witness {
+    /// Whether the engine was freed. After a run and the drop of every handle that its owner holds, an engine that is
+    /// not freed is kept by a circle of references, and with it all that belongs to the circle.
+    pub fn is_gone(&self) -> bool {
+        self.0.strong_count() == 0
+    }
+}
+
 impl Sim {
+    /// A witness of this engine.
+    pub fn witness(&self) -> Witness {
+        Witness(Rc::downgrade(&self.0))
+    }
+
     /// An engine with no tasks at time 0.
     pub fn new(config: &Config) -> Self {
         let world = Rc::new(NodeInner::new(0, "world".into(), Entity::WORLD));

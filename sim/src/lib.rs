@@ -36,7 +36,7 @@ mod trace;
 
 pub use config::{Config, Limits, Scheduling, Stall, StallKind, WaitingTask};
 pub use decide::{Decision, DecisionMap, Draw, Key, Label, Script, Source, label_by_name, register_labels};
-pub use exec::{Sim, WAKE};
+pub use exec::{Sim, WAKE, Witness};
 pub use fault::{FaultKind, Swarm};
 pub use file::{RunFile, RunFileError};
 pub use mix::{Entity, FixedMap, mix, mix2, text_hash};

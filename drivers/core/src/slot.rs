@@ -38,6 +38,7 @@ use tap_host::{Errno, Event, Log, Probe, SectorRange, Tasks, VbdId};
 tap_host::listed! {
     pub(super) BUGS: Bug;
     GIVEN_UP_FORGOTTEN = "given-up-forgotten", "a request that is dropped half way is no longer waited for";
+    SLOT_KEPT = "slot-keeps-itself", "a disk keeps itself alive through what it calls at a change of its state";
     LOOKS_UNCOUNTED = "looks-uncounted", "a query for extents does not count as a request in flight";
     PAUSE_UNWATCHED = "pause-unwatched", "a disk counts as paused while requests are in flight";
     EXCHANGE_UNFLUSHED = "exchange-unflushed",
@@ -133,7 +134,7 @@ impl<H: Log + Tasks + Probe> Slot<H> {
         let idle = Flag::new();
         idle.set();
         host.log(Event::VbdState { vbd: id, state: Stage::Running.text() });
-        Self(Rc::new(Inner {
+        let slot = Self(Rc::new(Inner {
             host,
             id,
             lower: RefCell::new(lower),
@@ -147,7 +148,12 @@ impl<H: Log + Tasks + Probe> Slot<H> {
             held: RefCell::default(),
             turn: Semaphore::new(1),
             close_result: Cell::new(None),
-        }))
+        }));
+        if slot.0.host.bug(&SLOT_KEPT) {
+            let own = Rc::clone(&slot.0);
+            slot.on_change(move || drop(Rc::clone(&own)));
+        }
+        slot
     }
 
     /// Stops admission, then waits until nothing is in flight and no exchange runs. Dropping the future does not resume

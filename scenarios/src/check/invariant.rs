@@ -77,6 +77,8 @@ pub enum Invariant {
     M5,
     /// File operations of a read.
     M6,
+    /// No circle of references.
+    M7,
     /// Promised space is available.
     S1,
     /// Released space is free.
@@ -89,7 +91,7 @@ pub enum Invariant {
 
 impl Invariant {
     /// All of them.
-    pub const ALL: [Invariant; 41] = [
+    pub const ALL: [Invariant; 42] = [
         Self::G1,
         Self::G7,
         Self::G9,
@@ -127,6 +129,7 @@ impl Invariant {
         Self::M4,
         Self::M5,
         Self::M6,
+        Self::M7,
         Self::S1,
         Self::S2,
         Self::T1,
@@ -181,6 +184,7 @@ impl Invariant {
             }
             Self::M5 => "a small request does not wait for unrelated large ones",
             Self::M6 => "contiguous clusters are read in one operation, and a cached table is not read again",
+            Self::M7 => "what a run allocated is freed with its world: no circle of references keeps it",
             Self::S1 => {
                 "a write needs no space where data, or zeros that keep their space, were written before"
             }

@@ -254,14 +254,13 @@ impl Hostile {
     fn watch_loads(&self, ring: &Rc<GuestRing>) {
         let (world, loads) = (self.world.clone(), RefCell::new([0_u32; 32]));
         let last_id = RefCell::new([(0_u64, 0_u32); 32]);
-        let (page, lives) = (ring.page().clone(), Rc::clone(&self.lives));
+        // The page must not keep itself.
+        let (own, lives) = (Rc::downgrade(ring), Rc::clone(&self.lives));
         ring.page().on_foreign_load(Some(Rc::new(move |offset, len| {
-            if offset < HEADER || len > ENTRY_BYTES {
-                return;
-            }
+            let Some(ring) = own.upgrade().filter(|_| offset >= HEADER && len <= ENTRY_BYTES) else { return };
             let slot = (offset - HEADER) / ENTRY_BYTES % 32;
             let mut id = [0; 8];
-            page.read(HEADER + slot * ENTRY_BYTES + 8, &mut id);
+            ring.page().read(HEADER + slot * ENTRY_BYTES + 8, &mut id);
             let id = (u64::from_le_bytes(id), lives.get());
             let (mut loads, mut last) = (loads.borrow_mut(), last_id.borrow_mut());
             if last[slot] != id {
@@ -329,10 +328,11 @@ impl Hostile {
             return;
         }
         let (mut entry, _) = self.entry(3, 0, 0, 0);
-        let (page, left, next_id) = (ring.page().clone(), Cell::new(count), self.next_id.get());
+        let (own, left, next_id) = (Rc::downgrade(ring), Cell::new(count), self.next_id.get());
         let post = move || {
-            let Some(rest) = left.get().checked_sub(1) else { return };
+            let (Some(ring), Some(rest)) = (own.upgrade(), left.get().checked_sub(1)) else { return };
             left.set(rest);
+            let page = ring.page();
             let produced = page.load_u32(REQ_PROD);
             entry[8..16].copy_from_slice(&(next_id + rest).to_le_bytes());
             page.write(HEADER + produced as usize % 32 * ENTRY_BYTES, &entry);
