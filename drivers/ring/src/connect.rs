@@ -136,13 +136,15 @@ fn open_record<H: Time + Probe, P: SharedPage, R: SharedPage>(
     }
     fresh(page)?;
     // Any number that an earlier ring is unlikely to have had.
-    let epoch = (host.now_ns() >> 10) as u32 ^ epoch.wrapping_add(1) | 1;
+    let epoch = (host.now_ns() >> 10) as u32 | 1;
     record.reset(identity(epoch));
     page.store_u32(EPOCH_AT, epoch);
     Ok(None)
 }
 
-/// A ring on which nothing was ever answered.
+/// A ring that nobody has served: none of its requests was answered, and it has no epoch. A process that served it
+/// before may have written responses over requests, and have died before it published the first of them.
 fn fresh<P: SharedPage>(page: &P) -> Result<(), ConnectError> {
-    if page.load_u32(ring::RSP_PROD) == 0 { Ok(()) } else { Err(ConnectError::InUse) }
+    let is_fresh = page.load_u32(ring::RSP_PROD) == 0 && page.load_u32(EPOCH_AT) == 0;
+    if is_fresh { Ok(()) } else { Err(ConnectError::InUse) }
 }

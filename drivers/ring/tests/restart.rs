@@ -215,3 +215,37 @@ fn a_used_ring_without_its_record_is_refused() {
         assert_eq!(refused, Some(ConnectError::InUse));
     });
 }
+
+#[test]
+fn a_ring_that_was_served_and_has_lost_its_record_is_refused() {
+    // At whichever effect its process dies: answers may be in the slots of requests before the first is published.
+    for effects in 0..120 {
+        one_ring(async move |world, front, disk| {
+            let host = world.process("tapdisk", 0);
+            let node = host.process.node().clone();
+            node.kill_after_steps(effects);
+            let ring = BlkifRing::connect(host.clone(), ring_config(&front, Some("record")), disk.node());
+            if let Ok(ring) = ring {
+                node.spawn("ring", 0, async move {
+                    ring.run().await;
+                });
+            }
+            let requests = workload(world.sim.clone(), Rc::clone(&front), 8, 8, 1);
+            world.sim.spawn("guest", 0, async move { drop(requests.await) });
+            world.sim.sleep_ns(20_000_000).await;
+            node.kill();
+            node.dead().await;
+            // It marks a ring before it takes a request.
+            let was_served = front.ring.page().load_u32(60) != 0;
+            let log = disk.log().len();
+            assert!(was_served || log == 0, "{effects}");
+            for record in [None, Some("record")] {
+                world.xen.clear_regions();
+                let host = world.process("tapdisk", 1 + u64::from(record.is_some()));
+                let ring = BlkifRing::connect(host, ring_config(&front, record), disk.node());
+                let expected = was_served.then_some(ConnectError::InUse);
+                assert_eq!(ring.err(), expected, "after {effects} effects");
+            }
+        });
+    }
+}
