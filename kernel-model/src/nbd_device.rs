@@ -141,6 +141,13 @@ impl Kernel {
         self.nbd().refuse(error);
     }
 
+    /// The kernel ends the stream of a device.
+    pub fn cut_nbd(&self, index: NbdIndex) {
+        let device = self.nbd().device(self, index.0);
+        let number = device.config.borrow().as_ref().map(|config| config.line.number);
+        number.into_iter().for_each(|number| device.end_stream(number));
+    }
+
     /// The machine's power fails: no block device is left. Its processes and files are the caller's.
     pub fn power_cut_nbd(&self) {
         self.nbd().power_cut();

@@ -33,6 +33,8 @@ pub(super) enum Ended {
     Gone,
     /// It is there and has requests, for another process.
     Left,
+    /// The same, because it cannot be had again.
+    Lost(Errno),
 }
 
 /// A device and its server.
@@ -82,7 +84,7 @@ impl<H: AttachHost> Device<H> {
                 Ok(stream) => next = stream,
                 // The kernel does not know it any more.
                 Err(Errno::EINVAL) => return Ended::Gone,
-                Err(_) => return Ended::Left,
+                Err(error) => return Ended::Lost(error),
             }
         }
         Ended::Left

@@ -241,10 +241,14 @@ impl AttachArgs {
             console.out(&format!("{name}: {}", stats_summary(&stats)));
         }
         console.out(&memory_summary(memory));
-        let how = match ended {
-            Ended::Gone => "detached".to_owned(),
-            Ended::Left => format!("left as it is, for the next tapdisk within {} seconds", self.keep),
-        };
+        let left = format!("left as it is, for the next tapdisk within {} seconds", self.keep);
+        if let Ended::Lost(error) = ended {
+            return Err(Failure::new(
+                format!("serve {name} again after its stream broke: {error}; it is {left}"),
+                error,
+            ));
+        }
+        let how = if ended == Ended::Gone { "detached" } else { &left };
         console.out(&format!("{name}: {how}"));
         Ok(device.into_record().filter(|_| ended == Ended::Gone))
     }

@@ -157,3 +157,32 @@ fn what_cannot_be_attached_changes_nothing() {
         assert_eq!(kernel.storage().bytes("/a").unwrap(), [1; 1 << 20]);
     });
 }
+
+#[test]
+fn a_stream_that_cannot_be_had_again_is_tried_for_and_then_reported() {
+    world(|sim, kernel, xen| async move {
+        kernel.storage().put_bytes("/a", &[1; 1 << 20]);
+        let daemon = Daemon::start(&kernel, &xen, 1, "attach raw:/a");
+        sim.sleep_ns(SECOND_NS).await;
+        let mount = kernel.nbd_disk(NbdIndex(0)).open("mount", true, true).unwrap();
+        for error in [Errno::EMFILE, Errno::ENOMEM] {
+            // What passes in time is not noticed.
+            kernel.refuse_nbd(Some(error));
+            kernel.cut_nbd(NbdIndex(0));
+            sim.sleep_ns(SECOND_NS).await;
+            kernel.refuse_nbd(None);
+            assert_eq!((read(&mount, 0).await, *daemon.status.borrow()), (Ok(1), None), "{error}");
+        }
+        kernel.refuse_nbd(Some(Errno::EMFILE));
+        kernel.cut_nbd(NbdIndex(0));
+        sim.sleep_ns(10 * SECOND_NS).await;
+        assert_eq!(*daemon.status.borrow(), Some(24));
+        let said = daemon.said();
+        let why = "failed to serve /dev/nbd0 again after its stream broke: too many open files (EMFILE); it is left";
+        assert!(said.contains(why), "{said}");
+        kernel.refuse_nbd(None);
+        let waiting = read(&mount, 0);
+        let _next = Daemon::start(&kernel, &xen, 2, "attach raw:/a");
+        assert_eq!(waiting.await, Ok(1), "for the next tapdisk");
+    });
+}
