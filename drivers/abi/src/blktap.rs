@@ -59,8 +59,6 @@ pub const IOCTL_ALLOC_TAP: u32 = 200;
 pub const IOCTL_FREE_TAP: u32 = 201;
 /// Look at the responses, on the ring; no argument.
 pub const IOCTL_RESPOND: u32 = 1;
-/// Make the block device, on the ring: an [`OldDeviceParams`].
-pub const IOCTL_CREATE_DEVICE_OLD: u32 = 202;
 /// Remove the block device, on the ring; no argument.
 pub const IOCTL_REMOVE_DEVICE: u32 = 207;
 /// Make the block device, on the ring: a [`DeviceParams`].
@@ -74,6 +72,8 @@ pub const FLAG_PHYSICAL_SIZE: u64 = 2;
 pub const FLAG_FLUSH: u64 = 4;
 /// Trims are carried out.
 pub const FLAG_TRIM: u64 = 8;
+/// Trimmed sectors read as zeros: known to blktap-dkms and its forerunners, and to no other module.
+pub const FLAG_TRIM_ZEROES: u64 = 16;
 /// A flag that no module knows: one that says which flags it knows clears it.
 pub const FLAG_UNKNOWN: u64 = 1 << 31;
 
@@ -121,18 +121,6 @@ pub struct DeviceParams {
     pub reserved: [U64; 2],
 }
 
-/// The argument of [`IOCTL_CREATE_DEVICE_OLD`].
-#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
-#[repr(C)]
-pub struct OldDeviceParams {
-    /// A name for people, zero-terminated.
-    pub name: [u8; 256],
-    /// Size in logical blocks.
-    pub capacity: U64,
-    /// Bytes of a logical block.
-    pub sector_bytes: U64,
-}
-
 /// A trim as it lies in memory.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -154,8 +142,6 @@ const _: () = {
     assert!(offset_of!(DeviceParams, flags) == 16);
     assert!(offset_of!(DeviceParams, physical_bytes_too) == 24);
     assert!(offset_of!(DeviceParams, trim_bytes) == 32);
-    assert!(size_of::<OldDeviceParams>() == 272);
-    assert!(offset_of!(OldDeviceParams, capacity) == 256);
     assert!(size_of::<RawTrim>() == ENTRY_BYTES && size_of::<RawRequest>() == ENTRY_BYTES);
     assert!(offset_of!(RawTrim, id) == 8 && offset_of!(RawTrim, count) == 24);
     assert!(MAPPED_PAGES == 353 && LAYOUT.entries == SLOTS as u32);
@@ -179,6 +165,17 @@ impl DeviceParams {
         }
     }
 
+    /// A question: no module makes a device without a size, but one that says which flags it knows has said so by then.
+    pub fn question() -> Self {
+        Self { flags: U64::new(FLAG_TRIM_ZEROES | FLAG_UNKNOWN), ..Self::new(0, 512, false) }
+    }
+
+    /// Whether the module takes the pages of an answered request out of the process's memory, from what is here after a
+    /// [question](DeviceParams::question). Each that does so knows [`FLAG_TRIM_ZEROES`].
+    pub fn says_it_unmaps(&self) -> bool {
+        self.known_flags() & FLAG_TRIM_ZEROES != 0
+    }
+
     /// The structure from its bytes.
     pub fn from_bytes(bytes: &[u8; size_of::<Self>()]) -> Self {
         zerocopy::transmute!(*bytes)
@@ -194,28 +191,6 @@ impl DeviceParams {
     pub fn known_flags(&self) -> u64 {
         let flags = self.flags.get();
         if flags & FLAG_UNKNOWN == 0 { flags } else { 0 }
-    }
-}
-
-impl OldDeviceParams {
-    /// The structure from its bytes.
-    pub fn from_bytes(bytes: &[u8; size_of::<Self>()]) -> Self {
-        zerocopy::transmute!(*bytes)
-    }
-
-    /// Its bytes.
-    pub fn to_bytes(self) -> [u8; size_of::<Self>()] {
-        zerocopy::transmute!(self)
-    }
-
-    /// A device called `name`, which is cut at 255 bytes, of `size_sectors` sectors of 512 bytes.
-    pub fn new(name: &str, size_sectors: u64) -> Self {
-        let mut params = Self::new_zeroed();
-        let len = name.len().min(255);
-        params.name[..len].copy_from_slice(&name.as_bytes()[..len]);
-        params.capacity = size_sectors.into();
-        params.sector_bytes = U64::new(512);
-        params
     }
 }
 

@@ -30,11 +30,14 @@ fn the_parameters_of_a_device_suit_both_layouts() {
 }
 
 #[test]
-fn the_old_parameters_have_a_name() {
-    let params = OldDeviceParams::new("xvd", 2_097_152);
-    assert_eq!(params.as_bytes(), bytes::<272>(&[(0, b"xvd"), (258, &[0x20]), (265, &[2])]));
-    let long = OldDeviceParams::new(&"n".repeat(300), 1);
-    assert_eq!((long.name[254], long.name[255]), (b'n', 0));
+fn a_question_makes_no_device_and_its_answer_tells_the_module() {
+    let question = DeviceParams::question();
+    let expected: [u8; 56] = bytes(&[(9, &[2]), (13, &[2]), (16, &[16, 0, 0, 0x80]), (25, &[2]), (33, &[2])]);
+    assert_eq!(question.as_bytes(), expected, "without a size");
+    let answered = |known: u64| DeviceParams { flags: (question.flags.get() & known).into(), ..question };
+    assert!(answered(0x1f).says_it_unmaps(), "blktap-dkms");
+    assert!(!answered(0x0f).says_it_unmaps(), "OpenXT");
+    assert!(!question.says_it_unmaps(), "XenServer, which writes nothing back");
 }
 
 #[test]

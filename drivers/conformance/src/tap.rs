@@ -2,8 +2,8 @@
 //!
 //! There must be no other device while a body runs.
 
-use crate::{OrFail, Outcome, Place, Test, holds, tests};
-use tap_host::{Errno, SharedPage, TAP_OLD_PARAMS_BYTES, TAP_PARAMS_BYTES, TapDevices, TapRing, Time};
+use crate::{OrFail, Outcome, Place, Test, holds, same, tests};
+use tap_host::{Errno, SharedPage, TAP_PARAMS_BYTES, TapDevices, TapRing, Time};
 
 /// What bodies about blktap2 need from a host.
 pub trait TapHost: TapDevices + Time {}
@@ -17,13 +17,13 @@ pub fn all<H: TapHost>() -> Vec<Test<Place<H>>> {
     tests![
         a_device_is_reserved_and_freed,
         two_devices_have_two_numbers,
+        a_device_has_its_name_until_it_is_freed,
         a_device_that_is_not_reserved_is_neither_opened_nor_freed,
         a_ring_is_open_once,
         a_ring_begins_empty,
         a_dropped_ring_is_closed,
         a_block_device_is_made_once,
         a_block_device_without_a_size_is_refused,
-        an_old_call_makes_a_block_device,
         a_closed_ring_takes_its_block_device_along,
     ]
 }
@@ -65,24 +65,16 @@ fn params(sectors: u64) -> [u8; TAP_PARAMS_BYTES] {
     structure(&[(0, sectors), (8, 512 << 32 | 512), (16, 2), (24, 512)])
 }
 
-fn old_params(sectors: u64) -> [u8; TAP_OLD_PARAMS_BYTES] {
-    structure(&[(256, sectors), (264, 512)])
-}
-
-/// Makes the block device, whichever call the module knows.
+/// Makes the block device.
 async fn make(ring: &impl TapRing, sectors: u64) -> Result<(), Errno> {
-    match ring.create(&mut params(sectors)).await {
-        Err(Errno::ENOTTY) => ring.create_old(&old_params(sectors)).await,
-        made => made,
-    }
+    ring.create(&mut params(sectors)).await
 }
 
-/// Removes the block device, which others may look at for a moment; some modules do so at the close only.
+/// Removes the block device, which others may look at for a moment.
 async fn remove<H: TapHost>(host: &H, ring: &H::Ring) -> Outcome {
     for _ in 0..5000 {
         match ring.remove().await {
             Err(Errno::EBUSY) => host.sleep_ns(1_000_000).await,
-            Err(Errno::ENOTTY) => return Ok(()),
             removed => return removed.or_fail("remove a block device"),
         }
     }
@@ -105,6 +97,39 @@ async fn two_devices_have_two_numbers<H: TapHost>(place: Place<H>) -> Outcome {
     holds("both have one path", host.tap_path(one) != host.tap_path(other))?;
     free(host, one).await?;
     free(host, other).await
+}
+
+async fn a_device_has_its_name_until_it_is_freed<H: TapHost>(place: Place<H>) -> Outcome {
+    let host = &place.host;
+    let minor = reserve(host).await?;
+    let name_of = async || {
+        let names = host.tap_names().await.or_fail("look for names")?;
+        Ok::<_, String>(names.into_iter().find(|(number, _)| *number == minor).map(|(_, name)| name))
+    };
+    same("the name of a device that has none", name_of().await?, Some(minor.to_string()))?;
+    let token = "n".repeat(40);
+    host.name_tap(minor, &token).await.or_fail("name a device")?;
+    same("the name of a device", name_of().await?, Some(token.clone()))?;
+    let ring = open(host, minor).await?;
+    make(&ring, SECTORS).await.or_fail("make a block device")?;
+    same("the name of a device in use", name_of().await?, Some(token))?;
+    remove(host, &ring).await?;
+    ring.close().await;
+    free(host, minor).await?;
+    // Some modules free it a moment later.
+    for _ in 0..1000 {
+        if name_of().await?.is_none() {
+            break;
+        }
+        host.sleep_ns(1_000_000).await;
+    }
+    same("the name of a device that was freed", name_of().await?, None)?;
+    let absent = host.name_tap(minor, "name").await.err();
+    holds(&format!("naming a device that is not reserved: {absent:?}"), absent.is_some_and(is_absent))?;
+    let again = reserve(host).await?;
+    same("the same number", again, minor)?;
+    same("the name of the next device", name_of().await?, Some(minor.to_string()))?;
+    free(host, again).await
 }
 
 async fn a_device_that_is_not_reserved_is_neither_opened_nor_freed<H: TapHost>(place: Place<H>) -> Outcome {
@@ -176,17 +201,6 @@ async fn a_block_device_without_a_size_is_refused<H: TapHost>(place: Place<H>) -
     ring.close().await;
     free(host, minor).await?;
     holds(&format!("a block device of no sector: {made:?}"), made == Some(Errno::EINVAL))
-}
-
-async fn an_old_call_makes_a_block_device<H: TapHost>(place: Place<H>) -> Outcome {
-    let host = &place.host;
-    let minor = reserve(host).await?;
-    let ring = open(host, minor).await?;
-    let made = ring.create_old(&old_params(SECTORS)).await;
-    remove(host, &ring).await?;
-    ring.close().await;
-    free(host, minor).await?;
-    made.or_fail("make a block device with the old call")
 }
 
 async fn a_closed_ring_takes_its_block_device_along<H: TapHost>(place: Place<H>) -> Outcome {

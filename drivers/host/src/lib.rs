@@ -58,7 +58,7 @@ pub use files::{File, FileExtent, FileId, FileInfo, Files, LockKind, OpenMode, Z
 pub use nbd_devices::{NbdClaim, NbdConfig, NbdDevice, NbdDevices, NbdIndex};
 pub use retry::{Patience, Tried};
 pub use sockets::{Listener, Piece, SendList, SocketAddress, Sockets, Stream};
-pub use tap::{TAP_OLD_PARAMS_BYTES, TAP_PARAMS_BYTES, TapDevices, TapRing, TapSegment};
+pub use tap::{TAP_NAME_BYTES, TAP_PARAMS_BYTES, TapDevices, TapRing, TapSegment};
 pub use types::{DomId, GrantRef, Port, SECTOR_BYTES, Sector, SectorRange, VbdId};
 pub use wake::{Either, OneWaiter, poll_once, select, unless};
 pub use xen::{

@@ -1,7 +1,7 @@
 //! The blktap2 devices of a host: block devices whose requests a process serves.
 //!
 //! ```text
-//!   allocate ─► open (maps the ring and the data) ─► create ─► requests ... ─► remove ─► close ─► free
+//!   allocate ─► name ─► open (maps the ring and the data) ─► create ─► requests ... ─► remove ─► close ─► free
 //! ```
 //!
 //! The calls are those of the kernel's modules, with their structures as bytes: what they mean differs between modules,
@@ -12,8 +12,8 @@ use std::future::Future;
 
 /// Bytes of the argument with which a device is made.
 pub const TAP_PARAMS_BYTES: usize = 56;
-/// The same for older modules.
-pub const TAP_OLD_PARAMS_BYTES: usize = 272;
+/// Longest name of a device, in bytes.
+pub const TAP_NAME_BYTES: usize = 255;
 
 /// A part of one of the data pages of a request.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -45,11 +45,25 @@ pub trait TapDevices: Clone + 'static {
     /// `EBUSY` while it is open or being closed, `ENODEV` or `EINVAL` if it is not reserved.
     fn free_tap(&self, minor: u32) -> impl Future<Output = Result<(), Errno>>;
 
+    /// Names a reserved device. The name is the kernel's: it lasts until the device is freed, and says whose it is.
+    ///
+    /// # Errors
+    /// `ENOENT` if it is not reserved, `ENAMETOOLONG`, `EACCES`, `ENOMEM`; `EPERM` from a module of which
+    /// [`TapDevices::open_tap`] says `ENOTTY`.
+    fn name_tap(&self, minor: u32, name: &str) -> impl Future<Output = Result<(), Errno>>;
+
+    /// The reserved devices by minor number, with their names. One without a name has its number for a name.
+    ///
+    /// # Errors
+    /// `ENOENT` where there is no module, `EACCES`, `ENOMEM`.
+    fn tap_names(&self) -> impl Future<Output = Result<Vec<(u32, String)>, Errno>>;
+
     /// Opens the ring of a reserved device and maps its pages, which a child process does not inherit.
     ///
     /// # Errors
     /// `EBUSY` while a process has it open, `ENXIO` or `ENODEV` if it is not reserved or being freed, `EACCES`,
-    /// `ENOMEM`.
+    /// `ENOMEM`. `EOPNOTSUPP` from a module that takes the pages of an answered request out of the process's memory,
+    /// which no process can survive for sure; `ENOTTY` from one that does not know the call of [`TapRing::create`].
     fn open_tap(&self, minor: u32) -> impl Future<Output = Result<Self::Ring, Errno>>;
 
     /// The path of the block device, for people and their programs.
@@ -68,20 +82,13 @@ pub trait TapRing: 'static {
     /// Makes the block device. The module may write into `params`. Requests may come before this returns.
     ///
     /// # Errors
-    /// `ENOTTY` from a module that does not know this call, `EEXIST` if there is a device, `EINVAL`, `ENOMEM`.
+    /// `EEXIST` if there is a device, `EINVAL`, `ENOMEM`.
     fn create(&self, params: &mut [u8; TAP_PARAMS_BYTES]) -> impl Future<Output = Result<(), Errno>>;
-
-    /// The same with the call that every module knows.
-    ///
-    /// # Errors
-    /// `EEXIST`, `EINVAL`, `ENOMEM`.
-    fn create_old(&self, params: &[u8; TAP_OLD_PARAMS_BYTES]) -> impl Future<Output = Result<(), Errno>>;
 
     /// Removes the block device.
     ///
     /// # Errors
-    /// `EBUSY` while somebody has it open, or opens or closes it at this moment; `ENOTTY` from a module that removes it
-    /// when the ring is closed.
+    /// `EBUSY` while somebody has it open, or opens or closes it at this moment.
     fn remove(&self) -> impl Future<Output = Result<(), Errno>>;
 
     /// Lets the kernel put requests on the ring, as poll(2) does: many modules put them there at no other time. They do

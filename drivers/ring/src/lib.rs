@@ -33,23 +33,28 @@ mod guest;
 mod kernel;
 mod peer;
 pub mod record;
+mod reserved;
 mod resume;
 mod ring;
 mod serve;
 mod slots;
 mod tap;
+mod tap_error;
 
 pub use blkif::BlkifRing;
 pub use config::{ConnectError, LAYOUT, Limits, RingConfig};
 pub use end::{RingCloser, RingEnd};
-pub use tap::{TapConfig, TapDisk, TapError, TapHost, TapNews, TapOffers};
+pub use tap::{TapConfig, TapDisk, TapHost, TapNews, TapOffers};
+pub use tap_error::TapError;
 
 tap_host::listed! {
     /// The seeded bugs of this crate.
-    pub BUGS: Bug with [blkif::BUGS, connect::BUGS, guest::BUGS, kernel::BUGS, ring::BUGS, serve::BUGS, tap::BUGS];
+    pub BUGS: Bug with [
+        blkif::BUGS, connect::BUGS, guest::BUGS, kernel::BUGS, reserved::BUGS, ring::BUGS, serve::BUGS, tap::BUGS,
+    ];
 }
 
 tap_host::listed! {
     /// The marks of this crate.
-    pub MARKS: Mark with [blkif::MARKS, connect::MARKS, serve::MARKS, tap::MARKS];
+    pub MARKS: Mark with [blkif::MARKS, connect::MARKS, reserved::MARKS, serve::MARKS, tap::MARKS];
 }

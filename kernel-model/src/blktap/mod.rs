@@ -23,7 +23,8 @@ use sim::{Entity, FaultKind, Label, Node, Sim};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::{Rc, Weak};
-use tap_host::{Errno, OneWaiter, SectorRange};
+use tap_abi::blktap::{FLAG_FLUSH, FLAG_PHYSICAL_SIZE, FLAG_READ_ONLY, FLAG_TRIM, FLAG_TRIM_ZEROES};
+use tap_host::{Errno, OneWaiter, SectorRange, TAP_NAME_BYTES};
 use xen_model::Page;
 
 /// Whether the block device cannot be removed at this moment, although nobody uses it.
@@ -37,32 +38,43 @@ pub(crate) static TAP_CALL: Label =
 static TAP_CALL_KIND: FaultKind = FaultKind { name: "tap-call", max_ppm: 300_000 };
 static TAP_BUSY_KIND: FaultKind = FaultKind { name: "tap-busy", max_ppm: 400_000 };
 
+/// How long OpenXT's module waits before it looks again at a device of a closed ring, in nanoseconds.
+const LOOK_NS: u64 = 5_000_000_000;
+
 /// The labels of this file, for registration.
 pub(crate) static LABELS: [&Label; 2] = [&TAP_BUSY, &TAP_CALL];
 
 /// Which module the host has.
 ///
-/// | | requests come onto the ring | after responses | an idle or unknown id | in flight | device made by |
-/// |---|---|---|---|---|---|
-/// | 2009 | in poll | the queue goes on | is ignored | 32 | 202 |
-/// | dkms | in poll | at the next poll | halts the host | 32 | 208, says what it knows |
-/// | XenServer | in poll | at the next poll | halts the host | 32 | 208, other layout |
-/// | OpenXT | at once | the queue goes on | halts the host | 16 | 208, says what it knows |
+/// | | XenServer | OpenXT | dkms | 2009 |
+/// |---|---|---|---|---|
+/// | requests come onto the ring | in poll | at once | | |
+/// | after responses that made room | at the next poll | the queue goes on | | |
+/// | in flight | 32 | 16 | | |
+/// | a process that asks says of the module | it can be used | it can be used | it unmaps data | it lacks 208 |
+/// | a closed ring with users of its device | is being closed until they have gone | is closed | | |
+/// | freeing a device in use | `EBUSY` | asks to close it, and succeeds | `EBUSY` | succeeds |
+///
+/// Devices of the last two are never made, so that nothing about requests is modelled. XenServer's 4.19 starts a queue
+/// that had stopped again while it looks at responses of the same device; the model leaves that to the next poll, since
+/// [`tap_host::TapRing::pull`] promises no more.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum TapKind {
-    /// Xen's kernels of 2009 and 2010.
-    Xen2009,
-    /// blktap-dkms.
-    Dkms,
     /// XenServer's and XCP-ng's 4.19.
     XenServer,
     /// OpenXT's 6.1.
     OpenXt,
+    /// blktap-dkms, up to Linux 3.
+    Dkms,
+    /// Xen's kernels of 2009 and 2010, Linux 2.6.
+    Xen2009,
 }
 
 impl TapKind {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Dkms, Self::XenServer, Self::OpenXt, Self::Xen2009];
+    pub const ALL: [Self; 4] = [Self::XenServer, Self::OpenXt, Self::Dkms, Self::Xen2009];
+    /// Those whose devices can be served.
+    pub const SERVED: [Self; 2] = [Self::XenServer, Self::OpenXt];
 
     /// Whether requests come onto the ring only while the process polls it.
     fn fills_in_poll(self) -> bool {
@@ -72,6 +84,16 @@ impl TapKind {
     /// Whether its devices can have flushes and trims, and it says which of them it knows.
     pub fn says_what_it_knows(self) -> bool {
         matches!(self, Self::Dkms | Self::OpenXt)
+    }
+
+    /// The flags of devices that it knows, if it says so.
+    fn known_flags(self) -> Option<u64> {
+        let all = FLAG_READ_ONLY | FLAG_PHYSICAL_SIZE | FLAG_FLUSH | FLAG_TRIM;
+        match self {
+            Self::Dkms => Some(all | FLAG_TRIM_ZEROES),
+            Self::OpenXt => Some(all),
+            Self::XenServer | Self::Xen2009 => None,
+        }
     }
 }
 
@@ -95,8 +117,11 @@ struct Module {
     sim: Sim,
     kind: TapKind,
     minors_max: u32,
-    /// Data pages for each device.
+    /// Data pages of all devices together.
     pages_max: usize,
+    pages_used: Cell<usize>,
+    /// The devices whose queue has stopped for lack of pages, first come first.
+    starved: RefCell<VecDeque<u32>>,
     taps: RefCell<BTreeMap<u32, Rc<Tap>>>,
     trouble: RefCell<Option<OnTrouble>>,
     layout: RefCell<Option<TapLayoutOf>>,
@@ -112,7 +137,7 @@ struct Module {
 pub struct TapModule(Rc<Module>);
 
 impl TapModule {
-    /// A module for at most `minors_max` devices, each with `pages_max` pages for data, at least 11.
+    /// A module for at most `minors_max` devices, which share `pages_max` pages for data, at least 11.
     pub fn new(sim: &Sim, kind: TapKind, minors_max: u32, pages_max: usize) -> Self {
         assert!(pages_max >= queue::MAX_SEGMENTS, "{pages_max} pages are too few for one request");
         let busy_ppm = sim.swarm().rate_ppm(&TAP_BUSY_KIND);
@@ -121,6 +146,8 @@ impl TapModule {
             kind,
             minors_max,
             pages_max,
+            pages_used: Cell::new(0),
+            starved: RefCell::default(),
             taps: RefCell::default(),
             trouble: RefCell::default(),
             layout: RefCell::default(),
@@ -181,26 +208,52 @@ impl TapModule {
         taps.iter().filter(|(_, tap)| tap.is_taken()).map(|(minor, _)| *minor).collect()
     }
 
-    /// Asks the process of `minor` to close the device, as an administrator does, where the module has that.
+    /// Asks for the end of the device `minor`, as an administrator does, where the module has that. It is freed
+    /// together with its block device, once the ring is closed.
     pub fn ask_to_close(&self, minor: u32) -> bool {
-        let tap = self.0.taps.borrow().get(&minor).cloned();
-        match tap {
-            Some(tap) if matches!(self.0.kind, TapKind::Xen2009 | TapKind::OpenXt) => tap.send_close(),
-            _ => false,
-        }
+        let tap = self.tap(minor).filter(|_| self.0.kind == TapKind::OpenXt);
+        tap.is_some_and(|tap| tap.shut_down() && tap.ring.borrow().is_some())
     }
 
-    /// Reserves a minor.
-    fn allocate(&self) -> Result<u32, Errno> {
+    /// The minors that are reserved and have no name, with the processes that reserved them.
+    pub fn unnamed(&self) -> Vec<(u32, Node)> {
+        let taps = self.0.taps.borrow();
+        let unnamed = taps.values().filter(|tap| tap.name.borrow().is_empty());
+        unnamed.map(|tap| (tap.minor, tap.reserved_by.clone())).collect()
+    }
+
+    /// Reserves a minor for the process of `node`.
+    fn allocate(&self, node: &Node) -> Result<u32, Errno> {
         self.has_memory()?;
         let mut taps = self.0.taps.borrow_mut();
         let minor = (0..self.0.minors_max).find(|minor| !taps.contains_key(minor)).ok_or(Errno::ENOMEM)?;
-        taps.insert(minor, Rc::new(Tap::new(&self.0, minor)));
+        taps.insert(minor, Rc::new(Tap::new(&self.0, minor, node)));
         Ok(minor)
     }
 
     fn tap(&self, minor: u32) -> Option<Rc<Tap>> {
         self.0.taps.borrow().get(&minor).cloned()
+    }
+
+    /// Names a device, through sysfs.
+    fn set_name(&self, minor: u32, name: &str) -> Result<(), Errno> {
+        self.has_memory()?;
+        let tap = self.tap(minor).ok_or(Errno::ENOENT)?;
+        if self.0.kind == TapKind::Xen2009 {
+            // Only while it is paused.
+            return Err(Errno::EPERM);
+        }
+        if name.len() > TAP_NAME_BYTES {
+            return Err(Errno::ENAMETOOLONG);
+        }
+        name.clone_into(&mut tap.name.borrow_mut());
+        Ok(())
+    }
+
+    /// The devices and their names, from sysfs.
+    fn names(&self) -> Result<Vec<(u32, String)>, Errno> {
+        self.has_memory()?;
+        Ok(self.0.taps.borrow().values().map(|tap| (tap.minor, tap.shown_name())).collect())
     }
 
     /// Frees a minor.
@@ -211,22 +264,40 @@ impl TapModule {
         let Some(tap) = self.tap(minor) else {
             return Err(if kind == TapKind::Xen2009 { Errno::EINVAL } else { Errno::ENODEV });
         };
-        if !tap.is_taken() && tap.disk.borrow().is_none() {
-            self.0.taps.borrow_mut().remove(&minor);
-            return Ok(());
-        }
         match kind {
-            TapKind::Dkms | TapKind::XenServer => Err(Errno::EBUSY),
-            TapKind::Xen2009 => {
-                tap.send_close();
-                Err(Errno::EBUSY)
-            }
-            // It goes once it is closed.
             TapKind::OpenXt => {
-                if !tap.freed.replace(true) {
-                    tap.send_close();
-                }
+                tap.shut_down();
                 Ok(())
+            }
+            _ if tap.is_unused() => {
+                self.forget(minor);
+                Ok(())
+            }
+            TapKind::Dkms | TapKind::XenServer => Err(Errno::EBUSY),
+            TapKind::Xen2009 => Ok(()),
+        }
+    }
+
+    /// A minor is not reserved any more.
+    fn forget(&self, minor: u32) {
+        self.0.taps.borrow_mut().remove(&minor);
+    }
+
+    /// Pages of the device `of` are free again, which gets nothing by itself: its process has answered, and polls. As
+    /// XenServer's module one other device that waits for pages goes on, as OpenXT's all of them.
+    fn put_pages(&self, of: u32, count: usize) {
+        let module = &self.0;
+        module.pages_used.set(module.pages_used.get() - count);
+        module.starved.borrow_mut().retain(|minor| *minor != of);
+        if module.pages_max - module.pages_used.get() < queue::MAX_SEGMENTS {
+            return;
+        }
+        let most = if module.kind == TapKind::XenServer { 1 } else { usize::MAX };
+        for _ in 0..most {
+            let Some(minor) = module.starved.borrow_mut().pop_front() else { break };
+            if let Some(tap) = self.tap(minor) {
+                tap.stopped.set(false);
+                tap.call();
             }
         }
     }
@@ -247,18 +318,21 @@ struct OpenRing {
 struct Tap {
     module: Weak<Module>,
     minor: u32,
+    /// The process that has reserved it.
+    reserved_by: Node,
+    /// Empty until it is named.
+    name: RefCell<String>,
     ring: RefCell<Option<OpenRing>>,
-    /// The ring is closed; its device lives on until its last opener has closed it.
+    /// The ring's process has let go of it, and the module keeps it until the last opener has closed its device.
     dying: Cell<bool>,
-    /// It is not reserved any more, and goes once it is closed.
-    freed: Cell<bool>,
+    /// Its end was asked for: it goes together with its block device, and cannot be opened any more.
+    shutdown: Cell<bool>,
     disk: RefCell<Option<Gendisk>>,
     /// Requests that are not on the ring.
     queue: RefCell<VecDeque<Rc<BlockRequest>>>,
     /// Nothing calls the process before the next poll.
     stopped: Cell<bool>,
     pending: RefCell<[Option<Pending>; SLOTS]>,
-    pages_used: Cell<usize>,
     /// Index after the last request, and after the last response that was looked at.
     req_prod: Cell<u32>,
     rsp_cons: Cell<u32>,
@@ -272,18 +346,19 @@ struct Tap {
 }
 
 impl Tap {
-    fn new(module: &Rc<Module>, minor: u32) -> Self {
+    fn new(module: &Rc<Module>, minor: u32, node: &Node) -> Self {
         Self {
             module: Rc::downgrade(module),
             minor,
+            reserved_by: node.clone(),
+            name: RefCell::default(),
             ring: RefCell::default(),
             dying: Cell::new(false),
-            freed: Cell::new(false),
+            shutdown: Cell::new(false),
             disk: RefCell::default(),
             queue: RefCell::default(),
             stopped: Cell::new(false),
             pending: RefCell::default(),
-            pages_used: Cell::new(0),
             req_prod: Cell::new(0),
             rsp_cons: Cell::new(0),
             was_closed: Cell::new(false),
@@ -306,9 +381,19 @@ impl Tap {
         self.ring.borrow().is_some() || self.dying.get()
     }
 
+    /// Whether nothing keeps it from being freed.
+    fn is_unused(&self) -> bool {
+        !self.is_taken() && self.disk.borrow().is_none()
+    }
+
+    fn shown_name(&self) -> String {
+        let name = self.name.borrow();
+        if name.is_empty() { self.minor.to_string() } else { name.clone() }
+    }
+
     /// Opens and maps the ring for the process of `node`.
     fn open(self: &Rc<Self>, node: &Node) -> Result<Page, Errno> {
-        if self.freed.get() {
+        if self.shutdown.get() {
             return Err(Errno::ENXIO);
         }
         if self.is_taken() {
@@ -349,9 +434,6 @@ impl Tap {
 
     /// Removes the block device, if nobody uses it.
     fn remove(&self) -> Result<(), Errno> {
-        if self.kind() == TapKind::Xen2009 {
-            return Err(Errno::ENOTTY);
-        }
         let Some(disk) = self.disk.borrow().clone() else { return Ok(()) };
         self.module().has_memory()?;
         let module = self.module().0;
@@ -360,24 +442,30 @@ impl Tap {
         if !disk.openers().is_empty() || busy != 0 {
             return Err(Errno::EBUSY);
         }
+        // A device whose end was asked for would be freed here, but its ring is open. Nothing does so later.
         self.disk.take();
         Ok(())
     }
 
     /// The ring is closed, by its process or by its death: what is in flight fails, and so does all that comes.
-    fn close(&self) {
+    fn close(self: &Rc<Self>) {
         self.ring.take();
+        let mut pages = 0;
         for slot in 0..SLOTS {
             let pending = self.pending.borrow_mut()[slot].take();
             pending.into_iter().for_each(|pending| {
+                pages += pending.pages();
                 pending.request.end(Err(Errno::EIO));
             });
         }
-        self.pages_used.set(0);
-        self.dying.set(true);
+        self.module().put_pages(self.minor, pages);
+        self.dying.set(self.kind() != TapKind::OpenXt);
         self.caller.wake();
         self.fail_queue();
         self.end_if_unused();
+        if self.kind() == TapKind::OpenXt {
+            self.look_again();
+        }
     }
 
     fn fail_queue(&self) {
@@ -392,14 +480,47 @@ impl Tap {
 
     /// The device of a closed ring goes with its last opener.
     fn end_if_unused(&self) {
-        if self.dying.get() && self.disk.borrow().as_ref().is_none_or(|disk| disk.openers().is_empty()) {
-            self.disk.take();
-            self.dying.set(false);
-            self.ended.wake();
-            if self.freed.get() {
-                self.module().0.taps.borrow_mut().remove(&self.minor);
-            }
+        let disk = self.disk.borrow().clone();
+        if self.ring.borrow().is_some() || disk.as_ref().is_some_and(|disk| !disk.openers().is_empty()) {
+            return;
         }
+        self.disk.take();
+        self.dying.set(false);
+        self.ended.wake();
+        // The module looks only where it removes a block device.
+        if self.shutdown.get() && disk.is_some() {
+            self.module().forget(self.minor);
+        }
+    }
+
+    /// OpenXT's module looks every few seconds whether the device of a closed ring is unused by now.
+    fn look_again(self: &Rc<Self>) {
+        if self.disk.borrow().is_none() {
+            return;
+        }
+        // Its users get errors from now on, whatever they do.
+        self.disk.borrow().iter().for_each(|disk| disk.set_size(0));
+        let (tap, sim) = (Rc::clone(self), self.module().0.sim.clone());
+        let kernel = sim.node("blktap module", u64::from(self.minor));
+        kernel.spawn("look", 0, async move {
+            while tap.ring.borrow().is_none() && tap.disk.borrow().is_some() {
+                sim.sleep_ns(LOOK_NS).await;
+                tap.end_if_unused();
+            }
+        });
+    }
+
+    /// Asks for the end of the device, for the first time, as OpenXT's module does. Whether it was the first time.
+    fn shut_down(self: &Rc<Self>) -> bool {
+        if self.shutdown.replace(true) {
+            return false;
+        }
+        if self.ring.borrow().is_some() {
+            self.send_close();
+        } else if self.is_unused() {
+            self.module().forget(self.minor);
+        }
+        true
     }
 
     /// Calls the process.
@@ -408,12 +529,12 @@ impl Tap {
         self.caller.wake();
     }
 
-    fn send_close(&self) -> bool {
+    fn send_close(&self) {
         let page = self.ring.borrow().as_ref().map(|ring| ring.page.clone());
-        let Some(page) = page else { return false };
-        page.write(tap_abi::blktap::MESSAGE, &[tap_abi::blktap::MESSAGE_CLOSE]);
-        self.call();
-        true
+        if let Some(page) = page {
+            page.write(tap_abi::blktap::MESSAGE, &[tap_abi::blktap::MESSAGE_CLOSE]);
+            self.call();
+        }
     }
 }
 
@@ -445,6 +566,8 @@ impl BlockDriver for Driver {
         if tap.ring.borrow().is_some() {
             tap.call();
         }
-        tap.end_if_unused();
+        if tap.dying.get() {
+            tap.end_if_unused();
+        }
     }
 }

@@ -7,9 +7,9 @@ use std::future::{Future, pending, poll_fn};
 use std::rc::Rc;
 use std::task::Poll;
 use tap_abi::blktap::{
-    DeviceParams, FLAG_FLUSH, FLAG_PHYSICAL_SIZE, FLAG_READ_ONLY, FLAG_TRIM, OldDeviceParams,
+    DeviceParams, FLAG_FLUSH, FLAG_PHYSICAL_SIZE, FLAG_READ_ONLY, FLAG_TRIM, FLAG_TRIM_ZEROES,
 };
-use tap_host::{Errno, TAP_OLD_PARAMS_BYTES, TAP_PARAMS_BYTES, TapDevices, TapRing, TapSegment};
+use tap_host::{Errno, TAP_PARAMS_BYTES, TapDevices, TapRing, TapSegment};
 use xen_model::Mapping;
 
 /// Sectors of the largest request.
@@ -41,11 +41,19 @@ impl TapDevices for SimHost {
     type Ring = ProcessTap;
 
     async fn allocate_tap(&self) -> Result<u32, Errno> {
-        self.tap_module().await?.allocate()
+        self.tap_module().await?.allocate(self.process.node())
     }
 
     async fn free_tap(&self, minor: u32) -> Result<(), Errno> {
         self.tap_module().await?.free(minor)
+    }
+
+    async fn name_tap(&self, minor: u32, name: &str) -> Result<(), Errno> {
+        self.tap_module().await?.set_name(minor, name)
+    }
+
+    async fn tap_names(&self) -> Result<Vec<(u32, String)>, Errno> {
+        self.tap_module().await?.names()
     }
 
     async fn open_tap(&self, minor: u32) -> Result<ProcessTap, Errno> {
@@ -53,7 +61,8 @@ impl TapDevices for SimHost {
         let absent = if module.kind() == TapKind::Xen2009 { Errno::ENODEV } else { Errno::ENXIO };
         let tap = module.tap(minor).ok_or(absent)?;
         let page = tap.open(self.process.node())?;
-        Ok(ProcessTap { host: self.clone(), tap, page: self.port.map_kernel_page(&page) })
+        let ring = ProcessTap { host: self.clone(), tap, page: self.port.map_kernel_page(&page) };
+        ring.suits().map(|()| ring)
     }
 
     fn tap_path(&self, minor: u32) -> String {
@@ -79,9 +88,32 @@ impl ProcessTap {
         }
     }
 
+    /// Asks the module for a device without a size, as a real host does before it trusts it with its memory.
+    fn suits(&self) -> Result<(), Errno> {
+        let mut params = DeviceParams::from_bytes(&[0; TAP_PARAMS_BYTES]);
+        params.sector_bytes = 512.into();
+        params.physical_bytes = 512.into();
+        params.flags = FLAG_TRIM_ZEROES.into();
+        match self.create_with(&mut params) {
+            Err(Errno::EINVAL) if self.tap.kind() == TapKind::XenServer => Ok(()),
+            Err(Errno::EINVAL) if params.flags.get() == 0 => Ok(()),
+            Err(Errno::EINVAL) => Err(Errno::EOPNOTSUPP),
+            Err(error) => Err(error),
+            Ok(()) => unreachable!("a block device without a size"),
+        }
+    }
+
+    fn create_with(&self, params: &mut DeviceParams) -> Result<(), Errno> {
+        match self.tap.kind() {
+            TapKind::Xen2009 => Err(Errno::ENOTTY),
+            TapKind::XenServer => self.create_as_xenserver(params),
+            TapKind::Dkms | TapKind::OpenXt => self.create_as_openxt(params),
+        }
+    }
+
     /// As the modules that say what they know check it.
-    fn create_as_dkms(&self, params: &mut DeviceParams) -> Result<(), Errno> {
-        let flags = params.flags.get() & (FLAG_READ_ONLY | FLAG_PHYSICAL_SIZE | FLAG_FLUSH | FLAG_TRIM);
+    fn create_as_openxt(&self, params: &mut DeviceParams) -> Result<(), Errno> {
+        let flags = params.flags.get() & self.tap.kind().known_flags().unwrap_or_default();
         params.flags = flags.into();
         let logical = params.sector_bytes.get();
         let fits = |bytes: u32, offset: u32| {
@@ -128,22 +160,9 @@ impl TapRing for ProcessTap {
     async fn create(&self, bytes: &mut [u8; TAP_PARAMS_BYTES]) -> Result<(), Errno> {
         self.host.takes_a_step().await;
         let mut params = DeviceParams::from_bytes(bytes);
-        match self.tap.kind() {
-            TapKind::Xen2009 => Err(Errno::ENOTTY),
-            TapKind::XenServer => self.create_as_xenserver(&params),
-            TapKind::Dkms | TapKind::OpenXt => {
-                let made = self.create_as_dkms(&mut params);
-                *bytes = params.to_bytes();
-                made
-            }
-        }
-    }
-
-    async fn create_old(&self, bytes: &[u8; TAP_OLD_PARAMS_BYTES]) -> Result<(), Errno> {
-        self.host.takes_a_step().await;
-        let params = OldDeviceParams::from_bytes(bytes);
-        let logical = u32::try_from(params.sector_bytes.get()).map_err(|_| Errno::EINVAL)?;
-        self.create_checked(logical, params.capacity.get(), 0)
+        let made = self.create_with(&mut params);
+        *bytes = params.to_bytes();
+        made
     }
 
     async fn remove(&self) -> Result<(), Errno> {

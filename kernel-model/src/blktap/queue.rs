@@ -52,6 +52,11 @@ impl Pending {
         pending
     }
 
+    /// Pages that it has.
+    pub(super) fn pages(&self) -> usize {
+        self.pages.len()
+    }
+
     /// Calls `visit` with the bytes of each segment, and where they are in the request's data.
     fn each(&mut self, mut visit: impl FnMut(&mut [u8], usize)) {
         let mut at = 0;
@@ -100,7 +105,7 @@ impl Tap {
             page.load_u32(RSP_PROD) != page.load_u32(REQ_PROD)
         };
         let message = kind != TapKind::XenServer && page.load_u32(tap_abi::blktap::MESSAGE) & 0xff != 0;
-        let closed = kind != TapKind::Xen2009 && self.was_closed.replace(false);
+        let closed = self.was_closed.replace(false);
         work || message || closed
     }
 
@@ -121,12 +126,17 @@ impl Tap {
                 break;
             };
             let pending = Pending::new(request, layout);
-            if self.pages_used.get() + pending.pages.len() > module.pages_max {
+            let pages_used = module.pages_used.get() + pending.pages.len();
+            if pages_used > module.pages_max {
                 self.stopped.set(true);
+                let mut starved = module.starved.borrow_mut();
+                if !starved.contains(&self.minor) {
+                    starved.push_back(self.minor);
+                }
                 break;
             }
             self.take_queued();
-            self.pages_used.set(self.pages_used.get() + pending.pages.len());
+            module.pages_used.set(pages_used);
             let (range, at) = (pending.request.range, LAYOUT.entry_offset(self.req_prod.get()));
             if pending.segments.is_empty() {
                 let trim = if pending.op == OP_TRIM { u64::from(range.count) } else { 0 };
@@ -167,13 +177,12 @@ impl Tap {
             let pending = slot.and_then(|slot| self.pending.borrow_mut()[slot].take());
             match pending {
                 Some(pending) => self.finish(pending, response.op, response.status.get()),
-                None if kind == TapKind::Xen2009 => {}
                 None => return self.halt(format!("a response to #{id}, which is not in flight")),
             }
         }
-        if matches!(kind, TapKind::Xen2009 | TapKind::OpenXt) {
+        if kind == TapKind::OpenXt {
             self.stopped.set(false);
-            if kind == TapKind::OpenXt && self.fill() {
+            if self.fill() {
                 self.push();
             }
             self.call();
@@ -181,13 +190,13 @@ impl Tap {
     }
 
     fn finish(&self, mut pending: Pending, op: u8, status: i16) {
-        let is_other = op != pending.op && self.kind() != TapKind::Xen2009;
+        let is_other = op != pending.op;
         if is_other || pending.has_strayed() {
             let (range, kind) = (pending.request.range, pending.request.kind);
             let what = if is_other { "answered as another operation" } else { "its pages changed elsewhere" };
             self.module().trouble(TapTrouble::Strayed(format!("{kind} of {range}: {what}")));
         }
-        self.pages_used.set(self.pages_used.get() - pending.pages.len());
+        self.module().put_pages(self.minor, pending.pages());
         let result = if status == STATUS_OKAY && !is_other { Ok(()) } else { Err(Errno::EIO) };
         let request = Rc::clone(&pending.request);
         if pending.op == OP_READ {

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   control node ── reserve, free ──► minor N ──► ring node    /dev/xen/blktap-2/blktapN   ring.rs
-//!                                              └► block device /dev/xen/blktap-2/tapdevN
+//!                                              ├► block device /dev/xen/blktap-2/tapdevN
+//!                                              └► its name     /sys/class/blktap2/blktapN/name
 //! ```
 //!
 //! The major numbers are the module's choice, and not every module or host makes the nodes: those that are missing are
@@ -14,16 +15,20 @@ mod ring;
 pub use ring::{LinuxTap, TapPage};
 
 use crate::LinuxHost;
-use crate::files::{blocking, of_rustix};
+use crate::files::{blocking, errno, of_rustix};
 use rustix::fs::{CWD, FileType, Mode, OFlags, makedev, mkdirat, mknodat, openat, stat, unlinkat};
+use std::fs::{OpenOptions, read_dir, read_to_string};
+use std::io::Write;
 use std::os::fd::OwnedFd;
 use tap_abi::blktap::{AllocatedTap, IOCTL_ALLOC_TAP, IOCTL_FREE_TAP};
-use tap_host::{Errno, TapDevices};
+use tap_host::{Errno, TAP_NAME_BYTES, TapDevices};
 
 /// Where modules and hosts have the control node.
 const CONTROLS: [&str; 3] = ["/dev/xen/blktap-2/control", "/dev/blktap/control", "/dev/blktap-control"];
 /// The folder of the nodes.
 const FOLDER: &str = "/dev/xen/blktap-2";
+/// The folder of what the module says about its devices.
+const SHOWN: &str = "/sys/class/blktap2";
 
 /// The first control node that can be opened; the error is that of one that exists, if one does.
 fn control() -> Result<OwnedFd, Errno> {
@@ -100,6 +105,34 @@ fn free(minor: u32) -> Result<(), Errno> {
     unsafe { ioctl::on_number(&control, IOCTL_FREE_TAP, minor) }
 }
 
+fn name(minor: u32, name: &str) -> Result<(), Errno> {
+    if name.len() > TAP_NAME_BYTES {
+        return Err(Errno::ENAMETOOLONG);
+    }
+    let file = OpenOptions::new().write(true).open(format!("{SHOWN}/blktap{minor}/name"));
+    // A second write would be another name.
+    let written = file.and_then(|mut file| file.write(name.as_bytes())).map_err(|error| errno(&error))?;
+    if written == name.len() { Ok(()) } else { Err(Errno::EIO) }
+}
+
+fn names() -> Result<Vec<(u32, String)>, Errno> {
+    let mut names = Vec::new();
+    for entry in read_dir(SHOWN).map_err(|error| errno(&error))? {
+        let entry = entry.map_err(|error| errno(&error))?;
+        let file_name = entry.file_name();
+        let minor = file_name.to_str().and_then(|name| name.strip_prefix("blktap")?.parse().ok());
+        let Some(minor) = minor else { continue };
+        match read_to_string(entry.path().join("name")).map_err(|error| errno(&error)) {
+            Ok(name) => names.push((minor, name.trim_end_matches('\n').to_owned())),
+            // Freed meanwhile.
+            Err(Errno::ENOENT | Errno::ENODEV) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    names.sort_unstable();
+    Ok(names)
+}
+
 impl TapDevices for LinuxHost {
     type Ring = LinuxTap;
 
@@ -109,6 +142,15 @@ impl TapDevices for LinuxHost {
 
     async fn free_tap(&self, minor: u32) -> Result<(), Errno> {
         blocking(move || free(minor)).await
+    }
+
+    async fn name_tap(&self, minor: u32, new: &str) -> Result<(), Errno> {
+        let new = new.to_owned();
+        blocking(move || name(minor, &new)).await
+    }
+
+    async fn tap_names(&self) -> Result<Vec<(u32, String)>, Errno> {
+        blocking(names).await
     }
 
     async fn open_tap(&self, minor: u32) -> Result<LinuxTap, Errno> {

@@ -4,6 +4,12 @@
 //! only while we poll the ring; and it takes the data away when we call for its response. An access at another time
 //! ends the process with SIGBUS or SIGSEGV. So nothing here keeps an address, and copies are made only on behalf of a
 //! request in flight.
+//!
+//! blktap-dkms takes more away than the data: it unmaps the pages of an answered request, inside the call for its
+//! response. Until the next request of that slot there is a hole in our mapping, which the kernel gives to any thread
+//! that maps memory at that moment; the next request then replaces that memory, and the end of the ring unmaps it. The
+//! hole is there before the call returns, so that nothing this process does afterwards can close it in time. Such a
+//! module is found by a question before the first request, and refused.
 
 use super::ioctl::{on_bytes, on_number};
 use crate::LinuxHost;
@@ -21,9 +27,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering, fence};
 use tap_abi::blkif::MAX_SEGMENTS;
 use tap_abi::blktap::{
-    IOCTL_CREATE_DEVICE, IOCTL_CREATE_DEVICE_OLD, IOCTL_REMOVE_DEVICE, IOCTL_RESPOND, MAPPED_PAGES, SLOTS,
+    DeviceParams, IOCTL_CREATE_DEVICE, IOCTL_REMOVE_DEVICE, IOCTL_RESPOND, MAPPED_PAGES, SLOTS,
 };
-use tap_host::{Errno, PAGE_BYTES, SharedPage, TAP_OLD_PARAMS_BYTES, TAP_PARAMS_BYTES, TapRing, TapSegment};
+use tap_host::{Errno, PAGE_BYTES, SharedPage, TAP_PARAMS_BYTES, TapRing, TapSegment};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -66,8 +72,9 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: mapped by `new` with this size, and no address of it is used any more. The module's mappings within
-        // it go as well.
+        // SAFETY: mapped by `new` with this size, and all of it still is: a module that unmaps parts is asked nothing
+        // but the question that finds it out. No address of it is used any more. The module's mappings within it go as
+        // well.
         let gone = unsafe { munmap(self.0.as_ptr().cast(), MAPPED_BYTES) };
         assert!(gone.is_ok() || std::thread::panicking(), "a ring of our own cannot be unmapped: {gone:?}");
     }
@@ -123,12 +130,39 @@ pub struct LinuxTap {
     closing: Rc<Closing>,
 }
 
+/// What the modules of 2009 answer to a call that they do not know, and what their kernels pass on as it is.
+const ENOIOCTLCMD: Errno = Errno(515);
+
+/// Asks whether the module leaves our memory alone. The kernel's log has a line about the question, which is that for a
+/// device without a size.
+///
+/// # Errors
+/// `EOPNOTSUPP` if it does not, `ENOTTY` if it does not know the call.
+fn suits(ring: impl AsFd) -> Result<(), Errno> {
+    let mut bytes = DeviceParams::question().to_bytes();
+    // SAFETY: on a ring the module reads and writes a structure of this size for this number.
+    let answer = unsafe { on_bytes(ring, IOCTL_CREATE_DEVICE, &mut bytes) };
+    verdict(answer, &DeviceParams::from_bytes(&bytes))
+}
+
+fn verdict(answer: Result<(), Errno>, left: &DeviceParams) -> Result<(), Errno> {
+    match answer {
+        Err(Errno::EINVAL) if left.says_it_unmaps() => Err(Errno::EOPNOTSUPP),
+        Err(Errno::EINVAL) => Ok(()),
+        Err(Errno::ENOTTY | ENOIOCTLCMD) => Err(Errno::ENOTTY),
+        // It makes a device without a size: none of the modules that are known.
+        Ok(()) => Err(Errno::EOPNOTSUPP),
+        Err(other) => Err(other),
+    }
+}
+
 impl LinuxTap {
     pub(super) fn open(host: &LinuxHost, path: &str) -> Result<Self, Errno> {
         let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
         let fd = openat(CWD, path, flags, Mode::empty()).map_err(of_rustix)?;
         // Some modules end a process that polls a ring before it is mapped.
         let page = TapPage(Rc::new(Mapping::new(&fd)?));
+        suits(&fd)?;
         let watched = watch(fd.try_clone().map_err(|error| errno(&error))?, Interest::READABLE)?;
         let open = Open { watched, page, fd: Arc::new(fd) };
         Ok(Self { open: Some(open), closing: Rc::clone(host.closing()) })
@@ -141,21 +175,6 @@ impl LinuxTap {
     fn mapping(&self) -> &Mapping {
         &self.get().page.0
     }
-
-    /// Performs an ioctl on `bytes` on another thread, because the kernel may wait for users of the device.
-    async fn create_with<const LEN: usize>(
-        &self,
-        number: u32,
-        mut bytes: [u8; LEN],
-    ) -> Result<[u8; LEN], Errno> {
-        let fd = Arc::clone(&self.get().fd);
-        blocking(move || {
-            // SAFETY: on a ring the module reads and writes a structure of this size for this number.
-            unsafe { on_bytes(&*fd, number, &mut bytes)? };
-            Ok(bytes)
-        })
-        .await
-    }
 }
 
 impl TapRing for LinuxTap {
@@ -166,12 +185,15 @@ impl TapRing for LinuxTap {
     }
 
     async fn create(&self, params: &mut [u8; TAP_PARAMS_BYTES]) -> Result<(), Errno> {
-        *params = self.create_with(IOCTL_CREATE_DEVICE, *params).await?;
+        let (fd, mut bytes) = (Arc::clone(&self.get().fd), *params);
+        // On another thread, because the kernel may wait for users of the device.
+        *params = blocking(move || {
+            // SAFETY: on a ring the module reads and writes a structure of this size for this number.
+            unsafe { on_bytes(&*fd, IOCTL_CREATE_DEVICE, &mut bytes)? };
+            Ok(bytes)
+        })
+        .await?;
         Ok(())
-    }
-
-    async fn create_old(&self, params: &[u8; TAP_OLD_PARAMS_BYTES]) -> Result<(), Errno> {
-        self.create_with(IOCTL_CREATE_DEVICE_OLD, *params).await.map(drop)
     }
 
     async fn remove(&self) -> Result<(), Errno> {
@@ -238,5 +260,27 @@ impl Drop for LinuxTap {
         // The kernel closes a ring once nothing refers to it.
         drop((watched, page));
         self.closing.close(fd);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_module_is_known_by_its_answer() {
+        let question = DeviceParams::question();
+        let knows = |flags: u64| DeviceParams { flags: (question.flags.get() & flags).into(), ..question };
+        for (module, answer, left, expected) in [
+            ("XenServer", Err(Errno::EINVAL), question, Ok(())),
+            ("OpenXT", Err(Errno::EINVAL), knows(0x0f), Ok(())),
+            ("dkms", Err(Errno::EINVAL), knows(0x1f), Err(Errno::EOPNOTSUPP)),
+            ("Linux 3", Err(Errno::ENOTTY), question, Err(Errno::ENOTTY)),
+            ("2009, whose kernel passes on 515", Err(Errno(515)), question, Err(Errno::ENOTTY)),
+            ("an unknown one", Ok(()), question, Err(Errno::EOPNOTSUPP)),
+            ("another process's ring", Err(Errno::EACCES), question, Err(Errno::EACCES)),
+        ] {
+            assert_eq!(verdict(answer, &left), expected, "{module}");
+        }
     }
 }

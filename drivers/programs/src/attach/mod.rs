@@ -160,11 +160,13 @@ pub(crate) async fn run<H: AttachHost>(
 ) -> u8 {
     let memory = args.images.budget(&tuning);
     let mut listed = None;
-    let mut status = 0;
+    let (mut status, mut tap) = (0, None);
     let served = match args.via {
         ViaArg::Nbd => args.serve(&host, &tuning, disks, (&memory, &mut listed), console).await,
         ViaArg::Blktap => {
-            let served = args.serve_tap(&host, &tuning, disks, (&memory, &mut listed), console).await;
+            let (served, device) =
+                args.serve_tap(&host, &tuning, disks, (&memory, &mut listed), console).await;
+            tap = device;
             served.map(|()| None)
         }
     };
@@ -186,6 +188,10 @@ pub(crate) async fn run<H: AttachHost>(
     // The disk is closed: whoever attaches it now finds no trace of us.
     if let Some(record) = record {
         record.remove();
+    }
+    // The kernel may wait for users of the device that cannot be served any more.
+    if let Some(tap) = tap {
+        tap.close().await;
     }
     status
 }
