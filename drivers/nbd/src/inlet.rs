@@ -7,6 +7,7 @@
 
 use crate::stop::StopSignal;
 use std::cell::Cell;
+use std::pin::pin;
 use std::rc::Rc;
 use tap_host::{Errno, IoBuf, PAGE_BYTES, Stage, Stream, cost_of};
 
@@ -51,7 +52,7 @@ impl<S: Stream> Inlet<S> {
         from: usize,
         stop: &StopSignal,
     ) -> Option<(Result<usize, Errno>, IoBuf)> {
-        let received = stop.unless_stopped(self.stream.recv(buf, from)).await;
+        let received = stop.unless_stopped(pin!(self.stream.recv(buf, from))).await;
         self.receives.set(self.receives.get() + 1);
         received
     }

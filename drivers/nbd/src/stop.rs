@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 use std::future::{Future, poll_fn};
-use std::pin::pin;
+use std::pin::Pin;
 use std::task::{Poll, Waker};
 use tap_host::OneWaiter;
 
@@ -37,10 +37,13 @@ impl StopSignal {
         self.listener.wait(waker);
     }
 
-    /// The output of `future`, or `None` if the signal is set first; `future` is then dropped.
-    pub(crate) async fn unless_stopped<T>(&self, future: impl Future<Output = T>) -> Option<T> {
-        let mut future = pin!(future);
-        poll_fn(|cx| {
+    /// The output of `future`, or `None` if the signal is set first; `future` is then not polled again. It is pinned by
+    /// the caller, whose own future would otherwise have room for it twice and move it for each request.
+    pub(crate) fn unless_stopped<F: Future>(
+        &self,
+        mut future: Pin<&mut F>,
+    ) -> impl Future<Output = Option<F::Output>> {
+        poll_fn(move |cx| {
             if self.why.get().is_some() {
                 return Poll::Ready(None);
             }
@@ -50,6 +53,5 @@ impl StopSignal {
             }
             done
         })
-        .await
     }
 }

@@ -12,6 +12,7 @@ use super::{Breaks, Inner, LinkOf, open};
 use crate::inlet::Inlet;
 use crate::stop::StopSignal;
 use crate::wire::Wire;
+use std::pin::pin;
 use std::rc::Rc;
 use tap_abi::nbd::CMD_FLUSH;
 use tap_host::{Errno, Event, Log, Probe, Sockets, Stream, Tasks, Time, unless};
@@ -84,7 +85,7 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
             if self.closed.get() {
                 return;
             }
-            match self.stop.unless_stopped(self.reconnect()).await {
+            match self.stop.unless_stopped(pin!(self.reconnect())).await {
                 Some(Some(next)) => (link, inlet) = next,
                 _ => return,
             }

@@ -252,7 +252,7 @@ where
         let most = self.server.limits.requests;
         if self.in_flight.get() >= most {
             self.host().mark(&NBD_ROOM_WAITED);
-            self.stop.unless_stopped(self.fewer_than(most)).await;
+            self.stop.unless_stopped(pin!(self.fewer_than(most))).await;
         }
         if let Some(why) = self.stop.why() {
             return Err(why);
@@ -364,7 +364,7 @@ where
             }
             Ok::<IoVec, Errno>(bufs)
         };
-        let bufs = match self.stop.unless_stopped(taken).await {
+        let bufs = match self.stop.unless_stopped(pin!(taken)).await {
             Some(Ok(bufs)) => bufs,
             Some(Err(_)) => return Err("a request is larger than a buffer can be"),
             None => return Err(self.stop.why().unwrap_or(STOPPED)),
@@ -582,7 +582,7 @@ where
     async fn drain(&self, why: Why) {
         let ended = [LEFT, CLOSED].contains(&why);
         self.broken.set(!ended);
-        if ended && self.stop.unless_stopped(self.taken()).await == Some(false) {
+        if ended && self.stop.unless_stopped(pin!(self.taken())).await == Some(false) {
             self.stream.shutdown();
         } else if self.in_flight.get() > 0 {
             let grace = self.host().sleep_ns(self.server.limits.grace_ns);

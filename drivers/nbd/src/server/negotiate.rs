@@ -8,6 +8,7 @@ use crate::outbox::send_all;
 use crate::stop::StopSignal;
 use crate::wire::Wire;
 use rustls::{ServerConfig, ServerConnection};
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use tap_abi::nbd::{
@@ -125,7 +126,7 @@ impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
     }
 
     async fn send(&self, list: SendList) -> Result<(), Why> {
-        match self.stop.unless_stopped(send_all(self.stream, list)).await {
+        match self.stop.unless_stopped(pin!(send_all(self.stream, list))).await {
             Some((Ok(()), _)) => Ok(()),
             Some((Err(error), _)) => Err(why(End::Broken(error))),
             None => Err(why(End::Stopped)),
@@ -140,7 +141,7 @@ impl<'a, H: Log + Tasks + Time + Probe, S: Stream> Negotiation<'a, H, S> {
         }
         let session = ServerConnection::new(config).map_err(|_| "a session of TLS cannot be made")?;
         let secured = self.stream.secure(session.into(), &self.server.memory.tls, &self.server.host);
-        self.stop.unless_stopped(secured).await.unwrap_or(Err(why(End::Stopped)))
+        self.stop.unless_stopped(pin!(secured)).await.unwrap_or(Err(why(End::Stopped)))
     }
 
     /// Whether `option` has to wait for TLS.
