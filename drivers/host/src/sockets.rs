@@ -107,11 +107,18 @@ impl SendList {
     pub fn new() -> Self {
         Self::default()
     }
-    /// Appends a copy of `bytes`.
+    /// Appends a copy of `bytes`; to the last piece if that has room without the heap, since each piece costs its
+    /// place in a system call.
     pub fn push_bytes(&mut self, bytes: &[u8]) {
-        if !bytes.is_empty() {
-            self.len += bytes.len();
-            self.pieces.push_back(Piece::Bytes(SmallVec::from_slice(bytes)));
+        if bytes.is_empty() {
+            return;
+        }
+        self.len += bytes.len();
+        match self.pieces.back_mut() {
+            Some(Piece::Bytes(last)) if last.len() + bytes.len() <= last.inline_size() => {
+                last.extend_from_slice(bytes);
+            }
+            _ => self.pieces.push_back(Piece::Bytes(SmallVec::from_slice(bytes))),
         }
     }
     /// Appends a whole buffer.
@@ -274,5 +281,20 @@ mod tests {
         front.advance(3);
         assert!(front.is_empty());
         assert_eq!((Rc::strong_count(&kept), &kept[..]), (1, &b"fg"[..]), "sent, and still there");
+    }
+
+    #[test]
+    fn small_pieces_in_a_row_are_one() {
+        let mut list = SendList::new();
+        list.push_bytes(&[1; 20]);
+        list.advance(19);
+        list.push_bytes(&[2; 12]);
+        assert_eq!(list.slices(8).map(<[u8]>::len).collect::<Vec<_>>(), [13]);
+        list.push_bytes(&[3]);
+        list.push_buf(IoBuf::copy_of(b"de").unwrap());
+        list.push_bytes(&[4]);
+        let all: Vec<u8> = [vec![1], vec![2; 12], vec![3], b"de".to_vec(), vec![4]].concat();
+        assert_eq!(list.slices(8).collect::<Vec<_>>().concat(), all);
+        assert_eq!((list.len(), list.slices(8).count()), (17, 4), "a piece takes only what fits in it");
     }
 }

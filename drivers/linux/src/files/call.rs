@@ -31,6 +31,7 @@ pub(crate) enum Call {
 pub(crate) type Memory = SmallVec<[libc::iovec; 1]>;
 
 /// The memory of `bufs`, as much as one call takes.
+#[inline]
 pub(crate) fn memory_of<A: smallvec::Array<Item = libc::iovec>>(bufs: &mut IoVec) -> SmallVec<A> {
     bufs.iter_mut()
         .take(IOV_MAX)

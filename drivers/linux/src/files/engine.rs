@@ -311,6 +311,7 @@ pub(crate) fn driver(engine: Rc<Engine>) -> Result<impl Future<Output = ()> + 's
 
 enum OpState {
     Start(Call, IoVec),
+    Refused(Errno, IoVec),
     Running(u32),
     Done,
 }
@@ -326,6 +327,11 @@ impl Op {
     /// An operation that has not started.
     pub(crate) fn new(engine: &Rc<Engine>, file: &Rc<OpenFile>, call: Call, bufs: IoVec) -> Self {
         Self { engine: Rc::clone(engine), file: Rc::clone(file), state: OpState::Start(call, bufs) }
+    }
+
+    /// An operation that fails with `error` when first polled, without any effect.
+    pub(crate) fn refused(engine: &Rc<Engine>, file: &Rc<OpenFile>, error: Errno, bufs: IoVec) -> Self {
+        Self { engine: Rc::clone(engine), file: Rc::clone(file), state: OpState::Refused(error, bufs) }
     }
 
     /// Tries it on this thread, if that does not wait for a device.
@@ -363,6 +369,11 @@ impl Future for Op {
             let index = self.engine.start(Rc::clone(&self.file), call, bufs, cx.waker());
             self.state = OpState::Running(index);
             return Poll::Pending;
+        }
+        if let OpState::Refused(error, ref mut bufs) = self.state {
+            let bufs = std::mem::take(bufs);
+            self.state = OpState::Done;
+            return Poll::Ready((Err(error), bufs));
         }
         let OpState::Running(index) = self.state else {
             unreachable!("an operation is polled after its end")

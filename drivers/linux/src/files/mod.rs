@@ -192,10 +192,10 @@ impl LinuxFile {
         Op::new(self.host.engine(), &self.open, call, bufs)
     }
 
-    async fn io(self, call: Call, offset: u64, bufs: IoVec) -> (Result<usize, Errno>, IoVec) {
+    fn io(&self, call: Call, offset: u64, bufs: IoVec) -> Op {
         match self.open.check(offset, &bufs, matches!(call, Call::Write(_))) {
-            Ok(()) => self.op(call, bufs).await,
-            Err(error) => (Err(error), bufs),
+            Ok(()) => self.op(call, bufs),
+            Err(error) => Op::refused(self.host.engine(), &self.open, error, bufs),
         }
     }
 
@@ -210,7 +210,7 @@ impl File for LinuxFile {
         offset: u64,
         bufs: IoVec,
     ) -> impl Future<Output = (Result<usize, Errno>, IoVec)> + 'static {
-        self.clone().io(Call::Read(offset), offset, bufs)
+        self.io(Call::Read(offset), offset, bufs)
     }
 
     fn write_at(
@@ -218,7 +218,7 @@ impl File for LinuxFile {
         offset: u64,
         bufs: IoVec,
     ) -> impl Future<Output = (Result<usize, Errno>, IoVec)> + 'static {
-        self.clone().io(Call::Write(offset), offset, bufs)
+        self.io(Call::Write(offset), offset, bufs)
     }
 
     fn sync_data(&self) -> impl Future<Output = Result<(), Errno>> + 'static {

@@ -98,7 +98,7 @@ impl LinuxStream {
 
     /// Sends as much as the socket takes; returns the bytes sent and the bytes offered.
     fn send_now(&self, list: &SendList) -> Result<(usize, usize), Errno> {
-        // Room for the replies to 32 reads without the heap, where 2 KiB at once make malloc tidy up each time.
+        // Room for the replies to 64 reads without the heap, where 2 KiB at once make malloc tidy up each time.
         let mut slices = SmallVec::<[IoSlice<'_>; 128]>::new();
         slices.extend(list.slices(SLICES_MAX).map(IoSlice::new));
         let offered = slices.iter().map(|s| s.len()).sum();

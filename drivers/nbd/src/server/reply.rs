@@ -130,10 +130,10 @@ impl To {
     }
 }
 
-/// Whether every byte of the first `sectors` sectors is 0. Stops after the first sector that has another byte, so that
-/// a read of data costs next to nothing.
+/// Whether every byte of the first `sectors` sectors is 0. Stops after the first sector that has another byte, and
+/// looks at the first byte of each on its own, so that a read of data costs next to nothing.
 pub(super) fn is_zero(bufs: &[IoBuf], sectors: usize) -> bool {
     // The loop over a sector has no early exit, so that the compiler can vectorise it.
-    let zero = |sector: &[u8]| sector.iter().fold(0, |all, byte| all | byte) == 0;
+    let zero = |sector: &[u8]| sector[0] == 0 && sector.iter().fold(0, |all, byte| all | byte) == 0;
     bufs.iter().flat_map(|buf| buf.chunks(SECTOR_BYTES as usize)).take(sectors).all(zero)
 }
