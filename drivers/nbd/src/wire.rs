@@ -293,12 +293,8 @@ impl<S: Stream> Session<S> {
 /// Everything that the session wants to send.
 fn sealed(connection: &mut Connection) -> SendList {
     let mut list = Sealed(SendList::new());
-    while connection.wants_write() {
-        // Writing to a list does not fail.
-        if connection.write_tls(&mut list).is_err() {
-            break;
-        }
-    }
+    // Writing to a list does not fail.
+    while connection.wants_write() && connection.write_tls(&mut list).is_ok() {}
     list.0
 }
 

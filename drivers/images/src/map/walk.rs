@@ -155,3 +155,19 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hundred_problems_are_described_and_all_are_counted() {
+        let mut report = CheckReport::default();
+        for i in 0..103_u64 {
+            report.missing(1, || format!("run {i}"));
+            assert!(report.problem(format!("problem {i}")), "it goes on");
+        }
+        assert_eq!((report.problems.len(), report.problem_count, report.missing_clusters), (100, 103, 103));
+        assert_eq!(report.problems[98..], ["run 49", "problem 49"]);
+    }
+}

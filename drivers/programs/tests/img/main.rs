@@ -145,8 +145,11 @@ fn a_converted_image_compares_equal_and_stays_sparse() {
     assert_eq!((status, out.as_str()), (0, ""));
     assert!(err.ends_with("1000448/1000448"), "{err}");
     assert_eq!(machine.kernel.storage().bytes("/b"), machine.kernel.storage().bytes("/disk"));
-    // Into a file with other bytes, which zeros must replace.
-    machine.kernel.storage().put_bytes("/old", &[9; 1 << 20]);
+    // Into a file with other bytes, which zeros must replace. They begin like an image, which a raw target is not.
+    let mut before = machine.kernel.storage().bytes("/a.qcow").unwrap();
+    before.truncate(4096);
+    before.resize(1 << 20, 9);
+    machine.kernel.storage().put_bytes("/old", &before);
     machine.ok("convert -n -O raw /a.qcow /old");
     let old = machine.kernel.storage().bytes("/old").unwrap();
     assert_eq!(old[..1_000_448], machine.kernel.storage().bytes("/disk").unwrap());

@@ -49,6 +49,20 @@ fn zeros_hide_the_backing_file_and_discards_do_not() {
     }
 }
 
+/// With the least memory zeros are written in many parts; the last one counts as much as the first.
+#[test]
+fn zeros_larger_than_their_memory_are_written_to_the_end() {
+    let world = World::new(6);
+    let setup = Setup { sectors: 1024, l2_bits: 9, base_sectors: Some(1024), tables: 1, ..SMALL };
+    setup.create(&world);
+    let qcow = setup.open(&world);
+    world.block_on(zero(&qcow, 3, 1000, PLAIN)).result.unwrap();
+    for (s, got) in all(&world, &qcow).into_iter().enumerate() {
+        let want = if (3..1003).contains(&s) { 0 } else { base_fill(s as u64) };
+        assert_eq!(got, Some(want), "sector {s}");
+    }
+}
+
 #[test]
 fn zeros_over_unmapped_clusters_cost_no_operation() {
     let world = World::new(4);
