@@ -77,3 +77,19 @@ kill "$server"
 ended
 tap-img check disk.qcow
 [ "$(minors)" = 0 ] || fail "a minor is left in the end"
+
+# # The module asks for the end of the device, and frees its number together with the block device.
+attach
+minor=${device##*tapdev}
+grep -q '^tapdisk-' "/sys/class/blktap2/blktap$minor/name" || fail "the device has no name of ours"
+mount -t ext4 "$device" mnt
+echo 1 > "/sys/class/blktap2/blktap$minor/remove" &
+asker=$!
+wait_for 10 grep -q 'in use' attach.log
+[ "$(hash_of original)" = "$(hash_of mnt/file)" ] || fail "a device that should end is not served"
+umount mnt
+ended
+none_left() { [ "$(minors)" = 0 ]; }
+wait_for 20 none_left
+wait "$asker" || fail "the module did not take the request"
+[ -z "$(ls /run/tapdisk 2> /dev/null | grep '^tap-' || true)" ] || fail "a record is left"
