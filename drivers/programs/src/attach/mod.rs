@@ -68,6 +68,9 @@ const BUSY_PATIENCE_NS: u64 = 2_000_000_000;
 /// The kernel complains each time.
 const BUSY_PAUSE_NS: u64 = 250_000_000;
 
+/// How long the kernel keeps requests that nobody serves unless told otherwise, in seconds.
+const KEEP_S: u32 = 600;
+
 /// How a block device is made.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
 enum ViaArg {
@@ -86,11 +89,21 @@ impl FromStr for DeviceArg {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let number = text.strip_prefix("/dev/").unwrap_or(text).strip_prefix("nbd");
-        match number.and_then(|number| number.parse().ok()) {
-            Some(index) => Ok(Self(NbdIndex(index))),
-            None => Err(format!("'{text}' is not a device of the kernel's nbd driver, like /dev/nbd0")),
+        let name = text.strip_prefix("/dev/").unwrap_or(text);
+        let number = name.strip_prefix("nbd");
+        if let Some(index) = number.and_then(|number| number.parse().ok()) {
+            return Ok(Self(NbdIndex(index)));
         }
+        let disk =
+            number.and_then(|number| number.split_once('p')).filter(|(disk, _)| disk.parse::<u32>().is_ok());
+        let hint = match disk {
+            Some((disk, _)) => format!(": it is a partition of /dev/nbd{disk}"),
+            None if name.contains("blktap") || name.starts_with("tapdev") => {
+                ": a blktap2 module chooses its devices, and SIGTERM to its tapdisk takes one away".into()
+            }
+            None => String::new(),
+        };
+        Err(format!("'{text}' is not a device of the kernel's nbd driver, like /dev/nbd0{hint}"))
     }
 }
 
@@ -104,9 +117,9 @@ pub struct AttachArgs {
     /// The device to take, like /dev/nbd3; without it one that is free
     #[arg(long, value_name = "DEVICE")]
     device: Option<DeviceArg>,
-    /// How long the kernel keeps requests while no tapdisk serves the device, before it fails them
-    #[arg(long, default_value_t = 600, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
-    keep: u32,
+    /// How long the kernel keeps requests while no tapdisk serves the device, before it fails them [default: 600]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
+    keep: Option<u32>,
     /// Folder for the record of the device, for the next tapdisk; on a tmpfs
     #[arg(long, value_name = "FOLDER", default_value = "/run/tapdisk")]
     pub run_dir: PathBuf,
@@ -204,6 +217,11 @@ struct Opened<H: AttachHost> {
 }
 
 impl AttachArgs {
+    /// How long the kernel keeps requests that nobody serves, in seconds.
+    fn keep_s(&self) -> u32 {
+        self.keep.unwrap_or(KEEP_S)
+    }
+
     /// Attaches the disk and serves it; returns the record of a device that is gone.
     async fn serve<H: AttachHost>(
         &self,
@@ -222,7 +240,7 @@ impl AttachArgs {
             size_bytes: status.info.size_sectors * SECTOR_BYTES,
             flags: server.flags(),
             request_bytes: server.limits().request_bytes,
-            patience_s: self.keep,
+            patience_s: self.keep_s(),
         };
         let (place, config, look) = match self.place(host, &record, config, &status).await {
             Ok(place) => place,
@@ -247,7 +265,7 @@ impl AttachArgs {
             console.out(&format!("{name}: {}", stats_summary(&stats)));
         }
         console.out(&memory_summary(memory));
-        let left = format!("left as it is, for the next tapdisk within {} seconds", self.keep);
+        let left = format!("left as it is, for the next tapdisk within {} seconds", self.keep_s());
         if let Ended::Lost(error) = ended {
             return Err(Failure::new(
                 format!("serve {name} again after its stream broke: {error}; it is {left}"),
@@ -435,9 +453,17 @@ mod tests {
         for text in ["/dev/nbd12", "nbd12"] {
             assert_eq!(text.parse(), Ok(DeviceArg(NbdIndex(12))));
         }
-        for bad in ["", "nbd", "/dev/nbd0p1", "/dev/sda", "nbd-1"] {
+        for (bad, words) in [
+            ("", "like /dev/nbd0"),
+            ("nbd", "like /dev/nbd0"),
+            ("/dev/nbd3p1", "it is a partition of /dev/nbd3"),
+            ("nbdp1", "like /dev/nbd0"),
+            ("/dev/sda", "like /dev/nbd0"),
+            ("nbd-1", "like /dev/nbd0"),
+            ("/dev/xen/blktap-2/tapdev0", "SIGTERM to its tapdisk"),
+        ] {
             let why = bad.parse::<DeviceArg>().unwrap_err();
-            assert!(why.contains("like /dev/nbd0"), "{why}");
+            assert!(why.contains(words), "{why}");
         }
     }
 

@@ -91,6 +91,13 @@ impl AttachArgs {
             );
             return Err(Failure::new(text, Errno::EINVAL));
         }
+        if self.keep.is_some() {
+            let text = format!(
+                "attach {} with --keep: a blktap2 module keeps no requests of a tapdisk that has died; leave it out",
+                self.disk
+            );
+            return Err(Failure::new(text, Errno::EINVAL));
+        }
         let (node, status) = self.open_disk(host, tuning, disks, memory, listed).await?;
         let config = TapConfig {
             records: RECORDS,

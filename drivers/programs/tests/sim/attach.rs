@@ -145,6 +145,8 @@ fn what_cannot_be_attached_changes_nothing() {
             (10, None, "detach /dev/nbd2", 1, "it is not of tapdisk"),
             (11, None, "detach --force /dev/nbd2", 1, "it is not of tapdisk"),
             (12, None, "detach /dev/nbd0", 6, "nothing is attached there"),
+            (13, None, "attach --via blktap --device nbd0 raw:/a", 22, "leave out --device"),
+            (14, None, "attach --via blktap --keep 9 raw:/a", 22, "a blktap2 module keeps no requests"),
         ] {
             kernel.refuse_nbd(refusal);
             let (ended, said) = ends(&sim, &kernel, &xen, key, line).await;
