@@ -91,6 +91,9 @@ done_requests() { load_requests < load.log; }
 
 has_done_more_than() { [ "$(done_requests)" -gt "$1" ]; }
 
+# # load_goes_on: waits until it has done more.
+load_goes_on() { wait_for 60 has_done_more_than "$(done_requests)"; }
+
 # # guest_requests NAME: prints those of the guest's disk-load.
 guest_requests() { guest_log "$1" | load_requests; }
 
@@ -104,12 +107,34 @@ guest_goes_on() {
     done
 }
 
+# # guest_load_right NAME COUNT: COUNT loads of the guest, which is gone, have compared everything and found no
+# mismatch, and its script has ended well.
+guest_load_right() {
+    guest_log "$1" | grep -v 'goes on'
+    [ "$(guest_log "$1" | grep -c '^@load compared .*MISMATCHES 0$')" = "$2" ] || fail "the guest's load"
+    guest_said "$1" '^@guest exit 0$' || fail "the guest's script"
+}
+
+# # qcow_same HASH: disk.qcow is intact, and has the data with this hash. Clusters whose write was under way when
+# tapdisk was killed may be lost to the file, which is harmless: status 3.
+qcow_same() {
+    tap-img check disk.qcow || [ $? = 3 ] || fail "the image is damaged"
+    tap-img convert disk.qcow disk.raw
+    [ -n "$1" ] && [ "$1" = "$(hash_of disk.raw)" ] || fail "the image has other data than its user saw"
+}
+
 # # blkback on|off: loads or unloads the kernel's own back end. It takes every vbd whose type is `vbd`.
 blkback() {
     case $1 in
         on) modprobe xen-blkback ;;
         off) if [ -d /sys/module/xen_blkback ]; then rmmod xen_blkback; fi ;;
     esac
+}
+
+# # blkback_serves_none: it has no vbd, and there is none in xenstore.
+blkback_serves_none() {
+    ! ls /sys/bus/xen-backend/devices/vbd-* > /dev/null 2>&1 &&
+        [ -z "$(xenstore-list /local/domain/0/backend/vbd 2> /dev/null)" ]
 }
 
 # vbd_number DISK: xvda is 51712, and each letter 16 further (a disk has 16 minor numbers).
@@ -160,6 +185,62 @@ vbd_remove() {
 tapdisk_start() {
     tapdisk xen "$@" >> tapdisk.log 2>&1 &
     TAPDISK=$!
+}
+
+# # attach_start ARGUMENT...: starts `tapdisk attach ARGUMENT...` in the same way.
+attach_start() {
+    tapdisk attach "$@" >> tapdisk.log 2>&1 &
+    TAPDISK=$!
+}
+
+# # attach_wait: waits for the device of an attach_start; its name is $DEVICE.
+attach_wait() {
+    wait_for 20 grep -q '^/dev/[^:]*$' tapdisk.log
+    DEVICE=$(grep -m 1 '^/dev/[^:]*$' tapdisk.log)
+}
+
+# # attach_gone: no device of tapdisk, no record of one and no tapdisk is left.
+attach_gone() {
+    [ ! -e "/sys/block/${DEVICE##*/}/pid" ] || fail "$DEVICE is still there"
+    [ -z "$(ls /run/tapdisk | grep -E '^(nbd|tap)-')" ] || fail "a record is left: $(ls /run/tapdisk)"
+    if pidof tapdisk; then fail "a tapdisk is left"; fi
+}
+
+# # refused STATUS WORDS COMMAND...: the command fails with this status, and says these words in one line.
+refused() {
+    local wanted=$1 words=$2 status=0
+    shift 2
+    "$@" > out 2> err || status=$?
+    [ "$status" = "$wanted" ] || fail "$* ended with $status: $(cat out err)"
+    [ "$(wc -l < err)" = 1 ] && grep -q -- "$words" err || fail "$* says: $(cat err)"
+    cat err
+}
+
+# # tapdisk_again SIGNAL COMMAND...: ends tapdisk by SIGNAL (KILL, TERM), and starts it again by the command.
+tapdisk_again() {
+    local signal=$1 status=137
+    shift
+    [ "$signal" = KILL ] || status=0
+    kill -s "$signal" "$TAPDISK"
+    tapdisk_wait "$status"
+    echo "tapdisk ended by SIG$signal"
+    "$@"
+}
+
+# # tapdisk_killed_often WAIT COMMAND...: twenty times SIGKILL and once SIGTERM, and each time started again by the
+# command. WAIT is a command that returns when the load on the disk has gone on.
+tapdisk_killed_often() {
+    local wait=$1 n signal
+    shift
+    for n in $(seq 21); do
+        if [ $((n % 4)) != 0 ]; then "$wait"; fi
+        # # Up to a third of a second: some are killed while they take over the disk.
+        usleep $((RANDOM * 10))
+        signal=KILL
+        if [ "$n" = 11 ]; then signal=TERM; fi
+        tapdisk_again "$signal" "$@"
+    done
+    "$wait"
 }
 
 # # tapdisk_wait [STATUS]: waits until it has ended, with that status (0).

@@ -19,7 +19,7 @@ Options:
   --deb FILE       the package that is installed in dom0 (that of `cargo xtask dist`, which is built first)
   --no-deb         install no package
   --blktap-module FILE
-                   a blktap2 module for dom0's kernel, which is not ours: test blktap-device loads it
+                   a blktap2 module for dom0's kernel, which is not ours: tests with blktap in their names load it
   --copy FILE      copy a file into dom0's /root, where scripts start; repeatable
   -x, --tree DIR   copy what is in DIR over dom0's /; repeatable
   --out DIR        where /out of dom0 goes (CACHE/run/out)

@@ -4,7 +4,7 @@
 clean_up() {
     local status=$?
     set +e
-    if [ "$status" != 0 ]; then tail -n 20 attach.log load.log; dmesg | grep -i nbd | tail -n 20; fi
+    if [ "$status" != 0 ]; then tail -n 20 tapdisk.log load.log; dmesg | grep -i nbd | tail -n 20; fi
     {
         [ -z "${LOAD-}" ] || kill -9 "$LOAD"
         [ -z "${TAPDISK-}" ] || kill -9 "$TAPDISK"
@@ -17,29 +17,15 @@ DEVICE=/dev/nbd5
 
 modprobe nbd
 tap-img create -f qcow disk.qcow 32M
-: > attach.log > load.log
-start() {
-    tapdisk attach --device "$DEVICE" "qcow:$PWD/disk.qcow" >> attach.log 2>&1 &
-    TAPDISK=$!
-}
+: > tapdisk.log > load.log
+start() { attach_start --device "$DEVICE" "qcow:$PWD/disk.qcow"; }
 start
-wait_for 20 grep -q "^$DEVICE$" attach.log
+attach_wait
 mkfifo stop
 exec 3<> stop
 disk-load verify "$DEVICE" --depth 16 --until-told < stop > load.log 2>&1 &
 LOAD=$!
-for n in $(seq 21); do
-    if [ $((n % 4)) != 0 ]; then wait_for 60 has_done_more_than "$(done_requests)"; fi
-    # # Some are killed while they take up the device.
-    usleep $((RANDOM * 10))
-    signal=KILL status=137
-    if [ "$n" = 11 ]; then signal=TERM status=0; fi
-    kill -s "$signal" "$TAPDISK"
-    tapdisk_wait "$status"
-    echo "tapdisk ended by SIG$signal, $n of 21, after $(done_requests) requests"
-    start
-done
-wait_for 60 has_done_more_than "$(done_requests)"
+tapdisk_killed_often load_goes_on start
 echo stop >&3
 wait "$LOAD" || fail "the load: $(tail -n 5 load.log)"
 LOAD=
@@ -49,7 +35,5 @@ seen=$(hash_of "$DEVICE")
 tapdisk detach "$DEVICE"
 tapdisk_wait 0
 TAPDISK=
-# Clusters whose write was under way when tapdisk was killed may be lost to the file, which is harmless: status 3.
-tap-img check disk.qcow || [ $? = 3 ] || fail "the image is damaged"
-tap-img convert disk.qcow disk.raw
-[ "$seen" = "$(hash_of disk.raw)" ] || fail "the image has other data than the device had"
+attach_gone
+qcow_same "$seen"

@@ -5,28 +5,18 @@
 attach() {
     DEVICE=$(tapdisk attach --fork --pid-file pid "$@") || fail "attach $*"
 }
-# # refused STATUS WORDS COMMAND...: the command fails with this status, and says these words in one line.
-refused() {
-    local wanted=$1 words=$2 status=0
-    shift 2
-    "$@" > out 2> err || status=$?
-    [ "$status" = "$wanted" ] || fail "$* ended with $status: $(cat out err)"
-    [ "$(wc -l < err)" = 1 ] && grep -q -- "$words" err || fail "$* says: $(cat err)"
-    cat err
-}
 # # tapdisk_ended: the tapdisk in the background has ended.
 tapdisk_ended() { [ ! -e pid ] || ! kill -0 "$(cat pid)" 2> /dev/null; }
 detach() {
     tapdisk detach "$DEVICE"
     wait_for 20 tapdisk_ended
-    [ ! -e "/sys/block/${DEVICE#/dev/}/pid" ] || fail "$DEVICE is still there"
-    [ -z "$(ls /run/tapdisk | grep '^nbd-')" ] || fail "a record is left: $(ls /run/tapdisk)"
+    attach_gone
 }
 # # After a failure: leaves nothing for later tests. What no longer exists cannot be undone.
 clean_up() {
     local status=$?
     set +e
-    if [ "$status" != 0 ]; then tail -n 20 attach.log load.log err; dmesg | grep -i nbd | tail -n 20; fi
+    if [ "$status" != 0 ]; then tail -n 20 tapdisk.log load.log err; dmesg | grep -i nbd | tail -n 20; fi
     {
         umount mnt
         exec 3>&-
@@ -38,7 +28,7 @@ clean_up() {
     exit "$status"
 }
 trap clean_up EXIT
-: > attach.log > load.log > err
+: > tapdisk.log > load.log > err
 
 tap-img create -f qcow disk.qcow 64M
 echo "# without the kernel's driver nothing is changed"
@@ -106,37 +96,33 @@ SERVER=
 
 echo "# killed and stopped under load"
 truncate -s 16M load.raw
-start() {
-    tapdisk attach --pid-file pid "raw:$PWD/load.raw" >> attach.log 2>&1 &
-    TAPDISK=$!
-}
+start() { attach_start --pid-file pid "raw:$PWD/load.raw"; }
 start
-wait_for 20 grep -q '^/dev/nbd' attach.log
-DEVICE=$(grep -m 1 '^/dev/nbd' attach.log)
+attach_wait
 mkfifo stop
 exec 3<> stop
 disk-load verify "$DEVICE" --depth 8 --until-told < stop > load.log 2>&1 &
 LOAD=$!
-for n in 1 2 3 4; do
-    wait_for 60 has_done_more_than "$(done_requests)"
-    signal=KILL status=137
-    if [ "$n" = 3 ]; then signal=TERM status=0; fi
-    kill -s "$signal" "$TAPDISK"
-    tapdisk_wait "$status"
-    if [ "$n" = 4 ]; then truncate -s 20M load.raw; fi
-    echo "tapdisk ended by SIG$signal, $n of 4, after $(done_requests) requests"
-    start
+for signal in KILL KILL TERM; do
+    load_goes_on
+    tapdisk_again "$signal" start
 done
-wait_for 60 has_done_more_than "$(done_requests)"
+start_larger() {
+    truncate -s 20M load.raw
+    start
+}
+load_goes_on
+tapdisk_again KILL start_larger
+load_goes_on
 echo stop >&3
 wait "$LOAD" || fail "the load: $(tail -n 5 load.log)"
 LOAD=
 exec 3>&-
 tail -n 1 load.log
 [ "$(cat "/sys/block/${DEVICE#/dev/}/size")" = 40960 ] || fail "the device has not grown"
-[ "$(sort -u attach.log | grep -c '^/dev/nbd[0-9]*$')" = 1 ] || fail "it had several devices: $(cat attach.log)"
+[ "$(sort -u tapdisk.log | grep -c '^/dev/nbd[0-9]*$')" = 1 ] || fail "it had several devices: $(cat tapdisk.log)"
 [ "$(hash_of "$DEVICE" 64k 0 256)" = "$(hash_of load.raw 64k 0 256)" ] || fail "the image has other data"
 kill "$TAPDISK"
 tapdisk_wait 0
 [ ! -e "/sys/block/${DEVICE#/dev/}/pid" ] || fail "a device that nobody uses is left"
-cat attach.log
+cat tapdisk.log
