@@ -21,7 +21,7 @@ mod reset;
 
 pub use data::{DataPiece, SegmentLayout};
 
-use data::{is_poisoned, pages_for, pieces, poison};
+use data::{discard, is_poisoned, pages_for, pieces, poison};
 use sim::Node;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -30,7 +30,7 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
 use tap_abi::blkif::{
-    BlkifOp, BlkifRequest, MAX_SEGMENTS, RawResponse, STATUS_EOPNOTSUPP, STATUS_OKAY, Segment,
+    BlkifOp, BlkifRequest, ENTRY_BYTES, MAX_SEGMENTS, RawResponse, STATUS_EOPNOTSUPP, STATUS_OKAY, Segment,
 };
 use tap_host::{DomId, Errno, IoKind, OneWaiter, SectorRange, Watcher, Xenstore};
 use xen_model::{FrontKeys, GrantedPage, GuestRing, VbdPaths, XenPort};
@@ -57,6 +57,8 @@ pub struct Published {
     pub read_only: Option<bool>,
     /// `feature-flush-cache`.
     pub flushes: bool,
+    /// `feature-discard`, if the front end asks for it.
+    pub discards: bool,
     /// `error`, which is left from an earlier attempt.
     pub error: Option<String>,
     /// `hotplug-status`, which toolstacks read.
@@ -72,7 +74,7 @@ struct Shadow {
     /// Grows with every use, to distinguish an answer to an earlier use.
     turn: u64,
     pages: Vec<GrantedPage>,
-    request: Option<BlkifRequest>,
+    request: Option<[u8; ENTRY_BYTES]>,
     status: Option<i16>,
     waker: Option<Waker>,
 }
@@ -87,6 +89,9 @@ struct Inner {
     keys: RefCell<Option<KeysOf>>,
     lingers: RefCell<Option<LingersOf>>,
     on_published: RefCell<Option<OnPublished>>,
+    /// It asks the back end about discards, and the back end takes them.
+    asks_for_discards: Cell<bool>,
+    discards: Cell<bool>,
     /// The previous front end stated its number of pages.
     counted: Cell<bool>,
     /// Grants are ended when their request is answered.
@@ -126,6 +131,8 @@ impl Blkfront {
             keys: RefCell::default(),
             lingers: RefCell::default(),
             on_published: RefCell::default(),
+            asks_for_discards: Cell::new(false),
+            discards: Cell::new(false),
             counted: Cell::new(false),
             revokes: Cell::new(false),
             ring: RefCell::default(),
@@ -168,6 +175,11 @@ impl Blkfront {
         self.0.revokes.set(true);
     }
 
+    /// From now on it asks whether the back end takes discards, as Linux since 3.2.
+    pub fn ask_for_discards(&self) {
+        self.0.asks_for_discards.set(true);
+    }
+
     /// How often it was connected.
     pub fn connects(&self) -> u32 {
         self.0.connects.get()
@@ -196,12 +208,13 @@ impl Blkfront {
         let published = this.published().await?;
         let look = this.on_published.borrow().clone();
         look.into_iter().for_each(|look| look(&published));
+        this.discards.set(published.discards);
         this.set_state(4).await?;
         this.connects.set(this.connects.get() + 1);
         this.open.set(true);
         for shadow in this.shadow.borrow().iter() {
             if let (Some(request), None) = (&shadow.request, shadow.status)
-                && !ring.put(request)
+                && !ring.put_entry(request)
             {
                 (this.complain)("the ring has no room for the shadow".into());
             }
@@ -429,7 +442,7 @@ impl Blkfront {
         look: impl FnOnce(&[DataPiece<'_>]),
     ) -> Result<(), Errno> {
         let layout = self.0.layout.borrow().clone().map_or(SegmentLayout::WHOLE, |layout| layout(range));
-        let pages = pages_for(range.count, layout);
+        let pages = if kind == IoKind::Discard { 0 } else { pages_for(range.count, layout) };
         let request = self.prepare(slot, kind, range, (layout, pages), fill)?;
         if self.0.open.get() {
             self.post(&request);
@@ -477,7 +490,7 @@ impl Blkfront {
         range: SectorRange,
         (layout, pages): (SegmentLayout, usize),
         fill: impl FnOnce(&[DataPiece<'_>]),
-    ) -> Result<BlkifRequest, Errno> {
+    ) -> Result<[u8; ENTRY_BYTES], Errno> {
         let mut segments = [Segment { gref: 0, first: 0, last: 0 }; MAX_SEGMENTS];
         let mut shadows = self.0.shadow.borrow_mut();
         let shadow = &mut shadows[slot];
@@ -496,23 +509,28 @@ impl Blkfront {
         }
         shadow.turn += 1;
         let op = match kind {
-            IoKind::Read => BlkifOp::Read,
-            IoKind::Write => BlkifOp::Write,
-            IoKind::Flush => BlkifOp::Flush,
+            IoKind::Read => Some(BlkifOp::Read),
+            IoKind::Write => Some(BlkifOp::Write),
+            IoKind::Flush => Some(BlkifOp::Flush),
+            IoKind::Discard if self.0.discards.get() => None,
             IoKind::WriteZeroes | IoKind::Discard => return Err(Errno::EOPNOTSUPP),
         };
         let id = slot as u64 | shadow.turn << 8;
-        let request =
-            BlkifRequest::new(id, op, range.start.0, &segments[..pages]).map_err(|_| Errno::EINVAL)?;
+        let request = match op {
+            Some(op) => BlkifRequest::new(id, op, range.start.0, &segments[..pages])
+                .map_err(|_| Errno::EINVAL)?
+                .encode(),
+            None => discard(id, range),
+        };
         shadow.status = None;
         shadow.request = Some(request);
         Ok(request)
     }
 
     /// Puts a request on the ring, if there is one.
-    fn post(&self, request: &BlkifRequest) {
+    fn post(&self, request: &[u8; ENTRY_BYTES]) {
         let Some(ring) = self.0.ring.borrow().clone() else { return };
-        if !ring.put(request) {
+        if !ring.put_entry(request) {
             (self.0.complain)("the ring is full although a slot is free".into());
         }
         if !ring.publish() {
@@ -546,6 +564,7 @@ impl Inner {
             sector_bytes: number("sector-size").await?,
             read_only: number("info").await?.map(|info| info & 4 != 0),
             flushes: number("feature-flush-cache").await? == Some(1),
+            discards: self.asks_for_discards.get() && number("feature-discard").await? == Some(1),
             error: read("error").await?,
             hotplug: read("hotplug-status").await?,
         })

@@ -9,15 +9,18 @@
 //!   sockets: streams between processes, split and delayed, closed by death
 //!   gendisk: the block layer above a driver of block devices; nbd_device: such a driver
 //!   blktap: the driver whose requests a process serves through a ring, in the four kinds that exist
+//!   blkback: guests' disks over block devices; blkfront: the other end, in a guest
 //! ```
 //!
 //! The fault model is documented where faults are made: see [`faults`] and [`sockets`]. The model takes the seam's
 //! vocabulary from `tap-host` and nothing from the stack: both sides are written separately, or the simulator would
 //! agree with its own bugs.
 
+mod blkback;
 mod blkfront;
 mod blktap;
 pub mod calls;
+mod device_number;
 pub mod faults;
 pub mod gendisk;
 mod host;
@@ -30,11 +33,13 @@ pub mod sockets;
 mod storage;
 mod traced;
 
+pub use blkback::Blkback;
 pub use blkfront::{
     BLKFRONT_MAX_SECTORS, Blkfront, Complaint, DataPiece, KeysOf, LayoutOf, LingersOf, OnPublished,
     Published, SegmentLayout,
 };
 pub use blktap::{ProcessTap, TapKind, TapLayoutOf, TapModule, TapTrouble};
+pub use device_number::DeviceNumber;
 pub use host::SimHost;
 pub use inode::{Content, Inode, Pending, PendingSize, apply};
 pub use nbd_device::{NbdComplaint, ProcessClaim};

@@ -133,6 +133,10 @@ impl Kernel {
         &self.0.nbd
     }
 
+    pub(crate) fn tap_module(&self) -> Option<TapModule> {
+        self.0.tap.borrow().clone()
+    }
+
     /// The storage.
     pub fn storage(&self) -> &Storage {
         &self.0.storage
@@ -178,10 +182,6 @@ impl Process {
 
     pub(crate) fn kernel(&self) -> &Kernel {
         &self.kernel
-    }
-
-    pub(crate) fn tap_module(&self) -> Option<TapModule> {
-        self.kernel.0.tap.borrow().clone()
     }
 
     pub(crate) fn network(&self) -> &Network {

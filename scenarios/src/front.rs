@@ -70,6 +70,7 @@ impl Attached {
             sector_bytes: Some(SECTOR_BYTES),
             read_only: Some(self.read_only),
             flushes: true,
+            discards: false,
             error: None,
             hotplug: Some("connected".into()),
         };

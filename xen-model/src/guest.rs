@@ -178,10 +178,15 @@ impl GuestRing {
 
     /// Puts a request on the ring without publishing it; `false` when the ring is full.
     pub fn put(&self, request: &BlkifRequest) -> bool {
+        self.put_entry(&request.encode())
+    }
+
+    /// The same with the bytes of any request.
+    pub fn put_entry(&self, entry: &[u8; ENTRY_BYTES]) -> bool {
         if self.outstanding() >= SLOTS {
             return false;
         }
-        self.put_raw(&request.encode());
+        self.put_raw(entry);
         true
     }
 

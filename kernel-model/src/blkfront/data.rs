@@ -9,8 +9,8 @@
 //! copied from such a page too late.
 
 use super::PAGE_SECTORS;
-use tap_abi::blkif::{MAX_SEGMENTS, Segment};
-use tap_host::SECTOR_BYTES;
+use tap_abi::blkif::{ENTRY_BYTES, MAX_SEGMENTS, OP_DISCARD, Segment};
+use tap_host::{SECTOR_BYTES, SectorRange};
 use xen_model::GrantedPage;
 
 const POISON: [u8; 8] = *b"\xa5poison\xa5";
@@ -114,4 +114,14 @@ fn has_poison(page: &GrantedPage, sector: u32) -> bool {
 
 pub(super) fn is_poisoned(page: &GrantedPage) -> bool {
     (0..PAGE_SECTORS).all(|sector| has_poison(page, sector))
+}
+
+/// A discard as it lies on the ring: a number of sectors takes the place of the segments.
+pub(super) fn discard(id: u64, range: SectorRange) -> [u8; ENTRY_BYTES] {
+    let mut entry = [0; ENTRY_BYTES];
+    entry[0] = OP_DISCARD;
+    for (at, number) in [(8, id), (16, range.start.0), (24, u64::from(range.count))] {
+        entry[at..at + 8].copy_from_slice(&number.to_le_bytes());
+    }
+    entry
 }

@@ -26,7 +26,7 @@ impl SimHost {
     /// The module, once the process has taken a step.
     async fn tap_module(&self) -> Result<TapModule, Errno> {
         self.takes_a_step().await;
-        self.process.tap_module().ok_or(Errno::ENOENT)
+        self.process.kernel().tap_module().ok_or(Errno::ENOENT)
     }
 
     /// Counts one effect of the process; never completes once it is dead.
