@@ -185,7 +185,7 @@ impl Machine {
         }
     }
 
-    async fn force_offline(&self, disk: &Attached) -> Result<(), Errno> {
+    pub(crate) async fn force_offline(&self, disk: &Attached) -> Result<(), Errno> {
         loop {
             let tx = self.toolstack.port.transaction().await?;
             tx.remove(&disk.paths.frontend).await?;
@@ -201,7 +201,7 @@ impl Machine {
         }
     }
 
-    async fn wait_for_back(&self, disk: &Attached, state: &[u8]) -> Result<(), Errno> {
+    pub(crate) async fn wait_for_back(&self, disk: &Attached, state: &[u8]) -> Result<(), Errno> {
         let path = format!("{}/state", disk.paths.backend);
         let watch = self.toolstack.port.watch(&path).await?;
         let mut enough = pin!(self.world.sim.sleep_ns(XL_WAITS_NS));

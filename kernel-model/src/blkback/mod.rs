@@ -197,15 +197,15 @@ impl Vbd {
         Ok(self.read(path).await?.and_then(|value| value.parse().ok()))
     }
 
-    /// Writes `pairs` into its directory, unless the directory has gone.
-    async fn write_all(&self, pairs: &[(&str, String)]) -> Result<(), Errno> {
+    /// Writes `pairs`, as they are at each attempt, into its directory, unless the directory has gone.
+    async fn write_all(&self, pairs: impl Fn() -> Vec<(&'static str, String)>) -> Result<(), Errno> {
         loop {
             let tx = self.host.transaction().await?;
             match tx.read(&self.own("frontend")).await {
                 Err(Errno::ENOENT) => return Ok(()),
                 there => there?,
             };
-            for (key, value) in pairs {
+            for (key, value) in pairs() {
                 tx.write(&self.own(key), value.as_bytes()).await?;
             }
             match tx.commit().await {
@@ -219,7 +219,7 @@ impl Vbd {
         if self.state.replace(state) == state {
             return Ok(());
         }
-        self.write_all(&[("state", state.to_string())]).await
+        self.write_all(|| vec![("state", state.to_string())]).await
     }
 
     fn note(&self, why: String) {
@@ -343,7 +343,7 @@ impl Vbd {
             pairs.push(("discard-granularity", limits.logical_block_bytes.to_string()));
             pairs.push(("discard-alignment", "0".into()));
         }
-        self.write_all(&pairs).await?;
+        self.write_all(|| pairs.clone()).await?;
         self.set_state(CONNECTED).await?;
         ring.start(self, &device);
         Ok(())
@@ -355,7 +355,8 @@ impl Vbd {
         if device.size_sectors.replace(size) == size {
             return Ok(());
         }
-        self.write_all(&[("sectors", size.to_string()), ("state", self.state.get().to_string())]).await
+        let told = || vec![("sectors", size.to_string()), ("state", self.state.get().to_string())];
+        self.write_all(told).await
     }
 
     /// Ends the thread, and releases the ring if none of its requests is open; whether it was.

@@ -77,6 +77,7 @@ static OTHERS: &[&Scenario] = &[
     &nbd::NBD_SERVE_REFUSED,
     &device::NBD_DEVICE,
     &device::NBD_DEVICE_DETACHED,
+    &device::BLKBACK_OVER_DEVICE,
 ];
 
 /// Those of [`OTHERS`] that have been swept for a long time. A scenario that is neither here nor marked as settled

@@ -14,7 +14,7 @@ use super::setup::{Setup, check_at_rest, cut_after_close, workload};
 use crate::check::Invariant;
 use crate::formats::Kind;
 use crate::front::segment_layout;
-use crate::guest::{BlockDisk, ErrorPolicy, Guest};
+use crate::guest::{BlockDisk, ErrorPolicy, Guest, GuestDisk};
 use crate::limits::StackLimits;
 use crate::program::{Printed, named, option_of, tapdisk};
 use crate::scenario::Scenario;
@@ -71,15 +71,15 @@ const NEIGHBOUR: u64 = 100;
 const END_NS: u64 = 120_000_000_000;
 
 /// A host with a module, and the disk that its tapdisk serves.
-struct Dom0 {
+pub(super) struct Dom0 {
     world: World,
-    module: TapModule,
+    pub(super) module: TapModule,
     setup: Setup,
-    limits: StackLimits,
+    pub(super) limits: StackLimits,
     cache: CacheMode,
     starts: Cell<u64>,
-    /// The guest of the moment, which has to live with the death of tapdisk.
-    guest: RefCell<Option<Guest<BlockDisk>>>,
+    /// Sets how the guest of the moment handles errors: it has to live with the death of tapdisk.
+    guest: RefCell<Option<SetPolicy>>,
     deaths: Cell<u32>,
     /// The number that another program has reserved.
     strangers: Cell<Option<u32>>,
@@ -87,16 +87,19 @@ struct Dom0 {
     lost: Cell<bool>,
 }
 
+/// Changes how a guest handles errors.
+type SetPolicy = Box<dyn Fn(ErrorPolicy)>;
+
 /// A tapdisk, and what it prints.
-struct Attached {
-    host: SimHost,
+pub(super) struct Attached {
+    pub(super) host: SimHost,
     said: Rc<Printed>,
     minor: Cell<Option<u32>>,
 }
 
 impl Dom0 {
     /// A host with one of `kinds` of modules.
-    fn new(world: &World, setup: Setup, kinds: &[TapKind]) -> Rc<Self> {
+    pub(super) fn new(world: &World, setup: Setup, kinds: &[TapKind]) -> Rc<Self> {
         Rc::new(Self::drawn(world, setup, kinds))
     }
 
@@ -156,7 +159,7 @@ impl Dom0 {
     }
 
     /// Starts a tapdisk that attaches the disk; with `kill_after`, it dies after so many effects.
-    fn start(self: &Rc<Self>, kill_after: Option<u64>) -> Rc<Attached> {
+    pub(super) fn start(self: &Rc<Self>, kill_after: Option<u64>) -> Rc<Attached> {
         let world = &self.world;
         let nth = self.starts.replace(self.starts.get() + 1);
         let host = SimHost::start(&world.kernel, &world.xen, "tapdisk", nth);
@@ -203,13 +206,13 @@ impl Dom0 {
         self.deaths.set(self.deaths.get() + 1);
         self.world.count(|s| s.crashes += 1);
         self.setup.history.borrow_mut().server_died();
-        if let Some(guest) = &*self.guest.borrow() {
-            guest.set_error_policy(ErrorPolicy { retries: 0, errors_allowed: true, reads: Invariant::P1 });
+        if let Some(set_policy) = &*self.guest.borrow() {
+            set_policy(ErrorPolicy { retries: 0, errors_allowed: true, reads: Invariant::P1 });
         }
     }
 
     /// The block device of `attached`, once it says that it is there; `None` if it ends before.
-    async fn device(&self, attached: &Attached) -> Option<Gendisk> {
+    pub(super) async fn device(&self, attached: &Attached) -> Option<Gendisk> {
         let there = Cell::new(false);
         let said = async { there.set(attached.said.says("/dev/xen/blktap-2/tapdev").await) };
         select(said, attached.host.process.node().dead()).await;
@@ -250,20 +253,26 @@ impl Dom0 {
         let policy = error_policy(&self.world, reads);
         let history = Rc::clone(&self.setup.history);
         let guest = Guest::new(&self.world, BlockDisk::overlapping(opener), history, policy);
+        self.opened_by(&guest);
+        Some(guest)
+    }
+
+    /// `guest` uses the device until [`Dom0::close`].
+    pub(super) fn opened_by<D: GuestDisk>(&self, guest: &Guest<D>) {
         // A device that takes no flushes promises this, too.
         if self.cache == CacheMode::WriteThrough || !self.module.kind().says_what_it_knows() {
             guest.write_through();
         }
-        *self.guest.borrow_mut() = Some(guest.clone());
-        Some(guest)
+        let own = guest.clone();
+        *self.guest.borrow_mut() = Some(Box::new(move |policy| own.set_error_policy(policy)));
     }
 
-    fn close(&self, guest: Guest<BlockDisk>) {
+    pub(super) fn close<D: GuestDisk>(&self, guest: Guest<D>) {
         self.guest.take();
         drop(guest);
     }
 
-    fn operations(&self, number: u64, count: u32) -> Vec<Option<Op>> {
+    pub(super) fn operations(&self, number: u64, count: u32) -> Vec<Option<Op>> {
         let entity = Entity::WORLD.child("guest-ops", number);
         self.world.sim.name_entity(entity, || format!("program {number}"));
         let shape = workload(&self.world, self.setup.size_sectors, count, 352);
@@ -326,13 +335,13 @@ impl Dom0 {
     }
 
     /// Waits until `attached` has ended, or has died.
-    async fn ended(&self, attached: &Attached) {
+    pub(super) async fn ended(&self, attached: &Attached) {
         select(attached.said.ended(), attached.host.process.node().dead()).await;
     }
 
     /// Asks tapdisk to end, unless the kernel has done so. It does once nobody uses the device; what was answered is
     /// durable then.
-    async fn stop(&self, attached: &Attached, ask: bool) {
+    pub(super) async fn stop(&self, attached: &Attached, ask: bool) {
         if ask {
             attached.host.process.ask_to_stop();
         }
@@ -353,7 +362,7 @@ impl Dom0 {
     }
 
     /// Nothing of any tapdisk is left: the last one has freed what dead ones left.
-    async fn check_leaks(&self, attached: &Attached) {
+    pub(super) async fn check_leaks(&self, attached: &Attached) {
         self.world.sim.sleep_ns(NOTICED_NS).await;
         let (mut minors, rings) = (self.module.minors(), self.module.open_rings());
         let pages: Vec<_> =
@@ -532,7 +541,7 @@ async fn tap_power_cut(world: World) {
 
 impl Dom0 {
     /// The host is up again: everything that was durable is there.
-    async fn after_cut(self: &Rc<Self>) {
+    pub(super) async fn after_cut(self: &Rc<Self>) {
         let world = &self.world;
         let attached = self.start(None);
         let Some(disk) = self.device(&attached).await else { return };

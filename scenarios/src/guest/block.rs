@@ -5,11 +5,9 @@
 //! A driver that keeps the order may get overlapping ones, as some programs have them ([`BlockDisk::overlapping`]).
 
 use super::GuestDisk;
+use super::turns::Turns;
 use kernel_model::gendisk::{Bio, Opener};
-use std::cell::RefCell;
-use std::future::poll_fn;
 use std::rc::Rc;
-use std::task::{Poll, Waker};
 use tap_core::ZeroFlags;
 use tap_host::{Errno, IoKind, SectorRange};
 
@@ -20,56 +18,18 @@ const POISON: u8 = 0xa5;
 #[derive(Clone)]
 pub struct BlockDisk {
     opener: Rc<Opener>,
-    /// `None` if requests may overlap.
-    in_flight: Option<Rc<InFlight>>,
-}
-
-/// The requests that are in flight, and those that wait for them.
-#[derive(Default)]
-struct InFlight {
-    /// Ranges, and whether they are being changed.
-    ranges: RefCell<Vec<(SectorRange, bool)>>,
-    waiting: RefCell<Vec<Waker>>,
-}
-
-/// A request in flight.
-struct Turn(Rc<InFlight>, (SectorRange, bool));
-
-impl Drop for Turn {
-    fn drop(&mut self) {
-        let mut ranges = self.0.ranges.borrow_mut();
-        if let Some(own) = ranges.iter().position(|range| *range == self.1) {
-            ranges.swap_remove(own);
-        }
-        drop(ranges);
-        self.0.waiting.take().into_iter().for_each(Waker::wake);
-    }
+    turns: Turns,
 }
 
 impl BlockDisk {
     /// Submits requests through `opener`.
     pub fn new(opener: Opener) -> Self {
-        Self { opener: Rc::new(opener), in_flight: Some(Rc::default()) }
+        Self { opener: Rc::new(opener), turns: Turns::apart() }
     }
 
     /// The same, with requests that overlap.
     pub fn overlapping(opener: Opener) -> Self {
-        Self { opener: Rc::new(opener), in_flight: None }
-    }
-
-    /// Waits until no request is in the way of one on `range`, which may change it.
-    async fn turn(&self, range: SectorRange, changes: bool) -> Option<Turn> {
-        let all = self.in_flight.as_ref()?;
-        let turn = poll_fn(|cx| {
-            let mut ranges = all.ranges.borrow_mut();
-            if ranges.iter().any(|(other, changed)| (changes || *changed) && other.overlaps(range)) {
-                all.waiting.borrow_mut().push(cx.waker().clone());
-                return Poll::Pending;
-            }
-            ranges.push((range, changes));
-            Poll::Ready(Turn(Rc::clone(all), (range, changes)))
-        });
-        Some(turn.await)
+        Self { opener: Rc::new(opener), turns: Turns::default() }
     }
 
     async fn change(&self, bio: Bio) -> Result<(), Errno> {
@@ -87,18 +47,18 @@ impl GuestDisk for BlockDisk {
     async fn read<R>(&self, range: SectorRange, look: impl FnOnce(&[u8]) -> R) -> Result<R, Errno> {
         // Bytes missing from an answer must not look like what was there before.
         let data = vec![POISON; range.len_bytes() as usize];
-        let _turn = self.turn(range, false).await;
+        let _turn = self.turns.turn(range, false).await;
         let (result, data) = self.opener.submit(Bio { data, ..Bio::new(IoKind::Read, range) }).await;
         result.map(|()| look(&data))
     }
 
     async fn write(&self, range: SectorRange, fill: impl FnOnce(&mut [u8])) -> Result<(), Errno> {
-        let _turn = self.turn(range, true).await;
+        let _turn = self.turns.turn(range, true).await;
         self.change(Self::filled(range, fill)).await
     }
 
     async fn write_and_flush(&self, range: SectorRange, fill: impl FnOnce(&mut [u8])) -> Result<(), Errno> {
-        let _turn = self.turn(range, true).await;
+        let _turn = self.turns.turn(range, true).await;
         let bio = Bio { fua: true, ..Self::filled(range, fill) };
         self.flush().await?;
         self.change(bio).await
@@ -109,12 +69,12 @@ impl GuestDisk for BlockDisk {
     }
 
     async fn write_zeroes(&self, range: SectorRange, flags: ZeroFlags) -> Result<(), Errno> {
-        let _turn = self.turn(range, true).await;
+        let _turn = self.turns.turn(range, true).await;
         self.change(Bio { unmap: flags.unmap, ..Bio::new(IoKind::WriteZeroes, range) }).await
     }
 
     async fn discard(&self, range: SectorRange) -> Result<(), Errno> {
-        let _turn = self.turn(range, true).await;
+        let _turn = self.turns.turn(range, true).await;
         self.change(Bio::new(IoKind::Discard, range)).await
     }
 

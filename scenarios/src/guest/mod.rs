@@ -11,6 +11,7 @@ mod options;
 mod reporting;
 mod ring;
 mod speaker;
+mod turns;
 
 pub use block::BlockDisk;
 pub use direct::DirectDisk;

@@ -1,6 +1,7 @@
 //! A guest with a block front end on a ring.
 
 use super::GuestDisk;
+use super::turns::Turns;
 use kernel_model::{BLKFRONT_MAX_SECTORS, Blkfront, DataPiece};
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -14,12 +15,18 @@ const IDLE_NS: u64 = 30_000;
 pub struct RingDisk {
     front: Blkfront,
     scratch: Rc<RefCell<Vec<u8>>>,
+    turns: Turns,
 }
 
 impl RingDisk {
     /// Submits requests through `front`.
     pub fn new(front: Blkfront) -> Self {
-        Self { front, scratch: Rc::default() }
+        Self { front, scratch: Rc::default(), turns: Turns::default() }
+    }
+
+    /// The same, with no two requests in flight of which one changes what the other is about.
+    pub fn apart(front: Blkfront) -> Self {
+        Self { turns: Turns::apart(), ..Self::new(front) }
     }
 
     async fn store(
@@ -42,6 +49,7 @@ impl RingDisk {
                 }
             }
         };
+        let _turn = self.turns.turn(range, true).await;
         self.front.io(kind, range, scatter, |_| {}).await
     }
 
@@ -65,6 +73,7 @@ impl GuestDisk for RingDisk {
                 }
             });
         };
+        let _turn = self.turns.turn(range, false).await;
         self.front.io(IoKind::Read, range, |_| {}, gather).await?;
         seen.ok_or(Errno::EIO)
     }
@@ -79,6 +88,11 @@ impl GuestDisk for RingDisk {
 
     async fn flush(&self) -> Result<(), Errno> {
         self.front.io(IoKind::Flush, SectorRange::default(), |_| {}, |_| {}).await
+    }
+
+    async fn discard(&self, range: SectorRange) -> Result<(), Errno> {
+        let _turn = self.turns.turn(range, true).await;
+        self.front.io(IoKind::Discard, range, |_| {}, |_| {}).await
     }
 
     async fn idle(&self) {

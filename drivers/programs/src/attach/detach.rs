@@ -4,7 +4,7 @@
 //! disk and ends.
 
 use super::record::{OURS, Other};
-use super::{AttachHost, DeviceArg, Failure};
+use super::{AttachHost, DeviceArg, Failure, is_used};
 use crate::Console;
 use clap::Args;
 use std::path::PathBuf;
@@ -102,11 +102,7 @@ impl DetachArgs {
     async fn claim<H: AttachHost>(&self, host: &H) -> Result<H::Claim, Failure> {
         let index = self.device.0;
         let claim = host.claim(index).await;
-        let used = match &claim {
-            Ok(_) => !host.users(index).await.is_empty(),
-            Err(error) => *error == Errno::EBUSY,
-        };
-        if used {
+        if is_used(host, index, &claim).await {
             host.mark(&DETACH_REFUSED);
             let users = self.who(host).await;
             let text = format!("detach {index}: it is in use by {users}; with --force their requests fail");

@@ -1,7 +1,7 @@
 //! The kernel's device of a disk, and the task that serves it.
 
 use super::record::Record;
-use super::{AttachHost, BUSY_PATIENCE_NS};
+use super::{AttachHost, BUSY_PATIENCE_NS, is_used};
 use std::cell::Cell;
 use std::rc::Rc;
 use tap_core::wait::Event;
@@ -132,10 +132,7 @@ impl<H: AttachHost> Device<H> {
     /// Ends the service: takes the device away if nobody uses it, and leaves it for another process otherwise.
     pub(super) async fn leave(&self) -> Ended {
         let claim = self.host.claim(self.index).await;
-        let used = match &claim {
-            Ok(_) => !self.host.users(self.index).await.is_empty(),
-            Err(error) => *error == Errno::EBUSY,
-        };
+        let used = is_used(&self.host, self.index, &claim).await;
         if self.host.bug(&DEVICE_TAKEN_IN_USE) || !used && is_written(&claim).await {
             self.record.leaves();
             if self.host.detach(self.index).await.is_ok() {

@@ -50,12 +50,16 @@ tap_host::listed! {
         "that a disk has a block device is noted only after it was attached";
     DEVICE_MADE_AGAIN = "device-made-again",
         "a tapdisk that is started again attaches another block device instead of taking up the old one";
+    CLAIM_ENOUGH = "claim-enough",
+        "a block device that could be opened for ourselves alone counts as unused, whoever else has it open";
 }
 
 tap_host::listed! {
     pub(super) MARKS: Mark with [device::MARKS, detach::MARKS];
     DEVICE_ATTACHED = "device-attached", "tapdisk attach made a block device";
     DEVICE_TAKEN_UP = "device-taken-up", "tapdisk attach took up the block device of an earlier one";
+    CLAIMED_BUT_USED = "claimed-but-used",
+        "a block device was opened for ourselves alone, and someone who does not claim it has it open";
     DEVICE_GREW = "device-grew", "tapdisk attach took up a block device that was smaller than its disk is now";
 }
 
@@ -442,6 +446,19 @@ impl AttachArgs {
             }
         }
     }
+}
+
+/// Whether others use the device that we have tried to claim. The claim fails beside mounts, swap and other devices;
+/// xen-blkback, and programs that open it like any file, are seen only by looking for them.
+async fn is_used<H: AttachHost>(host: &H, index: NbdIndex, claim: &Result<H::Claim, Errno>) -> bool {
+    if let Err(error) = claim {
+        return *error == Errno::EBUSY;
+    }
+    let used = !host.bug(&CLAIM_ENOUGH) && !host.users(index).await.is_empty();
+    if used {
+        host.mark(&CLAIMED_BUT_USED);
+    }
+    used
 }
 
 #[cfg(test)]

@@ -5,7 +5,10 @@
 //!                             keeps its requests               killed, stopped, started again
 //! ```
 
+mod behind;
 mod served;
+
+pub use behind::BLKBACK_OVER_DEVICE;
 
 use super::crash::arm_power_cut;
 use super::ring::KILL_AFTER;
@@ -98,17 +101,7 @@ async fn device(world: World) {
     let plan = Plan::draw(&world);
     let all: Vec<Rc<Served>> =
         setups(&world).into_iter().zip(0..).map(|(s, n)| Served::new(&plan, s, n)).collect();
-    for served in &all {
-        served.start();
-    }
-    let ends = ends(&world);
-    let asked = world.setting("asked-to-stop", &[false, true]);
-    let (w, served) = (world.clone(), all.clone());
-    world.sim.spawn("supervisor", 0, async move {
-        for (i, steps) in ends.into_iter().enumerate() {
-            served[i % served.len()].end(&w, steps, asked && i % 2 == 1).await;
-        }
-    });
+    start(&world, &all);
     let node = world.sim.node("guest", 0);
     let hosts = all.clone();
     let mortal = node.clone();
@@ -139,6 +132,22 @@ async fn device(world: World) {
         finish(&world, &plan, served, guest).await;
     }
     check_closed(&world, &plan, &all).await;
+}
+
+/// Starts a tapdisk for each, and ends one or the other now and then. Returns whether some are asked to end.
+fn start(world: &World, all: &[Rc<Served>]) -> bool {
+    for served in all {
+        served.start();
+    }
+    let ends = ends(world);
+    let asked = world.setting("asked-to-stop", &[false, true]);
+    let (w, served) = (world.clone(), all.to_vec());
+    world.sim.spawn("supervisor", 0, async move {
+        for (i, steps) in ends.into_iter().enumerate() {
+            served[i % served.len()].end(&w, steps, asked && i % 2 == 1).await;
+        }
+    });
+    asked
 }
 
 /// The machine lost its power: its successor attaches the disks again.
@@ -183,6 +192,11 @@ async fn finish(world: &World, plan: &Plan, served: &Rc<Served>, guest: Guest<Bl
         }
     }
     drop(guest);
+    leave(world, plan, served).await;
+}
+
+/// The device goes, one way or the other.
+async fn leave(world: &World, plan: &Plan, served: &Rc<Served>) {
     served.may_go();
     if !world.errors_allowed() && world.setting("goes-with-tapdisk", &[false, true]) {
         served.ask_to_stop();

@@ -291,6 +291,11 @@ impl Served {
         self.index.get().unwrap_or(NbdIndex(0))
     }
 
+    /// Someone in the kernel has opened the device.
+    pub(super) fn note_user(&self) {
+        self.opened.set();
+    }
+
     /// Opens the device for itself.
     pub(super) fn open(&self, who: &str) -> Opener {
         let disk = self.plan.world.kernel.nbd_disk(self.index());
