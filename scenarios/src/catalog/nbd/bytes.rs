@@ -6,18 +6,23 @@
 //!   pairs     a run of whole sectors, and a part of it, written at once: outside it only the former may be there
 //! ```
 //!
-//! Neighbouring lanes share sectors, so a write of one lane reads and rewrites bytes of others.
+//! Neighbouring lanes share sectors, so a write of one lane reads and rewrites bytes of others. In half of the worlds
+//! operations of the host fail: what a failed request was to write may be there or not, byte by byte, and nothing else
+//! may have changed.
 
 use super::every::speaker;
 use super::plan::{DISK, Plan, address, within};
 use crate::check::Invariant;
 use crate::guest::{Answer, Speaker};
 use crate::scenario::Scenario;
-use crate::world::World;
+use crate::world::{World, setting};
 use kernel_model::faults::FaultPlan;
 use kernel_model::{ProcessStream, SimHost, StorageConfig};
-use sim::{Entity, Label};
-use tap_abi::nbd::{CMD_BLOCK_STATUS, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, STATE_ZERO, command};
+use sim::{Entity, Label, Sim};
+use std::collections::BTreeMap;
+use tap_abi::nbd::{
+    CMD_BLOCK_STATUS, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, STATE_ZERO, command, error,
+};
 use tap_core::wait::joined;
 use tap_host::SECTOR_BYTES;
 
@@ -28,21 +33,28 @@ pub static BYTES_STEP: Label = Label::packed("nbd-bytes", "step {n}: {}", &[3, 1
 /// Any offset and any length.
 pub static NBD_BYTES: Scenario = Scenario {
     name: "nbd-bytes",
-    about: "NBD clients read, write, zero and trim parts of sectors that they share; nobody loses a byte",
-    storage: &|_| {
-        let faults = FaultPlan { short: true, transient: true, ..FaultPlan::LATENCY };
-        StorageConfig { faults, ..StorageConfig::default() }
-    },
+    about: "NBD clients read, write, zero and trim parts of sectors that they share, with I/O errors; nobody loses a byte",
+    storage: &storage,
     body: &|w| Box::pin(bytes(w)),
 };
+
+fn storage(sim: &Sim) -> StorageConfig {
+    let errors = setting(sim, "nbd-errors", &[false, true]);
+    let failing = FaultPlan { errors, no_space: errors, ..FaultPlan::LATENCY };
+    let faults = FaultPlan { short: true, transient: true, ..failing };
+    StorageConfig { faults, ..StorageConfig::default() }
+}
 
 const LANES: usize = 6;
 const STEPS: u32 = 12;
 /// Where the first lane begins, in bytes: inside a sector.
 const BEGIN: usize = 100;
-/// Sizes of a lane in bytes: several in a sector, about one, more than two.
-const LANE_BYTES: [usize; 4] = [700, 100, 1500, 513];
-/// The first sector of the pairs; each writer has some for itself.
+/// Sizes of a lane in bytes: several in a sector, about one, more than two, and more than goes to the node at once.
+const LANE_BYTES: [usize; 6] = [700, 100, 1500, 513, LONG_BYTES, LONG_BYTES];
+const LONG_BYTES: usize = 10_000;
+/// Offsets and lengths in a long lane are this many times those in others.
+const LONG_TIMES: usize = 8;
+/// The first sector of the pairs, at least; each writer has some for itself.
 const PAIRS_AT: usize = 64;
 const PAIR_SECTORS: usize = 4;
 /// Enough for all lanes.
@@ -55,7 +67,6 @@ async fn bytes(world: World) {
     plan.server.request_bytes = plan.server.request_bytes.max(MIN_REQUEST_BYTES);
     world.storage.set_calm(true);
     let Some(served) = plan.serve(&plan.process("tapdisk", 0)).await else { return };
-    world.storage.set_calm(false);
     let host = plan.process("client", 0);
     let (w, h) = (world.clone(), host.clone());
     within(&host, async move {
@@ -82,8 +93,12 @@ struct Lane {
     entity: Entity,
     /// Its first byte on the disk.
     at: usize,
+    /// The first sector of the pairs.
+    pairs_at: usize,
     /// What it must hold.
     known: Vec<u8>,
+    /// What else it may hold, where changes have failed since: the values by place.
+    doubt: BTreeMap<usize, Vec<u8>>,
 }
 
 async fn lanes(world: &World, host: &SimHost, speakers: &[Speaker<ProcessStream>]) {
@@ -92,6 +107,7 @@ async fn lanes(world: &World, host: &SimHost, speakers: &[Speaker<ProcessStream>
     if call(world, &speakers[0], CMD_WRITE_ZEROES, 0, 0, end, &[]).await.is_none() {
         return;
     }
+    world.storage.set_calm(false);
     let mut ends = Vec::new();
     for number in 0..LANES {
         let entity = Entity::WORLD.child("lane", number as u64);
@@ -104,25 +120,34 @@ async fn lanes(world: &World, host: &SimHost, speakers: &[Speaker<ProcessStream>
             number,
             entity,
             at: BEGIN + number * lane_bytes,
+            pairs_at: PAIRS_AT.max(end / SECTOR) + number * PAIR_SECTORS,
             known: vec![0; lane_bytes],
+            doubt: BTreeMap::new(),
         };
         let (task, finished) = joined(lane.run());
         host.process.node().spawn("lane", number as u64, task);
         ends.push(finished);
     }
-    let mut expected = vec![0; end];
-    for (number, finished) in ends.into_iter().enumerate() {
-        let Some(known) = finished.await else { return };
-        let at = BEGIN + number * lane_bytes;
-        expected[at..at + lane_bytes].copy_from_slice(&known);
+    let mut all = Vec::new();
+    for finished in ends {
+        let Some(lane) = finished.await else { return };
+        all.push(lane);
     }
-    let read = call(world, &speakers[0], CMD_READ, 0, 0, end, &[]).await;
-    if let Some(at) = read.and_then(|read| (0..end).find(|i| read.data[*i] != expected[*i])) {
+    let Some(Ok(read)) = call(world, &speakers[0], CMD_READ, 0, 0, end, &[]).await else { return };
+    let right = |at: usize| match at.checked_sub(BEGIN).and_then(|at| all.get(at / lane_bytes)) {
+        Some(lane) => lane.may_hold(at - lane.at, read.data[at]),
+        None => read.data[at] == 0,
+    };
+    if let Some(at) = (0..end).find(|at| !right(*at)) {
         world.fail(Invariant::G1, format!("at the end byte {at} is not what its writer knows"));
     }
 }
 
-/// A request that must succeed, and return as many bytes as a read asks for.
+/// What a request that failed was answered with.
+struct Failed;
+
+/// A request that must succeed, unless operations of the host fail in this world, and return as many bytes as a read
+/// asks for; `None` ends the run.
 async fn call(
     world: &World,
     speaker: &Speaker<ProcessStream>,
@@ -131,11 +156,14 @@ async fn call(
     at: usize,
     len: usize,
     data: &[u8],
-) -> Option<Answer> {
+) -> Option<Result<Answer, Failed>> {
     let answer = speaker.call(command, flags, at as u64, len as u32, data).await;
     let read = if command == CMD_READ { len } else { 0 };
     match answer {
-        Some(answer) if answer.error == 0 && answer.data.len() == read => Some(answer),
+        Some(answer) if answer.error == 0 && answer.data.len() == read => Some(Ok(answer)),
+        Some(answer) if world.errors_allowed() && matches!(answer.error, error::EIO | error::ENOSPC) => {
+            Some(Err(Failed))
+        }
         answer => {
             let answer = answer.map(|answer| (answer.error, answer.data.len()));
             let text = format!("command {command} of {len} bytes at {at}: {answer:?} (error, bytes)");
@@ -146,16 +174,23 @@ async fn call(
 }
 
 impl Lane {
-    /// Does all its steps; returns what its lane holds.
-    async fn run(mut self) -> Vec<u8> {
+    /// Does all its steps; returns itself, with what it knows.
+    async fn run(mut self) -> Self {
+        let is_long = self.known.len() == LONG_BYTES;
+        let (times, whats) = if is_long {
+            // Zeros go to the node in pieces.
+            (LONG_TIMES, [1, 2, 2, 2, 2, 3, 4, 4, 5, 6])
+        } else {
+            (1, [1, 1, 1, 2, 3, 4, 4, 5, 6, 6])
+        };
         for n in 0..STEPS {
             let value = self.world.sim.decide(self.entity, &BYTES_STEP, n, |d| {
-                let what = [1, 1, 1, 2, 3, 4, 4, 5, 6, 6][d.below(10) as usize];
+                let what = whats[d.below(10) as usize];
                 let len = if d.below(2) == 0 { d.below(16) } else { d.below(2048) };
                 what | d.below(2048) << 3 | len << 14 | d.below(2) << 25
             });
-            let from = (value >> 3 & 0x7ff) as usize % self.known.len();
-            let len = ((value >> 14 & 0x7ff) as usize + 1).min(self.known.len() - from);
+            let from = (value >> 3 & 0x7ff) as usize * times % self.known.len();
+            let len = ((value >> 14 & 0x7ff) as usize * times + 1).min(self.known.len() - from);
             let flag = value >> 25 & 1 == 1;
             let done = match value & 7 {
                 1 => self.write(n, from, len, flag).await,
@@ -163,17 +198,38 @@ impl Lane {
                 3 => self.trim(from, len).await,
                 4 => self.read(from, len).await,
                 5 => self.status(from, len).await,
-                6 => self.pair(n, from, len, flag).await,
+                6 => self.pair(n, from % LANE_BYTES[2], len, flag).await,
                 _ => Some(()),
             };
             if done.is_none() || self.world.verdict.is_broken() {
                 break;
             }
         }
-        self.known
+        self
     }
 
-    async fn ask(&self, command: u16, flags: u16, from: usize, len: usize, data: &[u8]) -> Option<Answer> {
+    fn may_hold(&self, at: usize, byte: u8) -> bool {
+        self.known[at] == byte || self.doubt.get(&at).is_some_and(|others| others.contains(&byte))
+    }
+
+    /// Byte `at` was changed to `byte`, or may have been if that failed.
+    fn changed(&mut self, at: usize, byte: u8, result: &Result<Answer, Failed>) {
+        if result.is_ok() {
+            self.known[at] = byte;
+            self.doubt.remove(&at);
+        } else if !self.may_hold(at, byte) {
+            self.doubt.entry(at).or_default().push(byte);
+        }
+    }
+
+    async fn ask(
+        &self,
+        command: u16,
+        flags: u16,
+        from: usize,
+        len: usize,
+        data: &[u8],
+    ) -> Option<Result<Answer, Failed>> {
         self.world.count(|s| s.requests += 1);
         call(&self.world, &self.speakers[0], command, flags, self.at + from, len, data).await
     }
@@ -186,27 +242,32 @@ impl Lane {
     async fn write(&mut self, n: u32, from: usize, len: usize, durable: bool) -> Option<()> {
         let bytes: Vec<u8> =
             (0..len).map(|i| (n as usize * 37 + self.number * 11 + i * 7) as u8 | 1).collect();
-        self.ask(CMD_WRITE, if durable { command::FUA } else { 0 }, from, len, &bytes).await?;
-        self.known[from..from + len].copy_from_slice(&bytes);
+        let result = self.ask(CMD_WRITE, if durable { command::FUA } else { 0 }, from, len, &bytes).await?;
+        bytes.into_iter().enumerate().for_each(|(i, byte)| self.changed(from + i, byte, &result));
         self.read(from, len).await
     }
 
     async fn zero(&mut self, from: usize, len: usize, keep: bool) -> Option<()> {
-        self.ask(CMD_WRITE_ZEROES, if keep { command::NO_HOLE } else { 0 }, from, len, &[]).await?;
-        self.known[from..from + len].fill(0);
+        let flags = if keep { command::NO_HOLE } else { 0 };
+        let result = self.ask(CMD_WRITE_ZEROES, flags, from, len, &[]).await?;
+        (from..from + len).for_each(|at| self.changed(at, 0, &result));
         self.read(from, len).await
     }
 
     /// Whole sectors may hold anything that they held, or zeros; parts of sectors must be left alone.
     async fn trim(&mut self, from: usize, len: usize) -> Option<()> {
-        self.ask(CMD_TRIM, 0, from, len, &[]).await?;
-        let read = self.ask(CMD_READ, 0, 0, self.known.len(), &[]).await?.data;
+        let trimmed = self.ask(CMD_TRIM, 0, from, len, &[]).await?;
         let (start, end) = (self.at + from, self.at + from + len);
         let whole = start.next_multiple_of(SECTOR)..end / SECTOR * SECTOR;
-        for (i, byte) in read.into_iter().enumerate() {
+        let read = self.ask(CMD_READ, 0, 0, self.known.len(), &[]).await?;
+        let (Ok(_), Ok(read)) = (&trimmed, &read) else {
+            whole.for_each(|at| self.changed(at - self.at, 0, &Err(Failed)));
+            return Some(());
+        };
+        for (i, byte) in read.data.iter().copied().enumerate() {
             if byte == 0 && whole.contains(&(self.at + i)) {
-                self.known[i] = 0;
-            } else if byte != self.known[i] {
+                self.changed(i, 0, &trimmed);
+            } else if !self.may_hold(i, byte) {
                 return self.lost(format!("byte {i} changed by a trim of {len} bytes from {from}"));
             }
         }
@@ -214,8 +275,10 @@ impl Lane {
     }
 
     async fn read(&self, from: usize, len: usize) -> Option<()> {
-        let read = self.ask(CMD_READ, 0, from, len, &[]).await?.data;
-        match (0..len).find(|i| read[*i] != self.known[from + i]) {
+        let Ok(Answer { data: read, .. }) = self.ask(CMD_READ, 0, from, len, &[]).await? else {
+            return Some(());
+        };
+        match (0..len).find(|i| !self.may_hold(from + i, read[*i])) {
             Some(i) => self.lost(format!("byte {} is {}, not {}", from + i, read[i], self.known[from + i])),
             None => Some(()),
         }
@@ -226,7 +289,9 @@ impl Lane {
         if !self.speakers[0].has_contexts() {
             return Some(());
         }
-        let extents = self.ask(CMD_BLOCK_STATUS, 0, from, len, &[]).await?.extents;
+        let Ok(Answer { extents, .. }) = self.ask(CMD_BLOCK_STATUS, 0, from, len, &[]).await? else {
+            return Some(());
+        };
         let mut at = from;
         for (bytes, state) in extents {
             let end = at + bytes as usize;
@@ -234,7 +299,7 @@ impl Lane {
                 self.world.fail(Invariant::N2, format!("a status of {len} bytes has one of {bytes}"));
                 return None;
             }
-            if state & STATE_ZERO != 0 && self.known[at..end].iter().any(|byte| *byte != 0) {
+            if state & STATE_ZERO != 0 && (at..end).any(|at| !self.may_hold(at, 0)) {
                 return self.lost(format!("bytes {at}..{end} are reported as zeros"));
             }
             at = end;
@@ -242,9 +307,9 @@ impl Lane {
         Some(())
     }
 
-    /// Whole sectors and a part of them are written at once.
+    /// Whole sectors and a part of them are written at once. If one fails, nothing is known about them.
     async fn pair(&self, n: u32, from: usize, len: usize, first: bool) -> Option<()> {
-        let at = (PAIRS_AT + self.number * PAIR_SECTORS) * SECTOR;
+        let at = self.pairs_at * SECTOR;
         let whole = PAIR_SECTORS * SECTOR;
         let (from, len) = (from + 1, len.min(whole - from - 2));
         let (below, above) = ((n * 2) as u8 | 0x80, (n * 2 + 1) as u8);
@@ -264,10 +329,12 @@ impl Lane {
             self.host.process.node().spawn("pair", at as u64, task);
             ends.push(finished);
         }
+        let mut has_failed = false;
         for finished in ends {
-            finished.await??;
+            has_failed |= finished.await??.is_err();
         }
-        let read = call(&self.world, &self.speakers[0], CMD_READ, 0, at, whole, &[]).await?.data;
+        let read = call(&self.world, &self.speakers[0], CMD_READ, 0, at, whole, &[]).await?;
+        let (false, Ok(Answer { data: read, .. })) = (has_failed, read) else { return Some(()) };
         let wrong = (0..whole).find(|i| {
             let inside = (from..from + len).contains(i);
             read[*i] != below && !(inside && read[*i] == above)
