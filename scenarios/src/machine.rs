@@ -93,6 +93,8 @@ pub struct Machine {
     pub(crate) absences: Cell<bool>,
     /// Number of complaints of tapdisk.
     pub(crate) told: Cell<u32>,
+    /// Tapdisk is asked to stop, and so is each that is started in place of one that has lost something.
+    pub(crate) stopping: Cell<bool>,
     /// A tapdisk may lose its events, or xenstored, and end; another is then started.
     pub(crate) may_lose: Cell<bool>,
     /// The power is off: nothing starts any more.
@@ -136,6 +138,7 @@ impl Machine {
             spared: Cell::new(false),
             rivals: Cell::new(false),
             broken: Cell::new(None),
+            stopping: Cell::new(false),
             may_lose: Cell::new(false),
             absences: Cell::new(false),
             told: Cell::new(0),
@@ -318,8 +321,7 @@ impl Machine {
             for disk in &disks {
                 self.unplug(disk).await;
             }
-            self.tapdisk().iter().for_each(|host| host.process.ask_to_stop());
-            return self.all_ended().await;
+            return self.stop_tapdisk().await;
         }
         for disk in &disks {
             if let Err(error) = self.take_offline(disk).await {

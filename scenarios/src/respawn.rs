@@ -57,6 +57,14 @@ impl Machine {
         self.tapdisk().iter().for_each(may_lose);
     }
 
+    /// Asks tapdisk to stop, and waits until it has. If it has just lost something, its successor is asked.
+    pub(crate) async fn stop_tapdisk(&self) {
+        self.stopping.set(true);
+        self.tapdisk().iter().for_each(|host| host.process.ask_to_stop());
+        self.all_ended().await;
+        self.stopping.set(false);
+    }
+
     /// `host` has ended, or is killed now: starts a successor, unless there is one already.
     pub(crate) fn respawn(self: &Rc<Self>, host: &SimHost) {
         let (machine, host) = (Rc::clone(self), host.clone());

@@ -91,6 +91,9 @@ impl Machine {
         if self.may_lose.get() {
             may_lose(&host);
         }
+        if self.stopping.get() {
+            host.process.ask_to_stop();
+        }
         let disks = self.disks.borrow().clone();
         self.running.set(0);
         *self.tapdisk.borrow_mut() = Some(host.clone());

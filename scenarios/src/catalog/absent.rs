@@ -75,10 +75,7 @@ async fn image_absent(world: World) {
             check_answered(&world, &machine, &disk, &guest, finished).await;
         }
     }
-    if let Some(host) = machine.tapdisk() {
-        host.process.ask_to_stop();
-    }
-    machine.all_ended().await;
+    machine.stop_tapdisk().await;
     machine.check_leaks();
     // The dead process's last operations complete, and its image is free.
     world.sim.sleep_ns(15_000_000_000).await;

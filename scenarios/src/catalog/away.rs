@@ -100,10 +100,7 @@ async fn tapdisk_away(world: World) {
     if let Some(paths) = &foreign {
         machine.unplug_foreign(paths).await;
     }
-    if let Some(host) = machine.tapdisk() {
-        host.process.ask_to_stop();
-    }
-    machine.all_ended().await;
+    machine.stop_tapdisk().await;
     machine.check_leaks();
     for setup in setups {
         setup.check(&world, "in the end").await;

@@ -225,10 +225,7 @@ async fn hot_plug(world: World) {
     })
     .await;
     machine.unplug(&first).await;
-    if let Some(host) = machine.tapdisk() {
-        host.process.ask_to_stop();
-    }
-    machine.all_ended().await;
+    machine.stop_tapdisk().await;
     machine.check_leaks();
     first.setup.check_bytes(&world, "in the end");
 }
