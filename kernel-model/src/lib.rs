@@ -38,7 +38,7 @@ pub use blkfront::{
     BLKFRONT_MAX_SECTORS, Blkfront, Complaint, DataPiece, KeysOf, LayoutOf, LingersOf, OnPublished,
     Published, SegmentLayout,
 };
-pub use blktap::{ProcessTap, TapKind, TapLayoutOf, TapModule, TapTrouble};
+pub use blktap::{ProcessTap, TapCall, TapKind, TapLayoutOf, TapModule, TapTrouble};
 pub use device_number::DeviceNumber;
 pub use host::SimHost;
 pub use inode::{Content, Inode, Pending, PendingSize, apply};

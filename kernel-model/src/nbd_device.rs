@@ -64,6 +64,8 @@ pub(crate) struct NbdDriver {
     kernel: RefCell<Option<Process>>,
     /// What every call fails with.
     refusal: Cell<Option<Errno>>,
+    /// What taking a device away fails with.
+    keeps: Cell<Option<Errno>>,
     complain: RefCell<Option<NbdComplaint>>,
     /// It does not send zeros, as before Linux 6.11.
     no_zeroes: Cell<bool>,
@@ -139,6 +141,11 @@ impl Kernel {
     /// From now on every call to the nbd driver fails with `error`, or none.
     pub fn refuse_nbd(&self, error: Option<Errno>) {
         self.nbd().refuse(error);
+    }
+
+    /// From now on taking a device away fails with `error`, or not any more.
+    pub fn refuse_nbd_detach(&self, error: Option<Errno>) {
+        self.nbd().keeps.set(error);
     }
 
     /// The kernel ends the stream of a device.
@@ -450,8 +457,9 @@ impl NbdDevices for Process {
     }
 
     async fn detach(&self, index: NbdIndex) -> Result<(), Errno> {
-        let device = self.calls_nbd().await?.existing(index)?;
-        device.detach().await;
+        let driver = self.calls_nbd().await?;
+        driver.keeps.get().map_or(Ok(()), Err)?;
+        driver.existing(index)?.detach().await;
         Ok(())
     }
 

@@ -4,7 +4,7 @@ mod common;
 
 use common::{Disk, World};
 use kernel_model::gendisk::{Bio, Gendisk, Opener};
-use kernel_model::{TapKind, TapModule, TapTrouble};
+use kernel_model::{TapCall, TapKind, TapModule, TapTrouble};
 use sim::Config;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -251,6 +251,54 @@ fn modules_that_cannot_be_worked_with_are_refused() {
             b.serve();
             b.settle().await;
             assert_eq!(*b.end.borrow(), Some(Err(expected)));
+            b.nothing_is_left();
+        });
+    }
+}
+
+#[test]
+fn a_removal_that_fails_for_no_known_reason_is_reported() {
+    for kind in TapKind::SERVED {
+        for passes in [true, false] {
+            run(kind, 352, async move |b| {
+                b.serve();
+                b.settle().await;
+                b.module.refuse(TapCall::Remove, Some(Errno::EIO));
+                b.stop.set();
+                b.settle().await;
+                assert_eq!(*b.end.borrow(), None, "{kind:?}: it is tried again");
+                if passes {
+                    b.module.refuse(TapCall::Remove, None);
+                }
+                b.world.sim.sleep_ns(10 * LOOK_NS).await;
+                let path = "/dev/xen/blktap-2/tapdev0".to_owned();
+                let error = Err(TapError::Remove { path, error: Errno::EIO });
+                assert_eq!(*b.end.borrow(), Some(if passes { Ok(()) } else { error }), "{kind:?}");
+                assert!(!b.news.borrow().contains(&TapNews::InUse), "{kind:?}: nobody uses it");
+                b.nothing_is_left();
+            });
+        }
+    }
+}
+
+#[test]
+fn a_device_that_can_neither_be_opened_nor_freed_is_freed_by_the_next_process() {
+    for kind in TapKind::SERVED {
+        run(kind, 352, async move |b| {
+            b.module.refuse(TapCall::Open, Some(Errno::EMFILE));
+            b.module.refuse(TapCall::Free, Some(Errno::ENOMEM));
+            b.serve();
+            b.world.sim.sleep_ns(10 * LOOK_NS).await;
+            let error = TapError::Open { minor: 0, error: Errno::EMFILE };
+            assert_eq!(*b.end.borrow(), Some(Err(error)), "{kind:?}");
+            assert_eq!((b.module.minors(), b.world.xen.regions().len()), (vec![0], 1), "{kind:?}");
+            b.module.refuse(TapCall::Open, None);
+            b.module.refuse(TapCall::Free, None);
+            b.serve();
+            b.settle().await;
+            assert_eq!((b.module.minors(), b.world.xen.regions().len()), (vec![0], 1), "{kind:?}");
+            b.stop.set();
+            b.settle().await;
             b.nothing_is_left();
         });
     }

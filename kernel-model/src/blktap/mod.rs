@@ -14,7 +14,7 @@
 mod process;
 mod queue;
 
-pub use process::ProcessTap;
+pub use process::{ProcessTap, TapCall};
 
 use crate::blkfront::SegmentLayout;
 use crate::gendisk::{BlockDriver, BlockRequest, Gendisk, QueueLimits};
@@ -130,6 +130,7 @@ struct Module {
     /// Calls that may fail, and how often they do.
     calls: Cell<u32>,
     call_ppm: Cell<u32>,
+    refused: RefCell<BTreeMap<TapCall, Errno>>,
 }
 
 /// The module of a host; clones share it.
@@ -155,6 +156,7 @@ impl TapModule {
             busy_ppm,
             calls: Cell::new(0),
             call_ppm: Cell::new(0),
+            refused: RefCell::default(),
         }))
     }
 
@@ -260,6 +262,7 @@ impl TapModule {
     fn free(&self, minor: u32) -> Result<(), Errno> {
         // To open the control node.
         self.has_memory()?;
+        self.accepts(TapCall::Free)?;
         let kind = self.0.kind;
         let Some(tap) = self.tap(minor) else {
             return Err(if kind == TapKind::Xen2009 { Errno::EINVAL } else { Errno::ENODEV });
@@ -436,6 +439,7 @@ impl Tap {
     fn remove(&self) -> Result<(), Errno> {
         let Some(disk) = self.disk.borrow().clone() else { return Ok(()) };
         self.module().has_memory()?;
+        self.module().accepts(TapCall::Remove)?;
         let module = self.module().0;
         let nth = module.removals.replace(module.removals.get() + 1);
         let busy = module.sim.nth_fault(Entity::WORLD, &TAP_BUSY, nth, module.busy_ppm, |_| 1);

@@ -22,6 +22,32 @@ pub struct ProcessTap {
     page: Mapping,
 }
 
+/// A call that a test has fail.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum TapCall {
+    /// Opening the ring of a device.
+    Open,
+    /// Removing a block device.
+    Remove,
+    /// Freeing a device.
+    Free,
+}
+
+impl TapModule {
+    /// From now on `call` fails with `error`, or not any more.
+    pub fn refuse(&self, call: TapCall, error: Option<Errno>) {
+        let mut refused = self.0.refused.borrow_mut();
+        match error {
+            Some(error) => refused.insert(call, error),
+            None => refused.remove(&call),
+        };
+    }
+
+    pub(super) fn accepts(&self, call: TapCall) -> Result<(), Errno> {
+        self.0.refused.borrow().get(&call).map_or(Ok(()), |error| Err(*error))
+    }
+}
+
 impl SimHost {
     /// The module, once the process has taken a step.
     async fn tap_module(&self) -> Result<TapModule, Errno> {
@@ -58,6 +84,7 @@ impl TapDevices for SimHost {
 
     async fn open_tap(&self, minor: u32) -> Result<ProcessTap, Errno> {
         let module = self.tap_module().await?;
+        module.accepts(TapCall::Open)?;
         let absent = if module.kind() == TapKind::Xen2009 { Errno::ENODEV } else { Errno::ENXIO };
         let tap = module.tap(minor).ok_or(absent)?;
         let page = tap.open(self.process.node())?;
