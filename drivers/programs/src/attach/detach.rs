@@ -77,11 +77,18 @@ impl DetachArgs {
         let force = self.force || host.bug(&DETACHED_IN_USE);
         let claim = if force { None } else { Some(self.claim(host).await?) };
         let record = Other::of(host, &device.identifier);
-        record.iter().for_each(Other::leaves);
-        if let Err(error) = host.detach(index).await {
-            record.iter().for_each(Other::stays);
-            return Err(of_driver(error));
-        }
+        // Until the end: the stream may break before its server has read that the device goes.
+        let _leaving = match &record {
+            Some(record) => Some(record.leaves().await.map_err(|error| {
+                let why = match error {
+                    Errno::EBUSY => ": another process is detaching it",
+                    _ => "; that it leaves cannot be noted",
+                };
+                Failure::new(format!("{what}: {error}{why}"), error)
+            })?),
+            None => None,
+        };
+        host.detach(index).await.map_err(of_driver)?;
         drop(claim);
         let until_ns = host.now_ns().saturating_add(GONE_PATIENCE_NS);
         while is_there(host, index, &device.identifier).await.map_err(of_driver)? {

@@ -134,13 +134,13 @@ impl<H: AttachHost> Device<H> {
         let claim = self.host.claim(self.index).await;
         let used = is_used(&self.host, self.index, &claim).await;
         if self.host.bug(&DEVICE_TAKEN_IN_USE) || !used && is_written(&claim).await {
-            self.record.leaves();
+            self.record.set_leaves(true);
             if self.host.detach(self.index).await.is_ok() {
                 drop(claim);
                 self.host.mark(&DEVICE_TAKEN);
                 return self.ended().await;
             }
-            self.record.stays();
+            self.record.set_leaves(false);
         }
         if used {
             self.host.mark(&DEVICE_LEFT);

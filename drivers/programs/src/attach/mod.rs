@@ -43,7 +43,7 @@ use tap_images::{Formats, show_size};
 use tap_nbd::{Export, Server, ServerLimits};
 
 tap_host::listed! {
-    pub(super) BUGS: Bug with [device::BUGS, detach::BUGS];
+    pub(super) BUGS: Bug with [device::BUGS, detach::BUGS, record::BUGS];
     DEVICE_OF_ANOTHER = "device-of-another",
         "tapdisk takes up the first block device of ours that it finds, whichever disk's it is";
     DEVICE_NOTED_LATE = "device-noted-late",
@@ -363,7 +363,6 @@ impl AttachArgs {
             let stream = taken.map_err(|error| {
                 Failure::new(format!("take up {}: {error}; it was taken away meanwhile", device.index), error)
             })?;
-            record.stays();
             host.mark(&DEVICE_TAKEN_UP);
             let grew = device.size_bytes < config.size_bytes;
             if grew {

@@ -10,11 +10,21 @@
 //! There is one for each disk that is attached, named after the disk's identity, and owned by the process that serves
 //! it. It is complete before the device is attached, and the kernel's device is the truth about everything else: a
 //! record without a device is of one that was never attached or is gone. So a process may die between any two steps.
+//!
+//! Whoever takes the device away owns a second page meanwhile, `NAME.leaving`. With a dead owner it means nothing: the
+//! device stays.
 
 use crate::disk::DiskHost;
 use crate::spec::DiskSpec;
-use tap_host::{Entropy, Errno, File, Files, OpenMode, Patience, SharedPage, SharedPages};
+use std::cell::Cell;
+use tap_host::{Entropy, Errno, File, Files, OpenMode, Patience, SharedPage, SharedPages, Time};
 use tap_images::{ImageFormat, ImageSpec};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    DEAD_DETACH_BELIEVED = "dead-detach-believed",
+        "a block device that a killed tapdisk detach was about to take away is taken for gone when its stream breaks";
+}
 
 const MAGIC: u32 = 0x4442_4e54;
 const VERSION: u32 = 1;
@@ -28,11 +38,11 @@ const TOKEN_AT: usize = 64;
 const EMPTY: u32 = 0;
 /// There is or will be a device.
 const USED: u32 = 1;
-/// Someone is taking the device away.
-const LEAVING: u32 = 2;
 
 /// Prefix of the names of records.
 const RECORDS: &str = "nbd-";
+/// Continues the name of a record: who owns that page is taking the device away.
+const LEAVING: &str = ".leaving";
 /// Prefix of the identifiers of our devices.
 pub(super) const OURS: &str = "tapdisk-";
 /// How long to wait for a record that another process has, in nanoseconds: a killed one may be about to release it.
@@ -89,6 +99,21 @@ pub(super) fn identifier(token: [u8; 16]) -> String {
     format!("{OURS}{:032x}", u128::from_be_bytes(token))
 }
 
+/// Owns the page `name`.
+///
+/// # Errors
+/// `EBUSY` if another process has it for longer than a killed one may; those of the folder.
+async fn own<H: SharedPages + Time>(host: &H, name: &str) -> Result<H::Region, Errno> {
+    let until_ns = host.now_ns().saturating_add(OWNER_PATIENCE_NS);
+    let mut patience = Patience::until();
+    loop {
+        match host.own_region(name) {
+            Err(Errno::EBUSY) if patience.again_before(host, until_ns).await => {}
+            page => return page,
+        }
+    }
+}
+
 /// The record of a disk, which is ours until this is dropped.
 pub(super) struct Record<H: SharedPages> {
     host: H,
@@ -96,6 +121,8 @@ pub(super) struct Record<H: SharedPages> {
     page: H::Region,
     boot: [u8; 16],
     identity: Identity,
+    /// We are taking the device away.
+    leaves: Cell<bool>,
 }
 
 impl<H: DiskHost + Entropy> Record<H> {
@@ -105,15 +132,8 @@ impl<H: DiskHost + Entropy> Record<H> {
     /// `EBUSY` while another process has it; those of the folder.
     pub(super) async fn take(host: &H, identity: Identity) -> Result<Self, Errno> {
         let (name, boot) = (identity.name(), host.boot_id()?);
-        let until_ns = host.now_ns().saturating_add(OWNER_PATIENCE_NS);
-        let mut patience = Patience::until();
-        let page = loop {
-            match host.own_region(&name) {
-                Err(Errno::EBUSY) if patience.again_before(host, until_ns).await => {}
-                page => break page?,
-            }
-        };
-        Ok(Self { host: host.clone(), name, page, boot, identity })
+        let page = own(host, &name).await?;
+        Ok(Self { host: host.clone(), name, page, boot, identity, leaves: Cell::new(false) })
     }
 
     /// The identifier of the device that an earlier process has attached, or was about to attach.
@@ -147,19 +167,33 @@ impl<H: DiskHost + Entropy> Record<H> {
         self.page.store_u32(STATE_AT, EMPTY);
     }
 
-    /// Notes that the device stays, whatever was intended before.
-    pub(super) fn stays(&self) {
-        self.page.store_u32(STATE_AT, USED);
+    /// Notes whether we are taking the device away.
+    pub(super) fn set_leaves(&self, leaves: bool) {
+        self.leaves.set(leaves);
     }
 
-    /// Whether someone is taking the device away.
+    /// Whether someone is taking the device away: we, or another process that lives.
     pub(super) fn is_leaving(&self) -> bool {
-        self.page.load_u32(STATE_AT) == LEAVING
+        self.leaves.get() || self.is_taken()
     }
 
-    /// Notes that the device is being taken away.
-    pub(super) fn leaves(&self) {
-        self.page.store_u32(STATE_AT, LEAVING);
+    /// Whether another process is taking the device away; forgets one that has died over it.
+    fn is_taken(&self) -> bool {
+        let name = format!("{}{LEAVING}", self.name);
+        // Owning would make the page.
+        if !self.host.region_names().is_ok_and(|names| names.contains(&name)) {
+            return false;
+        }
+        if self.host.bug(&DEAD_DETACH_BELIEVED) {
+            return true;
+        }
+        match self.host.own_region(&name) {
+            Ok(_dead) => {
+                self.host.remove_region(&name);
+                false
+            }
+            Err(error) => error == Errno::EBUSY,
+        }
     }
 
     /// Removes the record unless an earlier process has left one: no device was attached since.
@@ -171,6 +205,8 @@ impl<H: DiskHost + Entropy> Record<H> {
 
     /// Removes the record of a device that is gone or never came.
     pub(super) fn remove(self) {
+        // Whoever took it away may have died over it.
+        self.host.remove_region(&format!("{}{LEAVING}", self.name));
         self.host.remove_region(&self.name);
     }
 }
@@ -191,28 +227,28 @@ fn read<P: SharedPage>(page: &P) -> Option<([u8; 16], String)> {
 pub(super) struct Other<H: SharedPages> {
     host: H,
     name: String,
-    page: H::Region,
 }
 
-impl<H: SharedPages> Other<H> {
+impl<H: SharedPages + Time> Other<H> {
     /// Finds the record of the device called `identifier`.
     pub(super) fn of(host: &H, identifier: &str) -> Option<Self> {
         let names = host.region_names().ok()?;
         names.into_iter().filter(|name| name.starts_with(RECORDS)).find_map(|name| {
             let page = host.region(&name).ok()?;
             let found = read(&page)?.1 == identifier;
-            found.then(|| Self { host: host.clone(), name, page })
+            found.then(|| Self { host: host.clone(), name })
         })
     }
 
-    /// Tells the process that serves the device, if there is one, that it is being taken away.
-    pub(super) fn leaves(&self) {
-        self.page.store_u32(STATE_AT, LEAVING);
-    }
-
-    /// It is not taken away after all.
-    pub(super) fn stays(&self) {
-        self.page.store_u32(STATE_AT, USED);
+    /// Tells the process that serves the device, if there is one, that it is being taken away, for as long as we live
+    /// and what is returned is not dropped.
+    ///
+    /// # Errors
+    /// `EBUSY` if another process does the same; those of the folder.
+    pub(super) async fn leaves(&self) -> Result<Leaving<H>, Errno> {
+        let name = format!("{}{LEAVING}", self.name);
+        let page = own(&self.host, &name).await?;
+        Ok(Leaving { host: self.host.clone(), name, _page: page })
     }
 
     /// The device is gone: removes the record, unless a process that serves the device will do that.
@@ -221,5 +257,18 @@ impl<H: SharedPages> Other<H> {
             self.host.remove_region(&self.name);
             drop(owned);
         }
+    }
+}
+
+/// Says that a device is being taken away, until it is dropped or its process dies.
+pub(super) struct Leaving<H: SharedPages> {
+    host: H,
+    name: String,
+    _page: H::Region,
+}
+
+impl<H: SharedPages> Drop for Leaving<H> {
+    fn drop(&mut self) {
+        self.host.remove_region(&self.name);
     }
 }

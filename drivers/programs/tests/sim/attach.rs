@@ -188,3 +188,58 @@ fn a_stream_that_cannot_be_had_again_is_tried_for_and_then_reported() {
         assert_eq!(waiting.await, Ok(1), "for the next tapdisk");
     });
 }
+
+#[test]
+fn a_detach_that_fails_lets_the_device_stay() {
+    world(|sim, kernel, xen| async move {
+        kernel.storage().put_bytes("/a", &[1; 1 << 20]);
+        let daemon = Daemon::start(&kernel, &xen, 1, "attach raw:/a");
+        sim.sleep_ns(SECOND_NS).await;
+        kernel.refuse_nbd_detach(Some(Errno::ENOMEM));
+        let (status, said) = ends(&sim, &kernel, &xen, 2, "detach nbd0").await;
+        assert!(status == 12 && said.contains("failed to detach /dev/nbd0: "), "{said}");
+        assert_eq!(records(&xen), 1);
+        // As any device that stays it gets another stream, and goes on.
+        kernel.cut_nbd(NbdIndex(0));
+        let mount = kernel.nbd_disk(NbdIndex(0)).open("mount", true, true).unwrap();
+        assert_eq!((read(&mount, 0).await, *daemon.status.borrow()), (Ok(1), None));
+        drop(mount);
+        daemon.host.process.ask_to_stop();
+        sim.sleep_ns(SECOND_NS).await;
+        assert!(daemon.said().contains("/dev/nbd0: left as it is"), "{}", daemon.said());
+        kernel.refuse_nbd_detach(None);
+        // Nobody serves it: the kernel has nothing to write, and cannot say so.
+        let (status, said) = ends(&sim, &kernel, &xen, 3, "detach --force nbd0").await;
+        assert_eq!((status, said), (0, "/dev/nbd0: detached".into()));
+        assert_eq!(records(&xen), 0);
+    });
+}
+
+#[test]
+fn a_detach_that_dies_lets_the_device_stay_or_takes_it_away() {
+    // More effects than it has.
+    for steps in 1..32 {
+        world(|sim, kernel, xen| async move {
+            kernel.storage().put_bytes("/a", &[1; 1 << 20]);
+            let daemon = Daemon::start(&kernel, &xen, 1, "attach raw:/a");
+            sim.sleep_ns(SECOND_NS).await;
+            let detach = Daemon::start(&kernel, &xen, 2, "detach nbd0");
+            detach.host.process.node().kill_after_steps(steps);
+            sim.sleep_ns(SECOND_NS).await;
+            let gone = kernel.nbd_disk(NbdIndex(0)).size_sectors() == 0;
+            assert!(gone || !detach.host.process.node().is_alive(), "{steps}: {}", detach.said());
+            kernel.cut_nbd(NbdIndex(0));
+            sim.sleep_ns(SECOND_NS).await;
+            assert_eq!(*daemon.status.borrow(), gone.then_some(0), "{steps}: {}", daemon.said());
+            if !gone {
+                let mount = kernel.nbd_disk(NbdIndex(0)).open("mount", true, true).unwrap();
+                assert_eq!(read(&mount, 0).await, Ok(1), "{steps}");
+                drop(mount);
+                let (status, said) = ends(&sim, &kernel, &xen, 3, "detach nbd0").await;
+                assert_eq!((status, said), (0, "/dev/nbd0: detached".into()), "{steps}");
+                sim.sleep_ns(SECOND_NS).await;
+            }
+            assert_eq!(records(&xen), 0, "{steps}");
+        });
+    }
+}

@@ -198,6 +198,9 @@ async fn finish(world: &World, plan: &Plan, served: &Rc<Served>, guest: Guest<Bl
 /// The device goes, one way or the other.
 async fn leave(world: &World, plan: &Plan, served: &Rc<Served>) {
     served.may_go();
+    if detach_dies(world, plan, served).await {
+        return served.gone().await;
+    }
     if !world.errors_allowed() && world.setting("goes-with-tapdisk", &[false, true]) {
         served.ask_to_stop();
     } else {
@@ -209,6 +212,27 @@ async fn leave(world: &World, plan: &Plan, served: &Rc<Served>) {
         }
     }
     served.gone().await;
+}
+
+/// In some worlds a `tapdisk detach` is killed between two of its effects, and the stream breaks some time later: a
+/// device that was not taken away stays, and is served as before. Whether it was taken away.
+async fn detach_dies(world: &World, plan: &Plan, served: &Rc<Served>) -> bool {
+    let steps = world.setting("detach-dies", &[0, 6, 1, 2, 3, 4, 5, 7, 8, 9, 10, 12, 16]);
+    if steps == 0 {
+        return false;
+    }
+    let _killed = plan.detach_for(served, "", steps).await;
+    if !plan.is_there(served) {
+        return true;
+    }
+    world.kernel.cut_nbd(served.index());
+    let disk = BlockDisk::new(served.open("guest"));
+    let guest = Guest::new(world, disk, Rc::clone(&served.setup.history), NO_ERRORS);
+    if let Err(error) = guest.read_all().await {
+        world
+            .fail(Invariant::E4, format!("a detach that was killed leaves a disk that fails with {error:?}"));
+    }
+    false
 }
 
 /// All devices are gone: the disks keep what they have, whatever happens to the machine.

@@ -33,6 +33,7 @@ pub(super) struct Plan {
     cache: CacheMode,
     server: ServerLimits,
     boot: Rc<Cell<u64>>,
+    detaches: Rc<Cell<u64>>,
 }
 
 impl Plan {
@@ -52,6 +53,7 @@ impl Plan {
                 ..ServerLimits::default()
             },
             boot: Rc::default(),
+            detaches: Rc::default(),
         }
     }
 
@@ -71,18 +73,33 @@ impl Plan {
 
     /// Runs `tapdisk detach` on the device of `served`, and returns its status.
     pub(super) async fn detach(&self, served: &Served, options: &str) -> u8 {
-        let host = SimHost::start(&self.world.kernel, &self.world.xen, "detach", u64::from(served.number));
+        self.detach_for(served, options, u64::MAX).await.unwrap_or(1)
+    }
+
+    /// The same, but kills it after `steps` of its effects: it then has no status.
+    pub(super) async fn detach_for(&self, served: &Served, options: &str, steps: u64) -> Option<u8> {
+        let nth = self.detaches.replace(self.detaches.get() + 1);
+        let key = nth << 32 | u64::from(served.number);
+        let host = SimHost::start(&self.world.kernel, &self.world.xen, "detach", key);
         let (said, line) = (Rc::<Printed>::default(), format!("detach {options} {}", served.index()));
         let tuning = self.tuning(&host);
         let (world, own, out) = (self.world.clone(), host.clone(), Rc::clone(&said));
-        host.process.node().spawn("main", 0, async move {
+        let node = host.process.node();
+        node.kill_after_steps(steps);
+        node.spawn("main", 0, async move {
             let status = tapdisk(&world, &own, &line, tuning, &out).await;
             out.end(status);
         });
-        said.ended().await;
-        host.process.node().kill();
-        host.process.node().dead().await;
-        said.status().unwrap_or(1)
+        select(node.dead(), said.ended()).await;
+        let status = said.status().filter(|_| node.is_alive());
+        node.kill();
+        node.dead().await;
+        status
+    }
+
+    /// Whether the device of `served` is there.
+    pub(super) fn is_there(&self, served: &Served) -> bool {
+        self.world.kernel.nbd_disk(served.index()).size_sectors() > 0
     }
 
     /// Checks that no device is left, and no record of one.
