@@ -48,11 +48,12 @@ pub trait TapDevices: Clone + 'static {
     /// Names a reserved device. The name is the kernel's: it lasts until the device is freed, and says whose it is.
     ///
     /// # Errors
-    /// `ENOENT` if it is not reserved, `ENAMETOOLONG`, `EACCES`, `ENOMEM`; `EPERM` from a module of which
-    /// [`TapDevices::open_tap`] says `ENOTTY`.
+    /// `ENOENT` if it is not reserved, `ENAMETOOLONG`, `EACCES`, `ENOMEM`; `ENODEV` where names cannot be reached;
+    /// `EPERM` from a module of which [`TapDevices::open_tap`] says `ENOTTY`.
     fn name_tap(&self, minor: u32, name: &str) -> impl Future<Output = Result<(), Errno>>;
 
-    /// The reserved devices by minor number, with their names. One without a name has its number for a name.
+    /// The reserved devices by minor number, with their names. One without a name has its number for a name; one whose
+    /// name is not UTF-8 may be missing.
     ///
     /// # Errors
     /// `ENOENT` where there is no module, `EACCES`, `ENOMEM`.

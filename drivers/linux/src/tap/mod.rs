@@ -17,9 +17,10 @@ pub use ring::{LinuxTap, TapPage};
 use crate::LinuxHost;
 use crate::files::{blocking, errno, of_rustix};
 use rustix::fs::{CWD, FileType, Mode, OFlags, makedev, mkdirat, mknodat, openat, stat, unlinkat};
-use std::fs::{OpenOptions, read_dir, read_to_string};
+use std::fs::{OpenOptions, read, read_dir};
 use std::io::Write;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use tap_abi::blktap::{AllocatedTap, IOCTL_ALLOC_TAP, IOCTL_FREE_TAP};
 use tap_host::{Errno, TAP_NAME_BYTES, TapDevices};
 
@@ -93,7 +94,7 @@ fn allocate() -> Result<u32, Errno> {
     let minor = tap.minor.get();
     if let Err(error) = make_nodes(&tap) {
         // Nobody else knows of it yet, so that nothing keeps it from being freed.
-        free(minor)?;
+        let _reserved_for_ever = free(minor);
         return Err(error);
     }
     Ok(minor)
@@ -111,7 +112,12 @@ fn name(minor: u32, name: &str) -> Result<(), Errno> {
     }
     let file = OpenOptions::new().write(true).open(format!("{SHOWN}/blktap{minor}/name"));
     // A second write would be another name.
-    let written = file.and_then(|mut file| file.write(name.as_bytes())).map_err(|error| errno(&error))?;
+    let written =
+        file.and_then(|mut file| file.write(name.as_bytes())).map_err(|error| match errno(&error) {
+            // Without sysfs nothing is known about the device.
+            Errno::ENOENT if !Path::new(SHOWN).exists() => Errno::ENODEV,
+            error => error,
+        })?;
     if written == name.len() { Ok(()) } else { Err(Errno::EIO) }
 }
 
@@ -122,11 +128,16 @@ fn names() -> Result<Vec<(u32, String)>, Errno> {
         let file_name = entry.file_name();
         let minor = file_name.to_str().and_then(|name| name.strip_prefix("blktap")?.parse().ok());
         let Some(minor) = minor else { continue };
-        match read_to_string(entry.path().join("name")).map_err(|error| errno(&error)) {
-            Ok(name) => names.push((minor, name.trim_end_matches('\n').to_owned())),
+        let name = match read(entry.path().join("name")).map_err(|error| errno(&error)) {
+            Ok(name) => name,
             // Freed meanwhile.
-            Err(Errno::ENOENT | Errno::ENODEV) => {}
+            Err(Errno::ENOENT | Errno::ENODEV) => continue,
+            // Not to be skipped: it may be ours, and would count as freed.
             Err(error) => return Err(error),
+        };
+        // Programs name their devices as they like; what is no text is not ours.
+        if let Ok(name) = String::from_utf8(name) {
+            names.push((minor, name.trim_end_matches('\n').to_owned()));
         }
     }
     names.sort_unstable();
