@@ -11,7 +11,7 @@
 //! and the pages outlived that.
 //!
 //! A process that dies between reserving a device and naming it leaves a number that nobody can tell from one of
-//! another program: it stays reserved until the module is unloaded.
+//! another program: it stays reserved until the module is unloaded, or the host started again.
 
 use crate::tap_error::TapError;
 use tap_host::{Entropy, Errno, Patience, Probe, SharedPages, TapDevices, Time};
@@ -78,8 +78,10 @@ impl<H: ReserveHost> Reserved<H> {
         };
         let own = Self { minor, token, records, page };
         if let Err(error) = host.name_tap(minor, &format!("{OURS}{}", own.token)).await {
-            // Nobody else can know it, so it is still ours.
-            let freed = patiently(host, async || is_free(host.free_tap(minor).await)).await;
+            // Without that number it was freed by somebody, and may be another's by the next call. Otherwise nobody
+            // can know it, so it is still ours.
+            let freed =
+                error == Errno::ENOENT || patiently(host, async || is_free(host.free_tap(minor).await)).await;
             own.end(host, freed);
             return Err(TapError::Name { minor, error });
         }
