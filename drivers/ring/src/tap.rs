@@ -37,8 +37,6 @@ tap_host::listed! {
         "writes are not durable when they are answered, although the module has no flushes";
     TAP_FREED_FIRST = "tap-freed-first", "a device is freed before its ring is closed, and not afterwards";
     TAP_CLOSED_IN_USE = "tap-closed-in-use", "a ring is closed although its device cannot be removed yet";
-    TAP_CLOSED_WITHOUT = "tap-closed-without",
-        "a ring that the kernel asked to close is closed when its device is removed already";
 }
 
 tap_host::listed! {
@@ -77,6 +75,8 @@ pub enum TapNews {
     Made(TapOffers),
     /// It should end, and will when its last user has closed it.
     InUse,
+    /// It is removed, and its number stays reserved: a module that has asked to close a device never frees its number.
+    NumberStays,
 }
 
 /// The parts of a host that a device needs.
@@ -170,7 +170,8 @@ impl<H: TapHost> TapDisk<H> {
         self.gone.wait().await;
         let refused = match self.end.get() {
             Some(RingEnd::Refused(why)) => Err(TapError::Refused { path: self.path(), why }),
-            _ => Ok(()),
+            Some(RingEnd::ChannelGone) => Err(TapError::Refused { path: self.path(), why: RING_GONE }),
+            Some(RingEnd::Closed | RingEnd::Left) | None => Ok(()),
         };
         let why = if let Err(TapError::Refused { why, .. }) = refused { why } else { "closed" };
         self.host().log(Event::RingClosed { dom: DomId(0), vbd: VbdId(self.device.minor), why });
@@ -207,7 +208,12 @@ impl<H: TapHost> TapDisk<H> {
         let (mut patience, mut told, mut failures) = (Patience::of(u32::MAX), false, 0);
         while !gone.is_set() {
             match self.ring.parts.target.peer.ring.remove().await {
-                Ok(()) => return self.removed().await,
+                Ok(()) => {
+                    if self.asked_to_close.is_set() {
+                        tell(TapNews::NumberStays);
+                    }
+                    return Ok(());
+                }
                 Err(Errno::EBUSY) if !std::mem::replace(&mut told, true) => {
                     host.mark(&TAP_IN_USE);
                     tell(TapNews::InUse);
@@ -222,21 +228,6 @@ impl<H: TapHost> TapDisk<H> {
             select(patience.again(host), gone.wait()).await;
         }
         Ok(())
-    }
-
-    /// The device is removed, so that nobody uses it. A module that has asked to close it may free its number only
-    /// together with the device, when the ring is closed, and refuse to do so afterwards: it gets the device back.
-    async fn removed(&self) -> Result<(), TapError> {
-        if !self.asked_to_close.is_set() || self.host().bug(&TAP_CLOSED_WITHOUT) {
-            return Ok(());
-        }
-        let mut patience = Patience::of(TRIES);
-        loop {
-            let made = self.create().await;
-            if made.is_ok() || self.gone.is_set() || !patience.again(self.host()).await {
-                return made.map(drop);
-            }
-        }
     }
 
     /// Closes the ring, for as long as the kernel takes, and frees the device.
@@ -257,6 +248,8 @@ impl<H: TapHost> TapDisk<H> {
     }
 }
 
+/// Why a ring is not served any more whose calls fail.
+const RING_GONE: &str = "the kernel does not tell of its requests any more";
 /// How often what the kernel has refused for no known reason is tried again.
 const TRIES: u32 = 12;
 

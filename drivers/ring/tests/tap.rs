@@ -342,8 +342,11 @@ fn the_kernel_can_ask_to_close() {
         drop(opener);
         b.world.sim.sleep_ns(2_000_000_000).await;
         assert_eq!(*b.end.borrow(), Some(Ok(())));
-        // The number, too: the module frees it with the device only, and never after the device.
-        b.nothing_is_left();
+        // The module frees the number with the device only, while no ring is open: never.
+        assert_eq!(b.news.borrow().last(), Some(&TapNews::NumberStays));
+        assert_eq!((b.module.minors(), b.module.open_rings()), (vec![0], vec![]));
+        assert_eq!(b.world.xen.regions(), [""; 0]);
+        assert_eq!(*b.trouble.borrow(), []);
     });
 }
 

@@ -110,6 +110,8 @@ pub enum TapTrouble {
 
 /// Called with each trouble.
 type OnTrouble = Rc<dyn Fn(TapTrouble)>;
+/// Called with each block device that is made.
+type OnMade = Rc<dyn Fn(Gendisk)>;
 /// Chooses how the sectors of a request lie in its pages.
 pub type TapLayoutOf = Rc<dyn Fn(SectorRange) -> SegmentLayout>;
 
@@ -124,6 +126,7 @@ struct Module {
     starved: RefCell<VecDeque<u32>>,
     taps: RefCell<BTreeMap<u32, Rc<Tap>>>,
     trouble: RefCell<Option<OnTrouble>>,
+    made: RefCell<Option<OnMade>>,
     layout: RefCell<Option<TapLayoutOf>>,
     removals: Cell<u32>,
     busy_ppm: u32,
@@ -151,6 +154,7 @@ impl TapModule {
             starved: RefCell::default(),
             taps: RefCell::default(),
             trouble: RefCell::default(),
+            made: RefCell::default(),
             layout: RefCell::default(),
             removals: Cell::new(0),
             busy_ppm,
@@ -189,6 +193,11 @@ impl TapModule {
         *self.0.trouble.borrow_mut() = Some(Rc::new(look));
     }
 
+    /// Calls `look` with each block device that is made, as udev is told of it.
+    pub fn on_made(&self, look: impl Fn(Gendisk) + 'static) {
+        *self.0.made.borrow_mut() = Some(Rc::new(look));
+    }
+
     /// Sets `layout` to choose how the sectors of each request lie in its pages; by default pages are whole.
     pub fn set_layout(&self, layout: TapLayoutOf) {
         *self.0.layout.borrow_mut() = Some(layout);
@@ -210,8 +219,9 @@ impl TapModule {
         taps.iter().filter(|(_, tap)| tap.is_taken()).map(|(minor, _)| *minor).collect()
     }
 
-    /// Asks for the end of the device `minor`, as an administrator does, where the module has that. It is freed
-    /// together with its block device, once the ring is closed.
+    /// Asks for the end of the device `minor`, as an administrator does, where the module has that. Its number is freed
+    /// at once if nothing of it is open, and otherwise stays reserved if its process removes the block device. Whether
+    /// a process was asked.
     pub fn ask_to_close(&self, minor: u32) -> bool {
         let tap = self.tap(minor).filter(|_| self.0.kind == TapKind::OpenXt);
         tap.is_some_and(|tap| tap.shut_down() && tap.ring.borrow().is_some())
@@ -431,7 +441,9 @@ impl Tap {
         disk.set_size(size_sectors);
         disk.set_read_only(read_only);
         disk.set_driver(Rc::new(Driver(Rc::downgrade(self))));
-        *self.disk.borrow_mut() = Some(disk);
+        *self.disk.borrow_mut() = Some(disk.clone());
+        let made = self.module().0.made.borrow().clone();
+        made.into_iter().for_each(|made| made(disk.clone()));
         Ok(())
     }
 
@@ -453,7 +465,13 @@ impl Tap {
 
     /// The ring is closed, by its process or by its death: what is in flight fails, and so does all that comes.
     fn close(self: &Rc<Self>) {
-        self.ring.take();
+        let lives = self.ring.take().is_some_and(|ring| ring.node.is_alive());
+        let used = self.disk.borrow().as_ref().is_some_and(|disk| !disk.openers().is_empty());
+        if lives && used && self.kind() == TapKind::OpenXt {
+            // A user that goes on to read maps its data through the ring's mapping, of which nothing is left. It does
+            // so for a process that is killed, too, and nothing in that can prevent it.
+            self.halt("its ring is closed by a process that lives, and its device is open".into());
+        }
         let mut pages = 0;
         for slot in 0..SLOTS {
             let pending = self.pending.borrow_mut()[slot].take();

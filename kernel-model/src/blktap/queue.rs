@@ -207,7 +207,7 @@ impl Tap {
         request.end(result);
     }
 
-    fn halt(&self, why: String) {
+    pub(super) fn halt(&self, why: String) {
         self.module().trouble(TapTrouble::Halt(format!("tap{}: {why}", self.minor)));
     }
 

@@ -120,6 +120,7 @@ pub static LABELS: &[&Label] = &[
     &power::CRASH_AT,
     &tap::LOOKER,
     &tap::STOP_IN_USE,
+    &tap::ASK_TO_CLOSE,
     &failures::FAIL_NTH,
     &ring::KILL_AFTER,
     &ring::RECONNECT_AT,

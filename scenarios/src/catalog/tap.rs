@@ -36,6 +36,10 @@ pub static LOOKER: Label =
 /// After how many nanoseconds tapdisk is asked to end although the device is in use.
 pub static STOP_IN_USE: Label = Label::new("stop-in-use", "tapdisk is asked to end after {} ns");
 
+/// After how many nanoseconds the module is asked to close the device, once nobody uses it any more.
+pub static ASK_TO_CLOSE: Label =
+    Label::new("ask-to-close", "the module is asked to close the device after {} ns");
+
 /// dom0's device, whatever happens to its tapdisk.
 pub static TAP_DEVICE: Scenario = Scenario {
     name: "tap-device",
@@ -83,6 +87,8 @@ pub(super) struct Dom0 {
     deaths: Cell<u32>,
     /// The number that another program has reserved.
     strangers: Cell<Option<u32>>,
+    /// The number whose device a module was asked to close that never frees such a number.
+    asked: Cell<Option<u32>>,
     /// The last tapdisk has said that closing the disk may have lost data.
     lost: Cell<bool>,
 }
@@ -100,7 +106,14 @@ pub(super) struct Attached {
 impl Dom0 {
     /// A host with one of `kinds` of modules.
     pub(super) fn new(world: &World, setup: Setup, kinds: &[TapKind]) -> Rc<Self> {
-        Rc::new(Self::drawn(world, setup, kinds))
+        let dom0 = Rc::new(Self::drawn(world, setup, kinds));
+        let (own, nth) = (Rc::downgrade(&dom0), Cell::new(0_u32));
+        dom0.module.on_made(move |disk| {
+            let Some(dom0) = own.upgrade() else { return };
+            let nth = nth.replace(nth.get() + 1);
+            dom0.world.sim.spawn("looker", u64::from(nth), Rc::clone(&dom0).look(disk, nth));
+        });
+        dom0
     }
 
     fn drawn(world: &World, setup: Setup, kinds: &[TapKind]) -> Self {
@@ -131,6 +144,7 @@ impl Dom0 {
             guest: RefCell::default(),
             deaths: Cell::new(0),
             strangers: Cell::new(None),
+            asked: Cell::new(None),
             lost: Cell::new(false),
         }
     }
@@ -187,7 +201,7 @@ impl Dom0 {
             let status = tapdisk(&self.world, host, &line, tuning, said).await;
             let why = said.err.take().join("; ");
             // The last operations of a killed process have not ended.
-            if status != 0 && why.contains("in use") && self.deaths.get() > 0 {
+            if status != 0 && why.contains("in use by another process") && self.deaths.get() > 0 {
                 continue;
             }
             self.lost.set(why.contains("may be lost"));
@@ -305,19 +319,13 @@ impl Dom0 {
     }
 
     /// One life of the device: its tapdisk is killed after `kill_after` effects, or lives on.
-    async fn live(
-        self: &Rc<Self>,
-        nth: u32,
-        ops: Vec<Option<Op>>,
-        kill_after: Option<u64>,
-    ) -> Option<Rc<Attached>> {
+    async fn live(self: &Rc<Self>, ops: Vec<Option<Op>>, kill_after: Option<u64>) -> Option<Rc<Attached>> {
         let attached = self.start(kill_after);
         let Some(disk) = self.device(&attached).await else {
             self.ended(&attached).await;
             return None;
         };
         let guest = self.open(&disk, Invariant::P1)?;
-        self.world.sim.spawn("looker", u64::from(nth), Rc::clone(self).look(disk.clone(), nth));
         let depth = self.world.setting("device-depth", &[32, 8, 1, 48]);
         let (world, own, g) = (self.world.clone(), Rc::clone(&attached), guest.clone());
         let has_died = move || !own.host.process.node().is_alive();
@@ -374,7 +382,8 @@ impl Dom0 {
         let unnamed = self.module.unnamed();
         let unknown: Vec<u32> =
             unnamed.iter().filter(|(_, node)| !node.is_alive()).map(|(minor, _)| *minor).collect();
-        minors.retain(|minor| Some(*minor) != strangers && !unknown.contains(minor));
+        let excused = [strangers, self.asked.get()];
+        minors.retain(|minor| !excused.contains(&Some(*minor)) && !unknown.contains(minor));
         if !rings.is_empty() || !pages.is_empty() || !minors.is_empty() || !is_there {
             let text = format!(
                 "minors {minors:?}, open rings {rings:?} and pages {pages:?} are left, and {strangers:?}, which is another's, is {}",
@@ -414,9 +423,9 @@ async fn tap_device(world: World) {
     let (neighbour, gone) = joined(Rc::clone(&dom0).neighbour());
     world.sim.spawn("neighbour", 0, neighbour);
     let deaths = kills(&world, 3, 500);
-    for (nth, steps) in (0..).zip(deaths) {
+    for (nth, steps) in (0_u32..).zip(deaths) {
         let ops = dom0.operations(u64::from(nth), 30);
-        if let Some(attached) = dom0.live(nth, ops, Some(steps)).await {
+        if let Some(attached) = dom0.live(ops, Some(steps)).await {
             attached.host.process.node().kill();
         }
     }
@@ -465,7 +474,6 @@ impl Dom0 {
         };
         let Some(guest) = self.open(&disk, Invariant::P1) else { return };
         let (ops, depth) = (self.operations(9, 40), world.setting("device-depth", &[32, 8, 1, 48]));
-        world.sim.spawn("looker", 9, Rc::clone(self).look(disk.clone(), 9));
         if early {
             let entity = Entity::WORLD.child("stopper", 0);
             world.sim.name_entity(entity, || "administrator".into());
@@ -490,10 +498,10 @@ impl Dom0 {
         drop(disk);
         // The looker has closed it by then.
         world.sim.sleep_ns(1 << 25).await;
-        // Not all modules have that.
-        let own = attached.minor.get();
-        let asked = asks && own.is_some_and(|minor| self.module.ask_to_close(minor));
-        self.stop(&attached, !asked).await;
+        let asked = asks && self.ask_to_close(&attached);
+        // Both may come, in any order.
+        let signalled = !asked || world.setting("tap-asked-twice", &[false, true]);
+        self.stop(&attached, signalled).await;
         let _ = others.await;
         if early {
             // It may have ended while a looker had the device of a dead one, which the next one frees.
@@ -504,6 +512,26 @@ impl Dom0 {
             }
         }
         self.check_leaks(&attached).await;
+    }
+}
+
+impl Dom0 {
+    /// An administrator has the module close the device of `attached`, after a while. Not all modules have that.
+    fn ask_to_close(self: &Rc<Self>, attached: &Attached) -> bool {
+        let minor = attached.minor.get().filter(|_| self.module.kind() == TapKind::OpenXt);
+        let Some(minor) = minor else { return false };
+        let entity = Entity::WORLD.child("asker", 0);
+        self.world.sim.name_entity(entity, || "administrator".into());
+        let ns = self.world.sim.decide(entity, &ASK_TO_CLOSE, 0, |d| d.magnitude(24));
+        let own = Rc::clone(self);
+        self.world.sim.spawn("asker", 0, async move {
+            own.world.sim.sleep_ns(ns).await;
+            // It may have ended before.
+            if own.module.ask_to_close(minor) {
+                own.asked.set(Some(minor));
+            }
+        });
+        true
     }
 }
 

@@ -195,6 +195,13 @@ pub(crate) async fn run<H: AttachHost>(
             None
         }
     };
+    // The device is removed, so that nobody is waited for. The module may be asked to close it as long as its ring is
+    // open, and would keep its number then: not for as long as the disk takes.
+    if status == 0
+        && let Some(tap) = tap.take()
+    {
+        tap.close().await;
+    }
     for (disk, error) in disks.close_all().await {
         console.err(&format!(
             "tapdisk: failed to close {}: {error}; data written since the last flush may be lost",
