@@ -122,15 +122,18 @@ async fn stand_by<H: XenHost>(
     let failed = |error| BackendError::Store { what: "watch", path: path.clone(), error };
     let watch = patiently(host, async || host.watch(path).await).await.map_err(failed)?;
     let until_ns = host.now_ns().saturating_add(pause_ns);
-    let mut refused = false;
+    let (mut refused, mut is_known) = (false, false);
     loop {
         // The state is read last: a device that is gone by then was not offline either.
         let offline = keys::is_offline(keys::read(host, path, "online").await?.as_deref());
         let Some(state) = keys::state(host, path).await? else { return Ok(Some(BackendEnd::BackendGone)) };
+        is_known |= state != XenbusState::Initialising;
         match state {
-            // Another device in the same directory.
-            XenbusState::Initialising if refused => return Ok(Some(BackendEnd::BackendGone)),
+            // Another device in the same directory: what is wrong with the first says nothing about it. The answer to
+            // the first may have been written although that seemed to fail.
+            XenbusState::Initialising if is_known => return Ok(Some(BackendEnd::BackendGone)),
             XenbusState::Initialising if let Some(why) = why => {
+                is_known = true;
                 // xl runs its script in state 2 and not before; the script finds the reason and fails.
                 let keys = [("hotplug-error", why.to_owned())];
                 refused =
