@@ -11,7 +11,7 @@
 use super::served::{Plan, Served};
 use super::{NO_ERRORS, after_power_cut, check_closed, leave, setup, start};
 use crate::catalog::crash::arm_power_cut;
-use crate::catalog::ring::{in_guest, kills};
+use crate::catalog::ring::{in_guest, kills, not_stuck};
 use crate::catalog::setup::{Setup, cut_after_close, workload};
 use crate::catalog::tap::{Attached as TapAttached, Dom0};
 use crate::check::Invariant;
@@ -22,9 +22,7 @@ use crate::scenario::Scenario;
 use crate::workload::{Op, Workload, operations};
 use crate::world::World;
 use kernel_model::gendisk::Gendisk;
-use kernel_model::{
-    BLKFRONT_MAX_SECTORS, Blkback, Blkfront, DeviceNumber, Published, StorageConfig, TapKind,
-};
+use kernel_model::{BLKFRONT_MAX_SECTORS, Blkback, Blkfront, DeviceNumber, Published, TapKind};
 use sim::{Entity, Node};
 use std::rc::Rc;
 use tap_core::wait::joined;
@@ -35,7 +33,8 @@ use xen_model::{Counts, FrontKeys, remove_vbd};
 pub static BLKBACK_OVER_DEVICE: Scenario = Scenario {
     name: "blkback-over-device",
     about: "a guest of Linux's xen-blkback over a block device of tapdisk: nbd, or a blktap2 module; deaths, detach, power cuts",
-    storage: &|_| StorageConfig::default(),
+    // A toolstack waits for ten seconds for the end of a disk.
+    storage: &|_| not_stuck(),
     body: &|w| Box::pin(over_device(w)),
 };
 
