@@ -29,6 +29,9 @@ use tap_core::wait::joined;
 use tap_host::{DomId, Errno, SECTOR_BYTES, Xenstore, select};
 use xen_model::{Counts, FrontKeys, remove_vbd};
 
+/// How often more than xl the end of a disk is waited for whose guest was destroyed while tapdisk was away.
+const END_TRIES: u32 = 5;
+
 /// Every way from a guest through the kernel to tapdisk.
 pub static BLKBACK_OVER_DEVICE: Scenario = Scenario {
     name: "blkback-over-device",
@@ -195,7 +198,14 @@ impl Behind {
         self.attached.node.dead().await;
         let done = async {
             self.toolstack.force_offline(&self.attached).await?;
-            self.toolstack.wait_for_back(&self.attached, b"6").await?;
+            // xl does not wait longer than once. The kernel does, for requests that wait for the next tapdisk.
+            let mut tries = 0;
+            while let Err(error) = self.toolstack.wait_for_back(&self.attached, b"6").await {
+                tries += 1;
+                if error != Errno::ETIMEDOUT || tries > END_TRIES {
+                    return Err(error);
+                }
+            }
             self.toolstack.toolstack.port.remove(&self.attached.paths.backend).await
         };
         if let Err(error) = done.await {
