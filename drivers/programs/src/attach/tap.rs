@@ -49,8 +49,7 @@ impl AttachArgs {
             Err(failure) => return (Err(failure), None),
         };
         let path = tap.path();
-        let tell = |news| {
-            match news {
+        let tell = |news| match news {
             TapNews::Made(offers) => {
                 console.out(&path);
                 console.ready();
@@ -65,9 +64,9 @@ impl AttachArgs {
                 console.out(&format!("{path}: in use; it is served until its users have closed it"))
             }
             TapNews::NumberStays => console.out(&format!(
-                "{path}: the module was asked to close it, and keeps its number until the host is started again; who wrote to 'remove' waits until interrupted"
+                "{path}: the module was asked to close it, and keeps its number until the host is started \
+                 again; who wrote to 'remove' waits until interrupted"
             )),
-        }
         };
         let ended = tap.run(stopped, tell).await;
         if let Some(stats) = listed.as_ref().and_then(Listed::stats) {
