@@ -53,17 +53,18 @@ impl Tag {
 
     /// Fills one sector (512 bytes). `full` fills its body, too.
     pub fn fill(self, sector: &mut [u8], full: bool) {
-        sector[0..4].copy_from_slice(&MAGIC.to_le_bytes());
-        sector[4..8].copy_from_slice(&self.writer.to_le_bytes());
-        sector[8..16].copy_from_slice(&self.op.to_le_bytes());
-        sector[16..24].copy_from_slice(&self.sector.to_le_bytes());
-        sector[24..32].copy_from_slice(&self.check(full).to_le_bytes());
+        let check = self.check(full);
+        let (tag, body) = sector.split_at_mut(TAG_BYTES);
+        let head = u64::from(MAGIC) | u64::from(self.writer) << 32;
+        for (place, word) in tag.chunks_exact_mut(8).zip([head, self.op, self.sector, check]) {
+            place.copy_from_slice(&word.to_le_bytes());
+        }
         if full {
-            for (i, word) in sector[TAG_BYTES..].chunks_exact_mut(8).enumerate() {
-                word.copy_from_slice(&mix(self.check(true) ^ i as u64).to_le_bytes());
+            for (i, word) in body.chunks_exact_mut(8).enumerate() {
+                word.copy_from_slice(&mix(check ^ i as u64).to_le_bytes());
             }
         } else {
-            sector[TAG_BYTES..].fill(0);
+            body.fill(0);
         }
     }
 

@@ -12,6 +12,7 @@ use super::{About, Invariant};
 use crate::limits::StackLimits;
 use crate::world::World;
 use sim::micros;
+use smallvec::SmallVec;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use tap_core::{Child, Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response, SchedulerLimits};
@@ -33,7 +34,10 @@ struct Inner {
     in_pieces: bool,
     /// The sectors at the edges of requests have buffers of their own.
     has_edges: bool,
+    /// Requests in progress, in order of their numbers.
     running: RefCell<Vec<Running>>,
+    /// How many of them have data.
+    with_data: Cell<usize>,
     /// Extents queries in progress.
     queries: Cell<u32>,
     next: Cell<u64>,
@@ -61,6 +65,7 @@ impl Contract {
             in_pieces: limits.piece_sectors > 0,
             has_edges: limits.unaligned,
             running: RefCell::default(),
+            with_data: Cell::new(0),
             queries: Cell::new(0),
             next: Cell::new(0),
             closed: Cell::new(false),
@@ -113,9 +118,26 @@ impl Inner {
                 self.world.fail_about(Invariant::D2, text, about);
             }
         }
-        let at_once = 1 + running.iter().filter(|one| one.op.has_data()).count();
+        let at_once = 1 + self.with_data.get();
         if op.has_data() && at_once > self.limits.depth {
             self.violated(format!("{at_once} reads and writes run at the same time"));
+        }
+    }
+
+    /// Registers a request, and returns its number.
+    fn begin(&self, op: Op, range: SectorRange) -> u64 {
+        let number = self.next.replace(self.next.get() + 1);
+        let since_ns = self.world.sim.now_ns();
+        self.running.borrow_mut().push(Running { number, op, range, since_ns });
+        self.with_data.set(self.with_data.get() + usize::from(op.has_data()));
+        number
+    }
+
+    fn end(&self, number: u64) {
+        let mut running = self.running.borrow_mut();
+        if let Ok(at) = running.binary_search_by_key(&number, |one| one.number) {
+            let ended = running.remove(at);
+            self.with_data.set(self.with_data.get() - usize::from(ended.op.has_data()));
         }
     }
 
@@ -146,7 +168,7 @@ struct InFlight(Rc<Inner>, u64);
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.0.running.borrow_mut().retain(|one| one.number != self.1);
+        self.0.end(self.1);
     }
 }
 
@@ -163,10 +185,8 @@ impl Node for Contract {
     fn submit(&self, request: Request) -> LocalBoxFuture<Response> {
         let inner = Rc::clone(&self.0);
         inner.check_request(&request);
-        let number = inner.next.replace(inner.next.get() + 1);
-        let since_ns = inner.world.sim.now_ns();
-        inner.running.borrow_mut().push(Running { number, op: request.op, range: request.range, since_ns });
-        let lens: Vec<usize> = request.bufs.iter().map(|buf| buf.len()).collect();
+        let number = inner.begin(request.op, request.range);
+        let lens: SmallVec<[usize; 2]> = request.bufs.iter().map(|buf| buf.len()).collect();
         let (what, answer) = ((request.op, request.range), inner.lower.submit(request));
         let runs = InFlight(inner, number);
         Box::pin(async move {

@@ -248,7 +248,9 @@ impl BlockHistory {
 
     /// A read that was submitted at `inv` was answered without data.
     pub fn end_read(&mut self, inv: Clock) {
-        self.reads.retain(|r| *r != inv);
+        if let Ok(at) = self.reads.binary_search(&inv) {
+            self.reads.remove(at);
+        }
     }
 
     /// A read submitted at `inv` returned `bytes` from `range.start` on.

@@ -99,34 +99,29 @@ pub struct ErrorPolicy {
 /// them.
 const PART_SECTORS: u64 = 88;
 
-/// A guest and its record of what it did.
+/// A guest and its record of what it did; clones are the same guest.
 pub struct Guest<D> {
-    world: World,
-    name: Rc<str>,
-    disk: D,
     /// The history of the disk.
     pub history: Rc<RefCell<BlockHistory>>,
-    policy: Rc<Cell<ErrorPolicy>>,
-    flush_failed: Rc<Cell<bool>>,
-    write_through: Rc<Cell<bool>>,
-    retired: Rc<Cell<bool>>,
-    /// Promises about space, if they are checked.
-    space: Rc<RefCell<Option<Space>>>,
+    own: Rc<Own<D>>,
 }
 
-impl<D: Clone> Clone for Guest<D> {
+/// What belongs to the guest alone.
+struct Own<D> {
+    world: World,
+    name: String,
+    disk: D,
+    policy: Cell<ErrorPolicy>,
+    flush_failed: Cell<bool>,
+    write_through: Cell<bool>,
+    retired: Cell<bool>,
+    /// Promises about space, if they are checked.
+    space: RefCell<Option<Space>>,
+}
+
+impl<D> Clone for Guest<D> {
     fn clone(&self) -> Self {
-        Self {
-            world: self.world.clone(),
-            name: Rc::clone(&self.name),
-            disk: self.disk.clone(),
-            history: Rc::clone(&self.history),
-            policy: Rc::clone(&self.policy),
-            flush_failed: Rc::clone(&self.flush_failed),
-            write_through: Rc::clone(&self.write_through),
-            retired: Rc::clone(&self.retired),
-            space: Rc::clone(&self.space),
-        }
+        Self { history: Rc::clone(&self.history), own: Rc::clone(&self.own) }
     }
 }
 
@@ -135,54 +130,54 @@ impl<D: GuestDisk> Guest<D> {
     pub fn new(world: &World, disk: D, history: Rc<RefCell<BlockHistory>>, policy: ErrorPolicy) -> Self {
         let name = format!("guest {}", history.borrow().writer());
         history.borrow_mut().allow_failures(policy.errors_allowed);
-        Self {
+        let own = Own {
             world: world.clone(),
-            name: name.into(),
+            name,
             disk,
-            history,
-            policy: Rc::new(Cell::new(policy)),
-            flush_failed: Rc::default(),
-            write_through: Rc::default(),
-            retired: Rc::default(),
-            space: Rc::default(),
-        }
+            policy: Cell::new(policy),
+            flush_failed: Cell::new(false),
+            write_through: Cell::new(false),
+            retired: Cell::new(false),
+            space: RefCell::default(),
+        };
+        Self { history, own: Rc::new(own) }
     }
 
     /// The disk.
     pub fn disk(&self) -> &D {
-        &self.disk
+        &self.own.disk
     }
 
     /// Changes how errors are handled.
     pub fn set_error_policy(&self, policy: ErrorPolicy) {
         self.history.borrow_mut().allow_failures(policy.errors_allowed);
-        self.policy.set(policy);
+        self.own.policy.set(policy);
     }
 
     /// From now on an answered write is durable.
     pub fn write_through(&self) {
-        self.write_through.set(true);
+        self.own.write_through.set(true);
     }
 
     /// Its kernel has ended: requests in flight may or may not have taken effect, and no new ones begin.
     pub fn retire(&self) {
-        self.retired.set(true);
+        self.own.retired.set(true);
         self.history.borrow_mut().guest_died();
     }
 
     /// From now on promises about space are checked, and only a lack of space may fail a request.
     pub fn watch_space(&self) {
-        *self.space.borrow_mut() = Some(Space::new(self.history.borrow().size_sectors()));
+        *self.own.space.borrow_mut() = Some(Space::new(self.history.borrow().size_sectors()));
     }
 
     /// Whether all space of `range` was released, as far as the guest knows.
     pub fn gave_back(&self, range: SectorRange) -> bool {
-        self.space.borrow_mut().as_mut().is_some_and(|space| space.is_released(range))
+        self.own.space.borrow_mut().as_mut().is_some_and(|space| space.is_released(range))
     }
 
     /// A request that affects space begins. Returns its time, and whether it needs no space.
     fn begin_space(&self, effect: SpaceEffect, range: SectorRange) -> Option<(u64, bool)> {
-        let mut space = self.space.borrow_mut();
+        let mut space = self.own.space.borrow_mut();
         let space = space.as_mut()?;
         let secured = space.is_secured(range);
         Some((space.begin(effect, range), secured))
@@ -197,19 +192,19 @@ impl<D: GuestDisk> Guest<D> {
         began: Option<(u64, bool)>,
         result: Result<(), Errno>,
     ) {
-        let mut space = self.space.borrow_mut();
+        let mut space = self.own.space.borrow_mut();
         let (Some(space), Some((began, secured))) = (space.as_mut(), began) else { return };
         let short = is_write && secured && result == Err(Errno::ENOSPC) && space.is_secured(range);
         space.end(effect, is_write, range, began, result.is_ok());
         if short {
             let text = format!("a write to {range}, whose space was promised, failed with ENOSPC");
-            self.world.fail(Invariant::S1, text);
+            self.own.world.fail(Invariant::S1, text);
         }
     }
 
     /// Marks everything answered as durable if the disk is in write-through mode.
     fn settle(&self, result: Result<(), Errno>) {
-        if self.write_through.get() && result.is_ok() {
+        if self.own.write_through.get() && result.is_ok() {
             let mut history = self.history.borrow_mut();
             let inv = history.begin_flush();
             history.end_flush(inv);
@@ -218,21 +213,21 @@ impl<D: GuestDisk> Guest<D> {
 
     /// Whether a flush has failed.
     pub fn flush_failed(&self) -> bool {
-        self.flush_failed.get()
+        self.own.flush_failed.get()
     }
 
     /// Runs all operations, `depth` at a time, each as a separate task, so that leaving one out changes no other.
     pub async fn run(&self, ops: &[Option<Op>], depth: usize) {
         let gate = Gate::default();
-        let idles = self.world.setting("guest-idles", &[false, false, false, true]);
+        let idles = self.own.world.setting("guest-idles", &[false, false, false, true]);
         for (i, op) in ops.iter().enumerate() {
             let Some(op) = *op else { continue };
             gate.below(depth.max(1)).await;
             gate.enter();
             let (guest, gate) = (self.clone(), gate.clone());
-            self.world.sim.spawn_once("op", i as u64, async move {
+            self.own.world.sim.spawn_once("op", i as u64, async move {
                 if idles && i % 2 == 1 {
-                    guest.disk.idle().await;
+                    guest.own.disk.idle().await;
                 }
                 guest.one(op).await;
                 gate.leave();
@@ -243,9 +238,9 @@ impl<D: GuestDisk> Guest<D> {
 
     /// Runs one operation until it is answered, repetitions included.
     pub async fn one(&self, op: Op) {
-        let mut left = self.policy.get().retries;
+        let mut left = self.own.policy.get().retries;
         loop {
-            if self.retired.get() {
+            if self.own.retired.get() {
                 return std::future::pending().await;
             }
             let result = match op.kind {
@@ -256,18 +251,19 @@ impl<D: GuestDisk> Guest<D> {
                 IoKind::WriteZeroes => self.zeroes(op.range, op.zeroes).await,
                 IoKind::Discard => self.discard(op.range).await,
             };
-            self.world.count(|s| s.requests += 1);
+            self.own.world.count(|s| s.requests += 1);
             let Err(error) = result else { return };
-            self.world.count(|s| s.errors += 1);
+            self.own.world.count(|s| s.errors += 1);
             // Once data is lost in unknown places, flushes fail, and so do writes that need one.
-            let allowed = self.policy.get().errors_allowed || self.world.kernel.answers_lost();
+            let allowed = self.own.policy.get().errors_allowed || self.own.world.kernel.answers_lost();
             if !allowed && !is_broken(Oracle::ErrorsIgnored) {
-                self.world
+                self.own
+                    .world
                     .fail(Invariant::E4, format!("{op} failed with {error:?} although nothing below it did"));
                 return;
             }
             let changes = !matches!(op.kind, IoKind::Read | IoKind::Flush);
-            if changes && self.world.setting("looks-after-failure", &[false, true]) {
+            if changes && self.own.world.setting("looks-after-failure", &[false, true]) {
                 // What a failed request left is old or new at once, not only after the next successful one.
                 for part in parts(op.range) {
                     let _ = self.read(part).await;
@@ -277,14 +273,14 @@ impl<D: GuestDisk> Guest<D> {
                 return;
             }
             left -= 1;
-            self.world.sim.sleep_ns(50_000).await;
+            self.own.world.sim.sleep_ns(50_000).await;
         }
     }
 
     /// Adds a line to the trace.
     #[inline]
     fn remark(&self, text: impl FnOnce() -> String) {
-        self.world.sim.remark(&self.name, text);
+        self.own.world.sim.remark(&self.own.name, text);
     }
 
     /// Reads once, and checks the result.
@@ -294,13 +290,13 @@ impl<D: GuestDisk> Guest<D> {
         let span = self.submits("read", inv, range);
         let check = |bytes: &[u8]| {
             let mut history = self.history.borrow_mut();
-            if self.world.kernel.answers_lost() {
+            if self.own.world.kernel.answers_lost() {
                 // Writes that need a flush may have failed, concurrent ones included.
                 history.allow_failures(true);
             }
             history.check_read(inv, range, bytes)
         };
-        let checked = self.disk.read(range, check).await;
+        let checked = self.own.disk.read(range, check).await;
         self.answered(span, checked.as_ref().map_or_else(|error| Err(*error), |_| Ok(())));
         match checked {
             Ok(Ok(())) => {
@@ -308,7 +304,7 @@ impl<D: GuestDisk> Guest<D> {
                 Ok(())
             }
             Ok(Err(wrong)) => {
-                self.wrong(wrong.invariant(self.policy.get().reads), &format!("read {range}"), &wrong);
+                self.wrong(wrong.invariant(self.own.policy.get().reads), &format!("read {range}"), &wrong);
                 Ok(())
             }
             Err(error) => {
@@ -333,7 +329,7 @@ impl<D: GuestDisk> Guest<D> {
         let span = self.submits("write", write, range);
         let space = self.begin_space(SpaceEffect::Keep, range);
         let fill = |bytes: &mut [u8]| self.payload(write, range, bytes);
-        let result = self.disk.write(range, fill).await;
+        let result = self.own.disk.write(range, fill).await;
         self.end_space(SpaceEffect::Keep, true, range, space, result);
         self.history.borrow_mut().end_write(write, result.is_ok());
         self.settle(result);
@@ -353,7 +349,7 @@ impl<D: GuestDisk> Guest<D> {
         self.remark(|| format!("submits flush {flush} with write {write} to {range}"));
         let span = self.submits("write", write, range);
         let fill = |bytes: &mut [u8]| self.payload(write, range, bytes);
-        let result = self.disk.write_and_flush(range, fill).await;
+        let result = self.own.disk.write_and_flush(range, fill).await;
         self.remark(|| format!("flush {flush} with write {write} to {range} {}", ended(result)));
         self.answered(span, result);
         let mut history = self.history.borrow_mut();
@@ -363,7 +359,7 @@ impl<D: GuestDisk> Guest<D> {
                 history.end_flush(flush);
                 history.harden(write, range);
             }
-            Err(_) => self.flush_failed.set(true),
+            Err(_) => self.own.flush_failed.set(true),
         }
         result
     }
@@ -375,15 +371,16 @@ impl<D: GuestDisk> Guest<D> {
         let span = self.submits("zeros", write, range);
         let effect = if flags.unmap { SpaceEffect::Unmap } else { SpaceEffect::Keep };
         let space = self.begin_space(effect, range);
-        let result = self.disk.write_zeroes(range, flags).await;
+        let result = self.own.disk.write_zeroes(range, flags).await;
         self.end_space(effect, false, range, space, result);
         self.history.borrow_mut().end_write(write, result.is_ok());
         self.settle(result);
         self.remark(|| format!("zeros {write} to {range} {}", ended(result)));
         self.answered(span, result);
         let slow = result == Err(Errno::EOPNOTSUPP);
-        if slow && !flags.fast && self.disk.makes_zeros() && !self.policy.get().errors_allowed {
-            self.world
+        if slow && !flags.fast && self.own.disk.makes_zeros() && !self.own.policy.get().errors_allowed {
+            self.own
+                .world
                 .fail(Invariant::E4, format!("zeros to {range} were refused as slow, but need not be fast"));
         }
         if result == Err(Errno::EOPNOTSUPP) { self.write_parts(range).await } else { result }
@@ -403,7 +400,7 @@ impl<D: GuestDisk> Guest<D> {
         self.remark(|| format!("submits discard {write} of {range}"));
         let span = self.submits("discard", write, range);
         let space = self.begin_space(SpaceEffect::Discard, range);
-        let result = self.disk.discard(range).await;
+        let result = self.own.disk.discard(range).await;
         self.end_space(SpaceEffect::Discard, false, range, space, result);
         self.history.borrow_mut().end_write(write, false);
         self.remark(|| format!("discard {write} of {range} {}", ended(result)));
@@ -416,12 +413,12 @@ impl<D: GuestDisk> Guest<D> {
         let inv = self.history.borrow_mut().begin_flush();
         self.remark(|| format!("submits flush {inv}"));
         let span = self.submits("flush", inv, SectorRange::default());
-        let result = self.disk.flush().await;
+        let result = self.own.disk.flush().await;
         self.remark(|| format!("flush {inv} {}", ended(result)));
         self.answered(span, result);
         match result {
             Ok(()) => self.history.borrow_mut().end_flush(inv),
-            Err(_) => self.flush_failed.set(true),
+            Err(_) => self.own.flush_failed.set(true),
         }
         result
     }
@@ -441,7 +438,7 @@ impl<D: GuestDisk> Guest<D> {
         for extent in found? {
             if extent.count == 0 || extent.count > end - at {
                 let text = format!("extents of {range}: {} sectors from {at} on", extent.count);
-                self.world.fail(Invariant::N2, text);
+                self.own.world.fail(Invariant::N2, text);
                 return Ok(());
             }
             let part = SectorRange::new(at, extent.count as u32);
@@ -452,30 +449,30 @@ impl<D: GuestDisk> Guest<D> {
             at += extent.count;
         }
         if at == range.start.0 {
-            self.world.fail(Invariant::N2, format!("no extents of {range} were returned"));
+            self.own.world.fail(Invariant::N2, format!("no extents of {range} were returned"));
         }
         Ok(())
     }
 
     /// Waits for `ns` nanoseconds.
     pub async fn pause(&self, ns: u64) {
-        self.world.sim.sleep_ns(ns).await;
+        self.own.world.sim.sleep_ns(ns).await;
     }
 
     /// Reads the whole disk in large pieces.
     pub async fn read_all(&self) -> Result<(), Errno> {
         let size = self.history.borrow().size_sectors();
-        let step = u64::from(self.disk.max_sectors());
+        let step = u64::from(self.own.disk.max_sectors());
         // Read these first: what they hold decides what other sectors must hold.
         let fenced = self.history.borrow().fenced();
         for range in fenced {
             self.read(range).await?;
         }
         let mut at = 0;
-        while at < size && !self.world.verdict.is_broken() {
+        while at < size && !self.own.world.verdict.is_broken() {
             let n = step.min(size - at);
             self.read(SectorRange::new(at, n as u32)).await?;
-            self.world.count(|s| s.requests += 1);
+            self.own.world.count(|s| s.requests += 1);
             at += n;
         }
         Ok(())

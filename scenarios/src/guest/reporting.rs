@@ -10,8 +10,8 @@ impl<D> Guest<D> {
     #[inline]
     pub(super) fn submits(&self, kind: &'static str, number: u64, range: SectorRange) -> SpanId {
         let bytes = range.start.0 * SECTOR_BYTES..range.start.0 * SECTOR_BYTES + range.len_bytes();
-        self.world.sim.begin_span(|| Span {
-            track: self.name.to_string(),
+        self.own.world.sim.begin_span(|| Span {
+            track: self.own.name.to_string(),
             kind,
             number: Some(number),
             name: match kind {
@@ -28,14 +28,19 @@ impl<D> Guest<D> {
     /// A request is answered.
     #[inline]
     pub(super) fn answered(&self, span: SpanId, result: Result<(), Errno>) {
-        self.world.sim.end_span(span, || ended(result));
+        self.own.world.sim.end_span(span, || ended(result));
     }
 
     /// Reports what a request found.
     pub(super) fn wrong(&self, invariant: Invariant, request: &str, wrong: &Wrong) {
         let Finding { sector, writes, reads, .. } = wrong.finding().clone();
-        let about =
-            About { guest: self.name.to_string(), sector: Some(sector), writes, reads, places: Vec::new() };
-        self.world.fail_about(invariant, format!("{request}: {wrong}"), about);
+        let about = About {
+            guest: self.own.name.to_string(),
+            sector: Some(sector),
+            writes,
+            reads,
+            places: Vec::new(),
+        };
+        self.own.world.fail_about(invariant, format!("{request}: {wrong}"), about);
     }
 }
