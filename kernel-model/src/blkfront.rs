@@ -19,9 +19,9 @@
 mod data;
 mod reset;
 
-pub use data::{DataPiece, SegmentLayout};
+pub use data::{DataPiece, DataPieces, SegmentLayout};
 
-use data::{discard, is_poisoned, pages_for, pieces, poison};
+use data::{discard, is_poisoned, pages_for, poison};
 use sim::Node;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -423,8 +423,8 @@ impl Blkfront {
         &self,
         kind: IoKind,
         range: SectorRange,
-        fill: impl FnOnce(&[DataPiece<'_>]),
-        look: impl FnOnce(&[DataPiece<'_>]),
+        fill: impl FnOnce(DataPieces<'_>),
+        look: impl FnOnce(DataPieces<'_>),
     ) -> Result<(), Errno> {
         let slot = self.slot().await;
         let result = self.io_in(slot, kind, range, fill, look).await;
@@ -438,8 +438,8 @@ impl Blkfront {
         slot: usize,
         kind: IoKind,
         range: SectorRange,
-        fill: impl FnOnce(&[DataPiece<'_>]),
-        look: impl FnOnce(&[DataPiece<'_>]),
+        fill: impl FnOnce(DataPieces<'_>),
+        look: impl FnOnce(DataPieces<'_>),
     ) -> Result<(), Errno> {
         let layout = self.0.layout.borrow().clone().map_or(SegmentLayout::WHOLE, |layout| layout(range));
         let pages = if kind == IoKind::Discard { 0 } else { pages_for(range.count, layout) };
@@ -461,11 +461,11 @@ impl Blkfront {
         let mut shadows = self.0.shadow.borrow_mut();
         let shadow = &mut shadows[slot];
         shadow.request = None;
-        let pieces = pieces(&shadow.pages[..pages], range.count, layout);
+        let pieces = DataPieces::new(&shadow.pages[..pages], range.count, layout);
         if status == STATUS_OKAY && kind == IoKind::Read {
-            look(&pieces);
+            look(pieces);
         }
-        if !pieces.iter().all(DataPiece::is_alone) {
+        if !pieces.iter().all(|piece| piece.is_alone()) {
             (self.0.complain)(format!("bytes beside the segments of {kind} {range} were written"));
         }
         shadow.pages[..pages].iter().for_each(poison);
@@ -489,7 +489,7 @@ impl Blkfront {
         kind: IoKind,
         range: SectorRange,
         (layout, pages): (SegmentLayout, usize),
-        fill: impl FnOnce(&[DataPiece<'_>]),
+        fill: impl FnOnce(DataPieces<'_>),
     ) -> Result<[u8; ENTRY_BYTES], Errno> {
         let mut segments = [Segment { gref: 0, first: 0, last: 0 }; MAX_SEGMENTS];
         let mut shadows = self.0.shadow.borrow_mut();
@@ -502,10 +502,10 @@ impl Blkfront {
         if !shadow.pages[..pages].iter().all(is_poisoned) {
             (self.0.complain)("a page was written after its request was answered".into());
         }
-        let pieces = pieces(&shadow.pages[..pages], range.count, layout);
-        segments.iter_mut().zip(&pieces).for_each(|(segment, piece)| *segment = piece.segment());
+        let pieces = DataPieces::new(&shadow.pages[..pages], range.count, layout);
+        segments.iter_mut().zip(pieces.iter()).for_each(|(segment, piece)| *segment = piece.segment());
         if kind != IoKind::Read {
-            fill(&pieces);
+            fill(pieces);
         }
         shadow.turn += 1;
         let op = match kind {

@@ -35,8 +35,8 @@ mod traced;
 
 pub use blkback::Blkback;
 pub use blkfront::{
-    BLKFRONT_MAX_SECTORS, Blkfront, Complaint, DataPiece, KeysOf, LayoutOf, LingersOf, OnPublished,
-    Published, SegmentLayout,
+    BLKFRONT_MAX_SECTORS, Blkfront, Complaint, DataPiece, DataPieces, KeysOf, LayoutOf, LingersOf,
+    OnPublished, Published, SegmentLayout,
 };
 pub use blktap::{ProcessTap, TapCall, TapKind, TapLayoutOf, TapModule, TapTrouble};
 pub use device_number::DeviceNumber;

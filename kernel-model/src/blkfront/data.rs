@@ -87,11 +87,33 @@ impl DataPiece<'_> {
     }
 }
 
-/// The pieces of a request of `count` sectors in `pages`.
-pub(super) fn pieces(pages: &[GrantedPage], count: u32, layout: SegmentLayout) -> Vec<DataPiece<'_>> {
-    let SegmentLayout { per_page, first } = layout.fitted(count);
-    let counts = (0..count).step_by(per_page as usize).map(|at| (count - at).min(per_page));
-    pages.iter().zip(counts).map(|(page, count)| DataPiece { page, first, count }).collect()
+/// The pieces of a request, in order.
+#[derive(Clone, Copy, Debug)]
+pub struct DataPieces<'a> {
+    pages: &'a [GrantedPage],
+    count: u32,
+    layout: SegmentLayout,
+}
+
+impl<'a> DataPieces<'a> {
+    /// Those of a request of `count` sectors in `pages`, which are as many as it needs, or none.
+    pub(super) fn new(pages: &'a [GrantedPage], count: u32, layout: SegmentLayout) -> Self {
+        Self { pages, count, layout: layout.fitted(count) }
+    }
+
+    /// All of them.
+    pub fn iter(self) -> impl Iterator<Item = DataPiece<'a>> {
+        let SegmentLayout { per_page, first } = self.layout;
+        (0..).zip(self.pages).map(move |(at, page)| {
+            let count = (self.count - at * per_page).min(per_page);
+            DataPiece { page, first, count }
+        })
+    }
+
+    /// The only one, if it is.
+    pub fn only(self) -> Option<DataPiece<'a>> {
+        if self.pages.len() == 1 { self.iter().next() } else { None }
+    }
 }
 
 /// Pages that a request of `count` sectors needs.
@@ -113,7 +135,8 @@ fn has_poison(page: &GrantedPage, sector: u32) -> bool {
 }
 
 pub(super) fn is_poisoned(page: &GrantedPage) -> bool {
-    (0..PAGE_SECTORS).all(|sector| has_poison(page, sector))
+    let is_poison = |sector: &[u8]| sector.starts_with(&POISON);
+    page.page.with(|bytes| bytes.chunks_exact(SECTOR_BYTES as usize).all(is_poison))
 }
 
 /// A discard as it lies on the ring: a number of sectors takes the place of the segments.

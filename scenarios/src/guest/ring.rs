@@ -2,7 +2,7 @@
 
 use super::GuestDisk;
 use super::turns::Turns;
-use kernel_model::{BLKFRONT_MAX_SECTORS, Blkfront, DataPiece};
+use kernel_model::{BLKFRONT_MAX_SECTORS, Blkfront, DataPieces};
 use std::cell::RefCell;
 use std::rc::Rc;
 use tap_host::{Errno, IoKind, SectorRange};
@@ -35,14 +35,14 @@ impl RingDisk {
         range: SectorRange,
         fill: impl FnOnce(&mut [u8]),
     ) -> Result<(), Errno> {
-        let scatter = |pieces: &[DataPiece<'_>]| match pieces {
-            [one] => one.with_mut(fill),
-            many => {
+        let scatter = |pieces: DataPieces<'_>| match pieces.only() {
+            Some(one) => one.with_mut(fill),
+            None => {
                 let mut scratch = self.scratch.borrow_mut();
                 scratch.resize(range.len_bytes() as usize, 0);
                 fill(&mut scratch);
                 let mut rest = &scratch[..];
-                for piece in many {
+                for piece in pieces.iter() {
                     let (part, later) = rest.split_at(piece.len_bytes());
                     piece.with_mut(|bytes| bytes.copy_from_slice(part));
                     rest = later;
@@ -62,13 +62,13 @@ impl RingDisk {
 impl GuestDisk for RingDisk {
     async fn read<R>(&self, range: SectorRange, look: impl FnOnce(&[u8]) -> R) -> Result<R, Errno> {
         let mut seen = None;
-        let gather = |pieces: &[DataPiece<'_>]| {
-            seen = Some(match pieces {
-                [one] => one.with(look),
-                many => {
+        let gather = |pieces: DataPieces<'_>| {
+            seen = Some(match pieces.only() {
+                Some(one) => one.with(look),
+                None => {
                     let mut scratch = self.scratch.borrow_mut();
                     scratch.clear();
-                    many.iter().for_each(|piece| piece.with(|bytes| scratch.extend_from_slice(bytes)));
+                    pieces.iter().for_each(|piece| piece.with(|bytes| scratch.extend_from_slice(bytes)));
                     look(&scratch)
                 }
             });

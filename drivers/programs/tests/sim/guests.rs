@@ -1,7 +1,7 @@
 //! `tapdisk xen`, with guests that use the model of Linux's front end.
 
 use crate::{Daemon, world};
-use kernel_model::{Blkfront, DataPiece, Kernel, SimHost};
+use kernel_model::{Blkfront, DataPieces, Kernel, SimHost};
 use sim::Sim;
 use std::rc::Rc;
 use tap_host::{DomId, Errno, File, Files, IoKind, LockKind, OpenMode, SectorRange, VbdId, Xenstore};
@@ -77,13 +77,13 @@ impl Toolstack {
 
 impl Guest {
     async fn write(&self, sector: u64, fill: u8) -> Result<(), Errno> {
-        let fill_pages = |pieces: &[DataPiece<'_>]| pieces[0].with_mut(|bytes| bytes.fill(fill));
+        let fill_pages = |pieces: DataPieces<'_>| pieces.only().unwrap().with_mut(|bytes| bytes.fill(fill));
         self.front.io(IoKind::Write, SectorRange::new(sector, 1), fill_pages, |_| {}).await
     }
 
     async fn read(&self, sector: u64) -> u8 {
         let mut seen = [0; 1];
-        let look = |pieces: &[DataPiece<'_>]| pieces[0].with(|bytes| seen[0] = bytes[511]);
+        let look = |pieces: DataPieces<'_>| pieces.only().unwrap().with(|bytes| seen[0] = bytes[511]);
         self.front.io(IoKind::Read, SectorRange::new(sector, 1), |_| {}, look).await.unwrap();
         seen[0]
     }
