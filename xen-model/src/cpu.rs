@@ -37,11 +37,15 @@ pub(crate) struct StoreBuffer {
 
 impl XenPort {
     /// The other CPUs may run here. No model may be borrowed.
+    #[inline]
     pub(crate) fn other_cpus(&self) {
-        let xen = &self.xen().0;
-        if !xen.rates.cpus {
-            return;
+        if self.xen().0.rates.cpus {
+            self.interleave();
         }
+    }
+
+    fn interleave(&self) {
+        let xen = &self.xen().0;
         let Some((task, nth)) = xen.sim.next_access() else { return };
         let rate = xen.rates.other_cpus;
         let value = xen.sim.nth_fault(task, &OTHER_CPUS, nth, rate, |d| (1 + d.below(15)) | d.below(2) << 4);
@@ -55,12 +59,17 @@ impl XenPort {
     }
 
     /// Loads bytes of a page that others share.
+    #[inline]
     pub(crate) fn shared_load(&self, page: &Page, offset: usize, into: &mut [u8]) {
         page.read(offset, into);
-        let buffer = self.store_buffer();
-        if !buffer.in_use.get() {
-            return;
+        if self.store_buffer().in_use.get() {
+            self.see_own_stores(page, offset, into);
         }
+    }
+
+    /// A load sees what is in the buffer of its CPU.
+    fn see_own_stores(&self, page: &Page, offset: usize, into: &mut [u8]) {
+        let buffer = self.store_buffer();
         for store in buffer.stores.borrow().iter().filter(|store| store.page.is(page)) {
             let (from, to) =
                 (store.offset.max(offset), (store.offset + store.bytes.len()).min(offset + into.len()));
@@ -72,11 +81,17 @@ impl XenPort {
     }
 
     /// Stores bytes into a page that others share: now, or at the next barrier.
+    #[inline]
     pub(crate) fn shared_store(&self, page: &Page, offset: usize, bytes: &[u8]) {
-        let buffer = self.store_buffer();
-        if !buffer.in_use.get() && !self.is_buffered() {
-            return page.write_shared(offset, bytes);
+        if self.store_buffer().in_use.get() || self.xen().0.rates.cpus && self.is_buffered() {
+            self.buffer_store(page, offset, bytes);
+        } else {
+            page.write_shared(offset, bytes);
         }
+    }
+
+    fn buffer_store(&self, page: &Page, offset: usize, bytes: &[u8]) {
+        let buffer = self.store_buffer();
         let store = Buffered { page: page.clone(), offset, bytes: bytes.to_vec() };
         buffer.stores.borrow_mut().push_back(store);
         if !buffer.in_use.replace(true) {
@@ -85,21 +100,23 @@ impl XenPort {
         }
     }
 
+    /// Whether the next store stays in the empty buffer.
     fn is_buffered(&self) -> bool {
         let xen = &self.xen().0;
-        if !xen.rates.cpus {
-            return false;
-        }
         let nth = self.store_buffer_count();
         xen.sim.nth_fault(self.entity(), &STORE_BUFFERED, nth, xen.rates.store_buffered, |_| 1) != 0
     }
 
     /// Makes every store of this process visible, in order.
+    #[inline]
     pub(crate) fn drain_stores(&self) {
-        let buffer = self.store_buffer();
-        if !buffer.in_use.get() {
-            return;
+        if self.store_buffer().in_use.get() {
+            self.empty_buffer();
         }
+    }
+
+    fn empty_buffer(&self) {
+        let buffer = self.store_buffer();
         loop {
             let next = buffer.stores.borrow_mut().pop_front();
             let Some(store) = next else { break };

@@ -291,22 +291,26 @@ impl GuestRing {
         }
     }
 
+    #[inline]
     fn store(&self, offset: usize, bytes: &[u8]) {
         self.port.other_cpus();
         self.port.shared_store(&self.shared.page, offset, bytes);
     }
 
+    #[inline]
     fn load(&self, offset: usize, into: &mut [u8]) {
         self.port.other_cpus();
         self.port.shared_load(&self.shared.page, offset, into);
     }
 
+    #[inline]
     fn load_u32(&self, offset: usize) -> u32 {
         let mut bytes = [0; 4];
         self.load(offset, &mut bytes);
         u32::from_le_bytes(bytes)
     }
 
+    #[inline]
     fn full_barrier(&self) {
         self.port.other_cpus();
         self.port.drain_stores();

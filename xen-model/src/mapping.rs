@@ -36,6 +36,7 @@ impl Mapping {
         Self::new(port.clone(), page.clone(), Origin::Kernel)
     }
 
+    #[inline]
     fn before_load(&self, offset: usize, len: usize) {
         self.0.port.other_cpus();
         self.0.port.xen().0.sim.count_work();
@@ -44,6 +45,7 @@ impl Mapping {
         }
     }
 
+    #[inline]
     fn store(&self, offset: usize, bytes: &[u8]) {
         // On real hardware this would be a page fault.
         assert!(
@@ -64,6 +66,7 @@ impl Mapping {
 }
 
 impl SharedPage for Mapping {
+    #[inline]
     fn load_u32(&self, offset: usize) -> u32 {
         assert!(offset.is_multiple_of(4) && offset < PAGE_BYTES, "load of a number at {offset}");
         self.before_load(offset, 4);
@@ -71,17 +74,21 @@ impl SharedPage for Mapping {
         self.0.port.shared_load(&self.0.page, offset, &mut bytes);
         u32::from_le_bytes(bytes)
     }
+    #[inline]
     fn store_u32(&self, offset: usize, value: u32) {
         assert!(offset.is_multiple_of(4) && offset < PAGE_BYTES, "store of a number at {offset}");
         self.store(offset, &value.to_le_bytes());
     }
+    #[inline]
     fn copy_in(&self, offset: usize, private: &mut [u8]) {
         self.before_load(offset, private.len());
         self.0.port.shared_load(&self.0.page, offset, private);
     }
+    #[inline]
     fn copy_out(&self, offset: usize, private: &[u8]) {
         self.store(offset, private);
     }
+    #[inline]
     fn full_barrier(&self) {
         self.0.port.other_cpus();
         self.0.port.drain_stores();

@@ -41,26 +41,31 @@ impl Page {
     }
 
     /// The bytes from `offset` on. The range must lie in the page.
+    #[inline]
     pub fn read(&self, offset: usize, into: &mut [u8]) {
         into.copy_from_slice(&self.0.bytes.borrow()[offset..offset + into.len()]);
     }
 
     /// Calls `look` with the whole page, for its owner.
+    #[inline]
     pub fn with<R>(&self, look: impl FnOnce(&[u8; PAGE_BYTES]) -> R) -> R {
         look(&self.0.bytes.borrow())
     }
 
     /// Calls `change` with the whole page, for its owner.
+    #[inline]
     pub fn with_mut<R>(&self, change: impl FnOnce(&mut [u8; PAGE_BYTES]) -> R) -> R {
         change(&mut self.0.bytes.borrow_mut())
     }
 
     /// Stores bytes from `offset` on. The range must lie in the page.
+    #[inline]
     pub fn write(&self, offset: usize, from: &[u8]) {
         self.0.bytes.borrow_mut()[offset..offset + from.len()].copy_from_slice(from);
     }
 
     /// The little-endian number at `offset`.
+    #[inline]
     pub fn load_u32(&self, offset: usize) -> u32 {
         let mut bytes = [0; 4];
         self.read(offset, &mut bytes);
@@ -68,6 +73,7 @@ impl Page {
     }
 
     /// Stores a little-endian number at `offset`.
+    #[inline]
     pub fn store_u32(&self, offset: usize, value: u32) {
         self.write(offset, &value.to_le_bytes());
     }
@@ -86,13 +92,11 @@ impl Page {
         *self.0.store_hook.borrow_mut() = hook;
     }
 
+    #[inline]
     pub(crate) fn write_shared(&self, offset: usize, from: &[u8]) {
         self.write(offset, from);
         if self.0.stores_hooked.get() {
-            let hook = self.0.store_hook.borrow().clone();
-            if let Some(hook) = hook {
-                hook(offset, from.len());
-            }
+            call(&self.0.store_hook, offset, from.len());
         }
     }
 
@@ -110,16 +114,22 @@ impl Page {
         loaded & bit != 0
     }
 
+    #[inline]
     pub(crate) fn before_foreign_load(&self, offset: usize, len: usize) {
         let (first, last) = (offset / PIECE, (offset + len.max(1) - 1) / PIECE);
         let pieces = u128::MAX >> (127 - (last - first)) << first;
         self.0.loaded.set(self.0.loaded.get() | pieces);
         if self.0.hooked.get() {
-            let hook = self.0.hook.borrow().clone();
-            if let Some(hook) = hook {
-                hook(offset, len);
-            }
+            call(&self.0.hook, offset, len);
         }
+    }
+}
+
+/// Calls a hook, which may replace itself.
+fn call(hook: &RefCell<Option<Hook>>, offset: usize, len: usize) {
+    let hook = hook.borrow().clone();
+    if let Some(hook) = hook {
+        hook(offset, len);
     }
 }
 

@@ -83,6 +83,7 @@ impl Xen {
 
 impl XenPort {
     /// The machine.
+    #[inline]
     pub fn xen(&self) -> &Xen {
         &self.0.xen
     }
@@ -171,10 +172,12 @@ impl XenPort {
     }
 
     /// The domain.
+    #[inline]
     pub fn dom(&self) -> DomId {
         self.0.client.dom
     }
 
+    #[inline]
     pub(crate) fn node(&self) -> &Node {
         &self.0.node
     }
@@ -192,6 +195,7 @@ impl XenPort {
         self.0.store_ops.get()
     }
 
+    #[inline]
     pub(crate) fn store_buffer(&self) -> &StoreBuffer {
         &self.0.stores
     }
