@@ -186,6 +186,9 @@ impl Kept {
 
     /// Frees memory until at most `room_bytes` are kept, the largest pieces first.
     pub(crate) fn shed(&mut self, room_bytes: usize) {
+        if self.bytes() <= room_bytes {
+            return;
+        }
         for free in self.free.iter_mut().rev() {
             while self.pages * PAGE_BYTES > room_bytes
                 && let Some(pages) = free.pop()
