@@ -107,7 +107,7 @@ impl Inner {
         }
         let running = self.running.borrow();
         let exclusive = |one: &Running| one.op.is_write() || op.is_write();
-        if let Some(other) = running.iter().find(|one| exclusive(one) && one.range.overlaps(range)) {
+        if let Some(other) = running.iter().find(|one| one.range.overlaps(range) && exclusive(one)) {
             let since = micros(other.since_ns);
             let text = format!(
                 "{op:?} {range} came down while {:?} {} was running, since {since}",

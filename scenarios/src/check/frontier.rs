@@ -74,10 +74,20 @@ impl Version {
     }
 
     fn before(&self, other: &Version, order: Order) -> bool {
+        self.before_time(other.inv, order)
+    }
+
+    /// Whether it comes before whatever was submitted at `inv`.
+    fn before_time(&self, inv: Clock, order: Order) -> bool {
         match order {
-            Order::Answer => self.res < other.inv,
-            Order::Submission | Order::SubmissionOrFailure => self.inv < other.inv,
+            Order::Answer => self.res < inv,
+            Order::Submission | Order::SubmissionOrFailure => self.inv < inv,
         }
+    }
+
+    /// Whether neither a read nor a power cut can show it any longer.
+    fn is_gone(&self, oldest_read: Clock) -> bool {
+        self.superseded && self.stale_at < oldest_read
     }
 }
 
@@ -157,7 +167,7 @@ impl Block {
 
     /// Drops what neither a read nor a power cut can show any longer.
     fn prune(&mut self, oldest_read: Clock) {
-        self.versions.retain(|v| !(v.superseded && v.stale_at < oldest_read));
+        self.versions.retain(|v| !v.is_gone(oldest_read));
     }
 
     /// Whether a read from `inv` to `res` may have seen `write`. If so, records what that implies.
@@ -241,16 +251,11 @@ impl Block {
     /// A flush submitted at `flush_inv` succeeded: writes answered before that are durable. Returns whether anything is
     /// still not durable.
     pub fn flushed(&mut self, flush_inv: Clock, oldest_read: Clock, order: Order) -> bool {
-        if is_broken(Oracle::FlushForgotten) {
-            return self.versions.len() > 1;
-        }
         // The latest submission among the durable writes hides all earlier ones.
         let durable = self.versions.iter().filter(|w| !w.failed && w.res < flush_inv);
-        let Some(latest) = durable.max_by_key(|w| w.inv).copied() else { return self.versions.len() > 1 };
-        for v in &mut self.versions {
-            v.superseded |= v.before(&latest, order);
+        if let Some(inv) = durable.map(|w| w.inv).max() {
+            self.supersede(inv, oldest_read, order);
         }
-        self.prune(oldest_read);
         self.versions.len() > 1
     }
 
@@ -271,11 +276,21 @@ impl Block {
 
     /// The answer to `write` promised that this write is durable.
     pub fn hardened(&mut self, write: u64, oldest_read: Clock, order: Order) {
-        let Some(durable) = self.versions.iter().find(|v| v.write == write).copied() else { return };
-        for v in &mut self.versions {
-            v.superseded |= v.before(&durable, order);
+        if let Some(inv) = self.versions.iter().find(|v| v.write == write).map(|v| v.inv) {
+            self.supersede(inv, oldest_read, order);
         }
-        self.prune(oldest_read);
+    }
+
+    /// The write that was submitted at `inv` is durable.
+    fn supersede(&mut self, inv: Clock, oldest_read: Clock, order: Order) {
+        let mut any_gone = false;
+        for v in self.versions.as_mut_slice() {
+            v.superseded |= v.before_time(inv, order);
+            any_gone |= v.is_gone(oldest_read);
+        }
+        if any_gone {
+            self.prune(oldest_read);
+        }
     }
 
     /// Whether a read has settled the versions that a crash left, with no write since.

@@ -385,6 +385,9 @@ impl BlockHistory {
             settled.extend(self.unsettled());
             self.settled = Some(settled);
         }
+        if is_broken(Oracle::FlushForgotten) {
+            return;
+        }
         let (oldest, order) = (self.oldest_read(), self.order);
         let (cells, is_dirty) = (&mut self.cells, &mut self.is_dirty);
         self.dirty.retain(|cell| {
