@@ -77,6 +77,7 @@ impl Probe for SimHost {
     fn work(&self, units: u64) {
         self.process.work(units);
     }
+    #[inline]
     fn bug(&self, bug: &'static Bug) -> bool {
         self.process.bug(bug)
     }

@@ -303,8 +303,9 @@ impl State {
         let mut before: SmallVec<[u32; 8]> = SmallVec::new();
         // The ranges found so far, and those of them that are exclusive.
         let (mut found, mut alone) = (Union::default(), Union::default());
+        let mut steps = 0;
         for other in self.claims[space][..count].iter().rev() {
-            self.steps += 1;
+            steps += 1;
             if !other.conflicts(claim) {
                 continue;
             }
@@ -322,6 +323,7 @@ impl State {
                 }
             }
         }
+        self.steps += steps;
         before
     }
 
