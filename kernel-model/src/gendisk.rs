@@ -107,8 +107,9 @@ impl BlockRequest {
         self.result.set(Some(result));
         self.opener.wake();
         if let Some(disk) = self.disk.upgrade() {
-            let started = disk.started.borrow_mut().remove(&self.number);
-            assert!(started.is_some(), "request {} was answered before it was started", self.number);
+            let at = disk.started.borrow().binary_search_by_key(&self.number, |one| one.number);
+            let Ok(at) = at else { panic!("request {} was answered before it was started", self.number) };
+            disk.started.borrow_mut().remove(at);
             disk.start();
         }
         true
@@ -141,8 +142,8 @@ struct Inner {
     driver: RefCell<Option<Rc<dyn BlockDriver>>>,
     openers: RefCell<BTreeMap<u64, OpenedBy>>,
     waiting: RefCell<VecDeque<Rc<BlockRequest>>>,
-    /// Those that the driver has, by number.
-    started: RefCell<BTreeMap<u64, Rc<BlockRequest>>>,
+    /// Those that the driver has, in order of their numbers.
+    started: RefCell<Vec<Rc<BlockRequest>>>,
     /// Numbers of requests and openers.
     next: Cell<u64>,
     /// Requests are being handed to the driver.
@@ -165,7 +166,7 @@ impl Inner {
             && self.started.borrow().len() < self.limits.get().depth
         {
             let Some(request) = self.waiting.borrow_mut().pop_front() else { break };
-            self.started.borrow_mut().insert(request.number, Rc::clone(&request));
+            self.started.borrow_mut().push(Rc::clone(&request));
             driver.queue(request);
         }
         self.starting.set(false);
@@ -260,7 +261,7 @@ impl Gendisk {
 
     /// Requests that the driver has.
     pub fn started(&self) -> Vec<Rc<BlockRequest>> {
-        self.0.started.borrow().values().map(Rc::clone).collect()
+        self.0.started.borrow().clone()
     }
 
     /// Requests that were submitted and are not answered.

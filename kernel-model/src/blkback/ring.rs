@@ -26,6 +26,8 @@ const FIRST_SLOT: usize = 64;
 const INDIRECT_BYTES: usize = SEGMENTS_PER_PAGE * 8;
 /// The rest after a request that was refused, in nanoseconds.
 const REST_NS: u64 = 1_000_000;
+/// What is in a buffer until the device has filled it.
+const POISON: u8 = 0xa5;
 
 /// What the thread does when it has looked at the ring.
 enum Next {
@@ -199,7 +201,7 @@ impl Ring {
         let map = |gref: GrantRef| self.host.map(self.guest, gref, is_read);
         let pages: Result<Vec<Mapping>, Errno> = request.pieces.iter().map(|piece| map(piece.gref)).collect();
         let Ok(pages) = pages else { return self.refuse(id, op, STATUS_ERROR) };
-        let mut bio = Bio { data: vec![0; request.len_bytes()], ..Bio::new(request.kind(), range) };
+        let mut bio = Bio { data: vec![POISON; request.len_bytes()], ..Bio::new(request.kind(), range) };
         if !is_read {
             each(&request, &pages, |page, offset, data| page.copy_in(offset, &mut bio.data[data]));
         }

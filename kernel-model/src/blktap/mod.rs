@@ -18,7 +18,7 @@ pub use process::{ProcessTap, TapCall};
 
 use crate::blkfront::SegmentLayout;
 use crate::gendisk::{BlockDriver, BlockRequest, Gendisk, QueueLimits};
-use queue::{Pending, SLOTS};
+use queue::{DataPage, Pending, SLOTS};
 use sim::{Entity, FaultKind, Label, Node, Sim};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
@@ -346,6 +346,8 @@ struct Tap {
     /// Nothing calls the process before the next poll.
     stopped: Cell<bool>,
     pending: RefCell<[Option<Pending>; SLOTS]>,
+    /// Pages of requests that have ended.
+    spare: RefCell<Vec<DataPage>>,
     /// Index after the last request, and after the last response that was looked at.
     req_prod: Cell<u32>,
     rsp_cons: Cell<u32>,
@@ -372,6 +374,7 @@ impl Tap {
             queue: RefCell::default(),
             stopped: Cell::new(false),
             pending: RefCell::default(),
+            spare: RefCell::default(),
             req_prod: Cell::new(0),
             rsp_cons: Cell::new(0),
             was_closed: Cell::new(false),

@@ -21,17 +21,22 @@ const POISON: u8 = 0xa5;
 
 const LAYOUT: RingLayout = RingLayout::X86_64;
 
+/// The bytes of one page of data.
+pub(super) type DataPage = Box<[u8; PAGE_BYTES]>;
+
 /// A request on the ring.
 pub(super) struct Pending {
     pub(super) request: Rc<BlockRequest>,
     op: u8,
     /// First and last sector in each page.
     segments: Vec<(u8, u8)>,
-    pages: Vec<Box<[u8; PAGE_BYTES]>>,
+    pages: Vec<DataPage>,
 }
 
 impl Pending {
-    fn new(request: Rc<BlockRequest>, layout: SegmentLayout) -> Self {
+    /// A request with its data in `segments`, in pages out of `spare` as far as there are any. A read finds there what
+    /// its opener had in its buffer, so that the opener recognises bytes that nobody stored.
+    fn new(request: Rc<BlockRequest>, segments: Vec<(u8, u8)>, spare: &mut Vec<DataPage>) -> Self {
         let op = match request.kind {
             IoKind::Read => OP_READ,
             IoKind::Write => OP_WRITE,
@@ -39,16 +44,16 @@ impl Pending {
             IoKind::Discard => OP_TRIM,
             IoKind::WriteZeroes => panic!("the device takes no such requests"),
         };
-        let segments = match request.kind {
-            IoKind::Read | IoKind::Write => layout.segments(request.range.count),
-            _ => Vec::new(),
+        let page = |(first, last): &(u8, u8)| {
+            let mut page = spare.pop().unwrap_or_else(|| Box::new([POISON; PAGE_BYTES]));
+            let own = bytes_of(*first, *last);
+            page[..own.start].fill(POISON);
+            page[own.end..].fill(POISON);
+            page
         };
-        let pages = segments.iter().map(|_| Box::new([POISON; PAGE_BYTES])).collect();
-        let mut pending = Self { request, op, segments, pages };
-        if op == OP_WRITE {
-            let request = Rc::clone(&pending.request);
-            request.with(|data| pending.each(|page, at| page.copy_from_slice(&data[at..at + page.len()])));
-        }
+        let pages = segments.iter().map(page).collect();
+        let mut pending = Self { request: Rc::clone(&request), op, segments, pages };
+        request.with(|data| pending.each(|page, at| page.copy_from_slice(&data[at..at + page.len()])));
         pending
     }
 
@@ -125,8 +130,11 @@ impl Tap {
                 self.stopped.set(true);
                 break;
             };
-            let pending = Pending::new(request, layout);
-            let pages_used = module.pages_used.get() + pending.pages.len();
+            let segments = match request.kind {
+                IoKind::Read | IoKind::Write => layout.segments(request.range.count),
+                _ => Vec::new(),
+            };
+            let pages_used = module.pages_used.get() + segments.len();
             if pages_used > module.pages_max {
                 self.stopped.set(true);
                 let mut starved = module.starved.borrow_mut();
@@ -137,6 +145,7 @@ impl Tap {
             }
             self.take_queued();
             module.pages_used.set(pages_used);
+            let pending = Pending::new(request, segments, &mut self.spare.borrow_mut());
             let (range, at) = (pending.request.range, LAYOUT.entry_offset(self.req_prod.get()));
             if pending.segments.is_empty() {
                 let trim = if pending.op == OP_TRIM { u64::from(range.count) } else { 0 };
@@ -204,6 +213,7 @@ impl Tap {
                 pending.each(|page, at| data[at..at + page.len()].copy_from_slice(page));
             });
         }
+        self.spare.borrow_mut().append(&mut pending.pages);
         request.end(result);
     }
 

@@ -7,6 +7,7 @@
 use super::GuestDisk;
 use super::turns::Turns;
 use kernel_model::gendisk::{Bio, Opener};
+use std::cell::RefCell;
 use std::rc::Rc;
 use tap_core::ZeroFlags;
 use tap_host::{Errno, IoKind, SectorRange};
@@ -19,25 +20,38 @@ const POISON: u8 = 0xa5;
 pub struct BlockDisk {
     opener: Rc<Opener>,
     turns: Turns,
+    /// Buffers of requests that have ended.
+    spare: Rc<RefCell<Vec<Vec<u8>>>>,
 }
 
 impl BlockDisk {
     /// Submits requests through `opener`.
     pub fn new(opener: Opener) -> Self {
-        Self { opener: Rc::new(opener), turns: Turns::apart() }
+        Self { opener: Rc::new(opener), turns: Turns::apart(), spare: Rc::default() }
     }
 
     /// The same, with requests that overlap.
     pub fn overlapping(opener: Opener) -> Self {
-        Self { opener: Rc::new(opener), turns: Turns::default() }
+        Self { turns: Turns::default(), ..Self::new(opener) }
+    }
+
+    /// A buffer for `range` with any bytes.
+    fn buffer(&self, range: SectorRange) -> Vec<u8> {
+        let mut data = self.spare.borrow_mut().pop().unwrap_or_default();
+        data.resize(range.len_bytes() as usize, 0);
+        data
     }
 
     async fn change(&self, bio: Bio) -> Result<(), Errno> {
-        self.opener.submit(bio).await.0
+        let (result, data) = self.opener.submit(bio).await;
+        if !data.is_empty() {
+            self.spare.borrow_mut().push(data);
+        }
+        result
     }
 
-    fn filled(range: SectorRange, fill: impl FnOnce(&mut [u8])) -> Bio {
-        let mut data = vec![0; range.len_bytes() as usize];
+    fn filled(&self, range: SectorRange, fill: impl FnOnce(&mut [u8])) -> Bio {
+        let mut data = self.buffer(range);
         fill(&mut data);
         Bio { data, ..Bio::new(IoKind::Write, range) }
     }
@@ -46,20 +60,23 @@ impl BlockDisk {
 impl GuestDisk for BlockDisk {
     async fn read<R>(&self, range: SectorRange, look: impl FnOnce(&[u8]) -> R) -> Result<R, Errno> {
         // Bytes missing from an answer must not look like what was there before.
-        let data = vec![POISON; range.len_bytes() as usize];
+        let mut data = self.buffer(range);
+        data.fill(POISON);
         let _turn = self.turns.turn(range, false).await;
         let (result, data) = self.opener.submit(Bio { data, ..Bio::new(IoKind::Read, range) }).await;
-        result.map(|()| look(&data))
+        let seen = result.map(|()| look(&data));
+        self.spare.borrow_mut().push(data);
+        seen
     }
 
     async fn write(&self, range: SectorRange, fill: impl FnOnce(&mut [u8])) -> Result<(), Errno> {
         let _turn = self.turns.turn(range, true).await;
-        self.change(Self::filled(range, fill)).await
+        self.change(self.filled(range, fill)).await
     }
 
     async fn write_and_flush(&self, range: SectorRange, fill: impl FnOnce(&mut [u8])) -> Result<(), Errno> {
         let _turn = self.turns.turn(range, true).await;
-        let bio = Bio { fua: true, ..Self::filled(range, fill) };
+        let bio = Bio { fua: true, ..self.filled(range, fill) };
         self.flush().await?;
         self.change(bio).await
     }
