@@ -444,7 +444,7 @@ impl Core {
             .borrow_mut()
             .turn(task.entity.0, self.now.get(), || format!("{} {:#x} runs", task.role, task.key));
         // A task that wakes itself while it runs is polled again later, never recursively.
-        let mut future = task.future.borrow_mut().take()?;
+        let mut future = task.future.take()?;
         let outer = self.current.replace(Some(Rc::clone(&task)));
         let poll = future.as_mut().poll(&mut Context::from_waker(&task.waker));
         match poll {
@@ -458,7 +458,7 @@ impl Core {
             }
             Poll::Pending => {
                 self.note_work(&task);
-                *task.future.borrow_mut() = Some(future);
+                task.future.set(Some(future));
                 self.current.replace(outer);
             }
         }
@@ -514,7 +514,7 @@ impl Core {
                 let slot = (task.id & 0xffff_ffff) as usize;
                 self.tasks.borrow_mut()[slot] = None;
                 self.free.borrow_mut().push(slot as u32);
-                let future = task.future.borrow_mut().take();
+                let future = task.future.take();
                 drop(future);
             }
             node.finish();
@@ -528,7 +528,7 @@ impl Core {
         }
         let tasks = std::mem::take(&mut *self.tasks.borrow_mut());
         for task in tasks.into_iter().flatten() {
-            let future = task.future.borrow_mut().take();
+            let future = task.future.take();
             drop(future);
         }
         self.free.borrow_mut().clear();

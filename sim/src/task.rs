@@ -65,7 +65,8 @@ pub(crate) struct Task {
     pub(crate) node: u32,
     shared: Arc<TaskWaker>,
     pub(crate) waker: Waker,
-    pub(crate) future: RefCell<Option<BoxedTask>>,
+    /// Absent while it is polled, and once it has ended.
+    pub(crate) future: Cell<Option<BoxedTask>>,
     pub(crate) wakes: Cell<u32>,
     /// Delayed and waiting for its timer: further wakes change nothing.
     pub(crate) put_back: Cell<bool>,
@@ -95,7 +96,7 @@ impl Task {
             node: who.node,
             waker: Waker::from(Arc::clone(&shared)),
             shared,
-            future: RefCell::new(Some(future)),
+            future: Cell::new(Some(future)),
             wakes: Cell::new(0),
             put_back: Cell::new(false),
             ordinals: RefCell::default(),
@@ -113,7 +114,7 @@ impl Task {
         self.shared.0.store(who.id, Ordering::Relaxed);
         (self.id, self.entity, self.role, self.key, self.node) =
             (who.id, who.entity, who.role, who.key, who.node);
-        *self.future.get_mut() = Some(future);
+        self.future.set(Some(future));
         self.wakes.set(0);
         self.put_back.set(false);
         self.ordinals.get_mut().clear();
