@@ -56,12 +56,12 @@ impl Tag {
         let check = self.check(full);
         let (tag, body) = sector.split_at_mut(TAG_BYTES);
         let head = u64::from(MAGIC) | u64::from(self.writer) << 32;
-        for (place, word) in tag.chunks_exact_mut(8).zip([head, self.op, self.sector, check]) {
-            place.copy_from_slice(&word.to_le_bytes());
+        for (place, word) in tag.as_chunks_mut().0.iter_mut().zip([head, self.op, self.sector, check]) {
+            *place = word.to_le_bytes();
         }
         if full {
-            for (i, word) in body.chunks_exact_mut(8).enumerate() {
-                word.copy_from_slice(&mix(check ^ i as u64).to_le_bytes());
+            for (i, place) in body.as_chunks_mut().0.iter_mut().enumerate() {
+                *place = mix(check ^ i as u64).to_le_bytes();
             }
         } else {
             body.fill(0);

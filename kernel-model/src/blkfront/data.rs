@@ -124,19 +124,22 @@ pub(super) fn pages_for(count: u32, layout: SegmentLayout) -> usize {
 pub(super) fn poison(page: &GrantedPage) {
     page.page.with_mut(|bytes| {
         for sector in bytes.chunks_exact_mut(SECTOR_BYTES as usize) {
-            sector[..POISON.len()].copy_from_slice(&POISON);
+            *sector.first_chunk_mut().expect("a sector is longer") = POISON;
         }
     });
 }
 
+fn begins_with_poison(sector: &[u8]) -> bool {
+    sector.first_chunk() == Some(&POISON)
+}
+
 fn has_poison(page: &GrantedPage, sector: u32) -> bool {
     let at = sector as usize * SECTOR_BYTES as usize;
-    page.page.with(|bytes| bytes[at..at + POISON.len()] == POISON)
+    page.page.with(|bytes| begins_with_poison(&bytes[at..]))
 }
 
 pub(super) fn is_poisoned(page: &GrantedPage) -> bool {
-    let is_poison = |sector: &[u8]| sector.starts_with(&POISON);
-    page.page.with(|bytes| bytes.chunks_exact(SECTOR_BYTES as usize).all(is_poison))
+    page.page.with(|bytes| bytes.chunks_exact(SECTOR_BYTES as usize).all(begins_with_poison))
 }
 
 /// A discard as it lies on the ring: a number of sectors takes the place of the segments.
