@@ -10,6 +10,8 @@
 //! | nothing read | 0 bytes of a buffered read before the end of the file, no error | |
 //! | transient | EAGAIN | nothing landed |
 //! | slow, stuck | nothing for milliseconds, or for ten seconds | as usual |
+//! | bad sectors | EIO, or less than asked for, of what reads them, until they are written | nothing: see `storage/bad.rs`
+//! |
 //! | sync error | EIO from fdatasync, or ENOMEM | see [`SyncErrors`] |
 //! | sync interrupted | EINTR from fdatasync | nothing is lost: all of it stays pending |
 //! | power cut | everything ends | any subset of the unsynchronised sectors remains; a prefix of the size changes |
@@ -24,6 +26,10 @@ use tap_host::{Errno, ZeroMode};
 pub static IO_FAULT: Label = Label::packed("io-fault", "the I/O meets fault {}", &[3, 8]);
 /// How long an I/O takes beyond the minimum.
 pub static IO_LATE: Label = Label::new("io-late", "the I/O takes {} ns longer");
+/// Which sectors of a page become unreadable: a mask, whether direct reads end before them, and after how many more
+/// operations.
+pub static BAD_SECTORS: Label =
+    Label::packed("bad-sectors", "sectors of the page become unreadable ({})", &[8, 1, 15]);
 /// Which sectors of a pending write a power cut takes.
 pub static LOST: Label = Label::new("lost", "the power cut takes sectors {} of the page (mask)");
 /// How many of the pending size changes a power cut takes.
@@ -44,6 +50,7 @@ pub static NAME_LOST: Label = Label::new("name-lost", "the power cut takes the f
 pub static LABELS: &[&Label] = &[
     &IO_FAULT,
     &IO_LATE,
+    &BAD_SECTORS,
     &LOST,
     &SIZES_LOST,
     &RUN_LOST,
@@ -74,6 +81,7 @@ static STUCK: FaultKind = FaultKind { name: "stuck-io", max_ppm: 4_000 };
 static SYNC: FaultKind = FaultKind { name: "sync-error", max_ppm: 100_000 };
 static SYNC_INTERRUPTED: FaultKind = FaultKind { name: "sync-interrupted", max_ppm: 100_000 };
 static DROPS: FaultKind = FaultKind { name: "pages-dropped", max_ppm: 900_000 };
+static BAD: FaultKind = FaultKind { name: "bad-sectors", max_ppm: 60_000 };
 static JITTER: FaultKind = FaultKind { name: "io-jitter", max_ppm: 500_000 };
 
 /// What a failed fdatasync leaves. A direct file has no pages that could be forgotten, but its drive has a cache: a
@@ -103,6 +111,8 @@ pub struct FaultPlan {
     /// Short transfers; for buffered reads also empty ones before the end of the file, as returned by non-waiting reads
     /// on Linux 5.9 and 5.10.
     pub short: bool,
+    /// Sectors that cannot be read until they are written: see `storage/bad.rs`.
+    pub bad_sectors: bool,
     /// EAGAIN.
     pub transient: bool,
     /// Slow I/O, and jitter that makes I/Os overtake each other.
@@ -126,6 +136,7 @@ impl FaultPlan {
         errors: false,
         no_space: false,
         short: false,
+        bad_sectors: false,
         transient: false,
         latency: true,
         stuck: true,
@@ -147,6 +158,7 @@ impl FaultPlan {
         errors: true,
         no_space: true,
         short: true,
+        bad_sectors: true,
         transient: true,
         latency: true,
         stuck: true,
@@ -218,6 +230,8 @@ pub(crate) struct Rates {
     drops: u32,
     slow: u32,
     jitter: u32,
+    /// For each page of a file.
+    pub(crate) bad_sectors: u32,
 }
 
 impl Rates {
@@ -236,6 +250,7 @@ impl Rates {
             drops: rate(plan.no_space, &DROPS),
             slow: rate(plan.latency, &SLOW),
             jitter: rate(plan.latency, &JITTER),
+            bad_sectors: rate(plan.bad_sectors, &BAD),
         }
     }
 

@@ -8,6 +8,14 @@
 //!
 //! Size changes are entries of their own, ordered among themselves but not against data: after a power cut the file
 //! may be long without its data, or may have lost data because it is short.
+//!
+//! Sectors that cannot be read (`bad.rs`) belong to the medium: a write mends them in what reads see at once, and in
+//! what a power cut leaves once it is durable.
+
+mod bad;
+
+pub use bad::BadSectors;
+pub(crate) use bad::sectors_below;
 
 use crate::pages::{PAGE, Page, PageMap, recycle};
 use sim::Entity;
@@ -62,6 +70,8 @@ pub struct Content {
     pub size: u64,
     /// Pages that have space but no bytes: they read as zeros, and look like holes.
     pub reserved: Rc<BTreeSet<u64>>,
+    /// Sectors that cannot be read; `pages` has their bytes all the same.
+    pub bad: BadSectors,
 }
 
 impl Content {
@@ -85,6 +95,7 @@ impl Content {
     fn set_size(&mut self, size: u64) {
         if size < self.size {
             self.pages.truncate(size);
+            self.bad.truncate(size);
             if !self.reserved.is_empty() {
                 Rc::make_mut(&mut self.reserved).retain(|page| page * (PAGE as u64) < size);
             }
@@ -152,6 +163,7 @@ impl Inode {
                     sectors |= self.pending.pop().map_or(0, |before| before.sectors);
                 }
                 let after = Rc::clone(self.live.pages.write_in_page(page, within, &bytes[..n]));
+                self.live.bad.mend(page, sectors);
                 self.pending.push(Pending { seq: self.next_seq, io, page, sectors, bytes: after });
                 bytes = &bytes[n..];
                 offset += n as u64;
@@ -177,6 +189,7 @@ impl Inode {
                 Rc::clone(self.live.pages.write_in_page(page, within, &[0; PAGE][..n]))
             };
             let sectors = sectors_of(within, n);
+            self.live.bad.mend(page, sectors);
             self.pending.push(Pending { seq: self.next_seq, io, page, sectors, bytes: after });
             offset += n as u64;
         }
@@ -193,6 +206,7 @@ impl Inode {
             let n = (end - at).min((PAGE - within) as u64) as usize;
             let gone = sectors_of(within, n);
             self.pending.iter_mut().filter(|p| p.page == page).for_each(|p| p.sectors &= !gone);
+            self.live.bad.set(page, self.live.bad.of(page) & !gone | self.base.bad.of(page) & gone);
             if gone == 0xff {
                 let old = self.base.pages.get(page).cloned();
                 self.live.pages.set(page, old);
@@ -204,6 +218,19 @@ impl Inode {
             at += n as u64;
         }
         self.pending.retain(|p| p.sectors != 0);
+    }
+
+    /// The drive loses the ability to read `sectors` of `page`, as far as the file has them and none of that page is
+    /// waiting to be written. Returns whether it did.
+    pub(crate) fn spoil(&mut self, page: u64, sectors: u8) -> bool {
+        let sectors = sectors & sectors_below(self.live.size, page);
+        let holds = self.live.pages.get(page).is_some() && self.base.pages.get(page).is_some();
+        if sectors == 0 || !holds || self.pending.iter().any(|p| p.page == page) {
+            return false;
+        }
+        self.live.bad.set(page, self.live.bad.of(page) | sectors);
+        self.base.bad.set(page, self.base.bad.of(page) | sectors);
+        true
     }
 
     /// The run of pages from byte `offset` on that are all present or all holes: its length in bytes, and `true` for
@@ -250,6 +277,7 @@ impl Inode {
             while let Some(s) = sizes.next_if(|s| s.seq < p.seq) {
                 self.base.set_size(s.size);
             }
+            self.base.bad.mend(p.page, p.sectors);
             if p.sectors == 0xff {
                 self.base.pages.set(p.page, Some(p.bytes));
             } else {
@@ -282,15 +310,18 @@ impl Inode {
             }
             let kept = keep(p) & p.sectors;
             apply(&mut self.base.pages, p, kept);
+            self.base.bad.mend(p.page, kept);
         }
         sizes.for_each(|s| self.base.set_size(s.size));
         if revert {
             for p in &gone {
                 let page = self.base.pages.get(p.page).cloned();
                 self.live.pages.set(p.page, page);
+                self.live.bad.set(p.page, self.base.bad.of(p.page));
             }
             for p in &self.pending {
                 apply(&mut self.live.pages, p, p.sectors);
+                self.live.bad.mend(p.page, p.sectors);
             }
         }
     }
@@ -319,12 +350,14 @@ impl Inode {
             let kept = keep(i, p) & p.sectors;
             if kept != 0 {
                 apply(&mut content.pages, p, kept);
+                content.bad.mend(p.page, kept);
             }
         }
         sizes.for_each(|s| content.set_size(s.size));
         content.size += partly;
         // Data beyond the size does not exist.
         content.pages.truncate(content.size);
+        content.bad.truncate(content.size);
         content
     }
 }

@@ -4,17 +4,21 @@
 //! them its locks, are closed only when its last operation has ended, as on Linux; so the next owner of the lock sees
 //! no stray writes.
 
+mod bad;
 mod closing;
 mod config;
 mod cuts;
 mod effect;
+mod full;
 mod nth;
 mod outage;
 mod power;
 
 use crate::calls::{Call, CallRates};
-use crate::faults::{self, Fault, FaultPlan, IO_FAULT, IO_LATE, IoOp, Rates, SyncErrors, decode};
+use crate::faults::{Fault, FaultPlan, IO_FAULT, IO_LATE, IoOp, Rates, SyncErrors, decode};
 use crate::inode::{Content, Inode};
+use bad::Places;
+pub use bad::Spoilt;
 pub(crate) use closing::Descriptor;
 pub use config::{IoCounts, StorageConfig};
 pub use cuts::{Cut, CutFile, CutWrite};
@@ -47,6 +51,7 @@ pub(crate) struct FileState {
     sync_latched: Cell<bool>,
     /// A block device: its size is fixed, and all of its space is allocated.
     pub(crate) device: Cell<bool>,
+    places: Places,
     /// Sequence number of its creation: distinguishes it from earlier files of that name.
     pub(crate) born: u64,
 }
@@ -125,6 +130,7 @@ pub(crate) struct Inner {
     refusing: Cell<bool>,
     nth_counts: NthCounts,
     outage: Outage,
+    spoilt: RefCell<Vec<Spoilt>>,
     /// Files that were dropped and are not closed yet, and when they will be.
     closing: RefCell<Vec<(u64, Rc<OpenFile>)>>,
     hook: RefCell<Option<Hook>>,
@@ -164,6 +170,7 @@ impl Storage {
             refusing: Cell::new(false),
             nth_counts: NthCounts::default(),
             outage: Outage::default(),
+            spoilt: RefCell::default(),
             closing: RefCell::default(),
             hook: RefCell::default(),
             cuts: RefCell::default(),
@@ -285,12 +292,6 @@ impl Storage {
         self.0.stopped.set(true);
     }
 
-    /// From now on no operation that takes new space succeeds (`true`), or there is space again (`false`). Space that a
-    /// file already has can be written.
-    pub fn set_full(&self, full: bool) {
-        self.0.full.set(full);
-    }
-
     /// While it refuses, every write fails and stores nothing: the path to the drive is down, or a part of it is bad.
     pub fn set_refusing(&self, refusing: bool) {
         self.0.refusing.set(refusing);
@@ -340,6 +341,7 @@ impl Inner {
             locks: RefCell::default(),
             sync_latched: Cell::new(false),
             device: Cell::new(false),
+            places: Places::default(),
             born,
         })
     }
@@ -486,30 +488,6 @@ impl Inner {
         let io = self.sim.derive(role, 1);
         self.sim.name_entity(io, || format!("{role} of {}", self.sim.name_of(self.sim.current())));
         SYNC_NS + self.late_ns(io)
-    }
-
-    fn no_space(&self, op: IoOp) -> Fault {
-        self.count(op);
-        Fault::Error(Errno::ENOSPC, 0)
-    }
-
-    fn hole_wants_space(&self, open: &OpenFile, offset: u64, len: u64) -> bool {
-        let splits = || !open.file.device.get() && open.file.inode.borrow().has_some_space(offset, len);
-        self.full.get() && self.config.borrow().holes_want_space && splits()
-    }
-
-    /// If dirty pages are dropped before a hole is made, they are gone when it fails.
-    fn no_space_for_hole(&self) -> Fault {
-        let fault = self.no_space(IoOp::Zero(ZeroMode::Unmap));
-        if self.config.borrow().holes_write_back { fault } else { Fault::DropsPages(false) }
-    }
-
-    /// How zeros that keep their space end while there is no space. For whole blocks, dirty pages are dropped before
-    /// the lack of space is found, as on ext4; and a range that has its space may need more for the list of its
-    /// extents.
-    fn full_zeros(&self, io: Entity, has_space: bool) -> Fault {
-        self.count(IoOp::Zero(ZeroMode::Keep));
-        faults::full(self.sim.fault(io, &IO_FAULT, 1_000_000, |d| faults::draw_full(d, has_space)), has_space)
     }
 
     fn count(&self, op: IoOp) -> IoCounts {

@@ -7,7 +7,7 @@ use crate::guest::{
 use crate::workload::{OP, Op};
 use crate::world::SETTING;
 use kernel_model::calls::{CALL_FAULT, describe_call_fault};
-use kernel_model::faults::{IO_FAULT, describe_fault};
+use kernel_model::faults::{BAD_SECTORS, IO_FAULT, describe_fault};
 use sim::{Decision, Key, micros};
 
 /// Upper bound of a scenario's disk; operations are shown modulo the disk.
@@ -25,6 +25,8 @@ pub fn decision(key: &Key, d: &Decision) -> String {
         format!("operation {}: {op}", key.attempt)
     } else if is(&IO_FAULT) {
         describe_fault(d.value)
+    } else if is(&BAD_SECTORS) {
+        bad_sectors(d.value)
     } else if is(&CALL_FAULT) {
         describe_call_fault(d.value)
     } else if is(&TRICK) {
@@ -41,6 +43,16 @@ pub fn decision(key: &Key, d: &Decision) -> String {
         in_words(key, d.value)
     };
     format!("{who}: {what}")
+}
+
+/// Which sectors become unreadable.
+fn bad_sectors(value: u64) -> String {
+    let reads = if value & 0x100 == 0 { "fail" } else { "end before them" };
+    format!(
+        "sectors {} become unreadable after {} more operations; direct reads {reads}",
+        sectors_of(value & 0xff),
+        value >> 9
+    )
 }
 
 /// The operation that a decision of that kind stands for.
@@ -94,6 +106,10 @@ mod tests {
             "write of x, page 3: the power cut takes sectors 0, 3 of the page"
         );
         assert_eq!(words(&IO_FAULT, 0, 6, "sync of x"), "sync of x: fails with EIO");
+        assert_eq!(
+            words(&BAD_SECTORS, 0, 0b101 | 7 << 9, "page 2 of x"),
+            "page 2 of x: sectors 0, 2 become unreadable after 7 more operations; direct reads fail"
+        );
         assert_eq!(words(&OP, 5, 3 | 7 << 2 | 16 << 10, "guest"), "guest: operation 5: write 16+8");
         assert_eq!(words(&sim::WAKE, 0, 5, ""), "0000000000000abc: its turn 0 is delayed by 0.005 us");
         assert_eq!(

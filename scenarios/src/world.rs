@@ -86,6 +86,7 @@ impl World {
         storage.flush_lies |= options.canary;
         let errors_allowed = storage.faults.errors
             || storage.faults.no_space
+            || storage.faults.bad_sectors
             || storage.faults.sync_errors
             || storage.faults.calls
             || storage.nth_failure.is_some_and(|nth| !nth.is_passing());

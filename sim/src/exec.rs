@@ -242,6 +242,11 @@ impl Sim {
         self.0.scheduling.set(Scheduling::Fifo);
     }
 
+    /// Whether [`Sim::stop_faults`] was called.
+    pub fn have_faults_stopped(&self) -> bool {
+        self.0.decisions.borrow().faults_stopped
+    }
+
     /// The fault rates of this seed.
     pub fn swarm(&self) -> Swarm {
         self.0.swarm

@@ -18,8 +18,7 @@ impl Inner {
         if let Fault::Error(error, _) = running.fault {
             let drops = match running.op {
                 IoOp::Zero(_) if device => error != Errno::EAGAIN,
-                IoOp::Zero(ZeroMode::Keep) => error == Errno::EIO,
-                IoOp::Zero(ZeroMode::Unmap) => error == Errno::EIO && !self.config.borrow().holes_write_back,
+                IoOp::Zero(mode) => self.drops_first(mode, error),
                 _ => false,
             };
             if drops {
@@ -55,6 +54,10 @@ impl Inner {
         } else {
             landed
         };
+        // An operation that fails for another reason stops at a bad place as well.
+        let Some(landed) = self.up_to_bad(running, landed) else {
+            return Err(self.meets_bad(running));
+        };
         let done = match running.op {
             IoOp::Read => self.effect_read(running, landed),
             IoOp::Write => self.effect_write(running, landed),
@@ -64,13 +67,41 @@ impl Inner {
         match running.fault {
             Fault::Error(error, _) => {
                 if error == Errno::EIO {
-                    let counts = self.counts.get();
-                    self.counts.set(IoCounts { failed: counts.failed + 1, ..counts });
+                    self.count_failed();
                 }
                 Err(error)
             }
             _ => Ok(done),
         }
+    }
+
+    fn count_failed(&self) {
+        let counts = self.counts.get();
+        self.counts.set(IoCounts { failed: counts.failed + 1, ..counts });
+    }
+
+    /// The operation fails at a sector that cannot be read.
+    fn meets_bad(&self, running: &Running) -> Errno {
+        let drawn = match running.fault {
+            Fault::Error(error, _) => Some(error),
+            _ => None,
+        };
+        if drawn.is_none()
+            && let IoOp::Zero(mode) = running.op
+            && self.drops_first(mode, Errno::EIO)
+        {
+            self.drop_pages(running);
+        }
+        let error = drawn.unwrap_or(Errno::EIO);
+        if error == Errno::EIO {
+            self.count_failed();
+        }
+        error
+    }
+
+    /// Whether zeros of a file that end with `error` have dropped the dirty pages of their range before.
+    fn drops_first(&self, mode: ZeroMode, error: Errno) -> bool {
+        error == Errno::EIO && (mode == ZeroMode::Keep || !self.config.borrow().holes_write_back)
     }
 
     fn effect_read(&self, running: &mut Running, landed: usize) -> usize {

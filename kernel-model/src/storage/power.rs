@@ -208,9 +208,10 @@ impl Inner {
         for slot in slots.iter_mut() {
             let Slot::Running(running) = slot else { continue };
             self.sim.end_span(running.span, || "was running when the power failed".into());
+            let landed = self.up_to_bad(running, running.len as usize).unwrap_or(0);
             match running.op {
-                IoOp::Write => _ = self.effect_write(running, running.len as usize),
-                IoOp::Zero(mode) => _ = self.effect_zero(running, mode, running.len as usize),
+                IoOp::Write => _ = self.effect_write(running, landed),
+                IoOp::Zero(mode) => _ = self.effect_zero(running, mode, landed),
                 IoOp::Read | IoOp::Sync => {}
             }
             // Its timer then finds nothing to do.

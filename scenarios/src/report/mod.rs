@@ -24,7 +24,9 @@ use crate::spec::{Outcome, RunSpec};
 use crate::workload::OP;
 use crate::world::SETTING;
 use kernel_model::calls::CALL_FAULT;
-use kernel_model::faults::{IO_FAULT, LOST, NAME_LOST, RUN_LOST, SIZE_PARTLY, SIZES_LOST, SYNC_LOST};
+use kernel_model::faults::{
+    BAD_SECTORS, IO_FAULT, LOST, NAME_LOST, RUN_LOST, SIZE_PARTLY, SIZES_LOST, SYNC_LOST,
+};
 use sim::{Decision, Key, Label, Span, TraceLine, micros};
 use std::ops::Range;
 use tap_host::{SECTOR_BYTES, SectorRange};
@@ -396,7 +398,7 @@ fn lines(outcome: &Outcome) -> Vec<Line> {
 /// Labels of decisions by which an operation fails or loses something.
 fn is_fault(label: &Label) -> bool {
     let lost = [&LOST, &SIZES_LOST, &SIZE_PARTLY, &RUN_LOST, &NAME_LOST, &SYNC_LOST];
-    [&IO_FAULT, &CALL_FAULT].into_iter().chain(lost).any(|fault| fault.name == label.name)
+    [&IO_FAULT, &BAD_SECTORS, &CALL_FAULT].into_iter().chain(lost).any(|fault| fault.name == label.name)
 }
 
 fn marks(outcome: &Outcome) -> Vec<Mark> {

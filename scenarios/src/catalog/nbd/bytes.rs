@@ -40,7 +40,7 @@ pub static NBD_BYTES: Scenario = Scenario {
 
 fn storage(sim: &Sim) -> StorageConfig {
     let errors = setting(sim, "nbd-errors", &[false, true]);
-    let failing = FaultPlan { errors, no_space: errors, ..FaultPlan::LATENCY };
+    let failing = FaultPlan { errors, bad_sectors: errors, no_space: errors, ..FaultPlan::LATENCY };
     let faults = FaultPlan { short: true, transient: true, ..failing };
     StorageConfig { faults, ..StorageConfig::default() }
 }

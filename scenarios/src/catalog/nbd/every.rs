@@ -41,7 +41,13 @@ pub static NBD_SERVER_STOPPED: Scenario = Scenario {
 
 fn storage(sim: &Sim) -> StorageConfig {
     let errors = setting(sim, "nbd-errors", &[false, true]);
-    let failing = FaultPlan { errors, no_space: errors, sync_errors: errors, ..FaultPlan::LATENCY };
+    let failing = FaultPlan {
+        errors,
+        bad_sectors: errors,
+        no_space: errors,
+        sync_errors: errors,
+        ..FaultPlan::LATENCY
+    };
     let faults = FaultPlan { short: true, transient: true, ..failing };
     StorageConfig { faults, zeroing: setting(sim, "host-zeroes", &[true, false]), ..StorageConfig::default() }
 }
