@@ -77,6 +77,12 @@ impl IoBuf {
     pub fn truncate(&mut self, len_bytes: usize) {
         self.len = self.len.min(len_bytes);
     }
+
+    /// Undoes [`IoBuf::truncate`]: the buffer has `len_bytes` again, at most all of its memory. What appears has the
+    /// bytes that were there before; in a part that was never used these are of any earlier user of the memory.
+    pub fn untruncate(&mut self, len_bytes: usize) {
+        self.len = self.len.max(len_bytes.min(self.pages.as_bytes().len()));
+    }
 }
 
 impl Deref for IoBuf {

@@ -12,6 +12,7 @@
 //!
 //! A read past the end of the file returns zeros: after a crash a mapping may be there without the size.
 
+mod around;
 mod keep;
 mod zero;
 
@@ -21,14 +22,14 @@ use crate::sync::GroupSync;
 use crate::{ImageError, ImageHost, OpenOptions};
 use keep::KeptZeros;
 use smallvec::smallvec;
-use tap_core::{Access, NodeInfo, NodeName, Space, Tracker};
+use tap_core::{NodeInfo, NodeName, Tracker};
 use tap_host::{
     Budget, Errno, File, FileExtent, FileId, FileInfo, Files, IoBuf, IoVec, LockKind, OpenMode, Patience,
-    SECTOR_BYTES, Tried, bytes_of, copy_from_slice, copy_to_slice,
+    SECTOR_BYTES, Tried, bytes_of,
 };
 
 tap_host::listed! {
-    pub(super) BUGS: Bug with [keep::BUGS, zero::BUGS];
+    pub(super) BUGS: Bug with [around::BUGS, keep::BUGS, zero::BUGS];
     UNSETTLED_FORGOTTEN = "unsettled-forgotten",
         "a flush succeeds on a file that was given up because failed zeros could not be settled";
     NOTHING_READ_ENDS = "nothing-read-ends",
@@ -37,8 +38,6 @@ tap_host::listed! {
     NAME_UNSYNCED = "name-unsynced", "the name of a new image is not made durable";
     DIRECTORY_BELIEVED = "directory-believed", "a directory that could not be synchronised is not reported";
     SIZE_BELIEVED = "size-believed", "a size that could not be set is taken as set";
-    BLOCK_CLAIMS_LEFT = "block-claims-left",
-        "two writes rewrite the same block of a direct file at the same time";
     BACKING_UNLOCKED = "backing-unlocked", "a file that is only read is not locked";
 }
 
@@ -469,87 +468,6 @@ impl<H: ImageHost> ImageFile<H> {
             (result, bufs) = self.operate_once(direction, at, bufs).await;
         }
         (result, bufs)
-    }
-
-    /// Truncates `buf` to the blocks around `len` bytes from `offset` on; returns the offset of the first block.
-    fn around(&self, offset: u64, len: usize, buf: &mut IoBuf) -> u64 {
-        let align = u64::from(self.info.align_bytes);
-        let start = offset - offset % align;
-        buf.truncate(((offset + len as u64).next_multiple_of(align) - start) as usize);
-        start
-    }
-
-    /// A buffer for the blocks around up to `len` bytes from `offset` on, and the number of these bytes. The rest
-    /// begins on a block boundary.
-    async fn bounce(&self, offset: u64, len: usize) -> Result<(IoBuf, usize), Errno> {
-        let align = self.info.align_bytes as usize;
-        let (buf, some) = self.memory.bounce(len, align).await?;
-        let beyond = (offset + some as u64) as usize % align;
-        Ok((buf, if some == len || beyond >= some { some } else { some - beyond }))
-    }
-
-    async fn read_around(&self, offset: u64, mut bufs: IoVec) -> (Result<(), Errno>, IoVec) {
-        let total = bytes_of(&bufs);
-        let mut done = 0;
-        while done < total {
-            match self.read_piece_around(offset + done as u64, total - done).await {
-                Ok((bounce, skip, len)) => {
-                    copy_from_slice(&mut bufs, done, &bounce[skip..skip + len]);
-                    done += len;
-                }
-                Err(e) => return (Err(e), bufs),
-            }
-        }
-        (Ok(()), bufs)
-    }
-
-    /// Reads up to `len` bytes from `offset` on. Returns the blocks around them, where they begin in those, and their
-    /// number.
-    async fn read_piece_around(&self, offset: u64, len: usize) -> Result<(IoBuf, usize, usize), Errno> {
-        let (mut bounce, len) = self.bounce(offset, len).await?;
-        let start = self.around(offset, len, &mut bounce);
-        let (result, mut bounce) = Box::pin(self.read(start, smallvec![bounce])).await;
-        result?;
-        Ok((bounce.pop().ok_or(Errno::EIO)?, (offset - start) as usize, len))
-    }
-
-    async fn write_around(&self, offset: u64, bufs: IoVec) -> (Result<(), Errno>, IoVec) {
-        let result = self.rewrite_blocks(offset, &bufs).await;
-        (result, bufs)
-    }
-
-    async fn rewrite_blocks(&self, offset: u64, bufs: &[IoBuf]) -> Result<(), Errno> {
-        let align = u64::from(self.info.align_bytes);
-        let total = bytes_of(bufs);
-        let end = offset + total as u64;
-        let ticket = self.tracker.ticket("rewrite of block", offset / align);
-        let edges = !offset.is_multiple_of(align) || !end.is_multiple_of(align);
-        if edges && !self.host.bug(&BLOCK_CLAIMS_LEFT) {
-            let blocks = offset / align..end.div_ceil(align);
-            ticket.claim(Space::HostBlocks, blocks, Access::Exclusive);
-            ticket.ready().await;
-        }
-        let mut done = 0;
-        while done < total {
-            done += self.rewrite_piece(offset + done as u64, bufs, done).await?;
-        }
-        Ok(())
-    }
-
-    /// Writes the blocks around a part of `bufs`, from byte `done` on; returns how many bytes of `bufs` that was.
-    async fn rewrite_piece(&self, at: u64, bufs: &[IoBuf], done: usize) -> Result<usize, Errno> {
-        let (mut bounce, len) = self.bounce(at, bytes_of(bufs) - done).await?;
-        let start = self.around(at, len, &mut bounce);
-        let skip = (at - start) as usize;
-        let mut bounce: IoVec = smallvec![bounce];
-        if bounce[0].len() > len {
-            let (result, read) = Box::pin(self.read(start, bounce)).await;
-            result?;
-            bounce = read;
-        }
-        copy_to_slice(bufs, done, &mut bounce[0][skip..skip + len]);
-        Box::pin(self.write(start, bounce)).await.0?;
-        Ok(len)
     }
 }
 

@@ -7,7 +7,7 @@
 //! ```
 
 use super::failures::{self, Armed, passing_storage};
-use super::recovered::{FILL_SECTORS, after_cut, check_leaks, last_epoch};
+use super::recovered::{FILL_SECTORS, after_cut, check_leaks, last_epoch, lost_tails};
 use super::setup::{Setup, cut_after_drop, workload};
 use crate::check::{BeforeCut, Invariant};
 use crate::explore::Explorer;
@@ -63,12 +63,12 @@ pub static OVERLAY_POWER_CUT: OfFormat = OfFormat {
 };
 
 /// Whether the host can zero ranges of files.
-fn zeroing(sim: &Sim) -> bool {
+pub(super) fn zeroing(sim: &Sim) -> bool {
     setting(sim, "host-zeroes", &[true, true, false])
 }
 
 /// The sector size of the drive below direct files.
-fn direct_align(sim: &Sim) -> u32 {
+pub(super) fn direct_align(sim: &Sim) -> u32 {
     setting(sim, "direct-align", &[512, 4096])
 }
 
@@ -234,10 +234,7 @@ async fn power_cuts(world: World, model: &'static dyn FormatModel, plan: Plan) {
     world.sim.stop_faults();
     world.storage.stop_failures();
     last_epoch(&world, &setup, &limits, plan.fills, flush_failed.get()).await;
-    let tail = if limits.direct { u64::from(world.storage.direct_align_bytes()) } else { 0 };
-    // A direct file ends with a whole block. A process that opens it next appends after that, because the content of
-    // the block is unknown.
-    let tails = world.stats().crashes * (tail >> setup.cluster_bits).saturating_sub(1);
+    let tails = lost_tails(&world, &setup, &limits);
     // Zeros on a device may be long.
     let max_sectors = plan.max_sectors() * if on_device { LONG } else { 1 };
     check_leaks(&world, &setup, leaked_before + tails, max_sectors);

@@ -2,6 +2,7 @@
 
 pub mod absent;
 pub mod away;
+pub mod bad_sectors;
 mod costs;
 pub mod crash;
 pub mod created;

@@ -4,20 +4,21 @@
 //!   formats::ALL  ×  ALL  ──fits──►  "FORMAT-power-cut", "FORMAT-errors", ...
 //! ```
 
-use super::{crash, created, damage, ring, scale};
+use super::{bad_sectors, crash, created, damage, ring, scale};
 use crate::formats::{self, FormatModel};
 use crate::scenario::{OfFormat, Scenario};
 use sim::Sim;
 use std::sync::LazyLock;
 
 /// All of them.
-static ALL: [&OfFormat; 10] = [
+static ALL: [&OfFormat; 11] = [
     &crash::POWER_CUT,
     &crash::OVERLAY_POWER_CUT,
     &crash::FILLED_POWER_CUT,
     &crash::RECOVERY_CRASH,
     &crash::ERRORS,
     &crash::ZEROS,
+    &bad_sectors::BAD_SECTORS,
     &damage::DAMAGED_IMAGE,
     &scale::SCALE,
     &scale::FULL,

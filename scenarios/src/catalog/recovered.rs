@@ -146,6 +146,13 @@ async fn check_discards(world: &World, guest: &Guest<DirectDisk>, size_sectors: 
     }
 }
 
+/// Clusters that crashes may cost besides. A direct file ends with a whole block: a process that opens it next appends
+/// after that, because the content of the block is unknown.
+pub(super) fn lost_tails(world: &World, setup: &Setup, limits: &StackLimits) -> u64 {
+    let tail = if limits.direct { u64::from(world.storage.direct_align_bytes()) } else { 0 };
+    world.stats().crashes * (tail >> setup.cluster_bits).saturating_sub(1)
+}
+
 /// A crash may lose the clusters of writes that were not flushed, an error or a repetition those of its request;
 /// nothing else may lose any.
 pub(super) fn check_leaks(world: &World, setup: &Setup, leaked_before: u64, max_sectors: u32) {

@@ -11,6 +11,8 @@ use tap_host::{Errno, Event, IoVec, Log, Probe, SectorRange, Tasks, Time, Tried}
 tap_host::listed! {
     pub(super) BUGS: Bug;
     MERGED_ERROR_LOST = "merged-error-lost", "the error of a merged request reaches only its head";
+    MERGED_ERROR_SHARED = "merged-error-shared",
+        "if a merged request fails, so do all of its parts, also those that nothing is wrong with";
     RETRIED_AT_ONCE = "retried-at-once",
         "what a transient error refused is asked for again without a pause";
 }
@@ -94,6 +96,7 @@ impl<H: Time + Tasks + Log + Probe> Batch<H> {
             Err(e) if self.inner.host.bug(&MERGED_ERROR_LOST) => {
                 self.answer_all(|part| if part == 0 { Err(e) } else { Ok(()) });
             }
+            Err(e) if self.inner.host.bug(&MERGED_ERROR_SHARED) => self.answer_all(|_| Err(e)),
             Err(_) => self.repeat_alone().await,
         }
     }

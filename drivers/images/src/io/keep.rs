@@ -21,6 +21,9 @@
 //! a small part, whose bytes are read before and written back if the drive refuses: then nothing has changed, whatever
 //! the size of the request. It is tried once only, and never on ranges that are not whole sectors.
 //!
+//! Only whole pages are zeroed in this way, because what settles them must not have to read: see `zero.rs`. The rest of
+//! a request is written.
+//!
 //! While a part is settled, synchronisations wait; so a request is cut into parts. A synchronisation concurrent with a
 //! failure may have missed the dropped pages, and its result is void. It is repeated once the part is settled, so that
 //! the zeros, or the bytes written back, are durable in their place.

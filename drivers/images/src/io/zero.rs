@@ -6,53 +6,74 @@ use crate::ImageHost;
 use crate::calls::OPERATION_REPEATED;
 use crate::memory::PART_BYTES;
 use smallvec::smallvec;
+use std::ops::Range;
 use tap_core::{Access, Space};
 use tap_host::{Errno, File, IoVec, Patience, ZeroMode};
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
     KEPT_GIVEN_BACK = "kept-given-back", "zeros that must keep their space release it";
+    PARTS_IN_PLACE = "parts-in-place", "parts of pages are zeroed in place, and not written";
     GIVEN_BACK_KEPT = "given-back-kept", "zeros whose space may go keep it";
 }
+
+/// Bytes of a page of memory. No file system that drops dirty pages has larger blocks.
+const PAGE_BYTES: u64 = 4096;
 
 impl<H: ImageHost> ImageFile<H> {
     /// Makes `len` bytes from `offset` on read as zeros, in place or by writing. `fast`: fails with `EOPNOTSUPP`,
     /// without a change, if they would have to be written. Bytes past the end of the file get no space, unless `mode`
     /// asks for it.
     pub(crate) async fn zero(&self, offset: u64, len: u64, mode: ZeroMode, fast: bool) -> Result<(), Errno> {
-        let done = match self.is_whole(offset, len) {
-            true => self.zero_in_place(offset, len, mode).await?,
-            false => 0,
+        let end = offset + len;
+        let whole = self.whole_blocks(offset, len);
+        let done = match whole.is_empty() {
+            false => self.zero_in_place(whole.start, whole.end - whole.start, mode).await?,
+            true => 0,
         };
         if done == 0 && fast {
             return Err(Errno::EOPNOTSUPP);
         }
-        if done < len {
-            return self.write_zeros(offset + done, len - done).await;
+        let rest = if done > 0 { whole.start + done } else { offset };
+        if mode == ZeroMode::Keep && !self.info.block_device && rest == whole.end {
+            let from = self.size().await?.max(whole.start);
+            self.write_zeros(from, whole.end.saturating_sub(from)).await?;
         }
-        if mode == ZeroMode::Keep && !self.info.block_device {
-            let (size, end) = (self.size().await?, offset + len);
-            let from = size.max(offset);
-            return if from < end { self.write_zeros(from, end - from).await } else { Ok(()) };
+        if done > 0 {
+            self.write_zeros(offset, whole.start - offset).await?;
         }
-        Ok(())
+        self.write_zeros(rest, end - rest).await
     }
 
     /// Frees as much of `len` bytes from `offset` on as possible without writing: that part then reads as zeros, the
     /// rest as before. Returns whether the file supports that at all.
     pub(crate) async fn discard(&self, offset: u64, len: u64) -> Result<bool, Errno> {
-        let sector = u64::from(self.info.zero_align_bytes);
-        let (start, end) = (offset.next_multiple_of(sector), (offset + len) / sector * sector);
-        if start >= end {
+        let whole = self.whole_blocks(offset, len);
+        if whole.is_empty() {
             return Ok(true);
         }
-        Ok(self.zero_in_place(start, end - start, ZeroMode::Unmap).await? > 0)
+        Ok(self.zero_in_place(whole.start, whole.end - whole.start, ZeroMode::Unmap).await? > 0)
     }
 
-    /// Whether a range is aligned so that it can be zeroed in place.
+    /// Whether a range is aligned so that all of it can be zeroed in place.
     pub(crate) fn is_whole(&self, offset: u64, len: u64) -> bool {
-        let sector = u64::from(self.info.zero_align_bytes);
-        offset.is_multiple_of(sector) && len.is_multiple_of(sector)
+        let align = self.zero_align();
+        offset.is_multiple_of(align) && len.is_multiple_of(align)
+    }
+
+    /// The blocks that are wholly in a range and can be zeroed in place; may be empty.
+    fn whole_blocks(&self, offset: u64, len: u64) -> Range<u64> {
+        let align = self.zero_align();
+        offset.next_multiple_of(align)..(offset + len) / align * align
+    }
+
+    /// The size in bytes of the blocks that are zeroed in place: whole pages of memory where a failure has to be
+    /// settled. Who zeroes a part of a page, or writes it, first reads the rest. If that cannot be read, accepted
+    /// writes to other pages of the range may be gone by then, and nothing can be put in their place.
+    fn zero_align(&self) -> u64 {
+        let align = u64::from(self.info.zero_align_bytes);
+        let settles = KeptZeros::concerns(&self.host, &self.info, ZeroMode::Keep);
+        if settles && !self.host.bug(&PARTS_IN_PLACE) { align.max(PAGE_BYTES) } else { align }
     }
 
     /// Zeroes a range without writing; returns the number of bytes done before the file refused.
@@ -99,6 +120,9 @@ impl<H: ImageHost> ImageFile<H> {
     }
 
     pub(super) async fn write_zeros(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        if len == 0 {
+            return Ok(());
+        }
         let mut buf = self.buffer(len.min(PART_BYTES as u64) as usize).await?;
         buf.fill(0);
         let mut bufs: IoVec = smallvec![buf];

@@ -11,10 +11,14 @@ tap_host::listed! {
     pub(super) BUGS: Bug;
     CHECKSUM_KEPT = "checksum-kept",
         "the checksum of Xen's extended header stays although the L1 table changes";
+    BEHIND_HEADER_READ = "behind-header-read",
+        "an image is refused if something behind its header cannot be read, whatever it is";
 }
 
 /// Bytes of the first read: the header, the backing file's name and the L1 table of most images.
 const HEAD_BYTES: u64 = 8192;
+/// Bytes of the header with Xen's extension: all that must be readable before it is known what else is in use.
+const HEADERS_BYTES: usize = 64;
 
 /// The metadata of an image, without its L2 tables.
 pub(super) struct Front<H: ImageHost> {
@@ -34,7 +38,7 @@ impl<H: ImageHost> Front<H> {
     pub(super) async fn read(host: &H, path: &str, how: &OpenOptions) -> Result<Self, ImageError> {
         let file = ImageFile::open(host, path, how).await?;
         let io = |error| ImageError::io("read", path)(error);
-        let head = read_head(&file).await.map_err(io)?;
+        let head = read_head(host, &file).await.map_err(io)?;
         let header = format::parse(&head, file.info.size_bytes)
             .map_err(|what| refused(path, what, "check that this is the right file"))?;
         let l1_bytes = header.geometry.root_entries() * 8;
@@ -74,8 +78,14 @@ impl<H: ImageHost> Front<H> {
 }
 
 /// The first bytes, in ordinary memory: a buffer kept would be waited for by the reads after it.
-async fn read_head<H: ImageHost>(file: &ImageFile<H>) -> Result<Vec<u8>, Errno> {
+async fn read_head<H: ImageHost>(host: &H, file: &ImageFile<H>) -> Result<Vec<u8>, Errno> {
     let mut head = vec![0; file.info.size_bytes.min(HEAD_BYTES) as usize];
+    let Err(error) = file.read_bytes(0, &mut head).await else { return Ok(head) };
+    // What lies behind the header may be anything, and that it cannot be read is no reason to refuse the image.
+    if head.len() <= HEADERS_BYTES || host.bug(&BEHIND_HEADER_READ) {
+        return Err(error);
+    }
+    head.truncate(HEADERS_BYTES);
     file.read_bytes(0, &mut head).await?;
     Ok(head)
 }

@@ -230,27 +230,29 @@ fn flushes_share_a_synchronisation_that_began_after_them() {
 
 #[test]
 fn zeros_are_made_in_place_or_written_and_reported_as_zero_extents() {
+    const PAGE: usize = 4096;
     for refuse in [false, true] {
         let world = World::new(9);
-        world.put("/disk", vec![7; 16 * 512]);
+        world.put("/disk", vec![7; 16 * PAGE]);
         if refuse {
             world.refuse_zeroing();
         }
         let raw = open(&world, true, false).unwrap();
-        let zero = |start, count, fast| {
+        let zero = |start: u64, count: u32, fast| {
             let flags = ZeroFlags { unmap: true, fast };
-            world.block_on(raw.submit(Request::write_zeroes(SectorRange::new(start, count), flags))).result
+            let range = SectorRange::new(start * 8, count * 8);
+            world.block_on(raw.submit(Request::write_zeroes(range, flags))).result
         };
         assert_eq!(zero(1, 3, true), if refuse { Err(Errno::EOPNOTSUPP) } else { Ok(()) });
         assert_eq!(zero(4, 4, false), Ok(()));
-        let discard = Request::discard(SectorRange::new(10, 2));
+        let discard = Request::discard(SectorRange::new(80, 16));
         assert_eq!(world.block_on(raw.submit(discard)).result, Ok(()));
         let zeros: Vec<u64> =
-            (0..16).filter(|s| world.bytes("/disk")[*s as usize * 512..][..512] == [0; 512]).collect();
+            (0..16).filter(|p| world.bytes("/disk")[*p as usize * PAGE..][..PAGE] == [0; PAGE]).collect();
         let expected = if refuse { vec![4, 5, 6, 7] } else { vec![1, 2, 3, 4, 5, 6, 7, 10, 11] };
         assert_eq!(zeros, expected);
-        let extents = world.block_on(raw.extents(SectorRange::new(3, 8), 1024)).unwrap();
-        let seen: Vec<(u64, bool)> = extents.iter().map(|e| (e.count, e.zero)).collect();
+        let extents = world.block_on(raw.extents(SectorRange::new(24, 64), 1024)).unwrap();
+        let seen: Vec<(u64, bool)> = extents.iter().map(|e| (e.count / 8, e.zero)).collect();
         let expected = if refuse {
             vec![(1, false), (4, true), (3, false)]
         } else {
@@ -258,6 +260,37 @@ fn zeros_are_made_in_place_or_written_and_reported_as_zero_extents() {
         };
         assert_eq!(seen, expected);
         assert_eq!(zero(15, 2, false), Err(Errno::EINVAL));
+    }
+}
+
+/// Who zeroes a part of a page reads the rest of it: if that fails, nothing can settle the range.
+#[test]
+fn parts_of_pages_are_zeroed_by_writing() {
+    let world = World::new(9);
+    world.put("/disk", vec![7; 4 * 4096]);
+    // Zeros in place change nothing.
+    world.fail_zeroing(Errno::EOPNOTSUPP);
+    for device in [false, true] {
+        if device {
+            world.put_device("/disk", vec![7; 4 * 4096]);
+        }
+        let raw = open(&world, true, false).unwrap();
+        let zero = |start, count, fast| {
+            let flags = ZeroFlags { unmap: true, fast };
+            world.block_on(raw.submit(Request::write_zeroes(SectorRange::new(start, count), flags))).result
+        };
+        let before = world.ops();
+        assert_eq!(zero(1, 7, true), Err(Errno::EOPNOTSUPP), "no page is whole");
+        assert_eq!(world.ops(), before);
+        assert_eq!(zero(1, 7, false), Ok(()));
+        assert_eq!(zero(15, 2, false), Ok(()), "parts of two pages");
+        assert_eq!(world.ops(), before + 2, "writes");
+        let discard = Request::discard(SectorRange::new(17, 14));
+        assert_eq!(world.block_on(raw.submit(discard)).result, Ok(()));
+        assert_eq!(world.ops(), before + 2);
+        let bytes = world.bytes("/disk");
+        let zeros: Vec<usize> = (0..32).filter(|s| bytes[s * 512..][..512] == [0; 512]).collect();
+        assert_eq!(zeros, [1, 2, 3, 4, 5, 6, 7, 15, 16]);
     }
 }
 
