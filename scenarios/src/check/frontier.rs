@@ -99,6 +99,7 @@ fn listed(words: impl Iterator<Item = String>) -> String {
 /// The state of a run of equal sectors.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Block {
+    /// In order of submission.
     versions: SmallVec<[Version; 2]>,
 }
 
@@ -251,9 +252,9 @@ impl Block {
     /// A flush submitted at `flush_inv` succeeded: writes answered before that are durable. Returns whether anything is
     /// still not durable.
     pub fn flushed(&mut self, flush_inv: Clock, oldest_read: Clock, order: Order) -> bool {
-        // The latest submission among the durable writes hides all earlier ones.
-        let durable = self.versions.iter().filter(|w| !w.failed && w.res < flush_inv);
-        if let Some(inv) = durable.map(|w| w.inv).max() {
+        // Versions are in order of submission, and the latest of the durable writes hides all earlier ones.
+        let latest = self.versions.iter().rfind(|w| !w.failed && w.res < flush_inv).map(|w| w.inv);
+        if let Some(inv) = latest {
             self.supersede(inv, oldest_read, order);
         }
         self.versions.len() > 1
