@@ -24,7 +24,7 @@ pub struct Version {
     pub inv: Clock,
     /// When it was answered; [`NEVER`] while it runs.
     pub res: Clock,
-    /// It was answered with an error and may or may not have taken effect.
+    /// It was answered with an error, or is a discard, and may or may not have taken effect.
     pub failed: bool,
     /// When it became stale on the running disk: reads submitted later may not see it.
     pub stale_at: Clock,
@@ -138,6 +138,12 @@ impl Block {
             settled: false,
             missed: NEVER,
         });
+    }
+
+    /// `write`, which runs, may do nothing whatever its answer is: nobody is told that it did, so it counts as failed
+    /// before it is answered.
+    pub fn may_do_nothing(&mut self, write: u64) {
+        self.versions.iter_mut().filter(|v| v.write == write).for_each(|v| v.failed = true);
     }
 
     /// A write was answered. `oldest_read` is the submission time of the oldest running read. If the write succeeded
@@ -396,6 +402,18 @@ mod tests {
         assert!(b.read(0, 1, 3, Order::SubmissionOrFailure), "submitted before it");
         assert_eq!(b.end(1, 4, true, NEVER, Order::Submission), None);
         assert!(!b.read(0, 5, 6, Order::SubmissionOrFailure));
+    }
+
+    #[test]
+    fn a_discard_that_runs_may_have_done_nothing() {
+        let mut b = Block::default();
+        b.begin(1, 1, false);
+        b.end(1, 2, true, NEVER, Order::Submission);
+        b.begin(2, 3, true);
+        assert!(!b.clone().read(1, 4, 5, Order::Submission), "zeros replace what was there");
+        b.may_do_nothing(2);
+        assert!(b.clone().read_zeros(false, 4, 5, Order::Submission));
+        assert!(b.read(1, 4, 5, Order::Submission));
     }
 
     #[test]

@@ -189,10 +189,17 @@ impl BlockHistory {
         self.begin(range, false)
     }
 
-    /// A write of zeros is submitted, or a discard, which is zeros that may or may not take effect: it ends like a
-    /// failed write, whatever the answer.
+    /// A write of zeros is submitted.
     pub fn begin_zeros(&mut self, range: SectorRange) -> WriteId {
         self.begin(range, true)
+    }
+
+    /// A discard is submitted, which is zeros that may or may not take effect: it ends like a failed write, whatever
+    /// the answer.
+    pub fn begin_discard(&mut self, range: SectorRange) -> WriteId {
+        let write = self.begin(range, true);
+        self.each(range, |b| b.may_do_nothing(write));
+        write
     }
 
     fn begin(&mut self, range: SectorRange, zero: bool) -> WriteId {

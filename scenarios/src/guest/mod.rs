@@ -396,7 +396,7 @@ impl<D: GuestDisk> Guest<D> {
 
     /// Discards once; the answer promises nothing.
     async fn discard(&self, range: SectorRange) -> Result<(), Errno> {
-        let write = self.history.borrow_mut().begin_zeros(range);
+        let write = self.history.borrow_mut().begin_discard(range);
         self.remark(|| format!("submits discard {write} of {range}"));
         let span = self.submits("discard", write, range);
         let space = self.begin_space(SpaceEffect::Discard, range);
