@@ -78,7 +78,8 @@ impl Console for Printed {
     fn progress(&self, _: u64, _: u64) {}
 }
 
-/// Runs `tapdisk` with the arguments of `line` in the process of `host` until it ends, and returns its exit status.
+/// Runs `tapdisk` with the arguments of `line` in the process of `host` until it ends, and returns its exit status. A
+/// program that is killed has none, even if it comes to its end in the turn in which its calls begin to fail.
 ///
 /// # Panics
 /// If the command line cannot be parsed.
@@ -95,7 +96,11 @@ pub(crate) async fn tapdisk(
     let host = host.clone().with_run_folder(&cli.command.run_dir().to_string_lossy());
     let disks = Disks::new(host.clone(), MAX_DISKS);
     let overseer = Overseer::start(world, &host, &disks);
+    let node = host.process.node().clone();
     let status = run(host, cli, tuning, disks, Rc::clone(said) as Rc<dyn Console>).await;
+    if !node.is_alive() {
+        std::future::pending::<()>().await;
+    }
     if let Some(overseer) = overseer {
         overseer.end().await;
     }

@@ -188,9 +188,7 @@ impl Machine {
         let (machine, own, all) = (Rc::clone(&self), host.clone(), Rc::clone(&heard));
         let said = Rc::new(Printed::read_by(move |line| machine.judge_line(&own, &all, line)));
         let status = tapdisk(&self.world, &host, &line, tuning, &said).await;
-        if host.process.node().is_alive() {
-            self.ended(&host, &heard, status);
-        }
+        self.ended(&host, &heard, status);
     }
 
     /// Judges a line that `host` has printed on standard error.

@@ -198,11 +198,8 @@ impl Served {
             let why = said.err.take().join("; ");
             // The last operations of a killed process have not ended.
             let busy = why.contains("in use") || why.contains("another tapdisk has it");
-            if status != 0 && busy && host.process.node().is_alive() {
+            if status != 0 && busy {
                 continue;
-            }
-            if !host.process.node().is_alive() {
-                return;
             }
             let gone = said.out.borrow().iter().any(|line| line.ends_with(": detached"));
             // Once data is lost in unknown places, a close fails as a flush does.

@@ -301,7 +301,7 @@ impl Plan {
                 continue;
             }
             let lost = self.world.errors_allowed() && why.contains("may be lost");
-            if (status != 0 || !why.is_empty()) && !lost && host.process.node().is_alive() {
+            if (status != 0 || !why.is_empty()) && !lost {
                 let text = format!("tapdisk {line} ended with status {status}: {why}");
                 self.world.fail(Invariant::L1, text);
             }
@@ -323,11 +323,8 @@ impl Plan {
         host.process.node().spawn("main", 0, async move {
             let said = Rc::<Printed>::default();
             let status = tapdisk(&world, &own, &line, tuning, &said).await;
-            if own.process.node().is_alive() {
-                let why = said.err.take().join("; ");
-                let text = format!("tapdisk {line} ended with status {status}: {why}");
-                world.fail(Invariant::L1, text);
-            }
+            let why = said.err.take().join("; ");
+            world.fail(Invariant::L1, format!("tapdisk {line} ended with status {status}: {why}"));
         });
         address
     }
