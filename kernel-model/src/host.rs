@@ -97,6 +97,9 @@ impl Files for SimHost {
     fn remove(&self, path: &str) -> impl Future<Output = Result<(), Errno>> {
         Files::remove(&self.process, path)
     }
+    fn names_in(&self, folder: &str) -> impl Future<Output = Result<Vec<String>, Errno>> {
+        self.process.names_in(folder)
+    }
     fn closed(&self) -> impl Future<Output = ()> {
         self.process.closed()
     }
@@ -107,6 +110,9 @@ impl Sockets for SimHost {
     type Stream = ProcessStream;
     fn listen(&self, address: &SocketAddress) -> impl Future<Output = Result<ProcessListener, Errno>> {
         self.process.listen(address)
+    }
+    fn listen_private(&self, path: &str) -> impl Future<Output = Result<ProcessListener, Errno>> {
+        self.process.listen_private(path)
     }
     fn connect(&self, address: &SocketAddress) -> impl Future<Output = Result<ProcessStream, Errno>> {
         self.process.connect(address)
@@ -147,6 +153,9 @@ impl NbdDevices for SimHost {
 }
 
 impl Signals for SimHost {
+    fn process_id(&self) -> u32 {
+        self.process.process_id()
+    }
     fn asked_to_stop(&self) -> impl Future<Output = ()> + 'static {
         self.process.asked_to_stop()
     }

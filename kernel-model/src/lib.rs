@@ -29,6 +29,7 @@ mod load;
 mod nbd_device;
 mod pages;
 mod process;
+mod signals;
 pub mod sockets;
 mod storage;
 mod traced;

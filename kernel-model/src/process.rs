@@ -6,19 +6,20 @@ use crate::faults::IoOp;
 use crate::load::Load;
 use crate::nbd_device::NbdDriver;
 use crate::pages::PAGE;
+use crate::signals::Stop;
 use crate::sockets::Network;
 use crate::storage::{Descriptor, Storage};
 use crate::traced::Traced;
 use sim::{Node, Sim, Sleep};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::future::{Future, pending, poll_fn};
+use std::future::{Future, pending};
 use std::pin::Pin;
 use std::rc::Rc;
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll};
 use tap_host::{
     Bug, Entropy, Errno, Event, File, FileExtent, FileId, FileInfo, Files, IoVec, LockKind, Log, Mark,
-    OpenMode, Probe, SharedPages, Signals, Tasks, Time, ZeroMode, bytes_of,
+    OpenMode, Probe, SharedPages, Tasks, Time, ZeroMode, bytes_of,
 };
 use xen_model::Mapping;
 
@@ -27,6 +28,9 @@ pub const DIRECT_ALIGN_BYTES: u32 = 512;
 
 /// Size in bytes of the largest file; file systems have such a limit, most of them a higher one.
 pub const FILE_BYTES_MAX: u64 = 256 << 30;
+
+/// The number of the first process; the kernel's own have smaller ones.
+const FIRST_PID: u32 = 300;
 
 /// The kernel of one simulated host; clones share it.
 #[derive(Clone)]
@@ -39,6 +43,8 @@ struct KernelInner {
     marks: RefCell<BTreeMap<&'static Mark, u64>>,
     load: Load,
     entropy: Cell<u64>,
+    /// The number of the next process.
+    pids: Cell<u32>,
     network: Network,
     nbd: NbdDriver,
     answers_lost: Cell<bool>,
@@ -91,6 +97,7 @@ impl Kernel {
             marks: RefCell::default(),
             load: Load::default(),
             entropy: Cell::new(sim.swarm().seed()),
+            pids: Cell::new(FIRST_PID),
             network: Network::default(),
             nbd: NbdDriver::default(),
             answers_lost: Cell::new(false),
@@ -126,6 +133,7 @@ impl Kernel {
             node: self.0.sim.node(name, key),
             stop: Rc::default(),
             closed_at_ns: Rc::default(),
+            pid: self.0.pids.replace(self.0.pids.get() + 1),
         }
     }
 
@@ -151,13 +159,7 @@ pub struct Process {
     stop: Rc<Stop>,
     /// When all files that it has dropped will be closed.
     closed_at_ns: Rc<Cell<u64>>,
-}
-
-/// Whether the process was asked to end, and the tasks that wait for that.
-#[derive(Default)]
-struct Stop {
-    asked: Cell<bool>,
-    wakers: RefCell<Vec<Waker>>,
+    pid: u32,
 }
 
 impl Process {
@@ -166,10 +168,12 @@ impl Process {
         &self.node
     }
 
-    /// Asks the process to end, as SIGTERM does.
-    pub fn ask_to_stop(&self) {
-        self.stop.asked.set(true);
-        self.stop.wakers.take().into_iter().for_each(Waker::wake);
+    pub(crate) fn stop(&self) -> &Rc<Stop> {
+        &self.stop
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.pid
     }
 
     pub(crate) fn sim(&self) -> &Sim {
@@ -186,22 +190,6 @@ impl Process {
 
     pub(crate) fn network(&self) -> &Network {
         &self.kernel.0.network
-    }
-}
-
-impl Signals for Process {
-    fn asked_to_stop(&self) -> impl Future<Output = ()> + 'static {
-        let stop = Rc::clone(&self.stop);
-        poll_fn(move |cx| {
-            if stop.asked.get() {
-                return Poll::Ready(());
-            }
-            let mut wakers = stop.wakers.borrow_mut();
-            if !wakers.iter().any(|waker| waker.will_wake(cx.waker())) {
-                wakers.push(cx.waker().clone());
-            }
-            Poll::Pending
-        })
     }
 }
 
@@ -297,6 +285,16 @@ impl Files for Process {
         self.takes(Call::Remove, path).await;
         self.alive().await;
         self.kernel.0.storage.0.remove(path)
+    }
+
+    async fn names_in(&self, folder: &str) -> Result<Vec<String>, Errno> {
+        self.alive().await;
+        let (files, sockets) = (self.kernel.0.storage.0.files.borrow(), self.network().paths());
+        let all = files.keys().cloned().chain(sockets);
+        let inside = |path: String| Some(path.strip_prefix(folder)?.strip_prefix('/')?.to_owned());
+        let mut names: Vec<String> = all.filter_map(inside).filter(|name| !name.contains('/')).collect();
+        names.sort_unstable();
+        Ok(names)
     }
 
     async fn closed(&self) {

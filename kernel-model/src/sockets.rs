@@ -62,6 +62,17 @@ pub(crate) struct Network {
     established: Cell<u64>,
 }
 
+impl Network {
+    /// The paths of unix sockets, also of those without a listener.
+    pub(crate) fn paths(&self) -> Vec<String> {
+        let path = |address: &SocketAddress| match address {
+            SocketAddress::Unix(path) => Some(path.clone()),
+            SocketAddress::Tcp { .. } => None,
+        };
+        self.listeners.borrow().keys().filter_map(path).collect()
+    }
+}
+
 /// Where connections wait to be accepted.
 #[derive(Default)]
 struct Door {
@@ -474,6 +485,11 @@ impl Sockets for Process {
             }
         });
         Ok(ProcessListener { process: self.clone(), address, door })
+    }
+
+    /// All processes of the simulated hosts are root's.
+    async fn listen_private(&self, path: &str) -> Result<ProcessListener, Errno> {
+        self.listen(&SocketAddress::Unix(path.to_owned())).await
     }
 
     async fn connect(&self, address: &SocketAddress) -> Result<ProcessStream, Errno> {

@@ -7,7 +7,12 @@ use tap_host::{BufPool, File, IoVec, poll_once};
 
 /// Bodies that need a file system.
 pub fn on_files<H: FileHost>() -> Vec<Test<Place<H>>> {
-    tests![a_removed_file_lives_while_it_is_open, names_are_made_durable, a_dropped_write_lands_as_a_whole]
+    tests![
+        a_removed_file_lives_while_it_is_open,
+        a_folder_lists_its_names,
+        names_are_made_durable,
+        a_dropped_write_lands_as_a_whole,
+    ]
 }
 
 /// Bodies that also run on a block device.
@@ -27,6 +32,15 @@ async fn a_removed_file_lives_while_it_is_open<H: FileHost>(place: Place<H>) -> 
     same_bytes("the old file", &read(&old, 0, 4 * BLOCK).await?, &want)?;
     same_bytes("the new file", &read(&new, 0, 4 * BLOCK).await?, &pattern(3, BLOCK))?;
     old.sync_data().await.or_fail("synchronise a file without a name")
+}
+
+async fn a_folder_lists_its_names<H: FileHost>(place: Place<H>) -> Outcome {
+    let names = || async { place.host.names_in(&place.folder).await.or_fail("list a folder") };
+    same("an empty folder", names().await?, Vec::<String>::new())?;
+    let _open = (place.create("b").await?, place.create("a").await?);
+    same("two names", names().await?, ["a", "b"].map(String::from).to_vec())?;
+    place.host.remove(&place.path("a")).await.or_fail("remove")?;
+    same("a name", names().await?, vec!["b".to_owned()])
 }
 
 async fn names_are_made_durable<H: FileHost>(place: Place<H>) -> Outcome {

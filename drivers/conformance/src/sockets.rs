@@ -17,6 +17,7 @@ pub fn all<H: SocketHost>() -> Vec<Test<Place<H>>> {
         a_closed_listener_is_gone,
         an_address_is_listened_at_once,
         the_listener_knows_its_address,
+        a_private_listener_serves_its_own_user,
         bytes_are_echoed,
         a_receive_fills_a_part_of_its_buffer,
         bytes_wait_to_be_received_in_any_cut,
@@ -35,9 +36,27 @@ pub fn all<H: SocketHost>() -> Vec<Test<Place<H>>> {
 
 type Pair<H> = (<H as Sockets>::Stream, <H as Sockets>::Stream);
 
+async fn a_private_listener_serves_its_own_user<H: SocketHost>(place: Place<H>) -> Outcome {
+    let path = place.path("private");
+    let listener = place.host.listen_private(&path).await.or_fail("listen")?;
+    same("its address", listener.address(), SocketAddress::Unix(path.clone()))?;
+    let (near, far) = between(&place, listener).await?;
+    send_beside(&place, &near, b"abc".to_vec());
+    same_bytes("what arrives", &receive(&far, 3, 3).await.or_fail("receive")?, b"abc")?;
+    let again = place.host.listen_private(&path).await.or_fail("listen where nobody does any more")?;
+    same("a second one", place.host.listen_private(&path).await.err(), Some(Errno::EADDRINUSE))?;
+    drop(again);
+    Ok(())
+}
+
 /// Both ends of a connection: the one that connected, and the one that accepted.
 async fn pair<H: SocketHost>(place: &Place<H>) -> Result<Pair<H>, String> {
     let listener = place.host.listen(&place.address("socket")).await.or_fail("listen")?;
+    between(place, listener).await
+}
+
+/// Both ends of a connection to `listener`.
+async fn between<H: SocketHost>(place: &Place<H>, listener: H::Listener) -> Result<Pair<H>, String> {
     let address = listener.address();
     let accepted = Rc::new(RefCell::new(None));
     let put = Rc::clone(&accepted);

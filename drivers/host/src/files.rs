@@ -103,6 +103,12 @@ pub trait Files: Clone + 'static {
     /// # Errors
     /// As unlink(2).
     fn remove(&self, path: &str) -> impl Future<Output = Result<(), Errno>>;
+    /// The names of the files and sockets in `folder`, without their folder, sorted; names that are no UTF-8 are left
+    /// out.
+    ///
+    /// # Errors
+    /// As open(2) and readdir(3): `ENOENT`, `EACCES`, `ENOTDIR`.
+    fn names_in(&self, folder: &str) -> impl Future<Output = Result<Vec<String>, Errno>>;
     /// Completes when the files whose last clones were dropped before are closed and their locks gone, however long the
     /// host takes over that; until then another process may find them in use.
     fn closed(&self) -> impl Future<Output = ()>;

@@ -98,8 +98,10 @@ pub trait Entropy: Clone + 'static {
     fn fill(&self, buf: &mut [u8]);
 }
 
-/// Shutdown requests (SIGTERM, SIGINT, SIGHUP).
+/// The process as others see it: its number, and their requests to end (SIGTERM, SIGINT, SIGHUP).
 pub trait Signals: Clone + 'static {
+    /// The number of the process on its machine.
+    fn process_id(&self) -> u32;
     /// Completes when the process is asked to end (SIGTERM or SIGINT), at once if it was asked before the call.
     fn asked_to_stop(&self) -> impl Future<Output = ()> + 'static;
 }

@@ -192,6 +192,11 @@ pub trait Sockets: Clone + 'static {
     /// As bind(2) and listen(2): `EADDRINUSE`, `EACCES`, `ENOENT` for a path without directory, `EADDRNOTAVAIL`;
     /// `ENOTSOCK` for the path of a file or folder, `EHOSTUNREACH` for an unknown name.
     fn listen(&self, address: &SocketAddress) -> impl Future<Output = Result<Self::Listener, Errno>>;
+    /// As [`Sockets::listen`] at a unix socket's path; only processes of the same user, and of root, can connect.
+    ///
+    /// # Errors
+    /// As [`Sockets::listen`].
+    fn listen_private(&self, path: &str) -> impl Future<Output = Result<Self::Listener, Errno>>;
     /// Connects to `address`.
     ///
     /// # Errors

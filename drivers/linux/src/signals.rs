@@ -37,6 +37,10 @@ impl Stop {
 }
 
 impl Signals for LinuxHost {
+    fn process_id(&self) -> u32 {
+        std::process::id()
+    }
+
     fn asked_to_stop(&self) -> impl Future<Output = ()> + 'static {
         let host = self.clone();
         // Registered by the call, so that no signal is missed between it and the first poll.

@@ -28,6 +28,9 @@ impl Files for World {
     async fn remove(&self, path: &str) -> Result<(), Errno> {
         self.0.files.borrow_mut().remove(path).map(drop).ok_or(Errno::ENOENT)
     }
+    async fn names_in(&self, _: &str) -> Result<Vec<String>, Errno> {
+        Ok(self.0.files.borrow().keys().cloned().collect())
+    }
     async fn closed(&self) {}
 }
 

@@ -365,6 +365,11 @@ impl Files for LinuxHost {
         blocking(move || rustix::fs::unlink(path).map_err(of_rustix)).await
     }
 
+    async fn names_in(&self, folder: &str) -> Result<Vec<String>, Errno> {
+        let folder = folder.to_owned();
+        blocking(move || open::names_in(&folder)).await
+    }
+
     async fn closed(&self) {
         self.closing().ended().await;
     }

@@ -1,6 +1,6 @@
 //! Opening, and the properties of an open file: kind, size, alignment, and whether it lives in memory.
 
-use super::{Closing, OpenFile, of_rustix};
+use super::{Closing, OpenFile, errno, of_rustix};
 use rustix::fs::{
     AtFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags, fcntl_setfl, fstat, fstatfs, ioctl_blksszget,
     seek, statx,
@@ -147,6 +147,19 @@ pub(crate) fn size_bytes(fd: &OwnedFd, block_device: bool) -> Result<u64, Errno>
         return seek(fd, SeekFrom::End(0)).map_err(of_rustix);
     }
     Ok(fstat(fd).map_err(of_rustix)?.st_size as u64)
+}
+
+/// The names in a folder, sorted.
+pub(crate) fn names_in(folder: &str) -> Result<Vec<String>, Errno> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(|error| errno(&error))? {
+        let entry = entry.map_err(|error| errno(&error))?;
+        if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            names.extend(entry.file_name().into_string());
+        }
+    }
+    names.sort_unstable();
+    Ok(names)
 }
 
 /// Makes the directory entry of `path` durable.

@@ -10,13 +10,13 @@ pub use stream::LinuxStream;
 use crate::files::{blocking, errno, of_rustix};
 use crate::watch::watch;
 use crate::{Level, LinuxHost};
-use rustix::fs::{FileType, FlockOperation, Mode, OFlags, flock, lstat, stat};
+use rustix::fs::{FileType, FlockOperation, Mode, OFlags, fchmod, flock, lstat, stat};
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, socket_with, sockopt,
 };
+use rustix::process::{Uid, geteuid};
 use std::net::{IpAddr, SocketAddr, TcpListener, ToSocketAddrs};
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::Duration;
 use tap_host::{Errno, Listener, SocketAddress, Sockets};
@@ -36,6 +36,8 @@ const LISTEN_FDS_START: RawFd = 3;
 pub struct LinuxListener {
     socket: AsyncFd<OwnedFd>,
     address: SocketAddress,
+    /// Only for our user and root.
+    private: bool,
     _path: Option<BoundPath>,
 }
 
@@ -66,23 +68,30 @@ impl LinuxListener {
     fn new(socket: OwnedFd, address: SocketAddress, path: Option<BoundPath>) -> Result<Self, Errno> {
         rustix::io::ioctl_fionbio(&socket, true).map_err(of_rustix)?;
         let socket = watch(socket, Interest::READABLE)?;
-        Ok(Self { socket, address, _path: path })
+        Ok(Self { socket, address, private: false, _path: path })
     }
 
-    async fn unix(path: &str) -> Result<Self, Errno> {
+    async fn unix(path: &str, private: bool) -> Result<Self, Errno> {
         // Between checking that a path has no listener and removing it, and between a bind and its listen, another
         // server could start and lose its path.
         let _alone = Alone::at(path).await;
-        let listener = match UnixListener::bind(path).map_err(|e| errno(&e)) {
+        let socket = match listen_unix(path, private) {
             Err(Errno::EADDRINUSE) if is_stale(path) => {
                 rustix::fs::unlink(path).map_err(of_rustix)?;
-                UnixListener::bind(path).map_err(|e| errno(&e))?
+                listen_unix(path, private)?
             }
             Err(Errno::EADDRINUSE) if !is_socket(path) => return Err(Errno::ENOTSOCK),
             bound => bound?,
         };
         let bound = BoundPath::of(path)?;
-        Self::new(listener.into(), SocketAddress::Unix(path.to_owned()), Some(bound))
+        let listener = Self::new(socket, SocketAddress::Unix(path.to_owned()), Some(bound))?;
+        Ok(Self { private, ..listener })
+    }
+
+    /// Whether the process at the other end of `socket` may connect.
+    fn admits(&self, socket: &OwnedFd) -> bool {
+        let admitted = |uid: Uid| uid.is_root() || uid == geteuid();
+        !self.private || sockopt::socket_peercred(socket).is_ok_and(|peer| admitted(peer.uid))
     }
 
     async fn tcp(host: &str, port: u16) -> Result<Self, Errno> {
@@ -126,6 +135,26 @@ impl LinuxListener {
         };
         Self::new(socket, address, None)
     }
+}
+
+/// Connections that may wait to be accepted; the kernel's own limit may be lower.
+const BACKLOG: i32 = 4096;
+
+/// A unix socket that listens at `path`, `private` for processes that may read and write what is our user's.
+///
+/// # Errors
+/// As bind(2).
+fn listen_unix(path: &str, private: bool) -> Result<OwnedFd, Errno> {
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+        .map_err(of_rustix)?;
+    if private {
+        // A path gets the mode that its socket has when it is bound, so that nobody can connect before.
+        fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(of_rustix)?;
+    }
+    let address = SocketAddrUnix::new(path).map_err(of_rustix)?;
+    rustix::net::bind(&socket, &address).map_err(of_rustix)?;
+    rustix::net::listen(&socket, BACKLOG).map_err(of_rustix)?;
+    Ok(socket)
 }
 
 /// A lock on a socket's directory, which every tapdisk takes before it begins to listen there.
@@ -228,9 +257,13 @@ impl Sockets for LinuxHost {
 
     async fn listen(&self, address: &SocketAddress) -> Result<LinuxListener, Errno> {
         match address {
-            SocketAddress::Unix(path) => LinuxListener::unix(path).await,
+            SocketAddress::Unix(path) => LinuxListener::unix(path, false).await,
             SocketAddress::Tcp { host, port } => LinuxListener::tcp(host, *port).await,
         }
+    }
+
+    async fn listen_private(&self, path: &str) -> Result<LinuxListener, Errno> {
+        LinuxListener::unix(path, true).await
     }
 
     async fn connect(&self, address: &SocketAddress) -> Result<LinuxStream, Errno> {
@@ -274,6 +307,7 @@ impl Listener for LinuxListener {
         loop {
             let mut ready = self.socket.readable().await.map_err(|e| errno(&e))?;
             match accept_with(&self.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK).map_err(of_rustix) {
+                Ok(socket) if !self.admits(&socket) => {}
                 Ok(socket) => {
                     return LinuxStream::new(socket, matches!(self.address, SocketAddress::Tcp { .. }));
                 }
