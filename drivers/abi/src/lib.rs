@@ -17,6 +17,7 @@
 //! | [`blkif`] | Xen's `io/blkif.h`: block requests and responses, x86_64 layout |
 //! | [`blktap`] | the blktap2 modules: the ring of a block device of dom0, and their ioctls |
 //! | [`nbd`] | the NBD project's `doc/proto.md`: negotiation, requests and replies of network block devices |
+//! | [`tapctl`] | tapdisk3: messages of who controls a tapdisk |
 //! | [`xenbus`] | Xen's `io/xenbus.h`: the states of a device's two ends |
 //! | [`xenstore`] | Xen's `io/xs_wire.h`: messages between xenstored and its clients |
 
@@ -24,5 +25,6 @@ pub mod blkif;
 pub mod blktap;
 pub mod nbd;
 pub mod ring;
+pub mod tapctl;
 pub mod xenbus;
 pub mod xenstore;
