@@ -11,7 +11,8 @@
 //! the earlier one unanswered, and repeat it over the later one.
 
 use crate::{
-    CacheMode, ExchangeError, Lease, Node, Scheduler, SchedulerLimits, SchedulerStats, Slot, WaitReport,
+    CacheMode, ExchangeError, Lease, Node, NodeInfo, Scheduler, SchedulerLimits, SchedulerStats, Slot,
+    WaitReport,
 };
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -47,6 +48,8 @@ pub struct DiskConfig {
 pub struct Disk<H> {
     host: H,
     config: DiskConfig,
+    /// The properties of its image, which every other image in its place has, too.
+    image_info: NodeInfo,
     slot: Slot<H>,
     below: RefCell<Below<H>>,
     /// Summed over all schedulers it has had.
@@ -69,11 +72,11 @@ impl<H: Time + Tasks + Log + Probe> Disk<H> {
             CacheMode::WriteThrough => host.mark(&WRITES_THROUGH),
             CacheMode::Unsafe => host.mark(&FLUSHES_LEFT_OUT),
         }
-        let stats = Rc::default();
+        let (image_info, stats) = (image.info(), Rc::default());
         let below = Below::new(host, image, &config, &stats);
         let slot = Slot::new(host.clone(), config.id, Rc::clone(&below.scheduler) as Rc<dyn Node>);
         let (host, below, steps_before) = (host.clone(), RefCell::new(below), Cell::new(0));
-        Self { host, config, slot, below, stats, steps_before }
+        Self { host, config, image_info, slot, below, stats, steps_before }
     }
 
     /// The node to submit requests to.
@@ -100,6 +103,15 @@ impl<H: Time + Tasks + Log + Probe> Disk<H> {
         &self,
         change: impl AsyncFnOnce(Lease) -> Result<Rc<dyn Node>, E>,
     ) -> Result<Result<(), Errno>, ExchangeError<E>> {
+        let old = self.swap(change).await?;
+        Ok(old.close().await)
+    }
+
+    /// As [`Disk::exchange`], and returns what was below the slot, for the caller to close.
+    pub(crate) async fn swap<E>(
+        &self,
+        change: impl AsyncFnOnce(Lease) -> Result<Rc<dyn Node>, E>,
+    ) -> Result<Rc<dyn Node>, ExchangeError<E>> {
         let swap = async |_: Rc<dyn Node>| {
             let image = Rc::clone(&self.below.borrow().image);
             let uncounted = self.host.bug(&LEASE_UNCOUNTED);
@@ -110,8 +122,15 @@ impl<H: Time + Tasks + Log + Probe> Disk<H> {
             self.steps_before.set(self.steps_before.get() + old.scheduler.order_steps());
             Ok(top)
         };
-        let old = self.slot.exchange(swap).await?;
-        Ok(old.close().await)
+        self.slot.exchange(swap).await
+    }
+
+    pub(crate) fn host(&self) -> &H {
+        &self.host
+    }
+
+    pub(crate) fn image_info(&self) -> NodeInfo {
+        self.image_info
     }
 
     /// The counters, summed over all its schedulers.

@@ -21,6 +21,7 @@ mod disk;
 mod disks;
 mod lease;
 mod node;
+mod park;
 mod request;
 mod scheduler;
 mod slot;
@@ -37,6 +38,7 @@ pub use lease::Lease;
 pub use node::{
     Child, Durable, Extent, LocalBoxFuture, Node, NodeInfo, NodeName, Source, nodes, wait_report,
 };
+pub use park::{ParkError, StandIn, Unfit};
 pub use request::{Op, Request, Response, ZeroFlags};
 pub use scheduler::{Scheduler, SchedulerLimits, SchedulerStats};
 pub use slot::{ExchangeError, Slot};
@@ -44,10 +46,10 @@ pub use tracker::{Access, Space, Ticket, TicketName, Tracker, WaitReport, WaitsF
 
 tap_host::listed! {
     /// The seeded bugs of this crate.
-    pub BUGS: Bug with [disk::BUGS, disks::BUGS, scheduler::BUGS, slot::BUGS];
+    pub BUGS: Bug with [disk::BUGS, disks::BUGS, park::BUGS, scheduler::BUGS, slot::BUGS];
 }
 
 tap_host::listed! {
     /// The marks of this crate.
-    pub MARKS: Mark with [disk::MARKS, scheduler::MARKS, slot::MARKS];
+    pub MARKS: Mark with [disk::MARKS, park::MARKS, scheduler::MARKS, slot::MARKS];
 }
