@@ -8,6 +8,7 @@ use tap_host::{Bug, Mark};
 /// All seeded bugs, crate by crate.
 pub static BUGS: LazyLock<Vec<&'static Bug>> = LazyLock::new(|| {
     let crates = [
+        tap_control::BUGS,
         tap_core::BUGS,
         tap_images::BUGS,
         tap_ring::BUGS,
@@ -21,6 +22,7 @@ pub static BUGS: LazyLock<Vec<&'static Bug>> = LazyLock::new(|| {
 /// All marks, crate by crate.
 pub static MARKS: LazyLock<Vec<&'static Mark>> = LazyLock::new(|| {
     let crates = [
+        tap_control::MARKS,
         tap_core::MARKS,
         tap_images::MARKS,
         tap_ring::MARKS,

@@ -26,6 +26,7 @@ errnos! {
     ENXIO = 6, "no such device or address";
     E2BIG = 7, "argument list too long";
     EBADF = 9, "bad file descriptor";
+    ECHILD = 10, "no child process";
     EAGAIN = 11, "resource temporarily unavailable";
     ENOMEM = 12, "out of memory";
     EACCES = 13, "permission denied";
@@ -64,7 +65,9 @@ errnos! {
     ETIMEDOUT = 110, "timed out";
     ECONNREFUSED = 111, "connection refused";
     EHOSTUNREACH = 113, "no route to host";
+    EALREADY = 114, "already in progress";
     EUCLEAN = 117, "structure needs cleaning";
+    EMEDIUMTYPE = 124, "wrong medium type";
 }
 
 impl fmt::Display for Errno {

@@ -270,6 +270,19 @@ events! {
         /// Why.
         why: &'static str,
     } = Warning, Limited, [18, text(why), 0, 0], "NBD server is gone: {why}";
+    /// A client of the control socket was not heard.
+    ControlDropped {
+        /// Counts connections of the socket, from 1.
+        connection: u64,
+        /// Why.
+        why: &'static str,
+    } = Warning, Limited, [22, connection, text(why), 0], "control connection {connection} dropped: {why}";
+    /// A connection to the control socket could not be accepted.
+    ControlNotAccepted {
+        /// As accept(2).
+        error: Errno,
+    } = Warning, Limited, [23, error.0 as u64, 0, 0],
+        "a control connection could not be accepted: {error}";
 }
 
 /// How a request ended, in words.
@@ -320,7 +333,8 @@ mod tests {
         let refused = Event::FrontendRefused { dom, vbd };
         assert_eq!(refused.words(), [19, 7, 3, 0]);
         assert_eq!((refused.level(), refused.is_limited()), (Level::Warning, true));
-        let (back, gone) = (Event::NbdServerBack { resent: 1 }, Event::NbdServerGone { why: "" });
-        assert_eq!((back.kind() + 1, gone.kind() + 1), (gone.kind(), Event::KINDS));
+        let dropped = Event::ControlDropped { connection: 1, why: "" };
+        let last = Event::ControlNotAccepted { error: Errno::EMFILE };
+        assert_eq!((dropped.kind() + 1, last.kind() + 1), (last.kind(), Event::KINDS));
     }
 }

@@ -8,6 +8,10 @@ pub trait Console {
     fn err(&self, line: &str);
     /// A service has begun: clients can connect. Called once, after the lines that say where.
     fn ready(&self) {}
+    /// Whether people read standard output, rather than programs.
+    fn is_terminal(&self) -> bool {
+        false
+    }
     /// Progress of long work, in bytes; called often.
     fn progress(&self, done_bytes: u64, total_bytes: u64);
 }

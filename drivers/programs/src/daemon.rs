@@ -1,6 +1,7 @@
 //! The command line of `tapdisk`.
 
 use crate::attach::{self, AttachArgs, AttachHost, DetachArgs};
+use crate::control::{self, ControlArgs};
 use crate::help;
 use crate::serve::{self, ServeArgs};
 use crate::xen::{self, GuestHost, XenArgs};
@@ -49,6 +50,10 @@ pub enum Command {
     Attach(AttachArgs),
     /// Takes a block device away
     Detach(DetachArgs),
+    /// Serves disks that tap-ctl opens, over NBD, until the last one is detached, or until it is asked to stop
+    /// (SIGTERM, SIGINT, SIGHUP)
+    #[command(after_help = help::control())]
+    Control(ControlArgs),
 }
 
 impl Command {
@@ -57,6 +62,7 @@ impl Command {
         match self {
             Self::Serve(args) => args.fork,
             Self::Attach(args) => args.fork,
+            Self::Control(args) => args.fork,
             Self::Xen(_) | Self::Detach(_) => false,
         }
     }
@@ -66,6 +72,7 @@ impl Command {
         match self {
             Self::Serve(args) => args.pid_file.as_deref(),
             Self::Attach(args) => args.pid_file.as_deref(),
+            Self::Control(args) => args.pid_file.as_deref(),
             Self::Xen(_) | Self::Detach(_) => None,
         }
     }
@@ -77,6 +84,7 @@ impl Command {
             Self::Xen(args) => &args.run_dir,
             Self::Attach(args) => &args.run_dir,
             Self::Detach(args) => &args.run_dir,
+            Self::Control(args) => &args.run_dir,
         }
     }
 }
@@ -151,6 +159,7 @@ pub async fn run<H: DaemonHost>(
         Command::Xen(args) => xen::run(host, args, tuning, disks, console).await,
         Command::Attach(args) => attach::run(host, args, tuning, &disks, &*console).await,
         Command::Detach(args) => attach::detach(host, args, &*console).await,
+        Command::Control(args) => control::run(host, args, tuning, disks, console).await,
     }
 }
 
@@ -163,6 +172,7 @@ mod tests {
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
         crate::img::Cli::command().debug_assert();
+        crate::ctl::Cli::command().debug_assert();
     }
 
     #[test]

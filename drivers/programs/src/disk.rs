@@ -297,7 +297,22 @@ pub async fn open_disk<H: DiskHost>(
     spec: &DiskSpec,
     options: &DiskOptions,
 ) -> Result<Disk<H>, OpenError> {
-    let image = match spec {
+    let image = open_node(host, formats, spec, options).await?;
+    let config = DiskConfig { id, cache: options.cache, scheduler: options.tuning.scheduler };
+    Ok(Disk::new(host, image, config))
+}
+
+/// Opens the image or export `spec`, without a disk over it.
+///
+/// # Errors
+/// [`OpenError`].
+pub(crate) async fn open_node<H: DiskHost>(
+    host: &H,
+    formats: Formats<H>,
+    spec: &DiskSpec,
+    options: &DiskOptions,
+) -> Result<Rc<dyn Node>, OpenError> {
+    let image: Rc<dyn Node> = match spec {
         DiskSpec::Image(image) => open_image(host, formats, image, options).await?,
         DiskSpec::Nbd { address, export, tls } => {
             let tls = match tls {
@@ -318,8 +333,7 @@ pub async fn open_disk<H: DiskHost>(
             Rc::new(Client::connect(host.clone(), config).await?)
         }
     };
-    let config = DiskConfig { id, cache: options.cache, scheduler: options.tuning.scheduler };
-    Ok(Disk::new(host, options.tuning.image(spec, image), config))
+    Ok(options.tuning.image(spec, image))
 }
 
 async fn open_image<H: ImageHost>(

@@ -19,6 +19,8 @@
 //! | [`daemon`] | `tapdisk` |
 //! | [`serve`] | `tapdisk serve` |
 //! | [`xen`] | `tapdisk xen` |
+//! | [`control`] | `tapdisk control` |
+//! | [`ctl`] | `tap-ctl` |
 //! | [`attach`] | `tapdisk attach`, `tapdisk detach` |
 //! | [`tuning`] | settings that are not on the command line |
 //! | [`vdev`] | guests' names of disks |
@@ -27,6 +29,8 @@
 
 pub mod attach;
 mod console;
+pub mod control;
+pub mod ctl;
 pub mod daemon;
 pub mod disk;
 mod help;
@@ -46,10 +50,10 @@ pub use tuning::Tuning;
 
 tap_host::listed! {
     /// The seeded bugs of this crate.
-    pub BUGS: Bug with [attach::BUGS, img::BUGS, xen::BUGS];
+    pub BUGS: Bug with [attach::BUGS, control::BUGS, ctl::BUGS, img::BUGS, xen::BUGS];
 }
 
 tap_host::listed! {
     /// The marks of this crate.
-    pub MARKS: Mark with [attach::MARKS, disk::MARKS, serve::MARKS, xen::MARKS];
+    pub MARKS: Mark with [attach::MARKS, control::MARKS, ctl::MARKS, disk::MARKS, serve::MARKS, xen::MARKS];
 }

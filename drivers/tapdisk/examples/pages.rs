@@ -1,4 +1,4 @@
-//! Writes the man pages and shell completions of both programs, from their command lines:
+//! Writes the man pages and shell completions of the programs, from their command lines:
 //! `cargo run -p tapdisk --example pages -- FOLDER` fills `FOLDER/usr/share` as packages do.
 
 use clap::{Command, CommandFactory};
@@ -18,7 +18,12 @@ const MANUALS: &str = "usr/share/man/man1";
 
 fn main() -> Result<(), Box<dyn Error>> {
     let folder = std::env::args_os().nth(1).ok_or("which folder?")?;
-    for command in [tap_programs::daemon::Cli::command(), tap_programs::img::Cli::command()] {
+    let all = [
+        tap_programs::daemon::Cli::command(),
+        tap_programs::ctl::Cli::command(),
+        tap_programs::img::Cli::command(),
+    ];
+    for command in all {
         write(command.version(VERSION), Path::new(&folder))?;
     }
     Ok(())

@@ -106,6 +106,10 @@ impl Console for Terminal {
         let _ = writeln!(stderr(), "{line}");
     }
 
+    fn is_terminal(&self) -> bool {
+        !self.serves && stdout().is_terminal()
+    }
+
     fn ready(&self) {
         let Some(starting) = self.starting.take() else { return };
         // What was said so far belongs to the caller.

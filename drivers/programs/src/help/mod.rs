@@ -17,6 +17,16 @@ pub(crate) fn attach() -> String {
     filled(include_str!("attach.txt"))
 }
 
+/// After the help of `tapdisk control`.
+pub(crate) fn control() -> String {
+    filled(include_str!("control.txt"))
+}
+
+/// After the help of `tap-ctl`.
+pub(crate) fn ctl() -> String {
+    filled(include_str!("ctl.txt"))
+}
+
 /// After the help of `tap-img`.
 pub(crate) fn img() -> String {
     filled(include_str!("img.txt"))
@@ -37,12 +47,13 @@ mod tests {
     #[test]
     fn help_texts_name_every_format_and_have_no_placeholder_left() {
         let [serve, xen, attach, img] = [serve(), xen(), attach(), img()];
+        let [control, ctl] = [control(), ctl()];
         for format in SHIPPED {
-            assert!([&serve, &attach].iter().all(|text| text.contains(&format!("{format}:PATH"))));
+            assert!([&serve, &attach, &ctl].iter().all(|text| text.contains(&format!("{format}:PATH"))));
             assert!(img.contains(&format!("{format} (")));
         }
         let left = ["{specs}", "{formats}"];
-        let all = [serve, xen, attach, img];
+        let all = [serve, xen, attach, img, control, ctl];
         assert!(all.iter().all(|text| !left.iter().any(|name| text.contains(name)) && !text.ends_with('\n')));
     }
 }

@@ -1,6 +1,7 @@
 //! `tapdisk` as a process of a simulated machine.
 
 mod attach;
+mod control;
 mod guests;
 mod serve;
 

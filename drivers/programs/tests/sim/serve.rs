@@ -18,7 +18,7 @@ async fn client(kernel: &Kernel, name: &str) -> Result<Rc<dyn Node>, String> {
     Ok(disk.node())
 }
 
-fn bytes(fill: u8, sectors: usize) -> IoVec {
+pub(crate) fn bytes(fill: u8, sectors: usize) -> IoVec {
     let mut buf = IoBuf::unpooled(sectors * 512).unwrap();
     buf.fill(fill);
     smallvec![buf]

@@ -11,7 +11,7 @@ use tap_linux::{
 use tap_programs::daemon::{AioArg, Cli, Command, MAX_DISKS, run};
 use tap_programs::usage;
 use tap_programs::{Console, Disks, Tuning};
-use tapdisk::{Terminal, VERSION};
+use tapdisk::{Terminal, VERSION, make_control_folder};
 
 /// Exit status if the command line cannot be parsed.
 const UNUSABLE: u8 = 2;
@@ -65,6 +65,9 @@ fn serve(cli: Cli, starting: Option<Starting>) -> Result<u8, String> {
         },
         ..Options::default()
     };
+    if let Command::Control(args) = &cli.command {
+        make_control_folder(&args.folder)?;
+    }
     if let Command::Attach(_) = &cli.command {
         // Without it the kernel may wait for our device to give it memory. Without permission it is only less safe.
         let _refused = writes_for_the_kernel();

@@ -7,6 +7,7 @@ mod alike;
 mod bad;
 mod check;
 mod client;
+mod control;
 mod crash;
 mod fork;
 mod peers;
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
     bad::tests(&mut add);
     alike::tests(&mut add);
     fork::tests(&mut add);
+    control::tests(&mut add);
     check::tests(&mut add);
     tls::tests(&mut add);
     trials.extend(space::tests());

@@ -1,0 +1,232 @@
+//! The end of tap-ctl.
+
+use crate::wire::{Received, receive_message, receive_text, send};
+use std::future::Future;
+use tap_abi::tapctl::{ALL, Announced, Entry, Kind, Message, Outcome};
+use tap_host::{Errno, Probe, SocketAddress, Sockets, Stream, Time, unless};
+use zerocopy::IntoBytes;
+
+/// Most disks that a list may announce.
+const DISKS_MAX: usize = 65_536;
+/// Longest text that is taken, in bytes.
+const TEXT_MAX: u64 = 1 << 20;
+
+/// Why a tapdisk did not do what it was asked for; the text continues "failed to".
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum CallError {
+    /// Nobody is there.
+    #[error("reach the tapdisk at {path}: {error}{}", hint(*error))]
+    Connect {
+        /// The control socket.
+        path: String,
+        /// As connect(2).
+        error: Errno,
+    },
+    /// The connection broke.
+    #[error("talk to the tapdisk at {path}: {error}")]
+    Broken {
+        /// The control socket.
+        path: String,
+        /// As send(2) or recv(2).
+        error: Errno,
+    },
+    /// It sent less than an answer.
+    #[error("get an answer from {path}: it ended after {bytes} bytes; is it a tapdisk of another version?")]
+    Ended {
+        /// The control socket.
+        path: String,
+        /// Bytes of a message that had arrived.
+        bytes: usize,
+    },
+    /// It did not answer in time. It may still do what it was asked for.
+    #[error("get an answer from {path} within {seconds} s; it may still carry the request out")]
+    Late {
+        /// The control socket.
+        path: String,
+        /// How long was waited.
+        seconds: u64,
+    },
+    /// It answered something else.
+    #[error("understand the answer from {path}: it is message {number}; is it a tapdisk of another version?")]
+    Strange {
+        /// The control socket.
+        path: String,
+        /// The number of the message's kind.
+        number: u16,
+    },
+    /// It refused.
+    #[error("{words}")]
+    Refused {
+        /// Why.
+        error: Errno,
+        /// In its words.
+        words: String,
+    },
+}
+
+fn hint(error: Errno) -> &'static str {
+    match error {
+        Errno::ENOENT => "; there is no such process, tap-ctl list shows those that are",
+        Errno::ECONNREFUSED => "; that process has ended",
+        Errno::EACCES => "; only root, and the user that it runs as, may",
+        _ => "",
+    }
+}
+
+impl CallError {
+    /// The number for it: that of the failed call, or the tapdisk's own.
+    pub fn errno(&self) -> Errno {
+        match self {
+            Self::Connect { error, .. } | Self::Broken { error, .. } | Self::Refused { error, .. } => *error,
+            Self::Ended { .. } => Errno::EIO,
+            Self::Late { .. } => Errno::ETIMEDOUT,
+            Self::Strange { .. } => Errno::EINVAL,
+        }
+    }
+}
+
+/// The parts of a host that clients use.
+pub trait ClientHost: Sockets + Time + Probe {}
+impl<T: Sockets + Time + Probe> ClientHost for T {}
+
+/// A tapdisk's control socket.
+#[derive(Clone, Debug)]
+pub struct Tapdisk<H> {
+    /// The caller's host.
+    pub host: H,
+    /// The path of the socket.
+    pub path: String,
+    /// How long to wait for an answer, in seconds; 0 for ever.
+    pub limit_s: u64,
+}
+
+impl<H: ClientHost> Tapdisk<H> {
+    /// Sends `request`, and returns the answer, which is of the kind that the request is answered with.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    pub async fn call(&self, request: &Message) -> Result<Message, CallError> {
+        self.within(async {
+            let stream = self.ask(request).await?;
+            let answer = self.next(&stream).await?;
+            self.expect(answer, request)
+        })
+        .await
+    }
+
+    /// The process's disks: minor number, state and `TYPE:PATH`, which is empty without an image.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    pub async fn list(&self) -> Result<Vec<Entry>, CallError> {
+        let request = Message::new(Kind::List, ALL);
+        self.within(async {
+            let stream = self.ask(&request).await?;
+            let mut disks = Vec::new();
+            loop {
+                let answer = self.next(&stream).await?;
+                let entry: Entry = self.expect(answer, &request)?.body();
+                if entry.count.get() <= 0 {
+                    return Ok(disks);
+                }
+                if disks.len() == DISKS_MAX {
+                    return Err(self.strange(Kind::ListRsp.number()));
+                }
+                disks.push(entry);
+            }
+        })
+        .await
+    }
+
+    /// The counters of the disk `minor`, as JSON.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    pub async fn stats(&self, minor: u16) -> Result<String, CallError> {
+        let request = Message::new(Kind::Stats, minor);
+        self.within(async {
+            let stream = self.ask(&request).await?;
+            let answer = self.next(&stream).await?;
+            let length = self.expect(answer, &request)?.body::<Announced>().length.get();
+            if length > TEXT_MAX {
+                return Err(self.strange(Kind::StatsRsp.number()));
+            }
+            let text = receive_text(&stream, usize::try_from(length).expect("it is small")).await;
+            text.map_err(|error| self.broken(error))?.ok_or_else(|| self.strange(Kind::StatsRsp.number()))
+        })
+        .await
+    }
+
+    /// Asks a process without disks to end.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    pub async fn exit(&self) -> Result<(), CallError> {
+        let request = Message::new(Kind::Exit, ALL);
+        self.within(async {
+            let stream = self.ask(&request).await?;
+            match receive_message(&self.host, &stream).await {
+                Ok(Received::Message(answer)) => self.expect(*answer, &request).map(drop),
+                Ok(Received::Ended(_)) => Ok(()),
+                Err(error) => Err(self.broken(error)),
+            }
+        })
+        .await
+    }
+
+    async fn within<T>(&self, work: impl Future<Output = Result<T, CallError>>) -> Result<T, CallError> {
+        let limit = async {
+            match self.limit_s {
+                0 => std::future::pending().await,
+                seconds => self.host.sleep_ns(seconds.saturating_mul(1_000_000_000)).await,
+            }
+        };
+        let late = || CallError::Late { path: self.path.clone(), seconds: self.limit_s };
+        unless(limit, work).await.unwrap_or_else(|| Err(late()))
+    }
+
+    async fn ask(&self, request: &Message) -> Result<H::Stream, CallError> {
+        let address = SocketAddress::Unix(self.path.clone());
+        let stream = self.host.connect(&address).await;
+        let stream = stream.map_err(|error| CallError::Connect { path: self.path.clone(), error })?;
+        send(&stream, request.as_bytes()).await.map_err(|error| self.broken(error))?;
+        Ok(stream)
+    }
+
+    async fn next(&self, stream: &impl Stream) -> Result<Message, CallError> {
+        match receive_message(&self.host, stream).await {
+            Ok(Received::Message(message)) => Ok(*message),
+            Ok(Received::Ended(bytes)) => Err(CallError::Ended { path: self.path.clone(), bytes }),
+            Err(error) => Err(self.broken(error)),
+        }
+    }
+
+    /// `answer`, if it is one to `request` that says that it was done.
+    fn expect(&self, answer: Message, request: &Message) -> Result<Message, CallError> {
+        let wanted = request.kind().and_then(Kind::answer);
+        match answer.kind() {
+            Some(kind) if Some(kind) == wanted => Ok(answer),
+            Some(Kind::Error) => Err(refused(&answer, request)),
+            _ => Err(self.strange(answer.number())),
+        }
+    }
+
+    fn broken(&self, error: Errno) -> CallError {
+        CallError::Broken { path: self.path.clone(), error }
+    }
+
+    fn strange(&self, number: u16) -> CallError {
+        CallError::Strange { path: self.path.clone(), number }
+    }
+}
+
+/// The tapdisk's refusal; those of others have no words, and some have negative numbers.
+fn refused(answer: &Message, request: &Message) -> CallError {
+    let outcome: Outcome = answer.body();
+    let error = Errno(outcome.error.get().checked_abs().filter(|&error| error != 0).unwrap_or(Errno::EIO.0));
+    let words = match outcome.message.as_str() {
+        Some(words) if !words.is_empty() => words.to_owned(),
+        _ => format!("have tapdisk do {request:?}: {error}"),
+    };
+    CallError::Refused { error, words }
+}

@@ -1,0 +1,114 @@
+//! `tapdisk control`: disks that tap-ctl opens and closes, each served over NBD.
+//!
+//! ```text
+//!   tap-ctl ──► ctl<pid> ──► Vbds ── attach, detach ──► Vbd ── open, pause, resume, close ──► Disk
+//!                                                        │                                     ▲
+//!   qemu, nbd-client ──► nbd<pid>.<minor> ──► Server ────┴─────────────────────────────────────┘
+//! ```
+//!
+//! # Contract
+//!
+//! * A minor number belongs to one process at a time: it has the marker that `tap-ctl allocate` makes locked from
+//!   attach to detach.
+//! * Requests about one disk are carried out one after the other, those about several at the same time.
+//! * A paused disk has no image open: its file can be changed, renamed or replaced. Those who use the disk notice a
+//!   delay, never an error, and never another size or mode. A pause that does not come about in time leaves the disk
+//!   running.
+//! * A resume that fails leaves the disk running with the image that it had, if that can be opened; otherwise it stays
+//!   paused.
+//! * The process ends when it is asked to, or with the last minor number that is detached.
+
+mod open;
+mod refusal;
+mod settings;
+mod vbd;
+mod vbds;
+
+use crate::disk::{DiskHost, ImageArgs, memory_summary};
+use crate::{Console, Tuning};
+use clap::Args;
+use std::path::PathBuf;
+use std::rc::Rc;
+use tap_control::{Control, FOLDER, socket_of};
+use tap_core::Disks;
+use tap_host::{Errno, Signals, select};
+use vbds::Vbds;
+
+tap_host::listed! {
+    pub(super) BUGS: Bug with [vbd::BUGS, vbds::BUGS];
+}
+
+tap_host::listed! {
+    pub(super) MARKS: Mark with [vbd::MARKS, vbds::MARKS];
+}
+
+/// The parts of a host that controlled disks use.
+pub trait ControlledHost: DiskHost + Signals {}
+impl<T: DiskHost + Signals> ControlledHost for T {}
+
+/// The command line of `tapdisk control`. The main carries out `fork` and `pid_file` before there is a host; in a world
+/// they have no effect.
+#[derive(Args, Clone, Debug)]
+pub struct ControlArgs {
+    /// Folder of control sockets, NBD sockets and minor numbers
+    #[arg(long, value_name = "FOLDER", default_value = FOLDER)]
+    pub folder: String,
+    /// Folder for the records of files that lost data, for the next tapdisk; on a tmpfs
+    #[arg(long, value_name = "FOLDER", default_value = "/run/tapdisk")]
+    pub run_dir: PathBuf,
+    #[command(flatten)]
+    images: ImageArgs,
+    /// Limit of NBD clients of one disk at one time
+    #[arg(long, default_value_t = 4, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    connections: u16,
+    /// How long a disk may take to pause; if it takes longer, it goes on
+    #[arg(long, default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
+    pause_limit: u32,
+    /// Return once the control socket is there, and serve in the background; with the status 1 and a message if that
+    /// failed
+    #[arg(long)]
+    pub fork: bool,
+    /// File for the number of the serving process; removed at the end
+    #[arg(long, value_name = "FILE")]
+    pub pid_file: Option<PathBuf>,
+}
+
+/// Runs `tapdisk control` until it is asked to stop or its last disk is detached, and returns its exit status.
+pub async fn run<H: ControlledHost>(
+    host: H,
+    args: ControlArgs,
+    tuning: Tuning,
+    disks: Disks<H>,
+    console: Rc<dyn Console>,
+) -> u8 {
+    // Registered before the socket exists: a process that sees the socket may send a signal.
+    let stopped = host.asked_to_stop();
+    let path = socket_of(&args.folder, host.process_id());
+    let listener = match host.listen_private(&path).await {
+        Ok(listener) => listener,
+        Err(error) => {
+            let hint = match error {
+                Errno::ENOENT => "; make the folder, or name another with --folder",
+                _ => "",
+            };
+            console.err(&format!("tapdisk: failed to listen at {path}: {error}{hint}"));
+            return 1;
+        }
+    };
+    // The line that whoever starts a tapdisk reads: before it is ready, and nothing else.
+    console.out(&path);
+    console.ready();
+    let memory = args.images.budget(&tuning);
+    let vbds = Rc::new(Vbds::new(host.clone(), args, memory.clone(), tuning, disks, Rc::clone(&console)));
+    let ended = async {
+        select(stopped, vbds.last_detached()).await;
+    };
+    Control::new(host, Rc::clone(&vbds)).serve(listener, ended).await;
+    let mut status = 0;
+    for failure in vbds.close_all().await {
+        console.err(&format!("tapdisk: failed to {failure}"));
+        status = 1;
+    }
+    console.out(&memory_summary(&memory));
+    status
+}

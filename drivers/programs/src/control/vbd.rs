@@ -1,0 +1,355 @@
+//! One disk of a minor number.
+//!
+//! ```text
+//!             open                pause             resume
+//!   attached ──────► running ──────────────► paused ──────► running
+//!      ▲                └──────── close ────────┘
+//!      └───────────────────────────┘
+//! ```
+
+use super::ControlledHost;
+use super::open::{Asked, spec_of};
+use super::refusal::Refusal;
+use super::settings::Settings;
+use crate::disk::{DiskOptions, OpenError, open_disk, open_node};
+use crate::spec::DiskSpec;
+use serde_json::json;
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use tap_abi::tapctl::{Entry, Image, Params, Text, state};
+use tap_core::wait::{Receiver, Semaphore, joined};
+use tap_core::{Disk, Listed, Node, ParkError};
+use tap_host::{Errno, SECTOR_BYTES, SocketAddress, VbdId};
+use tap_images::Formats;
+use tap_nbd::{Export, Server, ServerLimits};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    RESUMED_WITHOUT = "resumed-without", "a disk whose image cannot be opened again lets requests through without one";
+    RESUME_KEEPS_NAME = "resume-keeps-name", "a disk that was resumed with another image opens the first one at the next resume";
+    UNMARKED_LATER = "unmarked-later", "a detach is answered before others can have the minor number";
+    PAUSED_CLOSE_WAITS = "paused-close-waits", "the close of a paused disk waits for requests that the pause holds";
+}
+
+tap_host::listed! {
+    pub(super) MARKS: Mark;
+    RESUMED_ELSEWHERE = "resumed-elsewhere", "a disk was resumed with another image";
+    RESUME_REFUSED = "resume-refused", "a resume failed, and the disk went on with the image that it had";
+    RESUME_FAILED = "resume-failed", "a resume failed, and the disk stayed paused";
+    CLOSED_PAUSED = "closed-paused", "a paused disk was closed";
+}
+
+/// A minor number of this process.
+pub(super) struct Vbd<H: ControlledHost> {
+    minor: u16,
+    /// Its requests take turns.
+    pub turn: Semaphore,
+    open: RefCell<Option<Rc<Open<H>>>>,
+    was_open: Cell<bool>,
+    /// Nobody else has the minor number as long as this is open, and locked.
+    marker: RefCell<Option<H::File>>,
+}
+
+/// Whether an open disk runs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Running,
+    Pausing,
+    Paused,
+    /// Paused, and an image could not be opened.
+    Stranded,
+}
+
+/// An open disk.
+struct Open<H: ControlledHost> {
+    options: DiskOptions,
+    /// As tap-ctl gave it.
+    name: RefCell<String>,
+    stage: Cell<Stage>,
+    disk: Rc<Disk<H>>,
+    listed: RefCell<Listed<H>>,
+    server: Server<H>,
+    /// Completes when the server has ended.
+    served: RefCell<Option<Receiver<()>>>,
+}
+
+impl<H: ControlledHost> Vbd<H> {
+    pub(super) fn new(minor: u16, marker: H::File) -> Self {
+        let (turn, open, was_open) = (Semaphore::new(1), RefCell::default(), Cell::new(false));
+        Self { minor, turn, open, was_open, marker: RefCell::new(Some(marker)) }
+    }
+
+    /// Gives the minor number back; afterwards others can have it.
+    pub(super) async fn unmark(&self, host: &H) {
+        drop(self.marker.take());
+        if !host.bug(&UNMARKED_LATER) {
+            host.closed().await;
+        }
+    }
+
+    pub(super) fn is_open(&self) -> bool {
+        self.open.borrow().is_some()
+    }
+
+    fn opened(&self, what: &str) -> Result<Rc<Open<H>>, Refusal> {
+        let open = self.open.borrow().clone();
+        open.ok_or_else(|| Refusal::new(Errno::EINVAL, format!("{what}: it has no image open")))
+    }
+
+    /// Its line in a list.
+    pub(super) fn entry(&self) -> Entry {
+        let open = self.open.borrow();
+        let state = match open.as_ref().map(|open| open.stage.get()) {
+            None if self.was_open.get() => state::CLOSED,
+            None | Some(Stage::Running) => 0,
+            Some(Stage::Pausing) => state::PAUSE_REQUESTED | state::QUIESCE_REQUESTED,
+            Some(Stage::Paused) => PAUSED,
+            Some(Stage::Stranded) => PAUSED | state::RESUME_FAILED,
+        };
+        let path = open.as_ref().map_or_else(|| Text::cut(""), |open| Text::cut(&open.name.borrow()));
+        Entry { minor: i32::from(self.minor).into(), state: state.into(), path, ..Entry::default() }
+    }
+
+    /// Its size.
+    pub(super) fn image(&self) -> Result<Image, Refusal> {
+        let info = self.opened(&format!("describe minor {}", self.minor))?.disk.slot().info();
+        let (sectors, sector_size) = (info.size_sectors.into(), (SECTOR_BYTES as u32).into());
+        Ok(Image { sectors, sector_size, ..Image::default() })
+    }
+
+    /// Opens an image, and serves it.
+    pub(super) async fn open(&self, settings: &Settings<H>, params: &Params) -> Result<Image, Refusal> {
+        let what = format!("open minor {}", self.minor);
+        if let Some(open) = &*self.open.borrow() {
+            return Err(Refusal::new(Errno::EALREADY, format!("{what}: it has {} open", open.name.borrow())));
+        }
+        let asked = Asked::of(params, &what)?;
+        let spec = spec_of(&asked.name, &what)?;
+        let options = settings.options(asked.read_only, asked.direct);
+        let open = self.serve(settings, asked.name, spec, options).await?;
+        self.was_open.set(true);
+        *self.open.borrow_mut() = Some(Rc::new(open));
+        self.image()
+    }
+
+    async fn serve(
+        &self,
+        settings: &Settings<H>,
+        name: String,
+        spec: DiskSpec,
+        options: DiskOptions,
+    ) -> Result<Open<H>, Refusal> {
+        let (host, tuning) = (&settings.host, &settings.tuning);
+        let listed = settings.disks.reserve(&self.minor.to_string());
+        let mut listed = listed.map_err(|why| Refusal::new(Errno::EMFILE, why.to_string()))?;
+        let disk = open_disk(host, Formats::shipped(), VbdId(u32::from(self.minor)), &spec, &options).await;
+        let disk = Rc::new(disk.map_err(|error| refused(&error))?);
+        listed.fill(&name, &disk);
+        let exported = self.export(settings, tuning.disk(&spec, disk.node()), !options.write).await;
+        let (server, served) = match exported {
+            Ok(exported) => exported,
+            Err(why) => {
+                // Nothing was written: what an error of the close could lose is not there.
+                let _nothing_lost = disk.close().await;
+                return Err(why);
+            }
+        };
+        Ok(Open {
+            options,
+            name: RefCell::new(name),
+            stage: Cell::new(Stage::Running),
+            disk,
+            listed: RefCell::new(listed),
+            server,
+            served: RefCell::new(Some(served)),
+        })
+    }
+
+    /// Serves `node` over NBD.
+    async fn export(
+        &self,
+        settings: &Settings<H>,
+        node: Rc<dyn Node>,
+        read_only: bool,
+    ) -> Result<(Server<H>, Receiver<()>), Refusal> {
+        let (host, minor) = (&settings.host, self.minor);
+        let export = Export { name: String::new(), description: format!("minor {minor}"), node, read_only };
+        let limits = ServerLimits { connections: settings.connections(), ..settings.tuning.server };
+        let server = Server::new(host.clone(), vec![export], limits, &settings.memory);
+        let server = server.map_err(|why| Refusal::new(Errno::ENOMEM, why.to_string()))?;
+        let path = settings.nbd_socket(minor);
+        let listener = host.listen_private(&path).await.map_err(|error| {
+            let address = SocketAddress::Unix(path);
+            Refusal::new(error, format!("open minor {minor}: listen at {address}: {error}"))
+        })?;
+        let own = server.clone();
+        let (task, served) = joined(async move { own.serve(listener).await });
+        host.spawn("nbd socket", u64::from(minor), task);
+        Ok((server, served))
+    }
+
+    /// Lets no more requests through, and closes the image.
+    pub(super) async fn pause(&self, settings: &Settings<H>) -> Result<(), Refusal> {
+        let what = format!("pause minor {}", self.minor);
+        let open = self.opened(&what)?;
+        if open.stage.get() != Stage::Running {
+            return Ok(());
+        }
+        open.stage.set(Stage::Pausing);
+        let limit = settings.host.sleep_ns(settings.pause_limit_s() * 1_000_000_000);
+        let parked = open.disk.park(limit).await;
+        open.stage.set(if parked.is_ok() { Stage::Paused } else { Stage::Running });
+        match parked {
+            Ok(Ok(())) => Ok(()),
+            // Everything was made durable before.
+            Ok(Err(error)) => {
+                let words =
+                    format!("{what}: close {}: {error}; it is paused nevertheless", open.name.borrow());
+                settings.console.err(&format!("tapdisk: failed to {words}"));
+                Ok(())
+            }
+            Err(ParkError::Late) => {
+                let seconds = settings.pause_limit_s();
+                let words = format!("{what}: its requests did not end within {seconds} s; it goes on");
+                Err(Refusal::new(Errno::ETIMEDOUT, words))
+            }
+            Err(ParkError::Flush(error)) => {
+                Err(Refusal::new(error, format!("{what}: flush it: {error}; it goes on")))
+            }
+            Err(ParkError::Closed) => Err(Refusal::new(Errno::ESHUTDOWN, format!("{what}: it is closed"))),
+        }
+    }
+
+    /// Opens the image again, or another one, and lets requests through.
+    pub(super) async fn resume(&self, settings: &Settings<H>, params: &Params) -> Result<(), Refusal> {
+        let what = format!("resume minor {}", self.minor);
+        let open = self.opened(&what)?;
+        if open.stage.get() == Stage::Running {
+            return Err(Refusal::new(Errno::EINVAL, format!("{what}: it is not paused")));
+        }
+        let asked = Asked::of(params, &what)?;
+        let old = open.name.borrow().clone();
+        let name = if asked.name.is_empty() { old.clone() } else { asked.name };
+        let Err(why) = self.resume_with(settings, &open, &name, &what).await else {
+            if name != old {
+                settings.host.mark(&RESUMED_ELSEWHERE);
+            }
+            return Ok(());
+        };
+        let back = match name == old {
+            true => Err(why.clone()),
+            false => self.resume_with(settings, &open, &old, &what).await,
+        };
+        let Err(second) = back else {
+            settings.host.mark(&RESUME_REFUSED);
+            return Err(Refusal::new(why.error, format!("{}; it goes on with {old}", why.words)));
+        };
+        settings.host.mark(&RESUME_FAILED);
+        open.stage.set(Stage::Stranded);
+        if settings.host.bug(&RESUMED_WITHOUT) {
+            let _closed = open.disk.slot().resume();
+        }
+        let words = match name == old {
+            true => format!("{}; it stays paused", why.words),
+            false => {
+                format!("{}; it stays paused, because {old} cannot be opened: {}", why.words, second.error)
+            }
+        };
+        Err(Refusal::new(why.error, words))
+    }
+
+    async fn resume_with(
+        &self,
+        settings: &Settings<H>,
+        open: &Open<H>,
+        name: &str,
+        what: &str,
+    ) -> Result<(), Refusal> {
+        let spec = spec_of(name, what)?;
+        let node = open_node(&settings.host, Formats::shipped(), &spec, &open.options).await;
+        let node = node.map_err(|error| refused(&error))?;
+        let fit = match open.disk.fit(Rc::clone(&node)) {
+            Ok(fit) => fit,
+            Err(why) => {
+                // It was only looked at.
+                let _unused = node.close().await;
+                let words = format!("{what}: {name} cannot stand in for the disk's image: {why}");
+                return Err(Refusal::new(Errno::EMEDIUMTYPE, words));
+            }
+        };
+        if let Err(error) = open.disk.unpark(fit).await {
+            let _unused = node.close().await;
+            return Err(Refusal::new(Errno::ESHUTDOWN, format!("{what}: {error}")));
+        }
+        open.stage.set(Stage::Running);
+        if !settings.host.bug(&RESUME_KEEPS_NAME) {
+            name.clone_into(&mut open.name.borrow_mut());
+        }
+        open.listed.borrow_mut().fill(name, &open.disk);
+        Ok(())
+    }
+
+    /// Stops serving the image and closes it. With `force` the requests that are in flight are not waited for by their
+    /// clients: those that a pause holds fail, and so do new ones.
+    pub(super) async fn close(&self, settings: &Settings<H>, force: bool) -> Result<(), Refusal> {
+        let Some(open) = self.open.take() else { return Ok(()) };
+        let paused = open.stage.get() != Stage::Running;
+        if paused {
+            settings.host.mark(&CLOSED_PAUSED);
+        }
+        let waits = !force && (!paused || settings.host.bug(&PAUSED_CLOSE_WAITS));
+        let closed = if waits {
+            open.server.stop().await;
+            open.disk.close().await
+        } else {
+            // Requests that are held fail once the disk is closed; the clients are told before they are let go.
+            let closed = open.disk.close().await;
+            open.server.stop().await;
+            closed
+        };
+        let served = open.served.take();
+        if let Some(served) = served {
+            served.await;
+        }
+        closed.map_err(|error| {
+            let name = open.name.borrow();
+            let words = format!("close {name}: {error}; data written since the last flush may be lost");
+            Refusal::new(error, words)
+        })
+    }
+
+    /// Its counters, as JSON.
+    pub(super) fn stats(&self) -> Result<String, Refusal> {
+        let open = self.opened(&format!("count what minor {} did", self.minor))?;
+        let (stats, name) = (open.disk.stats(), open.name.borrow());
+        let info = open.disk.slot().info();
+        let text = json!({
+            "name": *name,
+            "secs": [stats.sectors_read, stats.sectors_written],
+            "images": [{ "name": *name, "hits": [stats.sectors_read, stats.sectors_written] }],
+            "state": open.disk.slot().state(),
+            "size_sectors": info.size_sectors,
+            "read_only": info.read_only,
+            "in_flight": open.disk.slot().in_flight(),
+            "waiting": open.disk.slot().waiting(),
+            "reads": stats.reads,
+            "writes": stats.writes,
+            "flushes": stats.flushes,
+            "zeroes": stats.zeroes,
+            "discards": stats.discards,
+            "sectors_zeroed": stats.sectors_zeroed,
+            "sectors_discarded": stats.sectors_discarded,
+            "merged": stats.merged,
+            "retries": stats.retries,
+            "errors": stats.errors,
+            "nbd_clients": open.server.connections(),
+        });
+        Ok(text.to_string())
+    }
+}
+
+const PAUSED: i32 = state::PAUSED | state::PAUSE_REQUESTED | state::QUIESCED | state::CLOSED;
+
+fn refused(error: &OpenError) -> Refusal {
+    Refusal::new(error.errno().unwrap_or(Errno::EIO), error.to_string())
+}

@@ -1,0 +1,246 @@
+//! The minor numbers of a process, and what is asked of them.
+
+use super::refusal::Refusal;
+use super::settings::Settings;
+use super::vbd::Vbd;
+use super::{ControlArgs, ControlledHost};
+use crate::{Console, Tuning};
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use tap_abi::tapctl::{ALL, Kind, Message, Minors, Params, PidOf};
+use tap_control::{Answer, Verbs};
+use tap_core::Disks;
+use tap_core::wait::{Event as Flag, Permit};
+use tap_host::{Budget, Errno, File, LockKind, OpenMode};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    DETACHED_OPEN = "detached-open", "a minor number is given up although its disk is open";
+    TURN_UNCHECKED = "turn-unchecked", "a disk is opened at a minor number that was given up while the request waited";
+    ATTACHED_UNMARKED = "attached-unmarked", "a minor number is taken although another process has it";
+}
+
+tap_host::listed! {
+    pub(super) MARKS: Mark;
+    LAST_DETACHED = "last-detached", "a controlled tapdisk ended with its last minor number";
+    MINOR_TAKEN = "minor-taken", "a minor number was refused because another process has it";
+    DETACH_BUSY = "detach-busy", "a minor number was not given up because its disk was open";
+}
+
+/// Limit of minor numbers that one process has.
+const MINORS_MAX: usize = 1024;
+
+/// The minor numbers of a process.
+pub(super) struct Vbds<H: ControlledHost> {
+    settings: Settings<H>,
+    /// `None` while one is being taken.
+    all: RefCell<BTreeMap<u16, Option<Rc<Vbd<H>>>>>,
+    /// Set once the last one was given up, or the process was told that it gets none.
+    ended: Flag,
+}
+
+impl<H: ControlledHost> Vbds<H> {
+    pub(super) fn new(
+        host: H,
+        args: ControlArgs,
+        memory: Budget,
+        tuning: Tuning,
+        disks: Disks<H>,
+        console: Rc<dyn Console>,
+    ) -> Self {
+        let settings = Settings { host, tuning, disks, console, memory, args };
+        Self { settings, all: RefCell::default(), ended: Flag::new() }
+    }
+
+    /// Completes once a minor number was given up and none is left.
+    pub(super) async fn last_detached(&self) {
+        self.ended.wait().await;
+    }
+
+    /// Closes all disks; returns what could not be done.
+    pub(super) async fn close_all(&self) -> Vec<String> {
+        let all: Vec<_> = self.all.borrow().values().flatten().cloned().collect();
+        let mut failures = Vec::new();
+        for vbd in all {
+            let _turn = vbd.turn.acquire().await;
+            failures.extend(vbd.close(&self.settings, false).await.err().map(|why| why.words));
+        }
+        failures
+    }
+
+    fn get(&self, minor: u16, what: &str) -> Result<Rc<Vbd<H>>, Refusal> {
+        let vbd = self.all.borrow().get(&minor).cloned().flatten();
+        vbd.ok_or_else(|| {
+            let words = format!("{what} minor {minor}: this tapdisk has not attached it");
+            Refusal::new(Errno::ENODEV, words)
+        })
+    }
+
+    /// The same, once the requests about it that came before have been carried out.
+    async fn turn(&self, minor: u16, what: &str) -> Result<(Rc<Vbd<H>>, Permit), Refusal> {
+        let vbd = self.get(minor, what)?;
+        let turn = vbd.turn.acquire().await;
+        // One of them may have given it up.
+        if self.settings.host.bug(&TURN_UNCHECKED) || Rc::ptr_eq(&vbd, &self.get(minor, what)?) {
+            return Ok((vbd, turn));
+        }
+        Err(Refusal::new(Errno::ENODEV, format!("{what} minor {minor}: it was detached meanwhile")))
+    }
+
+    async fn attach(&self, minor: u16) -> Result<(), Refusal> {
+        let what = format!("attach minor {minor}");
+        if self.all.borrow().contains_key(&minor) {
+            return Err(Refusal::new(Errno::EEXIST, format!("{what}: this tapdisk has it already")));
+        }
+        if minor == ALL || self.all.borrow().len() >= MINORS_MAX {
+            let words = format!("{what}: the process already has {MINORS_MAX}; start another one");
+            return Err(Refusal::new(Errno::ENOSPC, words));
+        }
+        self.all.borrow_mut().insert(minor, None);
+        let marker = self.mark(minor, &what).await;
+        let mut all = self.all.borrow_mut();
+        match marker {
+            Ok(marker) => {
+                all.insert(minor, Some(Rc::new(Vbd::new(minor, marker))));
+                Ok(())
+            }
+            Err(why) => {
+                all.remove(&minor);
+                Err(why)
+            }
+        }
+    }
+
+    /// Locks the file that says that a minor number is in use.
+    async fn mark(&self, minor: u16, what: &str) -> Result<H::File, Refusal> {
+        let host = &self.settings.host;
+        let path = crate::ctl::marker_of(&self.settings.args.folder, minor);
+        let refusal =
+            |error: Errno, hint: &str| Refusal::new(error, format!("{what}: {path}: {error}{hint}"));
+        let file = host.open(&path, OpenMode::WRITE).await.map_err(|error| {
+            refusal(
+                error,
+                if error == Errno::ENOENT { "; allocate it first, by tap-ctl allocate" } else { "" },
+            )
+        })?;
+        match file.lock(LockKind::Exclusive).await {
+            Err(_) if host.bug(&ATTACHED_UNMARKED) => {}
+            Err(Errno::EAGAIN) => {
+                host.mark(&MINOR_TAKEN);
+                return Err(refusal(Errno::EBUSY, "; another tapdisk has it"));
+            }
+            locked => locked.map_err(|error| refusal(error, ""))?,
+        }
+        // Freed between the two calls, it may be somebody else's by now.
+        let ours = file.info().await.map_err(|error| refusal(error, ""))?;
+        let named = async { host.open(&path, OpenMode::READ).await?.info().await };
+        match named.await {
+            Ok(named) if named.id == ours.id => Ok(file),
+            Ok(_) | Err(Errno::ENOENT) => Err(refusal(Errno::ENOENT, "; it was freed")),
+            Err(error) => Err(refusal(error, "")),
+        }
+    }
+
+    async fn detach(&self, minor: u16) -> Result<(), Refusal> {
+        let (vbd, _turn) = self.turn(minor, "detach").await?;
+        if vbd.is_open() && !self.settings.host.bug(&DETACHED_OPEN) {
+            self.settings.host.mark(&DETACH_BUSY);
+            let words = format!("detach minor {minor}: it has an image open; close it first");
+            return Err(Refusal::new(Errno::EBUSY, words));
+        }
+        self.all.borrow_mut().remove(&minor);
+        vbd.unmark(&self.settings.host).await;
+        if self.all.borrow().is_empty() {
+            self.settings.host.mark(&LAST_DETACHED);
+            self.ended.set();
+        }
+        Ok(())
+    }
+
+    fn exit(&self) -> Result<(), Refusal> {
+        let minors = self.all.borrow().len();
+        if minors > 0 {
+            return Err(Refusal::new(
+                Errno::EBUSY,
+                format!("end: it has {minors} minor numbers; detach them"),
+            ));
+        }
+        self.ended.set();
+        Ok(())
+    }
+
+    async fn outcome(&self, kind: Kind, message: &Message) -> Result<Answer, Refusal> {
+        let (minor, settings) = (message.cookie(), &self.settings);
+        let done = |kind: Kind| Message::new(kind.answer().expect("a request has an answer"), minor).into();
+        match kind {
+            Kind::Pid => {
+                let pid = PidOf { pid: settings.host.process_id().cast_signed().into() };
+                Ok(Message::with(Kind::PidRsp, minor, &pid).into())
+            }
+            Kind::List => Ok(Answer::list(self.attached().iter().map(|vbd| vbd.entry()).collect())),
+            Kind::ListMinors => Ok(Message::with(Kind::ListMinorsRsp, minor, &self.minors()).into()),
+            Kind::Exit => self.exit().map(|()| Answer::nothing()),
+            Kind::Attach => self.attach(minor).await.map(|()| done(kind)),
+            Kind::Detach => self.detach(minor).await.map(|()| done(kind)),
+            Kind::Stats => Ok(Answer::text(minor, self.get(minor, "count what")?.stats()?)),
+            Kind::DiskInfo => {
+                let image = self.get(minor, "describe")?.image()?;
+                Ok(Message::with(Kind::DiskInfoRsp, minor, &image).into())
+            }
+            Kind::Open => {
+                let (vbd, _turn) = self.turn(minor, "open").await?;
+                let params: Params = message.body();
+                if params.req_timeout_s.get() != 0 {
+                    let text =
+                        "warning: requests have no time limit here; that of tap-ctl (-t) has no effect";
+                    settings.console.err(&format!("tapdisk: {text}"));
+                }
+                let image = vbd.open(settings, &params).await?;
+                Ok(Message::with(Kind::OpenRsp, minor, &image).into())
+            }
+            Kind::Close | Kind::ForceShutdown => {
+                let (vbd, _turn) = self.turn(minor, "close").await?;
+                vbd.close(settings, kind == Kind::ForceShutdown).await.map(|()| done(kind))
+            }
+            Kind::Pause => {
+                let (vbd, _turn) = self.turn(minor, "pause").await?;
+                vbd.pause(settings).await.map(|()| done(kind))
+            }
+            Kind::Resume => {
+                let (vbd, _turn) = self.turn(minor, "resume").await?;
+                vbd.resume(settings, &message.body()).await.map(|()| done(kind))
+            }
+            other => {
+                let words = format!("carry out {other:?}: this tapdisk cannot do that");
+                Err(Refusal::new(Errno::EOPNOTSUPP, words))
+            }
+        }
+    }
+
+    fn attached(&self) -> Vec<Rc<Vbd<H>>> {
+        self.all.borrow().values().flatten().cloned().collect()
+    }
+
+    fn minors(&self) -> Minors {
+        let all = self.all.borrow();
+        let mut minors =
+            Minors { count: i32::try_from(all.len()).expect("they are few").into(), ..Minors::default() };
+        for (place, minor) in minors.list.iter_mut().zip(all.keys()) {
+            *place = i32::from(*minor).into();
+        }
+        minors
+    }
+}
+
+impl<H: ControlledHost> Verbs for Vbds<H> {
+    async fn carry_out(&self, kind: Kind, message: Message) -> Answer {
+        match self.outcome(kind, &message).await {
+            Ok(answer) => answer,
+            Err(Refusal { error, words }) => {
+                self.settings.console.err(&format!("tapdisk: failed to {words}"));
+                Message::error(message.cookie(), error.0, &words).into()
+            }
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! `tap-ctl` and `tapdisk control`, and a client of the control socket that shares no code with them: it speaks bytes.
+
+use crate::server::{TAP_CTL, tool};
+use crate::{Add, Done};
+use libtest_mimic::Failed;
+use std::fs::{OpenOptions, metadata};
+use std::io::{Read, Write};
+use std::os::unix::fs::{FileExt, FileTypeExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+use tempfile::TempDir;
+
+pub(crate) fn tests(add: Add) {
+    add("control::a_disk_lives_and_ends".into(), &["qemu-io"], Box::new(life));
+    add("control::a_client_of_bytes_is_understood".into(), &[], Box::new(bytes));
+    add("control::a_killed_tapdisk_leaves_nothing_in_the_way".into(), &["qemu-io"], Box::new(killed));
+}
+
+/// A folder for sockets, with an image in it.
+struct Place(TempDir);
+
+impl Place {
+    fn new() -> Result<Self, Failed> {
+        let place = Self(tempfile::tempdir()?);
+        std::fs::File::create(place.path("disk"))?.set_len(1 << 20)?;
+        std::fs::File::create(place.path("other"))?.set_len(1 << 20)?;
+        Ok(place)
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.0.path().join(name).display().to_string()
+    }
+
+    /// Runs tap-ctl; its exit status, and what it printed.
+    fn run(&self, line: &str) -> Result<(i32, String), Failed> {
+        let mut command = Command::new(TAP_CTL);
+        command.args(["--folder", &self.path("run")]).args(line.split_whitespace()).stdin(Stdio::null());
+        let output = command.output()?;
+        let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+        Ok((output.status.code().unwrap_or(-1), said.trim_end().to_owned()))
+    }
+
+    fn done(&self, line: &str) -> Result<String, Failed> {
+        match self.run(line)? {
+            (0, said) => Ok(said),
+            (status, said) => Err(format!("tap-ctl {line}: {status}: {said}").into()),
+        }
+    }
+
+    /// A new disk: the number of its process.
+    fn create(&self) -> Result<u32, Failed> {
+        let made = self.done(&format!("create -D -a raw:{}", self.path("disk")))?;
+        assert_eq!(made, self.path("run/tapdisk/tapdisk-0"));
+        let listed = self.done("list")?;
+        let pid = listed.strip_prefix("pid=").and_then(|row| row.split(' ').next()?.parse().ok());
+        let pid = pid.ok_or_else(|| format!("the list is {listed}"))?;
+        assert_eq!(listed, format!("pid={pid} minor=0 state=0 args=raw:{}", self.path("disk")));
+        Ok(pid)
+    }
+
+    fn qemu_io(&self, pid: u32, command: &str) -> Done {
+        let uri = format!("nbd+unix:///?socket={}", self.path(&format!("run/nbd{pid}.0")));
+        tool("qemu-io", &["-f", "raw", "-c", command, &uri]).map(drop)
+    }
+}
+
+fn life() -> Done {
+    let place = Place::new()?;
+    assert_eq!(place.done("check")?, "ok");
+    let pid = place.create()?;
+    let socket = metadata(place.path(&format!("run/ctl{pid}")))?;
+    assert!(socket.file_type().is_socket());
+    assert_eq!(socket.permissions().mode() & 0o777, 0o600);
+    assert_eq!(metadata(place.path("run"))?.permissions().mode() & 0o777, 0o700);
+    place.qemu_io(pid, "write -P 7 0 64k")?;
+    place.done(&format!("pause -p {pid} -m 0"))?;
+    // Nobody has it: another may change it.
+    let image = OpenOptions::new().write(true).open(place.path("disk"))?;
+    image.write_all_at(&[9; 4096], 65536)?;
+    let (status, said) = place.run(&format!("unpause -p {pid} -m 0 -a raw:{}", place.path("none")))?;
+    assert!(status == 2 && said.ends_with(&format!("it goes on with raw:{}", place.path("disk"))), "{said}");
+    place.qemu_io(pid, "read -P 7 0 64k")?;
+    place.qemu_io(pid, "read -P 9 64k 4k")?;
+    place.done(&format!("pause -p {pid} -m 0"))?;
+    place.done(&format!("unpause -p {pid} -m 0 -a raw:{}", place.path("other")))?;
+    place.qemu_io(pid, "read -P 0 0 1M")?;
+    place.done(&format!("destroy -p {pid} -m 0"))?;
+    assert_eq!(place.done("list")?, "");
+    let left = |name: &str| std::fs::read_dir(place.path(name)).map(Iterator::count);
+    assert_eq!((left("run")?, left("run/tapdisk")?), (1, 0), "only the folder for minor numbers");
+    Ok(())
+}
+
+impl Drop for Place {
+    /// A test that failed leaves no process behind.
+    fn drop(&mut self) {
+        let Ok((_, listed)) = self.run("list") else { return };
+        for pid in listed.lines().filter_map(|row| row.strip_prefix("pid=")?.split(' ').next()) {
+            // It may have ended by itself.
+            let _ended = tool("kill", &["-9", pid]);
+        }
+    }
+}
+
+/// A request of 544 bytes, and everything that comes back; sent in pieces of `piece` bytes.
+fn ask(path: &str, request: [u8; 544], piece: usize) -> Result<Vec<u8>, Failed> {
+    let mut stream = UnixStream::connect(path)?;
+    for part in request.chunks(piece) {
+        stream.write_all(part)?;
+        std::thread::sleep(Duration::from_micros(50));
+    }
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    Ok(answer)
+}
+
+fn request(kind: u8, minor: u8, path: &str) -> [u8; 544] {
+    let mut bytes = [0; 544];
+    (bytes[0], bytes[2]) = (kind, minor);
+    // Flags: through the page cache, which a resume ignores.
+    bytes[9] = if kind == 7 { 2 } else { 0 };
+    bytes[20..20 + path.len()].copy_from_slice(path.as_bytes());
+    bytes
+}
+
+fn bytes() -> Done {
+    let place = Place::new()?;
+    let pid = place.create()?;
+    let socket = place.path(&format!("run/ctl{pid}"));
+    let answer = ask(&socket, request(3, 0, ""), 544)?;
+    assert_eq!((answer.len(), answer[0], &answer[8..12]), (544, 4, &pid.to_le_bytes()[..]));
+    for piece in [1, 100] {
+        let answer = ask(&socket, request(19, 0, ""), piece)?;
+        assert_eq!((answer.len(), answer[0], answer[544]), (2 * 544, 20, 20));
+        assert_eq!((answer[8], answer[12], answer[16]), (1, 0, 0), "count, minor, state");
+        assert_eq!((answer[552], &answer[556..560]), (0, &[0xff; 4][..]), "the end");
+        assert_eq!(
+            answer[20..].split(|byte| *byte == 0).next(),
+            Some(format!("raw:{}", place.path("disk")).as_bytes())
+        );
+    }
+    for (kind, expected) in [(9, 10), (11, 12), (13, 14)] {
+        let answer = ask(&socket, request(kind, 0, ""), 544)?;
+        assert_eq!((answer.len(), answer[0], answer[2]), (544, expected, 0), "{kind}");
+    }
+    let answer = ask(&socket, request(7, 0, &format!("aio:{}", place.path("other"))), 544)?;
+    assert_eq!(
+        (answer[0], &answer[8..16], &answer[16..20]),
+        (8, &2048_u64.to_le_bytes()[..], &[0, 2, 0, 0][..])
+    );
+    let answer = ask(&socket, request(21, 0, ""), 544)?;
+    let length = u64::from_le_bytes(answer[16..24].try_into()?);
+    assert_eq!((answer[0], answer.len() as u64, answer[544]), (22, 544 + length, b'{'));
+    let answer = ask(&socket, request(9, 5, ""), 544)?;
+    assert_eq!((answer[0], answer[8]), (1, 19), "no such device");
+    let answer = ask(&socket, request(200, 0, ""), 544)?;
+    assert_eq!((answer[0], answer[8]), (1, 22), "no such request");
+    place.done(&format!("destroy -p {pid} -m 0")).map(drop)
+}
+
+fn killed() -> Done {
+    let place = Place::new()?;
+    let first = place.create()?;
+    place.qemu_io(first, "write -P 7 0 64k")?;
+    tool("kill", &["-9", &first.to_string()])?;
+    while std::path::Path::new(&format!("/proc/{first}/fd/0")).exists() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(place.done("list")?, "minor=0");
+    let spawned = place.done("spawn --json")?;
+    let pid = spawned.trim_start_matches("{\"pid\":").trim_end_matches('}').parse()?;
+    place.done(&format!("attach -p {pid} -m 0"))?;
+    place.done(&format!("open -D -p {pid} -m 0 -a raw:{}", place.path("disk")))?;
+    place.qemu_io(pid, "read -P 7 0 64k")?;
+    place.done(&format!("destroy -p {pid} -m 0")).map(drop)
+}
