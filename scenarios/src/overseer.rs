@@ -33,6 +33,7 @@ const CHANGES_MAX: u32 = 12;
 pub(crate) struct Overseer {
     world: World,
     disks: Disks<SimHost>,
+    pauses: bool,
     entity: Entity,
     /// Names and states of the disks, as last read.
     known: RefCell<Vec<(String, &'static str)>>,
@@ -44,7 +45,13 @@ pub(crate) struct Overseer {
 
 impl Overseer {
     /// Oversees the `disks` of a program in `host` from now on, if the seed has an overseer.
-    pub(crate) fn start(world: &World, host: &SimHost, disks: &Disks<SimHost>) -> Option<Rc<Self>> {
+    /// With `pauses` it also pauses them.
+    pub(crate) fn start(
+        world: &World,
+        host: &SimHost,
+        disks: &Disks<SimHost>,
+        pauses: bool,
+    ) -> Option<Rc<Self>> {
         if !world.setting("disks-overseen", &[false, true]) {
             return None;
         }
@@ -54,6 +61,7 @@ impl Overseer {
         let overseer = Rc::new(Self {
             world: world.clone(),
             disks: disks.clone(),
+            pauses,
             entity,
             known: RefCell::default(),
             over: wait::Event::new(),
@@ -72,7 +80,7 @@ impl Overseer {
     async fn oversee(self: Rc<Self>) {
         for n in 0.. {
             let (_, seen) = self.look();
-            if n < CHANGES_MAX {
+            if self.pauses && n < CHANGES_MAX {
                 self.unless_over(self.act(n)).await;
             }
             if !self.unless_over(self.disks.watch(seen)).await {

@@ -8,7 +8,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use tap_core::{CacheMode, wait};
 use tap_images::ImageSpec;
-use tap_programs::daemon::{Cli, MAX_DISKS, run};
+use tap_programs::daemon::{Cli, Command, MAX_DISKS, run};
 use tap_programs::{Console, Disks, Tuning};
 
 /// Receives each line as it is printed.
@@ -95,7 +95,9 @@ pub(crate) async fn tapdisk(
     // As `main` does.
     let host = host.clone().with_run_folder(&cli.command.run_dir().to_string_lossy());
     let disks = Disks::new(host.clone(), MAX_DISKS);
-    let overseer = Overseer::start(world, &host, &disks);
+    // Disks under control are paused by those who control them.
+    let pauses = !matches!(cli.command, Command::Control(_));
+    let overseer = Overseer::start(world, &host, &disks, pauses);
     let node = host.process.node().clone();
     let status = run(host, cli, tuning, disks, Rc::clone(said) as Rc<dyn Console>).await;
     if !node.is_alive() {

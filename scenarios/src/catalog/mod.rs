@@ -3,6 +3,7 @@
 pub mod absent;
 pub mod away;
 pub mod bad_sectors;
+pub mod control;
 mod costs;
 pub mod crash;
 pub mod created;
@@ -79,6 +80,7 @@ static OTHERS: &[&Scenario] = &[
     &device::NBD_DEVICE,
     &device::NBD_DEVICE_DETACHED,
     &device::BLKBACK_OVER_DEVICE,
+    &control::CONTROLLED,
 ];
 
 /// Those of [`OTHERS`] that have been swept for a long time. A scenario that is neither here nor marked as settled
@@ -129,6 +131,10 @@ pub static LABELS: &[&Label] = &[
     &life::PAUSE,
     &life::CLOSE_AFTER,
     &life::LOOK,
+    &control::CONTROL,
+    &control::RACE,
+    &control::GIVES_UP,
+    &control::CUT_REQUEST,
     &exchange::EXCHANGE,
     &exchange::PAUSE_BESIDE,
     &toolstack::REPLACE_AFTER,

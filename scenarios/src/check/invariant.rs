@@ -85,13 +85,15 @@ pub enum Invariant {
     S2,
     /// Turns of tasks are short.
     T1,
+    /// Answers to those who control disks.
+    U1,
     /// No panic.
     A1,
 }
 
 impl Invariant {
     /// All of them.
-    pub const ALL: [Invariant; 42] = [
+    pub const ALL: [Invariant; 43] = [
         Self::G1,
         Self::G7,
         Self::G9,
@@ -133,6 +135,7 @@ impl Invariant {
         Self::S1,
         Self::S2,
         Self::T1,
+        Self::U1,
         Self::A1,
     ];
 
@@ -190,6 +193,7 @@ impl Invariant {
             }
             Self::S2 => "zeros that release their space leave a hole, where the file can have one",
             Self::T1 => "a task does a bounded amount of work before other tasks run",
+            Self::U1 => "a control request that is done is done, and one that is refused changes nothing",
             Self::A1 => "no input makes the stack panic",
         }
     }

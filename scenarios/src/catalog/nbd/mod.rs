@@ -24,6 +24,8 @@ pub use lying::NBD_HOSTILE_SERVER;
 pub use modest::NBD_MODEST_SERVER;
 pub use refused::NBD_SERVE_REFUSED;
 
+pub(super) use plan::{NO_ERRORS, client_config, server_limits};
+
 use super::crash::arm_power_cut;
 use super::ring::kills;
 use super::setup::Setup;
@@ -35,9 +37,8 @@ use crate::world::World;
 use kernel_model::StorageConfig;
 use kernel_model::faults::{FaultPlan, SyncErrors};
 use plan::{
-    DISK, DISK_BYTES, NO_ERRORS, Plan, Supervisor, address, check_asks, check_connected, check_idle,
-    check_unbroken, client_config, client_stack, cut_power, end, last_check, reap_dead_clients, send_all,
-    tcp_address, within,
+    DISK, DISK_BYTES, Plan, Supervisor, address, check_asks, check_connected, check_idle, check_unbroken,
+    client_stack, cut_power, end, last_check, reap_dead_clients, send_all, tcp_address, within,
 };
 use sim::{Entity, Label};
 use std::cell::Cell;

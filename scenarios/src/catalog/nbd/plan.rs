@@ -24,7 +24,7 @@ use tap_programs::spec::DiskSpec;
 
 pub(super) const DISK_BYTES: u64 = 1 << 20;
 /// Nothing below fails, so nothing above may.
-pub(super) const NO_ERRORS: ErrorPolicy =
+pub(in crate::catalog) const NO_ERRORS: ErrorPolicy =
     ErrorPolicy { retries: 0, errors_allowed: false, reads: Invariant::G1 };
 /// The export of guests.
 pub(super) const DISK: &str = "disk";
@@ -36,7 +36,7 @@ pub(super) fn address() -> SocketAddress {
 /// Memory for the connections of a server, in bytes: some of every size.
 const SERVER_BYTES: usize = 8 << 20;
 
-pub(super) fn server_limits(world: &World) -> ServerLimits {
+pub(in crate::catalog) fn server_limits(world: &World) -> ServerLimits {
     ServerLimits {
         requests: world.setting("nbd-requests", &[128, 8, 1]),
         request_bytes: world.setting("nbd-request", &[32 << 20, 64 << 10, 4096]),
@@ -47,7 +47,7 @@ pub(super) fn server_limits(world: &World) -> ServerLimits {
     }
 }
 
-pub(super) fn client_config(world: &World) -> ClientConfig {
+pub(in crate::catalog) fn client_config(world: &World) -> ClientConfig {
     ClientConfig {
         export: DISK.into(),
         requests: world.setting("nbd-client-requests", &[64, 4, 1, 0]),

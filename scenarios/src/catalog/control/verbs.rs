@@ -1,0 +1,443 @@
+//! What an administrator does with a disk under load.
+
+use super::admin::{Admin, Tapdisk, check_let_go, image};
+use super::{DISK_BYTES, Disk};
+use crate::check::Invariant;
+use crate::formats;
+use crate::guest::RawNbd;
+use crate::program::named;
+use crate::world::World;
+use kernel_model::{ProcessFile, SimHost};
+use sim::{Entity, Label};
+use std::cell::RefCell;
+use std::rc::Rc;
+use tap_control::{CONNECTIONS_MAX, FOLDER, socket_of};
+use tap_core::wait::joined;
+use tap_host::{Errno, File, Files, LockKind, OpenMode, SocketAddress, Sockets};
+use tap_images::ImageSpec;
+
+/// An act: the delay before it in 24 bits of nanoseconds, which, for how long in 24 bits of nanoseconds, and with which
+/// disk.
+pub static CONTROL: Label = Label::packed(
+    "control",
+    "act {n} of the administrator: after so many ns, which, for so many ns, with which disk ({})",
+    &[24, 4, 24, 1],
+);
+/// Three calls of tap-ctl at the same time: for each the delay in 12 bits of microseconds, and which.
+pub static RACE: Label = Label::packed(
+    "control-race",
+    "three calls of tap-ctl beside one another: each after so many us, and which; whether the disk is open ({})",
+    &[12, 4, 12, 4, 12, 4, 1],
+);
+/// After how many of its effects a tap-ctl gives up.
+pub static GIVES_UP: Label = Label::new("control-gives-up", "tap-ctl is killed after {} of its effects");
+/// How many bytes of a request a client of the control socket sends.
+pub static CUT_REQUEST: Label = Label::new("control-cut", "a client of the control socket sends {} bytes");
+
+/// Kinds of acts, without "none".
+const ACTS: u64 = 14;
+/// A raw image of half the size.
+const SMALL: &str = "/images/small.img";
+/// A raw image that another process has.
+const BUSY: &str = "/images/busy.img";
+/// The image of a disk that no guest uses.
+const SPARE: &str = "/images/spare.img";
+
+/// Makes the images that are not those of the disks.
+pub(super) fn make_others(world: &World) {
+    for (path, bytes) in [(SMALL, DISK_BYTES / 2), (BUSY, DISK_BYTES), (SPARE, 64 << 10)] {
+        world.storage.put(path, formats::content_of(&vec![0; bytes as usize]));
+    }
+}
+
+/// The acts of one life of tapdisk.
+pub(super) struct Acts<'a> {
+    pub(super) world: &'a World,
+    pub(super) admin: &'a Rc<Admin>,
+    pub(super) tapdisk: &'a Tapdisk,
+    pub(super) disks: &'a [Rc<Disk>],
+    pub(super) epoch: u32,
+}
+
+/// `None` once tapdisk has died: the act has no outcome.
+type Act = Option<()>;
+
+impl Acts<'_> {
+    pub(super) async fn run(&self) {
+        let entity = Entity::WORLD.child("administrator", u64::from(self.epoch));
+        let sim = &self.world.sim;
+        sim.name_entity(entity, || format!("the administrator, epoch {}", self.epoch));
+        for n in 0..self.world.setting("control-acts", &[4, 2, 8]) {
+            let value = sim.decide(entity, &CONTROL, n, |d| {
+                d.magnitude(22) | (1 + d.below(ACTS)) << 24 | d.magnitude(22) << 28 | d.below(2) << 52
+            });
+            let (after_ns, act) = (value & 0xff_ffff, value >> 24 & 0xf);
+            let (hold_ns, which) = (value >> 28 & 0xff_ffff, value >> 52 & 1);
+            if act == 0 {
+                continue;
+            }
+            sim.sleep_ns(after_ns).await;
+            let disk = &self.disks[which as usize % self.disks.len()];
+            if !self.tapdisk.is_alive()
+                || self.act(entity.child("act", u64::from(n)), act, disk, hold_ns).await.is_none()
+            {
+                return;
+            }
+        }
+    }
+
+    async fn act(&self, entity: Entity, act: u64, disk: &Disk, hold_ns: u64) -> Act {
+        match act {
+            1 => self.pause_and(disk, hold_ns, "", 0).await,
+            2 => self.replace(disk, hold_ns).await,
+            3 => self.pause_and(disk, hold_ns, "-a raw:/images/none.img", Errno::ENOENT.0).await,
+            4 => self.pause_and(disk, hold_ns, &format!("-a raw:{SMALL}"), Errno::EMEDIUMTYPE.0).await,
+            5 => self.busy(disk, hold_ns).await,
+            6 => self.reopen(disk, hold_ns, false).await,
+            7 => self.reopen(disk, hold_ns, true).await,
+            8 => self.look(disk).await,
+            9 => self.refused(disk).await,
+            10 => self.strangers(entity, disk, hold_ns).await,
+            11 => self.strand(disk, hold_ns).await,
+            12 => self.crowd(disk, hold_ns).await,
+            13 => self.two_minors().await,
+            _ => self.race(entity).await,
+        }
+    }
+
+    async fn done(&self, line: &str) -> Act {
+        self.admin.expect(self.tapdisk, line, 0).await.map(drop)
+    }
+
+    async fn refuse(&self, line: &str, error: Errno) -> Act {
+        self.admin.expect(self.tapdisk, line, error.0).await.map(drop)
+    }
+
+    /// Pauses the disk: what was answered before is durable, and the files are nobody's. False if its requests did not
+    /// end in time, and it went on.
+    async fn pause(&self, disk: &Disk) -> Option<bool> {
+        let (setup, line) = (disk.setup(), format!("pause {}", disk.at(self.tapdisk)));
+        let inv = setup.history.borrow_mut().begin_flush();
+        let paused = self.admin.ctl(&line).await;
+        if !self.tapdisk.is_alive() {
+            return None;
+        }
+        let late = i32::from(paused.status) == Errno::ETIMEDOUT.0 && self.admin.pauses_may_fail();
+        if late || self.admin.may_have_lost(&paused) {
+            return self.runs(disk).await.map(|()| false);
+        }
+        if paused.status != 0 {
+            self.world.fail(Invariant::U1, format!("tap-ctl {line} ended with {paused:?}"));
+        }
+        setup.history.borrow_mut().end_flush(inv);
+        check_let_go(self.world, &setup, "while its disk is paused");
+        Some(true)
+    }
+
+    async fn hold(&self, disk: &Disk, hold_ns: u64) -> Act {
+        self.world.sim.sleep_ns(hold_ns).await;
+        if !self.tapdisk.is_alive() {
+            return None;
+        }
+        check_let_go(self.world, &disk.setup(), "while its disk is paused");
+        Some(())
+    }
+
+    /// Pauses the disk, and resumes it with `options`, which has this status; one that fails leaves the disk running.
+    async fn pause_and(&self, disk: &Disk, hold_ns: u64, options: &str, status: i32) -> Act {
+        if !self.pause(disk).await? {
+            return Some(());
+        }
+        self.hold(disk, hold_ns).await?;
+        let line = format!("unpause {} {options}", disk.at(self.tapdisk));
+        self.admin.expect(self.tapdisk, &line, status).await?;
+        self.runs(disk).await
+    }
+
+    /// The disk runs with its own image.
+    async fn runs(&self, disk: &Disk) -> Act {
+        let setup = disk.setup();
+        let line = format!("list -p {} -m {}", self.tapdisk.pid(), disk.minor.get().unwrap_or_default());
+        let listed = self.admin.expect(self.tapdisk, &line, 0).await?;
+        let end = format!("state=0 args={}", named(&setup.spec));
+        if !listed.out.first().is_some_and(|row| row.ends_with(&end)) {
+            let text = format!("a running disk is listed as {:?}, not with {end}", listed.out);
+            self.world.fail(Invariant::U1, text);
+        }
+        setup.check_locks(self.world, false);
+        Some(())
+    }
+
+    /// Gives the disk a copy of its image.
+    async fn replace(&self, disk: &Disk, hold_ns: u64) -> Act {
+        if !self.pause(disk).await? {
+            return Some(());
+        }
+        self.hold(disk, hold_ns).await?;
+        let (world, setup) = (self.world, disk.setup());
+        disk.copies.set(disk.copies.get() + 1);
+        let path = format!("/images/disk{}-{}.img", disk.number, disk.copies.get());
+        world.storage.put(&path, world.storage.content(&setup.spec.path).unwrap_or_default());
+        let spec = ImageSpec { path: path.clone(), ..setup.spec.clone() };
+        let line = format!("unpause {} -a {}", disk.at(self.tapdisk), named(&spec));
+        let resumed = self.admin.expect(self.tapdisk, &line, 0).await;
+        let differs = world.storage.bytes(&path) != world.storage.bytes(&setup.spec.path);
+        // Without an answer the copy is the disk's only if it was written to: otherwise both are the same.
+        if resumed.is_some() || differs {
+            disk.move_to(world, spec);
+        }
+        resumed?;
+        self.runs(disk).await
+    }
+
+    /// Another process that has the file at `path`, which nobody else has.
+    async fn holder(&self, path: &str) -> Option<(SimHost, ProcessFile)> {
+        let other = SimHost::start(&self.world.kernel, &self.world.xen, "another", self.world.sim.now_ns());
+        let mode = OpenMode { direct: self.admin.limits.direct, ..OpenMode::WRITE };
+        let Ok(file) = other.open(path, mode).await else {
+            self.world.fail(Invariant::U1, format!("{path}, which nobody has, cannot be opened"));
+            return None;
+        };
+        if file.lock(LockKind::Exclusive).await.is_err() && self.tapdisk.is_alive() {
+            self.world.fail(Invariant::D1, format!("{path}, which nobody has, is locked"));
+        }
+        Some((other, file))
+    }
+
+    /// Resumes the disk with an image that another process has.
+    async fn busy(&self, disk: &Disk, hold_ns: u64) -> Act {
+        let (other, file) = self.holder(BUSY).await?;
+        let resumed = self.pause_and(disk, hold_ns, &format!("-a raw:{BUSY}"), Errno::EAGAIN.0).await;
+        drop(file);
+        other.closed().await;
+        resumed
+    }
+
+    /// Closes the disk, perhaps while it is paused, and opens it again. Its guest connects again.
+    async fn reopen(&self, disk: &Disk, hold_ns: u64, paused: bool) -> Act {
+        let (setup, at) = (disk.setup(), disk.at(self.tapdisk));
+        let paused = paused && self.pause(disk).await?;
+        if paused {
+            self.hold(disk, hold_ns).await?;
+        }
+        let force = if paused && hold_ns.is_multiple_of(2) { "-f" } else { "" };
+        let inv = setup.history.borrow_mut().begin_flush();
+        let line = format!("close {force} {at}");
+        let closed = self.admin.ctl(&line).await;
+        if !self.tapdisk.is_alive() {
+            return None;
+        }
+        if closed.status == 0 {
+            setup.history.borrow_mut().end_flush(inv);
+        } else if !self.admin.may_have_lost(&closed) {
+            self.world.fail(Invariant::U1, format!("tap-ctl {line} ended with {closed:?}"));
+        }
+        check_let_go(self.world, &setup, "after a close");
+        self.world.sim.sleep_ns(hold_ns).await;
+        self.refuse(&format!("pause {at}"), Errno::EINVAL).await?;
+        self.done(&format!("open {at} {}", image(&setup.spec, &self.admin.limits))).await?;
+        self.runs(disk).await
+    }
+
+    /// Asks for what can be known.
+    async fn look(&self, disk: &Disk) -> Act {
+        let at = disk.at(self.tapdisk);
+        self.runs(disk).await?;
+        let stats = self.admin.expect(self.tapdisk, &format!("stats {at}"), 0).await?;
+        let sectors = format!("\"size_sectors\":{}", disk.setup().size_sectors);
+        if !stats.out.first().is_some_and(|text| text.contains(&sectors)) {
+            self.world.fail(Invariant::U1, format!("the counters of a disk are {:?}", stats.out));
+        }
+        let pid = self.admin.expect(self.tapdisk, &format!("pid -p {}", self.tapdisk.pid()), 0).await?;
+        if pid.out != [self.tapdisk.pid().to_string()] {
+            self.world.fail(Invariant::U1, format!("a tapdisk says that its number is {:?}", pid.out));
+        }
+        Some(())
+    }
+
+    /// What must be refused, and changes nothing.
+    async fn refused(&self, disk: &Disk) -> Act {
+        let (at, minor) = (disk.at(self.tapdisk), disk.minor.get().unwrap_or_default());
+        let opens = image(&disk.setup().spec, &self.admin.limits);
+        self.refuse(&format!("attach {at}"), Errno::EEXIST).await?;
+        self.refuse(&format!("open {at} {opens}"), Errno::EALREADY).await?;
+        self.refuse(&format!("detach {at}"), Errno::EBUSY).await?;
+        let freed = self.admin.ctl(&format!("free -m {minor}")).await;
+        if freed.status == 0 {
+            // Right, if the tapdisk has just died.
+            disk.minor.set(None);
+        }
+        if !self.tapdisk.is_alive() {
+            return None;
+        }
+        if i32::from(freed.status) != Errno::EBUSY.0 {
+            self.world.fail(Invariant::U1, format!("a minor number in use was freed: {freed:?}"));
+        }
+        self.refuse(&format!("unpause {at}"), Errno::EINVAL).await?;
+        self.refuse(&format!("attach -p {} -m 4711", self.tapdisk.pid()), Errno::ENOENT).await?;
+        let second = self.admin.spawn_beside().await?;
+        let taken = self.admin.ctl(&format!("attach -p {} -m {minor}", second.pid())).await;
+        second.host.process.ask_to_stop();
+        second.ended().await;
+        if !self.tapdisk.is_alive() {
+            return None;
+        }
+        if i32::from(taken.status) != Errno::EBUSY.0 {
+            self.world.fail(Invariant::U1, format!("a second tapdisk took a minor number: {taken:?}"));
+        }
+        self.runs(disk).await
+    }
+
+    /// Others at the control socket: one that sends half a request, one whose request is none, a tap-ctl that gives up.
+    async fn strangers(&self, entity: Entity, disk: &Disk, hold_ns: u64) -> Act {
+        let sim = &self.world.sim;
+        let host = SimHost::start(&self.world.kernel, &self.world.xen, "stranger", entity.0);
+        let address = SocketAddress::Unix(socket_of(FOLDER, self.tapdisk.pid()));
+        let len = sim.decide(entity, &CUT_REQUEST, 0, |d| d.below(600));
+        if let Ok(stream) = host.connect(&address).await {
+            let garbage: Vec<u8> = (0..len).map(|i| sim::mix(entity.0 ^ i) as u8).collect();
+            let _broken = RawNbd::new(stream).send(&garbage).await;
+            sim.sleep_ns(hold_ns).await;
+        }
+        let steps = sim.decide(entity, &GIVES_UP, 0, |d| 1 + d.below(12));
+        self.admin.give_up(&format!("pause {}", disk.at(self.tapdisk)), steps).await;
+        if !self.tapdisk.is_alive() {
+            return None;
+        }
+        // It may have asked before it gave up: paused or not, the disk is paused now.
+        self.pause_and(disk, hold_ns, "", 0).await
+    }
+
+    /// A disk whose own image cannot be opened again stays paused until it can.
+    async fn strand(&self, disk: &Disk, hold_ns: u64) -> Act {
+        if !self.pause(disk).await? {
+            return Some(());
+        }
+        let (setup, at) = (disk.setup(), disk.at(self.tapdisk));
+        let (other, file) = self.holder(&setup.spec.path).await?;
+        let unpause = format!("unpause {at} -a raw:/images/none.img");
+        let refused = self.refuse(&unpause, Errno::ENOENT).await;
+        if refused.is_some() {
+            let line = format!("list -p {} -m {}", self.tapdisk.pid(), disk.minor.get().unwrap_or_default());
+            let listed = self.admin.expect(self.tapdisk, &line, 0).await;
+            if listed
+                .is_some_and(|listed| !listed.out.first().is_some_and(|row| row.contains("state=0x23a ")))
+            {
+                self.world.fail(Invariant::U1, "a disk without image is not listed as paused");
+            }
+            self.world.sim.sleep_ns(hold_ns).await;
+        }
+        drop(file);
+        other.closed().await;
+        refused?;
+        self.done(&format!("unpause {at}")).await?;
+        self.runs(disk).await
+    }
+
+    /// As many clients as the control socket takes, which send nothing: others wait, but not for ever.
+    async fn crowd(&self, disk: &Disk, hold_ns: u64) -> Act {
+        let sim = &self.world.sim;
+        let host = SimHost::start(&self.world.kernel, &self.world.xen, "crowd", sim.now_ns());
+        let address = SocketAddress::Unix(socket_of(FOLDER, self.tapdisk.pid()));
+        let mut silent = Vec::new();
+        for _ in 0..CONNECTIONS_MAX {
+            silent.extend(host.connect(&address).await.ok());
+        }
+        sim.sleep_ns(hold_ns).await;
+        self.runs(disk).await
+    }
+
+    /// Two that allocate at the same time get two minor numbers.
+    async fn two_minors(&self) -> Act {
+        let minors = Rc::new(RefCell::new(Vec::new()));
+        let ends = [0, 1].map(|i| {
+            let (admin, own) = (Rc::clone(self.admin), Rc::clone(&minors));
+            let (task, end) = joined(async move {
+                let allocated = admin.ctl("allocate").await;
+                own.borrow_mut().extend(super::minor_in(&allocated.out));
+            });
+            self.world.sim.spawn("allocate", i, task);
+            end
+        });
+        for end in ends {
+            end.await;
+        }
+        let minors = minors.take();
+        if minors.len() != 2 || minors[0] == minors[1] {
+            self.world.fail(Invariant::U1, format!("two that allocated a minor number got {minors:?}"));
+            return None;
+        }
+        for minor in minors {
+            let freed = self.admin.ctl(&format!("free -m {minor}")).await;
+            if freed.status != 0 {
+                self.world
+                    .fail(Invariant::U1, format!("a minor number that nobody has is not freed: {freed:?}"));
+            }
+        }
+        self.tapdisk.is_alive().then_some(())
+    }
+
+    /// Several calls about one minor number at the same time. Whatever their order was, it can be given back, and then
+    /// nobody has the image.
+    async fn race(&self, entity: Entity) -> Act {
+        let outcome = self.admin.expect(self.tapdisk, "allocate", 0).await?;
+        let minor = super::minor_in(&outcome.out)?;
+        let at = format!("-p {} -m {minor}", self.tapdisk.pid());
+        self.done(&format!("attach {at}")).await?;
+        let cached = if self.admin.limits.direct { "" } else { "-D" };
+        let lines = [
+            format!("open {at} -a raw:{SPARE} {cached}"),
+            format!("close {at}"),
+            format!("detach {at}"),
+            format!("pause {at}"),
+            format!("unpause {at}"),
+            format!("close -f {at}"),
+            format!("attach {at}"),
+        ];
+        let sim = &self.world.sim;
+        let kinds = lines.len() as u64;
+        let value = sim.decide(entity, &RACE, 0, |d| {
+            let mut one = || d.magnitude(8) | (1 + d.below(kinds)) << 12;
+            one() | one() << 16 | one() << 32 | d.below(2) << 48
+        });
+        if value >> 48 == 1 {
+            self.done(&lines[0]).await?;
+        }
+        let mut ends = Vec::new();
+        for i in 0..3 {
+            let (after_us, which) = (value >> (16 * i) & 0xfff, value >> (16 * i + 12) & 0xf);
+            let Some(line) = which.checked_sub(1).and_then(|which| lines.get(which as usize)).cloned() else {
+                continue;
+            };
+            let (admin, own) = (Rc::clone(self.admin), sim.clone());
+            let (task, end) = joined(async move {
+                own.sleep_ns(after_us * 1000).await;
+                admin.ctl(&line).await;
+            });
+            sim.spawn("race", i, task);
+            ends.push(end);
+        }
+        for end in ends {
+            end.await;
+        }
+        if !self.tapdisk.is_alive() {
+            return None;
+        }
+        for verb in ["close", "detach"] {
+            let outcome = self.admin.ctl(&format!("{verb} {at}")).await;
+            if self.admin.may_have_lost(&outcome) {
+                continue;
+            }
+            if self.tapdisk.is_alive() && ![0, Errno::ENODEV.0].contains(&i32::from(outcome.status)) {
+                self.world.fail(Invariant::U1, format!("tap-ctl {verb} {at} ended with {outcome:?}"));
+            }
+        }
+        self.done(&format!("free -m {minor}")).await?;
+        let locks = self.world.storage.locks(SPARE);
+        if !locks.is_empty() {
+            let text = format!("minor {minor} was given back, but {SPARE} has the locks {locks:?}");
+            self.world.fail(Invariant::K1, text);
+        }
+        Some(())
+    }
+}
