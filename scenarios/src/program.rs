@@ -4,6 +4,7 @@ use crate::overseer::Overseer;
 use crate::world::World;
 use clap::Parser as _;
 use kernel_model::SimHost;
+use sim::Node;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use tap_core::{CacheMode, wait};
@@ -78,6 +79,36 @@ impl Console for Printed {
     fn progress(&self, _: u64, _: u64) {}
 }
 
+/// Puts what a process prints into the story of the run.
+struct Told {
+    said: Rc<Printed>,
+    world: World,
+    node: Node,
+}
+
+impl Told {
+    fn tell(&self, line: &str) {
+        self.world.sim.remark(self.node.name(), || format!("prints: {line}"));
+    }
+}
+
+impl Console for Told {
+    fn out(&self, line: &str) {
+        self.tell(line);
+        self.said.out(line);
+    }
+    fn err(&self, line: &str) {
+        self.tell(line);
+        self.said.err(line);
+    }
+    fn ready(&self) {
+        self.said.ready();
+    }
+    fn progress(&self, done_bytes: u64, total_bytes: u64) {
+        self.said.progress(done_bytes, total_bytes);
+    }
+}
+
 /// Runs `tapdisk` with the arguments of `line` in the process of `host` until it ends, and returns its exit status. A
 /// program that is killed has none, even if it comes to its end in the turn in which its calls begin to fail.
 ///
@@ -99,7 +130,8 @@ pub(crate) async fn tapdisk(
     let pauses = !matches!(cli.command, Command::Control(_));
     let overseer = Overseer::start(world, &host, &disks, pauses);
     let node = host.process.node().clone();
-    let status = run(host, cli, tuning, disks, Rc::clone(said) as Rc<dyn Console>).await;
+    let told = Rc::new(Told { said: Rc::clone(said), world: world.clone(), node: node.clone() });
+    let status = run(host, cli, tuning, disks, told).await;
     if !node.is_alive() {
         std::future::pending::<()>().await;
     }

@@ -48,6 +48,9 @@ tap_host::listed! {
     RECONNECTED = "reconnected", "a front end connected again";
 }
 
+/// How long a toolstack may take to remove what belonged to a domain that is gone, in nanoseconds.
+const GONE_PATIENCE_NS: u64 = 1_000_000_000;
+
 /// A ring and the task that serves it.
 struct Serving {
     closer: RingCloser,
@@ -207,13 +210,24 @@ impl<H: XenHost> Backend<H> {
         }
     }
 
-    /// The ring of a predecessor cannot be taken over. If one end has disappeared meanwhile, that is the reason,
-    /// and it ends the device.
+    /// The ring of a predecessor cannot be taken over. If one end has disappeared meanwhile, or does so soon, that is the
+    /// reason, and it ends the device: a domain that is destroyed loses its memory before a toolstack removes its ends.
     async fn not_taken(&self, why: String) -> Result<BackendEnd, BackendError> {
-        match next(Phase::Serving, &self.look().await?) {
-            Action::End(end) if !self.host.bug(&GONE_NOT_SEEN) => Ok(end),
-            _ => Err(BackendError::NotTaken { path: self.config.backend_path.clone(), why }),
+        let mut patience = pin!(self.host.sleep_ns(GONE_PATIENCE_NS));
+        loop {
+            let seen = self.look().await?;
+            match next(Phase::Serving, &seen) {
+                Action::End(end) if !self.host.bug(&GONE_NOT_SEEN) => return Ok(end),
+                _ if seen.leave => break,
+                _ => {}
+            }
+            let over = select(patience.as_mut(), self.leave.wait());
+            match select(over, changed(&self.watches)).await {
+                Either::First(_) => break,
+                Either::Second(event) => event.map_err(|error| self.watch_failed(error))?,
+            }
         }
+        Err(BackendError::NotTaken { path: self.config.backend_path.clone(), why })
     }
 
     async fn look(&self) -> Result<Seen, BackendError> {
