@@ -23,7 +23,7 @@ pub(crate) use closing::Descriptor;
 pub use config::{IoCounts, StorageConfig};
 pub use cuts::{Cut, CutFile, CutWrite};
 pub use nth::{Concerned, NthFailure};
-use nth::{Nth, NthCounts};
+use nth::{Nth, NthCounts, Rows};
 use outage::Outage;
 use sim::{Entity, Sim, SpanId, Timed, text_hash};
 use std::cell::{Cell, RefCell};
@@ -129,6 +129,7 @@ pub(crate) struct Inner {
     full: Cell<bool>,
     refusing: Cell<bool>,
     nth_counts: NthCounts,
+    rows: Rows,
     outage: Outage,
     spoilt: RefCell<Vec<Spoilt>>,
     /// Files that were dropped and are not closed yet, and when they will be.
@@ -169,6 +170,7 @@ impl Storage {
             full: Cell::new(false),
             refusing: Cell::new(false),
             nth_counts: NthCounts::default(),
+            rows: Rows::default(),
             outage: Outage::default(),
             spoilt: RefCell::default(),
             closing: RefCell::default(),
@@ -517,10 +519,10 @@ impl Inner {
             return Fault::None;
         }
         let value = self.sim.fault(io, &IO_FAULT, 1_000_000, |d| self.rates.draw_fault(op, d));
-        match (decode(value, self.config.borrow().faults, op), nth) {
-            (Fault::Error(Errno::EAGAIN | Errno::EINTR, _) | Fault::Nothing, Nth::Spared) => Fault::None,
-            (fault, _) => fault,
-        }
+        let fault = decode(value, self.config.borrow().faults, op);
+        let passes = matches!(fault, Fault::Error(Errno::EAGAIN | Errno::EINTR, _) | Fault::Nothing);
+        let spared = passes && (matches!(nth, Nth::Spared) || self.rows.ends(io));
+        if spared { Fault::None } else { fault }
     }
 
     pub(crate) fn poll(&self, index: u32, waker: &Waker) -> Poll<(Result<usize, Errno>, IoVec)> {

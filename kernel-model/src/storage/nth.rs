@@ -3,7 +3,9 @@
 use super::Inner;
 use crate::calls::Call;
 use crate::faults::{Fault, IoOp};
-use std::cell::Cell;
+use sim::Entity;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use tap_host::{Errno, ZeroMode};
 
 /// Operations from the n-th on fail: a sweep over `n` reaches every one.
@@ -57,6 +59,24 @@ pub(super) struct NthCounts {
     failed: Cell<u64>,
     spared: Cell<u64>,
     calls: Cell<u64>,
+}
+
+/// How often one operation, which callers repeat, has failed for now. A repetition by a new task may have the same key
+/// as the one before, and would then fail with it for ever.
+#[derive(Default)]
+pub(super) struct Rows(RefCell<BTreeMap<u64, u32>>);
+
+/// Most transient failures of one operation: fewer than callers repeat it.
+const ROW_MAX: u32 = 8;
+
+impl Rows {
+    /// Counts a transient failure of `io`. Whether there were enough.
+    pub(super) fn ends(&self, io: Entity) -> bool {
+        let mut rows = self.0.borrow_mut();
+        let failed = rows.entry(io.0).or_default();
+        *failed += 1;
+        *failed > ROW_MAX
+    }
 }
 
 /// The effect of a failure by number on one operation.
