@@ -182,6 +182,8 @@ pub mod state {
     pub const PAUSE_REQUESTED: i32 = 0x10;
     /// The disk is paused.
     pub const PAUSED: i32 = 0x20;
+    /// The disk is being closed.
+    pub const SHUTDOWN_REQUESTED: i32 = 0x40;
     /// The image could not be opened again.
     pub const RESUME_FAILED: i32 = 0x200;
 }
@@ -317,14 +319,11 @@ impl Text {
         Some(Self(bytes))
     }
 
-    /// The first characters of `text` that fit: for people, never for paths.
+    /// `text`, without its middle if it does not fit: for people, never for paths.
     pub fn cut(text: &str) -> Self {
         let text = text.split('\0').next().unwrap_or_default();
-        let mut end = text.len().min(TEXT_BYTES_MAX);
-        while !text.is_char_boundary(end) {
-            end -= 1;
-        }
-        Self::new(&text[..end]).unwrap_or(Self([0; TEXT_BYTES]))
+        let shortened = if text.len() <= TEXT_BYTES_MAX { text.to_owned() } else { without_middle(text) };
+        Self::new(&shortened).unwrap_or(Self([0; TEXT_BYTES]))
     }
 
     /// The text before the first NUL; `None` without a NUL, or if it is not UTF-8.
@@ -332,6 +331,19 @@ impl Text {
         let end = self.0.iter().position(|&byte| byte == 0)?;
         str::from_utf8(&self.0[..end]).ok()
     }
+}
+
+/// The beginning and the end of a text that is too long: the end says why something failed.
+fn without_middle(text: &str) -> String {
+    const GAP: &str = "...";
+    let (mut head, mut tail) = (TEXT_BYTES_MAX / 3, text.len() - (TEXT_BYTES_MAX * 2 / 3 - GAP.len()));
+    while !text.is_char_boundary(head) {
+        head -= 1;
+    }
+    while !text.is_char_boundary(tail) {
+        tail += 1;
+    }
+    format!("{}{GAP}{}", &text[..head], &text[tail..])
 }
 
 impl std::fmt::Debug for Text {

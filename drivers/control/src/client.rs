@@ -79,7 +79,7 @@ impl CallError {
         match self {
             Self::Connect { error, .. } | Self::Broken { error, .. } | Self::Refused { error, .. } => *error,
             Self::Ended { .. } => Errno::EIO,
-            Self::Late { .. } => Errno::ETIMEDOUT,
+            Self::Late { .. } => Errno::ETIME,
             Self::Strange { .. } => Errno::EINVAL,
         }
     }

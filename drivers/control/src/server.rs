@@ -4,7 +4,7 @@ use crate::wire::{Received, receive_message, send};
 use std::future::Future;
 use std::rc::Rc;
 use tap_abi::tapctl::{ALL, Announced, Entry, Kind, Message};
-use tap_core::wait::{Permit, Semaphore};
+use tap_core::wait::{Event as Flag, Permit, Semaphore};
 use tap_host::{Either, Errno, Event, Listener, Log, Probe, Sockets, Tasks, Time, select, unless};
 use zerocopy::IntoBytes;
 
@@ -85,12 +85,14 @@ pub struct Control<H, V> {
     host: H,
     verbs: Rc<V>,
     places: Semaphore,
+    /// Set once no request is taken any more.
+    over: Rc<Flag>,
 }
 
 impl<H: ControlHost, V: Verbs> Control<H, V> {
     /// A server for whoever has `verbs`.
     pub fn new(host: H, verbs: Rc<V>) -> Self {
-        Self { host, verbs, places: Semaphore::new(CONNECTIONS_MAX) }
+        Self { host, verbs, places: Semaphore::new(CONNECTIONS_MAX), over: Rc::new(Flag::new()) }
     }
 
     /// Serves `listener` until `stop` completes, and then until the requests that have arrived are answered.
@@ -116,6 +118,7 @@ impl<H: ControlHost, V: Verbs> Control<H, V> {
         };
         let Either::First(()) = select(stop, accept).await;
         drop(listener);
+        self.over.set();
         let mut ended = Vec::new();
         for _ in 0..CONNECTIONS_MAX {
             ended.push(self.places.acquire().await);
@@ -123,9 +126,9 @@ impl<H: ControlHost, V: Verbs> Control<H, V> {
     }
 
     fn start(&self, connection: u64, stream: H::Stream, place: Permit) {
-        let (host, verbs) = (self.host.clone(), Rc::clone(&self.verbs));
+        let (host, verbs, over) = (self.host.clone(), Rc::clone(&self.verbs), Rc::clone(&self.over));
         self.host.spawn("control connection", connection, async move {
-            if let Err(why) = converse(&host, &*verbs, &stream).await {
+            if let Err(why) = converse(&host, &*verbs, &stream, &over).await {
                 host.mark(&CONTROL_DROPPED);
                 host.log(Event::ControlDropped { connection, why });
             }
@@ -139,6 +142,7 @@ async fn converse<H: ControlHost>(
     host: &H,
     verbs: &impl Verbs,
     stream: &H::Stream,
+    over: &Flag,
 ) -> Result<(), &'static str> {
     let patience = async {
         host.sleep_ns(MESSAGE_NS).await;
@@ -146,7 +150,11 @@ async fn converse<H: ControlHost>(
             std::future::pending::<()>().await;
         }
     };
-    let message = match unless(patience, receive_message(host, stream)).await {
+    let received = match select(unless(patience, receive_message(host, stream)), over.wait()).await {
+        Either::First(received) => received,
+        Either::Second(()) => return Err("the tapdisk ends"),
+    };
+    let message = match received {
         None => return Err("it sent no request in time"),
         Some(Err(_)) => return Err("its connection broke"),
         Some(Ok(Received::Ended(0))) => return Err("it left without a request"),

@@ -51,6 +51,7 @@ errnos! {
     ENOSYS = 38, "function not implemented";
     ENOTEMPTY = 39, "directory not empty";
     ELOOP = 40, "too many levels of symbolic links";
+    ETIME = 62, "timer expired";
     EPROTO = 71, "protocol error";
     EOVERFLOW = 75, "value too large";
     ENOTSOCK = 88, "not a socket";

@@ -27,6 +27,7 @@
 
 mod background;
 mod clock;
+mod descriptors;
 mod files;
 mod lines;
 mod log;
@@ -44,6 +45,7 @@ mod xen;
 mod xenstore;
 
 pub use background::{DivideError, Divided, Starting, divide};
+pub use descriptors::keep_descriptors;
 pub use files::{AioEngine, LinuxFile};
 pub use lines::Lines;
 pub use log::LogTo;

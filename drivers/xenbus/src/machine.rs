@@ -210,8 +210,9 @@ impl<H: XenHost> Backend<H> {
         }
     }
 
-    /// The ring of a predecessor cannot be taken over. If one end has disappeared meanwhile, or does so soon, that is the
-    /// reason, and it ends the device: a domain that is destroyed loses its memory before a toolstack removes its ends.
+    /// The ring of a predecessor cannot be taken over. If one end has disappeared meanwhile, or does so soon, that is
+    /// the reason, and it ends the device: a domain that is destroyed loses its memory before a toolstack removes its
+    /// ends.
     async fn not_taken(&self, why: String) -> Result<BackendEnd, BackendError> {
         let mut patience = pin!(self.host.sleep_ns(GONE_PATIENCE_NS));
         loop {

@@ -14,8 +14,8 @@
 //! * A paused disk has no image open: its file can be changed, renamed or replaced. Those who use the disk notice a
 //!   delay, never an error, and never another size or mode. A pause that does not come about in time leaves the disk
 //!   running.
-//! * A resume that fails leaves the disk running with the image that it had, if that can be opened; otherwise it stays
-//!   paused.
+//! * A resume that fails leaves the disk running with the image that it had, if that can be opened and its name still
+//!   has the same file; otherwise it stays paused. Requests that wait fail only when a paused disk is closed.
 //! * The process ends when it is asked to, or with the last minor number that is detached.
 
 mod open;

@@ -2,7 +2,7 @@
 
 use super::refusal::Refusal;
 use crate::spec::DiskSpec;
-use tap_abi::tapctl::{Params, Text, flags};
+use tap_abi::tapctl::{Params, TEXT_BYTES_MAX, flags};
 use tap_host::Errno;
 
 /// What a flag that cannot be had stands for, and the option of tap-ctl that sets it.
@@ -36,9 +36,12 @@ impl Asked {
         if set & !known != 0 {
             return Err(Refusal::new(Errno::EINVAL, format!("{what}: the flags {set:#x} are not known")));
         }
-        let text = |text: &Text| text.as_str().map(str::to_owned);
-        let name = text(&params.path).ok_or_else(|| {
-            Refusal::new(Errno::EINVAL, format!("{what}: the image's name is too long, or no text"))
+        // One of 255 bytes may have been cut by the program that sent it.
+        let name = params.path.as_str().filter(|name| name.len() <= TEXT_BYTES_MAX);
+        let name = name.map(str::to_owned).ok_or_else(|| {
+            let words =
+                format!("{what}: the image's name has more than {TEXT_BYTES_MAX} bytes, or is no text");
+            Refusal::new(Errno::ENAMETOOLONG, words)
         })?;
         let (read_only, direct) = (set & flags::RDONLY != 0, set & flags::NO_O_DIRECT == 0);
         Ok(Self { name, read_only, direct })

@@ -19,7 +19,7 @@ use std::rc::Rc;
 use tap_abi::tapctl::{Entry, Image, Params, Text, state};
 use tap_core::wait::{Receiver, Semaphore, joined};
 use tap_core::{Disk, Listed, Node, ParkError};
-use tap_host::{Errno, SECTOR_BYTES, SocketAddress, VbdId};
+use tap_host::{Errno, File, FileId, OpenMode, SECTOR_BYTES, SocketAddress, VbdId};
 use tap_images::Formats;
 use tap_nbd::{Export, Server, ServerLimits};
 
@@ -28,6 +28,7 @@ tap_host::listed! {
     RESUMED_WITHOUT = "resumed-without", "a disk whose image cannot be opened again lets requests through without one";
     RESUME_KEEPS_NAME = "resume-keeps-name", "a disk that was resumed with another image opens the first one at the next resume";
     UNMARKED_LATER = "unmarked-later", "a detach is answered before others can have the minor number";
+    RESUMED_BY_NAME = "resumed-by-name", "a disk goes on with another file that has got the name of its image";
     PAUSED_CLOSE_WAITS = "paused-close-waits", "the close of a paused disk waits for requests that the pause holds";
 }
 
@@ -58,6 +59,7 @@ enum Stage {
     Paused,
     /// Paused, and an image could not be opened.
     Stranded,
+    Closing,
 }
 
 /// An open disk.
@@ -66,6 +68,8 @@ struct Open<H: ControlledHost> {
     /// As tap-ctl gave it.
     name: RefCell<String>,
     stage: Cell<Stage>,
+    /// The file of its image when it was paused, if it is one.
+    let_go: Cell<Option<FileId>>,
     disk: Rc<Disk<H>>,
     listed: RefCell<Listed<H>>,
     server: Server<H>,
@@ -87,6 +91,10 @@ impl<H: ControlledHost> Vbd<H> {
         }
     }
 
+    pub(super) fn minor(&self) -> u16 {
+        self.minor
+    }
+
     pub(super) fn is_open(&self) -> bool {
         self.open.borrow().is_some()
     }
@@ -105,6 +113,7 @@ impl<H: ControlledHost> Vbd<H> {
             Some(Stage::Pausing) => state::PAUSE_REQUESTED | state::QUIESCE_REQUESTED,
             Some(Stage::Paused) => PAUSED,
             Some(Stage::Stranded) => PAUSED | state::RESUME_FAILED,
+            Some(Stage::Closing) => state::SHUTDOWN_REQUESTED,
         };
         let path = open.as_ref().map_or_else(|| Text::cut(""), |open| Text::cut(&open.name.borrow()));
         Entry { minor: i32::from(self.minor).into(), state: state.into(), path, ..Entry::default() }
@@ -158,6 +167,7 @@ impl<H: ControlledHost> Vbd<H> {
             options,
             name: RefCell::new(name),
             stage: Cell::new(Stage::Running),
+            let_go: Cell::new(None),
             disk,
             listed: RefCell::new(listed),
             server,
@@ -195,6 +205,8 @@ impl<H: ControlledHost> Vbd<H> {
         if open.stage.get() != Stage::Running {
             return Ok(());
         }
+        let name = open.name.borrow().clone();
+        open.let_go.set(file_of(&settings.host, &name).await);
         open.stage.set(Stage::Pausing);
         let limit = settings.host.sleep_ns(settings.pause_limit_s() * 1_000_000_000);
         let parked = open.disk.park(limit).await;
@@ -236,7 +248,11 @@ impl<H: ControlledHost> Vbd<H> {
             }
             return Ok(());
         };
-        let back = match name == old {
+        let moved = name != old && !settings.host.bug(&RESUMED_BY_NAME) && {
+            let file = open.let_go.get();
+            file.is_some() && file_of(&settings.host, &old).await != file
+        };
+        let back = match name == old || moved {
             true => Err(why.clone()),
             false => self.resume_with(settings, &open, &old, &what).await,
         };
@@ -251,6 +267,7 @@ impl<H: ControlledHost> Vbd<H> {
         }
         let words = match name == old {
             true => format!("{}; it stays paused", why.words),
+            false if moved => format!("{}; it stays paused, because {old} is another file now", why.words),
             false => {
                 format!("{}; it stays paused, because {old} cannot be opened: {}", why.words, second.error)
             }
@@ -292,8 +309,8 @@ impl<H: ControlledHost> Vbd<H> {
     /// Stops serving the image and closes it. With `force` the requests that are in flight are not waited for by their
     /// clients: those that a pause holds fail, and so do new ones.
     pub(super) async fn close(&self, settings: &Settings<H>, force: bool) -> Result<(), Refusal> {
-        let Some(open) = self.open.take() else { return Ok(()) };
-        let paused = open.stage.get() != Stage::Running;
+        let Some(open) = self.open.borrow().clone() else { return Ok(()) };
+        let paused = open.stage.replace(Stage::Closing) != Stage::Running;
         if paused {
             settings.host.mark(&CLOSED_PAUSED);
         }
@@ -311,6 +328,7 @@ impl<H: ControlledHost> Vbd<H> {
         if let Some(served) = served {
             served.await;
         }
+        self.open.take();
         closed.map_err(|error| {
             let name = open.name.borrow();
             let words = format!("close {name}: {error}; data written since the last flush may be lost");
@@ -349,6 +367,13 @@ impl<H: ControlledHost> Vbd<H> {
 }
 
 const PAUSED: i32 = state::PAUSED | state::PAUSE_REQUESTED | state::QUIESCED | state::CLOSED;
+
+/// The file that the image called `name` has now; `None` if it has none, or it cannot be looked at.
+async fn file_of<H: ControlledHost>(host: &H, name: &str) -> Option<FileId> {
+    let Ok(DiskSpec::Image(image)) = name.parse() else { return None };
+    let file = host.open(&image.path, OpenMode::READ).await.ok()?;
+    file.info().await.ok().map(|info| info.id)
+}
 
 fn refused(error: &OpenError) -> Refusal {
     Refusal::new(error.errno().unwrap_or(Errno::EIO), error.to_string())

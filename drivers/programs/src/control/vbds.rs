@@ -4,8 +4,9 @@ use super::refusal::Refusal;
 use super::settings::Settings;
 use super::vbd::Vbd;
 use super::{ControlArgs, ControlledHost};
+use crate::ctl::{is_named, marker_of};
 use crate::{Console, Tuning};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use tap_abi::tapctl::{ALL, Kind, Message, Minors, Params, PidOf};
@@ -36,6 +37,8 @@ pub(super) struct Vbds<H: ControlledHost> {
     settings: Settings<H>,
     /// `None` while one is being taken.
     all: RefCell<BTreeMap<u16, Option<Rc<Vbd<H>>>>>,
+    /// It has had one.
+    had: Cell<bool>,
     /// Set once the last one was given up, or the process was told that it gets none.
     ended: Flag,
 }
@@ -50,7 +53,7 @@ impl<H: ControlledHost> Vbds<H> {
         console: Rc<dyn Console>,
     ) -> Self {
         let settings = Settings { host, tuning, disks, console, memory, args };
-        Self { settings, all: RefCell::default(), ended: Flag::new() }
+        Self { settings, all: RefCell::default(), had: Cell::new(false), ended: Flag::new() }
     }
 
     /// Completes once a minor number was given up and none is left.
@@ -103,19 +106,30 @@ impl<H: ControlledHost> Vbds<H> {
         match marker {
             Ok(marker) => {
                 all.insert(minor, Some(Rc::new(Vbd::new(minor, marker))));
+                self.had.set(true);
                 Ok(())
             }
             Err(why) => {
                 all.remove(&minor);
+                drop(all);
+                self.end_if_last();
                 Err(why)
             }
+        }
+    }
+
+    /// Ends the process if it had minor numbers and none is left, or on its way.
+    fn end_if_last(&self) {
+        if self.had.get() && self.all.borrow().is_empty() {
+            self.settings.host.mark(&LAST_DETACHED);
+            self.ended.set();
         }
     }
 
     /// Locks the file that says that a minor number is in use.
     async fn mark(&self, minor: u16, what: &str) -> Result<H::File, Refusal> {
         let host = &self.settings.host;
-        let path = crate::ctl::marker_of(&self.settings.args.folder, minor);
+        let path = marker_of(&self.settings.args.folder, minor);
         let refusal =
             |error: Errno, hint: &str| Refusal::new(error, format!("{what}: {path}: {error}{hint}"));
         let file = host.open(&path, OpenMode::WRITE).await.map_err(|error| {
@@ -133,11 +147,9 @@ impl<H: ControlledHost> Vbds<H> {
             locked => locked.map_err(|error| refusal(error, ""))?,
         }
         // Freed between the two calls, it may be somebody else's by now.
-        let ours = file.info().await.map_err(|error| refusal(error, ""))?;
-        let named = async { host.open(&path, OpenMode::READ).await?.info().await };
-        match named.await {
-            Ok(named) if named.id == ours.id => Ok(file),
-            Ok(_) | Err(Errno::ENOENT) => Err(refusal(Errno::ENOENT, "; it was freed")),
+        match is_named(host, &path, &file).await {
+            Ok(true) => Ok(file),
+            Ok(false) => Err(refusal(Errno::ENOENT, "; it was freed meanwhile")),
             Err(error) => Err(refusal(error, "")),
         }
     }
@@ -151,10 +163,7 @@ impl<H: ControlledHost> Vbds<H> {
         }
         self.all.borrow_mut().remove(&minor);
         vbd.unmark(&self.settings.host).await;
-        if self.all.borrow().is_empty() {
-            self.settings.host.mark(&LAST_DETACHED);
-            self.ended.set();
-        }
+        self.end_if_last();
         Ok(())
     }
 
@@ -222,14 +231,15 @@ impl<H: ControlledHost> Vbds<H> {
         self.all.borrow().values().flatten().cloned().collect()
     }
 
+    /// The first minor numbers, as many as a message has room for.
     fn minors(&self) -> Minors {
-        let all = self.all.borrow();
-        let mut minors =
-            Minors { count: i32::try_from(all.len()).expect("they are few").into(), ..Minors::default() };
-        for (place, minor) in minors.list.iter_mut().zip(all.keys()) {
-            *place = i32::from(*minor).into();
+        let mut minors = Minors::default();
+        let mut count = 0;
+        for (place, vbd) in minors.list.iter_mut().zip(self.attached()) {
+            *place = i32::from(vbd.minor()).into();
+            count += 1;
         }
-        minors
+        Minors { count: count.into(), ..minors }
     }
 }
 

@@ -6,7 +6,7 @@
 
 use super::{Ctl, CtlHost, Failure, Launch};
 use serde_json::json;
-use tap_host::{Errno, File, IoBuf, IoVec, LockKind, OpenMode};
+use tap_host::{Errno, File, Files, IoBuf, IoVec, LockKind, OpenMode};
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
@@ -34,6 +34,20 @@ pub fn marker_of(folder: &str, minor: u16) -> String {
 
 fn markers_of(folder: &str) -> String {
     format!("{folder}/tapdisk")
+}
+
+/// Whether `path` still names `file`: it may have been freed, and given to another disk, before `file` was locked.
+///
+/// # Errors
+/// Those of looking.
+pub(crate) async fn is_named<H: Files>(host: &H, path: &str, file: &H::File) -> Result<bool, Errno> {
+    let ours = file.info().await?;
+    let named = async { host.open(path, OpenMode::READ).await?.info().await };
+    match named.await {
+        Ok(named) => Ok(named.id == ours.id),
+        Err(Errno::ENOENT) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 impl<H: CtlHost, L: Launch> Ctl<'_, H, L> {
@@ -87,6 +101,9 @@ impl<H: CtlHost, L: Launch> Ctl<'_, H, L> {
                 return Err(failure(Errno::EBUSY, "; a tapdisk has it, detach it first"));
             }
             locked => locked.map_err(|error| failure(error, ""))?,
+        }
+        if !is_named(self.host, &path, &file).await.map_err(|error| failure(error, ""))? {
+            return Err(failure(Errno::ENOENT, "; it was freed meanwhile"));
         }
         self.host.remove(&path).await.map_err(|error| failure(error, ""))
     }

@@ -16,6 +16,7 @@ mod list;
 mod minors;
 mod open;
 
+pub(crate) use minors::is_named;
 pub use minors::marker_of;
 pub use tap_control::pid_of;
 

@@ -412,3 +412,95 @@ fn messages_may_be_split_and_strange_ones_are_refused() {
         admin.done(&format!("destroy -p {pid} -m 0")).await;
     });
 }
+
+#[test]
+fn a_process_that_is_asked_to_stop_closes_its_disks() {
+    world(|sim, kernel, xen| async move {
+        kernel.storage().put_bytes("/a", &[1; 1 << 20]);
+        kernel.storage().put_bytes("/b", &[2; 1 << 20]);
+        let admin = Admin::new(&sim, &kernel, &xen);
+        let pid = admin.create("raw:/a").await;
+        admin.done("allocate").await;
+        admin.done(&format!("attach -p {pid} -m 1")).await;
+        admin.done(&format!("open -p {pid} -m 1 -a raw:/b")).await;
+        let (first, second) = (admin.client(pid, 0).await, admin.client(pid, 1).await);
+        assert_eq!((write(&first, 3, 7).await, write(&second, 3, 8).await), (Ok(()), Ok(())));
+        admin.done(&format!("pause -p {pid} -m 1")).await;
+        // A client that says nothing does not hold it up.
+        let address = SocketAddress::Unix(format!("/run/blktap-control/ctl{pid}"));
+        let silent = kernel.process("silent", 9).connect(&address).await.unwrap();
+        let daemon = admin.started.borrow()[0].host.clone();
+        let asked_ns = sim.now_ns();
+        daemon.process.ask_to_stop();
+        while admin.started.borrow()[0].status.borrow().is_none() {
+            sim.sleep_ns(1_000_000).await;
+        }
+        let ended = *admin.started.borrow()[0].status.borrow();
+        assert_eq!(ended, Some(0));
+        assert!(sim.now_ns() - asked_ns < tap_control::MESSAGE_NS / 2);
+        drop(silent);
+        for minor in [0, 1] {
+            admin.done(&format!("free -m {minor}")).await;
+        }
+        kernel.storage().power_cut();
+        for (path, fill) in [("/a", 7), ("/b", 8)] {
+            assert_eq!(kernel.storage().bytes(path).unwrap()[3 * 512], fill);
+            assert!(kernel.storage().locks(path).is_empty());
+        }
+    });
+}
+
+#[test]
+fn a_process_ends_although_an_attach_failed_at_last() {
+    world(|sim, kernel, xen| async move {
+        kernel.storage().put_bytes("/a", &[1; 1 << 20]);
+        let admin = Admin::new(&sim, &kernel, &xen);
+        let pid = admin.create("raw:/a").await;
+        admin.done(&format!("close -p {pid} -m 0")).await;
+        // Several at once, of which the detach is one.
+        for key in 1..=4_u64 {
+            let (own, line) = (Rc::clone(&admin), format!("attach -p {pid} -m {}", 100 + key));
+            sim.spawn("attach", key, async move {
+                own.ctl(&line).await;
+            });
+        }
+        admin.done(&format!("detach -p {pid} -m 0")).await;
+        sim.sleep_ns(1_000_000_000).await;
+        let ended = *admin.started.borrow()[0].status.borrow();
+        assert_eq!(ended, Some(0));
+    });
+}
+
+#[test]
+fn what_tap_ctl_does_not_ask_is_answered_too() {
+    use tap_abi::tapctl::{Image, Minors, Outcome, Params, Text};
+    use zerocopy::{FromBytes, IntoBytes};
+    world(|sim, kernel, xen| async move {
+        kernel.storage().put_bytes("/a", &[1; 1 << 20]);
+        let admin = Admin::new(&sim, &kernel, &xen);
+        let pid = admin.create("raw:/a").await;
+        let ask = async |message: Message| {
+            let answer = raw(&admin, pid, message.as_bytes(), MESSAGE_BYTES).await.unwrap();
+            Message::read_from_bytes(&answer).unwrap()
+        };
+        let image: Image = ask(Message::new(Kind::DiskInfo, 0)).await.body();
+        assert_eq!((image.sectors.get(), image.sector_size.get()), (2048, 512));
+        let minors: Minors = ask(Message::new(Kind::ListMinors, 0xffff)).await.body();
+        assert_eq!((minors.count.get(), minors.list[0].get()), (1, 0));
+        for minor in 1..70 {
+            admin.done("allocate").await;
+            admin.done(&format!("attach -p {pid} -m {minor}")).await;
+        }
+        let minors: Minors = ask(Message::new(Kind::ListMinors, 0xffff)).await.body();
+        assert_eq!((minors.count.get(), minors.list[62].get()), (63, 62), "as many as there is room for");
+        let busy = ask(Message::new(Kind::Exit, 0)).await;
+        assert_eq!((busy.kind(), busy.body::<Outcome>().error.get()), (Some(Kind::Error), Errno::EBUSY.0));
+        // A name of 255 bytes was cut by whoever sent it.
+        let mut open =
+            Message::with(Kind::Open, 1, &Params { path: Text::new("raw:/a").unwrap(), ..Params::default() });
+        let bytes = open.as_mut_bytes();
+        bytes[20 + 6..20 + 255].fill(b'a');
+        let refused = ask(open).await;
+        assert_eq!(refused.body::<Outcome>().error.get(), Errno::ENAMETOOLONG.0);
+    });
+}

@@ -2,7 +2,7 @@
 
 use std::env::{args_os, current_exe};
 use std::process::{Command, ExitCode, Stdio};
-use tap_linux::{Level, Options, resolve_without_plugins};
+use tap_linux::{Level, Options, keep_descriptors, resolve_without_plugins};
 use tap_programs::ctl::{Cli, Launch, run};
 use tap_programs::usage;
 use tapdisk::{Terminal, VERSION, make_control_folder};
@@ -42,6 +42,8 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(status) => return ExitCode::from(status),
     };
+    // The tapdisks that it starts live longer than it does.
+    keep_descriptors();
     // Without permission what needs the folder fails, and says so.
     let _made = make_control_folder(&cli.folder);
     let options = Options { log_level: Level::Warning, ..Options::default() };

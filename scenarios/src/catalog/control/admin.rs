@@ -16,6 +16,7 @@ use tap_host::{Errno, Files, Signals, select};
 use tap_images::ImageSpec;
 use tap_programs::Tuning;
 use tap_programs::ctl::{Cli, Launch, run};
+use tap_programs::img;
 
 /// Memory for the servers of a process, in bytes.
 const SERVERS_BYTES: usize = 32 << 20;
@@ -247,6 +248,22 @@ impl Admin {
             }
         }
         self.expect(tapdisk, line, 0).await
+    }
+
+    /// Makes `to` a copy of what `from` shows, by tap-img.
+    pub(super) async fn convert(&self, from: &ImageSpec, to: &ImageSpec) -> bool {
+        let host = self.host();
+        let (source, format) = (named(from), to.format.name());
+        let line = format!("tap-img convert -q --backing probe -O {format} {source} {}", to.path);
+        let cli = img::Cli::try_parse_from(line.split_whitespace());
+        let cli = cli.unwrap_or_else(|e| panic!("{line}: {e}"));
+        let said = Printed::default();
+        let status = img::run(host, cli, &said).await;
+        if status != 0 {
+            let text = format!("{line} ended with status {status}: {}", said.err.take().join("; "));
+            self.world.fail(Invariant::I1, text);
+        }
+        status == 0
     }
 
     /// The names of sockets, and the minor numbers that are taken.

@@ -79,7 +79,9 @@ impl Disk {
         let old = self.setup().spec.path;
         let bytes = world.storage.bytes(&old).unwrap_or_default();
         self.left.borrow_mut().push((old, bytes));
-        let moved = self.setup().moved(spec);
+        let same = spec.format == self.setup().spec.format;
+        // A copy in another format has what the chain showed, and nothing below it.
+        let moved = if same { self.setup().moved(spec) } else { self.setup().alone(spec) };
         *self.setup.borrow_mut() = moved;
     }
 

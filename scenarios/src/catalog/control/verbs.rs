@@ -3,7 +3,7 @@
 use super::admin::{Admin, Tapdisk, check_let_go, image};
 use super::{DISK_BYTES, Disk};
 use crate::check::Invariant;
-use crate::formats;
+use crate::formats::{self, Kind};
 use crate::guest::RawNbd;
 use crate::program::named;
 use crate::world::World;
@@ -35,7 +35,7 @@ pub static GIVES_UP: Label = Label::new("control-gives-up", "tap-ctl is killed a
 pub static CUT_REQUEST: Label = Label::new("control-cut", "a client of the control socket sends {} bytes");
 
 /// Kinds of acts, without "none".
-const ACTS: u64 = 14;
+const ACTS: u64 = 15;
 /// A raw image of half the size.
 const SMALL: &str = "/images/small.img";
 /// A raw image that another process has.
@@ -101,6 +101,7 @@ impl Acts<'_> {
             11 => self.strand(disk, hold_ns).await,
             12 => self.crowd(disk, hold_ns).await,
             13 => self.two_minors().await,
+            14 => self.renamed(disk, hold_ns).await,
             _ => self.race(entity).await,
         }
     }
@@ -177,13 +178,27 @@ impl Acts<'_> {
         let (world, setup) = (self.world, disk.setup());
         disk.copies.set(disk.copies.get() + 1);
         let path = format!("/images/disk{}-{}.img", disk.number, disk.copies.get());
-        world.storage.put(&path, world.storage.content(&setup.spec.path).unwrap_or_default());
-        let spec = ImageSpec { path: path.clone(), ..setup.spec.clone() };
+        let mut spec = ImageSpec { path: path.clone(), ..setup.spec.clone() };
+        if hold_ns.is_multiple_of(2) {
+            // In another format.
+            let mapped = Kind::mapped(false).model.format().into();
+            spec.format = if setup.has_metadata() { formats::RAW } else { mapped };
+            if !self.admin.convert(&setup.spec, &spec).await {
+                return None;
+            }
+        } else {
+            let content = world.storage.content(&setup.spec.path).unwrap_or_default();
+            // A device has other block sizes than a file.
+            match setup.has_metadata() || hold_ns % 4 == 1 {
+                true => world.storage.put(&path, content),
+                false => world.storage.put_device(&path, content),
+            }
+        }
+        let made = world.storage.bytes(&path);
         let line = format!("unpause {} -a {}", disk.at(self.tapdisk), named(&spec));
         let resumed = self.admin.expect(self.tapdisk, &line, 0).await;
-        let differs = world.storage.bytes(&path) != world.storage.bytes(&setup.spec.path);
-        // Without an answer the copy is the disk's only if it was written to: otherwise both are the same.
-        if resumed.is_some() || differs {
+        // Without an answer the copy is the disk's only if it was written to: otherwise both show the same.
+        if resumed.is_some() || world.storage.bytes(&path) != made {
             disk.move_to(world, spec);
         }
         resumed?;
@@ -329,6 +344,34 @@ impl Acts<'_> {
         }
         drop(file);
         other.closed().await;
+        refused?;
+        self.done(&format!("unpause {at}")).await?;
+        self.runs(disk).await
+    }
+
+    /// While a disk is paused its image gets another name, and another file its own: the disk does not go on with that
+    /// one because it cannot have a third.
+    async fn renamed(&self, disk: &Disk, hold_ns: u64) -> Act {
+        if !self.pause(disk).await? {
+            return Some(());
+        }
+        let (storage, setup, at) = (&self.world.storage, disk.setup(), disk.at(self.tapdisk));
+        let (path, aside) = (setup.spec.path.clone(), format!("{}.aside", setup.spec.path));
+        storage.rename(&path, &aside);
+        storage.put(&path, storage.content(&aside).unwrap_or_default());
+        let unpause = format!("unpause {at} -a raw:/images/none.img");
+        let refused = self.refuse(&unpause, Errno::ENOENT).await;
+        if refused.is_some() {
+            let line = format!("list -p {} -m {}", self.tapdisk.pid(), disk.minor.get().unwrap_or_default());
+            let listed = self.admin.expect(self.tapdisk, &line, 0).await;
+            if listed
+                .is_some_and(|listed| !listed.out.first().is_some_and(|row| row.contains("state=0x23a ")))
+            {
+                self.world.fail(Invariant::U1, "a disk went on with another file of the same name");
+            }
+            self.world.sim.sleep_ns(hold_ns).await;
+        }
+        storage.rename(&aside, &path);
         refused?;
         self.done(&format!("unpause {at}")).await?;
         self.runs(disk).await
