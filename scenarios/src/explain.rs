@@ -48,11 +48,9 @@ pub fn decision(key: &Key, d: &Decision) -> String {
 /// Which sectors become unreadable.
 fn bad_sectors(value: u64) -> String {
     let reads = if value & 0x100 == 0 { "fail" } else { "end before them" };
-    format!(
-        "sectors {} become unreadable after {} more operations; direct reads {reads}",
-        sectors_of(value & 0xff),
-        value >> 9
-    )
+    let becomes = if (value & 0xff).count_ones() == 1 { "becomes" } else { "become" };
+    let (sectors, after) = (sectors_of(value & 0xff), value >> 9);
+    format!("{sectors} {becomes} unreadable after {after} more operations; direct reads {reads}")
 }
 
 /// The operation that a decision of that kind stands for.
@@ -109,6 +107,10 @@ mod tests {
         assert_eq!(
             words(&BAD_SECTORS, 0, 0b101 | 7 << 9, "page 2 of x"),
             "page 2 of x: sectors 0, 2 become unreadable after 7 more operations; direct reads fail"
+        );
+        assert_eq!(
+            words(&BAD_SECTORS, 0, 0b100 | 1 << 8, "page 2 of x"),
+            "page 2 of x: sector 2 becomes unreadable after 0 more operations; direct reads end before them"
         );
         assert_eq!(words(&OP, 5, 3 | 7 << 2 | 16 << 10, "guest"), "guest: operation 5: write 16+8");
         assert_eq!(words(&sim::WAKE, 0, 5, ""), "0000000000000abc: its turn 0 is delayed by 0.005 us");
