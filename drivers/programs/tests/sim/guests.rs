@@ -393,7 +393,8 @@ fn a_second_process_does_not_touch_a_served_ring() {
         first.host.process.node().kill();
         first.host.process.node().dead().await;
         let wrong = Daemon::start(&kernel, &xen, 5, "xen 1/xvda=raw:/small");
-        tools.settle().await;
+        // It looks for a while whether the guest is going.
+        sim.sleep_ns(2_000_000_000).await;
         assert_eq!(*wrong.status.borrow(), Some(1));
         let why = "the disk has 1024 sectors, and the front end was told 2048";
         assert!(wrong.said().contains(why), "{}", wrong.said());
