@@ -4,7 +4,7 @@
 //!   0      2        4    8                                  544
 //!   kind   cookie   0    body, by kind, the rest zeros
 //!
-//!   tap-ctl:  OPEN      5  params{flags, path "qcow:/a"}      tapdisk:  OPEN_RSP  5  image{sectors, sector size}
+//!   tap-ctl:  OPEN      5  params{flags, path "raw:/a"}       tapdisk:  OPEN_RSP  5  image{sectors, sector size}
 //!             PAUSE     5                                               ERROR     5  response{16, "..."}
 //! ```
 //!

@@ -53,7 +53,7 @@ pub(super) fn spec_of(name: &str, what: &str) -> Result<DiskSpec, Refusal> {
     let spec: Result<DiskSpec, String> = name.parse();
     let spec = spec.map_err(|why| Refusal::new(Errno::EINVAL, format!("{what}: {why}")))?;
     crate::disk::require_format(&spec).map_err(|_| {
-        Refusal::new(Errno::EINVAL, format!("{what}: name the format of {name}, as in qcow:{name}"))
+        Refusal::new(Errno::EINVAL, format!("{what}: name the format of {name}, as in raw:{name}"))
     })?;
     Ok(spec)
 }

@@ -147,9 +147,9 @@ mod tests {
 
     #[test]
     fn rows_look_like_those_of_tapdisk3() {
-        let (open, closed) = (row(0, "qcow:/a:b"), row(state::CLOSED, ""));
-        assert_eq!(open.fields(), "pid=17 minor=5 state=0 args=qcow:/a:b");
-        assert_eq!(open.columns(), "      17    5    0       qcow /a:b");
+        let (open, closed) = (row(0, "raw:/a:b"), row(state::CLOSED, ""));
+        assert_eq!(open.fields(), "pid=17 minor=5 state=0 args=raw:/a:b");
+        assert_eq!(open.columns(), "      17    5    0        raw /a:b");
         assert_eq!(closed.fields(), "pid=17 minor=5 state=0x2");
         assert_eq!(closed.columns(), "      17    5  0x2          - -");
         let alone = Row { minor: Some(3), ..Row::default() };
@@ -157,19 +157,19 @@ mod tests {
             (alone.fields(), alone.columns()),
             ("minor=3".into(), "       -    3    -          - -".into())
         );
-        assert_eq!(open.json(), json!({ "pid": 17, "minor": 5, "state": 0, "type": "qcow", "file": "/a:b" }));
+        assert_eq!(open.json(), json!({ "pid": 17, "minor": 5, "state": 0, "type": "raw", "file": "/a:b" }));
     }
 
     #[test]
     fn options_leave_rows_out() {
         let none = ListArgs { pid: None, minor: None, kind: None, file: None };
-        let open = row(0, "qcow:/a");
+        let open = row(0, "raw:/a");
         for (args, matches) in [
             (none.clone(), true),
             (ListArgs { pid: Some(17), minor: Some(5), ..none.clone() }, true),
             (ListArgs { pid: Some(18), ..none.clone() }, false),
             (ListArgs { minor: Some(6), ..none.clone() }, false),
-            (ListArgs { kind: Some("qcow".into()), file: Some("/a".into()), ..none.clone() }, true),
+            (ListArgs { kind: Some("raw".into()), file: Some("/a".into()), ..none.clone() }, true),
             (ListArgs { kind: Some("vhd".into()), ..none.clone() }, false),
             (ListArgs { file: Some("/b".into()), ..none }, false),
         ] {

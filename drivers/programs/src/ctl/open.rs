@@ -9,7 +9,7 @@ use tap_host::Errno;
 /// What to open, and how.
 #[derive(Args, Clone, Debug)]
 struct ImageArgs {
-    /// The image, such as qcow:/images/a.qcow
+    /// The image, such as raw:/images/a.raw
     #[arg(short = 'a', value_name = "TYPE:PATH")]
     image: String,
     /// For reading only
