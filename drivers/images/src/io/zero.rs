@@ -18,7 +18,7 @@ tap_host::listed! {
 }
 
 /// Bytes of a page of memory. No file system that drops dirty pages has larger blocks.
-const PAGE_BYTES: u64 = 4096;
+const ZEROED_BYTES: u64 = tap_host::PAGE_BYTES as u64;
 
 impl<H: ImageHost> ImageFile<H> {
     /// Makes `len` bytes from `offset` on read as zeros, in place or by writing. `fast`: fails with `EOPNOTSUPP`,
@@ -73,7 +73,7 @@ impl<H: ImageHost> ImageFile<H> {
     fn zero_align(&self) -> u64 {
         let align = u64::from(self.info.zero_align_bytes);
         let settles = KeptZeros::concerns(&self.host, &self.info, ZeroMode::Keep);
-        if settles && !self.host.bug(&PARTS_IN_PLACE) { align.max(PAGE_BYTES) } else { align }
+        if settles && !self.host.bug(&PARTS_IN_PLACE) { align.max(ZEROED_BYTES) } else { align }
     }
 
     /// Zeroes a range without writing; returns the number of bytes done before the file refused.

@@ -323,6 +323,19 @@ impl Acts<'_> {
         self.pause_and(disk, hold_ns, "", 0).await
     }
 
+    /// A resume with a missing image fails and leaves the disk paused; otherwise `wrong` is what happened.
+    async fn stays_paused(&self, disk: &Disk, hold_ns: u64, wrong: &str) -> Act {
+        let unpause = format!("unpause {} -a raw:/images/none.img", disk.at(self.tapdisk));
+        self.refuse(&unpause, Errno::ENOENT).await?;
+        let line = format!("list -p {} -m {}", self.tapdisk.pid(), disk.minor.get().unwrap_or_default());
+        let listed = self.admin.expect(self.tapdisk, &line, 0).await;
+        if listed.is_some_and(|listed| !listed.out.first().is_some_and(|row| row.contains("state=0x23a "))) {
+            self.world.fail(Invariant::U1, wrong);
+        }
+        self.world.sim.sleep_ns(hold_ns).await;
+        Some(())
+    }
+
     /// A disk whose own image cannot be opened again stays paused until it can.
     async fn strand(&self, disk: &Disk, hold_ns: u64) -> Act {
         if !self.pause(disk).await? {
@@ -330,18 +343,7 @@ impl Acts<'_> {
         }
         let (setup, at) = (disk.setup(), disk.at(self.tapdisk));
         let (other, file) = self.holder(&setup.spec.path).await?;
-        let unpause = format!("unpause {at} -a raw:/images/none.img");
-        let refused = self.refuse(&unpause, Errno::ENOENT).await;
-        if refused.is_some() {
-            let line = format!("list -p {} -m {}", self.tapdisk.pid(), disk.minor.get().unwrap_or_default());
-            let listed = self.admin.expect(self.tapdisk, &line, 0).await;
-            if listed
-                .is_some_and(|listed| !listed.out.first().is_some_and(|row| row.contains("state=0x23a ")))
-            {
-                self.world.fail(Invariant::U1, "a disk without image is not listed as paused");
-            }
-            self.world.sim.sleep_ns(hold_ns).await;
-        }
+        let refused = self.stays_paused(disk, hold_ns, "a disk without image is not listed as paused").await;
         drop(file);
         other.closed().await;
         refused?;
@@ -359,18 +361,8 @@ impl Acts<'_> {
         let (path, aside) = (setup.spec.path.clone(), format!("{}.aside", setup.spec.path));
         storage.rename(&path, &aside);
         storage.put(&path, storage.content(&aside).unwrap_or_default());
-        let unpause = format!("unpause {at} -a raw:/images/none.img");
-        let refused = self.refuse(&unpause, Errno::ENOENT).await;
-        if refused.is_some() {
-            let line = format!("list -p {} -m {}", self.tapdisk.pid(), disk.minor.get().unwrap_or_default());
-            let listed = self.admin.expect(self.tapdisk, &line, 0).await;
-            if listed
-                .is_some_and(|listed| !listed.out.first().is_some_and(|row| row.contains("state=0x23a ")))
-            {
-                self.world.fail(Invariant::U1, "a disk went on with another file of the same name");
-            }
-            self.world.sim.sleep_ns(hold_ns).await;
-        }
+        let refused =
+            self.stays_paused(disk, hold_ns, "a disk went on with another file of the same name").await;
         storage.rename(&aside, &path);
         refused?;
         self.done(&format!("unpause {at}")).await?;
