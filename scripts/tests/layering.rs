@@ -50,7 +50,7 @@ fn allowed(package: &str) -> &'static [&'static str] {
             "futures-util",
             "rustls",
         ],
-        "tap-control" => &["tap-host", "tap-abi", "tap-core", "thiserror", "zerocopy"],
+        "tap-control" => &["tap-host", "tap-abi", "tap-core", "serde", "serde_json", "thiserror", "zerocopy"],
         "tap-xenbus" => &["tap-host", "tap-abi", "tap-core", "tap-ring", "thiserror"],
         "tap-programs" => &[
             "tap-host",

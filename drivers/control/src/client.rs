@@ -1,6 +1,9 @@
 //! The end of tap-ctl.
 
-use crate::wire::{Received, receive_message, receive_text, send};
+use crate::json::{Answer, Request};
+use crate::wire::{Line, Received, receive_line, receive_message, receive_text, send};
+use crate::{Refusal, json_socket_of, socket_of};
+use serde::de::DeserializeOwned;
 use std::future::Future;
 use tap_abi::tapctl::{ALL, Announced, Entry, Kind, Message, Outcome};
 use tap_host::{Errno, Probe, SocketAddress, Sockets, Stream, Time, unless};
@@ -10,6 +13,8 @@ use zerocopy::IntoBytes;
 const DISKS_MAX: usize = 65_536;
 /// Longest text that is taken, in bytes.
 const TEXT_MAX: u64 = 1 << 20;
+/// Longest line that is taken, in bytes.
+const LINE_MAX: usize = 16 << 20;
 
 /// Why a tapdisk did not do what it was asked for; the text continues "failed to".
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -54,6 +59,14 @@ pub enum CallError {
         /// The number of the message's kind.
         number: u16,
     },
+    /// It sent a line that is no answer.
+    #[error("understand the answer from {path}: {why}; is it a tapdisk of another version?")]
+    Garbled {
+        /// The control socket.
+        path: String,
+        /// What is wrong with it.
+        why: String,
+    },
     /// It refused.
     #[error("{words}")]
     Refused {
@@ -66,7 +79,9 @@ pub enum CallError {
 
 fn hint(error: Errno) -> &'static str {
     match error {
-        Errno::ENOENT => "; there is no such process, tap-ctl list shows those that are",
+        Errno::ENOENT => {
+            "; there is no such process, or one that has not this socket; tap-ctl list shows those that are"
+        }
         Errno::ECONNREFUSED => "; that process has ended",
         Errno::EACCES => "; only root, and the user that it runs as, may",
         _ => "",
@@ -80,7 +95,7 @@ impl CallError {
             Self::Connect { error, .. } | Self::Broken { error, .. } | Self::Refused { error, .. } => *error,
             Self::Ended { .. } => Errno::EIO,
             Self::Late { .. } => Errno::ETIME,
-            Self::Strange { .. } => Errno::EINVAL,
+            Self::Strange { .. } | Self::Garbled { .. } => Errno::EINVAL,
         }
     }
 }
@@ -89,13 +104,15 @@ impl CallError {
 pub trait ClientHost: Sockets + Time + Probe {}
 impl<T: Sockets + Time + Probe> ClientHost for T {}
 
-/// A tapdisk's control socket.
+/// A tapdisk, at its control sockets.
 #[derive(Clone, Debug)]
 pub struct Tapdisk<H> {
     /// The caller's host.
     pub host: H,
-    /// The path of the socket.
-    pub path: String,
+    /// The folder of the sockets.
+    pub folder: String,
+    /// Its process number.
+    pub pid: u32,
     /// How long to wait for an answer, in seconds; 0 for ever.
     pub limit_s: u64,
 }
@@ -106,10 +123,11 @@ impl<H: ClientHost> Tapdisk<H> {
     /// # Errors
     /// [`CallError`].
     pub async fn call(&self, request: &Message) -> Result<Message, CallError> {
-        self.within(async {
-            let stream = self.ask(request).await?;
-            let answer = self.next(&stream).await?;
-            self.expect(answer, request)
+        let call = self.at_messages();
+        call.within(async {
+            let stream = call.ask(request.as_bytes()).await?;
+            let answer = call.next(&stream).await?;
+            call.expect(answer, request)
         })
         .await
     }
@@ -120,17 +138,18 @@ impl<H: ClientHost> Tapdisk<H> {
     /// [`CallError`].
     pub async fn list(&self) -> Result<Vec<Entry>, CallError> {
         let request = Message::new(Kind::List, ALL);
-        self.within(async {
-            let stream = self.ask(&request).await?;
+        let call = self.at_messages();
+        call.within(async {
+            let stream = call.ask(request.as_bytes()).await?;
             let mut disks = Vec::new();
             loop {
-                let answer = self.next(&stream).await?;
-                let entry: Entry = self.expect(answer, &request)?.body();
+                let answer = call.next(&stream).await?;
+                let entry: Entry = call.expect(answer, &request)?.body();
                 if entry.count.get() <= 0 {
                     return Ok(disks);
                 }
                 if disks.len() == DISKS_MAX {
-                    return Err(self.strange(Kind::ListRsp.number()));
+                    return Err(call.strange(Kind::ListRsp.number()));
                 }
                 disks.push(entry);
             }
@@ -144,15 +163,16 @@ impl<H: ClientHost> Tapdisk<H> {
     /// [`CallError`].
     pub async fn stats(&self, minor: u16) -> Result<String, CallError> {
         let request = Message::new(Kind::Stats, minor);
-        self.within(async {
-            let stream = self.ask(&request).await?;
-            let answer = self.next(&stream).await?;
-            let length = self.expect(answer, &request)?.body::<Announced>().length.get();
+        let call = self.at_messages();
+        call.within(async {
+            let stream = call.ask(request.as_bytes()).await?;
+            let answer = call.next(&stream).await?;
+            let length = call.expect(answer, &request)?.body::<Announced>().length.get();
             if length > TEXT_MAX {
-                return Err(self.strange(Kind::StatsRsp.number()));
+                return Err(call.strange(Kind::StatsRsp.number()));
             }
             let text = receive_text(&stream, usize::try_from(length).expect("it is small")).await;
-            text.map_err(|error| self.broken(error))?.ok_or_else(|| self.strange(Kind::StatsRsp.number()))
+            text.map_err(|error| call.broken(error))?.ok_or_else(|| call.strange(Kind::StatsRsp.number()))
         })
         .await
     }
@@ -163,40 +183,83 @@ impl<H: ClientHost> Tapdisk<H> {
     /// [`CallError`].
     pub async fn exit(&self) -> Result<(), CallError> {
         let request = Message::new(Kind::Exit, ALL);
-        self.within(async {
-            let stream = self.ask(&request).await?;
+        let call = self.at_messages();
+        call.within(async {
+            let stream = call.ask(request.as_bytes()).await?;
             match receive_message(&self.host, &stream).await {
-                Ok(Received::Message(answer)) => self.expect(*answer, &request).map(drop),
+                Ok(Received::Message(answer)) => call.expect(*answer, &request).map(drop),
                 Ok(Received::Ended(_)) => Ok(()),
-                Err(error) => Err(self.broken(error)),
+                Err(error) => Err(call.broken(error)),
             }
         })
         .await
     }
 
+    /// Sends `request` to the socket for JSON, and returns what it is answered with.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    pub async fn json<T: DeserializeOwned>(&self, request: &Request) -> Result<T, CallError> {
+        let call = Call { tapdisk: self, path: json_socket_of(&self.folder, self.pid) };
+        let mut line = serde_json::to_vec(request).expect("maps have texts as keys");
+        line.push(b'\n');
+        call.within(async {
+            let stream = call.ask(&line).await?;
+            let answer = match receive_line(&self.host, &stream, LINE_MAX).await {
+                Ok(Line::Whole(line)) => line,
+                Ok(Line::Ended(line)) => return Err(call.ended(line.len())),
+                Ok(Line::TooLong) => return Err(call.garbled(format!("it has more than {LINE_MAX} bytes"))),
+                Err(error) => return Err(call.broken(error)),
+            };
+            match serde_json::from_slice(&answer) {
+                Ok(Answer::Ok(reply)) => Ok(reply),
+                Ok(Answer::Error(error)) => {
+                    let Refusal { error, words } = error.into();
+                    Err(CallError::Refused { error, words })
+                }
+                Err(why) => Err(call.garbled(why.to_string())),
+            }
+        })
+        .await
+    }
+
+    fn at_messages(&self) -> Call<'_, H> {
+        Call { tapdisk: self, path: socket_of(&self.folder, self.pid) }
+    }
+}
+
+/// A call at one of a tapdisk's sockets.
+struct Call<'a, H> {
+    tapdisk: &'a Tapdisk<H>,
+    /// The socket.
+    path: String,
+}
+
+impl<H: ClientHost> Call<'_, H> {
     async fn within<T>(&self, work: impl Future<Output = Result<T, CallError>>) -> Result<T, CallError> {
+        let (host, limit_s) = (&self.tapdisk.host, self.tapdisk.limit_s);
         let limit = async {
-            match self.limit_s {
+            match limit_s {
                 0 => std::future::pending().await,
-                seconds => self.host.sleep_ns(seconds.saturating_mul(1_000_000_000)).await,
+                seconds => host.sleep_ns(seconds.saturating_mul(1_000_000_000)).await,
             }
         };
-        let late = || CallError::Late { path: self.path.clone(), seconds: self.limit_s };
+        let late = || CallError::Late { path: self.path.clone(), seconds: limit_s };
         unless(limit, work).await.unwrap_or_else(|| Err(late()))
     }
 
-    async fn ask(&self, request: &Message) -> Result<H::Stream, CallError> {
+    async fn ask(&self, request: &[u8]) -> Result<H::Stream, CallError> {
         let address = SocketAddress::Unix(self.path.clone());
-        let stream = self.host.connect(&address).await;
+        let stream = self.tapdisk.host.connect(&address).await;
         let stream = stream.map_err(|error| CallError::Connect { path: self.path.clone(), error })?;
-        send(&stream, request.as_bytes()).await.map_err(|error| self.broken(error))?;
+        send(&stream, request).await.map_err(|error| self.broken(error))?;
         Ok(stream)
     }
 
     async fn next(&self, stream: &impl Stream) -> Result<Message, CallError> {
-        match receive_message(&self.host, stream).await {
+        match receive_message(&self.tapdisk.host, stream).await {
             Ok(Received::Message(message)) => Ok(*message),
-            Ok(Received::Ended(bytes)) => Err(CallError::Ended { path: self.path.clone(), bytes }),
+            Ok(Received::Ended(bytes)) => Err(self.ended(bytes)),
             Err(error) => Err(self.broken(error)),
         }
     }
@@ -215,8 +278,16 @@ impl<H: ClientHost> Tapdisk<H> {
         CallError::Broken { path: self.path.clone(), error }
     }
 
+    fn ended(&self, bytes: usize) -> CallError {
+        CallError::Ended { path: self.path.clone(), bytes }
+    }
+
     fn strange(&self, number: u16) -> CallError {
         CallError::Strange { path: self.path.clone(), number }
+    }
+
+    fn garbled(&self, why: String) -> CallError {
+        CallError::Garbled { path: self.path.clone(), why }
     }
 }
 

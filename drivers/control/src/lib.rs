@@ -1,39 +1,49 @@
-//! How a tapdisk is controlled: the protocol of tap-ctl, both ends.
+//! How a tapdisk is controlled: the protocol of tap-ctl, and one of JSON beside it; both ends.
 //!
 //! ```text
 //!   tap-ctl                                              tapdisk
-//!   client::call ──connect, one message──► Control::serve ──► Verbs::carry_out: attach, open, pause ...
-//!        ▲                                                         │
-//!        └────────── messages, perhaps a text, the end ◄───────────┘
+//!   Tapdisk::call ──ctl<pid>: a message──► Control::serve ──► Verbs::carry_out: attach, open, pause ...
+//!        ▲ ▲                                    ▲     │
+//!        │ └───── messages, perhaps a text ◄────┼─────┘
+//!   Tapdisk::json ──json<pid>: a line───────────┘ ──► json::Verbs::carry_out
+//!          ▲                                          │
+//!          └─────────────── a line ◄──────────────────┘
 //! ```
 //!
 //! # Contract
 //!
-//! * A connection carries one request and its answer. Both ends take messages in any pieces.
-//! * **The server is bounded**: it has at most [`CONNECTIONS_MAX`] connections at a time, others wait to be accepted.
-//!   One that does not send its request within [`MESSAGE_NS`], or does not take the answer in that time, is dropped. A
-//!   request may take as long as it takes to carry out, and is carried out to its end even if its client leaves.
+//! * A connection carries one request and its answer. Both ends take messages and lines in any pieces.
+//! * **The server is bounded**: each socket has at most [`CONNECTIONS_MAX`] connections at a time, others wait to be
+//!   accepted. One that does not send its request within [`MESSAGE_NS`], or does not take the answer in that time, is
+//!   dropped. A request may take as long as it takes to carry out, and is carried out to its end even if its client
+//!   leaves.
 //! * **The client is bounded**: it gives up after the time that its caller allows, and takes no more disks and no
 //!   longer text than a tapdisk has.
 //! * Messages that are no request, or whose number nobody knows, are answered with `EINVAL` and words.
 //!
-//! Layouts are in [`tap_abi::tapctl`]. What differs from tapdisk3, whose clients and servers work with these: an answer
-//! of the kind `ERROR` has words; texts that do not fit are refused.
+//! [`json`] says what holds for the second socket. Layouts of messages are in [`tap_abi::tapctl`]. What differs from
+//! tapdisk3, whose clients and servers work with these: an answer of the kind `ERROR` has words; texts that do not fit
+//! are refused.
 
 pub mod client;
+pub mod json;
+mod refusal;
 mod server;
+mod tap_ctl;
 mod wire;
 
-pub use server::{Answer, CONNECTIONS_MAX, Control, MESSAGE_NS, Verbs};
+pub use refusal::Refusal;
+pub use server::{CONNECTIONS_MAX, Control, ControlHost, MESSAGE_NS, Protocol};
+pub use tap_ctl::{Answer, TapCtl, Verbs};
 
 tap_host::listed! {
     /// The seeded bugs of this crate.
-    pub BUGS: Bug with [wire::BUGS, server::BUGS];
+    pub BUGS: Bug with [wire::BUGS, server::BUGS, json::BUGS];
 }
 
 tap_host::listed! {
     /// The marks of this crate.
-    pub MARKS: Mark with [server::MARKS];
+    pub MARKS: Mark with [server::MARKS, json::MARKS];
 }
 
 /// Where tap-ctl and tapdisk meet: control sockets, NBD sockets, and below it the marks of minor numbers in use.
@@ -42,6 +52,11 @@ pub const FOLDER: &str = "/run/blktap-control";
 /// The socket of the tapdisk with this process number, in `folder`.
 pub fn socket_of(folder: &str, pid: u32) -> String {
     format!("{folder}/ctl{pid}")
+}
+
+/// The socket for JSON of the tapdisk with this process number, in `folder`.
+pub fn json_socket_of(folder: &str, pid: u32) -> String {
+    format!("{folder}/json{pid}")
 }
 
 /// The process number that a socket's name in the folder tells; `None` if it is not a control socket.
@@ -56,8 +71,9 @@ mod tests {
     #[test]
     fn a_socket_tells_its_process() {
         assert_eq!(socket_of(FOLDER, 17), "/run/blktap-control/ctl17");
+        assert_eq!(json_socket_of(FOLDER, 17), "/run/blktap-control/json17");
         assert_eq!(pid_of("ctl17"), Some(17));
-        for other in ["ctl", "ctlx", "nbd17.3", "17", "ctl-1", "ctl17.3"] {
+        for other in ["ctl", "ctlx", "json17", "nbd17.3", "17", "ctl-1", "ctl17.3"] {
             assert_eq!(pid_of(other), None, "{other}");
         }
     }

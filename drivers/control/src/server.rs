@@ -1,12 +1,10 @@
-//! The end of tapdisk.
+//! The end of tapdisk: connections, whatever is said on them.
 
-use crate::wire::{Received, receive_message, send};
+use crate::wire::send;
 use std::future::Future;
 use std::rc::Rc;
-use tap_abi::tapctl::{ALL, Announced, Entry, Kind, Message};
 use tap_core::wait::{Event as Flag, Permit, Semaphore};
-use tap_host::{Either, Errno, Event, Listener, Log, Probe, Sockets, Tasks, Time, select, unless};
-use zerocopy::IntoBytes;
+use tap_host::{Either, Event, Listener, Log, Probe, Sockets, Tasks, Time, select, unless};
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
@@ -26,73 +24,41 @@ pub const MESSAGE_NS: u64 = 10_000_000_000;
 /// How long the server waits after a connection could not be accepted, in nanoseconds.
 const ACCEPT_PAUSE_NS: u64 = 100_000_000;
 
-/// What is sent back.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Answer {
-    messages: Vec<Message>,
-    text: String,
-}
-
-impl From<Message> for Answer {
-    fn from(message: Message) -> Self {
-        Self { messages: vec![message], text: String::new() }
-    }
-}
-
-impl Answer {
-    /// The answer to [`Kind::List`]: these disks, counted down, and the end.
-    pub fn list(mut entries: Vec<Entry>) -> Self {
-        let mut left = i32::try_from(entries.len()).expect("a process has few disks");
-        entries.push(Entry { minor: (-1).into(), ..Entry::default() });
-        let message = |mut entry: Entry| {
-            entry.count = left.into();
-            left -= 1;
-            Message::with(Kind::ListRsp, ALL, &entry)
-        };
-        Self { messages: entries.into_iter().map(message).collect(), text: String::new() }
-    }
-
-    /// The answer to [`Kind::Stats`] about the disk `cookie`.
-    pub fn text(cookie: u16, text: String) -> Self {
-        let announced = Announced { length: (text.len() as u64).into(), ..Announced::default() };
-        Self { messages: vec![Message::with(Kind::StatsRsp, cookie, &announced)], text }
-    }
-
-    /// The answer to [`Kind::Exit`]: the end of the connection.
-    pub fn nothing() -> Self {
-        Self { messages: Vec::new(), text: String::new() }
-    }
-
-    fn bytes(&self) -> Vec<u8> {
-        let messages = self.messages.iter().flat_map(|message| message.as_bytes());
-        messages.copied().chain(self.text.bytes()).collect()
-    }
-}
-
-/// What a tapdisk does when it is asked.
-pub trait Verbs: 'static {
-    /// Does what `message` of this kind, a request, asks for, and says what came of it. Runs to its end, whether its
-    /// client waits or not. Several run at the same time.
-    fn carry_out(&self, kind: Kind, message: Message) -> impl Future<Output = Answer>;
-}
-
 /// The parts of a host that the server uses.
 pub trait ControlHost: Sockets + Time + Tasks + Log + Probe {}
 impl<T: Sockets + Time + Tasks + Log + Probe> ControlHost for T {}
 
-/// A server of the control protocol.
-pub struct Control<H, V> {
+/// A protocol in which a connection carries one request and what comes of it.
+pub trait Protocol<H: ControlHost>: 'static {
+    /// Names the tasks of connections.
+    const TASK: &'static str;
+    /// A request.
+    type Request;
+
+    /// Takes a request from a client; it is dropped if it takes too long to send one.
+    ///
+    /// # Errors
+    /// Why there is none: the client gets no answer.
+    fn receive(host: &H, stream: &H::Stream) -> impl Future<Output = Result<Self::Request, &'static str>>;
+
+    /// Carries `request` out to its end, whether the client waits or not, and sends what came of it.
+    fn answer(&self, host: &H, request: Self::Request, stream: &H::Stream) -> impl Future<Output = ()>;
+}
+
+/// A server of one control socket.
+pub struct Control<H, P> {
     host: H,
-    verbs: Rc<V>,
+    protocol: Rc<P>,
     places: Semaphore,
     /// Set once no request is taken any more.
     over: Rc<Flag>,
 }
 
-impl<H: ControlHost, V: Verbs> Control<H, V> {
-    /// A server for whoever has `verbs`.
-    pub fn new(host: H, verbs: Rc<V>) -> Self {
-        Self { host, verbs, places: Semaphore::new(CONNECTIONS_MAX), over: Rc::new(Flag::new()) }
+impl<H: ControlHost, P: Protocol<H>> Control<H, P> {
+    /// A server of `protocol`.
+    pub fn new(host: H, protocol: P) -> Self {
+        let protocol = Rc::new(protocol);
+        Self { host, protocol, places: Semaphore::new(CONNECTIONS_MAX), over: Rc::new(Flag::new()) }
     }
 
     /// Serves `listener` until `stop` completes, and then until the requests that have arrived are answered.
@@ -126,9 +92,9 @@ impl<H: ControlHost, V: Verbs> Control<H, V> {
     }
 
     fn start(&self, connection: u64, stream: H::Stream, place: Permit) {
-        let (host, verbs, over) = (self.host.clone(), Rc::clone(&self.verbs), Rc::clone(&self.over));
-        self.host.spawn("control connection", connection, async move {
-            if let Err(why) = converse(&host, &*verbs, &stream, &over).await {
+        let (host, protocol, over) = (self.host.clone(), Rc::clone(&self.protocol), Rc::clone(&self.over));
+        self.host.spawn(P::TASK, connection, async move {
+            if let Err(why) = converse(&host, &*protocol, &stream, &over).await {
                 host.mark(&CONTROL_DROPPED);
                 host.log(Event::ControlDropped { connection, why });
             }
@@ -138,9 +104,9 @@ impl<H: ControlHost, V: Verbs> Control<H, V> {
 }
 
 /// Takes a request from `stream` and answers it.
-async fn converse<H: ControlHost>(
+async fn converse<H: ControlHost, P: Protocol<H>>(
     host: &H,
-    verbs: &impl Verbs,
+    protocol: &P,
     stream: &H::Stream,
     over: &Flag,
 ) -> Result<(), &'static str> {
@@ -150,25 +116,16 @@ async fn converse<H: ControlHost>(
             std::future::pending::<()>().await;
         }
     };
-    let received = match select(unless(patience, receive_message(host, stream)), over.wait()).await {
+    let received = match select(unless(patience, P::receive(host, stream)), over.wait()).await {
         Either::First(received) => received,
         Either::Second(()) => return Err("the tapdisk ends"),
     };
-    let message = match received {
-        None => return Err("it sent no request in time"),
-        Some(Err(_)) => return Err("its connection broke"),
-        Some(Ok(Received::Ended(0))) => return Err("it left without a request"),
-        Some(Ok(Received::Ended(_))) => return Err("its request is not as long as those of tapdisk3"),
-        Some(Ok(Received::Message(message))) => *message,
-    };
-    let answer = match message.kind() {
-        Some(kind) if kind.answer().is_some() || kind == Kind::Exit => verbs.carry_out(kind, message).await,
-        _ => {
-            let words = format!("carry out message {}: there is no such request", message.number());
-            Message::error(message.cookie(), Errno::EINVAL.0, &words).into()
-        }
-    };
-    // A client that has left does not need it.
-    let _sent = unless(host.sleep_ns(MESSAGE_NS), send(stream, &answer.bytes())).await;
+    let request = received.ok_or("it sent no request in time")??;
+    protocol.answer(host, request, stream).await;
     Ok(())
+}
+
+/// Sends `bytes` to a client that takes them in time. One that has left does not need them.
+pub(crate) async fn send_in_time<H: ControlHost>(host: &H, stream: &H::Stream, bytes: &[u8]) {
+    let _sent = unless(host.sleep_ns(MESSAGE_NS), send(stream, bytes)).await;
 }

@@ -7,6 +7,7 @@ use zerocopy::FromBytes;
 tap_host::listed! {
     pub(super) BUGS: Bug;
     CONTROL_ONE_READ = "control-one-read", "a message of the control protocol is taken to arrive in one piece";
+    LINE_ONE_READ = "line-one-read", "a line of the JSON socket is taken to arrive in one piece";
 }
 
 /// Receives `len` bytes; fewer if the peer sends no more, or `once` if the first piece has fewer.
@@ -53,6 +54,42 @@ pub(crate) async fn receive_text(stream: &impl Stream, len: usize) -> Result<Opt
     }
     let bytes = receive(stream, len, false).await?;
     Ok(String::from_utf8(bytes).ok().filter(|text| text.len() == len))
+}
+
+/// How much of a line is received at once, in bytes.
+const PIECE_BYTES: usize = 16 << 10;
+
+/// What a peer has sent instead of a line, or a line.
+#[derive(PartialEq, Eq, Debug)]
+pub(crate) enum Line {
+    /// A line, without its end. What follows it is not read, or dropped.
+    Whole(Vec<u8>),
+    /// These bytes, and then the end of the connection.
+    Ended(Vec<u8>),
+    /// More bytes than it may have.
+    TooLong,
+}
+
+/// Receives a line of at most `max` bytes, with its end.
+pub(crate) async fn receive_line(host: &impl Probe, stream: &impl Stream, max: usize) -> Result<Line, Errno> {
+    let mut line = Vec::new();
+    let mut buf = IoBuf::unpooled(max.min(PIECE_BYTES))?;
+    loop {
+        let (count, back) = stream.recv(buf, 0).await;
+        buf = back;
+        let piece = &buf[..count?];
+        let end = piece.iter().position(|byte| *byte == b'\n');
+        line.extend_from_slice(&piece[..end.unwrap_or(piece.len())]);
+        if line.len() >= max {
+            return Ok(Line::TooLong);
+        }
+        if end.is_some() {
+            return Ok(Line::Whole(line));
+        }
+        if piece.is_empty() || host.bug(&LINE_ONE_READ) {
+            return Ok(Line::Ended(line));
+        }
+    }
 }
 
 /// Sends everything.

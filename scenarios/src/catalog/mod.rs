@@ -135,6 +135,7 @@ pub static LABELS: &[&Label] = &[
     &control::RACE,
     &control::GIVES_UP,
     &control::CUT_REQUEST,
+    &control::JSON_SENT,
     &exchange::EXCHANGE,
     &exchange::PAUSE_BESIDE,
     &toolstack::REPLACE_AFTER,

@@ -121,6 +121,18 @@ impl<S: Stream> RawNbd<S> {
         count
     }
 
+    /// Everything until the end.
+    pub async fn take_all(&self) -> Vec<u8> {
+        let mut all = Vec::new();
+        while let Ok(buf) = IoBuf::unpooled(4 << 10) {
+            match self.0.recv(buf, 0).await {
+                (Ok(n), buf) if n > 0 => all.extend_from_slice(&buf[..n]),
+                _ => break,
+            }
+        }
+        all
+    }
+
     /// Receives once. Returns the number of bytes, 0 at the end.
     pub async fn some(&self) -> u64 {
         let Ok(buf) = IoBuf::unpooled(64 << 10) else { return 0 };

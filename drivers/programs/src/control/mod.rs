@@ -1,9 +1,9 @@
 //! `tapdisk control`: disks that tap-ctl opens and closes, each served over NBD.
 //!
 //! ```text
-//!   tap-ctl ──► ctl<pid> ──► Vbds ── attach, detach ──► Vbd ── open, pause, resume, close ──► Disk
-//!                                                        │                                     ▲
-//!   qemu, nbd-client ──► nbd<pid>.<minor> ──► Server ────┴─────────────────────────────────────┘
+//!   tap-ctl ──► ctl<pid>, json<pid> ──► Vbds ── attach, detach ──► Vbd ── open, pause, resume, close ──► Disk
+//!                                                                   │                                     ▲
+//!   qemu, nbd-client ──► nbd<pid>.<minor> ──► Server ───────────────┴─────────────────────────────────────┘
 //! ```
 //!
 //! # Contract
@@ -19,7 +19,6 @@
 //! * The process ends when it is asked to, or with the last minor number that is detached.
 
 mod open;
-mod refusal;
 mod settings;
 mod vbd;
 mod vbds;
@@ -27,11 +26,14 @@ mod vbds;
 use crate::disk::{DiskHost, ImageArgs, memory_summary};
 use crate::{Console, Tuning};
 use clap::Args;
+use futures_util::future::join;
 use std::path::PathBuf;
 use std::rc::Rc;
-use tap_control::{Control, FOLDER, socket_of};
+use tap_control::json::Json;
+use tap_control::{Control, FOLDER, TapCtl, json_socket_of, socket_of};
 use tap_core::Disks;
-use tap_host::{Errno, Signals, select};
+use tap_core::wait::Event as Flag;
+use tap_host::{Errno, Signals, Sockets, select};
 use vbds::Vbds;
 
 tap_host::listed! {
@@ -83,15 +85,15 @@ pub async fn run<H: ControlledHost>(
 ) -> u8 {
     // Registered before the socket exists: a process that sees the socket may send a signal.
     let stopped = host.asked_to_stop();
-    let path = socket_of(&args.folder, host.process_id());
-    let listener = match host.listen_private(&path).await {
-        Ok(listener) => listener,
-        Err(error) => {
-            let hint = match error {
-                Errno::ENOENT => "; make the folder, or name another with --folder",
-                _ => "",
-            };
-            console.err(&format!("tapdisk: failed to listen at {path}: {error}{hint}"));
+    // Who sees the first one, by which a tapdisk is found, can use the second.
+    let (folder, pid) = (&args.folder, host.process_id());
+    let (path, second) = (socket_of(folder, pid), json_socket_of(folder, pid));
+    let listeners = async { Ok((listen(&host, &second).await?, listen(&host, &path).await?)) };
+    let (json, messages) = match listeners.await {
+        Ok(listeners) => listeners,
+        Err(words) => {
+            let words: String = words;
+            console.err(&format!("tapdisk: failed to {words}"));
             return 1;
         }
     };
@@ -100,10 +102,14 @@ pub async fn run<H: ControlledHost>(
     console.ready();
     let memory = args.images.budget(&tuning);
     let vbds = Rc::new(Vbds::new(host.clone(), args, memory.clone(), tuning, disks, Rc::clone(&console)));
+    let over = Flag::new();
     let ended = async {
         select(stopped, vbds.last_detached()).await;
+        over.set();
     };
-    Control::new(host, Rc::clone(&vbds)).serve(listener, ended).await;
+    let tap_ctl = Control::new(host.clone(), TapCtl(Rc::clone(&vbds)));
+    let beside = Control::new(host, Json(Rc::clone(&vbds)));
+    join(tap_ctl.serve(messages, ended), beside.serve(json, over.wait())).await;
     let mut status = 0;
     for failure in vbds.close_all().await {
         console.err(&format!("tapdisk: failed to {failure}"));
@@ -111,4 +117,14 @@ pub async fn run<H: ControlledHost>(
     }
     console.out(&memory_summary(&memory));
     status
+}
+
+async fn listen<H: Sockets>(host: &H, path: &str) -> Result<H::Listener, String> {
+    host.listen_private(path).await.map_err(|error| {
+        let hint = match error {
+            Errno::ENOENT => "; make the folder, or name another with --folder",
+            _ => "",
+        };
+        format!("listen at {path}: {error}{hint}")
+    })
 }

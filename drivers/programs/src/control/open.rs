@@ -1,8 +1,8 @@
 //! What tap-ctl asks to be opened, in terms of disks.
 
-use super::refusal::Refusal;
 use crate::spec::DiskSpec;
 use tap_abi::tapctl::{Params, TEXT_BYTES_MAX, flags};
+use tap_control::Refusal;
 use tap_host::Errno;
 
 /// What a flag that cannot be had stands for, and the option of tap-ctl that sets it.

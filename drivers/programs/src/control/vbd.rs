@@ -9,14 +9,14 @@
 
 use super::ControlledHost;
 use super::open::{Asked, spec_of};
-use super::refusal::Refusal;
 use super::settings::Settings;
 use crate::disk::{DiskOptions, OpenError, open_disk, open_node};
 use crate::spec::DiskSpec;
-use serde_json::json;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use tap_abi::tapctl::{Entry, Image, Params, Text, state};
+use tap_control::Refusal;
+use tap_control::json;
 use tap_core::wait::{Receiver, Semaphore, joined};
 use tap_core::{Disk, Listed, Node, ParkError};
 use tap_host::{Errno, File, FileId, OpenMode, SECTOR_BYTES, SocketAddress, VbdId};
@@ -29,6 +29,7 @@ tap_host::listed! {
     RESUME_KEEPS_NAME = "resume-keeps-name", "a disk that was resumed with another image opens the first one at the next resume";
     UNMARKED_LATER = "unmarked-later", "a detach is answered before others can have the minor number";
     RESUMED_BY_NAME = "resumed-by-name", "a disk goes on with another file that has got the name of its image";
+    PAUSED_UNSAID = "paused-unsaid", "a paused disk is listed as running at the JSON socket";
     PAUSED_CLOSE_WAITS = "paused-close-waits", "the close of a paused disk waits for requests that the pause holds";
 }
 
@@ -336,33 +337,66 @@ impl<H: ControlledHost> Vbd<H> {
         })
     }
 
-    /// Its counters, as JSON.
-    pub(super) fn stats(&self) -> Result<String, Refusal> {
+    fn state(&self, open: Option<&Rc<Open<H>>>) -> json::State {
+        match open.map(|open| open.stage.get()) {
+            None if self.was_open.get() => json::State::Closed,
+            None => json::State::Attached,
+            Some(Stage::Running) => json::State::Running,
+            Some(Stage::Pausing) => json::State::Pausing,
+            Some(Stage::Paused) => json::State::Paused,
+            Some(Stage::Stranded) => json::State::Stranded,
+            Some(Stage::Closing) => json::State::Closing,
+        }
+    }
+
+    /// Its place in a list in JSON.
+    pub(super) fn listed(&self, host: &H) -> json::Disk {
+        let open = self.open.borrow();
+        let open = open.as_ref();
+        let state = match self.state(open) {
+            json::State::Paused if host.bug(&PAUSED_UNSAID) => json::State::Running,
+            state => state,
+        };
+        let info = open.map(|open| open.disk.slot().info());
+        json::Disk {
+            minor: self.minor,
+            state,
+            image: open.map(|open| open.name.borrow().clone()),
+            size_sectors: info.map(|info| info.size_sectors),
+            read_only: info.map(|info| info.read_only),
+            in_flight: open.map_or(0, |open| open.disk.slot().in_flight() as u64),
+            waiting: open.map_or(0, |open| open.disk.slot().waiting() as u64),
+            nbd_clients: open.map_or(0, |open| open.server.connections() as u64),
+        }
+    }
+
+    /// Its counters.
+    pub(super) fn stats(&self) -> Result<json::Stats, Refusal> {
         let open = self.opened(&format!("count what minor {} did", self.minor))?;
-        let (stats, name) = (open.disk.stats(), open.name.borrow());
-        let info = open.disk.slot().info();
-        let text = json!({
-            "name": *name,
-            "secs": [stats.sectors_read, stats.sectors_written],
-            "images": [{ "name": *name, "hits": [stats.sectors_read, stats.sectors_written] }],
-            "state": open.disk.slot().state(),
-            "size_sectors": info.size_sectors,
-            "read_only": info.read_only,
-            "in_flight": open.disk.slot().in_flight(),
-            "waiting": open.disk.slot().waiting(),
-            "reads": stats.reads,
-            "writes": stats.writes,
-            "flushes": stats.flushes,
-            "zeroes": stats.zeroes,
-            "discards": stats.discards,
-            "sectors_zeroed": stats.sectors_zeroed,
-            "sectors_discarded": stats.sectors_discarded,
-            "merged": stats.merged,
-            "retries": stats.retries,
-            "errors": stats.errors,
-            "nbd_clients": open.server.connections(),
-        });
-        Ok(text.to_string())
+        let (stats, name) = (open.disk.stats(), open.name.borrow().clone());
+        let (slot, secs) = (open.disk.slot(), [stats.sectors_read, stats.sectors_written]);
+        Ok(json::Stats {
+            minor: self.minor,
+            name: name.clone(),
+            secs,
+            images: [json::ImageStats { name, hits: secs }],
+            state: self.state(Some(&open)),
+            size_sectors: slot.info().size_sectors,
+            read_only: slot.info().read_only,
+            in_flight: slot.in_flight() as u64,
+            waiting: slot.waiting() as u64,
+            reads: stats.reads,
+            writes: stats.writes,
+            flushes: stats.flushes,
+            zeroes: stats.zeroes,
+            discards: stats.discards,
+            sectors_zeroed: stats.sectors_zeroed,
+            sectors_discarded: stats.sectors_discarded,
+            merged: stats.merged,
+            retries: stats.retries,
+            errors: stats.errors,
+            nbd_clients: open.server.connections() as u64,
+        })
     }
 }
 

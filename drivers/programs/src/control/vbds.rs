@@ -1,6 +1,5 @@
 //! The minor numbers of a process, and what is asked of them.
 
-use super::refusal::Refusal;
 use super::settings::Settings;
 use super::vbd::Vbd;
 use super::{ControlArgs, ControlledHost};
@@ -10,7 +9,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use tap_abi::tapctl::{ALL, Kind, Message, Minors, Params, PidOf};
-use tap_control::{Answer, Verbs};
+use tap_control::{Answer, Refusal, Verbs, json};
 use tap_core::Disks;
 use tap_core::wait::{Event as Flag, Permit};
 use tap_host::{Budget, Errno, File, LockKind, OpenMode};
@@ -192,7 +191,11 @@ impl<H: ControlledHost> Vbds<H> {
             Kind::Exit => self.exit().map(|()| Answer::nothing()),
             Kind::Attach => self.attach(minor).await.map(|()| done(kind)),
             Kind::Detach => self.detach(minor).await.map(|()| done(kind)),
-            Kind::Stats => Ok(Answer::text(minor, self.get(minor, "count what")?.stats()?)),
+            Kind::Stats => {
+                let stats = self.get(minor, "count what")?.stats()?;
+                let text = serde_json::to_string(&stats).expect("maps have texts as keys");
+                Ok(Answer::text(minor, text))
+            }
             Kind::DiskInfo => {
                 let image = self.get(minor, "describe")?.image()?;
                 Ok(Message::with(Kind::DiskInfoRsp, minor, &image).into())
@@ -227,6 +230,24 @@ impl<H: ControlledHost> Vbds<H> {
         }
     }
 
+    /// What a request in JSON is answered with.
+    async fn reply(&self, request: json::Request) -> Result<json::Reply, Refusal> {
+        match request {
+            json::Request::List {} => {
+                let disks = self.attached().iter().map(|vbd| vbd.listed(&self.settings.host)).collect();
+                Ok(json::Reply::List(json::Disks { disks }))
+            }
+            json::Request::Stats { minor } => {
+                let disks = match minor {
+                    Some(minor) => vec![self.get(minor, "count what")?.stats()?],
+                    // Those that are not open have no counters.
+                    None => self.attached().iter().filter_map(|vbd| vbd.stats().ok()).collect(),
+                };
+                Ok(json::Reply::Stats(json::Disks { disks }))
+            }
+        }
+    }
+
     fn attached(&self) -> Vec<Rc<Vbd<H>>> {
         self.all.borrow().values().flatten().cloned().collect()
     }
@@ -252,5 +273,15 @@ impl<H: ControlledHost> Verbs for Vbds<H> {
                 Message::error(message.cookie(), error.0, &words).into()
             }
         }
+    }
+}
+
+impl<H: ControlledHost> json::Verbs for Vbds<H> {
+    async fn carry_out(&self, request: json::Request) -> Result<json::Reply, Refusal> {
+        let outcome = self.reply(request).await;
+        if let Err(why) = &outcome {
+            self.settings.console.err(&format!("tapdisk: failed to {}", why.words));
+        }
+        outcome
     }
 }

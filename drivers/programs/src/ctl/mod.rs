@@ -28,8 +28,9 @@ use open::{CreateArgs, OpenArgs, UnpauseArgs};
 use serde_json::{Value, json};
 use std::future::Future;
 use tap_abi::tapctl::{Kind, Message, PidOf};
+use tap_control::FOLDER;
 use tap_control::client::{CallError, Tapdisk};
-use tap_control::{FOLDER, socket_of};
+use tap_control::json::{Disks, Request, Stats};
 use tap_host::{Errno, Files, Probe, Sockets, Time};
 
 tap_host::listed! {
@@ -94,8 +95,8 @@ enum Verb {
     Create(CreateArgs),
     /// Closes, detaches and frees
     Destroy(WaitArgs),
-    /// Prints the counters of a disk, as JSON
-    Stats(DiskArgs),
+    /// Prints the counters of a disk, or of all disks of a tapdisk, as JSON
+    Stats(StatsArgs),
     /// Prints the process number that a tapdisk itself says
     Pid(PidArgs),
     /// Prints the block major number of blktap2's module, where there is one
@@ -124,6 +125,15 @@ struct DiskArgs {
     pid: PidArgs,
     #[command(flatten)]
     minor: MinorArgs,
+}
+
+#[derive(Args, Clone, Copy, Debug)]
+struct StatsArgs {
+    #[command(flatten)]
+    pid: PidArgs,
+    /// The minor number; without it all that are open
+    #[arg(short, value_name = "MINOR")]
+    minor: Option<u16>,
 }
 
 #[derive(Args, Clone, Copy, Debug)]
@@ -222,11 +232,7 @@ impl<H: CtlHost, L: Launch> Ctl<'_, H, L> {
                 self.ask(args.disk, Kind::Detach, AT_ONCE_S).await?;
                 self.free(args.disk.minor.minor).await
             }
-            Verb::Stats(args) => {
-                let stats = self.tapdisk(args.pid.pid, AT_ONCE_S).stats(args.minor.minor).await?;
-                self.console.out(&stats);
-                Ok(())
-            }
+            Verb::Stats(args) => self.stats(args).await,
             Verb::Pid(args) => {
                 let answer = self.tapdisk(args.pid, AT_ONCE_S).call(&Message::new(Kind::Pid, 0)).await?;
                 let pid = answer.body::<PidOf>().pid.get();
@@ -239,12 +245,26 @@ impl<H: CtlHost, L: Launch> Ctl<'_, H, L> {
     }
 
     fn tapdisk(&self, pid: u32, limit_s: u64) -> Tapdisk<H> {
-        Tapdisk { host: self.host.clone(), path: socket_of(&self.folder, pid), limit_s }
+        Tapdisk { host: self.host.clone(), folder: self.folder.clone(), pid, limit_s }
     }
 
     async fn ask(&self, disk: DiskArgs, kind: Kind, limit_s: u64) -> Result<(), Failure> {
         let tapdisk = self.tapdisk(disk.pid.pid, limit_s);
         tapdisk.call(&Message::new(kind, disk.minor.minor)).await?;
+        Ok(())
+    }
+
+    async fn stats(&self, args: StatsArgs) -> Result<(), Failure> {
+        let tapdisk = self.tapdisk(args.pid.pid, AT_ONCE_S);
+        let text = match args.minor {
+            // As from every tapdisk.
+            Some(minor) => tapdisk.stats(minor).await?,
+            None => {
+                let all: Disks<Stats> = tapdisk.json(&Request::Stats { minor: None }).await?;
+                serde_json::to_string(&all.disks).expect("maps have texts as keys")
+            }
+        };
+        self.console.out(&text);
         Ok(())
     }
 

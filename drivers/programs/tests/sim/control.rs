@@ -16,9 +16,9 @@ use tap_programs::disk::{DiskOptions, open_disk};
 use xen_model::Xen;
 
 /// A host on which tap-ctl is run.
-struct Admin {
+pub(crate) struct Admin {
     sim: Sim,
-    kernel: Kernel,
+    pub(crate) kernel: Kernel,
     xen: Xen,
     started: RefCell<Vec<Daemon>>,
     calls: Cell<u64>,
@@ -39,7 +39,7 @@ impl Launch for Admin {
 }
 
 impl Admin {
-    fn new(sim: &Sim, kernel: &Kernel, xen: &Xen) -> Rc<Self> {
+    pub(crate) fn new(sim: &Sim, kernel: &Kernel, xen: &Xen) -> Rc<Self> {
         let (sim, kernel, xen) = (sim.clone(), kernel.clone(), xen.clone());
         Rc::new(Self { sim, kernel, xen, started: RefCell::default(), calls: Cell::new(1) })
     }
@@ -55,27 +55,27 @@ impl Admin {
         (status, printed.lines.borrow().join("\n"))
     }
 
-    async fn done(self: &Rc<Self>, line: &str) -> String {
+    pub(crate) async fn done(self: &Rc<Self>, line: &str) -> String {
         let (status, said) = self.ctl(line).await;
         assert_eq!(status, 0, "tap-ctl {line}: {said}");
         said
     }
 
-    async fn refused(self: &Rc<Self>, line: &str, error: Errno, words: &str) {
+    pub(crate) async fn refused(self: &Rc<Self>, line: &str, error: Errno, words: &str) {
         let (status, said) = self.ctl(line).await;
         assert_eq!(i32::from(status), error.0, "tap-ctl {line}: {said}");
         assert!(said.starts_with("tap-ctl: failed to ") && said.contains(words), "tap-ctl {line}: {said}");
     }
 
     /// A new disk: its tapdisk's number.
-    async fn create(self: &Rc<Self>, image: &str) -> u32 {
+    pub(crate) async fn create(self: &Rc<Self>, image: &str) -> u32 {
         let path = self.done(&format!("create -a {image}")).await;
         let minor = self.started.borrow().len() - 1;
         assert_eq!(path, format!("/run/blktap-control/tapdisk/tapdisk-{minor}"));
         self.started.borrow().last().unwrap().host.process_id()
     }
 
-    async fn client(&self, pid: u32, minor: u16) -> Rc<dyn Node> {
+    pub(crate) async fn client(&self, pid: u32, minor: u16) -> Rc<dyn Node> {
         let host = self.kernel.process(format!("client of {pid}"), u64::from(minor));
         let options = DiskOptions { write: true, ..DiskOptions::default() };
         let spec = format!("nbd:unix:/run/blktap-control/nbd{pid}.{minor}").parse().unwrap();
@@ -83,7 +83,7 @@ impl Admin {
     }
 }
 
-async fn write(disk: &Rc<dyn Node>, sector: u64, fill: u8) -> Result<(), Errno> {
+pub(crate) async fn write(disk: &Rc<dyn Node>, sector: u64, fill: u8) -> Result<(), Errno> {
     disk.submit(Request::write(SectorRange::new(sector, 1), bytes(fill, 1))).await.result
 }
 
@@ -346,14 +346,23 @@ fn a_disk_that_cannot_pause_in_time_goes_on() {
 }
 
 /// Sends `bytes` to a control socket in pieces of `piece` bytes, and returns what comes back.
-async fn raw(admin: &Rc<Admin>, pid: u32, bytes: &[u8], piece: usize) -> Result<Vec<u8>, Errno> {
+async fn messages(admin: &Rc<Admin>, pid: u32, bytes: &[u8], piece: usize) -> Result<Vec<u8>, Errno> {
+    raw(admin, &tap_control::socket_of("/run/blktap-control", pid), bytes, piece).await
+}
+
+/// The same, for the socket at `path`.
+pub(crate) async fn raw(admin: &Rc<Admin>, path: &str, bytes: &[u8], piece: usize) -> Result<Vec<u8>, Errno> {
     let host = admin.kernel.process("raw client", u64::from(piece as u32));
-    let stream = host.connect(&SocketAddress::Unix(format!("/run/blktap-control/ctl{pid}"))).await?;
-    for part in bytes.chunks(piece) {
+    let stream = host.connect(&SocketAddress::Unix(path.to_owned())).await?;
+    'parts: for part in bytes.chunks(piece) {
         let mut list = SendList::new();
         list.push_bytes(part);
         while !list.is_empty() {
             let (sent, rest) = stream.send(list).await;
+            // It was refused before it was all there.
+            if sent == Err(Errno::EPIPE) {
+                break 'parts;
+            }
             sent?;
             list = rest;
         }
@@ -363,9 +372,11 @@ async fn raw(admin: &Rc<Admin>, pid: u32, bytes: &[u8], piece: usize) -> Result<
     loop {
         let (count, back) = stream.recv(buf, 0).await;
         buf = back;
-        match count? {
-            0 => return Ok(answer),
-            count => answer.extend_from_slice(&buf[..count]),
+        match count {
+            // Reset, because the other end has not read everything.
+            Ok(0) | Err(Errno::ECONNRESET) => return Ok(answer),
+            Err(error) => return Err(error),
+            Ok(count) => answer.extend_from_slice(&buf[..count]),
         }
     }
 }
@@ -379,7 +390,7 @@ fn messages_may_be_split_and_strange_ones_are_refused() {
         let pid = admin.create("raw:/a").await;
         let list = Message::new(Kind::List, 0xffff);
         for piece in [1, 3, MESSAGE_BYTES] {
-            let answer = raw(&admin, pid, list.as_bytes(), piece).await.unwrap();
+            let answer = messages(&admin, pid, list.as_bytes(), piece).await.unwrap();
             assert_eq!(answer.len(), 2 * MESSAGE_BYTES, "one disk and the end");
         }
         // What is no request, or nobody knows, or is not available.
@@ -392,14 +403,14 @@ fn messages_may_be_split_and_strange_ones_are_refused() {
         ] {
             let mut bytes = Message::new(Kind::Pid, 0).as_bytes().to_vec();
             bytes[0] = number;
-            let answer = raw(&admin, pid, &bytes, MESSAGE_BYTES).await.unwrap();
+            let answer = messages(&admin, pid, &bytes, MESSAGE_BYTES).await.unwrap();
             let answer = Message::read_from_bytes(&answer).unwrap();
             assert_eq!(answer.kind(), Some(Kind::Error), "{number}");
             assert_eq!(answer.body::<tap_abi::tapctl::Outcome>().error.get(), error.0);
         }
         // Less than a request, and then nothing: it is dropped, and keeps nobody out.
         let started = sim.now_ns();
-        let answer = raw(&admin, pid, &list.as_bytes()[..200], 200).await.unwrap();
+        let answer = messages(&admin, pid, &list.as_bytes()[..200], 200).await.unwrap();
         assert!(answer.is_empty() && sim.now_ns() - started >= tap_control::MESSAGE_NS);
         let silent: Vec<_> =
             (0..tap_control::CONNECTIONS_MAX as u64).map(|key| kernel.process("silent", 50 + key)).collect();
@@ -480,7 +491,7 @@ fn what_tap_ctl_does_not_ask_is_answered_too() {
         let admin = Admin::new(&sim, &kernel, &xen);
         let pid = admin.create("raw:/a").await;
         let ask = async |message: Message| {
-            let answer = raw(&admin, pid, message.as_bytes(), MESSAGE_BYTES).await.unwrap();
+            let answer = messages(&admin, pid, message.as_bytes(), MESSAGE_BYTES).await.unwrap();
             Message::read_from_bytes(&answer).unwrap()
         };
         let image: Image = ask(Message::new(Kind::DiskInfo, 0)).await.body();

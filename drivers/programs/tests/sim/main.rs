@@ -3,6 +3,7 @@
 mod attach;
 mod control;
 mod guests;
+mod json;
 mod serve;
 
 use clap::Parser;

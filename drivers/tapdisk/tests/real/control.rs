@@ -3,6 +3,7 @@
 use crate::server::{TAP_CTL, tool};
 use crate::{Add, Done};
 use libtest_mimic::Failed;
+use serde_json::Value;
 use std::fs::{OpenOptions, metadata};
 use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, FileTypeExt, PermissionsExt};
@@ -14,6 +15,7 @@ use tempfile::TempDir;
 pub(crate) fn tests(add: Add) {
     add("control::a_disk_lives_and_ends".into(), &["qemu-io"], Box::new(life));
     add("control::a_client_of_bytes_is_understood".into(), &[], Box::new(bytes));
+    add("control::a_client_of_json_is_understood".into(), &[], Box::new(lines));
     add("control::a_killed_tapdisk_leaves_nothing_in_the_way".into(), &["qemu-io"], Box::new(killed));
 }
 
@@ -157,6 +159,65 @@ fn bytes() -> Done {
     let answer = ask(&socket, request(200, 0, ""), 544)?;
     assert_eq!((answer[0], answer[8]), (1, 22), "no such request");
     place.done(&format!("destroy -p {pid} -m 0")).map(drop)
+}
+
+/// A line, and the answer to it: what is true of `ok`, or the number of the error. Sent in pieces of `piece` bytes.
+fn ask_json(path: &str, line: &[u8], piece: usize) -> Result<Result<Value, i64>, Failed> {
+    let mut stream = UnixStream::connect(path)?;
+    for part in line.chunks(piece) {
+        stream.write_all(part)?;
+        std::thread::sleep(Duration::from_micros(50));
+    }
+    stream.shutdown(std::net::Shutdown::Write)?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    assert_eq!(answer.find('\n'), answer.len().checked_sub(1), "one line: {answer}");
+    let answer: Value = serde_json::from_str(&answer)?;
+    match (answer.get("ok"), answer["error"]["errno"].as_i64()) {
+        (Some(ok), None) => Ok(Ok(ok.clone())),
+        (None, Some(errno)) if answer["error"]["words"].is_string() => Ok(Err(errno)),
+        _ => Err(format!("the answer is {answer}").into()),
+    }
+}
+
+fn lines() -> Done {
+    let place = Place::new()?;
+    let pid = place.create()?;
+    let socket = place.path(&format!("run/json{pid}"));
+    assert_eq!(metadata(&socket)?.permissions().mode() & 0o777, 0o600);
+    for piece in [1, 1000] {
+        let list = ask_json(&socket, b"{\"verb\":\"list\"}\n", piece)?.expect("it is a request");
+        let disk = &list["disks"][0];
+        assert_eq!(
+            (&disk["minor"], &disk["state"], &disk["size_sectors"]),
+            (&0.into(), &"running".into(), &2048.into())
+        );
+        assert_eq!(disk["image"], format!("raw:{}", place.path("disk")));
+    }
+    let stats = ask_json(&socket, b"{\"verb\":\"stats\",\"minor\":0}\n", 1000)?.expect("it is a request");
+    let told: Value = serde_json::from_str(&place.done(&format!("stats -p {pid}"))?)?;
+    assert_eq!(told, stats["disks"]);
+    for (line, errno) in [
+        (&b"{\"verb\":\"list\"}"[..], 22),
+        (b"{\"verb\":\"fly\"}\n", 22),
+        (b"{\"verb\":\"list\",\"depth\":1}\n", 22),
+        (b"\xff\xfe\0\n", 22),
+        (b"{\"verb\":\"stats\",\"minor\":9}\n", 19),
+    ] {
+        assert_eq!(ask_json(&socket, line, 1000)?, Err(errno), "{}", line.escape_ascii());
+    }
+    // One without an end is cut off.
+    let mut stream = UnixStream::connect(&socket)?;
+    let cut_off = (0..100).any(|_| stream.write_all(&[b'['; 4096]).is_err());
+    assert!(cut_off);
+    std::thread::scope(|scope| {
+        let ask = || ask_json(&socket, b"{\"verb\":\"list\"}\n", 3).is_ok_and(|answer| answer.is_ok());
+        let clients: Vec<_> = (0..10).map(|_| scope.spawn(ask)).collect();
+        assert!(clients.into_iter().all(|client| client.join().is_ok_and(|answered| answered)));
+    });
+    place.done(&format!("destroy -p {pid} -m 0"))?;
+    assert!(!std::path::Path::new(&socket).exists());
+    Ok(())
 }
 
 fn killed() -> Done {

@@ -11,6 +11,7 @@
 //! power fails, the administrator opens the disks again with a new one.
 
 mod admin;
+mod json;
 mod verbs;
 
 use super::crash::arm_power_cut;
@@ -35,6 +36,7 @@ use tap_host::{SocketAddress, select};
 use tap_images::ImageSpec;
 use tap_nbd::{Breaks, Client, ClientConfig};
 
+pub use json::JSON_SENT;
 pub use verbs::{CONTROL, CUT_REQUEST, GIVES_UP, RACE};
 
 /// Disks under control.
@@ -334,7 +336,8 @@ async fn check_nothing_left(world: &World, admin: &Rc<Admin>, tapdisk: &Tapdisk)
     check_at_rest(world, tapdisk.host.process.node()).await;
     let (mut sockets, minors) = admin.names().await;
     sockets.retain(|name| {
-        *name == format!("ctl{}", tapdisk.pid()) || name.starts_with(&format!("nbd{}.", tapdisk.pid()))
+        [format!("ctl{}", tapdisk.pid()), format!("json{}", tapdisk.pid())].contains(name)
+            || name.starts_with(&format!("nbd{}.", tapdisk.pid()))
     });
     if !sockets.is_empty() || !minors.is_empty() {
         let left = [sockets, minors].concat().join(", ");

@@ -11,7 +11,7 @@ use kernel_model::{ProcessFile, SimHost};
 use sim::{Entity, Label};
 use std::cell::RefCell;
 use std::rc::Rc;
-use tap_control::{CONNECTIONS_MAX, FOLDER, socket_of};
+use tap_control::{CONNECTIONS_MAX, FOLDER, json_socket_of, socket_of};
 use tap_core::wait::joined;
 use tap_host::{Errno, File, Files, LockKind, OpenMode, SocketAddress, Sockets};
 use tap_images::ImageSpec;
@@ -60,7 +60,7 @@ pub(super) struct Acts<'a> {
 }
 
 /// `None` once tapdisk has died: the act has no outcome.
-type Act = Option<()>;
+pub(super) type Act = Option<()>;
 
 impl Acts<'_> {
     pub(super) async fn run(&self) {
@@ -141,7 +141,7 @@ impl Acts<'_> {
             return None;
         }
         check_let_go(self.world, &disk.setup(), "while its disk is paused");
-        Some(())
+        self.listed(disk, "paused").await
     }
 
     /// Pauses the disk, and resumes it with `options`, which has this status; one that fails leaves the disk running.
@@ -256,13 +256,9 @@ impl Acts<'_> {
 
     /// Asks for what can be known.
     async fn look(&self, disk: &Disk) -> Act {
-        let at = disk.at(self.tapdisk);
         self.runs(disk).await?;
-        let stats = self.admin.expect(self.tapdisk, &format!("stats {at}"), 0).await?;
-        let sectors = format!("\"size_sectors\":{}", disk.setup().size_sectors);
-        if !stats.out.first().is_some_and(|text| text.contains(&sectors)) {
-            self.world.fail(Invariant::U1, format!("the counters of a disk are {:?}", stats.out));
-        }
+        self.listed(disk, "running").await?;
+        self.counted(disk).await?;
         let pid = self.admin.expect(self.tapdisk, &format!("pid -p {}", self.tapdisk.pid()), 0).await?;
         if pid.out != [self.tapdisk.pid().to_string()] {
             self.world.fail(Invariant::U1, format!("a tapdisk says that its number is {:?}", pid.out));
@@ -303,7 +299,8 @@ impl Acts<'_> {
         self.runs(disk).await
     }
 
-    /// Others at the control socket: one that sends half a request, one whose request is none, a tap-ctl that gives up.
+    /// Others at the control sockets: one that sends half a request, one whose request is none, a tap-ctl that gives
+    /// up.
     async fn strangers(&self, entity: Entity, disk: &Disk, hold_ns: u64) -> Act {
         let sim = &self.world.sim;
         let host = SimHost::start(&self.world.kernel, &self.world.xen, "stranger", entity.0);
@@ -314,6 +311,7 @@ impl Acts<'_> {
             let _broken = RawNbd::new(stream).send(&garbage).await;
             sim.sleep_ns(hold_ns).await;
         }
+        self.strangers_of_json(entity, &host, hold_ns).await?;
         let steps = sim.decide(entity, &GIVES_UP, 0, |d| 1 + d.below(12));
         self.admin.give_up(&format!("pause {}", disk.at(self.tapdisk)), steps).await;
         if !self.tapdisk.is_alive() {
@@ -369,17 +367,20 @@ impl Acts<'_> {
         self.runs(disk).await
     }
 
-    /// As many clients as the control socket takes, which send nothing: others wait, but not for ever.
+    /// As many clients as the control sockets take, which send nothing: others wait, but not for ever.
     async fn crowd(&self, disk: &Disk, hold_ns: u64) -> Act {
         let sim = &self.world.sim;
         let host = SimHost::start(&self.world.kernel, &self.world.xen, "crowd", sim.now_ns());
-        let address = SocketAddress::Unix(socket_of(FOLDER, self.tapdisk.pid()));
         let mut silent = Vec::new();
-        for _ in 0..CONNECTIONS_MAX {
-            silent.extend(host.connect(&address).await.ok());
+        for path in [socket_of, json_socket_of].map(|path_of| path_of(FOLDER, self.tapdisk.pid())) {
+            let address = SocketAddress::Unix(path);
+            for _ in 0..CONNECTIONS_MAX {
+                silent.extend(host.connect(&address).await.ok());
+            }
         }
         sim.sleep_ns(hold_ns).await;
-        self.runs(disk).await
+        self.runs(disk).await?;
+        self.listed(disk, "running").await
     }
 
     /// Two that allocate at the same time get two minor numbers.

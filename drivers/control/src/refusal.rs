@@ -4,14 +4,16 @@ use tap_host::Errno;
 
 /// Why a request was not carried out.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Refusal {
+pub struct Refusal {
+    /// Its number.
     pub error: Errno,
     /// Continue "failed to".
     pub words: String,
 }
 
 impl Refusal {
-    pub(super) fn new(error: Errno, words: impl Into<String>) -> Self {
+    /// A refusal with these `words`, which continue "failed to".
+    pub fn new(error: Errno, words: impl Into<String>) -> Self {
         Self { error, words: words.into() }
     }
 }

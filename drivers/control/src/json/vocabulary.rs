@@ -1,0 +1,219 @@
+//! What can be asked for, and what is answered.
+
+use crate::Refusal;
+use serde::{Deserialize, Serialize};
+use tap_host::Errno;
+
+/// What a tapdisk can be asked for.
+// Variants without fields have braces: serde refuses unknown fields only of those.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(tag = "verb", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Request {
+    /// All minor numbers.
+    List {},
+    /// The counters of the disk of one minor number, or of all that are open.
+    Stats {
+        /// The minor number.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        minor: Option<u16>,
+    },
+}
+
+impl Request {
+    /// The request that a line stands for.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn of(line: &[u8]) -> Result<Self, String> {
+        // serde takes an array, too.
+        if !line.trim_ascii_start().starts_with(b"{") {
+            return Err("it is no object".to_owned());
+        }
+        serde_json::from_slice(line).map_err(|why| why.to_string())
+    }
+}
+
+/// What a request that was carried out is answered with.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[serde(untagged)]
+pub enum Reply {
+    /// To [`Request::List`].
+    List(Disks<Disk>),
+    /// To [`Request::Stats`].
+    Stats(Disks<Stats>),
+}
+
+/// The answer to a request.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Answer<T> {
+    /// It was carried out.
+    Ok(T),
+    /// It was not.
+    Error(ErrorAnswer),
+}
+
+/// A refusal.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ErrorAnswer {
+    /// The error's number.
+    pub errno: i32,
+    /// Its name, such as `EINVAL`.
+    pub name: String,
+    /// Continue "failed to".
+    pub words: String,
+}
+
+impl From<Refusal> for ErrorAnswer {
+    fn from(Refusal { error, words }: Refusal) -> Self {
+        Self { errno: error.0, name: format!("{error:?}"), words }
+    }
+}
+
+impl From<ErrorAnswer> for Refusal {
+    fn from(ErrorAnswer { errno, words, .. }: ErrorAnswer) -> Self {
+        Self { error: Errno(if errno > 0 { errno } else { Errno::EIO.0 }), words }
+    }
+}
+
+/// Something of several disks, by minor number.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Disks<T> {
+    /// In the order of their minor numbers.
+    pub disks: Vec<T>,
+}
+
+/// What a minor number's disk does.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// No image was opened yet.
+    Attached,
+    /// Its image was closed.
+    Closed,
+    /// Requests are carried out.
+    Running,
+    /// It waits for requests to end, and will be paused.
+    Pausing,
+    /// Requests wait, and it has let go of its image.
+    Paused,
+    /// Paused, because no image could be opened.
+    Stranded,
+    /// It is being closed.
+    Closing,
+}
+
+/// A minor number in a list; what only open disks have is null for others.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Disk {
+    /// The minor number.
+    pub minor: u16,
+    /// What it does.
+    pub state: State,
+    /// `TYPE:PATH`, as it was given.
+    pub image: Option<String>,
+    /// The disk's size.
+    pub size_sectors: Option<u64>,
+    /// Whether it refuses writes.
+    pub read_only: Option<bool>,
+    /// Requests that are being carried out.
+    pub in_flight: u64,
+    /// Requests that wait, because the disk is paused.
+    pub waiting: u64,
+    /// Clients that are connected over NBD.
+    pub nbd_clients: u64,
+}
+
+/// The counters of an open disk. Those of tapdisk3 (`name`, `secs`, `images`) are as there.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Stats {
+    /// The minor number.
+    pub minor: u16,
+    /// `TYPE:PATH`, as it was given.
+    pub name: String,
+    /// Sectors read and written.
+    pub secs: [u64; 2],
+    /// The image, with the same counters.
+    pub images: [ImageStats; 1],
+    /// What it does.
+    pub state: State,
+    /// The disk's size.
+    pub size_sectors: u64,
+    /// Whether it refuses writes.
+    pub read_only: bool,
+    /// Requests that are being carried out.
+    pub in_flight: u64,
+    /// Requests that wait, because the disk is paused.
+    pub waiting: u64,
+    /// Read requests.
+    pub reads: u64,
+    /// Write requests.
+    pub writes: u64,
+    /// Flush requests.
+    pub flushes: u64,
+    /// Requests to make sectors zero.
+    pub zeroes: u64,
+    /// Requests to discard sectors.
+    pub discards: u64,
+    /// Sectors made zero.
+    pub sectors_zeroed: u64,
+    /// Sectors discarded.
+    pub sectors_discarded: u64,
+    /// Requests that went to the image as part of another.
+    pub merged: u64,
+    /// Requests that were sent to the image again.
+    pub retries: u64,
+    /// Requests that failed.
+    pub errors: u64,
+    /// Clients that are connected over NBD.
+    pub nbd_clients: u64,
+}
+
+/// The counters of an image.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ImageStats {
+    /// `TYPE:PATH`, as it was given.
+    pub name: String,
+    /// Sectors read and written.
+    pub hits: [u64; 2],
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_are_understood_or_refused_by_name() {
+        let parse = |text: &str| Request::of(text.as_bytes());
+        assert_eq!(parse(r#"{"verb":"list"}"#), Ok(Request::List {}));
+        assert_eq!(parse(r#" { "minor": 5, "verb": "stats" } "#), Ok(Request::Stats { minor: Some(5) }));
+        assert_eq!(parse(r#"{"verb":"stats"}"#), Ok(Request::Stats { minor: None }));
+        for (text, word) in [
+            (r#"{"verb":"list","minor":5}"#, "unknown field `minor`"),
+            (r#"{"verb":"stats","minr":5}"#, "unknown field `minr`"),
+            (r#"{"verb":"fly"}"#, "unknown variant `fly`"),
+            (r#"{"minor":5}"#, "missing field `verb`"),
+            (r#"{"verb":"stats","minor":65536}"#, "65536"),
+            (r#"{"verb":"stats","minor":-1}"#, "-1"),
+            (r#"{"verb":"stats","minor":5,"minor":6}"#, "duplicate field"),
+            (r#"{"verb":"stats","verb":"list"}"#, "duplicate field"),
+            (r#"{"verb":"list"} {"verb":"list"}"#, "trailing characters"),
+            (r#"["list"]"#, "no object"),
+            (r#"{"verb":"list""#, "EOF"),
+            ("", "no object"),
+        ] {
+            let why = parse(text).unwrap_err();
+            assert!(why.contains(word), "{text}: {why}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_survives_the_way() {
+        let refusal = Refusal::new(Errno::ENODEV, "find \"it\"");
+        let answer = Answer::<Disks<Disk>>::Error(refusal.clone().into());
+        let text = serde_json::to_string(&answer).unwrap();
+        assert_eq!(text, r#"{"error":{"errno":19,"name":"ENODEV","words":"find \"it\""}}"#);
+        let Ok(Answer::<Disks<Disk>>::Error(back)) = serde_json::from_str(&text) else { panic!("{text}") };
+        assert_eq!(Refusal::from(back), refusal);
+    }
+}

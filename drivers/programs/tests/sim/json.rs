@@ -1,0 +1,132 @@
+//! The JSON socket of `tapdisk control`.
+
+use crate::control::{Admin, raw, write};
+use crate::world;
+use serde_json::{Value, json};
+use std::cell::RefCell;
+use std::rc::Rc;
+use tap_control::json::REQUEST_BYTES_MAX;
+use tap_control::{CONNECTIONS_MAX, MESSAGE_NS, json_socket_of};
+use tap_host::{Errno, SocketAddress, Sockets, Tasks};
+
+const FOLDER: &str = "/run/blktap-control";
+
+/// Sends `line` in pieces, and returns the answer; null if there is none.
+async fn ask(admin: &Rc<Admin>, pid: u32, line: &[u8], piece: usize) -> Value {
+    let answer = raw(admin, &json_socket_of(FOLDER, pid), line, piece).await.unwrap();
+    let Some((b'\n', line)) = answer.split_last() else { return Value::Null };
+    assert!(!line.contains(&b'\n'), "one line");
+    serde_json::from_slice(line).unwrap()
+}
+
+#[test]
+fn disks_are_listed_and_counted() {
+    world(|sim, kernel, xen| async move {
+        kernel.storage().put_bytes("/a", &[1; 1 << 20]);
+        let admin = Admin::new(&sim, &kernel, &xen);
+        let pid = admin.create("raw:/a").await;
+        admin.done("allocate").await;
+        admin.done(&format!("attach -p {pid} -m 1")).await;
+        let disk = admin.client(pid, 0).await;
+        assert_eq!(write(&disk, 3, 7).await, Ok(()));
+        let none = json!({
+            "minor": 1, "state": "attached", "image": null, "size_sectors": null, "read_only": null,
+            "in_flight": 0, "waiting": 0, "nbd_clients": 0,
+        });
+        let mut open = json!({
+            "minor": 0, "state": "running", "image": "raw:/a", "size_sectors": 2048, "read_only": false,
+            "in_flight": 0, "waiting": 0, "nbd_clients": 1,
+        });
+        for piece in [1, 7, 100] {
+            let list = ask(&admin, pid, b"{\"verb\":\"list\"}\n", piece).await;
+            assert_eq!(list, json!({ "ok": { "disks": [open, none] } }));
+        }
+        let stats = ask(&admin, pid, b"{\"verb\":\"stats\",\"minor\":0}\n{\"verb\":\"stats\"}\n", 100).await;
+        let own = &stats["ok"]["disks"][0];
+        assert_eq!(
+            (&own["writes"], &own["secs"], &own["state"]),
+            (&1.into(), &json!([0, 1]), &"running".into())
+        );
+        // The same from tap-ctl, by either socket; without a minor number only what is open.
+        let told: Value = serde_json::from_str(&admin.done(&format!("stats -p {pid} -m 0")).await).unwrap();
+        assert_eq!(&told, own);
+        let told: Value = serde_json::from_str(&admin.done(&format!("stats -p {pid}")).await).unwrap();
+        assert_eq!(told, stats["ok"]["disks"]);
+        admin.done(&format!("pause -p {pid} -m 0")).await;
+        let (held, waits) = (Rc::clone(&disk), kernel.process("waits", 3));
+        waits.spawn("write", 0, async move {
+            let _answered_later = write(&held, 4, 7).await;
+        });
+        sim.sleep_ns(1_000_000_000).await;
+        (open["state"], open["waiting"]) = ("paused".into(), 1.into());
+        let list = ask(&admin, pid, b"{\"verb\":\"list\"}\n", 100).await;
+        assert_eq!(list["ok"]["disks"][0], open);
+        admin.done(&format!("close -p {pid} -m 0")).await;
+        let list = ask(&admin, pid, b"{\"verb\":\"list\"}\n", 100).await;
+        assert_eq!(list["ok"]["disks"][0]["state"], "closed");
+        assert_eq!(admin.done(&format!("stats -p {pid}")).await, "[]");
+        admin.done(&format!("detach -p {pid} -m 1")).await;
+        admin.done(&format!("destroy -p {pid} -m 0")).await;
+        admin.refused(&format!("stats -p {pid}"), Errno::ENOENT, "no such process").await;
+    });
+}
+
+#[test]
+fn what_is_no_request_is_refused_with_words() {
+    world(|sim, kernel, xen| async move {
+        kernel.storage().put_bytes("/a", &[1; 1 << 20]);
+        let admin = Admin::new(&sim, &kernel, &xen);
+        let pid = admin.create("raw:/a").await;
+        let long = [&[b' '; REQUEST_BYTES_MAX][..], b"{\"verb\":\"list\"}\n"].concat();
+        for (line, errno, name, words) in [
+            (&b"{\"verb\":\"fly\"}\n"[..], 22, "EINVAL", "`fly`"),
+            (b"{\"verb\":\"list\",\"depth\":1}\n", 22, "EINVAL", "`depth`"),
+            (b"\n", 22, "EINVAL", "no object"),
+            (b"\xff\0\n", 22, "EINVAL", "no object"),
+            (&long, 22, "EINVAL", "more than 65536 bytes"),
+            (b"{\"verb\":\"stats\",\"minor\":9}\n", 19, "ENODEV", "has not attached it"),
+        ] {
+            let answer = ask(&admin, pid, line, 40_000).await;
+            let error = &answer["error"];
+            assert_eq!((&error["errno"], &error["name"]), (&errno.into(), &name.into()), "{answer}");
+            assert!(error["words"].as_str().is_some_and(|all| all.contains(words)), "{answer}");
+        }
+        // The longest one.
+        let longest = [&[b' '; REQUEST_BYTES_MAX - 16][..], b"{\"verb\":\"list\"}\n"].concat();
+        assert!(ask(&admin, pid, &longest, 40_000).await["ok"].is_object());
+        // A part of a line, and then nothing: it is dropped.
+        let started_ns = sim.now_ns();
+        assert_eq!(ask(&admin, pid, b"{\"verb\":\"list\"}", 100).await, Value::Null);
+        assert!(sim.now_ns() - started_ns >= MESSAGE_NS);
+        admin.done(&format!("destroy -p {pid} -m 0")).await;
+    });
+}
+
+#[test]
+fn ten_clients_at_once_are_answered_and_silent_ones_keep_nobody_out() {
+    world(|sim, kernel, xen| async move {
+        kernel.storage().put_bytes("/a", &[1; 1 << 20]);
+        let admin = Admin::new(&sim, &kernel, &xen);
+        let pid = admin.create("raw:/a").await;
+        let silent: Vec<_> =
+            (0..CONNECTIONS_MAX as u64).map(|key| kernel.process("silent", 50 + key)).collect();
+        let mut streams = Vec::new();
+        for host in &silent {
+            streams.push(host.connect(&SocketAddress::Unix(json_socket_of(FOLDER, pid))).await.unwrap());
+        }
+        let answers = Rc::new(RefCell::new(Vec::new()));
+        for piece in 1..=CONNECTIONS_MAX {
+            let (admin, answers) = (Rc::clone(&admin), Rc::clone(&answers));
+            sim.spawn("client", piece as u64, async move {
+                let answer = ask(&admin, pid, b"{\"verb\":\"list\"}\n", piece).await;
+                answers.borrow_mut().push(answer["ok"]["disks"][0]["minor"].clone());
+            });
+        }
+        // The other socket is not held up.
+        admin.done(&format!("pause -p {pid} -m 0")).await;
+        assert!(sim.now_ns() < MESSAGE_NS && answers.borrow().is_empty());
+        sim.sleep_ns(MESSAGE_NS + 1_000_000_000).await;
+        assert_eq!(*answers.borrow(), vec![Value::from(0); CONNECTIONS_MAX]);
+        admin.done(&format!("destroy -p {pid} -m 0")).await;
+    });
+}
