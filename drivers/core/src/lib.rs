@@ -20,6 +20,7 @@ mod cache;
 mod disk;
 mod disks;
 mod lease;
+mod measures;
 mod node;
 mod park;
 mod request;
@@ -35,6 +36,7 @@ pub use cache::CacheMode;
 pub use disk::{Disk, DiskConfig};
 pub use disks::{DiskStatus, Disks, ListError, Listed};
 pub use lease::Lease;
+pub use measures::{Histogram, KINDS, KindMeasures, Measures};
 pub use node::{
     Child, Durable, Extent, LocalBoxFuture, Node, NodeInfo, NodeName, Source, nodes, wait_report,
 };

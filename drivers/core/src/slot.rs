@@ -26,17 +26,22 @@
 //!   until then: its effect still happens, and no overlapping request overtakes it. So the nodes below never see a
 //!   future dropped. A request that still waits is dropped.
 
+mod open;
+
 use crate::wait::{Event as Flag, Line, Semaphore, joined};
-use crate::{Child, Extent, LocalBoxFuture, Node, NodeInfo, Request, Response, WaitReport, wait_report};
+use crate::{
+    Child, Extent, LocalBoxFuture, Measures, Node, NodeInfo, Request, Response, WaitReport, wait_report,
+};
+use open::{Accepted, Answer};
 use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::rc::{Rc, Weak};
 use std::task::{Context, Poll, Waker, ready};
-use tap_host::{Errno, Event, Log, Probe, SectorRange, Tasks, VbdId};
+use tap_host::{Errno, Event, Log, Probe, SectorRange, Tasks, Time, VbdId};
 
 tap_host::listed! {
-    pub(super) BUGS: Bug;
+    pub(super) BUGS: Bug with [open::BUGS];
     GIVEN_UP_FORGOTTEN = "given-up-forgotten", "a request that is dropped half way is no longer waited for";
     SLOT_KEPT = "slot-keeps-itself", "a disk keeps itself alive through what it calls at a change of its state";
     LOOKS_UNCOUNTED = "looks-uncounted", "a query for extents does not count as a request in flight";
@@ -106,6 +111,7 @@ struct Inner<H> {
     /// Serialises exchanges and the close.
     turn: Semaphore,
     close_result: Cell<Option<Result<(), Errno>>>,
+    measures: RefCell<Measures>,
 }
 
 impl<H> Clone for Slot<H> {
@@ -128,7 +134,7 @@ pub enum ExchangeError<E> {
     Change(E),
 }
 
-impl<H: Log + Tasks + Probe> Slot<H> {
+impl<H: Time + Log + Tasks + Probe> Slot<H> {
     /// A running slot of the disk `id` over `lower`.
     pub fn new(host: H, id: VbdId, lower: Rc<dyn Node>) -> Self {
         let idle = Flag::new();
@@ -148,6 +154,7 @@ impl<H: Log + Tasks + Probe> Slot<H> {
             held: RefCell::default(),
             turn: Semaphore::new(1),
             close_result: Cell::new(None),
+            measures: RefCell::default(),
         }));
         if slot.0.host.bug(&SLOT_KEPT) {
             let own = Rc::clone(&slot.0);
@@ -247,6 +254,11 @@ impl<H: Log + Tasks + Probe> Slot<H> {
         self.0.held.borrow().len()
     }
 
+    /// What its requests did so far. Those that nodes below are asked by others than the disk's users are not counted.
+    pub fn measures(&self) -> Measures {
+        *self.0.measures.borrow()
+    }
+
     /// Its state: `running`, `draining`, `paused`, `closing` or `closed`.
     pub fn state(&self) -> &'static str {
         self.0.stage.get().text()
@@ -294,9 +306,9 @@ impl<H: Log + Tasks + Probe> Slot<H> {
 }
 
 /// A running exchange; no requests are admitted until it is dropped.
-struct Changing<H: Log + Probe>(Rc<Inner<H>>);
+struct Changing<H: Time + Log + Probe>(Rc<Inner<H>>);
 
-impl<H: Log + Probe> Changing<H> {
+impl<H: Time + Log + Probe> Changing<H> {
     fn begin(inner: Rc<Inner<H>>) -> Self {
         inner.changing.set(true);
         inner.update();
@@ -304,7 +316,7 @@ impl<H: Log + Probe> Changing<H> {
     }
 }
 
-impl<H: Log + Probe> Drop for Changing<H> {
+impl<H: Time + Log + Probe> Drop for Changing<H> {
     fn drop(&mut self) {
         // A second panic here would abort the process.
         if !std::thread::panicking() {
@@ -326,7 +338,7 @@ impl<H> Inner<H> {
     }
 }
 
-impl<H: Log + Probe> Inner<H> {
+impl<H: Time + Log + Probe> Inner<H> {
     fn enter(&self, stage: Stage) {
         self.stage.set(stage);
         self.host.log(Event::VbdState { vbd: self.id, state: stage.text() });
@@ -377,16 +389,16 @@ impl<H: Log + Probe> Inner<H> {
 }
 
 /// The decision on an arriving request.
-enum Admission<H: Log + Probe> {
+enum Admission<H: Time + Log + Probe> {
     Now(Admitted<H>),
     Later(Held<H>),
     Refused,
 }
 
 /// One request in flight.
-struct Admitted<H: Log + Probe>(Rc<Inner<H>>);
+struct Admitted<H: Time + Log + Probe>(Rc<Inner<H>>);
 
-impl<H: Log + Probe> Drop for Admitted<H> {
+impl<H: Time + Log + Probe> Drop for Admitted<H> {
     fn drop(&mut self) {
         // A second panic here would abort the process.
         if std::thread::panicking() {
@@ -402,59 +414,75 @@ impl<H: Log + Probe> Drop for Admitted<H> {
 }
 
 /// A request or query that went down. If dropped before it has ended, a task completes it.
-struct Below<H: Log + Tasks + Probe, T: 'static>(Option<(Admitted<H>, LocalBoxFuture<T>)>);
+struct Below<H: Time + Log + Tasks + Probe, T: Answer>(Option<Sent<H, T>>);
 
-impl<H: Log + Tasks + Probe> Below<H, Response> {
-    fn request(admitted: Admitted<H>, request: Request) -> Self {
+struct Sent<H: Time + Log + Probe, T> {
+    admitted: Admitted<H>,
+    /// Queries are not measured.
+    accepted: Option<Accepted<H>>,
+    answer: LocalBoxFuture<T>,
+}
+
+impl<H: Time + Log + Probe, T: Answer> Sent<H, T> {
+    fn answered(&self, answer: &T) {
+        if let Some(accepted) = &self.accepted {
+            accepted.answered(answer.result());
+        }
+    }
+}
+
+impl<H: Time + Log + Tasks + Probe> Below<H, Response> {
+    fn request(admitted: Admitted<H>, accepted: Accepted<H>, request: Request) -> Self {
         let answer = admitted.0.lower.borrow().submit(request);
-        Self(Some((admitted, answer)))
+        Self(Some(Sent { admitted, accepted: Some(accepted), answer }))
     }
 }
 
 type Extents = Result<Vec<Extent>, Errno>;
 
-impl<H: Log + Tasks + Probe> Below<H, Extents> {
+impl<H: Time + Log + Tasks + Probe> Below<H, Extents> {
     /// Counted like a request, so that the lower node is not closed or exchanged meanwhile.
     fn extents(admitted: Admitted<H>, range: SectorRange, max: usize) -> LocalBoxFuture<Extents> {
         let answer = admitted.0.lower.borrow().extents(range, max);
         if admitted.0.host.bug(&LOOKS_UNCOUNTED) {
             return answer;
         }
-        Box::pin(Self(Some((admitted, answer))))
+        Box::pin(Self(Some(Sent { admitted, accepted: None, answer })))
     }
 }
 
-impl<H: Log + Tasks + Probe, T> Future for Below<H, T> {
+impl<H: Time + Log + Tasks + Probe, T: Answer> Future for Below<H, T> {
     type Output = T;
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
-        let (_, answer) = self.0.as_mut().expect("polled after completion");
-        let response = ready!(answer.as_mut().poll(cx));
+        let sent = self.0.as_mut().expect("polled after completion");
+        let answer = ready!(sent.answer.as_mut().poll(cx));
+        sent.answered(&answer);
         self.0 = None;
-        Poll::Ready(response)
+        Poll::Ready(answer)
     }
 }
 
-impl<H: Log + Tasks + Probe, T> Drop for Below<H, T> {
+impl<H: Time + Log + Tasks + Probe, T: Answer> Drop for Below<H, T> {
     fn drop(&mut self) {
-        let Some((admitted, answer)) = self.0.take() else { return };
-        let inner = Rc::clone(&admitted.0);
+        let Some(mut sent) = self.0.take() else { return };
+        let inner = Rc::clone(&sent.admitted.0);
         if std::thread::panicking() || inner.host.bug(&GIVEN_UP_FORGOTTEN) {
             return;
         }
         inner.host.spawn("given up", u64::from(inner.id.0), async move {
-            drop(answer.await);
-            drop(admitted);
+            let answer = sent.answer.as_mut().await;
+            sent.answered(&answer);
         });
     }
 }
 
 /// A place in the queue of requests that wait until the slot runs.
-struct Held<H: Log + Probe> {
+struct Held<H: Time + Log + Probe> {
     inner: Rc<Inner<H>>,
     place: Option<u64>,
 }
 
-impl<H: Log + Probe> Held<H> {
+impl<H: Time + Log + Probe> Held<H> {
     fn new(inner: Rc<Inner<H>>) -> Self {
         // The place is taken here, not at the first poll, to keep the order of submission.
         let mut place = None;
@@ -479,7 +507,7 @@ impl<H: Log + Probe> Held<H> {
     }
 }
 
-impl<H: Log + Probe> Drop for Held<H> {
+impl<H: Time + Log + Probe> Drop for Held<H> {
     fn drop(&mut self) {
         // A second panic here would abort the process.
         if std::thread::panicking() {
@@ -494,15 +522,20 @@ impl<H: Log + Probe> Drop for Held<H> {
     }
 }
 
-impl<H: Log + Tasks + Probe> Node for Slot<H> {
+impl<H: Time + Log + Tasks + Probe> Node for Slot<H> {
     fn submit(&self, request: Request) -> LocalBoxFuture<Response> {
-        let refuse = |request: Request| Response { result: Err(Errno::ESHUTDOWN), bufs: request.bufs };
+        let refuse = |accepted: Accepted<H>, request: Request| {
+            accepted.answered(Err(Errno::ESHUTDOWN));
+            Response { result: Err(Errno::ESHUTDOWN), bufs: request.bufs }
+        };
+        let mut accepted = Accepted::new(&self.0, &request);
         match self.0.admission() {
-            Admission::Refused => Box::pin(std::future::ready(refuse(request))),
-            Admission::Now(admitted) => Box::pin(Below::request(admitted, request)),
+            Admission::Refused => Box::pin(std::future::ready(refuse(accepted, request))),
+            Admission::Now(admitted) => Box::pin(Below::request(admitted, accepted, request)),
             Admission::Later(mut held) => Box::pin(async move {
-                let Some(admitted) = held.admitted().await else { return refuse(request) };
-                let below = Below::request(admitted, request);
+                let Some(admitted) = held.admitted().await else { return refuse(accepted, request) };
+                accepted.admitted();
+                let below = Below::request(admitted, accepted, request);
                 // Frees the place, so that the next one is admitted.
                 let _kept = held.inner.host.bug(&HELD_ONE_BY_ONE).then_some(held);
                 below.await

@@ -17,7 +17,9 @@ mod server;
 mod vocabulary;
 
 pub use server::{Json, REQUEST_BYTES_MAX, Verbs};
-pub use vocabulary::{Answer, Disk, Disks, ErrorAnswer, ImageStats, Reply, Request, State, Stats};
+pub use vocabulary::{
+    Answer, Disk, Disks, ErrorAnswer, ImageStats, Latency, Operation, Reply, Request, State, Stats,
+};
 
 tap_host::listed! {
     pub(super) BUGS: Bug with [server::BUGS];

@@ -2,6 +2,7 @@
 
 use crate::Refusal;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use tap_host::Errno;
 
 /// What a tapdisk can be asked for.
@@ -167,6 +168,35 @@ pub struct Stats {
     pub errors: u64,
     /// Clients that are connected over NBD.
     pub nbd_clients: u64,
+    /// What the requests of its users did, by kind: `read`, `write`, `flush`, `write-zeroes`, `discard`.
+    pub operations: BTreeMap<String, Operation>,
+}
+
+/// What requests of one kind did.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Operation {
+    /// Requests that were answered.
+    pub requests: u64,
+    /// Bytes of those that succeeded.
+    pub bytes: u64,
+    /// Those that failed.
+    pub errors: u64,
+    /// Those that are not answered yet, including those that wait because the disk is paused.
+    pub in_flight: u64,
+    /// How long the answered ones took.
+    pub latency: Latency,
+}
+
+/// How long requests took, from their arrival at the disk to their answer.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Latency {
+    /// Sum of all times, in nanoseconds.
+    pub sum_ns: u64,
+    /// Longest time, in nanoseconds.
+    pub max_ns: u64,
+    /// How many took longer than the bound before and at most this one, in nanoseconds; null is no bound. Those without
+    /// any are left out.
+    pub buckets: Vec<(Option<u64>, u64)>,
 }
 
 /// The counters of an image.

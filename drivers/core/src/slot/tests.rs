@@ -1,7 +1,8 @@
 use super::*;
 use crate::testing::{Outcome, Pool, Script, read, write};
 use crate::wait::{Sender, oneshot};
-use crate::{Op, Scheduler, SchedulerLimits};
+use crate::{KindMeasures, Op, Scheduler, SchedulerLimits};
+use tap_host::IoKind;
 
 fn slot(pool: &Pool, script: &Script) -> Slot<Pool> {
     Slot::new(pool.clone(), VbdId(1), Rc::new(script.clone()))
@@ -299,4 +300,51 @@ fn a_pause_during_an_exchange_completes_after_it() {
     pool.run();
     assert_eq!((done.take(), paused.take()), (Some(Ok(())), Some(Ok(()))));
     assert_eq!(slot.state(), "paused");
+}
+
+/// Sleeps in `pool` for `ns`.
+fn pass(pool: &Pool, ns: u64) {
+    let slept = pool.start({
+        let pool = pool.clone();
+        async move { pool.sleep_ns(ns).await }
+    });
+    pool.run_through_time();
+    assert!(slept.get().is_some());
+}
+
+#[test]
+fn requests_are_measured_from_their_arrival_to_their_answer() {
+    let (pool, script) = (Pool::new(), Script::held());
+    let slot = slot(&pool, &script);
+    let of = |kind| *slot.measures().of(kind);
+    let first = pool.start(slot.submit(write(1, 3)));
+    assert_eq!((of(IoKind::Write).in_flight, of(IoKind::Write).latency.count()), (1, 0));
+    pass(&pool, 2_000);
+    // Whose caller leaves is measured when it ends; who leaves while it waits, not at all.
+    let (given_up, paused) = (pool.start(slot.submit(read(5, 2))), pause(&pool, &slot));
+    let (waits, leaves) = (pool.start(slot.submit(write(9, 1))), pool.start(slot.submit(Request::flush())));
+    pool.cancel(given_up.task);
+    pool.cancel(leaves.task);
+    script.release();
+    pool.run();
+    assert!(first.get().is_some() && paused.get().is_some() && waits.get().is_none());
+    assert_eq!((of(IoKind::Read).latency.count(), of(IoKind::Read).sectors), (1, 2));
+    assert_eq!(of(IoKind::Flush), KindMeasures::default());
+    let writes = of(IoKind::Write);
+    assert_eq!(
+        (writes.in_flight, writes.latency.count(), writes.latency.max_ns, writes.sectors),
+        (1, 1, 2_000, 3)
+    );
+    pass(&pool, 5_000_000_000);
+    slot.resume().unwrap();
+    pool.run();
+    let writes = of(IoKind::Write);
+    assert_eq!(
+        (writes.in_flight, writes.latency.max_ns, writes.latency.sum_ns),
+        (0, 5_000_000_000, 5_000_002_000)
+    );
+    assert_eq!(pool.start(slot.close()).take(), Some(Ok(())));
+    assert!(pool.start(slot.submit(read(5, 2))).get().is_some());
+    let reads = of(IoKind::Read);
+    assert_eq!((reads.latency.count(), reads.sectors, reads.errors, reads.in_flight), (2, 2, 1, 0));
 }

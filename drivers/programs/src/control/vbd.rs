@@ -13,13 +13,14 @@ use super::settings::Settings;
 use crate::disk::{DiskOptions, OpenError, open_disk, open_node};
 use crate::spec::DiskSpec;
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use tap_abi::tapctl::{Entry, Image, Params, Text, state};
 use tap_control::Refusal;
 use tap_control::json;
 use tap_core::wait::{Receiver, Semaphore, joined};
-use tap_core::{Disk, Listed, Node, ParkError};
-use tap_host::{Errno, File, FileId, OpenMode, SECTOR_BYTES, SocketAddress, VbdId};
+use tap_core::{Disk, KINDS, KindMeasures, Listed, Measures, Node, ParkError};
+use tap_host::{Errno, File, FileId, IoKind, OpenMode, SECTOR_BYTES, SocketAddress, VbdId};
 use tap_images::Formats;
 use tap_nbd::{Export, Server, ServerLimits};
 
@@ -396,8 +397,25 @@ impl<H: ControlledHost> Vbd<H> {
             retries: stats.retries,
             errors: stats.errors,
             nbd_clients: open.server.connections() as u64,
+            operations: operations(&slot.measures()),
         })
     }
+}
+
+fn operations(measures: &Measures) -> BTreeMap<String, json::Operation> {
+    let of = |kind: IoKind| {
+        let KindMeasures { in_flight, errors, sectors, latency } = *measures.of(kind);
+        let (sum_ns, max_ns) = (latency.sum_ns, latency.max_ns);
+        let buckets = latency.buckets().filter(|(_, count)| *count > 0).collect();
+        json::Operation {
+            requests: latency.count(),
+            bytes: sectors * SECTOR_BYTES,
+            errors,
+            in_flight,
+            latency: json::Latency { sum_ns, max_ns, buckets },
+        }
+    };
+    KINDS.map(|kind| (kind.to_string(), of(kind))).into()
 }
 
 const PAUSED: i32 = state::PAUSED | state::PAUSE_REQUESTED | state::QUIESCED | state::CLOSED;

@@ -18,6 +18,8 @@ pub static JSON_SENT: Label = Label::packed(
     &[3, 10, 5],
 );
 
+/// How often an administrator looks whether requests have been answered.
+const LOOKS: u32 = 20;
 /// Lines that a stranger sends.
 const LINES: u32 = 3;
 const LIST: &[u8] = b"{\"verb\":\"list\"}\n";
@@ -52,6 +54,37 @@ impl Back {
             _ => Self::Garbage(text),
         }
     }
+}
+
+/// What the counters by operation must have in common with one another, and with the others, at any moment.
+fn are_consistent(stats: &Value) -> bool {
+    let Some(all) = stats["operations"].as_object() else { return false };
+    let number = |name: &str, field: &str| all.get(name).and_then(|one| one[field].as_u64());
+    let counted = |one: &Value| {
+        let buckets = one["latency"]["buckets"].as_array()?;
+        let counts = buckets.iter().map(|bucket| bucket[1].as_u64());
+        let bounds = buckets.iter().map(|bucket| bucket[0].as_u64().unwrap_or(u64::MAX));
+        let max_ns = one["latency"]["max_ns"].as_u64()?;
+        // The longest time is in the last bucket.
+        let (before, last) =
+            (bounds.clone().rev().nth(1).unwrap_or(0), bounds.clone().next_back().unwrap_or(0));
+        let in_order =
+            bounds.is_sorted_by(|a, b| a < b) && (max_ns > before || max_ns == 0) && max_ns <= last;
+        Some(in_order && counts.sum::<Option<u64>>()? == one["requests"].as_u64()?)
+    };
+    let in_flight = all.values().map(|one| one["in_flight"].as_u64()).sum::<Option<u64>>();
+    let (sectors, bytes) = (&stats["secs"], |name| number(name, "bytes"));
+    let times = |value: &Value| value.as_u64().map(|sectors| sectors * 512);
+    all.len() == 5
+        && all.values().all(|one| counted(one) == Some(true))
+        && bytes("read") == times(&sectors[0])
+        && bytes("write") == times(&sectors[1])
+        && bytes("write-zeroes") == times(&stats["sectors_zeroed"])
+        && bytes("discard") == times(&stats["sectors_discarded"])
+        // Queries are in flight, too, and not counted by operation.
+        && in_flight.is_some_and(|own| {
+            stats["in_flight"].as_u64().zip(stats["waiting"].as_u64()).is_some_and(|(down, held)| own <= down + held)
+        })
 }
 
 impl Acts<'_> {
@@ -107,13 +140,44 @@ impl Acts<'_> {
         Some(())
     }
 
+    /// How many requests wait, because the disk is paused.
+    pub(super) async fn waiting(&self, disk: &Disk) -> Option<u64> {
+        Some(self.stats_in_json(disk).await?["waiting"].as_u64().unwrap_or(0))
+    }
+
+    /// A request has waited for the disk for `held_ns`: this is the longest time that is shown, or less than another,
+    /// once all are answered.
+    pub(super) async fn measured(&self, disk: &Disk, held_ns: u64) -> Act {
+        for _ in 0..LOOKS {
+            let stats = self.stats_in_json(disk).await?;
+            let all: Vec<&Value> = stats["operations"].as_object().map(|all| all.values().collect())?;
+            let longest_ns = all.iter().filter_map(|one| one["latency"]["max_ns"].as_u64()).max();
+            if longest_ns >= Some(held_ns) {
+                break;
+            }
+            if all.iter().all(|one| one["in_flight"] == 0) {
+                let text =
+                    format!("a request waited for {held_ns} ns, and the longest time is {longest_ns:?} ns");
+                self.world.fail(Invariant::U1, text);
+                break;
+            }
+            self.world.sim.sleep_ns(5_000_000).await;
+        }
+        Some(())
+    }
+
+    async fn stats_in_json(&self, disk: &Disk) -> Option<Value> {
+        let minor = disk.minor.get().unwrap_or_default();
+        let line = format!("{{\"minor\":{minor},\"verb\":\"stats\"}}\n");
+        Some(self.json(line.as_bytes()).await?["disks"][0].take())
+    }
+
     /// Both sockets and tap-ctl count the same.
     pub(super) async fn counted(&self, disk: &Disk) -> Act {
         let at = disk.at(self.tapdisk);
         let minor = disk.minor.get().unwrap_or_default();
         let before = self.stats_of(&format!("stats {at}")).await?;
-        let line = format!("{{\"minor\":{minor},\"verb\":\"stats\"}}\n");
-        let here = self.json(line.as_bytes()).await?["disks"][0].take();
+        let here = self.stats_in_json(disk).await?;
         let all = self.stats_of(&format!("stats -p {}", self.tapdisk.pid())).await?;
         let own = all.as_array().and_then(|all| all.iter().find(|one| one["minor"] == minor));
         let after = self.stats_of(&format!("stats {at}")).await?;
@@ -128,7 +192,8 @@ impl Acts<'_> {
                 .into_iter()
                 .all(|name| ordered(&|text: &Value| text[name].as_u64()))
             && [0, 1].into_iter().all(|i| ordered(&|text: &Value| text["secs"][i].as_u64()))
-            && before["size_sectors"] == disk.setup().size_sectors;
+            && before["size_sectors"] == disk.setup().size_sectors
+            && texts.into_iter().all(are_consistent);
         if !right {
             self.world
                 .fail(Invariant::U1, format!("the counters of a disk are, one after the other, {texts:?}"));

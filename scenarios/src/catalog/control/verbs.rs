@@ -149,10 +149,14 @@ impl Acts<'_> {
         if !self.pause(disk).await? {
             return Some(());
         }
-        self.hold(disk, hold_ns).await?;
+        self.hold(disk, hold_ns / 2).await?;
+        let (waiting, since_ns) = (self.waiting(disk).await?, self.world.sim.now_ns());
+        self.hold(disk, hold_ns / 2).await?;
+        let held_ns = self.world.sim.now_ns() - since_ns;
         let line = format!("unpause {} {options}", disk.at(self.tapdisk));
         self.admin.expect(self.tapdisk, &line, status).await?;
-        self.runs(disk).await
+        self.runs(disk).await?;
+        if waiting > 0 { self.measured(disk, held_ns).await } else { Some(()) }
     }
 
     /// The disk runs with its own image.
