@@ -18,7 +18,7 @@ mod vocabulary;
 
 pub use server::{Json, REQUEST_BYTES_MAX, Verbs};
 pub use vocabulary::{
-    Answer, Disk, Disks, ErrorAnswer, ImageStats, Latency, Operation, Reply, Request, State, Stats,
+    Answer, Disk, Disks, ErrorAnswer, ImageStats, Latency, Metrics, Operation, Reply, Request, State, Stats,
 };
 
 tap_host::listed! {

@@ -18,6 +18,8 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         minor: Option<u16>,
     },
+    /// The metrics of the process.
+    Metrics {},
 }
 
 impl Request {
@@ -42,6 +44,8 @@ pub enum Reply {
     List(Disks<Disk>),
     /// To [`Request::Stats`].
     Stats(Disks<Stats>),
+    /// To [`Request::Metrics`].
+    Metrics(Metrics),
 }
 
 /// The answer to a request.
@@ -75,6 +79,13 @@ impl From<ErrorAnswer> for Refusal {
     fn from(ErrorAnswer { errno, words, .. }: ErrorAnswer) -> Self {
         Self { error: Errno(if errno > 0 { errno } else { Errno::EIO.0 }), words }
     }
+}
+
+/// A text in the format of OpenMetrics 1.0.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Metrics {
+    /// Its lines.
+    pub text: String,
 }
 
 /// Something of several disks, by minor number.

@@ -18,6 +18,7 @@
 //!   has the same file; otherwise it stays paused. Requests that wait fail only when a paused disk is closed.
 //! * The process ends when it is asked to, or with the last minor number that is detached.
 
+mod metrics;
 mod open;
 mod settings;
 mod vbd;
@@ -37,7 +38,7 @@ use tap_host::{Errno, Signals, Sockets, select};
 use vbds::Vbds;
 
 tap_host::listed! {
-    pub(super) BUGS: Bug with [vbd::BUGS, vbds::BUGS];
+    pub(super) BUGS: Bug with [metrics::BUGS, vbd::BUGS, vbds::BUGS];
 }
 
 tap_host::listed! {

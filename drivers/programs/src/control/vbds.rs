@@ -1,5 +1,6 @@
 //! The minor numbers of a process, and what is asked of them.
 
+use super::metrics;
 use super::settings::Settings;
 use super::vbd::Vbd;
 use super::{ControlArgs, ControlledHost};
@@ -233,19 +234,28 @@ impl<H: ControlledHost> Vbds<H> {
     /// What a request in JSON is answered with.
     async fn reply(&self, request: json::Request) -> Result<json::Reply, Refusal> {
         match request {
-            json::Request::List {} => {
-                let disks = self.attached().iter().map(|vbd| vbd.listed(&self.settings.host)).collect();
-                Ok(json::Reply::List(json::Disks { disks }))
-            }
+            json::Request::List {} => Ok(json::Reply::List(json::Disks { disks: self.listed() })),
             json::Request::Stats { minor } => {
                 let disks = match minor {
                     Some(minor) => vec![self.get(minor, "count what")?.stats()?],
-                    // Those that are not open have no counters.
-                    None => self.attached().iter().filter_map(|vbd| vbd.stats().ok()).collect(),
+                    None => self.counted(),
                 };
                 Ok(json::Reply::Stats(json::Disks { disks }))
             }
+            json::Request::Metrics {} => {
+                let text = metrics::exposition(&self.settings.host, &self.listed(), &self.counted());
+                Ok(json::Reply::Metrics(json::Metrics { text }))
+            }
         }
+    }
+
+    fn listed(&self) -> Vec<json::Disk> {
+        self.attached().iter().map(|vbd| vbd.listed(&self.settings.host)).collect()
+    }
+
+    /// The counters of those that are open; others have none.
+    fn counted(&self) -> Vec<json::Stats> {
+        self.attached().iter().filter_map(|vbd| vbd.stats().ok()).collect()
     }
 
     fn attached(&self) -> Vec<Rc<Vbd<H>>> {

@@ -30,7 +30,7 @@ use std::future::Future;
 use tap_abi::tapctl::{Kind, Message, PidOf};
 use tap_control::FOLDER;
 use tap_control::client::{CallError, Tapdisk};
-use tap_control::json::{Disks, Request, Stats};
+use tap_control::json::{Disks, Metrics, Request, Stats};
 use tap_host::{Errno, Files, Probe, Sockets, Time};
 
 tap_host::listed! {
@@ -97,6 +97,8 @@ enum Verb {
     Destroy(WaitArgs),
     /// Prints the counters of a disk, or of all disks of a tapdisk, as JSON
     Stats(StatsArgs),
+    /// Prints the metrics of a tapdisk as OpenMetrics text
+    Metrics(PidArgs),
     /// Prints the process number that a tapdisk itself says
     Pid(PidArgs),
     /// Prints the block major number of blktap2's module, where there is one
@@ -233,6 +235,11 @@ impl<H: CtlHost, L: Launch> Ctl<'_, H, L> {
                 self.free(args.disk.minor.minor).await
             }
             Verb::Stats(args) => self.stats(args).await,
+            Verb::Metrics(args) => {
+                let metrics: Metrics = self.tapdisk(args.pid, AT_ONCE_S).json(&Request::Metrics {}).await?;
+                self.console.out(metrics.text.trim_end());
+                Ok(())
+            }
             Verb::Pid(args) => {
                 let answer = self.tapdisk(args.pid, AT_ONCE_S).call(&Message::new(Kind::Pid, 0)).await?;
                 let pid = answer.body::<PidOf>().pid.get();

@@ -197,6 +197,9 @@ fn lines() -> Done {
     let stats = ask_json(&socket, b"{\"verb\":\"stats\",\"minor\":0}\n", 1000)?.expect("it is a request");
     let told: Value = serde_json::from_str(&place.done(&format!("stats -p {pid}"))?)?;
     assert_eq!(told, stats["disks"]);
+    let metrics = place.done(&format!("metrics -p {pid}"))?;
+    assert!(metrics.starts_with("# TYPE ") && metrics.ends_with("\n# EOF"), "{metrics}");
+    assert!(metrics.contains("\ntapdisk_requests_total{minor=\"0\",operation=\"read\"} 0\n"), "{metrics}");
     for (line, errno) in [
         (&b"{\"verb\":\"list\"}"[..], 22),
         (b"{\"verb\":\"fly\"}\n", 22),

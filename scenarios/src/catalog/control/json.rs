@@ -1,6 +1,7 @@
 //! The socket for JSON, asked by a client that shares no code with ours.
 
 use super::Disk;
+use super::openmetrics::Metrics;
 use super::verbs::{Act, Acts};
 use crate::check::Invariant;
 use crate::guest::RawNbd;
@@ -54,6 +55,42 @@ impl Back {
             _ => Self::Garbage(text),
         }
     }
+}
+
+/// What the metrics say otherwise than the counters of a disk, which were looked at before.
+fn differing(metrics: &Metrics, before: &Value) -> Option<String> {
+    let minor = before["minor"].to_string();
+    let own = [("minor", &*minor)];
+    let image = before["name"].as_str()?;
+    let expected = [
+        ("tapdisk_image", "_info", vec![own[0], ("image", image)], 1),
+        ("tapdisk_state", "", vec![own[0], ("tapdisk_state", "running")], 1),
+        ("tapdisk_size_bytes", "", own.to_vec(), before["size_sectors"].as_u64()? * 512),
+    ];
+    for (family, suffix, labels, value) in expected {
+        if metrics.number(family, suffix, &labels) != Some(value) {
+            return Some(format!("{family}{suffix} of {labels:?} is not {value}"));
+        }
+    }
+    for (operation, counters) in before["operations"].as_object()? {
+        let labels = [own[0], ("operation", &**operation)];
+        let above = [own[0], ("operation", &**operation), ("le", "+Inf")];
+        for (family, suffix, labels, field) in [
+            ("tapdisk_requests", "_total", &labels[..], "requests"),
+            ("tapdisk_bytes", "_total", &labels[..], "bytes"),
+            ("tapdisk_errors", "_total", &labels[..], "errors"),
+            ("tapdisk_latency_seconds", "_bucket", &above[..], "requests"),
+        ] {
+            let value = metrics.number(family, suffix, labels);
+            if value.is_none() || value < counters[field].as_u64() {
+                return Some(format!(
+                    "{family}{suffix} of {labels:?} is {value:?}, and was {}",
+                    counters[field]
+                ));
+            }
+        }
+    }
+    None
 }
 
 /// What the counters by operation must have in common with one another, and with the others, at any moment.
@@ -180,6 +217,7 @@ impl Acts<'_> {
         let here = self.stats_in_json(disk).await?;
         let all = self.stats_of(&format!("stats -p {}", self.tapdisk.pid())).await?;
         let own = all.as_array().and_then(|all| all.iter().find(|one| one["minor"] == minor));
+        self.scraped(own.unwrap_or(&Value::Null)).await?;
         let after = self.stats_of(&format!("stats {at}")).await?;
         let texts = [&before, &here, own.unwrap_or(&Value::Null), &after];
         let same = |field: &str| texts.iter().all(|text| text[field] == before[field]);
@@ -197,6 +235,20 @@ impl Acts<'_> {
         if !right {
             self.world
                 .fail(Invariant::U1, format!("the counters of a disk are, one after the other, {texts:?}"));
+        }
+        Some(())
+    }
+
+    /// The metrics are right in form, and a disk's say no less than its counters of a moment ago.
+    async fn scraped(&self, before: &Value) -> Act {
+        let line = format!("metrics -p {}", self.tapdisk.pid());
+        let printed = self.admin.expect(self.tapdisk, &line, 0).await?.out.join("\n");
+        let wrong = match Metrics::parse(&printed) {
+            Ok(metrics) => differing(&metrics, before),
+            Err(why) => Some(why),
+        };
+        if let Some(wrong) = wrong {
+            self.world.fail(Invariant::U1, format!("the metrics are wrong: {wrong}"));
         }
         Some(())
     }

@@ -12,6 +12,7 @@
 
 mod admin;
 mod json;
+mod openmetrics;
 mod verbs;
 
 use super::crash::arm_power_cut;
