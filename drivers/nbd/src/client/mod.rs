@@ -124,6 +124,9 @@ pub struct ClientConfig {
     pub pause_most_ns: u64,
     /// How long requests wait for a server that went away or stopped answering, in nanoseconds.
     pub reconnect_ns: u64,
+    /// How long a request that a server refuses because it ends is sent to the next one, in nanoseconds; with 0 its
+    /// caller has the refusal, as with other clients.
+    pub refused_ns: u64,
     /// The budget from which the receive buffer and parts of requests are taken.
     pub memory: Budget,
 }
@@ -144,6 +147,7 @@ impl ClientConfig {
             pause_ns: 100_000_000,
             pause_most_ns: 5_000_000_000,
             reconnect_ns: 60_000_000_000,
+            refused_ns: 60_000_000_000,
             memory: Budget::default(),
         }
     }

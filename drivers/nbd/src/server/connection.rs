@@ -1,7 +1,7 @@
 //! One connection after its negotiation: requests in, replies out.
 
 use super::command::{Job, Kind, Refusal, Rules, error_of};
-use super::negotiate::{ALLOCATION_ID, Agreed, CLOSED, DEPTH_ID, Negotiation, why};
+use super::negotiate::{ALLOCATION_ID, Agreed, DEPTH_ID, Negotiation, why};
 use super::reply::{Form, To, is_zero};
 use super::status::extents;
 use super::{Flow, Inner, Open, STOPPED};
@@ -19,7 +19,7 @@ use tap_abi::nbd::{CMD_DISC, CMD_TRIM, CMD_WRITE, ExtendedRequest, RequestHeader
 use tap_core::wait::Semaphore;
 use tap_core::{Op, Request, Response};
 use tap_host::{
-    BufPool, Errno, IoVec, Log, Probe, SECTOR_BYTES, SendList, Stage, Stream, Tasks, Time, cost_of, unless,
+    BufPool, Errno, IoVec, Log, Probe, SECTOR_BYTES, Stage, Stream, Tasks, Time, cost_of, unless,
 };
 use zerocopy::FromBytes;
 
@@ -35,17 +35,15 @@ tap_host::listed! {
         "all block status replies that a connection asks for are built at once";
     NBD_TRIM_FROZEN = "nbd-trim-frozen", "a trim on a read-only export is passed to its disk";
     NBD_ZEROES_EARLY = "nbd-zeroes-early", "zeros with the flag FUA are answered before they are durable";
-    NBD_PART_SENT_ENDS = "nbd-part-sent-ends", "a connection that takes a reply in parts is taken as broken";
     NBD_ANNOUNCED_KEPT = "nbd-announced-kept",
         "an NBD client that announced a large write and stopped sending it keeps the memory for it";
-    NBD_WRITER_KEPT = "nbd-writer-kept", "the task that sends the replies of a connection outlives it";
     NBD_SEAT_LOST = "nbd-seat-lost",
         "a connection that does not end in order keeps the memory that the next one needs";
     NBD_CONTEXTS_MIXED = "nbd-contexts-mixed", "the depth of a block status is sent as its allocation";
     NBD_HOLE_GUESSED = "nbd-hole-guessed", "a read whose first page is zeros is answered as all zeros";
     NBD_LONG_CUT = "nbd-long-cut", "zeros that go to the disk in pieces end with the first piece";
-    pub(super) NBD_DEAF_KEPT = "nbd-deaf-kept",
-        "a client that has stopped sending and takes no replies keeps its place";
+    NBD_LONG_REFUSED = "nbd-long-refused",
+        "zeros that the end of their server cuts short fail, although a client could send them to the next";
 }
 
 tap_host::listed! {
@@ -88,16 +86,16 @@ pub(super) struct Connection<H, S> {
     number: u64,
     /// Memory reserved for this connection.
     own: Stage,
-    stream: S,
+    pub(super) stream: S,
     pub(super) agreed: Agreed,
     pool: BufPool,
-    out: Outbox,
+    pub(super) out: Outbox,
     /// Set when no more requests may be taken.
     pub(super) stop: Rc<StopSignal>,
     /// The client can receive no more replies.
-    broken: Cell<bool>,
+    pub(super) broken: Cell<bool>,
     /// Requests taken whose replies have not been sent.
-    in_flight: Cell<u32>,
+    pub(super) in_flight: Cell<u32>,
     /// The reading task waits until fewer are in flight.
     waits: Cell<bool>,
     requests: Cell<u64>,
@@ -261,7 +259,7 @@ where
         Ok(())
     }
 
-    async fn fewer_than(&self, most: u32) {
+    pub(super) async fn fewer_than(&self, most: u32) {
         poll_fn(|cx| {
             let waits = self.in_flight.get() >= most;
             self.waits.set(waits);
@@ -275,7 +273,7 @@ where
     }
 
     /// Counts replies that were sent, or cannot be sent.
-    fn release(&self, count: u32) {
+    pub(super) fn release(&self, count: u32) {
         self.in_flight.set(self.in_flight.get() - count);
         if self.waits.get() {
             self.stop.wake();
@@ -336,7 +334,10 @@ where
                     turn.ready().await;
                     let result = own.long(&job, op, len).await;
                     drop(turn);
-                    own.done(job, result);
+                    match result {
+                        Some(result) => own.done(job, result),
+                        None => own.release(1),
+                    }
                 });
             }
             Kind::Cache => self.done(job, Ok(())),
@@ -437,8 +438,9 @@ where
     }
 
     /// A change of so many bytes that it goes to the node in pieces, one after the other. A stop ends it between two of
-    /// them, because the disk may take minutes for each.
-    async fn long(self: &Rc<Self>, job: &Job, mut op: Op, len: u64) -> Result<(), Errno> {
+    /// them, because the disk may take minutes for each: `None`, and no reply, so that a client that connects again
+    /// sends it again.
+    async fn long(self: &Rc<Self>, job: &Job, mut op: Op, len: u64) -> Option<Result<(), Errno>> {
         self.host().mark(&NBD_DIVIDED);
         for piece in job.pieces(op, len, self.server.limits.range_bytes) {
             if piece.range.count == 0 {
@@ -446,9 +448,11 @@ where
                 continue;
             }
             if self.stop.why().is_some() || self.broken.get() {
-                return Err(Errno::ESHUTDOWN);
+                return self.host().bug(&NBD_LONG_REFUSED).then_some(Err(Errno::ESHUTDOWN));
             }
-            self.piece(piece, op).await?;
+            if let Err(error) = self.piece(piece, op).await {
+                return Some(Err(error));
+            }
             // Fast zeros are refused at once and without an effect, or not at all: a refusal after a part of them was
             // made would be neither.
             if let Op::WriteZeroes(flags) = &mut op {
@@ -458,7 +462,7 @@ where
                 break;
             }
         }
-        Ok(())
+        Some(Ok(()))
     }
 
     async fn piece(self: &Rc<Self>, piece: Job, op: Op) -> Result<(), Errno> {
@@ -539,61 +543,5 @@ where
         self.host().mark(&NBD_REQUEST_REFUSED);
         let to = To { cookie: header.cookie.get(), at: header.offset.get(), form: self.agreed.form };
         self.out.put(|list| to.error(list, refusal));
-    }
-
-    /// Sends replies until the outbox is closed.
-    async fn send_replies(&self) {
-        let mut list = SendList::new();
-        while let Some(replies) = self.out.next(&mut list).await {
-            let (mut result, mut parts) = (Ok(()), 0);
-            self.flow.sending.set(true);
-            while result.is_ok() && !list.is_empty() {
-                parts += 1;
-                (result, list) = self.stream.send(list).await;
-                self.flow.sends.set(self.flow.sends.get() + 1);
-            }
-            self.flow.sending.set(false);
-            if result.is_err() || (parts > 1 && self.host().bug(&NBD_PART_SENT_ENDS)) {
-                // Before the count goes down: the reading task must not start another request.
-                self.stop.set("a reply could not be sent");
-                list = SendList::new();
-            }
-            self.release(replies);
-        }
-    }
-
-    /// Completes when every reply is sent, or with false when the client takes nothing for
-    /// [`ServerLimits::grace_ns`](super::ServerLimits::grace_ns). Time that the disk takes is not counted: a client may
-    /// have stopped sending and be waiting for it.
-    async fn taken(&self) -> bool {
-        loop {
-            let before = self.flow.seen();
-            let grace = self.host().sleep_ns(self.server.limits.grace_ns);
-            if unless(grace, self.fewer_than(1)).await.is_some() {
-                return true;
-            }
-            if self.flow.is_stuck(before) && !self.host().bug(&NBD_DEAF_KEPT) {
-                return false;
-            }
-        }
-    }
-
-    /// Waits until everything in flight has ended and was sent, and closes the stream.
-    async fn drain(&self, why: Why) {
-        let ended = [LEFT, CLOSED].contains(&why);
-        self.broken.set(!ended);
-        if ended && self.stop.unless_stopped(pin!(self.taken())).await == Some(false) {
-            self.stream.shutdown();
-        } else if self.in_flight.get() > 0 {
-            let grace = self.host().sleep_ns(self.server.limits.grace_ns);
-            if unless(grace, self.fewer_than(1)).await.is_none() {
-                self.stream.shutdown();
-            }
-        }
-        self.fewer_than(1).await;
-        if !self.host().bug(&NBD_WRITER_KEPT) {
-            self.out.close();
-        }
-        self.stream.shutdown();
     }
 }

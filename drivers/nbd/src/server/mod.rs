@@ -39,10 +39,12 @@
 //!   on this.
 //! * [`Server::stop`] ends in an orderly way: no new connection or request is taken, those in flight end, their replies
 //!   are sent, streams are closed. Nodes are left to their owner. Zeros and trims of so many bytes that they go to the
-//!   node in pieces end with the piece that is under way; their reply is `ESHUTDOWN`.
+//!   node in pieces end with the piece that is under way, and get no reply.
+//! * [`Server::hang_up`] ends at once: no reply is sent any more. A client that connects again repeats what has none.
 
 mod command;
 mod connection;
+mod ending;
 mod limits;
 mod memory;
 mod negotiate;
@@ -53,7 +55,7 @@ mod unaligned;
 pub use limits::ServerLimits;
 
 use crate::stop::StopSignal;
-use connection::NBD_DEAF_KEPT;
+use ending::NBD_DEAF_KEPT;
 use limits::RECEIVE_BYTES_MIN;
 use memory::Memory;
 use rustls::ServerConfig;
@@ -70,7 +72,7 @@ use tap_host::{
 };
 
 tap_host::listed! {
-    pub(super) BUGS: Bug with [status::BUGS, connection::BUGS, unaligned::BUGS];
+    pub(super) BUGS: Bug with [status::BUGS, connection::BUGS, ending::BUGS, unaligned::BUGS];
     NBD_LAST_IS_FIRST = "nbd-last-is-first",
         "a server that ends with its last client ends with the first that leaves";
     NBD_MEMORY_KEPT = "nbd-memory-kept", "a client that takes no replies keeps memory that others wait for";
@@ -155,8 +157,10 @@ pub(crate) struct Inner<H> {
     open: RefCell<BTreeMap<u64, Open>>,
     /// The connections that have not chosen an export.
     negotiating: RefCell<BTreeSet<u64>>,
-    /// Set by [`Server::stop`].
+    /// Set by [`Server::stop`] and [`Server::hang_up`].
     stopping: Flag,
+    /// Set by [`Server::hang_up`].
+    hung_up: Flag,
     /// Set while no connection is open.
     idle: Flag,
     /// A client has chosen an export.
@@ -242,6 +246,8 @@ pub enum Parted {
 
 /// Why connections end when the server does.
 pub(crate) const STOPPED: &str = "the server stops";
+/// Why connections end when the server does at once.
+const HUNG_UP: &str = "the server hangs up";
 
 impl<H: Time + Tasks + Log + Probe> Server<H> {
     /// A server of `exports`, with memory from `memory`; values of `limits` that are out of range are clamped.
@@ -302,6 +308,7 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
             open: RefCell::default(),
             negotiating: RefCell::default(),
             stopping: Flag::new(),
+            hung_up: Flag::new(),
             idle,
             chosen: Cell::new(false),
             left: Flag::new(),
@@ -382,7 +389,7 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
         inner.dismiss(number, requests, why);
         match why {
             connection::LEFT => Parted::InOrder,
-            STOPPED => Parted::Stopped,
+            STOPPED | HUNG_UP => Parted::Stopped,
             _ => Parted::Broken,
         }
     }
@@ -390,21 +397,6 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
     /// Completes once the last client has left: one had chosen an export, and no open connection has.
     pub async fn left(&self) {
         self.0.left.wait().await;
-    }
-
-    /// Ends in an orderly way; completes when every connection is closed. Replies that a client does not receive within
-    /// [`ServerLimits::grace_ns`] are dropped.
-    pub async fn stop(&self) {
-        self.0.stopping.set();
-        self.0.open.borrow().values().for_each(|open| open.stop.set(STOPPED));
-        self.0.idle.wait().await;
-        let (open, seats) = (self.0.open.borrow().len(), self.0.memory.seats.borrow().len());
-        assert_eq!(
-            (open, seats),
-            (0, self.0.limits.connections),
-            "connections, and places for them, at the end"
-        );
-        assert!(self.0.negotiating.borrow().is_empty(), "a negotiation without a connection");
     }
 }
 

@@ -12,6 +12,7 @@ pub fn config() -> ClientConfig {
         pause_ns: 1_000_000,
         pause_most_ns: 8_000_000,
         reconnect_ns: 500_000_000,
+        refused_ns: 500_000_000,
         ..ClientConfig::new(address())
     }
 }

@@ -31,6 +31,7 @@ tap_host::listed! {
     UNMARKED_LATER = "unmarked-later", "a detach is answered before others can have the minor number";
     RESUMED_BY_NAME = "resumed-by-name", "a disk goes on with another file that has got the name of its image";
     PAUSED_UNSAID = "paused-unsaid", "a paused disk is listed as running at the JSON socket";
+    PAUSED_CLOSE_ANSWERS = "paused-close-answers", "requests that a pause holds fail when the disk is closed";
     PAUSED_CLOSE_WAITS = "paused-close-waits", "the close of a paused disk waits for requests that the pause holds";
 }
 
@@ -308,8 +309,8 @@ impl<H: ControlledHost> Vbd<H> {
         Ok(())
     }
 
-    /// Stops serving the image and closes it. With `force` the requests that are in flight are not waited for by their
-    /// clients: those that a pause holds fail, and so do new ones.
+    /// Stops serving the image and closes it. With `force`, and if it is paused, its clients lose their connections at
+    /// once, and nothing that is in flight is answered: they can send it to whoever serves the image next.
     pub(super) async fn close(&self, settings: &Settings<H>, force: bool) -> Result<(), Refusal> {
         let Some(open) = self.open.borrow().clone() else { return Ok(()) };
         let paused = open.stage.replace(Stage::Closing) != Stage::Running;
@@ -321,7 +322,10 @@ impl<H: ControlledHost> Vbd<H> {
             open.server.stop().await;
             open.disk.close().await
         } else {
-            // Requests that are held fail once the disk is closed; the clients are told before they are let go.
+            // Before the disk is closed: requests that are held fail then.
+            if !settings.host.bug(&PAUSED_CLOSE_ANSWERS) {
+                open.server.hang_up();
+            }
             let closed = open.disk.close().await;
             open.server.stop().await;
             closed

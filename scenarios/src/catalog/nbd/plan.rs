@@ -54,6 +54,9 @@ pub(in crate::catalog) fn client_config(world: &World) -> ClientConfig {
         receive_bytes: world.setting("nbd-client-receive", &[256 << 10, 16 << 10]),
         pause_ns: 100_000,
         pause_most_ns: 1_000_000_000,
+        // Some clients take the refusal of a server that ends for an error, and only connect again when their
+        // connection is lost.
+        refused_ns: world.setting("client-refused", &[60_000_000_000, 0]),
         ..ClientConfig::new(address())
     }
 }
