@@ -13,10 +13,13 @@
 //! # Contract
 //!
 //! * A connection carries one request and its answer. Both ends take messages and lines in any pieces.
-//! * **The server is bounded**: each socket has at most [`CONNECTIONS_MAX`] connections at a time, others wait to be
-//!   accepted. One that does not send its request within [`MESSAGE_NS`], or does not take the answer in that time, is
-//!   dropped. A request may take as long as it takes to carry out, and is carried out to its end even if its client
+//! * **The server is bounded**: at each socket it hears at most [`CONNECTIONS_MAX`] clients at a time, others wait to
+//!   be accepted. One that does not send its request within [`MESSAGE_NS`], or does not take the answer in that time,
+//!   is dropped. A request may take as long as it takes to carry out, and is carried out to its end even if its client
 //!   leaves.
+//! * **Who waits keeps nobody out**: requests that may wait for storage ([`Protocol::waits_for`]) have places of their
+//!   own, [`WAITING_MAX`] of them, [`WAITING_OF_ONE_MAX`] for one disk; what finds none is refused with `EAGAIN`. So
+//!   lists and counters can be had whatever the storage does.
 //! * **The client is bounded**: it gives up after the time that its caller allows, and takes no more disks and no
 //!   longer text than a tapdisk has.
 //! * Messages that are no request, or whose number nobody knows, are answered with `EINVAL` and words.
@@ -33,7 +36,9 @@ mod tap_ctl;
 mod wire;
 
 pub use refusal::Refusal;
-pub use server::{CONNECTIONS_MAX, Control, ControlHost, MESSAGE_NS, Protocol};
+pub use server::{
+    CONNECTIONS_MAX, Control, ControlHost, MESSAGE_NS, Protocol, WAITING_MAX, WAITING_OF_ONE_MAX,
+};
 pub use tap_ctl::{Answer, TapCtl, Verbs};
 
 tap_host::listed! {

@@ -1,24 +1,36 @@
 //! The end of tapdisk: connections, whatever is said on them.
 
+use crate::Refusal;
 use crate::wire::send;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::rc::Rc;
 use tap_core::wait::{Event as Flag, Permit, Semaphore};
-use tap_host::{Either, Event, Listener, Log, Probe, Sockets, Tasks, Time, select, unless};
+use tap_host::{Either, Errno, Event, Listener, Log, Probe, Sockets, Tasks, Time, select, unless};
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
     CONTROL_DEAF_KEPT = "control-deaf-kept", "a client of the control socket that sends nothing keeps its place";
+    CONTROL_WAITERS_HEARD = "control-waiters-heard",
+        "requests that wait for a disk keep the places of clients that are heard";
+    CONTROL_WAITERS_UNCOUNTED = "control-waiters-uncounted", "any number of requests may wait for one disk";
 }
 
 tap_host::listed! {
     pub(super) MARKS: Mark;
     CONTROL_CROWDED = "control-crowded", "the control socket had as many clients as it takes";
     CONTROL_DROPPED = "control-dropped", "a client of the control socket was dropped because it sent no whole request";
+    CONTROL_WAITERS_MANY = "control-waiters-many",
+        "a request was refused because as many as may wait for its disk do";
 }
 
-/// Most connections at one time, as in tapdisk3.
+/// Most clients of a socket that are heard at one time, as in tapdisk3.
 pub const CONNECTIONS_MAX: usize = 10;
+/// Most requests of a socket at one time that have been heard and may wait, for storage or for one another.
+pub const WAITING_MAX: usize = 128;
+/// Most of them about one disk.
+pub const WAITING_OF_ONE_MAX: usize = 16;
 /// How long a client may take to send its request, and again to take the answer, in nanoseconds.
 pub const MESSAGE_NS: u64 = 10_000_000_000;
 /// How long the server waits after a connection could not be accepted, in nanoseconds.
@@ -41,88 +53,180 @@ pub trait Protocol<H: ControlHost>: 'static {
     /// Why there is none: the client gets no answer.
     fn receive(host: &H, stream: &H::Stream) -> impl Future<Output = Result<Self::Request, &'static str>>;
 
+    /// The minor number of a request that may wait, for storage or for others about the same disk. All others are
+    /// carried out at once.
+    fn waits_for(request: &Self::Request) -> Option<u16>;
+
+    /// Tells a client that `request` is not carried out.
+    fn refuse(
+        &self,
+        host: &H,
+        request: Self::Request,
+        why: Refusal,
+        stream: &H::Stream,
+    ) -> impl Future<Output = ()>;
+
     /// Carries `request` out to its end, whether the client waits or not, and sends what came of it.
     fn answer(&self, host: &H, request: Self::Request, stream: &H::Stream) -> impl Future<Output = ()>;
 }
 
 /// A server of one control socket.
-pub struct Control<H, P> {
+pub struct Control<H, P>(Rc<Inner<H, P>>);
+
+struct Inner<H, P> {
     host: H,
-    protocol: Rc<P>,
+    protocol: P,
+    /// Places of clients that are heard.
     places: Semaphore,
+    waiting: Waiting,
+    connections: Cell<usize>,
     /// Set once no request is taken any more.
-    over: Rc<Flag>,
+    over: Flag,
 }
 
 impl<H: ControlHost, P: Protocol<H>> Control<H, P> {
     /// A server of `protocol`.
     pub fn new(host: H, protocol: P) -> Self {
-        let protocol = Rc::new(protocol);
-        Self { host, protocol, places: Semaphore::new(CONNECTIONS_MAX), over: Rc::new(Flag::new()) }
+        let waiting = Waiting { places: Semaphore::new(WAITING_MAX), of: RefCell::default() };
+        let (places, connections) = (Semaphore::new(CONNECTIONS_MAX), Cell::new(0));
+        Self(Rc::new(Inner { host, protocol, places, waiting, connections, over: Flag::new() }))
     }
 
-    /// Serves `listener` until `stop` completes, and then until the requests that have arrived are answered.
+    /// Serves `listener` until `stop` completes; then no request is taken any more.
     pub async fn serve(&self, listener: H::Listener, stop: impl Future<Output = ()>) {
+        let inner = &self.0;
         let accept = async {
             let mut connection = 0;
             loop {
-                if self.places.free() == 0 {
-                    self.host.mark(&CONTROL_CROWDED);
+                if inner.places.free() == 0 {
+                    inner.host.mark(&CONTROL_CROWDED);
                 }
-                let place = self.places.acquire().await;
+                let place = inner.places.acquire().await;
                 match listener.accept().await {
                     Ok(stream) => {
                         connection += 1;
                         self.start(connection, stream, place);
                     }
                     Err(error) => {
-                        self.host.log(Event::ControlNotAccepted { error });
-                        self.host.sleep_ns(ACCEPT_PAUSE_NS).await;
+                        inner.host.log(Event::ControlNotAccepted { error });
+                        inner.host.sleep_ns(ACCEPT_PAUSE_NS).await;
                     }
                 }
             }
         };
         let Either::First(()) = select(stop, accept).await;
         drop(listener);
-        self.over.set();
-        let mut ended = Vec::new();
-        for _ in 0..CONNECTIONS_MAX {
-            ended.push(self.places.acquire().await);
+        inner.over.set();
+    }
+
+    /// Completes once every request that was taken is answered. No more are: it comes after [`Control::serve`].
+    pub async fn answered(&self) {
+        for (places, all) in [(&self.0.places, CONNECTIONS_MAX), (&self.0.waiting.places, WAITING_MAX)] {
+            let mut ended = Vec::new();
+            for _ in 0..all {
+                ended.push(places.acquire().await);
+            }
         }
     }
 
     fn start(&self, connection: u64, stream: H::Stream, place: Permit) {
-        let (host, protocol, over) = (self.host.clone(), Rc::clone(&self.protocol), Rc::clone(&self.over));
-        self.host.spawn(P::TASK, connection, async move {
-            if let Err(why) = converse(&host, &*protocol, &stream, &over).await {
-                host.mark(&CONTROL_DROPPED);
-                host.log(Event::ControlDropped { connection, why });
+        let inner = Rc::clone(&self.0);
+        let open = inner.connections.get() + 1;
+        assert!(open <= CONNECTIONS_MAX + WAITING_MAX, "{open} connections of a control socket");
+        inner.connections.set(open);
+        self.0.host.spawn(P::TASK, connection, async move {
+            // Counted until its place is free again.
+            let _counted = Counted(&inner.connections);
+            if let Err(why) = inner.converse(&stream, place).await {
+                inner.host.mark(&CONTROL_DROPPED);
+                inner.host.log(Event::ControlDropped { connection, why });
             }
-            drop(place);
         });
     }
 }
 
-/// Takes a request from `stream` and answers it.
-async fn converse<H: ControlHost, P: Protocol<H>>(
-    host: &H,
-    protocol: &P,
-    stream: &H::Stream,
-    over: &Flag,
-) -> Result<(), &'static str> {
-    let patience = async {
-        host.sleep_ns(MESSAGE_NS).await;
-        if host.bug(&CONTROL_DEAF_KEPT) {
-            std::future::pending::<()>().await;
+impl<H: ControlHost, P: Protocol<H>> Inner<H, P> {
+    /// Takes a request from `stream`, which is heard at `place`, and answers it.
+    async fn converse(&self, stream: &H::Stream, place: Permit) -> Result<(), &'static str> {
+        let place = Some(place);
+        let request = self.hear(stream).await?;
+        let Some(minor) = P::waits_for(&request) else {
+            self.protocol.answer(&self.host, request, stream).await;
+            return Ok(());
+        };
+        let Some(_waits) = self.waiting.place(minor, &self.host) else {
+            self.host.mark(&CONTROL_WAITERS_MANY);
+            let words = format!("wait for minor {minor}: too many requests do so already; try again later");
+            self.protocol.refuse(&self.host, request, Refusal::new(Errno::EAGAIN, words), stream).await;
+            return Ok(());
+        };
+        // Whoever waits keeps nobody from being heard.
+        let _kept = place.filter(|_| self.host.bug(&CONTROL_WAITERS_HEARD));
+        self.protocol.answer(&self.host, request, stream).await;
+        Ok(())
+    }
+
+    async fn hear(&self, stream: &H::Stream) -> Result<P::Request, &'static str> {
+        let patience = async {
+            self.host.sleep_ns(MESSAGE_NS).await;
+            if self.host.bug(&CONTROL_DEAF_KEPT) {
+                std::future::pending::<()>().await;
+            }
+        };
+        let heard = unless(patience, P::receive(&self.host, stream));
+        match select(heard, self.over.wait()).await {
+            Either::First(received) => received.ok_or("it sent no request in time")?,
+            Either::Second(()) => Err("the tapdisk ends"),
         }
-    };
-    let received = match select(unless(patience, P::receive(host, stream)), over.wait()).await {
-        Either::First(received) => received,
-        Either::Second(()) => return Err("the tapdisk ends"),
-    };
-    let request = received.ok_or("it sent no request in time")??;
-    protocol.answer(host, request, stream).await;
-    Ok(())
+    }
+}
+
+/// Counts one connection less when it is dropped.
+struct Counted<'a>(&'a Cell<usize>);
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
+    }
+}
+
+/// Requests that have been heard and may wait.
+struct Waiting {
+    places: Semaphore,
+    /// How many there are about each disk.
+    of: RefCell<BTreeMap<u16, usize>>,
+}
+
+/// The place of one that may wait.
+struct Waits<'a> {
+    waiting: &'a Waiting,
+    minor: u16,
+    _place: Permit,
+}
+
+impl Waiting {
+    /// A place for a request about `minor`, unless as many as may wait do.
+    fn place(&self, minor: u16, host: &impl Probe) -> Option<Waits<'_>> {
+        let mut of = self.of.borrow_mut();
+        let many = of.get(&minor).is_some_and(|count| *count >= WAITING_OF_ONE_MAX);
+        if many && !host.bug(&CONTROL_WAITERS_UNCOUNTED) {
+            return None;
+        }
+        let place = self.places.try_acquire()?;
+        *of.entry(minor).or_default() += 1;
+        Some(Waits { waiting: self, minor, _place: place })
+    }
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        let mut of = self.waiting.of.borrow_mut();
+        let left = of.get(&self.minor).map_or(0, |count| count - 1);
+        match left {
+            0 => of.remove(&self.minor),
+            left => of.insert(self.minor, left),
+        };
+    }
 }
 
 /// Sends `bytes` to a client that takes them in time. One that has left does not need them.

@@ -1,5 +1,6 @@
 //! What tapdisk does with the messages of tap-ctl.
 
+use crate::Refusal;
 use crate::server::{ControlHost, Protocol, send_in_time};
 use crate::wire::{Received, receive_message};
 use std::future::Future;
@@ -54,7 +55,7 @@ impl Answer {
 /// What a tapdisk does when it is asked.
 pub trait Verbs: 'static {
     /// Does what `message` of this kind, a request, asks for, and says what came of it. Runs to its end, whether its
-    /// client waits or not. Several run at the same time.
+    /// client waits or not. Several run at the same time. What [`Protocol::waits_for`] does not name is done at once.
     fn carry_out(&self, kind: Kind, message: Message) -> impl Future<Output = Answer>;
 }
 
@@ -73,6 +74,19 @@ impl<H: ControlHost, V: Verbs> Protocol<H> for TapCtl<V> {
             Ok(Received::Ended(_)) => Err("its request is not as long as those of tapdisk3"),
             Ok(Received::Message(message)) => Ok(*message),
         }
+    }
+
+    fn waits_for(message: &Message) -> Option<u16> {
+        let at_once = matches!(
+            message.kind()?,
+            Kind::Pid | Kind::List | Kind::ListMinors | Kind::Stats | Kind::DiskInfo | Kind::Exit
+        );
+        (!at_once).then(|| message.cookie())
+    }
+
+    async fn refuse(&self, host: &H, message: Message, why: Refusal, stream: &H::Stream) {
+        let answer = Message::error(message.cookie(), why.error.0, &why.words);
+        send_in_time(host, stream, answer.as_bytes()).await;
     }
 
     async fn answer(&self, host: &H, message: Message, stream: &H::Stream) {

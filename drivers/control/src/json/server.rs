@@ -57,17 +57,32 @@ impl<H: ControlHost, V: Verbs> Protocol<H> for Json<V> {
         }
     }
 
+    fn waits_for(request: &Self::Request) -> Option<u16> {
+        match request {
+            Err(_) | Ok(Request::List {} | Request::Stats { .. } | Request::Metrics {}) => None,
+        }
+    }
+
+    async fn refuse(&self, host: &H, _request: Self::Request, why: Refusal, stream: &H::Stream) {
+        tell(host, stream, Err(why)).await;
+    }
+
     async fn answer(&self, host: &H, request: Self::Request, stream: &H::Stream) {
         let outcome = match request {
             Ok(request) => self.0.carry_out(request).await,
             Err(refusal) => Err(refusal),
         };
-        let answer = match outcome {
-            Ok(reply) => Answer::Ok(reply),
-            Err(refusal) => Answer::Error(refusal.into()),
-        };
-        let mut line = serde_json::to_vec(&answer).expect("maps have texts as keys");
-        line.push(b'\n');
-        send_in_time(host, stream, &line).await;
+        tell(host, stream, outcome).await;
     }
+}
+
+/// Sends what came of a request.
+async fn tell<H: ControlHost>(host: &H, stream: &H::Stream, outcome: Result<Reply, Refusal>) {
+    let answer = match outcome {
+        Ok(reply) => Answer::Ok(reply),
+        Err(refusal) => Answer::Error(refusal.into()),
+    };
+    let mut line = serde_json::to_vec(&answer).expect("maps have texts as keys");
+    line.push(b'\n');
+    send_in_time(host, stream, &line).await;
 }

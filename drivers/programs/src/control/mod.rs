@@ -15,7 +15,10 @@
 //!   delay, never an error, and never another size or mode. A pause that does not come about in time leaves the disk
 //!   running.
 //! * A resume that fails leaves the disk running with the image that it had, if that can be opened and its name still
-//!   has the same file; otherwise it stays paused. Requests that wait fail only when a paused disk is closed.
+//!   has the same file; otherwise it stays paused. When a paused disk is closed its clients lose their connections, and
+//!   can send what waited to whoever serves the image next.
+//! * A forced close cuts the clients off at once. The image is in use until its storage has answered; if that takes
+//!   longer than `--pause-limit`, the client of the control socket is told so, and the image is closed later.
 //! * The process ends when it is asked to, or with the last minor number that is detached.
 
 mod metrics;
@@ -64,7 +67,9 @@ pub struct ControlArgs {
     /// Limit of NBD clients of one disk at one time
     #[arg(long, default_value_t = 4, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     connections: u16,
-    /// How long a disk may take to pause; if it takes longer, it goes on
+    /// How long the requests of a disk may take to end when it is paused; if they take longer, it goes on. Its image is
+    /// then closed without limit: nobody may touch the file before. A forced close waits as long, and if that takes
+    /// longer, the image is closed later
     #[arg(long, default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
     pause_limit: u32,
     /// Return once the control socket is there, and serve in the background; with the status 1 and a message if that
@@ -116,6 +121,7 @@ pub async fn run<H: ControlledHost>(
         console.err(&format!("tapdisk: failed to {failure}"));
         status = 1;
     }
+    join(tap_ctl.answered(), beside.answered()).await;
     console.out(&memory_summary(&memory));
     status
 }

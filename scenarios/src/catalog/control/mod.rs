@@ -11,6 +11,7 @@
 //! power fails, the administrator opens the disks again with a new one.
 
 mod admin;
+mod crowd;
 mod json;
 mod openmetrics;
 mod verbs;
@@ -264,10 +265,6 @@ async fn guest(
     // What closes the disk makes everything durable before.
     let breaks = Breaks::Keep;
     let config = ClientConfig { export: String::new(), address, breaks, ..client_config(world) };
-    // As a client that takes the refusal of a server that ends for an error, and only connects again when its
-    // connection is lost.
-    let refused_ns = world.setting("client-refused", &[config.refused_ns, 0]);
-    let config = ClientConfig { refused_ns, ..config };
     let client = loop {
         match Client::connect(host.clone(), config.clone()).await {
             Ok(client) => break Rc::new(client) as Rc<dyn Node>,

@@ -1,6 +1,6 @@
 //! What an administrator does with a disk under load.
 
-use super::admin::{Admin, Tapdisk, check_let_go, image};
+use super::admin::{Admin, Outcome, Tapdisk, check_let_go, image};
 use super::{DISK_BYTES, Disk};
 use crate::check::Invariant;
 use crate::formats::{self, Kind};
@@ -11,7 +11,7 @@ use kernel_model::{ProcessFile, SimHost};
 use sim::{Entity, Label};
 use std::cell::RefCell;
 use std::rc::Rc;
-use tap_control::{CONNECTIONS_MAX, FOLDER, json_socket_of, socket_of};
+use tap_control::{FOLDER, socket_of};
 use tap_core::wait::joined;
 use tap_host::{Errno, File, Files, LockKind, OpenMode, SocketAddress, Sockets};
 use tap_images::ImageSpec;
@@ -106,7 +106,7 @@ impl Acts<'_> {
         }
     }
 
-    async fn done(&self, line: &str) -> Act {
+    pub(super) async fn done(&self, line: &str) -> Act {
         self.admin.expect(self.tapdisk, line, 0).await.map(drop)
     }
 
@@ -160,7 +160,7 @@ impl Acts<'_> {
     }
 
     /// The disk runs with its own image.
-    async fn runs(&self, disk: &Disk) -> Act {
+    pub(super) async fn runs(&self, disk: &Disk) -> Act {
         let setup = disk.setup();
         let line = format!("list -p {} -m {}", self.tapdisk.pid(), disk.minor.get().unwrap_or_default());
         let listed = self.admin.expect(self.tapdisk, &line, 0).await?;
@@ -232,20 +232,30 @@ impl Acts<'_> {
         resumed
     }
 
-    /// Closes the disk, perhaps while it is paused, and opens it again. Its guest connects again.
+    /// Runs a close to its end: one that is forced may be told that it takes longer.
+    async fn close(&self, line: &str) -> Option<Outcome> {
+        loop {
+            let closed = self.admin.ctl(line).await;
+            if !self.tapdisk.is_alive() {
+                return None;
+            }
+            if i32::from(closed.status) != Errno::ETIMEDOUT.0 || !self.admin.pauses_may_fail() {
+                return Some(closed);
+            }
+        }
+    }
+
+    /// Closes the disk, perhaps while it is paused or by force, and opens it again. Its guest connects again.
     async fn reopen(&self, disk: &Disk, hold_ns: u64, paused: bool) -> Act {
         let (setup, at) = (disk.setup(), disk.at(self.tapdisk));
         let paused = paused && self.pause(disk).await?;
         if paused {
             self.hold(disk, hold_ns).await?;
         }
-        let force = if paused && hold_ns.is_multiple_of(2) { "-f" } else { "" };
+        let force = if hold_ns.is_multiple_of(2) { "-f" } else { "" };
         let inv = setup.history.borrow_mut().begin_flush();
         let line = format!("close {force} {at}");
-        let closed = self.admin.ctl(&line).await;
-        if !self.tapdisk.is_alive() {
-            return None;
-        }
+        let closed = self.close(&line).await?;
         if closed.status == 0 {
             setup.history.borrow_mut().end_flush(inv);
         } else if !self.admin.may_have_lost(&closed) {
@@ -369,22 +379,6 @@ impl Acts<'_> {
         refused?;
         self.done(&format!("unpause {at}")).await?;
         self.runs(disk).await
-    }
-
-    /// As many clients as the control sockets take, which send nothing: others wait, but not for ever.
-    async fn crowd(&self, disk: &Disk, hold_ns: u64) -> Act {
-        let sim = &self.world.sim;
-        let host = SimHost::start(&self.world.kernel, &self.world.xen, "crowd", sim.now_ns());
-        let mut silent = Vec::new();
-        for path in [socket_of, json_socket_of].map(|path_of| path_of(FOLDER, self.tapdisk.pid())) {
-            let address = SocketAddress::Unix(path);
-            for _ in 0..CONNECTIONS_MAX {
-                silent.extend(host.connect(&address).await.ok());
-            }
-        }
-        sim.sleep_ns(hold_ns).await;
-        self.runs(disk).await?;
-        self.listed(disk, "running").await
     }
 
     /// Two that allocate at the same time get two minor numbers.
