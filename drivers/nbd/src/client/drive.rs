@@ -168,7 +168,8 @@ impl<H: Sockets + Time + Tasks + Log + Probe> Inner<H> {
     }
 
     /// A server that is about to end refused a request. It goes to the next server with everything that is in flight
-    /// when the connection ends; false if it was first refused so [`ClientConfig::refused_ns`] ago, by servers that stay.
+    /// when the connection ends; false if it was first refused so [`ClientConfig::refused_ns`] ago, by servers that
+    /// stay.
     pub(super) fn waits_for_successor(&self, cookie: u64) -> bool {
         let now_ns = self.host.now_ns();
         let mut all = self.pending.borrow_mut();

@@ -29,8 +29,7 @@
 //!   about them. So with [`Breaks::MayLose`] each flush that should cover such writes fails with `EIO`, and, because
 //!   what was lost stays lost, so does every later flush, until the disk is opened again. With [`Breaks::Keep`] the
 //!   caller asserts that the server's machine lives on, and with it everything that was answered: a server on the same
-//!   machine that accepts writes into the host's page cache before it answers, as ours does. A
-//!   write with FUA is durable when it is answered, and is not lost either way.
+//!   machine that accepts writes into the host's page cache before it answers, as ours does. With FUA nothing is lost.
 
 mod covered;
 mod drive;
@@ -124,8 +123,7 @@ pub struct ClientConfig {
     pub pause_most_ns: u64,
     /// How long requests wait for a server that went away or stopped answering, in nanoseconds.
     pub reconnect_ns: u64,
-    /// How long a request that a server refuses because it ends is sent to the next one, in nanoseconds; with 0 its
-    /// caller has the refusal, as with other clients.
+    /// How long a request is repeated that servers refuse because they end, in nanoseconds; 0 is as other clients do.
     pub refused_ns: u64,
     /// The budget from which the receive buffer and parts of requests are taken.
     pub memory: Budget,

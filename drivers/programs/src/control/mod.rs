@@ -21,6 +21,7 @@
 //!   longer than `--pause-limit`, the client of the control socket is told so, and the image is closed later.
 //! * The process ends when it is asked to, or with the last minor number that is detached.
 
+mod forced;
 mod metrics;
 mod open;
 mod settings;
@@ -41,11 +42,11 @@ use tap_host::{Errno, Signals, Sockets, select};
 use vbds::Vbds;
 
 tap_host::listed! {
-    pub(super) BUGS: Bug with [metrics::BUGS, vbd::BUGS, vbds::BUGS];
+    pub(super) BUGS: Bug with [forced::BUGS, metrics::BUGS, vbd::BUGS, vbds::BUGS];
 }
 
 tap_host::listed! {
-    pub(super) MARKS: Mark with [vbd::MARKS, vbds::MARKS];
+    pub(super) MARKS: Mark with [forced::MARKS, vbd::MARKS, vbds::MARKS];
 }
 
 /// The parts of a host that controlled disks use.

@@ -3,6 +3,7 @@
 use super::{ControlArgs, ControlledHost};
 use crate::disk::DiskOptions;
 use crate::{Console, Tuning};
+use std::future::Future;
 use std::rc::Rc;
 use tap_core::Disks;
 use tap_host::Budget;
@@ -32,6 +33,11 @@ impl<H: ControlledHost> Settings<H> {
     /// How long a disk may take to pause, in seconds.
     pub(super) fn pause_limit_s(&self) -> u64 {
         u64::from(self.args.pause_limit)
+    }
+
+    /// Completes when a disk has taken as long as it may to pause, or to close at once.
+    pub(super) fn until_late(&self) -> impl Future<Output = ()> {
+        self.host.sleep_ns(self.pause_limit_s() * 1_000_000_000)
     }
 
     /// Where the disk `minor` is served.

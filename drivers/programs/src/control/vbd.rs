@@ -18,7 +18,7 @@ use std::rc::Rc;
 use tap_abi::tapctl::{Entry, Image, Params, Text, state};
 use tap_control::Refusal;
 use tap_control::json;
-use tap_core::wait::{Receiver, Semaphore, joined};
+use tap_core::wait::{Event as Flag, Receiver, Semaphore, joined};
 use tap_core::{Disk, KINDS, KindMeasures, Listed, Measures, Node, ParkError};
 use tap_host::{Errno, File, FileId, IoKind, OpenMode, SECTOR_BYTES, SocketAddress, VbdId};
 use tap_images::Formats;
@@ -50,8 +50,19 @@ pub(super) struct Vbd<H: ControlledHost> {
     pub turn: Semaphore,
     open: RefCell<Option<Rc<Open<H>>>>,
     was_open: Cell<bool>,
+    /// Its close was forced, and is under way.
+    pub(super) forced: RefCell<Option<Rc<Forced>>>,
     /// Nobody else has the minor number as long as this is open, and locked.
     marker: RefCell<Option<H::File>>,
+}
+
+/// A forced close that is under way.
+#[derive(Default)]
+pub(super) struct Forced {
+    /// Somebody was told that it takes longer.
+    pub(super) late: Cell<bool>,
+    pub(super) ended: Flag,
+    pub(super) result: RefCell<Option<Result<(), Refusal>>>,
 }
 
 /// Whether an open disk runs.
@@ -83,7 +94,7 @@ struct Open<H: ControlledHost> {
 impl<H: ControlledHost> Vbd<H> {
     pub(super) fn new(minor: u16, marker: H::File) -> Self {
         let (turn, open, was_open) = (Semaphore::new(1), RefCell::default(), Cell::new(false));
-        Self { minor, turn, open, was_open, marker: RefCell::new(Some(marker)) }
+        Self { minor, turn, open, was_open, forced: RefCell::default(), marker: RefCell::new(Some(marker)) }
     }
 
     /// Gives the minor number back; afterwards others can have it.
@@ -120,6 +131,18 @@ impl<H: ControlledHost> Vbd<H> {
         };
         let path = open.as_ref().map_or_else(|| Text::cut(""), |open| Text::cut(&open.name.borrow()));
         Entry { minor: i32::from(self.minor).into(), state: state.into(), path, ..Entry::default() }
+    }
+
+    /// The image that is open, as tap-ctl gave it.
+    pub(super) fn open_image(&self) -> Option<String> {
+        self.open.borrow().as_ref().map(|open| open.name.borrow().clone())
+    }
+
+    /// Closes the connections of its clients at once, without answers.
+    pub(super) fn hang_up(&self) {
+        if let Some(open) = &*self.open.borrow() {
+            open.server.hang_up();
+        }
     }
 
     /// Its size.
@@ -211,8 +234,7 @@ impl<H: ControlledHost> Vbd<H> {
         let name = open.name.borrow().clone();
         open.let_go.set(file_of(&settings.host, &name).await);
         open.stage.set(Stage::Pausing);
-        let limit = settings.host.sleep_ns(settings.pause_limit_s() * 1_000_000_000);
-        let parked = open.disk.park(limit).await;
+        let parked = open.disk.park(settings.until_late()).await;
         open.stage.set(if parked.is_ok() { Stage::Paused } else { Stage::Running });
         match parked {
             Ok(Ok(())) => Ok(()),

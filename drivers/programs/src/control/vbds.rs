@@ -12,8 +12,8 @@ use std::rc::Rc;
 use tap_abi::tapctl::{ALL, Kind, Message, Minors, Params, PidOf};
 use tap_control::{Answer, Refusal, Verbs, json};
 use tap_core::Disks;
-use tap_core::wait::{Event as Flag, Permit};
-use tap_host::{Budget, Errno, File, LockKind, OpenMode};
+use tap_core::wait::{Event as Flag, Permit, joined};
+use tap_host::{Budget, Either, Errno, File, LockKind, OpenMode, select};
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
@@ -34,13 +34,15 @@ const MINORS_MAX: usize = 1024;
 
 /// The minor numbers of a process.
 pub(super) struct Vbds<H: ControlledHost> {
-    settings: Settings<H>,
+    settings: Rc<Settings<H>>,
     /// `None` while one is being taken.
     all: RefCell<BTreeMap<u16, Option<Rc<Vbd<H>>>>>,
     /// It has had one.
     had: Cell<bool>,
     /// Set once the last one was given up, or the process was told that it gets none.
     ended: Flag,
+    /// All disks are closed, and none is opened any more.
+    ending: Cell<bool>,
 }
 
 impl<H: ControlledHost> Vbds<H> {
@@ -52,8 +54,9 @@ impl<H: ControlledHost> Vbds<H> {
         disks: Disks<H>,
         console: Rc<dyn Console>,
     ) -> Self {
-        let settings = Settings { host, tuning, disks, console, memory, args };
-        Self { settings, all: RefCell::default(), had: Cell::new(false), ended: Flag::new() }
+        let settings = Rc::new(Settings { host, tuning, disks, console, memory, args });
+        let (had, ending) = (Cell::new(false), Cell::new(false));
+        Self { settings, all: RefCell::default(), had, ended: Flag::new(), ending }
     }
 
     /// Completes once a minor number was given up and none is left.
@@ -61,15 +64,40 @@ impl<H: ControlledHost> Vbds<H> {
         self.ended.wait().await;
     }
 
-    /// Closes all disks; returns what could not be done.
+    /// Closes all disks, each beside the others; returns what could not be done.
     pub(super) async fn close_all(&self) -> Vec<String> {
-        let all: Vec<_> = self.all.borrow().values().flatten().cloned().collect();
-        let mut failures = Vec::new();
-        for vbd in all {
-            let _turn = vbd.turn.acquire().await;
-            failures.extend(vbd.close(&self.settings, false).await.err().map(|why| why.words));
+        self.ending.set(true);
+        let host = &self.settings.host;
+        let mut closing = Vec::new();
+        for vbd in self.attached() {
+            let (minor, settings) = (u64::from(vbd.minor()), Rc::clone(&self.settings));
+            let (task, closed) = joined(async move {
+                let _turn = vbd.turn.acquire().await;
+                vbd.close(&settings, false).await
+            });
+            host.spawn("close", minor, task);
+            closing.push(closed);
         }
-        failures
+        let closed = async {
+            let mut failures = Vec::new();
+            for closed in closing {
+                // One without an answer ends only with the process.
+                failures.extend(closed.await.and_then(Result::err).map(|why| why.words));
+            }
+            failures
+        };
+        let late = async {
+            self.settings.until_late().await;
+            for vbd in self.attached().into_iter().filter(|vbd| vbd.is_open()) {
+                let text = "its storage does not answer; a second SIGTERM ends the process without it";
+                let minor = vbd.minor();
+                self.settings.console.err(&format!("tapdisk: minor {minor} is not closed yet: {text}"));
+            }
+            std::future::pending().await
+        };
+        match select(closed, late).await {
+            Either::First(failures) | Either::Second(failures) => failures,
+        }
     }
 
     fn get(&self, minor: u16, what: &str) -> Result<Rc<Vbd<H>>, Refusal> {
@@ -83,7 +111,14 @@ impl<H: ControlledHost> Vbds<H> {
     /// The same, once the requests about it that came before have been carried out.
     async fn turn(&self, minor: u16, what: &str) -> Result<(Rc<Vbd<H>>, Permit), Refusal> {
         let vbd = self.get(minor, what)?;
+        if vbd.closes_late() {
+            let words = format!("{what} minor {minor}: its close was forced, and waits for its storage");
+            return Err(Refusal::new(Errno::EBUSY, words));
+        }
         let turn = vbd.turn.acquire().await;
+        if self.ending.get() {
+            return Err(Refusal::new(Errno::ESHUTDOWN, format!("{what} minor {minor}: the tapdisk ends")));
+        }
         // One of them may have given it up.
         if self.settings.host.bug(&TURN_UNCHECKED) || Rc::ptr_eq(&vbd, &self.get(minor, what)?) {
             return Ok((vbd, turn));
@@ -212,9 +247,13 @@ impl<H: ControlledHost> Vbds<H> {
                 let image = vbd.open(settings, &params).await?;
                 Ok(Message::with(Kind::OpenRsp, minor, &image).into())
             }
-            Kind::Close | Kind::ForceShutdown => {
+            Kind::Close => {
                 let (vbd, _turn) = self.turn(minor, "close").await?;
-                vbd.close(settings, kind == Kind::ForceShutdown).await.map(|()| done(kind))
+                vbd.close(settings, false).await.map(|()| done(kind))
+            }
+            // Not in its turn: what came before may wait for storage.
+            Kind::ForceShutdown => {
+                self.get(minor, "close")?.close_at_once(settings).await.map(|()| done(kind))
             }
             Kind::Pause => {
                 let (vbd, _turn) = self.turn(minor, "pause").await?;

@@ -151,7 +151,8 @@ struct WaitArgs {
 struct CloseArgs {
     #[command(flatten)]
     wait: WaitArgs,
-    /// Do not wait for requests that are held by a pause, or that clients are sending: they fail
+    /// Cut the clients off at once: what they have no answer for they may send to whoever serves the image next. Waits
+    /// for storage only as long as a pause would
     #[arg(short)]
     force: bool,
 }

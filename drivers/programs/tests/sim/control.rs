@@ -19,8 +19,8 @@ use xen_model::Xen;
 pub(crate) struct Admin {
     sim: Sim,
     pub(crate) kernel: Kernel,
-    xen: Xen,
-    started: RefCell<Vec<Daemon>>,
+    pub(crate) xen: Xen,
+    pub(crate) started: RefCell<Vec<Daemon>>,
     calls: Cell<u64>,
 }
 
@@ -45,7 +45,7 @@ impl Admin {
     }
 
     /// Runs tap-ctl, and returns its exit status and what it printed.
-    async fn ctl(self: &Rc<Self>, line: &str) -> (u8, String) {
+    pub(crate) async fn ctl(self: &Rc<Self>, line: &str) -> (u8, String) {
         let cli = Cli::try_parse_from(std::iter::once("tap-ctl").chain(line.split_whitespace()));
         let cli = cli.unwrap_or_else(|e| panic!("{line}: {e}"));
         let key = self.calls.replace(self.calls.get() + 1);
@@ -87,7 +87,7 @@ pub(crate) async fn write(disk: &Rc<dyn Node>, sector: u64, fill: u8) -> Result<
     disk.submit(Request::write(SectorRange::new(sector, 1), bytes(fill, 1))).await.result
 }
 
-async fn read(disk: &Rc<dyn Node>, sector: u64) -> u8 {
+pub(crate) async fn read(disk: &Rc<dyn Node>, sector: u64) -> u8 {
     let read = disk.submit(Request::read(SectorRange::new(sector, 1), bytes(0, 1))).await;
     read.result.unwrap();
     read.bufs[0][0]

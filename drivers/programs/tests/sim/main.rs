@@ -5,6 +5,7 @@ mod control;
 mod guests;
 mod json;
 mod serve;
+mod stuck;
 
 use clap::Parser;
 use kernel_model::faults::FaultPlan;
