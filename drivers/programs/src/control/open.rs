@@ -43,6 +43,11 @@ impl Asked {
                 format!("{what}: the image's name has more than {TEXT_BYTES_MAX} bytes, or is no text");
             Refusal::new(Errno::ENAMETOOLONG, words)
         })?;
+        // A list has a line for each disk, and a terminal obeys some of them.
+        if name.chars().any(char::is_control) {
+            let words = format!("{what}: the image's name {name:?} has control characters");
+            return Err(Refusal::new(Errno::EINVAL, words));
+        }
         let (read_only, direct) = (set & flags::RDONLY != 0, set & flags::NO_O_DIRECT == 0);
         Ok(Self { name, read_only, direct })
     }

@@ -37,7 +37,8 @@ struct Row {
 impl Row {
     fn of(pid: u32, entry: &Entry) -> Self {
         let args = entry.path.as_str().and_then(|text| text.split_once(':'));
-        let args = args.map(|(kind, path)| (kind.to_owned(), path.to_owned()));
+        // Other tapdisks open any name.
+        let args = args.map(|(kind, path)| (printable(kind), printable(path)));
         Self {
             pid: Some(pid),
             minor: u16::try_from(entry.minor.get()).ok(),
@@ -87,6 +88,18 @@ impl Row {
             "file": args.map(|(_, path)| path),
         })
     }
+}
+
+/// `text` in one line.
+fn printable(text: &str) -> String {
+    let mut shown = String::new();
+    for char in text.chars() {
+        match char.is_control() {
+            true => shown.extend(char.escape_default()),
+            false => shown.push(char),
+        }
+    }
+    shown
 }
 
 /// As printf's `%#x` shows it.
@@ -152,6 +165,8 @@ mod tests {
         assert_eq!(open.columns(), "      17    5    0        raw /a:b");
         assert_eq!(closed.fields(), "pid=17 minor=5 state=0x2");
         assert_eq!(closed.columns(), "      17    5  0x2          - -");
+        let lines = row(0, "raw:/a\nb\u{1b}[2J\u{e9}");
+        assert_eq!(lines.fields(), "pid=17 minor=5 state=0 args=raw:/a\\nb\\u{1b}[2J\u{e9}");
         let alone = Row { minor: Some(3), ..Row::default() };
         assert_eq!(
             (alone.fields(), alone.columns()),

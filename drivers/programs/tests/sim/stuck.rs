@@ -6,7 +6,7 @@ use kernel_model::Kernel;
 use sim::Sim;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
-use tap_abi::tapctl::{Kind, MESSAGE_BYTES, Message};
+use tap_abi::tapctl::{Kind, MESSAGE_BYTES, Message, Params, Text};
 use tap_control::client::{CallError, Tapdisk};
 use tap_control::{Answer, CONNECTIONS_MAX, Control, FOLDER, TapCtl, Verbs, socket_of};
 use tap_host::{Errno, IoBuf, Listener, SendList, Signals, SocketAddress, Sockets, Stream, Tasks};
@@ -161,6 +161,30 @@ fn an_error_of_another_tapdisk_may_be_negative() {
         for (i, error) in (70_001..).zip([Errno::EBUSY, Errno::EBUSY, Errno::EIO, Errno::EIO]) {
             admin.refused(&format!("pause -p {i} -m 3"), error, "have tapdisk do ").await;
         }
+    });
+}
+
+/// Its line in a list would be two.
+#[test]
+fn an_image_whose_name_has_control_characters_is_refused() {
+    world(|sim, kernel, xen| async move {
+        kernel.storage().put_bytes("/a\nb", &[1; 1 << 20]);
+        let admin = Admin::new(&sim, &kernel, &xen);
+        admin.done("spawn").await;
+        let pid = admin.started.borrow()[0].host.process_id();
+        admin.done("allocate").await;
+        admin.done(&format!("attach -p {pid} -m 0")).await;
+        let tapdisk =
+            Tapdisk { host: kernel.process("raw client", 1), folder: FOLDER.to_owned(), pid, limit_s: 0 };
+        for name in ["raw:/a\nb", "raw:/a\u{1b}[2J", "\u{7f}raw:/a"] {
+            let params = Params { path: Text::new(name).unwrap(), ..Params::default() };
+            let refused = tapdisk.call(&Message::with(Kind::Open, 0, &params)).await;
+            let Err(CallError::Refused { error: Errno::EINVAL, words }) = refused else {
+                panic!("{refused:?}")
+            };
+            assert!(words.contains("control characters") && !words.contains(char::is_control), "{words}");
+        }
+        assert_eq!(admin.done("list").await, format!("pid={pid} minor=0 state=0"));
     });
 }
 
