@@ -16,7 +16,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::str::FromStr;
 use tap_core::{Disks, Listed};
-use tap_host::{Budget, Either, Errno, Listener, Signals, SocketAddress, VbdId, select};
+use tap_host::{Budget, Either, Errno, Listener, OpenMode, Signals, SocketAddress, VbdId, select};
 use tap_images::Formats;
 use tap_nbd::{Export, Server, ServerLimits};
 
@@ -173,12 +173,14 @@ impl ServeArgs {
             let mut place = disks.reserve(&name).map_err(|e| e.to_string())?;
             let (spec, description) = (&disk.spec, disk.spec.to_string());
             let disk = open_disk(host, Formats::shipped(), VbdId(id), spec, &options).await;
-            let disk = Rc::new(disk.map_err(|error| match error.errno() {
-                Some(Errno::EACCES | Errno::EROFS) if options.write => {
-                    format!("{error}; with --read-only it need not be writable")
+            let disk = match disk {
+                Ok(disk) => Rc::new(disk),
+                Err(error) => {
+                    let denied = [Some(Errno::EACCES), Some(Errno::EROFS)].contains(&error.errno());
+                    let hint = if denied && options.write { kept_out(host, spec).await } else { "" };
+                    return Err(format!("{error}{hint}"));
                 }
-                _ => error.to_string(),
-            })?);
+            };
             place.fill(&description, &disk);
             listed.push(place);
             let (node, read_only) = (tuning.disk(spec, disk.node()), self.images.read_only);
@@ -264,6 +266,15 @@ impl ServeArgs {
         };
         futures_util::future::join(join_all(accepting), stop).await;
         Ok(())
+    }
+}
+
+/// What to do about an image that may not be opened for writing.
+async fn kept_out<H: ServeHost>(host: &H, spec: &DiskSpec) -> &'static str {
+    let DiskSpec::Image(image) = spec else { return "" };
+    match host.open(&image.path, OpenMode::READ).await {
+        Ok(_) => "; with --read-only it need not be writable",
+        Err(_) => "; nor may it be read: see its permissions, and ProtectHome if this is a service",
     }
 }
 

@@ -4,8 +4,10 @@ use crate::client::{Client, WRITE};
 use crate::server::{Server, TAP_IMG, TAPDISK, tool};
 use crate::{Add, Done};
 use libtest_mimic::Failed;
+use std::fs::Permissions;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::process::Command;
 
@@ -20,6 +22,7 @@ pub(crate) fn tests(add: Add) {
     add("bad::a_server_ends_with_the_parent_that_passed_its_socket".into(), &[], Box::new(orphan));
     add("bad::a_full_standard_output_is_reported_with_the_name".into(), &[], Box::new(full_output));
     add("bad::a_folder_need_not_be_readable".into(), &["setpriv"], Box::new(unreadable_folder));
+    add("bad::an_image_that_may_not_be_opened_has_a_hint".into(), &["setpriv"], Box::new(denied));
     add("bad::qemu_respects_the_lock".into(), &["qemu-io", "qemu-img"], Box::new(locked));
 }
 
@@ -74,6 +77,31 @@ fn full_output() -> Done {
 }
 
 /// A folder that may be written and searched, but not listed: its file system is synchronised instead.
+/// That of an image that may be read is to read it.
+fn denied() -> Done {
+    let user = ["--reuid=65534", "--clear-groups"];
+    if !Command::new("setpriv").args(user).arg("true").status().is_ok_and(|status| status.success()) {
+        return Ok(());
+    }
+    let folder = tempfile::tempdir()?;
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let mode = |name: &str, mode| std::fs::set_permissions(path(name), Permissions::from_mode(mode));
+    // The program must be within reach of another user.
+    std::fs::copy(TAPDISK, path("tapdisk"))?;
+    mode("", 0o777)?;
+    for (name, bits, hint) in [("open", 0o444, "; with --read-only"), ("shut", 0o400, "; nor may it be read")]
+    {
+        tool(TAP_IMG, &["create", "-q", &path(name), "1M"])?;
+        mode(name, bits)?;
+        let (socket, image) = (format!("unix:{}", path("s")), format!("raw:{}", path(name)));
+        let line = [&path("tapdisk"), "serve", "--run-dir", &path(""), "--nbd", &socket, &image];
+        let output = Command::new("setpriv").args(user).args(line).output()?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(1) && said.contains(hint), "{name}: {said}");
+    }
+    Ok(())
+}
+
 fn unreadable_folder() -> Done {
     let folder = tempfile::tempdir()?;
     let drop_box = folder.path().join("box");
