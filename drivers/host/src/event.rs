@@ -237,7 +237,9 @@ events! {
     NbdConnected {
         /// Counts connections of the server, from 1.
         connection: u64,
-    } = Info, Limited, [13, connection, 0, 0], "NBD connection {connection} opened";
+        /// The disk that it serves, if that is one of many.
+        vbd: Option<VbdId>,
+    } = Info, Limited, [13, connection, one_of(vbd), 0], "NBD connection {connection}{} opened", To(vbd);
     /// A connection of the NBD server ended.
     NbdClosed {
         /// Which.
@@ -246,15 +248,20 @@ events! {
         requests: u64,
         /// Why.
         why: &'static str,
-    } = Info, Limited, [14, connection, requests, text(why)],
-        "NBD connection {connection} closed after {requests} requests: {why}";
+        /// The disk that it serves, if that is one of many.
+        vbd: Option<VbdId>,
+    } = Info, Limited, [14 | one_of(vbd) << 8, connection, requests, text(why)],
+        "NBD connection {connection}{} closed after {requests} requests: {why}", To(vbd);
     /// The NBD server did not take a connection.
     NbdRefused {
         /// The number that it would have got.
         connection: u64,
         /// Why.
         why: &'static str,
-    } = Warning, Limited, [15, connection, text(why), 0], "NBD connection {connection} refused: {why}";
+        /// The disk that it serves, if that is one of many.
+        vbd: Option<VbdId>,
+    } = Warning, Limited, [15, connection, text(why), one_of(vbd)],
+        "NBD connection {connection}{} refused: {why}", To(vbd);
     /// An NBD client lost its server, and tries to connect again.
     NbdServerLost {
         /// Why.
@@ -277,6 +284,11 @@ events! {
         /// Why.
         why: &'static str,
     } = Warning, Limited, [22, connection, text(why), 0], "control connection {connection} dropped: {why}";
+    /// A process of another user connected to a socket that is not for it.
+    PeerRefused {
+        /// The user's number; the largest one if it is not known.
+        uid: u32,
+    } = Warning, Limited, [24, uid as u64, 0, 0], "a process of user {uid} may not connect to this private socket";
     /// A connection to the control socket could not be accepted.
     ControlNotAccepted {
         /// As accept(2).
@@ -295,6 +307,20 @@ impl fmt::Display for Ended {
             Err(e) => write!(f, "with {e:?}"),
         }
     }
+}
+
+/// The disk of an NBD server, in words.
+struct To(Option<VbdId>);
+
+impl fmt::Display for To {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.map_or(Ok(()), |vbd| write!(f, " to {vbd}"))
+    }
+}
+
+/// One of several disks; 0 for the only one.
+fn one_of(vbd: Option<VbdId>) -> u64 {
+    vbd.map_or(0, |vbd| number(vbd) + 1)
 }
 
 fn number(vbd: VbdId) -> u64 {
@@ -333,8 +359,11 @@ mod tests {
         let refused = Event::FrontendRefused { dom, vbd };
         assert_eq!(refused.words(), [19, 7, 3, 0]);
         assert_eq!((refused.level(), refused.is_limited()), (Level::Warning, true));
+        let opened = |vbd| Event::NbdConnected { connection: 1, vbd }.to_string();
+        assert_eq!(opened(None), "NBD connection 1 opened");
+        assert_eq!(opened(Some(vbd)), format!("NBD connection 1 to {vbd} opened"));
         let dropped = Event::ControlDropped { connection: 1, why: "" };
         let last = Event::ControlNotAccepted { error: Errno::EMFILE };
-        assert_eq!((dropped.kind() + 1, last.kind() + 1), (last.kind(), Event::KINDS));
+        assert_eq!((dropped.kind() + 2, last.kind() + 1), (last.kind(), Event::KINDS));
     }
 }

@@ -3,14 +3,21 @@
 //! The test starts itself again with `TAP_LINUX_CHILD` set, and watches what that process does.
 
 use libtest_mimic::{Arguments, Failed, Trial};
+use std::fs::Permissions;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 use tap_host::{Errno, IoBuf, Listener, SendList, Signals, SocketAddress, Sockets, Stream};
 use tap_linux::{LinuxHost, Options, run};
 
 const CHILD: &str = "TAP_LINUX_CHILD";
+/// Where the child listens.
+const PATH: &str = "TAP_LINUX_PATH";
+/// The user "nobody".
+const NOBODY: libc::uid_t = 65534;
 
 fn main() -> ExitCode {
     match std::env::var(CHILD).as_deref() {
@@ -31,6 +38,19 @@ fn main() -> ExitCode {
             say("ready");
             asked.await;
             say("stopping");
+        }),
+        Ok("private") => child(|host| async move {
+            let path = std::env::var(PATH).expect("the parent names it");
+            let Ok(listener) = host.listen_private(&path).await else { return say("nobody listens") };
+            // From now on only what the listener looks at keeps others out.
+            std::fs::set_permissions(&path, Permissions::from_mode(0o666)).expect("it is ours");
+            say("ready");
+            let Ok(stream) = listener.accept().await else { return say("nobody came") };
+            let mut list = SendList::new();
+            list.push_bytes(b"hello");
+            if stream.send(list).await.0.is_err() {
+                say("nobody listens");
+            }
         }),
         Ok("inherit") => child(|host| async move {
             let listeners = host.inherited();
@@ -65,6 +85,9 @@ fn say(line: &str) {
 
 fn tests() -> ExitCode {
     let args = Arguments::from_args();
+    let is_root = std::fs::metadata("/proc/self").is_ok_and(|own| own.uid() == 0);
+    let divides = Command::new("unshare").args(["--pid", "--fork", "true"]).stderr(Stdio::null()).status();
+    let divides = is_root && divides.is_ok_and(|status| status.success());
     let trials = vec![
         Trial::test("the_first_signal_asks", || signal_ends_in_order(libc::SIGTERM)),
         Trial::test("so_does_an_interrupt", || signal_ends_in_order(libc::SIGINT)),
@@ -72,6 +95,9 @@ fn tests() -> ExitCode {
         Trial::test("sockets_of_a_service_manager_are_taken_once", inherits),
         Trial::test("sockets_for_somebody_else_are_left_alone", inherits_nothing),
         Trial::test("a_path_that_nobody_listens_at_is_taken_over", takes_over),
+        Trial::test("a_private_listener_refuses_another_user", refuses_others).with_ignored_flag(!is_root),
+        Trial::test("a_private_listener_serves_root_of_another_pid_namespace", serves_other_namespaces)
+            .with_ignored_flag(!divides),
         Trial::test("what_is_no_socket_is_not_removed", leaves_files),
     ];
     libtest_mimic::run(&args, trials).exit_code()
@@ -169,6 +195,49 @@ fn takes_over() -> Result<(), Failed> {
         assert_eq!(far.expect("a connection").recv(buf, 0).await.0, Ok(1));
     })?;
     assert!(!path.exists(), "a listener removes its path");
+    Ok(())
+}
+
+/// `child` listens at `path` privately. What it says on standard error once it has served us, whom it serves once.
+fn serves_us(mut child: Child, path: &Path) -> Result<String, Failed> {
+    let mut got = String::new();
+    UnixStream::connect(path)?.read_to_string(&mut got)?;
+    assert_eq!(got, "hello");
+    let mut said = String::new();
+    child.stderr.take().ok_or("a pipe")?.read_to_string(&mut said)?;
+    assert!(child.wait()?.success());
+    Ok(said)
+}
+
+fn refuses_others() -> Result<(), Failed> {
+    let folder = tempfile::tempdir()?;
+    std::fs::set_permissions(folder.path(), Permissions::from_mode(0o755))?;
+    let path = folder.path().join("socket");
+    let mut child = again("private").env(PATH, &path).stderr(Stdio::piped()).spawn()?;
+    assert_eq!(lines(&mut child).next().as_deref(), Some("ready"));
+    let at = path.clone();
+    let other = std::thread::spawn(move || {
+        // SAFETY: the call takes three numbers. Unlike that of the C library it is about this thread alone.
+        let changed = unsafe { libc::syscall(libc::SYS_setresuid, NOBODY, NOBODY, NOBODY) };
+        assert_eq!(changed, 0);
+        let mut got = String::new();
+        UnixStream::connect(at)?.read_to_string(&mut got).map(|_| got)
+    });
+    assert_eq!(other.join().expect("no panic")?, "", "it is heard nevertheless");
+    let said = serves_us(child, &path)?;
+    assert!(said.contains("user 65534 may not connect"), "{said}");
+    Ok(())
+}
+
+/// There the process at the other end has no number.
+fn serves_other_namespaces() -> Result<(), Failed> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("socket");
+    let mut command = Command::new("unshare");
+    command.args(["--pid", "--fork", "--kill-child"]).arg(std::env::current_exe()?).env(CHILD, "private");
+    let mut child = command.env(PATH, &path).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    assert_eq!(lines(&mut child).next().as_deref(), Some("ready"));
+    assert_eq!(serves_us(child, &path)?, "");
     Ok(())
 }
 

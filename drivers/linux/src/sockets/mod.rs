@@ -3,6 +3,7 @@
 //! Names are resolved on another thread. A unix path without a listener is taken over; a listener removes its path when
 //! it ends, if it is still the same one.
 
+mod peer;
 mod stream;
 
 pub use stream::LinuxStream;
@@ -14,12 +15,12 @@ use rustix::fs::{FileType, FlockOperation, Mode, OFlags, fchmod, flock, lstat, s
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, socket_with, sockopt,
 };
-use rustix::process::{Uid, geteuid};
+use rustix::process::geteuid;
 use std::net::{IpAddr, SocketAddr, TcpListener, ToSocketAddrs};
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::time::Duration;
-use tap_host::{Errno, Listener, SocketAddress, Sockets};
+use tap_host::{Errno, Event, Listener, Log, SocketAddress, Sockets};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -36,8 +37,8 @@ const LISTEN_FDS_START: RawFd = 3;
 pub struct LinuxListener {
     socket: AsyncFd<OwnedFd>,
     address: SocketAddress,
-    /// Only for our user and root.
-    private: bool,
+    /// Set if it is only for our user and root: where others are reported.
+    private: Option<LinuxHost>,
     _path: Option<BoundPath>,
 }
 
@@ -68,17 +69,17 @@ impl LinuxListener {
     fn new(socket: OwnedFd, address: SocketAddress, path: Option<BoundPath>) -> Result<Self, Errno> {
         rustix::io::ioctl_fionbio(&socket, true).map_err(of_rustix)?;
         let socket = watch(socket, Interest::READABLE)?;
-        Ok(Self { socket, address, private: false, _path: path })
+        Ok(Self { socket, address, private: None, _path: path })
     }
 
-    async fn unix(path: &str, private: bool) -> Result<Self, Errno> {
+    async fn unix(path: &str, private: Option<LinuxHost>) -> Result<Self, Errno> {
         // Between checking that a path has no listener and removing it, and between a bind and its listen, another
         // server could start and lose its path.
         let _alone = Alone::at(path).await;
-        let socket = match listen_unix(path, private) {
+        let socket = match listen_unix(path, private.is_some()) {
             Err(Errno::EADDRINUSE) if is_stale(path) => {
                 rustix::fs::unlink(path).map_err(of_rustix)?;
-                listen_unix(path, private)?
+                listen_unix(path, private.is_some())?
             }
             Err(Errno::EADDRINUSE) if !is_socket(path) => return Err(Errno::ENOTSOCK),
             bound => bound?,
@@ -90,8 +91,13 @@ impl LinuxListener {
 
     /// Whether the process at the other end of `socket` may connect.
     fn admits(&self, socket: &OwnedFd) -> bool {
-        let admitted = |uid: Uid| uid.is_root() || uid == geteuid();
-        !self.private || sockopt::socket_peercred(socket).is_ok_and(|peer| admitted(peer.uid))
+        let Some(host) = &self.private else { return true };
+        let user = peer::user_of(socket);
+        let admitted = user.is_ok_and(|uid| uid == 0 || uid == geteuid().as_raw());
+        if !admitted {
+            host.log(Event::PeerRefused { uid: user.unwrap_or(u32::MAX) });
+        }
+        admitted
     }
 
     async fn tcp(host: &str, port: u16) -> Result<Self, Errno> {
@@ -257,13 +263,13 @@ impl Sockets for LinuxHost {
 
     async fn listen(&self, address: &SocketAddress) -> Result<LinuxListener, Errno> {
         match address {
-            SocketAddress::Unix(path) => LinuxListener::unix(path, false).await,
+            SocketAddress::Unix(path) => LinuxListener::unix(path, None).await,
             SocketAddress::Tcp { host, port } => LinuxListener::tcp(host, *port).await,
         }
     }
 
     async fn listen_private(&self, path: &str) -> Result<LinuxListener, Errno> {
-        LinuxListener::unix(path, true).await
+        LinuxListener::unix(path, Some(self.clone())).await
     }
 
     async fn connect(&self, address: &SocketAddress) -> Result<LinuxStream, Errno> {

@@ -68,7 +68,7 @@ use std::sync::Arc;
 use tap_core::wait::Event as Flag;
 use tap_core::{Node, Tracker};
 use tap_host::{
-    Budget, BufPool, Errno, Event, Listener, Log, Probe, Share, Stage, Stream, Tasks, Time, unless,
+    Budget, BufPool, Errno, Event, Listener, Log, Probe, Share, Stage, Stream, Tasks, Time, VbdId, unless,
 };
 
 tap_host::listed! {
@@ -153,6 +153,8 @@ pub(crate) struct Inner<H> {
     pub(crate) exports: Vec<Rc<Served>>,
     pub(crate) limits: ServerLimits,
     next: Cell<u64>,
+    /// Its disk, in events, if the process has servers of others.
+    vbd: Cell<Option<VbdId>>,
     /// Every connection that is open.
     open: RefCell<BTreeMap<u64, Open>>,
     /// The connections that have not chosen an export.
@@ -305,6 +307,7 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
             exports: exports.into_iter().map(Served::new).map(Rc::new).collect(),
             limits,
             next: Cell::new(1),
+            vbd: Cell::new(None),
             open: RefCell::default(),
             negotiating: RefCell::default(),
             stopping: Flag::new(),
@@ -316,6 +319,11 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
             tls,
             memory,
         })))
+    }
+
+    /// Names its disk in events, for a process that has a server for each of several.
+    pub fn name_disk(&self, vbd: VbdId) {
+        self.0.vbd.set(Some(vbd));
     }
 
     /// The limits that apply to clients.
@@ -369,7 +377,7 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
         inner.negotiating.borrow_mut().insert(number);
         let own = Rc::clone(inner);
         inner.host.spawn("nbd-connection", number, async move {
-            own.host.log(Event::NbdConnected { connection: number });
+            own.host.log(Event::NbdConnected { connection: number, vbd: own.vbd.get() });
             let (why, requests) = connection::run(&own, number, stream, open).await;
             own.dismiss(number, requests, why);
         });
@@ -384,7 +392,7 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
             return Parted::Stopped;
         }
         let (number, open) = inner.admit();
-        inner.host.log(Event::NbdConnected { connection: number });
+        inner.host.log(Event::NbdConnected { connection: number, vbd: inner.vbd.get() });
         let (why, requests) = connection::transmit(inner, number, stream, open).await;
         inner.dismiss(number, requests, why);
         match why {
@@ -413,7 +421,7 @@ impl<H: Log + Tasks + Time + Probe> Inner<H> {
 
     /// A connection has ended.
     fn dismiss(&self, number: u64, requests: u64, why: &'static str) {
-        self.host.log(Event::NbdClosed { connection: number, requests, why });
+        self.host.log(Event::NbdClosed { connection: number, requests, why, vbd: self.vbd.get() });
         self.open.borrow_mut().remove(&number);
         self.negotiating.borrow_mut().remove(&number);
         if self.open.borrow().is_empty() {
@@ -491,7 +499,7 @@ impl<H: Log + Tasks + Time + Probe> Inner<H> {
 
 impl<H: Log> Inner<H> {
     fn refused(&self, why: &'static str) {
-        self.host.log(Event::NbdRefused { connection: self.next.get(), why });
+        self.host.log(Event::NbdRefused { connection: self.next.get(), why, vbd: self.vbd.get() });
     }
 
     /// Closes the oldest connection that has not chosen yet, if their number is at its limit: it has had the longest

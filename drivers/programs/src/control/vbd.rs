@@ -213,6 +213,7 @@ impl<H: ControlledHost> Vbd<H> {
         let limits = ServerLimits { connections: settings.connections(), ..settings.tuning.server };
         let server = Server::new(host.clone(), vec![export], limits, &settings.memory);
         let server = server.map_err(|why| Refusal::new(Errno::ENOMEM, why.to_string()))?;
+        server.name_disk(VbdId(u32::from(minor)));
         let path = settings.nbd_socket(minor);
         let listener = host.listen_private(&path).await.map_err(|error| {
             let address = SocketAddress::Unix(path);
