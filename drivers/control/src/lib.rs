@@ -69,9 +69,24 @@ pub fn pid_of(name: &str) -> Option<u32> {
     name.strip_prefix("ctl")?.parse().ok()
 }
 
+/// The process number in the name of any socket in the folder; `None` if it is not of a tapdisk.
+pub fn owner_of(name: &str) -> Option<u32> {
+    let nbd = || name.strip_prefix("nbd")?.split_once('.').map(|(pid, _)| pid);
+    pid_of(name).or_else(|| name.strip_prefix("json").or_else(nbd)?.parse().ok())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_socket_tells_its_process() {
+        let names = [socket_of("", 17), json_socket_of("", 17), "/nbd17.3".to_owned()];
+        assert!(names.iter().all(|name| owner_of(&name[1..]) == Some(17)));
+        for other in ["tapdisk", "nbd17", "nbdx.3", "json", "17"] {
+            assert_eq!(owner_of(other), None, "{other}");
+        }
+    }
 
     #[test]
     fn a_socket_tells_its_process() {

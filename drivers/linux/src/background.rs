@@ -11,12 +11,13 @@
 //! nothing is shared between the two but open descriptors. Until it is ready, the process in the background prints to
 //! the caller's streams.
 
+use crate::descriptors::close_descriptors_but;
 use crate::files::{errno, of_rustix};
 use crate::sockets::passed_sockets;
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, WaitOptions, setsid, waitpid};
 use std::io::{ErrorKind, PipeReader, PipeWriter, Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use tap_host::Errno;
 
 /// Which of the two processes this is.
@@ -116,6 +117,13 @@ fn wait(answer: &mut PipeReader, pid: Pid) -> Result<u8, DivideError> {
 }
 
 impl Starting {
+    /// Closes every descriptor that the process was started with, but for the standard streams: a script that holds a
+    /// lock on one of them would otherwise lend it to this process, which lives longer. Called before anything is
+    /// opened.
+    pub fn keep_nothing(&self) {
+        close_descriptors_but(&[self.caller.as_raw_fd(), self.null.as_raw_fd()]);
+    }
+
     /// Lets the caller end with success. From now on what this process prints goes nowhere.
     ///
     /// # Errors

@@ -54,7 +54,7 @@ pub use nbd::LinuxClaim;
 pub use options::{Options, POLL_DEFAULT, StartError};
 pub use pid_file::{PidFile, PidFileError};
 pub use priority::{set_io_priority, writes_for_the_kernel};
-pub use sockets::{LinuxListener, LinuxStream};
+pub use sockets::{LinuxListener, LinuxStream, remove_dead_sockets};
 pub use tap::{LinuxTap, TapPage};
 pub use tap_host::Level;
 pub use xen::{LinuxChannel, LinuxPage, XenError, XenOptions};

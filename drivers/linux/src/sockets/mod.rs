@@ -3,9 +3,11 @@
 //! Names are resolved on another thread. A unix path without a listener is taken over; a listener removes its path when
 //! it ends, if it is still the same one.
 
+mod dead;
 mod peer;
 mod stream;
 
+pub use dead::remove_dead_sockets;
 pub use stream::LinuxStream;
 
 use crate::files::{blocking, errno, of_rustix};

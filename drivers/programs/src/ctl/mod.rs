@@ -18,7 +18,7 @@ mod open;
 
 pub(crate) use minors::is_named;
 pub use minors::marker_of;
-pub use tap_control::pid_of;
+pub use tap_control::{owner_of, pid_of};
 
 use crate::Console;
 use crate::help;

@@ -6,8 +6,9 @@ use std::rc::Rc;
 use std::time::Duration;
 use tap_linux::{
     AioEngine, Divided, Level, LinuxHost, Options, PidFile, Starting, XenOptions, divide,
-    resolve_without_plugins, set_io_priority, writes_for_the_kernel,
+    remove_dead_sockets, resolve_without_plugins, set_io_priority, writes_for_the_kernel,
 };
+use tap_programs::ctl::owner_of;
 use tap_programs::daemon::{AioArg, Cli, Command, MAX_DISKS, run};
 use tap_programs::usage;
 use tap_programs::{Console, Disks, Tuning};
@@ -32,7 +33,13 @@ fn main() -> ExitCode {
     };
     let status = divided.and_then(|divided| match divided {
         Some(Divided::Caller(status)) => Ok(status),
-        Some(Divided::Background(starting)) => serve(cli, Some(starting)),
+        Some(Divided::Background(starting)) => {
+            // It lives longer than whoever starts it, and serves only what it opens itself.
+            if let Command::Control(_) = &cli.command {
+                starting.keep_nothing();
+            }
+            serve(cli, Some(starting))
+        }
         None => serve(cli, None),
     });
     match status {
@@ -67,6 +74,7 @@ fn serve(cli: Cli, starting: Option<Starting>) -> Result<u8, String> {
     };
     if let Command::Control(args) = &cli.command {
         make_control_folder(&args.folder)?;
+        remove_dead_sockets(&args.folder, owner_of);
     }
     if let Command::Attach(_) = &cli.command {
         // Without it the kernel may wait for our device to give it memory. Without permission it is only less safe.

@@ -1,6 +1,6 @@
 //! `tap-ctl` and `tapdisk control`, and a client of the control socket that shares no code with them: it speaks bytes.
 
-use crate::server::{TAP_CTL, tool};
+use crate::server::{TAP_CTL, TAPDISK, tool};
 use crate::{Add, Done};
 use libtest_mimic::Failed;
 use serde_json::Value;
@@ -17,6 +17,9 @@ pub(crate) fn tests(add: Add) {
     add("control::a_client_of_bytes_is_understood".into(), &[], Box::new(bytes));
     add("control::a_client_of_json_is_understood".into(), &[], Box::new(lines));
     add("control::a_killed_tapdisk_leaves_nothing_in_the_way".into(), &["qemu-io"], Box::new(killed));
+    add("control::what_a_killed_tapdisk_left_is_removed_by_the_next".into(), &[], Box::new(dead));
+    add("control::a_tapdisk_keeps_nothing_of_who_starts_it".into(), &[], Box::new(keeps_nothing));
+    add("control::a_second_signal_ends_what_storage_holds_up".into(), &["qemu-io"], Box::new(held_up));
 }
 
 /// A folder for sockets, with an image in it.
@@ -228,9 +231,7 @@ fn killed() -> Done {
     let first = place.create()?;
     place.qemu_io(first, "write -P 7 0 64k")?;
     tool("kill", &["-9", &first.to_string()])?;
-    while std::path::Path::new(&format!("/proc/{first}/fd/0")).exists() {
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    until_gone(first);
     assert_eq!(place.done("list")?, "minor=0");
     let spawned = place.done("spawn --json")?;
     let pid = spawned.trim_start_matches("{\"pid\":").trim_end_matches('}').parse()?;
@@ -238,4 +239,83 @@ fn killed() -> Done {
     place.done(&format!("open -D -p {pid} -m 0 -a raw:{}", place.path("disk")))?;
     place.qemu_io(pid, "read -P 7 0 64k")?;
     place.done(&format!("destroy -p {pid} -m 0")).map(drop)
+}
+
+fn until_gone(pid: u32) {
+    while std::path::Path::new(&format!("/proc/{pid}/fd/0")).exists() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn dead() -> Done {
+    let place = Place::new()?;
+    let first = place.create()?;
+    tool("kill", &["-9", &first.to_string()])?;
+    until_gone(first);
+    let sockets = || -> Result<Vec<String>, Failed> {
+        let mut names = Vec::new();
+        for entry in std::fs::read_dir(place.path("run"))? {
+            names.extend(entry?.file_name().into_string().ok().filter(|name| name != "tapdisk"));
+        }
+        names.sort();
+        Ok(names)
+    };
+    assert_eq!(sockets()?, [format!("ctl{first}"), format!("json{first}"), format!("nbd{first}.0")]);
+    assert_eq!(place.done("list")?, "minor=0");
+    let spawned = place.done("spawn --json")?;
+    let pid = spawned.trim_start_matches("{\"pid\":").trim_end_matches('}');
+    assert_eq!(sockets()?, [format!("ctl{pid}"), format!("json{pid}")]);
+    // Those of a tapdisk that lives stay.
+    place.done("spawn")?;
+    assert_eq!(sockets()?.len(), 4);
+    Ok(())
+}
+
+/// A lock on a descriptor of a script ends with the script.
+fn keeps_nothing() -> Done {
+    let place = Place::new()?;
+    let script = "exec 9> \"$1\"; \"$2\" control --fork --folder \"$3\"";
+    let arguments = [&place.path("lock"), TAPDISK, &place.path("run")];
+    let output = Command::new("sh").args(["-c", script, "sh"]).args(arguments).output()?;
+    let said = String::from_utf8(output.stdout)?;
+    let pid = said.trim_end().strip_prefix(&place.path("run/ctl")).ok_or("a socket")?;
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let open = std::fs::read_link(entry?.path())?;
+        assert_ne!(open.display().to_string(), place.path("lock"));
+    }
+    Ok(())
+}
+
+fn held_up() -> Done {
+    let place = Place::new()?;
+    let (socket, number) = (format!("unix:{}", place.path("s")), place.path("pid"));
+    let image = format!("raw:{}", place.path("disk"));
+    tool(
+        TAPDISK,
+        &["serve", "--fork", "--pid-file", &number, "--run-dir", &place.path(""), "--nbd", &socket, &image],
+    )?;
+    let server = std::fs::read_to_string(&number)?.trim_end().to_owned();
+    place.done(&format!("create -a nbd:{socket} -- --pause-limit 1"))?;
+    let listed = place.done("list")?;
+    let pid = listed.strip_prefix("pid=").and_then(|row| row.split(' ').next()).ok_or("a number")?.to_owned();
+    tool("kill", &["-STOP", &server])?;
+    let uri = format!("nbd+unix:///?socket={}", place.path(&format!("run/nbd{pid}.0")));
+    let mut writer = Command::new("qemu-io")
+        .args(["-f", "raw", "-c", "write 0 4k", &uri])
+        .stdout(Stdio::null())
+        .spawn()?;
+    while !place.done(&format!("stats -p {pid} -m 0"))?.contains("\"in_flight\":1") {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let (status, said) = place.run(&format!("close -f -p {pid} -m 0"))?;
+    assert!(status == 110 && said.contains(&format!("nbd:{socket} is in use after 1 s")), "{status}: {said}");
+    writer.wait()?;
+    tool("kill", &["-TERM", &pid])?;
+    std::thread::sleep(Duration::from_millis(1500));
+    assert_eq!(place.run(&format!("stats -p {pid} -m 0"))?.0, 2, "it takes no request any more");
+    assert!(std::path::Path::new(&format!("/proc/{pid}/fd/0")).exists(), "it waits for its storage");
+    tool("kill", &["-TERM", &pid])?;
+    until_gone(pid.parse()?);
+    tool("kill", &["-CONT", &server])?;
+    tool("kill", &["-TERM", &server]).map(drop)
 }
