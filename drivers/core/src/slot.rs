@@ -32,7 +32,7 @@ use crate::wait::{Event as Flag, Line, Semaphore, joined};
 use crate::{
     Child, Extent, LocalBoxFuture, Measures, Node, NodeInfo, Request, Response, WaitReport, wait_report,
 };
-use open::{Accepted, Answer};
+use open::{Accepted, Answer, Open};
 use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
@@ -58,7 +58,7 @@ tap_host::listed! {
 }
 
 tap_host::listed! {
-    pub(super) MARKS: Mark;
+    pub(super) MARKS: Mark with [open::MARKS];
     EXCHANGED = "exchanged", "the lower node of a slot was exchanged";
     EXCHANGE_HELD = "exchange-held", "requests waited for the lower node of a slot to be exchanged";
 }
@@ -111,7 +111,7 @@ struct Inner<H> {
     /// Serialises exchanges and the close.
     turn: Semaphore,
     close_result: Cell<Option<Result<(), Errno>>>,
-    measures: RefCell<Measures>,
+    open: Open,
 }
 
 impl<H> Clone for Slot<H> {
@@ -154,7 +154,7 @@ impl<H: Time + Log + Tasks + Probe> Slot<H> {
             held: RefCell::default(),
             turn: Semaphore::new(1),
             close_result: Cell::new(None),
-            measures: RefCell::default(),
+            open: Open::default(),
         }));
         if slot.0.host.bug(&SLOT_KEPT) {
             let own = Rc::clone(&slot.0);
@@ -256,7 +256,13 @@ impl<H: Time + Log + Tasks + Probe> Slot<H> {
 
     /// What its requests did so far. Those that nodes below are asked by others than the disk's users are not counted.
     pub fn measures(&self) -> Measures {
-        *self.0.measures.borrow()
+        *self.0.open.measures.borrow()
+    }
+
+    /// Says in an event which request takes longer than `limit_ns`, where it is, and when it ends; 0 says nothing. For
+    /// requests that arrive from now on.
+    pub fn watch(&self, limit_ns: u64) {
+        self.0.open.set_limit(limit_ns);
     }
 
     /// Its state: `running`, `draining`, `paused`, `closing` or `closed`.
@@ -300,15 +306,16 @@ impl<H: Time + Log + Tasks + Probe> Slot<H> {
         inner.close_result.set(Some(Err(Errno::EINTR)));
         let result = inner.lower().close().await;
         inner.close_result.set(Some(result));
+        inner.open.end();
         inner.enter(Stage::Closed);
         result
     }
 }
 
 /// A running exchange; no requests are admitted until it is dropped.
-struct Changing<H: Time + Log + Probe>(Rc<Inner<H>>);
+struct Changing<H: Time + Log + Tasks + Probe>(Rc<Inner<H>>);
 
-impl<H: Time + Log + Probe> Changing<H> {
+impl<H: Time + Log + Tasks + Probe> Changing<H> {
     fn begin(inner: Rc<Inner<H>>) -> Self {
         inner.changing.set(true);
         inner.update();
@@ -316,7 +323,7 @@ impl<H: Time + Log + Probe> Changing<H> {
     }
 }
 
-impl<H: Time + Log + Probe> Drop for Changing<H> {
+impl<H: Time + Log + Tasks + Probe> Drop for Changing<H> {
     fn drop(&mut self) {
         // A second panic here would abort the process.
         if !std::thread::panicking() {
@@ -338,7 +345,7 @@ impl<H> Inner<H> {
     }
 }
 
-impl<H: Time + Log + Probe> Inner<H> {
+impl<H: Time + Log + Tasks + Probe> Inner<H> {
     fn enter(&self, stage: Stage) {
         self.stage.set(stage);
         self.host.log(Event::VbdState { vbd: self.id, state: stage.text() });
@@ -389,16 +396,16 @@ impl<H: Time + Log + Probe> Inner<H> {
 }
 
 /// The decision on an arriving request.
-enum Admission<H: Time + Log + Probe> {
+enum Admission<H: Time + Log + Tasks + Probe> {
     Now(Admitted<H>),
     Later(Held<H>),
     Refused,
 }
 
 /// One request in flight.
-struct Admitted<H: Time + Log + Probe>(Rc<Inner<H>>);
+struct Admitted<H: Time + Log + Tasks + Probe>(Rc<Inner<H>>);
 
-impl<H: Time + Log + Probe> Drop for Admitted<H> {
+impl<H: Time + Log + Tasks + Probe> Drop for Admitted<H> {
     fn drop(&mut self) {
         // A second panic here would abort the process.
         if std::thread::panicking() {
@@ -416,14 +423,14 @@ impl<H: Time + Log + Probe> Drop for Admitted<H> {
 /// A request or query that went down. If dropped before it has ended, a task completes it.
 struct Below<H: Time + Log + Tasks + Probe, T: Answer>(Option<Sent<H, T>>);
 
-struct Sent<H: Time + Log + Probe, T> {
+struct Sent<H: Time + Log + Tasks + Probe, T> {
     admitted: Admitted<H>,
     /// Queries are not measured.
     accepted: Option<Accepted<H>>,
     answer: LocalBoxFuture<T>,
 }
 
-impl<H: Time + Log + Probe, T: Answer> Sent<H, T> {
+impl<H: Time + Log + Tasks + Probe, T: Answer> Sent<H, T> {
     fn answered(&self, answer: &T) {
         if let Some(accepted) = &self.accepted {
             accepted.answered(answer.result());
@@ -433,6 +440,7 @@ impl<H: Time + Log + Probe, T: Answer> Sent<H, T> {
 
 impl<H: Time + Log + Tasks + Probe> Below<H, Response> {
     fn request(admitted: Admitted<H>, accepted: Accepted<H>, request: Request) -> Self {
+        accepted.goes_down();
         let answer = admitted.0.lower.borrow().submit(request);
         Self(Some(Sent { admitted, accepted: Some(accepted), answer }))
     }
@@ -477,12 +485,12 @@ impl<H: Time + Log + Tasks + Probe, T: Answer> Drop for Below<H, T> {
 }
 
 /// A place in the queue of requests that wait until the slot runs.
-struct Held<H: Time + Log + Probe> {
+struct Held<H: Time + Log + Tasks + Probe> {
     inner: Rc<Inner<H>>,
     place: Option<u64>,
 }
 
-impl<H: Time + Log + Probe> Held<H> {
+impl<H: Time + Log + Tasks + Probe> Held<H> {
     fn new(inner: Rc<Inner<H>>) -> Self {
         // The place is taken here, not at the first poll, to keep the order of submission.
         let mut place = None;
@@ -507,7 +515,7 @@ impl<H: Time + Log + Probe> Held<H> {
     }
 }
 
-impl<H: Time + Log + Probe> Drop for Held<H> {
+impl<H: Time + Log + Tasks + Probe> Drop for Held<H> {
     fn drop(&mut self) {
         // A second panic here would abort the process.
         if std::thread::panicking() {
@@ -528,13 +536,12 @@ impl<H: Time + Log + Tasks + Probe> Node for Slot<H> {
             accepted.answered(Err(Errno::ESHUTDOWN));
             Response { result: Err(Errno::ESHUTDOWN), bufs: request.bufs }
         };
-        let mut accepted = Accepted::new(&self.0, &request);
+        let accepted = Accepted::new(&self.0, &request);
         match self.0.admission() {
             Admission::Refused => Box::pin(std::future::ready(refuse(accepted, request))),
             Admission::Now(admitted) => Box::pin(Below::request(admitted, accepted, request)),
             Admission::Later(mut held) => Box::pin(async move {
                 let Some(admitted) = held.admitted().await else { return refuse(accepted, request) };
-                accepted.admitted();
                 let below = Below::request(admitted, accepted, request);
                 // Frees the place, so that the next one is admitted.
                 let _kept = held.inner.host.bug(&HELD_ONE_BY_ONE).then_some(held);

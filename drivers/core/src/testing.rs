@@ -122,6 +122,24 @@ impl Pool {
         }
     }
 
+    /// Runs for `ns`, moving the clock to each sleeper in turn.
+    pub(crate) fn pass(&self, ns: u64) {
+        let until = self.0.now_ns.get() + ns;
+        loop {
+            self.run();
+            let mut sleepers = self.0.sleepers.borrow_mut();
+            let first = sleepers
+                .first_entry()
+                .filter(|first| first.key().0 <= until)
+                .map(|first| first.remove_entry());
+            drop(sleepers);
+            let Some(((at, _), waker)) = first else { break };
+            self.0.now_ns.set(at);
+            waker.wake();
+        }
+        self.0.now_ns.set(until);
+    }
+
     /// Polls a future with a waker that does nothing.
     pub(crate) fn poll_once<F: Future + ?Sized>(&self, future: Pin<&mut F>) -> Poll<F::Output> {
         future.poll(&mut Context::from_waker(Waker::noop()))
@@ -134,6 +152,10 @@ impl Pool {
     pub(crate) fn marked(&self, mark: &str) -> usize {
         let mark = Mark::find(crate::MARKS, mark).expect("a mark of this crate");
         self.0.marks.borrow().iter().filter(|m| **m == mark).count()
+    }
+    /// Tasks that have not ended.
+    pub(crate) fn tasks(&self) -> usize {
+        self.0.tasks.borrow().len()
     }
     pub(crate) fn logged(&self) -> Vec<Event> {
         self.0.events.borrow().clone()

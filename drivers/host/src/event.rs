@@ -295,6 +295,72 @@ events! {
         error: Errno,
     } = Warning, Limited, [23, error.0 as u64, 0, 0],
         "a control connection could not be accepted: {error}";
+    /// A request takes long.
+    RequestHangs {
+        /// The disk.
+        vbd: VbdId,
+        /// What it does.
+        kind: IoKind,
+        /// Where.
+        range: SectorRange,
+        /// For how long, in milliseconds.
+        for_ms: u64,
+        /// Where in the stack it is.
+        at: Whereabouts,
+    } = Warning, Limited, [25 | number(vbd) << 8, kind as u64, place(range), for_ms << 8 ^ at.number()],
+        "{vbd} has not answered {kind} {range} for {for_ms} ms: {at}";
+    /// A request that took long was answered, or its caller has left.
+    RequestHung {
+        /// The disk.
+        vbd: VbdId,
+        /// What it did.
+        kind: IoKind,
+        /// Where.
+        range: SectorRange,
+        /// How long it took, in milliseconds.
+        for_ms: u64,
+    } = Warning, Limited, [26 | number(vbd) << 8, kind as u64, place(range), for_ms],
+        "{vbd} is done with {kind} {range} after {for_ms} ms";
+}
+
+/// Where in the stack a request is.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Whereabouts {
+    /// At the disk, which is paused.
+    Paused,
+    /// In the scheduler, behind another one that overlaps it.
+    Behind {
+        /// What that does.
+        what: &'static str,
+        /// Its first sector.
+        sector: u64,
+    },
+    /// In the scheduler, because enough others are below.
+    Line,
+    /// At the image, or below it.
+    Image,
+}
+
+impl Whereabouts {
+    fn number(self) -> u64 {
+        match self {
+            Self::Paused => 1,
+            Self::Behind { what, sector } => 2 ^ text(what) ^ sector << 8,
+            Self::Line => 3,
+            Self::Image => 4,
+        }
+    }
+}
+
+impl fmt::Display for Whereabouts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Paused => f.write_str("it waits because the disk is paused"),
+            Self::Behind { what, sector } => write!(f, "it waits for a {what} at sector {sector}"),
+            Self::Line => f.write_str("it waits in line for others at the image"),
+            Self::Image => f.write_str("it is at the image"),
+        }
+    }
 }
 
 /// How a request ended, in words.
@@ -363,7 +429,20 @@ mod tests {
         assert_eq!(opened(None), "NBD connection 1 opened");
         assert_eq!(opened(Some(vbd)), format!("NBD connection 1 to {vbd} opened"));
         let dropped = Event::ControlDropped { connection: 1, why: "" };
-        let last = Event::ControlNotAccepted { error: Errno::EMFILE };
-        assert_eq!((dropped.kind() + 2, last.kind() + 1), (last.kind(), Event::KINDS));
+        let next = Event::ControlNotAccepted { error: Errno::EMFILE };
+        let (kind, range) = (IoKind::Flush, SectorRange::default());
+        let last = Event::RequestHung { vbd, kind, range, for_ms: 1 };
+        assert_eq!((dropped.kind() + 2, last.kind() + 1), (next.kind(), Event::KINDS));
+        let hangs = |at| Event::RequestHangs {
+            vbd,
+            kind: IoKind::Write,
+            range: SectorRange::new(8, 1),
+            for_ms: 1,
+            at,
+        };
+        let behind = Whereabouts::Behind { what: "write", sector: 5 };
+        let text = "vbd3 has not answered write 8+1 for 1 ms: it waits for a write at sector 5";
+        assert_eq!(hangs(behind).to_string(), text);
+        assert_ne!(hangs(behind).words(), hangs(Whereabouts::Image).words());
     }
 }

@@ -53,7 +53,7 @@ pub use budget::{Budget, BudgetFigures, Share, Stage};
 pub use buf::{BufPool, IoBuf, IoVec, PAGE_BYTES, Room, bytes_of, copy_from_slice, copy_to_slice, cost_of};
 pub use bug::{Bug, Mark, Probe, joined, length};
 pub use errno::Errno;
-pub use event::{Event, IoKind, Level};
+pub use event::{Event, IoKind, Level, Whereabouts};
 pub use files::{File, FileExtent, FileId, FileInfo, Files, LockKind, OpenMode, ZeroMode};
 pub use nbd_devices::{NbdClaim, NbdConfig, NbdDevice, NbdDevices, NbdIndex};
 pub use retry::{Patience, Tried};

@@ -2,7 +2,7 @@ use super::*;
 use crate::testing::{Outcome, Pool, Script, read, write};
 use crate::wait::{Sender, oneshot};
 use crate::{KindMeasures, Op, Scheduler, SchedulerLimits};
-use tap_host::IoKind;
+use tap_host::{IoKind, Whereabouts};
 
 fn slot(pool: &Pool, script: &Script) -> Slot<Pool> {
     Slot::new(pool.clone(), VbdId(1), Rc::new(script.clone()))
@@ -302,16 +302,6 @@ fn a_pause_during_an_exchange_completes_after_it() {
     assert_eq!(slot.state(), "paused");
 }
 
-/// Sleeps in `pool` for `ns`.
-fn pass(pool: &Pool, ns: u64) {
-    let slept = pool.start({
-        let pool = pool.clone();
-        async move { pool.sleep_ns(ns).await }
-    });
-    pool.run_through_time();
-    assert!(slept.get().is_some());
-}
-
 #[test]
 fn requests_are_measured_from_their_arrival_to_their_answer() {
     let (pool, script) = (Pool::new(), Script::held());
@@ -319,7 +309,7 @@ fn requests_are_measured_from_their_arrival_to_their_answer() {
     let of = |kind| *slot.measures().of(kind);
     let first = pool.start(slot.submit(write(1, 3)));
     assert_eq!((of(IoKind::Write).in_flight, of(IoKind::Write).latency.count()), (1, 0));
-    pass(&pool, 2_000);
+    pool.pass(2_000);
     // Whose caller leaves is measured when it ends; who leaves while it waits, not at all.
     let (given_up, paused) = (pool.start(slot.submit(read(5, 2))), pause(&pool, &slot));
     let (waits, leaves) = (pool.start(slot.submit(write(9, 1))), pool.start(slot.submit(Request::flush())));
@@ -335,7 +325,7 @@ fn requests_are_measured_from_their_arrival_to_their_answer() {
         (writes.in_flight, writes.latency.count(), writes.latency.max_ns, writes.sectors),
         (1, 1, 2_000, 3)
     );
-    pass(&pool, 5_000_000_000);
+    pool.pass(5_000_000_000);
     slot.resume().unwrap();
     pool.run();
     let writes = of(IoKind::Write);
@@ -347,4 +337,89 @@ fn requests_are_measured_from_their_arrival_to_their_answer() {
     assert!(pool.start(slot.submit(read(5, 2))).get().is_some());
     let reads = of(IoKind::Read);
     assert_eq!((reads.latency.count(), reads.sectors, reads.errors, reads.in_flight), (2, 2, 1, 0));
+}
+
+#[test]
+fn a_request_that_takes_long_is_said_once_with_its_place_and_at_its_end() {
+    let (pool, script) = (Pool::new(), Script::held());
+    let limits = SchedulerLimits { depth: 1, ..SchedulerLimits::default() };
+    let own = Scheduler::new(pool.clone(), Rc::new(script.clone()), limits);
+    let slot = Slot::new(pool.clone(), VbdId(1), Rc::new(own));
+    slot.watch(1_000_000_000);
+    let said = || {
+        let of = |event: &Event| match *event {
+            Event::RequestHangs { kind, range, for_ms, at, .. } => {
+                Some((kind, range.start.0, for_ms, Some(at)))
+            }
+            Event::RequestHung { kind, range, for_ms, .. } => Some((kind, range.start.0, for_ms, None)),
+            _ => None,
+        };
+        pool.logged().iter().filter_map(of).collect::<Vec<_>>()
+    };
+    // One after the other goes down, is behind it, is in line, and comes when the disk is to be paused.
+    let first = pool.start(slot.submit(write(1, 4)));
+    let behind = pool.start(slot.submit(write(2, 1)));
+    pool.pass(500_000_000);
+    let in_line = pool.start(slot.submit(read(50, 1)));
+    let paused = pause(&pool, &slot);
+    let held = pool.start(slot.submit(Request::flush()));
+    assert!(said().is_empty());
+    pool.pass(5_000_000_000);
+    let place = Whereabouts::Behind { what: "write", sector: 1 };
+    let hang = [
+        (IoKind::Write, 1, 1000, Some(Whereabouts::Image)),
+        (IoKind::Write, 2, 1000, Some(place)),
+        (IoKind::Read, 50, 1000, Some(Whereabouts::Line)),
+        (IoKind::Flush, 0, 1000, Some(Whereabouts::Paused)),
+    ];
+    assert_eq!(said(), hang, "once each");
+    script.release();
+    pool.run();
+    assert!(
+        first.get().is_some() && behind.get().is_some() && in_line.get().is_some() && paused.get().is_some()
+    );
+    slot.resume().unwrap();
+    pool.run();
+    assert!(held.get().is_some());
+    let mut ends: Vec<_> = said().split_off(4);
+    ends.sort_unstable();
+    let ended = |kind, sector, for_ms| (kind, sector, for_ms, None);
+    let expected = [
+        ended(IoKind::Read, 50, 5000),
+        ended(IoKind::Write, 1, 5500),
+        ended(IoKind::Write, 2, 5500),
+        ended(IoKind::Flush, 0, 5000),
+    ];
+    assert_eq!(ends, expected);
+    // With nothing open it ends, and begins again with the next request.
+    pool.run_through_time();
+    script.hold();
+    let next = pool.start(slot.submit(write(7, 1)));
+    pool.pass(1_500_000_000);
+    assert_eq!(said().len(), 9);
+    script.release();
+    pool.run();
+    assert!(next.get().is_some());
+    assert_eq!(pool.start(slot.close()).take(), Some(Ok(())));
+    pool.run_through_time();
+    assert_eq!(said().len(), 10);
+}
+
+#[test]
+fn requests_that_are_answered_in_time_are_not_mentioned_and_nothing_is_watched_after_a_close() {
+    let (pool, script) = (Pool::new(), Script::held());
+    let slot = slot(&pool, &script);
+    slot.watch(1_000_000_000);
+    for _ in 0..10 {
+        script.hold();
+        let request = pool.start(slot.submit(write(1, 1)));
+        pool.pass(900_000_000);
+        script.release();
+        pool.run();
+        assert!(request.get().is_some());
+    }
+    assert!(!pool.logged().iter().any(|event| matches!(event, Event::RequestHangs { .. })));
+    assert_eq!(pool.start(slot.close()).take(), Some(Ok(())));
+    pool.run();
+    assert_eq!(pool.tasks(), 0);
 }

@@ -73,6 +73,9 @@ pub struct ControlArgs {
     /// longer, the image is closed later
     #[arg(long, default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
     pause_limit: u32,
+    /// How long a request may take before a warning says where in the stack it is; 0 never
+    #[arg(long, default_value_t = 10, value_name = "SECONDS")]
+    watchdog: u32,
     /// Return once the control socket is there, and serve in the background; with the status 1 and a message if that
     /// failed
     #[arg(long)]

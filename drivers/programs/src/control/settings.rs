@@ -30,6 +30,11 @@ impl<H: ControlledHost> Settings<H> {
         usize::from(self.args.connections)
     }
 
+    /// How long a request may take before it is mentioned, in nanoseconds; 0 for ever.
+    pub(super) fn watchdog_ns(&self) -> u64 {
+        u64::from(self.args.watchdog) * 1_000_000_000
+    }
+
     /// How long a disk may take to pause, in seconds.
     pub(super) fn pause_limit_s(&self) -> u64 {
         u64::from(self.args.pause_limit)

@@ -179,6 +179,7 @@ impl<H: ControlledHost> Vbd<H> {
         let mut listed = listed.map_err(|why| Refusal::new(Errno::EMFILE, why.to_string()))?;
         let disk = open_disk(host, Formats::shipped(), VbdId(u32::from(self.minor)), &spec, &options).await;
         let disk = Rc::new(disk.map_err(|error| refused(&error))?);
+        disk.slot().watch(settings.watchdog_ns());
         listed.fill(&name, &disk);
         let exported = self.export(settings, tuning.disk(&spec, disk.node()), !options.write).await;
         let (server, served) = match exported {

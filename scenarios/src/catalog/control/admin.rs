@@ -12,7 +12,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use tap_control::{FOLDER, socket_of};
 use tap_core::CacheMode;
-use tap_host::{Errno, Files, Signals, select};
+use tap_host::{Errno, Event, Files, Signals, Whereabouts, select};
 use tap_images::ImageSpec;
 use tap_programs::Tuning;
 use tap_programs::ctl::{Cli, Launch, run};
@@ -70,6 +70,8 @@ pub(super) struct Admin {
     /// The processes that were started, in order.
     started: RefCell<Vec<Tapdisk>>,
     calls: Cell<u64>,
+    /// What disks said about requests that take long: the minor number, and where the request was.
+    pub(super) hangs: Rc<RefCell<Vec<(u32, Whereabouts)>>>,
     /// The next process is killed after so many of its effects; 0 not at all.
     kill_after: Cell<u64>,
 }
@@ -89,7 +91,9 @@ impl Launch for Admin {
         let (limits, cache) = (self.limits.options(), option_of(self.cache));
         let options = options.join(" ");
         let limit = self.pause_limit_s;
-        let line = format!("control --folder {folder} --pause-limit {limit} {limits} {cache} {options}");
+        let line = format!(
+            "control --folder {folder} --pause-limit {limit} --watchdog 1 {limits} {cache} {options}"
+        );
         let memory = SERVERS_BYTES + DISKS_MAX * self.limits.memory_bytes.max(4 << 20);
         let tuning = self.limits.tuning(&self.world, node, memory);
         let tuning = Tuning { server: server_limits(&self.world), ..tuning };
@@ -108,6 +112,13 @@ impl Launch for Admin {
 impl Admin {
     pub(super) fn draw(world: &World) -> Rc<Self> {
         let limits = StackLimits::draw(world);
+        let hangs = Rc::<RefCell<Vec<(u32, Whereabouts)>>>::default();
+        let said = Rc::clone(&hangs);
+        world.kernel.on_event(move |_, event| {
+            if let Event::RequestHangs { vbd, at, .. } = event {
+                said.borrow_mut().push((vbd.0, at));
+            }
+        });
         Rc::new(Self {
             world: world.clone(),
             limits,
@@ -115,6 +126,7 @@ impl Admin {
             pause_limit_s: world.setting("pause-limit", &[3600, 1]),
             started: RefCell::default(),
             calls: Cell::new(0),
+            hangs,
             kill_after: Cell::new(0),
         })
     }

@@ -13,7 +13,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use tap_control::{FOLDER, socket_of};
 use tap_core::wait::joined;
-use tap_host::{Errno, File, Files, LockKind, OpenMode, SocketAddress, Sockets};
+use tap_host::{Errno, File, Files, LockKind, OpenMode, SocketAddress, Sockets, Whereabouts};
 use tap_images::ImageSpec;
 
 /// An act: the delay before it in 24 bits of nanoseconds, which, for how long in 24 bits of nanoseconds, and with which
@@ -34,6 +34,8 @@ pub static GIVES_UP: Label = Label::new("control-gives-up", "tap-ctl is killed a
 /// How many bytes of a request a client of the control socket sends.
 pub static CUT_REQUEST: Label = Label::new("control-cut", "a client of the control socket sends {} bytes");
 
+/// Longer than the watchdog of a disk allows, in nanoseconds.
+const LONG_NS: u64 = 1_300_000_000;
 /// Kinds of acts, without "none".
 const ACTS: u64 = 15;
 /// A raw image of half the size.
@@ -144,6 +146,23 @@ impl Acts<'_> {
         self.listed(disk, "paused").await
     }
 
+    /// The disk, of which so many requests wait, stays paused for longer than its watchdog allows: that must be said,
+    /// and that they wait for the resume.
+    async fn hold_long(&self, disk: &Disk, waiting: u64) -> Act {
+        self.admin.hangs.borrow_mut().clear();
+        self.hold(disk, LONG_NS).await?;
+        let own = |(minor, _): &(u32, Whereabouts)| disk.minor.get().map(u32::from) == Some(*minor);
+        let said: Vec<_> = self.admin.hangs.borrow().iter().copied().filter(own).collect();
+        let right =
+            said.iter().all(|(_, at)| *at == Whereabouts::Paused) && said.is_empty() <= (waiting == 0);
+        if !right {
+            let text =
+                format!("{waiting} requests waited for {LONG_NS} ns for a paused disk, and it said {said:?}");
+            self.world.fail(Invariant::U1, text);
+        }
+        Some(())
+    }
+
     /// Pauses the disk, and resumes it with `options`, which has this status; one that fails leaves the disk running.
     async fn pause_and(&self, disk: &Disk, hold_ns: u64, options: &str, status: i32) -> Act {
         if !self.pause(disk).await? {
@@ -151,6 +170,9 @@ impl Acts<'_> {
         }
         self.hold(disk, hold_ns / 2).await?;
         let (waiting, since_ns) = (self.waiting(disk).await?, self.world.sim.now_ns());
+        if hold_ns.is_multiple_of(4) {
+            self.hold_long(disk, waiting).await?;
+        }
         self.hold(disk, hold_ns / 2).await?;
         let held_ns = self.world.sim.now_ns() - since_ns;
         let line = format!("unpause {} {options}", disk.at(self.tapdisk));
