@@ -262,6 +262,17 @@ impl Admin {
         self.expect(tapdisk, line, 0).await
     }
 
+    /// Waits for the last operations of a process that was killed with the file at `path` open.
+    pub(super) async fn nobody_has(&self, path: &str) {
+        for _ in 0..TRIES {
+            if self.world.storage.locks(path).is_empty() {
+                return;
+            }
+            self.world.sim.sleep_ns(10_000_000).await;
+        }
+        self.world.fail(Invariant::K1, format!("{path} stays locked by a process that was killed"));
+    }
+
     /// Makes `to` a copy of what `from` shows, by tap-img.
     pub(super) async fn convert(&self, from: &ImageSpec, to: &ImageSpec) -> bool {
         let host = self.host();

@@ -436,6 +436,7 @@ impl Acts<'_> {
     /// Several calls about one minor number at the same time. Whatever their order was, it can be given back, and then
     /// nobody has the image.
     async fn race(&self, entity: Entity) -> Act {
+        self.admin.nobody_has(SPARE).await;
         let outcome = self.admin.expect(self.tapdisk, "allocate", 0).await?;
         let minor = super::minor_in(&outcome.out)?;
         let at = format!("-p {} -m {minor}", self.tapdisk.pid());
