@@ -4,12 +4,13 @@
 //! |---|---|---|---|
 //! | 1 | `EINTR` | opening, sizing, removing, locking, seeking holes, synchronising a directory | a new file; a size; a
 //! removal |
-//! | 2 | `EIO` | all, including asking the file system what it lost, whose answer is then gone | a size; a removal |
+//! | 2 | `EIO` | all, including asking the file system what it lost, whose answer is then gone | a size; a removal; an
+//! exchange of names |
 //! | 3 | `EMFILE`, `ENOSPC`, `EBUSY`, `ENOLCK` | opening, sizing, removing, locking | |
 //! | 4 | `ENOENT` of an existing file: its storage is temporarily away | opening | |
 
 use crate::faults::{FaultPlan, SyncErrors};
-use crate::storage::{Inner, OpenFile};
+use crate::storage::{Inner, OpenFile, swap};
 use sim::{Draw, Entity, FaultKind, Label, Sim, text_hash};
 use tap_host::{Errno, LockKind};
 
@@ -45,6 +46,7 @@ pub(crate) enum Call {
     Create,
     SetSize,
     Remove,
+    Exchange,
     Lock,
     Info,
     Extent,
@@ -60,6 +62,7 @@ impl Call {
             Call::Create => "create-call",
             Call::SetSize => "size-call",
             Call::Remove => "remove-call",
+            Call::Exchange => "exchange-call",
             Call::Lock => "lock-call",
             Call::Info => "look-call",
             Call::Extent => "hole-call",
@@ -71,7 +74,8 @@ impl Call {
     /// The error of a kind; `None` if this call has no such fault.
     fn error(self, kind: u64) -> Option<Errno> {
         match (kind, self) {
-            (KIND_EINTR, Call::Info | Call::SyncAll) => None,
+            // What was exchanged would be exchanged back by another try.
+            (KIND_EINTR, Call::Info | Call::SyncAll | Call::Exchange) => None,
             (KIND_EINTR, _) => Some(Errno::EINTR),
             (KIND_EIO, _) => Some(Errno::EIO),
             (KIND_LACK, Call::Open | Call::Create) => Some(Errno::EMFILE),
@@ -93,6 +97,7 @@ impl Call {
         match self {
             Call::Create => kind == KIND_EINTR,
             Call::SetSize | Call::Remove => kind == KIND_EINTR || kind == KIND_EIO,
+            Call::Exchange => kind == KIND_EIO,
             _ => false,
         }
     }
@@ -203,6 +208,23 @@ impl Inner {
                 _ => {}
             }
         }
+        match failed {
+            None => self.exchanges.harden(dir),
+            Some(f) if f.error != Errno::EINTR && self.sync_errors() != SyncErrors::Retryable => {
+                self.exchanges.give_up(dir);
+            }
+            Some(_) => {}
+        }
+        failed.map_or(Ok(()), |f| Err(f.error))
+    }
+
+    /// Exchanges what two names stand for, in one step.
+    pub(crate) fn exchange(&self, one: &str, other: &str) -> Result<(), Errno> {
+        let failed = self.call_fault(Call::Exchange, one);
+        if failed.is_none_or(|f| f.happened) {
+            swap(&mut self.files.borrow_mut(), one, other)?;
+            self.exchanges.push(one, other);
+        }
         failed.map_or(Ok(()), |f| Err(f.error))
     }
 
@@ -268,7 +290,7 @@ impl Inner {
     }
 }
 
-fn directory(name: &str) -> &str {
+pub(crate) fn directory(name: &str) -> &str {
     name.rsplit_once('/').map_or("", |(dir, _)| dir)
 }
 

@@ -97,6 +97,9 @@ impl Files for SimHost {
     fn remove(&self, path: &str) -> impl Future<Output = Result<(), Errno>> {
         Files::remove(&self.process, path)
     }
+    fn exchange(&self, one: &str, other: &str) -> impl Future<Output = Result<(), Errno>> {
+        self.process.exchange(one, other)
+    }
     fn names_in(&self, folder: &str) -> impl Future<Output = Result<Vec<String>, Errno>> {
         self.process.names_in(folder)
     }

@@ -1,5 +1,7 @@
 //! Processes: the seam as a program of dom0 sees it. Code of a dead process that still runs has no effect.
 
+mod files;
+
 use crate::blktap::TapModule;
 use crate::calls::Call;
 use crate::faults::IoOp;
@@ -18,8 +20,8 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
 use tap_host::{
-    Bug, Entropy, Errno, Event, File, FileExtent, FileId, FileInfo, Files, IoVec, LockKind, Log, Mark,
-    OpenMode, Probe, SharedPages, Tasks, Time, ZeroMode, bytes_of,
+    Bug, Entropy, Errno, Event, File, FileExtent, FileId, FileInfo, Files, IoVec, LockKind, Log, Mark, Probe,
+    SharedPages, Tasks, Time, ZeroMode, bytes_of,
 };
 use xen_model::Mapping;
 
@@ -261,46 +263,6 @@ impl SharedPages for Process {
     fn remove_region(&self, _: &str) {}
     fn region_names(&self) -> Result<Vec<String>, Errno> {
         Ok(Vec::new())
-    }
-}
-
-impl Files for Process {
-    type File = ProcessFile;
-
-    async fn open(&self, path: &str, mode: OpenMode) -> Result<ProcessFile, Errno> {
-        let storage = &self.kernel.0.storage.0;
-        self.takes(if mode.create_new { Call::Create } else { Call::Open }, path).await;
-        self.alive().await;
-        let open = storage.open(path, mode.create_new, mode.write, mode.direct)?;
-        Ok(ProcessFile { process: self.clone(), open: storage.descriptor(open, &self.closed_at_ns) })
-    }
-
-    async fn sync_parent(&self, path: &str) -> Result<(), Errno> {
-        self.takes(Call::SyncName, path).await;
-        self.alive().await;
-        self.kernel.0.storage.0.sync_name(path)
-    }
-
-    async fn remove(&self, path: &str) -> Result<(), Errno> {
-        self.takes(Call::Remove, path).await;
-        self.alive().await;
-        self.kernel.0.storage.0.remove(path)
-    }
-
-    async fn names_in(&self, folder: &str) -> Result<Vec<String>, Errno> {
-        self.alive().await;
-        let (files, sockets) = (self.kernel.0.storage.0.files.borrow(), self.network().paths());
-        let all = files.keys().cloned().chain(sockets);
-        let inside = |path: String| Some(path.strip_prefix(folder)?.strip_prefix('/')?.to_owned());
-        let mut names: Vec<String> = all.filter_map(inside).filter(|name| !name.contains('/')).collect();
-        names.sort_unstable();
-        Ok(names)
-    }
-
-    async fn closed(&self) {
-        if self.is_closing() {
-            self.sleep_ns(self.closed_at_ns.get() - self.now_ns()).await;
-        }
     }
 }
 

@@ -9,6 +9,7 @@ mod closing;
 mod config;
 mod cuts;
 mod effect;
+mod exchange;
 mod full;
 mod nth;
 mod outage;
@@ -22,6 +23,8 @@ pub use bad::Spoilt;
 pub(crate) use closing::Descriptor;
 pub use config::{IoCounts, StorageConfig};
 pub use cuts::{Cut, CutFile, CutWrite};
+use exchange::Exchanges;
+pub(crate) use exchange::swap;
 pub use nth::{Concerned, NthFailure};
 use nth::{Nth, NthCounts, Rows};
 use outage::Outage;
@@ -130,6 +133,7 @@ pub(crate) struct Inner {
     refusing: Cell<bool>,
     nth_counts: NthCounts,
     rows: Rows,
+    pub(crate) exchanges: Exchanges,
     outage: Outage,
     spoilt: RefCell<Vec<Spoilt>>,
     /// Files that were dropped and are not closed yet, and when they will be.
@@ -171,6 +175,7 @@ impl Storage {
             refusing: Cell::new(false),
             nth_counts: NthCounts::default(),
             rows: Rows::default(),
+            exchanges: Exchanges::default(),
             outage: Outage::default(),
             spoilt: RefCell::default(),
             closing: RefCell::default(),
@@ -237,7 +242,10 @@ impl Storage {
     /// Whether some process has dropped the file and it is not closed yet.
     pub fn is_closing(&self, name: &str) -> bool {
         self.0.close_due();
-        self.0.closing.borrow().iter().any(|(_, open)| open.file.name == name)
+        let named = self.0.files.borrow().get(name).cloned();
+        // A file may have another name than it was opened by.
+        let is_it = |file: &Rc<FileState>| named.as_ref().map_or(file.name == name, |n| Rc::ptr_eq(n, file));
+        self.0.closing.borrow().iter().any(|(_, open)| is_it(&open.file))
     }
 
     /// Closes all files that were dropped and would be closed later: every process that dropped one has ended, and was

@@ -3,7 +3,7 @@
 use crate::{
     BLOCK, FileHost, OrFail, Outcome, Place, Test, buffers_of, pattern, read, same, same_bytes, tests, write,
 };
-use tap_host::{BufPool, File, IoVec, poll_once};
+use tap_host::{BufPool, Errno, File, IoVec, LockKind, poll_once};
 
 /// Bodies that need a file system.
 pub fn on_files<H: FileHost>() -> Vec<Test<Place<H>>> {
@@ -11,6 +11,7 @@ pub fn on_files<H: FileHost>() -> Vec<Test<Place<H>>> {
         a_removed_file_lives_while_it_is_open,
         a_folder_lists_its_names,
         names_are_made_durable,
+        two_names_are_exchanged,
         a_dropped_write_lands_as_a_whole,
     ]
 }
@@ -50,6 +51,24 @@ async fn names_are_made_durable<H: FileHost>(place: Place<H>) -> Outcome {
     drop(file);
     place.host.remove(&path).await.or_fail("remove")?;
     place.host.sync_parent(&path).await.or_fail("make the removal durable")
+}
+
+async fn two_names_are_exchanged<H: FileHost>(place: Place<H>) -> Outcome {
+    let [a, b] = ["a", "b"].map(|name| place.path(name));
+    let (first, second) = (place.create("a").await?, place.create("b").await?);
+    first.lock(LockKind::Exclusive).await.or_fail("lock")?;
+    write(&first, 0, &pattern(1, BLOCK)).await?;
+    write(&second, 0, &pattern(2, BLOCK)).await?;
+    same("exchange with nothing", place.host.exchange(&a, &place.path("c")).await, Err(Errno::ENOENT))?;
+    place.host.exchange(&a, &b).await.or_fail("exchange")?;
+    place.host.sync_parent(&a).await.or_fail("make the names durable")?;
+    write(&first, BLOCK as u64, &pattern(3, BLOCK)).await?;
+    let [at_a, at_b] = [place.open("a").await?, place.open("b").await?];
+    same_bytes("what the first name has", &read(&at_a, 0, 2 * BLOCK).await?, &pattern(2, BLOCK))?;
+    let want = [pattern(1, BLOCK), pattern(3, BLOCK)].concat();
+    same_bytes("what the second name has", &read(&at_b, 0, 4 * BLOCK).await?, &want)?;
+    same("the lock of the file", at_b.lock(LockKind::Shared).await, Err(Errno::EAGAIN))?;
+    at_a.lock(LockKind::Exclusive).await.or_fail("lock the other file")
 }
 
 async fn a_dropped_write_lands_as_a_whole<H: FileHost>(place: Place<H>) -> Outcome {

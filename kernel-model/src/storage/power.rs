@@ -67,6 +67,7 @@ impl Storage {
         drop(inner.closing.take());
         // A file may live through several power cuts; each is a separate decision.
         let cut = inner.power_cuts.replace(inner.power_cuts.get() + 1);
+        inner.undo_exchanges(cut);
         let old = std::mem::take(&mut *inner.files.borrow_mut());
         let mut report = CutRecorder::new(&inner.sim);
         for (name, file) in old {

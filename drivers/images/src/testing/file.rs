@@ -28,6 +28,14 @@ impl Files for World {
     async fn remove(&self, path: &str) -> Result<(), Errno> {
         self.0.files.borrow_mut().remove(path).map(drop).ok_or(Errno::ENOENT)
     }
+    async fn exchange(&self, one: &str, other: &str) -> Result<(), Errno> {
+        let mut files = self.0.files.borrow_mut();
+        let [a, b] = [one, other].map(|name| files.get(name).cloned());
+        let (Some(a), Some(b)) = (a, b) else { return Err(Errno::ENOENT) };
+        files.insert(one.to_owned(), b);
+        files.insert(other.to_owned(), a);
+        Ok(())
+    }
     async fn names_in(&self, _: &str) -> Result<Vec<String>, Errno> {
         Ok(self.0.files.borrow().keys().cloned().collect())
     }

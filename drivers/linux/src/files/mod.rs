@@ -365,6 +365,15 @@ impl Files for LinuxHost {
         blocking(move || rustix::fs::unlink(path).map_err(of_rustix)).await
     }
 
+    async fn exchange(&self, one: &str, other: &str) -> Result<(), Errno> {
+        let (one, other) = (one.to_owned(), other.to_owned());
+        blocking(move || {
+            use rustix::fs::{CWD, RenameFlags, renameat_with};
+            renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE).map_err(of_rustix)
+        })
+        .await
+    }
+
     async fn names_in(&self, folder: &str) -> Result<Vec<String>, Errno> {
         let folder = folder.to_owned();
         blocking(move || open::names_in(&folder)).await
