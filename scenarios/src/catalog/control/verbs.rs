@@ -45,6 +45,9 @@ const BUSY: &str = "/images/busy.img";
 /// The image of a disk that no guest uses.
 const SPARE: &str = "/images/spare.img";
 
+/// Longer than bytes are on their way to a socket.
+const ARRIVED_NS: u64 = 10_000_000;
+
 /// Makes the images that are not those of the disks.
 pub(super) fn make_others(world: &World) {
     for (path, bytes) in [(SMALL, DISK_BYTES / 2), (BUSY, DISK_BYTES), (SPARE, 64 << 10)] {
@@ -350,6 +353,8 @@ impl Acts<'_> {
         self.strangers_of_json(entity, &host, hold_ns).await?;
         let steps = sim.decide(entity, &GIVES_UP, 0, |d| 1 + d.below(12));
         self.admin.give_up(&format!("pause {}", disk.at(self.tapdisk)), steps).await;
+        // What it had sent arrives before the next request: later it would pause the disk once more.
+        sim.sleep_ns(ARRIVED_NS).await;
         if !self.tapdisk.is_alive() {
             return None;
         }
