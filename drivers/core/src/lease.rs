@@ -87,6 +87,10 @@ impl Node for Lease {
         if self.held.get() { vec![Child::lower(Rc::clone(&self.shared.node))] } else { Vec::new() }
     }
 
+    fn freeze(&self) -> LocalBoxFuture<Result<(), Errno>> {
+        self.shared.node.freeze()
+    }
+
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
         if self.end() { self.shared.node.close() } else { Box::pin(std::future::ready(Ok(()))) }
     }

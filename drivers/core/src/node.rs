@@ -202,6 +202,14 @@ pub trait Node: 'static {
     fn waits(&self) -> Vec<WaitReport> {
         Vec::new()
     }
+    /// Makes everything durable, and lets other processes read its files from now on: it is read-only for good. Called
+    /// when no request that changes it is in flight; after an error it is as before.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` where there is no file to share, otherwise those of the files.
+    fn freeze(&self) -> LocalBoxFuture<Result<(), Errno>> {
+        Box::pin(std::future::ready(Err(Errno::EOPNOTSUPP)))
+    }
     /// Makes everything durable and releases files and locks. Called once, when no request is in flight.
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>>;
 }

@@ -136,6 +136,10 @@ impl Node for StandIn {
         vec![Child::lower(Rc::clone(&self.node))]
     }
 
+    fn freeze(&self) -> LocalBoxFuture<Result<(), Errno>> {
+        self.node.freeze()
+    }
+
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
         self.node.close()
     }

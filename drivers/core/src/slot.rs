@@ -236,8 +236,10 @@ impl<H: Time + Log + Tasks + Probe> Slot<H> {
             (result, running) = flushed.await.ok_or(ExchangeError::Flush(Errno::EIO))?;
             result.map_err(ExchangeError::Flush)?;
         }
+        // The old one may be frozen by the change.
+        let info = old.info();
         let new = change(Rc::clone(&old)).await.map_err(ExchangeError::Change)?;
-        assert_eq!(new.info(), old.info(), "an exchange must keep the size and mode of the node");
+        assert_eq!(new.info(), info, "an exchange must keep the size and mode of the node");
         inner.host.mark(if inner.held.borrow().is_empty() { &EXCHANGED } else { &EXCHANGE_HELD });
         *inner.lower.borrow_mut() = new;
         drop(running);

@@ -19,6 +19,7 @@ mod zero;
 use crate::calls::{LONE_REPEATS, OPERATION_REPEATED, uninterrupted};
 use crate::memory::{FileStages, PART_BYTES};
 use crate::sync::GroupSync;
+use crate::sync_record::SyncRecord;
 use crate::{ImageError, ImageHost, OpenOptions};
 use keep::KeptZeros;
 use smallvec::smallvec;
@@ -138,6 +139,9 @@ impl<H: ImageHost> ImageFile<H> {
             error => ImageError::io("lock", path)(error),
         })?;
         let info = file.info().await.map_err(ImageError::io("query", path))?;
+        if lock == Some(LockKind::Shared) {
+            SyncRecord::drop_left(host, &info);
+        }
         let memory = FileStages::new(&Budget::default(), path, info.align_bytes as usize)?;
         let sync = GroupSync::of(host, &file, &info, write).await;
         Ok(Self {
@@ -296,6 +300,11 @@ impl<H: ImageHost> ImageFile<H> {
                 return Ok(());
             }
         }
+    }
+
+    /// Lets other readers have the file, too; it is not written to from now on.
+    pub(crate) async fn share(&self) -> Result<(), Errno> {
+        uninterrupted(&self.host, || self.file.lock(LockKind::Shared)).await
     }
 
     /// The current size in bytes.

@@ -60,7 +60,7 @@ impl<H: ImageHost> SyncRecord<H> {
         open: impl Fn(&str) -> Result<H::Region, Errno>,
     ) -> Result<Self, Errno> {
         let boot = host.boot_id()?;
-        let name = format!("{what}-{:x}-{:x}-{:x}", id.device, id.inode, id.generation);
+        let name = page_name(what, id);
         let page = page(host, || open(&name)).await?;
         let mut seen = [0; 16];
         page.copy_in(BOOT, &mut seen);
@@ -89,6 +89,17 @@ impl<H: ImageHost> SyncRecord<H> {
         (Some(record), lost)
     }
 
+    /// Removes the page that a killed process has left of a file that nobody writes to, unless something was lost.
+    pub(crate) fn drop_left(host: &H, info: &FileInfo) {
+        let name = page_name("sync", info.id);
+        if !host.region_names().is_ok_and(|names| names.contains(&name)) {
+            return;
+        }
+        // In use by another reader that does the same.
+        let Ok(page) = host.region(&name) else { return };
+        drop(Self { host: host.clone(), page, name });
+    }
+
     /// Called before a synchronisation begins.
     pub(crate) fn begun(&self) {
         self.page.store_u32(STATE, BEGUN);
@@ -106,6 +117,10 @@ impl<H: ImageHost> Drop for SyncRecord<H> {
             self.host.remove_region(&self.name);
         }
     }
+}
+
+fn page_name(what: &str, id: FileId) -> String {
+    format!("{what}-{:x}-{:x}-{:x}", id.device, id.inode, id.generation)
 }
 
 /// Opens a page with `open`; retries for about a second if the host lacks resources, and two minutes if the page has

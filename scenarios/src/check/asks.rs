@@ -183,6 +183,10 @@ impl Node for CountingNode {
         vec![Child::lower(Rc::clone(&self.0.lower))]
     }
 
+    fn freeze(&self) -> LocalBoxFuture<Result<(), Errno>> {
+        self.0.lower.freeze()
+    }
+
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
         self.0.lower.close()
     }

@@ -224,6 +224,16 @@ impl Node for Contract {
         if self.0.closed.get() { Vec::new() } else { vec![Child::lower(Rc::clone(&self.0.lower))] }
     }
 
+    fn freeze(&self) -> LocalBoxFuture<Result<(), Errno>> {
+        let running = self.0.running.borrow().iter().filter(|one| one.op.is_write()).count();
+        if self.0.closed.get() || running > 0 {
+            self.0.violated(format!("a layer was frozen with {running} changes in flight, or once closed"));
+        }
+        // From now on it is below another image.
+        self.set_shared(true);
+        self.0.lower.freeze()
+    }
+
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
         let inner = &self.0;
         let (running, queries) = (inner.running.borrow().len(), inner.queries.get());

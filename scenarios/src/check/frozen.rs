@@ -45,6 +45,10 @@ impl Node for Frozen {
         vec![Child::lower(Rc::clone(&self.lower))]
     }
 
+    fn freeze(&self) -> LocalBoxFuture<Result<(), Errno>> {
+        self.lower.freeze()
+    }
+
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
         self.lower.close()
     }

@@ -65,7 +65,7 @@ use crate::memory::ImageStages;
 use crate::sync::{FLUSH_EARLY, FUA_UNSYNCED};
 use doubt::{DOUBTS, SUSPECT_BYTES, Suspects};
 use inflate::Inflater;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::rc::Rc;
 use table::Cache;
@@ -88,7 +88,7 @@ tap_host::listed! {
 pub struct MappedDisk<H: ImageHost, L: Layout> {
     /// `None` once closed.
     image: RefCell<Option<Rc<Image<H, L>>>>,
-    info: NodeInfo,
+    info: Rc<Cell<NodeInfo>>,
 }
 
 /// The components of an open image.
@@ -133,7 +133,7 @@ impl<H: ImageHost, L: Layout> MappedDisk<H, L> {
     fn new(image: Image<H, L>, read_only: bool) -> Self {
         let size_sectors = image.geometry.disk_sectors();
         let info = NodeInfo { read_only, ..image.file.node_info(size_sectors) };
-        Self { image: RefCell::new(Some(Rc::new(image))), info }
+        Self { image: RefCell::new(Some(Rc::new(image))), info: Rc::new(Cell::new(info)) }
     }
 
     /// Performs a request that is within the disk.
@@ -174,7 +174,7 @@ impl<H: ImageHost, L: Layout> MappedDisk<H, L> {
 impl<H: ImageHost, L: Layout> Node for MappedDisk<H, L> {
     fn submit(&self, request: Request) -> LocalBoxFuture<Response> {
         let open = self.image.borrow().clone().ok_or(Errno::ESHUTDOWN);
-        let image = match self.info.check(&request).and(open) {
+        let image = match self.info.get().check(&request).and(open) {
             Ok(image) => image,
             Err(e) => return Box::pin(std::future::ready(Response { result: Err(e), bufs: request.bufs })),
         };
@@ -198,7 +198,7 @@ impl<H: ImageHost, L: Layout> Node for MappedDisk<H, L> {
     }
 
     fn info(&self) -> NodeInfo {
-        self.info
+        self.info.get()
     }
 
     fn name(&self) -> Option<NodeName> {
@@ -215,8 +215,21 @@ impl<H: ImageHost, L: Layout> Node for MappedDisk<H, L> {
         self.image.borrow().as_ref().map_or_else(Vec::new, |image| image.file.tracker().report())
     }
 
+    fn freeze(&self) -> LocalBoxFuture<Result<(), Errno>> {
+        let (open, info) = (self.image.borrow().clone(), Rc::clone(&self.info));
+        Box::pin(async move {
+            let image = open.ok_or(Errno::ESHUTDOWN)?;
+            if !info.get().read_only {
+                image.finish().await?;
+                image.file.share().await?;
+                info.set(NodeInfo { read_only: true, ..info.get() });
+            }
+            Ok(())
+        })
+    }
+
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
-        let (open, read_only) = (self.image.take(), self.info.read_only);
+        let (open, read_only) = (self.image.take(), self.info.get().read_only);
         Box::pin(async move {
             let Some(image) = open else { return Ok(()) };
             let flushed = if read_only { Ok(()) } else { image.finish().await };

@@ -10,7 +10,7 @@ use crate::io::{ImageFile, sync_name};
 use crate::sync::{FLUSH_EARLY, FUA_UNSYNCED};
 use crate::{Description, Format, FormatInfo, ImageError, ImageHost, NewImage, OpenImage, OpenOptions};
 use ahead::{Ahead, Change};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use tap_core::{Extent, LocalBoxFuture, Node, NodeInfo, NodeName, Op, Request, Response, Source};
 use tap_host::{Errno, FileExtent, FileId, IoVec, SECTOR_BYTES, SectorRange, ZeroMode};
@@ -70,7 +70,7 @@ impl<H: ImageHost> crate::Driver<H> for Driver {
 struct Raw<H: ImageHost> {
     /// `None` once closed.
     open: RefCell<Option<Rc<Inner<H>>>>,
-    info: NodeInfo,
+    info: Rc<Cell<NodeInfo>>,
 }
 
 struct Inner<H: ImageHost> {
@@ -121,7 +121,7 @@ impl<H: ImageHost> Raw<H> {
         }
         let info = NodeInfo { read_only: !write, ..file.node_info(size.div_ceil(SECTOR_BYTES)) };
         let inner = Inner { host: host.clone(), file, ahead: Ahead::new(!options.unlocked) };
-        Ok(Self { open: RefCell::new(Some(Rc::new(inner))), info })
+        Ok(Self { open: RefCell::new(Some(Rc::new(inner))), info: Rc::new(Cell::new(info)) })
     }
 }
 
@@ -179,7 +179,7 @@ impl<H: ImageHost> Inner<H> {
 impl<H: ImageHost> Node for Raw<H> {
     fn submit(&self, request: Request) -> LocalBoxFuture<Response> {
         let open = self.open.borrow().clone().ok_or(Errno::ESHUTDOWN);
-        let inner = match self.info.check(&request).and(open) {
+        let inner = match self.info.get().check(&request).and(open) {
             Ok(inner) => inner,
             Err(e) => return Box::pin(std::future::ready(Response { result: Err(e), bufs: request.bufs })),
         };
@@ -221,15 +221,28 @@ impl<H: ImageHost> Node for Raw<H> {
     }
 
     fn info(&self) -> NodeInfo {
-        self.info
+        self.info.get()
     }
 
     fn name(&self) -> Option<NodeName> {
         self.open.borrow().as_ref().map(|inner| inner.file.name.clone())
     }
 
+    fn freeze(&self) -> LocalBoxFuture<Result<(), Errno>> {
+        let (open, info) = (self.open.borrow().clone(), Rc::clone(&self.info));
+        Box::pin(async move {
+            let inner = open.ok_or(Errno::ESHUTDOWN)?;
+            if !info.get().read_only {
+                inner.file.sync_to_close().await?;
+                inner.file.share().await?;
+                info.set(NodeInfo { read_only: true, ..info.get() });
+            }
+            Ok(())
+        })
+    }
+
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
-        let (open, read_only) = (self.open.take(), self.info.read_only);
+        let (open, read_only) = (self.open.take(), self.info.get().read_only);
         Box::pin(async move {
             let Some(inner) = open else { return Ok(()) };
             let synced = match read_only || inner.host.bug(&CLOSE_UNSYNCED) {

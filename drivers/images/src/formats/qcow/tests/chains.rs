@@ -110,3 +110,37 @@ fn no_request_changes_an_image_opened_for_reading() {
     world.block_on(top.close()).unwrap();
     assert!([world.bytes("/0"), world.bytes("/1")] == before);
 }
+
+/// A live snapshot keeps an open image below a new one.
+#[test]
+fn a_frozen_image_is_durable_and_shared_with_readers() {
+    for (path, format) in [("/0", QCOW), ("/raw", RAW)] {
+        let world = World::new(1);
+        chain(&world, 1);
+        world.put("/raw", vec![0; 4096]);
+        let open = |write| {
+            let spec = ImageSpec { format, path: path.to_owned() };
+            let (host, options) = (world.clone(), OpenOptions { write, ..OpenOptions::default() });
+            world.block_on(async move { Formats::shipped().open(&host, &spec, &options).await })
+        };
+        let image = open(true).unwrap();
+        assert_eq!(world.block_on(image.submit(request(Op::Write, 2, &[1], 7))).result, Ok(()));
+        assert!(open(false).is_err_and(|error| error.is_in_use()), "nobody else has {path}");
+        for _ in 0..2 {
+            assert_eq!(world.block_on(image.freeze()), Ok(()));
+        }
+        assert!(image.info().read_only);
+        let late = world.block_on(image.submit(request(Op::Write, 3, &[1], 8)));
+        assert_eq!(late.result, Err(Errno::EROFS), "{path} does not change");
+        let crashed = world.after_crash(0);
+        assert_eq!(crashed.bytes(path), world.bytes(path), "{path} is durable");
+        let reader = open(false).unwrap();
+        let read = world.block_on(reader.submit(request(Op::Read, 2, &[1], 1)));
+        assert_eq!((read.result, read.bufs[0][0]), (Ok(()), 7));
+        assert!(open(true).is_err_and(|error| error.is_in_use()), "{path} is still in use");
+        let below = world.block_on(image.submit(request(Op::Read, 2, &[1], 1)));
+        assert_eq!((below.result, below.bufs[0][0]), (Ok(()), 7));
+        assert_eq!(world.block_on(image.close()), Ok(()));
+        assert_eq!(world.block_on(image.freeze()), Err(Errno::ESHUTDOWN));
+    }
+}
