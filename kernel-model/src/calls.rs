@@ -31,6 +31,7 @@ static CLOSE_SLOW: FaultKind = FaultKind { name: "slow-close", max_ppm: 300_000 
 static CALL_ERROR: FaultKind = FaultKind { name: "call-error", max_ppm: 100_000 };
 /// The rate is high because there are few of these calls.
 static DIRECTORY_ERROR: FaultKind = FaultKind { name: "directory-error", max_ppm: 400_000 };
+static EXCHANGE_ERROR: FaultKind = FaultKind { name: "exchange-error", max_ppm: 400_000 };
 static CALL_INTERRUPTED: FaultKind = FaultKind { name: "call-interrupted", max_ppm: 100_000 };
 
 const KIND_EINTR: u64 = 1;
@@ -107,6 +108,7 @@ impl Call {
 pub(crate) struct CallRates {
     error: u32,
     directory: u32,
+    exchange: u32,
     interrupted: u32,
     slow: u32,
     look_short: u32,
@@ -118,7 +120,8 @@ impl CallRates {
         let rate = |on: bool, kind| if on { sim.swarm().rate_ppm(kind) } else { 0 };
         Self {
             error: rate(plan.calls, &CALL_ERROR),
-            directory: rate(plan.calls, &DIRECTORY_ERROR),
+            directory: rate(plan.calls || plan.names, &DIRECTORY_ERROR),
+            exchange: rate(plan.calls || plan.names, &EXCHANGE_ERROR),
             interrupted: rate(plan.calls_interrupted, &CALL_INTERRUPTED),
             slow: rate(plan.latency, &CALL_SLOW),
             look_short: rate(plan.short, &LOOK_SHORT),
@@ -128,7 +131,11 @@ impl CallRates {
 
     fn draw(&self, call: Call, d: &mut Draw) -> u64 {
         let at = d.below(1_000_000) as u32;
-        let rate = if call == Call::SyncName { self.directory } else { self.error };
+        let rate = match call {
+            Call::SyncName => self.directory,
+            Call::Exchange => self.exchange,
+            _ => self.error,
+        };
         let kind = if at < self.interrupted {
             KIND_EINTR
         } else if at - self.interrupted < rate {
@@ -170,7 +177,7 @@ impl Inner {
     /// The fault that `call` meets, about the file or directory `name`; none if the plan does not have it, whatever a
     /// decision file says.
     pub(crate) fn call_fault(&self, call: Call, name: &str) -> Option<Failed> {
-        let CallRates { error, directory, interrupted, .. } = self.call_rates;
+        let CallRates { error, directory, exchange, interrupted, .. } = self.call_rates;
         if self.is_calm() {
             return None;
         }
@@ -178,7 +185,7 @@ impl Inner {
         if nth == Some(true) {
             return Some(Failed { error: Errno::EINTR, happened: false });
         }
-        if error | directory | interrupted == 0 && !self.sim.has_given_decisions() {
+        if error | directory | exchange | interrupted == 0 && !self.sim.has_given_decisions() {
             return None;
         }
         let entity: Entity = self.sim.derive(call.role(), text_hash(name));
@@ -188,7 +195,8 @@ impl Inner {
         let value = self.sim.fault(entity, &CALL_FAULT, 1_000_000, |d| self.call_rates.draw(call, d));
         let kind = value & 7;
         let plan = self.plan();
-        let allowed = if kind == KIND_EINTR { plan.calls_interrupted } else { plan.calls };
+        let of_names = plan.names && matches!(call, Call::Exchange | Call::SyncName);
+        let allowed = if kind == KIND_EINTR { plan.calls_interrupted } else { plan.calls || of_names };
         let spared = kind == KIND_EINTR && nth.is_some();
         let error = call.error(kind).filter(|_| allowed && !spared)?;
         Some(Failed { error, happened: value & HAPPENED != 0 && call.may_happen(kind) })

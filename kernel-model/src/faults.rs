@@ -130,7 +130,9 @@ pub struct FaultPlan {
     pub sync_interrupted: bool,
     /// Errors of calls other than transfers: see [`crate::calls`].
     pub calls: bool,
-    /// EINTR of these calls.
+    /// Errors of those that exchange names and synchronise directories only.
+    pub names: bool,
+    /// EINTR of calls.
     pub calls_interrupted: bool,
 }
 
@@ -147,6 +149,7 @@ impl FaultPlan {
         sync_errors: false,
         sync_interrupted: false,
         calls: false,
+        names: false,
         calls_interrupted: false,
     };
     /// Transient faults only: nothing fails for good.
@@ -169,6 +172,7 @@ impl FaultPlan {
         sync_errors: true,
         sync_interrupted: true,
         calls: true,
+        names: true,
         calls_interrupted: true,
     };
 }

@@ -220,6 +220,11 @@ impl Storage {
         self.0.files.borrow().get(name).map(|f| f.inode.borrow().live.clone())
     }
 
+    /// Which file it is, whatever its name.
+    pub fn file_number(&self, name: &str) -> Option<u64> {
+        self.0.files.borrow().get(name).map(|file| file.born)
+    }
+
     /// The file in all tenses.
     pub fn inode(&self, name: &str) -> Option<Inode> {
         self.0.files.borrow().get(name).map(|f| f.inode.borrow().clone())

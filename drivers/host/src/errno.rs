@@ -33,6 +33,7 @@ errnos! {
     ENOTBLK = 15, "not a regular file or block device";
     EBUSY = 16, "device or resource busy";
     EEXIST = 17, "file exists";
+    EXDEV = 18, "not on the same file system";
     ENODEV = 19, "no such device";
     ENOTDIR = 20, "not a directory";
     EISDIR = 21, "is a directory";
@@ -67,6 +68,7 @@ errnos! {
     ECONNREFUSED = 111, "connection refused";
     EHOSTUNREACH = 113, "no route to host";
     EALREADY = 114, "already in progress";
+    ESTALE = 116, "stale file handle";
     EUCLEAN = 117, "structure needs cleaning";
     EMEDIUMTYPE = 124, "wrong medium type";
 }

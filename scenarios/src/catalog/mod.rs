@@ -81,6 +81,7 @@ static OTHERS: &[&Scenario] = &[
     &device::NBD_DEVICE_DETACHED,
     &device::BLKBACK_OVER_DEVICE,
     &control::CONTROLLED,
+    &control::SNAPSHOTS,
 ];
 
 /// Those of [`OTHERS`] that have been swept for a long time. A scenario that is neither here nor marked as settled
@@ -136,6 +137,8 @@ pub static LABELS: &[&Label] = &[
     &control::GIVES_UP,
     &control::CUT_REQUEST,
     &control::JSON_SENT,
+    &control::SNAPSHOT,
+    &control::SNAPSHOT_DIES,
     &exchange::EXCHANGE,
     &exchange::PAUSE_BESIDE,
     &toolstack::REPLACE_AFTER,

@@ -182,6 +182,12 @@ impl Setup {
         Self { spec, below, ..self.clone() }
     }
 
+    /// The same disk with `spec` as its image, above these files and perhaps its raw base.
+    pub fn over(&self, spec: ImageSpec, mut below: Vec<String>) -> Self {
+        below.retain(|path| self.base.as_ref().is_none_or(|base| base.0 != *path));
+        Self { spec, below, ..self.clone() }
+    }
+
     /// The same disk with `spec` as its image, and nothing below it.
     pub fn alone(&self, spec: ImageSpec) -> Self {
         Self { spec, base: None, below: Vec::new(), ..self.clone() }

@@ -41,6 +41,8 @@ pub enum Invariant {
     C1,
     /// Files in use are locked.
     C2,
+    /// A snapshot happens as a whole.
+    C3,
     /// The back end refuses invalid requests.
     H1,
     /// A guest cannot disturb another.
@@ -93,7 +95,7 @@ pub enum Invariant {
 
 impl Invariant {
     /// All of them.
-    pub const ALL: [Invariant; 43] = [
+    pub const ALL: [Invariant; 44] = [
         Self::G1,
         Self::G7,
         Self::G9,
@@ -113,6 +115,7 @@ impl Invariant {
         Self::Q6,
         Self::C1,
         Self::C2,
+        Self::C3,
         Self::H1,
         Self::H2,
         Self::N1,
@@ -165,6 +168,7 @@ impl Invariant {
             Self::Q6 => "a checksum in an image is right or cleared",
             Self::C1 => "a backing file never changes",
             Self::C2 => "an image in use is locked for others, and each file below it for writers",
+            Self::C3 => "a snapshot leaves the old chain or the new one, whatever fails",
             Self::H1 => "malformed requests are refused, and a ring that cannot be trusted is closed",
             Self::H2 => "a guest that misbehaves does not disturb another",
             Self::N1 => "an NBD connection breaks only where one of its ends dies or misbehaves",

@@ -19,6 +19,7 @@ mod vocabulary;
 pub use server::{Json, REQUEST_BYTES_MAX, Verbs};
 pub use vocabulary::{
     Answer, Disk, Disks, ErrorAnswer, ImageStats, Latency, Metrics, Operation, Reply, Request, State, Stats,
+    Taken,
 };
 
 tap_host::listed! {

@@ -59,6 +59,7 @@ impl<H: ControlHost, V: Verbs> Protocol<H> for Json<V> {
 
     fn waits_for(request: &Self::Request) -> Option<u16> {
         match request {
+            Ok(Request::Snapshot { minor, .. }) => Some(*minor),
             Err(_) | Ok(Request::List {} | Request::Stats { .. } | Request::Metrics {}) => None,
         }
     }

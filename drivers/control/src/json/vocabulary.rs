@@ -12,6 +12,17 @@ use tap_host::Errno;
 pub enum Request {
     /// All minor numbers.
     List {},
+    /// A snapshot of a disk in use, with one of `keep` and `image`.
+    Snapshot {
+        /// The minor number.
+        minor: u16,
+        /// The disk keeps its name, and its image so far gets this path.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        keep: Option<String>,
+        /// The disk goes on with this new image, `TYPE:PATH`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        image: Option<String>,
+    },
     /// The counters of the disk of one minor number, or of all that are open.
     Stats {
         /// The minor number.
@@ -46,6 +57,8 @@ pub enum Reply {
     Stats(Disks<Stats>),
     /// To [`Request::Metrics`].
     Metrics(Metrics),
+    /// To [`Request::Snapshot`].
+    Snapshot(Taken),
 }
 
 /// The answer to a request.
@@ -134,6 +147,15 @@ pub struct Disk {
     pub waiting: u64,
     /// Clients that are connected over NBD.
     pub nbd_clients: u64,
+}
+
+/// The images of a disk after a snapshot, as `TYPE:PATH`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Taken {
+    /// What the disk has now.
+    pub image: String,
+    /// What is below it, and no longer changes.
+    pub base: String,
 }
 
 /// The counters of an open disk. Those of tapdisk3 (`name`, `secs`, `images`) are as there.
@@ -229,6 +251,8 @@ mod tests {
         assert_eq!(parse(r#"{"verb":"list"}"#), Ok(Request::List {}));
         assert_eq!(parse(r#" { "minor": 5, "verb": "stats" } "#), Ok(Request::Stats { minor: Some(5) }));
         assert_eq!(parse(r#"{"verb":"stats"}"#), Ok(Request::Stats { minor: None }));
+        let snapshot = Request::Snapshot { minor: 5, keep: Some("/a".into()), image: None };
+        assert_eq!(parse(r#"{"verb":"snapshot","minor":5,"keep":"/a"}"#), Ok(snapshot));
         for (text, word) in [
             (r#"{"verb":"list","minor":5}"#, "unknown field `minor`"),
             (r#"{"verb":"stats","minr":5}"#, "unknown field `minr`"),

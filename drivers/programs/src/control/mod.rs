@@ -14,6 +14,7 @@
 //! * A paused disk has no image open: its file can be changed, renamed or replaced. Those who use the disk notice a
 //!   delay, never an error, and never another size or mode. A pause that does not come about in time leaves the disk
 //!   running.
+//! * An image, and its name, are durable before the disk is served from it: what was flushed is found again.
 //! * A resume that fails leaves the disk running with the image that it had, if that can be opened and its name still
 //!   has the same file; otherwise it stays paused. When a paused disk is closed its clients lose their connections, and
 //!   can send what waited to whoever serves the image next.

@@ -7,6 +7,8 @@
 //!      └───────────────────────────┘
 //! ```
 
+mod snapshot;
+
 use super::ControlledHost;
 use super::open::{Asked, spec_of};
 use super::settings::Settings;
@@ -19,24 +21,28 @@ use tap_abi::tapctl::{Entry, Image, Params, Text, state};
 use tap_control::Refusal;
 use tap_control::json;
 use tap_core::wait::{Event as Flag, Receiver, Semaphore, joined};
-use tap_core::{Disk, KINDS, KindMeasures, Listed, Measures, Node, ParkError};
+use tap_core::{Disk, KINDS, KindMeasures, Listed, Measures, Node, ParkError, Request};
 use tap_host::{Errno, File, FileId, IoKind, OpenMode, SECTOR_BYTES, SocketAddress, VbdId};
-use tap_images::Formats;
+use tap_images::{Formats, sync_name};
 use tap_nbd::{Export, Server, ServerLimits};
 
+pub(super) use snapshot::Names;
+
 tap_host::listed! {
-    pub(super) BUGS: Bug;
+    pub(super) BUGS: Bug with [snapshot::BUGS];
     RESUMED_WITHOUT = "resumed-without", "a disk whose image cannot be opened again lets requests through without one";
     RESUME_KEEPS_NAME = "resume-keeps-name", "a disk that was resumed with another image opens the first one at the next resume";
     UNMARKED_LATER = "unmarked-later", "a detach is answered before others can have the minor number";
     RESUMED_BY_NAME = "resumed-by-name", "a disk goes on with another file that has got the name of its image";
+    NAME_TAKEN_AS_IS = "name-taken-as-is", "a disk is served although its image's name may not be durable";
+    COPY_TAKEN_AS_IS = "copy-taken-as-is", "a disk goes on with a copy of its image that may not be durable";
     PAUSED_UNSAID = "paused-unsaid", "a paused disk is listed as running at the JSON socket";
     PAUSED_CLOSE_ANSWERS = "paused-close-answers", "requests that a pause holds fail when the disk is closed";
     PAUSED_CLOSE_WAITS = "paused-close-waits", "the close of a paused disk waits for requests that the pause holds";
 }
 
 tap_host::listed! {
-    pub(super) MARKS: Mark;
+    pub(super) MARKS: Mark with [snapshot::MARKS];
     RESUMED_ELSEWHERE = "resumed-elsewhere", "a disk was resumed with another image";
     RESUME_REFUSED = "resume-refused", "a resume failed, and the disk went on with the image that it had";
     RESUME_FAILED = "resume-failed", "a resume failed, and the disk stayed paused";
@@ -82,8 +88,8 @@ struct Open<H: ControlledHost> {
     /// As tap-ctl gave it.
     name: RefCell<String>,
     stage: Cell<Stage>,
-    /// The file of its image when it was paused, if it is one.
-    let_go: Cell<Option<FileId>>,
+    /// The file of its image, if it is one.
+    file: Cell<Option<FileId>>,
     disk: Rc<Disk<H>>,
     listed: RefCell<Listed<H>>,
     server: Server<H>,
@@ -180,6 +186,11 @@ impl<H: ControlledHost> Vbd<H> {
         let disk = open_disk(host, Formats::shipped(), VbdId(u32::from(self.minor)), &spec, &options).await;
         let disk = Rc::new(disk.map_err(|error| refused(&error))?);
         disk.slot().watch(settings.watchdog_ns());
+        if let Err(error) = make_durable(settings, &spec, &options, disk.node()).await {
+            // Nothing was written.
+            let _nothing_lost = disk.close().await;
+            return Err(refused(&error));
+        }
         listed.fill(&name, &disk);
         let exported = self.export(settings, tuning.disk(&spec, disk.node()), !options.write).await;
         let (server, served) = match exported {
@@ -190,11 +201,12 @@ impl<H: ControlledHost> Vbd<H> {
                 return Err(why);
             }
         };
+        let file = Cell::new(file_of(host, &name).await);
         Ok(Open {
             options,
             name: RefCell::new(name),
             stage: Cell::new(Stage::Running),
-            let_go: Cell::new(None),
+            file,
             disk,
             listed: RefCell::new(listed),
             server,
@@ -233,8 +245,6 @@ impl<H: ControlledHost> Vbd<H> {
         if open.stage.get() != Stage::Running {
             return Ok(());
         }
-        let name = open.name.borrow().clone();
-        open.let_go.set(file_of(&settings.host, &name).await);
         open.stage.set(Stage::Pausing);
         let parked = open.disk.park(settings.until_late()).await;
         open.stage.set(if parked.is_ok() { Stage::Paused } else { Stage::Running });
@@ -276,7 +286,7 @@ impl<H: ControlledHost> Vbd<H> {
             return Ok(());
         };
         let moved = name != old && !settings.host.bug(&RESUMED_BY_NAME) && {
-            let file = open.let_go.get();
+            let file = open.file.get();
             file.is_some() && file_of(&settings.host, &old).await != file
         };
         let back = match name == old || moved {
@@ -312,6 +322,10 @@ impl<H: ControlledHost> Vbd<H> {
         let spec = spec_of(name, what)?;
         let node = open_node(&settings.host, Formats::shipped(), &spec, &open.options).await;
         let node = node.map_err(|error| refused(&error))?;
+        if let Err(error) = make_durable(settings, &spec, &open.options, Rc::clone(&node)).await {
+            let _unused = node.close().await;
+            return Err(refused(&error));
+        }
         let fit = match open.disk.fit(Rc::clone(&node)) {
             Ok(fit) => fit,
             Err(why) => {
@@ -326,6 +340,7 @@ impl<H: ControlledHost> Vbd<H> {
             return Err(Refusal::new(Errno::ESHUTDOWN, format!("{what}: {error}")));
         }
         open.stage.set(Stage::Running);
+        open.file.set(file_of(&settings.host, name).await);
         if !settings.host.bug(&RESUME_KEEPS_NAME) {
             name.clone_into(&mut open.name.borrow_mut());
         }
@@ -453,6 +468,32 @@ async fn file_of<H: ControlledHost>(host: &H, name: &str) -> Option<FileId> {
     let Ok(DiskSpec::Image(image)) = name.parse() else { return None };
     let file = host.open(&image.path, OpenMode::READ).await.ok()?;
     file.info().await.ok().map(|info| info.id)
+}
+
+/// Makes an image that is to be served durable, with its name: it takes the place of one whose guest has flushed, or
+/// holds what its guest will flush. Who copied or renamed it may not have done that, or have been killed before.
+async fn make_durable<H: ControlledHost>(
+    settings: &Settings<H>,
+    spec: &DiskSpec,
+    options: &DiskOptions,
+    node: Rc<dyn Node>,
+) -> Result<(), OpenError> {
+    let (host, DiskSpec::Image(image)) = (&settings.host, spec) else { return Ok(()) };
+    if !options.write {
+        return Ok(());
+    }
+    if !host.bug(&COPY_TAKEN_AS_IS)
+        && let Err(error) = node.submit(Request::flush()).await.result
+    {
+        // What was lost before fails the flushes of its guest, too.
+        settings
+            .console
+            .err(&format!("tapdisk: failed to synchronise {}: {error}; it is served", image.path));
+    }
+    if !host.bug(&NAME_TAKEN_AS_IS) {
+        sync_name(host, &image.path).await?;
+    }
+    Ok(())
 }
 
 fn refused(error: &OpenError) -> Refusal {

@@ -2,7 +2,7 @@
 
 use super::metrics;
 use super::settings::Settings;
-use super::vbd::Vbd;
+use super::vbd::{Names, Vbd};
 use super::{ControlArgs, ControlledHost};
 use crate::ctl::{is_named, marker_of};
 use crate::{Console, Tuning};
@@ -274,6 +274,18 @@ impl<H: ControlledHost> Vbds<H> {
     async fn reply(&self, request: json::Request) -> Result<json::Reply, Refusal> {
         match request {
             json::Request::List {} => Ok(json::Reply::List(json::Disks { disks: self.listed() })),
+            json::Request::Snapshot { minor, keep, image } => {
+                let names = match (keep, image) {
+                    (Some(path), None) => Names::Keep(path),
+                    (None, Some(image)) => Names::New(image),
+                    _ => {
+                        let words = format!("take a snapshot of minor {minor}: give one of keep and image");
+                        return Err(Refusal::new(Errno::EINVAL, words));
+                    }
+                };
+                let (vbd, _turn) = self.turn(minor, "take a snapshot of").await?;
+                vbd.snapshot(&self.settings, &names).await.map(json::Reply::Snapshot)
+            }
             json::Request::Stats { minor } => {
                 let disks = match minor {
                     Some(minor) => vec![self.get(minor, "count what")?.stats()?],

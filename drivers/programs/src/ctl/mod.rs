@@ -15,6 +15,7 @@
 mod list;
 mod minors;
 mod open;
+mod snapshot;
 
 pub(crate) use minors::is_named;
 pub use minors::marker_of;
@@ -26,6 +27,7 @@ use clap::{Args, Parser, Subcommand};
 use list::ListArgs;
 use open::{CreateArgs, OpenArgs, UnpauseArgs};
 use serde_json::{Value, json};
+use snapshot::SnapshotArgs;
 use std::future::Future;
 use tap_abi::tapctl::{Kind, Message, PidOf};
 use tap_control::FOLDER;
@@ -91,6 +93,8 @@ enum Verb {
     Pause(WaitArgs),
     /// Opens the image again, or another one, and lets requests through
     Unpause(UnpauseArgs),
+    /// Takes a snapshot of a disk in use: its image no longer changes, and a new one above it takes the writes
+    Snapshot(SnapshotArgs),
     /// Allocates a minor number, starts a tapdisk, attaches and opens; prints the path of the marker
     Create(CreateArgs),
     /// Closes, detaches and frees
@@ -229,6 +233,7 @@ impl<H: CtlHost, L: Launch> Ctl<'_, H, L> {
             }
             Verb::Pause(args) => self.ask(args.disk, Kind::Pause, args.timeout.into()).await,
             Verb::Unpause(args) => self.unpause(&args).await,
+            Verb::Snapshot(args) => self.snapshot(&args).await,
             Verb::Create(args) => self.create(&args).await,
             Verb::Destroy(args) => {
                 self.ask(args.disk, Kind::Close, args.timeout.into()).await?;

@@ -23,22 +23,22 @@ pub(crate) fn tests(add: Add) {
 }
 
 /// A folder for sockets, with an image in it.
-struct Place(TempDir);
+pub(crate) struct Place(TempDir);
 
 impl Place {
-    fn new() -> Result<Self, Failed> {
+    pub(crate) fn new() -> Result<Self, Failed> {
         let place = Self(tempfile::tempdir()?);
         std::fs::File::create(place.path("disk"))?.set_len(1 << 20)?;
         std::fs::File::create(place.path("other"))?.set_len(1 << 20)?;
         Ok(place)
     }
 
-    fn path(&self, name: &str) -> String {
+    pub(crate) fn path(&self, name: &str) -> String {
         self.0.path().join(name).display().to_string()
     }
 
     /// Runs tap-ctl; its exit status, and what it printed.
-    fn run(&self, line: &str) -> Result<(i32, String), Failed> {
+    pub(crate) fn run(&self, line: &str) -> Result<(i32, String), Failed> {
         let mut command = Command::new(TAP_CTL);
         command.args(["--folder", &self.path("run")]).args(line.split_whitespace()).stdin(Stdio::null());
         let output = command.output()?;
@@ -46,11 +46,22 @@ impl Place {
         Ok((output.status.code().unwrap_or(-1), said.trim_end().to_owned()))
     }
 
-    fn done(&self, line: &str) -> Result<String, Failed> {
+    pub(crate) fn done(&self, line: &str) -> Result<String, Failed> {
         match self.run(line)? {
             (0, said) => Ok(said),
             (status, said) => Err(format!("tap-ctl {line}: {status}: {said}").into()),
         }
+    }
+
+    /// Gives back the minor number of a tapdisk that was killed, once the kernel has closed its files.
+    pub(crate) fn free_killed(&self) -> Done {
+        for _ in 0..500 {
+            if self.run("free -m 0")?.0 == 0 {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Err("the minor number of a killed tapdisk is not freed".into())
     }
 
     /// A new disk: the number of its process.

@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 const SECTOR: usize = 512;
+pub(crate) const DISK_BYTES: usize = SECTORS as usize * SECTOR;
 const SECTORS: u64 = (4 << 20) / SECTOR as u64;
 const DEPTH: usize = 16;
 /// Kills of each disk; four disks make 200.
@@ -26,21 +27,26 @@ pub(crate) fn tests(add: Add) {
 }
 
 /// What the disk holds, sector by sector: the number of the write that was last answered, 0 for none.
-struct Model {
+pub(crate) struct Model {
     known: Vec<u64>,
     next: u64,
     rng: ChaCha8Rng,
 }
 
 /// An unanswered write.
-struct Flying {
+pub(crate) struct Flying {
     number: u64,
     start: u64,
     count: u64,
 }
 
 impl Model {
-    fn below(&mut self, n: u64) -> u64 {
+    /// A disk of zeros.
+    pub(crate) fn new(seed: u64) -> Self {
+        Self { known: vec![0; SECTORS as usize], next: 1, rng: ChaCha8Rng::seed_from_u64(seed) }
+    }
+
+    pub(crate) fn below(&mut self, n: u64) -> u64 {
         self.rng.next_u64() % n
     }
 
@@ -64,7 +70,11 @@ impl Model {
     }
 
     /// Writes until `answers` replies have arrived, and returns the writes then in flight.
-    fn write_until(&mut self, client: &mut Client, answers: u64) -> Result<BTreeMap<u64, Flying>, Failed> {
+    pub(crate) fn write_until(
+        &mut self,
+        client: &mut Client,
+        answers: u64,
+    ) -> Result<BTreeMap<u64, Flying>, Failed> {
         let mut flying = BTreeMap::new();
         let (mut answered, mut sent) = (0, 0_u64);
         while answered < answers {
@@ -103,7 +113,7 @@ impl Model {
     }
 
     /// Reads everything: each sector holds the last answered write, or one that was in flight over it.
-    fn check(&mut self, client: &mut Client, flying: &BTreeMap<u64, Flying>, base: &[u8]) -> Done {
+    pub(crate) fn check(&mut self, client: &mut Client, flying: &BTreeMap<u64, Flying>, base: &[u8]) -> Done {
         let all = client.read(0, (SECTORS * SECTOR as u64) as u32)?;
         for (s, bytes) in all.chunks(SECTOR).enumerate() {
             let known = self.known[s];
@@ -146,8 +156,7 @@ fn killed(kind: &str, direct: bool) -> Done {
     if direct {
         args.push("--direct");
     }
-    let rng = ChaCha8Rng::seed_from_u64(7 + u64::from(direct));
-    let mut model = Model { known: vec![0; SECTORS as usize], next: 1, rng };
+    let mut model = Model::new(7 + u64::from(direct));
     let socket = path("socket");
     let mut flying = BTreeMap::new();
     for round in 0..=KILLS {

@@ -12,6 +12,7 @@ mod crash;
 mod fork;
 mod peers;
 mod server;
+mod snapshot;
 mod space;
 mod tls;
 
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
     alike::tests(&mut add);
     fork::tests(&mut add);
     control::tests(&mut add);
+    snapshot::tests(&mut add);
     check::tests(&mut add);
     tls::tests(&mut add);
     trials.extend(space::tests());

@@ -1,8 +1,11 @@
 //! An administrator of a world: runs the shipped `tap-ctl`, which starts the shipped `tapdisk control`.
 
+use super::Part;
+use super::snapshots::bases;
 use crate::catalog::nbd::server_limits;
 use crate::catalog::setup::Setup;
 use crate::check::Invariant;
+use crate::formats::Kind;
 use crate::limits::StackLimits;
 use crate::program::{Printed, named, option_of, tapdisk};
 use crate::world::World;
@@ -12,7 +15,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use tap_control::{FOLDER, socket_of};
 use tap_core::CacheMode;
-use tap_host::{Errno, Event, Files, Signals, Whereabouts, select};
+use tap_host::{Errno, Event, File, Files, IoBuf, LockKind, OpenMode, Signals, Whereabouts, select};
 use tap_images::ImageSpec;
 use tap_programs::Tuning;
 use tap_programs::ctl::{Cli, Launch, run};
@@ -63,6 +66,9 @@ pub(super) struct Outcome {
 /// The administrator.
 pub(super) struct Admin {
     pub(super) world: World,
+    pub(super) part: Part,
+    /// Options that name backing files.
+    backing: String,
     pub(super) limits: StackLimits,
     cache: CacheMode,
     /// How long a disk may take to pause, in seconds. A disk that hangs takes longer than the shortest.
@@ -91,8 +97,9 @@ impl Launch for Admin {
         let (limits, cache) = (self.limits.options(), option_of(self.cache));
         let options = options.join(" ");
         let limit = self.pause_limit_s;
+        let backing = &self.backing;
         let line = format!(
-            "control --folder {folder} --pause-limit {limit} --watchdog 1 {limits} {cache} {options}"
+            "control --folder {folder} --pause-limit {limit} --watchdog 1 {limits} {backing} {cache} {options}"
         );
         let memory = SERVERS_BYTES + DISKS_MAX * self.limits.memory_bytes.max(4 << 20);
         let tuning = self.limits.tuning(&self.world, node, memory);
@@ -110,7 +117,7 @@ impl Launch for Admin {
 }
 
 impl Admin {
-    pub(super) fn draw(world: &World) -> Rc<Self> {
+    pub(super) fn draw(world: &World, part: Part, kind: Kind) -> Rc<Self> {
         let limits = StackLimits::draw(world);
         let hangs = Rc::<RefCell<Vec<(u32, Whereabouts)>>>::default();
         let said = Rc::clone(&hangs);
@@ -119,8 +126,11 @@ impl Admin {
                 said.borrow_mut().push((vbd.0, at));
             }
         });
+        let backing = if part == Part::Snapshots { bases(world, kind) } else { String::new() };
         Rc::new(Self {
             world: world.clone(),
+            part,
+            backing,
             limits,
             cache: world.setting("program-cache", &[CacheMode::WriteBack, CacheMode::WriteThrough]),
             pause_limit_s: world.setting("pause-limit", &[3600, 1]),
@@ -134,6 +144,11 @@ impl Admin {
     /// Whether writes are durable when they are answered.
     pub(super) fn writes_through(&self) -> bool {
         self.cache == CacheMode::WriteThrough
+    }
+
+    /// Whether the backing files are named whose format cannot be recognised.
+    pub(super) fn names_bases(&self) -> bool {
+        !self.backing.is_empty()
     }
 
     /// Whether a pause may come too late.
@@ -253,7 +268,7 @@ impl Admin {
             }
             match i32::from(outcome.status) {
                 0 => return Some(outcome),
-                status if status == Errno::EAGAIN.0 || status == Errno::EBUSY.0 => {
+                status if [Errno::EAGAIN.0, Errno::EBUSY.0].contains(&status) || self.passes(status) => {
                     self.world.sim.sleep_ns(10_000_000).await;
                 }
                 _ => break,
@@ -271,6 +286,30 @@ impl Admin {
             self.world.sim.sleep_ns(10_000_000).await;
         }
         self.world.fail(Invariant::K1, format!("{path} stays locked by a process that was killed"));
+    }
+
+    /// Writes a new file, as cp does.
+    pub(super) async fn write_file(&self, path: &str, bytes: &[u8]) {
+        let host = self.host();
+        let Ok(file) = host.open(path, OpenMode::CREATE).await else {
+            return self.world.fail(Invariant::U1, format!("{path} cannot be made"));
+        };
+        let mut at = 0;
+        while at < bytes.len() {
+            let part = &bytes[at..bytes.len().min(at + (64 << 10))];
+            let buf = IoBuf::copy_of(part).expect("there is memory for a copy");
+            match file.write_at(at as u64, [buf].into_iter().collect()).await.0 {
+                Ok(written) => at += written,
+                Err(error) => return self.world.fail(Invariant::U1, format!("writing {path}: {error}")),
+            }
+        }
+        drop(file);
+        host.closed().await;
+    }
+
+    /// Whether a call may end so although the next one does not: a folder could not be synchronised.
+    pub(super) fn passes(&self, status: i32) -> bool {
+        self.part == Part::Snapshots && status == Errno::EIO.0
     }
 
     /// Makes `to` a copy of what `from` shows, by tap-img.
@@ -306,7 +345,11 @@ pub(super) fn image(spec: &ImageSpec, limits: &StackLimits) -> String {
 /// said.
 pub(super) fn check_let_go(world: &World, setup: &Setup, when: &str) {
     for path in setup.files() {
-        let locks = world.storage.locks(path);
+        let mut locks = world.storage.locks(path);
+        if world.stats().crashes > 0 && *path != setup.spec.path {
+            // The last operations of a killed tapdisk may still read it.
+            locks.retain(|lock| *lock != LockKind::Shared);
+        }
         // A descriptor that a killed tapdisk had not locked yet may take its time.
         let closing = world.storage.is_closing(path) && world.stats().crashes == 0;
         if !locks.is_empty() || closing {

@@ -14,6 +14,7 @@ mod admin;
 mod crowd;
 mod json;
 mod openmetrics;
+mod snapshots;
 mod verbs;
 
 use super::crash::arm_power_cut;
@@ -39,6 +40,7 @@ use tap_images::ImageSpec;
 use tap_nbd::{Breaks, Client, ClientConfig};
 
 pub use json::JSON_SENT;
+pub use snapshots::{SNAPSHOT, SNAPSHOT_DIES, SNAPSHOTS};
 pub use verbs::{CONTROL, CUT_REQUEST, GIVES_UP, RACE};
 
 /// Disks under control.
@@ -46,8 +48,17 @@ pub static CONTROLLED: Scenario = Scenario {
     name: "controlled",
     about: "disks are paused, resumed with other images, closed and opened by tap-ctl under load; tapdisk is killed; power cuts",
     storage: &|_| StorageConfig::default(),
-    body: &|w| Box::pin(controlled(w)),
+    body: &|w| Box::pin(lives(w, Part::Control)),
 };
+
+/// What an administrator does with the disks.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Part {
+    /// Everything that the old protocol has.
+    Control,
+    /// Snapshots.
+    Snapshots,
+}
 
 const DISK_BYTES: u64 = 512 << 10;
 /// How often tapdisk is started, at most, before the last time.
@@ -63,6 +74,10 @@ struct Disk {
     copies: Cell<u32>,
     /// Images that it had before, as they were when it let go of them.
     left: RefCell<Vec<(String, Vec<u8>)>>,
+    /// A snapshot whose outcome is not known.
+    pending: RefCell<Option<snapshots::Pending>>,
+    /// A snapshot may have been taken although that was not said: a power cut may undo or redo it.
+    doubt: Cell<bool>,
 }
 
 impl Disk {
@@ -71,7 +86,8 @@ impl Disk {
         // Requests are sent again on a new connection, in any order.
         setup.history.borrow_mut().relax_order();
         let (setup, minor) = (RefCell::new(setup), Cell::new(None));
-        Rc::new(Self { number, setup, minor, copies: Cell::new(0), left: RefCell::default() })
+        let (copies, left, pending) = (Cell::new(0), RefCell::default(), RefCell::default());
+        Rc::new(Self { number, setup, minor, copies, left, pending, doubt: Cell::new(false) })
     }
 
     fn setup(&self) -> Setup {
@@ -105,9 +121,10 @@ impl Disk {
     }
 }
 
-async fn controlled(world: World) {
-    let admin = Admin::draw(&world);
-    let kind = world.setting("image", &Kind::plain());
+async fn lives(world: World, part: Part) {
+    let kinds = if part == Part::Snapshots { Kind::all() } else { Kind::plain() };
+    let kind = world.setting("image", &kinds);
+    let admin = Admin::draw(&world, part, kind);
     let count = world.setting("controlled-disks", &[1, 2]);
     let disks: Vec<Rc<Disk>> = (0..count).map(|number| Disk::new(&world, kind, number)).collect();
     verbs::make_others(&world);
@@ -143,6 +160,10 @@ async fn start(world: &World, admin: &Rc<Admin>, disks: &[Rc<Disk>]) -> Option<T
             disk.minor.set(minor_in(&created.out));
             if !newest.is_alive() {
                 // What it had begun is taken back; its marker may be left if it could not be.
+                return None;
+            }
+            if admin.passes(created.status.into()) {
+                // What it had begun was taken back.
                 return None;
             }
             if created.status != 0 || disk.minor.get().is_none() {
@@ -193,7 +214,10 @@ async fn epoch(world: &World, admin: &Rc<Admin>, disks: &[Rc<Disk>], epoch: u32)
             ends.push(end);
         }
         let acts = verbs::Acts { world, admin, tapdisk: &tapdisk, disks, epoch };
-        acts.run().await;
+        match admin.part {
+            Part::Control => acts.run().await,
+            Part::Snapshots => acts.run_snapshots().await,
+        }
         for end in ends {
             select(tapdisk.ended(), end).await;
         }
@@ -218,6 +242,7 @@ async fn over(world: &World, admin: &Rc<Admin>, disks: &[Rc<Disk>], epoch: u32) 
         admin.forget().await;
     }
     for disk in disks {
+        disk.settle(world, power);
         let setup = disk.setup();
         match power {
             true => {
@@ -322,7 +347,7 @@ async fn destroy(world: &World, admin: &Rc<Admin>, tapdisk: &Tapdisk, disks: &[R
     if tapdisk.host.process.node().is_alive() {
         check_nothing_left(world, admin, tapdisk).await;
     }
-    if power && disks.iter().all(|disk| disk.minor.get().is_none()) {
+    if power && disks.iter().all(|disk| disk.minor.get().is_none() && !disk.doubt.get()) {
         world.storage.set_hook(None);
         let paths: Vec<String> = disks.iter().map(|disk| disk.setup().spec.path).collect();
         let paths = paths.iter().map(String::as_str);

@@ -1,7 +1,7 @@
 //! What an administrator does with a disk under load.
 
 use super::admin::{Admin, Outcome, Tapdisk, check_let_go, image};
-use super::{DISK_BYTES, Disk};
+use super::{DISK_BYTES, Disk, Part};
 use crate::check::Invariant;
 use crate::formats::{self, Kind};
 use crate::guest::RawNbd;
@@ -112,16 +112,19 @@ impl Acts<'_> {
     }
 
     pub(super) async fn done(&self, line: &str) -> Act {
-        self.admin.expect(self.tapdisk, line, 0).await.map(drop)
+        match self.admin.part {
+            Part::Control => self.admin.expect(self.tapdisk, line, 0).await.map(drop),
+            Part::Snapshots => self.admin.persist(self.tapdisk, line).await.map(drop),
+        }
     }
 
-    async fn refuse(&self, line: &str, error: Errno) -> Act {
+    pub(super) async fn refuse(&self, line: &str, error: Errno) -> Act {
         self.admin.expect(self.tapdisk, line, error.0).await.map(drop)
     }
 
     /// Pauses the disk: what was answered before is durable, and the files are nobody's. False if its requests did not
     /// end in time, and it went on.
-    async fn pause(&self, disk: &Disk) -> Option<bool> {
+    pub(super) async fn pause(&self, disk: &Disk) -> Option<bool> {
         let (setup, line) = (disk.setup(), format!("pause {}", disk.at(self.tapdisk)));
         let inv = setup.history.borrow_mut().begin_flush();
         let paused = self.admin.ctl(&line).await;
@@ -167,7 +170,7 @@ impl Acts<'_> {
     }
 
     /// Pauses the disk, and resumes it with `options`, which has this status; one that fails leaves the disk running.
-    async fn pause_and(&self, disk: &Disk, hold_ns: u64, options: &str, status: i32) -> Act {
+    pub(super) async fn pause_and(&self, disk: &Disk, hold_ns: u64, options: &str, status: i32) -> Act {
         if !self.pause(disk).await? {
             return Some(());
         }
@@ -179,7 +182,10 @@ impl Acts<'_> {
         self.hold(disk, hold_ns / 2).await?;
         let held_ns = self.world.sim.now_ns() - since_ns;
         let line = format!("unpause {} {options}", disk.at(self.tapdisk));
-        self.admin.expect(self.tapdisk, &line, status).await?;
+        match status {
+            0 => self.done(&line).await?,
+            _ => _ = self.admin.expect(self.tapdisk, &line, status).await?,
+        }
         self.runs(disk).await?;
         if waiting > 0 { self.measured(disk, held_ns).await } else { Some(()) }
     }
@@ -271,7 +277,7 @@ impl Acts<'_> {
     }
 
     /// Closes the disk, perhaps while it is paused or by force, and opens it again. Its guest connects again.
-    async fn reopen(&self, disk: &Disk, hold_ns: u64, paused: bool) -> Act {
+    pub(super) async fn reopen(&self, disk: &Disk, hold_ns: u64, paused: bool) -> Act {
         let (setup, at) = (disk.setup(), disk.at(self.tapdisk));
         let paused = paused && self.pause(disk).await?;
         if paused {
