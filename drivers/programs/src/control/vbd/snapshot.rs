@@ -37,8 +37,6 @@ tap_host::listed! {
     pub(super) BUGS: Bug;
     SNAPSHOT_NAME_LATER = "snapshot-name-later",
         "a disk writes to the new image of a snapshot before it is durable that this one has its name";
-    SNAPSHOT_NAMES_FIRST = "snapshot-names-first",
-        "the new image of a snapshot gets the disk's name while the old one has data to be made durable";
     SNAPSHOT_KEEPS_LOCK = "snapshot-keeps-lock", "nobody may read the image below a snapshot";
     SNAPSHOT_NOT_UNDONE = "snapshot-not-undone", "a snapshot that failed leaves the new image with the disk's name";
     SNAPSHOT_ANY_BASE = "snapshot-any-base", "a snapshot is taken although its chain could not be opened again";
@@ -226,12 +224,8 @@ impl Plan {
     /// Puts the new image above the old one.
     async fn take<H: ControlledHost>(&self, settings: &Settings<H>, open: &Open<H>) -> Result<(), Refusal> {
         let host = &settings.host;
-        let early = host.bug(&SNAPSHOT_NAMES_FIRST);
-        if self.keeps_name || early {
+        if self.keeps_name {
             self.make(host, open).await?;
-        }
-        if self.keeps_name && early {
-            self.exchange_names(host, open).await?;
         }
         let begun = Cell::new(false);
         let above = async |old: Lease| {
@@ -242,7 +236,6 @@ impl Plan {
             let flushed = base.submit(Request::flush()).await.result;
             flushed.map_err(|error| self.refuse(error, format!("flush it: {error}; it goes on")))?;
             match self.keeps_name {
-                _ if early => {}
                 true => self.exchange_names(host, open).await?,
                 false => self.make(host, open).await?,
             }
