@@ -10,7 +10,7 @@
 //! | 4 | `ENOENT` of an existing file: its storage is temporarily away | opening | |
 
 use crate::faults::{FaultPlan, SyncErrors};
-use crate::storage::{Inner, OpenFile, swap};
+use crate::storage::{Inner, OpenFile, directory, swap};
 use sim::{Draw, Entity, FaultKind, Label, Sim, text_hash};
 use tap_host::{Errno, LockKind};
 
@@ -296,10 +296,6 @@ impl Inner {
     pub(crate) fn look(&self, call: Call, open: &OpenFile) -> Result<(), Errno> {
         self.call_fault(call, &open.file.name).map_or(Ok(()), |f| Err(f.error))
     }
-}
-
-pub(crate) fn directory(name: &str) -> &str {
-    name.rsplit_once('/').map_or("", |(dir, _)| dir)
 }
 
 /// A [`CALL_FAULT`] value in words.

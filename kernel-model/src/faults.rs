@@ -45,9 +45,6 @@ pub static SYNC_LOST: Label =
     Label::new("sync-lost", "the failed synchronisation loses sectors {} of the page (mask)");
 /// Whether a new name is lost in a power cut.
 pub static NAME_LOST: Label = Label::new("name-lost", "the power cut takes the file's name");
-/// How many exchanges of names a power cut undoes, the last ones first.
-pub static EXCHANGES_LOST: Label =
-    Label::new("exchanges-lost", "the power cut undoes the last {} exchanges of two names");
 
 /// The labels of this crate, for registration.
 pub static LABELS: &[&Label] = &[
@@ -60,7 +57,7 @@ pub static LABELS: &[&Label] = &[
     &SIZE_PARTLY,
     &SYNC_LOST,
     &NAME_LOST,
-    &EXCHANGES_LOST,
+    &crate::storage::EXCHANGES_LOST,
     &crate::calls::CALL_FAULT,
     &crate::calls::CALL_LATE,
     &crate::calls::CLOSE_LATE,

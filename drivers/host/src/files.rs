@@ -103,8 +103,8 @@ pub trait Files: Clone + 'static {
     /// # Errors
     /// As unlink(2).
     fn remove(&self, path: &str) -> impl Future<Output = Result<(), Errno>>;
-    /// Exchanges what two names stand for, in one step: no name is missing at any moment, or after a crash. Durable once
-    /// [`Files::sync_parent`] was called for both. After another error than those below it may have happened.
+    /// Exchanges what two names stand for, in one step: no name is missing at any moment, or after a crash. Durable
+    /// once [`Files::sync_parent`] was called for both. After another error than those below it may have happened.
     ///
     /// # Errors
     /// As renameat2(2) with `RENAME_EXCHANGE`: `ENOENT`, `EACCES`, `EXDEV` for two file systems, `EINVAL` and `ENOSYS`

@@ -1,16 +1,23 @@
 //! Exchanges of two names, until they are durable.
 //!
-//! A journaling file system keeps the order of such changes: a power cut undoes the last ones, or none. One that is kept
-//! has made both names durable. It becomes durable by itself once the folders of both names are synchronised.
+//! A journaling file system keeps the order of such changes: a power cut undoes the last ones, or none. One that is
+//! kept has made both names durable. It becomes durable by itself once the folders of both names are synchronised.
 
 use super::{FileState, Inner};
-use crate::calls::directory;
-use crate::faults::EXCHANGES_LOST;
-use sim::Entity;
+use sim::{Entity, Label};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use tap_host::Errno;
+
+/// How many exchanges of names a power cut undoes, the last ones first.
+pub(crate) static EXCHANGES_LOST: Label =
+    Label::new("exchanges-lost", "the power cut undoes the last {} exchanges of two names");
+
+/// The folder of a name.
+pub(crate) fn directory(name: &str) -> &str {
+    name.rsplit_once('/').map_or("", |(dir, _)| dir)
+}
 
 /// One exchange that a power cut may undo.
 struct Exchange {

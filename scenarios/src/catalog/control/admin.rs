@@ -1,7 +1,6 @@
 //! An administrator of a world: runs the shipped `tap-ctl`, which starts the shipped `tapdisk control`.
 
 use super::Part;
-use super::snapshots::bases;
 use crate::catalog::nbd::server_limits;
 use crate::catalog::setup::Setup;
 use crate::check::Invariant;
@@ -334,6 +333,15 @@ impl Admin {
         let sockets = host.names_in(FOLDER).await.unwrap_or_default();
         (sockets, host.names_in(&format!("{FOLDER}/tapdisk")).await.unwrap_or_default())
     }
+}
+
+/// Options of tapdisk that name the backing files in a format that cannot be recognised; none, if they are not named.
+fn bases(world: &World, kind: Kind) -> String {
+    if !world.setting("bases-named", &[true, true, false]) {
+        return String::new();
+    }
+    let plain = if kind.model.has_metadata() { "base{}.raw" } else { "disk{}.img" };
+    (0..2).map(|n| format!("--backing raw:/images/{} ", plain.replace("{}", &n.to_string()))).collect()
 }
 
 /// An image as tap-ctl opens it.

@@ -5,8 +5,8 @@
 //!                    snapshot -a N:   disk ─► N (new) ─► A
 //! ```
 //!
-//! A guest may notice a delay, never an error. Whenever tapdisk or the power fails, the disk has its old chain or the new
-//! one, and what is below a snapshot that was taken no longer changes.
+//! A guest may notice a delay, never an error. Whenever tapdisk or the power fails, the disk has its old chain or the
+//! new one, and what is below a snapshot that was taken no longer changes.
 
 use super::Disk;
 use super::verbs::{Act, Acts};
@@ -50,15 +50,6 @@ const ACTS: u64 = 12;
 const DOUBT: &str = "both show the disk";
 /// A file that is no image of a disk.
 const OTHER: &str = "/images/spare.img";
-
-/// Options of tapdisk that name the backing files in a format that cannot be recognised; none, if they are not named.
-pub(super) fn bases(world: &World, kind: Kind) -> String {
-    if !world.setting("bases-named", &[true, true, false]) {
-        return String::new();
-    }
-    let plain = if kind.model.has_metadata() { "base{}.raw" } else { "disk{}.img" };
-    (0..2).map(|n| format!("--backing raw:/images/{} ", plain.replace("{}", &n.to_string()))).collect()
-}
 
 /// A snapshot that was asked for.
 #[derive(Clone)]
