@@ -23,7 +23,7 @@ use tap_control::json;
 use tap_core::wait::{Event as Flag, Receiver, Semaphore, joined};
 use tap_core::{Disk, KINDS, KindMeasures, Listed, Measures, Node, ParkError, Request};
 use tap_host::{Errno, File, FileId, IoKind, OpenMode, SECTOR_BYTES, SocketAddress, VbdId};
-use tap_images::{Formats, sync_name};
+use tap_images::{Formats, ImageError, sync_name};
 use tap_nbd::{Export, Server, ServerLimits};
 
 pub(super) use snapshot::Names;
@@ -186,7 +186,7 @@ impl<H: ControlledHost> Vbd<H> {
         let disk = open_disk(host, Formats::shipped(), VbdId(u32::from(self.minor)), &spec, &options).await;
         let disk = Rc::new(disk.map_err(|error| refused(&error))?);
         disk.slot().watch(settings.watchdog_ns());
-        if let Err(error) = make_durable(settings, &spec, &options, disk.node()).await {
+        if let Err(error) = make_durable(settings, &spec, &options, disk.node(), false).await {
             // Nothing was written.
             let _nothing_lost = disk.close().await;
             return Err(refused(&error));
@@ -322,7 +322,8 @@ impl<H: ControlledHost> Vbd<H> {
         let spec = spec_of(name, what)?;
         let node = open_node(&settings.host, Formats::shipped(), &spec, &open.options).await;
         let node = node.map_err(|error| refused(&error))?;
-        if let Err(error) = make_durable(settings, &spec, &open.options, Rc::clone(&node)).await {
+        let elsewhere = *open.name.borrow() != name;
+        if let Err(error) = make_durable(settings, &spec, &open.options, Rc::clone(&node), elsewhere).await {
             let _unused = node.close().await;
             return Err(refused(&error));
         }
@@ -471,12 +472,14 @@ async fn file_of<H: ControlledHost>(host: &H, name: &str) -> Option<FileId> {
 }
 
 /// Makes an image that is to be served durable, with its name: it takes the place of one whose guest has flushed, or
-/// holds what its guest will flush. Who copied or renamed it may not have done that, or have been killed before.
+/// holds what its guest will flush. One that takes the place of another (`elsewhere`) must be; the disk's own is
+/// served all the same. Who copied or renamed it may not have done that, or have been killed before.
 async fn make_durable<H: ControlledHost>(
     settings: &Settings<H>,
     spec: &DiskSpec,
     options: &DiskOptions,
     node: Rc<dyn Node>,
+    elsewhere: bool,
 ) -> Result<(), OpenError> {
     let (host, DiskSpec::Image(image)) = (&settings.host, spec) else { return Ok(()) };
     if !options.write {
@@ -485,10 +488,12 @@ async fn make_durable<H: ControlledHost>(
     if !host.bug(&COPY_TAKEN_AS_IS)
         && let Err(error) = node.submit(Request::flush()).await.result
     {
+        let path = image.path.clone();
+        if elsewhere {
+            return Err(ImageError::Io { action: "synchronise", path, error }.into());
+        }
         // What was lost before fails the flushes of its guest, too.
-        settings
-            .console
-            .err(&format!("tapdisk: failed to synchronise {}: {error}; it is served", image.path));
+        settings.console.err(&format!("tapdisk: failed to synchronise {path}: {error}; it is served"));
     }
     if !host.bug(&NAME_TAKEN_AS_IS) {
         sync_name(host, &image.path).await?;

@@ -39,8 +39,12 @@ impl Place {
 
     /// Runs tap-ctl; its exit status, and what it printed.
     pub(crate) fn run(&self, line: &str) -> Result<(i32, String), Failed> {
+        self.run_words(&line.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
+    }
+
+    pub(crate) fn run_words(&self, words: &[String]) -> Result<(i32, String), Failed> {
         let mut command = Command::new(TAP_CTL);
-        command.args(["--folder", &self.path("run")]).args(line.split_whitespace()).stdin(Stdio::null());
+        command.args(["--folder", &self.path("run")]).args(words).stdin(Stdio::null());
         let output = command.output()?;
         let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
         Ok((output.status.code().unwrap_or(-1), said.trim_end().to_owned()))

@@ -50,8 +50,17 @@ fn keeps() -> Done {
     assert!(qemu_io("read 0 64k", &["-f", "qcow", &kept]).is_err(), "opened for writing");
     let (status, said) = place.run(&format!("snapshot -p {pid} -m 0 -k {kept}"))?;
     assert!(status == 17 && said.contains("is there already"), "{status}: {said}");
-    let (status, said) = place.run(&format!("snapshot -p {pid} -m 0 -k /proc/{pid}/snap"))?;
-    assert!(status != 0 && said.contains("take a snapshot of minor 0"), "{status}: {said}");
+    for (name, error, words) in [
+        (format!("/proc/{pid}/snap"), 22, "is not in the folder of"),
+        (place.path("other\u{1}"), 22, "control characters"),
+        (place.path(&"x".repeat(250)), 36, "more than"),
+        (place.path(""), 22, "the new name is empty"),
+    ] {
+        let line = ["snapshot", "-p", &pid.to_string(), "-m", "0", "-k", &name].map(str::to_owned);
+        let (status, said) = place.run_words(&line)?;
+        assert!(status == error && said.contains(words), "{name}: {status}: {said}");
+    }
+    qemu_io("read -P 9 0 4k", &["-f", "raw", &uri])?;
     place.done(&format!("destroy -p {pid} -m 0"))?;
     qemu_io("read -P 9 0 4k", &["-r", "-f", "qcow", &image])?;
     qemu_io("read -P 7 4k 60k", &["-r", "-f", "qcow", &image])

@@ -47,7 +47,7 @@ pub static SNAPSHOT_DIES: Label =
 /// Kinds of acts, without "none".
 const ACTS: u64 = 12;
 /// What tap-ctl says when it could not take a snapshot back.
-const DOUBT: &str = "both show the disk";
+const DOUBT: &str = "is the disk in any case";
 /// A file that is no image of a disk.
 const OTHER: &str = "/images/spare.img";
 

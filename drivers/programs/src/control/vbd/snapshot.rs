@@ -17,7 +17,7 @@
 //! * Nothing is made that could not be opened again: the backing file must be one that the process may open.
 
 use super::{ControlledHost, Open, Stage, Vbd, file_of};
-use crate::control::open::spec_of;
+use crate::control::open::{check_name, spec_of};
 use crate::control::settings::Settings;
 use crate::disk::{DiskOptions, OpenError, open_node};
 use crate::spec::DiskSpec;
@@ -29,8 +29,8 @@ use tap_control::json::Taken;
 use tap_core::{ExchangeError, Lease, Node, Request};
 use tap_host::{Errno, File, OpenMode, SECTOR_BYTES, unless};
 use tap_images::{
-    Backing, BackingPolicy, Format, Formats, ImageFormat, ImageSpec, NewImage, SHIPPED, file_id, same_path,
-    sync_name,
+    Backing, BackingPolicy, Format, Formats, ImageError, ImageFormat, ImageSpec, NewImage, SHIPPED, file_id,
+    same_path, sync_name,
 };
 
 tap_host::listed! {
@@ -140,10 +140,22 @@ impl Plan {
         if same_path(&old.path, &made_at) {
             return refused(Errno::EEXIST, format!("{made_at} is the disk's own image"));
         }
+        let keeps_name = matches!(names, Names::Keep(_));
+        // What the image that is moved calls the one below it may be relative to its folder.
+        if keeps_name && folder(&top) != folder(&base) {
+            let words =
+                format!("{base} is not in the folder of {top}, where what is below the disk is looked for");
+            return refused(Errno::EINVAL, words);
+        }
         let Some(backing) = backing_name(&top, &base) else {
             return refused(Errno::EINVAL, format!("name {base} by its absolute path"));
         };
-        let keeps_name = matches!(names, Names::Keep(_));
+        for name in [format!("{format}:{top}"), format!("{old_format}:{base}")] {
+            check_name(&name, &what)?;
+        }
+        if folder(&made_at).len() == made_at.len() {
+            return refused(Errno::EINVAL, "the new name is empty".to_owned());
+        }
         let is_made = Cell::new(false);
         Ok(Self { what, old, old_format, format, keeps_name, made_at, top, base, backing, is_made })
     }
@@ -174,11 +186,12 @@ impl Plan {
                 Ok(())
             }
             Err(error) => {
-                if error.errno() != Errno::EEXIST {
-                    // What there is of it is ours.
-                    let _gone = host.remove(&self.made_at).await;
-                }
-                Err(self.refuse(error.errno(), error.to_string()))
+                // What there is of it is ours, unless it could not be made at all.
+                let none =
+                    matches!(error, ImageError::Options { .. } | ImageError::Io { action: "create", .. });
+                let left = if none { Ok(()) } else { host.remove(&self.made_at).await };
+                let left = left.err().map(|error| format!("; {} is left: {error}", self.made_at));
+                Err(self.refuse(error.errno(), format!("{error}{}", left.unwrap_or_default())))
             }
         }
     }
@@ -193,14 +206,23 @@ impl Plan {
         let path = &self.old.path;
         let found = async { host.open(path, OpenMode::READ).await?.info().await };
         let found = found.await.map_err(|error| self.refuse(error, format!("look at {path}: {error}")))?;
+        if open.file.get().is_none() {
+            let words =
+                format!("{path} could not be looked at when it was opened; pause and resume the disk");
+            return Err(self.refuse(Errno::ESTALE, words));
+        }
         if open.file.get() != Some(found.id) && !host.bug(&SNAPSHOT_ANY_FILE) {
-            return Err(self.refuse(Errno::ESTALE, format!("{path} is not the file that the disk has open")));
+            return Err(self.another_file());
         }
         if self.keeps_name && found.block_device {
-            let words = format!("{path} is a block device, and keeps its name; name a new image");
+            let words = format!("{path} is a block device, whose name a file cannot have; name a new image");
             return Err(self.refuse(Errno::EINVAL, words));
         }
         Ok(())
+    }
+
+    fn another_file(&self) -> Refusal {
+        self.refuse(Errno::ESTALE, format!("{} is not the file that the disk has open", self.old.path))
     }
 
     /// Whether the image below could be opened again in the format that it has.
@@ -307,6 +329,10 @@ impl Plan {
     /// The new image and the old one exchange their names, durably.
     async fn exchange_names<H: ControlledHost>(&self, host: &H, open: &Open<H>) -> Result<(), Refusal> {
         let [old, new] = [&self.old.path, &self.made_at];
+        // The drain may have taken long.
+        if self.has_its_name(host, open).await != Ok(true) && !host.bug(&SNAPSHOT_ANY_FILE) {
+            return Err(self.another_file());
+        }
         if let Err(error) = host.exchange(old, new).await {
             let hint = match error {
                 Errno::EXDEV => "; they are on two file systems",
@@ -317,6 +343,11 @@ impl Plan {
                 return Err(self.refuse(error, format!("exchange {old} and {new}: {error}{hint}")));
             }
             host.mark(&SNAPSHOT_HAPPENED);
+        }
+        // It was perhaps a symbolic link that got the other name, and leads elsewhere from there.
+        if file_id(host, new).await != Ok(open.file.get()) && !host.bug(&SNAPSHOT_ANY_FILE) {
+            let words = format!("{new} does not lead to the disk's file, which {old} led to");
+            return Err(self.refuse(Errno::ESTALE, words));
         }
         if host.bug(&SNAPSHOT_NAME_LATER) {
             return Ok(());
@@ -348,8 +379,7 @@ impl Plan {
             // Whatever has the name after a crash: the new image shows what the old one has.
             Err(error) => {
                 let [old, new] = [&self.old.path, &self.made_at];
-                let words =
-                    format!("one of {old} and {new} is an empty image above the other, both show the disk");
+                let words = format!("{old} is the disk in any case, and {new} is below it or of no use");
                 Refusal::new(why.error, format!("{}; {words}: {error}", why.words))
             }
         }
@@ -373,9 +403,13 @@ impl Plan {
     }
 }
 
+/// A path without its last part.
+fn folder(path: &str) -> &str {
+    path.rfind('/').map_or("", |slash| &path[..=slash])
+}
+
 /// What an image at `top` calls the one at `base`; `None` if no name is right.
 fn backing_name(top: &str, base: &str) -> Option<String> {
-    let folder = |path: &str| path.rfind('/').map_or(String::new(), |slash| path[..=slash].to_owned());
     match folder(top) == folder(base) {
         true => Some(base[folder(base).len()..].to_owned()),
         false => base.starts_with('/').then(|| base.to_owned()),
