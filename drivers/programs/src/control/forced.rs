@@ -12,11 +12,6 @@ tap_host::listed! {
     FORCED_CLOSE_DONE = "forced-close-done", "a forced close whose image is still in use counts as done";
 }
 
-tap_host::listed! {
-    pub(super) MARKS: Mark;
-    FORCED_CLOSE_LATE = "forced-close-late", "a forced close took longer than its limit";
-}
-
 impl<H: ControlledHost> Vbd<H> {
     /// Its close was forced, and somebody was told that it takes longer.
     pub(super) fn closes_late(&self) -> bool {
@@ -32,7 +27,6 @@ impl<H: ControlledHost> Vbd<H> {
         if unless(settings.until_late(), forced.ended.wait()).await.is_some() {
             return forced.result.borrow().clone().unwrap_or(Ok(()));
         }
-        settings.host.mark(&FORCED_CLOSE_LATE);
         forced.late.set(true);
         if settings.host.bug(&FORCED_CLOSE_DONE) {
             return Ok(());

@@ -47,7 +47,7 @@ tap_host::listed! {
 }
 
 tap_host::listed! {
-    pub(super) MARKS: Mark with [forced::MARKS, vbd::MARKS, vbds::MARKS];
+    pub(super) MARKS: Mark with [vbd::MARKS, vbds::MARKS];
 }
 
 /// The parts of a host that controlled disks use.
