@@ -36,18 +36,17 @@ impl Asked {
         if set & !known != 0 {
             return Err(Refusal::new(Errno::EINVAL, format!("{what}: the flags {set:#x} are not known")));
         }
-        let name = params.path.as_str().unwrap_or(NO_TEXT).to_owned();
+        let name = params.path.as_str().ok_or_else(|| too_long(what))?.to_owned();
         check_name(&name, what)?;
         let (read_only, direct) = (set & flags::RDONLY != 0, set & flags::NO_O_DIRECT == 0);
         Ok(Self { name, read_only, direct })
     }
 }
 
-/// In the place of a name that is no text: too long, like one that was cut.
-const NO_TEXT: &str = match std::str::from_utf8(&[b'?'; TEXT_BYTES_MAX + 1]) {
-    Ok(text) => text,
-    Err(_) => panic!("it is text"),
-};
+fn too_long(what: &str) -> Refusal {
+    let words = format!("{what}: the image's name has more than {TEXT_BYTES_MAX} bytes, or is no text");
+    Refusal::new(Errno::ENAMETOOLONG, words)
+}
 
 /// Whether an image may have this name: the protocol of tap-ctl has room for it, and it can be shown.
 ///
@@ -56,8 +55,7 @@ const NO_TEXT: &str = match std::str::from_utf8(&[b'?'; TEXT_BYTES_MAX + 1]) {
 pub(super) fn check_name(name: &str, what: &str) -> Result<(), Refusal> {
     // One of 255 bytes may have been cut by the program that sent it.
     if name.len() > TEXT_BYTES_MAX {
-        let words = format!("{what}: the image's name has more than {TEXT_BYTES_MAX} bytes, or is no text");
-        return Err(Refusal::new(Errno::ENAMETOOLONG, words));
+        return Err(too_long(what));
     }
     // A list has a line for each disk, and a terminal obeys some of them.
     if name.chars().any(char::is_control) {

@@ -121,6 +121,42 @@ impl Disk {
     }
 }
 
+impl verbs::Acts<'_> {
+    /// A few acts, one after the other, until tapdisk has died.
+    async fn run(&self) {
+        let (role, label, count, kinds) = match self.admin.part {
+            Part::Control => ("administrator", &CONTROL, "control-acts", verbs::ACTS),
+            Part::Snapshots => ("snapshots", &SNAPSHOT, "snapshot-acts", snapshots::ACTS),
+        };
+        let entity = Entity::WORLD.child(role, u64::from(self.epoch));
+        let sim = &self.world.sim;
+        sim.name_entity(entity, || format!("the administrator, epoch {}", self.epoch));
+        for n in 0..self.world.setting(count, &[4, 2, 8]) {
+            let value = sim.decide(entity, label, n, |d| {
+                d.magnitude(22) | (1 + d.below(kinds)) << 24 | d.magnitude(22) << 28 | d.below(2) << 52
+            });
+            let (after_ns, act) = (value & 0xff_ffff, value >> 24 & 0xf);
+            let (hold_ns, which) = (value >> 28 & 0xff_ffff, value >> 52 & 1);
+            if act == 0 {
+                continue;
+            }
+            sim.sleep_ns(after_ns).await;
+            if !self.tapdisk.is_alive() {
+                return;
+            }
+            let disk = &self.disks[which as usize % self.disks.len()];
+            let own = entity.child("act", u64::from(n));
+            let done = match self.admin.part {
+                Part::Control => self.act(own, act, disk, hold_ns).await,
+                Part::Snapshots => self.act_snapshot(own, act, disk, hold_ns).await,
+            };
+            if done.is_none() {
+                return;
+            }
+        }
+    }
+}
+
 async fn lives(world: World, part: Part) {
     let kinds = if part == Part::Snapshots { Kind::all() } else { Kind::plain() };
     let kind = world.setting("image", &kinds);
@@ -214,10 +250,7 @@ async fn epoch(world: &World, admin: &Rc<Admin>, disks: &[Rc<Disk>], epoch: u32)
             ends.push(end);
         }
         let acts = verbs::Acts { world, admin, tapdisk: &tapdisk, disks, epoch };
-        match admin.part {
-            Part::Control => acts.run().await,
-            Part::Snapshots => acts.run_snapshots().await,
-        }
+        acts.run().await;
         for end in ends {
             select(tapdisk.ended(), end).await;
         }

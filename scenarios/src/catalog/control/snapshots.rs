@@ -45,7 +45,9 @@ pub static SNAPSHOT_DIES: Label =
     Label::new("snapshot-dies", "tapdisk is killed after {} more of its effects");
 
 /// Kinds of acts, without "none".
-const ACTS: u64 = 12;
+pub(super) const ACTS: u64 = 12;
+/// How often a task looks whether the new image is there, in nanoseconds: it takes longer to make one.
+const LOOK_NS: u64 = 1000;
 /// What tap-ctl says when it could not take a snapshot back.
 const DOUBT: &str = "is the disk in any case";
 /// A file that is no image of a disk.
@@ -142,29 +144,7 @@ fn chain(world: &World, path: &str) -> Vec<String> {
 }
 
 impl Acts<'_> {
-    pub(super) async fn run_snapshots(&self) {
-        let entity = Entity::WORLD.child("snapshots", u64::from(self.epoch));
-        let sim = &self.world.sim;
-        sim.name_entity(entity, || format!("the administrator, epoch {}", self.epoch));
-        for n in 0..self.world.setting("snapshot-acts", &[4, 2, 8]) {
-            let value = sim.decide(entity, &SNAPSHOT, n, |d| {
-                d.magnitude(22) | (1 + d.below(ACTS)) << 24 | d.magnitude(22) << 28 | d.below(2) << 52
-            });
-            let (after_ns, act) = (value & 0xff_ffff, value >> 24 & 0xf);
-            let (hold_ns, which) = (value >> 28 & 0xff_ffff, value >> 52 & 1);
-            if act == 0 {
-                continue;
-            }
-            sim.sleep_ns(after_ns).await;
-            let disk = &self.disks[which as usize % self.disks.len()];
-            let own = entity.child("act", u64::from(n));
-            if !self.tapdisk.is_alive() || self.act_snapshot(own, act, disk, hold_ns).await.is_none() {
-                return;
-            }
-        }
-    }
-
-    async fn act_snapshot(&self, entity: Entity, act: u64, disk: &Disk, hold_ns: u64) -> Act {
+    pub(super) async fn act_snapshot(&self, entity: Entity, act: u64, disk: &Disk, hold_ns: u64) -> Act {
         match act {
             1..=3 => self.snapshot(entity, disk, hold_ns, true).await,
             4 | 5 => self.snapshot(entity, disk, hold_ns, false).await,
@@ -173,7 +153,7 @@ impl Acts<'_> {
             8 => self.reopen(disk, hold_ns, true).await,
             9 => self.refused_snapshots(disk).await,
             10 => self.snapshot_beside(disk, hold_ns).await,
-            11 => self.snapshot_renamed(disk).await,
+            11 => self.snapshot_renamed(disk, hold_ns).await,
             _ => self.copied(disk, hold_ns).await,
         }
     }
@@ -280,19 +260,54 @@ impl Acts<'_> {
     }
 
     /// The disk's name has another file: that one is not given away.
-    async fn snapshot_renamed(&self, disk: &Disk) -> Act {
+    async fn snapshot_renamed(&self, disk: &Disk, hold_ns: u64) -> Act {
         let (storage, path) = (&self.world.storage, disk.setup().spec.path);
         let keeps = disk.setup().has_metadata();
         if self.refusal(disk, keeps).is_some() {
             return Some(());
         }
-        let aside = format!("{path}.aside");
-        storage.rename(&path, &aside);
-        storage.put(&path, storage.content(&aside).unwrap_or_default());
-        let line = self.line(disk, &disk.plan(self.world, keeps));
-        let refused = self.refuse(&line, Errno::ESTALE).await;
+        let pending = disk.plan(self.world, keeps);
+        let (aside, made) = (format!("{path}.aside"), pending.made.path.clone());
+        let rename = {
+            let (storage, path, aside) = (storage.clone(), path.clone(), aside.clone());
+            move || {
+                storage.rename(&path, &aside);
+                storage.put(&path, storage.content(&aside).unwrap_or_default());
+            }
+        };
+        // Before it is asked for, or once the new image is being made.
+        let late = keeps && hold_ns % 2 == 1;
+        if late {
+            let (sim, storage, alive) = (self.world.sim.clone(), storage.clone(), self.tapdisk.clone());
+            self.world.sim.spawn("renames", 0, async move {
+                while alive.is_alive() && storage.file_number(&made).is_none() {
+                    sim.sleep_ns(LOOK_NS).await;
+                }
+                rename();
+            });
+        } else {
+            rename();
+        }
+        let refused = self.admin.ctl(&self.line(disk, &pending)).await;
+        if storage.file_number(&aside).is_none() {
+            // The new image could not be made, or was gone at once.
+            return self.tapdisk.is_alive().then_some(());
+        }
+        if storage.file_number(&aside) != pending.number || storage.file_number(&path) == pending.number {
+            let text = format!("a snapshot gave away the file that has the disk's name by now: {refused:?}");
+            self.world.fail(Invariant::U1, text);
+        }
         storage.rename(&aside, &path);
-        refused?;
+        if !self.tapdisk.is_alive() {
+            return None;
+        }
+        let left = storage.file_number(&pending.made.path).is_some();
+        let folder = self.admin.passes(refused.status.into());
+        let slow = i32::from(refused.status) == Errno::ETIMEDOUT.0 && self.admin.pauses_may_fail();
+        if left || !folder && !slow && i32::from(refused.status) != Errno::ESTALE.0 {
+            let text = format!("a snapshot of a disk whose name has another file: {refused:?}, left {left}");
+            self.world.fail(Invariant::U1, text);
+        }
         self.runs(disk).await
     }
 

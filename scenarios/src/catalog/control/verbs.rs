@@ -37,7 +37,7 @@ pub static CUT_REQUEST: Label = Label::new("control-cut", "a client of the contr
 /// Longer than the watchdog of a disk allows, in nanoseconds.
 const LONG_NS: u64 = 1_300_000_000;
 /// Kinds of acts, without "none".
-const ACTS: u64 = 15;
+pub(super) const ACTS: u64 = 15;
 /// A raw image of half the size.
 const SMALL: &str = "/images/small.img";
 /// A raw image that another process has.
@@ -68,30 +68,7 @@ pub(super) struct Acts<'a> {
 pub(super) type Act = Option<()>;
 
 impl Acts<'_> {
-    pub(super) async fn run(&self) {
-        let entity = Entity::WORLD.child("administrator", u64::from(self.epoch));
-        let sim = &self.world.sim;
-        sim.name_entity(entity, || format!("the administrator, epoch {}", self.epoch));
-        for n in 0..self.world.setting("control-acts", &[4, 2, 8]) {
-            let value = sim.decide(entity, &CONTROL, n, |d| {
-                d.magnitude(22) | (1 + d.below(ACTS)) << 24 | d.magnitude(22) << 28 | d.below(2) << 52
-            });
-            let (after_ns, act) = (value & 0xff_ffff, value >> 24 & 0xf);
-            let (hold_ns, which) = (value >> 28 & 0xff_ffff, value >> 52 & 1);
-            if act == 0 {
-                continue;
-            }
-            sim.sleep_ns(after_ns).await;
-            let disk = &self.disks[which as usize % self.disks.len()];
-            if !self.tapdisk.is_alive()
-                || self.act(entity.child("act", u64::from(n)), act, disk, hold_ns).await.is_none()
-            {
-                return;
-            }
-        }
-    }
-
-    async fn act(&self, entity: Entity, act: u64, disk: &Disk, hold_ns: u64) -> Act {
+    pub(super) async fn act(&self, entity: Entity, act: u64, disk: &Disk, hold_ns: u64) -> Act {
         match act {
             1 => self.pause_and(disk, hold_ns, "", 0).await,
             2 => self.replace(disk, hold_ns).await,

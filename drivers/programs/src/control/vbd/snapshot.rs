@@ -39,6 +39,8 @@ tap_host::listed! {
         "a disk writes to the new image of a snapshot before it is durable that this one has its name";
     SNAPSHOT_KEEPS_LOCK = "snapshot-keeps-lock", "nobody may read the image below a snapshot";
     SNAPSHOT_NOT_UNDONE = "snapshot-not-undone", "a snapshot that failed leaves the new image with the disk's name";
+    SNAPSHOT_UNDOES_OTHERS = "snapshot-undoes-others",
+        "a snapshot that failed takes the disk's name from a file that somebody else gave it to";
     SNAPSHOT_ANY_BASE = "snapshot-any-base", "a snapshot is taken although its chain could not be opened again";
     SNAPSHOT_ANY_FILE = "snapshot-any-file", "a snapshot gives a file the name of a disk that has another one";
 }
@@ -78,6 +80,8 @@ struct Plan {
     backing: String,
     /// The new image was made.
     is_made: Cell<bool>,
+    /// It may have the disk's name.
+    may_have_name: Cell<bool>,
 }
 
 impl<H: ControlledHost> Vbd<H> {
@@ -156,8 +160,19 @@ impl Plan {
         if folder(&made_at).len() == made_at.len() {
             return refused(Errno::EINVAL, "the new name is empty".to_owned());
         }
-        let is_made = Cell::new(false);
-        Ok(Self { what, old, old_format, format, keeps_name, made_at, top, base, backing, is_made })
+        Ok(Self {
+            what,
+            old,
+            old_format,
+            format,
+            keeps_name,
+            made_at,
+            top,
+            base,
+            backing,
+            is_made: Cell::new(false),
+            may_have_name: Cell::new(false),
+        })
     }
 
     fn refuse(&self, error: Errno, words: impl AsRef<str>) -> Refusal {
@@ -333,6 +348,7 @@ impl Plan {
         if self.has_its_name(host, open).await != Ok(true) && !host.bug(&SNAPSHOT_ANY_FILE) {
             return Err(self.another_file());
         }
+        self.may_have_name.set(true);
         if let Err(error) = host.exchange(old, new).await {
             let hint = match error {
                 Errno::EXDEV => "; they are on two file systems",
@@ -387,8 +403,9 @@ impl Plan {
 
     /// The names are as before, durably.
     async fn put_back<H: ControlledHost>(&self, host: &H, open: &Open<H>) -> Result<(), Errno> {
-        let names = self.keeps_name && self.is_made.get();
-        if !names || host.bug(&SNAPSHOT_NOT_UNDONE) || self.has_its_name(host, open).await? {
+        // Otherwise whatever has the disk's name by now got it from somebody else.
+        let ours = self.may_have_name.get() || self.is_made.get() && host.bug(&SNAPSHOT_UNDOES_OTHERS);
+        if !ours || host.bug(&SNAPSHOT_NOT_UNDONE) || self.has_its_name(host, open).await? {
             return Ok(());
         }
         let exchanged = host.exchange(&self.old.path, &self.made_at).await;
