@@ -317,14 +317,17 @@ impl Setup {
 /// Cuts the power after the images at `paths` were closed successfully: each must keep its content. No other file may
 /// have been in use when a process died.
 pub fn cut_after_close<'a>(world: &World, paths: impl IntoIterator<Item = &'a str>) {
-    if !world.verdict.is_broken() && !world.kernel.answers_lost() {
-        check_pages(world);
-    }
-    cut_after_close_beside(world, paths);
+    check_pages(world);
+    cut_after_close_beside(world, paths, &[]);
 }
 
-/// The same beside other files, which nobody has opened since a process died that had them.
-pub fn cut_after_close_beside<'a>(world: &World, paths: impl IntoIterator<Item = &'a str>) {
+/// The same beside other files, which nobody has opened since a process died that had them. Those of `below` were open
+/// for reading: they must keep their content, too, but nobody needs to append to them.
+pub fn cut_after_close_beside<'a>(
+    world: &World,
+    paths: impl IntoIterator<Item = &'a str>,
+    below: &'a [String],
+) {
     // Once data is lost in unknown places, a close fails as a flush does.
     if world.verdict.is_broken() || world.kernel.answers_lost() {
         return;
@@ -337,6 +340,7 @@ pub fn cut_after_close_beside<'a>(world: &World, paths: impl IntoIterator<Item =
     // A power cut takes nothing of a file that is completely durable.
     let open: Vec<(&str, Option<Vec<u8>>)> = paths
         .into_iter()
+        .chain(below.iter().map(String::as_str))
         .filter(|path| world.storage.with_inode(path, is_open) == Some(true))
         .map(|path| (path, world.storage.bytes(path)))
         .collect();
@@ -355,8 +359,8 @@ const LOST_AT: usize = 16;
 
 /// Checks that while no file is in use, no page of this boot says that nothing was lost: closing a file removes such a
 /// page.
-fn check_pages(world: &World) {
-    if world.storage.is_in_use() {
+pub fn check_pages(world: &World) {
+    if world.verdict.is_broken() || world.kernel.answers_lost() || world.storage.is_in_use() {
         return;
     }
     for name in world.xen.regions().iter().filter(|name| name.starts_with("sync-")) {

@@ -20,7 +20,7 @@ mod verbs;
 use super::crash::arm_power_cut;
 use super::nbd::{NO_ERRORS, client_config};
 use super::ring::KILL_AFTER;
-use super::setup::{Setup, check_at_rest, cut_after_close, cut_after_close_beside, workload};
+use super::setup::{Setup, check_at_rest, check_pages, cut_after_close_beside, workload};
 use crate::check::Invariant;
 use crate::formats::Kind;
 use crate::guest::{DirectDisk, ErrorPolicy, Guest, Spread};
@@ -206,6 +206,7 @@ async fn start(world: &World, admin: &Rc<Admin>, disks: &[Rc<Disk>]) -> Option<T
                 world.fail(Invariant::U1, format!("tap-ctl create ended with {created:?}"));
                 return None;
             }
+            disk.pending.take();
             tapdisk = Some(newest);
             continue;
         }
@@ -219,6 +220,7 @@ async fn start(world: &World, admin: &Rc<Admin>, disks: &[Rc<Disk>]) -> Option<T
         }
         admin.persist(own, &format!("attach {}", disk.at(own))).await?;
         admin.persist(own, &format!("open {} {opens}", disk.at(own))).await?;
+        disk.pending.take();
     }
     tapdisk
 }
@@ -268,7 +270,9 @@ async fn epoch(world: &World, admin: &Rc<Admin>, disks: &[Rc<Disk>], epoch: u32)
 /// tapdisk is dead, and so are its guests: by itself, or because the power failed.
 async fn over(world: &World, admin: &Rc<Admin>, disks: &[Rc<Disk>], epoch: u32) {
     world.storage.set_hook(None);
-    let power = world.setting("power-fails-with-tapdisk", &[false, true]);
+    // What only a process lost may be lost for good when the power fails in a later life.
+    let setting = if epoch == 0 { "power-fails-with-tapdisk" } else { "power-fails-later" };
+    let power = world.setting(setting, &[false, true]);
     if power {
         world.power_cut();
         world.xen.power_cut();
@@ -382,12 +386,13 @@ async fn destroy(world: &World, admin: &Rc<Admin>, tapdisk: &Tapdisk, disks: &[R
     }
     if power && disks.iter().all(|disk| disk.minor.get().is_none() && !disk.doubt.get()) {
         world.storage.set_hook(None);
-        let paths: Vec<String> = disks.iter().map(|disk| disk.setup().spec.path).collect();
-        let paths = paths.iter().map(String::as_str);
-        match world.stats().crashes {
-            0 => cut_after_close(world, paths),
-            _ => cut_after_close_beside(world, paths),
+        if world.stats().crashes == 0 {
+            check_pages(world);
         }
+        let files: Vec<Vec<String>> =
+            disks.iter().map(|disk| disk.setup().files().cloned().collect()).collect();
+        let below: Vec<String> = files.iter().flat_map(|chain| chain[1..].to_vec()).collect();
+        cut_after_close_beside(world, files.iter().map(|chain| chain[0].as_str()), &below);
         disks.iter().for_each(|disk| disk.setup().history.borrow_mut().power_cut());
     }
 }

@@ -15,8 +15,8 @@ use crate::check::Invariant;
 use crate::formats::{self, Kind};
 use crate::scenario::Scenario;
 use crate::world::World;
-use kernel_model::StorageConfig;
 use kernel_model::faults::FaultPlan;
+use kernel_model::{Inode, StorageConfig};
 use sim::{Entity, Label};
 use tap_core::wait::joined;
 use tap_host::Errno;
@@ -88,9 +88,10 @@ impl Disk {
         *self.setup.borrow_mut() = setup.moved(base).above(top);
     }
 
-    /// Finds out which chain the disk has, after its tapdisk or the power has failed.
+    /// Finds out which chain the disk has, after its tapdisk or the power has failed. Until it is open again, and with
+    /// that durable, the next power cut may decide otherwise.
     pub(super) fn settle(&self, world: &World, power: bool) {
-        let pending = self.pending.take();
+        let pending = self.pending.borrow().clone();
         self.doubt.set(self.doubt.get() || pending.is_some());
         let new = pending.as_ref().filter(|pending| !pending.keeps).and_then(|pending| {
             // What was made as a whole is the disk's, whether it was put above the old image or not.
@@ -110,8 +111,8 @@ impl Disk {
         let setup = self.setup();
         let top = top.unwrap_or_else(|| match pending {
             // Its type may have changed with the image.
-            Some(pending) if pending.keeps => pending.old.clone(),
-            _ => setup.spec.clone(),
+            Some(pending) => pending.old.clone(),
+            None => setup.spec.clone(),
         });
         let found = setup.over(top.clone(), chain(world, &top.path));
         let files = |setup: &Setup| setup.files().cloned().collect::<Vec<_>>();
@@ -127,6 +128,20 @@ impl Disk {
             world.fail(Invariant::C3, text);
         }
         *self.setup.borrow_mut() = found;
+        if pending.is_some() {
+            self.check_durable(world);
+        }
+    }
+
+    /// Whoever finds the new image does not write to the one below it, and so does not flush it either.
+    fn check_durable(&self, world: &World) {
+        let setup = self.setup();
+        let Some(base) = setup.files().nth(1) else { return };
+        // Its last cluster may be growing to a whole one.
+        let pending = |inode: &Inode| !inode.pending.is_empty();
+        if world.storage.with_inode(base, pending) == Some(true) && !world.kernel.answers_lost() {
+            world.fail(Invariant::C3, format!("{base} is below the disk, but a power cut would change it"));
+        }
     }
 }
 
@@ -204,6 +219,7 @@ impl Acts<'_> {
             disk.setup().history.borrow_mut().end_flush(inv);
             disk.took(&pending);
             disk.look(world, None, None);
+            disk.check_durable(world);
             let base = if keeps { &pending.made.path } else { &pending.old.path };
             let bytes = world.storage.bytes(base).unwrap_or_default();
             disk.left.borrow_mut().push((base.clone(), bytes));

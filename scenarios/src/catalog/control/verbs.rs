@@ -132,12 +132,14 @@ impl Acts<'_> {
     /// The disk, of which so many requests wait, stays paused for longer than its watchdog allows: that must be said,
     /// and that they wait for the resume.
     async fn hold_long(&self, disk: &Disk, waiting: u64) -> Act {
-        self.admin.hangs.borrow_mut().clear();
-        self.hold(disk, LONG_NS).await?;
         let own = |(minor, _): &(u32, Whereabouts)| disk.minor.get().map(u32::from) == Some(*minor);
+        // tap-ctl may have learned late that the disk was paused.
+        let before = self.admin.hangs.take();
+        let before = before.iter().any(|hang| own(hang) && hang.1 == Whereabouts::Paused);
+        self.hold(disk, LONG_NS).await?;
         let said: Vec<_> = self.admin.hangs.borrow().iter().copied().filter(own).collect();
-        let right =
-            said.iter().all(|(_, at)| *at == Whereabouts::Paused) && said.is_empty() <= (waiting == 0);
+        let right = said.iter().all(|(_, at)| *at == Whereabouts::Paused)
+            && (before || said.is_empty() <= (waiting == 0));
         if !right {
             let text =
                 format!("{waiting} requests waited for {LONG_NS} ns for a paused disk, and it said {said:?}");
@@ -148,6 +150,7 @@ impl Acts<'_> {
 
     /// Pauses the disk, and resumes it with `options`, which has this status; one that fails leaves the disk running.
     pub(super) async fn pause_and(&self, disk: &Disk, hold_ns: u64, options: &str, status: i32) -> Act {
+        self.admin.hangs.borrow_mut().clear();
         if !self.pause(disk).await? {
             return Some(());
         }

@@ -13,7 +13,8 @@
 //!   complete and durable before anything refers to it. To keep the name, the two files exchange theirs in one step,
 //!   once the old image has nothing left to be made durable, and that is durable before the new one gets its first
 //!   write: until then both chains show the same.
-//! * A snapshot that fails leaves the disk running with its image, under its name, and removes the new file.
+//! * A snapshot that fails leaves the disk running with its image, under its name, and removes the new file. The image
+//!   has its name back before it gets its next write: whoever found the new one after a crash would not flush it.
 //! * Nothing is made that could not be opened again: the backing file must be one that the process may open.
 
 use super::{ControlledHost, Open, Stage, Vbd, file_of};
@@ -35,6 +36,8 @@ use tap_images::{
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
+    SNAPSHOT_NAMES_FIRST = "snapshot-names-first",
+        "the new image of a snapshot gets the disk's name before the old one is flushed";
     SNAPSHOT_NAME_LATER = "snapshot-name-later",
         "a disk writes to the new image of a snapshot before it is durable that this one has its name";
     SNAPSHOT_KEEPS_LOCK = "snapshot-keeps-lock", "nobody may read the image below a snapshot";
@@ -82,6 +85,8 @@ struct Plan {
     is_made: Cell<bool>,
     /// It may have the disk's name.
     may_have_name: Cell<bool>,
+    /// It could not be taken back that it has the disk's name.
+    keeps_its_name: Cell<bool>,
 }
 
 impl<H: ControlledHost> Vbd<H> {
@@ -99,7 +104,7 @@ impl<H: ControlledHost> Vbd<H> {
         let plan = Plan::of(&open, names, what)?;
         plan.check(&settings.host, &open).await?;
         if let Err(why) = plan.take(settings, &open).await {
-            return Err(plan.take_back(&settings.host, &open, why).await);
+            return Err(plan.remove(&settings.host, why).await);
         }
         let image = format!("{}:{}", plan.format, plan.top);
         settings.host.mark(if plan.keeps_name { &SNAPSHOT_KEPT } else { &SNAPSHOT_NEW });
@@ -172,6 +177,7 @@ impl Plan {
             backing,
             is_made: Cell::new(false),
             may_have_name: Cell::new(false),
+            keeps_its_name: Cell::new(false),
         })
     }
 
@@ -265,6 +271,10 @@ impl Plan {
             self.make(host, open).await?;
         }
         let begun = Cell::new(false);
+        let first = self.keeps_name && host.bug(&SNAPSHOT_NAMES_FIRST);
+        if first {
+            self.exchange_names(host, open).await?;
+        }
         let above = async |old: Lease| {
             begun.set(true);
             let base = old.share();
@@ -272,11 +282,18 @@ impl Plan {
             // flush of the exchange out.
             let flushed = base.submit(Request::flush()).await.result;
             flushed.map_err(|error| self.refuse(error, format!("flush it: {error}; it goes on")))?;
-            match self.keeps_name {
-                true => self.exchange_names(host, open).await?,
-                false => self.make(host, open).await?,
+            let taken = async {
+                match self.keeps_name {
+                    true if first => {}
+                    true => self.exchange_names(host, open).await?,
+                    false => self.make(host, open).await?,
+                }
+                self.put_above(host, open, old, &base).await
+            };
+            match taken.await {
+                Ok(node) => Ok(node),
+                Err(why) => Err(self.take_back(host, open, why).await),
             }
-            self.put_above(host, open, old, &base).await
         };
         let limit = async {
             settings.until_late().await;
@@ -379,26 +396,26 @@ impl Plan {
         Ok(file_id(host, &self.old.path).await? == open.file.get())
     }
 
-    /// The snapshot has failed with `why`: the disk's file gets its name back, and the new image is removed.
+    /// The snapshot has failed with `why`: the disk's file gets its name back.
     async fn take_back<H: ControlledHost>(&self, host: &H, open: &Open<H>, why: Refusal) -> Refusal {
+        let Err(error) = self.put_back(host, open).await else { return why };
+        // Whatever has the name after a crash: the new image shows what the old one has.
+        self.keeps_its_name.set(true);
+        let [old, new] = [&self.old.path, &self.made_at];
+        let words = format!("{old} is the disk in any case, and {new} is below it or of no use");
+        Refusal::new(why.error, format!("{}; {words}: {error}", why.words))
+    }
+
+    /// The snapshot has failed with `why`: the new image is removed.
+    async fn remove<H: ControlledHost>(&self, host: &H, why: Refusal) -> Refusal {
+        if !self.is_made.get() || self.keeps_its_name.get() {
+            return why;
+        }
         // Perhaps it was opened.
         host.closed().await;
-        match self.put_back(host, open).await {
-            Ok(()) if !self.is_made.get() => why,
-            Ok(()) => match host.remove(&self.made_at).await {
-                Ok(()) => why,
-                Err(error) => {
-                    let words = format!("{}; its new image {} is left: {error}", why.words, self.made_at);
-                    Refusal::new(why.error, words)
-                }
-            },
-            // Whatever has the name after a crash: the new image shows what the old one has.
-            Err(error) => {
-                let [old, new] = [&self.old.path, &self.made_at];
-                let words = format!("{old} is the disk in any case, and {new} is below it or of no use");
-                Refusal::new(why.error, format!("{}; {words}: {error}", why.words))
-            }
-        }
+        let Err(error) = host.remove(&self.made_at).await else { return why };
+        let words = format!("{}; its new image {} is left: {error}", why.words, self.made_at);
+        Refusal::new(why.error, words)
     }
 
     /// The names are as before, durably.
