@@ -2,11 +2,26 @@
 
 use super::{AT_ONCE_S, Ctl, CtlHost, Failure, Launch};
 use clap::Args;
+use futures_util::stream::{self, StreamExt};
 use serde_json::{Value, json};
 use tap_abi::tapctl::Entry;
 use tap_control::client::CallError;
 use tap_control::pid_of;
 use tap_host::Errno;
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    LIST_ONE_BY_ONE = "list-one-by-one", "a list asks a tapdisk only after the one before has answered";
+    LIST_AS_ANSWERED = "list-as-answered", "a list has tapdisks in the order in which they answered";
+}
+
+tap_host::listed! {
+    pub(super) MARKS: Mark;
+    LIST_SILENT = "list-silent", "a tapdisk did not answer in time when it was asked for its disks";
+}
+
+/// How many tapdisks are asked at the same time; those that hang hold up nobody until there are as many.
+const ASKED_AT_ONCE_MAX: usize = 64;
 
 #[derive(Args, Clone, Debug)]
 pub(super) struct ListArgs {
@@ -119,23 +134,40 @@ impl<H: CtlHost, L: Launch> Ctl<'_, H, L> {
         Ok(())
     }
 
-    /// Every disk, every tapdisk without one, and every minor number without a tapdisk.
-    async fn rows(&self) -> Result<Vec<Row>, Failure> {
+    /// The process numbers of the tapdisks that have a control socket, in order.
+    pub(super) async fn pids(&self) -> Result<Vec<u32>, Failure> {
         let names = match self.host.names_in(&self.folder).await {
             Err(Errno::ENOENT) => Vec::new(),
             names => names.map_err(|error| Failure::new(error, format!("list {}: {error}", self.folder)))?,
         };
         let mut pids: Vec<u32> = names.iter().filter_map(|name| pid_of(name)).collect();
         pids.sort_unstable();
+        Ok(pids)
+    }
+
+    /// Every disk, every tapdisk without one, and every minor number without a tapdisk.
+    async fn rows(&self) -> Result<Vec<Row>, Failure> {
+        let pids = self.pids().await?;
+        let at_once = if self.host.bug(&LIST_ONE_BY_ONE) { 1 } else { ASKED_AT_ONCE_MAX };
+        let asked =
+            pids.into_iter().map(|pid| async move { (pid, self.tapdisk(pid, AT_ONCE_S).list().await) });
+        let mut answers: Vec<_> = stream::iter(asked).buffer_unordered(at_once).collect().await;
+        if !self.host.bug(&LIST_AS_ANSWERED) {
+            answers.sort_by_key(|(pid, _)| *pid);
+        }
         let mut rows = Vec::new();
-        for pid in pids {
-            match self.tapdisk(pid, AT_ONCE_S).list().await {
+        for (pid, answer) in answers {
+            match answer {
                 Ok(disks) if disks.is_empty() => rows.push(Row { pid: Some(pid), ..Row::default() }),
                 Ok(disks) => rows.extend(disks.iter().map(|entry| Row::of(pid, entry))),
                 // What it leaves behind when it is killed, or it has just ended.
                 Err(CallError::Connect { error: Errno::ECONNREFUSED | Errno::ENOENT, .. }) => {}
                 Err(error) => {
-                    self.console.err(&format!("tap-ctl: failed to {error}"));
+                    if error.errno() == Errno::ETIME {
+                        self.host.mark(&LIST_SILENT);
+                    }
+                    let errno = error.errno();
+                    self.console.err(&format!("tap-ctl: failed to list tapdisk {pid} ({errno:?}): {error}"));
                     rows.push(Row { pid: Some(pid), ..Row::default() });
                 }
             }

@@ -10,7 +10,8 @@
 //!
 //! * Every failure is one line on standard error, and the exit status is its error number.
 //! * What a verb of several parts (`create`) has begun it takes back when a later part fails.
-//! * `list` shows what can be seen, whatever does not answer; that is named on standard error.
+//! * `list` shows what can be seen, whatever does not answer; that is named on standard error. All are asked side by
+//!   side: those that hang cost the time limit once.
 
 mod list;
 mod minors;
@@ -36,11 +37,11 @@ use tap_control::json::{Disks, Metrics, Request, Stats};
 use tap_host::{Errno, Files, Probe, Sockets, Time};
 
 tap_host::listed! {
-    pub(super) BUGS: Bug with [minors::BUGS];
+    pub(super) BUGS: Bug with [list::BUGS, minors::BUGS];
 }
 
 tap_host::listed! {
-    pub(super) MARKS: Mark with [minors::MARKS];
+    pub(super) MARKS: Mark with [list::MARKS, minors::MARKS];
 }
 
 /// The parts of a host that `tap-ctl` uses.

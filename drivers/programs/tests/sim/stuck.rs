@@ -148,6 +148,44 @@ fn a_client_does_not_wait_longer_than_it_was_told() {
     });
 }
 
+#[test]
+fn tapdisks_that_hang_cost_a_list_one_wait_and_nobody_else_a_line() {
+    world(|sim, kernel, xen| async move {
+        kernel.storage().put_bytes("/a", &[1; 1 << 20]);
+        kernel.storage().put_bytes("/b", &[1; 1 << 20]);
+        let admin = Admin::new(&sim, &kernel, &xen);
+        // Some have lower numbers than those that answer, some higher.
+        let silent = [1, 2, 70_001, 70_002, 70_003];
+        silent.iter().for_each(|pid| answers(&kernel, *pid, None));
+        answers(&kernel, 70_004, Some(Message::error(3, 16, "be so good")));
+        let (first, second) = (admin.create("raw:/a").await, admin.create("raw:/b").await);
+        let began_ns = sim.now_ns();
+        let said = admin.done("list").await;
+        assert_eq!((sim.now_ns() - began_ns) / SECOND_NS, 30);
+        let late = |pid: &u32| {
+            let path = socket_of(FOLDER, *pid);
+            format!(
+                "tap-ctl: failed to list tapdisk {pid} (ETIME): get an answer from {path} within 30 s; \
+                 it may still carry the request out"
+            )
+        };
+        let mut expected: Vec<String> = silent.iter().map(late).collect();
+        expected.push("tap-ctl: failed to list tapdisk 70004 (EBUSY): be so good".to_owned());
+        for pid in [1, 2] {
+            expected.push(format!("pid={pid}"));
+        }
+        expected.push(format!("pid={first} minor=0 state=0 args=raw:/a"));
+        expected.push(format!("pid={second} minor=1 state=0 args=raw:/b"));
+        for pid in 70_001..=70_004 {
+            expected.push(format!("pid={pid}"));
+        }
+        assert_eq!(said.lines().collect::<Vec<_>>(), expected);
+        for (pid, minor) in [(first, 0), (second, 1)] {
+            admin.done(&format!("destroy -p {pid} -m {minor}")).await;
+        }
+    });
+}
+
 /// tapdisk3 puts some error numbers into its answers as they are, and others as the kernel has them.
 #[test]
 fn an_error_of_another_tapdisk_may_be_negative() {

@@ -10,7 +10,7 @@ use tap_abi::tapctl::{Kind, Message};
 use tap_control::client::{CallError, Tapdisk};
 use tap_control::{CONNECTIONS_MAX, FOLDER, WAITING_OF_ONE_MAX, json_socket_of, socket_of};
 use tap_core::wait::joined;
-use tap_host::{Errno, SocketAddress, Sockets};
+use tap_host::{Errno, Files, SocketAddress, Sockets};
 
 /// Where a server listens that accepts nobody. Our client gives it ten seconds.
 const SILENT: &str = "/run/silent.nbd";
@@ -18,16 +18,51 @@ const SILENT: &str = "/run/silent.nbd";
 const AT_ONCE_S: u64 = 1;
 /// How long others get to send their requests, in nanoseconds.
 const GATHER_NS: u64 = 1_000_000_000;
+/// How long a list may take, in nanoseconds: tap-ctl waits 30 s for a tapdisk that hangs.
+const LIST_NS_MAX: u64 = 31_000_000_000;
 /// Requests about one disk that are sent at once.
 const CROWD: usize = WAITING_OF_ONE_MAX + 4;
 
 impl Acts<'_> {
     /// As many clients as the control sockets take: others wait, but not for ever.
     pub(super) async fn crowd(&self, disk: &Disk, hold_ns: u64) -> Act {
-        match hold_ns % 2 {
+        match hold_ns % 4 {
             0 => self.silent(disk, hold_ns).await,
+            2 => self.beside_silent(disk).await,
             _ => self.held_up().await,
         }
+    }
+
+    /// Some tapdisks hang. A list has everybody's lines, in order, after the time for one of them.
+    async fn beside_silent(&self, disk: &Disk) -> Act {
+        let sim = &self.world.sim;
+        let host = SimHost::start(&self.world.kernel, &self.world.xen, "hangs", sim.now_ns());
+        let (pid, minor) = (self.tapdisk.pid(), disk.minor.get().unwrap_or_default());
+        let mut listeners = Vec::new();
+        for silent in [1, pid + 1_000_000, pid + 1_000_001] {
+            listeners.push(host.listen(&SocketAddress::Unix(socket_of(FOLDER, silent))).await);
+        }
+        let began_ns = sim.now_ns();
+        let listed = self.admin.ctl("list").await;
+        let took_ns = sim.now_ns() - began_ns;
+        drop(listeners);
+        host.closed().await;
+        if !self.tapdisk.is_alive() {
+            return None;
+        }
+        let number = |row: &String| row.strip_prefix("pid=")?.split(' ').next()?.parse::<u32>().ok();
+        let pids: Vec<u32> = listed.out.iter().filter_map(number).collect();
+        let own = format!("pid={pid} minor={minor} ");
+        let complete = listed.out.iter().any(|row| row.starts_with(&own))
+            && pids.is_sorted()
+            && [1, pid + 1_000_000, pid + 1_000_001].iter().all(|silent| {
+                pids.contains(silent) && listed.err.contains(&format!("tapdisk {silent} (ETIME)"))
+            });
+        if listed.status != 0 || !complete || took_ns > LIST_NS_MAX {
+            let text = format!("beside three tapdisks that hang a list took {took_ns} ns: {listed:?}");
+            self.world.fail(Invariant::U1, text);
+        }
+        Some(())
     }
 
     /// They send nothing.
