@@ -196,7 +196,11 @@ impl Inner {
         let kind = value & 7;
         let plan = self.plan();
         let of_names = plan.names && matches!(call, Call::Exchange | Call::SyncName);
-        let allowed = if kind == KIND_EINTR { plan.calls_interrupted } else { plan.calls || of_names };
+        let allowed = match kind {
+            KIND_EINTR => plan.calls_interrupted,
+            KIND_AWAY => plan.calls && !plan.found,
+            _ => plan.calls || of_names,
+        };
         let spared = kind == KIND_EINTR && nth.is_some();
         let error = call.error(kind).filter(|_| allowed && !spared)?;
         Some(Failed { error, happened: value & HAPPENED != 0 && call.may_happen(kind) })

@@ -127,6 +127,8 @@ pub struct FaultPlan {
     pub sync_interrupted: bool,
     /// Errors of calls other than transfers: see [`crate::calls`].
     pub calls: bool,
+    /// Files are found where they are: none is away for a moment because somebody puts another in its place.
+    pub found: bool,
     /// Errors of those that exchange names and synchronise directories only.
     pub names: bool,
     /// EINTR of calls.
@@ -146,6 +148,7 @@ impl FaultPlan {
         sync_errors: false,
         sync_interrupted: false,
         calls: false,
+        found: false,
         names: false,
         calls_interrupted: false,
     };
@@ -169,6 +172,7 @@ impl FaultPlan {
         sync_errors: true,
         sync_interrupted: true,
         calls: true,
+        found: false,
         names: true,
         calls_interrupted: true,
     };

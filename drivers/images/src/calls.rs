@@ -72,15 +72,16 @@ pub async fn read_small<H: ImageHost>(host: &H, path: &str, max: usize) -> Resul
     if size > max {
         return Err(Errno::EFBIG);
     }
-    let mut bytes = Vec::with_capacity(size);
+    let (mut bytes, mut patience) = (Vec::with_capacity(size), Patience::of(LONE_REPEATS));
     while bytes.len() < size {
         let buf = IoBuf::unpooled(size - bytes.len())?;
         let (result, bufs) = file.read_at(bytes.len() as u64, IoVec::from_iter([buf])).await;
         match result {
-            // It has become shorter.
-            Ok(0) => break,
-            Ok(count) => bytes.extend_from_slice(&bufs[0][..count]),
-            Err(Errno::EINTR) => {}
+            // It has become shorter, unless the read would have had to wait.
+            Ok(0) if bytes.len() as u64 >= file.info().await?.size_bytes => break,
+            Ok(count) if count > 0 => bytes.extend_from_slice(&bufs[0][..count]),
+            Ok(_) | Err(Errno::EINTR | Errno::EAGAIN) if patience.again(host).await => {}
+            Ok(_) => return Err(Errno::EAGAIN),
             Err(error) => return Err(error),
         }
     }

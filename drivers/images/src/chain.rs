@@ -114,6 +114,19 @@ pub fn resolve(image: &str, name: &str) -> String {
     }
 }
 
+/// A path without its last part: empty, or with a slash at its end.
+pub fn folder(path: &str) -> &str {
+    path.rfind('/').map_or("", |slash| &path[..=slash])
+}
+
+/// What the image at `image` calls the file at `path`, for [`resolve`]; `None` if no name is right.
+pub fn name_beside(image: &str, path: &str) -> Option<String> {
+    match folder(image) == folder(path) {
+        true => Some(path[folder(path).len()..].to_owned()),
+        false => path.starts_with('/').then(|| path.to_owned()),
+    }
+}
+
 /// Whether two paths surely lead to the same file: they differ at most in `//` and `/./`.
 pub fn same_path(a: &str, b: &str) -> bool {
     let is_part = |part: &&str| !matches!(*part, "" | ".");
@@ -133,6 +146,22 @@ mod tests {
             assert!(!same_path("/a/b", other), "{other}");
         }
         assert!(same_path("./b", "b"));
+    }
+
+    #[test]
+    fn a_file_is_called_so_that_it_is_found() {
+        for (image, path, name) in [
+            ("/images/a", "/images/a.old", Some("a.old")),
+            ("/images/a", "/kept/a", Some("/kept/a")),
+            ("a", "b", Some("b")),
+            ("./a", "b", None),
+            ("/images/a", "b", None),
+        ] {
+            assert_eq!(name_beside(image, path).as_deref(), name, "{image} and {path}");
+            if let Some(name) = name {
+                assert_eq!(resolve(image, name), path);
+            }
+        }
     }
 
     #[test]

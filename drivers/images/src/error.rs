@@ -43,6 +43,16 @@ pub enum ImageError {
         /// Which option, and what it may be.
         what: String,
     },
+    /// Another image is being merged into it, so that only that one can be above it.
+    #[error(
+        "use {path}: it is partly merged with {other}; complete that first, by tap-img commit {other} -b {path}"
+    )]
+    Merging {
+        /// The file.
+        path: String,
+        /// The image that is being merged into it.
+        other: String,
+    },
     /// A backing file, or one further below, cannot be used. The text names this pair and the cause, not every image in
     /// between.
     #[error("use {backing} as backing file of {path}: {}", error.cause())]
@@ -83,6 +93,7 @@ impl ImageError {
             ImageError::Io { error, .. } => *error,
             ImageError::InUse { .. } => Errno::EAGAIN,
             ImageError::Refused { .. } => Errno::EUCLEAN,
+            ImageError::Merging { .. } => Errno::EBUSY,
             ImageError::Options { .. } => Errno::EINVAL,
             ImageError::Backing { error, .. } => error.errno(),
         }

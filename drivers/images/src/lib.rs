@@ -30,6 +30,7 @@ pub mod formats;
 mod io;
 pub mod map;
 mod memory;
+mod merging;
 mod registry;
 mod sync;
 mod sync_record;
@@ -39,13 +40,16 @@ mod units;
 mod testing;
 
 pub use calls::{file_id, read_small};
-pub use chain::{Backing, BackingGate, BackingPolicy, MAX_CHAIN, OpenOptions, resolve, same_path};
+pub use chain::{
+    Backing, BackingGate, BackingPolicy, MAX_CHAIN, OpenOptions, folder, name_beside, resolve, same_path,
+};
 pub use error::ImageError;
 pub use format::{
     CheckReport, Description, Format, FormatInfo, ImageFormat, ImageSpec, NewImage, OptionInfo,
 };
 pub use formats::{SHIPPED, format_called};
 pub use io::{ImageFile, sync_name};
+pub use merging::{check_merging, mark_merging, mark_of, merging, unmark_merged};
 pub use registry::{Driver, Formats, HEAD_BYTES, OpenImage};
 pub use units::{parse_size, show_size};
 
@@ -54,14 +58,14 @@ use tap_host::{Files, Log, Probe, SharedPages, Tasks, Time};
 tap_host::listed! {
     /// The seeded bugs of this crate.
     pub BUGS: Bug with [
-        calls::BUGS, formats::BUGS, io::BUGS, map::BUGS, sync::BUGS,
+        calls::BUGS, formats::BUGS, io::BUGS, map::BUGS, merging::BUGS, sync::BUGS,
         sync_record::BUGS,
     ];
 }
 
 tap_host::listed! {
     /// The marks of this crate.
-    pub MARKS: Mark with [calls::MARKS, io::MARKS, map::MARKS, sync::MARKS];
+    pub MARKS: Mark with [calls::MARKS, io::MARKS, map::MARKS, merging::MARKS, sync::MARKS];
 }
 
 /// The parts of a host that images use.

@@ -12,6 +12,7 @@ use crate::chain::{Backing, BackingPolicy, MAX_CHAIN, OpenOptions, resolve, same
 use crate::foreign::foreign;
 use crate::format::{CheckReport, Description, Format, FormatInfo, ImageFormat, ImageSpec, NewImage};
 use crate::io::{ImageFile, is_transient as passes};
+use crate::merging::check_merging;
 use crate::{ImageError, ImageHost};
 use std::rc::Rc;
 use tap_core::{LocalBoxFuture, Node, nodes};
@@ -322,7 +323,19 @@ impl<H: ImageHost> OpenImage<H> {
         let below = OpenOptions { write: false, ..self.options.clone() };
         let above = self.above.iter().chain([&self.path]).cloned().collect();
         let opened = self.formats.open_level(host.clone(), spec, below, (any, above)).await;
-        let path = self.path.clone();
+        let opened = async {
+            let node = opened?;
+            // Locked, it is not marked any more.
+            match check_merging(host, &backing, &self.path).await {
+                Ok(()) => Ok(node),
+                Err(why) => {
+                    // It was only looked at.
+                    let _unused = node.close().await;
+                    Err(why)
+                }
+            }
+        };
+        let (path, opened) = (self.path.clone(), opened.await);
         opened.map_err(|error| ImageError::Backing { path, backing, error: Box::new(error) })
     }
 

@@ -55,5 +55,7 @@ tap_host::listed! {
 
 tap_host::listed! {
     /// The marks of this crate.
-    pub MARKS: Mark with [attach::MARKS, control::MARKS, ctl::MARKS, disk::MARKS, serve::MARKS, xen::MARKS];
+    pub MARKS: Mark with [
+        attach::MARKS, control::MARKS, ctl::MARKS, disk::MARKS, img::MARKS, serve::MARKS, xen::MARKS,
+    ];
 }

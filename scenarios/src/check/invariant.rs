@@ -43,6 +43,8 @@ pub enum Invariant {
     C2,
     /// A snapshot happens as a whole.
     C3,
+    /// Merges of images.
+    C4,
     /// The back end refuses invalid requests.
     H1,
     /// A guest cannot disturb another.
@@ -95,7 +97,7 @@ pub enum Invariant {
 
 impl Invariant {
     /// All of them.
-    pub const ALL: [Invariant; 44] = [
+    pub const ALL: [Invariant; 45] = [
         Self::G1,
         Self::G7,
         Self::G9,
@@ -116,6 +118,7 @@ impl Invariant {
         Self::C1,
         Self::C2,
         Self::C3,
+        Self::C4,
         Self::H1,
         Self::H2,
         Self::N1,
@@ -168,6 +171,9 @@ impl Invariant {
             Self::Q6 => "a checksum in an image is right or cleared",
             Self::C1 => "a backing file never changes",
             Self::C2 => "an image in use is locked for others, and each file below it for writers",
+            Self::C4 => {
+                "a merge changes nothing that the images above its base show, and what has bytes of both is marked"
+            }
             Self::C3 => "a snapshot leaves the old chain or the new one, whatever fails",
             Self::H1 => "malformed requests are refused, and a ring that cannot be trusted is closed",
             Self::H2 => "a guest that misbehaves does not disturb another",

@@ -32,6 +32,11 @@ pub(crate) fn img() -> String {
     filled(include_str!("img.txt"))
 }
 
+/// The text below the options of `tap-img commit`.
+pub(crate) fn commit() -> String {
+    filled(include_str!("commit.txt"))
+}
+
 /// Fills in `{specs}`, the forms of image names, and `{formats}`, the formats with a description each.
 fn filled(text: &str) -> String {
     let all = |show: fn(&Format) -> String| SHIPPED.iter().map(show).collect::<Vec<_>>().join(", ");
@@ -47,13 +52,13 @@ mod tests {
     #[test]
     fn help_texts_name_every_format_and_have_no_placeholder_left() {
         let [serve, xen, attach, img] = [serve(), xen(), attach(), img()];
-        let [control, ctl] = [control(), ctl()];
+        let [control, ctl, commit] = [control(), ctl(), commit()];
         for format in SHIPPED {
             assert!([&serve, &attach, &ctl].iter().all(|text| text.contains(&format!("{format}:PATH"))));
             assert!(img.contains(&format!("{format} (")));
         }
         let left = ["{specs}", "{formats}"];
-        let all = [serve, xen, attach, img, control, ctl];
+        let all = [serve, xen, attach, img, control, ctl, commit];
         assert!(all.iter().all(|text| !left.iter().any(|name| text.contains(name)) && !text.ends_with('\n')));
     }
 }

@@ -59,16 +59,16 @@ pub(super) struct Convert {
 
 /// Copies one disk onto another.
 #[derive(Clone)]
-struct Copier {
-    from: Rc<dyn Node>,
-    to: Rc<dyn Node>,
-    pool: BufPool,
+pub(super) struct Copier {
+    pub(super) from: Rc<dyn Node>,
+    pub(super) to: Rc<dyn Node>,
+    pub(super) pool: BufPool,
     /// The target reads as zeros, so zeros need not be written.
-    to_is_zero: bool,
+    pub(super) to_is_zero: bool,
     /// Least number of zero sectors to skip; 0 skips none.
-    sparse_sectors: u64,
+    pub(super) sparse_sectors: u64,
     /// Zeros replace what cannot be read.
-    salvage: bool,
+    pub(super) salvage: bool,
 }
 
 /// The copy of one piece; returns what could not be read.
@@ -214,7 +214,7 @@ impl Convert {
 
 impl Copier {
     /// Copies a run; returns what could not be read.
-    async fn piece(&self, run: &Run) -> Result<Vec<Lost>, Errno> {
+    pub(super) async fn piece(&self, run: &Run) -> Result<Vec<Lost>, Errno> {
         let (start, count) = (run.start, run.count);
         if run.extent.zero {
             return self.zeros(start, count).await.map(|()| Vec::new());

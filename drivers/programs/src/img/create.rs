@@ -7,7 +7,7 @@ use crate::Console;
 use crate::disk::format_parser;
 use clap::Args;
 use tap_host::SECTOR_BYTES;
-use tap_images::{Format, Formats, ImageFormat, ImageHost, ImageSpec, parse_size, resolve};
+use tap_images::{Format, Formats, ImageFormat, ImageHost, ImageSpec, check_merging, parse_size, resolve};
 
 #[derive(Args, Debug)]
 pub(super) struct Create {
@@ -49,6 +49,7 @@ impl Create {
             Some(name) => {
                 let format = self.backing_format.map_or(ImageFormat::Probe, ImageFormat::As);
                 let below = ImageSpec { format, path: resolve(&spec.path, name) };
+                check_merging(host, &below.path, &spec.path).await.map_err(Failure::new)?;
                 let files = apart(host, &spec.path, &below, (true, false)).await.map_err(create)?;
                 (Some(formats.describe(host, &below, false).await.map_err(Failure::new)?.disk_bytes), files)
             }

@@ -1,8 +1,9 @@
-//! `tap-img`: creates, shows, checks, compares and converts images, with the options, the JSON keys and the exit
-//! statuses of `qemu-img`, for the formats of this project.
+//! `tap-img`: creates, shows, checks, compares, converts and merges images, with the options, the JSON keys and the
+//! exit statuses of `qemu-img`, for the formats of this project.
 
 mod apart;
 mod check;
+mod commit;
 mod compare;
 mod convert;
 mod create;
@@ -24,12 +25,20 @@ use tap_host::VbdId;
 use tap_images::{Format, Formats, ImageFormat, ImageSpec};
 
 tap_host::listed! {
-    pub(super) BUGS: Bug with [apart::BUGS, convert::BUGS];
+    pub(super) MARKS: Mark with [commit::MARKS];
+}
+
+tap_host::listed! {
+    pub(super) BUGS: Bug with [apart::BUGS, commit::BUGS, convert::BUGS];
 }
 
 /// The command line of `tap-img`.
 #[derive(Parser, Debug)]
-#[command(name = "tap-img", version, about = "Creates, shows, checks, compares and converts disk images")]
+#[command(
+    name = "tap-img",
+    version,
+    about = "Creates, shows, checks, compares, converts and merges disk images"
+)]
 #[command(after_help = help::img())]
 pub struct Cli {
     #[command(subcommand)]
@@ -58,6 +67,9 @@ enum Command {
     Compare(compare::Compare),
     /// Copies the contents of an image to another one
     Convert(convert::Convert),
+    /// Merges an image into its backing file
+    #[command(after_help = help::commit())]
+    Commit(commit::Commit),
 }
 
 /// The output format.
@@ -120,6 +132,7 @@ pub async fn run<H: DiskHost>(host: H, cli: Cli, console: &dyn Console) -> u8 {
         Command::Map(args) => args.run(&host, console).await,
         Command::Compare(args) => args.run(&host, console).await,
         Command::Convert(args) => args.run(&host, console).await,
+        Command::Commit(args) => args.run(&host, console).await,
     };
     outcome.unwrap_or_else(|failure| {
         console.err(&format!("tap-img: failed to {}", failure.text));

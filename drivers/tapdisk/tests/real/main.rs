@@ -10,6 +10,7 @@ mod client;
 mod control;
 mod crash;
 mod fork;
+mod merge;
 mod peers;
 mod server;
 mod snapshot;
@@ -40,6 +41,7 @@ fn main() -> ExitCode {
     fork::tests(&mut add);
     control::tests(&mut add);
     snapshot::tests(&mut add);
+    merge::tests(&mut add);
     check::tests(&mut add);
     tls::tests(&mut add);
     trials.extend(space::tests());

@@ -96,6 +96,19 @@ impl Drop for Server {
     }
 }
 
+/// As [`tool`], on images that a killed process may have had: the kernel closes them when their last operations have
+/// ended, which may be after the process has ended.
+pub(crate) fn tool_after_kill(program: &str, args: &[&str]) -> Result<String, Failed> {
+    for _ in 0..1000 {
+        match tool(program, args) {
+            Err(why) if why.message().is_some_and(|said| said.contains("in use by another process")) => {}
+            done => return done,
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    tool(program, args)
+}
+
 /// Runs a tool and returns its output; a status other than 0, or the word "failed", is a failure.
 pub(crate) fn tool(program: &str, args: &[&str]) -> Result<String, Failed> {
     let output = Command::new(program).args(args).stdin(Stdio::null()).output()?;

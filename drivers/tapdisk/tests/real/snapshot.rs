@@ -158,7 +158,7 @@ fn under_load() -> Done {
 }
 
 /// The image is whole. The kernel may take its time to release the file of a process that has ended.
-fn check(image: &str) -> Done {
+pub(crate) fn check(image: &str) -> Done {
     for _ in 0..500 {
         let output = std::process::Command::new(TAP_IMG).args(["check", image]).output()?;
         let said = String::from_utf8_lossy(&output.stderr).into_owned();

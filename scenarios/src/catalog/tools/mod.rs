@@ -12,6 +12,7 @@
 //! shares no code with them.
 
 mod disk;
+mod merged;
 mod remade;
 mod reports;
 
@@ -31,6 +32,7 @@ use sim::Draw;
 use std::rc::Rc;
 use tap_programs::img::{Cli, run};
 
+pub use merged::{IMAGE_MERGED, MERGE_ROUND, PATTERN};
 pub use remade::{IMAGE_REMADE, ROUND};
 
 /// Nothing fails permanently: each command must succeed.

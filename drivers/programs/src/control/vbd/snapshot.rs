@@ -31,7 +31,7 @@ use tap_core::{ExchangeError, Lease, Node, Request};
 use tap_host::{Errno, File, OpenMode, SECTOR_BYTES, unless};
 use tap_images::{
     Backing, BackingPolicy, Format, Formats, ImageError, ImageFormat, ImageSpec, NewImage, SHIPPED, file_id,
-    same_path, sync_name,
+    folder, name_beside, same_path, sync_name,
 };
 
 tap_host::listed! {
@@ -156,7 +156,7 @@ impl Plan {
                 format!("{base} is not in the folder of {top}, where what is below the disk is looked for");
             return refused(Errno::EINVAL, words);
         }
-        let Some(backing) = backing_name(&top, &base) else {
+        let Some(backing) = name_beside(&top, &base) else {
             return refused(Errno::EINVAL, format!("name {base} by its absolute path"));
         };
         for name in [format!("{format}:{top}"), format!("{old_format}:{base}")] {
@@ -434,40 +434,5 @@ impl Plan {
             sync_name(host, path).await.map_err(|error| error.errno())?;
         }
         Ok(())
-    }
-}
-
-/// A path without its last part.
-fn folder(path: &str) -> &str {
-    path.rfind('/').map_or("", |slash| &path[..=slash])
-}
-
-/// What an image at `top` calls the one at `base`; `None` if no name is right.
-fn backing_name(top: &str, base: &str) -> Option<String> {
-    match folder(top) == folder(base) {
-        true => Some(base[folder(base).len()..].to_owned()),
-        false => base.starts_with('/').then(|| base.to_owned()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use tap_images::resolve;
-
-    #[test]
-    fn the_image_below_is_called_so_that_it_is_found() {
-        for (top, base, name) in [
-            ("/images/a", "/images/a.old", Some("a.old")),
-            ("/images/a", "/kept/a", Some("/kept/a")),
-            ("a", "b", Some("b")),
-            ("./a", "b", None),
-            ("/images/a", "b", None),
-        ] {
-            assert_eq!(backing_name(top, base).as_deref(), name, "{top} above {base}");
-            if let Some(name) = name {
-                assert_eq!(resolve(top, name), base);
-            }
-        }
     }
 }
