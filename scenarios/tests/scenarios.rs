@@ -167,8 +167,9 @@ fn documents() -> Result<(), Failed> {
             std::fs::read_dir(folder).map_err(|e| format!("failed to list {}: {e}", folder.display()))?;
         Ok(entries.filter_map(|entry| entry.ok().map(|entry| entry.path())).collect())
     };
-    for folder in list(&top.join("docs"))? {
-        files.extend(list(&folder)?.into_iter().filter(|file| file.extension().is_some_and(|e| e == "md")));
+    for entry in list(&top.join("docs"))? {
+        let inside = if entry.is_dir() { list(&entry)? } else { vec![entry] };
+        files.extend(inside.into_iter().filter(|file| file.extension().is_some_and(|e| e == "md")));
     }
     let mut seen = 0;
     for file in files {
