@@ -1,8 +1,9 @@
 //! The end of tap-ctl.
 
-use crate::json::{Answer, Request};
-use crate::wire::{Line, Received, receive_line, receive_message, receive_text, send};
+use crate::json::{Answer, ErrorAnswer, News, Request};
+use crate::wire::{Line, Received, receive_line, receive_message, receive_next, receive_text, send};
 use crate::{Refusal, json_socket_of, socket_of};
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use std::future::Future;
 use tap_abi::tapctl::{ALL, Announced, Entry, Kind, Message, Outcome};
@@ -223,8 +224,61 @@ impl<H: ClientHost> Tapdisk<H> {
         .await
     }
 
+    /// Listens for what happens to its disks, from now on. Connecting has the limit of time, listening has none.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    pub async fn events(&self) -> Result<Events<'_, H>, CallError> {
+        let call = Call { tapdisk: self, path: json_socket_of(&self.folder, self.pid) };
+        let mut line = serde_json::to_vec(&Request::Events {}).expect("maps have texts as keys");
+        line.push(b'\n');
+        let stream = call.within(call.ask(&line)).await?;
+        Ok(Events { call, stream, ahead: Vec::new() })
+    }
+
     fn at_messages(&self) -> Call<'_, H> {
         Call { tapdisk: self, path: socket_of(&self.folder, self.pid) }
+    }
+}
+
+/// A stream of events.
+pub struct Events<'a, H: ClientHost> {
+    call: Call<'a, H>,
+    stream: H::Stream,
+    /// Received, and not told yet.
+    ahead: Vec<u8>,
+}
+
+/// A line of it.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Told {
+    Refused { error: ErrorAnswer },
+    News(News),
+}
+
+impl<H: ClientHost> Events<'_, H> {
+    /// The next one; `None` once the tapdisk has ended.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    pub async fn next(&mut self) -> Result<Option<News>, CallError> {
+        let call = &self.call;
+        let line = receive_next(&call.tapdisk.host, &self.stream, LINE_MAX, &mut self.ahead).await;
+        let line = match line.map_err(|error| call.broken(error))? {
+            Line::Whole(line) => line,
+            Line::Ended(line) if line.is_empty() => return Ok(None),
+            Line::Ended(line) => return Err(call.ended(line.len())),
+            Line::TooLong => return Err(call.garbled(format!("a line has more than {LINE_MAX} bytes"))),
+        };
+        match serde_json::from_slice(&line) {
+            Ok(Told::News(news)) => Ok(Some(news)),
+            Ok(Told::Refused { error }) => {
+                let Refusal { error, words } = error.into();
+                Err(CallError::Refused { error, words })
+            }
+            Err(why) => Err(call.garbled(why.to_string())),
+        }
     }
 }
 

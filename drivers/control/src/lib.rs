@@ -7,7 +7,7 @@
 //!        │ └───── messages, perhaps a text ◄────┼─────┘
 //!   Tapdisk::json ──json<pid>: a line───────────┘ ──► json::Verbs::carry_out
 //!          ▲                                          │
-//!          └─────────────── a line ◄──────────────────┘
+//!          └─────── a line, or one for each event ◄────┘
 //! ```
 //!
 //! # Contract
@@ -17,9 +17,10 @@
 //!   be accepted. One that does not send its request within [`MESSAGE_NS`], or does not take the answer in that time,
 //!   is dropped. A request may take as long as it takes to carry out, and is carried out to its end even if its client
 //!   leaves.
-//! * **Who waits keeps nobody out**: requests that may wait for storage ([`Protocol::waits_for`]) have places of their
+//! * **Who waits keeps nobody out**: requests that may wait for storage ([`Place::Waits`]) have places of their
 //!   own, [`WAITING_MAX`] of them, [`WAITING_OF_ONE_MAX`] for one disk; what finds none is refused with `EAGAIN`. So
-//!   lists and counters can be had whatever the storage does.
+//!   lists and counters can be had whatever the storage does. Those who listen for events have [`LISTENING_MAX`] other
+//!   places, as long as they like.
 //! * **The client is bounded**: it gives up after the time that its caller allows, and takes no more disks and no
 //!   longer text than a tapdisk has.
 //! * Messages that are no request, or whose number nobody knows, are answered with `EINVAL` and words.
@@ -37,7 +38,8 @@ mod wire;
 
 pub use refusal::Refusal;
 pub use server::{
-    CONNECTIONS_MAX, Control, ControlHost, MESSAGE_NS, Protocol, WAITING_MAX, WAITING_OF_ONE_MAX,
+    CONNECTIONS_MAX, Control, ControlHost, LISTENING_MAX, MESSAGE_NS, Place, Protocol, WAITING_MAX,
+    WAITING_OF_ONE_MAX,
 };
 pub use tap_ctl::{Answer, TapCtl, Verbs};
 

@@ -14,6 +14,8 @@ tap_host::listed! {
     CONTROL_DEAF_KEPT = "control-deaf-kept", "a client of the control socket that sends nothing keeps its place";
     CONTROL_WAITERS_HEARD = "control-waiters-heard",
         "requests that wait for a disk keep the places of clients that are heard";
+    EVENTS_KEEP_PLACES = "events-keep-places", "clients that listen for events keep the places of clients that are heard";
+    EVENTS_UNCOUNTED = "events-uncounted", "any number of clients may listen for events";
     CONTROL_WAITERS_UNCOUNTED = "control-waiters-uncounted", "any number of requests may wait for one disk";
 }
 
@@ -23,6 +25,7 @@ tap_host::listed! {
     CONTROL_DROPPED = "control-dropped", "a client of the control socket was dropped because it sent no whole request";
     CONTROL_WAITERS_MANY = "control-waiters-many",
         "a request was refused because as many as may wait for its disk do";
+    EVENTS_MANY = "events-many", "a client could not listen for events because as many as may do so";
 }
 
 /// Most clients of a socket that are heard at one time, as in tapdisk3.
@@ -31,6 +34,8 @@ pub const CONNECTIONS_MAX: usize = 10;
 pub const WAITING_MAX: usize = 128;
 /// Most of them about one disk.
 pub const WAITING_OF_ONE_MAX: usize = 16;
+/// Most clients of a socket at one time that listen for events.
+pub const LISTENING_MAX: usize = 16;
 /// How long a client may take to send its request, and again to take the answer, in nanoseconds.
 pub const MESSAGE_NS: u64 = 10_000_000_000;
 /// How long the server waits after a connection could not be accepted, in nanoseconds.
@@ -39,6 +44,17 @@ const ACCEPT_PAUSE_NS: u64 = 100_000_000;
 /// The parts of a host that the server uses.
 pub trait ControlHost: Sockets + Time + Tasks + Log + Probe {}
 impl<T: Sockets + Time + Tasks + Log + Probe> ControlHost for T {}
+
+/// The place that a request has while it is carried out.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Place {
+    /// That of a client that is heard: it is carried out at once.
+    Heard,
+    /// It may wait, for storage or for others about the disk with this minor number.
+    Waits(u16),
+    /// It lasts as long as its client likes.
+    Listens,
+}
 
 /// A protocol in which a connection carries one request and what comes of it.
 pub trait Protocol<H: ControlHost>: 'static {
@@ -53,9 +69,8 @@ pub trait Protocol<H: ControlHost>: 'static {
     /// Why there is none: the client gets no answer.
     fn receive(host: &H, stream: &H::Stream) -> impl Future<Output = Result<Self::Request, &'static str>>;
 
-    /// The minor number of a request that may wait, for storage or for others about the same disk. All others are
-    /// carried out at once.
-    fn waits_for(request: &Self::Request) -> Option<u16>;
+    /// The place that it needs.
+    fn place_of(request: &Self::Request) -> Place;
 
     /// Tells a client that `request` is not carried out.
     fn refuse(
@@ -79,6 +94,8 @@ struct Inner<H, P> {
     /// Places of clients that are heard.
     places: Semaphore,
     waiting: Waiting,
+    /// Places of those that listen.
+    listening: Semaphore,
     connections: Cell<usize>,
     /// Set once no request is taken any more.
     over: Flag,
@@ -89,7 +106,8 @@ impl<H: ControlHost, P: Protocol<H>> Control<H, P> {
     pub fn new(host: H, protocol: P) -> Self {
         let waiting = Waiting { places: Semaphore::new(WAITING_MAX), of: RefCell::default() };
         let (places, connections) = (Semaphore::new(CONNECTIONS_MAX), Cell::new(0));
-        Self(Rc::new(Inner { host, protocol, places, waiting, connections, over: Flag::new() }))
+        let (listening, over) = (Semaphore::new(LISTENING_MAX), Flag::new());
+        Self(Rc::new(Inner { host, protocol, places, waiting, listening, connections, over }))
     }
 
     /// Serves `listener` until `stop` completes; then no request is taken any more.
@@ -121,7 +139,9 @@ impl<H: ControlHost, P: Protocol<H>> Control<H, P> {
 
     /// Completes once every request that was taken is answered. No more are: it comes after [`Control::serve`].
     pub async fn answered(&self) {
-        for (places, all) in [(&self.0.places, CONNECTIONS_MAX), (&self.0.waiting.places, WAITING_MAX)] {
+        let Inner { places, waiting, listening, .. } = &*self.0;
+        let all = [(places, CONNECTIONS_MAX), (&waiting.places, WAITING_MAX), (listening, LISTENING_MAX)];
+        for (places, all) in all {
             let mut ended = Vec::new();
             for _ in 0..all {
                 ended.push(places.acquire().await);
@@ -132,7 +152,10 @@ impl<H: ControlHost, P: Protocol<H>> Control<H, P> {
     fn start(&self, connection: u64, stream: H::Stream, place: Permit) {
         let inner = Rc::clone(&self.0);
         let open = inner.connections.get() + 1;
-        assert!(open <= CONNECTIONS_MAX + WAITING_MAX, "{open} connections of a control socket");
+        assert!(
+            open <= CONNECTIONS_MAX + WAITING_MAX + LISTENING_MAX,
+            "{open} connections of a control socket"
+        );
         inner.connections.set(open);
         self.0.host.spawn(P::TASK, connection, async move {
             // Counted until its place is free again.
@@ -150,9 +173,16 @@ impl<H: ControlHost, P: Protocol<H>> Inner<H, P> {
     async fn converse(&self, stream: &H::Stream, place: Permit) -> Result<(), &'static str> {
         let place = Some(place);
         let request = self.hear(stream).await?;
-        let Some(minor) = P::waits_for(&request) else {
-            self.protocol.answer(&self.host, request, stream).await;
-            return Ok(());
+        let minor = match P::place_of(&request) {
+            Place::Heard => {
+                self.protocol.answer(&self.host, request, stream).await;
+                return Ok(());
+            }
+            Place::Listens => {
+                self.listen(request, stream, place).await;
+                return Ok(());
+            }
+            Place::Waits(minor) => minor,
         };
         let Some(_waits) = self.waiting.place(minor, &self.host) else {
             self.host.mark(&CONTROL_WAITERS_MANY);
@@ -164,6 +194,21 @@ impl<H: ControlHost, P: Protocol<H>> Inner<H, P> {
         let _kept = place.filter(|_| self.host.bug(&CONTROL_WAITERS_HEARD));
         self.protocol.answer(&self.host, request, stream).await;
         Ok(())
+    }
+
+    /// Carries out a request that lasts, which was heard at `place`.
+    async fn listen(&self, request: P::Request, stream: &H::Stream, place: Option<Permit>) {
+        let listens = self.listening.try_acquire();
+        if listens.is_none() && !self.host.bug(&EVENTS_UNCOUNTED) {
+            self.host.mark(&EVENTS_MANY);
+            let words = format!("listen: {LISTENING_MAX} clients do so already");
+            return self
+                .protocol
+                .refuse(&self.host, request, Refusal::new(Errno::EAGAIN, words), stream)
+                .await;
+        }
+        let _kept = place.filter(|_| self.host.bug(&EVENTS_KEEP_PLACES));
+        self.protocol.answer(&self.host, request, stream).await;
     }
 
     async fn hear(&self, stream: &H::Stream) -> Result<P::Request, &'static str> {

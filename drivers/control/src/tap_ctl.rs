@@ -1,7 +1,7 @@
 //! What tapdisk does with the messages of tap-ctl.
 
 use crate::Refusal;
-use crate::server::{ControlHost, Protocol, send_in_time};
+use crate::server::{ControlHost, Place, Protocol, send_in_time};
 use crate::wire::{Received, receive_message};
 use std::future::Future;
 use std::rc::Rc;
@@ -55,7 +55,7 @@ impl Answer {
 /// What a tapdisk does when it is asked.
 pub trait Verbs: 'static {
     /// Does what `message` of this kind, a request, asks for, and says what came of it. Runs to its end, whether its
-    /// client waits or not. Several run at the same time. What [`Protocol::waits_for`] does not name is done at once.
+    /// client waits or not. Several run at the same time.
     fn carry_out(&self, kind: Kind, message: Message) -> impl Future<Output = Answer>;
 }
 
@@ -76,12 +76,12 @@ impl<H: ControlHost, V: Verbs> Protocol<H> for TapCtl<V> {
         }
     }
 
-    fn waits_for(message: &Message) -> Option<u16> {
-        let at_once = matches!(
-            message.kind()?,
-            Kind::Pid | Kind::List | Kind::ListMinors | Kind::Stats | Kind::DiskInfo | Kind::Exit
-        );
-        (!at_once).then(|| message.cookie())
+    fn place_of(message: &Message) -> Place {
+        match message.kind() {
+            Some(Kind::Pid | Kind::List | Kind::ListMinors | Kind::Stats | Kind::DiskInfo | Kind::Exit)
+            | None => Place::Heard,
+            Some(_) => Place::Waits(message.cookie()),
+        }
     }
 
     async fn refuse(&self, host: &H, message: Message, why: Refusal, stream: &H::Stream) {

@@ -72,23 +72,40 @@ pub(crate) enum Line {
 
 /// Receives a line of at most `max` bytes, with its end.
 pub(crate) async fn receive_line(host: &impl Probe, stream: &impl Stream, max: usize) -> Result<Line, Errno> {
+    receive_next(host, stream, max, &mut Vec::new()).await
+}
+
+/// The same; `ahead` has what was received before, and gets what was received behind the line.
+pub(crate) async fn receive_next(
+    host: &impl Probe,
+    stream: &impl Stream,
+    max: usize,
+    ahead: &mut Vec<u8>,
+) -> Result<Line, Errno> {
     let mut line = Vec::new();
     let mut buf = IoBuf::unpooled(max.min(PIECE_BYTES))?;
+    let mut piece = std::mem::take(ahead);
     loop {
-        let (count, back) = stream.recv(buf, 0).await;
-        buf = back;
-        let piece = &buf[..count?];
         let end = piece.iter().position(|byte| *byte == b'\n');
         line.extend_from_slice(&piece[..end.unwrap_or(piece.len())]);
         if line.len() >= max {
             return Ok(Line::TooLong);
         }
-        if end.is_some() {
+        if let Some(end) = end {
+            *ahead = piece.split_off(end + 1);
             return Ok(Line::Whole(line));
         }
-        if piece.is_empty() || host.bug(&LINE_ONE_READ) {
+        if !piece.is_empty() && host.bug(&LINE_ONE_READ) {
             return Ok(Line::Ended(line));
         }
+        let (count, back) = stream.recv(buf, 0).await;
+        buf = back;
+        let received = &buf[..count?];
+        if received.is_empty() {
+            return Ok(Line::Ended(line));
+        }
+        piece.clear();
+        piece.extend_from_slice(received);
     }
 }
 

@@ -267,6 +267,11 @@ impl<H: Time + Log + Tasks + Probe> Slot<H> {
         self.0.open.set_limit(limit_ns);
     }
 
+    /// Calls `listener` with each event about a request that takes long, after it was logged; replaces the one before.
+    pub fn on_hang(&self, listener: impl Fn(&Event) + 'static) {
+        *self.0.open.heard.borrow_mut() = Some(Rc::new(listener));
+    }
+
     /// Its state: `running`, `draining`, `paused`, `closing` or `closed`.
     pub fn state(&self) -> &'static str {
         self.0.stage.get().text()

@@ -8,6 +8,10 @@ pub trait Console {
     fn err(&self, line: &str);
     /// A service has begun: clients can connect. Called once, after the lines that say where.
     fn ready(&self) {}
+    /// Whether somebody may still read standard output; false once its reader has gone.
+    fn is_read(&self) -> bool {
+        true
+    }
     /// Whether people read standard output, rather than programs.
     fn is_terminal(&self) -> bool {
         false

@@ -9,6 +9,7 @@
 use crate::spec::DiskSpec;
 use std::fmt;
 use std::rc::Rc;
+use tap_control::json::EVENTS_KEPT;
 use tap_core::{Node, SchedulerLimits};
 use tap_host::Budget;
 use tap_images::OpenOptions;
@@ -29,6 +30,8 @@ pub struct Tuning {
     pub ring: RingLimits,
     /// Limits of the NBD server; the number of connections is an option of the command line.
     pub server: ServerLimits,
+    /// Events that are kept for clients that listen and are behind.
+    pub events_kept: usize,
     /// The memory of the process, instead of the size from the command line.
     pub memory: Option<Budget>,
     /// Added over each opened image, below its scheduler.
@@ -44,6 +47,7 @@ impl Default for Tuning {
             table_bytes: OpenOptions::default().table_bytes,
             ring: RingLimits::default(),
             server: ServerLimits::default(),
+            events_kept: EVENTS_KEPT,
             memory: None,
             over_image: None,
             over_disk: None,
@@ -76,6 +80,7 @@ impl fmt::Debug for Tuning {
             .field("table_bytes", &self.table_bytes)
             .field("ring", &self.ring)
             .field("server", &self.server)
+            .field("events_kept", &self.events_kept)
             .field("memory", &self.memory)
             .field("layers", &layers)
             .finish()

@@ -20,6 +20,8 @@ pub struct Terminal {
     tenths: Cell<u64>,
     /// Something could not be printed.
     failed: Cell<bool>,
+    /// The reader of standard output has gone.
+    gone: Cell<bool>,
     /// For whom the program starts in the background.
     starting: RefCell<Option<Starting>>,
 }
@@ -41,6 +43,7 @@ impl Terminal {
             bar: RefCell::default(),
             tenths: Cell::default(),
             failed: Cell::default(),
+            gone: Cell::default(),
             starting: RefCell::default(),
         }
     }
@@ -78,11 +81,11 @@ impl Terminal {
     }
 
     fn print(&self, line: &str, to: &mut dyn Write) {
+        let Err(error) = writeln!(to, "{line}").and_then(|()| to.flush()) else { return };
         // One message is enough, and none if the reader is gone.
-        if let Err(error) = writeln!(to, "{line}").and_then(|()| to.flush())
-            && error.kind() != io::ErrorKind::BrokenPipe
-            && !self.failed.replace(true)
-        {
+        if error.kind() == io::ErrorKind::BrokenPipe {
+            self.gone.set(true);
+        } else if !self.failed.replace(true) {
             self.err(&format!("{}: failed to print: {error}", self.program));
         }
     }
@@ -104,6 +107,10 @@ impl Console for Terminal {
         self.leave_bar();
         // There is nowhere left to report that this failed.
         let _ = writeln!(stderr(), "{line}");
+    }
+
+    fn is_read(&self) -> bool {
+        !self.gone.get()
     }
 
     fn is_terminal(&self) -> bool {
@@ -155,7 +162,7 @@ mod tests {
     fn what_cannot_be_printed_is_in_the_status() {
         let terminal = Terminal::new("tap-img");
         terminal.print("to nobody", &mut Full(io::ErrorKind::BrokenPipe));
-        assert_eq!(terminal.status(0), 0);
+        assert_eq!((terminal.status(0), terminal.is_read()), (0, false));
         terminal.print("to a full disk", &mut Full(io::ErrorKind::StorageFull));
         assert_eq!((terminal.status(0), terminal.status(4)), (1, 4));
     }

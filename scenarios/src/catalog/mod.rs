@@ -138,6 +138,7 @@ pub static LABELS: &[&Label] = &[
     &control::GIVES_UP,
     &control::CUT_REQUEST,
     &control::JSON_SENT,
+    &control::LISTENS,
     &control::SNAPSHOT,
     &control::SNAPSHOT_DIES,
     &exchange::EXCHANGE,

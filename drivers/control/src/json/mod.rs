@@ -9,13 +9,19 @@
 //!
 //! * A request is one line of at most [`REQUEST_BYTES_MAX`]; what follows it is not read. The answer is one line.
 //! * Fields and verbs that nobody knows are refused by name: nothing is left out of a request silently.
+//! * Events are answered with a line for each, until the client hangs up or the tapdisk ends; [`Feed`] is bounded
+//!   whatever clients do.
 //! * For connections holds what holds for those of tap-ctl.
 //!
 //! A new verb is a variant of [`Request`], one of [`Reply`], and what [`Verbs`] does for it.
 
+mod feed;
+mod news;
 mod server;
 mod vocabulary;
 
+pub use feed::{EVENTS_KEPT, Feed};
+pub use news::{Happened, News, Standing};
 pub use server::{Json, REQUEST_BYTES_MAX, Verbs};
 pub use vocabulary::{
     Answer, Disk, Disks, ErrorAnswer, ImageStats, Latency, Metrics, Operation, Reply, Request, State, Stats,
@@ -23,9 +29,9 @@ pub use vocabulary::{
 };
 
 tap_host::listed! {
-    pub(super) BUGS: Bug with [server::BUGS];
+    pub(super) BUGS: Bug with [feed::BUGS, server::BUGS];
 }
 
 tap_host::listed! {
-    pub(super) MARKS: Mark with [server::MARKS];
+    pub(super) MARKS: Mark with [feed::MARKS, server::MARKS];
 }

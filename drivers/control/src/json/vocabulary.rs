@@ -31,6 +31,8 @@ pub enum Request {
     },
     /// The metrics of the process.
     Metrics {},
+    /// What happens to disks, from now on.
+    Events {},
 }
 
 impl Request {

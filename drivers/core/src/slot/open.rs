@@ -23,6 +23,9 @@ tap_host::listed! {
     HANG_ENDED = "hang-ended", "a request that was said to take too long was answered";
 }
 
+/// Hears what is said about requests that take long.
+pub(super) type Heard = Rc<dyn Fn(&Event)>;
+
 /// The open requests of a slot.
 #[derive(Default)]
 pub(super) struct Open {
@@ -30,6 +33,8 @@ pub(super) struct Open {
     rows: RefCell<Rows>,
     /// How long a request may take before it is said, in nanoseconds; 0 for ever.
     limit_ns: Cell<u64>,
+    /// Hears what is said about them.
+    pub(super) heard: RefCell<Option<Heard>>,
     /// A task looks at them.
     watched: Cell<bool>,
     /// Set once there will be no more.
@@ -86,6 +91,12 @@ impl Open {
         let mut rows = self.rows.borrow_mut();
         rows.all[at as usize].state = State::Free;
         rows.free.push(at);
+    }
+
+    fn say(&self, host: &impl Log, event: Event) {
+        host.log(event);
+        let heard = self.heard.borrow().clone();
+        heard.iter().for_each(|heard| heard(&event));
     }
 
     pub(super) fn set_limit(&self, limit_ns: u64) {
@@ -154,7 +165,7 @@ impl<H: Time + Log + Tasks + Probe> Drop for Accepted<H> {
         if said {
             host.mark(&HANG_ENDED);
             let for_ms = host.now_ns().saturating_sub(since_ns) / NS_PER_MS;
-            host.log(Event::RequestHung { vbd: *id, kind, range, for_ms });
+            open.say(host, Event::RequestHung { vbd: *id, kind, range, for_ms });
         }
     }
 }
@@ -209,7 +220,7 @@ fn look<H: Time + Log + Tasks + Probe>(inner: &Rc<Inner<H>>) -> Option<u64> {
             _ => whereabouts(&row, &below),
         };
         let for_ms = now_ns.saturating_sub(row.since_ns) / NS_PER_MS;
-        host.log(Event::RequestHangs { vbd: *id, kind: row.kind, range: row.range, for_ms, at });
+        open.say(host, Event::RequestHangs { vbd: *id, kind: row.kind, range: row.range, for_ms, at });
     }
     next_ns
 }

@@ -157,6 +157,8 @@ pub(crate) struct Inner<H> {
     vbd: Cell<Option<VbdId>>,
     /// Every connection that is open.
     open: RefCell<BTreeMap<u64, Open>>,
+    /// Called whenever a connection was opened or has ended.
+    listener: RefCell<Option<Rc<dyn Fn()>>>,
     /// The connections that have not chosen an export.
     negotiating: RefCell<BTreeSet<u64>>,
     /// Set by [`Server::stop`] and [`Server::hang_up`].
@@ -309,6 +311,7 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
             next: Cell::new(1),
             vbd: Cell::new(None),
             open: RefCell::default(),
+            listener: RefCell::default(),
             negotiating: RefCell::default(),
             stopping: Flag::new(),
             hung_up: Flag::new(),
@@ -334,6 +337,11 @@ impl<H: Time + Tasks + Log + Probe> Server<H> {
     /// What the first export can do for a client of [`Server::transmit`]: the protocol's transmission flags.
     pub fn flags(&self) -> u16 {
         negotiate::flags_of(&self.0.exports[0], false)
+    }
+
+    /// Calls `listener` whenever a connection was opened or has ended, from within the change; replaces the one before.
+    pub fn on_change(&self, listener: impl Fn() + 'static) {
+        *self.0.listener.borrow_mut() = Some(Rc::new(listener));
     }
 
     /// Connections that are open now.
@@ -416,7 +424,13 @@ impl<H: Log + Tasks + Time + Probe> Inner<H> {
         let open = Open { stop: Rc::default(), pool, flow: Rc::default() };
         self.open.borrow_mut().insert(number, open.clone());
         self.idle.clear();
+        self.changed();
         (number, open)
+    }
+
+    fn changed(&self) {
+        let listener = self.listener.borrow().clone();
+        listener.iter().for_each(|listener| listener());
     }
 
     /// A connection has ended.
@@ -424,6 +438,7 @@ impl<H: Log + Tasks + Time + Probe> Inner<H> {
         self.host.log(Event::NbdClosed { connection: number, requests, why, vbd: self.vbd.get() });
         self.open.borrow_mut().remove(&number);
         self.negotiating.borrow_mut().remove(&number);
+        self.changed();
         if self.open.borrow().is_empty() {
             self.idle.set();
         }

@@ -20,6 +20,7 @@
 //!   can send what waited to whoever serves the image next.
 //! * A forced close cuts the clients off at once. The image is in use until its storage has answered; if that takes
 //!   longer than `--pause-limit`, the client of the control socket is told so, and the image is closed later.
+//! * Whatever changes what a list shows of a disk, apart from its counters, is told to those who listen, once it is so.
 //! * The process ends when it is asked to, or with the last minor number that is detached.
 
 mod forced;
@@ -35,7 +36,7 @@ use clap::Args;
 use futures_util::future::join;
 use std::path::PathBuf;
 use std::rc::Rc;
-use tap_control::json::Json;
+use tap_control::json::{Json, Verbs};
 use tap_control::{Control, FOLDER, TapCtl, json_socket_of, socket_of};
 use tap_core::Disks;
 use tap_core::wait::Event as Flag;
@@ -126,6 +127,8 @@ pub async fn run<H: ControlledHost>(
         console.err(&format!("tapdisk: failed to {failure}"));
         status = 1;
     }
+    // Everything has happened that will.
+    vbds.feed().end();
     join(tap_ctl.answered(), beside.answered()).await;
     console.out(&memory_summary(&memory));
     status

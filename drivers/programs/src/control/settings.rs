@@ -5,6 +5,7 @@ use crate::disk::DiskOptions;
 use crate::{Console, Tuning};
 use std::future::Future;
 use std::rc::Rc;
+use tap_control::json::Feed;
 use tap_core::Disks;
 use tap_host::Budget;
 
@@ -13,6 +14,8 @@ pub(super) struct Settings<H: ControlledHost> {
     pub host: H,
     pub tuning: Tuning,
     pub disks: Disks<H>,
+    /// What happens to disks.
+    pub feed: Feed<H>,
     pub console: Rc<dyn Console>,
     pub memory: Budget,
     pub args: ControlArgs,

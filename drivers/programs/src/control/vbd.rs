@@ -8,6 +8,7 @@
 //! ```
 
 mod snapshot;
+mod told;
 
 use super::ControlledHost;
 use super::open::{Asked, spec_of};
@@ -19,7 +20,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use tap_abi::tapctl::{Entry, Image, Params, Text, state};
 use tap_control::Refusal;
-use tap_control::json;
+use tap_control::json::{self, Happened};
 use tap_core::wait::{Event as Flag, Receiver, Semaphore, joined};
 use tap_core::{Disk, KINDS, KindMeasures, Listed, Measures, Node, ParkError, Request};
 use tap_host::{Errno, File, FileId, IoKind, OpenMode, SECTOR_BYTES, SocketAddress, VbdId};
@@ -29,7 +30,7 @@ use tap_nbd::{Export, Server, ServerLimits};
 pub(super) use snapshot::Names;
 
 tap_host::listed! {
-    pub(super) BUGS: Bug with [snapshot::BUGS];
+    pub(super) BUGS: Bug with [snapshot::BUGS, told::BUGS];
     RESUMED_WITHOUT = "resumed-without", "a disk whose image cannot be opened again lets requests through without one";
     RESUME_KEEPS_NAME = "resume-keeps-name", "a disk that was resumed with another image opens the first one at the next resume";
     UNMARKED_LATER = "unmarked-later", "a detach is answered before others can have the minor number";
@@ -159,7 +160,11 @@ impl<H: ControlledHost> Vbd<H> {
     }
 
     /// Opens an image, and serves it.
-    pub(super) async fn open(&self, settings: &Settings<H>, params: &Params) -> Result<Image, Refusal> {
+    pub(super) async fn open(
+        self: &Rc<Self>,
+        settings: &Settings<H>,
+        params: &Params,
+    ) -> Result<Image, Refusal> {
         let what = format!("open minor {}", self.minor);
         if let Some(open) = &*self.open.borrow() {
             return Err(Refusal::new(Errno::EALREADY, format!("{what}: it has {} open", open.name.borrow())));
@@ -170,11 +175,12 @@ impl<H: ControlledHost> Vbd<H> {
         let open = self.serve(settings, asked.name, spec, options).await?;
         self.was_open.set(true);
         *self.open.borrow_mut() = Some(Rc::new(open));
+        self.tell(settings, Happened::Opened);
         self.image()
     }
 
     async fn serve(
-        &self,
+        self: &Rc<Self>,
         settings: &Settings<H>,
         name: String,
         spec: DiskSpec,
@@ -186,6 +192,7 @@ impl<H: ControlledHost> Vbd<H> {
         let disk = open_disk(host, Formats::shipped(), VbdId(u32::from(self.minor)), &spec, &options).await;
         let disk = Rc::new(disk.map_err(|error| refused(&error))?);
         disk.slot().watch(settings.watchdog_ns());
+        self.tell_of_hangs(settings, &disk);
         if let Err(error) = make_durable(settings, &spec, &options, disk.node(), false).await {
             // Nothing was written.
             let _nothing_lost = disk.close().await;
@@ -216,7 +223,7 @@ impl<H: ControlledHost> Vbd<H> {
 
     /// Serves `node` over NBD.
     async fn export(
-        &self,
+        self: &Rc<Self>,
         settings: &Settings<H>,
         node: Rc<dyn Node>,
         read_only: bool,
@@ -227,6 +234,7 @@ impl<H: ControlledHost> Vbd<H> {
         let server = Server::new(host.clone(), vec![export], limits, &settings.memory);
         let server = server.map_err(|why| Refusal::new(Errno::ENOMEM, why.to_string()))?;
         server.name_disk(VbdId(u32::from(minor)));
+        self.tell_of_clients(settings, &server);
         let path = settings.nbd_socket(minor);
         let listener = host.listen_private(&path).await.map_err(|error| {
             let address = SocketAddress::Unix(path);
@@ -246,8 +254,10 @@ impl<H: ControlledHost> Vbd<H> {
             return Ok(());
         }
         open.stage.set(Stage::Pausing);
+        self.tell(settings, Happened::Pausing);
         let parked = open.disk.park(settings.until_late()).await;
         open.stage.set(if parked.is_ok() { Stage::Paused } else { Stage::Running });
+        self.tell(settings, if parked.is_ok() { Happened::Paused } else { Happened::Unpaused });
         match parked {
             Ok(Ok(())) => Ok(()),
             // Everything was made durable before.
@@ -299,6 +309,7 @@ impl<H: ControlledHost> Vbd<H> {
         };
         settings.host.mark(&RESUME_FAILED);
         open.stage.set(Stage::Stranded);
+        self.tell(settings, Happened::Stranded);
         if settings.host.bug(&RESUMED_WITHOUT) {
             let _closed = open.disk.slot().resume();
         }
@@ -346,6 +357,7 @@ impl<H: ControlledHost> Vbd<H> {
             name.clone_into(&mut open.name.borrow_mut());
         }
         open.listed.borrow_mut().fill(name, &open.disk);
+        self.tell(settings, Happened::Resumed);
         Ok(())
     }
 
@@ -354,6 +366,7 @@ impl<H: ControlledHost> Vbd<H> {
     pub(super) async fn close(&self, settings: &Settings<H>, force: bool) -> Result<(), Refusal> {
         let Some(open) = self.open.borrow().clone() else { return Ok(()) };
         let paused = open.stage.replace(Stage::Closing) != Stage::Running;
+        self.tell(settings, Happened::Closing);
         if paused {
             settings.host.mark(&CLOSED_PAUSED);
         }
@@ -375,6 +388,7 @@ impl<H: ControlledHost> Vbd<H> {
             served.await;
         }
         self.open.take();
+        self.tell(settings, Happened::Closed);
         closed.map_err(|error| {
             let name = open.name.borrow();
             let words = format!("close {name}: {error}; data written since the last flush may be lost");

@@ -54,7 +54,8 @@ impl<H: ControlledHost> Vbds<H> {
         disks: Disks<H>,
         console: Rc<dyn Console>,
     ) -> Self {
-        let settings = Rc::new(Settings { host, tuning, disks, console, memory, args });
+        let feed = json::Feed::new(host.clone(), tuning.events_kept);
+        let settings = Rc::new(Settings { host, tuning, disks, feed, console, memory, args });
         let (had, ending) = (Cell::new(false), Cell::new(false));
         Self { settings, all: RefCell::default(), had, ended: Flag::new(), ending }
     }
@@ -140,7 +141,9 @@ impl<H: ControlledHost> Vbds<H> {
         let mut all = self.all.borrow_mut();
         match marker {
             Ok(marker) => {
-                all.insert(minor, Some(Rc::new(Vbd::new(minor, marker))));
+                let vbd = Rc::new(Vbd::new(minor, marker));
+                all.insert(minor, Some(Rc::clone(&vbd)));
+                vbd.tell(&self.settings, json::Happened::Attached);
                 self.had.set(true);
                 Ok(())
             }
@@ -197,6 +200,7 @@ impl<H: ControlledHost> Vbds<H> {
             return Err(Refusal::new(Errno::EBUSY, words));
         }
         self.all.borrow_mut().remove(&minor);
+        self.settings.feed.tell(json::Happened::Detached, minor, None, None);
         vbd.unmark(&self.settings.host).await;
         self.end_if_last();
         Ok(())
@@ -297,6 +301,7 @@ impl<H: ControlledHost> Vbds<H> {
                 let text = metrics::exposition(&self.settings.host, &self.listed(), &self.counted());
                 Ok(json::Reply::Metrics(json::Metrics { text }))
             }
+            json::Request::Events {} => unreachable!("events have no single answer"),
         }
     }
 
@@ -337,12 +342,20 @@ impl<H: ControlledHost> Verbs for Vbds<H> {
     }
 }
 
-impl<H: ControlledHost> json::Verbs for Vbds<H> {
+impl<H: ControlledHost> json::Verbs<H> for Vbds<H> {
     async fn carry_out(&self, request: json::Request) -> Result<json::Reply, Refusal> {
         let outcome = self.reply(request).await;
         if let Err(why) = &outcome {
             self.settings.console.err(&format!("tapdisk: failed to {}", why.words));
         }
         outcome
+    }
+
+    fn feed(&self) -> &json::Feed<H> {
+        &self.settings.feed
+    }
+
+    fn present(&self) -> Vec<json::Standing> {
+        self.attached().iter().map(|vbd| vbd.standing(&self.settings.host)).collect()
     }
 }

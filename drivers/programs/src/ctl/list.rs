@@ -106,7 +106,7 @@ impl Row {
 }
 
 /// `text` in one line.
-fn printable(text: &str) -> String {
+pub(super) fn printable(text: &str) -> String {
     let mut shown = String::new();
     for char in text.chars() {
         match char.is_control() {

@@ -13,6 +13,7 @@
 //! * `list` shows what can be seen, whatever does not answer; that is named on standard error. All are asked side by
 //!   side: those that hang cost the time limit once.
 
+mod events;
 mod list;
 mod minors;
 mod open;
@@ -25,6 +26,7 @@ pub use tap_control::{owner_of, pid_of};
 use crate::Console;
 use crate::help;
 use clap::{Args, Parser, Subcommand};
+use events::EventsArgs;
 use list::ListArgs;
 use open::{CreateArgs, OpenArgs, UnpauseArgs};
 use serde_json::{Value, json};
@@ -34,19 +36,19 @@ use tap_abi::tapctl::{Kind, Message, PidOf};
 use tap_control::FOLDER;
 use tap_control::client::{CallError, Tapdisk};
 use tap_control::json::{Disks, Metrics, Request, Stats};
-use tap_host::{Errno, Files, Probe, Sockets, Time};
+use tap_host::{Errno, Files, Probe, Signals, Sockets, Time};
 
 tap_host::listed! {
     pub(super) BUGS: Bug with [list::BUGS, minors::BUGS];
 }
 
 tap_host::listed! {
-    pub(super) MARKS: Mark with [list::MARKS, minors::MARKS];
+    pub(super) MARKS: Mark with [events::MARKS, list::MARKS, minors::MARKS];
 }
 
 /// The parts of a host that `tap-ctl` uses.
-pub trait CtlHost: Files + Sockets + Time + Probe {}
-impl<T: Files + Sockets + Time + Probe> CtlHost for T {}
+pub trait CtlHost: Files + Sockets + Time + Probe + Signals {}
+impl<T: Files + Sockets + Time + Probe + Signals> CtlHost for T {}
 
 /// Starts processes.
 pub trait Launch {
@@ -104,6 +106,8 @@ enum Verb {
     Stats(StatsArgs),
     /// Prints the metrics of a tapdisk as OpenMetrics text
     Metrics(PidArgs),
+    /// Prints what happens to disks, line by line, until it is interrupted
+    Events(EventsArgs),
     /// Prints the process number that a tapdisk itself says
     Pid(PidArgs),
     /// Prints the block major number of blktap2's module, where there is one
@@ -247,6 +251,7 @@ impl<H: CtlHost, L: Launch> Ctl<'_, H, L> {
                 self.console.out(metrics.text.trim_end());
                 Ok(())
             }
+            Verb::Events(args) => self.events(args).await,
             Verb::Pid(args) => {
                 let answer = self.tapdisk(args.pid, AT_ONCE_S).call(&Message::new(Kind::Pid, 0)).await?;
                 let pid = answer.body::<PidOf>().pid.get();

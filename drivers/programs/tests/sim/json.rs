@@ -1,13 +1,16 @@
 //! The JSON socket of `tapdisk control`.
 
 use crate::control::{Admin, raw, write};
-use crate::world;
+use crate::{Printed, world};
+use clap::Parser;
+use kernel_model::SimHost;
 use serde_json::{Value, json};
 use std::cell::RefCell;
 use std::rc::Rc;
 use tap_control::json::REQUEST_BYTES_MAX;
 use tap_control::{CONNECTIONS_MAX, MESSAGE_NS, json_socket_of};
 use tap_host::{Errno, SocketAddress, Sockets, Tasks};
+use tap_programs::ctl::{Cli, run};
 
 const FOLDER: &str = "/run/blktap-control";
 
@@ -128,5 +131,75 @@ fn ten_clients_at_once_are_answered_and_silent_ones_keep_nobody_out() {
         sim.sleep_ns(MESSAGE_NS + 1_000_000_000).await;
         assert_eq!(*answers.borrow(), vec![Value::from(0); CONNECTIONS_MAX]);
         admin.done(&format!("destroy -p {pid} -m 0")).await;
+    });
+}
+
+/// Runs tap-ctl in a process of its own: what it has printed, and its status once it has ended.
+fn runs(admin: &Rc<Admin>, key: u64, line: &str) -> (SimHost, Rc<Printed>, Rc<RefCell<Option<u8>>>) {
+    let host = SimHost::start(&admin.kernel, &admin.xen, "tap-ctl", key);
+    let (printed, status) = (Rc::new(Printed::default()), Rc::new(RefCell::new(None)));
+    let cli = Cli::try_parse_from(std::iter::once("tap-ctl").chain(line.split_whitespace())).unwrap();
+    let (own, h, p, s) = (Rc::clone(admin), host.clone(), Rc::clone(&printed), Rc::clone(&status));
+    host.spawn("main", 0, async move {
+        let ended = run(&h, cli, &*own, &*p).await;
+        *s.borrow_mut() = Some(ended);
+    });
+    (host, printed, status)
+}
+
+#[test]
+fn who_listens_is_told_what_happens_until_it_is_interrupted() {
+    world(|sim, kernel, xen| async move {
+        kernel.storage().put_bytes("/a", &[1; 1 << 20]);
+        let admin = Admin::new(&sim, &kernel, &xen);
+        let (all, of_all, status) = runs(&admin, 600, "events");
+        let pid = admin.create("raw:/a -- --watchdog 1").await;
+        let (_one, of_one, ended) = runs(&admin, 601, &format!("events -p {pid}"));
+        sim.sleep_ns(2_000_000_000).await;
+        let disk = admin.client(pid, 0).await;
+        admin.done(&format!("pause -p {pid} -m 0")).await;
+        let (held, waits) = (Rc::clone(&disk), kernel.process("waits", 3));
+        waits.spawn("write", 0, async move {
+            let _answered_later = write(&held, 4, 7).await;
+        });
+        sim.sleep_ns(2_000_000_000).await;
+        admin.done(&format!("unpause -p {pid} -m 0")).await;
+        sim.sleep_ns(100_000_000).await;
+        admin.done(&format!("destroy -p {pid} -m 0")).await;
+        sim.sleep_ns(2_000_000_000).await;
+        // Without the time, which is first.
+        let told = |printed: &Printed| -> Vec<String> {
+            let lines = printed.lines.borrow();
+            lines.iter().map(|line| line.split_once(' ').unwrap().1.to_owned()).collect()
+        };
+        let open = |seq: u64, event: &str, state: &str, clients: u64| {
+            format!(
+                "pid={pid} seq={seq} event={event} minor=0 state={state} nbd_clients={clients} args=raw:/a"
+            )
+        };
+        let mut expected = vec![
+            open(2, "state", "running", 0),
+            open(3, "clients", "running", 1),
+            open(4, "pausing", "pausing", 1),
+            open(5, "paused", "paused", 1),
+            format!(
+                "pid={pid} seq=6 event=hangs minor=0: vbd0 has not answered write 4+1 for 1000 ms: it waits because the disk is paused"
+            ),
+            open(7, "resumed", "running", 1),
+            format!("pid={pid} seq=8 event=hung minor=0: vbd0 is done with write 4+1 after 2000 ms"),
+            open(9, "closing", "closing", 1),
+            open(10, "clients", "closing", 0),
+            format!("pid={pid} seq=11 event=closed minor=0 state=closed nbd_clients=0"),
+            format!("pid={pid} seq=12 event=detached minor=0"),
+        ];
+        assert_eq!(told(&of_one), expected);
+        assert_eq!(*ended.borrow(), Some(0), "with its tapdisk");
+        // Whoever listens to all looks for new ones each second.
+        expected[0] = open(2, "state", "running", 0);
+        assert_eq!(told(&of_all), expected);
+        assert_eq!(*status.borrow(), None);
+        all.process.ask_to_stop();
+        sim.sleep_ns(1_000_000).await;
+        assert_eq!(*status.borrow(), Some(0), "interrupted");
     });
 }

@@ -102,7 +102,8 @@ impl Launch for Admin {
         );
         let memory = SERVERS_BYTES + DISKS_MAX * self.limits.memory_bytes.max(4 << 20);
         let tuning = self.limits.tuning(&self.world, node, memory);
-        let tuning = Tuning { server: server_limits(&self.world), ..tuning };
+        let events_kept = self.world.setting("events-kept", &[256, 4, 1]);
+        let tuning = Tuning { server: server_limits(&self.world), events_kept, ..tuning };
         let (world, own, out) = (self.world.clone(), host.clone(), Rc::clone(&said));
         node.spawn("main", 0, async move {
             let status = tapdisk(&world, &own, &line, tuning, &out).await;

@@ -29,6 +29,7 @@ impl Acts<'_> {
         match hold_ns % 4 {
             0 => self.silent(disk, hold_ns).await,
             2 => self.beside_silent(disk).await,
+            3 => self.many_listen().await,
             _ => self.held_up().await,
         }
     }

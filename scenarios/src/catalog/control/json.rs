@@ -10,7 +10,7 @@ use kernel_model::SimHost;
 use serde_json::Value;
 use sim::{Entity, Label};
 use tap_control::{FOLDER, json_socket_of};
-use tap_host::{Errno, SocketAddress, Sockets};
+use tap_host::{Errno, SocketAddress, Sockets, unless};
 
 /// What a stranger sends to the JSON socket: which kind, a number for it, and after how many bytes it rests.
 pub static JSON_SENT: Label = Label::packed(
@@ -21,6 +21,8 @@ pub static JSON_SENT: Label = Label::packed(
 
 /// How often an administrator looks whether requests have been answered.
 const LOOKS: u32 = 20;
+/// How long an answer may take, in nanoseconds: others may first be dropped, several times.
+const ANSWER_NS: u64 = 60_000_000_000;
 /// Lines that a stranger sends.
 const LINES: u32 = 3;
 const LIST: &[u8] = b"{\"verb\":\"list\"}\n";
@@ -136,7 +138,7 @@ impl Acts<'_> {
         self.world.sim.sleep_ns(rest_ns).await;
         let _ended = client.send(second).await;
         client.finish();
-        let back = client.take_all().await;
+        let back = unless(self.world.sim.sleep_ns(ANSWER_NS), client.take_all()).await.unwrap_or_default();
         self.tapdisk.is_alive().then(|| Back::of(&back))
     }
 
@@ -155,6 +157,11 @@ impl Acts<'_> {
         };
         self.world.fail(Invariant::U1, format!("to {} at the JSON socket {what}", text().trim_end()));
         None
+    }
+
+    /// What the JSON socket lists.
+    pub(super) async fn list_in_json(&self) -> Option<Value> {
+        self.json(LIST).await
     }
 
     /// The JSON socket lists the disk in this state, with its image.

@@ -12,7 +12,9 @@
 
 mod admin;
 mod crowd;
+mod events;
 mod json;
+mod listeners;
 mod openmetrics;
 mod snapshots;
 mod verbs;
@@ -29,6 +31,7 @@ use crate::workload::{Workload, operations};
 use crate::world::World;
 use admin::{Admin, Tapdisk, check_let_go, image};
 use kernel_model::{SimHost, StorageConfig};
+use listeners::Listening;
 use sim::Entity;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -40,6 +43,7 @@ use tap_images::ImageSpec;
 use tap_nbd::{Breaks, Client, ClientConfig};
 
 pub use json::JSON_SENT;
+pub use listeners::LISTENS;
 pub use snapshots::{SNAPSHOT, SNAPSHOT_DIES, SNAPSHOTS};
 pub use verbs::{CONTROL, CUT_REQUEST, GIVES_UP, RACE};
 
@@ -251,15 +255,22 @@ async fn epoch(world: &World, admin: &Rc<Admin>, disks: &[Rc<Disk>], epoch: u32)
             host.process.node().spawn("guest", u64::from(disk.number), task);
             ends.push(end);
         }
-        let acts = verbs::Acts { world, admin, tapdisk: &tapdisk, disks, epoch };
+        let listening = Listening::start(world, admin, &tapdisk, epoch);
+        let acts = verbs::Acts { world, admin, tapdisk: &tapdisk, listening: &listening, disks, epoch };
         acts.run().await;
         for end in ends {
             select(tapdisk.ended(), end).await;
         }
         if tapdisk.is_alive() {
-            host.process.node().kill();
-            return destroy(world, admin, &tapdisk, disks).await;
+            listening.hurry();
+            acts.known().await;
         }
+        if tapdisk.is_alive() {
+            host.process.node().kill();
+            destroy(world, admin, &tapdisk, disks).await;
+            return listening.end(world, tapdisk.status() == Some(0)).await;
+        }
+        listening.end(world, false).await;
     }
     world.count(|stats| stats.crashes += 1);
     host.process.node().kill();

@@ -1,6 +1,7 @@
 //! What an administrator does with a disk under load.
 
 use super::admin::{Admin, Outcome, Tapdisk, check_let_go, image};
+use super::listeners::Listening;
 use super::{DISK_BYTES, Disk, Part};
 use crate::check::Invariant;
 use crate::formats::{self, Kind};
@@ -60,6 +61,7 @@ pub(super) struct Acts<'a> {
     pub(super) world: &'a World,
     pub(super) admin: &'a Rc<Admin>,
     pub(super) tapdisk: &'a Tapdisk,
+    pub(super) listening: &'a Listening,
     pub(super) disks: &'a [Rc<Disk>],
     pub(super) epoch: u32,
 }
@@ -126,7 +128,8 @@ impl Acts<'_> {
             return None;
         }
         check_let_go(self.world, &disk.setup(), "while its disk is paused");
-        self.listed(disk, "paused").await
+        self.listed(disk, "paused").await?;
+        self.known().await
     }
 
     /// The disk, of which so many requests wait, stays paused for longer than its watchdog allows: that must be said,

@@ -26,7 +26,7 @@ use std::cell::Cell;
 use std::future::pending;
 use std::rc::Rc;
 use tap_control::Refusal;
-use tap_control::json::Taken;
+use tap_control::json::{Happened, Taken};
 use tap_core::{ExchangeError, Lease, Node, Request};
 use tap_host::{Errno, File, OpenMode, SECTOR_BYTES, unless};
 use tap_images::{
@@ -111,6 +111,7 @@ impl<H: ControlledHost> Vbd<H> {
         open.file.set(file_of(&settings.host, &image).await);
         open.name.borrow_mut().clone_from(&image);
         open.listed.borrow_mut().fill(&image, &open.disk);
+        self.tell(settings, Happened::Snapshot);
         Ok(Taken { image, base: format!("{}:{}", plan.old_format, plan.base) })
     }
 }
