@@ -21,7 +21,7 @@ tap_host::listed! {
 }
 
 /// How many tapdisks are asked at the same time; those that hang hold up nobody until there are as many.
-const ASKED_AT_ONCE_MAX: usize = 64;
+pub(super) const ASKED_AT_ONCE_MAX: usize = 64;
 
 #[derive(Args, Clone, Debug)]
 pub(super) struct ListArgs {

@@ -18,6 +18,7 @@ mod list;
 mod minors;
 mod open;
 mod snapshot;
+mod top;
 
 pub(crate) use minors::is_named;
 pub use minors::marker_of;
@@ -37,13 +38,14 @@ use tap_control::FOLDER;
 use tap_control::client::{CallError, Tapdisk};
 use tap_control::json::{Disks, Metrics, Request, Stats};
 use tap_host::{Errno, Files, Probe, Signals, Sockets, Time};
+use top::TopArgs;
 
 tap_host::listed! {
-    pub(super) BUGS: Bug with [list::BUGS, minors::BUGS];
+    pub(super) BUGS: Bug with [list::BUGS, minors::BUGS, top::BUGS];
 }
 
 tap_host::listed! {
-    pub(super) MARKS: Mark with [events::MARKS, list::MARKS, minors::MARKS];
+    pub(super) MARKS: Mark with [events::MARKS, list::MARKS, minors::MARKS, top::MARKS];
 }
 
 /// The parts of a host that `tap-ctl` uses.
@@ -108,6 +110,8 @@ enum Verb {
     Metrics(PidArgs),
     /// Prints what happens to disks, line by line, until it is interrupted
     Events(EventsArgs),
+    /// Shows what disks do: requests and bytes in each second, and how long they take
+    Top(TopArgs),
     /// Prints the process number that a tapdisk itself says
     Pid(PidArgs),
     /// Prints the block major number of blktap2's module, where there is one
@@ -252,6 +256,7 @@ impl<H: CtlHost, L: Launch> Ctl<'_, H, L> {
                 Ok(())
             }
             Verb::Events(args) => self.events(args).await,
+            Verb::Top(args) => self.top(args).await,
             Verb::Pid(args) => {
                 let answer = self.tapdisk(args.pid, AT_ONCE_S).call(&Message::new(Kind::Pid, 0)).await?;
                 let pid = answer.body::<PidOf>().pid.get();

@@ -203,3 +203,49 @@ fn who_listens_is_told_what_happens_until_it_is_interrupted() {
         assert_eq!(*status.borrow(), Some(0), "interrupted");
     });
 }
+
+#[test]
+fn what_disks_do_is_shown_by_interval_until_there_are_enough() {
+    world(|sim, kernel, xen| async move {
+        kernel.storage().put_bytes("/a", &[1; 1 << 20]);
+        let admin = Admin::new(&sim, &kernel, &xen);
+        let pid = admin.create("raw:/a").await;
+        let disk = admin.client(pid, 0).await;
+        assert_eq!(write(&disk, 3, 7).await, Ok(()));
+        let (_one, of_one, ended) = runs(&admin, 700, &format!("top -p {pid} -i 1 -n 2 --json"));
+        let (all, of_all, status) = runs(&admin, 701, "top -i 2");
+        sim.sleep_ns(500_000_000).await;
+        for sector in 0..4 {
+            assert_eq!(write(&disk, sector, 7).await, Ok(()));
+        }
+        sim.sleep_ns(2_000_000_000).await;
+        let lines: Vec<Value> =
+            of_one.lines.borrow().iter().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!((lines.len(), *ended.borrow()), (2, Some(0)));
+        for (line, requests) in lines.iter().zip([4, 0]) {
+            let own = &line["disks"][0];
+            assert_eq!(
+                (&own["pid"], &own["minor"], &own["image"]),
+                (&pid.into(), &0.into(), &"raw:/a".into())
+            );
+            assert_eq!(own["write"]["requests"], requests, "{line}");
+            assert_eq!(
+                (&own["write"]["bytes"], &own["read"]["p50_ns"]),
+                (&(requests * 512).into(), &Value::Null)
+            );
+            assert_eq!(line["silent"], json!([]));
+        }
+        let block = of_all.lines.borrow().clone();
+        assert!(block[0].ends_with("wP99 IMAGE") && block[2].is_empty() && block.len() == 3, "{block:?}");
+        let columns: Vec<&str> = block[1].split_whitespace().collect();
+        assert_eq!((columns[0], columns[3], columns[13]), (&*pid.to_string(), "2.0", "raw:/a"));
+        // A tapdisk that was killed is no longer shown.
+        admin.started.borrow()[0].host.process.node().kill();
+        sim.sleep_ns(2_000_000_000).await;
+        assert_eq!(of_all.lines.borrow()[4..], [""]);
+        assert_eq!(*status.borrow(), None);
+        all.process.ask_to_stop();
+        sim.sleep_ns(1_000_000).await;
+        assert_eq!(*status.borrow(), Some(0));
+    });
+}

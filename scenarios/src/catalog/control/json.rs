@@ -210,7 +210,7 @@ impl Acts<'_> {
         Some(())
     }
 
-    async fn stats_in_json(&self, disk: &Disk) -> Option<Value> {
+    pub(super) async fn stats_in_json(&self, disk: &Disk) -> Option<Value> {
         let minor = disk.minor.get().unwrap_or_default();
         let line = format!("{{\"minor\":{minor},\"verb\":\"stats\"}}\n");
         Some(self.json(line.as_bytes()).await?["disks"][0].take())

@@ -17,6 +17,7 @@ mod json;
 mod listeners;
 mod openmetrics;
 mod snapshots;
+mod tops;
 mod verbs;
 
 use super::crash::arm_power_cut;

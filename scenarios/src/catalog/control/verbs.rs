@@ -77,9 +77,9 @@ impl Acts<'_> {
             3 => self.pause_and(disk, hold_ns, "-a raw:/images/none.img", Errno::ENOENT.0).await,
             4 => self.pause_and(disk, hold_ns, &format!("-a raw:{SMALL}"), Errno::EMEDIUMTYPE.0).await,
             5 => self.busy(disk, hold_ns).await,
-            6 => self.reopen(disk, hold_ns, false).await,
-            7 => self.reopen(disk, hold_ns, true).await,
-            8 => self.look(disk).await,
+            6 | 7 if hold_ns % 4 == 3 => self.shown_anew(disk, hold_ns, act == 7).await,
+            6 | 7 => self.reopen(disk, hold_ns, act == 7).await,
+            8 => self.look(disk, hold_ns).await,
             9 => self.refused(disk).await,
             10 => self.strangers(entity, disk, hold_ns).await,
             11 => self.strand(disk, hold_ns).await,
@@ -283,7 +283,7 @@ impl Acts<'_> {
     }
 
     /// Asks for what can be known.
-    async fn look(&self, disk: &Disk) -> Act {
+    async fn look(&self, disk: &Disk, hold_ns: u64) -> Act {
         self.runs(disk).await?;
         self.listed(disk, "running").await?;
         self.counted(disk).await?;
@@ -291,7 +291,7 @@ impl Acts<'_> {
         if pid.out != [self.tapdisk.pid().to_string()] {
             self.world.fail(Invariant::U1, format!("a tapdisk says that its number is {:?}", pid.out));
         }
-        Some(())
+        if hold_ns.is_multiple_of(2) { Some(()) } else { self.shown(disk).await }
     }
 
     /// What must be refused, and changes nothing.
