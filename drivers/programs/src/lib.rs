@@ -35,6 +35,7 @@ pub mod daemon;
 pub mod disk;
 mod help;
 pub mod img;
+mod merge;
 mod old_names;
 pub mod serve;
 pub mod spec;
@@ -50,12 +51,12 @@ pub use tuning::Tuning;
 
 tap_host::listed! {
     /// The seeded bugs of this crate.
-    pub BUGS: Bug with [attach::BUGS, control::BUGS, ctl::BUGS, img::BUGS, xen::BUGS];
+    pub BUGS: Bug with [attach::BUGS, control::BUGS, ctl::BUGS, img::BUGS, merge::BUGS, xen::BUGS];
 }
 
 tap_host::listed! {
     /// The marks of this crate.
     pub MARKS: Mark with [
-        attach::MARKS, control::MARKS, ctl::MARKS, disk::MARKS, img::MARKS, serve::MARKS, xen::MARKS,
+        attach::MARKS, control::MARKS, ctl::MARKS, disk::MARKS, merge::MARKS, serve::MARKS, xen::MARKS,
     ];
 }

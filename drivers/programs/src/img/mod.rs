@@ -25,10 +25,6 @@ use tap_host::VbdId;
 use tap_images::{Format, Formats, ImageFormat, ImageSpec};
 
 tap_host::listed! {
-    pub(super) MARKS: Mark with [commit::MARKS];
-}
-
-tap_host::listed! {
     pub(super) BUGS: Bug with [apart::BUGS, commit::BUGS, convert::BUGS];
 }
 

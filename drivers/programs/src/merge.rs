@@ -1,0 +1,263 @@
+//! What the merges of an image into its backing file have in common, whether anybody has them open or not.
+//!
+//! ```text
+//!   before             merging                     done                     keeping the name
+//!   image ─► base      image ─► base (marked)      image ─► base            image (was base)
+//!                        └── what it has ─►┘
+//! ```
+//!
+//! # Contract
+//!
+//! * Whatever fails, the image shows what it showed, and so does every image above it. The base is marked before its
+//!   first byte changes (see [`mark_merging`]); until the merge was begun again and has succeeded, nothing else can be
+//!   opened above the base.
+//! * A merge that is done: the base shows what the image shows, durably, and the mark is gone.
+//! * To keep the name, the files exchange theirs once the merged one is durable. What is left of the image then has the
+//!   other name, and is removed together with the mark.
+
+use std::fmt;
+use tap_host::Errno;
+use tap_images::{
+    Backing, BackingPolicy, Description, Format, Formats, ImageError, ImageFormat, ImageHost, ImageSpec,
+    file_id, folder, mark_merging, merging, name_beside, same_path, sync_name, unmark_merged,
+};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    MERGE_NEXT = "merge-next", "a merge that is repeated after it was completed merges the next image, too";
+}
+
+tap_host::listed! {
+    pub(super) MARKS: Mark;
+    MERGE_REPEATED = "merge-repeated", "a merge that had been cut short was completed";
+    MERGE_CLEARED = "merge-cleared", "only what a completed merge had left was removed";
+}
+
+/// Why images are not merged: the words continue "failed to".
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct MergeError {
+    pub(crate) error: Errno,
+    pub(crate) words: String,
+}
+
+impl fmt::Display for MergeError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.words)
+    }
+}
+
+impl From<ImageError> for MergeError {
+    fn from(error: ImageError) -> Self {
+        Self { error: error.errno(), words: error.to_string() }
+    }
+}
+
+/// The images, and what becomes of them.
+#[derive(Clone, Debug)]
+pub(crate) struct Merge {
+    pub(crate) image: ImageSpec,
+    pub(crate) base: ImageSpec,
+    pub(crate) keeps_name: bool,
+    /// What the mark of the base calls the image.
+    name: String,
+}
+
+impl Merge {
+    /// The merge of `image` into its backing file, which must be `base` if that is given, and which `policy` must
+    /// allow; `None` if it was done before, and only what it had left had to be removed.
+    ///
+    /// # Errors
+    /// [`MergeError`]: nothing has changed.
+    pub(crate) async fn plan<H: ImageHost>(
+        host: &H,
+        image: &ImageSpec,
+        base: Option<&str>,
+        policy: &BackingPolicy,
+        keeps_name: bool,
+    ) -> Result<Option<Self>, MergeError> {
+        let about = Formats::shipped().describe(host, image, false).await?;
+        let images = Images { image, about: &about };
+        if images.is_merged(host, base).await? && !host.bug(&MERGE_NEXT) {
+            host.mark(&MERGE_CLEARED);
+            return Ok(None);
+        }
+        let merge = images.merge(policy, keeps_name)?;
+        if keeps_name {
+            images.check_names(host, &merge.base).await?;
+        }
+        if merging(host, &merge.base.path).await?.is_some() {
+            host.mark(&MERGE_REPEATED);
+        }
+        Ok(Some(merge))
+    }
+
+    /// Marks the base, which has `base_bytes`, and the image `image_bytes`.
+    ///
+    /// # Errors
+    /// [`MergeError`]: nothing has changed.
+    pub(crate) async fn begin<H: ImageHost>(
+        &self,
+        host: &H,
+        image_bytes: u64,
+        base_bytes: u64,
+    ) -> Result<(), MergeError> {
+        let base = &self.base.path;
+        if image_bytes != base_bytes {
+            let why = format!("it has {image_bytes} bytes, and {base} has {base_bytes}");
+            return Err(refused(&self.image, Errno::EMEDIUMTYPE, &why));
+        }
+        Ok(mark_merging(host, base, &self.name).await?)
+    }
+
+    /// Completes it, once the base is durable.
+    ///
+    /// # Errors
+    /// [`MergeError`].
+    pub(crate) async fn complete<H: ImageHost>(&self, host: &H) -> Result<(), MergeError> {
+        match self.keeps_name {
+            true => self.exchange(host).await,
+            false => unmark_merged(host, &self.base.path)
+                .await
+                .map_err(|error| self.failed(error.errno(), &error.to_string())),
+        }
+    }
+
+    /// The merged image gets the name of the other one, and that one is removed.
+    async fn exchange<H: ImageHost>(&self, host: &H) -> Result<(), MergeError> {
+        let [image, base] = [&self.image.path, &self.base.path];
+        let before = file_id(host, base).await;
+        let before = before.map_err(|error| self.failed(error, &format!("look at {base}: {error}")))?;
+        if let Err(error) = host.exchange(image, base).await {
+            let hint = match error {
+                Errno::EXDEV => "; they are on two file systems",
+                Errno::EINVAL | Errno::ENOSYS => "; this file system cannot: merge it without its name",
+                _ => "",
+            };
+            // It may have happened all the same.
+            if file_id(host, image).await != Ok(before) {
+                return Err(self.failed(error, &format!("exchange {image} and {base}: {error}{hint}")));
+            }
+        }
+        let durable = sync_name(host, image).await;
+        durable.map_err(|error| self.failed(error.errno(), &error.to_string()))?;
+        clear(host, &self.image, base).await
+    }
+
+    /// The error of a merge that failed after its base was marked.
+    pub(crate) fn failed(&self, error: Errno, why: &str) -> MergeError {
+        let [image, base] = [&self.image.path, &self.base.path];
+        let next = format!("{image} is as it was, and {base} may be partly merged; merge it again");
+        MergeError { error, words: format!("merge {image} into {base}: {why}; {next}") }
+    }
+}
+
+fn refused(image: &ImageSpec, error: Errno, why: &str) -> MergeError {
+    MergeError { error, words: format!("merge {}: {why}", image.path) }
+}
+
+/// Removes what is left of an image that has given its name to the merged one, and then the mark.
+async fn clear<H: ImageHost>(host: &H, image: &ImageSpec, base: &str) -> Result<(), MergeError> {
+    match host.remove(base).await {
+        Ok(()) | Err(Errno::ENOENT) => {}
+        Err(error) => {
+            return Err(refused(image, error, &format!("it is merged, but {base} is left: {error}")));
+        }
+    }
+    // Without the mark nobody would know what the rest is.
+    let cleared = async {
+        sync_name(host, base).await?;
+        unmark_merged(host, base).await
+    };
+    let left =
+        |why: ImageError| refused(image, why.errno(), &format!("it is merged, but its mark is left: {why}"));
+    cleared.await.map_err(left)
+}
+
+/// An image that is to be merged.
+struct Images<'a> {
+    image: &'a ImageSpec,
+    about: &'a Description,
+}
+
+impl Images<'_> {
+    fn refused(&self, error: Errno, why: &str) -> MergeError {
+        refused(self.image, error, why)
+    }
+
+    /// Whether the image already is the merged one, and only the rest had to be removed.
+    async fn is_merged<H: ImageHost>(&self, host: &H, base: Option<&str>) -> Result<bool, MergeError> {
+        let (Some(base), backing) = (base, self.about.backing_path.as_ref()) else { return Ok(false) };
+        if backing.is_some_and(|path| same_path(path, base)) {
+            return Ok(false);
+        }
+        let other = merging(host, base).await?;
+        if other.is_none_or(|other| !same_path(&other, &self.image.path)) {
+            let has = match backing {
+                Some(path) => format!("its backing file is {path}, not {base}; it may be merged already"),
+                None => format!("it has no backing file; {base} may be merged already"),
+            };
+            return Err(self.refused(Errno::EINVAL, &has));
+        }
+        self.check_rest(host, base).await?;
+        clear(host, self.image, base).await?;
+        Ok(true)
+    }
+
+    /// Fails if the file at `base` is not the rest of the image, which called the base its backing file.
+    async fn check_rest<H: ImageHost>(&self, host: &H, base: &str) -> Result<(), MergeError> {
+        let rest = ImageSpec { format: ImageFormat::Probe, path: base.to_owned() };
+        let names = match Formats::shipped().describe(host, &rest, false).await {
+            Ok(rest) => rest.backing_path,
+            Err(error) if error.errno() == Errno::ENOENT => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        if names.is_some_and(|path| same_path(&path, base)) {
+            return Ok(());
+        }
+        let why = format!("it is not based on {base}, which is partly merged with another file of this name");
+        Err(self.refused(Errno::EINVAL, &why))
+    }
+
+    fn merge(&self, policy: &BackingPolicy, keeps_name: bool) -> Result<Merge, MergeError> {
+        let Some(path) = self.about.backing_path.clone() else {
+            return Err(self.refused(Errno::EINVAL, "it has no backing file"));
+        };
+        let allowed = match policy {
+            BackingPolicy::Refuse => None,
+            BackingPolicy::Ask(gate) => gate(&path),
+        };
+        let format = match allowed {
+            // Its bytes are not looked at: they may be those of any format.
+            Some(Backing::Any(ImageFormat::As(format))) if !format.info().has_backing => {
+                let why = format!("name its backing file, with --backing {format}:{path}");
+                return Err(self.refused(Errno::EACCES, &why));
+            }
+            Some(Backing::File(format) | Backing::Any(format)) => format,
+            Some(Backing::Open(_)) | None => {
+                let why = format!("its backing file {path} may not be opened; allow it with --backing");
+                return Err(self.refused(Errno::EACCES, &why));
+            }
+        };
+        let Some(name) = name_beside(&path, &self.image.path) else {
+            let why = format!("name it by its absolute path, since {path} is in another folder");
+            return Err(self.refused(Errno::EINVAL, &why));
+        };
+        let (image, base) = (self.image.clone(), ImageSpec { format, path });
+        Ok(Merge { image, base, keeps_name, name })
+    }
+
+    /// Whether the base can have the image's name.
+    async fn check_names<H: ImageHost>(&self, host: &H, base: &ImageSpec) -> Result<(), MergeError> {
+        if folder(&self.image.path) != folder(&base.path) {
+            let why = format!("{} is in another folder, and what is below it is looked for there", base.path);
+            return Err(self.refused(Errno::EINVAL, &why));
+        }
+        let below: Format = Formats::shipped().describe(host, base, false).await?.format;
+        if below != self.about.format {
+            let own = self.about.format;
+            let why = format!("{} has the format {below}, and cannot have the name of a {own}", base.path);
+            return Err(self.refused(Errno::EMEDIUMTYPE, &why));
+        }
+        Ok(())
+    }
+}
