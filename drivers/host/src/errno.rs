@@ -71,6 +71,7 @@ errnos! {
     ESTALE = 116, "stale file handle";
     EUCLEAN = 117, "structure needs cleaning";
     EMEDIUMTYPE = 124, "wrong medium type";
+    ECANCELED = 125, "operation canceled";
 }
 
 impl fmt::Display for Errno {

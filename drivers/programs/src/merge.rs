@@ -18,12 +18,13 @@
 use std::fmt;
 use tap_host::Errno;
 use tap_images::{
-    Backing, BackingPolicy, Description, Format, Formats, ImageError, ImageFormat, ImageHost, ImageSpec,
-    file_id, folder, mark_merging, merging, name_beside, same_path, sync_name, unmark_merged,
+    Backing, BackingPolicy, Description, Formats, ImageError, ImageFormat, ImageHost, ImageSpec, file_id,
+    folder, mark_merging, merging, name_beside, same_path, sync_name, unmark_merged,
 };
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
+    MERGE_RENAMED = "merge-renamed", "an image that is partly merged into its base gets another name than its mark has";
     MERGE_NEXT = "merge-next", "a merge that is repeated after it was completed merges the next image, too";
 }
 
@@ -155,6 +156,17 @@ fn refused(image: &ImageSpec, error: Errno, why: &str) -> MergeError {
     MergeError { error, words: format!("merge {}: {why}", image.path) }
 }
 
+/// Fails if the image above the one at `base` cannot have another name, because the mark of a merge names it.
+///
+/// # Errors
+/// [`ImageError`].
+pub(crate) async fn check_named<H: ImageHost>(host: &H, base: &str) -> Result<(), ImageError> {
+    match merging(host, base).await? {
+        Some(other) if !host.bug(&MERGE_RENAMED) => Err(ImageError::Merging { path: base.to_owned(), other }),
+        _ => Ok(()),
+    }
+}
+
 /// Removes what is left of an image that has given its name to the merged one, and then the mark.
 async fn clear<H: ImageHost>(host: &H, image: &ImageSpec, base: &str) -> Result<(), MergeError> {
     match host.remove(base).await {
@@ -252,12 +264,15 @@ impl Images<'_> {
             let why = format!("{} is in another folder, and what is below it is looked for there", base.path);
             return Err(self.refused(Errno::EINVAL, &why));
         }
-        let below: Format = Formats::shipped().describe(host, base, false).await?.format;
-        if below != self.about.format {
-            let own = self.about.format;
-            let why = format!("{} has the format {below}, and cannot have the name of a {own}", base.path);
+        let below = Formats::shipped().describe(host, base, false).await?;
+        if below.format != self.about.format {
+            let (path, other, own) = (&base.path, below.format, self.about.format);
+            let why = format!("{path} has the format {other}, and cannot have the name of a {own}");
             return Err(self.refused(Errno::EMEDIUMTYPE, &why));
         }
-        Ok(())
+        match below.backing_path {
+            Some(next) => Ok(check_named(host, &next).await?),
+            None => Ok(()),
+        }
     }
 }

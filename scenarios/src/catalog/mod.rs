@@ -141,6 +141,7 @@ pub static LABELS: &[&Label] = &[
     &control::LISTENS,
     &control::SNAPSHOT,
     &control::SNAPSHOT_DIES,
+    &control::BESIDE_MERGE,
     &exchange::EXCHANGE,
     &exchange::PAUSE_BESIDE,
     &toolstack::REPLACE_AFTER,

@@ -204,6 +204,17 @@ impl Setup {
         [&self.spec.path].into_iter().chain(base).chain(&self.below)
     }
 
+    /// The images below the image, from the top down, without its raw base.
+    pub fn images_below(&self) -> &[String] {
+        &self.below
+    }
+
+    /// The same disk without one of the images below it.
+    pub fn without(mut self, path: &str) -> Self {
+        self.below.retain(|below| below != path);
+        self
+    }
+
     /// The testbed's model of the image's format.
     pub fn model(&self) -> &'static dyn FormatModel {
         formats::of(self.spec.format)

@@ -24,8 +24,8 @@ pub use feed::{EVENTS_KEPT, Feed};
 pub use news::{Happened, News, Standing};
 pub use server::{Json, REQUEST_BYTES_MAX, Verbs};
 pub use vocabulary::{
-    Answer, Disk, Disks, ErrorAnswer, ImageStats, Latency, Metrics, Operation, Reply, Request, State, Stats,
-    Taken,
+    Answer, Disk, Disks, ErrorAnswer, ImageStats, Job, JobState, Latency, Metrics, Operation, Reply, Request,
+    State, Stats, Taken,
 };
 
 tap_host::listed! {

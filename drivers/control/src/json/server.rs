@@ -72,9 +72,14 @@ impl<H: ControlHost, V: Verbs<H>> Protocol<H> for Json<V> {
 
     fn place_of(request: &Self::Request) -> Place {
         match request {
-            Ok(Request::Snapshot { minor, .. }) => Place::Waits(*minor),
+            Ok(
+                Request::Snapshot { minor, .. } | Request::Commit { minor, .. } | Request::Cancel { minor },
+            ) => Place::Waits(*minor),
             Ok(Request::Events {}) => Place::Listens,
-            Err(_) | Ok(Request::List {} | Request::Stats { .. } | Request::Metrics {}) => Place::Heard,
+            Err(_)
+            | Ok(Request::List {} | Request::Query { .. } | Request::Stats { .. } | Request::Metrics {}) => {
+                Place::Heard
+            }
         }
     }
 

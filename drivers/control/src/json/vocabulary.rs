@@ -23,6 +23,29 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         image: Option<String>,
     },
+    /// Begins to merge an image below a disk in use into its backing file.
+    Commit {
+        /// The minor number.
+        minor: u16,
+        /// The image, `TYPE:PATH`.
+        image: String,
+        /// Its backing file, which must be this one: a request that is repeated then never merges the next one, too.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        base: Option<String>,
+        /// Most bytes that are moved in a second.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        rate: Option<u64>,
+    },
+    /// The last merge below a disk.
+    Query {
+        /// The minor number.
+        minor: u16,
+    },
+    /// Ends the merge below a disk.
+    Cancel {
+        /// The minor number.
+        minor: u16,
+    },
     /// The counters of the disk of one minor number, or of all that are open.
     Stats {
         /// The minor number.
@@ -61,6 +84,8 @@ pub enum Reply {
     Metrics(Metrics),
     /// To [`Request::Snapshot`].
     Snapshot(Taken),
+    /// To [`Request::Commit`], [`Request::Query`] and [`Request::Cancel`].
+    Job(Job),
 }
 
 /// The answer to a request.
@@ -160,6 +185,40 @@ pub struct Taken {
     pub base: String,
 }
 
+/// Whether images are being merged.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum JobState {
+    /// They are.
+    Running,
+    /// They were, and the disk goes on without the image.
+    Done,
+    /// It was told to end, or the disk was paused or closed. It can be begun again.
+    Ended,
+    /// It failed. It can be begun again.
+    Failed,
+}
+
+/// A merge of an image into its backing file, below a disk.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Job {
+    /// The disk's minor number.
+    pub minor: u16,
+    /// The image, `TYPE:PATH`.
+    pub image: String,
+    /// Its backing file, likewise.
+    pub base: String,
+    /// Whether it runs.
+    pub state: JobState,
+    /// How much of the image was looked at, in bytes of the disk.
+    pub done_bytes: u64,
+    /// Bytes of the disk.
+    pub total_bytes: u64,
+    /// Why it failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<ErrorAnswer>,
+}
+
 /// The counters of an open disk. Those of tapdisk3 (`name`, `secs`, `images`) are as there.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Stats {
@@ -255,7 +314,11 @@ mod tests {
         assert_eq!(parse(r#"{"verb":"stats"}"#), Ok(Request::Stats { minor: None }));
         let snapshot = Request::Snapshot { minor: 5, keep: Some("/a".into()), image: None };
         assert_eq!(parse(r#"{"verb":"snapshot","minor":5,"keep":"/a"}"#), Ok(snapshot));
+        let (image, base) = ("qcow:/b".to_owned(), Some("/a".to_owned()));
+        let commit = Request::Commit { minor: 5, image, base, rate: None };
+        assert_eq!(parse(r#"{"verb":"commit","minor":5,"image":"qcow:/b","base":"/a"}"#), Ok(commit));
         for (text, word) in [
+            (r#"{"verb":"commit","minor":5}"#, "missing field `image`"),
             (r#"{"verb":"list","minor":5}"#, "unknown field `minor`"),
             (r#"{"verb":"stats","minr":5}"#, "unknown field `minr`"),
             (r#"{"verb":"fly"}"#, "unknown variant `fly`"),

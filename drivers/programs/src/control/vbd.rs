@@ -7,6 +7,7 @@
 //!      └───────────────────────────┘
 //! ```
 
+mod commit;
 mod snapshot;
 mod told;
 
@@ -22,20 +23,22 @@ use tap_abi::tapctl::{Entry, Image, Params, Text, state};
 use tap_control::Refusal;
 use tap_control::json::{self, Happened};
 use tap_core::wait::{Event as Flag, Receiver, Semaphore, joined};
-use tap_core::{Disk, KINDS, KindMeasures, Listed, Measures, Node, ParkError, Request};
+use tap_core::{Disk, KINDS, KindMeasures, Listed, Measures, Node, ParkError, Request, nodes};
 use tap_host::{Errno, File, FileId, IoKind, OpenMode, SECTOR_BYTES, SocketAddress, VbdId};
 use tap_images::{Formats, ImageError, sync_name};
 use tap_nbd::{Export, Server, ServerLimits};
 
+pub(super) use commit::Asked as Merging;
 pub(super) use snapshot::Names;
 
 tap_host::listed! {
-    pub(super) BUGS: Bug with [snapshot::BUGS, told::BUGS];
+    pub(super) BUGS: Bug with [commit::BUGS, snapshot::BUGS, told::BUGS];
     RESUMED_WITHOUT = "resumed-without", "a disk whose image cannot be opened again lets requests through without one";
     RESUME_KEEPS_NAME = "resume-keeps-name", "a disk that was resumed with another image opens the first one at the next resume";
     UNMARKED_LATER = "unmarked-later", "a detach is answered before others can have the minor number";
     RESUMED_BY_NAME = "resumed-by-name", "a disk goes on with another file that has got the name of its image";
     NAME_TAKEN_AS_IS = "name-taken-as-is", "a disk is served although its image's name may not be durable";
+    CHAIN_TAKEN_AS_IS = "chain-taken-as-is", "a disk is served although an image below its own may not be durable";
     COPY_TAKEN_AS_IS = "copy-taken-as-is", "a disk goes on with a copy of its image that may not be durable";
     PAUSED_UNSAID = "paused-unsaid", "a paused disk is listed as running at the JSON socket";
     PAUSED_CLOSE_ANSWERS = "paused-close-answers", "requests that a pause holds fail when the disk is closed";
@@ -43,7 +46,7 @@ tap_host::listed! {
 }
 
 tap_host::listed! {
-    pub(super) MARKS: Mark with [snapshot::MARKS];
+    pub(super) MARKS: Mark with [commit::MARKS, snapshot::MARKS];
     RESUMED_ELSEWHERE = "resumed-elsewhere", "a disk was resumed with another image";
     RESUME_REFUSED = "resume-refused", "a resume failed, and the disk went on with the image that it had";
     RESUME_FAILED = "resume-failed", "a resume failed, and the disk stayed paused";
@@ -59,6 +62,8 @@ pub(super) struct Vbd<H: ControlledHost> {
     was_open: Cell<bool>,
     /// Its close was forced, and is under way.
     pub(super) forced: RefCell<Option<Rc<Forced>>>,
+    /// The last merge below its disk.
+    job: RefCell<Option<Rc<commit::Job>>>,
     /// Nobody else has the minor number as long as this is open, and locked.
     marker: RefCell<Option<H::File>>,
 }
@@ -101,7 +106,8 @@ struct Open<H: ControlledHost> {
 impl<H: ControlledHost> Vbd<H> {
     pub(super) fn new(minor: u16, marker: H::File) -> Self {
         let (turn, open, was_open) = (Semaphore::new(1), RefCell::default(), Cell::new(false));
-        Self { minor, turn, open, was_open, forced: RefCell::default(), marker: RefCell::new(Some(marker)) }
+        let (forced, job, marker) = (RefCell::default(), RefCell::default(), RefCell::new(Some(marker)));
+        Self { minor, turn, open, was_open, forced, job, marker }
     }
 
     /// Gives the minor number back; afterwards others can have it.
@@ -253,6 +259,13 @@ impl<H: ControlledHost> Vbd<H> {
         if open.stage.get() != Stage::Running {
             return Ok(());
         }
+        self.end_job(settings).await;
+        self.park_for(settings, &open).await
+    }
+
+    /// Lets no more requests through, and closes the image of a disk that runs.
+    async fn park_for(&self, settings: &Settings<H>, open: &Open<H>) -> Result<(), Refusal> {
+        let what = format!("pause minor {}", self.minor);
         open.stage.set(Stage::Pausing);
         self.tell(settings, Happened::Pausing);
         let parked = open.disk.park(settings.until_late()).await;
@@ -289,7 +302,7 @@ impl<H: ControlledHost> Vbd<H> {
         let asked = Asked::of(params, &what)?;
         let old = open.name.borrow().clone();
         let name = if asked.name.is_empty() { old.clone() } else { asked.name };
-        let Err(why) = self.resume_with(settings, &open, &name, &what).await else {
+        let Err(why) = self.resume_with(settings, &open, &name, &what, &open.options).await else {
             if name != old {
                 settings.host.mark(&RESUMED_ELSEWHERE);
             }
@@ -301,7 +314,7 @@ impl<H: ControlledHost> Vbd<H> {
         };
         let back = match name == old || moved {
             true => Err(why.clone()),
-            false => self.resume_with(settings, &open, &old, &what).await,
+            false => self.resume_with(settings, &open, &old, &what, &open.options).await,
         };
         let Err(second) = back else {
             settings.host.mark(&RESUME_REFUSED);
@@ -329,9 +342,10 @@ impl<H: ControlledHost> Vbd<H> {
         open: &Open<H>,
         name: &str,
         what: &str,
+        options: &DiskOptions,
     ) -> Result<(), Refusal> {
         let spec = spec_of(name, what)?;
-        let node = open_node(&settings.host, Formats::shipped(), &spec, &open.options).await;
+        let node = open_node(&settings.host, Formats::shipped(), &spec, options).await;
         let node = node.map_err(|error| refused(&error))?;
         let elsewhere = *open.name.borrow() != name;
         if let Err(error) = make_durable(settings, &spec, &open.options, Rc::clone(&node), elsewhere).await {
@@ -365,6 +379,10 @@ impl<H: ControlledHost> Vbd<H> {
     /// once, and nothing that is in flight is answered: they can send it to whoever serves the image next.
     pub(super) async fn close(&self, settings: &Settings<H>, force: bool) -> Result<(), Refusal> {
         let Some(open) = self.open.borrow().clone() else { return Ok(()) };
+        if force {
+            open.server.hang_up();
+        }
+        self.end_job(settings).await;
         let paused = open.stage.replace(Stage::Closing) != Stage::Running;
         self.tell(settings, Happened::Closing);
         if paused {
@@ -508,6 +526,19 @@ async fn make_durable<H: ControlledHost>(
         }
         // What was lost before fails the flushes of its guest, too.
         settings.console.err(&format!("tapdisk: failed to synchronise {path}: {error}; it is served"));
+    }
+    if !host.bug(&CHAIN_TAKEN_AS_IS) {
+        for (_, below) in nodes(node) {
+            let Some(name) = below.name().filter(|name| name.as_str() != image.path) else { continue };
+            let path = name.as_str();
+            // It is open for reading only, and whoever wrote to it last may have been killed.
+            let synced = async { host.open(path, OpenMode::READ).await?.sync_data().await };
+            let Err(error) = synced.await else { continue };
+            if elsewhere {
+                return Err(ImageError::Io { action: "synchronise", path: path.to_owned(), error }.into());
+            }
+            settings.console.err(&format!("tapdisk: failed to synchronise {path}: {error}; it is served"));
+        }
     }
     if !host.bug(&NAME_TAKEN_AS_IS) {
         sync_name(host, &image.path).await?;

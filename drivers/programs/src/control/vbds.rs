@@ -2,7 +2,7 @@
 
 use super::metrics;
 use super::settings::Settings;
-use super::vbd::{Names, Vbd};
+use super::vbd::{Merging, Names, Vbd};
 use super::{ControlArgs, ControlledHost};
 use crate::ctl::{is_named, marker_of};
 use crate::{Console, Tuning};
@@ -289,6 +289,19 @@ impl<H: ControlledHost> Vbds<H> {
                 };
                 let (vbd, _turn) = self.turn(minor, "take a snapshot of").await?;
                 vbd.snapshot(&self.settings, &names).await.map(json::Reply::Snapshot)
+            }
+            json::Request::Commit { minor, image, base, rate } => {
+                let (vbd, _turn) = self.turn(minor, "merge an image below").await?;
+                let asked = Merging { image, base, rate };
+                vbd.commit(&self.settings, &asked).await.map(json::Reply::Job)
+            }
+            json::Request::Query { minor } => {
+                self.get(minor, "query the merge below")?.query().map(json::Reply::Job)
+            }
+            // Not in its turn: the merge itself may wait for that.
+            json::Request::Cancel { minor } => {
+                let vbd = self.get(minor, "end the merge below")?;
+                vbd.cancel(&self.settings).await.map(json::Reply::Job)
             }
             json::Request::Stats { minor } => {
                 let disks = match minor {

@@ -13,6 +13,7 @@
 //! * `list` shows what can be seen, whatever does not answer; that is named on standard error. All are asked side by
 //!   side: those that hang cost the time limit once.
 
+mod commit;
 mod events;
 mod list;
 mod minors;
@@ -27,6 +28,7 @@ pub use tap_control::{owner_of, pid_of};
 use crate::Console;
 use crate::help;
 use clap::{Args, Parser, Subcommand};
+use commit::CommitArgs;
 use events::EventsArgs;
 use list::ListArgs;
 use open::{CreateArgs, OpenArgs, UnpauseArgs};
@@ -100,6 +102,12 @@ enum Verb {
     Unpause(UnpauseArgs),
     /// Takes a snapshot of a disk in use: its image no longer changes, and a new one above it takes the writes
     Snapshot(SnapshotArgs),
+    /// Merges an image below a disk in use into its backing file; the disk goes on without it
+    Commit(CommitArgs),
+    /// Says how far a merge is
+    Query(DiskArgs),
+    /// Ends a merge, which can be begun again
+    Cancel(DiskArgs),
     /// Allocates a minor number, starts a tapdisk, attaches and opens; prints the path of the marker
     Create(CreateArgs),
     /// Closes, detaches and frees
@@ -243,6 +251,9 @@ impl<H: CtlHost, L: Launch> Ctl<'_, H, L> {
             Verb::Pause(args) => self.ask(args.disk, Kind::Pause, args.timeout.into()).await,
             Verb::Unpause(args) => self.unpause(&args).await,
             Verb::Snapshot(args) => self.snapshot(&args).await,
+            Verb::Commit(args) => self.commit(&args).await,
+            Verb::Query(args) => self.query(args).await,
+            Verb::Cancel(args) => self.cancel(args).await,
             Verb::Create(args) => self.create(&args).await,
             Verb::Destroy(args) => {
                 self.ask(args.disk, Kind::Close, args.timeout.into()).await?;

@@ -1,8 +1,9 @@
-//! Live snapshots of a disk that is written to all the time, and whose tapdisk is killed in their midst.
+//! Live snapshots of a disk that is written to all the time, and live merges of them; its tapdisk is killed in their
+//! midst.
 
 use crate::client::Client;
 use crate::control::Place;
-use crate::crash::{DISK_BYTES, Model};
+use crate::crash::{DISK_BYTES, Flying, Model};
 use crate::server::{TAP_IMG, tool};
 use crate::{Add, Done};
 use libtest_mimic::Failed;
@@ -13,13 +14,13 @@ use std::path::Path;
 const SNAPSHOTS: usize = 200;
 /// Every round ends with a kill or an orderly end; that many rounds at least.
 const SNAPSHOTS_OF_A_ROUND: u64 = 8;
-/// Images in the chain before it is flattened. The limit is 64.
-const DEPTH: usize = 40;
+/// Images in the chain before they are merged. A round adds up to nine.
+const DEPTH: usize = 16;
 
 pub(crate) fn tests(add: Add) {
     add("snapshot::a_disk_keeps_its_name".into(), &["qemu-io"], Box::new(keeps));
     add("snapshot::a_raw_disk_gets_a_new_name".into(), &["qemu-io"], Box::new(renamed));
-    add("snapshot::under_load_and_killed".into(), &[], Box::new(under_load));
+    add("snapshot::taken_and_merged_under_load_and_killed".into(), &[], Box::new(under_load));
 }
 
 fn process_of(place: &Place) -> Result<u32, Failed> {
@@ -149,8 +150,11 @@ fn under_load() -> Done {
         (taken, depth, round) = (taken + asked, depth + asked + 1, round + 1);
         check(&image).map_err(|why| format!("round {round}: {}", why.message().unwrap_or("")))?;
         if depth > DEPTH {
-            flatten(&place, &image, &mut kept)?;
-            depth = 1;
+            kept.clear();
+            let mut load = Load { place: &place, image: &image, model: &mut model, flying: &mut flying };
+            kills +=
+                load.merge_all().map_err(|why| format!("round {round}: {}", why.message().unwrap_or("")))?;
+            depth = 2;
         }
     }
     assert!(kills >= 30, "{kills} kills in {round} rounds");
@@ -173,13 +177,73 @@ pub(crate) fn check(image: &str) -> Done {
     Err("it stays in use".into())
 }
 
-/// Makes one image of the chain.
-fn flatten(place: &Place, image: &str, kept: &mut Kept) -> Done {
-    let flat = place.path("flat");
-    tool(TAP_IMG, &["convert", "-q", "--backing", "qcow", "-O", "qcow", &format!("qcow:{image}"), &flat])?;
-    std::fs::rename(flat, image)?;
-    for (name, _) in std::mem::take(kept) {
-        std::fs::remove_file(name)?;
+/// The disk, and what is written to it.
+struct Load<'a> {
+    place: &'a Place,
+    image: &'a str,
+    model: &'a mut Model,
+    flying: &'a mut BTreeMap<u64, Flying>,
+}
+
+impl Load<'_> {
+    /// Merges all images below the disk into one, from the lowest up, under load; every third time the tapdisk is
+    /// killed. Returns how often it was.
+    fn merge_all(&mut self) -> Result<usize, Failed> {
+        let (mut turn, mut kills) = (0, 0);
+        loop {
+            let chain = chain_of(self.image)?;
+            let [.., above, image, base] = &chain[..] else { return Ok(kills) };
+            assert!(chain.len() <= 64, "{above}");
+            let killed = turn % 3 == 1;
+            self.merge(image, base, killed).map_err(|why| {
+                format!("merge {turn}, {image} into {base}: {}", why.message().unwrap_or(""))
+            })?;
+            (turn, kills) = (turn + 1, kills + usize::from(killed));
+            check(self.image)?;
+        }
     }
-    Ok(())
+
+    fn merge(&mut self, image: &str, base: &str, killed: bool) -> Done {
+        let place = self.place;
+        place.done(&format!("create -D -a qcow:{} -- --backing qcow", self.image))?;
+        let pid = process_of(place)?;
+        let mut client = Client::connect(Path::new(&place.path(&format!("run/nbd{pid}.0"))))?;
+        self.model.check(&mut client, self.flying, &vec![0; DISK_BYTES])?;
+        let answers = 20 + self.model.below(200);
+        let line = format!("commit -p {pid} -m 0 -w -a qcow:{image} -b {base}");
+        let merged = std::thread::scope(|scope| {
+            let merged = scope.spawn(|| place.run(&line));
+            let written = self.model.write_until(&mut client, answers);
+            if killed {
+                tool("kill", &["-9", &pid.to_string()])?;
+            }
+            let merged = merged.join().expect("it does not panic");
+            *self.flying = written?;
+            merged
+        })?;
+        drop(client);
+        if killed {
+            return place.free_killed();
+        }
+        assert_eq!(merged.0, 0, "{}", merged.1);
+        place.done(&format!("destroy -p {pid} -m 0"))?;
+        let left = Path::new(base).try_exists()? || Path::new(&format!("{base}.merging")).try_exists()?;
+        if left { Err(format!("{base} is left").into()) } else { Ok(()) }
+    }
+}
+
+/// The image and those below it, as their headers name them.
+fn chain_of(image: &str) -> Result<Vec<String>, Failed> {
+    let mut chain = vec![image.to_owned()];
+    loop {
+        let top = chain.last().expect("it has one");
+        let bytes = std::fs::read(top)?;
+        let at = u64::from_be_bytes(bytes[8..16].try_into()?) as usize;
+        let len = u32::from_be_bytes(bytes[16..20].try_into()?) as usize;
+        if at == 0 {
+            return Ok(chain);
+        }
+        let name = String::from_utf8(bytes[at..at + len].to_vec())?;
+        chain.push(Path::new(top).with_file_name(name).display().to_string());
+    }
 }

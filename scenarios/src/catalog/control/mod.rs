@@ -11,6 +11,7 @@
 //! power fails, the administrator opens the disks again with a new one.
 
 mod admin;
+mod commits;
 mod crowd;
 mod events;
 mod json;
@@ -43,6 +44,7 @@ use tap_host::{SocketAddress, select};
 use tap_images::ImageSpec;
 use tap_nbd::{Breaks, Client, ClientConfig};
 
+pub use commits::BESIDE_MERGE;
 pub use json::JSON_SENT;
 pub use listeners::LISTENS;
 pub use snapshots::{SNAPSHOT, SNAPSHOT_DIES, SNAPSHOTS};
@@ -79,6 +81,8 @@ struct Disk {
     copies: Cell<u32>,
     /// Images that it had before, as they were when it let go of them.
     left: RefCell<Vec<(String, Vec<u8>)>>,
+    /// An image below it that may have been merged into the next one, and that one.
+    merging: RefCell<Option<(String, String)>>,
     /// A snapshot whose outcome is not known.
     pending: RefCell<Option<snapshots::Pending>>,
     /// A snapshot may have been taken although that was not said: a power cut may undo or redo it.
@@ -91,8 +95,15 @@ impl Disk {
         // Requests are sent again on a new connection, in any order.
         setup.history.borrow_mut().relax_order();
         let (setup, minor) = (RefCell::new(setup), Cell::new(None));
-        let (copies, left, pending) = (Cell::new(0), RefCell::default(), RefCell::default());
-        Rc::new(Self { number, setup, minor, copies, left, pending, doubt: Cell::new(false) })
+        let (copies, left, merging) = (Cell::new(0), RefCell::default(), RefCell::default());
+        let (pending, doubt) = (RefCell::default(), Cell::new(false));
+        Rc::new(Self { number, setup, minor, copies, left, merging, pending, doubt })
+    }
+
+    /// It is open, and with that it is durable which files it has.
+    fn opened(&self) {
+        self.pending.take();
+        self.merging.take();
     }
 
     fn setup(&self) -> Setup {
@@ -211,7 +222,7 @@ async fn start(world: &World, admin: &Rc<Admin>, disks: &[Rc<Disk>]) -> Option<T
                 world.fail(Invariant::U1, format!("tap-ctl create ended with {created:?}"));
                 return None;
             }
-            disk.pending.take();
+            disk.opened();
             tapdisk = Some(newest);
             continue;
         }
@@ -225,7 +236,7 @@ async fn start(world: &World, admin: &Rc<Admin>, disks: &[Rc<Disk>]) -> Option<T
         }
         admin.persist(own, &format!("attach {}", disk.at(own))).await?;
         admin.persist(own, &format!("open {} {opens}", disk.at(own))).await?;
-        disk.pending.take();
+        disk.opened();
     }
     tapdisk
 }
@@ -290,8 +301,9 @@ async fn over(world: &World, admin: &Rc<Admin>, disks: &[Rc<Disk>], epoch: u32) 
         world.xen.power_cut();
         admin.forget().await;
     }
+    let doubtful = admin.newest().is_some_and(|tapdisk| tapdisk.has_said(snapshots::DOUBT));
     for disk in disks {
-        disk.settle(world, power);
+        disk.settle(world, power, doubtful);
         let setup = disk.setup();
         match power {
             true => {
@@ -322,7 +334,9 @@ async fn load(
     let who = u64::from(epoch) << 8 | u64::from(disk.number);
     let entity = Entity::WORLD.child("control-ops", who);
     world.sim.name_entity(entity, || format!("the guest of disk {}, epoch {epoch}", disk.number));
-    let load = Workload { zeroes: true, ..workload(&world, disk.setup().size_sectors, 40, 128) };
+    // Every image of a chain is to get something.
+    let count = if admin.part == Part::Snapshots { 120 } else { 40 };
+    let load = Workload { zeroes: true, ..workload(&world, disk.setup().size_sectors, count, 128) };
     let ops = operations(&world.sim, entity, who, &load);
     guest.run(&ops, admin.limits.guest_depth).await;
 }
@@ -390,6 +404,9 @@ async fn destroy(world: &World, admin: &Rc<Admin>, tapdisk: &Tapdisk, disks: &[R
         disk.check_left(world);
     }
     tapdisk.ended().await;
+    if !tapdisk.host.process.node().is_alive() {
+        world.count(|stats| stats.crashes += 1);
+    }
     if let Some(status) = tapdisk.status().filter(|status| *status != 0) {
         world.fail(Invariant::L1, format!("tapdisk control ended with status {status}"));
     }

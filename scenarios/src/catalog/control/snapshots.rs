@@ -6,13 +6,14 @@
 //! ```
 //!
 //! A guest may notice a delay, never an error. Whenever tapdisk or the power fails, the disk has its old chain or the
-//! new one, and what is below a snapshot that was taken no longer changes.
+//! new one, and what is below a snapshot that was taken no longer changes, until it is merged (`commits.rs`).
 
 use super::Disk;
 use super::verbs::{Act, Acts};
 use crate::catalog::setup::Setup;
 use crate::check::Invariant;
 use crate::formats::{self, Kind};
+use crate::program::named;
 use crate::scenario::Scenario;
 use crate::world::World;
 use kernel_model::faults::FaultPlan;
@@ -25,7 +26,7 @@ use tap_images::{ImageSpec, MAX_CHAIN, resolve};
 /// Snapshots of disks under control.
 pub static SNAPSHOTS: Scenario = Scenario {
     name: "snapshots",
-    about: "disks get snapshots by tap-ctl under load, with their name or a new one; folders fail; tapdisk is killed; power cuts",
+    about: "disks get snapshots by tap-ctl under load, and images below them are merged; folders fail; tapdisk is killed; power cuts",
     storage: &|_| StorageConfig {
         faults: FaultPlan { names: true, ..FaultPlan::LATENCY },
         ..StorageConfig::default()
@@ -45,11 +46,11 @@ pub static SNAPSHOT_DIES: Label =
     Label::new("snapshot-dies", "tapdisk is killed after {} more of its effects");
 
 /// Kinds of acts, without "none".
-pub(super) const ACTS: u64 = 12;
+pub(super) const ACTS: u64 = 15;
 /// How often a task looks whether the new image is there, in nanoseconds: it takes longer to make one.
 const LOOK_NS: u64 = 1000;
 /// What tap-ctl says when it could not take a snapshot back.
-const DOUBT: &str = "is the disk in any case";
+pub(super) const DOUBT: &str = "is the disk in any case";
 /// A file that is no image of a disk.
 const OTHER: &str = "/images/spare.img";
 
@@ -90,9 +91,10 @@ impl Disk {
 
     /// Finds out which chain the disk has, after its tapdisk or the power has failed. Until it is open again, and with
     /// that durable, the next power cut may decide otherwise.
-    pub(super) fn settle(&self, world: &World, power: bool) {
+    pub(super) fn settle(&self, world: &World, power: bool, doubtful: bool) {
         let pending = self.pending.borrow().clone();
-        self.doubt.set(self.doubt.get() || pending.is_some());
+        let merging = self.merging.borrow().is_some();
+        self.doubt.set(self.doubt.get() || pending.is_some() || merging);
         let new = pending.as_ref().filter(|pending| !pending.keeps).and_then(|pending| {
             // What was made as a whole is the disk's, whether it was put above the old image or not.
             let content = world.storage.content(&pending.made.path)?;
@@ -100,9 +102,18 @@ impl Disk {
             walked.is_ok().then(|| pending.made.clone())
         });
         self.look(world, new, pending.as_ref());
+        // One that could not be taken back goes on with the file that is below the new image.
+        if pending.is_some() && !doubtful {
+            self.check_durable(world);
+        }
         if power {
             self.doubt.set(false);
         }
+    }
+
+    /// Looks which files the disk has now, after a merge below it that may have been completed.
+    pub(super) fn look_again(&self, world: &World) {
+        self.look(world, None, None);
     }
 
     /// Looks which files the disk has now, with `top` or its own image as the first: other ones than before only if a
@@ -119,6 +130,11 @@ impl Disk {
         if files(&found) == files(&setup) {
             return;
         }
+        let merged = self.merging.borrow().clone().map(|(_, base)| setup.clone().without(&base));
+        if merged.is_some_and(|merged| files(&merged) == files(&found)) {
+            *self.setup.borrow_mut() = found;
+            return;
+        }
         let number = pending.and_then(|pending| pending.number);
         let there = |path: &String| world.storage.file_number(path) == number;
         let whole = number.is_none() || files(&found).iter().any(there);
@@ -128,9 +144,6 @@ impl Disk {
             world.fail(Invariant::C3, text);
         }
         *self.setup.borrow_mut() = found;
-        if pending.is_some() {
-            self.check_durable(world);
-        }
     }
 
     /// Whoever finds the new image does not write to the one below it, and so does not flush it either.
@@ -169,6 +182,7 @@ impl Acts<'_> {
             9 => self.refused_snapshots(disk).await,
             10 => self.snapshot_beside(disk, hold_ns).await,
             11 => self.snapshot_renamed(disk, hold_ns).await,
+            13..=15 => self.commits(entity, disk, hold_ns).await,
             _ => self.copied(disk, hold_ns).await,
         }
     }
@@ -184,7 +198,7 @@ impl Acts<'_> {
     }
 
     /// With what a snapshot of the disk is refused, if it must be.
-    fn refusal(&self, disk: &Disk, keeps: bool) -> Option<Errno> {
+    pub(super) fn refusal(&self, disk: &Disk, keeps: bool) -> Option<Errno> {
         let raw = !disk.setup().has_metadata();
         // A copy has another name.
         let own = disk.setup().spec.path == format!("/images/disk{}.img", disk.number);
@@ -195,11 +209,10 @@ impl Acts<'_> {
         }
     }
 
-    async fn snapshot(&self, entity: Entity, disk: &Disk, hold_ns: u64, keeps: bool) -> Act {
+    pub(super) async fn snapshot(&self, entity: Entity, disk: &Disk, hold_ns: u64, keeps: bool) -> Act {
         let world = self.world;
-        let pending = disk.plan(world, keeps);
-        let line = self.line(disk, &pending);
         if let Some(error) = self.refusal(disk, keeps) {
+            let line = self.line(disk, &disk.plan(world, keeps));
             self.refuse(&line, error).await?;
             return self.runs(disk).await;
         }
@@ -208,6 +221,13 @@ impl Acts<'_> {
         if steps > 0 {
             self.tapdisk.host.process.node().kill_after_steps(steps);
         }
+        self.take_snapshot(disk, hold_ns, keeps).await
+    }
+
+    /// A snapshot that nothing refuses.
+    pub(super) async fn take_snapshot(&self, disk: &Disk, hold_ns: u64, keeps: bool) -> Act {
+        let (world, pending) = (self.world, disk.plan(self.world, keeps));
+        let line = self.line(disk, &pending);
         let inv = disk.setup().history.borrow_mut().begin_flush();
         *disk.pending.borrow_mut() = Some(pending.clone());
         let taken = self.admin.ctl(&line).await;
@@ -267,7 +287,10 @@ impl Acts<'_> {
         if self.refusal(disk, false).is_none() {
             self.refuse(&format!("snapshot {at} -a {format}:{OTHER}"), Errno::EEXIST).await?;
         }
+        self.refuse(&format!("commit {at} -a {}", named(&own)), Errno::EBUSY).await?;
+        self.refuse(&format!("commit {at} -a {format}:{OTHER}"), Errno::ENOENT).await?;
         if self.pause(disk).await? {
+            self.refuse(&format!("commit {at} -a {format}:{OTHER}"), Errno::EINVAL).await?;
             let line = self.line(disk, &disk.plan(self.world, disk.setup().has_metadata()));
             self.refuse(&line, Errno::EINVAL).await?;
             self.done(&format!("unpause {at}")).await?;
@@ -337,10 +360,19 @@ impl Acts<'_> {
         let path = format!("/images/disk{}-{}.img", disk.number, disk.copies.get());
         let bytes = storage.bytes(&setup.spec.path).unwrap_or_default();
         self.admin.write_file(&path, &bytes).await;
-        let spec = ImageSpec { path: path.clone(), ..setup.spec.clone() };
+        let mut spec = ImageSpec { path: path.clone(), ..setup.spec.clone() };
+        let mut below: Vec<String> = setup.files().skip(1).cloned().collect();
+        if setup.has_metadata() && hold_ns % 2 == 1 {
+            // The copy is below an image that is durable itself.
+            disk.copies.set(disk.copies.get() + 1);
+            let top = format!("/images/disk{}-{}.img", disk.number, disk.copies.get());
+            if self.admin.overlay(&spec, &top).await {
+                below.insert(0, std::mem::replace(&mut spec.path, top));
+            }
+        }
         self.world.sim.sleep_ns(hold_ns).await;
-        let (made, doubted) = (storage.bytes(&path), disk.doubt.replace(false));
-        let line = format!("unpause {} -a {}:{path}", disk.at(self.tapdisk), spec.format.name());
+        let (made, doubted) = (storage.bytes(&spec.path), disk.doubt.replace(false));
+        let line = format!("unpause {} -a {}", disk.at(self.tapdisk), named(&spec));
         let resumed = self.admin.ctl(&line).await;
         if self.tapdisk.is_alive() && self.admin.passes(resumed.status.into()) {
             // It goes on with its own image, unless that cannot be made durable either.
@@ -349,9 +381,8 @@ impl Acts<'_> {
         }
         // Without an answer the copy is the disk's only if it was written to: otherwise both show the same.
         let alive = self.tapdisk.is_alive();
-        if alive || storage.bytes(&path) != made {
+        if alive || storage.bytes(&spec.path) != made {
             disk.left.borrow_mut().push((setup.spec.path.clone(), bytes));
-            let below = setup.files().skip(1).cloned().collect();
             *disk.setup.borrow_mut() = setup.over(spec, below);
         } else {
             disk.doubt.set(doubted);
@@ -366,7 +397,7 @@ impl Acts<'_> {
     }
 
     /// The disk runs, whether it was paused or not.
-    async fn resume(&self, disk: &Disk) -> Act {
+    pub(super) async fn resume(&self, disk: &Disk) -> Act {
         let line = format!("unpause {}", disk.at(self.tapdisk));
         let mut resumed = self.admin.ctl(&line).await;
         while self.tapdisk.is_alive() && self.admin.passes(resumed.status.into()) {

@@ -21,6 +21,7 @@ use super::{ControlledHost, Open, Stage, Vbd, file_of};
 use crate::control::open::{check_name, spec_of};
 use crate::control::settings::Settings;
 use crate::disk::{DiskOptions, OpenError, open_node};
+use crate::merge::check_named;
 use crate::spec::DiskSpec;
 use std::cell::Cell;
 use std::future::pending;
@@ -194,6 +195,14 @@ impl Plan {
                 self.base, self.old_format
             );
             return Err(self.refuse(Errno::EACCES, words));
+        }
+        if self.keeps_name {
+            let about = Formats::shipped().describe(host, &self.old, true).await;
+            let named = match about.map(|about| about.backing_path) {
+                Ok(Some(below)) => check_named(host, &below).await,
+                about => about.map(drop),
+            };
+            named.map_err(|error| self.refuse(error.errno(), error.to_string()))?;
         }
         self.check_names(host, open).await
     }
