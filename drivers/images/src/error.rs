@@ -44,9 +44,7 @@ pub enum ImageError {
         what: String,
     },
     /// Another image is being merged into it, so that only that one can be above it.
-    #[error(
-        "use {path}: it is partly merged with {other}; complete that first, by tap-img commit {other} -b {path}"
-    )]
+    #[error("use {path}: it is partly merged with {other}; merge that again, to complete it")]
     Merging {
         /// The file.
         path: String,

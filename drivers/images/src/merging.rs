@@ -18,6 +18,7 @@ use tap_host::Errno;
 tap_host::listed! {
     pub(super) BUGS: Bug;
     MERGE_MARK_IGNORED = "merge-mark-ignored", "an image is opened above one that has bytes of another";
+    pub(crate) MERGE_MARK_STAYS = "merge-mark-stays", "a new image takes over the mark of a file that had its name before";
     MERGE_MARK_LATER = "merge-mark-later", "a merge begins before the mark of the image below is durable";
 }
 
@@ -59,8 +60,10 @@ pub async fn mark_merging<H: ImageHost>(host: &H, base: &str, name: &str) -> Res
     let path = mark_of(base);
     let io = |error| ImageError::io("mark", &path)(error);
     let other = merging(host, base).await?;
-    if let Some(other) = other.filter(|other| !same_path(other, &resolve(base, name))) {
-        return Err(ImageError::Merging { path: base.to_owned(), other });
+    if let Some(other) = &other
+        && !same_path(other, &resolve(base, name))
+    {
+        return Err(ImageError::Merging { path: base.to_owned(), other: other.clone() });
     }
     let how = OpenOptions { write: true, ..OpenOptions::default() };
     let file = match ImageFile::create(host, &path, None).await {
@@ -68,9 +71,12 @@ pub async fn mark_merging<H: ImageHost>(host: &H, base: &str, name: &str) -> Res
         Err(error) if error.errno() == Errno::EEXIST => ImageFile::open(host, &path, &how).await?,
         created => created?,
     };
-    let text = format!("{HEAD}{name}\n");
-    file.write_bytes(0, text.as_bytes()).await.map_err(io)?;
-    file.set_size(text.len() as u64).await.map_err(io)?;
+    // One that is complete may be all that says that the base has bytes of both: it is not written again.
+    if other.is_none() {
+        let text = format!("{HEAD}{name}\n");
+        file.write_bytes(0, text.as_bytes()).await.map_err(io)?;
+        file.set_size(text.len() as u64).await.map_err(io)?;
+    }
     if host.bug(&MERGE_MARK_LATER) {
         return Ok(());
     }

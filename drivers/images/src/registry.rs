@@ -12,8 +12,8 @@ use crate::chain::{Backing, BackingPolicy, MAX_CHAIN, OpenOptions, resolve, same
 use crate::foreign::foreign;
 use crate::format::{CheckReport, Description, Format, FormatInfo, ImageFormat, ImageSpec, NewImage};
 use crate::io::{ImageFile, is_transient as passes};
-use crate::merging::check_merging;
-use crate::{ImageError, ImageHost};
+use crate::merging::{MERGE_MARK_STAYS, check_merging, merging, unmark_merged};
+use crate::{ImageError, ImageHost, file_id};
 use std::rc::Rc;
 use tap_core::{LocalBoxFuture, Node, nodes};
 use tap_host::Patience;
@@ -201,7 +201,14 @@ impl<H: ImageHost> Formats<H> {
             let able: Vec<&str> = all.map(|info| info.name).collect();
             return refused(format!("the format has no backing files; use -f {}", able.join(" or -f ")));
         }
-        row.create(host.clone(), path.to_owned(), image).await
+        // A mark that is left speaks of a file that had this name before. While that is there, the mark may be true.
+        let marked = merging(host, path).await?.is_some() && !host.bug(&MERGE_MARK_STAYS);
+        let gone = marked && file_id(host, path).await.map_err(ImageError::io("look for", path))?.is_none();
+        if gone {
+            unmark_merged(host, path).await?;
+        }
+        row.create(host.clone(), path.to_owned(), image).await?;
+        if marked && !gone { unmark_merged(host, path).await } else { Ok(()) }
     }
 }
 

@@ -16,15 +16,16 @@
 //!   other name, and is removed together with the mark.
 
 use std::fmt;
-use tap_host::Errno;
+use tap_host::{Errno, File, FileId, OpenMode};
 use tap_images::{
-    Backing, BackingPolicy, Description, Formats, ImageError, ImageFormat, ImageHost, ImageSpec, file_id,
-    folder, mark_merging, merging, name_beside, same_path, sync_name, unmark_merged,
+    Backing, BackingPolicy, Description, Formats, ImageError, ImageFormat, ImageHost, ImageSpec,
+    check_merging, file_id, folder, mark_merging, merging, name_beside, same_path, sync_name, unmark_merged,
 };
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
     MERGE_RENAMED = "merge-renamed", "an image that is partly merged into its base gets another name than its mark has";
+    MERGE_ANY_FILE = "merge-any-file", "a merge gives away the name of a file that somebody has put in the place of an image";
     MERGE_NEXT = "merge-next", "a merge that is repeated after it was completed merges the next image, too";
 }
 
@@ -61,6 +62,10 @@ pub(crate) struct Merge {
     pub(crate) keeps_name: bool,
     /// What the mark of the base calls the image.
     name: String,
+    /// The base was marked before.
+    repeated: bool,
+    /// The files of image and base, once it has begun.
+    files: [Option<FileId>; 2],
 }
 
 impl Merge {
@@ -82,11 +87,14 @@ impl Merge {
             host.mark(&MERGE_CLEARED);
             return Ok(None);
         }
-        let merge = images.merge(policy, keeps_name)?;
+        let mut merge = images.merge(policy, keeps_name)?;
+        check_merging(host, &merge.base.path, &image.path).await?;
+        images.check_file(host, &merge.base.path).await?;
         if keeps_name {
             images.check_names(host, &merge.base).await?;
         }
-        if merging(host, &merge.base.path).await?.is_some() {
+        merge.repeated = merging(host, &merge.base.path).await?.is_some();
+        if merge.repeated {
             host.mark(&MERGE_REPEATED);
         }
         Ok(Some(merge))
@@ -97,7 +105,7 @@ impl Merge {
     /// # Errors
     /// [`MergeError`]: nothing has changed.
     pub(crate) async fn begin<H: ImageHost>(
-        &self,
+        &mut self,
         host: &H,
         image_bytes: u64,
         base_bytes: u64,
@@ -107,7 +115,21 @@ impl Merge {
             let why = format!("it has {image_bytes} bytes, and {base} has {base_bytes}");
             return Err(refused(&self.image, Errno::EMEDIUMTYPE, &why));
         }
+        self.files = self.files_now(host).await?;
         Ok(mark_merging(host, base, &self.name).await?)
+    }
+
+    /// Takes the mark back, if it was made by [`Merge::begin`], before anything was written to the base.
+    ///
+    /// # Errors
+    /// [`MergeError`].
+    pub(crate) async fn withdraw<H: ImageHost>(&self, host: &H) -> Result<(), MergeError> {
+        if self.repeated { Ok(()) } else { Ok(unmark_merged(host, &self.base.path).await?) }
+    }
+
+    async fn files_now<H: ImageHost>(&self, host: &H) -> Result<[Option<FileId>; 2], MergeError> {
+        let id = async |path: &str| file_id(host, path).await.map_err(ImageError::io("look at", path));
+        Ok([id(&self.image.path).await?, id(&self.base.path).await?])
     }
 
     /// Completes it, once the base is durable.
@@ -126,8 +148,11 @@ impl Merge {
     /// The merged image gets the name of the other one, and that one is removed.
     async fn exchange<H: ImageHost>(&self, host: &H) -> Result<(), MergeError> {
         let [image, base] = [&self.image.path, &self.base.path];
-        let before = file_id(host, base).await;
-        let before = before.map_err(|error| self.failed(error, &format!("look at {base}: {error}")))?;
+        let now = self.files_now(host).await.map_err(|why| self.failed(why.error, &why.words))?;
+        if now != self.files && !host.bug(&MERGE_ANY_FILE) {
+            return Err(self.failed(Errno::ESTALE, "one of the names has another file by now"));
+        }
+        let before = now[1];
         if let Err(error) = host.exchange(image, base).await {
             let hint = match error {
                 Errno::EXDEV => "; they are on two file systems",
@@ -205,8 +230,8 @@ impl Images<'_> {
         let other = merging(host, base).await?;
         if other.is_none_or(|other| !same_path(&other, &self.image.path)) {
             let has = match backing {
-                Some(path) => format!("its backing file is {path}, not {base}; it may be merged already"),
-                None => format!("it has no backing file; {base} may be merged already"),
+                Some(path) => format!("its backing file is {path}, not {base}, unless it is merged already"),
+                None => format!("it has no backing file, unless {base} is merged already"),
             };
             return Err(self.refused(Errno::EINVAL, &has));
         }
@@ -255,7 +280,18 @@ impl Images<'_> {
             return Err(self.refused(Errno::EINVAL, &why));
         };
         let (image, base) = (self.image.clone(), ImageSpec { format, path });
-        Ok(Merge { image, base, keeps_name, name })
+        Ok(Merge { image, base, keeps_name, name, repeated: false, files: [None; 2] })
+    }
+
+    /// Whether a mark beside the base would last.
+    async fn check_file<H: ImageHost>(&self, host: &H, base: &str) -> Result<(), MergeError> {
+        let look = async { host.open(base, OpenMode::READ).await?.info().await };
+        let info = look.await.map_err(ImageError::io("look at", base))?;
+        if info.block_device {
+            let why = format!("{base} is a block device, beside which no mark would last; convert the image");
+            return Err(self.refused(Errno::EINVAL, &why));
+        }
+        Ok(())
     }
 
     /// Whether the base can have the image's name.

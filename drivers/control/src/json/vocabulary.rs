@@ -30,8 +30,7 @@ pub enum Request {
         /// The image, `TYPE:PATH`.
         image: String,
         /// Its backing file, which must be this one: a request that is repeated then never merges the next one, too.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        base: Option<String>,
+        base: String,
         /// Most bytes that are moved in a second.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         rate: Option<u64>,
@@ -314,7 +313,7 @@ mod tests {
         assert_eq!(parse(r#"{"verb":"stats"}"#), Ok(Request::Stats { minor: None }));
         let snapshot = Request::Snapshot { minor: 5, keep: Some("/a".into()), image: None };
         assert_eq!(parse(r#"{"verb":"snapshot","minor":5,"keep":"/a"}"#), Ok(snapshot));
-        let (image, base) = ("qcow:/b".to_owned(), Some("/a".to_owned()));
+        let (image, base) = ("qcow:/b".to_owned(), "/a".to_owned());
         let commit = Request::Commit { minor: 5, image, base, rate: None };
         assert_eq!(parse(r#"{"verb":"commit","minor":5,"image":"qcow:/b","base":"/a"}"#), Ok(commit));
         for (text, word) in [

@@ -24,7 +24,7 @@ use tap_control::Refusal;
 use tap_control::json::{self, Happened};
 use tap_core::wait::{Event as Flag, Receiver, Semaphore, joined};
 use tap_core::{Disk, KINDS, KindMeasures, Listed, Measures, Node, ParkError, Request, nodes};
-use tap_host::{Errno, File, FileId, IoKind, OpenMode, SECTOR_BYTES, SocketAddress, VbdId};
+use tap_host::{Errno, File, FileId, IoKind, OpenMode, SECTOR_BYTES, SocketAddress, VbdId, unless};
 use tap_images::{Formats, ImageError, sync_name};
 use tap_nbd::{Export, Server, ServerLimits};
 
@@ -259,7 +259,11 @@ impl<H: ControlledHost> Vbd<H> {
         if open.stage.get() != Stage::Running {
             return Ok(());
         }
-        self.end_job(settings).await;
+        if unless(settings.until_late(), self.end_job(settings)).await.is_none() {
+            let seconds = settings.pause_limit_s();
+            let words = format!("{what}: its merge did not end within {seconds} s; it goes on");
+            return Err(Refusal::new(Errno::ETIMEDOUT, words));
+        }
         self.park_for(settings, &open).await
     }
 

@@ -16,7 +16,7 @@ pub(super) struct CommitArgs {
     image: String,
     /// Its backing file, which must be this one: a command that is repeated then never merges the next one, too
     #[arg(short = 'b', value_name = "PATH")]
-    base: Option<String>,
+    base: String,
     /// Move at most so many bytes in a second, such as 20M
     #[arg(short = 'r', value_name = "SIZE", value_parser = parse_size)]
     rate: Option<u64>,

@@ -49,19 +49,25 @@ impl Commit {
         let image = super::image(&self.image, self.format).map_err(Failure::new)?;
         let policy = self.backing.policy();
         let merge = Merge::plan(host, &image, self.base.as_deref(), &policy, self.keep_name).await;
-        let Some(merge) = merge.map_err(Failure::new)? else {
+        let Some(mut merge) = merge.map_err(Failure::new)? else {
             self.say(console, "it was merged before");
             return Ok(0);
         };
         let base = open_node(host, &DiskSpec::Image(merge.base.clone()), &self.options(true, None)).await;
         let base = Rc::new(Lease::new(base.map_err(Failure::new)?));
-        let merged = self.merge(host, console, &merge, &base).await;
+        let merged = self.merge(host, console, &mut merge, &base).await;
         let closed = base.close().await;
         merged?;
         let name = &merge.base.path;
         closed.map_err(|error| Failure::new(merge.failed(error, &format!("close {name}: {error}"))))?;
-        let named = if self.keep_name { &merge.image } else { &merge.base };
-        self.say(console, &format!("merged into {}", named.path));
+        let base = &merge.base.path;
+        self.say(
+            console,
+            &match self.keep_name {
+                true => format!("merged; it does not need {base} any more, which is gone"),
+                false => format!("merged into {base}"),
+            },
+        );
         Ok(0)
     }
 
@@ -86,7 +92,7 @@ impl Commit {
         &self,
         host: &H,
         console: &dyn Console,
-        merge: &Merge,
+        merge: &mut Merge,
         base: &Rc<Lease>,
     ) -> Result<(), Failure> {
         let options = self.options(false, Some((merge.base.path.clone(), Rc::clone(base))));
@@ -102,7 +108,7 @@ impl Commit {
         &self,
         host: &H,
         console: &dyn Console,
-        merge: &Merge,
+        merge: &mut Merge,
         (image, base): (&Rc<dyn Node>, &Rc<Lease>),
     ) -> Result<(), Failure> {
         let bytes = |sectors: u64| sectors * SECTOR_BYTES;

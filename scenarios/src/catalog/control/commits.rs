@@ -15,8 +15,10 @@ use tap_host::Errno;
 use tap_images::mark_of;
 
 /// What is done while images are merged.
-pub static BESIDE_MERGE: Label =
-    Label::new("beside-merge", "{}: 1 a pause, 2 a close, 3 a snapshot, 4 a cancel, 5 a second merge");
+pub static BESIDE_MERGE: Label = Label::new(
+    "beside-merge",
+    "{}: 1 a pause, 2 a close, 3 a snapshot, 4 a cancel, 5 a second merge, 6 another file gets the image's name",
+);
 
 /// How often a merge is looked at, in nanoseconds.
 const LOOK_NS: u64 = 1_000_000;
@@ -88,7 +90,7 @@ impl Acts<'_> {
             self.world.fail(Invariant::U1, format!("tap-ctl {line} ended with {begun:?}"));
         }
         disk.merged(self.world, false);
-        self.resume(disk).await?;
+        self.goes_on(disk).await?;
         Some(None)
     }
 
@@ -101,6 +103,37 @@ impl Acts<'_> {
 
     fn has_marks(&self, disk: &Disk) -> bool {
         disk.setup().files().any(|path| self.world.storage.file_number(&mark_of(path)).is_some())
+    }
+
+    /// A second merge of the same images: one is under way, or was done, or failed and is begun again.
+    fn check_second(&self, second: &Outcome) {
+        let right = [0, Errno::EALREADY.0, Errno::EINVAL.0, Errno::ENOENT.0].contains(&second.status.into());
+        let late = i32::from(second.status) == Errno::ETIMEDOUT.0 && self.admin.pauses_may_fail();
+        if self.tapdisk.is_alive() && !right && !late && !self.admin.passes(second.status.into()) {
+            self.world.fail(Invariant::U1, format!("a second merge ended with {second:?}"));
+        }
+    }
+
+    /// Another file gets the name of the image while it is merged: that one is not given away.
+    async fn misplace(&self, disk: &Disk) -> Act {
+        let storage = &self.world.storage;
+        let Some((image, _)) = disk.merging.borrow().clone() else { return Some(()) };
+        let (number, aside) = (storage.file_number(&image), format!("{image}.aside"));
+        storage.rename(&image, &aside);
+        storage.put(&image, storage.content(&aside).unwrap_or_default());
+        let other = storage.file_number(&image);
+        let done = self.wait_for_commit(disk).await;
+        let is_there = storage.file_number(&image) == other && storage.file_number(&aside) == number;
+        if !is_there {
+            let text = format!("a merge gave away {image}, which another file has by now: {done:?}");
+            self.world.fail(Invariant::U1, text);
+        }
+        storage.rename(&aside, &image);
+        done?;
+        // The other one may have been opened by its name. Storage that hangs answers at last.
+        self.resume(disk).await?;
+        while !self.pause(disk).await? {}
+        self.resume(disk).await
     }
 
     /// Waits until the merge is over; returns whether the image was merged.
@@ -117,7 +150,12 @@ impl Acts<'_> {
                 (0, Some("ended")) => return Some(false),
                 (status, _) => {
                     let late = i32::from(status) == Errno::ETIMEDOUT.0 && self.admin.pauses_may_fail();
-                    if !late && !self.admin.passes(status.into()) && !self.admin.may_have_lost(&told) {
+                    let misplaced = i32::from(status) == Errno::ESTALE.0;
+                    if !late
+                        && !misplaced
+                        && !self.admin.passes(status.into())
+                        && !self.admin.may_have_lost(&told)
+                    {
                         self.world.fail(Invariant::U1, format!("a merge ended with {told:?}"));
                     }
                     return Some(false);
@@ -134,7 +172,12 @@ impl Acts<'_> {
         }
         let done = self.wait_for_commit(disk).await?;
         disk.merged(self.world, done);
-        if !done {
+        self.goes_on(disk).await
+    }
+
+    /// The disk runs, unless it was said that it could not be resumed.
+    async fn goes_on(&self, disk: &Disk) -> Act {
+        if self.tapdisk.has_said("it stays paused") {
             self.resume(disk).await?;
         }
         self.runs(disk).await
@@ -151,7 +194,7 @@ impl Acts<'_> {
                 self.world.sim.sleep_ns(hold_ns >> 2).await;
             }
         }
-        match self.world.sim.decide(entity, &BESIDE_MERGE, 0, |d| d.below(6)) {
+        match self.world.sim.decide(entity, &BESIDE_MERGE, 0, |d| d.below(7)) {
             0 => self.commit(disk, hold_ns).await,
             beside => self.commit_beside(entity, disk, hold_ns, beside).await,
         }
@@ -173,8 +216,9 @@ impl Acts<'_> {
                 let (image, base) = disk.merging.borrow().clone()?;
                 let format = Kind::mapped(false).model.format();
                 let second = self.admin.ctl(&format!("commit {at} -a {format}:{image} -b {base}")).await;
-                let _refused_or_done = second;
+                self.check_second(&second);
             }
+            6 => self.misplace(disk).await?,
             _ => {}
         }
         if !self.tapdisk.is_alive() {
@@ -182,8 +226,7 @@ impl Acts<'_> {
         }
         let done = self.wait_for_commit(disk).await?;
         disk.merged(self.world, done);
-        self.resume(disk).await?;
-        self.runs(disk).await?;
+        self.goes_on(disk).await?;
         // The images above one that is partly merged.
         if done { Some(()) } else { self.commit(disk, hold_ns >> 12).await }
     }

@@ -21,7 +21,7 @@ use kernel_model::{Inode, StorageConfig};
 use sim::{Entity, Label};
 use tap_core::wait::joined;
 use tap_host::Errno;
-use tap_images::{ImageSpec, MAX_CHAIN, resolve};
+use tap_images::{ImageSpec, MAX_CHAIN, mark_of, resolve};
 
 /// Snapshots of disks under control.
 pub static SNAPSHOTS: Scenario = Scenario {
@@ -228,6 +228,11 @@ impl Acts<'_> {
     pub(super) async fn take_snapshot(&self, disk: &Disk, hold_ns: u64, keeps: bool) -> Act {
         let (world, pending) = (self.world, disk.plan(self.world, keeps));
         let line = self.line(disk, &pending);
+        if hold_ns % 4 == 3 {
+            // It speaks of a file that had this name before.
+            let mark = "partly merged with the image\n/images/somebody\n";
+            world.storage.put_bytes(&mark_of(&pending.made.path), mark.as_bytes());
+        }
         let inv = disk.setup().history.borrow_mut().begin_flush();
         *disk.pending.borrow_mut() = Some(pending.clone());
         let taken = self.admin.ctl(&line).await;
@@ -287,10 +292,10 @@ impl Acts<'_> {
         if self.refusal(disk, false).is_none() {
             self.refuse(&format!("snapshot {at} -a {format}:{OTHER}"), Errno::EEXIST).await?;
         }
-        self.refuse(&format!("commit {at} -a {}", named(&own)), Errno::EBUSY).await?;
-        self.refuse(&format!("commit {at} -a {format}:{OTHER}"), Errno::ENOENT).await?;
+        self.refuse(&format!("commit {at} -a {} -b {OTHER}", named(&own)), Errno::EBUSY).await?;
+        self.refuse(&format!("commit {at} -a {format}:{OTHER} -b {OTHER}"), Errno::ENOENT).await?;
         if self.pause(disk).await? {
-            self.refuse(&format!("commit {at} -a {format}:{OTHER}"), Errno::EINVAL).await?;
+            self.refuse(&format!("commit {at} -a {format}:{OTHER} -b {OTHER}"), Errno::EINVAL).await?;
             let line = self.line(disk, &disk.plan(self.world, disk.setup().has_metadata()));
             self.refuse(&line, Errno::EINVAL).await?;
             self.done(&format!("unpause {at}")).await?;

@@ -173,9 +173,29 @@ impl Chain {
         }
     }
 
+    /// While the base is marked, no other image is merged into it.
+    async fn check_strange_merge(&self, world: &World) {
+        let base = &self.base().path;
+        let bytes = || [base.clone(), mark_of(base)].map(|path| world.storage.bytes(&path));
+        let before = bytes();
+        // A mark that a crash has left in part says nothing.
+        if !before[1].as_ref().is_some_and(|mark| mark.ends_with(b"\n") && !mark.contains(&0)) {
+            return;
+        }
+        let words = format!("commit -q {} -b {base} {}", self.backing(), named(&self.stranger));
+        let args: Vec<String> = words.split_whitespace().map(str::to_owned).collect();
+        let Some(tool) = Tool::run(world, &args, None).await else { return };
+        if tool.status == 0 || before != bytes() {
+            fail(world, format!("{words}: status {}, although {base} is partly merged", tool.status));
+        }
+    }
+
     /// Another image above the base shows what it showed before the merge, or cannot be opened.
     async fn check_stranger(&self, world: &World, n: u32) {
         let (marked, to) = (self.is_marked(world), format!("/images/out{n}"));
+        if marked {
+            self.check_strange_merge(world).await;
+        }
         let words = format!("convert -S 0 {} -O raw {} {to}", self.backing(), named(&self.stranger));
         let args: Vec<String> = words.split_whitespace().map(str::to_owned).collect();
         let Some(tool) = Tool::run(world, &args, None).await else { return };

@@ -54,14 +54,16 @@ pub(in crate::control) struct Asked {
     /// The image, `TYPE:PATH`.
     pub(in crate::control) image: String,
     /// Its backing file, which must be this one.
-    pub(in crate::control) base: Option<String>,
+    pub(in crate::control) base: String,
     /// At most so many bytes per second.
     pub(in crate::control) rate: Option<u64>,
 }
 
 /// A merge.
 pub(super) struct Job {
-    merge: Merge,
+    /// The images, as TYPE:PATH.
+    image: String,
+    base: String,
     rate: Option<u64>,
     done_bytes: Cell<u64>,
     total_bytes: u64,
@@ -75,7 +77,10 @@ struct Work<H: ControlledHost> {
     settings: Rc<Settings<H>>,
     vbd: Rc<Vbd<H>>,
     open: Rc<Open<H>>,
+    merge: Merge,
     image: Rc<dyn Node>,
+    /// The same, with what repeats requests.
+    reader: Scheduler<H>,
     base: Base,
     memory: Memory,
 }
@@ -91,12 +96,17 @@ struct Base {
 struct Stopped;
 
 impl Job {
+    fn new((image, base): (String, String), total_bytes: u64, rate: Option<u64>) -> Self {
+        let (done_bytes, state) = (Cell::new(0), RefCell::new(Ok(JobState::Running)));
+        Self { image, base, rate, done_bytes, total_bytes, state, stop: Flag::new(), ended: Flag::new() }
+    }
+
     fn told(&self, minor: u16) -> json::Job {
         let state = self.state.borrow();
         json::Job {
             minor,
-            image: name_of(&self.merge.image),
-            base: name_of(&self.merge.base),
+            image: self.image.clone(),
+            base: self.base.clone(),
             state: state.as_ref().map_or(JobState::Failed, |state| *state),
             done_bytes: self.done_bytes.get(),
             total_bytes: self.total_bytes,
@@ -135,6 +145,9 @@ impl<H: ControlledHost> Vbd<H> {
         if open.stage.get() != Stage::Running {
             return refuse(Errno::EINVAL, "it is paused; resume it first");
         }
+        if open.disk.slot().info().read_only {
+            return refuse(Errno::EROFS, "it is read-only");
+        }
         if self.job.borrow().as_ref().is_some_and(|job| job.runs()) {
             return refuse(Errno::EALREADY, "one is being merged; tap-ctl query shows it");
         }
@@ -146,8 +159,9 @@ impl<H: ControlledHost> Vbd<H> {
         let DiskSpec::Image(top) = spec_of(&name, &what)? else {
             return refuse(Errno::EOPNOTSUPP, &format!("{name} is no file"));
         };
-        let below =
-            below(host, &top).await.map_err(|error| Refusal::new(error.errno(), error.to_string()))?;
+        let below = below(host, &top, &open.options.backing)
+            .await
+            .map_err(|error| Refusal::new(error.errno(), error.to_string()))?;
         if same_path(&top.path, &image.path) {
             return refuse(Errno::EBUSY, "the disk writes to it; take a snapshot, and merge what is below");
         }
@@ -155,21 +169,15 @@ impl<H: ControlledHost> Vbd<H> {
             return refuse(Errno::ENOENT, &format!("{} is not below the disk", image.path));
         };
         let image_bytes = image_bytes.1;
-        let plan = Merge::plan(host, &image, asked.base.as_deref(), &open.options.backing, true).await;
+        let plan = Merge::plan(host, &image, Some(&asked.base), &open.options.backing, true).await;
         let Some(merge) = plan.map_err(Refusal::from)? else {
-            let merged = ImageSpec { path: asked.base.clone().unwrap_or_default(), ..image.clone() };
-            let (image, base) = (name_of(&image), name_of(&merged));
-            let (state, done_bytes) = (JobState::Done, open.disk.slot().info().size_sectors * SECTOR_BYTES);
-            let total_bytes = done_bytes;
-            return Ok(json::Job {
-                minor: self.minor,
-                image,
-                base,
-                state,
-                done_bytes,
-                total_bytes,
-                error: None,
-            });
+            let base = name_of(&ImageSpec { path: asked.base.clone(), ..image.clone() });
+            let job = Job::new((name_of(&image), base), image_bytes, None);
+            job.done_bytes.set(image_bytes);
+            *job.state.borrow_mut() = Ok(JobState::Done);
+            let told = job.told(self.minor);
+            *self.job.borrow_mut() = Some(Rc::new(job));
+            return Ok(told);
         };
         self.begin(settings, &open, (merge, image_bytes), asked.rate).await
     }
@@ -179,7 +187,7 @@ impl<H: ControlledHost> Vbd<H> {
         self: &Rc<Self>,
         settings: &Rc<Settings<H>>,
         open: &Rc<Open<H>>,
-        (merge, image_bytes): (Merge, u64),
+        (mut merge, image_bytes): (Merge, u64),
         rate: Option<u64>,
     ) -> Result<json::Job, Refusal> {
         let what = format!("merge {} below minor {}", merge.image.path, self.minor);
@@ -187,7 +195,7 @@ impl<H: ControlledHost> Vbd<H> {
         let memory = settings.memory.stage((PIECE_SECTORS * SECTOR_BYTES) as usize);
         let memory = memory.map_err(|error| Refusal::new(error, format!("{what}: its memory: {error}")))?;
         self.pause(settings).await?;
-        let base = match self.open_base(settings, open, &merge, image_bytes).await {
+        let base = match self.open_base(settings, open, &mut merge, image_bytes).await {
             Ok(base) => base,
             Err(why) => {
                 self.go_on(settings, open, &name).await?;
@@ -207,27 +215,31 @@ impl<H: ControlledHost> Vbd<H> {
         if let Err(why) = self.resume_with(settings, open, &name, &what, &options).await {
             // Nothing was written to it.
             let _nothing_lost = base.lease.close().await;
+            let withdrawn = merge.withdraw(&settings.host).await;
             self.go_on(settings, open, &name).await?;
-            return Err(why);
+            return Err(with(why, withdrawn));
         }
         let Some(image) = node_of(open, &merge.image.path) else {
+            // Open to readers, and without a mark: nothing was written to it.
+            let frozen = base.file.freeze().await;
             let _nothing_lost = base.lease.close().await;
+            let withdrawn = merge.withdraw(&settings.host).await;
             let words = format!("{what}: it is not below the disk any more");
-            return Err(Refusal::new(Errno::ESTALE, words));
+            let why = with(Refusal::new(Errno::ESTALE, words), withdrawn);
+            return Err(match frozen {
+                Ok(()) => why,
+                Err(error) => {
+                    Refusal::new(why.error, format!("{}; its base stays locked: {error}", why.words))
+                }
+            });
         };
-        let job = Rc::new(Job {
-            rate,
-            done_bytes: Cell::new(0),
-            total_bytes: image_bytes,
-            state: RefCell::new(Ok(JobState::Running)),
-            stop: Flag::new(),
-            ended: Flag::new(),
-            merge,
-        });
+        let names = (name_of(&merge.image), name_of(&merge.base));
+        let job = Rc::new(Job::new(names, image_bytes, rate));
         *self.job.borrow_mut() = Some(Rc::clone(&job));
         let (settings, vbd, open) = (Rc::clone(settings), Rc::clone(self), Rc::clone(open));
         let host = settings.host.clone();
-        let work = Work { settings, vbd, open, image, base, memory };
+        let reader = Scheduler::new(host.clone(), Rc::clone(&image), settings.tuning.scheduler);
+        let work = Work { settings, vbd, open, merge, image, reader, base, memory };
         let own = Rc::clone(&job);
         host.spawn("commit", u64::from(self.minor), async move { work.run(&own).await });
         Ok(job.told(self.minor))
@@ -238,7 +250,7 @@ impl<H: ControlledHost> Vbd<H> {
         &self,
         settings: &Settings<H>,
         open: &Open<H>,
-        merge: &Merge,
+        merge: &mut Merge,
         image_bytes: u64,
     ) -> Result<Base, Refusal> {
         let (host, spec) = (&settings.host, DiskSpec::Image(merge.base.clone()));
@@ -271,7 +283,8 @@ impl<H: ControlledHost> Vbd<H> {
 
     /// Ends the merge below the disk, and answers once that is done.
     pub(in crate::control) async fn cancel(&self, settings: &Settings<H>) -> Result<json::Job, Refusal> {
-        self.query()?;
+        let none = |why: Refusal| Refusal::new(why.error, why.words.replacen("query", "end", 1));
+        self.query().map_err(none)?;
         self.end_job(settings).await;
         self.query()
     }
@@ -292,10 +305,10 @@ impl<H: ControlledHost> Work<H> {
     }
 
     async fn carry_out(self, job: &Job) -> Result<JobState, Refusal> {
-        let failed = |error: Errno, why: &str| Refusal::from(job.merge.failed(error, why));
         let moved = self.move_all(job).await;
-        let Self { settings, vbd, open, image, base, memory } = self;
-        drop((image, memory));
+        let Self { settings, vbd, open, merge, image, reader, base, memory } = self;
+        let failed = |error: Errno, why: &str| Refusal::from(merge.failed(error, why));
+        drop((image, reader, memory));
         // Durable, and open to readers again. The chain has a lease of its own.
         let frozen = match settings.host.bug(&COMMIT_UNFLUSHED) {
             true => Ok(()),
@@ -308,7 +321,7 @@ impl<H: ControlledHost> Work<H> {
             Ok(Err(Stopped)) => return Ok(JobState::Ended),
             Err(error) => return Err(failed(error, &error.to_string())),
         }
-        let path = &job.merge.base.path;
+        let path = &merge.base.path;
         frozen.and(closed).map_err(|error| failed(error, &format!("flush {path}: {error}")))?;
         let turn = match select(job.stop.wait(), vbd.turn.acquire()).await {
             Either::First(()) => return Ok(JobState::Ended),
@@ -318,7 +331,7 @@ impl<H: ControlledHost> Work<H> {
         if !same || open.stage.get() != Stage::Running {
             return Ok(JobState::Ended);
         }
-        let completed = vbd.complete(&settings, &open, job).await;
+        let completed = vbd.complete(&settings, &open, &merge).await;
         drop(turn);
         completed.map(|()| JobState::Done)
     }
@@ -330,7 +343,11 @@ impl<H: ControlledHost> Work<H> {
         let mut at = 0;
         while at < size_sectors {
             let range = SectorRange::new(at, (size_sectors - at).min(u64::from(u32::MAX)) as u32);
-            for extent in self.image.extents(range, MAX_EXTENTS).await? {
+            let extents = self.image.extents(range, MAX_EXTENTS).await?;
+            if extents.is_empty() {
+                return Err(Errno::EIO);
+            }
+            for extent in extents {
                 let end = at + extent.count;
                 let mut from = at;
                 while is_own(&extent, own.as_ref())? && from < end {
@@ -354,7 +371,7 @@ impl<H: ControlledHost> Work<H> {
     async fn move_piece(&self, start: u64, count: u64) -> Result<(), Errno> {
         let range = SectorRange::new(start, count as u32);
         let buf = self.memory.buffer(range.len_bytes() as usize).await?;
-        let read = self.image.submit(Request::read(range, smallvec![buf])).await;
+        let read = self.reader.submit(Request::read(range, smallvec![buf])).await;
         read.result?;
         self.base.lease.submit(Request::write(range, read.bufs)).await.result
     }
@@ -378,16 +395,22 @@ fn is_own(extent: &Extent, own: Option<&NodeName>) -> Result<bool, Errno> {
 
 impl<H: ControlledHost> Vbd<H> {
     /// The base, which is durable, gets the image's name, and the disk goes on without the image.
-    async fn complete(&self, settings: &Settings<H>, open: &Open<H>, job: &Job) -> Result<(), Refusal> {
-        let failed = |why: &Refusal| Refusal::from(job.merge.failed(why.error, &why.words));
+    async fn complete(&self, settings: &Settings<H>, open: &Open<H>, merge: &Merge) -> Result<(), Refusal> {
+        let failed = |why: &Refusal| Refusal::from(merge.failed(why.error, &why.words));
         let name = open.name.borrow().clone();
         self.park_for(settings, open).await.map_err(|why| failed(&why))?;
         let merged = match settings.host.bug(&COMMIT_KEEPS_CHAIN) {
             true => Ok(()),
-            false => job.merge.complete(&settings.host).await,
+            false => merge.complete(&settings.host).await,
         };
-        self.go_on(settings, open, &name).await?;
-        merged.map_err(Refusal::from)
+        let merged = merged.map_err(Refusal::from);
+        match self.go_on(settings, open, &name).await {
+            Ok(()) => merged,
+            Err(why) => Err(match merged {
+                Ok(()) => Refusal::new(why.error, format!("{}; the images are merged", why.words)),
+                Err(first) => Refusal::new(first.error, format!("{}; {}", first.words, why.words)),
+            }),
+        }
     }
 }
 
@@ -409,17 +432,32 @@ impl<H: ControlledHost> Vbd<H> {
 pub(super) async fn below<H: ControlledHost>(
     host: &H,
     top: &ImageSpec,
+    policy: &BackingPolicy,
 ) -> Result<Vec<(String, u64)>, ImageError> {
     let mut found: Vec<(String, u64)> = Vec::new();
     let mut about = Formats::shipped().describe(host, top, true).await?;
     while found.len() < MAX_CHAIN
         && let Some(path) = about.backing_path
     {
-        let spec = ImageSpec { format: ImageFormat::Probe, path };
+        // A guest may have written what looks like an image, with the name of any file.
+        let allowed = match policy {
+            BackingPolicy::Refuse => None,
+            BackingPolicy::Ask(gate) => gate(&path),
+        };
+        let Some(Backing::File(format) | Backing::Any(format)) = allowed else { break };
+        let spec = ImageSpec { format, path };
         about = Formats::shipped().describe(host, &spec, true).await?;
         found.push((spec.path, about.disk_bytes));
     }
     Ok(found)
+}
+
+/// `why`, and that the mark could not be taken back.
+fn with(why: Refusal, withdrawn: Result<(), MergeError>) -> Refusal {
+    match withdrawn {
+        Ok(()) => why,
+        Err(left) => Refusal::new(why.error, format!("{}; its mark is left: {left}", why.words)),
+    }
 }
 
 /// The image at `path` in the chain of the disk.
