@@ -3,7 +3,8 @@
 use tap_host::Errno;
 
 /// Why a request was not carried out.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{words}")]
 pub struct Refusal {
     /// Its number.
     pub error: Errno,

@@ -54,6 +54,14 @@ impl BackingPolicy {
         Self::Ask(Rc::new(move |_| Some(Backing::Any(format))))
     }
 
+    /// What to use as the backing file at `path`; `None` if it may not be opened.
+    pub fn allowed(&self, path: &str) -> Option<Backing> {
+        match self {
+            Self::Refuse => None,
+            Self::Ask(gate) => gate(path),
+        }
+    }
+
     /// Whether it may allow any file.
     pub fn is_asked(&self) -> bool {
         matches!(self, Self::Ask(_))

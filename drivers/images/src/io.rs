@@ -491,6 +491,18 @@ pub async fn sync_name<H: ImageHost>(host: &H, path: &str) -> Result<(), ImageEr
     }
 }
 
+/// Makes a file durable that others have written to.
+///
+/// # Errors
+/// [`ImageError`].
+pub async fn sync_file<H: ImageHost>(host: &H, path: &str) -> Result<(), ImageError> {
+    let synced = async {
+        let file = uninterrupted(host, || host.open(path, OpenMode::READ)).await?;
+        uninterrupted(host, || file.sync_data()).await
+    };
+    synced.await.map_err(ImageError::io("synchronise", path))
+}
+
 /// The operation did nothing, and may succeed when retried.
 pub(crate) fn is_transient(error: Errno) -> bool {
     Tried::Transfer.may_pass(error)

@@ -48,7 +48,7 @@ pub use format::{
     CheckReport, Description, Format, FormatInfo, ImageFormat, ImageSpec, NewImage, OptionInfo,
 };
 pub use formats::{SHIPPED, format_called};
-pub use io::{ImageFile, sync_name};
+pub use io::{ImageFile, sync_file, sync_name};
 pub use merging::{check_merging, mark_merging, mark_of, merging, unmark_merged};
 pub use registry::{Driver, Formats, HEAD_BYTES, OpenImage};
 pub use units::{parse_size, show_size};

@@ -8,7 +8,7 @@
 //!
 //! A format is one [`Driver`] in one row. No other code depends on the format of an image.
 
-use crate::chain::{Backing, BackingPolicy, MAX_CHAIN, OpenOptions, resolve, same_path};
+use crate::chain::{Backing, MAX_CHAIN, OpenOptions, resolve, same_path};
 use crate::foreign::foreign;
 use crate::format::{CheckReport, Description, Format, FormatInfo, ImageFormat, ImageSpec, NewImage};
 use crate::io::{ImageFile, is_transient as passes};
@@ -307,11 +307,7 @@ impl<H: ImageHost> OpenImage<H> {
             return Err(self.refused(what, "give it another backing file"));
         }
         self.below_limit(1, &backing)?;
-        let allowed = match &self.options.backing {
-            BackingPolicy::Refuse => None,
-            BackingPolicy::Ask(allowed) => allowed(&backing),
-        };
-        let (format, any) = match allowed {
+        let (format, any) = match self.options.backing.allowed(&backing) {
             Some(Backing::File(format)) => (format, false),
             Some(Backing::Any(format)) => (format, true),
             Some(Backing::Open(node)) => {

@@ -25,7 +25,7 @@ use tap_control::json::{self, Happened};
 use tap_core::wait::{Event as Flag, Receiver, Semaphore, joined};
 use tap_core::{Disk, KINDS, KindMeasures, Listed, Measures, Node, ParkError, Request, nodes};
 use tap_host::{Errno, File, FileId, IoKind, OpenMode, SECTOR_BYTES, SocketAddress, VbdId, unless};
-use tap_images::{Formats, ImageError, sync_name};
+use tap_images::{Formats, ImageError, sync_file, sync_name};
 use tap_nbd::{Export, Server, ServerLimits};
 
 pub(super) use commit::Asked as Merging;
@@ -534,14 +534,12 @@ async fn make_durable<H: ControlledHost>(
     if !host.bug(&CHAIN_TAKEN_AS_IS) {
         for (_, below) in nodes(node) {
             let Some(name) = below.name().filter(|name| name.as_str() != image.path) else { continue };
-            let path = name.as_str();
             // It is open for reading only, and whoever wrote to it last may have been killed.
-            let synced = async { host.open(path, OpenMode::READ).await?.sync_data().await };
-            let Err(error) = synced.await else { continue };
-            if elsewhere {
-                return Err(ImageError::Io { action: "synchronise", path: path.to_owned(), error }.into());
+            match sync_file(host, name.as_str()).await {
+                Err(error) if elsewhere => return Err(error.into()),
+                Err(error) => settings.console.err(&format!("tapdisk: failed to {error}; it is served")),
+                Ok(()) => {}
             }
-            settings.console.err(&format!("tapdisk: failed to synchronise {path}: {error}; it is served"));
         }
     }
     if !host.bug(&NAME_TAKEN_AS_IS) {

@@ -68,12 +68,8 @@ impl<H: CtlHost, L: Launch> Ctl<'_, H, L> {
             return Err(Failure::new(Errno(error.errno), error.words.clone()));
         }
         let Job { image, base, done_bytes, total_bytes, .. } = job;
-        let state = match job.state {
-            JobState::Running => "running",
-            JobState::Done => "done",
-            JobState::Ended => "ended",
-            JobState::Failed => "failed",
-        };
+        let state = json!(job.state);
+        let state = state.as_str().unwrap_or_default();
         let percent = (u128::from(*done_bytes) * 100).checked_div(u128::from(*total_bytes)).unwrap_or(100);
         let words = format!("state={state} done={percent}% image={image} base={base}");
         self.say(&words, &json!(job));

@@ -5,11 +5,11 @@ use super::pump::{Extents, PIECE_SECTORS, TaskSet};
 use super::{Failure, Outcome, open_node};
 use crate::Console;
 use crate::disk::{BackingArgs, DiskHost, DiskOptions, format_parser};
-use crate::merge::Merge;
+use crate::merge::{Merge, is_own};
 use crate::spec::DiskSpec;
 use clap::Args;
 use std::rc::Rc;
-use tap_core::{Lease, LocalBoxFuture, Node, NodeName, Request, Source, nodes};
+use tap_core::{Lease, LocalBoxFuture, Node, NodeName, Request, nodes};
 use tap_host::{BufPool, Errno, SECTOR_BYTES};
 use tap_images::{Backing, BackingPolicy, Format, same_path};
 
@@ -161,12 +161,7 @@ impl Commit {
         let mut done = 0;
         while let Some(run) = extents.next(PIECE_SECTORS).await? {
             done += run.count * SECTOR_BYTES;
-            let is_own = match &run.extent.source {
-                Source::Nothing => false,
-                Source::Node { name, .. } => name.as_ref() == own,
-                Source::Unreadable { error, .. } => return Err(*error),
-            };
-            if is_own {
+            if is_own(&run.extent.source, own)? {
                 let job = copier.clone();
                 let work = Box::pin(async move { job.piece(&run).await.map(drop) });
                 if let Some(result) = tasks.start(work).await {

@@ -18,7 +18,7 @@ use super::{ControlledHost, Open, Stage, Vbd, refused};
 use crate::control::open::spec_of;
 use crate::control::settings::Settings;
 use crate::disk::{DiskOptions, open_node};
-use crate::merge::{Merge, MergeError};
+use crate::merge::{Merge, is_own};
 use crate::spec::DiskSpec;
 use smallvec::smallvec;
 use std::cell::{Cell, RefCell};
@@ -26,7 +26,7 @@ use std::rc::Rc;
 use tap_control::Refusal;
 use tap_control::json::{self, Happened, JobState};
 use tap_core::wait::Event as Flag;
-use tap_core::{Extent, Lease, Node, NodeName, Request, Scheduler, Source, nodes};
+use tap_core::{Lease, Node, Request, Scheduler, nodes};
 use tap_host::{Either, Errno, SECTOR_BYTES, SectorRange, Stage as Memory, select};
 use tap_images::{Backing, BackingPolicy, Formats, ImageError, ImageFormat, ImageSpec, MAX_CHAIN, same_path};
 
@@ -126,12 +126,6 @@ fn name_of(image: &ImageSpec) -> String {
     }
 }
 
-impl From<MergeError> for Refusal {
-    fn from(MergeError { error, words }: MergeError) -> Self {
-        Self { error, words }
-    }
-}
-
 impl<H: ControlledHost> Vbd<H> {
     /// Begins a merge below the disk, and answers once it is under way.
     pub(in crate::control) async fn commit(
@@ -170,7 +164,7 @@ impl<H: ControlledHost> Vbd<H> {
         };
         let image_bytes = image_bytes.1;
         let plan = Merge::plan(host, &image, Some(&asked.base), &open.options.backing, true).await;
-        let Some(merge) = plan.map_err(Refusal::from)? else {
+        let Some(merge) = plan? else {
             let base = name_of(&ImageSpec { path: asked.base.clone(), ..image.clone() });
             let job = Job::new((name_of(&image), base), image_bytes, None);
             job.done_bytes.set(image_bytes);
@@ -206,26 +200,22 @@ impl<H: ControlledHost> Vbd<H> {
         let usual = open.options.backing.clone();
         let gate = move |asked: &str| match same_path(asked, &path) {
             true => Some(Backing::Open(Rc::new(lease.share()))),
-            false => match &usual {
-                BackingPolicy::Refuse => None,
-                BackingPolicy::Ask(gate) => gate(asked),
-            },
+            false => usual.allowed(asked),
         };
         let options = DiskOptions { backing: BackingPolicy::Ask(Rc::new(gate)), ..open.options.clone() };
         if let Err(why) = self.resume_with(settings, open, &name, &what, &options).await {
             // Nothing was written to it.
             let _nothing_lost = base.lease.close().await;
-            let withdrawn = merge.withdraw(&settings.host).await;
+            let why = merge.give_up(&settings.host, why).await;
             self.go_on(settings, open, &name).await?;
-            return Err(with(why, withdrawn));
+            return Err(why);
         }
         let Some(image) = node_of(open, &merge.image.path) else {
             // Open to readers, and without a mark: nothing was written to it.
             let frozen = base.file.freeze().await;
             let _nothing_lost = base.lease.close().await;
-            let withdrawn = merge.withdraw(&settings.host).await;
             let words = format!("{what}: it is not below the disk any more");
-            let why = with(Refusal::new(Errno::ESTALE, words), withdrawn);
+            let why = merge.give_up(&settings.host, Refusal::new(Errno::ESTALE, words)).await;
             return Err(match frozen {
                 Ok(()) => why,
                 Err(error) => {
@@ -260,7 +250,7 @@ impl<H: ControlledHost> Vbd<H> {
         let base_bytes = node.info().size_sectors * SECTOR_BYTES;
         if let Err(why) = merge.begin(host, image_bytes, base_bytes).await {
             let _nothing_lost = node.close().await;
-            return Err(why.into());
+            return Err(why);
         }
         let scheduler = Scheduler::new(host.clone(), Rc::clone(&node), settings.tuning.scheduler);
         Ok(Base { file: node, lease: Rc::new(Lease::new(Rc::new(scheduler))) })
@@ -307,7 +297,7 @@ impl<H: ControlledHost> Work<H> {
     async fn carry_out(self, job: &Job) -> Result<JobState, Refusal> {
         let moved = self.move_all(job).await;
         let Self { settings, vbd, open, merge, image, reader, base, memory } = self;
-        let failed = |error: Errno, why: &str| Refusal::from(merge.failed(error, why));
+        let failed = |error: Errno, why: &str| merge.failed(error, why);
         drop((image, reader, memory));
         // Durable, and open to readers again. The chain has a lease of its own.
         let frozen = match settings.host.bug(&COMMIT_UNFLUSHED) {
@@ -350,7 +340,7 @@ impl<H: ControlledHost> Work<H> {
             for extent in extents {
                 let end = at + extent.count;
                 let mut from = at;
-                while is_own(&extent, own.as_ref())? && from < end {
+                while is_own(&extent.source, own.as_ref())? && from < end {
                     if job.stop.is_set() {
                         return Ok(Err(Stopped));
                     }
@@ -384,26 +374,16 @@ impl<H: ControlledHost> Work<H> {
     }
 }
 
-/// Whether the image itself has the bytes of the extent.
-fn is_own(extent: &Extent, own: Option<&NodeName>) -> Result<bool, Errno> {
-    match &extent.source {
-        Source::Nothing => Ok(false),
-        Source::Node { name, .. } => Ok(name.as_ref() == own),
-        Source::Unreadable { error, .. } => Err(*error),
-    }
-}
-
 impl<H: ControlledHost> Vbd<H> {
     /// The base, which is durable, gets the image's name, and the disk goes on without the image.
     async fn complete(&self, settings: &Settings<H>, open: &Open<H>, merge: &Merge) -> Result<(), Refusal> {
-        let failed = |why: &Refusal| Refusal::from(merge.failed(why.error, &why.words));
+        let failed = |why: &Refusal| merge.failed(why.error, &why.words);
         let name = open.name.borrow().clone();
         self.park_for(settings, open).await.map_err(|why| failed(&why))?;
         let merged = match settings.host.bug(&COMMIT_KEEPS_CHAIN) {
             true => Ok(()),
             false => merge.complete(&settings.host).await,
         };
-        let merged = merged.map_err(Refusal::from);
         match self.go_on(settings, open, &name).await {
             Ok(()) => merged,
             Err(why) => Err(match merged {
@@ -440,24 +420,12 @@ pub(super) async fn below<H: ControlledHost>(
         && let Some(path) = about.backing_path
     {
         // A guest may have written what looks like an image, with the name of any file.
-        let allowed = match policy {
-            BackingPolicy::Refuse => None,
-            BackingPolicy::Ask(gate) => gate(&path),
-        };
-        let Some(Backing::File(format) | Backing::Any(format)) = allowed else { break };
+        let Some(Backing::File(format) | Backing::Any(format)) = policy.allowed(&path) else { break };
         let spec = ImageSpec { format, path };
         about = Formats::shipped().describe(host, &spec, true).await?;
         found.push((spec.path, about.disk_bytes));
     }
     Ok(found)
-}
-
-/// `why`, and that the mark could not be taken back.
-fn with(why: Refusal, withdrawn: Result<(), MergeError>) -> Refusal {
-    match withdrawn {
-        Ok(()) => why,
-        Err(left) => Refusal::new(why.error, format!("{}; its mark is left: {left}", why.words)),
-    }
 }
 
 /// The image at `path` in the chain of the disk.

@@ -258,11 +258,7 @@ impl Plan {
 
     /// Whether the image below could be opened again in the format that it has.
     fn may_open_base(&self, policy: &BackingPolicy) -> bool {
-        let allowed = match policy {
-            BackingPolicy::Refuse => None,
-            BackingPolicy::Ask(gate) => gate(&self.base),
-        };
-        match allowed {
+        match policy.allowed(&self.base) {
             Some(Backing::File(ImageFormat::As(format)) | Backing::Any(ImageFormat::As(format))) => {
                 format == self.old_format
             }
