@@ -188,6 +188,16 @@ pub(crate) enum IoOp {
 }
 
 impl IoOp {
+    /// How it is called, also in keys of decisions.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            IoOp::Read => "read",
+            IoOp::Write => "write",
+            IoOp::Zero(_) => "zero",
+            IoOp::Sync => "sync",
+        }
+    }
+
     /// Whether it may need space that the file does not have yet. A hole needs none.
     pub(crate) fn takes_space(self) -> bool {
         matches!(self, IoOp::Write | IoOp::Zero(ZeroMode::Keep))

@@ -4,9 +4,9 @@ use crate::{Kernel, Process, ProcessClaim, ProcessFile, ProcessListener, Process
 use std::future::Future;
 use std::rc::Rc;
 use tap_host::{
-    Bug, DomId, Entropy, Errno, Event, Events, Files, GrantRef, GrantSegment, Grants, Log, Mark, NbdConfig,
-    NbdDevice, NbdDevices, NbdIndex, OpenMode, Port, Probe, SharedPages, Signals, SocketAddress, Sockets,
-    Tasks, Time, Xenstore,
+    Bug, DomId, Entropy, Errno, Event, Events, Files, GrantRef, GrantSegment, Grants, IoPriority, Log, Mark,
+    NbdConfig, NbdDevice, NbdDevices, NbdIndex, OpenMode, Port, Probe, SharedPages, Signals, SocketAddress,
+    Sockets, Tasks, Time, Xenstore,
 };
 use xen_model::{Channel, Mapping, StoreTransaction, StoreWatcher, Xen, XenPort};
 
@@ -105,6 +105,15 @@ impl Files for SimHost {
     }
     fn closed(&self) -> impl Future<Output = ()> {
         self.process.closed()
+    }
+    fn apart(&self) -> Self {
+        Self { process: self.process.apart(), ..self.clone() }
+    }
+    fn set_priority(&self, priority: Option<IoPriority>) -> impl Future<Output = Result<(), Errno>> {
+        self.process.set_priority(priority)
+    }
+    fn priority(&self) -> Option<IoPriority> {
+        self.process.priority()
     }
 }
 

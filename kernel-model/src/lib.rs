@@ -45,7 +45,7 @@ pub use host::SimHost;
 pub use inode::{BadSectors, Content, Inode, Pending, PendingSize, apply};
 pub use nbd_device::{NbdComplaint, ProcessClaim};
 pub use pages::{PAGE, Page, PageMap, recycle};
-pub use process::{DIRECT_ALIGN_BYTES, FILE_BYTES_MAX, Kernel, Process, ProcessFile};
+pub use process::{DIRECT_ALIGN_BYTES, FILE_BYTES_MAX, IoSeen, Kernel, Process, ProcessFile};
 pub use sockets::{ProcessListener, ProcessStream};
 pub use storage::{
     Concerned, Cut, CutFile, CutWrite, Hook, IoCounts, NthFailure, Spoilt, Storage, StorageConfig, to_bufs,

@@ -1,6 +1,7 @@
 //! Processes: the seam as a program of dom0 sees it. Code of a dead process that still runs has no effect.
 
 mod files;
+mod priorities;
 
 use crate::blktap::TapModule;
 use crate::calls::Call;
@@ -12,6 +13,8 @@ use crate::signals::Stop;
 use crate::sockets::Network;
 use crate::storage::{Descriptor, Storage};
 use crate::traced::Traced;
+pub use priorities::IoSeen;
+use priorities::Priorities;
 use sim::{Node, Sim, Sleep};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -20,8 +23,8 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
 use tap_host::{
-    Bug, Entropy, Errno, Event, File, FileExtent, FileId, FileInfo, Files, IoVec, LockKind, Log, Mark, Probe,
-    SharedPages, Tasks, Time, ZeroMode, bytes_of,
+    Bug, Entropy, Errno, Event, File, FileExtent, FileId, FileInfo, Files, IoVec, LockKind, Log, Mark,
+    PriorityCell, Probe, SharedPages, Tasks, Time, ZeroMode, bytes_of,
 };
 use xen_model::Mapping;
 
@@ -51,6 +54,7 @@ struct KernelInner {
     nbd: NbdDriver,
     answers_lost: Cell<bool>,
     listeners: RefCell<Vec<Listener>>,
+    priorities: Priorities,
     tap: RefCell<Option<TapModule>>,
 }
 
@@ -63,6 +67,7 @@ impl Kernel {
         self.0.nbd.power_cut();
         self.0.tap.take();
         self.0.listeners.take();
+        self.0.priorities.forget_watchers();
         self.0.nbd.forget_listener();
     }
 
@@ -104,6 +109,7 @@ impl Kernel {
             nbd: NbdDriver::default(),
             answers_lost: Cell::new(false),
             listeners: RefCell::default(),
+            priorities: Priorities::default(),
             tap: RefCell::default(),
         }))
     }
@@ -136,6 +142,7 @@ impl Kernel {
             stop: Rc::default(),
             closed_at_ns: Rc::default(),
             pid: self.0.pids.replace(self.0.pids.get() + 1),
+            priority: PriorityCell::default(),
         }
     }
 
@@ -162,6 +169,8 @@ pub struct Process {
     /// When all files that it has dropped will be closed.
     closed_at_ns: Rc<Cell<u64>>,
     pid: u32,
+    /// That of the files that are opened through this handle.
+    priority: PriorityCell,
 }
 
 impl Process {
@@ -323,6 +332,7 @@ impl Future for Io {
             if let Err(error) = this.file.check(op, offset, len, &bufs) {
                 return Poll::Ready((Err(error), bufs));
             }
+            this.file.seen(op);
             let storage = &this.file.process.kernel.0.storage.0;
             this.state = IoState::Running(storage.start(op, this.file.open.open_file(), offset, len, bufs));
             this.file.process.kernel.0.load.start();

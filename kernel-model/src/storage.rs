@@ -418,12 +418,7 @@ impl Inner {
         len: u64,
         bufs: IoVec,
     ) -> u32 {
-        let role = match op {
-            IoOp::Read => "read",
-            IoOp::Write => "write",
-            IoOp::Zero(_) => "zero",
-            IoOp::Sync => "sync",
-        };
+        let role = op.name();
         let io = self.sim.derive(role, offset ^ open.file.entity.0 << 40);
         self.sim.name_entity(io, || {
             let by = self.sim.name_of(self.sim.current());

@@ -9,7 +9,9 @@ use kernel_model::{Content, DIRECT_ALIGN_BYTES, Kernel, Process, Storage, Storag
 use libtest_mimic::{Arguments, Completion, Trial};
 use sim::{Config, Sim};
 use std::process::ExitCode;
-use tap_conformance::{DEVICE_BYTES, Outcome, Place, Test, files, life, locks, sockets, tasks, zeros};
+use tap_conformance::{
+    DEVICE_BYTES, Outcome, Place, Test, files, life, locks, priorities, sockets, tasks, zeros,
+};
 
 /// The bodies that the models do not pass, and why; docs/testing/conformance.md has the same list.
 const DIFFERENT: &[(&str, &str)] = &[(
@@ -22,7 +24,7 @@ fn main() -> ExitCode {
     let mut trials = Vec::new();
     for (mode, direct) in [("buffered", false), ("direct", true)] {
         let lists = [files::on_files, files::on_disks, zeros::on_files, zeros::on_disks];
-        let more = [locks::on_files, life::on_files, life::on_disks];
+        let more = [locks::on_files, life::on_files, life::on_disks, priorities::on_files];
         for test in lists.into_iter().chain(more).flat_map(|list| list()) {
             trials.push(trial(format!("{mode}/{}", test.name), test, Disk { direct, ..FILE }));
         }

@@ -21,6 +21,7 @@ pub mod life;
 pub mod locks;
 pub mod pages;
 mod pair;
+pub mod priorities;
 pub mod sockets;
 pub mod store;
 pub mod tap;

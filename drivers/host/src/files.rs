@@ -1,6 +1,6 @@
 //! Files and block devices that hold images.
 
-use crate::{Errno, IoVec};
+use crate::{Errno, IoPriority, IoVec};
 use std::future::Future;
 
 /// How to open a file.
@@ -119,6 +119,17 @@ pub trait Files: Clone + 'static {
     /// Completes when the files whose last clones were dropped before are closed and their locks gone, however long the
     /// host takes over that; until then another process may find them in use.
     fn closed(&self) -> impl Future<Output = ()>;
+    /// The same host, for files of a group of their own: those that are opened through this handle and its clones. They
+    /// share one I/O priority; until one is set, it is that of the process.
+    fn apart(&self) -> Self;
+    /// Sets the I/O priority of the files of this handle's group, those that are open and those that will be: every
+    /// operation that is started from now on has it. `None` is that of the process.
+    ///
+    /// # Errors
+    /// `EPERM` for a priority that this process may not have, with nothing changed.
+    fn set_priority(&self, priority: Option<IoPriority>) -> impl Future<Output = Result<(), Errno>>;
+    /// The I/O priority of the files of this handle's group.
+    fn priority(&self) -> Option<IoPriority>;
 }
 
 /// An open file. Closed when the last clone is dropped and its operations have ended; only then do its locks go.

@@ -73,16 +73,18 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
 use std::time::Duration;
-use tap_host::{Entropy, Errno, Event, Log, Probe, Tasks};
+use tap_host::{Entropy, Errno, Event, Log, PriorityCell, Probe, Tasks};
 use tokio::task::{LocalSet, spawn_local};
 use xen::{Regions, Xen};
 
 /// The host that a program runs on; clones share it.
 #[derive(Clone)]
-pub struct LinuxHost(Rc<Inner>);
+pub struct LinuxHost(Rc<Inner>, PriorityCell);
 
 struct Inner {
     engine: Rc<Engine>,
+    /// For what has a priority that io_uring cannot give it.
+    threads: OnceCell<Rc<Engine>>,
     closing: Rc<Closing>,
     clock: Clock,
     logger: Logger,
@@ -106,6 +108,28 @@ struct Panicked {
 impl LinuxHost {
     fn engine(&self) -> &Rc<Engine> {
         &self.0.engine
+    }
+
+    /// An engine that gives every operation the priority of its file, once a file has one.
+    fn threads(&self) -> Option<&Rc<Engine>> {
+        self.0.threads.get()
+    }
+
+    /// Makes that engine.
+    fn need_threads(&self) -> Result<(), Errno> {
+        if self.0.threads.get().is_some() {
+            return Ok(());
+        }
+        let engine = match self.aio() {
+            AioEngine::Threads => Rc::clone(self.engine()),
+            _ => {
+                let engine = Rc::new(Engine::new(AioEngine::Threads)?.0);
+                self.spawn("files", 1, files::driver(Rc::clone(&engine))?);
+                engine
+            }
+        };
+        self.0.threads.get_or_init(|| engine);
+        Ok(())
     }
 
     fn closing(&self) -> &Rc<Closing> {
@@ -155,8 +179,9 @@ where
     let runtime = runtime.map_err(|e| StartError::Runtime(files::errno(&e)))?;
     let (engine, refused) =
         Engine::new(options.aio).map_err(|e| StartError::Aio { aio: options.aio, error: e })?;
-    let host = LinuxHost(Rc::new(Inner {
+    let inner = Rc::new(Inner {
         engine: Rc::new(engine),
+        threads: OnceCell::new(),
         closing: Rc::default(),
         clock: Clock::new(),
         logger: Logger::new(options.log_level, options.log_to),
@@ -167,7 +192,8 @@ where
         xen: OnceCell::new(),
         run_folder: options.run_folder.clone(),
         regions: OnceCell::new(),
-    }));
+    });
+    let host = LinuxHost(inner, PriorityCell::default());
     if let Some(error) = refused {
         let text = format_args!("the kernel refuses io_uring ({error}): file operations go through threads");
         // No reason to worry: a tool that only warns does not mention it.

@@ -14,7 +14,9 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::sync::{Arc, Mutex, PoisonError};
-use tap_conformance::{DEVICE_BYTES, Place, Test, files, life, locks, sockets, tap, tasks, zeros};
+use tap_conformance::{
+    DEVICE_BYTES, Place, Test, files, life, locks, priorities, sockets, tap, tasks, zeros,
+};
 use tap_host::{Files, OpenMode};
 use tap_linux::{AioEngine, LinuxHost, Options, run};
 
@@ -33,7 +35,7 @@ fn main() -> ExitCode {
         for (way, direct) in [("buffered", false), ("direct", true)] {
             for (place, folder) in [("tmp", std::env::temp_dir()), ("shm", "/dev/shm".into())] {
                 let all = [files::on_files, files::on_disks, zeros::on_files, zeros::on_disks];
-                let more = [locks::on_files, life::on_files, life::on_disks];
+                let more = [locks::on_files, life::on_files, life::on_disks, priorities::on_files];
                 for test in all.into_iter().chain(more).flat_map(|list| list()) {
                     let name = format!("{engine}/{way}/{place}/{}", test.name);
                     let folder = folder.clone();
@@ -73,7 +75,7 @@ fn documented() -> Result<(), Failed> {
     let text =
         std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/testing/conformance.md"))?;
     let lists = [files::on_files, files::on_disks, zeros::on_files, zeros::on_disks, locks::on_files];
-    let more = [life::on_files, life::on_disks, tasks::all, sockets::all, tap::all];
+    let more = [life::on_files, life::on_disks, priorities::on_files, tasks::all, sockets::all, tap::all];
     let mut names: Vec<_> = lists
         .into_iter()
         .chain(more)

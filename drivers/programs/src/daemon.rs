@@ -10,6 +10,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use std::path::Path;
 use std::rc::Rc;
 use tap_core::Disks;
+use tap_host::IoPriority;
 
 /// Limit of disks that one `tapdisk` serves.
 pub const MAX_DISKS: usize = 1024;
@@ -26,7 +27,7 @@ pub struct Cli {
     pub aio: AioArg,
     /// I/O priority of this process: realtime[:0-7], best-effort[:0-7] or idle
     #[arg(long, global = true, value_name = "CLASS[:LEVEL]")]
-    pub ionice: Option<IoNice>,
+    pub ionice: Option<IoPriority>,
     /// How long to poll for events before sleeping, if the last wait was no longer; 0 sleeps at once
     #[arg(long, global = true, value_name = "MICROSECONDS", default_value_t = 32)]
     pub poll_us: u16,
@@ -106,44 +107,6 @@ pub enum AioArg {
     Threads,
 }
 
-/// I/O priority.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct IoNice {
-    /// 1 realtime, 2 best effort, 3 idle.
-    pub class: u8,
-    /// 0 (first) to 7 (last).
-    pub level: u8,
-}
-
-impl std::str::FromStr for IoNice {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let (class, level) = text.split_once(':').map_or((text, None), |(class, level)| (class, Some(level)));
-        let class = match class {
-            "realtime" => 1,
-            "best-effort" => 2,
-            "idle" => 3,
-            _ => return Err(format!("'{class}' is not a class; use realtime, best-effort or idle")),
-        };
-        let level = match level {
-            None => {
-                if class == 3 {
-                    0
-                } else {
-                    4
-                }
-            }
-            Some(_) if class == 3 => return Err("the class idle has no levels".to_owned()),
-            Some(level) => match level.parse() {
-                Ok(level @ 0..=7) => level,
-                _ => return Err(format!("the level '{level}' is not from 0 to 7")),
-            },
-        };
-        Ok(Self { class, level })
-    }
-}
-
 /// Runs `tapdisk` and returns its exit status.
 ///
 /// The disks that it serves are in `disks`, for control and monitoring.
@@ -187,17 +150,6 @@ mod tests {
         ] {
             let parsed = Cli::try_parse_from(std::iter::once("tapdisk").chain(line.split(' ')));
             assert_eq!(parsed.is_ok(), right, "{line}");
-        }
-    }
-
-    #[test]
-    fn priorities_are_parsed() {
-        let read = |text: &str| text.parse::<IoNice>();
-        assert_eq!(read("idle"), Ok(IoNice { class: 3, level: 0 }));
-        assert_eq!(read("best-effort:7"), Ok(IoNice { class: 2, level: 7 }));
-        assert_eq!(read("realtime"), Ok(IoNice { class: 1, level: 4 }));
-        for bad in ["", "slow", "best-effort:8", "idle:1", "realtime:"] {
-            assert!(read(bad).is_err(), "{bad}");
         }
     }
 }

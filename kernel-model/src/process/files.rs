@@ -1,8 +1,9 @@
 //! Names of files, as a process opens, removes and exchanges them.
 
-use super::{Process, ProcessFile};
+use super::{PriorityCell, Process, ProcessFile};
 use crate::calls::Call;
-use tap_host::{Errno, Files, OpenMode, Time as _};
+use std::future::Future;
+use tap_host::{Errno, Files, IoPriority, OpenMode, Time as _};
 
 impl Files for Process {
     type File = ProcessFile;
@@ -47,5 +48,17 @@ impl Files for Process {
         if self.is_closing() {
             self.sleep_ns(self.closed_at_ns.get() - self.now_ns()).await;
         }
+    }
+
+    fn apart(&self) -> Self {
+        Self { priority: PriorityCell::default(), ..self.clone() }
+    }
+
+    fn set_priority(&self, priority: Option<IoPriority>) -> impl Future<Output = Result<(), Errno>> {
+        self.have_priority(priority)
+    }
+
+    fn priority(&self) -> Option<IoPriority> {
+        self.priority.get()
     }
 }

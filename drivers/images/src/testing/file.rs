@@ -4,8 +4,8 @@ use super::{Change, Effect, Store, World, apply};
 use std::future::Future;
 use std::rc::Rc;
 use tap_host::{
-    Errno, File, FileExtent, FileId, FileInfo, Files, IoVec, LockKind, OpenMode, ZeroMode, bytes_of,
-    copy_from_slice, copy_to_slice,
+    Errno, File, FileExtent, FileId, FileInfo, Files, IoPriority, IoVec, LockKind, OpenMode, ZeroMode,
+    bytes_of, copy_from_slice, copy_to_slice,
 };
 
 impl Files for World {
@@ -40,6 +40,15 @@ impl Files for World {
         Ok(self.0.files.borrow().keys().cloned().collect())
     }
     async fn closed(&self) {}
+    fn apart(&self) -> Self {
+        self.clone()
+    }
+    async fn set_priority(&self, _: Option<IoPriority>) -> Result<(), Errno> {
+        Err(Errno::EPERM)
+    }
+    fn priority(&self) -> Option<IoPriority> {
+        None
+    }
 }
 
 #[derive(Clone)]

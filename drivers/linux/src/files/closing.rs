@@ -1,9 +1,11 @@
 //! Descriptors that are being closed on other threads.
 
+use crate::priority::AtPriority;
 use std::cell::{Cell, RefCell};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
+use tap_host::IoPriority;
 use tokio::runtime::Handle;
 use tokio::task::{Id, JoinHandle};
 
@@ -25,13 +27,17 @@ pub(crate) struct Seen {
 }
 
 impl Closing {
-    /// Closes `fd` on a thread that may wait. If `fd` is shared, its last owner closes it.
-    pub(crate) fn close(&self, fd: Arc<OwnedFd>) {
+    /// Closes `fd` on a thread that may wait, with this priority: a block device is written back. If `fd` is shared,
+    /// its last owner closes it.
+    pub(crate) fn close(&self, fd: Arc<OwnedFd>, priority: Option<IoPriority>) {
         // After the program's end a wait here delays nothing.
         let Ok(runtime) = Handle::try_current() else { return drop(fd) };
         let mut running = self.running.borrow_mut();
         running.retain(|task| !task.is_finished());
-        running.push(runtime.spawn_blocking(move || drop(fd)));
+        running.push(runtime.spawn_blocking(move || {
+            let _at = AtPriority::new(priority);
+            drop(fd);
+        }));
         self.begun.set(self.begun.get() + 1);
     }
 

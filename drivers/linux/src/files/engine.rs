@@ -29,9 +29,18 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
-use tap_host::{Errno, IoVec};
+use tap_host::{Errno, IoPriority, IoVec};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+
+/// What to do, and where.
+#[derive(Clone, Copy)]
+pub(crate) struct Job {
+    pub(crate) call: Call,
+    pub(crate) fd: RawFd,
+    /// `None` is that of the process.
+    pub(crate) priority: Option<IoPriority>,
+}
 
 /// Executes operations.
 pub(crate) trait Submit {
@@ -44,8 +53,8 @@ pub(crate) trait Submit {
     /// Adds an operation, to be started by the next `submit`.
     ///
     /// # Safety
-    /// `fd` stays open, and the memory valid and untouched, until the completion of `index` was reaped.
-    unsafe fn push(&mut self, index: u32, call: Call, fd: RawFd, memory: &Memory);
+    /// The descriptor stays open, and the memory valid and untouched, until the completion of `index` was reaped.
+    unsafe fn push(&mut self, index: u32, job: Job, memory: &Memory);
     /// Starts what was pushed; what cannot be started now stays queued.
     fn submit(&mut self) -> Result<(), Errno>;
     /// Appends completions: slot, and count or negative error number.
@@ -192,8 +201,10 @@ impl Engine {
             let Slot::Running(running) = &slots[index as usize] else {
                 unreachable!("what is queued has not ended")
             };
+            let Running { call, file, memory, .. } = running;
+            let job = Job { call: *call, fd: file.fd().as_raw_fd(), priority: file.priority.get() };
             // SAFETY: the slot keeps the file and the buffers, and touches neither, until its completion was reaped.
-            unsafe { submit.push(index, running.call, running.file.fd().as_raw_fd(), &running.memory) };
+            unsafe { submit.push(index, job, memory) };
             *in_flight += 1;
         }
         submit.submit()

@@ -14,6 +14,20 @@
 //! thread, except for files in memory. Queries about a file (fstat, locks) are answered at once on local file systems,
 //! and made on another thread for all others.
 //!
+//! # Priority
+//!
+//! A file may have an I/O priority of its own. The kernel takes that of a request from two places, and each engine sets
+//! the right one:
+//!
+//! | operation | where the kernel looks | so |
+//! |---|---|---|
+//! | direct read, direct write | `ioprio` of the entry of io_uring; the thread for a plain call | either engine |
+//! | buffered read, fdatasync, fallocate, ftruncate, close | the thread; io_uring ignores a buffered read's `ioprio`, and refuses one for all others | threads |
+//! | buffered write | the thread, where it has to read a part of a page | threads; what it leaves in the page cache is written by an fdatasync, or later by the kernel, which knows no priority |
+//!
+//! So what goes through the page cache uses threads once its file has a priority. A thread sets its own before each
+//! call whose file has another one, and a read is not tried in place: the kernel may read ahead.
+//!
 //! Measured with `examples/file_cost.rs` on Linux 6.18 with two virtual CPUs; microseconds of CPU for a random transfer
 //! of 4 KiB, kernel workers and threads included:
 //!
@@ -45,6 +59,7 @@ pub(crate) use closing::Closing;
 pub(crate) use engine::{Engine, driver};
 
 use crate::LinuxHost;
+use crate::priority::{AtPriority, try_out};
 use call::{Call, Wait};
 use engine::Op;
 use std::cell::Cell;
@@ -52,7 +67,10 @@ use std::future::Future;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
-use tap_host::{Errno, File, FileExtent, FileId, FileInfo, Files, IoVec, LockKind, OpenMode, ZeroMode};
+use tap_host::{
+    Errno, File, FileExtent, FileId, FileInfo, Files, IoPriority, IoVec, LockKind, OpenMode, PriorityCell,
+    ZeroMode,
+};
 
 /// How file operations that may wait are executed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -90,13 +108,15 @@ pub(crate) struct OpenFile {
     /// Whether to try RWF_NOWAIT.
     nowait: Cell<bool>,
     lock: Cell<Option<LockKind>>,
+    /// Shared by the files of one group.
+    priority: PriorityCell,
 }
 
 impl Drop for OpenFile {
     fn drop(&mut self) {
         let fd = self.fd.take();
         if let Some(fd) = fd.filter(|_| !self.in_memory) {
-            self.closing.close(fd);
+            self.closing.close(fd, self.priority.get());
         }
     }
 }
@@ -110,7 +130,8 @@ impl OpenFile {
     fn in_place(&self, call: Call) -> Option<Wait> {
         match call {
             _ if self.in_memory => Some(Wait::Allowed),
-            Call::Read(_) if self.nowait.get() => Some(Wait::Never),
+            // Even a read that does not wait may have the kernel read ahead, with the priority of this thread.
+            Call::Read(_) if self.nowait.get() && self.priority.get().is_none() => Some(Wait::Never),
             _ => None,
         }
     }
@@ -148,7 +169,15 @@ impl OpenFile {
             return call(self.fd());
         }
         let fd = Arc::clone(self.fd());
-        blocking(move || call(&fd)).await
+        self.blocking(move || call(&fd)).await
+    }
+
+    /// Makes a call that may wait on another thread, with the priority of this file.
+    async fn blocking<R: Send + 'static>(
+        &self,
+        call: impl FnOnce() -> Result<R, Errno> + Send + 'static,
+    ) -> Result<R, Errno> {
+        blocking_at(self.priority.get(), call).await
     }
 
     async fn size_bytes(&self) -> Result<u64, Errno> {
@@ -188,8 +217,16 @@ pub struct LinuxFile {
 }
 
 impl LinuxFile {
+    /// What executes `call` with the priority of this file.
+    fn engine(&self, call: Call) -> &Rc<Engine> {
+        // io_uring has a priority for transfers only, which the page cache ignores.
+        let carried = self.open.direct && matches!(call, Call::Read(_) | Call::Write(_));
+        let threads = self.host.threads().filter(|_| self.open.priority.get().is_some() && !carried);
+        threads.unwrap_or(self.host.engine())
+    }
+
     fn op(&self, call: Call, bufs: IoVec) -> Op {
-        Op::new(self.host.engine(), &self.open, call, bufs)
+        Op::new(self.engine(call), &self.open, call, bufs)
     }
 
     fn io(&self, call: Call, offset: u64, bufs: IoVec) -> Op {
@@ -235,13 +272,13 @@ impl File for LinuxFile {
                 return Err(Errno::EFBIG);
             }
             let call = Call::SetSize(size_bytes);
-            if file.host.engine().does(call) {
+            if file.engine(call).does(call) {
                 return file.done(call).await;
             }
             let fd = Arc::clone(file.open.fd());
             // SAFETY: the call uses no memory.
             let set = move || unsafe { call.execute(fd.as_raw_fd(), &[], Wait::Allowed) };
-            blocking(set).await.map(|_| ())
+            file.open.blocking(set).await.map(|_| ())
         }
     }
 
@@ -274,7 +311,7 @@ impl File for LinuxFile {
                 return Err(Errno::EOPNOTSUPP);
             }
             let fd = Arc::clone(open.fd());
-            let told = blocking(move || rustix::fs::syncfs(&*fd).map_err(of_rustix)).await;
+            let told = open.blocking(move || rustix::fs::syncfs(&*fd).map_err(of_rustix)).await;
             Ok(told.is_err())
         }
     }
@@ -289,7 +326,7 @@ impl File for LinuxFile {
             let (fd, block_device) = (Arc::clone(open.fd()), open.block_device);
             let look = move || extents::look(&fd, block_device, offset, max);
             // Extent maps may have to be read from the device.
-            if open.in_memory { look() } else { blocking(look).await }
+            if open.in_memory { look() } else { open.blocking(look).await }
         }
     }
 
@@ -350,24 +387,24 @@ impl Files for LinuxHost {
 
     async fn open(&self, path: &str, mode: OpenMode) -> Result<LinuxFile, Errno> {
         let path = path.to_owned();
-        let open = blocking(move || open::open(&path, mode)).await?;
-        let open = Rc::new(open.into_file(self.closing()));
+        let open = self.blocking(move || open::open(&path, mode)).await?;
+        let open = Rc::new(open.into_file(self.closing(), self.1.clone()));
         Ok(LinuxFile { host: self.clone(), open })
     }
 
     async fn sync_parent(&self, path: &str) -> Result<(), Errno> {
         let path = path.to_owned();
-        blocking(move || open::sync_parent(&path)).await
+        self.blocking(move || open::sync_parent(&path)).await
     }
 
     async fn remove(&self, path: &str) -> Result<(), Errno> {
         let path = path.to_owned();
-        blocking(move || rustix::fs::unlink(path).map_err(of_rustix)).await
+        self.blocking(move || rustix::fs::unlink(path).map_err(of_rustix)).await
     }
 
     async fn exchange(&self, one: &str, other: &str) -> Result<(), Errno> {
         let (one, other) = (one.to_owned(), other.to_owned());
-        blocking(move || {
+        self.blocking(move || {
             use rustix::fs::{CWD, RenameFlags, renameat_with};
             renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE).map_err(of_rustix)
         })
@@ -376,12 +413,51 @@ impl Files for LinuxHost {
 
     async fn names_in(&self, folder: &str) -> Result<Vec<String>, Errno> {
         let folder = folder.to_owned();
-        blocking(move || open::names_in(&folder)).await
+        self.blocking(move || open::names_in(&folder)).await
     }
 
     async fn closed(&self) {
         self.closing().ended().await;
     }
+
+    fn apart(&self) -> Self {
+        Self(Rc::clone(&self.0), PriorityCell::default())
+    }
+
+    async fn set_priority(&self, priority: Option<IoPriority>) -> Result<(), Errno> {
+        if let Some(priority) = priority {
+            blocking(move || try_out(priority)).await?;
+            self.need_threads()?;
+        }
+        self.1.set(priority);
+        Ok(())
+    }
+
+    fn priority(&self) -> Option<IoPriority> {
+        self.1.get()
+    }
+}
+
+impl LinuxHost {
+    /// Makes a call that may wait on another thread, with the priority of this handle's files.
+    async fn blocking<R: Send + 'static>(
+        &self,
+        call: impl FnOnce() -> Result<R, Errno> + Send + 'static,
+    ) -> Result<R, Errno> {
+        blocking_at(self.1.get(), call).await
+    }
+}
+
+/// As [`blocking`], with a priority.
+async fn blocking_at<R: Send + 'static>(
+    priority: Option<IoPriority>,
+    call: impl FnOnce() -> Result<R, Errno> + Send + 'static,
+) -> Result<R, Errno> {
+    blocking(move || {
+        let _at = AtPriority::new(priority);
+        call()
+    })
+    .await
 }
 
 /// Makes a call that may wait on another thread. The call runs to its end even if the future is dropped.

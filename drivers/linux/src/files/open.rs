@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
-use tap_host::{Errno, FileId, OpenMode};
+use tap_host::{Errno, FileId, OpenMode, PriorityCell};
 
 /// Assumed alignment for O_DIRECT if the file system does not report one.
 const DIRECT_ALIGN_BYTES: u32 = 4096;
@@ -38,7 +38,7 @@ pub(crate) struct Found {
 }
 
 impl Found {
-    pub(crate) fn into_file(self, closing: &Rc<Closing>) -> OpenFile {
+    pub(crate) fn into_file(self, closing: &Rc<Closing>, priority: PriorityCell) -> OpenFile {
         OpenFile {
             fd: Some(Arc::new(self.fd)),
             closing: Rc::clone(closing),
@@ -53,6 +53,7 @@ impl Found {
             // O_DIRECT goes to the device, so it always waits.
             nowait: Cell::new(!self.mode.direct),
             lock: Cell::new(None),
+            priority,
         }
     }
 }

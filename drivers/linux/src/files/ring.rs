@@ -11,11 +11,12 @@
 //! one more system call for each batch).
 
 use super::call::{Call, Memory, errno, zero_flags};
-use super::engine::Submit;
+use super::engine::{Job, Submit};
+use crate::priority::raw;
 use io_uring::types::{Fd, FsyncFlags};
 use io_uring::{IoUring, opcode, squeue};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use tap_host::Errno;
 
 /// Operations that the kernel has at a time; the rest wait in our queue.
@@ -60,21 +61,24 @@ impl Ring {
         })
     }
 
-    fn entry(call: Call, fd: RawFd, memory: &Memory) -> squeue::Entry {
-        let fd = Fd(fd);
+    /// Only a transfer has a priority: the kernel refuses the others with one (`EINVAL`).
+    fn entry(Job { call, fd, priority }: Job, memory: &Memory) -> squeue::Entry {
+        let (fd, ioprio) = (Fd(fd), priority.map_or(0, raw));
         // UIO_MAXIOV bounds the count, MAX_RW_COUNT the bytes of one call.
         let count = memory.len() as u32;
         let len = |one: &libc::iovec| one.iov_len as u32;
         match (call, memory.as_slice()) {
             (Call::Read(offset), [one]) => {
-                opcode::Read::new(fd, one.iov_base.cast(), len(one)).offset(offset).build()
+                opcode::Read::new(fd, one.iov_base.cast(), len(one)).offset(offset).ioprio(ioprio).build()
             }
-            (Call::Read(offset), _) => opcode::Readv::new(fd, memory.as_ptr(), count).offset(offset).build(),
+            (Call::Read(offset), _) => {
+                opcode::Readv::new(fd, memory.as_ptr(), count).offset(offset).ioprio(ioprio).build()
+            }
             (Call::Write(offset), [one]) => {
-                opcode::Write::new(fd, one.iov_base.cast(), len(one)).offset(offset).build()
+                opcode::Write::new(fd, one.iov_base.cast(), len(one)).offset(offset).ioprio(ioprio).build()
             }
             (Call::Write(offset), _) => {
-                opcode::Writev::new(fd, memory.as_ptr(), count).offset(offset).build()
+                opcode::Writev::new(fd, memory.as_ptr(), count).offset(offset).ioprio(ioprio).build()
             }
             (Call::SyncData, _) => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build(),
             (Call::SetSize(size), _) => opcode::Ftruncate::new(fd, size).build(),
@@ -113,8 +117,8 @@ impl Submit for Ring {
         self.ftruncate || !matches!(call, Call::SetSize(_))
     }
 
-    unsafe fn push(&mut self, index: u32, call: Call, fd: RawFd, memory: &Memory) {
-        let entry = Self::entry(call, fd, memory).user_data(u64::from(index));
+    unsafe fn push(&mut self, index: u32, job: Job, memory: &Memory) {
+        let entry = Self::entry(job, memory).user_data(u64::from(index));
         // SAFETY: the caller keeps descriptor and memory until the completion is reaped.
         let pushed = unsafe { self.uring.submission().push(&entry) };
         assert!(pushed.is_ok(), "the submission queue holds as many entries as may be in flight");
@@ -137,5 +141,36 @@ impl Submit for Ring {
 
     fn unsubmitted(&mut self) -> bool {
         !self.uring.submission().is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tap_host::ZeroMode;
+
+    /// The first bytes of an entry, as linux/io_uring.h has them: operation, flags, ioprio.
+    fn head(call: Call, pieces: usize, priority: &str) -> (u8, u16) {
+        let one = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 512 };
+        let memory = std::iter::repeat_n(one, pieces).collect();
+        let entry = Ring::entry(Job { call, fd: 0, priority: priority.parse().ok() }, &memory);
+        // SAFETY: an entry is 64 bytes without padding, all of which are initialised.
+        let bytes = unsafe { std::mem::transmute::<squeue::Entry, [u8; 64]>(entry) };
+        (bytes[0], u16::from_ne_bytes([bytes[2], bytes[3]]))
+    }
+
+    #[test]
+    fn transfers_have_their_priority_and_nothing_else_has_one() {
+        let idle = 3 << 13;
+        assert_eq!(head(Call::Read(0), 1, "idle"), (opcode::Read::CODE, idle));
+        assert_eq!(head(Call::Read(0), 2, "idle"), (opcode::Readv::CODE, idle));
+        assert_eq!(head(Call::Write(0), 1, "best-effort:7"), (opcode::Write::CODE, 2 << 13 | 7));
+        assert_eq!(head(Call::Write(0), 2, "realtime:1"), (opcode::Writev::CODE, 1 << 13 | 1));
+        assert_eq!(head(Call::Write(0), 2, "that of the process"), (opcode::Writev::CODE, 0));
+        for call in
+            [Call::SyncData, Call::SetSize(0), Call::Zero { offset: 0, len: 512, mode: ZeroMode::Unmap }]
+        {
+            assert_eq!(head(call, 0, "idle").1, 0, "{call:?}");
+        }
     }
 }

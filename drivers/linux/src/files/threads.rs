@@ -5,10 +5,11 @@
 //! ```
 
 use super::call::{Call, Memory, Wait, errno};
-use super::engine::Submit;
+use super::engine::{Job, Submit};
+use crate::priority::ThreadPriority;
 use rustix::event::{EventfdFlags, eventfd};
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use tap_host::Errno;
@@ -18,19 +19,18 @@ const THREADS_MAX: usize = 16;
 /// Operations that the pool has at a time; the rest wait in our queue.
 const IN_FLIGHT_MAX: usize = 256;
 
-struct Job {
+struct Pushed {
     index: u32,
-    call: Call,
-    fd: RawFd,
+    job: Job,
     memory: Memory,
 }
 
 // SAFETY: the memory belongs to an operation in the slot table, which does not touch it until the job is done.
-unsafe impl Send for Job {}
+unsafe impl Send for Pushed {}
 
 #[derive(Default)]
 struct Queue {
-    jobs: VecDeque<Job>,
+    jobs: VecDeque<Pushed>,
     idle: usize,
     stop: bool,
 }
@@ -54,7 +54,7 @@ pub(crate) struct Threads {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
     /// Jobs pushed and not yet handed over, so that one turn takes the lock once.
-    fresh: Vec<Job>,
+    fresh: Vec<Pushed>,
     in_flight: usize,
 }
 
@@ -65,11 +65,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Shared {
     fn work(&self) {
+        let mut thread = ThreadPriority::new();
         loop {
             let mut queue = lock(&self.queue);
-            let job = loop {
-                if let Some(job) = queue.jobs.pop_front() {
-                    break job;
+            let Pushed { index, job, memory } = loop {
+                if let Some(pushed) = queue.jobs.pop_front() {
+                    break pushed;
                 }
                 if queue.stop {
                     return;
@@ -79,10 +80,11 @@ impl Shared {
                 queue.idle -= 1;
             };
             drop(queue);
+            thread.become_that_of(job.priority);
             // SAFETY: the slot table keeps the memory, and the file open, until the result is reaped.
-            let result = unsafe { job.call.execute(job.fd, &job.memory, Wait::Allowed) };
+            let result = unsafe { job.call.execute(job.fd, &memory, Wait::Allowed) };
             // MAX_RW_COUNT is below 2^31.
-            self.done.put(job.index, result.map_or_else(|e| -e.0, |count| count as i32));
+            self.done.put(index, result.map_or_else(|e| -e.0, |count| count as i32));
         }
     }
 }
@@ -136,8 +138,8 @@ impl Submit for Threads {
         true
     }
 
-    unsafe fn push(&mut self, index: u32, call: Call, fd: RawFd, memory: &Memory) {
-        self.fresh.push(Job { index, call, fd, memory: memory.clone() });
+    unsafe fn push(&mut self, index: u32, job: Job, memory: &Memory) {
+        self.fresh.push(Pushed { index, job, memory: memory.clone() });
         self.in_flight += 1;
     }
 
@@ -191,5 +193,43 @@ impl Drop for Threads {
             // A worker that panicked has already printed its message.
             drop(thread.join());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::priority::of_thread;
+    use std::os::fd::AsRawFd;
+    use tap_host::IoPriority;
+
+    /// The priority of a thread after it has synchronised a file with each of these priorities.
+    fn left(priorities: &[Option<IoPriority>]) -> u16 {
+        let file = tempfile::tempfile().unwrap();
+        let pool = Threads::new().unwrap();
+        let job = |priority| Job { call: Call::SyncData, fd: file.as_raw_fd(), priority };
+        let jobs =
+            priorities.iter().map(|priority| Pushed { index: 0, job: job(*priority), memory: Memory::new() });
+        let mut queue = lock(&pool.shared.queue);
+        queue.jobs.extend(jobs);
+        queue.stop = true;
+        drop(queue);
+        let shared = Arc::clone(&pool.shared);
+        let worker = std::thread::spawn(move || {
+            shared.work();
+            of_thread()
+        });
+        let left = worker.join().unwrap();
+        assert_eq!(lock(&pool.shared.done.results).len(), priorities.len());
+        left
+    }
+
+    #[test]
+    fn a_thread_has_the_priority_of_the_file_that_it_works_for() {
+        let own = std::thread::spawn(of_thread).join().unwrap();
+        let [idle, low] = ["idle", "best-effort:6"].map(|text| text.parse().ok());
+        assert_eq!(left(&[idle]), 3 << 13);
+        assert_eq!(left(&[idle, low]), 2 << 13 | 6);
+        assert_eq!(left(&[low, idle, None]), own);
     }
 }

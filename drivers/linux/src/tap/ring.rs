@@ -259,7 +259,7 @@ impl Drop for LinuxTap {
         let Some(Open { watched, page, fd }) = self.open.take() else { return };
         // The kernel closes a ring once nothing refers to it.
         drop((watched, page));
-        self.closing.close(fd);
+        self.closing.close(fd, None);
     }
 }
 

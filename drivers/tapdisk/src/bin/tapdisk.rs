@@ -81,8 +81,8 @@ fn serve(cli: Cli, starting: Option<Starting>) -> Result<u8, String> {
         let _refused = writes_for_the_kernel();
     }
     // Set before there are threads: they inherit it.
-    if let Some(nice) = cli.ionice {
-        let set = set_io_priority(nice.class, nice.level);
+    if let Some(priority) = cli.ionice {
+        let set = set_io_priority(priority);
         set.map_err(|error| format!("set the I/O priority: {error}"))?;
     }
     let run = |host: LinuxHost| async move {
