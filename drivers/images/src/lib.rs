@@ -58,7 +58,7 @@ use tap_host::{Files, Log, Probe, SharedPages, Tasks, Time};
 tap_host::listed! {
     /// The seeded bugs of this crate.
     pub BUGS: Bug with [
-        calls::BUGS, formats::BUGS, io::BUGS, map::BUGS, merging::BUGS, sync::BUGS,
+        calls::BUGS, formats::BUGS, io::BUGS, map::BUGS, merging::BUGS, registry::BUGS, sync::BUGS,
         sync_record::BUGS,
     ];
 }

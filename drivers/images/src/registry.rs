@@ -18,6 +18,11 @@ use std::rc::Rc;
 use tap_core::{LocalBoxFuture, Node, nodes};
 use tap_host::Patience;
 
+tap_host::listed! {
+    pub(crate) BUGS: Bug;
+    PRIORITY_OF_TOP = "priority-of-top", "the I/O priority of a disk is not that of the images below its own";
+}
+
 /// One format: a row of the registry.
 ///
 /// Every image that it opens follows the contract of this crate.
@@ -325,7 +330,8 @@ impl<H: ImageHost> OpenImage<H> {
         let spec = ImageSpec { format, path: backing.clone() };
         let below = OpenOptions { write: false, ..self.options.clone() };
         let above = self.above.iter().chain([&self.path]).cloned().collect();
-        let opened = self.formats.open_level(host.clone(), spec, below, (any, above)).await;
+        let files = if host.bug(&PRIORITY_OF_TOP) { host.apart() } else { host.clone() };
+        let opened = self.formats.open_level(files, spec, below, (any, above)).await;
         let opened = async {
             let node = opened?;
             // Locked, it is not marked any more.

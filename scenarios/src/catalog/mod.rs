@@ -139,6 +139,7 @@ pub static LABELS: &[&Label] = &[
     &control::CUT_REQUEST,
     &control::JSON_SENT,
     &control::LISTENS,
+    &control::PRIORITIES,
     &control::SNAPSHOT,
     &control::SNAPSHOT_DIES,
     &control::BESIDE_MERGE,

@@ -91,13 +91,15 @@ pub enum Invariant {
     T1,
     /// Answers to those who control disks.
     U1,
+    /// I/O priorities of disks.
+    U2,
     /// No panic.
     A1,
 }
 
 impl Invariant {
     /// All of them.
-    pub const ALL: [Invariant; 45] = [
+    pub const ALL: [Invariant; 46] = [
         Self::G1,
         Self::G7,
         Self::G9,
@@ -142,6 +144,7 @@ impl Invariant {
         Self::S2,
         Self::T1,
         Self::U1,
+        Self::U2,
         Self::A1,
     ];
 
@@ -204,6 +207,7 @@ impl Invariant {
             Self::S2 => "zeros that release their space leave a hole, where the file can have one",
             Self::T1 => "a task does a bounded amount of work before other tasks run",
             Self::U1 => "a control request that is done is done, and one that is refused changes nothing",
+            Self::U2 => "every operation on a file of a disk has the I/O priority that was set for the disk",
             Self::A1 => "no input makes the stack panic",
         }
     }

@@ -25,7 +25,7 @@ pub use news::{Happened, News, Standing};
 pub use server::{Json, REQUEST_BYTES_MAX, Verbs};
 pub use vocabulary::{
     Answer, Disk, Disks, ErrorAnswer, ImageStats, Job, JobState, Latency, Metrics, Operation, Reply, Request,
-    State, Stats, Taken,
+    SetFor, State, Stats, Taken,
 };
 
 tap_host::listed! {

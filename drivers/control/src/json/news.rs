@@ -42,6 +42,8 @@ pub enum Happened {
     Detached,
     /// A client has connected or left.
     Clients,
+    /// It has another I/O priority.
+    Set,
     /// A request takes too long.
     Hangs,
     /// A request that took too long has ended.
@@ -63,6 +65,8 @@ pub struct Standing {
     pub read_only: Option<bool>,
     /// Clients that are connected over NBD.
     pub nbd_clients: u64,
+    /// The I/O priority that was set for it.
+    pub ionice: Option<String>,
 }
 
 /// A line.
@@ -117,13 +121,14 @@ mod tests {
             size_sectors: Some(8),
             read_only: Some(false),
             nbd_clients: 1,
+            ionice: None,
         };
         let paused = News { minor: Some(3), disk: Some(disk), ..News::of(7, 120, Happened::Paused) };
         let line = paused.line();
         assert_eq!(
             String::from_utf8_lossy(&line),
             "{\"seq\":7,\"ns\":120,\"event\":\"paused\",\"minor\":3,\"disk\":{\"minor\":3,\"state\":\"paused\",\
-             \"image\":\"raw:/a\",\"size_sectors\":8,\"read_only\":false,\"nbd_clients\":1}}\n"
+             \"image\":\"raw:/a\",\"size_sectors\":8,\"read_only\":false,\"nbd_clients\":1,\"ionice\":null}}\n"
         );
         assert_eq!(serde_json::from_slice::<News>(&line).unwrap(), paused);
         let lost = News { lost: Some(4), ..News::of(9, 0, Happened::Lost) };

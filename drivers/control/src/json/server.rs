@@ -73,7 +73,10 @@ impl<H: ControlHost, V: Verbs<H>> Protocol<H> for Json<V> {
     fn place_of(request: &Self::Request) -> Place {
         match request {
             Ok(
-                Request::Snapshot { minor, .. } | Request::Commit { minor, .. } | Request::Cancel { minor },
+                Request::Snapshot { minor, .. }
+                | Request::Commit { minor, .. }
+                | Request::Cancel { minor }
+                | Request::Set { minor, .. },
             ) => Place::Waits(*minor),
             Ok(Request::Events {}) => Place::Listens,
             Err(_)

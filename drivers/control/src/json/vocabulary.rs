@@ -45,6 +45,14 @@ pub enum Request {
         /// The minor number.
         minor: u16,
     },
+    /// Sets what can be changed while a disk is open; answered with what holds then.
+    Set {
+        /// The minor number.
+        minor: u16,
+        /// The I/O priority, `CLASS`, `CLASS:LEVEL`, or `none` for that of the process.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        ionice: Option<String>,
+    },
     /// The counters of the disk of one minor number, or of all that are open.
     Stats {
         /// The minor number.
@@ -83,6 +91,8 @@ pub enum Reply {
     Metrics(Metrics),
     /// To [`Request::Snapshot`].
     Snapshot(Taken),
+    /// To [`Request::Set`].
+    Set(SetFor),
     /// To [`Request::Commit`], [`Request::Query`] and [`Request::Cancel`].
     Job(Job),
 }
@@ -173,6 +183,17 @@ pub struct Disk {
     pub waiting: u64,
     /// Clients that are connected over NBD.
     pub nbd_clients: u64,
+    /// The I/O priority that was set for it, `CLASS` or `CLASS:LEVEL`; null is that of the process.
+    pub ionice: Option<String>,
+}
+
+/// What is set for a disk.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct SetFor {
+    /// The minor number.
+    pub minor: u16,
+    /// The I/O priority, `CLASS` or `CLASS:LEVEL`; null is that of the process.
+    pub ionice: Option<String>,
 }
 
 /// The images of a disk after a snapshot, as `TYPE:PATH`.

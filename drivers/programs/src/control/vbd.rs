@@ -8,6 +8,7 @@
 //! ```
 
 mod commit;
+mod priority;
 mod snapshot;
 mod told;
 
@@ -32,7 +33,7 @@ pub(super) use commit::Asked as Merging;
 pub(super) use snapshot::Names;
 
 tap_host::listed! {
-    pub(super) BUGS: Bug with [commit::BUGS, snapshot::BUGS, told::BUGS];
+    pub(super) BUGS: Bug with [commit::BUGS, priority::BUGS, snapshot::BUGS, told::BUGS];
     RESUMED_WITHOUT = "resumed-without", "a disk whose image cannot be opened again lets requests through without one";
     RESUME_KEEPS_NAME = "resume-keeps-name", "a disk that was resumed with another image opens the first one at the next resume";
     UNMARKED_LATER = "unmarked-later", "a detach is answered before others can have the minor number";
@@ -46,7 +47,7 @@ tap_host::listed! {
 }
 
 tap_host::listed! {
-    pub(super) MARKS: Mark with [commit::MARKS, snapshot::MARKS];
+    pub(super) MARKS: Mark with [commit::MARKS, priority::MARKS, snapshot::MARKS];
     RESUMED_ELSEWHERE = "resumed-elsewhere", "a disk was resumed with another image";
     RESUME_REFUSED = "resume-refused", "a resume failed, and the disk went on with the image that it had";
     RESUME_FAILED = "resume-failed", "a resume failed, and the disk stayed paused";
@@ -90,6 +91,8 @@ enum Stage {
 
 /// An open disk.
 struct Open<H: ControlledHost> {
+    /// For its files, which have a priority of their own.
+    files: H,
     options: DiskOptions,
     /// As tap-ctl gave it.
     name: RefCell<String>,
@@ -192,14 +195,14 @@ impl<H: ControlledHost> Vbd<H> {
         spec: DiskSpec,
         options: DiskOptions,
     ) -> Result<Open<H>, Refusal> {
-        let (host, tuning) = (&settings.host, &settings.tuning);
+        let (host, tuning) = (&priority::files_of_disk(&settings.host), &settings.tuning);
         let listed = settings.disks.reserve(&self.minor.to_string());
         let mut listed = listed.map_err(|why| Refusal::new(Errno::EMFILE, why.to_string()))?;
         let disk = open_disk(host, Formats::shipped(), VbdId(u32::from(self.minor)), &spec, &options).await;
         let disk = Rc::new(disk.map_err(|error| refused(&error))?);
         disk.slot().watch(settings.watchdog_ns());
         self.tell_of_hangs(settings, &disk);
-        if let Err(error) = make_durable(settings, &spec, &options, disk.node(), false).await {
+        if let Err(error) = make_durable(settings, host, (&spec, &options), disk.node(), false).await {
             // Nothing was written.
             let _nothing_lost = disk.close().await;
             return Err(refused(&error));
@@ -216,6 +219,7 @@ impl<H: ControlledHost> Vbd<H> {
         };
         let file = Cell::new(file_of(host, &name).await);
         Ok(Open {
+            files: host.clone(),
             options,
             name: RefCell::new(name),
             stage: Cell::new(Stage::Running),
@@ -314,7 +318,7 @@ impl<H: ControlledHost> Vbd<H> {
         };
         let moved = name != old && !settings.host.bug(&RESUMED_BY_NAME) && {
             let file = open.file.get();
-            file.is_some() && file_of(&settings.host, &old).await != file
+            file.is_some() && file_of(&open.files, &old).await != file
         };
         let back = match name == old || moved {
             true => Err(why.clone()),
@@ -349,10 +353,13 @@ impl<H: ControlledHost> Vbd<H> {
         options: &DiskOptions,
     ) -> Result<(), Refusal> {
         let spec = spec_of(name, what)?;
-        let node = open_node(&settings.host, Formats::shipped(), &spec, options).await;
+        let files = open.files_to_resume(settings);
+        let node = open_node(&files, Formats::shipped(), &spec, options).await;
         let node = node.map_err(|error| refused(&error))?;
         let elsewhere = *open.name.borrow() != name;
-        if let Err(error) = make_durable(settings, &spec, &open.options, Rc::clone(&node), elsewhere).await {
+        let durable =
+            make_durable(settings, &files, (&spec, &open.options), Rc::clone(&node), elsewhere).await;
+        if let Err(error) = durable {
             let _unused = node.close().await;
             return Err(refused(&error));
         }
@@ -370,7 +377,7 @@ impl<H: ControlledHost> Vbd<H> {
             return Err(Refusal::new(Errno::ESHUTDOWN, format!("{what}: {error}")));
         }
         open.stage.set(Stage::Running);
-        open.file.set(file_of(&settings.host, name).await);
+        open.file.set(file_of(&files, name).await);
         if !settings.host.bug(&RESUME_KEEPS_NAME) {
             name.clone_into(&mut open.name.borrow_mut());
         }
@@ -448,6 +455,7 @@ impl<H: ControlledHost> Vbd<H> {
             in_flight: open.map_or(0, |open| open.disk.slot().in_flight() as u64),
             waiting: open.map_or(0, |open| open.disk.slot().waiting() as u64),
             nbd_clients: open.map_or(0, |open| open.server.connections() as u64),
+            ionice: open.and_then(|open| open.ionice()),
         }
     }
 
@@ -512,12 +520,12 @@ async fn file_of<H: ControlledHost>(host: &H, name: &str) -> Option<FileId> {
 /// served all the same. Who copied or renamed it may not have done that, or have been killed before.
 async fn make_durable<H: ControlledHost>(
     settings: &Settings<H>,
-    spec: &DiskSpec,
-    options: &DiskOptions,
+    host: &H,
+    (spec, options): (&DiskSpec, &DiskOptions),
     node: Rc<dyn Node>,
     elsewhere: bool,
 ) -> Result<(), OpenError> {
-    let (host, DiskSpec::Image(image)) = (&settings.host, spec) else { return Ok(()) };
+    let DiskSpec::Image(image) = spec else { return Ok(()) };
     if !options.write {
         return Ok(());
     }

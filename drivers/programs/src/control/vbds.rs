@@ -303,6 +303,10 @@ impl<H: ControlledHost> Vbds<H> {
                 let vbd = self.get(minor, "end the merge below")?;
                 vbd.cancel(&self.settings).await.map(json::Reply::Job)
             }
+            json::Request::Set { minor, ionice } => {
+                let (vbd, _turn) = self.turn(minor, "set the priority of").await?;
+                vbd.set(&self.settings, ionice.as_deref()).await.map(json::Reply::Set)
+            }
             json::Request::Stats { minor } => {
                 let disks = match minor {
                     Some(minor) => vec![self.get(minor, "count what")?.stats()?],

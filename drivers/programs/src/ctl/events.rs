@@ -150,6 +150,7 @@ mod tests {
             size_sectors: Some(8),
             read_only: Some(false),
             nbd_clients: 2,
+            ionice: None,
         };
         let closed = Standing { state: State::Closed, image: None, nbd_clients: 0, ..disk(4) };
         let state =

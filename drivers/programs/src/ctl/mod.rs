@@ -18,6 +18,7 @@ mod events;
 mod list;
 mod minors;
 mod open;
+mod set;
 mod snapshot;
 mod top;
 
@@ -33,6 +34,7 @@ use events::EventsArgs;
 use list::ListArgs;
 use open::{CreateArgs, OpenArgs, UnpauseArgs};
 use serde_json::{Value, json};
+use set::SetArgs;
 use snapshot::SnapshotArgs;
 use std::future::Future;
 use tap_abi::tapctl::{Kind, Message, PidOf};
@@ -108,6 +110,8 @@ enum Verb {
     Query(DiskArgs),
     /// Ends a merge, which can be begun again
     Cancel(DiskArgs),
+    /// Sets the I/O priority of a disk in use, and prints it; without an option it only prints
+    Set(SetArgs),
     /// Allocates a minor number, starts a tapdisk, attaches and opens; prints the path of the marker
     Create(CreateArgs),
     /// Closes, detaches and frees
@@ -254,6 +258,7 @@ impl<H: CtlHost, L: Launch> Ctl<'_, H, L> {
             Verb::Commit(args) => self.commit(&args).await,
             Verb::Query(args) => self.query(args).await,
             Verb::Cancel(args) => self.cancel(args).await,
+            Verb::Set(args) => self.set(&args).await,
             Verb::Create(args) => self.create(&args).await,
             Verb::Destroy(args) => {
                 self.ask(args.disk, Kind::Close, args.timeout.into()).await?;

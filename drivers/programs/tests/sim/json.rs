@@ -23,6 +23,35 @@ async fn ask(admin: &Rc<Admin>, pid: u32, line: &[u8], piece: usize) -> Value {
 }
 
 #[test]
+fn a_disk_gets_a_priority_of_its_own_if_it_has_files() {
+    world(|sim, kernel, xen| async move {
+        kernel.storage().put_bytes("/a", &[1; 1 << 20]);
+        kernel.refuse_realtime();
+        let admin = Admin::new(&sim, &kernel, &xen);
+        let pid = admin.create("raw:/a").await;
+        admin.done("allocate").await;
+        let set = format!("set -p {pid} -m 0 --ionice");
+        admin.refused(&format!("set -p {pid} -m 1 --ionice idle"), Errno::ENODEV, "has not attached").await;
+        admin.done(&format!("attach -p {pid} -m 1")).await;
+        admin.refused(&format!("set -p {pid} -m 1 --ionice idle"), Errno::EINVAL, "no image open").await;
+        admin.done(&format!("open -p {pid} -m 1 -D -a nbd:unix:{FOLDER}/nbd{pid}.0")).await;
+        admin.refused(&format!("set -p {pid} -m 1 --ionice idle"), Errno::EOPNOTSUPP, "another server").await;
+        assert_eq!(admin.done(&format!("{set} best-effort:1")).await.trim(), "ionice=best-effort:1");
+        for (wrong, error, words) in [
+            ("realtime:0", Errno::EPERM, "operation not permitted (EPERM); the tapdisk needs CAP_SYS_NICE"),
+            ("idle:1", Errno::EINVAL, "no levels, or none"),
+            ("urgent", Errno::EINVAL, "'urgent' is not a class"),
+        ] {
+            admin.refused(&format!("{set} {wrong}"), error, words).await;
+        }
+        let list = ask(&admin, pid, b"{\"verb\":\"list\"}\n", 100).await;
+        let ionice = |minor: usize| &list["ok"]["disks"][minor]["ionice"];
+        assert_eq!((ionice(0), ionice(1)), (&"best-effort:1".into(), &Value::Null));
+        assert_eq!(admin.done(&format!("{set} none")).await.trim(), "ionice=none");
+    });
+}
+
+#[test]
 fn disks_are_listed_and_counted() {
     world(|sim, kernel, xen| async move {
         kernel.storage().put_bytes("/a", &[1; 1 << 20]);
@@ -34,11 +63,11 @@ fn disks_are_listed_and_counted() {
         assert_eq!(write(&disk, 3, 7).await, Ok(()));
         let none = json!({
             "minor": 1, "state": "attached", "image": null, "size_sectors": null, "read_only": null,
-            "in_flight": 0, "waiting": 0, "nbd_clients": 0,
+            "in_flight": 0, "waiting": 0, "nbd_clients": 0, "ionice": null,
         });
         let mut open = json!({
             "minor": 0, "state": "running", "image": "raw:/a", "size_sectors": 2048, "read_only": false,
-            "in_flight": 0, "waiting": 0, "nbd_clients": 1,
+            "in_flight": 0, "waiting": 0, "nbd_clients": 1, "ionice": null,
         });
         for piece in [1, 7, 100] {
             let list = ask(&admin, pid, b"{\"verb\":\"list\"}\n", piece).await;

@@ -12,6 +12,7 @@ mod crash;
 mod fork;
 mod merge;
 mod peers;
+mod priority;
 mod server;
 mod snapshot;
 mod space;
@@ -40,6 +41,7 @@ fn main() -> ExitCode {
     alike::tests(&mut add);
     fork::tests(&mut add);
     control::tests(&mut add);
+    priority::tests(&mut add);
     snapshot::tests(&mut add);
     merge::tests(&mut add);
     check::tests(&mut add);

@@ -1,6 +1,7 @@
 //! An administrator of a world: runs the shipped `tap-ctl`, which starts the shipped `tapdisk control`.
 
 use super::Part;
+use super::priorities::Priorities;
 use crate::catalog::nbd::server_limits;
 use crate::catalog::setup::Setup;
 use crate::check::Invariant;
@@ -82,6 +83,7 @@ pub(super) struct Admin {
     calls: Cell<u64>,
     /// What disks said about requests that take long: the minor number, and where the request was.
     pub(super) hangs: Rc<RefCell<Vec<(u32, Whereabouts)>>>,
+    pub(super) priorities: Priorities,
     /// The next process is killed after so many of its effects; 0 not at all.
     kill_after: Cell<u64>,
 }
@@ -132,6 +134,7 @@ impl Admin {
             }
         });
         let backing = if part == Part::Snapshots { bases(world, kind) } else { String::new() };
+        let priorities = Priorities::watch(world);
         Rc::new(Self {
             world: world.clone(),
             part,
@@ -142,6 +145,7 @@ impl Admin {
             started: RefCell::default(),
             calls: Cell::new(0),
             hangs,
+            priorities,
             kill_after: Cell::new(0),
         })
     }

@@ -15,7 +15,7 @@ const CROWD: usize = LISTENING_MAX + 4;
 /// How long one may have to wait for its first line, in nanoseconds: others may first be dropped.
 const FIRST_NS: u64 = 12_000_000_000;
 /// The fields of a list that a state has, too.
-const FIELDS: [&str; 6] = ["minor", "state", "image", "size_sectors", "read_only", "nbd_clients"];
+const FIELDS: [&str; 7] = ["minor", "state", "image", "size_sectors", "read_only", "nbd_clients", "ionice"];
 
 /// What a list says of each disk, as far as a state does.
 fn standing(list: &Value) -> BTreeMap<u64, Value> {

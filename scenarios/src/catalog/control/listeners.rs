@@ -71,6 +71,7 @@ fn states_of(event: &str) -> Option<&'static [&'static str]> {
         "closing" => &["closing"],
         "closed" => &["closed"],
         "clients" => &["running", "pausing", "paused", "stranded", "closing"],
+        "set" => &["running", "paused", "stranded"],
         "hangs" | "hung" => &[],
         _ => return None,
     })

@@ -17,6 +17,8 @@ mod events;
 mod json;
 mod listeners;
 mod openmetrics;
+mod priorities;
+mod setters;
 mod snapshots;
 mod tops;
 mod verbs;
@@ -47,6 +49,7 @@ use tap_nbd::{Breaks, Client, ClientConfig};
 pub use commits::BESIDE_MERGE;
 pub use json::JSON_SENT;
 pub use listeners::LISTENS;
+pub use setters::PRIORITIES;
 pub use snapshots::{SNAPSHOT, SNAPSHOT_DIES, SNAPSHOTS};
 pub use verbs::{CONTROL, CUT_REQUEST, GIVES_UP, RACE};
 
@@ -202,6 +205,7 @@ async fn lives(world: World, part: Part) {
 /// Has a new tapdisk, with all disks open. `None` if it was killed before.
 async fn start(world: &World, admin: &Rc<Admin>, disks: &[Rc<Disk>]) -> Option<Tapdisk> {
     let kept: Vec<u16> = disks.iter().filter_map(|disk| disk.minor.get()).collect();
+    admin.priorities.begin();
     admin.clean_up(&kept).await;
     let mut tapdisk: Option<Tapdisk> = None;
     for disk in disks {
@@ -266,6 +270,9 @@ async fn epoch(world: &World, admin: &Rc<Admin>, disks: &[Rc<Disk>], epoch: u32)
             ));
             host.process.node().spawn("guest", u64::from(disk.number), task);
             ends.push(end);
+        }
+        for disk in disks {
+            ends.extend(setters::start(world, admin, &tapdisk, (disk, epoch)));
         }
         let listening = Listening::start(world, admin, &tapdisk, epoch);
         let acts = verbs::Acts { world, admin, tapdisk: &tapdisk, listening: &listening, disks, epoch };

@@ -273,7 +273,9 @@ impl Acts<'_> {
         let force = if hold_ns.is_multiple_of(2) { "-f" } else { "" };
         let inv = setup.history.borrow_mut().begin_flush();
         let line = format!("close {force} {at}");
+        self.admin.priorities.closing(disk.number);
         let closed = self.close(&line).await?;
+        self.admin.priorities.closed(disk.number);
         if closed.status == 0 {
             setup.history.borrow_mut().end_flush(inv);
         } else if !self.admin.may_have_lost(&closed) {
@@ -283,6 +285,7 @@ impl Acts<'_> {
         self.world.sim.sleep_ns(hold_ns).await;
         self.refuse(&format!("pause {at}"), Errno::EINVAL).await?;
         self.done(&format!("open {at} {}", image(&setup.spec, &self.admin.limits))).await?;
+        self.admin.priorities.opened(disk.number);
         self.runs(disk).await
     }
 

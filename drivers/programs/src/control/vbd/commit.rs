@@ -149,7 +149,7 @@ impl<H: ControlledHost> Vbd<H> {
             return refuse(Errno::EINVAL, &format!("{} is no file", asked.image));
         };
         let name = open.name.borrow().clone();
-        let host = &settings.host;
+        let host = &open.files;
         let DiskSpec::Image(top) = spec_of(&name, &what)? else {
             return refuse(Errno::EOPNOTSUPP, &format!("{name} is no file"));
         };
@@ -206,7 +206,7 @@ impl<H: ControlledHost> Vbd<H> {
         if let Err(why) = self.resume_with(settings, open, &name, &what, &options).await {
             // Nothing was written to it.
             let _nothing_lost = base.lease.close().await;
-            let why = merge.give_up(&settings.host, why).await;
+            let why = merge.give_up(&open.files, why).await;
             self.go_on(settings, open, &name).await?;
             return Err(why);
         }
@@ -215,7 +215,7 @@ impl<H: ControlledHost> Vbd<H> {
             let frozen = base.file.freeze().await;
             let _nothing_lost = base.lease.close().await;
             let words = format!("{what}: it is not below the disk any more");
-            let why = merge.give_up(&settings.host, Refusal::new(Errno::ESTALE, words)).await;
+            let why = merge.give_up(&open.files, Refusal::new(Errno::ESTALE, words)).await;
             return Err(match frozen {
                 Ok(()) => why,
                 Err(error) => {
@@ -227,7 +227,7 @@ impl<H: ControlledHost> Vbd<H> {
         let job = Rc::new(Job::new(names, image_bytes, rate));
         *self.job.borrow_mut() = Some(Rc::clone(&job));
         let (settings, vbd, open) = (Rc::clone(settings), Rc::clone(self), Rc::clone(open));
-        let host = settings.host.clone();
+        let host = open.files.clone();
         let reader = Scheduler::new(host.clone(), Rc::clone(&image), settings.tuning.scheduler);
         let work = Work { settings, vbd, open, merge, image, reader, base, memory };
         let own = Rc::clone(&job);
@@ -243,7 +243,7 @@ impl<H: ControlledHost> Vbd<H> {
         merge: &mut Merge,
         image_bytes: u64,
     ) -> Result<Base, Refusal> {
-        let (host, spec) = (&settings.host, DiskSpec::Image(merge.base.clone()));
+        let (host, spec) = (&open.files, DiskSpec::Image(merge.base.clone()));
         let options = DiskOptions { write: true, ..open.options.clone() };
         let node = open_node(host, Formats::shipped(), &spec, &options).await;
         let node = node.map_err(|error| refused(&error))?;
@@ -382,7 +382,7 @@ impl<H: ControlledHost> Vbd<H> {
         self.park_for(settings, open).await.map_err(|why| failed(&why))?;
         let merged = match settings.host.bug(&COMMIT_KEEPS_CHAIN) {
             true => Ok(()),
-            false => merge.complete(&settings.host).await,
+            false => merge.complete(&open.files).await,
         };
         match self.go_on(settings, open, &name).await {
             Ok(()) => merged,

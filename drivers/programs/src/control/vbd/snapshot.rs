@@ -103,13 +103,13 @@ impl<H: ControlledHost> Vbd<H> {
             return Err(Refusal::new(Errno::EINVAL, format!("{what}: it is paused; resume it first")));
         }
         let plan = Plan::of(&open, names, what)?;
-        plan.check(&settings.host, &open).await?;
+        plan.check(&open.files, &open).await?;
         if let Err(why) = plan.take(settings, &open).await {
-            return Err(plan.remove(&settings.host, why).await);
+            return Err(plan.remove(&open.files, why).await);
         }
         let image = format!("{}:{}", plan.format, plan.top);
         settings.host.mark(if plan.keeps_name { &SNAPSHOT_KEPT } else { &SNAPSHOT_NEW });
-        open.file.set(file_of(&settings.host, &image).await);
+        open.file.set(file_of(&open.files, &image).await);
         open.name.borrow_mut().clone_from(&image);
         open.listed.borrow_mut().fill(&image, &open.disk);
         self.tell(settings, Happened::Snapshot);
@@ -272,7 +272,7 @@ impl Plan {
 
     /// Puts the new image above the old one.
     async fn take<H: ControlledHost>(&self, settings: &Settings<H>, open: &Open<H>) -> Result<(), Refusal> {
-        let host = &settings.host;
+        let host = &open.files;
         if self.keeps_name {
             self.make(host, open).await?;
         }
