@@ -119,8 +119,9 @@ pub trait Files: Clone + 'static {
     /// Completes when the files whose last clones were dropped before are closed and their locks gone, however long the
     /// host takes over that; until then another process may find them in use.
     fn closed(&self) -> impl Future<Output = ()>;
-    /// The same host, for files of a group of their own: those that are opened through this handle and its clones. They
-    /// share one I/O priority; until one is set, it is that of the process.
+    /// The same host, for files of a group of their own, such as those of one disk: those that are opened through this
+    /// handle and its clones. They share one I/O priority; until one is set, it is that of the process. Operations of
+    /// one group that hang leave room for those of others, as far as the host can.
     fn apart(&self) -> Self;
     /// Sets the I/O priority of the files of this handle's group, those that are open and those that will be: every
     /// operation that is started from now on has it. `None` is that of the process.

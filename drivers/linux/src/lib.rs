@@ -61,7 +61,7 @@ pub use xen::{LinuxChannel, LinuxPage, XenError, XenOptions};
 pub use xenstore::{StoreClient, StoreOpenError, StorePlaces, StoreTransaction, StoreWatcher};
 
 use clock::Clock;
-use files::{Closing, Engine};
+use files::{Closing, Engine, Group};
 use log::Logger;
 use signals::Stop;
 use std::any::Any;
@@ -73,18 +73,20 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
 use std::time::Duration;
-use tap_host::{Entropy, Errno, Event, Log, PriorityCell, Probe, Tasks};
+use tap_host::{Entropy, Errno, Event, Log, Probe, Tasks};
 use tokio::task::{LocalSet, spawn_local};
 use xen::{Regions, Xen};
 
 /// The host that a program runs on; clones share it.
 #[derive(Clone)]
-pub struct LinuxHost(Rc<Inner>, PriorityCell);
+pub struct LinuxHost(Rc<Inner>, Group);
 
 struct Inner {
     engine: Rc<Engine>,
     /// For what has a priority that io_uring cannot give it.
     threads: OnceCell<Rc<Engine>>,
+    /// How many groups of files there were.
+    groups: Cell<u64>,
     closing: Rc<Closing>,
     clock: Clock,
     logger: Logger,
@@ -130,6 +132,11 @@ impl LinuxHost {
         };
         self.0.threads.get_or_init(|| engine);
         Ok(())
+    }
+
+    fn next_group(&self) -> u64 {
+        self.0.groups.set(self.0.groups.get() + 1);
+        self.0.groups.get()
     }
 
     fn closing(&self) -> &Rc<Closing> {
@@ -182,6 +189,7 @@ where
     let inner = Rc::new(Inner {
         engine: Rc::new(engine),
         threads: OnceCell::new(),
+        groups: Cell::new(0),
         closing: Rc::default(),
         clock: Clock::new(),
         logger: Logger::new(options.log_level, options.log_to),
@@ -193,7 +201,7 @@ where
         run_folder: options.run_folder.clone(),
         regions: OnceCell::new(),
     });
-    let host = LinuxHost(inner, PriorityCell::default());
+    let host = LinuxHost(inner, Group::default());
     if let Some(error) = refused {
         let text = format_args!("the kernel refuses io_uring ({error}): file operations go through threads");
         // No reason to worry: a tool that only warns does not mention it.

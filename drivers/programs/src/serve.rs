@@ -172,7 +172,7 @@ impl ServeArgs {
             require_format(&disk.spec)?;
             let mut place = disks.reserve(&name).map_err(|e| e.to_string())?;
             let (spec, description) = (&disk.spec, disk.spec.to_string());
-            let disk = open_disk(host, Formats::shipped(), VbdId(id), spec, &options).await;
+            let disk = open_disk(&host.apart(), Formats::shipped(), VbdId(id), spec, &options).await;
             let disk = match disk {
                 Ok(disk) => Rc::new(disk),
                 Err(error) => {

@@ -226,7 +226,7 @@ impl<H: GuestHost> Shared<H> {
             patience_ns: IN_USE_PATIENCE_NS,
             ..self.args.images.options(write, &self.memory, &self.tuning)
         };
-        let disk = open_disk(&self.host, Formats::shipped(), config.vbd, spec, &options).await;
+        let disk = open_disk(&self.host.apart(), Formats::shipped(), config.vbd, spec, &options).await;
         let disk = Rc::new(disk.map_err(|e| e.to_string())?);
         let status = listed.fill(&spec.to_string(), &disk);
         place.replace(Some(listed));

@@ -17,12 +17,12 @@
 use super::call::{Call, Memory, Wait, memory_of};
 use super::ring::Ring;
 use super::threads::Threads;
+use super::turns::Turns;
 use super::{AioEngine, OpenFile, of_rustix};
 use crate::spin::Listed;
 use crate::watch::watch;
 use rustix::io::fcntl_dupfd_cloexec;
 use std::cell::RefCell;
-use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::pin::Pin;
@@ -46,8 +46,8 @@ pub(crate) struct Job {
 pub(crate) trait Submit {
     /// Readable when completions wait to be reaped.
     fn fd(&self) -> BorrowedFd<'_>;
-    /// Whether one more may be pushed.
-    fn has_room(&self) -> bool;
+    /// How many operations it may have at a time, and how many of one disk.
+    fn room(&self) -> (usize, usize);
     /// Whether it supports this operation.
     fn does(&self, call: Call) -> bool;
     /// Adds an operation, to be started by the next `submit`.
@@ -83,9 +83,10 @@ enum Slot {
 struct State {
     slots: Vec<Slot>,
     free: Vec<u32>,
-    /// Started by their futures, not yet pushed.
-    queue: VecDeque<u32>,
-    in_flight: usize,
+    /// Started by their futures, and whether they are pushed.
+    turns: Turns,
+    /// Those of them that the driver has not seen yet.
+    fresh: usize,
     submit: Box<dyn Submit>,
     driver: Option<Waker>,
 }
@@ -103,8 +104,9 @@ impl Engine {
     /// Why the requested kind is refused.
     pub(crate) fn new(kind: AioEngine) -> Result<(Self, Option<Errno>), Errno> {
         let with = |submit: Box<dyn Submit>, kind| {
-            let (slots, free, queue) = (Vec::new(), Vec::new(), VecDeque::new());
-            let state = State { slots, free, queue, in_flight: 0, submit, driver: None };
+            let (room, share_max) = submit.room();
+            let (slots, free, turns) = (Vec::new(), Vec::new(), Turns::new(room, share_max));
+            let state = State { slots, free, turns, fresh: 0, submit, driver: None };
             Self { state: RefCell::new(state), kind }
         };
         let refused = match kind {
@@ -130,6 +132,7 @@ impl Engine {
 
     fn start(&self, file: Rc<OpenFile>, call: Call, mut bufs: IoVec, waker: &Waker) -> u32 {
         let memory = memory_of(&mut bufs);
+        let group = file.group.id;
         let running = Running { file, call, bufs, memory, waker: Some(waker.clone()), orphan: false };
         let mut state = self.state.borrow_mut();
         let index = match state.free.pop() {
@@ -141,9 +144,10 @@ impl Engine {
             }
         };
         state.slots[index as usize] = Slot::Running(running);
-        state.queue.push_back(index);
-        let first = state.queue.len() == 1;
-        let driver = if first { state.driver.take() } else { None };
+        state.turns.put(group, index);
+        // The driver has seen those that wait for room, and comes again when something ends.
+        state.fresh += 1;
+        let driver = if state.fresh == 1 { state.driver.take() } else { None };
         drop(state);
         if let Some(driver) = driver {
             driver.wake();
@@ -194,18 +198,16 @@ impl Engine {
     /// Pushes as much of the queue as there is room for, and starts it.
     fn flush(&self) -> Result<(), Errno> {
         let mut state = self.state.borrow_mut();
-        let State { slots, queue, in_flight, submit, .. } = &mut *state;
-        while submit.has_room()
-            && let Some(index) = queue.pop_front()
-        {
+        let State { slots, turns, fresh, submit, .. } = &mut *state;
+        *fresh = 0;
+        while let Some(index) = turns.next() {
             let Slot::Running(running) = &slots[index as usize] else {
                 unreachable!("what is queued has not ended")
             };
             let Running { call, file, memory, .. } = running;
-            let job = Job { call: *call, fd: file.fd().as_raw_fd(), priority: file.priority.get() };
+            let job = Job { call: *call, fd: file.fd().as_raw_fd(), priority: file.group.priority.get() };
             // SAFETY: the slot keeps the file and the buffers, and touches neither, until its completion was reaped.
             unsafe { submit.push(index, job, memory) };
-            *in_flight += 1;
         }
         submit.submit()
     }
@@ -222,12 +224,12 @@ impl Engine {
 
     fn finish(&self, index: u32, result: i32) {
         let mut state = self.state.borrow_mut();
-        state.in_flight -= 1;
         let slot = &mut state.slots[index as usize];
         let Slot::Running(running) = std::mem::replace(slot, Slot::Free) else {
             unreachable!("an operation ends once")
         };
         let Running { bufs, waker, orphan, file, .. } = running;
+        state.turns.end(file.group.id);
         if orphan {
             state.free.push(index);
             drop(state);
@@ -235,7 +237,7 @@ impl Engine {
             return;
         }
         let result = usize::try_from(result).map_err(|_| Errno(-result));
-        *slot = Slot::Done(result, bufs);
+        state.slots[index as usize] = Slot::Done(result, bufs);
         drop(state);
         drop(file);
         if let Some(waker) = waker {
@@ -255,7 +257,7 @@ impl Engine {
         loop {
             self.flush().unwrap_or_else(|e| panic!("failed to start file operations: {e}"));
             let reaped = self.reap(&mut turn.done);
-            if reaped == 0 || self.state.borrow().queue.is_empty() {
+            if reaped == 0 || self.state.borrow().turns.waiting() == 0 {
                 break;
             }
         }
@@ -292,7 +294,11 @@ fn keep(place: &mut Option<Waker>, waker: &Waker) {
 impl Drop for Engine {
     fn drop(&mut self) {
         let mut done = Vec::new();
-        while self.state.borrow().in_flight > 0 || !self.state.borrow().queue.is_empty() {
+        let left = || {
+            let state = self.state.borrow();
+            state.turns.started() + state.turns.waiting() > 0
+        };
+        while left() {
             let waited = self.flush().and_then(|()| self.state.borrow_mut().submit.wait());
             // Memory that the kernel may still write to must not be freed.
             if waited.is_err() {

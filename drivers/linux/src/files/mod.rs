@@ -53,6 +53,7 @@ mod lock;
 mod open;
 mod ring;
 mod threads;
+mod turns;
 
 pub(crate) use call::{errno, last_error};
 pub(crate) use closing::Closing;
@@ -71,6 +72,7 @@ use tap_host::{
     Errno, File, FileExtent, FileId, FileInfo, Files, IoPriority, IoVec, LockKind, OpenMode, PriorityCell,
     ZeroMode,
 };
+use turns::GroupId;
 
 /// How file operations that may wait are executed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -108,7 +110,13 @@ pub(crate) struct OpenFile {
     /// Whether to try RWF_NOWAIT.
     nowait: Cell<bool>,
     lock: Cell<Option<LockKind>>,
-    /// Shared by the files of one group.
+    group: Group,
+}
+
+/// Which files belong together: those of one disk.
+#[derive(Clone, Default)]
+pub(crate) struct Group {
+    id: GroupId,
     priority: PriorityCell,
 }
 
@@ -116,7 +124,7 @@ impl Drop for OpenFile {
     fn drop(&mut self) {
         let fd = self.fd.take();
         if let Some(fd) = fd.filter(|_| !self.in_memory) {
-            self.closing.close(fd, self.priority.get());
+            self.closing.close(fd, self.group.priority.get());
         }
     }
 }
@@ -131,7 +139,7 @@ impl OpenFile {
         match call {
             _ if self.in_memory => Some(Wait::Allowed),
             // Even a read that does not wait may have the kernel read ahead, with the priority of this thread.
-            Call::Read(_) if self.nowait.get() && self.priority.get().is_none() => Some(Wait::Never),
+            Call::Read(_) if self.nowait.get() && self.group.priority.get().is_none() => Some(Wait::Never),
             _ => None,
         }
     }
@@ -177,7 +185,7 @@ impl OpenFile {
         &self,
         call: impl FnOnce() -> Result<R, Errno> + Send + 'static,
     ) -> Result<R, Errno> {
-        blocking_at(self.priority.get(), call).await
+        blocking_at(self.group.priority.get(), call).await
     }
 
     async fn size_bytes(&self) -> Result<u64, Errno> {
@@ -221,7 +229,7 @@ impl LinuxFile {
     fn engine(&self, call: Call) -> &Rc<Engine> {
         // io_uring has a priority for transfers only, which the page cache ignores.
         let carried = self.open.direct && matches!(call, Call::Read(_) | Call::Write(_));
-        let threads = self.host.threads().filter(|_| self.open.priority.get().is_some() && !carried);
+        let threads = self.host.threads().filter(|_| self.open.group.priority.get().is_some() && !carried);
         threads.unwrap_or(self.host.engine())
     }
 
@@ -421,7 +429,7 @@ impl Files for LinuxHost {
     }
 
     fn apart(&self) -> Self {
-        Self(Rc::clone(&self.0), PriorityCell::default())
+        Self(Rc::clone(&self.0), Group { id: self.next_group(), priority: PriorityCell::default() })
     }
 
     async fn set_priority(&self, priority: Option<IoPriority>) -> Result<(), Errno> {
@@ -429,12 +437,12 @@ impl Files for LinuxHost {
             blocking(move || try_out(priority)).await?;
             self.need_threads()?;
         }
-        self.1.set(priority);
+        self.1.priority.set(priority);
         Ok(())
     }
 
     fn priority(&self) -> Option<IoPriority> {
-        self.1.get()
+        self.1.priority.get()
     }
 }
 
@@ -444,7 +452,7 @@ impl LinuxHost {
         &self,
         call: impl FnOnce() -> Result<R, Errno> + Send + 'static,
     ) -> Result<R, Errno> {
-        blocking_at(self.1.get(), call).await
+        blocking_at(self.1.priority.get(), call).await
     }
 }
 

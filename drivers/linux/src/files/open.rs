@@ -1,6 +1,6 @@
 //! Opening, and the properties of an open file: kind, size, alignment, and whether it lives in memory.
 
-use super::{Closing, OpenFile, errno, of_rustix};
+use super::{Closing, Group, OpenFile, errno, of_rustix};
 use rustix::fs::{
     AtFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags, fcntl_setfl, fstat, fstatfs, ioctl_blksszget,
     seek, statx,
@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
-use tap_host::{Errno, FileId, OpenMode, PriorityCell};
+use tap_host::{Errno, FileId, OpenMode};
 
 /// Assumed alignment for O_DIRECT if the file system does not report one.
 const DIRECT_ALIGN_BYTES: u32 = 4096;
@@ -38,7 +38,7 @@ pub(crate) struct Found {
 }
 
 impl Found {
-    pub(crate) fn into_file(self, closing: &Rc<Closing>, priority: PriorityCell) -> OpenFile {
+    pub(crate) fn into_file(self, closing: &Rc<Closing>, group: Group) -> OpenFile {
         OpenFile {
             fd: Some(Arc::new(self.fd)),
             closing: Rc::clone(closing),
@@ -53,7 +53,7 @@ impl Found {
             // O_DIRECT goes to the device, so it always waits.
             nowait: Cell::new(!self.mode.direct),
             lock: Cell::new(None),
-            priority,
+            group,
         }
     }
 }

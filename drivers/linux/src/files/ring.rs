@@ -19,15 +19,22 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use tap_host::Errno;
 
-/// Operations that the kernel has at a time; the rest wait in our queue.
-const IN_FLIGHT_MAX: u32 = 256;
+/// Operations that the kernel has at a time; the rest wait in our queue. The second is for kernels before 5.12, which
+/// count the memory of the ring as locked.
+const ENTRIES: [u32; 2] = [1024, 256];
+/// As many as a scheduler sends at once.
+const OF_ONE_DISK_MAX: usize = 128;
+/// Workers of the kernel for operations that it cannot start without waiting, such as writes through the page cache:
+/// one that hangs keeps its worker. The kernel's own limit is 4 for each CPU.
+const WORKERS_MAX: u32 = 64;
 /// IORING_ENTER_GETEVENTS: post completions that wait for this thread.
 const GET_EVENTS: u32 = 1;
 
-/// A ring with its count of operations in flight.
+/// A ring.
 pub(crate) struct Ring {
     uring: IoUring,
-    in_flight: u32,
+    /// How many operations it takes.
+    entries: u32,
     ftruncate: bool,
 }
 
@@ -37,7 +44,7 @@ impl Ring {
     /// # Errors
     /// `ENOSYS`, `EPERM` if the kernel refuses io_uring; `EOPNOTSUPP` if it lacks operations that we need.
     pub(crate) fn new() -> Result<Self, Errno> {
-        let uring = Self::build().map_err(|e| errno(&e))?;
+        let (uring, entries) = Self::build().map_err(|e| errno(&e))?;
         let mut probe = io_uring::Probe::new();
         uring.submitter().register_probe(&mut probe).map_err(|e| errno(&e))?;
         let needed = [opcode::Read::CODE, opcode::Write::CODE, opcode::Readv::CODE, opcode::Writev::CODE];
@@ -46,17 +53,28 @@ impl Ring {
             return Err(Errno::EOPNOTSUPP);
         }
         let ftruncate = probe.is_supported(opcode::Ftruncate::CODE);
-        Ok(Self { uring, in_flight: 0, ftruncate })
+        // Linux 5.15. Without it only disks that hang differ.
+        let _refused = uring.submitter().register_iowq_max_workers(&mut [WORKERS_MAX, 0]);
+        Ok(Self { uring, entries, ftruncate })
     }
 
-    fn build() -> io::Result<IoUring> {
+    /// A ring, and how many operations it takes.
+    fn build() -> io::Result<(IoUring, u32)> {
+        let mut built = Self::build_for(ENTRIES[0]).map(|uring| (uring, ENTRIES[0]));
+        if built.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::ENOMEM)) {
+            built = Self::build_for(ENTRIES[1]).map(|uring| (uring, ENTRIES[1]));
+        }
+        built
+    }
+
+    fn build_for(entries: u32) -> io::Result<IoUring> {
         let mut modern = IoUring::builder();
-        modern.setup_cqsize(2 * IN_FLIGHT_MAX).dontfork();
+        modern.setup_cqsize(2 * entries).dontfork();
         let plain = modern.clone();
         // Completions are posted when we are in the kernel anyway, not by interrupting us (Linux 6.0).
         modern.setup_single_issuer().setup_coop_taskrun();
-        modern.build(IN_FLIGHT_MAX).or_else(|error| match error.raw_os_error() {
-            Some(libc::EINVAL) => plain.build(IN_FLIGHT_MAX),
+        modern.build(entries).or_else(|error| match error.raw_os_error() {
+            Some(libc::EINVAL) => plain.build(entries),
             _ => Err(error),
         })
     }
@@ -109,8 +127,8 @@ impl Submit for Ring {
         unsafe { BorrowedFd::borrow_raw(self.uring.as_raw_fd()) }
     }
 
-    fn has_room(&self) -> bool {
-        self.in_flight < IN_FLIGHT_MAX
+    fn room(&self) -> (usize, usize) {
+        (self.entries as usize, OF_ONE_DISK_MAX)
     }
 
     fn does(&self, call: Call) -> bool {
@@ -122,7 +140,6 @@ impl Submit for Ring {
         // SAFETY: the caller keeps descriptor and memory until the completion is reaped.
         let pushed = unsafe { self.uring.submission().push(&entry) };
         assert!(pushed.is_ok(), "the submission queue holds as many entries as may be in flight");
-        self.in_flight += 1;
     }
 
     fn submit(&mut self) -> Result<(), Errno> {
@@ -130,9 +147,7 @@ impl Submit for Ring {
     }
 
     fn reap(&mut self, done: &mut Vec<(u32, i32)>) {
-        let before = done.len();
         done.extend(self.uring.completion().map(|c| (c.user_data() as u32, c.result())));
-        self.in_flight -= (done.len() - before) as u32;
     }
 
     fn wait(&mut self) -> Result<(), Errno> {

@@ -1,7 +1,7 @@
 //! A small pool of threads that make plain system calls, for use where io_uring is refused.
 //!
 //! ```text
-//!   push ──► jobs ──► up to 16 threads ──► done ──► eventfd ──► reap
+//!   push ──► jobs ──► up to 64 threads ──► done ──► eventfd ──► reap
 //! ```
 
 use super::call::{Call, Memory, Wait, errno};
@@ -14,10 +14,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use tap_host::Errno;
 
-/// Most threads; they start as they are needed.
-const THREADS_MAX: usize = 16;
-/// Operations that the pool has at a time; the rest wait in our queue.
-const IN_FLIGHT_MAX: usize = 256;
+/// Most threads, and with that operations at a time; the rest waits in the engine's queue, which knows whose turn it
+/// is. Threads start as they are needed.
+const THREADS_MAX: usize = 64;
+/// Most threads that work for one disk.
+const OF_ONE_DISK_MAX: usize = 16;
 
 struct Pushed {
     index: u32,
@@ -55,7 +56,6 @@ pub(crate) struct Threads {
     threads: Vec<JoinHandle<()>>,
     /// Jobs pushed and not yet handed over, so that one turn takes the lock once.
     fresh: Vec<Pushed>,
-    in_flight: usize,
 }
 
 /// No thread panics while holding one of these locks, so the value is intact.
@@ -114,7 +114,7 @@ impl Threads {
         let event = event.map_err(|e| Errno(e.raw_os_error()))?;
         let done = Done { results: Mutex::default(), changed: Condvar::new(), event };
         let shared = Shared { queue: Mutex::default(), work: Condvar::new(), done };
-        Ok(Self { shared: Arc::new(shared), threads: Vec::new(), fresh: Vec::new(), in_flight: 0 })
+        Ok(Self { shared: Arc::new(shared), threads: Vec::new(), fresh: Vec::new() })
     }
 
     fn start_thread(&mut self) -> Result<(), Errno> {
@@ -130,8 +130,8 @@ impl Submit for Threads {
         self.shared.done.event.as_fd()
     }
 
-    fn has_room(&self) -> bool {
-        self.in_flight < IN_FLIGHT_MAX
+    fn room(&self) -> (usize, usize) {
+        (THREADS_MAX, OF_ONE_DISK_MAX)
     }
 
     fn does(&self, _call: Call) -> bool {
@@ -140,7 +140,6 @@ impl Submit for Threads {
 
     unsafe fn push(&mut self, index: u32, job: Job, memory: &Memory) {
         self.fresh.push(Pushed { index, job, memory: memory.clone() });
-        self.in_flight += 1;
     }
 
     fn submit(&mut self) -> Result<(), Errno> {
@@ -166,9 +165,7 @@ impl Submit for Threads {
     }
 
     fn reap(&mut self, done: &mut Vec<(u32, i32)>) {
-        let before = done.len();
         done.append(&mut lock(&self.shared.done.results));
-        self.in_flight -= done.len() - before;
     }
 
     fn wait(&mut self) -> Result<(), Errno> {

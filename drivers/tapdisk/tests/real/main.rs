@@ -10,6 +10,7 @@ mod client;
 mod control;
 mod crash;
 mod fork;
+mod hangs;
 mod merge;
 mod peers;
 mod priority;
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
     check::tests(&mut add);
     tls::tests(&mut add);
     trials.extend(space::tests());
+    trials.extend(hangs::tests());
     trials.extend(check::trials());
     libtest_mimic::run(&args, trials).exit_code()
 }

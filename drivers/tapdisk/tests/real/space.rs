@@ -4,18 +4,40 @@ use crate::Done;
 use crate::client::{Client, FLUSH, WRITE};
 use crate::server::{Server, TAP_IMG, tool};
 use libtest_mimic::{Completion, Failed, Trial};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// NBD's error number.
 const ENOSPC: u32 = 28;
 
-/// A small file system in memory; unmounted when dropped.
-struct Mounted<'a>(&'a Path);
+/// A small file system in a file; unmounted when dropped.
+pub(crate) struct Mounted(PathBuf);
 
-impl Drop for Mounted<'_> {
+impl Mounted {
+    /// One of so many bytes, in `folder`; or why there is none.
+    pub(crate) fn new(folder: &Path, bytes: u64) -> Result<Result<Self, &'static str>, Failed> {
+        let (device, at) = (folder.join("ext4.img"), folder.join("mnt"));
+        std::fs::create_dir(&at)?;
+        std::fs::File::create(&device)?.set_len(bytes)?;
+        let made = Command::new("mkfs.ext4").args(["-q", "-F", "-m", "0"]).arg(&device).output();
+        if !made.is_ok_and(|m| m.status.success()) {
+            return Ok(Err("mkfs.ext4 is not installed"));
+        }
+        let mount = Command::new("mount").args(["-o", "loop"]).arg(&device).arg(&at).output();
+        match mount.is_ok_and(|m| m.status.success()) {
+            true => Ok(Ok(Self(at))),
+            false => Ok(Err("mounting is not permitted here")),
+        }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Mounted {
     fn drop(&mut self) {
-        let _ = Command::new("umount").arg(self.0).status();
+        let _ = Command::new("umount").arg(&self.0).status();
     }
 }
 
@@ -29,20 +51,12 @@ pub(crate) fn tests() -> Vec<Trial> {
 /// ext4 drops the dirty pages of a range before it finds that there is no space to zero it.
 fn zeros(engine: &'static str) -> Result<Completion, Failed> {
     let folder = tempfile::tempdir()?;
-    let (device, at) = (folder.path().join("ext4.img"), folder.path().join("mnt"));
-    std::fs::create_dir(&at)?;
-    std::fs::File::create(&device)?.set_len(48 << 20)?;
-    let made = Command::new("mkfs.ext4").args(["-q", "-F", "-m", "0"]).arg(&device).output();
-    if !made.is_ok_and(|m| m.status.success()) {
-        return Ok(Completion::ignored_with("mkfs.ext4 is not installed"));
-    }
-    let mount = Command::new("mount").args(["-o", "loop"]).arg(&device).arg(&at).output();
-    if !mount.is_ok_and(|m| m.status.success()) {
-        return Ok(Completion::ignored_with("mounting is not permitted here"));
-    }
-    let mounted = Mounted(&at);
+    let mounted = match Mounted::new(folder.path(), 48 << 20)? {
+        Ok(mounted) => mounted,
+        Err(why) => return Ok(Completion::ignored_with(why)),
+    };
     for format in ["raw", "qcow"] {
-        zeros_on_full(mounted.0, folder.path(), engine, format)?;
+        zeros_on_full(mounted.path(), folder.path(), engine, format)?;
     }
     Ok(Completion::Completed)
 }
@@ -89,8 +103,8 @@ fn passing() -> Trial {
         if !mount.is_ok_and(|m| m.status.success()) {
             return Ok(Completion::ignored_with("mounting is not permitted here"));
         }
-        let mounted = Mounted(folder.path());
-        full(mounted.0)?;
+        let mounted = Mounted(folder.path().to_path_buf());
+        full(mounted.path())?;
         Ok(Completion::Completed)
     })
 }
