@@ -88,10 +88,12 @@ fn hang(engine: &'static str) -> Result<Completion, Failed> {
         }
         std::thread::sleep(Duration::from_millis(10));
     }
-    let hang = clients.0.iter_mut().all(|child| matches!(child.try_wait(), Ok(None)));
+    let states: Vec<_> = clients.0.iter_mut().map(Child::try_wait).collect();
     drop(frozen);
     let status = ended.ok_or("a disk waits for the storage of others")?;
     assert!(status.success(), "{status}");
-    assert!(hang, "the storage of the others was not silent");
+    // Each of them has as many requests as there once were threads for all disks.
+    let hang = states.iter().filter(|state| matches!(state, Ok(None))).count();
+    assert!(2 * hang >= states.len(), "the storage of the others was not silent: {states:?}");
     Ok(Completion::Completed)
 }

@@ -5,7 +5,8 @@ use crate::client::{Client, FLUSH, WRITE};
 use crate::server::{Server, TAP_IMG, tool};
 use libtest_mimic::{Completion, Failed, Trial};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 /// NBD's error number.
 const ENOSPC: u32 = 28;
@@ -37,7 +38,13 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        let _ = Command::new("umount").arg(&self.0).status();
+        // The last operations of a server that was killed may still have files there.
+        for _ in 0..100 {
+            if Command::new("umount").arg(&self.0).stderr(Stdio::null()).status().is_ok_and(|s| s.success()) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
 }
 
