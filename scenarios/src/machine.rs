@@ -16,11 +16,13 @@ use crate::world::World;
 use kernel_model::SimHost;
 use sim::Node;
 use std::cell::{Cell, RefCell};
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
 use std::rc::Rc;
 use std::task::Poll;
+
 use tap_core::CacheMode;
-use tap_host::{DomId, Errno, OneWaiter, SharedPages, VbdId, Xenstore};
+use tap_host::{DomId, OneWaiter, SharedPages, VbdId, Xenstore};
 use xen_model::{VbdPaths, XenPort, attach_vbd, remove_vbd};
 
 /// The number of xvda.
@@ -42,6 +44,19 @@ const NAMES: [(&str, VbdId); 6] = [
 
 /// Offset of the node of a guest that follows another in its domain.
 const NEXT_GUEST: u64 = 1 << 16;
+
+/// A step of a script.
+pub(crate) type Step<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
+
+/// What opens a disk before its guest gets it: a toolstack's hotplug script.
+pub(crate) trait Script {
+    /// Opens `disk`, and returns where its tapdisk offers it over NBD.
+    fn add<'a>(&'a self, disk: &'a Attached) -> Step<'a, String>;
+    /// Closes it.
+    fn remove<'a>(&'a self, disk: &'a Attached) -> Step<'a, ()>;
+    /// Whether a tapdisk may have been away for a while.
+    fn was_away(&self) -> bool;
+}
 
 /// One attached disk of one guest.
 #[derive(Clone)]
@@ -76,6 +91,10 @@ pub struct Machine {
     pub(crate) setups: RefCell<Vec<(Setup, bool)>>,
     /// tapdisk finds its disks by their script.
     pub(crate) watching: bool,
+    /// Its program is tapback, and this opens the disks that it gives to guests.
+    pub(crate) script: Option<Rc<dyn Script>>,
+    /// The type of its guests' back ends.
+    pub(crate) kind: &'static str,
     /// How a command line names the disks of its guests, and their number.
     pub(crate) vdev: (&'static str, VbdId),
     pub(crate) tapdisk: RefCell<Option<SimHost>>,
@@ -119,9 +138,20 @@ impl Machine {
         Self::with(world, limits, CacheMode::WriteBack, true)
     }
 
+    /// The same with tapback, for disks that `script` opens.
+    pub(crate) fn through_tapback(world: &World, limits: StackLimits, script: Rc<dyn Script>) -> Rc<Self> {
+        let kind = world.setting("tapback-type", &["vbd3", "vbd"]);
+        let own = Self::parts(world, limits, CacheMode::WriteBack, true);
+        Rc::new(Self { script: Some(script), kind, ..own })
+    }
+
     fn with(world: &World, limits: StackLimits, cache: CacheMode, watching: bool) -> Rc<Self> {
+        Rc::new(Self::parts(world, limits, cache, watching))
+    }
+
+    fn parts(world: &World, limits: StackLimits, cache: CacheMode, watching: bool) -> Self {
         let boot = world.next_boot();
-        Rc::new(Self {
+        Self {
             toolstack: SimHost::start(&world.kernel, &world.xen, "toolstack", boot),
             boot,
             world: world.clone(),
@@ -130,6 +160,8 @@ impl Machine {
             setups: RefCell::default(),
             disks: RefCell::default(),
             watching,
+            script: None,
+            kind: "vbd",
             vdev: if watching { NAMES[0] } else { world.setting("vdev", &NAMES) },
             tapdisk: RefCell::default(),
             starts: Rc::default(),
@@ -144,7 +176,7 @@ impl Machine {
             told: Cell::new(0),
             off: Cell::new(false),
             close_failed: Cell::new(false),
-        })
+        }
     }
 
     /// Attaches `setup` to a new guest as its disk.
@@ -198,7 +230,7 @@ impl Machine {
         Attached {
             dom,
             vbd: self.vdev.1,
-            paths: VbdPaths::new("vbd", dom, self.vdev.1),
+            paths: VbdPaths::new(self.kind, dom, self.vdev.1),
             setup,
             read_only: false,
             node,
@@ -324,7 +356,7 @@ impl Machine {
             return self.stop_tapdisk().await;
         }
         for disk in &disks {
-            if let Err(error) = self.take_offline(disk).await {
+            if let Err(error) = self.take_offline(disk, false).await {
                 self.world.fail(Invariant::K1, format!("the toolstack failed to detach a disk: {error:?}"));
             }
         }
@@ -334,16 +366,6 @@ impl Machine {
                 self.world.fail(Invariant::K1, format!("the toolstack failed to remove a disk: {error:?}"));
             }
         }
-    }
-
-    pub(crate) async fn take_offline(&self, disk: &Attached) -> Result<(), Errno> {
-        let port = &self.toolstack.port;
-        port.write(&format!("{}/online", disk.paths.backend), b"0").await?;
-        let state = format!("{}/state", disk.paths.backend);
-        if port.read(&state).await? != b"6" {
-            port.write(&state, b"5").await?;
-        }
-        Ok(())
     }
 
     /// Checks that everything tapdisk ever had of other domains has been released.

@@ -141,6 +141,24 @@ pub(crate) async fn tapdisk(
     status
 }
 
+/// Runs `tapback` likewise.
+///
+/// # Panics
+/// If the command line cannot be parsed.
+pub(crate) async fn tapback(world: &World, host: &SimHost, line: &str, said: &Rc<Printed>) -> u8 {
+    let cli =
+        tap_programs::tapback::Cli::try_parse_from(std::iter::once("tapback").chain(line.split_whitespace()));
+    let cli = cli.unwrap_or_else(|e| panic!("tapback {line}: {e}"));
+    let host = host.clone().with_run_folder(&cli.run_dir.to_string_lossy());
+    let node = host.process.node().clone();
+    let told = Rc::new(Told { said: Rc::clone(said), world: world.clone(), node: node.clone() });
+    let status = tap_programs::tapback::run(host, cli, told).await;
+    if !node.is_alive() {
+        std::future::pending::<()>().await;
+    }
+    status
+}
+
 /// An image as an argument of a program, with its format.
 pub fn named(spec: &ImageSpec) -> String {
     format!("{}:{}", spec.format.name(), spec.path)

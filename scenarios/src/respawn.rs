@@ -18,12 +18,19 @@ impl Machine {
             host.process.node().kill_after_steps(steps);
             host.process.node().dead().await;
             self.world.count(|s| s.crashes += 1);
-            self.disks.borrow().iter().for_each(|disk| disk.setup.history.borrow_mut().server_died());
+            self.note_death();
             self.world.sim.sleep_ns(10_000).await;
             if self.off.get() {
                 return;
             }
             self.start_after(&host);
+        }
+    }
+
+    /// The program has died, and with it what it was doing for guests; tapback does nothing for them.
+    fn note_death(&self) {
+        if self.script.is_none() {
+            self.disks.borrow().iter().for_each(|disk| disk.setup.history.borrow_mut().server_died());
         }
     }
 
@@ -74,7 +81,7 @@ impl Machine {
             node.kill();
             node.dead().await;
             machine.world.count(|s| s.crashes += 1);
-            machine.disks.borrow().iter().for_each(|disk| disk.setup.history.borrow_mut().server_died());
+            machine.note_death();
             machine.world.sim.sleep_ns(20_000).await;
             if !machine.off.get() {
                 machine.start_after(&host);

@@ -11,7 +11,7 @@ use crate::catalog::setup::Setup;
 use crate::check::Invariant;
 use crate::limits::StackLimits;
 use crate::machine::{Attached, Machine, SCRIPT};
-use crate::program::{Printed, named, option_of, tapdisk};
+use crate::program::{Printed, named, option_of, tapback, tapdisk};
 use crate::respawn::may_lose;
 use kernel_model::SimHost;
 use std::cell::Cell;
@@ -141,6 +141,10 @@ impl Machine {
     /// Runs `tapdisk xen` in `host`, for `disks` unless it watches xenstore.
     fn run(self: &Rc<Self>, host: &SimHost, disks: &[Attached]) {
         self.running.set(self.running.get() + 1);
+        if self.script.is_some() {
+            host.spawn("main", 0, Rc::clone(self).back_program(host.clone()));
+            return;
+        }
         let what = if self.watching {
             format!("--watch --script {SCRIPT}")
         } else {
@@ -181,6 +185,35 @@ impl Machine {
             Some((setup, read_only)) => setup.check_locks(&self.world, *read_only),
             None => self.world.fail(Invariant::K1, format!("tapdisk opens {spec}, which is not attached")),
         }
+    }
+
+    /// Runs `tapback` in `host`.
+    async fn back_program(self: Rc<Self>, host: SimHost) {
+        let marked = if self.kind == "vbd" { format!("--script {SCRIPT}") } else { String::new() };
+        let line = format!("--type {} {marked}", self.kind);
+        let heard = Rc::<Heard>::default();
+        let (machine, own, all) = (Rc::clone(&self), host.clone(), Rc::clone(&heard));
+        let said = Rc::new(Printed::read_by(move |line| machine.judge_back_line(&own, &all, line)));
+        let status = tapback(&self.world, &host, &line, &said).await;
+        self.ended(&host, &heard, status);
+    }
+
+    /// Judges a line that a tapback has printed on standard error.
+    fn judge_back_line(&self, host: &SimHost, heard: &Heard, line: &str) {
+        if !host.process.node().is_alive() {
+            return;
+        }
+        self.told.set(self.told.get() + 1);
+        heard.any.set(true);
+        let away = self.script.as_ref().is_some_and(|script| script.was_away());
+        let broken = self.broken.get().is_some_and(|dom| line.starts_with(&format!("tapback: {}/", dom.0)));
+        let told = line.contains(" in xenstore: ");
+        let of_one = !line.starts_with("tapback: failed to ");
+        let is_right = self.has_lost(host) || of_one && (away || broken || told);
+        if !is_right {
+            self.world.fail(Invariant::L1, format!("tapback complains: {line}"));
+        }
+        heard.lost.set(heard.lost.get() || self.has_lost(host));
     }
 
     async fn program(self: Rc<Self>, host: SimHost, line: String, tuning: Tuning) {

@@ -106,15 +106,27 @@ impl Machine {
             Err(Errno::ENOENT) => {}
             Err(error) => return Err(error),
         }
+        if let Some(script) = &self.script {
+            let path = script.add(disk).await;
+            port.write(&format!("{back}/physical-device-path"), path.as_bytes()).await?;
+        }
         port.write(&format!("{back}/hotplug-status"), b"connected").await?;
         Ok(None)
     }
 
     async fn try_unplug(&self, disk: &Attached) -> Result<(), Errno> {
-        self.take_offline(disk).await?;
+        self.take_offline(disk, false).await?;
         self.wait_for_back(disk, b"6").await?;
         self.check_unmapped(disk);
+        self.close_by_script(disk).await;
         remove_vbd(&self.toolstack.port, &disk.paths).await
+    }
+
+    /// The script's other half.
+    async fn close_by_script(&self, disk: &Attached) {
+        if let Some(script) = &self.script {
+            script.remove(disk).await;
+        }
     }
 
     /// Detaches `disk` from its guest, whose front end has released it or is about to.
@@ -130,7 +142,7 @@ impl Machine {
         disk.node.kill();
         disk.node.dead().await;
         let result = async {
-            self.force_offline(disk).await?;
+            self.take_offline(disk, true).await?;
             match self.wait_for_back(disk, b"6").await {
                 Ok(()) | Err(Errno::ETIMEDOUT) => {}
                 Err(error) => return Err(error),
@@ -152,9 +164,10 @@ impl Machine {
             if self.is_watching() && self.world.setting("toolstack-halts", &[false, true]) {
                 self.halt(disk).await?;
             }
-            self.force_offline(disk).await?;
+            self.take_offline(disk, true).await?;
             self.wait_for_back(disk, b"6").await?;
             self.check_unmapped(disk);
+            self.close_by_script(disk).await;
             self.toolstack.port.remove(&disk.paths.backend).await
         };
         if let Err(error) = result.await {
@@ -178,20 +191,23 @@ impl Machine {
     }
 
     /// After state 6 of a disk that is being removed, no page of its guest is mapped.
-    fn check_unmapped(&self, disk: &Attached) {
+    pub(crate) fn check_unmapped(&self, disk: &Attached) {
         let others = self.disks.borrow().iter().filter(|d| d.dom == disk.dom).count() > 1;
         if !others && self.world.xen.mapped_from(disk.dom) > 0 {
             self.world.fail(Invariant::K1, "a back end in state Closed has a page of its guest mapped");
         }
     }
 
-    pub(crate) async fn force_offline(&self, disk: &Attached) -> Result<(), Errno> {
+    /// Asks the back end to close, unless it has, and not to open again; with `force` the front end is gone then.
+    pub(crate) async fn take_offline(&self, disk: &Attached, force: bool) -> Result<(), Errno> {
         loop {
             let tx = self.toolstack.port.transaction().await?;
-            tx.remove(&disk.paths.frontend).await?;
+            if force {
+                tx.remove(&disk.paths.frontend).await?;
+            }
+            tx.write(&format!("{}/online", disk.paths.backend), b"0").await?;
             let state = format!("{}/state", disk.paths.backend);
             if tx.read(&state).await? != b"6" {
-                tx.write(&format!("{}/online", disk.paths.backend), b"0").await?;
                 tx.write(&state, b"5").await?;
             }
             match tx.commit().await {

@@ -4,6 +4,7 @@
 //! mapping: the page stays reachable through it, and the entry cannot be reused before it is unmapped.
 
 use crate::Page;
+use std::collections::BTreeMap;
 use tap_host::{DomId, Errno, GrantRef};
 
 /// The first references belong to the toolstack (console, xenstore), as in Linux.
@@ -35,9 +36,22 @@ struct Entry {
 pub(crate) struct GrantTable {
     entries: Vec<Entry>,
     free: Vec<u32>,
+    /// What was mapped when another kernel started in the domain, and how often it is. As long as that is so, the
+    /// hypervisor takes the reference to mean this page, whatever the new kernel has granted by it.
+    pinned: BTreeMap<u32, (Grant, u32)>,
 }
 
 impl GrantTable {
+    /// Another kernel has started in the domain: it has granted nothing yet.
+    pub(crate) fn reset(&mut self) {
+        for (index, entry) in std::mem::take(&mut self.entries).into_iter().enumerate() {
+            if let (Some(grant), true) = (entry.grant, entry.maps > 0) {
+                self.pinned.insert(index as u32 + RESERVED, (grant, entry.maps));
+            }
+        }
+        self.free.clear();
+    }
+
     pub(crate) fn allocate(&mut self, grant: Grant) -> Result<GrantRef, Errno> {
         let index = match self.free.pop() {
             Some(index) => index,
@@ -69,10 +83,13 @@ impl GrantTable {
 
     /// The page of `gref`, if `who` may use it in this way.
     pub(crate) fn page(&self, gref: GrantRef, who: DomId, write: bool) -> Result<&Page, Errno> {
-        gref.0
-            .checked_sub(RESERVED)
-            .and_then(|index| self.entries.get(index as usize))
-            .and_then(|entry| entry.grant.as_ref())
+        let granted = || {
+            let index = gref.0.checked_sub(RESERVED)?;
+            self.entries.get(index as usize)?.grant.as_ref()
+        };
+        let pinned = self.pinned.get(&gref.0).map(|(grant, _)| grant);
+        pinned
+            .or_else(granted)
             .filter(|grant| grant.to == who && !(write && grant.read_only))
             .map(|grant| &grant.page)
             .ok_or(Errno::EINVAL)
@@ -80,11 +97,22 @@ impl GrantTable {
 
     pub(crate) fn map(&mut self, gref: GrantRef, who: DomId, write: bool) -> Result<Page, Errno> {
         let page = self.page(gref, who, write)?.clone();
+        if let Some((_, maps)) = self.pinned.get_mut(&gref.0) {
+            *maps += 1;
+            return Ok(page);
+        }
         self.entry(gref).ok_or(Errno::EINVAL)?.maps += 1;
         Ok(page)
     }
 
     pub(crate) fn unmap(&mut self, gref: GrantRef) {
+        if let Some((_, maps)) = self.pinned.get_mut(&gref.0) {
+            *maps -= 1;
+            if *maps == 0 {
+                self.pinned.remove(&gref.0);
+            }
+            return;
+        }
         let entry = self.entry(gref).expect("a mapped entry is in use");
         entry.maps = entry.maps.checked_sub(1).expect("unmapped more often than mapped");
     }
@@ -108,7 +136,7 @@ impl GrantTable {
 
     /// Mappings of all entries.
     pub(crate) fn mapped(&self) -> u32 {
-        self.entries.iter().map(|e| e.maps).sum()
+        self.entries.iter().map(|e| e.maps).chain(self.pinned.values().map(|(_, maps)| *maps)).sum()
     }
 }
 
@@ -145,5 +173,22 @@ mod tests {
         assert_eq!(table.end_access(gref), Ok(()));
         assert_eq!(table.end_access(gref), Err(Errno::EINVAL));
         assert_eq!(table.allocate(grant(false)).unwrap(), gref, "reused");
+    }
+
+    #[test]
+    fn a_page_that_is_mapped_outlives_its_kernel() {
+        let mut table = GrantTable::default();
+        let old = table.allocate(grant(false)).unwrap();
+        let page = table.map(old, BACK, true).unwrap();
+        table.reset();
+        let new = table.allocate(grant(false)).unwrap();
+        assert_eq!(new, old, "the next kernel counts from the same number");
+        page.store_u32(0, 7);
+        assert_eq!(table.map(new, BACK, true).unwrap().load_u32(0), 7, "still the old page");
+        assert_eq!(table.mapped(), 2);
+        table.unmap(new);
+        table.unmap(old);
+        assert_eq!(table.map(new, BACK, true).unwrap().load_u32(0), 0, "the new one");
+        assert_eq!(table.mapped(), 1);
     }
 }

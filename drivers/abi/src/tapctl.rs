@@ -240,7 +240,7 @@ bodies! {
         sectors: U64 = 0,
         /// Bytes of a sector.
         sector_size: U32 = 8,
-        /// Zero.
+        /// The bits of a vbd's key `info`: 4 for a read-only disk.
         info: U32 = 12,
     }
     /// Why a request failed.

@@ -57,7 +57,7 @@ pub use priority::{set_io_priority, writes_for_the_kernel};
 pub use sockets::{LinuxListener, LinuxStream, remove_dead_sockets};
 pub use tap::{LinuxTap, TapPage};
 pub use tap_host::Level;
-pub use xen::{LinuxChannel, LinuxPage, XenError, XenOptions};
+pub use xen::{LinuxChannel, LinuxPage, Rings, XenError, XenOptions};
 pub use xenstore::{StoreClient, StoreOpenError, StorePlaces, StoreTransaction, StoreWatcher};
 
 use clock::Clock;

@@ -16,10 +16,10 @@ pub struct Options {
     pub log_to: LogTo,
     /// How long to poll, at most, before going to sleep, if the last wait was no longer than that; zero means never.
     pub poll: Duration,
-    /// The folder of [`tap_host::SharedPages`] for programs without Xen: on a tmpfs, ours alone. It is made when it is
-    /// first needed. Without one, or if it cannot be used, there are no such pages.
+    /// The folder of [`tap_host::SharedPages`]: on a tmpfs, ours alone. It is made when it is first needed. Without it,
+    /// or if it cannot be used, there are no such pages.
     pub run_folder: Option<PathBuf>,
-    /// Xen, for programs that serve its domains.
+    /// What of Xen is used, by programs that serve its domains.
     pub xen: Option<XenOptions>,
 }
 

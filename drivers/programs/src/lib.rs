@@ -21,6 +21,7 @@
 //! | [`xen`] | `tapdisk xen` |
 //! | [`control`] | `tapdisk control` |
 //! | [`ctl`] | `tap-ctl` |
+//! | [`tapback`] | `tapback` |
 //! | [`attach`] | `tapdisk attach`, `tapdisk detach` |
 //! | [`tuning`] | settings that are not on the command line |
 //! | [`vdev`] | guests' names of disks |
@@ -39,6 +40,7 @@ mod merge;
 mod old_names;
 pub mod serve;
 pub mod spec;
+pub mod tapback;
 mod tls;
 pub mod tuning;
 pub mod usage;
@@ -51,12 +53,13 @@ pub use tuning::Tuning;
 
 tap_host::listed! {
     /// The seeded bugs of this crate.
-    pub BUGS: Bug with [attach::BUGS, control::BUGS, ctl::BUGS, img::BUGS, merge::BUGS, xen::BUGS];
+    pub BUGS: Bug with [attach::BUGS, control::BUGS, ctl::BUGS, img::BUGS, merge::BUGS, tapback::BUGS, xen::BUGS];
 }
 
 tap_host::listed! {
     /// The marks of this crate.
     pub MARKS: Mark with [
-        attach::MARKS, control::MARKS, ctl::MARKS, disk::MARKS, merge::MARKS, serve::MARKS, xen::MARKS,
+        attach::MARKS, control::MARKS, ctl::MARKS, disk::MARKS, merge::MARKS, serve::MARKS, tapback::MARKS,
+        xen::MARKS,
     ];
 }

@@ -52,7 +52,12 @@ tap_host::listed! {
 const IN_USE_PATIENCE_NS: u64 = 8_000_000_000;
 
 /// Prefix of the names of in-flight records.
-const RECORDS: &str = "ring";
+pub(crate) const RECORDS: &str = "ring";
+
+/// The name of the in-flight record of a guest's disk, whichever program serves its ring.
+pub(crate) fn record_of(dom: DomId, vbd: VbdId) -> String {
+    format!("{RECORDS}-{}-{}", dom.0, vbd.0)
+}
 
 /// The parts of a host that serving guests uses.
 pub trait GuestHost: ServeHost + XenHost {}
@@ -80,7 +85,7 @@ pub struct XenArgs {
     disks: Vec<GuestDisk>,
 }
 
-fn parse_type(text: &str) -> Result<String, String> {
+pub(crate) fn parse_type(text: &str) -> Result<String, String> {
     let plain = !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
     if plain { Ok(text.to_owned()) } else { Err("a type is one name, like vbd".to_owned()) }
 }
@@ -158,23 +163,9 @@ impl<H: GuestHost> Shared<H> {
         self.failed.set(true);
     }
 
-    /// The folder of our domain's back ends.
-    async fn root(&self) -> Result<String, String> {
-        let own = match patiently(&self.host, async || self.host.read("domid").await).await {
-            Ok(value) => {
-                std::str::from_utf8(&value).ok().and_then(|id| id.trim_end_matches('\0').parse().ok())
-            }
-            // A dom0 without the key.
-            Err(Errno::ENOENT) => Some(0_u16),
-            Err(error) => return Err(format!("read our domain id from xenstore: {error}")),
-        };
-        let own = own.ok_or("read our domain id from xenstore: it is not a number")?;
-        Ok(format!("/local/domain/{own}/backend/{}", self.args.kind))
-    }
-
     fn config(&self, path: &str, dom: DomId, vbd: VbdId, hotplug: Hotplug) -> BackendConfig {
         BackendConfig {
-            record: Some(format!("{RECORDS}-{}-{}", dom.0, vbd.0)),
+            record: Some(record_of(dom, vbd)),
             hotplug,
             limits: self.tuning.ring,
             memory: self.memory.clone(),
@@ -184,7 +175,7 @@ impl<H: GuestHost> Shared<H> {
 
     /// Serves the disks of the command line. If some cannot be served the others still are, since their guests wait.
     async fn serve_all(&self) -> Result<(), String> {
-        let root = self.root().await?;
+        let root = root_of(&self.host, &self.args.kind).await?;
         let serving = self.args.disks.iter().map(|disk| async {
             self.host.mark(&VBD_NAMED);
             let path = format!("{root}/{}/{}", disk.dom.0, disk.vbd.0);
@@ -262,9 +253,10 @@ impl<H: GuestHost> Shared<H> {
 
     /// Serves all vbds that a toolstack assigns to us.
     async fn watch(self: &Rc<Self>) -> Result<(), String> {
-        let filter =
-            DeviceFilter { root: self.root().await?, script: self.args.script.clone(), records: RECORDS };
-        self.console.out(&format!("watching {} for vbds with the script {}", filter.root, filter.script));
+        let script = self.args.script.clone();
+        let root = root_of(&self.host, &self.args.kind).await?;
+        self.console.out(&format!("watching {root} for vbds with the script {script}"));
+        let filter = DeviceFilter { root, script: Some(script), records: RECORDS };
         let serve = |device| {
             let shared = Rc::clone(self);
             async move { shared.serve_device(device).await }
@@ -297,6 +289,18 @@ impl<H: GuestHost> Shared<H> {
             self.leave.set();
         }
     }
+}
+
+/// The folder of our domain's back ends of this type.
+pub(crate) async fn root_of<H: XenHost>(host: &H, kind: &str) -> Result<String, String> {
+    let own = match patiently(host, async || host.read("domid").await).await {
+        Ok(value) => std::str::from_utf8(&value).ok().and_then(|id| id.trim_end_matches('\0').parse().ok()),
+        // A dom0 without the key.
+        Err(Errno::ENOENT) => Some(0_u16),
+        Err(error) => return Err(format!("read our domain id from xenstore: {error}")),
+    };
+    let own = own.ok_or("read our domain id from xenstore: it is not a number")?;
+    Ok(format!("/local/domain/{own}/backend/{kind}"))
 }
 
 /// Parses the name of a disk from a toolstack.

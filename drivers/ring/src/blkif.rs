@@ -9,6 +9,8 @@ use tap_host::{Event, Events, Grants, Log, Probe, SharedPages, Tasks, Time};
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
+    UNUSED_RING_SPENT = "unused-ring-spent",
+        "a ring that is disconnected before its first request cannot be connected again";
     RECORD_GONE_AT_LEAVE = "record-gone-at-leave",
         "the in-flight record is removed when a process leaves its ring in order";
 }
@@ -16,6 +18,7 @@ tap_host::listed! {
 tap_host::listed! {
     pub(super) MARKS: Mark;
     RING_LEFT = "ring-left", "a process left its ring in order";
+    RING_ABANDONED = "ring-abandoned", "a process left its ring without answering what was in flight";
     RING_REFUSED = "ring-refused", "a ring was closed because of its content";
 }
 
@@ -34,16 +37,18 @@ where
         self.ring.closer()
     }
 
-    /// Serves the ring until it is closed or left, or refused because of what the guest wrote. Then waits for the
-    /// requests in flight, removes the in-flight record unless another process will continue with it, unmaps the ring
-    /// and closes its channel. The record of a refused ring stays until the caller has told the front end: if this
-    /// process dies earlier, the ring can be taken over, and is refused again.
+    /// Serves the ring until it is closed, left or abandoned, or refused because of what the guest wrote. Then waits
+    /// for the requests in flight, removes the in-flight record unless another process will continue with it, unmaps
+    /// the ring and closes its channel. The record of a refused ring stays until the caller has told the front end: if
+    /// this process dies earlier, the ring can be taken over, and is refused again.
     pub async fn run(self) -> RingEnd {
         let Self { ring, config } = self;
         let (end, host) = (ring.run().await, ring.host());
+        if end == RingEnd::Closed && !host.bug(&UNUSED_RING_SPENT) {
+            ring.forget_unused();
+        }
         if let (Some(_), Some(name)) = (&ring.parts.record, &config.record)
-            && (!matches!(end, RingEnd::Left | RingEnd::ChannelGone | RingEnd::Refused(_))
-                || host.bug(&RECORD_GONE_AT_LEAVE))
+            && (end == RingEnd::Closed || host.bug(&RECORD_GONE_AT_LEAVE))
         {
             host.remove_region(name);
         }
@@ -52,6 +57,10 @@ where
             RingEnd::Left => {
                 host.mark(&RING_LEFT);
                 "left to another process"
+            }
+            RingEnd::Abandoned => {
+                host.mark(&RING_ABANDONED);
+                "abandoned to another process"
             }
             RingEnd::ChannelGone => "event channel gone",
             RingEnd::Refused(why) => {

@@ -81,6 +81,12 @@ pub enum ConnectError {
     /// The ring was served before by a process that left no record of it.
     #[error("connect a ring that is in use and has no in-flight record: the front end has to make a new one")]
     InUse,
+    /// Another process, which was to serve the ring, refused or cannot be reached.
+    #[error("{words}")]
+    Told {
+        /// Why.
+        words: String,
+    },
     /// The record contradicts the ring.
     #[error("take up the ring: {0}; the front end has to make a new one")]
     Record(&'static str),
@@ -95,7 +101,7 @@ impl ConnectError {
             }
             // Other disks may release memory.
             Self::Memory(_) => true,
-            Self::InUse | Self::Record(_) => false,
+            Self::InUse | Self::Told { .. } | Self::Record(_) => false,
         }
     }
 }

@@ -1,7 +1,9 @@
 //! How a ring ends, and who says so.
 
 use std::cell::Cell;
+use std::future::poll_fn;
 use std::rc::Rc;
+use std::task::Poll;
 use tap_host::OneWaiter;
 
 /// Why a ring is no longer served.
@@ -11,6 +13,8 @@ pub enum RingEnd {
     Closed,
     /// [`RingCloser::leave`] was called; every request that was taken is answered, and the record tells a successor.
     Left,
+    /// [`RingCloser::abandon`] was called; nothing has been answered since, and the record tells a successor.
+    Abandoned,
     /// The guest's indices are impossible; nothing has been answered since.
     Refused(&'static str),
     /// The event channel is no longer usable; the record tells a successor.
@@ -37,8 +41,8 @@ impl Signal {
     }
 }
 
-/// Ends a ring from outside.
-#[derive(Clone)]
+/// Ends a ring from outside. One by itself ([`RingCloser::default`]) is for a ring that somebody else serves.
+#[derive(Clone, Default)]
 pub struct RingCloser(pub(crate) Rc<Signal>);
 
 impl RingCloser {
@@ -56,5 +60,24 @@ impl RingCloser {
             self.0.end.set(Some(RingEnd::Left));
             self.0.waiter.wake();
         }
+    }
+
+    /// As [`RingCloser::leave`], but nothing is answered any more, as if the process had died: another one carries out
+    /// again what is in flight. For a disk whose requests may never end.
+    pub fn abandon(&self) {
+        self.0.end.set(Some(RingEnd::Abandoned));
+        self.0.waiter.wake();
+    }
+
+    /// Completes with what the ring was told, once it was. For one waiter.
+    pub async fn told(&self) -> RingEnd {
+        poll_fn(|cx| match self.0.end() {
+            Some(end) => Poll::Ready(end),
+            None => {
+                self.0.waiter.wait(cx.waker());
+                Poll::Pending
+            }
+        })
+        .await
     }
 }

@@ -4,7 +4,7 @@ use crate::completions::{Completions, Done};
 use crate::config::{LAYOUT, Limits};
 use crate::end::{RingCloser, RingEnd, Signal};
 use crate::peer::{Bad, Peer, RingRequest};
-use crate::record::{Record, Slot};
+use crate::record::{EPOCH_AT, Record, Slot};
 use crate::serve::Target;
 use crate::slots::{Slots, Taken};
 use std::cell::{Cell, RefCell};
@@ -33,6 +33,8 @@ tap_host::listed! {
         "the index of responses is taken from the page, where the guest can write it";
     EARLY_DRAIN = "early-drain", "a ring counts as drained before its last responses are published";
     INDEX_BEFORE_RESPONSE = "index-before-response", "the index of responses is stored before the responses";
+    ABANDONED_ANSWERS = "abandoned-answers",
+        "requests that end after their ring was abandoned are answered with what became of them";
     TURN_WITHOUT_END = "turn-without-end",
         "requests that are answered at once do not count towards the end of a turn";
 }
@@ -114,6 +116,13 @@ impl<H: Time + Tasks + Log + Probe + SharedPages, P: Peer<H>> Ring<H, P> {
         let end = self.serve().await;
         self.drain(end).await;
         end
+    }
+
+    /// A ring from which nothing was taken is new again: whoever connects it next need not know that it was connected.
+    pub(crate) fn forget_unused(&self) {
+        if self.req_cons.get() == 0 && self.rsp_prod.get() == 0 {
+            self.peer().page().store_u32(EPOCH_AT, 0);
+        }
     }
 
     pub(crate) fn host(&self) -> &H {
@@ -315,7 +324,7 @@ impl<H: Time + Tasks + Log + Probe + SharedPages, P: Peer<H>> Ring<H, P> {
     /// Puts all responses on the ring and publishes them together.
     fn publish(&self) {
         let mut done = self.completions().done.borrow_mut();
-        if done.is_empty() {
+        if done.is_empty() || self.is_abandoned() {
             return;
         }
         let (Parts { vbd, record, .. }, host, peer) = (&self.parts, self.host(), self.peer());
@@ -349,6 +358,11 @@ impl<H: Time + Tasks + Log + Probe + SharedPages, P: Peer<H>> Ring<H, P> {
         }
     }
 
+    /// Whether nothing may be answered any more.
+    fn is_abandoned(&self) -> bool {
+        self.signal().end() == Some(RingEnd::Abandoned) && !self.host().bug(&ABANDONED_ANSWERS)
+    }
+
     async fn sleep(&self, mut event: Pin<&mut impl Future<Output = Result<(), Errno>>>) -> Woken {
         poll_fn(|cx| {
             if self.signal().is_ending() || !self.completions().done.borrow().is_empty() {
@@ -364,11 +378,14 @@ impl<H: Time + Tasks + Log + Probe + SharedPages, P: Peer<H>> Ring<H, P> {
         .await
     }
 
-    /// Waits for the requests in flight. A refused ring gets no more responses.
+    /// Waits for the requests in flight. A ring that is refused or abandoned gets no more responses.
     async fn drain(&self, end: RingEnd) {
         poll_fn(|cx| {
             let last = self.completions().done.borrow().len() as u32 == self.slots.in_flight();
-            if matches!(end, RingEnd::Refused(_)) || (last && self.host().bug(&EARLY_DRAIN)) {
+            if matches!(end, RingEnd::Refused(_))
+                || self.is_abandoned()
+                || (last && self.host().bug(&EARLY_DRAIN))
+            {
                 let done = std::mem::take(&mut *self.completions().done.borrow_mut());
                 done.into_iter().for_each(|Done { taken, .. }| self.slots.give_back(taken));
             } else {

@@ -171,7 +171,7 @@ impl<H: TapHost> TapDisk<H> {
         let refused = match self.end.get() {
             Some(RingEnd::Refused(why)) => Err(TapError::Refused { path: self.path(), why }),
             Some(RingEnd::ChannelGone) => Err(TapError::Refused { path: self.path(), why: RING_GONE }),
-            Some(RingEnd::Closed | RingEnd::Left) | None => Ok(()),
+            Some(RingEnd::Closed | RingEnd::Left | RingEnd::Abandoned) | None => Ok(()),
         };
         let why = if let Err(TapError::Refused { why, .. }) = refused { why } else { "closed" };
         self.host().log(Event::RingClosed { dom: DomId(0), vbd: VbdId(self.device.minor), why });

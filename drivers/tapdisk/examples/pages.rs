@@ -21,6 +21,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let all = [
         tap_programs::daemon::Cli::command(),
         tap_programs::ctl::Cli::command(),
+        tap_programs::tapback::Cli::command(),
         tap_programs::img::Cli::command(),
     ];
     for command in all {

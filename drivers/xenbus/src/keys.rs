@@ -54,6 +54,21 @@ pub async fn is_read_only<H: Xenstore + Time + Probe>(
     Ok(read(host, backend_path, "mode").await?.is_some_and(|mode| !mode.starts_with(b"w")))
 }
 
+/// The names below `path`; none if there is no such directory.
+///
+/// # Errors
+/// Any other error of xenstore.
+pub(crate) async fn names<H: Xenstore + Time + Probe>(
+    host: &H,
+    path: &str,
+) -> Result<Vec<String>, BackendError> {
+    match patiently(host, async || host.directory(path).await).await {
+        // The first device creates it.
+        Err(Errno::ENOENT) => Ok(Vec::new()),
+        result => result.map_err(|error| BackendError::Store { what: "list", path: path.to_owned(), error }),
+    }
+}
+
 /// What `online` says: whether the toolstack wants the device gone once it is closed.
 pub(crate) fn is_offline(online: Option<&[u8]>) -> bool {
     online.is_some_and(|value| number(value) == Some(0))

@@ -9,6 +9,7 @@
 //! ```
 
 use crate::config::{BackendConfig, BackendEnd, BackendError, XenHost};
+use crate::disk::ServedDisk;
 use crate::keys;
 use crate::lock::Lock;
 use crate::machine::Backend;
@@ -17,7 +18,7 @@ use crate::states::{self, Written};
 use std::future::{Future, pending};
 use std::rc::Rc;
 use tap_abi::xenbus::XenbusState;
-use tap_core::{Node, wait};
+use tap_core::wait;
 use tap_host::{Either, Tried, Watcher, select};
 
 tap_host::listed! {
@@ -41,7 +42,7 @@ const PAUSE_MAX_NS: u64 = 30_000_000_000;
 ///
 /// # Errors
 /// Those of [`BackendError`] that have nothing to do with this disk.
-pub async fn lead<H: XenHost, F: Future<Output = Result<Rc<dyn Node>, String>>>(
+pub async fn lead<H: XenHost, D: ServedDisk<H>, F: Future<Output = Result<D, String>>>(
     host: &H,
     config: &BackendConfig,
     leave: &Rc<wait::Event>,
@@ -65,8 +66,8 @@ pub async fn lead<H: XenHost, F: Future<Output = Result<Rc<dyn Node>, String>>>(
         }
         let why = match (why, &lock) {
             (None, Some(lock)) => match open().await {
-                Ok(node) => {
-                    match Backend::run_owned(host.clone(), config.clone(), lock, node, Rc::clone(leave)).await
+                Ok(disk) => {
+                    match Backend::run_owned(host.clone(), config.clone(), lock, disk, Rc::clone(leave)).await
                     {
                         Err(error) if passes(&error) => error.to_string(),
                         end => break end,

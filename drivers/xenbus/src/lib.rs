@@ -32,6 +32,7 @@
 //! Follows Xen's `io/xenbus.h` and `io/blkif.h`.
 
 mod config;
+mod disk;
 mod features;
 mod keys;
 mod lead;
@@ -45,9 +46,11 @@ mod states;
 mod supervise;
 
 pub use config::{BackendConfig, BackendEnd, BackendError, Hotplug, XenHost};
+pub use disk::{ServedDisk, Serving, Shown};
 pub use keys::is_read_only;
 pub use lead::lead;
 pub use machine::Backend;
+pub use orphans::is_device;
 pub use patience::patiently;
 pub use supervise::{Device, DeviceFilter, supervise};
 pub use tap_ring::Limits as RingLimits;

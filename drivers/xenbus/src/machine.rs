@@ -1,23 +1,24 @@
 //! The machine: look, decide by the rules, act, wait.
 
 use crate::config::{BackendConfig, BackendEnd, BackendError, Hotplug, XenHost};
+use crate::disk::{ServedDisk, Serving, Shown};
 use crate::features::Features;
 use crate::keys;
 use crate::lock::{Lock, is_over};
 use crate::pace::Pace;
 use crate::patience::patiently;
-use crate::rules::{Action, Phase, Seen, Start, next, start};
+use crate::rules::{Action, Phase, Seen, Start, next, ring_may_be_used, start};
 use crate::states::{self, Keys, Written};
+use std::cell::Cell;
 use std::future::{Future, pending, poll_fn};
 use std::pin::pin;
 use std::rc::Rc;
 use std::task::Poll;
 use tap_abi::blkif::INFO_READ_ONLY;
 use tap_abi::xenbus::XenbusState;
-use tap_core::Node;
 use tap_core::wait;
 use tap_host::{Either, Errno, Event, Patience, SECTOR_BYTES, StorePath, Watcher, select};
-use tap_ring::{BlkifRing, ConnectError, RingCloser, RingConfig, RingEnd};
+use tap_ring::{ConnectError, RingConfig, RingEnd};
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
@@ -51,20 +52,16 @@ tap_host::listed! {
 /// How long a toolstack may take to remove what belonged to a domain that is gone, in nanoseconds.
 const GONE_PATIENCE_NS: u64 = 1_000_000_000;
 
-/// A ring and the task that serves it.
-struct Serving {
-    closer: RingCloser,
-    ended: wait::Receiver<RingEnd>,
-}
-
 /// The back end of one disk. See [`Backend::run`].
-pub struct Backend<H: XenHost> {
+pub struct Backend<H: XenHost, D> {
     host: H,
     config: BackendConfig,
     features: Features,
-    node: Rc<dyn Node>,
+    disk: D,
     leave: Rc<wait::Event>,
     frontend: StorePath,
+    /// It was there.
+    frontend_known: Cell<bool>,
     watches: [H::Watcher; 2],
     phase: Phase,
     /// What we wrote last, or found.
@@ -74,16 +71,16 @@ pub struct Backend<H: XenHost> {
     pace: Pace,
 }
 
-impl<H: XenHost> Backend<H> {
+impl<H: XenHost, D: ServedDisk<H>> Backend<H, D> {
     /// Drives the disk through its life until it ends, or until `leave` is set; then the ring is drained and unmapped
-    /// and the node is closed, before a toolstack that waits for that is told. `open` is called once the disk is ours:
+    /// and the disk is closed, before a toolstack that waits for that is told. `open` is called once the disk is ours:
     /// what is read of an image while another process writes it is soon wrong.
     ///
     /// # Errors
     /// See [`BackendError`]; [`BackendError::NotTaken`] if another process drives the disk and continues to,
     /// [`BackendError::Open`] with the error of `open`. A front end's mistake is not an error here: it is reported
     /// in xenstore and the device is closed.
-    pub async fn run<F: Future<Output = Result<Rc<dyn Node>, String>>>(
+    pub async fn run<F: Future<Output = Result<D, String>>>(
         host: H,
         config: BackendConfig,
         open: impl FnOnce() -> F,
@@ -91,8 +88,8 @@ impl<H: XenHost> Backend<H> {
     ) -> Result<BackendEnd, BackendError> {
         let lock = Lock::take(&host, &config, config.bind_patience_ns).await;
         let lock = lock.map_err(|why| why.error(&config))?;
-        let node = open().await.map_err(|why| BackendError::Open { why })?;
-        let end = Self::run_owned(host.clone(), config, &lock, node, leave).await;
+        let disk = open().await.map_err(|why| BackendError::Open { why })?;
+        let end = Self::run_owned(host.clone(), config, &lock, disk, leave).await;
         if matches!(end, Err(BackendError::NotOurs { .. })) {
             lock.forget(&host);
         }
@@ -104,14 +101,14 @@ impl<H: XenHost> Backend<H> {
         host: H,
         config: BackendConfig,
         lock: &Lock<H>,
-        node: Rc<dyn Node>,
+        disk: D,
         leave: Rc<wait::Event>,
     ) -> Result<BackendEnd, BackendError> {
         let path = config.backend_path.clone();
-        let mut backend = match Self::find(host.clone(), config, Rc::clone(&node), leave).await {
+        let mut backend = match Self::find(host.clone(), config, disk, leave).await {
             Ok(backend) => backend,
-            Err(end) => {
-                let closed = node.close().await;
+            Err((end, disk)) => {
+                let closed = disk.close(is_over(&end)).await;
                 lock.give_up(&host, &end);
                 return with_close(end, closed, path, false);
             }
@@ -119,7 +116,7 @@ impl<H: XenHost> Backend<H> {
         let end = backend.live().await;
         // After an error we do not know what will become of the disk: proceed as if we had been asked to leave.
         backend.release_ring(!is_over(&end)).await;
-        let closed = node.close().await;
+        let closed = backend.disk.close(is_over(&end)).await;
         lock.give_up(&host, &end);
         let said = backend.publish_closed(end.as_ref().ok()).await;
         if let Err(error) = closed
@@ -130,27 +127,35 @@ impl<H: XenHost> Backend<H> {
         with_close(end.and_then(|end| said.map(|()| end)), closed, path, backend.connects > 0)
     }
 
-    /// The back end of a disk whose directory exists; otherwise the reason to end.
+    /// The back end of a disk whose directory exists; otherwise the reason to end, and the disk.
     async fn find(
         host: H,
         config: BackendConfig,
-        node: Rc<dyn Node>,
+        disk: D,
         leave: Rc<wait::Event>,
-    ) -> Result<Self, Result<BackendEnd, BackendError>> {
-        let Some(frontend) = find_frontend(&host, &config).await.map_err(Err)? else {
-            return Err(Ok(BackendEnd::BackendGone));
+    ) -> Result<Self, (Result<BackendEnd, BackendError>, D)> {
+        let found = async {
+            let Some(frontend) = find_frontend(&host, &config).await.map_err(Err)? else {
+                return Err(Ok(BackendEnd::BackendGone));
+            };
+            let watches = [
+                watch(&host, config.backend_path.clone()).await.map_err(Err)?,
+                watch(&host, format!("{frontend}/state")).await.map_err(Err)?,
+            ];
+            Ok((frontend, watches))
         };
-        let watches = [
-            watch(&host, config.backend_path.clone()).await.map_err(Err)?,
-            watch(&host, format!("{frontend}/state")).await.map_err(Err)?,
-        ];
+        let (frontend, watches) = match found.await {
+            Ok(found) => found,
+            Err(end) => return Err((end, disk)),
+        };
         Ok(Self {
             host,
             features: Features::of(&config),
             config,
-            node,
+            disk,
             leave,
             frontend,
+            frontend_known: Cell::new(false),
             watches,
             phase: Phase::Waiting,
             state: XenbusState::Unknown,
@@ -180,6 +185,9 @@ impl<H: XenHost> Backend<H> {
     async fn live(&mut self) -> Result<BackendEnd, BackendError> {
         let seen = self.look().await?;
         self.state = seen.backend.unwrap_or(XenbusState::Unknown);
+        if !ring_may_be_used(&seen) {
+            self.disk.release().await;
+        }
         match start(&seen) {
             Start::Offer if seen.backend.is_some() => self.offer().await?,
             Start::Offer => {}
@@ -240,9 +248,13 @@ impl<H: XenHost> Backend<H> {
             }
             Hotplug::Ignore | Hotplug::Write => true,
         };
+        let (backend, frontend) =
+            (keys::state(&self.host, dir).await?, keys::state(&self.host, &self.frontend).await?);
+        self.frontend_known.set(self.frontend_known.get() || frontend.is_some());
         Ok(Seen {
-            backend: keys::state(&self.host, dir).await?,
-            frontend: keys::state(&self.host, &self.frontend).await?,
+            backend,
+            frontend,
+            frontend_known: self.frontend_known.get(),
             online: !keys::is_offline(online.as_deref()),
             hotplugged,
             leave: self.leave.is_set(),
@@ -298,7 +310,7 @@ impl<H: XenHost> Backend<H> {
                 Ok(())
             }
             // The rules end it: a successor finds what is there now.
-            RingEnd::Left => {
+            RingEnd::Left | RingEnd::Abandoned => {
                 self.phase = Phase::Waiting;
                 Ok(())
             }
@@ -335,6 +347,8 @@ impl<H: XenHost> Backend<H> {
     }
 
     async fn close(&mut self) -> Result<(), BackendError> {
+        // That of a predecessor, which this process never served.
+        self.disk.release().await;
         self.write_state(XenbusState::Closed, &[]).await?;
         self.phase = Phase::Closed;
         Ok(())
@@ -349,7 +363,7 @@ impl<H: XenHost> Backend<H> {
         Ok(())
     }
 
-    async fn ring_from_keys(&self, read_only: bool) -> Result<Result<BlkifRing<H>, String>, BackendError> {
+    async fn ring_from_keys(&self, read_only: bool) -> Result<Result<Serving, String>, BackendError> {
         let keys = match self.features.ring(&self.host, &self.frontend).await? {
             Ok(keys) => keys,
             Err(why) => return Ok(Err(format!("connect: {why}"))),
@@ -368,11 +382,11 @@ impl<H: XenHost> Backend<H> {
     }
 
     /// Connects; waits a while for a port that is still held, and for a host that is short of memory.
-    async fn bind_ring(&self, config: RingConfig) -> Result<BlkifRing<H>, ConnectError> {
+    async fn bind_ring(&self, config: RingConfig) -> Result<Serving, ConnectError> {
         let until_ns = self.host.now_ns().saturating_add(self.config.bind_patience_ns);
         let (mut patience, mut waited_for) = (Patience::until(), None);
         loop {
-            match BlkifRing::connect(self.host.clone(), config.clone(), Rc::clone(&self.node)) {
+            match self.disk.connect(&self.host, config.clone()).await {
                 Err(error) if self.may_pass(&error) && patience.again_before(&self.host, until_ns).await => {
                     waited_for = Some(if error.passes() { &MEMORY_WAITED } else { &BIND_WAITED });
                 }
@@ -391,16 +405,27 @@ impl<H: XenHost> Backend<H> {
         }
     }
 
-    async fn read_only(&self) -> Result<bool, BackendError> {
+    /// What front ends are to be told; read-only also if the toolstack wants it.
+    async fn shown(&self) -> Result<Result<Shown, String>, BackendError> {
         let toolstack_wants = keys::is_read_only(&self.host, &self.config.backend_path).await?;
-        let node_is = self.node.info().read_only && !self.host.bug(&READ_ONLY_UNTOLD);
-        Ok(node_is || toolstack_wants)
+        Ok(self.disk.shown().await.map(|shown| {
+            let disk_is = shown.read_only && !self.host.bug(&READ_ONLY_UNTOLD);
+            Shown { read_only: disk_is || toolstack_wants, ..shown }
+        }))
+    }
+
+    /// A ring for the front end, and what it is to be told of the disk.
+    async fn ring_and_disk(&self) -> Result<Result<(Serving, Shown), String>, BackendError> {
+        let disk = match self.shown().await? {
+            Ok(disk) => disk,
+            Err(why) => return Ok(Err(why)),
+        };
+        Ok(self.ring_from_keys(disk.read_only).await?.map(|ring| (ring, disk)))
     }
 
     async fn connect(&mut self) -> Result<(), BackendError> {
-        let read_only = self.read_only().await?;
-        let ring = match self.ring_from_keys(read_only).await? {
-            Ok(ring) => ring,
+        let (ring, disk) = match self.ring_and_disk().await? {
+            Ok(found) => found,
             Err(why) => {
                 let seen = self.look().await?;
                 if seen.backend == Some(XenbusState::Connected) && self.state != XenbusState::Connected {
@@ -415,37 +440,46 @@ impl<H: XenHost> Backend<H> {
                 };
             }
         };
-        let disk = self.node.info();
         let keys = [
             ("sectors", disk.size_sectors.to_string()),
             ("sector-size", SECTOR_BYTES.to_string()),
             ("physical-sector-size", disk.physical_block_bytes.to_string()),
-            ("info", info_of(read_only).to_string()),
+            ("info", info_of(disk.read_only).to_string()),
         ];
+        // From here on it is released with everything else.
+        self.ring = Some(ring);
         match self.write_state(XenbusState::Connected, &keys).await? {
-            Written::Yes => self.serve(ring),
+            Written::Yes => self.serve(),
             // It was closed meanwhile.
-            Written::No => self.phase = Phase::Failed,
+            Written::No => {
+                self.release_ring(false).await;
+                self.phase = Phase::Failed;
+            }
         }
         Ok(())
     }
 
     /// Takes over the ring of a predecessor; nothing is written, because the front end must not notice.
     async fn resume(&mut self) -> Result<Result<(), String>, BackendError> {
-        let read_only = self.read_only().await?;
-        if let Some(why) =
-            self.mismatch_with_published(read_only).await?.filter(|_| !self.host.bug(&DISK_NOT_COMPARED))
-        {
+        let disk = match self.shown().await? {
+            Ok(disk) => disk,
+            Err(why) => return Ok(Err(why)),
+        };
+        let mismatch = self.mismatch_with_published(&disk).await?;
+        if let Some(why) = mismatch.filter(|_| !self.host.bug(&DISK_NOT_COMPARED)) {
             return Ok(Err(why));
         }
-        Ok(self.ring_from_keys(read_only).await?.map(|ring| self.serve(ring)))
+        Ok(self.ring_from_keys(disk.read_only).await?.map(|ring| {
+            self.ring = Some(ring);
+            self.serve();
+        }))
     }
 
     /// How our disk differs from the one that the front end was told about.
-    async fn mismatch_with_published(&self, read_only: bool) -> Result<Option<String>, BackendError> {
+    async fn mismatch_with_published(&self, disk: &Shown) -> Result<Option<String>, BackendError> {
         let dir = &self.config.backend_path;
         let told = async |key| keys::read(&self.host, dir, key).await;
-        let size = self.node.info().size_sectors.to_string();
+        let size = disk.size_sectors.to_string();
         if let Some(sectors) = told("sectors").await?
             && sectors != size.as_bytes()
         {
@@ -453,23 +487,19 @@ impl<H: XenHost> Backend<H> {
             return Ok(Some(format!("the disk has {size} sectors, and the front end was told {sectors}")));
         }
         let info = told("info").await?;
-        if info.is_some_and(|info| keys::number(&info) != Some(info_of(read_only))) {
-            let what = if read_only { "read-only" } else { "writable" };
+        if info.is_some_and(|info| keys::number(&info) != Some(info_of(disk.read_only))) {
+            let what = if disk.read_only { "read-only" } else { "writable" };
             return Ok(Some(format!("the disk is {what}, and the front end was told otherwise")));
         }
         Ok(None)
     }
 
-    fn serve(&mut self, ring: BlkifRing<H>) {
+    fn serve(&mut self) {
         self.phase = Phase::Serving;
         self.connects += 1;
         if self.connects > 1 {
             self.host.mark(&RECONNECTED);
         }
-        let closer = ring.closer();
-        let (task, ended) = wait::joined(ring.run());
-        self.ring = Some(Serving { closer, ended });
-        self.host.spawn("ring", u64::from(self.config.vbd.0), task);
     }
 
     fn drain(&mut self) {

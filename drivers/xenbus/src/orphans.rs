@@ -17,8 +17,9 @@ tap_host::listed! {
 /// How long to wait for a host that is short of memory, in nanoseconds.
 const PATIENCE_NS: u64 = 2_000_000_000;
 
-/// Removes the records named `prefix-DOMAIN-VBD`, and their locks, whose device is not in `root` of xenstore any more,
-/// or has lost its front end's directory. Records of devices that exist stay, whichever process serves them.
+/// Removes the records named `prefix-DOMAIN-VBD`, and their locks, whose device is neither in `root` of xenstore nor
+/// among the back ends of another type beside it, or has lost its front end's directory. Records of devices that exist
+/// stay, whichever process serves them; returns those devices.
 ///
 /// # Errors
 /// [`BackendError::Store`]; [`BackendError::Records`] if they cannot be listed.
@@ -26,25 +27,59 @@ pub(crate) async fn remove_orphans<H: XenHost>(
     host: &H,
     root: &str,
     prefix: &str,
-) -> Result<(), BackendError> {
+) -> Result<BTreeSet<(DomId, VbdId)>, BackendError> {
     let names = host.region_names().map_err(|error| BackendError::Records { error })?;
-    let devices: BTreeSet<_> = names.iter().filter_map(|name| device_of(name, prefix)).collect();
-    for (dom, vbd) in devices {
-        let path = format!("{root}/{}/{}", dom.0, vbd.0);
-        if has_front_end(host, &path).await? || host.bug(&ORPHANS_STAY) {
-            continue;
+    let mut devices: BTreeSet<_> = names.iter().filter_map(|name| device_of(name, prefix)).collect();
+    for device in devices.clone() {
+        if remove_orphan(host, root, prefix, device).await? {
+            devices.remove(&device);
         }
-        let record = format!("{prefix}-{}-{}", dom.0, vbd.0);
-        let lock = format!("{record}{}", lock::SUFFIX);
-        // A process that is still ending this device removes both itself.
-        let Ok(_ours) = lock::own(host, &lock, PATIENCE_NS, |error| Tried::Page.may_pass(error)).await else {
-            continue;
-        };
+    }
+    Ok(devices)
+}
+
+/// Removes what is left of one device if it is gone; returns whether it is.
+///
+/// # Errors
+/// [`BackendError::Store`].
+pub(crate) async fn remove_orphan<H: XenHost>(
+    host: &H,
+    root: &str,
+    prefix: &str,
+    (dom, vbd): (DomId, VbdId),
+) -> Result<bool, BackendError> {
+    if is_device(host, root, dom, vbd).await? || host.bug(&ORPHANS_STAY) {
+        return Ok(false);
+    }
+    let record = format!("{prefix}-{}-{}", dom.0, vbd.0);
+    let lock = format!("{record}{}", lock::SUFFIX);
+    // A process that is still ending this device removes both itself.
+    if let Ok(_ours) = lock::own(host, &lock, PATIENCE_NS, |error| Tried::Page.may_pass(error)).await {
         host.log(Event::OrphanRemoved { dom, vbd });
         host.remove_region(&record);
         host.remove_region(&lock);
     }
-    Ok(())
+    Ok(true)
+}
+
+/// Whether this device has a back end of any type, and a front end; `root` has those of one type.
+///
+/// # Errors
+/// [`BackendError::Store`].
+pub async fn is_device<H: XenHost>(
+    host: &H,
+    root: &str,
+    dom: DomId,
+    vbd: VbdId,
+) -> Result<bool, BackendError> {
+    let (backends, own) = root.rsplit_once('/').unwrap_or(("", root));
+    let others = keys::names(host, backends).await?.into_iter().filter(|kind| kind != own);
+    for kind in std::iter::once(own.to_owned()).chain(others) {
+        if has_front_end(host, &format!("{backends}/{kind}/{}/{}", dom.0, vbd.0)).await? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 async fn has_front_end<H: XenHost>(host: &H, path: &str) -> Result<bool, BackendError> {

@@ -29,6 +29,9 @@ pub(crate) struct Seen {
     pub(crate) backend: Option<XenbusState>,
     /// The front end's; `None` when its directory is gone.
     pub(crate) frontend: Option<XenbusState>,
+    /// There was one before, as far as we know. A toolstack that does not write both directories in one transaction
+    /// makes the front end's after ours.
+    pub(crate) frontend_known: bool,
     pub(crate) online: bool,
     /// The hotplug script is done, or there is none to wait for.
     pub(crate) hotplugged: bool,
@@ -95,13 +98,25 @@ pub(crate) fn start(seen: &Seen) -> Start {
     }
 }
 
+/// Whether the front end may use, or be about to use, a ring that a predecessor had served. It uses none before it was
+/// told that it is connected.
+pub(crate) fn ring_may_be_used(seen: &Seen) -> bool {
+    use XenbusState::*;
+    matches!(seen.backend, Some(Connected | Closing | Reconfiguring | Reconfigured))
+        && matches!(seen.frontend, Some(Initialised | Connected | Closing))
+}
+
 pub(crate) fn next(phase: Phase, seen: &Seen) -> Action {
     use XenbusState::*;
     // We have already written a state; if the first one is back, another device is in the same directory.
     if matches!(seen.backend, None | Some(Initialising)) {
         return Action::End(BackendEnd::BackendGone);
     }
-    let Some(front) = seen.frontend else { return Action::End(BackendEnd::FrontendGone) };
+    let Some(front) = seen.frontend else {
+        let to_come =
+            phase == Phase::Waiting && !seen.frontend_known && !seen.asked_to_close() && !seen.leave;
+        return if to_come { Action::Wait } else { Action::End(BackendEnd::FrontendGone) };
+    };
     let closing = matches!(front, Closing | Closed);
     match phase {
         Phase::Waiting | Phase::Failed | Phase::Closed if seen.leave => Action::End(BackendEnd::Left),
@@ -138,6 +153,7 @@ mod tests {
         Seen {
             backend: Some(backend),
             frontend: Some(frontend),
+            frontend_known: true,
             online: true,
             hotplugged: true,
             leave: false,
@@ -179,6 +195,18 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn a_front_end_that_is_not_there_yet_is_waited_for() {
+        let alone = Seen { frontend: None, frontend_known: false, ..seen(InitWait, Unknown) };
+        assert_eq!(next(Phase::Waiting, &alone), Action::Wait);
+        let gone = Action::End(BackendEnd::FrontendGone);
+        for phase in [Phase::Serving, Phase::Failed, Phase::Closed] {
+            assert_eq!(next(phase, &alone), gone, "{phase:?}");
+        }
+        let closed = Seen { online: false, backend: Some(Closing), ..alone };
+        assert_eq!(next(Phase::Waiting, &closed), gone);
     }
 
     #[test]

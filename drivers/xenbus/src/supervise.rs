@@ -11,7 +11,7 @@
 
 use crate::config::{BackendError, XenHost};
 use crate::keys;
-use crate::orphans::remove_orphans;
+use crate::orphans::{remove_orphan, remove_orphans};
 use crate::patience::patiently;
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -22,6 +22,8 @@ use tap_host::{DomId, Either, Errno, StorePath, Transaction, VbdId, Watcher, sel
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
+    LEFT_UNWATCHED = "left-unwatched",
+        "what is left of a device stays if the device goes away before the next process has begun to serve it";
     FOREIGN_ENDS_LOOK = "foreign-ends-look",
         "the search for disks ends at the first one that another program serves";
     SERVED_AGAIN = "served-again",
@@ -49,8 +51,8 @@ pub struct Device {
 pub struct DeviceFilter {
     /// The directory with all back ends of a type: `/local/domain/0/backend/vbd`.
     pub root: StorePath,
-    /// The file name of the script that marks ours.
-    pub script: String,
+    /// The file name of the script that marks ours; without one, all are.
+    pub script: Option<String>,
     /// Prefix of the names of in-flight records: those named `records-DOMAIN-VBD` of devices that are gone are removed.
     pub records: &'static str,
 }
@@ -87,14 +89,16 @@ pub async fn supervise<H: XenHost, F: Future<Output = ()> + 'static>(
     let root = &filter.root;
     let watch_failed = |error| BackendError::Store { what: "watch", path: root.clone(), error };
     let watch = patiently(host, async || host.watch(root).await).await.map_err(watch_failed)?;
-    remove_orphans(host, root, filter.records).await?;
+    // Of devices that are there, and that nobody may ever serve again.
+    let mut left = remove_orphans(host, root, filter.records).await?;
     let tasks = Rc::<TaskSet>::default();
     let mut lived = BTreeSet::new();
     loop {
         let ids = match next_wakeup(&watch, &tasks, leave, root).await.map_err(watch_failed)? {
             Wakeup::Everything => {
-                let ids = all(host, root).await?;
+                let mut ids = all(host, root).await?;
                 lived.retain(|id| ids.contains(id));
+                ids.extend(&left);
                 ids
             }
             Wakeup::These(ids) => ids,
@@ -104,6 +108,12 @@ pub async fn supervise<H: XenHost, F: Future<Output = ()> + 'static>(
             let found = look(host, filter, id).await?;
             if found.is_none() {
                 lived.remove(&id);
+                if left.contains(&id)
+                    && !host.bug(&LEFT_UNWATCHED)
+                    && remove_orphan(host, root, filter.records, id).await?
+                {
+                    left.remove(&id);
+                }
                 if host.bug(&FOREIGN_ENDS_LOOK) {
                     break;
                 }
@@ -114,6 +124,7 @@ pub async fn supervise<H: XenHost, F: Future<Output = ()> + 'static>(
             };
             if state == XenbusState::Initialising || lived.insert(id) || host.bug(&SERVED_AGAIN) {
                 lived.insert(id);
+                left.remove(&id);
                 start(host, &tasks, id, serve(device));
             }
         }
@@ -186,20 +197,12 @@ fn parse_vbd(name: &str) -> Option<VbdId> {
 /// All directories that may be devices.
 async fn all<H: XenHost>(host: &H, root: &str) -> Result<BTreeSet<Id>, BackendError> {
     let mut ids = BTreeSet::new();
-    for dom in names(host, root).await? {
+    for dom in keys::names(host, root).await? {
         let Some(id) = parse_dom(&dom) else { continue };
-        let vbds = names(host, &format!("{root}/{dom}")).await?;
+        let vbds = keys::names(host, &format!("{root}/{dom}")).await?;
         ids.extend(vbds.iter().filter_map(|vbd| Some((id, parse_vbd(vbd)?))));
     }
     Ok(ids)
-}
-
-async fn names<H: XenHost>(host: &H, path: &str) -> Result<Vec<String>, BackendError> {
-    match patiently(host, async || host.directory(path).await).await {
-        // The first device creates it.
-        Err(Errno::ENOENT) => Ok(Vec::new()),
-        result => result.map_err(|error| BackendError::Store { what: "list", path: path.to_owned(), error }),
-    }
 }
 
 /// The device `id` with its state, if it is ours and not already removed. All keys are read in one transaction: the
@@ -233,10 +236,15 @@ async fn look_in(
     let read = async |key: &str, most| keys::known(tx.read(&format!("{path}/{key}")).await, most);
     let short = keys::MAX_VALUE_BYTES;
     let Some(state) = read("state", short).await? else { return Ok(None) };
-    let Some(script) = read("script", short).await? else { return Ok(None) };
-    let file_name = script.rsplit(|byte| *byte == b'/').next();
+    let marked = match &filter.script {
+        Some(ours) => {
+            let script = read("script", short).await?;
+            script.is_some_and(|script| script.rsplit(|byte| *byte == b'/').next() == Some(ours.as_bytes()))
+        }
+        None => true,
+    };
     // Without the key `frontend` the directory is incomplete; the key's arrival fires the watch.
-    if file_name != Some(filter.script.as_bytes()) || read("frontend", short).await?.is_none() {
+    if !marked || read("frontend", short).await?.is_none() {
         return Ok(None);
     }
     let state = keys::state_of(&state);

@@ -503,7 +503,7 @@ fn records_that_cannot_be_listed_end_a_tapdisk_that_watches() {
         host.port.hide_regions();
         let filter = DeviceFilter {
             root: "/local/domain/0/backend/vbd".into(),
-            script: "block-tapdisk".into(),
+            script: Some("block-tapdisk".into()),
             records: "ring",
         };
         let end = supervise(&host, &filter, &wait::Event::new(), |_| std::future::ready(())).await;

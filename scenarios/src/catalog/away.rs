@@ -108,7 +108,7 @@ async fn tapdisk_away(world: World) {
 }
 
 /// Waits until the domain is to be destroyed.
-async fn wait_for_destroyer(world: &World) {
+pub(super) async fn wait_for_destroyer(world: &World) {
     let entity = Entity::WORLD.child("destroyer", 0);
     world.sim.name_entity(entity, || "administrator".into());
     let after_ns = world.sim.decide(entity, &DESTROY_AFTER, 0, |d| d.magnitude(20));
@@ -199,7 +199,7 @@ async fn lose_record(machine: &Rc<Machine>, disk: &Attached, guest: &Guest<RingD
 }
 
 /// Another kernel follows the guest's first at once (kexec), and finds its devices as they are.
-async fn another_kernel(
+pub(super) async fn another_kernel(
     world: &World,
     machine: &Rc<Machine>,
     disk: &Attached,

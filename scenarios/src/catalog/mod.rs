@@ -83,6 +83,7 @@ static OTHERS: &[&Scenario] = &[
     &device::BLKBACK_OVER_DEVICE,
     &control::CONTROLLED,
     &control::SNAPSHOTS,
+    &control::GIVEN,
 ];
 
 /// Those of [`OTHERS`] that have been swept for a long time. A scenario that is neither here nor marked as settled
@@ -140,6 +141,7 @@ pub static LABELS: &[&Label] = &[
     &control::JSON_SENT,
     &control::LISTENS,
     &control::PRIORITIES,
+    &control::GIVEN_ACT,
     &control::SNAPSHOT,
     &control::SNAPSHOT_DIES,
     &control::BESIDE_MERGE,

@@ -231,7 +231,7 @@ async fn hot_plug(world: World) {
 }
 
 /// A disk that the toolstack made read-only is not written to.
-async fn refuse(world: &World, guest: &Guest<RingDisk>, ops: &[Option<Op>]) {
+pub(super) async fn refuse(world: &World, guest: &Guest<RingDisk>, ops: &[Option<Op>]) {
     for op in ops.iter().flatten().filter(|op| op.kind == IoKind::Write) {
         if guest.disk().write(op.range, |bytes| bytes.fill(0x5a)).await.is_ok() {
             world.fail(Invariant::H1, format!("{op} was carried out on a read-only disk"));

@@ -1,7 +1,7 @@
 //! `cargo xtask dist`: what is deployed, as a tree of files and as a Debian package.
 //!
 //! ```text
-//!   tapdisk, tap-ctl, tap-img, static ────┐
+//!   tapdisk, tapback, tap-*, static ──────┐
 //!   man pages, completions ───────────────┼─► target/dist/tree ──► target/dist/tapdisk_VERSION_amd64.deb
 //!   drivers/tapdisk/package, docs ────────┘
 //! ```
@@ -24,7 +24,7 @@ use xshell::{Shell, cmd};
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 /// What ships, besides documents.
-pub(crate) const PROGRAMS: [&str; 3] = ["tapdisk", "tap-ctl", "tap-img"];
+pub(crate) const PROGRAMS: [&str; 4] = ["tapdisk", "tap-ctl", "tapback", "tap-img"];
 
 const HELP: &str = "\
 Builds what is deployed: target/dist/tree, and of it a Debian package, target/dist/tapdisk_VERSION_amd64.deb.

@@ -24,8 +24,8 @@ pub use feed::{EVENTS_KEPT, Feed};
 pub use news::{Happened, News, Standing};
 pub use server::{Json, REQUEST_BYTES_MAX, Verbs};
 pub use vocabulary::{
-    Answer, Disk, Disks, ErrorAnswer, ImageStats, Job, JobState, Latency, Metrics, Operation, Reply, Request,
-    SetFor, State, Stats, Taken,
+    Answer, Disk, Disks, ErrorAnswer, Guest, ImageStats, Job, JobState, Latency, Metrics, Operation, Reply,
+    Request, SetFor, State, Stats, Taken,
 };
 
 tap_host::listed! {

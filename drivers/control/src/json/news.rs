@@ -7,7 +7,7 @@
 //!   {"seq":9,"ns":150,"event":"state","disks":[...]}            everything up to event 9
 //! ```
 
-use super::State;
+use super::{Guest, State};
 use serde::{Deserialize, Serialize};
 
 /// What a line tells.
@@ -44,6 +44,8 @@ pub enum Happened {
     Clients,
     /// It has another I/O priority.
     Set,
+    /// A guest's ring was connected or disconnected, or was given up.
+    Guests,
     /// A request takes too long.
     Hangs,
     /// A request that took too long has ended.
@@ -67,6 +69,9 @@ pub struct Standing {
     pub nbd_clients: u64,
     /// The I/O priority that was set for it.
     pub ionice: Option<String>,
+    /// Guests that use it through a ring.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub guests: Vec<Guest>,
 }
 
 /// A line.
@@ -122,6 +127,7 @@ mod tests {
             read_only: Some(false),
             nbd_clients: 1,
             ionice: None,
+            guests: Vec::new(),
         };
         let paused = News { minor: Some(3), disk: Some(disk), ..News::of(7, 120, Happened::Paused) };
         let line = paused.line();

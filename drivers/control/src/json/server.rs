@@ -80,9 +80,13 @@ impl<H: ControlHost, V: Verbs<H>> Protocol<H> for Json<V> {
             ) => Place::Waits(*minor),
             Ok(Request::Events {}) => Place::Listens,
             Err(_)
-            | Ok(Request::List {} | Request::Query { .. } | Request::Stats { .. } | Request::Metrics {}) => {
-                Place::Heard
-            }
+            | Ok(
+                Request::List {}
+                | Request::Query { .. }
+                | Request::Connect { .. }
+                | Request::Stats { .. }
+                | Request::Metrics {},
+            ) => Place::Heard,
         }
     }
 

@@ -53,6 +53,24 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         ionice: Option<String>,
     },
+    /// Serves a guest's ring, as `XENBLKIF_CONNECT` does, if the disk is what the guest was told.
+    Connect {
+        /// The minor number.
+        minor: u16,
+        /// The guest.
+        domid: u16,
+        /// The device's number in it.
+        devid: u32,
+        /// The grant of the ring's page, whose layout is that of x86_64.
+        ring_ref: u32,
+        /// The guest's port.
+        port: u32,
+        /// The disk's size, as the guest knows it.
+        size_sectors: u64,
+        /// The guest may only read, whatever the disk permits.
+        #[serde(default)]
+        read_only: bool,
+    },
     /// The counters of the disk of one minor number, or of all that are open.
     Stats {
         /// The minor number.
@@ -93,6 +111,8 @@ pub enum Reply {
     Snapshot(Taken),
     /// To [`Request::Set`].
     Set(SetFor),
+    /// To [`Request::Connect`].
+    Guest(Guest),
     /// To [`Request::Commit`], [`Request::Query`] and [`Request::Cancel`].
     Job(Job),
 }
@@ -185,6 +205,9 @@ pub struct Disk {
     pub nbd_clients: u64,
     /// The I/O priority that was set for it, `CLASS` or `CLASS:LEVEL`; null is that of the process.
     pub ionice: Option<String>,
+    /// Guests that use it through a ring.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub guests: Vec<Guest>,
 }
 
 /// What is set for a disk.
@@ -194,6 +217,21 @@ pub struct SetFor {
     pub minor: u16,
     /// The I/O priority, `CLASS` or `CLASS:LEVEL`; null is that of the process.
     pub ionice: Option<String>,
+}
+
+/// A guest that uses a disk through a ring.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Guest {
+    /// The guest.
+    pub domid: u16,
+    /// The device's number in it.
+    pub devid: u32,
+    /// It may only read, although the disk can be written to.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub read_only: bool,
+    /// Why its ring is not served any more; absent if it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
 }
 
 /// The images of a disk after a snapshot, as `TYPE:PATH`.

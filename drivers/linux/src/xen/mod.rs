@@ -33,18 +33,30 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use tap_host::{DomId, Errno, Events, GrantRef, GrantSegment, Grants, Port, SharedPages, Tasks, Xenstore};
 
-/// How Xen is used.
+/// Whether a program needs the devices for guests' rings.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Rings {
+    /// It serves none.
+    Unused,
+    /// It serves them on a host that has Xen, and does other things elsewhere.
+    IfThere,
+    /// It cannot do without.
+    Needed,
+}
+
+/// What of Xen a program uses.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct XenOptions {
-    /// The folder of [`SharedPages`]: on a tmpfs, ours alone. It is made if it does not exist.
-    pub run_folder: PathBuf,
-    /// Where xenstored is.
-    pub store: StorePlaces,
+    /// Grants and event channels.
+    pub rings: Rings,
+    /// Where xenstored is, for programs that drive devices. Those need the folder of [`SharedPages`], too.
+    pub store: Option<StorePlaces>,
 }
 
 impl Default for XenOptions {
+    /// All of it.
     fn default() -> Self {
-        Self { run_folder: PathBuf::from("/run/tapdisk"), store: StorePlaces::usual() }
+        Self { rings: Rings::Needed, store: Some(StorePlaces::usual()) }
     }
 }
 
@@ -89,29 +101,55 @@ fn folder_hint(error: Errno) -> &'static str {
     }
 }
 
-/// The open devices of Xen.
-pub(crate) struct Xen {
+/// The devices for guests' rings.
+struct RingDevices {
     gntdev: Gntdev,
     evtchn: Rc<Evtchn>,
-    regions: Regions,
-    store: StoreClient,
+}
+
+/// What of Xen is open.
+pub(crate) struct Xen {
+    rings: Option<RingDevices>,
+    store: Option<StoreClient>,
 }
 
 const GNTDEV: &str = "/dev/xen/gntdev";
 const EVTCHN: &str = "/dev/xen/evtchn";
 
 impl Xen {
-    /// Opens everything, on the thread of `host`.
+    /// Opens what `options` name, on the thread of `host`.
     pub(crate) async fn open(host: &LinuxHost, options: &XenOptions) -> Result<Self, XenError> {
+        let rings = match options.rings {
+            Rings::Unused => None,
+            Rings::Needed => Some(RingDevices::open(host)?),
+            Rings::IfThere => match RingDevices::open(host) {
+                Ok(devices) => Some(devices),
+                Err(XenError::Device { error: Errno::ENOENT | Errno::ENODEV | Errno::ENXIO, .. }) => None,
+                Err(error) => {
+                    host.say(Level::Warning, format_args!("no guest can be connected: failed to {error}"));
+                    None
+                }
+            },
+        };
+        let store = match &options.store {
+            None => None,
+            Some(places) => {
+                let folder = || host.0.run_folder.clone().unwrap_or_default();
+                host.regions().map_err(|error| XenError::Folder { folder: folder(), error })?;
+                Some(StoreClient::open(host, places).await?)
+            }
+        };
+        Ok(Self { rings, store })
+    }
+}
+
+impl RingDevices {
+    fn open(host: &LinuxHost) -> Result<Self, XenError> {
         let gntdev = Gntdev::new(device(GNTDEV)?);
         let evtchn =
             Evtchn::new(device(EVTCHN)?).map_err(|error| XenError::Device { path: EVTCHN, error })?;
-        let folder = &options.run_folder;
-        let regions =
-            Regions::open(folder).map_err(|error| XenError::Folder { folder: folder.clone(), error })?;
-        let store = StoreClient::open(host, &options.store).await?;
         host.spawn("events", 0, Rc::clone(&evtchn).read_all(host.clone()));
-        Ok(Self { gntdev, evtchn, regions, store })
+        Ok(Self { gntdev, evtchn })
     }
 }
 
@@ -124,9 +162,6 @@ fn device(path: &'static str) -> Result<OwnedFd, XenError> {
 impl LinuxHost {
     /// The folder of pages that outlive the process; made when it is first needed.
     fn regions(&self) -> Result<&Regions, Errno> {
-        if let Ok(xen) = self.xen() {
-            return Ok(&xen.regions);
-        }
         let folder = self.0.run_folder.as_deref().ok_or(Errno::ENODEV)?;
         if let Some(regions) = self.0.regions.get() {
             return Ok(regions);
@@ -136,8 +171,12 @@ impl LinuxHost {
         Ok(self.0.regions.get_or_init(|| regions))
     }
 
-    fn xen(&self) -> Result<&Xen, Errno> {
-        self.0.xen.get().ok_or(Errno::ENODEV)
+    fn rings(&self) -> Result<&RingDevices, Errno> {
+        self.0.xen.get().and_then(|xen| xen.rings.as_ref()).ok_or(Errno::ENODEV)
+    }
+
+    fn store(&self) -> Result<&StoreClient, Errno> {
+        self.0.xen.get().and_then(|xen| xen.store.as_ref()).ok_or(Errno::ENODEV)
     }
 }
 
@@ -145,13 +184,13 @@ impl Grants for LinuxHost {
     type Page = LinuxPage;
 
     fn map(&self, dom: DomId, gref: GrantRef, write: bool) -> Result<LinuxPage, Errno> {
-        self.xen()?.gntdev.map(dom, gref, write)
+        self.rings()?.gntdev.map(dom, gref, write)
     }
     fn copy_in(&self, dom: DomId, segments: &[GrantSegment], private: &mut [u8]) -> Result<(), Errno> {
-        self.xen()?.gntdev.copy_in(dom, segments, private)
+        self.rings()?.gntdev.copy_in(dom, segments, private)
     }
     fn copy_out(&self, dom: DomId, segments: &[GrantSegment], private: &[u8]) -> Result<(), Errno> {
-        self.xen()?.gntdev.copy_out(dom, segments, private)
+        self.rings()?.gntdev.copy_out(dom, segments, private)
     }
 }
 
@@ -159,7 +198,7 @@ impl Events for LinuxHost {
     type Channel = LinuxChannel;
 
     fn bind_interdomain(&self, dom: DomId, remote: Port) -> Result<LinuxChannel, Errno> {
-        self.xen()?.evtchn.bind(dom, remote)
+        self.rings()?.evtchn.bind(dom, remote)
     }
 }
 
@@ -190,21 +229,21 @@ impl Xenstore for LinuxHost {
     type Watcher = StoreWatcher;
 
     async fn read(&self, path: &str) -> Result<Vec<u8>, Errno> {
-        self.xen()?.store.read(path).await
+        self.store()?.read(path).await
     }
     async fn write(&self, path: &str, value: &[u8]) -> Result<(), Errno> {
-        self.xen()?.store.write(path, value).await
+        self.store()?.write(path, value).await
     }
     async fn remove(&self, path: &str) -> Result<(), Errno> {
-        self.xen()?.store.remove(path).await
+        self.store()?.remove(path).await
     }
     async fn directory(&self, path: &str) -> Result<Vec<String>, Errno> {
-        self.xen()?.store.directory(path).await
+        self.store()?.directory(path).await
     }
     async fn watch(&self, path: &str) -> Result<StoreWatcher, Errno> {
-        self.xen()?.store.watch(path).await
+        self.store()?.watch(path).await
     }
     async fn transaction(&self) -> Result<StoreTransaction, Errno> {
-        self.xen()?.store.transaction().await
+        self.store()?.transaction().await
     }
 }

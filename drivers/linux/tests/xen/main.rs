@@ -16,7 +16,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use tap_conformance::{Pair, Place, Test, events, grants, pages, store, transactions, watches};
 use tap_host::{DomId, Xenstore};
-use tap_linux::{LinuxHost, Options, StorePlaces, XenOptions, run};
+use tap_linux::{LinuxHost, Options, Rings, StorePlaces, XenOptions, run};
 
 /// The devices that these tests need.
 const DEVICES: [&str; 4] = ["/dev/xen/gntdev", "/dev/xen/gntalloc", "/dev/xen/evtchn", XENBUS];
@@ -73,7 +73,8 @@ fn missing() -> Option<&'static str> {
 fn in_dom0<P: 'static>(store: StorePlaces, test: &Test<P>, place: MakePlace<P>) -> Result<(), Failed> {
     let run_folder = tempfile::tempdir()?;
     let options = Options {
-        xen: Some(XenOptions { run_folder: run_folder.path().into(), store }),
+        run_folder: Some(run_folder.path().into()),
+        xen: Some(XenOptions { rings: Rings::Needed, store: Some(store) }),
         ..Options::default()
     };
     let folder = format!("/tap-conformance-{}-{}", std::process::id(), test.name);

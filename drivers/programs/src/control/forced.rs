@@ -2,7 +2,7 @@
 
 use super::ControlledHost;
 use super::settings::Settings;
-use super::vbd::{Forced, Vbd};
+use super::vbd::{Closing, Forced, Vbd};
 use std::rc::Rc;
 use tap_control::Refusal;
 use tap_host::{Errno, unless};
@@ -45,13 +45,13 @@ impl<H: ControlledHost> Vbd<H> {
         if let Some(forced) = &*self.forced.borrow() {
             return Rc::clone(forced);
         }
-        self.hang_up();
+        self.hang_up(&settings.host);
         let forced = Rc::<Forced>::default();
         *self.forced.borrow_mut() = Some(Rc::clone(&forced));
         let (own, all, under_way) = (Rc::clone(self), Rc::clone(settings), Rc::clone(&forced));
         settings.host.spawn("forced close", u64::from(self.minor()), async move {
             let _turn = own.turn.acquire().await;
-            let result = own.close(&all, true).await;
+            let result = own.close(&all, Closing::Forced).await;
             if under_way.late.get() {
                 let text = result.as_ref().map_or_else(|why| why.words.as_str(), |()| "it is closed now");
                 all.console.err(&format!("tapdisk: minor {}, whose close was forced: {text}", own.minor()));

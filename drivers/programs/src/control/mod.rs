@@ -40,11 +40,12 @@ use tap_control::json::{Json, Verbs};
 use tap_control::{Control, FOLDER, TapCtl, json_socket_of, socket_of};
 use tap_core::Disks;
 use tap_core::wait::Event as Flag;
-use tap_host::{Errno, Signals, Sockets, select};
+use tap_host::{Errno, Events, Grants, SharedPages, Signals, Sockets, select};
 use vbds::Vbds;
 
 tap_host::listed! {
     pub(super) BUGS: Bug with [forced::BUGS, metrics::BUGS, vbd::BUGS, vbds::BUGS];
+    ENDS_UNHEARD = "ends-unheard", "a tapdisk that ends gives its control sockets up while guests use its disks";
 }
 
 tap_host::listed! {
@@ -52,8 +53,8 @@ tap_host::listed! {
 }
 
 /// The parts of a host that controlled disks use.
-pub trait ControlledHost: DiskHost + Signals {}
-impl<T: DiskHost + Signals> ControlledHost for T {}
+pub trait ControlledHost: DiskHost + Signals + Grants + Events + SharedPages {}
+impl<T: DiskHost + Signals + Grants + Events + SharedPages> ControlledHost for T {}
 
 /// The command line of `tapdisk control`. The main carries out `fork` and `pid_file` before there is a host; in a world
 /// they have no effect.
@@ -115,15 +116,22 @@ pub async fn run<H: ControlledHost>(
     let memory = args.images.budget(&tuning);
     let vbds = Rc::new(Vbds::new(host.clone(), args, memory.clone(), tuning, disks, Rc::clone(&console)));
     let over = Flag::new();
-    let ended = async {
-        select(stopped, vbds.last_detached()).await;
-        over.set();
-    };
     let tap_ctl = Control::new(host.clone(), TapCtl(Rc::clone(&vbds)));
-    let beside = Control::new(host, Json(Rc::clone(&vbds)));
-    join(tap_ctl.serve(messages, ended), beside.serve(json, over.wait())).await;
+    let beside = Control::new(host.clone(), Json(Rc::clone(&vbds)));
+    // Heard until nothing is in use any more: whoever cannot reach it takes it for dead, and its guests for gone.
+    let closed = async {
+        select(stopped, vbds.last_detached()).await;
+        if host.bug(&ENDS_UNHEARD) {
+            over.set();
+        }
+        let failures = vbds.close_all().await;
+        over.set();
+        failures
+    };
+    let serving = join(tap_ctl.serve(messages, over.wait()), beside.serve(json, over.wait()));
+    let (_, failures) = join(serving, closed).await;
     let mut status = 0;
-    for failure in vbds.close_all().await {
+    for failure in failures {
         console.err(&format!("tapdisk: failed to {failure}"));
         status = 1;
     }

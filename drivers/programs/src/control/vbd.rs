@@ -8,6 +8,7 @@
 //! ```
 
 mod commit;
+pub(super) mod guests;
 mod priority;
 mod snapshot;
 mod told;
@@ -20,6 +21,7 @@ use crate::spec::DiskSpec;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
+use tap_abi::blkif::INFO_READ_ONLY;
 use tap_abi::tapctl::{Entry, Image, Params, Text, state};
 use tap_control::Refusal;
 use tap_control::json::{self, Happened};
@@ -30,10 +32,11 @@ use tap_images::{Formats, ImageError, sync_file, sync_name};
 use tap_nbd::{Export, Server, ServerLimits};
 
 pub(super) use commit::Asked as Merging;
+use guests::Guests;
 pub(super) use snapshot::Names;
 
 tap_host::listed! {
-    pub(super) BUGS: Bug with [commit::BUGS, priority::BUGS, snapshot::BUGS, told::BUGS];
+    pub(super) BUGS: Bug with [commit::BUGS, guests::BUGS, priority::BUGS, snapshot::BUGS, told::BUGS];
     RESUMED_WITHOUT = "resumed-without", "a disk whose image cannot be opened again lets requests through without one";
     RESUME_KEEPS_NAME = "resume-keeps-name", "a disk that was resumed with another image opens the first one at the next resume";
     UNMARKED_LATER = "unmarked-later", "a detach is answered before others can have the minor number";
@@ -47,7 +50,7 @@ tap_host::listed! {
 }
 
 tap_host::listed! {
-    pub(super) MARKS: Mark with [commit::MARKS, priority::MARKS, snapshot::MARKS];
+    pub(super) MARKS: Mark with [commit::MARKS, guests::MARKS, priority::MARKS, snapshot::MARKS];
     RESUMED_ELSEWHERE = "resumed-elsewhere", "a disk was resumed with another image";
     RESUME_REFUSED = "resume-refused", "a resume failed, and the disk went on with the image that it had";
     RESUME_FAILED = "resume-failed", "a resume failed, and the disk stayed paused";
@@ -78,6 +81,17 @@ pub(super) struct Forced {
     pub(super) result: RefCell<Option<Result<(), Refusal>>>,
 }
 
+/// Why a disk is closed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Closing {
+    /// Somebody asked for it.
+    Asked,
+    /// Somebody insists.
+    Forced,
+    /// The process ends.
+    Ending,
+}
+
 /// Whether an open disk runs.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Stage {
@@ -100,6 +114,10 @@ struct Open<H: ControlledHost> {
     /// The file of its image, if it is one.
     file: Cell<Option<FileId>>,
     disk: Rc<Disk<H>>,
+    /// What its users use.
+    node: Rc<dyn Node>,
+    /// Those who do so through a ring.
+    guests: RefCell<Guests>,
     listed: RefCell<Listed<H>>,
     server: Server<H>,
     /// Completes when the server has ended.
@@ -154,18 +172,22 @@ impl<H: ControlledHost> Vbd<H> {
         self.open.borrow().as_ref().map(|open| open.name.borrow().clone())
     }
 
-    /// Closes the connections of its clients at once, without answers.
-    pub(super) fn hang_up(&self) {
+    /// Cuts off its clients and guests at once, without answers.
+    pub(super) fn hang_up(&self, host: &H) {
         if let Some(open) = &*self.open.borrow() {
             open.server.hang_up();
+            open.leave_guests(host, true);
         }
     }
 
     /// Its size.
     pub(super) fn image(&self) -> Result<Image, Refusal> {
         let info = self.opened(&format!("describe minor {}", self.minor))?.disk.slot().info();
-        let (sectors, sector_size) = (info.size_sectors.into(), (SECTOR_BYTES as u32).into());
-        Ok(Image { sectors, sector_size, ..Image::default() })
+        Ok(Image {
+            sectors: info.size_sectors.into(),
+            sector_size: (SECTOR_BYTES as u32).into(),
+            info: if info.read_only { INFO_READ_ONLY } else { 0 }.into(),
+        })
     }
 
     /// Opens an image, and serves it.
@@ -208,7 +230,8 @@ impl<H: ControlledHost> Vbd<H> {
             return Err(refused(&error));
         }
         listed.fill(&name, &disk);
-        let exported = self.export(settings, tuning.disk(&spec, disk.node()), !options.write).await;
+        let node = tuning.disk(&spec, disk.node());
+        let exported = self.export(settings, Rc::clone(&node), !options.write).await;
         let (server, served) = match exported {
             Ok(exported) => exported,
             Err(why) => {
@@ -225,6 +248,8 @@ impl<H: ControlledHost> Vbd<H> {
             stage: Cell::new(Stage::Running),
             file,
             disk,
+            node,
+            guests: RefCell::default(),
             listed: RefCell::new(listed),
             server,
             served: RefCell::new(Some(served)),
@@ -386,15 +411,24 @@ impl<H: ControlledHost> Vbd<H> {
         Ok(())
     }
 
-    /// Stops serving the image and closes it. With `force`, and if it is paused, its clients lose their connections at
-    /// once, and nothing that is in flight is answered: they can send it to whoever serves the image next.
-    pub(super) async fn close(&self, settings: &Settings<H>, force: bool) -> Result<(), Refusal> {
+    /// Stops serving the image and closes it. If that is forced, or it is paused, its clients lose their connections at
+    /// once, and nothing that is in flight is answered: they can send it to whoever serves the image next. Guests on
+    /// rings do so by themselves.
+    pub(super) async fn close(&self, settings: &Settings<H>, why: Closing) -> Result<(), Refusal> {
         let Some(open) = self.open.borrow().clone() else { return Ok(()) };
-        if force {
-            open.server.hang_up();
+        let force = why == Closing::Forced;
+        match why {
+            Closing::Asked => self.unused(settings, &open)?,
+            Closing::Forced => self.hang_up(&settings.host),
+            Closing::Ending => {}
         }
         self.end_job(settings).await;
+        if why == Closing::Asked {
+            // One may have come meanwhile.
+            self.unused(settings, &open)?;
+        }
         let paused = open.stage.replace(Stage::Closing) != Stage::Running;
+        open.leave_guests(&settings.host, force || paused);
         self.tell(settings, Happened::Closing);
         if paused {
             settings.host.mark(&CLOSED_PAUSED);
@@ -402,6 +436,7 @@ impl<H: ControlledHost> Vbd<H> {
         let waits = !force && (!paused || settings.host.bug(&PAUSED_CLOSE_WAITS));
         let closed = if waits {
             open.server.stop().await;
+            open.guests_gone().await;
             open.disk.close().await
         } else {
             // Before the disk is closed: requests that are held fail then.
@@ -410,6 +445,7 @@ impl<H: ControlledHost> Vbd<H> {
             }
             let closed = open.disk.close().await;
             open.server.stop().await;
+            open.guests_gone().await;
             closed
         };
         let served = open.served.take();
@@ -456,6 +492,7 @@ impl<H: ControlledHost> Vbd<H> {
             waiting: open.map_or(0, |open| open.disk.slot().waiting() as u64),
             nbd_clients: open.map_or(0, |open| open.server.connections() as u64),
             ionice: open.and_then(|open| open.ionice()),
+            guests: open.map_or_else(Vec::new, |open| open.listed_guests()),
         }
     }
 

@@ -2,7 +2,8 @@
 
 use super::metrics;
 use super::settings::Settings;
-use super::vbd::{Merging, Names, Vbd};
+use super::vbd::guests::{Wanted, id_of, not_connected};
+use super::vbd::{Closing, Merging, Names, Vbd};
 use super::{ControlArgs, ControlledHost};
 use crate::ctl::{is_named, marker_of};
 use crate::{Console, Tuning};
@@ -13,7 +14,7 @@ use tap_abi::tapctl::{ALL, Kind, Message, Minors, Params, PidOf};
 use tap_control::{Answer, Refusal, Verbs, json};
 use tap_core::Disks;
 use tap_core::wait::{Event as Flag, Permit, joined};
-use tap_host::{Budget, Either, Errno, File, LockKind, OpenMode, select};
+use tap_host::{Budget, DomId, Either, Errno, File, GrantRef, LockKind, OpenMode, Port, VbdId, select};
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
@@ -74,7 +75,7 @@ impl<H: ControlledHost> Vbds<H> {
             let (minor, settings) = (u64::from(vbd.minor()), Rc::clone(&self.settings));
             let (task, closed) = joined(async move {
                 let _turn = vbd.turn.acquire().await;
-                vbd.close(&settings, false).await
+                vbd.close(&settings, Closing::Ending).await
             });
             host.spawn("close", minor, task);
             closing.push(closed);
@@ -129,6 +130,9 @@ impl<H: ControlledHost> Vbds<H> {
 
     async fn attach(&self, minor: u16) -> Result<(), Refusal> {
         let what = format!("attach minor {minor}");
+        if self.ending.get() {
+            return Err(Refusal::new(Errno::ESHUTDOWN, format!("{what}: the tapdisk ends")));
+        }
         if self.all.borrow().contains_key(&minor) {
             return Err(Refusal::new(Errno::EEXIST, format!("{what}: this tapdisk has it already")));
         }
@@ -253,7 +257,7 @@ impl<H: ControlledHost> Vbds<H> {
             }
             Kind::Close => {
                 let (vbd, _turn) = self.turn(minor, "close").await?;
-                vbd.close(settings, false).await.map(|()| done(kind))
+                vbd.close(settings, Closing::Asked).await.map(|()| done(kind))
             }
             // Not in its turn: what came before may wait for storage.
             Kind::ForceShutdown => {
@@ -267,11 +271,30 @@ impl<H: ControlledHost> Vbds<H> {
                 let (vbd, _turn) = self.turn(minor, "resume").await?;
                 vbd.resume(settings, &message.body()).await.map(|()| done(kind))
             }
+            Kind::XenblkifConnect => self.connect(minor, &Wanted::of(&message.body())?).map(|_| done(kind)),
+            // Not in its turn, because it waits for requests of the guest; by the guest, because others do not say the
+            // minor number.
+            Kind::XenblkifDisconnect => {
+                let id = id_of(&message.body(), "disconnect a guest")?;
+                let vbd = self.attached().into_iter().find(|vbd| vbd.has_guest(id));
+                let vbd = vbd.ok_or_else(|| not_connected(id))?;
+                vbd.disconnect(settings, id).await.map(|()| done(kind))
+            }
             other => {
                 let words = format!("carry out {other:?}: this tapdisk cannot do that");
                 Err(Refusal::new(Errno::EOPNOTSUPP, words))
             }
         }
+    }
+
+    /// At once: whoever asks and does not wait for the answer knows that a later request comes later.
+    fn connect(&self, minor: u16, wanted: &Wanted) -> Result<json::Guest, Refusal> {
+        let vbd = self.get(minor, "connect a guest to")?;
+        if self.ending.get() || vbd.closes_late() {
+            let words = format!("connect a guest to minor {minor}: it is being closed");
+            return Err(Refusal::new(Errno::ESHUTDOWN, words));
+        }
+        vbd.connect(&self.settings, wanted)
     }
 
     /// What a request in JSON is answered with.
@@ -306,6 +329,12 @@ impl<H: ControlledHost> Vbds<H> {
             json::Request::Set { minor, ionice } => {
                 let (vbd, _turn) = self.turn(minor, "set the priority of").await?;
                 vbd.set(&self.settings, ionice.as_deref()).await.map(json::Reply::Set)
+            }
+            json::Request::Connect { minor, domid, devid, ring_ref, port, size_sectors, read_only } => {
+                let id = (DomId(domid), VbdId(devid));
+                let (ring_ref, port) = (GrantRef(ring_ref), Port(port));
+                let wanted = Wanted { id, ring_ref, port, size_sectors: Some(size_sectors), read_only };
+                self.connect(minor, &wanted).map(json::Reply::Guest)
             }
             json::Request::Stats { minor } => {
                 let disks = match minor {

@@ -2,6 +2,7 @@
 
 use super::list::printable;
 use super::{AT_ONCE_S, Ctl, CtlHost, Failure, Launch};
+use crate::vdev;
 use clap::Args;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use serde::Serialize;
@@ -10,8 +11,8 @@ use std::collections::BTreeSet;
 use std::future::pending;
 use std::pin::pin;
 use tap_control::client::CallError;
-use tap_control::json::{News, Standing};
-use tap_host::{Errno, unless};
+use tap_control::json::{Guest, News, Standing};
+use tap_host::{Errno, VbdId, unless};
 
 tap_host::listed! {
     pub(super) MARKS: Mark;
@@ -36,6 +37,11 @@ struct Row<'a> {
     news: &'a News,
 }
 
+/// A guest, and its disk in it.
+fn guest(guest: &Guest) -> String {
+    format!("{}/{}", guest.domid, vdev::show(VbdId(guest.devid)))
+}
+
 /// The lines for people: one, or for a state one for each disk.
 fn lines(pid: u32, news: &News) -> Vec<String> {
     let event = json!(news.event);
@@ -46,7 +52,10 @@ fn lines(pid: u32, news: &News) -> Vec<String> {
             let state = json!(disk.state);
             let args = disk.image.as_ref().map(|image| format!(" args={}", printable(image)));
             let state = state.as_str().unwrap_or_default();
-            format!(" state={state} nbd_clients={}{}", disk.nbd_clients, args.unwrap_or_default())
+            let guests: Vec<String> = disk.guests.iter().map(guest).collect();
+            let guests =
+                if guests.is_empty() { String::new() } else { format!(" guests={}", guests.join(",")) };
+            format!(" state={state} nbd_clients={}{guests}{}", disk.nbd_clients, args.unwrap_or_default())
         });
         format!("{begin} minor={minor}{}", disk.unwrap_or_default())
     };
@@ -151,8 +160,17 @@ mod tests {
             read_only: Some(false),
             nbd_clients: 2,
             ionice: None,
+            guests: Vec::new(),
         };
         let closed = Standing { state: State::Closed, image: None, nbd_clients: 0, ..disk(4) };
+        let guests = vec![Guest { domid: 7, devid: 51712, read_only: false, error: None }];
+        let used = News { disk: Some(Standing { guests, ..disk(3) }), ..News::of(8, 0, Happened::Guests) };
+        assert_eq!(
+            lines(17, &News { minor: Some(3), ..used }),
+            [
+                "0.000000 pid=17 seq=8 event=guests minor=3 state=running nbd_clients=2 guests=7/xvda args=raw:/a\\u{1b}"
+            ]
+        );
         let state =
             News { disks: Some(vec![disk(3), closed]), ..News::of(7, 1_000_234_567, Happened::State) };
         assert_eq!(

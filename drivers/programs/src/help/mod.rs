@@ -27,6 +27,11 @@ pub(crate) fn ctl() -> String {
     filled(include_str!("ctl.txt"))
 }
 
+/// After the help of `tapback`.
+pub(crate) fn tapback() -> String {
+    filled(include_str!("tapback.txt"))
+}
+
 /// After the help of `tap-img`.
 pub(crate) fn img() -> String {
     filled(include_str!("img.txt"))
@@ -52,13 +57,13 @@ mod tests {
     #[test]
     fn help_texts_name_every_format_and_have_no_placeholder_left() {
         let [serve, xen, attach, img] = [serve(), xen(), attach(), img()];
-        let [control, ctl, commit] = [control(), ctl(), commit()];
+        let [control, ctl, commit, tapback] = [control(), ctl(), commit(), tapback()];
         for format in SHIPPED {
             assert!([&serve, &attach, &ctl].iter().all(|text| text.contains(&format!("{format}:PATH"))));
             assert!(img.contains(&format!("{format} (")));
         }
         let left = ["{specs}", "{formats}"];
-        let all = [serve, xen, attach, img, control, ctl, commit];
+        let all = [serve, xen, attach, img, control, ctl, commit, tapback];
         assert!(all.iter().all(|text| !left.iter().any(|name| text.contains(name)) && !text.ends_with('\n')));
     }
 }

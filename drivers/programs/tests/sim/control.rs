@@ -346,7 +346,12 @@ fn a_disk_that_cannot_pause_in_time_goes_on() {
 }
 
 /// Sends `bytes` to a control socket in pieces of `piece` bytes, and returns what comes back.
-async fn messages(admin: &Rc<Admin>, pid: u32, bytes: &[u8], piece: usize) -> Result<Vec<u8>, Errno> {
+pub(crate) async fn messages(
+    admin: &Rc<Admin>,
+    pid: u32,
+    bytes: &[u8],
+    piece: usize,
+) -> Result<Vec<u8>, Errno> {
     raw(admin, &tap_control::socket_of("/run/blktap-control", pid), bytes, piece).await
 }
 

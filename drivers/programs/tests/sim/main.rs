@@ -2,6 +2,7 @@
 
 mod attach;
 mod control;
+mod given;
 mod guests;
 mod json;
 mod serve;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::Duration;
 use tap_linux::{
-    AioEngine, Divided, Level, LinuxHost, Options, PidFile, Starting, XenOptions, divide,
+    AioEngine, Divided, Level, LinuxHost, Options, PidFile, Rings, Starting, XenOptions, divide,
     remove_dead_sockets, resolve_without_plugins, set_io_priority, writes_for_the_kernel,
 };
 use tap_programs::ctl::owner_of;
@@ -65,9 +65,10 @@ fn serve(cli: Cli, starting: Option<Starting>) -> Result<u8, String> {
         },
         log_level: if cli.verbose { Level::Debug } else { Level::Info },
         poll: Duration::from_micros(cli.poll_us.into()),
-        run_folder: Some(run_folder.clone()),
+        run_folder: Some(run_folder),
         xen: match &cli.command {
-            Command::Xen(_) => Some(XenOptions { run_folder, ..XenOptions::default() }),
+            Command::Xen(_) => Some(XenOptions::default()),
+            Command::Control(_) => Some(XenOptions { rings: Rings::IfThere, store: None }),
             _ => None,
         },
         ..Options::default()

@@ -327,7 +327,8 @@ fn held_up() -> Done {
     writer.wait()?;
     tool("kill", &["-TERM", &pid])?;
     std::thread::sleep(Duration::from_millis(1500));
-    assert_eq!(place.run(&format!("stats -p {pid} -m 0"))?.0, 2, "it takes no request any more");
+    let (status, said) = place.run(&format!("attach -p {pid} -m 1"))?;
+    assert!(status == 108 && said.contains("the tapdisk ends"), "{status}: {said}");
     assert!(std::path::Path::new(&format!("/proc/{pid}/fd/0")).exists(), "it waits for its storage");
     tool("kill", &["-TERM", &pid])?;
     until_gone(pid.parse()?);

@@ -14,6 +14,7 @@ mod admin;
 mod commits;
 mod crowd;
 mod events;
+mod given;
 mod json;
 mod listeners;
 mod openmetrics;
@@ -47,6 +48,7 @@ use tap_images::ImageSpec;
 use tap_nbd::{Breaks, Client, ClientConfig};
 
 pub use commits::BESIDE_MERGE;
+pub use given::{GIVEN, GIVEN_ACT};
 pub use json::JSON_SENT;
 pub use listeners::LISTENS;
 pub use setters::PRIORITIES;

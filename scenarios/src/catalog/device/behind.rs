@@ -182,7 +182,7 @@ impl Behind {
     /// The toolstack removes the disk, and the back end forgets it.
     async fn unplug(&self) {
         let done = async {
-            self.toolstack.take_offline(&self.attached).await?;
+            self.toolstack.take_offline(&self.attached, false).await?;
             remove_vbd(&self.toolstack.toolstack.port, &self.attached.paths).await
         };
         if let Err(error) = done.await {
@@ -197,7 +197,7 @@ impl Behind {
         self.attached.node.kill();
         self.attached.node.dead().await;
         let done = async {
-            self.toolstack.force_offline(&self.attached).await?;
+            self.toolstack.take_offline(&self.attached, true).await?;
             // xl does not wait longer than once. The kernel does, for requests that wait for the next tapdisk.
             let mut tries = 0;
             while let Err(error) = self.toolstack.wait_for_back(&self.attached, b"6").await {

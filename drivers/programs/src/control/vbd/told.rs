@@ -16,9 +16,9 @@ tap_host::listed! {
 impl<H: ControlledHost> Vbd<H> {
     /// As it is, apart from its counters.
     pub(in crate::control) fn standing(&self, host: &H) -> Standing {
-        let Listed { minor, state, image, size_sectors, read_only, nbd_clients, ionice, .. } =
+        let Listed { minor, state, image, size_sectors, read_only, nbd_clients, ionice, guests, .. } =
             self.listed(host);
-        Standing { minor, state, image, size_sectors, read_only, nbd_clients, ionice }
+        Standing { minor, state, image, size_sectors, read_only, nbd_clients, ionice, guests }
     }
 
     /// Says what happened to it, once it is so.

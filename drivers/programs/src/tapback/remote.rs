@@ -1,0 +1,359 @@
+//! A disk that a tapdisk serves: its ring is connected there, and followed when that tapdisk dies and another has the
+//! disk.
+//!
+//! ```text
+//!   shown ──► find the disk ──► connect ──► follow: events of the tapdisk ──┬─ told to close ──► disconnect
+//!                 ▲                                                         ├─ ring given up ──► refused
+//!                 └───────────── pause ◄── gone: died, or closed by force ──┘
+//! ```
+
+use super::BackHost;
+use super::tapdisks::{Given, Place, Tapdisks};
+use crate::{Console, vdev};
+use std::cell::Cell;
+use std::rc::Rc;
+use tap_abi::blkif::INFO_READ_ONLY;
+use tap_abi::tapctl::Image;
+use tap_control::client::CallError;
+use tap_control::json::{Guest, News, Standing};
+use tap_core::wait::joined;
+use tap_host::{DomId, Either, Errno, Patience, Transaction, VbdId, select};
+use tap_ring::{ConnectError, RingCloser, RingConfig, RingEnd};
+use tap_xenbus::{ServedDisk, Serving, Shown, patiently};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    RING_NOT_FOLLOWED = "ring-not-followed", "a guest whose tapdisk died is not given to the one that has its disk since";
+    CLOSED_UNRELEASED = "closed-unreleased", "a device counts as closed while a tapdisk serves its ring";
+}
+
+tap_host::listed! {
+    pub(super) MARKS: Mark;
+    RING_FOLLOWED = "ring-followed", "a guest whose tapdisk was gone was given to the one that has its disk";
+    RING_LOST = "ring-lost", "tapback heard that a ring is not served any more";
+}
+
+/// How often a disk that is gone is looked for, in nanoseconds.
+const LOOK_PAUSE_NS: u64 = 500_000_000;
+/// How long a disk may take to be there, in nanoseconds: its tapdisk may be starting again. A toolstack waits ten
+/// seconds.
+const FIND_PATIENCE_NS: u64 = 6_000_000_000;
+/// How long a disk that is there may take to get a ring, in nanoseconds: a predecessor may be dying.
+const GIVE_PATIENCE_NS: u64 = 2_000_000_000;
+
+/// The name of the disk in xenstore: the socket where its tapdisk offers it over NBD.
+const PATH_KEY: &str = "physical-device-path";
+/// Whose time the guest's I/O takes.
+const PID_KEY: &str = "kthread-pid";
+
+/// Why a ring is not served any more.
+enum Lost {
+    /// Its tapdisk has died, or closed the disk.
+    Gone,
+    /// Its tapdisk gave it up, because of what the guest wrote.
+    Failed,
+}
+
+/// The disk of one device.
+pub(super) struct Remote<H: BackHost>(Rc<Inner<H>>);
+
+struct Inner<H: BackHost> {
+    tapdisks: Rc<Tapdisks<H>>,
+    console: Rc<dyn Console>,
+    backend: String,
+    dom: DomId,
+    vbd: VbdId,
+    /// Where it was found, and what it was.
+    found: Cell<Option<(Place, Image)>>,
+}
+
+impl<H: BackHost> Remote<H> {
+    pub(super) fn new(
+        tapdisks: Rc<Tapdisks<H>>,
+        console: Rc<dyn Console>,
+        backend: String,
+        dom: DomId,
+        vbd: VbdId,
+    ) -> Self {
+        Self(Rc::new(Inner { tapdisks, console, backend, dom, vbd, found: Cell::new(None) }))
+    }
+}
+
+impl<H: BackHost> ServedDisk<H> for Remote<H> {
+    async fn shown(&self) -> Result<Shown, String> {
+        let host = &self.0.tapdisks.host;
+        let until_ns = host.now_ns().saturating_add(FIND_PATIENCE_NS);
+        let mut patience = Patience::until();
+        let image = loop {
+            match self.0.find().await {
+                Err(why) if !patience.again_before(host, until_ns).await => return Err(why),
+                Err(_) => {}
+                Ok((_, image)) => break image,
+            }
+        };
+        Ok(Shown::sized(image.sectors.get(), image.info.get() & INFO_READ_ONLY != 0))
+    }
+
+    async fn connect(&self, host: &H, ring: RingConfig) -> Result<Serving, ConnectError> {
+        let told = |words: String| ConnectError::Told { words };
+        let Some((_, image)) = self.0.found.get() else {
+            return Err(told("find the disk in a tapdisk".to_owned()));
+        };
+        // What the guest is told, or was.
+        let (key, read_only) = ((ring.ring_ref, ring.port), ring.read_only);
+        let given = Given { ring: key, size_sectors: image.sectors.get(), read_only };
+        let until_ns = host.now_ns().saturating_add(GIVE_PATIENCE_NS);
+        let mut patience = Patience::until();
+        let place = loop {
+            match self.0.give_again(given).await {
+                Err((_, true)) if patience.again_before(host, until_ns).await => {}
+                Err((why, _)) => return Err(told(why)),
+                Ok(place) => break place,
+            }
+        };
+        let closer = RingCloser::default();
+        let (own, order) = (Rc::clone(&self.0), closer.clone());
+        let (task, ended) = joined(async move { own.follow(place, given, order).await });
+        host.spawn("follow", u64::from(self.0.dom.0) << 32 | u64::from(self.0.vbd.0), task);
+        Ok(Serving { closer, ended })
+    }
+
+    async fn release(&self) {
+        if self.0.tapdisks.host.bug(&CLOSED_UNRELEASED) {
+            return;
+        }
+        // Not known to this process, it may be anywhere.
+        let found = match self.0.found.get() {
+            Some((place, _)) => Some(place),
+            None => self.0.find().await.ok().map(|(place, _)| place),
+        };
+        // Usually there is none, and a request that is refused is mentioned in a log.
+        if let Some(place) = found
+            && self.0.tapdisks.at(place.pid).serves(self.0.dom, self.0.vbd).await
+        {
+            self.0.take_back(place).await;
+        }
+    }
+
+    async fn close(&self, over: bool) -> Result<(), Errno> {
+        if over {
+            self.release().await;
+        }
+        Ok(())
+    }
+}
+
+impl<H: BackHost> Inner<H> {
+    fn name(&self) -> String {
+        format!("{}/{}", self.dom.0, vdev::show(self.vbd))
+    }
+
+    /// Looks for the disk that xenstore names, and remembers it.
+    async fn find(&self) -> Result<(Place, Image), String> {
+        let (host, path) = (&self.tapdisks.host, format!("{}/{PATH_KEY}", self.backend));
+        let named = match patiently(host, async || host.read(&path).await).await {
+            Ok(value) => String::from_utf8_lossy(&value).into_owned(),
+            Err(Errno::ENOENT) => {
+                return Err(format!(
+                    "find {path} in xenstore; the script writes it once tap-ctl has opened the disk"
+                ));
+            }
+            Err(error) => return Err(format!("read {path} in xenstore: {error}")),
+        };
+        let known = Place::of(&named, self.tapdisks.folder()).ok_or_else(|| {
+            format!("read {path} in xenstore: {named:?} is not {}/nbd<pid>.<minor>", self.tapdisks.folder())
+        })?;
+        let found = self.tapdisks.find(known).await?;
+        if found.0 != known {
+            self.rename(&named, found.0).await?;
+        }
+        self.found.set(Some(found));
+        Ok(found)
+    }
+
+    /// Writes where the disk is, and whose time its I/O takes, unless somebody else has named another since.
+    async fn rename(&self, old: &str, place: Place) -> Result<(), String> {
+        let host = &self.tapdisks.host;
+        let write = async || {
+            let tx = host.transaction().await?;
+            let path = format!("{}/{PATH_KEY}", self.backend);
+            if tx.read(&path).await? != old.as_bytes() {
+                return Ok(());
+            }
+            tx.write(&path, self.tapdisks.path_of(place).as_bytes()).await?;
+            tx.write(&format!("{}/{PID_KEY}", self.backend), place.pid.to_string().as_bytes()).await?;
+            tx.commit().await
+        };
+        loop {
+            match patiently(host, write).await {
+                Err(Errno::EAGAIN) => {}
+                // The device is gone; its end is noticed elsewhere.
+                Ok(()) | Err(Errno::ENOENT) => return Ok(()),
+                Err(error) => return Err(format!("write {}/{PATH_KEY} in xenstore: {error}", self.backend)),
+            }
+        }
+    }
+
+    /// Takes the ring back, and returns once no tapdisk serves it.
+    async fn take_back(&self, place: Place) {
+        let mut told = false;
+        loop {
+            match self.tapdisks.at(place.pid).disconnect(self.dom, self.vbd).await {
+                Ok(()) => return,
+                Err(why) if is_not_there(&why) => return,
+                Err(why) => {
+                    if !std::mem::replace(&mut told, true) {
+                        self.console.err(&format!("tapback: {}: failed to {why}", self.name()));
+                    }
+                    self.tapdisks.host.sleep_ns(LOOK_PAUSE_NS).await;
+                }
+            }
+        }
+    }
+
+    /// Keeps the ring served, wherever its disk is, until `order` says otherwise.
+    async fn follow(&self, mut place: Place, given: Given, order: RingCloser) -> RingEnd {
+        loop {
+            let given_ns = self.tapdisks.host.now_ns();
+            match select(order.told(), self.listen(place)).await {
+                Either::First(RingEnd::Closed) => {
+                    if !self.tapdisks.host.bug(&CLOSED_UNRELEASED) {
+                        self.take_back(place).await;
+                    }
+                    return RingEnd::Closed;
+                }
+                // Its tapdisk goes on without us.
+                Either::First(end) => return end,
+                Either::Second(Lost::Failed) => {
+                    return RingEnd::Refused("its tapdisk gave it up; the log of that says why");
+                }
+                Either::Second(Lost::Gone) => {}
+            }
+            self.tapdisks.host.mark(&RING_LOST);
+            self.console.err(&format!(
+                "tapback: {}: its disk is not open any more; the guest waits until a tapdisk has minor {} open again",
+                self.name(),
+                place.minor
+            ));
+            match self.again(given, given_ns, &order).await {
+                Either::First(RingEnd::Closed) => {
+                    // What an attempt without an answer may have given.
+                    self.take_back(self.found.get().map_or(place, |(place, _)| place)).await;
+                    return RingEnd::Closed;
+                }
+                Either::First(end) => return end,
+                Either::Second(found) => place = found,
+            }
+            self.tapdisks.host.mark(&RING_FOLLOWED);
+            self.console.out(&format!("{}: tapdisk {} has it", self.name(), place.pid));
+        }
+    }
+
+    /// Looks for the disk, and gives the ring to the tapdisk that has it. With the error comes whether another attempt
+    /// may succeed.
+    async fn give_again(&self, given: Given) -> Result<Place, (String, bool)> {
+        let (place, _) = self.find().await.map_err(|why| (why, true))?;
+        let answer = self.tapdisks.at(place.pid).connect(place.minor, (self.dom, self.vbd), given).await;
+        answer.map_err(|why| (why.to_string(), may_pass(&why)))?;
+        // With the process number.
+        self.rename(&self.tapdisks.path_of(place), place).await.map_err(|why| (why, true))?;
+        Ok(place)
+    }
+
+    /// Gives the ring to the tapdisk that has the disk, once there is one, unless `order` comes first. An attempt is
+    /// not given up half way: nobody would know whether it succeeded. A ring that was lost soon after it was given, at
+    /// `given_ns`, is not given at once.
+    async fn again(&self, given: Given, given_ns: u64, order: &RingCloser) -> Either<RingEnd, Place> {
+        let host = &self.tapdisks.host;
+        let mut said = String::new();
+        let soonest = host.sleep_ns(given_ns.saturating_add(LOOK_PAUSE_NS).saturating_sub(host.now_ns()));
+        if let Either::First(end) = select(order.told(), soonest).await {
+            return Either::First(end);
+        }
+        loop {
+            if host.bug(&RING_NOT_FOLLOWED) {
+                return Either::First(order.told().await);
+            }
+            match self.give_again(given).await {
+                Ok(place) => return Either::Second(place),
+                Err((why, _)) if why != said => {
+                    self.console
+                        .err(&format!("tapback: {}: failed to {why}; it is tried again", self.name()));
+                    said = why;
+                }
+                Err(_) => {}
+            }
+            if let Either::First(end) = select(order.told(), host.sleep_ns(LOOK_PAUSE_NS)).await {
+                return Either::First(end);
+            }
+        }
+    }
+
+    /// Completes once the tapdisk at `place` does not serve the ring any more.
+    async fn listen(&self, place: Place) -> Lost {
+        let asked = self.tapdisks.at(place.pid);
+        let tapdisk = asked.tapdisk();
+        loop {
+            let mut events = match tapdisk.events().await {
+                Ok(events) => events,
+                Err(why) if is_not_there(&why) => return Lost::Gone,
+                // Too many listen, or it is short of something.
+                Err(_) => {
+                    self.tapdisks.host.sleep_ns(LOOK_PAUSE_NS).await;
+                    continue;
+                }
+            };
+            while let Ok(Some(news)) = events.next().await {
+                if let Some(lost) = self.lost_in(place, &news) {
+                    return lost;
+                }
+            }
+            // The connection ended; whether the tapdisk did is found out by connecting again.
+        }
+    }
+
+    /// What `news` says about the ring, if that is bad.
+    fn lost_in(&self, place: Place, news: &News) -> Option<Lost> {
+        let is_ours = |disk: &&Standing| disk.minor == place.minor;
+        let disk = match (&news.disks, &news.disk) {
+            (Some(disks), _) => disks.iter().find(is_ours),
+            (None, Some(disk)) if is_ours(&disk) => Some(disk),
+            (None, _) => return None,
+        };
+        let guest = |disk: &Standing| disk.guests.iter().find(|guest| self.is(guest)).cloned();
+        match disk.and_then(guest) {
+            None => Some(Lost::Gone),
+            Some(guest) if guest.error.is_some() => Some(Lost::Failed),
+            Some(_) => None,
+        }
+    }
+
+    fn is(&self, guest: &Guest) -> bool {
+        (DomId(guest.domid), VbdId(guest.devid)) == (self.dom, self.vbd)
+    }
+}
+
+/// Whether nobody serves the ring where it was looked for.
+fn is_not_there(why: &CallError) -> bool {
+    matches!(
+        why,
+        CallError::Connect { error: Errno::ENOENT | Errno::ECONNREFUSED, .. }
+            | CallError::Refused { error: Errno::ENOTCONN, .. }
+    )
+}
+
+/// Whether what a tapdisk did not do may be possible soon: it died, its host lacks something, or a predecessor has the
+/// port.
+fn may_pass(why: &CallError) -> bool {
+    match why {
+        CallError::Refused { error, .. } => matches!(
+            *error,
+            Errno::EINVAL | Errno::ENOMEM | Errno::ENOSPC | Errno::EAGAIN | Errno::ENODEV | Errno::ESHUTDOWN
+        ),
+        CallError::Strange { .. } | CallError::Garbled { .. } => false,
+        CallError::Connect { .. }
+        | CallError::Broken { .. }
+        | CallError::Ended { .. }
+        | CallError::Late { .. } => true,
+    }
+}

@@ -1,0 +1,203 @@
+//! The tapdisks of a machine, as tapback sees them: where a minor number's disk is, and what can be asked of it.
+
+use crate::control::ControlledHost;
+use tap_abi::tapctl::{Blkif, Image, Kind, Message};
+use tap_control::client::{CallError, Tapdisk};
+use tap_control::json::{Disk, Disks, Guest, Request};
+use tap_control::pid_of;
+use tap_host::{DomId, Errno, GrantRef, Port, VbdId};
+
+tap_host::listed! {
+    pub(super) BUGS: Bug;
+    FOUND_BY_PID = "found-by-pid", "a disk is looked for only in the process that had it first";
+}
+
+tap_host::listed! {
+    pub(super) MARKS: Mark;
+    FOUND_ELSEWHERE = "found-elsewhere", "tapback found a disk in another tapdisk than the one that had it";
+}
+
+/// How long a tapdisk may take for an answer that needs no storage, in seconds.
+const ANSWER_S: u64 = 10;
+
+/// All tapdisks whose sockets are in one folder.
+pub(super) struct Tapdisks<H> {
+    pub(super) host: H,
+    folder: String,
+}
+
+/// A disk in a tapdisk: the process number and the minor number.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Place {
+    pub(super) pid: u32,
+    pub(super) minor: u16,
+}
+
+impl Place {
+    /// The disk that is offered at the NBD socket `path` in `folder`.
+    pub(super) fn of(path: &str, folder: &str) -> Option<Self> {
+        let name = path.strip_prefix(folder)?.strip_prefix("/nbd")?;
+        let (pid, minor) = name.split_once('.')?;
+        let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+        if !digits(pid) || !digits(minor) {
+            return None;
+        }
+        Some(Self { pid: pid.parse().ok()?, minor: minor.parse().ok()? })
+    }
+}
+
+/// A guest's ring, and what the guest knows of its disk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Given {
+    pub(super) ring: (GrantRef, Port),
+    pub(super) size_sectors: u64,
+    pub(super) read_only: bool,
+}
+
+/// What tapback asks of one tapdisk.
+pub(super) struct Asked<H>(Tapdisk<H>);
+
+impl<H: ControlledHost> Tapdisks<H> {
+    pub(super) fn new(host: H, folder: String) -> Self {
+        Self { host, folder }
+    }
+
+    pub(super) fn folder(&self) -> &str {
+        &self.folder
+    }
+
+    /// The NBD socket of a disk, which is its name in xenstore.
+    pub(super) fn path_of(&self, place: Place) -> String {
+        format!("{}/nbd{}.{}", self.folder, place.pid, place.minor)
+    }
+
+    pub(super) fn at(&self, pid: u32) -> Asked<H> {
+        Asked(Tapdisk { host: self.host.clone(), folder: self.folder.clone(), pid, limit_s: ANSWER_S })
+    }
+
+    async fn pids(&self) -> Result<Vec<u32>, String> {
+        let names = match self.host.names_in(&self.folder).await {
+            Err(Errno::ENOENT) => Vec::new(),
+            names => names.map_err(|error| format!("list {}: {error}", self.folder))?,
+        };
+        let mut pids: Vec<u32> = names.iter().filter_map(|name| pid_of(name)).collect();
+        pids.sort_unstable();
+        Ok(pids)
+    }
+
+    /// Where the disk of `known` is now: there, or in a tapdisk that has its minor number since.
+    ///
+    /// # Errors
+    /// It is not open anywhere; the sentence continues "failed to".
+    pub(super) async fn find(&self, known: Place) -> Result<(Place, Image), String> {
+        let first = match self.at(known.pid).image(known.minor).await {
+            Ok(image) => return Ok((known, image)),
+            Err(why) => why,
+        };
+        if self.host.bug(&FOUND_BY_PID) {
+            return Err(first.to_string());
+        }
+        for pid in self.pids().await?.into_iter().filter(|pid| *pid != known.pid) {
+            if let Ok(image) = self.at(pid).image(known.minor).await {
+                self.host.mark(&FOUND_ELSEWHERE);
+                return Ok((Place { pid, ..known }, image));
+            }
+        }
+        Err(first.to_string())
+    }
+
+    /// The guests that tapdisks serve, and those whose rings they gave up.
+    pub(super) async fn guests(&self) -> Result<Vec<(Asked<H>, DomId, VbdId)>, String> {
+        let mut found = Vec::new();
+        for pid in self.pids().await? {
+            // What cannot be asked has ended, or is of another kind.
+            let Ok(disks) = self.at(pid).0.json::<Disks<Disk>>(&Request::List {}).await else { continue };
+            for guest in disks.disks.into_iter().flat_map(|disk| disk.guests) {
+                found.push((self.at(pid), DomId(guest.domid), VbdId(guest.devid)));
+            }
+        }
+        Ok(found)
+    }
+}
+
+impl<H: ControlledHost> Asked<H> {
+    pub(super) fn tapdisk(&self) -> &Tapdisk<H> {
+        &self.0
+    }
+
+    pub(super) fn pid(&self) -> u32 {
+        self.0.pid
+    }
+
+    async fn image(&self, minor: u16) -> Result<Image, CallError> {
+        Ok(self.0.call(&Message::new(Kind::DiskInfo, minor)).await?.body())
+    }
+
+    /// Has it serve a ring.
+    pub(super) async fn connect(
+        &self,
+        minor: u16,
+        (dom, vbd): (DomId, VbdId),
+        given: Given,
+    ) -> Result<(), CallError> {
+        let Given { ring: (ring_ref, port), size_sectors, read_only } = given;
+        let request = Request::Connect {
+            minor,
+            domid: dom.0,
+            devid: vbd.0,
+            ring_ref: ring_ref.0,
+            port: port.0,
+            size_sectors,
+            read_only,
+        };
+        match self.0.json::<Guest>(&request).await {
+            // It began before: that one's answer was lost, or whoever asked for it died. What became of it since is
+            // told to those who listen.
+            Err(CallError::Refused { error: Errno::EALREADY, .. }) => Ok(()),
+            answer => answer.map(drop),
+        }
+    }
+
+    /// Whether it serves a ring of this device, or may do so.
+    pub(super) async fn serves(&self, dom: DomId, vbd: VbdId) -> bool {
+        match self.0.json::<Disks<Disk>>(&Request::List {}).await {
+            Ok(disks) => {
+                let guests = disks.disks.iter().flat_map(|disk| &disk.guests);
+                guests.into_iter().any(|guest| (DomId(guest.domid), VbdId(guest.devid)) == (dom, vbd))
+            }
+            Err(CallError::Connect { error: Errno::ENOENT | Errno::ECONNREFUSED, .. }) => false,
+            Err(_) => true,
+        }
+    }
+
+    /// Takes a ring away, once what was taken from it is answered; that may take as long as storage does.
+    pub(super) async fn disconnect(&self, dom: DomId, vbd: VbdId) -> Result<(), CallError> {
+        let blkif = Blkif { domid: u32::from(dom.0).into(), devid: vbd.0.into(), ..Blkif::default() };
+        let patient = Tapdisk { limit_s: 0, ..self.0.clone() };
+        patient.call(&Message::with(Kind::XenblkifDisconnect, 0, &blkif)).await.map(drop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_is_named_by_its_socket() {
+        let place = |path: &str| Place::of(path, "/run/blktap-control");
+        assert_eq!(place("/run/blktap-control/nbd17.3"), Some(Place { pid: 17, minor: 3 }));
+        for other in [
+            "",
+            "/run/blktap-control/nbd17",
+            "/run/blktap-control/nbd.3",
+            "/run/blktap-control/nbd17.65536",
+            "/run/blktap-control/nbd+7.3",
+            "/run/blktap-control/nbd-old17.3",
+            "/run/blktap-control2/nbd17.3",
+            "/run/nbd17.3",
+            "/dev/xen/blktap-2/tapdev3",
+        ] {
+            assert_eq!(place(other), None, "{other}");
+        }
+    }
+}

@@ -1,0 +1,83 @@
+//! Rings of guests in `tapdisk control`, connected by the messages of tapdisk3.
+
+use crate::control::{Admin, messages};
+use crate::world;
+use std::rc::Rc;
+use tap_abi::blkif::{BlkifOp, BlkifRequest, Segment};
+use tap_abi::tapctl::{Blkif, Kind, MESSAGE_BYTES, Message, Outcome};
+use tap_host::{DomId, Errno};
+use xen_model::{GrantedPage, GuestRing, XenPort};
+use zerocopy::{FromBytes, IntoBytes};
+
+/// xvda.
+const XVDA: u32 = 202 << 8;
+
+/// The answer's kind, and the error number of one that is an error.
+async fn ask(admin: &Rc<Admin>, pid: u32, kind: Kind, blkif: &Blkif) -> (Kind, i32) {
+    let message = Message::with(kind, 0, blkif);
+    let answer = messages(admin, pid, message.as_bytes(), MESSAGE_BYTES).await.unwrap();
+    let answer = Message::read_from_bytes(&answer).unwrap();
+    let kind = answer.kind().unwrap();
+    (kind, if kind == Kind::Error { answer.body::<Outcome>().error.get() } else { 0 })
+}
+
+fn blkif(dom: DomId, ring: &GuestRing) -> Blkif {
+    let mut blkif = Blkif {
+        domid: u32::from(dom.0).into(),
+        devid: XVDA.into(),
+        proto: 3.into(),
+        port: ring.event_port().0.into(),
+        ..Blkif::default()
+    };
+    blkif.gref[0] = ring.ring_ref().0.into();
+    blkif
+}
+
+async fn read_one(ring: &GuestRing, port: &XenPort) -> i16 {
+    let page = GrantedPage::new(port, DomId(0), false).unwrap();
+    let segments = [Segment { gref: page.gref.0, first: 0, last: 7 }];
+    assert!(ring.put(&BlkifRequest::new(7, BlkifOp::Read, 0, &segments).unwrap()));
+    ring.publish();
+    let response = ring.next().await.unwrap();
+    page.end(port).unwrap();
+    response.status.get()
+}
+
+#[test]
+fn a_guest_is_connected_by_the_messages_of_tapdisk3() {
+    world(|sim, kernel, xen| async move {
+        kernel.storage().put_bytes("/a", &[1; 1 << 20]);
+        let admin = Admin::new(&sim, &kernel, &xen);
+        let pid = admin.create("raw:/a").await;
+        let dom = xen.create_domain();
+        let port = xen.attach(dom, &sim.node("guest", 1));
+        let ring = GuestRing::new(&port, DomId(0)).unwrap();
+        let own = blkif(dom, &ring);
+        assert_eq!(ask(&admin, pid, Kind::XenblkifConnect, &own).await, (Kind::XenblkifConnectRsp, 0));
+        assert_eq!(read_one(&ring, &port).await, 0);
+        let again = ask(&admin, pid, Kind::XenblkifConnect, &own).await;
+        assert_eq!(again, (Kind::Error, Errno::EALREADY.0));
+        let other = Blkif { port: 9.into(), ..own };
+        assert_eq!(ask(&admin, pid, Kind::XenblkifConnect, &other).await, (Kind::Error, Errno::EEXIST.0));
+        let listed = admin.done("list --json").await;
+        assert!(listed.contains("\"minor\":0"), "{listed}");
+        admin.refused(&format!("close -p {pid} -m 0"), Errno::EBUSY, "1/xvda uses it").await;
+        for (refused, error) in [
+            (Blkif { order: 1.into(), ..own }, Errno::EOPNOTSUPP),
+            (Blkif { proto: 2.into(), ..own }, Errno::EOPNOTSUPP),
+            (Blkif { domid: 70_000.into(), ..own }, Errno::EINVAL),
+        ] {
+            let answer = ask(&admin, pid, Kind::XenblkifConnect, &refused).await;
+            assert_eq!(answer, (Kind::Error, error.0));
+        }
+        let stranger = Blkif { devid: 5.into(), ..own };
+        assert_eq!(
+            ask(&admin, pid, Kind::XenblkifDisconnect, &stranger).await,
+            (Kind::Error, Errno::ENOTCONN.0)
+        );
+        assert_eq!(xen.mapped_from(dom), 1);
+        let gone = ask(&admin, pid, Kind::XenblkifDisconnect, &own).await;
+        assert_eq!((gone, xen.mapped_from(dom)), ((Kind::XenblkifDisconnectRsp, 0), 0));
+        admin.done(&format!("destroy -p {pid} -m 0")).await;
+    });
+}
