@@ -78,7 +78,15 @@ impl<H: ControlHost, V: Verbs> Protocol<H> for TapCtl<V> {
 
     fn place_of(message: &Message) -> Place {
         match message.kind() {
-            Some(Kind::Pid | Kind::List | Kind::ListMinors | Kind::Stats | Kind::DiskInfo | Kind::Exit)
+            Some(
+                Kind::Pid
+                | Kind::List
+                | Kind::ListMinors
+                | Kind::Stats
+                | Kind::DiskInfo
+                | Kind::XenblkifConnect
+                | Kind::Exit,
+            )
             | None => Place::Heard,
             Some(_) => Place::Waits(message.cookie()),
         }

@@ -257,8 +257,22 @@ impl<S: Stream> Session<S> {
         if result.is_ok() {
             self.sending.set(false);
             list.advance(if self.rest_unsent { list.len() } else { taken });
+        } else {
+            self.hear_last().await;
         }
         (result, list)
+    }
+
+    /// A peer that does not take our certificate says so after its own handshake, and closes: what we send by then
+    /// fails before the reason is read. Looks whether it has arrived.
+    async fn hear_last(&self) {
+        let Some(records) = self.records.borrow_mut().take() else { return };
+        if let Ok(mut records) = records.receive(&self.stream).await
+            && !records.is_empty()
+            && let Err(error) = records.put_into(&mut self.connection.borrow_mut())
+        {
+            self.failure.set(Some(why(&error)));
+        }
     }
 
     /// The begin of `list` as records, and its length in bytes.

@@ -49,7 +49,10 @@ impl RingCloser {
     /// Makes the ring take no further requests. [`BlkifRing::run`](crate::BlkifRing::run) ends once those in flight are
     /// answered.
     pub fn close(&self) {
-        self.0.end.set(Some(RingEnd::Closed));
+        // One that was abandoned stays so: whoever has it next carries out what is in flight.
+        if self.0.end() != Some(RingEnd::Abandoned) {
+            self.0.end.set(Some(RingEnd::Closed));
+        }
         self.0.waiter.wake();
     }
 

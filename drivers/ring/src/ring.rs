@@ -115,7 +115,10 @@ impl<H: Time + Tasks + Log + Probe + SharedPages, P: Peer<H>> Ring<H, P> {
     pub(crate) async fn run(&self) -> RingEnd {
         let end = self.serve().await;
         self.drain(end).await;
-        end
+        match end {
+            RingEnd::Closed | RingEnd::Left if self.is_abandoned() => RingEnd::Abandoned,
+            end => end,
+        }
     }
 
     /// A ring from which nothing was taken is new again: whoever connects it next need not know that it was connected.

@@ -113,9 +113,12 @@ pub(crate) fn next(phase: Phase, seen: &Seen) -> Action {
         return Action::End(BackendEnd::BackendGone);
     }
     let Some(front) = seen.frontend else {
-        let to_come =
-            phase == Phase::Waiting && !seen.frontend_known && !seen.asked_to_close() && !seen.leave;
-        return if to_come { Action::Wait } else { Action::End(BackendEnd::FrontendGone) };
+        let to_come = phase == Phase::Waiting && !seen.frontend_known && !seen.asked_to_close();
+        return match to_come {
+            true if seen.leave => Action::End(BackendEnd::Left),
+            true => Action::Wait,
+            false => Action::End(BackendEnd::FrontendGone),
+        };
     };
     let closing = matches!(front, Closing | Closed);
     match phase {
@@ -201,6 +204,8 @@ mod tests {
     fn a_front_end_that_is_not_there_yet_is_waited_for() {
         let alone = Seen { frontend: None, frontend_known: false, ..seen(InitWait, Unknown) };
         assert_eq!(next(Phase::Waiting, &alone), Action::Wait);
+        let leaves = Seen { leave: true, ..alone };
+        assert_eq!(next(Phase::Waiting, &leaves), Action::End(BackendEnd::Left));
         let gone = Action::End(BackendEnd::FrontendGone);
         for phase in [Phase::Serving, Phase::Failed, Phase::Closed] {
             assert_eq!(next(phase, &alone), gone, "{phase:?}");

@@ -32,12 +32,12 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use tap_control::FOLDER;
 use tap_core::wait;
-use tap_host::Budget;
+use tap_host::{Budget, DomId, VbdId};
 use tap_xenbus::{
     BackendConfig, BackendEnd, BackendError, Device, DeviceFilter, Hotplug, RingLimits, is_device, lead,
     supervise,
 };
-use tapdisks::Tapdisks;
+use tapdisks::{Asked, Tapdisks};
 
 tap_host::listed! {
     pub(super) BUGS: Bug with [remote::BUGS, tapdisks::BUGS];
@@ -121,8 +121,9 @@ impl<H: BackHost> Shared<H> {
         supervise(&self.host, &filter, &self.leave, serve).await.map_err(|error| error.to_string())
     }
 
-    /// Guests may have been destroyed while no tapback ran.
-    async fn take_gone_guests(&self, root: &str) -> Result<(), String> {
+    /// Guests may have been destroyed while no tapback ran. A ring is taken once its requests are answered, for which
+    /// other guests do not wait.
+    async fn take_gone_guests(self: &Rc<Self>, root: &str) -> Result<(), String> {
         if self.host.bug(&GONE_GUESTS_STAY) {
             return Ok(());
         }
@@ -130,16 +131,22 @@ impl<H: BackHost> Shared<H> {
             if is_device(&self.host, root, dom, vbd).await.map_err(|error| error.to_string())? {
                 continue;
             }
-            self.host.mark(&GONE_GUEST_TAKEN);
-            let name = format!("{}/{}", dom.0, vdev::show(vbd));
-            match tapdisk.disconnect(dom, vbd).await {
-                Ok(()) => self
-                    .console
-                    .out(&format!("{name}: it is gone; its ring was taken from tapdisk {}", tapdisk.pid())),
-                Err(why) => self.console.err(&format!("tapback: {name}: failed to {why}")),
-            }
+            let (own, key) = (Rc::clone(self), u64::from(dom.0) << 32 | u64::from(vbd.0));
+            self.host.spawn("gone guest", key, async move { own.take_gone(&tapdisk, dom, vbd).await });
         }
         Ok(())
+    }
+
+    async fn take_gone(&self, tapdisk: &Asked<H>, dom: DomId, vbd: VbdId) {
+        let name = format!("{}/{}", dom.0, vdev::show(vbd));
+        match tapdisk.disconnect(0, dom, vbd).await {
+            Ok(()) => {
+                self.host.mark(&GONE_GUEST_TAKEN);
+                let pid = tapdisk.pid();
+                self.console.out(&format!("{name}: it is gone; its ring was taken from tapdisk {pid}"));
+            }
+            Err(why) => self.console.err(&format!("tapback: {name}: failed to {why}")),
+        }
     }
 
     async fn serve(self: &Rc<Self>, device: Device) {

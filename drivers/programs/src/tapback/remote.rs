@@ -8,12 +8,10 @@
 //! ```
 
 use super::BackHost;
-use super::tapdisks::{Given, Place, Tapdisks};
+use super::tapdisks::{Given, Place, Seen, Tapdisks};
 use crate::{Console, vdev};
 use std::cell::Cell;
 use std::rc::Rc;
-use tap_abi::blkif::INFO_READ_ONLY;
-use tap_abi::tapctl::Image;
 use tap_control::client::CallError;
 use tap_control::json::{Guest, News, Standing};
 use tap_core::wait::joined;
@@ -64,7 +62,7 @@ struct Inner<H: BackHost> {
     dom: DomId,
     vbd: VbdId,
     /// Where it was found, and what it was.
-    found: Cell<Option<(Place, Image)>>,
+    found: Cell<Option<(Place, Seen)>>,
 }
 
 impl<H: BackHost> Remote<H> {
@@ -84,24 +82,24 @@ impl<H: BackHost> ServedDisk<H> for Remote<H> {
         let host = &self.0.tapdisks.host;
         let until_ns = host.now_ns().saturating_add(FIND_PATIENCE_NS);
         let mut patience = Patience::until();
-        let image = loop {
+        let seen = loop {
             match self.0.find().await {
                 Err(why) if !patience.again_before(host, until_ns).await => return Err(why),
                 Err(_) => {}
-                Ok((_, image)) => break image,
+                Ok((_, seen)) => break seen,
             }
         };
-        Ok(Shown::sized(image.sectors.get(), image.info.get() & INFO_READ_ONLY != 0))
+        Ok(Shown::sized(seen.size_sectors, seen.read_only))
     }
 
     async fn connect(&self, host: &H, ring: RingConfig) -> Result<Serving, ConnectError> {
         let told = |words: String| ConnectError::Told { words };
-        let Some((_, image)) = self.0.found.get() else {
+        let Some((_, seen)) = self.0.found.get() else {
             return Err(told("find the disk in a tapdisk".to_owned()));
         };
         // What the guest is told, or was.
         let (key, read_only) = ((ring.ring_ref, ring.port), ring.read_only);
-        let given = Given { ring: key, size_sectors: image.sectors.get(), read_only };
+        let given = Given { ring: key, size_sectors: seen.size_sectors, read_only };
         let until_ns = host.now_ns().saturating_add(GIVE_PATIENCE_NS);
         let mut patience = Patience::until();
         let place = loop {
@@ -149,7 +147,7 @@ impl<H: BackHost> Inner<H> {
     }
 
     /// Looks for the disk that xenstore names, and remembers it.
-    async fn find(&self) -> Result<(Place, Image), String> {
+    async fn find(&self) -> Result<(Place, Seen), String> {
         let (host, path) = (&self.tapdisks.host, format!("{}/{PATH_KEY}", self.backend));
         let named = match patiently(host, async || host.read(&path).await).await {
             Ok(value) => String::from_utf8_lossy(&value).into_owned(),
@@ -198,7 +196,7 @@ impl<H: BackHost> Inner<H> {
     async fn take_back(&self, place: Place) {
         let mut told = false;
         loop {
-            match self.tapdisks.at(place.pid).disconnect(self.dom, self.vbd).await {
+            match self.tapdisks.at(place.pid).disconnect(place.minor, self.dom, self.vbd).await {
                 Ok(()) => return,
                 Err(why) if is_not_there(&why) => return,
                 Err(why) => {
@@ -292,23 +290,25 @@ impl<H: BackHost> Inner<H> {
     /// Completes once the tapdisk at `place` does not serve the ring any more.
     async fn listen(&self, place: Place) -> Lost {
         let asked = self.tapdisks.at(place.pid);
-        let tapdisk = asked.tapdisk();
         loop {
-            let mut events = match tapdisk.events().await {
-                Ok(events) => events,
-                Err(why) if is_not_there(&why) => return Lost::Gone,
-                // Too many listen, or it is short of something.
-                Err(_) => {
-                    self.tapdisks.host.sleep_ns(LOOK_PAUSE_NS).await;
-                    continue;
-                }
-            };
-            while let Ok(Some(news)) = events.next().await {
-                if let Some(lost) = self.lost_in(place, &news) {
-                    return lost;
+            if let Ok(mut events) = asked.tapdisk().events().await {
+                while let Ok(Some(news)) = events.next().await {
+                    if let Some(lost) = self.lost_in(place, &news) {
+                        return lost;
+                    }
                 }
             }
-            // The connection ended; whether the tapdisk did is found out by connecting again.
+            // It has ended, or as many listen as may: then it is asked from time to time.
+            match asked.guests_of(place.minor).await {
+                Ok(guests) => {
+                    if let Some(lost) = self.lost(&guests) {
+                        return lost;
+                    }
+                }
+                Err(why) if is_not_there(&why) => return Lost::Gone,
+                Err(_) => {}
+            }
+            self.tapdisks.host.sleep_ns(LOOK_PAUSE_NS).await;
         }
     }
 
@@ -320,8 +320,12 @@ impl<H: BackHost> Inner<H> {
             (None, Some(disk)) if is_ours(&disk) => Some(disk),
             (None, _) => return None,
         };
-        let guest = |disk: &Standing| disk.guests.iter().find(|guest| self.is(guest)).cloned();
-        match disk.and_then(guest) {
+        self.lost(disk.map_or(&[], |disk| &disk.guests))
+    }
+
+    /// What it means that a disk has these guests, if that is bad.
+    fn lost(&self, guests: &[Guest]) -> Option<Lost> {
+        match guests.iter().find(|guest| self.is(guest)) {
             None => Some(Lost::Gone),
             Some(guest) if guest.error.is_some() => Some(Lost::Failed),
             Some(_) => None,

@@ -1,7 +1,7 @@
 //! The tapdisks of a machine, as tapback sees them: where a minor number's disk is, and what can be asked of it.
 
 use crate::control::ControlledHost;
-use tap_abi::tapctl::{Blkif, Image, Kind, Message};
+use tap_abi::tapctl::{Blkif, Kind, Message};
 use tap_control::client::{CallError, Tapdisk};
 use tap_control::json::{Disk, Disks, Guest, Request};
 use tap_control::pid_of;
@@ -44,6 +44,13 @@ impl Place {
         }
         Some(Self { pid: pid.parse().ok()?, minor: minor.parse().ok()? })
     }
+}
+
+/// A disk as a tapdisk has it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Seen {
+    pub(super) size_sectors: u64,
+    pub(super) read_only: bool,
 }
 
 /// A guest's ring, and what the guest knows of its disk.
@@ -89,21 +96,19 @@ impl<H: ControlledHost> Tapdisks<H> {
     ///
     /// # Errors
     /// It is not open anywhere; the sentence continues "failed to".
-    pub(super) async fn find(&self, known: Place) -> Result<(Place, Image), String> {
-        let first = match self.at(known.pid).image(known.minor).await {
-            Ok(image) => return Ok((known, image)),
-            Err(why) => why,
-        };
-        if self.host.bug(&FOUND_BY_PID) {
-            return Err(first.to_string());
+    pub(super) async fn find(&self, known: Place) -> Result<(Place, Seen), String> {
+        if let Some(seen) = self.at(known.pid).disk(known.minor).await {
+            return Ok((known, seen));
         }
-        for pid in self.pids().await?.into_iter().filter(|pid| *pid != known.pid) {
-            if let Ok(image) = self.at(pid).image(known.minor).await {
+        let others = if self.host.bug(&FOUND_BY_PID) { Vec::new() } else { self.pids().await? };
+        for pid in others.into_iter().filter(|pid| *pid != known.pid) {
+            if let Some(seen) = self.at(pid).disk(known.minor).await {
                 self.host.mark(&FOUND_ELSEWHERE);
-                return Ok((Place { pid, ..known }, image));
+                return Ok((Place { pid, ..known }, seen));
             }
         }
-        Err(first.to_string())
+        let Place { pid, minor } = known;
+        Err(format!("find minor {minor}, which tapdisk {pid} had: no tapdisk in {} has it open", self.folder))
     }
 
     /// The guests that tapdisks serve, and those whose rings they gave up.
@@ -111,8 +116,8 @@ impl<H: ControlledHost> Tapdisks<H> {
         let mut found = Vec::new();
         for pid in self.pids().await? {
             // What cannot be asked has ended, or is of another kind.
-            let Ok(disks) = self.at(pid).0.json::<Disks<Disk>>(&Request::List {}).await else { continue };
-            for guest in disks.disks.into_iter().flat_map(|disk| disk.guests) {
+            let Ok(disks) = self.at(pid).disks().await else { continue };
+            for guest in disks.into_iter().flat_map(|disk| disk.guests) {
                 found.push((self.at(pid), DomId(guest.domid), VbdId(guest.devid)));
             }
         }
@@ -129,8 +134,22 @@ impl<H: ControlledHost> Asked<H> {
         self.0.pid
     }
 
-    async fn image(&self, minor: u16) -> Result<Image, CallError> {
-        Ok(self.0.call(&Message::new(Kind::DiskInfo, minor)).await?.body())
+    async fn disks(&self) -> Result<Vec<Disk>, CallError> {
+        Ok(self.0.json::<Disks<Disk>>(&Request::List {}).await?.disks)
+    }
+
+    /// The disk with this minor number, if it has an image open. Asked by a list, which is never refused: refusals are
+    /// mentioned in the log of whoever refuses.
+    async fn disk(&self, minor: u16) -> Option<Seen> {
+        let disks = self.disks().await.ok()?;
+        let disk = disks.into_iter().find(|disk| disk.minor == minor)?;
+        Some(Seen { size_sectors: disk.size_sectors?, read_only: disk.read_only? })
+    }
+
+    /// The guests of this disk; none if it is not there.
+    pub(super) async fn guests_of(&self, minor: u16) -> Result<Vec<Guest>, CallError> {
+        let disk = self.disks().await?.into_iter().find(|disk| disk.minor == minor);
+        Ok(disk.map_or_else(Vec::new, |disk| disk.guests))
     }
 
     /// Has it serve a ring.
@@ -160,9 +179,9 @@ impl<H: ControlledHost> Asked<H> {
 
     /// Whether it serves a ring of this device, or may do so.
     pub(super) async fn serves(&self, dom: DomId, vbd: VbdId) -> bool {
-        match self.0.json::<Disks<Disk>>(&Request::List {}).await {
+        match self.disks().await {
             Ok(disks) => {
-                let guests = disks.disks.iter().flat_map(|disk| &disk.guests);
+                let guests = disks.iter().flat_map(|disk| &disk.guests);
                 guests.into_iter().any(|guest| (DomId(guest.domid), VbdId(guest.devid)) == (dom, vbd))
             }
             Err(CallError::Connect { error: Errno::ENOENT | Errno::ECONNREFUSED, .. }) => false,
@@ -171,10 +190,11 @@ impl<H: ControlledHost> Asked<H> {
     }
 
     /// Takes a ring away, once what was taken from it is answered; that may take as long as storage does.
-    pub(super) async fn disconnect(&self, dom: DomId, vbd: VbdId) -> Result<(), CallError> {
+    /// The minor number only decides whose place the request has while it waits.
+    pub(super) async fn disconnect(&self, minor: u16, dom: DomId, vbd: VbdId) -> Result<(), CallError> {
         let blkif = Blkif { domid: u32::from(dom.0).into(), devid: vbd.0.into(), ..Blkif::default() };
         let patient = Tapdisk { limit_s: 0, ..self.0.clone() };
-        patient.call(&Message::with(Kind::XenblkifDisconnect, 0, &blkif)).await.map(drop)
+        patient.call(&Message::with(Kind::XenblkifDisconnect, minor, &blkif)).await.map(drop)
     }
 }
 

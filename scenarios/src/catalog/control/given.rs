@@ -13,7 +13,7 @@
 mod keeper;
 
 use super::Part;
-use super::admin::{Admin, check_let_go};
+use super::admin::{Admin, check_let_go, image};
 use crate::catalog::away;
 use crate::catalog::ring::{NO_ERRORS, error_policy, in_guest, kills, not_stuck, operations_of};
 use crate::catalog::setup::{Setup, check_pages, cut_after_close_beside};
@@ -170,7 +170,8 @@ impl Acts<'_> {
         Some(())
     }
 
-    /// Takes the disk from its guest, opens an image of another size by mistake, and then the right one.
+    /// Takes the disk from its guest, opens an image of another size by mistake, or the right one for reading only, and
+    /// then the right one.
     async fn other_image(&self, hold_ns: u64) -> Option<()> {
         let opened = self.keeper.opened(self.disk)?;
         let turn = self.keeper.turn.acquire().await;
@@ -178,7 +179,11 @@ impl Acts<'_> {
         self.keeper.repeated();
         if self.ctl("close -f").await? == 0 {
             opened.at.set(None);
-            let mistaken = self.ctl(&format!("open -a raw:{OTHER} -D")).await?;
+            let wrong = match hold_ns % 2 {
+                0 => format!("-a raw:{OTHER} -D"),
+                _ => format!("{} -R", image(&opened.setup.spec, &self.keeper.admin.limits)),
+            };
+            let mistaken = self.ctl(&format!("open {wrong}")).await?;
             self.world.sim.sleep_ns(1_000_000_000 + hold_ns).await;
             let status = if mistaken == 0 { self.ctl("close").await? } else { 0 };
             if status != 0 {

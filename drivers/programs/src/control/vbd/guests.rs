@@ -33,6 +33,7 @@ tap_host::listed! {
     GUEST_CLOSED = "guest-closed", "a disk is closed although a guest uses it";
     GUEST_TWICE = "guest-twice", "a ring that is connected already is connected once more";
     SIZE_UNCHECKED = "size-unchecked", "a guest is connected to a disk of another size than it knows";
+    MODE_UNCHECKED = "mode-unchecked", "a guest that writes is connected to a disk that may only be read";
     WRITABLE_GIVEN = "writable-given", "a guest that may only read is connected to a disk as if it could write";
     DISCONNECTED_EARLY = "disconnected-early", "a ring counts as disconnected while its requests are in flight";
     GUEST_UNRECORDED = "guest-unrecorded", "a guest's ring has no record outside the process";
@@ -139,7 +140,14 @@ impl<H: ControlledHost> Vbd<H> {
         if open.stage.get() == Stage::Closing {
             return Err(Refusal::new(Errno::ESHUTDOWN, format!("{what}: it is being closed")));
         }
-        let size_sectors = open.disk.slot().info().size_sectors;
+        let info = open.disk.slot().info();
+        let size_sectors = info.size_sectors;
+        let told = wanted.size_sectors.is_some() && !settings.host.bug(&MODE_UNCHECKED);
+        if told && info.read_only && !wanted.read_only {
+            let words =
+                format!("{what}: the disk may only be read, and the guest was told that it can write");
+            return Err(Refusal::new(Errno::EMEDIUMTYPE, words));
+        }
         if let Some(known) = wanted.size_sectors.filter(|_| !settings.host.bug(&SIZE_UNCHECKED))
             && known != size_sectors
         {
