@@ -138,7 +138,7 @@ pub(super) fn units(sh: &Shell, release: &Release) -> Result<()> {
     // A root with what the units name, and the targets of this machine.
     let root = release.tree.with_file_name("root");
     let units = root.join("usr/lib/systemd/system");
-    for program in ["usr/bin/tapdisk", "sbin/modprobe"] {
+    for program in ["usr/bin/tapdisk", "usr/bin/tapback", "sbin/modprobe"] {
         put(&root.join(program), b"#!/bin/sh\n", 0o755)?;
     }
     fs::create_dir_all(&units)?;
