@@ -46,7 +46,6 @@ tap_host::listed! {
 
 tap_host::listed! {
     pub(super) MARKS: Mark with [remote::MARKS, tapdisks::MARKS];
-    GIVEN = "given", "tapback gave a disk to a guest";
     GIVEN_REFUSED = "given-refused", "tapback said why a guest does not get its disk";
     GIVEN_LEFT = "given-left", "tapback stopped, and left a guest with its disk";
     GONE_GUEST_TAKEN = "gone-guest-taken", "tapback took the ring of a guest that was gone from a tapdisk";
