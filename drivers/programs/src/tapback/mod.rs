@@ -1,8 +1,8 @@
 //! `tapback`: gives disks that tap-ctl opened to Xen's guests.
 //!
 //! ```text
-//!   toolstack ──► backend/vbd3/DOM/VBD ──► tapback ── XENBLKIF_CONNECT ──► tapdisk control
-//!      │ script: tap-ctl create             states, keys                     the ring, the image
+//!   toolstack ──► backend/vbd3/DOM/VBD ──► tapback ── connect ──► tapdisk control
+//!      │ script: tap-ctl create             states, keys            the ring, the image
 //!      └ physical-device-path = FOLDER/nbd<pid>.<minor>
 //! ```
 //!
