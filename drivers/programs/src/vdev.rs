@@ -12,7 +12,7 @@
 //!
 //! Specification: xen-vbd-interface(7).
 
-use tap_host::VbdId;
+use tap_host::{DomId, VbdId};
 
 /// Disks of the kind of xvd have numbers below this.
 const DISKS: u32 = 1 << 20;
@@ -39,6 +39,11 @@ pub fn parse(name: &str) -> Result<VbdId, String> {
             "'{name}' is not a guest's disk; write xvda, xvda1, sda, hda, d0p1, or a number such as 51712"
         )
     })
+}
+
+/// A guest's disk in messages: `3/xvda`.
+pub fn of_guest(dom: DomId, vbd: VbdId) -> String {
+    format!("{}/{}", dom.0, show(vbd))
 }
 
 /// The name of a disk's number; the number itself if it has none.

@@ -235,11 +235,8 @@ impl<H: GuestHost> Shared<H> {
         if let Some(stats) = place.take().and_then(|listed| listed.stats()) {
             self.console.out(&format!("{}: {}", name(config), stats_summary(&stats)));
         }
-        let (how, mark) = match end {
-            Ok(BackendEnd::Offline) => ("closed", None),
-            Ok(BackendEnd::FrontendGone) => ("closed: its front end was taken away", None),
-            Ok(BackendEnd::BackendGone) => ("closed: it was taken away", Some(&VBD_GONE)),
-            Ok(BackendEnd::Left) => ("left as it is", Some(&VBD_LEFT)),
+        let end = match end {
+            Ok(end) => end,
             Err(error) => {
                 self.host.mark(&VBD_FAILED);
                 self.report_failure(config, &error.to_string());
@@ -247,8 +244,13 @@ impl<H: GuestHost> Shared<H> {
                 return;
             }
         };
+        let mark = match end {
+            BackendEnd::BackendGone => Some(&VBD_GONE),
+            BackendEnd::Left => Some(&VBD_LEFT),
+            BackendEnd::Offline | BackendEnd::FrontendGone => None,
+        };
         mark.into_iter().for_each(|mark| self.host.mark(mark));
-        self.console.out(&format!("{}: {how}", name(config)));
+        self.console.out(&format!("{}: {}", name(config), how(end)));
     }
 
     /// Serves all vbds that a toolstack assigns to us.
@@ -310,9 +312,19 @@ fn named(params: &str) -> Result<DiskSpec, String> {
     Ok(spec)
 }
 
+/// How the service of a vbd ended, in words.
+pub(crate) fn how(end: BackendEnd) -> &'static str {
+    match end {
+        BackendEnd::Offline => "closed",
+        BackendEnd::FrontendGone => "closed: its front end was taken away",
+        BackendEnd::BackendGone => "closed: it was taken away",
+        BackendEnd::Left => "left as it is",
+    }
+}
+
 /// The name of a vbd in messages.
 fn name(config: &BackendConfig) -> String {
-    format!("{}/{}", config.dom.0, vdev::show(config.vbd))
+    vdev::of_guest(config.dom, config.vbd)
 }
 
 #[cfg(test)]

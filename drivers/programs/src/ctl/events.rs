@@ -12,7 +12,7 @@ use std::future::pending;
 use std::pin::pin;
 use tap_control::client::CallError;
 use tap_control::json::{Guest, News, Standing};
-use tap_host::{Errno, VbdId, unless};
+use tap_host::{DomId, Errno, VbdId, unless};
 
 tap_host::listed! {
     pub(super) MARKS: Mark;
@@ -39,7 +39,7 @@ struct Row<'a> {
 
 /// A guest, and its disk in it.
 fn guest(guest: &Guest) -> String {
-    format!("{}/{}", guest.domid, vdev::show(VbdId(guest.devid)))
+    vdev::of_guest(DomId(guest.domid), VbdId(guest.devid))
 }
 
 /// The lines for people: one, or for a state one for each disk.

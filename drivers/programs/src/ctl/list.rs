@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tap_abi::tapctl::Entry;
 use tap_control::client::CallError;
 use tap_control::pid_of;
-use tap_host::Errno;
+use tap_host::{Errno, Files};
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
@@ -122,6 +122,20 @@ fn hex(state: i32) -> String {
     if state == 0 { "0".to_owned() } else { format!("{state:#x}") }
 }
 
+/// The process numbers of the tapdisks that have a control socket in `folder`, in order; none if there is no folder.
+///
+/// # Errors
+/// As listing it.
+pub(crate) async fn pids_in<H: Files>(host: &H, folder: &str) -> Result<Vec<u32>, Errno> {
+    let names = match host.names_in(folder).await {
+        Err(Errno::ENOENT) => Vec::new(),
+        names => names?,
+    };
+    let mut pids: Vec<u32> = names.iter().filter_map(|name| pid_of(name)).collect();
+    pids.sort_unstable();
+    Ok(pids)
+}
+
 impl<H: CtlHost, L: Launch> Ctl<'_, H, L> {
     pub(super) async fn list(&self, args: &ListArgs) -> Result<(), Failure> {
         let rows: Vec<Row> = self.rows().await?.into_iter().filter(|row| row.matches(args)).collect();
@@ -136,13 +150,8 @@ impl<H: CtlHost, L: Launch> Ctl<'_, H, L> {
 
     /// The process numbers of the tapdisks that have a control socket, in order.
     pub(super) async fn pids(&self) -> Result<Vec<u32>, Failure> {
-        let names = match self.host.names_in(&self.folder).await {
-            Err(Errno::ENOENT) => Vec::new(),
-            names => names.map_err(|error| Failure::new(error, format!("list {}: {error}", self.folder)))?,
-        };
-        let mut pids: Vec<u32> = names.iter().filter_map(|name| pid_of(name)).collect();
-        pids.sort_unstable();
-        Ok(pids)
+        let pids = pids_in(self.host, &self.folder).await;
+        pids.map_err(|error| Failure::new(error, format!("list {}: {error}", self.folder)))
     }
 
     /// Every disk, every tapdisk without one, and every minor number without a tapdisk.

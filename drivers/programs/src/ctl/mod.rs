@@ -22,6 +22,7 @@ mod set;
 mod snapshot;
 mod top;
 
+pub(crate) use list::pids_in;
 pub(crate) use minors::is_named;
 pub use minors::marker_of;
 pub use tap_control::{owner_of, pid_of};

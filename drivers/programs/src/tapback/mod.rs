@@ -23,7 +23,7 @@ mod tapdisks;
 
 use crate::control::ControlledHost;
 use crate::help;
-use crate::xen::{GuestHost, RECORDS, parse_type, record_of, root_of};
+use crate::xen::{GuestHost, RECORDS, how, parse_type, record_of, root_of};
 use crate::{Console, vdev};
 use clap::Parser;
 use remote::Remote;
@@ -37,7 +37,7 @@ use tap_xenbus::{
     BackendConfig, BackendEnd, BackendError, Device, DeviceFilter, Hotplug, RingLimits, is_device, lead,
     supervise,
 };
-use tapdisks::{Asked, Tapdisks};
+use tapdisks::{Place, Tapdisks};
 
 tap_host::listed! {
     pub(super) BUGS: Bug with [remote::BUGS, tapdisks::BUGS];
@@ -126,22 +126,22 @@ impl<H: BackHost> Shared<H> {
         if self.host.bug(&GONE_GUESTS_STAY) {
             return Ok(());
         }
-        for (tapdisk, dom, vbd) in self.tapdisks.guests().await? {
+        for (place, (dom, vbd)) in self.tapdisks.guests().await? {
             if is_device(&self.host, root, dom, vbd).await.map_err(|error| error.to_string())? {
                 continue;
             }
             let (own, key) = (Rc::clone(self), u64::from(dom.0) << 32 | u64::from(vbd.0));
-            self.host.spawn("gone guest", key, async move { own.take_gone(&tapdisk, dom, vbd).await });
+            self.host.spawn("gone guest", key, async move { own.take_gone(place, dom, vbd).await });
         }
         Ok(())
     }
 
-    async fn take_gone(&self, tapdisk: &Asked<H>, dom: DomId, vbd: VbdId) {
-        let name = format!("{}/{}", dom.0, vdev::show(vbd));
-        match tapdisk.disconnect(0, dom, vbd).await {
+    async fn take_gone(&self, place: Place, dom: DomId, vbd: VbdId) {
+        let name = vdev::of_guest(dom, vbd);
+        match self.tapdisks.at(place.pid).disconnect(place.minor, dom, vbd).await {
             Ok(()) => {
                 self.host.mark(&GONE_GUEST_TAKEN);
-                let pid = tapdisk.pid();
+                let pid = place.pid;
                 self.console.out(&format!("{name}: it is gone; its ring was taken from tapdisk {pid}"));
             }
             Err(why) => self.console.err(&format!("tapback: {name}: failed to {why}")),
@@ -157,7 +157,7 @@ impl<H: BackHost> Shared<H> {
             memory: Budget::default(),
             ..BackendConfig::new(path.clone(), dom, vbd)
         };
-        let name = format!("{}/{}", dom.0, vdev::show(vbd));
+        let name = vdev::of_guest(dom, vbd);
         let open = async || {
             let (tapdisks, console) = (Rc::clone(&self.tapdisks), Rc::clone(&self.console));
             Ok(Remote::new(tapdisks, console, path.clone(), dom, vbd))
@@ -171,20 +171,17 @@ impl<H: BackHost> Shared<H> {
     }
 
     fn report_end(&self, name: &str, end: Result<BackendEnd, BackendError>) {
-        let how = match end {
-            Ok(BackendEnd::Offline) => "closed",
-            Ok(BackendEnd::FrontendGone) => "closed: its front end was taken away",
-            Ok(BackendEnd::BackendGone) => "closed: it was taken away",
-            Ok(BackendEnd::Left) => {
-                self.host.mark(&GIVEN_LEFT);
-                "left as it is"
+        match end {
+            Ok(end) => {
+                if end == BackendEnd::Left {
+                    self.host.mark(&GIVEN_LEFT);
+                }
+                self.console.out(&format!("{name}: {}", how(end)));
             }
             Err(error) => {
                 self.console.err(&format!("tapback: {name}: failed to {error}"));
                 self.failed.set(true);
-                return;
             }
-        };
-        self.console.out(&format!("{name}: {how}"));
+        }
     }
 }

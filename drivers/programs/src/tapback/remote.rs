@@ -120,15 +120,18 @@ impl<H: BackHost> ServedDisk<H> for Remote<H> {
         if self.0.tapdisks.host.bug(&CLOSED_UNRELEASED) {
             return;
         }
-        // Not known to this process, it may be anywhere.
-        let found = match self.0.found.get() {
-            Some((place, _)) => Some(place),
-            None => self.0.find().await.ok().map(|(place, _)| place),
+        let Inner { tapdisks, dom, vbd, .. } = &*self.0;
+        let holders = match self.0.found.get() {
+            // Usually there is none, and a request that is refused is mentioned in a log.
+            Some((place, _)) if tapdisks.at(place.pid).serves(*dom, *vbd).await => vec![place],
+            Some(_) => Vec::new(),
+            // That of a predecessor may be anywhere, whatever xenstore names now.
+            None => {
+                let guests = tapdisks.guests().await.unwrap_or_default();
+                guests.into_iter().filter(|(_, id)| *id == (*dom, *vbd)).map(|(place, _)| place).collect()
+            }
         };
-        // Usually there is none, and a request that is refused is mentioned in a log.
-        if let Some(place) = found
-            && self.0.tapdisks.at(place.pid).serves(self.0.dom, self.0.vbd).await
-        {
+        for place in holders {
             self.0.take_back(place).await;
         }
     }
@@ -143,7 +146,7 @@ impl<H: BackHost> ServedDisk<H> for Remote<H> {
 
 impl<H: BackHost> Inner<H> {
     fn name(&self) -> String {
-        format!("{}/{}", self.dom.0, vdev::show(self.vbd))
+        vdev::of_guest(self.dom, self.vbd)
     }
 
     /// Looks for the disk that xenstore names, and remembers it.

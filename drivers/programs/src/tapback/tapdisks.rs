@@ -1,10 +1,10 @@
 //! The tapdisks of a machine, as tapback sees them: where a minor number's disk is, and what can be asked of it.
 
 use crate::control::ControlledHost;
+use crate::ctl::pids_in;
 use tap_abi::tapctl::{Blkif, Kind, Message};
 use tap_control::client::{CallError, Tapdisk};
 use tap_control::json::{Disk, Disks, Guest, Request};
-use tap_control::pid_of;
 use tap_host::{DomId, Errno, GrantRef, Port, VbdId};
 
 tap_host::listed! {
@@ -83,13 +83,8 @@ impl<H: ControlledHost> Tapdisks<H> {
     }
 
     async fn pids(&self) -> Result<Vec<u32>, String> {
-        let names = match self.host.names_in(&self.folder).await {
-            Err(Errno::ENOENT) => Vec::new(),
-            names => names.map_err(|error| format!("list {}: {error}", self.folder))?,
-        };
-        let mut pids: Vec<u32> = names.iter().filter_map(|name| pid_of(name)).collect();
-        pids.sort_unstable();
-        Ok(pids)
+        let pids = pids_in(&self.host, &self.folder).await;
+        pids.map_err(|error| format!("list {}: {error}", self.folder))
     }
 
     /// Where the disk of `known` is now: there, or in a tapdisk that has its minor number since.
@@ -111,14 +106,18 @@ impl<H: ControlledHost> Tapdisks<H> {
         Err(format!("find minor {minor}, which tapdisk {pid} had: no tapdisk in {} has it open", self.folder))
     }
 
-    /// The guests that tapdisks serve, and those whose rings they gave up.
-    pub(super) async fn guests(&self) -> Result<Vec<(Asked<H>, DomId, VbdId)>, String> {
+    /// The guests that tapdisks serve, and those whose rings they gave up, each with its disk.
+    ///
+    /// # Errors
+    /// The tapdisks cannot be listed; the sentence continues "failed to".
+    pub(super) async fn guests(&self) -> Result<Vec<(Place, (DomId, VbdId))>, String> {
         let mut found = Vec::new();
         for pid in self.pids().await? {
             // What cannot be asked has ended, or is of another kind.
-            let Ok(disks) = self.at(pid).disks().await else { continue };
-            for guest in disks.into_iter().flat_map(|disk| disk.guests) {
-                found.push((self.at(pid), DomId(guest.domid), VbdId(guest.devid)));
+            let disks = self.at(pid).disks().await.unwrap_or_default();
+            for Disk { minor, guests, .. } in disks {
+                let place = Place { pid, minor };
+                found.extend(guests.iter().map(|guest| (place, (DomId(guest.domid), VbdId(guest.devid)))));
             }
         }
         Ok(found)
@@ -128,10 +127,6 @@ impl<H: ControlledHost> Tapdisks<H> {
 impl<H: ControlledHost> Asked<H> {
     pub(super) fn tapdisk(&self) -> &Tapdisk<H> {
         &self.0
-    }
-
-    pub(super) fn pid(&self) -> u32 {
-        self.0.pid
     }
 
     async fn disks(&self) -> Result<Vec<Disk>, CallError> {

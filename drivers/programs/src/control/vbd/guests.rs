@@ -110,7 +110,7 @@ pub(in crate::control) fn id_of(blkif: &Blkif, what: &str) -> Result<Id, Refusal
 
 /// A guest's disk in messages.
 pub(in crate::control) fn shown((dom, vbd): Id) -> String {
-    format!("{}/{}", dom.0, vdev::show(vbd))
+    vdev::of_guest(dom, vbd)
 }
 
 /// Whether rings of this kind are served.
