@@ -1,6 +1,6 @@
 # Functions for scripts in guests, which have busybox's sh:  . /guest-lib.sh
 
-# # disk_wait NAME: waits until the disk /dev/NAME exists.
+# disk_wait NAME: waits until the disk /dev/NAME exists.
 disk_wait() {
     local left=150
     until [ -b "/dev/$1" ]; do
@@ -11,7 +11,7 @@ disk_wait() {
     echo "@guest sectors of $1: $(cat "/sys/block/$1/size")"
 }
 
-# # disk_gone NAME: waits until the disk is gone.
+# disk_gone NAME: waits until the disk is gone.
 disk_gone() {
     local left=150
     while [ -e "/sys/block/$1" ]; do
@@ -21,7 +21,7 @@ disk_gone() {
     done
 }
 
-# # disk_write_read NAME: writes 4 MiB bypassing the page cache, flushes, and reads them back the same way.
+# disk_write_read NAME: writes 4 MiB bypassing the page cache, flushes, and reads them back the same way.
 disk_write_read() {
     dd if=/dev/urandom of=/tmp/written bs=64k count=64 2> /dev/null
     dd if=/tmp/written of="/dev/$1" bs=64k seek=3 oflag=direct conv=notrunc,fsync 2> /dev/null
@@ -42,7 +42,7 @@ disk_new_fs() {
     disk_old_fs "$1"
 }
 
-# # disk_old_fs NAME: mounts the existing file system, and compares its file with the original.
+# disk_old_fs NAME: mounts the existing file system, and compares its file with the original.
 disk_old_fs() {
     modprobe crc32c_generic
     modprobe ext4
@@ -51,7 +51,7 @@ disk_old_fs() {
     umount /mnt
 }
 
-# # disk_hash NAME: prints the sha256 of the whole disk, in the form that guest_hash of dom0's lib.sh expects.
+# disk_hash NAME: prints the sha256 of the whole disk, in the form that guest_hash of dom0's lib.sh expects.
 disk_hash() {
     echo "@guest sha256 of $1: $(dd if="/dev/$1" bs=128k iflag=direct 2> /dev/null | sha256sum | cut -d ' ' -f 1)"
 }

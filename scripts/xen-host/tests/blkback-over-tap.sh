@@ -27,7 +27,7 @@ in_use="in use by xen-blkback (vbd-$GUEST_ID-51712)"
 refused 16 "$in_use" tapdisk detach "$DEVICE"
 guest_waits
 tapdisk_again TERM true
-# # Nobody serves it now, and the guest has it all the same.
+# Nobody serves it now, and the guest has it all the same.
 refused 16 "$in_use" tapdisk detach "$DEVICE"
 [ -e "/sys/block/${DEVICE#/dev/}/pid" ] || fail "$DEVICE has gone with its tapdisk"
 start

@@ -49,7 +49,7 @@ mkdir -p mnt
 mount -t ext4 "$device" mnt
 cp original mnt/file
 sync
-# # It is in use, so it is served on.
+# It is in use, so it is served on.
 kill "$server"
 wait_for 10 grep -q 'in use' attach.log
 cp original mnt/again
@@ -58,7 +58,7 @@ ended
 tap-img check disk.qcow
 [ "$(minors)" = "$kept" ] || fail "a minor is left"
 
-# # Killed between two users: what was answered is there for the next one, which frees what the dead one left. (OpenXT's
+# Killed between two users: what was answered is there for the next one, which frees what the dead one left. (OpenXT's
 # module follows a null pointer if somebody has the device of a dead process open and reads or writes it.)
 attach
 first=$device
@@ -80,7 +80,7 @@ ended
 tap-img check disk.qcow
 [ "$(minors)" = "$kept" ] || fail "a minor is left in the end"
 
-# # The module asks for the end of the device. It keeps the number, and so cannot be unloaded afterwards.
+# The module asks for the end of the device. It keeps the number, and so cannot be unloaded afterwards.
 attach
 minor=${device##*tapdev}
 grep -q '^tapdisk-' "/sys/class/blktap2/blktap$minor/name" || fail "the device has no name of ours"

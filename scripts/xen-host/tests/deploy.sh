@@ -8,7 +8,7 @@ disk-load verify /dev/xvda --depth 8 --until-told
 disk_hash xvda
 GUEST
 
-# # daemon LAUNCHER...: starts the daemon as its unit does: root without capabilities.
+# daemon LAUNCHER...: starts the daemon as its unit does: root without capabilities.
 daemon() {
     setpriv --bounding-set=-all --inh-caps=-all --no-new-privs "$@" /usr/bin/tapdisk xen --watch >> tapdisk.log 2>&1 &
     TAPDISK=$!
@@ -22,7 +22,7 @@ dpkg-query --show tapdisk
 [ "$(command -v tapdisk)" = /usr/bin/tapdisk ] || fail "another tapdisk is in the way"
 mkdir images
 tap-img create -f qcow images/disk.qcow 32M
-# # A package of the same files with a higher version; not compressed, which takes long here.
+# A package of the same files with a higher version; not compressed, which takes long here.
 dpkg-deb --raw-extract /xen-host/tapdisk.deb newer
 sed -i 's/^Version: .*/&.1/' newer/DEBIAN/control
 dpkg-deb -Znone --build newer newer.deb

@@ -22,7 +22,7 @@ xl unpause raw
 guest_wait raw 100 '^@guest is done with the disk$'
 vbd_unplug
 tapdisk_wait
-# # The guest loses its disk when its nodes are removed.
+# The guest loses its disk when its nodes are removed.
 vbd_remove
 wait_for 60 guest_gone raw
 guest_log raw

@@ -5,7 +5,7 @@ cat > guest.sh <<'GUEST'
 . /guest-lib.sh
 disk_wait xvda
 disk_wait xvdb
-# # Open at both ends, so that neither side waits for the other.
+# Open at both ends, so that neither side waits for the other.
 mkfifo /tmp/stop
 exec 3<> /tmp/stop
 disk-load verify /dev/xvdb --depth 2 --until-told --seed 2 < /tmp/stop > /tmp/other 2>&1 &

@@ -9,7 +9,7 @@ disk_hash xvda
 GUEST
 
 tap-img create -f qcow disk.qcow 16M
-# # All of a guest's memory, which is more than dom0's own file system can hold.
+# All of a guest's memory, which is more than dom0's own file system can hold.
 saved=/dev/shm/guest-save
 trap 'guest_clean_up moved rm -f "$saved"' EXIT
 blkback off
@@ -18,7 +18,7 @@ guest_create moved guest.sh "disk = [ 'script=block-tapdisk,vdev=xvda,access=w,t
 first_id=$GUEST_ID
 xl unpause moved
 
-# # load_goes_on: waits until the guest's load has reported progress twice.
+# load_goes_on: waits until the guest's load has reported progress twice.
 load_words() { guest_log moved | grep -c '^@load goes on'; }
 has_more_words_than() { [ "$(load_words)" -gt "$1" ]; }
 load_goes_on() { wait_for 60 has_more_words_than $(($(load_words) + 1)); }

@@ -30,7 +30,7 @@ tapdisk_start --watch
 
 disk() { echo "script=block-tapdisk,vdev=$1,access=w,target=$2"; }
 
-# # A missing image: xl says why, and nothing is left.
+# A missing image: xl says why, and nothing is left.
 if (guest_create stock guest.sh "disk = [ '$(disk xvda "qcow:$PWD/missing.qcow")' ]") > xl.log 2>&1; then
     fail "xl made a guest on an image that is not there"
 fi
@@ -38,7 +38,7 @@ cat xl.log
 grep -q 'missing.qcow: no such file' xl.log || fail "xl does not say which image is missing"
 if xl domid stock 2> /dev/null; then fail "the guest is there all the same"; fi
 
-# # The kernel's back end would take the disk: xl reports that.
+# The kernel's back end would take the disk: xl reports that.
 blkback on
 if (guest_create stock guest.sh "disk = [ '$(disk xvda "qcow:$PWD/first.qcow")' ]") > xl.log 2>&1; then
     fail "xl made a guest beside the kernel's back end"
@@ -57,7 +57,7 @@ kill -9 "$TAPDISK"
 tapdisk_wait 137
 tapdisk_start --watch
 
-# # A second daemon, and one that is given another image: the guest's disk stays with the first.
+# A second daemon, and one that is given another image: the guest's disk stays with the first.
 timeout 4 tapdisk xen --watch --run-dir /run/second > second.log 2>&1 || true
 grep -q 'in use' second.log || { cat second.log; fail "the second daemon does not say that the image is in use"; }
 if tapdisk xen --run-dir /run/second "$(xl domid stock)/xvda=qcow:$PWD/second.qcow" > second.log 2>&1; then

@@ -1,18 +1,18 @@
 # tapdisk attach in dom0: mkfs, mount, detach; partitions, read-only; killed and stopped under load, grown
 . /xen-host/lib.sh
 
-# # attach ARGUMENT...: attaches a disk in the background; its device is $DEVICE.
+# attach ARGUMENT...: attaches a disk in the background; its device is $DEVICE.
 attach() {
     DEVICE=$(tapdisk attach --fork --pid-file pid "$@") || fail "attach $*"
 }
-# # tapdisk_ended: the tapdisk in the background has ended.
+# tapdisk_ended: the tapdisk in the background has ended.
 tapdisk_ended() { [ ! -e pid ] || ! kill -0 "$(cat pid)" 2> /dev/null; }
 detach() {
     tapdisk detach "$DEVICE"
     wait_for 20 tapdisk_ended
     attach_gone
 }
-# # After a failure: leaves nothing for later tests. What no longer exists cannot be undone.
+# After a failure: leaves nothing for later tests. What no longer exists cannot be undone.
 clean_up() {
     local status=$?
     set +e
@@ -69,7 +69,7 @@ detach
 echo "# partitions"
 truncate -s 16M parts.raw
 attach "raw:$PWD/parts.raw"
-# # One of type Linux, from sector 2048, of 8 MiB.
+# One of type Linux, from sector 2048, of 8 MiB.
 printf '\x00\x00\x00\x00\x83\x00\x00\x00\x00\x08\x00\x00\x00\x40\x00\x00' |
     dd of="$DEVICE" bs=1 seek=446 conv=notrunc 2> /dev/null
 printf '\x55\xaa' | dd of="$DEVICE" bs=1 seek=510 conv=notrunc 2> /dev/null

@@ -2,11 +2,11 @@
 . /xen-host/lib.sh
 
 modprobe nbd
-# # ext4 requests it by an alias, which is not in the list of modules here.
+# ext4 requests it by an alias, which is not in the list of modules here.
 modprobe crc32c_generic
 modprobe ext4
 server=
-# # After a failure: leaves nothing for later tests. What no longer exists cannot be undone.
+# After a failure: leaves nothing for later tests. What no longer exists cannot be undone.
 clean_up() {
     set +e
     umount mnt
@@ -46,7 +46,7 @@ umount mnt
 detach
 tap-img check disk.qcow
 
-# # A new server and a new connection: reads now come from the image.
+# A new server and a new connection: reads now come from the image.
 serve
 attach
 mount -t ext4 -o ro /dev/nbd0 mnt

@@ -7,7 +7,7 @@ cat > guest.sh <<'GUEST'
 . /guest-lib.sh
 for disk in xvda xvdb xvdc xvdd; do
     disk_wait $disk
-    # # Requests rewrite existing data: no back end has to allocate space.
+    # Requests rewrite existing data: no back end has to allocate space.
     dd if=/dev/zero of=/dev/$disk bs=128k oflag=direct 2> /dev/null || true
 done
 echo "@guest is ready"
@@ -18,7 +18,7 @@ done
 GUEST
 mkfifo never
 
-# # until_said TEXT SECONDS: as guest_wait, but without a process: a waiting process would be measured too.
+# until_said TEXT SECONDS: as guest_wait, but without a process: a waiting process would be measured too.
 until_said() {
     local said= left=$(($2 * 2))
     until [[ $said = *"$1"* ]]; do
@@ -29,7 +29,7 @@ until_said() {
     done
 }
 
-# # CPU time of dom0 so far, in milliseconds, as reported by Xen with a resolution of 100 ms. Linux, which samples at
+# CPU time of dom0 so far, in milliseconds, as reported by Xen with a resolution of 100 ms. Linux, which samples at
 # ticks, was seen to miss half of short bursts.
 dom0_ms() {
     local seconds
@@ -37,7 +37,7 @@ dom0_ms() {
     echo "${seconds/./}00"
 }
 
-# # The cost of the measurement itself.
+# The cost of the measurement itself.
 asking_ms=$(dom0_ms)
 for n in 1 2 3 4 5 6 7 8 9; do dom0_ms; done > /dev/null
 asking_ms=$((($(dom0_ms) - asking_ms) / 10))
@@ -76,7 +76,7 @@ trap 'guest_clean_up peers losetup -d "$loop"' EXIT
 blkback on
 guest_create peers guest.sh "disk = [ 'phy:$loop,xvda,w',
     'format=raw,vdev=xvdb,access=rw,backendtype=qdisk,target=$PWD/qdisk.raw' ]"
-# # A directory that xen-blkback does not watch.
+# A directory that xen-blkback does not watch.
 vbd_make "$GUEST_ID" xvdc tap
 vbd_make "$GUEST_ID" xvdd tap
 tapdisk_start --type tap "$GUEST_ID/xvdc=raw:$PWD/tapdisk.raw" "$GUEST_ID/xvdd=qcow:$PWD/tapdisk.qcow"

@@ -9,14 +9,14 @@ disk_hash xvda
 GUEST
 
 log=/var/log/tapdisk-units.log
-# # systemd_start: systemd as the first process of a namespace of its own, which ends with it.
+# systemd_start: systemd as the first process of a namespace of its own, which ends with it.
 systemd_start() {
     mkdir -p /sys/fs/cgroup /etc/systemd/system
     mount -t cgroup2 cgroup2 /sys/fs/cgroup
-    # # It would hide a /run that is not mounted, and xenstored's socket in it.
+    # It would hide a /run that is not mounted, and xenstored's socket in it.
     mount -o bind /run /run
     echo 0123456789abcdef0123456789abcdef > /etc/machine-id
-    # # There is no journal here.
+    # There is no journal here.
     for unit in tapdisk-xen tapdisk-nbd@; do
         mkdir -p "/etc/systemd/system/$unit.service.d"
         printf '%s\n' '[Service]' "StandardOutput=append:$log" "StandardError=append:$log" \
@@ -28,7 +28,7 @@ systemd_start() {
     SYSTEMD=$(pidof systemd)
     wait_for 60 inside systemctl is-active multi-user.target
 }
-# # inside COMMAND...: runs it where systemd's processes have the numbers that it knows. A name alone may be busybox's.
+# inside COMMAND...: runs it where systemd's processes have the numbers that it knows. A name alone may be busybox's.
 inside() { nsenter -t "$SYSTEMD" -m -p -- "$@"; }
 systemd_stop() {
     inside systemctl stop tapdisk-xen 'tapdisk-nbd@*'
@@ -65,7 +65,7 @@ inside /usr/bin/dpkg --purge tapdisk
 inside /usr/bin/dpkg --install /xen-host/tapdisk.deb
 inside systemctl is-enabled tapdisk-xen
 wait_for 20 runs_installed tapdisk-xen
-# # What the unit denies is in force: no capability, and a filter of system calls.
+# What the unit denies is in force: no capability, and a filter of system calls.
 inside cat "/proc/$(main_pid tapdisk-xen)/status" > status
 grep -q '^CapBnd:[[:space:]]*0*$' status && grep -q '^CapEff:[[:space:]]*0*$' status || fail "it has capabilities"
 grep -q '^Seccomp:[[:space:]]*2$' status || fail "no system call is denied"
