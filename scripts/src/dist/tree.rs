@@ -8,11 +8,12 @@ use std::path::Path;
 use xshell::{Shell, cmd};
 
 /// Where each file of drivers/tapdisk goes, and its mode.
-const FILES: [(&str, &str, u32); 9] = [
+const FILES: [(&str, &str, u32); 10] = [
     ("xen/block-tapdisk", "etc/xen/scripts/block-tapdisk", 0o755),
-    ("xen/block-tap", "etc/xen/scripts/block-tap", 0o755),
+    ("xen/block-tapback", "etc/xen/scripts/block-tapback", 0o755),
     ("package/systemd/tapback.service", "usr/lib/systemd/system/tapback.service", 0o644),
-    ("package/default", "etc/default/tapdisk-xen", 0o644),
+    ("package/defaults/tapback", "etc/default/tapback", 0o644),
+    ("package/defaults/tapdisk-xen", "etc/default/tapdisk-xen", 0o644),
     ("package/systemd/tapdisk-xen.service", "usr/lib/systemd/system/tapdisk-xen.service", 0o644),
     ("package/systemd/tapdisk-nbd@.service", "usr/lib/systemd/system/tapdisk-nbd@.service", 0o644),
     ("package/systemd/tapdisk.sysusers", "usr/lib/sysusers.d/tapdisk.conf", 0o644),
